@@ -1,0 +1,75 @@
+"""Prunes neural networks on a server.
+
+    import secateur
+
+    with secateur.embedded() as client:  # or secateur.Client("localhost:50051")
+        result = client.prune(model, secateur.global_unstructured("*.weight", 0.5))
+        print(result.report)
+        result.apply_to(model)
+
+What is pruned and how is a spec: the functions named as those of torch.nn.utils.prune make one,
+and `+` puts one behind another. torch is needed for modules and .pt files only.
+"""
+
+from secateur.client import Client
+from secateur.embedded import embedded
+from secateur.errors import (
+    Cancelled,
+    CheckpointNotFound,
+    DeadlineExceeded,
+    InvalidRequest,
+    InvalidSpec,
+    InvalidStateDict,
+    ModelTooLarge,
+    PermissionDenied,
+    SecateurError,
+    ServerBusy,
+    ServerError,
+    Unauthenticated,
+    Unavailable,
+)
+from secateur.report import Choice, Report, TensorReport
+from secateur.result import FinalizeResult, PruneResult
+from secateur.source import is_pruned
+from secateur.spec import (
+    Spec,
+    custom_from_mask,
+    global_unstructured,
+    identity,
+    l1_unstructured,
+    ln_structured,
+    random_structured,
+    random_unstructured,
+)
+
+__all__ = [
+    "Cancelled",
+    "CheckpointNotFound",
+    "Choice",
+    "Client",
+    "DeadlineExceeded",
+    "FinalizeResult",
+    "InvalidRequest",
+    "InvalidSpec",
+    "InvalidStateDict",
+    "ModelTooLarge",
+    "PermissionDenied",
+    "PruneResult",
+    "Report",
+    "SecateurError",
+    "ServerBusy",
+    "ServerError",
+    "Spec",
+    "TensorReport",
+    "Unauthenticated",
+    "Unavailable",
+    "custom_from_mask",
+    "embedded",
+    "global_unstructured",
+    "identity",
+    "is_pruned",
+    "l1_unstructured",
+    "ln_structured",
+    "random_structured",
+    "random_unstructured",
+]

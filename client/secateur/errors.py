@@ -1,0 +1,107 @@
+"""Every error of the client.
+
+SecateurError
+    InvalidSpec             also a ValueError: the spec is wrong, or does not fit the tensors
+    InvalidStateDict        also a ValueError: the source is no state_dict, or a broken one
+    InvalidRequest          also a ValueError: server and client do not understand each other
+    ModelTooLarge           the model is above the server's limit
+    ServerBusy              the server has no room for the request now; worth a retry
+    Unavailable             no server, or one that shuts down; worth a retry
+    DeadlineExceeded        also a TimeoutError: not done within `timeout`
+    Cancelled               the call was cancelled
+    Unauthenticated         no token, or a wrong one
+    PermissionDenied        the token's owner may not do that
+    CheckpointNotFound      the server has no such checkpoint
+    ServerError             a defect of the server; its log has the details
+"""
+
+from typing import cast
+
+import grpc
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
+from grpc_status import rpc_status
+
+
+class SecateurError(Exception):
+    """Root of every error. field: the path of the request's field at fault, where there is one."""
+
+    field: str | None = None
+
+
+class InvalidSpec(SecateurError, ValueError):
+    """The spec is wrong, or does not fit the tensors."""
+
+
+class InvalidStateDict(SecateurError, ValueError):
+    """The source is no state_dict, or a broken one."""
+
+
+class InvalidRequest(SecateurError, ValueError):
+    """The server does not understand the request."""
+
+
+class ModelTooLarge(SecateurError):
+    """The model is above the server's limit."""
+
+
+class ServerBusy(SecateurError):
+    """The server has no room for the request now."""
+
+
+class Unavailable(SecateurError):
+    """There is no server at the address, or it shuts down."""
+
+
+class DeadlineExceeded(SecateurError, TimeoutError):
+    """The call was not done within `timeout`."""
+
+
+class Cancelled(SecateurError):
+    """The call was cancelled."""
+
+
+class Unauthenticated(SecateurError):
+    """The token is missing, or wrong."""
+
+
+class PermissionDenied(SecateurError):
+    """The token's owner may not do that."""
+
+
+class CheckpointNotFound(SecateurError):
+    """The server has no such checkpoint."""
+
+
+class ServerError(SecateurError):
+    """A defect of the server; its log has the details."""
+
+
+_BY_REASON = {
+    "INVALID_SPEC": InvalidSpec,
+    "INVALID_STATE_DICT": InvalidStateDict,
+    "MODEL_TOO_LARGE": ModelTooLarge,
+}
+_BY_STATUS = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ServerBusy,
+    grpc.StatusCode.UNAVAILABLE: Unavailable,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+    grpc.StatusCode.CANCELLED: Cancelled,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
+    grpc.StatusCode.NOT_FOUND: CheckpointNotFound,
+}
+
+
+def from_rpc(error: grpc.RpcError) -> SecateurError:
+    """The error that a failed call means."""
+    call = cast(grpc.Call, error)
+    info, bad_request = ErrorInfo(), BadRequest()
+    status = rpc_status.from_call(call)
+    for detail in status.details if status else ():
+        detail.Unpack(info) or detail.Unpack(bad_request)
+    kind = _BY_REASON.get(info.reason) or _BY_STATUS.get(call.code(), ServerError)
+    made = kind(call.details())
+    if bad_request.field_violations:
+        made.field = bad_request.field_violations[0].field
+    return made

@@ -1,0 +1,70 @@
+"""Files that are there whole, or not at all."""
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from secateur.errors import SecateurError
+from secateur.tensors import LocalTensor, to_value
+from secateur_proto.framing import file_header
+
+
+def save(path: Path, tensors: Mapping[str, LocalTensor], metadata: Mapping[str, str]) -> None:
+    """Writes tensors as .safetensors, .pt or .pth.  Errors: SecateurError."""
+    check_writable(path)
+    try:
+        with _replacing(path) as file:
+            if path.suffix == ".safetensors":
+                _write_safetensors(file, tensors, metadata)
+            else:
+                _write_torch(file, tensors)
+    except OSError as error:
+        raise SecateurError(f"{path}: cannot write it: {error.strerror}") from None
+
+
+def check_writable(path: Path) -> None:
+    """Refuses early what `save` would refuse.  Errors: SecateurError."""
+    if path.suffix not in (".safetensors", ".pt", ".pth"):
+        raise SecateurError(f"{path}: neither .safetensors nor .pt nor .pth")
+    if not path.absolute().parent.is_dir():
+        raise SecateurError(f"{path}: there is no such folder")
+
+
+def _write_safetensors(
+    file: BinaryIO, tensors: Mapping[str, LocalTensor], metadata: Mapping[str, str]
+) -> None:
+    file.write(file_header(((name, t.dtype, t.shape) for name, t in tensors.items()), metadata))
+    for tensor in tensors.values():
+        file.write(tensor.read().data)
+
+
+def _write_torch(file: BinaryIO, tensors: Mapping[str, LocalTensor]) -> None:
+    import torch
+
+    values: dict[str, Any] = {name: to_value(tensor, True) for name, tensor in tensors.items()}
+    torch.save(values, file)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file beside `path` that takes its place when the block has ended well."""
+    with tempfile.NamedTemporaryFile(
+        dir=path.absolute().parent, prefix=f".{path.name}.", delete=False
+    ) as file:
+        try:
+            yield file  # type: ignore[misc]
+            file.flush()
+            os.fchmod(file.fileno(), 0o666 & ~_umask())
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

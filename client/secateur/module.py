@@ -1,0 +1,82 @@
+"""torch modules: what is read from them, and masks put on them. Imported with torch only."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.nn import Module
+from torch.nn.utils import prune
+
+from secateur.errors import InvalidStateDict
+
+
+def tensors_of(module: Module) -> tuple[dict[str, torch.Tensor], set[str]]:
+    """The tensors of a module's state_dict, and the names of those that can be pruned.
+
+    The latter are its parameters, and the masks of those that are pruned.
+    """
+    tensors = {k: v for k, v in module.state_dict().items() if isinstance(v, torch.Tensor)}
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    masks = {f"{name.removesuffix('_orig')}_mask" for name in parameters if name.endswith("_orig")}
+    return tensors, (parameters | masks) & tensors.keys()
+
+
+def check_hooks(module: Module) -> None:
+    """Refuses a module in which pruning hooks and pairs do not belong together one to one.
+
+    Errors: InvalidStateDict.
+    """
+    for path, part in module.named_modules():
+        hooks = [hook._tensor_name for hook in _pruning_hooks(part)]
+        for name in hooks:
+            full = f"{path}.{name}" if path else name
+            if hooks.count(name) > 1:
+                raise InvalidStateDict(f"{full}: has {hooks.count(name)} pruning hooks, not one")
+            if f"{name}_orig" not in part._parameters or f"{name}_mask" not in part._buffers:
+                raise InvalidStateDict(
+                    f"{full}: has a pruning hook, but not both {name}_orig and {name}_mask"
+                )
+
+
+def _pruning_hooks(part: Module) -> list[prune.BasePruningMethod]:
+    hooks = part._forward_pre_hooks.values()
+    return [hook for hook in hooks if isinstance(hook, prune.BasePruningMethod)]
+
+
+def apply_masks(module: Module, masks: Mapping[str, torch.Tensor]) -> None:
+    """Installs masks as torch.nn.utils.prune.custom_from_mask does.
+
+    masks: bool, by parameter name.  Errors: InvalidStateDict, before anything has changed.
+    """
+    check_hooks(module)
+    targets = [(*_target(module, name, mask), mask) for name, mask in masks.items()]
+    for part, leaf, mask in targets:
+        prune.custom_from_mask(part, leaf, mask.to(_weight(part, leaf).device))  # type: ignore[no-untyped-call]
+
+
+def _weight(part: Module, leaf: str) -> torch.Tensor:
+    weight = part._parameters.get(f"{leaf}_orig")
+    weight = part._parameters.get(leaf) if weight is None else weight
+    assert weight is not None, "_target found it"
+    return weight
+
+
+def _target(module: Module, name: str, mask: torch.Tensor) -> tuple[Module, str]:
+    """The submodule and the parameter that a mask is for, once they are found to fit it."""
+    path, _, leaf = name.rpartition(".")
+    parts: dict[str, Any] = dict(module.named_modules(remove_duplicate=False))
+    part = parts.get(path)
+    if part is None or not {leaf, f"{leaf}_orig"} & part._parameters.keys():
+        raise InvalidStateDict(f"{name}: the module has no such parameter")
+    if _weight(part, leaf).shape != mask.shape:
+        shapes = f"{list(_weight(part, leaf).shape)}, the mask {list(mask.shape)}"
+        raise InvalidStateDict(f"{name}: the parameter has shape {shapes}")
+    if f"{leaf}_orig" in part._parameters:
+        if leaf not in [hook._tensor_name for hook in _pruning_hooks(part)]:
+            raise InvalidStateDict(f"{name}: is a pair without a pruning hook")
+        before = part._buffers[f"{leaf}_mask"]
+        if before is not None and bool((mask & (before.cpu() == 0)).any()):
+            raise InvalidStateDict(
+                f"{name}: the module was pruned otherwise since the result was made"
+            )
+    return part, leaf

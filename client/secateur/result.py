@@ -1,0 +1,179 @@
+"""What a call gives back."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from secateur.errors import SecateurError
+from secateur.files import save
+from secateur.report import Report
+from secateur.source import Mask, Source, prior_mask
+from secateur.tensors import Bytes, LocalTensor, to_value
+from secateur_proto.framing import DTYPE_BITS
+
+Tensors = Mapping[str, LocalTensor]
+
+
+class FinalizeResult:
+    """A model whose pruning is permanent."""
+
+    def __init__(self, report: Report, source: Source, received: Tensors) -> None:
+        self.report = report
+        self._source = source
+        self._received = received
+
+    def state_dict(self) -> dict[str, Any]:
+        """The tensors, in the source's kind: of torch, or arrays."""
+        return _values(self._received, self._source)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes .safetensors, .pt or .pth. The file is there whole, or not at all."""
+        save(Path(path), self._received, self._source.metadata)
+
+
+class PruneResult:
+    """What was pruned.
+
+    report: over the tensors that the spec named.
+    """
+
+    def __init__(self, report: Report, source: Source, output: str, received: Tensors) -> None:
+        self.report = report
+        self._source = source
+        self._output = output
+        self._received = received
+
+    @cached_property
+    def masks(self) -> dict[str, Any]:
+        """The whole mask of each tensor that the spec named: bool, its shape, True is kept.
+
+        Errors: SecateurError, for the outputs "dense" and "none", which have no masks.
+        """
+        return {
+            name: self._mask_value(mask.reshape(self.report.tensors[name].shape))
+            for name, mask in self._flat_masks.items()
+        }
+
+    def state_dict(self, form: str = "dense") -> dict[str, Any]:
+        """The pruned model: "dense", or "reparametrized" as torch.nn.utils.prune leaves it.
+
+        Errors: SecateurError, for a form that cannot be made from the output that was asked for.
+        """
+        return _values(self._tensors(form), self._source)
+
+    def save(self, path: str | os.PathLike[str], form: str = "dense") -> None:
+        """Writes the pruned model as .safetensors, .pt or .pth: there whole, or not at all.
+
+        form: as of state_dict, or "masks": bits, as the wire has them.
+        """
+        metadata = {} if form == "masks" else self._source.metadata
+        save(Path(path), self._tensors(form), metadata)
+
+    def apply_to(self, module: Any) -> None:
+        """Prunes a torch.nn.Module as torch.nn.utils.prune does, so that its functions go on.
+
+        Each pruned X becomes the parameter X_orig and the buffer X_mask, with a forward pre-hook.
+        Errors: InvalidStateDict, with the module unchanged.
+        """
+        import torch
+
+        from secateur.module import apply_masks
+
+        masks = {name: torch.as_tensor(mask) for name, mask in self.masks.items()}
+        apply_masks(module, masks)
+
+    @cached_property
+    def _flat_masks(self) -> dict[str, Mask]:
+        if self._output == "masks":
+            return {
+                name: np.unpackbits(
+                    packed.read(), count=self.report.tensors[name].total, bitorder="little"
+                ).view(np.bool_)
+                for name, packed in self._received.items()
+            }
+        if self._output == "reparametrized":
+            return {
+                name: prior_mask(self._received[f"{name}_mask"]) for name in self.report.tensors
+            }
+        raise SecateurError(f"output={self._output!r} has no masks; ask for output='masks'")
+
+    def _mask_value(self, mask: Mask) -> Any:
+        if not self._source.as_torch:
+            return mask
+        import torch
+
+        return torch.from_numpy(mask)
+
+    def _tensors(self, form: str) -> Tensors:
+        if form not in ("dense", "reparametrized", "masks"):
+            raise SecateurError(f"form={form!r} is none of 'dense', 'reparametrized', 'masks'")
+        if form == self._output:
+            return self._received
+        if form == "masks":
+            return {name: _packed(mask) for name, mask in self._flat_masks.items()}
+        return dict(_pruned_tensors(self._source, self._flat_masks, form == "dense"))
+
+
+def _values(tensors: Tensors, source: Source) -> dict[str, Any]:
+    return {name: to_value(tensor, source.as_torch) for name, tensor in tensors.items()}
+
+
+def _packed(mask: Mask) -> LocalTensor:
+    bits = np.packbits(mask, bitorder="little")
+    return LocalTensor("U8", bits.shape, lambda: bits)
+
+
+def _pruned_tensors(
+    source: Source, masks: Mapping[str, Mask], dense: bool
+) -> Iterator[tuple[str, LocalTensor]]:
+    """The source with masks applied, in its order; a pair that no mask is for keeps its own."""
+    pairs = source.pairs()
+    prior = set(pairs.values())
+    for stored, tensor in source.tensors.items():
+        if stored in prior:
+            continue
+        name = stored.removesuffix("_orig") if stored.removesuffix("_orig") in pairs else stored
+        mask = masks.get(name)
+        if mask is None and name in pairs:
+            mask = prior_mask(source.tensors[pairs[name]])
+        if mask is None:
+            yield stored, tensor
+        elif dense:
+            yield name, LocalTensor(tensor.dtype, tensor.shape, _folded(tensor, mask))
+        else:
+            yield f"{name}_orig", tensor
+            yield (
+                f"{name}_mask",
+                LocalTensor(tensor.dtype, tensor.shape, _as_floats(tensor.dtype, mask)),
+            )
+
+
+# The bits of 1.0.
+_ONE = {"F64": 0x3FF << 52, "F32": 0x7F << 23, "F16": 0x3C00, "BF16": 0x3F80}
+
+
+def _unsigned(dtype: str) -> np.dtype[Any]:
+    """The integer dtype with as many bits as a floating one."""
+    return np.dtype(f"u{DTYPE_BITS[dtype] // 8}")
+
+
+def _folded(tensor: LocalTensor, mask: Mask) -> Callable[[], Bytes]:
+    """What is pruned becomes 0 of its own sign, as in weight * mask: -0.5 becomes -0.0."""
+    unsigned = _unsigned(tensor.dtype)
+    sign = unsigned.type(1 << (8 * unsigned.itemsize - 1))
+
+    def read() -> Bytes:
+        bits = tensor.read().view(unsigned)
+        return np.where(mask, bits, bits & sign).view(np.uint8)
+
+    return read
+
+
+def _as_floats(dtype: str, mask: Mask) -> Callable[[], Bytes]:
+    """A mask of 0.0 and 1.0."""
+    one = _unsigned(dtype).type(_ONE[dtype])
+    return lambda: (mask * one).view(np.uint8)

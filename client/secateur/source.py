@@ -1,0 +1,139 @@
+"""What a caller may give as a model: a Module, a mapping of tensors, or the path of a file."""
+
+import importlib.util
+import mmap
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from secateur.errors import InvalidStateDict
+from secateur.tensors import LocalTensor, from_value, parse_file
+
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model in this process.
+
+    tensors: in the state_dict's order.  parameters: the names that a Prune may send; of a Module
+    its buffers are none, as torch.nn.utils.prune prunes parameters only.
+    as_torch: whether results are tensors of torch, or arrays.
+    """
+
+    tensors: Mapping[str, LocalTensor]
+    parameters: frozenset[str]
+    as_torch: bool
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def pairs(self) -> dict[str, str]:
+        """From each X whose pair X_orig, X_mask is here to the name of its mask."""
+        bases = (name.removesuffix("_orig") for name in self.tensors if name.endswith("_orig"))
+        return {base: f"{base}_mask" for base in bases if f"{base}_mask" in self.tensors}
+
+
+def read_source(source: Any) -> Source:
+    """Errors: InvalidStateDict."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(source, torch.nn.Module):
+        return _from_module(source)
+    if isinstance(source, Mapping):
+        return _from_mapping(source)
+    if isinstance(source, str | os.PathLike):
+        if "://" in str(source):
+            raise InvalidStateDict(f"{source}: this version opens no URIs")
+        return _from_path(Path(source))
+    raise InvalidStateDict(
+        f"a source is a Module, a mapping of tensors or a path, not {type(source).__name__}"
+    )
+
+
+def is_pruned(source: Any) -> bool:
+    """Whether a source has a tensor that is pruned: as torch.nn.utils.prune.is_pruned."""
+    return bool(read_source(source).pairs())
+
+
+def _from_mapping(source: Mapping[Any, Any]) -> Source:
+    if not all(isinstance(name, str) for name in source):
+        raise InvalidStateDict("the names of a state_dict are text")
+    tensors = {name: from_value(name, value) for name, value in source.items()}
+    torch = sys.modules.get("torch")
+    as_torch = torch is not None and any(isinstance(v, torch.Tensor) for v in source.values())
+    return Source(tensors, frozenset(tensors), as_torch)
+
+
+def _from_module(module: Any) -> Source:
+    from secateur.module import check_hooks, tensors_of
+
+    check_hooks(module)
+    tensors, parameters = tensors_of(module)
+    return Source(
+        {name: from_value(name, value) for name, value in tensors.items()},
+        frozenset(parameters),
+        as_torch=True,
+    )
+
+
+def _from_path(path: Path) -> Source:
+    if path.suffix in (".pt", ".pth"):
+        return _from_mapping(_load_torch(path))
+    if path.suffix != ".safetensors":
+        raise InvalidStateDict(f"{path}: neither .safetensors nor .pt nor .pth")
+    tensors, metadata = _map_file(path)
+    as_torch = importlib.util.find_spec("torch") is not None
+    return Source(tensors, frozenset(tensors), as_torch, metadata)
+
+
+def _map_file(path: Path) -> tuple[dict[str, LocalTensor], dict[str, str]]:
+    """The tensors of a file that the safetensors library finds valid, in mapped memory."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidStateDict(f"{path}: {reason}") from None
+    return parse_file(memoryview(mapped))
+
+
+def _load_torch(path: Path) -> Mapping[Any, Any]:
+    """The state_dict of a file of torch.save. Code in the file is never run."""
+    if importlib.util.find_spec("torch") is None:
+        raise InvalidStateDict(f"{path}: to read .pt and .pth install torch")
+    import pickle
+
+    import torch
+
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise InvalidStateDict(
+            f"{path}: holds more than tensors, and code is never run from a file; "
+            "save the state_dict alone: torch.save(model.state_dict(), ...)"
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise InvalidStateDict(f"{path}: torch cannot read it: {reason}") from None
+    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, Mapping):
+        raise InvalidStateDict(f"{path}: holds a {type(loaded).__name__}, not a state_dict")
+    return loaded
+
+
+def prior_mask(tensor: LocalTensor) -> Mask:
+    """The X_mask of a pair as bool, flat; its values are 0 and 1 of any dtype."""
+    data = tensor.read()
+    itemsize = len(data) // max(1, int(np.prod(tensor.shape)))
+    bits = data.view(f"u{max(1, itemsize)}")
+    kept: Mask = (bits << 1) != 0  # the shift drops the sign of -0.0
+    return kept

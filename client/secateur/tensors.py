@@ -1,0 +1,126 @@
+"""Tensors as bytes, so that numpy, torch and files are one; torch is imported by nobody here."""
+
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from secateur.errors import InvalidStateDict, SecateurError
+
+Bytes = npt.NDArray[np.uint8]
+
+# Dtypes as numpy, ml_dtypes and torch name them, and as safetensors does.
+WIRE_DTYPES = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "uint16": "U16",
+    "int16": "I16",
+    "uint32": "U32",
+    "int32": "I32",
+    "uint64": "U64",
+    "int64": "I64",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float32": "F32",
+    "float64": "F64",
+    "complex64": "C64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+}
+_NAMES = {wire: name for name, wire in WIRE_DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class LocalTensor:
+    """A tensor in this process.
+
+    dtype: as safetensors spells it.  read: gives its bytes, row-major, little-endian, flat; called
+        when they are needed, so that what is not contiguous is copied one tensor at a time.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], Bytes]
+
+
+def from_value(name: str, value: Any) -> LocalTensor:
+    """A LocalTensor of a torch tensor or an array.  Errors: InvalidStateDict."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor):
+        dtype, read = str(value.dtype).removeprefix("torch."), _torch_reader(torch, name, value)
+    elif hasattr(value, "__array__"):
+        value = np.asarray(value)
+        dtype, read = value.dtype.name, lambda: _array_bytes(value)
+    else:
+        raise InvalidStateDict(f"{name}: {type(value).__name__} is no tensor and no array")
+    if dtype not in WIRE_DTYPES:
+        raise InvalidStateDict(f"{name}: dtype {dtype} has no place in a safetensors file")
+    return LocalTensor(WIRE_DTYPES[dtype], tuple(value.shape), read)
+
+
+def _torch_reader(torch: Any, name: str, value: Any) -> Callable[[], Bytes]:
+    if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
+        raise InvalidStateDict(f"{name}: only dense tensors with data can be sent")
+    # A detached, contiguous tensor on the CPU is no copy.
+    return lambda: (
+        value.detach().cpu().resolve_conj().contiguous().reshape(-1).view(torch.uint8).numpy()
+    )
+
+
+def _array_bytes(array: npt.NDArray[Any]) -> Bytes:
+    if array.dtype.byteorder == ">":
+        array = array.astype(array.dtype.newbyteorder("<"))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def to_value(tensor: LocalTensor, as_torch: bool) -> Any:
+    """The tensor as one of torch, or as an array. It may share the memory of its bytes.
+
+    Errors: SecateurError, where numpy has no such dtype and ml_dtypes is not installed.
+    """
+    data = tensor.read()
+    name = _NAMES.get(tensor.dtype)
+    if name is None:
+        raise SecateurError(f"dtype {tensor.dtype} has no equal in numpy or torch")
+    if as_torch:
+        import torch
+
+        dtype = getattr(torch, name)
+        return torch.from_numpy(_aligned(data, dtype.itemsize)).view(dtype).reshape(tensor.shape)
+    dtype = _numpy_dtype(name)
+    return _aligned(data, dtype.itemsize).view(dtype).reshape(tensor.shape)
+
+
+def _numpy_dtype(name: str) -> np.dtype[Any]:
+    if hasattr(np, name):
+        return np.dtype(name)
+    if importlib.util.find_spec("ml_dtypes") is None:
+        raise SecateurError(f"numpy has no {name}: install torch or ml_dtypes")
+    dtype: np.dtype[Any] = np.dtype(getattr(importlib.import_module("ml_dtypes"), name))
+    return dtype
+
+
+def _aligned(data: Bytes, itemsize: int) -> Bytes:
+    writable = data.flags.writeable and data.ctypes.data % itemsize == 0
+    return data if writable else data.copy()
+
+
+def parse_file(data: memoryview) -> tuple[dict[str, LocalTensor], dict[str, str]]:
+    """The tensors of a valid safetensors file, as views of `data`, and its metadata."""
+    begin = 8 + int.from_bytes(data[:8], "little")
+    table = json.loads(bytes(data[8:begin]))
+    metadata = table.pop("__metadata__", {})
+    body = np.frombuffer(data, np.uint8)[begin:]
+    return {name: _entry(body, **fields) for name, fields in table.items()}, metadata
+
+
+def _entry(body: Bytes, dtype: str, shape: list[int], data_offsets: list[int]) -> LocalTensor:
+    view = body[slice(*data_offsets)]
+    return LocalTensor(dtype, tuple(shape), lambda: view)

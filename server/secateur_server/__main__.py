@@ -1,0 +1,38 @@
+"""The command secateur-server."""
+
+import logging
+import signal
+import sys
+import threading
+
+from secateur_server.app import App, CannotListen
+from secateur_server.config import read_config
+
+
+def main() -> int:
+    """Serves until SIGTERM or SIGINT. Returns the exit status."""
+    config = read_config(sys.argv[1:])
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
+    )
+    log = logging.getLogger("secateur_server")
+    asked = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: asked.set())
+    try:
+        app = App(config)
+    except CannotListen as error:
+        print(f"secateur-server: {error}", file=sys.stderr)
+        return 1
+    log.info("serving gRPC at %s on %s", app.address, config.device)
+    if app.metrics_address is not None:
+        log.info("serving metrics at http://%s/metrics", app.metrics_address)
+    asked.wait()
+    log.info("shutting down: running requests get %g seconds", config.drain_timeout)
+    app.stop()
+    log.info("stopped")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

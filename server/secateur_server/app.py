@@ -1,0 +1,109 @@
+"""Wiring."""
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Self
+from wsgiref.simple_server import WSGIServer
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import start_http_server
+
+from secateur_proto import pruner_pb2, pruner_pb2_grpc
+from secateur_server.config import Config
+from secateur_server.operate.around import AroundCalls
+from secateur_server.operate.metrics import Metrics
+from secateur_server.operate.statuses import statuses
+from secateur_server.service import Pruner
+
+log = logging.getLogger(__name__)
+
+# Calls at work at once. Each is a thread; torch's operators and gRPC's waits release the GIL.
+WORKERS = 32
+
+_OPTIONS = (
+    ("grpc.so_reuseport", 0),  # a second server on the same port is a mistake, and an error
+    # A chunk is 1 MiB; the header of a first message has names and a spec.
+    ("grpc.max_receive_message_length", 16 << 20),
+    ("grpc.max_send_message_length", -1),
+)
+
+
+class CannotListen(Exception):
+    """An address cannot be listened at."""
+
+
+class App:
+    """A server that runs until `stop`. Raises CannotListen."""
+
+    def __init__(self, config: Config) -> None:
+        metrics = Metrics(config.device)
+        self._drain_timeout = config.drain_timeout
+        self._health = health.HealthServicer()
+        self._grpc = grpc.server(
+            ThreadPoolExecutor(WORKERS, thread_name_prefix="rpc"),
+            # Outermost first: metrics see the status that an error became.
+            interceptors=[AroundCalls(metrics.calls), AroundCalls(statuses)],
+            options=_OPTIONS,
+        )
+        pruner = Pruner(config.device, config.max_model_bytes, metrics)
+        pruner_pb2_grpc.add_PrunerServicer_to_server(pruner, self._grpc)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        service = pruner_pb2.DESCRIPTOR.services_by_name["Pruner"].full_name
+        names = (service, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._grpc)
+        self.address = _listen(self._grpc, config.address)
+        self.metrics_address = None
+        if config.metrics_address is not None:
+            self._metrics_server, self.metrics_address = _serve_metrics(
+                config.metrics_address, metrics
+            )
+        self._grpc.start()
+        for name in ("", service):
+            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    def stop(self) -> None:
+        """Takes no more requests, and returns when those that run have ended.
+
+        What still runs after the drain timeout is cancelled.
+        """
+        self._health.enter_graceful_shutdown()
+        self._grpc.stop(self._drain_timeout).wait()
+        if self.metrics_address is not None:
+            self._metrics_server.shutdown()
+            self._metrics_server.server_close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
+def _listen(server: grpc.Server, address: str) -> str:
+    """Listens at `address`. Returns it with the port that was taken."""
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise CannotListen(f"cannot listen at {address}: {error}") from None
+    if address.startswith("unix:"):
+        return address
+    return f"{address.rpartition(':')[0]}:{port}"
+
+
+def _serve_metrics(address: str, metrics: Metrics) -> tuple[WSGIServer, str]:
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal():
+        raise CannotListen(f"cannot serve metrics at {address!r}: it is no HOST:PORT")
+    try:
+        server, _ = start_http_server(int(port), host.strip("[]"), registry=metrics.registry)
+    except OSError as error:
+        raise CannotListen(f"cannot serve metrics at {address}: {error.strerror}") from None
+    return server, f"{host}:{server.server_port}"

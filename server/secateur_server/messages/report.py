@@ -1,0 +1,64 @@
+"""A report to the wire."""
+
+from collections.abc import Iterable, Sequence
+
+from secateur_proto.report_pb2 import Choice as ChoiceMessage
+from secateur_proto.report_pb2 import RuleReport, SparsityReport, TensorReport
+from secateur_server.pruning.measure import measure
+from secateur_server.pruning.prune import Choice
+from secateur_server.pruning.spec import Parameter
+from secateur_server.wire.tensors import WIRE_DTYPES
+
+
+def encode_report(
+    parameters: Iterable[tuple[str, Parameter]],
+    input_blake3: str,
+    output_blake3: str = "",
+    outcomes: Sequence[Sequence[Choice]] = (),
+) -> SparsityReport:
+    """Measures `parameters`, in their order.  outcomes: for each rule of a spec its choices."""
+    tensors = [_tensor(name, parameter) for name, parameter in parameters]
+    zeros = sum(tensor.zeros for tensor in tensors)
+    total = sum(tensor.total for tensor in tensors)
+    return SparsityReport(
+        tensors=tensors,
+        zeros=zeros,
+        total=total,
+        sparsity=_share(zeros, total),
+        rules=[RuleReport(choices=map(_choice, choices)) for choices in outcomes],
+        input_blake3=input_blake3,
+        output_blake3=output_blake3,
+    )
+
+
+def _tensor(name: str, parameter: Parameter) -> TensorReport:
+    weight = parameter.weight
+    found = measure(parameter)
+    return TensorReport(
+        name=name,
+        shape=weight.shape,
+        dtype=WIRE_DTYPES[weight.dtype],
+        bytes=weight.nbytes,
+        zeros=found.zeros,
+        total=found.total,
+        sparsity=_share(found.zeros, found.total),
+        pruned=found.pruned,
+        is_pruned=parameter.mask is not None,
+        zero_slices=found.zero_slices,
+    )
+
+
+def _choice(choice: Choice) -> ChoiceMessage:
+    return ChoiceMessage(
+        tensors=choice.tensors,
+        candidates=choice.candidates,
+        requested=choice.requested,
+        pruned=choice.pruned,
+        threshold=choice.threshold,
+        ties=choice.ties,
+        ties_pruned=choice.ties_pruned,
+    )
+
+
+def _share(zeros: int, total: int) -> float:
+    return zeros / total if total else 0.0

@@ -1,0 +1,50 @@
+"""The order of messages in a call: a header and data, then data."""
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from google.protobuf.message import Message
+
+from secateur_proto.pruner_pb2 import FinalizeRequest, PruneRequest, ReportRequest
+from secateur_server.errors import InvalidRequest
+
+Request = TypeVar("Request", PruneRequest, ReportRequest, FinalizeRequest)
+Response = TypeVar("Response")
+Count = Callable[[int], None]
+
+
+def open_request(messages: Iterator[Request], count: Count) -> tuple[Request, Iterator[bytes]]:
+    """The first message of a call, which has the header, and the data of all its messages.
+
+    count: called with the bytes of each message's data.  Errors: InvalidRequest.
+    """
+    first = next(messages, None)
+    if first is None:
+        raise InvalidRequest("header", "the call ended before its first message")
+    if not first.HasField("header"):
+        raise InvalidRequest("header", "the first message has none")
+    return first, _data(first, messages, count)
+
+
+def _data(first: Request, later: Iterator[Request], count: Count) -> Iterator[bytes]:
+    data = first.data
+    count(len(data))
+    yield data
+    for message in later:
+        if message.HasField("header"):
+            raise InvalidRequest("header", "only the first message has one")
+        data = message.data
+        count(len(data))
+        yield data
+
+
+def responses(
+    make: Callable[..., Response], result: Message, chunks: Iterator[bytes], count: Count
+) -> Iterator[Response]:
+    """The messages of an answer: the result comes first, with the first chunk if there is one."""
+    data = next(chunks, b"")
+    count(len(data))
+    yield make(result=result, data=data)
+    for data in chunks:
+        count(len(data))
+        yield make(data=data)

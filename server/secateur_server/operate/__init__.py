@@ -1,0 +1,1 @@
+"""What an operator sees and sets: metrics, statuses, health."""

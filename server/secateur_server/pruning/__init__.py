@@ -1,0 +1,1 @@
+"""Tensors to scores, to choices, to masks. Pure functions on torch tensors; nothing else."""

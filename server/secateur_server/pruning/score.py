@@ -1,0 +1,142 @@
+"""How important is each unit of a tensor."""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secateur_server.errors import NanScores
+from secateur_server.pruning.spec import Element, Magnitude, Parameter, Random, Slice
+
+# Elements in one step of the work: the temporaries of a step stay in the caches.
+PIECE = 1 << 20
+
+
+@dataclass(frozen=True)
+class RandomScores:
+    """Scores that are computed where they are needed.  state: of the stream, in [0, 2^64)."""
+
+    state: int
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The units of one tensor, to be ranked by the absolute value of their scores.
+
+    scores: flat, floating, without NaN where alive; or random ones.
+    alive: bool, flat, False is pruned already; None is all alive.
+    """
+
+    name: str
+    units: int
+    scores: Tensor | RandomScores
+    alive: Tensor | None
+    device: torch.device
+
+
+def rank(
+    name: str,
+    parameter: Parameter,
+    scores: Tensor | None,
+    importance: Magnitude | Random,
+    granularity: Element | Slice,
+    field: str,
+) -> Ranking:
+    """Scores the units of one tensor.
+
+    scores: take the weight's place, same shape.  field: the path of what is scored, for errors.
+    Errors: NanScores.
+    """
+    weight, mask = parameter.weight, parameter.mask
+    alive = None if mask is None else granularity.alive(mask)
+    units = granularity.units(weight.shape)
+    if isinstance(importance, Random):
+        return Ranking(name, units, random_scores(importance.seed, name), alive, weight.device)
+    values = weight if scores is None else scores
+    refuse_nan(values, mask, field)
+    if isinstance(granularity, Slice):
+        # As in torch: what is pruned counts as 0 in a weight's norm, and as it is in a caller's
+        # scores.
+        values = slice_norms(values, mask if scores is None else None, granularity, importance.p)
+    return Ranking(name, units, values.reshape(-1), alive, weight.device)
+
+
+def refuse_nan(values: Tensor, mask: Tensor | None, field: str) -> None:
+    """Refuses a NaN that is not pruned yet: it has no rank.  Errors: NanScores."""
+    if not any(bool(piece.isnan().any()) for piece in torch.split(values.reshape(-1), PIECE)):
+        return
+    nan = values.isnan() if mask is None else values.isnan() & mask
+    count = int(nan.sum())
+    if count:
+        first = nan.nonzero()[0].tolist()
+        raise NanScores(field, f"is NaN at {first} and in {count} of {nan.numel()} elements")
+
+
+def slice_norms(values: Tensor, mask: Tensor | None, along: Slice, p: float | str) -> Tensor:
+    """The norm of each slice, as torch.norm over all other dimensions.
+
+    values: at least 2-D, floating.  mask: what is not kept counts as 0.
+    Returns: 1-D; float64 for float64, else float32, accumulated in float64 and rounded once, so
+        that neither the machine nor the number of threads shows.
+    """
+    slices = values.movedim(along.dim, 0)
+    kept = None if mask is None else mask.movedim(along.dim, 0)
+    norms = [torch.empty(0, dtype=torch.float64, device=values.device)]
+    step = max(1, PIECE // max(1, math.prod(slices.shape[1:])))
+    for begin in range(0, len(slices), step):
+        block = slices[begin : begin + step].to(torch.float64)
+        if kept is not None:
+            block = torch.where(kept[begin : begin + step], block, 0.0)
+        norms.append(_nuclear_norms(block) if p == "nuc" else _vector_norms(block.flatten(1), p))
+    joined = torch.cat(norms)
+    return joined if values.dtype == torch.float64 else joined.to(torch.float32)
+
+
+def _vector_norms(rows: Tensor, p: float | str) -> Tensor:
+    if rows.shape[1] == 0:  # torch has no maximum of nothing
+        return rows.new_zeros(len(rows))
+    norms: Tensor = torch.linalg.vector_norm(rows, float(p), dim=1)
+    return norms
+
+
+def _nuclear_norms(matrices: Tensor) -> Tensor:
+    """Sums of singular values; infinite for a matrix with an infinite element."""
+    finite = matrices.isfinite().flatten(1).all(1)
+    norms = torch.linalg.matrix_norm(torch.where(finite.view(-1, 1, 1), matrices, 0.0), "nuc")
+    return torch.where(finite, norms, math.inf)
+
+
+_WORD = (1 << 64) - 1
+_GAMMA = 0x9E3779B97F4A7C15
+
+
+def random_scores(seed: int, name: str) -> RandomScores:
+    """The scores of a tensor: they depend on the seed and the tensor's name alone."""
+    digest = hashlib.sha256(seed.to_bytes(8, "little") + name.encode()).digest()
+    return RandomScores(int.from_bytes(digest[:8], "little"))
+
+
+def random_keys(scores: RandomScores, begin: int, end: int, device: torch.device) -> Tensor:
+    """Pseudo-random keys of the units [begin, end).
+
+    The top 30 bits of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number
+    generators, OOPSLA 2014), which can begin anywhere in its stream.  Returns: int32, in [0, 2^30).
+    """
+    z = torch.arange(begin + 1, end + 1, dtype=torch.int64, device=device)
+    z.mul_(_signed(_GAMMA)).add_(_signed(scores.state))
+    z.bitwise_xor_(_shifted(z, 30)).mul_(_signed(0xBF58476D1CE4E5B9))
+    z.bitwise_xor_(_shifted(z, 27)).mul_(_signed(0x94D049BB133111EB))
+    z.bitwise_xor_(_shifted(z, 31))
+    return _shifted(z, 34).to(torch.int32)
+
+
+def _signed(word: int) -> int:
+    """The int64 with the bits of an unsigned 64-bit word."""
+    return ((word & _WORD) ^ (1 << 63)) - (1 << 63)
+
+
+def _shifted(words: Tensor, by: int) -> Tensor:
+    """A logical shift right; torch's keeps the sign."""
+    return (words >> by) & ((1 << (64 - by)) - 1)

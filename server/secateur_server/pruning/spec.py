@@ -1,0 +1,114 @@
+"""A pruning spec: four independent choices, and every method a point in their product."""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """Importance is a norm. p: the order; "nuc" is the nuclear norm of a slice as a matrix."""
+
+    p: float | Literal["nuc"] = 1.0
+
+
+@dataclass(frozen=True)
+class Random:
+    """Importance is a pseudo-random number. seed: in [0, 2^64)."""
+
+    seed: int
+
+
+@dataclass(frozen=True)
+class Element:
+    """Every element is a unit."""
+
+    def units(self, shape: Sequence[int]) -> int:
+        """How many units a tensor of `shape` has."""
+        return math.prod(shape)
+
+    def alive(self, mask: Tensor) -> Tensor:
+        """Which units have an unpruned element left.  mask: bool.  Returns: bool, flat."""
+        return mask.reshape(-1)
+
+    def spread(self, kept: Tensor, shape: Sequence[int]) -> Tensor:
+        """The mask of a tensor of `shape` from its units.  kept: bool, flat."""
+        return kept.view(tuple(shape))
+
+
+@dataclass(frozen=True)
+class Slice:
+    """All elements with one index in a dimension are a unit.  dim: may be negative."""
+
+    dim: int
+
+    def units(self, shape: Sequence[int]) -> int:
+        """As Element.units."""
+        return shape[self.dim]
+
+    def alive(self, mask: Tensor) -> Tensor:
+        """As Element.alive."""
+        return mask.movedim(self.dim, 0).flatten(1).any(1)
+
+    def spread(self, kept: Tensor, shape: Sequence[int]) -> Tensor:
+        """As Element.spread."""
+        along = [1] * len(shape)
+        along[self.dim] = -1
+        return kept.view(along).expand(tuple(shape))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Prune the least important units.
+
+    path: of this rule in the request, for errors.  tensors: names and globs.
+    is_global: rank all tensors together.  amount: a float is a fraction, an int a number.
+    scores: from a tensor's name to that of the tensor that holds its scores.
+    """
+
+    path: str
+    tensors: tuple[str, ...]
+    importance: Magnitude | Random
+    granularity: Element | Slice
+    is_global: bool
+    amount: float | int
+    scores: Mapping[str, str]
+
+    def extras(self) -> Collection[str]:
+        """Names of uploaded tensors that are not part of the model."""
+        return self.scores.values()
+
+
+@dataclass(frozen=True)
+class CustomMasks:
+    """Prune by masks.  masks: from a tensor's name to that of the tensor that holds its mask."""
+
+    path: str
+    masks: Mapping[str, str]
+
+    def extras(self) -> Collection[str]:
+        """As Selection.extras."""
+        return self.masks.values()
+
+
+Rule = Selection | CustomMasks
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A tensor that can be pruned.
+
+    weight: floating, never written to.
+    mask: bool, the weight's shape, True is kept; None where the tensor was never pruned.
+    """
+
+    weight: Tensor
+    mask: Tensor | None = None
+
+
+# F8 and integers: a later method's.
+PRUNABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

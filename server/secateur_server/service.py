@@ -1,0 +1,117 @@
+"""The three RPCs: read, prune, write."""
+
+from collections.abc import Iterator
+
+import grpc
+import torch
+
+from secateur_proto import pruner_pb2 as pb
+from secateur_proto.pruner_pb2_grpc import PrunerServicer
+from secateur_server.errors import InvalidRequest, ModelTooLarge
+from secateur_server.messages.report import encode_report
+from secateur_server.messages.spec import decode_spec
+from secateur_server.messages.stream import open_request, responses
+from secateur_server.model import Model, open_model, packed_masks, whole_model
+from secateur_server.operate.metrics import Metrics
+from secateur_server.pruning.catalog import resolve
+from secateur_server.pruning.measure import fold
+from secateur_server.pruning.prune import prune
+from secateur_server.pruning.spec import Parameter
+from secateur_server.wire.header import MIN_FILE_BYTES
+from secateur_server.wire.reader import ByteStream
+from secateur_server.wire.writer import StateDictWriter
+
+
+class Pruner(PrunerServicer):
+    """The service secateur.v1.Pruner. It keeps nothing between calls."""
+
+    def __init__(self, device: torch.device, max_model_bytes: int, metrics: Metrics) -> None:
+        self._device = device
+        self._max_model_bytes = max_model_bytes
+        self._metrics = metrics
+
+    def Prune(
+        self, request_iterator: Iterator[pb.PruneRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.PruneResponse]:
+        """Decides masks, and answers with them or with what they are applied to."""
+        first, data = open_request(request_iterator, self._metrics.received)
+        header = first.header
+        rules = decode_spec(header.spec)
+        if header.output not in pb.Output.values():
+            raise InvalidRequest("header.output", f"{header.output} is no output")
+        stream = self._stream(data, header.data_bytes)
+        with self._metrics.holding(header.data_bytes):
+            model = open_model(stream, {name for rule in rules for name in rule.extras()})
+            rules = resolve(rules, model.catalog)
+            model.read(stream, self._device)
+            pruned, outcomes = prune(model.parameters, rules, model.extras)
+            self._metrics.pruned(model.parameters, pruned)
+            writer = _prune_output(header.output, model, pruned)
+            report = encode_report(
+                pruned.items(), stream.digest(), writer.digest() if writer else "", outcomes
+            )
+            yield from responses(
+                pb.PruneResponse,
+                pb.PruneResult(report=report, data_bytes=writer.file_bytes if writer else 0),
+                writer.chunks() if writer else iter(()),
+                self._metrics.sent,
+            )
+
+    def Report(
+        self, request_iterator: Iterator[pb.ReportRequest], context: grpc.ServicerContext
+    ) -> pb.ReportResponse:
+        """Measures a model."""
+        first, data = open_request(request_iterator, self._metrics.received)
+        header = first.header
+        stream = self._stream(data, header.data_bytes)
+        with self._metrics.holding(header.data_bytes):
+            model = open_model(stream)
+            names = model.named("header.tensors", header.tensors)
+            model.read(stream, self._device)
+            covered = ((name, model.parameters[name]) for name in names)
+            return pb.ReportResponse(report=encode_report(covered, stream.digest()))
+
+    def Finalize(
+        self, request_iterator: Iterator[pb.FinalizeRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.FinalizeResponse]:
+        """Folds masks into their weights."""
+        first, data = open_request(request_iterator, self._metrics.received)
+        header = first.header
+        stream = self._stream(data, header.data_bytes)
+        with self._metrics.holding(header.data_bytes):
+            model = open_model(stream)
+            names = model.named("header.tensors", header.tensors)
+            model.read(stream, self._device)
+            writer = StateDictWriter(whole_model(model, model.parameters, names), model.metadata)
+            folded = ((name, Parameter(fold(model.parameters[name]))) for name in names)
+            report = encode_report(folded, stream.digest(), writer.digest())
+            yield from responses(
+                pb.FinalizeResponse,
+                pb.FinalizeResult(report=report, data_bytes=writer.file_bytes),
+                writer.chunks(),
+                self._metrics.sent,
+            )
+
+    def _stream(self, data: Iterator[bytes], file_bytes: int) -> ByteStream:
+        if file_bytes < MIN_FILE_BYTES:
+            raise InvalidRequest(
+                "header.data_bytes", f"{file_bytes} is less than the {MIN_FILE_BYTES} of any file"
+            )
+        if file_bytes > self._max_model_bytes:
+            raise ModelTooLarge(
+                "header.data_bytes",
+                f"{file_bytes} bytes; this server takes up to {self._max_model_bytes}",
+            )
+        return ByteStream(data, file_bytes)
+
+
+def _prune_output(
+    output: int, model: Model, pruned: dict[str, Parameter]
+) -> StateDictWriter | None:
+    if output == pb.OUTPUT_NONE:
+        return None
+    if output in (pb.OUTPUT_UNSPECIFIED, pb.OUTPUT_MASKS):
+        return StateDictWriter(packed_masks(pruned), {})
+    parameters = {**model.parameters, **pruned}
+    folded = parameters.keys() if output == pb.OUTPUT_DENSE else ()
+    return StateDictWriter(whole_model(model, parameters, folded), model.metadata)

@@ -1,0 +1,142 @@
+"""The head of a safetensors file, and everything that can be wrong with it."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from secateur_proto.framing import DTYPE_BITS, tensor_bytes
+from secateur_server.errors import MalformedFile, quote
+
+# The format's own limit.
+MAX_HEADER_BYTES = 100_000_000
+
+# The length in 8 bytes, and {}.
+MIN_FILE_BYTES = 10
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file announces: its tensors in the header's order, and the caller's own texts."""
+
+    entries: "list[Entry]"
+    metadata: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor that the header announces; its data is at [begin, end) behind the header."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def header_length(prefix: bytes, file_bytes: int) -> int:
+    """The length of the JSON text, from the first 8 bytes of a file of `file_bytes` bytes."""
+    length = int.from_bytes(prefix, "little")
+    limit = min(MAX_HEADER_BYTES, file_bytes - 8)
+    if not 2 <= length <= limit:
+        raise MalformedFile(
+            "data",
+            f"the header's length is {length}; in {file_bytes} bytes it is from 2 to {limit}",
+        )
+    return length
+
+
+def parse_header(text: bytes, data_bytes: int) -> Header:
+    """What the header `text` of a file announces.
+
+    data_bytes: what is left of the file behind the header.
+    Errors: MalformedFile, unless the tensors cover the data from 0 to its end without gap or
+    overlap, each with a known dtype, and as many bytes as its shape has.
+    """
+    table = _table(text)
+    metadata = _metadata(table.pop("__metadata__", {}))
+    entries = [_entry(name, fields) for name, fields in table.items()]
+    position, before = 0, "the header"
+    for entry in sorted(entries, key=lambda entry: (entry.begin, entry.end)):
+        if entry.begin != position:
+            what = "overlaps" if entry.begin < position else "leaves a gap behind"
+            raise MalformedFile(
+                _field(entry.name),
+                f"data_offsets begin at {entry.begin}, which {what} {before}, ending at {position}",
+            )
+        position, before = entry.end, quote(entry.name)
+    if position != data_bytes:
+        raise MalformedFile(
+            "data", f"the header describes {position} bytes of tensors, the file has {data_bytes}"
+        )
+    return Header(entries, metadata)
+
+
+def _field(name: str) -> str:
+    return f"data[{quote(name)}]"
+
+
+def _table(text: bytes) -> dict[str, Any]:
+    if not text.startswith(b"{"):
+        raise MalformedFile("data", f"the header begins with {quote(text[:8])}, not with {{")
+    try:
+        return json.loads(text.decode(), object_pairs_hook=_distinct)  # type: ignore[no-any-return]
+    except RecursionError:
+        raise MalformedFile("data", "the header is nested too deeply") from None
+    except ValueError as error:
+        raise MalformedFile("data", f"the header is not JSON: {quote(str(error))}") from None
+
+
+def _metadata(metadata: Any) -> dict[str, str]:
+    if not isinstance(metadata, dict):
+        raise MalformedFile("data['__metadata__']", f"{quote(metadata)} is not a map")
+    for key, value in metadata.items():
+        if not isinstance(value, str) or not (_is_text(key) and _is_text(value)):
+            raise MalformedFile(f"data['__metadata__'][{quote(key)}]", f"{quote(value)} is no text")
+    return metadata
+
+
+def _is_text(text: str) -> bool:
+    """JSON can spell lone surrogates, which UTF-8 cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        seen: set[str] = set()
+        name = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise MalformedFile(_field(name), "the name stands twice in the header")
+    return table
+
+
+def _entry(name: str, fields: Any) -> Entry:
+    if not _is_text(name):
+        raise MalformedFile(_field(name), "the name is no text")
+    if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
+        raise MalformedFile(
+            _field(name), f"needs dtype, shape and data_offsets, has {quote(fields)}"
+        )
+    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise MalformedFile(_field(name), f"dtype {quote(dtype)} is unknown")
+    if not _sizes(shape):
+        raise MalformedFile(_field(name), f"shape {quote(shape)} is not a list of sizes")
+    if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise MalformedFile(_field(name), f"data_offsets {quote(offsets)} are not [begin, end]")
+    expected = tensor_bytes(dtype, shape)
+    if offsets[1] - offsets[0] != expected:
+        raise MalformedFile(
+            _field(name),
+            f"data_offsets {offsets} hold {offsets[1] - offsets[0]} bytes, "
+            f"{dtype} of shape {quote(shape)} has {quote(expected)}",
+        )
+    return Entry(name, dtype, tuple(shape), offsets[0], offsets[1])
+
+
+def _sizes(values: Any) -> bool:
+    """Whether `values` are integers in [0, 2^63), as many as a tensor has dimensions."""
+    return (
+        isinstance(values, list)
+        and len(values) <= 64
+        and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+    )
