@@ -37,9 +37,26 @@ class Source:
         bases = (name.removesuffix("_orig") for name in self.tensors if name.endswith("_orig"))
         return {base: f"{base}_mask" for base in bases if f"{base}_mask" in self.tensors}
 
+    def prunable(self) -> dict[str, LocalTensor]:
+        """The floating parameters; a pair is its X, with the values of X_orig."""
+        pairs = self.pairs()
+        masks = set(pairs.values())
+        names = {f"{base}_orig": base for base in pairs}
+        return {
+            names.get(stored, stored): tensor
+            for stored, tensor in self.tensors.items()
+            if stored in self.parameters - masks and tensor.dtype in _PRUNABLE
+        }
+
+
+# The dtypes that the server prunes.
+_PRUNABLE = ("F64", "F32", "F16", "BF16")
+
 
 def read_source(source: Any) -> Source:
-    """Errors: InvalidStateDict."""
+    """Reads what a caller gives as a model; a Source is one already.  Errors: InvalidStateDict."""
+    if isinstance(source, Source):
+        return source
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(source, torch.nn.Module):
         return _from_module(source)

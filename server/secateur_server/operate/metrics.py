@@ -113,7 +113,7 @@ class Metrics:
 
 
 def _pruned(parameter: Parameter) -> int:
-    return 0 if parameter.mask is None else parameter.mask.numel() - int(parameter.mask.sum())
+    return 0 if parameter.mask is None else parameter.mask.numel() - int(parameter.mask.count_nonzero())
 
 
 def code_of(context: grpc.ServicerContext, failed: bool) -> str:

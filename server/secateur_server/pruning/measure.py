@@ -28,8 +28,8 @@ def measure(parameter: Parameter) -> Sparsity:
     zero = weight == 0
     if mask is not None:
         zero |= ~mask
-    zeros = int(zero.sum())
-    pruned = 0 if mask is None else weight.numel() - int(mask.sum())
+    zeros = int(zero.count_nonzero())
+    pruned = 0 if mask is None else weight.numel() - int(mask.count_nonzero())
     dims = range(weight.dim()) if weight.dim() > 1 else ()
     return Sparsity(
         zeros, weight.numel(), pruned, tuple(_zero_slices(zero, dim, zeros) for dim in dims)

@@ -62,9 +62,9 @@ def _apply_masks(
         asked = to_mask(extras[holder], InvalidMask, field)
         before = state[name].mask
         masks[name] = asked if before is None else asked & before
-        candidates = asked.numel() if before is None else int(before.sum())
-        requested = asked.numel() - int(asked.sum())
-        choices.append(Choice((name,), candidates, requested, candidates - int(masks[name].sum())))
+        candidates = asked.numel() if before is None else int(before.count_nonzero())
+        requested = asked.numel() - int(asked.count_nonzero())
+        choices.append(Choice((name,), candidates, requested, candidates - int(masks[name].count_nonzero())))
     return masks, choices
 
 
@@ -109,7 +109,7 @@ def _rank(
 def _choose(rule: Selection, rankings: Sequence[Ranking]) -> tuple[list[Tensor], Choice]:
     """Selects among the units of all `rankings`. Returns: for each, the units kept."""
     names = tuple(ranking.name for ranking in rankings)
-    alive = [r.units if r.alive is None else int(r.alive.sum()) for r in rankings]
+    alive = [r.units if r.alive is None else int(r.alive.count_nonzero()) for r in rankings]
     count = units_to_prune(rule, names, sum(alive))
     dtype = score_dtype(rankings)
     cut = decide(rankings, dtype, count) if count else NOTHING
@@ -118,7 +118,7 @@ def _choose(rule: Selection, rankings: Sequence[Ranking]) -> tuple[list[Tensor],
         units, ties = mark(ranking, dtype, cut, ties)
         kept.append(units)
         left = units if ranking.alive is None else units & ranking.alive
-        pruned += before - int(left.sum())
+        pruned += before - int(left.count_nonzero())
     value = None if isinstance(rule.importance, Random) else threshold(cut, dtype)
     return kept, Choice(names, sum(alive), count, pruned, value, cut.equal, cut.ties - ties)
 

@@ -68,7 +68,7 @@ def refuse_nan(values: Tensor, mask: Tensor | None, field: str) -> None:
     if not any(bool(piece.isnan().any()) for piece in torch.split(values.reshape(-1), PIECE)):
         return
     nan = values.isnan() if mask is None else values.isnan() & mask
-    count = int(nan.sum())
+    count = int(nan.count_nonzero())
     if count:
         first = nan.nonzero()[0].tolist()
         raise NanScores(field, f"is NaN at {first} and in {count} of {nan.numel()} elements")

