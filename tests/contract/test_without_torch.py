@@ -1,0 +1,78 @@
+"""The client where torch is not installed: a process that sees every package but torch."""
+
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tests.conftest import RunningServer
+
+
+@pytest.fixture(scope="module")
+def without_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with links to all that is installed here, but for torch."""
+    folder = tmp_path_factory.mktemp("site")
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if not entry.name.startswith(("torch", "functorch")):
+            (folder / entry.name).symlink_to(entry)
+    return folder
+
+
+def run(site: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    paths = ":".join([str(site), *(str(Path(part).resolve()) for part in ("client", "protos"))])
+    return subprocess.run(
+        [sys.executable, "-S", "-W", "error", "-c", code, *arguments],
+        env={"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_import_secateur_imports_no_torch() -> None:
+    code = "import sys, secateur; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-W", "error", "-c", code]).returncode == 0
+
+
+def test_files_and_arrays_are_pruned_without_torch(
+    without_torch: Path, server: RunningServer, tmp_path: Path
+) -> None:
+    weights = np.array([[3, -1], [2, -4]], np.float32)
+    save_file({"w": weights}, tmp_path / "in.safetensors")
+    code = """
+import sys, numpy, secateur
+address, folder = sys.argv[1:]
+half = secateur.l1_unstructured("w", 0.5)
+with secateur.Client(address, timeout=30) as client:
+    result = client.prune(f"{folder}/in.safetensors", half)
+    assert type(result.masks["w"]) is numpy.ndarray
+    result.save(f"{folder}/out.safetensors")
+    pairs = client.prune({"w": result.state_dict()["w"]}, half).state_dict("reparametrized")
+    assert client.finalize(pairs).report.zeros == 2
+try:
+    secateur.Client(address).report(f"{folder}/model.pt")
+except secateur.InvalidStateDict as error:
+    assert "install torch" in str(error), error
+else:
+    raise SystemExit("a .pt file was read")
+assert "torch" not in sys.modules
+"""
+    ended = run(without_torch, code, server.address, str(tmp_path))
+    assert ended.returncode == 0, ended.stderr
+    assert load_file(tmp_path / "out.safetensors")["w"].tolist() == [[3, 0], [0, -4]]
+
+
+def test_an_embedded_server_says_what_it_needs(without_torch: Path) -> None:
+    code = """
+import secateur
+try:
+    with secateur.embedded():
+        pass
+except secateur.SecateurError as error:
+    print(error)
+"""
+    ended = run(without_torch, code)
+    assert "pip install 'secateur[server]'" in ended.stdout, ended.stderr

@@ -1,0 +1,141 @@
+"""Starting, health, reflection, and ending of a real server."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
+    ProtoReflectionDescriptorDatabase,
+)
+from tests.conftest import RunningServer, eventually, start_server, stop_server
+
+import secateur
+from secateur_proto import pruner_pb2, pruner_pb2_grpc
+from secateur_proto.framing import file_header
+
+SERVICE = "secateur.v1.Pruner"
+
+
+def run_server(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A server that is expected to end by itself."""
+    return subprocess.run(
+        [sys.executable, "-m", "secateur_server", *options],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.mark.parametrize("service", ["", SERVICE])
+def test_health_is_serving(channel: grpc.Channel, service: str) -> None:
+    request = health_pb2.HealthCheckRequest(service=service)
+    answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=10)
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_reflection_shows_the_service_and_its_messages(channel: grpc.Channel) -> None:
+    database = ProtoReflectionDescriptorDatabase(channel)
+    assert SERVICE in database.get_services()
+    file = database.FindFileContainingSymbol(SERVICE)
+    assert [method.name for method in file.service[0].method] == ["Prune", "Report", "Finalize"]
+
+
+def test_sigterm_lets_a_running_request_end_and_takes_no_new_one() -> None:
+    server = start_server()
+    file = file_header([("w", "F32", (2,))]) + np.array([0, 1], np.float32).tobytes()
+    rest = threading.Event()
+
+    def slow_request() -> Iterator[pruner_pb2.ReportRequest]:
+        header = pruner_pb2.ReportHeader(data_bytes=len(file))
+        yield pruner_pb2.ReportRequest(header=header, data=file[:20])
+        rest.wait()
+        yield pruner_pb2.ReportRequest(data=file[20:])
+
+    with grpc.insecure_channel(server.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        call = pruner_pb2_grpc.PrunerStub(channel).Report.future(slow_request())
+        watch = health.Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        server.process.send_signal(signal.SIGTERM)
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        with secateur.Client(server.address) as late:
+            eventually(lambda: is_refused(late), True)
+        rest.set()
+        assert call.result(timeout=20).report.zeros == 1
+        watch.cancel()
+    server.process.communicate(timeout=30)
+    assert server.process.returncode == 0
+
+
+def is_refused(client: secateur.Client) -> bool:
+    try:
+        client.report({"w": np.zeros(1)})
+    except secateur.Unavailable:
+        return True
+    return False
+
+
+def test_what_outlasts_the_drain_timeout_is_cut_off() -> None:
+    server = start_server("--drain-timeout", "0.2")
+    never = threading.Event()
+
+    def endless_request() -> Iterator[pruner_pb2.ReportRequest]:
+        yield pruner_pb2.ReportRequest(header=pruner_pb2.ReportHeader(data_bytes=100))
+        never.wait()
+
+    with grpc.insecure_channel(server.address) as channel:
+        call = pruner_pb2_grpc.PrunerStub(channel).Report.future(endless_request())
+        eventually(lambda: running_calls(server), True)
+        stop_server(server)
+        never.set()
+        error = call.exception(timeout=20)
+        assert isinstance(error, grpc.Call)
+        assert error.code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
+
+
+def running_calls(server: RunningServer) -> bool:
+    from tests.operate.test_metrics import sample
+
+    return sample(server, "secateur_requests_in_flight") == 1
+
+
+def test_a_second_server_at_the_same_address_says_so(server: RunningServer) -> None:
+    ended = run_server("--address", server.address, "--metrics-address", "")
+    assert ended.returncode == 1
+    assert f"secateur-server: cannot listen at {server.address}" in ended.stderr
+    ended = run_server("--address", "127.0.0.1:0", "--metrics-address", server.metrics_address)
+    assert ended.returncode == 1
+    assert f"cannot serve metrics at {server.metrics_address}" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--device", "gpu", "'gpu' is none of auto, cpu, cuda, cuda:N"),
+        ("--device", "cuda:99", "'cuda:99': torch"),
+        ("--max-model-bytes", "1GB", "'1GB' is no number of bytes"),
+        ("--max-model-bytes", "0", "'0' is no number of bytes"),
+        ("--drain-timeout", "-1", "'-1' is no time in seconds"),
+        ("--drain-timeout", "nan", "'nan' is no time in seconds"),
+    ],
+)
+def test_a_wrong_option_is_named(option: str, value: str, message: str) -> None:
+    ended = run_server(f"{option}={value}")
+    assert ended.returncode == 2
+    assert f"argument {option}: {message}" in ended.stderr
+
+
+def test_a_variable_is_an_option_and_the_command_line_goes_first() -> None:
+    ended = run_server(SECATEUR_DEVICE="gpu")
+    assert ended.returncode == 2
+    assert "argument --device: 'gpu' is none of" in ended.stderr
+    ended = run_server("--device", "cpu", "--drain-timeout=x", SECATEUR_DEVICE="gpu")
+    assert "argument --drain-timeout" in ended.stderr

@@ -1,0 +1,149 @@
+"""What Prometheus sees of a real server."""
+
+import json
+import shutil
+import socket
+import subprocess
+import threading
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from tests.conftest import RunningServer, eventually, start_server, stop_server
+
+import secateur
+from secateur_proto import pruner_pb2, pruner_pb2_grpc
+
+MODEL = {"w": np.arange(1, 9, dtype=np.float32).reshape(2, 4)}
+HALF = secateur.l1_unstructured("w", 0.5)
+
+
+@pytest.fixture
+def own_server() -> Iterator[RunningServer]:
+    running = start_server()
+    yield running
+    stop_server(running)
+
+
+def sample(server: RunningServer, name: str, **labels: str) -> float:
+    """The value of one series."""
+    with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    values = [
+        found.value
+        for family in text_string_to_metric_families(text)
+        for found in family.samples
+        if found.name == name and labels.items() <= found.labels.items()
+    ]
+    assert len(values) == 1, f"{name} {labels}: {values}"
+    return values[0]
+
+
+def test_a_call_is_counted_timed_and_weighed(own_server: RunningServer) -> None:
+    with secateur.Client(own_server.address) as client:
+        client.prune(MODEL, HALF)
+    method = {"grpc_service": "secateur.v1.Pruner", "grpc_method": "Prune"}
+    assert sample(own_server, "grpc_server_started_total", **method) == 1
+    assert sample(own_server, "grpc_server_handled_total", grpc_code="OK", **method) == 1
+    assert sample(own_server, "grpc_server_handling_seconds_count", **method) == 1
+    assert sample(own_server, "secateur_pruned_elements_total") == 4
+    assert sample(own_server, "secateur_received_bytes_total") > MODEL["w"].nbytes
+    assert sample(own_server, "secateur_sent_bytes_total") > 0
+    assert sample(own_server, "secateur_model_bytes") == 0
+    assert sample(own_server, "secateur_requests_in_flight") == 0
+    assert sample(own_server, "secateur_build_info", version="0.1.0") == 1
+
+
+def test_what_was_pruned_before_is_not_counted_again(own_server: RunningServer) -> None:
+    with secateur.Client(own_server.address) as client:
+        pairs = client.prune(MODEL, HALF).state_dict("reparametrized")
+        client.prune(pairs, HALF)
+    assert sample(own_server, "secateur_pruned_elements_total") == 4 + 2
+
+
+def test_an_error_is_counted_by_its_code_as_go_spells_it(own_server: RunningServer) -> None:
+    with secateur.Client(own_server.address) as client, pytest.raises(secateur.InvalidSpec):
+        client.prune(MODEL, secateur.l1_unstructured("v", 0.5))
+    assert sample(own_server, "grpc_server_handled_total", grpc_code="InvalidArgument") == 1
+
+
+def test_a_model_is_held_while_its_call_runs(own_server: RunningServer) -> None:
+    """The call sends the first bytes of a file, and then nothing."""
+    header = pruner_pb2.ReportHeader(data_bytes=12345)
+    request = pruner_pb2.ReportRequest(header=header, data=b"\x64")
+    ended = threading.Event()
+
+    def half_a_request() -> Iterator[pruner_pb2.ReportRequest]:
+        yield request
+        ended.wait()
+
+    with grpc.insecure_channel(own_server.address) as channel:
+        call = pruner_pb2_grpc.PrunerStub(channel).Report.future(half_a_request())
+        eventually(lambda: sample(own_server, "secateur_model_bytes"), 12345)
+        assert sample(own_server, "secateur_requests_in_flight") == 1
+        call.cancel()
+        ended.set()
+        eventually(lambda: sample(own_server, "secateur_model_bytes"), 0)
+    code = {"grpc_code": "Canceled", "grpc_method": "Report"}
+    eventually(lambda: sample(own_server, "grpc_server_handled_total", **code), 1)
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool: make system")
+def test_promtool_finds_nothing_to_say(own_server: RunningServer) -> None:
+    with urllib.request.urlopen(f"http://{own_server.metrics_address}/metrics") as answer:
+        text = answer.read()
+    checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True)
+    assert (checked.returncode, checked.stdout + checked.stderr) == (0, b"")
+
+
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="no prometheus: make system")
+def test_a_real_prometheus_scrapes_it(own_server: RunningServer, tmp_path: Path) -> None:
+    """The configuration is the one that compose mounts, with this test's address in it."""
+    config = Path("deploy/prometheus/prometheus.yml").read_text()
+    config = config.replace("secateur:9464", own_server.metrics_address).replace("15s", "1s")
+    (tmp_path / "prometheus.yml").write_text(config)
+    with secateur.Client(own_server.address) as client:
+        client.prune(MODEL, HALF)
+    with prometheus(tmp_path) as address:
+        query = 'grpc_server_handled_total{job="secateur",grpc_method="Prune",grpc_code="OK"}'
+        eventually(lambda: ask(address, query), [1.0])
+        assert ask(address, "secateur_pruned_elements_total") == [4.0]
+
+
+@contextmanager
+def prometheus(folder: Path) -> Iterator[str]:
+    """A Prometheus with the configuration in `folder`. Yields its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    process = subprocess.Popen(
+        [
+            "prometheus",
+            f"--config.file={folder / 'prometheus.yml'}",
+            f"--storage.tsdb.path={folder / 'data'}",
+            f"--web.listen-address={address}",
+        ],
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield address
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def ask(address: str, query: str) -> list[float] | None:
+    """The values of a query; None where Prometheus does not answer yet."""
+    url = f"http://{address}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            found = json.load(answer)["data"]["result"]
+    except OSError:
+        return None
+    return [float(series["value"][1]) for series in found]
