@@ -1,9 +1,11 @@
 """A real server, in a process of its own on a free port, for all tests of a run."""
 
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,34 +22,33 @@ import secateur
 class RunningServer:
     address: str
     metrics_address: str
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes]
+    log: Path
 
 
 def start_server(*options: str) -> RunningServer:
-    """A secateur-server that takes requests."""
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "secateur_server"),
-            *("--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0", *options),
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    found = {}
-    for line in process.stderr:
-        if match := re.search(r"serving (gRPC|metrics) at (?:http://)?([\d.:]+)", line):
-            found[match[1]] = match[2]
-        if len(found) == 2:
-            return RunningServer(found["gRPC"], found["metrics"], process)
-    raise AssertionError(f"the server ended with {process.wait()}")
+    """A secateur-server that takes requests, and logs to a file."""
+    log = Path(tempfile.mkdtemp(prefix="secateur-test-")) / "log"
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "secateur_server"),
+                *("--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0", *options),
+            ],
+            stderr=stderr,
+        )
+    pattern = re.compile(r"serving (?:gRPC|metrics) at (?:http://)?([\d.:]+)")
+    eventually(lambda: process.poll() is not None or len(pattern.findall(log.read_text())), 2, 60)
+    address, metrics_address = pattern.findall(log.read_text())
+    return RunningServer(address, metrics_address, process, log)
 
 
 def stop_server(server: RunningServer) -> str:
-    """Ends a server as an operator does. Returns what it still logged."""
+    """Ends a server as an operator does. Returns what it logged."""
     server.process.send_signal(signal.SIGTERM)
-    _, logged = server.process.communicate(timeout=30)
-    assert server.process.returncode == 0, logged
+    assert server.process.wait(timeout=30) == 0
+    logged = server.log.read_text()
+    shutil.rmtree(server.log.parent)
     return logged
 
 

@@ -61,6 +61,8 @@ class PruneResult:
     def state_dict(self, form: str = "dense") -> dict[str, Any]:
         """The pruned model: "dense", or "reparametrized" as torch.nn.utils.prune leaves it.
 
+        A form that did not come over the wire is made of the source as it is now. What was not
+        pruned may share the source's memory.
         Errors: SecateurError, for a form that cannot be made from the output that was asked for.
         """
         return _values(self._tensors(form), self._source)

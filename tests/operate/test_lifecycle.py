@@ -71,8 +71,7 @@ def test_sigterm_lets_a_running_request_end_and_takes_no_new_one() -> None:
         rest.set()
         assert call.result(timeout=20).report.zeros == 1
         watch.cancel()
-    server.process.communicate(timeout=30)
-    assert server.process.returncode == 0
+    stop_server(server)
 
 
 def is_refused(client: secateur.Client) -> bool:

@@ -2,6 +2,9 @@
 
 import math
 from collections.abc import Sequence
+from functools import reduce
+from itertools import product
+from operator import add
 
 import pytest
 import torch
@@ -18,10 +21,6 @@ from tests.pruning.torch_side import (
     identity,
     l1,
     ln,
-    masks_of,
-    module_of,
-    place,
-    prune,
     torch_masks,
 )
 from torch import Tensor
@@ -31,7 +30,8 @@ import secateur
 SHAPES = {"conv.weight": (6, 4, 3, 3), "fc.weight": (10, 7), "fc.bias": (10,), "scale": ()}
 NAMES = list(SHAPES)
 AMOUNTS = [0, 0.0, 0.137, 0.5, 1, 1.0]
-NORMS = [1, 2, 3, 0.5, -1, math.inf, -math.inf, "fro"]
+NORMS: list[float | str] = [1, 2, 3, 0.5, -1, math.inf, -math.inf]
+MATRIX_NORMS = ["fro", "nuc"]  # torch takes them where a slice has up to 2 dimensions, or 2
 
 exact = pytest.mark.parametrize("dtype", EXACT, ids=str)
 amounts = pytest.mark.parametrize("amount", AMOUNTS)
@@ -40,7 +40,7 @@ amounts = pytest.mark.parametrize("amount", AMOUNTS)
 def weights(dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
     """No magnitude is twice in one tensor, nor in two of them."""
     whole = distinct((sum(math.prod(shape) for shape in SHAPES.values()),), dtype, seed)
-    parts = whole.split([math.prod(shape) for shape in SHAPES.values()])
+    parts = torch.split(whole, [math.prod(shape) for shape in SHAPES.values()])
     return {n: part.view(SHAPES[n]) for n, part in zip(NAMES, parts, strict=True)}
 
 
@@ -97,30 +97,42 @@ def test_scores_of_another_dtype_keep_their_precision(
     check(client, tensors, all_l1(NAMES, 0.5, fine if scores == torch.float64 else coarse))
 
 
+def every_dim_and_amount(
+    shape: Sequence[int], dtype: torch.dtype, n: float | str, scored: bool = False
+) -> tuple[dict[str, Tensor], Step]:
+    """A tensor for each dim and amount, and one spec with a rule for each: one request for all."""
+    dims = range(-len(shape), len(shape))
+    cases = {f"w{i}": case for i, case in enumerate(product(dims, AMOUNTS))}
+    tensors = {name: distinct(shape, dtype, seed) for seed, name in enumerate(cases)}
+    scores = {name: distinct(shape, dtype, 99) for name in cases} if scored else {}
+    steps = [
+        ln([name], amount, n, dim, {name: scores[name]} if scored else None)
+        for name, (dim, amount) in cases.items()
+    ]
+    return tensors, reduce(add, steps)
+
+
 @exact
 @pytest.mark.parametrize("n", NORMS)
-@pytest.mark.parametrize("dim", range(-4, 4))
 def test_ln_structured_is_torchs(
-    client: secateur.Client, dtype: torch.dtype, n: float | str, dim: int
+    client: secateur.Client, dtype: torch.dtype, n: float | str
 ) -> None:
-    tensors = weights(dtype)
-    for amount in AMOUNTS:
-        check(client, tensors, ln(["conv.weight"], amount, n, dim))
-        if -2 <= dim < 2:
-            check(client, tensors, ln(["conv.weight", "fc.weight"], amount, n, dim))
+    check(client, *every_dim_and_amount((6, 4, 3, 2), dtype, n))
+    check(client, *every_dim_and_amount((11, 9), dtype, n))
 
 
 @exact
-@pytest.mark.parametrize("n", [*NORMS, "nuc"])
-@pytest.mark.parametrize("dim", range(-3, 3))
+@pytest.mark.parametrize("n", [*NORMS, *MATRIX_NORMS])
+@pytest.mark.parametrize("scored", [False, True])
 def test_ln_structured_ranks_by_scores(
-    client: secateur.Client, dtype: torch.dtype, n: float | str, dim: int
+    client: secateur.Client, dtype: torch.dtype, n: float | str, scored: bool
 ) -> None:
-    tensors = {"w": distinct((5, 4, 6), dtype)}
-    scores = {"w": distinct((5, 4, 6), dtype, seed=1)}
-    for amount in AMOUNTS:
-        check(client, tensors, ln(["w"], amount, n, dim))
-        check(client, tensors, ln(["w"], amount, n, dim, scores))
+    check(client, *every_dim_and_amount((5, 4, 6), dtype, n, scored))
+
+
+@exact
+def test_ln_structured_prunes_several_tensors(client: secateur.Client, dtype: torch.dtype) -> None:
+    check(client, weights(dtype), ln(["conv.weight", "fc.weight"], 0.5, 2, -2))
 
 
 @exact
@@ -129,11 +141,20 @@ def test_the_norm_of_order_0_counts_what_is_not_zero(
     client: secateur.Client, dtype: torch.dtype, dim: int
 ) -> None:
     weight = distinct((5, 4, 6), dtype)
-    for index, zeros in enumerate(torch.randperm(weight.shape[dim]).tolist()):
+    order = distinct((weight.shape[dim],)).argsort().tolist()
+    for index, zeros in enumerate(order):  # no two slices have as many
         chosen = weight.select(dim, index)
         chosen[torch.arange(chosen.numel()).view(chosen.shape) < zeros] = 0
-    for amount in AMOUNTS:
+    for amount in (0.137, 0.5, 1):
         check(client, {"w": weight}, ln(["w"], amount, 0, dim))
+
+
+@pytest.mark.parametrize("dim", range(-4, 4))
+def test_the_frobenius_norm_takes_slices_of_any_shape(client: secateur.Client, dim: int) -> None:
+    # torch raises above 2 dimensions; its 2-norm is the same number.
+    tensors = {"w": distinct((6, 4, 3, 3))}
+    masks = client.prune(tensors, secateur.ln_structured("w", 0.5, n="fro", dim=dim)).masks
+    assert_same_masks(masks, torch_masks(tensors, ln(["w"], 0.5, 2, dim)))
 
 
 @exact
@@ -164,7 +185,7 @@ def tensors_and_steps(draw: st.DrawFn) -> tuple[dict[str, Tensor], Step]:
     amount = draw(st.floats(0, 1) | st.integers(0, units))
     if not structured:
         return {"w": weight}, l1(["w"], amount)
-    n = draw(st.sampled_from(NORMS + ["nuc"] * (len(shape) == 3)))
+    n = draw(st.sampled_from(NORMS + MATRIX_NORMS * (len(shape) == 3)))
     assume(are_apart(weight, n, dim))
     return {"w": weight}, ln(["w"], amount, n, dim)
 
@@ -232,13 +253,3 @@ def test_zeros_that_no_mask_claims_are_ordinary_candidates(client: secateur.Clie
     dense = client.prune({"w": weight}, secateur.l1_unstructured("w", 0.5)).state_dict("dense")
     again = client.prune(dense, secateur.l1_unstructured("w", 0.5)).masks
     assert torch.equal(again["w"], masks["w"])
-
-
-def test_torchs_classes_prune_the_same_globally(client: secateur.Client) -> None:
-    """Identity and CustomFromMask stay what they are when torch's global function is not used."""
-    tensors = weights(torch.float32)
-    module = module_of(tensors)
-    places: Sequence[object] = [place(module, name) for name in NAMES]
-    prune.global_unstructured(places, pruning_method=prune.L1Unstructured, amount=0.137)
-    masks = client.prune(tensors, secateur.global_unstructured("*", 0.137)).masks
-    assert_same_masks(masks, masks_of(module))

@@ -55,6 +55,13 @@ class Step:
     spec: secateur.Spec
     on: Callable[[Module], None]
 
+    def __add__(self, behind: "Step") -> "Step":
+        def on(module: Module) -> None:
+            self.on(module)
+            behind.on(module)
+
+        return Step(self.spec + behind.spec, on)
+
 
 def by_torch(tensors: Tensors, *steps: Step) -> Module:
     """A module that torch pruned by these steps."""
@@ -153,6 +160,11 @@ def distinct(shape: Sequence[int], dtype: torch.dtype = torch.float32, seed: int
     return ((steps + 0.9 * jitter) * signs / max(count, 1)).to(dtype).reshape(tuple(shape))
 
 
+def count_of(amount: float, units: int) -> int:
+    """How many of `units` an amount means."""
+    return amount if isinstance(amount, int) else round(amount * units)
+
+
 def lowest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
     """Masks without the `count` lowest |scores|: of equal ones the first, tensor after tensor.
 
@@ -161,7 +173,7 @@ def lowest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
     ranked = torch.cat([values.double().abs().reshape(-1) for values in scores])
     kept = torch.ones(len(ranked), dtype=torch.bool)
     kept[torch.sort(ranked, stable=True).indices[:count]] = False
-    parts = kept.split([values.numel() for values in scores])
+    parts = torch.split(kept, [values.numel() for values in scores])
     return [part.view(values.shape) for part, values in zip(parts, scores, strict=True)]
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from secateur_server.errors import AmountOutOfRange, InvalidMask, quote
@@ -73,6 +74,8 @@ def to_mask(values: Tensor, error: type[Exception], field: str) -> Tensor:
 
     error: what to raise, with the field and a message, for any other value.
     """
+    if values.dtype == torch.bool:  # torch takes any byte for one
+        values = values.view(torch.uint8)
     other = (values != 0) & (values != 1)
     if bool(other.any()):
         first = other.nonzero()[0].tolist()

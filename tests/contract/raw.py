@@ -1,0 +1,185 @@
+"""Calls that the Python client cannot make: any bytes, in any order."""
+
+import json
+import threading
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import grpc
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
+from grpc_status import rpc_status
+from hypothesis import settings
+from prometheus_client.parser import text_string_to_metric_families
+from tests.conftest import RunningServer, eventually
+
+from secateur_proto import pruner_pb2 as pb
+from secateur_proto import spec_pb2
+from secateur_proto.pruner_pb2_grpc import PrunerStub
+
+# No call may hang.
+TIMEOUT = 20.0
+
+# Properties are checked on whatever machine there is, at whatever speed it has.
+unhurried = settings(deadline=None)
+
+INVALID_ARGUMENT = grpc.StatusCode.INVALID_ARGUMENT
+RPCS = ("Prune", "Report", "Finalize")
+_REQUESTS: dict[str, Any] = {
+    "Prune": (pb.PruneRequest, pb.PruneHeader),
+    "Report": (pb.ReportRequest, pb.ReportHeader),
+    "Finalize": (pb.FinalizeRequest, pb.FinalizeHeader),
+}
+Message = TypeVar("Message")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The status of a call that failed, with what google.rpc's details in it say."""
+
+    code: grpc.StatusCode
+    message: str
+    reason: str
+    domain: str
+    fields: tuple[str, ...]
+    descriptions: tuple[str, ...]
+
+
+def failure(call: Callable[..., object], *arguments: Any, **options: Any) -> Failure | None:
+    """How a call failed; None where it succeeded."""
+    try:
+        call(*arguments, **options)
+    except grpc.RpcError as error:
+        return read_failure(cast(grpc.Call, error))
+    return None
+
+
+def read_failure(call: grpc.Call) -> Failure:
+    """What a failed call says."""
+    info, bad_request = ErrorInfo(), BadRequest()
+    status = rpc_status.from_call(call)
+    for detail in status.details if status else ():
+        assert detail.Unpack(info) or detail.Unpack(bad_request), detail
+    return Failure(
+        call.code(),
+        call.details(),
+        info.reason,
+        info.domain,
+        tuple(violation.field for violation in bad_request.field_violations),
+        tuple(violation.description for violation in bad_request.field_violations),
+    )
+
+
+def check_invalid(found: Failure | None, reason: str, field: str, parts: Iterable[str]) -> None:
+    """The status that issue and contract want of every bad request."""
+    assert found is not None, "the call succeeded"
+    assert found.code == INVALID_ARGUMENT, found
+    assert (found.domain, found.reason, found.fields) == ("secateur", reason, (field,)), found
+    assert field in found.message, found
+    assert found.descriptions[0] in found.message, found
+    missing = [part for part in parts if part not in found.message]
+    assert not missing, f"{missing} not in {found.message!r}"
+
+
+def is_served(found: Failure | None) -> bool:
+    """Whether a call that may be bad ended as it may: it succeeded, or is the caller's fault."""
+    return found is None or (found.code == INVALID_ARGUMENT and found.domain == "secateur")
+
+
+def header(rpc: str, data_bytes: int, **fields: Any) -> Any:
+    """The header of an rpc; of a Prune with a spec that fits any model with floating tensors."""
+    if rpc == "Prune":
+        fields.setdefault("spec", spec("*"))
+    return _REQUESTS[rpc][1](data_bytes=data_bytes, **fields)
+
+
+def message(rpc: str, **fields: Any) -> Any:
+    """A request message of an rpc."""
+    return _REQUESTS[rpc][0](**fields)
+
+
+def send(
+    channel: grpc.Channel, rpc: str, messages: Iterable[Any], timeout: float = TIMEOUT
+) -> list[Any]:
+    """Makes a call of any messages. Returns those of its answer.  Errors: grpc.RpcError."""
+    answer: Any = getattr(PrunerStub(channel), rpc)(iter(messages), timeout=timeout)
+    return [answer] if rpc == "Report" else list(answer)
+
+
+def send_file(
+    channel: grpc.Channel, rpc: str, data: bytes, announced: int | None = None, **fields: Any
+) -> Failure | None:
+    """Sends a file in one message."""
+    first = header(rpc, len(data) if announced is None else announced, **fields)
+    return failure(send, channel, rpc, [message(rpc, header=first, data=data)])
+
+
+@contextmanager
+def kept_open(messages: Iterable[Message]) -> Iterator[Iterator[Message]]:
+    """Messages of a caller that does not end its stream while the block runs."""
+    ended = threading.Event()
+
+    def stream() -> Iterator[Message]:
+        yield from messages
+        ended.wait(60)
+
+    try:
+        yield stream()
+    finally:
+        ended.set()
+
+
+def file(table: Mapping[str, Any] | bytes, data: bytes = b"") -> bytes:
+    """A file in the safetensors format, or something like it.  table: as JSON, or its bytes."""
+    text = table if isinstance(table, bytes) else json.dumps(table).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def entry(dtype: Any, shape: Any, *offsets: Any) -> dict[str, Any]:
+    """What a safetensors header says of a tensor."""
+    return {"dtype": dtype, "shape": shape, "data_offsets": list(offsets)}
+
+
+def spec(*tensors: str, **fields: Any) -> spec_pb2.PruningSpec:
+    """A spec of one rule that prunes half of each tensor's elements, but for what `fields` say.
+
+    A field that is None is left out.
+    """
+    choices: dict[str, Any] = {
+        "granularity": spec_pb2.GRANULARITY_ELEMENT,
+        "scope": spec_pb2.SCOPE_PER_TENSOR,
+        "magnitude": None if "random" in fields else spec_pb2.Magnitude(p=1),
+        "fraction": None if "count" in fields else 0.5,
+        **fields,
+    }
+    given = {name: value for name, value in choices.items() if value is not None}
+    selection = spec_pb2.Selection(tensors=tensors, **given)
+    return spec_pb2.PruningSpec(rules=[spec_pb2.Rule(selection=selection)])
+
+
+def masks(**holders: str) -> spec_pb2.PruningSpec:
+    """A spec of one rule with custom masks."""
+    rule = spec_pb2.Rule(custom_masks=spec_pb2.CustomMasks(masks=holders))
+    return spec_pb2.PruningSpec(rules=[rule])
+
+
+def series(server: RunningServer, name: str, **labels: str) -> float:
+    """The sum of a metric's samples that have the labels."""
+    with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    )
+
+
+def check_serves(server: RunningServer, channel: grpc.Channel) -> None:
+    """The server takes a good request, and holds nothing of those that came before it."""
+    data = file({"w": entry("F32", [2], 0, 8)}, b"\0" * 8)
+    assert send_file(channel, "Prune", data) is None
+    eventually(lambda: series(server, "secateur_model_bytes"), 0.0)
+    eventually(lambda: series(server, "secateur_requests_in_flight"), 0.0)

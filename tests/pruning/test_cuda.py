@@ -1,0 +1,57 @@
+"""The same masks on a GPU as on the CPU."""
+
+import pytest
+import torch
+
+from secateur_server.pruning.measure import fold, measure, pack
+from secateur_server.pruning.prune import prune
+from secateur_server.pruning.spec import (
+    CustomMasks,
+    Element,
+    Magnitude,
+    Parameter,
+    Random,
+    Rule,
+    Selection,
+    Slice,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+
+RULES: dict[str, Rule] = {
+    "l1": Selection("r", ("a", "b"), Magnitude(), Element(), False, 0.3, {}),
+    "global": Selection("r", ("a", "b"), Magnitude(), Element(), True, 0.5, {}),
+    "scores": Selection("r", ("a",), Magnitude(), Element(), True, 0.5, {"a": "s"}),
+    "random": Selection("r", ("a", "b"), Random(7), Element(), True, 0.5, {}),
+    "l2": Selection("r", ("a", "b"), Magnitude(2.0), Slice(0), False, 0.4, {}),
+    "inf": Selection("r", ("b",), Magnitude(float("inf")), Slice(-1), False, 5, {}),
+    "random slices": Selection("r", ("a", "b"), Random(1), Slice(1), False, 3, {}),
+    "custom": CustomMasks("r", {"a": "m"}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("first", RULES)
+def test_masks_and_measures_are_those_of_the_cpu(dtype: torch.dtype, first: str) -> None:
+    torch.manual_seed(0)
+    weights = {"a": torch.randn(64, 96, 3, 3).to(dtype), "b": torch.randn(33, 1000).to(dtype)}
+    extras = {"s": torch.randn(64, 96, 3, 3), "m": torch.rand(64, 96, 3, 3) > 0.5}
+    rules = [RULES[first], *RULES.values()]  # each among what the ones before left
+    expected, choices = prune({n: Parameter(w) for n, w in weights.items()}, rules, extras)
+    found, found_choices = prune(
+        {name: Parameter(weight.cuda()) for name, weight in weights.items()},
+        rules,
+        {name: extra.cuda() for name, extra in extras.items()},
+    )
+    assert found_choices == choices
+    assert found.keys() == expected.keys()
+    for name, parameter in found.items():
+        mask, wanted = parameter.mask, expected[name].mask
+        assert mask is not None
+        assert wanted is not None
+        assert torch.equal(pack(mask).cpu(), pack(wanted))
+        assert torch.equal(fold(parameter).cpu(), fold(expected[name]))
+        assert measure(parameter) == measure(expected[name])

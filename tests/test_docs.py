@@ -1,0 +1,63 @@
+"""The documents' examples run, against a real server."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import save_file
+from tests.conftest import RunningServer
+
+from secateur import Spec
+
+
+def blocks(path: str, language: str) -> list[str]:
+    found = re.findall(rf"```{language}\n(.*?)```", Path(path).read_text(), re.DOTALL)
+    assert found, f"{path} has no {language}"
+    return found
+
+
+@pytest.mark.parametrize("path", ["README.md", "docs/specs.md", "docs/protocol.md"])
+def test_the_python_of_a_document_runs(path: str, server: RunningServer) -> None:
+    code = "\n".join(blocks(path, "python")).replace("localhost:50051", server.address)
+    ended = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_the_commands_of_the_readme_run(
+    server: RunningServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECATEUR_SERVER", server.address)
+    save_file({"fc.weight": np.ones((4, 4), np.float32)}, tmp_path / "model.safetensors")
+    commands = re.findall(r"^\$ (secateur .*)$", "\n".join(blocks("README.md", "console")), re.M)
+    assert len(commands) == 2
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        full = [str(Path(sys.executable).with_name(program)), *arguments]
+        ended = subprocess.run(full, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert ended.returncode == 0, ended.stderr
+    assert "50.00%" in ended.stdout
+
+
+def test_the_spec_file_of_the_documents_is_a_spec() -> None:
+    (text,) = blocks("docs/specs.md", "yaml")
+    assert len(Spec.from_dict(yaml.safe_load(text)).rules) == 2
+
+
+def test_every_method_is_documented() -> None:
+    from secateur.spec import METHODS
+
+    documented = set(re.findall(r"^\| `(\w+)\(", Path("docs/specs.md").read_text(), re.M))
+    assert documented == set(METHODS)
+
+
+def test_links_lead_somewhere() -> None:
+    for path in (Path("README.md"), *Path("docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path}: {target}"
