@@ -1,6 +1,8 @@
 """Calls that the Python client cannot make: any bytes, in any order."""
 
 import json
+import resource
+import shutil
 import threading
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,7 +15,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
 from grpc_status import rpc_status
 from hypothesis import settings
 from prometheus_client.parser import text_string_to_metric_families
-from tests.conftest import RunningServer, eventually
+from tests.conftest import RunningServer, eventually, start_server
 
 from secateur_proto import pruner_pb2 as pb
 from secateur_proto import spec_pb2
@@ -163,6 +165,19 @@ def masks(**holders: str) -> spec_pb2.PruningSpec:
     """A spec of one rule with custom masks."""
     rule = spec_pb2.Rule(custom_masks=spec_pb2.CustomMasks(masks=holders))
     return spec_pb2.PruningSpec(rules=[rule])
+
+
+@contextmanager
+def confined_server(*options: str) -> Iterator[RunningServer]:
+    """A server of its own, of little memory, for what may hang one or eat the machine's memory."""
+    running = start_server(*options)
+    resource.prlimit(running.process.pid, resource.RLIMIT_DATA, (4 << 30, 4 << 30))
+    try:
+        yield running
+    finally:
+        running.process.kill()
+        running.process.wait()
+        shutil.rmtree(running.log.parent)
 
 
 def series(server: RunningServer, name: str, **labels: str) -> float:

@@ -12,11 +12,12 @@ import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.conftest import RunningServer, start_server
+from tests.conftest import RunningServer
 from tests.contract.raw import (
     RPCS,
     check_invalid,
     check_serves,
+    confined_server,
     entry,
     failure,
     file,
@@ -53,13 +54,15 @@ def _the_server_goes_on(server: RunningServer, channel: grpc.Channel) -> Iterato
 
 
 @pytest.fixture(scope="module")
-def disposable() -> Iterator[grpc.Channel]:
-    """A server of its own for what might hang one: it would hang every test behind."""
-    running = start_server("--max-model-bytes", str(1 << 61))
-    with grpc.insecure_channel(running.address) as channel:
+def confined_to() -> Iterator[RunningServer]:
+    with confined_server("--max-model-bytes", str(1 << 61)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def confined(confined_to: RunningServer) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(confined_to.address) as channel:
         yield channel
-    running.process.kill()
-    running.process.communicate()
 
 
 def one(fields: Any, size: int = 8) -> bytes:
@@ -241,10 +244,13 @@ PAIR = {"__metadata___orig": entry("F32", [1], 0, 4), "__metadata___mask": entry
         pytest.param(file({}), id="no tensors"),
     ],
 )
-def test_an_odd_file_is_refused_or_answered_with_a_file(channel: grpc.Channel, data: bytes) -> None:
+def test_an_odd_file_is_refused_or_answered_with_a_file(
+    confined_to: RunningServer, confined: grpc.Channel, data: bytes
+) -> None:
     for rpc, fields in calls_of_all_kinds():
-        result = answered(channel, rpc, data, fields)
+        result = answered(confined, rpc, data, fields)
         assert not result or safetensors.torch.load(result) is not None
+    check_serves(confined_to, confined)
 
 
 def answered(channel: grpc.Channel, rpc: str, data: bytes, fields: dict[str, Any]) -> bytes:
@@ -285,7 +291,7 @@ def test_a_first_message_without_a_header_is_refused(channel: grpc.Channel, rpc:
 
 
 @rpcs
-@pytest.mark.parametrize("before", [b"", GOOD[:30], GOOD])
+@pytest.mark.parametrize("before", [b"", GOOD[:30], GOOD], ids=len)
 def test_a_second_header_is_refused(channel: grpc.Channel, rpc: str, before: bytes) -> None:
     first = message(rpc, header=header(rpc, len(GOOD)), data=before)
     second = message(rpc, header=header(rpc, len(GOOD)), data=GOOD[len(before) :])
@@ -346,21 +352,21 @@ def peak_mib(server: RunningServer) -> int:
 )
 @rpcs
 def test_nothing_is_allocated_on_the_word_of_a_header(
-    server: RunningServer, channel: grpc.Channel, rpc: str, data: bytes, announced: int
+    confined_to: RunningServer, confined: grpc.Channel, rpc: str, data: bytes, announced: int
 ) -> None:
-    check_serves(server, channel)
-    Path(f"/proc/{server.process.pid}/clear_refs").write_text("5")  # the peak begins anew
-    before = peak_mib(server)
+    check_serves(confined_to, confined)
+    Path(f"/proc/{confined_to.process.pid}/clear_refs").write_text("5")  # the peak begins anew
+    before = peak_mib(confined_to)
     fields = {"spec": sliced(random=spec_pb2.Random())} if rpc == "Prune" else {}
-    found = send_file(channel, rpc, data, len(data) + announced, **fields)
+    found = send_file(confined, rpc, data, len(data) + announced, **fields)
     assert is_served(found), found
     assert found is not None or not announced
-    assert peak_mib(server) < before + 64
+    assert peak_mib(confined_to) < before + 64
 
 
-def test_a_model_that_no_memory_holds_is_out_of_memory(disposable: grpc.Channel) -> None:
+def test_a_model_that_no_memory_holds_is_out_of_memory(confined: grpc.Channel) -> None:
     data = file({"w": entry("U8", [2**60], 0, 2**60)})
-    found = send_file(disposable, "Report", data, len(data) + 2**60)
+    found = send_file(confined, "Report", data, len(data) + 2**60)
     assert found is not None
     assert found.code == grpc.StatusCode.RESOURCE_EXHAUSTED
     assert (found.domain, found.reason) == ("secateur", "OUT_OF_MEMORY")
@@ -376,9 +382,9 @@ def test_a_model_that_no_memory_holds_is_out_of_memory(disposable: grpc.Channel)
 )
 @rpcs
 def test_bytes_that_are_no_message_are_refused(
-    disposable: grpc.Channel, rpc: str, content: bytes
+    confined: grpc.Channel, rpc: str, content: bytes
 ) -> None:
-    call: Any = disposable.stream_unary(f"/secateur.v1.Pruner/{rpc}")
+    call: Any = confined.stream_unary(f"/secateur.v1.Pruner/{rpc}")
     found = failure(call, iter([content]), timeout=20)
     assert found is not None
     assert (found.code, found.domain) == (grpc.StatusCode.INVALID_ARGUMENT, "secateur"), found

@@ -113,7 +113,8 @@ class Metrics:
 
 
 def _pruned(parameter: Parameter) -> int:
-    return 0 if parameter.mask is None else parameter.mask.numel() - int(parameter.mask.count_nonzero())
+    mask = parameter.mask
+    return 0 if mask is None else mask.numel() - int(mask.count_nonzero())
 
 
 def code_of(context: grpc.ServicerContext, failed: bool) -> str:

@@ -38,9 +38,9 @@ def measure(parameter: Parameter) -> Sparsity:
 
 def _zero_slices(zero: Tensor, dim: int, zeros: int) -> int:
     slices = zero.shape[dim]
-    if zeros * slices < zero.numel():  # not even one slice's worth
+    if zeros == 0 or zeros * slices < zero.numel():  # not even one slice's worth
         return 0
-    return int(zero.movedim(dim, 0).reshape(slices, -1).all(1).sum())
+    return int(zero.movedim(dim, 0).flatten(1).all(1).count_nonzero())
 
 
 # The integers that have the bits of a floating dtype.

@@ -65,7 +65,9 @@ def _apply_masks(
         masks[name] = asked if before is None else asked & before
         candidates = asked.numel() if before is None else int(before.count_nonzero())
         requested = asked.numel() - int(asked.count_nonzero())
-        choices.append(Choice((name,), candidates, requested, candidates - int(masks[name].count_nonzero())))
+        choices.append(
+            Choice((name,), candidates, requested, candidates - int(masks[name].count_nonzero()))
+        )
     return masks, choices
 
 

@@ -1,0 +1,86 @@
+"""Callers who go away in the middle of a call leave nothing behind."""
+
+from collections.abc import Iterator
+
+import grpc
+import pytest
+import safetensors.torch
+import torch
+from tests.conftest import RunningServer, eventually
+from tests.contract.raw import check_serves, failure, header, kept_open, message, send, series
+
+from secateur_proto import pruner_pb2 as pb
+from secateur_proto.framing import cut
+from secateur_proto.pruner_pb2_grpc import PrunerStub
+
+BIG = safetensors.torch.save({"w": torch.randn(8 << 20)})
+PIECES = list(cut([BIG]))
+
+
+@pytest.fixture(autouse=True)
+def _the_server_goes_on(server: RunningServer, channel: grpc.Channel) -> Iterator[None]:
+    yield
+    check_serves(server, channel)
+
+
+def half_of_an_upload() -> list[pb.PruneRequest]:
+    first = message("Prune", header=header("Prune", len(BIG)), data=PIECES[0])
+    return [first, *(message("Prune", data=piece) for piece in PIECES[1 : len(PIECES) // 2])]
+
+
+def held(server: RunningServer) -> float:
+    return series(server, "secateur_model_bytes")
+
+
+def canceled(server: RunningServer) -> float:
+    labels = {"grpc_method": "Prune", "grpc_code": "Canceled"}
+    return series(server, "grpc_server_handled_total", **labels)
+
+
+def test_a_caller_who_cancels_half_way_leaves_nothing(
+    server: RunningServer, channel: grpc.Channel
+) -> None:
+    before = canceled(server)
+    with kept_open(half_of_an_upload()) as messages:
+        call = PrunerStub(channel).Prune(messages, timeout=60)
+        eventually(lambda: held(server), float(len(BIG)))
+        call.cancel()
+        eventually(lambda: held(server), 0.0)
+    eventually(lambda: canceled(server), before + 1)
+
+
+def test_a_caller_who_disconnects_half_way_leaves_nothing(server: RunningServer) -> None:
+    before = canceled(server)
+    with kept_open(half_of_an_upload()) as messages:
+        channel = grpc.insecure_channel(server.address)
+        call = PrunerStub(channel).Prune(messages, timeout=60)
+        eventually(lambda: held(server), float(len(BIG)))
+        channel.close()
+        eventually(lambda: held(server), 0.0)
+        assert call.code() == grpc.StatusCode.CANCELLED
+    eventually(lambda: canceled(server), before + 1)
+
+
+def test_a_caller_who_cancels_half_way_through_the_answer_leaves_nothing(
+    server: RunningServer, channel: grpc.Channel
+) -> None:
+    before = canceled(server)
+    first = message("Prune", header=header("Prune", len(BIG), output=pb.OUTPUT_DENSE))
+    rest = (message("Prune", data=piece) for piece in PIECES)
+    call = PrunerStub(channel).Prune(iter([first, *rest]), timeout=60)
+    assert next(call).result.data_bytes == len(BIG)
+    call.cancel()
+    eventually(lambda: held(server), 0.0)
+    eventually(lambda: canceled(server), before + 1)
+
+
+def test_a_deadline_that_passes_during_the_upload_is_told_to_the_caller(
+    server: RunningServer, channel: grpc.Channel
+) -> None:
+    started = series(server, "grpc_server_started_total", grpc_method="Prune")
+    with kept_open(half_of_an_upload()) as messages:
+        found = failure(send, channel, "Prune", messages, timeout=1)
+        assert found is not None
+        assert found.code == grpc.StatusCode.DEADLINE_EXCEEDED
+        eventually(lambda: held(server), 0.0)
+    assert series(server, "grpc_server_started_total", grpc_method="Prune") == started + 1
