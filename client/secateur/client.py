@@ -14,7 +14,7 @@ from secateur.report import Report, decode_report
 from secateur.result import FinalizeResult, PruneResult
 from secateur.source import read_source
 from secateur.spec import Spec
-from secateur.tensors import LocalTensor, from_value
+from secateur.tensors import LocalTensor
 from secateur.transfer import Upload, errors_of, receive
 from secateur_proto import pruner_pb2 as pb
 from secateur_proto.pruner_pb2_grpc import PrunerStub
@@ -76,8 +76,7 @@ class Client:
         model = read_source(source)
         sent = {n: t for n, t in model.tensors.items() if n in model.parameters}
         message, arrays = spec.encode(model.tensors)
-        extras = {holder: from_value(holder, array) for holder, array in arrays.items()}
-        upload = Upload({**sent, **extras}, model.metadata)
+        upload = Upload({**sent, **arrays}, model.metadata)
         header = pb.PruneHeader(data_bytes=upload.file_bytes, spec=message, output=_OUTPUTS[output])
         with show_progress(progress, upload.file_bytes) as sending:
             messages = upload.messages(pb.PruneRequest, header, sending)

@@ -71,7 +71,11 @@ def _target(module: Module, name: str, mask: torch.Tensor) -> tuple[Module, str]
     if _weight(part, leaf).shape != mask.shape:
         shapes = f"{list(_weight(part, leaf).shape)}, the mask {list(mask.shape)}"
         raise InvalidStateDict(f"{name}: the parameter has shape {shapes}")
-    if f"{leaf}_orig" in part._parameters:
+    if f"{leaf}_orig" not in part._parameters:
+        for taken in (f"{leaf}_orig", f"{leaf}_mask"):
+            if hasattr(part, taken):
+                raise InvalidStateDict(f"{name}: the module has a {taken} of its own")
+    else:
         if leaf not in [hook._tensor_name for hook in _pruning_hooks(part)]:
             raise InvalidStateDict(f"{name}: is a pair without a pruning hook")
         before = part._buffers[f"{leaf}_mask"]

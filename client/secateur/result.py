@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from secateur.errors import SecateurError
+from secateur.errors import InvalidStateDict, SecateurError
 from secateur.files import save
 from secateur.report import Report
 from secateur.source import Mask, Source, prior_mask
@@ -135,10 +135,11 @@ def _pruned_tensors(
     """The source with masks applied, in its order; a pair that no mask is for keeps its own."""
     pairs = source.pairs()
     prior = set(pairs.values())
+    names = {f"{base}_orig": base for base in pairs}
     for stored, tensor in source.tensors.items():
         if stored in prior:
             continue
-        name = stored.removesuffix("_orig") if stored.removesuffix("_orig") in pairs else stored
+        name = names.get(stored, stored)
         mask = masks.get(name)
         if mask is None and name in pairs:
             mask = prior_mask(source.tensors[pairs[name]])
@@ -147,11 +148,12 @@ def _pruned_tensors(
         elif dense:
             yield name, LocalTensor(tensor.dtype, tensor.shape, _folded(tensor, mask))
         else:
+            taken = {f"{name}_orig", f"{name}_mask"} & source.tensors.keys()
+            if name not in pairs and taken:
+                raise InvalidStateDict(f"{taken.pop()} stands where the pruned {name} is to be")
+            floats = _as_floats(tensor.dtype, mask)
             yield f"{name}_orig", tensor
-            yield (
-                f"{name}_mask",
-                LocalTensor(tensor.dtype, tensor.shape, _as_floats(tensor.dtype, mask)),
-            )
+            yield f"{name}_mask", LocalTensor(tensor.dtype, tensor.shape, floats)
 
 
 # The bits of 1.0.

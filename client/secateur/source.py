@@ -34,8 +34,13 @@ class Source:
 
     def pairs(self) -> dict[str, str]:
         """From each X whose pair X_orig, X_mask is here to the name of its mask."""
-        bases = (name.removesuffix("_orig") for name in self.tensors if name.endswith("_orig"))
-        return {base: f"{base}_mask" for base in bases if f"{base}_mask" in self.tensors}
+        origs = (
+            name
+            for name in self.parameters
+            if name.endswith("_orig") and self.tensors[name].dtype in _PRUNABLE
+        )
+        bases = (name.removesuffix("_orig") for name in origs)
+        return {base: f"{base}_mask" for base in bases if f"{base}_mask" in self.parameters}
 
     def prunable(self) -> dict[str, LocalTensor]:
         """The floating parameters; a pair is its X, with the values of X_orig."""
@@ -77,8 +82,9 @@ def is_pruned(source: Any) -> bool:
 
 
 def _from_mapping(source: Mapping[Any, Any]) -> Source:
-    if not all(isinstance(name, str) for name in source):
-        raise InvalidStateDict("the names of a state_dict are text")
+    for name in source:
+        if not isinstance(name, str) or not _is_text(name) or name == "__metadata__":
+            raise InvalidStateDict(f"{name!r} cannot be a tensor's name")
     tensors = {name: from_value(name, value) for name, value in source.items()}
     torch = sys.modules.get("torch")
     as_torch = torch is not None and any(isinstance(v, torch.Tensor) for v in source.values())
@@ -119,7 +125,10 @@ def _map_file(path: Path) -> tuple[dict[str, LocalTensor], dict[str, str]]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InvalidStateDict(f"{path}: {reason}") from None
-    return parse_file(memoryview(mapped))
+    try:
+        return parse_file(memoryview(mapped))
+    except InvalidStateDict as error:
+        raise InvalidStateDict(f"{path}: {error}") from None
 
 
 def _load_torch(path: Path) -> Mapping[Any, Any]:
@@ -137,14 +146,19 @@ def _load_torch(path: Path) -> Mapping[Any, Any]:
             f"{path}: holds more than tensors, and code is never run from a file; "
             "save the state_dict alone: torch.save(model.state_dict(), ...)"
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+    except Exception as error:  # of a broken file torch raises whatever comes
+        reason = getattr(error, "strerror", None) or repr(error).partition("\\n")[0]
         raise InvalidStateDict(f"{path}: torch cannot read it: {reason}") from None
     if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, Mapping):
         raise InvalidStateDict(f"{path}: holds a {type(loaded).__name__}, not a state_dict")
     return loaded
+
+
+def _is_text(name: str) -> bool:
+    """Python has lone surrogates in strings, which UTF-8 cannot spell."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def prior_mask(tensor: LocalTensor) -> Mask:

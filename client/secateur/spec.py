@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
-from secateur.errors import InvalidSpec
+from secateur.errors import InvalidSpec, InvalidStateDict
+from secateur.tensors import LocalTensor, from_value
 from secateur_proto import spec_pb2 as pb
 
 Names = str | Sequence[str]
@@ -41,19 +42,20 @@ class Spec:
         specs = [_from_plain(rule, f"rules[{index}]") for index, rule in enumerate(rules)]
         return cls(tuple(rule for spec in specs for rule in spec.rules))
 
-    def encode(self, taken: Iterable[str]) -> tuple[pb.PruningSpec, dict[str, Any]]:
+    def encode(self, taken: Iterable[str]) -> tuple[pb.PruningSpec, dict[str, LocalTensor]]:
         """The spec for the wire, and the arrays to send beside the model under their new names.
 
-        taken: names of the model's tensors, which no array may get.
+        taken: names of the model's tensors, which no array may get.  Errors: InvalidSpec.
         """
-        message, arrays = pb.PruningSpec(), {}
+        message = pb.PruningSpec()
+        arrays: dict[str, LocalTensor] = {}
         free = _free_names(set(taken))
         for rule in self.rules:
             encoded = message.rules.add()
             encoded.CopyFrom(rule.message)
             for name, array in rule.arrays.items():
                 holder = next(free)
-                arrays[holder] = array
+                arrays[holder] = _array(name, array)
                 if encoded.HasField("custom_masks"):
                     encoded.custom_masks.masks[name] = holder
                 else:
@@ -165,7 +167,16 @@ def _from_plain(rule: Any, path: str) -> Spec:
         raise InvalidSpec(f"{path}.{error}") from None
 
 
+def _array(name: str, array: Any) -> LocalTensor:
+    try:
+        return from_value(name, array)
+    except InvalidStateDict as error:
+        raise InvalidSpec(f"scores or mask of {error}") from None
+
+
 def _selection(tensors: Names, amount: float, scores: Arrays | None = None, **choices: Any) -> Spec:
+    if not isinstance(scores, Mapping | None):
+        raise InvalidSpec(f"importance_scores: {scores!r} is no map from names to arrays")
     choices = {
         "granularity": pb.GRANULARITY_ELEMENT,
         "scope": pb.SCOPE_PER_TENSOR,
@@ -183,10 +194,11 @@ def _by_magnitude(
 
 
 def _names(tensors: Names) -> list[str]:
-    names = [tensors] if isinstance(tensors, str) else list(tensors)
-    if not names or not all(isinstance(name, str) for name in names):
+    names = [tensors] if isinstance(tensors, str) else tensors
+    is_list = isinstance(names, Sequence) and all(isinstance(name, str) for name in names)
+    if not is_list or not names:
         raise InvalidSpec(f"tensors: {tensors!r} is no name, glob, or list of them")
-    return names
+    return list(names)
 
 
 def _amount(amount: Any) -> dict[str, Any]:

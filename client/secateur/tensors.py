@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +93,8 @@ def to_value(tensor: LocalTensor, as_torch: bool) -> Any:
         import torch
 
         dtype = getattr(torch, name)
+        if not data.size:  # torch has no view of it
+            return torch.empty(tensor.shape, dtype=dtype)
         return torch.from_numpy(_aligned(data, dtype.itemsize)).view(dtype).reshape(tensor.shape)
     dtype = _numpy_dtype(name)
     return _aligned(data, dtype.itemsize).view(dtype).reshape(tensor.shape)
@@ -115,12 +117,21 @@ def _aligned(data: Bytes, itemsize: int) -> Bytes:
 def parse_file(data: memoryview) -> tuple[dict[str, LocalTensor], dict[str, str]]:
     """The tensors of a valid safetensors file, as views of `data`, and its metadata."""
     begin = 8 + int.from_bytes(data[:8], "little")
-    table = json.loads(bytes(data[8:begin]))
+    table = json.loads(bytes(data[8:begin]), object_pairs_hook=_distinct)
     metadata = table.pop("__metadata__", {})
     body = np.frombuffer(data, np.uint8)[begin:]
-    return {name: _entry(body, **fields) for name, fields in table.items()}, metadata
+    return {name: _entry(body, fields) for name, fields in table.items()}, metadata
 
 
-def _entry(body: Bytes, dtype: str, shape: list[int], data_offsets: list[int]) -> LocalTensor:
-    view = body[slice(*data_offsets)]
-    return LocalTensor(dtype, tuple(shape), lambda: view)
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise InvalidStateDict("a name stands twice in the header")
+    return table
+
+
+def _entry(body: Bytes, fields: Mapping[str, Any]) -> LocalTensor:
+    if fields.keys() != {"dtype", "shape", "data_offsets"}:
+        raise InvalidStateDict(f"the header has {sorted(fields)} of a tensor")
+    view = body[slice(*fields["data_offsets"])]
+    return LocalTensor(fields["dtype"], tuple(fields["shape"]), lambda: view)

@@ -13,7 +13,7 @@ from prometheus_client import start_http_server
 
 from secateur_proto import pruner_pb2, pruner_pb2_grpc
 from secateur_server.config import Config
-from secateur_server.operate.around import AroundCalls
+from secateur_server.operate.around import AroundCalls, CheckMessages
 from secateur_server.operate.metrics import Metrics
 from secateur_server.operate.statuses import statuses
 from secateur_server.service import Pruner
@@ -45,7 +45,7 @@ class App:
         self._grpc = grpc.server(
             ThreadPoolExecutor(WORKERS, thread_name_prefix="rpc"),
             # Outermost first: metrics see the status that an error became.
-            interceptors=[AroundCalls(metrics.calls), AroundCalls(statuses)],
+            interceptors=[AroundCalls(metrics.calls), AroundCalls(statuses), CheckMessages()],
             options=_OPTIONS,
         )
         pruner = Pruner(config.device, config.max_model_bytes, metrics)

@@ -22,10 +22,18 @@ RequestError
 from typing import ClassVar
 
 
-def quote(value: object, limit: int = 120) -> str:
-    """`value` as Python writes it, short enough for a status line."""
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[: limit // 2]}...{text[-limit // 2 :]}"
+def quote(value: object) -> str:
+    """`value` as Python writes it, short enough to stand in a message."""
+    return shorten(repr(value), 120)
+
+
+def shorten(text: str, limit: int) -> str:
+    """`text`, without its middle where it has more than `limit` bytes as UTF-8."""
+    encoded = text.encode()
+    if len(encoded) <= limit:
+        return text
+    half = limit // 2
+    return f"{encoded[:half].decode(errors='ignore')}...{encoded[-half:].decode(errors='ignore')}"
 
 
 class RequestError(Exception):
@@ -38,9 +46,10 @@ class RequestError(Exception):
     reason: ClassVar[str]
 
     def __init__(self, field: str, message: str) -> None:
-        super().__init__(f"{field}: {message}")
-        self.field = field
-        self.description = message
+        # HTTP/2 peers take 8 KiB of trailers, where all this stands three times, once in hex.
+        self.field = shorten(field, 250)
+        self.description = shorten(message, 900)
+        super().__init__(f"{self.field}: {self.description}")
 
 
 class InvalidRequest(RequestError):

@@ -27,7 +27,10 @@ class Model:
     """
 
     def __init__(self, header: Header, extras: Collection[str]) -> None:
-        stored = {e.name: Stored(TORCH_DTYPES.get(e.dtype), e.shape) for e in header.entries}
+        stored = {
+            entry.name: Stored(entry.dtype, TORCH_DTYPES.get(entry.dtype), entry.shape)
+            for entry in header.entries
+        }
         self._header = header
         self._extra_names = extras
         self.catalog: Catalog = read_catalog(stored, extras)

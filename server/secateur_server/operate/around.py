@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
+
+from secateur_server.errors import InvalidRequest
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,46 @@ class AroundCalls(grpc.ServerInterceptor):
             with self._around(method, context):
                 yield from behavior(request, context)
 
-        make = getattr(grpc, f"{shape}_rpc_method_handler")
-        return make(
-            streamed if handler.response_streaming else single,
-            handler.request_deserializer,
-            handler.response_serializer,
-        )
+        return rebuilt(handler, streamed if handler.response_streaming else single)
+
+
+def rebuilt(handler: Any, behavior: Callable[..., Any], decode: Any = None) -> Any:
+    """A handler of the same kind.  decode: in place of its deserializer."""
+    shape, _ = _KINDS[handler.request_streaming, handler.response_streaming]
+    make = getattr(grpc, f"{shape}_rpc_method_handler")
+    return make(behavior, decode or handler.request_deserializer, handler.response_serializer)
+
+
+class CheckMessages(grpc.ServerInterceptor):
+    """An interceptor that raises InvalidRequest where bytes are no message.
+
+    grpc itself answers INTERNAL, as if it were the server's defect.
+    """
+
+    def intercept_service(
+        self, continuation: Callable[[Any], Any], handler_call_details: Any
+    ) -> Any:
+        """As grpc.ServerInterceptor.intercept_service."""
+        handler = continuation(handler_call_details)
+        if handler is None:
+            return None
+        shape, _ = _KINDS[handler.request_streaming, handler.response_streaming]
+        behavior = getattr(handler, shape)
+
+        def decode(data: bytes) -> Any:
+            try:
+                return handler.request_deserializer(data)
+            except DecodeError as error:
+                return error
+
+        def checked(request: Any, context: grpc.ServicerContext) -> Any:
+            parts = map(_message, request) if handler.request_streaming else _message(request)
+            return behavior(parts, context)
+
+        return rebuilt(handler, checked, decode)
+
+
+def _message(decoded: Any) -> Any:
+    if isinstance(decoded, DecodeError):
+        raise InvalidRequest("message", f"its bytes are no message of this call: {decoded}")
+    return decoded

@@ -24,8 +24,9 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of the file. dtype: None where torch has no such."""
+    """A tensor of the file. dtype: None where torch has none for what the file `calls` it."""
 
+    calls: str
     dtype: torch.dtype | None
     shape: Shape
 
@@ -70,12 +71,14 @@ def read_catalog(stored: Mapping[str, Stored], extras: Collection[str] = ()) -> 
 def _check_pair(base: str, stored: Mapping[str, Stored]) -> None:
     orig, mask = stored[f"{base}_orig"], stored[f"{base}_mask"]
     field = f"data[{quote(f'{base}_mask')}]"
+    if base == "__metadata__":  # in a safetensors file that is no tensor
+        raise InvalidPair(field, "is half of a pair whose name no tensor can have")
     if base in stored:
         raise InvalidPair(f"data[{quote(base)}]", "is there beside its pair of _orig and _mask")
     if mask.shape != orig.shape:
         raise InvalidPair(field, f"has shape {list(mask.shape)}, its _orig has {list(orig.shape)}")
     if mask.dtype is None:
-        raise InvalidPair(field, "has a dtype that no mask has")
+        raise InvalidPair(field, f"has dtype {mask.calls}, which no mask has")
 
 
 def match(field: str, patterns: Sequence[str], catalog: Catalog) -> list[str]:
@@ -88,7 +91,9 @@ def match(field: str, patterns: Sequence[str], catalog: Catalog) -> list[str]:
         if pattern in catalog.prunable:  # a name first: it may have brackets in it
             found.add(pattern)
             continue
-        matched = [name for name in catalog.prunable if fnmatchcase(name, pattern)]
+        # A longer one is no glob that a person wrote, and takes long to try.
+        is_glob = len(pattern) <= 1000
+        matched = [name for name in catalog.prunable if is_glob and fnmatchcase(name, pattern)]
         if not matched:
             raise _unmatched(f"{field}[{index}]", pattern, catalog)
         found.update(matched)
@@ -99,7 +104,7 @@ def _unmatched(field: str, name: str, catalog: Catalog) -> NotPrunable | Unknown
     if name in catalog.stored and name not in catalog.pairs:
         return NotPrunable(field, f"{quote(name)} cannot be pruned: {_nature(name, catalog)}")
     names = list(catalog.prunable)
-    close = get_close_matches(name[:200], [known[:200] for known in names[:5000]], n=3, cutoff=0.4)
+    close = get_close_matches(name[:64], [known for known in names[:500] if len(known) <= 64], n=3)
     shown = "nearest" if close else "there are" if names else "there is none"
     listed = ", ".join(quote(known) for known in close or names[:3])
     return UnknownTensor(field, f"{quote(name)} matches no floating tensor; {shown}: {listed}")
@@ -108,8 +113,10 @@ def _unmatched(field: str, name: str, catalog: Catalog) -> NotPrunable | Unknown
 def _nature(name: str, catalog: Catalog) -> str:
     if any(name in pair for pair in catalog.pairs.values()):
         return f"it is half of the pair of {quote(name.rsplit('_', 1)[0])}"
-    dtype = catalog.stored[name].dtype
-    return "it holds scores or a mask" if dtype in PRUNABLE else f"its dtype is {dtype}"
+    stored = catalog.stored[name]
+    return (
+        "it holds scores or a mask" if stored.dtype in PRUNABLE else f"its dtype is {stored.calls}"
+    )
 
 
 def resolve(rules: Sequence[Rule], catalog: Catalog) -> list[Rule]:
@@ -175,4 +182,4 @@ def _extra(field: str, holder: str, catalog: Catalog) -> Stored:
 
 
 def _unlike(extra: Stored, shape: Shape, what: str) -> str:
-    return f"{what} of shape {list(shape)} needed, got {extra.dtype} of shape {list(extra.shape)}"
+    return f"{what} of shape {list(shape)} needed, got {extra.calls} of shape {list(extra.shape)}"

@@ -88,10 +88,12 @@ def to_mask(values: Tensor, error: type[Exception], field: str) -> Tensor:
 def _apply_selection(
     rule: Selection, state: Mapping[str, Parameter], extras: Mapping[str, Tensor]
 ) -> tuple[Masks, list[Choice]]:
-    groups = [rule.tensors] if rule.is_global else [(name,) for name in rule.tensors]
-    masks: Masks = {}
-    choices = []
-    for names in groups:
+    # Of a tensor without elements there is nothing to choose, however many slices it has.
+    empty = [name for name in rule.tensors if state[name].weight.numel() == 0]
+    masks: Masks = {name: torch.empty_like(state[name].weight, dtype=torch.bool) for name in empty}
+    choices = [Choice((name,), 0, 0, 0) for name in empty]
+    some = tuple(name for name in rule.tensors if name not in masks)
+    for names in [some] if rule.is_global and some else [(name,) for name in some]:
         rankings = [_rank(rule, name, state[name], extras) for name in names]
         kept, choice = _choose(rule, rankings)
         choices.append(choice)

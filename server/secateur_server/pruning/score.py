@@ -55,11 +55,14 @@ def rank(
     if isinstance(importance, Random):
         return Ranking(name, units, random_scores(importance.seed, name), alive, weight.device)
     values = weight if scores is None else scores
+    if scores is not None and alive is not None:
+        mask = granularity.spread(alive, weight.shape)  # what of the scores is read
     refuse_nan(values, mask, field)
     if isinstance(granularity, Slice):
         # As in torch: what is pruned counts as 0 in a weight's norm, and as it is in a caller's
         # scores.
-        values = slice_norms(values, mask if scores is None else None, granularity, importance.p)
+        masked = mask if scores is None else None
+        values = slice_norms(values, masked, granularity, importance.p)
     return Ranking(name, units, values.reshape(-1), alive, weight.device)
 
 
@@ -89,16 +92,36 @@ def slice_norms(values: Tensor, mask: Tensor | None, along: Slice, p: float | st
         block = slices[begin : begin + step].to(torch.float64)
         if kept is not None:
             block = torch.where(kept[begin : begin + step], block, 0.0)
-        norms.append(_nuclear_norms(block) if p == "nuc" else _vector_norms(block.flatten(1), p))
+        norms.append(
+            _nuclear_norms(block) if p == "nuc" else _vector_norms(block.flatten(1), float(p))
+        )
     joined = torch.cat(norms)
     return joined if values.dtype == torch.float64 else joined.to(torch.float32)
 
 
-def _vector_norms(rows: Tensor, p: float | str) -> Tensor:
-    if rows.shape[1] == 0:  # torch has no maximum of nothing
-        return rows.new_zeros(len(rows))
-    norms: Tensor = torch.linalg.vector_norm(rows, float(p), dim=1)
-    return norms
+def _vector_norms(rows: Tensor, p: float) -> Tensor:
+    """Norms of rows of one or more elements."""
+    magnitudes = rows.abs()
+    if p == math.inf:
+        return magnitudes.amax(1)
+    if p == -math.inf:
+        return magnitudes.amin(1)
+    if p == 0:
+        return magnitudes.count_nonzero(1).to(rows.dtype)
+    return _row_sums(magnitudes.pow(p)).pow(1 / p)
+
+
+def _row_sums(rows: Tensor) -> Tensor:
+    """Sums of rows by halves, in an order that depends on their length alone.
+
+    torch's own sum adds in an order of its threads, its vectors and its device.
+    """
+    while rows.shape[1] > 1:
+        half = rows.shape[1] // 2
+        odd = rows[:, 2 * half :]
+        rows = rows[:, :half] + rows[:, half : 2 * half]
+        rows[:, :1] += odd if odd.shape[1] else 0.0
+    return rows[:, 0]
 
 
 def _nuclear_norms(matrices: Tensor) -> Tensor:

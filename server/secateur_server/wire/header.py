@@ -1,6 +1,7 @@
 """The head of a safetensors file, and everything that can be wrong with it."""
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +122,10 @@ def _entry(name: str, fields: Any) -> Entry:
         raise MalformedFile(_field(name), f"dtype {quote(dtype)} is unknown")
     if not _sizes(shape):
         raise MalformedFile(_field(name), f"shape {quote(shape)} is not a list of sizes")
+    if math.prod(max(1, size) for size in shape) >= 1 << 62:
+        raise MalformedFile(_field(name), f"shape {quote(shape)} is larger than any tensor's")
+    if math.prod(shape) * DTYPE_BITS[dtype] % 8:
+        raise MalformedFile(_field(name), f"shape {quote(shape)} of {dtype} ends within a byte")
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise MalformedFile(_field(name), f"data_offsets {quote(offsets)} are not [begin, end]")
     expected = tensor_bytes(dtype, shape)
