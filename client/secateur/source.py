@@ -84,7 +84,7 @@ def is_pruned(source: Any) -> bool:
 def _from_mapping(source: Mapping[Any, Any]) -> Source:
     for name in source:
         if not isinstance(name, str) or not _is_text(name) or name == "__metadata__":
-            raise InvalidStateDict(f"{name!r} cannot be a tensor's name")
+            raise InvalidStateDict(f"{name!r} is no text that can name a tensor")
     tensors = {name: from_value(name, value) for name, value in source.items()}
     torch = sys.modules.get("torch")
     as_torch = torch is not None and any(isinstance(v, torch.Tensor) for v in source.values())

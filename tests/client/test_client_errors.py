@@ -61,7 +61,7 @@ SELECTION = "spec.rules[0].selection"
             id="name",
         ),
         pytest.param(
-            secateur.l1_unstructured("steps", 1), f"{SELECTION}.tensors[0]", "int64", id="dtype"
+            secateur.l1_unstructured("steps", 1), f"{SELECTION}.tensors[0]", "I64", id="dtype"
         ),
         pytest.param(
             secateur.l1_unstructured("fc.weight", 13), f"{SELECTION}.count", "13 .* 12", id="count"

@@ -164,7 +164,7 @@ BAD_FILES = [
     ),
     pytest.param(file({"\ud800": W}, bytes(8)), r"data['\ud800']", [], id="surrogate in a name"),
     pytest.param(file({"n" * 10**6: {}}), f"data['{'n' * 59}...{'n' * 59}']", [], id="1 MB name"),
-    pytest.param(file({"😀" * 10**5: 1}), f"data['{'😀' * 59}...{'😀' * 59}']", [], id="wide name"),
+    pytest.param(file({"😀" * 10**5: 1}), f"data['{'😀' * 14}...{'😀' * 14}']", [], id="wide name"),
     pytest.param(file({"__metadata__": ["v"]}), "data['__metadata__']", ["v"], id="metadata list"),
     pytest.param(
         file({"__metadata__": {"k": 1}}), "data['__metadata__']['k']", ["1"], id="metadata number"

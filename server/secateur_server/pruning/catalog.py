@@ -104,7 +104,8 @@ def _unmatched(field: str, name: str, catalog: Catalog) -> NotPrunable | Unknown
     if name in catalog.stored and name not in catalog.pairs:
         return NotPrunable(field, f"{quote(name)} cannot be pruned: {_nature(name, catalog)}")
     names = list(catalog.prunable)
-    close = get_close_matches(name[:64], [known for known in names[:500] if len(known) <= 64], n=3)
+    some = [known for known in names[:1000] if len(known) <= 80]  # comparing takes long
+    close = get_close_matches(name[:80], some, n=3, cutoff=0.4)
     shown = "nearest" if close else "there are" if names else "there is none"
     listed = ", ".join(quote(known) for known in close or names[:3])
     return UnknownTensor(field, f"{quote(name)} matches no floating tensor; {shown}: {listed}")
