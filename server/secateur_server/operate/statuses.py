@@ -1,6 +1,7 @@
 """What went wrong, as a gRPC status with details that a program can read."""
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,7 +14,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
-from secateur_server.errors import OutOfMemory, RequestError
+from secateur_server.errors import OutOfMemory, RequestError, WrongLength
 from secateur_server.operate.around import Method
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ def statuses(method: Method, context: grpc.ServicerContext) -> Iterator[None]:
     try:
         yield
     except RequestError as error:
+        if isinstance(error, WrongLength) and _has_left(context):
+            context.abort(grpc.StatusCode.CANCELLED, "the caller has left")
         context.abort_with_status(rpc_status.to_status(to_status(error)))
     except Exception as error:
         if not context.is_active():  # cancelled, or past its deadline: nobody is there to tell
@@ -52,6 +55,16 @@ def to_status(error: RequestError) -> Status:
         packed.Pack(detail)
         status.details.append(packed)
     return status
+
+
+def _has_left(context: grpc.ServicerContext) -> bool:
+    """Whether the messages of a call ended because its caller is gone.
+
+    gRPC ends them alike where a caller has sent all and where it is lost, and tells which a moment
+    later.
+    """
+    ended = threading.Event()
+    return not context.add_callback(ended.set) or ended.wait(0.1)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
