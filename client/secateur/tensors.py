@@ -5,6 +5,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,7 +102,7 @@ def to_value(tensor: LocalTensor, as_torch: bool) -> Any:
 
 
 def _numpy_dtype(name: str) -> np.dtype[Any]:
-    if hasattr(np, name):
+    with suppress(TypeError):
         return np.dtype(name)
     if importlib.util.find_spec("ml_dtypes") is None:
         raise SecateurError(f"numpy has no {name}: install torch or ml_dtypes")

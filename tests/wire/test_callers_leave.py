@@ -13,6 +13,9 @@ from secateur_proto import pruner_pb2 as pb
 from secateur_proto.framing import cut
 from secateur_proto.pruner_pb2_grpc import PrunerStub
 
+# Channels to one address share a connection, and closing one of them would close none.
+OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
+
 BIG = safetensors.torch.save({"w": torch.randn(8 << 20)})
 PIECES = list(cut([BIG]))
 
@@ -52,7 +55,7 @@ def test_a_caller_who_cancels_half_way_leaves_nothing(
 def test_a_caller_who_disconnects_half_way_leaves_nothing(server: RunningServer) -> None:
     before = canceled(server)
     with kept_open(half_of_an_upload()) as messages:
-        channel = grpc.insecure_channel(server.address)
+        channel = grpc.insecure_channel(server.address, OWN_CONNECTION)
         call = PrunerStub(channel).Prune(messages, timeout=60)
         eventually(lambda: held(server), float(len(BIG)))
         channel.close()
