@@ -8,12 +8,12 @@ from typing import Any, Self
 
 import grpc
 
-from secateur.errors import SecateurError
+from secateur.errors import InvalidSpec, SecateurError
 from secateur.progress import Progress, show_progress
 from secateur.report import Report, decode_report
 from secateur.result import FinalizeResult, PruneResult
 from secateur.source import read_source
-from secateur.spec import Spec
+from secateur.spec import Spec, patterns
 from secateur.tensors import LocalTensor
 from secateur.transfer import Upload, errors_of, receive
 from secateur_proto import pruner_pb2 as pb
@@ -73,6 +73,8 @@ class Client:
         """
         if output not in _OUTPUTS:
             raise SecateurError(f"output={output!r} is none of {', '.join(_OUTPUTS)}")
+        if not isinstance(spec, Spec):
+            raise InvalidSpec(f"a spec is what secateur's methods make, not {type(spec).__name__}")
         model = read_source(source)
         sent = {n: t for n, t in model.tensors.items() if n in model.parameters}
         message, arrays = spec.encode(model.tensors)
@@ -92,7 +94,9 @@ class Client:
         """
         model = read_source(source)
         upload = Upload(model.tensors, model.metadata)
-        header = pb.ReportHeader(data_bytes=upload.file_bytes, tensors=_patterns(tensors))
+        header = pb.ReportHeader(
+            data_bytes=upload.file_bytes, tensors=[] if tensors is None else patterns(tensors)
+        )
         with show_progress(progress, upload.file_bytes) as sending:
             messages = upload.messages(pb.ReportRequest, header, sending)
             call = self._stub.Report.future(messages, self._timeout, self._metadata)
@@ -108,7 +112,9 @@ class Client:
         """
         model = read_source(source)
         upload = Upload(model.tensors, model.metadata)
-        header = pb.FinalizeHeader(data_bytes=upload.file_bytes, tensors=_patterns(tensors))
+        header = pb.FinalizeHeader(
+            data_bytes=upload.file_bytes, tensors=[] if tensors is None else patterns(tensors)
+        )
         with show_progress(progress, upload.file_bytes) as sending:
             messages = upload.messages(pb.FinalizeRequest, header, sending)
             result, received = self._stream(self._stub.Finalize, messages, upload)
@@ -148,9 +154,3 @@ def _open_channel(address: str | None, tls: Tls) -> grpc.Channel:
     elif tls is True:
         tls = grpc.ssl_channel_credentials()
     return grpc.secure_channel(address, tls, _OPTIONS)
-
-
-def _patterns(tensors: Patterns) -> list[str]:
-    if tensors is None:
-        return []
-    return [tensors] if isinstance(tensors, str) else list(tensors)

@@ -97,7 +97,10 @@ def from_rpc(error: grpc.RpcError) -> SecateurError:
     """The error that a failed call means."""
     call = cast(grpc.Call, error)
     info, bad_request = ErrorInfo(), BadRequest()
-    status = rpc_status.from_call(call)
+    try:
+        status = rpc_status.from_call(call)
+    except ValueError:  # details of another status: not this server's
+        status = None
     for detail in status.details if status else ():
         detail.Unpack(info) or detail.Unpack(bad_request)
     kind = _BY_REASON.get(info.reason) or _BY_STATUS.get(call.code(), ServerError)

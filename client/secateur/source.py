@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from secateur.errors import InvalidStateDict
-from secateur.tensors import LocalTensor, from_value, parse_file
+from secateur.tensors import LocalTensor, from_value, is_text, parse_file
 
 Mask = npt.NDArray[np.bool_]
 
@@ -83,7 +83,7 @@ def is_pruned(source: Any) -> bool:
 
 def _from_mapping(source: Mapping[Any, Any]) -> Source:
     for name in source:
-        if not isinstance(name, str) or not _is_text(name) or name == "__metadata__":
+        if not is_text(name) or name == "__metadata__":
             raise InvalidStateDict(f"{name!r} is no text that can name a tensor")
     tensors = {name: from_value(name, value) for name, value in source.items()}
     torch = sys.modules.get("torch")
@@ -154,11 +154,6 @@ def _load_torch(path: Path) -> Mapping[Any, Any]:
     if not isinstance(loaded, Mapping):
         raise InvalidStateDict(f"{path}: holds a {type(loaded).__name__}, not a state_dict")
     return loaded
-
-
-def _is_text(name: str) -> bool:
-    """Python has lone surrogates in strings, which UTF-8 cannot spell."""
-    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def prior_mask(tensor: LocalTensor) -> Mask:

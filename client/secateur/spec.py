@@ -6,7 +6,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from secateur.errors import InvalidSpec, InvalidStateDict
-from secateur.tensors import LocalTensor, from_value
+from secateur.tensors import LocalTensor, from_value, is_text
 from secateur_proto import spec_pb2 as pb
 
 Names = str | Sequence[str]
@@ -183,7 +183,7 @@ def _selection(tensors: Names, amount: float, scores: Arrays | None = None, **ch
         **choices,
         **_amount(amount),
     }
-    selection = pb.Selection(tensors=_names(tensors), **choices)
+    selection = pb.Selection(tensors=patterns(tensors), **choices)
     return Spec((Rule(pb.Rule(selection=selection), dict(scores or {})),))
 
 
@@ -193,10 +193,10 @@ def _by_magnitude(
     return _selection(tensors, amount, scores, magnitude=magnitude, **choices)
 
 
-def _names(tensors: Names) -> list[str]:
+def patterns(tensors: Names) -> list[str]:
+    """`tensors` as the wire has it.  Errors: InvalidSpec."""
     names = [tensors] if isinstance(tensors, str) else tensors
-    is_list = isinstance(names, Sequence) and all(isinstance(name, str) for name in names)
-    if not is_list or not names:
+    if not isinstance(names, Sequence) or not names or not all(map(is_text, names)):
         raise InvalidSpec(f"tensors: {tensors!r} is no name, glob, or list of them")
     return list(names)
 

@@ -51,6 +51,11 @@ class LocalTensor:
     read: Callable[[], Bytes]
 
 
+def is_text(name: Any) -> bool:
+    """Whether `name` can go over the wire: Python has lone surrogates, which UTF-8 cannot spell."""
+    return isinstance(name, str) and not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
 def from_value(name: str, value: Any) -> LocalTensor:
     """A LocalTensor of a torch tensor or an array.  Errors: InvalidStateDict."""
     torch = sys.modules.get("torch")
@@ -71,7 +76,14 @@ def _torch_reader(torch: Any, name: str, value: Any) -> Callable[[], Bytes]:
         raise InvalidStateDict(f"{name}: only dense tensors with data can be sent")
     # A detached, contiguous tensor on the CPU is no copy.
     return lambda: (
-        value.detach().cpu().resolve_conj().contiguous().reshape(-1).view(torch.uint8).numpy()
+        value.detach()
+        .cpu()
+        .resolve_conj()
+        .resolve_neg()
+        .contiguous()
+        .reshape(-1)
+        .view(torch.uint8)
+        .numpy()
     )
 
 

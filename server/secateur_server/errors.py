@@ -2,6 +2,7 @@
 
 RequestError
     InvalidRequest          INVALID_ARGUMENT    the messages of the call are out of order
+        NoMessage                               there is none
     InvalidSpec             INVALID_ARGUMENT    the spec is wrong, or does not fit the tensors
         UnknownTensor                           a rule names a tensor that is not there
         NotPrunable                             a rule names a tensor of a dtype that has no pruning
@@ -13,7 +14,8 @@ RequestError
         NanScores                               NaN has no rank
     InvalidStateDict        INVALID_ARGUMENT    the data is not what it says
         MalformedFile                           not the safetensors format
-        WrongLength                             more or fewer bytes than announced
+        WrongLength                             more bytes than announced
+            TooShort                            fewer bytes than announced
         InvalidPair                             X_orig and X_mask do not make a pruned X
     ModelTooLarge           RESOURCE_EXHAUSTED  above --max-model-bytes
     OutOfMemory             RESOURCE_EXHAUSTED  no memory for it now
@@ -56,6 +58,10 @@ class InvalidRequest(RequestError):
     """The messages of the call are out of order."""
 
     reason = "INVALID_REQUEST"
+
+
+class NoMessage(InvalidRequest):
+    """The call ended before its first message."""
 
 
 class InvalidSpec(RequestError):
@@ -107,7 +113,11 @@ class MalformedFile(InvalidStateDict):
 
 
 class WrongLength(InvalidStateDict):
-    """More or fewer bytes than announced."""
+    """More bytes than announced, or fewer."""
+
+
+class TooShort(WrongLength):
+    """The data ended before all that was announced had arrived."""
 
 
 class InvalidPair(InvalidStateDict):

@@ -382,7 +382,7 @@ RANDOM = secateur.random_unstructured
         ),
         *(
             pytest.param(make(L1, names, 1), "tensors: ", id=f"tensors {names!r}")
-            for names in ([], (), [1], [None], None, 5, b"w")
+            for names in ([], (), [1], [None], None, 5, b"w", "\ud800")
         ),
         pytest.param(make(L1, "w", 1, 5), "importance_scores", id="scores are a number"),
         pytest.param(make(secateur.custom_from_mask, {}), "masks", id="no masks"),
@@ -414,3 +414,18 @@ def test_scores_and_masks_that_are_no_arrays_are_named_by_their_tensor(
     ):
         with pytest.raises(secateur.SecateurError, match=r"fc\.weight.*(list|int)"):
             client.prune(MODEL, spec)
+
+
+def test_what_is_no_spec_and_no_pattern_is_refused(client: secateur.Client) -> None:
+    with pytest.raises(secateur.InvalidSpec, match="NoneType"):
+        client.prune(MODEL, None)  # type: ignore[arg-type]
+    for wrong in (5, "\ud800", [1]):
+        with pytest.raises(secateur.InvalidSpec, match="tensors"):
+            client.report(MODEL, tensors=wrong)  # type: ignore[arg-type]
+
+
+def test_lazily_negated_tensors_are_read(client: secateur.Client) -> None:
+    """torch keeps the imaginary part of a conjugate as a view with its sign to be turned."""
+    negated = torch.tensor([1 + 2j, 3 - 0j]).conj().imag
+    assert negated.is_neg()
+    assert client.report({"w": negated}).zeros == 1

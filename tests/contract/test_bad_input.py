@@ -10,7 +10,7 @@ import grpc
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.conftest import RunningServer
 from tests.contract.raw import (
@@ -183,7 +183,7 @@ def test_a_bad_file_is_refused_by_every_rpc(
         check_invalid(send_file(channel, rpc, data), INVALID_STATE_DICT, field, parts)
 
 
-@unhurried
+@settings(unhurried, max_examples=40)  # the server waits whether the caller has left
 @given(st.sampled_from(RPCS), st.integers(0, len(GOOD) - 1))
 def test_a_truncated_file_is_refused(channel: grpc.Channel, rpc: str, length: int) -> None:
     numbers = [str(len(GOOD)), str(length)]
@@ -196,7 +196,7 @@ def test_a_truncated_file_is_refused(channel: grpc.Channel, rpc: str, length: in
         check_invalid(found, INVALID_STATE_DICT, "data", [])
 
 
-@unhurried
+@settings(unhurried, max_examples=40)  # the server waits whether the caller has left
 @given(st.sampled_from(RPCS), st.binary(min_size=1, max_size=40))
 def test_a_padded_file_is_refused(channel: grpc.Channel, rpc: str, padding: bytes) -> None:
     for announced in (len(GOOD), len(GOOD + padding)):

@@ -6,7 +6,7 @@ from typing import TypeVar
 from google.protobuf.message import Message
 
 from secateur_proto.pruner_pb2 import FinalizeRequest, PruneRequest, ReportRequest
-from secateur_server.errors import InvalidRequest
+from secateur_server.errors import InvalidRequest, NoMessage
 
 Request = TypeVar("Request", PruneRequest, ReportRequest, FinalizeRequest)
 Response = TypeVar("Response")
@@ -20,7 +20,7 @@ def open_request(messages: Iterator[Request], count: Count) -> tuple[Request, It
     """
     first = next(messages, None)
     if first is None:
-        raise InvalidRequest("header", "the call ended before its first message")
+        raise NoMessage("header", "the call ended before its first message")
     if not first.HasField("header"):
         raise InvalidRequest("header", "the first message has none")
     return first, _data(first, messages, count)

@@ -14,7 +14,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
-from secateur_server.errors import OutOfMemory, RequestError, WrongLength
+from secateur_server.errors import NoMessage, OutOfMemory, RequestError, TooShort
 from secateur_server.operate.around import Method
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ def statuses(method: Method, context: grpc.ServicerContext) -> Iterator[None]:
     try:
         yield
     except RequestError as error:
-        if isinstance(error, WrongLength) and _has_left(context):
+        if isinstance(error, NoMessage | TooShort) and _has_left(context):
             context.abort(grpc.StatusCode.CANCELLED, "the caller has left")
         context.abort_with_status(rpc_status.to_status(to_status(error)))
     except Exception as error:

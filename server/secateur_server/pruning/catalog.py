@@ -87,7 +87,11 @@ def match(field: str, patterns: Sequence[str], catalog: Catalog) -> list[str]:
     field: the path of the field with the patterns.  Errors: UnknownTensor, NotPrunable.
     """
     found: set[str] = set()
+    tried: set[str] = set()
     for index, pattern in enumerate(patterns):
+        if pattern in tried:
+            continue
+        tried.add(pattern)
         if pattern in catalog.prunable:  # a name first: it may have brackets in it
             found.add(pattern)
             continue

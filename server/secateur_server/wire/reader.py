@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from blake3 import blake3
 
-from secateur_server.errors import WrongLength
+from secateur_server.errors import TooShort, WrongLength
 from secateur_server.wire.header import Header, header_length, parse_header
 from secateur_server.wire.tensors import WireTensor
 
@@ -48,7 +48,7 @@ class ByteStream:
         while not self._rest:
             chunk = next(self._chunks, None)
             if chunk is None:
-                raise WrongLength(
+                raise TooShort(
                     "data", f"{self.announced} bytes are announced, {self._received} arrived"
                 )
             self._count(chunk)
