@@ -87,7 +87,8 @@ def main() -> None:
     found: dict[str, Any] = {"environment": environment()}
     print(", ".join(f"{name} {value}" for name, value in found["environment"].items()), flush=True)
     found["global_unstructured"] = [compare(millions) for millions in options.sizes]
-    print_sizes(found["global_unstructured"])
+    if options.sizes:
+        print_sizes(found["global_unstructured"])
     found["lenet"] = compare_lenet()
     print_lenet(found["lenet"])
     if options.json:

@@ -17,7 +17,7 @@ from secateur.spec import Spec, patterns
 from secateur.tensors import LocalTensor
 from secateur.transfer import Upload, errors_of, receive
 from secateur_proto import pruner_pb2 as pb
-from secateur_proto.pruner_pb2_grpc import PrunerStub
+from secateur_proto.codec import Decoder, encode
 
 _OUTPUTS = {
     "masks": pb.OUTPUT_MASKS,
@@ -25,6 +25,7 @@ _OUTPUTS = {
     "dense": pb.OUTPUT_DENSE,
     "none": pb.OUTPUT_NONE,
 }
+_METHOD = f"/{pb.DESCRIPTOR.services_by_name['Pruner'].full_name}/"
 _OPTIONS = (
     # Chunks are 1 MiB; a report grows with the number of tensors.
     ("grpc.max_receive_message_length", -1),
@@ -55,7 +56,15 @@ class Client:
     ) -> None:
         self._channel = channel or _open_channel(address, tls)
         self._is_owner = channel is None
-        self._stub = PrunerStub(self._channel)
+        self._prune = self._channel.stream_stream(
+            _METHOD + "Prune", encode, Decoder(pb.PruneResponse.FromString)
+        )
+        self._report = self._channel.stream_unary(
+            _METHOD + "Report", encode, pb.ReportResponse.FromString
+        )
+        self._finalize = self._channel.stream_stream(
+            _METHOD + "Finalize", encode, Decoder(pb.FinalizeResponse.FromString)
+        )
         self._timeout = timeout
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
 
@@ -82,7 +91,7 @@ class Client:
         header = pb.PruneHeader(data_bytes=upload.file_bytes, spec=message, output=_OUTPUTS[output])
         with show_progress(progress, upload.file_bytes) as sending:
             messages = upload.messages(pb.PruneRequest, header, sending)
-            result, received = self._stream(self._stub.Prune, messages, upload)
+            result, received = self._stream(self._prune, messages, upload)
         if output in ("dense", "reparametrized"):
             received |= {n: t for n, t in model.tensors.items() if n not in model.parameters}
         return PruneResult(decode_report(result.report), model, output, received)
@@ -99,7 +108,7 @@ class Client:
         )
         with show_progress(progress, upload.file_bytes) as sending:
             messages = upload.messages(pb.ReportRequest, header, sending)
-            call = self._stub.Report.future(messages, self._timeout, self._metadata)
+            call = self._report.future(messages, self._timeout, self._metadata)
             with errors_of(upload, call):
                 return decode_report(call.result().report)
 
@@ -117,7 +126,7 @@ class Client:
         )
         with show_progress(progress, upload.file_bytes) as sending:
             messages = upload.messages(pb.FinalizeRequest, header, sending)
-            result, received = self._stream(self._stub.Finalize, messages, upload)
+            result, received = self._stream(self._finalize, messages, upload)
         return FinalizeResult(decode_report(result.report), model, received)
 
     def _stream(

@@ -9,6 +9,7 @@ import numpy as np
 
 from secateur.errors import ServerError, from_rpc
 from secateur.tensors import LocalTensor, parse_file
+from secateur_proto.codec import Data
 from secateur_proto.framing import cut, file_header, tensor_bytes
 
 Request = TypeVar("Request")
@@ -27,16 +28,19 @@ class Upload:
 
     def messages(
         self, make: Callable[..., Request], header: Any, sending: Callable[[int], None]
-    ) -> Iterator[Request]:
+    ) -> Iterator[Request | Data]:
         """The messages of a call.
 
         grpc pulls them in a thread of its own and hides what raises there: `error` keeps it.
         """
         try:
-            for data in cut(self._parts()):
-                yield make(header=header, data=data)
-                header = None
-                sending(len(data))
+            pieces = cut(self._parts())
+            first = next(pieces)
+            yield make(header=header, data=bytes(first))
+            sending(len(first))
+            for piece in pieces:
+                yield Data(piece)
+                sending(len(piece))
         except Exception as error:
             self.error = error
             raise

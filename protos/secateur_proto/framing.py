@@ -65,10 +65,12 @@ def file_header(
     return len(text).to_bytes(8, "little") + text
 
 
-def cut(parts: Iterable[bytes | memoryview], size: int = CHUNK_BYTES) -> Iterator[bytes]:
+def cut(
+    parts: Iterable[bytes | memoryview], size: int = CHUNK_BYTES
+) -> Iterator[bytes | memoryview]:
     """Cuts the concatenation of `parts` into pieces of `size` bytes; only the last is shorter.
 
-    parts: bytes, or one-dimensional views of bytes.
+    parts: bytes, or one-dimensional views of bytes. Pieces within one part are views of it.
     """
     piece = bytearray()
     for part in parts:
@@ -77,8 +79,8 @@ def cut(parts: Iterable[bytes | memoryview], size: int = CHUNK_BYTES) -> Iterato
         while begin < len(view):
             taken = view[begin : begin + size - len(piece)]
             begin += len(taken)
-            if len(taken) == size:  # a whole piece needs no second copy
-                yield bytes(taken)
+            if len(taken) == size:
+                yield taken
                 continue
             piece += taken
             if len(piece) == size:

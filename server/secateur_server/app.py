@@ -11,12 +11,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
-from secateur_proto import pruner_pb2, pruner_pb2_grpc
 from secateur_server.config import Config
 from secateur_server.operate.around import AroundCalls, CheckMessages
 from secateur_server.operate.metrics import Metrics
 from secateur_server.operate.statuses import statuses
-from secateur_server.service import Pruner
+from secateur_server.service import Pruner, add_pruner
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +48,8 @@ class App:
             options=_OPTIONS,
         )
         pruner = Pruner(config.device, config.max_model_bytes, metrics)
-        pruner_pb2_grpc.add_PrunerServicer_to_server(pruner, self._grpc)
+        service = add_pruner(pruner, self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        service = pruner_pb2.DESCRIPTOR.services_by_name["Pruner"].full_name
         names = (service, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._grpc)
         self.address = _listen(self._grpc, config.address)

@@ -1,12 +1,13 @@
 """The three RPCs: read, prune, write."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 import torch
 
 from secateur_proto import pruner_pb2 as pb
-from secateur_proto.pruner_pb2_grpc import PrunerServicer
+from secateur_proto.codec import Data, Decoder, encode
 from secateur_server.errors import InvalidRequest, ModelTooLarge
 from secateur_server.messages.report import encode_report
 from secateur_server.messages.spec import decode_spec
@@ -22,7 +23,7 @@ from secateur_server.wire.reader import ByteStream
 from secateur_server.wire.writer import StateDictWriter
 
 
-class Pruner(PrunerServicer):
+class Pruner:
     """The service secateur.v1.Pruner. It keeps nothing between calls."""
 
     def __init__(self, device: torch.device, max_model_bytes: int, metrics: Metrics) -> None:
@@ -31,8 +32,8 @@ class Pruner(PrunerServicer):
         self._metrics = metrics
 
     def Prune(
-        self, request_iterator: Iterator[pb.PruneRequest], context: grpc.ServicerContext
-    ) -> Iterator[pb.PruneResponse]:
+        self, request_iterator: Iterator[pb.PruneRequest | Data], context: grpc.ServicerContext
+    ) -> Iterator[pb.PruneResponse | Data]:
         """Decides masks, and answers with them or with what they are applied to."""
         first, data = open_request(request_iterator, self._metrics.received)
         header = first.header
@@ -58,7 +59,7 @@ class Pruner(PrunerServicer):
             )
 
     def Report(
-        self, request_iterator: Iterator[pb.ReportRequest], context: grpc.ServicerContext
+        self, request_iterator: Iterator[pb.ReportRequest | Data], context: grpc.ServicerContext
     ) -> pb.ReportResponse:
         """Measures a model."""
         first, data = open_request(request_iterator, self._metrics.received)
@@ -72,8 +73,8 @@ class Pruner(PrunerServicer):
             return pb.ReportResponse(report=encode_report(covered, stream.digest()))
 
     def Finalize(
-        self, request_iterator: Iterator[pb.FinalizeRequest], context: grpc.ServicerContext
-    ) -> Iterator[pb.FinalizeResponse]:
+        self, request_iterator: Iterator[pb.FinalizeRequest | Data], context: grpc.ServicerContext
+    ) -> Iterator[pb.FinalizeResponse | Data]:
         """Folds masks into their weights."""
         first, data = open_request(request_iterator, self._metrics.received)
         header = first.header
@@ -92,7 +93,7 @@ class Pruner(PrunerServicer):
                 self._metrics.sent,
             )
 
-    def _stream(self, data: Iterator[bytes], file_bytes: int) -> ByteStream:
+    def _stream(self, data: Iterator[bytes | memoryview], file_bytes: int) -> ByteStream:
         if file_bytes < MIN_FILE_BYTES:
             raise InvalidRequest(
                 "header.data_bytes", f"{file_bytes} is less than the {MIN_FILE_BYTES} of any file"
@@ -115,3 +116,21 @@ def _prune_output(
     parameters = {**model.parameters, **pruned}
     folded = parameters.keys() if output == pb.OUTPUT_DENSE else ()
     return StateDictWriter(whole_model(model, parameters, folded), model.metadata)
+
+
+def add_pruner(pruner: Pruner, server: grpc.Server) -> str:
+    """Adds the service to a server, with the codec that copies no data.  Returns: its name."""
+    name = pb.DESCRIPTOR.services_by_name["Pruner"].full_name
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "Prune": grpc.stream_stream_rpc_method_handler(
+            pruner.Prune, Decoder(pb.PruneRequest.FromString), encode
+        ),
+        "Report": grpc.stream_unary_rpc_method_handler(
+            pruner.Report, Decoder(pb.ReportRequest.FromString), encode
+        ),
+        "Finalize": grpc.stream_stream_rpc_method_handler(
+            pruner.Finalize, Decoder(pb.FinalizeRequest.FromString), encode
+        ),
+    }
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(name, handlers)])
+    return name

@@ -36,8 +36,8 @@ def answer(
     head = pruner_pb2.PruneHeader(data_bytes=len(header) + weights.nbytes, spec=SPEC, output=output)
 
     def messages() -> Iterator[pruner_pb2.PruneRequest]:
-        yield pruner_pb2.PruneRequest(header=head, data=next(pieces))
-        yield from (pruner_pb2.PruneRequest(data=piece) for piece in pieces)
+        yield pruner_pb2.PruneRequest(header=head, data=bytes(next(pieces)))
+        yield from (pruner_pb2.PruneRequest(data=bytes(piece)) for piece in pieces)
 
     return list(pruner_pb2_grpc.PrunerStub(channel).Prune(messages(), timeout=60))
 

@@ -136,7 +136,7 @@ def test_a_server_answers_in_messages_of_a_mebibyte(
     channel: grpc.Channel, elements: int, chunks: int
 ) -> None:
     sent = safetensors.torch.save({"w": torch.randn(elements)}, {"k": "v"})
-    pieces = list(cut([sent]))
+    pieces = [bytes(piece) for piece in cut([sent])]
     messages = [message("Finalize", header=header("Finalize", len(sent)), data=pieces[0])]
     messages += [message("Finalize", data=piece) for piece in pieces[1:]]
     answer = send(channel, "Finalize", messages)

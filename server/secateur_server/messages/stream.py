@@ -5,15 +5,19 @@ from typing import TypeVar
 
 from google.protobuf.message import Message
 
+from secateur_proto.codec import Data
 from secateur_proto.pruner_pb2 import FinalizeRequest, PruneRequest, ReportRequest
 from secateur_server.errors import InvalidRequest, NoMessage
 
 Request = TypeVar("Request", PruneRequest, ReportRequest, FinalizeRequest)
+Bytes = bytes | memoryview
 Response = TypeVar("Response")
 Count = Callable[[int], None]
 
 
-def open_request(messages: Iterator[Request], count: Count) -> tuple[Request, Iterator[bytes]]:
+def open_request(
+    messages: Iterator[Request | Data], count: Count
+) -> tuple[Request, Iterator[Bytes]]:
     """The first message of a call, which has the header, and the data of all its messages.
 
     count: called with the bytes of each message's data.  Errors: InvalidRequest.
@@ -21,13 +25,13 @@ def open_request(messages: Iterator[Request], count: Count) -> tuple[Request, It
     first = next(messages, None)
     if first is None:
         raise NoMessage("header", "the call ended before its first message")
-    if not first.HasField("header"):
+    if isinstance(first, Data) or not first.HasField("header"):
         raise InvalidRequest("header", "the first message has none")
     return first, _data(first, messages, count)
 
 
-def _data(first: Request, later: Iterator[Request], count: Count) -> Iterator[bytes]:
-    data = first.data
+def _data(first: Request, later: Iterator[Request | Data], count: Count) -> Iterator[Bytes]:
+    data: Bytes = first.data
     count(len(data))
     yield data
     for message in later:
@@ -39,12 +43,12 @@ def _data(first: Request, later: Iterator[Request], count: Count) -> Iterator[by
 
 
 def responses(
-    make: Callable[..., Response], result: Message, chunks: Iterator[bytes], count: Count
-) -> Iterator[Response]:
+    make: Callable[..., Response], result: Message, chunks: Iterator[Bytes], count: Count
+) -> Iterator[Response | Data]:
     """The messages of an answer: the result comes first, with the first chunk if there is one."""
     data = next(chunks, b"")
     count(len(data))
-    yield make(result=result, data=data)
+    yield make(result=result, data=bytes(data))
     for data in chunks:
         count(len(data))
-        yield make(data=data)
+        yield Data(data)

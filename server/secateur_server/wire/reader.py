@@ -13,7 +13,7 @@ from secateur_server.wire.tensors import WireTensor
 class ByteStream:
     """The bytes of `chunks` as one stream that holds exactly `announced` bytes."""
 
-    def __init__(self, chunks: Iterator[bytes], announced: int) -> None:
+    def __init__(self, chunks: Iterator[bytes | memoryview], announced: int) -> None:
         self._chunks = chunks
         self._rest = memoryview(b"")
         self.announced = announced
@@ -56,7 +56,7 @@ class ByteStream:
         piece, self._rest = self._rest[:most], self._rest[most:]
         return piece
 
-    def _count(self, chunk: bytes) -> None:
+    def _count(self, chunk: bytes | memoryview) -> None:
         self._received += len(chunk)
         if self._received > self.announced:
             raise WrongLength(

@@ -40,7 +40,7 @@ class StateDictWriter:
             digest.update(part)
         return digest.hexdigest()
 
-    def chunks(self) -> Iterator[bytes]:
+    def chunks(self) -> Iterator[bytes | memoryview]:
         """The file, in chunks of CHUNK_BYTES."""
         return cut(self._parts())
 

@@ -1,0 +1,66 @@
+"""Messages to bytes and back, without protobuf's copies of their data.
+
+Of all messages of a call but the first, the wire format is a tag, a length and the data: field 2,
+length-delimited, in every request and answer. protobuf copies the data once to build such a message
+and once to serialize it; here it is copied once in all, and not at all in reading.
+"""
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from google.protobuf.message import Message
+
+M = TypeVar("M", bound=Message)
+
+DATA_TAG = 2 << 3 | 2
+# A length takes up to 5 bytes: gRPC's messages are shorter than 2^32.
+_MOST_LENGTH_BYTES = 5
+
+
+class Data:
+    """A message with `data` alone: what a caller of it sees of a PruneRequest, and so on."""
+
+    __slots__ = ("data",)
+
+    def __init__(self, data: bytes | memoryview) -> None:
+        self.data = data
+
+    def HasField(self, name: str) -> bool:  # noqa: N802 (protobuf's name)
+        """Whether the message has the header or the result."""
+        return False
+
+
+def encode(message: Message | Data) -> bytes:
+    """The bytes of a message, as protobuf writes them."""
+    if isinstance(message, Data):
+        return b"".join((_prefix(len(message.data)), message.data))
+    return message.SerializeToString()
+
+
+def _prefix(length: int) -> bytes:
+    """The tag, and the length as a varint: 7 bits a byte, lowest first."""
+    prefix = bytearray((DATA_TAG,))
+    while length > 0x7F:
+        prefix.append(length & 0x7F | 0x80)
+        length >>= 7
+    prefix.append(length)
+    return bytes(prefix)
+
+
+class Decoder(Generic[M]):
+    """Reads messages of one type; those with data alone as Data, on the bytes' own memory."""
+
+    def __init__(self, from_string: Callable[[bytes], M]) -> None:
+        self._from_string = from_string
+
+    def __call__(self, raw: bytes) -> M | Data:
+        """Errors: google.protobuf.message.DecodeError."""
+        length = 0
+        if raw[:1] == bytes((DATA_TAG,)):
+            for index, byte in enumerate(raw[1 : 1 + _MOST_LENGTH_BYTES]):
+                length |= (byte & 0x7F) << (7 * index)
+                if byte < 0x80:
+                    if len(raw) == 2 + index + length:
+                        return Data(memoryview(raw)[2 + index :])
+                    break  # there is more in it than data
+        return self._from_string(raw)
