@@ -17,7 +17,7 @@ from secateur_proto.pruner_pb2_grpc import PrunerStub
 OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
 
 BIG = safetensors.torch.save({"w": torch.randn(8 << 20)})
-PIECES = list(cut([BIG]))
+PIECES = [bytes(piece) for piece in cut([BIG])]
 
 
 @pytest.fixture(autouse=True)
