@@ -15,6 +15,7 @@ from secateur_server.config import Config
 from secateur_server.operate.around import AroundCalls, CheckMessages
 from secateur_server.operate.metrics import Metrics
 from secateur_server.operate.statuses import statuses
+from secateur_server.pruning.parallel import one_thread
 from secateur_server.service import Pruner, add_pruner
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class App:
         self._drain_timeout = config.drain_timeout
         self._health = health.HealthServicer()
         self._grpc = grpc.server(
-            ThreadPoolExecutor(WORKERS, thread_name_prefix="rpc"),
+            ThreadPoolExecutor(WORKERS, thread_name_prefix="rpc", initializer=one_thread),
             # Outermost first: metrics see the status that an error became.
             interceptors=[AroundCalls(metrics.calls), AroundCalls(statuses), CheckMessages()],
             options=_OPTIONS,

@@ -8,9 +8,10 @@ from torch import Tensor
 from secateur_proto.framing import mask_bytes
 from secateur_server.errors import InvalidPair, InvalidStateDict, quote
 from secateur_server.pruning.catalog import Catalog, Stored, match, read_catalog
-from secateur_server.pruning.measure import fold, pack
+from secateur_server.pruning.measure import fold
 from secateur_server.pruning.prune import to_mask
 from secateur_server.pruning.spec import Parameter
+from secateur_server.wire.bits import pack
 from secateur_server.wire.header import Header
 from secateur_server.wire.reader import ByteStream, read_header, read_tensors
 from secateur_server.wire.tensors import TORCH_DTYPES, WIRE_DTYPES, WireTensor

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.pruning.torch_side import EXACT, HALF, distinct, lowest_slices
 from torch import Tensor
 
-from secateur_server.pruning import score, select
+from secateur_server.pruning import parallel, select
 from secateur_server.pruning.prune import Choice
 from secateur_server.pruning.prune import prune as apply_rules
 from secateur_server.pruning.spec import (
@@ -139,8 +139,8 @@ def test_the_size_of_a_piece_does_not_show(
 
 
 def cut_into(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
-    monkeypatch.setattr(score, "PIECE", piece)
-    monkeypatch.setattr(select, "PIECE", piece)
+    monkeypatch.setattr(parallel, "PIECE", piece)
+    monkeypatch.setattr(select, "FEW", 0)  # few units are ranked at once
 
 
 @settings(
@@ -180,7 +180,7 @@ def test_nothing_that_comes_in_is_written_to(dtype: torch.dtype) -> None:
 
 def test_more_units_than_a_piece_are_ranked_as_one() -> None:
     """Across the real piece of 2^20 elements: the ties at its border too."""
-    weight = (torch.arange(3 * score.PIECE // 2) % 5).float()
+    weight = (torch.arange(3 * parallel.PIECE // 2) % 5).float()
     masks, outcomes = answer({"w": Parameter(weight)}, [rule(["w"], Magnitude(), Element(), 0.7)])
     count = round(0.7 * len(weight))
     order = torch.sort(weight, stable=True).indices

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from secateur_server.pruning import parallel
+from secateur_server.pruning.parallel import each, spans
 from secateur_server.pruning.spec import Parameter
 
 
@@ -24,23 +26,42 @@ class Sparsity:
 
 def measure(parameter: Parameter) -> Sparsity:
     """Counts the zeros of a parameter, -0.0 among them."""
-    weight, mask = parameter.weight, parameter.mask
-    zero = weight == 0
-    if mask is not None:
-        zero |= ~mask
-    zeros = int(zero.count_nonzero())
-    pruned = 0 if mask is None else weight.numel() - int(mask.count_nonzero())
-    dims = range(weight.dim()) if weight.dim() > 1 else ()
-    return Sparsity(
-        zeros, weight.numel(), pruned, tuple(_zero_slices(zero, dim, zeros) for dim in dims)
-    )
+    weight, mask = parameter.weight.reshape(-1), parameter.mask
+    flat = None if mask is None else mask.reshape(-1)
+
+    def counts_of(span: tuple[int, int]) -> tuple[int, int]:
+        part = slice(*span)
+        zero = weight[part] == 0
+        if flat is None:
+            return int(zero.count_nonzero()), 0
+        pruned = ~flat[part]
+        return int((zero | pruned).count_nonzero()), int(pruned.count_nonzero())
+
+    counts = each(counts_of, spans(len(weight)))
+    zeros, pruned = sum(zero for zero, _ in counts), sum(pruned for _, pruned in counts)
+    dims = range(parameter.weight.dim()) if parameter.weight.dim() > 1 else ()
+    slices = tuple(_zero_slices(parameter, dim, zeros) for dim in dims)
+    return Sparsity(zeros, len(weight), pruned, slices)
 
 
-def _zero_slices(zero: Tensor, dim: int, zeros: int) -> int:
-    slices = zero.shape[dim]
-    if zeros == 0 or zeros * slices < zero.numel():  # not even one slice's worth
+def _zero_slices(parameter: Parameter, dim: int, zeros: int) -> int:
+    """How many slices along `dim` are wholly zero. A corner of each settles it for most."""
+    weight = parameter.weight.movedim(dim, 0)
+    if zeros == 0 or zeros * len(weight) < weight.numel():  # not even one slice's worth
         return 0
-    return int(zero.movedim(dim, 0).flatten(1).all(1).count_nonzero())
+    mask = None if parameter.mask is None else parameter.mask.movedim(dim, 0)
+
+    def zero_in(part: tuple[slice | Tensor, ...]) -> Tensor:
+        zero = weight[part] == 0
+        if mask is not None:
+            zero |= ~mask[part]
+        return zero.flatten(1).all(1)
+
+    corner = (slice(None), *[slice(8)] * (weight.dim() - 1))
+    left = zero_in(corner).nonzero().view(-1)
+    size = max(1, parallel.PIECE * len(weight) // weight.numel())
+    shares = [left[begin:end] for begin, end in spans(len(left), size)]
+    return sum(each(lambda share: int(zero_in((share,)).count_nonzero()), shares))
 
 
 # The integers that have the bits of a floating dtype.
@@ -56,19 +77,13 @@ def fold(parameter: Parameter) -> Tensor:
     weight, mask = parameter.weight, parameter.mask
     if mask is None:
         return weight
-    bits = weight.contiguous().view(_BITS[weight.element_size()])
-    sign = torch.iinfo(bits.dtype).min
-    return torch.where(mask, bits, bits & sign).view(weight.dtype)
+    bits = weight.reshape(-1).view(_BITS[weight.element_size()])
+    kept, sign = mask.reshape(-1), torch.iinfo(bits.dtype).min
+    folded = torch.empty_like(bits)
 
+    def fold_piece(span: tuple[int, int]) -> None:
+        part = slice(*span)
+        torch.where(kept[part], bits[part], bits[part] & sign, out=folded[part])
 
-def pack(mask: Tensor) -> Tensor:
-    """A mask as bits: row-major, lowest bit first, the last byte padded with 0.
-
-    mask: bool, any shape.  Returns: uint8, ceil(elements / 8).
-    """
-    flat = mask.reshape(-1).view(torch.uint8)
-    padded = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
-    packed = padded[:, 0].clone()
-    for bit in range(1, 8):
-        packed |= padded[:, bit] << bit
-    return packed
+    each(fold_piece, spans(len(bits)))
+    return folded.view(weight.dtype).view(weight.shape)

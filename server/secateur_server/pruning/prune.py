@@ -120,14 +120,9 @@ def _choose(rule: Selection, rankings: Sequence[Ranking]) -> tuple[list[Tensor],
     count = units_to_prune(rule, names, sum(alive))
     dtype = score_dtype(rankings)
     cut = decide(rankings, dtype, count) if count else NOTHING
-    ties, kept, pruned = cut.ties, [], 0
-    for ranking, before in zip(rankings, alive, strict=True):
-        units, ties = mark(ranking, dtype, cut, ties)
-        kept.append(units)
-        left = units if ranking.alive is None else units & ranking.alive
-        pruned += before - int(left.count_nonzero())
+    kept, pruned = mark(rankings, dtype, cut)
     value = None if isinstance(rule.importance, Random) else threshold(cut, dtype)
-    return kept, Choice(names, sum(alive), count, pruned, value, cut.equal, cut.ties - ties)
+    return kept, Choice(names, sum(alive), count, pruned, value, cut.equal, cut.ties)
 
 
 def units_to_prune(rule: Selection, names: Sequence[str], alive: int) -> int:

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from secateur_server.errors import NanScores
+from secateur_server.pruning import parallel
+from secateur_server.pruning.parallel import each, spans
 from secateur_server.pruning.spec import Element, Magnitude, Parameter, Random, Slice
-
-# Elements in one step of the work: the temporaries of a step stay in the caches.
-PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,8 @@ def rank(
 
 def refuse_nan(values: Tensor, mask: Tensor | None, field: str) -> None:
     """Refuses a NaN that is not pruned yet: it has no rank.  Errors: NanScores."""
-    if not any(bool(piece.isnan().any()) for piece in torch.split(values.reshape(-1), PIECE)):
+    flat = values.reshape(-1)
+    if not any(each(lambda s: bool(flat[slice(*s)].isnan().any()), spans(len(flat)))):
         return
     nan = values.isnan() if mask is None else values.isnan() & mask
     count = int(nan.count_nonzero())
@@ -86,17 +86,16 @@ def slice_norms(values: Tensor, mask: Tensor | None, along: Slice, p: float | st
     """
     slices = values.movedim(along.dim, 0)
     kept = None if mask is None else mask.movedim(along.dim, 0)
-    norms = [torch.empty(0, dtype=torch.float64, device=values.device)]
-    # Smaller blocks than elsewhere: as float64 they are to stay in the second-level cache.
-    step = max(1, PIECE // 16 // max(1, math.prod(slices.shape[1:])))
-    for begin in range(0, len(slices), step):
-        block = slices[begin : begin + step].to(torch.float64)
+    # Smaller pieces than elsewhere: as float64 they are to stay in the second-level cache.
+    size = max(1, parallel.PIECE // 16 // max(1, math.prod(slices.shape[1:])))
+
+    def norms_of(span: tuple[int, int]) -> Tensor:
+        block = slices[slice(*span)].to(torch.float64)
         if kept is not None:
-            block = torch.where(kept[begin : begin + step], block, 0.0)
-        norms.append(
-            _nuclear_norms(block) if p == "nuc" else _vector_norms(block.flatten(1), float(p))
-        )
-    joined = torch.cat(norms)
+            block = torch.where(kept[slice(*span)], block, 0.0)
+        return _nuclear_norms(block) if p == "nuc" else _vector_norms(block.flatten(1), float(p))
+
+    joined = torch.cat(each(norms_of, spans(len(slices), size)))
     return joined if values.dtype == torch.float64 else joined.to(torch.float32)
 
 
