@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur_server.pruning import parallel
+from secateur_server.pruning import kernels, parallel
 from secateur_server.pruning.parallel import each, spans
 from secateur_server.pruning.spec import Parameter
 
@@ -30,12 +30,14 @@ def measure(parameter: Parameter) -> Sparsity:
     flat = None if mask is None else mask.reshape(-1)
 
     def counts_of(span: tuple[int, int]) -> tuple[int, int]:
-        part = slice(*span)
-        zero = weight[part] == 0
-        if flat is None:
-            return int(zero.count_nonzero()), 0
-        pruned = ~flat[part]
-        return int((zero | pruned).count_nonzero()), int(pruned.count_nonzero())
+        values, kept = weight[slice(*span)], None if flat is None else flat[slice(*span)]
+        pruned = 0 if kept is None else len(kept) - int(kept.count_nonzero())
+        if piece := kernels.piece_of(values, kept):
+            return piece.count_zeros(), pruned
+        zero = values == 0
+        if kept is not None:
+            zero |= ~kept
+        return int(zero.count_nonzero()), pruned
 
     counts = each(counts_of, spans(len(weight)))
     zeros, pruned = sum(zero for zero, _ in counts), sum(pruned for _, pruned in counts)

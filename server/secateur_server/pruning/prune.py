@@ -120,9 +120,9 @@ def _choose(rule: Selection, rankings: Sequence[Ranking]) -> tuple[list[Tensor],
     count = units_to_prune(rule, names, sum(alive))
     dtype = score_dtype(rankings)
     cut = decide(rankings, dtype, count) if count else NOTHING
-    kept, pruned = mark(rankings, dtype, cut)
+    kept, left = mark(rankings, dtype, cut)
     value = None if isinstance(rule.importance, Random) else threshold(cut, dtype)
-    return kept, Choice(names, sum(alive), count, pruned, value, cut.equal, cut.ties)
+    return kept, Choice(names, sum(alive), count, sum(alive) - left, value, cut.equal, cut.ties)
 
 
 def units_to_prune(rule: Selection, names: Sequence[str], alive: int) -> int:

@@ -1,9 +1,7 @@
 """Which units go: exactly so many of the least important, ties by the lowest index.
 
-A key is a non-negative integer that orders units as their scores do. Of a floating score it is
-the bit pattern of the absolute value, which IEEE 754 orders as the values; so one selection serves
-every dtype, and exactly. The count-th smallest key is found digit by digit, 16 bits at a time, from
-histograms: summaries of pieces, which add up (radix select; no sort, no copy of the scores).
+The count-th smallest key is found digit by digit, 16 bits at a time, from histograms: summaries of
+pieces, which add up (radix select; no sort, no copy of the scores).
 """
 
 import itertools
@@ -14,18 +12,14 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from secateur_server.pruning.kernels import BITS
 from secateur_server.pruning.parallel import CORES, each, spans
-from secateur_server.pruning.score import RandomScores, Ranking, random_keys
+from secateur_server.pruning.passes import DIGIT_BITS, Piece, add_digits, count_equal, keys
+from secateur_server.pruning.passes import mark as mark_piece
+from secateur_server.pruning.score import RandomScores, Ranking
 
-DIGIT_BITS = 16
 # Up to so many units are ranked at once.
 FEW = 1 << 17
-KEY_DTYPES = {
-    torch.float64: torch.int64,
-    torch.float32: torch.int32,
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-}
 
 
 @dataclass(frozen=True)
@@ -48,33 +42,9 @@ def score_dtype(rankings: Sequence[Ranking]) -> torch.dtype:
     return reduce(torch.promote_types, dtypes)
 
 
-def keys(ranking: Ranking, dtype: torch.dtype, begin: int, end: int) -> Tensor:
-    """Keys of the units [begin, end) for scores compared as `dtype`.
-
-    Returns: int16, int32 or int64, 1-D. What is pruned already has the largest integer, which is
-    the key of no score, and is so never chosen.
-    """
-    if isinstance(ranking.scores, RandomScores):
-        made = random_keys(ranking.scores, begin, end, ranking.device)
-    else:
-        made = ranking.scores[begin:end].to(dtype).view(KEY_DTYPES[dtype])
-        made = made & torch.iinfo(made.dtype).max  # the sign goes
-    if ranking.alive is not None:
-        made.masked_fill_(~ranking.alive[begin:end], torch.iinfo(made.dtype).max)
-    return made
-
-
-def observe(piece: Tensor, prefix: int, shift: int) -> Tensor:
-    """Counts the digits at `shift` of the keys whose higher digits are `prefix`.
-
-    piece: keys, 1-D.  Returns: int64, 2^16 counts. Those of pieces add up to that of the whole.
-    """
-    if shift + DIGIT_BITS < torch.iinfo(piece.dtype).bits:
-        piece = piece[(piece >> (shift + DIGIT_BITS)) == prefix]
-        digits = (piece >> shift) & ((1 << DIGIT_BITS) - 1)
-    else:  # the highest digit: nothing above it, and no sign
-        digits = piece >> shift
-    return torch.bincount(digits, minlength=1 << DIGIT_BITS)
+def pieces_of(rankings: Sequence[Ranking], dtype: torch.dtype) -> list[Piece]:
+    """All units, in their order."""
+    return [Piece(ranking, dtype, *span) for ranking in rankings for span in spans(ranking.units)]
 
 
 def decide(rankings: Sequence[Ranking], dtype: torch.dtype, count: int) -> Cut:
@@ -84,9 +54,10 @@ def decide(rankings: Sequence[Ranking], dtype: torch.dtype, count: int) -> Cut:
     """
     if sum(ranking.units for ranking in rankings) <= FEW:
         return _decide_among_few(rankings, dtype, count)
+    pieces = pieces_of(rankings, dtype)
     prefix, place = 0, count  # the place of the cut among the keys that begin with prefix, from 1
-    for shift in reversed(range(0, torch.iinfo(KEY_DTYPES[dtype]).bits, DIGIT_BITS)):
-        counts = _observe_all(rankings, dtype, prefix, shift)
+    for shift in reversed(range(0, torch.iinfo(BITS[dtype]).bits, DIGIT_BITS)):
+        counts = _count_digits(pieces, prefix, shift)
         up_to = counts.cumsum(0)
         digit = int(torch.searchsorted(up_to, place))
         equal = int(counts[digit])
@@ -95,17 +66,14 @@ def decide(rankings: Sequence[Ranking], dtype: torch.dtype, count: int) -> Cut:
     return Cut(prefix, place, equal)
 
 
-def _observe_all(
-    rankings: Sequence[Ranking], dtype: torch.dtype, prefix: int, shift: int
-) -> Tensor:
-    """The counts of all units. Each core adds up those of its share of the pieces."""
-    pieces = [(r, *span) for r in rankings for span in spans(r.units)]
+def _count_digits(pieces: Sequence[Piece], prefix: int, shift: int) -> Tensor:
+    """The counts of all pieces. Each core adds up those of its share."""
 
-    def counts_of(share: Sequence[tuple[Ranking, int, int]]) -> Tensor:
-        total = torch.zeros(1 << DIGIT_BITS, dtype=torch.int64)
-        for ranking, begin, end in share:
-            total += observe(keys(ranking, dtype, begin, end), prefix, shift).cpu()
-        return total
+    def counts_of(share: Sequence[Piece]) -> Tensor:
+        counts = torch.zeros(1 << DIGIT_BITS, dtype=torch.int64)
+        for piece in share:
+            add_digits(piece, prefix, shift, counts)
+        return counts
 
     size = -(-len(pieces) // CORES)
     return reduce(torch.add, each(counts_of, [pieces[b:e] for b, e in spans(len(pieces), size)]))
@@ -113,7 +81,7 @@ def _observe_all(
 
 def _decide_among_few(rankings: Sequence[Ranking], dtype: torch.dtype, count: int) -> Cut:
     """As `decide`: for few units 2^16 counts are more work than the units."""
-    joined = torch.cat([keys(ranking, dtype, 0, ranking.units) for ranking in rankings])
+    joined = torch.cat([keys(Piece(ranking, dtype, 0, ranking.units)) for ranking in rankings])
     key = int(joined.kthvalue(count).values)
     below = int((joined < key).count_nonzero())
     return Cut(key, count - below, int((joined == key).count_nonzero()))
@@ -123,44 +91,22 @@ def mark(rankings: Sequence[Ranking], dtype: torch.dtype, cut: Cut) -> tuple[lis
     """Applies the cut.
 
     Returns: for each ranking the units that are alive and stay so, bool, flat; and how many units
-        of all were pruned.
+        of all those are.
     """
     kept = [torch.empty(r.units, dtype=torch.bool, device=r.device) for r in rankings]
-    pieces = [
-        (ranking, units[begin:end], begin, end)
-        for ranking, units in zip(rankings, kept, strict=True)
-        for begin, end in spans(ranking.units)
-    ]
-    before = [0] * len(pieces)  # ties in the pieces that come before
-    if cut.ties < cut.equal:
-        equal = each(lambda p: int((keys(p[0], dtype, *p[2:]) == cut.key).count_nonzero()), pieces)
-        before = [0, *itertools.accumulate(equal)][:-1]
-
-    def mark_piece(numbered: tuple[int, tuple[Ranking, Tensor, int, int]]) -> int:
-        number, (ranking, part, begin, end) = numbered
-        found = keys(ranking, dtype, begin, end)
-        quota = max(0, cut.ties - before[number]) if cut.ties < cut.equal else cut.ties
-        _mark_piece(found, cut, quota, part)
-        pruned = len(part) - int(part.count_nonzero())  # what was pruned before has the largest key
-        if ranking.alive is not None:
-            part &= ranking.alive[begin:end]
-        return pruned
-
-    return kept, sum(each(mark_piece, enumerate(pieces)))
-
-
-def _mark_piece(found: Tensor, cut: Cut, quota: int, part: Tensor) -> None:
-    """Writes which of the keys `found` are kept, where the first `quota` ties are pruned."""
-    if quota == 0:
-        torch.ge(found, cut.key, out=part)
-        return
-    torch.gt(found, cut.key, out=part)
-    if cut.ties < cut.equal:
-        part[(found == cut.key).nonzero().view(-1)[quota:]] = True
+    parts = [units[slice(*span)] for units in kept for span in spans(len(units))]
+    pieces = pieces_of(rankings, dtype)
+    ties: list[int | None] = [None] * len(pieces)
+    if cut.ties < cut.equal:  # the first ties go: a piece needs to know how many lie before it
+        equal = each(lambda piece: count_equal(piece, cut.key), pieces)
+        before = list(itertools.accumulate(equal, initial=0))[:-1]
+        ties = [max(0, cut.ties - count) for count in before]
+    work = zip(pieces, ties, parts, strict=True)
+    return kept, sum(each(lambda w: mark_piece(w[0], cut.key, w[1], w[2]), work))
 
 
 def threshold(cut: Cut, dtype: torch.dtype) -> float | None:
     """The score at the cut; None where nothing is pruned."""
     if cut == NOTHING:
         return None
-    return torch.tensor(cut.key, dtype=KEY_DTYPES[dtype]).view(dtype).item()
+    return torch.tensor(cut.key, dtype=BITS[dtype]).view(dtype).item()
