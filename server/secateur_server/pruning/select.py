@@ -101,8 +101,14 @@ def mark(rankings: Sequence[Ranking], dtype: torch.dtype, cut: Cut) -> tuple[lis
         equal = each(lambda piece: count_equal(piece, cut.key), pieces)
         before = list(itertools.accumulate(equal, initial=0))[:-1]
         ties = [max(0, cut.ties - count) for count in before]
-    work = zip(pieces, ties, parts, strict=True)
-    return kept, sum(each(lambda w: mark_piece(w[0], cut.key, w[1], w[2]), work))
+    work = list(zip(pieces, ties, parts, strict=True))
+
+    def kept_of(share: Sequence[tuple[Piece, int | None, Tensor]]) -> int:
+        return sum(mark_piece(piece, cut.key, ties, part) for piece, ties, part in share)
+
+    # Few units are sooner marked than given to other threads.
+    shares = [work] if sum(map(len, kept)) <= FEW else [[one] for one in work]
+    return kept, sum(each(kept_of, shares))
 
 
 def threshold(cut: Cut, dtype: torch.dtype) -> float | None:

@@ -80,9 +80,16 @@ def read_tensors(stream: ByteStream, header: Header, device: torch.device) -> di
     """
     read: dict[str, WireTensor] = {}
     for entry in sorted(header.entries, key=lambda entry: (entry.begin, entry.end)):
-        # numpy asks for huge pages where torch does not: half the time of first touching them.
-        data = np.empty(entry.end - entry.begin, np.uint8)
-        stream.fill(data.data)
-        read[entry.name] = WireTensor(entry.dtype, entry.shape, torch.from_numpy(data).to(device))
+        data = _memory(entry.end - entry.begin)
+        stream.fill(data.numpy().data)
+        read[entry.name] = WireTensor(entry.dtype, entry.shape, data.to(device))
     stream.finish()
     return {entry.name: read[entry.name] for entry in header.entries}
+
+
+def _memory(size: int) -> torch.Tensor:
+    """Memory of `size` bytes, as uint8."""
+    if size == 0:  # of numpy's torch makes a tensor that has no view as another dtype
+        return torch.empty(0, dtype=torch.uint8)
+    # numpy asks for huge pages where torch does not: half the time of first touching them.
+    return torch.from_numpy(np.empty(size, np.uint8))
