@@ -9,7 +9,7 @@ from secateur_server.pruning import kernels, passes
 from secateur_server.pruning.measure import measure
 from secateur_server.pruning.prune import prune
 from secateur_server.pruning.score import Ranking
-from secateur_server.pruning.spec import Element, Magnitude, Parameter, Selection
+from secateur_server.pruning.spec import Element, Magnitude, Parameter, Random, Selection
 
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16])
 VALUES = st.lists(
@@ -82,11 +82,14 @@ def test_masks_and_measures_are_the_same_without_numba(
         "a": Parameter(weights[0]),
         "b": Parameter(weights[1], torch.rand(300, 700) > 0.2),
     }
-    rule = Selection("r", ("a", "b"), Magnitude(), Element(), is_global, fraction, {})
-    expected, outcomes = prune(parameters, [rule], {})
+    rules = [
+        Selection("r", ("a", "b"), importance, Element(), is_global, fraction, {})
+        for importance in (Magnitude(), Random(5))
+    ]
+    expected, outcomes = prune(parameters, rules, {})
     measures = [measure(parameter) for parameter in expected.values()]
     monkeypatch.setattr(kernels, "enabled", False)
-    found, found_outcomes = prune(parameters, [rule], {})
+    found, found_outcomes = prune(parameters, rules, {})
     assert found_outcomes == outcomes
     assert [measure(parameter) for parameter in found.values()] == measures
     for name, parameter in found.items():

@@ -26,6 +26,11 @@ BITS = {
     torch.bfloat16: torch.int16,
 }
 
+# The constants of SplitMix64, as int64.
+GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
+MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+MIX_2 = 0x94D049BB133111EB - (1 << 64)
+
 njit: Any = None
 with suppress(ImportError):
     from numba import njit
@@ -119,6 +124,17 @@ def count_zeros(bits: Any, alive: Any, largest: int) -> int:
     return count
 
 
+@_compiled
+def random_bits(state: int, begin: int, bits: Any) -> None:
+    """Writes the keys of random scores, as score.random_keys, from the unit `begin` on."""
+    for i in range(len(bits)):
+        z = (begin + 1 + i) * GAMMA + state
+        z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * MIX_1
+        z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * MIX_2
+        z ^= (z >> 31) & ((1 << 33) - 1)
+        bits[i] = (z >> 34) & ((1 << 30) - 1)
+
+
 @dataclass(frozen=True)
 class Piece:
     """Scores of units, and which are alive, as arrays on their memory."""
@@ -164,4 +180,13 @@ def piece_of(scores: Tensor, alive: Tensor | None) -> Piece | None:
     if not enabled or scores.device.type != "cpu":
         return None
     bits = scores.contiguous().view(BITS[scores.dtype]).numpy()
+    return Piece(bits, None if alive is None else alive.numpy())
+
+
+def random_piece(state: int, begin: int, end: int, alive: Tensor | None) -> Piece | None:
+    """A piece of random scores for the compiled passes; None where there are none."""
+    if not enabled:
+        return None
+    bits = torch.empty(end - begin, dtype=torch.int32).numpy()
+    random_bits(state, begin, bits)
     return Piece(bits, None if alive is None else alive.numpy())

@@ -27,11 +27,13 @@ class Piece:
 
     def compiled(self) -> kernels.Piece | None:
         """The piece for the compiled passes; None where they do not take it."""
-        scores, alive = self.ranking.scores, self.ranking.alive
-        if isinstance(scores, RandomScores) or scores.dtype != self.dtype:
-            return None
-        part = slice(self.begin, self.end)
-        return kernels.piece_of(scores[part], None if alive is None else alive[part])
+        scores, part = self.ranking.scores, slice(self.begin, self.end)
+        alive = None if self.ranking.alive is None else self.ranking.alive[part]
+        if isinstance(scores, RandomScores):
+            if self.ranking.device.type != "cpu":
+                return None
+            return kernels.random_piece(scores.state, self.begin, self.end, alive)
+        return kernels.piece_of(scores[part], alive) if scores.dtype == self.dtype else None
 
 
 def keys(piece: Piece) -> Tensor:

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from secateur_server.errors import NanScores
 from secateur_server.pruning import parallel
-from secateur_server.pruning.kernels import BITS
+from secateur_server.pruning.kernels import BITS, GAMMA, MIX_1, MIX_2
 from secateur_server.pruning.parallel import each, spans
 from secateur_server.pruning.spec import Element, Magnitude, Parameter, Random, Slice
 
 
 @dataclass(frozen=True)
 class RandomScores:
-    """Scores that are computed where they are needed.  state: of the stream, in [0, 2^64)."""
+    """Scores that are computed where they are needed.  state: of the stream, an int64."""
 
     state: int
 
@@ -138,14 +138,10 @@ def _nuclear_norms(matrices: Tensor) -> Tensor:
     return torch.where(finite, norms, math.inf)
 
 
-_WORD = (1 << 64) - 1
-_GAMMA = 0x9E3779B97F4A7C15
-
-
 def random_scores(seed: int, name: str) -> RandomScores:
     """The scores of a tensor: they depend on the seed and the tensor's name alone."""
     digest = hashlib.sha256(seed.to_bytes(8, "little") + name.encode()).digest()
-    return RandomScores(int.from_bytes(digest[:8], "little"))
+    return RandomScores(int.from_bytes(digest[:8], "little", signed=True))
 
 
 def random_keys(scores: RandomScores, begin: int, end: int, device: torch.device) -> Tensor:
@@ -155,16 +151,11 @@ def random_keys(scores: RandomScores, begin: int, end: int, device: torch.device
     generators, OOPSLA 2014), which can begin anywhere in its stream.  Returns: int32, in [0, 2^30).
     """
     z = torch.arange(begin + 1, end + 1, dtype=torch.int64, device=device)
-    z.mul_(_signed(_GAMMA)).add_(_signed(scores.state))
-    z.bitwise_xor_(_shifted(z, 30)).mul_(_signed(0xBF58476D1CE4E5B9))
-    z.bitwise_xor_(_shifted(z, 27)).mul_(_signed(0x94D049BB133111EB))
+    z.mul_(GAMMA).add_(scores.state)
+    z.bitwise_xor_(_shifted(z, 30)).mul_(MIX_1)
+    z.bitwise_xor_(_shifted(z, 27)).mul_(MIX_2)
     z.bitwise_xor_(_shifted(z, 31))
     return _shifted(z, 34).to(torch.int32)
-
-
-def _signed(word: int) -> int:
-    """The int64 with the bits of an unsigned 64-bit word."""
-    return ((word & _WORD) ^ (1 << 63)) - (1 << 63)
 
 
 def _shifted(words: Tensor, by: int) -> Tensor:
