@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import secateur
+from bounds import raw_upload
 
 AMOUNT = 0.5
 SPEC = secateur.global_unstructured("*", AMOUNT)
@@ -63,12 +64,16 @@ class Server:
 
 @dataclass(frozen=True)
 class Side:
-    """What one side took: seconds of each call, peaks in bytes; BLAKE2b of the masks."""
+    """What one side took: seconds of each call, peaks in bytes; BLAKE2b of the masks.
+
+    raw_seconds: of raw uploads of as many bytes, each behind one of the calls.
+    """
 
     seconds: list[float]
     peak_bytes: int
     masks: str
     server_peak_bytes: int | None = None
+    raw_seconds: list[float] | None = None
 
     @property
     def median(self) -> float:
@@ -120,6 +125,7 @@ def compare(millions: int) -> dict[str, Any]:
         "model_bytes": millions * 4_000_000,
         "torch": asdict(local),
         "secateur": asdict(wire),
+        "raw_upload_median": statistics.median(wire.raw_seconds or []),
         "torch_median": local.median,
         "secateur_median": wire.median,
         "ratio": local.median / wire.median,
@@ -129,11 +135,24 @@ def compare(millions: int) -> dict[str, Any]:
 def wire_side(millions: int, server: Server) -> Side:
     """Prunes over the wire."""
     model = make_model(millions)
-    with secateur.Client(server.address) as client:
-        prune_over_the_wire(client, make_lenet())
+    raw: list[float] = []
+    as_bytes = np.ones(millions * 4_000_000, np.uint8).data
+    with secateur.Client(server.address) as client, raw_upload() as upload:
+        warm_up(client, model)
         ours, theirs = Memory(os.getpid()), Memory(server.pid)
-        seconds, masks = repeat(lambda: prune_over_the_wire(client, model), millions)
-        return Side(seconds, ours.growth(), digest(masks), theirs.growth())
+
+        def both() -> tuple[float, Model]:
+            raw.append(upload(as_bytes))
+            return prune_over_the_wire(client, model)
+
+        seconds, masks = repeat(both, millions)
+        return Side(seconds, ours.growth(), digest(masks), theirs.growth(), raw)
+
+
+def warm_up(client: secateur.Client, model: Model) -> None:
+    """Has the server load, and compile, what it needs: by a small part of the model."""
+    prune_over_the_wire(client, make_lenet())
+    prune_over_the_wire(client, {n: w[: 1 + 200_000 // w[0].numel()] for n, w in model.items()})
 
 
 def torch_side(millions: int) -> Side:
@@ -303,8 +322,9 @@ def print_sizes(sizes: Sequence[Mapping[str, Any]]) -> None:
     """The table of walls and peaks."""
     print("\nglobal_unstructured, L1, half of the weights")
     print("median wall; peak RSS above the idle process, in MB (and in models)")
-    columns = ("parameters", "torch", "secateur", "ratio", "torch RSS", "server RSS", "client RSS")
-    print("".join(f"{column:>16}" for column in columns))
+    times = ("torch", "secateur", "ratio", "raw upload", "to raw")
+    columns = ("parameters", *times, "torch RSS", "server RSS", "client RSS")
+    print("".join(f"{column:>15}" for column in columns))
     for size in sizes:
         peaks = (
             size["torch"]["peak_bytes"],
@@ -316,9 +336,11 @@ def print_sizes(sizes: Sequence[Mapping[str, Any]]) -> None:
             f"{size['torch_median']:.3f} s",
             f"{size['secateur_median']:.3f} s",
             f"{size['ratio']:.1f}x",
+            f"{size['raw_upload_median']:.3f} s",
+            f"{size['secateur_median'] / size['raw_upload_median']:.1f}x",
             *(f"{peak / 1e6:,.0f} ({peak / size['model_bytes']:.1f}x)" for peak in peaks),
         )
-        print("".join(f"{cell:>16}" for cell in cells), flush=True)
+        print("".join(f"{cell:>15}" for cell in cells), flush=True)
 
 
 def print_lenet(lenet: Mapping[str, Any]) -> None:

@@ -99,8 +99,10 @@ def mark(rankings: Sequence[Ranking], dtype: torch.dtype, cut: Cut) -> tuple[lis
     ties: list[int | None] = [None] * len(pieces)
     if cut.ties < cut.equal:  # the first ties go: a piece needs to know how many lie before it
         equal = each(lambda piece: count_equal(piece, cut.key), pieces)
-        before = list(itertools.accumulate(equal, initial=0))[:-1]
-        ties = [max(0, cut.ties - count) for count in before]
+        before = itertools.accumulate(equal, initial=0)
+        left = [max(0, cut.ties - count) for count in before]
+        # Of most pieces all ties go, as there are none: which is the faster pass.
+        ties = [None if n <= most else most for n, most in zip(equal, left, strict=False)]
     work = list(zip(pieces, ties, parts, strict=True))
 
     def kept_of(share: Sequence[tuple[Piece, int | None, Tensor]]) -> int:
