@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from tests.conftest import asset
 from torch import Tensor
+
+from tests.conftest import asset
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo.py"
 LAYERS = {

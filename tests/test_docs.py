@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import save_file
-from tests.conftest import RunningServer
 
 from secateur import Spec
+from tests.conftest import RunningServer
 
 
 def blocks(path: str, language: str) -> list[str]:

@@ -73,7 +73,10 @@ def _spec(options: argparse.Namespace, model: Source) -> Spec:
     if options.spec is not None:
         if choices or options.tensors:
             raise InvalidSpec("--spec has the whole spec; --method's options do not go with it")
-        return Spec.from_dict(_read_spec(options.spec))
+        try:
+            return Spec.from_dict(_read_spec(options.spec))
+        except InvalidSpec as error:
+            raise InvalidSpec(f"{options.spec}: {error}") from None
     tensors = options.tensors or _matrices(model)
     return Spec.from_dict({"rules": [{"method": options.method, "tensors": tensors, **choices}]})
 
@@ -91,6 +94,7 @@ def _matrices(model: Source) -> list[str]:
 
 
 def _read_spec(path: Path) -> Any:
+    """The plain data of a spec file.  Errors: InvalidSpec, which does not name the file."""
     try:
         text = path.read_text()
         if path.suffix == ".json":
@@ -99,13 +103,13 @@ def _read_spec(path: Path) -> Any:
 
         return yaml.safe_load(text)
     except OSError as error:
-        raise InvalidSpec(f"{path}: {error.strerror}") from None
+        raise InvalidSpec(error.strerror) from None
     except ImportError:
-        raise InvalidSpec(f"{path}: YAML needs pip install 'secateur[cli]'") from None
+        raise InvalidSpec("YAML needs pip install 'secateur[cli]'") from None
     except ValueError as error:
-        raise InvalidSpec(f"{path}: {_one_line(error)}") from None
+        raise InvalidSpec(_one_line(error)) from None
     except yaml.YAMLError as error:
-        raise InvalidSpec(f"{path}: {_one_line(error)}") from None
+        raise InvalidSpec(_one_line(error)) from None
 
 
 def _one_line(error: Exception) -> str:

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import secateur
 from tests.pruning.torch_side import (
     Step,
     all_l1,
@@ -24,9 +27,6 @@ from tests.pruning.torch_side import (
     prune,
     same_bits,
 )
-from torch import Tensor, nn
-
-import secateur
 
 WEIGHTS = ["conv.weight", "fc.weight"]
 STEPS: dict[str, Step] = {

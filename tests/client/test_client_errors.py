@@ -1,25 +1,17 @@
 """Every error of the Python client, as it is raised."""
 
-import pickle
 import re
 import socket
 from collections.abc import Callable, Iterator
 from fractions import Fraction
-from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from tests.conftest import start_server, stop_server
-from tests.contract.raw import entry, file
-from torch.nn.utils import prune
 
 import secateur
+from tests.conftest import start_server, stop_server
 
 # What torch.load says of pickles that torch.save does not write.
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -36,16 +28,6 @@ def small() -> Iterator[secateur.Client]:
     with secateur.Client(running.address) as client:
         yield client
     stop_server(running)
-
-
-def path_of(kind: str, path: Path) -> Path:
-    """A file of that kind with a good model in it."""
-    path = path / f"model.{kind}"
-    if kind == "safetensors":
-        safetensors.torch.save_file(MODEL, path)
-    else:
-        torch.save(MODEL, path)
-    return path
 
 
 SELECTION = "spec.rules[0].selection"
@@ -171,175 +153,6 @@ def test_a_long_message_does_not_hide_what_is_wrong(client: secateur.Client) -> 
             client.report(dict.fromkeys(names, WEIGHT), tensors="😀" * 300)
 
 
-class Touch:
-    """Pickled, it is a call that makes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
-
-
-@pytest.mark.parametrize(
-    "write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))]
-)
-@pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
-def test_code_in_a_pickle_never_runs(
-    client: secateur.Client, tmp_path: Path, write: Callable[[Any, Path], Any], suffix: str
-) -> None:
-    path, touched = tmp_path / f"model{suffix}", tmp_path / "touched"
-    write({"w": Touch(touched)}, path)
-    with pytest.raises(secateur.InvalidStateDict, match=re.escape(str(path))):
-        client.report(path)
-    assert not touched.exists()
-
-
-@pytest.mark.parametrize(
-    ("value", "said"),
-    [
-        (WEIGHT, "Tensor"),
-        ([WEIGHT], "list"),
-        (torch.nn.Linear(2, 2), "state_dict"),
-        ({"epoch": 3, "w": WEIGHT}, "epoch"),
-        ({"model": {"w": WEIGHT}}, "model"),
-        ({1: WEIGHT}, "text"),
-    ],
-)
-def test_a_file_of_torch_that_holds_no_state_dict_is_refused(
-    client: secateur.Client, tmp_path: Path, value: Any, said: str
-) -> None:
-    torch.save(value, tmp_path / "model.pt")
-    with pytest.raises(secateur.InvalidStateDict, match=said):
-        client.report(tmp_path / "model.pt")
-
-
-BYTES = {}
-for zipped in (True, False):
-    written = BytesIO()
-    torch.save(MODEL, written, _use_new_zipfile_serialization=zipped)
-    BYTES[zipped] = written.getvalue()
-
-
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.data(), st.booleans())
-def test_a_spoilt_file_of_torch_is_read_or_refused(
-    tmp_path: Path, data: st.DataObject, zipped: bool
-) -> None:
-    content = bytearray(BYTES[zipped])
-    for place in data.draw(st.lists(st.integers(0, min(len(content), 1500) - 1), max_size=4)):
-        content[place] = data.draw(st.integers(0, 255))
-    length = data.draw(st.just(len(content)) | st.integers(0, len(content)))
-    (tmp_path / "model.pt").write_bytes(content[:length])
-    refused = None
-    try:
-        secateur.is_pruned(tmp_path / "model.pt")
-    except secateur.InvalidStateDict as error:
-        refused = str(error)
-    assert refused is None or ": " in refused
-
-
-@pytest.mark.parametrize("kind", ["safetensors", "pt", "pth"])
-@pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.999])
-def test_a_truncated_file_is_refused(
-    client: secateur.Client, tmp_path: Path, kind: str, share: float
-) -> None:
-    path = path_of(kind, tmp_path)
-    content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(secateur.InvalidStateDict, match=re.escape(str(path))):
-        client.report(path)
-
-
-ENTRY = entry("F32", [1], 0, 4)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        pytest.param(file({"w": ENTRY}, bytes(5)), id="padded"),
-        pytest.param(file({"w": {**ENTRY, "more": 1}}, bytes(4)), id="a key too many"),
-        pytest.param(file({"w": {**ENTRY, "dtype": "F31"}}, bytes(4)), id="unknown dtype"),
-        pytest.param(
-            file(b'{"w":%b,"w":%b}' % ((str(ENTRY).replace("'", '"').encode(),) * 2), bytes(4)),
-            id="a name twice",
-        ),
-    ],
-)
-def test_a_bad_safetensors_file_is_refused(
-    client: secateur.Client, tmp_path: Path, content: bytes
-) -> None:
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(content)
-    with pytest.raises(secateur.InvalidStateDict, match=re.escape(str(path))):
-        client.report(path)
-
-
-@pytest.mark.parametrize("kind", ["safetensors", "pt", "pth"])
-def test_a_file_that_is_not_there_or_a_folder_is_refused(
-    client: secateur.Client, tmp_path: Path, kind: str
-) -> None:
-    path = tmp_path / f"model.{kind}"
-    with pytest.raises(secateur.InvalidStateDict, match=f"{re.escape(str(path))}: .*No such file"):
-        client.report(path)
-    path.mkdir()
-    with pytest.raises(secateur.InvalidStateDict, match=re.escape(str(path))):
-        client.report(str(path))
-
-
-@pytest.mark.parametrize("name", ["model", "model.bin", "model.safetensors.gz", "model.PT"])
-def test_a_file_of_another_kind_is_refused(
-    client: secateur.Client, tmp_path: Path, name: str
-) -> None:
-    (tmp_path / name).write_bytes(safetensors.torch.save(MODEL))
-    with pytest.raises(secateur.InvalidStateDict, match=r"neither \.safetensors nor \.pt"):
-        client.report(tmp_path / name)
-
-
-@pytest.mark.parametrize(
-    ("source", "said"),
-    [
-        pytest.param([WEIGHT], "list", id="list"),
-        pytest.param(WEIGHT, "Tensor", id="tensor"),
-        pytest.param(None, "NoneType", id="None"),
-        pytest.param("s3://bucket/model.safetensors", "s3://bucket", id="URI"),
-        pytest.param({1: WEIGHT}, "text", id="a number as a name"),
-        pytest.param({"w": [1.0, 2.0]}, "w: list", id="list as a tensor"),
-        pytest.param({"w": 1.0}, "w: float", id="number as a tensor"),
-        pytest.param({"w": None}, "w: NoneType", id="None as a tensor"),
-        pytest.param({"w": np.array(["a"])}, "w: dtype str", id="array of text"),
-        pytest.param({"w": np.array([None])}, "w: dtype object", id="array of objects"),
-        pytest.param({"w": WEIGHT.to(torch.complex128)}, "w: dtype complex128", id="complex128"),
-        pytest.param({"w": WEIGHT.to_sparse()}, "w: only dense", id="sparse"),
-        pytest.param({"w": WEIGHT.to("meta")}, "w: only dense", id="meta"),
-        pytest.param({"\ud800": WEIGHT}, r"\\ud800", id="a name that is no text"),
-        pytest.param({"__metadata__": WEIGHT}, "__metadata__", id="a name that is taken"),
-    ],
-)
-def test_a_source_that_is_no_model_is_refused(
-    client: secateur.Client, source: Any, said: str
-) -> None:
-    with pytest.raises(secateur.InvalidStateDict, match=said):
-        client.report(source)
-
-
-def test_a_module_with_two_hooks_for_one_parameter_is_refused(client: secateur.Client) -> None:
-    module = torch.nn.Linear(3, 2)
-    prune.identity(module, "weight")  # type: ignore[no-untyped-call]
-    second = prune.L1Unstructured(1)
-    second._tensor_name = "weight"
-    module.register_forward_pre_hook(second)
-    spec = secateur.l1_unstructured("weight", 1)
-    calls: list[Callable[[], object]] = [
-        lambda: client.prune(module, spec),
-        lambda: client.report(module),
-        lambda: client.finalize(module),
-    ]
-    for call in calls:
-        with pytest.raises(secateur.InvalidStateDict, match="weight: has 2 pruning hooks"):
-            call()
-
-
 def make(method: Callable[..., secateur.Spec], *arguments: Any, **options: Any) -> Any:
     return lambda: method(*arguments, **options)
 
@@ -422,10 +235,3 @@ def test_what_is_no_spec_and_no_pattern_is_refused(client: secateur.Client) -> N
     for wrong in (5, "\ud800", [1]):
         with pytest.raises(secateur.InvalidSpec, match="tensors"):
             client.report(MODEL, tensors=wrong)  # type: ignore[arg-type]
-
-
-def test_lazily_negated_tensors_are_read(client: secateur.Client) -> None:
-    """torch keeps the imaginary part of a conjugate as a view with its sign to be turned."""
-    negated = torch.tensor([1 + 2j, 3 - 0j]).conj().imag
-    assert negated.is_neg()
-    assert client.report({"w": negated}).zeros == 1

@@ -7,6 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
+import secateur
 from tests.pruning.torch_side import (
     Step,
     all_l1,
@@ -23,9 +26,6 @@ from tests.pruning.torch_side import (
     prune,
     torch_masks,
 )
-from torch import Tensor
-
-import secateur
 
 SHAPES = {"a.weight": (6, 5, 4), "b": (8, 7)}
 BOTH = list(SHAPES)

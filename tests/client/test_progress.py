@@ -7,9 +7,9 @@ import sys
 import termios
 
 import numpy as np
-from tests.conftest import RunningServer
 
 import secateur
+from tests.conftest import RunningServer
 
 UPLOAD = """
 import sys, numpy, secateur

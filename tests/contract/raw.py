@@ -15,11 +15,11 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
 from grpc_status import rpc_status
 from hypothesis import settings
 from prometheus_client.parser import text_string_to_metric_families
-from tests.conftest import RunningServer, eventually, start_server
 
 from secateur_proto import pruner_pb2 as pb
 from secateur_proto import spec_pb2
 from secateur_proto.pruner_pb2_grpc import PrunerStub
+from tests.conftest import RunningServer, eventually, start_server
 
 # No call may hang.
 TIMEOUT = 20.0

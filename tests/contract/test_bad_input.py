@@ -12,6 +12,9 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from secateur_proto import pruner_pb2 as pb
+from secateur_proto import spec_pb2
 from tests.conftest import RunningServer
 from tests.contract.raw import (
     RPCS,
@@ -30,9 +33,6 @@ from tests.contract.raw import (
     spec,
     unhurried,
 )
-
-from secateur_proto import pruner_pb2 as pb
-from secateur_proto import spec_pb2
 
 MODEL = {
     "a.weight": torch.arange(1.0, 7).reshape(2, 3),

@@ -86,9 +86,8 @@ def test_a_mask_is_bits_lowest_first(channel: grpc.Channel) -> None:
 @pytest.mark.slow
 def test_a_model_of_more_than_2_gib_is_carried(channel: grpc.Channel) -> None:
     """5 GB up, 2.5 GB of masks' worth of elements; the lowest half of the magnitudes goes."""
-    from tests.conftest import start_server, stop_server
-
     import secateur
+    from tests.conftest import start_server, stop_server
 
     count = 1_250_000_000
     server = start_server("--max-model-bytes", "6GiB")

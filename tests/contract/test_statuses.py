@@ -9,6 +9,9 @@ import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+from secateur_proto import pruner_pb2 as pb
+from secateur_proto import spec_pb2
 from tests.conftest import RunningServer
 from tests.contract.raw import (
     RPCS,
@@ -28,9 +31,6 @@ from tests.contract.raw import (
     spec,
     unhurried,
 )
-
-from secateur_proto import pruner_pb2 as pb
-from secateur_proto import spec_pb2
 
 NAN, INF = float("nan"), float("inf")
 INVALID_SPEC, INVALID_STATE_DICT = "INVALID_SPEC", "INVALID_STATE_DICT"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+
 from tests.conftest import RunningServer
 
 needs_compose = pytest.mark.skipif(

@@ -14,11 +14,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
-from tests.conftest import RunningServer, eventually, start_server, stop_server
 
 import secateur
 from secateur_proto import pruner_pb2, pruner_pb2_grpc
 from secateur_proto.framing import file_header
+from tests.conftest import RunningServer, eventually, start_server, stop_server
 
 SERVICE = "secateur.v1.Pruner"
 

@@ -15,10 +15,10 @@ import grpc
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from tests.conftest import RunningServer, eventually, start_server, stop_server
 
 import secateur
 from secateur_proto import pruner_pb2, pruner_pb2_grpc
+from tests.conftest import RunningServer, eventually, start_server, stop_server
 
 MODEL = {"w": np.arange(1, 9, dtype=np.float32).reshape(2, 4)}
 HALF = secateur.l1_unstructured("w", 0.5)

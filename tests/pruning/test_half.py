@@ -7,6 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
+import secateur
 from tests.pruning.torch_side import (
     HALF,
     all_l1,
@@ -18,9 +21,6 @@ from tests.pruning.torch_side import (
     lowest_slices,
     torch_masks,
 )
-from torch import Tensor
-
-import secateur
 
 AMOUNTS = [0, 0.0, 0.137, 0.5, 1, 1.0]
 NORMS = [0, 1, 2, 3, 0.5, math.inf, -math.inf]

@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
+import secateur
 from tests.pruning.torch_side import (
     EXACT,
     HALF,
@@ -22,9 +25,6 @@ from tests.pruning.torch_side import (
     lowest_slices,
     torch_masks,
 )
-from torch import Tensor
-
-import secateur
 
 every_dtype = pytest.mark.parametrize("dtype", [*EXACT, *HALF], ids=str)
 SHAPES: list[tuple[int, ...]] = [

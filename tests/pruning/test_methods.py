@@ -10,6 +10,9 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
+import secateur
 from tests.pruning.torch_side import (
     EXACT,
     Step,
@@ -23,9 +26,6 @@ from tests.pruning.torch_side import (
     ln,
     torch_masks,
 )
-from torch import Tensor
-
-import secateur
 
 SHAPES = {"conv.weight": (6, 4, 3, 3), "fc.weight": (10, 7), "fc.bias": (10,), "scale": ()}
 NAMES = list(SHAPES)

@@ -8,6 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
+import secateur
 from tests.pruning.torch_side import (
     BITS,
     EXACT,
@@ -26,9 +29,6 @@ from tests.pruning.torch_side import (
     prune,
     same_bits,
 )
-from torch import Tensor
-
-import secateur
 
 ALL = [*EXACT, *HALF]
 FORMS = ["dense", "reparametrized"]

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from tests.pruning.torch_side import count_of, distinct
 from torch import Tensor
 
 import secateur
+from tests.pruning.torch_side import count_of, distinct
 
 AMOUNTS = [0, 0.0, 0.137, 0.5, 1, 1.0]
 SEEDS = [0, 1, 2, 1 << 32, (1 << 64) - 1]

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+
+import secateur
 from tests.pruning.torch_side import (
     Step,
     all_l1,
@@ -17,9 +20,6 @@ from tests.pruning.torch_side import (
     masks_of,
     torch_masks,
 )
-from torch import Tensor
-
-import secateur
 
 AMOUNTS = [0.137, 0.5, 1000]
 

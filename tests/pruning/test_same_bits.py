@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.pruning.torch_side import EXACT, HALF, distinct, lowest_slices
 from torch import Tensor
 
 from secateur_server.pruning import parallel, select
@@ -21,6 +20,7 @@ from secateur_server.pruning.spec import (
     Selection,
     Slice,
 )
+from tests.pruning.torch_side import EXACT, HALF, distinct, lowest_slices
 
 Answer = tuple[dict[str, Tensor], list[list[Choice]]]
 

@@ -10,6 +10,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from torch import Tensor
+
+import secateur
 from tests.pruning.torch_side import (
     EXACT,
     HALF,
@@ -22,9 +25,6 @@ from tests.pruning.torch_side import (
     lowest_slices,
     torch_masks,
 )
-from torch import Tensor
-
-import secateur
 
 ALL = (*EXACT, *HALF)
 

@@ -6,12 +6,12 @@ import grpc
 import pytest
 import safetensors.torch
 import torch
-from tests.conftest import RunningServer, eventually
-from tests.contract.raw import check_serves, failure, header, kept_open, message, send, series
 
 from secateur_proto import pruner_pb2 as pb
 from secateur_proto.framing import cut
 from secateur_proto.pruner_pb2_grpc import PrunerStub
+from tests.conftest import RunningServer, eventually
+from tests.contract.raw import check_serves, failure, header, kept_open, message, send, series
 
 # Channels to one address share a connection, and closing one of them would close none.
 OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]

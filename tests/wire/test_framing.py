@@ -9,13 +9,13 @@ import torch
 from blake3 import blake3
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from tests.contract.raw import entry, file, header, message, send, unhurried
 
 from secateur.tensors import from_value
 from secateur.transfer import Upload
 from secateur_proto import pruner_pb2 as pb
 from secateur_proto.framing import CHUNK_BYTES, DTYPE_BITS, cut, file_header, tensor_bytes
 from secateur_server.wire.writer import Outgoing, StateDictWriter
+from tests.contract.raw import entry, file, header, message, send, unhurried
 
 MIB = 1 << 20
 

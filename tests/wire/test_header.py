@@ -6,10 +6,10 @@ import pytest
 import safetensors
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.contract.raw import entry, file, unhurried
 
 from secateur_server.errors import MalformedFile
 from secateur_server.wire.header import Header, header_length, parse_header
+from tests.contract.raw import entry, file, unhurried
 
 TABLE = {
     "__metadata__": {"k": "v"},

@@ -9,11 +9,11 @@ import torch
 from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.contract.raw import entry, file, unhurried
 
 from secateur_server.errors import InvalidStateDict, WrongLength
 from secateur_server.wire.reader import ByteStream, read_header, read_tensors
 from secateur_server.wire.tensors import WireTensor
+from tests.contract.raw import entry, file, unhurried
 
 CPU = torch.device("cpu")
 # Dtypes of the format that torch has; F8 and the like pass through the server as bytes.
