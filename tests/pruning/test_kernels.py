@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from secateur_server.pruning import kernels, passes
 from secateur_server.pruning.measure import measure
 from secateur_server.pruning.prune import prune
-from secateur_server.pruning.score import Ranking
-from secateur_server.pruning.spec import Element, Magnitude, Parameter, Random, Selection
+from secateur_server.pruning.score import Ranking, slice_norms
+from secateur_server.pruning.spec import Element, Magnitude, Parameter, Random, Selection, Slice
 
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16])
 VALUES = st.lists(
@@ -97,3 +97,20 @@ def test_masks_and_measures_are_the_same_without_numba(
         assert mask is not None
         assert wanted is not None
         assert torch.equal(mask, wanted)
+
+
+@settings(deadline=None, max_examples=100)
+@given(DTYPES, st.integers(1, 5), st.integers(1, 40), st.sampled_from([1, 2]), st.integers(0, 99))
+def test_norms_are_the_same_bits_without_numba(
+    dtype: torch.dtype, rows: int, columns: int, p: int, seed: int
+) -> None:
+    values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) > 0.3
+    for dim, kept in ((0, None), (1, None), (0, mask), (-1, mask)):
+        found = slice_norms(values, kept, Slice(dim), float(p))
+        with pytest.MonkeyPatch.context() as without:
+            without.setattr(kernels, "enabled", False)
+            assert torch.equal(found, slice_norms(values, kept, Slice(dim), float(p)))
+        whole = values.double() if kept is None else values.double() * kept
+        norms = torch.linalg.vector_norm(whole, p, dim=1 - dim % 2)
+        assert torch.allclose(found.double(), norms, rtol=1e-6, atol=0)

@@ -135,6 +135,33 @@ def random_bits(state: int, begin: int, bits: Any) -> None:
         bits[i] = (z >> 34) & ((1 << 30) - 1)
 
 
+@_compiled
+def sum_powers(rows: Any, squares: bool, halves: Any, sums: Any) -> None:
+    """Writes the sums of |x| or of x^2 of each row, added by halves as score._row_sums adds.
+
+    halves: float64, as long as a row, to work in.
+    """
+    for r in range(len(rows)):
+        row = rows[r]
+        for i in range(len(row)):
+            halves[i] = row[i]  # float64 from here on
+        if squares:
+            for i in range(len(row)):
+                halves[i] *= halves[i]
+        else:
+            for i in range(len(row)):
+                halves[i] = abs(halves[i])
+        left = len(row)
+        while left > 1:
+            half = left // 2
+            for i in range(half):
+                halves[i] += halves[half + i]
+            if left % 2:
+                halves[0] += halves[left - 1]
+            left = half
+        sums[r] = halves[0]
+
+
 @dataclass(frozen=True)
 class Piece:
     """Scores of units, and which are alive, as arrays on their memory."""
@@ -181,6 +208,21 @@ def piece_of(scores: Tensor, alive: Tensor | None) -> Piece | None:
         return None
     bits = scores.contiguous().view(BITS[scores.dtype]).numpy()
     return Piece(bits, None if alive is None else alive.numpy())
+
+
+def power_sums(rows: Tensor, p: int) -> Tensor | None:
+    """The sums of |x|^p of each row, in float64; None where the compiled pass does not take them.
+
+    rows: floating, 2-D, with a column or more.  p: 1 or 2.
+    """
+    if not enabled or rows.device.type != "cpu" or not rows.is_contiguous():
+        return None  # torch is fast in turning columns to float64, and slow in copying them
+    if rows.dtype != torch.float64:  # numba has no half precision
+        rows = rows.to(torch.float32)
+    sums = torch.empty(len(rows), dtype=torch.float64)
+    halves = torch.empty(rows.shape[1], dtype=torch.float64)
+    sum_powers(rows.numpy(), p == 2, halves.numpy(), sums.numpy())
+    return sums
 
 
 def random_piece(state: int, begin: int, end: int, alive: Tensor | None) -> Piece | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from secateur_server.errors import NanScores
-from secateur_server.pruning import parallel
+from secateur_server.pruning import kernels, parallel
 from secateur_server.pruning.kernels import BITS, GAMMA, MIX_1, MIX_2
 from secateur_server.pruning.parallel import each, spans
 from secateur_server.pruning.spec import Element, Magnitude, Parameter, Random, Slice
@@ -94,27 +94,31 @@ def slice_norms(values: Tensor, mask: Tensor | None, along: Slice, p: float | st
     slices = values.movedim(along.dim, 0)
     kept = None if mask is None else mask.movedim(along.dim, 0)
     # Smaller pieces than elsewhere: as float64 they are to stay in the second-level cache.
-    size = max(1, parallel.PIECE // 16 // max(1, math.prod(slices.shape[1:])))
+    size = max(1, parallel.PIECE // 4 // max(1, math.prod(slices.shape[1:])))
 
     def norms_of(span: tuple[int, int]) -> Tensor:
-        block = slices[slice(*span)].to(torch.float64)
+        block = slices[slice(*span)]
         if kept is not None:
             block = torch.where(kept[slice(*span)], block, 0.0)
-        return _nuclear_norms(block) if p == "nuc" else _vector_norms(block.flatten(1), float(p))
+        if p == "nuc":
+            return _nuclear_norms(block.to(torch.float64))
+        return _vector_norms(block.flatten(1), float(p))
 
     joined = torch.cat(each(norms_of, spans(len(slices), size)))
     return joined if values.dtype == torch.float64 else joined.to(torch.float32)
 
 
 def _vector_norms(rows: Tensor, p: float) -> Tensor:
-    """Norms of rows of one or more elements."""
-    magnitudes = rows.abs()
+    """Norms of rows of one or more elements, in float64."""
+    if p in (1, 2) and (sums := kernels.power_sums(rows, int(p))) is not None:
+        return sums.pow(1 / p)
+    magnitudes = rows.to(torch.float64).abs()
     if p == math.inf:
         return magnitudes.amax(1)
     if p == -math.inf:
         return magnitudes.amin(1)
     if p == 0:
-        return magnitudes.count_nonzero(1).to(rows.dtype)
+        return magnitudes.count_nonzero(1).to(torch.float64)
     return _row_sums(magnitudes.pow(p)).pow(1 / p)
 
 
