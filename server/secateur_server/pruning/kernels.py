@@ -190,6 +190,8 @@ class Piece:
     def mark(self, key: int, ties: int | None, kept: Tensor) -> int:
         """As passes.mark."""
         cut, largest = self._of_bits(key), self._largest()
+        if ties == 0:  # what is at the cut stays: it is above the integer before
+            cut, ties = self._of_bits(key - 1), None
         if ties is None:
             return int(mark_above(self.bits, self.alive, largest, cut, kept.numpy()))
         return int(mark_but_ties(self.bits, self.alive, largest, cut, ties, kept.numpy()))
