@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import secateur
-import secateur_server.pruning.prune as pruning
+import secateur_server.pruning.select as select
 import secateur_server.service as service
 from secateur_server.app import App
 from secateur_server.config import read_config
@@ -23,11 +23,9 @@ from secateur_server.model import Model
 
 CALLS = 9
 STAGES = {
-    "read (receive, copy, hash)": (Model, "read"),
-    "refuse NaN": (pruning, "rank"),
-    "find the threshold (2 passes)": (pruning, "decide"),
-    "write the masks": (pruning, "mark"),
-    "pack the masks": (service, "_prune_output"),
+    "read (receive, copy, hash, count)": (Model, "read"),
+    "find the threshold": (select, "_sampled_bounds"),
+    "write the masks": (select, "_cut_within"),
     "report": (service, "encode_report"),
 }
 

@@ -12,10 +12,10 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
 from secateur_server.config import Config
+from secateur_server.devices.cpu import one_thread
 from secateur_server.operate.around import AroundCalls, CheckMessages
 from secateur_server.operate.metrics import Metrics
 from secateur_server.operate.statuses import statuses
-from secateur_server.pruning.parallel import one_thread
 from secateur_server.service import Pruner, add_pruner
 
 log = logging.getLogger(__name__)

@@ -5,16 +5,15 @@ from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from secateur_proto.framing import mask_bytes
+from secateur_server.devices import passes_of, spans
 from secateur_server.errors import InvalidPair, InvalidStateDict, quote
 from secateur_server.pruning.catalog import Catalog, Stored, match, read_catalog
-from secateur_server.pruning.measure import fold
+from secateur_server.pruning.masks import Mask
 from secateur_server.pruning.prune import to_mask
 from secateur_server.pruning.spec import Parameter
-from secateur_server.wire.bits import pack
 from secateur_server.wire.header import Header
 from secateur_server.wire.reader import ByteStream, read_header, read_tensors
-from secateur_server.wire.tensors import TORCH_DTYPES, WIRE_DTYPES, WireTensor
+from secateur_server.wire.tensors import TORCH_DTYPES, WireTensor
 from secateur_server.wire.writer import Outgoing
 
 
@@ -50,9 +49,10 @@ class Model:
         self.extras = {name: _values(self.tensors.pop(name)) for name in self._extra_names}
         for name in self.catalog.prunable:
             orig, mask = self.catalog.pairs.get(name, (name, None))
-            # As bool a mask is a quarter of what it is in the weight's dtype.
+            # As bits a mask is a small part of what it is in the weight's dtype.
             kept = None if mask is None else _prior_mask(mask, self.tensors.pop(mask))
-            self.parameters[name] = Parameter(_values(self.tensors[orig]), kept)
+            tensor = self.tensors[orig]
+            self.parameters[name] = Parameter(_values(tensor), kept, tensor.extremes)
 
 
 def open_model(stream: ByteStream, extras: Collection[str] = ()) -> Model:
@@ -63,7 +63,7 @@ def open_model(stream: ByteStream, extras: Collection[str] = ()) -> Model:
     return Model(read_header(stream), extras)
 
 
-def _prior_mask(name: str, tensor: WireTensor) -> Tensor:
+def _prior_mask(name: str, tensor: WireTensor) -> Mask:
     return to_mask(_values(tensor), InvalidPair, f"data[{quote(name)}]")
 
 
@@ -76,10 +76,9 @@ def _values(tensor: WireTensor) -> Tensor:
 def packed_masks(pruned: Mapping[str, Parameter]) -> dict[str, Outgoing]:
     """The masks of `pruned` as bits."""
 
-    def packed(mask: Tensor | None) -> Outgoing:
+    def packed(mask: Mask | None) -> Outgoing:
         assert mask is not None, "what was pruned has a mask"
-        bits = pack(mask)
-        return Outgoing("U8", (mask_bytes(mask.numel()),), lambda: bits)
+        return Outgoing("U8", tuple(mask.bits.shape), lambda: [mask.bits])
 
     return {name: packed(parameter.mask) for name, parameter in pruned.items()}
 
@@ -90,14 +89,15 @@ def whole_model(
     """All tensors of a model, in the file's order.
 
     parameters: with the masks that count.
-    folded: of these parameters the zeros are in the weight; the other pruned ones are pairs.
+    folded: of these parameters the weights are folded; the other pruned ones are pairs.
     Errors: InvalidStateDict, where a pair's names are taken.
     """
     names = {orig: name for name, (orig, _) in model.catalog.pairs.items()}
     written: dict[str, Outgoing] = {}
     for stored, tensor in model.tensors.items():
         name = names.get(stored, stored)
-        for key, outgoing in _written(name, stored, tensor, parameters.get(name), folded):
+        mask = parameters[name].mask if name in parameters else None
+        for key, outgoing in _written(name, stored, tensor, mask, name in folded):
             if key in written or (key in model.tensors and key != stored):
                 raise InvalidStateDict(
                     f"data[{quote(key)}]", f"stands where the pruned {quote(name)} is to be written"
@@ -107,19 +107,22 @@ def whole_model(
 
 
 def _written(
-    name: str,
-    stored: str,
-    tensor: WireTensor,
-    parameter: Parameter | None,
-    folded: Container[str],
+    name: str, stored: str, tensor: WireTensor, mask: Mask | None, is_folded: bool
 ) -> Iterator[tuple[str, Outgoing]]:
     """The tensors that one tensor of the file becomes."""
-    as_it_came = Outgoing(tensor.dtype, tensor.shape, lambda: tensor.data)
-    if parameter is None or parameter.mask is None:
-        yield stored, as_it_came
-    elif name in folded:
-        yield name, Outgoing(tensor.dtype, tensor.shape, lambda: fold(parameter))
+    as_it_is = Outgoing(tensor.dtype, tensor.shape, lambda: [tensor.data])
+    if mask is None:
+        yield stored, as_it_is
+    elif is_folded:
+        yield name, as_it_is
     else:
-        mask, dtype = parameter.mask, parameter.weight.dtype
-        yield f"{name}_orig", as_it_came
-        yield f"{name}_mask", Outgoing(WIRE_DTYPES[dtype], tensor.shape, lambda: mask.to(dtype))
+        dtype = TORCH_DTYPES[tensor.dtype]
+        yield f"{name}_orig", as_it_is
+        floats = Outgoing(tensor.dtype, tensor.shape, lambda: _as_floats(mask, dtype))
+        yield f"{name}_mask", floats
+
+
+def _as_floats(mask: Mask, dtype: torch.dtype | None) -> Iterator[Tensor]:
+    """A mask of 0.0 and 1.0, in parts."""
+    for begin, end in spans(mask.elements, passes_of(mask.bits.device).piece):
+        yield mask.flags(begin, end).to(dtype)

@@ -83,8 +83,10 @@ class Pruner:
             model = open_model(stream)
             names = model.named("header.tensors", header.tensors)
             model.read(stream, self._device)
+            for name in names:
+                fold(model.parameters[name])
             writer = StateDictWriter(whole_model(model, model.parameters, names), model.metadata)
-            folded = ((name, Parameter(fold(model.parameters[name]))) for name in names)
+            folded = ((name, Parameter(model.parameters[name].weight)) for name in names)
             report = encode_report(folded, stream.digest(), writer.digest())
             yield from responses(
                 pb.FinalizeResponse,
@@ -114,8 +116,11 @@ def _prune_output(
     if output in (pb.OUTPUT_UNSPECIFIED, pb.OUTPUT_MASKS):
         return StateDictWriter(packed_masks(pruned), {})
     parameters = {**model.parameters, **pruned}
-    folded = parameters.keys() if output == pb.OUTPUT_DENSE else ()
-    return StateDictWriter(whole_model(model, parameters, folded), model.metadata)
+    if output == pb.OUTPUT_REPARAMETRIZED:
+        return StateDictWriter(whole_model(model, parameters, ()), model.metadata)
+    for parameter in parameters.values():
+        fold(parameter)
+    return StateDictWriter(whole_model(model, parameters, parameters.keys()), model.metadata)
 
 
 def add_pruner(pruner: Pruner, server: grpc.Server) -> str:

@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur_server.pruning import parallel, select
+from secateur_server.devices.passes import Passes
+from secateur_server.pruning import select
 from secateur_server.pruning.prune import Choice
 from secateur_server.pruning.prune import prune as apply_rules
 from secateur_server.pruning.spec import (
@@ -20,6 +21,7 @@ from secateur_server.pruning.spec import (
     Selection,
     Slice,
 )
+from tests.pruning.bits import packed, unpacked
 from tests.pruning.torch_side import EXACT, HALF, distinct, lowest_slices
 
 Answer = tuple[dict[str, Tensor], list[list[Choice]]]
@@ -42,8 +44,7 @@ def answer(
     extras: Mapping[str, Tensor] | None = None,
 ) -> Answer:
     pruned, outcomes = apply_rules(parameters, rules, extras or {})
-    masks = {name: parameter.mask for name, parameter in pruned.items()}
-    return {name: mask for name, mask in masks.items() if mask is not None}, outcomes
+    return {name: unpacked(parameter) for name, parameter in pruned.items()}, outcomes
 
 
 def assert_same_answers(one: Answer, other: Answer) -> None:
@@ -120,47 +121,65 @@ def test_slices_of_one_norm_are_ties_where_the_norm_is_rounded_to_float32() -> N
     assert torch.equal(masks["w"], lowest_slices(torch.ones(6), 2, weight.shape, 0))
 
 
-PIECES = [7, 64, 1000]
+PIECES = [8, 64, 1000]
+# How the bounds of the cut are found: see select.
+WAYS = ["histograms", "a sample", "a sample that misses"]
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("piece", PIECES)
 @pytest.mark.parametrize("dtype", [*EXACT, *HALF], ids=str)
-def test_the_size_of_a_piece_does_not_show(
-    monkeypatch: pytest.MonkeyPatch, piece: int, dtype: torch.dtype
+def test_neither_pieces_nor_the_way_to_the_cut_show(
+    monkeypatch: pytest.MonkeyPatch, piece: int, dtype: torch.dtype, way: str
 ) -> None:
     parameters = {
         "a": Parameter(distinct((5, 6, 4), dtype)),
-        "b": Parameter(distinct((8, 7), dtype, 1), distinct((8, 7), seed=2) > -0.5),
+        "b": Parameter(distinct((8, 7), dtype, 1), packed(distinct((8, 7), seed=2) > -0.5)),
     }
     extras = {"scores": distinct((5, 6, 4), seed=3)}
     whole = answer(parameters, every_rule(["a", "b"]), extras)
-    cut_into(monkeypatch, piece)
+    cut_into(monkeypatch, piece, way)
     assert_same_answers(answer(parameters, every_rule(["a", "b"]), extras), whole)
 
 
-def cut_into(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
-    monkeypatch.setattr(parallel, "PIECE", piece)
+def cut_into(monkeypatch: pytest.MonkeyPatch, piece: int, way: str) -> None:
+    """Does to few units what is done to millions."""
+    monkeypatch.setattr(Passes, "piece", piece)
     monkeypatch.setattr(select, "FEW", 0)  # few units are ranked at once
+    if way == "histograms":
+        monkeypatch.setattr(select, "FEW_OF", 1 << 40)
+        return
+    monkeypatch.setattr(select, "LARGE", 1)
+    monkeypatch.setattr(select, "SAMPLE", 1)
+    monkeypatch.setattr(select, "SPACING", 3)
+    monkeypatch.setattr(select, "FEW_OF", 1)
+    if way == "a sample that misses":
+        monkeypatch.setattr(select, "_sampled_bounds", lambda units, count: (1, 2))
 
 
 @settings(
-    max_examples=100,
+    max_examples=150,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
-    values=st.lists(st.lists(st.integers(-2, 2), max_size=40), min_size=1, max_size=4),
-    piece=st.integers(1, 9),
+    values=st.lists(st.lists(st.integers(-2, 2), max_size=70), min_size=1, max_size=4),
+    piece=st.sampled_from([8, 16, 40]),
     fraction=st.floats(0, 1),
+    way=st.sampled_from(WAYS),
 )
 def test_ties_that_lie_across_pieces_go_in_order(
-    monkeypatch: pytest.MonkeyPatch, values: list[list[int]], piece: int, fraction: float
+    monkeypatch: pytest.MonkeyPatch,
+    values: list[list[int]],
+    piece: int,
+    fraction: float,
+    way: str,
 ) -> None:
     tensors = [torch.tensor(row, dtype=torch.float32) for row in values]
     parameters = {f"w{i}": Parameter(tensor) for i, tensor in enumerate(tensors)}
     rules = [rule(list(parameters), Magnitude(), Element(), fraction, is_global=True)]
     with monkeypatch.context() as small:
-        cut_into(small, piece)
+        cut_into(small, piece, way)
         masks, _ = answer(parameters, rules)
     flat = [abs(value) for row in values for value in row]
     count = round(fraction * len(flat))
@@ -169,22 +188,51 @@ def test_ties_that_lie_across_pieces_go_in_order(
     assert (~kept).nonzero().flatten().tolist() == sorted(first)
 
 
+@pytest.mark.parametrize("kind", ["normal", "periodic", "constant", "few values"])
+@pytest.mark.parametrize("fraction", [0.0001, 0.5, 0.97, 1.0])
+def test_millions_of_units_lose_exactly_the_lowest(kind: str, fraction: float) -> None:
+    """As many as a sample is taken of, with ties across the pieces."""
+    generator = torch.Generator().manual_seed(0)
+    count = select.LARGE + 12_345
+    weight = {
+        "normal": lambda: torch.randn(count, generator=generator),
+        "periodic": lambda: (torch.arange(count) % select.SPACING).float() + 1,
+        "constant": lambda: torch.full((count,), -0.5),
+        "few values": lambda: torch.randint(-3, 4, (count,), generator=generator).float(),
+    }[kind]()
+    going = round(fraction * count)
+    masks, outcomes = answer(
+        {"w": Parameter(weight)}, [rule(["w"], Magnitude(), Element(), fraction)]
+    )
+    kept = torch.ones(count, dtype=torch.bool)
+    kept[torch.sort(weight.abs(), stable=True).indices[:going]] = False
+    assert torch.equal(masks["w"], kept)
+    assert outcomes[0][0].pruned == going
+    threshold = torch.kthvalue(weight.abs(), going).values
+    choice = outcomes[0][0]
+    assert choice.threshold == threshold.item()
+    assert choice.ties == int((weight.abs() == threshold).sum())
+    assert choice.ties_pruned == going - int((weight.abs() < threshold).sum())
+
+
+def test_what_is_left_of_millions_is_ranked_among_itself() -> None:
+    """So few are left of so many that they are ranked at once."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(10_000_000, generator=generator)
+    kept = torch.zeros(len(weight), dtype=torch.bool)
+    kept[torch.randperm(len(weight), generator=generator)[: select.FEW + 1000]] = True
+    parameters = {"w": Parameter(weight, packed(kept))}
+    masks, _ = answer(parameters, [rule(["w"], Magnitude(), Element(), 0.25)])
+    left = kept.nonzero().view(-1)
+    going = left[torch.sort(weight[left].abs(), stable=True).indices[: round(0.25 * len(left))]]
+    kept[going] = False
+    assert torch.equal(masks["w"], kept)
+
+
 @pytest.mark.parametrize("dtype", [*EXACT, *HALF], ids=str)
 def test_nothing_that_comes_in_is_written_to(dtype: torch.dtype) -> None:
-    weight, mask = distinct((8, 7), dtype), distinct((8, 7), seed=1) > -0.5
+    weight, mask = distinct((8, 7), dtype), packed(distinct((8, 7), seed=1) > -0.5)
     scores = distinct((8, 7), seed=2)
-    copies = weight.clone(), mask.clone(), scores.clone()
+    copies = weight.clone(), mask.bits.clone(), scores.clone()
     answer({"w": Parameter(weight, mask)}, every_rule(["w"]), {"scores": scores})
-    assert all(map(torch.equal, (weight, mask, scores), copies))
-
-
-def test_more_units_than_a_piece_are_ranked_as_one() -> None:
-    """Across the real piece of 2^20 elements: the ties at its border too."""
-    weight = (torch.arange(3 * parallel.PIECE // 2) % 5).float()
-    masks, outcomes = answer({"w": Parameter(weight)}, [rule(["w"], Magnitude(), Element(), 0.7)])
-    count = round(0.7 * len(weight))
-    order = torch.sort(weight, stable=True).indices
-    kept = torch.ones(len(weight), dtype=torch.bool)
-    kept[order[:count]] = False
-    assert torch.equal(masks["w"], kept)
-    assert outcomes[0][0].pruned == count
+    assert all(map(torch.equal, (weight, mask.bits, scores), copies))

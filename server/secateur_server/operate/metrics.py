@@ -110,10 +110,10 @@ class Metrics:
 
     def pruned(self, before: Mapping[str, Parameter], report: SparsityReport) -> None:
         """Counts the elements that became pruned."""
-        masks = ((tensor.pruned, before[tensor.name].mask) for tensor in report.tensors)
-        self._pruned.inc(
-            sum(n if mask is None else n - int((~mask).count_nonzero()) for n, mask in masks)
-        )
+        for tensor in report.tensors:
+            mask = before[tensor.name].mask
+            pruned_before = 0 if mask is None else mask.elements - mask.kept()
+            self._pruned.inc(tensor.pruned - pruned_before)
 
 
 def code_of(context: grpc.ServicerContext, failed: bool) -> str:

@@ -1,12 +1,13 @@
 """How sparse is a tensor, and where."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from secateur_server.pruning import kernels, parallel
-from secateur_server.pruning.parallel import each, spans
+from secateur_server.devices import passes_of, spans
+from secateur_server.pruning.masks import any_of_slices
 from secateur_server.pruning.spec import Parameter
 
 
@@ -26,66 +27,77 @@ class Sparsity:
 
 def measure(parameter: Parameter) -> Sparsity:
     """Counts the zeros of a parameter, -0.0 among them."""
-    weight, mask = parameter.weight.reshape(-1), parameter.mask
-    flat = None if mask is None else mask.reshape(-1)
+    values, mask = parameter.weight.reshape(-1), parameter.mask
+    passes = passes_of(values.device)
 
-    def counts_of(span: tuple[int, int]) -> tuple[int, int]:
-        values, kept = weight[slice(*span)], None if flat is None else flat[slice(*span)]
-        pruned = 0 if kept is None else len(kept) - int(kept.count_nonzero())
-        if piece := kernels.piece_of(values, kept):
-            return piece.count_zeros(), pruned
-        zero = values == 0
-        if kept is not None:
-            zero |= ~kept
-        return int(zero.count_nonzero()), pruned
+    def zeros_in(span: tuple[int, int]) -> int:
+        kept = None if mask is None else mask.part(*span)
+        return passes.count_zeros(values[slice(*span)], kept)
 
-    counts = each(counts_of, spans(len(weight)))
-    zeros, pruned = sum(zero for zero, _ in counts), sum(pruned for _, pruned in counts)
+    pruned = 0 if mask is None else len(values) - mask.kept()
+    if parameter.extremes and parameter.extremes[0] > 0:  # no weight is zero by itself
+        zeros = pruned
+    else:
+        zeros = sum(passes.each(zeros_in, spans(len(values), passes.piece)))
     dims = range(parameter.weight.dim()) if parameter.weight.dim() > 1 else ()
     slices = tuple(_zero_slices(parameter, dim, zeros) for dim in dims)
-    return Sparsity(zeros, len(weight), pruned, slices)
+    return Sparsity(zeros, len(values), pruned, slices)
 
 
 def _zero_slices(parameter: Parameter, dim: int, zeros: int) -> int:
-    """How many slices along `dim` are wholly zero. A corner of each settles it for most."""
-    weight = parameter.weight.movedim(dim, 0)
-    if zeros == 0 or zeros * len(weight) < weight.numel():  # not even one slice's worth
+    """How many slices along `dim` are wholly zero."""
+    values, mask = parameter.weight.reshape(-1), parameter.mask
+    shape = parameter.weight.shape
+    if zeros == 0 or zeros * shape[dim] < len(values):  # not even one slice's worth
         return 0
-    mask = None if parameter.mask is None else parameter.mask.movedim(dim, 0)
+    if len(values) > LARGE:  # a corner of each slice settles most of them, and often all
+        left = torch.arange(shape[dim], device=values.device)
+        for corner in CORNERS:
+            left = left[~_any_nonzero(parameter, dim, left, corner)]
+            if not len(left):
+                return 0
 
-    def zero_in(part: tuple[slice | Tensor, ...]) -> Tensor:
-        zero = weight[part] == 0
-        if mask is not None:
-            zero |= ~mask[part]
-        return zero.flatten(1).all(1)
+    def nonzero(begin: int, end: int) -> Tensor:
+        flags = values[begin:end] != 0
+        return flags if mask is None else flags & mask.flags(begin, end)
 
-    corner = (slice(None), *[slice(8)] * (weight.dim() - 1))
-    left = zero_in(corner).nonzero().view(-1)
-    size = max(1, parallel.PIECE * len(weight) // weight.numel())
-    shares = [left[begin:end] for begin, end in spans(len(left), size)]
-    return sum(each(lambda share: int(zero_in((share,)).count_nonzero()), shares))
-
-
-# The integers that have the bits of a floating dtype.
-_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+    return shape[dim] - int(any_of_slices(nonzero, shape, dim, values.device).count_nonzero())
 
 
-def fold(parameter: Parameter) -> Tensor:
-    """The weight with what is pruned set to zero, as torch.nn.utils.prune.remove leaves it.
+# Of a tensor of more elements so many of each slice are looked at before all are.
+LARGE = 1 << 17
+CORNERS = (8, 64, 512)
+
+
+def _any_nonzero(parameter: Parameter, dim: int, slices: Tensor, most: int) -> Tensor:
+    """Which of some slices along `dim` have an element in a corner that is not zero.
+
+    slices: their indices.  most: about so many elements of each are looked at.
+    """
+    values, shape = parameter.weight.reshape(-1), parameter.weight.shape
+    side = math.ceil(most ** (1 / (len(shape) - 1)))
+    index = torch.zeros((), dtype=torch.int64, device=values.device)
+    for other, (size, stride) in enumerate(zip(shape, parameter.weight.stride(), strict=True)):
+        along = slices if other == dim else torch.arange(min(size, side), device=values.device)
+        index = index.unsqueeze(-1) + along * stride
+    nonzero = values[index] != 0
+    if parameter.mask is not None:
+        nonzero &= parameter.mask.at(index)
+    return nonzero.movedim(dim, 0).flatten(1).any(1)
+
+
+def fold(parameter: Parameter) -> None:
+    """Sets what is pruned to zero in the weight itself, as torch.nn.utils.prune.remove leaves it.
 
     A zero keeps its element's sign, as weight * mask does: -0.5 becomes -0.0. An infinity or a
     NaN that is pruned becomes zero too, where torch's product is NaN.
     """
-    weight, mask = parameter.weight, parameter.mask
+    values, mask = parameter.weight.view(-1), parameter.mask
     if mask is None:
-        return weight
-    bits = weight.reshape(-1).view(_BITS[weight.element_size()])
-    kept, sign = mask.reshape(-1), torch.iinfo(bits.dtype).min
-    folded = torch.empty_like(bits)
+        return
+    passes = passes_of(values.device)
 
     def fold_piece(span: tuple[int, int]) -> None:
-        part = slice(*span)
-        torch.where(kept[part], bits[part], bits[part] & sign, out=folded[part])
+        passes.fold(values[slice(*span)], mask.part(*span))
 
-    each(fold_piece, spans(len(bits)))
-    return folded.view(weight.dtype).view(weight.shape)
+    passes.each(fold_piece, spans(len(values), passes.piece))

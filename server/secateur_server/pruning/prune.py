@@ -1,17 +1,19 @@
 """Applies a spec: rule after rule, each among what the ones before left."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from secateur_server.devices import passes_of
 from secateur_server.errors import AmountOutOfRange, InvalidMask, quote
+from secateur_server.pruning.masks import Mask, mask_of
 from secateur_server.pruning.score import Ranking, rank
-from secateur_server.pruning.select import NOTHING, decide, mark, score_dtype, threshold
+from secateur_server.pruning.select import score_dtype, select, threshold
 from secateur_server.pruning.spec import CustomMasks, Parameter, Random, Rule, Selection
 
-Masks = dict[str, Tensor]
+Masks = dict[str, Mask]
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,9 @@ class Choice:
 
 
 def prune(
-    parameters: Mapping[str, Parameter], rules: Sequence[Rule], extras: Mapping[str, Tensor]
+    parameters: Mapping[str, Parameter],
+    rules: Sequence[Rule],
+    extras: Mapping[str, Tensor],
 ) -> tuple[dict[str, Parameter], list[list[Choice]]]:
     """Applies `rules` in order, with the semantics of torch.nn.utils.prune.PruningContainer.
 
@@ -47,7 +51,7 @@ def prune(
         else:
             masks, choices = _apply_selection(rule, state, extras)
         for name, mask in masks.items():
-            state[name] = Parameter(state[name].weight, mask)
+            state[name] = replace(state[name], mask=mask)
         touched.update(masks)
         outcomes.append(choices)
     return {name: state[name] for name in parameters if name in touched}, outcomes
@@ -63,66 +67,92 @@ def _apply_masks(
         asked = to_mask(extras[holder], InvalidMask, field)
         before = state[name].mask
         masks[name] = asked if before is None else asked & before
-        candidates = asked.numel() if before is None else int(before.count_nonzero())
-        requested = asked.numel() - int(asked.count_nonzero())
-        choices.append(
-            Choice((name,), candidates, requested, candidates - int(masks[name].count_nonzero()))
-        )
+        candidates = asked.elements if before is None else before.kept()
+        requested = asked.elements - asked.kept()
+        choices.append(Choice((name,), candidates, requested, candidates - masks[name].kept()))
     return masks, choices
 
 
-def to_mask(values: Tensor, error: type[Exception], field: str) -> Tensor:
-    """A mask of 0 and 1 as bool, True is kept.
+def to_mask(values: Tensor, error: type[Exception], field: str) -> Mask:
+    """A mask of 0 and 1.
 
     error: what to raise, with the field and a message, for any other value.
     """
+    shape = values.shape
+    values = values.reshape(-1)
     if values.dtype == torch.bool:  # torch takes any byte for one
         values = values.view(torch.uint8)
-    other = (values != 0) & (values != 1)
-    if bool(other.any()):
-        first = other.nonzero()[0].tolist()
-        raise error(field, f"is {values[tuple(first)].item()} at {first}; a mask is 0 or 1")
-    return values != 0
+
+    def flags(begin: int, end: int) -> Tensor:
+        part = values[begin:end]
+        kept = part != 0
+        other = kept & (part != 1)
+        if bool(other.any()):
+            at = begin + int(other.nonzero()[0])
+            index = [int(place) for place in torch.unravel_index(torch.tensor(at), shape)]
+            raise error(field, f"is {values[at].item()} at {index}; a mask is 0 or 1")
+        return kept
+
+    return mask_of(flags, len(values), values.device)
 
 
 def _apply_selection(
-    rule: Selection, state: Mapping[str, Parameter], extras: Mapping[str, Tensor]
+    rule: Selection,
+    state: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
 ) -> tuple[Masks, list[Choice]]:
     # Of a tensor without elements there is nothing to choose, however many slices it has.
     empty = [name for name in rule.tensors if state[name].weight.numel() == 0]
-    masks: Masks = {name: torch.empty_like(state[name].weight, dtype=torch.bool) for name in empty}
+    some = tuple(name for name in rule.tensors if name not in empty)
+    masks: Masks = {name: Mask(torch.empty(0, dtype=torch.uint8), 0) for name in empty}
     choices = [Choice((name,), 0, 0, 0) for name in empty]
-    some = tuple(name for name in rule.tensors if name not in masks)
-    for names in [some] if rule.is_global and some else [(name,) for name in some]:
-        rankings = [_rank(rule, name, state[name], extras) for name in names]
-        kept, choice = _choose(rule, rankings)
+
+    def choose(names: tuple[str, ...]) -> tuple[Masks, Choice]:
+        return _choose(rule, {name: state[name] for name in names}, extras)
+
+    groups = [some] if rule.is_global and some else [(name,) for name in some]
+    # One core takes a small group whole; a large one, all cores one by one.
+    passes = passes_of(state[rule.tensors[0]].weight.device)
+    small = [g for g in groups if sum(state[n].weight.numel() for n in g) <= passes.piece]
+    chosen = dict(zip(small, passes.each(choose, small), strict=True))
+    for names in groups:
+        found, choice = chosen.get(names) or choose(names)
+        masks |= found
         choices.append(choice)
-        for name, units in zip(names, kept, strict=True):
-            mask = rule.granularity.spread(units, state[name].weight.shape)
-            before = state[name].mask
-            masks[name] = mask.contiguous() if before is None else mask & before
     return masks, choices
 
 
+def _choose(
+    rule: Selection,
+    parameters: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
+) -> tuple[Masks, Choice]:
+    """Selects among the units of all `parameters`."""
+    names = tuple(parameters)
+    rankings = [_rank(rule, name, parameters[name], extras) for name in names]
+    alive = sum(r.units if r.alive is None else r.alive.kept() for r in rankings)
+    count = units_to_prune(rule, names, alive)
+    kept, cut = select(rankings, alive, count)
+    masks = {}
+    for name, units in zip(names, kept, strict=True):
+        mask = rule.granularity.spread(units, parameters[name].weight.shape)
+        before = parameters[name].mask
+        masks[name] = mask if before is None else mask & before
+    value = None if isinstance(rule.importance, Random) else threshold(cut, score_dtype(rankings))
+    pruned = alive - sum(units.kept() for units in kept)
+    return masks, Choice(names, alive, count, pruned, value, cut.equal, cut.ties)
+
+
 def _rank(
-    rule: Selection, name: str, parameter: Parameter, extras: Mapping[str, Tensor]
+    rule: Selection,
+    name: str,
+    parameter: Parameter,
+    extras: Mapping[str, Tensor],
 ) -> Ranking:
     holder = rule.scores.get(name)
     scores = None if holder is None else extras[holder]
     field = f"data[{quote(name if holder is None else holder)}]"
     return rank(name, parameter, scores, rule.importance, rule.granularity, field)
-
-
-def _choose(rule: Selection, rankings: Sequence[Ranking]) -> tuple[list[Tensor], Choice]:
-    """Selects among the units of all `rankings`. Returns: for each, the units kept."""
-    names = tuple(ranking.name for ranking in rankings)
-    alive = [r.units if r.alive is None else int(r.alive.count_nonzero()) for r in rankings]
-    count = units_to_prune(rule, names, sum(alive))
-    dtype = score_dtype(rankings)
-    cut = decide(rankings, dtype, count) if count else NOTHING
-    kept, left = mark(rankings, dtype, cut)
-    value = None if isinstance(rule.importance, Random) else threshold(cut, dtype)
-    return kept, Choice(names, sum(alive), count, sum(alive) - left, value, cut.equal, cut.ties)
 
 
 def units_to_prune(rule: Selection, names: Sequence[str], alive: int) -> int:

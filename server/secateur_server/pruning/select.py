@@ -1,10 +1,13 @@
 """Which units go: exactly so many of the least important, ties by the lowest index.
 
-The count-th smallest key is found digit by digit, 16 bits at a time, from histograms: summaries of
-pieces, which add up (radix select; no sort, no copy of the scores).
+The cut is the key below which the units go. Bounds between which it lies come from a sample, or
+from histograms of 16 bits a pass, which add up over pieces (radix select); then one pass over all
+units settles what is outside of the bounds, and collects the few inside, which are ranked at once.
+No sort and no copy of the scores; what a sample misses costs time, never a unit.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -12,14 +15,20 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from secateur_server.pruning.kernels import BITS
-from secateur_server.pruning.parallel import CORES, each, spans
-from secateur_server.pruning.passes import DIGIT_BITS, Piece, add_digits, count_equal, keys
-from secateur_server.pruning.passes import mark as mark_piece
-from secateur_server.pruning.score import RandomScores, Ranking
+from secateur_server.devices import passes_of, spans
+from secateur_server.devices.passes import BITS, DIGIT_BITS, Passes, Piece
+from secateur_server.devices.randomness import RandomScores, random_keys
+from secateur_server.pruning.masks import Mask
+from secateur_server.pruning.score import Ranking
 
-# Up to so many units are ranked at once.
+# Up to so many units, or this share of all, are ranked at once.
 FEW = 1 << 17
+FEW_OF = 64
+
+# Of more units a sample is taken: of at least SAMPLE, and of one unit in SPACING.
+LARGE = 1 << 22
+SAMPLE = 1 << 17
+SPACING = 384
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,24 @@ class Cut:
 NOTHING = Cut(key=-1, ties=0, equal=0)
 
 
+@dataclass(frozen=True)
+class Units:
+    """All units that are ranked together, in pieces, in their order.
+
+    kept: for each piece the bits of what is alive and stays so, written to.
+    """
+
+    passes: Passes
+    pieces: Sequence[Piece]
+    kept: Sequence[Tensor]
+    alive: int
+
+    @property
+    def few(self) -> int:
+        """How many can be ranked at once."""
+        return max(FEW, sum(piece.units for piece in self.pieces) // FEW_OF)
+
+
 def score_dtype(rankings: Sequence[Ranking]) -> torch.dtype:
     """The dtype in which all scores compare without loss; random ones have 32-bit keys anyway."""
     dtypes = (
@@ -42,75 +69,164 @@ def score_dtype(rankings: Sequence[Ranking]) -> torch.dtype:
     return reduce(torch.promote_types, dtypes)
 
 
-def pieces_of(rankings: Sequence[Ranking], dtype: torch.dtype) -> list[Piece]:
-    """All units, in their order."""
-    return [Piece(ranking, dtype, *span) for ranking in rankings for span in spans(ranking.units)]
+def select(rankings: Sequence[Ranking], alive: int, count: int) -> tuple[list[Mask], Cut]:
+    """Prunes `count` of the `alive` units of all `rankings`.
 
-
-def decide(rankings: Sequence[Ranking], dtype: torch.dtype, count: int) -> Cut:
-    """Finds the cut below which `count` units of all `rankings` lie.
-
-    count: at least 1, at most the number of units alive.
+    Returns: for each ranking the units that are alive and stay so.
     """
-    if sum(ranking.units for ranking in rankings) <= FEW:
-        return _decide_among_few(rankings, dtype, count)
-    pieces = pieces_of(rankings, dtype)
-    prefix, place = 0, count  # the place of the cut among the keys that begin with prefix, from 1
-    for shift in reversed(range(0, torch.iinfo(BITS[dtype]).bits, DIGIT_BITS)):
-        counts = _count_digits(pieces, prefix, shift)
+    passes, dtype = passes_of(rankings[0].device), score_dtype(rankings)
+    sizes = [(r.units + 7) // 8 for r in rankings]
+    bits = torch.split(passes.room(sum(sizes)), sizes)
+    masks = [Mask(part, r.units) for part, r in zip(bits, rankings, strict=True)]
+    parts = [
+        (_piece(ranking, dtype, *span), mask.part(*span))
+        for ranking, mask in zip(rankings, masks, strict=True)
+        for span in spans(ranking.units, passes.piece)
+    ]
+    units = Units(passes, [piece for piece, _ in parts], [kept for _, kept in parts], alive)
+    return masks, _apply(units, count)
+
+
+def _piece(ranking: Ranking, dtype: torch.dtype, begin: int, end: int) -> Piece:
+    alive = None if ranking.alive is None else ranking.alive.part(begin, end)
+    if isinstance(ranking.scores, RandomScores):
+        scores: Tensor | RandomScores = RandomScores(ranking.scores.state, begin)
+    else:
+        scores = ranking.scores[begin:end]
+    return Piece(end - begin, scores, dtype, alive)
+
+
+def _apply(units: Units, count: int) -> Cut:
+    """Marks what stays when `count` units go.  Returns: the cut."""
+    largest = torch.iinfo(BITS[units.pieces[0].dtype]).max
+    if count == 0:
+        _split(units, 0, 0)
+        return NOTHING
+    if units.alive <= FEW:
+        bounds: tuple[int, int] | None = (0, largest)
+    else:
+        bounds = _sampled_bounds(units, count)
+    cut = _cut_within(units, count, *bounds) if bounds else None
+    return cut or _cut_by_digits(units, count)
+
+
+def _cut_within(units: Units, count: int, low: int, high: int) -> Cut | None:
+    """Marks what stays, if the cut is in [low, high).  Returns: the cut; None where it is not."""
+    found = _split(units, low, high)
+    sizes = [len(part.keys) for part in found]
+    place = count - (units.alive - sum(part.above for part in found) - sum(sizes))
+    if not 1 <= place <= sum(sizes):  # of the cut among those within
+        return None
+    keys = torch.cat([part.keys for part in found])
+    key = units.passes.kth(keys, place)
+    stays = keys > key
+    equal = (keys == key).nonzero().view(-1)
+    ties = place - int((keys < key).count_nonzero())
+    stays[equal[ties:]] = True
+    for kept, part, stay in zip(units.kept, found, torch.split(stays, sizes), strict=True):
+        units.passes.keep(kept, part.at, stay)
+    return Cut(key, ties, len(equal))
+
+
+@dataclass(frozen=True)
+class Split:
+    """Of a piece: how many units are above bounds; the keys of those within, and where they are."""
+
+    above: int
+    keys: Tensor
+    at: Tensor
+
+
+def _split(units: Units, low: int, high: int) -> list[Split]:
+    """Keeps what is alive and at `high` or above.  Returns: what is in [low, high)."""
+
+    def split(share: Sequence[tuple[Piece, Tensor]]) -> list[Split]:
+        within = [units.passes.split(piece, low, high, kept) for piece, kept in share]
+        above = [units.passes.count_ones(kept) for _, kept in share]
+        return [Split(count, *part) for count, part in zip(above, within, strict=True)]
+
+    parts = list(zip(units.pieces, units.kept, strict=True))
+    # Few units are sooner marked than given to other threads.
+    shares = [parts] if units.alive <= FEW else [[part] for part in parts]
+    return list(itertools.chain.from_iterable(units.passes.each(split, shares)))
+
+
+def _sampled_bounds(units: Units, count: int) -> tuple[int, int] | None:
+    """Bounds of the cut that are all but certain; None where few units or many ties forbid it."""
+    total = sum(piece.units for piece in units.pieces)
+    if total < LARGE:
+        return None
+    passes, spacing = units.passes, min(SPACING, total // SAMPLE)
+    # One unit of each `spacing`, at a place that is as good as random: no pattern in the weights
+    # can be in step with it.
+    index = torch.arange(0, passes.piece, spacing, device=passes.device)
+    index += random_keys(RandomScores(0), index) % spacing
+    sampled = passes.each(lambda piece: passes.sample(piece, index), units.pieces)
+    keys = torch.cat(sampled)
+    if len(keys) < SAMPLE // 2:  # of many small tensors, or most are pruned
+        return None
+    share = count / units.alive
+    spread = 4 * math.sqrt(len(keys) * share * (1 - share)) + 1  # 4 standard deviations
+    first, last = math.floor(len(keys) * share - spread), math.ceil(len(keys) * share + spread)
+    low = passes.kth(keys, first) if first >= 1 else 0
+    high = passes.kth(keys, last) + 1 if last <= len(keys) else torch.iinfo(keys.dtype).max
+    within = int(((keys >= low) & (keys < high)).count_nonzero())
+    return (low, high) if within * FEW_OF <= len(keys) else None
+
+
+def _cut_by_digits(units: Units, count: int) -> Cut:
+    """As _cut_within, without bounds: they are found from histograms."""
+    # The cut is the place-th, from 1, of the `equal` keys that have the digits `prefix` above
+    # `shift`: at first, of all, as the sign is gone.
+    prefix, shift = 0, torch.iinfo(BITS[units.pieces[0].dtype]).bits - 1
+    place, equal = count, units.alive
+    while shift > 0 and equal > units.few:
+        shift = (shift - 1) // DIGIT_BITS * DIGIT_BITS
+        counts = _count_digits(units, prefix, shift)
         up_to = counts.cumsum(0)
         digit = int(torch.searchsorted(up_to, place))
         equal = int(counts[digit])
         place -= int(up_to[digit]) - equal
         prefix = (prefix << DIGIT_BITS) | digit
-    return Cut(prefix, place, equal)
+    if equal > units.few:
+        return _cut_among_ties(units, Cut(prefix, place, equal))
+    low, high = prefix << shift, (prefix + 1) << shift
+    cut = _cut_within(units, count, low, min(high, torch.iinfo(BITS[units.pieces[0].dtype]).max))
+    assert cut is not None, "histograms count every unit"
+    return cut
 
 
-def _count_digits(pieces: Sequence[Piece], prefix: int, shift: int) -> Tensor:
-    """The counts of all pieces. Each core adds up those of its share."""
+def _count_digits(units: Units, prefix: int, shift: int) -> Tensor:
+    """The counts of all pieces, added up in as few histograms as there are threads."""
+    passes, pieces = units.passes, units.pieces
 
     def counts_of(share: Sequence[Piece]) -> Tensor:
-        counts = torch.zeros(1 << DIGIT_BITS, dtype=torch.int64)
+        counts = torch.zeros(1 << DIGIT_BITS, dtype=torch.int64, device=passes.device)
         for piece in share:
-            add_digits(piece, prefix, shift, counts)
+            passes.add_digits(piece, prefix, shift, counts)
         return counts
 
-    size = -(-len(pieces) // CORES)
-    return reduce(torch.add, each(counts_of, [pieces[b:e] for b, e in spans(len(pieces), size)]))
+    size = -(-len(pieces) // passes.threads)
+    shares = [pieces[begin:end] for begin, end in spans(len(pieces), size)]
+    return reduce(torch.add, passes.each(counts_of, shares))
 
 
-def _decide_among_few(rankings: Sequence[Ranking], dtype: torch.dtype, count: int) -> Cut:
-    """As `decide`: for few units 2^16 counts are more work than the units."""
-    joined = torch.cat([keys(Piece(ranking, dtype, 0, ranking.units)) for ranking in rankings])
-    key = int(joined.kthvalue(count).values)
-    below = int((joined < key).count_nonzero())
-    return Cut(key, count - below, int((joined == key).count_nonzero()))
+def _cut_among_ties(units: Units, cut: Cut) -> Cut:
+    """Marks what stays, where too many units are at the cut to collect them."""
+    passes = units.passes
+    equal = passes.each(lambda piece: passes.count_equal(piece, cut.key), units.pieces)
+    before = itertools.accumulate(equal, initial=0)
 
+    def mark(part: tuple[Piece, Tensor, int, int]) -> None:
+        piece, kept, equal, before = part
+        going = min(max(cut.ties - before, 0), equal)
+        # All of a piece's ties go, or none do, but for one piece in which the first ones go.
+        low, high = cut.key + (going == equal), cut.key + (going > 0)
+        _, at = passes.split(piece, low, high, kept)
+        passes.keep(kept, at, torch.arange(len(at), device=at.device) >= going)
 
-def mark(rankings: Sequence[Ranking], dtype: torch.dtype, cut: Cut) -> tuple[list[Tensor], int]:
-    """Applies the cut.
-
-    Returns: for each ranking the units that are alive and stay so, bool, flat; and how many units
-        of all those are.
-    """
-    kept = [torch.empty(r.units, dtype=torch.bool, device=r.device) for r in rankings]
-    parts = [units[slice(*span)] for units in kept for span in spans(len(units))]
-    pieces = pieces_of(rankings, dtype)
-    ties: list[int | None] = [None] * len(pieces)
-    if cut.ties < cut.equal:  # the first ties go: a piece needs to know how many lie before it
-        equal = each(lambda piece: count_equal(piece, cut.key), pieces)
-        before = itertools.accumulate(equal, initial=0)
-        left = [max(0, cut.ties - count) for count in before]
-        # Of most pieces all ties go, as there are none: which is the faster pass.
-        ties = [None if n <= most else most for n, most in zip(equal, left, strict=False)]
-    work = list(zip(pieces, ties, parts, strict=True))
-
-    def kept_of(share: Sequence[tuple[Piece, int | None, Tensor]]) -> int:
-        return sum(mark_piece(piece, cut.key, ties, part) for piece, ties, part in share)
-
-    # Few units are sooner marked than given to other threads.
-    shares = [work] if sum(map(len, kept)) <= FEW else [[one] for one in work]
-    return kept, sum(each(kept_of, shares))
+    passes.each(mark, list(zip(units.pieces, units.kept, equal, before, strict=False)))
+    return cut
 
 
 def threshold(cut: Cut, dtype: torch.dtype) -> float | None:

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from secateur_server.pruning.masks import Mask, any_of_slices, mask_of, spread
+
 
 @dataclass(frozen=True)
 class Magnitude:
@@ -31,13 +33,13 @@ class Element:
         """How many units a tensor of `shape` has."""
         return math.prod(shape)
 
-    def alive(self, mask: Tensor) -> Tensor:
-        """Which units have an unpruned element left.  mask: bool.  Returns: bool, flat."""
-        return mask.reshape(-1)
+    def alive(self, mask: Mask, shape: Sequence[int]) -> Mask:
+        """Which units have an unpruned element left."""
+        return mask
 
-    def spread(self, kept: Tensor, shape: Sequence[int]) -> Tensor:
-        """The mask of a tensor of `shape` from its units.  kept: bool, flat."""
-        return kept.view(tuple(shape))
+    def spread(self, kept: Mask, shape: Sequence[int]) -> Mask:
+        """The mask of a tensor of `shape` from that of its units."""
+        return kept
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,14 @@ class Slice:
         """As Element.units."""
         return shape[self.dim]
 
-    def alive(self, mask: Tensor) -> Tensor:
+    def alive(self, mask: Mask, shape: Sequence[int]) -> Mask:
         """As Element.alive."""
-        return mask.movedim(self.dim, 0).flatten(1).any(1)
+        found = any_of_slices(mask.flags, shape, self.dim, mask.bits.device)
+        return mask_of(lambda begin, end: found[begin:end], len(found), found.device)
 
-    def spread(self, kept: Tensor, shape: Sequence[int]) -> Tensor:
+    def spread(self, kept: Mask, shape: Sequence[int]) -> Mask:
         """As Element.spread."""
-        along = [1] * len(shape)
-        along[self.dim] = -1
-        return kept.view(along).expand(tuple(shape))
+        return spread(kept.flags(0, kept.elements), shape, self.dim)
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,14 @@ Rule = Selection | CustomMasks
 class Parameter:
     """A tensor that can be pruned.
 
-    weight: floating, never written to.
-    mask: bool, the weight's shape, True is kept; None where the tensor was never pruned.
+    weight: floating; only measure.fold writes to it.
+    mask: of its elements; None where the tensor was never pruned.
+    extremes: the smallest and the largest key of its elements (devices.passes), where known.
     """
 
     weight: Tensor
-    mask: Tensor | None = None
+    mask: Mask | None = None
+    extremes: tuple[int, int] | None = None
 
 
 # F8 and integers: a later method's.

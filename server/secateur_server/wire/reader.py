@@ -2,20 +2,25 @@
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from blake3 import blake3
 
+from secateur_server.devices import passes_of
+from secateur_server.devices.passes import BITS, Passes
 from secateur_server.errors import TooShort, WrongLength
-from secateur_server.wire.header import Header, header_length, parse_header
-from secateur_server.wire.tensors import WireTensor
+from secateur_server.wire.ahead import ahead
+from secateur_server.wire.header import Entry, Header, header_length, parse_header
+from secateur_server.wire.tensors import TORCH_DTYPES, WireTensor
+
+# Of less a thread to receive it costs more than it gains.
+AHEAD_BYTES = 4 << 20
 
 
 class ByteStream:
     """The bytes of `chunks` as one stream that holds exactly `announced` bytes."""
 
     def __init__(self, chunks: Iterator[bytes | memoryview], announced: int) -> None:
-        self._chunks = chunks
+        self._chunks = ahead(chunks) if announced > AHEAD_BYTES else chunks
         self._rest = memoryview(b"")
         self.announced = announced
         self._received = 0
@@ -28,13 +33,12 @@ class ByteStream:
             taken += self._next(count - len(taken))
         return taken
 
-    def fill(self, target: memoryview) -> None:
-        """Fills `target` with the next bytes."""
-        filled = 0
-        while filled < len(target):
-            piece = self._next(len(target) - filled)
-            target[filled : filled + len(piece)] = piece
-            filled += len(piece)
+    def pieces(self, count: int) -> Iterator[memoryview]:
+        """The next `count` bytes, as they come."""
+        while count:
+            piece = self._next(count)
+            yield piece
+            count -= len(piece)
 
     def finish(self) -> None:
         """Checks that nothing is left.  Errors: WrongLength."""
@@ -78,18 +82,25 @@ def read_tensors(stream: ByteStream, header: Header, device: torch.device) -> di
     A tensor's memory is allocated when its turn comes.
     Returns: the tensors in the header's order.  Errors: WrongLength.
     """
-    read: dict[str, WireTensor] = {}
-    for entry in sorted(header.entries, key=lambda entry: (entry.begin, entry.end)):
-        data = _memory(entry.end - entry.begin)
-        stream.fill(data.numpy().data)
-        read[entry.name] = WireTensor(entry.dtype, entry.shape, data.to(device))
+    passes = passes_of(device)
+    in_order = sorted(header.entries, key=lambda entry: (entry.begin, entry.end))
+    read = {entry.name: _read_tensor(stream, entry, passes) for entry in in_order}
     stream.finish()
     return {entry.name: read[entry.name] for entry in header.entries}
 
 
-def _memory(size: int) -> torch.Tensor:
-    """Memory of `size` bytes, as uint8."""
-    if size == 0:  # of numpy's torch makes a tensor that has no view as another dtype
-        return torch.empty(0, dtype=torch.uint8)
-    # numpy asks for huge pages where torch does not: half the time of first touching them.
-    return torch.from_numpy(np.empty(size, np.uint8))
+def _read_tensor(stream: ByteStream, entry: Entry, passes: Passes) -> WireTensor:
+    data = passes.room(entry.end - entry.begin)
+    dtype = TORCH_DTYPES.get(entry.dtype)
+    extremes: list[tuple[int, int]] = []
+    begin = seen = 0
+    for piece in stream.pieces(len(data)):
+        passes.land(piece, data[begin : begin + len(piece)])
+        begin += len(piece)
+        if dtype in BITS and begin - seen >= dtype.itemsize:
+            # While they are in the cache. A piece may end within an element.
+            whole = begin // dtype.itemsize * dtype.itemsize
+            extremes.append(passes.extremes(data[seen:whole].view(dtype)))
+            seen = whole
+    known = (min(low for low, _ in extremes), max(high for _, high in extremes)) if seen else None
+    return WireTensor(entry.dtype, entry.shape, data, known)

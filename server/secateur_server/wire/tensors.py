@@ -23,11 +23,16 @@ WIRE_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 @dataclass(frozen=True)
 class WireTensor:
-    """dtype: as safetensors spells it.  data: uint8, flat, the row-major little-endian bytes."""
+    """A tensor.
+
+    dtype: as safetensors spells it.  data: uint8, flat, the row-major little-endian bytes.
+    extremes: of a floating one, the smallest and the largest key of its values (devices.passes).
+    """
 
     dtype: str
     shape: tuple[int, ...]
     data: Tensor
+    extremes: tuple[int, int] | None = None
 
     def values(self) -> Tensor | None:
         """The same memory with its dtype and shape; None where torch has no such dtype."""

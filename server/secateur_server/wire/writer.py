@@ -1,6 +1,6 @@
 """Writes tensors as a safetensors file, piece by piece."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +14,13 @@ from secateur_proto.framing import cut, file_header, tensor_bytes
 class Outgoing:
     """A tensor to write.
 
-    make: gives its values; called once for the digest and once to send, so that what a result
-        adds to the model is in memory one tensor at a time.
+    parts: gives its values in their order, flat; called once for the digest and once to send, so
+        that what a result adds to the model is in memory one part at a time.
     """
 
     dtype: str
     shape: tuple[int, ...]
-    make: Callable[[], Tensor]
+    parts: Callable[[], Iterable[Tensor]]
 
 
 class StateDictWriter:
@@ -47,5 +47,5 @@ class StateDictWriter:
     def _parts(self) -> Iterator[bytes | memoryview]:
         yield self._header
         for tensor in self._tensors.values():
-            data = tensor.make().contiguous().reshape(-1).view(torch.uint8)
-            yield data.cpu().numpy().data
+            for part in tensor.parts():
+                yield part.view(torch.uint8).cpu().numpy().data

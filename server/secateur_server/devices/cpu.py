@@ -1,0 +1,158 @@
+"""The passes on a CPU: on all cores, and compiled where numba is there.
+
+torch's own threads meet at the end of every operation, and so wait long where other work takes a
+core from one of them; threads that each take whole pieces do not. Nothing that a piece yields may
+depend on the others, so no number of threads shows in a result.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from secateur_server.devices import kernels
+from secateur_server.devices.passes import BITS, Found, Passes, Piece, Work
+from secateur_server.devices.randomness import RandomScores
+
+CORES = len(os.sched_getaffinity(0))
+
+_thread = threading.local()
+
+
+def one_thread() -> None:
+    """Keeps torch to the calling thread."""
+    torch.set_num_threads(1)
+
+
+def _start_in_pool() -> None:
+    one_thread()
+    _thread.in_pool = True
+
+
+_POOL = ThreadPoolExecutor(CORES, thread_name_prefix="pieces", initializer=_start_in_pool)
+
+
+class Cpu(Passes):
+    """Operations of torch and numpy on pieces whose temporaries stay in the caches."""
+
+    threads = CORES
+
+    def each(self, function: Callable[[Work], Found], pieces: Iterable[Work]) -> list[Found]:
+        """As Passes.each, on all cores."""
+        pieces = list(pieces)
+        # One piece waits for no other thread; a thread of the pool must not wait for the pool.
+        if len(pieces) == 1 or getattr(_thread, "in_pool", False):
+            return [function(piece) for piece in pieces]
+        return list(_POOL.map(function, pieces))
+
+    def room(self, size: int) -> Tensor:
+        """As Passes.room."""
+        if size == 0:  # of numpy's torch makes a tensor that has no view as another dtype
+            return torch.empty(0, dtype=torch.uint8)
+        # numpy asks for huge pages where torch does not: half the time of first touching them.
+        return torch.from_numpy(np.empty(size, np.uint8))
+
+    def land(self, data: memoryview, target: Tensor) -> None:
+        """As Passes.land."""
+        np.copyto(target.numpy(), np.frombuffer(data, np.uint8))
+
+    def pack(self, mask: Tensor) -> Tensor:
+        """As Passes.pack."""
+        return torch.from_numpy(np.packbits(mask.numpy(), bitorder="little"))
+
+    def unpack(self, bits: Tensor, count: int) -> Tensor:
+        """As Passes.unpack."""
+        flags = np.unpackbits(bits.numpy(), count=count, bitorder="little")
+        return torch.from_numpy(flags.view(np.bool_))
+
+    def kth(self, keys: Tensor, place: int) -> int:
+        """As Passes.kth."""
+        return int(np.partition(keys.numpy(), place - 1)[place - 1])
+
+
+class Compiled(Cpu):
+    """The compiled passes of kernels.py: torch needs an operation for every step of a pass."""
+
+    def count_ones(self, bits: Tensor) -> int:
+        """As Passes.count_ones."""
+        return int(kernels.count_ones(bits.numpy()))
+
+    def extremes(self, values: Tensor) -> tuple[int, int]:
+        """As Passes.extremes."""
+        bits = values.view(BITS[values.dtype]).numpy()
+        smallest, largest = kernels.extremes(bits, _largest(bits))
+        return int(smallest), int(largest)
+
+    def add_digits(self, piece: Piece, prefix: int, shift: int, counts: Tensor) -> None:
+        """As Passes.add_digits."""
+        bits = _bits(piece)
+        if shift + 16 == 8 * bits.itemsize:
+            kernels.count_top_digits(bits, _alive(piece), _largest(bits), shift, counts.numpy())
+        else:
+            kernels.count_digits(bits, _alive(piece), _largest(bits), prefix, shift, counts.numpy())
+
+    def count_equal(self, piece: Piece, key: int) -> int:
+        """As Passes.count_equal."""
+        bits = _bits(piece)
+        cut = bits.dtype.type(key)
+        return int(kernels.count_equal(bits, _alive(piece), _largest(bits), cut))
+
+    def split(self, piece: Piece, low: int, high: int, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """As Passes.split."""
+        bits = _bits(piece)
+        # Room for all, of which little is used: numpy would ask for huge pages.
+        found = torch.empty(len(bits), dtype=BITS[piece.dtype])
+        at = torch.empty(len(bits), dtype=torch.int32)
+        of_bits = bits.dtype.type  # of another dtype they would be compared as int64
+        bounds = of_bits(low), of_bits(high)
+        into = kept.numpy(), found.numpy(), at.numpy()
+        count = kernels.split(bits, _alive(piece), _largest(bits), *bounds, *into)
+        return found[:count].clone(), at[:count].clone()
+
+    def keep(self, kept: Tensor, at: Tensor, stays: Tensor) -> None:
+        """As Passes.keep."""
+        kernels.keep(kept.numpy(), at.numpy(), stays.numpy())
+
+    def count_zeros(self, values: Tensor, kept: Tensor | None) -> int:
+        """As Passes.count_zeros."""
+        bits = values.view(BITS[values.dtype]).numpy()
+        flags = None if kept is None else kept.numpy()
+        return int(kernels.count_zeros(bits, flags, _largest(bits)))
+
+    def fold(self, values: Tensor, kept: Tensor) -> None:
+        """As Passes.fold."""
+        bits = values.view(BITS[values.dtype]).numpy()
+        kernels.fold(bits, kept.numpy(), np.iinfo(bits.dtype).min)
+
+    def power_sums(self, rows: Tensor, p: int) -> Tensor | None:
+        """As Passes.power_sums."""
+        if not rows.is_contiguous():  # torch is fast in turning columns to float64
+            return None
+        if rows.dtype != torch.float64:  # numba has no half precision
+            rows = rows.to(torch.float32)
+        sums = torch.empty(len(rows), dtype=torch.float64)
+        halves = np.empty(rows.shape[1])
+        kernels.sum_powers(rows.numpy(), p == 2, halves, sums.numpy())
+        return sums
+
+
+def _bits(piece: Piece) -> Any:
+    """The integers that have the bits of a piece's scores."""
+    if isinstance(piece.scores, RandomScores):
+        bits = np.empty(piece.units, np.int32)
+        kernels.random_bits(piece.scores.state, piece.scores.begin, bits)
+        return bits
+    return piece.scores.to(piece.dtype).contiguous().view(BITS[piece.dtype]).numpy()
+
+
+def _alive(piece: Piece) -> Any:
+    return None if piece.alive is None else piece.alive.numpy()
+
+
+def _largest(bits: Any) -> Any:
+    return bits.dtype.type(np.iinfo(bits.dtype).max)

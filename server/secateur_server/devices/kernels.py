@@ -1,0 +1,196 @@
+"""The passes over a piece on a CPU, compiled: each reads its piece once, and stores no keys.
+
+They need numba (secateur[fast]); without it torch's operations do the same, bit for bit.
+
+bits: the integers that have the bits of floating scores, 1-D.  alive, kept: a bit for each of them,
+lowest first; alive may be None for all.
+largest: the largest integer of the bits' dtype, which `and` takes the sign with. numba makes int64
+of it, and several times slower loops, where the result is not turned back to the bits' dtype.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar, cast
+
+import numpy as np
+
+from secateur_server.devices.randomness import GAMMA, MIX_1, MIX_2
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Elements whose flags stay in the first-level cache.
+BLOCK = 1024
+TO_BITS = np.uint64(0x0102040810204080)
+
+njit: Any = None
+with suppress(ImportError):
+    from numba import njit
+
+enabled = njit is not None
+
+
+def _compiled(function: F) -> F:
+    if njit is None:
+        return function
+    try:
+        compiled: Any = njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # there is no folder to keep what was compiled
+        compiled = njit(nogil=True)(function)
+    return cast(F, compiled)
+
+
+@_compiled
+def is_alive(alive: Any, i: int) -> bool:
+    """Whether the unit `i` is."""
+    return alive is None or bool((alive[i >> 3] >> (i & 7)) & 1)
+
+
+@_compiled
+def extremes(bits: Any, largest: int) -> tuple[int, int]:
+    """The smallest and the largest of the keys."""
+    low, high = largest, bits.dtype.type(0)
+    for i in range(len(bits)):
+        key = bits.dtype.type(bits[i] & largest)
+        low = min(low, key)
+        high = max(high, key)
+    return int(low), int(high)
+
+
+@_compiled
+def count_top_digits(bits: Any, alive: Any, largest: int, shift: int, counts: Any) -> None:
+    """Adds to `counts` the digits at `shift`, the highest, of the keys."""
+    for i in range(len(bits)):
+        if is_alive(alive, i):
+            counts[(bits[i] & largest) >> shift] += 1
+
+
+@_compiled
+def count_digits(bits: Any, alive: Any, largest: int, prefix: int, shift: int, counts: Any) -> None:
+    """Adds to `counts` the digits at `shift` of the keys whose higher digits are `prefix`."""
+    for i in range(len(bits)):
+        key = bits[i] & largest
+        if key >> (shift + 16) == prefix and is_alive(alive, i):
+            counts[(key >> shift) & 0xFFFF] += 1
+
+
+@_compiled
+def count_equal(bits: Any, alive: Any, largest: int, cut: int) -> int:
+    """How many keys are the cut."""
+    count = 0
+    for i in range(len(bits)):
+        count += bits.dtype.type(bits[i] & largest) == cut and is_alive(alive, i)
+    return count
+
+
+@_compiled
+def split(
+    bits: Any, alive: Any, largest: int, low: int, high: int, kept: Any, found: Any, at: Any
+) -> int:
+    """Writes to `kept` what is alive and at `high` or above, in bits.
+
+    Writes the keys in [low, high) that are alive to `found`, their places to `at`.
+    Returns: how many.
+    """
+    count = 0
+    above, within = np.zeros(BLOCK, np.uint8), np.zeros(BLOCK, np.uint8)
+    above_by_8, within_by_8 = above.view(np.uint64), within.view(np.uint64)
+    for begin in range(0, len(bits), BLOCK):
+        block = bits[begin : begin + BLOCK]
+        above[len(block) :] = 0
+        within[len(block) :] = 0
+        for i in range(len(block)):  # a loop of its own: it is vectorized
+            key = bits.dtype.type(block[i] & largest)
+            above[i] = key >= high
+            within[i] = (key >= low) & (key < high)
+        for j in range((len(block) + 7) // 8):
+            living = 0xFF if alive is None else alive[begin // 8 + j]
+            # Eight flags of a byte each to eight bits: the product has them in its highest byte.
+            eight = (above_by_8[j] * TO_BITS) >> np.uint64(56)
+            kept[begin // 8 + j] = np.uint8(eight) & living
+            if within_by_8[j]:
+                for i in range(8 * j, 8 * j + 8):
+                    if within[i] and (living >> (i & 7)) & 1:
+                        found[count] = block[i] & largest
+                        at[count] = begin + i
+                        count += 1
+    return count
+
+
+@_compiled
+def keep(kept: Any, at: Any, stays: Any) -> None:
+    """Sets the bits at those of the places `at` that stay."""
+    for i in range(len(at)):
+        if stays[i]:
+            kept[at[i] >> 3] |= 1 << (at[i] & 7)
+
+
+@_compiled
+def count_zeros(bits: Any, kept: Any, largest: int) -> int:
+    """How many scores are zero, or not kept."""
+    count = 0
+    if kept is None:
+        for i in range(len(bits)):
+            count += bits.dtype.type(bits[i] & largest) == 0
+    else:
+        for i in range(len(bits)):
+            count += (bits.dtype.type(bits[i] & largest) == 0) | (
+                ((kept[i >> 3] >> (i & 7)) & 1) == 0
+            )
+    return count
+
+
+@_compiled
+def count_ones(bits: Any) -> int:
+    """How many bits of bytes are 1."""
+    count = 0
+    for byte in bits:
+        pairs = byte - ((byte >> 1) & 0x55)
+        fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+        count += (fours + (fours >> 4)) & 0x0F
+    return count
+
+
+@_compiled
+def fold(bits: Any, kept: Any, sign: int) -> None:
+    """Leaves of what is not kept the sign alone."""
+    for i in range(len(bits)):
+        if not (kept[i >> 3] >> (i & 7)) & 1:
+            bits[i] &= sign
+
+
+@_compiled
+def random_bits(state: int, begin: int, bits: Any) -> None:
+    """Writes the keys of random scores, as randomness.random_keys, from the unit `begin` on."""
+    for i in range(len(bits)):
+        z = (begin + 1 + i) * GAMMA + state
+        z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * MIX_1
+        z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * MIX_2
+        z ^= (z >> 31) & ((1 << 33) - 1)
+        bits[i] = (z >> 34) & ((1 << 30) - 1)
+
+
+@_compiled
+def sum_powers(rows: Any, squares: bool, halves: Any, sums: Any) -> None:
+    """Writes the sums of |x| or of x^2 of each row, added by halves as score._row_sums adds.
+
+    halves: float64, as long as a row, to work in.
+    """
+    for r in range(len(rows)):
+        row = rows[r]
+        for i in range(len(row)):
+            halves[i] = row[i]  # float64 from here on
+        if squares:
+            for i in range(len(row)):
+                halves[i] *= halves[i]
+        else:
+            for i in range(len(row)):
+                halves[i] = abs(halves[i])
+        left = len(row)
+        while left > 1:
+            half = left // 2
+            for i in range(half):
+                halves[i] += halves[half + i]
+            if left % 2:
+                halves[0] += halves[left - 1]
+            left = half
+        sums[r] = halves[0]

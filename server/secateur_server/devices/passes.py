@@ -1,0 +1,183 @@
+"""The passes over the pieces of tensors, as operations of torch: what every device can do.
+
+A key is a non-negative integer that orders units as their scores do. Of a floating score it is
+the bit pattern of the absolute value, which IEEE 754 orders as the values; so one selection serves
+every dtype, and exactly.
+
+A mask is bits: uint8, row-major, lowest bit first, 1 is kept, the last byte padded with 0.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from secateur_server.devices.randomness import RandomScores, random_keys
+
+Work = TypeVar("Work")
+Found = TypeVar("Found")
+
+DIGIT_BITS = 16
+
+# The integers that have the bits of a floating dtype.
+BITS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
+
+# The keys of infinity; those of NaN are above.
+INFINITY = {
+    dtype: int(torch.tensor(torch.inf, dtype=dtype).view(bits)) for dtype, bits in BITS.items()
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Units of a tensor in their order, to be ranked by the absolute value of their scores.
+
+    scores: floating, 1-D; or random ones.  dtype: what they are compared as; random ones are
+    integers of its bits.  alive: bits, 0 is pruned already; None is all alive.
+    """
+
+    units: int
+    scores: Tensor | RandomScores
+    dtype: torch.dtype
+    alive: Tensor | None
+
+
+class Passes:
+    """Each pass reads a piece once. A device overrides what it does better, with the same bits."""
+
+    # Elements of a piece, a multiple of 8.
+    piece = 1 << 20
+    # How many of them `each` works on at once.
+    threads = 1
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def each(self, function: Callable[[Work], Found], pieces: Iterable[Work]) -> list[Found]:
+        """What `function` makes of each piece, in their order."""
+        return [function(piece) for piece in pieces]
+
+    def room(self, size: int) -> Tensor:
+        """Memory of `size` bytes, as uint8."""
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def land(self, data: memoryview, target: Tensor) -> None:
+        """Copies bytes that arrived to the device.  target: uint8, as long."""
+        target.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+
+    def pack(self, mask: Tensor) -> Tensor:
+        """A mask as bits.  mask: bool, 1-D."""
+        padded = torch.nn.functional.pad(mask, (0, -len(mask) % 8)).view(-1, 8)
+        return (padded.to(torch.uint8) << self._places()).sum(1, dtype=torch.uint8)
+
+    def unpack(self, bits: Tensor, count: int) -> Tensor:
+        """The first `count` of `bits` as bool."""
+        return ((bits.unsqueeze(1) >> self._places()) & 1).to(torch.bool).view(-1)[:count]
+
+    def _places(self) -> Tensor:
+        return torch.arange(8, dtype=torch.uint8, device=self.device)
+
+    def count_ones(self, bits: Tensor) -> int:
+        """How many of `bits` are 1."""
+        return int(self.unpack(bits, 8 * len(bits)).count_nonzero())
+
+    def extremes(self, values: Tensor) -> tuple[int, int]:
+        """The smallest and the largest key of `values`, floating, 1-D, one or more."""
+        bits = values.view(BITS[values.dtype])
+        smallest, largest = (bits & torch.iinfo(bits.dtype).max).aminmax()
+        return int(smallest), int(largest)
+
+    def keys(self, piece: Piece) -> Tensor:
+        """The keys of a piece, also of units that are pruned.  Returns: an integer dtype, 1-D."""
+        if isinstance(piece.scores, RandomScores):
+            return random_keys(piece.scores, torch.arange(piece.units, device=self.device))
+        return _as_keys(piece.scores, piece.dtype)
+
+    def _keys_at(self, piece: Piece, index: Tensor) -> Tensor:
+        if isinstance(piece.scores, RandomScores):
+            return random_keys(piece.scores, index)
+        return _as_keys(piece.scores[index], piece.dtype)
+
+    def _living(self, piece: Piece) -> Tensor:
+        keys = self.keys(piece)
+        return keys if piece.alive is None else keys[self.unpack(piece.alive, piece.units)]
+
+    def add_digits(self, piece: Piece, prefix: int, shift: int, counts: Tensor) -> None:
+        """Adds to `counts` the digits at `shift` of the keys whose higher digits are `prefix`.
+
+        counts: int64, 2^16, on the device. Those of pieces add up to that of the whole.
+        """
+        keys = self._living(piece)
+        if shift + DIGIT_BITS < torch.iinfo(keys.dtype).bits:
+            keys = keys[(keys >> (shift + DIGIT_BITS)) == prefix]
+        digits = (keys >> shift) & ((1 << DIGIT_BITS) - 1)
+        counts += torch.bincount(digits, minlength=1 << DIGIT_BITS)
+
+    def sample(self, piece: Piece, index: Tensor) -> Tensor:
+        """The keys of the units that are alive at `index`, ascending, as far as there are."""
+        index = index[: int(torch.searchsorted(index, piece.units))]
+        if piece.alive is not None:
+            index = index[((piece.alive[index >> 3] >> (index & 7)) & 1).to(torch.bool)]
+        return self._keys_at(piece, index)
+
+    def kth(self, keys: Tensor, place: int) -> int:
+        """The key at `place`, from 1, in the order of size."""
+        return int(keys.kthvalue(place).values)
+
+    def count_equal(self, piece: Piece, key: int) -> int:
+        """How many keys are `key`."""
+        return int((self._living(piece) == key).count_nonzero())
+
+    def split(self, piece: Piece, low: int, high: int, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes which units of a piece are kept: those alive at `high` or above.
+
+        kept: bits, written to.
+        Returns: the keys in [low, high) that are alive, in their order; and where they are, int32.
+        """
+        keys = self.keys(piece)
+        keep, within = keys >= high, (keys >= low) & (keys < high)
+        if piece.alive is not None:
+            alive = self.unpack(piece.alive, piece.units)
+            keep &= alive
+            within &= alive
+        kept.copy_(self.pack(keep))
+        at = within.nonzero().view(-1)
+        return keys[at], at.to(torch.int32)
+
+    def keep(self, kept: Tensor, at: Tensor, stays: Tensor) -> None:
+        """Keeps the units at `at`, int32, that stay, bool.  kept: bits, written to."""
+        flags = self.unpack(kept, 8 * len(kept))
+        flags[at[stays]] = True
+        kept.copy_(self.pack(flags))
+
+    def count_zeros(self, values: Tensor, kept: Tensor | None) -> int:
+        """How many of `values` are zero, or not kept.  values: floating, 1-D.  kept: bits."""
+        zero = values == 0
+        if kept is not None:
+            zero |= ~self.unpack(kept, len(values))
+        return int(zero.count_nonzero())
+
+    def fold(self, values: Tensor, kept: Tensor) -> None:
+        """Sets what is not kept to zero of its own sign.  values: written to.  kept: bits."""
+        bits = values.view(BITS[values.dtype])
+        signs = bits & torch.iinfo(bits.dtype).min
+        torch.where(self.unpack(kept, len(bits)), bits, signs, out=bits)
+
+    def power_sums(self, rows: Tensor, p: int) -> Tensor | None:
+        """The sums of |x|^p of each row by halves, in float64; None where torch is to add them.
+
+        rows: floating, 2-D, with a column or more.  p: 1 or 2.
+        """
+        return None
+
+
+def _as_keys(scores: Tensor, dtype: torch.dtype) -> Tensor:
+    bits = scores.to(dtype).view(BITS[dtype])
+    return bits & torch.iinfo(bits.dtype).max  # the sign goes

@@ -1,0 +1,124 @@
+"""Masks of one bit an element, and the slices of tensors they cover."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secateur_server.devices import passes_of, spans
+
+Flags = Callable[[int, int], Tensor]
+
+# The elements [begin, end) of a flat tensor, which are of the slices [first, last).
+Box = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which elements of a tensor are kept.
+
+    bits: uint8, ceil(elements / 8), row-major, lowest bit first, 1 is kept, padded with 0.
+    """
+
+    bits: Tensor
+    elements: int
+
+    def kept(self) -> int:
+        """How many elements are."""
+        passes = passes_of(self.bits.device)
+        parts = spans(len(self.bits), passes.piece)
+        return sum(passes.each(lambda span: passes.count_ones(self.bits[slice(*span)]), parts))
+
+    def part(self, begin: int, end: int) -> Tensor:
+        """The bits of the elements [begin, end).  begin: a multiple of 8."""
+        return self.bits[begin // 8 : (end + 7) // 8]
+
+    def flags(self, begin: int, end: int) -> Tensor:
+        """The elements [begin, end) as bool."""
+        before = begin % 8
+        bits = self.part(begin - before, end)
+        return passes_of(bits.device).unpack(bits, end - begin + before)[before:]
+
+    def at(self, index: Tensor) -> Tensor:
+        """The elements at flat indices as bool, in the shape of `index`."""
+        return ((self.bits[index >> 3] >> (index & 7)) & 1).to(torch.bool)
+
+    def __and__(self, other: "Mask") -> "Mask":
+        return Mask(self.bits & other.bits, self.elements)
+
+
+def mask_of(flags: Flags, elements: int, device: torch.device) -> Mask:
+    """The mask that `flags` gives in pieces [begin, end), as bool."""
+    passes = passes_of(device)
+    bits = passes.room((elements + 7) // 8)
+
+    def pack(span: tuple[int, int]) -> None:
+        begin, end = span
+        bits[begin // 8 : (end + 7) // 8] = passes.pack(flags(begin, end))
+
+    passes.each(pack, spans(elements, passes.piece))
+    return Mask(bits, elements)
+
+
+def spread(kept: Tensor, shape: Sequence[int], dim: int) -> Mask:
+    """The mask of a tensor from its slices along a dimension.  kept: bool, flat."""
+    outer, size, inner = _around(shape, dim)
+    # Of the runs of `inner` elements every size-th belongs to one slice: where a piece begins
+    # within the pattern is all that there is to know.
+    most = passes_of(kept.device).piece // inner + 2
+    pattern = kept.repeat(-(-(size + most) // size))
+
+    def flags(begin: int, end: int) -> Tensor:
+        first, last = begin // inner, (end - 1) // inner
+        runs = pattern[first % size :][: last - first + 1]
+        elements = runs.view(-1, 1).expand(-1, inner).reshape(-1)
+        return elements[begin - first * inner :][: end - begin]
+
+    return mask_of(flags, outer * size * inner, kept.device)
+
+
+def any_of_slices(flags: Flags, shape: Sequence[int], dim: int, device: torch.device) -> Tensor:
+    """Which slices along a dimension have an element that is flagged.
+
+    flags: of the elements [begin, end).  shape: with an element or more.
+    Returns: bool, as long as the dimension.
+    """
+    passes = passes_of(device)
+    outer, size, inner = _around(shape, dim)
+    boxes = _boxes(outer, size, inner, passes.piece)
+
+    def found_in(box: Box) -> Tensor:
+        begin, end, first, last = box
+        flagged = flags(begin, end).view(-1, last - first, min(inner, end - begin))
+        return flagged.any(2).any(0)
+
+    found = torch.zeros(size, dtype=torch.bool, device=device)
+    for (_, _, first, last), flagged in zip(boxes, passes.each(found_in, boxes), strict=True):
+        found[first:last] |= flagged
+    return found
+
+
+def _boxes(outer: int, size: int, inner: int, piece: int) -> list[Box]:
+    """A tensor of shape (outer, size, inner) in boxes of at most a piece, each without a gap."""
+    block = size * inner
+    if block <= piece:
+        return [(b * block, e * block, 0, size) for b, e in spans(outer, piece // block)]
+    if inner <= piece:
+        return [
+            (start + first * inner, start + last * inner, first, last)
+            for start in range(0, outer * block, block)
+            for first, last in spans(size, piece // inner)
+        ]
+    return [
+        (run * inner + begin, run * inner + end, run % size, run % size + 1)
+        for run in range(outer * size)
+        for begin, end in spans(inner, piece)
+    ]
+
+
+def _around(shape: Sequence[int], dim: int) -> tuple[int, int, int]:
+    """The elements before, along and behind a dimension."""
+    dim %= len(shape)
+    return math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :])

@@ -1,0 +1,21 @@
+"""Masks of bits beside masks of bool."""
+
+import torch
+from torch import Tensor
+
+from secateur_server.pruning.masks import Mask, mask_of
+from secateur_server.pruning.spec import Parameter
+
+
+def packed(mask: Tensor) -> Mask:
+    flat = mask.reshape(-1)
+    return mask_of(lambda begin, end: flat[begin:end], len(flat), flat.device)
+
+
+def unpacked(parameter: Parameter) -> Tensor:
+    """The mask of a parameter, on the CPU. The bits of the last byte that none needs are 0."""
+    mask = parameter.mask
+    assert mask is not None
+    flags = [byte >> place & 1 for byte in mask.bits.tolist() for place in range(8)]
+    assert not any(flags[mask.elements :])
+    return torch.tensor(flags[: mask.elements], dtype=torch.bool).view(parameter.weight.shape)

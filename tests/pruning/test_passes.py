@@ -1,0 +1,233 @@
+"""The passes of each kind of device beside their definition."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from secateur_server.devices import kernels
+from secateur_server.devices.cpu import Compiled, Cpu
+from secateur_server.devices.passes import BITS, Passes, Piece
+from secateur_server.devices.randomness import RandomScores
+from secateur_server.pruning.masks import any_of_slices, spread
+from secateur_server.pruning.measure import measure
+from secateur_server.pruning.prune import prune
+from secateur_server.pruning.score import slice_norms
+from secateur_server.pruning.spec import Element, Magnitude, Parameter, Random, Selection, Slice
+from tests.pruning.bits import packed, unpacked
+
+CPU = torch.device("cpu")
+# What the torch operations of every device give, what numpy gives, and the compiled passes.
+ALL = [Passes(CPU), Cpu(CPU), Compiled(CPU)]
+KINDS = pytest.mark.parametrize("passes", ALL, ids=lambda passes: type(passes).__name__)
+DTYPES = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16])
+VALUES = st.lists(
+    st.sampled_from([0.0, -0.0, 1.0, -1.0, 1.5, -2.5, 1e-7, float("inf")]) | st.floats(-9, 9),
+    min_size=1,
+    max_size=50,
+)
+many = settings(deadline=None, max_examples=200)
+
+
+def test_numba_is_there_so_that_these_tests_mean_something() -> None:
+    assert kernels.enabled
+
+
+@st.composite
+def pieces(draw: st.DrawFn) -> tuple[Piece, list[float], Tensor]:
+    """A piece; the magnitudes of its units; and which of them are alive."""
+    dtype, values = draw(DTYPES), draw(VALUES)
+    scores = torch.tensor(values, dtype=torch.float64).to(dtype)
+    flags = st.lists(st.booleans(), min_size=len(values), max_size=len(values))
+    alive = draw(st.none() | flags.map(torch.tensor))
+    living = torch.ones(len(values), dtype=torch.bool) if alive is None else alive
+    bits = None if alive is None else packed(alive).bits
+    return Piece(len(values), scores, dtype, bits), scores.abs().double().tolist(), living
+
+
+def key_of(magnitude: float, dtype: torch.dtype) -> int:
+    return int(torch.tensor(magnitude, dtype=torch.float64).to(dtype).view(BITS[dtype]))
+
+
+@KINDS
+@many
+@given(drawn=pieces(), data=st.data())
+def test_a_split_keeps_what_is_above_and_finds_what_is_within(
+    passes: Passes, drawn: tuple[Piece, list[float], Tensor], data: st.DataObject
+) -> None:
+    piece, magnitudes, alive = drawn
+    low, high = sorted(data.draw(st.lists(st.sampled_from(magnitudes), min_size=2, max_size=2)))
+    kept = torch.full(((piece.units + 7) // 8,), 0xFF, dtype=torch.uint8)
+    keys, at = passes.split(piece, key_of(low, piece.dtype), key_of(high, piece.dtype), kept)
+    expected = torch.tensor([m >= high for m in magnitudes]) & alive
+    within = [i for i, m in enumerate(magnitudes) if low <= m < high and alive[i]]
+    assert torch.equal(kept, packed(expected).bits)
+    assert at.tolist() == within
+    assert keys.tolist() == [key_of(magnitudes[i], piece.dtype) for i in within]
+    assert passes.count_ones(kept) == int(expected.sum())
+    stays = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(at), max_size=len(at))))
+    passes.keep(kept, at, stays.to(torch.bool))
+    for place, stay in zip(within, stays.tolist(), strict=True):
+        expected[place] |= bool(stay)
+    assert torch.equal(kept, packed(expected).bits)
+
+
+@KINDS
+@many
+@given(drawn=pieces(), data=st.data())
+def test_counts_and_extremes_are_what_they_are_defined_as(
+    passes: Passes, drawn: tuple[Piece, list[float], Tensor], data: st.DataObject
+) -> None:
+    piece, magnitudes, alive = drawn
+    scores = piece.scores
+    assert isinstance(scores, Tensor)
+    living = [m for m, lives in zip(magnitudes, alive.tolist(), strict=True) if lives]
+    cut = data.draw(st.sampled_from(magnitudes))
+    assert passes.count_equal(piece, key_of(cut, piece.dtype)) == living.count(cut)
+    expected = key_of(min(magnitudes), piece.dtype), key_of(max(magnitudes), piece.dtype)
+    assert passes.extremes(scores) == expected
+    zeros = len(magnitudes) - sum(m != 0 for m in living)
+    assert passes.count_zeros(scores, piece.alive) == zeros
+    index = torch.tensor(sorted(data.draw(st.sets(st.integers(0, 60)))), dtype=torch.int64)
+    sampled = [i for i in index.tolist() if i < len(magnitudes) and alive[i]]
+    assert passes.sample(piece, index).tolist() == [
+        key_of(magnitudes[i], piece.dtype) for i in sampled
+    ]
+    if living:
+        place = data.draw(st.integers(1, len(living)))
+        keys = torch.tensor([key_of(m, piece.dtype) for m in living], dtype=BITS[piece.dtype])
+        assert passes.kth(keys, place) == key_of(sorted(living)[place - 1], piece.dtype)
+
+
+@KINDS
+@many
+@given(drawn=pieces(), data=st.data())
+def test_digits_are_counted(
+    passes: Passes, drawn: tuple[Piece, list[float], Tensor], data: st.DataObject
+) -> None:
+    piece, magnitudes, alive = drawn
+    keys = [key_of(m, piece.dtype) for m in magnitudes]
+    bits = torch.iinfo(BITS[piece.dtype]).bits
+    shift = data.draw(st.sampled_from(range(0, bits, 16)))
+    prefix = data.draw(st.sampled_from([key >> (shift + 16) for key in keys]))
+    counts = torch.zeros(1 << 16, dtype=torch.int64)
+    passes.add_digits(piece, prefix, shift, counts)
+    living = [key for key, lives in zip(keys, alive.tolist(), strict=True) if lives]
+    expected = [key >> shift & 0xFFFF for key in living if key >> (shift + 16) == prefix]
+    counted = torch.bincount(torch.tensor(expected, dtype=torch.int64), minlength=1 << 16)
+    assert torch.equal(counts, counted)
+
+
+@KINDS
+@many
+@given(drawn=pieces())
+def test_a_fold_is_the_product_with_the_mask(
+    passes: Passes, drawn: tuple[Piece, list[float], Tensor]
+) -> None:
+    piece, _, alive = drawn
+    assert isinstance(piece.scores, Tensor)
+    folded = piece.scores.clone()
+    passes.fold(folded, packed(alive).bits)
+    product = torch.where(alive, piece.scores, torch.copysign(torch.zeros(()), piece.scores))
+    assert torch.equal(
+        folded.view(BITS[piece.dtype]), product.to(piece.dtype).view(BITS[piece.dtype])
+    )
+
+
+@many
+@given(state=st.integers(-(1 << 63), (1 << 63) - 1), begin=st.integers(0, 1 << 40))
+def test_random_keys_are_the_same_of_every_kind(state: int, begin: int) -> None:
+    piece = Piece(50, RandomScores(state, begin), torch.float32, None)
+    kept = [torch.empty(7, dtype=torch.uint8) for _ in ALL]
+    found = [p.split(piece, 1 << 28, 1 << 29, k) for p, k in zip(ALL, kept, strict=True)]
+    for (keys, at), bits in zip(found[1:], kept[1:], strict=True):
+        assert torch.equal(keys, found[0][0])
+        assert torch.equal(at, found[0][1])
+        assert torch.equal(bits, kept[0])
+
+
+SHAPES = st.lists(st.integers(1, 7), min_size=1, max_size=4)
+
+
+@many
+@given(shape=SHAPES, data=st.data(), piece=st.sampled_from([8, 16, 1 << 20]))
+def test_slices_and_their_elements(shape: list[int], data: st.DataObject, piece: int) -> None:
+    dim = data.draw(st.integers(-len(shape), len(shape) - 1))
+    size = shape[dim]
+    kept = torch.tensor(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)))
+    along = [-1 if d == dim % len(shape) else 1 for d in range(len(shape))]
+    whole = kept.view(along).expand(shape)
+    noise = torch.rand(shape, generator=torch.Generator().manual_seed(size)) > 0.8
+    flags = noise.reshape(-1)
+    with pytest.MonkeyPatch.context() as small:
+        small.setattr(Passes, "piece", piece)
+        mask = spread(kept, shape, dim)
+        found = any_of_slices(lambda begin, end: flags[begin:end], shape, dim, CPU)
+    assert torch.equal(unpacked(Parameter(torch.empty(shape), mask)), whole)
+    assert torch.equal(found, noise.movedim(dim, 0).flatten(1).any(1) if noise.dim() > 1 else noise)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("is_global", [True, False])
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.5, 1.0])
+def test_masks_and_measures_are_the_same_without_numba(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, is_global: bool, fraction: float
+) -> None:
+    """More units than are ranked at once, with ties, and a part of them pruned before."""
+    torch.manual_seed(0)
+    weights = [torch.randn(300, 700).mul(50).round().div(50).to(dtype) for _ in range(2)]
+    parameters = {
+        "a": Parameter(weights[0]),
+        "b": Parameter(weights[1], packed(torch.rand(300, 700) > 0.2)),
+    }
+    rules = [
+        Selection("r", ("a", "b"), importance, Element(), is_global, fraction, {})
+        for importance in (Magnitude(), Random(5))
+    ]
+    expected, outcomes = prune(parameters, rules, {})
+    measures = [measure(parameter) for parameter in expected.values()]
+    monkeypatch.setattr(kernels, "enabled", False)
+    found, found_outcomes = prune(parameters, rules, {})
+    assert found_outcomes == outcomes
+    assert [measure(parameter) for parameter in found.values()] == measures
+    for name, parameter in found.items():
+        assert torch.equal(unpacked(parameter), unpacked(expected[name]))
+
+
+@settings(deadline=None, max_examples=100)
+@given(DTYPES, st.integers(1, 5), st.integers(1, 40), st.sampled_from([1, 2]), st.integers(0, 99))
+def test_norms_are_the_same_bits_without_numba(
+    dtype: torch.dtype, rows: int, columns: int, p: int, seed: int
+) -> None:
+    values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) > 0.3
+    for dim, kept in ((0, None), (1, None), (0, mask), (-1, mask)):
+        bits = None if kept is None else packed(kept)
+        found = slice_norms(values, bits, Slice(dim), float(p))
+        with pytest.MonkeyPatch.context() as without:
+            without.setattr(kernels, "enabled", False)
+            assert torch.equal(found, slice_norms(values, bits, Slice(dim), float(p)))
+        whole = values.double() if kept is None else values.double() * kept
+        norms = torch.linalg.vector_norm(whole, p, dim=1 - dim % 2)
+        assert torch.allclose(found.double(), norms, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(600, 700), (40, 30, 20, 20), (3, 150_000), (150_000, 3)])
+def test_zero_slices_are_counted_wherever_they_lie(shape: tuple[int, ...]) -> None:
+    """Of tensors that are so large that a corner of each slice is looked at first."""
+    torch.manual_seed(0)
+    assert math.prod(shape) > 1 << 17
+    weight, mask = torch.randn(shape), torch.rand(shape) > 0.9
+    for dim, size in enumerate(shape):
+        index = torch.randperm(size)[: size // 3]
+        weight.index_fill_(dim, index[: len(index) // 2], 0)
+        mask.index_fill_(dim, index[len(index) // 2 :], False)
+    found = measure(Parameter(weight, packed(mask)))
+    zero = (weight == 0) | ~mask
+    assert (found.zeros, found.pruned) == (int(zero.sum()), int((~mask).sum()))
+    assert found.zero_slices == tuple(
+        int(zero.movedim(dim, 0).flatten(1).all(1).sum()) for dim in range(len(shape))
+    )
