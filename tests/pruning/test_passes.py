@@ -131,10 +131,9 @@ def test_a_fold_is_the_product_with_the_mask(
     assert isinstance(piece.scores, Tensor)
     folded = piece.scores.clone()
     passes.fold(folded, packed(alive).bits)
-    product = torch.where(alive, piece.scores, torch.copysign(torch.zeros(()), piece.scores))
-    assert torch.equal(
-        folded.view(BITS[piece.dtype]), product.to(piece.dtype).view(BITS[piece.dtype])
-    )
+    zeros = torch.copysign(torch.zeros_like(piece.scores), piece.scores)
+    product = torch.where(alive, piece.scores, zeros)
+    assert torch.equal(folded.view(BITS[piece.dtype]), product.view(BITS[piece.dtype]))
 
 
 @many
