@@ -52,14 +52,15 @@ class Upload:
 
 
 @contextmanager
-def errors_of(upload: Upload, call: grpc.RpcContext) -> Iterator[None]:
+def errors_of(upload: Upload, call: grpc.RpcContext | None = None) -> Iterator[None]:
     """Raises what a failed call means, and ends a call that is left early."""
     try:
         yield
     except grpc.RpcError as error:
         raise upload.error or from_rpc(error) from None
     finally:
-        call.cancel()
+        if call is not None:
+            call.cancel()
 
 
 def receive(responses: Iterable[Any]) -> tuple[Any, dict[str, LocalTensor]]:

@@ -100,6 +100,20 @@ def test_counts_and_extremes_are_what_they_are_defined_as(
         place = data.draw(st.integers(1, len(living)))
         keys = torch.tensor([key_of(m, piece.dtype) for m in living], dtype=BITS[piece.dtype])
         assert passes.kth(keys, place) == key_of(sorted(living)[place - 1], piece.dtype)
+        assert_ranked(passes, piece, magnitudes, alive, place)
+
+
+def assert_ranked(
+    passes: Passes, piece: Piece, magnitudes: list[float], alive: Tensor, place: int
+) -> None:
+    """What stays, by a sort that is stable; of what is pruned already nothing does."""
+    living = [i for i, lives in enumerate(alive.tolist()) if lives]
+    order = sorted(living, key=lambda i: magnitudes[i])
+    cut, stays = passes.rank(passes.keys(piece), place)
+    at_cut = [i for i in living if magnitudes[i] == magnitudes[order[place - 1]]]
+    assert stays.nonzero().view(-1).tolist() == sorted(order[place:])
+    assert cut.key == key_of(magnitudes[order[place - 1]], piece.dtype)
+    assert (cut.ties, cut.equal) == (len({*order[:place]} & {*at_cut}), len(at_cut))
 
 
 @KINDS

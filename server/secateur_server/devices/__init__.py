@@ -8,12 +8,14 @@ from secateur_server.devices.passes import Passes
 
 Span = tuple[int, int]
 
+_CPU, _COMPILED = Cpu(torch.device("cpu")), Compiled(torch.device("cpu"))
+
 
 def passes_of(device: torch.device) -> Passes:
     """The passes of a device."""
     if device.type != "cpu":
         return Passes(device)
-    return Compiled(device) if kernels.enabled else Cpu(device)
+    return _COMPILED if kernels.enabled else _CPU
 
 
 def spans(count: int, size: int) -> list[Span]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from secateur_server.devices import kernels
-from secateur_server.devices.passes import BITS, Found, Passes, Piece, Work
+from secateur_server.devices.passes import BITS, Cut, Found, Passes, Piece, Work
 from secateur_server.devices.randomness import RandomScores
 
 CORES = len(os.sched_getaffinity(0))
@@ -70,6 +70,11 @@ class Cpu(Passes):
         flags = np.unpackbits(bits.numpy(), count=count, bitorder="little")
         return torch.from_numpy(flags.view(np.bool_))
 
+    def any_along(self, flags: Tensor) -> Tensor:
+        """As Passes.any_along."""
+        found: Any = flags.numpy().any(0)  # 30 times as fast as torch
+        return torch.from_numpy(found.any(1))
+
     def kth(self, keys: Tensor, place: int) -> int:
         """As Passes.kth."""
         return int(np.partition(keys.numpy(), place - 1)[place - 1])
@@ -95,6 +100,14 @@ class Compiled(Cpu):
             kernels.count_top_digits(bits, _alive(piece), _largest(bits), shift, counts.numpy())
         else:
             kernels.count_digits(bits, _alive(piece), _largest(bits), prefix, shift, counts.numpy())
+
+    def rank(self, keys: Tensor, place: int) -> tuple[Cut, Tensor]:
+        """As Passes.rank."""
+        key, stays = self.kth(keys, place), torch.empty(len(keys), dtype=torch.bool)
+        of_keys = keys.numpy()
+        cut, largest = of_keys.dtype.type(key), _largest(of_keys)
+        ties, equal = kernels.rank(of_keys, cut, largest, place, stays.numpy())
+        return Cut(key, int(ties), int(equal)), stays
 
     def count_equal(self, piece: Piece, key: int) -> int:
         """As Passes.count_equal."""

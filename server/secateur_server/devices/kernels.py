@@ -117,6 +117,26 @@ def split(
 
 
 @_compiled
+def rank(keys: Any, cut: int, largest: int, place: int, stays: Any) -> tuple[int, int]:
+    """Writes which keys stay when the lowest `place`, up to the cut, go, ties by their order.
+
+    Returns: how many at the cut go, and of how many.
+    """
+    below, equal = 0, 0
+    for i in range(len(keys)):
+        stays[i] = (keys[i] > cut) & (keys[i] < largest)
+        below += keys[i] < cut
+        equal += keys[i] == cut
+    ties, seen = place - below, 0
+    if ties < equal:
+        for i in range(len(keys)):
+            if keys[i] == cut:
+                stays[i] = seen >= ties
+                seen += 1
+    return ties, equal
+
+
+@_compiled
 def keep(kept: Any, at: Any, stays: Any) -> None:
     """Sets the bits at those of the places `at` that stay."""
     for i in range(len(at)):

@@ -49,6 +49,15 @@ class Piece:
     alive: Tensor | None
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Prune the units with keys below `key`, and the first `ties` of the `equal` ones at it."""
+
+    key: int
+    ties: int
+    equal: int
+
+
 class Passes:
     """Each pass reads a piece once. A device overrides what it does better, with the same bits."""
 
@@ -95,19 +104,21 @@ class Passes:
         return int(smallest), int(largest)
 
     def keys(self, piece: Piece) -> Tensor:
-        """The keys of a piece, also of units that are pruned.  Returns: an integer dtype, 1-D."""
-        if isinstance(piece.scores, RandomScores):
-            return random_keys(piece.scores, torch.arange(piece.units, device=self.device))
-        return _as_keys(piece.scores, piece.dtype)
+        """The keys of a piece; of what is pruned already the largest integer, no score's key.
 
-    def _keys_at(self, piece: Piece, index: Tensor) -> Tensor:
+        Returns: an integer dtype, 1-D.
+        """
         if isinstance(piece.scores, RandomScores):
-            return random_keys(piece.scores, index)
-        return _as_keys(piece.scores[index], piece.dtype)
+            keys = random_keys(piece.scores, torch.arange(piece.units, device=self.device))
+        else:
+            keys = _as_keys(piece.scores, piece.dtype)
+        if piece.alive is not None:
+            keys[~self.unpack(piece.alive, piece.units)] = torch.iinfo(keys.dtype).max
+        return keys
 
     def _living(self, piece: Piece) -> Tensor:
         keys = self.keys(piece)
-        return keys if piece.alive is None else keys[self.unpack(piece.alive, piece.units)]
+        return keys if piece.alive is None else keys[keys < torch.iinfo(keys.dtype).max]
 
     def add_digits(self, piece: Piece, prefix: int, shift: int, counts: Tensor) -> None:
         """Adds to `counts` the digits at `shift` of the keys whose higher digits are `prefix`.
@@ -125,11 +136,25 @@ class Passes:
         index = index[: int(torch.searchsorted(index, piece.units))]
         if piece.alive is not None:
             index = index[((piece.alive[index >> 3] >> (index & 7)) & 1).to(torch.bool)]
-        return self._keys_at(piece, index)
+        if isinstance(piece.scores, RandomScores):
+            return random_keys(piece.scores, index)
+        return _as_keys(piece.scores[index], piece.dtype)
 
     def kth(self, keys: Tensor, place: int) -> int:
         """The key at `place`, from 1, in the order of size."""
         return int(keys.kthvalue(place).values)
+
+    def rank(self, keys: Tensor, place: int) -> tuple[Cut, Tensor]:
+        """The cut that takes the lowest `place` of `keys`, ties by their order.
+
+        Returns: also which keys stay, bool; not those of what is pruned already.
+        """
+        key = self.kth(keys, place)
+        equal = (keys == key).nonzero().view(-1)
+        ties = place - int((keys < key).count_nonzero())
+        stays = (keys > key) & (keys < torch.iinfo(keys.dtype).max)
+        stays[equal[ties:]] = True
+        return Cut(key, ties, len(equal)), stays
 
     def count_equal(self, piece: Piece, key: int) -> int:
         """How many keys are `key`."""
@@ -142,13 +167,8 @@ class Passes:
         Returns: the keys in [low, high) that are alive, in their order; and where they are, int32.
         """
         keys = self.keys(piece)
-        keep, within = keys >= high, (keys >= low) & (keys < high)
-        if piece.alive is not None:
-            alive = self.unpack(piece.alive, piece.units)
-            keep &= alive
-            within &= alive
-        kept.copy_(self.pack(keep))
-        at = within.nonzero().view(-1)
+        kept.copy_(self.pack((keys >= high) & (keys < torch.iinfo(keys.dtype).max)))
+        at = ((keys >= low) & (keys < high)).nonzero().view(-1)
         return keys[at], at.to(torch.int32)
 
     def keep(self, kept: Tensor, at: Tensor, stays: Tensor) -> None:
@@ -156,6 +176,10 @@ class Passes:
         flags = self.unpack(kept, 8 * len(kept))
         flags[at[stays]] = True
         kept.copy_(self.pack(flags))
+
+    def any_along(self, flags: Tensor) -> Tensor:
+        """Which of the second dimension's indices have a flag.  flags: bool, 3-D."""
+        return flags.any(0).any(1)
 
     def count_zeros(self, values: Tensor, kept: Tensor | None) -> int:
         """How many of `values` are zero, or not kept.  values: floating, 1-D.  kept: bits."""

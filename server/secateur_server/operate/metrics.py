@@ -112,7 +112,7 @@ class Metrics:
         """Counts the elements that became pruned."""
         for tensor in report.tensors:
             mask = before[tensor.name].mask
-            pruned_before = 0 if mask is None else mask.elements - mask.kept()
+            pruned_before = 0 if mask is None else mask.elements - mask.kept
             self._pruned.inc(tensor.pruned - pruned_before)
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,10 +26,11 @@ class Mask:
     bits: Tensor
     elements: int
 
+    @cached_property
     def kept(self) -> int:
         """How many elements are."""
         passes = passes_of(self.bits.device)
-        parts = spans(len(self.bits), passes.piece)
+        parts = spans(self.bits.numel(), passes.piece)
         return sum(passes.each(lambda span: passes.count_ones(self.bits[slice(*span)]), parts))
 
     def part(self, begin: int, end: int) -> Tensor:
@@ -64,7 +66,7 @@ def mask_of(flags: Flags, elements: int, device: torch.device) -> Mask:
 
 def spread(kept: Tensor, shape: Sequence[int], dim: int) -> Mask:
     """The mask of a tensor from its slices along a dimension.  kept: bool, flat."""
-    outer, size, inner = _around(shape, dim)
+    outer, size, inner = around(shape, dim)
     # Of the runs of `inner` elements every size-th belongs to one slice: where a piece begins
     # within the pattern is all that there is to know.
     most = passes_of(kept.device).piece // inner + 2
@@ -86,13 +88,13 @@ def any_of_slices(flags: Flags, shape: Sequence[int], dim: int, device: torch.de
     Returns: bool, as long as the dimension.
     """
     passes = passes_of(device)
-    outer, size, inner = _around(shape, dim)
+    outer, size, inner = around(shape, dim)
     boxes = _boxes(outer, size, inner, passes.piece)
 
     def found_in(box: Box) -> Tensor:
         begin, end, first, last = box
-        flagged = flags(begin, end).view(-1, last - first, min(inner, end - begin))
-        return flagged.any(2).any(0)
+        box_flags = flags(begin, end).view(-1, last - first, min(inner, end - begin))
+        return passes.any_along(box_flags)
 
     found = torch.zeros(size, dtype=torch.bool, device=device)
     for (_, _, first, last), flagged in zip(boxes, passes.each(found_in, boxes), strict=True):
@@ -118,7 +120,7 @@ def _boxes(outer: int, size: int, inner: int, piece: int) -> list[Box]:
     ]
 
 
-def _around(shape: Sequence[int], dim: int) -> tuple[int, int, int]:
+def around(shape: Sequence[int], dim: int) -> tuple[int, int, int]:
     """The elements before, along and behind a dimension."""
     dim %= len(shape)
     return math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :])

@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from secateur_server.devices import passes_of, spans
-from secateur_server.pruning.masks import any_of_slices
+from secateur_server.pruning.masks import any_of_slices, around
 from secateur_server.pruning.spec import Parameter
 
 
@@ -34,34 +35,52 @@ def measure(parameter: Parameter) -> Sparsity:
         kept = None if mask is None else mask.part(*span)
         return passes.count_zeros(values[slice(*span)], kept)
 
-    pruned = 0 if mask is None else len(values) - mask.kept()
-    if parameter.extremes and parameter.extremes[0] > 0:  # no weight is zero by itself
+    pruned = 0 if mask is None else values.numel() - mask.kept
+    if parameter.is_nonzero:
         zeros = pruned
     else:
-        zeros = sum(passes.each(zeros_in, spans(len(values), passes.piece)))
-    dims = range(parameter.weight.dim()) if parameter.weight.dim() > 1 else ()
-    slices = tuple(_zero_slices(parameter, dim, zeros) for dim in dims)
-    return Sparsity(zeros, len(values), pruned, slices)
+        zeros = sum(passes.each(zeros_in, spans(values.numel(), passes.piece)))
+    return Sparsity(zeros, values.numel(), pruned, _zero_slices(parameter, zeros))
 
 
-def _zero_slices(parameter: Parameter, dim: int, zeros: int) -> int:
-    """How many slices along `dim` are wholly zero."""
-    values, mask = parameter.weight.reshape(-1), parameter.mask
-    shape = parameter.weight.shape
-    if zeros == 0 or zeros * shape[dim] < len(values):  # not even one slice's worth
-        return 0
-    if len(values) > LARGE:  # a corner of each slice settles most of them, and often all
-        left = torch.arange(shape[dim], device=values.device)
-        for corner in CORNERS:
-            left = left[~_any_nonzero(parameter, dim, left, corner)]
-            if not len(left):
-                return 0
+def _zero_slices(parameter: Parameter, zeros: int) -> tuple[int, ...]:
+    """For each dimension how many slices are wholly zero."""
+    weight = parameter.weight
+    if weight.dim() < 2:
+        return ()
+    found = [0] * weight.dim()
+    # Of the other dimensions there is not even one slice's worth of zeros.
+    least = [weight.numel() / size if size else 1 for size in weight.shape]
+    dims = [dim for dim in range(weight.dim()) if 0 < zeros >= least[dim]]
+    if weight.numel() <= LARGE and dims:
+        nonzero, passes = _nonzero(parameter, 0, weight.numel()), passes_of(weight.device)
+        for dim in dims:
+            any_of = passes.any_along(nonzero.view(around(weight.shape, dim)))
+            found[dim] = weight.shape[dim] - int(any_of.count_nonzero())
+        return tuple(found)
+    for dim in dims:
+        found[dim] = _zero_slices_along(parameter, dim)
+    return tuple(found)
 
-    def nonzero(begin: int, end: int) -> Tensor:
-        flags = values[begin:end] != 0
-        return flags if mask is None else flags & mask.flags(begin, end)
 
-    return shape[dim] - int(any_of_slices(nonzero, shape, dim, values.device).count_nonzero())
+def _nonzero(parameter: Parameter, begin: int, end: int) -> Tensor:
+    """Which elements of [begin, end) are not zero.  Returns: bool, 1-D."""
+    if parameter.mask is not None and parameter.is_nonzero:
+        return parameter.mask.flags(begin, end)
+    flags = parameter.weight.reshape(-1)[begin:end] != 0
+    return flags if parameter.mask is None else flags & parameter.mask.flags(begin, end)
+
+
+def _zero_slices_along(parameter: Parameter, dim: int) -> int:
+    """How many slices along `dim` are wholly zero, in a large tensor."""
+    shape, device = parameter.weight.shape, parameter.weight.device
+    left = torch.arange(shape[dim], device=device)
+    for corner in CORNERS:  # they settle most slices, and often all
+        left = left[~_any_nonzero(parameter, dim, left, corner)]
+        if not len(left):
+            return 0
+    found = any_of_slices(partial(_nonzero, parameter), shape, dim, device)
+    return shape[dim] - int(found.count_nonzero())
 
 
 # Of a tensor of more elements so many of each slice are looked at before all are.
@@ -100,4 +119,4 @@ def fold(parameter: Parameter) -> None:
     def fold_piece(span: tuple[int, int]) -> None:
         passes.fold(values[slice(*span)], mask.part(*span))
 
-    passes.each(fold_piece, spans(len(values), passes.piece))
+    passes.each(fold_piece, spans(values.numel(), passes.piece))

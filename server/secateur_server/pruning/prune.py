@@ -1,7 +1,7 @@
 """Applies a spec: rule after rule, each among what the ones before left."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ def prune(
         else:
             masks, choices = _apply_selection(rule, state, extras)
         for name, mask in masks.items():
-            state[name] = replace(state[name], mask=mask)
+            state[name] = Parameter(state[name].weight, mask, state[name].extremes)
         touched.update(masks)
         outcomes.append(choices)
     return {name: state[name] for name in parameters if name in touched}, outcomes
@@ -67,9 +67,9 @@ def _apply_masks(
         asked = to_mask(extras[holder], InvalidMask, field)
         before = state[name].mask
         masks[name] = asked if before is None else asked & before
-        candidates = asked.elements if before is None else before.kept()
-        requested = asked.elements - asked.kept()
-        choices.append(Choice((name,), candidates, requested, candidates - masks[name].kept()))
+        candidates = asked.elements if before is None else before.kept
+        requested = asked.elements - asked.kept
+        choices.append(Choice((name,), candidates, requested, candidates - masks[name].kept))
     return masks, choices
 
 
@@ -130,7 +130,7 @@ def _choose(
     """Selects among the units of all `parameters`."""
     names = tuple(parameters)
     rankings = [_rank(rule, name, parameters[name], extras) for name in names]
-    alive = sum(r.units if r.alive is None else r.alive.kept() for r in rankings)
+    alive = sum(r.units if r.alive is None else r.alive.kept for r in rankings)
     count = units_to_prune(rule, names, alive)
     kept, cut = select(rankings, alive, count)
     masks = {}
@@ -139,7 +139,7 @@ def _choose(
         before = parameters[name].mask
         masks[name] = mask if before is None else mask & before
     value = None if isinstance(rule.importance, Random) else threshold(cut, score_dtype(rankings))
-    pruned = alive - sum(units.kept() for units in kept)
+    pruned = alive - sum(units.kept for units in kept)
     return masks, Choice(names, alive, count, pruned, value, cut.equal, cut.ties)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from secateur_server.devices import passes_of, spans
-from secateur_server.devices.passes import BITS, DIGIT_BITS, Passes, Piece
+from secateur_server.devices.passes import BITS, DIGIT_BITS, Cut, Passes, Piece
 from secateur_server.devices.randomness import RandomScores, random_keys
 from secateur_server.pruning.masks import Mask
 from secateur_server.pruning.score import Ranking
@@ -29,15 +29,6 @@ FEW_OF = 64
 LARGE = 1 << 22
 SAMPLE = 1 << 17
 SPACING = 384
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Prune the units with keys below `key`, and the first `ties` of the `equal` ones at it."""
-
-    key: int
-    ties: int
-    equal: int
 
 
 NOTHING = Cut(key=-1, ties=0, equal=0)
@@ -76,8 +67,8 @@ def select(rankings: Sequence[Ranking], alive: int, count: int) -> tuple[list[Ma
     """
     passes, dtype = passes_of(rankings[0].device), score_dtype(rankings)
     sizes = [(r.units + 7) // 8 for r in rankings]
-    bits = torch.split(passes.room(sum(sizes)), sizes)
-    masks = [Mask(part, r.units) for part, r in zip(bits, rankings, strict=True)]
+    room = torch.split(passes.room(sum(sizes)), sizes)
+    masks = [Mask(bits, r.units) for bits, r in zip(room, rankings, strict=True)]
     parts = [
         (_piece(ranking, dtype, *span), mask.part(*span))
         for ranking, mask in zip(rankings, masks, strict=True)
@@ -98,16 +89,24 @@ def _piece(ranking: Ranking, dtype: torch.dtype, begin: int, end: int) -> Piece:
 
 def _apply(units: Units, count: int) -> Cut:
     """Marks what stays when `count` units go.  Returns: the cut."""
-    largest = torch.iinfo(BITS[units.pieces[0].dtype]).max
     if count == 0:
         _split(units, 0, 0)
         return NOTHING
-    if units.alive <= FEW:
-        bounds: tuple[int, int] | None = (0, largest)
-    else:
-        bounds = _sampled_bounds(units, count)
+    if sum(piece.units for piece in units.pieces) <= FEW:
+        return _cut_few(units, count)
+    bounds = _sampled_bounds(units, count)
     cut = _cut_within(units, count, *bounds) if bounds else None
     return cut or _cut_by_digits(units, count)
+
+
+def _cut_few(units: Units, count: int) -> Cut:
+    """Marks what stays of few units, all at once."""
+    sizes = [piece.units for piece in units.pieces]
+    keys = torch.cat([units.passes.keys(piece) for piece in units.pieces])
+    cut, stays = units.passes.rank(keys, count)
+    for kept, stay in zip(units.kept, torch.split(stays, sizes), strict=True):
+        kept.copy_(units.passes.pack(stay))
+    return cut
 
 
 def _cut_within(units: Units, count: int, low: int, high: int) -> Cut | None:
@@ -118,14 +117,10 @@ def _cut_within(units: Units, count: int, low: int, high: int) -> Cut | None:
     if not 1 <= place <= sum(sizes):  # of the cut among those within
         return None
     keys = torch.cat([part.keys for part in found])
-    key = units.passes.kth(keys, place)
-    stays = keys > key
-    equal = (keys == key).nonzero().view(-1)
-    ties = place - int((keys < key).count_nonzero())
-    stays[equal[ties:]] = True
+    cut, stays = units.passes.rank(keys, place)
     for kept, part, stay in zip(units.kept, found, torch.split(stays, sizes), strict=True):
         units.passes.keep(kept, part.at, stay)
-    return Cut(key, ties, len(equal))
+    return cut
 
 
 @dataclass(frozen=True)
@@ -140,15 +135,11 @@ class Split:
 def _split(units: Units, low: int, high: int) -> list[Split]:
     """Keeps what is alive and at `high` or above.  Returns: what is in [low, high)."""
 
-    def split(share: Sequence[tuple[Piece, Tensor]]) -> list[Split]:
-        within = [units.passes.split(piece, low, high, kept) for piece, kept in share]
-        above = [units.passes.count_ones(kept) for _, kept in share]
-        return [Split(count, *part) for count, part in zip(above, within, strict=True)]
+    def split(part: tuple[Piece, Tensor]) -> Split:
+        keys, at = units.passes.split(part[0], low, high, part[1])
+        return Split(units.passes.count_ones(part[1]), keys, at)
 
-    parts = list(zip(units.pieces, units.kept, strict=True))
-    # Few units are sooner marked than given to other threads.
-    shares = [parts] if units.alive <= FEW else [[part] for part in parts]
-    return list(itertools.chain.from_iterable(units.passes.each(split, shares)))
+    return units.passes.each(split, list(zip(units.pieces, units.kept, strict=True)))
 
 
 def _sampled_bounds(units: Units, count: int) -> tuple[int, int] | None:

@@ -112,6 +112,11 @@ class Parameter:
     mask: Mask | None = None
     extremes: tuple[int, int] | None = None
 
+    @property
+    def is_nonzero(self) -> bool:
+        """Whether it is known that no element of the weight itself is zero."""
+        return self.extremes is not None and self.extremes[0] > 0
+
 
 # F8 and integers: a later method's.
 PRUNABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

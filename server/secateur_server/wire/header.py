@@ -140,8 +140,9 @@ def _entry(name: str, fields: Any) -> Entry:
 
 def _sizes(values: Any) -> bool:
     """Whether `values` are integers in [0, 2^63), as many as a tensor has dimensions."""
-    return (
-        isinstance(values, list)
-        and len(values) <= 64
-        and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
-    )
+    if not isinstance(values, list) or len(values) > 64:
+        return False
+    for value in values:  # noqa: SIM110 (several times as fast as all())
+        if type(value) is not int or not 0 <= value < 1 << 63:
+            return False
+    return True
