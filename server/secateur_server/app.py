@@ -28,6 +28,10 @@ _OPTIONS = (
     # A chunk is 1 MiB; the header of a first message has names and a spec.
     ("grpc.max_receive_message_length", 16 << 20),
     ("grpc.max_send_message_length", -1),
+    # What a call may send before it is read. grpc would let the window grow with the throughput:
+    # tens of MB for each call, and no faster.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 4 << 20),
 )
 
 

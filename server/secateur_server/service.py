@@ -1,6 +1,6 @@
 """The three RPCs: read, prune, write."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -8,6 +8,7 @@ import torch
 
 from secateur_proto import pruner_pb2 as pb
 from secateur_proto.codec import Data, Decoder, encode
+from secateur_proto.report_pb2 import SparsityReport
 from secateur_server.errors import InvalidRequest, ModelTooLarge
 from secateur_server.messages.report import encode_report
 from secateur_server.messages.spec import decode_spec
@@ -17,7 +18,7 @@ from secateur_server.operate.metrics import Metrics
 from secateur_server.pruning.catalog import resolve
 from secateur_server.pruning.measure import fold
 from secateur_server.pruning.prune import prune
-from secateur_server.pruning.spec import Parameter
+from secateur_server.pruning.spec import Parameter, Rule
 from secateur_server.wire.header import MIN_FILE_BYTES
 from secateur_server.wire.reader import ByteStream
 from secateur_server.wire.writer import StateDictWriter
@@ -42,21 +43,27 @@ class Pruner:
             raise InvalidRequest("header.output", f"{header.output} is no output")
         stream = self._stream(data, header.data_bytes)
         with self._metrics.holding(header.data_bytes):
-            model = open_model(stream, {name for rule in rules for name in rule.extras()})
-            rules = resolve(rules, model.catalog)
-            model.read(stream, self._device)
-            pruned, outcomes = prune(model.parameters, rules, model.extras)
-            writer = _prune_output(header.output, model, pruned)
-            report = encode_report(
-                pruned.items(), stream.digest(), writer.digest() if writer else "", outcomes
-            )
-            self._metrics.pruned(model.parameters, report)
+            report, writer = self._prune(header.output, rules, stream)
             yield from responses(
                 pb.PruneResponse,
                 pb.PruneResult(report=report, data_bytes=writer.file_bytes if writer else 0),
                 writer.chunks() if writer else iter(()),
                 self._metrics.sent,
             )
+
+    def _prune(
+        self, output: int, rules: Sequence[Rule], stream: ByteStream
+    ) -> tuple[SparsityReport, StateDictWriter | None]:
+        """What to answer. Weights that are no part of it are given back before it is sent."""
+        model = open_model(stream, {name for rule in rules for name in rule.extras()})
+        rules = resolve(rules, model.catalog)
+        model.read(stream, self._device)
+        pruned, outcomes = prune(model.parameters, rules, model.extras)
+        writer = _prune_output(output, model, pruned)
+        digest = writer.digest() if writer else ""
+        report = encode_report(pruned.items(), stream.digest(), digest, outcomes)
+        self._metrics.pruned(model.parameters, report)
+        return report, writer
 
     def Report(
         self, request_iterator: Iterator[pb.ReportRequest | Data], context: grpc.ServicerContext

@@ -142,16 +142,21 @@ class Compiled(Cpu):
         bits = values.view(BITS[values.dtype]).numpy()
         kernels.fold(bits, kept.numpy(), np.iinfo(bits.dtype).min)
 
-    def power_sums(self, rows: Tensor, p: int) -> Tensor | None:
+    def power_sums(self, values: Tensor, first: int, last: int, p: float) -> Tensor | None:
         """As Passes.power_sums."""
-        if not rows.is_contiguous():  # torch is fast in turning columns to float64
+        if p not in (0.5, 1, 2, 3):
             return None
-        if rows.dtype != torch.float64:  # numba has no half precision
-            rows = rows.to(torch.float32)
-        sums = torch.empty(len(rows), dtype=torch.float64)
-        halves = np.empty(rows.shape[1])
-        kernels.sum_powers(rows.numpy(), p == 2, halves, sums.numpy())
-        return sums
+        if values.dtype not in (torch.float32, torch.float64):  # numba has no half precision
+            values, first, last = values[:, first:last].to(torch.float32), 0, last - first
+        outer, _, inner = values.shape
+        sums = np.empty(last - first)
+        of_values = values.contiguous().numpy()
+        if outer == 1:
+            kernels.sum_rows(of_values[0, first:last], float(p), np.empty(inner), sums)
+        else:
+            halves = np.empty((outer * inner, last - first))
+            kernels.sum_columns(of_values, first, float(p), halves, sums)
+        return torch.from_numpy(sums)
 
 
 def _bits(piece: Piece) -> Any:

@@ -190,22 +190,30 @@ def random_bits(state: int, begin: int, bits: Any) -> None:
 
 
 @_compiled
-def sum_powers(rows: Any, squares: bool, halves: Any, sums: Any) -> None:
-    """Writes the sums of |x| or of x^2 of each row, added by halves as score._row_sums adds.
+def raise_to(values: Any, p: float) -> None:
+    """Replaces float64 values by |x|^p.  p: 0.5, 1, 2 or 3."""
+    for i in range(len(values)):
+        values[i] = abs(values[i])
+    if p == 0.5:
+        for i in range(len(values)):
+            values[i] = np.sqrt(values[i])
+    elif p != 1:
+        for i in range(len(values)):
+            square = values[i] * values[i]
+            values[i] = square if p == 2 else square * values[i]
+
+
+@_compiled
+def sum_rows(rows: Any, p: float, halves: Any, sums: Any) -> None:
+    """Writes the sums of |x|^p of each row, added by halves as score._row_sums adds.
 
     halves: float64, as long as a row, to work in.
     """
     for r in range(len(rows)):
-        row = rows[r]
-        for i in range(len(row)):
-            halves[i] = row[i]  # float64 from here on
-        if squares:
-            for i in range(len(row)):
-                halves[i] *= halves[i]
-        else:
-            for i in range(len(row)):
-                halves[i] = abs(halves[i])
-        left = len(row)
+        for i in range(len(halves)):
+            halves[i] = rows[r, i]  # float64 from here on
+        raise_to(halves, p)
+        left = len(halves)
         while left > 1:
             half = left // 2
             for i in range(half):
@@ -214,3 +222,34 @@ def sum_powers(rows: Any, squares: bool, halves: Any, sums: Any) -> None:
                 halves[0] += halves[left - 1]
             left = half
         sums[r] = halves[0]
+
+
+@_compiled
+def sum_columns(values: Any, first: int, p: float, halves: Any, sums: Any) -> None:
+    """As sum_rows, of slices from `first` on along the second dimension of three.
+
+    halves: float64, (elements of a slice, slices): what is one operation for many slices.
+    """
+    outer, size, inner = values.shape
+    flat = values.reshape(outer, size * inner)
+    for o in range(outer):
+        part = flat[o, first * inner : (first + len(sums)) * inner]
+        if inner == 1:  # columns of a matrix: the compiler vectorizes what it sees is contiguous
+            for i in range(len(sums)):
+                halves[o, i] = part[i]
+        else:
+            for i in range(len(sums)):
+                for k in range(inner):
+                    halves[o * inner + k, i] = part[i * inner + k]
+    raise_to(halves.reshape(-1), p)
+    left = len(halves)
+    while left > 1:
+        half = left // 2
+        for j in range(half):
+            for i in range(len(sums)):
+                halves[j, i] += halves[half + j, i]
+        if left % 2:
+            for i in range(len(sums)):
+                halves[0, i] += halves[left - 1, i]
+        left = half
+    sums[:] = halves[0]

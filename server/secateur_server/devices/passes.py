@@ -194,10 +194,11 @@ class Passes:
         signs = bits & torch.iinfo(bits.dtype).min
         torch.where(self.unpack(kept, len(bits)), bits, signs, out=bits)
 
-    def power_sums(self, rows: Tensor, p: int) -> Tensor | None:
-        """The sums of |x|^p of each row by halves, in float64; None where torch is to add them.
+    def power_sums(self, values: Tensor, first: int, last: int, p: float) -> Tensor | None:
+        """The sums of |x|^p by halves of the slices [first, last) along the second dimension.
 
-        rows: floating, 2-D, with a column or more.  p: 1 or 2.
+        values: floating, 3-D, contiguous, with elements.
+        Returns: float64; None where they are left to operations of torch.
         """
         return None
 

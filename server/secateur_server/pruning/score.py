@@ -10,7 +10,7 @@ from secateur_server.devices import passes_of, spans
 from secateur_server.devices.passes import INFINITY, Passes
 from secateur_server.devices.randomness import RandomScores, random_scores
 from secateur_server.errors import NanScores
-from secateur_server.pruning.masks import Mask
+from secateur_server.pruning.masks import Mask, around
 from secateur_server.pruning.spec import Element, Magnitude, Parameter, Random, Slice
 
 
@@ -90,36 +90,42 @@ def slice_norms(values: Tensor, mask: Mask | None, along: Slice, p: float | str)
     Returns: 1-D; float64 for float64, else float32, accumulated in float64 and rounded once, so
         that neither the machine nor the number of threads shows.
     """
-    slices = values.movedim(along.dim, 0)
-    kept = None if mask is None else _whole(mask, values).movedim(along.dim, 0)
+    shape = around(values.shape, along.dim)
+    by_slice = values.reshape(shape)
+    kept = None if mask is None else _whole(mask, by_slice)
     passes = passes_of(values.device)
-    # Smaller pieces than elsewhere: as float64 they are to stay in the second-level cache.
-    size = max(1, passes.piece // 4 // max(1, math.prod(slices.shape[1:])))
 
     def norms_of(span: tuple[int, int]) -> Tensor:
-        block = slices[slice(*span)]
-        if kept is not None:
-            block = torch.where(kept[slice(*span)], block, 0.0)
+        first, last = span
         if p == "nuc":
-            return _nuclear_norms(block.to(torch.float64))
-        return _vector_norms(block.flatten(1), float(p), passes)
+            slices = values.movedim(along.dim, 0)[first:last]
+            if mask is not None:
+                alive = _whole(mask, values).movedim(along.dim, 0)[first:last]
+                slices = torch.where(alive, slices, 0.0)
+            return _nuclear_norms(slices.to(torch.float64))
+        if kept is None:
+            return _vector_norms(by_slice, first, last, float(p), passes)
+        block = torch.where(kept[:, first:last], by_slice[:, first:last], 0.0)
+        return _vector_norms(block, 0, last - first, float(p), passes)
 
-    joined = torch.cat(passes.each(norms_of, spans(len(slices), size)))
+    # Smaller pieces than elsewhere: as float64 they are to stay in the second-level cache.
+    size = max(1, passes.piece // 8 // (shape[0] * shape[2]))
+    joined = torch.cat(passes.each(norms_of, spans(shape[1], size)))
     return joined if values.dtype == torch.float64 else joined.to(torch.float32)
 
 
-def _vector_norms(rows: Tensor, p: float, passes: Passes) -> Tensor:
-    """Norms of rows of one or more elements, in float64."""
-    if p in (1, 2) and (sums := passes.power_sums(rows, int(p))) is not None:
+def _vector_norms(values: Tensor, first: int, last: int, p: float, passes: Passes) -> Tensor:
+    """Norms of the slices [first, last) along the second of three dimensions, in float64."""
+    if (sums := passes.power_sums(values, first, last, p)) is not None:
         return sums.pow(1 / p)
-    magnitudes = rows.to(torch.float64).abs()
-    if p == math.inf:
-        return magnitudes.amax(1)
-    if p == -math.inf:
-        return magnitudes.amin(1)
+    block = values[:, first:last]
+    if math.isinf(p):
+        extreme = block.abs().amax((0, 2)) if p > 0 else block.abs().amin((0, 2))
+        return extreme.to(torch.float64)
     if p == 0:
-        return magnitudes.count_nonzero(1).to(torch.float64)
-    return _row_sums(magnitudes.pow(p)).pow(1 / p)
+        return block.count_nonzero((0, 2)).to(torch.float64)
+    rows = block.transpose(0, 1).flatten(1).to(torch.float64)
+    return _row_sums(rows.abs().pow(p)).pow(1 / p)
 
 
 def _row_sums(rows: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 # How many items wait at most: they are memory.
-DEPTH = 4
+DEPTH = 2
 
 
 def ahead(items: Iterable[Item]) -> Iterator[Item]:
