@@ -118,9 +118,8 @@ class Compiled(Cpu):
     def split(self, piece: Piece, low: int, high: int, kept: Tensor) -> tuple[Tensor, Tensor]:
         """As Passes.split."""
         bits = _bits(piece)
-        # Room for all, of which little is used: numpy would ask for huge pages.
-        found = torch.empty(len(bits), dtype=BITS[piece.dtype])
-        at = torch.empty(len(bits), dtype=torch.int32)
+        found = _scratch("found", len(bits), BITS[piece.dtype])
+        at = _scratch("at", len(bits), torch.int32)
         of_bits = bits.dtype.type  # of another dtype they would be compared as int64
         bounds = of_bits(low), of_bits(high)
         into = kept.numpy(), found.numpy(), at.numpy()
@@ -159,10 +158,23 @@ class Compiled(Cpu):
         return torch.from_numpy(sums)
 
 
+def _scratch(name: str, count: int, dtype: torch.dtype) -> Tensor:
+    """Memory to work in until this thread asks for it again.
+
+    Large blocks that come and go between small ones that stay would leave holes in the heap.
+    """
+    size = count * dtype.itemsize
+    held: Tensor | None = getattr(_thread, name, None)
+    if held is None or held.numel() < size:
+        held = torch.empty(size, dtype=torch.uint8)
+        setattr(_thread, name, held)
+    return held[:size].view(dtype)
+
+
 def _bits(piece: Piece) -> Any:
     """The integers that have the bits of a piece's scores."""
     if isinstance(piece.scores, RandomScores):
-        bits = np.empty(piece.units, np.int32)
+        bits = _scratch("bits", piece.units, torch.int32).numpy()
         kernels.random_bits(piece.scores.state, piece.scores.begin, bits)
         return bits
     return piece.scores.to(piece.dtype).contiguous().view(BITS[piece.dtype]).numpy()
