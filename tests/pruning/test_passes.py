@@ -114,6 +114,9 @@ def assert_ranked(
     assert stays.nonzero().view(-1).tolist() == sorted(order[place:])
     assert cut.key == key_of(magnitudes[order[place - 1]], piece.dtype)
     assert (cut.ties, cut.equal) == (len({*order[:place]} & {*at_cut}), len(at_cut))
+    kept = torch.full(((piece.units + 7) // 8,), 0xFF, dtype=torch.uint8)
+    assert passes.cut_few(piece, place, kept) == cut
+    assert torch.equal(kept, packed(stays).bits)
 
 
 @KINDS

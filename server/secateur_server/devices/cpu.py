@@ -5,6 +5,7 @@ core from one of them; threads that each take whole pieces do not. Nothing that 
 depend on the others, so no number of threads shows in a result.
 """
 
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterable
@@ -48,7 +49,11 @@ class Cpu(Passes):
         # One piece waits for no other thread; a thread of the pool must not wait for the pool.
         if len(pieces) == 1 or getattr(_thread, "in_pool", False):
             return [function(piece) for piece in pieces]
-        return list(_POOL.map(function, pieces))
+        # Many small ones are sooner done than handed over one by one.
+        size = max(1, len(pieces) // (8 * CORES))
+        shares = [pieces[begin : begin + size] for begin in range(0, len(pieces), size)]
+        found = _POOL.map(lambda share: [function(piece) for piece in share], shares)
+        return list(itertools.chain.from_iterable(found))
 
     def room(self, size: int) -> Tensor:
         """As Passes.room."""
@@ -108,6 +113,22 @@ class Compiled(Cpu):
         cut, largest = of_keys.dtype.type(key), _largest(of_keys)
         ties, equal = kernels.rank(of_keys, cut, largest, place, stays.numpy())
         return Cut(key, int(ties), int(equal)), stays
+
+    def sample(self, piece: Piece, index: Tensor) -> Tensor:
+        """As Passes.sample."""
+        bits = _bits(piece)
+        found = torch.empty(len(index), dtype=BITS[piece.dtype])
+        into = index.numpy(), found.numpy()
+        return found[: kernels.sample(bits, _alive(piece), _largest(bits), *into)]
+
+    def cut_few(self, piece: Piece, place: int, kept: Tensor) -> Cut:
+        """As Passes.cut_few."""
+        bits = _bits(piece)
+        found = _scratch("found", len(bits), BITS[piece.dtype]).numpy()
+        at = _scratch("at", len(bits), torch.int32).numpy()
+        into = kept.numpy(), found, at
+        cut = kernels.cut_few(bits, _alive(piece), _largest(bits), place, *into)
+        return Cut(*map(int, cut))
 
     def count_equal(self, piece: Piece, key: int) -> int:
         """As Passes.count_equal."""

@@ -18,6 +18,9 @@ from secateur_server.devices.randomness import GAMMA, MIX_1, MIX_2
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+# Of a digit of few keys: the counts stay in the caches.
+FEW_BITS = 13
+
 # Elements whose flags stay in the first-level cache.
 BLOCK = 1024
 TO_BITS = np.uint64(0x0102040810204080)
@@ -71,6 +74,17 @@ def count_digits(bits: Any, alive: Any, largest: int, prefix: int, shift: int, c
         key = bits[i] & largest
         if key >> (shift + 16) == prefix and is_alive(alive, i):
             counts[(key >> shift) & 0xFFFF] += 1
+
+
+@_compiled
+def sample(bits: Any, alive: Any, largest: int, index: Any, found: Any) -> int:
+    """Writes to `found` the keys that are alive at `index`, ascending.  Returns: how many."""
+    count = 0
+    for i in index:
+        if i < len(bits) and is_alive(alive, i):
+            found[count] = bits[i] & largest
+            count += 1
+    return count
 
 
 @_compiled
@@ -134,6 +148,50 @@ def rank(keys: Any, cut: int, largest: int, place: int, stays: Any) -> tuple[int
                 stays[i] = seen >= ties
                 seen += 1
     return ties, equal
+
+
+@_compiled
+def find_digit(counts: Any, place: int) -> tuple[int, int]:
+    """The digit of the place-th that was counted, from 1; its place among those of the digit."""
+    digit = 0
+    while place > counts[digit]:
+        place -= counts[digit]
+        digit += 1
+    return digit, place
+
+
+@_compiled
+def cut_few(
+    bits: Any, alive: Any, largest: int, place: int, kept: Any, found: Any, at: Any
+) -> tuple[int, int, int]:
+    """Writes to `kept` what stays when the lowest `place` go, ties by their order.
+
+    found, at: as of split, to work in.
+    Returns: the key at the place, how many at it go, and of how many.
+    """
+    counts = np.zeros(1 << FEW_BITS, np.int64)
+    shift = 8 * bits.itemsize - 1 - FEW_BITS
+    for i in range(len(bits)):
+        if is_alive(alive, i):
+            counts[(bits[i] & largest) >> shift] += 1
+    cut, place = find_digit(counts, place)
+    equal = counts[cut]
+    low, high = bits.dtype.type(cut << shift), bits.dtype.type(min((cut + 1) << shift, largest))
+    within = split(bits, alive, largest, low, high, kept, found, at)
+    while shift > 0:  # the digits of the cut above `shift` are known
+        step = min(FEW_BITS, shift)
+        counts[:] = 0
+        for i in range(within):
+            if found[i] >> shift == cut:
+                counts[(found[i] >> (shift - step)) & ((1 << step) - 1)] += 1
+        digit, place = find_digit(counts, place)
+        cut, shift, equal = cut << step | digit, shift - step, counts[digit]
+    seen = 0
+    for i in range(within):
+        seen += found[i] == cut
+        if found[i] > cut or (found[i] == cut and seen > place):
+            kept[at[i] >> 3] |= 1 << (at[i] & 7)
+    return cut, place, equal
 
 
 @_compiled

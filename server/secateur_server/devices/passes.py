@@ -156,6 +156,12 @@ class Passes:
         stays[equal[ties:]] = True
         return Cut(key, ties, len(equal)), stays
 
+    def cut_few(self, piece: Piece, place: int, kept: Tensor) -> Cut:
+        """Takes the lowest `place` of a piece.  kept: the bits of what stays, written to."""
+        cut, stays = self.rank(self.keys(piece), place)
+        kept.copy_(self.pack(stays))
+        return cut
+
     def count_equal(self, piece: Piece, key: int) -> int:
         """How many keys are `key`."""
         return int((self._living(piece) == key).count_nonzero())

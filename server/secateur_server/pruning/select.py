@@ -101,6 +101,8 @@ def _apply(units: Units, count: int) -> Cut:
 
 def _cut_few(units: Units, count: int) -> Cut:
     """Marks what stays of few units, all at once."""
+    if len(units.pieces) == 1:
+        return units.passes.cut_few(units.pieces[0], count, units.kept[0])
     sizes = [piece.units for piece in units.pieces]
     keys = torch.cat([units.passes.keys(piece) for piece in units.pieces])
     cut, stays = units.passes.rank(keys, count)
