@@ -24,8 +24,8 @@ test: lint  ## what CI runs
 test-slow: $(READY)  ## minutes, gigabytes
 	$(BIN)/pytest -m slow
 
-bench: $(READY)  ## side by side with torch.nn.utils.prune
-	$(BIN)/python benchmarks/against_torch.py
+bench: $(READY)  ## 10 minutes, side by side with torch.nn.utils.prune
+	$(BIN)/python benchmarks/run.py --json bench.json --svg bench.svg
 
 lint: $(READY)
 	$(BIN)/ruff check

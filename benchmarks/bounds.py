@@ -13,8 +13,6 @@ import numpy as np
 
 from secateur_proto.framing import CHUNK_BYTES
 
-METHOD = "/bounds/Upload"
-
 
 @contextmanager
 def raw_upload() -> Iterator[Callable[[memoryview], float]]:
@@ -22,12 +20,8 @@ def raw_upload() -> Iterator[Callable[[memoryview], float]]:
 
     Yields: a function that streams bytes to it in chunks of CHUNK_BYTES, and returns the seconds.
     """
-    context = get_context("spawn")
-    here, there = context.Pipe()
-    server = context.Process(target=_serve, args=(there,), daemon=True)
-    server.start()
-    with grpc.insecure_channel(f"127.0.0.1:{here.recv()}") as channel:
-        call: Any = channel.stream_unary(METHOD)
+    with _server() as channel:
+        call: Any = channel.stream_unary("/bounds/Upload")
 
         def upload(data: memoryview) -> float:
             starts = range(0, len(data), CHUNK_BYTES)
@@ -37,6 +31,30 @@ def raw_upload() -> Iterator[Callable[[memoryview], float]]:
             return time.perf_counter() - begin
 
         yield upload
+
+
+@contextmanager
+def raw_echo() -> Iterator[Callable[[bytes], float]]:
+    """A server that gives back what it gets.  Yields: a function that returns the seconds."""
+    with _server() as channel:
+        call: Any = channel.unary_unary("/bounds/Echo")
+
+        def echo(data: bytes) -> float:
+            begin = time.perf_counter()
+            assert call(data) == data
+            return time.perf_counter() - begin
+
+        yield echo
+
+
+@contextmanager
+def _server() -> Iterator[grpc.Channel]:
+    context = get_context("spawn")
+    here, there = context.Pipe()
+    server = context.Process(target=_serve, args=(there,), daemon=True)
+    server.start()
+    with grpc.insecure_channel(f"127.0.0.1:{here.recv()}") as channel:
+        yield channel
     server.terminate()
     server.join()
 
@@ -45,9 +63,13 @@ def _serve(pipe: Connection) -> None:
     def count(messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         return str(sum(map(len, messages))).encode()
 
+    def echo(message: bytes, context: grpc.ServicerContext) -> bytes:
+        return message
+
     server = grpc.server(ThreadPoolExecutor(1))
     handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-        "Upload": grpc.stream_unary_rpc_method_handler(count)
+        "Upload": grpc.stream_unary_rpc_method_handler(count),
+        "Echo": grpc.unary_unary_rpc_method_handler(echo),
     }
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("bounds", handlers)])
     pipe.send(server.add_insecure_port("127.0.0.1:0"))
