@@ -1,6 +1,8 @@
 """The three RPCs: read, prune, write."""
 
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import grpc
@@ -23,6 +25,9 @@ from secateur_server.wire.header import MIN_FILE_BYTES
 from secateur_server.wire.reader import ByteStream
 from secateur_server.wire.writer import StateDictWriter
 
+# Models up to this are for one core each.
+ONE_CORE_BYTES = 4 << 20
+
 
 class Pruner:
     """The service secateur.v1.Pruner. It keeps nothing between calls."""
@@ -31,6 +36,7 @@ class Pruner:
         self._device = device
         self._max_model_bytes = max_model_bytes
         self._metrics = metrics
+        self._lock = threading.Lock()
 
     def Prune(
         self, request_iterator: Iterator[pb.PruneRequest | Data], context: grpc.ServicerContext
@@ -58,10 +64,11 @@ class Pruner:
         model = open_model(stream, {name for rule in rules for name in rule.extras()})
         rules = resolve(rules, model.catalog)
         model.read(stream, self._device)
-        pruned, outcomes = prune(model.parameters, rules, model.extras)
-        writer = _prune_output(output, model, pruned)
-        digest = writer.digest() if writer else ""
-        report = encode_report(pruned.items(), stream.digest(), digest, outcomes)
+        with self._turn(stream):
+            pruned, outcomes = prune(model.parameters, rules, model.extras)
+            writer = _prune_output(output, model, pruned)
+            digest = writer.digest() if writer else ""
+            report = encode_report(pruned.items(), stream.digest(), digest, outcomes)
         self._metrics.pruned(model.parameters, report)
         return report, writer
 
@@ -77,7 +84,8 @@ class Pruner:
             names = model.named("header.tensors", header.tensors)
             model.read(stream, self._device)
             covered = ((name, model.parameters[name]) for name in names)
-            return pb.ReportResponse(report=encode_report(covered, stream.digest()))
+            with self._turn(stream):
+                return pb.ReportResponse(report=encode_report(covered, stream.digest()))
 
     def Finalize(
         self, request_iterator: Iterator[pb.FinalizeRequest | Data], context: grpc.ServicerContext
@@ -90,17 +98,26 @@ class Pruner:
             model = open_model(stream)
             names = model.named("header.tensors", header.tensors)
             model.read(stream, self._device)
-            for name in names:
-                fold(model.parameters[name])
-            writer = StateDictWriter(whole_model(model, model.parameters, names), model.metadata)
-            folded = ((name, Parameter(model.parameters[name].weight)) for name in names)
-            report = encode_report(folded, stream.digest(), writer.digest())
+            with self._turn(stream):
+                for name in names:
+                    fold(model.parameters[name])
+                tensors = whole_model(model, model.parameters, names)
+                writer = StateDictWriter(tensors, model.metadata)
+                folded = ((name, Parameter(model.parameters[name].weight)) for name in names)
+                report = encode_report(folded, stream.digest(), writer.digest())
             yield from responses(
                 pb.FinalizeResponse,
                 pb.FinalizeResult(report=report, data_bytes=writer.file_bytes),
                 writer.chunks(),
                 self._metrics.sent,
             )
+
+    def _turn(self, stream: ByteStream) -> AbstractContextManager[object]:
+        """Waits until no other large model is worked on: one is enough for all cores.
+
+        Several at once would each take longer, in colder caches, and fewer would be done.
+        """
+        return self._lock if stream.announced > ONE_CORE_BYTES else nullcontext()
 
     def _stream(self, data: Iterator[bytes | memoryview], file_bytes: int) -> ByteStream:
         if file_bytes < MIN_FILE_BYTES:

@@ -102,3 +102,35 @@ def test_a_model_of_more_than_2_gib_is_carried(channel: grpc.Channel) -> None:
         assert mask[count // 2 :].all()
     finally:
         stop_server(server)
+
+
+@pytest.mark.slow
+def test_a_tensor_of_more_than_2_to_the_31_elements_is_right() -> None:
+    """float16 has few values: among so many ties the lowest index is above 2^31 too."""
+    import secateur
+    from tests.conftest import start_server, stop_server
+
+    count = (1 << 31) + 1_000_003
+    server = start_server("--max-model-bytes", "6GiB")
+    try:
+        weights = np.full(count, 2.0, np.float16)
+        weights[5::7] = -1.0
+        ones = (count - 5 + 6) // 7
+        going = ones + (1 << 31) * 6 // 7 + 300_000  # the last of them is above index 2^31
+        with secateur.Client(server.address, timeout=900) as client:
+            spec = secateur.global_unstructured("w", going)
+            result = client.prune({"w": weights}, spec, progress=False)
+        choice = result.report.rules[0][0]
+        assert (choice.pruned, choice.threshold) == (going, 2.0)
+        assert (choice.ties, choice.ties_pruned) == (count - ones, going - ones)
+        kept = result.masks["w"]
+        assert not kept[5::7].any()
+        pruned = weights == 2.0
+        pruned &= ~kept
+        last = count - 1 - int(np.argmax(pruned[::-1]))
+        # What goes of the 2.0 are the first ones: none before the last of them stays.
+        assert last > 1 << 31
+        assert int(np.count_nonzero(pruned)) == going - ones
+        assert not kept[: last + 1].any()
+    finally:
+        stop_server(server)

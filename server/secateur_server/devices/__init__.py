@@ -4,6 +4,7 @@ import torch
 
 from secateur_server.devices import kernels
 from secateur_server.devices.cpu import Compiled, Cpu
+from secateur_server.devices.cuda import Cuda
 from secateur_server.devices.passes import Passes
 
 Span = tuple[int, int]
@@ -13,8 +14,8 @@ _CPU, _COMPILED = Cpu(torch.device("cpu")), Compiled(torch.device("cpu"))
 
 def passes_of(device: torch.device) -> Passes:
     """The passes of a device."""
-    if device.type != "cpu":
-        return Passes(device)
+    if device.type == "cuda":
+        return Cuda(device)
     return _COMPILED if kernels.enabled else _CPU
 
 

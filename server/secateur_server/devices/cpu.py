@@ -41,6 +41,7 @@ _POOL = ThreadPoolExecutor(CORES, thread_name_prefix="pieces", initializer=_star
 class Cpu(Passes):
     """Operations of torch and numpy on pieces whose temporaries stay in the caches."""
 
+    is_cached = True
     threads = CORES
 
     def each(self, function: Callable[[Work], Found], pieces: Iterable[Work]) -> list[Found]:

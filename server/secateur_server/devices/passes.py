@@ -63,6 +63,8 @@ class Passes:
 
     # Elements of a piece, a multiple of 8.
     piece = 1 << 20
+    # Whether what has just landed is in a cache, and is to be looked at there.
+    is_cached = False
     # How many of them `each` works on at once.
     threads = 1
 

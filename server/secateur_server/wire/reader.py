@@ -97,8 +97,9 @@ def _read_tensor(stream: ByteStream, entry: Entry, passes: Passes) -> WireTensor
     for piece in stream.pieces(len(data)):
         passes.land(piece, data[begin : begin + len(piece)])
         begin += len(piece)
-        if dtype in BITS and begin - seen >= dtype.itemsize:
-            # While they are in the cache. A piece may end within an element.
+        # A piece may end within an element.
+        is_due = passes.is_cached or begin == len(data)
+        if dtype in BITS and is_due and begin - seen >= dtype.itemsize:
             whole = begin // dtype.itemsize * dtype.itemsize
             extremes.append(passes.extremes(data[seen:whole].view(dtype)))
             seen = whole
