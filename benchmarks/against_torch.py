@@ -86,7 +86,7 @@ def wire_side(millions: int, server: Server) -> Side:
             raw.append(upload(as_bytes))
             return prune_over_the_wire(client, model)
 
-        seconds, masks = repeat(both, millions)
+        seconds, masks = repeat(both, 15)
         peaks = ours.growth(), theirs.growth()
     return Side(seconds, peaks[0], digest(masks), peaks[1], tuple(raw), peak_of_call)
 
@@ -102,18 +102,18 @@ def torch_side(millions: int) -> Side:
     model = make_model(millions)
     prune_by_torch(make_lenet())
     memory = Memory(os.getpid())
-    seconds, masks = repeat(lambda: prune_by_torch(model), millions)
+    seconds, masks = repeat(lambda: prune_by_torch(model), 15 if millions <= 1 else 5)
     return Side(seconds, memory.growth(), digest(masks))
 
 
-def repeat(call: Callable[[], tuple[float, Model]], millions: int) -> tuple[list[float], Model]:
-    """The seconds of several calls behind one that is not counted, and the masks of the last.
+def repeat(call: Callable[[], tuple[float, Model]], calls: int) -> tuple[list[float], Model]:
+    """The seconds of calls behind one that is not counted, and the masks of the last.
 
     A virtual machine is slow where it touches memory that it has never touched before.
     """
     call()
     seconds = []
-    for _ in range(15 if millions <= 1 else 7 if millions <= 10 else 5):
+    for _ in range(calls):
         masks: Model = {}  # those before are freed: one call's memory counts
         took, masks = call()
         seconds.append(took)
