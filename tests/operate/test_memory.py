@@ -1,0 +1,33 @@
+"""The memory of a server: the model, its masks as bits, and little more."""
+
+import re
+from pathlib import Path
+
+import torch
+
+import secateur
+from tests.conftest import start_server, stop_server
+
+
+def memory(pid: int, field: str) -> int:
+    status = Path("/proc", str(pid), "status").read_text()
+    match = re.search(rf"{field}:\s+(\d+) kB", status)
+    assert match is not None
+    return int(match[1]) * 1024
+
+
+def test_a_prune_needs_the_model_and_a_seventh_of_it() -> None:
+    """In one tensor: nothing may be as large as a tensor but the weights themselves."""
+    weights = torch.randn(50_000_000, generator=torch.Generator().manual_seed(0))
+    server = start_server()
+    try:
+        with secateur.Client(server.address, timeout=120) as client:
+            spec = secateur.l1_unstructured("w", 0.5)
+            client.prune({"w": weights[:5_000_000]}, spec)  # libraries loaded, kernels compiled
+            before = memory(server.process.pid, "VmRSS")
+            report = client.prune({"w": weights}, spec, progress=False).report
+        assert report.zeros == 25_000_000
+        grown = memory(server.process.pid, "VmHWM") - before
+        assert grown < 1.15 * weights.nbytes + (32 << 20)  # what is on its way, in gRPC
+    finally:
+        stop_server(server)
