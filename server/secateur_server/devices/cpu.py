@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from secateur_server.devices import kernels
-from secateur_server.devices.passes import BITS, Cut, Found, Passes, Piece, Work
+from secateur_server.devices.passes import BITS, DIGIT_BITS, Cut, Found, Passes, Piece, Work
 from secateur_server.devices.randomness import RandomScores
 
 CORES = len(os.sched_getaffinity(0))
@@ -102,7 +102,7 @@ class Compiled(Cpu):
     def add_digits(self, piece: Piece, prefix: int, shift: int, counts: Tensor) -> None:
         """As Passes.add_digits."""
         bits = _bits(piece)
-        if shift + 16 == 8 * bits.itemsize:
+        if shift + DIGIT_BITS == 8 * bits.itemsize:
             kernels.count_top_digits(bits, _alive(piece), _largest(bits), shift, counts.numpy())
         else:
             kernels.count_digits(bits, _alive(piece), _largest(bits), prefix, shift, counts.numpy())

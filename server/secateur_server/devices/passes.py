@@ -81,7 +81,7 @@ class Passes:
 
     def land(self, data: memoryview, target: Tensor) -> None:
         """Copies bytes that arrived to the device.  target: uint8, as long."""
-        target.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        raise NotImplementedError  # each device has a way of its own
 
     def pack(self, mask: Tensor) -> Tensor:
         """A mask as bits.  mask: bool, 1-D."""
@@ -137,7 +137,7 @@ class Passes:
         """The keys of the units that are alive at `index`, ascending, as far as there are."""
         index = index[: int(torch.searchsorted(index, piece.units))]
         if piece.alive is not None:
-            index = index[((piece.alive[index >> 3] >> (index & 7)) & 1).to(torch.bool)]
+            index = index[bits_at(piece.alive, index)]
         if isinstance(piece.scores, RandomScores):
             return random_keys(piece.scores, index)
         return _as_keys(piece.scores[index], piece.dtype)
@@ -209,6 +209,11 @@ class Passes:
         Returns: float64; None where they are left to operations of torch.
         """
         return None
+
+
+def bits_at(bits: Tensor, index: Tensor) -> Tensor:
+    """The bits at `index` as bool, in its shape."""
+    return ((bits[index >> 3] >> (index & 7)) & 1).to(torch.bool)
 
 
 def _as_keys(scores: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from secateur_server.devices import passes_of, spans
+from secateur_server.devices.passes import bits_at
 
 Flags = Callable[[int, int], Tensor]
 
@@ -45,7 +46,7 @@ class Mask:
 
     def at(self, index: Tensor) -> Tensor:
         """The elements at flat indices as bool, in the shape of `index`."""
-        return ((self.bits[index >> 3] >> (index & 7)) & 1).to(torch.bool)
+        return bits_at(self.bits, index)
 
     def __and__(self, other: "Mask") -> "Mask":
         return Mask(self.bits & other.bits, self.elements)

@@ -99,8 +99,8 @@ def slice_norms(values: Tensor, mask: Mask | None, along: Slice, p: float | str)
         first, last = span
         if p == "nuc":
             slices = values.movedim(along.dim, 0)[first:last]
-            if mask is not None:
-                alive = _whole(mask, values).movedim(along.dim, 0)[first:last]
+            if kept is not None:
+                alive = kept.view(values.shape).movedim(along.dim, 0)[first:last]
                 slices = torch.where(alive, slices, 0.0)
             return _nuclear_norms(slices.to(torch.float64))
         if kept is None:

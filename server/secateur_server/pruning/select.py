@@ -47,9 +47,14 @@ class Units:
     alive: int
 
     @property
+    def total(self) -> int:
+        """How many there are, with those that are pruned already."""
+        return sum(piece.units for piece in self.pieces)
+
+    @property
     def few(self) -> int:
         """How many can be ranked at once."""
-        return max(FEW, sum(piece.units for piece in self.pieces) // FEW_OF)
+        return max(FEW, self.total // FEW_OF)
 
 
 def score_dtype(rankings: Sequence[Ranking]) -> torch.dtype:
@@ -92,7 +97,7 @@ def _apply(units: Units, count: int) -> Cut:
     if count == 0:
         _split(units, 0, 0)
         return NOTHING
-    if sum(piece.units for piece in units.pieces) <= FEW:
+    if units.total <= FEW:
         return _cut_few(units, count)
     bounds = _sampled_bounds(units, count)
     cut = _cut_within(units, count, *bounds) if bounds else None
@@ -146,10 +151,9 @@ def _split(units: Units, low: int, high: int) -> list[Split]:
 
 def _sampled_bounds(units: Units, count: int) -> tuple[int, int] | None:
     """Bounds of the cut that are all but certain; None where few units or many ties forbid it."""
-    total = sum(piece.units for piece in units.pieces)
-    if total < LARGE:
+    if units.total < LARGE:
         return None
-    passes, spacing = units.passes, min(SPACING, total // SAMPLE)
+    passes, spacing = units.passes, min(SPACING, units.total // SAMPLE)
     # One unit of each `spacing`, at a place that is as good as random: no pattern in the weights
     # can be in step with it.
     index = torch.arange(0, passes.piece, spacing, device=passes.device)
@@ -171,9 +175,11 @@ def _cut_by_digits(units: Units, count: int) -> Cut:
     """As _cut_within, without bounds: they are found from histograms."""
     # The cut is the place-th, from 1, of the `equal` keys that have the digits `prefix` above
     # `shift`: at first, of all, as the sign is gone.
-    prefix, shift = 0, torch.iinfo(BITS[units.pieces[0].dtype]).bits - 1
+    integers = torch.iinfo(BITS[units.pieces[0].dtype])
+    prefix, shift = 0, integers.bits - 1
     place, equal = count, units.alive
-    while shift > 0 and equal > units.few:
+    few = units.few
+    while shift > 0 and equal > few:
         shift = (shift - 1) // DIGIT_BITS * DIGIT_BITS
         counts = _count_digits(units, prefix, shift)
         up_to = counts.cumsum(0)
@@ -181,10 +187,10 @@ def _cut_by_digits(units: Units, count: int) -> Cut:
         equal = int(counts[digit])
         place -= int(up_to[digit]) - equal
         prefix = (prefix << DIGIT_BITS) | digit
-    if equal > units.few:
+    if equal > few:
         return _cut_among_ties(units, Cut(prefix, place, equal))
     low, high = prefix << shift, (prefix + 1) << shift
-    cut = _cut_within(units, count, low, min(high, torch.iinfo(BITS[units.pieces[0].dtype]).max))
+    cut = _cut_within(units, count, low, min(high, integers.max))
     assert cut is not None, "histograms count every unit"
     return cut
 
