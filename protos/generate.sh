@@ -20,4 +20,4 @@ PATH="$PWD/$tools/bin:$PATH" "$tools/bin/python" -W ignore -m grpc_tools.protoc 
 sed -i -E 's/^from secateur\.v1 import/from secateur_proto import/;
     s/secateur\.v1\.([a-z]+)_pb2/secateur_proto.\1_pb2/g' "$made"/secateur/v1/*.py*
 mkdir -p "$target"
-cp "$made"/secateur/v1/*_pb2.py* "$made"/secateur/v1/pruner_pb2_grpc.py* "$target"
+cp "$made"/secateur/v1/*_pb2.py* "$made"/secateur/v1/{pruner,checkpoints}_pb2_grpc.py* "$target"

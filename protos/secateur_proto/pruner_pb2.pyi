@@ -9,6 +9,7 @@ import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
+import secateur_proto.checkpoint_pb2
 import secateur_proto.report_pb2
 import secateur_proto.spec_pb2
 import sys
@@ -101,12 +102,30 @@ class PruneHeader(google.protobuf.message.Message):
     DATA_BYTES_FIELD_NUMBER: builtins.int
     SPEC_FIELD_NUMBER: builtins.int
     OUTPUT_FIELD_NUMBER: builtins.int
+    CHECKPOINT_FIELD_NUMBER: builtins.int
+    URI_FIELD_NUMBER: builtins.int
+    KEEP_FIELD_NUMBER: builtins.int
+    DESTINATION_URI_FIELD_NUMBER: builtins.int
     data_bytes: builtins.int
-    """Length of the whole safetensors file in bytes, at least 10. More or fewer bytes than this:
-    INVALID_ARGUMENT. Above the server's --max-model-bytes: RESOURCE_EXHAUSTED.
+    """Length of the whole safetensors file in bytes, at least 10; 0 where a checkpoint or a URI
+    comes in its place. More or fewer bytes than this: INVALID_ARGUMENT. Above the server's
+    --max-model-bytes: RESOURCE_EXHAUSTED.
     """
     output: Global___Output.ValueType
     """What comes back. Default OUTPUT_MASKS."""
+    checkpoint: builtins.str
+    """The name of a checkpoint."""
+    uri: builtins.str
+    """A URI that the server opens."""
+    keep: builtins.bool
+    """Whether to keep the result as a checkpoint. With data: the data must hold no scores and no
+    masks, else INVALID_ARGUMENT; upload the model first, and send them beside its checkpoint.
+    """
+    destination_uri: builtins.str
+    """Where the server writes the result, in place of sending it: a URI as `uri`. It is there whole,
+    or not at all; what was there before is replaced. With OUTPUT_NONE: INVALID_ARGUMENT. A model
+    in shards becomes shards beside an index where this ends in `.index.json`.
+    """
     @property
     def spec(self) -> secateur_proto.spec_pb2.PruningSpec:
         """What to prune. Required."""
@@ -117,9 +136,14 @@ class PruneHeader(google.protobuf.message.Message):
         data_bytes: builtins.int = ...,
         spec: secateur_proto.spec_pb2.PruningSpec | None = ...,
         output: Global___Output.ValueType = ...,
+        checkpoint: builtins.str = ...,
+        uri: builtins.str = ...,
+        keep: builtins.bool = ...,
+        destination_uri: builtins.str = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["spec", b"spec"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["data_bytes", b"data_bytes", "output", b"output", "spec", b"spec"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "source", b"source", "spec", b"spec", "uri", b"uri"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "data_bytes", b"data_bytes", "destination_uri", b"destination_uri", "keep", b"keep", "output", b"output", "source", b"source", "spec", b"spec", "uri", b"uri"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["source", b"source"]) -> typing.Literal["checkpoint", "uri"] | None: ...
 
 Global___PruneHeader: typing_extensions.TypeAlias = PruneHeader
 
@@ -131,20 +155,28 @@ class PruneResponse(google.protobuf.message.Message):
 
     RESULT_FIELD_NUMBER: builtins.int
     DATA_FIELD_NUMBER: builtins.int
+    PROGRESS_FIELD_NUMBER: builtins.int
     data: builtins.bytes
-    """The next bytes of the safetensors file."""
+    """The next bytes of the safetensors file, or files."""
     @property
     def result(self) -> Global___PruneResult:
-        """In the first message, and only there."""
+        """In the first message, and only there; of a call that works on a checkpoint or a URI the first
+        behind those with `progress`.
+        """
+
+    @property
+    def progress(self) -> secateur_proto.checkpoint_pb2.Progress:
+        """Only from a checkpoint or a URI, several times a second, and alone in its message."""
 
     def __init__(
         self,
         *,
         result: Global___PruneResult | None = ...,
         data: builtins.bytes = ...,
+        progress: secateur_proto.checkpoint_pb2.Progress | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["result", b"result"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["data", b"data", "result", b"result"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["progress", b"progress", "result", b"result"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["data", b"data", "progress", b"progress", "result", b"result"]) -> None: ...
 
 Global___PruneResponse: typing_extensions.TypeAlias = PruneResponse
 
@@ -156,20 +188,36 @@ class PruneResult(google.protobuf.message.Message):
 
     REPORT_FIELD_NUMBER: builtins.int
     DATA_BYTES_FIELD_NUMBER: builtins.int
+    CHECKPOINT_FIELD_NUMBER: builtins.int
+    FILES_FIELD_NUMBER: builtins.int
     data_bytes: builtins.int
-    """Length of the whole safetensors file that follows, in bytes; 0 for OUTPUT_NONE."""
+    """Length of the whole safetensors file that follows, or of all files, in bytes; 0 for
+    OUTPUT_NONE and where the result was written to a URI.
+    """
     @property
     def report(self) -> secateur_proto.report_pb2.SparsityReport:
         """Over the tensors that the spec named."""
+
+    @property
+    def checkpoint(self) -> secateur_proto.checkpoint_pb2.Checkpoint:
+        """What was kept, where the request asked for it."""
+
+    @property
+    def files(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[secateur_proto.checkpoint_pb2.File]:
+        """The files that follow, one behind another, or that were written to a URI. Several for a model
+        in shards: as many as it came in, and their index. Empty for OUTPUT_NONE.
+        """
 
     def __init__(
         self,
         *,
         report: secateur_proto.report_pb2.SparsityReport | None = ...,
         data_bytes: builtins.int = ...,
+        checkpoint: secateur_proto.checkpoint_pb2.Checkpoint | None = ...,
+        files: collections.abc.Iterable[secateur_proto.checkpoint_pb2.File] | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["report", b"report"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["data_bytes", b"data_bytes", "report", b"report"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "report", b"report"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "data_bytes", b"data_bytes", "files", b"files", "report", b"report"]) -> None: ...
 
 Global___PruneResult: typing_extensions.TypeAlias = PruneResult
 
@@ -206,8 +254,14 @@ class ReportHeader(google.protobuf.message.Message):
 
     DATA_BYTES_FIELD_NUMBER: builtins.int
     TENSORS_FIELD_NUMBER: builtins.int
+    CHECKPOINT_FIELD_NUMBER: builtins.int
+    URI_FIELD_NUMBER: builtins.int
     data_bytes: builtins.int
     """As PruneHeader.data_bytes."""
+    checkpoint: builtins.str
+    """The name of a checkpoint."""
+    uri: builtins.str
+    """A URI that the server opens."""
     @property
     def tensors(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Names or globs, as Selection.tensors. Default: every floating tensor."""
@@ -217,8 +271,12 @@ class ReportHeader(google.protobuf.message.Message):
         *,
         data_bytes: builtins.int = ...,
         tensors: collections.abc.Iterable[builtins.str] | None = ...,
+        checkpoint: builtins.str = ...,
+        uri: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["data_bytes", b"data_bytes", "tensors", b"tensors"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "source", b"source", "uri", b"uri"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "data_bytes", b"data_bytes", "source", b"source", "tensors", b"tensors", "uri", b"uri"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["source", b"source"]) -> typing.Literal["checkpoint", "uri"] | None: ...
 
 Global___ReportHeader: typing_extensions.TypeAlias = ReportHeader
 
@@ -276,8 +334,17 @@ class FinalizeHeader(google.protobuf.message.Message):
 
     DATA_BYTES_FIELD_NUMBER: builtins.int
     TENSORS_FIELD_NUMBER: builtins.int
+    CHECKPOINT_FIELD_NUMBER: builtins.int
+    URI_FIELD_NUMBER: builtins.int
+    DESTINATION_URI_FIELD_NUMBER: builtins.int
     data_bytes: builtins.int
     """As PruneHeader.data_bytes."""
+    checkpoint: builtins.str
+    """The name of a checkpoint."""
+    uri: builtins.str
+    """A URI that the server opens."""
+    destination_uri: builtins.str
+    """As PruneHeader.destination_uri."""
     @property
     def tensors(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Names or globs, as Selection.tensors, of the tensors whose pair to fold and that the report
@@ -289,8 +356,13 @@ class FinalizeHeader(google.protobuf.message.Message):
         *,
         data_bytes: builtins.int = ...,
         tensors: collections.abc.Iterable[builtins.str] | None = ...,
+        checkpoint: builtins.str = ...,
+        uri: builtins.str = ...,
+        destination_uri: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["data_bytes", b"data_bytes", "tensors", b"tensors"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "source", b"source", "uri", b"uri"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "data_bytes", b"data_bytes", "destination_uri", b"destination_uri", "source", b"source", "tensors", b"tensors", "uri", b"uri"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["source", b"source"]) -> typing.Literal["checkpoint", "uri"] | None: ...
 
 Global___FinalizeHeader: typing_extensions.TypeAlias = FinalizeHeader
 
@@ -302,20 +374,26 @@ class FinalizeResponse(google.protobuf.message.Message):
 
     RESULT_FIELD_NUMBER: builtins.int
     DATA_FIELD_NUMBER: builtins.int
+    PROGRESS_FIELD_NUMBER: builtins.int
     data: builtins.bytes
-    """The next bytes of the safetensors file."""
+    """The next bytes of the safetensors file, or files."""
     @property
     def result(self) -> Global___FinalizeResult:
-        """In the first message, and only there."""
+        """As PruneResponse.result."""
+
+    @property
+    def progress(self) -> secateur_proto.checkpoint_pb2.Progress:
+        """As PruneResponse.progress."""
 
     def __init__(
         self,
         *,
         result: Global___FinalizeResult | None = ...,
         data: builtins.bytes = ...,
+        progress: secateur_proto.checkpoint_pb2.Progress | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["result", b"result"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["data", b"data", "result", b"result"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["progress", b"progress", "result", b"result"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["data", b"data", "progress", b"progress", "result", b"result"]) -> None: ...
 
 Global___FinalizeResponse: typing_extensions.TypeAlias = FinalizeResponse
 
@@ -327,19 +405,25 @@ class FinalizeResult(google.protobuf.message.Message):
 
     REPORT_FIELD_NUMBER: builtins.int
     DATA_BYTES_FIELD_NUMBER: builtins.int
+    FILES_FIELD_NUMBER: builtins.int
     data_bytes: builtins.int
-    """Length of the whole safetensors file that follows, in bytes."""
+    """As PruneResult.data_bytes."""
     @property
     def report(self) -> secateur_proto.report_pb2.SparsityReport:
         """Over every floating tensor, or those that the request named."""
+
+    @property
+    def files(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[secateur_proto.checkpoint_pb2.File]:
+        """As PruneResult.files."""
 
     def __init__(
         self,
         *,
         report: secateur_proto.report_pb2.SparsityReport | None = ...,
         data_bytes: builtins.int = ...,
+        files: collections.abc.Iterable[secateur_proto.checkpoint_pb2.File] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["report", b"report"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["data_bytes", b"data_bytes", "report", b"report"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["data_bytes", b"data_bytes", "files", b"files", "report", b"report"]) -> None: ...
 
 Global___FinalizeResult: typing_extensions.TypeAlias = FinalizeResult

@@ -39,11 +39,24 @@ class PrunerStub(object):
     A floating tensor X may arrive as X, or as the pair X_orig, X_mask that torch.nn.utils.prune
     writes: same shape, the mask of 0 (pruned) and 1. The pair is the pruned tensor X.
 
+    In place of data a header may name a checkpoint (see Checkpoints) or a URI that the server opens:
+    `file://` under a folder that the operator listed with --allow-path, or what the operator listed
+    with --allow-uri. A URI that ends in `.index.json` means a model in shards, which lie beside it.
+    Then the data of the request is a safetensors file of the tensors that hold scores and masks
+    alone, or nothing where there are none.
+
     Errors of every rpc. A status carries google.rpc.ErrorInfo (domain `secateur`, reason as named
     here) and, for INVALID_ARGUMENT, google.rpc.BadRequest with the path of the field at fault.
     INVALID_ARGUMENT, INVALID_REQUEST: the messages are not as above. Do not retry.
     INVALID_ARGUMENT, INVALID_SPEC: the spec is wrong, or does not fit the tensors. Do not retry.
     INVALID_ARGUMENT, INVALID_STATE_DICT: the data is not what it says. Do not retry.
+    PERMISSION_DENIED, URI_NOT_ALLOWED: the operator has not listed that URI. Do not retry.
+    NOT_FOUND, URI_NOT_FOUND: there is nothing at that URI. Do not retry.
+    NOT_FOUND, CHECKPOINT_NOT_FOUND: this caller has none of that name. Upload again.
+    FAILED_PRECONDITION, URI_FAILED: what the URI names cannot be read, or written. Its message
+    says why.
+    ABORTED, URI_CHANGED: a file changed while it was read. Retry.
+    RESOURCE_EXHAUSTED, STORE_FULL; DATA_LOSS, DATA_LOSS: as of Checkpoints.
     RESOURCE_EXHAUSTED, MODEL_TOO_LARGE: above the server's limit. Do not retry there.
     RESOURCE_EXHAUSTED, OUT_OF_MEMORY: no memory for it now. Retry later, or on another server.
     UNAVAILABLE: the server is away or shuts down. Retry with backoff: no rpc changes the server.
@@ -88,11 +101,24 @@ class PrunerServicer(object):
     A floating tensor X may arrive as X, or as the pair X_orig, X_mask that torch.nn.utils.prune
     writes: same shape, the mask of 0 (pruned) and 1. The pair is the pruned tensor X.
 
+    In place of data a header may name a checkpoint (see Checkpoints) or a URI that the server opens:
+    `file://` under a folder that the operator listed with --allow-path, or what the operator listed
+    with --allow-uri. A URI that ends in `.index.json` means a model in shards, which lie beside it.
+    Then the data of the request is a safetensors file of the tensors that hold scores and masks
+    alone, or nothing where there are none.
+
     Errors of every rpc. A status carries google.rpc.ErrorInfo (domain `secateur`, reason as named
     here) and, for INVALID_ARGUMENT, google.rpc.BadRequest with the path of the field at fault.
     INVALID_ARGUMENT, INVALID_REQUEST: the messages are not as above. Do not retry.
     INVALID_ARGUMENT, INVALID_SPEC: the spec is wrong, or does not fit the tensors. Do not retry.
     INVALID_ARGUMENT, INVALID_STATE_DICT: the data is not what it says. Do not retry.
+    PERMISSION_DENIED, URI_NOT_ALLOWED: the operator has not listed that URI. Do not retry.
+    NOT_FOUND, URI_NOT_FOUND: there is nothing at that URI. Do not retry.
+    NOT_FOUND, CHECKPOINT_NOT_FOUND: this caller has none of that name. Upload again.
+    FAILED_PRECONDITION, URI_FAILED: what the URI names cannot be read, or written. Its message
+    says why.
+    ABORTED, URI_CHANGED: a file changed while it was read. Retry.
+    RESOURCE_EXHAUSTED, STORE_FULL; DATA_LOSS, DATA_LOSS: as of Checkpoints.
     RESOURCE_EXHAUSTED, MODEL_TOO_LARGE: above the server's limit. Do not retry there.
     RESOURCE_EXHAUSTED, OUT_OF_MEMORY: no memory for it now. Retry later, or on another server.
     UNAVAILABLE: the server is away or shuts down. Retry with backoff: no rpc changes the server.
@@ -161,11 +187,24 @@ class Pruner(object):
     A floating tensor X may arrive as X, or as the pair X_orig, X_mask that torch.nn.utils.prune
     writes: same shape, the mask of 0 (pruned) and 1. The pair is the pruned tensor X.
 
+    In place of data a header may name a checkpoint (see Checkpoints) or a URI that the server opens:
+    `file://` under a folder that the operator listed with --allow-path, or what the operator listed
+    with --allow-uri. A URI that ends in `.index.json` means a model in shards, which lie beside it.
+    Then the data of the request is a safetensors file of the tensors that hold scores and masks
+    alone, or nothing where there are none.
+
     Errors of every rpc. A status carries google.rpc.ErrorInfo (domain `secateur`, reason as named
     here) and, for INVALID_ARGUMENT, google.rpc.BadRequest with the path of the field at fault.
     INVALID_ARGUMENT, INVALID_REQUEST: the messages are not as above. Do not retry.
     INVALID_ARGUMENT, INVALID_SPEC: the spec is wrong, or does not fit the tensors. Do not retry.
     INVALID_ARGUMENT, INVALID_STATE_DICT: the data is not what it says. Do not retry.
+    PERMISSION_DENIED, URI_NOT_ALLOWED: the operator has not listed that URI. Do not retry.
+    NOT_FOUND, URI_NOT_FOUND: there is nothing at that URI. Do not retry.
+    NOT_FOUND, CHECKPOINT_NOT_FOUND: this caller has none of that name. Upload again.
+    FAILED_PRECONDITION, URI_FAILED: what the URI names cannot be read, or written. Its message
+    says why.
+    ABORTED, URI_CHANGED: a file changed while it was read. Retry.
+    RESOURCE_EXHAUSTED, STORE_FULL; DATA_LOSS, DATA_LOSS: as of Checkpoints.
     RESOURCE_EXHAUSTED, MODEL_TOO_LARGE: above the server's limit. Do not retry there.
     RESOURCE_EXHAUSTED, OUT_OF_MEMORY: no memory for it now. Retry later, or on another server.
     UNAVAILABLE: the server is away or shuts down. Retry with backoff: no rpc changes the server.

@@ -40,9 +40,11 @@ class SparsityReport(google.protobuf.message.Message):
     sparsity: builtins.float
     """zeros / total; 0 where total is 0."""
     input_blake3: builtins.str
-    """BLAKE3 of the data that the request carried, 64 lower-case hexadecimal digits."""
+    """BLAKE3 of the model: of the data that the request carried, or of the file of a checkpoint; 64
+    lower-case hexadecimal digits. Empty for a URI, and for a model in shards.
+    """
     output_blake3: builtins.str
-    """BLAKE3 of the data that the answer carries, or empty where it carries none."""
+    """BLAKE3 of the one file that the answer carries, or that was written to a URI; else empty."""
     @property
     def tensors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TensorReport]:
         """One entry for each tensor that the report covers, in the order of the safetensors header. Of

@@ -1,6 +1,7 @@
 """Wiring."""
 
 import logging
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
@@ -11,12 +12,16 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
+from secateur_server.checkpoints import Checkpoints, add_checkpoints
 from secateur_server.config import Config
 from secateur_server.devices.cpu import one_thread
 from secateur_server.operate.around import AroundCalls, CheckMessages
 from secateur_server.operate.metrics import Metrics
 from secateur_server.operate.statuses import statuses
 from secateur_server.service import Pruner, add_pruner
+from secateur_server.sources import Sources
+from secateur_server.store.store import Store, StoreInUse, temporary_folder
+from secateur_server.uris.uris import Uris
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +49,8 @@ class App:
 
     def __init__(self, config: Config) -> None:
         metrics = Metrics(config.device)
+        self._store = _open_store(config, metrics)
+        folder = self._store.scratch
         self._drain_timeout = config.drain_timeout
         self._health = health.HealthServicer()
         self._grpc = grpc.server(
@@ -52,10 +59,14 @@ class App:
             interceptors=[AroundCalls(metrics.calls), AroundCalls(statuses), CheckMessages()],
             options=_OPTIONS,
         )
-        pruner = Pruner(config.device, config.max_model_bytes, metrics)
-        service = add_pruner(pruner, self._grpc)
+        uris = Uris(config.allow_path, config.allow_uri, folder)
+        sources = Sources(self._store, uris, config.device, config.max_model_bytes, metrics)
+        services = (
+            add_pruner(Pruner(sources, config.work_memory, folder), self._grpc),
+            add_checkpoints(Checkpoints(sources), self._grpc),
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        names = (service, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._grpc)
         self.address = _listen(self._grpc, config.address)
         self.metrics_address = None
@@ -64,7 +75,7 @@ class App:
                 config.metrics_address, metrics
             )
         self._grpc.start()
-        for name in ("", service):
+        for name in ("", *services):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
     def stop(self) -> None:
@@ -77,6 +88,7 @@ class App:
         if self.metrics_address is not None:
             self._metrics_server.shutdown()
             self._metrics_server.server_close()
+        self._store.close()
 
     def __enter__(self) -> Self:
         return self
@@ -88,6 +100,19 @@ class App:
         at: TracebackType | None,
     ) -> None:
         self.stop()
+
+
+def _open_store(config: Config, metrics: Metrics) -> Store:
+    """Errors: CannotListen."""
+    folder = config.store_dir or temporary_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        most = config.store_max_bytes or shutil.disk_usage(folder).free * 3 // 4
+        store = Store(folder, most, config.store_ttl, metrics.evicted, config.store_dir is None)
+    except (OSError, StoreInUse) as error:
+        raise CannotListen(f"cannot keep checkpoints in {folder}: {error}") from None
+    metrics.of_store(lambda: store.used_bytes, lambda: store.count, most)
+    return store
 
 
 def _listen(server: grpc.Server, address: str) -> str:

@@ -15,6 +15,9 @@ class Config:
     """The options of secateur-server.
 
     metrics_address: None serves none.  drain_timeout: seconds.
+    store_dir: None is a private temporary folder.  store_max_bytes: None is 3/4 of what is free.
+    store_ttl: seconds, 0 is for ever.  work_memory: bytes.
+    allow_path: folders.  allow_uri: prefixes.
     """
 
     address: str
@@ -22,6 +25,12 @@ class Config:
     device: torch.device
     max_model_bytes: int
     drain_timeout: float = 30.0
+    store_dir: Path | None = None
+    store_max_bytes: int | None = None
+    store_ttl: float = 0.0
+    work_memory: int = 1 << 30
+    allow_path: tuple[Path, ...] = ()
+    allow_uri: tuple[str, ...] = ()
 
 
 def read_config(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> Config:
@@ -49,6 +58,12 @@ def read_config(arguments: Sequence[str], environment: Mapping[str, str] = os.en
         device=options.device,
         max_model_bytes=options.max_model_bytes,
         drain_timeout=options.drain_timeout,
+        store_dir=options.store_dir,
+        store_max_bytes=options.store_max_bytes,
+        store_ttl=options.store_ttl,
+        work_memory=options.work_memory,
+        allow_path=options.allow_path,
+        allow_uri=options.allow_uri,
     )
 
 
@@ -85,6 +100,27 @@ def seconds(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is no time in seconds")
 
 
+def folders(text: str) -> tuple[Path, ...]:
+    """Absolute folders, parted by commas."""
+    paths = tuple(Path(part.strip()) for part in text.split(",") if part.strip())
+    for path in paths:
+        if not path.is_absolute() or not path.is_dir():
+            raise argparse.ArgumentTypeError(f"{str(path)!r} is no absolute path of a folder")
+    return paths
+
+
+def prefixes(text: str) -> tuple[str, ...]:
+    """Beginnings of URIs, parted by commas."""
+    found = tuple(part.strip() for part in text.split(",") if part.strip())
+    for prefix in found:
+        scheme, separator, rest = prefix.partition("://")
+        if not separator or not rest.strip("/") or scheme in ("file", "local"):
+            raise argparse.ArgumentTypeError(
+                f"{prefix!r} is no scheme://place (for folders there is --allow-path)"
+            )
+    return found
+
+
 def default_model_bytes() -> int:
     """Three quarters of the memory that this process may use."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -104,4 +140,10 @@ _OPTIONS = (
         "the largest model, by default 3/4 of the memory",
     ),
     ("drain-timeout", seconds, "30", "seconds that running requests get at SIGTERM"),
+    ("store-dir", Path, None, "where checkpoints are kept; else a temporary folder"),
+    ("store-max-bytes", byte_count, None, "how much of them, by default 3/4 of what is free there"),
+    ("store-ttl", seconds, "0", "seconds from its last use that one is kept; 0 is for ever"),
+    ("work-memory", byte_count, "1GiB", "for one request on a checkpoint, beside mapped files"),
+    ("allow-path", folders, "", "folders of file:// URIs that requests may name, parted by ','"),
+    ("allow-uri", prefixes, "", "beginnings of other URIs, such as s3://bucket/models, likewise"),
 )

@@ -19,6 +19,15 @@ RequestError
         InvalidPair                             X_orig and X_mask do not make a pruned X
     ModelTooLarge           RESOURCE_EXHAUSTED  above --max-model-bytes
     OutOfMemory             RESOURCE_EXHAUSTED  no memory for it now
+    StoreFull               RESOURCE_EXHAUSTED  no room on the store's disk
+    CheckpointNotFound      NOT_FOUND           the caller has none of that name
+    DataLoss                DATA_LOSS           a checkpoint is not what was stored
+    TakenOver               ABORTED             the same upload began anew
+    UriNotAllowed           PERMISSION_DENIED   the operator has not listed it
+    UriNotFound             NOT_FOUND           there is nothing
+    UriFailed               FAILED_PRECONDITION cannot be read, or written
+    UriChanged              ABORTED             while it was read
+    Stopped                 CANCELLED           the caller has left
 """
 
 from typing import ClassVar
@@ -136,3 +145,66 @@ class OutOfMemory(RequestError):
 
     status = "RESOURCE_EXHAUSTED"
     reason = "OUT_OF_MEMORY"
+
+
+class StoreFull(RequestError):
+    """The store's disk, or its limit, has no room for it."""
+
+    status = "RESOURCE_EXHAUSTED"
+    reason = "STORE_FULL"
+
+
+class CheckpointNotFound(RequestError):
+    """The caller has no checkpoint of that name."""
+
+    status = "NOT_FOUND"
+    reason = "CHECKPOINT_NOT_FOUND"
+
+
+class DataLoss(RequestError):
+    """A checkpoint is not what was stored. field: its name."""
+
+    status = "DATA_LOSS"
+    reason = "DATA_LOSS"
+
+
+class TakenOver(RequestError):
+    """The same caller began the same upload anew."""
+
+    status = "ABORTED"
+    reason = "UPLOAD_TAKEN_OVER"
+
+
+class UriNotAllowed(RequestError):
+    """The operator has not listed that URI."""
+
+    status = "PERMISSION_DENIED"
+    reason = "URI_NOT_ALLOWED"
+
+
+class UriNotFound(RequestError):
+    """There is nothing at that URI."""
+
+    status = "NOT_FOUND"
+    reason = "URI_NOT_FOUND"
+
+
+class UriFailed(RequestError):
+    """What a URI names cannot be read, or written."""
+
+    status = "FAILED_PRECONDITION"
+    reason = "URI_FAILED"
+
+
+class UriChanged(RequestError):
+    """What a URI names changed while it was read."""
+
+    status = "ABORTED"
+    reason = "URI_CHANGED"
+
+
+class Stopped(RequestError):
+    """The caller has left, or its time is up."""
+
+    status = "CANCELLED"
+    reason = "CANCELLED"

@@ -1,6 +1,7 @@
-"""A model between the wire and the pruning: its file, and the parameters in it."""
+"""A model between its files and the pruning: one file or shards, and the parameters in them."""
 
-from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,117 +10,184 @@ from secateur_server.devices import passes_of, spans
 from secateur_server.errors import InvalidPair, InvalidStateDict, quote
 from secateur_server.pruning.catalog import Catalog, Stored, match, read_catalog
 from secateur_server.pruning.masks import Mask
+from secateur_server.pruning.measure import folded
 from secateur_server.pruning.prune import to_mask
 from secateur_server.pruning.spec import Parameter
-from secateur_server.wire.header import Header
-from secateur_server.wire.reader import ByteStream, read_header, read_tensors
+from secateur_server.wire.header import Entry, Header
+from secateur_server.wire.index import Index
 from secateur_server.wire.tensors import TORCH_DTYPES, WireTensor
-from secateur_server.wire.writer import Outgoing
+from secateur_server.wire.writer import Outgoing, OutgoingFile, bytes_file, state_dict_file
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of a model, of which it may be the only one."""
+
+    filename: str
+    entries: Sequence[Entry]
+    metadata: Mapping[str, str]
 
 
 class Model:
-    """A state_dict that a caller sends.
+    """A state_dict.
 
-    catalog and metadata are known once the header is here; the rest once `read` has returned:
-    tensors: what the file has, without the masks of pairs.
+    catalog is known once the headers are; the rest once `fill` has returned:
+    tensors: what the files have, without the masks of pairs.
     parameters: what can be pruned, on the tensors' memory.
     extras: uploaded scores and masks.
+    masks: of parameters that were pruned since the files were stored; they have prior ones in them.
+    is_mapped: whether the weights are files, which are not to be written to.
     """
 
-    def __init__(self, header: Header, extras: Collection[str]) -> None:
-        stored = {
-            entry.name: Stored(entry.dtype, TORCH_DTYPES.get(entry.dtype), entry.shape)
-            for entry in header.entries
-        }
-        self._header = header
-        self._extra_names = extras
-        self.catalog: Catalog = read_catalog(stored, extras)
-        self.metadata = header.metadata
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        extras: Mapping[str, Stored],
+        index: Index | None = None,
+        is_mapped: bool = False,
+    ) -> None:
+        """Errors: InvalidPair, InvalidStateDict."""
+        self.shards = shards
+        self.index = index
+        self.is_mapped = is_mapped
+        self._shard_of = _shards_of(shards)
+        entries = [entry for shard in shards for entry in shard.entries]
+        self.catalog: Catalog = read_catalog(stored_of(entries), extras)
         self.tensors: dict[str, WireTensor] = {}
         self.parameters: dict[str, Parameter] = {}
-        self.extras: dict[str, Tensor] = {}
+        self.extras: Mapping[str, Tensor] = {}
+        self.masks: Mapping[str, Mask] = {}
 
     def named(self, field: str, patterns: Sequence[str]) -> list[str]:
         """The prunable tensors that `patterns` mean; all, where there are none."""
         return match(field, patterns, self.catalog) if patterns else list(self.catalog.prunable)
 
-    def read(self, stream: ByteStream, device: torch.device) -> None:
-        """Reads the data to `device`.  Errors: WrongLength, InvalidPair."""
-        self.tensors = read_tensors(stream, self._header, device)
-        self.extras = {name: _values(self.tensors.pop(name)) for name in self._extra_names}
+    def files_of(self, names: Collection[str]) -> set[str]:
+        """What the files call the tensors that make up some parameters."""
+        return {stored for name in names for stored in self.catalog.pairs.get(name, (name,))}
+
+    def fill(
+        self,
+        tensors: dict[str, WireTensor],
+        extras: Mapping[str, Tensor],
+        masks: Mapping[str, Mask],
+    ) -> None:
+        """The data has come: all of it, or that of some parameters.  Errors: InvalidPair."""
+        self.tensors, self.extras, self.masks = tensors, extras, masks
         for name in self.catalog.prunable:
             orig, mask = self.catalog.pairs.get(name, (name, None))
+            if orig not in tensors:
+                continue
             # As bits a mask is a small part of what it is in the weight's dtype.
-            kept = None if mask is None else _prior_mask(mask, self.tensors.pop(mask))
-            tensor = self.tensors[orig]
-            self.parameters[name] = Parameter(_values(tensor), kept, tensor.extremes)
+            prior = None if mask is None else tensors.pop(mask)
+            kept = masks.get(name)
+            if prior and kept is None:
+                kept = to_mask(values_of(prior), InvalidPair, f"data[{quote(mask)}]")
+            self.parameters[name] = Parameter(
+                values_of(tensors[orig]), kept, tensors[orig].extremes
+            )
+
+    def files(self, are_folded: Container[str]) -> list[OutgoingFile]:
+        """All tensors, in the files that they came in, and in their order.
+
+        are_folded: of these the masks are applied to the weights; other pruned ones are pairs.
+        Errors: InvalidStateDict, where a pair's names are taken.
+        """
+        written: dict[str, dict[str, Outgoing]] = {shard.filename: {} for shard in self.shards}
+        for stored, name, outgoing in self._written(are_folded):
+            written[self._shard_of[stored]][name] = outgoing
+        files = [
+            state_dict_file(shard.filename, written[shard.filename], shard.metadata)
+            for shard in self.shards
+        ]
+        if self.index:
+            files.append(bytes_file(self.index.filename, self.index.rewritten(written)))
+        return files
+
+    def _written(self, are_folded: Container[str]) -> Iterator[tuple[str, str, Outgoing]]:
+        """What each tensor of the files becomes: as it was called, as it is called, itself."""
+        names = {orig: name for name, (orig, _) in self.catalog.pairs.items()}
+        seen: set[str] = set()
+        for stored, tensor in self.tensors.items():
+            name = names.get(stored, stored)
+            for key, outgoing in self._becomes(name, stored, tensor, are_folded):
+                if key in seen or (key in self.tensors and key != stored):
+                    raise InvalidStateDict(
+                        f"data[{quote(key)}]",
+                        f"stands where the pruned {quote(name)} is to be written",
+                    )
+                seen.add(key)
+                yield stored, key, outgoing
+
+    def _becomes(
+        self, name: str, stored: str, tensor: WireTensor, are_folded: Container[str]
+    ) -> Iterator[tuple[str, Outgoing]]:
+        """What one tensor becomes, under its new names."""
+        parameter = self.parameters.get(name)
+        as_it_is = Outgoing(tensor.dtype, tensor.shape, lambda: [tensor.data])
+        mask = parameter.mask if parameter else None
+        if parameter is None or mask is None:
+            yield stored, as_it_is
+        elif name in are_folded and self.is_mapped:
+            yield name, Outgoing(tensor.dtype, tensor.shape, lambda: folded(parameter))
+        elif name in are_folded:  # in its own memory
+            yield name, as_it_is
+        else:
+            dtype = TORCH_DTYPES[tensor.dtype]
+            yield f"{name}_orig", as_it_is
+            floats = Outgoing(tensor.dtype, tensor.shape, lambda: _as_floats(mask, dtype))
+            yield f"{name}_mask", floats
 
 
-def open_model(stream: ByteStream, extras: Collection[str] = ()) -> Model:
-    """Reads the head of a model.  extras: names of uploaded scores and masks.
+def _shards_of(shards: Sequence[Shard]) -> dict[str, str]:
+    """From each tensor's name to the name of its file.  Errors: InvalidStateDict."""
+    found: dict[str, str] = {}
+    for shard in shards:
+        for entry in shard.entries:
+            if entry.name in found:
+                raise InvalidStateDict(
+                    f"data[{quote(entry.name)}]",
+                    f"stands in {quote(found[entry.name])} and in {quote(shard.filename)}",
+                )
+            found[entry.name] = shard.filename
+    return found
 
-    Errors: MalformedFile, WrongLength, InvalidPair.
-    """
-    return Model(read_header(stream), extras)
+
+def stored_of(entries: Iterable[Entry]) -> dict[str, Stored]:
+    """Tensors of a file, as a catalog has them."""
+    return {
+        entry.name: Stored(entry.dtype, TORCH_DTYPES.get(entry.dtype), entry.shape)
+        for entry in entries
+    }
 
 
-def _prior_mask(name: str, tensor: WireTensor) -> Mask:
-    return to_mask(_values(tensor), InvalidPair, f"data[{quote(name)}]")
+def without_extras(header: Header, extras: Collection[str]) -> Model:
+    """The model of a file that holds scores and masks as well, named `extras`."""
+    model = [entry for entry in header.entries if entry.name not in extras]
+    beside = [entry for entry in header.entries if entry.name in extras]
+    return Model([Shard("", model, header.metadata)], stored_of(beside))
 
 
-def _values(tensor: WireTensor) -> Tensor:
+def values_of(tensor: WireTensor) -> Tensor:
+    """The values of a tensor that a catalog let through."""
     values = tensor.values()
     assert values is not None, "the catalog lets no other dtype through"
     return values
 
 
-def packed_masks(pruned: Mapping[str, Parameter]) -> dict[str, Outgoing]:
-    """The masks of `pruned` as bits."""
+def masks_of(parameters: Mapping[str, Parameter]) -> dict[str, Mask]:
+    """The masks of those parameters that have one."""
+    masks = ((name, parameter.mask) for name, parameter in parameters.items())
+    return {name: mask for name, mask in masks if mask is not None}
 
-    def packed(mask: Mask | None) -> Outgoing:
-        assert mask is not None, "what was pruned has a mask"
+
+def packed_masks(masks: Mapping[str, Mask]) -> OutgoingFile:
+    """A file of masks, as bits."""
+
+    def packed(mask: Mask) -> Outgoing:
         return Outgoing("U8", tuple(mask.bits.shape), lambda: [mask.bits])
 
-    return {name: packed(parameter.mask) for name, parameter in pruned.items()}
-
-
-def whole_model(
-    model: Model, parameters: Mapping[str, Parameter], folded: Container[str]
-) -> dict[str, Outgoing]:
-    """All tensors of a model, in the file's order.
-
-    parameters: with the masks that count.
-    folded: of these parameters the weights are folded; the other pruned ones are pairs.
-    Errors: InvalidStateDict, where a pair's names are taken.
-    """
-    names = {orig: name for name, (orig, _) in model.catalog.pairs.items()}
-    written: dict[str, Outgoing] = {}
-    for stored, tensor in model.tensors.items():
-        name = names.get(stored, stored)
-        mask = parameters[name].mask if name in parameters else None
-        for key, outgoing in _written(name, stored, tensor, mask, name in folded):
-            if key in written or (key in model.tensors and key != stored):
-                raise InvalidStateDict(
-                    f"data[{quote(key)}]", f"stands where the pruned {quote(name)} is to be written"
-                )
-            written[key] = outgoing
-    return written
-
-
-def _written(
-    name: str, stored: str, tensor: WireTensor, mask: Mask | None, is_folded: bool
-) -> Iterator[tuple[str, Outgoing]]:
-    """The tensors that one tensor of the file becomes."""
-    as_it_is = Outgoing(tensor.dtype, tensor.shape, lambda: [tensor.data])
-    if mask is None:
-        yield stored, as_it_is
-    elif is_folded:
-        yield name, as_it_is
-    else:
-        dtype = TORCH_DTYPES[tensor.dtype]
-        yield f"{name}_orig", as_it_is
-        floats = Outgoing(tensor.dtype, tensor.shape, lambda: _as_floats(mask, dtype))
-        yield f"{name}_mask", floats
+    return state_dict_file("", {name: packed(mask) for name, mask in masks.items()}, {})
 
 
 def _as_floats(mask: Mask, dtype: torch.dtype | None) -> Iterator[Tensor]:

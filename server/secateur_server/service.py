@@ -1,150 +1,231 @@
 """The three RPCs: read, prune, write."""
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
 
 import grpc
-import torch
 
 from secateur_proto import pruner_pb2 as pb
 from secateur_proto.codec import Data, Decoder, encode
-from secateur_proto.report_pb2 import SparsityReport
-from secateur_server.errors import InvalidRequest, ModelTooLarge
+from secateur_server.devices.cpu import one_thread
+from secateur_server.devices.watch import Watch, watch, watched
+from secateur_server.errors import InvalidRequest
+from secateur_server.landing import Landing
+from secateur_server.messages.checkpoint import checkpoint_message, file_message, progress_message
 from secateur_server.messages.report import encode_report
 from secateur_server.messages.spec import decode_spec
-from secateur_server.messages.stream import open_request, responses
-from secateur_server.model import Model, open_model, packed_masks, whole_model
-from secateur_server.operate.metrics import Metrics
+from secateur_server.messages.stream import Bytes, open_request, responses
+from secateur_server.model import Model, masks_of, packed_masks
+from secateur_server.operate.callers import owner_of
 from secateur_server.pruning.catalog import resolve
 from secateur_server.pruning.measure import fold
 from secateur_server.pruning.prune import prune
 from secateur_server.pruning.spec import Parameter, Rule
-from secateur_server.wire.header import MIN_FILE_BYTES
-from secateur_server.wire.reader import ByteStream
-from secateur_server.wire.writer import StateDictWriter
+from secateur_server.sources import Incoming, Sources
+from secateur_server.wire.writer import OutgoingFile, chunks
 
 # Models up to this are for one core each.
 ONE_CORE_BYTES = 4 << 20
 
+# How often a caller hears how far its call is, and how soon it is seen that it has left.
+PROGRESS_SECONDS = 0.2
+
+Done = TypeVar("Done")
+Files = list[OutgoingFile]
+
 
 class Pruner:
-    """The service secateur.v1.Pruner. It keeps nothing between calls."""
+    """The service secateur.v1.Pruner.
 
-    def __init__(self, device: torch.device, max_model_bytes: int, metrics: Metrics) -> None:
-        self._device = device
-        self._max_model_bytes = max_model_bytes
-        self._metrics = metrics
+    workers: threads for calls that tell how far they are.
+    work_memory: bytes for one call beside its model.  scratch: a folder for what is larger.
+    """
+
+    def __init__(self, sources: Sources, work_memory: int, scratch: Path) -> None:
+        self._sources = sources
+        self._work_memory, self._scratch = work_memory, scratch
         self._lock = threading.Lock()
+        self._workers = ThreadPoolExecutor(
+            thread_name_prefix="work", max_workers=32, initializer=one_thread
+        )
 
     def Prune(
         self, request_iterator: Iterator[pb.PruneRequest | Data], context: grpc.ServicerContext
     ) -> Iterator[pb.PruneResponse | Data]:
         """Decides masks, and answers with them or with what they are applied to."""
-        first, data = open_request(request_iterator, self._metrics.received)
+        first, data = open_request(request_iterator, self._sources.metrics.received)
         header = first.header
         rules = decode_spec(header.spec)
         if header.output not in pb.Output.values():
             raise InvalidRequest("header.output", f"{header.output} is no output")
-        stream = self._stream(data, header.data_bytes)
-        with self._metrics.holding(header.data_bytes):
-            report, writer = self._prune(header.output, rules, stream)
-            yield from responses(
-                pb.PruneResponse,
-                pb.PruneResult(report=report, data_bytes=writer.file_bytes if writer else 0),
-                writer.chunks() if writer else iter(()),
-                self._metrics.sent,
-            )
+        if header.destination_uri and header.output == pb.OUTPUT_NONE:
+            raise InvalidRequest("header.destination_uri", "OUTPUT_NONE writes nothing there")
+        with ExitStack() as held:
+            work = partial(self._prune, header, rules, data, owner_of(context), held)
+            result, files = yield from self._run(work, header, context, pb.PruneResponse)
+            yield from self._answer(pb.PruneResponse, result, files)
 
     def _prune(
-        self, output: int, rules: Sequence[Rule], stream: ByteStream
-    ) -> tuple[SparsityReport, StateDictWriter | None]:
+        self,
+        header: pb.PruneHeader,
+        rules: Sequence[Rule],
+        data: Iterator[Bytes],
+        owner: str,
+        held: ExitStack,
+    ) -> tuple[pb.PruneResult, Files]:
         """What to answer. Weights that are no part of it are given back before it is sent."""
-        model = open_model(stream, {name for rule in rules for name in rule.extras()})
+        landing = held.enter_context(Landing(self._sources.store, owner)) if header.keep else None
+        extras = {name for rule in rules for name in rule.extras()}
+        incoming = self._sources.open(header, data, extras, owner, held, landing)
+        model = incoming.model
         rules = resolve(rules, model.catalog)
-        model.read(stream, self._device)
-        with self._turn(stream):
-            pruned, outcomes = prune(model.parameters, rules, model.extras)
-            writer = _prune_output(output, model, pruned)
-            digest = writer.digest() if writer else ""
-            report = encode_report(pruned.items(), stream.digest(), digest, outcomes)
-        self._metrics.pruned(model.parameters, report)
-        return report, writer
+        is_whole = header.output in (pb.OUTPUT_DENSE, pb.OUTPUT_REPARAMETRIZED)
+        incoming.read(None if is_whole else {name for rule in rules for name in rule.names()})
+        before = dict(model.parameters)
+        with self._turn(incoming):
+            watch().begin("prune")
+            pruned, outcomes = prune(before, rules, model.extras)
+            files = _prune_output(header.output, model, pruned)
+            digest = files[0].blake3 if len(files) == 1 else ""
+            report = encode_report(pruned.items(), incoming.digest(), digest, outcomes)
+        result = pb.PruneResult(report=report)
+        incoming.check_unchanged()
+        if landing:
+            masks = landing.land_file(packed_masks({**model.masks, **masks_of(pruned)}))
+            record = landing.create(incoming.files, masks)
+            expire_time = self._sources.store.expire_time(owner, record)
+            result.checkpoint.CopyFrom(checkpoint_message(record, expire_time))
+        self._sources.metrics.pruned(before, report)
+        return self._written(header.destination_uri, result, files)
 
     def Report(
         self, request_iterator: Iterator[pb.ReportRequest | Data], context: grpc.ServicerContext
     ) -> pb.ReportResponse:
         """Measures a model."""
-        first, data = open_request(request_iterator, self._metrics.received)
+        first, data = open_request(request_iterator, self._sources.metrics.received)
         header = first.header
-        stream = self._stream(data, header.data_bytes)
-        with self._metrics.holding(header.data_bytes):
-            model = open_model(stream)
-            names = model.named("header.tensors", header.tensors)
-            model.read(stream, self._device)
-            covered = ((name, model.parameters[name]) for name in names)
-            with self._turn(stream):
-                return pb.ReportResponse(report=encode_report(covered, stream.digest()))
+        with ExitStack() as held, watched(self._watch(context)):
+            incoming = self._sources.open(header, data, (), owner_of(context), held)
+            names = incoming.model.named("header.tensors", header.tensors)
+            incoming.read(names)
+            covered = ((name, incoming.model.parameters[name]) for name in names)
+            with self._turn(incoming):
+                report = encode_report(covered, incoming.digest())
+            incoming.check_unchanged()
+            return pb.ReportResponse(report=report)
 
     def Finalize(
         self, request_iterator: Iterator[pb.FinalizeRequest | Data], context: grpc.ServicerContext
     ) -> Iterator[pb.FinalizeResponse | Data]:
         """Folds masks into their weights."""
-        first, data = open_request(request_iterator, self._metrics.received)
+        first, data = open_request(request_iterator, self._sources.metrics.received)
         header = first.header
-        stream = self._stream(data, header.data_bytes)
-        with self._metrics.holding(header.data_bytes):
-            model = open_model(stream)
-            names = model.named("header.tensors", header.tensors)
-            model.read(stream, self._device)
-            with self._turn(stream):
-                for name in names:
-                    fold(model.parameters[name])
-                tensors = whole_model(model, model.parameters, names)
-                writer = StateDictWriter(tensors, model.metadata)
-                folded = ((name, Parameter(model.parameters[name].weight)) for name in names)
-                report = encode_report(folded, stream.digest(), writer.digest())
-            yield from responses(
-                pb.FinalizeResponse,
-                pb.FinalizeResult(report=report, data_bytes=writer.file_bytes),
-                writer.chunks(),
-                self._metrics.sent,
-            )
+        with ExitStack() as held:
+            work = partial(self._finalize, header, data, owner_of(context), held)
+            result, files = yield from self._run(work, header, context, pb.FinalizeResponse)
+            yield from self._answer(pb.FinalizeResponse, result, files)
 
-    def _turn(self, stream: ByteStream) -> AbstractContextManager[object]:
+    def _finalize(
+        self, header: pb.FinalizeHeader, data: Iterator[Bytes], owner: str, held: ExitStack
+    ) -> tuple[pb.FinalizeResult, Files]:
+        incoming = self._sources.open(header, data, (), owner, held)
+        model = incoming.model
+        names = model.named("header.tensors", header.tensors)
+        incoming.read(None)
+        with self._turn(incoming):
+            watch().begin("prune")
+            files = folded_files(model, {name: model.parameters[name] for name in names})
+            digest = files[0].blake3 if len(files) == 1 else ""
+            covered = ((name, model.parameters[name]) for name in names)
+            report = encode_report(covered, incoming.digest(), digest, are_folded=True)
+        incoming.check_unchanged()
+        return self._written(header.destination_uri, pb.FinalizeResult(report=report), files)
+
+    def _run(
+        self,
+        work: Callable[[], Done],
+        header: pb.PruneHeader | pb.FinalizeHeader,
+        context: grpc.ServicerContext,
+        make: Callable[..., Any],
+    ) -> Generator[Any, None, Done]:
+        """What `work` returns; meanwhile tells how far it is, where no data comes with the call."""
+        of_call = self._watch(context)
+
+        def seen() -> Done:
+            with watched(of_call):
+                return work()
+
+        if not header.WhichOneof("source"):
+            return seen()
+        future = self._workers.submit(seen)
+        try:
+            while not wait([future], PROGRESS_SECONDS).done:
+                yield make(progress=progress_message(of_call))
+        finally:
+            if not future.done():
+                of_call.stop()
+                wait([future])
+        return future.result()
+
+    def _watch(self, context: grpc.ServicerContext) -> Watch:
+        """The watch of a call, which stops when the call has ended."""
+        of_call = Watch(self._work_memory, self._scratch)
+        if not context.add_callback(of_call.stop):
+            of_call.stop()
+        return of_call
+
+    def _written(self, uri: str, result: Any, files: Files) -> tuple[Any, Files]:
+        """The result and the files to answer with: none, where they went to a URI."""
+        result.files.extend(map(file_message, files))
+        if not uri:
+            result.data_bytes = sum(file.size for file in files)
+            return result, files
+        watch().begin("write", sum(file.size for file in files))
+        self._sources.uris.write("header.destination_uri", uri, files)
+        return result, []
+
+    def _answer(self, make: Callable[..., Any], result: Any, files: Files) -> Iterator[Any]:
+        return responses(make, result, chunks(files), self._sources.metrics.sent)
+
+    @contextmanager
+    def _turn(self, incoming: Incoming) -> Iterator[None]:
         """Waits until no other large model is worked on: one is enough for all cores.
 
         Several at once would each take longer, in colder caches, and fewer would be done.
         """
-        return self._lock if stream.announced > ONE_CORE_BYTES else nullcontext()
-
-    def _stream(self, data: Iterator[bytes | memoryview], file_bytes: int) -> ByteStream:
-        if file_bytes < MIN_FILE_BYTES:
-            raise InvalidRequest(
-                "header.data_bytes", f"{file_bytes} is less than the {MIN_FILE_BYTES} of any file"
-            )
-        if file_bytes > self._max_model_bytes:
-            raise ModelTooLarge(
-                "header.data_bytes",
-                f"{file_bytes} bytes; this server takes up to {self._max_model_bytes}",
-            )
-        return ByteStream(data, file_bytes)
+        if incoming.size <= ONE_CORE_BYTES:
+            yield
+            return
+        while not self._lock.acquire(timeout=PROGRESS_SECONDS):
+            watch().check()
+        try:
+            yield
+        finally:
+            self._lock.release()
 
 
-def _prune_output(
-    output: int, model: Model, pruned: dict[str, Parameter]
-) -> StateDictWriter | None:
+def _prune_output(output: int, model: Model, pruned: dict[str, Parameter]) -> Files:
     if output == pb.OUTPUT_NONE:
-        return None
+        return []
     if output in (pb.OUTPUT_UNSPECIFIED, pb.OUTPUT_MASKS):
-        return StateDictWriter(packed_masks(pruned), {})
-    parameters = {**model.parameters, **pruned}
+        return [packed_masks(masks_of(pruned))]
+    model.parameters |= pruned
     if output == pb.OUTPUT_REPARAMETRIZED:
-        return StateDictWriter(whole_model(model, parameters, ()), model.metadata)
-    for parameter in parameters.values():
-        fold(parameter)
-    return StateDictWriter(whole_model(model, parameters, parameters.keys()), model.metadata)
+        return model.files(())
+    return folded_files(model, model.parameters)
+
+
+def folded_files(model: Model, parameters: dict[str, Parameter]) -> Files:
+    """A model's files with the masks of some parameters applied for good."""
+    if not model.is_mapped:
+        for parameter in parameters.values():
+            fold(parameter)
+    return model.files(parameters)
 
 
 def add_pruner(pruner: Pruner, server: grpc.Server) -> str:

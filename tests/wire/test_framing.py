@@ -16,7 +16,7 @@ from secateur.tensors import from_value
 from secateur.transfer import Upload
 from secateur_proto import pruner_pb2 as pb
 from secateur_proto.framing import CHUNK_BYTES, DTYPE_BITS, cut, file_header, tensor_bytes
-from secateur_server.wire.writer import Outgoing, StateDictWriter
+from secateur_server.wire.writer import Outgoing, chunks, state_dict_file
 from tests.contract.raw import entry, file, header, message, send, unhurried
 
 MIB = 1 << 20
@@ -113,11 +113,11 @@ def test_the_writer_says_the_length_and_the_digest_of_what_it_writes() -> None:
         name: Outgoing("F32", tuple(tensor.shape), partial(torch.split, tensor.view(-1), 100_000))
         for name, tensor in model.items()
     }
-    writer = StateDictWriter(outgoing, {"made": "here"})
-    chunks = list(writer.chunks())
-    written = b"".join(chunks)
-    assert [len(chunk) for chunk in chunks[:-1]] == [MIB, MIB]
-    assert (writer.file_bytes, writer.digest()) == (len(written), blake3(written).hexdigest())
+    made = state_dict_file("m", outgoing, {"made": "here"})
+    sent = list(chunks([made]))
+    written = b"".join(sent)
+    assert [len(chunk) for chunk in sent[:-1]] == [MIB, MIB]
+    assert (made.size, made.blake3) == (len(written), blake3(written).hexdigest())
     read = safetensors.torch.load(written)
     assert read.keys() == model.keys()
     assert all(torch.equal(read[name], tensor) for name, tensor in model.items())

@@ -19,6 +19,7 @@ from torch import Tensor
 from secateur_server.devices import kernels
 from secateur_server.devices.passes import BITS, DIGIT_BITS, Cut, Found, Passes, Piece, Work
 from secateur_server.devices.randomness import RandomScores
+from secateur_server.devices.watch import watch
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -53,8 +54,16 @@ class Cpu(Passes):
         # Many small ones are sooner done than handed over one by one.
         size = max(1, len(pieces) // (8 * CORES))
         shares = [pieces[begin : begin + size] for begin in range(0, len(pieces), size)]
-        found = _POOL.map(lambda share: [function(piece) for piece in share], shares)
-        return list(itertools.chain.from_iterable(found))
+        of_call = watch()  # the pool's threads have none of their own
+
+        def work_on(share: list[Work]) -> list[Found]:
+            found = []
+            for piece in share:
+                of_call.check()
+                found.append(function(piece))
+            return found
+
+        return list(itertools.chain.from_iterable(_POOL.map(work_on, shares)))
 
     def room(self, size: int) -> Tensor:
         """As Passes.room."""

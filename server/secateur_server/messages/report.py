@@ -15,9 +15,14 @@ def encode_report(
     input_blake3: str,
     output_blake3: str = "",
     outcomes: Sequence[Sequence[Choice]] = (),
+    are_folded: bool = False,
 ) -> SparsityReport:
-    """Measures `parameters`, in their order.  outcomes: for each rule of a spec its choices."""
-    tensors = [_tensor(name, parameter) for name, parameter in parameters]
+    """Measures `parameters`, in their order.
+
+    outcomes: for each rule of a spec its choices.
+    are_folded: the parameters are sent with their masks applied, and without masks.
+    """
+    tensors = [_tensor(name, parameter, are_folded) for name, parameter in parameters]
     zeros = sum(tensor.zeros for tensor in tensors)
     total = sum(tensor.total for tensor in tensors)
     return SparsityReport(
@@ -31,7 +36,7 @@ def encode_report(
     )
 
 
-def _tensor(name: str, parameter: Parameter) -> TensorReport:
+def _tensor(name: str, parameter: Parameter, is_folded: bool) -> TensorReport:
     weight = parameter.weight
     found = measure(parameter)
     return TensorReport(
@@ -42,8 +47,8 @@ def _tensor(name: str, parameter: Parameter) -> TensorReport:
         zeros=found.zeros,
         total=found.total,
         sparsity=_share(found.zeros, found.total),
-        pruned=found.pruned,
-        is_pruned=parameter.mask is not None,
+        pruned=0 if is_folded else found.pruned,
+        is_pruned=parameter.mask is not None and not is_folded,
         zero_slices=found.zero_slices,
     )
 

@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 
@@ -19,10 +19,17 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 1
 
 _METHOD = ("grpc_type", "grpc_service", "grpc_method")
 _PRUNER = "secateur.v1.Pruner"
+_CHECKPOINTS = "secateur.v1.Checkpoints"
 _METHODS = (
     Method(_PRUNER, "Prune", "bidi_stream"),
     Method(_PRUNER, "Report", "client_stream"),
     Method(_PRUNER, "Finalize", "bidi_stream"),
+    Method(_CHECKPOINTS, "Upload", "client_stream"),
+    Method(_CHECKPOINTS, "QueryUpload", "unary"),
+    Method(_CHECKPOINTS, "Download", "server_stream"),
+    Method(_CHECKPOINTS, "Get", "unary"),
+    Method(_CHECKPOINTS, "List", "unary"),
+    Method(_CHECKPOINTS, "Delete", "unary"),
 )
 
 
@@ -65,6 +72,27 @@ class Metrics:
         self._held = Gauge(
             "secateur_model_bytes", "Bytes of the models that are being served.", registry=registry
         )
+        self._store_bytes = Gauge(
+            "secateur_store_bytes", "Bytes of checkpoints on disk.", registry=registry
+        )
+        self._store_limit = Gauge(
+            "secateur_store_limit_bytes", "Bytes that checkpoints may take.", registry=registry
+        )
+        self._checkpoints = Gauge("secateur_checkpoints", "Checkpoints kept.", registry=registry)
+        self._evictions = Counter(
+            "secateur_evictions_total",
+            "Checkpoints that were let go, by reason: room for others, or ttl.",
+            ("reason",),
+            registry=registry,
+        )
+        self._evicted = Counter(
+            "secateur_evicted_bytes_total", "Bytes on disk that evictions freed.", registry=registry
+        )
+        self._resumed = Counter(
+            "secateur_uploads_resumed_total", "Uploads that went on.", registry=registry
+        )
+        for reason in ("room", "ttl"):
+            self._evictions.labels(reason)
         Info("secateur_build", "Versions, and the device.", registry=registry).info(
             {
                 "version": version("secateur"),
@@ -99,6 +127,21 @@ class Metrics:
             yield
         finally:
             self._held.dec(model_bytes)
+
+    def of_store(self, used: Callable[[], int], count: Callable[[], int], limit: int) -> None:
+        """Shows a store: the bytes and the number of its checkpoints, and its limit."""
+        self._store_bytes.set_function(used)
+        self._checkpoints.set_function(count)
+        self._store_limit.set(limit)
+
+    def evicted(self, reason: str, count: int) -> None:
+        """Counts a checkpoint that was let go, and the bytes that this freed."""
+        self._evictions.labels(reason).inc()
+        self._evicted.inc(count)
+
+    def resumed(self) -> None:
+        """Counts an upload that went on from where it broke."""
+        self._resumed.inc()
 
     def received(self, count: int) -> None:
         """Counts bytes of models that came."""

@@ -14,7 +14,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
-from secateur_server.errors import NoMessage, OutOfMemory, RequestError, TooShort
+from secateur_server.errors import NoMessage, OutOfMemory, RequestError, Stopped, TooShort
 from secateur_server.operate.around import Method
 
 log = logging.getLogger(__name__)
@@ -28,6 +28,11 @@ def statuses(method: Method, context: grpc.ServicerContext) -> Iterator[None]:
     """Ends a call that raises with the status that the exception carries."""
     try:
         yield
+    except Stopped:
+        left = context.time_remaining()
+        is_late = left is not None and left <= 0
+        code = grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
+        context.abort(code, "the caller has left, or its time is up")
     except RequestError as error:
         if isinstance(error, NoMessage | TooShort) and _has_left(context):
             context.abort(grpc.StatusCode.CANCELLED, "the caller has left")

@@ -1,6 +1,6 @@
 """Which tensors there are, and which of them a request means; known before their data is here."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -35,37 +35,37 @@ class Stored:
 class Catalog:
     """The tensors of a state_dict.
 
-    stored: what the file has.  prunable: the shapes of what can be pruned, a pair as one, in the
+    stored: what the model has.  extras: tensors with scores and masks, which are no part of it.
+    prunable: the shapes of what can be pruned, a pair as one, in the
     file's order.  pairs: those of them that arrived as (X_orig, X_mask).
     """
 
     stored: Mapping[str, Stored]
+    extras: Mapping[str, Stored]
     prunable: dict[str, Shape]
     pairs: dict[str, tuple[str, str]]
 
 
-def read_catalog(stored: Mapping[str, Stored], extras: Collection[str] = ()) -> Catalog:
+def read_catalog(stored: Mapping[str, Stored], extras: Mapping[str, Stored]) -> Catalog:
     """Finds the pairs that torch.nn.utils.prune writes, and what can be pruned.
 
-    extras: names of uploaded scores and masks, which are not part of the model.
     Errors: InvalidPair.
     """
     pairs: dict[str, tuple[str, str]] = {}
-    model = {name: None for name in stored if name not in extras}
-    for name in model:
+    for name in stored:
         base = name.removesuffix("_orig")
         mask = f"{base}_mask"
-        if base != name and mask in model and stored[name].dtype in PRUNABLE:
+        if base != name and mask in stored and stored[name].dtype in PRUNABLE:
             _check_pair(base, stored)
             pairs[base] = (name, mask)
     whole = {orig: base for base, (orig, _) in pairs.items()}
     masks = {mask for _, mask in pairs.values()}
     prunable = {
         whole.get(name, name): stored[name].shape
-        for name in model
+        for name in stored
         if stored[name].dtype in PRUNABLE and name not in masks
     }
-    return Catalog(stored, prunable, pairs)
+    return Catalog(stored, extras, prunable, pairs)
 
 
 def _check_pair(base: str, stored: Mapping[str, Stored]) -> None:
@@ -105,7 +105,7 @@ def match(field: str, patterns: Sequence[str], catalog: Catalog) -> list[str]:
 
 
 def _unmatched(field: str, name: str, catalog: Catalog) -> NotPrunable | UnknownTensor:
-    if name in catalog.stored and name not in catalog.pairs:
+    if name in {**catalog.stored, **catalog.extras} and name not in catalog.pairs:
         return NotPrunable(field, f"{quote(name)} cannot be pruned: {_nature(name, catalog)}")
     names = list(catalog.prunable)
     some = [known for known in names[:1000] if len(known) <= 80]  # comparing takes long
@@ -118,10 +118,9 @@ def _unmatched(field: str, name: str, catalog: Catalog) -> NotPrunable | Unknown
 def _nature(name: str, catalog: Catalog) -> str:
     if any(name in pair for pair in catalog.pairs.values()):
         return f"it is half of the pair of {quote(name.rsplit('_', 1)[0])}"
-    stored = catalog.stored[name]
-    return (
-        "it holds scores or a mask" if stored.dtype in PRUNABLE else f"its dtype is {stored.calls}"
-    )
+    if name in catalog.extras:
+        return "it holds scores or a mask"
+    return f"its dtype is {catalog.stored[name].calls}"
 
 
 def resolve(rules: Sequence[Rule], catalog: Catalog) -> list[Rule]:
@@ -181,9 +180,9 @@ def _resolve_masks(rule: CustomMasks, catalog: Catalog) -> CustomMasks:
 
 
 def _extra(field: str, holder: str, catalog: Catalog) -> Stored:
-    if holder not in catalog.stored:
+    if holder not in catalog.extras:
         raise UnknownTensor(field, f"the data has no tensor {quote(holder)}")
-    return catalog.stored[holder]
+    return catalog.extras[holder]
 
 
 def _unlike(extra: Stored, shape: Shape, what: str) -> str:

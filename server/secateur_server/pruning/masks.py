@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from secateur_server.devices import passes_of, spans
-from secateur_server.devices.passes import bits_at
+from secateur_server.devices.mapping import room_on_disk
+from secateur_server.devices.passes import Passes, bits_at
+from secateur_server.devices.watch import watch
 
 Flags = Callable[[int, int], Tensor]
 
@@ -49,13 +51,27 @@ class Mask:
         return bits_at(self.bits, index)
 
     def __and__(self, other: "Mask") -> "Mask":
-        return Mask(self.bits & other.bits, self.elements)
+        both = room_for_bits(self.bits.numel(), passes_of(self.bits.device))
+        return Mask(torch.bitwise_and(self.bits, other.bits, out=both), self.elements)
+
+
+# Masks of more than this share of a call's memory to work in lie on disk: some are held at once.
+_ON_DISK_SHARE = 8
+
+
+def room_for_bits(size: int, passes: Passes) -> Tensor:
+    """Memory for masks.  Returns: uint8, flat.  Errors: StoreFull."""
+    of_call = watch()
+    is_large = of_call.work_memory is not None and size > of_call.work_memory // _ON_DISK_SHARE
+    if of_call.scratch is not None and is_large and passes.device.type == "cpu":
+        return room_on_disk(of_call.scratch, size)
+    return passes.room(size)
 
 
 def mask_of(flags: Flags, elements: int, device: torch.device) -> Mask:
     """The mask that `flags` gives in pieces [begin, end), as bool."""
     passes = passes_of(device)
-    bits = passes.room((elements + 7) // 8)
+    bits = room_for_bits((elements + 7) // 8, passes)
 
     def pack(span: tuple[int, int]) -> None:
         begin, end = span

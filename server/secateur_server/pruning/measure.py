@@ -1,6 +1,7 @@
 """How sparse is a tensor, and where."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -105,6 +106,17 @@ def _any_nonzero(parameter: Parameter, dim: int, slices: Tensor, most: int) -> T
     if parameter.mask is not None:
         nonzero &= parameter.mask.at(index)
     return nonzero.movedim(dim, 0).flatten(1).any(1)
+
+
+def folded(parameter: Parameter) -> Iterator[Tensor]:
+    """As `fold`, in parts that are copies: the weight stays."""
+    values, mask = parameter.weight.reshape(-1), parameter.mask
+    assert mask is not None, "what is folded has a mask"
+    passes = passes_of(values.device)
+    for begin, end in spans(values.numel(), passes.piece):
+        part = values[begin:end].clone()
+        passes.fold(part, mask.part(begin, end))
+        yield part
 
 
 def fold(parameter: Parameter) -> None:

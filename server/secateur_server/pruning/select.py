@@ -18,12 +18,16 @@ from torch import Tensor
 from secateur_server.devices import passes_of, spans
 from secateur_server.devices.passes import BITS, DIGIT_BITS, Cut, Passes, Piece
 from secateur_server.devices.randomness import RandomScores, random_keys
-from secateur_server.pruning.masks import Mask
+from secateur_server.devices.watch import watch
+from secateur_server.pruning.masks import Mask, room_for_bits
 from secateur_server.pruning.score import Ranking
 
 # Up to so many units, or this share of all, are ranked at once.
 FEW = 1 << 17
 FEW_OF = 64
+
+# Bytes that each of them takes while that happens: keys, places, their copies, and a flag.
+_BYTES_OF_FEW = 48
 
 # Of more units a sample is taken: of at least SAMPLE, and of one unit in SPACING.
 LARGE = 1 << 22
@@ -54,7 +58,10 @@ class Units:
     @property
     def few(self) -> int:
         """How many can be ranked at once."""
-        return max(FEW, self.total // FEW_OF)
+        share = self.total // FEW_OF
+        if (memory := watch().work_memory) is not None:
+            share = min(share, memory // _BYTES_OF_FEW)
+        return max(FEW, share)
 
 
 def score_dtype(rankings: Sequence[Ranking]) -> torch.dtype:
@@ -72,7 +79,7 @@ def select(rankings: Sequence[Ranking], alive: int, count: int) -> tuple[list[Ma
     """
     passes, dtype = passes_of(rankings[0].device), score_dtype(rankings)
     sizes = [(r.units + 7) // 8 for r in rankings]
-    room = torch.split(passes.room(sum(sizes)), sizes)
+    room = torch.split(room_for_bits(sum(sizes), passes), sizes)
     masks = [Mask(bits, r.units) for bits, r in zip(room, rankings, strict=True)]
     parts = [
         (_piece(ranking, dtype, *span), mask.part(*span))
@@ -154,6 +161,8 @@ def _sampled_bounds(units: Units, count: int) -> tuple[int, int] | None:
     if units.total < LARGE:
         return None
     passes, spacing = units.passes, min(SPACING, units.total // SAMPLE)
+    if (memory := watch().work_memory) is not None:
+        spacing = max(spacing, units.total * _BYTES_OF_FEW // memory)
     # One unit of each `spacing`, at a place that is as good as random: no pattern in the weights
     # can be in step with it.
     index = torch.arange(0, passes.piece, spacing, device=passes.device)

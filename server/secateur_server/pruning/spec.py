@@ -83,6 +83,10 @@ class Selection:
         """Names of uploaded tensors that are not part of the model."""
         return self.scores.values()
 
+    def names(self) -> Collection[str]:
+        """What it prunes: of a resolved rule names, not globs."""
+        return self.tensors
+
 
 @dataclass(frozen=True)
 class CustomMasks:
@@ -94,6 +98,10 @@ class CustomMasks:
     def extras(self) -> Collection[str]:
         """As Selection.extras."""
         return self.masks.values()
+
+    def names(self) -> Collection[str]:
+        """As Selection.names."""
+        return self.masks.keys()
 
 
 Rule = Selection | CustomMasks

@@ -17,14 +17,19 @@ AHEAD_BYTES = 4 << 20
 
 
 class ByteStream:
-    """The bytes of `chunks` as one stream that holds exactly `announced` bytes."""
+    """The bytes of `chunks` as one stream that holds exactly `announced` bytes.
 
-    def __init__(self, chunks: Iterator[bytes | memoryview], announced: int) -> None:
+    is_hashed: whether `digest` will be asked for.
+    """
+
+    def __init__(
+        self, chunks: Iterator[bytes | memoryview], announced: int, is_hashed: bool = True
+    ) -> None:
         self._chunks = ahead(chunks) if announced > AHEAD_BYTES else chunks
         self._rest = memoryview(b"")
         self.announced = announced
         self._received = 0
-        self._digest = blake3()
+        self._digest = blake3() if is_hashed else None
 
     def take(self, count: int) -> bytearray:
         """The next `count` bytes. Memory grows as they arrive, not by the word of `count`."""
@@ -47,6 +52,7 @@ class ByteStream:
 
     def digest(self) -> str:
         """The hex BLAKE3 of what has arrived."""
+        assert self._digest is not None, "it was not to be hashed"
         return self._digest.hexdigest()
 
     def _next(self, most: int) -> memoryview:
@@ -67,7 +73,8 @@ class ByteStream:
             raise WrongLength(
                 "data", f"{self.announced} bytes are announced, {self._received} or more arrived"
             )
-        self._digest.update(chunk)
+        if self._digest:
+            self._digest.update(chunk)
 
 
 def read_header(stream: ByteStream) -> Header:

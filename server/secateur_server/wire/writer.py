@@ -1,13 +1,17 @@
-"""Writes tensors as a safetensors file, piece by piece."""
+"""Writes tensors as safetensors files, piece by piece."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from blake3 import blake3
 from torch import Tensor
 
 from secateur_proto.framing import cut, file_header, tensor_bytes
+from secateur_server.devices.watch import watch
+
+Bytes = bytes | memoryview
 
 
 @dataclass(frozen=True)
@@ -23,29 +27,61 @@ class Outgoing:
     parts: Callable[[], Iterable[Tensor]]
 
 
-class StateDictWriter:
-    """A safetensors file of `tensors`, in their order."""
+@dataclass(frozen=True)
+class OutgoingFile:
+    """A file to write.  blake3: hexadecimal.  parts: gives its bytes."""
 
-    def __init__(self, tensors: dict[str, Outgoing], metadata: dict[str, str]) -> None:
-        self._tensors = tensors
-        described = [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
-        self._header = file_header(described, metadata)
-        sizes = (tensor_bytes(dtype, shape) for _, dtype, shape in described)
-        self.file_bytes = len(self._header) + sum(sizes)
+    filename: str
+    size: int
+    blake3: str
+    parts: Callable[[], Iterable[Bytes]]
 
-    def digest(self) -> str:
-        """The hex BLAKE3 of the file."""
-        digest = blake3()
-        for part in self._parts():
-            digest.update(part)
-        return digest.hexdigest()
 
-    def chunks(self) -> Iterator[bytes | memoryview]:
-        """The file, in chunks of CHUNK_BYTES."""
-        return cut(self._parts())
+def state_dict_file(
+    filename: str, tensors: Mapping[str, Outgoing], metadata: Mapping[str, str]
+) -> OutgoingFile:
+    """A safetensors file of `tensors`, in their order.
 
-    def _parts(self) -> Iterator[bytes | memoryview]:
-        yield self._header
-        for tensor in self._tensors.values():
+    Its parts are made twice: here, for the digest, and to be sent.
+    """
+    described = [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+    header = file_header(described, metadata)
+    size = len(header) + sum(tensor_bytes(dtype, shape) for _, dtype, shape in described)
+
+    def parts() -> Iterator[Bytes]:
+        yield header
+        for tensor in tensors.values():
             for part in tensor.parts():
                 yield part.view(torch.uint8).cpu().numpy().data
+
+    return OutgoingFile(filename, size, _digest(parts()), parts)
+
+
+def bytes_file(filename: str, data: bytes) -> OutgoingFile:
+    """A file of bytes."""
+    return OutgoingFile(filename, len(data), _digest([data]), lambda: [data])
+
+
+def chunks(files: Iterable[OutgoingFile]) -> Iterator[Bytes]:
+    """The files, one behind another, in chunks of CHUNK_BYTES."""
+    return cut(chain.from_iterable(file.parts() for file in files))
+
+
+def watched_parts(parts: Iterable[Bytes]) -> Iterator[Bytes]:
+    """The same bytes, in parts of which each takes well under a second.  Errors: Stopped."""
+    of_call = watch()
+    for part in parts:
+        view = memoryview(part)
+        for begin in range(0, len(view), _PART_BYTES):
+            of_call.advance(len(view[begin : begin + _PART_BYTES]))
+            yield view[begin : begin + _PART_BYTES]
+
+
+_PART_BYTES = 16 << 20
+
+
+def _digest(parts: Iterable[Bytes]) -> str:
+    digest = blake3()
+    for part in watched_parts(parts):
+        digest.update(part)
+    return digest.hexdigest()

@@ -1,0 +1,172 @@
+"""The service that keeps models."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import grpc
+from google.protobuf.empty_pb2 import Empty
+
+from secateur_proto import checkpoints_pb2 as pb
+from secateur_proto import pruner_pb2
+from secateur_proto.checkpoint_pb2 import Checkpoint
+from secateur_proto.codec import Data, Decoder, encode
+from secateur_server.devices.watch import Watch, watched
+from secateur_server.errors import CheckpointNotFound, InvalidRequest, InvalidStateDict
+from secateur_server.landing import Landing
+from secateur_server.mapped import map_model, of_blob
+from secateur_server.messages.checkpoint import checkpoint_message, file_message
+from secateur_server.messages.files import decode_file, decode_files, page_token
+from secateur_server.messages.stream import Bytes, open_request, responses
+from secateur_server.model import masks_of, packed_masks
+from secateur_server.operate.callers import owner_of
+from secateur_server.service import folded_files
+from secateur_server.sources import Sources
+from secateur_server.store.blobs import Blob
+from secateur_server.store.records import Record, StoredFile
+from secateur_server.store.store import OpenCheckpoint
+from secateur_server.wire.reader import ByteStream
+from secateur_server.wire.writer import OutgoingFile, chunks
+
+MOST_PER_PAGE = 1000
+
+
+class Checkpoints:
+    """The service secateur.v1.Checkpoints."""
+
+    def __init__(self, sources: Sources) -> None:
+        self._sources, self._store = sources, sources.store
+
+    def Upload(
+        self, request_iterator: Iterator[pb.UploadRequest | Data], context: grpc.ServicerContext
+    ) -> Checkpoint:
+        """Stores a model."""
+        first, data = open_request(request_iterator, self._sources.metrics.received)
+        header, owner = first.header, owner_of(context)
+        of_call = Watch()
+        context.add_callback(of_call.stop)
+        with watched(of_call), Landing(self._store, owner) as landing:
+            if header.uri:
+                if header.files:
+                    raise InvalidRequest("header.uri", "stands in place of files, not beside them")
+                files = self._sources.fetch(landing, header.uri)
+            else:
+                files = self._land(landing, header.files, data)
+            try:
+                blobs = [of_blob(blob) for blob in self._store.open_files("data", files)]
+                map_model(blobs, None, ({}, {}), self._sources.device)
+            except InvalidStateDict:
+                landing.abandon()
+                raise
+            return self._message(owner, landing.create(files))
+
+    def _land(
+        self, landing: Landing, files: Sequence[pb.UploadFile], data: Iterator[Bytes]
+    ) -> tuple[StoredFile, ...]:
+        """The files of an upload, which come one behind another."""
+        wanted = decode_files(files)
+        missing = sum(file.size - offset for file, offset in wanted)
+        self._store.check_size(sum(file.size for file, _ in wanted))
+        stream = ByteStream(data, missing, is_hashed=False)
+        landed = []
+        for file, offset in wanted:
+            pieces = stream.pieces(file.size - offset)
+            digest = file.blake3 or None
+            landed.append(landing.land(file.filename, file.size, pieces, digest, offset))
+        stream.finish()
+        return tuple(landed)
+
+    def QueryUpload(
+        self, request: pb.QueryUploadRequest, context: grpc.ServicerContext
+    ) -> pb.QueryUploadResponse:
+        """Says how much of some files is here."""
+        owner, sizes = owner_of(context), []
+        for index, message in enumerate(request.files):
+            file = decode_file(message, f"files[{index}]", is_digest_required=True)
+            sizes.append(self._store.held(owner, file.blake3, file.size))
+        return pb.QueryUploadResponse(committed_sizes=sizes)
+
+    def Download(
+        self, request: pb.DownloadRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.DownloadResponse | Data]:
+        """Returns a checkpoint's model."""
+        output = request.output or pruner_pb2.OUTPUT_DENSE
+        if output not in pruner_pb2.Output.values() or output == pruner_pb2.OUTPUT_NONE:
+            raise InvalidRequest("output", f"{request.output} is nothing to download")
+        of_call = Watch()
+        context.add_callback(of_call.stop)
+        with ExitStack() as held:
+            opened = held.enter_context(self._store.open(owner_of(context), request.name))
+            with watched(of_call):
+                files = self._files(opened, output)
+            size = sum(file.size for file in files)
+            result = pb.DownloadResult(files=map(file_message, files), data_bytes=size)
+            sent = self._sources.metrics.sent
+            yield from responses(pb.DownloadResponse, result, chunks(files), sent)
+
+    def _files(self, opened: OpenCheckpoint, output: int) -> list[OutgoingFile]:
+        blobs, masks = opened.files, opened.masks
+        mapped = [of_blob(blob) for blob in blobs], of_blob(masks) if masks else None
+        model, read = map_model(*mapped, ({}, {}), self._sources.device)
+        is_dense = output == pruner_pb2.OUTPUT_DENSE
+        is_changed = masks or (is_dense and model.catalog.pairs)
+        if output != pruner_pb2.OUTPUT_MASKS and not is_changed:
+            return [_as_stored(blob) for blob in blobs]
+        read(None)
+        if output == pruner_pb2.OUTPUT_MASKS:
+            return [packed_masks(masks_of(model.parameters))]
+        return folded_files(model, model.parameters) if is_dense else model.files(())
+
+    def Get(self, request: pb.GetRequest, context: grpc.ServicerContext) -> Checkpoint:
+        """Returns a checkpoint, without its data."""
+        owner = owner_of(context)
+        return self._message(owner, self._store.get(owner, request.name))
+
+    def List(self, request: pb.ListRequest, context: grpc.ServicerContext) -> pb.ListResponse:
+        """Returns a page of the caller's checkpoints."""
+        if request.page_size < 0:
+            raise InvalidRequest("page_size", f"{request.page_size} is negative")
+        owner, before = owner_of(context), page_token(request.page_token)
+        most = min(request.page_size or MOST_PER_PAGE, MOST_PER_PAGE)
+        found = self._store.page(owner, before, most + 1)
+        page = found[:most]
+        return pb.ListResponse(
+            checkpoints=[self._message(owner, record) for record in page],
+            next_page_token=page[-1].id if len(found) > most else "",
+        )
+
+    def Delete(self, request: pb.DeleteRequest, context: grpc.ServicerContext) -> Empty:
+        """Deletes a checkpoint."""
+        try:
+            self._store.delete(owner_of(context), request.name)
+        except CheckpointNotFound:
+            if not request.allow_missing:
+                raise
+        return Empty()
+
+    def _message(self, owner: str, record: Record) -> Checkpoint:
+        return checkpoint_message(record, self._store.expire_time(owner, record))
+
+
+def _as_stored(blob: Blob) -> OutgoingFile:
+    return OutgoingFile(blob.filename, len(blob.data), blob.digest, blob.blocks)
+
+
+def add_checkpoints(checkpoints: Checkpoints, server: grpc.Server) -> str:
+    """Adds the service to a server, with the codec that copies no data.  Returns: its name."""
+    name = pb.DESCRIPTOR.services_by_name["Checkpoints"].full_name
+    unary = grpc.unary_unary_rpc_method_handler
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "Upload": grpc.stream_unary_rpc_method_handler(
+            checkpoints.Upload, Decoder(pb.UploadRequest.FromString), encode
+        ),
+        "QueryUpload": unary(checkpoints.QueryUpload, pb.QueryUploadRequest.FromString, encode),
+        "Download": grpc.unary_stream_rpc_method_handler(
+            checkpoints.Download, pb.DownloadRequest.FromString, encode
+        ),
+        "Get": unary(checkpoints.Get, pb.GetRequest.FromString, encode),
+        "List": unary(checkpoints.List, pb.ListRequest.FromString, encode),
+        "Delete": unary(checkpoints.Delete, pb.DeleteRequest.FromString, encode),
+    }
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(name, handlers)])
+    return name

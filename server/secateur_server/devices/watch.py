@@ -1,0 +1,63 @@
+"""How far a call has come, and whether it is to stop: seen by all loops over pieces."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+from secateur_server.errors import Stopped
+
+
+class Watch:
+    """One call.
+
+    work_memory: bytes that it may take beside its model, as a rule; None is no bound.
+    scratch: the folder for what is larger.
+    phase: what it does: read, prune or write.  done, total: bytes of the phase; total is 0 where
+    nobody knows.  read: bytes of the model.
+    """
+
+    def __init__(self, work_memory: int | None = None, scratch: Path | None = None) -> None:
+        self.work_memory, self.scratch = work_memory, scratch
+        self.phase, self.done, self.total = "", 0, 0
+        self.read = 0
+        self._is_stopped = threading.Event()
+
+    def stop(self) -> None:
+        """The call is to end, with the next piece of any of its threads."""
+        self._is_stopped.set()
+
+    def check(self) -> None:
+        """Errors: Stopped."""
+        if self._is_stopped.is_set():
+            raise Stopped("call", "the caller has left")
+
+    def begin(self, phase: str, total: int = 0) -> None:
+        """A new phase begins."""
+        self.phase, self.done, self.total = phase, 0, total
+
+    def advance(self, count: int) -> None:
+        """Adds bytes.  Errors: Stopped."""
+        self.check()
+        self.done += count
+        if self.phase == "read":
+            self.read += count
+
+
+_current: ContextVar[Watch] = ContextVar("watch", default=Watch())  # noqa: B039 (never stopped)
+
+
+def watch() -> Watch:
+    """The watch of the call that this thread works for; else one that nobody looks at."""
+    return _current.get()
+
+
+@contextmanager
+def watched(watch: Watch) -> Iterator[None]:
+    """What this thread does in the block is seen by `watch`."""
+    token = _current.set(watch)
+    try:
+        yield
+    finally:
+        _current.reset(token)

@@ -1,0 +1,1 @@
+"""Checkpoints on the server's disk: files under their digests, and records of who owns what."""

@@ -1,0 +1,148 @@
+"""Files under their digests: written once, checked whenever they are read.
+
+A blob is BLAKE3 -> bytes. Beside it lie its sums, the BLAKE3 of each block of 1 MiB, so that a
+reader checks what it reads and need not read the rest. Both are on disk before anything names them.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from blake3 import blake3
+
+from secateur_server.devices.mapping import map_file
+from secateur_server.durable import full_disk, sync_folder
+from secateur_server.errors import DataLoss, quote
+
+BLOCK = 1 << 20
+_SUM_BYTES = 32
+
+
+def sums_bytes(size: int) -> int:
+    """Bytes of the sums of a blob of `size` bytes."""
+    return -(-size // BLOCK) * _SUM_BYTES
+
+
+class Part:
+    """A file on its way into the store, in a folder of such files.  Errors: StoreFull."""
+
+    def __init__(self, path: Path) -> None:
+        self.size = 0
+        self._path = path
+        self._whole, self._block, self._sums = blake3(), blake3(), bytearray()
+        with full_disk():
+            self._file = path.open("xb", buffering=0)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Appends `data`."""
+        view = memoryview(data)
+        self._whole.update(view)
+        while view:
+            with full_disk():
+                count = self._file.write(view[: BLOCK - self.size % BLOCK])
+            self._block.update(view[:count])
+            self.size += count
+            view = view[count:]
+            if self.size % BLOCK == 0:
+                self._end_block()
+
+    def _end_block(self) -> None:
+        self._sums += self._block.digest()
+        self._block = blake3()
+
+    def digest(self) -> str:
+        """The hex BLAKE3 of what was written."""
+        return self._whole.hexdigest()
+
+    def finish(self, blobs: Path) -> str:
+        """Makes it a blob of the folder `blobs`, on disk.  Returns: its digest."""
+        if self.size % BLOCK:
+            self._end_block()
+        target = blobs / self.digest()
+        sums = self._path.with_suffix(".sums")
+        try:
+            with full_disk():
+                with sums.open("wb") as file:
+                    file.write(self._sums)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.fsync(self._file.fileno())
+                os.replace(sums, sums_path(target))
+                os.replace(self._path, target)
+                sync_folder(blobs)
+        finally:
+            self._file.close()
+            for path in (sums, self._path):
+                with suppress(FileNotFoundError):
+                    path.unlink()
+        return target.name
+
+    def discard(self) -> None:
+        """Leaves nothing of it."""
+        self._file.close()
+        with suppress(FileNotFoundError):
+            self._path.unlink()
+
+
+def sums_path(blob: Path) -> Path:
+    """Where the sums of a blob lie."""
+    return blob.with_name(f"{blob.name}.sums")
+
+
+def remove_blob(blob: Path) -> None:
+    """Removes a blob. Who has opened it goes on reading."""
+    for path in (blob, sums_path(blob)):
+        with suppress(FileNotFoundError):
+            path.unlink()
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A blob that is open to be read.
+
+    of: what it belongs to, for errors.  data: the file in mapped memory; what is written there
+    stays in this process.  damaged: is called where the blob is not what was stored.
+    """
+
+    of: str
+    filename: str
+    digest: str
+    data: memoryview
+    sums: bytes
+    damaged: Callable[[], None]
+
+    def check(self, block: int) -> None:
+        """Checks a block of BLOCK bytes.  Errors: DataLoss."""
+        found = blake3(self.data[block * BLOCK : (block + 1) * BLOCK]).digest()
+        if found != self.sums[block * _SUM_BYTES : (block + 1) * _SUM_BYTES]:
+            self.damaged()
+            raise _lost(self.of, self.filename, f"differs in the bytes from {block * BLOCK} on")
+
+    def blocks(self) -> Iterator[bytes]:
+        """The bytes of the file, each checked, and not looked at again."""
+        for block in range(len(self.sums) // _SUM_BYTES):
+            read = bytes(self.data[block * BLOCK : (block + 1) * BLOCK])
+            if blake3(read).digest() != self.sums[block * _SUM_BYTES :][:_SUM_BYTES]:
+                self.check(block)
+            yield read
+
+
+def open_blob(path: Path, size: int, of: str, filename: str, damaged: Callable[[], None]) -> Blob:
+    """Opens a blob of `size` bytes.  Errors: DataLoss."""
+    try:
+        with path.open("rb") as file:
+            data = map_file(file.fileno())
+        sums = sums_path(path).read_bytes()
+    except OSError as error:
+        damaged()
+        raise _lost(of, filename, f"cannot be read: {error.strerror}") from None
+    if len(data) != size or len(sums) != sums_bytes(size):
+        damaged()
+        raise _lost(of, filename, f"has {len(data)} bytes, stored were {size}")
+    return Blob(of, filename, path.name, data, sums, damaged)
+
+
+def _lost(of: str, filename: str, what: str) -> DataLoss:
+    return DataLoss(of, f"is not what was stored: its file {quote(filename)} {what}")

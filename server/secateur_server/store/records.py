@@ -1,0 +1,73 @@
+"""What a checkpoint is, as a file of JSON that holds its own digest."""
+
+import json
+import secrets
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from blake3 import blake3
+
+from secateur_server.durable import write_whole
+from secateur_server.errors import DataLoss
+
+PREFIX = "checkpoints/"
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file of a checkpoint.  blake3: hexadecimal, the name of its blob."""
+
+    filename: str
+    size: int
+    blake3: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """A checkpoint.
+
+    create_time: nanoseconds since 1970.  files: the weights, in the order of the upload.
+    masks: a safetensors file of bits, for each tensor that was pruned here.
+    """
+
+    id: str
+    create_time: int
+    files: tuple[StoredFile, ...]
+    masks: StoredFile | None
+
+    @property
+    def name(self) -> str:
+        """Its name, as callers know it."""
+        return PREFIX + self.id
+
+    def blobs(self) -> list[StoredFile]:
+        """All that it needs."""
+        return [*self.files, *([self.masks] if self.masks else [])]
+
+
+def new_record(files: tuple[StoredFile, ...], masks: StoredFile | None) -> Record:
+    """A record of a name that nobody can guess; later ones sort behind."""
+    now = time.time_ns()
+    return Record(f"{now:016x}{secrets.token_hex(8)}", now, files, masks)
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """Puts a record on disk.  Errors: StoreFull."""
+    text = json.dumps(asdict(record), separators=(",", ":"))
+    digest = blake3(text.encode()).hexdigest()
+    write_whole(folder / f"{record.id}.json", f"{digest}\n{text}\n".encode())
+
+
+def read_record(path: Path) -> Record:
+    """Reads a record.  Errors: DataLoss."""
+    try:
+        digest, text, _ = path.read_bytes().split(b"\n")
+        if blake3(text).hexdigest().encode() != digest:
+            raise ValueError
+        fields = json.loads(text)
+        masks = StoredFile(**fields["masks"]) if fields["masks"] else None
+        files = tuple(StoredFile(**file) for file in fields["files"])
+        return Record(fields["id"], fields["create_time"], files, masks)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataLoss(PREFIX + path.stem, "is not what was stored: its record differs") from None

@@ -1,0 +1,1 @@
+"""Opens and writes what callers name by URI, where the operator has listed it."""

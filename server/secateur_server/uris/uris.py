@@ -1,0 +1,106 @@
+"""Which URIs are allowed, and what each kind of them is."""
+
+import posixpath
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from urllib.parse import quote as urlquote
+from urllib.parse import unquote
+
+from secateur_server.errors import UriNotAllowed, quote
+from secateur_server.uris.local import LocalFile, LocalTarget
+from secateur_server.uris.remote import RemoteFile, RemoteTarget
+from secateur_server.wire.index import SUFFIX, weight_map_of
+from secateur_server.wire.mapped import MappedFile
+from secateur_server.wire.writer import OutgoingFile, watched_parts
+
+LOCAL = "file://"
+
+
+class Uris:
+    """What callers may name.
+
+    paths: folders, absolute.  prefixes: of other URIs.  scratch: a folder for what is fetched.
+    """
+
+    def __init__(self, paths: Sequence[Path], prefixes: Sequence[str], scratch: Path) -> None:
+        self._paths, self._prefixes, self._scratch = paths, prefixes, scratch
+
+    def open(self, field: str, uri: str, held: ExitStack) -> "list[OpenFile]":
+        """Opens a model: a file, or an index and the shards that it names, which lie beside it.
+
+        held: closes them.
+        Errors: UriNotAllowed, UriNotFound, UriFailed, UriChanged, InvalidStateDict.
+        """
+        first = self._open(field, uri, held)
+        if not uri.endswith(SUFFIX):
+            return [first]
+        text = bytes(first.mapped.data)
+        weight_map, _ = weight_map_of(first.mapped.filename, text)
+        shards = dict.fromkeys(weight_map.values())  # distinct, in their order
+        return [*(self._open(field, _beside(field, uri, s), held) for s in shards), first]
+
+    def _open(self, field: str, uri: str, held: ExitStack) -> "OpenFile":
+        self.check(field, uri)
+        file: LocalFile | RemoteFile
+        if uri.startswith(LOCAL):
+            file = LocalFile(field, uri, self._paths)
+        else:
+            file = RemoteFile(field, uri, self._scratch)
+        held.callback(file.close)
+        return OpenFile(file, MappedFile(_name(uri), file.data))
+
+    def check(self, field: str, uri: str) -> None:
+        """Errors: UriNotAllowed."""
+        if uri.startswith(LOCAL):
+            return  # paths are checked where they are opened
+        is_plain = "://" in uri and "::" not in uri and not {"..", "."} & set(uri.split("/"))
+        is_plain = is_plain and unquote(uri) == uri and not {"?", "#", "\\"} & set(uri)
+        allowed = (prefix.rstrip("/") + "/" for prefix in self._prefixes)
+        if not is_plain or not any(uri.startswith(prefix) for prefix in allowed):
+            raise UriNotAllowed(field, f"{quote(uri)} begins with no --allow-uri of the server")
+
+    def write(self, field: str, uri: str, files: Sequence[OutgoingFile]) -> None:
+        """Writes files to a URI: all of them are there whole, or none is.
+
+        Errors: UriNotAllowed, UriNotFound, UriFailed.
+        """
+        # The index comes last, under the name that the caller gave it.
+        places = [*(_beside(field, uri, file.filename) for file in files[:-1]), uri]
+        with ExitStack() as targets:
+            opened = []
+            for place in places:
+                target = self._target(field, place)
+                targets.callback(target.discard)
+                opened.append(target)
+            for target, file in zip(opened, files, strict=True):
+                target.write(watched_parts(file.parts()))
+            for target in opened:
+                target.commit()
+
+    def _target(self, field: str, uri: str) -> LocalTarget | RemoteTarget:
+        self.check(field, uri)
+        if uri.startswith(LOCAL):
+            return LocalTarget(field, uri, self._paths)
+        return RemoteTarget(field, uri)
+
+
+class OpenFile:
+    """A file that is open to be read."""
+
+    def __init__(self, file: LocalFile | RemoteFile, mapped: MappedFile) -> None:
+        self.mapped = mapped
+        self.check_unchanged = file.check_unchanged
+
+
+def _name(uri: str) -> str:
+    name = posixpath.basename(uri)
+    return unquote(name) if uri.startswith(LOCAL) else name
+
+
+def _beside(field: str, uri: str, filename: str) -> str:
+    """The URI of a shard, which must lie beside its index.  Errors: UriNotAllowed."""
+    if "/" in filename or filename in ("", ".", ".."):
+        raise UriNotAllowed(field, f"the index names {quote(filename)}, which is not beside it")
+    name = urlquote(filename) if uri.startswith(LOCAL) else filename
+    return f"{uri.rpartition('/')[0]}/{name}"

@@ -1,0 +1,126 @@
+"""Reads a safetensors file that lies in mapped memory: its tensors stay where they are."""
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from secateur_server.devices import passes_of
+from secateur_server.devices.passes import BITS
+from secateur_server.devices.watch import watch
+from secateur_server.errors import MalformedFile
+from secateur_server.wire.header import (
+    MIN_FILE_BYTES,
+    Entry,
+    Header,
+    header_length,
+    parse_header,
+)
+from secateur_server.wire.tensors import TORCH_DTYPES, WireTensor
+
+# What is read at once; an element of an aligned tensor is in one block.
+BLOCK = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class MappedFile:
+    """A file.
+
+    filename: without a folder.  data: all of it, in mapped memory.
+    check: raises where a block of BLOCK bytes, by its number, is not what it should be.
+    """
+
+    filename: str
+    data: memoryview
+    check: Callable[[int], None] = lambda block: None
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks it has."""
+        return -(-len(self.data) // BLOCK)
+
+
+def map_header(file: MappedFile) -> tuple[Header, int]:
+    """The head of a file, and where the data behind it begins.  Errors: MalformedFile."""
+    if len(file.data) < MIN_FILE_BYTES:
+        raise MalformedFile("data", f"{len(file.data)} bytes are no safetensors file")
+    file.check(0)
+    length = header_length(bytes(file.data[:8]), len(file.data))
+    for block in range(1, -(-(8 + length) // BLOCK)):
+        file.check(block)
+    text = bytes(file.data[8 : 8 + length])
+    return parse_header(text, len(file.data) - 8 - length), 8 + length
+
+
+def map_tensors(
+    file: MappedFile, entries: Iterable[Entry], base: int, device: torch.device
+) -> dict[str, WireTensor]:
+    """The tensors of `entries`, on the file's own memory where the device is a CPU.
+
+    base: where the data begins.  One pass over their blocks checks them, and finds the extremes.
+    """
+    spans = _Spans([entry for entry in entries if entry.end > entry.begin], base)
+    passes = passes_of(torch.device("cpu"))
+    data = torch.frombuffer(file.data, dtype=torch.uint8)
+    of_call = watch()
+
+    def scan(block: int) -> list[tuple[str, tuple[int, int]]]:
+        file.check(block)
+        begin, end = block * BLOCK, min((block + 1) * BLOCK, len(data))
+        found = []
+        for name, dtype, first, last in spans.within(begin, end):
+            found.append((name, passes.extremes(data[first:last].view(dtype))))
+        of_call.advance(end - begin)
+        return found
+
+    extremes: dict[str, list[tuple[int, int]]] = {}
+    for of_block in passes.each(scan, spans.blocks()):
+        for name, found in of_block:
+            extremes.setdefault(name, []).append(found)
+    return {
+        entry.name: _tensor(entry, data, base, extremes.get(entry.name), device)
+        for entry in entries
+    }
+
+
+class _Spans:
+    """Where tensors lie in a file."""
+
+    def __init__(self, entries: list[Entry], base: int) -> None:
+        self._entries = sorted(entries, key=lambda entry: entry.begin)
+        self._begins = [base + entry.begin for entry in self._entries]
+        self._base = base
+
+    def blocks(self) -> list[int]:
+        """The blocks that have a part of any tensor."""
+        found: set[int] = set()
+        for begin, entry in zip(self._begins, self._entries, strict=True):
+            found.update(range(begin // BLOCK, -(-(self._base + entry.end) // BLOCK)))
+        return sorted(found)
+
+    def within(self, begin: int, end: int) -> Iterable[tuple[str, torch.dtype, int, int]]:
+        """The floating tensors in [begin, end), with where the part begins and ends."""
+        index = max(0, bisect_right(self._begins, begin) - 1)
+        while index < len(self._entries) and self._begins[index] < end:
+            entry, dtype = self._entries[index], TORCH_DTYPES.get(self._entries[index].dtype)
+            first = max(begin, self._begins[index])
+            last = min(end, self._base + entry.end)
+            if dtype in BITS and self._begins[index] % dtype.itemsize == 0 and first < last:
+                yield entry.name, dtype, first, last
+            index += 1
+
+
+def _tensor(
+    entry: Entry,
+    data: torch.Tensor,
+    base: int,
+    found: list[tuple[int, int]] | None,
+    device: torch.device,
+) -> WireTensor:
+    known = (min(low for low, _ in found), max(high for _, high in found)) if found else None
+    part = data[base + entry.begin : base + entry.end]
+    dtype = TORCH_DTYPES.get(entry.dtype)
+    if dtype is not None and (base + entry.begin) % dtype.itemsize:
+        part = part.clone()  # torch has no tensor whose elements are not aligned
+    return WireTensor(entry.dtype, entry.shape, part.to(device), known)
