@@ -11,11 +11,14 @@ What is pruned and how is a spec: the functions named as those of torch.nn.utils
 and `+` puts one behind another. torch is needed for modules and .pt files only.
 """
 
+from secateur.checkpoint import Checkpoint, File
 from secateur.client import Client
 from secateur.embedded import embedded
 from secateur.errors import (
+    Aborted,
     Cancelled,
     CheckpointNotFound,
+    DataLoss,
     DeadlineExceeded,
     InvalidRequest,
     InvalidSpec,
@@ -25,8 +28,10 @@ from secateur.errors import (
     SecateurError,
     ServerBusy,
     ServerError,
+    StoreFull,
     Unauthenticated,
     Unavailable,
+    UriError,
 )
 from secateur.report import Choice, Report, TensorReport
 from secateur.result import FinalizeResult, PruneResult
@@ -43,11 +48,15 @@ from secateur.spec import (
 )
 
 __all__ = [
+    "Aborted",
     "Cancelled",
+    "Checkpoint",
     "CheckpointNotFound",
     "Choice",
     "Client",
+    "DataLoss",
     "DeadlineExceeded",
+    "File",
     "FinalizeResult",
     "InvalidRequest",
     "InvalidSpec",
@@ -60,9 +69,11 @@ __all__ = [
     "ServerBusy",
     "ServerError",
     "Spec",
+    "StoreFull",
     "TensorReport",
     "Unauthenticated",
     "Unavailable",
+    "UriError",
     "custom_from_mask",
     "embedded",
     "global_unstructured",

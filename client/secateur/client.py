@@ -1,23 +1,26 @@
 """The client: sends a model, and gives back what the server makes of it."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
 
-from secateur.errors import InvalidSpec, SecateurError
-from secateur.progress import Progress, show_progress
+from secateur.channel import Rpcs, Tls, open_channel
+from secateur.checkpoint import Checkpoint, decode_checkpoint, place_of
+from secateur.download import save_answer
+from secateur.errors import InvalidSpec, InvalidStateDict, SecateurError
+from secateur.progress import Progress, show_progress, show_work
 from secateur.report import Report, decode_report
 from secateur.result import FinalizeResult, PruneResult
-from secateur.source import read_source
+from secateur.source import Source, read_source
 from secateur.spec import Spec, patterns
-from secateur.tensors import LocalTensor
-from secateur.transfer import Upload, errors_of, receive
+from secateur.transfer import Received, Upload, errors_of, receive
+from secateur.upload import Sending, files_of
+from secateur_proto import checkpoints_pb2
 from secateur_proto import pruner_pb2 as pb
-from secateur_proto.codec import Decoder, encode
 from secateur_proto.framing import CHUNK_BYTES
 
 _OUTPUTS = {
@@ -26,14 +29,7 @@ _OUTPUTS = {
     "dense": pb.OUTPUT_DENSE,
     "none": pb.OUTPUT_NONE,
 }
-_METHOD = f"/{pb.DESCRIPTOR.services_by_name['Pruner'].full_name}/"
-_OPTIONS = (
-    # Chunks are 1 MiB; a report grows with the number of tensors.
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-)
 
-Tls = bool | str | os.PathLike[str] | grpc.ChannelCredentials | None
 Patterns = str | Sequence[str] | None
 
 
@@ -43,6 +39,12 @@ class Client:
     address: HOST:PORT or unix:PATH.  token: sent with every call.
     tls: True, the path of a PEM file of authorities to trust, or credentials of grpc's.
     timeout: seconds for each call.  channel: to use instead of an address; it is left open.
+
+    A source is a torch.nn.Module; a mapping of tensors or arrays; the path of a .safetensors, .pt
+    or .pth file, or of a model in shards: its index, or the folder; a Checkpoint; or a URI, which
+    the server opens.
+    progress: None shows a bar on a terminal, True always, False never; a function is called with
+    the bytes sent and their total, or, of what the server works on, with parts of 1000.
 
     Every method raises SecateurError: see secateur.errors for the kinds.
     """
@@ -55,96 +57,202 @@ class Client:
         timeout: float | None = None,
         channel: grpc.Channel | None = None,
     ) -> None:
-        self._channel = channel or _open_channel(address, tls)
+        self._channel = channel or open_channel(address, tls)
         self._is_owner = channel is None
-        self._prune = self._channel.stream_stream(
-            _METHOD + "Prune", encode, Decoder(pb.PruneResponse.FromString)
-        )
-        self._report = self._channel.stream_unary(
-            _METHOD + "Report", encode, pb.ReportResponse.FromString
-        )
-        self._prune_small = self._channel.unary_unary(
-            _METHOD + "Prune", encode, Decoder(pb.PruneResponse.FromString)
-        )
-        self._finalize = self._channel.stream_stream(
-            _METHOD + "Finalize", encode, Decoder(pb.FinalizeResponse.FromString)
-        )
         self._timeout = timeout
-        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._rpcs = Rpcs(self._channel, metadata)
 
     def prune(
-        self, source: Any, spec: Spec, output: str = "masks", progress: Progress = None
+        self,
+        source: Any,
+        spec: Spec,
+        output: str = "masks",
+        progress: Progress = None,
+        keep: bool = False,
+        destination: str | None = None,
     ) -> PruneResult:
         """Prunes a model by a spec.
 
-        source: a torch.nn.Module, of which the parameters are sent; a mapping of tensors or
-            arrays; or the path of a .safetensors, .pt or .pth file.
+        source: of a Module the parameters are sent, and not the buffers.
         output: what comes over the wire: "masks" (of one bit an element), "reparametrized",
             "dense", or "none" for the report alone.
-        progress: None shows a bar on a terminal, True always, False never; a function is called
-            with the bytes sent and their total.
+        keep: whether the server keeps the result: it is then the result's checkpoint. What the
+            server has already of the source is not sent again.
+        destination: a URI to which the server writes the output, in place of sending it.
         """
         if output not in _OUTPUTS:
             raise SecateurError(f"output={output!r} is none of {', '.join(_OUTPUTS)}")
         if not isinstance(spec, Spec):
             raise InvalidSpec(f"a spec is what secateur's methods make, not {type(spec).__name__}")
         model = read_source(source)
+        if keep and model.is_here:
+            return self._prune_kept(model, spec, output, progress, destination)
+        place = place_of(source)
         sent = {n: t for n, t in model.tensors.items() if n in model.parameters}
         message, arrays = spec.encode(model.tensors)
-        upload = Upload({**sent, **arrays}, model.metadata)
-        header = pb.PruneHeader(data_bytes=upload.file_bytes, spec=message, output=_OUTPUTS[output])
-        with show_progress(progress, upload.file_bytes) as sending:
-            messages = upload.messages(pb.PruneRequest, header, sending)
-            if upload.file_bytes <= CHUNK_BYTES and output in ("masks", "none"):
-                # One message each way, by the protocol: grpc is faster where it knows that.
-                with errors_of(upload):
-                    answer = self._prune_small(next(messages), self._timeout, self._metadata)
-                result, received = receive([answer])
-            else:
-                result, received = self._stream(self._prune, messages, upload)
+        upload = Upload({**sent, **arrays}, model.metadata, is_file=not place)
+        header = pb.PruneHeader(
+            data_bytes=upload.file_bytes,
+            spec=message,
+            output=_OUTPUTS[output],
+            keep=keep,
+            destination_uri=destination or "",
+            **place,
+        )
+        if not place and upload.file_bytes <= CHUNK_BYTES and output in ("masks", "none"):
+            result, received = self._prune_small(upload, header, progress)
+        else:
+            call = self._stream(self._rpcs.prune, pb.PruneRequest, header, upload, progress)
+            result, received = call
         if output in ("dense", "reparametrized"):
-            received |= {n: t for n, t in model.tensors.items() if n not in model.parameters}
-        return PruneResult(decode_report(result.report), model, output, received)
+            rest = {n: t for n, t in model.tensors.items() if n not in model.parameters}
+            received.tensors.update(rest)
+        kept = decode_checkpoint(result.checkpoint) if keep else None
+        return PruneResult(decode_report(result.report), model, output, received, kept)
+
+    def _prune_small(
+        self, upload: Upload, header: pb.PruneHeader, progress: Progress
+    ) -> tuple[Any, Received]:
+        """One message each way, by the protocol: grpc is faster where it knows that."""
+        with show_progress(progress, upload.file_bytes) as sending, errors_of(upload):
+            message = next(upload.messages(pb.PruneRequest, header, sending))
+            return receive([self._rpcs.prune_small(message, timeout=self._timeout)])
+
+    def _prune_kept(
+        self,
+        model: Source,
+        spec: Spec,
+        output: str,
+        progress: Progress,
+        destination: str | None,
+    ) -> PruneResult:
+        """Sends what the server does not have of a model, and prunes it there."""
+        of_parameters = model.only_parameters()
+        spec = spec.among(model.prunable()) if of_parameters is not model else spec
+        uploaded = self.upload(of_parameters, progress)
+        try:
+            result = self.prune(uploaded, spec, output, progress, True, destination)
+        finally:
+            self.delete(uploaded)  # the result stands on the same weights
+        return result.of(model)
 
     def report(self, source: Any, tensors: Patterns = None, progress: Progress = None) -> Report:
         """Measures how sparse a model is, and where.
 
         tensors: names and globs; None is every floating tensor.
         """
-        model = read_source(source)
-        upload = Upload(model.tensors, model.metadata)
+        model, place = read_source(source), place_of(source)
+        upload = Upload(model.tensors, model.metadata, is_file=not place)
         header = pb.ReportHeader(
-            data_bytes=upload.file_bytes, tensors=[] if tensors is None else patterns(tensors)
+            data_bytes=upload.file_bytes,
+            tensors=[] if tensors is None else patterns(tensors),
+            **place,
         )
         with show_progress(progress, upload.file_bytes) as sending:
             messages = upload.messages(pb.ReportRequest, header, sending)
-            call = self._report.future(messages, self._timeout, self._metadata)
+            call = self._rpcs.report.future(messages, timeout=self._timeout)
             with errors_of(upload, call):
                 return decode_report(call.result().report)
 
     def finalize(
-        self, source: Any, tensors: Patterns = None, progress: Progress = None
+        self,
+        source: Any,
+        tensors: Patterns = None,
+        progress: Progress = None,
+        destination: str | None = None,
     ) -> FinalizeResult:
         """Makes pruning permanent: each pair X_orig, X_mask becomes X.
 
-        tensors: names and globs of what to fold; None is all.  As torch.nn.utils.prune.remove.
+        tensors: names and globs of what to fold; None is all.  destination: as of prune.
+        As torch.nn.utils.prune.remove.
         """
-        model = read_source(source)
-        upload = Upload(model.tensors, model.metadata)
+        model, place = read_source(source), place_of(source)
+        upload = Upload(model.tensors, model.metadata, is_file=not place)
         header = pb.FinalizeHeader(
-            data_bytes=upload.file_bytes, tensors=[] if tensors is None else patterns(tensors)
+            data_bytes=upload.file_bytes,
+            tensors=[] if tensors is None else patterns(tensors),
+            destination_uri=destination or "",
+            **place,
         )
-        with show_progress(progress, upload.file_bytes) as sending:
-            messages = upload.messages(pb.FinalizeRequest, header, sending)
-            result, received = self._stream(self._finalize, messages, upload)
+        call = self._stream(self._rpcs.finalize, pb.FinalizeRequest, header, upload, progress)
+        result, received = call
         return FinalizeResult(decode_report(result.report), model, received)
 
     def _stream(
-        self, rpc: Any, messages: Iterator[Any], upload: Upload
-    ) -> tuple[Any, dict[str, LocalTensor]]:
-        call = rpc(messages, self._timeout, self._metadata)
-        with errors_of(upload, call):
-            return receive(call)
+        self, rpc: Any, make: Callable[..., Any], header: Any, upload: Upload, progress: Progress
+    ) -> tuple[Any, Received]:
+        """A call that carries its model, or one on what the server opens."""
+        if not header.WhichOneof("source"):
+            with show_progress(progress, upload.file_bytes) as sending:
+                call = rpc(upload.messages(make, header, sending), timeout=self._timeout)
+                with errors_of(upload, call):
+                    return receive(call)
+        with show_work(progress) as working:
+            call = rpc(upload.messages(make, header, lambda count: None), timeout=self._timeout)
+            with errors_of(upload, call):
+                return receive(call, working)
+
+    def upload(self, source: Any, progress: Progress = None) -> Checkpoint:
+        """Stores a model on the server, where it stays until it is deleted, or has to make room.
+
+        Files that the server has from this caller are not sent, and an upload that breaks goes on
+        from where it was, within the timeout.
+        """
+        if "uri" in (place := place_of(source)):
+            header = checkpoints_pb2.UploadHeader(uri=place["uri"])
+            request = iter([checkpoints_pb2.UploadRequest(header=header)])
+            with errors_of(None):
+                return decode_checkpoint(self._rpcs.upload(request, timeout=self._timeout))
+        model = read_source(source)
+        if not model.is_here:
+            raise InvalidStateDict("a checkpoint is on the server already")
+        files = files_of(model)
+        sending = Sending(self._rpcs.query_upload, self._rpcs.upload, self._timeout)
+        with show_progress(progress, sum(file.size for file in files)) as shown:
+            return sending.send(files, shown)
+
+    def download(
+        self,
+        checkpoint: Checkpoint,
+        path: str | os.PathLike[str],
+        output: str = "dense",
+        progress: Progress = None,
+    ) -> None:
+        """Writes a checkpoint to a .safetensors file, or its shards to a folder.
+
+        output: as of prune, but for "none". What was never pruned comes as it was uploaded.
+        """
+        if output not in _OUTPUTS:
+            raise SecateurError(f"output={output!r} is none of {', '.join(_OUTPUTS)}")
+        request = checkpoints_pb2.DownloadRequest(name=checkpoint.name, output=_OUTPUTS[output])
+        call = self._rpcs.download(request, timeout=self._timeout)
+        with errors_of(None, call):
+            save_answer(call, Path(path), progress)
+
+    def checkpoint(self, name: str) -> Checkpoint:
+        """A checkpoint by its name.  Errors: CheckpointNotFound."""
+        with errors_of(None):
+            request = checkpoints_pb2.GetRequest(name=name)
+            return decode_checkpoint(self._rpcs.get(request, timeout=self._timeout))
+
+    def checkpoints(self) -> Iterator[Checkpoint]:
+        """All checkpoints of this caller, the newest first; asked for page by page."""
+        token = ""
+        while True:
+            with errors_of(None):
+                request = checkpoints_pb2.ListRequest(page_token=token)
+                page = self._rpcs.list(request, timeout=self._timeout)
+            yield from map(decode_checkpoint, page.checkpoints)
+            token = page.next_page_token
+            if not token:
+                return
+
+    def delete(self, checkpoint: Checkpoint) -> None:
+        """Deletes a checkpoint.  Errors: CheckpointNotFound."""
+        with errors_of(None):
+            request = checkpoints_pb2.DeleteRequest(name=checkpoint.name)
+            self._rpcs.delete(request, timeout=self._timeout)
 
     def close(self) -> None:
         """Closes the connection."""
@@ -161,15 +269,3 @@ class Client:
         at: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _open_channel(address: str | None, tls: Tls) -> grpc.Channel:
-    if address is None:
-        raise ValueError("give an address, or a channel")
-    if tls is None or tls is False:
-        return grpc.insecure_channel(address, _OPTIONS)
-    if isinstance(tls, str | os.PathLike):
-        tls = grpc.ssl_channel_credentials(Path(tls).read_bytes())
-    elif tls is True:
-        tls = grpc.ssl_channel_credentials()
-    return grpc.secure_channel(address, tls, _OPTIONS)

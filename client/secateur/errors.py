@@ -12,6 +12,10 @@ SecateurError
     Unauthenticated         no token, or a wrong one
     PermissionDenied        the token's owner may not do that
     CheckpointNotFound      the server has no such checkpoint
+    StoreFull               the server has no room for another checkpoint
+    DataLoss                a checkpoint is not what was stored, or data did not arrive as sent
+    Aborted                 somebody else was at it; worth a retry
+    UriError                the server cannot open, read or write a URI
     ServerError             a defect of the server; its log has the details
 """
 
@@ -72,6 +76,22 @@ class CheckpointNotFound(SecateurError):
     """The server has no such checkpoint."""
 
 
+class StoreFull(SecateurError):
+    """The server has no room for another checkpoint."""
+
+
+class DataLoss(SecateurError):
+    """A checkpoint is not what was stored, or data did not arrive as it was sent."""
+
+
+class Aborted(SecateurError):
+    """Somebody else was at the same thing: the same upload, or the file while it was read."""
+
+
+class UriError(SecateurError):
+    """The server cannot open, read or write a URI."""
+
+
 class ServerError(SecateurError):
     """A defect of the server; its log has the details."""
 
@@ -80,6 +100,9 @@ _BY_REASON = {
     "INVALID_SPEC": InvalidSpec,
     "INVALID_STATE_DICT": InvalidStateDict,
     "MODEL_TOO_LARGE": ModelTooLarge,
+    "STORE_FULL": StoreFull,
+    "URI_NOT_FOUND": UriError,
+    "URI_FAILED": UriError,
 }
 _BY_STATUS = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
@@ -90,6 +113,8 @@ _BY_STATUS = {
     grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
     grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
     grpc.StatusCode.NOT_FOUND: CheckpointNotFound,
+    grpc.StatusCode.DATA_LOSS: DataLoss,
+    grpc.StatusCode.ABORTED: Aborted,
 }
 
 

@@ -3,20 +3,33 @@
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from secateur.errors import SecateurError
+from secateur.shards import SUFFIX, Index
 from secateur.tensors import LocalTensor, to_value
 from secateur_proto.framing import file_header
 
 
-def save(path: Path, tensors: Mapping[str, LocalTensor], metadata: Mapping[str, str]) -> None:
-    """Writes tensors as .safetensors, .pt or .pth.  Errors: SecateurError."""
+def save(
+    path: Path,
+    tensors: Mapping[str, LocalTensor],
+    metadata: Mapping[str, str],
+    index: Index | None = None,
+    before: Mapping[str, LocalTensor] | None = None,
+) -> None:
+    """Writes tensors as .safetensors, .pt or .pth; those of `index` as shards, into a folder.
+
+    before: what the model was, of which the index tells.  Errors: SecateurError.
+    """
     check_writable(path)
     try:
-        with _replacing(path) as file:
+        if path.is_dir() or path.name.endswith(SUFFIX):
+            _save_shards(path, tensors, index, tensors if before is None else before)
+            return
+        with replacing(path) as file:
             if path.suffix == ".safetensors":
                 _write_safetensors(file, tensors, metadata)
             else:
@@ -27,10 +40,29 @@ def save(path: Path, tensors: Mapping[str, LocalTensor], metadata: Mapping[str, 
 
 def check_writable(path: Path) -> None:
     """Refuses early what `save` would refuse.  Errors: SecateurError."""
+    if path.is_dir() or path.name.endswith(SUFFIX):
+        return
     if path.suffix not in (".safetensors", ".pt", ".pth"):
-        raise SecateurError(f"{path}: neither .safetensors nor .pt nor .pth")
+        raise SecateurError(f"{path}: neither .safetensors nor .pt nor .pth, nor a folder")
     if not path.absolute().parent.is_dir():
         raise SecateurError(f"{path}: there is no such folder")
+
+
+def _save_shards(
+    path: Path,
+    tensors: Mapping[str, LocalTensor],
+    index: Index | None,
+    before: Mapping[str, LocalTensor],
+) -> None:
+    """Writes the same shards that a model came in, and an index, which is there last."""
+    if index is None:
+        raise SecateurError(f"{path}: the model did not come in shards; name a file")
+    path = path / f"model.safetensors{SUFFIX}" if path.is_dir() else path
+    with replacing(path) as file, ExitStack() as files:
+        file.write(index.text(tensors, before).encode())
+        for name, of_shard in index.shards(tensors).items():
+            shard = files.enter_context(replacing(path.with_name(name)))
+            _write_safetensors(shard, of_shard, index.metadata.get(name, {}))
 
 
 def _write_safetensors(
@@ -49,7 +81,7 @@ def _write_torch(file: BinaryIO, tensors: Mapping[str, LocalTensor]) -> None:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file beside `path` that takes its place when the block has ended well."""
     with tempfile.NamedTemporaryFile(
         dir=path.absolute().parent, prefix=f".{path.name}.", delete=False

@@ -1,10 +1,10 @@
-"""A bar for uploads."""
+"""A bar for uploads, and for what a server works on."""
 
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 from secateur.errors import SecateurError
 
@@ -13,8 +13,10 @@ Progress = bool | None | Callable[[int, int], None]
 
 
 @contextmanager
-def show_progress(progress: Progress, total: int) -> Iterator[Callable[[int], None]]:
-    """Shows an upload of `total` bytes. Yields what to call with the bytes of each step."""
+def show_progress(
+    progress: Progress, total: int, what: str = "upload", unit: str = "B"
+) -> Iterator[Callable[[int], None]]:
+    """Shows `what`, of `total` bytes. Yields what to call with the bytes of each step."""
     if callable(progress):
         yield _accumulated(progress, total)
         return
@@ -24,10 +26,31 @@ def show_progress(progress: Progress, total: int) -> Iterator[Callable[[int], No
     if progress or (progress is None and has_tqdm and sys.stderr.isatty()):
         from tqdm import tqdm
 
-        with tqdm(total=total, unit="B", unit_scale=True, desc="upload", leave=False) as bar:
+        with tqdm(total=total, unit=unit, unit_scale=True, desc=what, leave=False) as bar:
             yield cast(Callable[[int], None], bar.update)
     else:
         yield lambda count: None
+
+
+# What a server works on is shown in parts of all that there is to do.
+PARTS = 1000
+
+
+@contextmanager
+def show_work(progress: Progress) -> Iterator[Callable[[Any], None]]:
+    """Shows how far a server is. Yields what to call with each progress message."""
+    shown = 0
+    with show_progress(progress, PARTS, "server", "") as advance:
+
+        def working(message: Any) -> None:
+            nonlocal shown
+            parts = round(message.share * PARTS)
+            if parts > shown:
+                advance(parts - shown)
+                shown = parts
+
+        yield working
+        advance(PARTS - shown)
 
 
 def _accumulated(progress: Callable[[int, int], None], total: int) -> Callable[[int], None]:

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from secateur.checkpoint import Checkpoint
 from secateur.errors import InvalidStateDict, SecateurError
 from secateur.files import save
 from secateur.report import Report
 from secateur.source import Mask, Source, prior_mask
 from secateur.tensors import Bytes, LocalTensor, to_value
+from secateur.transfer import Received
 from secateur_proto.framing import DTYPE_BITS
 
 Tensors = Mapping[str, LocalTensor]
@@ -21,31 +23,54 @@ Tensors = Mapping[str, LocalTensor]
 class FinalizeResult:
     """A model whose pruning is permanent."""
 
-    def __init__(self, report: Report, source: Source, received: Tensors) -> None:
+    def __init__(self, report: Report, source: Source, received: Received) -> None:
         self.report = report
         self._source = source
-        self._received = received
+        self._received = received.tensors
+        self._index = source.index or received.index
 
     def state_dict(self) -> dict[str, Any]:
         """The tensors, in the source's kind: of torch, or arrays."""
         return _values(self._received, self._source)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes .safetensors, .pt or .pth. The file is there whole, or not at all."""
-        save(Path(path), self._received, self._source.metadata)
+        """Writes .safetensors, .pt or .pth, or the shards that it came in to a folder.
+
+        What is written is there whole, or not at all.
+        """
+        metadata = self._source.metadata
+        save(Path(path), self._received, metadata, self._index, self._source.tensors)
 
 
 class PruneResult:
     """What was pruned.
 
-    report: over the tensors that the spec named.
+    report: over the tensors that the spec named.  checkpoint: what was kept, where it was asked.
     """
 
-    def __init__(self, report: Report, source: Source, output: str, received: Tensors) -> None:
+    def __init__(
+        self,
+        report: Report,
+        source: Source,
+        output: str,
+        received: Received,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
         self.report = report
+        self.checkpoint = checkpoint
         self._source = source
         self._output = output
-        self._received = received
+        self._received = received.tensors
+        self._index = source.index or received.index
+
+    def of(self, source: Source) -> "PruneResult":
+        """The result of the same model, with what is here of it."""
+        whole = {n: t for n, t in source.tensors.items() if n not in source.parameters}
+        tensors = self._received
+        if self._output in ("dense", "reparametrized"):
+            tensors = {**tensors, **whole}
+        received = Received(dict(tensors), self._index)
+        return PruneResult(self.report, source, self._output, received, self.checkpoint)
 
     @cached_property
     def masks(self) -> dict[str, Any]:
@@ -68,12 +93,14 @@ class PruneResult:
         return _values(self._tensors(form), self._source)
 
     def save(self, path: str | os.PathLike[str], form: str = "dense") -> None:
-        """Writes the pruned model as .safetensors, .pt or .pth: there whole, or not at all.
+        """Writes the pruned model as .safetensors, .pt or .pth, or its shards to a folder.
 
+        What is written is there whole, or not at all.
         form: as of state_dict, or "masks": bits, as the wire has them.
         """
+        index = None if form == "masks" else self._index
         metadata = {} if form == "masks" else self._source.metadata
-        save(Path(path), self._tensors(form), metadata)
+        save(Path(path), self._tensors(form), metadata, index, self._source.tensors)
 
     def apply_to(self, module: Any) -> None:
         """Prunes a torch.nn.Module as torch.nn.utils.prune does, so that its functions go on.
@@ -117,6 +144,10 @@ class PruneResult:
             return self._received
         if form == "masks":
             return {name: _packed(mask) for name, mask in self._flat_masks.items()}
+        if not self._source.is_here:
+            raise SecateurError(
+                f"the weights are on the server: ask for output={form!r}, or download them"
+            )
         return dict(_pruned_tensors(self._source, self._flat_masks, form == "dense"))
 
 

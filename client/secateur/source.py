@@ -5,14 +5,16 @@ import mmap
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from secateur.checkpoint import place_of
 from secateur.errors import InvalidStateDict
+from secateur.shards import SUFFIX, Index, index_path, read_shards
 from secateur.tensors import LocalTensor, from_value, is_text, parse_file
 
 Mask = npt.NDArray[np.bool_]
@@ -25,12 +27,17 @@ class Source:
     tensors: in the state_dict's order.  parameters: the names that a Prune may send; of a Module
     its buffers are none, as torch.nn.utils.prune prunes parameters only.
     as_torch: whether results are tensors of torch, or arrays.
+    paths: the safetensors files that it is read from, and their index.
+    index: of a model in shards.  is_here: False for one that only the server has.
     """
 
     tensors: Mapping[str, LocalTensor]
     parameters: frozenset[str]
     as_torch: bool
     metadata: Mapping[str, str] = field(default_factory=dict)
+    paths: tuple[Path, ...] = ()
+    index: Index | None = None
+    is_here: bool = True
 
     def pairs(self) -> dict[str, str]:
         """From each X whose pair X_orig, X_mask is here to the name of its mask."""
@@ -41,6 +48,13 @@ class Source:
         )
         bases = (name.removesuffix("_orig") for name in origs)
         return {base: f"{base}_mask" for base in bases if f"{base}_mask" in self.parameters}
+
+    def only_parameters(self) -> "Source":
+        """The source without what a Prune may not send; itself, where that is nothing."""
+        if self.parameters >= self.tensors.keys():
+            return self
+        tensors = {n: t for n, t in self.tensors.items() if n in self.parameters}
+        return replace(self, tensors=tensors)
 
     def prunable(self) -> dict[str, LocalTensor]:
         """The floating parameters; a pair is its X, with the values of X_orig."""
@@ -67,12 +81,13 @@ def read_source(source: Any) -> Source:
         return _from_module(source)
     if isinstance(source, Mapping):
         return _from_mapping(source)
+    if place_of(source):
+        return Source({}, frozenset(), _has_torch(), is_here=False)
     if isinstance(source, str | os.PathLike):
-        if "://" in str(source):
-            raise InvalidStateDict(f"{source}: this version opens no URIs")
         return _from_path(Path(source))
     raise InvalidStateDict(
-        f"a source is a Module, a mapping of tensors or a path, not {type(source).__name__}"
+        "a source is a Module, a mapping of tensors, a path, a URI or a Checkpoint, "
+        f"not {type(source).__name__}"
     )
 
 
@@ -106,11 +121,31 @@ def _from_module(module: Any) -> Source:
 def _from_path(path: Path) -> Source:
     if path.suffix in (".pt", ".pth"):
         return _from_mapping(_load_torch(path))
+    index = index_path(path)
+    if index is not None:
+        tensors, shards = read_shards(index, _map_file)
+        files = (*(index.with_name(name) for name in dict.fromkeys(shards.files.values())), index)
+        return Source(tensors, frozenset(tensors), _has_torch(), {}, files, shards)
     if path.suffix != ".safetensors":
-        raise InvalidStateDict(f"{path}: neither .safetensors nor .pt nor .pth")
+        raise InvalidStateDict(
+            f"{path}: neither .safetensors nor .pt nor .pth, nor {SUFFIX} or a folder with one"
+        )
     tensors, metadata = _map_file(path)
-    as_torch = importlib.util.find_spec("torch") is not None
-    return Source(tensors, frozenset(tensors), as_torch, metadata)
+    return Source(tensors, frozenset(tensors), _has_torch(), metadata, (path,))
+
+
+def _has_torch() -> bool:
+    return importlib.util.find_spec("torch") is not None
+
+
+def map_bytes(path: Path) -> memoryview:
+    """A file in mapped memory.  Errors: InvalidStateDict."""
+    try:
+        with path.open("rb") as file:
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except (OSError, ValueError) as error:  # of an empty file
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidStateDict(f"{path}: {reason}") from None
 
 
 def _map_file(path: Path) -> tuple[dict[str, LocalTensor], dict[str, str]]:
@@ -120,13 +155,11 @@ def _map_file(path: Path) -> tuple[dict[str, LocalTensor], dict[str, str]]:
     try:
         with safe_open(path, framework="numpy"):
             pass
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InvalidStateDict(f"{path}: {reason}") from None
     try:
-        return parse_file(memoryview(mapped))
+        return parse_file(map_bytes(path))
     except InvalidStateDict as error:
         raise InvalidStateDict(f"{path}: {error}") from None
 

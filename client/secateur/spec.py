@@ -1,7 +1,8 @@
 """What to prune: torch.nn.utils.prune's methods, and their sums."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from numbers import Integral, Real
 from typing import Any
 
@@ -41,6 +42,22 @@ class Spec:
             raise InvalidSpec("a spec is a map with a list of `rules`, at least one")
         specs = [_from_plain(rule, f"rules[{index}]") for index, rule in enumerate(rules)]
         return cls(tuple(rule for spec in specs for rule in spec.rules))
+
+    def among(self, names: Collection[str]) -> "Spec":
+        """The spec with its globs replaced by those of `names` that they match.
+
+        A glob that matches none stays, for the server to say so.
+        """
+        rules = []
+        for rule in self.rules:
+            message = pb.Rule()
+            message.CopyFrom(rule.message)
+            if message.HasField("selection"):
+                tensors = message.selection.tensors
+                found = [_matching(pattern, names) or [pattern] for pattern in tensors]
+                tensors[:] = dict.fromkeys(name for matched in found for name in matched)
+            rules.append(Rule(message, rule.arrays))
+        return Spec(tuple(rules))
 
     def encode(self, taken: Iterable[str]) -> tuple[pb.PruningSpec, dict[str, LocalTensor]]:
         """The spec for the wire, and the arrays to send beside the model under their new names.
@@ -234,6 +251,12 @@ def _norm(n: Any) -> pb.Magnitude:
 def _slices(dim: Any) -> dict[str, Any]:
     dim = _integer("dim", dim, -(1 << 31), 1 << 31)
     return {"granularity": pb.GRANULARITY_SLICE, "dim": dim}
+
+
+def _matching(pattern: str, names: Collection[str]) -> list[str]:
+    if pattern in names:
+        return [pattern]
+    return [name for name in names if fnmatchcase(name, pattern)]
 
 
 def _free_names(taken: set[str]) -> Iterator[str]:

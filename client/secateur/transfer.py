@@ -1,27 +1,40 @@
-"""One call: a file up in messages, a file down."""
+"""One call: a file up in messages, files down."""
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
 import grpc
 import numpy as np
+from blake3 import blake3
 
-from secateur.errors import ServerError, from_rpc
+from secateur.errors import DataLoss, ServerError, from_rpc
+from secateur.shards import SUFFIX, Index
 from secateur.tensors import LocalTensor, parse_file
 from secateur_proto.codec import Data
 from secateur_proto.framing import cut, file_header, tensor_bytes
 
 Request = TypeVar("Request")
+Bytes = bytes | memoryview
 
 
 class Upload:
-    """A safetensors file made of tensors in this process, one at a time."""
+    """A safetensors file made of tensors in this process, one at a time.
 
-    def __init__(self, tensors: Mapping[str, LocalTensor], metadata: Mapping[str, str]) -> None:
+    Of no tensors there is no file, but with `is_file`.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, LocalTensor],
+        metadata: Mapping[str, str],
+        is_file: bool = True,
+    ) -> None:
         self._tensors = tensors
         described = [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
-        self._header = file_header(described, metadata)
+        self._header = file_header(described, metadata) if tensors or is_file else b""
         sizes = (tensor_bytes(dtype, shape) for _, dtype, shape in described)
         self.file_bytes = len(self._header) + sum(sizes)
         self.error: Exception | None = None
@@ -34,8 +47,8 @@ class Upload:
         grpc pulls them in a thread of its own and hides what raises there: `error` keeps it.
         """
         try:
-            pieces = cut(self._parts())
-            first = next(pieces)
+            pieces = cut(parts_of(self._header, self._tensors))
+            first = next(pieces, b"")
             yield make(header=header, data=bytes(first))
             sending(len(first))
             for piece in pieces:
@@ -45,31 +58,54 @@ class Upload:
             self.error = error
             raise
 
-    def _parts(self) -> Iterator[bytes | memoryview]:
-        yield self._header
-        for tensor in self._tensors.values():
-            yield tensor.read().data
+
+def parts_of(header: bytes, tensors: Mapping[str, LocalTensor]) -> Iterator[Bytes]:
+    """A file of tensors, one at a time."""
+    yield header
+    for tensor in tensors.values():
+        yield tensor.read().data
+
+
+class Sender(Protocol):
+    """Keeps what raised while grpc pulled its messages."""
+
+    error: Exception | None
 
 
 @contextmanager
-def errors_of(upload: Upload, call: grpc.RpcContext | None = None) -> Iterator[None]:
+def errors_of(sender: Sender | None, call: grpc.RpcContext | None = None) -> Iterator[None]:
     """Raises what a failed call means, and ends a call that is left early."""
     try:
         yield
     except grpc.RpcError as error:
-        raise upload.error or from_rpc(error) from None
+        raise (sender and sender.error) or from_rpc(error) from None
     finally:
         if call is not None:
             call.cancel()
 
 
-def receive(responses: Iterable[Any]) -> tuple[Any, dict[str, LocalTensor]]:
-    """The result of an answer, and the tensors of the file behind it."""
+@dataclass(frozen=True)
+class Received:
+    """The tensors of an answer, and the index of those that came in shards."""
+
+    tensors: dict[str, LocalTensor] = field(default_factory=dict)
+    index: Index | None = None
+
+
+def receive(
+    responses: Iterable[Any], working: Callable[[Any], None] = lambda progress: None
+) -> tuple[Any, Received]:
+    """The result of an answer, and the files behind it.
+
+    working: is called with what the server says of how far it is.
+    """
     result, data, filled = None, np.empty(0, np.uint8), 0
     for message in responses:
         if message.HasField("result"):
             result = message.result
             data = np.empty(result.data_bytes, np.uint8)
+        elif not isinstance(message, Data):
+            working(message.progress)
         piece = np.frombuffer(message.data, np.uint8)
         if filled + len(piece) > len(data):
             raise ServerError(f"more than the {len(data)} bytes that the server announced")
@@ -77,4 +113,30 @@ def receive(responses: Iterable[Any]) -> tuple[Any, dict[str, LocalTensor]]:
         filled += len(piece)
     if result is None or filled < len(data):
         raise ServerError(f"the answer ended after {filled} of {len(data)} bytes")
-    return result, parse_file(data.data)[0] if len(data) else {}
+    return result, _parse(result, data.data) if len(data) else Received()
+
+
+def _parse(result: Any, data: memoryview) -> Received:
+    """The tensors of one file, or of shards and their index.  Errors: DataLoss."""
+    tensors: dict[str, LocalTensor] = {}
+    files: dict[str, str] = {}
+    metadata = {}
+    rest: Mapping[str, Any] = {}
+    begin = 0
+    for file in result.files:
+        part = data[begin : begin + file.size_bytes]
+        begin += file.size_bytes
+        if blake3(part, max_threads=blake3.AUTO).hexdigest() != file.blake3:
+            raise DataLoss(f"{file.filename or 'the answer'} did not arrive as it was sent")
+        if file.filename.endswith(SUFFIX):
+            rest, files = _index(part, files)
+            continue
+        of_file, metadata[file.filename] = parse_file(part)
+        files |= dict.fromkeys(of_file, file.filename)
+        tensors |= of_file
+    return Received(tensors, Index(files, rest, metadata) if len(result.files) > 1 else None)
+
+
+def _index(text: memoryview, files: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+    table: dict[str, Any] = json.loads(bytes(text))
+    return table, {**table.pop("weight_map"), **files}

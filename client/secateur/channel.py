@@ -1,0 +1,74 @@
+"""The connection to a server, and the rpcs on it."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from secateur_proto import checkpoint_pb2, checkpoints_pb2, pruner_pb2
+from secateur_proto.codec import Decoder, encode
+
+_OPTIONS = (
+    # Chunks are 1 MiB; a report grows with the number of tensors.
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+)
+
+Tls = bool | str | os.PathLike[str] | grpc.ChannelCredentials | None
+
+
+def open_channel(address: str | None, tls: Tls) -> grpc.Channel:
+    """A channel.  Errors: ValueError, where there is no address."""
+    if address is None:
+        raise ValueError("give an address, or a channel")
+    if tls is None or tls is False:
+        return grpc.insecure_channel(address, _OPTIONS)
+    if isinstance(tls, str | os.PathLike):
+        tls = grpc.ssl_channel_credentials(Path(tls).read_bytes())
+    elif tls is True:
+        tls = grpc.ssl_channel_credentials()
+    return grpc.secure_channel(address, tls, _OPTIONS)
+
+
+class Rpcs:
+    """The rpcs of a channel, each called with a request, or an iterator of them."""
+
+    def __init__(self, channel: grpc.Channel, metadata: tuple[tuple[str, str], ...]) -> None:
+        of_pruner = f"/{pruner_pb2.DESCRIPTOR.services_by_name['Pruner'].full_name}/"
+        of_store = f"/{checkpoints_pb2.DESCRIPTOR.services_by_name['Checkpoints'].full_name}/"
+
+        def rpc(make: Callable[..., Any], name: str, decode: Callable[[bytes], Any]) -> Any:
+            return _WithMetadata(make(name, encode, decode), metadata)
+
+        bidi, up = channel.stream_stream, channel.stream_unary
+        unary, down = channel.unary_unary, channel.unary_stream
+        pruned = Decoder(pruner_pb2.PruneResponse.FromString)
+        finalized = Decoder(pruner_pb2.FinalizeResponse.FromString)
+        downloaded = Decoder(checkpoints_pb2.DownloadResponse.FromString)
+        queried = checkpoints_pb2.QueryUploadResponse.FromString
+        self.prune = rpc(bidi, of_pruner + "Prune", pruned)
+        self.prune_small = rpc(unary, of_pruner + "Prune", pruned)
+        self.report = rpc(up, of_pruner + "Report", pruner_pb2.ReportResponse.FromString)
+        self.finalize = rpc(bidi, of_pruner + "Finalize", finalized)
+        self.upload = rpc(up, of_store + "Upload", checkpoint_pb2.Checkpoint.FromString)
+        self.query_upload = rpc(unary, of_store + "QueryUpload", queried)
+        self.download = rpc(down, of_store + "Download", downloaded)
+        self.get = rpc(unary, of_store + "Get", checkpoint_pb2.Checkpoint.FromString)
+        self.list = rpc(unary, of_store + "List", checkpoints_pb2.ListResponse.FromString)
+        self.delete = rpc(unary, of_store + "Delete", bytes)
+
+
+class _WithMetadata:
+    """An rpc that sends the same metadata with every call."""
+
+    def __init__(self, rpc: Any, metadata: tuple[tuple[str, str], ...]) -> None:
+        self._rpc, self._metadata = rpc, metadata
+
+    def __call__(self, request: Any, **options: Any) -> Any:
+        return self._rpc(request, metadata=self._metadata, **options)
+
+    def future(self, request: Any, **options: Any) -> Any:
+        """The call, which goes on meanwhile."""
+        return self._rpc.future(request, metadata=self._metadata, **options)

@@ -1,0 +1,96 @@
+"""A model in shards, as Hugging Face keeps large ones: files, and an index that names them."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import InvalidStateDict
+from secateur.tensors import LocalTensor
+from secateur_proto.framing import tensor_bytes
+
+SUFFIX = ".index.json"
+
+
+@dataclass(frozen=True)
+class Index:
+    """Which tensor is in which file.
+
+    files: of all tensors, with those that are stored under another name.  rest: what else it says.
+    metadata: of each file.
+    """
+
+    files: Mapping[str, str]
+    rest: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def file_of(self, name: str) -> str:
+        """Where a tensor is written: half of a pair, or its X, as what it is of."""
+        base = name.removesuffix("_orig").removesuffix("_mask")
+        for known in (name, base, f"{base}_orig"):
+            if known in self.files:
+                return self.files[known]
+        raise InvalidStateDict(f"{name}: the index names no file for it")
+
+    def shards(self, tensors: Mapping[str, LocalTensor]) -> dict[str, dict[str, LocalTensor]]:
+        """Tensors by file, in the order of the files' names."""
+        shards: dict[str, dict[str, LocalTensor]] = {
+            name: {} for name in sorted(set(self.files.values()))
+        }
+        for name, tensor in tensors.items():
+            shards[self.file_of(name)][name] = tensor
+        return shards
+
+    def text(self, tensors: Mapping[str, LocalTensor], before: Mapping[str, LocalTensor]) -> str:
+        """The index of what a model has become.  before: the tensors that it was."""
+        weight_map = {n: f for n, f in self.files.items() if n not in before}  # tied ones
+        weight_map |= {name: self.file_of(name) for name in tensors}
+        size = sum(tensor_bytes(tensor.dtype, tensor.shape) for tensor in tensors.values())
+        metadata = {**self.rest.get("metadata", {}), "total_size": size}
+        table = {**self.rest, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+        return json.dumps(table, indent=2) + "\n"
+
+
+def index_path(path: Path) -> Path | None:
+    """The index of a model in shards: the file itself, or the one in a folder.
+
+    Errors: InvalidStateDict, where a folder has none, or several.
+    """
+    if path.name.endswith(SUFFIX):
+        return path
+    if not path.is_dir():
+        return None
+    found = sorted(path.glob(f"*.safetensors{SUFFIX}"))
+    if len(found) != 1:
+        single = path / "model.safetensors"
+        hint = f"; there is {single}" if single.exists() else ""
+        raise InvalidStateDict(f"{path}: holds {len(found)} files *.safetensors{SUFFIX}{hint}")
+    return found[0]
+
+
+MapFile = Callable[[Path], tuple[dict[str, LocalTensor], dict[str, str]]]
+
+
+def read_shards(path: Path, map_file: MapFile) -> tuple[dict[str, LocalTensor], Index]:
+    """The tensors of all shards, file by file, and their index.  Errors: InvalidStateDict."""
+    try:
+        table = json.loads(path.read_text())
+        weight_map: dict[str, str] = table.pop("weight_map")
+        names = dict.fromkeys(weight_map.values())
+        if not names or any("/" in name for name in names):
+            raise ValueError
+    except OSError as error:
+        raise InvalidStateDict(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise InvalidStateDict(f"{path}: is no index with a weight_map") from None
+    tensors: dict[str, LocalTensor] = {}
+    metadata = {}
+    for name in names:
+        of_file, metadata[name] = map_file(path.with_name(name))
+        twice = of_file.keys() & tensors.keys()
+        if twice:
+            raise InvalidStateDict(f"{path}: {min(twice)} stands in two shards")
+        weight_map |= dict.fromkeys(of_file, name)
+        tensors |= of_file
+    return tensors, Index(weight_map, table, metadata)
