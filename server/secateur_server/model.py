@@ -83,9 +83,7 @@ class Model:
             kept = masks.get(name)
             if prior and kept is None:
                 kept = to_mask(values_of(prior), InvalidPair, f"data[{quote(mask)}]")
-            self.parameters[name] = Parameter(
-                values_of(tensors[orig]), kept, tensors[orig].extremes
-            )
+            self.parameters[name] = Parameter(values_of(tensors[orig]), kept, tensors[orig].seen)
 
     def files(self, are_folded: Container[str]) -> list[OutgoingFile]:
         """All tensors, in the files that they came in, and in their order.

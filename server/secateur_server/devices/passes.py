@@ -58,6 +58,35 @@ class Cut:
     equal: int
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a first look at a flat tensor told.
+
+    largest: the largest key of its elements.
+    zeros: [begin, end), multiples of 8, in their order, in which all elements are that are 0.
+    """
+
+    largest: int
+    zeros: tuple[tuple[int, int], ...]
+
+
+def seen_of(looks: Iterable[tuple[int, int, int]]) -> Seen | None:
+    """What looks at all parts of a tensor come to; None where it has no elements.
+
+    looks: where each part ends, in their order, its smallest and its largest key.
+    """
+    zeros: list[tuple[int, int]] = []
+    begin = largest = 0
+    for end, smallest, most in looks:
+        if smallest == 0:
+            first, last = begin // 8 * 8, -(-end // 8) * 8
+            if zeros and zeros[-1][1] >= first:
+                first, _ = zeros.pop()
+            zeros.append((first, last))
+        begin, largest = end, max(largest, most)
+    return Seen(largest, tuple(zeros)) if begin else None
+
+
 class Passes:
     """Each pass reads a piece once. A device overrides what it does better, with the same bits."""
 

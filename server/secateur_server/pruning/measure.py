@@ -29,19 +29,33 @@ class Sparsity:
 
 def measure(parameter: Parameter) -> Sparsity:
     """Counts the zeros of a parameter, -0.0 among them."""
+    mask, total = parameter.mask, parameter.weight.numel()
+    pruned = 0 if mask is None else total - mask.kept
+    zeros = pruned + _zeros_kept(parameter)
+    return Sparsity(zeros, total, pruned, _zero_slices(parameter, zeros))
+
+
+def _zeros_kept(parameter: Parameter) -> int:
+    """How many elements are 0 that the mask keeps."""
     values, mask = parameter.weight.reshape(-1), parameter.mask
     passes = passes_of(values.device)
+    within = [(0, len(values))] if parameter.seen is None else parameter.seen.zeros
 
-    def zeros_in(span: tuple[int, int]) -> int:
-        kept = None if mask is None else mask.part(*span)
-        return passes.count_zeros(values[slice(*span)], kept)
+    def count(span: tuple[int, int]) -> int:
+        begin, end = span
+        part = values[begin:end]
+        if mask is None:
+            return passes.count_zeros(part, None)
+        kept = mask.part(begin, end)
+        # What is pruned counts as zero as well.
+        return passes.count_zeros(part, kept) - (len(part) - passes.count_ones(kept))
 
-    pruned = 0 if mask is None else values.numel() - mask.kept
-    if parameter.is_nonzero:
-        zeros = pruned
-    else:
-        zeros = sum(passes.each(zeros_in, spans(values.numel(), passes.piece)))
-    return Sparsity(zeros, values.numel(), pruned, _zero_slices(parameter, zeros))
+    pieces = [
+        (begin + first, begin + last)
+        for begin, end in within
+        for first, last in spans(min(end, len(values)) - begin, passes.piece)
+    ]
+    return sum(passes.each(count, pieces))
 
 
 def _zero_slices(parameter: Parameter, zeros: int) -> tuple[int, ...]:

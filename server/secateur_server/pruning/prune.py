@@ -51,7 +51,7 @@ def prune(
         else:
             masks, choices = _apply_selection(rule, state, extras)
         for name, mask in masks.items():
-            state[name] = Parameter(state[name].weight, mask, state[name].extremes)
+            state[name] = Parameter(state[name].weight, mask, state[name].seen)
         touched.update(masks)
         outcomes.append(choices)
     return {name: state[name] for name in parameters if name in touched}, outcomes

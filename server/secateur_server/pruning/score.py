@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from secateur_server.devices import passes_of, spans
-from secateur_server.devices.passes import INFINITY, Passes
+from secateur_server.devices.passes import INFINITY, Passes, Seen
 from secateur_server.devices.randomness import RandomScores, random_scores
 from secateur_server.errors import NanScores
 from secateur_server.pruning.masks import Mask, around
@@ -50,8 +50,7 @@ def rank(
     values = weight if scores is None else scores
     if scores is not None and alive is not None:
         mask = granularity.spread(alive, weight.shape)  # what of the scores is read
-    known = parameter.extremes if scores is None else None
-    refuse_nan(values, mask, field, known)
+    refuse_nan(values, mask, field, parameter.seen if scores is None else None)
     if isinstance(granularity, Slice):
         # As in torch: what is pruned counts as 0 in a weight's norm, and as it is in a caller's
         # scores.
@@ -60,17 +59,19 @@ def rank(
     return Ranking(name, units, values.reshape(-1), alive, weight.device)
 
 
-def refuse_nan(
-    values: Tensor, mask: Mask | None, field: str, known: tuple[int, int] | None = None
-) -> None:
+def refuse_nan(values: Tensor, mask: Mask | None, field: str, seen: Seen | None = None) -> None:
     """Refuses a NaN that is not pruned yet: it has no rank.
 
-    known: the extremes of `values`, where they are.  Errors: NanScores.
+    seen: what a first look at `values` told.  Errors: NanScores.
     """
     passes, flat = passes_of(values.device), values.reshape(-1)
-    parts = spans(len(flat), passes.piece)
-    found = [known] if known else passes.each(lambda s: passes.extremes(flat[slice(*s)]), parts)
-    if all(largest <= INFINITY[values.dtype] for _, largest in found):
+    if seen is None:
+        parts = spans(len(flat), passes.piece)
+        found = passes.each(lambda s: passes.extremes(flat[slice(*s)]), parts)
+        largest = max((most for _, most in found), default=0)
+    else:
+        largest = seen.largest
+    if largest <= INFINITY[values.dtype]:
         return
     nan = values.isnan() if mask is None else values.isnan() & _whole(mask, values)
     count = int(nan.count_nonzero())

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from secateur_server.devices.passes import Seen
 from secateur_server.pruning.masks import Mask, any_of_slices, mask_of, spread
 
 
@@ -113,17 +114,17 @@ class Parameter:
 
     weight: floating; only measure.fold writes to it.
     mask: of its elements; None where the tensor was never pruned.
-    extremes: the smallest and the largest key of its elements (devices.passes), where known.
+    seen: what a first look at its elements told, where there was one.
     """
 
     weight: Tensor
     mask: Mask | None = None
-    extremes: tuple[int, int] | None = None
+    seen: Seen | None = None
 
     @property
     def is_nonzero(self) -> bool:
         """Whether it is known that no element of the weight itself is zero."""
-        return self.extremes is not None and self.extremes[0] > 0
+        return self.seen is not None and not self.seen.zeros
 
 
 # F8 and integers: a later method's.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from secateur_server.devices import passes_of
-from secateur_server.devices.passes import BITS
+from secateur_server.devices.passes import BITS, Seen, seen_of
 from secateur_server.devices.watch import watch
 from secateur_server.errors import MalformedFile
 from secateur_server.wire.header import (
@@ -58,28 +58,29 @@ def map_tensors(
 ) -> dict[str, WireTensor]:
     """The tensors of `entries`, on the file's own memory where the device is a CPU.
 
-    base: where the data begins.  One pass over their blocks checks them, and finds the extremes.
+    base: where the data begins.  One pass over their blocks checks them, and takes a first look.
     """
     spans = _Spans([entry for entry in entries if entry.end > entry.begin], base)
     passes = passes_of(torch.device("cpu"))
     data = torch.frombuffer(file.data, dtype=torch.uint8)
     of_call = watch()
 
-    def scan(block: int) -> list[tuple[str, tuple[int, int]]]:
+    def scan(block: int) -> list[tuple[str, tuple[int, int, int]]]:
         file.check(block)
         begin, end = block * BLOCK, min((block + 1) * BLOCK, len(data))
         found = []
-        for name, dtype, first, last in spans.within(begin, end):
-            found.append((name, passes.extremes(data[first:last].view(dtype))))
+        for name, dtype, first, last, end_of_part in spans.within(begin, end):
+            look = passes.extremes(data[first:last].view(dtype))
+            found.append((name, (end_of_part, *look)))
         of_call.advance(end - begin)
         return found
 
-    extremes: dict[str, list[tuple[int, int]]] = {}
+    looks: dict[str, list[tuple[int, int, int]]] = {}
     for of_block in passes.each(scan, spans.blocks()):
-        for name, found in of_block:
-            extremes.setdefault(name, []).append(found)
+        for name, look in of_block:
+            looks.setdefault(name, []).append(look)
     return {
-        entry.name: _tensor(entry, data, base, extremes.get(entry.name), device)
+        entry.name: _tensor(entry, data, base, seen_of(looks.get(entry.name, [])), device)
         for entry in entries
     }
 
@@ -99,28 +100,27 @@ class _Spans:
             found.update(range(begin // BLOCK, -(-(self._base + entry.end) // BLOCK)))
         return sorted(found)
 
-    def within(self, begin: int, end: int) -> Iterable[tuple[str, torch.dtype, int, int]]:
-        """The floating tensors in [begin, end), with where the part begins and ends."""
+    def within(self, begin: int, end: int) -> Iterable[tuple[str, torch.dtype, int, int, int]]:
+        """The floating tensors in [begin, end).
+
+        Yields: name, dtype, the bytes of the part, and the element of the tensor where it ends.
+        """
         index = max(0, bisect_right(self._begins, begin) - 1)
         while index < len(self._entries) and self._begins[index] < end:
             entry, dtype = self._entries[index], TORCH_DTYPES.get(self._entries[index].dtype)
             first = max(begin, self._begins[index])
             last = min(end, self._base + entry.end)
             if dtype in BITS and self._begins[index] % dtype.itemsize == 0 and first < last:
-                yield entry.name, dtype, first, last
+                end_of_part = (last - self._begins[index]) // dtype.itemsize
+                yield entry.name, dtype, first, last, end_of_part
             index += 1
 
 
 def _tensor(
-    entry: Entry,
-    data: torch.Tensor,
-    base: int,
-    found: list[tuple[int, int]] | None,
-    device: torch.device,
+    entry: Entry, data: torch.Tensor, base: int, seen: Seen | None, device: torch.device
 ) -> WireTensor:
-    known = (min(low for low, _ in found), max(high for _, high in found)) if found else None
     part = data[base + entry.begin : base + entry.end]
     dtype = TORCH_DTYPES.get(entry.dtype)
     if dtype is not None and (base + entry.begin) % dtype.itemsize:
         part = part.clone()  # torch has no tensor whose elements are not aligned
-    return WireTensor(entry.dtype, entry.shape, part.to(device), known)
+    return WireTensor(entry.dtype, entry.shape, part.to(device), seen)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from secateur_server.devices.passes import Seen
+
 # The dtypes that torch can compute with here. Tensors of others pass through as bytes.
 TORCH_DTYPES = {
     "BOOL": torch.bool,
@@ -26,13 +28,13 @@ class WireTensor:
     """A tensor.
 
     dtype: as safetensors spells it.  data: uint8, flat, the row-major little-endian bytes.
-    extremes: of a floating one, the smallest and the largest key of its values (devices.passes).
+    seen: of a floating one, what a first look at its values told.
     """
 
     dtype: str
     shape: tuple[int, ...]
     data: Tensor
-    extremes: tuple[int, int] | None = None
+    seen: Seen | None = None
 
     def values(self) -> Tensor | None:
         """The same memory with its dtype and shape; None where torch has no such dtype."""
