@@ -152,11 +152,11 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 @contextmanager
-def running_server() -> Iterator[Server]:
-    """A secateur-server on a free port."""
+def running_server(*more: str) -> Iterator[Server]:
+    """A secateur-server on a free port.  more: options."""
     program = Path(sysconfig.get_path("scripts"), "secateur-server")
     options = ["--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0", "--device", "cpu"]
-    process = subprocess.Popen([program, *options], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([program, *options, *more], stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
         for line in process.stderr:

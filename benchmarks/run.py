@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import against_torch
+import checkpoints
 import lenet
 import many
 import shapes
@@ -37,6 +38,9 @@ def main() -> None:
     show(lenet.COLUMNS, lenet.rows(found["lenet"]))
     found["many"] = many.compare()
     show(many.COLUMNS, many.rows(found["many"]))
+    if options.largest >= checkpoints.MILLIONS:
+        found["checkpoints"] = checkpoints.compare()
+        show(checkpoints.COLUMNS, checkpoints.rows(found["checkpoints"]))
     found |= shapes.compare(options.largest)
     show(shapes.COLUMNS, shapes.rows(found["growth"]))
     show(shapes.COLUMNS, shapes.rows(found["methods"]))

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur_server.devices.passes import Passes
+from secateur_server.devices.passes import SPACING, Passes
 from secateur_server.pruning import select
 from secateur_server.pruning.prune import Choice
 from secateur_server.pruning.prune import prune as apply_rules
@@ -196,7 +196,7 @@ def test_millions_of_units_lose_exactly_the_lowest(kind: str, fraction: float) -
     count = select.LARGE + 12_345
     weight = {
         "normal": lambda: torch.randn(count, generator=generator),
-        "periodic": lambda: (torch.arange(count) % select.SPACING).float() + 1,
+        "periodic": lambda: (torch.arange(count) % SPACING).float() + 1,
         "constant": lambda: torch.full((count,), -0.5),
         "few values": lambda: torch.randint(-3, 4, (count,), generator=generator).float(),
     }[kind]()

@@ -7,7 +7,7 @@ every dtype, and exactly.
 A mask is bits: uint8, row-major, lowest bit first, 1 is kept, the last byte padded with 0.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -58,33 +58,74 @@ class Cut:
     equal: int
 
 
+# Of a sample one unit in so many is taken.
+SPACING = 384
+
+# Bytes that each unit takes of those ranked at once: keys, places, their copies, and a flag.
+BYTES_OF_FEW = 48
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some elements of a flat tensor.  at: their places, int64.  values: as the tensor has them."""
+
+    at: Tensor
+    values: Tensor
+
+
+def sample_places(count: int, spacing: int, device: torch.device) -> Tensor:
+    """One place of each `spacing`, ascending.
+
+    Where in its stretch each lies is as good as random: no pattern can be in step with it.
+    """
+    index = torch.arange(0, count, spacing, device=device)
+    index += random_keys(RandomScores(0), index) % spacing
+    return index[index < count]
+
+
+@dataclass(frozen=True)
+class Look:
+    """A look at a part of a flat tensor: where it ends, its smallest and its largest key."""
+
+    end: int
+    smallest: int
+    largest: int
+    sample: Sample | None = None
+
+
 @dataclass(frozen=True)
 class Seen:
     """What a first look at a flat tensor told.
 
     largest: the largest key of its elements.
     zeros: [begin, end), multiples of 8, in their order, in which all elements are that are 0.
+    sample: of its elements, where to read them once more takes long.
     """
 
     largest: int
     zeros: tuple[tuple[int, int], ...]
+    sample: Sample | None
 
 
-def seen_of(looks: Iterable[tuple[int, int, int]]) -> Seen | None:
-    """What looks at all parts of a tensor come to; None where it has no elements.
-
-    looks: where each part ends, in their order, its smallest and its largest key.
-    """
+def seen_of(looks: Sequence[Look]) -> Seen | None:
+    """What looks at all parts of a tensor, in their order, come to; None where there are none."""
+    if not looks:
+        return None
     zeros: list[tuple[int, int]] = []
-    begin = largest = 0
-    for end, smallest, most in looks:
-        if smallest == 0:
-            first, last = begin // 8 * 8, -(-end // 8) * 8
+    begin = 0
+    for look in looks:
+        if look.smallest == 0:
+            first, last = begin // 8 * 8, -(-look.end // 8) * 8
             if zeros and zeros[-1][1] >= first:
                 first, _ = zeros.pop()
             zeros.append((first, last))
-        begin, largest = end, max(largest, most)
-    return Seen(largest, tuple(zeros)) if begin else None
+        begin = look.end
+    samples = [look.sample for look in looks if look.sample]
+    sample = None
+    if samples:
+        places = torch.cat([sample.at for sample in samples])
+        sample = Sample(places, torch.cat([sample.values for sample in samples]))
+    return Seen(max(look.largest for look in looks), tuple(zeros), sample)
 
 
 class Passes:
@@ -142,7 +183,7 @@ class Passes:
         if isinstance(piece.scores, RandomScores):
             keys = random_keys(piece.scores, torch.arange(piece.units, device=self.device))
         else:
-            keys = _as_keys(piece.scores, piece.dtype)
+            keys = as_keys(piece.scores, piece.dtype)
         if piece.alive is not None:
             keys[~self.unpack(piece.alive, piece.units)] = torch.iinfo(keys.dtype).max
         return keys
@@ -169,7 +210,7 @@ class Passes:
             index = index[bits_at(piece.alive, index)]
         if isinstance(piece.scores, RandomScores):
             return random_keys(piece.scores, index)
-        return _as_keys(piece.scores[index], piece.dtype)
+        return as_keys(piece.scores[index], piece.dtype)
 
     def kth(self, keys: Tensor, place: int) -> int:
         """The key at `place`, from 1, in the order of size."""
@@ -245,6 +286,7 @@ def bits_at(bits: Tensor, index: Tensor) -> Tensor:
     return ((bits[index >> 3] >> (index & 7)) & 1).to(torch.bool)
 
 
-def _as_keys(scores: Tensor, dtype: torch.dtype) -> Tensor:
+def as_keys(scores: Tensor, dtype: torch.dtype) -> Tensor:
+    """The keys of floating scores, compared as `dtype`."""
     bits = scores.to(dtype).view(BITS[dtype])
     return bits & torch.iinfo(bits.dtype).max  # the sign goes

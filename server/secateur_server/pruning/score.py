@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from secateur_server.devices import passes_of, spans
-from secateur_server.devices.passes import INFINITY, Passes, Seen
+from secateur_server.devices.passes import INFINITY, Passes, Sample, Seen
 from secateur_server.devices.randomness import RandomScores, random_scores
 from secateur_server.errors import NanScores
 from secateur_server.pruning.masks import Mask, around
@@ -20,6 +20,7 @@ class Ranking:
 
     scores: flat, floating, without NaN where alive; or random ones.
     alive: of the units; None is all.
+    sample: of the scores, where there is one already.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Ranking:
     scores: Tensor | RandomScores
     alive: Mask | None
     device: torch.device
+    sample: Sample | None = None
 
 
 def rank(
@@ -47,16 +49,17 @@ def rank(
     units = granularity.units(weight.shape)
     if isinstance(importance, Random):
         return Ranking(name, units, random_scores(importance.seed, name), alive, weight.device)
-    values = weight if scores is None else scores
+    values, seen = (weight, parameter.seen) if scores is None else (scores, None)
     if scores is not None and alive is not None:
         mask = granularity.spread(alive, weight.shape)  # what of the scores is read
-    refuse_nan(values, mask, field, parameter.seen if scores is None else None)
+    refuse_nan(values, mask, field, seen)
     if isinstance(granularity, Slice):
         # As in torch: what is pruned counts as 0 in a weight's norm, and as it is in a caller's
         # scores.
         masked = mask if scores is None else None
-        values = slice_norms(values, masked, granularity, importance.p)
-    return Ranking(name, units, values.reshape(-1), alive, weight.device)
+        values, seen = slice_norms(values, masked, granularity, importance.p), None
+    sample = seen.sample if seen else None
+    return Ranking(name, units, values.reshape(-1), alive, weight.device, sample)
 
 
 def refuse_nan(values: Tensor, mask: Mask | None, field: str, seen: Seen | None = None) -> None:

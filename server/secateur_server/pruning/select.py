@@ -16,8 +16,18 @@ import torch
 from torch import Tensor
 
 from secateur_server.devices import passes_of, spans
-from secateur_server.devices.passes import BITS, DIGIT_BITS, Cut, Passes, Piece
-from secateur_server.devices.randomness import RandomScores, random_keys
+from secateur_server.devices.passes import (
+    BITS,
+    BYTES_OF_FEW,
+    DIGIT_BITS,
+    SPACING,
+    Cut,
+    Passes,
+    Piece,
+    as_keys,
+    sample_places,
+)
+from secateur_server.devices.randomness import RandomScores
 from secateur_server.devices.watch import watch
 from secateur_server.pruning.masks import Mask, room_for_bits
 from secateur_server.pruning.score import Ranking
@@ -26,13 +36,9 @@ from secateur_server.pruning.score import Ranking
 FEW = 1 << 17
 FEW_OF = 64
 
-# Bytes that each of them takes while that happens: keys, places, their copies, and a flag.
-_BYTES_OF_FEW = 48
-
 # Of more units a sample is taken: of at least SAMPLE, and of one unit in SPACING.
 LARGE = 1 << 22
 SAMPLE = 1 << 17
-SPACING = 384
 
 
 NOTHING = Cut(key=-1, ties=0, equal=0)
@@ -43,12 +49,14 @@ class Units:
     """All units that are ranked together, in pieces, in their order.
 
     kept: for each piece the bits of what is alive and stays so, written to.
+    sampled: keys of some of those that are alive, where there are some already.
     """
 
     passes: Passes
     pieces: Sequence[Piece]
     kept: Sequence[Tensor]
     alive: int
+    sampled: Sequence[Tensor] = ()
 
     @property
     def total(self) -> int:
@@ -60,7 +68,7 @@ class Units:
         """How many can be ranked at once."""
         share = self.total // FEW_OF
         if (memory := watch().work_memory) is not None:
-            share = min(share, memory // _BYTES_OF_FEW)
+            share = min(share, memory // BYTES_OF_FEW)
         return max(FEW, share)
 
 
@@ -86,7 +94,8 @@ def select(rankings: Sequence[Ranking], alive: int, count: int) -> tuple[list[Ma
         for ranking, mask in zip(rankings, masks, strict=True)
         for span in spans(ranking.units, passes.piece)
     ]
-    units = Units(passes, [piece for piece, _ in parts], [kept for _, kept in parts], alive)
+    pieces, kept = [piece for piece, _ in parts], [kept for _, kept in parts]
+    units = Units(passes, pieces, kept, alive, _sampled(rankings, dtype))
     return masks, _apply(units, count)
 
 
@@ -97,6 +106,18 @@ def _piece(ranking: Ranking, dtype: torch.dtype, begin: int, end: int) -> Piece:
     else:
         scores = ranking.scores[begin:end]
     return Piece(end - begin, scores, dtype, alive)
+
+
+def _sampled(rankings: Sequence[Ranking], dtype: torch.dtype) -> list[Tensor]:
+    """The keys of a sample of what is alive; none, where one of the tensors has no sample."""
+    found = []
+    for ranking in rankings:
+        if ranking.sample is None:
+            return []
+        at, values = ranking.sample.at, ranking.sample.values
+        values = values if ranking.alive is None else values[ranking.alive.at(at)]
+        found.append(as_keys(values, dtype))
+    return found
 
 
 def _apply(units: Units, count: int) -> Cut:
@@ -162,13 +183,10 @@ def _sampled_bounds(units: Units, count: int) -> tuple[int, int] | None:
         return None
     passes, spacing = units.passes, min(SPACING, units.total // SAMPLE)
     if (memory := watch().work_memory) is not None:
-        spacing = max(spacing, units.total * _BYTES_OF_FEW // memory)
-    # One unit of each `spacing`, at a place that is as good as random: no pattern in the weights
-    # can be in step with it.
-    index = torch.arange(0, passes.piece, spacing, device=passes.device)
-    index += random_keys(RandomScores(0), index) % spacing
-    sampled = passes.each(lambda piece: passes.sample(piece, index), units.pieces)
-    keys = torch.cat(sampled)
+        spacing = max(spacing, units.total * BYTES_OF_FEW // memory)
+    index = sample_places(passes.piece, spacing, passes.device)
+    sampled = units.sampled or passes.each(lambda p: passes.sample(p, index), units.pieces)
+    keys = torch.cat(list(sampled))
     if len(keys) < SAMPLE // 2:  # of many small tensors, or most are pruned
         return None
     share = count / units.alive

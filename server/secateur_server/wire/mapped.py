@@ -7,9 +7,18 @@ from dataclasses import dataclass
 import torch
 
 from secateur_server.devices import passes_of
-from secateur_server.devices.passes import BITS, Seen, seen_of
+from secateur_server.devices.passes import (
+    BITS,
+    BYTES_OF_FEW,
+    SPACING,
+    Look,
+    Sample,
+    Seen,
+    sample_places,
+    seen_of,
+)
 from secateur_server.devices.watch import watch
-from secateur_server.errors import MalformedFile
+from secateur_server.errors import MalformedFile, quote
 from secateur_server.wire.header import (
     MIN_FILE_BYTES,
     Entry,
@@ -43,6 +52,15 @@ class MappedFile:
 
 def map_header(file: MappedFile) -> tuple[Header, int]:
     """The head of a file, and where the data behind it begins.  Errors: MalformedFile."""
+    try:
+        return _map_header(file)
+    except MalformedFile as error:
+        if not file.filename:
+            raise
+        raise MalformedFile("data", f"{quote(file.filename)}: {error.description}") from None
+
+
+def _map_header(file: MappedFile) -> tuple[Header, int]:
     if len(file.data) < MIN_FILE_BYTES:
         raise MalformedFile("data", f"{len(file.data)} bytes are no safetensors file")
     file.check(0)
@@ -59,23 +77,27 @@ def map_tensors(
     """The tensors of `entries`, on the file's own memory where the device is a CPU.
 
     base: where the data begins.  One pass over their blocks checks them, and takes a first look.
+    Of a file that is larger than the call's memory to work in it takes a sample as well: it is
+    read from disk each time.
     """
     spans = _Spans([entry for entry in entries if entry.end > entry.begin], base)
     passes = passes_of(torch.device("cpu"))
     data = torch.frombuffer(file.data, dtype=torch.uint8)
     of_call = watch()
+    spacing = _spacing(len(data), of_call.work_memory)
 
-    def scan(block: int) -> list[tuple[str, tuple[int, int, int]]]:
+    def scan(block: int) -> list[tuple[str, Look]]:
         file.check(block)
         begin, end = block * BLOCK, min((block + 1) * BLOCK, len(data))
         found = []
         for name, dtype, first, last, end_of_part in spans.within(begin, end):
-            look = passes.extremes(data[first:last].view(dtype))
-            found.append((name, (end_of_part, *look)))
+            part = data[first:last].view(dtype)
+            sample = _sample(part, end_of_part, spacing) if spacing else None
+            found.append((name, Look(end_of_part, *passes.extremes(part), sample)))
         of_call.advance(end - begin)
         return found
 
-    looks: dict[str, list[tuple[int, int, int]]] = {}
+    looks: dict[str, list[Look]] = {}
     for of_block in passes.each(scan, spans.blocks()):
         for name, look in of_block:
             looks.setdefault(name, []).append(look)
@@ -83,6 +105,19 @@ def map_tensors(
         entry.name: _tensor(entry, data, base, seen_of(looks.get(entry.name, [])), device)
         for entry in entries
     }
+
+
+def _spacing(size: int, work_memory: int | None) -> int | None:
+    """How far the elements of a sample are apart; None where none is taken."""
+    if work_memory is None or size <= work_memory:
+        return None
+    return max(SPACING, size * BYTES_OF_FEW // work_memory // 2)  # of the smallest dtype
+
+
+def _sample(part: torch.Tensor, end: int, spacing: int) -> Sample:
+    """Some elements of the part of a tensor that ends at `end`."""
+    places = sample_places(len(part), spacing, part.device)
+    return Sample(places + (end - len(part)), part[places])
 
 
 class _Spans:

@@ -6,7 +6,7 @@ import torch
 from blake3 import blake3
 
 from secateur_server.devices import passes_of
-from secateur_server.devices.passes import BITS, Passes, seen_of
+from secateur_server.devices.passes import BITS, Look, Passes, seen_of
 from secateur_server.errors import TooShort, WrongLength
 from secateur_server.wire.ahead import ahead
 from secateur_server.wire.header import Entry, Header, header_length, parse_header
@@ -99,7 +99,7 @@ def read_tensors(stream: ByteStream, header: Header, device: torch.device) -> di
 def _read_tensor(stream: ByteStream, entry: Entry, passes: Passes) -> WireTensor:
     data = passes.room(entry.end - entry.begin)
     dtype = TORCH_DTYPES.get(entry.dtype)
-    looks: list[tuple[int, int, int]] = []
+    looks: list[Look] = []
     begin = seen = 0
     for piece in stream.pieces(len(data)):
         passes.land(piece, data[begin : begin + len(piece)])
@@ -109,6 +109,6 @@ def _read_tensor(stream: ByteStream, entry: Entry, passes: Passes) -> WireTensor
         if dtype in BITS and is_due and begin - seen >= dtype.itemsize:
             whole = begin // dtype.itemsize * dtype.itemsize
             found = passes.extremes(data[seen:whole].view(dtype))
-            looks.append((whole // dtype.itemsize, *found))
+            looks.append(Look(whole // dtype.itemsize, *found))
             seen = whole
     return WireTensor(entry.dtype, entry.shape, data, seen_of(looks))
