@@ -1,4 +1,4 @@
-"""The command secateur: prune, report and finalize files."""
+"""The command secateur: prune, report and finalize files, and what a server keeps."""
 
 import argparse
 import json
@@ -10,11 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from secateur.checkpoint import place_of
+from secateur.cli_checkpoints import add_checkpoints, client_of, server_options
 from secateur.client import Client
 from secateur.embedded import embedded
 from secateur.errors import InvalidSpec, SecateurError
 from secateur.files import check_writable
-from secateur.source import Source, read_source
+from secateur.source import read_source
 from secateur.spec import METHODS, Spec
 
 
@@ -37,34 +39,64 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _prune(options: argparse.Namespace) -> None:
-    check_writable(options.out)
-    model = read_source(options.model)
-    spec = _spec(options, model)
+    path, uri = _out(options)
+    if options.keep and not options.server:
+        raise SecateurError("--keep needs a server that stays: --server or SECATEUR_SERVER")
+    if not options.keep and options.out is None:
+        raise SecateurError("nothing to do with the result: give -o OUT, or --keep")
     with _client(options) as client:
-        result = client.prune(model, spec)
-        result.save(options.out, options.output)
+        source = _source(client, options.model)
+        spec = _spec(options, client, source)
+        output = options.output if uri or (path and place_of(source)) else "masks"
+        if options.out is None:
+            output = "none"
+        result = client.prune(source, spec, output, keep=options.keep, destination=uri)
+        if path:
+            result.save(path, options.output)
     print(result.report)
+    if result.checkpoint:
+        print(f"kept as {result.checkpoint.name}")
 
 
 def _report(options: argparse.Namespace) -> None:
     with _client(options) as client:
-        report = client.report(options.model, options.tensors)
+        report = client.report(_source(client, options.model), options.tensors)
     print(json.dumps(report.to_dict(), indent=2) if options.json else report)
 
 
 def _finalize(options: argparse.Namespace) -> None:
-    check_writable(options.out)
+    path, uri = _out(options)
     with _client(options) as client:
-        final = client.finalize(options.model, options.tensors)
-        final.save(options.out)
+        source = _source(client, options.model)
+        final = client.finalize(source, options.tensors, destination=uri)
+        if path:
+            final.save(path)
     print(final.report)
 
 
 def _client(options: argparse.Namespace) -> AbstractContextManager[Client]:
-    return Client(options.server) if options.server else embedded()
+    return client_of(options) if options.server else embedded()
 
 
-def _spec(options: argparse.Namespace, model: Source) -> Spec:
+def _out(options: argparse.Namespace) -> tuple[Path | None, str | None]:
+    """Where the result goes: to a file here, or to a URI.  Errors: SecateurError."""
+    if options.out is None:
+        return None, None
+    if "://" in options.out:
+        return None, options.out
+    path = Path(options.out)
+    check_writable(path)
+    return path, None
+
+
+def _source(client: Client, model: str) -> Any:
+    """What IN means: a checkpoint by its name, a URI, or a file here that is read once."""
+    if model.startswith("checkpoints/"):
+        return client.checkpoint(model)
+    return model if "://" in model else read_source(Path(model))
+
+
+def _spec(options: argparse.Namespace, client: Client, source: Any) -> Spec:
     choices = {
         name: getattr(options, name)
         for name in ("amount", "n", "dim", "seed", "importance")
@@ -77,18 +109,21 @@ def _spec(options: argparse.Namespace, model: Source) -> Spec:
             return Spec.from_dict(_read_spec(options.spec))
         except InvalidSpec as error:
             raise InvalidSpec(f"{options.spec}: {error}") from None
-    tensors = options.tensors or _matrices(model)
+    tensors = options.tensors or _matrices(client, source)
     return Spec.from_dict({"rules": [{"method": options.method, "tensors": tensors, **choices}]})
 
 
-def _matrices(model: Source) -> list[str]:
+def _matrices(client: Client, source: Any) -> list[str]:
     """What is pruned where nothing is named: weights, but not biases and norms."""
-    prunable = model.prunable()
-    names = [name for name, tensor in prunable.items() if len(tensor.shape) >= 2]
+    if place_of(source):  # only the server knows
+        shapes = {name: t.shape for name, t in client.report(source).tensors.items()}
+    else:
+        shapes = {name: t.shape for name, t in read_source(source).prunable().items()}
+    names = [name for name, shape in shapes.items() if len(shape) >= 2]
     if not names:
         raise InvalidSpec(
             "no floating tensor has 2 or more dimensions; name some with --tensors; "
-            f"there are: {', '.join(list(prunable)[:5]) or 'none'}"
+            f"there are: {', '.join(list(shapes)[:5]) or 'none'}"
         )
     return names
 
@@ -120,7 +155,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="secateur",
         description="Prunes neural networks: what torch.nn.utils.prune does, on a server.",
-        epilog="IN and OUT are .safetensors, .pt or .pth files.",
+        epilog="IN and OUT are .safetensors, .pt or .pth files, folders with a model in shards, or "
+        "URIs (file:///..., s3://...) that the server opens; IN may also be checkpoints/NAME.",
     )
     parser.add_argument("--version", action="version", version=f"secateur {version('secateur')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -131,24 +167,23 @@ def _parser() -> argparse.ArgumentParser:
     finalize = _command(commands, "finalize", "make pruning permanent", _finalize)
     _out_option(finalize)
     _tensors_option(finalize, "default: all")
+    add_checkpoints(commands)
     return parser
 
 
 def _command(commands: Any, name: str, text: str, run: Any) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     command.set_defaults(run=run)
-    command.add_argument("model", metavar="IN", type=Path, help="the model")
-    command.add_argument(
-        "--server",
-        metavar="ADDRESS",
-        default=os.environ.get("SECATEUR_SERVER"),
-        help="HOST:PORT of a server (default: $SECATEUR_SERVER, else an embedded server)",
-    )
+    command.add_argument("model", metavar="IN", help="the model")
+    server_options(command, "else an embedded server")
     return command
 
 
 def _prune_options(command: argparse.ArgumentParser) -> None:
-    _out_option(command)
+    _out_option(command, is_required=False)
+    command.add_argument(
+        "--keep", action="store_true", help="keep the result on the server, as a checkpoint"
+    )
     which = command.add_mutually_exclusive_group(required=True)
     methods = [name for name in METHODS if name != "custom_from_mask"]
     which.add_argument("--method", choices=methods, help="a method of torch.nn.utils.prune")
@@ -173,10 +208,9 @@ def _prune_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _out_option(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "-o", "--out", metavar="OUT", type=Path, required=True, help="the file to write"
-    )
+def _out_option(command: argparse.ArgumentParser, is_required: bool = True) -> None:
+    text = "the file to write" if is_required else "the file to write; not needed with --keep"
+    command.add_argument("-o", "--out", metavar="OUT", required=is_required, help=text)
 
 
 def _tensors_option(command: argparse.ArgumentParser, default: str) -> None:

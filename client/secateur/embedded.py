@@ -13,7 +13,8 @@ def embedded(device: str = "auto", timeout: float | None = None) -> Iterator[Cli
     """A client of a private server, which ends with the block. Needs secateur[server].
 
     device: auto, cpu, cuda or cuda:N.  The server listens at a Unix socket that only this user can
-    reach, serves no metrics, and has the limits of secateur-server's defaults.
+    reach, serves no metrics, opens every file:// URI that this user can, keeps checkpoints until
+    the block ends, and has the limits of secateur-server's defaults.
     """
     try:
         from secateur_server.app import App
@@ -25,5 +26,6 @@ def embedded(device: str = "auto", timeout: float | None = None) -> Iterator[Cli
     with tempfile.TemporaryDirectory(prefix="secateur-") as folder:  # mode 0700
         address = f"unix:{folder}/socket"
         arguments = ["--address", address, "--metrics-address", "", "--device", device]
+        arguments += ["--allow-path", "/"]  # what this user may read and write, and nobody else
         with App(read_config(arguments, {})), Client(address, timeout=timeout) as client:
             yield client

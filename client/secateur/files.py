@@ -57,7 +57,7 @@ def _save_shards(
     """Writes the same shards that a model came in, and an index, which is there last."""
     if index is None:
         raise SecateurError(f"{path}: the model did not come in shards; name a file")
-    path = path / f"model.safetensors{SUFFIX}" if path.is_dir() else path
+    path = path / index.filename if path.is_dir() else path
     with replacing(path) as file, ExitStack() as files:
         file.write(index.text(tensors, before).encode())
         for name, of_shard in index.shards(tensors).items():

@@ -50,7 +50,8 @@ def show_work(progress: Progress) -> Iterator[Callable[[Any], None]]:
                 shown = parts
 
         yield working
-        advance(PARTS - shown)
+        if shown < PARTS:
+            advance(PARTS - shown)
 
 
 def _accumulated(progress: Callable[[int, int], None], total: int) -> Callable[[int], None]:

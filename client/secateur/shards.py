@@ -18,12 +18,13 @@ class Index:
     """Which tensor is in which file.
 
     files: of all tensors, with those that are stored under another name.  rest: what else it says.
-    metadata: of each file.
+    metadata: of each file.  filename: its own.
     """
 
     files: Mapping[str, str]
     rest: Mapping[str, Any] = field(default_factory=dict)
     metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    filename: str = f"model.safetensors{SUFFIX}"
 
     def file_of(self, name: str) -> str:
         """Where a tensor is written: half of a pair, or its X, as what it is of."""
@@ -74,23 +75,42 @@ MapFile = Callable[[Path], tuple[dict[str, LocalTensor], dict[str, str]]]
 
 def read_shards(path: Path, map_file: MapFile) -> tuple[dict[str, LocalTensor], Index]:
     """The tensors of all shards, file by file, and their index.  Errors: InvalidStateDict."""
+    weight_map, rest = _read_index(path)
+    tensors: dict[str, LocalTensor] = {}
+    files: dict[str, str] = {}
+    metadata = {}
+    for name in dict.fromkeys(weight_map.values()):
+        of_file, metadata[name] = map_file(path.with_name(name))
+        for twice in of_file.keys() & tensors.keys():
+            raise InvalidStateDict(f"{path}: {twice} stands in {files[twice]} and in {name}")
+        files |= dict.fromkeys(of_file, name)
+        tensors |= of_file
+    tied = {
+        alias
+        for of_file in metadata.values()
+        for alias, name in of_file.items()
+        if name in tensors or f"{name}_orig" in tensors
+    }
+    for name, file in weight_map.items():
+        if files.get(name) != file and (name in files or name not in tied):
+            raise InvalidStateDict(f"{path}: {name} is not in {file}, as it says")
+    return tensors, Index({**weight_map, **files}, rest, metadata, path.name)
+
+
+def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """The weight_map of an index, and the rest of it.  Errors: InvalidStateDict."""
     try:
-        table = json.loads(path.read_text())
-        weight_map: dict[str, str] = table.pop("weight_map")
-        names = dict.fromkeys(weight_map.values())
-        if not names or any("/" in name for name in names):
-            raise ValueError
+        table = json.loads(path.read_text("utf-8"))
+        weight_map = table.pop("weight_map")
+        "".join(weight_map.values()).encode()  # JSON can spell what UTF-8 cannot
+        is_map = isinstance(table.get("metadata", {}), dict)
     except OSError as error:
         raise InvalidStateDict(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise InvalidStateDict(f"{path}: is no index with a weight_map") from None
-    tensors: dict[str, LocalTensor] = {}
-    metadata = {}
-    for name in names:
-        of_file, metadata[name] = map_file(path.with_name(name))
-        twice = of_file.keys() & tensors.keys()
-        if twice:
-            raise InvalidStateDict(f"{path}: {min(twice)} stands in two shards")
-        weight_map |= dict.fromkeys(of_file, name)
-        tensors |= of_file
-    return tensors, Index(weight_map, table, metadata)
+    except (ValueError, RecursionError, KeyError, AttributeError, TypeError):
+        is_map = False
+    if not is_map or not weight_map:
+        raise InvalidStateDict(f"{path}: is no index: it needs a weight_map from names to files")
+    for name, file in weight_map.items():
+        if "/" in file or file in ("", ".", ".."):
+            raise InvalidStateDict(f"{path}: {name} is in {file!r}, which is not beside the index")
+    return weight_map, table

@@ -121,7 +121,7 @@ def _parse(result: Any, data: memoryview) -> Received:
     tensors: dict[str, LocalTensor] = {}
     files: dict[str, str] = {}
     metadata = {}
-    rest: Mapping[str, Any] = {}
+    index = None
     begin = 0
     for file in result.files:
         part = data[begin : begin + file.size_bytes]
@@ -129,14 +129,14 @@ def _parse(result: Any, data: memoryview) -> Received:
         if blake3(part, max_threads=blake3.AUTO).hexdigest() != file.blake3:
             raise DataLoss(f"{file.filename or 'the answer'} did not arrive as it was sent")
         if file.filename.endswith(SUFFIX):
-            rest, files = _index(part, files)
+            index = file.filename, part
             continue
         of_file, metadata[file.filename] = parse_file(part)
         files |= dict.fromkeys(of_file, file.filename)
         tensors |= of_file
-    return Received(tensors, Index(files, rest, metadata) if len(result.files) > 1 else None)
-
-
-def _index(text: memoryview, files: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
-    table: dict[str, Any] = json.loads(bytes(text))
-    return table, {**table.pop("weight_map"), **files}
+    if index is None:
+        return Received(tensors)
+    filename, text = index
+    table = json.loads(bytes(text))
+    known = {**table.pop("weight_map"), **files}
+    return Received(tensors, Index(known, table, metadata, filename))

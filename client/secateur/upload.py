@@ -10,7 +10,15 @@ from typing import Any
 from blake3 import blake3
 
 from secateur.checkpoint import Checkpoint, decode_checkpoint
-from secateur.errors import Aborted, DeadlineExceeded, Unavailable
+from secateur.errors import (
+    Aborted,
+    Cancelled,
+    DataLoss,
+    DeadlineExceeded,
+    InvalidRequest,
+    SecateurError,
+    Unavailable,
+)
 from secateur.source import Source, map_bytes
 from secateur.tensors import LocalTensor
 from secateur.transfer import Bytes, errors_of, parts_of
@@ -92,10 +100,10 @@ class Sending:
                 held = self._held(messages, is_again=most >= 0)
                 tries, most = (0, sum(held)) if sum(held) > most else (tries, most)
                 return self._send(files, messages, held, sending)
-            except (Unavailable, Aborted, DeadlineExceeded) as error:
+            except SecateurError as error:
                 tries += 1
                 # A server that was never there is no upload that broke.
-                if most < 0 or tries == TRIES or not self._pause(tries):
+                if most < 0 or not _is_passing(error) or tries == TRIES or not self._pause(tries):
                     raise error from None
 
     def _held(self, messages: Sequence[checkpoint_pb2.File], is_again: bool) -> list[int]:
@@ -165,3 +173,16 @@ class Sending:
             return False
         time.sleep(seconds * random.uniform(0.5, 1.0))  # not all callers at once
         return True
+
+
+def _is_passing(error: SecateurError) -> bool:
+    """Whether an upload may go on where it broke by this error.
+
+    A server that shuts down cancels calls. What it held when it was asked may be gone since: it
+    was restarted, or needed the room. What it finds damaged it does not hold any more.
+    """
+    is_gone = isinstance(error, InvalidRequest) and (error.field or "").endswith(".offset")
+    return is_gone or isinstance(error, _PASSING)
+
+
+_PASSING = (Unavailable, Aborted, DeadlineExceeded, Cancelled, DataLoss)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import grpc
@@ -69,10 +70,13 @@ class Checkpoints:
         self._store.check_size(sum(file.size for file, _ in wanted))
         stream = ByteStream(data, missing, is_hashed=False)
         landed = []
-        for file, offset in wanted:
-            pieces = stream.pieces(file.size - offset)
+        if any(0 < offset < file.size for file, offset in wanted):
+            self._sources.metrics.resumed()
+        for index, (file, offset) in enumerate(wanted):
+            pieces, field = stream.pieces(file.size - offset), f"header.files[{index}].offset"
             digest = file.blake3 or None
-            landed.append(landing.land(file.filename, file.size, pieces, digest, offset))
+            land = partial(landing.land, file.filename, file.size, pieces, digest, offset, field)
+            landed.append(land(is_resumable=digest is not None))
         stream.finish()
         return tuple(landed)
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
+from secateur_server.errors import StoreFull
 from secateur_server.store.records import Record, StoredFile
 from secateur_server.store.store import Store, Upload
 from secateur_server.wire.writer import Bytes, OutgoingFile, watched_parts
@@ -23,22 +24,24 @@ class Landing:
         parts: Iterable[Bytes],
         digest: str | None = None,
         offset: int = 0,
+        field: str = "offset",
+        is_resumable: bool = False,
     ) -> StoredFile:
         """Stores a file.
 
         parts: its bytes from `offset` on.  digest: hex BLAKE3, where it is known.
-        Errors: InvalidRequest, InvalidStateDict, StoreFull, TakenOver, Stopped.
+        field: the one of the request that has the offset.
+        is_resumable: whether what has come of it is held, when the call breaks.
+        Errors: InvalidRequest, InvalidStateDict, StoreFull, TakenOver, DataLoss, Stopped.
         """
-        upload = self._store.begin(self._owner, size, digest, offset)
+        upload = self._store.begin(self._owner, size, digest, offset, field, is_resumable)
         self._uploads.append(upload)
         for part in watched_parts(parts):
             self._store.write(upload, part)
         return self._store.finish(upload, filename)
 
     def land_file(self, file: OutgoingFile) -> StoredFile:
-        """Stores a file that the server has made.  Errors: StoreFull, Stopped."""
-        if self._store.held(self._owner, file.blake3, file.size) == file.size:
-            return self.land(file.filename, file.size, [], file.blake3, file.size)
+        """Stores a file that the server has made.  Errors: StoreFull, DataLoss, Stopped."""
         return self.land(file.filename, file.size, file.parts(), file.blake3)
 
     def create(self, files: tuple[StoredFile, ...], masks: StoredFile | None = None) -> Record:
@@ -61,5 +64,7 @@ class Landing:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
+        if isinstance(error, StoreFull):
+            self.abandon()  # what does not fit gives back the room that it took
         for upload in self._uploads:
             self._store.leave(upload)

@@ -87,7 +87,7 @@ def _index(
         alias: name
         for head in heads
         for alias, name in head.metadata.items()
-        if any(name in known for known in names.values())
+        if any(name in known or f"{name}_orig" in known for known in names.values())
     }
     return read_index(index.filename, bytes(index.data), names, tied)
 

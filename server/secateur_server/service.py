@@ -101,7 +101,7 @@ class Pruner:
             expire_time = self._sources.store.expire_time(owner, record)
             result.checkpoint.CopyFrom(checkpoint_message(record, expire_time))
         self._sources.metrics.pruned(before, report)
-        return self._written(header.destination_uri, result, files)
+        return self._written(header.destination_uri, result, files, incoming)
 
     def Report(
         self, request_iterator: Iterator[pb.ReportRequest | Data], context: grpc.ServicerContext
@@ -144,7 +144,8 @@ class Pruner:
             covered = ((name, model.parameters[name]) for name in names)
             report = encode_report(covered, incoming.digest(), digest, are_folded=True)
         incoming.check_unchanged()
-        return self._written(header.destination_uri, pb.FinalizeResult(report=report), files)
+        result = pb.FinalizeResult(report=report)
+        return self._written(header.destination_uri, result, files, incoming)
 
     def _run(
         self,
@@ -179,14 +180,17 @@ class Pruner:
             of_call.stop()
         return of_call
 
-    def _written(self, uri: str, result: Any, files: Files) -> tuple[Any, Files]:
+    def _written(
+        self, uri: str, result: Any, files: Files, incoming: Incoming
+    ) -> tuple[Any, Files]:
         """The result and the files to answer with: none, where they went to a URI."""
         result.files.extend(map(file_message, files))
         if not uri:
             result.data_bytes = sum(file.size for file in files)
             return result, files
         watch().begin("write", sum(file.size for file in files))
-        self._sources.uris.write("header.destination_uri", uri, files)
+        check = incoming.check_unchanged  # dense files are read once more as they are written
+        self._sources.uris.write("header.destination_uri", uri, files, check)
         return result, []
 
     def _answer(self, make: Callable[..., Any], result: Any, files: Files) -> Iterator[Any]:

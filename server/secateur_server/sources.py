@@ -87,7 +87,9 @@ class Sources:
             assert keep is not None, "what is not kept came above"
             stream = self.stream(data, header.data_bytes, is_hashed=False)
             size = header.data_bytes
-            return self._stored((keep.land("", size, stream.pieces(size)),))
+            landed = keep.land("", size, stream.pieces(size))
+            stream.finish()
+            return self._stored((landed,))
         beside = self._beside(header.data_bytes, data, extras)
         if source == "checkpoint":
             opened = held.enter_context(self.store.open(owner, header.checkpoint))

@@ -14,14 +14,15 @@ class Watch:
 
     work_memory: bytes that it may take beside its model, as a rule; None is no bound.
     scratch: the folder for what is larger.
-    phase: what it does: read, prune or write.  done, total: bytes of the phase; total is 0 where
-    nobody knows.  read: bytes of the model.
+    now: what it does (read, prune or write), of how many bytes (0 where nobody knows), and what
+    `done` was before; in one, so that who looks at it sees no half of two.
+    done: bytes of all phases.  read: bytes of the model.
     """
 
     def __init__(self, work_memory: int | None = None, scratch: Path | None = None) -> None:
         self.work_memory, self.scratch = work_memory, scratch
-        self.phase, self.done, self.total = "", 0, 0
-        self.read = 0
+        self.now = "", 0, 0
+        self.done = self.read = 0
         self._is_stopped = threading.Event()
 
     def stop(self) -> None:
@@ -35,13 +36,13 @@ class Watch:
 
     def begin(self, phase: str, total: int = 0) -> None:
         """A new phase begins."""
-        self.phase, self.done, self.total = phase, 0, total
+        self.now = phase, total, self.done
 
     def advance(self, count: int) -> None:
         """Adds bytes.  Errors: Stopped."""
         self.check()
         self.done += count
-        if self.phase == "read":
+        if self.now[0] == "read":
             self.read += count
 
 

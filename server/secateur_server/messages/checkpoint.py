@@ -41,9 +41,9 @@ def file_message(file: StoredFile | OutgoingFile) -> FileMessage:
 
 def progress_message(watch: Watch) -> ProgressMessage:
     """How far a call is."""
-    phase, before, behind = _PHASES[watch.phase]
-    done, total = watch.done, watch.total
-    within = min(1.0, done / total) if total else 0.0
+    name, total, begin = watch.now
+    phase, before, behind = _PHASES[name]
+    within = min(1.0, (watch.done - begin) / total) if total else 0.0
     return ProgressMessage(
         phase=phase, read_bytes=watch.read, share=before + (behind - before) * within
     )

@@ -38,10 +38,10 @@ class Part:
     def write(self, data: bytes | memoryview) -> None:
         """Appends `data`."""
         view = memoryview(data)
-        self._whole.update(view)
         while view:
             with full_disk():
                 count = self._file.write(view[: BLOCK - self.size % BLOCK])
+            self._whole.update(view[:count])
             self._block.update(view[:count])
             self.size += count
             view = view[count:]
@@ -91,6 +91,14 @@ def sums_path(blob: Path) -> Path:
     return blob.with_name(f"{blob.name}.sums")
 
 
+def has_blob(blob: Path, size: int) -> bool:
+    """Whether a blob of that size is there; what is in it is seen when it is read."""
+    try:
+        return (blob.stat().st_size, sums_path(blob).stat().st_size) == (size, sums_bytes(size))
+    except FileNotFoundError:
+        return False
+
+
 def remove_blob(blob: Path) -> None:
     """Removes a blob. Who has opened it goes on reading."""
     for path in (blob, sums_path(blob)):
@@ -113,6 +121,11 @@ class Blob:
     sums: bytes
     damaged: Callable[[], None]
 
+    @property
+    def block_count(self) -> int:
+        """How many blocks it has."""
+        return len(self.sums) // _SUM_BYTES
+
     def check(self, block: int) -> None:
         """Checks a block of BLOCK bytes.  Errors: DataLoss."""
         found = blake3(self.data[block * BLOCK : (block + 1) * BLOCK]).digest()
@@ -122,7 +135,7 @@ class Blob:
 
     def blocks(self) -> Iterator[bytes]:
         """The bytes of the file, each checked, and not looked at again."""
-        for block in range(len(self.sums) // _SUM_BYTES):
+        for block in range(self.block_count):
             read = bytes(self.data[block * BLOCK : (block + 1) * BLOCK])
             if blake3(read).digest() != self.sums[block * _SUM_BYTES :][:_SUM_BYTES]:
                 self.check(block)

@@ -66,6 +66,8 @@ def read_record(path: Path) -> Record:
         if blake3(text).hexdigest().encode() != digest:
             raise ValueError
         fields = json.loads(text)
+        if fields["id"] != path.stem:
+            raise ValueError
         masks = StoredFile(**fields["masks"]) if fields["masks"] else None
         files = tuple(StoredFile(**file) for file in fields["files"])
         return Record(fields["id"], fields["create_time"], files, masks)

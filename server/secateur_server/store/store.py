@@ -14,12 +14,13 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from secateur_server.durable import sync_folder
+from secateur_server.devices.watch import watch
+from secateur_server.durable import full_disk, sync_folder
 from secateur_server.errors import (
     CheckpointNotFound,
     DataLoss,
@@ -29,7 +30,14 @@ from secateur_server.errors import (
     TakenOver,
     quote,
 )
-from secateur_server.store.blobs import Blob, Part, open_blob, remove_blob, sums_bytes
+from secateur_server.store.blobs import (
+    Blob,
+    Part,
+    has_blob,
+    open_blob,
+    remove_blob,
+    sums_bytes,
+)
 from secateur_server.store.records import (
     PREFIX,
     Record,
@@ -61,8 +69,9 @@ class StoreInUse(Exception):
 class Upload:
     """A file that a caller sends, or has sent and not made a checkpoint of.
 
-    size: as announced.  part: until it is whole.  skip: bytes to come that are there already.
-    is_active: whether a call is at it.  is_stale: whether a newer call has taken it over.
+    size: as announced.  part: until it is whole.  at: where in the file the call's next byte is.
+    is_resumable: whether it outlasts the call.  is_active: whether a call is at it.
+    is_stale: whether a newer call has taken it over.  is_finishing: whether it becomes a blob.
     used: when the last byte came.
     """
 
@@ -70,9 +79,11 @@ class Upload:
     size: int
     digest: str | None
     part: Part | None
-    skip: int = 0
+    at: int
+    is_resumable: bool
     is_active: bool = True
     is_stale: bool = False
+    is_finishing: bool = False
     used: float = field(default_factory=time.time)
     writing: threading.Lock = field(default_factory=threading.Lock)
 
@@ -185,7 +196,7 @@ class Store:
         """Bytes on disk, with those that are announced and not here yet."""
         with self._lock:
             blobs = sum(size + sums_bytes(size) for size in self._sizes.values())
-            parts = sum(upload.size for upload in self._uploads if upload.part)
+            parts = sum(u.size for u in self._uploads if u.part and not u.is_finishing)
             return blobs + parts + RECORD_BYTES * len(self._records)
 
     @property
@@ -195,7 +206,8 @@ class Store:
 
     def get(self, owner: str, name: str) -> Record:
         """The record of a checkpoint.  Errors: CheckpointNotFound, DataLoss."""
-        return self._records[self._key(owner, name)]
+        with self._lock:
+            return self._records[self._key(owner, name)]
 
     def expire_time(self, owner: str, record: Record) -> float | None:
         """When a checkpoint goes, in seconds since 1970; None is never."""
@@ -212,12 +224,13 @@ class Store:
     def _key(self, owner: str, name: str) -> Key:
         """Errors: CheckpointNotFound, DataLoss."""
         key = owner, name.removeprefix(PREFIX)
-        if key in self._records and name.startswith(PREFIX):
-            return key
-        # The text is the caller's: it is looked up among names, and never made a path.
-        folder = self._folder / "checkpoints" / owner
-        if folder.is_dir() and f"{key[1]}.json" in os.listdir(folder):
-            raise DataLoss(name, "is not what was stored: its record differs")
+        if name.startswith(PREFIX):
+            if key in self._records:
+                return key
+            # The text is the caller's: it is looked up among names, and never made a path.
+            folder = self._folder / "checkpoints" / owner
+            if folder.is_dir() and f"{key[1]}.json" in os.listdir(folder):
+                raise DataLoss(name, "is not what was stored: its record differs")
         raise CheckpointNotFound("checkpoint", f"there is no {quote(name)}")
 
     @contextmanager
@@ -240,6 +253,8 @@ class Store:
         finally:
             with self._lock:
                 self._pins[key] -= 1
+                if not self._pins[key]:
+                    del self._pins[key]
                 self._release(record.blobs())
 
     def open_files(self, name: str, files: Sequence[StoredFile]) -> list[Blob]:
@@ -254,9 +269,9 @@ class Store:
         return open_blob(self._blobs / file.blake3, file.size, name, file.filename, damaged)
 
     def _touch(self, key: Key) -> None:
-        self._used_at[key] = time.time()
+        self._used_at[key] = now = time.time()
         with suppress(OSError):  # of a full disk, or a record that somebody took away
-            os.utime(self._record_path(key))
+            os.utime(self._record_path(key), (now, now))  # the system's own clock is coarser
 
     def _record_path(self, key: Key) -> Path:
         return self._folder / "checkpoints" / key[0] / f"{key[1]}.json"
@@ -266,99 +281,152 @@ class Store:
     def held(self, owner: str, digest: str, size: int) -> int:
         """How many bytes there are of a file that `owner` has sent, or has stored."""
         with self._lock:
-            upload = self._upload(owner, digest, size)
-            if upload:
-                return upload.held
-            return size if self._owns(owner, digest, size) else 0
+            if self._owns(owner, digest, size):
+                return size
+            upload = self._unfinished(owner, digest, size)
+            return upload.held if upload else 0
 
-    def _upload(self, owner: str, digest: str | None, size: int) -> Upload | None:
+    def _unfinished(self, owner: str, digest: str | None, size: int) -> Upload | None:
         wanted = owner, digest, size
-        mine = (u for u in self._uploads if digest and (u.owner, u.digest, u.size) == wanted)
-        return next(mine, None)
+        mine = (u for u in self._uploads if (u.owner, u.digest, u.size) == wanted)
+        return next((upload for upload in mine if upload.part and upload.is_resumable), None)
 
     def _owns(self, owner: str, digest: str, size: int) -> bool:
-        """Whether a checkpoint of `owner` has a file, and nothing is known against it."""
-        return digest not in self._damaged and any(
+        """Whether a checkpoint or an upload of `owner` has a file, and nothing is against it."""
+        if digest in self._damaged or not has_blob(self._blobs / digest, size):
+            return False
+        return any(
+            (upload.owner, upload.digest, upload.size) == (owner, digest, size) and not upload.part
+            for upload in self._uploads
+        ) or any(
             (file.blake3, file.size) == (digest, size)
             for (of, _), record in self._records.items()
             if of == owner
             for file in record.blobs()
         )
 
-    def begin(self, owner: str, size: int, digest: str | None, offset: int) -> Upload:
+    def begin(
+        self,
+        owner: str,
+        size: int,
+        digest: str | None = None,
+        offset: int = 0,
+        field: str = "offset",
+        is_resumable: bool = False,
+    ) -> Upload:
         """Takes a file, or what is missing of it.
 
-        offset: what the caller does not send.  Errors: InvalidRequest, StoreFull.
+        offset: what the caller does not send.  field: of the request, which has it.
+        is_resumable: whether what has come outlasts the call.  Errors: InvalidRequest, StoreFull.
         """
-        with self._lock:
-            upload = self._upload(owner, digest, size)
-            if upload and upload.part:
-                upload = self._take_over(upload)
-            held = self.held(owner, digest, size) if digest else 0
-            if offset > held:
-                raise InvalidRequest(
-                    "header.files.offset", f"{offset} is more than the {held} bytes that are here"
-                )
-            if digest and held == size:
-                upload = Upload(owner, size, digest, None)
-                self._refer(StoredFile("", size, digest))
-                self._uploads.append(upload)
-            elif upload is None:
-                self._make_room(size + sums_bytes(size) + RECORD_BYTES)
-                upload = Upload(owner, size, digest, self._new_part())
-                self._uploads.append(upload)
-            upload.skip = held - offset
-            return upload
+        while True:
+            with self._lock:
+                before = self._unfinished(owner, digest, size) if is_resumable else None
+                if before is None or not before.is_finishing:
+                    upload = Upload(owner, size, digest, None, offset, is_resumable)
+                    return self._begin(upload, before, field)
+            with before.writing:  # until it is whole
+                pass
 
-    def _take_over(self, before: Upload) -> Upload:
-        """The upload for a new call; the call that may still be at it ends with its next byte."""
-        with before.writing:
-            before.is_stale = True
-        upload = replace(before, is_stale=False, is_active=True, used=time.time())
-        self._uploads[self._uploads.index(before)] = upload
+    def _begin(self, upload: Upload, before: Upload | None, field: str) -> Upload:
+        """before: an upload of the same file."""
+        digest, size = upload.digest, upload.size
+        is_here = digest is not None and self._owns(upload.owner, digest, size)
+        held = size if is_here else before.held if before else 0
+        if upload.at > held:
+            raise InvalidRequest(field, f"{upload.at} is more than the {held} bytes that are here")
+        if is_here:
+            self._begin_whole(upload)
+        elif before:
+            before.is_stale = True  # the call that may still be at it ends with its next byte
+            upload.part, upload.writing = before.part, before.writing
+            self._uploads[self._uploads.index(before)] = upload
+        else:
+            self._make_room(size + sums_bytes(size) + RECORD_BYTES)
+            upload.part = Part(self.scratch / secrets.token_hex(8))
+            self._uploads.append(upload)
         return upload
 
-    def _new_part(self) -> Part:
-        return Part(self.scratch / secrets.token_hex(8))
+    def _begin_whole(self, upload: Upload) -> None:
+        """All of the file is here: it stays while the call runs."""
+        self._refer(StoredFile("", upload.size, upload.digest or ""))
+        self._uploads.append(upload)
+        try:
+            self._make_room(RECORD_BYTES)
+        except StoreFull:
+            self.abandon(upload)
+            raise
 
     def write(self, upload: Upload, data: bytes | memoryview) -> None:
         """The next bytes of a file.  Errors: StoreFull, TakenOver."""
         with upload.writing:  # two calls at one upload never mix their bytes
-            if upload.is_stale:
-                raise TakenOver("header", "another call of the same caller sends this file")
-            fresh = memoryview(data)[min(upload.skip, len(data)) :]
-            upload.skip -= len(data) - len(fresh)
+            self._check_mine(upload)
+            known = min(upload.held - upload.at, len(data))
+            upload.at += len(data)
             upload.used = time.time()
-            if fresh:
+            if known < len(data):
                 assert upload.part is not None, "what is whole takes no more"
-                upload.part.write(fresh)
+                upload.part.write(memoryview(data)[known:])
+
+    def _check_mine(self, upload: Upload) -> None:
+        if upload.is_stale:
+            raise TakenOver("header", "another call of the same caller sends this file")
 
     def finish(self, upload: Upload, filename: str) -> StoredFile:
-        """Makes a file whole, on disk.  Errors: InvalidStateDict, StoreFull."""
-        if upload.part:
-            found = upload.part.digest()
-            if upload.digest not in (None, found):
-                self.abandon(upload)
-                raise InvalidStateDict(
-                    "data", f"{quote(filename)} has the BLAKE3 {found}, announced {upload.digest}"
-                )
-            file = StoredFile(filename, upload.size, found)
-            self._refer(file)  # first: nobody may remove the blob once it is there
-            try:
-                upload.part.finish(self._blobs)
-            except BaseException:
-                self._release([file])
-                raise
-            upload.digest, upload.part = found, None
-            self._damaged.discard(found)
-        assert upload.digest is not None, "a whole file has one"
-        return StoredFile(filename, upload.size, upload.digest)
+        """Makes a file whole, on disk.
+
+        Errors: InvalidStateDict, StoreFull, TakenOver; DataLoss, where what was there has changed.
+        """
+        with upload.writing:  # whom it was taken from may still be at a last byte
+            with self._lock:
+                self._check_mine(upload)
+                file, part = self._becomes(upload, filename), upload.part
+                if part:
+                    self._refer(file)  # first: nobody may remove the blob once it is there
+                    upload.is_finishing = True
+            if part:
+                self._finish_part(upload, part, file)
+                return file
+        try:
+            self._check_whole(file)  # the caller may throw away what it has
+        except DataLoss:
+            self.abandon(upload)
+            raise
+        return file
+
+    def _becomes(self, upload: Upload, filename: str) -> StoredFile:
+        """Errors: InvalidStateDict, where the file is not what was announced."""
+        found = upload.part.digest() if upload.part else upload.digest or ""
+        if upload.digest not in (None, found):
+            self.abandon(upload)
+            raise InvalidStateDict(
+                "data", f"{quote(filename)} has the BLAKE3 {found}, announced {upload.digest}"
+            )
+        return StoredFile(filename, upload.size, found)
+
+    def _finish_part(self, upload: Upload, part: Part, file: StoredFile) -> None:
+        try:
+            part.finish(self._blobs)
+        except BaseException:
+            self.abandon(upload)
+            self._release([file])
+            raise
+        with self._lock:
+            upload.digest, upload.part, upload.is_finishing = file.blake3, None, False
+            self._damaged.discard(file.blake3)
+
+    def _check_whole(self, file: StoredFile) -> None:
+        """Errors: DataLoss."""
+        blob = self._open("data", file)
+        for block in range(blob.block_count):
+            watch().check()
+            blob.check(block)
 
     def leave(self, upload: Upload) -> None:
         """The call that sent a file has ended: what can go on later is held for a while."""
-        if upload.digest is None:
+        if not upload.is_resumable:
             self.abandon(upload)
-        upload.is_active, upload.used = False, time.time()
+        upload.is_active = False
 
     def abandon(self, upload: Upload) -> None:
         """Leaves nothing of an upload."""
@@ -385,15 +453,16 @@ class Store:
         folder = self._record_path(key).parent
         with self._lock:
             if not folder.is_dir():
-                folder.mkdir(mode=0o700)
-                sync_folder(folder.parent)
+                with full_disk():
+                    folder.mkdir(mode=0o700)
+                    sync_folder(folder.parent)
             for file in record.blobs():
                 self._refer(file)
         try:
             write_record(folder, record)
         except BaseException:
-            with self._lock:
-                self._release(record.blobs())
+            self._record_path(key).unlink(missing_ok=True)
+            self._release(record.blobs())
             raise
         with self._lock:
             self._records[key], self._used_at[key] = record, time.time()
@@ -437,21 +506,40 @@ class Store:
             raise StoreFull("data", f"{size} bytes are more than the store's {self.max_bytes}")
 
     def _make_room(self, count: int) -> None:
-        """Lets the least recently used go until `count` bytes fit.  Errors: StoreFull."""
+        """Lets the least recently used go until `count` bytes fit.
+
+        Errors: StoreFull, where they would not fit without all of that: then nothing goes.
+        """
+        if (used := self.used_bytes) + count <= self.max_bytes:
+            return
         idle = [(upload.used, upload) for upload in self._uploads if not upload.is_active]
         unused = [(used, key) for key, used in self._used_at.items() if not self._pins[key]]
-        oldest: Sequence[tuple[float, Upload | Key]] = [*idle, *unused]
-        for _, victim in sorted(oldest, key=lambda pair: pair[0]):
-            if self.used_bytes + count <= self.max_bytes or count > self.max_bytes:
+        victims: list[tuple[float, Upload | Key]] = [*idle, *unused]
+        if used - self._freed(victim for _, victim in victims) + count > self.max_bytes:
+            raise StoreFull(
+                "data", f"{count} bytes do not fit: the store holds {used} of {self.max_bytes}"
+            )
+        for _, victim in sorted(victims, key=lambda pair: pair[0]):
+            if self.used_bytes + count <= self.max_bytes:
                 break
             if isinstance(victim, Upload):
                 self.abandon(victim)
             else:
                 self._evict(victim, "room")
-        if (used := self.used_bytes) + count > self.max_bytes:
-            raise StoreFull(
-                "data", f"{count} bytes do not fit: the store holds {used} of {self.max_bytes}"
-            )
+
+    def _freed(self, victims: Iterable[Upload | Key]) -> int:
+        """What is free when all of these are gone: a blob is where nobody else has it."""
+        freed, references = 0, Counter[str]()
+        for victim in victims:
+            if not isinstance(victim, Upload):
+                freed += RECORD_BYTES
+                references.update(file.blake3 for file in self._records[victim].blobs())
+            elif victim.part:
+                freed += victim.size
+            else:
+                references[victim.digest or ""] += 1
+        gone = (d for d, count in references.items() if count == self._references[d])
+        return freed + sum(self._sizes[d] + sums_bytes(self._sizes[d]) for d in gone)
 
     def _evict(self, key: Key, reason: str) -> None:
         name = self._records[key].name

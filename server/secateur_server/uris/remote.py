@@ -5,23 +5,28 @@ multipart upload, which leaves nothing where it does not end.
 """
 
 import tempfile
+import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from secateur_server.devices.mapping import map_file
 from secateur_server.devices.watch import watch
 from secateur_server.durable import full_disk
-from secateur_server.errors import UriChanged, UriFailed, UriNotFound, quote
+from secateur_server.errors import Stopped, UriChanged, UriFailed, UriNotFound, quote
 
 Bytes = bytes | memoryview
+Found = TypeVar("Found")
 
 # What one request asks for, and how many are on their way: 32 MiB hide 50 ms at 600 MB/s.
 RANGE_BYTES = 8 << 20
 AT_ONCE = 4
+
+# S3 takes up to 10,000 parts of a multipart upload.
+MOST_PARTS = 9_000
 
 
 class RemoteFile:
@@ -43,9 +48,11 @@ class RemoteFile:
     def _info(self) -> dict[str, Any]:
         try:
             self._system.invalidate_cache()
-            found: dict[str, Any] = self._system.info(self._path)
+            found: dict[str, Any] = _result(_start(self._system.info, self._path))
         except FileNotFoundError:
             raise UriNotFound(self._field, f"there is no {quote(self._uri)}") from None
+        except Stopped:
+            raise
         except Exception as error:  # of a library for any kind of store
             raise _failed(self._field, self._uri, "read", error) from None
         if found.get("type") != "file":
@@ -54,17 +61,13 @@ class RemoteFile:
 
     def _ranges(self, size: int) -> Iterator[bytes]:
         """The file, in ranges of which some are on their way."""
-        pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="ranges")
         coming: deque[Future[bytes]] = deque()
-        try:
-            for start in range(0, size, RANGE_BYTES):
-                coming.append(pool.submit(self._range, start, min(start + RANGE_BYTES, size)))
-                if len(coming) == AT_ONCE:
-                    yield _result(coming.popleft())
-            while coming:
+        for start in range(0, size, RANGE_BYTES):
+            coming.append(_start(self._range, start, min(start + RANGE_BYTES, size)))
+            if len(coming) == AT_ONCE:
                 yield _result(coming.popleft())
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        while coming:
+            yield _result(coming.popleft())
 
     def _range(self, start: int, end: int) -> bytes:
         try:
@@ -89,12 +92,13 @@ class RemoteFile:
 class RemoteTarget:
     """A file that is there whole once `commit` returns, and leaves nothing before."""
 
-    def __init__(self, field: str, uri: str) -> None:
-        """Errors: UriFailed."""
+    def __init__(self, field: str, uri: str, size: int) -> None:
+        """size: of what is to be written.  Errors: UriFailed."""
         self._field, self._uri = field, uri
         self._system, self._path = _system(field, uri)
+        part = max(RANGE_BYTES, -(-size // MOST_PARTS))
         try:
-            self._file = self._system.open(self._path, "wb", block_size=RANGE_BYTES)
+            self._file = self._system.open(self._path, "wb", block_size=part)
         except Exception as error:
             raise _failed(field, uri, "written", error) from None
         self._is_open = True
@@ -123,7 +127,21 @@ class RemoteTarget:
             self._file.closed = True  # else it would be written when it is collected
 
 
-def _result(coming: Future[bytes]) -> bytes:
+def _start(function: Callable[..., Found], *arguments: Any) -> Future[Found]:
+    """Calls a function in a thread that is left where the caller leaves, or the server ends."""
+    coming: Future[Found] = Future()
+
+    def call() -> None:
+        try:
+            coming.set_result(function(*arguments))
+        except BaseException as error:
+            coming.set_exception(error)
+
+    threading.Thread(target=call, name="remote", daemon=True).start()
+    return coming
+
+
+def _result(coming: Future[Found]) -> Found:
     """What comes, unless the caller leaves before.  Errors: Stopped."""
     while not wait([coming], timeout=0.2).done:
         watch().check()
@@ -134,12 +152,11 @@ def _system(field: str, uri: str) -> tuple[Any, str]:
     """The file system of a URI, and the path in it.  Errors: UriFailed."""
     try:
         import fsspec
-    except ImportError:
-        raise UriFailed(
-            field, f"{quote(uri)} needs fsspec on the server: pip install 'secateur[remote]'"
-        ) from None
-    try:
+
         system, path = fsspec.core.url_to_fs(uri)
+    except ImportError as error:  # of fsspec, or of what it opens this kind of URI with
+        needed = ValueError(f"{error}; on the server: pip install 'secateur[remote]'")
+        raise _failed(field, uri, "opened", needed) from None
     except Exception as error:
         raise _failed(field, uri, "opened", error) from None
     return system, path

@@ -1,13 +1,15 @@
 """Which URIs are allowed, and what each kind of them is."""
 
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote as urlquote
 from urllib.parse import unquote
 
-from secateur_server.errors import UriNotAllowed, quote
+from secateur_server.devices.watch import watch
+from secateur_server.errors import InvalidRequest, UriNotAllowed, quote
 from secateur_server.uris.local import LocalFile, LocalTarget
 from secateur_server.uris.remote import RemoteFile, RemoteTarget
 from secateur_server.wire.index import SUFFIX, weight_map_of
@@ -47,7 +49,7 @@ class Uris:
             file = LocalFile(field, uri, self._paths)
         else:
             file = RemoteFile(field, uri, self._scratch)
-        held.callback(file.close)
+        held.push(_closing(file))
         return OpenFile(file, MappedFile(_name(uri), file.data))
 
     def check(self, field: str, uri: str) -> None:
@@ -60,29 +62,44 @@ class Uris:
         if not is_plain or not any(uri.startswith(prefix) for prefix in allowed):
             raise UriNotAllowed(field, f"{quote(uri)} begins with no --allow-uri of the server")
 
-    def write(self, field: str, uri: str, files: Sequence[OutgoingFile]) -> None:
+    def write(
+        self,
+        field: str,
+        uri: str,
+        files: Sequence[OutgoingFile],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         """Writes files to a URI: all of them are there whole, or none is.
 
-        Errors: UriNotAllowed, UriNotFound, UriFailed.
+        check: is called once they are written, and raises where they are not to be there.
+        Errors: UriNotAllowed, UriNotFound, UriFailed, InvalidRequest, Stopped.
         """
+        if files[-1].filename.endswith(SUFFIX) != uri.endswith(SUFFIX):
+            raise InvalidRequest(
+                field,
+                f"{quote(uri)}: shards are written beside an index, which ends in {SUFFIX}, "
+                "and one file is not",
+            )
         # The index comes last, under the name that the caller gave it.
         places = [*(_beside(field, uri, file.filename) for file in files[:-1]), uri]
         with ExitStack() as targets:
             opened = []
-            for place in places:
-                target = self._target(field, place)
+            for place, size in zip(places, (file.size for file in files), strict=True):
+                target = self._target(field, place, size)
                 targets.callback(target.discard)
                 opened.append(target)
             for target, file in zip(opened, files, strict=True):
                 target.write(watched_parts(file.parts()))
+            check()
+            watch().check()  # it was written to disk meanwhile, which took its time
             for target in opened:
                 target.commit()
 
-    def _target(self, field: str, uri: str) -> LocalTarget | RemoteTarget:
+    def _target(self, field: str, uri: str, size: int) -> LocalTarget | RemoteTarget:
         self.check(field, uri)
         if uri.startswith(LOCAL):
             return LocalTarget(field, uri, self._paths)
-        return RemoteTarget(field, uri)
+        return RemoteTarget(field, uri, size)
 
 
 class OpenFile:
@@ -91,6 +108,19 @@ class OpenFile:
     def __init__(self, file: LocalFile | RemoteFile, mapped: MappedFile) -> None:
         self.mapped = mapped
         self.check_unchanged = file.check_unchanged
+
+
+def _closing(file: LocalFile | RemoteFile) -> Callable[[Any, Any, Any], None]:
+    """What ends the use of a file: of one that changed, no other error is worth telling."""
+
+    def close(kind: Any, error: BaseException | None, at: Any) -> None:
+        try:
+            if isinstance(file, LocalFile) and isinstance(error, Exception):
+                file.check_unchanged()
+        finally:
+            file.close()
+
+    return close
 
 
 def _name(uri: str) -> str:

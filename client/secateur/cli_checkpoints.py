@@ -1,0 +1,124 @@
+"""The command secateur checkpoints: what a server keeps."""
+
+import argparse
+import json
+import os
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from secateur.checkpoint import Checkpoint
+from secateur.client import Client
+from secateur.errors import SecateurError
+
+
+def add_checkpoints(commands: Any) -> None:
+    """Adds the command, and those under it."""
+    text = "what the server keeps: ls, put, get, rm"
+    checkpoints: argparse.ArgumentParser = commands.add_parser(
+        "checkpoints", help=text, description=text
+    )
+    under = checkpoints.add_subparsers(required=True, metavar="COMMAND")
+    ls = _command(under, "ls", "list the checkpoints, the newest first", _ls)
+    ls.add_argument("--json", action="store_true", help="print JSON, not a table")
+    put = _command(under, "put", "upload a model, and print the name of its checkpoint", _put)
+    put.add_argument("model", metavar="IN", help="a file, a folder of shards, or a URI")
+    get = _command(under, "get", "download a checkpoint", _get)
+    get.add_argument("name", metavar="NAME", help="checkpoints/...")
+    get.add_argument("-o", "--out", metavar="OUT", required=True, help="a file, or a folder")
+    get.add_argument(
+        "--output",
+        choices=("dense", "reparametrized", "masks"),
+        default="dense",
+        help="what OUT holds: tensors with zeros (default), X_orig and X_mask, or bits",
+    )
+    rm = _command(under, "rm", "delete checkpoints", _rm)
+    rm.add_argument("names", metavar="NAME", nargs="+", help="checkpoints/...")
+
+
+def _command(under: Any, name: str, text: str, run: Any) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = under.add_parser(name, help=text, description=text)
+    command.set_defaults(run=run)
+    server_options(command, "which is needed")
+    return command
+
+
+def server_options(command: argparse.ArgumentParser, default: str) -> None:
+    """Adds --server and --token."""
+    command.add_argument(
+        "--server",
+        metavar="ADDRESS",
+        default=os.environ.get("SECATEUR_SERVER"),
+        help=f"HOST:PORT of a server (default: $SECATEUR_SERVER, {default})",
+    )
+    command.add_argument(
+        "--token",
+        default=os.environ.get("SECATEUR_TOKEN"),
+        help="who you are, for the server (default: $SECATEUR_TOKEN)",
+    )
+
+
+def client_of(options: argparse.Namespace) -> Client:
+    """A client of the server that the options name.  Errors: SecateurError."""
+    if not options.server:
+        raise SecateurError("checkpoints are on a server: give --server, or set SECATEUR_SERVER")
+    return Client(options.server, token=options.token)
+
+
+def _ls(options: argparse.Namespace) -> None:
+    with client_of(options) as client:
+        found = list(client.checkpoints())
+    if options.json:
+        print(json.dumps([asdict(checkpoint) for checkpoint in found], indent=2, default=_plain))
+        return
+    lines = [("name", "created", "size", "masks", "expires"), *map(_row, found)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        print("  ".join(cells).rstrip())
+
+
+def _row(checkpoint: Checkpoint) -> tuple[str, ...]:
+    expires = checkpoint.expire_time
+    return (
+        checkpoint.name,
+        _time(checkpoint.create_time),
+        _size(checkpoint.size_bytes),
+        _size(checkpoint.mask_bytes) if checkpoint.mask_bytes else "-",
+        _time(expires) if expires else "never",
+    )
+
+
+def _time(time: datetime) -> str:
+    return time.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _plain(time: datetime) -> str:
+    return time.isoformat()
+
+
+def _size(count: float) -> str:
+    """Bytes, with as many digits as a person reads."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _put(options: argparse.Namespace) -> None:
+    model = options.model
+    with client_of(options) as client:
+        print(client.upload(model if "://" in model else Path(model)).name)
+
+
+def _get(options: argparse.Namespace) -> None:
+    with client_of(options) as client:
+        client.download(client.checkpoint(options.name), options.out, options.output)
+
+
+def _rm(options: argparse.Namespace) -> None:
+    with client_of(options) as client:
+        for name in options.names:
+            client.delete(client.checkpoint(name))

@@ -1,0 +1,83 @@
+"""Mapped files that others make shorter: for a page that is gone the system ends a process.
+
+A handler puts zeros there and remembers it, so that the call that reads them fails, and no other.
+"""
+
+import ctypes
+import mmap
+import signal
+import threading
+import weakref
+
+_PAGE = mmap.PAGESIZE
+_MAP_FIXED = 0x10
+_SA_SIGINFO = 4
+_ADDRESS_OFFSET = 16  # of si_addr in siginfo_t, on 64 bits
+
+
+class Torn:
+    """Where a mapped file lies, and whether pages of it were gone when somebody read them."""
+
+    def __init__(self, mapped: mmap.mmap) -> None:
+        held = (ctypes.c_char * len(mapped)).from_buffer(mapped)
+        self.begin = ctypes.addressof(held)
+        self.end = self.begin + -(-len(mapped) // _PAGE) * _PAGE
+        self.is_torn = False
+        _guarded.add(self)
+        weakref.finalize(mapped, _guarded.discard, self)
+        _install()
+
+    def patch(self, address: int) -> None:
+        """Puts zeros in the page at `address` and in all behind it."""
+        self.is_torn = True
+        page = address & -_PAGE
+        flags = _MAP_FIXED | mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        _libc.mmap(page, self.end - page, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+
+
+_guarded: set[Torn] = set()
+_lock = threading.Lock()
+_is_installed = False
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+]
+_Handler = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+
+
+class _Action(ctypes.Structure):
+    """C's struct sigaction, on Linux."""
+
+    _fields_ = (
+        ("handler", _Handler),
+        ("mask", ctypes.c_char * 128),
+        ("flags", ctypes.c_int),
+        ("restorer", ctypes.c_void_p),
+    )
+
+
+_before = _Action()
+
+
+def _on_fault(number: int, info: int, context: int) -> None:
+    """Runs on the thread that read, which then reads again."""
+    address = ctypes.c_void_p.from_address(info + _ADDRESS_OFFSET).value or 0
+    for torn in tuple(_guarded):
+        if torn.begin <= address < torn.end:
+            torn.patch(address)
+            return
+    _libc.sigaction(number, ctypes.byref(_before), None)  # not ours: it ends as it always did
+
+
+_handler = _Handler(_on_fault)
+
+
+def _install() -> None:
+    global _is_installed
+    with _lock:
+        if not _is_installed:
+            action = _Action(handler=_handler, flags=_SA_SIGINFO)
+            _libc.sigaction(signal.SIGBUS, ctypes.byref(action), ctypes.byref(_before))
+            _is_installed = True

@@ -1,0 +1,78 @@
+"""A network that fails: a proxy in front of a server that cuts connections as a test says."""
+
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+READ_BYTES = 1 << 16
+
+
+class Proxy:
+    """Carries bytes to and from a server. Each connection is cut after so many bytes of it.
+
+    cuts: bytes from the caller after which the first connection is cut, the second, and so on;
+    the connections behind them last.  carried: bytes from callers, of all connections.
+    """
+
+    def __init__(self, target: str, cuts: Sequence[int]) -> None:
+        self.target = target
+        self.carried = 0
+        self.connections = 0
+        self._cuts = list(cuts)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self._accepting = threading.Thread(target=self._accept, daemon=True)
+        self._accepting.start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # it is closed
+            while True:
+                caller, _ = self._listener.accept()
+                self.connections += 1
+                most = self._cuts.pop(0) if self._cuts else None
+                threading.Thread(target=self._carry, args=(caller, most), daemon=True).start()
+
+    def _carry(self, caller: socket.socket, most: int | None) -> None:
+        host, _, port = self.target.rpartition(":")
+        try:
+            server = socket.create_connection((host, int(port)))
+        except OSError:  # it is not there now
+            caller.close()
+            return
+        back = threading.Thread(target=_pump, args=(server, caller), daemon=True)
+        back.start()
+        with caller, server, suppress(OSError):
+            self._forward(caller, server, most)
+            for end in (caller, server):
+                end.shutdown(socket.SHUT_RDWR)
+            back.join()
+
+    def _forward(self, caller: socket.socket, server: socket.socket, most: int | None) -> None:
+        done = 0
+        while (most is None or done < most) and (data := caller.recv(READ_BYTES)):
+            server.sendall(data)
+            done += len(data)
+            self.carried += len(data)
+
+    def close(self) -> None:
+        """Takes no more connections."""
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._accepting.join()
+
+
+def _pump(source: socket.socket, target: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(READ_BYTES):
+            target.sendall(data)
+
+
+@contextmanager
+def proxy(target: str, *cuts: int) -> Iterator[Proxy]:
+    """A proxy in front of the server at `target`."""
+    running = Proxy(target, cuts)
+    try:
+        yield running
+    finally:
+        running.close()

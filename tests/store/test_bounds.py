@@ -1,0 +1,305 @@
+"""The store keeps within its bounds: bytes, time, one server; and what it says of itself is so."""
+
+import signal
+import stat
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+
+import secateur
+from secateur_proto.checkpoints_pb2 import DownloadRequest
+from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
+from secateur_server.store.store import EXPIRE_SECONDS
+from tests.conftest import RunningServer, eventually, start_server, stop_server
+from tests.contract.raw import failure, kept_open, series
+from tests.operate.test_lifecycle import run_server
+from tests.store.stored import (
+    RECORD_BYTES,
+    Kept,
+    blobs,
+    check_tidy,
+    committed,
+    counted,
+    file_message,
+    file_of,
+    kept,
+    model,
+    on_disk,
+    received,
+    send_upload,
+    upload_file,
+    upload_requests,
+)
+
+MIB = 1 << 20
+LIMIT = 12 * MIB
+# A caller who takes what he reads, and no more: a server soon waits for him.
+LITTLE_AHEAD = [
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 1 << 16),
+]
+# Two fit beside each other, with their records, and three do not.
+LARGE = [model(MIB + MIB // 4, seed) for seed in range(4)]  # 5 MiB
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
+    with kept(tmp_path_factory.mktemp("bounds"), "--store-max-bytes", str(LIMIT)) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def _what_is_said_is_so(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "store" not in request.fixturenames:
+        return
+    store: Kept = request.getfixturevalue("store")
+    check_metrics(store)
+    for checkpoint in store.client.checkpoints():
+        store.client.delete(checkpoint)
+    eventually(lambda: blobs(store.folder), {})
+    check_metrics(store)
+
+
+def check_metrics(store: Kept) -> None:
+    """What the metrics tell is what lies on the disk."""
+    names = [name for name in on_disk(store.folder) if name.startswith("checkpoints/")]
+    assert series(store.server, "secateur_checkpoints") == len(names)
+    assert series(store.server, "secateur_store_bytes") == counted(store.folder)
+    assert counted(store.folder) <= LIMIT
+
+
+def names(store: Kept) -> set[str]:
+    return {checkpoint.name for checkpoint in store.client.checkpoints()}
+
+
+def evictions(server: RunningServer, reason: str) -> tuple[int, int]:
+    """How many checkpoints were let go, and their bytes."""
+    bytes_ = int(series(server, "secateur_evicted_bytes_total"))
+    return int(series(server, "secateur_evictions_total", reason=reason)), bytes_
+
+
+@contextmanager
+def unread(store: Kept, checkpoint: secateur.Checkpoint) -> Iterator[None]:
+    """A download that nobody reads while the block runs."""
+    ended = {"grpc_method": "Download", "grpc_code": "Canceled"}
+    canceled = partial(series, store.server, "grpc_server_handled_total", **ended)
+    with grpc.insecure_channel(store.server.address, LITTLE_AHEAD) as channel:
+        stub = CheckpointsStub(channel)
+        call = stub.Download(DownloadRequest(name=checkpoint.name), timeout=60)
+        assert next(iter(call)).result.data_bytes == checkpoint.size_bytes
+        try:
+            yield
+        finally:
+            before = canceled()
+            call.cancel()
+            eventually(lambda: canceled() - before, 1.0)
+
+
+def size_on_disk(checkpoint: secateur.Checkpoint) -> int:
+    sums = sum(-(-file.size_bytes // MIB) * 32 for file in checkpoint.files)
+    return checkpoint.size_bytes + sums + RECORD_BYTES
+
+
+def test_ten_rounds_cost_the_model_once_and_ten_masks(store: Kept) -> None:
+    tensors = LARGE[0]
+    checkpoint = store.client.upload(tensors)
+    before, sent = counted(store.folder), received(store.server)
+    for _ in range(10):
+        result = store.client.prune(checkpoint, secateur.l1_unstructured("*", 0.2), keep=True)
+        assert result.checkpoint is not None
+        checkpoint = result.checkpoint
+    bits = sum(tensor.numel() // 8 for tensor in tensors.values())
+    cost = counted(store.folder) - before
+    assert 10 * bits < cost < 10 * (bits + RECORD_BYTES + 500)
+    assert len(blobs(store.folder)) == 11
+    assert checkpoint.mask_bytes < bits + 500
+    assert received(store.server) == sent
+
+
+def test_the_least_recently_used_goes_first(store: Kept) -> None:
+    first, second = (store.client.upload(tensors) for tensors in LARGE[:2])
+    count, freed = evictions(store.server, "room")
+    store.client.report(first)  # a use
+    third = store.client.upload(LARGE[2])
+    assert names(store) == {first.name, third.name}
+    assert evictions(store.server, "room") == (count + 1, freed + size_on_disk(second))
+    with pytest.raises(secateur.CheckpointNotFound):
+        store.client.report(second)
+
+
+def test_who_asks_for_all_gets_what_is_in_nobodys_use(store: Kept) -> None:
+    """One that is in use stays, though it is the least recently used."""
+    first, second = (store.client.upload(tensors) for tensors in LARGE[:2])
+    with unread(store, first):
+        store.client.report(second)
+        third = store.client.upload(LARGE[2])
+        assert names(store) == {first.name, third.name}
+
+
+def test_where_nothing_can_go_the_store_is_full(store: Kept) -> None:
+    first, second = (store.client.upload(tensors) for tensors in LARGE[:2])
+    count, _ = evictions(store.server, "room")
+    with unread(store, first), unread(store, second):
+        with pytest.raises(secateur.StoreFull, match="do not fit"):
+            store.client.upload(LARGE[2])
+        store.client.report(first)
+    assert names(store) == {first.name, second.name}
+    assert evictions(store.server, "room")[0] == count
+    third = store.client.upload(LARGE[2])
+    assert third.name in names(store)
+
+
+def test_who_cannot_be_served_drives_nobody_out(store: Kept) -> None:
+    """The one that could go is not enough."""
+    first, second = store.client.upload(LARGE[0]), store.client.upload(model(1000))
+    larger = model(2 * MIB)
+    with unread(store, first), pytest.raises(secateur.StoreFull):
+        store.client.upload(larger)
+    assert names(store) == {first.name, second.name}
+
+
+def test_a_model_above_all_is_refused_at_once(store: Kept) -> None:
+    first, before = store.client.upload(LARGE[0]), received(store.server)
+    message = file_message(b"", size_bytes=LIMIT + 1, blake3="0" * 64)
+    with kept_open(upload_requests([upload_file(message)])) as messages:
+        found = failure(send_upload, store.channel, messages)
+    assert found is not None
+    assert (found.code, found.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_FULL")
+    assert names(store) == {first.name}
+    assert received(store.server) == before
+
+
+def test_what_is_on_its_way_counts_and_goes_when_it_is_left(store: Kept) -> None:
+    data = file_of(LARGE[0])
+    requests = upload_requests([upload_file(file_message(data))], data[:MIB])
+    with kept_open(requests) as messages:
+        call = CheckpointsStub(store.channel).Upload.future(messages)
+        eventually(lambda: committed(store.channel, file_message(data)), MIB)
+        assert series(store.server, "secateur_store_bytes") == len(data)
+        store.client.upload(LARGE[1])
+        (second,) = store.client.checkpoints()
+        with unread(store, second), pytest.raises(secateur.StoreFull):
+            store.client.upload(LARGE[2])  # neither goes: one is sent, one is used
+        call.cancel()
+    store.client.upload(LARGE[2])  # in place of what was left half way
+    assert committed(store.channel, file_message(data)) == 0
+    assert len(names(store)) == 2
+
+
+def test_names_for_one_model_are_bounded_too(store: Kept) -> None:
+    """Nothing is sent for the second one, but it has a record."""
+    tensors = model(LIMIT // 4 - 10 * RECORD_BYTES // 4)
+    made = [store.client.upload(tensors).name for _ in range(15)]
+    assert names(store) < set(made)
+    assert made[-1] in names(store)
+    check_tidy(store.folder, len(names(store)), blobs(store.folder))
+
+
+def test_two_kept_prunes_of_the_same_at_once_are_both_kept(store: Kept) -> None:
+    uploaded = store.client.upload(LARGE[0])
+    spec = secateur.l1_unstructured("*", 0.5)
+    results: list[secateur.PruneResult] = []
+    threads = [
+        threading.Thread(
+            target=lambda: results.append(store.client.prune(uploaded, spec, keep=True))
+        )
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == len(threads)
+    assert len(names(store)) == 1 + len(threads)
+    assert len(blobs(store.folder)) == 2
+
+
+def test_a_checkpoint_that_is_deleted_in_use_goes_when_the_use_ends(store: Kept) -> None:
+    uploaded = store.client.upload(LARGE[0])
+    with unread(store, uploaded):
+        store.client.delete(uploaded)
+        assert len(blobs(store.folder)) == 1
+        assert names(store) == set()
+    eventually(lambda: on_disk(store.folder), {})
+
+
+def test_what_nobody_uses_expires(tmp_path: Path) -> None:
+    ttl = 1.5
+    with kept(tmp_path / "store", "--store-ttl", str(ttl)) as store:
+        used, unused = (store.client.upload({"w": torch.full((3,), i)}) for i in (1, 2))
+        large = store.client.upload(LARGE[0])
+        assert unused.expire_time is not None
+        lives = (unused.expire_time - unused.create_time).total_seconds()
+        assert lives == pytest.approx(ttl, abs=0.5)
+        with unread(store, large):
+
+            def left() -> set[str]:
+                store.client.report(used)
+                return names(store)
+
+            eventually(left, {used.name, large.name}, within=ttl + EXPIRE_SECONDS + 5)
+        assert evictions(store.server, "ttl")[0] == 1
+        again = store.client.checkpoint(used.name)
+        assert again.expire_time is not None
+        assert used.expire_time is not None
+        assert again.expire_time > used.expire_time
+        with pytest.raises(secateur.CheckpointNotFound):
+            store.client.report(unused)
+
+
+def test_uses_are_remembered_over_a_restart(tmp_path: Path) -> None:
+    folder, options = tmp_path / "store", ("--store-max-bytes", str(LIMIT))
+    with kept(folder, *options) as store:
+        first, second = (store.client.upload(tensors) for tensors in LARGE[:2])
+        store.client.report(first)
+    with kept(folder, *options) as store:
+        assert list(store.client.checkpoints()) == [second, first]
+        check_metrics(store)
+        third = store.client.upload(LARGE[2])
+        assert names(store) == {first.name, third.name}
+
+
+def test_two_servers_never_share_a_folder(store: Kept) -> None:
+    options = ("--address", "127.0.0.1:0", "--metrics-address", "")
+    ended = run_server("--store-dir", str(store.folder), *options)
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert f"another server keeps its checkpoints in {store.folder}" in line
+    store.client.upload(LARGE[0])
+
+
+def temporary(folder: Path) -> list[Path]:
+    return sorted(folder.glob("secateur-store-*"))
+
+
+def test_without_a_folder_the_store_ends_with_its_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is private; and what a killed server left goes when another one starts."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    killed, running = start_server(), start_server()
+    folders = temporary(tmp_path)
+    assert len(folders) == 2
+    for folder in folders:
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    with secateur.Client(running.address, timeout=20) as client:
+        uploaded = client.upload(LARGE[0])
+        killed.process.send_signal(signal.SIGKILL)
+        killed.process.wait()
+        assert temporary(tmp_path) == folders
+        third = start_server()
+        assert len(temporary(tmp_path)) == 2
+        assert client.report(uploaded).total == sum(t.numel() for t in LARGE[0].values())
+    for server in (running, third):
+        stop_server(server)
+    assert temporary(tmp_path) == []

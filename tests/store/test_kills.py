@@ -1,0 +1,178 @@
+"""A server that is killed at any moment loses nothing that it had answered for."""
+
+import json
+import random
+import shutil
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+import secateur
+from tests.conftest import RunningServer, start_server, stop_server
+from tests.pruning.torch_side import assert_same_tensors
+from tests.store.stored import blobs, check_tidy, downloaded, model
+
+CALLERS = 3
+MOST_KEPT = 12
+# From less than a block of the store to several.
+MODELS = [model(count, seed) for seed, count in enumerate((100, 60_000, 700_000, 2_000_000))]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a checkpoint is: weights, and the masks on them."""
+
+    weights: Mapping[str, Tensor]
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def dense(self) -> dict[str, Tensor]:
+        return {n: t * self.masks[n] if n in self.masks else t for n, t in self.weights.items()}
+
+
+class Ledger:
+    """What a server has answered for.
+
+    kept: checkpoints that are to be there.  gone: names of those that are not.
+    What a call was at when the server was killed is in neither.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[secateur.Checkpoint, Expected] = {}
+        self.gone: set[str] = set()
+        self._lock = threading.Lock()
+
+    def add(self, checkpoint: secateur.Checkpoint | None, expected: Expected) -> None:
+        assert checkpoint is not None
+        with self._lock:
+            self.kept[checkpoint] = expected
+
+    def pick(self, draws: random.Random) -> tuple[secateur.Checkpoint, Expected] | None:
+        with self._lock:
+            return draws.choice(list(self.kept.items())) if self.kept else None
+
+    def take(self, draws: random.Random) -> secateur.Checkpoint | None:
+        """One that is to be deleted: from now on nobody knows whether it is there."""
+        with self._lock:
+            checkpoint = draws.choice(list(self.kept)) if self.kept else None
+            if checkpoint:
+                del self.kept[checkpoint]
+            return checkpoint
+
+
+def step(client: secateur.Client, ledger: Ledger, draws: random.Random) -> None:
+    """An upload, a kept prune, or a delete."""
+    kind = draws.choice(["upload", "prune", "prune", "delete"])
+    if len(ledger.kept) >= MOST_KEPT:
+        kind = "delete"
+    if kind == "upload":
+        weights = draws.choice(MODELS)
+        ledger.add(client.upload(weights), Expected(weights))
+    elif kind == "delete":
+        if taken := ledger.take(draws):
+            client.delete(taken)
+            ledger.gone.add(taken.name)
+    elif picked := ledger.pick(draws):
+        checkpoint, expected = picked
+        spec = secateur.l1_unstructured(draws.choice(["*", "b"]), draws.uniform(0.1, 0.5))
+        # Another caller may delete it meanwhile.
+        with suppress(secateur.CheckpointNotFound):
+            result = client.prune(checkpoint, spec, keep=True)
+            masks = {**expected.masks, **result.masks}
+            ledger.add(result.checkpoint, Expected(expected.weights, masks))
+
+
+@contextmanager
+def callers(server: RunningServer, ledger: Ledger, seed: int) -> Iterator[list[Exception]]:
+    """Callers who do one thing after another while the block runs, and until their server dies.
+
+    Yields: what went wrong before that.
+    """
+    dies = threading.Event()
+    errors: list[Exception] = []
+    client = secateur.Client(server.address, timeout=20)
+
+    def work(draws: random.Random) -> None:
+        while not dies.is_set():
+            try:
+                step(client, ledger, draws)
+            except Exception as error:
+                if not dies.is_set():
+                    errors.append(error)
+                    return
+
+    draws = [random.Random(f"{seed} {index}") for index in range(CALLERS)]
+    threads = [threading.Thread(target=work, args=(each,)) for each in draws]
+    for thread in threads:
+        thread.start()
+    try:
+        yield errors
+        dies.set()
+        server.process.kill()
+        server.process.wait()
+    finally:
+        dies.set()
+        client.close()  # whoever would wait for another server sees that there is none
+        for thread in threads:
+            thread.join(30)
+    assert "Traceback" not in server.log.read_text()
+    shutil.rmtree(server.log.parent)
+
+
+def digests_in_records(folder: Path) -> set[str]:
+    """The blobs that the records on the disk name."""
+    found = set()
+    for path in (folder / "checkpoints").glob("*/*.json"):
+        record = json.loads(path.read_text().splitlines()[1])
+        found |= {file["blake3"] for file in [*record["files"], record["masks"]] if file}
+    return found
+
+
+def check_all_there(server: RunningServer, ledger: Ledger, folder: Path, scratch: Path) -> None:
+    """What was answered for is whole; what was not is whole or not there; and no file is stray."""
+    with secateur.Client(server.address, timeout=60) as client:
+        listed = {checkpoint.name: checkpoint for checkpoint in client.checkpoints()}
+        check_tidy(folder, len(listed), digests_in_records(folder))
+        assert {checkpoint.name for checkpoint in ledger.kept} <= listed.keys()
+        assert not ledger.gone & listed.keys()
+        for checkpoint, expected in ledger.kept.items():
+            assert listed.pop(checkpoint.name) == checkpoint
+            assert_same_tensors(downloaded(client, checkpoint, scratch), expected.dense())
+        for checkpoint in listed.values():  # made or to be deleted when the server was killed
+            downloaded(client, checkpoint, scratch)
+            client.delete(checkpoint)
+    assert blobs(folder).keys() == digests_in_records(folder)
+
+
+def survive(kills: int, folder: Path, scratch: Path) -> tuple[int, int]:
+    """Kills a server so often. Returns: checkpoints made, and those of them that were deleted."""
+    ledger, draws, made = Ledger(), random.Random(kills), set()
+    for seed in range(kills):
+        server = start_server("--store-dir", str(folder))
+        check_all_there(server, ledger, folder, scratch)
+        with callers(server, ledger, seed) as errors:
+            threading.Event().wait(draws.uniform(0.05, 1.0))
+            assert errors == []
+        made |= {checkpoint.name for checkpoint in ledger.kept} | ledger.gone
+    server = start_server("--store-dir", str(folder))
+    check_all_there(server, ledger, folder, scratch)
+    assert "Traceback" not in stop_server(server)
+    return len(made), len(ledger.gone)
+
+
+def test_a_server_that_is_killed_loses_nothing(tmp_path: Path) -> None:
+    made, deleted = survive(5, tmp_path / "store", tmp_path)
+    assert made > 5
+    assert deleted > 0
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_a_hundred_times_loses_nothing(tmp_path: Path) -> None:
+    made, deleted = survive(100, tmp_path / "store", tmp_path)
+    print(f"100 kills, {made} checkpoints made, {deleted} of them deleted")
+    assert made > 100
+    assert deleted > 50

@@ -1,0 +1,317 @@
+"""Uploads that break go on from where they were."""
+
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+import secateur
+from secateur_proto.checkpoints_pb2 import UploadRequest
+from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
+from tests.conftest import RunningServer, eventually, start_server, stop_server
+from tests.contract.raw import Failure, check_invalid, failure, kept_open, series
+from tests.pruning.torch_side import assert_same_tensors
+from tests.store.proxy import proxy
+from tests.store.stored import (
+    Kept,
+    check_tidy,
+    committed,
+    digest_of,
+    downloaded,
+    file_message,
+    file_of,
+    kept,
+    model,
+    on_disk,
+    received,
+    send_upload,
+    token,
+    upload_file,
+    upload_requests,
+)
+
+MIB = 1 << 20
+BIG = model(6 * MIB)  # 24 MiB
+SMALL = model(1 * MIB)  # 4 MiB
+# What is on its way when a connection is cut is sent again: 4 MiB lie before the server reads.
+LOST = 6 * MIB
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
+    with kept(tmp_path_factory.mktemp("resume")) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def _only_checkpoints_stay(request: pytest.FixtureRequest) -> Iterator[None]:
+    """When a test has deleted its checkpoints, the disk is empty."""
+    yield
+    if "store" not in request.fixturenames:
+        return
+    store: Kept = request.getfixturevalue("store")
+    for checkpoint in store.client.checkpoints():
+        store.client.delete(checkpoint)
+    eventually(lambda: on_disk(store.folder), {}, within=2)
+
+
+def part_bytes(folder: Path) -> int:
+    return sum(size for name, size in on_disk(folder).items() if name.startswith("parts/"))
+
+
+def test_a_connection_that_is_cut_again_and_again_costs_little(store: Kept, tmp_path: Path) -> None:
+    tensors = model(16 * MIB)  # 64 MiB
+    size = len(file_of(tensors))
+    shown: list[tuple[int, int]] = []
+    with (
+        proxy(store.server.address, 30 * MIB, 20 * MIB, 10 * MIB) as broken,
+        secateur.Client(broken.address, timeout=60) as client,
+    ):
+        before = received(store.server)
+        uploaded = client.upload(tensors, lambda done, total: shown.append((done, total)))
+        assert broken.connections == 4
+        assert size <= broken.carried < size + 3 * LOST
+    assert received(store.server) - before < size + 3 * LOST
+    assert series(store.server, "secateur_uploads_resumed_total") >= 3
+    assert_same_tensors(downloaded(store.client, uploaded, tmp_path), tensors)
+    assert shown[-1] == (size, size)  # what is sent again is not shown again
+    assert shown == sorted(shown)
+
+
+def test_a_server_that_is_restarted_half_way_is_waited_for(tmp_path: Path) -> None:
+    """What it had is gone with it: the upload begins anew, and succeeds."""
+    folder = tmp_path / "store"
+    for end in (signal.SIGKILL, signal.SIGTERM):
+        restarted_half_way(folder, tmp_path, end)
+
+
+def restarted_half_way(folder: Path, tmp_path: Path, end: signal.Signals) -> None:
+    first = start_server("--store-dir", str(folder), "--drain-timeout", "0.1")
+    with proxy(first.address) as network, secateur.Client(network.address, timeout=60) as client:
+        done: list[secateur.Checkpoint] = []
+        half, again = threading.Event(), threading.Event()
+
+        def wait(sent: int, total: int) -> None:
+            if sent > total // 2 and not half.is_set():
+                half.set()
+                again.wait(30)
+
+        sending = threading.Thread(target=lambda: done.append(client.upload(BIG, wait)))
+        sending.start()
+        assert half.wait(20)
+        first.process.send_signal(end)
+        first.process.wait()
+        shutil.rmtree(first.log.parent)
+        second = start_server("--store-dir", str(folder))
+        network.target = second.address
+        again.set()
+        sending.join(40)
+        (uploaded,) = done
+        assert_same_tensors(downloaded(client, uploaded, tmp_path), BIG)
+        check_tidy(folder, 1, [uploaded.files[0].blake3])
+        client.delete(uploaded)
+    stop_server(second)
+
+
+def test_callers_of_one_model_at_once_all_have_it(store: Kept, tmp_path: Path) -> None:
+    """Calls of one owner take one upload over from each other."""
+    done: list[secateur.Checkpoint] = []
+    errors: list[Exception] = []
+
+    def send() -> None:
+        with secateur.Client(store.server.address, timeout=60) as client:
+            try:
+                done.append(client.upload(BIG))
+            except Exception as error:
+                errors.append(error)
+
+    senders = [threading.Thread(target=send) for _ in range(4)]
+    for sender in senders:
+        sender.start()
+    for sender in senders:
+        sender.join()
+    assert errors == []
+    assert len({checkpoint.name for checkpoint in done}) == len(senders)
+    check_tidy(store.folder, len(senders), [digest_of(file_of(BIG))])
+    for checkpoint in done:
+        assert_same_tensors(downloaded(store.client, checkpoint, tmp_path), BIG)
+
+
+def test_a_deadline_that_is_too_short_is_told_and_a_later_upload_goes_on(
+    store: Kept, tmp_path: Path
+) -> None:
+    size = len(file_of(BIG))
+
+    def slow(done: int, total: int) -> None:
+        if done > total // 2:
+            threading.Event().wait(2)
+
+    with (
+        secateur.Client(store.server.address, timeout=1) as hurried,
+        pytest.raises(secateur.DeadlineExceeded),
+    ):
+        hurried.upload(BIG, slow)
+    before = received(store.server)
+    assert_same_tensors(downloaded(store.client, store.client.upload(BIG), tmp_path), BIG)
+    assert received(store.server) - before < size // 2 + LOST
+
+
+def test_no_server_at_all_is_no_upload_that_broke() -> None:
+    with (
+        secateur.Client("127.0.0.1:1", timeout=30) as client,
+        pytest.raises(secateur.Unavailable),
+    ):
+        client.upload(SMALL)
+
+
+def begun(store: Kept, data: bytes, count: int, name: str = "") -> None:
+    """An upload that breaks after `count` bytes."""
+    requests = upload_requests([upload_file(file_message(data))], data[:count])
+    with kept_open(requests) as messages:
+        call = CheckpointsStub(store.channel).Upload.future(messages, metadata=token(name))
+        eventually(lambda: committed(store.channel, file_message(data), name), count)
+        call.cancel()
+
+
+def resumed(store: Kept, data: bytes, offset: int, sent: bytes, name: str = "") -> Failure | None:
+    requests = upload_requests([upload_file(file_message(data), offset)], sent)
+    return failure(send_upload, store.channel, requests, name)
+
+
+def test_what_a_broken_upload_left_is_not_sent_again(store: Kept, tmp_path: Path) -> None:
+    data, half = file_of(SMALL), 2 * MIB + 123
+    begun(store, data, half)
+    assert resumed(store, data, half, data[half:]) is None
+    (checkpoint,) = store.client.checkpoints()
+    assert_same_tensors(downloaded(store.client, checkpoint, tmp_path), SMALL)
+
+
+def test_who_sends_more_than_is_missing_is_served(store: Kept, tmp_path: Path) -> None:
+    """More may have arrived than a QueryUpload saw."""
+    data, half = file_of(SMALL), 2 * MIB + 123
+    begun(store, data, half)
+    assert resumed(store, data, half - 77_777, data[half - 77_777 :]) is None
+    (checkpoint,) = store.client.checkpoints()
+    assert_same_tensors(downloaded(store.client, checkpoint, tmp_path), SMALL)
+
+
+def test_an_offset_behind_what_is_here_is_refused_and_disturbs_nobody(store: Kept) -> None:
+    data, half = file_of(SMALL), 2 * MIB
+    requests = upload_requests([upload_file(file_message(data))], data[:half])
+    with kept_open(requests) as messages:
+        call = CheckpointsStub(store.channel).Upload.future(messages)
+        eventually(lambda: committed(store.channel, file_message(data)), half)
+        found = resumed(store, data, half + 1, data[half + 1 :])
+        check_invalid(found, "INVALID_REQUEST", "header.files[0].offset", [str(half)])
+        assert not call.done()
+    assert resumed(store, data, half, data[half:]) is None
+
+
+def test_a_digest_that_is_wrong_is_refused_and_nothing_is_kept(store: Kept) -> None:
+    data = file_of(SMALL)
+    announced = file_message(data, blake3="0" * 64)
+    found = failure(send_upload, store.channel, upload_requests([upload_file(announced)], data))
+    check_invalid(found, "INVALID_STATE_DICT", "data", [digest_of(data), "0" * 64])
+    assert committed(store.channel, announced) == 0
+    assert on_disk(store.folder) == {}
+
+
+def test_bytes_that_are_not_those_of_the_digest_are_found_where_an_upload_goes_on(
+    store: Kept,
+) -> None:
+    data, half = file_of(SMALL), 2 * MIB
+    begun(store, data, half)
+    other = data[half:-1] + bytes([data[-1] ^ 1])
+    found = resumed(store, data, half, other)
+    check_invalid(found, "INVALID_STATE_DICT", "data", [digest_of(data)])
+    assert on_disk(store.folder) == {}
+
+
+def test_without_a_digest_what_breaks_is_gone(store: Kept) -> None:
+    data = file_of(SMALL)
+    announced = file_message(data, blake3="")
+    with kept_open(upload_requests([upload_file(announced)], data[: 2 * MIB])) as messages:
+        call = CheckpointsStub(store.channel).Upload.future(messages)
+        eventually(lambda: part_bytes(store.folder), 2 * MIB)
+        call.cancel()
+    eventually(lambda: on_disk(store.folder), {})
+
+
+def test_a_call_that_ends_too_early_says_so_and_goes_on(store: Kept) -> None:
+    data = file_of(SMALL)
+    found = resumed(store, data, 0, data[: 3 * MIB])
+    check_invalid(found, "INVALID_STATE_DICT", "data", [str(len(data)), str(3 * MIB)])
+    assert committed(store.channel, file_message(data)) == 3 * MIB
+    assert resumed(store, data, 3 * MIB, data[3 * MIB :]) is None
+
+
+def test_a_call_that_has_too_much_to_say_is_refused(store: Kept) -> None:
+    data = file_of(SMALL)
+    found = resumed(store, data, 0, data + b"!")
+    check_invalid(found, "INVALID_STATE_DICT", "data", [str(len(data))])
+    assert list(store.client.checkpoints()) == []
+    assert resumed(store, data, 0, data) is None
+
+
+def test_a_newer_call_takes_an_upload_over(store: Kept) -> None:
+    data, half = file_of(SMALL), 2 * MIB
+    first = upload_requests([upload_file(file_message(data))], data[:half])
+    ending = threading.Event()
+
+    def slowly() -> Iterator[UploadRequest]:
+        yield from first
+        ending.wait(20)
+        yield UploadRequest(data=data[half:])
+
+    call = CheckpointsStub(store.channel).Upload.future(slowly())
+    eventually(lambda: committed(store.channel, file_message(data)), half)
+    requests = upload_requests([upload_file(file_message(data), half)], data[half:-5])
+    with kept_open(requests) as messages:
+        newer = CheckpointsStub(store.channel).Upload.future(messages)
+        eventually(lambda: committed(store.channel, file_message(data)), len(data) - 5)
+        ending.set()
+        found = failure(call.result, timeout=20)
+        assert found is not None
+        assert (found.code, found.reason) == (grpc.StatusCode.ABORTED, "UPLOAD_TAKEN_OVER")
+        newer.cancel()
+    assert resumed(store, data, len(data) - 5, data[-5:]) is None
+
+
+def test_what_another_caller_sends_is_nobodys_business(store: Kept) -> None:
+    data, half = file_of(SMALL), 2 * MIB
+    begun(store, data, half, "alice")
+    assert committed(store.channel, file_message(data), "bob") == 0
+    found = resumed(store, data, half, data[half:], "bob")
+    check_invalid(found, "INVALID_REQUEST", "header.files[0].offset", ["0"])
+    assert resumed(store, data, 0, data, "bob") is None
+    assert committed(store.channel, file_message(data), "alice") == half
+    assert resumed(store, data, half, data[half:], "alice") is None
+    for name in ("alice", "bob"):
+        with secateur.Client(store.server.address, token=name) as client:
+            (checkpoint,) = client.checkpoints()
+            client.delete(checkpoint)
+
+
+def test_a_model_that_is_there_is_not_sent(store: Kept, tmp_path: Path) -> None:
+    store.client.upload(BIG)
+    before = received(store.server)
+    again = store.client.upload(BIG)
+    assert received(store.server) == before
+    assert_same_tensors(downloaded(store.client, again, tmp_path), BIG)
+
+
+def gone_on(server: RunningServer) -> float:
+    return series(server, "secateur_uploads_resumed_total")
+
+
+def test_an_upload_that_went_on_is_counted(store: Kept) -> None:
+    data, half = file_of(SMALL), 2 * MIB
+    before = gone_on(store.server)
+    begun(store, data, half)
+    assert resumed(store, data, half, data[half:]) is None
+    assert resumed(store, data, len(data), b"") is None  # nothing was sent: nothing went on
+    assert gone_on(store.server) == before + 1

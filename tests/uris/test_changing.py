@@ -1,0 +1,96 @@
+"""Files that somebody writes to while they are read."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from secateur_proto import pruner_pb2 as pb
+from secateur_proto.pruner_pb2_grpc import PrunerStub
+from secateur_proto.spec_pb2 import PruningSpec
+from secateur_server.errors import UriChanged
+from secateur_server.uris.local import LocalFile
+from tests.conftest import eventually
+from tests.contract.raw import check_serves, entry, failure, file, header, message, spec
+from tests.uris.served import MODEL, Served, check, saved, serving, weights
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("changing")
+
+
+@pytest.fixture(scope="module")
+def served(root: Path) -> Iterator[Served]:
+    with serving("--allow-path", str(root)) as running:
+        yield running
+
+
+def test_a_change_is_seen(root: Path) -> None:
+    path = saved(root / "written.safetensors", MODEL)
+    for change in (lambda: path.write_bytes(path.read_bytes()), lambda: os.truncate(path, 8192)):
+        file = LocalFile("uri", path.as_uri(), [root])
+        file.check_unchanged()
+        change()
+        with pytest.raises(UriChanged, match="changed while it was read"):
+            file.check_unchanged()
+        file.close()
+
+
+def test_a_file_that_is_replaced_is_read_as_it_was(root: Path) -> None:
+    path = saved(root / "replaced.safetensors", MODEL)
+    file, before = LocalFile("uri", path.as_uri(), [root]), path.read_bytes()
+    os.replace(saved(root / "new.safetensors", weights((1,))), path)
+    assert bytes(file.data) == before
+    file.check_unchanged()
+    file.close()
+
+
+@pytest.mark.parametrize("left", [0, 100, 4096, 99_999])
+def test_what_is_cut_off_is_read_as_zeros_and_seen(root: Path, left: int) -> None:
+    """The system would end a process that reads mapped pages that are gone."""
+    path = root / "cut.safetensors"
+    path.write_bytes(b"\1" * 100_000)
+    file = LocalFile("uri", path.as_uri(), [root])
+    os.truncate(path, left)
+    whole = -(-left // 4096) * 4096  # of the last page the system gives the rest as zeros
+    assert bytes(file.data) == b"\1" * left + b"\0" * (100_000 - left)
+    os.truncate(path, 100_000)
+    os.utime(path, ns=(file.opened.st_atime_ns, file.opened.st_mtime_ns))
+    if whole < 100_000:  # pages were gone, whatever the file says of itself
+        with pytest.raises(UriChanged):
+            file.check_unchanged()
+    file.close()
+
+
+def grow(path: Path) -> None:
+    os.truncate(path, path.stat().st_size + 1)
+
+
+def cut_off(path: Path) -> None:
+    os.truncate(path, 1000)
+
+
+@pytest.mark.parametrize("change", [grow, cut_off])
+@pytest.mark.parametrize("is_written", [False, True])
+def test_a_change_ends_its_call_and_no_other(
+    served: Served, root: Path, is_written: bool, change: Callable[[Path], None]
+) -> None:
+    """Of the model here are only holes, which take no disk.  is_written: the result, by then."""
+    path, size = root / "holes.safetensors", 256 << 20
+    path.write_bytes(file({"w": entry("F32", [size >> 2], 0, size)}))
+    os.truncate(path, path.stat().st_size + size)
+    target = root / "out.safetensors"
+    rules = PruningSpec(rules=[*spec("w").rules] * 8)  # so that it takes its time
+    fields = {"output": pb.OUTPUT_DENSE, "destination_uri": target.as_uri(), "spec": rules}
+    first = message("Prune", header=header("Prune", 0, uri=path.as_uri(), **fields))
+    call = PrunerStub(served.channel).Prune(iter([first]), timeout=60)
+    next(iter(call))
+    if is_written:
+        eventually(lambda: len(list(root.glob(".*.unfinished"))), 1)
+    change(path)
+    check(failure(list, call), "ABORTED", "URI_CHANGED", "holes.safetensors")
+    assert not target.exists()
+    assert not list(root.glob(".*.unfinished"))
+    check_serves(served.server, served.channel)

@@ -1,0 +1,113 @@
+"""An object is there whole, or not at all, and no part of it stays."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from safetensors.torch import load_file
+
+import secateur
+from secateur_proto import pruner_pb2 as pb
+from secateur_proto.pruner_pb2_grpc import PrunerStub
+from secateur_server.errors import UriChanged
+from secateur_server.uris.remote import RemoteFile
+from tests.conftest import eventually
+from tests.contract.raw import check_serves, failure, header, message, series
+from tests.pruning.torch_side import assert_same_tensors
+from tests.uris.conftest import Bucket
+from tests.uris.served import HALF, MODEL, Served, check, saved, serving, weights
+
+MODELS = "s3://bucket/models"
+OUT = f"{MODELS}/out.safetensors"
+
+
+@pytest.fixture(scope="module")
+def served(bucket: Bucket) -> Iterator[Served]:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_MAX_ATTEMPTS", "1")  # what fails is to fail soon
+        with serving("--allow-uri", MODELS) as running:
+            yield running
+
+
+@pytest.fixture(scope="module")
+def large(served: Served, tmp_path_factory: pytest.TempPathFactory) -> secateur.Checkpoint:
+    """A checkpoint that takes some seconds to write: twenty parts and more."""
+    model = weights((16 << 20,), (16 << 20,), (16 << 20,))
+    return served.client.upload(saved(tmp_path_factory.mktemp("large") / "m.safetensors", model))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(served: Served, bucket: Bucket) -> Iterator[None]:
+    yield
+    eventually(bucket.uploads, [], within=5)
+    assert bucket.keys() == ["models-private/model.safetensors", "models/model.safetensors"]
+    check_serves(served.server, served.channel)
+
+
+def begin_to_write(served: Served, source: secateur.Checkpoint, bucket: Bucket) -> Any:
+    """A call that has a multipart upload under way."""
+    fields = {"checkpoint": source.name, "destination_uri": OUT, "output": pb.OUTPUT_DENSE}
+    first = message("Prune", header=header("Prune", 0, **fields))
+    call = PrunerStub(served.channel).Prune(iter([first]), timeout=60)
+    eventually(lambda: len(bucket.uploads()), 1)
+    return call
+
+
+def in_flight(served: Served) -> Callable[[], float]:
+    return lambda: series(served.server, "secateur_requests_in_flight")
+
+
+def test_a_call_that_is_cancelled_leaves_nothing(
+    served: Served, large: secateur.Checkpoint, bucket: Bucket
+) -> None:
+    call = begin_to_write(served, large, bucket)
+    call.cancel()
+    eventually(in_flight(served), 0.0, within=3)  # a part that is on its way comes to its end
+    assert call.code() == grpc.StatusCode.CANCELLED
+
+
+def test_a_call_whose_time_is_up_leaves_nothing(served: Served, large: secateur.Checkpoint) -> None:
+    hurried = secateur.Client(channel=served.channel, timeout=1.0)
+    with pytest.raises(secateur.DeadlineExceeded):
+        hurried.prune(large, HALF, "dense", destination=OUT)
+    eventually(in_flight(served), 0.0, within=3)
+
+
+def test_an_upload_that_fails_leaves_nothing(
+    served: Served, large: secateur.Checkpoint, bucket: Bucket
+) -> None:
+    call = begin_to_write(served, large, bucket)
+    (upload,) = bucket.uploads()
+    bucket.s3.abort_multipart_upload(Bucket="bucket", Key="models/out.safetensors", UploadId=upload)
+    check(failure(list, call), "FAILED_PRECONDITION", "URI_FAILED", OUT, "cannot be written")
+
+
+def test_what_fails_leaves_the_object_that_was_there(
+    served: Served, large: secateur.Checkpoint, bucket: Bucket
+) -> None:
+    bucket.s3.put_object(Bucket="bucket", Key="models/out.safetensors", Body=b"before")
+    call = begin_to_write(served, large, bucket)
+    call.cancel()
+    eventually(in_flight(served), 0.0, within=3)
+    found = bucket.s3.get_object(Bucket="bucket", Key="models/out.safetensors")
+    assert found["Body"].read() == b"before"
+    bucket.s3.delete_object(Bucket="bucket", Key="models/out.safetensors")
+
+
+def test_an_object_that_is_replaced_while_it_is_read_is_seen(
+    bucket: Bucket, tmp_path: Path
+) -> None:
+    source = f"{MODELS}/model.safetensors"
+    file = RemoteFile("uri", source, tmp_path)
+    before = bytes(file.data)
+    file.check_unchanged()
+    bucket.put("models/model.safetensors", saved(tmp_path / "other", weights((5,))))
+    with pytest.raises(UriChanged, match="changed while it was read"):
+        file.check_unchanged()
+    (tmp_path / "fetched").write_bytes(before)
+    assert_same_tensors(load_file(tmp_path / "fetched"), MODEL)
+    assert sorted(os.listdir(tmp_path)) == ["fetched", "other"]
+    bucket.put("models/model.safetensors", tmp_path / "fetched")
