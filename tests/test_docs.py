@@ -21,7 +21,7 @@ def blocks(path: str, language: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/specs.md", "docs/protocol.md"])
+@pytest.mark.parametrize("path", ["README.md", "docs/specs.md", "docs/protocol.md", "docs/checkpoints.md"])
 def test_the_python_of_a_document_runs(path: str, server: RunningServer) -> None:
     code = "\n".join(blocks(path, "python")).replace("localhost:50051", server.address)
     ended = subprocess.run(
