@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from secateur import Spec
 from tests.conftest import RunningServer
@@ -21,12 +21,13 @@ def blocks(path: str, language: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/specs.md", "docs/protocol.md", "docs/checkpoints.md"])
-def test_the_python_of_a_document_runs(path: str, server: RunningServer) -> None:
+@pytest.mark.parametrize(
+    "path", ["README.md", "docs/specs.md", "docs/protocol.md", "docs/checkpoints.md"]
+)
+def test_the_python_of_a_document_runs(path: str, server: RunningServer, tmp_path: Path) -> None:
     code = "\n".join(blocks(path, "python")).replace("localhost:50051", server.address)
-    ended = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60
-    )
+    command = [sys.executable, "-W", "error", "-c", code]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
 
 
@@ -37,12 +38,39 @@ def test_the_commands_of_the_readme_run(
     save_file({"fc.weight": np.ones((4, 4), np.float32)}, tmp_path / "model.safetensors")
     commands = re.findall(r"^\$ (secateur .*)$", "\n".join(blocks("README.md", "console")), re.M)
     assert len(commands) == 2
-    for command in commands:
-        program, *arguments = shlex.split(command)
-        full = [str(Path(sys.executable).with_name(program)), *arguments]
-        ended = subprocess.run(full, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-        assert ended.returncode == 0, ended.stderr
-    assert "50.00%" in ended.stdout
+    shown = [run(command, tmp_path) for command in commands]
+    assert "50.00%" in shown[-1]
+
+
+def run(command: str, folder: Path) -> str:
+    program, *arguments = shlex.split(command)
+    full = [str(Path(sys.executable).with_name(program)), *arguments]
+    ended = subprocess.run(full, cwd=folder, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def test_the_commands_on_checkpoints_run(
+    server: RunningServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECATEUR_SERVER", server.address)
+    monkeypatch.setenv("SECATEUR_TOKEN", "a reader of the documents")
+    save_file({"fc.weight": np.ones((4, 4), np.float32)}, tmp_path / "model.safetensors")
+    put, *others = blocks("docs/checkpoints.md", "console")[0].splitlines()
+    name = run(put.removeprefix("$ "), tmp_path).strip()
+    shown = [run(o.removeprefix("$ ").replace("checkpoints/NAME", name), tmp_path) for o in others]
+    assert len(shown) == 4
+    assert name in shown[0]
+    assert "50.00%" in shown[1]
+    assert (load_file(tmp_path / "pruned.safetensors")["fc.weight"] == 1).all()  # by its own name
+
+
+def test_a_uri_of_the_documents_is_pruned(tmp_path: Path) -> None:
+    """With an embedded server, which opens what its user can."""
+    save_file({"fc.weight": np.ones((4, 4), np.float32)}, tmp_path / "in.safetensors")
+    command = blocks("docs/checkpoints.md", "console")[1].removeprefix("$ ")
+    assert "50.00%" in run(command.replace("/models", str(tmp_path)), tmp_path)
+    assert (load_file(tmp_path / "out.safetensors")["fc.weight"] == 0).sum() == 8
 
 
 def test_the_spec_file_of_the_documents_is_a_spec() -> None:

@@ -49,6 +49,8 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
     moto.start()
     host, port = moto.get_host_and_port()
     endpoint = f"http://{host}:{port}"
+    # What moto keeps is this process's, and so of all modules.
+    urllib.request.urlopen(f"{endpoint}/moto-api/reset", b"", timeout=10).close()
     with pytest.MonkeyPatch.context() as environment:
         for name, value in environment_of(endpoint).items():
             environment.setenv(name, value)

@@ -72,8 +72,15 @@ def cut_off(path: Path) -> None:
     os.truncate(path, 1000)
 
 
-@pytest.mark.parametrize("change", [grow, cut_off])
-@pytest.mark.parametrize("is_written", [False, True])
+@pytest.mark.parametrize(
+    ("is_written", "change"),
+    [
+        (False, cut_off),
+        (True, grow),
+        pytest.param(True, cut_off, marks=pytest.mark.slow),
+        pytest.param(False, grow, marks=pytest.mark.slow),
+    ],
+)
 def test_a_change_ends_its_call_and_no_other(
     served: Served, root: Path, is_written: bool, change: Callable[[Path], None]
 ) -> None:

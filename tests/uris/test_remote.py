@@ -217,7 +217,7 @@ def test_who_waits_for_an_endpoint_that_is_silent_can_leave(
                 eventually(lambda: series(waiting.server, in_flight), 0.0, within=1)
 
 
-@pytest.mark.parametrize("hidden", ["fsspec", "s3fs"])
+@pytest.mark.parametrize("hidden", ["fsspec", pytest.param("s3fs", marks=pytest.mark.slow)])
 def test_a_server_without_the_packages_says_what_to_install(
     bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hidden: str
 ) -> None:
