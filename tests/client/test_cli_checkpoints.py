@@ -146,8 +146,17 @@ def test_a_terminal_shows_how_far_the_server_is(folder: Path, own_server: Runnin
     shell, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 80))
     source, target = (f"file://{folder}/{name}.safetensors" for name in ("large", "larger"))
-    program = Path(sys.executable).with_name("secateur")
-    command = [program, "prune", source, "-o", target, "--server", own_server.address, *HALF]
+    program = str(Path(sys.executable).with_name("secateur"))
+    command: list[str] = [
+        program,
+        "prune",
+        source,
+        "-o",
+        target,
+        "--server",
+        own_server.address,
+        *HALF,
+    ]
     ended = subprocess.run(command, stderr=terminal, stdout=subprocess.PIPE, timeout=60)
     text = os.read(shell, 1 << 16).decode()
     os.close(terminal)
