@@ -134,7 +134,7 @@ class Client:
         try:
             result = self.prune(uploaded, spec, output, progress, True, destination)
         finally:
-            self.delete(uploaded)  # the result stands on the same weights
+            self._delete(uploaded, is_there=False)  # the result stands on the same weights
         return result.of(model)
 
     def report(self, source: Any, tensors: Patterns = None, progress: Progress = None) -> Report:
@@ -250,8 +250,13 @@ class Client:
 
     def delete(self, checkpoint: Checkpoint) -> None:
         """Deletes a checkpoint.  Errors: CheckpointNotFound."""
+        self._delete(checkpoint, is_there=True)
+
+    def _delete(self, checkpoint: Checkpoint, is_there: bool) -> None:
+        """is_there: False where it may have made room for another."""
+        name = checkpoint.name
         with errors_of(None):
-            request = checkpoints_pb2.DeleteRequest(name=checkpoint.name)
+            request = checkpoints_pb2.DeleteRequest(name=name, allow_missing=not is_there)
             self._rpcs.delete(request, timeout=self._timeout)
 
     def close(self) -> None:

@@ -50,6 +50,13 @@ class App:
     def __init__(self, config: Config) -> None:
         metrics = Metrics(config.device)
         self._store = _open_store(config, metrics)
+        try:
+            self._start(config, metrics)
+        except CannotListen:
+            self._store.close()
+            raise
+
+    def _start(self, config: Config, metrics: Metrics) -> None:
         folder = self._store.scratch
         self._drain_timeout = config.drain_timeout
         self._health = health.HealthServicer()

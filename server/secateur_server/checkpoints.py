@@ -87,7 +87,7 @@ class Checkpoints:
         owner, sizes = owner_of(context), []
         for index, message in enumerate(request.files):
             file = decode_file(message, f"files[{index}]", is_digest_required=True)
-            sizes.append(self._store.held(owner, file.blake3, file.size))
+            sizes.append(self._store.uploads.held(owner, file.blake3, file.size))
         return pb.QueryUploadResponse(committed_sizes=sizes)
 
     def Download(

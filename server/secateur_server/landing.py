@@ -6,7 +6,8 @@ from typing import Self
 
 from secateur_server.errors import StoreFull
 from secateur_server.store.records import Record, StoredFile
-from secateur_server.store.store import Store, Upload
+from secateur_server.store.store import Store
+from secateur_server.store.uploads import Upload
 from secateur_server.wire.writer import Bytes, OutgoingFile, watched_parts
 
 
@@ -34,11 +35,11 @@ class Landing:
         is_resumable: whether what has come of it is held, when the call breaks.
         Errors: InvalidRequest, InvalidStateDict, StoreFull, TakenOver, DataLoss, Stopped.
         """
-        upload = self._store.begin(self._owner, size, digest, offset, field, is_resumable)
+        upload = self._store.uploads.begin(self._owner, size, digest, offset, field, is_resumable)
         self._uploads.append(upload)
         for part in watched_parts(parts):
-            self._store.write(upload, part)
-        return self._store.finish(upload, filename)
+            self._store.uploads.write(upload, part)
+        return self._store.uploads.finish(upload, filename)
 
     def land_file(self, file: OutgoingFile) -> StoredFile:
         """Stores a file that the server has made.  Errors: StoreFull, DataLoss, Stopped."""
@@ -53,7 +54,7 @@ class Landing:
     def abandon(self) -> None:
         """Leaves nothing of what came."""
         for upload in self._uploads:
-            self._store.abandon(upload)
+            self._store.uploads.abandon(upload)
 
     def __enter__(self) -> Self:
         return self
@@ -67,4 +68,4 @@ class Landing:
         if isinstance(error, StoreFull):
             self.abandon()  # what does not fit gives back the room that it took
         for upload in self._uploads:
-            self._store.leave(upload)
+            self._store.uploads.leave(upload)

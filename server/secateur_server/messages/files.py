@@ -20,6 +20,8 @@ def decode_files(files: Sequence[UploadFile]) -> list[tuple[StoredFile, int]]:
     for index, message in enumerate(files):
         field = f"header.files[{index}]"
         file = decode_file(message.file, f"{field}.file")
+        if not file.filename:
+            raise InvalidRequest(f"{field}.file.filename", "a name is needed")
         if message.offset > file.size:
             raise InvalidRequest(f"{field}.offset", f"{message.offset} is behind {file.size}")
         if file.filename in names:

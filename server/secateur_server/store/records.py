@@ -13,6 +13,9 @@ from secateur_server.errors import DataLoss
 
 PREFIX = "checkpoints/"
 
+# What a record is counted for: a block of most file systems.
+RECORD_BYTES = 4096
+
 
 @dataclass(frozen=True)
 class StoredFile:

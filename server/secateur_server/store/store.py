@@ -9,88 +9,45 @@ parts/                      unfinished; swept at start
 import fcntl
 import logging
 import os
-import secrets
 import shutil
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from secateur_server.devices.watch import watch
 from secateur_server.durable import full_disk, sync_folder
 from secateur_server.errors import (
     CheckpointNotFound,
     DataLoss,
-    InvalidRequest,
-    InvalidStateDict,
     StoreFull,
-    TakenOver,
     quote,
 )
-from secateur_server.store.blobs import (
-    Blob,
-    Part,
-    has_blob,
-    open_blob,
-    remove_blob,
-    sums_bytes,
-)
+from secateur_server.store.blobs import Blob
 from secateur_server.store.records import (
     PREFIX,
+    RECORD_BYTES,
     Record,
     StoredFile,
     new_record,
     read_record,
     write_record,
 )
+from secateur_server.store.shelf import Shelf
+from secateur_server.store.uploads import Upload, Uploads
 
 log = logging.getLogger(__name__)
 
-# How long what an upload left behind is held, from the last byte on.
-UPLOAD_SECONDS = 3600.0
-
 # How often what is too old is looked for.
 EXPIRE_SECONDS = 10.0
-
-# What a record is counted for: a block of most file systems.
-RECORD_BYTES = 4096
 
 Key = tuple[str, str]  # an owner, and an id or a digest
 
 
 class StoreInUse(Exception):
     """Another server has the folder."""
-
-
-@dataclass(eq=False)
-class Upload:
-    """A file that a caller sends, or has sent and not made a checkpoint of.
-
-    size: as announced.  part: until it is whole.  at: where in the file the call's next byte is.
-    is_resumable: whether it outlasts the call.  is_active: whether a call is at it.
-    is_stale: whether a newer call has taken it over.  is_finishing: whether it becomes a blob.
-    used: when the last byte came.
-    """
-
-    owner: str
-    size: int
-    digest: str | None
-    part: Part | None
-    at: int
-    is_resumable: bool
-    is_active: bool = True
-    is_stale: bool = False
-    is_finishing: bool = False
-    used: float = field(default_factory=time.time)
-    writing: threading.Lock = field(default_factory=threading.Lock)
-
-    @property
-    def held(self) -> int:
-        """Bytes that are here."""
-        return self.part.size if self.part else self.size
 
 
 @dataclass(frozen=True)
@@ -124,24 +81,20 @@ class Store:
         self._evicted = evicted
         self._folder = folder
         self._is_temporary = is_temporary
-        self._blobs, self.scratch = folder / "blobs", folder / "parts"
+        self.scratch = folder / "parts"
         self._lock = threading.RLock()
+        self._shelf = Shelf(folder / "blobs", self._lock)
+        self.uploads = Uploads(self._shelf, self.scratch, self._lock, self._owns, self._make_room)
         self._records: dict[Key, Record] = {}
         self._used_at: dict[Key, float] = {}
         self._pins: Counter[Key] = Counter()
-        self._uploads: list[Upload] = []
-        self._references: Counter[str] = Counter()  # by digest
-        self._sizes: dict[str, int] = {}  # of the blobs that are referred to
-        self._damaged: set[str] = set()
-        for path in (self._blobs, self.scratch, folder / "checkpoints"):
+        for path in (self._shelf.folder, self.scratch, folder / "checkpoints"):
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._hold()
         self._load()
         self._is_closed = threading.Event()
         self._expiring = threading.Thread(target=self._expire, name="expire", daemon=True)
         self._expiring.start()
-
-    # At start -------------------------------------------------------------------------------
 
     def _hold(self) -> None:
         """Keeps other servers away from the folder."""
@@ -164,8 +117,7 @@ class Store:
                 log.error("%s", error)
         unfinished = [*self.scratch.iterdir(), *self._folder.glob("checkpoints/*/.*.unfinished")]
         if are_whole:
-            known = {name for digest in self._sizes for name in (digest, f"{digest}.sums")}
-            unfinished += [path for path in self._blobs.iterdir() if path.name not in known]
+            unfinished += self._shelf.unknown()
         count = sum(path.stat().st_size for path in unfinished)
         for path in unfinished:
             path.unlink()
@@ -175,29 +127,24 @@ class Store:
         )
 
     def _add(self, key: Key, record: Record, used: float) -> None:
-        for file in record.blobs():
-            self._refer(file)
+        self._shelf.refer(record.blobs())
         self._records[key], self._used_at[key] = record, used
 
     def close(self) -> None:
         """Gives the folder to whoever wants it next."""
         self._is_closed.set()
         self._expiring.join()
-        for upload in list(self._uploads):
-            self.abandon(upload)
+        self.uploads.close()
         self._lock_file.close()
         if self._is_temporary:
             shutil.rmtree(self._folder)
-
-    # What there is --------------------------------------------------------------------------
 
     @property
     def used_bytes(self) -> int:
         """Bytes on disk, with those that are announced and not here yet."""
         with self._lock:
-            blobs = sum(size + sums_bytes(size) for size in self._sizes.values())
-            parts = sum(u.size for u in self._uploads if u.part and not u.is_finishing)
-            return blobs + parts + RECORD_BYTES * len(self._records)
+            records = RECORD_BYTES * len(self._records)
+            return self._shelf.size() + self.uploads.size() + records
 
     @property
     def count(self) -> int:
@@ -244,29 +191,30 @@ class Store:
             record = self._records[key]
             self._touch(key)
             self._pins[key] += 1
-            for file in record.blobs():
-                self._refer(file)
+            self._shelf.refer(record.blobs())
         try:
-            files = [self._open(record.name, file) for file in record.files]
-            masks = self._open(record.name, record.masks) if record.masks else None
+            files = self.open_files(record.name, record.files)
+            masks = self._shelf.open(record.name, record.masks) if record.masks else None
             yield OpenCheckpoint(record, files, masks)
         finally:
             with self._lock:
                 self._pins[key] -= 1
                 if not self._pins[key]:
                     del self._pins[key]
-                self._release(record.blobs())
+                self._shelf.release(record.blobs())
 
     def open_files(self, name: str, files: Sequence[StoredFile]) -> list[Blob]:
         """Opens files that an upload of the caller holds.  Errors: DataLoss."""
-        return [self._open(name, file) for file in files]
+        return [self._shelf.open(name, file) for file in files]
 
-    def _open(self, name: str, file: StoredFile) -> Blob:
-        def damaged() -> None:
-            log.error("%s is damaged: blob %s", name, file.blake3)
-            self._damaged.add(file.blake3)
-
-        return open_blob(self._blobs / file.blake3, file.size, name, file.filename, damaged)
+    def _owns(self, owner: str, digest: str, size: int) -> bool:
+        """Whether a checkpoint of `owner` has a file."""
+        return any(
+            (file.blake3, file.size) == (digest, size)
+            for (of, _), record in self._records.items()
+            if of == owner
+            for file in record.blobs()
+        )
 
     def _touch(self, key: Key) -> None:
         self._used_at[key] = now = time.time()
@@ -275,171 +223,6 @@ class Store:
 
     def _record_path(self, key: Key) -> Path:
         return self._folder / "checkpoints" / key[0] / f"{key[1]}.json"
-
-    # Files come -----------------------------------------------------------------------------
-
-    def held(self, owner: str, digest: str, size: int) -> int:
-        """How many bytes there are of a file that `owner` has sent, or has stored."""
-        with self._lock:
-            if self._owns(owner, digest, size):
-                return size
-            upload = self._unfinished(owner, digest, size)
-            return upload.held if upload else 0
-
-    def _unfinished(self, owner: str, digest: str | None, size: int) -> Upload | None:
-        wanted = owner, digest, size
-        mine = (u for u in self._uploads if (u.owner, u.digest, u.size) == wanted)
-        return next((upload for upload in mine if upload.part and upload.is_resumable), None)
-
-    def _owns(self, owner: str, digest: str, size: int) -> bool:
-        """Whether a checkpoint or an upload of `owner` has a file, and nothing is against it."""
-        if digest in self._damaged or not has_blob(self._blobs / digest, size):
-            return False
-        return any(
-            (upload.owner, upload.digest, upload.size) == (owner, digest, size) and not upload.part
-            for upload in self._uploads
-        ) or any(
-            (file.blake3, file.size) == (digest, size)
-            for (of, _), record in self._records.items()
-            if of == owner
-            for file in record.blobs()
-        )
-
-    def begin(
-        self,
-        owner: str,
-        size: int,
-        digest: str | None = None,
-        offset: int = 0,
-        field: str = "offset",
-        is_resumable: bool = False,
-    ) -> Upload:
-        """Takes a file, or what is missing of it.
-
-        offset: what the caller does not send.  field: of the request, which has it.
-        is_resumable: whether what has come outlasts the call.  Errors: InvalidRequest, StoreFull.
-        """
-        while True:
-            with self._lock:
-                before = self._unfinished(owner, digest, size) if is_resumable else None
-                if before is None or not before.is_finishing:
-                    upload = Upload(owner, size, digest, None, offset, is_resumable)
-                    return self._begin(upload, before, field)
-            with before.writing:  # until it is whole
-                pass
-
-    def _begin(self, upload: Upload, before: Upload | None, field: str) -> Upload:
-        """before: an upload of the same file."""
-        digest, size = upload.digest, upload.size
-        is_here = digest is not None and self._owns(upload.owner, digest, size)
-        held = size if is_here else before.held if before else 0
-        if upload.at > held:
-            raise InvalidRequest(field, f"{upload.at} is more than the {held} bytes that are here")
-        if is_here:
-            self._begin_whole(upload)
-        elif before:
-            before.is_stale = True  # the call that may still be at it ends with its next byte
-            upload.part, upload.writing = before.part, before.writing
-            self._uploads[self._uploads.index(before)] = upload
-        else:
-            self._make_room(size + sums_bytes(size) + RECORD_BYTES)
-            upload.part = Part(self.scratch / secrets.token_hex(8))
-            self._uploads.append(upload)
-        return upload
-
-    def _begin_whole(self, upload: Upload) -> None:
-        """All of the file is here: it stays while the call runs."""
-        self._refer(StoredFile("", upload.size, upload.digest or ""))
-        self._uploads.append(upload)
-        try:
-            self._make_room(RECORD_BYTES)
-        except StoreFull:
-            self.abandon(upload)
-            raise
-
-    def write(self, upload: Upload, data: bytes | memoryview) -> None:
-        """The next bytes of a file.  Errors: StoreFull, TakenOver."""
-        with upload.writing:  # two calls at one upload never mix their bytes
-            self._check_mine(upload)
-            known = min(upload.held - upload.at, len(data))
-            upload.at += len(data)
-            upload.used = time.time()
-            if known < len(data):
-                assert upload.part is not None, "what is whole takes no more"
-                upload.part.write(memoryview(data)[known:])
-
-    def _check_mine(self, upload: Upload) -> None:
-        if upload.is_stale:
-            raise TakenOver("header", "another call of the same caller sends this file")
-
-    def finish(self, upload: Upload, filename: str) -> StoredFile:
-        """Makes a file whole, on disk.
-
-        Errors: InvalidStateDict, StoreFull, TakenOver; DataLoss, where what was there has changed.
-        """
-        with upload.writing:  # whom it was taken from may still be at a last byte
-            with self._lock:
-                self._check_mine(upload)
-                file, part = self._becomes(upload, filename), upload.part
-                if part:
-                    self._refer(file)  # first: nobody may remove the blob once it is there
-                    upload.is_finishing = True
-            if part:
-                self._finish_part(upload, part, file)
-                return file
-        try:
-            self._check_whole(file)  # the caller may throw away what it has
-        except DataLoss:
-            self.abandon(upload)
-            raise
-        return file
-
-    def _becomes(self, upload: Upload, filename: str) -> StoredFile:
-        """Errors: InvalidStateDict, where the file is not what was announced."""
-        found = upload.part.digest() if upload.part else upload.digest or ""
-        if upload.digest not in (None, found):
-            self.abandon(upload)
-            raise InvalidStateDict(
-                "data", f"{quote(filename)} has the BLAKE3 {found}, announced {upload.digest}"
-            )
-        return StoredFile(filename, upload.size, found)
-
-    def _finish_part(self, upload: Upload, part: Part, file: StoredFile) -> None:
-        try:
-            part.finish(self._blobs)
-        except BaseException:
-            self.abandon(upload)
-            self._release([file])
-            raise
-        with self._lock:
-            upload.digest, upload.part, upload.is_finishing = file.blake3, None, False
-            self._damaged.discard(file.blake3)
-
-    def _check_whole(self, file: StoredFile) -> None:
-        """Errors: DataLoss."""
-        blob = self._open("data", file)
-        for block in range(blob.block_count):
-            watch().check()
-            blob.check(block)
-
-    def leave(self, upload: Upload) -> None:
-        """The call that sent a file has ended: what can go on later is held for a while."""
-        if not upload.is_resumable:
-            self.abandon(upload)
-        upload.is_active = False
-
-    def abandon(self, upload: Upload) -> None:
-        """Leaves nothing of an upload."""
-        with self._lock:
-            if upload not in self._uploads:
-                return
-            self._uploads.remove(upload)
-            if upload.part:
-                upload.part.discard()
-            else:
-                self._release([StoredFile("", upload.size, upload.digest or "")])
-
-    # Checkpoints come and go ----------------------------------------------------------------
 
     def create(
         self, owner: str, files: tuple[StoredFile, ...], masks: StoredFile | None = None
@@ -456,22 +239,24 @@ class Store:
                 with full_disk():
                     folder.mkdir(mode=0o700)
                     sync_folder(folder.parent)
-            for file in record.blobs():
-                self._refer(file)
+            self._shelf.refer(record.blobs())
         try:
             write_record(folder, record)
         except BaseException:
             self._record_path(key).unlink(missing_ok=True)
-            self._release(record.blobs())
+            self._shelf.release(record.blobs())
             raise
         with self._lock:
             self._records[key], self._used_at[key] = record, time.time()
         return record
 
     def delete(self, owner: str, name: str) -> None:
-        """Deletes a checkpoint.  Errors: CheckpointNotFound, DataLoss."""
+        """Deletes a checkpoint, and what is left of a damaged one.  Errors: CheckpointNotFound."""
         with self._lock:
-            self._remove(self._key(owner, name))
+            try:
+                self._remove(self._key(owner, name))
+            except DataLoss:  # what it needed is unknown, and swept at the next start
+                self._record_path((owner, name.removeprefix(PREFIX))).unlink()
 
     def _remove(self, key: Key) -> int:
         """Returns: the bytes that this made free."""
@@ -481,7 +266,7 @@ class Store:
             path.unlink()
             sync_folder(path.parent)
         del self._used_at[key]
-        self._release(self._records.pop(key).blobs())
+        self._shelf.release(self._records.pop(key).blobs())
         return before - self.used_bytes
 
     def _expire(self) -> None:
@@ -496,9 +281,7 @@ class Store:
             for key in old:
                 if not self._pins[key]:
                     self._evict(key, "ttl")
-            for upload in list(self._uploads):
-                if not upload.is_active and upload.used + UPLOAD_SECONDS < now:
-                    self.abandon(upload)
+            self.uploads.expire()
 
     def check_size(self, size: int) -> None:
         """Errors: StoreFull, where `size` bytes never fit."""
@@ -512,7 +295,7 @@ class Store:
         """
         if (used := self.used_bytes) + count <= self.max_bytes:
             return
-        idle = [(upload.used, upload) for upload in self._uploads if not upload.is_active]
+        idle = [(upload.used, upload) for upload in self.uploads.idle()]
         unused = [(used, key) for key, used in self._used_at.items() if not self._pins[key]]
         victims: list[tuple[float, Upload | Key]] = [*idle, *unused]
         if used - self._freed(victim for _, victim in victims) + count > self.max_bytes:
@@ -523,7 +306,7 @@ class Store:
             if self.used_bytes + count <= self.max_bytes:
                 break
             if isinstance(victim, Upload):
-                self.abandon(victim)
+                self.uploads.abandon(victim)
             else:
                 self._evict(victim, "room")
 
@@ -538,27 +321,13 @@ class Store:
                 freed += victim.size
             else:
                 references[victim.digest or ""] += 1
-        gone = (d for d, count in references.items() if count == self._references[d])
-        return freed + sum(self._sizes[d] + sums_bytes(self._sizes[d]) for d in gone)
+        return freed + self._shelf.bytes_freed(references)
 
     def _evict(self, key: Key, reason: str) -> None:
         name = self._records[key].name
         freed = self._remove(key)
         log.info("evicted %s (%s): %d bytes", name, reason, freed)
         self._evicted(reason, freed)
-
-    def _refer(self, file: StoredFile) -> None:
-        with self._lock:
-            self._references[file.blake3] += 1
-            self._sizes[file.blake3] = file.size
-
-    def _release(self, files: Sequence[StoredFile]) -> None:
-        with self._lock:
-            for file in files:
-                self._references[file.blake3] -= 1
-                if not self._references[file.blake3]:
-                    del self._references[file.blake3], self._sizes[file.blake3]
-                    remove_blob(self._blobs / file.blake3)
 
 
 def temporary_folder() -> Path:
