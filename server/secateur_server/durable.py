@@ -22,6 +22,32 @@ def full_disk() -> Iterator[None]:
         raise StoreFull("data", f"the store's disk is full: {error.strerror}") from None
 
 
+# How much is written at most before the disk is waited for: no wait takes long, and a call that is
+# to stop does.
+_SYNC_BYTES = 128 << 20
+
+
+class DurableFile:
+    """Writes a file that is on disk once `sync` returns."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._fd = descriptor
+        self._waiting = 0
+
+    def write(self, data: memoryview) -> int:
+        """Writes some of `data`.  Returns: how many bytes."""
+        count = os.write(self._fd, data)
+        self._waiting += count
+        if self._waiting >= _SYNC_BYTES:
+            self.sync()
+        return count
+
+    def sync(self) -> None:
+        """Waits for the disk."""
+        os.fsync(self._fd)
+        self._waiting = 0
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Puts a file in its place: after a crash the new one is there, or what was there before.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from secateur_server.devices.mapping import map_file
-from secateur_server.durable import full_disk, sync_folder
+from secateur_server.durable import DurableFile, full_disk, sync_folder
 from secateur_server.errors import DataLoss, quote
 
 BLOCK = 1 << 20
@@ -34,13 +34,14 @@ class Part:
         self._whole, self._block, self._sums = blake3(), blake3(), bytearray()
         with full_disk():
             self._file = path.open("xb", buffering=0)
+        self._disk = DurableFile(self._file.fileno())
 
     def write(self, data: bytes | memoryview) -> None:
         """Appends `data`."""
         view = memoryview(data)
         while view:
             with full_disk():
-                count = self._file.write(view[: BLOCK - self.size % BLOCK])
+                count = self._disk.write(view[: BLOCK - self.size % BLOCK])
             self._whole.update(view[:count])
             self._block.update(view[:count])
             self.size += count
@@ -68,7 +69,7 @@ class Part:
                     file.write(self._sums)
                     file.flush()
                     os.fsync(file.fileno())
-                os.fsync(self._file.fileno())
+                self._disk.sync()
                 os.replace(sums, sums_path(target))
                 os.replace(self._path, target)
                 sync_folder(blobs)
