@@ -109,7 +109,8 @@ class Client:
             rest = {n: t for n, t in model.tensors.items() if n not in model.parameters}
             received.tensors.update(rest)
         kept = decode_checkpoint(result.checkpoint) if keep else None
-        return PruneResult(decode_report(result.report), model, output, received, kept)
+        report = decode_report(result.report)
+        return PruneResult(report, model, output, received, kept, destination)
 
     def _prune_small(
         self, upload: Upload, header: pb.PruneHeader, progress: Progress
@@ -177,7 +178,7 @@ class Client:
         )
         call = self._stream(self._rpcs.finalize, pb.FinalizeRequest, header, upload, progress)
         result, received = call
-        return FinalizeResult(decode_report(result.report), model, received)
+        return FinalizeResult(decode_report(result.report), model, received, destination)
 
     def _stream(
         self, rpc: Any, make: Callable[..., Any], header: Any, upload: Upload, progress: Progress

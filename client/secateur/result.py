@@ -23,11 +23,18 @@ Tensors = Mapping[str, LocalTensor]
 class FinalizeResult:
     """A model whose pruning is permanent."""
 
-    def __init__(self, report: Report, source: Source, received: Received) -> None:
+    def __init__(
+        self, report: Report, source: Source, received: Received, destination: str | None = None
+    ) -> None:
         self.report = report
         self._source = source
-        self._received = received.tensors
+        self._answer = received
+        self._destination = destination
         self._index = source.index or received.index
+
+    @property
+    def _received(self) -> Tensors:
+        return _here(self._answer, self._destination)
 
     def state_dict(self) -> dict[str, Any]:
         """The tensors, in the source's kind: of torch, or arrays."""
@@ -55,22 +62,28 @@ class PruneResult:
         output: str,
         received: Received,
         checkpoint: Checkpoint | None = None,
+        destination: str | None = None,
     ) -> None:
         self.report = report
         self.checkpoint = checkpoint
         self._source = source
         self._output = output
-        self._received = received.tensors
+        self._answer = received
+        self._destination = destination
         self._index = source.index or received.index
+
+    @property
+    def _received(self) -> Tensors:
+        return _here(self._answer, self._destination)
 
     def of(self, source: Source) -> "PruneResult":
         """The result of the same model, with what is here of it."""
         whole = {n: t for n, t in source.tensors.items() if n not in source.parameters}
-        tensors = self._received
+        tensors = self._answer.tensors
         if self._output in ("dense", "reparametrized"):
             tensors = {**tensors, **whole}
-        received = Received(dict(tensors), self._index)
-        return PruneResult(self.report, source, self._output, received, self.checkpoint)
+        received, kept = Received(tensors, self._index), self.checkpoint
+        return PruneResult(self.report, source, self._output, received, kept, self._destination)
 
     @cached_property
     def masks(self) -> dict[str, Any]:
@@ -149,6 +162,13 @@ class PruneResult:
                 f"the weights are on the server: ask for output={form!r}, or download them"
             )
         return dict(_pruned_tensors(self._source, self._flat_masks, form == "dense"))
+
+
+def _here(received: Received, destination: str | None) -> Tensors:
+    """Errors: SecateurError, where the server wrote the result to a URI."""
+    if destination:
+        raise SecateurError(f"the result is at {destination}, and was not sent")
+    return received.tensors
 
 
 def _values(tensors: Tensors, source: Source) -> dict[str, Any]:

@@ -125,7 +125,8 @@ def _from_path(path: Path) -> Source:
     if index is not None:
         tensors, shards = read_shards(index, _map_file)
         files = (*(index.with_name(name) for name in dict.fromkeys(shards.files.values())), index)
-        return Source(tensors, frozenset(tensors), _has_torch(), {}, files, shards)
+        metadata = dict(next(iter(shards.metadata.values()), {}))  # of one file made of all
+        return Source(tensors, frozenset(tensors), _has_torch(), metadata, files, shards)
     if path.suffix != ".safetensors":
         raise InvalidStateDict(
             f"{path}: neither .safetensors nor .pt nor .pth, nor {SUFFIX} or a folder with one"

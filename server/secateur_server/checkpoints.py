@@ -110,16 +110,21 @@ class Checkpoints:
 
     def _files(self, opened: OpenCheckpoint, output: int) -> list[OutgoingFile]:
         blobs, masks = opened.files, opened.masks
-        mapped = [of_blob(blob) for blob in blobs], of_blob(masks) if masks else None
-        model, read = map_model(*mapped, ({}, {}), self._sources.device)
+        files = [of_blob(blob) for blob in blobs]
+        mapped_masks = of_blob(masks) if masks else None
+        model, read = map_model(files, mapped_masks, ({}, {}), self._sources.device)
         is_dense = output == pruner_pb2.OUTPUT_DENSE
         is_changed = masks or (is_dense and model.catalog.pairs)
         if output != pruner_pb2.OUTPUT_MASKS and not is_changed:
             return [_as_stored(blob) for blob in blobs]
         read(None)
         if output == pruner_pb2.OUTPUT_MASKS:
-            return [packed_masks(masks_of(model.parameters))]
-        return folded_files(model, model.parameters) if is_dense else model.files(())
+            made = [packed_masks(masks_of(model.parameters))]
+        else:
+            made = folded_files(model, model.parameters) if is_dense else model.files(())
+        for file in files:
+            file.check_unchanged()
+        return made
 
     def Get(self, request: pb.GetRequest, context: grpc.ServicerContext) -> Checkpoint:
         """Returns a checkpoint, without its data."""

@@ -23,7 +23,7 @@ Read = Callable[[Collection[str] | None], None]
 
 def of_blob(blob: Blob) -> MappedFile:
     """A blob of the store, which is checked as it is read."""
-    return MappedFile(blob.filename, blob.data, blob.check)
+    return MappedFile(blob.filename, blob.data, blob.check, blob.check_whole)
 
 
 def map_model(

@@ -15,7 +15,7 @@ from secateur_server.model import Model, stored_of, values_of, without_extras
 from secateur_server.operate.metrics import Metrics
 from secateur_server.store.records import StoredFile
 from secateur_server.store.store import Store
-from secateur_server.uris.uris import OpenFile, Uris
+from secateur_server.uris.uris import Uris
 from secateur_server.wire.header import MIN_FILE_BYTES
 from secateur_server.wire.mapped import MappedFile
 from secateur_server.wire.reader import ByteStream, read_header, read_tensors
@@ -99,7 +99,7 @@ class Sources:
         if keep is not None:
             return self._stored(self.fetch(keep, header.uri), beside)
         found = self.uris.open("header.uri", header.uri, held)
-        return self._mapped([file.mapped for file in found], None, beside, (), found)
+        return self._mapped(found, None, beside, ())
 
     def stream(self, data: Iterator[Bytes], file_bytes: int, is_hashed: bool = True) -> ByteStream:
         """The file of a call's data.  Errors: InvalidRequest, ModelTooLarge."""
@@ -120,8 +120,7 @@ class Sources:
             found = self.uris.open("header.uri", uri, held)
             files = []
             for file in found:
-                mapped = file.mapped
-                files.append(landing.land(mapped.filename, len(mapped.data), [mapped.data]))
+                files.append(landing.land(file.filename, len(file.data), [file.data]))
                 file.check_unchanged()
             return tuple(files)
 
@@ -168,12 +167,11 @@ class Sources:
         masks: MappedFile | None,
         beside: Extras,
         stored: tuple[StoredFile, ...],
-        opened: Sequence[OpenFile] = (),
     ) -> Incoming:
         """A model in mapped memory."""
 
         def check_unchanged() -> None:
-            for file in opened:
+            for file in files:
                 file.check_unchanged()
 
         model, read = map_model(files, masks, beside, self.device)

@@ -166,7 +166,6 @@ def test_a_file_of_another_kind_is_refused(
         pytest.param([WEIGHT], "list", id="list"),
         pytest.param(WEIGHT, "Tensor", id="tensor"),
         pytest.param(None, "NoneType", id="None"),
-        pytest.param("s3://bucket/model.safetensors", "s3://bucket", id="URI"),
         pytest.param({1: WEIGHT}, "text", id="a number as a name"),
         pytest.param({"w": [1.0, 2.0]}, "w: list", id="list as a tensor"),
         pytest.param({"w": 1.0}, "w: float", id="number as a tensor"),

@@ -1,8 +1,11 @@
 """A disk that fails, or is full, costs what was on it and no more; nobody is sent what is wrong."""
 
+import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -313,3 +316,25 @@ def test_an_owners_first_checkpoint_needs_a_folder(disk: Kept) -> None:
         client.delete(client.upload(OTHER))
     assert stored_files(disk) == {}
     assert "Traceback" not in disk.server.log.read_text()
+
+
+def test_a_blob_that_is_cut_off_while_it_is_read_ends_that_call_alone(
+    store: Kept, sound: secateur.Checkpoint, tmp_path: Path
+) -> None:
+    """The system ends a process that reads a mapped page which is gone; the server lives on."""
+    large = model(8 * MIB, 3)
+    spec = secateur.global_unstructured("*", 0.5)
+    expected = store.client.prune(large, spec, "dense").state_dict()
+    for tenth in range(8):
+        checkpoint = store.client.upload(large)  # heals what the round before broke
+        blob = store.folder / "blobs" / checkpoint.files[0].blake3
+        size = blob.stat().st_size
+        with ThreadPoolExecutor(1) as pool:
+            call = pool.submit(store.client.prune, checkpoint, spec, "dense")
+            threading.Event().wait(0.01 * tenth)
+            os.truncate(blob, size // 2)
+            error = call.exception()
+        assert error is None or isinstance(error, secateur.DataLoss)
+        if error is None:  # it was too late to matter
+            assert_same_tensors(call.result().state_dict(), expected)
+    assert store.server.process.poll() is None

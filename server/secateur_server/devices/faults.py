@@ -1,4 +1,4 @@
-"""Mapped files that others make shorter: for a page that is gone the system ends a process.
+"""Mapped files that become shorter: for a page that is gone the system ends a process.
 
 A handler puts zeros there and remembers it, so that the call that reads them fails, and no other.
 """

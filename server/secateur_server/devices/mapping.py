@@ -12,28 +12,19 @@ from secateur_server.devices.faults import Torn
 from secateur_server.durable import full_disk
 
 
-def map_file(file: int) -> memoryview:
-    """A whole file. What is written to the memory stays in this process.
+def map_file(file: int) -> tuple[memoryview, Torn | None]:
+    """A whole file, and what tells whether it became shorter, or its disk failed, since.
 
-    file: an open descriptor, of which nothing is kept.
+    file: an open descriptor, of which nothing is kept. What is written to the memory stays in this
+    process.
     """
     size = os.fstat(file).st_size
-    return memoryview(_map(file, size) if size else b"")  # nobody can map what is empty
-
-
-def map_shared(file: int) -> tuple[memoryview, Torn | None]:
-    """As map_file, of a file that others may make shorter; and what tells whether they did."""
-    size = os.fstat(file).st_size
-    if size == 0:
+    if size == 0:  # which nobody can map
         return memoryview(b""), None
-    mapped = _map(file, size)
-    return memoryview(mapped), Torn(mapped)
-
-
-def _map(file: int, size: int) -> mmap.mmap:
     # Nothing is set aside for pages that will not be written to: the file may exceed the memory.
     flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
-    return mmap.mmap(file, size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    mapped = mmap.mmap(file, size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    return memoryview(mapped), Torn(mapped)
 
 
 def room_on_disk(folder: Path, size: int) -> Tensor:

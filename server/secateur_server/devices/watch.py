@@ -14,15 +14,16 @@ class Watch:
 
     work_memory: bytes that it may take beside its model, as a rule; None is no bound.
     scratch: the folder for what is larger.
-    now: what it does (read, prune or write), of how many bytes (0 where nobody knows), and what
-    `done` was before; in one, so that who looks at it sees no half of two.
-    done: bytes of all phases.  read: bytes of the model.
+    now: what it does (fetch, read, prune or write), of how many bytes (0 where nobody knows), and
+    what `done` was before; in one, so that who looks at it sees no half of two.
+    done: bytes of all phases.  read: bytes of the model.  share: of the whole, as last told.
     """
 
     def __init__(self, work_memory: int | None = None, scratch: Path | None = None) -> None:
         self.work_memory, self.scratch = work_memory, scratch
         self.now = "", 0, 0
         self.done = self.read = 0
+        self.share = 0.0
         self._is_stopped = threading.Event()
 
     def stop(self) -> None:
@@ -42,8 +43,8 @@ class Watch:
         """Adds bytes.  Errors: Stopped."""
         self.check()
         self.done += count
-        if self.now[0] == "read":
-            self.read += count
+        if self.now[0] in ("fetch", "read"):  # what was fetched is read once more, from the disk
+            self.read = max(self.read, self.done - self.now[2])
 
 
 _current: ContextVar[Watch] = ContextVar("watch", default=Watch())  # noqa: B039 (never stopped)

@@ -14,6 +14,7 @@ from secateur_server.wire.writer import OutgoingFile
 # behind it. Reading is what takes the time.
 _PHASES = {
     "": (PHASE_READ, 0.0, 0.0),
+    "fetch": (PHASE_READ, 0.0, 0.4),
     "read": (PHASE_READ, 0.0, 0.5),
     "prune": (PHASE_PRUNE, 0.5, 0.5),
     "write": (PHASE_WRITE, 0.5, 1.0),
@@ -44,9 +45,8 @@ def progress_message(watch: Watch) -> ProgressMessage:
     name, total, begin = watch.now
     phase, before, behind = _PHASES[name]
     within = min(1.0, (watch.done - begin) / total) if total else 0.0
-    return ProgressMessage(
-        phase=phase, read_bytes=watch.read, share=before + (behind - before) * within
-    )
+    watch.share = max(watch.share, before + (behind - before) * within)
+    return ProgressMessage(phase=phase, read_bytes=watch.read, share=watch.share)
 
 
 def _timestamp(nanoseconds: int) -> Timestamp:

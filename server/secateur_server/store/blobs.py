@@ -12,6 +12,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from secateur_server.devices.faults import Torn
 from secateur_server.devices.mapping import map_file
 from secateur_server.durable import DurableFile, full_disk, sync_folder
 from secateur_server.errors import DataLoss, quote
@@ -112,13 +113,15 @@ class Blob:
     """A blob that is open to be read.
 
     of: what it belongs to, for errors.  data: the file in mapped memory; what is written there
-    stays in this process.  damaged: is called where the blob is not what was stored.
+    stays in this process.  torn: tells where it could not be read.
+    damaged: is called where the blob is not what was stored.
     """
 
     of: str
     filename: str
     digest: str
     data: memoryview
+    torn: Torn | None
     sums: bytes
     damaged: Callable[[], None]
 
@@ -134,6 +137,12 @@ class Blob:
             self.damaged()
             raise _lost(self.of, self.filename, f"differs in the bytes from {block * BLOCK} on")
 
+    def check_whole(self) -> None:
+        """Checks that all that was read was there.  Errors: DataLoss."""
+        if self.torn and self.torn.is_torn:
+            self.damaged()
+            raise _lost(self.of, self.filename, "could not be read to its end")
+
     def blocks(self) -> Iterator[bytes]:
         """The bytes of the file, each checked, and not looked at again."""
         for block in range(self.block_count):
@@ -147,7 +156,7 @@ def open_blob(path: Path, size: int, of: str, filename: str, damaged: Callable[[
     """Opens a blob of `size` bytes.  Errors: DataLoss."""
     try:
         with path.open("rb") as file:
-            data = map_file(file.fileno())
+            data, torn = map_file(file.fileno())
         sums = sums_path(path).read_bytes()
     except OSError as error:
         damaged()
@@ -155,7 +164,7 @@ def open_blob(path: Path, size: int, of: str, filename: str, damaged: Callable[[
     if len(data) != size or len(sums) != sums_bytes(size):
         damaged()
         raise _lost(of, filename, f"has {len(data)} bytes, stored were {size}")
-    return Blob(of, filename, path.name, data, sums, damaged)
+    return Blob(of, filename, path.name, data, torn, sums, damaged)
 
 
 def _lost(of: str, filename: str, what: str) -> DataLoss:

@@ -13,7 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import unquote
 
-from secateur_server.devices.mapping import map_shared
+from secateur_server.devices.mapping import map_file
+from secateur_server.durable import DurableFile
 from secateur_server.errors import UriChanged, UriFailed, UriNotAllowed, UriNotFound, quote
 
 Bytes = bytes | memoryview
@@ -38,7 +39,7 @@ class LocalFile:
             if not stat.S_ISREG(self.opened.st_mode):
                 raise UriFailed(field, f"{quote(uri)} is no file")
             _wait_a_tick(self.opened.st_mtime_ns)
-            self.data, self._torn = map_shared(self._fd)
+            self.data, self._torn = map_file(self._fd)
         except BaseException:
             self.close()
             raise
@@ -88,13 +89,13 @@ class LocalTarget:
     def write(self, parts: Iterable[Bytes]) -> None:
         """Writes all of it.  Errors: UriFailed."""
         assert self._fd is not None, "it is open"
+        disk = DurableFile(self._fd)
         try:
-            with open(self._fd, "wb", buffering=0, closefd=False) as file:
-                for part in parts:
-                    view = memoryview(part)
-                    while view:
-                        view = view[file.write(view) :]
-            os.fsync(self._fd)
+            for part in parts:
+                view = memoryview(part)
+                while view:
+                    view = view[disk.write(view) :]
+            disk.sync()
         except OSError as error:
             raise self._failed(error) from None
 

@@ -38,11 +38,14 @@ class RemoteFile:
         self._system, self._path = _system(field, uri)
         self._before = self._info()
         with tempfile.TemporaryFile(dir=scratch) as file:
+            size = int(self._before["size"])
+            watch().begin("fetch", size)
             with full_disk():
-                for part in self._ranges(int(self._before["size"])):
+                for part in self._ranges(size):
                     file.write(part)
+                    watch().advance(len(part))
                 file.flush()
-            self.data = map_file(file.fileno())
+            self.data, _ = map_file(file.fileno())
         self.check_unchanged()
 
     def _info(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class Uris:
     def __init__(self, paths: Sequence[Path], prefixes: Sequence[str], scratch: Path) -> None:
         self._paths, self._prefixes, self._scratch = paths, prefixes, scratch
 
-    def open(self, field: str, uri: str, held: ExitStack) -> "list[OpenFile]":
+    def open(self, field: str, uri: str, held: ExitStack) -> list[MappedFile]:
         """Opens a model: a file, or an index and the shards that it names, which lie beside it.
 
         held: closes them.
@@ -37,12 +37,11 @@ class Uris:
         first = self._open(field, uri, held)
         if not uri.endswith(SUFFIX):
             return [first]
-        text = bytes(first.mapped.data)
-        weight_map, _ = weight_map_of(first.mapped.filename, text)
+        weight_map, _ = weight_map_of(first.filename, bytes(first.data))
         shards = dict.fromkeys(weight_map.values())  # distinct, in their order
         return [*(self._open(field, _beside(field, uri, s), held) for s in shards), first]
 
-    def _open(self, field: str, uri: str, held: ExitStack) -> "OpenFile":
+    def _open(self, field: str, uri: str, held: ExitStack) -> MappedFile:
         self.check(field, uri)
         file: LocalFile | RemoteFile
         if uri.startswith(LOCAL):
@@ -50,7 +49,7 @@ class Uris:
         else:
             file = RemoteFile(field, uri, self._scratch)
         held.push(_closing(file))
-        return OpenFile(file, MappedFile(_name(uri), file.data))
+        return MappedFile(_name(uri), file.data, check_unchanged=file.check_unchanged)
 
     def check(self, field: str, uri: str) -> None:
         """Errors: UriNotAllowed."""
@@ -100,14 +99,6 @@ class Uris:
         if uri.startswith(LOCAL):
             return LocalTarget(field, uri, self._paths)
         return RemoteTarget(field, uri, size)
-
-
-class OpenFile:
-    """A file that is open to be read."""
-
-    def __init__(self, file: LocalFile | RemoteFile, mapped: MappedFile) -> None:
-        self.mapped = mapped
-        self.check_unchanged = file.check_unchanged
 
 
 def _closing(file: LocalFile | RemoteFile) -> Callable[[Any, Any, Any], None]:

@@ -38,11 +38,14 @@ class MappedFile:
 
     filename: without a folder.  data: all of it, in mapped memory.
     check: raises where a block of BLOCK bytes, by its number, is not what it should be.
+    check_unchanged: raises where the file is not what it was when it was opened; to be called when
+    the data has been used.
     """
 
     filename: str
     data: memoryview
     check: Callable[[int], None] = lambda block: None
+    check_unchanged: Callable[[], None] = lambda: None
 
     @property
     def blocks(self) -> int:
