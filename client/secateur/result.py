@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -131,17 +132,19 @@ class PruneResult:
     @cached_property
     def _flat_masks(self) -> dict[str, Mask]:
         if self._output == "masks":
-            return {
-                name: np.unpackbits(
-                    packed.read(), count=self.report.tensors[name].total, bitorder="little"
-                ).view(np.bool_)
-                for name, packed in self._received.items()
-            }
+            packed = self._received
+            with ThreadPoolExecutor() as threads:  # numpy lets go of the interpreter meanwhile
+                unpacked = threads.map(self._unpacked, packed, packed.values())
+                return dict(zip(packed, unpacked, strict=True))
         if self._output == "reparametrized":
             return {
                 name: prior_mask(self._received[f"{name}_mask"]) for name in self.report.tensors
             }
         raise SecateurError(f"output={self._output!r} has no masks; ask for output='masks'")
+
+    def _unpacked(self, name: str, packed: LocalTensor) -> Mask:
+        count = self.report.tensors[name].total
+        return np.unpackbits(packed.read(), count=count, bitorder="little").view(np.bool_)
 
     def _mask_value(self, mask: Mask) -> Any:
         if not self._source.as_torch:

@@ -89,7 +89,11 @@ def _nonzero(parameter: Parameter, begin: int, end: int) -> Tensor:
 def _zero_slices_along(parameter: Parameter, dim: int) -> int:
     """How many slices along `dim` are wholly zero, in a large tensor."""
     shape, device = parameter.weight.shape, parameter.weight.device
-    left = torch.arange(shape[dim], device=device)
+    outer, size, inner = around(shape, dim)
+    left = torch.arange(size, device=device)
+    if inner <= SHORT:  # where slices lie close together their begins are looked at in one go
+        begins = (min(outer, CORNERS[0]), size, inner)
+        left = left[~any_of_slices(partial(_nonzero, parameter), begins, 1, device)]
     for corner in CORNERS:  # of what is not pruned by slices they settle most, and often all
         left = left[~_any_nonzero(parameter, dim, left, corner)]
         if not len(left):
@@ -104,6 +108,9 @@ def _zero_slices_along(parameter: Parameter, dim: int) -> int:
 LARGE = 1 << 17
 CORNERS = (8, 64)
 
+# Elements of a slice that lie side by side.
+SHORT = 16
+
 
 def _any_nonzero(parameter: Parameter, dim: int, slices: Tensor, most: int) -> Tensor:
     """Which of some slices along `dim` have an element in a corner that is not zero.
@@ -116,10 +123,13 @@ def _any_nonzero(parameter: Parameter, dim: int, slices: Tensor, most: int) -> T
     for other, (size, stride) in enumerate(zip(shape, parameter.weight.stride(), strict=True)):
         along = slices if other == dim else torch.arange(min(size, side), device=values.device)
         index = index.unsqueeze(-1) + along * stride
-    nonzero = values[index] != 0
-    if parameter.mask is not None:
-        nonzero &= parameter.mask.at(index)
-    return nonzero.movedim(dim, 0).flatten(1).any(1)
+    if parameter.mask is not None and parameter.is_nonzero:
+        nonzero = parameter.mask.at(index)
+    else:
+        nonzero = values[index] != 0
+        if parameter.mask is not None:
+            nonzero &= parameter.mask.at(index)
+    return passes_of(values.device).any_along(nonzero.movedim(dim, 0).flatten(1).unsqueeze(0))
 
 
 def folded(parameter: Parameter) -> Iterator[Tensor]:

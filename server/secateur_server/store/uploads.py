@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from secateur_server.devices.watch import watch
+import torch
+
+from secateur_server.devices import passes_of
 from secateur_server.errors import (
     DataLoss,
     InvalidRequest,
@@ -226,9 +228,7 @@ class Uploads:
     def _check_whole(self, file: StoredFile) -> None:
         """Errors: DataLoss."""
         blob = self._shelf.open("data", file)
-        for block in range(blob.block_count):
-            watch().check()
-            blob.check(block)
+        passes_of(torch.device("cpu")).each(blob.check, range(blob.block_count))
 
     def leave(self, upload: Upload) -> None:
         """The call that sent a file has ended: what can go on later is held for a while."""
