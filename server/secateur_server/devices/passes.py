@@ -153,6 +153,12 @@ class Passes:
         """Copies bytes that arrived to the device.  target: uint8, as long."""
         raise NotImplementedError  # each device has a way of its own
 
+    def landed(self, data: memoryview) -> Tensor:
+        """Bytes that came, in memory of their own.  data: not empty.  Returns: uint8, flat."""
+        target = self.room(len(data))
+        self.land(data, target)
+        return target
+
     def pack(self, mask: Tensor) -> Tensor:
         """A mask as bits.  mask: bool, 1-D."""
         padded = torch.nn.functional.pad(mask, (0, -len(mask) % 8)).view(-1, 8)
@@ -258,6 +264,10 @@ class Passes:
     def any_along(self, flags: Tensor) -> Tensor:
         """Which of the second dimension's indices have a flag.  flags: bool, 3-D."""
         return flags.any(0).any(1)
+
+    def count_along(self, flags: Tensor) -> int:
+        """How many of the second dimension's indices have a flag.  flags: bool, 3-D."""
+        return int(self.any_along(flags).count_nonzero())
 
     def count_zeros(self, values: Tensor, kept: Tensor | None) -> int:
         """How many of `values` are zero, or not kept.  values: floating, 1-D.  kept: bits."""

@@ -33,6 +33,8 @@ class Mask:
     def kept(self) -> int:
         """How many elements are."""
         passes = passes_of(self.bits.device)
+        if self.bits.numel() <= passes.piece:
+            return passes.count_ones(self.bits)
         parts = spans(self.bits.numel(), passes.piece)
         return sum(passes.each(lambda span: passes.count_ones(self.bits[slice(*span)]), parts))
 

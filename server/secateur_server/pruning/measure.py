@@ -31,7 +31,7 @@ def measure(parameter: Parameter) -> Sparsity:
     """Counts the zeros of a parameter, -0.0 among them."""
     mask, total = parameter.mask, parameter.weight.numel()
     pruned = 0 if mask is None else total - mask.kept
-    zeros = pruned + _zeros_kept(parameter)
+    zeros = pruned if parameter.is_nonzero else pruned + _zeros_kept(parameter)
     return Sparsity(zeros, total, pruned, _zero_slices(parameter, zeros))
 
 
@@ -70,8 +70,8 @@ def _zero_slices(parameter: Parameter, zeros: int) -> tuple[int, ...]:
     if weight.numel() <= LARGE and dims:
         nonzero, passes = _nonzero(parameter, 0, weight.numel()), passes_of(weight.device)
         for dim in dims:
-            any_of = passes.any_along(nonzero.view(around(weight.shape, dim)))
-            found[dim] = weight.shape[dim] - int(any_of.count_nonzero())
+            by_slice = nonzero.view(around(weight.shape, dim))
+            found[dim] = weight.shape[dim] - passes.count_along(by_slice)
         return tuple(found)
     for dim in dims:
         found[dim] = _zero_slices_along(parameter, dim)

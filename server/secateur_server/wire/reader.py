@@ -38,6 +38,12 @@ class ByteStream:
             taken += self._next(count - len(taken))
         return taken
 
+    def at_hand(self, count: int) -> memoryview | None:
+        """The next `count` bytes, if they have arrived in one piece."""
+        if not 0 < count <= len(self._rest):
+            return None
+        return self._next(count)
+
     def pieces(self, count: int) -> Iterator[memoryview]:
         """The next `count` bytes, as they come."""
         while count:
@@ -97,8 +103,14 @@ def read_tensors(stream: ByteStream, header: Header, device: torch.device) -> di
 
 
 def _read_tensor(stream: ByteStream, entry: Entry, passes: Passes) -> WireTensor:
-    data = passes.room(entry.end - entry.begin)
-    dtype = TORCH_DTYPES.get(entry.dtype)
+    size, dtype = entry.end - entry.begin, TORCH_DTYPES.get(entry.dtype)
+    if (at_hand := stream.at_hand(size)) is not None:
+        data = passes.landed(at_hand)
+        if dtype not in BITS:
+            return WireTensor(entry.dtype, entry.shape, data)
+        look = Look(size // dtype.itemsize, *passes.extremes(data.view(dtype)))
+        return WireTensor(entry.dtype, entry.shape, data, seen_of([look]))
+    data = passes.room(size)
     looks: list[Look] = []
     begin = seen = 0
     for piece in stream.pieces(len(data)):

@@ -8,7 +8,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from secateur_proto.framing import cut, file_header, tensor_bytes
+from secateur_proto.framing import CHUNK_BYTES, cut, file_header, tensor_bytes
 from secateur_server.devices.watch import watch
 
 Bytes = bytes | memoryview
@@ -42,7 +42,7 @@ def state_dict_file(
 ) -> OutgoingFile:
     """A safetensors file of `tensors`, in their order.
 
-    Its parts are made twice: here, for the digest, and to be sent.
+    The parts of a large one are made twice: here, for the digest, and to be sent.
     """
     described = [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
     header = file_header(described, metadata)
@@ -54,6 +54,8 @@ def state_dict_file(
             for part in tensor.parts():
                 yield part.view(torch.uint8).cpu().numpy().data
 
+    if size <= CHUNK_BYTES:  # of what is small the parts are made once
+        return bytes_file(filename, b"".join(parts()))
     return OutgoingFile(filename, size, _digest(parts()), parts)
 
 
