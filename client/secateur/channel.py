@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 
 from secateur_proto import checkpoint_pb2, checkpoints_pb2, pruner_pb2
-from secateur_proto.codec import Decoder, encode
+from secateur_proto.codec import SINGLE, Decoder, encode
 
 _OPTIONS = (
     # Chunks are 1 MiB; a report grows with the number of tensors.
@@ -49,7 +49,9 @@ class Rpcs:
         downloaded = Decoder(checkpoints_pb2.DownloadResponse.FromString)
         queried = checkpoints_pb2.QueryUploadResponse.FromString
         self.prune = rpc(bidi, of_pruner + "Prune", pruned)
-        self.prune_small = rpc(unary, of_pruner + "Prune", pruned)
+        self.prune_small = _WithMetadata(
+            unary(of_pruner + "Prune", encode, pruned), (*metadata, SINGLE)
+        )
         self.report = rpc(up, of_pruner + "Report", pruner_pb2.ReportResponse.FromString)
         self.finalize = rpc(bidi, of_pruner + "Finalize", finalized)
         self.upload = rpc(up, of_store + "Upload", checkpoint_pb2.Checkpoint.FromString)

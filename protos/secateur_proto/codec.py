@@ -17,6 +17,10 @@ DATA_TAG = 2 << 3 | 2
 _MOST_LENGTH_BYTES = 5
 
 
+# Metadata of a Prune that is one message each way: grpc serves it in fewer steps.
+SINGLE = ("secateur-single", "1")
+
+
 class Data:
     """A message with `data` alone: what a caller of it sees of a PruneRequest, and so on."""
 

@@ -1,7 +1,7 @@
 """The three RPCs: read, prune, write."""
 
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import grpc
 
 from secateur_proto import pruner_pb2 as pb
-from secateur_proto.codec import Data, Decoder, encode
+from secateur_proto.codec import SINGLE, Data, Decoder, encode
 from secateur_server.devices.cpu import one_thread
 from secateur_server.devices.watch import Watch, watch, watched
 from secateur_server.errors import InvalidRequest
@@ -69,6 +69,16 @@ class Pruner:
             work = partial(self._prune, header, rules, data, owner_of(context), held)
             result, files = yield from self._run(work, header, context, pb.PruneResponse)
             yield from self._answer(pb.PruneResponse, result, files)
+
+    def prune_single(
+        self, request: pb.PruneRequest | Data, context: grpc.ServicerContext
+    ) -> pb.PruneResponse:
+        """As Prune, of one message each way: grpc is faster where it knows that."""
+        answer = self.Prune(iter([request]), context)
+        first, *others = (message for message in answer if not message.HasField("progress"))
+        assert isinstance(first, pb.PruneResponse), "the first message has the result"
+        first.data = b"".join([first.data, *(message.data for message in others)])
+        return first
 
     def _prune(
         self,
@@ -246,5 +256,22 @@ def add_pruner(pruner: Pruner, server: grpc.Server) -> str:
             pruner.Finalize, Decoder(pb.FinalizeRequest.FromString), encode
         ),
     }
-    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(name, handlers)])
+    single = grpc.unary_unary_rpc_method_handler(
+        pruner.prune_single, Decoder(pb.PruneRequest.FromString), encode
+    )
+    server.add_generic_rpc_handlers([_Handlers(name, handlers, single)])
     return name
+
+
+class _Handlers(grpc.GenericRpcHandler):
+    """The methods of a service; `single` in place of Prune where a call says that it is one."""
+
+    def __init__(self, service: str, handlers: Mapping[str, Any], single: Any) -> None:
+        self._handlers = {f"/{service}/{name}": handler for name, handler in handlers.items()}
+        self._prune, self._single = f"/{service}/Prune", single
+
+    def service(self, handler_call_details: Any) -> Any:
+        """As grpc.GenericRpcHandler.service."""
+        method, metadata = handler_call_details.method, handler_call_details.invocation_metadata
+        is_single = method == self._prune and SINGLE in (metadata or ())
+        return self._single if is_single else self._handlers.get(method)

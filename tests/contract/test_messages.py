@@ -72,6 +72,27 @@ def test_a_large_answer_is_cut_into_chunks_behind_its_report(channel: grpc.Chann
     assert (np.frombuffer(file[-weights.nbytes :], np.float32) == kept).all()
 
 
+@pytest.mark.parametrize("count", [100, 1_000_000])
+@pytest.mark.parametrize("output", [pruner_pb2.OUTPUT_MASKS, pruner_pb2.OUTPUT_DENSE])
+def test_a_call_that_says_so_is_one_message_each_way(
+    channel: grpc.Channel, count: int, output: pruner_pb2.Output.ValueType
+) -> None:
+    weights = np.arange(1, count + 1, dtype=np.float32)
+    streamed = answer(channel, weights, output)
+    header = file_header([("w", "F32", weights.shape)])
+    data = header + weights.tobytes()
+    head = pruner_pb2.PruneHeader(data_bytes=len(data), spec=SPEC, output=output)
+    call = channel.unary_unary(
+        "/secateur.v1.Pruner/Prune",
+        pruner_pb2.PruneRequest.SerializeToString,
+        pruner_pb2.PruneResponse.FromString,
+    )
+    request = pruner_pb2.PruneRequest(header=head, data=data)
+    single = call(request, timeout=20, metadata=(("secateur-single", "1"),))
+    assert single.result == streamed[0].result
+    assert single.data == b"".join(message.data for message in streamed)
+
+
 def test_a_mask_is_bits_lowest_first(channel: grpc.Channel) -> None:
     """Ten elements of which the 1st, 2nd, 5th, 9th and 10th are the smallest: golden bytes."""
     weights = np.array([1, 2, 9, 8, 3, 7, 6, 5.5, 4, 0], np.float32)

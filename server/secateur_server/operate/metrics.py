@@ -31,6 +31,7 @@ _METHODS = (
     Method(_CHECKPOINTS, "List", "unary"),
     Method(_CHECKPOINTS, "Delete", "unary"),
 )
+_KIND_OF = {(method.service, method.name): method.kind for method in _METHODS}
 
 
 class Metrics:
@@ -108,7 +109,9 @@ class Metrics:
     @contextmanager
     def calls(self, method: Method, context: grpc.ServicerContext) -> Iterator[None]:
         """Counts and times a call."""
-        labels = (method.kind, method.service, method.name)
+        # A Prune of one message is served as if it were unary.
+        kind = _KIND_OF.get((method.service, method.name), method.kind)
+        labels = (kind, method.service, method.name)
         self._started.labels(*labels).inc()
         begun, failed = time.perf_counter(), True
         try:
