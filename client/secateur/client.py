@@ -150,7 +150,8 @@ class Client:
             tensors=[] if tensors is None else patterns(tensors),
             **place,
         )
-        with show_progress(progress, upload.file_bytes) as sending:
+        # A report of what is on the server says nothing on the way, and a bar of 0 bytes no more.
+        with show_progress(False if place else progress, upload.file_bytes) as sending:
             messages = upload.messages(pb.ReportRequest, header, sending)
             call = self._rpcs.report.future(messages, timeout=self._timeout)
             with errors_of(upload, call):

@@ -156,6 +156,8 @@ def _map_file(path: Path) -> tuple[dict[str, LocalTensor], dict[str, str]]:
     try:
         with safe_open(path, framework="numpy"):
             pass
+    except FileNotFoundError:  # of the library's, whose text has the path once more
+        raise InvalidStateDict(f"{path}: No such file or directory") from None
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InvalidStateDict(f"{path}: {reason}") from None

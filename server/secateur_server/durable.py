@@ -10,6 +10,9 @@ from secateur_server.errors import StoreFull
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+# What says nothing about a file: the process, or the system, has no room to open one more.
+NO_MORE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
 
 @contextmanager
 def full_disk() -> Iterator[None]:

@@ -13,7 +13,7 @@ from secateur_server.pruning.catalog import Stored
 from secateur_server.pruning.masks import Mask
 from secateur_server.store.blobs import Blob
 from secateur_server.wire.header import Header
-from secateur_server.wire.index import SUFFIX, Index, read_index
+from secateur_server.wire.index import SUFFIX, Index, check_length, read_index
 from secateur_server.wire.mapped import MappedFile, map_header, map_tensors
 from secateur_server.wire.tensors import WireTensor
 
@@ -77,19 +77,21 @@ def _index(
             f"or shards and one *{SUFFIX}",
         )
     (index,) = indices
+    check_length(index.filename, len(index.data))
     for block in range(index.blocks):
         index.check(block)
     names = {
         file.filename: {entry.name for entry in head.entries}
         for file, head in zip(shards, heads, strict=True)
     }
+    known = set().union(*names.values())
     tied = {
         alias: name
         for head in heads
         for alias, name in head.metadata.items()
-        if any(name in known or f"{name}_orig" in known for known in names.values())
+        if name in known or f"{name}_orig" in known
     }
-    return read_index(index.filename, bytes(index.data), names, tied)
+    return read_index(index.filename, index.data, names, tied)
 
 
 def _masks(file: MappedFile, model: Model, device: torch.device) -> dict[str, Mask]:

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ from secateur_proto import pruner_pb2 as pb
 from secateur_proto.codec import SINGLE, Data, Decoder, encode
 from secateur_server.devices.cpu import one_thread
 from secateur_server.devices.watch import Watch, watch, watched
-from secateur_server.errors import InvalidRequest
+from secateur_server.errors import CheckpointNotFound, InvalidRequest
 from secateur_server.landing import Landing
 from secateur_server.messages.checkpoint import checkpoint_message, file_message, progress_message
 from secateur_server.messages.report import encode_report
@@ -27,6 +27,7 @@ from secateur_server.pruning.measure import fold
 from secateur_server.pruning.prune import prune
 from secateur_server.pruning.spec import Parameter, Rule
 from secateur_server.sources import Incoming, Sources
+from secateur_server.store.records import Record
 from secateur_server.wire.writer import OutgoingFile, chunks
 
 # Models up to this are for one core each.
@@ -105,13 +106,22 @@ class Pruner:
             report = encode_report(pruned.items(), incoming.digest(), digest, outcomes)
         result = pb.PruneResult(report=report)
         incoming.check_unchanged()
-        if landing:
-            masks = landing.land_file(packed_masks({**model.masks, **masks_of(pruned)}))
-            record = landing.create(incoming.files, masks)
-            expire_time = self._sources.store.expire_time(owner, record)
-            result.checkpoint.CopyFrom(checkpoint_message(record, expire_time))
+        with ExitStack() as undo:
+            if landing:
+                masks = landing.land_file(packed_masks({**model.masks, **masks_of(pruned)}))
+                record = landing.create(incoming.files, masks)
+                undo.callback(self._forget, owner, record)
+                expire_time = self._sources.store.expire_time(owner, record)
+                result.checkpoint.CopyFrom(checkpoint_message(record, expire_time))
+            written = self._written(header.destination_uri, result, files, incoming)
+            undo.pop_all()
         self._sources.metrics.pruned(before, report)
-        return self._written(header.destination_uri, result, files, incoming)
+        return written
+
+    def _forget(self, owner: str, record: Record) -> None:
+        """Takes back a checkpoint of which nobody was told the name: its call failed."""
+        with suppress(CheckpointNotFound):  # it may have made room for another
+            self._sources.store.delete(owner, record.name)
 
     def Report(
         self, request_iterator: Iterator[pb.ReportRequest | Data], context: grpc.ServicerContext

@@ -164,6 +164,7 @@ def test_a_broken_spec_is_one_line(
         [],
         ["prune", "m.pt"],
         ["prune", "m.pt", "-o", "o.pt"],
+        ["prune", "m.pt", "--method", "identity"],
         ["prune", "m.pt", "-o", "o.pt", "--method", "magic"],
         ["prune", "m.pt", "-o", "o.pt", "--method", "identity", "--spec", "s.json"],
         ["prune", "m.pt", "-o", "o.pt", "--method", "identity", "--amount", "half"],

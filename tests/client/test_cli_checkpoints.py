@@ -136,34 +136,68 @@ def test_what_needs_a_server_says_so(
     for arguments in (["checkpoints", "ls"], ["prune", tmp_path / "m.safetensors", "--keep"]):
         more = HALF if "prune" in arguments else ()
         assert "SECATEUR_SERVER" in failure(capsys, *arguments, *more)
-    assert "-o" in failure(capsys, "prune", tmp_path / "m.safetensors", *HALF)
+    for command in ("report", "finalize", "prune"):
+        more = HALF if command == "prune" else ()
+        out = () if command == "report" else ("-o", tmp_path / "o.safetensors")
+        assert "SECATEUR_SERVER" in failure(capsys, command, "checkpoints/x", *out, *more)
+
+
+def test_a_file_in_a_folder_of_that_name_is_a_file(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = shown(capsys, "checkpoints", "put", model).strip()
+    monkeypatch.chdir(tmp_path)
+    Path("checkpoints").mkdir()
+    save_file({"mine": WEIGHTS["fc.weight"]}, "checkpoints/model.safetensors")
+    assert "mine" in shown(capsys, "report", "checkpoints/model.safetensors")
+    assert "fc.weight" in shown(capsys, "report", name)
+
+
+def test_a_wrong_name_deletes_nothing(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = shown(capsys, "checkpoints", "put", model).strip()
+    for names in ((name, "checkpoints/wrong"), ("checkpoints/wrong", name)):
+        assert "checkpoints/wrong" in failure(capsys, "checkpoints", "rm", *names)
+        assert name in shown(capsys, "checkpoints", "ls")
+    assert shown(capsys, "checkpoints", "rm", name, name) == ""
+    assert name not in shown(capsys, "checkpoints", "ls")
+
+
+def test_a_checkpoint_is_not_put_again(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = shown(capsys, "checkpoints", "put", model).strip()
+    assert "on the server already" in failure(capsys, "checkpoints", "put", name)
 
 
 def test_a_terminal_shows_how_far_the_server_is(folder: Path, own_server: RunningServer) -> None:
     """A file that takes longer than the server waits before it tells of progress."""
     model = {f"{number}.weight": np.ones((1000, 5000), np.float32) for number in range(10)}
     save_file(model, folder / "large.safetensors")
+    source, target = (f"file://{folder}/{name}.safetensors" for name in ("large", "larger"))
+    text = on_a_terminal(own_server, "prune", source, "-o", target, *HALF)
+    assert "server" in text
+    assert "%" in text
+    assert "upload" not in text
+
+
+def test_a_report_of_what_the_server_opens_shows_no_upload(
+    model: Path, own_server: RunningServer
+) -> None:
+    assert on_a_terminal(own_server, "report", f"file://{model}") == ""
+    assert "upload" in on_a_terminal(own_server, "report", str(model))
+
+
+def on_a_terminal(server: RunningServer, *arguments: str) -> str:
+    """What a command that ends well shows on stderr, where that is a terminal."""
     shell, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 80))
-    source, target = (f"file://{folder}/{name}.safetensors" for name in ("large", "larger"))
-    program = str(Path(sys.executable).with_name("secateur"))
-    command: list[str] = [
-        program,
-        "prune",
-        source,
-        "-o",
-        target,
-        "--server",
-        own_server.address,
-        *HALF,
-    ]
+    command = [str(Path(sys.executable).with_name("secateur")), *arguments]
+    command += ["--server", server.address]
     ended = subprocess.run(command, stderr=terminal, stdout=subprocess.PIPE, timeout=60)
+    os.write(terminal, b".")  # so that there is something to read
     text = os.read(shell, 1 << 16).decode()
     os.close(terminal)
     os.close(shell)
     assert ended.returncode == 0
-    assert "server" in text
-    assert "%" in text
+    return text.removesuffix(".")
 
 
 def test_an_embedded_server_opens_what_its_user_can(tmp_path: Path) -> None:

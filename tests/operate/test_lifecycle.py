@@ -1,6 +1,7 @@
 """Starting, health, reflection, and ending of a real server."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -104,6 +105,18 @@ def running_calls(server: RunningServer) -> bool:
     from tests.operate.test_metrics import sample
 
     return sample(server, "secateur_requests_in_flight") == 1
+
+
+def test_a_server_may_open_all_files_that_the_system_allows_it() -> None:
+    """A shell often allows a part of them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard // 2, hard))
+    try:
+        server = start_server()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+    stop_server(server)
 
 
 def test_a_second_server_at_the_same_address_says_so(server: RunningServer) -> None:

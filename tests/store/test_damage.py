@@ -1,6 +1,7 @@
 """A disk that fails, or is full, costs what was on it and no more; nobody is sent what is wrong."""
 
 import os
+import resource
 import shutil
 import subprocess
 import threading
@@ -123,6 +124,18 @@ def test_what_is_damaged_is_never_given_and_an_upload_heals_it(
     again = store.client.upload(MODEL)
     for checkpoint in (again, uploaded):
         assert_same_tensors(downloaded(store.client, checkpoint, tmp_path), MODEL)
+
+
+def test_who_has_no_room_for_one_more_open_file_has_lost_no_data(store: Kept) -> None:
+    uploaded = store.client.upload(MODEL)
+    pid, kind = store.server.process.pid, resource.RLIMIT_NOFILE
+    before = resource.prlimit(pid, kind)
+    resource.prlimit(pid, kind, (3, before[1]))
+    with pytest.raises(secateur.ServerBusy):
+        store.client.report(uploaded)
+    resource.prlimit(pid, kind, before)
+    assert committed(store.channel, file_message(file_of(MODEL))) == len(file_of(MODEL))
+    store.client.report(uploaded)
 
 
 @every_damage

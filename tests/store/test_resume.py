@@ -191,6 +191,23 @@ def test_what_a_broken_upload_left_is_not_sent_again(store: Kept, tmp_path: Path
     assert_same_tensors(downloaded(store.client, checkpoint, tmp_path), SMALL)
 
 
+def test_what_broken_uploads_left_is_no_open_file(store: Kept, tmp_path: Path) -> None:
+    """Of those a process has a number: many callers that leave would take them from all others."""
+    data, half = file_of(SMALL), 2 * MIB + 123
+    open_files = Path(f"/proc/{store.server.process.pid}/fd")
+    before = len(list(open_files.iterdir()))
+    for index in range(20):
+        begun(store, file_of(model(1000, index)), 100)
+    begun(store, data, half)
+    eventually(lambda: len(list(open_files.iterdir())) < before + 10, True)
+    for index in range(20):
+        other = file_of(model(1000, index))
+        assert resumed(store, other, 100, other[100:]) is None
+    assert resumed(store, data, half, data[half:]) is None
+    newest = next(store.client.checkpoints())
+    assert_same_tensors(downloaded(store.client, newest, tmp_path), SMALL)
+
+
 def test_who_sends_more_than_is_missing_is_served(store: Kept, tmp_path: Path) -> None:
     """More may have arrived than a QueryUpload saw."""
     data, half = file_of(SMALL), 2 * MIB + 123

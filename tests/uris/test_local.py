@@ -243,6 +243,14 @@ def test_files_that_are_no_models_are_invalid(served: Served, root: Path, data: 
         served.client.upload((root / "broken.safetensors").as_uri())
 
 
+def test_an_index_of_any_length_takes_no_memory(served: Served, root: Path) -> None:
+    with (root / "model.safetensors.index.json").open("wb") as index:
+        index.truncate(1 << 40)
+    found = served.read((root / "model.safetensors.index.json").as_uri())
+    check(found, "INVALID_ARGUMENT", "INVALID_STATE_DICT", "too many for an index")
+    (root / "model.safetensors.index.json").unlink()
+
+
 def test_what_may_not_be_read_fails(root: Path, source: str) -> None:
     (root / "closed.safetensors").touch(mode=0)
     with _nobody(root), pytest.raises(UriFailed, match="Permission denied"):
@@ -261,6 +269,17 @@ def test_what_fails_leaves_what_was_there(served: Served, root: Path, source: st
     check(served.write(source, f"{target.as_uri()}.index.json"), invalid, "INVALID_REQUEST")
     assert target.read_bytes() == b"before"
     assert not (root / "kept.index.json").exists()
+
+
+def test_what_fails_keeps_no_checkpoint(served: Served, root: Path, source: str) -> None:
+    """Nobody would know its name."""
+    before = list(served.client.checkpoints())
+    for place in ("none/out.safetensors", "sub", "out.index.json"):
+        assert served.write(source, f"{root.as_uri()}/{place}", keep=True) is not None
+    assert list(served.client.checkpoints()) == before
+    assert served.write(source, f"{root.as_uri()}/out.safetensors", keep=True) is None
+    (kept,) = set(served.client.checkpoints()) - set(before)
+    served.client.delete(kept)
 
 
 def test_a_folder_is_no_destination(served: Served, root: Path, source: str) -> None:

@@ -7,7 +7,8 @@ import safetensors
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateur_server.errors import MalformedFile
+from secateur_server.devices.watch import Watch, watched
+from secateur_server.errors import MalformedFile, Stopped
 from secateur_server.wire.header import Header, header_length, parse_header
 from tests.contract.raw import entry, file, unhurried
 
@@ -41,6 +42,14 @@ def check(data: bytes) -> None:
         assert header is not None
         found = {e.name: (e.dtype, list(e.shape), e.end - e.begin) for e in header.entries}
         assert found == in_library(data)
+
+
+def test_a_header_is_left_with_its_caller() -> None:
+    """Of hundreds of thousands of tensors it takes seconds."""
+    of_call = Watch()
+    of_call.stop()
+    with watched(of_call), pytest.raises(Stopped):
+        parse(GOOD)
 
 
 def in_library(data: bytes) -> dict[str, tuple[str, list[int], int]]:

@@ -174,6 +174,18 @@ def test_a_deadline_ends_the_work(served: Served, root: Path, seconds: float) ->
     check_idle(served)
 
 
+def test_who_cancels_many_globs_and_tensors_ends_the_work(served: Served) -> None:
+    uploaded = served.client.upload({f"w{i}": torch.ones(1) for i in range(20_000)})
+    (rule,) = spec("*").rules
+    rule.selection.tensors[:] = [f"w{i}*" for i in range(2000)]
+    first = header("Prune", 0, spec=PruningSpec(rules=[rule]), checkpoint=uploaded.name)
+    call = PrunerStub(served.channel).Prune(iter([message("Prune", header=first)]), timeout=60)
+    assert next(call).HasField("progress")
+    call.cancel()
+    check_idle(served)
+    served.client.delete(uploaded)
+
+
 def test_who_disconnects_ends_the_work(served: Served, root: Path) -> None:
     own = [("grpc.use_local_subchannel_pool", 1)]
     with grpc.insecure_channel(served.server.address, own) as channel:

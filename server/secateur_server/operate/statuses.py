@@ -14,6 +14,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
+from secateur_server.durable import NO_MORE
 from secateur_server.errors import NoMessage, OutOfMemory, RequestError, Stopped, TooShort
 from secateur_server.operate.around import Method
 
@@ -74,5 +75,7 @@ def _has_left(context: grpc.ServicerContext) -> bool:
 
 def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError) and error.errno in NO_MORE:
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)

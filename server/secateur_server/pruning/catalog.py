@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 import torch
 
+from secateur_server.devices.watch import watch
 from secateur_server.errors import (
     DimOutOfRange,
     InvalidMask,
@@ -91,6 +92,7 @@ def match(field: str, patterns: Sequence[str], catalog: Catalog) -> list[str]:
     for index, pattern in enumerate(patterns):
         if pattern in tried:
             continue
+        watch().check()  # of many patterns, and many tensors, each takes its time
         tried.add(pattern)
         if pattern in catalog.prunable:  # a name first: it may have brackets in it
             found.add(pattern)

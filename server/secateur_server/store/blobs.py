@@ -14,7 +14,7 @@ from blake3 import blake3
 
 from secateur_server.devices.faults import Torn
 from secateur_server.devices.mapping import map_file
-from secateur_server.durable import DurableFile, full_disk, sync_folder
+from secateur_server.durable import NO_MORE, DurableFile, full_disk, sync_folder
 from secateur_server.errors import DataLoss, quote
 
 BLOCK = 1 << 20
@@ -37,8 +37,19 @@ class Part:
             self._file = path.open("xb", buffering=0)
         self._disk = DurableFile(self._file.fileno())
 
+    def rest(self) -> None:
+        """Nothing comes for a while: of open files a process has a number, of others it has not."""
+        self._file.close()
+
+    def _open(self) -> None:
+        if self._file.closed:
+            self._file = self._path.open("r+b", buffering=0)
+            self._file.seek(self.size)
+            self._disk = DurableFile(self._file.fileno())
+
     def write(self, data: bytes | memoryview) -> None:
         """Appends `data`."""
+        self._open()
         view = memoryview(data)
         while view:
             with full_disk():
@@ -60,6 +71,7 @@ class Part:
 
     def finish(self, blobs: Path) -> str:
         """Makes it a blob of the folder `blobs`, on disk.  Returns: its digest."""
+        self._open()
         if self.size % BLOCK:
             self._end_block()
         target = blobs / self.digest()
@@ -159,6 +171,8 @@ def open_blob(path: Path, size: int, of: str, filename: str, damaged: Callable[[
             data, torn = map_file(file.fileno())
         sums = sums_path(path).read_bytes()
     except OSError as error:
+        if error.errno in NO_MORE:
+            raise
         damaged()
         raise _lost(of, filename, f"cannot be read: {error.strerror}") from None
     if len(data) != size or len(sums) != sums_bytes(size):

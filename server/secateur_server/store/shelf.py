@@ -20,18 +20,18 @@ class Shelf:
         self._lock = lock
         self._references: Counter[str] = Counter()  # by digest
         self._sizes: dict[str, int] = {}
+        self._size = 0
         self._damaged: set[str] = set()
 
     def size(self) -> int:
         """What all blobs take on disk."""
-        with self._lock:
-            return sum(size + sums_bytes(size) for size in self._sizes.values())
+        return self._size
 
     def bytes_freed(self, references: Counter[str]) -> int:
         """What goes with so many references to each digest: a blob that nobody else has."""
         with self._lock:
             gone = (d for d, count in references.items() if count == self._references[d])
-            return sum(self._sizes[d] + sums_bytes(self._sizes[d]) for d in gone)
+            return sum(_disk_bytes(self._sizes[d]) for d in gone)
 
     def unknown(self) -> list[Path]:
         """What is in the folder that nothing refers to."""
@@ -43,7 +43,9 @@ class Shelf:
         with self._lock:
             for file in files:
                 self._references[file.blake3] += 1
-                self._sizes[file.blake3] = file.size
+                if file.blake3 not in self._sizes:
+                    self._sizes[file.blake3] = file.size
+                    self._size += _disk_bytes(file.size)
 
     def release(self, files: Iterable[StoredFile]) -> None:
         """Takes back what `refer` did; the last to do so removes the blob."""
@@ -51,7 +53,8 @@ class Shelf:
             for file in files:
                 self._references[file.blake3] -= 1
                 if not self._references[file.blake3]:
-                    del self._references[file.blake3], self._sizes[file.blake3]
+                    del self._references[file.blake3]
+                    self._size -= _disk_bytes(self._sizes.pop(file.blake3))
                     remove_blob(self.folder / file.blake3)
 
     def has(self, digest: str, size: int) -> bool:
@@ -70,3 +73,8 @@ class Shelf:
             self._damaged.add(file.blake3)
 
         return open_blob(self.folder / file.blake3, file.size, of, file.filename, damaged)
+
+
+def _disk_bytes(size: int) -> int:
+    """What a blob of `size` bytes takes, with its sums."""
+    return size + sums_bytes(size)

@@ -234,6 +234,9 @@ class Uploads:
         """The call that sent a file has ended: what can go on later is held for a while."""
         if not upload.is_resumable:
             self.abandon(upload)
+        elif upload.part:
+            with upload.writing:  # whoever has taken it over opens it again
+                upload.part.rest()
         upload.is_active = False
 
     def abandon(self, upload: Upload) -> None:

@@ -37,7 +37,7 @@ class Uris:
         first = self._open(field, uri, held)
         if not uri.endswith(SUFFIX):
             return [first]
-        weight_map, _ = weight_map_of(first.filename, bytes(first.data))
+        weight_map, _ = weight_map_of(first.filename, first.data)
         shards = dict.fromkeys(weight_map.values())  # distinct, in their order
         return [*(self._open(field, _beside(field, uri, s), held) for s in shards), first]
 

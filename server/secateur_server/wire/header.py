@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from secateur_proto.framing import DTYPE_BITS, tensor_bytes
+from secateur_server.devices.watch import watch
 from secateur_server.errors import MalformedFile, quote
 
 # The format's own limit.
@@ -111,6 +112,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(name: str, fields: Any) -> Entry:
+    watch().check()  # of hundreds of thousands the header alone takes seconds
     if not _is_text(name):
         raise MalformedFile(_field(name), "the name is no text")
     if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:

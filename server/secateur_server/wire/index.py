@@ -43,13 +43,22 @@ class Index:
         return (json.dumps(table, indent=2) + "\n").encode()
 
 
-def weight_map_of(filename: str, text: bytes) -> tuple[dict[str, str], dict[str, Any]]:
+def check_length(filename: str, length: int) -> None:
+    """To be called before an index is read: the whole of it is taken to memory.
+
+    Errors: InvalidStateDict.
+    """
+    if length > MAX_HEADER_BYTES:
+        field = f"data[{quote(filename)}]"
+        raise InvalidStateDict(field, f"{length} bytes are too many for an index")
+
+
+def weight_map_of(filename: str, data: memoryview) -> tuple[dict[str, str], dict[str, Any]]:
     """The weight_map of an index, and the rest of it.  Errors: InvalidStateDict."""
+    check_length(filename, len(data))
     field = f"data[{quote(filename)}]"
-    if len(text) > MAX_HEADER_BYTES:
-        raise InvalidStateDict(field, f"{len(text)} bytes are too many for an index")
     try:
-        table = json.loads(text)
+        table = json.loads(bytes(data))
         weight_map = table.pop("weight_map")
         "".join(weight_map.values()).encode()  # JSON can spell what UTF-8 cannot
         is_map = isinstance(table.get("metadata", {}), dict)
@@ -62,7 +71,7 @@ def weight_map_of(filename: str, text: bytes) -> tuple[dict[str, str], dict[str,
 
 def read_index(
     filename: str,
-    text: bytes,
+    data: memoryview,
     shards: Mapping[str, Collection[str]],
     tied: Mapping[str, str],
 ) -> Index:
@@ -72,7 +81,7 @@ def read_index(
     tensor that is stored under another, as safetensors.torch.save_model leaves them.
     Errors: InvalidStateDict, where index and files differ.
     """
-    weight_map, rest = weight_map_of(filename, text)
+    weight_map, rest = weight_map_of(filename, data)
     field = f"data[{quote(filename)}]"
     for name, file in weight_map.items():
         if file not in shards:
