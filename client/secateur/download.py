@@ -70,6 +70,8 @@ def _places(
 ) -> list[tuple[Path, checkpoint_pb2.File]]:
     """Where each file goes.  Errors: SecateurError."""
     files = list(files)
+    if any(Path(file.filename).name != file.filename for file in files):
+        raise ServerError("the server names files that are none")
     if len(files) == 1:
         if path.is_dir():
             path /= files[0].filename or "model.safetensors"
@@ -79,6 +81,4 @@ def _places(
     folder = path.parent if path.name.endswith(SUFFIX) else path
     if not folder.is_dir():
         raise SecateurError(f"{path}: the model is in shards; name a folder, which must be there")
-    if any(Path(file.filename).name != file.filename for file in files):
-        raise ServerError("the server names files that are none")
     return [(folder / file.filename, file) for file in files]

@@ -15,8 +15,8 @@ from secateur_server.durable import full_disk
 def map_file(file: int) -> tuple[memoryview, Torn | None]:
     """A whole file, and what tells whether it became shorter, or its disk failed, since.
 
-    file: an open descriptor, of which nothing is kept. What is written to the memory stays in this
-    process.
+    file: an open descriptor, of which Python keeps a copy for as long as the memory is used. What
+    is written to the memory stays in this process.
     """
     size = os.fstat(file).st_size
     if size == 0:  # which nobody can map

@@ -201,6 +201,8 @@ class Store:
                 self._pins[key] -= 1
                 if not self._pins[key]:
                     del self._pins[key]
+                if key in self._records:
+                    self._touch(key)  # a call may take longer than the ttl
                 self._shelf.release(record.blobs())
 
     def open_files(self, name: str, files: Sequence[StoredFile]) -> list[Blob]:
