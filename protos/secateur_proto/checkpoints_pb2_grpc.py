@@ -35,8 +35,8 @@ class CheckpointsStub(object):
 
     Errors of every rpc, beside those of Pruner:
     NOT_FOUND, CHECKPOINT_NOT_FOUND: there is none of that name, for this caller. Do not retry.
-    RESOURCE_EXHAUSTED, STORE_FULL: the disk, or --store-max-bytes, has no room, though everything
-    that is not in use was let go. Retry later, or delete something.
+    RESOURCE_EXHAUSTED, STORE_FULL: the disk is full; or --store-max-bytes has no room, even if
+    everything went that is not in use. Retry later, or delete something.
     DATA_LOSS, DATA_LOSS: the checkpoint is not what was stored: its disk failed. Upload it again.
     ABORTED, UPLOAD_TAKEN_OVER: the same caller began the same upload anew.
     """
@@ -87,8 +87,8 @@ class CheckpointsServicer(object):
 
     Errors of every rpc, beside those of Pruner:
     NOT_FOUND, CHECKPOINT_NOT_FOUND: there is none of that name, for this caller. Do not retry.
-    RESOURCE_EXHAUSTED, STORE_FULL: the disk, or --store-max-bytes, has no room, though everything
-    that is not in use was let go. Retry later, or delete something.
+    RESOURCE_EXHAUSTED, STORE_FULL: the disk is full; or --store-max-bytes has no room, even if
+    everything went that is not in use. Retry later, or delete something.
     DATA_LOSS, DATA_LOSS: the checkpoint is not what was stored: its disk failed. Upload it again.
     ABORTED, UPLOAD_TAKEN_OVER: the same caller began the same upload anew.
     """
@@ -187,8 +187,8 @@ class Checkpoints(object):
 
     Errors of every rpc, beside those of Pruner:
     NOT_FOUND, CHECKPOINT_NOT_FOUND: there is none of that name, for this caller. Do not retry.
-    RESOURCE_EXHAUSTED, STORE_FULL: the disk, or --store-max-bytes, has no room, though everything
-    that is not in use was let go. Retry later, or delete something.
+    RESOURCE_EXHAUSTED, STORE_FULL: the disk is full; or --store-max-bytes has no room, even if
+    everything went that is not in use. Retry later, or delete something.
     DATA_LOSS, DATA_LOSS: the checkpoint is not what was stored: its disk failed. Upload it again.
     ABORTED, UPLOAD_TAKEN_OVER: the same caller began the same upload anew.
     """
