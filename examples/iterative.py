@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import secateur
@@ -21,20 +22,22 @@ SPARSITY = 0.9
 SHARE = 1 - (1 - SPARSITY) ** (1 / ROUNDS)  # of what is left, in each round
 WEIGHTS = "*.weight"
 
+Tensors = dict[str, Tensor]
 Masks = dict[str, Tensor]
 
 
 def main() -> None:
     """Prunes both ways, and compares."""
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else crepe_weights()
+    model = read(path)  # once for both ways, which are not to differ in reading
     spec = secateur.global_unstructured(WEIGHTS, SHARE)
     with secateur.embedded() as client:
-        client.prune(path, spec, progress=False)  # libraries loaded, passes compiled
+        client.prune(model, spec, progress=False)  # libraries loaded, passes compiled
         begin = time.perf_counter()
-        masks = by_handle(client, path, spec)
+        masks = by_handle(client, model, spec)
         handle = time.perf_counter() - begin
         begin = time.perf_counter()
-        same = by_uploads(client, path, spec)
+        same = by_uploads(client, model, spec)
         uploads = time.perf_counter() - begin
     assert masks.keys() == same.keys()
     assert all(torch.equal(mask, same[name]) for name, mask in masks.items())
@@ -43,9 +46,9 @@ def main() -> None:
     print("the masks are the same")
 
 
-def by_handle(client: secateur.Client, path: Path, spec: secateur.Spec) -> Masks:
+def by_handle(client: secateur.Client, model: Tensors, spec: secateur.Spec) -> Masks:
     """Uploads once. Each round works on the checkpoint that the one before left."""
-    checkpoint = client.upload(path, progress=False)
+    checkpoint = client.upload(model, progress=False)
     print(f"{'round':>5}{'sparsity':>10}{'weights':>16}{'masks':>14}")
     for number in range(1, ROUNDS + 1):
         result = client.prune(checkpoint, spec, keep=True, progress=False)
@@ -57,13 +60,21 @@ def by_handle(client: secateur.Client, path: Path, spec: secateur.Spec) -> Masks
     return masks
 
 
-def by_uploads(client: secateur.Client, path: Path, spec: secateur.Spec) -> Masks:
+def by_uploads(client: secateur.Client, model: Tensors, spec: secateur.Spec) -> Masks:
     """Sends the weights in each round, with the masks of the round before."""
-    masks: Masks = client.prune(path, spec, progress=False).masks
+    masks: Masks = client.prune(model, spec, progress=False).masks
     for _ in range(ROUNDS - 1):
         so_far = secateur.custom_from_mask(masks)
-        masks = client.prune(path, so_far + spec, progress=False).masks
+        masks = client.prune(model, so_far + spec, progress=False).masks
     return masks
+
+
+def read(path: Path) -> Tensors:
+    """The state_dict in a file."""
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    loaded: Tensors = torch.load(path, weights_only=True)
+    return loaded
 
 
 def crepe_weights() -> Path:

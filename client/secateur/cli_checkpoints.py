@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from secateur.checkpoint import Checkpoint
 from secateur.client import Client
-from secateur.errors import SecateurError
+from secateur.errors import DataLoss, SecateurError
 from secateur.source import read_source
 
 
@@ -132,6 +133,9 @@ def _get(options: argparse.Namespace) -> None:
 
 def _rm(options: argparse.Namespace) -> None:
     with client_of(options) as client:
-        found = [client.checkpoint(name) for name in dict.fromkeys(options.names)]
-        for checkpoint in found:  # all are there: a wrong name deletes none
-            client.delete(checkpoint)
+        names = dict.fromkeys(options.names)
+        for name in names:  # all are there: a wrong name deletes none
+            with suppress(DataLoss):  # what is damaged may go
+                client.checkpoint(name)
+        for name in names:
+            client.delete(name)

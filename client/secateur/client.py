@@ -250,13 +250,13 @@ class Client:
             if not token:
                 return
 
-    def delete(self, checkpoint: Checkpoint) -> None:
-        """Deletes a checkpoint.  Errors: CheckpointNotFound."""
+    def delete(self, checkpoint: Checkpoint | str) -> None:
+        """Deletes a checkpoint; by its name also a damaged one.  Errors: CheckpointNotFound."""
         self._delete(checkpoint, is_there=True)
 
-    def _delete(self, checkpoint: Checkpoint, is_there: bool) -> None:
+    def _delete(self, checkpoint: Checkpoint | str, is_there: bool) -> None:
         """is_there: False where it may have made room for another."""
-        name = checkpoint.name
+        name = checkpoint if isinstance(checkpoint, str) else checkpoint.name
         with errors_of(None):
             request = checkpoints_pb2.DeleteRequest(name=name, allow_missing=not is_there)
             self._rpcs.delete(request, timeout=self._timeout)

@@ -46,7 +46,7 @@ class FinalizeResult:
 
         What is written is there whole, or not at all.
         """
-        metadata = self._source.metadata
+        metadata = self._source.metadata or self._answer.metadata
         save(Path(path), self._received, metadata, self._index, self._source.tensors)
 
 
@@ -113,7 +113,8 @@ class PruneResult:
         form: as of state_dict, or "masks": bits, as the wire has them.
         """
         index = None if form == "masks" else self._index
-        metadata = {} if form == "masks" else self._source.metadata
+        metadata = self._source.metadata or self._answer.metadata
+        metadata = {} if form == "masks" else metadata
         save(Path(path), self._tensors(form), metadata, index, self._source.tensors)
 
     def apply_to(self, module: Any) -> None:

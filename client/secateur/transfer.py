@@ -86,10 +86,11 @@ def errors_of(sender: Sender | None, call: grpc.RpcContext | None = None) -> Ite
 
 @dataclass(frozen=True)
 class Received:
-    """The tensors of an answer, and the index of those that came in shards."""
+    """The tensors of an answer, the index of those that came in shards, and a file's metadata."""
 
     tensors: dict[str, LocalTensor] = field(default_factory=dict)
     index: Index | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def receive(
@@ -135,7 +136,7 @@ def _parse(result: Any, data: memoryview) -> Received:
         files |= dict.fromkeys(of_file, file.filename)
         tensors |= of_file
     if index is None:
-        return Received(tensors)
+        return Received(tensors, metadata=next(iter(metadata.values()), {}))
     filename, text = index
     table = json.loads(bytes(text))
     known = {**table.pop("weight_map"), **files}

@@ -2,10 +2,10 @@
 
 import gc
 import logging
+import os
 import resource
 import signal
 import sys
-import threading
 
 from secateur_server.app import App, CannotListen
 from secateur_server.config import read_config
@@ -21,9 +21,7 @@ def main() -> int:
     # A connection, and each mapped shard, is an open file; of those a shell often allows 1024.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    asked = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: asked.set())
+    asked = _signals()
     try:
         app = App(config)
     except CannotListen as error:
@@ -33,11 +31,25 @@ def main() -> int:
     if app.metrics_address is not None:
         log.info("serving metrics at http://%s/metrics", app.metrics_address)
     gc.freeze()  # the modules stay: to look through them again and again takes tens of ms
-    asked.wait()
+    os.read(asked, 1)
     log.info("shutting down: running requests get %g seconds", config.drain_timeout)
     app.stop()
     log.info("stopped")
     return 0
+
+
+def _signals() -> int:
+    """The end of a pipe that has a byte once SIGTERM or SIGINT came.
+
+    The system may give a signal to any thread. Python's handlers run in the main thread alone, and
+    only once it wakes by itself: an Event that it waits for may never be set.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    return reading
 
 
 if __name__ == "__main__":

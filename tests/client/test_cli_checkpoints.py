@@ -41,7 +41,7 @@ def model(folder: Path, own_server: RunningServer, monkeypatch: pytest.MonkeyPat
     """A model's file, which the server may open too; commands go to that server."""
     monkeypatch.setenv("SECATEUR_SERVER", own_server.address)
     path = folder / "model.safetensors"
-    save_file(WEIGHTS, path)
+    save_file(WEIGHTS, path, metadata={"format": "pt"})
     return path
 
 
@@ -109,6 +109,7 @@ def test_uris_in_and_out(
     assert same(load_file(folder / "out.safetensors"), expected)
     assert run("prune", source, "-o", tmp_path / "down.safetensors", *HALF) == 0
     assert same(load_file(tmp_path / "down.safetensors"), expected)
+    assert b'"format":"pt"' in (tmp_path / "down.safetensors").read_bytes()[:200]
     assert run("prune", model, "-o", target, "--output", "reparametrized", *HALF) == 0
     assert run("finalize", target, "-o", f"file://{folder}/final.safetensors") == 0
     assert same(load_file(folder / "final.safetensors"), expected)

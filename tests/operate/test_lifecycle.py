@@ -1,12 +1,16 @@
 """Starting, health, reflection, and ending of a real server."""
 
+import ctypes
 import os
+import platform
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -151,3 +155,16 @@ def test_a_variable_is_an_option_and_the_command_line_goes_first() -> None:
     assert "argument --device: 'gpu' is none of" in ended.stderr
     ended = run_server("--device", "cpu", "--drain-timeout=x", SECATEUR_DEVICE="gpu")
     assert "argument --drain-timeout" in ended.stderr
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the number of tgkill is x86-64's")
+def test_a_signal_that_another_thread_gets_ends_the_server() -> None:
+    """The system may choose any thread, and the main one sleeps."""
+    running = start_server()
+    tgkill = 234
+    threads = [int(path.name) for path in Path(f"/proc/{running.process.pid}/task").iterdir()]
+    other = next(thread for thread in threads if thread != running.process.pid)
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.syscall(tgkill, running.process.pid, other, signal.SIGTERM) == 0
+    assert running.process.wait(timeout=20) == 0
+    shutil.rmtree(running.log.parent)

@@ -351,3 +351,19 @@ def test_a_blob_that_is_cut_off_while_it_is_read_ends_that_call_alone(
         if error is None:  # it was too late to matter
             assert_same_tensors(call.result().state_dict(), expected)
     assert store.server.process.poll() is None
+
+
+def test_a_checkpoint_whose_record_differs_is_deleted_by_its_name(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    with kept(folder) as store:
+        name = store.client.upload(MODEL).name
+    (record,) = folder.glob("checkpoints/*/*.json")
+    flip(record, 3)
+    with kept(folder) as store:
+        with pytest.raises(secateur.DataLoss, match=name):
+            store.client.checkpoint(name)
+        store.client.delete(name)
+        with pytest.raises(secateur.CheckpointNotFound):
+            store.client.delete(name)
+    with kept(folder):  # what it needed is swept at the next start
+        assert on_disk(folder) == {}

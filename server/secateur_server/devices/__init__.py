@@ -1,11 +1,14 @@
 """What each device can do: hold memory, take bytes that arrive, and pass over pieces of tensors."""
 
 import torch
+from torch import Tensor
 
 from secateur_server.devices import kernels
 from secateur_server.devices.cpu import Compiled, Cpu
 from secateur_server.devices.cuda import Cuda
+from secateur_server.devices.mapping import room_on_disk
 from secateur_server.devices.passes import Passes
+from secateur_server.devices.watch import watch
 
 Span = tuple[int, int]
 
@@ -17,6 +20,19 @@ def passes_of(device: torch.device) -> Passes:
     if device.type == "cuda":
         return Cuda(device)
     return _COMPILED if kernels.enabled else _CPU
+
+
+# What takes more than this share of a call's memory to work in lies on disk: some are held at once.
+_ON_DISK_SHARE = 8
+
+
+def room_to_work(size: int, passes: Passes) -> Tensor:
+    """Memory for what a call makes beside its model.  Returns: uint8, flat.  Errors: StoreFull."""
+    of_call = watch()
+    is_large = of_call.work_memory is not None and size > of_call.work_memory // _ON_DISK_SHARE
+    if of_call.scratch is not None and is_large and passes.device.type == "cpu":
+        return room_on_disk(of_call.scratch, size)
+    return passes.room(size)
 
 
 def spans(count: int, size: int) -> list[Span]:

@@ -8,10 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from secateur_server.devices import passes_of, spans
-from secateur_server.devices.mapping import room_on_disk
-from secateur_server.devices.passes import Passes, bits_at
-from secateur_server.devices.watch import watch
+from secateur_server.devices import passes_of, room_to_work, spans
+from secateur_server.devices.passes import bits_at
 
 Flags = Callable[[int, int], Tensor]
 
@@ -52,28 +50,26 @@ class Mask:
         """The elements at flat indices as bool, in the shape of `index`."""
         return bits_at(self.bits, index)
 
+    def whole(self, shape: Sequence[int]) -> Tensor:
+        """All elements as bool, of a shape."""
+        passes = passes_of(self.bits.device)
+        flags = room_to_work(self.elements, passes).view(torch.bool)
+
+        def unpack(span: tuple[int, int]) -> None:
+            flags[slice(*span)] = self.flags(*span)
+
+        passes.each(unpack, spans(self.elements, passes.piece))
+        return flags.view(tuple(shape))
+
     def __and__(self, other: "Mask") -> "Mask":
-        both = room_for_bits(self.bits.numel(), passes_of(self.bits.device))
+        both = room_to_work(self.bits.numel(), passes_of(self.bits.device))
         return Mask(torch.bitwise_and(self.bits, other.bits, out=both), self.elements)
-
-
-# Masks of more than this share of a call's memory to work in lie on disk: some are held at once.
-_ON_DISK_SHARE = 8
-
-
-def room_for_bits(size: int, passes: Passes) -> Tensor:
-    """Memory for masks.  Returns: uint8, flat.  Errors: StoreFull."""
-    of_call = watch()
-    is_large = of_call.work_memory is not None and size > of_call.work_memory // _ON_DISK_SHARE
-    if of_call.scratch is not None and is_large and passes.device.type == "cpu":
-        return room_on_disk(of_call.scratch, size)
-    return passes.room(size)
 
 
 def mask_of(flags: Flags, elements: int, device: torch.device) -> Mask:
     """The mask that `flags` gives in pieces [begin, end), as bool."""
     passes = passes_of(device)
-    bits = room_for_bits((elements + 7) // 8, passes)
+    bits = room_to_work((elements + 7) // 8, passes)
 
     def pack(span: tuple[int, int]) -> None:
         begin, end = span

@@ -76,15 +76,11 @@ def refuse_nan(values: Tensor, mask: Mask | None, field: str, seen: Seen | None 
         largest = seen.largest
     if largest <= INFINITY[values.dtype]:
         return
-    nan = values.isnan() if mask is None else values.isnan() & _whole(mask, values)
+    nan = values.isnan() if mask is None else values.isnan() & mask.whole(values.shape)
     count = int(nan.count_nonzero())
     if count:
         first = nan.nonzero()[0].tolist()
         raise NanScores(field, f"is NaN at {first} and in {count} of {nan.numel()} elements")
-
-
-def _whole(mask: Mask, values: Tensor) -> Tensor:
-    return mask.flags(0, mask.elements).view(values.shape)
 
 
 def slice_norms(values: Tensor, mask: Mask | None, along: Slice, p: float | str) -> Tensor:
@@ -96,7 +92,7 @@ def slice_norms(values: Tensor, mask: Mask | None, along: Slice, p: float | str)
     """
     shape = around(values.shape, along.dim)
     by_slice = values.reshape(shape)
-    kept = None if mask is None else _whole(mask, by_slice)
+    kept = None if mask is None else mask.whole(shape)
     passes = passes_of(values.device)
 
     def norms_of(span: tuple[int, int]) -> Tensor:

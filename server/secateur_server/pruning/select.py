@@ -15,7 +15,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from secateur_server.devices import passes_of, spans
+from secateur_server.devices import passes_of, room_to_work, spans
 from secateur_server.devices.passes import (
     BITS,
     BYTES_OF_FEW,
@@ -29,7 +29,7 @@ from secateur_server.devices.passes import (
 )
 from secateur_server.devices.randomness import RandomScores
 from secateur_server.devices.watch import watch
-from secateur_server.pruning.masks import Mask, room_for_bits
+from secateur_server.pruning.masks import Mask
 from secateur_server.pruning.score import Ranking
 
 # Up to so many units, or this share of all, are ranked at once.
@@ -87,7 +87,7 @@ def select(rankings: Sequence[Ranking], alive: int, count: int) -> tuple[list[Ma
     """
     passes, dtype = passes_of(rankings[0].device), score_dtype(rankings)
     sizes = [(r.units + 7) // 8 for r in rankings]
-    room = torch.split(room_for_bits(sum(sizes), passes), sizes)
+    room = torch.split(room_to_work(sum(sizes), passes), sizes)
     masks = [Mask(bits, r.units) for bits, r in zip(room, rankings, strict=True)]
     parts = [
         (_piece(ranking, dtype, *span), mask.part(*span))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from secateur_server.devices import passes_of
+from secateur_server.devices import passes_of, room_to_work
 from secateur_server.devices.passes import (
     BITS,
     BYTES_OF_FEW,
@@ -160,5 +160,6 @@ def _tensor(
     part = data[base + entry.begin : base + entry.end]
     dtype = TORCH_DTYPES.get(entry.dtype)
     if dtype is not None and (base + entry.begin) % dtype.itemsize:
-        part = part.clone()  # torch has no tensor whose elements are not aligned
+        # torch has no tensor whose elements are not aligned.
+        part = room_to_work(len(part), passes_of(part.device)).copy_(part)
     return WireTensor(entry.dtype, entry.shape, part.to(device), seen)
