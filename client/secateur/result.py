@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -134,11 +133,7 @@ class PruneResult:
     def _flat_masks(self) -> dict[str, Mask]:
         if self._output == "masks":
             packed = self._received
-            if self.report.total < _MANY:
-                return {name: self._unpacked(name, bits) for name, bits in packed.items()}
-            with ThreadPoolExecutor() as threads:  # numpy lets go of the interpreter meanwhile
-                unpacked = threads.map(self._unpacked, packed, packed.values())
-                return dict(zip(packed, unpacked, strict=True))
+            return {name: self._unpacked(name, bits) for name, bits in packed.items()}
         if self._output == "reparametrized":
             return {
                 name: prior_mask(self._received[f"{name}_mask"]) for name in self.report.tensors
@@ -212,9 +207,6 @@ def _pruned_tensors(
             yield f"{name}_orig", tensor
             yield f"{name}_mask", LocalTensor(tensor.dtype, tensor.shape, floats)
 
-
-# Masks of fewer elements are sooner unpacked than given to threads.
-_MANY = 1 << 22
 
 # The bits of 1.0.
 _ONE = {"F64": 0x3FF << 52, "F32": 0x7F << 23, "F16": 0x3C00, "BF16": 0x3F80}

@@ -51,6 +51,7 @@ class Pruner:
         self._sources = sources
         self._work_memory, self._scratch = work_memory, scratch
         self._lock = threading.Lock()
+        self._waiting: list[threading.Event] = []  # the first one has its turn
         self._workers = ThreadPoolExecutor(
             thread_name_prefix="work", max_workers=32, initializer=one_thread
         )
@@ -225,12 +226,19 @@ class Pruner:
         if incoming.size <= ONE_CORE_BYTES:
             yield
             return
-        while not self._lock.acquire(timeout=PROGRESS_SECONDS):
-            watch().check()
+        mine = threading.Event()
+        with self._lock:
+            self._waiting.append(mine)
+            self._waiting[0].set()
         try:
+            while not mine.wait(PROGRESS_SECONDS):
+                watch().check()
             yield
         finally:
-            self._lock.release()
+            with self._lock:
+                self._waiting.remove(mine)
+                if self._waiting:
+                    self._waiting[0].set()
 
 
 def _prune_output(output: int, model: Model, pruned: dict[str, Parameter]) -> Files:
