@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import secateur
-from secateur_proto import pruner_pb2
+from secateur_proto import checkpoints_pb2, pruner_pb2
 
 MODEL = {
     "conv1.weight": np.arange(1, 55, dtype=np.float32).reshape(6, 1, 3, 3),
@@ -76,6 +77,36 @@ def test_the_rpcs_have_their_names_and_kinds() -> None:
         "Report": (True, False),
         "Finalize": (True, True),
     }
+
+
+def test_the_rpcs_of_checkpoints_have_their_names_and_kinds() -> None:
+    service = checkpoints_pb2.DESCRIPTOR.services_by_name["Checkpoints"]
+    assert service.full_name == "secateur.v1.Checkpoints"
+    assert {m.name: (m.client_streaming, m.server_streaming) for m in service.methods} == {
+        "Upload": (True, False),
+        "QueryUpload": (False, False),
+        "Download": (False, True),
+        "Get": (False, False),
+        "List": (False, False),
+        "Delete": (False, False),
+    }
+
+
+def test_checkpoints_of_the_contract(client: secateur.Client, tmp_path: Path) -> None:
+    spec = secateur.l1_unstructured("*.weight", 0.5)
+    checkpoint = client.upload(MODEL)
+    assert checkpoint.name.startswith("checkpoints/")
+    kept = client.prune(MODEL, spec, keep=True).checkpoint
+    assert kept is not None
+    assert client.prune(checkpoint, spec).report.sparsity == 0.5
+    assert client.report(kept).sparsity == client.finalize(kept).report.sparsity == 0.5
+    assert client.checkpoint(kept.name) == kept
+    client.download(kept, tmp_path / "kept.safetensors")
+    for each in (checkpoint, kept):
+        assert each in list(client.checkpoints())
+        client.delete(each)
+    with pytest.raises(secateur.CheckpointNotFound):
+        client.checkpoint(kept.name)
 
 
 def test_a_client_may_bring_its_channel(channel: grpc.Channel) -> None:
