@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from secateur.errors import SecateurError
 from secateur_proto import checkpoint_pb2 as pb
 
 
@@ -43,6 +44,29 @@ def decode_checkpoint(message: pb.Checkpoint) -> Checkpoint:
         files=tuple(File(f.filename, f.size_bytes, f.blake3) for f in message.files),
         size_bytes=message.size_bytes,
         mask_bytes=message.mask_bytes,
+    )
+
+
+def name_of(checkpoint: Any) -> str:
+    """The name of a checkpoint, which may be given by its name.  Errors: SecateurError."""
+    if isinstance(checkpoint, Checkpoint):
+        return checkpoint.name
+    if isinstance(checkpoint, str):
+        return checkpoint
+    raise SecateurError(
+        f"a checkpoint, or the name of one, is needed, not {type(checkpoint).__name__}"
+    )
+
+
+def uri_of(destination: Any) -> str:
+    """Where the server is to write; empty for None.  Errors: SecateurError."""
+    if destination is None:
+        return ""
+    if isinstance(destination, str) and "://" in destination:
+        return destination
+    raise SecateurError(
+        f"destination={destination!r} is no URI, as file:///models/out.safetensors is; "
+        "to write a file here there is the result's save()"
     )
 
 

@@ -13,6 +13,7 @@ from secateur.checkpoint import Checkpoint
 from secateur.client import Client
 from secateur.errors import DataLoss, SecateurError
 from secateur.source import read_source
+from secateur_proto.index import SUFFIX
 
 
 def add_checkpoints(commands: Any) -> None:
@@ -86,7 +87,7 @@ def _ls(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps([asdict(checkpoint) for checkpoint in found], indent=2, default=_plain))
         return
-    lines = [("name", "created", "size", "masks", "expires"), *map(_row, found)]
+    lines = [("name", "model", "created", "size", "masks", "expires"), *map(_row, found)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
@@ -97,11 +98,18 @@ def _row(checkpoint: Checkpoint) -> tuple[str, ...]:
     expires = checkpoint.expire_time
     return (
         checkpoint.name,
+        _model(checkpoint),
         _time(checkpoint.create_time),
         _size(checkpoint.size_bytes),
         _size(checkpoint.mask_bytes) if checkpoint.mask_bytes else "-",
         _time(expires) if expires else "never",
     )
+
+
+def _model(checkpoint: Checkpoint) -> str:
+    """What the model was called: its file, or the index of its shards."""
+    names = [file.filename for file in checkpoint.files]
+    return next((name for name in names if name.endswith(SUFFIX)), names[0]) or "-"
 
 
 def _time(time: datetime) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Self
 import grpc
 
 from secateur.channel import Rpcs, Tls, open_channel
-from secateur.checkpoint import Checkpoint, decode_checkpoint, place_of
+from secateur.checkpoint import Checkpoint, decode_checkpoint, name_of, place_of, uri_of
 from secateur.download import save_answer
 from secateur.errors import InvalidSpec, InvalidStateDict, SecateurError
 from secateur.progress import Progress, show_progress, show_work
@@ -85,6 +85,7 @@ class Client:
             raise SecateurError(f"output={output!r} is none of {', '.join(_OUTPUTS)}")
         if not isinstance(spec, Spec):
             raise InvalidSpec(f"a spec is what secateur's methods make, not {type(spec).__name__}")
+        destination_uri = uri_of(destination)
         model = read_source(source)
         if keep and model.is_here:
             return self._prune_kept(model, spec, output, progress, destination)
@@ -97,7 +98,7 @@ class Client:
             spec=message,
             output=_OUTPUTS[output],
             keep=keep,
-            destination_uri=destination or "",
+            destination_uri=destination_uri,
             **place,
         )
         if not place and upload.file_bytes <= CHUNK_BYTES and output in ("masks", "none"):
@@ -174,7 +175,7 @@ class Client:
         header = pb.FinalizeHeader(
             data_bytes=upload.file_bytes,
             tensors=[] if tensors is None else patterns(tensors),
-            destination_uri=destination or "",
+            destination_uri=uri_of(destination),
             **place,
         )
         call = self._stream(self._rpcs.finalize, pb.FinalizeRequest, header, upload, progress)
@@ -216,18 +217,19 @@ class Client:
 
     def download(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: Checkpoint | str,
         path: str | os.PathLike[str],
         output: str = "dense",
         progress: Progress = None,
     ) -> None:
-        """Writes a checkpoint to a .safetensors file, or its shards to a folder.
+        """Writes a checkpoint, or the one of a name, to a file, or its shards to a folder.
 
         output: as of prune, but for "none". What was never pruned comes as it was uploaded.
         """
         if output not in _OUTPUTS:
             raise SecateurError(f"output={output!r} is none of {', '.join(_OUTPUTS)}")
-        request = checkpoints_pb2.DownloadRequest(name=checkpoint.name, output=_OUTPUTS[output])
+        name = name_of(checkpoint)
+        request = checkpoints_pb2.DownloadRequest(name=name, output=_OUTPUTS[output])
         call = self._rpcs.download(request, timeout=self._timeout)
         with errors_of(None, call):
             save_answer(call, Path(path), progress)
@@ -235,7 +237,7 @@ class Client:
     def checkpoint(self, name: str) -> Checkpoint:
         """A checkpoint by its name.  Errors: CheckpointNotFound."""
         with errors_of(None):
-            request = checkpoints_pb2.GetRequest(name=name)
+            request = checkpoints_pb2.GetRequest(name=name_of(name))
             return decode_checkpoint(self._rpcs.get(request, timeout=self._timeout))
 
     def checkpoints(self) -> Iterator[Checkpoint]:
@@ -256,9 +258,10 @@ class Client:
 
     def _delete(self, checkpoint: Checkpoint | str, is_there: bool) -> None:
         """is_there: False where it may have made room for another."""
-        name = checkpoint if isinstance(checkpoint, str) else checkpoint.name
+        request = checkpoints_pb2.DeleteRequest(
+            name=name_of(checkpoint), allow_missing=not is_there
+        )
         with errors_of(None):
-            request = checkpoints_pb2.DeleteRequest(name=name, allow_missing=not is_there)
             self._rpcs.delete(request, timeout=self._timeout)
 
     def close(self) -> None:

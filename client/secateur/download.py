@@ -10,8 +10,8 @@ from blake3 import blake3
 from secateur.errors import DataLoss, SecateurError, ServerError
 from secateur.files import replacing
 from secateur.progress import Progress, show_progress
-from secateur.shards import SUFFIX
 from secateur_proto import checkpoint_pb2
+from secateur_proto.index import SUFFIX
 
 
 def save_answer(messages: Iterable[Any], path: Path, progress: Progress) -> None:

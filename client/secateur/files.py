@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from secateur.errors import SecateurError
-from secateur.shards import SUFFIX, Index
+from secateur.shards import Index
 from secateur.tensors import LocalTensor, to_value
 from secateur_proto.framing import file_header
+from secateur_proto.index import SUFFIX
 
 
 def save(
@@ -43,7 +44,8 @@ def check_writable(path: Path) -> None:
     if path.is_dir() or path.name.endswith(SUFFIX):
         return
     if path.suffix not in (".safetensors", ".pt", ".pth"):
-        raise SecateurError(f"{path}: neither .safetensors nor .pt nor .pth, nor a folder")
+        kinds = "neither .safetensors nor .pt nor .pth, nor a folder that is there"
+        raise SecateurError(f"{path}: {kinds}")
     if not path.absolute().parent.is_dir():
         raise SecateurError(f"{path}: there is no such folder")
 

@@ -1,6 +1,5 @@
 """A model in shards, as Hugging Face keeps large ones: files, and an index that names them."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,9 +7,7 @@ from typing import Any
 
 from secateur.errors import InvalidStateDict
 from secateur.tensors import LocalTensor
-from secateur_proto.framing import tensor_bytes
-
-SUFFIX = ".index.json"
+from secateur_proto.index import SUFFIX, index_text, parse_index
 
 
 @dataclass(frozen=True)
@@ -47,10 +44,8 @@ class Index:
         """The index of what a model has become.  before: the tensors that it was."""
         weight_map = {n: f for n, f in self.files.items() if n not in before}  # tied ones
         weight_map |= {name: self.file_of(name) for name in tensors}
-        size = sum(tensor_bytes(tensor.dtype, tensor.shape) for tensor in tensors.values())
-        metadata = {**self.rest.get("metadata", {}), "total_size": size}
-        table = {**self.rest, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-        return json.dumps(table, indent=2) + "\n"
+        described = ((tensor.dtype, tensor.shape) for tensor in tensors.values())
+        return index_text(weight_map, self.rest, described)
 
 
 def index_path(path: Path) -> Path | None:
@@ -100,17 +95,12 @@ def read_shards(path: Path, map_file: MapFile) -> tuple[dict[str, LocalTensor], 
 def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """The weight_map of an index, and the rest of it.  Errors: InvalidStateDict."""
     try:
-        table = json.loads(path.read_text("utf-8"))
-        weight_map = table.pop("weight_map")
-        "".join(weight_map.values()).encode()  # JSON can spell what UTF-8 cannot
-        is_map = isinstance(table.get("metadata", {}), dict)
+        weight_map, rest = parse_index(path.read_bytes())
     except OSError as error:
         raise InvalidStateDict(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError, KeyError, AttributeError, TypeError):
-        is_map = False
-    if not is_map or not weight_map:
-        raise InvalidStateDict(f"{path}: is no index: it needs a weight_map from names to files")
+    except ValueError as error:
+        raise InvalidStateDict(f"{path}: {error}") from None
     for name, file in weight_map.items():
         if "/" in file or file in ("", ".", ".."):
             raise InvalidStateDict(f"{path}: {name} is in {file!r}, which is not beside the index")
-    return weight_map, table
+    return weight_map, rest

@@ -14,8 +14,9 @@ import numpy.typing as npt
 
 from secateur.checkpoint import place_of
 from secateur.errors import InvalidStateDict
-from secateur.shards import SUFFIX, Index, index_path, read_shards
+from secateur.shards import Index, index_path, read_shards
 from secateur.tensors import LocalTensor, from_value, is_text, parse_file
+from secateur_proto.index import SUFFIX
 
 Mask = npt.NDArray[np.bool_]
 
@@ -128,8 +129,10 @@ def _from_path(path: Path) -> Source:
         metadata = dict(next(iter(shards.metadata.values()), {}))  # of one file made of all
         return Source(tensors, frozenset(tensors), _has_torch(), metadata, files, shards)
     if path.suffix != ".safetensors":
+        hint = f"; of a checkpoint give what client.checkpoint({str(path)!r}) returns"
         raise InvalidStateDict(
             f"{path}: neither .safetensors nor .pt nor .pth, nor {SUFFIX} or a folder with one"
+            f"{hint if str(path).startswith('checkpoints/') else ''}"
         )
     tensors, metadata = _map_file(path)
     return Source(tensors, frozenset(tensors), _has_torch(), metadata, (path,))

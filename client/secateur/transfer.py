@@ -1,6 +1,5 @@
 """One call: a file up in messages, files down."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,10 +10,11 @@ import numpy as np
 from blake3 import blake3
 
 from secateur.errors import DataLoss, ServerError, from_rpc
-from secateur.shards import SUFFIX, Index
+from secateur.shards import Index
 from secateur.tensors import LocalTensor, parse_file
 from secateur_proto.codec import Data
 from secateur_proto.framing import cut, file_header, tensor_bytes
+from secateur_proto.index import SUFFIX, parse_index
 
 Request = TypeVar("Request")
 Bytes = bytes | memoryview
@@ -138,6 +138,5 @@ def _parse(result: Any, data: memoryview) -> Received:
     if index is None:
         return Received(tensors, metadata=next(iter(metadata.values()), {}))
     filename, text = index
-    table = json.loads(bytes(text))
-    known = {**table.pop("weight_map"), **files}
-    return Received(tensors, Index(known, table, metadata, filename))
+    weight_map, rest = parse_index(bytes(text))
+    return Received(tensors, Index({**weight_map, **files}, rest, metadata, filename))

@@ -54,7 +54,7 @@ class UploadHeader(google.protobuf.message.Message):
     FILES_FIELD_NUMBER: builtins.int
     URI_FIELD_NUMBER: builtins.int
     uri: builtins.str
-    """A model that the server opens, in place of `files`; as PruneHeader.uri."""
+    """A model that the server opens, in place of `files`; as PruneHeader.uri. Both: INVALID_ARGUMENT."""
     @property
     def files(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___UploadFile]:
         """The files of one model, at least one: a single safetensors file, or shards and the index that

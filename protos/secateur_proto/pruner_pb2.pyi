@@ -118,8 +118,9 @@ class PruneHeader(google.protobuf.message.Message):
     uri: builtins.str
     """A URI that the server opens."""
     keep: builtins.bool
-    """Whether to keep the result as a checkpoint. With data: the data must hold no scores and no
-    masks, else INVALID_ARGUMENT; upload the model first, and send them beside its checkpoint.
+    """Whether to keep the result as a checkpoint; the weights are stored as they came, by data or
+    from a URI. With data: the data must hold no scores and no masks, else INVALID_ARGUMENT; upload
+    the model first, and send them beside its checkpoint.
     """
     destination_uri: builtins.str
     """Where the server writes the result, in place of sending it: a URI as `uri`. It is there whole,

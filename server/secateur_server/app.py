@@ -1,7 +1,6 @@
 """Wiring."""
 
 import logging
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
@@ -20,7 +19,7 @@ from secateur_server.operate.metrics import Metrics
 from secateur_server.operate.statuses import statuses
 from secateur_server.service import Pruner, add_pruner
 from secateur_server.sources import Sources
-from secateur_server.store.store import Store, StoreInUse, temporary_folder
+from secateur_server.store.store import Store, StoreInUse, default_max_bytes, temporary_folder
 from secateur_server.uris.uris import Uris
 
 log = logging.getLogger(__name__)
@@ -57,7 +56,6 @@ class App:
             raise
 
     def _start(self, config: Config, metrics: Metrics) -> None:
-        folder = self._store.scratch
         self._drain_timeout = config.drain_timeout
         self._health = health.HealthServicer()
         self._grpc = grpc.server(
@@ -66,10 +64,11 @@ class App:
             interceptors=[AroundCalls(metrics.calls), AroundCalls(statuses), CheckMessages()],
             options=_OPTIONS,
         )
-        uris = Uris(config.allow_path, config.allow_uri, folder)
-        sources = Sources(self._store, uris, config.device, config.max_model_bytes, metrics)
+        uris = Uris(config.allow_path, config.allow_uri, self._store.scratch)
+        limits = config.max_model_bytes, config.work_memory
+        sources = Sources(self._store, uris, config.device, *limits, metrics)
         services = (
-            add_pruner(Pruner(sources, config.work_memory, folder), self._grpc),
+            add_pruner(Pruner(sources), self._grpc),
             add_checkpoints(Checkpoints(sources), self._grpc),
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
@@ -114,7 +113,7 @@ def _open_store(config: Config, metrics: Metrics) -> Store:
     folder = config.store_dir or temporary_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        most = config.store_max_bytes or shutil.disk_usage(folder).free * 3 // 4
+        most = config.store_max_bytes or default_max_bytes(folder)
         store = Store(folder, most, config.store_ttl, metrics.evicted, config.store_dir is None)
     except (OSError, StoreInUse) as error:
         raise CannotListen(f"cannot keep checkpoints in {folder}: {error}") from None

@@ -12,7 +12,7 @@ from secateur_proto import checkpoints_pb2 as pb
 from secateur_proto import pruner_pb2
 from secateur_proto.checkpoint_pb2 import Checkpoint
 from secateur_proto.codec import Data, Decoder, encode
-from secateur_server.devices.watch import Watch, watched
+from secateur_server.devices.watch import watched
 from secateur_server.errors import CheckpointNotFound, InvalidRequest, InvalidStateDict
 from secateur_server.landing import Landing
 from secateur_server.mapped import map_model, of_blob
@@ -44,9 +44,7 @@ class Checkpoints:
         """Stores a model."""
         first, data = open_request(request_iterator, self._sources.metrics.received)
         header, owner = first.header, owner_of(context)
-        of_call = Watch()
-        context.add_callback(of_call.stop)
-        with watched(of_call), Landing(self._store, owner) as landing:
+        with watched(self._sources.watch(context)), Landing(self._store, owner) as landing:
             if header.uri:
                 if header.files:
                     raise InvalidRequest("header.uri", "stands in place of files, not beside them")
@@ -97,8 +95,7 @@ class Checkpoints:
         output = request.output or pruner_pb2.OUTPUT_DENSE
         if output not in pruner_pb2.Output.values() or output == pruner_pb2.OUTPUT_NONE:
             raise InvalidRequest("output", f"{request.output} is nothing to download")
-        of_call = Watch()
-        context.add_callback(of_call.stop)
+        of_call = self._sources.watch(context)
         with ExitStack() as held:
             opened = held.enter_context(self._store.open(owner_of(context), request.name))
             with watched(of_call):

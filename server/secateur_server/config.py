@@ -15,7 +15,8 @@ class Config:
     """The options of secateur-server.
 
     metrics_address: None serves none.  drain_timeout: seconds.
-    store_dir: None is a private temporary folder.  store_max_bytes: None is 3/4 of what is free.
+    store_dir: None is a private temporary folder.  store_max_bytes: None is 3/4 of what is free
+    or used.
     store_ttl: seconds, 0 is for ever.  work_memory: bytes.
     allow_path: folders.  allow_uri: prefixes.
     """
@@ -49,22 +50,10 @@ def read_config(arguments: Sequence[str], environment: Mapping[str, str] = os.en
             type=kind,
             # A string default goes through `kind` as an argument does, with the same errors.
             default=environment.get(variable, default),
-            help=f"{text} (default: {default})",
+            help=f"{text} (default: {default})" if default else text,
         )
-    options = parser.parse_args(arguments)
-    return Config(
-        address=options.address,
-        metrics_address=options.metrics_address or None,
-        device=options.device,
-        max_model_bytes=options.max_model_bytes,
-        drain_timeout=options.drain_timeout,
-        store_dir=options.store_dir,
-        store_max_bytes=options.store_max_bytes,
-        store_ttl=options.store_ttl,
-        work_memory=options.work_memory,
-        allow_path=options.allow_path,
-        allow_uri=options.allow_uri,
-    )
+    options = vars(parser.parse_args(arguments))
+    return Config(**{**options, "metrics_address": options["metrics_address"] or None})
 
 
 def device(name: str) -> torch.device:
@@ -141,7 +130,12 @@ _OPTIONS = (
     ),
     ("drain-timeout", seconds, "30", "seconds that running requests get at SIGTERM"),
     ("store-dir", Path, None, "where checkpoints are kept; else a temporary folder"),
-    ("store-max-bytes", byte_count, None, "how much of them, by default 3/4 of what is free there"),
+    (
+        "store-max-bytes",
+        byte_count,
+        None,
+        "how much of them, by default 3/4 of what is free or used",
+    ),
     ("store-ttl", seconds, "0", "seconds from its last use that one is kept; 0 is for ever"),
     ("work-memory", byte_count, "1GiB", "for one request on a checkpoint, beside mapped files"),
     ("allow-path", folders, "", "folders of file:// URIs that requests may name, parted by ','"),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from secateur_proto.index import SUFFIX
 from secateur_server.devices.watch import watch
 from secateur_server.errors import InvalidStateDict
 from secateur_server.model import Model, Shard
@@ -13,7 +14,7 @@ from secateur_server.pruning.catalog import Stored
 from secateur_server.pruning.masks import Mask
 from secateur_server.store.blobs import Blob
 from secateur_server.wire.header import Header
-from secateur_server.wire.index import SUFFIX, Index, check_length, read_index
+from secateur_server.wire.index import Index, check_length, read_index
 from secateur_server.wire.mapped import MappedFile, map_header, map_tensors
 from secateur_server.wire.tensors import WireTensor
 

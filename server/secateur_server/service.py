@@ -3,9 +3,8 @@
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
@@ -13,7 +12,7 @@ import grpc
 from secateur_proto import pruner_pb2 as pb
 from secateur_proto.codec import SINGLE, Data, Decoder, encode
 from secateur_server.devices.cpu import one_thread
-from secateur_server.devices.watch import Watch, watch, watched
+from secateur_server.devices.watch import watch, watched
 from secateur_server.errors import CheckpointNotFound, InvalidRequest
 from secateur_server.landing import Landing
 from secateur_server.messages.checkpoint import checkpoint_message, file_message, progress_message
@@ -27,7 +26,6 @@ from secateur_server.pruning.measure import fold
 from secateur_server.pruning.prune import prune
 from secateur_server.pruning.spec import Parameter, Rule
 from secateur_server.sources import Incoming, Sources
-from secateur_server.store.records import Record
 from secateur_server.wire.writer import OutgoingFile, chunks
 
 # Models up to this are for one core each.
@@ -41,18 +39,13 @@ Files = list[OutgoingFile]
 
 
 class Pruner:
-    """The service secateur.v1.Pruner.
+    """The service secateur.v1.Pruner."""
 
-    workers: threads for calls that tell how far they are.
-    work_memory: bytes for one call beside its model.  scratch: a folder for what is larger.
-    """
-
-    def __init__(self, sources: Sources, work_memory: int, scratch: Path) -> None:
+    def __init__(self, sources: Sources) -> None:
         self._sources = sources
-        self._work_memory, self._scratch = work_memory, scratch
         self._lock = threading.Lock()
         self._waiting: list[threading.Event] = []  # the first one has its turn
-        self._workers = ThreadPoolExecutor(
+        self._workers = ThreadPoolExecutor(  # for calls that tell how far they are
             thread_name_prefix="work", max_workers=32, initializer=one_thread
         )
 
@@ -107,22 +100,31 @@ class Pruner:
             report = encode_report(pruned.items(), incoming.digest(), digest, outcomes)
         result = pb.PruneResult(report=report)
         incoming.check_unchanged()
-        with ExitStack() as undo:
-            if landing:
-                masks = landing.land_file(packed_masks({**model.masks, **masks_of(pruned)}))
-                record = landing.create(incoming.files, masks)
-                undo.callback(self._forget, owner, record)
-                expire_time = self._sources.store.expire_time(owner, record)
-                result.checkpoint.CopyFrom(checkpoint_message(record, expire_time))
+        with self._kept(landing, incoming, pruned, owner, result) if landing else nullcontext():
             written = self._written(header.destination_uri, result, files, incoming)
-            undo.pop_all()
         self._sources.metrics.pruned(before, report)
         return written
 
-    def _forget(self, owner: str, record: Record) -> None:
-        """Takes back a checkpoint of which nobody was told the name: its call failed."""
-        with suppress(CheckpointNotFound):  # it may have made room for another
-            self._sources.store.delete(owner, record.name)
+    @contextmanager
+    def _kept(
+        self,
+        landing: Landing,
+        incoming: Incoming,
+        pruned: Mapping[str, Parameter],
+        owner: str,
+        result: pb.PruneResult,
+    ) -> Iterator[None]:
+        """Keeps what was pruned; where the block fails it goes: nobody was told its name."""
+        masks = landing.land_file(packed_masks({**incoming.model.masks, **masks_of(pruned)}))
+        record, store = landing.create(incoming.files, masks), self._sources.store
+        try:
+            expire_time = store.expire_time(owner, record)
+            result.checkpoint.CopyFrom(checkpoint_message(record, expire_time))
+            yield
+        except BaseException:
+            with suppress(CheckpointNotFound):  # it may have made room for another
+                store.delete(owner, record.name)
+            raise
 
     def Report(
         self, request_iterator: Iterator[pb.ReportRequest | Data], context: grpc.ServicerContext
@@ -130,7 +132,7 @@ class Pruner:
         """Measures a model."""
         first, data = open_request(request_iterator, self._sources.metrics.received)
         header = first.header
-        with ExitStack() as held, watched(self._watch(context)):
+        with ExitStack() as held, watched(self._sources.watch(context)):
             incoming = self._sources.open(header, data, (), owner_of(context), held)
             names = incoming.model.named("header.tensors", header.tensors)
             incoming.read(names)
@@ -176,7 +178,7 @@ class Pruner:
         make: Callable[..., Any],
     ) -> Generator[Any, None, Done]:
         """What `work` returns; meanwhile tells how far it is, where no data comes with the call."""
-        of_call = self._watch(context)
+        of_call = self._sources.watch(context)
 
         def seen() -> Done:
             with watched(of_call):
@@ -193,13 +195,6 @@ class Pruner:
                 of_call.stop()
                 wait([future])
         return future.result()
-
-    def _watch(self, context: grpc.ServicerContext) -> Watch:
-        """The watch of a call, which stops when the call has ended."""
-        of_call = Watch(self._work_memory, self._scratch)
-        if not context.add_callback(of_call.stop):
-            of_call.stop()
-        return of_call
 
     def _written(
         self, uri: str, result: Any, files: Files, incoming: Incoming

@@ -5,8 +5,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import grpc
 import torch
 
+from secateur_server.devices.watch import Watch
 from secateur_server.errors import InvalidRequest, InvalidStateDict, ModelTooLarge, quote
 from secateur_server.landing import Landing
 from secateur_server.mapped import Extras, map_model, of_blob
@@ -52,13 +54,24 @@ class Incoming:
 
 @dataclass(frozen=True)
 class Sources:
-    """Opens what the headers of calls name."""
+    """Opens what the headers of calls name.
+
+    work_memory: bytes for one call beside its model.
+    """
 
     store: Store
     uris: Uris
     device: torch.device
     max_model_bytes: int
+    work_memory: int
     metrics: Metrics
+
+    def watch(self, context: grpc.ServicerContext) -> Watch:
+        """The watch of a call, which stops when the call has ended."""
+        of_call = Watch(self.work_memory, self.store.scratch)
+        if not context.add_callback(of_call.stop):
+            of_call.stop()
+        return of_call
 
     def open(
         self,

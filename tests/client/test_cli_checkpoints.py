@@ -94,8 +94,8 @@ def test_a_checkpoint_is_pruned_to_a_file(
 def test_a_table_of_checkpoints(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = shown(capsys, "checkpoints", "put", model).strip()
     head, first, *_ = shown(capsys, "checkpoints", "ls").splitlines()
-    assert head.split() == ["name", "created", "size", "masks", "expires"]
-    assert first.split()[0] == name
+    assert head.split() == ["name", "model", "created", "size", "masks", "expires"]
+    assert first.split()[:2] == [name, model.name]
     assert first.split()[-2:] == ["-", "never"]
     assert f"{model.stat().st_size} B" in first
 

@@ -235,3 +235,20 @@ def test_what_is_no_spec_and_no_pattern_is_refused(client: secateur.Client) -> N
     for wrong in (5, "\ud800", [1]):
         with pytest.raises(secateur.InvalidSpec, match="tensors"):
             client.report(MODEL, tensors=wrong)  # type: ignore[arg-type]
+
+
+def test_what_is_no_checkpoint_and_no_destination_is_refused(client: secateur.Client) -> None:
+    calls: list[Callable[[Any], object]] = [
+        client.delete,
+        client.checkpoint,
+        lambda wrong: client.download(wrong, "o.safetensors"),
+        lambda wrong: client.prune(MODEL, HALF, destination=wrong),
+        lambda wrong: client.prune(MODEL, HALF, keep=True, destination=wrong),
+    ]
+    for call in calls:
+        with pytest.raises(secateur.SecateurError, match=r"5|int"):
+            call(5)
+    with pytest.raises(secateur.SecateurError, match=r"'o\.safetensors' is no URI"):
+        client.finalize(MODEL, destination="o.safetensors")
+    with pytest.raises(secateur.InvalidStateDict, match=r"client\.checkpoint\('checkpoints/x'\)"):
+        client.report("checkpoints/x")

@@ -1,9 +1,12 @@
 """Names that programs outside this repository use."""
 
 import inspect
+import re
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import grpc
 import numpy as np
@@ -11,6 +14,8 @@ import pytest
 
 import secateur
 from secateur_proto import checkpoints_pb2, pruner_pb2
+from secateur_server.config import read_config
+from tests.conftest import RunningServer
 
 MODEL = {
     "conv1.weight": np.arange(1, 55, dtype=np.float32).reshape(6, 1, 3, 3),
@@ -21,7 +26,12 @@ MODEL = {
 def test_the_python_names_take_the_arguments_of_the_contract() -> None:
     signatures: dict[Callable[..., Any], list[str]] = {
         secateur.Client: ["address", "token", "tls", "timeout", "channel"],
-        secateur.Client.prune: ["self", "source", "spec", "output", "progress"],
+        secateur.Client.prune: ["self", "source", "spec", "output", "progress", "keep"],
+        secateur.Client.upload: ["self", "source"],
+        secateur.Client.checkpoint: ["self", "name"],
+        secateur.Client.checkpoints: ["self"],
+        secateur.Client.download: ["self", "checkpoint", "path"],
+        secateur.Client.delete: ["self", "checkpoint"],
         secateur.l1_unstructured: ["tensors", "amount"],
         secateur.random_unstructured: ["tensors", "amount", "seed"],
         secateur.ln_structured: ["tensors", "amount", "n", "dim"],
@@ -97,16 +107,50 @@ def test_checkpoints_of_the_contract(client: secateur.Client, tmp_path: Path) ->
     checkpoint = client.upload(MODEL)
     assert checkpoint.name.startswith("checkpoints/")
     kept = client.prune(MODEL, spec, keep=True).checkpoint
+    assert isinstance(checkpoint, secateur.Checkpoint)
     assert kept is not None
     assert client.prune(checkpoint, spec).report.sparsity == 0.5
     assert client.report(kept).sparsity == client.finalize(kept).report.sparsity == 0.5
     assert client.checkpoint(kept.name) == kept
     client.download(kept, tmp_path / "kept.safetensors")
+    client.download(kept.name, tmp_path / "kept.safetensors")
     for each in (checkpoint, kept):
         assert each in list(client.checkpoints())
         client.delete(each)
     with pytest.raises(secateur.CheckpointNotFound):
         client.checkpoint(kept.name)
+
+
+def test_the_metrics_have_their_names(server: RunningServer) -> None:
+    with urlopen(f"http://{server.metrics_address}/metrics", timeout=10) as answer:
+        found = re.findall(r"^# TYPE (\S+)", answer.read().decode(), re.M)
+    assert {
+        *("grpc_server_started_total", "grpc_server_handled_total"),
+        *("grpc_server_handling_seconds", "secateur_build_info"),
+        *("secateur_store_bytes", "secateur_store_limit_bytes", "secateur_checkpoints"),
+        *("secateur_evictions_total", "secateur_evicted_bytes_total"),
+        "secateur_uploads_resumed_total",
+    } <= set(found)
+
+
+def test_every_option_of_the_server_is_a_variable_too(tmp_path: Path) -> None:
+    options = {
+        "address": "127.0.0.1:1",
+        "metrics-address": "127.0.0.1:2",
+        "device": "cpu",
+        "max-model-bytes": "1GiB",
+        "drain-timeout": "5",
+        "store-dir": str(tmp_path),
+        "store-max-bytes": "2GiB",
+        "store-ttl": "60",
+        "work-memory": "3GiB",
+        "allow-path": f"/,{tmp_path}",
+        "allow-uri": "s3://bucket/models",
+    }
+    names = {name: f"SECATEUR_{name.upper().replace('-', '_')}" for name in options}
+    config = read_config([f"--{name}={value}" for name, value in options.items()], {})
+    assert read_config([], {names[name]: value for name, value in options.items()}) == config
+    assert {field.name for field in fields(config)} == {n.replace("-", "_") for n in options}
 
 
 def test_a_client_may_bring_its_channel(channel: grpc.Channel) -> None:

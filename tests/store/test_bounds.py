@@ -1,5 +1,6 @@
 """The store keeps within its bounds: bytes, time, one server; and what it says of itself is so."""
 
+import shutil
 import signal
 import stat
 import tempfile
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -16,7 +18,7 @@ import torch
 import secateur
 from secateur_proto.checkpoints_pb2 import DownloadRequest
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
-from secateur_server.store.store import EXPIRE_SECONDS
+from secateur_server.store.store import EXPIRE_SECONDS, default_max_bytes
 from tests.conftest import RunningServer, eventually, start_server, stop_server
 from tests.contract.raw import failure, kept_open, series
 from tests.operate.test_lifecycle import run_server
@@ -303,3 +305,20 @@ def test_without_a_folder_the_store_ends_with_its_server(
     for server in (running, third):
         stop_server(server)
     assert temporary(tmp_path) == []
+
+
+def test_a_store_may_take_as_much_after_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default its limit comes of the free disk, of which what it keeps is no part."""
+    disk, kept_bytes = 8000, 3000
+    (tmp_path / "blobs").mkdir()
+
+    def usage(folder: Path) -> SimpleNamespace:
+        used = sum(path.stat().st_size for path in (folder / "blobs").iterdir())
+        return SimpleNamespace(free=disk - used)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    assert default_max_bytes(tmp_path) == 6000
+    (tmp_path / "blobs" / "one").write_bytes(bytes(kept_bytes))
+    assert default_max_bytes(tmp_path) == 6000

@@ -332,6 +332,15 @@ class Store:
         self._evicted(reason, freed)
 
 
+def default_max_bytes(folder: Path) -> int:
+    """Three quarters of what is free on the disk of a store, and of what it has there already.
+
+    Of what is free alone it would be less with each start, and drive out what was kept.
+    """
+    held = sum(path.stat().st_size for path in folder.glob("blobs/*"))
+    return (shutil.disk_usage(folder).free + held) * 3 // 4
+
+
 def temporary_folder() -> Path:
     """A private folder for a store that ends with its server; those that were left behind go."""
     import tempfile

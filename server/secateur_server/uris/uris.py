@@ -8,11 +8,12 @@ from typing import Any
 from urllib.parse import quote as urlquote
 from urllib.parse import unquote
 
+from secateur_proto.index import SUFFIX
 from secateur_server.devices.watch import watch
 from secateur_server.errors import InvalidRequest, UriNotAllowed, quote
 from secateur_server.uris.local import LocalFile, LocalTarget
 from secateur_server.uris.remote import RemoteFile, RemoteTarget
-from secateur_server.wire.index import SUFFIX, weight_map_of
+from secateur_server.wire.index import weight_map_of
 from secateur_server.wire.mapped import MappedFile
 from secateur_server.wire.writer import OutgoingFile, watched_parts
 

@@ -1,20 +1,13 @@
-"""The index of a model in shards, as Hugging Face writes it.
+"""The index of a model in shards, and whether its files are as it says."""
 
-{"metadata": {"total_size": BYTES}, "weight_map": {TENSOR: FILE}}
-https://huggingface.co/docs/safetensors/metadata_parsing
-"""
-
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from secateur_proto.framing import tensor_bytes
+from secateur_proto.index import index_text, parse_index
 from secateur_server.errors import InvalidStateDict, quote
 from secateur_server.wire.header import MAX_HEADER_BYTES
 from secateur_server.wire.writer import Outgoing
-
-SUFFIX = ".index.json"
 
 
 @dataclass(frozen=True)
@@ -32,15 +25,10 @@ class Index:
     def rewritten(self, written: Mapping[str, Mapping[str, Outgoing]]) -> bytes:
         """The index of a model that has become other tensors.  written: by file and by name."""
         weight_map = {name: file for file, tensors in written.items() for name in tensors}
-        size = sum(
-            tensor_bytes(tensor.dtype, tensor.shape)
-            for tensors in written.values()
-            for tensor in tensors.values()
-        )
-        metadata = {**self.rest.get("metadata", {}), "total_size": size}
         weight_map |= {name: file for name, file in self.tied.items() if file in written}
-        table = {**self.rest, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-        return (json.dumps(table, indent=2) + "\n").encode()
+        all_written = (tensor for tensors in written.values() for tensor in tensors.values())
+        described = ((tensor.dtype, tensor.shape) for tensor in all_written)
+        return index_text(weight_map, self.rest, described).encode()
 
 
 def check_length(filename: str, length: int) -> None:
@@ -56,17 +44,10 @@ def check_length(filename: str, length: int) -> None:
 def weight_map_of(filename: str, data: memoryview) -> tuple[dict[str, str], dict[str, Any]]:
     """The weight_map of an index, and the rest of it.  Errors: InvalidStateDict."""
     check_length(filename, len(data))
-    field = f"data[{quote(filename)}]"
     try:
-        table = json.loads(bytes(data))
-        weight_map = table.pop("weight_map")
-        "".join(weight_map.values()).encode()  # JSON can spell what UTF-8 cannot
-        is_map = isinstance(table.get("metadata", {}), dict)
-    except (ValueError, RecursionError, KeyError, AttributeError, TypeError):
-        is_map = False
-    if not is_map or not weight_map:
-        raise InvalidStateDict(field, "is no index: it needs a weight_map from names to files")
-    return weight_map, table
+        return parse_index(bytes(data))
+    except ValueError as error:
+        raise InvalidStateDict(f"data[{quote(filename)}]", str(error)) from None
 
 
 def read_index(
