@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from secateur.checkpoint import place_of
 from secateur.cli_checkpoints import (
@@ -42,6 +42,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("secateur: interrupted", file=sys.stderr)
         return 1
     return 0
+
+
+def run() -> NoReturn:
+    """The command's process: ends at once when the command has.
+
+    Threads of gRPC and torch may still be at work when the interpreter is taken down, and have been
+    seen to abort the process then: a command that did its work would have failed.
+    """
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _prune(options: argparse.Namespace) -> None:
@@ -237,4 +249,4 @@ def _norm(text: str) -> float | str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

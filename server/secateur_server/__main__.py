@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import sys
+from typing import NoReturn
 
 from secateur_server.app import App, CannotListen
 from secateur_server.config import read_config
@@ -38,6 +39,18 @@ def main() -> int:
     return 0
 
 
+def run() -> NoReturn:
+    """The process: ends at once when `main` has stopped the server.
+
+    Threads of gRPC, torch and the metrics may still be at work when the interpreter is taken down,
+    and have been seen to abort the process then: it would have failed after it ended well.
+    """
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def _signals() -> int:
     """The end of a pipe that has a byte once SIGTERM or SIGINT came.
 
@@ -53,4 +66,4 @@ def _signals() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()
