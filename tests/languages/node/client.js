@@ -1,0 +1,106 @@
+#!/usr/bin/env node
+// Prunes a safetensors file by a secateur server: the least of all weights' magnitudes, in all of
+// the tensors together. Everything it knows of the server is in protos/secateur/v1.
+//
+//   node client.js [--tensors GLOB] [--output masks|dense] [--token T] [--deadline SECONDS]
+//                  ADDRESS MODEL FRACTION RESULT
+'use strict';
+
+const { createReadStream } = require('node:fs');
+const { open, rename, rm, stat } = require('node:fs/promises');
+const path = require('node:path');
+const { Readable } = require('node:stream');
+const { pipeline } = require('node:stream/promises');
+const { parseArgs } = require('node:util');
+const grpc = require('@grpc/grpc-js');
+const protoLoader = require('@grpc/proto-loader');
+
+const CHUNK_BYTES = 1 << 20;
+const PROTOS = path.join(__dirname, '../../../protos');
+// A report is one message: of 40,000 tensors it has more than the 4 MiB that gRPC takes.
+const ANY_SIZE = { 'grpc.max_receive_message_length': -1 };
+const OUTPUTS = { masks: 'OUTPUT_MASKS', dense: 'OUTPUT_DENSE' };
+const OPTIONS = {
+  tensors: { type: 'string', default: '*.weight' },
+  output: { type: 'string', default: 'masks' },
+  token: { type: 'string' },
+  deadline: { type: 'string', default: '60' },
+};
+
+function connect(address) {
+  const definition = protoLoader.loadSync('secateur/v1/pruner.proto', {
+    includeDirs: [PROTOS],
+    keepCase: true, // names of fields as the .proto has them
+    longs: Number, // exact up to 2^53, which no model reaches
+    enums: String,
+    defaults: true, // a field that is 0 is not on the wire
+  });
+  const { Pruner } = grpc.loadPackageDefinition(definition).secateur.v1;
+  // Over a network: grpc.credentials.createSsl(), or whoever listens has the token.
+  return new Pruner(address, grpc.credentials.createInsecure(), ANY_SIZE);
+}
+
+function headerOf(dataBytes, tensors, fraction, output) {
+  const selection = {
+    tensors: [tensors],
+    magnitude: {},
+    granularity: 'GRANULARITY_ELEMENT',
+    scope: 'SCOPE_GLOBAL',
+    fraction,
+  };
+  return { data_bytes: dataBytes, spec: { rules: [{ selection }] }, output: OUTPUTS[output] };
+}
+
+// The header comes alone and first; then the file, cut anywhere.
+async function* requests(header, model) {
+  yield { header };
+  for await (const data of createReadStream(model, { highWaterMark: CHUNK_BYTES })) yield { data };
+}
+
+// The report comes in the first message; the data of all messages, joined, is the file.
+async function receive(answer, file) {
+  let report;
+  for await (const { result, data } of answer) {
+    report ??= result.report;
+    await file.writeFile(data);
+  }
+  return report;
+}
+
+async function prune(pruner, header, model, file, { token, deadline }) {
+  const metadata = new grpc.Metadata();
+  if (token) metadata.set('authorization', `Bearer ${token}`);
+  const call = pruner.Prune(metadata, { deadline: Date.now() + 1000 * deadline });
+  let report;
+  // A pipeline reads no more of the model, and of the answer, than the other end takes.
+  await pipeline(Readable.from(requests(header, model)), call, async (answer) => {
+    report = await receive(answer, file);
+  });
+  return report;
+}
+
+async function main() {
+  const { values, positionals } = parseArgs({ options: OPTIONS, allowPositionals: true });
+  const [address, model, fraction, result] = positionals;
+  if (!result || !OUTPUTS[values.output]) throw new Error('wrong arguments: see the first lines');
+  const { size } = await stat(model);
+  const header = headerOf(size, values.tensors, Number(fraction), values.output);
+  const pruner = connect(address);
+  const part = `${result}.part`;
+  const file = await open(part, 'w');
+  try {
+    const { zeros, total } = await prune(pruner, header, model, file, values);
+    await rename(part, result); // whole, or not at all
+    console.log(JSON.stringify({ zeros, total }));
+  } finally {
+    await file.close();
+    await rm(part, { force: true });
+    pruner.close();
+  }
+}
+
+main().catch(({ code, details, message }) => {
+  // A call that failed has a code, and the server's words in `details`.
+  console.error(details ? `${grpc.status[code]}: ${details}` : message);
+  process.exitCode = 1;
+});

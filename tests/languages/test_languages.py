@@ -1,0 +1,217 @@
+"""Programs in other languages prune real weights, by what the .proto files say alone."""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import Module
+
+from tests.conftest import RunningServer
+from tests.pruning.torch_side import all_l1, assert_same_tensors, by_torch, masks_of, place
+
+HERE = Path(__file__).parent
+LANGUAGES = ("node", "cpp")
+DOCUMENTED = {"js": HERE / "node/client.js", "cpp": HERE / "cpp/client.cc"}
+
+# No two magnitudes around this threshold are the same, so torch has no choice among ties.
+FRACTION = 0.5
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time: the workers of pytest-xdist share what is built."""
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what is built, of this run and of all its workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "languages"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def need(*programs: str) -> None:
+    for program in programs:
+        if shutil.which(program) is None:
+            pytest.skip(f"no {program}: make system")
+
+
+def check(*command: str | Path, cwd: Path | None = None) -> None:
+    ended = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def build_node(folder: Path) -> list[str]:
+    """Returns the command that runs the program."""
+    need("node", "npm")
+    folder.mkdir(exist_ok=True)
+    if not (folder / "node_modules").exists():
+        for name in ("package.json", "package-lock.json"):
+            shutil.copy(HERE / "node" / name, folder)
+        check("npm", "ci", "--ignore-scripts", cwd=folder)
+    return ["env", f"NODE_PATH={folder / 'node_modules'}", "node", str(HERE / "node/client.js")]
+
+
+def build_cpp(folder: Path) -> list[str]:
+    """Returns the command that runs the program."""
+    need("make", "g++", "pkg-config", "protoc", "grpc_cpp_plugin")
+    if subprocess.run(["pkg-config", "grpc++", "protobuf"]).returncode != 0:
+        pytest.skip("no libgrpc++-dev, libprotobuf-dev: make system")
+    check("make", "-j2", "-C", HERE / "cpp", f"OUT={folder}")
+    return [str(folder / "client")]
+
+
+@pytest.fixture(scope="session", params=LANGUAGES)
+def program(request: pytest.FixtureRequest, built: Path) -> list[str]:
+    """The command that runs a program, which is built where it is not yet."""
+    build = {"node": build_node, "cpp": build_cpp}[request.param]
+    with locked(built):
+        return build(built / request.param)
+
+
+@pytest.fixture(scope="session")
+def tensors(crepe: Path) -> dict[str, Tensor]:
+    loaded: dict[str, Tensor] = torch.load(crepe, weights_only=True)
+    return loaded
+
+
+@pytest.fixture(scope="session")
+def theirs(tensors: dict[str, Tensor]) -> Module:
+    """What torch.nn.utils.prune.global_unstructured makes of the convolutions."""
+    weights = {name: tensor for name, tensor in tensors.items() if tensor.dim() == 4}
+    return by_torch(weights, all_l1(list(weights), FRACTION))
+
+
+@pytest.fixture
+def model(tensors: dict[str, Tensor], tmp_path: Path) -> Path:
+    save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+def run(
+    program: list[str], address: str, model: Path, *options: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs a program; what comes back lies beside the model, as `result`."""
+    rest = [address, str(model), str(FRACTION), str(model.with_name("result"))]
+    command = [*program, "--tensors", "conv?.weight", *options, *rest]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def pruned(program: list[str], server: RunningServer, model: Path, output: str) -> Path:
+    """The file that a program wrote, of half of the weights pruned."""
+    ended = run(program, server.address, model, "--output", output)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout) == {"zeros": 196_608, "total": 393_216}
+    return model.with_name("result")
+
+
+def test_the_masks_are_torchs(
+    program: list[str], server: RunningServer, model: Path, theirs: Module
+) -> None:
+    masks = load_file(pruned(program, server, model, "masks"))
+    assert masks.keys() == masks_of(theirs).keys()
+    for name, mask in masks_of(theirs).items():
+        packed = np.packbits(mask.numpy(), bitorder="little")
+        assert masks[name].numpy().tobytes() == packed.tobytes(), name
+
+
+def test_the_dense_file_is_torchs(
+    program: list[str],
+    server: RunningServer,
+    model: Path,
+    theirs: Module,
+    tensors: dict[str, Tensor],
+) -> None:
+    weights = {name: getattr(*place(theirs, name)) for name in masks_of(theirs)}
+    assert_same_tensors(load_file(pruned(program, server, model, "dense")), {**tensors, **weights})
+
+
+def test_a_long_report_arrives(program: list[str], server: RunningServer, tmp_path: Path) -> None:
+    """As one message, of more than the 4 MiB that gRPC takes where nobody says otherwise."""
+    model = tmp_path / "model.safetensors"
+    save_file({f"{i:01000}": torch.ones(1) for i in range(3_000)}, model)  # by their names
+    ended = run(program, server.address, model, "--tensors", "*")
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout) == {"zeros": 1_500, "total": 3_000}
+
+
+def check_failed(ended: subprocess.CompletedProcess[str], model: Path, *says: str) -> None:
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert [part for part in says if part not in ended.stderr] == [], ended.stderr
+    assert list(model.parent.iterdir()) == [model]
+
+
+def test_an_unknown_tensor_is_named(program: list[str], server: RunningServer, model: Path) -> None:
+    ended = run(program, server.address, model, "--tensors", "conv7.weight")
+    check_failed(ended, model, "INVALID_ARGUMENT: ", "conv7.weight", "spec.rules[0].selection")
+
+
+def test_a_deadline_that_is_too_short_ends_the_call(
+    program: list[str], server: RunningServer, model: Path
+) -> None:
+    ended = run(program, server.address, model, "--deadline", "0.001")
+    check_failed(ended, model, "DEADLINE_EXCEEDED: ")
+
+
+@dataclass
+class Doorkeeper(grpc.GenericRpcHandler):
+    """Lets nobody in, and remembers what each caller said of itself."""
+
+    seen: list[tuple[str, dict[str, Any], float]] = field(default_factory=list)
+
+    def service(self, details: grpc.HandlerCallDetails) -> Any:
+        def refuse(_: object, context: grpc.ServicerContext) -> None:
+            metadata = dict(context.invocation_metadata())
+            self.seen.append((details.method, metadata, context.time_remaining()))
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "who are you?")
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+def test_token_and_deadline_go_with_the_call(program: list[str], model: Path) -> None:
+    keeper = Doorkeeper()
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[keeper])
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    ended = run(program, address, model, "--token", "sesame", "--deadline", "50")
+    server.stop(None).wait()
+    check_failed(ended, model, "UNAUTHENTICATED: who are you?")
+    ((method, metadata, remaining),) = keeper.seen
+    assert method == "/secateur.v1.Pruner/Prune"
+    assert metadata["authorization"] == "Bearer sesame"
+    assert 30 < remaining <= 50
+
+
+@pytest.mark.parametrize("language", DOCUMENTED)
+def test_the_document_shows_the_programs(language: str) -> None:
+    text = Path("docs/languages.md").read_text()
+    shown = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    assert shown
+    for excerpt in shown:
+        assert excerpt in DOCUMENTED[language].read_text()
+
+
+def test_the_lock_file_names_no_registry() -> None:
+    """Whoever installs has its own."""
+    lock = json.loads((HERE / "node/package-lock.json").read_text())
+    assert len(lock["packages"]) > 2
+    assert not [name for name, package in lock["packages"].items() if "resolved" in package]
