@@ -1,5 +1,6 @@
 """The connection to a server, and the rpcs on it."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,42 @@ import grpc
 from secateur_proto import checkpoint_pb2, checkpoints_pb2, pruner_pb2
 from secateur_proto.codec import SINGLE, Decoder, encode
 
+# grpc makes a call again that could not begin, or was lost before anything of it was answered.
+# Delete is not among them: where it was served before, it would seem not to be there.
+_AGAIN = {
+    "secateur.v1.Pruner": ("Prune", "Report", "Finalize"),
+    "secateur.v1.Checkpoints": ("QueryUpload", "Download", "Get", "List"),
+}
+_SERVICE_CONFIG = {
+    "methodConfig": [
+        {
+            "name": [
+                {"service": service, "method": method}
+                for service, methods in _AGAIN.items()
+                for method in methods
+            ],
+            "retryPolicy": {
+                "maxAttempts": 3,
+                "initialBackoff": "0.1s",
+                "maxBackoff": "1s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ]
+}
 _OPTIONS = (
     # Chunks are 1 MiB; a report grows with the number of tensors.
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
+    # A server that is gone without a word, as behind a firewall that forgot the connection, is
+    # noticed after these two, in milliseconds.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # A server that starts again is found soon.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+    ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
 )
 
 Tls = bool | str | os.PathLike[str] | grpc.ChannelCredentials | None

@@ -11,13 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from secateur.checkpoint import place_of
-from secateur.cli_checkpoints import (
-    add_checkpoints,
-    client_of,
-    is_checkpoint,
-    server_options,
-    source_of,
-)
+from secateur.cli_checkpoints import add_checkpoints, is_checkpoint, source_of
+from secateur.cli_server import client_of, server_options
 from secateur.client import Client
 from secateur.embedded import embedded
 from secateur.errors import InvalidSpec, SecateurError

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
@@ -10,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from secateur.checkpoint import Checkpoint
+from secateur.cli_server import client_of, server_options
 from secateur.client import Client
-from secateur.errors import DataLoss, SecateurError
+from secateur.errors import DataLoss
 from secateur.source import read_source
 from secateur_proto.index import SUFFIX
 
@@ -45,28 +45,6 @@ def _command(under: Any, name: str, text: str, run: Any) -> argparse.ArgumentPar
     command.set_defaults(run=run)
     server_options(command, "which is needed")
     return command
-
-
-def server_options(command: argparse.ArgumentParser, default: str) -> None:
-    """Adds --server and --token."""
-    command.add_argument(
-        "--server",
-        metavar="ADDRESS",
-        default=os.environ.get("SECATEUR_SERVER"),
-        help=f"HOST:PORT of a server (default: $SECATEUR_SERVER, {default})",
-    )
-    command.add_argument(
-        "--token",
-        default=os.environ.get("SECATEUR_TOKEN"),
-        help="who you are, for the server (default: $SECATEUR_TOKEN)",
-    )
-
-
-def client_of(options: argparse.Namespace) -> Client:
-    """A client of the server that the options name.  Errors: SecateurError."""
-    if not options.server:
-        raise SecateurError("checkpoints are on a server: give --server, or set SECATEUR_SERVER")
-    return Client(options.server, token=options.token)
 
 
 def is_checkpoint(model: str) -> bool:

@@ -11,7 +11,8 @@ import grpc
 from secateur.channel import Rpcs, Tls, open_channel
 from secateur.checkpoint import Checkpoint, decode_checkpoint, name_of, place_of, uri_of
 from secateur.download import save_answer
-from secateur.errors import InvalidSpec, InvalidStateDict, SecateurError
+from secateur.errors import InvalidSpec, InvalidStateDict, SecateurError, Unavailable
+from secateur.patience import Answer, Patience
 from secateur.progress import Progress, show_progress, show_work
 from secateur.report import Report, decode_report
 from secateur.result import FinalizeResult, PruneResult
@@ -40,6 +41,9 @@ class Client:
     tls: True, the path of a PEM file of authorities to trust, or credentials of grpc's.
     timeout: seconds for each call.  channel: to use instead of an address; it is left open.
 
+    What a busy server puts off is sent again when it says so, and what a broken connection cost
+    goes on by itself, both within the timeout.
+
     A source is a torch.nn.Module; a mapping of tensors or arrays; the path of a .safetensors, .pt
     or .pth file, or of a model in shards: its index, or the folder; a Checkpoint; or a URI, which
     the server opens.
@@ -60,6 +64,7 @@ class Client:
         self._channel = channel or open_channel(address, tls)
         self._is_owner = channel is None
         self._timeout = timeout
+        self._is_known = False  # whether the server has ever answered
         metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._rpcs = Rpcs(self._channel, metadata)
 
@@ -117,9 +122,13 @@ class Client:
         self, upload: Upload, header: pb.PruneHeader, progress: Progress
     ) -> tuple[Any, Received]:
         """One message each way, by the protocol: grpc is faster where it knows that."""
-        with show_progress(progress, upload.file_bytes) as sending, errors_of(upload):
-            message = next(upload.messages(pb.PruneRequest, header, sending))
-            return receive([self._rpcs.prune_small(message, timeout=self._timeout)])
+
+        def attempt(left: float | None) -> tuple[Any, Received]:
+            with show_progress(progress, upload.file_bytes) as sending, errors_of(upload):
+                message = next(upload.messages(pb.PruneRequest, header, sending))
+                return receive([self._rpcs.prune_small(message, timeout=left)])
+
+        return self._until_served(attempt, not header.keep)
 
     def _prune_kept(
         self,
@@ -152,11 +161,16 @@ class Client:
             **place,
         )
         # A report of what is on the server says nothing on the way, and a bar of 0 bytes no more.
-        with show_progress(False if place else progress, upload.file_bytes) as sending:
-            messages = upload.messages(pb.ReportRequest, header, sending)
-            call = self._rpcs.report.future(messages, timeout=self._timeout)
-            with errors_of(upload, call):
-                return decode_report(call.result().report)
+        shown = False if place else progress
+
+        def attempt(left: float | None) -> Report:
+            with show_progress(shown, upload.file_bytes) as sending:
+                messages = upload.messages(pb.ReportRequest, header, sending)
+                call = self._rpcs.report.future(messages, timeout=left)
+                with errors_of(upload, call):
+                    return decode_report(call.result().report)
+
+        return self._until_served(attempt)
 
     def finalize(
         self,
@@ -186,15 +200,29 @@ class Client:
         self, rpc: Any, make: Callable[..., Any], header: Any, upload: Upload, progress: Progress
     ) -> tuple[Any, Received]:
         """A call that carries its model, or one on what the server opens."""
-        if not header.WhichOneof("source"):
+
+        def carrying(left: float | None) -> tuple[Any, Received]:
             with show_progress(progress, upload.file_bytes) as sending:
-                call = rpc(upload.messages(make, header, sending), timeout=self._timeout)
+                call = rpc(upload.messages(make, header, sending), timeout=left)
                 with errors_of(upload, call):
                     return receive(call)
-        with show_work(progress) as working:
-            call = rpc(upload.messages(make, header, lambda count: None), timeout=self._timeout)
-            with errors_of(upload, call):
-                return receive(call, working)
+
+        def naming(left: float | None) -> tuple[Any, Received]:
+            with show_work(progress) as working:
+                call = rpc(upload.messages(make, header, lambda count: None), timeout=left)
+                with errors_of(upload, call):
+                    return receive(call, working)
+
+        attempt = naming if header.WhichOneof("source") else carrying
+        return self._until_served(attempt, is_safe=not getattr(header, "keep", False))
+
+    def _until_served(
+        self, attempt: Callable[[float | None], Answer], is_safe: bool = True
+    ) -> Answer:
+        """As Patience.until_served."""
+        answer = Patience(self._timeout).until_served(attempt, self._is_known, is_safe)
+        self._is_known = True
+        return answer
 
     def upload(self, source: Any, progress: Progress = None) -> Checkpoint:
         """Stores a model on the server, where it stays until it is deleted, or has to make room.
@@ -263,6 +291,16 @@ class Client:
         )
         with errors_of(None):
             self._rpcs.delete(request, timeout=self._timeout)
+
+    def wait_until_ready(self, timeout: float = 60.0) -> None:
+        """Waits for the server to be there, as when both start together.
+
+        timeout: seconds.  Errors: Unavailable.
+        """
+        try:
+            grpc.channel_ready_future(self._channel).result(timeout)
+        except grpc.FutureTimeoutError:
+            raise Unavailable(f"there is no server after {timeout:g} seconds") from None
 
     def close(self) -> None:
         """Closes the connection."""

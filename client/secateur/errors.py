@@ -6,6 +6,7 @@ SecateurError
     InvalidRequest          also a ValueError: server and client do not understand each other
     ModelTooLarge           the model is above the server's limit
     ServerBusy              the server has no room for the request now; worth a retry
+    QuotaExceeded           the request needs more than the token's owner may have
     Unavailable             no server, or one that shuts down; worth a retry
     DeadlineExceeded        also a TimeoutError: not done within `timeout`
     Cancelled               the call was cancelled
@@ -22,14 +23,19 @@ SecateurError
 from typing import cast
 
 import grpc
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RequestInfo, RetryInfo
 from grpc_status import rpc_status
 
 
 class SecateurError(Exception):
-    """Root of every error. field: the path of the request's field at fault, where there is one."""
+    """Root of every error.
+
+    field: the path of the request's field at fault, where there is one.
+    request_id: of the call, as the server's log has it; None where no server answered.
+    """
 
     field: str | None = None
+    request_id: str | None = None
 
 
 class InvalidSpec(SecateurError, ValueError):
@@ -49,7 +55,16 @@ class ModelTooLarge(SecateurError):
 
 
 class ServerBusy(SecateurError):
-    """The server has no room for the request now."""
+    """The server has no room for the request now.
+
+    retry_after: seconds after which it asks to be called again; None where it does not.
+    """
+
+    retry_after: float | None = None
+
+
+class QuotaExceeded(SecateurError):
+    """The request needs more than the token's owner may have."""
 
 
 class Unavailable(SecateurError):
@@ -101,6 +116,7 @@ _BY_REASON = {
     "INVALID_STATE_DICT": InvalidStateDict,
     "MODEL_TOO_LARGE": ModelTooLarge,
     "STORE_FULL": StoreFull,
+    "QUOTA_EXCEEDED": QuotaExceeded,
     "URI_NOT_FOUND": UriError,
     "URI_FAILED": UriError,
 }
@@ -121,15 +137,19 @@ _BY_STATUS = {
 def from_rpc(error: grpc.RpcError) -> SecateurError:
     """The error that a failed call means."""
     call = cast(grpc.Call, error)
-    info, bad_request = ErrorInfo(), BadRequest()
+    info, bad_request, request, retry = ErrorInfo(), BadRequest(), RequestInfo(), RetryInfo()
     try:
         status = rpc_status.from_call(call)
     except ValueError:  # details of another status: not this server's
         status = None
     for detail in status.details if status else ():
-        detail.Unpack(info) or detail.Unpack(bad_request)
+        for kind_of in (info, bad_request, request, retry):
+            detail.Unpack(kind_of)
     kind = _BY_REASON.get(info.reason) or _BY_STATUS.get(call.code(), ServerError)
     made = kind(call.details())
+    made.request_id = request.request_id or None
     if bad_request.field_violations:
         made.field = bad_request.field_violations[0].field
+    if isinstance(made, ServerBusy) and retry.HasField("retry_delay"):
+        made.retry_after = retry.retry_delay.ToTimedelta().total_seconds()
     return made

@@ -1,7 +1,5 @@
 """Sends a model to be kept: what the server has already is not sent, and what breaks goes on."""
 
-import random
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from secateur.errors import (
     SecateurError,
     Unavailable,
 )
+from secateur.patience import MOST_PAUSE_SECONDS, TRIES, Patience
 from secateur.source import Source, map_bytes
 from secateur.tensors import LocalTensor
 from secateur.transfer import Bytes, errors_of, parts_of
@@ -27,11 +26,6 @@ from secateur_proto.codec import Data
 from secateur_proto.framing import cut, file_header, tensor_bytes
 
 Rpc = Any
-
-# Tries that bring nothing further before an upload is given up, and the pause behind the first.
-TRIES = 8
-PAUSE_SECONDS = 0.1
-MOST_PAUSE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -87,7 +81,7 @@ class Sending:
 
     def __init__(self, query: Rpc, upload: Rpc, timeout: float | None) -> None:
         self._query, self._upload = query, upload
-        self._end = None if timeout is None else time.monotonic() + timeout
+        self._patience = Patience(timeout)
         self._shown = 0
         self.error: Exception | None = None
 
@@ -103,13 +97,15 @@ class Sending:
             except SecateurError as error:
                 tries += 1
                 # A server that was never there is no upload that broke.
-                if most < 0 or not _is_passing(error) or tries == TRIES or not self._pause(tries):
+                if most < 0 or not _is_passing(error) or tries == TRIES:
+                    raise error from None
+                if not self._patience.pause(tries):
                     raise error from None
 
     def _held(self, messages: Sequence[checkpoint_pb2.File], is_again: bool) -> list[int]:
         """How much of each file the server has."""
         request = checkpoints_pb2.QueryUploadRequest(files=messages)
-        left = self._left()
+        left = self._patience.left()
         # Of a connection that broke grpc makes a new one, which takes a moment.
         timeout = MOST_PAUSE_SECONDS if is_again and (left is None or left > 5) else left
         with errors_of(self):
@@ -130,7 +126,7 @@ class Sending:
             ]
         )
         requests = self._requests(header, files, held, sending)
-        call = self._upload.future(requests, timeout=self._left())
+        call = self._upload.future(requests, timeout=self._patience.left())
         with errors_of(self, call):
             return decode_checkpoint(call.result())
 
@@ -161,18 +157,6 @@ class Sending:
         if sent > self._shown:
             sending(sent - self._shown)
             self._shown = sent
-
-    def _left(self) -> float | None:
-        return None if self._end is None else max(0.0, self._end - time.monotonic())
-
-    def _pause(self, tries: int) -> bool:
-        """Waits, the longer the more often; False where no time is left."""
-        seconds = min(MOST_PAUSE_SECONDS, PAUSE_SECONDS * 2.0 ** (tries - 1))
-        left = self._left()
-        if left is not None and left <= seconds:
-            return False
-        time.sleep(seconds * random.uniform(0.5, 1.0))  # not all callers at once
-        return True
 
 
 def _is_passing(error: SecateurError) -> bool:

@@ -8,16 +8,18 @@ import signal
 import sys
 from typing import NoReturn
 
-from secateur_server.app import App, CannotListen
+from secateur_server.app import App, CannotStart
+from secateur_server.check import check
 from secateur_server.config import read_config
+from secateur_server.operate.logs import set_up
 
 
 def main() -> int:
     """Serves until SIGTERM or SIGINT. Returns the exit status."""
     config = read_config(sys.argv[1:])
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
-    )
+    if config.check:
+        return check(config)
+    set_up(config.log_format)
     log = logging.getLogger("secateur_server")
     # A connection, and each mapped shard, is an open file; of those a shell often allows 1024.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -25,7 +27,7 @@ def main() -> int:
     asked = _signals()
     try:
         app = App(config)
-    except CannotListen as error:
+    except CannotStart as error:
         print(f"secateur-server: {error}", file=sys.stderr)
         return 1
     log.info("serving gRPC at %s on %s", app.address, config.device)

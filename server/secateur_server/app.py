@@ -1,33 +1,38 @@
 """Wiring."""
 
-import logging
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Self
-from wsgiref.simple_server import WSGIServer
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import start_http_server
 
 from secateur_server.checkpoints import Checkpoints, add_checkpoints
 from secateur_server.config import Config
 from secateur_server.devices.cpu import one_thread
-from secateur_server.operate.around import AroundCalls, CheckMessages
+from secateur_server.devices.watch import Watch
+from secateur_server.operate.admission import Admission
+from secateur_server.operate.callers import BadTokens, Callers
+from secateur_server.operate.door import Door
 from secateur_server.operate.metrics import Metrics
-from secateur_server.operate.statuses import statuses
+from secateur_server.operate.probes import Health
+from secateur_server.operate.reception import Reception
+from secateur_server.operate.scrape import serve_metrics
+from secateur_server.operate.tls import BadCertificate, TlsFiles, server_credentials
+from secateur_server.operate.traces import NoTraces, Traces
 from secateur_server.service import Pruner, add_pruner
 from secateur_server.sources import Sources
 from secateur_server.store.store import Store, StoreInUse, default_max_bytes, temporary_folder
 from secateur_server.uris.uris import Uris
 
-log = logging.getLogger(__name__)
+# Calls at once, beside those that wait for memory. Each is a thread, and one that receives; torch's
+# operators and gRPC's waits release the GIL.
+WORKERS = 64
 
-# Calls at work at once. Each is a thread; torch's operators and gRPC's waits release the GIL.
-WORKERS = 32
-
-_OPTIONS = (
+OPTIONS = (
     ("grpc.so_reuseport", 0),  # a second server on the same port is a mistake, and an error
     # A chunk is 1 MiB; the header of a first message has names and a spec.
     ("grpc.max_receive_message_length", 16 << 20),
@@ -36,65 +41,55 @@ _OPTIONS = (
     # tens of MB for each call, and no faster.
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", 4 << 20),
+    # A peer that is gone without a word, as behind a firewall that forgot it, is noticed after
+    # these two, in milliseconds; its calls end then.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # Callers may ask the same of the server, with and without calls, each 10 s.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # Of one connection; the limit for all of them is the pool's.
+    ("grpc.max_concurrent_streams", 128),
 )
 
 
-class CannotListen(Exception):
-    """An address cannot be listened at."""
+class CannotStart(Exception):
+    """The server cannot do what it is to do: listen at an address, open its store, and so on."""
 
 
 class App:
-    """A server that runs until `stop`. Raises CannotListen."""
+    """A server that runs until `stop`. Raises CannotStart."""
+
+    metrics_address: str | None = None
 
     def __init__(self, config: Config) -> None:
-        metrics = Metrics(config.device)
-        self._store = _open_store(config, metrics)
-        try:
-            self._start(config, metrics)
-        except CannotListen:
-            self._store.close()
-            raise
+        self._config = config
+        with ExitStack() as opened:
+            self._start(opened)
+            self._opened = opened.pop_all()
 
-    def _start(self, config: Config, metrics: Metrics) -> None:
-        self._drain_timeout = config.drain_timeout
-        self._health = health.HealthServicer()
-        self._grpc = grpc.server(
-            ThreadPoolExecutor(WORKERS, thread_name_prefix="rpc", initializer=one_thread),
-            # Outermost first: metrics see the status that an error became.
-            interceptors=[AroundCalls(metrics.calls), AroundCalls(statuses), CheckMessages()],
-            options=_OPTIONS,
-        )
-        uris = Uris(config.allow_path, config.allow_uri, self._store.scratch)
-        limits = config.max_model_bytes, config.work_memory
-        sources = Sources(self._store, uris, config.device, *limits, metrics)
-        services = (
-            add_pruner(Pruner(sources), self._grpc),
-            add_checkpoints(Checkpoints(sources), self._grpc),
-        )
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._grpc)
-        self.address = _listen(self._grpc, config.address)
-        self.metrics_address = None
+    def _start(self, opened: ExitStack) -> None:
+        """opened: is closed when the server has stopped, in the reverse order."""
+        config = self._config
+        metrics = Metrics(config.device)
+        store = open_store(config, metrics)
+        opened.callback(store.close)
         if config.metrics_address is not None:
-            self._metrics_server, self.metrics_address = _serve_metrics(
-                config.metrics_address, metrics
-            )
-        self._grpc.start()
-        for name in ("", *services):
-            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+            self.metrics_address = _serve_metrics(config, metrics, opened)
+        self._server = _grpc_server(config, metrics, store, opened)
+        self._health = _add_services(config, metrics, store, self._server)
+        self.address = _listen(self._server, config, metrics)
+        self._server.start()
+        self._health.serve()
 
     def stop(self) -> None:
         """Takes no more requests, and returns when those that run have ended.
 
         What still runs after the drain timeout is cancelled.
         """
-        self._health.enter_graceful_shutdown()
-        self._grpc.stop(self._drain_timeout).wait()
-        if self.metrics_address is not None:
-            self._metrics_server.shutdown()
-            self._metrics_server.server_close()
-        self._store.close()
+        self._health.drain()
+        self._server.stop(self._config.drain_timeout).wait()
+        self._opened.close()
 
     def __enter__(self) -> Self:
         return self
@@ -108,36 +103,108 @@ class App:
         self.stop()
 
 
-def _open_store(config: Config, metrics: Metrics) -> Store:
-    """Errors: CannotListen."""
+def _grpc_server(config: Config, metrics: Metrics, store: Store, opened: ExitStack) -> grpc.Server:
+    calls = WORKERS + config.queue_size
+    traces = traces_of(config)
+    if traces:
+        opened.callback(traces.close)
+    make_watch = partial(Watch, config.work_memory, store.scratch)
+    reception = Reception(callers_of(config, metrics), metrics, traces, make_watch)
+    door = Door(reception.around, config.idle_timeout, calls)
+    opened.callback(door.close)
+    return grpc.server(
+        ThreadPoolExecutor(calls, thread_name_prefix="rpc", initializer=one_thread),
+        interceptors=[traces.interceptor, door] if traces else [door],
+        options=OPTIONS,
+        maximum_concurrent_rpcs=calls,  # more would wait where nobody sees them
+    )
+
+
+def _add_services(config: Config, metrics: Metrics, store: Store, server: grpc.Server) -> Health:
+    admission = Admission(config.memory_limit, config.queue_size)
+    metrics.of_admission(
+        lambda: admission.held, config.memory_limit, lambda: admission.waiting, config.queue_size
+    )
+    uris = Uris(config.allow_path, config.allow_uri, store.scratch)
+    limits = config.max_model_bytes, config.work_memory
+    sources = Sources(store, uris, config.device, *limits, admission, metrics)
+    services = (
+        add_pruner(Pruner(sources), server),
+        add_checkpoints(Checkpoints(sources), server),
+    )
+    probes = Health(services)
+    health_pb2_grpc.add_HealthServicer_to_server(probes, server)
+    names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+    return probes
+
+
+def open_store(config: Config, metrics: Metrics) -> Store:
+    """The store of checkpoints.  Errors: CannotStart."""
     folder = config.store_dir or temporary_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         most = config.store_max_bytes or default_max_bytes(folder)
         store = Store(folder, most, config.store_ttl, metrics.evicted, config.store_dir is None)
     except (OSError, StoreInUse) as error:
-        raise CannotListen(f"cannot keep checkpoints in {folder}: {error}") from None
+        raise CannotStart(f"cannot keep checkpoints in {folder}: {error}") from None
     metrics.of_store(lambda: store.used_bytes, lambda: store.count, most)
     return store
 
 
-def _listen(server: grpc.Server, address: str) -> str:
-    """Listens at `address`. Returns it with the port that was taken."""
+def callers_of(config: Config, metrics: Metrics) -> Callers:
+    """Who may call.  Errors: CannotStart."""
     try:
-        port = server.add_insecure_port(address)
+        return Callers(config.tokens_file, partial(metrics.reloaded, "tokens"))
+    except BadTokens as error:
+        raise CannotStart(f"cannot read the tokens: {error}") from None
+
+
+def traces_of(config: Config) -> Traces | None:
+    """Where traces go; None where nobody asked for any.  Errors: CannotStart."""
+    try:
+        return Traces(config.otlp_endpoint) if config.otlp_endpoint else None
+    except NoTraces as error:
+        raise CannotStart(str(error)) from None
+
+
+def credentials_of(config: Config, metrics: Metrics) -> grpc.ServerCredentials | None:
+    """What TLS is served with; None where it is not.  Errors: CannotStart."""
+    if config.tls_cert is None or config.tls_key is None:
+        return None
+    files = TlsFiles(config.tls_cert, config.tls_key, config.tls_client_ca)
+    try:
+        return server_credentials(files, partial(metrics.reloaded, "tls"))
+    except BadCertificate as error:
+        raise CannotStart(f"cannot serve TLS: {error}") from None
+
+
+def _listen(server: grpc.Server, config: Config, metrics: Metrics) -> str:
+    """Listens at the address. Returns it with the port that was taken.  Errors: CannotStart."""
+    address, credentials = config.address, credentials_of(config, metrics)
+    try:
+        if credentials:
+            port = server.add_secure_port(address, credentials)
+        else:
+            port = server.add_insecure_port(address)
     except RuntimeError as error:
-        raise CannotListen(f"cannot listen at {address}: {error}") from None
+        raise CannotStart(f"cannot listen at {address}: {error}") from None
     if address.startswith("unix:"):
         return address
     return f"{address.rpartition(':')[0]}:{port}"
 
 
-def _serve_metrics(address: str, metrics: Metrics) -> tuple[WSGIServer, str]:
+def _serve_metrics(config: Config, metrics: Metrics, opened: ExitStack) -> str:
+    """Returns: the address with the port that was taken.  Errors: CannotStart."""
+    address = config.metrics_address or ""
     host, _, port = address.rpartition(":")
     if not port.isdecimal():
-        raise CannotListen(f"cannot serve metrics at {address!r}: it is no HOST:PORT")
+        raise CannotStart(f"cannot serve metrics at {address!r}: it is no HOST:PORT")
+    token = config.metrics_token_file
     try:
-        server, _ = start_http_server(int(port), host.strip("[]"), registry=metrics.registry)
+        server = serve_metrics(host.strip("[]"), int(port), metrics.registry, token)
     except OSError as error:
-        raise CannotListen(f"cannot serve metrics at {address}: {error.strerror}") from None
-    return server, f"{host}:{server.server_port}"
+        raise CannotStart(f"cannot serve metrics at {address}: {error.strerror}") from None
+    opened.callback(server.server_close)
+    opened.callback(server.shutdown)
+    return f"{host}:{server.server_port}"

@@ -12,7 +12,6 @@ from secateur_proto import checkpoints_pb2 as pb
 from secateur_proto import pruner_pb2
 from secateur_proto.checkpoint_pb2 import Checkpoint
 from secateur_proto.codec import Data, Decoder, encode
-from secateur_server.devices.watch import watched
 from secateur_server.errors import CheckpointNotFound, InvalidRequest, InvalidStateDict
 from secateur_server.landing import Landing
 from secateur_server.mapped import map_model, of_blob
@@ -20,7 +19,7 @@ from secateur_server.messages.checkpoint import checkpoint_message, file_message
 from secateur_server.messages.files import decode_file, decode_files, page_token
 from secateur_server.messages.stream import Bytes, open_request, responses
 from secateur_server.model import masks_of, packed_masks
-from secateur_server.operate.callers import owner_of
+from secateur_server.operate.calls import this_call
 from secateur_server.service import folded_files
 from secateur_server.sources import Sources
 from secateur_server.store.blobs import Blob
@@ -43,8 +42,8 @@ class Checkpoints:
     ) -> Checkpoint:
         """Stores a model."""
         first, data = open_request(request_iterator, self._sources.metrics.received)
-        header, owner = first.header, owner_of(context)
-        with watched(self._sources.watch(context)), Landing(self._store, owner) as landing:
+        header = first.header
+        with self._sources.landing() as landing:
             if header.uri:
                 if header.files:
                     raise InvalidRequest("header.uri", "stands in place of files, not beside them")
@@ -57,7 +56,7 @@ class Checkpoints:
             except InvalidStateDict:
                 landing.abandon()
                 raise
-            return self._message(owner, landing.create(files))
+            return self._message(_owner(), landing.create(files))
 
     def _land(
         self, landing: Landing, files: Sequence[pb.UploadFile], data: Iterator[Bytes]
@@ -82,7 +81,7 @@ class Checkpoints:
         self, request: pb.QueryUploadRequest, context: grpc.ServicerContext
     ) -> pb.QueryUploadResponse:
         """Says how much of some files is here."""
-        owner, sizes = owner_of(context), []
+        owner, sizes = _owner(), []
         for index, message in enumerate(request.files):
             file = decode_file(message, f"files[{index}]", is_digest_required=True)
             sizes.append(self._store.uploads.held(owner, file.blake3, file.size))
@@ -95,11 +94,9 @@ class Checkpoints:
         output = request.output or pruner_pb2.OUTPUT_DENSE
         if output not in pruner_pb2.Output.values() or output == pruner_pb2.OUTPUT_NONE:
             raise InvalidRequest("output", f"{request.output} is nothing to download")
-        of_call = self._sources.watch(context)
         with ExitStack() as held:
-            opened = held.enter_context(self._store.open(owner_of(context), request.name))
-            with watched(of_call):
-                files = self._files(opened, output)
+            opened = held.enter_context(self._store.open(_owner(), request.name))
+            files = self._files(opened, output)
             size = sum(file.size for file in files)
             result = pb.DownloadResult(files=map(file_message, files), data_bytes=size)
             sent = self._sources.metrics.sent
@@ -125,14 +122,14 @@ class Checkpoints:
 
     def Get(self, request: pb.GetRequest, context: grpc.ServicerContext) -> Checkpoint:
         """Returns a checkpoint, without its data."""
-        owner = owner_of(context)
+        owner = _owner()
         return self._message(owner, self._store.get(owner, request.name))
 
     def List(self, request: pb.ListRequest, context: grpc.ServicerContext) -> pb.ListResponse:
         """Returns a page of the caller's checkpoints."""
         if request.page_size < 0:
             raise InvalidRequest("page_size", f"{request.page_size} is negative")
-        owner, before = owner_of(context), page_token(request.page_token)
+        owner, before = _owner(), page_token(request.page_token)
         most = min(request.page_size or MOST_PER_PAGE, MOST_PER_PAGE)
         found = self._store.page(owner, before, most + 1)
         page = found[:most]
@@ -144,7 +141,7 @@ class Checkpoints:
     def Delete(self, request: pb.DeleteRequest, context: grpc.ServicerContext) -> Empty:
         """Deletes a checkpoint."""
         try:
-            self._store.delete(owner_of(context), request.name)
+            self._store.delete(_owner(), request.name)
         except CheckpointNotFound:
             if not request.allow_missing:
                 raise
@@ -152,6 +149,10 @@ class Checkpoints:
 
     def _message(self, owner: str, record: Record) -> Checkpoint:
         return checkpoint_message(record, self._store.expire_time(owner, record))
+
+
+def _owner() -> str:
+    return this_call().tenant.owner
 
 
 def _as_stored(blob: Blob) -> OutgoingFile:

@@ -1,6 +1,7 @@
 """What the operator sets: options, each also an environment variable."""
 
 import argparse
+import ipaddress
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,12 +10,16 @@ from pathlib import Path
 
 import torch
 
+from secateur_server.devices.memory import total_memory
+from secateur_server.operate import units
+
 
 @dataclass(frozen=True)
 class Config:
     """The options of secateur-server.
 
-    metrics_address: None serves none.  drain_timeout: seconds.
+    metrics_address: None serves none.  memory_limit: bytes of models in service.
+    idle_timeout, drain_timeout: seconds.
     store_dir: None is a private temporary folder.  store_max_bytes: None is 3/4 of what is free
     or used.
     store_ttl: seconds, 0 is for ever.  work_memory: bytes.
@@ -25,6 +30,9 @@ class Config:
     metrics_address: str | None
     device: torch.device
     max_model_bytes: int
+    memory_limit: int
+    queue_size: int = 64
+    idle_timeout: float = 60.0
     drain_timeout: float = 30.0
     store_dir: Path | None = None
     store_max_bytes: int | None = None
@@ -32,6 +40,15 @@ class Config:
     work_memory: int = 1 << 30
     allow_path: tuple[Path, ...] = ()
     allow_uri: tuple[str, ...] = ()
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    tokens_file: Path | None = None
+    metrics_token_file: Path | None = None
+    insecure: bool = False
+    log_format: str = "auto"
+    otlp_endpoint: str | None = None
+    check: bool = False
 
 
 def read_config(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> Config:
@@ -45,15 +62,54 @@ def read_config(arguments: Sequence[str], environment: Mapping[str, str] = os.en
     parser.add_argument("--version", action="version", version=f"secateur {version('secateur')}")
     for name, kind, default, text in _OPTIONS:
         variable = "SECATEUR_" + name.upper().replace("-", "_")
+        is_switch = kind is switch
         parser.add_argument(
             f"--{name}",
             type=kind,
             # A string default goes through `kind` as an argument does, with the same errors.
             default=environment.get(variable, default),
-            help=f"{text} (default: {default})" if default else text,
+            nargs="?" if is_switch else None,
+            const=True if is_switch else None,
+            metavar="" if is_switch else None,
+            help=f"{text} (default: {default})" if default and not is_switch else text,
         )
     options = vars(parser.parse_args(arguments))
-    return Config(**{**options, "metrics_address": options["metrics_address"] or None})
+    config = Config(**{**options, "metrics_address": options["metrics_address"] or None})
+    if problem := _problem(config):
+        parser.error(problem)
+    return config
+
+
+def _problem(config: Config) -> str | None:
+    """What is wrong with options that are right one by one."""
+    if (config.tls_cert is None) != (config.tls_key is None):
+        return "--tls-cert and --tls-key go together"
+    if config.tls_client_ca and not config.tls_cert:
+        return "--tls-client-ca needs --tls-cert and --tls-key"
+    if config.insecure or not is_public(config.address):
+        return None
+    missing = [] if config.tls_cert else ["--tls-cert and --tls-key"]
+    if not config.tokens_file and not config.tls_client_ca:
+        missing.append("--tokens-file (or --tls-client-ca)")
+    if not missing:
+        return None
+    return (
+        f"--address {config.address} can be reached from other machines: give "
+        f"{' and '.join(missing)}, or say --insecure where something else keeps strangers out"
+    )
+
+
+def is_public(address: str) -> bool:
+    """Whether other machines may reach an address."""
+    if address.startswith(("unix:", "unix-abstract:")):
+        return False
+    host = address.rpartition(":")[0].rpartition("/")[2].strip("[]")
+    if host == "localhost":
+        return False
+    try:
+        return not ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name: nobody knows what it will stand for
+        return True
 
 
 def device(name: str) -> torch.device:
@@ -72,11 +128,43 @@ def device(name: str) -> torch.device:
 
 def byte_count(text: str) -> int:
     """A number of bytes: 1048576, 512MiB, 16GiB."""
-    for suffix, factor in (("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30), ("", 1)):
-        number = text.removesuffix(suffix)
-        if text.endswith(suffix) and number.isdecimal() and int(number) > 0:
-            return int(number) * factor
-    raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes, such as 512MiB or 16GiB")
+    try:
+        return units.byte_count(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def whole(text: str) -> int:
+    """A whole number, not negative."""
+    if text.isdecimal():
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+
+
+def switch(text: str) -> bool:
+    """What a variable says that stands for an option without a value."""
+    if text.lower() in ("1", "true", "yes"):
+        return True
+    if text.lower() in ("0", "false", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither 1 nor 0")
+
+
+def file(text: str) -> Path:
+    """The path of a file that can be read."""
+    path = Path(text)
+    try:
+        with path.open("rb"):
+            return path
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from None
+
+
+def log_format(text: str) -> str:
+    """How lines are logged."""
+    if text not in ("auto", "json", "text"):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, json, text")
+    return text
 
 
 def seconds(text: str) -> float:
@@ -87,6 +175,13 @@ def seconds(text: str) -> float:
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"{text!r} is no time in seconds")
+
+
+def some_seconds(text: str) -> float:
+    """A time in seconds, more than none."""
+    if (value := seconds(text)) > 0:
+        return value
+    raise argparse.ArgumentTypeError(f"{text!r} is no time to wait")
 
 
 def folders(text: str) -> tuple[Path, ...]:
@@ -110,24 +205,16 @@ def prefixes(text: str) -> tuple[str, ...]:
     return found
 
 
-def default_model_bytes() -> int:
-    """Three quarters of the memory that this process may use."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else "max"
-    return min(memory, int(text) if text.isdecimal() else memory) * 3 // 4
-
+_MOST = str(total_memory() * 3 // 4)
 
 _OPTIONS = (
     ("address", str, "127.0.0.1:50051", "where to serve gRPC; port 0 takes a free one"),
     ("metrics-address", str, "127.0.0.1:9464", "where to serve /metrics; empty serves none"),
     ("device", device, "auto", "where to prune: auto, cpu, cuda or cuda:N"),
-    (
-        "max-model-bytes",
-        byte_count,
-        str(default_model_bytes()),
-        "the largest model, by default 3/4 of the memory",
-    ),
+    ("max-model-bytes", byte_count, _MOST, "the largest model, by default 3/4 of the memory"),
+    ("memory-limit", byte_count, _MOST, "of all models in service, by default the same"),
+    ("queue-size", whole, "64", "requests that may wait for memory"),
+    ("idle-timeout", some_seconds, "60", "seconds in which a message has to come, or be taken"),
     ("drain-timeout", seconds, "30", "seconds that running requests get at SIGTERM"),
     ("store-dir", Path, None, "where checkpoints are kept; else a temporary folder"),
     (
@@ -140,4 +227,13 @@ _OPTIONS = (
     ("work-memory", byte_count, "1GiB", "for one request on a checkpoint, beside mapped files"),
     ("allow-path", folders, "", "folders of file:// URIs that requests may name, parted by ','"),
     ("allow-uri", prefixes, "", "beginnings of other URIs, such as s3://bucket/models, likewise"),
+    ("tls-cert", file, None, "the certificate to serve with, and its chain: PEM"),
+    ("tls-key", file, None, "its private key: PEM, without a password"),
+    ("tls-client-ca", file, None, "authorities; callers then need a certificate of theirs: PEM"),
+    ("tokens-file", file, None, "tenants and their tokens: TOML; callers then need a token"),
+    ("metrics-token-file", file, None, "the token that scrapers have to send"),
+    ("insecure", switch, False, "serve other machines without TLS and tokens"),
+    ("log-format", log_format, "auto", "json, text, or auto: text on a terminal"),
+    ("otlp-endpoint", str, None, "where traces go: http://HOST:PORT, needs secateur[otel]"),
+    ("check", switch, False, "say what the server would do, and end"),
 )

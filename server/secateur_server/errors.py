@@ -27,7 +27,13 @@ RequestError
     UriNotFound             NOT_FOUND           there is nothing
     UriFailed               FAILED_PRECONDITION cannot be read, or written
     UriChanged              ABORTED             while it was read
+    QueueFull               RESOURCE_EXHAUSTED  too many wait; RetryInfo says when to come again
+    QuotaExceeded           RESOURCE_EXHAUSTED  above what the tenant may have
+    Unauthenticated         UNAUTHENTICATED     no token, or an unknown one
+    IdleTimeout             DEADLINE_EXCEEDED   nothing came, or was taken, in --idle-timeout
     Stopped                 CANCELLED           the caller has left
+    Late                    DEADLINE_EXCEEDED   its time is up
+    Defect                  INTERNAL            a defect of the server
 """
 
 from typing import ClassVar
@@ -51,10 +57,12 @@ class RequestError(Exception):
     """A request that cannot be served.
 
     field: the path of the request's field at fault, as google.rpc.BadRequest has it.
+    retry_after: seconds after which the same call may be served; None where it never is.
     """
 
     status: ClassVar[str] = "INVALID_ARGUMENT"
     reason: ClassVar[str]
+    retry_after: float | None = None
 
     def __init__(self, field: str, message: str) -> None:
         # HTTP/2 peers take 8 KiB of trailers, where all this stands three times, once in hex.
@@ -145,6 +153,7 @@ class OutOfMemory(RequestError):
 
     status = "RESOURCE_EXHAUSTED"
     reason = "OUT_OF_MEMORY"
+    retry_after = 5.0
 
 
 class StoreFull(RequestError):
@@ -203,8 +212,54 @@ class UriChanged(RequestError):
     reason = "URI_CHANGED"
 
 
+class QueueFull(RequestError):
+    """Too many calls wait already."""
+
+    status = "RESOURCE_EXHAUSTED"
+    reason = "QUEUE_FULL"
+
+    def __init__(self, field: str, message: str, retry_after: float) -> None:
+        super().__init__(field, message)
+        self.retry_after = retry_after
+
+
+class QuotaExceeded(RequestError):
+    """The call needs more than its tenant may ever have."""
+
+    status = "RESOURCE_EXHAUSTED"
+    reason = "QUOTA_EXCEEDED"
+
+
+class Unauthenticated(RequestError):
+    """The call has no token, or one that is not known."""
+
+    status = "UNAUTHENTICATED"
+    reason = "UNAUTHENTICATED"
+
+
+class IdleTimeout(RequestError):
+    """Nothing came from the caller, or it took nothing, for too long."""
+
+    status = "DEADLINE_EXCEEDED"
+    reason = "IDLE_TIMEOUT"
+
+
 class Stopped(RequestError):
-    """The caller has left, or its time is up."""
+    """The caller has left."""
 
     status = "CANCELLED"
     reason = "CANCELLED"
+
+
+class Late(RequestError):
+    """The caller's time is up."""
+
+    status = "DEADLINE_EXCEEDED"
+    reason = "DEADLINE_EXCEEDED"
+
+
+class Defect(RequestError):
+    """The server has a defect."""
+
+    status = "INTERNAL"
+    reason = "INTERNAL"

@@ -12,10 +12,13 @@ from secateur_server.wire.writer import Bytes, OutgoingFile, watched_parts
 
 
 class Landing:
-    """What a call brings is held until it ends; what it could not end, so that it may go on."""
+    """What a call brings is held until it ends; what it could not end, so that it may go on.
 
-    def __init__(self, store: Store, owner: str) -> None:
-        self._store, self._owner = store, owner
+    quota: bytes that the owner may have in the store; None is no bound.
+    """
+
+    def __init__(self, store: Store, owner: str, quota: int | None = None) -> None:
+        self._store, self._owner, self._quota = store, owner, quota
         self._uploads: list[Upload] = []
 
     def land(
@@ -35,7 +38,9 @@ class Landing:
         is_resumable: whether what has come of it is held, when the call breaks.
         Errors: InvalidRequest, InvalidStateDict, StoreFull, TakenOver, DataLoss, Stopped.
         """
-        upload = self._store.uploads.begin(self._owner, size, digest, offset, field, is_resumable)
+        upload = self._store.uploads.begin(
+            self._owner, size, digest, offset, field, is_resumable, self._quota
+        )
         self._uploads.append(upload)
         for part in watched_parts(parts):
             self._store.uploads.write(upload, part)

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextvars import copy_context
 from functools import partial
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ import grpc
 from secateur_proto import pruner_pb2 as pb
 from secateur_proto.codec import SINGLE, Data, Decoder, encode
 from secateur_server.devices.cpu import one_thread
-from secateur_server.devices.watch import watch, watched
+from secateur_server.devices.watch import watch
 from secateur_server.errors import CheckpointNotFound, InvalidRequest
 from secateur_server.landing import Landing
 from secateur_server.messages.checkpoint import checkpoint_message, file_message, progress_message
@@ -20,7 +21,7 @@ from secateur_server.messages.report import encode_report
 from secateur_server.messages.spec import decode_spec
 from secateur_server.messages.stream import Bytes, open_request, responses
 from secateur_server.model import Model, masks_of, packed_masks
-from secateur_server.operate.callers import owner_of
+from secateur_server.operate.calls import this_call
 from secateur_server.pruning.catalog import resolve
 from secateur_server.pruning.measure import fold
 from secateur_server.pruning.prune import prune
@@ -61,8 +62,8 @@ class Pruner:
         if header.destination_uri and header.output == pb.OUTPUT_NONE:
             raise InvalidRequest("header.destination_uri", "OUTPUT_NONE writes nothing there")
         with ExitStack() as held:
-            work = partial(self._prune, header, rules, data, owner_of(context), held)
-            result, files = yield from self._run(work, header, context, pb.PruneResponse)
+            work = partial(self._prune, header, rules, data, held)
+            result, files = yield from self._run(work, header, pb.PruneResponse)
             yield from self._answer(pb.PruneResponse, result, files)
 
     def prune_single(
@@ -80,28 +81,32 @@ class Pruner:
         header: pb.PruneHeader,
         rules: Sequence[Rule],
         data: Iterator[Bytes],
-        owner: str,
         held: ExitStack,
     ) -> tuple[pb.PruneResult, Files]:
         """What to answer. Weights that are no part of it are given back before it is sent."""
-        landing = held.enter_context(Landing(self._sources.store, owner)) if header.keep else None
+        owner = this_call().tenant.owner
+        landing = held.enter_context(self._sources.landing()) if header.keep else None
         extras = {name for rule in rules for name in rule.extras()}
-        incoming = self._sources.open(header, data, extras, owner, held, landing)
+        incoming = self._sources.open(header, data, extras, held, landing)
         model = incoming.model
         rules = resolve(rules, model.catalog)
         is_whole = header.output in (pb.OUTPUT_DENSE, pb.OUTPUT_REPARAMETRIZED)
-        incoming.read(None if is_whole else {name for rule in rules for name in rule.names()})
+        read_whole = None if is_whole else {name for rule in rules for name in rule.names()}
+        with watch().stage("receive"):
+            incoming.read(read_whole)
         before = dict(model.parameters)
         with self._turn(incoming):
             watch().begin("prune")
             pruned, outcomes = prune(before, rules, model.extras)
-            files = _prune_output(header.output, model, pruned)
-            digest = files[0].blake3 if len(files) == 1 else ""
-            report = encode_report(pruned.items(), incoming.digest(), digest, outcomes)
+            with watch().stage("encode"):
+                files = _prune_output(header.output, model, pruned)
+                digest = files[0].blake3 if len(files) == 1 else ""
+                report = encode_report(pruned.items(), incoming.digest(), digest, outcomes)
         result = pb.PruneResult(report=report)
         incoming.check_unchanged()
         with self._kept(landing, incoming, pruned, owner, result) if landing else nullcontext():
             written = self._written(header.destination_uri, result, files, incoming)
+        self._sources.metrics.reported(report)
         self._sources.metrics.pruned(before, report)
         return written
 
@@ -132,14 +137,16 @@ class Pruner:
         """Measures a model."""
         first, data = open_request(request_iterator, self._sources.metrics.received)
         header = first.header
-        with ExitStack() as held, watched(self._sources.watch(context)):
-            incoming = self._sources.open(header, data, (), owner_of(context), held)
+        with ExitStack() as held:
+            incoming = self._sources.open(header, data, (), held)
             names = incoming.model.named("header.tensors", header.tensors)
-            incoming.read(names)
+            with watch().stage("receive"):
+                incoming.read(names)
             covered = ((name, incoming.model.parameters[name]) for name in names)
-            with self._turn(incoming):
+            with self._turn(incoming), watch().stage("encode"):
                 report = encode_report(covered, incoming.digest())
             incoming.check_unchanged()
+            self._sources.metrics.reported(report)
             return pb.ReportResponse(report=report)
 
     def Finalize(
@@ -149,24 +156,26 @@ class Pruner:
         first, data = open_request(request_iterator, self._sources.metrics.received)
         header = first.header
         with ExitStack() as held:
-            work = partial(self._finalize, header, data, owner_of(context), held)
-            result, files = yield from self._run(work, header, context, pb.FinalizeResponse)
+            work = partial(self._finalize, header, data, held)
+            result, files = yield from self._run(work, header, pb.FinalizeResponse)
             yield from self._answer(pb.FinalizeResponse, result, files)
 
     def _finalize(
-        self, header: pb.FinalizeHeader, data: Iterator[Bytes], owner: str, held: ExitStack
+        self, header: pb.FinalizeHeader, data: Iterator[Bytes], held: ExitStack
     ) -> tuple[pb.FinalizeResult, Files]:
-        incoming = self._sources.open(header, data, (), owner, held)
+        incoming = self._sources.open(header, data, (), held)
         model = incoming.model
         names = model.named("header.tensors", header.tensors)
-        incoming.read(None)
-        with self._turn(incoming):
+        with watch().stage("receive"):
+            incoming.read(None)
+        with self._turn(incoming), watch().stage("encode"):
             watch().begin("prune")
             files = folded_files(model, {name: model.parameters[name] for name in names})
             digest = files[0].blake3 if len(files) == 1 else ""
             covered = ((name, model.parameters[name]) for name in names)
             report = encode_report(covered, incoming.digest(), digest, are_folded=True)
         incoming.check_unchanged()
+        self._sources.metrics.reported(report)
         result = pb.FinalizeResult(report=report)
         return self._written(header.destination_uri, result, files, incoming)
 
@@ -174,19 +183,13 @@ class Pruner:
         self,
         work: Callable[[], Done],
         header: pb.PruneHeader | pb.FinalizeHeader,
-        context: grpc.ServicerContext,
         make: Callable[..., Any],
     ) -> Generator[Any, None, Done]:
         """What `work` returns; meanwhile tells how far it is, where no data comes with the call."""
-        of_call = self._sources.watch(context)
-
-        def seen() -> Done:
-            with watched(of_call):
-                return work()
-
         if not header.WhichOneof("source"):
-            return seen()
-        future = self._workers.submit(seen)
+            return work()
+        of_call = watch()
+        future = self._workers.submit(copy_context().run, work)
         try:
             while not wait([future], PROGRESS_SECONDS).done:
                 yield make(progress=progress_message(of_call))
@@ -206,7 +209,7 @@ class Pruner:
             return result, files
         watch().begin("write", sum(file.size for file in files))
         check = incoming.check_unchanged  # dense files are read once more as they are written
-        self._sources.uris.write("header.destination_uri", uri, files, check)
+        self._sources.write(uri, files, check)
         return result, []
 
     def _answer(self, make: Callable[..., Any], result: Any, files: Files) -> Iterator[Any]:

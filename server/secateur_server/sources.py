@@ -5,15 +5,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import grpc
 import torch
 
-from secateur_server.devices.watch import Watch
 from secateur_server.errors import InvalidRequest, InvalidStateDict, ModelTooLarge, quote
 from secateur_server.landing import Landing
 from secateur_server.mapped import Extras, map_model, of_blob
 from secateur_server.messages.stream import Bytes
 from secateur_server.model import Model, stored_of, values_of, without_extras
+from secateur_server.operate.admission import Admission
+from secateur_server.operate.calls import this_call
 from secateur_server.operate.metrics import Metrics
 from secateur_server.store.records import StoredFile
 from secateur_server.store.store import Store
@@ -21,6 +21,7 @@ from secateur_server.uris.uris import Uris
 from secateur_server.wire.header import MIN_FILE_BYTES
 from secateur_server.wire.mapped import MappedFile
 from secateur_server.wire.reader import ByteStream, read_header, read_tensors
+from secateur_server.wire.writer import OutgoingFile
 
 
 class HasSource(Protocol):
@@ -64,21 +65,19 @@ class Sources:
     device: torch.device
     max_model_bytes: int
     work_memory: int
+    admission: Admission
     metrics: Metrics
 
-    def watch(self, context: grpc.ServicerContext) -> Watch:
-        """The watch of a call, which stops when the call has ended."""
-        of_call = Watch(self.work_memory, self.store.scratch)
-        if not context.add_callback(of_call.stop):
-            of_call.stop()
-        return of_call
+    def landing(self) -> Landing:
+        """Takes files into the store for this call's tenant, within their quota."""
+        tenant = this_call().tenant
+        return Landing(self.store, tenant.owner, tenant.store)
 
     def open(
         self,
         header: HasSource,
         data: Iterator[Bytes],
         extras: Collection[str],
-        owner: str,
         held: ExitStack,
         keep: Landing | None = None,
     ) -> Incoming:
@@ -102,17 +101,25 @@ class Sources:
             size = header.data_bytes
             landed = keep.land("", size, stream.pieces(size))
             stream.finish()
-            return self._stored((landed,))
-        beside = self._beside(header.data_bytes, data, extras)
+            room = self.admission.admitted("header.data_bytes", min(size, self.work_memory))
+            held.enter_context(room)
+            return self._mapped(self._stored((landed,)), None, ({}, {}), (landed,))
         if source == "checkpoint":
+            owner = this_call().tenant.owner
             opened = held.enter_context(self.store.open(owner, header.checkpoint))
             masks = of_blob(opened.masks) if opened.masks else None
             files = [of_blob(blob) for blob in opened.files]
-            return self._mapped(files, masks, beside, opened.record.files)
-        if keep is not None:
-            return self._stored(self.fetch(keep, header.uri), beside)
-        found = self.uris.open("header.uri", header.uri, held)
-        return self._mapped(found, None, beside, ())
+            stored = opened.record.files
+        elif keep is not None:
+            masks, stored = None, self.fetch(keep, header.uri)
+            files = self._stored(stored)
+        else:
+            masks, stored = None, ()
+            files = self._uris().open("header.uri", header.uri, held)
+        size = sum(len(file.data) for file in files)
+        in_memory = min(size, self.work_memory) + header.data_bytes
+        held.enter_context(self.admission.admitted("header.data_bytes", in_memory))
+        return self._mapped(files, masks, self._beside(header.data_bytes, data, extras), stored)
 
     def stream(self, data: Iterator[Bytes], file_bytes: int, is_hashed: bool = True) -> ByteStream:
         """The file of a call's data.  Errors: InvalidRequest, ModelTooLarge."""
@@ -130,19 +137,26 @@ class Sources:
     def fetch(self, landing: Landing, uri: str) -> tuple[StoredFile, ...]:
         """Stores what a URI names."""
         with ExitStack() as held:
-            found = self.uris.open("header.uri", uri, held)
+            found = self._uris().open("header.uri", uri, held)
             files = []
             for file in found:
                 files.append(landing.land(file.filename, len(file.data), [file.data]))
                 file.check_unchanged()
             return tuple(files)
 
+    def _uris(self) -> Uris:
+        return self.uris.among(this_call().tenant.allow)
+
+    def write(self, uri: str, files: Sequence[OutgoingFile], check: Callable[[], None]) -> None:
+        """Writes files to a destination, as Uris.write."""
+        self._uris().write("header.destination_uri", uri, files, check)
+
     def _received(
         self, file_bytes: int, data: Iterator[Bytes], extras: Collection[str], held: ExitStack
     ) -> Incoming:
         """A model that the call itself carries."""
         stream = self.stream(data, file_bytes)
-        held.enter_context(self.metrics.holding(file_bytes))
+        held.enter_context(self.admission.admitted("header.data_bytes", file_bytes))
         header = read_header(stream)
         model = without_extras(header, extras)
 
@@ -169,10 +183,9 @@ class Sources:
         values = {name: tensor.values() for name, tensor in read}
         return stored_of(header.entries), {n: v for n, v in values.items() if v is not None}
 
-    def _stored(self, files: tuple[StoredFile, ...], beside: Extras = ({}, {})) -> Incoming:
-        """A model that has just come into the store."""
-        blobs = [of_blob(blob) for blob in self.store.open_files("data", files)]
-        return self._mapped(blobs, None, beside, files)
+    def _stored(self, files: tuple[StoredFile, ...]) -> list[MappedFile]:
+        """Files that have just come into the store."""
+        return [of_blob(blob) for blob in self.store.open_files("data", files)]
 
     def _mapped(
         self,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import grpc
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RequestInfo, RetryInfo
 from grpc_status import rpc_status
 from hypothesis import settings
 from prometheus_client.parser import text_string_to_metric_families
@@ -63,7 +63,7 @@ def read_failure(call: grpc.Call) -> Failure:
     info, bad_request = ErrorInfo(), BadRequest()
     status = rpc_status.from_call(call)
     for detail in status.details if status else ():
-        assert detail.Unpack(info) or detail.Unpack(bad_request), detail
+        assert any(map(detail.Unpack, (info, bad_request, RequestInfo(), RetryInfo()))), detail
     return Failure(
         call.code(),
         call.details(),

@@ -55,7 +55,8 @@ def _the_server_goes_on(server: RunningServer, channel: grpc.Channel) -> Iterato
 
 @pytest.fixture(scope="module")
 def confined_to() -> Iterator[RunningServer]:
-    with confined_server("--max-model-bytes", str(1 << 61)) as running:
+    no_limits = ("--max-model-bytes", str(1 << 61), "--memory-limit", str(1 << 61))
+    with confined_server(*no_limits) as running:
         yield running
 
 

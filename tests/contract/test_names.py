@@ -134,6 +134,8 @@ def test_the_metrics_have_their_names(server: RunningServer) -> None:
 
 
 def test_every_option_of_the_server_is_a_variable_too(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
     options = {
         "address": "127.0.0.1:1",
         "metrics-address": "127.0.0.1:2",
@@ -146,6 +148,15 @@ def test_every_option_of_the_server_is_a_variable_too(tmp_path: Path) -> None:
         "work-memory": "3GiB",
         "allow-path": f"/,{tmp_path}",
         "allow-uri": "s3://bucket/models",
+        "memory-limit": "4GiB",
+        "queue-size": "3",
+        "idle-timeout": "6",
+        **dict.fromkeys(("tls-cert", "tls-key", "tls-client-ca"), str(file)),
+        **dict.fromkeys(("tokens-file", "metrics-token-file"), str(file)),
+        "insecure": "1",
+        "log-format": "json",
+        "otlp-endpoint": "http://localhost:4317",
+        "check": "1",
     }
     names = {name: f"SECATEUR_{name.upper().replace('-', '_')}" for name in options}
     config = read_config([f"--{name}={value}" for name, value in options.items()], {})

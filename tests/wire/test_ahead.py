@@ -2,35 +2,45 @@
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from secateur_server.errors import IdleTimeout
 from secateur_server.wire.ahead import DEPTH, ahead
 from tests.conftest import eventually
 from tests.contract.raw import unhurried
 
 
+@pytest.fixture(scope="module")
+def receivers() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
+
+
 @unhurried
-@given(st.lists(st.binary(max_size=4), max_size=20))
-def test_the_same_items_come_in_their_order(items: list[bytes]) -> None:
-    assert list(ahead(iter(items))) == items
+@given(items=st.lists(st.binary(max_size=4), max_size=20))
+def test_the_same_items_come_in_their_order(
+    receivers: ThreadPoolExecutor, items: list[bytes]
+) -> None:
+    assert list(ahead(iter(items), receivers)) == items
 
 
-def test_what_raises_does_so_in_its_turn() -> None:
+def test_what_raises_does_so_in_its_turn(receivers: ThreadPoolExecutor) -> None:
     def items() -> Iterator[int]:
         yield 1
         yield 2
         raise ValueError("here")
 
-    received = ahead(items())
+    received = ahead(items(), receivers)
     assert (next(received), next(received)) == (1, 2)
     with pytest.raises(ValueError, match="here"):
         next(received)
 
 
-def test_no_more_is_received_than_waits() -> None:
+def test_no_more_is_received_than_waits(receivers: ThreadPoolExecutor) -> None:
     made: list[int] = []
 
     def items() -> Iterator[int]:
@@ -38,21 +48,34 @@ def test_no_more_is_received_than_waits() -> None:
             made.append(number)
             yield number
 
-    received = ahead(items())
+    received = ahead(items(), receivers)
     assert next(received) == 0
-    # One was taken, DEPTH wait, and one more is held by the thread that has no room for it.
-    eventually(lambda: len(made), DEPTH + 2)
     threading.Event().wait(0.1)
-    assert len(made) == DEPTH + 2
-    assert list(received) == list(range(1, 100))
+    assert len(made) == 1  # whoever has asked for one item may have to wait before the next
+    assert next(received) == 1
+    eventually(lambda: len(made), 2 + DEPTH)
+    threading.Event().wait(0.1)
+    assert len(made) == 2 + DEPTH
+    assert list(received) == list(range(2, 100))
 
 
-def test_a_reader_that_leaves_ends_the_thread() -> None:
-    def threads() -> int:
-        return sum(thread.name == "ahead" for thread in threading.enumerate())
+def test_an_item_that_does_not_come_is_not_waited_for(receivers: ThreadPoolExecutor) -> None:
+    comes = threading.Event()
 
-    before = threads()
-    received = ahead(iter(range(100)))
-    assert next(received) == 0
-    received.close()  # type: ignore[attr-defined]
-    eventually(threads, before)
+    def items() -> Iterator[int]:
+        yield 1
+        comes.wait()
+
+    received = ahead(items(), receivers, timeout=0.2)
+    assert next(received) == 1
+    with pytest.raises(IdleTimeout, match=r"no message has come for 0\.2 seconds"):
+        next(received)
+    comes.set()
+
+
+def test_a_reader_that_leaves_gives_its_thread_back() -> None:
+    with ThreadPoolExecutor(1) as receivers:
+        received = ahead(iter(range(100)), receivers)
+        assert next(received) == 0
+        received.close()  # type: ignore[attr-defined]
+        assert list(ahead(iter([1]), receivers)) == [1]  # there is but one thread

@@ -1,12 +1,23 @@
 """How far a call has come, and whether it is to stop: seen by all loops over pieces."""
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 
 from secateur_server.errors import Stopped
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a call did.  begun, ended: nanoseconds since 1970.  seconds: of all threads at it."""
+
+    begun: int
+    ended: int
+    seconds: float
 
 
 class Watch:
@@ -17,6 +28,7 @@ class Watch:
     now: what it does (fetch, read, prune or write), of how many bytes (0 where nobody knows), and
     what `done` was before; in one, so that who looks at it sees no half of two.
     done: bytes of all phases.  read: bytes of the model.  share: of the whole, as last told.
+    stages: by name, receive, score, select, encode and send.
     """
 
     def __init__(self, work_memory: int | None = None, scratch: Path | None = None) -> None:
@@ -24,6 +36,8 @@ class Watch:
         self.now = "", 0, 0
         self.done = self.read = 0
         self.share = 0.0
+        self.stages: dict[str, Stage] = {}
+        self._lock = threading.Lock()
         self._is_stopped = threading.Event()
 
     def stop(self) -> None:
@@ -34,6 +48,21 @@ class Watch:
         """Errors: Stopped."""
         if self._is_stopped.is_set():
             raise Stopped("call", "the caller has left")
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times the block as a part of a stage; other threads may be at the same one."""
+        now, begun = time.time_ns(), time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - begun
+            ended = now + int(seconds * 1e9)
+            with self._lock:
+                before = self.stages.get(name, Stage(now, ended, 0.0))
+                self.stages[name] = Stage(
+                    min(before.begun, now), max(before.ended, ended), before.seconds + seconds
+                )
 
     def begin(self, phase: str, total: int = 0) -> None:
         """A new phase begins."""
@@ -58,8 +87,9 @@ def watch() -> Watch:
 @contextmanager
 def watched(watch: Watch) -> Iterator[None]:
     """What this thread does in the block is seen by `watch`."""
-    token = _current.set(watch)
+    before = _current.get()
+    _current.set(watch)
     try:
         yield
-    finally:
-        _current.reset(token)
+    finally:  # not by a token: a generator that is thrown away may end in another thread
+        _current.set(before)

@@ -1,16 +1,200 @@
-"""Who calls."""
+"""Who calls: tenants, and the tokens by which they are known."""
 
-import grpc
+import hashlib
+import hmac
+import logging
+import os
+import threading
+import time
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 from blake3 import blake3
 
+from secateur_server.errors import Unauthenticated
+from secateur_server.operate.units import byte_count
 
-def owner_of(context: grpc.ServicerContext) -> str:
-    """Whose checkpoints a call sees: one owner for each token, and one for those without.
+log = logging.getLogger(__name__)
 
-    Returns: hexadecimal digits, of which the token cannot be found out.
+# How often the file of tokens is looked at.
+LOOK_SECONDS = 1.0
+# Shorter ones can be found by trying.
+LEAST_CHARACTERS = 16
+_HASHED = "sha256:"
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """Who calls, and what is theirs. None is no quota.
+
+    owner: whose checkpoints they see.  memory: bytes of models served at once.
+    requests: served at once.  store: bytes of checkpoints.
+    allow: beginnings of URIs, of those that the server allows; None is all of them.
     """
-    for key, value in context.invocation_metadata() or ():
-        if key == "authorization":
-            text = value.encode() if isinstance(value, str) else value
-            return blake3(b"secateur owner\n" + text).hexdigest()[:32]
-    return "0" * 32
+
+    name: str
+    owner: str
+    memory: int | None = None
+    requests: int | None = None
+    store: int | None = None
+    allow: tuple[str, ...] | None = None
+
+
+ANYBODY = Tenant("", "0" * 32)
+
+
+class BadTokens(Exception):
+    """A file of tokens that cannot be used."""
+
+
+class Callers:
+    """Finds out who calls. Without a file everybody may, and each token has its own checkpoints.
+
+    reloaded: is called with whether the file could be read, each time that it has changed.
+    """
+
+    def __init__(self, path: Path | None, reloaded: Callable[[bool], None]) -> None:
+        self._path, self._reloaded = path, reloaded
+        self._lock = threading.Lock()
+        self._looked = time.monotonic()
+        self._version = _version(path) if path else None
+        self._tenants = read_tokens(path) if path else {}
+
+    @property
+    def tenants(self) -> list[Tenant]:
+        """Those of the file."""
+        return list(self._tenants.values())
+
+    def caller(self, metadata: Mapping[str, str | bytes]) -> Tenant:
+        """The tenant of a call's metadata.  Errors: Unauthenticated."""
+        value = metadata.get("authorization", "")
+        text = value.encode() if isinstance(value, str) else value
+        if self._path is None:
+            return Tenant("", _owner_of(text)) if text else ANYBODY
+        scheme, _, token = text.partition(b" ")
+        if scheme.lower() != b"bearer" or not token:
+            raise Unauthenticated("authorization", "this server asks for a bearer token")
+        self._look(self._path)
+        found, asked = None, hashlib.sha256(token.strip()).digest()
+        for digest, tenant in self._tenants.items():  # all of them: the time tells nothing
+            if hmac.compare_digest(digest, asked):
+                found = tenant
+        if found is None:
+            raise Unauthenticated("authorization", "the token is not known")
+        return found
+
+    def _look(self, path: Path) -> None:
+        """Reads the file again where it has changed; one that is wrong changes nothing."""
+        with self._lock:
+            if time.monotonic() - self._looked < LOOK_SECONDS:
+                return
+            self._looked = time.monotonic()
+            if (version := _version(path)) == self._version:
+                return
+            self._version = version
+            try:
+                self._tenants = read_tokens(path)
+            except BadTokens as error:
+                log.error("the tokens stay as they were: %s", error)
+                self._reloaded(False)
+            else:
+                log.info("read %d tokens from %s", len(self._tenants), path)
+                self._reloaded(True)
+
+
+def _version(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def _owner_of(text: bytes) -> str:
+    """An owner's name, of which the token cannot be found out."""
+    return blake3(b"secateur owner\n" + text).hexdigest()[:32]
+
+
+def read_tokens(path: Path) -> dict[bytes, Tenant]:
+    """The tenants of a TOML file, by the SHA-256 of each of their tokens.
+
+        [tenants.vision]
+        tokens = ["...", "sha256:..."]   # at least 16 characters, or the hex SHA-256 of them
+        memory = "8GiB"                  # of models served at once
+        requests = 8                     # served at once
+        store = "100GiB"                 # of checkpoints
+        allow = ["file:///models/vision", "s3://bucket/vision"]
+
+    Errors: BadTokens.
+    """
+    try:
+        tables = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise BadTokens(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadTokens(f"{path} is no TOML: {error}") from None
+    tenants = tables.pop("tenants", None)
+    if not isinstance(tenants, dict) or not tenants or tables:
+        raise BadTokens(f"{path} has tables [tenants.NAME], at least one, and nothing else")
+    found: dict[bytes, Tenant] = {}
+    for name, table in tenants.items():
+        tenant, digests = _tenant(f"{path}: tenants.{name}", name, table)
+        if digests & found.keys():
+            raise BadTokens(f"{path}: tenants.{name}: a token is another tenant's as well")
+        found |= dict.fromkeys(digests, tenant)
+    return found
+
+
+def _tenant(where: str, name: str, table: Any) -> tuple[Tenant, set[bytes]]:
+    """Errors: BadTokens, which tells no token."""
+    if not isinstance(table, dict):
+        raise BadTokens(f"{where} is no table")
+    rest = dict(table)
+    tokens = _texts(where, "tokens", rest.pop("tokens", ()))
+    if not tokens:
+        raise BadTokens(f"{where}.tokens: there is none")
+    requests = rest.pop("requests", None)
+    if requests is not None and (type(requests) is not int or requests < 1):
+        raise BadTokens(f"{where}.requests: {requests!r} is no number of requests")
+    allow = rest.pop("allow", None)
+    tenant = Tenant(
+        name,
+        _owner_of(b"tenant\n" + name.encode()),
+        _bytes(where, "memory", rest.pop("memory", None)),
+        requests,
+        _bytes(where, "store", rest.pop("store", None)),
+        None if allow is None else _texts(where, "allow", allow),
+    )
+    if rest:
+        raise BadTokens(f"{where}: there is no {next(iter(rest))!r}")
+    return tenant, {_digest(where, token) for token in tokens}
+
+
+def _texts(where: str, key: str, values: Any) -> tuple[str, ...]:
+    if isinstance(values, list | tuple) and all(isinstance(value, str) for value in values):
+        return tuple(values)
+    raise BadTokens(f"{where}.{key}: is no list of texts")
+
+
+def _bytes(where: str, key: str, value: Any) -> int | None:
+    try:
+        return None if value is None else byte_count(str(value))
+    except ValueError as error:
+        raise BadTokens(f"{where}.{key}: {error}") from None
+
+
+def _digest(where: str, token: str) -> bytes:
+    if not token.startswith(_HASHED):
+        if len(token) < LEAST_CHARACTERS:
+            raise BadTokens(f"{where}.tokens: one has less than {LEAST_CHARACTERS} characters")
+        return hashlib.sha256(token.encode()).digest()
+    try:
+        digest = bytes.fromhex(token.removeprefix(_HASHED))
+    except ValueError:
+        digest = b""
+    if len(digest) != 32:
+        raise BadTokens(f"{where}.tokens: what follows {_HASHED} is no hex SHA-256")
+    return digest

@@ -1,21 +1,22 @@
 """What Prometheus sees. The RPC level has go-grpc-prometheus's names, which dashboards know."""
 
 import platform
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from importlib.metadata import version
 
-import grpc
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 
 from secateur_proto.report_pb2 import SparsityReport
-from secateur_server.operate.around import Method
+from secateur_server.devices.memory import memory_of
+from secateur_server.errors import RequestError
+from secateur_server.operate.calls import Call, Method, this_call
 from secateur_server.pruning.spec import Parameter
 
 # From a LeNet, about 1 ms, to tens of GB, minutes.
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180, 600)
+SHARES = (0.1, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1)
+STAGES = ("receive", "score", "select", "encode", "send")
 
 _METHOD = ("grpc_type", "grpc_service", "grpc_method")
 _PRUNER = "secateur.v1.Pruner"
@@ -38,8 +39,21 @@ class Metrics:
     """The metrics of one server, in a registry of their own."""
 
     def __init__(self, device: torch.device) -> None:
-        self.registry = registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self._of_calls()
+        self._of_work()
+        self._of_store()
+        self._of_device(device)
+        self._reloads = Counter(
+            "secateur_reloads_total",
+            "Changed files of the operator that were read again, or could not be.",
+            ("file", "result"),
+            registry=self.registry,
+        )
+
+    def _of_calls(self) -> None:
+        registry = self.registry
         self._started = Counter(
             "grpc_server_started_total", "RPCs started on the server.", _METHOD, registry=registry
         )
@@ -56,45 +70,65 @@ class Metrics:
             buckets=SECONDS,
             registry=registry,
         )
-        self._received = Counter(
-            "secateur_received_bytes_total", "Bytes of models received.", registry=registry
-        )
-        self._sent = Counter(
-            "secateur_sent_bytes_total", "Bytes of masks and models sent.", registry=registry
-        )
-        self._pruned = Counter(
-            "secateur_pruned_elements_total",
-            "Elements that were pruned and had not been before.",
-            registry=registry,
-        )
-        self._in_flight = Gauge(
-            "secateur_requests_in_flight", "RPCs that are being served.", registry=registry
-        )
-        self._held = Gauge(
-            "secateur_model_bytes", "Bytes of the models that are being served.", registry=registry
-        )
-        self._store_bytes = Gauge(
-            "secateur_store_bytes", "Bytes of checkpoints on disk.", registry=registry
-        )
-        self._store_limit = Gauge(
-            "secateur_store_limit_bytes", "Bytes that checkpoints may take.", registry=registry
-        )
-        self._checkpoints = Gauge("secateur_checkpoints", "Checkpoints kept.", registry=registry)
-        self._evictions = Counter(
-            "secateur_evictions_total",
-            "Checkpoints that were let go, by reason: room for others, or ttl.",
+        self._in_flight = self._gauge("requests_in_flight", "RPCs that are being served.")
+        self._rejected = Counter(
+            "secateur_rejected_requests_total",
+            "RPCs that failed, by the reason that google.rpc.ErrorInfo gives.",
             ("reason",),
             registry=registry,
         )
-        self._evicted = Counter(
-            "secateur_evicted_bytes_total", "Bytes on disk that evictions freed.", registry=registry
+        for method in _METHODS:  # a counter that is not there yet hides its first increase
+            self._started.labels(method.kind, method.service, method.name)
+            self._handled.labels(method.kind, method.service, method.name, "OK")
+        for reason in _reasons():
+            self._rejected.labels(reason)
+
+    def _of_work(self) -> None:
+        self._received = self._counter("received_bytes_total", "Bytes of models received.")
+        self._sent = self._counter("sent_bytes_total", "Bytes of masks and models sent.")
+        self._elements = self._counter("elements_total", "Elements of tensors that were reported.")
+        self._pruned = self._counter(
+            "pruned_elements_total", "Elements that were pruned and had not been before."
         )
-        self._resumed = Counter(
-            "secateur_uploads_resumed_total", "Uploads that went on.", registry=registry
+        self._stages = Histogram(
+            "secateur_stage_seconds",
+            "Time of a call in each stage; of all threads that were at it.",
+            ("stage",),
+            buckets=SECONDS,
+            registry=self.registry,
         )
-        for reason in ("room", "ttl"):
+        for stage in STAGES:
+            self._stages.labels(stage)
+        self._queue = self._histogram("queue_seconds", "Wait of a call for memory.", SECONDS)
+        self._time_to_report = self._histogram(
+            "time_to_report_seconds", "Time from the start of a call to its report.", SECONDS
+        )
+        self._sparsity = self._histogram(
+            "result_sparsity_ratio", "Share of zeros in the tensors that were pruned.", SHARES
+        )
+
+    def _of_store(self) -> None:
+        self._store_bytes = self._gauge("store_bytes", "Bytes of checkpoints on disk.")
+        self._store_limit = self._gauge("store_limit_bytes", "Bytes that checkpoints may take.")
+        self._checkpoints = self._gauge("checkpoints", "Checkpoints kept.")
+        self._evictions = Counter(
+            "secateur_evictions_total",
+            "Checkpoints that were let go, by reason: room for others, quota, or ttl.",
+            ("reason",),
+            registry=self.registry,
+        )
+        for reason in ("room", "quota", "ttl"):
             self._evictions.labels(reason)
-        Info("secateur_build", "Versions, and the device.", registry=registry).info(
+        self._evicted = self._counter("evicted_bytes_total", "Bytes on disk that evictions freed.")
+        self._broken = self._counter("uploads_broken_total", "Uploads that ended half way.")
+        self._resumed = self._counter("uploads_resumed_total", "Uploads that went on.")
+
+    def _of_device(self, device: torch.device) -> None:
+        used = self._gauge("device_memory_used_bytes", "Memory of the device in use, by anybody.")
+        free = self._gauge("device_memory_free_bytes", "Memory of the device that is free.")
+        used.set_function(lambda: memory_of(device)[0])
+        free.set_function(lambda: memory_of(device)[1])
+        Info("secateur_build", "Versions, and the device.", registry=self.registry).info(
             {
                 "version": version("secateur"),
                 "torch": torch.__version__,
@@ -102,34 +136,46 @@ class Metrics:
                 "device": str(device),
             }
         )
-        for method in _METHODS:  # a counter that is not there yet hides its first increase
-            self._started.labels(method.kind, method.service, method.name)
-            self._handled.labels(method.kind, method.service, method.name, "OK")
 
-    @contextmanager
-    def calls(self, method: Method, context: grpc.ServicerContext) -> Iterator[None]:
-        """Counts and times a call."""
-        # A Prune of one message is served as if it were unary.
-        kind = _KIND_OF.get((method.service, method.name), method.kind)
-        labels = (kind, method.service, method.name)
-        self._started.labels(*labels).inc()
-        begun, failed = time.perf_counter(), True
-        try:
-            with self._in_flight.track_inprogress():
-                yield
-            failed = False
-        finally:
-            self._handling.labels(*labels).observe(time.perf_counter() - begun)
-            self._handled.labels(*labels, code_of(context, failed)).inc()
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(f"secateur_{name}", text, registry=self.registry)
 
-    @contextmanager
-    def holding(self, model_bytes: int) -> Iterator[None]:
-        """Counts a model as held."""
-        self._held.inc(model_bytes)
-        try:
-            yield
-        finally:
-            self._held.dec(model_bytes)
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"secateur_{name}", text, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"secateur_{name}", text, buckets=buckets, registry=self.registry)
+
+    def began(self, call: Call) -> None:
+        """Counts a call as begun."""
+        self._started.labels(*_labels(call.method)).inc()
+        self._in_flight.inc()
+
+    def ended(self, call: Call) -> None:
+        """Counts and times a call, and what it did."""
+        labels = _labels(call.method)
+        self._in_flight.dec()
+        self._handling.labels(*labels).observe(call.seconds)
+        self._handled.labels(*labels, call.code).inc()
+        if call.reason:
+            self._rejected.labels(call.reason).inc()
+        for name, stage in call.watch.stages.items():
+            self._stages.labels(name).observe(stage.seconds)
+        if call.queued is not None:
+            self._queue.observe(call.queued)
+        if call.time_to_report is not None:
+            self._time_to_report.observe(call.time_to_report)
+
+    def of_admission(
+        self, held: Callable[[], int], limit: int, waiting: Callable[[], int], most_waiting: int
+    ) -> None:
+        """Shows what is in service and what waits, and their limits."""
+        self._gauge(
+            "model_bytes", "Bytes of memory of the models that are being served."
+        ).set_function(held)
+        self._gauge("memory_limit_bytes", "Bytes that these may take.").set(limit)
+        self._gauge("requests_waiting", "RPCs that wait for memory.").set_function(waiting)
+        self._gauge("queue_limit", "RPCs that may wait.").set(most_waiting)
 
     def of_store(self, used: Callable[[], int], count: Callable[[], int], limit: int) -> None:
         """Shows a store: the bytes and the number of its checkpoints, and its limit."""
@@ -137,10 +183,18 @@ class Metrics:
         self._checkpoints.set_function(count)
         self._store_limit.set(limit)
 
+    def reloaded(self, file: str, is_good: bool) -> None:
+        """Counts a file that has changed, and was read again or could not be."""
+        self._reloads.labels(file, "ok" if is_good else "failed").inc()
+
     def evicted(self, reason: str, count: int) -> None:
         """Counts a checkpoint that was let go, and the bytes that this freed."""
         self._evictions.labels(reason).inc()
         self._evicted.inc(count)
+
+    def broken(self) -> None:
+        """Counts an upload that ended half way."""
+        self._broken.inc()
 
     def resumed(self) -> None:
         """Counts an upload that went on from where it broke."""
@@ -149,29 +203,40 @@ class Metrics:
     def received(self, count: int) -> None:
         """Counts bytes of models that came."""
         self._received.inc(count)
+        this_call().received += count
 
     def sent(self, count: int) -> None:
         """Counts bytes of results that went."""
         self._sent.inc(count)
+        this_call().sent += count
+
+    def reported(self, report: SparsityReport) -> None:
+        """Counts the elements of a report, which is there now."""
+        self._elements.inc(report.total)
+        call = this_call()
+        call.elements, call.sparsity = report.total, report.sparsity
+        call.time_to_report = call.seconds
 
     def pruned(self, before: Mapping[str, Parameter], report: SparsityReport) -> None:
         """Counts the elements that became pruned."""
+        count = 0
         for tensor in report.tensors:
             mask = before[tensor.name].mask
-            pruned_before = 0 if mask is None else mask.elements - mask.kept
-            self._pruned.inc(tensor.pruned - pruned_before)
+            count += tensor.pruned - (0 if mask is None else mask.elements - mask.kept)
+        self._pruned.inc(count)
+        self._sparsity.observe(report.sparsity)
+        this_call().pruned = count
 
 
-def code_of(context: grpc.ServicerContext, failed: bool) -> str:
-    """The status of a call that has ended, as Go spells it."""
-    code: grpc.StatusCode | None = context.code()  # type: ignore[attr-defined]
-    if code is not None:
-        name = code.name
-    elif not failed:
-        name = "OK"
-    elif context.is_active():
-        name = "UNKNOWN"
-    else:  # it ended from outside: by its deadline, or by its caller
-        left = context.time_remaining()
-        name = "DEADLINE_EXCEEDED" if left is not None and left <= 0 else "CANCELLED"
-    return {"OK": "OK", "CANCELLED": "Canceled"}.get(name, name.title().replace("_", ""))
+def _labels(method: Method) -> tuple[str, str, str]:
+    # A Prune of one message is served as if it were unary.
+    kind = _KIND_OF.get((method.service, method.name), method.kind)
+    return kind, method.service, method.name
+
+
+def _reasons() -> Iterator[str]:
+    """All reasons of errors that a call can end with."""
+    kinds = list(RequestError.__subclasses__())
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    return iter(dict.fromkeys(kind.reason for kind in kinds))

@@ -4,19 +4,29 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import grpc
 import torch
-from google.protobuf.any_pb2 import Any
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc.code_pb2 import Code
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RequestInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
 from secateur_server.durable import NO_MORE
-from secateur_server.errors import NoMessage, OutOfMemory, RequestError, Stopped, TooShort
-from secateur_server.operate.around import Method
+from secateur_server.errors import (
+    Defect,
+    Late,
+    NoMessage,
+    OutOfMemory,
+    RequestError,
+    Stopped,
+    TooShort,
+)
+from secateur_server.operate.calls import REQUEST_ID, Call
 
 log = logging.getLogger(__name__)
 
@@ -25,39 +35,60 @@ _NO_MEMORY = ("can't allocate memory", "not enough memory")
 
 
 @contextmanager
-def statuses(method: Method, context: grpc.ServicerContext) -> Iterator[None]:
+def statuses(call: Call, context: grpc.ServicerContext) -> Iterator[None]:
     """Ends a call that raises with the status that the exception carries."""
     try:
         yield
-    except Stopped:
-        left = context.time_remaining()
-        is_late = left is not None and left <= 0
-        code = grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
-        context.abort(code, "the caller has left, or its time is up")
     except RequestError as error:
-        if isinstance(error, NoMessage | TooShort) and _has_left(context):
-            context.abort(grpc.StatusCode.CANCELLED, "the caller has left")
-        context.abort_with_status(rpc_status.to_status(to_status(error)))
+        is_cut_off = isinstance(error, NoMessage | TooShort) and _has_left(context)
+        if is_cut_off or isinstance(error, Stopped):
+            left = context.time_remaining()
+            is_late = left is not None and left <= 0
+            error = Late("call", "its time is up") if is_late else _LEFT
+        _end(call, context, error)
     except Exception as error:
         if not context.is_active():  # cancelled, or past its deadline: nobody is there to tell
             raise
         if _is_out_of_memory(error):
-            log.warning("%s/%s: no memory: %s", method.service, method.name, error)
+            log.warning("%s %s: no memory: %s", call.id, call.method, error)
             none_left = OutOfMemory("data", "the server has no memory for this model now")
-            context.abort_with_status(rpc_status.to_status(to_status(none_left)))
-        log.exception("%s/%s failed", method.service, method.name)
-        context.abort(grpc.StatusCode.INTERNAL, "a defect of the server; its log has the details")
+            _end(call, context, none_left)
+        log.exception("%s %s failed", call.id, call.method)
+        _end(call, context, Defect("server", "it has a defect; its log has the details"))
 
 
-def to_status(error: RequestError) -> Status:
+_LEFT = Stopped("call", "the caller has left")
+
+
+def _end(call: Call, context: grpc.ServicerContext, error: RequestError) -> NoReturn:
+    call.reason = call.reason or error.reason
+    call.error = str(error)
+    context.abort_with_status(_Ending(rpc_status.to_status(to_status(error, call.id)), call.id))
+
+
+class _Ending(grpc.Status):
+    """A status, which tells the call's id as those of calls that succeed."""
+
+    def __init__(self, status: Any, request_id: str) -> None:
+        self.code, self.details = status.code, status.details
+        self.trailing_metadata = (*status.trailing_metadata, (REQUEST_ID, request_id))
+
+
+def to_status(error: RequestError, request_id: str) -> Status:
     """google.rpc.Status of an error: its reason, and the path of the field at fault."""
-    details: list[Message] = [ErrorInfo(reason=error.reason, domain="secateur")]
+    details: list[Message] = [
+        ErrorInfo(reason=error.reason, domain="secateur"),
+        RequestInfo(request_id=request_id),
+    ]
     if error.status == "INVALID_ARGUMENT":
         violation = BadRequest.FieldViolation(field=error.field, description=error.description)
         details.append(BadRequest(field_violations=[violation]))
+    if error.retry_after is not None:
+        delay = Duration(nanos=int(error.retry_after % 1 * 1e9), seconds=int(error.retry_after))
+        details.append(RetryInfo(retry_delay=delay))
     status = Status(code=Code.Value(error.status), message=str(error))
     for detail in details:
-        packed = Any()
+        packed = AnyMessage()
         packed.Pack(detail)
         status.details.append(packed)
     return status

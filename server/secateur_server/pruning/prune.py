@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from secateur_server.devices import passes_of
+from secateur_server.devices.watch import watch
 from secateur_server.errors import AmountOutOfRange, InvalidMask, quote
 from secateur_server.pruning.masks import Mask, mask_of
 from secateur_server.pruning.score import Ranking, rank
@@ -129,10 +130,12 @@ def _choose(
 ) -> tuple[Masks, Choice]:
     """Selects among the units of all `parameters`."""
     names = tuple(parameters)
-    rankings = [_rank(rule, name, parameters[name], extras) for name in names]
+    with watch().stage("score"):
+        rankings = [_rank(rule, name, parameters[name], extras) for name in names]
     alive = sum(r.units if r.alive is None else r.alive.kept for r in rankings)
     count = units_to_prune(rule, names, alive)
-    kept, cut = select(rankings, alive, count)
+    with watch().stage("select"):
+        kept, cut = select(rankings, alive, count)
     masks = {}
     for name, units in zip(names, kept, strict=True):
         mask = rule.granularity.spread(units, parameters[name].weight.shape)

@@ -22,6 +22,7 @@ from secateur_server.durable import full_disk, sync_folder
 from secateur_server.errors import (
     CheckpointNotFound,
     DataLoss,
+    QuotaExceeded,
     StoreFull,
     quote,
 )
@@ -290,11 +291,15 @@ class Store:
         if size > self.max_bytes:
             raise StoreFull("data", f"{size} bytes are more than the store's {self.max_bytes}")
 
-    def _make_room(self, count: int) -> None:
+    def _make_room(self, count: int, owner: str, quota: int | None) -> None:
         """Lets the least recently used go until `count` bytes fit.
 
-        Errors: StoreFull, where they would not fit without all of that: then nothing goes.
+        quota: of the owner, of whom enough goes first; None is no bound.
+        Errors: StoreFull, QuotaExceeded, where they would not fit without all of that: then
+        nothing goes.
         """
+        if quota is not None:
+            self._make_room_of(owner, count, quota)
         if (used := self.used_bytes) + count <= self.max_bytes:
             return
         idle = [(upload.used, upload) for upload in self.uploads.idle()]
@@ -311,6 +316,21 @@ class Store:
                 self.uploads.abandon(victim)
             else:
                 self._evict(victim, "room")
+
+    def _make_room_of(self, owner: str, count: int, quota: int) -> None:
+        """Errors: QuotaExceeded."""
+        pinned = [key for key in self._records if key[0] == owner and self._pins[key]]
+        if self._bytes_of(owner, pinned) + count > quota:
+            raise QuotaExceeded("data", f"{count} bytes do not fit the {quota} that you may keep")
+        others = [key for key in self._records if key[0] == owner and not self._pins[key]]
+        others.sort(key=lambda key: self._used_at[key], reverse=True)
+        while self._bytes_of(owner, [*pinned, *others]) + count > quota:
+            self._evict(others.pop(), "quota")
+
+    def _bytes_of(self, owner: str, keys: Iterable[Key]) -> int:
+        """What some checkpoints of an owner hold, and the owner's uploads."""
+        files = {file.blake3: file.size for key in keys for file in self._records[key].blobs()}
+        return sum(files.values()) + self.uploads.size(owner)
 
     def _freed(self, victims: Iterable[Upload | Key]) -> int:
         """What is free when all of these are gone: a blob is where nobody else has it."""

@@ -59,7 +59,8 @@ class Uploads:
 
     scratch: a folder for what is not whole.
     owns: whether a checkpoint of an owner has a file of some digest and size.
-    make_room: lets others go until so many bytes fit; raises StoreFull.
+    make_room: lets others go until so many bytes fit, of an owner with a quota; raises StoreFull
+        and QuotaExceeded.
     """
 
     def __init__(
@@ -68,15 +69,19 @@ class Uploads:
         scratch: Path,
         lock: threading.RLock,
         owns: Callable[[str, str, int], bool],
-        make_room: Callable[[int], None],
+        make_room: Callable[[int, str, int | None], None],
     ) -> None:
         self._shelf, self._scratch, self._lock = shelf, scratch, lock
         self._is_of_checkpoint, self._make_room = owns, make_room
         self._uploads: list[Upload] = []
 
-    def size(self) -> int:
-        """Bytes that are announced of files that are not whole, here or not."""
-        return sum(u.size for u in self._uploads if u.part and not u.is_finishing)
+    def size(self, owner: str | None = None) -> int:
+        """Bytes that are announced of files that are not whole, here or not.
+
+        owner: whose; None is all.
+        """
+        unfinished = (u for u in self._uploads if u.part and not u.is_finishing)
+        return sum(u.size for u in unfinished if owner in (None, u.owner))
 
     def idle(self) -> list[Upload]:
         """What no call is at."""
@@ -123,22 +128,27 @@ class Uploads:
         offset: int = 0,
         field: str = "offset",
         is_resumable: bool = False,
+        quota: int | None = None,
     ) -> Upload:
         """Takes a file, or what is missing of it.
 
         offset: what the caller does not send.  field: of the request, which has it.
-        is_resumable: whether what has come outlasts the call.  Errors: InvalidRequest, StoreFull.
+        is_resumable: whether what has come outlasts the call.
+        quota: bytes that the owner may have here; None is no bound.
+        Errors: InvalidRequest, StoreFull, QuotaExceeded.
         """
         while True:
             with self._lock:
                 before = self._unfinished(owner, digest, size) if is_resumable else None
                 if before is None or not before.is_finishing:
                     upload = Upload(owner, size, digest, None, offset, is_resumable)
-                    return self._begin(upload, before, field)
+                    return self._begin(upload, before, field, quota)
             with before.writing:  # until it is whole
                 pass
 
-    def _begin(self, upload: Upload, before: Upload | None, field: str) -> Upload:
+    def _begin(
+        self, upload: Upload, before: Upload | None, field: str, quota: int | None
+    ) -> Upload:
         """before: an upload of the same file."""
         digest, size = upload.digest, upload.size
         is_here = digest is not None and self._owns(upload.owner, digest, size)
@@ -152,7 +162,7 @@ class Uploads:
             upload.part, upload.writing = before.part, before.writing
             self._uploads[self._uploads.index(before)] = upload
         else:
-            self._make_room(size + sums_bytes(size) + RECORD_BYTES)
+            self._make_room(size + sums_bytes(size) + RECORD_BYTES, upload.owner, quota)
             upload.part = Part(self._scratch / secrets.token_hex(8))
             self._uploads.append(upload)
         return upload
@@ -162,7 +172,7 @@ class Uploads:
         self._shelf.refer([StoredFile("", upload.size, upload.digest or "")])
         self._uploads.append(upload)
         try:
-            self._make_room(RECORD_BYTES)
+            self._make_room(RECORD_BYTES, upload.owner, None)
         except StoreFull:
             self.abandon(upload)
             raise

@@ -29,6 +29,21 @@ class Uris:
     def __init__(self, paths: Sequence[Path], prefixes: Sequence[str], scratch: Path) -> None:
         self._paths, self._prefixes, self._scratch = paths, prefixes, scratch
 
+    def among(self, allow: Sequence[str] | None) -> "Uris":
+        """Those of them that begin with one of `allow`; all, where it is None."""
+        if allow is None:
+            return self
+        paths = [Path(unquote(uri.removeprefix(LOCAL))) for uri in allow if uri.startswith(LOCAL)]
+        others = [uri for uri in allow if not uri.startswith(LOCAL)]
+        return Uris(
+            [path for path in paths if any(path.is_relative_to(root) for root in self._paths)],
+            [uri for uri in others if self._begins(uri.rstrip("/") + "/")],
+            self._scratch,
+        )
+
+    def _begins(self, uri: str) -> bool:
+        return any(uri.startswith(prefix.rstrip("/") + "/") for prefix in self._prefixes)
+
     def open(self, field: str, uri: str, held: ExitStack) -> list[MappedFile]:
         """Opens a model: a file, or an index and the shards that it names, which lie beside it.
 
@@ -58,8 +73,7 @@ class Uris:
             return  # paths are checked where they are opened
         is_plain = "://" in uri and "::" not in uri and not {"..", "."} & set(uri.split("/"))
         is_plain = is_plain and unquote(uri) == uri and not {"?", "#", "\\"} & set(uri)
-        allowed = (prefix.rstrip("/") + "/" for prefix in self._prefixes)
-        if not is_plain or not any(uri.startswith(prefix) for prefix in allowed):
+        if not is_plain or not self._begins(uri):
             raise UriNotAllowed(field, f"{quote(uri)} begins with no --allow-uri of the server")
 
     def write(

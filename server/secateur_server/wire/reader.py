@@ -8,12 +8,8 @@ from blake3 import blake3
 from secateur_server.devices import passes_of
 from secateur_server.devices.passes import BITS, Look, Passes, seen_of
 from secateur_server.errors import TooShort, WrongLength
-from secateur_server.wire.ahead import ahead
 from secateur_server.wire.header import Entry, Header, header_length, parse_header
 from secateur_server.wire.tensors import TORCH_DTYPES, WireTensor
-
-# Of less a thread to receive it costs more than it gains.
-AHEAD_BYTES = 4 << 20
 
 
 class ByteStream:
@@ -25,7 +21,7 @@ class ByteStream:
     def __init__(
         self, chunks: Iterator[bytes | memoryview], announced: int, is_hashed: bool = True
     ) -> None:
-        self._chunks = ahead(chunks) if announced > AHEAD_BYTES else chunks
+        self._chunks = chunks
         self._rest = memoryview(b"")
         self.announced = announced
         self._received = 0

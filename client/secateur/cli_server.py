@@ -1,0 +1,58 @@
+"""The options by which commands find a server."""
+
+import argparse
+import os
+from pathlib import Path
+
+import grpc
+
+from secateur.channel import Tls
+from secateur.client import Client
+from secateur.errors import SecateurError
+
+
+def server_options(command: argparse.ArgumentParser, default: str) -> None:
+    """Adds --server, --token and those of TLS."""
+    command.add_argument(
+        "--server",
+        metavar="ADDRESS",
+        default=os.environ.get("SECATEUR_SERVER"),
+        help=f"HOST:PORT of a server (default: $SECATEUR_SERVER, {default})",
+    )
+    command.add_argument(
+        "--token",
+        default=os.environ.get("SECATEUR_TOKEN"),
+        help="who you are, for the server (default: $SECATEUR_TOKEN)",
+    )
+    command.add_argument(
+        "--tls",
+        action="store_true",
+        help="speak TLS, and trust the authorities that this machine trusts",
+    )
+    command.add_argument(
+        "--tls-ca",
+        metavar="FILE",
+        default=os.environ.get("SECATEUR_TLS_CA"),
+        help="speak TLS, and trust these authorities: PEM (default: $SECATEUR_TLS_CA)",
+    )
+    command.add_argument("--tls-cert", metavar="FILE", help="your certificate: PEM")
+    command.add_argument("--tls-key", metavar="FILE", help="its private key: PEM")
+
+
+def client_of(options: argparse.Namespace) -> Client:
+    """A client of the server that the options name.  Errors: SecateurError."""
+    if not options.server:
+        raise SecateurError("checkpoints are on a server: give --server, or set SECATEUR_SERVER")
+    return Client(options.server, token=options.token, tls=_tls_of(options))
+
+
+def _tls_of(options: argparse.Namespace) -> Tls:
+    """Errors: SecateurError."""
+    paths = options.tls_ca, options.tls_key, options.tls_cert
+    if not (options.tls or any(paths)):
+        return None
+    try:
+        ca, key, cert = (Path(path).read_bytes() if path else None for path in paths)
+    except OSError as error:
+        raise SecateurError(f"{error.filename}: {error.strerror}") from None
+    return grpc.ssl_channel_credentials(ca, key, cert)

@@ -1,0 +1,65 @@
+"""How long, and how often, a call that failed is made again."""
+
+import random
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from secateur.errors import ServerBusy, Unavailable
+
+Answer = TypeVar("Answer")
+
+# Tries that brought nothing before a caller is told, and the pause behind the first.
+TRIES = 8
+PAUSE_SECONDS = 0.1
+MOST_PAUSE_SECONDS = 5.0
+
+
+class Patience:
+    """The time of one call of the user's, of however many calls to the server it is made.
+
+    timeout: seconds; None has no end.
+    """
+
+    def __init__(self, timeout: float | None) -> None:
+        self._end = None if timeout is None else time.monotonic() + timeout
+
+    def left(self) -> float | None:
+        """Seconds that are left."""
+        return None if self._end is None else max(0.0, self._end - time.monotonic())
+
+    def pause(self, tries: int) -> bool:
+        """Waits, the longer the more often; False where no time is left."""
+        most = min(MOST_PAUSE_SECONDS, PAUSE_SECONDS * 2.0 ** (tries - 1))
+        return self._sleep(most * random.uniform(0.5, 1.0))  # not all callers at once
+
+    def until_served(
+        self, attempt: Callable[[float | None], Answer], is_known: bool, is_safe: bool
+    ) -> Answer:
+        """What `attempt` returns, which is called with the seconds that are left.
+
+        It is called again when a busy server says so, and after the pause that it asks for; and
+        when the connection breaks, where `is_known`: a server that was never there is no
+        connection that broke, and where `is_safe`: it may have been served without our knowing.
+        Errors: SecateurError, the last one.
+        """
+        tries = 0
+        while True:
+            try:
+                return attempt(self.left())
+            except ServerBusy as error:
+                # The server's word, and up to a half more: not all callers at once.
+                after = error.retry_after
+                if after is None or not self._sleep(after * random.uniform(1.0, 1.5)):
+                    raise
+            except Unavailable:
+                tries += 1
+                if not (is_known and is_safe) or tries == TRIES or not self.pause(tries):
+                    raise
+
+    def _sleep(self, seconds: float) -> bool:
+        left = self.left()
+        if left is not None and left <= seconds:
+            return False
+        time.sleep(seconds)
+        return True

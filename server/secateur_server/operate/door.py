@@ -1,0 +1,102 @@
+"""Every call goes through here, whatever its kind."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from secateur_server.errors import InvalidRequest, NoMessage
+from secateur_server.operate.calls import Method
+from secateur_server.operate.idle import Readers
+from secateur_server.wire.ahead import ahead
+
+Around = Callable[[Method, grpc.ServicerContext], AbstractContextManager[Any]]
+
+_KINDS = {
+    (False, False): ("unary_unary", "unary"),
+    (True, False): ("stream_unary", "client_stream"),
+    (False, True): ("unary_stream", "server_stream"),
+    (True, True): ("stream_stream", "bidi_stream"),
+}
+
+
+class Door(grpc.ServerInterceptor):
+    """An interceptor that enters `around(method, context)` for the whole of each call.
+
+    Calls are cut off of which no message comes, or is taken, for `idle_timeout` seconds. So each
+    method is served as one that takes a stream: else grpc waits for its message before anything
+    of ours runs, without an end.
+    """
+
+    def __init__(self, around: Around, idle_timeout: float, calls: int) -> None:
+        self._around, self._idle_timeout = around, idle_timeout
+        self._readers = Readers(idle_timeout)
+        self._receivers = ThreadPoolExecutor(calls, thread_name_prefix="ahead")
+
+    def close(self) -> None:
+        """No calls come any more."""
+        self._readers.close()
+        self._receivers.shutdown()
+
+    def intercept_service(
+        self, continuation: Callable[[Any], Any], handler_call_details: Any
+    ) -> Any:
+        """As grpc.ServerInterceptor.intercept_service."""
+        handler = continuation(handler_call_details)
+        if handler is None:  # no such method: grpc answers UNIMPLEMENTED
+            return None
+        shape, kind = _KINDS[handler.request_streaming, handler.response_streaming]
+        _, service, name = handler_call_details.method.split("/")
+        method, behavior = Method(service, name, kind), getattr(handler, shape)
+        request = _stream if handler.request_streaming else _single
+
+        def single(messages: Iterator[Any], context: grpc.ServicerContext) -> Any:
+            with self._around(method, context), self._received(messages) as received:
+                return behavior(request(received), context)
+
+        def streamed(messages: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+            with self._around(method, context), self._received(messages) as received:
+                for message in behavior(request(received), context):
+                    with self._readers.taking(context):
+                        yield message
+
+        decode, encode = _decoder(handler.request_deserializer), handler.response_serializer
+        if handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(streamed, decode, encode)
+        return grpc.stream_unary_rpc_method_handler(single, decode, encode)
+
+    def _received(self, messages: Iterator[Any]) -> AbstractContextManager[Iterator[Any]]:
+        """Closed with the call, whoever still refers to it: it has a thread."""
+        return closing(ahead(messages, self._receivers, self._idle_timeout))
+
+
+def _stream(received: Iterator[Any]) -> Iterator[Any]:
+    return map(_message, received)
+
+
+def _single(received: Iterator[Any]) -> Any:
+    """The one message of a call that has one.  Errors: NoMessage, InvalidRequest."""
+    for message in received:
+        return _message(message)
+    raise NoMessage("message", "the call ended before its message")
+
+
+def _decoder(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """Gives an error in place of a message: grpc itself answers INTERNAL, as of a defect here."""
+
+    def checked(data: bytes) -> Any:
+        try:
+            return decode(data)
+        except DecodeError as error:
+            return error
+
+    return checked
+
+
+def _message(decoded: Any) -> Any:
+    if isinstance(decoded, DecodeError):
+        raise InvalidRequest("message", f"its bytes are no message of this call: {decoded}")
+    return decoded

@@ -1,0 +1,53 @@
+"""Callers who do not take their answers."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import grpc
+
+from secateur_server.devices.watch import watch
+from secateur_server.errors import IdleTimeout
+from secateur_server.operate.calls import Call, this_call
+
+# How often it is looked at who waits.
+LOOK_SECONDS = 1.0
+
+
+class Readers:
+    """Cuts off calls whose message is not taken in `timeout` seconds.
+
+    grpc waits for a slow reader without an end, inside of its own code.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._waiting: dict[Call, tuple[float, grpc.ServicerContext]] = {}
+        self._is_closed = threading.Event()
+        self._looking = threading.Thread(target=self._look, name="idle", daemon=True)
+        self._looking.start()
+
+    def close(self) -> None:
+        """No calls come any more."""
+        self._is_closed.set()
+        self._looking.join()
+
+    @contextmanager
+    def taking(self, context: grpc.ServicerContext) -> Iterator[None]:
+        """The call of this thread gives a message away in the block."""
+        call = this_call()
+        self._waiting[call] = time.monotonic(), context
+        try:
+            with watch().stage("send"):
+                yield
+        finally:
+            del self._waiting[call]
+
+    def _look(self) -> None:
+        while not self._is_closed.wait(min(LOOK_SECONDS, self._timeout / 2)):
+            now = time.monotonic()
+            for call, (since, context) in list(self._waiting.items()):
+                if now - since > self._timeout:
+                    call.reason = IdleTimeout.reason
+                    context.cancel()

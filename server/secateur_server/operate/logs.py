@@ -1,0 +1,75 @@
+"""One line a request, for people on a terminal and for programs elsewhere."""
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import Any
+
+from secateur_server.operate.calls import Call
+
+log = logging.getLogger(__name__)
+
+# Probes ask every few seconds: their calls are of no interest.
+_OURS = "secateur."
+
+
+def set_up(form: str) -> None:
+    """Logs to stderr.  form: json, text, or auto: text where stderr is a terminal."""
+    handler = logging.StreamHandler(sys.stderr)
+    is_text = form == "text" or (form == "auto" and sys.stderr.isatty())
+    handler.setFormatter(_Text() if is_text else _Json())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+def log_call(call: Call) -> None:
+    """One line of what a call was: never weights, never tokens."""
+    if call.method.service.startswith(_OURS) or call.reason:
+        log.info("%s %s", call.method, call.code, extra={"call": fields_of(call)})
+
+
+def fields_of(call: Call) -> dict[str, Any]:
+    """What is told of a call.  Times are in seconds."""
+    fields: dict[str, Any] = {
+        "id": call.id,
+        "rpc": str(call.method),
+        "code": call.code,
+        "seconds": round(call.seconds, 6),
+        "tenant": call.tenant.name,
+        "peer": call.peer,
+        "received_bytes": call.received,
+        "sent_bytes": call.sent,
+        "elements": call.elements,
+        "pruned": call.pruned,
+        "sparsity": call.sparsity,
+        "queue_seconds": call.queued,
+        "stage_seconds": {name: round(at.seconds, 6) for name, at in call.watch.stages.items()},
+        "reason": call.reason,
+        "error": call.error,
+    }
+    return {name: value for name, value in fields.items() if value not in ("", None, {})}
+
+
+class _Json(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "message": record.getMessage(),
+            **getattr(record, "call", {}),
+        }
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        return json.dumps(fields)
+
+
+class _Text(logging.Formatter):
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        call = dict(getattr(record, "call", {}))
+        for shown in ("rpc", "code"):  # they are the message
+            call.pop(shown, None)
+        rest = " ".join(f"{name}={json.dumps(value)}" for name, value in call.items())
+        return f"{super().format(record)} {rest}".rstrip()

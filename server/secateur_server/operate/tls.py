@@ -1,0 +1,90 @@
+"""Certificates, read again when their files change."""
+
+import logging
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+log = logging.getLogger(__name__)
+
+# How often the files are looked at: a connection's start does it.
+LOOK_SECONDS = 1.0
+
+
+class BadCertificate(Exception):
+    """Files that TLS cannot be served with."""
+
+
+@dataclass(frozen=True)
+class TlsFiles:
+    """PEM files.  client_ca: of the authorities that clients' certificates need; None asks none."""
+
+    cert: Path
+    key: Path
+    client_ca: Path | None = None
+
+    def version(self) -> tuple[bytes | None, ...]:
+        """Changes with what is in the files."""
+        paths = (self.cert, self.key, self.client_ca)
+        return tuple(path.read_bytes() if path else None for path in paths)
+
+    def load(self) -> Any:
+        """What gRPC serves with.  Errors: BadCertificate."""
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            # Without a password openssl would ask the terminal for one.
+            context.load_cert_chain(self.cert, self.key, password=_no_password)
+            if self.client_ca:
+                context.load_verify_locations(self.client_ca)
+            cert, key, client_ca = self.version()
+        except ssl.SSLError as error:
+            raise BadCertificate(f"{self.cert} and {self.key}: {error.reason or error}") from None
+        except OSError as error:
+            raise BadCertificate(f"{error.filename or self.cert}: {error.strerror}") from None
+        assert cert is not None, "it is not optional"
+        assert key is not None, "nor is this"
+        return grpc.ssl_server_certificate_configuration([(key, cert)], client_ca)
+
+
+def _no_password() -> bytes:
+    raise BadCertificate("the private key has a password; it is to have none")
+
+
+def server_credentials(files: TlsFiles, reloaded: Callable[[bool], None]) -> grpc.ServerCredentials:
+    """Credentials that follow their files. What cannot be used changes nothing.
+
+    reloaded: is called with whether they could be used, each time that they have changed.
+    Errors: BadCertificate.
+    """
+    first, lock = files.load(), threading.Lock()
+    seen, looked = files.version(), time.monotonic()
+
+    def fetch() -> Any:
+        nonlocal seen, looked
+        with lock:
+            if time.monotonic() - looked < LOOK_SECONDS:
+                return None
+            looked = time.monotonic()
+            try:
+                version = files.version()
+                if version == seen:
+                    return None
+                seen = version
+                found = files.load()
+            except (OSError, BadCertificate) as error:
+                log.error("the certificate stays as it was: %s", error)
+                reloaded(False)
+                return None
+            log.info("read the certificate %s again", files.cert)
+            reloaded(True)
+            return found
+
+    return grpc.dynamic_ssl_server_credentials(
+        first, fetch, require_client_authentication=files.client_ca is not None
+    )
