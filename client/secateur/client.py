@@ -239,9 +239,12 @@ class Client:
         if not model.is_here:
             raise InvalidStateDict("a checkpoint is on the server already")
         files = files_of(model)
-        sending = Sending(self._rpcs.query_upload, self._rpcs.upload, self._timeout)
+        rpcs = self._rpcs.query_upload, self._rpcs.upload
+        sending = Sending(*rpcs, self._timeout, self._is_known)
         with show_progress(progress, sum(file.size for file in files)) as shown:
-            return sending.send(files, shown)
+            checkpoint = sending.send(files, shown)
+        self._is_known = True
+        return checkpoint
 
     def download(
         self,
@@ -258,23 +261,25 @@ class Client:
             raise SecateurError(f"output={output!r} is none of {', '.join(_OUTPUTS)}")
         name = name_of(checkpoint)
         request = checkpoints_pb2.DownloadRequest(name=name, output=_OUTPUTS[output])
-        call = self._rpcs.download(request, timeout=self._timeout)
-        with errors_of(None, call):
-            save_answer(call, Path(path), progress)
+
+        def attempt(left: float | None) -> None:
+            call = self._rpcs.download(request, timeout=left)
+            with errors_of(None, call):
+                save_answer(call, Path(path), progress)
+
+        self._until_served(attempt)
 
     def checkpoint(self, name: str) -> Checkpoint:
         """A checkpoint by its name.  Errors: CheckpointNotFound."""
-        with errors_of(None):
-            request = checkpoints_pb2.GetRequest(name=name_of(name))
-            return decode_checkpoint(self._rpcs.get(request, timeout=self._timeout))
+        request = checkpoints_pb2.GetRequest(name=name_of(name))
+        return decode_checkpoint(self._answer(self._rpcs.get, request))
 
     def checkpoints(self) -> Iterator[Checkpoint]:
         """All checkpoints of this caller, the newest first; asked for page by page."""
         token = ""
         while True:
-            with errors_of(None):
-                request = checkpoints_pb2.ListRequest(page_token=token)
-                page = self._rpcs.list(request, timeout=self._timeout)
+            request = checkpoints_pb2.ListRequest(page_token=token)
+            page = self._answer(self._rpcs.list, request)
             yield from map(decode_checkpoint, page.checkpoints)
             token = page.next_page_token
             if not token:
@@ -289,8 +294,16 @@ class Client:
         request = checkpoints_pb2.DeleteRequest(
             name=name_of(checkpoint), allow_missing=not is_there
         )
-        with errors_of(None):
-            self._rpcs.delete(request, timeout=self._timeout)
+        self._answer(self._rpcs.delete, request, is_safe=not is_there)
+
+    def _answer(self, rpc: Any, request: Any, is_safe: bool = True) -> Any:
+        """Of a call of one message each way."""
+
+        def attempt(left: float | None) -> Any:
+            with errors_of(None):
+                return rpc(request, timeout=left)
+
+        return self._until_served(attempt, is_safe)
 
     def wait_until_ready(self, timeout: float = 60.0) -> None:
         """Waits for the server to be there, as when both start together.

@@ -9,8 +9,9 @@ from secateur.errors import ServerBusy, Unavailable
 
 Answer = TypeVar("Answer")
 
-# Tries that brought nothing before a caller is told, and the pause behind the first.
-TRIES = 8
+# Tries that brought nothing before a caller without a timeout is told, and the pause behind the
+# first: about 45 s in all, in which a server that was killed is there again.
+TRIES = 16
 PAUSE_SECONDS = 0.1
 MOST_PAUSE_SECONDS = 5.0
 
@@ -27,6 +28,10 @@ class Patience:
     def left(self) -> float | None:
         """Seconds that are left."""
         return None if self._end is None else max(0.0, self._end - time.monotonic())
+
+    def is_over(self, tries: int) -> bool:
+        """Whether so many tries are enough: where there is a timeout it says so itself."""
+        return self._end is None and tries >= TRIES
 
     def pause(self, tries: int) -> bool:
         """Waits, the longer the more often; False where no time is left."""
@@ -54,7 +59,7 @@ class Patience:
                     raise
             except Unavailable:
                 tries += 1
-                if not (is_known and is_safe) or tries == TRIES or not self.pause(tries):
+                if not (is_known and is_safe) or self.is_over(tries) or not self.pause(tries):
                     raise
 
     def _sleep(self, seconds: float) -> bool:

@@ -17,7 +17,7 @@ from secateur.errors import (
     SecateurError,
     Unavailable,
 )
-from secateur.patience import MOST_PAUSE_SECONDS, TRIES, Patience
+from secateur.patience import MOST_PAUSE_SECONDS, Patience
 from secateur.source import Source, map_bytes
 from secateur.tensors import LocalTensor
 from secateur.transfer import Bytes, errors_of, parts_of
@@ -77,10 +77,11 @@ class Sending:
 
     query, upload: the rpcs, called with a request, or an iterator of them, and grpc's options.
     timeout: seconds for all of it; None waits as long as there is progress.
+    is_known: whether the server was there before.
     """
 
-    def __init__(self, query: Rpc, upload: Rpc, timeout: float | None) -> None:
-        self._query, self._upload = query, upload
+    def __init__(self, query: Rpc, upload: Rpc, timeout: float | None, is_known: bool) -> None:
+        self._query, self._upload, self._is_known = query, upload, is_known
         self._patience = Patience(timeout)
         self._shown = 0
         self.error: Exception | None = None
@@ -91,13 +92,14 @@ class Sending:
         most, tries = -1, 0
         while True:
             try:
-                held = self._held(messages, is_again=most >= 0)
+                held = self._held(messages, is_again=tries > 0)
+                self._is_known = True
                 tries, most = (0, sum(held)) if sum(held) > most else (tries, most)
                 return self._send(files, messages, held, sending)
             except SecateurError as error:
                 tries += 1
                 # A server that was never there is no upload that broke.
-                if most < 0 or not _is_passing(error) or tries == TRIES:
+                if not self._is_known or not _is_passing(error) or self._patience.is_over(tries):
                     raise error from None
                 if not self._patience.pause(tries):
                     raise error from None

@@ -8,6 +8,10 @@ import signal
 import sys
 from typing import NoReturn
 
+# What grpc writes to stderr itself, as of a stranger's failed handshake, is no JSON. It is read
+# once, when grpc is imported.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
 from secateur_server.app import App, CannotStart
 from secateur_server.check import check
 from secateur_server.config import read_config

@@ -19,7 +19,7 @@ from secateur_server.operate.callers import BadTokens, Callers
 from secateur_server.operate.door import Door
 from secateur_server.operate.metrics import Metrics
 from secateur_server.operate.probes import Health
-from secateur_server.operate.reception import Reception
+from secateur_server.operate.reception import MOST_OPEN, Reception
 from secateur_server.operate.scrape import serve_metrics
 from secateur_server.operate.tls import BadCertificate, TlsFiles, server_credentials
 from secateur_server.operate.traces import NoTraces, Traces
@@ -45,6 +45,7 @@ OPTIONS = (
     # these two, in milliseconds; its calls end then.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),  # the longer of the two counts; by default 60 s
     # Callers may ask the same of the server, with and without calls, each 10 s.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -109,14 +110,16 @@ def _grpc_server(config: Config, metrics: Metrics, store: Store, opened: ExitSta
     if traces:
         opened.callback(traces.close)
     make_watch = partial(Watch, config.work_memory, store.scratch)
-    reception = Reception(callers_of(config, metrics), metrics, traces, make_watch)
-    door = Door(reception.around, config.idle_timeout, calls)
+    reception = Reception(callers_of(config, metrics), metrics, traces, make_watch, calls)
+    # Who is one too many is told so, and a probe is served: both need a thread for a moment.
+    threads = calls + 2 * MOST_OPEN
+    door = Door(reception.around, config.idle_timeout, threads)
     opened.callback(door.close)
     return grpc.server(
-        ThreadPoolExecutor(calls, thread_name_prefix="rpc", initializer=one_thread),
+        ThreadPoolExecutor(threads, thread_name_prefix="rpc", initializer=one_thread),
         interceptors=[traces.interceptor, door] if traces else [door],
         options=OPTIONS,
-        maximum_concurrent_rpcs=calls,  # more would wait where nobody sees them
+        maximum_concurrent_rpcs=threads,  # more would wait where nobody sees them
     )
 
 
@@ -129,7 +132,7 @@ def _add_services(config: Config, metrics: Metrics, store: Store, server: grpc.S
     limits = config.max_model_bytes, config.work_memory
     sources = Sources(store, uris, config.device, *limits, admission, metrics)
     services = (
-        add_pruner(Pruner(sources), server),
+        add_pruner(Pruner(sources, WORKERS + config.queue_size), server),
         add_checkpoints(Checkpoints(sources), server),
     )
     probes = Health(services)
@@ -194,15 +197,21 @@ def _listen(server: grpc.Server, config: Config, metrics: Metrics) -> str:
     return f"{address.rpartition(':')[0]}:{port}"
 
 
-def _serve_metrics(config: Config, metrics: Metrics, opened: ExitStack) -> str:
-    """Returns: the address with the port that was taken.  Errors: CannotStart."""
-    address = config.metrics_address or ""
+def host_and_port(address: str) -> tuple[str, int]:
+    """Where metrics are served.  Errors: CannotStart."""
     host, _, port = address.rpartition(":")
     if not port.isdecimal():
         raise CannotStart(f"cannot serve metrics at {address!r}: it is no HOST:PORT")
+    return host, int(port)
+
+
+def _serve_metrics(config: Config, metrics: Metrics, opened: ExitStack) -> str:
+    """Returns: the address with the port that was taken.  Errors: CannotStart."""
+    address = config.metrics_address or ""
+    host, port = host_and_port(address)
     token = config.metrics_token_file
     try:
-        server = serve_metrics(host.strip("[]"), int(port), metrics.registry, token)
+        server = serve_metrics(host.strip("[]"), port, metrics.registry, token)
     except OSError as error:
         raise CannotStart(f"cannot serve metrics at {address}: {error.strerror}") from None
     opened.callback(server.server_close)

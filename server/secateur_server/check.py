@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from secateur_server.app import CannotStart, callers_of, credentials_of, traces_of
+from secateur_server.app import CannotStart, callers_of, credentials_of, host_and_port, traces_of
 from secateur_server.config import Config, is_public
 from secateur_server.devices import kernels, passes_of
 from secateur_server.devices.memory import memory_of
@@ -33,6 +33,8 @@ def _lines(config: Config) -> Iterator[str]:
     metrics = Metrics(config.device)
     yield f"serves gRPC at {config.address}, {_protected(config, metrics)}"
     where = config.metrics_address
+    if where is not None:
+        host_and_port(where)
     token = ", to who sends its token" if config.metrics_token_file else ""
     yield f"serves metrics at http://{where}/metrics{token}" if where else "serves no metrics"
     yield f"prunes on {_device(config.device)}"

@@ -3,6 +3,7 @@
 import argparse
 import ipaddress
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -103,7 +104,7 @@ def is_public(address: str) -> bool:
     """Whether other machines may reach an address."""
     if address.startswith(("unix:", "unix-abstract:")):
         return False
-    host = address.rpartition(":")[0].rpartition("/")[2].strip("[]")
+    host = address.removeprefix("dns:///").rpartition(":")[0].strip("[]")
     if host == "localhost":
         return False
     try:
@@ -151,13 +152,15 @@ def switch(text: str) -> bool:
 
 
 def file(text: str) -> Path:
-    """The path of a file that can be read."""
+    """The path of a file that can be read, again and again: no pipe."""
     path = Path(text)
     try:
-        with path.open("rb"):
-            return path
+        if stat.S_ISREG(path.stat().st_mode):  # to open a pipe waits for somebody to write to it
+            with path.open("rb"):
+                return path
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from None
+    raise argparse.ArgumentTypeError(f"{text}: is no file")
 
 
 def log_format(text: str) -> str:

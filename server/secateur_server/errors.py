@@ -41,6 +41,8 @@ from typing import ClassVar
 
 def quote(value: object) -> str:
     """`value` as Python writes it, short enough to stand in a message."""
+    if isinstance(value, str) and len(value) > 1000:  # what is left out need not be written first
+        value = f"{value[:500]}{value[-500:]}"
     return shorten(repr(value), 120)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
-from secateur_server.errors import StoreFull
+from secateur_server.errors import QuotaExceeded, StoreFull
 from secateur_server.store.records import Record, StoredFile
 from secateur_server.store.store import Store
 from secateur_server.store.uploads import Upload
@@ -70,7 +70,7 @@ class Landing:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        if isinstance(error, StoreFull):
+        if isinstance(error, StoreFull | QuotaExceeded):
             self.abandon()  # what does not fit gives back the room that it took
         for upload in self._uploads:
             self._store.uploads.leave(upload)

@@ -42,13 +42,14 @@ Files = list[OutgoingFile]
 class Pruner:
     """The service secateur.v1.Pruner."""
 
-    def __init__(self, sources: Sources) -> None:
+    def __init__(self, sources: Sources, calls: int) -> None:
+        """calls: at once."""
         self._sources = sources
         self._lock = threading.Lock()
         self._waiting: list[threading.Event] = []  # the first one has its turn
-        self._workers = ThreadPoolExecutor(  # for calls that tell how far they are
-            thread_name_prefix="work", max_workers=32, initializer=one_thread
-        )
+        # For calls that tell how far they are: one for each, or they would wait for a worker where
+        # nobody sees them, behind those of others that wait for memory.
+        self._workers = ThreadPoolExecutor(calls, "work", initializer=one_thread)
 
     def Prune(
         self, request_iterator: Iterator[pb.PruneRequest | Data], context: grpc.ServicerContext
@@ -194,10 +195,14 @@ class Pruner:
             while not wait([future], PROGRESS_SECONDS).done:
                 yield make(progress=progress_message(of_call))
         finally:
-            if not future.done():
-                of_call.stop()
+            if not future.cancel():  # no worker has begun it: there is nothing to wait for
+                if not future.done():
+                    of_call.stop()
                 wait([future])
-        return future.result()
+        try:
+            return future.result()
+        finally:
+            del future  # its error has this frame: they would keep each other, and the model
 
     def _written(
         self, uri: str, result: Any, files: Files, incoming: Incoming

@@ -1,30 +1,62 @@
 """The files of a deployment, read by the programs that will read them."""
 
+import os
 import re
 import shutil
 import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import grpc
 import pytest
+import yaml
 
-from tests.conftest import RunningServer
+from tests.conftest import RunningServer, start_server, stop_server
+from tests.deploy.options import variables
+from tests.deploy.promql import needs_promtool
+
+DOCKERFILE = Path("deploy/Dockerfile").read_text()
 
 needs_compose = pytest.mark.skipif(
     shutil.which("docker-compose") is None, reason="no docker-compose: make system"
 )
-needs_promtool = pytest.mark.skipif(
-    shutil.which("promtool") is None, reason="no promtool: make system"
-)
+
+
+def compose(profile: str) -> dict[str, Any]:
+    """The services of a profile, as compose understands them."""
+    command = ["docker-compose", "--profile", profile, "config"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    services = yaml.safe_load(ended.stdout)["services"]
+    return {name: found for name, found in services.items() if profile in found["profiles"]}
 
 
 @needs_compose
 @pytest.mark.parametrize(("profile", "server"), [("cpu", "server"), ("gpu", "server-gpu")])
 def test_compose_takes_the_file(profile: str, server: str) -> None:
-    command = ["docker-compose", "--profile", profile, "config", "--services"]
-    ended = subprocess.run(command, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    assert {server, "prometheus"} <= set(ended.stdout.split())
+    assert set(compose(profile)) == {server, "prometheus", "grafana"}
+
+
+@needs_compose
+@pytest.mark.parametrize("profile", ["cpu", "gpu"])
+def test_containers_may_do_little_and_only_this_machine_reaches_them(profile: str) -> None:
+    for name, service in compose(profile).items():
+        assert service["read_only"], name
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert all(str(port).startswith("127.0.0.1:") for port in service["ports"])
+
+
+@needs_compose
+@pytest.mark.parametrize(("profile", "name"), [("cpu", "server"), ("gpu", "server-gpu")])
+def test_a_server_has_a_limit_a_probe_and_time_to_end(profile: str, name: str) -> None:
+    server = compose(profile)[name]
+    assert server["user"] == "10001:10001"
+    assert server["mem_limit"] == "8g"
+    assert server["healthcheck"]["test"] == ["CMD", "python3", "/opt/secateur/healthcheck.py"]
+    assert server["stop_grace_period"] == "40s"
+    assert {key for key in server["environment"] if "SECATEUR" in key} <= variables()
 
 
 @needs_promtool
@@ -34,22 +66,69 @@ def test_promtool_takes_the_configuration() -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
+def test_hadolint_finds_nothing_to_say() -> None:
+    hadolint = Path(sys.executable).with_name("hadolint")
+    ended = subprocess.run([hadolint, "deploy/Dockerfile"], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "")
+
+
 def test_the_image_runs_as_nobody_in_particular() -> None:
-    dockerfile = Path("deploy/Dockerfile").read_text()
-    final = dockerfile.rpartition("\nFROM ")[2]
-    users = re.findall(r"^USER (\w+)$", final, re.MULTILINE)
-    assert users == ["secateur"]
-    assert final.index("USER secateur") < final.index("ENTRYPOINT")
+    final = DOCKERFILE.rpartition("\nFROM ")[2]
+    assert re.findall(r"^USER (.+)$", final, re.MULTILINE) == ["10001:10001"]
+    assert final.index("USER 10001") < final.index("ENTRYPOINT")
 
 
+def test_an_image_alone_serves_nobody_without_tls_and_tokens() -> None:
+    instructions = re.sub(r"^#.*$", "", DOCKERFILE, flags=re.MULTILINE)
+    baked = set(re.findall(r"SECATEUR_\w+(?==)", instructions))
+    assert baked <= variables() - {"SECATEUR_INSECURE"}
+
+
+def probe(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "deploy/healthcheck.py", *arguments]
+    variables = {**os.environ, **environment}
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("service", [(), ("liveness",)], ids=str)
 def test_the_healthcheck_tells_a_server_from_none(
-    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+    server: RunningServer, service: tuple[str, ...]
 ) -> None:
-    code = Path("deploy/healthcheck.py").read_text()
-    monkeypatch.setenv("SECATEUR_ADDRESS", server.address)
-    with pytest.raises(SystemExit) as ended:
-        exec(code, {})
-    assert not ended.value.code
-    monkeypatch.setenv("SECATEUR_ADDRESS", "0.0.0.0:1")
-    with pytest.raises(grpc.RpcError, match="UNAVAILABLE"):
-        exec(code, {})
+    ended = probe(*service, SECATEUR_ADDRESS=server.address)
+    assert ended.returncode == 0, ended.stderr
+    ended = probe(*service, SECATEUR_ADDRESS="0.0.0.0:1")
+    assert ended.returncode != 0
+    assert "UNAVAILABLE" in ended.stderr
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of an authority's, for a name that no probe uses; beside it are the authority and the key."""
+    folder = tmp_path_factory.mktemp("tls")
+    (folder / "ext").write_text("subjectAltName=DNS:*.pruning.example\n")
+    make = ["openssl req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.pem -subj /CN=ca"]
+    make += ["openssl req -newkey rsa:2048 -nodes -keyout key.pem -out csr.pem -subj /CN=server"]
+    make += ["openssl x509 -req -in csr.pem -CA ca.pem -CAkey ca.key -extfile ext -out cert.pem"]
+    for command in make:
+        subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
+    return folder / "cert.pem"
+
+
+@pytest.fixture(params=[False, True], ids=["tls", "mutual tls"])
+def with_tls(certificate: Path, request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
+    """The variables of a server with TLS that asks callers for tokens."""
+    files = {"TLS_CERT": certificate, "TLS_KEY": certificate.with_name("key.pem")}
+    if request.param:
+        files["TLS_CLIENT_CA"] = certificate.with_name("ca.pem")
+    tokens = certificate.with_name("tokens.toml")
+    tokens.write_text('[tenants.somebody]\ntokens = ["of somebody else"]\n')
+    options = [f"--{name.lower().replace('_', '-')}={path}" for name, path in files.items()]
+    running = start_server(*options, f"--tokens-file={tokens}")
+    variables = {f"SECATEUR_{name}": str(path) for name, path in files.items()}
+    yield {"SECATEUR_ADDRESS": running.address, **variables}
+    stop_server(running)
+
+
+def test_the_healthcheck_knows_tls(with_tls: dict[str, str]) -> None:
+    ended = probe(**with_tls)
+    assert ended.returncode == 0, ended.stderr

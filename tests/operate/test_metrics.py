@@ -1,15 +1,8 @@
 """What Prometheus sees of a real server."""
 
-import json
-import shutil
-import socket
-import subprocess
 import threading
-import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import grpc
 import numpy as np
@@ -92,58 +85,3 @@ def test_a_model_is_held_while_its_call_runs(own_server: RunningServer) -> None:
         eventually(lambda: sample(own_server, "secateur_model_bytes"), 0)
     code = {"grpc_code": "Canceled", "grpc_method": "Report"}
     eventually(lambda: sample(own_server, "grpc_server_handled_total", **code), 1)
-
-
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool: make system")
-def test_promtool_finds_nothing_to_say(own_server: RunningServer) -> None:
-    with urllib.request.urlopen(f"http://{own_server.metrics_address}/metrics") as answer:
-        text = answer.read()
-    checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True)
-    assert (checked.returncode, checked.stdout + checked.stderr) == (0, b"")
-
-
-@pytest.mark.skipif(shutil.which("prometheus") is None, reason="no prometheus: make system")
-def test_a_real_prometheus_scrapes_it(own_server: RunningServer, tmp_path: Path) -> None:
-    """The configuration is the one that compose mounts, with this test's address in it."""
-    config = Path("deploy/prometheus/prometheus.yml").read_text()
-    config = config.replace("secateur:9464", own_server.metrics_address).replace("15s", "1s")
-    (tmp_path / "prometheus.yml").write_text(config)
-    with secateur.Client(own_server.address) as client:
-        client.prune(MODEL, HALF)
-    with prometheus(tmp_path) as address:
-        query = 'grpc_server_handled_total{job="secateur",grpc_method="Prune",grpc_code="OK"}'
-        eventually(lambda: ask(address, query), [1.0])
-        assert ask(address, "secateur_pruned_elements_total") == [4.0]
-
-
-@contextmanager
-def prometheus(folder: Path) -> Iterator[str]:
-    """A Prometheus with the configuration in `folder`. Yields its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    process = subprocess.Popen(
-        [
-            "prometheus",
-            f"--config.file={folder / 'prometheus.yml'}",
-            f"--storage.tsdb.path={folder / 'data'}",
-            f"--web.listen-address={address}",
-        ],
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        yield address
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
-
-
-def ask(address: str, query: str) -> list[float] | None:
-    """The values of a query; None where Prometheus does not answer yet."""
-    url = f"http://{address}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            found = json.load(answer)["data"]["result"]
-    except OSError:
-        return None
-    return [float(series["value"][1]) for series in found]

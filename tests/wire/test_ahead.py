@@ -77,5 +77,5 @@ def test_a_reader_that_leaves_gives_its_thread_back() -> None:
     with ThreadPoolExecutor(1) as receivers:
         received = ahead(iter(range(100)), receivers)
         assert next(received) == 0
-        received.close()  # type: ignore[attr-defined]
+        received.close()
         assert list(ahead(iter([1]), receivers)) == [1]  # there is but one thread

@@ -39,10 +39,12 @@ class Admission:
 
     limit: bytes of all models in service.  most_waiting: requests.
 
-    The next is the one that has waited longest of the tenant that has the fewest bytes in service;
-    nobody goes ahead of it because it is smaller, so that large models come to their turn. Who
-    waits for its own tenant's quota holds up nobody else. Where the queue is full the tenant with
-    the most in it has to give up its last place, so that one tenant cannot keep others out.
+    The next is the one that has waited longest of the tenant that has the fewest bytes in service,
+    and of several of these, of the one whose last turn is longest ago: where each model fills the
+    limit they take turns. Nobody goes ahead of it because it is smaller, so that large models come
+    to their turn. Who waits for its own tenant's quota holds up nobody else. Where the queue is
+    full the tenant with the most in it has to give up its last place, so that one tenant cannot
+    keep others out.
     """
 
     def __init__(self, limit: int, most_waiting: int) -> None:
@@ -50,6 +52,8 @@ class Admission:
         self._lock = threading.Lock()
         self._held: dict[str, _Held] = {}
         self._queue: list[_Waiting] = []
+        self._turns = 0
+        self._last_turn: dict[str, int] = {}  # of tenants that have something here
 
     @property
     def held(self) -> int:
@@ -126,12 +130,17 @@ class Admission:
         while (next_one := self._next()) is not None:
             used = sum(held.bytes for held in self._held.values())
             if used + next_one.size > self.limit:
-                return
+                break
             self._queue.remove(next_one)
-            held = self._held.setdefault(next_one.tenant.owner, _Held())
+            owner = next_one.tenant.owner
+            held = self._held.setdefault(owner, _Held())
             held.bytes += next_one.size
             held.requests += 1
+            self._turns += 1
+            self._last_turn[owner] = self._turns
             next_one.called.set()
+        here = self._held.keys() | {waiting.tenant.owner for waiting in self._queue}
+        self._last_turn = {o: turn for o, turn in self._last_turn.items() if o in here}
 
     def _next(self) -> _Waiting | None:
         """Whose turn it is, of those whose quota lets them."""
@@ -139,7 +148,10 @@ class Admission:
         for waiting in self._queue:
             heads.setdefault(waiting.tenant.owner, waiting)
         able = [waiting for waiting in heads.values() if self._is_within_quota(waiting)]
-        return min(able, key=lambda one: self._of(one.tenant).bytes, default=None)
+        return min(able, key=lambda one: self._precedence(one.tenant), default=None)
+
+    def _precedence(self, tenant: Tenant) -> tuple[int, int]:
+        return self._of(tenant).bytes, self._last_turn.get(tenant.owner, 0)
 
     def _of(self, tenant: Tenant) -> _Held:
         return self._held.get(tenant.owner, _Held())

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,9 +68,12 @@ class Callers:
         """Those of the file."""
         return list(self._tenants.values())
 
-    def caller(self, metadata: Mapping[str, str | bytes]) -> Tenant:
+    def caller(self, metadata: Iterable[tuple[str, str | bytes]]) -> Tenant:
         """The tenant of a call's metadata.  Errors: Unauthenticated."""
-        value = metadata.get("authorization", "")
+        values = [value for key, value in metadata if key == "authorization"]
+        if len(values) > 1:  # whoever looked at it before us may have looked at the other one
+            raise Unauthenticated("authorization", "it is there more than once")
+        value = values[0] if values else ""
         text = value.encode() if isinstance(value, str) else value
         if self._path is None:
             return Tenant("", _owner_of(text)) if text else ANYBODY
@@ -131,13 +134,14 @@ def read_tokens(path: Path) -> dict[bytes, Tenant]:
     Errors: BadTokens.
     """
     try:
-        tables = tomllib.loads(path.read_text())
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BadTokens(f"{path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # tomllib's own is one
         raise BadTokens(f"{path} is no TOML: {error}") from None
     tenants = tables.pop("tenants", None)
-    if not isinstance(tenants, dict) or not tenants or tables:
+    is_good = isinstance(tenants, dict) and tenants and not tables
+    if not is_good or not all(isinstance(table, dict) for table in tenants.values()):
         raise BadTokens(f"{path} has tables [tenants.NAME], at least one, and nothing else")
     found: dict[bytes, Tenant] = {}
     for name, table in tenants.items():
@@ -149,16 +153,14 @@ def read_tokens(path: Path) -> dict[bytes, Tenant]:
 
 
 def _tenant(where: str, name: str, table: Any) -> tuple[Tenant, set[bytes]]:
-    """Errors: BadTokens, which tells no token."""
-    if not isinstance(table, dict):
-        raise BadTokens(f"{where} is no table")
+    """Errors: BadTokens, which tells no token, wherever it stands."""
     rest = dict(table)
     tokens = _texts(where, "tokens", rest.pop("tokens", ()))
     if not tokens:
         raise BadTokens(f"{where}.tokens: there is none")
     requests = rest.pop("requests", None)
     if requests is not None and (type(requests) is not int or requests < 1):
-        raise BadTokens(f"{where}.requests: {requests!r} is no number of requests")
+        raise BadTokens(f"{where}.requests: is no number of requests")
     allow = rest.pop("allow", None)
     tenant = Tenant(
         name,
@@ -166,10 +168,10 @@ def _tenant(where: str, name: str, table: Any) -> tuple[Tenant, set[bytes]]:
         _bytes(where, "memory", rest.pop("memory", None)),
         requests,
         _bytes(where, "store", rest.pop("store", None)),
-        None if allow is None else _texts(where, "allow", allow),
+        None if allow is None else _uris(where, allow),
     )
     if rest:
-        raise BadTokens(f"{where}: there is no {next(iter(rest))!r}")
+        raise BadTokens(f"{where}: there are tokens, memory, requests, store, allow, and no more")
     return tenant, {_digest(where, token) for token in tokens}
 
 
@@ -182,14 +184,26 @@ def _texts(where: str, key: str, values: Any) -> tuple[str, ...]:
 def _bytes(where: str, key: str, value: Any) -> int | None:
     try:
         return None if value is None else byte_count(str(value))
-    except ValueError as error:
-        raise BadTokens(f"{where}.{key}: {error}") from None
+    except ValueError:
+        raise BadTokens(f"{where}.{key}: is no number of bytes, such as 512MiB or 16GiB") from None
+
+
+def _uris(where: str, values: Any) -> tuple[str, ...]:
+    uris = _texts(where, "allow", values)
+    for uri in uris:
+        scheme, separator, place = uri.partition("://")
+        is_place = place.startswith("/") or scheme != "file"
+        if not (scheme and separator and is_place) or ".." in place.split("/"):
+            raise BadTokens(f"{where}.allow: {uri!r} is no scheme://place, or file:///folder")
+    return uris
 
 
 def _digest(where: str, token: str) -> bytes:
     if not token.startswith(_HASHED):
         if len(token) < LEAST_CHARACTERS:
             raise BadTokens(f"{where}.tokens: one has less than {LEAST_CHARACTERS} characters")
+        if not (token.isascii() and token.isprintable()) or token != token.strip():
+            raise BadTokens(f"{where}.tokens: one cannot be sent: it is not plain ASCII")
         return hashlib.sha256(token.encode()).digest()
     try:
         digest = bytes.fromhex(token.removeprefix(_HASHED))

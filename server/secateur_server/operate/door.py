@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from secateur_server.errors import InvalidRequest, NoMessage
+from secateur_server.errors import InvalidRequest, NoMessage, Stopped
 from secateur_server.operate.calls import Method
 from secateur_server.operate.idle import Readers
 from secateur_server.wire.ahead import ahead
@@ -70,7 +70,22 @@ class Door(grpc.ServerInterceptor):
 
     def _received(self, messages: Iterator[Any]) -> AbstractContextManager[Iterator[Any]]:
         """Closed with the call, whoever still refers to it: it has a thread."""
-        return closing(ahead(messages, self._receivers, self._idle_timeout))
+        return closing(ahead(_until_left(messages), self._receivers, self._idle_timeout))
+
+
+def _until_left(messages: Iterator[Any]) -> Iterator[Any]:
+    """The same messages.
+
+    grpc keeps the error that it raises where the caller is gone, and the error would keep all
+    frames that it goes through, with the model, until Python looks for cycles.  Errors: Stopped.
+    """
+    try:
+        yield from messages
+    except grpc.RpcError:
+        pass
+    else:
+        return
+    raise Stopped("call", "the caller has left")
 
 
 def _stream(received: Iterator[Any]) -> Iterator[Any]:

@@ -77,9 +77,9 @@ class Metrics:
             ("reason",),
             registry=registry,
         )
+        self._of_method: dict[Method, tuple[Counter, Histogram, _Codes]] = {}
         for method in _METHODS:  # a counter that is not there yet hides its first increase
-            self._started.labels(method.kind, method.service, method.name)
-            self._handled.labels(method.kind, method.service, method.name, "OK")
+            self._series(method)[2]["OK"]
         for reason in _reasons():
             self._rejected.labels(reason)
 
@@ -97,8 +97,7 @@ class Metrics:
             buckets=SECONDS,
             registry=self.registry,
         )
-        for stage in STAGES:
-            self._stages.labels(stage)
+        self._of_stage = {stage: self._stages.labels(stage) for stage in STAGES}
         self._queue = self._histogram("queue_seconds", "Wait of a call for memory.", SECONDS)
         self._time_to_report = self._histogram(
             "time_to_report_seconds", "Time from the start of a call to its report.", SECONDS
@@ -148,23 +147,34 @@ class Metrics:
 
     def began(self, call: Call) -> None:
         """Counts a call as begun."""
-        self._started.labels(*_labels(call.method)).inc()
+        self._series(call.method)[0].inc()
         self._in_flight.inc()
 
     def ended(self, call: Call) -> None:
         """Counts and times a call, and what it did."""
-        labels = _labels(call.method)
+        _, handling, handled = self._series(call.method)
         self._in_flight.dec()
-        self._handling.labels(*labels).observe(call.seconds)
-        self._handled.labels(*labels, call.code).inc()
+        handling.observe(call.seconds)
+        handled[call.code].inc()
         if call.reason:
             self._rejected.labels(call.reason).inc()
         for name, stage in call.watch.stages.items():
-            self._stages.labels(name).observe(stage.seconds)
+            self._of_stage[name].observe(stage.seconds)
         if call.queued is not None:
             self._queue.observe(call.queued)
         if call.time_to_report is not None:
             self._time_to_report.observe(call.time_to_report)
+
+    def _series(self, method: Method) -> tuple[Counter, Histogram, "_Codes"]:
+        """What is counted of a method: to look it up by its labels takes longer than to count."""
+        if method not in self._of_method:
+            labels = _labels(method)
+            self._of_method[method] = (
+                self._started.labels(*labels),
+                self._handling.labels(*labels),
+                _Codes(lambda code: self._handled.labels(*labels, code)),
+            )
+        return self._of_method[method]
 
     def of_admission(
         self, held: Callable[[], int], limit: int, waiting: Callable[[], int], most_waiting: int
@@ -226,6 +236,17 @@ class Metrics:
         self._pruned.inc(count)
         self._sparsity.observe(report.sparsity)
         this_call().pruned = count
+
+
+class _Codes(dict[str, Counter]):
+    """The counters of a method's codes, each made when it is first asked for."""
+
+    def __init__(self, make: Callable[[str], Counter]) -> None:
+        self._make = make
+
+    def __missing__(self, code: str) -> Counter:
+        self[code] = made = self._make(code)
+        return made
 
 
 def _labels(method: Method) -> tuple[str, str, str]:

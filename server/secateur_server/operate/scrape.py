@@ -1,6 +1,8 @@
 """The address that Prometheus scrapes."""
 
 import hmac
+import logging
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,6 +13,8 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
+log = logging.getLogger(__name__)
+
 # Of a scraper that says nothing.
 TIMEOUT_SECONDS = 10.0
 
@@ -19,6 +23,12 @@ App = Callable[[Any, Any], Iterable[bytes]]
 
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
+    request_queue_size = 128  # of the 5 that there are else, silent strangers leave none
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Who says nothing, or leaves, is no news either."""
+        if not isinstance(sys.exception(), OSError):
+            log.exception("a scrape failed")
 
 
 class _Server6(_Server):
@@ -64,7 +74,8 @@ def _is_known(authorization: str, token: Path) -> bool:
     except OSError:  # a scraper that is let in by a lost file would be a hole
         return False
     scheme, _, given = authorization.partition(" ")
-    return bool(wanted) and scheme == "Bearer" and hmac.compare_digest(given.encode(), wanted)
+    sent = given.strip().encode("latin-1")  # as WSGI has the bytes of headers
+    return bool(wanted) and scheme.lower() == "bearer" and hmac.compare_digest(sent, wanted)
 
 
 def _refused(start_response: Any, status: str, text: str) -> list[bytes]:

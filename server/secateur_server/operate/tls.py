@@ -36,17 +36,19 @@ class TlsFiles:
 
     def load(self) -> Any:
         """What gRPC serves with.  Errors: BadCertificate."""
+        at = f"{self.cert} and {self.key}"
         try:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             # Without a password openssl would ask the terminal for one.
             context.load_cert_chain(self.cert, self.key, password=_no_password)
             if self.client_ca:
+                at = f"{self.client_ca}"
                 context.load_verify_locations(self.client_ca)
             cert, key, client_ca = self.version()
         except ssl.SSLError as error:
-            raise BadCertificate(f"{self.cert} and {self.key}: {error.reason or error}") from None
+            raise BadCertificate(f"{at}: {error.reason or error}") from None
         except OSError as error:
-            raise BadCertificate(f"{error.filename or self.cert}: {error.strerror}") from None
+            raise BadCertificate(f"{error.filename or at}: {error.strerror}") from None
         assert cert is not None, "it is not optional"
         assert key is not None, "nor is this"
         return grpc.ssl_server_certificate_configuration([(key, cert)], client_ca)
@@ -56,14 +58,22 @@ def _no_password() -> bytes:
     raise BadCertificate("the private key has a password; it is to have none")
 
 
+def _seen(files: TlsFiles) -> tuple[bytes | None, ...] | None:
+    """Their version; None where one cannot be read."""
+    try:
+        return files.version()
+    except OSError:  # to load them says what is wrong
+        return None
+
+
 def server_credentials(files: TlsFiles, reloaded: Callable[[bool], None]) -> grpc.ServerCredentials:
     """Credentials that follow their files. What cannot be used changes nothing.
 
     reloaded: is called with whether they could be used, each time that they have changed.
     Errors: BadCertificate.
     """
-    first, lock = files.load(), threading.Lock()
-    seen, looked = files.version(), time.monotonic()
+    seen, lock = _seen(files), threading.Lock()  # before they are loaded: they may change meanwhile
+    first, looked = files.load(), time.monotonic()
 
     def fetch() -> Any:
         nonlocal seen, looked
@@ -71,13 +81,12 @@ def server_credentials(files: TlsFiles, reloaded: Callable[[bool], None]) -> grp
             if time.monotonic() - looked < LOOK_SECONDS:
                 return None
             looked = time.monotonic()
+            if (version := _seen(files)) == seen:
+                return None
+            seen = version
             try:
-                version = files.version()
-                if version == seen:
-                    return None
-                seen = version
                 found = files.load()
-            except (OSError, BadCertificate) as error:
+            except BadCertificate as error:
                 log.error("the certificate stays as it was: %s", error)
                 reloaded(False)
                 return None

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,9 +26,18 @@ class Mask:
     bits: Tensor
     elements: int
 
-    @cached_property
+    @property
     def kept(self) -> int:
-        """How many elements are."""
+        """How many elements are.
+
+        Counted once. A cached_property would, before Python 3.12, hold one lock for all masks while
+        it counts, and threads of the pool that counts would wait for it.
+        """
+        if "_kept" not in self.__dict__:
+            self.__dict__["_kept"] = self._count()
+        return int(self.__dict__["_kept"])
+
+    def _count(self) -> int:
         passes = passes_of(self.bits.device)
         if self.bits.numel() <= passes.piece:
             return passes.count_ones(self.bits)

@@ -103,7 +103,7 @@ def _apply_selection(
     extras: Mapping[str, Tensor],
 ) -> tuple[Masks, list[Choice]]:
     # Of a tensor without elements there is nothing to choose, however many slices it has.
-    empty = [name for name in rule.tensors if state[name].weight.numel() == 0]
+    empty = dict.fromkeys(name for name in rule.tensors if state[name].weight.numel() == 0)
     some = tuple(name for name in rule.tensors if name not in empty)
     masks: Masks = {name: Mask(torch.empty(0, dtype=torch.uint8), 0) for name in empty}
     choices = [Choice((name,), 0, 0, 0) for name in empty]

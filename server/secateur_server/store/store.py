@@ -312,25 +312,42 @@ class Store:
         for _, victim in sorted(victims, key=lambda pair: pair[0]):
             if self.used_bytes + count <= self.max_bytes:
                 break
-            if isinstance(victim, Upload):
-                self.uploads.abandon(victim)
-            else:
-                self._evict(victim, "room")
+            self._let_go(victim, "room")
+
+    def _let_go(self, victim: Upload | Key, reason: str) -> None:
+        if isinstance(victim, Upload):
+            self.uploads.abandon(victim)
+        else:
+            self._evict(victim, reason)
 
     def _make_room_of(self, owner: str, count: int, quota: int) -> None:
         """Errors: QuotaExceeded."""
-        pinned = [key for key in self._records if key[0] == owner and self._pins[key]]
-        if self._bytes_of(owner, pinned) + count > quota:
+        uploads = self.uploads.of(owner)
+        mine = [key for key in self._records if key[0] == owner]
+        in_use: list[Upload | Key] = [upload for upload in uploads if upload.is_active]
+        in_use += [key for key in mine if self._pins[key]]
+        if self._bytes_of(in_use) + count > quota:
             raise QuotaExceeded("data", f"{count} bytes do not fit the {quota} that you may keep")
-        others = [key for key in self._records if key[0] == owner and not self._pins[key]]
-        others.sort(key=lambda key: self._used_at[key], reverse=True)
-        while self._bytes_of(owner, [*pinned, *others]) + count > quota:
-            self._evict(others.pop(), "quota")
+        unused: list[tuple[float, Upload | Key]] = [
+            *((upload.used, upload) for upload in uploads if not upload.is_active),
+            *((self._used_at[key], key) for key in mine if not self._pins[key]),
+        ]
+        rest = [victim for _, victim in sorted(unused, key=lambda pair: pair[0], reverse=True)]
+        while self._bytes_of([*in_use, *rest]) + count > quota:
+            self._let_go(rest.pop(), "quota")
 
-    def _bytes_of(self, owner: str, keys: Iterable[Key]) -> int:
-        """What some checkpoints of an owner hold, and the owner's uploads."""
-        files = {file.blake3: file.size for key in keys for file in self._records[key].blobs()}
-        return sum(files.values()) + self.uploads.size(owner)
+    def _bytes_of(self, held: Iterable[Upload | Key]) -> int:
+        """What some checkpoints and uploads take: a file once, however many have it."""
+        files, count = dict[str, int](), 0
+        for one in held:
+            if not isinstance(one, Upload):
+                count += RECORD_BYTES
+                files |= {file.blake3: file.size for file in self._records[one].blobs()}
+            elif one.part:
+                count += one.size
+            else:
+                files[one.digest or ""] = one.size
+        return count + sum(files.values())
 
     def _freed(self, victims: Iterable[Upload | Key]) -> int:
         """What is free when all of these are gone: a blob is where nobody else has it."""

@@ -14,6 +14,7 @@ from secateur_server.errors import (
     DataLoss,
     InvalidRequest,
     InvalidStateDict,
+    QuotaExceeded,
     StoreFull,
     TakenOver,
     quote,
@@ -75,13 +76,13 @@ class Uploads:
         self._is_of_checkpoint, self._make_room = owns, make_room
         self._uploads: list[Upload] = []
 
-    def size(self, owner: str | None = None) -> int:
-        """Bytes that are announced of files that are not whole, here or not.
+    def size(self) -> int:
+        """Bytes that are announced of files that are not whole, here or not."""
+        return sum(u.size for u in self._uploads if u.part and not u.is_finishing)
 
-        owner: whose; None is all.
-        """
-        unfinished = (u for u in self._uploads if u.part and not u.is_finishing)
-        return sum(u.size for u in unfinished if owner in (None, u.owner))
+    def of(self, owner: str) -> list[Upload]:
+        """Those of an owner."""
+        return [upload for upload in self._uploads if upload.owner == owner]
 
     def idle(self) -> list[Upload]:
         """What no call is at."""
@@ -156,7 +157,7 @@ class Uploads:
         if upload.at > held:
             raise InvalidRequest(field, f"{upload.at} is more than the {held} bytes that are here")
         if is_here:
-            self._begin_whole(upload)
+            self._begin_whole(upload, quota)
         elif before:
             before.is_stale = True  # the call that may still be at it ends with its next byte
             upload.part, upload.writing = before.part, before.writing
@@ -167,13 +168,13 @@ class Uploads:
             self._uploads.append(upload)
         return upload
 
-    def _begin_whole(self, upload: Upload) -> None:
+    def _begin_whole(self, upload: Upload, quota: int | None) -> None:
         """All of the file is here: it stays while the call runs."""
         self._shelf.refer([StoredFile("", upload.size, upload.digest or "")])
         self._uploads.append(upload)
         try:
-            self._make_room(RECORD_BYTES, upload.owner, None)
-        except StoreFull:
+            self._make_room(RECORD_BYTES, upload.owner, quota)
+        except (StoreFull, QuotaExceeded):
             self.abandon(upload)
             raise
 

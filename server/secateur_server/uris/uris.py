@@ -4,7 +4,7 @@ import posixpath
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote as urlquote
 from urllib.parse import unquote
 
@@ -36,8 +36,8 @@ class Uris:
         paths = [Path(unquote(uri.removeprefix(LOCAL))) for uri in allow if uri.startswith(LOCAL)]
         others = [uri for uri in allow if not uri.startswith(LOCAL)]
         return Uris(
-            [path for path in paths if any(path.is_relative_to(root) for root in self._paths)],
-            [uri for uri in others if self._begins(uri.rstrip("/") + "/")],
+            _in_both(self._paths, [path for path in paths if path.is_absolute()], _is_under),
+            _in_both(self._prefixes, others, _continues),
             self._scratch,
         )
 
@@ -114,6 +114,26 @@ class Uris:
         if uri.startswith(LOCAL):
             return LocalTarget(field, uri, self._paths)
         return RemoteTarget(field, uri, size)
+
+
+Place = TypeVar("Place", Path, str)
+
+
+def _in_both(
+    ours: Sequence[Place], theirs: Sequence[Place], is_in: Callable[[Place, Place], bool]
+) -> list[Place]:
+    """Places that are in one of `ours` and in one of `theirs`."""
+    narrower = [place for place in theirs if any(is_in(place, our) for our in ours)]
+    return narrower + [our for our in ours if any(is_in(our, place) for place in theirs)]
+
+
+def _is_under(path: Path, root: Path) -> bool:
+    """Where they lead to: a link, or `..`, may lead out."""
+    return path.resolve().is_relative_to(root.resolve())
+
+
+def _continues(uri: str, prefix: str) -> bool:
+    return f"{uri.rstrip('/')}/".startswith(f"{prefix.rstrip('/')}/")
 
 
 def _closing(file: LocalFile | RemoteFile) -> Callable[[Any, Any, Any], None]:

@@ -58,5 +58,8 @@ def _next(
     except Empty:
         raise IdleTimeout("call", f"no message has come for {timeout:g} seconds") from None
     if isinstance(item, Exception):
-        raise item
+        try:
+            raise item
+        finally:
+            del item  # else it and this frame keep each other, and the caller's model with them
     return item

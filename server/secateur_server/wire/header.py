@@ -2,10 +2,12 @@
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from secateur_proto.framing import DTYPE_BITS, tensor_bytes
+from secateur_proto.text import Text
 from secateur_server.devices.watch import watch
 from secateur_server.errors import MalformedFile, quote
 
@@ -14,6 +16,12 @@ MAX_HEADER_BYTES = 100_000_000
 
 # The length in 8 bytes, and {}.
 MIN_FILE_BYTES = 10
+
+_METADATA = "__metadata__"
+# Each is an object or two, whatever its length.
+_MOST_METADATA = 100_000
+
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell a lone one, which UTF-8 cannot
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,7 @@ class Header:
     metadata: dict[str, str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """A tensor that the header announces; its data is at [begin, end) behind the header."""
 
@@ -54,9 +62,14 @@ def parse_header(text: bytes, data_bytes: int) -> Header:
     Errors: MalformedFile, unless the tensors cover the data from 0 to its end without gap or
     overlap, each with a known dtype, and as many bytes as its shape has.
     """
-    table = _table(text)
-    metadata = _metadata(table.pop("__metadata__", {}))
-    entries = [_entry(name, fields) for name, fields in table.items()]
+    if not text.startswith(b"{"):
+        raise MalformedFile("data", f"the header begins with {quote(text[:8])}, not with {{")
+    try:
+        entries, metadata = _tables(Text(text.decode(), _DECODER))
+    except RecursionError:
+        raise MalformedFile("data", "the header is nested too deeply") from None
+    except ValueError as error:
+        raise MalformedFile("data", f"the header is not JSON: {quote(str(error))}") from None
     position, before = 0, "the header"
     for entry in sorted(entries, key=lambda entry: (entry.begin, entry.end)):
         if entry.begin != position:
@@ -77,38 +90,56 @@ def _field(name: str) -> str:
     return f"data[{quote(name)}]"
 
 
-def _table(text: bytes) -> dict[str, Any]:
-    if not text.startswith(b"{"):
-        raise MalformedFile("data", f"the header begins with {quote(text[:8])}, not with {{")
-    try:
-        return json.loads(text.decode(), object_pairs_hook=_distinct)  # type: ignore[no-any-return]
-    except RecursionError:
-        raise MalformedFile("data", "the header is nested too deeply") from None
-    except ValueError as error:
-        raise MalformedFile("data", f"the header is not JSON: {quote(str(error))}") from None
+def _tables(reader: Text) -> tuple[list[Entry], dict[str, str]]:
+    """Errors: MalformedFile, ValueError, RecursionError."""
+    entries: dict[str, Entry] = {}
+    metadata: dict[str, str] | None = None
+    for name in reader.keys():  # noqa: SIM118 (not a dict's)
+        if name in entries or (name == _METADATA and metadata is not None):
+            raise _twice(name)
+        if name == _METADATA:
+            metadata = _metadata(reader)
+        else:
+            entries[name] = _entry(name, reader.value())
+    reader.end()
+    return list(entries.values()), metadata or {}
 
 
-def _metadata(metadata: Any) -> dict[str, str]:
-    if not isinstance(metadata, dict):
-        raise MalformedFile("data['__metadata__']", f"{quote(metadata)} is not a map")
-    for key, value in metadata.items():
+def _metadata(reader: Text) -> dict[str, str]:
+    """Errors: MalformedFile, ValueError, RecursionError."""
+    if reader.next() != "{":
+        raise MalformedFile(_field(_METADATA), f"{quote(reader.value())} is not a map")
+    metadata: dict[str, str] = {}
+    for key in reader.keys():  # noqa: SIM118
+        value = reader.string() if reader.next() == '"' else reader.value()
         if not isinstance(value, str) or not (_is_text(key) and _is_text(value)):
-            raise MalformedFile(f"data['__metadata__'][{quote(key)}]", f"{quote(value)} is no text")
+            field = f"{_field(_METADATA)}[{quote(key)}]"
+            raise MalformedFile(field, f"{quote(value)} is no text")
+        if key in metadata:
+            raise _twice(key)
+        metadata[key] = value
+        if len(metadata) > _MOST_METADATA:
+            raise MalformedFile(_field(_METADATA), f"has more than {_MOST_METADATA} texts")
     return metadata
 
 
 def _is_text(text: str) -> bool:
-    """JSON can spell lone surrogates, which UTF-8 cannot."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    return not _SURROGATE.search(text)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
         seen: set[str] = set()
-        name = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise MalformedFile(_field(name), "the name stands twice in the header")
+        raise _twice(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
     return table
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_distinct)
+
+
+def _twice(name: str) -> MalformedFile:
+    return MalformedFile(_field(name), "the name stands twice in the header")
 
 
 def _entry(name: str, fields: Any) -> Entry:

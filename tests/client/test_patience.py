@@ -1,0 +1,396 @@
+"""The client comes again as it is told, goes on where a connection broke, and knows when to end."""
+
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+
+import secateur
+from secateur.patience import TRIES, Patience
+from secateur_proto.pruner_pb2_grpc import PrunerStub
+from tests.conftest import eventually
+from tests.contract.raw import header, kept_open, message, series
+from tests.store.stored import Kept, kept
+
+# By itself ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds of each sleep, of which a thousandth is slept."""
+    slept: list[float] = []
+    sleep = time.sleep
+
+    def short(seconds: float) -> None:
+        slept.append(seconds)
+        sleep(seconds / 1000)
+
+    monkeypatch.setattr("secateur.patience.time.sleep", short)
+    return slept
+
+
+def busy(seconds: float | None) -> secateur.ServerBusy:
+    error = secateur.ServerBusy("busy")
+    error.retry_after = seconds
+    return error
+
+
+def failing(*errors: Exception) -> Callable[[float | None], str]:
+    """An attempt that fails so often, and is then served."""
+    left = list(errors)
+
+    def attempt(seconds: float | None) -> str:
+        if left:
+            raise left.pop(0)
+        return "served"
+
+    return attempt
+
+
+def test_a_busy_server_is_asked_again_when_it_says_and_not_before(pauses: list[float]) -> None:
+    attempt = failing(busy(3), busy(0.5), *[busy(2)] * 20)
+    assert Patience(None).until_served(attempt, is_known=False, is_safe=False) == "served"
+    assert len(pauses) == 22
+    assert 3 <= pauses[0] <= 4.5
+    assert 0.5 <= pauses[1] <= 0.75
+
+
+def test_not_all_come_again_at_once(pauses: list[float]) -> None:
+    attempt = failing(*[busy(10)] * 200)
+    Patience(None).until_served(attempt, is_known=False, is_safe=False)
+    assert 10 <= min(pauses) < 11
+    assert 14 < max(pauses) <= 15
+    assert len({round(pause, 2) for pause in pauses}) > 50
+    pauses.clear()
+    for _ in range(200):
+        Patience(None).pause(3)
+    assert 0.2 <= min(pauses) < 0.25
+    assert 0.35 < max(pauses) <= 0.4
+
+
+def test_who_is_told_to_come_after_its_time_does_not_wait_for_it(pauses: list[float]) -> None:
+    with pytest.raises(secateur.ServerBusy) as error:
+        Patience(2).until_served(failing(busy(2)), is_known=True, is_safe=True)
+    assert error.value.retry_after == 2
+    assert pauses == []
+
+
+def test_a_server_that_does_not_say_when_is_not_asked_again(pauses: list[float]) -> None:
+    with pytest.raises(secateur.ServerBusy):
+        Patience(None).until_served(failing(busy(None)), is_known=True, is_safe=True)
+    assert pauses == []
+
+
+def test_an_attempt_has_the_time_that_is_left() -> None:
+    left: list[float | None] = []
+
+    def attempt(seconds: float | None) -> None:
+        left.append(seconds)
+        if len(left) < 3:
+            raise busy(0.05)
+
+    Patience(1).until_served(attempt, is_known=False, is_safe=False)
+    first, second, third = (seconds or 0 for seconds in left)
+    assert 1 >= first > 0.9
+    assert first - 0.05 >= second
+    assert second - 0.05 >= third > 0
+    assert Patience(None).left() is None
+    assert Patience(-1).left() == 0
+
+
+def test_a_connection_that_breaks_is_tried_again_with_longer_pauses(pauses: list[float]) -> None:
+    broken = [secateur.Unavailable("gone")] * (TRIES - 1)
+    assert Patience(None).until_served(failing(*broken), True, True) == "served"
+    assert len(pauses) == TRIES - 1
+    for index, pause in enumerate(pauses):
+        most = min(0.1 * 2**index, 5)
+        assert most / 2 <= pause <= most
+    assert 25 < sum(pauses) < 60  # a server that is started again is there by then
+
+
+def test_a_connection_that_stays_broken_is_given_up(pauses: list[float]) -> None:
+    last = secateur.Unavailable("last")
+    broken = [secateur.Unavailable("gone")] * (TRIES - 1)
+    with pytest.raises(secateur.Unavailable, match="last"):
+        Patience(None).until_served(failing(*broken, last), True, True)
+    assert len(pauses) == TRIES - 1
+
+
+@pytest.mark.parametrize(("is_known", "is_safe"), [(False, True), (True, False), (False, False)])
+def test_who_may_have_been_served_or_was_never_there_is_not_tried_again(
+    pauses: list[float], is_known: bool, is_safe: bool
+) -> None:
+    with pytest.raises(secateur.Unavailable):
+        Patience(None).until_served(failing(secateur.Unavailable("")), is_known, is_safe)
+    assert pauses == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        secateur.InvalidSpec(""),
+        secateur.ModelTooLarge(""),
+        secateur.DeadlineExceeded(""),
+        secateur.Cancelled(""),
+        secateur.Unauthenticated(""),
+        secateur.StoreFull(""),
+        KeyError("a defect"),
+    ],
+)
+def test_what_does_not_pass_is_told_at_once(pauses: list[float], error: Exception) -> None:
+    with pytest.raises(type(error)):
+        Patience(None).until_served(failing(error), is_known=True, is_safe=True)
+    assert pauses == []
+
+
+# With servers -------------------------------------------------------------------------------------
+
+MODEL = {"w": np.arange(1, 101, dtype=np.float32)}
+HALF = secateur.l1_unstructured("w", 0.5)
+
+
+def free_address() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return f"127.0.0.1:{taken.getsockname()[1]}"
+
+
+class Restarted:
+    """A server at one address, which is killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.address = free_address()
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "secateur_server", "--address", self.address),
+                *("--metrics-address", "", "--store-dir", str(self._folder)),
+            ],
+            stderr=subprocess.DEVNULL,
+        )
+
+    def kill(self) -> None:
+        if self._process:
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait()
+
+
+@pytest.fixture
+def restarted(tmp_path: Path) -> Iterator[Restarted]:
+    server = Restarted(tmp_path)
+    yield server
+    server.kill()
+
+
+def test_a_client_goes_on_while_its_server_is_killed_and_started_again(
+    restarted: Restarted,
+) -> None:
+    large = {"w": np.random.default_rng(0).standard_normal(1 << 20, np.float32)}
+    done = {"small": 0, "large": 0}
+    ended = threading.Event()
+
+    def loop(client: secateur.Client, kind: str) -> None:
+        while not ended.is_set():
+            if kind == "small":
+                assert client.prune(MODEL, HALF).report.zeros == 50
+            else:
+                assert client.prune(large, HALF, output="dense").report.zeros == 1 << 19
+            done[kind] += 1
+
+    restarted.start()
+    with secateur.Client(restarted.address, timeout=120) as client, ThreadPoolExecutor() as pool:
+        client.wait_until_ready()
+        client.prune(MODEL, HALF)
+        loops = [pool.submit(loop, client, kind) for kind in done]
+        try:
+            eventually(lambda: all(count > 1 for count in done.values()), True, 60)
+            restarted.kill()
+            before = dict(done)
+            restarted.start()
+            eventually(lambda: all(done[kind] > before[kind] + 1 for kind in done), True, 60)
+        finally:
+            ended.set()
+        for running in loops:
+            running.result()
+
+
+def test_who_waits_until_ready_finds_a_server_that_starts_later(restarted: Restarted) -> None:
+    with secateur.Client(restarted.address, timeout=60) as client:
+        threading.Timer(0.5, restarted.start).start()
+        client.wait_until_ready(60)
+        assert client.prune(MODEL, HALF).report.zeros == 50
+
+
+def test_a_server_that_was_never_there_is_told_at_once() -> None:
+    with secateur.Client(free_address(), timeout=60) as client:
+        for call in (
+            lambda: client.prune(MODEL, HALF),
+            lambda: client.report(MODEL),
+            lambda: client.upload(MODEL),
+            lambda: client.checkpoint("checkpoints/x"),
+        ):
+            begun = time.monotonic()
+            with pytest.raises(secateur.Unavailable):
+                call()
+            assert time.monotonic() - begun < 2
+        begun = time.monotonic()
+        with pytest.raises(secateur.Unavailable, match=r"no server after 0\.3 seconds"):
+            client.wait_until_ready(0.3)
+        assert 0.3 <= time.monotonic() - begun < 2
+
+
+class Line:
+    """Carries bytes to and from a server; may lose those of either way, or of both, unheard.
+
+    up, down: whether bytes to the server, and from it, go on.
+    """
+
+    def __init__(self, target: str) -> None:
+        self.up = self.down = True
+        host, _, port = target.rpartition(":")
+        self._target = host, int(port)
+        self._ends: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # it is closed
+            while True:
+                caller, _ = self._listener.accept()
+                server = socket.create_connection(self._target)
+                self._ends += [caller, server]
+                for ends in ((caller, server, "up"), (server, caller, "down")):
+                    threading.Thread(target=self._pump, args=ends, daemon=True).start()
+
+    def _pump(self, source: socket.socket, target: socket.socket, way: str) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                if getattr(self, way):
+                    target.sendall(data)
+            if getattr(self, way):  # an end that is lost is not heard of either
+                target.shutdown(socket.SHUT_WR)
+
+    def refuse(self) -> None:
+        """Takes no more connections."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def cut(self) -> None:
+        """Breaks all connections; new ones are as good as any."""
+        ends, self._ends = self._ends, []
+        for end in ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+        self.up = self.down = True
+
+
+@contextlib.contextmanager
+def line_to(address: str) -> Iterator[Line]:
+    line = Line(address)
+    try:
+        yield line
+    finally:
+        line.refuse()
+        line.cut()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
+    with kept(tmp_path_factory.mktemp("patience")) as running:
+        yield running
+
+
+def served(store: Kept) -> float:
+    return series(store.server, "grpc_server_handled_total", grpc_method="Prune", grpc_code="OK")
+
+
+def test_what_is_kept_is_not_kept_twice_where_its_answer_is_lost(store: Kept) -> None:
+    """Nobody but the server knows that it was done."""
+    uploaded = store.client.upload(MODEL)
+    with (
+        line_to(store.server.address) as line,
+        secateur.Client(line.address, timeout=20) as client,
+        ThreadPoolExecutor() as pool,
+    ):
+        assert client.report(uploaded).total == 100  # the server is known
+        line.down = False
+        answer = pool.submit(client.prune, uploaded, HALF, keep=True)
+        eventually(lambda: len(list(store.client.checkpoints())), 2)
+        line.cut()
+        with pytest.raises(secateur.Unavailable):
+            answer.result()
+    time.sleep(0.5)
+    assert len(list(store.client.checkpoints())) == 2
+
+
+@pytest.mark.parametrize("output", ["masks", "dense"])
+def test_what_changes_nothing_is_done_again_where_its_answer_is_lost(
+    store: Kept, output: str
+) -> None:
+    with (
+        line_to(store.server.address) as line,
+        secateur.Client(line.address, timeout=20) as client,
+        ThreadPoolExecutor() as pool,
+    ):
+        client.report(MODEL)
+        line.down, before = False, served(store)
+        answer = pool.submit(client.prune, MODEL, HALF, output)
+        eventually(lambda: served(store), before + 1)
+        line.cut()
+        assert answer.result().report.zeros == 50
+        assert served(store) == before + 2
+
+
+# A whole minute: of keepalive, which asks after 30 s, and waits for 20 s.
+SILENT_SECONDS = 50
+
+
+@pytest.mark.slow
+def test_a_server_that_falls_silent_is_noticed(store: Kept) -> None:
+    with line_to(store.server.address) as line, secateur.Client(line.address) as client:
+        client.wait_until_ready()
+        line.up = line.down = False
+        begun = time.monotonic()
+        threading.Timer(5, line.refuse).start()
+        with pytest.raises(secateur.Unavailable):
+            client.report(MODEL)
+        took = time.monotonic() - begun
+    print(f"a silent server was noticed after {took:.1f} s")
+    assert SILENT_SECONDS - 25 < took < SILENT_SECONDS + 10
+
+
+@pytest.mark.slow
+def test_a_caller_that_falls_silent_is_noticed_and_holds_nothing(store: Kept) -> None:
+    """Its connection is never closed."""
+    size = 1 << 20
+    own = [("grpc.use_local_subchannel_pool", 1)]
+    with line_to(store.server.address) as line, grpc.insecure_channel(line.address, own) as channel:
+        first = message("Prune", header=header("Prune", size), data=b"\x10")
+        with kept_open([first]) as messages:
+            call = PrunerStub(channel).Prune(messages, timeout=600)
+            eventually(lambda: series(store.server, "secateur_model_bytes"), float(size))
+            line.up = line.down = False
+            begun = time.monotonic()
+            # The idle timeout, of 60 s, is not what ends it.
+            eventually(lambda: series(store.server, "secateur_model_bytes"), 0.0, 59)
+            took = time.monotonic() - begun
+            call.cancel()
+    print(f"a silent caller was noticed after {took:.1f} s")
+    assert took > SILENT_SECONDS - 25
+    eventually(lambda: series(store.server, "secateur_requests_in_flight"), 0.0)
+    assert series(store.server, "secateur_rejected_requests_total", reason="IDLE_TIMEOUT") == 0

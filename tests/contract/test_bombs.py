@@ -1,0 +1,387 @@
+"""Requests that are small and mean much: after each the server serves, and holds nothing of it."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import safetensors.torch
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+import secateur
+from secateur_proto import checkpoints_pb2, pruner_pb2
+from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
+from secateur_proto.framing import cut
+from tests.conftest import RunningServer
+from tests.contract.raw import (
+    RPCS,
+    TIMEOUT,
+    Failure,
+    check_invalid,
+    check_serves,
+    entry,
+    failure,
+    file,
+    header,
+    masks,
+    message,
+    send,
+    spec,
+)
+from tests.store.stored import file_message, send_upload, upload_file, upload_requests
+
+MIB = 1 << 20
+ONE = torch.ones(1).numpy().tobytes()
+INVALID_STATE_DICT, INVALID_REQUEST = "INVALID_STATE_DICT", "INVALID_REQUEST"
+Measured = Callable[[Callable[[], Any]], int]
+
+
+@pytest.fixture(autouse=True)
+def _the_server_goes_on(server: RunningServer, channel: grpc.Channel) -> Iterator[None]:
+    yield
+    health = health_pb2_grpc.HealthStub(channel)
+    answer = health.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT)
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    check_serves(server, channel)
+
+
+@pytest.fixture
+def grown(server: RunningServer, channel: grpc.Channel) -> Measured:
+    """Measures by how many MiB the server's memory grows in a call, at the call's peak."""
+
+    def measured(call: Callable[[], Any]) -> int:
+        check_serves(server, channel)
+        process = Path(f"/proc/{server.process.pid}")
+        (process / "clear_refs").write_text("5")  # the peak begins anew
+        before = resident_mib(process, "VmRSS")
+        call()
+        return resident_mib(process, "VmHWM") - before
+
+    return measured
+
+
+def resident_mib(process: Path, name: str) -> int:
+    status = (process / "status").read_text()
+    return int(status.partition(f"{name}:")[2].split()[0]) >> 10
+
+
+def send_chunks(
+    channel: grpc.Channel, rpc: str, data: bytes, announced: int | None = None
+) -> Failure | None:
+    """Sends a file in messages of the usual size."""
+    first = header(rpc, len(data) if announced is None else announced)
+    rest = (message(rpc, data=bytes(piece)) for piece in cut([data]))
+    return failure(send, channel, rpc, [message(rpc, header=first), *rest], timeout=60)
+
+
+# The head of a file -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [2**63 - 1, 2**63, 2**64 - 1, 100_000_001])
+def test_a_header_longer_than_any_is_refused_at_its_first_bytes(
+    channel: grpc.Channel, grown: Measured, length: int
+) -> None:
+    data = length.to_bytes(8, "little") + b"{" + b" " * 100
+
+    def call() -> None:
+        found = send_chunks(channel, "Report", data, announced=2**30)
+        check_invalid(found, INVALID_STATE_DICT, "data", [str(length), "100000000"])
+
+    assert grown(call) < 16
+
+
+def test_a_header_of_which_100_mb_are_announced_takes_what_arrives(
+    channel: grpc.Channel, grown: Measured
+) -> None:
+    data = (100_000_000).to_bytes(8, "little") + b"{" + b" " * MIB
+
+    def call() -> None:
+        found = send_chunks(channel, "Report", data, announced=100_000_008)
+        check_invalid(found, INVALID_STATE_DICT, "data", ["100000008", str(len(data))])
+
+    assert grown(call) < 16
+
+
+def in_shape(value: str) -> bytes:
+    """A header of 12 MiB whose one shape is made of values that are none."""
+    values = ",".join([value] * (12 * MIB // (len(value) + 1)))
+    return b'{"w":{"dtype":"U8","data_offsets":[0,0],"shape":[%b]}}' % values.encode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(in_shape("[]"), id="lists"),
+        pytest.param(in_shape("{}"), id="maps"),
+        pytest.param(in_shape("1e9"), id="numbers"),
+        pytest.param(b'{"w":' + b"[" * (12 * MIB), id="deep lists"),
+        pytest.param(b'{"w":' * (2 * MIB), id="deep maps"),
+        pytest.param(
+            b"{" + b",".join(b'"%x":0' % n for n in range(MIB)) + b"}", id="entries of nothing"
+        ),
+        pytest.param(
+            b'{"__metadata__":{' + b",".join(b'"%x":""' % n for n in range(MIB)) + b"}}",
+            id="texts",
+        ),
+    ],
+)
+def test_a_header_that_would_be_many_objects_is_refused_before_they_are_made(
+    channel: grpc.Channel, grown: Measured, text: bytes
+) -> None:
+    """As a whole json made 27 times its size of it, in seconds in which no call was served."""
+
+    def call() -> None:
+        found = send_chunks(channel, "Report", file(text))
+        assert found is not None
+        assert (found.code, found.reason) == (grpc.StatusCode.INVALID_ARGUMENT, INVALID_STATE_DICT)
+        assert len(found.message) < 1000
+
+    assert grown(call) < 64
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [[2**32, 2**32], [2**62, 4], [2**63 - 1, 2**63 - 1, 2**63 - 1], [3, 2**62 // 3 + 1]],
+    ids=str,
+)
+def test_a_shape_whose_product_overflows_is_refused(
+    channel: grpc.Channel, shape: list[int]
+) -> None:
+    """In 64 bits 2^32 * 2^32 is 0, and so are its bytes."""
+    for rpc in RPCS:
+        found = send_chunks(channel, rpc, file({"w": entry("F32", shape, 0, 0)}))
+        check_invalid(found, INVALID_STATE_DICT, "data['w']", [str(shape[0])])
+
+
+@pytest.mark.parametrize("shape", [[0, 2**61], [2**61, 0], [0, 2**30, 2**31], [2**30, 0, 2**31]])
+def test_a_tensor_without_elements_takes_no_memory_however_large_its_other_sizes_are(
+    channel: grpc.Channel, grown: Measured, shape: list[int]
+) -> None:
+    data = file({"w": entry("F32", shape, 0, 0)})
+
+    def call() -> None:
+        for rpc in RPCS:
+            found = send_chunks(channel, rpc, data)
+            assert found is None or found.code == grpc.StatusCode.INVALID_ARGUMENT, found
+
+    assert grown(call) < 16
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"w":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+        b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"w":{}}',
+        b'{"__metadata__":{"k":"1","k":"2"},"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+        b'{"__metadata__":{},"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"__metadata__":{}}',
+    ],
+    ids=["field", "tensor", "text", "metadata"],
+)
+def test_a_key_that_stands_twice_is_refused(channel: grpc.Channel, text: bytes) -> None:
+    """Which one counts, readers do not agree on."""
+    found = send_chunks(channel, "Report", file(text, ONE))
+    assert found is not None
+    assert found.reason == INVALID_STATE_DICT
+    assert "stands twice" in found.message
+
+
+# Many tensors, long names -------------------------------------------------------------------------
+
+
+def test_ten_thousand_tiny_tensors_are_pruned_in_seconds(
+    client: secateur.Client, grown: Measured
+) -> None:
+    model = {f"layers.{n}.weight": torch.tensor([1.0, float(n + 2)]) for n in range(10_000)}
+    begin = time.monotonic()
+
+    def call() -> None:
+        result = client.prune(model, secateur.l1_unstructured("*", 1), output="dense")
+        pruned = result.state_dict("dense")
+        assert len(pruned) == len(result.report.tensors) == 10_000
+        assert pruned["layers.9999.weight"].tolist() == [0.0, 10_001.0]
+        assert result.report.sparsity == 0.5
+
+    assert grown(call) < 256
+    assert time.monotonic() - begin < 20
+
+
+def test_a_name_of_1_mb_is_a_name(channel: grpc.Channel, grown: Measured) -> None:
+    """The format has no limit; what comes back is the model that was sent."""
+    name = "n" * 10**6
+    data = file({name: entry("F32", [2], 0, 8)}, ONE * 2)
+    first = header("Finalize", len(data))
+
+    def call() -> None:
+        answer = send(channel, "Finalize", [message("Finalize", header=first, data=data)])
+        (reported,) = answer[0].result.report.tensors
+        assert reported.name == name
+        written = b"".join(part.data for part in answer)
+        assert list(safetensors.torch.load(written)) == [name]
+
+    assert grown(call) < 32
+
+
+def test_an_error_has_a_long_name_in_short(channel: grpc.Channel) -> None:
+    data = file({"n" * 10**6: entry("F32", [2], 0, 4)}, ONE)
+    found = send_chunks(channel, "Prune", data)
+    check_invalid(found, INVALID_STATE_DICT, f"data['{'n' * 59}...{'n' * 59}']", ["2"])
+    assert found is not None
+    assert len(found.message) < 1000
+
+
+# Names that are paths -----------------------------------------------------------------------------
+
+TRICKS = [
+    "../../etc/passwd",
+    "/etc/passwd",
+    "..",
+    "a\0b",
+    "a\nb",
+    "\r\n\r\nHTTP/1.1 200 OK",
+    "..\\..\\windows",
+    "\x1b[2J",
+]
+
+
+@pytest.mark.parametrize("name", TRICKS)
+def test_the_name_of_a_tensor_is_no_path_anywhere(channel: grpc.Channel, name: str) -> None:
+    """It is a key: it comes back as it came, in a result, and quoted in an error."""
+    data = file({name: entry("F32", [1], 0, 4)}, ONE)
+    for output in (pruner_pb2.OUTPUT_DENSE, pruner_pb2.OUTPUT_MASKS):
+        first = header("Prune", len(data), output=output, spec=spec("*"))
+        answer = send(channel, "Prune", [message("Prune", header=first, data=data)])
+        written = b"".join(part.data for part in answer)
+        assert list(safetensors.torch.load(written)) == [name]
+    first = header("Prune", len(data), spec=masks(**{name: name + "?"}))
+    found = failure(send, channel, "Prune", [message("Prune", header=first, data=data)])
+    assert found is not None
+    assert found.code == grpc.StatusCode.INVALID_ARGUMENT
+    assert not set("\0\r\n\x1b") & set(found.message)
+
+
+@pytest.mark.parametrize("name", [*TRICKS, ".", "é" * 128, "n" * 10**6])
+def test_the_name_of_a_file_is_no_path_anywhere(
+    client: secateur.Client, channel: grpc.Channel, name: str
+) -> None:
+    """What could be one is refused; the store never names its files by it."""
+    data = file({"w": entry("F32", [1], 0, 4)}, ONE)
+    requests = upload_requests([upload_file(file_message(data, name))], data)
+    made: list[Any] = []
+    found = failure(lambda: made.append(send_upload(channel, requests)))
+    if "/" in name or "\0" in name or name in (".", "..") or len(name.encode()) > 255:
+        check_invalid(
+            found, INVALID_REQUEST, "header.files[0].file.filename", ["no name of a file"]
+        )
+        return
+    assert found is None
+    assert [stored.filename for stored in made[0].files] == [name]
+    client.delete(made[0].name)
+
+
+@pytest.mark.parametrize("name", TRICKS)
+def test_the_files_that_an_index_names_are_looked_for_among_those_that_came(
+    channel: grpc.Channel, name: str
+) -> None:
+    data = file({"w": entry("F32", [1], 0, 4)}, ONE)
+    index = json.dumps({"weight_map": {"w": name}}).encode()
+    files = [
+        upload_file(file_message(data, "a.safetensors")),
+        upload_file(file_message(index, "model.safetensors.index.json")),
+    ]
+    found = failure(send_upload, channel, upload_requests(files, data + index))
+    check_invalid(found, INVALID_STATE_DICT, "data['model.safetensors.index.json']", ["not here"])
+    assert found is not None
+    assert not set("\0\r\n\x1b") & set(found.message)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param("[" + ",".join(["[]"] * (4 * MIB)) + "]", id="lists"),
+        pytest.param("[" + ",".join(["1e9"] * (3 * MIB)) + "]", id="numbers"),
+        pytest.param(",".join(["0", *(f'"{n:x}":0' for n in range(MIB))]), id="keys"),
+        pytest.param("[" * 900 + "]" * 900, id="deep"),
+    ],
+)
+def test_an_index_that_would_be_many_objects_is_refused_before_they_are_made(
+    channel: grpc.Channel, grown: Measured, more: str
+) -> None:
+    data = file({"w": entry("F32", [1], 0, 4)}, ONE)
+    index = f'{{"weight_map":{{"w":"a.safetensors"}},"more":{more}}}'.encode()
+    files = [
+        upload_file(file_message(data, "a.safetensors")),
+        upload_file(file_message(index, "model.safetensors.index.json")),
+    ]
+
+    def call() -> None:
+        found = failure(send_upload, channel, upload_requests(files, data + index))
+        field = "data['model.safetensors.index.json']"
+        check_invalid(found, INVALID_STATE_DICT, field, ["no index"])
+
+    assert grown(call) < 64
+
+
+@pytest.mark.parametrize("name", [*TRICKS, "n" * 10**6])
+def test_the_name_of_a_checkpoint_is_looked_up_and_never_opened(
+    channel: grpc.Channel, name: str
+) -> None:
+    for wanted in (name, f"checkpoints/{name}"):
+        for call in (get, delete, download, report):
+            found = failure(call, channel, wanted)
+            assert found is not None
+            status = found.code, found.reason
+            assert status == (grpc.StatusCode.NOT_FOUND, "CHECKPOINT_NOT_FOUND")
+            assert len(found.message) < 1000
+
+
+def get(channel: grpc.Channel, name: str) -> None:
+    CheckpointsStub(channel).Get(checkpoints_pb2.GetRequest(name=name), timeout=TIMEOUT)
+
+
+def delete(channel: grpc.Channel, name: str) -> None:
+    CheckpointsStub(channel).Delete(checkpoints_pb2.DeleteRequest(name=name), timeout=TIMEOUT)
+
+
+def download(channel: grpc.Channel, name: str) -> None:
+    request = checkpoints_pb2.DownloadRequest(name=name)
+    list(CheckpointsStub(channel).Download(request, timeout=TIMEOUT))
+
+
+def report(channel: grpc.Channel, name: str) -> None:
+    send(channel, "Report", [message("Report", header=pruner_pb2.ReportHeader(checkpoint=name))])
+
+
+# Compression --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[grpc.Compression.Gzip, grpc.Compression.Deflate], ids=["gzip", "deflate"])
+def compressing(server: RunningServer, request: pytest.FixtureRequest) -> Iterator[grpc.Channel]:
+    options = [("grpc.max_send_message_length", -1)]
+    with grpc.insecure_channel(server.address, options, request.param) as opened:
+        yield opened
+
+
+def test_a_message_that_expands_beyond_the_limit_is_refused_and_not_held(
+    compressing: grpc.Channel, grown: Measured
+) -> None:
+    """128 KiB of gzip are 128 MiB of zeros; a message has 16 MiB at most."""
+    size = 128 * MIB
+    request = message("Report", header=header("Report", size), data=bytes(size))
+
+    def call() -> None:
+        found = failure(send, compressing, "Report", [request], timeout=60)
+        assert found is not None
+        assert found.code == grpc.StatusCode.RESOURCE_EXHAUSTED, found
+
+    assert grown(call) < 48
+
+
+def test_a_message_within_the_limit_may_be_compressed(compressing: grpc.Channel) -> None:
+    data = file({"w": entry("F32", [2 * MIB], 0, 8 * MIB)}, bytes(8 * MIB))
+    request = message("Report", header=header("Report", len(data)), data=data)
+    (answer,) = send(compressing, "Report", [request])
+    assert answer.report.zeros == 2 * MIB

@@ -1,0 +1,164 @@
+"""The manifests: of the form that Kubernetes takes, and fit for what the server does."""
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import grpc
+import kubernetes_validate  # type: ignore[import-untyped]
+import pytest
+import yaml
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from secateur_server.operate.callers import read_tokens
+from secateur_server.operate.units import byte_count
+from tests.deploy.options import variables
+
+FOLDER = Path("deploy/kubernetes")
+BASE = sorted(set((FOLDER / "base").glob("*.yaml")) - {FOLDER / "base/kustomization.yaml"})
+# The oldest one with probes by gRPC, and the newest that there are schemas of.
+VERSIONS = ("1.27", kubernetes_validate.latest_version())
+
+needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl")
+
+
+def documents(text: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(text))
+
+
+def base() -> list[dict[str, Any]]:
+    return [found for path in BASE for found in documents(path.read_text())]
+
+
+def built(name: str) -> list[dict[str, Any]]:
+    """As kubectl apply -k would send them."""
+    command = ["kubectl", "kustomize", str(FOLDER / name)]
+    return documents(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def of_kind(found: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    return next(document for document in found if document["kind"] == kind)
+
+
+def pod(found: list[dict[str, Any]]) -> dict[str, Any]:
+    spec: dict[str, Any] = of_kind(found, "StatefulSet")["spec"]["template"]["spec"]
+    return spec
+
+
+def check(found: list[dict[str, Any]]) -> None:
+    """Against Kubernetes' own schemas; there is none of the Operator's ServiceMonitor."""
+    for document in found:
+        if document["kind"] == "ServiceMonitor":
+            check_monitor(document, found)
+            continue
+        for version in VERSIONS:
+            kubernetes_validate.validate(document, version, strict=True)
+
+
+def check_monitor(monitor: dict[str, Any], found: list[dict[str, Any]]) -> None:
+    assert monitor["apiVersion"] == "monitoring.coreos.com/v1"
+    assert set(monitor["spec"]) == {"selector", "endpoints"}
+    (endpoint,) = monitor["spec"]["endpoints"]
+    assert set(endpoint) <= {"port", "path", "interval", "authorization"}
+    wanted = monitor["spec"]["selector"]["matchLabels"].items()
+    labelled = [
+        document
+        for document in found
+        if document["kind"] == "Service"
+        and wanted <= document["metadata"].get("labels", {}).items()
+    ]
+    assert [service["metadata"]["name"] for service in labelled] == ["secateur"]  # the job
+    assert endpoint["port"] in {port["name"] for port in labelled[0]["spec"]["ports"]}
+
+
+def test_kubernetes_takes_the_manifests() -> None:
+    check(base())
+    check(documents((FOLDER / "tls/secrets-example.yaml").read_text()))
+
+
+@needs_kubectl
+@pytest.mark.parametrize("name", ["base", "tls"])
+def test_kubernetes_takes_what_kustomize_makes(name: str) -> None:
+    found = built(name)
+    assert len(found) == len(base())
+    check(found)
+
+
+def test_all_manifests_are_applied() -> None:
+    kustomization = yaml.safe_load((FOLDER / "base/kustomization.yaml").read_text())
+    assert sorted(kustomization["resources"]) == [path.name for path in BASE]
+
+
+def test_the_schema_finds_a_wrong_key() -> None:
+    found = of_kind(base(), "StatefulSet")
+    found["spec"]["template"]["spec"]["containers"][0]["readinessProbe"]["grpcs"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(found, VERSIONS[-1], strict=True)
+
+
+def test_a_pod_may_do_nothing_but_serve() -> None:
+    spec = pod(base())
+    (server,) = spec["containers"]
+    assert spec["securityContext"]["runAsNonRoot"]
+    assert spec["securityContext"]["runAsUser"] == 10001
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert not spec["automountServiceAccountToken"]
+    assert server["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert server["resources"]["limits"]["memory"] == server["resources"]["requests"]["memory"]
+
+
+def test_a_pod_gets_more_time_to_end_than_its_requests() -> None:
+    drain = float(of_kind(base(), "ConfigMap")["data"]["SECATEUR_DRAIN_TIMEOUT"])
+    assert pod(base())["terminationGracePeriodSeconds"] >= drain + 10
+
+
+def test_the_store_is_a_volume_that_outlives_the_pod_and_has_room() -> None:
+    (claim,) = of_kind(base(), "StatefulSet")["spec"]["volumeClaimTemplates"]
+    (server,) = pod(base())["containers"]
+    mounts = {mount["name"]: mount["mountPath"] for mount in server["volumeMounts"]}
+    assert mounts[claim["metadata"]["name"]] == "/var/lib/secateur"
+    limit = of_kind(base(), "ConfigMap")["data"]["SECATEUR_STORE_MAX_BYTES"]
+    storage = claim["spec"]["resources"]["requests"]["storage"]
+    assert 1.1 * byte_count(limit) <= byte_count(f"{storage}B")
+
+
+def test_probes_ask_for_what_the_server_answers(channel: grpc.Channel) -> None:
+    (server,) = pod(base())["containers"]
+    asked = {
+        probe: server[probe]["grpc"].get("service", "") for probe in server if "Probe" in probe
+    }
+    assert asked == {"startupProbe": "", "readinessProbe": "", "livenessProbe": "liveness"}
+    for service in asked.values():
+        request = health_pb2.HealthCheckRequest(service=service)
+        answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=10)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+@needs_kubectl
+def test_with_tls_nothing_is_open_and_probes_know_it() -> None:
+    found = built("tls")
+    data = of_kind(found, "ConfigMap")["data"]
+    assert "SECATEUR_INSECURE" not in data
+    (server,) = pod(found)["containers"]
+    mounts = tuple(mount["mountPath"] for mount in server["volumeMounts"])
+    for name in ("TLS_CERT", "TLS_KEY", "TOKENS_FILE", "METRICS_TOKEN_FILE"):
+        assert data[f"SECATEUR_{name}"].startswith(mounts)
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert "grpc" not in server[probe]
+        assert server[probe]["exec"]["command"][:2] == ["python3", "/opt/secateur/healthcheck.py"]
+
+
+def test_every_variable_is_an_option() -> None:
+    for path in FOLDER.glob("*/configmap.yaml"):
+        assert set(yaml.safe_load(path.read_text())["data"]) <= variables()
+
+
+def test_the_example_of_tokens_can_be_used(tmp_path: Path) -> None:
+    _, tokens = documents((FOLDER / "tls/secrets-example.yaml").read_text())
+    (tmp_path / "tokens.toml").write_text(tokens["stringData"]["tokens.toml"])
+    assert len(read_tokens(tmp_path / "tokens.toml")) == 1

@@ -1,0 +1,82 @@
+"""What operators read is what there is."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from secateur_server import errors
+from secateur_server.operate.callers import read_tokens
+from tests.conftest import RunningServer
+from tests.deploy.options import options
+from tests.deploy.promql import alerts, families
+from tests.deploy.test_rules import kinds
+
+TEXT = Path("docs/operations.md").read_text()
+
+
+def section(title: str) -> str:
+    """From a heading to the next one of its level."""
+    level = "#" * re.findall(rf"^(#+) {re.escape(title)}$", TEXT, re.MULTILINE)[0].count("#")
+    found = re.search(rf"^{level} {re.escape(title)}$(.*?)(?=^{level} |\Z)", TEXT, re.M | re.S)
+    assert found, title
+    return found[1]
+
+
+def first_cells(title: str) -> list[str]:
+    return [
+        name
+        for cell in re.findall(r"^\| (`.*?`) \|", section(title), re.MULTILINE)
+        for name in re.findall(r"`([^`]+)`", cell)
+    ]
+
+
+def test_every_option_is_in_its_table() -> None:
+    listed = first_cells("Options")
+    assert len(set(listed)) == len(listed)
+    assert set(listed) == {f"--{name}" for name in options()}
+
+
+def test_options_that_are_named_exist() -> None:
+    named = set(re.findall(r"--([a-z]+(?:-[a-z]+)*)", re.sub(r"```.*?```", "", TEXT, flags=re.S)))
+    assert named - {"profile"} <= options()
+
+
+def test_every_metric_is_in_its_table(server: RunningServer) -> None:
+    listed = first_cells("Metrics")
+    assert {name for name in listed if name.startswith(("secateur_", "grpc_", "process_"))} >= (
+        families(server)
+    )
+    assert len(set(listed)) == len(listed)
+
+
+def test_metrics_that_are_named_exist(server: RunningServer) -> None:
+    named = set(re.findall(r"\b(?:secateur|grpc_server|process)_[a-z_]+", TEXT))
+    parts = {re.sub(r"_(bucket|sum|count)$", "", name) for name in named}
+    assert parts - families(server) == set()
+
+
+def test_every_reason_of_an_error_is_in_its_table_with_its_status() -> None:
+    rows = dict(re.findall(r"^\| `([A-Z_]+)` \| ([A-Z_]+) \|", section("Error reasons"), re.M))
+    assert rows == {kind.reason: kind.status for kind in kinds(errors.RequestError)}
+
+
+def test_every_alert_has_a_section_that_says_how_urgent_it_is() -> None:
+    found = re.findall(r"^### (\w+)\n\n(\w+)", section("Alerts"), re.MULTILINE)
+    assert found == [
+        (alert["alert"], str(alert["labels"]["severity"]).capitalize()) for alert in alerts()
+    ]
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(#([^)]+)\)", TEXT))))
+def test_a_link_within_leads_to_a_section(target: str) -> None:
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", TEXT, flags=re.S), re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+    assert target in anchors
+
+
+def test_the_tokens_of_the_document_can_be_used(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL)
+    (tmp_path / "tokens.toml").write_text(text)
+    tenants = read_tokens(tmp_path / "tokens.toml").values()
+    assert sorted(tenant.name for tenant in tenants) == ["speech", "vision", "vision"]

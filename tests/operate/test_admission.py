@@ -1,0 +1,690 @@
+"""Models are let in by their bytes, in a fair order, and those that have to wait are bounded."""
+
+import contextlib
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import grpc
+import numpy as np
+import pytest
+from google.rpc.error_details_pb2 import RetryInfo
+from grpc_status import rpc_status
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import secateur
+from secateur import errors
+from secateur_proto.pruner_pb2_grpc import PrunerStub
+from secateur_server.app import WORKERS
+from secateur_server.devices.watch import Watch
+from secateur_server.errors import ModelTooLarge, QueueFull, QuotaExceeded, Stopped
+from secateur_server.operate import admission as module
+from secateur_server.operate.admission import Admission
+from secateur_server.operate.callers import Tenant
+from secateur_server.operate.calls import Method, serving
+from tests.conftest import RunningServer, eventually, start_server, stop_server
+from tests.contract.raw import (
+    Failure,
+    check_serves,
+    failure,
+    file,
+    header,
+    message,
+    series,
+    unhurried,
+)
+from tests.store.stored import token
+
+# The class by itself -----------------------------------------------------------------------------
+
+METHOD = Method("secateur.v1.Pruner", "Prune", "bidi_stream")
+
+
+class Context:
+    """What a call asks of grpc's context."""
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+    def peer(self) -> str:
+        return ""
+
+    def set_trailing_metadata(self, metadata: object) -> None:
+        pass
+
+    def add_callback(self, callback: object) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def _soon_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOOK_SECONDS", 0.01)
+
+
+class Caller:
+    """A call in a thread of its own, which holds its model until it is told to leave."""
+
+    def __init__(self, admission: Admission, tenant: Tenant, size: int) -> None:
+        self.tenant, self.size = tenant, size
+        self.state = "waiting"
+        self.error: BaseException | None = None
+        self.watch = Watch()
+        self._admission = admission
+        self._leaves = threading.Event()
+        self._thread = threading.Thread(target=self._call, daemon=True)
+        self._thread.start()
+
+    def _call(self) -> None:
+        context = cast(grpc.ServicerContext, Context())
+        with serving(METHOD, context, self.watch) as call:
+            call.tenant = self.tenant
+            try:
+                with self._admission.admitted("header.data_bytes", self.size):
+                    self.state = "served"
+                    self._leaves.wait()
+                self.state = "left"
+            except (QueueFull, Stopped, ModelTooLarge, QuotaExceeded) as error:
+                self.error = error
+                self.state = "refused" if isinstance(error, QueueFull) else "stopped"
+
+    def leave(self) -> None:
+        self._leaves.set()
+        self._thread.join(10)
+
+    def stop(self) -> None:
+        self.watch.stop()
+        self._thread.join(10)
+
+
+@dataclass(eq=False)
+class Modelled:
+    """A request as the documented rule sees it."""
+
+    tenant: Tenant
+    size: int
+    state: str = "waiting"
+
+
+@dataclass
+class Rule:
+    """The documented rule, by brute force over all requests in the order of their coming."""
+
+    limit: int
+    most_waiting: int
+    requests: list[Modelled] = field(default_factory=list)
+    let_in: list[str] = field(default_factory=list)  # owners, in the order of their turns
+
+    def all(self, state: str, owner: str | None = None) -> list[Modelled]:
+        return [
+            one for one in self.requests if one.state == state and owner in (None, one.tenant.owner)
+        ]
+
+    def held(self, owner: str | None = None) -> int:
+        return sum(one.size for one in self.all("served", owner))
+
+    def arrive(self, tenant: Tenant, size: int) -> Modelled:
+        one = Modelled(tenant, size)
+        self.requests.append(one)
+        self.settle()
+        waiting = self.all("waiting")
+        if one in waiting and len(waiting) > self.most_waiting:
+            most = max(len(self.all("waiting", other.tenant.owner)) for other in waiting)
+            full = [w for w in waiting if len(self.all("waiting", w.tenant.owner)) == most]
+            full[-1].state = "refused"
+        return one
+
+    def end(self, one: Modelled, state: str) -> None:
+        one.state = state
+        self.settle()
+
+    def settle(self) -> None:
+        while able := [one for one in self.all("waiting") if self.is_able(one)]:
+            least = min(self.held(one.tenant.owner) for one in able)
+            of_least = [one for one in able if self.held(one.tenant.owner) == least]
+            longest_ago = min(self.turn(one.tenant.owner) for one in of_least)
+            following = next(one for one in of_least if self.turn(one.tenant.owner) == longest_ago)
+            if self.held() + following.size > self.limit:
+                return
+            following.state = "served"
+            self.let_in.append(following.tenant.owner)
+
+    def is_able(self, one: Modelled) -> bool:
+        tenant = one.tenant
+        served = self.all("served", tenant.owner)
+        return (
+            self.all("waiting", tenant.owner)[0] is one
+            and (tenant.requests is None or len(served) < tenant.requests)
+            and (tenant.memory is None or self.held(tenant.owner) + one.size <= tenant.memory)
+        )
+
+    def turn(self, owner: str) -> int:
+        """When a tenant that has been here all the time was last let in; else never."""
+        turns = [index for index, name in enumerate(self.let_in) if name == owner]
+        return turns[-1] if turns else -1
+
+    def forget(self) -> None:
+        """Of who has nothing here nothing is known."""
+        here = {one.tenant.owner for one in self.all("waiting") + self.all("served")}
+        self.let_in = [owner if owner in here else "" for owner in self.let_in]
+
+
+def states(requests: Sequence[Caller | Modelled]) -> list[str]:
+    return [one.state for one in requests]
+
+
+TENANTS = (
+    Tenant("a", "a"),
+    Tenant("b", "b"),
+    Tenant("of memory", "c", memory=6),
+    Tenant("of requests", "d", requests=1),
+)
+LIMIT = 10
+
+Step = tuple[str, int, int]
+ARRIVALS = st.tuples(st.just("arrive"), st.integers(0, 3), st.integers(1, LIMIT))
+ENDS = st.tuples(st.sampled_from(["leave", "stop"]), st.integers(0, 9), st.just(0))
+
+
+@unhurried
+@given(most_waiting=st.integers(0, 6), steps=st.lists(ARRIVALS | ARRIVALS | ENDS, max_size=30))
+# One tenant floods with models that fill the limit; the other one comes in between.
+@example(6, [("arrive", 0, LIMIT)] * 5 + [("arrive", 1, LIMIT)] + [("leave", 0, 0)] * 6)
+@example(2, [("arrive", 0, LIMIT)] * 3 + [("arrive", 1, 1), ("stop", 0, 0), ("leave", 0, 0)])
+def test_every_order_of_comings_and_goings_is_served_by_the_rule(
+    most_waiting: int, steps: list[Step]
+) -> None:
+    admission, rule = Admission(LIMIT, most_waiting), Rule(LIMIT, most_waiting)
+    callers: list[Caller] = []
+
+    def end(kind: str, which: int) -> None:
+        found = rule.all("served" if kind == "leave" else "waiting")
+        if found:
+            one = found[which % len(found)]
+            caller = callers[rule.requests.index(one)]
+            rule.end(one, "left" if kind == "leave" else "stopped")
+            caller.leave() if kind == "leave" else caller.stop()
+
+    def check() -> None:
+        rule.forget()
+        expected = rule.held(), len(rule.all("waiting")), states(rule.requests)
+        eventually(lambda: (admission.held, admission.waiting, states(callers)), expected)
+        assert rule.held() <= LIMIT
+        assert len(rule.all("waiting")) <= most_waiting
+
+    for kind, which, size in steps:
+        if kind == "arrive":
+            tenant = TENANTS[which]
+            size = min(size, tenant.memory or LIMIT)
+            callers.append(Caller(admission, tenant, size))
+            rule.arrive(tenant, size)
+        else:
+            end(kind, which)
+        check()
+    while rule.all("served"):  # whoever waits gets in, as holders leave
+        end("leave", 0)
+        check()
+    assert admission.held == admission.waiting == 0
+    assert {caller.state for caller in callers} <= {"left", "refused", "stopped"}
+
+
+def arrived(
+    admission: Admission, *requests: tuple[Tenant, int], after: Sequence[Caller] = ()
+) -> list[Caller]:
+    """Callers who come one after another, each when it is known what became of all before."""
+    callers = list(after)
+    for tenant, size in requests:
+        callers.append(Caller(admission, tenant, size))
+        eventually(lambda: states(callers).count("waiting") == admission.waiting, True)
+    return callers[len(after) :]
+
+
+A, B, OF_MEMORY, OF_REQUESTS = TENANTS
+
+
+def test_one_who_floods_is_served_in_turn_with_the_other() -> None:
+    """Each model fills the limit, so that nobody has any bytes when the next one is chosen."""
+    admission = Admission(LIMIT, 10)
+    flood = arrived(admission, *[(A, LIMIT)] * 4)
+    (other,) = arrived(admission, (B, LIMIT), after=flood)
+    flood[0].leave()
+    eventually(lambda: states([*flood[1:], other]), ["waiting"] * 3 + ["served"])
+    other.leave()
+    eventually(lambda: states(flood[1:]), ["served", "waiting", "waiting"])
+    for caller in flood[1:]:
+        caller.leave()
+    assert admission.held == 0
+
+
+def test_nobody_goes_ahead_of_a_large_model_because_it_is_smaller() -> None:
+    admission = Admission(LIMIT, 10)
+    held, large, small = arrived(admission, (A, 5), (B, 8), (A, 1))
+    assert states([held, large, small]) == ["served", "waiting", "waiting"]
+    held.leave()
+    eventually(lambda: states([large, small]), ["served", "served"])
+    large.leave()
+    small.leave()
+
+
+def test_a_full_queue_refuses_the_last_of_the_tenant_that_has_the_most_in_it() -> None:
+    admission = Admission(LIMIT, 3)
+    callers = arrived(admission, (A, LIMIT), (A, 1), (A, 2), (A, 3), (B, 4))
+    eventually(lambda: states(callers), ["served", "waiting", "waiting", "refused", "waiting"])
+    error = callers[3].error
+    assert isinstance(error, QueueFull)
+    assert error.retry_after is not None
+    assert 1 <= error.retry_after <= 30
+    assert "10 of 10 bytes are in service, and 3 requests wait" in str(error)
+    for caller in callers[:3]:
+        caller.leave()
+    callers[4].leave()
+    assert admission.held == admission.waiting == 0
+
+
+def test_who_stops_waiting_makes_room_for_those_behind() -> None:
+    admission = Admission(LIMIT, 2)
+    held, large, small = arrived(admission, (A, 5), (B, 8), (B, 5))
+    large.stop()
+    assert isinstance(large.error, Stopped)
+    eventually(lambda: states([held, small]), ["served", "served"])
+    assert admission.waiting == 0
+    held.leave()
+    small.leave()
+
+
+def test_a_tenant_that_waits_for_its_own_quota_holds_up_nobody() -> None:
+    admission = Admission(LIMIT, 10)
+    callers = arrived(
+        admission,
+        *[(OF_MEMORY, 5), (OF_MEMORY, 2), (OF_REQUESTS, 1), (OF_REQUESTS, 1)],
+        *[(B, 2), (A, 2)],
+    )
+    by_the_limit = ["served", "waiting", "served", "waiting", "served", "served"]
+    eventually(lambda: states(callers), by_the_limit)
+    callers[0].leave()
+    callers[2].leave()
+    eventually(lambda: states(callers[1:2] + callers[3:4]), ["served", "served"])
+    for caller in callers:
+        caller.leave()
+    assert admission.held == 0
+
+
+def test_what_never_fits_is_refused_at_once_and_holds_nothing() -> None:
+    admission = Admission(LIMIT, 10)
+    large, above_quota = arrived(admission, (A, LIMIT + 1), (OF_MEMORY, 7))
+    eventually(lambda: states([large, above_quota]), ["stopped", "stopped"])
+    assert isinstance(large.error, ModelTooLarge)
+    assert isinstance(above_quota.error, QuotaExceeded)
+    assert admission.held == admission.waiting == 0
+
+
+def test_threads_that_race_never_hold_more_than_the_limit_and_all_come_out() -> None:
+    """Counted by the callers themselves, who leave the queue now and then."""
+    admission, lock = Admission(100, 1000), threading.Lock()
+    held, most = 0, 0
+    ended: list[str] = []
+
+    def call(seed: int) -> None:
+        nonlocal held, most
+        chance = random.Random(seed)
+        for _ in range(60):
+            size, watch = chance.randint(1, 100), Watch()
+            if chance.random() < 0.3:
+                threading.Timer(chance.uniform(0, 0.02), watch.stop).start()
+            with serving(METHOD, cast(grpc.ServicerContext, Context()), watch) as this:
+                this.tenant = chance.choice(TENANTS[:2])
+                how = "stopped"
+                with contextlib.suppress(Stopped), admission.admitted("", size):
+                    with lock:
+                        held += size
+                        most = max(most, held)
+                    threading.Event().wait(chance.uniform(0, 0.001))
+                    with lock:
+                        held -= size
+                    how = "served"
+                ended.append(how)
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(call, range(16)))
+    assert len(ended) == 16 * 60
+    assert ended.count("served") > 16 * 60 // 2
+    assert 50 < most <= 100
+    assert admission.held == admission.waiting == held == 0
+
+
+# A real server ------------------------------------------------------------------------------------
+
+ROOM = 4 << 20
+PLACES = 3
+FLOOD, POLITE, SMALL = "flood-0123456789", "polite-0123456789", "small-0123456789"
+TENANTS_FILE = f"""
+[tenants.flood]
+tokens = ["{FLOOD}"]
+[tenants.polite]
+tokens = ["{POLITE}"]
+[tenants.small]
+tokens = ["{SMALL}"]
+memory = "1MiB"
+requests = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def small_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """Has room for models of 4 MiB, and for 3 requests that wait."""
+    tokens = tmp_path_factory.mktemp("tokens") / "tokens.toml"
+    tokens.write_text(TENANTS_FILE)
+    options = ("--memory-limit", str(ROOM), "--queue-size", str(PLACES))
+    running = start_server(*options, "--tokens-file", str(tokens))
+    yield running
+    logged = stop_server(running)
+    assert "Traceback" not in logged, logged
+
+
+@pytest.fixture
+def calls(small_server: RunningServer) -> Iterator["Calls"]:
+    with grpc.insecure_channel(small_server.address) as channel:
+        made = Calls(small_server, channel)
+        yield made
+        made.end()
+        for name in ("model_bytes", "requests_waiting", "requests_in_flight"):
+            eventually(lambda name=name: made.series(name), 0.0)  # type: ignore[misc]
+
+
+class Calls:
+    """Calls to a server of which the test says when they end."""
+
+    def __init__(self, server: RunningServer, channel: grpc.Channel) -> None:
+        self._server, self._stub = server, PrunerStub(channel)
+        self._made: list[Any] = []
+        self._ended = threading.Event()
+
+    def series(self, name: str, **labels: str) -> float:
+        return series(self._server, f"secateur_{name}", **labels)
+
+    def begin(self, who: str, size: int) -> Any:
+        """A call that announces `size` bytes and sends one, which is there when this returns."""
+        before = self._begun()
+        first = message("Report", header=header("Report", size), data=b"\x10")
+
+        def messages() -> Iterator[Any]:
+            yield first
+            self._ended.wait()
+
+        call = self._stub.Report.future(messages(), metadata=token(who), timeout=60)
+        self._made.append(call)
+        eventually(lambda: call.done() or self._begun() > before, True)
+        return call
+
+    def _begun(self) -> float:
+        return self.series("model_bytes") + self.series("requests_waiting")
+
+    def report(self, who: str, data: bytes) -> Any:
+        """A whole call, which is on its way when this returns."""
+        first = message("Report", header=header("Report", len(data)), data=data)
+        return self._stub.Report.future(iter([first]), metadata=token(who), timeout=60)
+
+    def fill(self) -> Any:
+        """No more models fit, and no more callers may wait. Returns: who has the room."""
+        holder = self.begin(FLOOD, ROOM)
+        for _ in range(PLACES):
+            self.begin(FLOOD, 1000)
+        assert self.series("model_bytes") == self.series("memory_limit_bytes") == ROOM
+        assert self.series("requests_waiting") == self.series("queue_limit") == PLACES
+        return holder
+
+    def refused(self) -> float:
+        return self.series("rejected_requests_total", reason="QUEUE_FULL")
+
+    def end(self) -> None:
+        for call in self._made:
+            call.cancel()
+        self._ended.set()
+
+
+def ending(call: Any) -> Failure | None:
+    """How a call of the test's ends; None is well."""
+    return failure(call.result, timeout=20)
+
+
+def retry_delay(call: Any) -> float | None:
+    """What google.rpc.RetryInfo of a failed call says, in seconds."""
+    retry, status = RetryInfo(), rpc_status.from_call(call)
+    found = [detail.Unpack(retry) for detail in (status.details if status else ())]
+    return retry.retry_delay.ToTimedelta().total_seconds() if any(found) else None
+
+
+SMALL_FILE = file({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, b"\0" * 8)
+
+
+def client_of(server: RunningServer, who: str, timeout: float) -> secateur.Client:
+    return secateur.Client(server.address, token=who, timeout=timeout)
+
+
+MODEL = {"w": np.ones(100, np.float32)}
+
+
+def test_what_does_not_fit_waits_and_is_served_when_there_is_room(calls: Calls) -> None:
+    holder = calls.begin(FLOOD, ROOM - len(SMALL_FILE))
+    assert ending(calls.report(POLITE, SMALL_FILE)) is None  # it fits to the byte
+    calls.begin(FLOOD, len(SMALL_FILE))
+    waiting = [calls.report(FLOOD, SMALL_FILE) for _ in range(PLACES)]
+    eventually(lambda: calls.series("requests_waiting"), float(PLACES))
+    assert calls.series("model_bytes") == ROOM
+    assert not any(call.done() for call in waiting)
+    holder.cancel()
+    assert [ending(call) for call in waiting] == [None] * PLACES
+
+
+def test_one_more_than_may_wait_is_told_when_to_come_again(calls: Calls) -> None:
+    calls.fill()
+    before = calls.refused()
+    call = calls.report(FLOOD, SMALL_FILE)
+    found = ending(call)
+    assert found is not None
+    assert found.code == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert found.reason == "QUEUE_FULL"
+    assert f"{ROOM} of {ROOM} bytes are in service, and 3 requests wait" in found.message
+    delay = retry_delay(call)
+    assert delay is not None
+    assert 1 <= delay <= 30
+    assert calls.refused() == before + 1
+
+
+def test_the_client_comes_again_by_itself(small_server: RunningServer, calls: Calls) -> None:
+    calls.fill()
+    before = calls.refused()
+    with client_of(small_server, FLOOD, 60) as client, ThreadPoolExecutor() as pool:
+        answer = pool.submit(client.prune, MODEL, secateur.l1_unstructured("w", 0.5))
+        eventually(lambda: calls.refused() > before, True)
+        calls.end()
+        assert answer.result(timeout=30).report.zeros == 50
+
+
+def test_the_client_gives_up_where_its_time_does_not_last(
+    small_server: RunningServer, calls: Calls
+) -> None:
+    calls.fill()
+    begun = time.monotonic()
+    with client_of(small_server, FLOOD, 0.9) as client, pytest.raises(secateur.ServerBusy) as error:
+        client.prune(MODEL, secateur.l1_unstructured("w", 0.5))
+    assert time.monotonic() - begun < 0.9  # the server says 1 s: there is nothing to wait for
+    assert error.value.retry_after is not None
+    assert error.value.retry_after >= 1
+    assert error.value.request_id
+
+
+def test_one_who_floods_does_not_keep_the_other_out(
+    small_server: RunningServer, calls: Calls
+) -> None:
+    """The flood fills the room and the queue; each of its models fills all the room."""
+    holder, *waiting = (calls.begin(FLOOD, ROOM) for _ in range(1 + PLACES))
+    with client_of(small_server, POLITE, 30) as polite, ThreadPoolExecutor() as pool:
+        answer = pool.submit(polite.report, MODEL)
+        found = ending(waiting[-1])  # it gives its place up
+        assert found is not None
+        assert found.reason == "QUEUE_FULL"
+        assert not answer.done()
+        holder.cancel()
+        assert answer.result(timeout=20).total == 100
+    eventually(lambda: calls.series("requests_waiting"), 1.0)  # and then the flood goes on
+    assert not any(call.done() for call in waiting[:-1])
+
+
+def test_a_quota_holds_up_its_own_tenant_alone(small_server: RunningServer, calls: Calls) -> None:
+    calls.begin(SMALL, 1000)
+    second = calls.begin(SMALL, 1000)
+    assert calls.series("requests_waiting") == 1
+    assert ending(calls.report(POLITE, SMALL_FILE)) is None
+    assert not second.done()
+    found = ending(calls.begin(SMALL, (1 << 20) + 1))
+    assert found is not None
+    assert (found.code.name, found.reason) == ("RESOURCE_EXHAUSTED", "QUOTA_EXCEEDED")
+    large = {"w": np.ones(1 << 19, np.float32)}
+    with client_of(small_server, SMALL, 20) as small, pytest.raises(errors.QuotaExceeded):
+        small.report(large)
+
+
+def test_what_never_fits_is_refused_at_once_even_where_many_wait(
+    small_server: RunningServer, calls: Calls
+) -> None:
+    calls.fill()
+    call = calls.begin(POLITE, ROOM + 1)
+    found = ending(call)
+    assert found is not None
+    assert (found.code.name, found.reason) == ("RESOURCE_EXHAUSTED", "MODEL_TOO_LARGE")
+    assert retry_delay(call) is None
+    large = {"w": np.ones(ROOM // 4, np.float32)}
+    with client_of(small_server, POLITE, 20) as polite, pytest.raises(secateur.ModelTooLarge):
+        polite.prune(large, secateur.l1_unstructured("w", 0.5))
+
+
+def test_under_load_the_limits_hold_at_every_look(
+    small_server: RunningServer, calls: Calls
+) -> None:
+    spec = secateur.l1_unstructured("w", 0.5)
+    served = threading.Semaphore(0)
+
+    def work(seed: int) -> None:
+        chance = random.Random(seed)
+        with client_of(small_server, chance.choice([FLOOD, POLITE]), 120) as client:
+            for _ in range(4):
+                elements = chance.randint(1000, ROOM // 4 - 100)
+                report = client.prune({"w": np.ones(elements, np.float32)}, spec).report
+                assert report.total == elements
+                served.release()
+
+    looks: list[tuple[float, float]] = []
+    with ThreadPoolExecutor() as pool:
+        workers = [pool.submit(work, seed) for seed in range(10)]
+        while not all(worker.done() for worker in workers):
+            looks.append((calls.series("model_bytes"), calls.series("requests_waiting")))
+        for worker in workers:
+            worker.result()
+    held, waiting = zip(*looks, strict=True)
+    assert ROOM / 4 < max(held) <= ROOM
+    assert 0 < max(waiting) <= PLACES
+
+
+# Storms -------------------------------------------------------------------------------------------
+
+
+def threads(server: RunningServer) -> int:
+    return len(list(Path(f"/proc/{server.process.pid}/task").iterdir()))
+
+
+Action = Callable[[grpc.Channel, secateur.Client, random.Random], object]
+
+
+def _cancelled(channel: grpc.Channel, client: secateur.Client, chance: random.Random) -> None:
+    """A call of any size that is cut off at any moment, by its caller or by its deadline."""
+    ended = threading.Event()
+    first = header("Prune", chance.randint(100, ROOM))
+
+    def messages() -> Iterator[Any]:
+        yield message("Prune", header=first, data=b"\x10")
+        ended.wait(5)
+
+    timeout = chance.uniform(0.001, 0.3)
+    call = PrunerStub(channel).Prune(messages(), timeout=timeout)
+    if chance.random() < 0.5:
+        ended.wait(chance.uniform(0, 0.1))
+        call.cancel()
+    with contextlib.suppress(grpc.RpcError):
+        list(call)
+    ended.set()
+
+
+def _hurried(channel: grpc.Channel, client: secateur.Client, chance: random.Random) -> None:
+    """Prunes a model, where there is time for it."""
+    model = {"w": np.ones(chance.randint(1, ROOM // 4 - 100), np.float32)}
+    with contextlib.suppress(secateur.SecateurError):
+        output = chance.choice(["masks", "dense", "none"])
+        client.prune(model, secateur.l1_unstructured("w", 0.5), output=output)
+
+
+def _malformed(channel: grpc.Channel, client: secateur.Client, chance: random.Random) -> None:
+    data = chance.randbytes(chance.randint(0, 100))
+    first = header("Report", chance.randint(0, 2 * ROOM))
+    requests = iter([message("Report", header=first, data=data)])
+    failure(PrunerStub(channel).Report, requests, timeout=5)
+
+
+ACTIONS: tuple[Action, ...] = (_cancelled, _cancelled, _hurried, _malformed)
+
+
+def storm(server: RunningServer, callers: int, seconds: float) -> int:
+    """Callers who do anything at once.  Returns: how many calls they made."""
+    end = time.monotonic() + seconds
+
+    def rage(seed: int) -> int:
+        chance, count = random.Random(seed), 0
+        own = [("grpc.use_local_subchannel_pool", 1)] if seed % 4 == 0 else []
+        with (
+            grpc.insecure_channel(server.address, own) as channel,
+            secateur.Client(channel=channel, timeout=chance.uniform(0.1, 2)) as client,
+        ):
+            while time.monotonic() < end:
+                chance.choice(ACTIONS)(channel, client, chance)
+                count += 1
+        return count
+
+    with ThreadPoolExecutor(callers) as pool:
+        return sum(pool.map(rage, range(callers)))
+
+
+@pytest.mark.parametrize(
+    ("callers", "seconds"), [(30, 2.0), pytest.param(200, 30.0, marks=pytest.mark.slow)]
+)
+def test_nothing_is_left_of_a_storm(callers: int, seconds: float) -> None:
+    server = start_server("--memory-limit", str(ROOM), "--queue-size", "16")
+    with grpc.insecure_channel(server.address) as channel:
+        assert storm(server, callers, seconds) > callers
+        check_serves(server, channel)
+        assert series(server, "secateur_requests_waiting") == 0
+        # Threads of pools stay: of calls, of what receives and works for them, and gRPC's own.
+        assert threads(server) <= 3 * (WORKERS + 16) + 40
+        check_takes_as_many_as_ever(server, channel)
+    logged = stop_server(server)
+    assert "Traceback" not in logged, logged
+
+
+def check_takes_as_many_as_ever(server: RunningServer, channel: grpc.Channel) -> None:
+    """No thread that serves calls, or receives for them, has been lost."""
+    ended = threading.Event()
+
+    def messages() -> Iterator[Any]:
+        yield message("Report", header=header("Report", 1000), data=b"\x10")
+        ended.wait()
+
+    calls = [PrunerStub(channel).Report.future(messages(), timeout=60) for _ in range(WORKERS + 16)]
+    eventually(lambda: series(server, "secateur_model_bytes"), 1000.0 * (WORKERS + 16))
+    for call in calls:
+        call.cancel()
+    ended.set()
+    check_serves(server, channel)

@@ -1,0 +1,295 @@
+"""Who cancels, and whose time is up, ends the work within a second, wherever it is."""
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import grpc
+import pytest
+import torch
+from torch import Tensor
+
+import secateur
+from secateur_proto import pruner_pb2 as pb
+from secateur_proto.framing import cut, file_header
+from secateur_proto.pruner_pb2_grpc import PrunerStub
+from secateur_proto.spec_pb2 import Magnitude, PruningSpec, Random
+from tests.conftest import RunningServer, eventually, start_server, stop_server
+from tests.contract.raw import check_serves, failure, header, message, series, spec
+from tests.operate.test_memory import memory
+
+# Seconds. A second is promised; the machine of the tests may have other things to do.
+SOON = 2.0
+
+ELEMENTS = 100 << 20
+SHAPE = (ELEMENTS >> 12, 1 << 12)
+SLICE = 2  # as granularity
+SPECS: dict[str, PruningSpec] = {
+    "unstructured": spec("w"),
+    "random": spec("w", random=Random(seed=1)),
+    "structured": spec("w", granularity=SLICE, dim=1, magnitude=Magnitude(p=2)),
+}
+ROOM = 1 << 30
+
+
+@dataclass(frozen=True)
+class Line:
+    """A server with a large model, and a connection to it."""
+
+    server: RunningServer
+    channel: grpc.Channel
+    client: secateur.Client
+    weights: Tensor
+    checkpoint: str
+    rss_at_rest: int
+
+    def series(self, name: str) -> float:
+        return series(self.server, f"secateur_{name}")
+
+    def rss(self) -> int:
+        return memory(self.server.process.pid, "VmRSS")
+
+    def mapped(self) -> int:
+        """How many files of models the server has in its memory."""
+        maps = Path(f"/proc/{self.server.process.pid}/maps").read_text()
+        return maps.count("/blobs/")
+
+    def cpu_seconds(self) -> float:
+        stat = Path(f"/proc/{self.server.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+
+    def begin(
+        self, name: str, rpc: str = "Prune", timeout: float = 120, **fields: Any
+    ) -> grpc.Call:
+        """A call on the large model, sent with it or as the server has it."""
+        if rpc == "Prune":
+            fields |= {"spec": SPECS[name.removeprefix("sent ")]}
+        stub = getattr(PrunerStub(self.channel), rpc)
+        call = stub.future if rpc == "Report" else stub
+        if not name.startswith("sent "):
+            first = header(rpc, 0, checkpoint=self.checkpoint, **fields)
+            found: grpc.Call = call(iter([message(rpc, header=first)]), timeout=timeout)
+        else:
+            found = call(self._messages(rpc, fields), timeout=timeout)
+        return found
+
+    def _messages(self, rpc: str, fields: dict[str, Any]) -> Iterator[Any]:
+        head = file_header([("w", "F16", SHAPE)])
+        data = self.weights.view(torch.uint8).numpy().reshape(-1).data
+        yield message(rpc, header=header(rpc, len(head) + len(data), **fields), data=head)
+        for piece in cut([data]):
+            yield message(rpc, data=bytes(piece))
+
+    def check_ends(self, stop: Callable[[], object]) -> float:
+        """Nothing is left of a call soon after `stop`.  Returns: after how many seconds."""
+        stop()
+        begun, before = time.monotonic(), self.cpu_seconds()
+        eventually(self._is_over, True, 60)
+        took, used = time.monotonic() - begun, self.cpu_seconds() - before
+        # On a machine that is busy the work's own seconds tell, of all its threads.
+        is_soon = took < SOON or (used < SOON and took < 5 * SOON)
+        assert is_soon, f"{took:.2f} s, {used:.2f} s of CPUs"
+        return took
+
+    def _is_over(self) -> bool:
+        names = ("requests_in_flight", "model_bytes", "requests_waiting")
+        return not any(self.series(name) for name in names)
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Line]:
+    folder = tmp_path_factory.mktemp("deadlines")
+    server = start_server("--memory-limit", str(ROOM), "--store-dir", str(folder))
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(1 << 15), 1 << 15, SHAPE, dtype=torch.int16, generator=generator)
+    weights = (bits & ~0x4000).view(torch.float16)  # of any exponent but the largest: no NaN
+    with (
+        grpc.insecure_channel(server.address) as channel,
+        secateur.Client(channel=channel, timeout=120) as client,
+    ):
+        uploaded = client.upload({"w": weights}, progress=False)
+        # Libraries loaded, kernels compiled.
+        client.prune(uploaded, secateur.l1_unstructured("w", 0.5), progress=False)
+        client.prune({"w": weights}, secateur.ln_structured("w", 0.5, 2, 1), progress=False)
+        rss = memory(server.process.pid, "VmRSS")
+        yield Line(server, channel, client, weights, uploaded.name, rss)
+    logged = stop_server(server)
+    assert "Traceback" not in logged, logged
+
+
+@pytest.fixture(autouse=True)
+def _the_server_goes_on(line: Line) -> Iterator[None]:
+    """And has the memory that it had when no test had run, but for what malloc keeps."""
+    yield
+    check_serves(line.server, line.channel)
+    eventually(lambda: line.rss() - line.rss_at_rest < line.weights.nbytes, True, 10)
+
+
+def moments(
+    line: Line, begin: Callable[[], Any], count: int, is_report: bool = False
+) -> Iterator[float]:
+    """Some moments of a call before its result, in seconds from its begin."""
+    ended = threading.Event()
+    begun = time.monotonic()
+    call = begin()
+    call.add_done_callback(lambda call: ended.set())
+    if not is_report:
+        next((answer for answer in call if answer.HasField("result")), None)
+        call.cancel()
+    ended.wait()
+    whole = time.monotonic() - begun
+    eventually(lambda: line.series("requests_in_flight"), 0.0)
+    return (whole * (index + 1) / (count + 1) for index in range(count))
+
+
+def check_all_moments(
+    line: Line, begin: Callable[[], Any], count: int, is_report: bool = False
+) -> None:
+    took = []
+    for moment in moments(line, begin, count, is_report):
+        call = begin()
+        time.sleep(moment)
+        took.append(line.check_ends(call.cancel))
+    print(f"ended after {', '.join(f'{seconds:.2f}' for seconds in took)} s")
+
+
+@pytest.mark.parametrize("name", ["unstructured", "random", "structured", "sent unstructured"])
+def test_who_cancels_ends_the_work(line: Line, name: str) -> None:
+    check_all_moments(line, lambda: line.begin(name), 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("output", [pb.OUTPUT_MASKS, pb.OUTPUT_DENSE, pb.OUTPUT_REPARAMETRIZED])
+@pytest.mark.parametrize("name", [*SPECS, *(f"sent {name}" for name in SPECS)])
+def test_who_cancels_at_any_moment_ends_the_work(line: Line, name: str, output: Any) -> None:
+    check_all_moments(line, lambda: line.begin(name, output=output), 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rpc", ["Report", "Finalize"])
+@pytest.mark.parametrize("name", ["kept", "sent "])
+def test_who_cancels_another_call_at_any_moment_ends_the_work(
+    line: Line, name: str, rpc: str
+) -> None:
+    check_all_moments(line, lambda: line.begin(name, rpc), 6, rpc == "Report")
+
+
+@pytest.mark.parametrize("name", ["unstructured", "sent structured"])
+def test_a_deadline_ends_the_work(line: Line, name: str) -> None:
+    seconds, ended = 0.1, 0
+    while (found := failure(list, cast(Any, line.begin(name, timeout=seconds)))) is not None:
+        assert found.code == grpc.StatusCode.DEADLINE_EXCEEDED
+        line.check_ends(lambda: None)
+        seconds, ended = seconds * 2, ended + 1
+    assert ended
+
+
+def test_a_deadline_ends_a_call_that_receives(line: Line) -> None:
+    held = Held(line, 1000, timeout=0.5)
+    eventually(lambda: line.series("model_bytes"), 1000.0)
+    found = failure(held.call.result)
+    assert found is not None
+    assert found.code == grpc.StatusCode.DEADLINE_EXCEEDED
+    line.check_ends(lambda: None)
+
+
+class Held:
+    """A call that has announced its model and does not send it."""
+
+    def __init__(self, line: Line, size: int, timeout: float = 60) -> None:
+        self._ended = threading.Event()
+        first = message("Report", header=header("Report", size), data=b"\x10")
+
+        def messages() -> Iterator[Any]:
+            yield first
+            self._ended.wait(60)
+
+        self.call = PrunerStub(line.channel).Report.future(messages(), timeout=timeout)
+        self.call.add_done_callback(lambda call: self._ended.set())
+
+
+@pytest.mark.parametrize("how", ["cancel", "deadline"])
+@pytest.mark.parametrize("name", ["unstructured", "sent unstructured"])
+def test_who_leaves_the_queue_is_gone_at_once(line: Line, name: str, how: str) -> None:
+    holder = Held(line, ROOM)
+    eventually(lambda: line.series("model_bytes"), float(ROOM))
+    call: Any = line.begin(name, timeout=1 if how == "deadline" else 60)
+    eventually(lambda: line.series("requests_waiting"), 1.0)
+    begun = time.monotonic()
+    if how == "cancel":
+        call.cancel()
+    else:
+        assert (found := failure(list, call))
+        assert found.code == grpc.StatusCode.DEADLINE_EXCEEDED
+    eventually(lambda: line.series("requests_waiting"), 0.0)
+    eventually(lambda: line.series("requests_in_flight"), 1.0)
+    assert time.monotonic() - begun < 2 * SOON
+    assert line.series("model_bytes") == ROOM  # the other one is where it was
+    line.check_ends(holder.call.cancel)
+
+
+def test_who_waits_for_its_turn_may_leave(line: Line) -> None:
+    """One large model is worked on at a time."""
+    long = PruningSpec(rules=[*SPECS["structured"].rules] * 8)
+    first = header("Prune", 0, checkpoint=line.checkpoint, spec=long)
+    stub = PrunerStub(line.channel)
+    working = stub.Prune(iter([message("Prune", header=first)]), timeout=120)
+    eventually(lambda: line.series("requests_in_flight"), 1.0)
+    time.sleep(1)  # the one has its turn
+    waiting = line.begin("sent unstructured")
+    eventually(lambda: line.series("model_bytes") > line.weights.nbytes * 2, True)
+    received = len(file_header([("w", "F16", SHAPE)])) + line.weights.nbytes
+    before = series(line.server, "secateur_received_bytes_total")
+    with contextlib.suppress(AssertionError):  # it has come, or as much of it as will
+        eventually(
+            lambda: series(line.server, "secateur_received_bytes_total") >= before + received,
+            True,
+            2,
+        )
+    begun = time.monotonic()
+    waiting.cancel()
+    eventually(lambda: line.series("requests_in_flight"), 1.0, 10)
+    assert time.monotonic() - begun < SOON
+    line.check_ends(working.cancel)
+
+
+def test_who_leaves_during_the_answer_ends_it(line: Line) -> None:
+    for name in ("unstructured", "sent unstructured"):
+        call: Any = line.begin(name, output=pb.OUTPUT_DENSE)
+        result = next(answer for answer in call if answer.HasField("result"))
+        assert result.result.data_bytes > line.weights.nbytes
+        assert line.series("model_bytes") > line.weights.nbytes
+        line.check_ends(call.cancel)
+
+
+def test_a_file_is_mapped_no_longer_than_its_call(line: Line) -> None:
+    """Not until Python looks for cycles: that may be many calls later."""
+    for moment in moments(line, lambda: line.begin("unstructured"), 8):
+        call = line.begin("unstructured")
+        time.sleep(moment)
+        line.check_ends(call.cancel)
+        eventually(line.mapped, 0, 2)
+
+
+MANY = 40
+
+
+def test_many_calls_on_what_the_server_has_wait_where_all_see_them(line: Line) -> None:
+    holder = Held(line, ROOM)
+    eventually(lambda: line.series("model_bytes"), float(ROOM))
+    waiting = [line.begin("unstructured") for _ in range(MANY)]
+    try:
+        eventually(lambda: line.series("requests_in_flight"), float(1 + len(waiting)))
+        eventually(lambda: line.series("requests_waiting"), float(len(waiting)), 5)
+        for call in waiting[MANY // 2 :]:
+            call.cancel()
+        eventually(lambda: line.series("requests_in_flight"), float(1 + MANY // 2), 2)
+    finally:
+        for call in [*waiting, holder.call]:
+            call.cancel()
+        eventually(lambda: line.series("requests_in_flight"), 0.0)

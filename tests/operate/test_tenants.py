@@ -1,0 +1,448 @@
+"""Tenants: what is theirs, how much of it, and where they may go."""
+
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from safetensors.numpy import save, save_file
+
+import secateur
+from secateur.errors import QuotaExceeded
+from secateur_proto import checkpoints_pb2 as pb
+from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
+from secateur_proto.pruner_pb2 import ReportHeader, ReportRequest
+from secateur_proto.pruner_pb2_grpc import PrunerStub
+from secateur_server.errors import UriNotAllowed
+from secateur_server.uris.uris import Uris
+from tests.conftest import RunningServer, eventually, start_server, stop_server
+from tests.contract.raw import TIMEOUT, failure, series
+from tests.store.stored import (
+    file_message,
+    upload_file,
+    upload_requests,
+)
+
+KIB = 1 << 10
+HALF = secateur.l1_unstructured("*", 0.5)
+
+# What there is of each, in bytes; a model of ours is a little more than its floats.
+STORE, MEMORY = 64 * KIB, 64 * KIB
+
+TOKENS = {
+    name: f"the token of {name}"
+    for name in ("vision", "speech", "small", "small2", "light", "single", "wide", "astray")
+}
+FILE = """
+[tenants.vision]
+tokens = ["{vision}"]
+allow = ["file://{root}/vision"]
+[tenants.speech]
+tokens = ["{speech}"]
+[tenants.small]
+tokens = ["{small}", "{small2}"]
+store = "64KiB"
+[tenants.light]
+tokens = ["{light}"]
+memory = "64KiB"
+[tenants.single]
+tokens = ["{single}"]
+requests = 1
+[tenants.wide]
+tokens = ["{wide}"]
+allow = ["file:///"]
+[tenants.astray]
+tokens = ["{astray}"]
+allow = ["file://{root}/out", "file://{root}2", "file://{outside}", "s3://bucket/x"]
+"""
+
+
+@dataclass(frozen=True)
+class House:
+    """A server of tenants.  root: what it allows.  tokens: their file."""
+
+    server: RunningServer
+    channel: grpc.Channel
+    root: Path
+    tokens: Path
+
+    def client(self, name: str) -> secateur.Client:
+        return secateur.Client(self.server.address, token=TOKENS[name], timeout=30)
+
+    def evicted(self) -> float:
+        return series(self.server, "secateur_evictions_total")
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    folder = tmp_path_factory.mktemp("house")
+    root, outside, tokens = folder / "models", folder / "outside", folder / "tokens.toml"
+    for path in (root / "vision", root / "vision2", root / "speech", folder / "models2", outside):
+        path.mkdir(parents=True)
+        save_file(model(1), path / "m.safetensors")
+    (root / "vision" / "link.safetensors").symlink_to(root / "speech" / "m.safetensors")
+    (root / "vision" / "folder").symlink_to(root / "speech")
+    (root / "out").symlink_to(outside)
+    tokens.write_text(FILE.format(**TOKENS, root=root, outside=outside))
+    running = start_server("--tokens-file", str(tokens), "--allow-path", str(root))
+    with grpc.insecure_channel(running.address) as channel:
+        yield House(running, channel, root, tokens)
+    logged = stop_server(running)
+    assert "Traceback" not in logged, logged
+
+
+def model(seed: int, size: int = KIB) -> dict[str, Any]:
+    """One of about `size` bytes."""
+    return {"w": np.random.default_rng(seed).standard_normal(size // 4, np.float32)}
+
+
+def metadata(name: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {TOKENS[name]}"),)
+
+
+@contextmanager
+def emptied(house: House, *names: str) -> Iterator[list[secateur.Client]]:
+    """Clients of tenants, of which nothing stays."""
+    with ExitStack() as opened:
+        clients = [opened.enter_context(house.client(name)) for name in names]
+        yield clients
+        for client in clients:
+            for checkpoint in list(client.checkpoints()):
+                client.delete(checkpoint)
+
+
+# Whose checkpoints ----------------------------------------------------------------------------
+
+
+def test_what_one_tenant_keeps_is_not_there_for_another(house: House, tmp_path: Path) -> None:
+    with emptied(house, "speech", "small") as (owner, other):
+        kept = owner.upload(model(1))
+        for use in (
+            lambda: other.checkpoint(kept.name),
+            lambda: other.delete(kept),
+            lambda: other.download(kept, tmp_path / "out"),
+            lambda: other.prune(kept, HALF),
+            lambda: other.prune(kept, HALF, keep=True),
+            lambda: other.report(kept),
+            lambda: other.finalize(kept),
+        ):
+            with pytest.raises(secateur.CheckpointNotFound) as refused:
+                use()
+            assert "size" not in str(refused.value)
+        assert list(tmp_path.iterdir()) == []
+        assert list(other.checkpoints()) == []
+        request = pb.DeleteRequest(name=kept.name, allow_missing=True)
+        stub = CheckpointsStub(house.channel)
+        stub.Delete(request, metadata=metadata("small"), timeout=TIMEOUT)
+        newest = owner.upload(model(2))
+        page = pb.ListRequest(page_token=newest.name.removeprefix("checkpoints/"))
+        found = stub.List(page, metadata=metadata("small"), timeout=TIMEOUT)
+        assert not found.checkpoints
+        assert list(owner.checkpoints()) == [newest, kept]
+        assert owner.report(kept).total == 256
+
+
+def test_who_knows_the_digest_of_anothers_file_has_to_send_it(house: House) -> None:
+    data = save(model(1))
+    message = file_message(data)
+    with emptied(house, "speech", "small") as (owner, other):
+        owner.upload(model(1))
+        for name, size in (("speech", len(data)), ("small", 0), ("vision", 0)):
+            query = pb.QueryUploadRequest(files=[message])
+            stub = CheckpointsStub(house.channel)
+            answer = stub.QueryUpload(query, metadata=metadata(name), timeout=TIMEOUT)
+            assert list(answer.committed_sizes) == [size], name
+        requests = upload_requests([upload_file(message, len(data))])
+        found = failure(
+            CheckpointsStub(house.channel).Upload,
+            requests,
+            metadata=metadata("small"),
+            timeout=TIMEOUT,
+        )
+        assert found is not None
+        assert found.reason == "INVALID_REQUEST", found
+        assert list(other.checkpoints()) == []
+
+
+def test_another_token_of_a_tenant_has_the_same_checkpoints(house: House) -> None:
+    """Also one that comes in the place of the one that they were made with."""
+    with emptied(house, "small") as (first,), house.client("small2") as second:
+        kept = first.upload(model(1))
+        assert list(second.checkpoints()) == [kept]
+        before = house.tokens.read_text()
+        new = "the token that comes after it"
+        house.tokens.write_text(before.replace(TOKENS["small"], new))
+        try:
+            with secateur.Client(house.server.address, token=new, timeout=30) as third:
+                eventually(lambda: knows(third), True, within=10)
+                assert list(third.checkpoints()) == [kept]
+                assert third.report(kept).total == 256
+                assert not knows(first)
+        finally:
+            house.tokens.write_text(before)
+        eventually(lambda: knows(first), True, within=10)
+
+
+def knows(client: secateur.Client) -> bool:
+    try:
+        list(client.checkpoints())
+    except secateur.Unauthenticated:
+        return False
+    return True
+
+
+# How much -------------------------------------------------------------------------------------
+
+
+def sizes(client: secateur.Client) -> int:
+    """Bytes of a tenant's checkpoints, each file once."""
+    found = {file.blake3: file.size_bytes for c in client.checkpoints() for file in c.files}
+    return sum(found.values())
+
+
+def test_what_a_tenant_used_least_recently_makes_room_for_its_own(house: House) -> None:
+    with emptied(house, "speech", "small") as (other, small):
+        older = other.upload(model(0, 20 * KIB))
+        first = small.upload(model(1, 20 * KIB))
+        small.upload(model(2, 20 * KIB))  # nobody uses it afterwards, and the first one is
+        small.report(first)
+        before = house.evicted()
+        third = small.upload(model(3, 20 * KIB))
+        assert list(small.checkpoints()) == [third, first]
+        assert house.evicted() == before + 1
+        assert series(house.server, "secateur_evictions_total", reason="room") == 0
+        result = small.prune(third, HALF, keep=True)  # masks, and no second copy of the weights
+        assert result.checkpoint is not None
+        assert {c.name for c in small.checkpoints()} >= {third.name, result.checkpoint.name}
+        assert list(other.checkpoints()) == [older]
+
+
+def test_what_cannot_fit_a_tenants_quota_is_refused_and_nothing_goes(house: House) -> None:
+    with emptied(house, "speech", "small") as (other, small):
+        kept = small.upload(model(1, 20 * KIB))
+        with pytest.raises(QuotaExceeded, match=f"the {STORE} that you may keep"):
+            small.upload(model(2, STORE))
+        with pytest.raises(QuotaExceeded):
+            small.prune(model(3, STORE), HALF, keep=True)
+        assert list(small.checkpoints()) == [kept]
+        assert other.upload(model(2, 2 * STORE)).size_bytes > 2 * STORE  # a quota is one tenant's
+        assert small.prune(model(3, STORE), HALF).report.total == STORE // 4
+
+
+def test_uploads_at_once_do_not_get_past_a_quota(house: House) -> None:
+    def upload(seed: int) -> bool:
+        try:
+            small.upload(model(seed, 20 * KIB))
+        except QuotaExceeded:
+            return False
+        return True
+
+    with emptied(house, "small") as (small,):
+        with ThreadPoolExecutor(8) as threads:
+            came = list(threads.map(upload, range(16)))
+        assert any(came)
+        assert 0 < sizes(small) <= STORE
+
+
+def test_shards_together_do_not_get_past_a_quota(house: House) -> None:
+    shards = [save({f"w{i}": model(i, 20 * KIB)["w"]}) for i in range(6)]
+    index = index_of(shards)
+    data = [*shards, index]
+    names = [*(f"{i}.safetensors" for i in range(6)), "m.safetensors.index.json"]
+    files = [upload_file(file_message(d, n)) for d, n in zip(data, names, strict=True)]
+    with emptied(house, "small") as (small,):
+        stub, requests = CheckpointsStub(house.channel), upload_requests(files, b"".join(data))
+        found = failure(stub.Upload, requests, metadata=metadata("small"), timeout=TIMEOUT)
+        assert sizes(small) <= STORE
+        assert found is not None
+        assert found.reason == "QUOTA_EXCEEDED"
+
+
+def index_of(shards: list[bytes]) -> bytes:
+    weight_map = {f"w{i}": f"{i}.safetensors" for i in range(len(shards))}
+    return json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
+
+
+def test_an_upload_that_broke_does_not_hold_a_tenants_quota(house: House) -> None:
+    """What has come of it is held for an hour, as long as nothing else wants the room."""
+    data = save(model(7, 50 * KIB))
+    message = file_message(data)
+
+    def broken() -> Iterator[pb.UploadRequest]:
+        yield from upload_requests([upload_file(message)], data[: 30 * KIB])
+        sent.set()
+        never.wait(20)
+
+    sent, never = threading.Event(), threading.Event()
+    with emptied(house, "small") as (small,):
+        stub = CheckpointsStub(house.channel)
+        call = stub.Upload.future(broken(), metadata=metadata("small"))
+        query = pb.QueryUploadRequest(files=[message])
+        sent.wait(20)
+        eventually(lambda: asked(stub, query), 30 * KIB)
+        call.cancel()
+        never.set()
+        eventually(lambda: idle_again(small), True, within=10)
+        assert asked(stub, query) == 0
+    eventually(lambda: series(house.server, "secateur_requests_in_flight"), 0.0)
+
+
+def asked(stub: CheckpointsStub, query: pb.QueryUploadRequest) -> int:
+    answer = stub.QueryUpload(query, metadata=metadata("small"), timeout=TIMEOUT)
+    return answer.committed_sizes[0]
+
+
+def idle_again(client: secateur.Client) -> bool:
+    """The server has seen that the caller has left, and takes another model."""
+    try:
+        client.upload(model(8, 30 * KIB))
+    except QuotaExceeded:
+        return False
+    return True
+
+
+@contextmanager
+def being_served(house: House, name: str, data: bytes) -> Iterator[Any]:
+    """A Report of which the last byte comes when the block ends."""
+    rest = threading.Event()
+
+    def messages() -> Iterator[ReportRequest]:
+        yield ReportRequest(header=ReportHeader(data_bytes=len(data)), data=data[:-1])
+        rest.wait(30)
+        yield ReportRequest(data=data[-1:])
+
+    stub, before = PrunerStub(house.channel), series(house.server, "secateur_requests_in_flight")
+    call = stub.Report.future(messages(), metadata=metadata(name), timeout=60)
+    eventually(lambda: series(house.server, "secateur_requests_in_flight"), before + 1)
+    try:
+        yield call
+    finally:
+        rest.set()
+        call.result(timeout=30)
+
+
+@pytest.mark.parametrize(("name", "size"), [("light", 40 * KIB), ("single", KIB)])
+def test_what_a_tenant_may_have_in_service_is_waited_for_by_itself_alone(
+    house: House, name: str, size: int
+) -> None:
+    data = save(model(1, size))
+    with (
+        house.client(name) as mine,
+        house.client("speech") as others,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        with being_served(house, name, data):
+            eventually(lambda: series(house.server, "secateur_model_bytes"), float(len(data)))
+            second = thread.submit(mine.report, model(2, size))
+            eventually(lambda: series(house.server, "secateur_requests_waiting"), 1.0)
+            for seed in range(3):
+                assert others.report(model(seed, 2 * MEMORY)).total == 2 * MEMORY // 4
+            assert not second.done()
+            if name == "light":  # what fits beside waits behind nobody of another tenant
+                assert series(house.server, "secateur_model_bytes") == len(data)
+        assert second.result(30).total == size // 4
+    eventually(lambda: series(house.server, "secateur_model_bytes"), 0.0)
+
+
+def test_a_model_above_a_tenants_memory_is_refused_at_once(house: House) -> None:
+    with house.client("light") as light:
+        with pytest.raises(QuotaExceeded, match=f"light may have {MEMORY} in service"):
+            light.report(model(1, MEMORY))
+        assert light.report(model(1, MEMORY // 2)).total == MEMORY // 8
+
+
+# Where ----------------------------------------------------------------------------------------
+
+REFUSED = (
+    "file://{root}/speech/m.safetensors",
+    "file://{root}/vision2/m.safetensors",
+    "file://{root}/visio/m.safetensors",
+    "file://{root}/m.safetensors",
+    "file://{root}/vision/../speech/m.safetensors",
+    "file://{root}/vision/%2e%2e/speech/m.safetensors",
+    "file://{root}/vision/..%2fspeech/m.safetensors",
+    "file://{root}/vision/./../vision2/m.safetensors",
+    "file://{root}/vision/link.safetensors",
+    "file://{root}/vision/folder/m.safetensors",
+    "file://{root}/vision/folder/missing.safetensors",
+    "file://{root}2/m.safetensors",
+    "file://{root}/out/m.safetensors",
+    "file:///etc/passwd",
+    "file://{root}/vision/m.safetensors?/../../speech",
+    "s3://bucket/x/m.safetensors",
+    "http://127.0.0.1:1/m.safetensors",
+    "FILE://{root}/vision/m.safetensors",
+)
+
+
+def denied(client: secateur.Client, uri: str) -> None:
+    with pytest.raises(secateur.PermissionDenied):
+        client.report(uri)
+    with pytest.raises(secateur.PermissionDenied):
+        client.upload(uri)
+    with pytest.raises(secateur.PermissionDenied):
+        client.prune(model(1), HALF, output="dense", destination=uri)
+
+
+@pytest.mark.parametrize("uri", REFUSED)
+def test_a_tenant_goes_where_its_allow_lets_it_and_nowhere_else(house: House, uri: str) -> None:
+    # To write in the place of a link replaces the link: that stays inside.
+    with house.client("vision") as vision:
+        if "link" in uri:
+            with pytest.raises(secateur.PermissionDenied):
+                vision.report(uri.format(root=house.root))
+        else:
+            denied(vision, uri.format(root=house.root))
+        assert vision.report(f"file://{house.root}/vision/m.safetensors").total == 256
+
+
+def test_allow_narrows_what_the_server_allows_and_never_widens_it(house: House) -> None:
+    places = [f"file://{house.root}/{name}/m.safetensors" for name in ("vision", "speech")]
+    outside = house.root.parent / "outside"
+    with house.client("speech") as every, house.client("wide") as wide:
+        for uri in places:
+            assert every.report(uri).total == wide.report(uri).total == 256
+        denied(wide, f"file://{outside}/m.safetensors")
+        denied(wide, "file:///etc/passwd")
+    with house.client("astray") as astray:
+        for uri in (
+            *places,
+            f"file://{house.root}/out/m.safetensors",
+            f"file://{outside}/m.safetensors",
+            f"file://{house.root}2/m.safetensors",
+            "s3://bucket/x/m.safetensors",
+        ):
+            denied(astray, uri)
+
+
+@pytest.mark.parametrize(
+    ("allow", "allowed"),
+    [
+        (["s3://bucket/models"], {"s3://bucket/models/a"}),
+        (["s3://bucket/models/"], {"s3://bucket/models/a"}),
+        (["s3://bucket"], {"s3://bucket/models/a", "s3://bucket/more/a"}),
+        (["s3://bucket/mod"], set()),
+        (["s3://buck"], set()),
+        (["s3://bucket2"], set()),
+        (["s3://bucket/models2"], set()),
+        (["s3://bucket/models/../more"], set()),
+        (["gs://bucket/models"], set()),
+        ([""], set()),
+        ([], set()),
+    ],
+)
+def test_remote_places_are_those_in_both_lists(allow: list[str], allowed: set[str]) -> None:
+    uris = Uris((), ("s3://bucket/models", "s3://bucket/more/"), Path("/nowhere")).among(allow)
+    found = set()
+    for uri in ("s3://bucket/models/a", "s3://bucket/models2/a", "s3://bucket/more/a", "s3://b/a"):
+        with suppress(UriNotAllowed):
+            uris.check("header.uri", uri)
+            found.add(uri)
+    assert found == allowed

@@ -1,0 +1,320 @@
+"""TLS: who is served over it, and certificates that change under a server that runs."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from safetensors.numpy import save_file
+
+import secateur
+from secateur_proto.pruner_pb2 import ReportHeader, ReportRequest
+from secateur_proto.pruner_pb2_grpc import PrunerStub
+from secateur_server.check import check
+from secateur_server.config import Config, read_config
+from tests.conftest import RunningServer, eventually, start_server, stop_server
+from tests.contract.raw import entry, failure, file, series
+from tests.operate.certificates import Authority, Pair, serial_at
+
+TOKEN = "a token of 23 characters"
+MODEL = {"w": np.arange(4, dtype=np.float32)}
+FILE = file({"w": entry("F32", [4], 0, 16)}, b"\0" * 16)
+
+_OURS, _THEIRS = Authority("ours"), Authority("theirs")
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server over TLS, its files, and what it was first served with."""
+
+    server: RunningServer
+    cert: Path
+    key: Path
+    ca: Path
+    first: Pair
+
+    @property
+    def address(self) -> str:
+        return self.server.address
+
+    def reloads(self, result: str) -> float:
+        return series(self.server, "secateur_reloads_total", file="tls", result=result)
+
+
+def files_of(folder: Path, pair: Pair) -> tuple[Path, Path, Path]:
+    """Puts a pair, and our authority, in a folder."""
+    cert, key, ca = (folder / name for name in ("server.crt", "server.key", "ca.crt"))
+    pair.put(cert, key)
+    ca.write_bytes(_OURS.cert)
+    return cert, key, ca
+
+
+def served(folder: Path, *options: str, is_mutual: bool = False) -> Iterator[Served]:
+    pair = _OURS.pair("server")
+    cert, key, ca = files_of(folder, pair)
+    tls = ["--tls-cert", str(cert), "--tls-key", str(key)]
+    tls += ["--tls-client-ca", str(ca)] if is_mutual else []
+    running = start_server(*tls, *options)
+    yield Served(running, cert, key, ca, pair)
+    logged = stop_server(running)
+    assert "Traceback" not in logged, logged
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("tls")
+    tokens = folder / "tokens.toml"
+    tokens.write_text(f'[tenants.ours]\ntokens = ["{TOKEN}"]\n')
+    yield from served(folder, "--tokens-file", str(tokens))
+
+
+@pytest.fixture(scope="module")
+def mutual(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    yield from served(tmp_path_factory.mktemp("mutual"), is_mutual=True)
+
+
+def refusal(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.StatusCode | None:
+    """How a new connection's call fails; None where it is served."""
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    channel = (
+        grpc.secure_channel(address, credentials, options)
+        if credentials
+        else grpc.insecure_channel(address, options)
+    )
+    with channel:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        found = failure(check, health_pb2.HealthCheckRequest(), timeout=20)
+    return found.code if found else None
+
+
+# Who is served --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("as_what", [str, Path, Path.read_bytes])
+def test_a_client_that_trusts_the_authority_is_served(
+    tls: Served, as_what: Callable[[Path], str | Path | bytes]
+) -> None:
+    """The path of the authority's certificate, in either form, and credentials of grpc's."""
+    trust = as_what(tls.ca)
+    with secateur.Client(
+        tls.address,
+        token=TOKEN,
+        tls=grpc.ssl_channel_credentials(trust) if isinstance(trust, bytes) else trust,
+        timeout=20,
+    ) as client:
+        assert client.report(MODEL).total == 4
+        assert client.prune(MODEL, secateur.l1_unstructured("w", 2)).report.zeros == 2
+
+
+def test_plaintext_and_other_authorities_are_not_served(tls: Served) -> None:
+    assert refusal(tls.address, _OURS.credentials()) is None
+    assert refusal(tls.address, None) == grpc.StatusCode.UNAVAILABLE
+    assert refusal(tls.address, _THEIRS.credentials()) == grpc.StatusCode.UNAVAILABLE
+    with (
+        secateur.Client(tls.address, token=TOKEN, timeout=20) as client,
+        pytest.raises(secateur.Unavailable),
+    ):
+        client.report(MODEL)
+
+
+def test_over_tls_a_token_is_needed_as_well(tls: Served) -> None:
+    for token in (None, TOKEN + "!"):
+        with (
+            secateur.Client(tls.address, token=token, tls=tls.ca, timeout=20) as client,
+            pytest.raises(secateur.Unauthenticated),
+        ):
+            client.report(MODEL)
+
+
+def test_of_mutual_tls_only_certificates_of_the_authority_are_served(mutual: Served) -> None:
+    assert refusal(mutual.address, _OURS.credentials(_OURS.pair("caller"))) is None
+    for credentials in (
+        None,
+        _OURS.credentials(),
+        _OURS.credentials(_THEIRS.pair("caller")),
+        _OURS.credentials(_THEIRS.pair("ours")),  # the name alone is nothing
+    ):
+        assert refusal(mutual.address, credentials) == grpc.StatusCode.UNAVAILABLE
+
+
+def command(address: str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    known = {name: value for name, value in os.environ.items() if not name.startswith("SECATEUR_")}
+    return subprocess.run(
+        [sys.executable, "-m", "secateur.cli", *options, "--server", address],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**known, **environment},
+    )
+
+
+def test_the_command_line_speaks_mutual_tls(mutual: Served, tmp_path: Path) -> None:
+    save_file(MODEL, tmp_path / "in.safetensors")
+    cert, key = tmp_path / "me.crt", tmp_path / "me.key"
+    _OURS.pair("me").put(cert, key)
+    report = ("report", str(tmp_path / "in.safetensors"))
+    mine = ("--tls-cert", str(cert), "--tls-key", str(key))
+    ended = command(mutual.address, *report, "--tls-ca", str(mutual.ca), *mine)
+    assert ended.returncode == 0, ended.stderr
+    assert "w" in ended.stdout
+    ended = command(mutual.address, *report, *mine, SECATEUR_TLS_CA=str(mutual.ca))
+    assert ended.returncode == 0, ended.stderr
+    for options in ((), ("--tls-ca", str(mutual.ca)), ("--tls", *mine)):
+        ended = command(mutual.address, *report, *options)
+        assert (ended.returncode, ended.stdout) == (1, ""), options
+        assert ended.stderr.splitlines()[-1].startswith("secateur: "), ended.stderr
+    ended = command(mutual.address, *report, "--tls-ca", str(tmp_path / "none"))
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == f"secateur: {tmp_path / 'none'}: No such file or directory\n"
+
+
+# Files that change ----------------------------------------------------------------------------
+
+
+def test_a_new_certificate_is_served_to_new_connections_and_old_ones_go_on(tls: Served) -> None:
+    before, second = tls.reloads("ok"), _OURS.pair("second")
+
+    def messages() -> Iterator[ReportRequest]:
+        yield ReportRequest(header=ReportHeader(data_bytes=len(FILE)), data=FILE[:9])
+        second.put(tls.cert, tls.key)
+        eventually(lambda: serial_at(tls.address), second.serial)
+        yield ReportRequest(data=FILE[9:])
+
+    with grpc.secure_channel(tls.address, _OURS.credentials()) as channel:
+        metadata = (("authorization", f"Bearer {TOKEN}"),)
+        answer = PrunerStub(channel).Report(messages(), metadata=metadata, timeout=40)
+        assert answer.report.total == 4
+        threading.Event().wait(1.1)  # it looks again, and what has not changed is not read
+        assert serial_at(tls.address) == second.serial
+        assert tls.reloads("ok") == before + 1
+        assert refusal(tls.address, _OURS.credentials()) is None
+
+
+def test_a_pair_that_does_not_fit_leaves_the_old_one_served_and_counts(tls: Served) -> None:
+    good = _OURS.pair("good")
+    good.put(tls.cert, tls.key)
+    eventually(lambda: serial_at(tls.address), good.serial)
+    other = _OURS.pair("other")
+    for spoil in (
+        lambda: tls.key.write_bytes(other.key),
+        lambda: tls.cert.write_bytes(b"-----BEGIN CERTIFICATE-----\n"),
+        lambda: tls.key.unlink(),
+    ):
+        failed = tls.reloads("failed")
+        spoil()
+        eventually(
+            lambda: (serial_at(tls.address), tls.reloads("failed")), (good.serial, failed + 1)
+        )
+        assert refusal(tls.address, _OURS.credentials()) is None
+    assert tls.server.log.read_text().count("the certificate stays as it was") == 3
+    other.put(tls.cert, tls.key)
+    eventually(lambda: serial_at(tls.address), other.serial)
+
+
+def test_another_authority_for_callers_is_asked_for_once_its_file_changes(mutual: Served) -> None:
+    ours, theirs = _OURS.pair("caller"), _THEIRS.pair("caller")
+    with grpc.secure_channel(mutual.address, _OURS.credentials(ours)) as old:
+        stub = health_pb2_grpc.HealthStub(old)
+        stub.Check(health_pb2.HealthCheckRequest(), timeout=20)
+        mutual.ca.write_bytes(_THEIRS.cert)
+        eventually(lambda: refusal(mutual.address, _OURS.credentials(theirs)), None)
+        refused = grpc.StatusCode.UNAVAILABLE
+        assert refusal(mutual.address, _OURS.credentials(ours)) == refused
+        stub.Check(health_pb2.HealthCheckRequest(), timeout=20)
+    failed = mutual.reloads("failed")
+    mutual.ca.write_bytes(b"")  # not everybody, and not nobody
+    eventually(
+        lambda: (refusal(mutual.address, _OURS.credentials(theirs)), mutual.reloads("failed")),
+        (None, failed + 1),
+    )
+    assert refusal(mutual.address, _OURS.credentials()) == refused
+    mutual.ca.write_bytes(_OURS.cert)
+    eventually(lambda: refusal(mutual.address, _OURS.credentials(ours)), None)
+
+
+# Files that are wrong from the start ----------------------------------------------------------
+
+
+def config_of(cert: Path, key: Path, *options: str) -> Config:
+    return read_config(["--tls-cert", str(cert), "--tls-key", str(key), *options], {})
+
+
+SPOILED: dict[str, tuple[Callable[[Path, Path, Path], object], str]] = {
+    "another key": (lambda _, key, __: key.write_bytes(_OURS.pair("x").key), "MISMATCH"),
+    "no key": (lambda cert, key, _: shutil.copy(cert, key), "server.key"),
+    "no certificate": (lambda cert, key, _: shutil.copy(key, cert), "server.crt"),
+    "empty files": (lambda cert, key, _: (cert.write_bytes(b""), key.write_bytes(b"")), "server"),
+    "bytes": (lambda cert, _, __: cert.write_bytes(bytes(range(256))), "server.crt"),
+    "a password": (
+        lambda cert, key, _: _OURS.pair("x", b"password").put(cert, key),
+        "has a password",
+    ),
+    "no authority": (lambda _, __, ca: ca.write_bytes(b"none"), "ca.crt"),
+}
+
+
+@pytest.mark.parametrize("what", SPOILED)
+def test_files_that_tls_cannot_be_served_with_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    cert, key, ca = files_of(tmp_path, _OURS.pair("server"))
+    config = config_of(cert, key, "--tls-client-ca", str(ca), "--metrics-address", "")
+    assert check(config) == 0
+    spoil, part = SPOILED[what]
+    spoil(cert, key, ca)
+    capsys.readouterr()
+    assert check(config) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("secateur-server: cannot serve TLS: "), line
+    assert part in line, line
+    assert "BEGIN" not in line, line
+
+
+def test_a_server_that_cannot_serve_tls_ends_with_one_line(tmp_path: Path) -> None:
+    cert, key, _ = files_of(tmp_path, _OURS.pair("server"))
+    key.write_bytes(_OURS.pair("other").key)
+    options = ["--address", "127.0.0.1:0", "--metrics-address", "", "--tls-cert", str(cert)]
+    ended = subprocess.run(
+        [sys.executable, "-m", "secateur_server", *options, "--tls-key", str(key)],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=60,
+    )
+    assert ended.returncode == 1
+    lines = [line for line in ended.stderr.splitlines() if not line.startswith("{")]
+    assert len(lines) == 1, ended.stderr
+    assert re.fullmatch("secateur-server: cannot serve TLS: .*MISMATCH", lines[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tls-cert", "{cert}"], "--tls-cert and --tls-key go together"),
+        (["--tls-key", "{key}"], "--tls-cert and --tls-key go together"),
+        (["--tls-client-ca", "{ca}"], "--tls-client-ca needs --tls-cert and --tls-key"),
+        (["--tls-cert", "{cert}.none"], "argument --tls-cert: {cert}.none: No such file"),
+        (["--tls-cert", "{folder}"], "argument --tls-cert: {folder}: is no file"),
+        (["--tls-key", "{pipe}"], "argument --tls-key: {pipe}: is no file"),
+        (["--tls-key", "/dev/null"], "argument --tls-key: /dev/null: is no file"),
+    ],
+)
+def test_options_of_tls_that_do_not_fit_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    cert, key, ca = files_of(tmp_path, _OURS.pair("server"))
+    os.mkfifo(pipe := tmp_path / "pipe")  # to open it would wait for somebody to write
+    names = {"cert": cert, "key": key, "ca": ca, "folder": tmp_path, "pipe": pipe}
+    with pytest.raises(SystemExit) as ended:
+        read_config([option.format(**names) for option in options], {})
+    assert ended.value.code == 2
+    assert message.format(**names) in capsys.readouterr().err

@@ -1,0 +1,82 @@
+"""What a process takes of the machine, over time."""
+
+import json
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Sample:
+    """At one moment.  seconds: since the first one.  rss, anonymous: bytes."""
+
+    seconds: float
+    rss: int
+    anonymous: int
+    threads: int
+    files: int
+
+
+def sample(pid: int, begun: float) -> Sample:
+    status = Path("/proc", str(pid), "status").read_text()
+
+    def field(name: str) -> int:
+        match = re.search(rf"{name}:\s+(\d+)", status)
+        assert match is not None
+        return int(match[1])
+
+    return Sample(
+        seconds=round(time.monotonic() - begun, 1),
+        rss=field("VmRSS") * 1024,
+        anonymous=field("RssAnon") * 1024,
+        threads=field("Threads"),
+        files=len(list(Path("/proc", str(pid), "fd").iterdir())),
+    )
+
+
+@contextmanager
+def sampled(pid: int, every: float) -> Iterator[list[Sample]]:
+    """Samples of a process, taken while the block runs."""
+    samples, ended, begun = [sample(pid, time.monotonic())], threading.Event(), time.monotonic()
+
+    def take() -> None:
+        while not ended.wait(every):
+            samples.append(sample(pid, begun))
+
+    taking = threading.Thread(target=take)
+    taking.start()
+    try:
+        yield samples
+    finally:
+        ended.set()
+        taking.join()
+
+
+def mean(samples: Sequence[Sample], of: Callable[[Sample], float], begin: float) -> float:
+    """Over a tenth of all samples.  begin: the share of them that lies before it."""
+    first = int(begin * len(samples))
+    values = [of(each) for each in samples[first : first + max(1, len(samples) // 10)]]
+    return sum(values) / len(values)
+
+
+def write(samples: Sequence[Sample], path: Path) -> None:
+    path.write_text("\n".join(json.dumps(asdict(each)) for each in samples))
+
+
+def table(samples: Sequence[Sample]) -> str:
+    """The means of the tenths, for a reader."""
+    lines = ["       s    RSS MB   anon MB   threads   files"]
+    for tenth in range(10):
+        begin = tenth / 10
+        lines.append(
+            f"{mean(samples, lambda s: s.seconds, begin):8.0f}"
+            f"{mean(samples, lambda s: s.rss, begin) / 1e6:10.1f}"
+            f"{mean(samples, lambda s: s.anonymous, begin) / 1e6:10.1f}"
+            f"{mean(samples, lambda s: s.threads, begin):10.1f}"
+            f"{mean(samples, lambda s: s.files, begin):8.1f}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,96 @@
+"""Callers on a network that fails at random have right answers, or errors of the known kinds."""
+
+import random
+import threading
+from collections import Counter
+from pathlib import Path
+
+import grpc
+import pytest
+
+import secateur
+from tests.conftest import RunningServer
+from tests.contract.raw import check_serves
+from tests.soak.chaos import MEAN_BYTES, Chaos, chaos
+from tests.soak.load import Caller, at_work, check_kept, check_right
+from tests.soak.models import Case, read_cases, write_models
+from tests.store.stored import store_server
+
+CALLERS = 4
+# All that a network can do to a call: what it carried did not arrive, or not in time.
+EXPECTED = (secateur.Unavailable, secateur.DeadlineExceeded)
+# Beside its deadline a call does what it did not send: it reads files and compares answers.
+MOST_SECONDS_MORE = 15.0
+
+
+def cases_of(folder: Path, *kinds: str) -> list[Case]:
+    write_models(folder, kinds, None)
+    return [case for cases in read_cases(folder, kinds).values() for case in cases]
+
+
+def callers_of(
+    network: Chaos, cases: list[Case], folder: Path, seed: int, timeout: float
+) -> list[Caller]:
+    return [
+        Caller(
+            secateur.Client(network.address, f"caller {index}", timeout=timeout),
+            cases,
+            EXPECTED,
+            (),
+            folder / f"{index}.safetensors",
+            random.Random(f"{seed} {index}"),
+        )
+        for index in range(CALLERS)
+    ]
+
+
+def check_whole(server: RunningServer, callers: list[Caller]) -> None:
+    """Nothing of a broken call is left in the server, and nothing kept is gone."""
+    with grpc.insecure_channel(server.address) as channel:
+        check_serves(server, channel)
+    for index, caller in enumerate(callers):
+        with secateur.Client(server.address, f"caller {index}", timeout=60) as client:
+            check_kept(client, caller)
+
+
+def survive(
+    folder: Path, cases: list[Case], seconds: float, timeout: float, seed: int, mean: int
+) -> tuple[Counter[str], Counter[str]]:
+    """Callers at work on a failing network.  Returns: outcomes of calls, and kinds of faults."""
+    with (
+        store_server(folder / "store") as server,
+        chaos(server.address, seed, mean) as network,
+    ):
+        callers = callers_of(network, cases, folder, seed, timeout)
+        with at_work(callers):
+            threading.Event().wait(seconds)
+        outcomes = check_right(callers)
+        assert max(caller.longest for caller in callers) < timeout + MOST_SECONDS_MORE
+        check_whole(server, callers)
+        return outcomes, network.done
+
+
+def check_all_kinds(outcomes: Counter[str], faults: Counter[str]) -> None:
+    """The seed brought every fault, and some calls came through each time."""
+    assert min(faults[kind] for kind in ("cut", "reset", "delay", "throttle")) > 0
+    for call in ("prune", "report", "upload", "prune by handle", "report by handle"):
+        assert outcomes[f"{call}: ok"] > 0, outcomes
+
+
+def test_a_network_that_fails_at_random_gives_right_answers_or_known_errors(
+    tmp_path: Path,
+) -> None:
+    cases = cases_of(tmp_path, "lenet", "1M")
+    outcomes, faults = survive(tmp_path, cases, 4, timeout=8, seed=1, mean=MEAN_BYTES)
+    check_all_kinds(outcomes, faults)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_a_network_that_fails_for_long_gives_right_answers_or_known_errors(
+    tmp_path: Path, seed: int
+) -> None:
+    cases = cases_of(tmp_path, "lenet", "pruned lenet", "half lenet", "1M", "1M bf16", "5M")
+    outcomes, faults = survive(tmp_path, cases, 60, timeout=20, seed=seed, mean=MEAN_BYTES << seed)
+    print(f"\n{dict(sorted(outcomes.items()))}\n{dict(faults)}")
+    check_all_kinds(outcomes, faults)

@@ -1,0 +1,35 @@
+"""Work that many calls share a pool for never waits for itself."""
+
+import threading
+
+import torch
+
+from secateur_server.devices import passes_of
+from secateur_server.pruning.masks import Mask
+
+# Larger than a piece, so that it is counted by the pool.
+BYTES = 8 << 20
+
+
+def masks(count: int) -> list[Mask]:
+    return [Mask(torch.full((BYTES,), 255, dtype=torch.uint8), BYTES * 8) for _ in range(count)]
+
+
+def test_masks_that_the_pool_and_its_callers_count_at_once_are_all_counted() -> None:
+    """A lock that counters of all masks share would have each wait for the other, for ever."""
+    passes = passes_of(torch.device("cpu"))
+    found: list[int] = []
+
+    def of_callers() -> None:
+        found.extend(mask.kept for mask in masks(20))
+
+    def of_pool() -> None:
+        for _ in range(10):
+            found.extend(passes.each(lambda mask: mask.kept, masks(4)))
+
+    threads = [threading.Thread(target=work, daemon=True) for work in (of_callers, of_pool)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert found == [BYTES * 8] * 60

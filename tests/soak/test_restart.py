@@ -1,0 +1,106 @@
+"""A server that is killed and started again under load: its callers go on by themselves."""
+
+import random
+import shutil
+import socket
+import threading
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+import secateur
+from tests.conftest import RunningServer, start_server, stop_server
+from tests.soak.load import Caller, at_work, check_kept, check_right
+from tests.soak.models import Case
+from tests.soak.test_chaos import cases_of
+
+CALLERS = 4
+# Until a server is there again: what it imports is to be read, by slow machines.
+TIMEOUT = 120.0
+# Of these ports the system gives none to whoever connects: a caller that tries one on which nobody
+# listens could else be connected to itself.
+PORTS = range(20_000, 30_000)
+
+
+def free_address() -> str:
+    for port in random.SystemRandom().sample(PORTS, 100):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return f"127.0.0.1:{port}"
+    raise AssertionError("no port is free")
+
+
+def served(address: str, folder: Path) -> RunningServer:
+    return start_server("--address", address, "--store-dir", str(folder / "store"))
+
+
+def kill(server: RunningServer) -> None:
+    server.process.kill()
+    server.process.wait()
+    assert "Traceback" not in server.log.read_text()
+    shutil.rmtree(server.log.parent)
+
+
+def callers_of(address: str, cases: list[Case], folder: Path) -> list[Caller]:
+    """Callers whose every call has to succeed; of a delete nobody knows whether it was served."""
+    return [
+        Caller(
+            secateur.Client(address, f"caller {index}", timeout=TIMEOUT),
+            cases,
+            (),
+            (secateur.Unavailable,),
+            folder / f"{index}.safetensors",
+            random.Random(index),
+        )
+        for index in range(CALLERS)
+    ]
+
+
+def survive(folder: Path, cases: list[Case], kills: int, seconds: float) -> Counter[str]:
+    """Kills a server so often under load, after so many seconds on the average, and starts it.
+
+    Returns: the outcomes of all calls.
+    """
+    address, draws = free_address(), random.Random(kills)
+    server = served(address, folder)
+    try:
+        callers = callers_of(address, cases, folder)
+        for caller in callers:  # a server that was never there is no connection that broke
+            caller.client.report(cases[0].source, progress=False)
+        with at_work(callers):
+            for _ in range(kills):
+                threading.Event().wait(draws.uniform(0.5, 1.5) * seconds)
+                kill(server)
+                server = served(address, folder)
+            threading.Event().wait(seconds)
+        outcomes = check_right(callers)
+        check_all_there(server, callers)
+        assert "Traceback" not in stop_server(server)
+    finally:
+        server.process.kill()
+    return outcomes
+
+
+def check_all_there(server: RunningServer, callers: list[Caller]) -> None:
+    """Every checkpoint that was answered for is whole, and what is not known is there or not."""
+    for index, caller in enumerate(callers):
+        with secateur.Client(server.address, f"caller {index}", timeout=60) as client:
+            check_kept(client, caller)
+
+
+CALLS = ("prune", "report", "upload", "prune by handle", "report by handle")
+
+
+def test_calls_outlast_a_server_that_is_killed_and_started_again(tmp_path: Path) -> None:
+    cases = cases_of(tmp_path, "lenet", "1M")
+    outcomes = survive(tmp_path, cases, kills=2, seconds=2)
+    assert min(outcomes[f"{call}: ok"] for call in CALLS) > 0, outcomes
+
+
+@pytest.mark.slow
+def test_calls_outlast_a_server_that_is_killed_many_times(tmp_path: Path) -> None:
+    cases = cases_of(tmp_path, "lenet", "pruned lenet", "half lenet", "1M", "1M bf16", "5M", "20M")
+    outcomes = survive(tmp_path, cases, kills=20, seconds=5)
+    print(f"\n{dict(sorted(outcomes.items()))}")
+    assert min(outcomes[f"{call}: ok"] for call in CALLS) > 20, outcomes
