@@ -12,7 +12,14 @@ from secateur_proto import checkpoints_pb2 as pb
 from secateur_proto import pruner_pb2
 from secateur_proto.checkpoint_pb2 import Checkpoint
 from secateur_proto.codec import Data, Decoder, encode
-from secateur_server.errors import CheckpointNotFound, InvalidRequest, InvalidStateDict
+from secateur_server.errors import (
+    CheckpointNotFound,
+    IdleTimeout,
+    InvalidRequest,
+    InvalidStateDict,
+    Stopped,
+    TooShort,
+)
 from secateur_server.landing import Landing
 from secateur_server.mapped import map_model, of_blob
 from secateur_server.messages.checkpoint import checkpoint_message, file_message
@@ -69,12 +76,16 @@ class Checkpoints:
         landed = []
         if any(0 < offset < file.size for file, offset in wanted):
             self._sources.metrics.resumed()
-        for index, (file, offset) in enumerate(wanted):
-            pieces, field = stream.pieces(file.size - offset), f"header.files[{index}].offset"
-            digest = file.blake3 or None
-            land = partial(landing.land, file.filename, file.size, pieces, digest, offset, field)
-            landed.append(land(is_resumable=digest is not None))
-        stream.finish()
+        try:
+            for index, (file, offset) in enumerate(wanted):
+                pieces, field = stream.pieces(file.size - offset), f"header.files[{index}].offset"
+                digest = file.blake3 or None
+                land = partial(landing.land, file.filename, file.size, pieces, digest, offset)
+                landed.append(land(field, is_resumable=digest is not None))
+            stream.finish()
+        except (Stopped, TooShort, IdleTimeout):
+            self._sources.metrics.broken()
+            raise
         return tuple(landed)
 
     def QueryUpload(

@@ -12,10 +12,11 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from safetensors.numpy import save, save_file
 
 import secateur
-from secateur.errors import QuotaExceeded
+from secateur.errors import QuotaExceeded, from_rpc
 from secateur_proto import checkpoints_pb2 as pb
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
 from secateur_proto.pruner_pb2 import ReportHeader, ReportRequest
@@ -446,3 +447,37 @@ def test_remote_places_are_those_in_both_lists(allow: list[str], allowed: set[st
             uris.check("header.uri", uri)
             found.add(uri)
     assert found == allowed
+
+
+def test_a_tenants_silent_calls_keep_neither_others_nor_probes_out(house: House) -> None:
+    """Of 128 calls at once half are one tenant's at most; who is turned away is told when."""
+    ended = threading.Event()
+
+    def silent() -> Iterator[ReportRequest]:
+        ended.wait()
+        yield from ()
+
+    channels = [
+        grpc.insecure_channel(house.server.address, [("grpc.use_local_subchannel_pool", 1)])
+        for _ in range(2)
+    ]
+    with ExitStack() as opened:
+        stubs = [PrunerStub(opened.enter_context(channel)) for channel in channels]
+        opened.callback(ended.set)
+        calls = [
+            stubs[number % 2].Report.future(silent(), metadata=metadata("speech"), timeout=60)
+            for number in range(70)
+        ]
+        eventually(lambda: sum(call.done() for call in calls), 70 - 64)
+        for call in calls:
+            if call.done():
+                error = call.exception()
+                assert isinstance(error, grpc.RpcError)
+                busy = from_rpc(error)
+                assert isinstance(busy, secateur.ServerBusy)
+                assert busy.retry_after == 1.0
+        with house.client("vision") as other:
+            assert other.prune(model(1), HALF).report.total == KIB // 4
+        probe = health_pb2_grpc.HealthStub(house.channel)
+        answer = probe.Check(health_pb2.HealthCheckRequest(), timeout=10)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING

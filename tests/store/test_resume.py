@@ -78,6 +78,7 @@ def test_a_connection_that_is_cut_again_and_again_costs_little(store: Kept, tmp_
         assert size <= broken.carried < size + 3 * LOST
     assert received(store.server) - before < size + 3 * LOST
     assert series(store.server, "secateur_uploads_resumed_total") >= 3
+    assert series(store.server, "secateur_uploads_broken_total") >= 3
     assert_same_tensors(downloaded(store.client, uploaded, tmp_path), tensors)
     assert shown[-1] == (size, size)  # what is sent again is not shown again
     assert shown == sorted(shown)
