@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 
+from secateur.errors import SecateurError
 from secateur_proto import checkpoint_pb2, checkpoints_pb2, pruner_pb2
 from secateur_proto.codec import SINGLE, Decoder, encode
 
@@ -56,16 +57,37 @@ Tls = bool | str | os.PathLike[str] | grpc.ChannelCredentials | None
 
 
 def open_channel(address: str | None, tls: Tls) -> grpc.Channel:
-    """A channel.  Errors: ValueError, where there is no address."""
+    """A channel.
+
+    Errors: ValueError, where there is no address; SecateurError, where a file cannot be read.
+    """
     if address is None:
         raise ValueError("give an address, or a channel")
     if tls is None or tls is False:
         return grpc.insecure_channel(address, _OPTIONS)
     if isinstance(tls, str | os.PathLike):
-        tls = grpc.ssl_channel_credentials(Path(tls).read_bytes())
+        tls = credentials_of(tls, None, None)
     elif tls is True:
         tls = grpc.ssl_channel_credentials()
     return grpc.secure_channel(address, tls, _OPTIONS)
+
+
+def credentials_of(
+    ca: str | os.PathLike[str] | None,
+    key: str | os.PathLike[str] | None,
+    cert: str | os.PathLike[str] | None,
+) -> grpc.ChannelCredentials:
+    """What TLS is spoken with, of PEM files; without `ca`, this machine's authorities are trusted.
+
+    Errors: SecateurError.
+    """
+    if (key is None) != (cert is None):
+        raise SecateurError("a certificate and its private key go together")
+    try:
+        contents = [None if path is None else Path(path).read_bytes() for path in (ca, key, cert)]
+    except OSError as error:
+        raise SecateurError(f"{error.filename}: {error.strerror}") from None
+    return grpc.ssl_channel_credentials(*contents)
 
 
 class Rpcs:

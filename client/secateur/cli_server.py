@@ -2,11 +2,8 @@
 
 import argparse
 import os
-from pathlib import Path
 
-import grpc
-
-from secateur.channel import Tls
+from secateur.channel import Tls, credentials_of
 from secateur.client import Client
 from secateur.errors import SecateurError
 
@@ -51,8 +48,4 @@ def _tls_of(options: argparse.Namespace) -> Tls:
     paths = options.tls_ca, options.tls_key, options.tls_cert
     if not (options.tls or any(paths)):
         return None
-    try:
-        ca, key, cert = (Path(path).read_bytes() if path else None for path in paths)
-    except OSError as error:
-        raise SecateurError(f"{error.filename}: {error.strerror}") from None
-    return grpc.ssl_channel_credentials(ca, key, cert)
+    return credentials_of(*paths)

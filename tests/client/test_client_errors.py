@@ -4,6 +4,7 @@ import re
 import socket
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -252,3 +253,8 @@ def test_what_is_no_checkpoint_and_no_destination_is_refused(client: secateur.Cl
         client.finalize(MODEL, destination="o.safetensors")
     with pytest.raises(secateur.InvalidStateDict, match=r"client\.checkpoint\('checkpoints/x'\)"):
         client.report("checkpoints/x")
+
+
+def test_a_certificate_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(secateur.SecateurError, match=r"absent\.pem: No such file or directory"):
+        secateur.Client("localhost:1", tls=tmp_path / "absent.pem")

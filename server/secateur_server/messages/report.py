@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from secateur_proto.report_pb2 import Choice as ChoiceMessage
 from secateur_proto.report_pb2 import RuleReport, SparsityReport, TensorReport
+from secateur_server.devices.watch import watch
 from secateur_server.pruning.measure import measure
 from secateur_server.pruning.prune import Choice
 from secateur_server.pruning.spec import Parameter
@@ -37,6 +38,7 @@ def encode_report(
 
 
 def _tensor(name: str, parameter: Parameter, is_folded: bool) -> TensorReport:
+    watch().check()  # there may be many of them
     weight = parameter.weight
     found = measure(parameter)
     return TensorReport(

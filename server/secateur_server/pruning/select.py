@@ -225,10 +225,12 @@ def _cut_by_digits(units: Units, count: int) -> Cut:
 def _count_digits(units: Units, prefix: int, shift: int) -> Tensor:
     """The counts of all pieces, added up in as few histograms as there are threads."""
     passes, pieces = units.passes, units.pieces
+    of_call = watch()  # the pool's threads have none of their own
 
     def counts_of(share: Sequence[Piece]) -> Tensor:
         counts = torch.zeros(1 << DIGIT_BITS, dtype=torch.int64, device=passes.device)
         for piece in share:
+            of_call.check()
             passes.add_digits(piece, prefix, shift, counts)
         return counts
 
