@@ -39,7 +39,7 @@ def run_server(*options: str, **environment: str) -> subprocess.CompletedProcess
     )
 
 
-@pytest.mark.parametrize("service", ["", SERVICE])
+@pytest.mark.parametrize("service", ["", SERVICE, "secateur.v1.Checkpoints", "liveness"])
 def test_health_is_serving(channel: grpc.Channel, service: str) -> None:
     request = health_pb2.HealthCheckRequest(service=service)
     answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=10)
@@ -71,11 +71,35 @@ def test_sigterm_lets_a_running_request_end_and_takes_no_new_one() -> None:
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         server.process.send_signal(signal.SIGTERM)
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert list(watch) == []  # who watches is let go: it would hold up the end
         with secateur.Client(server.address) as late:
             eventually(lambda: is_refused(late), True)
         rest.set()
         assert call.result(timeout=20).report.zeros == 1
-        watch.cancel()
+    stop_server(server)
+
+
+def test_a_server_that_drains_lives_and_is_not_ready() -> None:
+    """Who asks for its liveness while it drains must not end it."""
+    server = start_server()
+    ended = threading.Event()
+
+    def silent() -> Iterator[pruner_pb2.ReportRequest]:
+        ended.wait()
+        yield from ()
+
+    with grpc.insecure_channel(server.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        running = pruner_pb2_grpc.PrunerStub(channel).Report.future(silent())
+        eventually(lambda: running_calls(server), True)
+        liveness = health.Watch(health_pb2.HealthCheckRequest(service="liveness"))
+        assert next(liveness).status == health_pb2.HealthCheckResponse.SERVING
+        server.process.send_signal(signal.SIGTERM)
+        rest = [answer.status for answer in liveness]
+        assert set(rest) <= {health_pb2.HealthCheckResponse.SERVING}
+        assert server.process.poll() is None
+        ended.set()
+        assert running.exception(timeout=20) is not None  # it sent nothing
     stop_server(server)
 
 
