@@ -42,7 +42,7 @@ def fields_of(call: Call) -> dict[str, Any]:
         "elements": call.elements,
         "pruned": call.pruned,
         "sparsity": call.sparsity,
-        "queue_seconds": call.queued,
+        "queue_seconds": None if call.queued is None else round(call.queued, 6),
         "stage_seconds": {name: round(at.seconds, 6) for name, at in call.watch.stages.items()},
         "reason": call.reason,
         "error": call.error,
