@@ -6,7 +6,6 @@ import pty
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import grpc
 import numpy as np
@@ -18,18 +17,10 @@ import secateur
 from secateur_proto import pruner_pb2, pruner_pb2_grpc
 from secateur_proto.framing import file_header
 from secateur_server.operate.metrics import STAGES
-from tests.conftest import RunningServer, start_server, stop_server
+from tests.conftest import RunningServer, stop_server
 
 MODEL = {"w": np.arange(1, 9, dtype=np.float32).reshape(2, 4)}
 HALF = secateur.l1_unstructured("w", 0.5)
-
-
-@pytest.fixture
-def own_server() -> Iterator[RunningServer]:
-    running = start_server()
-    yield running
-    if running.log.exists():
-        stop_server(running)
 
 
 def requests(logged: str) -> list[dict[str, object]]:

@@ -11,17 +11,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import secateur
 from secateur_proto import pruner_pb2, pruner_pb2_grpc
-from tests.conftest import RunningServer, eventually, start_server, stop_server
+from tests.conftest import RunningServer, eventually
 
 MODEL = {"w": np.arange(1, 9, dtype=np.float32).reshape(2, 4)}
 HALF = secateur.l1_unstructured("w", 0.5)
-
-
-@pytest.fixture
-def own_server() -> Iterator[RunningServer]:
-    running = start_server()
-    yield running
-    stop_server(running)
 
 
 def sample(server: RunningServer, name: str, **labels: str) -> float:
