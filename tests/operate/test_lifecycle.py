@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import grpc
 import numpy as np
@@ -23,6 +24,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 import secateur
 from secateur_proto import pruner_pb2, pruner_pb2_grpc
 from secateur_proto.framing import file_header
+from secateur_server.operate.probes import Health
 from tests.conftest import RunningServer, eventually, start_server, stop_server
 
 SERVICE = "secateur.v1.Pruner"
@@ -67,6 +69,7 @@ def test_sigterm_lets_a_running_request_end_and_takes_no_new_one() -> None:
     with grpc.insecure_channel(server.address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         call = pruner_pb2_grpc.PrunerStub(channel).Report.future(slow_request())
+        eventually(lambda: running_calls(server), True)
         watch = health.Watch(health_pb2.HealthCheckRequest())
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         server.process.send_signal(signal.SIGTERM)
@@ -77,6 +80,15 @@ def test_sigterm_lets_a_running_request_end_and_takes_no_new_one() -> None:
         rest.set()
         assert call.result(timeout=20).report.zeros == 1
     stop_server(server)
+
+
+def test_who_watches_is_told_of_a_drain_that_comes_between_two_answers() -> None:
+    health = Health([SERVICE])
+    health.serve()
+    answers = health.Watch(health_pb2.HealthCheckRequest(), Mock(grpc.ServicerContext))
+    assert next(answers).status == health_pb2.HealthCheckResponse.SERVING
+    health.drain()
+    assert [answer.status for answer in answers] == [health_pb2.HealthCheckResponse.NOT_SERVING]
 
 
 def test_a_server_that_drains_lives_and_is_not_ready() -> None:

@@ -36,8 +36,12 @@ class Health(health.HealthServicer):  # type: ignore[misc]  # it has no types
     def Watch(  # noqa: N802 (the rpc's name)
         self, request: Any, context: Any, send_response_callback: Any = None
     ) -> Iterator[Any]:
-        """As health.HealthServicer.Watch, until the server drains."""
+        """As health.HealthServicer.Watch, until who watches knows that the server drains.
+
+        The drain may come between two answers: who has only seen SERVING is not let go yet.
+        """
         for response in super().Watch(request, context, send_response_callback):
             yield response
-            if self._is_draining:
+            knows = response.status != health_pb2.HealthCheckResponse.SERVING
+            if self._is_draining and (knows or request.service == LIVENESS):
                 return
