@@ -8,10 +8,30 @@
         result.apply_to(model)
 
 What is pruned and how is a spec: the functions named as those of torch.nn.utils.prune make one,
-and `+` puts one behind another. torch is needed for modules and .pt files only.
+`select` and `grouped` make every other, and `+` puts one behind another. torch is needed for
+modules and .pt files only.
 """
 
 from secateur.checkpoint import Checkpoint, File
+from secateur.choices import (
+    blocks,
+    blocks_of,
+    columns,
+    filters,
+    guard_rails,
+    heads,
+    kernels,
+    magnitude,
+    n_m,
+    rail,
+    random,
+    rows,
+    slices,
+    table,
+    target_bytes,
+    target_macs,
+    threshold,
+)
 from secateur.client import Client
 from secateur.embedded import embedded
 from secateur.errors import (
@@ -34,22 +54,32 @@ from secateur.errors import (
     Unavailable,
     UriError,
 )
-from secateur.report import Choice, Report, TensorReport
+from secateur.groups import group, head_groups, member
+from secateur.plan import Plan, PlannedAmount, PlannedTensor, Sensitivity
+from secateur.report import Bound, Choice, Report, TensorReport, ZeroBlocks
 from secateur.result import FinalizeResult, PruneResult
 from secateur.source import is_pruned
 from secateur.spec import (
     Spec,
+    block_structured,
     custom_from_mask,
+    erk,
+    global_structured,
     global_unstructured,
+    grouped,
     identity,
     l1_unstructured,
+    lamp,
     ln_structured,
+    n_m_structured,
     random_structured,
     random_unstructured,
+    select,
 )
 
 __all__ = [
     "Aborted",
+    "Bound",
     "Cancelled",
     "Checkpoint",
     "CheckpointNotFound",
@@ -64,10 +94,14 @@ __all__ = [
     "InvalidStateDict",
     "ModelTooLarge",
     "PermissionDenied",
+    "Plan",
+    "PlannedAmount",
+    "PlannedTensor",
     "PruneResult",
     "QuotaExceeded",
     "Report",
     "SecateurError",
+    "Sensitivity",
     "ServerBusy",
     "ServerError",
     "Spec",
@@ -76,13 +110,41 @@ __all__ = [
     "Unauthenticated",
     "Unavailable",
     "UriError",
+    "ZeroBlocks",
+    "block_structured",
+    "blocks",
+    "blocks_of",
+    "columns",
     "custom_from_mask",
     "embedded",
+    "erk",
+    "filters",
+    "global_structured",
     "global_unstructured",
+    "group",
+    "grouped",
+    "guard_rails",
+    "head_groups",
+    "heads",
     "identity",
     "is_pruned",
+    "kernels",
     "l1_unstructured",
+    "lamp",
     "ln_structured",
+    "magnitude",
+    "member",
+    "n_m",
+    "n_m_structured",
+    "rail",
+    "random",
     "random_structured",
     "random_unstructured",
+    "rows",
+    "select",
+    "slices",
+    "table",
+    "target_bytes",
+    "target_macs",
+    "threshold",
 ]

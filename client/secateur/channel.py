@@ -17,7 +17,7 @@ from secateur_proto.codec import SINGLE, Decoder, encode
 # answered by a stream: with a policy, grpc 1.85 has been seen to leave its callers waiting for ever
 # when the server was killed. secateur.patience makes these again.
 _AGAIN = {
-    "secateur.v1.Pruner": ("Report",),
+    "secateur.v1.Pruner": ("Report", "Plan"),
     "secateur.v1.Checkpoints": ("QueryUpload", "Get", "List"),
 }
 _SERVICE_CONFIG = {
@@ -111,6 +111,7 @@ class Rpcs:
             unary(of_pruner + "Prune", encode, pruned), (*metadata, SINGLE)
         )
         self.report = rpc(up, of_pruner + "Report", pruner_pb2.ReportResponse.FromString)
+        self.plan = rpc(up, of_pruner + "Plan", pruner_pb2.PlanResponse.FromString)
         self.finalize = rpc(bidi, of_pruner + "Finalize", finalized)
         self.upload = rpc(up, of_store + "Upload", checkpoint_pb2.Checkpoint.FromString)
         self.query_upload = rpc(unary, of_store + "QueryUpload", queried)

@@ -1,4 +1,4 @@
-"""The command secateur: prune, report and finalize files, and what a server keeps."""
+"""The command secateur: plan, prune, report and finalize files, and what a server keeps."""
 
 import argparse
 import json
@@ -13,12 +13,13 @@ from typing import Any, NoReturn
 from secateur.checkpoint import place_of
 from secateur.cli_checkpoints import add_checkpoints, is_checkpoint, source_of
 from secateur.cli_server import client_of, server_options
+from secateur.cli_spec import amounts_option, fill_amounts, spec_of, spec_options, tensors_option
 from secateur.client import Client
 from secateur.embedded import embedded
-from secateur.errors import InvalidSpec, SecateurError
+from secateur.errors import SecateurError
 from secateur.files import check_writable
-from secateur.source import read_source
-from secateur.spec import METHODS, Spec
+from secateur.plan import Plan, Sensitivity
+from secateur.report import Report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,7 +60,7 @@ def _prune(options: argparse.Namespace) -> None:
         raise SecateurError("--keep needs a server that stays: --server or SECATEUR_SERVER")
     with _client(options) as client:
         source = source_of(client, options.model)
-        spec = _spec(options, client, source)
+        spec = spec_of(options, client, source)
         output = options.output if uri or (path and place_of(source)) else "masks"
         if options.out is None:
             output = "none"
@@ -74,7 +75,27 @@ def _prune(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     with _client(options) as client:
         report = client.report(source_of(client, options.model), options.tensors)
-    print(json.dumps(report.to_dict(), indent=2) if options.json else report)
+    _print(report, options)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    fill_amounts(options)
+    with _client(options) as client:
+        source = source_of(client, options.model)
+        plan = client.plan(source, spec_of(options, client, source), options.amounts)
+    _print(plan, options)
+
+
+def _sensitivity(options: argparse.Namespace) -> None:
+    given = {} if options.amounts is None else {"amounts": options.amounts}
+    with _client(options) as client:
+        source = source_of(client, options.model)
+        sensitivity = client.sensitivity(source, options.tensors, **given)
+    _print(sensitivity, options)
+
+
+def _print(found: Report | Plan | Sensitivity, options: argparse.Namespace) -> None:
+    print(json.dumps(found.to_dict(), indent=2) if options.json else found)
 
 
 def _finalize(options: argparse.Namespace) -> None:
@@ -107,61 +128,6 @@ def _out(options: argparse.Namespace) -> tuple[Path | None, str | None]:
     return path, None
 
 
-def _spec(options: argparse.Namespace, client: Client, source: Any) -> Spec:
-    choices = {
-        name: getattr(options, name)
-        for name in ("amount", "n", "dim", "seed", "importance")
-        if getattr(options, name) is not None
-    }
-    if options.spec is not None:
-        if choices or options.tensors:
-            raise InvalidSpec("--spec has the whole spec; --method's options do not go with it")
-        try:
-            return Spec.from_dict(_read_spec(options.spec))
-        except InvalidSpec as error:
-            raise InvalidSpec(f"{options.spec}: {error}") from None
-    tensors = options.tensors or _matrices(client, source)
-    return Spec.from_dict({"rules": [{"method": options.method, "tensors": tensors, **choices}]})
-
-
-def _matrices(client: Client, source: Any) -> list[str]:
-    """What is pruned where nothing is named: weights, but not biases and norms."""
-    if place_of(source):  # only the server knows
-        shapes = {name: t.shape for name, t in client.report(source).tensors.items()}
-    else:
-        shapes = {name: t.shape for name, t in read_source(source).prunable().items()}
-    names = [name for name, shape in shapes.items() if len(shape) >= 2]
-    if not names:
-        raise InvalidSpec(
-            "no floating tensor has 2 or more dimensions; name some with --tensors; "
-            f"there are: {', '.join(list(shapes)[:5]) or 'none'}"
-        )
-    return names
-
-
-def _read_spec(path: Path) -> Any:
-    """The plain data of a spec file.  Errors: InvalidSpec, which does not name the file."""
-    try:
-        text = path.read_text()
-        if path.suffix == ".json":
-            return json.loads(text)
-        import yaml
-
-        return yaml.safe_load(text)
-    except OSError as error:
-        raise InvalidSpec(error.strerror) from None
-    except ImportError:
-        raise InvalidSpec("YAML needs pip install 'secateur[cli]'") from None
-    except ValueError as error:
-        raise InvalidSpec(_one_line(error)) from None
-    except yaml.YAMLError as error:
-        raise InvalidSpec(_one_line(error)) from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="secateur",
@@ -174,11 +140,20 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _prune_options(_command(commands, "prune", "decide what to prune, and prune it", _prune))
     report = _command(commands, "report", "show how sparse a model is, and where", _report)
-    _tensors_option(report, "default: every floating tensor")
-    report.add_argument("--json", action="store_true", help="print JSON, not a table")
+    tensors_option(report, "default: every floating tensor")
+    _json_option(report)
+    plan = _command(commands, "plan", "foretell what a prune would do, by many amounts", _plan)
+    spec_options(plan, "global_unstructured")
+    amounts_option(plan, "default: --amount, that of the spec's last rule, or 0.1 to 0.9")
+    _json_option(plan)
+    text = "show what each tensor loses of its norm, by many amounts"
+    sensitivity = _command(commands, "sensitivity", text, _sensitivity)
+    tensors_option(sensitivity, "default: every floating tensor of 2 or more dimensions")
+    amounts_option(sensitivity, "default: 0.1 to 0.9")
+    _json_option(sensitivity)
     finalize = _command(commands, "finalize", "make pruning permanent", _finalize)
     _out_option(finalize)
-    _tensors_option(finalize, "default: all")
+    tensors_option(finalize, "default: all")
     add_checkpoints(commands)
     return parser
 
@@ -197,22 +172,7 @@ def _prune_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--keep", action="store_true", help="keep the result on the server, as a checkpoint"
     )
-    which = command.add_mutually_exclusive_group(required=True)
-    methods = [name for name in METHODS if name != "custom_from_mask"]
-    which.add_argument("--method", choices=methods, help="a method of torch.nn.utils.prune")
-    which.add_argument(
-        "--spec", metavar="FILE", type=Path, help="a spec of several rules, YAML or JSON"
-    )
-    command.add_argument(
-        "--amount", type=_number, help="how much: an int is a number, 0.5 a fraction"
-    )
-    _tensors_option(command, "default: every floating tensor of 2 or more dimensions")
-    command.add_argument("--n", type=_norm, help="ln_structured: 1, 2, inf, fro, nuc; --n=-inf")
-    command.add_argument("--dim", type=int, help="structured: the dimension of the slices")
-    command.add_argument("--seed", type=int, help="random: the same seed prunes the same")
-    command.add_argument(
-        "--importance", choices=("l1", "random"), help="global_unstructured: default l1"
-    )
+    spec_options(command)
     command.add_argument(
         "--output",
         choices=("dense", "reparametrized", "masks"),
@@ -221,26 +181,13 @@ def _prune_options(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _json_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print JSON, not a table")
+
+
 def _out_option(command: argparse.ArgumentParser, is_required: bool = True) -> None:
     text = "the file to write" if is_required else "the file to write; not needed with --keep"
     command.add_argument("-o", "--out", metavar="OUT", required=is_required, help=text)
-
-
-def _tensors_option(command: argparse.ArgumentParser, default: str) -> None:
-    command.add_argument(
-        "--tensors", metavar="GLOB", action="append", help=f"name or glob, may repeat; {default}"
-    )
-
-
-def _number(text: str) -> float:
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)
-
-
-def _norm(text: str) -> float | str:
-    return text if text in ("fro", "nuc") else float(text)
 
 
 if __name__ == "__main__":

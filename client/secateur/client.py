@@ -10,14 +10,18 @@ import grpc
 
 from secateur.channel import Rpcs, Tls, open_channel
 from secateur.checkpoint import Checkpoint, decode_checkpoint, name_of, place_of, uri_of
+from secateur.checks import patterns
+from secateur.choices import AnyGranularity, magnitude
+from secateur.defaults import SOME_AMOUNTS, matrices
 from secateur.download import save_answer
-from secateur.errors import InvalidSpec, InvalidStateDict, SecateurError, Unavailable
+from secateur.errors import InvalidStateDict, SecateurError, Unavailable
 from secateur.patience import Answer, Patience
+from secateur.plan import Plan, Sensitivity, decode_plan, encode_amounts, sensitivity_of
 from secateur.progress import Progress, show_progress, show_work
 from secateur.report import Report, decode_report
 from secateur.result import FinalizeResult, PruneResult
 from secateur.source import Source, read_source
-from secateur.spec import Spec, patterns
+from secateur.spec import Spec, checked, select
 from secateur.transfer import Received, Upload, errors_of, receive
 from secateur.upload import Sending, files_of
 from secateur_proto import checkpoints_pb2
@@ -88,9 +92,7 @@ class Client:
         """
         if output not in _OUTPUTS:
             raise SecateurError(f"output={output!r} is none of {', '.join(_OUTPUTS)}")
-        if not isinstance(spec, Spec):
-            raise InvalidSpec(f"a spec is what secateur's methods make, not {type(spec).__name__}")
-        destination_uri = uri_of(destination)
+        spec, destination_uri = checked(spec), uri_of(destination)
         model = read_source(source)
         if keep and model.is_here:
             return self._prune_kept(model, spec, output, progress, destination)
@@ -160,15 +162,66 @@ class Client:
             tensors=[] if tensors is None else patterns(tensors),
             **place,
         )
-        # A report of what is on the server says nothing on the way, and a bar of 0 bytes no more.
-        shown = False if place else progress
+        answer = self._measure(self._rpcs.report, pb.ReportRequest, header, upload, progress)
+        return decode_report(answer.report)
 
-        def attempt(left: float | None) -> Report:
+    def plan(
+        self,
+        source: Any,
+        spec: Spec,
+        amounts: Sequence[float] | None = None,
+        progress: Progress = None,
+    ) -> Plan:
+        """Foretells what a prune would do, and prunes nothing.
+
+        spec: its last rule is planned, after those before it, and must be no custom_from_mask.
+        amounts: ints and floats in place of that rule's own, at most 1000; one call looks at the
+            weights once for all of them.
+        """
+        model, place = read_source(source), place_of(source)
+        sent = {n: t for n, t in model.tensors.items() if n in model.parameters}
+        message, arrays = checked(spec).encode(model.tensors)
+        upload = Upload({**sent, **arrays}, model.metadata, is_file=not place)
+        header = pb.PlanHeader(
+            data_bytes=upload.file_bytes,
+            spec=message,
+            amounts=[] if amounts is None else encode_amounts(amounts),
+            **place,
+        )
+        answer = self._measure(self._rpcs.plan, pb.PlanRequest, header, upload, progress)
+        return decode_plan(answer.plan, header)
+
+    def sensitivity(
+        self,
+        source: Any,
+        tensors: Patterns = None,
+        amounts: Sequence[float] = SOME_AMOUNTS,
+        granularity: AnyGranularity = "element",
+        p: float = 1,
+        progress: Progress = None,
+    ) -> Sensitivity:
+        """How much of its norm each tensor loses by each amount, pruned by magnitude by itself.
+
+        tensors: names and globs; None is every floating tensor of 2 or more dimensions.
+        granularity: as of `select`.  p: of the norm that ranks units larger than elements.
+        """
+        source = source if place_of(source) else read_source(source)
+        names = matrices(self.report, source) if tensors is None else tensors
+        spec = select(names, 0, magnitude(p), granularity)
+        return sensitivity_of(self.plan(source, spec, amounts, progress))
+
+    def _measure(
+        self, rpc: Any, make: Callable[..., Any], header: Any, upload: Upload, progress: Progress
+    ) -> Any:
+        """A call that carries its model, or names it, and is answered by one message."""
+        # Of what is on the server there is nothing to say on the way, and a bar of 0 bytes no more.
+        shown = False if header.WhichOneof("source") else progress
+
+        def attempt(left: float | None) -> Any:
             with show_progress(shown, upload.file_bytes) as sending:
-                messages = upload.messages(pb.ReportRequest, header, sending)
-                call = self._rpcs.report.future(messages, timeout=left)
+                call = rpc.future(upload.messages(make, header, sending), timeout=left)
                 with errors_of(upload, call):
-                    return decode_report(call.result().report)
+                    return call.result()
 
         return self._until_served(attempt)
 

@@ -9,11 +9,25 @@ from secateur_proto import report_pb2 as pb
 
 
 @dataclass(frozen=True)
+class ZeroBlocks:
+    """How many blocks of side x side elements are wholly zero.  total: of how many."""
+
+    side: int
+    zero: int
+    total: int
+
+
+@dataclass(frozen=True)
 class TensorReport:
     """One tensor.
 
     zeros, total: elements.  bytes: of its values.  pruned: elements that its mask prunes.
     is_pruned: it has a mask.  zero_slices: for each dimension, how many slices are wholly zero.
+    patterns: "2:4" where of 4 elements side by side along the second dimension (of tensors of one,
+        the first) 2 at most are not zero, and one group has 2; for 2, 4, 8 and 16, tails filled up
+        with zeros.
+    zero_blocks: of the tensor as a matrix of its first dimension and all others, for sides of 4, 8,
+        16 and 32 up to the last that has any; empty under 2 dimensions.
     """
 
     shape: tuple[int, ...]
@@ -25,14 +39,29 @@ class TensorReport:
     pruned: int
     is_pruned: bool
     zero_slices: tuple[int, ...]
+    patterns: tuple[str, ...]
+    zero_blocks: tuple[ZeroBlocks, ...]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A guard rail that changed how much of a tensor, or group, was pruned.
+
+    rail: min_sparsity, max_sparsity or keep_at_least.  pruned: units that the rule pruned there.
+    """
+
+    tensor: str
+    rail: str
+    pruned: int
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a rule did to tensors that were ranked together; counts are of elements or slices.
+    """What a rule did to tensors, or groups, that were ranked together; counts are of units.
 
-    threshold: importance of the most important unit pruned, or None.  ties: candidates at it, of
-    which ties_pruned were pruned.
+    requested: what the amount asks for.  threshold: importance of the most important unit pruned,
+    or None.  ties: candidates at it, of which ties_pruned were pruned.
+    bounds: guard rails that changed what was pruned.
     """
 
     tensors: tuple[str, ...]
@@ -42,6 +71,7 @@ class Choice:
     threshold: float | None
     ties: int
     ties_pruned: int
+    bounds: tuple[Bound, ...]
 
 
 @dataclass(frozen=True)
@@ -79,6 +109,10 @@ class Report:
                 for column, (cell, width) in enumerate(zip(row, widths, strict=True))
             ]
             lines.append("  ".join(cells).rstrip())
+        for number, choices in enumerate(self.rules, 1):
+            for choice in choices:
+                of = f" ({_names(choice)})" if len(choices) > 1 else ""
+                lines.append(f"rule {number}{of}: {_outcome(choice)}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -99,7 +133,46 @@ class Report:
             rows.append((name, shape, tensor.dtype, *_counts(tensor.bytes, tensor), slices))
         total_bytes = sum(tensor.bytes for tensor in self.tensors.values())
         rows.append(("total", "", "", *_counts(total_bytes, self), ""))
+        patterns = ["patterns", *map(_telling_patterns, self.tensors.values()), ""]
+        if any(patterns[1:]):
+            return [(*row, cell) for row, cell in zip(rows, patterns, strict=True)]
         return rows
+
+
+def _telling_patterns(tensor: TensorReport) -> str:
+    """The patterns that follow from no other one, and are of two whole groups or more.
+
+    Of a layer with 3 input channels 3:4 says nothing, and what has 2:4 has 4:8.
+    """
+    size = tensor.shape[:2][-1] if tensor.shape else 0
+    pairs = [tuple(map(int, pattern.split(":"))) for pattern in tensor.patterns]
+    pairs = [(n, m) for n, m in pairs if 2 * m <= size]
+    follows = {
+        (n, m)
+        for n, m in pairs
+        for other, of in pairs
+        if (of > m and other <= n) or (of < m and 0 < other * (m // of) <= n)
+    }
+    return " ".join(f"{n}:{m}" for n, m in pairs if (n, m) not in follows)
+
+
+def _names(choice: Choice) -> str:
+    first, *others = choice.tensors
+    return f"{first} and {len(others)} more" if others else first
+
+
+def _outcome(choice: Choice) -> str:
+    """What was asked of a choice, and what came of it."""
+    parts = [
+        f"{choice.requested:,} of {choice.candidates:,} units asked for",
+        f"{choice.pruned:,} pruned",
+    ]
+    if choice.threshold is not None:
+        parts.append(f"threshold {choice.threshold:.4g}")
+    if choice.ties > 1:
+        parts.append(f"ties {choice.ties_pruned:,} of {choice.ties:,}")
+    bounds = ", ".join(f"{bound.tensor} {bound.rail}" for bound in choice.bounds)
+    return ", ".join(parts) + (f"; bounds: {bounds}" if bounds else "")
 
 
 def _counts(size: int, counted: TensorReport | Report) -> tuple[str, ...]:
@@ -114,7 +187,7 @@ def decode_report(message: pb.SparsityReport) -> Report:
         zeros=message.zeros,
         total=message.total,
         sparsity=message.sparsity,
-        rules=tuple(tuple(map(_choice, rule.choices)) for rule in message.rules),
+        rules=tuple(tuple(map(decode_choice, rule.choices)) for rule in message.rules),
         input_blake3=message.input_blake3,
         output_blake3=message.output_blake3,
     )
@@ -131,10 +204,13 @@ def _tensor(message: pb.TensorReport) -> TensorReport:
         pruned=message.pruned,
         is_pruned=message.is_pruned,
         zero_slices=tuple(message.zero_slices),
+        patterns=tuple(f"{pattern.n}:{pattern.m}" for pattern in message.patterns),
+        zero_blocks=tuple(ZeroBlocks(b.side, b.zero, b.total) for b in message.zero_blocks),
     )
 
 
-def _choice(message: pb.Choice) -> Choice:
+def decode_choice(message: pb.Choice) -> Choice:
+    """What a rule did to tensors that were ranked together, from the wire."""
     return Choice(
         tensors=tuple(message.tensors),
         candidates=message.candidates,
@@ -143,4 +219,5 @@ def _choice(message: pb.Choice) -> Choice:
         threshold=message.threshold if message.HasField("threshold") else None,
         ties=message.ties,
         ties_pruned=message.ties_pruned,
+        bounds=tuple(Bound(b.tensor, b.rail, b.pruned) for b in message.bounds),
     )

@@ -203,24 +203,28 @@ def _pruned_tensors(
             taken = {f"{name}_orig", f"{name}_mask"} & source.tensors.keys()
             if name not in pairs and taken:
                 raise InvalidStateDict(f"{taken.pop()} stands where the pruned {name} is to be")
-            floats = _as_floats(tensor.dtype, mask)
+            numbers = _as_numbers(tensor.dtype, mask)
             yield f"{name}_orig", tensor
-            yield f"{name}_mask", LocalTensor(tensor.dtype, tensor.shape, floats)
+            yield f"{name}_mask", LocalTensor(tensor.dtype, tensor.shape, numbers)
 
 
-# The bits of 1.0.
-_ONE = {"F64": 0x3FF << 52, "F32": 0x7F << 23, "F16": 0x3C00, "BF16": 0x3F80}
+# The bits of 1.0; integers have no others than 1.
+_ONE = {
+    **{"F64": 0x3FF << 52, "F32": 0x7F << 23, "F16": 0x3C00, "BF16": 0x3F80},
+    **{"F8_E4M3": 0x38, "F8_E5M2": 0x3C},
+}
 
 
 def _unsigned(dtype: str) -> np.dtype[Any]:
-    """The integer dtype with as many bits as a floating one."""
+    """The unsigned integer dtype with as many bits."""
     return np.dtype(f"u{DTYPE_BITS[dtype] // 8}")
 
 
 def _folded(tensor: LocalTensor, mask: Mask) -> Callable[[], Bytes]:
     """What is pruned becomes 0 of its own sign, as in weight * mask: -0.5 becomes -0.0."""
     unsigned = _unsigned(tensor.dtype)
-    sign = unsigned.type(1 << (8 * unsigned.itemsize - 1))
+    is_floating = tensor.dtype in _ONE
+    sign = unsigned.type(is_floating << (8 * unsigned.itemsize - 1))
 
     def read() -> Bytes:
         bits = tensor.read().view(unsigned)
@@ -229,7 +233,7 @@ def _folded(tensor: LocalTensor, mask: Mask) -> Callable[[], Bytes]:
     return read
 
 
-def _as_floats(dtype: str, mask: Mask) -> Callable[[], Bytes]:
-    """A mask of 0.0 and 1.0."""
-    one = _unsigned(dtype).type(_ONE[dtype])
+def _as_numbers(dtype: str, mask: Mask) -> Callable[[], Bytes]:
+    """A mask of 0 and 1."""
+    one = _unsigned(dtype).type(_ONE.get(dtype, 1))
     return lambda: (mask * one).view(np.uint8)

@@ -42,13 +42,20 @@ class Source:
 
     def pairs(self) -> dict[str, str]:
         """From each X whose pair X_orig, X_mask is here to the name of its mask."""
-        origs = (
-            name
-            for name in self.parameters
-            if name.endswith("_orig") and self.tensors[name].dtype in _PRUNABLE
-        )
+        origs = (name for name in self.parameters if name.endswith("_orig"))
         bases = (name.removesuffix("_orig") for name in origs)
-        return {base: f"{base}_mask" for base in bases if f"{base}_mask" in self.parameters}
+        return {base: f"{base}_mask" for base in bases if self._is_pair(base)}
+
+    def _is_pair(self, base: str) -> bool:
+        """Whether X_orig has an X_mask: of floating ones the server refuses what is no mask."""
+        orig, mask = self.tensors[f"{base}_orig"], f"{base}_mask"
+        if mask not in self.parameters:
+            return False
+        if orig.dtype in _INTEGERS:  # which have such names for other reasons, too
+            is_free = base not in self.tensors
+            fits = self.tensors[mask].shape == orig.shape
+            return is_free and fits and self.tensors[mask].dtype in _OF_MASKS
+        return orig.dtype in _FLOATING
 
     def only_parameters(self) -> "Source":
         """The source without what a Prune may not send; itself, where that is nothing."""
@@ -65,12 +72,14 @@ class Source:
         return {
             names.get(stored, stored): tensor
             for stored, tensor in self.tensors.items()
-            if stored in self.parameters - masks and tensor.dtype in _PRUNABLE
+            if stored in self.parameters - masks and tensor.dtype in _FLOATING
         }
 
 
-# The dtypes that the server prunes.
-_PRUNABLE = ("F64", "F32", "F16", "BF16")
+# The dtypes that the server prunes, and those that the mask of a pair may have.
+_FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_INTEGERS = ("I8", "I16", "I32", "I64", "U8")
+_OF_MASKS = ("BOOL", *_INTEGERS, *_FLOATING)
 
 
 def read_source(source: Any) -> Source:

@@ -1,12 +1,31 @@
-"""What to prune: torch.nn.utils.prune's methods, and their sums."""
+"""What to prune: torch.nn.utils.prune's methods, others in their manner, and their sums."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from numbers import Integral, Real
 from typing import Any
 
+from secateur.checks import norm, one_of, patterns
+from secateur.choices import (
+    ALLOCATIONS,
+    AnyAmount,
+    AnyGranularity,
+    AnyGuardRails,
+    AnyImportance,
+    amount_of,
+    blocks,
+    granularity_of,
+    importance_of,
+    magnitude,
+    n_m,
+    random,
+    ranking_of,
+    slices,
+)
 from secateur.errors import InvalidSpec, InvalidStateDict
+from secateur.groups import COMBINATIONS, Groups, groups_of
+from secateur.steps import Schedule, scale, step_of
 from secateur.tensors import LocalTensor, from_value, is_text
 from secateur_proto import spec_pb2 as pb
 
@@ -43,6 +62,26 @@ class Spec:
         specs = [_from_plain(rule, f"rules[{index}]") for index, rule in enumerate(rules)]
         return cls(tuple(rule for spec in specs for rule in spec.rules))
 
+    def at(self, step: int, steps: int, schedule: Schedule = "cubic") -> "Spec":
+        """The same spec with as much of each amount as is due at a step, of all units.
+
+        step: in [1, steps]; the last one prunes the whole amount. The result of each is the source
+            of the next.
+        schedule: a name of secateur.schedules, or a function from [0, 1], the part of the steps
+            that are done, to [0, 1].
+        Masks that the caller brings stay.  Errors: InvalidSpec, as for an amount that is neither
+        a fraction nor a count, nor a table of fractions.
+        """
+        due = step_of(step, steps, schedule)
+        rules = []
+        for index, rule in enumerate(self.rules):
+            message = _copy(rule.message)
+            if message.HasField("selection"):
+                with _at(f"rules[{index}]"):
+                    scale(message.selection, due)
+            rules.append(Rule(message, rule.arrays))
+        return Spec(tuple(rules))
+
     def among(self, names: Collection[str]) -> "Spec":
         """The spec with its globs replaced by those of `names` that they match.
 
@@ -50,8 +89,7 @@ class Spec:
         """
         rules = []
         for rule in self.rules:
-            message = pb.Rule()
-            message.CopyFrom(rule.message)
+            message = _copy(rule.message)
             if message.HasField("selection"):
                 tensors = message.selection.tensors
                 found = [_matching(pattern, names) or [pattern] for pattern in tensors]
@@ -80,12 +118,21 @@ class Spec:
         return message, arrays
 
 
+def checked(spec: Any) -> Spec:
+    """What a caller gives as a spec.  Errors: InvalidSpec."""
+    if not isinstance(spec, Spec):
+        raise InvalidSpec(f"a spec is what secateur's methods make, not {type(spec).__name__}")
+    return spec
+
+
 def identity(tensors: Names) -> Spec:
     """Prunes nothing, but gives the tensors a mask: torch.nn.utils.prune.identity."""
     return l1_unstructured(tensors, 0)
 
 
-def l1_unstructured(tensors: Names, amount: float, importance_scores: Arrays | None = None) -> Spec:
+def l1_unstructured(
+    tensors: Names, amount: AnyAmount, importance_scores: Arrays | None = None
+) -> Spec:
     """Prunes the elements with the lowest |w| in each tensor.
 
     tensors: a name, a glob or a list of them.  amount: an int is a number of elements, a float the
@@ -93,20 +140,20 @@ def l1_unstructured(tensors: Names, amount: float, importance_scores: Arrays | N
     name, of the tensors' shapes, that rank in the weights' place.
     Errors: InvalidSpec.  As torch.nn.utils.prune.l1_unstructured.
     """
-    return _by_magnitude(tensors, amount, importance_scores, pb.Magnitude())
+    return _selection(patterns(tensors), amount, importance_scores, magnitude=pb.Magnitude())
 
 
-def random_unstructured(tensors: Names, amount: float, seed: int = 0) -> Spec:
+def random_unstructured(tensors: Names, amount: AnyAmount, seed: int = 0) -> Spec:
     """Prunes elements of each tensor at random: torch.nn.utils.prune.random_unstructured.
 
     seed: in [0, 2^64). The same seed prunes the same elements on every machine.
     """
-    return _selection(tensors, amount, random=_random(seed))
+    return _selection(patterns(tensors), amount, **random(seed).fields)
 
 
 def ln_structured(
     tensors: Names,
-    amount: float,
+    amount: AnyAmount,
     n: float | str,
     dim: int,
     importance_scores: Arrays | None = None,
@@ -116,17 +163,18 @@ def ln_structured(
     n: a number, inf or -inf; "fro"; or "nuc" for tensors of 3 dimensions.
     dim: negative counts from the end.  As torch.nn.utils.prune.ln_structured.
     """
-    return _by_magnitude(tensors, amount, importance_scores, _norm(n), **_slices(dim))
+    choices = {"magnitude": norm("n", n), **slices(dim).fields}
+    return _selection(patterns(tensors), amount, importance_scores, **choices)
 
 
-def random_structured(tensors: Names, amount: float, dim: int, seed: int = 0) -> Spec:
+def random_structured(tensors: Names, amount: AnyAmount, dim: int, seed: int = 0) -> Spec:
     """Prunes slices along `dim` at random: torch.nn.utils.prune.random_structured."""
-    return _selection(tensors, amount, random=_random(seed), **_slices(dim))
+    return _selection(patterns(tensors), amount, **random(seed).fields, **slices(dim).fields)
 
 
 def global_unstructured(
     tensors: Names,
-    amount: float,
+    amount: AnyAmount,
     importance: str = "l1",
     seed: int = 0,
     importance_scores: Arrays | None = None,
@@ -138,10 +186,10 @@ def global_unstructured(
     if importance == "random":
         if importance_scores:
             raise InvalidSpec("importance_scores: random importance takes none")
-        return _selection(tensors, amount, random=_random(seed), scope=pb.SCOPE_GLOBAL)
+        return select(tensors, amount, random(seed), scope="global")
     if importance != "l1":
         raise InvalidSpec(f"importance: {importance!r} is neither 'l1' nor 'random'")
-    return _by_magnitude(tensors, amount, importance_scores, pb.Magnitude(), scope=pb.SCOPE_GLOBAL)
+    return select(tensors, amount, scope="global", importance_scores=importance_scores)
 
 
 def custom_from_mask(masks: Arrays) -> Spec:
@@ -154,7 +202,103 @@ def custom_from_mask(masks: Arrays) -> Spec:
     return Spec((Rule(pb.Rule(custom_masks=pb.CustomMasks()), dict(masks)),))
 
 
-METHODS = {
+def select(
+    tensors: Names,
+    amount: AnyAmount,
+    importance: AnyImportance = "magnitude",
+    granularity: AnyGranularity = "element",
+    scope: str = "tensor",
+    normalization: str | None = None,
+    allocation: str | None = None,
+    of_all: bool = False,
+    guard_rails: AnyGuardRails | None = None,
+    importance_scores: Arrays | None = None,
+    scales: Mapping[str, str] | None = None,
+) -> Spec:
+    """Prunes the least important units of tensors: every choice by itself.
+
+    importance, granularity: what the functions of secateur.choices make, or the name of one.
+    scope: what is ranked together: each "tensor", all ("global"), or tensors of names that differ
+        in their numbers alone ("isomorphic").
+    normalization: of each tensor's importances: "mean", "norm" or "z_score".
+    allocation: how a total is divided: by "rank" (None), "uniform", "erk" or "lamp".
+    of_all: whether the amount is of all units, those that are pruned already among them.
+    guard_rails: bounds on what is pruned of each tensor.
+    importance_scores: as of l1_unstructured, or with a score for each unit.
+    scales: from a tensor's name to that of the 1-D tensor of the model that ranks its units.
+    """
+    if not isinstance(scales, Mapping | None) or not all(map(is_text, (scales or {}).values())):
+        raise InvalidSpec(f"scales: {scales!r} is no map from names to names")
+    return _selection(
+        patterns(tensors),
+        amount,
+        importance_scores,
+        scales=dict(scales or {}),
+        **importance_of(importance).fields,
+        **granularity_of(granularity).fields,
+        **ranking_of(scope, normalization, of_all, guard_rails),
+        allocation=None if allocation is None else one_of("allocation", allocation, ALLOCATIONS),
+    )
+
+
+def grouped(
+    groups: Groups,
+    amount: AnyAmount,
+    p: float = 1,
+    combination: str = "mean",
+    normalization: str | None = None,
+    scope: str = "global",
+    of_all: bool = False,
+    guard_rails: AnyGuardRails | None = None,
+    importance: AnyImportance = "magnitude",
+) -> Spec:
+    """Prunes units of groups: slices of several tensors that live and die together.
+
+    groups: what secateur.group or secateur.head_groups makes.
+    p: of the norm that ranks what each member has of a unit.
+    combination: how that becomes the unit's importance: their "mean", "sum" or "max".
+    scope: "global" ranks all groups together, "tensor" each by itself.
+    importance: "magnitude" by p, or "random".  The others as of `select`.
+    """
+    if importance == "magnitude":
+        importance = magnitude(p)
+    return _selection(
+        (),
+        amount,
+        groups=groups_of(groups),
+        granularity=pb.GRANULARITY_GROUP,
+        combination=one_of("combination", combination, COMBINATIONS),
+        **importance_of(importance).fields,
+        **ranking_of(scope, normalization, of_all, guard_rails),
+    )
+
+
+def n_m_structured(tensors: Names, n: int = 2, m: int = 4, dim: int = 1) -> Spec:
+    """Keeps n of each m elements along `dim`: the N:M sparsity of sparse tensor cores."""
+    return select(tensors, 1.0, granularity=n_m(n, m, dim))
+
+
+def block_structured(tensors: Names, amount: AnyAmount, rows: int, cols: int, n: float = 1) -> Spec:
+    """Prunes the blocks with the lowest Ln norm in each tensor, which is taken as a matrix."""
+    return select(tensors, amount, magnitude(n), blocks(rows, cols))
+
+
+def global_structured(tensors: Names, amount: AnyAmount, n: float, dim: int) -> Spec:
+    """Prunes slices along `dim`, ranked by their power mean of order n over all tensors."""
+    return select(tensors, amount, magnitude(n), slices(dim), scope="global")
+
+
+def lamp(tensors: Names, amount: AnyAmount) -> Spec:
+    """Prunes elements by layer-adaptive magnitude over all tensors: Lee et al. 2021."""
+    return select(tensors, amount, scope="global", allocation="lamp")
+
+
+def erk(tensors: Names, amount: AnyAmount) -> Spec:
+    """Prunes elements by |w|, each tensor by its Erdos-Renyi-Kernel share: Evci et al. 2020."""
+    return select(tensors, amount, scope="global", allocation="erk")
+
+
+METHODS: dict[str, Callable[..., Spec]] = {
     method.__name__: method
     for method in (
         identity,
@@ -164,6 +308,13 @@ METHODS = {
         random_structured,
         global_unstructured,
         custom_from_mask,
+        n_m_structured,
+        block_structured,
+        global_structured,
+        lamp,
+        erk,
+        select,
+        grouped,
     )
 }
 
@@ -172,16 +323,27 @@ def _from_plain(rule: Any, path: str) -> Spec:
     if not isinstance(rule, Mapping):
         raise InvalidSpec(f"{path}: {rule!r} is no map")
     arguments = dict(rule)
-    method = METHODS.get(arguments.pop("method", ""))
-    if method is None or method is custom_from_mask:
-        names = ", ".join(name for name in METHODS if name != "custom_from_mask")
-        raise InvalidSpec(f"{path}.method: {rule.get('method')!r} is none of {names}")
+    plain = {name: method for name, method in METHODS.items() if method is not custom_from_mask}
     try:
-        return method(**arguments)
+        with _at(path):
+            return one_of("method", arguments.pop("method", None), plain)(**arguments)
     except TypeError as error:
         raise InvalidSpec(f"{path}: {error}") from None
+
+
+@contextmanager
+def _at(path: str) -> Iterator[None]:
+    """Names the rule in an error."""
+    try:
+        yield
     except InvalidSpec as error:
         raise InvalidSpec(f"{path}.{error}") from None
+
+
+def _copy(message: pb.Rule) -> pb.Rule:
+    copy = pb.Rule()
+    copy.CopyFrom(message)
+    return copy
 
 
 def _array(name: str, array: Any) -> LocalTensor:
@@ -191,66 +353,15 @@ def _array(name: str, array: Any) -> LocalTensor:
         raise InvalidSpec(f"scores or mask of {error}") from None
 
 
-def _selection(tensors: Names, amount: float, scores: Arrays | None = None, **choices: Any) -> Spec:
+def _selection(
+    tensors: Sequence[str], amount: AnyAmount, scores: Arrays | None = None, **choices: Any
+) -> Spec:
     if not isinstance(scores, Mapping | None):
         raise InvalidSpec(f"importance_scores: {scores!r} is no map from names to arrays")
-    choices = {
-        "granularity": pb.GRANULARITY_ELEMENT,
-        "scope": pb.SCOPE_PER_TENSOR,
-        **choices,
-        **_amount(amount),
-    }
-    selection = pb.Selection(tensors=patterns(tensors), **choices)
+    defaults = {"granularity": pb.GRANULARITY_ELEMENT, "scope": pb.SCOPE_PER_TENSOR}
+    fields = {**defaults, **choices, **amount_of(amount).fields}
+    selection = pb.Selection(tensors=tensors, **fields)
     return Spec((Rule(pb.Rule(selection=selection), dict(scores or {})),))
-
-
-def _by_magnitude(
-    tensors: Names, amount: float, scores: Arrays | None, magnitude: pb.Magnitude, **choices: Any
-) -> Spec:
-    return _selection(tensors, amount, scores, magnitude=magnitude, **choices)
-
-
-def patterns(tensors: Names) -> list[str]:
-    """`tensors` as the wire has it.  Errors: InvalidSpec."""
-    names = [tensors] if isinstance(tensors, str) else tensors
-    if not isinstance(names, Sequence) or not names or not all(map(is_text, names)):
-        raise InvalidSpec(f"tensors: {tensors!r} is no name, glob, or list of them")
-    return list(names)
-
-
-def _amount(amount: Any) -> dict[str, Any]:
-    if isinstance(amount, bool) or not isinstance(amount, Real):
-        raise InvalidSpec(f"amount: {amount!r} is neither an int nor a float")
-    if isinstance(amount, Integral):
-        return {"count": _integer("amount", amount, 0, 1 << 64)}
-    if not 0.0 <= float(amount) <= 1.0:
-        raise InvalidSpec(f"amount: {amount} is no fraction in [0, 1]")
-    return {"fraction": float(amount)}
-
-
-def _integer(field: str, value: Any, low: int, end: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) < end:
-        raise InvalidSpec(f"{field}: {value!r} is no int in [{low}, {end})")
-    return int(value)
-
-
-def _random(seed: Any) -> pb.Random:
-    return pb.Random(seed=_integer("seed", seed, 0, 1 << 64))
-
-
-def _norm(n: Any) -> pb.Magnitude:
-    if n == "fro":
-        return pb.Magnitude(matrix_norm=pb.MATRIX_NORM_FROBENIUS)
-    if n == "nuc":
-        return pb.Magnitude(matrix_norm=pb.MATRIX_NORM_NUCLEAR)
-    if isinstance(n, Real) and not isinstance(n, bool):
-        return pb.Magnitude(p=float(n))
-    raise InvalidSpec(f"n: {n!r} is no number, 'fro' or 'nuc'")
-
-
-def _slices(dim: Any) -> dict[str, Any]:
-    dim = _integer("dim", dim, -(1 << 31), 1 << 31)
-    return {"granularity": pb.GRANULARITY_SLICE, "dim": dim}
 
 
 def _matching(pattern: str, names: Collection[str]) -> list[str]:

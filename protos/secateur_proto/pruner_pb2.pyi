@@ -10,6 +10,7 @@ import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import secateur_proto.checkpoint_pb2
+import secateur_proto.plan_pb2
 import secateur_proto.report_pb2
 import secateur_proto.spec_pb2
 import sys
@@ -301,6 +302,92 @@ class ReportResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["report", b"report"]) -> None: ...
 
 Global___ReportResponse: typing_extensions.TypeAlias = ReportResponse
+
+@typing.final
+class PlanRequest(google.protobuf.message.Message):
+    """A message of a Plan request."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: builtins.int
+    DATA_FIELD_NUMBER: builtins.int
+    data: builtins.bytes
+    """The next bytes of the safetensors file. May be empty."""
+    @property
+    def header(self) -> Global___PlanHeader:
+        """In the first message, and only there; else INVALID_ARGUMENT."""
+
+    def __init__(
+        self,
+        *,
+        header: Global___PlanHeader | None = ...,
+        data: builtins.bytes = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["header", b"header"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["data", b"data", "header", b"header"]) -> None: ...
+
+Global___PlanRequest: typing_extensions.TypeAlias = PlanRequest
+
+@typing.final
+class PlanHeader(google.protobuf.message.Message):
+    """What a Plan is about."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DATA_BYTES_FIELD_NUMBER: builtins.int
+    SPEC_FIELD_NUMBER: builtins.int
+    AMOUNTS_FIELD_NUMBER: builtins.int
+    CHECKPOINT_FIELD_NUMBER: builtins.int
+    URI_FIELD_NUMBER: builtins.int
+    data_bytes: builtins.int
+    """As PruneHeader.data_bytes."""
+    checkpoint: builtins.str
+    """The name of a checkpoint."""
+    uri: builtins.str
+    """A URI that the server opens."""
+    @property
+    def spec(self) -> secateur_proto.spec_pb2.PruningSpec:
+        """The rules but the last are applied first; the last one must be a Selection, and is planned."""
+
+    @property
+    def amounts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[secateur_proto.plan_pb2.Amount]:
+        """In place of the last rule's own amount; none: that one. At most 1000."""
+
+    def __init__(
+        self,
+        *,
+        data_bytes: builtins.int = ...,
+        spec: secateur_proto.spec_pb2.PruningSpec | None = ...,
+        amounts: collections.abc.Iterable[secateur_proto.plan_pb2.Amount] | None = ...,
+        checkpoint: builtins.str = ...,
+        uri: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "source", b"source", "spec", b"spec", "uri", b"uri"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["amounts", b"amounts", "checkpoint", b"checkpoint", "data_bytes", b"data_bytes", "source", b"source", "spec", b"spec", "uri", b"uri"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["source", b"source"]) -> typing.Literal["checkpoint", "uri"] | None: ...
+
+Global___PlanHeader: typing_extensions.TypeAlias = PlanHeader
+
+@typing.final
+class PlanResponse(google.protobuf.message.Message):
+    """The answer of a Plan."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PLAN_FIELD_NUMBER: builtins.int
+    @property
+    def plan(self) -> secateur_proto.plan_pb2.PruningPlan:
+        """The plan."""
+
+    def __init__(
+        self,
+        *,
+        plan: secateur_proto.plan_pb2.PruningPlan | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["plan", b"plan"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["plan", b"plan"]) -> None: ...
+
+Global___PlanResponse: typing_extensions.TypeAlias = PlanResponse
 
 @typing.final
 class FinalizeRequest(google.protobuf.message.Message):

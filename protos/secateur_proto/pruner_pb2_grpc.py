@@ -33,10 +33,12 @@ class PrunerStub(object):
     the header and may have data; later ones have data only. A model of under 1 MiB is one message
     each way. The report comes in the first message of an answer, the data after it.
 
-    The floating dtypes F64, F32, F16 and BF16 can be pruned and are reported. Tensors of other dtypes
-    are in dense and reparametrized results as they came, and no rule may name them.
+    The floating dtypes F64, F32, F16, BF16, F8_E4M3 and F8_E5M2 can be pruned and are reported. Tensors
+    of the integers I8, I16, I32, I64 and U8 can be pruned and reported where they are named, but are
+    not meant by globs. Tensors of other dtypes are in dense and reparametrized results as they came,
+    and no rule may name them.
 
-    A floating tensor X may arrive as X, or as the pair X_orig, X_mask that torch.nn.utils.prune
+    A tensor X that can be pruned may arrive as X, or as the pair X_orig, X_mask that torch.nn.utils.prune
     writes: same shape, the mask of 0 (pruned) and 1. The pair is the pruned tensor X.
 
     In place of data a header may name a checkpoint (see Checkpoints) or a URI that the server opens:
@@ -81,6 +83,11 @@ class PrunerStub(object):
                 request_serializer=secateur_dot_v1_dot_pruner__pb2.ReportRequest.SerializeToString,
                 response_deserializer=secateur_dot_v1_dot_pruner__pb2.ReportResponse.FromString,
                 _registered_method=True)
+        self.Plan = channel.stream_unary(
+                '/secateur.v1.Pruner/Plan',
+                request_serializer=secateur_dot_v1_dot_pruner__pb2.PlanRequest.SerializeToString,
+                response_deserializer=secateur_dot_v1_dot_pruner__pb2.PlanResponse.FromString,
+                _registered_method=True)
         self.Finalize = channel.stream_stream(
                 '/secateur.v1.Pruner/Finalize',
                 request_serializer=secateur_dot_v1_dot_pruner__pb2.FinalizeRequest.SerializeToString,
@@ -96,10 +103,12 @@ class PrunerServicer(object):
     the header and may have data; later ones have data only. A model of under 1 MiB is one message
     each way. The report comes in the first message of an answer, the data after it.
 
-    The floating dtypes F64, F32, F16 and BF16 can be pruned and are reported. Tensors of other dtypes
-    are in dense and reparametrized results as they came, and no rule may name them.
+    The floating dtypes F64, F32, F16, BF16, F8_E4M3 and F8_E5M2 can be pruned and are reported. Tensors
+    of the integers I8, I16, I32, I64 and U8 can be pruned and reported where they are named, but are
+    not meant by globs. Tensors of other dtypes are in dense and reparametrized results as they came,
+    and no rule may name them.
 
-    A floating tensor X may arrive as X, or as the pair X_orig, X_mask that torch.nn.utils.prune
+    A tensor X that can be pruned may arrive as X, or as the pair X_orig, X_mask that torch.nn.utils.prune
     writes: same shape, the mask of 0 (pruned) and 1. The pair is the pruned tensor X.
 
     In place of data a header may name a checkpoint (see Checkpoints) or a URI that the server opens:
@@ -142,6 +151,13 @@ class PrunerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Plan(self, request_iterator, context):
+        """Foretells what a Prune would do by each of many amounts, and prunes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Finalize(self, request_iterator, context):
         """Makes pruning permanent: each pair X_orig, X_mask becomes X, as torch.nn.utils.prune.remove.
         """
@@ -161,6 +177,11 @@ def add_PrunerServicer_to_server(servicer, server):
                     servicer.Report,
                     request_deserializer=secateur_dot_v1_dot_pruner__pb2.ReportRequest.FromString,
                     response_serializer=secateur_dot_v1_dot_pruner__pb2.ReportResponse.SerializeToString,
+            ),
+            'Plan': grpc.stream_unary_rpc_method_handler(
+                    servicer.Plan,
+                    request_deserializer=secateur_dot_v1_dot_pruner__pb2.PlanRequest.FromString,
+                    response_serializer=secateur_dot_v1_dot_pruner__pb2.PlanResponse.SerializeToString,
             ),
             'Finalize': grpc.stream_stream_rpc_method_handler(
                     servicer.Finalize,
@@ -183,10 +204,12 @@ class Pruner(object):
     the header and may have data; later ones have data only. A model of under 1 MiB is one message
     each way. The report comes in the first message of an answer, the data after it.
 
-    The floating dtypes F64, F32, F16 and BF16 can be pruned and are reported. Tensors of other dtypes
-    are in dense and reparametrized results as they came, and no rule may name them.
+    The floating dtypes F64, F32, F16, BF16, F8_E4M3 and F8_E5M2 can be pruned and are reported. Tensors
+    of the integers I8, I16, I32, I64 and U8 can be pruned and reported where they are named, but are
+    not meant by globs. Tensors of other dtypes are in dense and reparametrized results as they came,
+    and no rule may name them.
 
-    A floating tensor X may arrive as X, or as the pair X_orig, X_mask that torch.nn.utils.prune
+    A tensor X that can be pruned may arrive as X, or as the pair X_orig, X_mask that torch.nn.utils.prune
     writes: same shape, the mask of 0 (pruned) and 1. The pair is the pruned tensor X.
 
     In place of data a header may name a checkpoint (see Checkpoints) or a URI that the server opens:
@@ -259,6 +282,33 @@ class Pruner(object):
             '/secateur.v1.Pruner/Report',
             secateur_dot_v1_dot_pruner__pb2.ReportRequest.SerializeToString,
             secateur_dot_v1_dot_pruner__pb2.ReportResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Plan(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/secateur.v1.Pruner/Plan',
+            secateur_dot_v1_dot_pruner__pb2.PlanRequest.SerializeToString,
+            secateur_dot_v1_dot_pruner__pb2.PlanResponse.FromString,
             options,
             channel_credentials,
             insecure,

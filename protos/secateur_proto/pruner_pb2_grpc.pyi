@@ -57,6 +57,22 @@ _PrunerReportType = typing_extensions.TypeVar(
     ],
 )
 
+_PrunerPlanType = typing_extensions.TypeVar(
+    '_PrunerPlanType',
+    grpc.StreamUnaryMultiCallable[
+        secateur_proto.pruner_pb2.PlanRequest,
+        secateur_proto.pruner_pb2.PlanResponse,
+    ],
+    grpc.aio.StreamUnaryMultiCallable[
+        secateur_proto.pruner_pb2.PlanRequest,
+        secateur_proto.pruner_pb2.PlanResponse,
+    ],
+    default=grpc.StreamUnaryMultiCallable[
+        secateur_proto.pruner_pb2.PlanRequest,
+        secateur_proto.pruner_pb2.PlanResponse,
+    ],
+)
+
 _PrunerFinalizeType = typing_extensions.TypeVar(
     '_PrunerFinalizeType',
     grpc.StreamStreamMultiCallable[
@@ -73,7 +89,7 @@ _PrunerFinalizeType = typing_extensions.TypeVar(
     ],
 )
 
-class PrunerStub(typing.Generic[_PrunerPruneType, _PrunerReportType, _PrunerFinalizeType]):
+class PrunerStub(typing.Generic[_PrunerPruneType, _PrunerReportType, _PrunerPlanType, _PrunerFinalizeType]):
     """Prunes neural networks that callers send.
 
     The data of every request and answer is one file in the safetensors format, cut anywhere into
@@ -81,10 +97,12 @@ class PrunerStub(typing.Generic[_PrunerPruneType, _PrunerReportType, _PrunerFina
     the header and may have data; later ones have data only. A model of under 1 MiB is one message
     each way. The report comes in the first message of an answer, the data after it.
 
-    The floating dtypes F64, F32, F16 and BF16 can be pruned and are reported. Tensors of other dtypes
-    are in dense and reparametrized results as they came, and no rule may name them.
+    The floating dtypes F64, F32, F16, BF16, F8_E4M3 and F8_E5M2 can be pruned and are reported. Tensors
+    of the integers I8, I16, I32, I64 and U8 can be pruned and reported where they are named, but are
+    not meant by globs. Tensors of other dtypes are in dense and reparametrized results as they came,
+    and no rule may name them.
 
-    A floating tensor X may arrive as X, or as the pair X_orig, X_mask that torch.nn.utils.prune
+    A tensor X that can be pruned may arrive as X, or as the pair X_orig, X_mask that torch.nn.utils.prune
     writes: same shape, the mask of 0 (pruned) and 1. The pair is the pruned tensor X.
 
     In place of data a header may name a checkpoint (see Checkpoints) or a URI that the server opens:
@@ -123,6 +141,10 @@ class PrunerStub(typing.Generic[_PrunerPruneType, _PrunerReportType, _PrunerFina
             secateur_proto.pruner_pb2.ReportRequest,
             secateur_proto.pruner_pb2.ReportResponse,
         ],
+        grpc.StreamUnaryMultiCallable[
+            secateur_proto.pruner_pb2.PlanRequest,
+            secateur_proto.pruner_pb2.PlanResponse,
+        ],
         grpc.StreamStreamMultiCallable[
             secateur_proto.pruner_pb2.FinalizeRequest,
             secateur_proto.pruner_pb2.FinalizeResponse,
@@ -139,6 +161,10 @@ class PrunerStub(typing.Generic[_PrunerPruneType, _PrunerReportType, _PrunerFina
             secateur_proto.pruner_pb2.ReportRequest,
             secateur_proto.pruner_pb2.ReportResponse,
         ],
+        grpc.aio.StreamUnaryMultiCallable[
+            secateur_proto.pruner_pb2.PlanRequest,
+            secateur_proto.pruner_pb2.PlanResponse,
+        ],
         grpc.aio.StreamStreamMultiCallable[
             secateur_proto.pruner_pb2.FinalizeRequest,
             secateur_proto.pruner_pb2.FinalizeResponse,
@@ -151,6 +177,9 @@ class PrunerStub(typing.Generic[_PrunerPruneType, _PrunerReportType, _PrunerFina
     Report: _PrunerReportType
     """Measures how sparse a model is, and where."""
 
+    Plan: _PrunerPlanType
+    """Foretells what a Prune would do by each of many amounts, and prunes nothing."""
+
     Finalize: _PrunerFinalizeType
     """Makes pruning permanent: each pair X_orig, X_mask becomes X, as torch.nn.utils.prune.remove."""
 
@@ -162,6 +191,10 @@ PrunerAsyncStub: typing_extensions.TypeAlias = PrunerStub[
     grpc.aio.StreamUnaryMultiCallable[
         secateur_proto.pruner_pb2.ReportRequest,
         secateur_proto.pruner_pb2.ReportResponse,
+    ],
+    grpc.aio.StreamUnaryMultiCallable[
+        secateur_proto.pruner_pb2.PlanRequest,
+        secateur_proto.pruner_pb2.PlanResponse,
     ],
     grpc.aio.StreamStreamMultiCallable[
         secateur_proto.pruner_pb2.FinalizeRequest,
@@ -177,10 +210,12 @@ class PrunerServicer(metaclass=abc.ABCMeta):
     the header and may have data; later ones have data only. A model of under 1 MiB is one message
     each way. The report comes in the first message of an answer, the data after it.
 
-    The floating dtypes F64, F32, F16 and BF16 can be pruned and are reported. Tensors of other dtypes
-    are in dense and reparametrized results as they came, and no rule may name them.
+    The floating dtypes F64, F32, F16, BF16, F8_E4M3 and F8_E5M2 can be pruned and are reported. Tensors
+    of the integers I8, I16, I32, I64 and U8 can be pruned and reported where they are named, but are
+    not meant by globs. Tensors of other dtypes are in dense and reparametrized results as they came,
+    and no rule may name them.
 
-    A floating tensor X may arrive as X, or as the pair X_orig, X_mask that torch.nn.utils.prune
+    A tensor X that can be pruned may arrive as X, or as the pair X_orig, X_mask that torch.nn.utils.prune
     writes: same shape, the mask of 0 (pruned) and 1. The pair is the pruned tensor X.
 
     In place of data a header may name a checkpoint (see Checkpoints) or a URI that the server opens:
@@ -224,6 +259,14 @@ class PrunerServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[secateur_proto.pruner_pb2.ReportResponse, collections.abc.Awaitable[secateur_proto.pruner_pb2.ReportResponse]]:
         """Measures how sparse a model is, and where."""
+
+    @abc.abstractmethod
+    def Plan(
+        self,
+        request_iterator: _MaybeAsyncIterator[secateur_proto.pruner_pb2.PlanRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[secateur_proto.pruner_pb2.PlanResponse, collections.abc.Awaitable[secateur_proto.pruner_pb2.PlanResponse]]:
+        """Foretells what a Prune would do by each of many amounts, and prunes nothing."""
 
     @abc.abstractmethod
     def Finalize(

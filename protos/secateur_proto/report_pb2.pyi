@@ -8,6 +8,7 @@ import collections.abc
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.message
+import secateur_proto.spec_pb2
 import sys
 import typing
 
@@ -87,6 +88,8 @@ class TensorReport(google.protobuf.message.Message):
     PRUNED_FIELD_NUMBER: builtins.int
     IS_PRUNED_FIELD_NUMBER: builtins.int
     ZERO_SLICES_FIELD_NUMBER: builtins.int
+    PATTERNS_FIELD_NUMBER: builtins.int
+    ZERO_BLOCKS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """The tensor's name; the pair X_orig, X_mask is X."""
     dtype: builtins.str
@@ -115,6 +118,19 @@ class TensorReport(google.protobuf.message.Message):
         dimensions.
         """
 
+    @property
+    def patterns(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[secateur_proto.spec_pb2.Pattern]:
+        """Which N:M patterns hold along the second dimension (of tensors of one, the first), for groups of
+        m = 2, 4, 8 and 16: the least n that holds, where it is below m.
+        """
+
+    @property
+    def zero_blocks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ZeroBlocks]:
+        """How many blocks of the tensor as a matrix (its first dimension, and all others as one) are
+        wholly zero, for blocks of 4 x 4, 8 x 8, 16 x 16 and 32 x 32, those at the edges among them.
+        Empty for tensors of fewer than 2 dimensions, and from the first size on that has none.
+        """
+
     def __init__(
         self,
         *,
@@ -128,10 +144,38 @@ class TensorReport(google.protobuf.message.Message):
         pruned: builtins.int = ...,
         is_pruned: builtins.bool = ...,
         zero_slices: collections.abc.Iterable[builtins.int] | None = ...,
+        patterns: collections.abc.Iterable[secateur_proto.spec_pb2.Pattern] | None = ...,
+        zero_blocks: collections.abc.Iterable[Global___ZeroBlocks] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "dtype", b"dtype", "is_pruned", b"is_pruned", "name", b"name", "pruned", b"pruned", "shape", b"shape", "sparsity", b"sparsity", "total", b"total", "zero_slices", b"zero_slices", "zeros", b"zeros"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "dtype", b"dtype", "is_pruned", b"is_pruned", "name", b"name", "patterns", b"patterns", "pruned", b"pruned", "shape", b"shape", "sparsity", b"sparsity", "total", b"total", "zero_blocks", b"zero_blocks", "zero_slices", b"zero_slices", "zeros", b"zeros"]) -> None: ...
 
 Global___TensorReport: typing_extensions.TypeAlias = TensorReport
+
+@typing.final
+class ZeroBlocks(google.protobuf.message.Message):
+    """Blocks that are wholly zero."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SIDE_FIELD_NUMBER: builtins.int
+    ZERO_FIELD_NUMBER: builtins.int
+    TOTAL_FIELD_NUMBER: builtins.int
+    side: builtins.int
+    """Rows, and columns, of a block."""
+    zero: builtins.int
+    """Blocks that are wholly zero."""
+    total: builtins.int
+    """Blocks."""
+    def __init__(
+        self,
+        *,
+        side: builtins.int = ...,
+        zero: builtins.int = ...,
+        total: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["side", b"side", "total", b"total", "zero", b"zero"]) -> None: ...
+
+Global___ZeroBlocks: typing_extensions.TypeAlias = ZeroBlocks
 
 @typing.final
 class RuleReport(google.protobuf.message.Message):
@@ -142,7 +186,9 @@ class RuleReport(google.protobuf.message.Message):
     CHOICES_FIELD_NUMBER: builtins.int
     @property
     def choices(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Choice]:
-        """One entry for a global rule, one for each tensor for a per-tensor rule or custom masks."""
+        """One entry for all that was ranked together: for a global rule one, for each tensor one for a
+        per-tensor rule or custom masks.
+        """
 
     def __init__(
         self,
@@ -166,15 +212,17 @@ class Choice(google.protobuf.message.Message):
     THRESHOLD_FIELD_NUMBER: builtins.int
     TIES_FIELD_NUMBER: builtins.int
     TIES_PRUNED_FIELD_NUMBER: builtins.int
+    BOUNDS_FIELD_NUMBER: builtins.int
     candidates: builtins.int
-    """Units that were still unpruned: elements, or slices."""
+    """Units that were still unpruned: elements, slices, blocks and so on."""
     requested: builtins.int
     """Units that the amount asks for."""
     pruned: builtins.int
     """Units that this rule pruned, counted in the mask."""
     threshold: builtins.float
-    """The importance of the most important unit that was pruned. Absent where no unit was, for
-    random importance and for custom masks.
+    """The importance of the most important unit that was pruned because of its rank. Absent where no
+    unit was, for random importance, for custom masks, and where an allocation other than
+    ALLOCATION_RANK gave several tensors cuts of their own.
     """
     ties: builtins.int
     """Candidates whose importance equals the threshold."""
@@ -182,7 +230,11 @@ class Choice(google.protobuf.message.Message):
     """How many of `ties` were pruned: those with the lowest flat index."""
     @property
     def tensors(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """The tensors that were ranked together."""
+        """The tensors, or groups, that were ranked together."""
+
+    @property
+    def bounds(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Bound]:
+        """Guard rails that changed what was pruned."""
 
     def __init__(
         self,
@@ -194,9 +246,36 @@ class Choice(google.protobuf.message.Message):
         threshold: builtins.float | None = ...,
         ties: builtins.int = ...,
         ties_pruned: builtins.int = ...,
+        bounds: collections.abc.Iterable[Global___Bound] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_threshold", b"_threshold", "threshold", b"threshold"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_threshold", b"_threshold", "candidates", b"candidates", "pruned", b"pruned", "requested", b"requested", "tensors", b"tensors", "threshold", b"threshold", "ties", b"ties", "ties_pruned", b"ties_pruned"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_threshold", b"_threshold", "bounds", b"bounds", "candidates", b"candidates", "pruned", b"pruned", "requested", b"requested", "tensors", b"tensors", "threshold", b"threshold", "ties", b"ties", "ties_pruned", b"ties_pruned"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_threshold", b"_threshold"]) -> typing.Literal["threshold"] | None: ...
 
 Global___Choice: typing_extensions.TypeAlias = Choice
+
+@typing.final
+class Bound(google.protobuf.message.Message):
+    """A guard rail that bound: without it more, or less, of a tensor would have been pruned."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TENSOR_FIELD_NUMBER: builtins.int
+    RAIL_FIELD_NUMBER: builtins.int
+    PRUNED_FIELD_NUMBER: builtins.int
+    tensor: builtins.str
+    """The tensor, or group."""
+    rail: builtins.str
+    """Which: `min_sparsity`, `max_sparsity` or `keep_at_least`."""
+    pruned: builtins.int
+    """Units of the tensor that were pruned by the rule."""
+    def __init__(
+        self,
+        *,
+        tensor: builtins.str = ...,
+        rail: builtins.str = ...,
+        pruned: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["pruned", b"pruned", "rail", b"rail", "tensor", b"tensor"]) -> None: ...
+
+Global___Bound: typing_extensions.TypeAlias = Bound

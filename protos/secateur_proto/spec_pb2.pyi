@@ -19,6 +19,108 @@ else:
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
+class _Combination:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _CombinationEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Combination.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    COMBINATION_UNSPECIFIED: _Combination.ValueType  # 0
+    """As COMBINATION_MEAN."""
+    COMBINATION_MEAN: _Combination.ValueType  # 1
+    """Their mean."""
+    COMBINATION_SUM: _Combination.ValueType  # 2
+    """Their sum."""
+    COMBINATION_MAX: _Combination.ValueType  # 3
+    """The largest."""
+
+class Combination(_Combination, metaclass=_CombinationEnumTypeWrapper):
+    """How the importances of members become that of their group."""
+
+COMBINATION_UNSPECIFIED: Combination.ValueType  # 0
+"""As COMBINATION_MEAN."""
+COMBINATION_MEAN: Combination.ValueType  # 1
+"""Their mean."""
+COMBINATION_SUM: Combination.ValueType  # 2
+"""Their sum."""
+COMBINATION_MAX: Combination.ValueType  # 3
+"""The largest."""
+Global___Combination: typing_extensions.TypeAlias = Combination
+
+class _Normalization:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _NormalizationEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Normalization.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    NORMALIZATION_UNSPECIFIED: _Normalization.ValueType  # 0
+    """As NORMALIZATION_NONE."""
+    NORMALIZATION_NONE: _Normalization.ValueType  # 1
+    """Nothing."""
+    NORMALIZATION_MEAN: _Normalization.ValueType  # 2
+    """Divided by their mean."""
+    NORMALIZATION_NORM: _Normalization.ValueType  # 3
+    """Divided by their Euclidean norm."""
+    NORMALIZATION_Z_SCORE: _Normalization.ValueType  # 4
+    """Their mean is taken off, and the rest divided by their standard deviation."""
+
+class Normalization(_Normalization, metaclass=_NormalizationEnumTypeWrapper):
+    """What is done to importances, tensor by tensor (of a group: member by member), over the units that
+    are still unpruned.
+    """
+
+NORMALIZATION_UNSPECIFIED: Normalization.ValueType  # 0
+"""As NORMALIZATION_NONE."""
+NORMALIZATION_NONE: Normalization.ValueType  # 1
+"""Nothing."""
+NORMALIZATION_MEAN: Normalization.ValueType  # 2
+"""Divided by their mean."""
+NORMALIZATION_NORM: Normalization.ValueType  # 3
+"""Divided by their Euclidean norm."""
+NORMALIZATION_Z_SCORE: Normalization.ValueType  # 4
+"""Their mean is taken off, and the rest divided by their standard deviation."""
+Global___Normalization: typing_extensions.TypeAlias = Normalization
+
+class _Allocation:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _AllocationEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Allocation.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    ALLOCATION_UNSPECIFIED: _Allocation.ValueType  # 0
+    """As ALLOCATION_RANK."""
+    ALLOCATION_RANK: _Allocation.ValueType  # 1
+    """The least important units go, wherever they are."""
+    ALLOCATION_UNIFORM: _Allocation.ValueType  # 2
+    """The same fraction of each tensor."""
+    ALLOCATION_ERK: _Allocation.ValueType  # 3
+    """Erdos-Renyi-Kernel (Evci et al. 2020): the density of a tensor is in proportion to the sum of
+    its dimensions over their product. Tensors that would be more than dense stay dense.
+    """
+    ALLOCATION_LAMP: _Allocation.ValueType  # 4
+    """Layer-adaptive magnitude (Lee et al. 2021): units are ranked by their importance squared over
+    the sum of that of all in their tensor that are as important or more. Not with `random`.
+    """
+
+class Allocation(_Allocation, metaclass=_AllocationEnumTypeWrapper):
+    """How a total is divided."""
+
+ALLOCATION_UNSPECIFIED: Allocation.ValueType  # 0
+"""As ALLOCATION_RANK."""
+ALLOCATION_RANK: Allocation.ValueType  # 1
+"""The least important units go, wherever they are."""
+ALLOCATION_UNIFORM: Allocation.ValueType  # 2
+"""The same fraction of each tensor."""
+ALLOCATION_ERK: Allocation.ValueType  # 3
+"""Erdos-Renyi-Kernel (Evci et al. 2020): the density of a tensor is in proportion to the sum of
+its dimensions over their product. Tensors that would be more than dense stay dense.
+"""
+ALLOCATION_LAMP: Allocation.ValueType  # 4
+"""Layer-adaptive magnitude (Lee et al. 2021): units are ranked by their importance squared over
+the sum of that of all in their tensor that are as important or more. Not with `random`.
+"""
+Global___Allocation: typing_extensions.TypeAlias = Allocation
+
 class _MatrixNorm:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -52,19 +154,43 @@ class _GranularityEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     GRANULARITY_UNSPECIFIED: _Granularity.ValueType  # 0
     """INVALID_ARGUMENT."""
     GRANULARITY_ELEMENT: _Granularity.ValueType  # 1
-    """Single elements ("unstructured")."""
+    """Single elements ("unstructured"). Units have the shape of the tensor."""
     GRANULARITY_SLICE: _Granularity.ValueType  # 2
-    """All elements with one index in `dim` ("structured"): rows, columns, filters, channels."""
+    """All elements with one index in `dim` ("structured"): rows, columns, filters, channels. Units
+    have the shape [shape[dim]].
+    """
+    GRANULARITY_N_M: _Granularity.ValueType  # 3
+    """What is too much in a group of `pattern.m` elements along `dim`: its least important elements
+    but for n. A group that keeps no more than n is no candidate. Fraction 1 is N:M as sparse tensor
+    cores have it; less of it makes those groups so that lose least. Units have the tensor's shape,
+    with ceil(shape[dim] / m) in `dim`.
+    """
+    GRANULARITY_BLOCK: _Granularity.ValueType  # 4
+    """Blocks of elements. Units have the shape of the grid of blocks."""
+    GRANULARITY_GROUP: _Granularity.ValueType  # 5
+    """Slices of several tensors, see `groups`."""
 
 class Granularity(_Granularity, metaclass=_GranularityEnumTypeWrapper):
-    """What is pruned as one."""
+    """What is pruned as one: a unit."""
 
 GRANULARITY_UNSPECIFIED: Granularity.ValueType  # 0
 """INVALID_ARGUMENT."""
 GRANULARITY_ELEMENT: Granularity.ValueType  # 1
-"""Single elements ("unstructured")."""
+"""Single elements ("unstructured"). Units have the shape of the tensor."""
 GRANULARITY_SLICE: Granularity.ValueType  # 2
-"""All elements with one index in `dim` ("structured"): rows, columns, filters, channels."""
+"""All elements with one index in `dim` ("structured"): rows, columns, filters, channels. Units
+have the shape [shape[dim]].
+"""
+GRANULARITY_N_M: Granularity.ValueType  # 3
+"""What is too much in a group of `pattern.m` elements along `dim`: its least important elements
+but for n. A group that keeps no more than n is no candidate. Fraction 1 is N:M as sparse tensor
+cores have it; less of it makes those groups so that lose least. Units have the tensor's shape,
+with ceil(shape[dim] / m) in `dim`.
+"""
+GRANULARITY_BLOCK: Granularity.ValueType  # 4
+"""Blocks of elements. Units have the shape of the grid of blocks."""
+GRANULARITY_GROUP: Granularity.ValueType  # 5
+"""Slices of several tensors, see `groups`."""
 Global___Granularity: typing_extensions.TypeAlias = Granularity
 
 class _Scope:
@@ -79,6 +205,10 @@ class _ScopeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumType
     """Each tensor by itself."""
     SCOPE_GLOBAL: _Scope.ValueType  # 2
     """All tensors of the rule together, as torch.nn.utils.prune.global_unstructured."""
+    SCOPE_ISOMORPHIC: _Scope.ValueType  # 3
+    """Tensors of one kind together, each kind by itself: those whose names differ in their numbers
+    alone, as `layer1.0.conv2.weight` and `layer3.1.conv1.weight`.
+    """
 
 class Scope(_Scope, metaclass=_ScopeEnumTypeWrapper):
     """Over what the units are ranked, and the amount counted."""
@@ -89,6 +219,10 @@ SCOPE_PER_TENSOR: Scope.ValueType  # 1
 """Each tensor by itself."""
 SCOPE_GLOBAL: Scope.ValueType  # 2
 """All tensors of the rule together, as torch.nn.utils.prune.global_unstructured."""
+SCOPE_ISOMORPHIC: Scope.ValueType  # 3
+"""Tensors of one kind together, each kind by itself: those whose names differ in their numbers
+alone, as `layer1.0.conv2.weight` and `layer3.1.conv1.weight`.
+"""
 Global___Scope: typing_extensions.TypeAlias = Scope
 
 @typing.final
@@ -148,8 +282,8 @@ Global___Rule: typing_extensions.TypeAlias = Rule
 class Selection(google.protobuf.message.Message):
     """Chooses units of tensors and prunes the least important ones, exactly as many as asked.
 
-    A method is a point in the product of four independent choices: importance, granularity, scope
-    and amount. torch's l1_unstructured is Magnitude(p=1) x element x per tensor.
+    A method is a point in the product of independent choices: importance, granularity, scope and
+    amount. torch's l1_unstructured is Magnitude(p=1) x element x per tensor.
     Among units of equal importance the one with the lowest flat index goes first, tensors in the
     order of the safetensors header.
     """
@@ -172,6 +306,22 @@ class Selection(google.protobuf.message.Message):
         ) -> None: ...
         def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
 
+    @typing.final
+    class ScalesEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     TENSORS_FIELD_NUMBER: builtins.int
     MAGNITUDE_FIELD_NUMBER: builtins.int
     RANDOM_FIELD_NUMBER: builtins.int
@@ -180,28 +330,63 @@ class Selection(google.protobuf.message.Message):
     SCOPE_FIELD_NUMBER: builtins.int
     FRACTION_FIELD_NUMBER: builtins.int
     COUNT_FIELD_NUMBER: builtins.int
+    THRESHOLD_FIELD_NUMBER: builtins.int
+    BYTES_FIELD_NUMBER: builtins.int
+    MACS_FIELD_NUMBER: builtins.int
+    TABLE_FIELD_NUMBER: builtins.int
     IMPORTANCE_SCORES_FIELD_NUMBER: builtins.int
+    OF_ALL_FIELD_NUMBER: builtins.int
+    PATTERN_FIELD_NUMBER: builtins.int
+    BLOCK_FIELD_NUMBER: builtins.int
+    GROUPS_FIELD_NUMBER: builtins.int
+    COMBINATION_FIELD_NUMBER: builtins.int
+    NORMALIZATION_FIELD_NUMBER: builtins.int
+    ALLOCATION_FIELD_NUMBER: builtins.int
+    GUARD_RAILS_FIELD_NUMBER: builtins.int
+    SCALES_FIELD_NUMBER: builtins.int
     granularity: Global___Granularity.ValueType
     """What is pruned as one. Required."""
     dim: builtins.int
-    """The dimension whose slices are pruned; negative counts from the end. Only read for
-    GRANULARITY_SLICE. Outside [-ndim, ndim): INVALID_ARGUMENT, and so is a tensor of fewer
-    than 2 dimensions.
+    """The dimension whose slices are pruned, or along which the groups of GRANULARITY_N_M lie;
+    negative counts from the end. Only read for these. Outside [-ndim, ndim): INVALID_ARGUMENT,
+    and so is a tensor of fewer than 2 dimensions for slices.
     """
     scope: Global___Scope.ValueType
-    """Over what the units are ranked. Required. SCOPE_GLOBAL takes GRANULARITY_ELEMENT only."""
+    """Over what the units are ranked. Required."""
     fraction: builtins.float
     """Fraction of the units still unpruned, in [0, 1]; the count is round(fraction * units), a
     half to the even count. Outside, or NaN: INVALID_ARGUMENT.
     """
     count: builtins.int
     """Number of units. More than are still unpruned: INVALID_ARGUMENT."""
+    threshold: builtins.float
+    """The units whose importance is below this go. Not NaN. Not with `random`."""
+    bytes: builtins.int
+    """Bytes that the elements which are kept may take in all, each as its dtype has it: as few
+    units go as bring them there. Not for GRANULARITY_N_M and GRANULARITY_GROUP, nor for blocks
+    that do not divide their tensor.
+    """
+    of_all: builtins.bool
+    """Whether `fraction` and `count` are of all units, those among them that are pruned already: a
+    tensor of which enough is pruned stays as it is. So the steps of a schedule meet its totals.
+    """
+    combination: Global___Combination.ValueType
+    """How the importances of a group's members become that of the group. Default COMBINATION_MEAN."""
+    normalization: Global___Normalization.ValueType
+    """What is done to the importances of each tensor, so that tensors can be ranked together.
+    Default NORMALIZATION_NONE. Not with `random`.
+    """
+    allocation: Global___Allocation.ValueType
+    """How a total is divided among the tensors that are ranked together. Default ALLOCATION_RANK;
+    others take `fraction` and `count` only, and no SCOPE_PER_TENSOR.
+    """
     @property
     def tensors(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Names of tensors, or globs (`*`, `?`, `[...]`; `*` also matches dots), of floating tensors.
-        A tensor that arrives as the pair X_orig, X_mask is named X. At least one, and each must
-        match: a glob that matches no floating tensor, an unknown name, or the name of a tensor of
-        another dtype is INVALID_ARGUMENT.
+        """Names of tensors, or globs (`*`, `?`, `[...]`; `*` also matches dots). A glob matches floating
+        tensors; a tensor of integers is only meant by its name. A tensor that arrives as the pair
+        X_orig, X_mask is named X. At least one, and each must match: a glob that matches no floating
+        tensor, an unknown name, or the name of a tensor of another dtype is INVALID_ARGUMENT. Empty
+        for GRANULARITY_GROUP, whose groups name their tensors.
         """
 
     @property
@@ -213,12 +398,46 @@ class Selection(google.protobuf.message.Message):
         """At random."""
 
     @property
+    def macs(self) -> Global___Macs:
+        """As `bytes`, in operations."""
+
+    @property
+    def table(self) -> Global___Table:
+        """Each tensor has a fraction of its own. SCOPE_PER_TENSOR only."""
+
+    @property
     def importance_scores(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """Scores that replace the weights in ranking: from the name of a tensor that this rule prunes
-        to the name, in the data, of the tensor that holds its scores. Same shape as the pruned
-        tensor, floating. Elements rank by the scores' absolute value, slices by their norm. Tensors
-        without an entry rank by their weights. Not with `random`. The tensors that hold scores are
-        part of no report and of no result.
+        to the name, in the data, of the tensor that holds its scores, floating. Either it has the
+        shape of the pruned tensor: then elements rank by the scores' absolute value, and larger units
+        by their norm. Or it has a score for each unit, in the shape that `Granularity` gives them:
+        they rank by its absolute value. Tensors without an entry rank by their weights. Not with
+        `random`, and not for GRANULARITY_GROUP. The tensors that hold scores are part of no report
+        and of no result.
+        """
+
+    @property
+    def pattern(self) -> Global___Pattern:
+        """For GRANULARITY_N_M. Required there."""
+
+    @property
+    def block(self) -> Global___Block:
+        """For GRANULARITY_BLOCK. Required there."""
+
+    @property
+    def groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Group]:
+        """For GRANULARITY_GROUP. At least one there."""
+
+    @property
+    def guard_rails(self) -> Global___GuardRails:
+        """Bounds that hold all together; what is asked for is met exactly within them, or
+        INVALID_ARGUMENT says which of them forbid it, and by how much.
+        """
+
+    @property
+    def scales(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """As importance_scores, from tensors of the model, which stay a part of it: 1-D, one score for
+        each unit of a tensor. The scale of a batch norm ranks the channels before it.
         """
 
     def __init__(
@@ -232,20 +451,315 @@ class Selection(google.protobuf.message.Message):
         scope: Global___Scope.ValueType = ...,
         fraction: builtins.float = ...,
         count: builtins.int = ...,
+        threshold: builtins.float = ...,
+        bytes: builtins.int = ...,
+        macs: Global___Macs | None = ...,
+        table: Global___Table | None = ...,
         importance_scores: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        of_all: builtins.bool = ...,
+        pattern: Global___Pattern | None = ...,
+        block: Global___Block | None = ...,
+        groups: collections.abc.Iterable[Global___Group] | None = ...,
+        combination: Global___Combination.ValueType = ...,
+        normalization: Global___Normalization.ValueType = ...,
+        allocation: Global___Allocation.ValueType = ...,
+        guard_rails: Global___GuardRails | None = ...,
+        scales: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["amount", b"amount", "count", b"count", "fraction", b"fraction", "importance", b"importance", "magnitude", b"magnitude", "random", b"random"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["amount", b"amount", "count", b"count", "dim", b"dim", "fraction", b"fraction", "granularity", b"granularity", "importance", b"importance", "importance_scores", b"importance_scores", "magnitude", b"magnitude", "random", b"random", "scope", b"scope", "tensors", b"tensors"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["amount", b"amount", "block", b"block", "bytes", b"bytes", "count", b"count", "fraction", b"fraction", "guard_rails", b"guard_rails", "importance", b"importance", "macs", b"macs", "magnitude", b"magnitude", "pattern", b"pattern", "random", b"random", "table", b"table", "threshold", b"threshold"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["allocation", b"allocation", "amount", b"amount", "block", b"block", "bytes", b"bytes", "combination", b"combination", "count", b"count", "dim", b"dim", "fraction", b"fraction", "granularity", b"granularity", "groups", b"groups", "guard_rails", b"guard_rails", "importance", b"importance", "importance_scores", b"importance_scores", "macs", b"macs", "magnitude", b"magnitude", "normalization", b"normalization", "of_all", b"of_all", "pattern", b"pattern", "random", b"random", "scales", b"scales", "scope", b"scope", "table", b"table", "tensors", b"tensors", "threshold", b"threshold"]) -> None: ...
     @typing.overload
-    def WhichOneof(self, oneof_group: typing.Literal["amount", b"amount"]) -> typing.Literal["fraction", "count"] | None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["amount", b"amount"]) -> typing.Literal["fraction", "count", "threshold", "bytes", "macs", "table"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["importance", b"importance"]) -> typing.Literal["magnitude", "random"] | None: ...
 
 Global___Selection: typing_extensions.TypeAlias = Selection
 
 @typing.final
+class Macs(google.protobuf.message.Message):
+    """A target in multiply-accumulate operations."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class PerUnitEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.float
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.float = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    TARGET_FIELD_NUMBER: builtins.int
+    PER_UNIT_FIELD_NUMBER: builtins.int
+    target: builtins.float
+    """Operations of all units that are kept, at most. Not negative, not NaN."""
+    @property
+    def per_unit(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
+        """Operations of one unit, by the name of its tensor, or of its group. Each that the rule prunes
+        needs one, above 0 and finite.
+        """
+
+    def __init__(
+        self,
+        *,
+        target: builtins.float = ...,
+        per_unit: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["per_unit", b"per_unit", "target", b"target"]) -> None: ...
+
+Global___Macs: typing_extensions.TypeAlias = Macs
+
+@typing.final
+class Table(google.protobuf.message.Message):
+    """Fractions by name."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ENTRIES_FIELD_NUMBER: builtins.int
+    @property
+    def entries(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TableEntry]:
+        """The first that matches a tensor counts. A tensor that none matches stays as it is, and an
+        entry that matches none is INVALID_ARGUMENT.
+        """
+
+    def __init__(
+        self,
+        *,
+        entries: collections.abc.Iterable[Global___TableEntry] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["entries", b"entries"]) -> None: ...
+
+Global___Table: typing_extensions.TypeAlias = Table
+
+@typing.final
+class TableEntry(google.protobuf.message.Message):
+    """One line of a table."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TENSORS_FIELD_NUMBER: builtins.int
+    FRACTION_FIELD_NUMBER: builtins.int
+    tensors: builtins.str
+    """A name or a glob."""
+    fraction: builtins.float
+    """As Selection.fraction."""
+    def __init__(
+        self,
+        *,
+        tensors: builtins.str = ...,
+        fraction: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["fraction", b"fraction", "tensors", b"tensors"]) -> None: ...
+
+Global___TableEntry: typing_extensions.TypeAlias = TableEntry
+
+@typing.final
+class Pattern(google.protobuf.message.Message):
+    """At most n of m elements are kept."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    N_FIELD_NUMBER: builtins.int
+    M_FIELD_NUMBER: builtins.int
+    n: builtins.int
+    """At least 1, and less than m."""
+    m: builtins.int
+    """Elements of a group, side by side along Selection.dim; at most 1024. Where m does not divide
+    the dimension, the last group of a line is shorter: it counts as filled up with pruned
+    elements, so it keeps as many as there are, n at most.
+    """
+    def __init__(
+        self,
+        *,
+        n: builtins.int = ...,
+        m: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["m", b"m", "n", b"n"]) -> None: ...
+
+Global___Pattern: typing_extensions.TypeAlias = Pattern
+
+@typing.final
+class Block(google.protobuf.message.Message):
+    """A unit is a block of elements."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SHAPE_FIELD_NUMBER: builtins.int
+    AS_MATRIX_FIELD_NUMBER: builtins.int
+    as_matrix: builtins.bool
+    """Whether the tensor is taken as a matrix: its first dimension, and all others as one. Then
+    `shape` has two lengths; else as many as the tensor has dimensions.
+    """
+    @property
+    def shape(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Lengths of a block in each dimension; 0 is the whole dimension. At the end of a dimension that
+        a length does not divide, blocks are smaller. At least one length is not 0.
+        """
+
+    def __init__(
+        self,
+        *,
+        shape: collections.abc.Iterable[builtins.int] | None = ...,
+        as_matrix: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["as_matrix", b"as_matrix", "shape", b"shape"]) -> None: ...
+
+Global___Block: typing_extensions.TypeAlias = Block
+
+@typing.final
+class Group(google.protobuf.message.Message):
+    """Slices of several tensors that live and die together, unit by unit."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    MEMBERS_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """For reports and errors. Default `groups[0]` and so on. Each only once."""
+    @property
+    def members(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Member]:
+        """What has to go where a unit goes. At least one."""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        members: collections.abc.Iterable[Global___Member] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["members", b"members", "name", b"name"]) -> None: ...
+
+Global___Group: typing_extensions.TypeAlias = Group
+
+@typing.final
+class Member(google.protobuf.message.Message):
+    """The part that a tensor has in a group."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TENSOR_FIELD_NUMBER: builtins.int
+    DIM_FIELD_NUMBER: builtins.int
+    OFFSET_FIELD_NUMBER: builtins.int
+    STRIDE_FIELD_NUMBER: builtins.int
+    UNITS_FIELD_NUMBER: builtins.int
+    INDICES_FIELD_NUMBER: builtins.int
+    UNSCORED_FIELD_NUMBER: builtins.int
+    tensor: builtins.str
+    """The name of a tensor that can be pruned."""
+    dim: builtins.int
+    """The dimension along which its slices lie; negative counts from the end."""
+    offset: builtins.int
+    """Where unit 0 begins."""
+    stride: builtins.int
+    """How many slices a unit has: unit i has those from offset + i * stride on. Default 1."""
+    units: builtins.int
+    """Units. Default: as many as fit. All members of a group have the same number."""
+    unscored: builtins.bool
+    """Whether it goes with its unit without a say in how important that is."""
+    @property
+    def indices(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """In place of offset and stride: the slices of unit 0, then those of unit 1 and so on, as many
+        for each. Needs `units` where that is not one slice for each.
+        """
+
+    def __init__(
+        self,
+        *,
+        tensor: builtins.str = ...,
+        dim: builtins.int = ...,
+        offset: builtins.int = ...,
+        stride: builtins.int = ...,
+        units: builtins.int = ...,
+        indices: collections.abc.Iterable[builtins.int] | None = ...,
+        unscored: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dim", b"dim", "indices", b"indices", "offset", b"offset", "stride", b"stride", "tensor", b"tensor", "units", b"units", "unscored", b"unscored"]) -> None: ...
+
+Global___Member: typing_extensions.TypeAlias = Member
+
+@typing.final
+class GuardRails(google.protobuf.message.Message):
+    """Bounds on what may be pruned."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RAILS_FIELD_NUMBER: builtins.int
+    KEEP_FIRST_FIELD_NUMBER: builtins.int
+    KEEP_LAST_FIELD_NUMBER: builtins.int
+    EXCLUDE_FIELD_NUMBER: builtins.int
+    keep_first: builtins.bool
+    """The first of the rule's tensors, in the state_dict's order, stays as it is."""
+    keep_last: builtins.bool
+    """The last one stays as it is."""
+    @property
+    def rails(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Rail]:
+        """The first that matches a tensor counts, and no other: the last one may be for the rest."""
+
+    @property
+    def exclude(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Names and globs of tensors that stay as they are. Each must match one of the rule's."""
+
+    def __init__(
+        self,
+        *,
+        rails: collections.abc.Iterable[Global___Rail] | None = ...,
+        keep_first: builtins.bool = ...,
+        keep_last: builtins.bool = ...,
+        exclude: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["exclude", b"exclude", "keep_first", b"keep_first", "keep_last", b"keep_last", "rails", b"rails"]) -> None: ...
+
+Global___GuardRails: typing_extensions.TypeAlias = GuardRails
+
+@typing.final
+class Rail(google.protobuf.message.Message):
+    """Bounds on how much of a tensor, or of a group, is pruned in the end, in units, prior pruning
+    among it.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TENSORS_FIELD_NUMBER: builtins.int
+    MIN_SPARSITY_FIELD_NUMBER: builtins.int
+    MAX_SPARSITY_FIELD_NUMBER: builtins.int
+    KEEP_AT_LEAST_FIELD_NUMBER: builtins.int
+    min_sparsity: builtins.float
+    """At least this fraction of the units, rounded up. In [0, 1]."""
+    max_sparsity: builtins.float
+    """At most this fraction of the units, rounded down. In [0, 1]. Default 1."""
+    keep_at_least: builtins.int
+    """Units that are kept, at least; fewer where there are fewer."""
+    @property
+    def tensors(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Names and globs. Each must match one of the rule's tensors. Empty: all."""
+
+    def __init__(
+        self,
+        *,
+        tensors: collections.abc.Iterable[builtins.str] | None = ...,
+        min_sparsity: builtins.float = ...,
+        max_sparsity: builtins.float | None = ...,
+        keep_at_least: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_max_sparsity", b"_max_sparsity", "max_sparsity", b"max_sparsity"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_max_sparsity", b"_max_sparsity", "keep_at_least", b"keep_at_least", "max_sparsity", b"max_sparsity", "min_sparsity", b"min_sparsity", "tensors", b"tensors"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_max_sparsity", b"_max_sparsity"]) -> typing.Literal["max_sparsity"] | None: ...
+
+Global___Rail: typing_extensions.TypeAlias = Rail
+
+@typing.final
 class Magnitude(google.protobuf.message.Message):
-    """Importance is the norm of a unit: for an element |w|."""
+    """Importance is the norm of a unit: for an element |w|. Slices of one tensor are ranked by their
+    norm, as in torch; everything else by its power mean, (mean of |w|^p)^(1/p), so that units of
+    several sizes compare. Elements that are pruned already count as 0.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -256,7 +770,7 @@ class Magnitude(google.protobuf.message.Message):
     NaN: INVALID_ARGUMENT.
     """
     matrix_norm: Global___MatrixNorm.ValueType
-    """A norm of the slice as a matrix."""
+    """A norm of the slice as a matrix. GRANULARITY_SLICE with SCOPE_PER_TENSOR only."""
     def __init__(
         self,
         *,

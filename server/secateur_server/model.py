@@ -16,7 +16,13 @@ from secateur_server.pruning.spec import Parameter
 from secateur_server.wire.header import Entry, Header
 from secateur_server.wire.index import Index
 from secateur_server.wire.tensors import TORCH_DTYPES, WireTensor
-from secateur_server.wire.writer import Outgoing, OutgoingFile, bytes_file, state_dict_file
+from secateur_server.wire.writer import (
+    Outgoing,
+    OutgoingFile,
+    bytes_file,
+    state_dict_file,
+    state_dict_head,
+)
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,8 @@ class Model:
         self.masks: Mapping[str, Mask] = {}
 
     def named(self, field: str, patterns: Sequence[str]) -> list[str]:
-        """The prunable tensors that `patterns` mean; all, where there are none."""
-        return match(field, patterns, self.catalog) if patterns else list(self.catalog.prunable)
+        """The prunable tensors that `patterns` mean; the floating ones, where there are none."""
+        return match(field, patterns, self.catalog) if patterns else self.catalog.floating
 
     def files_of(self, names: Collection[str]) -> set[str]:
         """What the files call the tensors that make up some parameters."""
@@ -91,9 +97,7 @@ class Model:
         are_folded: of these the masks are applied to the weights; other pruned ones are pairs.
         Errors: InvalidStateDict, where a pair's names are taken.
         """
-        written: dict[str, dict[str, Outgoing]] = {shard.filename: {} for shard in self.shards}
-        for stored, name, outgoing in self._written(are_folded):
-            written[self._shard_of[stored]][name] = outgoing
+        written = self._layout(are_folded)
         files = [
             state_dict_file(shard.filename, written[shard.filename], shard.metadata)
             for shard in self.shards
@@ -101,6 +105,21 @@ class Model:
         if self.index:
             files.append(bytes_file(self.index.filename, self.index.rewritten(written)))
         return files
+
+    def size(self, are_folded: Container[str]) -> int:
+        """Bytes of what `files` gives, without a look at the data."""
+        written = self._layout(are_folded)
+        of_shards = [
+            state_dict_head(written[shard.filename], shard.metadata)[1] for shard in self.shards
+        ]
+        return sum(of_shards) + (len(self.index.rewritten(written)) if self.index else 0)
+
+    def _layout(self, are_folded: Container[str]) -> dict[str, dict[str, Outgoing]]:
+        """What is written to each file, by the tensors' names."""
+        written: dict[str, dict[str, Outgoing]] = {shard.filename: {} for shard in self.shards}
+        for stored, name, outgoing in self._written(are_folded):
+            written[self._shard_of[stored]][name] = outgoing
+        return written
 
     def _written(self, are_folded: Container[str]) -> Iterator[tuple[str, str, Outgoing]]:
         """What each tensor of the files becomes: as it was called, as it is called, itself."""
@@ -133,8 +152,8 @@ class Model:
         else:
             dtype = TORCH_DTYPES[tensor.dtype]
             yield f"{name}_orig", as_it_is
-            floats = Outgoing(tensor.dtype, tensor.shape, lambda: _as_floats(mask, dtype))
-            yield f"{name}_mask", floats
+            numbers = Outgoing(tensor.dtype, tensor.shape, lambda: _as_numbers(mask, dtype))
+            yield f"{name}_mask", numbers
 
 
 def _shards_of(shards: Sequence[Shard]) -> dict[str, str]:
@@ -188,7 +207,7 @@ def packed_masks(masks: Mapping[str, Mask]) -> OutgoingFile:
     return state_dict_file("", {name: packed(mask) for name, mask in masks.items()}, {})
 
 
-def _as_floats(mask: Mask, dtype: torch.dtype | None) -> Iterator[Tensor]:
-    """A mask of 0.0 and 1.0, in parts."""
+def _as_numbers(mask: Mask, dtype: torch.dtype | None) -> Iterator[Tensor]:
+    """A mask of 0 and 1 in a dtype, in parts."""
     for begin, end in spans(mask.elements, passes_of(mask.bits.device).piece):
         yield mask.flags(begin, end).to(dtype)

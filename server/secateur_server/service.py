@@ -1,4 +1,4 @@
-"""The three RPCs: read, prune, write."""
+"""The RPCs: read, prune, write."""
 
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -15,16 +15,19 @@ from secateur_proto.codec import SINGLE, Data, Decoder, encode
 from secateur_server.devices.cpu import one_thread
 from secateur_server.devices.watch import watch
 from secateur_server.errors import CheckpointNotFound, InvalidRequest
+from secateur_server.forms import form_bytes
 from secateur_server.landing import Landing
 from secateur_server.messages.checkpoint import checkpoint_message, file_message, progress_message
+from secateur_server.messages.plan import decode_amounts, encode_plan
 from secateur_server.messages.report import encode_report
 from secateur_server.messages.spec import decode_spec
 from secateur_server.messages.stream import Bytes, open_request, responses
 from secateur_server.model import Model, masks_of, packed_masks
 from secateur_server.operate.calls import this_call
-from secateur_server.pruning.catalog import resolve
 from secateur_server.pruning.measure import fold
+from secateur_server.pruning.plan import plan
 from secateur_server.pruning.prune import prune
+from secateur_server.pruning.resolve import resolve
 from secateur_server.pruning.spec import Parameter, Rule
 from secateur_server.sources import Incoming, Sources
 from secateur_server.wire.writer import OutgoingFile, chunks
@@ -92,7 +95,7 @@ class Pruner:
         model = incoming.model
         rules = resolve(rules, model.catalog)
         is_whole = header.output in (pb.OUTPUT_DENSE, pb.OUTPUT_REPARAMETRIZED)
-        read_whole = None if is_whole else {name for rule in rules for name in rule.names()}
+        read_whole = None if is_whole else {name for rule in rules for name in rule.reads()}
         with watch().stage("receive"):
             incoming.read(read_whole)
         before = dict(model.parameters)
@@ -150,6 +153,33 @@ class Pruner:
             self._sources.metrics.reported(report)
             return pb.ReportResponse(report=report)
 
+    def Plan(
+        self, request_iterator: Iterator[pb.PlanRequest | Data], context: grpc.ServicerContext
+    ) -> pb.PlanResponse:
+        """Foretells what a Prune would do by many amounts."""
+        first, data = open_request(request_iterator, self._sources.metrics.received)
+        header = first.header
+        rules = decode_spec(header.spec)
+        extras = {name for rule in rules for name in rule.extras()}
+        with ExitStack() as held:
+            incoming = self._sources.open(header, data, extras, held)
+            model = incoming.model
+            rules = resolve(rules, model.catalog)
+            planned, amounts = decode_amounts(header, rules)
+            with watch().stage("receive"):
+                incoming.read({name for rule in rules for name in rule.reads()})
+            with self._turn(incoming):
+                before, _ = prune(dict(model.parameters), rules[:-1], model.extras)
+                state = {**model.parameters, **before}
+                outcomes = plan(planned, amounts, state, model.extras)
+            message = encode_plan(outcomes, state, planned.tensors)
+            sizes = form_bytes(model, [n for n in state if n in {*before, *planned.names()}])
+            message.masks_bytes, message.dense_bytes = sizes.masks, sizes.dense
+            message.reparametrized_bytes = sizes.reparametrized
+            message.input_blake3 = incoming.digest()
+            incoming.check_unchanged()
+            return pb.PlanResponse(plan=message)
+
     def Finalize(
         self, request_iterator: Iterator[pb.FinalizeRequest | Data], context: grpc.ServicerContext
     ) -> Iterator[pb.FinalizeResponse | Data]:
@@ -171,7 +201,8 @@ class Pruner:
             incoming.read(None)
         with self._turn(incoming), watch().stage("encode"):
             watch().begin("prune")
-            files = folded_files(model, {name: model.parameters[name] for name in names})
+            folded = names if header.tensors else list(model.parameters)  # pairs of integers too
+            files = folded_files(model, {name: model.parameters[name] for name in folded})
             digest = files[0].blake3 if len(files) == 1 else ""
             covered = ((name, model.parameters[name]) for name in names)
             report = encode_report(covered, incoming.digest(), digest, are_folded=True)
@@ -272,6 +303,9 @@ def add_pruner(pruner: Pruner, server: grpc.Server) -> str:
         ),
         "Report": grpc.stream_unary_rpc_method_handler(
             pruner.Report, Decoder(pb.ReportRequest.FromString), encode
+        ),
+        "Plan": grpc.stream_unary_rpc_method_handler(
+            pruner.Plan, Decoder(pb.PlanRequest.FromString), encode
         ),
         "Finalize": grpc.stream_stream_rpc_method_handler(
             pruner.Finalize, Decoder(pb.FinalizeRequest.FromString), encode

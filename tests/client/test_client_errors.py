@@ -18,7 +18,7 @@ from tests.conftest import start_server, stop_server
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 
 WEIGHT = torch.arange(1.0, 13).reshape(4, 3)
-MODEL = {"fc.weight": WEIGHT, "fc.bias": torch.ones(4), "steps": torch.arange(4)}
+MODEL = {"fc.weight": WEIGHT, "fc.bias": torch.ones(4), "flags": torch.ones(4) == 1}
 HALF = secateur.l1_unstructured("fc.weight", 0.5)
 
 
@@ -44,7 +44,7 @@ SELECTION = "spec.rules[0].selection"
             id="name",
         ),
         pytest.param(
-            secateur.l1_unstructured("steps", 1), f"{SELECTION}.tensors[0]", "I64", id="dtype"
+            secateur.l1_unstructured("flags", 1), f"{SELECTION}.tensors[0]", "BOOL", id="dtype"
         ),
         pytest.param(
             secateur.l1_unstructured("fc.weight", 13), f"{SELECTION}.count", "13 .* 12", id="count"

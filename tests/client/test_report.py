@@ -35,8 +35,10 @@ def test_a_report_takes_names_and_globs(client: secateur.Client) -> None:
     assert list(client.report(SPARSE, "half").tensors) == ["half"]
     assert list(client.report(SPARSE, ["*", "half"]).tensors) == ["conv.weight", "<bias>", "half"]
     assert list(client.report(SPARSE, ["h*", "conv.weight"]).tensors) == ["conv.weight", "half"]
-    with pytest.raises(secateur.InvalidSpec, match=r"'steps' cannot be pruned.*I64"):
-        client.report(SPARSE, ["half", "steps"])
+    assert list(client.report(SPARSE, ["steps", "h*"]).tensors) == ["half", "steps"]
+    flags = {**SPARSE, "flags": np.array([True])}
+    with pytest.raises(secateur.InvalidSpec, match=r"'flags' cannot be pruned.*BOOL"):
+        client.report(flags, ["half", "flags"])
 
 
 def test_a_pair_is_reported_with_its_mask(client: secateur.Client) -> None:

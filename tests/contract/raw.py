@@ -28,10 +28,11 @@ TIMEOUT = 20.0
 unhurried = settings(deadline=None)
 
 INVALID_ARGUMENT = grpc.StatusCode.INVALID_ARGUMENT
-RPCS = ("Prune", "Report", "Finalize")
+RPCS = ("Prune", "Report", "Plan", "Finalize")
 _REQUESTS: dict[str, Any] = {
     "Prune": (pb.PruneRequest, pb.PruneHeader),
     "Report": (pb.ReportRequest, pb.ReportHeader),
+    "Plan": (pb.PlanRequest, pb.PlanHeader),
     "Finalize": (pb.FinalizeRequest, pb.FinalizeHeader),
 }
 Message = TypeVar("Message")
@@ -91,8 +92,8 @@ def is_served(found: Failure | None) -> bool:
 
 
 def header(rpc: str, data_bytes: int, **fields: Any) -> Any:
-    """The header of an rpc; of a Prune with a spec that fits any model with floating tensors."""
-    if rpc == "Prune":
+    """The header of an rpc; of those with a spec with one that fits any model with floating tensors."""
+    if rpc in ("Prune", "Plan"):
         fields.setdefault("spec", spec("*"))
     return _REQUESTS[rpc][1](data_bytes=data_bytes, **fields)
 
@@ -107,7 +108,7 @@ def send(
 ) -> list[Any]:
     """Makes a call of any messages. Returns those of its answer.  Errors: grpc.RpcError."""
     answer: Any = getattr(PrunerStub(channel), rpc)(iter(messages), timeout=timeout)
-    return [answer] if rpc == "Report" else list(answer)
+    return [answer] if rpc in ("Report", "Plan") else list(answer)
 
 
 def send_file(

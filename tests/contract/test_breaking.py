@@ -59,6 +59,8 @@ def test_no_message_moves_to_another_file(changed: Path) -> None:
     """Its generated code would be elsewhere: an include of C++, an import of Python."""
     before, message, behind = (changed / REPORT).read_text().partition("message Choice {")
     package = "package secateur.v1;"
+    plan, report = changed / "secateur/v1/plan.proto", 'import "secateur/v1/report.proto";'
+    plan.write_text(plan.read_text().replace(report, f'{report} import "choice.proto";'))
     (changed / REPORT).write_text(before.replace(package, f'{package} import "choice.proto";'))
     (changed / "choice.proto").write_text(f'syntax = "proto3"; {package} {message}{behind}')
     ended = breaking(changed)

@@ -85,6 +85,7 @@ def test_the_rpcs_have_their_names_and_kinds() -> None:
     assert {m.name: (m.client_streaming, m.server_streaming) for m in service.methods} == {
         "Prune": (True, True),
         "Report": (True, False),
+        "Plan": (True, False),
         "Finalize": (True, True),
     }
 

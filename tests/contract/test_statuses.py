@@ -42,6 +42,7 @@ MODEL = {
     "fc.bias": torch.randn(4),
     "scalar": torch.tensor(1.5),
     "steps": torch.arange(12).reshape(4, 3),
+    "flags": HALF_OF_FC == 1,
     "old_orig": torch.randn(4, 3),
     "old_mask": HALF_OF_FC,
     "z.turned": torch.randn(3, 4),
@@ -108,7 +109,14 @@ WRONG_ALONE = [
     pytest.param(fc(fraction=NAN), f"{AT}.fraction", ["nan"], id="fraction NaN"),
     pytest.param(fc(fraction=INF), f"{AT}.fraction", ["inf"], id="fraction inf"),
     pytest.param(
-        slices("fc.weight", scope=spec_pb2.SCOPE_GLOBAL), f"{AT}.scope", [], id="global slices"
+        slices(
+            "fc.weight",
+            scope=spec_pb2.SCOPE_GLOBAL,
+            magnitude=spec_pb2.Magnitude(matrix_norm=spec_pb2.MATRIX_NORM_NUCLEAR),
+        ),
+        f"{AT}.magnitude.matrix_norm",
+        [],
+        id="global nuclear norm",
     ),
     pytest.param(
         scored("z.nan", random=spec_pb2.Random()), f"{AT}.importance_scores", [], id="random scores"
@@ -143,7 +151,8 @@ UNFIT = [
     ),
     pytest.param(spec("*", "cov*"), f"{AT}.tensors[1]", ["'cov*'"], id="glob"),
     pytest.param(spec(""), f"{AT}.tensors[0]", ["''"], id="no name"),
-    pytest.param(spec("steps"), f"{AT}.tensors[0]", ["'steps'", "I64"], id="integers"),
+    pytest.param(spec("flags"), f"{AT}.tensors[0]", ["'flags'", "BOOL"], id="bools"),
+    pytest.param(spec("step*"), f"{AT}.tensors[0]", ["'step*'", "floating"], id="glob of integers"),
     pytest.param(spec("z.complex"), f"{AT}.tensors[0]", ["'z.complex'"], id="complex"),
     pytest.param(spec("old_orig"), f"{AT}.tensors[0]", ["'old_orig'", "'old'"], id="orig of pair"),
     pytest.param(spec("old_mask"), f"{AT}.tensors[0]", ["'old_mask'", "'old'"], id="mask of pair"),
@@ -193,7 +202,7 @@ UNFIT = [
             "z.complex": ["C64"],
         }.items()
     ),
-    pytest.param(masks(steps="z.half"), f"{MASKS}['steps']", ["I64"], id="mask of integers"),
+    pytest.param(masks(flags="z.half"), f"{MASKS}['flags']", ["BOOL"], id="mask of bools"),
     pytest.param(masks(fcc="z.half"), f"{MASKS}['fcc']", ["'fcc'", "nearest"], id="mask of typo"),
 ]
 
@@ -254,7 +263,7 @@ def test_a_wrong_spec_is_refused_before_the_data_is_sent(
 
 
 @pytest.mark.parametrize("rpc", ["Report", "Finalize"])
-@pytest.mark.parametrize(("name", "said"), [("fc.wieght", "'fc.weight'"), ("steps", "I64")])
+@pytest.mark.parametrize(("name", "said"), [("fc.wieght", "'fc.weight'"), ("flags", "BOOL")])
 def test_a_name_that_fits_nothing_is_refused_by_every_rpc_before_the_data_is_sent(
     channel: grpc.Channel, rpc: str, name: str, said: str
 ) -> None:

@@ -26,7 +26,7 @@ from secateur_server.messages.report import encode_report
 from secateur_server.messages.spec import decode_spec
 from secateur_server.messages.stream import open_request
 from secateur_server.model import values_of, without_extras
-from secateur_server.pruning.catalog import resolve
+from secateur_server.pruning.resolve import resolve
 from secateur_server.pruning.prune import prune
 from secateur_server.wire.header import Header
 from secateur_server.wire.index import read_index

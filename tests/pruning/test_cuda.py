@@ -3,17 +3,16 @@
 import pytest
 import torch
 
+from secateur_server.pruning.granularity import Element, Slice
 from secateur_server.pruning.measure import fold, measure
 from secateur_server.pruning.prune import prune
 from secateur_server.pruning.spec import (
     CustomMasks,
-    Element,
     Magnitude,
     Parameter,
     Random,
     Rule,
     Selection,
-    Slice,
 )
 from tests.pruning.bits import unpacked
 
@@ -23,13 +22,13 @@ pytestmark = [
 ]
 
 RULES: dict[str, Rule] = {
-    "l1": Selection("r", ("a", "b"), Magnitude(), Element(), False, 0.3, {}),
-    "global": Selection("r", ("a", "b"), Magnitude(), Element(), True, 0.5, {}),
-    "scores": Selection("r", ("a",), Magnitude(), Element(), True, 0.5, {"a": "s"}),
-    "random": Selection("r", ("a", "b"), Random(7), Element(), True, 0.5, {}),
-    "l2": Selection("r", ("a", "b"), Magnitude(2.0), Slice(0), False, 0.4, {}),
-    "inf": Selection("r", ("b",), Magnitude(float("inf")), Slice(-1), False, 5, {}),
-    "random slices": Selection("r", ("a", "b"), Random(1), Slice(1), False, 3, {}),
+    "l1": Selection("r", ("a", "b"), Magnitude(), Element(), "tensor", 0.3, {}),
+    "global": Selection("r", ("a", "b"), Magnitude(), Element(), "global", 0.5, {}),
+    "scores": Selection("r", ("a",), Magnitude(), Element(), "global", 0.5, {"a": "s"}),
+    "random": Selection("r", ("a", "b"), Random(7), Element(), "global", 0.5, {}),
+    "l2": Selection("r", ("a", "b"), Magnitude(2.0), Slice(0), "tensor", 0.4, {}),
+    "inf": Selection("r", ("b",), Magnitude(float("inf")), Slice(-1), "tensor", 5, {}),
+    "random slices": Selection("r", ("a", "b"), Random(1), Slice(1), "tensor", 3, {}),
     "custom": CustomMasks("r", {"a": "m"}),
 }
 

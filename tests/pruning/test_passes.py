@@ -12,11 +12,12 @@ from secateur_server.devices import kernels
 from secateur_server.devices.cpu import Compiled, Cpu
 from secateur_server.devices.passes import BITS, Passes, Piece
 from secateur_server.devices.randomness import RandomScores
+from secateur_server.pruning.granularity import Element
 from secateur_server.pruning.masks import any_of_slices, spread
 from secateur_server.pruning.measure import measure
+from secateur_server.pruning.norms import slice_norms
 from secateur_server.pruning.prune import prune
-from secateur_server.pruning.score import slice_norms
-from secateur_server.pruning.spec import Element, Magnitude, Parameter, Random, Selection, Slice
+from secateur_server.pruning.spec import Magnitude, Parameter, Random, Scope, Selection
 from tests.pruning.bits import packed, unpacked
 
 CPU = torch.device("cpu")
@@ -199,8 +200,9 @@ def test_masks_and_measures_are_the_same_without_numba(
         "a": Parameter(weights[0]),
         "b": Parameter(weights[1], packed(torch.rand(300, 700) > 0.2)),
     }
+    scope: Scope = "global" if is_global else "tensor"
     rules = [
-        Selection("r", ("a", "b"), importance, Element(), is_global, fraction, {})
+        Selection("r", ("a", "b"), importance, Element(), scope, fraction, {})
         for importance in (Magnitude(), Random(5))
     ]
     expected, outcomes = prune(parameters, rules, {})
@@ -222,10 +224,10 @@ def test_norms_are_the_same_bits_without_numba(
     mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) > 0.3
     for dim, kept in ((0, None), (1, None), (0, mask), (-1, mask)):
         bits = None if kept is None else packed(kept)
-        found = slice_norms(values, bits, Slice(dim), float(p))
+        found = slice_norms(values, bits, dim, float(p))
         with pytest.MonkeyPatch.context() as without:
             without.setattr(kernels, "enabled", False)
-            assert torch.equal(found, slice_norms(values, bits, Slice(dim), float(p)))
+            assert torch.equal(found, slice_norms(values, bits, dim, float(p)))
         whole = values.double() if kept is None else values.double() * kept
         norms = torch.linalg.vector_norm(whole, p, dim=1 - dim % 2)
         assert torch.allclose(found.double(), norms, rtol=1e-6, atol=0)

@@ -11,16 +11,10 @@ from torch import Tensor
 
 from secateur_server.devices.passes import SPACING, Passes
 from secateur_server.pruning import select
+from secateur_server.pruning.granularity import Element, Slice
 from secateur_server.pruning.prune import Choice
 from secateur_server.pruning.prune import prune as apply_rules
-from secateur_server.pruning.spec import (
-    Element,
-    Magnitude,
-    Parameter,
-    Random,
-    Selection,
-    Slice,
-)
+from secateur_server.pruning.spec import Magnitude, Parameter, Random, Scope, Selection
 from tests.pruning.bits import packed, unpacked
 from tests.pruning.torch_side import EXACT, HALF, distinct, lowest_slices
 
@@ -35,7 +29,8 @@ def rule(
     is_global: bool = False,
     scores: Mapping[str, str] | None = None,
 ) -> Selection:
-    return Selection("rule", tuple(names), importance, granularity, is_global, amount, scores or {})
+    scope: Scope = "global" if is_global else "tensor"
+    return Selection("rule", tuple(names), importance, granularity, scope, amount, scores or {})
 
 
 def answer(

@@ -178,7 +178,7 @@ def test_what_is_not_listed_is_neither_read_nor_written(
 ) -> None:
     before = (root.parent / "outside.safetensors").read_bytes()
     for uri in places_outside(root):
-        for rpc in ("Prune", "Report", "Finalize"):
+        for rpc in ("Prune", "Report", "Plan", "Finalize"):
             check_refused(served.read(uri, rpc))
         if uri:
             check_refused(served.write(source, uri))

@@ -16,7 +16,7 @@ from secateur_server.wire.tensors import WireTensor
 from tests.contract.raw import entry, file, unhurried
 
 CPU = torch.device("cpu")
-# Dtypes of the format that torch has; F8 and the like pass through the server as bytes.
+# Dtypes of the format that torch has; U16 and the like pass through the server as bytes.
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -36,6 +36,7 @@ DTYPES = {
     "C64": torch.complex64,
 }
 COMPUTED = {"BOOL", "U8", "I8", "I16", "I32", "I64", "F16", "BF16", "F32", "F64"}
+COMPUTED |= {"F8_E4M3", "F8_E5M2"}
 NAMES = st.text(max_size=12).filter(lambda name: name != "__metadata__")
 
 Read = tuple[dict[str, WireTensor], dict[str, str], str]

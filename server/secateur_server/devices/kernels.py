@@ -6,6 +6,7 @@ bits: the integers that have the bits of floating scores, 1-D.  alive, kept: a b
 lowest first; alive may be None for all.
 largest: the largest integer of the bits' dtype, which `and` takes the sign with. numba makes int64
 of it, and several times slower loops, where the result is not turned back to the bits' dtype.
+count_zeros and fold take integers as well, which have no bit that is a sign.
 """
 
 from collections.abc import Callable
@@ -204,7 +205,7 @@ def keep(kept: Any, at: Any, stays: Any) -> None:
 
 @_compiled
 def count_zeros(bits: Any, kept: Any, largest: int) -> int:
-    """How many scores are zero, or not kept."""
+    """How many scores are zero, or not kept.  largest: -1 for integers."""
     count = 0
     if kept is None:
         for i in range(len(bits)):
@@ -230,7 +231,7 @@ def count_ones(bits: Any) -> int:
 
 @_compiled
 def fold(bits: Any, kept: Any, sign: int) -> None:
-    """Leaves of what is not kept the sign alone."""
+    """Leaves of what is not kept the sign alone.  sign: its bit; 0 for integers."""
     for i in range(len(bits)):
         if not (kept[i >> 3] >> (i & 7)) & 1:
             bits[i] &= sign

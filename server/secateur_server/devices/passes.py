@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,17 +22,31 @@ Found = TypeVar("Found")
 
 DIGIT_BITS = 16
 
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
 # The integers that have the bits of a floating dtype.
 BITS = {
     torch.float64: torch.int64,
     torch.float32: torch.int32,
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
+    **dict.fromkeys(FP8, torch.int8),
 }
 
-# The keys of infinity; those of NaN are above.
+# The keys of infinity; those of NaN are above. E4M3 has none: that of its largest number.
 INFINITY = {
-    dtype: int(torch.tensor(torch.inf, dtype=dtype).view(bits)) for dtype, bits in BITS.items()
+    dtype: int(torch.tensor(torch.inf, dtype=dtype).view(bits))
+    for dtype, bits in BITS.items()
+    if dtype != torch.float8_e4m3fn
+}
+INFINITY[torch.float8_e4m3fn] = 0x7E
+
+# What fp8 and integers rank as: wider dtypes that have all their values. But int64 has more than
+# float64: it ranks as the nearest one.
+_RANKED_AS = {
+    **dict.fromkeys((*FP8, torch.int8, torch.uint8), torch.float16),
+    torch.int16: torch.float32,
+    **dict.fromkeys((torch.int32, torch.int64), torch.float64),
 }
 
 
@@ -39,8 +54,9 @@ INFINITY = {
 class Piece:
     """Units of a tensor in their order, to be ranked by the absolute value of their scores.
 
-    scores: floating, 1-D; or random ones.  dtype: what they are compared as; random ones are
-    integers of its bits.  alive: bits, 0 is pruned already; None is all alive.
+    scores: of any dtype that can be pruned, 1-D; or random ones.  dtype: what they are compared as,
+    as of ranked_as; random ones are integers of its bits.
+    alive: bits, 0 is pruned already; None is all alive.
     """
 
     units: int
@@ -209,6 +225,41 @@ class Passes:
         digits = (keys >> shift) & ((1 << DIGIT_BITS) - 1)
         counts += torch.bincount(digits, minlength=1 << DIGIT_BITS)
 
+    def count_many_digits(
+        self, piece: Piece, prefixes: Tensor, shift: int, width: int, counts: Tensor
+    ) -> None:
+        """As add_digits, for many prefixes at once, by digits of `width` bits.
+
+        prefixes: ascending, distinct, of the keys' dtype.
+        counts: int64, (prefixes, 2^width), on the device.
+        """
+        digits = self._living(piece) >> shift
+        rows = torch.searchsorted(prefixes, digits >> width).clamp(max=len(prefixes) - 1)
+        places = (rows << width) + (digits & ((1 << width) - 1))
+        places = places[prefixes[rows] == digits >> width]
+        counts += torch.bincount(places, minlength=counts.numel()).view_as(counts)
+
+    def count_below(self, piece: Piece, key: int) -> tuple[int, int]:
+        """How many keys are below `key`, and how many are `key`."""
+        keys = self._living(piece)
+        return int((keys < key).count_nonzero()), int((keys == key).count_nonzero())
+
+    def sum_squares(self, piece: Piece, values: Tensor, cuts: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of squares of the values whose keys are at and between cuts, in their order.
+
+        values: as many as units, of any dtype.  cuts: keys, of their dtype, ascending, distinct.
+        Returns: float64 on the CPU, at 2j of what is between cut j - 1 and cut j, at 2j + 1 of what
+        is at cut j; int64 on the CPU, how many are at each cut.
+        """
+        keys, size = self._living(piece), 2 * len(cuts) + 1
+        if piece.alive is not None:
+            values = values[self.unpack(piece.alive, piece.units)]
+        at = torch.searchsorted(cuts, keys) + torch.searchsorted(cuts, keys, right=True)
+        squares = values.to(torch.float64).square()
+        # Of bincounts numpy's alone adds in the order of the elements, on every device.
+        sums = np.bincount(at.cpu().numpy(), squares.cpu().numpy(), size)
+        return torch.from_numpy(sums), torch.bincount(at, minlength=size)[1::2].cpu()
+
     def sample(self, piece: Piece, index: Tensor) -> Tensor:
         """The keys of the units that are alive at `index`, ascending, as far as there are."""
         index = index[: int(torch.searchsorted(index, piece.units))]
@@ -217,6 +268,10 @@ class Passes:
         if isinstance(piece.scores, RandomScores):
             return random_keys(piece.scores, index)
         return as_keys(piece.scores[index], piece.dtype)
+
+    def ascending(self, keys: Tensor) -> Tensor:
+        """The keys in the order of size."""
+        return keys.sort().values
 
     def kth(self, keys: Tensor, place: int) -> int:
         """The key at `place`, from 1, in the order of size."""
@@ -269,8 +324,12 @@ class Passes:
         """How many of the second dimension's indices have a flag.  flags: bool, 3-D."""
         return int(self.any_along(flags).count_nonzero())
 
+    def nonzero(self, values: Tensor) -> Tensor:
+        """Which of `values` are not zero.  values: 1-D.  Returns: bool."""
+        return values != 0
+
     def count_zeros(self, values: Tensor, kept: Tensor | None) -> int:
-        """How many of `values` are zero, or not kept.  values: floating, 1-D.  kept: bits."""
+        """How many of `values` are zero, or not kept.  values: 1-D.  kept: bits."""
         zero = values == 0
         if kept is not None:
             zero |= ~self.unpack(kept, len(values))
@@ -278,9 +337,8 @@ class Passes:
 
     def fold(self, values: Tensor, kept: Tensor) -> None:
         """Sets what is not kept to zero of its own sign.  values: written to.  kept: bits."""
-        bits = values.view(BITS[values.dtype])
-        signs = bits & torch.iinfo(bits.dtype).min
-        torch.where(self.unpack(kept, len(bits)), bits, signs, out=bits)
+        bits, sign = signed_bits(values)
+        torch.where(self.unpack(kept, len(bits)), bits, bits & sign, out=bits)
 
     def power_sums(self, values: Tensor, first: int, last: int, p: float) -> Tensor | None:
         """The sums of |x|^p by halves of the slices [first, last) along the second dimension.
@@ -290,13 +348,36 @@ class Passes:
         """
         return None
 
+    def largest(self, keys: Tensor, n: int) -> Tensor:
+        """Which keys of each group are its `n` largest, of equal ones those further on.
+
+        keys: integers, (groups, m, inner), of which a group has the second dimension's.
+        Returns: bool, of the same shape.
+        """
+        ascending = keys.argsort(dim=1, stable=True)
+        found = torch.zeros(keys.shape, dtype=torch.bool, device=self.device)
+        return found.scatter_(1, ascending[:, max(0, keys.shape[1] - n) :], True)
+
 
 def bits_at(bits: Tensor, index: Tensor) -> Tensor:
     """The bits at `index` as bool, in its shape."""
     return ((bits[index >> 3] >> (index & 7)) & 1).to(torch.bool)
 
 
+def ranked_as(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which values of `dtype` rank: itself, but for fp8 and integers."""
+    return _RANKED_AS.get(dtype, dtype)
+
+
+def signed_bits(values: Tensor) -> tuple[Tensor, int]:
+    """The bits of values as integers, and the bit that is their sign; 0 for integers."""
+    if values.dtype not in BITS:
+        return (values.view(torch.int8) if values.dtype == torch.uint8 else values), 0
+    bits = values.view(BITS[values.dtype])
+    return bits, torch.iinfo(bits.dtype).min
+
+
 def as_keys(scores: Tensor, dtype: torch.dtype) -> Tensor:
-    """The keys of floating scores, compared as `dtype`."""
+    """The keys of scores, compared as `dtype`, floating and not fp8."""
     bits = scores.to(dtype).view(BITS[dtype])
     return bits & torch.iinfo(bits.dtype).max  # the sign goes

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 
+from secateur_proto.report_pb2 import Bound, RuleReport, SparsityReport, TensorReport, ZeroBlocks
 from secateur_proto.report_pb2 import Choice as ChoiceMessage
-from secateur_proto.report_pb2 import RuleReport, SparsityReport, TensorReport
+from secateur_proto.spec_pb2 import Pattern
 from secateur_server.devices.watch import watch
 from secateur_server.pruning.measure import measure
 from secateur_server.pruning.prune import Choice
@@ -31,7 +32,7 @@ def encode_report(
         zeros=zeros,
         total=total,
         sparsity=_share(zeros, total),
-        rules=[RuleReport(choices=map(_choice, choices)) for choices in outcomes],
+        rules=[RuleReport(choices=map(encode_choice, choices)) for choices in outcomes],
         input_blake3=input_blake3,
         output_blake3=output_blake3,
     )
@@ -52,10 +53,16 @@ def _tensor(name: str, parameter: Parameter, is_folded: bool) -> TensorReport:
         pruned=0 if is_folded else found.pruned,
         is_pruned=parameter.mask is not None and not is_folded,
         zero_slices=found.zero_slices,
+        patterns=[Pattern(n=n, m=m) for n, m in found.structure.patterns],
+        zero_blocks=[
+            ZeroBlocks(side=blocks.side, zero=blocks.zero, total=blocks.total)
+            for blocks in found.structure.zero_blocks
+        ],
     )
 
 
-def _choice(choice: Choice) -> ChoiceMessage:
+def encode_choice(choice: Choice) -> ChoiceMessage:
+    """What one choice came to."""
     return ChoiceMessage(
         tensors=choice.tensors,
         candidates=choice.candidates,
@@ -64,6 +71,10 @@ def _choice(choice: Choice) -> ChoiceMessage:
         threshold=choice.threshold,
         ties=choice.ties,
         ties_pruned=choice.ties_pruned,
+        bounds=[
+            Bound(tensor=bound.tensor, rail=bound.rail, pruned=bound.pruned)
+            for bound in choice.bounds
+        ],
     )
 
 

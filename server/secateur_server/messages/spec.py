@@ -1,30 +1,73 @@
 """A pruning spec from the wire: every field checked that can be without the tensors."""
 
 import math
+from collections.abc import Callable
+from typing import TypeVar
 
 from google.protobuf.message import Message
 
-from secateur_proto import spec_pb2
-from secateur_server.errors import AmountOutOfRange, InvalidSpec
+from secateur_proto import spec_pb2 as pb
+from secateur_server.errors import AmountOutOfRange, InvalidSpec, quote
+from secateur_server.messages.rails import decode_rails
+from secateur_server.pruning.granularity import NM, Block, Element, Granularity, Slice
 from secateur_server.pruning.spec import (
+    Allocation,
+    Amount,
+    Budget,
+    Combination,
     CustomMasks,
-    Element,
+    Group,
     Magnitude,
+    Member,
+    Normalization,
     Random,
     Rule,
+    Scope,
     Selection,
-    Slice,
+    Table,
+    Threshold,
 )
 
+Choice = TypeVar("Choice")
 
-def decode_spec(spec: spec_pb2.PruningSpec) -> list[Rule]:
+SCOPES: dict[int, Scope] = {
+    pb.SCOPE_PER_TENSOR: "tensor",
+    pb.SCOPE_GLOBAL: "global",
+    pb.SCOPE_ISOMORPHIC: "isomorphic",
+}
+ALLOCATIONS: dict[int, Allocation] = {
+    pb.ALLOCATION_UNSPECIFIED: "rank",
+    pb.ALLOCATION_RANK: "rank",
+    pb.ALLOCATION_UNIFORM: "uniform",
+    pb.ALLOCATION_ERK: "erk",
+    pb.ALLOCATION_LAMP: "lamp",
+}
+NORMALIZATIONS: dict[int, Normalization | None] = {
+    pb.NORMALIZATION_UNSPECIFIED: None,
+    pb.NORMALIZATION_NONE: None,
+    pb.NORMALIZATION_MEAN: "mean",
+    pb.NORMALIZATION_NORM: "norm",
+    pb.NORMALIZATION_Z_SCORE: "z_score",
+}
+COMBINATIONS: dict[int, Combination] = {
+    pb.COMBINATION_UNSPECIFIED: "mean",
+    pb.COMBINATION_MEAN: "mean",
+    pb.COMBINATION_SUM: "sum",
+    pb.COMBINATION_MAX: "max",
+}
+
+# A longer one is no pattern that hardware has, and takes long to rank.
+LONGEST_PATTERN = 1024
+
+
+def decode_spec(spec: pb.PruningSpec) -> list[Rule]:
     """The rules of a spec.  Errors: InvalidSpec, naming the field by its path."""
     if not spec.rules:
         raise InvalidSpec("spec.rules", "a spec needs at least one rule")
     return [_rule(rule, f"spec.rules[{index}]") for index, rule in enumerate(spec.rules)]
 
 
-def _rule(rule: spec_pb2.Rule, path: str) -> Rule:
+def _rule(rule: pb.Rule, path: str) -> Rule:
     if _chosen(rule, "method", path) == "selection":
         return _selection(rule.selection, f"{path}.selection")
     path = f"{path}.custom_masks"
@@ -33,37 +76,150 @@ def _rule(rule: spec_pb2.Rule, path: str) -> Rule:
     return CustomMasks(path, dict(rule.custom_masks.masks))
 
 
-def _selection(selection: spec_pb2.Selection, path: str) -> Selection:
-    if not selection.tensors:
+def _selection(selection: pb.Selection, path: str) -> Selection:
+    groups = _groups(selection, path)
+    if not groups and not selection.tensors:
         raise InvalidSpec(f"{path}.tensors", "at least one name or glob is needed")
     granularity = _granularity(selection, path)
-    importance = _importance(selection, granularity, path)
-    is_global = _scope(selection, path) == spec_pb2.SCOPE_GLOBAL
-    if is_global and isinstance(granularity, Slice):
-        raise InvalidSpec(f"{path}.scope", "SCOPE_GLOBAL ranks elements, not slices")
-    if selection.importance_scores and isinstance(importance, Random):
-        raise InvalidSpec(f"{path}.importance_scores", "random importance takes no scores")
-    return Selection(
+    decoded = Selection(
         path=path,
         tensors=tuple(selection.tensors),
-        importance=importance,
+        importance=_importance(selection, granularity, path),
         granularity=granularity,
-        is_global=is_global,
+        scope=_one_of(SCOPES, selection, "scope", path),
         amount=_amount(selection, path),
         scores=dict(selection.importance_scores),
+        scales=dict(selection.scales),
+        of_all=selection.of_all,
+        groups=groups,
+        combination=_one_of(COMBINATIONS, selection, "combination", path),
+        normalization=_one_of(NORMALIZATIONS, selection, "normalization", path),
+        allocation=_one_of(ALLOCATIONS, selection, "allocation", path),
+        guard_rails=decode_rails(selection.guard_rails, f"{path}.guard_rails"),
+    )
+    _check_together(decoded)
+    return decoded
+
+
+def _check_together(rule: Selection) -> None:
+    """Refuses choices that do not go together."""
+    is_random = isinstance(rule.importance, Random)
+    is_share = isinstance(rule.amount, float | int)
+    is_bytes = isinstance(rule.amount, Budget) and rule.amount.per_unit is None
+    refused = {
+        "importance_scores": (is_random and rule.scores, "random importance takes no scores"),
+        "scales": (is_random and rule.scales, "random importance takes no scores"),
+        "normalization": (is_random and rule.normalization, "random importance has none"),
+        "threshold": (
+            is_random and isinstance(rule.amount, Threshold),
+            "random importance has no threshold",
+        ),
+        "groups": (rule.groups and (rule.scores or rule.scales), "groups take no scores"),
+        "allocation": (
+            rule.allocation != "rank" and (not is_share or rule.scope == "tensor"),
+            "divides a fraction or a count among tensors that are ranked together",
+        ),
+        "table": (
+            isinstance(rule.amount, Table) and rule.scope != "tensor",
+            "SCOPE_PER_TENSOR only",
+        ),
+        "bytes": (is_bytes and rule.granularity is None, "groups have units of several sizes"),
+        "of_all": (rule.of_all and not is_share and not isinstance(rule.amount, Table), "no count"),
+    }
+    for field, (is_wrong, why) in refused.items():
+        if is_wrong:
+            raise InvalidSpec(f"{rule.path}.{field}", why)
+    if rule.allocation == "erk" and rule.groups:
+        raise InvalidSpec(f"{rule.path}.allocation", "groups have no dimensions for ERK")
+    if rule.allocation == "lamp" and is_random:
+        raise InvalidSpec(f"{rule.path}.allocation", "random importance has no LAMP")
+
+
+def _one_of(choices: dict[int, Choice], selection: pb.Selection, field: str, path: str) -> Choice:
+    value = getattr(selection, field)
+    if value not in choices:
+        raise InvalidSpec(f"{path}.{field}", f"{value} is no {field}")
+    return choices[value]
+
+
+def _granularity(selection: pb.Selection, path: str) -> Granularity | None:
+    make = GRANULARITIES.get(selection.granularity)
+    if make is None:
+        raise InvalidSpec(f"{path}.granularity", f"{selection.granularity} is no granularity")
+    return make(selection, path)
+
+
+def _n_m(selection: pb.Selection, path: str) -> Granularity:
+    n, m = selection.pattern.n, selection.pattern.m
+    if not 1 <= n < m <= LONGEST_PATTERN:
+        raise InvalidSpec(
+            f"{path}.pattern", f"{n}:{m} is no pattern with 1 <= n < m <= {LONGEST_PATTERN}"
+        )
+    return NM(n, m, selection.dim)
+
+
+def _block(selection: pb.Selection, path: str) -> Granularity:
+    shape = tuple(selection.block.shape)
+    if not any(shape):
+        raise InvalidSpec(f"{path}.block.shape", "at least one length that is not 0 is needed")
+    return Block(shape, selection.block.as_matrix)
+
+
+GRANULARITIES: dict[int, Callable[[pb.Selection, str], Granularity | None]] = {
+    pb.GRANULARITY_ELEMENT: lambda selection, path: Element(),
+    pb.GRANULARITY_SLICE: lambda selection, path: Slice(selection.dim),
+    pb.GRANULARITY_N_M: _n_m,
+    pb.GRANULARITY_BLOCK: _block,
+    pb.GRANULARITY_GROUP: lambda selection, path: None,
+}
+
+
+def _groups(selection: pb.Selection, path: str) -> tuple[Group, ...]:
+    is_grouped = selection.granularity == pb.GRANULARITY_GROUP
+    if is_grouped != bool(selection.groups):
+        why = "at least one group is needed" if is_grouped else "are for GRANULARITY_GROUP"
+        raise InvalidSpec(f"{path}.groups", why)
+    if is_grouped and selection.tensors:
+        raise InvalidSpec(f"{path}.tensors", "the groups name their tensors")
+    groups = tuple(
+        _group(group, index, f"{path}.groups[{index}]")
+        for index, group in enumerate(selection.groups)
+    )
+    names = [group.name for group in groups]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise InvalidSpec(f"{path}.groups[{index}].name", f"{quote(name)} is there twice")
+    return groups
+
+
+def _group(group: pb.Group, index: int, path: str) -> Group:
+    if not group.members:
+        raise InvalidSpec(f"{path}.members", "at least one member is needed")
+    if all(member.unscored for member in group.members):
+        raise InvalidSpec(f"{path}.members", "at least one must be scored")
+    members = tuple(
+        _member(member, f"{path}.members[{place}]") for place, member in enumerate(group.members)
+    )
+    return Group(group.name or f"groups[{index}]", members)
+
+
+def _member(member: pb.Member, path: str) -> Member:
+    if member.indices and (member.offset or member.stride):
+        raise InvalidSpec(f"{path}.indices", "take the place of offset and stride")
+    return Member(
+        path=path,
+        tensor=member.tensor,
+        dim=member.dim,
+        offset=member.offset,
+        stride=member.stride or 1,
+        units=member.units,
+        indices=tuple(member.indices),
+        is_scored=not member.unscored,
     )
 
 
-def _granularity(selection: spec_pb2.Selection, path: str) -> Element | Slice:
-    if selection.granularity == spec_pb2.GRANULARITY_ELEMENT:
-        return Element()
-    if selection.granularity == spec_pb2.GRANULARITY_SLICE:
-        return Slice(selection.dim)
-    raise InvalidSpec(f"{path}.granularity", f"{selection.granularity} is no granularity")
-
-
 def _importance(
-    selection: spec_pb2.Selection, granularity: Element | Slice, path: str
+    selection: pb.Selection, granularity: Granularity | None, path: str
 ) -> Magnitude | Random:
     if _chosen(selection, "importance", path) == "random":
         return Random(selection.random.seed)
@@ -74,25 +230,59 @@ def _importance(
         if math.isnan(magnitude.p):
             raise InvalidSpec(f"{path}.p", "the order of a norm cannot be NaN")
         return Magnitude(magnitude.p)
-    if magnitude.matrix_norm == spec_pb2.MATRIX_NORM_FROBENIUS:
+    if selection.scope != pb.SCOPE_PER_TENSOR or not isinstance(granularity, Slice):
+        raise InvalidSpec(f"{path}.matrix_norm", "is of slices of one tensor only")
+    if magnitude.matrix_norm == pb.MATRIX_NORM_FROBENIUS:
         return Magnitude(2.0)
-    if magnitude.matrix_norm == spec_pb2.MATRIX_NORM_NUCLEAR:
+    if magnitude.matrix_norm == pb.MATRIX_NORM_NUCLEAR:
         return Magnitude("nuc")
     raise InvalidSpec(f"{path}.matrix_norm", f"{magnitude.matrix_norm} is no matrix norm")
 
 
-def _scope(selection: spec_pb2.Selection, path: str) -> int:
-    if selection.scope in (spec_pb2.SCOPE_PER_TENSOR, spec_pb2.SCOPE_GLOBAL):
-        return selection.scope
-    raise InvalidSpec(f"{path}.scope", f"{selection.scope} is no scope")
+def _amount(selection: pb.Selection, path: str) -> Amount:
+    chosen = _chosen(selection, "amount", path)
+    if chosen == "fraction":
+        return fraction_of(selection.fraction, f"{path}.fraction")
+    if chosen == "threshold":
+        if math.isnan(selection.threshold):
+            raise AmountOutOfRange(f"{path}.threshold", "NaN is no threshold")
+        return Threshold(selection.threshold)
+    if chosen == "bytes":
+        return Budget(selection.bytes)
+    if chosen == "macs":
+        return _macs(selection.macs, f"{path}.macs")
+    if chosen == "table":
+        return _table(selection.table, f"{path}.table.entries")
+    return int(selection.count)
 
 
-def _amount(selection: spec_pb2.Selection, path: str) -> float | int:
-    if _chosen(selection, "amount", path) == "count":
-        return selection.count
-    if not 0.0 <= selection.fraction <= 1.0:
-        raise AmountOutOfRange(f"{path}.fraction", f"{selection.fraction} is not in [0, 1]")
-    return selection.fraction
+def fraction_of(value: float, field: str) -> float:
+    """A fraction.  Errors: AmountOutOfRange."""
+    if not 0.0 <= value <= 1.0:
+        raise AmountOutOfRange(field, f"{value} is not in [0, 1]")
+    return value
+
+
+def _macs(macs: pb.Macs, path: str) -> Budget:
+    if not macs.target >= 0:
+        raise AmountOutOfRange(f"{path}.target", f"{macs.target} is no number of operations")
+    for name, cost in macs.per_unit.items():
+        if not 0 < cost < math.inf:
+            raise AmountOutOfRange(
+                f"{path}.per_unit[{quote(name)}]", f"{cost} is not above 0 and finite"
+            )
+    return Budget(macs.target, dict(macs.per_unit))
+
+
+def _table(table: pb.Table, path: str) -> Table:
+    if not table.entries:
+        raise InvalidSpec(path, "at least one entry is needed")
+    fractions: dict[str, float] = {}
+    for index, entry in enumerate(table.entries):
+        if entry.tensors in fractions:
+            raise InvalidSpec(f"{path}[{index}].tensors", f"{quote(entry.tensors)} is there twice")
+        fractions[entry.tensors] = fraction_of(entry.fraction, f"{path}[{index}].fraction")
+    return Table(fractions)
 
 
 def _chosen(message: Message, oneof: str, path: str) -> str:

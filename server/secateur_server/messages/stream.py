@@ -7,10 +7,12 @@ from google.protobuf.message import Message
 
 from secateur_proto.checkpoints_pb2 import UploadRequest
 from secateur_proto.codec import Data
-from secateur_proto.pruner_pb2 import FinalizeRequest, PruneRequest, ReportRequest
+from secateur_proto.pruner_pb2 import FinalizeRequest, PlanRequest, PruneRequest, ReportRequest
 from secateur_server.errors import InvalidRequest, NoMessage
 
-Request = TypeVar("Request", PruneRequest, ReportRequest, FinalizeRequest, UploadRequest)
+Request = TypeVar(
+    "Request", PruneRequest, ReportRequest, PlanRequest, FinalizeRequest, UploadRequest
+)
 Bytes = bytes | memoryview
 Response = TypeVar("Response")
 Count = Callable[[int], None]

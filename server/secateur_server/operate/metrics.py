@@ -24,6 +24,7 @@ _CHECKPOINTS = "secateur.v1.Checkpoints"
 _METHODS = (
     Method(_PRUNER, "Prune", "bidi_stream"),
     Method(_PRUNER, "Report", "client_stream"),
+    Method(_PRUNER, "Plan", "client_stream"),
     Method(_PRUNER, "Finalize", "bidi_stream"),
     Method(_CHECKPOINTS, "Upload", "client_stream"),
     Method(_CHECKPOINTS, "QueryUpload", "unary"),

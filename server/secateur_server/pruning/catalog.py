@@ -1,7 +1,7 @@
 """Which tensors there are, and which of them a request means; known before their data is here."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -9,16 +9,12 @@ import torch
 
 from secateur_server.devices.watch import watch
 from secateur_server.errors import (
-    DimOutOfRange,
-    InvalidMask,
     InvalidPair,
-    InvalidScores,
     NotPrunable,
-    NotStructured,
     UnknownTensor,
     quote,
 )
-from secateur_server.pruning.spec import PRUNABLE, CustomMasks, Magnitude, Rule, Selection, Slice
+from secateur_server.pruning.spec import PRUNABLE
 
 Shape = tuple[int, ...]
 
@@ -38,12 +34,14 @@ class Catalog:
 
     stored: what the model has.  extras: tensors with scores and masks, which are no part of it.
     prunable: the shapes of what can be pruned, a pair as one, in the
-    file's order.  pairs: those of them that arrived as (X_orig, X_mask).
+    file's order.  floating: those of them that globs mean, which are no integers.
+    pairs: those of them that arrived as (X_orig, X_mask).
     """
 
     stored: Mapping[str, Stored]
     extras: Mapping[str, Stored]
     prunable: dict[str, Shape]
+    floating: list[str]
     pairs: dict[str, tuple[str, str]]
 
 
@@ -54,11 +52,14 @@ def read_catalog(stored: Mapping[str, Stored], extras: Mapping[str, Stored]) -> 
     """
     pairs: dict[str, tuple[str, str]] = {}
     for name in stored:
-        base = name.removesuffix("_orig")
+        base, dtype = name.removesuffix("_orig"), stored[name].dtype
         mask = f"{base}_mask"
-        if base != name and mask in stored and stored[name].dtype in PRUNABLE:
-            _check_pair(base, stored)
-            pairs[base] = (name, mask)
+        if base != name and mask in stored and dtype in PRUNABLE:
+            fault = _fault_of_pair(base, stored)
+            if fault is None:
+                pairs[base] = (name, mask)
+            elif dtype.is_floating_point:  # integers have such names for other reasons, too
+                raise fault
     whole = {orig: base for base, (orig, _) in pairs.items()}
     masks = {mask for _, mask in pairs.values()}
     prunable = {
@@ -66,25 +67,34 @@ def read_catalog(stored: Mapping[str, Stored], extras: Mapping[str, Stored]) -> 
         for name in stored
         if stored[name].dtype in PRUNABLE and name not in masks
     }
-    return Catalog(stored, extras, prunable, pairs)
+    origs = {name: pairs.get(name, (name,))[0] for name in prunable}
+    floating = [name for name, orig in origs.items() if _is_floating(stored[orig])]
+    return Catalog(stored, extras, prunable, floating, pairs)
 
 
-def _check_pair(base: str, stored: Mapping[str, Stored]) -> None:
+def _is_floating(tensor: Stored) -> bool:
+    return tensor.dtype is not None and tensor.dtype.is_floating_point
+
+
+def _fault_of_pair(base: str, stored: Mapping[str, Stored]) -> InvalidPair | None:
+    """Why X_orig and X_mask are no pair; None where they are one."""
     orig, mask = stored[f"{base}_orig"], stored[f"{base}_mask"]
     field = f"data[{quote(f'{base}_mask')}]"
     if base == "__metadata__":  # in a safetensors file that is no tensor
-        raise InvalidPair(field, "is half of a pair whose name no tensor can have")
+        return InvalidPair(field, "is half of a pair whose name no tensor can have")
     if base in stored:
-        raise InvalidPair(f"data[{quote(base)}]", "is there beside its pair of _orig and _mask")
+        return InvalidPair(f"data[{quote(base)}]", "is there beside its pair of _orig and _mask")
     if mask.shape != orig.shape:
-        raise InvalidPair(field, f"has shape {list(mask.shape)}, its _orig has {list(orig.shape)}")
+        return InvalidPair(field, f"has shape {list(mask.shape)}, its _orig has {list(orig.shape)}")
     if mask.dtype is None:
-        raise InvalidPair(field, f"has dtype {mask.calls}, which no mask has")
+        return InvalidPair(field, f"has dtype {mask.calls}, which no mask has")
+    return None
 
 
 def match(field: str, patterns: Sequence[str], catalog: Catalog) -> list[str]:
     """The prunable tensors that any of `patterns` means, in their order.
 
+    A name means a tensor of any dtype that can be pruned, a glob floating ones.
     field: the path of the field with the patterns.  Errors: UnknownTensor, NotPrunable.
     """
     found: set[str] = set()
@@ -99,14 +109,15 @@ def match(field: str, patterns: Sequence[str], catalog: Catalog) -> list[str]:
             continue
         # A longer one is no glob that a person wrote, and takes long to try.
         is_glob = len(pattern) <= 1000
-        matched = [name for name in catalog.prunable if is_glob and fnmatchcase(name, pattern)]
+        matched = [name for name in catalog.floating if is_glob and fnmatchcase(name, pattern)]
         if not matched:
-            raise _unmatched(f"{field}[{index}]", pattern, catalog)
+            raise unmatched(f"{field}[{index}]", pattern, catalog)
         found.update(matched)
     return [name for name in catalog.prunable if name in found]
 
 
-def _unmatched(field: str, name: str, catalog: Catalog) -> NotPrunable | UnknownTensor:
+def unmatched(field: str, name: str, catalog: Catalog) -> NotPrunable | UnknownTensor:
+    """The error that says why a name means nothing that can be pruned."""
     if name in {**catalog.stored, **catalog.extras} and name not in catalog.pairs:
         return NotPrunable(field, f"{quote(name)} cannot be pruned: {_nature(name, catalog)}")
     names = list(catalog.prunable)
@@ -123,69 +134,3 @@ def _nature(name: str, catalog: Catalog) -> str:
     if name in catalog.extras:
         return "it holds scores or a mask"
     return f"its dtype is {catalog.stored[name].calls}"
-
-
-def resolve(rules: Sequence[Rule], catalog: Catalog) -> list[Rule]:
-    """The rules with their globs replaced by names, once they are found to fit the tensors.
-
-    Errors: InvalidSpec.
-    """
-    return [
-        _resolve_masks(rule, catalog)
-        if isinstance(rule, CustomMasks)
-        else _resolve_selection(rule, catalog)
-        for rule in rules
-    ]
-
-
-def _resolve_selection(rule: Selection, catalog: Catalog) -> Selection:
-    names = match(f"{rule.path}.tensors", rule.tensors, catalog)
-    for name in names:
-        if isinstance(rule.granularity, Slice):
-            _check_slices(rule, rule.granularity.dim, name, catalog.prunable[name])
-    for name, holder in rule.scores.items():
-        field = f"{rule.path}.importance_scores[{quote(name)}]"
-        if name not in names:
-            raise UnknownTensor(field, "the rule prunes no such tensor")
-        scores = _extra(field, holder, catalog)
-        if scores.shape != catalog.prunable[name] or scores.dtype not in PRUNABLE:
-            raise InvalidScores(field, _unlike(scores, catalog.prunable[name], "floating scores"))
-    return replace(rule, tensors=tuple(names))
-
-
-def _check_slices(rule: Selection, dim: int, name: str, shape: Shape) -> None:
-    field = f"{rule.path}.dim"
-    if len(shape) < 2:
-        raise NotStructured(
-            field, f"{quote(name)} has shape {list(shape)}; slices need 2 dimensions or more"
-        )
-    if not -len(shape) <= dim < len(shape):
-        raise DimOutOfRange(
-            field, f"{dim} is not in [{-len(shape)}, {len(shape)}) of {quote(name)} {list(shape)}"
-        )
-    if rule.importance == Magnitude("nuc") and len(shape) != 3:
-        raise NotStructured(
-            f"{rule.path}.magnitude.matrix_norm",
-            f"the nuclear norm needs 3 dimensions, {quote(name)} has shape {list(shape)}",
-        )
-
-
-def _resolve_masks(rule: CustomMasks, catalog: Catalog) -> CustomMasks:
-    for name, holder in rule.masks.items():
-        field = f"{rule.path}.masks[{quote(name)}]"
-        if name not in catalog.prunable:
-            raise _unmatched(field, name, catalog)
-        mask = _extra(field, holder, catalog)
-        if mask.shape != catalog.prunable[name] or mask.dtype is None:
-            raise InvalidMask(field, _unlike(mask, catalog.prunable[name], "a mask"))
-    return rule
-
-
-def _extra(field: str, holder: str, catalog: Catalog) -> Stored:
-    if holder not in catalog.extras:
-        raise UnknownTensor(field, f"the data has no tensor {quote(holder)}")
-    return catalog.extras[holder]
-
-
-def _unlike(extra: Stored, shape: Shape, what: str) -> str:
-    return f"{what} of shape {list(shape)} needed, got {extra.calls} of shape {list(extra.shape)}"

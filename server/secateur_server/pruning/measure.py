@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from secateur_server.devices import passes_of, spans
-from secateur_server.pruning.masks import any_of_slices, around
+from secateur_server.pruning.masks import Mask, any_of_slices, around, mask_of
 from secateur_server.pruning.spec import Parameter
+from secateur_server.pruning.structure import Structure, structure_of
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,14 @@ class Sparsity:
 
     zeros: elements that are 0 with the mask applied.  pruned: elements that the mask prunes.
     zero_slices: for each dimension, how many slices are wholly zero; empty under 2 dimensions.
+    structure: patterns and blocks of zeros.
     """
 
     zeros: int
     total: int
     pruned: int
     zero_slices: tuple[int, ...]
+    structure: Structure
 
 
 def measure(parameter: Parameter) -> Sparsity:
@@ -32,7 +35,8 @@ def measure(parameter: Parameter) -> Sparsity:
     mask, total = parameter.mask, parameter.weight.numel()
     pruned = 0 if mask is None else total - mask.kept
     zeros = pruned if parameter.is_nonzero else pruned + _zeros_kept(parameter)
-    return Sparsity(zeros, total, pruned, _zero_slices(parameter, zeros))
+    structure = structure_of(parameter.weight.shape, zeros, partial(_nonzero_mask, parameter))
+    return Sparsity(zeros, total, pruned, _zero_slices(parameter, zeros), structure)
 
 
 def _zeros_kept(parameter: Parameter) -> int:
@@ -82,8 +86,17 @@ def _nonzero(parameter: Parameter, begin: int, end: int) -> Tensor:
     """Which elements of [begin, end) are not zero.  Returns: bool, 1-D."""
     if parameter.mask is not None and parameter.is_nonzero:
         return parameter.mask.flags(begin, end)
-    flags = parameter.weight.reshape(-1)[begin:end] != 0
+    weight = parameter.weight
+    flags = passes_of(weight.device).nonzero(weight.reshape(-1)[begin:end])
     return flags if parameter.mask is None else flags & parameter.mask.flags(begin, end)
+
+
+def _nonzero_mask(parameter: Parameter) -> Mask:
+    """As _nonzero, of all elements."""
+    if parameter.mask is not None and parameter.is_nonzero:
+        return parameter.mask
+    weight = parameter.weight
+    return mask_of(partial(_nonzero, parameter), weight.numel(), weight.device)
 
 
 def _zero_slices_along(parameter: Parameter, dim: int) -> int:

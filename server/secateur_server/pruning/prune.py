@@ -1,20 +1,33 @@
 """Applies a spec: rule after rule, each among what the ones before left."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from secateur_server.devices import passes_of
+from secateur_server.devices.passes import Cut
 from secateur_server.devices.watch import watch
-from secateur_server.errors import AmountOutOfRange, InvalidMask, quote
+from secateur_server.errors import InvalidMask, quote
+from secateur_server.pruning.amounts import (
+    Bound,
+    Decision,
+    decide,
+    first_key,
+    is_plain,
+    wanted,
+)
+from secateur_server.pruning.divide import count_below
 from secateur_server.pruning.masks import Mask, mask_of
-from secateur_server.pruning.score import Ranking, rank
+from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.select import score_dtype, select, threshold
-from secateur_server.pruning.spec import CustomMasks, Parameter, Random, Rule, Selection
+from secateur_server.pruning.spec import CustomMasks, Parameter, Random, Rule, Selection, Threshold
+from secateur_server.pruning.subjects import Masks, Subject, subjects_of, together
 
-Masks = dict[str, Mask]
+Item = TypeVar("Item")
+Done = TypeVar("Done")
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,7 @@ class Choice:
     threshold: float | None = None
     ties: int = 0
     ties_pruned: int = 0
+    bounds: tuple[Bound, ...] = ()
 
 
 def prune(
@@ -50,7 +64,7 @@ def prune(
         if isinstance(rule, CustomMasks):
             masks, choices = _apply_masks(rule, state, extras)
         else:
-            masks, choices = _apply_selection(rule, state, extras)
+            masks, choices = apply_selection(rule, state, extras)
         for name, mask in masks.items():
             state[name] = Parameter(state[name].weight, mask, state[name].seen)
         touched.update(masks)
@@ -97,77 +111,121 @@ def to_mask(values: Tensor, error: type[Exception], field: str) -> Mask:
     return mask_of(flags, len(values), values.device)
 
 
-def _apply_selection(
+def apply_selection(
     rule: Selection,
     state: Mapping[str, Parameter],
     extras: Mapping[str, Tensor],
 ) -> tuple[Masks, list[Choice]]:
+    """The masks of what a rule names, prior pruning in them, and the rule's choices."""
     # Of a tensor without elements there is nothing to choose, however many slices it has.
     empty = dict.fromkeys(name for name in rule.tensors if state[name].weight.numel() == 0)
-    some = tuple(name for name in rule.tensors if name not in empty)
+    names = [group.name for group in rule.groups] or [n for n in rule.tensors if n not in empty]
     masks: Masks = {name: Mask(torch.empty(0, dtype=torch.uint8), 0) for name in empty}
     choices = [Choice((name,), 0, 0, 0) for name in empty]
-
-    def choose(names: tuple[str, ...]) -> tuple[Masks, Choice]:
-        return _choose(rule, {name: state[name] for name in names}, extras)
-
-    groups = [some] if rule.is_global and some else [(name,) for name in some]
-    # One core takes a small group whole; a large one, all cores one by one.
-    passes = passes_of(state[rule.tensors[0]].weight.device)
-    small = [g for g in groups if sum(state[n].weight.numel() for n in g) <= passes.piece]
-    chosen = dict(zip(small, passes.each(choose, small), strict=True))
-    for names in groups:
-        found, choice = chosen.get(names) or choose(names)
-        masks |= found
+    chosen = small_at_once(
+        lambda names: _choose(rule, names, state, extras),
+        together(rule, names),
+        lambda names: sum(state[n].weight.numel() for n in names if n in state),
+        state[rule.tensors[0]].weight.device,
+    )
+    for found, choice in chosen:
+        for name, mask in found.items():
+            masks[name] = masks[name] & mask if name in masks else mask
         choices.append(choice)
     return masks, choices
 
 
+def small_at_once(
+    work: Callable[[Item], Done],
+    items: Sequence[Item],
+    elements: Callable[[Item], int],
+    device: torch.device,
+) -> list[Done]:
+    """What `work` makes of each item, in their order.
+
+    One core takes a small one whole; a large one, all cores one by one.
+    """
+    passes = passes_of(device)
+    is_small = [elements(item) <= passes.piece for item in items]
+    small = iter(passes.each(work, [i for i, s in zip(items, is_small, strict=True) if s]))
+    return [next(small) if s else work(item) for item, s in zip(items, is_small, strict=True)]
+
+
 def _choose(
     rule: Selection,
-    parameters: Mapping[str, Parameter],
+    names: tuple[str, ...],
+    state: Mapping[str, Parameter],
     extras: Mapping[str, Tensor],
 ) -> tuple[Masks, Choice]:
-    """Selects among the units of all `parameters`."""
-    names = tuple(parameters)
+    """Selects among the units of all tensors, or groups, that are ranked together."""
     with watch().stage("score"):
-        rankings = [_rank(rule, name, parameters[name], extras) for name in names]
-    alive = sum(r.units if r.alive is None else r.alive.kept for r in rankings)
-    count = units_to_prune(rule, names, alive)
+        subjects = subjects_of(rule, names, state, extras)
     with watch().stage("select"):
-        kept, cut = select(rankings, alive, count)
-    masks = {}
-    for name, units in zip(names, kept, strict=True):
-        mask = rule.granularity.spread(units, parameters[name].weight.shape)
-        before = parameters[name].mask
-        masks[name] = mask if before is None else mask & before
-    value = None if isinstance(rule.importance, Random) else threshold(cut, score_dtype(rankings))
+        kept, choice = _select(rule, subjects)
+    masks: Masks = {}
+    for subject, units in zip(subjects, kept, strict=True):
+        for name, mask in subject.spread(units).items():
+            before = masks.get(name, state[name].mask)
+            masks[name] = mask if before is None else mask & before
+    return masks, choice
+
+
+def _select(rule: Selection, subjects: Sequence[Subject]) -> tuple[list[Mask], Choice]:
+    """Which units stay."""
+    names = tuple(subject.name for subject in subjects)
+    alive = sum(subject.alive for subject in subjects)
+    if is_plain(rule):
+        count = int(wanted(rule, subjects, rule.amount))
+        kept, cut = select([subject.ranking for subject in subjects], alive, count)
+        value = cut_value(rule, subjects, cut)
+        pruned = alive - sum(units.kept for units in kept)
+        return kept, Choice(names, alive, count, pruned, value, cut.equal, cut.ties)
+    (decision,) = decide(rule, subjects, [rule.amount])
+    parts = small_at_once(
+        lambda part: select([part[0].ranking], part[0].alive, part[1]),
+        list(zip(subjects, decision.counts, strict=True)),
+        lambda part: part[0].ranking.units,
+        subjects[0].ranking.device,
+    )
+    if isinstance(rule.amount, Threshold):
+        rankings = [subject.ranking for subject in subjects]
+        at = [threshold(cut, score_dtype([r])) for r, (_, cut) in zip(rankings, parts, strict=True)]
+        decision = with_cut(decision, rankings, at)
+    kept = [units for (units,), _ in parts]
     pruned = alive - sum(units.kept for units in kept)
-    return masks, Choice(names, alive, count, pruned, value, cut.equal, cut.ties)
+    return kept, choice_of(rule, names, alive, pruned, decision)
 
 
-def _rank(
-    rule: Selection,
-    name: str,
-    parameter: Parameter,
-    extras: Mapping[str, Tensor],
-) -> Ranking:
-    holder = rule.scores.get(name)
-    scores = None if holder is None else extras[holder]
-    field = f"data[{quote(name if holder is None else holder)}]"
-    return rank(name, parameter, scores, rule.importance, rule.granularity, field)
+def cut_value(rule: Selection, subjects: Sequence[Subject], cut: Cut) -> float | None:
+    """The importance at a cut; None where nothing is pruned, or at random."""
+    if isinstance(rule.importance, Random):
+        return None
+    rankings = [subject.ranking for subject in subjects]
+    value = threshold(cut, score_dtype(rankings))
+    return None if value is None else value + rankings[0].offset
 
 
-def units_to_prune(rule: Selection, names: Sequence[str], alive: int) -> int:
-    """How many of `alive` units the amount means, rounded as torch does.
+def with_cut(
+    decision: Decision, rankings: Sequence[Ranking], cuts: Sequence[float | None]
+) -> Decision:
+    """The decision with the highest of the cuts that subjects have of their own.
 
-    Errors: AmountOutOfRange.
+    cuts: the scores at them; None where nothing goes.
     """
-    if isinstance(rule.amount, float):
-        return round(rule.amount * alive)
-    if rule.amount > alive:
-        where = quote(names[0]) if len(names) == 1 else f"{len(names)} tensors"
-        raise AmountOutOfRange(
-            f"{rule.path}.count", f"{rule.amount} is more than the {alive} units left in {where}"
-        )
-    return rule.amount
+    highest = max((cut for cut in cuts if cut is not None), default=None)
+    if highest is None:
+        return decision
+    at = count_below(rankings, first_key(highest, score_dtype(rankings)))
+    going = [min(max(0, c - b), e) for c, (b, e) in zip(decision.counts, at, strict=True)]
+    value, ties = highest + rankings[0].offset, sum(equal for _, equal in at)
+    return replace(decision, threshold=value, ties=ties, ties_pruned=sum(going))
+
+
+def choice_of(
+    rule: Selection, names: tuple[str, ...], alive: int, pruned: int, decision: Decision
+) -> Choice:
+    """What is reported of a decision."""
+    value = None if isinstance(rule.importance, Random) else decision.threshold
+    ties, ties_pruned = decision.ties, decision.ties_pruned
+    requested, bounds = decision.requested, decision.bounds
+    return Choice(names, alive, requested, pruned, value, ties, ties_pruned, bounds)

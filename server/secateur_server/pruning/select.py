@@ -25,6 +25,7 @@ from secateur_server.devices.passes import (
     Passes,
     Piece,
     as_keys,
+    ranked_as,
     sample_places,
 )
 from secateur_server.devices.randomness import RandomScores
@@ -75,7 +76,8 @@ class Units:
 def score_dtype(rankings: Sequence[Ranking]) -> torch.dtype:
     """The dtype in which all scores compare without loss; random ones have 32-bit keys anyway."""
     dtypes = (
-        torch.float32 if isinstance(r.scores, RandomScores) else r.scores.dtype for r in rankings
+        torch.float32 if isinstance(r.scores, RandomScores) else ranked_as(r.scores.dtype)
+        for r in rankings
     )
     return reduce(torch.promote_types, dtypes)
 

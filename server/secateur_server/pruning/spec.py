@@ -1,15 +1,15 @@
 """A pruning spec: four independent choices, and every method a point in their product."""
 
-import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from secateur_server.devices.passes import Seen
-from secateur_server.pruning.masks import Mask, any_of_slices, mask_of, spread
+from secateur_server.devices.passes import FP8, Seen
+from secateur_server.pruning.granularity import Granularity
+from secateur_server.pruning.masks import Mask
 
 
 @dataclass(frozen=True)
@@ -27,40 +27,90 @@ class Random:
 
 
 @dataclass(frozen=True)
-class Element:
-    """Every element is a unit."""
+class Threshold:
+    """The units go whose importance is below `value`."""
 
-    def units(self, shape: Sequence[int]) -> int:
-        """How many units a tensor of `shape` has."""
-        return math.prod(shape)
-
-    def alive(self, mask: Mask, shape: Sequence[int]) -> Mask:
-        """Which units have an unpruned element left."""
-        return mask
-
-    def spread(self, kept: Mask, shape: Sequence[int]) -> Mask:
-        """The mask of a tensor of `shape` from that of its units."""
-        return kept
+    value: float
 
 
 @dataclass(frozen=True)
-class Slice:
-    """All elements with one index in a dimension are a unit.  dim: may be negative."""
+class Budget:
+    """As few units go as leave no more than `target` of what units cost.
 
+    per_unit: by the name of a tensor, or group; None: a unit costs the bytes of its elements.
+    """
+
+    target: float
+    per_unit: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Fractions by name or glob, of which the first that matches counts; resolved: by name."""
+
+    fractions: Mapping[str, float]
+
+
+Amount = float | int | Threshold | Budget | Table
+
+
+@dataclass(frozen=True)
+class Rail:
+    """Bounds on the units of a tensor that are pruned in the end.
+
+    path: in the request.  tensors: names and globs; of a resolved rail names.
+    """
+
+    path: str
+    tensors: tuple[str, ...]
+    min_sparsity: float = 0.0
+    max_sparsity: float = 1.0
+    keep_at_least: int = 0
+
+
+@dataclass(frozen=True)
+class GuardRails:
+    """The first rail that names a tensor is its only one.
+
+    keep_first, keep_last: of the rule's tensors, in the state_dict's order; and exclude: those that
+    stay as they are.
+    """
+
+    rails: tuple[Rail, ...] = ()
+    keep_first: bool = False
+    keep_last: bool = False
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Member:
+    """The part of a tensor in a group: `units` times some slices along a dimension.
+
+    indices: of the slices, units x slices of one.
+    """
+
+    path: str
+    tensor: str
     dim: int
+    offset: int
+    stride: int
+    units: int
+    indices: tuple[int, ...]
+    is_scored: bool
 
-    def units(self, shape: Sequence[int]) -> int:
-        """As Element.units."""
-        return shape[self.dim]
 
-    def alive(self, mask: Mask, shape: Sequence[int]) -> Mask:
-        """As Element.alive."""
-        found = any_of_slices(mask.flags, shape, self.dim, mask.bits.device)
-        return mask_of(lambda begin, end: found[begin:end], len(found), found.device)
+@dataclass(frozen=True)
+class Group:
+    """Slices of several tensors that live and die together."""
 
-    def spread(self, kept: Mask, shape: Sequence[int]) -> Mask:
-        """As Element.spread."""
-        return spread(kept.flags(0, kept.elements), shape, self.dim)
+    name: str
+    members: tuple[Member, ...]
+
+
+Scope = Literal["tensor", "global", "isomorphic"]
+Combination = Literal["mean", "sum", "max"]
+Normalization = Literal["mean", "norm", "z_score"]
+Allocation = Literal["rank", "uniform", "erk", "lamp"]
 
 
 @dataclass(frozen=True)
@@ -68,17 +118,27 @@ class Selection:
     """Prune the least important units.
 
     path: of this rule in the request, for errors.  tensors: names and globs.
-    is_global: rank all tensors together.  amount: a float is a fraction, an int a number.
+    granularity: None where the units are those of `groups`.
+    amount: a float is a fraction, an int a number.
+    of_all: the amount is of all units, and not of those that are still unpruned.
     scores: from a tensor's name to that of the tensor that holds its scores.
+    scales: the same, of tensors of the model.
     """
 
     path: str
     tensors: tuple[str, ...]
     importance: Magnitude | Random
-    granularity: Element | Slice
-    is_global: bool
-    amount: float | int
-    scores: Mapping[str, str]
+    granularity: Granularity | None
+    scope: Scope
+    amount: Amount
+    scores: Mapping[str, str] = field(default_factory=dict)
+    scales: Mapping[str, str] = field(default_factory=dict)
+    of_all: bool = False
+    groups: tuple[Group, ...] = ()
+    combination: Combination = "mean"
+    normalization: Normalization | None = None
+    allocation: Allocation = "rank"
+    guard_rails: GuardRails = GuardRails()
 
     def extras(self) -> Collection[str]:
         """Names of uploaded tensors that are not part of the model."""
@@ -87,6 +147,10 @@ class Selection:
     def names(self) -> Collection[str]:
         """What it prunes: of a resolved rule names, not globs."""
         return self.tensors
+
+    def reads(self) -> Collection[str]:
+        """What of the model it needs: what it prunes, and what that is ranked by."""
+        return {*self.names(), *self.scales.values()}
 
 
 @dataclass(frozen=True)
@@ -104,6 +168,10 @@ class CustomMasks:
         """As Selection.names."""
         return self.masks.keys()
 
+    def reads(self) -> Collection[str]:
+        """As Selection.reads."""
+        return self.names()
+
 
 Rule = Selection | CustomMasks
 
@@ -112,7 +180,7 @@ Rule = Selection | CustomMasks
 class Parameter:
     """A tensor that can be pruned.
 
-    weight: floating; only measure.fold writes to it.
+    weight: of a dtype of PRUNABLE; only measure.fold writes to it.
     mask: of its elements; None where the tensor was never pruned.
     seen: what a first look at its elements told, where there was one.
     """
@@ -127,5 +195,8 @@ class Parameter:
         return self.seen is not None and not self.seen.zeros
 
 
-# F8 and integers: a later method's.
-PRUNABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Globs mean the floating ones alone: integers are mostly no weights, but counts and indices.
+PRUNABLE = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, *FP8),
+    *(torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8),
+)

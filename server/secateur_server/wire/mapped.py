@@ -87,7 +87,7 @@ def map_tensors(
     passes = passes_of(torch.device("cpu"))
     data = torch.frombuffer(file.data, dtype=torch.uint8)
     of_call = watch()
-    spacing = _spacing(len(data), of_call.work_memory)
+    work_memory = of_call.work_memory
 
     def scan(block: int) -> list[tuple[str, Look]]:
         file.check(block)
@@ -95,6 +95,7 @@ def map_tensors(
         found = []
         for name, dtype, first, last, end_of_part in spans.within(begin, end):
             part = data[first:last].view(dtype)
+            spacing = _spacing(len(data), work_memory, dtype)
             sample = _sample(part, end_of_part, spacing) if spacing else None
             found.append((name, Look(end_of_part, *passes.extremes(part), sample)))
         of_call.advance(end - begin)
@@ -110,11 +111,12 @@ def map_tensors(
     }
 
 
-def _spacing(size: int, work_memory: int | None) -> int | None:
+def _spacing(size: int, work_memory: int | None, dtype: torch.dtype) -> int | None:
     """How far the elements of a sample are apart; None where none is taken."""
     if work_memory is None or size <= work_memory:
         return None
-    return max(SPACING, size * BYTES_OF_FEW // work_memory // 2)  # of the smallest dtype
+    # The same for all but fp8, as if there were 2 bytes to an element: more are fewer elements.
+    return max(SPACING, size * BYTES_OF_FEW // work_memory // min(dtype.itemsize, 2))
 
 
 def _sample(part: torch.Tensor, end: int, spacing: int) -> Sample:

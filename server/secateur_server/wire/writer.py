@@ -44,9 +44,7 @@ def state_dict_file(
 
     The parts of a large one are made twice: here, for the digest, and to be sent.
     """
-    described = [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
-    header = file_header(described, metadata)
-    size = len(header) + sum(tensor_bytes(dtype, shape) for _, dtype, shape in described)
+    header, size = state_dict_head(tensors, metadata)
 
     def parts() -> Iterator[Bytes]:
         yield header
@@ -57,6 +55,15 @@ def state_dict_file(
     if size <= CHUNK_BYTES:  # of what is small the parts are made once
         return bytes_file(filename, b"".join(parts()))
     return OutgoingFile(filename, size, _digest(parts()), parts)
+
+
+def state_dict_head(
+    tensors: Mapping[str, Outgoing], metadata: Mapping[str, str]
+) -> tuple[bytes, int]:
+    """The head of a file of `tensors`, and the length of the whole file."""
+    described = [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+    header = file_header(described, metadata)
+    return header, len(header) + sum(tensor_bytes(dtype, shape) for _, dtype, shape in described)
 
 
 def bytes_file(filename: str, data: bytes) -> OutgoingFile:

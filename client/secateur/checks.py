@@ -1,0 +1,109 @@
+"""What an argument of a spec has to be.  Errors: InvalidSpec, which begins with its name."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, TypeVar
+
+from secateur.errors import InvalidSpec
+from secateur.tensors import is_text
+from secateur_proto import spec_pb2 as pb
+
+Made = TypeVar("Made")
+Value = TypeVar("Value")
+
+UINT64 = 1 << 64
+
+
+def patterns(names: Any, field: str = "tensors") -> list[str]:
+    """A name, a glob, or a list of them."""
+    listed = [names] if isinstance(names, str) else names
+    if not isinstance(listed, Sequence) or not listed or not all(map(is_text, listed)):
+        raise InvalidSpec(f"{field}: {names!r} is no name, glob, or list of them")
+    return list(listed)
+
+
+def integer(field: str, value: Any, low: int, end: int) -> int:
+    """An int in [low, end)."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) < end:
+        raise InvalidSpec(f"{field}: {value!r} is no int in [{low}, {end})")
+    return int(value)
+
+
+def integers(field: str, values: Any) -> list[int]:
+    """Ints in [0, 2^64), at least one."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise InvalidSpec(f"{field}: {values!r} is no list of ints")
+    found = [integer(f"{field}[{i}]", value, 0, UINT64) for i, value in enumerate(values)]
+    if not found:
+        raise InvalidSpec(f"{field}: at least one is needed")
+    return found
+
+
+def dimension(dim: Any) -> int:
+    """A dimension; which there are, only the tensor tells."""
+    return integer("dim", dim, -(1 << 31), 1 << 31)
+
+
+def real(field: str, value: Any) -> float:
+    """A number, which may be infinite."""
+    if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
+        raise InvalidSpec(f"{field}: {value!r} is no number")
+    return float(value)
+
+
+def fraction(field: str, value: Any) -> float:
+    """A number in [0, 1]."""
+    found = real(field, value)
+    if not 0.0 <= found <= 1.0:
+        raise InvalidSpec(f"{field}: {value} is no fraction in [0, 1]")
+    return found
+
+
+def flag(field: str, value: Any) -> bool:
+    """A bool."""
+    if not isinstance(value, bool):
+        raise InvalidSpec(f"{field}: {value!r} is neither True nor False")
+    return value
+
+
+def one_of(field: str, value: Any, known: Mapping[str, Value]) -> Value:
+    """What a string stands for."""
+    if not isinstance(value, str) or value not in known:
+        raise InvalidSpec(f"{field}: {value!r} is none of {', '.join(known)}")
+    return known[value]
+
+
+def norm(field: str, n: Any) -> pb.Magnitude:
+    """A number, "fro" or "nuc", as the wire has it."""
+    if isinstance(n, str) and n in ("fro", "nuc"):
+        kinds = {"fro": pb.MATRIX_NORM_FROBENIUS, "nuc": pb.MATRIX_NORM_NUCLEAR}
+        return pb.Magnitude(matrix_norm=kinds[n])
+    if isinstance(n, Real) and not isinstance(n, bool):
+        return pb.Magnitude(p=float(n))
+    raise InvalidSpec(f"{field}: {n!r} is no number, 'fro' or 'nuc'")
+
+
+def made(field: str, value: Any, kind: type[Made], make: Callable[..., Made]) -> Made:
+    """One of a kind by itself, or what `make` makes of a map of its arguments."""
+    if isinstance(value, kind):
+        return value
+    if not isinstance(value, Mapping):
+        raise InvalidSpec(f"{field}: {value!r} is no map of arguments")
+    try:
+        return make(**value)
+    except TypeError as error:
+        raise InvalidSpec(f"{field}: {error}") from None
+    except InvalidSpec as error:
+        raise InvalidSpec(f"{field}.{error}") from None
+
+
+def chosen(
+    field: str, value: Any, kind: type[Made], functions: Mapping[str, Callable[..., Made]]
+) -> Made:
+    """One of a kind by itself, by a function's name, or by a map from that to its arguments."""
+    if isinstance(value, kind):
+        return value
+    is_map = isinstance(value, Mapping) and len(value) == 1
+    name, arguments = next(iter(value.items())) if is_map else (value, {})
+    return made(f"{field}.{name}", arguments, kind, one_of(field, name, functions))

@@ -1,0 +1,132 @@
+"""The options that say what to prune, and the spec that they make."""
+
+import argparse
+import json
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from secateur.client import Client
+from secateur.defaults import SOME_AMOUNTS, matrices
+from secateur.errors import InvalidSpec
+from secateur.spec import METHODS, Spec
+
+# The others need what only a spec file can say.
+_METHODS = [n for n in METHODS if n not in ("custom_from_mask", "select", "grouped")]
+_ARGUMENTS = ("amount", "n", "m", "dim", "rows", "cols", "seed", "importance")
+
+
+def spec_options(command: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Adds --method, its arguments, and --spec.  default: the method, where none is needed."""
+    which = command.add_mutually_exclusive_group(required=default is None)
+    shown = "" if default is None else f" (default: {default})"
+    which.add_argument(
+        "--method",
+        choices=_METHODS,
+        help=f"as torch.nn.utils.prune has it, or beyond{shown}",
+    )
+    command.set_defaults(default_method=default)
+    which.add_argument(
+        "--spec", metavar="FILE", type=Path, help="a spec of several rules, YAML or JSON"
+    )
+    command.add_argument(
+        "--amount", type=number, help="how much: an int is a number, 0.5 a fraction"
+    )
+    tensors_option(command, "default: every floating tensor of 2 or more dimensions")
+    command.add_argument(
+        "--n", type=_norm, help="structured: 1, 2, inf, fro, nuc; --n=-inf; of n_m: elements kept"
+    )
+    command.add_argument("--m", type=int, help="n_m_structured: of how many (default 4)")
+    command.add_argument("--dim", type=int, help="structured: the dimension of the slices")
+    command.add_argument("--rows", type=int, help="block_structured: of a block; 0 is all")
+    command.add_argument("--cols", type=int, help="block_structured: of a block; 0 is all")
+    command.add_argument("--seed", type=int, help="random: the same seed prunes the same")
+    command.add_argument(
+        "--importance", choices=("l1", "random"), help="global_unstructured: default l1"
+    )
+
+
+def amounts_option(command: argparse.ArgumentParser, default: str) -> None:
+    """Adds --amounts."""
+    command.add_argument(
+        "--amounts",
+        metavar="AMOUNT,...",
+        type=amounts,
+        help=f"as 0.1,0.5,0.9; {default}",
+    )
+
+
+def tensors_option(command: argparse.ArgumentParser, default: str) -> None:
+    """Adds --tensors."""
+    command.add_argument(
+        "--tensors", metavar="GLOB", action="append", help=f"name or glob, may repeat; {default}"
+    )
+
+
+def spec_of(options: argparse.Namespace, client: Client, source: Any) -> Spec:
+    """The spec that the options name.  Errors: InvalidSpec."""
+    arguments = {
+        name: getattr(options, name) for name in _ARGUMENTS if getattr(options, name) is not None
+    }
+    if options.spec is not None:
+        if arguments or options.tensors:
+            raise InvalidSpec("--spec has the whole spec; --method's options do not go with it")
+        try:
+            return Spec.from_dict(_read_spec(options.spec))
+        except InvalidSpec as error:
+            raise InvalidSpec(f"{options.spec}: {error}") from None
+    tensors = options.tensors or matrices(client.report, source)
+    return Spec.from_dict({"rules": [{"method": options.method, "tensors": tensors, **arguments}]})
+
+
+def fill_amounts(options: argparse.Namespace) -> None:
+    """Where nothing says how much, some amounts are planned.
+
+    Where --amounts do, a method that asks for one amount has the first of them.
+    """
+    if options.method is None and options.spec is None:
+        options.method = options.default_method
+    is_asked = options.method and "amount" in signature(METHODS[options.method]).parameters
+    if is_asked and options.amount is None:
+        options.amounts = options.amounts or SOME_AMOUNTS
+        options.amount = options.amounts[0]
+
+
+def _read_spec(path: Path) -> Any:
+    """The plain data of a spec file.  Errors: InvalidSpec, which does not name the file."""
+    try:
+        text = path.read_text()
+        if path.suffix == ".json":
+            return json.loads(text)
+        import yaml
+
+        return yaml.safe_load(text)
+    except OSError as error:
+        raise InvalidSpec(error.strerror) from None
+    except ImportError:
+        raise InvalidSpec("YAML needs pip install 'secateur[cli]'") from None
+    except ValueError as error:
+        raise InvalidSpec(_one_line(error)) from None
+    except yaml.YAMLError as error:
+        raise InvalidSpec(_one_line(error)) from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def amounts(text: str) -> list[float]:
+    """Amounts as the user types them, with commas between."""
+    return [number(part) for part in text.split(",")]
+
+
+def number(text: str) -> float:
+    """An amount as the user types it: an int, or a float."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def _norm(text: str) -> float | str:
+    return text if text in ("fro", "nuc") else number(text)

@@ -1,0 +1,179 @@
+"""What pruning by many amounts would do."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from secateur.choices import units_of
+from secateur.errors import InvalidSpec
+from secateur.report import Choice, decode_choice
+from secateur.tables import html_table, text_table
+from secateur_proto import plan_pb2 as pb
+from secateur_proto.pruner_pb2 import PlanHeader
+from secateur_proto.spec_pb2 import Selection
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """What would be left of a tensor.
+
+    pruned, total: elements; prior pruning is among them.  norm_removed: the Euclidean norm of what
+    would be pruned, over that of all that is unpruned before it.
+    """
+
+    pruned: int
+    total: int
+    sparsity: float
+    norm_removed: float
+
+
+@dataclass(frozen=True)
+class PlannedAmount:
+    """What one amount would do.
+
+    amount: as it was asked for; None for one that is neither a fraction nor a count.
+    choices: as of a report's rule.  tensors: by name, in the state_dict's order.
+    pruned, total, sparsity, norm_removed: as of a tensor, over all.
+    kept_bytes: of the elements that would be kept, without masks.
+    """
+
+    amount: float | None
+    choices: tuple[Choice, ...]
+    tensors: Mapping[str, PlannedTensor]
+    pruned: int
+    total: int
+    sparsity: float
+    norm_removed: float
+    kept_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a prune by each of some amounts does, exactly.
+
+    masks_bytes, reparametrized_bytes, dense_bytes: of its answer in each form.
+    input_blake3: of the safetensors file that went up.
+    """
+
+    amounts: tuple[PlannedAmount, ...]
+    masks_bytes: int
+    reparametrized_bytes: int
+    dense_bytes: int
+    input_blake3: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return text_table(self._rows())
+
+    def _repr_html_(self) -> str:
+        return html_table(self._rows())
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        head = ("amount", "pruned", "sparsity", "threshold", "norm removed", "kept bytes")
+        return [head, *map(_row, self.amounts)]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """How much each tensor loses by each amount, pruned by itself.
+
+    norm_removed: by the tensors' names, for each of `amounts` what PlannedTensor says.
+    """
+
+    amounts: tuple[float | None, ...]
+    norm_removed: Mapping[str, tuple[float, ...]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As Plan.to_dict."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return text_table(self._rows())
+
+    def _repr_html_(self) -> str:
+        return html_table(self._rows())
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows = [("tensor", *map(_shown, self.amounts))]
+        for name, shares in self.norm_removed.items():
+            rows.append((name, *(f"{share:.2%}" for share in shares)))
+        return rows
+
+
+def sensitivity_of(plan: Plan) -> Sensitivity:
+    """A plan, tensor by tensor."""
+    return Sensitivity(
+        amounts=tuple(planned.amount for planned in plan.amounts),
+        norm_removed={
+            name: tuple(planned.tensors[name].norm_removed for planned in plan.amounts)
+            for name in plan.amounts[0].tensors
+        },
+    )
+
+
+def encode_amounts(amounts: Any) -> list[pb.Amount]:
+    """Ints and floats for the wire.  Errors: InvalidSpec."""
+    if isinstance(amounts, str) or not isinstance(amounts, Iterable):
+        raise InvalidSpec(f"amounts: {amounts!r} is no list of ints and floats")
+    found = [pb.Amount(**units_of(f"amounts[{i}]", amount)) for i, amount in enumerate(amounts)]
+    if not found:
+        raise InvalidSpec("amounts: at least one is needed")
+    return found
+
+
+def decode_plan(message: pb.PruningPlan, header: PlanHeader) -> Plan:
+    """A plan from the wire.  header: what was asked."""
+    asked = header.amounts or [header.spec.rules[-1].selection]
+    return Plan(
+        amounts=tuple(map(_planned, asked, message.amounts)),
+        masks_bytes=message.masks_bytes,
+        reparametrized_bytes=message.reparametrized_bytes,
+        dense_bytes=message.dense_bytes,
+        input_blake3=message.input_blake3,
+    )
+
+
+def _planned(asked: pb.Amount | Selection, message: pb.PlannedAmount) -> PlannedAmount:
+    kind = asked.WhichOneof("amount")
+    return PlannedAmount(
+        amount=getattr(asked, kind) if kind in ("fraction", "count") else None,
+        choices=tuple(map(decode_choice, message.choices)),
+        tensors={tensor.name: _tensor(tensor) for tensor in message.tensors},
+        pruned=message.pruned,
+        total=message.total,
+        sparsity=message.sparsity,
+        norm_removed=message.norm_removed,
+        kept_bytes=message.kept_bytes,
+    )
+
+
+def _tensor(message: pb.PlannedTensor) -> PlannedTensor:
+    return PlannedTensor(
+        pruned=message.pruned,
+        total=message.total,
+        sparsity=message.sparsity,
+        norm_removed=message.norm_removed,
+    )
+
+
+def _row(planned: PlannedAmount) -> tuple[str, ...]:
+    thresholds = [choice.threshold for choice in planned.choices]
+    is_one = len(thresholds) == 1 and thresholds[0] is not None  # else each tensor has its own
+    return (
+        _shown(planned.amount),
+        f"{planned.pruned:,}",
+        f"{planned.sparsity:.2%}",
+        f"{thresholds[0]:.6g}" if is_one else "-",
+        f"{planned.norm_removed:.2%}",
+        f"{planned.kept_bytes:,}",
+    )
+
+
+def _shown(amount: float | None) -> str:
+    """An amount as Python spells it: 1 is one unit, 1.0 is all."""
+    if amount is None:
+        return "-"
+    return f"{amount:,}" if isinstance(amount, int) else str(round(amount, 6))

@@ -1,0 +1,28 @@
+"""Guard rails from the wire."""
+
+from secateur_proto import spec_pb2 as pb
+from secateur_server.errors import AmountOutOfRange
+from secateur_server.pruning.spec import GuardRails, Rail
+
+
+def decode_rails(rails: pb.GuardRails, path: str) -> GuardRails:
+    """Errors: AmountOutOfRange, naming the field by its path."""
+    return GuardRails(
+        rails=tuple(_rail(rail, f"{path}.rails[{i}]") for i, rail in enumerate(rails.rails)),
+        keep_first=rails.keep_first,
+        keep_last=rails.keep_last,
+        exclude=tuple(rails.exclude),
+    )
+
+
+def _rail(rail: pb.Rail, path: str) -> Rail:
+    least, most = rail.min_sparsity, rail.max_sparsity if rail.HasField("max_sparsity") else 1.0
+    for field, value in (("min_sparsity", least), ("max_sparsity", most)):
+        if not 0.0 <= value <= 1.0:
+            raise AmountOutOfRange(f"{path}.{field}", f"{value} is not in [0, 1]")
+    if least > most:
+        raise AmountOutOfRange(
+            f"{path}.min_sparsity",
+            f"{least} is more than max_sparsity, {most}: by {least - most:g}",
+        )
+    return Rail(path, tuple(rail.tensors), least, most, rail.keep_at_least)

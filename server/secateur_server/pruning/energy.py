@@ -1,0 +1,65 @@
+"""How much of a tensor goes by each of many cuts: sums of squares, from one pass."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from secateur_server.devices import Span, passes_of, spans
+from secateur_server.devices.passes import BITS, Cut
+from secateur_server.pruning.norms import row_sums
+from secateur_server.pruning.score import Ranking
+from secateur_server.pruning.select import _piece
+
+# Squares are added up in parts of so many, whatever a device's pieces are, and the parts in their
+# order: so neither device nor threads show.
+PART = 1 << 20
+
+
+def energies(
+    ranking: Ranking, weight: Tensor, cuts: Sequence[Cut], dtype: torch.dtype
+) -> tuple[list[float], float]:
+    """The sum of squares of what goes of a weight by each cut; and of all that is alive.
+
+    weight: flat, an element for each unit.
+    cuts: in any order, in the keys of `dtype`; by a negative key nothing goes.
+    """
+    passes, parts = passes_of(ranking.device), spans(ranking.units, PART)
+    distinct = sorted({cut.key for cut in cuts if cut.key >= 0})
+    keys = torch.tensor(distinct, dtype=BITS[dtype], device=passes.device)
+
+    def sums_of(span: Span) -> tuple[Tensor, Tensor]:
+        return passes.sum_squares(_piece(ranking, dtype, *span), weight[slice(*span)], keys)
+
+    found = passes.each(sums_of, parts)
+    sums = _running([of for of, _ in found], 2 * len(distinct) + 1, torch.float64)
+    equal = _running([of for _, of in found], len(distinct), torch.int64)
+    up_to = sums[-1].cumsum(0)
+
+    def energy(cut: Cut) -> float:
+        if cut.key < 0:
+            return 0.0
+        j = distinct.index(cut.key)
+        # All ties of the first parts go; of the next one only its first ones, which are looked for.
+        whole = int(torch.searchsorted(equal[1:, j].contiguous(), cut.ties, right=True))
+        of_ties, rest = sums[whole, 2 * j + 1], cut.ties - int(equal[whole, j])
+        if rest:
+            of_ties = of_ties + _first_ties(ranking, weight, cut.key, rest, parts[whole], dtype)
+        return float(up_to[2 * j] + of_ties)
+
+    return passes.each(energy, cuts), float(up_to[-1])
+
+
+def _running(of_parts: Sequence[Tensor], size: int, dtype: torch.dtype) -> Tensor:
+    """The sums of the first parts, from none to all.  Returns: (parts + 1, size)."""
+    return torch.stack([torch.zeros(size, dtype=dtype), *of_parts]).cumsum(0)
+
+
+def _first_ties(
+    ranking: Ranking, weight: Tensor, key: int, count: int, span: Span, dtype: torch.dtype
+) -> Tensor:
+    """The sum of squares of the first `count` units of a part with a key."""
+    keys = passes_of(ranking.device).keys(_piece(ranking, dtype, *span))
+    at = (keys == key).nonzero().view(-1)[:count]
+    squares = weight[slice(*span)][at].to(torch.float64).square()
+    return row_sums(squares.view(1, -1))[0].cpu()

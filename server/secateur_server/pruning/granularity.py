@@ -1,0 +1,366 @@
+"""What is pruned as one: a unit, and how the elements of a tensor make up its units.
+
+Every granularity has the same methods, of one tensor:
+values: what its elements rank by: the weight, or a caller's scores.
+mask: of its elements, prior pruning; None where there was none.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secateur_server.devices import passes_of, room_to_work
+from secateur_server.devices.passes import Passes, as_keys, ranked_as
+from secateur_server.pruning.masks import Mask, any_of_slices, around, mask_of, spread
+from secateur_server.pruning.norms import row_sums, slice_norms, vector_norms
+from secateur_server.pruning.tiles import Box, Tiles
+
+
+@dataclass(frozen=True)
+class Element:
+    """Every element is a unit."""
+
+    def fits(self, shape: Sequence[int]) -> str | None:
+        """Why a tensor of this shape has no such units, in words; None where it has."""
+        return None
+
+    def grid(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape that the units of a tensor have."""
+        return tuple(shape)
+
+    def alive(self, values: Tensor, mask: Mask | None) -> Mask | None:
+        """Which units can be pruned: those with an unpruned element; None is all of them."""
+        return mask
+
+    def scores(self, values: Tensor, mask: Mask | None, p: float | str, is_mean: bool) -> Tensor:
+        """The importance of each unit, of which the absolute value counts.
+
+        p: of the norm; "nuc" is the nuclear norm of a slice.
+        is_mean: a power mean in place of the norm: divided by the elements of the unit to 1/p.
+        Returns: flat, floating.
+        """
+        return values.reshape(-1)
+
+    def spread(self, kept: Mask, values: Tensor, mask: Mask | None) -> Mask:
+        """Which elements stay when the units `kept` do; prior pruning need not be in it."""
+        return kept
+
+    def sizes(self, shape: Sequence[int]) -> int | None:
+        """Elements of a unit; None where they differ, or are not all of them pruned with it."""
+        return 1
+
+
+@dataclass(frozen=True)
+class Slice:
+    """All elements with one index in a dimension are a unit.  dim: may be negative."""
+
+    dim: int
+
+    def fits(self, shape: Sequence[int]) -> str | None:
+        """As Element.fits."""
+        if len(shape) < 2:
+            return "slices need 2 dimensions or more"
+        return _outside(self.dim, shape)
+
+    def grid(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """As Element.grid."""
+        return (shape[self.dim],)
+
+    def alive(self, values: Tensor, mask: Mask | None) -> Mask | None:
+        """As Element.alive."""
+        if mask is None:
+            return None
+        found = any_of_slices(mask.flags, values.shape, self.dim, mask.bits.device)
+        return flags_mask(found)
+
+    def scores(self, values: Tensor, mask: Mask | None, p: float | str, is_mean: bool) -> Tensor:
+        """As Element.scores.  Returns: as slice_norms."""
+        norms = slice_norms(values, mask, self.dim, p)
+        outer, _, inner = around(values.shape, self.dim)
+        return power_means(norms, outer * inner, float(p)) if is_mean else norms
+
+    def spread(self, kept: Mask, values: Tensor, mask: Mask | None) -> Mask:
+        """As Element.spread."""
+        return spread(kept.flags(0, kept.elements), values.shape, self.dim)
+
+    def sizes(self, shape: Sequence[int]) -> int | None:
+        """As Element.sizes."""
+        outer, _, inner = around(shape, self.dim)
+        return outer * inner
+
+    def costs(self, weight: Tensor, values: Tensor, mask: Mask | None) -> tuple[Tensor, Tensor]:
+        """What goes with each unit, that is not pruned yet.
+
+        Returns: how many elements, int64; the sum of their weights' squares, float64. Both flat.
+        """
+        outer, size, inner = around(weight.shape, self.dim)
+        return _costs(Tiles((outer, size, inner), (outer, 1, inner)), weight, mask)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of elements is a unit; at the end of a dimension it may be smaller.
+
+    shape: the lengths of a block; 0 is the whole dimension.
+    as_matrix: a tensor counts as a matrix: its first dimension, and all others as one.
+    """
+
+    shape: tuple[int, ...]
+    as_matrix: bool
+
+    def fits(self, shape: Sequence[int]) -> str | None:
+        """As Element.fits."""
+        if not any(self.shape):
+            return "a block needs a length that is not 0"
+        if self.as_matrix and len(shape) < 2:
+            return "a matrix needs 2 dimensions or more"
+        dims = 2 if self.as_matrix else len(shape)
+        if len(self.shape) != dims:
+            return f"a block needs {dims} lengths, not {len(self.shape)}"
+        return None
+
+    def grid(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """As Element.grid."""
+        return self._tiles(shape).grid
+
+    def alive(self, values: Tensor, mask: Mask | None) -> Mask | None:
+        """As Element.alive."""
+        if mask is None:
+            return None
+        tiles, passes = self._tiles(values.shape), passes_of(values.device)
+        kept = mask.whole(tiles.sizes)
+
+        def alive_of(box: Box) -> Tensor:
+            return passes.any_along(tiles.rows(tiles.part(kept, box), box, False))
+
+        return flags_mask(torch.cat(passes.each(alive_of, _boxes(tiles, passes))))
+
+    def scores(self, values: Tensor, mask: Mask | None, p: float | str, is_mean: bool) -> Tensor:
+        """As Element.scores.  Returns: as slice_norms."""
+        tiles, passes, order = self._tiles(values.shape), passes_of(values.device), float(p)
+        by_tiles = values.reshape(tiles.sizes)
+        kept = None if mask is None else mask.whole(tiles.sizes)
+
+        def scores_of(box: Box) -> Tensor:
+            part = _ranked(tiles.part(by_tiles, box))
+            if kept is not None:
+                part = torch.where(tiles.part(kept, box), part, 0.0)
+            rows = tiles.rows(part, box, _neutral(order))
+            return _norms(rows, tiles.counts(box, rows.device) if is_mean else None, order, passes)
+
+        return torch.cat(passes.each(scores_of, _boxes(tiles, passes)))
+
+    def spread(self, kept: Mask, values: Tensor, mask: Mask | None) -> Mask:
+        """As Element.spread."""
+        tiles, passes = self._tiles(values.shape), passes_of(values.device)
+        units = kept.whole(tiles.grid)
+        flags = room_to_work(values.numel(), passes).view(torch.bool)
+
+        def spread_box(box: Box) -> None:
+            tiles.fill(flags.view(tiles.sizes), box, units)
+
+        passes.each(spread_box, _boxes(tiles, passes))
+        return flags_mask(flags)
+
+    def sizes(self, shape: Sequence[int]) -> int | None:
+        """As Element.sizes."""
+        tiles = self._tiles(shape)
+        return tiles.elements if tiles.divide else None
+
+    def costs(self, weight: Tensor, values: Tensor, mask: Mask | None) -> tuple[Tensor, Tensor]:
+        """As Slice.costs."""
+        return _costs(self._tiles(weight.shape), weight, mask)
+
+    def _tiles(self, shape: Sequence[int]) -> Tiles:
+        sizes = (shape[0], math.prod(shape[1:])) if self.as_matrix else tuple(shape)
+        lengths = zip(self.shape, sizes, strict=True)
+        return Tiles(sizes, tuple(max(1, min(length or size, size)) for length, size in lengths))
+
+
+@dataclass(frozen=True)
+class NM:
+    """What is too much in a group of elements is a unit: all but the `n` most important ones.
+
+    m: elements of a group, side by side along `dim`, which may be negative.  The last group of a
+        line may be shorter: as if it were filled up with pruned elements.
+    """
+
+    n: int
+    m: int
+    dim: int
+
+    def fits(self, shape: Sequence[int]) -> str | None:
+        """As Element.fits."""
+        return _outside(self.dim, shape)
+
+    def grid(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """As Element.grid."""
+        dim = self.dim % len(shape)
+        return (*shape[:dim], -(-shape[dim] // self.m), *shape[dim + 1 :])
+
+    def alive(self, values: Tensor, mask: Mask | None) -> Mask | None:
+        """Which units can be pruned: those with more than n unpruned elements; None is all."""
+        tiles, passes = self._tiles(values.shape), passes_of(values.device)
+        shorter = tiles.sizes[1] % self.m
+        if mask is None and not 0 < shorter <= self.n:
+            return None
+        kept = None if mask is None else mask.whole(tiles.sizes)
+
+        def alive_of(box: Box) -> Tensor:
+            if kept is None:
+                return tiles.counts(box, values.device) > self.n
+            return tiles.rows(tiles.part(kept, box), box, False).sum((0, 2)) > self.n
+
+        return flags_mask(torch.cat(passes.each(alive_of, _boxes(tiles, passes))))
+
+    def scores(self, values: Tensor, mask: Mask | None, p: float | str, is_mean: bool) -> Tensor:
+        """As Element.scores, of the elements that go with a unit.  Returns: as slice_norms."""
+        tiles, passes, order = self._tiles(values.shape), passes_of(values.device), float(p)
+        by_tiles = values.reshape(tiles.sizes)
+        kept = None if mask is None else mask.whole(tiles.sizes)
+
+        def scores_of(box: Box) -> Tensor:
+            goes = self._goes(tiles, by_tiles, kept, box)
+            rows = tiles.rows(_ranked(tiles.part(by_tiles, box)), box, 0.0)
+            rows = torch.where(goes, rows, _neutral(order))
+            # A unit that nothing goes with is no candidate, but its score must not be NaN.
+            counts = goes.sum((0, 2)).clamp(min=1) if is_mean else None
+            return _norms(rows, counts, order, passes)
+
+        return torch.cat(passes.each(scores_of, _boxes(tiles, passes)))
+
+    def spread(self, kept: Mask, values: Tensor, mask: Mask | None) -> Mask:
+        """As Element.spread."""
+        tiles, passes = self._tiles(values.shape), passes_of(values.device)
+        by_tiles = values.reshape(tiles.sizes)
+        before = None if mask is None else mask.whole(tiles.sizes)
+        units = kept.whole(tiles.grid) if kept.kept else None
+        flags = room_to_work(values.numel(), passes).view(torch.bool)
+
+        def spread_box(box: Box) -> None:
+            stays = passes.largest(self._keys(tiles, by_tiles, before, box), self.n)
+            if units is not None:
+                stays |= tiles.in_grid(units, box).reshape(len(stays), 1, -1)
+            tiles.paste(flags.view(tiles.sizes), box, stays)
+
+        passes.each(spread_box, _boxes(tiles, passes))
+        return flags_mask(flags)
+
+    def sizes(self, shape: Sequence[int]) -> int | None:
+        """As Element.sizes."""
+        return None
+
+    def costs(self, weight: Tensor, values: Tensor, mask: Mask | None) -> tuple[Tensor, Tensor]:
+        """As Slice.costs."""
+        tiles, passes = self._tiles(values.shape), passes_of(values.device)
+        by_tiles, weights = values.reshape(tiles.sizes), weight.reshape(tiles.sizes)
+        kept = None if mask is None else mask.whole(tiles.sizes)
+
+        def costs_of(box: Box) -> tuple[Tensor, Tensor]:
+            goes = self._goes(tiles, by_tiles, kept, box)
+            rows = tiles.rows(_ranked(tiles.part(weights, box)), box, 0.0)
+            return goes.sum((0, 2)), _squares(torch.where(goes, rows, 0.0), passes)
+
+        return _joined(passes.each(costs_of, _boxes(tiles, passes)))
+
+    def _tiles(self, shape: Sequence[int]) -> Tiles:
+        return Tiles(around(shape, self.dim), (1, self.m, 1))
+
+    def _keys(self, tiles: Tiles, values: Tensor, kept: Tensor | None, box: Box) -> Tensor:
+        """The keys of a box; -1 of what is pruned.  Returns: (groups, m, inner)."""
+        part = tiles.part(values, box)
+        keys = as_keys(part, ranked_as(part.dtype))
+        if kept is not None:
+            keys.masked_fill_(~tiles.part(kept, box), -1)
+        _, _, (first, last) = box
+        return tiles.padded(keys, box, -1).reshape(-1, self.m, last - first)
+
+    def _goes(self, tiles: Tiles, values: Tensor, kept: Tensor | None, box: Box) -> Tensor:
+        """Which elements go with the units of a box.  Returns: bool, as Tiles.rows."""
+        keys = self._keys(tiles, values, kept, box)
+        goes = ~passes_of(values.device).largest(keys, self.n) & (keys >= 0)
+        return goes.transpose(1, 2).reshape(1, -1, self.m)
+
+
+def _outside(dim: int, shape: Sequence[int]) -> str | None:
+    if not shape:
+        return "it has no dimension"
+    if not -len(shape) <= dim < len(shape):
+        return f"{dim} is not in [{-len(shape)}, {len(shape)})"
+    return None
+
+
+def _boxes(tiles: Tiles, passes: Passes) -> list[Box]:
+    # As float64 they are to stay in the second-level cache.
+    return tiles.boxes(passes.piece // 8)
+
+
+def _ranked(part: Tensor) -> Tensor:
+    return part.to(ranked_as(part.dtype))
+
+
+def _neutral(p: float) -> float:
+    """What adds nothing to a norm."""
+    return math.inf if p < 0 else 0.0
+
+
+def _norms(rows: Tensor, counts: Tensor | None, p: float, passes: Passes) -> Tensor:
+    """The norm of each row, rounded once, or its power mean over `counts` elements.
+
+    rows: (1, units, elements), floating.  Returns: as slice_norms.
+    """
+    norms = vector_norms(rows, 0, rows.shape[1], p, passes)
+    if counts is not None:
+        norms = power_means(norms, counts, p)
+    return norms if rows.dtype == torch.float64 else norms.to(torch.float32)
+
+
+def _costs(tiles: Tiles, weight: Tensor, mask: Mask | None) -> tuple[Tensor, Tensor]:
+    """As Slice.costs, of units that go whole."""
+    passes, by_tiles = passes_of(weight.device), weight.reshape(tiles.sizes)
+    kept = None if mask is None else mask.whole(tiles.sizes)
+
+    def costs_of(box: Box) -> tuple[Tensor, Tensor]:
+        part = _ranked(tiles.part(by_tiles, box))
+        if kept is None:
+            return tiles.counts(box, part.device), _squares(tiles.rows(part, box, 0.0), passes)
+        flags = tiles.part(kept, box)
+        part = torch.where(flags, part, 0.0)
+        counts = tiles.rows(flags, box, False).sum((0, 2))
+        return counts, _squares(tiles.rows(part, box, 0.0), passes)
+
+    return _joined(passes.each(costs_of, _boxes(tiles, passes)))
+
+
+def _squares(rows: Tensor, passes: Passes) -> Tensor:
+    """The sum of squares of each row.  rows: (1, units, elements).  Returns: float64."""
+    sums = passes.power_sums(rows, 0, rows.shape[1], 2)
+    return row_sums(rows[0].to(torch.float64).square()) if sums is None else sums
+
+
+def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    counts, squares = zip(*parts, strict=True)
+    return torch.cat(counts), torch.cat(squares)
+
+
+def power_means(norms: Tensor, elements: Tensor | int, p: float) -> Tensor:
+    """(mean of |x|^p)^(1/p) from (sum of |x|^p)^(1/p).
+
+    elements: of each unit.  p: 0 is the share that is not zero; infinities the extremes.
+    """
+    if math.isinf(p):
+        return norms
+    count = torch.as_tensor(elements, dtype=torch.float64, device=norms.device)
+    means = norms.to(torch.float64) / (count if p == 0 else count.pow(1 / p))
+    return means.to(norms.dtype)
+
+
+def flags_mask(found: Tensor) -> Mask:
+    """A mask from bool, flat."""
+    return mask_of(lambda begin, end: found[begin:end], len(found), found.device)
+
+
+Granularity = Element | Slice | Block | NM

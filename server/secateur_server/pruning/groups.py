@@ -1,0 +1,125 @@
+"""Slices of several tensors that live and die together, as a filter and what reads its channel."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from secateur_server.devices import passes_of, spans
+from secateur_server.errors import DimOutOfRange, InvalidSpec, quote
+from secateur_server.pruning.catalog import Catalog, unmatched
+from secateur_server.pruning.granularity import flags_mask, power_means
+from secateur_server.pruning.masks import Mask, any_of_slices, around, spread
+from secateur_server.pruning.norms import vector_norms
+from secateur_server.pruning.spec import Group, Member, Parameter
+
+
+def resolve_group(group: Group, catalog: Catalog) -> Group:
+    """The group with its members' units known.  Errors: InvalidSpec."""
+    members = tuple(_resolve_member(member, catalog) for member in group.members)
+    units = members[0].units
+    for member in members:
+        if member.units != units:
+            raise InvalidSpec(
+                f"{member.path}.units",
+                f"{quote(member.tensor)} has {member.units} units, "
+                f"{quote(members[0].tensor)} of the same group {units}",
+            )
+    return replace(group, members=members)
+
+
+def _resolve_member(member: Member, catalog: Catalog) -> Member:
+    """A member with a dimension from 0 on, and all its units' slices within it."""
+    name = quote(member.tensor)
+    if member.tensor not in catalog.prunable:
+        raise unmatched(f"{member.path}.tensor", member.tensor, catalog)
+    shape = catalog.prunable[member.tensor]
+    if not -len(shape) <= member.dim < len(shape):
+        raise DimOutOfRange(
+            f"{member.path}.dim",
+            f"{member.dim} is not in [{-len(shape)}, {len(shape)}) of {name} {list(shape)}",
+        )
+    if 0 in shape:
+        raise InvalidSpec(f"{member.path}.tensor", f"{name} {list(shape)} has no elements")
+    dim = member.dim % len(shape)
+    size, units = shape[dim], member.units
+    if member.indices:
+        units = units or len(member.indices)
+        if len(member.indices) % units or max(member.indices) >= size:
+            raise InvalidSpec(
+                f"{member.path}.indices",
+                f"{len(member.indices)} up to {max(member.indices)} are not those of {units} units "
+                f"in {size} slices of {name}",
+            )
+    else:
+        units = units or max(0, size - member.offset) // member.stride
+        if units == 0 or member.offset + units * member.stride > size:
+            raise InvalidSpec(
+                f"{member.path}.units",
+                f"{units} units of {member.stride} slices from {member.offset} on are not in the "
+                f"{size} slices of {name}",
+            )
+    return replace(member, dim=dim, units=units)
+
+
+def slices_of(member: Member, device: torch.device) -> Tensor:
+    """The slices of each unit.  Returns: int64, (units, slices of one)."""
+    if member.indices:
+        return torch.tensor(member.indices, device=device).view(member.units, -1)
+    every = torch.arange(member.units * member.stride, device=device) + member.offset
+    return every.view(member.units, member.stride)
+
+
+def alive_units(group: Group, parameters: Mapping[str, Parameter]) -> Mask | None:
+    """Which units have an unpruned element in any of their tensors; None is all of them."""
+    alive: Tensor | None = None
+    for member in group.members:
+        parameter = parameters[member.tensor]
+        mask, shape = parameter.mask, parameter.weight.shape
+        if mask is None:
+            return None
+        found = any_of_slices(mask.flags, shape, member.dim, mask.bits.device)
+        of_units = found[slices_of(member, found.device)].any(1)
+        alive = of_units if alive is None else alive | of_units
+    assert alive is not None, "a group has a member"
+    return flags_mask(alive)
+
+
+def member_scores(member: Member, parameter: Parameter, p: float) -> Tensor:
+    """The power mean of |w|^p over each unit's elements; pruned ones count as 0.
+
+    Returns: float64, as long as there are units.
+    """
+    weight, mask = parameter.weight, parameter.mask
+    slices = slices_of(member, weight.device)
+    outer, size, inner = around(weight.shape, member.dim)
+    by_slice = weight.reshape(outer, size, inner)
+    kept = None if mask is None else mask.whole((outer, size, inner))
+    passes, elements = passes_of(weight.device), outer * inner * slices.shape[1]
+
+    def scores_of(span: tuple[int, int]) -> Tensor:
+        index = slices[slice(*span)].reshape(-1)
+        part = by_slice.index_select(1, index)
+        if kept is not None:
+            part = torch.where(kept.index_select(1, index), part, torch.zeros_like(part))
+        rows = part.transpose(0, 1).reshape(1, -1, elements).contiguous()
+        return vector_norms(rows, 0, rows.shape[1], p, passes)
+
+    parts = spans(member.units, max(1, passes.piece // 8 // max(1, elements)))
+    return power_means(torch.cat(passes.each(scores_of, parts)), elements, p)
+
+
+def spread_group(group: Group, kept: Mask, parameters: Mapping[str, Parameter]) -> dict[str, Mask]:
+    """The masks of a group's tensors when the units `kept` stay."""
+    units = kept.flags(0, kept.elements)
+    masks: dict[str, Mask] = {}
+    for member in group.members:
+        shape = parameters[member.tensor].weight.shape
+        stays = torch.ones(shape[member.dim], dtype=torch.bool, device=units.device)
+        going = slices_of(member, units.device)[~units]
+        stays[going.reshape(-1)] = False
+        mask = spread(stays, shape, member.dim)
+        before = masks.get(member.tensor)
+        masks[member.tensor] = mask if before is None else mask & before
+    return masks

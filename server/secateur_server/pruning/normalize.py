@@ -1,0 +1,146 @@
+"""Importances of several tensors brought to one scale.
+
+Each is made of exact sums by halves, so that neither the machine nor the threads show.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from secateur_server.devices import passes_of, room_to_work, spans
+from secateur_server.devices.passes import ranked_as
+from secateur_server.errors import InvalidSpec, quote
+from secateur_server.pruning.masks import Mask
+from secateur_server.pruning.norms import row_sums
+from secateur_server.pruning.score import Ranking
+from secateur_server.pruning.spec import Selection
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A score |x| becomes (|x| - shift) / spread.  least: of the scaled ones."""
+
+    shift: float
+    spread: float
+    least: float
+
+
+def normalized(rule: Selection, rankings: Sequence[Ranking]) -> list[Ranking]:
+    """The rankings with scores on one scale; z-scores are moved up until none is negative.
+
+    Errors: InvalidSpec, of infinite scores.
+    """
+    scales = [
+        _scale(rule, ranking.name, _tensor_of(ranking), ranking.alive) for ranking in rankings
+    ]
+    floor = min([0.0, *(scale.least for scale in scales)])
+    return [
+        replace(
+            ranking, scores=_scaled(_tensor_of(ranking), scale, floor), offset=floor, sample=None
+        )
+        for ranking, scale in zip(rankings, scales, strict=True)
+    ]
+
+
+def combined(
+    rule: Selection,
+    members: Sequence[Sequence[Tensor]],
+    alive: Sequence[Mask | None],
+    names: Sequence[str],
+) -> tuple[list[Tensor], float]:
+    """The scores of groups from those of their members, normalized member by member.
+
+    members: for each group those of its members, float64, flat.
+    Returns: also what was taken off from all scores, so that none is negative.
+    """
+    groups = []
+    for scores, mask, name in zip(members, alive, names, strict=True):
+        if rule.normalization is not None:
+            scales = [_scale(rule, name, of_member, mask) for of_member in scores]
+            scores = [(s - c.shift) / c.spread for s, c in zip(scores, scales, strict=True)]
+        stacked = torch.stack(list(scores))
+        if rule.combination == "max":
+            groups.append(stacked.amax(0))
+        else:
+            total = row_sums(stacked.T.contiguous())
+            groups.append(total / len(scores) if rule.combination == "mean" else total)
+    floor = min([0.0, *(float(scores.min()) for scores in groups if scores.numel())])
+    return [scores - floor for scores in groups], floor
+
+
+def _scale(rule: Selection, name: str, scores: Tensor, alive: Mask | None) -> Scale:
+    """The scale of one tensor's scores, over those that are alive."""
+    count, total, squares, least, most = _moments(scores, alive)
+    if not math.isfinite(most) or not math.isfinite(squares):
+        raise InvalidSpec(
+            f"{rule.path}.normalization", f"{quote(name)} has scores too large to be normalized"
+        )
+    mean = total / count if count else 0.0
+    if rule.normalization == "mean":
+        shift, spread = 0.0, mean
+    elif rule.normalization == "norm":
+        shift, spread = 0.0, math.sqrt(squares)
+    else:
+        shift, spread = mean, _deviation(scores, alive, count, mean)
+    spread = spread or 1.0  # all are equal
+    return Scale(shift, spread, (least - shift) / spread if count else 0.0)
+
+
+def _deviation(scores: Tensor, alive: Mask | None, count: int, mean: float) -> float:
+    """The standard deviation of a population, in a pass of its own: it cancels nothing."""
+
+    def squares(span: tuple[int, int]) -> Tensor:
+        living = _living(scores, alive, *span)
+        return row_sums((living - mean).square().unsqueeze(0)) if len(living) else living.sum()
+
+    passes = passes_of(scores.device)
+    parts = passes.each(squares, spans(len(scores), passes.piece))
+    return math.sqrt(math.fsum(map(float, parts)) / count) if count else 0.0
+
+
+def _moments(scores: Tensor, alive: Mask | None) -> tuple[int, float, float, float, float]:
+    """Count, sum, sum of squares, least and largest of the absolute scores that are alive."""
+
+    def moments(span: tuple[int, int]) -> tuple[int, float, float, float, float]:
+        living = _living(scores, alive, *span)
+        if not len(living):
+            return 0, 0.0, 0.0, math.inf, 0.0
+        low, high = living.aminmax()
+        total, squares = row_sums(torch.stack([living, living.square()]))
+        return len(living), float(total), float(squares), float(low), float(high)
+
+    passes = passes_of(scores.device)
+    parts = passes.each(moments, spans(len(scores), passes.piece))
+    if not parts:
+        return 0, 0.0, 0.0, 0.0, 0.0
+    counts, totals, squares, lows, highs = zip(*parts, strict=True)
+    return sum(counts), math.fsum(totals), math.fsum(squares), min(lows), max(highs)
+
+
+def _living(scores: Tensor, alive: Mask | None, begin: int, end: int) -> Tensor:
+    part = scores[begin:end].to(torch.float64).abs()
+    return part if alive is None else part[alive.flags(begin, end)]
+
+
+def _scaled(scores: Tensor, scale: Scale, floor: float) -> Tensor:
+    """Returns: float64 for float64, else float32, computed in float64 and rounded once."""
+    exact = ranked_as(scores.dtype) == torch.float64
+    dtype = torch.float64 if exact else torch.float32
+    passes = passes_of(scores.device)
+    into = room_to_work(len(scores) * dtype.itemsize, passes).view(dtype)
+
+    def fill(span: tuple[int, int]) -> None:
+        part = scores[slice(*span)].to(torch.float64).abs()
+        # What is pruned already may lie below the floor, and has no rank.
+        into[slice(*span)] = (((part - scale.shift) / scale.spread) - floor).clamp_(min=0.0)
+
+    passes.each(fill, spans(len(scores), passes.piece))
+    return into
+
+
+def _tensor_of(ranking: Ranking) -> Tensor:
+    assert isinstance(ranking.scores, Tensor), "random scores are not normalized"
+    return ranking.scores

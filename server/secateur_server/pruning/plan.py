@@ -1,0 +1,200 @@
+"""What a rule would do by each of many amounts, from one look at the scores."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from secateur_server.devices import passes_of, spans
+from secateur_server.devices.passes import Cut, Piece
+from secateur_server.pruning.amounts import Decision, decide, value_of
+from secateur_server.pruning.divide import Query, divide
+from secateur_server.pruning.energy import energies
+from secateur_server.pruning.masks import Mask
+from secateur_server.pruning.norms import row_sums
+from secateur_server.pruning.prune import (
+    Choice,
+    apply_selection,
+    choice_of,
+    small_at_once,
+    with_cut,
+)
+from secateur_server.pruning.select import NOTHING, score_dtype
+from secateur_server.pruning.spec import Amount, Parameter, Selection, Threshold
+from secateur_server.pruning.subjects import Subject, subjects_of, together
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What would go of a tensor.
+
+    elements: unpruned ones that go.  energy: the sum of their squares.
+    whole: the sum of squares of all that are unpruned before.
+    """
+
+    elements: int
+    energy: float
+    whole: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one amount would do: the rule's choices, and what goes of each tensor."""
+
+    choices: list[Choice]
+    removed: dict[str, Removed]
+
+
+def plan(
+    rule: Selection,
+    amounts: Sequence[Amount],
+    parameters: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
+) -> list[Outcome]:
+    """The outcome of `rule` with each of `amounts` in its amount's place.
+
+    rule: resolved.  parameters, extras: as of prune.  Errors: InvalidSpec.
+    """
+    if rule.groups:  # they overlap: what is left of a tensor only its mask tells
+        return [_tried(replace(rule, amount=a), parameters, extras) for a in amounts]
+    outcomes = [Outcome([], {}) for _ in amounts]
+    empty = {name for name in rule.tensors if parameters[name].weight.numel() == 0}
+    for name in sorted(empty, key=rule.tensors.index):
+        for outcome in outcomes:
+            outcome.choices.append(Choice((name,), 0, 0, 0))
+            outcome.removed[name] = Removed(0, 0.0, 0.0)
+    ranked = together(rule, [name for name in rule.tensors if name not in empty])
+    parts = small_at_once(
+        lambda names: _planned(rule, amounts, names, parameters, extras),
+        ranked,
+        lambda names: sum(parameters[name].weight.numel() for name in names),
+        parameters[rule.tensors[0]].weight.device,
+    )
+    for found in parts:
+        for outcome, (choice, removed) in zip(outcomes, found, strict=True):
+            outcome.choices.append(choice)
+            outcome.removed.update(removed)
+    return outcomes
+
+
+def _planned(
+    rule: Selection,
+    amounts: Sequence[Amount],
+    names: tuple[str, ...],
+    parameters: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
+) -> list[tuple[Choice, dict[str, Removed]]]:
+    """For each amount the choice among tensors that are ranked together, and what goes of them."""
+    rule = replace(rule, amount=amounts[0])
+    subjects = subjects_of(rule, names, parameters, extras)
+    dtype = score_dtype([subject.ranking for subject in subjects])
+    decisions = decide(rule, subjects, amounts)
+    cuts = _cuts(subjects, decisions, dtype)
+    removed = [
+        _removed(
+            subject,
+            parameters[subject.name],
+            [decision.counts[i] for decision in decisions],
+            [of[i] for of in cuts],
+            dtype,
+        )
+        for i, subject in enumerate(subjects)
+    ]
+    alive = sum(subject.alive for subject in subjects)
+    planned = []
+    for index, decision in enumerate(decisions):
+        if isinstance(rule.amount, Threshold):
+            at = [None if c == NOTHING else value_of(c.key, dtype) for c in cuts[index]]
+            decision = with_cut(decision, [subject.ranking for subject in subjects], at)
+        choice = choice_of(rule, names, alive, sum(decision.counts), decision)
+        planned.append((choice, {n: of[index] for n, of in zip(names, removed, strict=True)}))
+    return planned
+
+
+def _cuts(
+    subjects: Sequence[Subject], decisions: Sequence[Decision], dtype: torch.dtype
+) -> list[list[Cut]]:
+    """For each decision the cut of each subject, in the common dtype."""
+    cuts: list[list[Cut | None]] = [
+        [
+            NOTHING if count == 0 else known
+            for count, known in zip(
+                decision.counts, decision.cuts or [None] * len(subjects), strict=True
+            )
+        ]
+        for decision in decisions
+    ]
+    # Those that limits or shares took elsewhere than at the cut of all.
+    missing = [(d, s) for d, of in enumerate(cuts) for s, cut in enumerate(of) if cut is None]
+    queries = [Query((s,), (0,), (subjects[s].alive,), decisions[d].counts[s]) for d, s in missing]
+    found = divide([subject.ranking for subject in subjects], queries, dtype) if queries else []
+    for (d, s), division in zip(missing, found, strict=True):
+        ties = division.counts[0] - division.below[0]
+        cuts[d][s] = Cut(division.key, ties, division.equal[0])
+    return [[cut for cut in of if cut is not None] for of in cuts]
+
+
+def _removed(
+    subject: Subject,
+    parameter: Parameter,
+    counts: Sequence[int],
+    cuts: Sequence[Cut],
+    dtype: torch.dtype,
+) -> list[Removed]:
+    """What goes of one tensor by each of its cuts.  counts: of units."""
+    if subject.costs is not None:
+        return _removed_units(subject, subject.costs, parameter, counts, dtype)
+    found, whole = energies(subject.ranking, parameter.weight.reshape(-1), cuts, dtype)
+    return [Removed(count, energy, whole) for count, energy in zip(counts, found, strict=True)]
+
+
+def _removed_units(
+    subject: Subject,
+    costs: Callable[[], tuple[Tensor, Tensor]],
+    parameter: Parameter,
+    counts: Sequence[int],
+    dtype: torch.dtype,
+) -> list[Removed]:
+    """As _removed, of units of many elements: so few that they are sorted."""
+    ranking, passes = subject.ranking, passes_of(subject.ranking.device)
+    alive = None if ranking.alive is None else ranking.alive.bits
+    keys = passes.keys(Piece(ranking.units, ranking.scores, dtype, alive))
+    order = keys.argsort(stable=True).cpu()
+    gone, lost = (cost.cpu()[order].cumsum(0) for cost in costs())
+    whole = _energy(parameter.weight, parameter.mask)
+    return [
+        Removed(int(gone[k - 1]), float(lost[k - 1]), whole) if k else Removed(0, 0.0, whole)
+        for k in counts
+    ]
+
+
+def _tried(
+    rule: Selection, parameters: Mapping[str, Parameter], extras: Mapping[str, Tensor]
+) -> Outcome:
+    """The outcome of really choosing, without keeping what was chosen."""
+    masks, choices = apply_selection(rule, parameters, extras)
+    removed = {}
+    for name, mask in masks.items():
+        parameter = parameters[name]
+        whole = _energy(parameter.weight, parameter.mask)
+        left = _energy(parameter.weight, mask)
+        removed[name] = Removed(_unpruned(parameter) - mask.kept, whole - left, whole)
+    return Outcome(choices, removed)
+
+
+def _unpruned(parameter: Parameter) -> int:
+    return parameter.weight.numel() if parameter.mask is None else parameter.mask.kept
+
+
+def _energy(weight: Tensor, mask: Mask | None) -> float:
+    """The sum of squares of what a mask keeps; None keeps all."""
+    values, passes = weight.reshape(-1), passes_of(weight.device)
+
+    def energy(span: tuple[int, int]) -> float:
+        squares = values[slice(*span)].to(torch.float64).square()
+        kept = squares if mask is None else torch.where(mask.flags(*span), squares, 0.0)
+        return float(row_sums(kept.unsqueeze(0)))
+
+    return math.fsum(passes.each(energy, spans(len(values), passes.piece)))

@@ -1,0 +1,198 @@
+"""Rules that fit the tensors: globs become names, and what is wrong is said before data is read."""
+
+import math
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+from secateur_server.devices.passes import FP8
+from secateur_server.errors import (
+    AmountOutOfRange,
+    DimOutOfRange,
+    InvalidMask,
+    InvalidScores,
+    InvalidSpec,
+    NotStructured,
+    UnknownTensor,
+    quote,
+)
+from secateur_server.pruning.catalog import Catalog, Shape, Stored, match, unmatched
+from secateur_server.pruning.granularity import Element, Slice
+from secateur_server.pruning.groups import resolve_group
+from secateur_server.pruning.spec import (
+    PRUNABLE,
+    Budget,
+    CustomMasks,
+    GuardRails,
+    Magnitude,
+    Rule,
+    Selection,
+    Table,
+)
+
+
+def resolve(rules: Sequence[Rule], catalog: Catalog) -> list[Rule]:
+    """The rules with their globs replaced by names, once they are found to fit the tensors.
+
+    Errors: InvalidSpec.
+    """
+    return [
+        _resolve_masks(rule, catalog)
+        if isinstance(rule, CustomMasks)
+        else _resolve_selection(rule, catalog)
+        for rule in rules
+    ]
+
+
+def _resolve_selection(rule: Selection, catalog: Catalog) -> Selection:
+    if rule.groups:
+        groups = tuple(resolve_group(group, catalog) for group in rule.groups)
+        subjects = _not_spared(rule, [group.name for group in groups])
+        groups = tuple(group for group in groups if group.name in subjects)
+        members = {member.tensor for group in groups for member in group.members}
+        names = [name for name in catalog.prunable if name in members]
+        rule = replace(rule, groups=groups)
+    else:
+        names = match(f"{rule.path}.tensors", rule.tensors, catalog)
+        for name in names:
+            _check_units(rule, name, catalog.prunable[name])
+        names = subjects = _not_spared(rule, names)
+        _check_scores(rule, names, catalog)
+    rails = tuple(
+        replace(rail, tensors=tuple(_among(f"{rail.path}.tensors", rail.tensors, subjects)))
+        for rail in rule.guard_rails.rails
+    )
+    return replace(
+        rule,
+        tensors=tuple(names),
+        amount=_resolve_amount(rule, subjects),
+        guard_rails=GuardRails(rails),
+    )
+
+
+def _not_spared(rule: Selection, names: list[str]) -> list[str]:
+    """Without the tensors, or groups, that the guard rails leave as they are."""
+    rails, path = rule.guard_rails, f"{rule.path}.guard_rails"
+    spared = {*names[:1]} if rails.keep_first else set()
+    spared |= {*names[-1:]} if rails.keep_last else set()
+    if rails.exclude:
+        spared.update(_among(f"{path}.exclude", rails.exclude, names))
+    left = [name for name in names if name not in spared]
+    if not left:
+        raise InvalidSpec(path, f"leaves nothing to prune of {len(names)} tensors")
+    return left
+
+
+def _among(field: str, patterns: Iterable[str], names: Collection[str]) -> list[str]:
+    """Those of `names` that any of `patterns` means; all, where there are none."""
+    found: set[str] = set()
+    for index, pattern in enumerate(patterns):
+        matched = [pattern] if pattern in names else [n for n in names if fnmatchcase(n, pattern)]
+        if not matched:
+            raise UnknownTensor(f"{field}[{index}]", f"{quote(pattern)} matches none of the rule's")
+        found.update(matched)
+    return [name for name in names if name in found or not patterns]
+
+
+def _resolve_amount(rule: Selection, names: Sequence[str]) -> float | Budget | Table:
+    if isinstance(rule.amount, Table):
+        return _resolve_table(rule, rule.amount, names)
+    if isinstance(rule.amount, Budget) and rule.amount.per_unit is not None:
+        field, given = f"{rule.path}.macs.per_unit", rule.amount.per_unit
+        for name in given:
+            if name not in names:
+                raise UnknownTensor(f"{field}[{quote(name)}]", "the rule prunes no such tensor")
+        for name in names:
+            if name not in given:
+                raise InvalidSpec(field, f"{quote(name)} has none")
+    return rule.amount  # type: ignore[return-value]  # a threshold is as good as a float here
+
+
+def _resolve_table(rule: Selection, table: Table, names: Sequence[str]) -> Table:
+    left, fractions = list(names), {}
+    for index, (pattern, fraction) in enumerate(table.fractions.items()):
+        field = f"{rule.path}.table.entries[{index}].tensors"
+        matched = set(_among(field, [pattern], names))
+        fractions.update({name: fraction for name in left if name in matched})
+        left = [name for name in left if name not in matched]
+    return Table(fractions)
+
+
+def _check_units(rule: Selection, name: str, shape: Shape) -> None:
+    """Refuses a tensor that has no units of the rule's granularity."""
+    granularity = rule.granularity
+    assert granularity is not None, "groups name their tensors"
+    if isinstance(granularity, Slice):
+        _check_slices(rule, granularity.dim, name, shape)
+    elif not isinstance(granularity, Element) and (why := granularity.fits(shape)):
+        raise NotStructured(
+            f"{rule.path}.granularity", f"{quote(name)} has shape {list(shape)}: {why}"
+        )
+    is_bytes = isinstance(rule.amount, Budget) and rule.amount.per_unit is None
+    if is_bytes and granularity.sizes(shape) is None:
+        raise AmountOutOfRange(
+            f"{rule.path}.bytes", f"{quote(name)} {list(shape)} has units of several sizes"
+        )
+
+
+def _check_slices(rule: Selection, dim: int, name: str, shape: Shape) -> None:
+    field = f"{rule.path}.dim"
+    if len(shape) < 2:
+        raise NotStructured(
+            field, f"{quote(name)} has shape {list(shape)}; slices need 2 dimensions or more"
+        )
+    if not -len(shape) <= dim < len(shape):
+        raise DimOutOfRange(
+            field, f"{dim} is not in [{-len(shape)}, {len(shape)}) of {quote(name)} {list(shape)}"
+        )
+    if rule.importance == Magnitude("nuc") and len(shape) != 3:
+        raise NotStructured(
+            f"{rule.path}.magnitude.matrix_norm",
+            f"the nuclear norm needs 3 dimensions, {quote(name)} has shape {list(shape)}",
+        )
+
+
+def _check_scores(rule: Selection, names: Collection[str], catalog: Catalog) -> None:
+    assert rule.granularity is not None, "groups have no scores"
+    for name, holder in rule.scores.items():
+        field = f"{rule.path}.importance_scores[{quote(name)}]"
+        if name not in names:
+            raise UnknownTensor(field, "the rule prunes no such tensor")
+        scores, shape = _extra(field, holder, catalog), catalog.prunable[name]
+        if scores.dtype not in PRUNABLE or not scores.dtype.is_floating_point:
+            raise InvalidScores(field, _unlike(scores, shape, "floating scores"))
+        if scores.shape not in (shape, rule.granularity.grid(shape)):
+            raise InvalidScores(field, _unlike(scores, shape, "floating scores"))
+    for name, holder in rule.scales.items():
+        field = f"{rule.path}.scales[{quote(name)}]"
+        if name not in names:
+            raise UnknownTensor(field, "the rule prunes no such tensor")
+        if name in rule.scores:
+            raise InvalidScores(field, f"{quote(name)} has importance_scores as well")
+        if holder not in catalog.prunable:
+            raise unmatched(field, holder, catalog)
+        units = math.prod(rule.granularity.grid(catalog.prunable[name]))
+        if catalog.prunable[holder] != (units,):
+            found = list(catalog.prunable[holder])
+            raise InvalidScores(field, f"a scale for each of {units} units needed, got {found}")
+
+
+def _resolve_masks(rule: CustomMasks, catalog: Catalog) -> CustomMasks:
+    for name, holder in rule.masks.items():
+        field = f"{rule.path}.masks[{quote(name)}]"
+        if name not in catalog.prunable:
+            raise unmatched(field, name, catalog)
+        mask = _extra(field, holder, catalog)
+        if mask.shape != catalog.prunable[name] or mask.dtype in (None, *FP8):
+            raise InvalidMask(field, _unlike(mask, catalog.prunable[name], "a mask"))
+    return rule
+
+
+def _extra(field: str, holder: str, catalog: Catalog) -> Stored:
+    if holder not in catalog.extras:
+        raise UnknownTensor(field, f"the data has no tensor {quote(holder)}")
+    return catalog.extras[holder]
+
+
+def _unlike(extra: Stored, shape: Shape, what: str) -> str:
+    return f"{what} of shape {list(shape)} needed, got {extra.calls} of shape {list(extra.shape)}"

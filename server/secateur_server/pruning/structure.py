@@ -1,0 +1,187 @@
+"""Which N:M patterns a tensor has, and how many blocks of it are wholly zero.
+
+All is read off masks of what is not zero, where a line of elements is bytes: a group of 16 is two
+of them, a block of 4 x 4 the halves of bytes of four lines.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secateur_server.devices import passes_of
+from secateur_server.pruning.masks import Mask, around
+from secateur_server.pruning.tiles import Box, Tiles
+
+GROUPS = (2, 4, 8, 16)
+SIDES = (4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class ZeroBlocks:
+    """How many blocks of side x side elements are wholly zero.  total: of how many."""
+
+    side: int
+    zero: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Where the zeros of a tensor lie.
+
+    patterns: for each m of GROUPS the least n, so that of m elements side by side along the second
+        dimension (of tensors of one, the first) at most n are not zero; (n, m) where n < m.
+    zero_blocks: of the tensor as a matrix of its first dimension and all others, for SIDES up to
+        the last that has any; empty under 2 dimensions.
+
+    What goes beyond an edge counts as zero. A tensor without elements has neither.
+    """
+
+    patterns: tuple[tuple[int, int], ...]
+    zero_blocks: tuple[ZeroBlocks, ...]
+
+
+def structure_of(shape: Sequence[int], zeros: int, nonzero: Callable[[], Mask]) -> Structure:
+    """The structure of a tensor.
+
+    zeros: how many of its elements are.  nonzero: makes the mask of the others, where numbers do
+    not settle everything.
+    """
+    total = math.prod(shape)
+    if not shape or not total:
+        return Structure((), ())
+    sizes = around(shape, min(1, len(shape) - 1))
+    matrix = (shape[0], total // shape[0])
+    most = {m: min(m, sizes[1]) for m in GROUPS}
+    unsettled = {m: most[m] for m in GROUPS if zeros >= _whole_groups(sizes, m)}
+    # The block in the last corner is the smallest.
+    may_have_blocks = len(shape) > 1 and zeros >= math.prod((n - 1) % 4 + 1 for n in matrix)
+    blocks: tuple[ZeroBlocks, ...] = ()
+    if unsettled or may_have_blocks:
+        mask = nonzero()
+        most |= _most_nonzero(mask, sizes, unsettled)
+        blocks = _zero_blocks(mask, matrix) if may_have_blocks else ()
+    return Structure(tuple((n, m) for m, n in most.items() if n < m), blocks)
+
+
+def _whole_groups(sizes: tuple[int, int, int], m: int) -> int:
+    """How many groups have as many elements as any: with fewer zeros, one of them has none."""
+    outer, size, inner = sizes
+    return outer * max(1, size // m) * inner
+
+
+def _most_nonzero(
+    mask: Mask, sizes: tuple[int, int, int], limits: dict[int, int]
+) -> dict[int, int]:
+    """How many elements of a group are not zero, at most, for each m of `limits`.
+
+    sizes: the elements before, along and behind the dimension.  limits: as many as can be.
+    """
+    if not limits:
+        return {}
+    passes = passes_of(mask.bits.device)
+    tiles = Tiles(sizes, (1, GROUPS[-1], 1))
+    met: set[int] = set()
+
+    def most_in(box: Box) -> dict[int, int]:
+        if len(met) == len(limits):  # nothing is left to be found out
+            return limits
+        found = dict(zip(GROUPS, _most_ones(_lines(mask, tiles, box)), strict=True))
+        met.update(m for m in limits if found[m] == limits[m])
+        return found
+
+    found = passes.each(most_in, tiles.boxes(passes.piece))
+    return {m: max(most[m] for most in found) for m in limits}
+
+
+def _most_ones(lines: Tensor) -> list[int]:
+    """How many bits are 1 at most, of as many side by side as each of GROUPS.
+
+    lines: as of _lines.
+    """
+    twos = lines - ((lines >> 1) & 0x55)  # each two bits now say how many of them were 1
+    fours = (twos & 0x33) + ((twos >> 2) & 0x33)
+    eights = (fours & 0x0F) + (fours >> 4)
+    by_two = eights.contiguous().view(torch.int16)
+    sixteens = (by_two & 0xFF) + (by_two >> 8)
+    parts = (twos & 0xAA, fours & 0x0F, fours >> 4, eights, sixteens)
+    two, low, high, eight, sixteen = torch.stack([part.max().int() for part in parts]).tolist()
+    return [2 if two else min(1, eight), max(low, high), eight, sixteen]
+
+
+def _zero_blocks(mask: Mask, matrix: tuple[int, int]) -> tuple[ZeroBlocks, ...]:
+    """The blocks of a matrix, for each side up to the last that has any."""
+    passes = passes_of(mask.bits.device)
+    rows, columns = matrix
+    tiles = Tiles((rows, columns, 1), (min(rows, SIDES[-1]), SIDES[-1], 1))
+
+    def nonzero_in(box: Box) -> list[int]:
+        return _nonzero_blocks(_lines(mask, tiles, box))
+
+    nonzero = map(sum, zip(*passes.each(nonzero_in, tiles.boxes(passes.piece)), strict=True))
+    found = []
+    for side, count in zip(SIDES, nonzero, strict=True):
+        total = -(-rows // side) * -(-columns // side)
+        if count == total:
+            break
+        found.append(ZeroBlocks(side, total - count, total))
+    return tuple(found)
+
+
+def _nonzero_blocks(lines: Tensor) -> list[int]:
+    """How many blocks, as high and as wide as each of SIDES, have a bit that is 1.
+
+    lines: as of _lines.
+    """
+    by_4 = _joined(_joined(lines, 0), 0)
+    by_8 = _joined(by_4, 0)
+    by_16 = _joined(_joined(by_8, 0), 1)
+    by_32 = _joined(_joined(by_16, 0), 1)
+    blocks = (by_4 & 0x0F, by_4 >> 4, by_8, by_16, by_32)
+    low, high, *larger = torch.stack([part.count_nonzero() for part in blocks]).tolist()
+    return [low + high, *larger]
+
+
+def _joined(blocks: Tensor, dim: int) -> Tensor:
+    """Two neighbours each along a dimension as one, with the bits of both."""
+    if blocks.shape[dim] % 2:
+        blocks = torch.nn.functional.pad(blocks, (0, dim, 0, 1 - dim))
+    pairs = blocks.reshape(*blocks.shape[:dim], -1, 2, *blocks.shape[dim + 1 :])
+    return pairs.select(dim + 1, 0) | pairs.select(dim + 1, 1)
+
+
+def _lines(mask: Mask, tiles: Tiles, box: Box) -> Tensor:
+    """A box of a mask, each line along the second of three dimensions in bytes of its own.
+
+    Returns: uint8, (lines, bytes), their number even, what is no element is 0.
+    """
+    outer, size, inner = tiles.sizes
+    (first, last), (begin, end), _ = spans = _elements(tiles, box)
+    if inner == 1 and size % 8 == 0:
+        lines = mask.bits.view(outer, size // 8)[first:last, begin // 8 : end // 8]
+        return torch.nn.functional.pad(lines, (0, 1)) if lines.shape[1] % 2 else lines
+    flags = _flags(mask, tiles.sizes, spans).movedim(1, 2).flatten(0, 1)
+    flags = torch.nn.functional.pad(flags, (0, (begin - end) % 16))
+    return passes_of(mask.bits.device).pack(flags.reshape(-1)).view(len(flags), -1)
+
+
+def _elements(tiles: Tiles, box: Box) -> Box:
+    """The elements [begin, end) of a box in each dimension."""
+    along = zip(box, tiles.lengths, tiles.sizes, strict=True)
+    return tuple((first * n, min(last * n, size)) for (first, last), n, size in along)
+
+
+def _flags(mask: Mask, sizes: tuple[int, ...], spans: Box) -> Tensor:
+    """The elements of a box as bool, of its shape."""
+    runs, block = [(0, 1)], 1  # that make up the box in a block of the dimensions seen so far
+    for size, (first, last) in zip(reversed(sizes), reversed(spans), strict=True):
+        if runs == [(0, block)]:
+            runs = [(first * block, last * block)]
+        else:
+            runs = [(i * block + b, i * block + e) for i in range(first, last) for b, e in runs]
+        block *= size
+    shape = tuple(last - first for first, last in spans)
+    return torch.cat([mask.flags(*run) for run in runs]).view(shape)

@@ -1,0 +1,162 @@
+"""What has units to be ranked: a tensor, or a group of slices of several."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from torch import Tensor
+
+from secateur_server.devices.randomness import RandomScores, random_scores
+from secateur_server.errors import quote
+from secateur_server.pruning.granularity import Element, Slice
+from secateur_server.pruning.groups import alive_units, member_scores, spread_group
+from secateur_server.pruning.masks import Mask
+from secateur_server.pruning.normalize import combined, normalized
+from secateur_server.pruning.score import Ranking, rank, refuse_nan
+from secateur_server.pruning.spec import Group, Magnitude, Parameter, Random, Selection
+
+Masks = dict[str, Mask]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A tensor, or a group.
+
+    tensors: those that it covers.
+    spread: the masks of its tensors when only the units of a mask stay, prior pruning not in them.
+    costs: for each unit the elements that go with it, and the sum of their squares; None where a
+        unit is an element.
+    unit_bytes: of a unit; None where they differ.
+    sparse_share: what its density is in proportion to, by ERK; 0 of a group.
+    """
+
+    name: str
+    ranking: Ranking
+    spread: Callable[[Mask], Masks]
+    costs: Callable[[], tuple[Tensor, Tensor]] | None = None
+    unit_bytes: int | None = None
+    sparse_share: float = 0.0
+
+    @property
+    def alive(self) -> int:
+        """Units that are still unpruned."""
+        return self.ranking.units if self.ranking.alive is None else self.ranking.alive.kept
+
+
+def together(rule: Selection, names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Which of the rule's tensors, or groups, are ranked together."""
+    if rule.scope == "tensor":
+        return [(name,) for name in names]
+    if rule.scope == "global":
+        return [tuple(names)] if names else []
+    kinds: dict[str, list[str]] = {}
+    for name in names:  # Fang et al. 2024, Isomorphic Pruning: with what has the same structure
+        kinds.setdefault(re.sub(r"\d+", "#", name), []).append(name)
+    return [tuple(kind) for kind in kinds.values()]
+
+
+def subjects_of(
+    rule: Selection,
+    names: Sequence[str],
+    parameters: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
+) -> list[Subject]:
+    """What is ranked together.
+
+    names: of tensors or groups.  parameters: all that the rule reads.  extras: uploaded scores.
+    Errors: NanScores, InvalidSpec.
+    """
+    if rule.groups:
+        by_name = {group.name: group for group in rule.groups}
+        return _normalized_groups(rule, [by_name[name] for name in names], parameters)
+    subjects = [_tensor(rule, name, parameters, extras) for name in names]
+    if rule.normalization is None:
+        return subjects
+    rankings = normalized(rule, [subject.ranking for subject in subjects])
+    return [replace(s, ranking=r) for s, r in zip(subjects, rankings, strict=True)]
+
+
+def _tensor(
+    rule: Selection,
+    name: str,
+    parameters: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
+) -> Subject:
+    granularity, parameter = rule.granularity, parameters[name]
+    assert granularity is not None, "the rule has no groups"
+    weight, mask = parameter.weight, parameter.mask
+    scores, field = _scores(rule, name, parameters, extras)
+    # Slices of one tensor rank by their norm, bit for bit as torch has it.
+    is_mean = rule.scope != "tensor" or not isinstance(granularity, Slice)
+    ranking = rank(name, parameter, scores, rule.importance, granularity, is_mean, field)
+    values = scores if scores is not None and scores.shape == weight.shape else weight
+    sizes, shape = granularity.sizes(weight.shape), weight.shape
+    return Subject(
+        name,
+        ranking,
+        lambda kept: {name: granularity.spread(kept, values, mask)},
+        None
+        if isinstance(granularity, Element)
+        else lambda: granularity.costs(weight, values, mask),
+        None if sizes is None else sizes * weight.element_size(),
+        sum(shape) / weight.numel() if shape else 1.0,
+    )
+
+
+def _scores(
+    rule: Selection,
+    name: str,
+    parameters: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
+) -> tuple[Tensor | None, str]:
+    """What ranks in a weight's place, and what errors call that which ranks."""
+    if name in rule.scores:
+        return extras[rule.scores[name]], f"data[{quote(rule.scores[name])}]"
+    if name in rule.scales:
+        return parameters[rule.scales[name]].weight, f"data[{quote(rule.scales[name])}]"
+    return None, f"data[{quote(name)}]"
+
+
+def _normalized_groups(
+    rule: Selection, groups: Sequence[Group], parameters: Mapping[str, Parameter]
+) -> list[Subject]:
+    """Groups with the scores of their members normalized, member by member, and combined."""
+    alive = [alive_units(group, parameters) for group in groups]
+    scores, floor = _group_scores(rule, groups, parameters, alive)
+    subjects = []
+    for group, of_units, living in zip(groups, scores, alive, strict=True):
+        first = group.members[0]
+        device = parameters[first.tensor].weight.device
+        ranking = Ranking(group.name, first.units, of_units, living, device, offset=floor)
+        subjects.append(Subject(group.name, ranking, partial(_spread, group, parameters)))
+    return subjects
+
+
+def _group_scores(
+    rule: Selection,
+    groups: Sequence[Group],
+    parameters: Mapping[str, Parameter],
+    alive: Sequence[Mask | None],
+) -> tuple[Sequence[Tensor | RandomScores], float]:
+    if isinstance(rule.importance, Random):
+        return [random_scores(rule.importance.seed, group.name) for group in groups], 0.0
+    members = [_members(rule.importance, group, parameters) for group in groups]
+    return combined(rule, members, alive, [group.name for group in groups])
+
+
+def _members(
+    importance: Magnitude, group: Group, parameters: Mapping[str, Parameter]
+) -> list[Tensor]:
+    """The scores of a group's members that have a say.  Returns: each float64, flat."""
+    scores = []
+    for member in group.members:
+        if member.is_scored:
+            parameter, field = parameters[member.tensor], f"data[{quote(member.tensor)}]"
+            refuse_nan(parameter.weight, parameter.mask, field, parameter.seen)
+            scores.append(member_scores(member, parameter, float(importance.p)))
+    return scores
+
+
+def _spread(group: Group, parameters: Mapping[str, Parameter], kept: Mask) -> Masks:
+    return spread_group(group, kept, parameters)

@@ -1,0 +1,352 @@
+"""Specs of every choice: what goes over the wire, and what comes back."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from google.protobuf import text_format
+from hypothesis import given
+from hypothesis import strategies as st
+
+import secateur
+from secateur import InvalidSpec, Spec
+from secateur_proto import spec_pb2 as pb
+
+
+def message_of(spec: Spec) -> pb.Selection:
+    (rule,) = spec.rules
+    return rule.message.selection
+
+
+def parsed(text: str) -> pb.Selection:
+    return text_format.Parse(text, pb.Selection())
+
+
+BASE = 'tensors: "*" magnitude { p: 1 } scope: SCOPE_PER_TENSOR '
+ELEMENTS = BASE + "granularity: GRANULARITY_ELEMENT "
+
+
+@pytest.mark.parametrize(
+    ("granularity", "plain", "expected"),
+    [
+        ("element", "element", "granularity: GRANULARITY_ELEMENT"),
+        (secateur.slices(-2), {"slices": {"dim": -2}}, "granularity: GRANULARITY_SLICE dim: -2"),
+        (secateur.rows(), "rows", "granularity: GRANULARITY_SLICE"),
+        (secateur.filters(), "filters", "granularity: GRANULARITY_SLICE"),
+        (
+            secateur.n_m(),
+            "n_m",
+            "granularity: GRANULARITY_N_M dim: 1 pattern { n: 2 m: 4 }",
+        ),
+        (
+            secateur.n_m(1, 8, dim=0),
+            {"n_m": {"n": 1, "m": 8, "dim": 0}},
+            "granularity: GRANULARITY_N_M pattern { n: 1 m: 8 }",
+        ),
+        (
+            secateur.blocks(4, 0),
+            {"blocks": {"rows": 4, "cols": 0}},
+            "granularity: GRANULARITY_BLOCK block { shape: [4, 0] as_matrix: true }",
+        ),
+        (
+            secateur.blocks_of((2, 0, 1)),
+            {"blocks_of": {"shape": [2, 0, 1]}},
+            "granularity: GRANULARITY_BLOCK block { shape: [2, 0, 1] }",
+        ),
+        (
+            secateur.kernels(),
+            "kernels",
+            "granularity: GRANULARITY_BLOCK block { shape: [1, 1, 0, 0] }",
+        ),
+        (
+            secateur.kernels(dims=3),
+            {"kernels": {"dims": 3}},
+            "granularity: GRANULARITY_BLOCK block { shape: [1, 1, 0] }",
+        ),
+        (
+            secateur.columns(),
+            "columns",
+            "granularity: GRANULARITY_BLOCK block { shape: [0, 1] as_matrix: true }",
+        ),
+        (
+            secateur.heads(64),
+            {"heads": {"head_dim": 64}},
+            "granularity: GRANULARITY_BLOCK block { shape: [64, 0] as_matrix: true }",
+        ),
+    ],
+)
+def test_granularities(granularity: Any, plain: Any, expected: str) -> None:
+    made = secateur.select("*", 0.5, granularity=granularity)
+    assert message_of(made) == parsed(f"{BASE} fraction: 0.5 {expected}")
+    assert message_of(secateur.select("*", 0.5, granularity=plain)) == message_of(made)
+
+
+@pytest.mark.parametrize(
+    ("amount", "plain", "expected"),
+    [
+        (3, 3, "count: 3"),
+        (1.0, 1.0, "fraction: 1"),
+        (np.int64(3), 3, "count: 3"),
+        (secateur.threshold(0.25), {"threshold": {"value": 0.25}}, "threshold: 0.25"),
+        (secateur.target_bytes(100), {"target_bytes": {"n": 100}}, "bytes: 100"),
+        (
+            secateur.target_macs(1e9, {"a": 2, "b": 0.5}),
+            {"target_macs": {"target": 1e9, "per_unit": {"a": 2, "b": 0.5}}},
+            'macs { target: 1e9 per_unit { key: "a" value: 2 } per_unit { key: "b" value: 0.5 } }',
+        ),
+        (
+            secateur.table({"b*": 0.5, "*": 0}),
+            {"table": {"fractions": {"b*": 0.5, "*": 0}}},
+            'table { entries { tensors: "b*" fraction: 0.5 } entries { tensors: "*" } }',
+        ),
+    ],
+)
+def test_amounts(amount: Any, plain: Any, expected: str) -> None:
+    made = secateur.select("*", amount)
+    assert message_of(made) == parsed(ELEMENTS + expected)
+    assert message_of(secateur.select("*", plain)) == message_of(made)
+
+
+@pytest.mark.parametrize(
+    ("choices", "expected"),
+    [
+        ({"scope": "global"}, "scope: SCOPE_GLOBAL"),
+        ({"scope": "isomorphic"}, "scope: SCOPE_ISOMORPHIC"),
+        ({"normalization": "mean"}, "normalization: NORMALIZATION_MEAN"),
+        ({"normalization": "norm"}, "normalization: NORMALIZATION_NORM"),
+        ({"normalization": "z_score"}, "normalization: NORMALIZATION_Z_SCORE"),
+        ({"allocation": "rank"}, "allocation: ALLOCATION_RANK"),
+        ({"allocation": "uniform"}, "allocation: ALLOCATION_UNIFORM"),
+        ({"allocation": "erk"}, "allocation: ALLOCATION_ERK"),
+        ({"allocation": "lamp"}, "allocation: ALLOCATION_LAMP"),
+        ({"of_all": True}, "of_all: true"),
+        ({"importance": "random"}, "random {}"),
+        ({"importance": {"random": {"seed": 5}}}, "random { seed: 5 }"),
+        ({"importance": secateur.magnitude("fro")}, "magnitude { matrix_norm: 1 }"),
+        ({"importance": {"magnitude": {"p": float("inf")}}}, "magnitude { p: inf }"),
+        (
+            {"scales": {"conv.weight": "bn.weight"}},
+            'scales {key: "conv.weight" value: "bn.weight"}',
+        ),
+        (
+            {
+                "guard_rails": secateur.guard_rails(
+                    max_sparsity=0.9,
+                    keep_last=True,
+                    exclude="head.*",
+                    per_tensor={"a": secateur.rail(min_sparsity=0.1), "b": {"keep_at_least": 2}},
+                )
+            },
+            """guard_rails {
+                rails { tensors: "a" min_sparsity: 0.1 } rails { tensors: "b" keep_at_least: 2 }
+                rails { max_sparsity: 0.9 } keep_last: true exclude: "head.*"
+            }""",
+        ),
+        ({"guard_rails": {"max_sparsity": 0}}, "guard_rails { rails { max_sparsity: 0 } }"),
+        ({"guard_rails": {"keep_first": True}}, "guard_rails { keep_first: true }"),
+    ],
+)
+def test_other_choices(choices: dict[str, Any], expected: str) -> None:
+    message = parsed(ELEMENTS + "fraction: 0.5")
+    text_format.Merge(expected, message)  # which takes the place of the defaults
+    assert message_of(secateur.select("*", 0.5, **choices)) == message
+
+
+def test_groups_are_the_same_in_plain_data() -> None:
+    groups = [
+        secateur.group(
+            "block",
+            secateur.member("a", dim=1, offset=2, stride=3, units=4),
+            secateur.member("b", indices=[1, 0], units=1, scored=False),
+        )
+    ]
+    plain = [
+        {
+            "name": "block",
+            "members": [
+                {"tensor": "a", "dim": 1, "offset": 2, "stride": 3, "units": 4},
+                {"tensor": "b", "indices": [1, 0], "units": 1, "scored": False},
+            ],
+        }
+    ]
+    made = secateur.grouped(groups, 2, p=2, combination="max", scope="tensor")
+    assert message_of(made) == parsed(
+        """granularity: GRANULARITY_GROUP magnitude { p: 2 } scope: SCOPE_PER_TENSOR count: 2
+        combination: COMBINATION_MAX groups {
+            name: "block"
+            members { tensor: "a" dim: 1 offset: 2 stride: 3 units: 4 }
+            members { tensor: "b" indices: [1, 0] units: 1 unscored: true }
+        }"""
+    )
+    rule = {"method": "grouped", "groups": plain, "amount": 2, "p": 2}
+    rule |= {"combination": "max", "scope": "tensor"}
+    assert message_of(Spec.from_dict({"rules": [rule]})) == message_of(made)
+
+
+SELECT = {"method": "select", "tensors": "*", "amount": 0.5}
+GROUPED = {"method": "grouped", "amount": 1, "groups": [{"name": "g", "members": []}]}
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ({**SELECT, "granularity": {"n_m": {"n": 4}}}, r"granularity\.n_m\.n: 4 "),
+        ({**SELECT, "granularity": {"n_m": {"m": 1025}}}, r"granularity\.n_m\.m: 1025 "),
+        ({**SELECT, "granularity": {"blocks": {"rows": 0, "cols": 0}}}, r"blocks\.shape: \[0, 0\]"),
+        ({**SELECT, "granularity": {"blocks_of": {"shape": [2, -1]}}}, r"shape\[1\]: -1 "),
+        ({**SELECT, "granularity": {"slices": 3}}, r"granularity\.slices: 3 is no map"),
+        ({**SELECT, "granularity": {"slices": {"k": 3}}}, r"granularity\.slices: .*'k'"),
+        ({**SELECT, "granularity": {"rows": {}, "columns": {}}}, r"granularity: \{'rows'"),
+        ({**SELECT, "granularity": "n:m"}, r"granularity: 'n:m' is none of element, slices"),
+        ({**SELECT, "amount": {"threshold": {"value": float("nan")}}}, r"threshold\.value: nan "),
+        ({**SELECT, "amount": {"target_bytes": {"n": 0.5}}}, r"target_bytes\.n: 0\.5 "),
+        (
+            {**SELECT, "amount": {"target_macs": {"target": 1, "per_unit": {"a": 0}}}},
+            r"target_macs\.per_unit\['a'\]: 0\.0 ",
+        ),
+        ({**SELECT, "amount": {"table": {"fractions": {"a": 2}}}}, r"fractions\['a'\]: 2 "),
+        ({**SELECT, "amount": 1.5}, r"amount: 1\.5 "),
+        ({**SELECT, "amount": "half"}, r"amount: 'half' "),
+        ({**SELECT, "amount": True}, r"amount: True "),
+        ({**SELECT, "importance": "l3"}, r"importance: 'l3' is none of magnitude, random"),
+        ({**SELECT, "scope": "all"}, r"scope: 'all' "),
+        ({**SELECT, "normalization": "max"}, r"normalization: 'max' "),
+        ({**SELECT, "allocation": ""}, r"allocation: '' "),
+        ({**SELECT, "of_all": 1}, r"of_all: 1 "),
+        ({**SELECT, "scales": {"a": 1}}, r"scales: \{'a': 1\} "),
+        ({**SELECT, "guard_rails": {"max_sparsity": 95}}, r"guard_rails\.max_sparsity: 95 "),
+        (
+            {**SELECT, "guard_rails": {"max_sparsity": 0.1, "min_sparsity": 0.2}},
+            r"guard_rails\.min_sparsity: 0\.2 ",
+        ),
+        (
+            {**SELECT, "guard_rails": {"per_tensor": {"a": {"keep_at_least": -1}}}},
+            r"guard_rails\.per_tensor\['a'\]\.keep_at_least: -1 ",
+        ),
+        (GROUPED, r"groups\[0\]\.members: "),
+        ({**GROUPED, "groups": []}, r"groups: \[\] "),
+        (
+            {**GROUPED, "groups": [{"name": "g", "members": [{"tensor": "a", "stride": 0}]}]},
+            r"groups\[0\]\.members\[0\]\.stride: 0 ",
+        ),
+        (
+            {
+                **GROUPED,
+                "groups": [
+                    {"name": "g", "members": [{"tensor": "a", "indices": [1], "offset": 1}]}
+                ],
+            },
+            r"groups\[0\]\.members\[0\]\.indices: ",
+        ),
+        (
+            {
+                **GROUPED,
+                "groups": [{"name": "g", "members": [{"tensor": "a"}]}],
+                "combination": "min",
+            },
+            r"combination: 'min' ",
+        ),
+        ({"method": ["select"]}, r"method: \['select'\] "),
+    ],
+)
+def test_what_is_wrong_is_named(rule: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidSpec, match=rf"^rules\[1\]\..*{said}"):
+        Spec.from_dict({"rules": [SELECT, rule]})
+
+
+def slices_of(member: pb.Member) -> list[list[int]]:
+    """By the protocol: unit i has `stride` slices from offset + i * stride on."""
+    starts = [member.offset + unit * member.stride for unit in range(member.units)]
+    return [list(range(start, start + member.stride)) for start in starts]
+
+
+@given(head_dim=st.integers(1, 5), kv_heads=st.integers(1, 4), per_kv=st.integers(1, 4))
+def test_a_unit_of_heads_is_a_kv_head_and_its_queries(
+    head_dim: int, kv_heads: int, per_kv: int
+) -> None:
+    heads = kv_heads * per_kv
+    (found,) = secateur.head_groups("q", "k", "v", "o", head_dim, heads, kv_heads)
+    q, k, v, o = found.message.members
+    for unit in range(kv_heads):
+        queries = [head for head in range(heads) if head // per_kv == unit]
+        rows = [head * head_dim + i for head in queries for i in range(head_dim)]
+        assert slices_of(q)[unit] == slices_of(o)[unit] == rows
+        own = [unit * head_dim + i for i in range(head_dim)]
+        assert slices_of(k)[unit] == slices_of(v)[unit] == own
+    assert [(m.tensor, m.dim) for m in (q, k, v, o)] == [("q", 0), ("k", 0), ("v", 0), ("o", 1)]
+
+
+def test_heads_without_k_and_v() -> None:
+    (found,) = secateur.head_groups("q", None, None, "o", 2, 3)
+    assert [member.tensor for member in found.message.members] == ["q", "o"]
+    with pytest.raises(InvalidSpec, match="kv_heads: 2 does not divide 3"):
+        secateur.head_groups("q", "k", "v", "o", 2, 3, 2)
+
+
+def test_torchs_methods_go_over_the_wire_as_ever() -> None:
+    """A server that is older than the other choices takes them."""
+    assert message_of(secateur.l1_unstructured("*", 0.5)) == parsed(
+        'tensors: "*" magnitude {} granularity: 1 scope: 1 fraction: 0.5'
+    )
+    assert message_of(secateur.ln_structured("*", 2, n=2, dim=-1)) == parsed(
+        'tensors: "*" magnitude { p: 2 } granularity: 2 dim: -1 scope: 1 count: 2'
+    )
+
+
+RNG = np.random.default_rng(7)
+MODEL = {
+    "a": RNG.standard_normal((8, 12)).astype(np.float32),
+    "b": RNG.standard_normal((4, 8)).astype(np.float32),
+}
+
+
+def test_n_m_keeps_the_largest_of_each_group(client: secateur.Client) -> None:
+    found = client.prune(MODEL, secateur.n_m_structured("a", n=1, m=3)).masks["a"]
+    for row, kept in zip(MODEL["a"], found, strict=True):
+        for start in range(0, 12, 3):
+            largest = np.argmax(np.abs(row[start : start + 3]))
+            assert kept[start : start + 3].tolist() == [i == largest for i in range(3)]
+
+
+def test_blocks_go_by_their_norm(client: secateur.Client) -> None:
+    found = client.prune(MODEL, secateur.block_structured("a", 5, 2, 3, n=2)).masks["a"]
+    tiles = MODEL["a"].reshape(4, 2, 4, 3).astype(np.float64)
+    norms = np.sqrt((tiles**2).sum((1, 3)))
+    pruned = np.argsort(norms, axis=None)[:5]
+    expected = np.isin(np.arange(16), pruned, invert=True).reshape(4, 4)
+    assert (found.reshape(4, 2, 4, 3) == expected[:, None, :, None]).all()
+
+
+@pytest.mark.parametrize("method", [secateur.lamp, secateur.erk])
+def test_totals_are_met_over_all_tensors(
+    method: Callable[..., Spec], client: secateur.Client
+) -> None:
+    masks = client.prune(MODEL, method("*", 0.3)).masks
+    assert sum((~mask).sum() for mask in masks.values()) == round(0.3 * (8 * 12 + 4 * 8))
+
+
+def test_global_structured_ranks_by_power_means(client: secateur.Client) -> None:
+    masks = client.prune(MODEL, secateur.global_structured("*", 5, n=2, dim=0)).masks
+    means = [
+        (np.sqrt((row.astype(np.float64) ** 2).mean()), name, index)
+        for name, tensor in MODEL.items()
+        for index, row in enumerate(tensor)
+    ]
+    pruned = {(name, index) for _, name, index in sorted(means)[:5]}
+    for name, mask in masks.items():
+        assert [not row.any() for row in mask] == [(name, i) in pruned for i in range(len(mask))]
+
+
+def test_a_threshold_is_a_comparison(client: secateur.Client) -> None:
+    found = client.prune(MODEL, secateur.select("a", secateur.threshold(0.5))).masks["a"]
+    assert (found == (np.abs(MODEL["a"]) >= 0.5)).all()
+
+
+def test_scales_and_scores_rank_in_the_weights_place(client: secateur.Client) -> None:
+    scale = np.array([3, -1, 2, -4, 0.5, 6, 7, 8], np.float32)
+    ranked = secateur.select("a", 3, granularity="filters", scales={"a": "scale"})
+    by_scale = client.prune({**MODEL, "scale": scale}, ranked).masks["a"]
+    assert np.flatnonzero(~by_scale.any(1)).tolist() == [1, 2, 4]
+    scored = secateur.select("a", 3, granularity="filters", importance_scores={"a": scale})
+    assert (client.prune(MODEL, scored).masks["a"] == by_scale).all()
