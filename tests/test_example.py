@@ -1,11 +1,17 @@
-"""examples/iterative.py, run as a user runs it."""
+"""examples/iterative.py, run as a user runs it; and a small part of examples/accuracy.py."""
 
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+import secateur
+from examples import accuracy
+from examples.demo import LeNet, read_digits, train
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "iterative.py"
 
@@ -21,3 +27,56 @@ def test_ten_rounds_by_handle_are_those_of_ten_uploads() -> None:
     assert [float(sparsity) for _, sparsity, *_ in rounds] == pytest.approx(expected, abs=0.01)
     assert {weights for _, _, weights, _ in rounds} == {"88,981,136"}, "one upload, of full.pth"
     assert "the masks are the same" in ran.stdout
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """More would wait for each other, and long where other tests take a core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_network_that_lost_its_accuracy_finds_it_again_by_both_ways(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(accuracy, "ROUNDS", 3)
+    digits, model = read_digits(), LeNet()
+    torch.manual_seed(0)
+    train(model, digits, epochs=2)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with secateur.embedded(device="cpu") as client:
+        outcome = accuracy.measure(client, model, digits, accuracy.global_magnitude(0.95))
+    assert outcome.sparsity == round(0.95 * 59_838) / 59_838
+    assert outcome.untrained < 0.7
+    assert min(outcome.at_once, outcome.in_rounds) > outcome.untrained + 0.2
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_what_accuracy_prunes_and_the_table_that_it_prints() -> None:
+    weights = LeNet().state_dict()
+    rows = {}
+    with secateur.embedded(device="cpu") as client:
+        for name, spec in accuracy.METHODS.items():
+            report = client.prune(weights, spec(0.9), output="none", progress=False).report
+            rows[name] = [accuracy.Outcome(report.sparsity, 0.25, 0.5, 1.0)] * 4
+    exact = round(0.9 * 59_838) / 59_838
+    for name in ("uniform", "global", "LAMP", "ERK"):
+        assert rows[name][0].sparsity == exact
+    # Of 6 inputs of conv2, of 400, 120 and 84 one of each 8 stays, and one of the rest.
+    kept = 54 + 16 * 9 + 120 * 50 + 84 * 15 + 10 * 11
+    assert rows["2:4, 1:4, 1:8, 1:16"][0].sparsity == (59_838 - kept) / 59_838
+    lines = accuracy.table(rows).splitlines()
+    assert lines[0] == "| method |  | 50% | 80% | 90% | 95% |"
+    assert "| global | its sparsity | 90.0 | 90.0 | 90.0 | 90.0 |" in lines
+    assert lines.count("|  | one-shot, then trained | 50.0 | 50.0 | 50.0 | 50.0 |") == 6
+
+
+def test_the_mean_of_seeds_is_taken_level_by_level() -> None:
+    def outcome(sparsity: float, value: float) -> accuracy.Outcome:
+        return accuracy.Outcome(sparsity, value, value, value)
+
+    seeds = [[outcome(0.5, 0.25), outcome(0.75, 1.0)], [outcome(0.5, 0.75), outcome(0.75, 0.0)]]
+    assert accuracy.mean_levels(seeds) == [outcome(0.5, 0.5), outcome(0.75, 0.5)]

@@ -93,7 +93,7 @@ class TensorReport(google.protobuf.message.Message):
     name: builtins.str
     """The tensor's name; the pair X_orig, X_mask is X."""
     dtype: builtins.str
-    """As safetensors spells it: F64, F32, F16 or BF16."""
+    """As safetensors spells it."""
     bytes: builtins.int
     """Size of the values in bytes, without any mask."""
     zeros: builtins.int
@@ -121,7 +121,7 @@ class TensorReport(google.protobuf.message.Message):
     @property
     def patterns(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[secateur_proto.spec_pb2.Pattern]:
         """Which N:M patterns hold along the second dimension (of tensors of one, the first), for groups of
-        m = 2, 4, 8 and 16: the least n that holds, where it is below m.
+        m = 2, 4, 8 and 16: the least n that holds, where it is below m; 0 where all is zero.
         """
 
     @property

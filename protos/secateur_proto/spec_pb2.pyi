@@ -570,7 +570,7 @@ class Pattern(google.protobuf.message.Message):
     N_FIELD_NUMBER: builtins.int
     M_FIELD_NUMBER: builtins.int
     n: builtins.int
-    """At least 1, and less than m."""
+    """In a spec at least 1, and less than m."""
     m: builtins.int
     """Elements of a group, side by side along Selection.dim; at most 1024. Where m does not divide
     the dimension, the last group of a line is shorter: it counts as filled up with pruned
@@ -828,8 +828,8 @@ class CustomMasks(google.protobuf.message.Message):
     MASKS_FIELD_NUMBER: builtins.int
     @property
     def masks(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
-        """From the name of a floating tensor to the name, in the data, of the tensor that holds its
-        mask. At least one. Same shape as the pruned tensor; dtype BOOL, U8, I8, I16, I32, I64, F16,
+        """From the name of a tensor that can be pruned to the name, in the data, of the tensor that holds
+        its mask. At least one. Same shape as the pruned tensor; dtype BOOL, U8, I8, I16, I32, I64, F16,
         BF16, F32 or F64; every value 0 (prune) or 1 (keep): else INVALID_ARGUMENT. The tensors that
         hold masks are part of no report and of no result.
         """

@@ -13,7 +13,7 @@ def lamp(ranking: Ranking) -> Ranking:
     """The LAMP scores of a ranking: s_u^2 / the sum of s_v^2 over all v that rank no lower.
 
     Of equal scores each counts as lower than the next, so its sum has the next in it.
-    Returns: only what is alive, ascending: enough to say how many go. float64 scores.
+    Returns: only what is alive, falling: enough to say how many go. float64 scores.
     """
     assert isinstance(ranking.scores, Tensor), "random scores have no LAMP"
     dtype = score_dtype([ranking])
@@ -23,15 +23,16 @@ def lamp(ranking: Ranking) -> Ranking:
     if alive is not None:
         keys = keys[keys < torch.iinfo(keys.dtype).max]
     # Sums that run on are made on the CPU: a GPU adds in an order of its own.
-    in_order = passes.ascending(keys).cpu().view(dtype).to(torch.float64)
-    scores = _lamp(in_order).to(ranking.device)
+    falling = passes.ascending(keys).cpu().view(dtype).flip(0)
+    del keys
+    scores = _lamp(falling).to(ranking.device)
     return Ranking(ranking.name, len(scores), scores, None, ranking.device)
 
 
 def _lamp(values: Tensor) -> Tensor:
-    """LAMP scores of ascending ones.  values: float64, not negative."""
-    squares = values.square()
-    scores = squares / squares.flip(0).cumsum(0).flip(0)
+    """LAMP scores of falling ones.  values: not negative.  Returns: float64, falling."""
+    squares = values.to(torch.float64).square_()
+    scores = squares / squares.cumsum(0)
     scores[squares == 0] = 0.0  # of 0
     scores[squares.isinf()] = torch.inf  # of infinity
-    return scores.cummax(0).values if len(scores) else scores  # rounding turns none around
+    return scores.cummin(0).values if len(scores) else scores  # rounding turns none around
