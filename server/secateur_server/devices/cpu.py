@@ -175,10 +175,11 @@ class Compiled(Cpu):
         """As Passes.sum_squares."""
         if values.dtype not in (torch.float32, torch.float64):  # numba has no half precision
             values = values.to(torch.float64)
-        bits, sums, equal = _bits(piece), np.zeros(2 * len(cuts) + 1), np.zeros(len(cuts), int)
+        bits, size = _bits(piece), 2 * len(cuts) + 1
+        sums, counts = np.zeros(size), np.zeros(size, int)
         look = values.contiguous().numpy(), *_looked_up(cuts.numpy(), 0)
-        kernels_curve.sum_squares(bits, _alive(piece), _largest(bits), *look, sums, equal)
-        return torch.from_numpy(sums), torch.from_numpy(equal)
+        kernels_curve.sum_squares(bits, _alive(piece), _largest(bits), *look, sums, counts)
+        return torch.from_numpy(sums), torch.from_numpy(counts)
 
     def sample(self, piece: Piece, index: Tensor) -> Tensor:
         """As Passes.sample."""

@@ -64,13 +64,12 @@ def sum_squares(
     first: Any,
     head: int,
     sums: Any,
-    equal: Any,
+    counts: Any,
 ) -> None:
-    """Adds squares of values to `sums`, in their order.
+    """Adds squares of values to `sums`, in their order, and 1 for each to `counts`.
 
     wanted: cuts.
     sums: at 2j of what has a key between cut j - 1 and cut j, at 2j + 1 of what is at cut j.
-    equal: how many are at each cut, added to.
     """
     for i in range(len(bits)):
         if is_alive(alive, i):
@@ -82,7 +81,8 @@ def sum_squares(
                 while wanted[at] < key:
                     at += 1
                 if wanted[at] == key:
-                    equal[at] += 1
+                    counts[2 * at + 1] += 1
                     sums[2 * at + 1] += value * value
                     continue
+            counts[2 * at] += 1
             sums[2 * at] += value * value

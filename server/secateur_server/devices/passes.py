@@ -249,7 +249,7 @@ class Passes:
 
         values: as many as units, of any dtype.  cuts: keys, of their dtype, ascending, distinct.
         Returns: float64 on the CPU, at 2j of what is between cut j - 1 and cut j, at 2j + 1 of what
-        is at cut j; int64 on the CPU, how many are at each cut.
+        is at cut j; and how many those are, int64 on the CPU.
         """
         keys, size = self._living(piece), 2 * len(cuts) + 1
         if piece.alive is not None:
@@ -258,7 +258,7 @@ class Passes:
         squares = values.to(torch.float64).square()
         # Of bincounts numpy's alone adds in the order of the elements, on every device.
         sums = np.bincount(at.cpu().numpy(), squares.cpu().numpy(), size)
-        return torch.from_numpy(sums), torch.bincount(at, minlength=size)[1::2].cpu()
+        return torch.from_numpy(sums), torch.bincount(at, minlength=size).cpu()
 
     def sample(self, piece: Piece, index: Tensor) -> Tensor:
         """The keys of the units that are alive at `index`, ascending, as far as there are."""

@@ -40,9 +40,7 @@ def encode_plan(
     outcomes: Sequence[Outcome], parameters: Mapping[str, Parameter], names: Sequence[str]
 ) -> pb.PruningPlan:
     """A plan for the tensors `names`, in their order."""
-    return pb.PruningPlan(
-        amounts=[_planned(outcome, parameters, names) for outcome in outcomes]
-    )
+    return pb.PruningPlan(amounts=[_planned(outcome, parameters, names) for outcome in outcomes])
 
 
 def _planned(

@@ -10,7 +10,7 @@ from secateur_server.devices.passes import BITS, Cut
 from secateur_server.errors import AmountOutOfRange, quote
 from secateur_server.pruning.allocate import shared_out
 from secateur_server.pruning.divide import Division, Query, count_below, divide
-from secateur_server.pruning.lamp import lamp
+from secateur_server.pruning.lamp import divide_by_lamp
 from secateur_server.pruning.rails import Limits, check_total, limits_of
 from secateur_server.pruning.select import score_dtype
 from secateur_server.pruning.spec import Amount, Budget, Selection, Table, Threshold
@@ -125,21 +125,25 @@ def _by_rank(
 ) -> list[Decision]:
     """The least important go, wherever they are, within the limits."""
     is_lamp = rule.allocation == "lamp"
-    rankings = [lamp(s.ranking) if is_lamp else s.ranking for s in subjects]
+    rankings = [subject.ranking for subject in subjects]
     costs = None if not isinstance(rule.amount, Budget) else tuple(_costs(rule, subjects))
     members = tuple(range(len(subjects)))
     lowest = tuple(limit.lowest for limit in limits)
     highest = tuple(limit.highest for limit in limits)
     queries = [Query(members, lowest, highest, target, costs) for target in targets]
-    dtype = score_dtype(rankings)
-    divisions = divide(rankings, queries, dtype)
+    dtype = torch.float64 if is_lamp else score_dtype(rankings)
+
+    def divided(queries: Sequence[Query]) -> list[Division]:
+        return divide_by_lamp(rankings, queries) if is_lamp else divide(rankings, queries, dtype)
+
+    divisions = divided(queries)
     passed = [_passed(division, limits) for division in divisions]
     beyond = passed
     if any(lowest) and costs is None:  # up to where the cut could rise without one unit more
         more = [replace(query, target=query.target + 1) for query in queries]
         beyond = [
             [s.alive for s in subjects] if query.target > sum(highest) else _passed(after, limits)
-            for query, after in zip(more, divide(rankings, more, dtype), strict=True)
+            for query, after in zip(more, divided(more), strict=True)
         ]
     return [
         _decision(subjects, limits, division, least, most, dtype, is_lamp)

@@ -17,7 +17,7 @@ from secateur_server.devices import passes_of, spans
 from secateur_server.devices.passes import BITS, DIGIT_BITS, Passes, Piece
 from secateur_server.devices.watch import watch
 from secateur_server.pruning.score import Ranking
-from secateur_server.pruning.select import _piece, score_dtype
+from secateur_server.pruning.select import piece_of, score_dtype
 
 # Counts in the tables of a pass, 8 bytes each: at most so many; and one for so many units, for the
 # tables not to take longer than the pass, but there they may be of LEAST_BITS.
@@ -223,7 +223,7 @@ def _width(units: int, shares: Sequence[_Share], left: int) -> int:
 
 
 def _pieces(ranking: Ranking, dtype: torch.dtype, passes: Passes) -> list[Piece]:
-    return [_piece(ranking, dtype, *span) for span in spans(ranking.units, passes.piece)]
+    return [piece_of(ranking, dtype, *span) for span in spans(ranking.units, passes.piece)]
 
 
 def count_below(rankings: Sequence[Ranking], key: int) -> list[tuple[int, int]]:

@@ -9,7 +9,7 @@ from secateur_server.devices import Span, passes_of, spans
 from secateur_server.devices.passes import BITS, Cut
 from secateur_server.pruning.norms import row_sums
 from secateur_server.pruning.score import Ranking
-from secateur_server.pruning.select import _piece
+from secateur_server.pruning.select import piece_of
 
 # Squares are added up in parts of so many, whatever a device's pieces are, and the parts in their
 # order: so neither device nor threads show.
@@ -29,11 +29,11 @@ def energies(
     keys = torch.tensor(distinct, dtype=BITS[dtype], device=passes.device)
 
     def sums_of(span: Span) -> tuple[Tensor, Tensor]:
-        return passes.sum_squares(_piece(ranking, dtype, *span), weight[slice(*span)], keys)
+        return passes.sum_squares(piece_of(ranking, dtype, *span), weight[slice(*span)], keys)
 
     found = passes.each(sums_of, parts)
     sums = _running([of for of, _ in found], 2 * len(distinct) + 1, torch.float64)
-    equal = _running([of for _, of in found], len(distinct), torch.int64)
+    equal = _running([of[1::2] for _, of in found], len(distinct), torch.int64)
     up_to = sums[-1].cumsum(0)
 
     def energy(cut: Cut) -> float:
@@ -59,7 +59,7 @@ def _first_ties(
     ranking: Ranking, weight: Tensor, key: int, count: int, span: Span, dtype: torch.dtype
 ) -> Tensor:
     """The sum of squares of the first `count` units of a part with a key."""
-    keys = passes_of(ranking.device).keys(_piece(ranking, dtype, *span))
+    keys = passes_of(ranking.device).keys(piece_of(ranking, dtype, *span))
     at = (keys == key).nonzero().view(-1)[:count]
     squares = weight[slice(*span)][at].to(torch.float64).square()
     return row_sums(squares.view(1, -1))[0].cpu()

@@ -92,7 +92,7 @@ def select(rankings: Sequence[Ranking], alive: int, count: int) -> tuple[list[Ma
     room = torch.split(room_to_work(sum(sizes), passes), sizes)
     masks = [Mask(bits, r.units) for bits, r in zip(room, rankings, strict=True)]
     parts = [
-        (_piece(ranking, dtype, *span), mask.part(*span))
+        (piece_of(ranking, dtype, *span), mask.part(*span))
         for ranking, mask in zip(rankings, masks, strict=True)
         for span in spans(ranking.units, passes.piece)
     ]
@@ -101,7 +101,8 @@ def select(rankings: Sequence[Ranking], alive: int, count: int) -> tuple[list[Ma
     return masks, _apply(units, count)
 
 
-def _piece(ranking: Ranking, dtype: torch.dtype, begin: int, end: int) -> Piece:
+def piece_of(ranking: Ranking, dtype: torch.dtype, begin: int, end: int) -> Piece:
+    """The units [begin, end) of a ranking, to be compared as `dtype`.  begin: a multiple of 8."""
     alive = None if ranking.alive is None else ranking.alive.part(begin, end)
     if isinstance(ranking.scores, RandomScores):
         scores: Tensor | RandomScores = RandomScores(ranking.scores.state, begin)
