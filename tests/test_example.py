@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,11 +49,31 @@ def test_a_network_that_lost_its_accuracy_finds_it_again_by_both_ways(
     train(model, digits, epochs=2)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     with secateur.embedded(device="cpu") as client:
+        calls = recorded(client, monkeypatch)
         outcome = accuracy.measure(client, model, digits, accuracy.global_magnitude(0.95))
+    # One prune at once; then three that go on from each other: of 0.95, 1 - (1 - t)^3.
+    assert [was_pruned for was_pruned, _ in calls] == [False, False, True, True]
+    shares = [1, 19 / 27, 26 / 27, 1]
+    assert [zeros for _, zeros in calls] == [round(0.95 * share * 59_838) for share in shares]
     assert outcome.sparsity == round(0.95 * 59_838) / 59_838
     assert outcome.untrained < 0.7
     assert min(outcome.at_once, outcome.in_rounds) > outcome.untrained + 0.2
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+
+
+def recorded(client: secateur.Client, monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int]]:
+    """Of each prune to come: whether its module was pruned before, and the zeros behind it."""
+    calls: list[tuple[bool, int]] = []
+    prune = client.prune
+
+    def recording(module: LeNet, *arguments: Any, **options: Any) -> secateur.PruneResult:
+        was_pruned = secateur.is_pruned(module)
+        result = prune(module, *arguments, **options)
+        calls.append((was_pruned, result.report.zeros))
+        return result
+
+    monkeypatch.setattr(client, "prune", recording)
+    return calls
 
 
 def test_what_accuracy_prunes_and_the_table_that_it_prints() -> None:

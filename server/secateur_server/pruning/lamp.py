@@ -18,8 +18,8 @@ from secateur_server.pruning.divide import Division, Query, divide
 from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.select import FEW, piece_of, score_dtype
 
-# Of a large tensor; so a bucket has a thousandth of its units.
-BUCKETS = 1024
+# Of a large tensor. More take longer to look up, and fewer leave more to sort.
+BUCKETS = 256
 
 # Sums are rounded, in whatever order they are made: bounds are a little wider.
 SLACK = 1e-9
@@ -99,7 +99,8 @@ def _cut(query: Query, scores: Sequence[tuple[Tensor, Tensor]]) -> float:
         bounds = zip(up_to, query.lowest, query.highest, strict=True)
         return sum(min(max(n, least), most) for n, least, most in bounds) >= query.target
 
-    return every[min(bisect_left(every, True, key=is_enough), len(every) - 1)]
+    cut: float = every[min(bisect_left(every, True, key=is_enough), len(every) - 1)]
+    return cut
 
 
 def _window(ranking: Ranking, buckets: Buckets, low: float, high: float) -> Window:
@@ -132,8 +133,8 @@ def _falling(ranking: Ranking, buckets: Buckets, first: int, end: int) -> Tensor
     high = int(buckets.cuts[end - 1]) if end <= len(buckets.cuts) else beyond
 
     def within(piece: Piece) -> Tensor:
-        keys = passes.keys(piece)
-        return keys[(keys >= low) & (keys < high)]
+        kept = torch.empty((piece.units + 7) // 8, dtype=torch.uint8, device=passes.device)
+        return passes.split(piece, low, high, kept)[0]  # what lies above is of no interest
 
     keys = torch.cat(passes.each(within, buckets.pieces))
     return passes.ascending(keys).cpu().view(of_score).flip(0).to(torch.float64)

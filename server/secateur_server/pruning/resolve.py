@@ -87,11 +87,16 @@ def _among(field: str, patterns: Iterable[str], names: Collection[str]) -> list[
     """Those of `names` that any of `patterns` means; all, where there are none."""
     found: set[str] = set()
     for index, pattern in enumerate(patterns):
-        matched = [pattern] if pattern in names else [n for n in names if fnmatchcase(n, pattern)]
-        if not matched:
-            raise UnknownTensor(f"{field}[{index}]", f"{quote(pattern)} matches none of the rule's")
-        found.update(matched)
+        found.update(_meant(f"{field}[{index}]", pattern, names))
     return [name for name in names if name in found or not patterns]
+
+
+def _meant(field: str, pattern: str, names: Collection[str]) -> list[str]:
+    """Those of `names` that a name or a glob means."""
+    matched = [pattern] if pattern in names else [n for n in names if fnmatchcase(n, pattern)]
+    if not matched:
+        raise UnknownTensor(field, f"{quote(pattern)} matches none of the rule's")
+    return matched
 
 
 def _resolve_amount(rule: Selection, names: Sequence[str]) -> float | Budget | Table:
@@ -112,7 +117,7 @@ def _resolve_table(rule: Selection, table: Table, names: Sequence[str]) -> Table
     left, fractions = list(names), {}
     for index, (pattern, fraction) in enumerate(table.fractions.items()):
         field = f"{rule.path}.table.entries[{index}].tensors"
-        matched = set(_among(field, [pattern], names))
+        matched = set(_meant(field, pattern, names))
         fractions.update({name: fraction for name in left if name in matched})
         left = [name for name in left if name not in matched]
     return Table(fractions)
