@@ -17,8 +17,17 @@ from torch import Tensor
 import secateur
 from secateur_proto import pruner_pb2 as pb
 from secateur_proto.framing import cut, file_header
+from secateur_proto.plan_pb2 import Amount
 from secateur_proto.pruner_pb2_grpc import PrunerStub
-from secateur_proto.spec_pb2 import Magnitude, PruningSpec, Random
+from secateur_proto.spec_pb2 import (
+    Block,
+    GuardRails,
+    Magnitude,
+    Pattern,
+    PruningSpec,
+    Rail,
+    Random,
+)
 from tests.conftest import RunningServer, eventually, start_server, stop_server
 from tests.contract.raw import check_serves, failure, header, message, series, spec
 from tests.operate.test_memory import memory
@@ -28,11 +37,17 @@ SOON = 2.0
 
 ELEMENTS = 100 << 20
 SHAPE = (ELEMENTS >> 12, 1 << 12)
-SLICE = 2  # as granularity
+SLICE, N_M, BLOCK = 2, 3, 4  # as granularity
+GLOBAL, LAMP, Z_SCORE = 2, 4, 4
+CAP = Rail(max_sparsity=0.9)
 SPECS: dict[str, PruningSpec] = {
     "unstructured": spec("w"),
     "random": spec("w", random=Random(seed=1)),
     "structured": spec("w", granularity=SLICE, dim=1, magnitude=Magnitude(p=2)),
+    "2:4": spec("w", fraction=1.0, granularity=N_M, dim=1, pattern=Pattern(n=2, m=4)),
+    "blocks": spec("w", granularity=BLOCK, block=Block(shape=[8, 8], as_matrix=True)),
+    "lamp": spec("w", scope=GLOBAL, allocation=LAMP),
+    "z-scores": spec("w", normalization=Z_SCORE, guard_rails=GuardRails(rails=[CAP])),
 }
 ROOM = 1 << 30
 
@@ -67,10 +82,10 @@ class Line:
         self, name: str, rpc: str = "Prune", timeout: float = 120, **fields: Any
     ) -> grpc.Call:
         """A call on the large model, sent with it or as the server has it."""
-        if rpc == "Prune":
+        if rpc in ("Prune", "Plan"):
             fields |= {"spec": SPECS[name.removeprefix("sent ")]}
         stub = getattr(PrunerStub(self.channel), rpc)
-        call = stub.future if rpc == "Report" else stub
+        call = stub.future if rpc in ("Report", "Plan") else stub
         if not name.startswith("sent "):
             first = header(rpc, 0, checkpoint=self.checkpoint, **fields)
             found: grpc.Call = call(iter([message(rpc, header=first)]), timeout=timeout)
@@ -177,6 +192,13 @@ def test_who_cancels_another_call_at_any_moment_ends_the_work(
     line: Line, name: str, rpc: str
 ) -> None:
     check_all_moments(line, lambda: line.begin(name, rpc), 6, rpc == "Report")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SPECS)
+def test_who_cancels_a_plan_at_any_moment_ends_the_work(line: Line, name: str) -> None:
+    amounts = [Amount(fraction=0.1 * tenths) for tenths in range(1, 10)]
+    check_all_moments(line, lambda: line.begin(name, "Plan", amounts=amounts), 6, True)
 
 
 @pytest.mark.parametrize("name", ["unstructured", "sent structured"])

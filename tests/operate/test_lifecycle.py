@@ -52,7 +52,12 @@ def test_reflection_shows_the_service_and_its_messages(channel: grpc.Channel) ->
     database = ProtoReflectionDescriptorDatabase(channel)
     assert SERVICE in database.get_services()
     file = database.FindFileContainingSymbol(SERVICE)
-    assert [method.name for method in file.service[0].method] == ["Prune", "Report", "Plan", "Finalize"]
+    assert [method.name for method in file.service[0].method] == [
+        "Prune",
+        "Report",
+        "Plan",
+        "Finalize",
+    ]
 
 
 def test_sigterm_lets_a_running_request_end_and_takes_no_new_one() -> None:

@@ -174,7 +174,7 @@ class Compiled(Cpu):
     def sum_squares(self, piece: Piece, values: Tensor, cuts: Tensor) -> tuple[Tensor, Tensor]:
         """As Passes.sum_squares."""
         if values.dtype not in (torch.float32, torch.float64):  # numba has no half precision
-            values = values.to(torch.float64)
+            values = _scratch("values", len(values), torch.float64).copy_(values)
         bits, size = _bits(piece), 2 * len(cuts) + 1
         sums, counts = np.zeros(size), np.zeros(size, int)
         look = values.contiguous().numpy(), *_looked_up(cuts.numpy(), 0)

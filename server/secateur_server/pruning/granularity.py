@@ -15,7 +15,12 @@ from torch import Tensor
 from secateur_server.devices import passes_of, room_to_work
 from secateur_server.devices.passes import Passes, as_keys, ranked_as
 from secateur_server.pruning.masks import Mask, any_of_slices, around, mask_of, spread
-from secateur_server.pruning.norms import row_sums, slice_norms, vector_norms
+from secateur_server.pruning.norms import (
+    power_means,
+    row_sums,
+    slice_norms,
+    vector_norms,
+)
 from secateur_server.pruning.tiles import Box, Tiles
 
 
@@ -78,9 +83,7 @@ class Slice:
 
     def scores(self, values: Tensor, mask: Mask | None, p: float | str, is_mean: bool) -> Tensor:
         """As Element.scores.  Returns: as slice_norms."""
-        norms = slice_norms(values, mask, self.dim, p)
-        outer, _, inner = around(values.shape, self.dim)
-        return power_means(norms, outer * inner, float(p)) if is_mean else norms
+        return slice_norms(values, mask, self.dim, p, is_mean)
 
     def spread(self, kept: Mask, values: Tensor, mask: Mask | None) -> Mask:
         """As Element.spread."""
@@ -344,18 +347,6 @@ def _squares(rows: Tensor, passes: Passes) -> Tensor:
 def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     counts, squares = zip(*parts, strict=True)
     return torch.cat(counts), torch.cat(squares)
-
-
-def power_means(norms: Tensor, elements: Tensor | int, p: float) -> Tensor:
-    """(mean of |x|^p)^(1/p) from (sum of |x|^p)^(1/p).
-
-    elements: of each unit.  p: 0 is the share that is not zero; infinities the extremes.
-    """
-    if math.isinf(p):
-        return norms
-    count = torch.as_tensor(elements, dtype=torch.float64, device=norms.device)
-    means = norms.to(torch.float64) / (count if p == 0 else count.pow(1 / p))
-    return means.to(norms.dtype)
 
 
 def flags_mask(found: Tensor) -> Mask:

@@ -92,7 +92,7 @@ def spread(kept: Tensor, shape: Sequence[int], dim: int) -> Mask:
     outer, size, inner = around(shape, dim)
     # Of the runs of `inner` elements every size-th belongs to one slice: where a piece begins
     # within the pattern is all that there is to know.
-    most = passes_of(kept.device).piece // inner + 2
+    most = min(passes_of(kept.device).piece, outer * size * inner) // inner + 2
     pattern = kept.repeat(-(-(size + most) // size))
 
     def flags(begin: int, end: int) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from secateur_server.devices import passes_of, room_to_work, spans
+from secateur_server.devices import Span, passes_of, room_to_work, spans
 from secateur_server.devices.passes import ranked_as
 from secateur_server.errors import InvalidSpec, quote
 from secateur_server.pruning.masks import Mask
@@ -97,7 +97,7 @@ def _deviation(scores: Tensor, alive: Mask | None, count: int, mean: float) -> f
         return row_sums((living - mean).square().unsqueeze(0)) if len(living) else living.sum()
 
     passes = passes_of(scores.device)
-    parts = passes.each(squares, spans(len(scores), passes.piece))
+    parts = passes.each(squares, _parts(scores))
     return math.sqrt(math.fsum(map(float, parts)) / count) if count else 0.0
 
 
@@ -113,11 +113,16 @@ def _moments(scores: Tensor, alive: Mask | None) -> tuple[int, float, float, flo
         return len(living), float(total), float(squares), float(low), float(high)
 
     passes = passes_of(scores.device)
-    parts = passes.each(moments, spans(len(scores), passes.piece))
+    parts = passes.each(moments, _parts(scores))
     if not parts:
         return 0, 0.0, 0.0, 0.0, 0.0
     counts, totals, squares, lows, highs = zip(*parts, strict=True)
     return sum(counts), math.fsum(totals), math.fsum(squares), min(lows), max(highs)
+
+
+def _parts(scores: Tensor) -> list[Span]:
+    """Smaller pieces than elsewhere: as float64 they are to stay in the second-level cache."""
+    return spans(len(scores), passes_of(scores.device).piece // 8)
 
 
 def _living(scores: Tensor, alive: Mask | None, begin: int, end: int) -> Tensor:
@@ -137,7 +142,7 @@ def _scaled(scores: Tensor, scale: Scale, floor: float) -> Tensor:
         # What is pruned already may lie below the floor, and has no rank.
         into[slice(*span)] = (((part - scale.shift) / scale.spread) - floor).clamp_(min=0.0)
 
-    passes.each(fill, spans(len(scores), passes.piece))
+    passes.each(fill, _parts(scores))
     return into
 
 

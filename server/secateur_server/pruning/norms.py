@@ -10,7 +10,9 @@ from secateur_server.devices.passes import Passes, ranked_as
 from secateur_server.pruning.masks import Mask, around
 
 
-def slice_norms(values: Tensor, mask: Mask | None, dim: int, p: float | str) -> Tensor:
+def slice_norms(
+    values: Tensor, mask: Mask | None, dim: int, p: float | str, is_mean: bool = False
+) -> Tensor:
     """The norm of each slice, as torch.norm over all other dimensions.
 
     values: at least 2-D.  mask: what is not kept counts as 0.
@@ -38,7 +40,21 @@ def slice_norms(values: Tensor, mask: Mask | None, dim: int, p: float | str) -> 
     # Smaller pieces than elsewhere: as float64 they are to stay in the second-level cache.
     size = max(1, passes.piece // 8 // (shape[0] * shape[2]))
     joined = torch.cat(passes.each(norms_of, spans(shape[1], size)))
+    if is_mean:
+        joined = power_means(joined, shape[0] * shape[2], float(p))
     return joined if dtype == torch.float64 else joined.to(torch.float32)
+
+
+def power_means(norms: Tensor, elements: Tensor | int, p: float) -> Tensor:
+    """(mean of |x|^p)^(1/p) from (sum of |x|^p)^(1/p).
+
+    elements: of each unit.  p: 0 is the share that is not zero; infinities the extremes.
+    """
+    if math.isinf(p):
+        return norms
+    count = torch.as_tensor(elements, dtype=torch.float64, device=norms.device)
+    means = norms.to(torch.float64) / (count if p == 0 else count.pow(1 / p))
+    return means.to(norms.dtype)
 
 
 def vector_norms(values: Tensor, first: int, last: int, p: float, passes: Passes) -> Tensor:

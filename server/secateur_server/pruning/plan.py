@@ -87,7 +87,8 @@ def _planned(
     extras: Mapping[str, Tensor],
 ) -> list[tuple[Choice, dict[str, Removed]]]:
     """For each amount the choice among tensors that are ranked together, and what goes of them."""
-    rule = replace(rule, amount=amounts[0])
+    # Where one amount takes less than all, there have to be scores.
+    rule = replace(rule, amount=next((a for a in amounts if a != 1.0), amounts[0]))
     subjects = subjects_of(rule, names, parameters, extras)
     dtype = score_dtype([subject.ranking for subject in subjects])
     decisions = decide(rule, subjects, amounts)

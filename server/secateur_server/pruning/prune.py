@@ -20,6 +20,7 @@ from secateur_server.pruning.amounts import (
     wanted,
 )
 from secateur_server.pruning.divide import count_below
+from secateur_server.pruning.granularity import NM
 from secateur_server.pruning.masks import Mask, mask_of
 from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.select import score_dtype, select, threshold
@@ -177,9 +178,9 @@ def _select(rule: Selection, subjects: Sequence[Subject]) -> tuple[list[Mask], C
     if is_plain(rule):
         count = int(wanted(rule, subjects, rule.amount))
         kept, cut = select([subject.ranking for subject in subjects], alive, count)
-        value = cut_value(rule, subjects, cut)
         pruned = alive - sum(units.kept for units in kept)
-        return kept, Choice(names, alive, count, pruned, value, cut.equal, cut.ties)
+        decision = Decision((), count, (), cut_value(subjects, cut), cut.equal, cut.ties)
+        return kept, choice_of(rule, names, alive, pruned, decision)
     (decision,) = decide(rule, subjects, [rule.amount])
     parts = small_at_once(
         lambda part: select([part[0].ranking], part[0].alive, part[1]),
@@ -196,10 +197,8 @@ def _select(rule: Selection, subjects: Sequence[Subject]) -> tuple[list[Mask], C
     return kept, choice_of(rule, names, alive, pruned, decision)
 
 
-def cut_value(rule: Selection, subjects: Sequence[Subject], cut: Cut) -> float | None:
-    """The importance at a cut; None where nothing is pruned, or at random."""
-    if isinstance(rule.importance, Random):
-        return None
+def cut_value(subjects: Sequence[Subject], cut: Cut) -> float | None:
+    """The importance at a cut; None where nothing is pruned."""
     rankings = [subject.ranking for subject in subjects]
     value = threshold(cut, score_dtype(rankings))
     return None if value is None else value + rankings[0].offset
@@ -227,5 +226,7 @@ def choice_of(
     """What is reported of a decision."""
     value = None if isinstance(rule.importance, Random) else decision.threshold
     ties, ties_pruned = decision.ties, decision.ties_pruned
+    if isinstance(rule.granularity, NM) and pruned == alive:  # no group was ranked
+        value, ties, ties_pruned = None, 0, 0
     requested, bounds = decision.requested, decision.bounds
     return Choice(names, alive, requested, pruned, value, ties, ties_pruned, bounds)

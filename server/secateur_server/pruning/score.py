@@ -41,12 +41,14 @@ def rank(
     importance: Magnitude | Random,
     granularity: Granularity,
     is_mean: bool,
+    is_all: bool,
     field: str,
 ) -> Ranking:
     """Scores the units of one tensor.
 
     scores: of its elements, or of its units; they take the weight's place.
     is_mean: units rank by power means, for units of several sizes to compare.
+    is_all: all of them go, so any scores will do.
     field: the path of what is scored, for errors.
     Errors: NanScores.
     """
@@ -65,6 +67,8 @@ def rank(
     if scores is not None and alive is not None and not is_n_m:
         mask = granularity.spread(alive, values, mask)  # what of the scores is read
     refuse_nan(values, mask, field, seen)
+    if is_all:
+        return Ranking(name, units, random_scores(0, name), alive, weight.device)
     # As in torch: what is pruned counts as 0 in a weight's norm, and as it is in a caller's scores.
     # But of an N:M group only what is unpruned can go.
     masked = mask if scores is None or is_n_m else None

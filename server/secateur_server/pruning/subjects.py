@@ -9,7 +9,7 @@ from torch import Tensor
 
 from secateur_server.devices.randomness import RandomScores, random_scores
 from secateur_server.errors import quote
-from secateur_server.pruning.granularity import Element, Slice
+from secateur_server.pruning.granularity import NM, Element, Slice
 from secateur_server.pruning.groups import alive_units, member_scores, spread_group
 from secateur_server.pruning.masks import Mask
 from secateur_server.pruning.normalize import combined, normalized
@@ -71,7 +71,9 @@ def subjects_of(
         by_name = {group.name: group for group in rule.groups}
         return _normalized_groups(rule, [by_name[name] for name in names], parameters)
     subjects = [_tensor(rule, name, parameters, extras) for name in names]
-    if rule.normalization is None:
+    if rule.normalization is None or any(
+        isinstance(s.ranking.scores, RandomScores) for s in subjects
+    ):
         return subjects
     rankings = normalized(rule, [subject.ranking for subject in subjects])
     return [replace(s, ranking=r) for s, r in zip(subjects, rankings, strict=True)]
@@ -89,7 +91,10 @@ def _tensor(
     scores, field = _scores(rule, name, parameters, extras)
     # Slices of one tensor rank by their norm, bit for bit as torch has it.
     is_mean = rule.scope != "tensor" or not isinstance(granularity, Slice)
-    ranking = rank(name, parameter, scores, rule.importance, granularity, is_mean, field)
+    # The scores of N:M groups take longer than all else, and are not asked for where all groups go.
+    is_whole = isinstance(rule.amount, float) and rule.amount == 1.0 and not rule.guard_rails.rails
+    is_all = is_whole and isinstance(granularity, NM)
+    ranking = rank(name, parameter, scores, rule.importance, granularity, is_mean, is_all, field)
     values = scores if scores is not None and scores.shape == weight.shape else weight
     sizes, shape = granularity.sizes(weight.shape), weight.shape
     return Subject(
