@@ -5,8 +5,9 @@ values: what its elements rank by: the weight, or a caller's scores.
 mask: of its elements, prior pruning; None where there was none.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -136,10 +137,10 @@ class Block:
         tiles, passes = self._tiles(values.shape), passes_of(values.device)
         kept = mask.whole(tiles.sizes)
 
-        def alive_of(box: Box) -> Tensor:
-            return passes.any_along(tiles.rows(tiles.part(kept, box), box, False))
+        def alive_of(box: Box) -> Sequence[Tensor]:
+            return [passes.any_along(tiles.rows(tiles.part(kept, box), box, False))]
 
-        return flags_mask(torch.cat(passes.each(alive_of, _boxes(tiles, passes))))
+        return flags_mask(_of_units(tiles, passes, [torch.bool], alive_of)[0])
 
     def scores(self, values: Tensor, mask: Mask | None, p: float | str, is_mean: bool) -> Tensor:
         """As Element.scores.  Returns: as slice_norms."""
@@ -147,14 +148,15 @@ class Block:
         by_tiles = values.reshape(tiles.sizes)
         kept = None if mask is None else mask.whole(tiles.sizes)
 
-        def scores_of(box: Box) -> Tensor:
+        def scores_of(box: Box) -> Sequence[Tensor]:
             part = _ranked(tiles.part(by_tiles, box))
             if kept is not None:
                 part = torch.where(tiles.part(kept, box), part, 0.0)
             rows = tiles.rows(part, box, _neutral(order))
-            return _norms(rows, tiles.counts(box, rows.device) if is_mean else None, order, passes)
+            counts = tiles.counts(box, rows.device) if is_mean else None
+            return [_norms(rows, counts, order, passes)]
 
-        return torch.cat(passes.each(scores_of, _boxes(tiles, passes)))
+        return _of_units(tiles, passes, [_score_dtype(values)], scores_of)[0]
 
     def spread(self, kept: Mask, values: Tensor, mask: Mask | None) -> Mask:
         """As Element.spread."""
@@ -212,12 +214,12 @@ class NM:
             return None
         kept = None if mask is None else mask.whole(tiles.sizes)
 
-        def alive_of(box: Box) -> Tensor:
+        def alive_of(box: Box) -> Sequence[Tensor]:
             if kept is None:
-                return tiles.counts(box, values.device) > self.n
-            return tiles.rows(tiles.part(kept, box), box, False).sum((0, 2)) > self.n
+                return [tiles.counts(box, values.device) > self.n]
+            return [tiles.rows(tiles.part(kept, box), box, False).sum((0, 2)) > self.n]
 
-        return flags_mask(torch.cat(passes.each(alive_of, _boxes(tiles, passes))))
+        return flags_mask(_of_units(tiles, passes, [torch.bool], alive_of)[0])
 
     def scores(self, values: Tensor, mask: Mask | None, p: float | str, is_mean: bool) -> Tensor:
         """As Element.scores, of the elements that go with a unit.  Returns: as slice_norms."""
@@ -225,15 +227,15 @@ class NM:
         by_tiles = values.reshape(tiles.sizes)
         kept = None if mask is None else mask.whole(tiles.sizes)
 
-        def scores_of(box: Box) -> Tensor:
+        def scores_of(box: Box) -> Sequence[Tensor]:
             goes = self._goes(tiles, by_tiles, kept, box)
             rows = tiles.rows(_ranked(tiles.part(by_tiles, box)), box, 0.0)
             rows = torch.where(goes, rows, _neutral(order))
             # A unit that nothing goes with is no candidate, but its score must not be NaN.
             counts = goes.sum((0, 2)).clamp(min=1) if is_mean else None
-            return _norms(rows, counts, order, passes)
+            return [_norms(rows, counts, order, passes)]
 
-        return torch.cat(passes.each(scores_of, _boxes(tiles, passes)))
+        return _of_units(tiles, passes, [_score_dtype(values)], scores_of)[0]
 
     def spread(self, kept: Mask, values: Tensor, mask: Mask | None) -> Mask:
         """As Element.spread."""
@@ -267,7 +269,8 @@ class NM:
             rows = tiles.rows(_ranked(tiles.part(weights, box)), box, 0.0)
             return goes.sum((0, 2)), _squares(torch.where(goes, rows, 0.0), passes)
 
-        return _joined(passes.each(costs_of, _boxes(tiles, passes)))
+        counts, squares = _of_units(tiles, passes, _COSTS, costs_of)
+        return counts, squares
 
     def _tiles(self, shape: Sequence[int]) -> Tiles:
         return Tiles(around(shape, self.dim), (1, self.m, 1))
@@ -335,7 +338,8 @@ def _costs(tiles: Tiles, weight: Tensor, mask: Mask | None) -> tuple[Tensor, Ten
         counts = tiles.rows(flags, box, False).sum((0, 2))
         return counts, _squares(tiles.rows(part, box, 0.0), passes)
 
-    return _joined(passes.each(costs_of, _boxes(tiles, passes)))
+    counts, squares = _of_units(tiles, passes, _COSTS, costs_of)
+    return counts, squares
 
 
 def _squares(rows: Tensor, passes: Passes) -> Tensor:
@@ -344,9 +348,39 @@ def _squares(rows: Tensor, passes: Passes) -> Tensor:
     return row_sums(rows[0].to(torch.float64).square()) if sums is None else sums
 
 
-def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    counts, squares = zip(*parts, strict=True)
-    return torch.cat(counts), torch.cat(squares)
+_COSTS = (torch.int64, torch.float64)
+
+
+def _of_units(
+    tiles: Tiles,
+    passes: Passes,
+    dtypes: Sequence[torch.dtype],
+    of_box: Callable[[Box], Sequence[Tensor]],
+) -> list[Tensor]:
+    """What `of_box` gives for the units of each box, for all of them.  Returns: flat ones.
+
+    Each box is written where it belongs: parts that wait to be joined leave holes in the heap.
+    """
+    boxes = _boxes(tiles, passes)
+    ends = list(itertools.accumulate(_units(box) for box in boxes))
+    found = [room_to_work(ends[-1] * d.itemsize, passes).view(d) for d in dtypes]
+
+    def write(part: tuple[Box, int]) -> None:
+        box, end = part
+        for into, values in zip(found, of_box(box), strict=True):
+            into[end - _units(box) : end] = values
+
+    passes.each(write, list(zip(boxes, ends, strict=True)))
+    return found
+
+
+def _units(box: Box) -> int:
+    return math.prod(last - first for first, last in box)
+
+
+def _score_dtype(values: Tensor) -> torch.dtype:
+    exact = ranked_as(values.dtype) == torch.float64
+    return torch.float64 if exact else torch.float32
 
 
 def flags_mask(found: Tensor) -> Mask:

@@ -14,7 +14,7 @@ from secateur_server.devices import Span, passes_of, room_to_work, spans
 from secateur_server.devices.passes import ranked_as
 from secateur_server.errors import InvalidSpec, quote
 from secateur_server.pruning.masks import Mask
-from secateur_server.pruning.norms import row_sums
+from secateur_server.pruning.norms import row_sums, vector_norms
 from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.spec import Selection
 
@@ -92,13 +92,13 @@ def _scale(rule: Selection, name: str, scores: Tensor, alive: Mask | None) -> Sc
 def _deviation(scores: Tensor, alive: Mask | None, count: int, mean: float) -> float:
     """The standard deviation of a population, in a pass of its own: it cancels nothing."""
 
-    def squares(span: tuple[int, int]) -> Tensor:
-        living = _living(scores, alive, *span)
-        return row_sums((living - mean).square().unsqueeze(0)) if len(living) else living.sum()
+    def squares(span: tuple[int, int]) -> float:
+        living = _living(scores, alive, *span).to(torch.float64).abs()
+        return _sum(living - mean, 2.0)
 
     passes = passes_of(scores.device)
     parts = passes.each(squares, _parts(scores))
-    return math.sqrt(math.fsum(map(float, parts)) / count) if count else 0.0
+    return math.sqrt(math.fsum(parts) / count) if count else 0.0
 
 
 def _moments(scores: Tensor, alive: Mask | None) -> tuple[int, float, float, float, float]:
@@ -108,9 +108,8 @@ def _moments(scores: Tensor, alive: Mask | None) -> tuple[int, float, float, flo
         living = _living(scores, alive, *span)
         if not len(living):
             return 0, 0.0, 0.0, math.inf, 0.0
-        low, high = living.aminmax()
-        total, squares = row_sums(torch.stack([living, living.square()]))
-        return len(living), float(total), float(squares), float(low), float(high)
+        low, high = map(float, living.to(ranked_as(living.dtype)).abs().aminmax())
+        return len(living), _sum(living, 1.0), _sum(living, 2.0), low, high
 
     passes = passes_of(scores.device)
     parts = passes.each(moments, _parts(scores))
@@ -126,8 +125,16 @@ def _parts(scores: Tensor) -> list[Span]:
 
 
 def _living(scores: Tensor, alive: Mask | None, begin: int, end: int) -> Tensor:
-    part = scores[begin:end].to(torch.float64).abs()
+    part = scores[begin:end]
     return part if alive is None else part[alive.flags(begin, end)]
+
+
+def _sum(values: Tensor, p: float) -> float:
+    """The sum of |x|^p.  p: 1 or 2."""
+    if not len(values):
+        return 0.0
+    norm = vector_norms(values.view(1, 1, -1), 0, 1, p, passes_of(values.device))
+    return math.pow(float(norm), p)
 
 
 def _scaled(scores: Tensor, scale: Scale, floor: float) -> Tensor:

@@ -1,14 +1,14 @@
 """What a rule would do by each of many amounts, from one look at the scores."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from secateur_server.devices import passes_of, spans
-from secateur_server.devices.passes import Cut, Piece
+from secateur_server.devices.passes import Cut
 from secateur_server.pruning.amounts import Decision, decide, value_of
 from secateur_server.pruning.divide import Query, divide
 from secateur_server.pruning.energy import energies
@@ -145,29 +145,16 @@ def _removed(
     dtype: torch.dtype,
 ) -> list[Removed]:
     """What goes of one tensor by each of its cuts.  counts: of units."""
-    if subject.costs is not None:
-        return _removed_units(subject, subject.costs, parameter, counts, dtype)
-    found, whole = energies(subject.ranking, parameter.weight.reshape(-1), cuts, dtype)
-    return [Removed(count, energy, whole) for count, energy in zip(counts, found, strict=True)]
-
-
-def _removed_units(
-    subject: Subject,
-    costs: Callable[[], tuple[Tensor, Tensor]],
-    parameter: Parameter,
-    counts: Sequence[int],
-    dtype: torch.dtype,
-) -> list[Removed]:
-    """As _removed, of units of many elements: so few that they are sorted."""
-    ranking, passes = subject.ranking, passes_of(subject.ranking.device)
-    alive = None if ranking.alive is None else ranking.alive.bits
-    keys = passes.keys(Piece(ranking.units, ranking.scores, dtype, alive))
-    order = keys.argsort(stable=True).cpu()
-    gone, lost = (cost.cpu()[order].cumsum(0) for cost in costs())
+    if subject.costs is None:
+        found, whole = energies(subject.ranking, parameter.weight.reshape(-1), cuts, dtype)
+        return [Removed(count, energy, whole) for count, energy in zip(counts, found, strict=True)]
+    elements, energy = subject.costs()
     whole = _energy(parameter.weight, parameter.mask)
+    # Their squares are what is added up; rounding is far from a whole element.
+    of_elements, _ = energies(subject.ranking, elements.to(torch.float64).sqrt_(), cuts, dtype)
+    of_energy, _ = energies(subject.ranking, energy.sqrt_(), cuts, dtype)
     return [
-        Removed(int(gone[k - 1]), float(lost[k - 1]), whole) if k else Removed(0, 0.0, whole)
-        for k in counts
+        Removed(round(gone), lost, whole) for gone, lost in zip(of_elements, of_energy, strict=True)
     ]
 
 
