@@ -220,9 +220,10 @@ class Choice(google.protobuf.message.Message):
     pruned: builtins.int
     """Units that this rule pruned, counted in the mask."""
     threshold: builtins.float
-    """The importance of the most important unit that was pruned because of its rank. Absent where no
-    unit was, for random importance, for custom masks, and where an allocation other than
-    ALLOCATION_RANK gave several tensors cuts of their own.
+    """The importance of the most important unit that was pruned because of its rank; of
+    ALLOCATION_LAMP its LAMP score. Absent where no unit was, for random importance, for custom
+    masks, for N:M where every group goes, and where ALLOCATION_UNIFORM or ALLOCATION_ERK gave each
+    tensor a cut of its own.
     """
     ties: builtins.int
     """Candidates whose importance equals the threshold."""

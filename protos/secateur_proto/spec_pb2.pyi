@@ -362,8 +362,8 @@ class Selection(google.protobuf.message.Message):
     threshold: builtins.float
     """The units whose importance is below this go. Not NaN. Not with `random`."""
     bytes: builtins.int
-    """Bytes that the elements which are kept may take in all, each as its dtype has it: as few
-    units go as bring them there. Not for GRANULARITY_N_M and GRANULARITY_GROUP, nor for blocks
+    """Bytes that the units which are kept may take in all, each element as its dtype has it: as few
+    units go as bring them there. A unit with any element left counts whole. Not for GRANULARITY_N_M and GRANULARITY_GROUP, nor for blocks
     that do not divide their tensor.
     """
     of_all: builtins.bool
