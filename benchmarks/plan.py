@@ -61,7 +61,8 @@ def measure(
         core_plan, core_prune = core.seconds(plan, rule, AMOUNTS), core.prune(spec)
         rounds.append((wire_plan, wire_prune, core_plan, core_prune))
     foretold = planned.amounts[AMOUNTS.index(AMOUNT)].pruned
-    assert foretold == pruned.report.zeros, f"{foretold} foretold, {pruned.report.zeros} pruned"
+    done = sum(tensor.pruned for tensor in pruned.report.tensors.values())
+    assert foretold == done, f"{foretold} foretold, {done} pruned"
     names = ("plan", "prune", "core of plan", "core of prune")
     # The first round is not counted.
     medians = [statistics.median(seconds) for seconds in zip(*rounds[1:], strict=True)]

@@ -66,8 +66,30 @@ def _specs() -> Iterable[bytes]:
         spec("conv.weight", importance_scores={"conv.weight": "scores"}),
         spec("fc", importance_scores={"fc": "fc scores"}, granularity=slices, dim=0),
         masks(**{"conv.weight": "mask", "fc": "fc scores"}),
+        *_beyond_torch(),
     ):
         yield pruner_pb2.PruneHeader(spec=given).SerializeToString()
+
+
+def _beyond_torch() -> Iterable[spec_pb2.PruningSpec]:
+    everywhere = spec_pb2.SCOPE_GLOBAL
+    rails = spec_pb2.GuardRails(
+        rails=[spec_pb2.Rail(tensors=["fc"], max_sparsity=0.5), spec_pb2.Rail(keep_at_least=1)],
+        keep_first=True,
+    )
+    members = [spec_pb2.Member(tensor="conv.weight"), spec_pb2.Member(tensor="fc", units=2)]
+    groups = [spec_pb2.Group(name="g", members=members)]
+    n_m, block = spec_pb2.GRANULARITY_N_M, spec_pb2.GRANULARITY_BLOCK
+    group = spec_pb2.GRANULARITY_GROUP
+    yield spec("*", scope=everywhere, guard_rails=rails)
+    yield spec("*", scope=everywhere, allocation=spec_pb2.ALLOCATION_LAMP)
+    yield spec("*", scope=everywhere, allocation=spec_pb2.ALLOCATION_ERK, count=3)
+    yield spec("*", scope=spec_pb2.SCOPE_ISOMORPHIC, normalization=4, of_all=True)
+    yield spec("*", granularity=n_m, dim=-1, pattern=spec_pb2.Pattern(n=1, m=2), fraction=1.0)
+    yield spec("fc", granularity=block, block=spec_pb2.Block(shape=[2, 2], as_matrix=True))
+    yield spec(granularity=group, groups=groups, scope=everywhere)
+    yield spec("fc", fraction=None, threshold=1.0)
+    yield spec("*", scope=everywhere, fraction=None, bytes=20)
 
 
 SEEDS = {"safetensors_file": _files, "messages": _calls, "index": _indices, "spec": _specs}

@@ -1,6 +1,7 @@
 """Good inputs of the targets, spoilt a little: what is all wrong is refused before it gets deep."""
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -117,16 +118,71 @@ _MAPS = st.dictionaries(_TENSORS, _HOLDERS, max_size=2)
 _NORMS = _message(
     spec_pb2.Magnitude, p=st.floats(), matrix_norm=st.sampled_from([0, 1, 2, 77])
 ) | st.just(spec_pb2.Magnitude(p=1))
+_CHOICE = st.sampled_from([0, 0, 1, 2, 3, 4, 77])
+_SHARE = st.sampled_from([0.0, 0.0, 0.3, 0.5, 1.0, math.nan, -1.0])
+_SMALL = st.sampled_from([0, 0, 1, 2, 3, 2**63])
+_MEMBERS = _message(
+    spec_pb2.Member,
+    tensor=_TENSORS,
+    dim=st.sampled_from([0, 0, 1, -1, 5]),
+    offset=_SMALL,
+    stride=_SMALL,
+    units=_SMALL,
+    indices=st.just([]) | st.lists(_SMALL, max_size=3),
+    unscored=st.booleans(),
+)
+_GROUPS = _message(
+    spec_pb2.Group, name=st.sampled_from(["", "g"]), members=st.lists(_MEMBERS, max_size=3)
+)
+_RAILS = _message(
+    spec_pb2.Rail,
+    tensors=st.lists(_TENSORS, max_size=1),
+    min_sparsity=_SHARE,
+    max_sparsity=_SHARE,
+    keep_at_least=_SMALL,
+)
 _SELECTIONS = _message(
     spec_pb2.Selection,
     tensors=st.lists(_TENSORS, min_size=1, max_size=2),
     magnitude=_NORMS,
-    granularity=st.sampled_from([0, 1, 1, 2, 2, 77]),
+    granularity=st.sampled_from([0, 1, 1, 2, 2, 3, 4, 5, 77]),
     dim=st.sampled_from([0, 1, -1, 2, 3, -(2**31)]),
-    scope=st.sampled_from([0, 1, 1, 2, 77]),
+    scope=st.sampled_from([0, 1, 1, 2, 3, 77]),
     count=st.sampled_from([0, 1, 2, 8, 2**63, 2**64 - 1]),
     fraction=st.floats() | st.floats(0, 1),
+    threshold=st.floats(),
+    bytes=st.sampled_from([0, 20, 2**64 - 1]),
+    macs=st.builds(
+        lambda target, costs: spec_pb2.Macs(target=target, per_unit=costs),
+        st.floats(),
+        st.dictionaries(_TENSORS, st.floats(), max_size=2),
+    ),
+    table=st.lists(st.tuples(_TENSORS, st.floats(0, 1)), max_size=2).map(
+        lambda entries: spec_pb2.Table(
+            entries=[spec_pb2.TableEntry(tensors=t, fraction=f) for t, f in entries]
+        )
+    ),
     importance_scores=st.just({}) | _MAPS,
+    scales=st.just({}) | st.just({}) | _MAPS,
+    of_all=st.booleans(),
+    pattern=_message(
+        spec_pb2.Pattern, n=st.sampled_from([0, 1, 2]), m=st.sampled_from([0, 2, 4, 2**32 - 1])
+    ),
+    block=_message(
+        spec_pb2.Block,
+        shape=st.lists(st.sampled_from([0, 1, 2, 3, 2**63]), max_size=3),
+        as_matrix=st.booleans(),
+    ),
+    groups=st.just([]) | st.lists(_GROUPS, max_size=2),
+    combination=_CHOICE,
+    normalization=_CHOICE,
+    allocation=_CHOICE,
+    guard_rails=_message(
+        spec_pb2.GuardRails,
+        rails=st.lists(_RAILS, max_size=2),
+        keep_first=st.booleans(),
+        exclude=st.lists(_TENSORS, max_size=1),
+    ),
 )
 _RANDOM = st.integers(0, 2**64 - 1).map(lambda seed: spec_pb2.Random(seed=seed))
 

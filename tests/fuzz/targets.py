@@ -26,8 +26,10 @@ from secateur_server.messages.report import encode_report
 from secateur_server.messages.spec import decode_spec
 from secateur_server.messages.stream import open_request
 from secateur_server.model import values_of, without_extras
-from secateur_server.pruning.resolve import resolve
+from secateur_server.pruning.plan import plan
 from secateur_server.pruning.prune import prune
+from secateur_server.pruning.resolve import resolve
+from secateur_server.pruning.spec import Selection
 from secateur_server.wire.header import Header
 from secateur_server.wire.index import read_index
 from secateur_server.wire.mapped import MappedFile, map_header, map_tensors
@@ -266,6 +268,11 @@ def spec(data: bytes) -> None:
         model.fill(tensors, beside, {})
         pruned, outcomes = prune(dict(model.parameters), resolved, model.extras)
         _check_counts(encode_report(pruned.items(), "", "", outcomes))
+        if isinstance(last := resolved[-1], Selection):
+            before, _ = prune(dict(model.parameters), resolved[:-1], model.extras)
+            state = {**model.parameters, **before}
+            (planned,) = plan(last, [last.amount], state, model.extras)
+            assert planned.choices == outcomes[-1], "a plan foretells what a prune does"
 
 
 def _check_counts(report: Any) -> None:
