@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -161,9 +162,11 @@ def running_server(*more: str) -> Iterator[Server]:
         assert process.stderr is not None
         for line in process.stderr:
             if match := re.search(r"serving gRPC at (\S+)", line):
+                # A log that nobody reads would in the end stop who writes it.
+                Thread(target=process.stderr.read, daemon=True).start()
                 yield Server(match[1], process.pid)
                 return
         raise RuntimeError(f"secateur-server ended with status {process.wait()}")
     finally:
         process.terminate()
-        process.communicate()
+        process.wait()

@@ -47,9 +47,20 @@ def dimension(dim: Any) -> int:
 
 def real(field: str, value: Any) -> float:
     """A number, which may be infinite."""
-    if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
+    found = _double(value)
+    if found is None or math.isnan(found):
         raise InvalidSpec(f"{field}: {value!r} is no number")
-    return float(value)
+    return found
+
+
+def _double(value: Any) -> float | None:
+    """A number as the wire has it; None where it is none, or beyond the doubles."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
 
 
 def fraction(field: str, value: Any) -> float:
@@ -79,8 +90,8 @@ def norm(field: str, n: Any) -> pb.Magnitude:
     if isinstance(n, str) and n in ("fro", "nuc"):
         kinds = {"fro": pb.MATRIX_NORM_FROBENIUS, "nuc": pb.MATRIX_NORM_NUCLEAR}
         return pb.Magnitude(matrix_norm=kinds[n])
-    if isinstance(n, Real) and not isinstance(n, bool):
-        return pb.Magnitude(p=float(n))
+    if (p := _double(n)) is not None:
+        return pb.Magnitude(p=p)
     raise InvalidSpec(f"{field}: {n!r} is no number, 'fro' or 'nuc'")
 
 

@@ -175,7 +175,7 @@ def threshold(value: float) -> Amount:
 
 
 def target_bytes(n: int) -> Amount:
-    """As few units go as leave `n` bytes, of the elements that are kept."""
+    """As few units go as leave `n` bytes; a unit with any element left counts whole."""
     return Amount({"bytes": integer("n", n, 0, UINT64)})
 
 
@@ -253,7 +253,7 @@ def guard_rails(
         rails=rails,
         keep_first=flag("keep_first", keep_first),
         keep_last=flag("keep_last", keep_last),
-        exclude=patterns(exclude, "exclude") if exclude else [],
+        exclude=patterns(exclude, "exclude") if exclude != () else [],
     )
     return GuardRails(message)
 

@@ -227,7 +227,9 @@ def select(
     importance_scores: as of l1_unstructured, or with a score for each unit.
     scales: from a tensor's name to that of the 1-D tensor of the model that ranks its units.
     """
-    if not isinstance(scales, Mapping | None) or not all(map(is_text, (scales or {}).values())):
+    named = scales.items() if isinstance(scales, Mapping) else ()
+    is_map = isinstance(scales, Mapping | None)
+    if not is_map or not all(is_text(a) and is_text(b) for a, b in named):
         raise InvalidSpec(f"scales: {scales!r} is no map from names to names")
     return _selection(
         patterns(tensors),

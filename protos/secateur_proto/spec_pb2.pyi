@@ -504,7 +504,7 @@ class Macs(google.protobuf.message.Message):
     @property
     def per_unit(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
         """Operations of one unit, by the name of its tensor, or of its group. Each that the rule prunes
-        needs one, above 0 and finite.
+        needs one, above 0 and at most 1e15.
         """
 
     def __init__(

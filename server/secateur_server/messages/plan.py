@@ -8,6 +8,7 @@ from secateur_proto.pruner_pb2 import PlanHeader
 from secateur_server.errors import InvalidRequest, InvalidSpec
 from secateur_server.messages.report import encode_choice
 from secateur_server.messages.spec import fraction_of
+from secateur_server.pruning.norms import total
 from secateur_server.pruning.plan import Outcome, Removed
 from secateur_server.pruning.spec import Amount, Parameter, Rule, Selection
 
@@ -78,6 +79,6 @@ def _tensor(name: str, parameter: Parameter, removed: Removed) -> pb.PlannedTens
 
 
 def _norm_share(removed: Sequence[Removed]) -> float:
-    whole = math.fsum(r.whole for r in removed)
-    share = math.fsum(r.energy for r in removed) / whole if whole else 0.0
+    whole = total(r.whole for r in removed)
+    share = total(r.energy for r in removed) / whole if whole else 0.0
     return min(1.0, math.sqrt(share)) if math.isfinite(share) else 1.0

@@ -59,6 +59,9 @@ COMBINATIONS: dict[int, Combination] = {
 # A longer one is no pattern that hardware has, and takes long to rank.
 LONGEST_PATTERN = 1024
 
+# Of one unit: sums of them stay within the doubles, and whole numbers exact for most models.
+MOST_OPERATIONS = 1e15
+
 
 def decode_spec(spec: pb.PruningSpec) -> list[Rule]:
     """The rules of a spec.  Errors: InvalidSpec, naming the field by its path."""
@@ -186,9 +189,11 @@ def _groups(selection: pb.Selection, path: str) -> tuple[Group, ...]:
         for index, group in enumerate(selection.groups)
     )
     names = [group.name for group in groups]
+    seen: set[str] = set()
     for index, name in enumerate(names):
-        if name in names[:index]:
+        if name in seen:
             raise InvalidSpec(f"{path}.groups[{index}].name", f"{quote(name)} is there twice")
+        seen.add(name)
     return groups
 
 
@@ -267,9 +272,9 @@ def _macs(macs: pb.Macs, path: str) -> Budget:
     if not macs.target >= 0:
         raise AmountOutOfRange(f"{path}.target", f"{macs.target} is no number of operations")
     for name, cost in macs.per_unit.items():
-        if not 0 < cost < math.inf:
+        if not 0 < cost <= MOST_OPERATIONS:
             raise AmountOutOfRange(
-                f"{path}.per_unit[{quote(name)}]", f"{cost} is not above 0 and finite"
+                f"{path}.per_unit[{quote(name)}]", f"{cost} is not in (0, {MOST_OPERATIONS:g}]"
             )
     return Budget(macs.target, dict(macs.per_unit))
 

@@ -60,7 +60,8 @@ def _filled(
         for i in fixed:
             found[i] = float(bounds[i])
             left -= bounds[i]
-        free = [i for i in free if i not in set(fixed)]
+        gone = set(fixed)
+        free = [i for i in free if i not in gone]
     return found
 
 

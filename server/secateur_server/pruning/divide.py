@@ -100,6 +100,8 @@ class _Search:
         self.is_met = self._is_enough(self.lowest)
 
     def _cost(self, counts: Tensor) -> float:
+        if self.query.costs is None:
+            return int(counts.sum())
         # Rounded once: no order of the members or of vectors shows.
         return math.fsum(c * n for c, n in zip(self.costs, counts.tolist(), strict=True))
 

@@ -17,7 +17,6 @@ from secateur_server.devices import passes_of, room_to_work
 from secateur_server.devices.passes import Passes, as_keys, ranked_as
 from secateur_server.pruning.masks import Mask, any_of_slices, around, mask_of, spread
 from secateur_server.pruning.norms import (
-    power_means,
     row_sums,
     slice_norms,
     vector_norms,
@@ -246,7 +245,7 @@ class NM:
         flags = room_to_work(values.numel(), passes).view(torch.bool)
 
         def spread_box(box: Box) -> None:
-            stays = passes.largest(self._keys(tiles, by_tiles, before, box), self.n)
+            stays = self._largest(self._keys(tiles, by_tiles, before, box))
             if units is not None:
                 stays |= tiles.in_grid(units, box).reshape(len(stays), 1, -1)
             tiles.paste(flags.view(tiles.sizes), box, stays)
@@ -273,7 +272,9 @@ class NM:
         return counts, squares
 
     def _tiles(self, shape: Sequence[int]) -> Tiles:
-        return Tiles(around(shape, self.dim), (1, self.m, 1))
+        # A longer group than a line would be filled up with what is pruned.
+        outer, size, inner = around(shape, self.dim)
+        return Tiles((outer, size, inner), (1, max(1, min(self.m, size)), 1))
 
     def _keys(self, tiles: Tiles, values: Tensor, kept: Tensor | None, box: Box) -> Tensor:
         """The keys of a box; -1 of what is pruned.  Returns: (groups, m, inner)."""
@@ -282,13 +283,17 @@ class NM:
         if kept is not None:
             keys.masked_fill_(~tiles.part(kept, box), -1)
         _, _, (first, last) = box
-        return tiles.padded(keys, box, -1).reshape(-1, self.m, last - first)
+        return tiles.padded(keys, box, -1).reshape(-1, tiles.lengths[1], last - first)
 
     def _goes(self, tiles: Tiles, values: Tensor, kept: Tensor | None, box: Box) -> Tensor:
         """Which elements go with the units of a box.  Returns: bool, as Tiles.rows."""
         keys = self._keys(tiles, values, kept, box)
-        goes = ~passes_of(values.device).largest(keys, self.n) & (keys >= 0)
-        return goes.transpose(1, 2).reshape(1, -1, self.m)
+        goes = ~self._largest(keys) & (keys >= 0)
+        return goes.transpose(1, 2).reshape(1, -1, keys.shape[1])
+
+    def _largest(self, keys: Tensor) -> Tensor:
+        """Which of a group's elements stay.  keys: (groups, elements, inner)."""
+        return passes_of(keys.device).largest(keys, min(self.n, keys.shape[1]))
 
 
 def _outside(dim: int, shape: Sequence[int]) -> str | None:
@@ -318,9 +323,7 @@ def _norms(rows: Tensor, counts: Tensor | None, p: float, passes: Passes) -> Ten
 
     rows: (1, units, elements), floating.  Returns: as slice_norms.
     """
-    norms = vector_norms(rows, 0, rows.shape[1], p, passes)
-    if counts is not None:
-        norms = power_means(norms, counts, p)
+    norms = vector_norms(rows, 0, rows.shape[1], p, passes, counts)
     return norms if rows.dtype == torch.float64 else norms.to(torch.float32)
 
 

@@ -11,7 +11,7 @@ from secateur_server.errors import DimOutOfRange, InvalidSpec, quote
 from secateur_server.pruning.catalog import Catalog, unmatched
 from secateur_server.pruning.granularity import flags_mask
 from secateur_server.pruning.masks import Mask, any_of_slices, around, spread
-from secateur_server.pruning.norms import power_means, vector_norms
+from secateur_server.pruning.norms import vector_norms
 from secateur_server.pruning.spec import Group, Member, Parameter
 
 
@@ -104,10 +104,10 @@ def member_scores(member: Member, parameter: Parameter, p: float) -> Tensor:
         if kept is not None:
             part = torch.where(kept.index_select(1, index), part, torch.zeros_like(part))
         rows = part.transpose(0, 1).reshape(1, -1, elements).contiguous()
-        return vector_norms(rows, 0, rows.shape[1], p, passes)
+        return vector_norms(rows, 0, rows.shape[1], p, passes, elements)
 
     parts = spans(member.units, max(1, passes.piece // 8 // max(1, elements)))
-    return power_means(torch.cat(passes.each(scores_of, parts)), elements, p)
+    return torch.cat(passes.each(scores_of, parts))
 
 
 def spread_group(group: Group, kept: Mask, parameters: Mapping[str, Parameter]) -> dict[str, Mask]:

@@ -14,7 +14,7 @@ from secateur_server.devices import Span, passes_of, room_to_work, spans
 from secateur_server.devices.passes import ranked_as
 from secateur_server.errors import InvalidSpec, quote
 from secateur_server.pruning.masks import Mask
-from secateur_server.pruning.norms import row_sums, vector_norms
+from secateur_server.pruning.norms import row_sums, total, vector_norms
 from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.spec import Selection
 
@@ -98,7 +98,7 @@ def _deviation(scores: Tensor, alive: Mask | None, count: int, mean: float) -> f
 
     passes = passes_of(scores.device)
     parts = passes.each(squares, _parts(scores))
-    return math.sqrt(math.fsum(parts) / count) if count else 0.0
+    return math.sqrt(total(parts) / count) if count else 0.0
 
 
 def _moments(scores: Tensor, alive: Mask | None) -> tuple[int, float, float, float, float]:
@@ -116,7 +116,7 @@ def _moments(scores: Tensor, alive: Mask | None) -> tuple[int, float, float, flo
     if not parts:
         return 0, 0.0, 0.0, 0.0, 0.0
     counts, totals, squares, lows, highs = zip(*parts, strict=True)
-    return sum(counts), math.fsum(totals), math.fsum(squares), min(lows), max(highs)
+    return sum(counts), total(totals), total(squares), min(lows), max(highs)
 
 
 def _parts(scores: Tensor) -> list[Span]:

@@ -1,6 +1,7 @@
 """Norms of parts of a tensor, the same bits on every machine and with every number of threads."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ def slice_norms(
     kept = None if mask is None else mask.whole(shape)
     passes, dtype = passes_of(values.device), ranked_as(values.dtype)
 
+    elements = shape[0] * shape[2] if is_mean else None
+
     def norms_of(span: tuple[int, int]) -> Tensor:
         first, last = span
         if p == "nuc":
@@ -33,44 +36,54 @@ def slice_norms(
                 slices = torch.where(alive, slices, 0.0)
             return _nuclear_norms(slices)
         if kept is None:
-            return vector_norms(by_slice, first, last, float(p), passes)
+            return vector_norms(by_slice, first, last, float(p), passes, elements)
         block = torch.where(kept[:, first:last], by_slice[:, first:last].to(dtype), 0.0)
-        return vector_norms(block, 0, last - first, float(p), passes)
+        return vector_norms(block, 0, last - first, float(p), passes, elements)
 
     # Smaller pieces than elsewhere: as float64 they are to stay in the second-level cache.
     size = max(1, passes.piece // 8 // (shape[0] * shape[2]))
     joined = torch.cat(passes.each(norms_of, spans(shape[1], size)))
-    if is_mean:
-        joined = power_means(joined, shape[0] * shape[2], float(p))
     return joined if dtype == torch.float64 else joined.to(torch.float32)
 
 
-def power_means(norms: Tensor, elements: Tensor | int, p: float) -> Tensor:
-    """(mean of |x|^p)^(1/p) from (sum of |x|^p)^(1/p).
+def vector_norms(
+    values: Tensor,
+    first: int,
+    last: int,
+    p: float,
+    passes: Passes,
+    elements: Tensor | int | None = None,
+) -> Tensor:
+    """Norms of the slices [first, last) along the second of three dimensions, in float64.
 
-    elements: of each unit.  p: 0 is the share that is not zero; infinities the extremes.
+    elements: of each slice; then the power means, (mean of |x|^p)^(1/p): for p = 0 the share that
+    is not zero, and for infinities the extremes.
     """
-    if math.isinf(p):
-        return norms
-    count = torch.as_tensor(elements, dtype=torch.float64, device=norms.device)
-    means = norms.to(torch.float64) / (count if p == 0 else count.pow(1 / p))
-    return means.to(norms.dtype)
-
-
-def vector_norms(values: Tensor, first: int, last: int, p: float, passes: Passes) -> Tensor:
-    """Norms of the slices [first, last) along the second of three dimensions, in float64."""
     if (dtype := ranked_as(values.dtype)) != values.dtype:
         values, first, last = values[:, first:last].to(dtype), 0, last - first
     if (sums := passes.power_sums(values, first, last, p)) is not None:
-        return sums.pow(1 / p)
+        return _root(sums, elements, p)
     block = values[:, first:last]
     if math.isinf(p):
         extreme = block.abs().amax((0, 2)) if p > 0 else block.abs().amin((0, 2))
         return extreme.to(torch.float64)
     if p == 0:
-        return block.count_nonzero((0, 2)).to(torch.float64)
+        return _root(block.count_nonzero((0, 2)).to(torch.float64), elements, 1.0)
     rows = block.transpose(0, 1).flatten(1).to(torch.float64)
-    return row_sums(rows.abs().pow(p)).pow(1 / p)
+    return _root(row_sums(rows.abs().pow(p)), elements, p)
+
+
+def _root(sums: Tensor, elements: Tensor | int | None, p: float) -> Tensor:
+    # Of a mean, not of a sum and then divided: for small p both would be infinite.
+    return (sums if elements is None else sums / elements).pow(1 / p)
+
+
+def total(values: Iterable[float]) -> float:
+    """The sum, rounded once, so in any order; infinite where it leaves the doubles."""
+    try:
+        return math.fsum(values)
+    except OverflowError:
+        return math.inf
 
 
 def row_sums(rows: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """What a rule would do by each of many amounts, from one look at the scores."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +12,7 @@ from secateur_server.pruning.amounts import Decision, decide, value_of
 from secateur_server.pruning.divide import Query, divide
 from secateur_server.pruning.energy import energies
 from secateur_server.pruning.masks import Mask
-from secateur_server.pruning.norms import row_sums
+from secateur_server.pruning.norms import row_sums, total
 from secateur_server.pruning.prune import (
     Choice,
     apply_selection,
@@ -23,7 +22,7 @@ from secateur_server.pruning.prune import (
 )
 from secateur_server.pruning.select import NOTHING, score_dtype
 from secateur_server.pruning.spec import Amount, Parameter, Selection, Threshold
-from secateur_server.pruning.subjects import Subject, subjects_of, together
+from secateur_server.pruning.subjects import Subject, is_everything, subjects_of, together
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def _planned(
 ) -> list[tuple[Choice, dict[str, Removed]]]:
     """For each amount the choice among tensors that are ranked together, and what goes of them."""
     # Where one amount takes less than all, there have to be scores.
-    rule = replace(rule, amount=next((a for a in amounts if a != 1.0), amounts[0]))
+    rule = replace(rule, amount=next((a for a in amounts if not is_everything(a)), amounts[0]))
     subjects = subjects_of(rule, names, parameters, extras)
     dtype = score_dtype([subject.ranking for subject in subjects])
     decisions = decide(rule, subjects, amounts)
@@ -167,8 +166,8 @@ def _tried(
     for name, mask in masks.items():
         parameter = parameters[name]
         whole = _energy(parameter.weight, parameter.mask)
-        left = _energy(parameter.weight, mask)
-        removed[name] = Removed(_unpruned(parameter) - mask.kept, whole - left, whole)
+        lost = _energy(parameter.weight, parameter.mask, mask)
+        removed[name] = Removed(_unpruned(parameter) - mask.kept, lost, whole)
     return Outcome(choices, removed)
 
 
@@ -176,13 +175,19 @@ def _unpruned(parameter: Parameter) -> int:
     return parameter.weight.numel() if parameter.mask is None else parameter.mask.kept
 
 
-def _energy(weight: Tensor, mask: Mask | None) -> float:
-    """The sum of squares of what a mask keeps; None keeps all."""
+def _energy(weight: Tensor, mask: Mask | None, after: Mask | None = None) -> float:
+    """The sum of squares of what a mask keeps, and another one does not; None keeps all.
+
+    after: None keeps nothing.
+    """
     values, passes = weight.reshape(-1), passes_of(weight.device)
 
     def energy(span: tuple[int, int]) -> float:
         squares = values[slice(*span)].to(torch.float64).square()
-        kept = squares if mask is None else torch.where(mask.flags(*span), squares, 0.0)
-        return float(row_sums(kept.unsqueeze(0)))
+        if mask is not None:
+            squares = torch.where(mask.flags(*span), squares, 0.0)
+        if after is not None:
+            squares = torch.where(after.flags(*span), 0.0, squares)
+        return float(row_sums(squares.unsqueeze(0)))
 
-    return math.fsum(passes.each(energy, spans(len(values), passes.piece)))
+    return total(passes.each(energy, spans(len(values), passes.piece)))

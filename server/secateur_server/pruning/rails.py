@@ -40,6 +40,7 @@ def _limits(rail: Rail | None, subject: Subject) -> Limits:
     # 0.29 means 29 hundredths, and not the double that is a little less.
     least = math.ceil(Fraction(repr(rail.min_sparsity)) * units)
     most = math.floor(Fraction(repr(rail.max_sparsity)) * units)
+    least = min(least, most) if rail.min_sparsity == rail.max_sparsity else least
     by_count = units - min(rail.keep_at_least, units)
     if least > by_count:
         raise AmountOutOfRange(
@@ -47,7 +48,6 @@ def _limits(rail: Rail | None, subject: Subject) -> Limits:
             f"{rail.keep_at_least} of the {units} units of {quote(subject.name)} are to be kept, "
             f"and {least} pruned by min_sparsity {rail.min_sparsity}: {least - by_count} too many",
         )
-    least = min(least, most) if rail.min_sparsity == rail.max_sparsity else least
     if least > most:
         raise AmountOutOfRange(
             f"{rail.path}.min_sparsity",

@@ -14,7 +14,7 @@ from secateur_server.pruning.groups import alive_units, member_scores, spread_gr
 from secateur_server.pruning.masks import Mask
 from secateur_server.pruning.normalize import combined, normalized
 from secateur_server.pruning.score import Ranking, rank, refuse_nan
-from secateur_server.pruning.spec import Group, Magnitude, Parameter, Random, Selection
+from secateur_server.pruning.spec import Amount, Group, Magnitude, Parameter, Random, Selection
 
 Masks = dict[str, Mask]
 
@@ -92,8 +92,8 @@ def _tensor(
     # Slices of one tensor rank by their norm, bit for bit as torch has it.
     is_mean = rule.scope != "tensor" or not isinstance(granularity, Slice)
     # The scores of N:M groups take longer than all else, and are not asked for where all groups go.
-    is_whole = isinstance(rule.amount, float) and rule.amount == 1.0 and not rule.guard_rails.rails
-    is_all = is_whole and isinstance(granularity, NM)
+    is_whole = is_everything(rule.amount) and not rule.guard_rails.rails
+    is_all = is_whole and isinstance(granularity, NM) and rule.allocation != "lamp"
     ranking = rank(name, parameter, scores, rule.importance, granularity, is_mean, is_all, field)
     values = scores if scores is not None and scores.shape == weight.shape else weight
     sizes, shape = granularity.sizes(weight.shape), weight.shape
@@ -107,6 +107,11 @@ def _tensor(
         None if sizes is None else sizes * weight.element_size(),
         sum(shape) / weight.numel() if shape else 1.0,
     )
+
+
+def is_everything(amount: Amount) -> bool:
+    """Whether all units go; the int 1 is one of them."""
+    return isinstance(amount, float) and amount == 1.0
 
 
 def _scores(
