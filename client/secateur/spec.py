@@ -358,7 +358,7 @@ def _array(name: str, array: Any) -> LocalTensor:
 def _selection(
     tensors: Sequence[str], amount: AnyAmount, scores: Arrays | None = None, **choices: Any
 ) -> Spec:
-    if not isinstance(scores, Mapping | None):
+    if not isinstance(scores, Mapping | None) or not all(map(is_text, scores or ())):
         raise InvalidSpec(f"importance_scores: {scores!r} is no map from names to arrays")
     defaults = {"granularity": pb.GRANULARITY_ELEMENT, "scope": pb.SCOPE_PER_TENSOR}
     fields = {**defaults, **choices, **amount_of(amount).fields}

@@ -171,7 +171,8 @@ class Pruner:
             with self._turn(incoming):
                 before, _ = prune(dict(model.parameters), rules[:-1], model.extras)
                 state = {**model.parameters, **before}
-                outcomes = plan(planned, amounts, state, model.extras)
+                at = "header.amounts" if header.amounts else ""
+                outcomes = plan(planned, amounts, state, model.extras, at)
             message = encode_plan(outcomes, state, planned.tensors)
             sizes = form_bytes(model, [n for n in state if n in {*before, *planned.names()}])
             message.masks_bytes, message.dense_bytes = sizes.masks, sizes.dense

@@ -46,19 +46,23 @@ class Decision:
 
 
 def decide(
-    rule: Selection, subjects: Sequence[Subject], amounts: Sequence[Amount]
+    rule: Selection, subjects: Sequence[Subject], amounts: Sequence[Amount], at: str = ""
 ) -> list[Decision]:
     """A decision for each of `amounts`, of what is ranked together.
 
-    Errors: AmountOutOfRange.
+    at: the path of `amounts`, where they are not the rule's own.  Errors: AmountOutOfRange.
     """
     limits = limits_of(rule, subjects)
     if isinstance(amounts[0], Threshold):
         return [_by_threshold(subjects, limits, amounts[0])]
-    counts = [wanted(rule, subjects, amount) for amount in amounts]
+    asked = [
+        replace(rule, amount=amount, path=f"{at}[{index}]" if at else rule.path)
+        for index, amount in enumerate(amounts)
+    ]
+    counts = [wanted(one, subjects, one.amount) for one in asked]
     costs = _costs(rule, subjects)
-    for count in counts:
-        check_total(_field(rule), _counted(rule), count, subjects, limits, costs)
+    for one, count in zip(asked, counts, strict=True):
+        check_total(_field(one), _counted(one), count, subjects, limits, costs)
     if rule.allocation in ("uniform", "erk"):
         return [_shared(rule, subjects, limits, int(count)) for count in counts]
     return _by_rank(rule, subjects, limits, counts)

@@ -51,10 +51,12 @@ def plan(
     amounts: Sequence[Amount],
     parameters: Mapping[str, Parameter],
     extras: Mapping[str, Tensor],
+    at: str = "",
 ) -> list[Outcome]:
     """The outcome of `rule` with each of `amounts` in its amount's place.
 
-    rule: resolved.  parameters, extras: as of prune.  Errors: InvalidSpec.
+    rule: resolved.  parameters, extras: as of prune.
+    at: the path of `amounts`, for errors, where they are not the rule's own.  Errors: InvalidSpec.
     """
     if rule.groups:  # they overlap: what is left of a tensor only its mask tells
         return [_tried(replace(rule, amount=a), parameters, extras) for a in amounts]
@@ -66,7 +68,7 @@ def plan(
             outcome.removed[name] = Removed(0, 0.0, 0.0)
     ranked = together(rule, [name for name in rule.tensors if name not in empty])
     parts = small_at_once(
-        lambda names: _planned(rule, amounts, names, parameters, extras),
+        lambda names: _planned(rule, amounts, names, parameters, extras, at),
         ranked,
         lambda names: sum(parameters[name].weight.numel() for name in names),
         parameters[rule.tensors[0]].weight.device,
@@ -84,13 +86,14 @@ def _planned(
     names: tuple[str, ...],
     parameters: Mapping[str, Parameter],
     extras: Mapping[str, Tensor],
+    at: str,
 ) -> list[tuple[Choice, dict[str, Removed]]]:
     """For each amount the choice among tensors that are ranked together, and what goes of them."""
     # Where one amount takes less than all, there have to be scores.
     rule = replace(rule, amount=next((a for a in amounts if not is_everything(a)), amounts[0]))
     subjects = subjects_of(rule, names, parameters, extras)
     dtype = score_dtype([subject.ranking for subject in subjects])
-    decisions = decide(rule, subjects, amounts)
+    decisions = decide(rule, subjects, amounts, at)
     cuts = _cuts(subjects, decisions, dtype)
     removed = [
         _removed(
