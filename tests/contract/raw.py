@@ -92,7 +92,7 @@ def is_served(found: Failure | None) -> bool:
 
 
 def header(rpc: str, data_bytes: int, **fields: Any) -> Any:
-    """The header of an rpc; of those with a spec with one that fits any model with floating tensors."""
+    """The header of an rpc; of one with a spec, with one that fits any floating model."""
     if rpc in ("Prune", "Plan"):
         fields.setdefault("spec", spec("*"))
     return _REQUESTS[rpc][1](data_bytes=data_bytes, **fields)
