@@ -110,7 +110,7 @@ def _planned(
     for index, decision in enumerate(decisions):
         if isinstance(rule.amount, Threshold):
             scores = [None if c == NOTHING else value_of(c.key, dtype) for c in cuts[index]]
-            decision = with_cut(decision, [subject.ranking for subject in subjects], at)
+            decision = with_cut(decision, [subject.ranking for subject in subjects], scores)
         choice = choice_of(rule, names, alive, sum(decision.counts), decision)
         planned.append((choice, {n: of[index] for n, of in zip(names, removed, strict=True)}))
     return planned
