@@ -177,6 +177,9 @@ def _select(rule: Selection, subjects: Sequence[Subject]) -> tuple[list[Mask], C
     alive = sum(subject.alive for subject in subjects)
     if is_plain(rule):
         count = int(wanted(rule, subjects, rule.amount))
+        if isinstance(rule.granularity, NM) and count == alive:
+            kept = [_none(subject.ranking) for subject in subjects]
+            return kept, choice_of(rule, names, alive, alive, Decision((), count))
         kept, cut = select([subject.ranking for subject in subjects], alive, count)
         pruned = alive - sum(units.kept for units in kept)
         decision = Decision((), count, (), cut_value(subjects, cut), cut.equal, cut.ties)
@@ -195,6 +198,11 @@ def _select(rule: Selection, subjects: Sequence[Subject]) -> tuple[list[Mask], C
     kept = [units for (units,), _ in parts]
     pruned = alive - sum(units.kept for units in kept)
     return kept, choice_of(rule, names, alive, pruned, decision)
+
+
+def _none(ranking: Ranking) -> Mask:
+    size = (ranking.units + 7) // 8
+    return Mask(passes_of(ranking.device).room(size).zero_(), ranking.units)
 
 
 def cut_value(subjects: Sequence[Subject], cut: Cut) -> float | None:
