@@ -253,6 +253,7 @@ def grouped(
     of_all: bool = False,
     guard_rails: AnyGuardRails | None = None,
     importance: AnyImportance = "magnitude",
+    importance_scores: Arrays | None = None,
 ) -> Spec:
     """Prunes units of groups: slices of several tensors that live and die together.
 
@@ -261,12 +262,14 @@ def grouped(
     combination: how that becomes the unit's importance: their "mean", "sum" or "max".
     scope: "global" ranks all groups together, "tensor" each by itself.
     importance: "magnitude" by p, or "random".  The others as of `select`.
+    importance_scores: arrays by a group's name, a score for each unit, that rank in its place.
     """
     if importance == "magnitude":
         importance = magnitude(p)
     return _selection(
         (),
         amount,
+        importance_scores,
         groups=groups_of(groups),
         granularity=pb.GRANULARITY_GROUP,
         combination=one_of("combination", combination, COMBINATIONS),

@@ -363,7 +363,8 @@ class Selection(google.protobuf.message.Message):
     """The units whose importance is below this go. Not NaN. Not with `random`."""
     bytes: builtins.int
     """Bytes that the units which are kept may take in all, each element as its dtype has it: as few
-    units go as bring them there. A unit with any element left counts whole. Not for GRANULARITY_N_M and GRANULARITY_GROUP, nor for blocks
+    units go as bring them there. A unit with any element left counts whole. Not for
+    GRANULARITY_N_M and GRANULARITY_GROUP, nor for blocks
     that do not divide their tensor.
     """
     of_all: builtins.bool
@@ -411,9 +412,9 @@ class Selection(google.protobuf.message.Message):
         to the name, in the data, of the tensor that holds its scores, floating. Either it has the
         shape of the pruned tensor: then elements rank by the scores' absolute value, and larger units
         by their norm. Or it has a score for each unit, in the shape that `Granularity` gives them:
-        they rank by its absolute value. Tensors without an entry rank by their weights. Not with
-        `random`, and not for GRANULARITY_GROUP. The tensors that hold scores are part of no report
-        and of no result.
+        they rank by its absolute value. For GRANULARITY_GROUP from the name of a group, with a score for
+        each unit, in the place of its members'. What has no entry ranks by its weights. Not with
+        `random`. The tensors that hold scores are part of no report and of no result.
         """
 
     @property

@@ -110,6 +110,19 @@ def test_an_amount_of_a_plan_that_is_too_much_is_named(client: secateur.Client) 
         client.plan({"w": normal(4, 4)}, secateur.global_unstructured("*", 0.5), [0.5, 1000])
 
 
+def test_a_caller_may_score_the_units_of_a_group(client: secateur.Client) -> None:
+    model = {"conv.weight": normal(4, 3), "next.weight": normal(5, 4)}
+    members = [secateur.member("conv.weight"), secateur.member("next.weight", dim=1)]
+    group, scores = secateur.group("g", *members), np.array([3, -1, 2, 0.5], np.float32)
+    spec = secateur.grouped([group], 2, importance_scores={"g": scores})
+    masks = client.prune(model, spec).masks
+    assert masks["conv.weight"].all(1).tolist() == [True, False, True, False]
+    assert masks["next.weight"].all(0).tolist() == [True, False, True, False]
+    for wrong, said in (({"h": scores}, "no such group"), ({"g": scores[:3]}, r"\[4\] needed")):
+        with pytest.raises(secateur.InvalidSpec, match=said):
+            client.prune(model, secateur.grouped([group], 2, importance_scores=wrong))
+
+
 def test_masked_lines_shorter_than_a_pattern(client: secateur.Client) -> None:
     model = {"w_orig": torch.tensor([[3.0, -1.0, 2.0]]), "w_mask": torch.tensor([[1.0, 1.0, 0.0]])}
     masks = client.prune(model, secateur.n_m_structured("*", 1, 8)).masks["w"]

@@ -134,8 +134,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "groups[0].members[1].indices",
     ),
     (grouped(pb.Group(members=[pb.Member(indices=[1], stride=1)])), "groups[0].members[0].indices"),
-    (grouped(pb.Group(members=[MEMBER]), importance_scores={"w": "s"}), "groups"),
-    (grouped(pb.Group(members=[MEMBER]), scales={"w": "s"}), "groups"),
+    (grouped(pb.Group(members=[MEMBER]), scales={"w": "s"}), "scales"),
     (grouped(pb.Group(members=[MEMBER]), bytes=1), "bytes"),
     (grouped(pb.Group(members=[MEMBER]), allocation=pb.ALLOCATION_ERK, **GLOBAL), "allocation"),
     # Guard rails.

@@ -111,13 +111,15 @@ def _check_together(rule: Selection) -> None:
     is_bytes = isinstance(rule.amount, Budget) and rule.amount.per_unit is None
     refused = {
         "importance_scores": (is_random and rule.scores, "random importance takes no scores"),
-        "scales": (is_random and rule.scales, "random importance takes no scores"),
+        "scales": (
+            rule.scales and (is_random or rule.groups),
+            "neither random importance nor groups take any",
+        ),
         "normalization": (is_random and rule.normalization, "random importance has none"),
         "threshold": (
             is_random and isinstance(rule.amount, Threshold),
             "random importance has no threshold",
         ),
-        "groups": (rule.groups and (rule.scores or rule.scales), "groups take no scores"),
         "allocation": (
             rule.allocation != "rank" and (not is_share or rule.scope == "tensor"),
             "divides a fraction or a count among tensors that are ranked together",

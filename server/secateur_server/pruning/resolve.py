@@ -23,6 +23,7 @@ from secateur_server.pruning.spec import (
     PRUNABLE,
     Budget,
     CustomMasks,
+    Group,
     GuardRails,
     Magnitude,
     Rule,
@@ -51,6 +52,7 @@ def _resolve_selection(rule: Selection, catalog: Catalog) -> Selection:
         groups = tuple(group for group in groups if group.name in subjects)
         members = {member.tensor for group in groups for member in group.members}
         names = [name for name in catalog.prunable if name in members]
+        _check_group_scores(rule, groups, catalog)
         rule = replace(rule, groups=groups)
     else:
         names = match(f"{rule.path}.tensors", rule.tensors, catalog)
@@ -180,6 +182,18 @@ def _check_scores(rule: Selection, names: Collection[str], catalog: Catalog) -> 
         if catalog.prunable[holder] != (units,):
             found = list(catalog.prunable[holder])
             raise InvalidScores(field, f"a scale for each of {units} units needed, got {found}")
+
+
+def _check_group_scores(rule: Selection, groups: Sequence[Group], catalog: Catalog) -> None:
+    units = {group.name: group.members[0].units for group in groups}
+    for name, holder in rule.scores.items():
+        field = f"{rule.path}.importance_scores[{quote(name)}]"
+        if name not in units:
+            raise UnknownTensor(field, "the rule has no such group")
+        scores = _extra(field, holder, catalog)
+        is_floating = scores.dtype in PRUNABLE and scores.dtype.is_floating_point
+        if not is_floating or scores.shape != (units[name],):
+            raise InvalidScores(field, _unlike(scores, (units[name],), "floating scores"))
 
 
 def _resolve_masks(rule: CustomMasks, catalog: Catalog) -> CustomMasks:

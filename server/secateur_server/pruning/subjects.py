@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from secateur_server.devices.randomness import RandomScores, random_scores
@@ -69,7 +70,7 @@ def subjects_of(
     """
     if rule.groups:
         by_name = {group.name: group for group in rule.groups}
-        return _normalized_groups(rule, [by_name[name] for name in names], parameters)
+        return _normalized_groups(rule, [by_name[name] for name in names], parameters, extras)
     subjects = [_tensor(rule, name, parameters, extras) for name in names]
     if rule.normalization is None or any(
         isinstance(s.ranking.scores, RandomScores) for s in subjects
@@ -129,11 +130,14 @@ def _scores(
 
 
 def _normalized_groups(
-    rule: Selection, groups: Sequence[Group], parameters: Mapping[str, Parameter]
+    rule: Selection,
+    groups: Sequence[Group],
+    parameters: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
 ) -> list[Subject]:
     """Groups with the scores of their members normalized, member by member, and combined."""
     alive = [alive_units(group, parameters) for group in groups]
-    scores, floor = _group_scores(rule, groups, parameters, alive)
+    scores, floor = _group_scores(rule, groups, parameters, extras, alive)
     subjects = []
     for group, of_units, living in zip(groups, scores, alive, strict=True):
         first = group.members[0]
@@ -147,11 +151,18 @@ def _group_scores(
     rule: Selection,
     groups: Sequence[Group],
     parameters: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
     alive: Sequence[Mask | None],
 ) -> tuple[Sequence[Tensor | RandomScores], float]:
     if isinstance(rule.importance, Random):
         return [random_scores(rule.importance.seed, group.name) for group in groups], 0.0
-    members = [_members(rule.importance, group, parameters) for group in groups]
+    members = []
+    for group, living in zip(groups, alive, strict=True):
+        if holder := rule.scores.get(group.name):  # in the place of all its members'
+            refuse_nan(extras[holder], living, f"data[{quote(holder)}]")
+            members.append([extras[holder].to(torch.float64).abs()])
+        else:
+            members.append(_members(rule.importance, group, parameters))
     return combined(rule, members, alive, [group.name for group in groups])
 
 
