@@ -17,7 +17,7 @@ from secateur_server.devices import passes_of, spans
 from secateur_server.devices.passes import BITS, DIGIT_BITS, Passes, Piece
 from secateur_server.devices.watch import watch
 from secateur_server.pruning.score import Ranking
-from secateur_server.pruning.select import piece_of, score_dtype
+from secateur_server.pruning.select import FEW, piece_of, score_dtype
 
 # Counts in the tables of a pass, 8 bytes each: at most so many; and one for so many units, for the
 # tables not to take longer than the pass, but there they may be of LEAST_BITS.
@@ -69,6 +69,8 @@ def divide(
     member; but of each member within its bounds.
     dtype: in which the scores of all rankings compare, as of score_dtype.
     """
+    if len(rankings) == 1 and rankings[0].units <= FEW and not any(q.costs for q in queries):
+        return _divide_few(rankings[0], queries, dtype)
     searches = [_Search(query) for query in queries]
     left = torch.iinfo(BITS[dtype]).bits - 1  # bits whose digits are not known yet
     while left and (open_ := [search for search in searches if not search.is_met]):
@@ -81,6 +83,25 @@ def divide(
         for search in open_:
             search.narrow(tables, width)
     return [search.division() for search in searches]
+
+
+def _divide_few(ranking: Ranking, queries: Sequence[Query], dtype: torch.dtype) -> list[Division]:
+    """As divide, of one small ranking: its keys are sorted once."""
+    passes = passes_of(ranking.device)
+    keys = passes.keys(piece_of(ranking, dtype, 0, ranking.units))
+    if ranking.alive is not None:
+        keys = keys[keys < torch.iinfo(keys.dtype).max]
+    keys = passes.ascending(keys).cpu()
+    found = []
+    for query in queries:
+        count = min(int(query.target), *query.highest)
+        if count <= query.lowest[0]:
+            found.append(Division(query.lowest, -1, (0,), (0,)))
+            continue
+        key = keys[count - 1]
+        below, up_to = (int(torch.searchsorted(keys, key, right=r)) for r in (False, True))
+        found.append(Division((count,), int(key), (below,), (up_to - below,)))
+    return found
 
 
 class _Search:
