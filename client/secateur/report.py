@@ -1,10 +1,10 @@
 """How sparse a model is, and where."""
 
-import html
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from secateur.tables import html_table, text_table
 from secateur_proto import report_pb2 as pb
 
 
@@ -100,15 +100,7 @@ class Report:
         return asdict(self)
 
     def __str__(self) -> str:
-        rows = self._rows()
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = []
-        for row in rows:
-            cells = [
-                cell.ljust(width) if column in (0, 1, 2) else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ]
-            lines.append("  ".join(cells).rstrip())
+        lines = [text_table(self._rows(), left=3)]
         for number, choices in enumerate(self.rules, 1):
             for choice in choices:
                 of = f" ({_names(choice)})" if len(choices) > 1 else ""
@@ -116,12 +108,7 @@ class Report:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        head, *body = self._rows()
-        lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
-        for row in body:
-            cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
-            lines.append(f"<tr>{cells}</tr>")
-        return "<table>" + "".join(lines) + "</table>"
+        return html_table(self._rows())
 
     def _rows(self) -> list[tuple[str, ...]]:
         rows: list[tuple[str, ...]] = [

@@ -17,6 +17,7 @@ from secateur_server.devices import passes_of, room_to_work
 from secateur_server.devices.passes import Passes, as_keys, ranked_as
 from secateur_server.pruning.masks import Mask, any_of_slices, around, mask_of, spread
 from secateur_server.pruning.norms import (
+    rounded_to,
     row_sums,
     slice_norms,
     vector_norms,
@@ -155,7 +156,7 @@ class Block:
             counts = tiles.counts(box, rows.device) if is_mean else None
             return [_norms(rows, counts, order, passes)]
 
-        return _of_units(tiles, passes, [_score_dtype(values)], scores_of)[0]
+        return _of_units(tiles, passes, [rounded_to(values.dtype)], scores_of)[0]
 
     def spread(self, kept: Mask, values: Tensor, mask: Mask | None) -> Mask:
         """As Element.spread."""
@@ -234,7 +235,7 @@ class NM:
             counts = goes.sum((0, 2)).clamp(min=1) if is_mean else None
             return [_norms(rows, counts, order, passes)]
 
-        return _of_units(tiles, passes, [_score_dtype(values)], scores_of)[0]
+        return _of_units(tiles, passes, [rounded_to(values.dtype)], scores_of)[0]
 
     def spread(self, kept: Mask, values: Tensor, mask: Mask | None) -> Mask:
         """As Element.spread."""
@@ -324,7 +325,7 @@ def _norms(rows: Tensor, counts: Tensor | None, p: float, passes: Passes) -> Ten
     rows: (1, units, elements), floating.  Returns: as slice_norms.
     """
     norms = vector_norms(rows, 0, rows.shape[1], p, passes, counts)
-    return norms if rows.dtype == torch.float64 else norms.to(torch.float32)
+    return norms.to(rounded_to(rows.dtype))
 
 
 def _costs(tiles: Tiles, weight: Tensor, mask: Mask | None) -> tuple[Tensor, Tensor]:
@@ -379,11 +380,6 @@ def _of_units(
 
 def _units(box: Box) -> int:
     return math.prod(last - first for first, last in box)
-
-
-def _score_dtype(values: Tensor) -> torch.dtype:
-    exact = ranked_as(values.dtype) == torch.float64
-    return torch.float64 if exact else torch.float32
 
 
 def flags_mask(found: Tensor) -> Mask:

@@ -14,7 +14,7 @@ from secateur_server.devices import Span, passes_of, room_to_work, spans
 from secateur_server.devices.passes import ranked_as
 from secateur_server.errors import InvalidSpec, quote
 from secateur_server.pruning.masks import Mask
-from secateur_server.pruning.norms import row_sums, total, vector_norms
+from secateur_server.pruning.norms import rounded_to, row_sums, total, vector_norms
 from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.spec import Selection
 
@@ -139,8 +139,7 @@ def _sum(values: Tensor, p: float) -> float:
 
 def _scaled(scores: Tensor, scale: Scale, floor: float) -> Tensor:
     """Returns: float64 for float64, else float32, computed in float64 and rounded once."""
-    exact = ranked_as(scores.dtype) == torch.float64
-    dtype = torch.float64 if exact else torch.float32
+    dtype = rounded_to(scores.dtype)
     passes = passes_of(scores.device)
     into = room_to_work(len(scores) * dtype.itemsize, passes).view(dtype)
 

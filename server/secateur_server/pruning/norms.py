@@ -43,7 +43,7 @@ def slice_norms(
     # Smaller pieces than elsewhere: as float64 they are to stay in the second-level cache.
     size = max(1, passes.piece // 8 // (shape[0] * shape[2]))
     joined = torch.cat(passes.each(norms_of, spans(shape[1], size)))
-    return joined if dtype == torch.float64 else joined.to(torch.float32)
+    return joined.to(rounded_to(dtype))
 
 
 def vector_norms(
@@ -76,6 +76,11 @@ def vector_norms(
 def _root(sums: Tensor, elements: Tensor | int | None, p: float) -> Tensor:
     # Of a mean, not of a sum and then divided: for small p both would be infinite.
     return (sums if elements is None else sums / elements).pow(1 / p)
+
+
+def rounded_to(dtype: torch.dtype) -> torch.dtype:
+    """What scores of values of a dtype, made in float64, are rounded to."""
+    return torch.float64 if ranked_as(dtype) == torch.float64 else torch.float32
 
 
 def total(values: Iterable[float]) -> float:

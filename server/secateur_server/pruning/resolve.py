@@ -21,6 +21,7 @@ from secateur_server.pruning.granularity import Element, Slice
 from secateur_server.pruning.groups import resolve_group
 from secateur_server.pruning.spec import (
     PRUNABLE,
+    Amount,
     Budget,
     CustomMasks,
     Group,
@@ -101,7 +102,7 @@ def _meant(field: str, pattern: str, names: Collection[str]) -> list[str]:
     return matched
 
 
-def _resolve_amount(rule: Selection, names: Sequence[str]) -> float | Budget | Table:
+def _resolve_amount(rule: Selection, names: Sequence[str]) -> Amount:
     if isinstance(rule.amount, Table):
         return _resolve_table(rule, rule.amount, names)
     if isinstance(rule.amount, Budget) and rule.amount.per_unit is not None:
@@ -112,7 +113,7 @@ def _resolve_amount(rule: Selection, names: Sequence[str]) -> float | Budget | T
         for name in names:
             if name not in given:
                 raise InvalidSpec(field, f"{quote(name)} has none")
-    return rule.amount  # type: ignore[return-value]  # a threshold is as good as a float here
+    return rule.amount
 
 
 def _resolve_table(rule: Selection, table: Table, names: Sequence[str]) -> Table:
@@ -165,11 +166,8 @@ def _check_scores(rule: Selection, names: Collection[str], catalog: Catalog) -> 
         field = f"{rule.path}.importance_scores[{quote(name)}]"
         if name not in names:
             raise UnknownTensor(field, "the rule prunes no such tensor")
-        scores, shape = _extra(field, holder, catalog), catalog.prunable[name]
-        if scores.dtype not in PRUNABLE or not scores.dtype.is_floating_point:
-            raise InvalidScores(field, _unlike(scores, shape, "floating scores"))
-        if scores.shape not in (shape, rule.granularity.grid(shape)):
-            raise InvalidScores(field, _unlike(scores, shape, "floating scores"))
+        shape = catalog.prunable[name]
+        _check_floating(field, holder, (shape, rule.granularity.grid(shape)), catalog)
     for name, holder in rule.scales.items():
         field = f"{rule.path}.scales[{quote(name)}]"
         if name not in names:
@@ -190,10 +188,15 @@ def _check_group_scores(rule: Selection, groups: Sequence[Group], catalog: Catal
         field = f"{rule.path}.importance_scores[{quote(name)}]"
         if name not in units:
             raise UnknownTensor(field, "the rule has no such group")
-        scores = _extra(field, holder, catalog)
-        is_floating = scores.dtype in PRUNABLE and scores.dtype.is_floating_point
-        if not is_floating or scores.shape != (units[name],):
-            raise InvalidScores(field, _unlike(scores, (units[name],), "floating scores"))
+        _check_floating(field, holder, ((units[name],),), catalog)
+
+
+def _check_floating(field: str, holder: str, shapes: Sequence[Shape], catalog: Catalog) -> None:
+    """Refuses scores of another dtype, or of none of some shapes; an error shows the first."""
+    scores = _extra(field, holder, catalog)
+    is_floating = scores.dtype in PRUNABLE and scores.dtype.is_floating_point
+    if not is_floating or scores.shape not in shapes:
+        raise InvalidScores(field, _unlike(scores, shapes[0], "floating scores"))
 
 
 def _resolve_masks(rule: CustomMasks, catalog: Catalog) -> CustomMasks:

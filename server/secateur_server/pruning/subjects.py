@@ -24,7 +24,6 @@ Masks = dict[str, Mask]
 class Subject:
     """A tensor, or a group.
 
-    tensors: those that it covers.
     spread: the masks of its tensors when only the units of a mask stay, prior pruning not in them.
     costs: for each unit the elements that go with it, and the sum of their squares; None where a
         unit is an element.
