@@ -11,7 +11,8 @@ from torch import Tensor
 
 from secateur_server.devices import kernels
 from secateur_server.devices.cpu import Compiled, Cpu
-from secateur_server.devices.passes import BITS, Cut, Passes
+from secateur_server.devices.keys import BITS
+from secateur_server.devices.passes import Cut, Passes
 from secateur_server.devices.randomness import RandomScores, random_keys, random_scores
 from secateur_server.devices.watch import Watch, watched
 from secateur_server.errors import Stopped

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from secateur_server.devices import kernels
 from secateur_server.devices.cpu import Compiled, Cpu
-from secateur_server.devices.passes import BITS, Passes, Piece
+from secateur_server.devices.keys import BITS
+from secateur_server.devices.passes import Passes, Piece
 from secateur_server.devices.randomness import RandomScores
 from secateur_server.pruning.granularity import Element
 from secateur_server.pruning.masks import any_of_slices, spread
@@ -152,6 +153,30 @@ def test_a_fold_is_the_product_with_the_mask(
     zeros = torch.copysign(torch.zeros_like(piece.scores), piece.scores)
     product = torch.where(alive, piece.scores, zeros)
     assert torch.equal(folded.view(BITS[piece.dtype]), product.view(BITS[piece.dtype]))
+
+
+@KINDS
+@many
+@given(st.integers(1, 40), st.integers(1, 6), st.sampled_from([0.003, 0.05, 0.5, 0.95]), st.data())
+def test_runs_and_blocks_of_lines_of_bits(
+    passes: Passes, rows: int, pairs: int, density: float, data: st.DataObject
+) -> None:
+    drawn = torch.Generator().manual_seed(data.draw(st.integers(0, 1 << 30)))
+    flags = torch.rand(rows, 16 * pairs, generator=drawn) < density
+    lines = packed(flags.view(-1)).bits.view(rows, 2 * pairs)
+    most = [int(flags.view(rows, -1, m).sum(2).max()) for m in (2, 4, 8, 16)]
+    assert passes.most_ones(lines) == most
+    wider = torch.cat([lines, lines], 1)[:, : lines.shape[1]]  # its lines lie apart
+    assert passes.most_ones(wider) == most
+    blocks = [
+        sum(
+            bool(flags[row : row + side, column : column + side].any())
+            for row in range(0, rows, side)
+            for column in range(0, flags.shape[1], side)
+        )
+        for side in (4, 8, 16, 32)
+    ]
+    assert passes.nonzero_blocks(lines) == passes.nonzero_blocks(wider) == blocks
 
 
 @many

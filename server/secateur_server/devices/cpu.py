@@ -17,16 +17,9 @@ import torch
 from torch import Tensor
 
 from secateur_server.devices import kernels, kernels_curve, kernels_units
-from secateur_server.devices.passes import (
-    BITS,
-    DIGIT_BITS,
-    Cut,
-    Found,
-    Passes,
-    Piece,
-    Work,
-    signed_bits,
-)
+from secateur_server.devices.blocks import Blocks
+from secateur_server.devices.keys import BITS, signed_bits
+from secateur_server.devices.passes import DIGIT_BITS, Cut, Found, Passes, Piece, Work
 from secateur_server.devices.randomness import RandomScores
 from secateur_server.devices.watch import watch
 
@@ -44,6 +37,8 @@ def _start_in_pool() -> None:
     one_thread()
     _thread.in_pool = True
 
+
+_BLOCKS = Blocks()
 
 _POOL = ThreadPoolExecutor(CORES, thread_name_prefix="pieces", initializer=_start_in_pool)
 
@@ -78,8 +73,7 @@ class Cpu(Passes):
         """As Passes.room."""
         if size == 0:  # of numpy's torch makes a tensor that has no view as another dtype
             return torch.empty(0, dtype=torch.uint8)
-        # numpy asks for huge pages where torch does not: half the time of first touching them.
-        return torch.from_numpy(np.empty(size, np.uint8))
+        return torch.from_numpy(_BLOCKS.take(size))
 
     def land(self, data: memoryview, target: Tensor) -> None:
         """As Passes.land."""
@@ -129,6 +123,18 @@ class Compiled(Cpu):
     def count_ones(self, bits: Tensor) -> int:
         """As Passes.count_ones."""
         return int(kernels.count_ones(bits.numpy()))
+
+    def most_ones(self, lines: Tensor) -> list[int]:
+        """As Passes.most_ones."""
+        most = np.empty(4, np.uint8)
+        kernels_units.most_ones(lines.numpy(), most)
+        return [int(count) for count in most]
+
+    def nonzero_blocks(self, lines: Tensor) -> list[int]:
+        """As Passes.nonzero_blocks."""
+        counts = np.zeros(4, np.int64)
+        kernels_units.nonzero_blocks(lines.numpy(), counts)
+        return [int(count) for count in counts]
 
     def extremes(self, values: Tensor) -> tuple[int, int]:
         """As Passes.extremes."""

@@ -52,3 +52,64 @@ def count_above(columns: Any, count: int, above: Any) -> None:
                 is_larger = columns[j, i] > columns[k, i]
                 above[k, i] += is_larger
                 above[j, i] += not is_larger
+
+
+@_compiled
+def most_ones(lines: Any, most: Any) -> None:
+    """Writes to `most` how many bits are 1 at most, of 2, 4, 8 and 16 side by side.
+
+    lines: uint8, (lines, bytes), the bytes' number even.  most: uint8.
+    """
+    eights = np.empty(lines.shape[1], np.uint8)
+    by_two = eights.view(np.uint16)
+    two, four, eight, sixteen = np.uint8(0), np.uint8(0), np.uint8(0), np.uint16(0)
+    for row in range(len(lines)):
+        line = lines[row]
+        for i in range(len(line)):  # each line of it keeps to bytes, and so is vectorized
+            byte = line[i]
+            pairs = np.uint8(byte - np.uint8((byte >> 1) & 0x55))
+            fours = np.uint8(np.uint8(pairs & 0x33) + np.uint8((pairs >> 2) & 0x33))
+            eights[i] = np.uint8(fours & 0x0F) + np.uint8(fours >> 4)
+            two |= np.uint8(pairs & 0xAA) | np.uint8(byte & 0x01)
+            four = max(four, max(np.uint8(fours & 0x0F), np.uint8(fours >> 4)))
+            eight = max(eight, eights[i])
+        for i in range(len(by_two)):
+            sixteen = max(
+                sixteen, np.uint16(np.uint16(by_two[i] & 0xFF) + np.uint16(by_two[i] >> 8))
+            )
+    most[0] = 2 if two & 0xAA else min(1, eight)
+    most[1], most[2], most[3] = four, eight, sixteen
+
+
+@_compiled
+def nonzero_blocks(lines: Any, counts: Any) -> None:
+    """Adds to `counts` how many blocks, as high and as wide as 4, 8, 16 and 32 bits, have a 1.
+
+    lines: as of most_ones.  counts: int64. At the edges blocks are smaller.
+    """
+    rows, width = lines.shape
+    joined = np.zeros((4, -(-width // 4) * 4), np.uint8)  # the bits of 4, 8, 16 and 32 lines
+    for first in range(0, rows, 4):
+        for row in range(first, min(first + 4, rows)):
+            join(lines[row], joined[0])
+        for byte in joined[0]:
+            counts[0] += ((byte & 0x0F) != 0) + ((byte & 0xF0) != 0)
+        for step in range(1, 4):
+            join(joined[step - 1], joined[step])
+            joined[step - 1, :] = 0
+            if (first + 4) % (4 << step) and first + 4 < rows:
+                break
+            if step == 1:
+                counts[1] += np.count_nonzero(joined[1])
+            elif step == 2:
+                counts[2] += np.count_nonzero(joined[2].view(np.uint16))
+            else:
+                counts[3] += np.count_nonzero(joined[3].view(np.uint32))
+                joined[3, :] = 0
+
+
+@_compiled
+def join(line: Any, into: Any) -> None:
+    """Adds the bits of a line to another."""
+    for i in range(len(line)):
+        into[i] |= line[i]

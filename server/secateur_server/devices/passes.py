@@ -1,8 +1,6 @@
 """The passes over the pieces of tensors, as operations of torch: what every device can do.
 
-A key is a non-negative integer that orders units as their scores do. Of a floating score it is
-the bit pattern of the absolute value, which IEEE 754 orders as the values; so one selection serves
-every dtype, and exactly.
+Units are ordered by their keys: see keys.py.
 
 A mask is bits: uint8, row-major, lowest bit first, 1 is kept, the last byte padded with 0.
 """
@@ -15,39 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from secateur_server.devices.keys import BITS, as_keys, signed_bits
 from secateur_server.devices.randomness import RandomScores, random_keys
 
 Work = TypeVar("Work")
 Found = TypeVar("Found")
 
 DIGIT_BITS = 16
-
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-
-# The integers that have the bits of a floating dtype.
-BITS = {
-    torch.float64: torch.int64,
-    torch.float32: torch.int32,
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-    **dict.fromkeys(FP8, torch.int8),
-}
-
-# The keys of infinity; those of NaN are above. E4M3 has none: that of its largest number.
-INFINITY = {
-    dtype: int(torch.tensor(torch.inf, dtype=dtype).view(bits))
-    for dtype, bits in BITS.items()
-    if dtype != torch.float8_e4m3fn
-}
-INFINITY[torch.float8_e4m3fn] = 0x7E
-
-# What fp8 and integers rank as: wider dtypes that have all their values. But int64 has more than
-# float64: it ranks as the nearest one.
-_RANKED_AS = {
-    **dict.fromkeys((*FP8, torch.int8, torch.uint8), torch.float16),
-    torch.int16: torch.float32,
-    **dict.fromkeys((torch.int32, torch.int64), torch.float64),
-}
 
 
 @dataclass(frozen=True)
@@ -324,6 +296,33 @@ class Passes:
         """How many of the second dimension's indices have a flag.  flags: bool, 3-D."""
         return int(self.any_along(flags).count_nonzero())
 
+    def most_ones(self, lines: Tensor) -> list[int]:
+        """How many bits are 1 at most, of 2, 4, 8 and 16 side by side.
+
+        lines: bits, (lines, bytes), the bytes' number even.
+        """
+        twos = lines - ((lines >> 1) & 0x55)  # each two bits now say how many of them were 1
+        fours = (twos & 0x33) + ((twos >> 2) & 0x33)
+        eights = (fours & 0x0F) + (fours >> 4)
+        by_two = eights.contiguous().view(torch.int16)
+        sixteens = (by_two & 0xFF) + (by_two >> 8)
+        parts = (twos & 0xAA, fours & 0x0F, fours >> 4, eights, sixteens)
+        two, low, high, eight, sixteen = torch.stack([part.max().int() for part in parts]).tolist()
+        return [2 if two else min(1, eight), max(low, high), eight, sixteen]
+
+    def nonzero_blocks(self, lines: Tensor) -> list[int]:
+        """How many blocks, as high and as wide as 4, 8, 16 and 32 bits, have one that is 1.
+
+        lines: as of most_ones. At the edges blocks are smaller.
+        """
+        by_4 = _joined(_joined(lines, 0), 0)
+        by_8 = _joined(by_4, 0)
+        by_16 = _joined(_joined(by_8, 0), 1)
+        by_32 = _joined(_joined(by_16, 0), 1)
+        blocks = (by_4 & 0x0F, by_4 >> 4, by_8, by_16, by_32)
+        low, high, *larger = torch.stack([part.count_nonzero() for part in blocks]).tolist()
+        return [low + high, *larger]
+
     def nonzero(self, values: Tensor) -> Tensor:
         """Which of `values` are not zero.  values: 1-D.  Returns: bool."""
         return values != 0
@@ -364,20 +363,9 @@ def bits_at(bits: Tensor, index: Tensor) -> Tensor:
     return ((bits[index >> 3] >> (index & 7)) & 1).to(torch.bool)
 
 
-def ranked_as(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which values of `dtype` rank: itself, but for fp8 and integers."""
-    return _RANKED_AS.get(dtype, dtype)
-
-
-def signed_bits(values: Tensor) -> tuple[Tensor, int]:
-    """The bits of values as integers, and the bit that is their sign; 0 for integers."""
-    if values.dtype not in BITS:
-        return (values.view(torch.int8) if values.dtype == torch.uint8 else values), 0
-    bits = values.view(BITS[values.dtype])
-    return bits, torch.iinfo(bits.dtype).min
-
-
-def as_keys(scores: Tensor, dtype: torch.dtype) -> Tensor:
-    """The keys of scores, compared as `dtype`, floating and not fp8."""
-    bits = scores.to(dtype).view(BITS[dtype])
-    return bits & torch.iinfo(bits.dtype).max  # the sign goes
+def _joined(blocks: Tensor, dim: int) -> Tensor:
+    """Two neighbours each along a dimension as one, with the bits of both."""
+    if blocks.shape[dim] % 2:
+        blocks = torch.nn.functional.pad(blocks, (0, dim, 0, 1 - dim))
+    pairs = blocks.reshape(*blocks.shape[:dim], -1, 2, *blocks.shape[dim + 1 :])
+    return pairs.select(dim + 1, 0) | pairs.select(dim + 1, 1)

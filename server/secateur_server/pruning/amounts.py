@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from secateur_server.devices.passes import BITS, Cut
+from secateur_server.devices.keys import BITS
+from secateur_server.devices.passes import Cut
 from secateur_server.errors import AmountOutOfRange, quote
 from secateur_server.pruning.allocate import shared_out
 from secateur_server.pruning.divide import Division, Query, count_below, divide

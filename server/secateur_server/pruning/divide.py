@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from secateur_server.devices import passes_of, spans
-from secateur_server.devices.passes import BITS, DIGIT_BITS, Passes, Piece
+from secateur_server.devices.keys import BITS
+from secateur_server.devices.passes import DIGIT_BITS, Passes, Piece
 from secateur_server.devices.watch import watch
 from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.select import FEW, piece_of, score_dtype

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from secateur_server.devices import Span, passes_of, spans
-from secateur_server.devices.passes import BITS, Cut
+from secateur_server.devices.keys import BITS
+from secateur_server.devices.passes import Cut
 from secateur_server.pruning.norms import row_sums
 from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.select import piece_of

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,8 +34,40 @@ def measure(parameter: Parameter) -> Sparsity:
     mask, total = parameter.mask, parameter.weight.numel()
     pruned = 0 if mask is None else total - mask.kept
     zeros = pruned if parameter.is_nonzero else pruned + _zeros_kept(parameter)
-    structure = structure_of(parameter.weight.shape, zeros, partial(_nonzero_mask, parameter))
-    return Sparsity(zeros, total, pruned, _zero_slices(parameter, zeros), structure)
+    nonzero = _Nonzero(parameter, mask if zeros == pruned else None)
+    structure = structure_of(parameter.weight.shape, zeros, nonzero.whole)
+    return Sparsity(zeros, total, pruned, _zero_slices(nonzero, zeros), structure)
+
+
+@dataclass(frozen=True)
+class _Nonzero:
+    """Which elements of a parameter are not zero with its mask applied.
+
+    known: the mask of them, where it is the parameter's own: nothing that it keeps is zero.
+    """
+
+    parameter: Parameter
+    known: Mask | None
+
+    def flags(self, begin: int, end: int) -> Tensor:
+        """Of the elements [begin, end).  Returns: bool, 1-D."""
+        if self.known is not None:
+            return self.known.flags(begin, end)
+        weight, mask = self.parameter.weight, self.parameter.mask
+        flags = passes_of(weight.device).nonzero(weight.reshape(-1)[begin:end])
+        return flags if mask is None else flags & mask.flags(begin, end)
+
+    def at(self, index: Tensor) -> Tensor:
+        """Of the elements at flat indices.  Returns: bool, in the shape of `index`."""
+        if self.known is not None:
+            return self.known.at(index)
+        nonzero = self.parameter.weight.reshape(-1)[index] != 0
+        return nonzero if self.parameter.mask is None else nonzero & self.parameter.mask.at(index)
+
+    def whole(self) -> Mask:
+        """Of all elements."""
+        weight = self.parameter.weight
+        return self.known or mask_of(self.flags, weight.numel(), weight.device)
 
 
 def _zeros_kept(parameter: Parameter) -> int:
@@ -62,9 +93,9 @@ def _zeros_kept(parameter: Parameter) -> int:
     return sum(passes.each(count, pieces))
 
 
-def _zero_slices(parameter: Parameter, zeros: int) -> tuple[int, ...]:
+def _zero_slices(nonzero: _Nonzero, zeros: int) -> tuple[int, ...]:
     """For each dimension how many slices are wholly zero."""
-    weight = parameter.weight
+    weight = nonzero.parameter.weight
     if weight.dim() < 2:
         return ()
     found = [0] * weight.dim()
@@ -72,48 +103,31 @@ def _zero_slices(parameter: Parameter, zeros: int) -> tuple[int, ...]:
     least = [weight.numel() / size if size else 1 for size in weight.shape]
     dims = [dim for dim in range(weight.dim()) if 0 < zeros >= least[dim]]
     if weight.numel() <= LARGE and dims:
-        nonzero, passes = _nonzero(parameter, 0, weight.numel()), passes_of(weight.device)
+        flags, passes = nonzero.flags(0, weight.numel()), passes_of(weight.device)
         for dim in dims:
-            by_slice = nonzero.view(around(weight.shape, dim))
+            by_slice = flags.view(around(weight.shape, dim))
             found[dim] = weight.shape[dim] - passes.count_along(by_slice)
         return tuple(found)
     for dim in dims:
-        found[dim] = _zero_slices_along(parameter, dim)
+        found[dim] = _zero_slices_along(nonzero, dim)
     return tuple(found)
 
 
-def _nonzero(parameter: Parameter, begin: int, end: int) -> Tensor:
-    """Which elements of [begin, end) are not zero.  Returns: bool, 1-D."""
-    if parameter.mask is not None and parameter.is_nonzero:
-        return parameter.mask.flags(begin, end)
-    weight = parameter.weight
-    flags = passes_of(weight.device).nonzero(weight.reshape(-1)[begin:end])
-    return flags if parameter.mask is None else flags & parameter.mask.flags(begin, end)
-
-
-def _nonzero_mask(parameter: Parameter) -> Mask:
-    """As _nonzero, of all elements."""
-    if parameter.mask is not None and parameter.is_nonzero:
-        return parameter.mask
-    weight = parameter.weight
-    return mask_of(partial(_nonzero, parameter), weight.numel(), weight.device)
-
-
-def _zero_slices_along(parameter: Parameter, dim: int) -> int:
+def _zero_slices_along(nonzero: _Nonzero, dim: int) -> int:
     """How many slices along `dim` are wholly zero, in a large tensor."""
-    shape, device = parameter.weight.shape, parameter.weight.device
+    shape, device = nonzero.parameter.weight.shape, nonzero.parameter.weight.device
     outer, size, inner = around(shape, dim)
     left = torch.arange(size, device=device)
     if inner <= SHORT:  # where slices lie close together their begins are looked at in one go
         begins = (min(outer, CORNERS[0]), size, inner)
-        left = left[~any_of_slices(partial(_nonzero, parameter), begins, 1, device)]
+        left = left[~any_of_slices(nonzero.flags, begins, 1, device)]
     for corner in CORNERS:  # of what is not pruned by slices they settle most, and often all
-        left = left[~_any_nonzero(parameter, dim, left, corner)]
+        left = left[~_any_nonzero(nonzero, dim, left, corner)]
         if not len(left):
             return 0
         if len(left) > shape[dim] // 8:
             break
-    found = any_of_slices(partial(_nonzero, parameter), shape, dim, device)
+    found = any_of_slices(nonzero.flags, shape, dim, device)
     return shape[dim] - int(found.count_nonzero())
 
 
@@ -125,24 +139,19 @@ CORNERS = (8, 64)
 SHORT = 16
 
 
-def _any_nonzero(parameter: Parameter, dim: int, slices: Tensor, most: int) -> Tensor:
+def _any_nonzero(nonzero: _Nonzero, dim: int, slices: Tensor, most: int) -> Tensor:
     """Which of some slices along `dim` have an element in a corner that is not zero.
 
     slices: their indices.  most: about so many elements of each are looked at.
     """
-    values, shape = parameter.weight.reshape(-1), parameter.weight.shape
-    side = math.ceil(most ** (1 / (len(shape) - 1)))
-    index = torch.zeros((), dtype=torch.int64, device=values.device)
-    for other, (size, stride) in enumerate(zip(shape, parameter.weight.stride(), strict=True)):
-        along = slices if other == dim else torch.arange(min(size, side), device=values.device)
+    weight = nonzero.parameter.weight
+    side = math.ceil(most ** (1 / (weight.dim() - 1)))
+    index = torch.zeros((), dtype=torch.int64, device=weight.device)
+    for other, (size, stride) in enumerate(zip(weight.shape, weight.stride(), strict=True)):
+        along = slices if other == dim else torch.arange(min(size, side), device=weight.device)
         index = index.unsqueeze(-1) + along * stride
-    if parameter.mask is not None and parameter.is_nonzero:
-        nonzero = parameter.mask.at(index)
-    else:
-        nonzero = values[index] != 0
-        if parameter.mask is not None:
-            nonzero &= parameter.mask.at(index)
-    return passes_of(values.device).any_along(nonzero.movedim(dim, 0).flatten(1).unsqueeze(0))
+    flags = nonzero.at(index).movedim(dim, 0).flatten(1)
+    return passes_of(weight.device).any_along(flags.unsqueeze(0))
 
 
 def folded(parameter: Parameter) -> Iterator[Tensor]:

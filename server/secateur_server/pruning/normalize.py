@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from secateur_server.devices import Span, passes_of, room_to_work, spans
-from secateur_server.devices.passes import ranked_as
+from secateur_server.devices.keys import ranked_as
 from secateur_server.errors import InvalidSpec, quote
 from secateur_server.pruning.masks import Mask
 from secateur_server.pruning.norms import rounded_to, row_sums, total, vector_norms

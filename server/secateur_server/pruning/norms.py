@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from secateur_server.devices import passes_of, spans
-from secateur_server.devices.passes import Passes, ranked_as
+from secateur_server.devices.keys import ranked_as
+from secateur_server.devices.passes import Passes
 from secateur_server.pruning.masks import Mask, around
 
 

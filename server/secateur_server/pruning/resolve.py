@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from secateur_server.devices.passes import FP8
+from secateur_server.devices.keys import FP8
 from secateur_server.errors import (
     AmountOutOfRange,
     DimOutOfRange,

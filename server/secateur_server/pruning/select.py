@@ -16,16 +16,14 @@ import torch
 from torch import Tensor
 
 from secateur_server.devices import passes_of, room_to_work, spans
+from secateur_server.devices.keys import BITS, as_keys, ranked_as
 from secateur_server.devices.passes import (
-    BITS,
     BYTES_OF_FEW,
     DIGIT_BITS,
     SPACING,
     Cut,
     Passes,
     Piece,
-    as_keys,
-    ranked_as,
     sample_places,
 )
 from secateur_server.devices.randomness import RandomScores

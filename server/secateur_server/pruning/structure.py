@@ -89,27 +89,12 @@ def _most_nonzero(
     def most_in(box: Box) -> dict[int, int]:
         if len(met) == len(limits):  # nothing is left to be found out
             return limits
-        found = dict(zip(GROUPS, _most_ones(_lines(mask, tiles, box)), strict=True))
+        found = dict(zip(GROUPS, passes.most_ones(_lines(mask, tiles, box)), strict=True))
         met.update(m for m in limits if found[m] == limits[m])
         return found
 
     found = passes.each(most_in, tiles.boxes(passes.piece))
     return {m: max(most[m] for most in found) for m in limits}
-
-
-def _most_ones(lines: Tensor) -> list[int]:
-    """How many bits are 1 at most, of as many side by side as each of GROUPS.
-
-    lines: as of _lines.
-    """
-    twos = lines - ((lines >> 1) & 0x55)  # each two bits now say how many of them were 1
-    fours = (twos & 0x33) + ((twos >> 2) & 0x33)
-    eights = (fours & 0x0F) + (fours >> 4)
-    by_two = eights.contiguous().view(torch.int16)
-    sixteens = (by_two & 0xFF) + (by_two >> 8)
-    parts = (twos & 0xAA, fours & 0x0F, fours >> 4, eights, sixteens)
-    two, low, high, eight, sixteen = torch.stack([part.max().int() for part in parts]).tolist()
-    return [2 if two else min(1, eight), max(low, high), eight, sixteen]
 
 
 def _zero_blocks(mask: Mask, matrix: tuple[int, int]) -> tuple[ZeroBlocks, ...]:
@@ -119,7 +104,7 @@ def _zero_blocks(mask: Mask, matrix: tuple[int, int]) -> tuple[ZeroBlocks, ...]:
     tiles = Tiles((rows, columns, 1), (min(rows, SIDES[-1]), SIDES[-1], 1))
 
     def nonzero_in(box: Box) -> list[int]:
-        return _nonzero_blocks(_lines(mask, tiles, box))
+        return passes.nonzero_blocks(_lines(mask, tiles, box))
 
     nonzero = map(sum, zip(*passes.each(nonzero_in, tiles.boxes(passes.piece)), strict=True))
     found = []
@@ -129,28 +114,6 @@ def _zero_blocks(mask: Mask, matrix: tuple[int, int]) -> tuple[ZeroBlocks, ...]:
             break
         found.append(ZeroBlocks(side, total - count, total))
     return tuple(found)
-
-
-def _nonzero_blocks(lines: Tensor) -> list[int]:
-    """How many blocks, as high and as wide as each of SIDES, have a bit that is 1.
-
-    lines: as of _lines.
-    """
-    by_4 = _joined(_joined(lines, 0), 0)
-    by_8 = _joined(by_4, 0)
-    by_16 = _joined(_joined(by_8, 0), 1)
-    by_32 = _joined(_joined(by_16, 0), 1)
-    blocks = (by_4 & 0x0F, by_4 >> 4, by_8, by_16, by_32)
-    low, high, *larger = torch.stack([part.count_nonzero() for part in blocks]).tolist()
-    return [low + high, *larger]
-
-
-def _joined(blocks: Tensor, dim: int) -> Tensor:
-    """Two neighbours each along a dimension as one, with the bits of both."""
-    if blocks.shape[dim] % 2:
-        blocks = torch.nn.functional.pad(blocks, (0, dim, 0, 1 - dim))
-    pairs = blocks.reshape(*blocks.shape[:dim], -1, 2, *blocks.shape[dim + 1 :])
-    return pairs.select(dim + 1, 0) | pairs.select(dim + 1, 1)
 
 
 def _lines(mask: Mask, tiles: Tiles, box: Box) -> Tensor:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from secateur_server.devices import passes_of, room_to_work
+from secateur_server.devices.keys import BITS
 from secateur_server.devices.passes import (
-    BITS,
     BYTES_OF_FEW,
     SPACING,
     Look,

@@ -1,0 +1,92 @@
+"""Memory of calls that have ended, kept a moment for those that come.
+
+The system gives memory page by page, and clears each; a virtual machine may have to ask its host
+for them. That took as long as the passes over a model, and at times several times as long.
+"""
+
+import contextlib
+import queue
+import threading
+import time
+from typing import Any
+
+import numpy as np
+
+# Of smaller ones malloc takes care. From here on numpy asks for huge pages, where torch does not:
+# half the time of first touching them.
+LEAST_BYTES = 4 << 20
+
+# A block is given for what needs up to this share of it less.
+SLACK = 8
+
+# How long a block waits for somebody who needs it.
+KEPT_SECONDS = 2.0
+
+
+class Blocks:
+    """Gives blocks out, and has them back when nothing refers to them any more.
+
+    Where none fits, those that wait leave before another is made: so there is never more memory
+    than was once in use.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: list[tuple[float, Any]] = []  # since when; the oldest first
+        # They come back in any thread, at any moment, so without the lock.
+        self._back: queue.SimpleQueue[tuple[float, Any]] = queue.SimpleQueue()
+        self._keeper: threading.Thread | None = None
+
+    def take(self, size: int) -> Any:
+        """Memory of `size` bytes with anything in it.  Returns: a numpy array, uint8."""
+        if size < LEAST_BYTES:
+            return np.empty(size, np.uint8)
+        with self._lock:
+            self._collect()
+            block = self._fitting(size)
+            if self._keeper is None:
+                self._keeper = threading.Thread(target=self._keep, name="blocks", daemon=True)
+                self._keeper.start()
+        if block is None:
+            block = np.empty(size, np.uint8)
+        return np.asarray(_Lease(block, size, self._back))
+
+    def _fitting(self, size: int) -> Any:
+        fitting = [
+            (len(block), place)
+            for place, (_, block) in enumerate(self._waiting)
+            if size <= len(block) <= size + size // SLACK
+        ]
+        if fitting:
+            return self._waiting.pop(min(fitting)[1])[1]
+        missing = size
+        while self._waiting and missing > 0:
+            missing -= len(self._waiting.pop(0)[1])
+        return None
+
+    def _collect(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._waiting.append(self._back.get_nowait())
+
+    def _keep(self) -> None:
+        """Lets go who has waited for long."""
+        while True:
+            with self._lock:
+                self._collect()
+                oldest = time.monotonic() - KEPT_SECONDS
+                self._waiting = [(since, block) for since, block in self._waiting if since > oldest]
+                timeout = KEPT_SECONDS / 2 if self._waiting else None
+            with contextlib.suppress(queue.Empty):
+                self._back.put(self._back.get(timeout=timeout))
+
+
+class _Lease:
+    """A block in use: what numpy and torch make of it refers to this."""
+
+    def __init__(self, block: Any, size: int, back: "queue.SimpleQueue[tuple[float, Any]]") -> None:
+        self._block, self._back = block, back
+        self.__array_interface__ = block[:size].__array_interface__
+
+    def __del__(self) -> None:
+        self._back.put((time.monotonic(), self._block))

@@ -1,0 +1,66 @@
+"""Memory that calls leave to those that come."""
+
+import os
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from secateur_server.devices.blocks import KEPT_SECONDS, LEAST_BYTES, SLACK, Blocks
+from tests.conftest import eventually
+from tests.operate.test_memory import memory
+
+MIB = 1 << 20
+
+
+def address(block: Any) -> int:
+    return int(block.ctypes.data)
+
+
+def test_what_was_let_go_is_given_to_who_needs_as_much() -> None:
+    blocks = Blocks()
+    first = blocks.take(9 * LEAST_BYTES)
+    where, part = address(first), first[5:7]
+    del first
+    second = blocks.take(9 * LEAST_BYTES)
+    assert address(second) != where  # a part of the first is still in use
+    del part
+    smaller = blocks.take(9 * LEAST_BYTES - LEAST_BYTES // SLACK)
+    assert address(smaller) == where
+    assert len(smaller) == 9 * LEAST_BYTES - LEAST_BYTES // SLACK
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(1, 40) | st.none(), max_size=30))
+def test_no_memory_is_given_twice(wanted: list[int | None]) -> None:
+    """Each block keeps what was written to it, whatever comes and goes.  None: the oldest goes."""
+    blocks, held = Blocks(), list[Any]()
+    for number, size in enumerate(wanted):
+        if size is None:
+            del held[:1]
+            continue
+        block = blocks.take(size * LEAST_BYTES // 4)
+        assert len(block) == size * LEAST_BYTES // 4
+        block[:] = number
+        held.append((number, block))
+    assert all(bool((block == number).all()) for number, block in held)
+
+
+def test_what_nobody_needs_goes_back_to_the_system() -> None:
+    blocks, pid = Blocks(), os.getpid()
+    before = memory(pid, "VmRSS")
+    block = blocks.take(256 * MIB)
+    block[:] = 1
+    assert memory(pid, "VmRSS") > before + 200 * MIB
+    del block
+    eventually(lambda: memory(pid, "VmRSS") < before + 50 * MIB, True, 5 * KEPT_SECONDS)
+
+
+def test_what_waits_makes_room_for_what_does_not_fit_in() -> None:
+    blocks, pid = Blocks(), os.getpid()
+    before = memory(pid, "VmRSS")
+    for size in (128, 200, 150, 220):
+        block = blocks.take(size * MIB)
+        block[:] = 1
+        assert memory(pid, "VmRSS") < before + (size + 50) * MIB
+        del block
