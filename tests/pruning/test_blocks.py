@@ -1,6 +1,9 @@
 """Memory that calls leave to those that come."""
 
 import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 from hypothesis import given, settings
@@ -47,20 +50,36 @@ def test_no_memory_is_given_twice(wanted: list[int | None]) -> None:
 
 
 def test_what_nobody_needs_goes_back_to_the_system() -> None:
-    blocks, pid = Blocks(), os.getpid()
-    before = memory(pid, "VmRSS")
+    _alone(_let_go)
+
+
+def _let_go() -> None:
+    blocks, before = Blocks(), resident()
     block = blocks.take(256 * MIB)
     block[:] = 1
-    assert memory(pid, "VmRSS") > before + 200 * MIB
+    assert resident() > before + 200 * MIB
     del block
-    eventually(lambda: memory(pid, "VmRSS") < before + 50 * MIB, True, 5 * KEPT_SECONDS)
+    eventually(lambda: resident() < before + 50 * MIB, True, 5 * KEPT_SECONDS)
 
 
 def test_what_waits_makes_room_for_what_does_not_fit_in() -> None:
-    blocks, pid = Blocks(), os.getpid()
-    before = memory(pid, "VmRSS")
+    _alone(_take_other_sizes)
+
+
+def _take_other_sizes() -> None:
+    blocks, before = Blocks(), resident()
     for size in (128, 200, 150, 220):
         block = blocks.take(size * MIB)
         block[:] = 1
-        assert memory(pid, "VmRSS") < before + (size + 50) * MIB
+        assert resident() < before + (size + 50) * MIB
         del block
+
+
+def _alone(function: Callable[[], None]) -> None:
+    """Calls a function in a process whose memory nobody else changes."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        pool.submit(function).result()
+
+
+def resident() -> int:
+    return memory(os.getpid(), "VmRSS")

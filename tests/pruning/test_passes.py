@@ -157,21 +157,29 @@ def test_a_fold_is_the_product_with_the_mask(
 
 @KINDS
 @many
-@given(st.integers(1, 40), st.integers(1, 6), st.sampled_from([0.003, 0.05, 0.5, 0.95]), st.data())
+@given(
+    st.tuples(st.integers(1, 40), st.integers(1, 70), st.sampled_from([1, 1, 2, 5])),
+    st.sampled_from([0.003, 0.05, 0.5, 0.95]),
+    st.integers(0, 1 << 30),
+)
 def test_runs_and_blocks_of_lines_of_bits(
-    passes: Passes, rows: int, pairs: int, density: float, data: st.DataObject
+    passes: Passes, sizes: tuple[int, int, int], density: float, seed: int
 ) -> None:
-    drawn = torch.Generator().manual_seed(data.draw(st.integers(0, 1 << 30)))
-    flags = torch.rand(rows, 16 * pairs, generator=drawn) < density
-    lines = packed(flags.view(-1)).bits.view(rows, 2 * pairs)
-    most = [int(flags.view(rows, -1, m).sum(2).max()) for m in (2, 4, 8, 16)]
+    whole = torch.rand(sizes, generator=torch.Generator().manual_seed(seed)) < density
+    lines = passes.lines(packed(whole.view(-1)).bits, sizes)
+    flags = whole.movedim(1, 2).reshape(-1, sizes[1])
+    assert torch.equal(lines, torch.stack([packed(line).bits for line in flags]))
+    most = [
+        max(int(line[i : i + m].sum()) for line in flags for i in range(0, sizes[1], m))
+        for m in (2, 4, 8, 16)
+    ]
     assert passes.most_ones(lines) == most
     wider = torch.cat([lines, lines], 1)[:, : lines.shape[1]]  # its lines lie apart
     assert passes.most_ones(wider) == most
     blocks = [
         sum(
             bool(flags[row : row + side, column : column + side].any())
-            for row in range(0, rows, side)
+            for row in range(0, len(flags), side)
             for column in range(0, flags.shape[1], side)
         )
         for side in (4, 8, 16, 32)

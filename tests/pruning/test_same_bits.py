@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur_server.devices.passes import SPACING, Passes
+from secateur_server.devices.looks import SPACING
+from secateur_server.devices.passes import Passes
 from secateur_server.pruning import select
 from secateur_server.pruning.granularity import Element, Slice
 from secateur_server.pruning.prune import Choice

@@ -12,7 +12,8 @@ import secateur
 from secateur.report import ZeroBlocks, decode_report
 from secateur_proto import report_pb2 as pb
 from secateur_server.devices import kernels
-from secateur_server.devices.passes import Passes, Seen
+from secateur_server.devices.looks import Seen
+from secateur_server.devices.passes import Passes
 from secateur_server.messages.report import encode_choice
 from secateur_server.pruning.amounts import Bound
 from secateur_server.pruning.measure import measure

@@ -8,7 +8,7 @@ depend on the others, so no number of threads shows in a result.
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from secateur_server.devices import kernels, kernels_curve, kernels_units
 from secateur_server.devices.blocks import Blocks
 from secateur_server.devices.keys import BITS, signed_bits
-from secateur_server.devices.passes import DIGIT_BITS, Cut, Found, Passes, Piece, Work
+from secateur_server.devices.passes import DIGIT_BITS, Cut, Found, Layout, Passes, Piece, Work
 from secateur_server.devices.randomness import RandomScores
 from secateur_server.devices.watch import watch
 
@@ -92,6 +92,10 @@ class Cpu(Passes):
         flags = np.unpackbits(bits.numpy(), count=count, bitorder="little")
         return torch.from_numpy(flags.view(np.bool_))
 
+    def pack_lines(self, flags: Tensor) -> Tensor:
+        """As Passes.pack_lines."""
+        return torch.from_numpy(np.packbits(flags.numpy(), axis=1, bitorder="little"))
+
     def any_along(self, flags: Tensor) -> Tensor:
         """As Passes.any_along."""
         found: Any = flags.numpy().any(0)  # 30 times as fast as torch
@@ -124,17 +128,24 @@ class Compiled(Cpu):
         """As Passes.count_ones."""
         return int(kernels.count_ones(bits.numpy()))
 
+    def layout(self, bits: Tensor, shape: Sequence[int]) -> Layout:
+        """As Passes.layout."""
+        slices, most = np.empty(len(shape), np.int64), np.empty(4, np.uint8)
+        blocks = np.zeros(4 if len(shape) > 1 else 0, np.int64)
+        kernels_units.layout(bits.numpy(), np.array(shape), slices, most, blocks)
+        return Layout(slices.tolist(), most.tolist(), blocks.tolist())
+
     def most_ones(self, lines: Tensor) -> list[int]:
         """As Passes.most_ones."""
         most = np.empty(4, np.uint8)
         kernels_units.most_ones(lines.numpy(), most)
-        return [int(count) for count in most]
+        return list(map(int, most))
 
     def nonzero_blocks(self, lines: Tensor) -> list[int]:
         """As Passes.nonzero_blocks."""
         counts = np.zeros(4, np.int64)
         kernels_units.nonzero_blocks(lines.numpy(), counts)
-        return [int(count) for count in counts]
+        return list(map(int, counts))
 
     def extremes(self, values: Tensor) -> tuple[int, int]:
         """As Passes.extremes."""

@@ -58,9 +58,9 @@ def count_above(columns: Any, count: int, above: Any) -> None:
 def most_ones(lines: Any, most: Any) -> None:
     """Writes to `most` how many bits are 1 at most, of 2, 4, 8 and 16 side by side.
 
-    lines: uint8, (lines, bytes), the bytes' number even.  most: uint8.
+    lines: uint8, (lines, bytes).  most: uint8.
     """
-    eights = np.empty(lines.shape[1], np.uint8)
+    eights = np.zeros((lines.shape[1] + 1) // 2 * 2, np.uint8)
     by_two = eights.view(np.uint16)
     two, four, eight, sixteen = np.uint8(0), np.uint8(0), np.uint8(0), np.uint16(0)
     for row in range(len(lines)):
@@ -113,3 +113,57 @@ def join(line: Any, into: Any) -> None:
     """Adds the bits of a line to another."""
     for i in range(len(line)):
         into[i] |= line[i]
+
+
+@_compiled
+def layout(bits: Any, shape: Any, slices: Any, most: Any, blocks: Any) -> None:
+    """Writes the layout of a mask of few elements.
+
+    bits: of the mask.  shape: int64, of one dimension or more.
+    slices: int64, for each dimension.  most, blocks: as of most_ones and nonzero_blocks; no blocks
+    under 2 dimensions.
+    """
+    flags = np.empty(shape.prod(), np.uint8)
+    for i in range(len(flags)):
+        flags[i] = (bits[i >> 3] >> (i & 7)) & 1
+    outer = 1
+    for dim in range(len(shape)):
+        size = shape[dim]
+        inner = len(flags) // (outer * size)
+        slices[dim] = count_slices(flags, outer, size, inner)
+        if dim == min(1, len(shape) - 1):
+            lines = lines_of(bits, flags, outer, size, inner)
+            most_ones(lines, most)
+            if len(shape) > 1:
+                matrix = lines if inner == 1 else lines_of(bits, flags, outer, size * inner, 1)
+                nonzero_blocks(matrix, blocks)
+        outer *= size
+
+
+@_compiled
+def count_slices(flags: Any, outer: int, size: int, inner: int) -> int:
+    """How many slices along the second of three dimensions have a flag."""
+    found = np.zeros(size, np.uint8)
+    for o in range(outer):
+        block = flags[o * size * inner : (o + 1) * size * inner]
+        if inner == 1:
+            join(block, found)
+        else:
+            for s in range(size):
+                for i in range(s * inner, (s + 1) * inner):
+                    found[s] |= block[i]
+    return int(np.count_nonzero(found))
+
+
+@_compiled
+def lines_of(bits: Any, flags: Any, outer: int, size: int, inner: int) -> Any:
+    """As Passes.lines.  flags: of the bits, a byte each."""
+    if inner == 1 and size % 8 == 0:
+        return bits.reshape((outer, size // 8))
+    lines = np.zeros((outer * inner, (size + 7) // 8), np.uint8)
+    for o in range(outer):
+        for s in range(size):
+            for i in range(inner):
+                flag = flags[(o * size + s) * inner + i]
+                lines[o * inner + i, s >> 3] |= flag << (s & 7)
+    return lines

@@ -5,6 +5,7 @@ Units are ordered by their keys: see keys.py.
 A mask is bits: uint8, row-major, lowest bit first, 1 is kept, the last byte padded with 0.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -46,74 +47,21 @@ class Cut:
     equal: int
 
 
-# Of a sample one unit in so many is taken.
-SPACING = 384
-
 # Bytes that each unit takes of those ranked at once: keys, places, their copies, and a flag.
 BYTES_OF_FEW = 48
 
 
 @dataclass(frozen=True)
-class Sample:
-    """Some elements of a flat tensor.  at: their places, int64.  values: as the tensor has them."""
+class Layout:
+    """Where the ones of a mask lie.
 
-    at: Tensor
-    values: Tensor
-
-
-def sample_places(count: int, spacing: int, device: torch.device) -> Tensor:
-    """One place of each `spacing`, ascending.
-
-    Where in its stretch each lies is as good as random: no pattern can be in step with it.
-    """
-    index = torch.arange(0, count, spacing, device=device)
-    index += random_keys(RandomScores(0), index) % spacing
-    return index[index < count]
-
-
-@dataclass(frozen=True)
-class Look:
-    """A look at a part of a flat tensor: where it ends, its smallest and its largest key."""
-
-    end: int
-    smallest: int
-    largest: int
-    sample: Sample | None = None
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a first look at a flat tensor told.
-
-    largest: the largest key of its elements.
-    zeros: [begin, end), multiples of 8, in their order, in which all elements are that are 0.
-    sample: of its elements, where to read them once more takes long.
+    nonzero_slices: for each dimension, how many slices have one.
+    most_ones, nonzero_blocks: as of Passes; no blocks under 2 dimensions.
     """
 
-    largest: int
-    zeros: tuple[tuple[int, int], ...]
-    sample: Sample | None
-
-
-def seen_of(looks: Sequence[Look]) -> Seen | None:
-    """What looks at all parts of a tensor, in their order, come to; None where there are none."""
-    if not looks:
-        return None
-    zeros: list[tuple[int, int]] = []
-    begin = 0
-    for look in looks:
-        if look.smallest == 0:
-            first, last = begin // 8 * 8, -(-look.end // 8) * 8
-            if zeros and zeros[-1][1] >= first:
-                first, _ = zeros.pop()
-            zeros.append((first, last))
-        begin = look.end
-    samples = [look.sample for look in looks if look.sample]
-    sample = None
-    if samples:
-        places = torch.cat([sample.at for sample in samples])
-        sample = Sample(places, torch.cat([sample.values for sample in samples]))
-    return Seen(max(look.largest for look in looks), tuple(zeros), sample)
+    nonzero_slices: list[int]
+    most_ones: list[int]
+    nonzero_blocks: list[int]
 
 
 class Passes:
@@ -158,6 +106,22 @@ class Passes:
 
     def _places(self) -> Tensor:
         return torch.arange(8, dtype=torch.uint8, device=self.device)
+
+    def lines(self, bits: Tensor, sizes: tuple[int, int, int]) -> Tensor:
+        """A mask's lines along the second of three dimensions, each as bits in bytes of its own.
+
+        Returns: uint8, (lines, bytes).
+        """
+        outer, size, inner = sizes
+        if inner == 1 and size % 8 == 0:
+            return bits.view(outer, size // 8)
+        flags = self.unpack(bits, outer * size * inner).view(sizes)
+        return self.pack_lines(flags.movedim(1, 2).reshape(-1, size))
+
+    def pack_lines(self, flags: Tensor) -> Tensor:
+        """As pack, each line of `flags`, (lines, elements), in bytes of its own."""
+        padded = torch.nn.functional.pad(flags, (0, -flags.shape[1] % 8))
+        return self.pack(padded.reshape(-1)).view(len(flags), -1)
 
     def count_ones(self, bits: Tensor) -> int:
         """How many of `bits` are 1."""
@@ -296,11 +260,23 @@ class Passes:
         """How many of the second dimension's indices have a flag.  flags: bool, 3-D."""
         return int(self.any_along(flags).count_nonzero())
 
+    def layout(self, bits: Tensor, shape: Sequence[int]) -> Layout:
+        """The layout of a mask of one dimension or more, with elements, and not many."""
+        flags = self.unpack(bits, math.prod(shape))
+        sizes = [around(shape, dim) for dim in range(len(shape))]
+        slices = [self.count_along(flags.view(of_dim)) for of_dim in sizes]
+        most = self.most_ones(self.lines(bits, sizes[:2][-1]))
+        if len(shape) == 1:
+            return Layout(slices, most, [])
+        matrix = shape[0], len(flags) // shape[0], 1
+        return Layout(slices, most, self.nonzero_blocks(self.lines(bits, matrix)))
+
     def most_ones(self, lines: Tensor) -> list[int]:
         """How many bits are 1 at most, of 2, 4, 8 and 16 side by side.
 
-        lines: bits, (lines, bytes), the bytes' number even.
+        lines: as of lines; of each the bytes side by side.
         """
+        lines = torch.nn.functional.pad(lines, (0, lines.shape[1] % 2))
         twos = lines - ((lines >> 1) & 0x55)  # each two bits now say how many of them were 1
         fours = (twos & 0x33) + ((twos >> 2) & 0x33)
         eights = (fours & 0x0F) + (fours >> 4)
@@ -315,6 +291,7 @@ class Passes:
 
         lines: as of most_ones. At the edges blocks are smaller.
         """
+        lines = torch.nn.functional.pad(lines, (0, lines.shape[1] % 2))
         by_4 = _joined(_joined(lines, 0), 0)
         by_8 = _joined(by_4, 0)
         by_16 = _joined(_joined(by_8, 0), 1)
@@ -356,6 +333,12 @@ class Passes:
         ascending = keys.argsort(dim=1, stable=True)
         found = torch.zeros(keys.shape, dtype=torch.bool, device=self.device)
         return found.scatter_(1, ascending[:, max(0, keys.shape[1] - n) :], True)
+
+
+def around(shape: Sequence[int], dim: int) -> tuple[int, int, int]:
+    """The elements before, along and behind a dimension."""
+    dim %= len(shape)
+    return math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :])
 
 
 def bits_at(bits: Tensor, index: Tensor) -> Tensor:

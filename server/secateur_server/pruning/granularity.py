@@ -15,8 +15,8 @@ from torch import Tensor
 
 from secateur_server.devices import passes_of, room_to_work
 from secateur_server.devices.keys import as_keys, ranked_as
-from secateur_server.devices.passes import Passes
-from secateur_server.pruning.masks import Mask, any_of_slices, around, mask_of, spread
+from secateur_server.devices.passes import Passes, around
+from secateur_server.pruning.masks import Mask, any_of_slices, mask_of, spread
 from secateur_server.pruning.norms import (
     rounded_to,
     row_sums,

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from secateur_server.devices import passes_of, spans
+from secateur_server.devices.passes import around
 from secateur_server.errors import DimOutOfRange, InvalidSpec, quote
 from secateur_server.pruning.catalog import Catalog, unmatched
 from secateur_server.pruning.granularity import flags_mask
-from secateur_server.pruning.masks import Mask, any_of_slices, around, spread
+from secateur_server.pruning.masks import Mask, any_of_slices, spread
 from secateur_server.pruning.norms import vector_norms
 from secateur_server.pruning.spec import Group, Member, Parameter
 

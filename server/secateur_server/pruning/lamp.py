@@ -14,7 +14,8 @@ from torch import Tensor
 
 from secateur_server.devices import passes_of, spans
 from secateur_server.devices.keys import BITS
-from secateur_server.devices.passes import SPACING, Passes, Piece, sample_places
+from secateur_server.devices.looks import SPACING, sample_places
+from secateur_server.devices.passes import Passes, Piece
 from secateur_server.pruning.divide import Division, Query, divide
 from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.select import FEW, piece_of, score_dtype

@@ -1,6 +1,5 @@
 """Masks of one bit an element, and the slices of tensors they cover."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from secateur_server.devices import passes_of, room_to_work, spans
-from secateur_server.devices.passes import bits_at
+from secateur_server.devices.passes import around, bits_at
 
 Flags = Callable[[int, int], Tensor]
 
@@ -141,9 +140,3 @@ def _boxes(outer: int, size: int, inner: int, piece: int) -> list[Box]:
         for run in range(outer * size)
         for begin, end in spans(inner, piece)
     ]
-
-
-def around(shape: Sequence[int], dim: int) -> tuple[int, int, int]:
-    """The elements before, along and behind a dimension."""
-    dim %= len(shape)
-    return math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :])

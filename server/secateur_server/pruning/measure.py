@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from secateur_server.devices import passes_of, spans
-from secateur_server.pruning.masks import Mask, any_of_slices, around, mask_of
+from secateur_server.devices.passes import around
+from secateur_server.pruning.masks import Mask, any_of_slices, mask_of
 from secateur_server.pruning.spec import Parameter
-from secateur_server.pruning.structure import Structure, structure_of
+from secateur_server.pruning.structure import Structure, structure_of, structure_of_few
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,13 @@ def measure(parameter: Parameter) -> Sparsity:
     pruned = 0 if mask is None else total - mask.kept
     zeros = pruned if parameter.is_nonzero else pruned + _zeros_kept(parameter)
     nonzero = _Nonzero(parameter, mask if zeros == pruned else None)
-    structure = structure_of(parameter.weight.shape, zeros, nonzero.whole)
+    shape = parameter.weight.shape
+    if shape and zeros > 0 and total <= FEW:
+        layout = passes_of(parameter.weight.device).layout(nonzero.whole().bits, shape)
+        along = zip(shape, layout.nonzero_slices, strict=True) if len(shape) > 1 else ()
+        zero_slices = tuple(size - count for size, count in along)
+        return Sparsity(zeros, total, pruned, zero_slices, structure_of_few(shape, layout))
+    structure = structure_of(shape, zeros, nonzero.whole)
     return Sparsity(zeros, total, pruned, _zero_slices(nonzero, zeros), structure)
 
 
@@ -95,22 +102,15 @@ def _zeros_kept(parameter: Parameter) -> int:
 
 def _zero_slices(nonzero: _Nonzero, zeros: int) -> tuple[int, ...]:
     """For each dimension how many slices are wholly zero."""
-    weight = nonzero.parameter.weight
-    if weight.dim() < 2:
+    shape = nonzero.parameter.weight.shape
+    if len(shape) < 2:
         return ()
-    found = [0] * weight.dim()
     # Of the other dimensions there is not even one slice's worth of zeros.
-    least = [weight.numel() / size if size else 1 for size in weight.shape]
-    dims = [dim for dim in range(weight.dim()) if 0 < zeros >= least[dim]]
-    if weight.numel() <= LARGE and dims:
-        flags, passes = nonzero.flags(0, weight.numel()), passes_of(weight.device)
-        for dim in dims:
-            by_slice = flags.view(around(weight.shape, dim))
-            found[dim] = weight.shape[dim] - passes.count_along(by_slice)
-        return tuple(found)
-    for dim in dims:
-        found[dim] = _zero_slices_along(nonzero, dim)
-    return tuple(found)
+    least = [math.prod(shape) / size if size else 1 for size in shape]
+    return tuple(
+        _zero_slices_along(nonzero, dim) if 0 < zeros >= least[dim] else 0
+        for dim in range(len(shape))
+    )
 
 
 def _zero_slices_along(nonzero: _Nonzero, dim: int) -> int:
@@ -131,8 +131,10 @@ def _zero_slices_along(nonzero: _Nonzero, dim: int) -> int:
     return shape[dim] - int(found.count_nonzero())
 
 
-# Of a tensor of more elements so many of each slice are looked at before all are.
-LARGE = 1 << 17
+# Up to so many elements are looked at all at once.
+FEW = 1 << 17
+
+# So many of each slice are looked at before all are.
 CORNERS = (8, 64)
 
 # Elements of a slice that lie side by side.

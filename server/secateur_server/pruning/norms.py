@@ -8,8 +8,8 @@ from torch import Tensor
 
 from secateur_server.devices import passes_of, spans
 from secateur_server.devices.keys import ranked_as
-from secateur_server.devices.passes import Passes
-from secateur_server.pruning.masks import Mask, around
+from secateur_server.devices.passes import Passes, around
+from secateur_server.pruning.masks import Mask
 
 
 def slice_norms(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from secateur_server.devices import passes_of, spans
 from secateur_server.devices.keys import INFINITY
-from secateur_server.devices.passes import Sample, Seen
+from secateur_server.devices.looks import Sample, Seen
 from secateur_server.devices.randomness import RandomScores, random_scores
 from secateur_server.errors import NanScores
 from secateur_server.pruning.granularity import NM, Element, Granularity

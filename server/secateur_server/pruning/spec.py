@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from secateur_server.devices.keys import FP8
-from secateur_server.devices.passes import Seen
+from secateur_server.devices.looks import Seen
 from secateur_server.pruning.granularity import Granularity
 from secateur_server.pruning.masks import Mask
 

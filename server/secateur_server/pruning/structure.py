@@ -5,14 +5,15 @@ of them, a block of 4 x 4 the halves of bytes of four lines.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from secateur_server.devices import passes_of
-from secateur_server.pruning.masks import Mask, around
+from secateur_server.devices.passes import Layout, around
+from secateur_server.pruning.masks import Mask
 from secateur_server.pruning.tiles import Box, Tiles
 
 GROUPS = (2, 4, 8, 16)
@@ -42,6 +43,17 @@ class Structure:
 
     patterns: tuple[tuple[int, int], ...]
     zero_blocks: tuple[ZeroBlocks, ...]
+
+
+def structure_of_few(shape: Sequence[int], layout: Layout) -> Structure:
+    """The structure of a tensor of one dimension or more, with elements.
+
+    layout: of the mask of what is not zero.
+    """
+    most = zip(layout.most_ones, GROUPS, strict=True)
+    matrix = (shape[0], math.prod(shape[1:]))
+    blocks = _zero_of(matrix, layout.nonzero_blocks) if len(shape) > 1 else ()
+    return Structure(tuple((n, m) for n, m in most if n < m), blocks)
 
 
 def structure_of(shape: Sequence[int], zeros: int, nonzero: Callable[[], Mask]) -> Structure:
@@ -107,6 +119,12 @@ def _zero_blocks(mask: Mask, matrix: tuple[int, int]) -> tuple[ZeroBlocks, ...]:
         return passes.nonzero_blocks(_lines(mask, tiles, box))
 
     nonzero = map(sum, zip(*passes.each(nonzero_in, tiles.boxes(passes.piece)), strict=True))
+    return _zero_of(matrix, nonzero)
+
+
+def _zero_of(matrix: tuple[int, int], nonzero: Iterable[int]) -> tuple[ZeroBlocks, ...]:
+    """The blocks of a matrix, of which so many of each side are not zero."""
+    rows, columns = matrix
     found = []
     for side, count in zip(SIDES, nonzero, strict=True):
         total = -(-rows // side) * -(-columns // side)
@@ -119,16 +137,14 @@ def _zero_blocks(mask: Mask, matrix: tuple[int, int]) -> tuple[ZeroBlocks, ...]:
 def _lines(mask: Mask, tiles: Tiles, box: Box) -> Tensor:
     """A box of a mask, each line along the second of three dimensions in bytes of its own.
 
-    Returns: uint8, (lines, bytes), their number even, what is no element is 0.
+    Returns: uint8, (lines, bytes), what is no element is 0.
     """
     outer, size, inner = tiles.sizes
     (first, last), (begin, end), _ = spans = _elements(tiles, box)
     if inner == 1 and size % 8 == 0:
-        lines = mask.bits.view(outer, size // 8)[first:last, begin // 8 : end // 8]
-        return torch.nn.functional.pad(lines, (0, 1)) if lines.shape[1] % 2 else lines
+        return mask.bits.view(outer, size // 8)[first:last, begin // 8 : end // 8]
     flags = _flags(mask, tiles.sizes, spans).movedim(1, 2).flatten(0, 1)
-    flags = torch.nn.functional.pad(flags, (0, (begin - end) % 16))
-    return passes_of(mask.bits.device).pack(flags.reshape(-1)).view(len(flags), -1)
+    return passes_of(flags.device).pack_lines(flags)
 
 
 def _elements(tiles: Tiles, box: Box) -> Box:

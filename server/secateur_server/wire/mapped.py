@@ -8,15 +8,8 @@ import torch
 
 from secateur_server.devices import passes_of, room_to_work
 from secateur_server.devices.keys import BITS
-from secateur_server.devices.passes import (
-    BYTES_OF_FEW,
-    SPACING,
-    Look,
-    Sample,
-    Seen,
-    sample_places,
-    seen_of,
-)
+from secateur_server.devices.looks import SPACING, Look, Sample, Seen, sample_places, seen_of
+from secateur_server.devices.passes import BYTES_OF_FEW
 from secateur_server.devices.watch import watch
 from secateur_server.errors import MalformedFile, quote
 from secateur_server.wire.header import (

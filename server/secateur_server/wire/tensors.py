@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur_server.devices.passes import Seen
+from secateur_server.devices.looks import Seen
 
 # The dtypes that torch can compute with here. Tensors of others pass through as bytes.
 TORCH_DTYPES = {
