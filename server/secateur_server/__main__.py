@@ -1,16 +1,25 @@
 """The command secateur-server."""
 
+import ctypes
 import gc
 import logging
 import os
 import resource
 import signal
 import sys
+from contextlib import suppress
 from typing import NoReturn
 
 # What grpc writes to stderr itself, as of a stranger's failed handshake, is no JSON. It is read
 # once, when grpc is imported.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+# By default glibc makes eight heaps for each core, of which each keeps room for the messages that
+# once came by it. It is told before a library starts threads; an operator may want others.
+M_ARENA_MAX = -8  # of malloc.h
+if "MALLOC_ARENA_MAX" not in os.environ:
+    with suppress(AttributeError):  # another C library has no heaps to count
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
 from secateur_server.app import App, CannotStart
 from secateur_server.check import check

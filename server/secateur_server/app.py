@@ -10,6 +10,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from secateur_proto.framing import CHUNK_BYTES
 from secateur_server.checkpoints import Checkpoints, add_checkpoints
 from secateur_server.config import Config
 from secateur_server.devices.cpu import one_thread
@@ -37,10 +38,11 @@ OPTIONS = (
     # A chunk is 1 MiB; the header of a first message has names and a spec.
     ("grpc.max_receive_message_length", 16 << 20),
     ("grpc.max_send_message_length", -1),
-    # What a call may send before it is read. grpc would let the window grow with the throughput:
-    # tens of MB for each call, and no faster.
+    # What a call may send before it is read: a chunk. So each is read while it is in a cache, and
+    # nothing waits in memory that no limit counts. grpc would let the window grow with the
+    # throughput, to tens of MB for each call.
     ("grpc.http2.bdp_probe", 0),
-    ("grpc.http2.lookahead_bytes", 4 << 20),
+    ("grpc.http2.lookahead_bytes", CHUNK_BYTES),
     # A peer that is gone without a word, as behind a firewall that forgot it, is noticed after
     # these two, in milliseconds; its calls end then.
     ("grpc.keepalive_time_ms", 30_000),

@@ -5,6 +5,7 @@ for them. That took as long as the passes over a model, and at times several tim
 """
 
 import contextlib
+import mmap
 import queue
 import threading
 import time
@@ -12,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-# Of smaller ones malloc takes care. From here on numpy asks for huge pages, where torch does not:
-# half the time of first touching them.
-LEAST_BYTES = 4 << 20
+# Smaller ones are malloc's. Larger ones would leave holes in its heap, between messages.
+LEAST_BYTES = 1 << 20
 
 # A block is given for what needs up to this share of it less.
 SLACK = 8
@@ -47,9 +47,7 @@ class Blocks:
             if self._keeper is None:
                 self._keeper = threading.Thread(target=self._keep, name="blocks", daemon=True)
                 self._keeper.start()
-        if block is None:
-            block = np.empty(size, np.uint8)
-        return np.asarray(_Lease(block, size, self._back))
+        return np.asarray(_Lease(_mapped(size) if block is None else block, size, self._back))
 
     def _fitting(self, size: int) -> Any:
         fitting = [
@@ -79,6 +77,15 @@ class Blocks:
                 timeout = KEPT_SECONDS / 2 if self._waiting else None
             with contextlib.suppress(queue.Empty):
                 self._back.put(self._back.get(timeout=timeout))
+
+
+def _mapped(size: int) -> Any:
+    """Memory of its own.  Returns: as Blocks.take."""
+    mapped = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # half the time of first touching it
+        with contextlib.suppress(OSError):  # a kernel may be built without
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(mapped, np.uint8)
 
 
 class _Lease:
