@@ -123,9 +123,7 @@ def layout(bits: Any, shape: Any, slices: Any, most: Any, blocks: Any) -> None:
     slices: int64, for each dimension.  most, blocks: as of most_ones and nonzero_blocks; no blocks
     under 2 dimensions.
     """
-    flags = np.empty(shape.prod(), np.uint8)
-    for i in range(len(flags)):
-        flags[i] = (bits[i >> 3] >> (i & 7)) & 1
+    flags = flags_of(bits)[: shape.prod()]
     outer = 1
     for dim in range(len(shape)):
         size = shape[dim]
@@ -150,20 +148,44 @@ def count_slices(flags: Any, outer: int, size: int, inner: int) -> int:
             join(block, found)
         else:
             for s in range(size):
-                for i in range(s * inner, (s + 1) * inner):
-                    found[s] |= block[i]
+                if found[s]:
+                    continue
+                for flag in block[s * inner : (s + 1) * inner]:
+                    if flag:
+                        found[s] = 1
+                        break
+        if o % 16 == 0 and found.all():  # as mostly, of what was not pruned by slices
+            break
     return int(np.count_nonzero(found))
 
 
 @_compiled
+def flags_of(bits: Any) -> Any:
+    """A byte, 0 or 1, for each bit."""
+    flags = np.empty((len(bits), 8), np.uint8)
+    for j in range(len(bits)):
+        for place in range(8):
+            flags[j, place] = (bits[j] >> place) & 1
+    return flags.reshape(flags.size)
+
+
+@_compiled
 def lines_of(bits: Any, flags: Any, outer: int, size: int, inner: int) -> Any:
-    """As Passes.lines.  flags: of the bits, a byte each."""
+    """As Passes.lines.  flags: as of flags_of."""
     if inner == 1 and size % 8 == 0:
         return bits.reshape((outer, size // 8))
-    lines = np.zeros((outer * inner, (size + 7) // 8), np.uint8)
-    for o in range(outer):
-        for s in range(size):
-            for i in range(inner):
-                flag = flags[(o * size + s) * inner + i]
-                lines[o * inner + i, s >> 3] |= flag << (s & 7)
+    lines = np.empty((outer * inner, (size + 7) // 8), np.uint8)
+    for row in range(len(lines)):
+        at = row // inner * size * inner + row % inner
+        for j in range(lines.shape[1]):
+            byte = 0
+            if inner == 1 and 8 * j + 8 <= size:  # eight bits of two bytes
+                first = bits[at >> 3] >> (at & 7)
+                byte = first | (bits[min(at >> 3, len(bits) - 2) + 1] << (8 - (at & 7)))
+                at += 8
+            else:
+                for place in range(min(8, size - 8 * j)):
+                    byte |= flags[at] << place
+                    at += inner
+            lines[row, j] = byte
     return lines

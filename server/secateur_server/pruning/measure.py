@@ -132,7 +132,7 @@ def _zero_slices_along(nonzero: _Nonzero, dim: int) -> int:
 
 
 # Up to so many elements are looked at all at once.
-FEW = 1 << 17
+FEW = 1 << 20
 
 # So many of each slice are looked at before all are.
 CORNERS = (8, 64)
