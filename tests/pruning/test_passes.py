@@ -39,9 +39,11 @@ def test_numba_is_there_so_that_these_tests_mean_something() -> None:
 
 
 @st.composite
-def pieces(draw: st.DrawFn) -> tuple[Piece, list[float], Tensor]:
+def pieces(
+    draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype] = DTYPES
+) -> tuple[Piece, list[float], Tensor]:
     """A piece; the magnitudes of its units; and which of them are alive."""
-    dtype, values = draw(DTYPES), draw(VALUES)
+    dtype, values = draw(dtypes), draw(VALUES)
     scores = torch.tensor(values, dtype=torch.float64).to(dtype)
     flags = st.lists(st.booleans(), min_size=len(values), max_size=len(values))
     alive = draw(st.none() | flags.map(torch.tensor))
@@ -117,8 +119,32 @@ def assert_ranked(
     assert cut.key == key_of(magnitudes[order[place - 1]], piece.dtype)
     assert (cut.ties, cut.equal) == (len({*order[:place]} & {*at_cut}), len(at_cut))
     kept = torch.full(((piece.units + 7) // 8,), 0xFF, dtype=torch.uint8)
-    assert passes.cut_few(piece, place, kept) == cut
+    assert passes.cut_few([piece], place, [kept]) == cut
     assert torch.equal(kept, packed(stays).bits)
+
+
+@KINDS
+@many
+@given(dtype=DTYPES, data=st.data())
+def test_few_pieces_are_cut_together(
+    passes: Passes, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    drawn = data.draw(st.lists(pieces(st.just(dtype)), min_size=2, max_size=5))
+    magnitudes = [m for _, of_piece, _ in drawn for m in of_piece]
+    living = [i for i, lives in enumerate(torch.cat([alive for *_, alive in drawn])) if lives]
+    if not living:
+        return
+    place = data.draw(st.integers(1, len(living)))
+    order = sorted(living, key=lambda i: magnitudes[i])
+    stays = torch.zeros(len(magnitudes), dtype=torch.bool)
+    stays[order[place:]] = True
+    kept = [torch.full(((p.units + 7) // 8,), 0xFF, dtype=torch.uint8) for p, *_ in drawn]
+    cut = passes.cut_few([piece for piece, *_ in drawn], place, kept)
+    at_cut = [i for i in living if magnitudes[i] == magnitudes[order[place - 1]]]
+    assert cut.key == key_of(magnitudes[order[place - 1]], dtype)
+    assert (cut.ties, cut.equal) == (len({*order[:place]} & {*at_cut}), len(at_cut))
+    for bits, part in zip(kept, torch.split(stays, [p.units for p, *_ in drawn]), strict=True):
+        assert torch.equal(bits, packed(part).bits)
 
 
 @KINDS

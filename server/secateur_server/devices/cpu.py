@@ -205,13 +205,20 @@ class Compiled(Cpu):
         into = index.numpy(), found.numpy()
         return found[: kernels.sample(bits, _alive(piece), _largest(bits), *into)]
 
-    def cut_few(self, piece: Piece, place: int, kept: Tensor) -> Cut:
+    def cut_few(self, pieces: Sequence[Piece], place: int, kept: Sequence[Tensor]) -> Cut:
         """As Passes.cut_few."""
-        bits = _bits(piece)
-        found = _scratch("found", len(bits), BITS[piece.dtype]).numpy()
+        if len(pieces) == 1:
+            bits, alive, stays = _bits(pieces[0]), _alive(pieces[0]), kept[0].numpy()
+        else:
+            bits, alive = _joined(pieces)
+            stays = np.empty_like(alive)
+        found = _scratch("found", len(bits), BITS[pieces[0].dtype]).numpy()
         at = _scratch("at", len(bits), torch.int32).numpy()
-        into = kept.numpy(), found, at
-        cut = kernels.cut_few(bits, _alive(piece), _largest(bits), place, *into)
+        cut = kernels.cut_few(bits, alive, _largest(bits), place, stays, found, at)
+        begin = 0
+        for part in kept if len(pieces) > 1 else ():
+            part.numpy()[:] = stays[begin : begin + len(part)]
+            begin += len(part)
         return Cut(*map(int, cut))
 
     def count_equal(self, piece: Piece, key: int) -> int:
@@ -295,6 +302,22 @@ def _bits(piece: Piece) -> Any:
 
 def _alive(piece: Piece) -> Any:
     return None if piece.alive is None else piece.alive.numpy()
+
+
+def _joined(pieces: Sequence[Piece]) -> tuple[Any, Any]:
+    """The bits of pieces, each from a new byte of the mask on, and which of them are alive."""
+    sizes = [(piece.units + 7) // 8 for piece in pieces]
+    bits = _scratch("joined", 8 * sum(sizes), BITS[pieces[0].dtype]).numpy()
+    alive = np.full(sum(sizes), 0xFF, np.uint8)
+    begin = 0
+    for piece, size in zip(pieces, sizes, strict=True):
+        bits[8 * begin : 8 * begin + piece.units] = _bits(piece)
+        if piece.alive is not None:
+            alive[begin : begin + size] = piece.alive.numpy()
+        elif piece.units % 8:
+            alive[begin + size - 1] = (1 << piece.units % 8) - 1
+        begin += size
+    return bits, alive
 
 
 def _largest(bits: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ class Sample:
     values: Tensor
 
 
+@lru_cache(8)
 def sample_places(count: int, spacing: int, device: torch.device) -> Tensor:
     """One place of each `spacing`, ascending.
 

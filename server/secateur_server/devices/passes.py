@@ -225,10 +225,12 @@ class Passes:
         stays[equal[ties:]] = True
         return Cut(key, ties, len(equal)), stays
 
-    def cut_few(self, piece: Piece, place: int, kept: Tensor) -> Cut:
-        """Takes the lowest `place` of a piece.  kept: the bits of what stays, written to."""
-        cut, stays = self.rank(self.keys(piece), place)
-        kept.copy_(self.pack(stays))
+    def cut_few(self, pieces: Sequence[Piece], place: int, kept: Sequence[Tensor]) -> Cut:
+        """Takes the lowest `place` of pieces.  kept: the bits of what stays of each, written to."""
+        cut, stays = self.rank(torch.cat([self.keys(piece) for piece in pieces]), place)
+        parts = torch.split(stays, [piece.units for piece in pieces])
+        for bits, part in zip(kept, parts, strict=True):
+            bits.copy_(self.pack(part))
         return cut
 
     def count_equal(self, piece: Piece, key: int) -> int:

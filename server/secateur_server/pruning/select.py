@@ -120,22 +120,10 @@ def _apply(units: Units, count: int) -> Cut:
         _split(units, 0, 0)
         return NOTHING
     if units.total <= FEW:
-        return _cut_few(units, count)
+        return units.passes.cut_few(units.pieces, count, units.kept)
     bounds = _sampled_bounds(units, count)
     cut = _cut_within(units, count, *bounds) if bounds else None
     return cut or _cut_by_digits(units, count)
-
-
-def _cut_few(units: Units, count: int) -> Cut:
-    """Marks what stays of few units, all at once."""
-    if len(units.pieces) == 1:
-        return units.passes.cut_few(units.pieces[0], count, units.kept[0])
-    sizes = [piece.units for piece in units.pieces]
-    keys = torch.cat([units.passes.keys(piece) for piece in units.pieces])
-    cut, stays = units.passes.rank(keys, count)
-    for kept, stay in zip(units.kept, torch.split(stays, sizes), strict=True):
-        kept.copy_(units.passes.pack(stay))
-    return cut
 
 
 def _cut_within(units: Units, count: int, low: int, high: int) -> Cut | None:
