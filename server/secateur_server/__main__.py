@@ -17,7 +17,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 # By default glibc makes eight heaps for each core, of which each keeps room for the messages that
 # once came by it. It is told before a library starts threads; an operator may want others.
 M_ARENA_MAX = -8  # of malloc.h
-if "MALLOC_ARENA_MAX" not in os.environ:
+if not {"MALLOC_ARENA_MAX", "GLIBC_TUNABLES"} & os.environ.keys():
     with suppress(AttributeError):  # another C library has no heaps to count
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 

@@ -26,8 +26,8 @@ KEPT_SECONDS = 2.0
 class Blocks:
     """Gives blocks out, and has them back when nothing refers to them any more.
 
-    Where none fits, those that wait leave before another is made: so there is never more memory
-    than was once in use.
+    Where none fits, those that wait leave before another is made: so there are never more bytes of
+    blocks than were once in use.
     """
 
     def __init__(self) -> None:
@@ -35,32 +35,38 @@ class Blocks:
         self._waiting: list[tuple[float, Any]] = []  # since when; the oldest first
         # They come back in any thread, at any moment, so without the lock.
         self._back: queue.SimpleQueue[tuple[float, Any]] = queue.SimpleQueue()
-        self._keeper: threading.Thread | None = None
+        self._is_kept = False
 
     def take(self, size: int) -> Any:
         """Memory of `size` bytes with anything in it.  Returns: a numpy array, uint8."""
         if size < LEAST_BYTES:
             return np.empty(size, np.uint8)
         with self._lock:
+            if not self._is_kept:
+                threading.Thread(target=self._keep, name="blocks", daemon=True).start()
+                self._is_kept = True
             self._collect()
             block = self._fitting(size)
-            if self._keeper is None:
-                self._keeper = threading.Thread(target=self._keep, name="blocks", daemon=True)
-                self._keeper.start()
+            leaving = [] if block is not None else self._leaving(size)
+        del leaving  # to give memory back takes long, and others need the lock
         return np.asarray(_Lease(_mapped(size) if block is None else block, size, self._back))
 
     def _fitting(self, size: int) -> Any:
-        fitting = [
-            (len(block), place)
-            for place, (_, block) in enumerate(self._waiting)
-            if size <= len(block) <= size + size // SLACK
-        ]
-        if fitting:
-            return self._waiting.pop(min(fitting)[1])[1]
-        missing = size
-        while self._waiting and missing > 0:
-            missing -= len(self._waiting.pop(0)[1])
+        for most in (size, size + size // SLACK):
+            for place, (_, block) in enumerate(self._waiting):
+                if size <= len(block) <= most:
+                    del self._waiting[place]
+                    return block
         return None
+
+    def _leaving(self, size: int) -> list[tuple[float, Any]]:
+        """The oldest, of so many bytes or more, no longer wait."""
+        count, found = 0, 0
+        while count < len(self._waiting) and found < size:
+            found += len(self._waiting[count][1])
+            count += 1
+        leaving, self._waiting = self._waiting[:count], self._waiting[count:]
+        return leaving
 
     def _collect(self) -> None:
         with contextlib.suppress(queue.Empty):
@@ -70,18 +76,21 @@ class Blocks:
     def _keep(self) -> None:
         """Lets go who has waited for long."""
         while True:
+            time.sleep(KEPT_SECONDS / 2)
             with self._lock:
                 self._collect()
-                oldest = time.monotonic() - KEPT_SECONDS
-                self._waiting = [(since, block) for since, block in self._waiting if since > oldest]
-                timeout = KEPT_SECONDS / 2 if self._waiting else None
-            with contextlib.suppress(queue.Empty):
-                self._back.put(self._back.get(timeout=timeout))
+                now = time.monotonic()
+                late = sum(now - since > KEPT_SECONDS for since, _ in self._waiting)
+                leaving, self._waiting = self._waiting[:late], self._waiting[late:]
+            del leaving
 
 
 def _mapped(size: int) -> Any:
     """Memory of its own.  Returns: as Blocks.take."""
-    mapped = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        mapped = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # the system counts mappings, and malloc may still have room
+        return np.empty(size, np.uint8)
     if hasattr(mmap, "MADV_HUGEPAGE"):  # half the time of first touching it
         with contextlib.suppress(OSError):  # a kernel may be built without
             mapped.madvise(mmap.MADV_HUGEPAGE)

@@ -208,18 +208,15 @@ class Compiled(Cpu):
     def cut_few(self, pieces: Sequence[Piece], place: int, kept: Sequence[Tensor]) -> Cut:
         """As Passes.cut_few."""
         if len(pieces) == 1:
-            bits, alive, stays = _bits(pieces[0]), _alive(pieces[0]), kept[0].numpy()
-        else:
-            bits, alive = _joined(pieces)
-            stays = np.empty_like(alive)
-        found = _scratch("found", len(bits), BITS[pieces[0].dtype]).numpy()
-        at = _scratch("at", len(bits), torch.int32).numpy()
-        cut = kernels.cut_few(bits, alive, _largest(bits), place, stays, found, at)
+            return _cut_few(_bits(pieces[0]), _alive(pieces[0]), place, kept[0].numpy())
+        bits, alive = _side_by_side(pieces)
+        stays = np.empty_like(alive)
+        cut = _cut_few(bits, alive, place, stays)
         begin = 0
-        for part in kept if len(pieces) > 1 else ():
+        for part in kept:
             part.numpy()[:] = stays[begin : begin + len(part)]
             begin += len(part)
-        return Cut(*map(int, cut))
+        return cut
 
     def count_equal(self, piece: Piece, key: int) -> int:
         """As Passes.count_equal."""
@@ -304,10 +301,19 @@ def _alive(piece: Piece) -> Any:
     return None if piece.alive is None else piece.alive.numpy()
 
 
-def _joined(pieces: Sequence[Piece]) -> tuple[Any, Any]:
-    """The bits of pieces, each from a new byte of the mask on, and which of them are alive."""
+def _cut_few(bits: Any, alive: Any, place: int, kept: Any) -> Cut:
+    found = _scratch("found", len(bits), torch.from_numpy(bits).dtype).numpy()
+    at = _scratch("at", len(bits), torch.int32).numpy()
+    return Cut(*map(int, kernels.cut_few(bits, alive, _largest(bits), place, kept, found, at)))
+
+
+def _side_by_side(pieces: Sequence[Piece]) -> tuple[Any, Any]:
+    """The bits of pieces, each from a new byte of the mask on, and which of them are alive.
+
+    What lies between them is not: of a mask the last byte is padded with 0.
+    """
     sizes = [(piece.units + 7) // 8 for piece in pieces]
-    bits = _scratch("joined", 8 * sum(sizes), BITS[pieces[0].dtype]).numpy()
+    bits = _scratch("pieces", 8 * sum(sizes), BITS[pieces[0].dtype]).numpy()
     alive = np.full(sum(sizes), 0xFF, np.uint8)
     begin = 0
     for piece, size in zip(pieces, sizes, strict=True):

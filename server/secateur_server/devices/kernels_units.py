@@ -70,14 +70,14 @@ def most_ones(lines: Any, most: Any) -> None:
             pairs = np.uint8(byte - np.uint8((byte >> 1) & 0x55))
             fours = np.uint8(np.uint8(pairs & 0x33) + np.uint8((pairs >> 2) & 0x33))
             eights[i] = np.uint8(fours & 0x0F) + np.uint8(fours >> 4)
-            two |= np.uint8(pairs & 0xAA) | np.uint8(byte & 0x01)
+            two |= np.uint8(pairs & 0xAA)
             four = max(four, max(np.uint8(fours & 0x0F), np.uint8(fours >> 4)))
             eight = max(eight, eights[i])
         for i in range(len(by_two)):
             sixteen = max(
                 sixteen, np.uint16(np.uint16(by_two[i] & 0xFF) + np.uint16(by_two[i] >> 8))
             )
-    most[0] = 2 if two & 0xAA else min(1, eight)
+    most[0] = 2 if two else min(1, eight)
     most[1], most[2], most[3] = four, eight, sixteen
 
 

@@ -2,25 +2,20 @@
 
 import hashlib
 import hmac
-import logging
 import os
-import threading
-import time
 import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 
 from secateur_server.errors import Unauthenticated
+from secateur_server.operate.reload import Reloaded, Unusable
 from secateur_server.operate.units import byte_count
 
-log = logging.getLogger(__name__)
-
-# How often the file of tokens is looked at.
-LOOK_SECONDS = 1.0
 # Shorter ones can be found by trying.
 LEAST_CHARACTERS = 16
 _HASHED = "sha256:"
@@ -46,7 +41,7 @@ class Tenant:
 ANYBODY = Tenant("", "0" * 32)
 
 
-class BadTokens(Exception):
+class BadTokens(Unusable):
     """A file of tokens that cannot be used."""
 
 
@@ -57,16 +52,15 @@ class Callers:
     """
 
     def __init__(self, path: Path | None, reloaded: Callable[[bool], None]) -> None:
-        self._path, self._reloaded = path, reloaded
-        self._lock = threading.Lock()
-        self._looked = time.monotonic()
-        self._version = _version(path) if path else None
-        self._tenants = read_tokens(path) if path else {}
+        self._file: Reloaded[dict[bytes, Tenant]] | None = None
+        if path:
+            what, version = f"list of tokens {path}", partial(_version, path)
+            self._file = Reloaded(what, version, partial(read_tokens, path), reloaded)
 
     @property
     def tenants(self) -> list[Tenant]:
         """Those of the file."""
-        return list(self._tenants.values())
+        return list(self._file.value().values()) if self._file else []
 
     def caller(self, metadata: Iterable[tuple[str, str | bytes]]) -> Tenant:
         """The tenant of a call's metadata.  Errors: Unauthenticated."""
@@ -75,37 +69,18 @@ class Callers:
             raise Unauthenticated("authorization", "it is there more than once")
         value = values[0] if values else ""
         text = value.encode() if isinstance(value, str) else value
-        if self._path is None:
+        if self._file is None:
             return Tenant("", _owner_of(text)) if text else ANYBODY
         scheme, _, token = text.partition(b" ")
         if scheme.lower() != b"bearer" or not token:
             raise Unauthenticated("authorization", "this server asks for a bearer token")
-        self._look(self._path)
         found, asked = None, hashlib.sha256(token.strip()).digest()
-        for digest, tenant in self._tenants.items():  # all of them: the time tells nothing
+        for digest, tenant in self._file.value().items():  # all of them: the time tells nothing
             if hmac.compare_digest(digest, asked):
                 found = tenant
         if found is None:
             raise Unauthenticated("authorization", "the token is not known")
         return found
-
-    def _look(self, path: Path) -> None:
-        """Reads the file again where it has changed; one that is wrong changes nothing."""
-        with self._lock:
-            if time.monotonic() - self._looked < LOOK_SECONDS:
-                return
-            self._looked = time.monotonic()
-            if (version := _version(path)) == self._version:
-                return
-            self._version = version
-            try:
-                self._tenants = read_tokens(path)
-            except BadTokens as error:
-                log.error("the tokens stay as they were: %s", error)
-                self._reloaded(False)
-            else:
-                log.info("read %d tokens from %s", len(self._tenants), path)
-                self._reloaded(True)
 
 
 def _version(path: Path) -> tuple[int, int, int] | None:

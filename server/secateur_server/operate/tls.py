@@ -1,23 +1,19 @@
 """Certificates, read again when their files change."""
 
-import logging
 import ssl
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
 
-log = logging.getLogger(__name__)
-
-# How often the files are looked at: a connection's start does it.
-LOOK_SECONDS = 1.0
+from secateur_server.operate.reload import Reloaded, Unusable
 
 
-class BadCertificate(Exception):
+class BadCertificate(Unusable):
     """Files that TLS cannot be served with."""
 
 
@@ -67,32 +63,21 @@ def _seen(files: TlsFiles) -> tuple[bytes | None, ...] | None:
 
 
 def server_credentials(files: TlsFiles, reloaded: Callable[[bool], None]) -> grpc.ServerCredentials:
-    """Credentials that follow their files. What cannot be used changes nothing.
+    """Credentials that follow their files: at the start of each connection they are looked at.
 
-    reloaded: is called with whether they could be used, each time that they have changed.
-    Errors: BadCertificate.
+    reloaded: as of Reloaded.  Errors: BadCertificate.
     """
-    seen, lock = _seen(files), threading.Lock()  # before they are loaded: they may change meanwhile
-    first, looked = files.load(), time.monotonic()
+    loaded = Reloaded(f"certificate {files.cert}", partial(_seen, files), files.load, reloaded)
+    first = served = loaded.value()
+    lock = threading.Lock()  # of connections that begin at once, none is to bring back an older one
 
     def fetch() -> Any:
-        nonlocal seen, looked
+        nonlocal served
         with lock:
-            if time.monotonic() - looked < LOOK_SECONDS:
+            if (now := loaded.value()) is served:
                 return None
-            looked = time.monotonic()
-            if (version := _seen(files)) == seen:
-                return None
-            seen = version
-            try:
-                found = files.load()
-            except BadCertificate as error:
-                log.error("the certificate stays as it was: %s", error)
-                reloaded(False)
-                return None
-            log.info("read the certificate %s again", files.cert)
-            reloaded(True)
-            return found
+            served = now
+            return now
 
     return grpc.dynamic_ssl_server_credentials(
         first, fetch, require_client_authentication=files.client_ca is not None

@@ -37,7 +37,7 @@ def measure(parameter: Parameter) -> Sparsity:
     zeros = pruned if parameter.is_nonzero else pruned + _zeros_kept(parameter)
     nonzero = _Nonzero(parameter, mask if zeros == pruned else None)
     shape = parameter.weight.shape
-    if shape and zeros > 0 and total <= FEW:
+    if shape and zeros > 0 and total <= AT_ONCE:
         layout = passes_of(parameter.weight.device).layout(nonzero.whole().bits, shape)
         along = zip(shape, layout.nonzero_slices, strict=True) if len(shape) > 1 else ()
         zero_slices = tuple(size - count for size, count in along)
@@ -131,8 +131,8 @@ def _zero_slices_along(nonzero: _Nonzero, dim: int) -> int:
     return shape[dim] - int(found.count_nonzero())
 
 
-# Up to so many elements are looked at all at once.
-FEW = 1 << 20
+# Up to so many elements are looked at in one pass.
+AT_ONCE = 1 << 20
 
 # So many of each slice are looked at before all are.
 CORNERS = (8, 64)
