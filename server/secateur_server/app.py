@@ -38,9 +38,9 @@ OPTIONS = (
     # A chunk is 1 MiB; the header of a first message has names and a spec.
     ("grpc.max_receive_message_length", 16 << 20),
     ("grpc.max_send_message_length", -1),
-    # What a call may send before it is read: a little less than a message. So each is read while it
-    # is in a cache, and nothing waits in memory that no limit counts. grpc would let the window grow
-    # with the throughput, to tens of MB for each call.
+    # What a call may send before it is read: a little less than a message. So each is read while
+    # it is in a cache, and nothing waits in memory that no limit counts. grpc would let the window
+    # grow with the throughput, to tens of MB for each call.
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", CHUNK_BYTES),
     # A peer that is gone without a word, as behind a firewall that forgot it, is noticed after
