@@ -2,61 +2,49 @@
 
     python benchmarks/stages.py
 
-The server runs in this process with timers around its stages, the client in another. Stages are
-walls in the thread of the call; the passes inside of them use all cores.
+The server runs in this process, the client in another. Stages are what the server's log says of its
+calls: walls in the thread of the call; the passes inside of them use all cores.
 """
 
-import functools
+import logging
+import statistics
 import time
-from collections import defaultdict
 from multiprocessing import get_context
-from typing import Any
 
 import torch
 
 import secateur
-import secateur_server.pruning.select as select
-import secateur_server.service as service
 from secateur_server.app import App
 from secateur_server.config import read_config
-from secateur_server.model import Model
 
 CALLS = 9
-STAGES = {
-    "read (receive, copy, hash, count)": (Model, "read"),
-    "find the threshold": (select, "_sampled_bounds"),
-    "write the masks": (select, "_cut_within"),
-    "report": (service, "encode_report"),
-}
+
+
+class Calls(logging.Handler):
+    """Keeps the stages of each call that is logged.  Seconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages: list[dict[str, float]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """As logging.Handler.emit."""
+        if found := getattr(record, "call", None):
+            self.stages.append(found["stage_seconds"])
 
 
 def main() -> None:
-    """Measures, and prints the shares."""
-    spent: dict[str, float] = defaultdict(float)
+    """Measures, and prints the medians and their shares of a call."""
+    calls = Calls()
+    logging.basicConfig(level=logging.INFO, handlers=[calls])
     arguments = ["--address", "127.0.0.1:0", "--metrics-address", ""]
     with App(read_config(arguments, {})) as app:
-        seconds = call(app.address, 3)  # memory touched, kernels compiled
-        for stage, (place, name) in STAGES.items():
-            setattr(place, name, timed(getattr(place, name), stage, spent))
         seconds = call(app.address, CALLS)
     print(f"a call: {seconds:.3f} s")
-    for stage in STAGES:
-        share = spent[stage] / (CALLS + 1)  # each child begins with one call that is not counted
-        print(f"{stage:<32}{share:.3f} s {share / seconds:>6.0%}")
-
-
-def timed(function: Any, stage: str, spent: dict[str, float]) -> Any:
-    """A function that adds its seconds to those of its stage."""
-
-    @functools.wraps(function)
-    def timer(*arguments: Any, **options: Any) -> Any:
-        begin = time.perf_counter()
-        try:
-            return function(*arguments, **options)
-        finally:
-            spent[stage] += time.perf_counter() - begin
-
-    return timer
+    of_calls = calls.stages[-CALLS:]  # without the first, in which kernels are compiled
+    for stage in of_calls[0]:
+        median = statistics.median(stages[stage] for stages in of_calls)
+        print(f"{stage:<10}{median:.3f} s {median / seconds:>6.0%}")
 
 
 def call(address: str, calls: int) -> float:
