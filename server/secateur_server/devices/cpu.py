@@ -208,10 +208,11 @@ class Compiled(Cpu):
     def cut_few(self, pieces: Sequence[Piece], place: int, kept: Sequence[Tensor]) -> Cut:
         """As Passes.cut_few."""
         if len(pieces) == 1:
-            return _cut_few(_bits(pieces[0]), _alive(pieces[0]), place, kept[0].numpy())
+            of_piece = _bits(pieces[0]), _alive(pieces[0])
+            return _cut_few(*of_piece, pieces[0].dtype, place, kept[0].numpy())
         bits, alive = _side_by_side(pieces)
         stays = np.empty_like(alive)
-        cut = _cut_few(bits, alive, place, stays)
+        cut = _cut_few(bits, alive, pieces[0].dtype, place, stays)
         begin = 0
         for part in kept:
             part.numpy()[:] = stays[begin : begin + len(part)]
@@ -301,8 +302,8 @@ def _alive(piece: Piece) -> Any:
     return None if piece.alive is None else piece.alive.numpy()
 
 
-def _cut_few(bits: Any, alive: Any, place: int, kept: Any) -> Cut:
-    found = _scratch("found", len(bits), torch.from_numpy(bits).dtype).numpy()
+def _cut_few(bits: Any, alive: Any, dtype: torch.dtype, place: int, kept: Any) -> Cut:
+    found = _scratch("found", len(bits), BITS[dtype]).numpy()
     at = _scratch("at", len(bits), torch.int32).numpy()
     return Cut(*map(int, kernels.cut_few(bits, alive, _largest(bits), place, kept, found, at)))
 

@@ -148,12 +148,8 @@ def count_slices(flags: Any, outer: int, size: int, inner: int) -> int:
             join(block, found)
         else:
             for s in range(size):
-                if found[s]:
-                    continue
-                for flag in block[s * inner : (s + 1) * inner]:
-                    if flag:
-                        found[s] = 1
-                        break
+                if not found[s]:
+                    found[s] = block[s * inner : (s + 1) * inner].any()
         if o % 16 == 0 and found.all():  # as mostly, of what was not pruned by slices
             break
     return int(np.count_nonzero(found))

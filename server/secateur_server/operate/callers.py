@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import logging
 import os
 import tomllib
 from collections.abc import Callable, Iterable
@@ -15,6 +16,8 @@ from blake3 import blake3
 from secateur_server.errors import Unauthenticated
 from secateur_server.operate.reload import Reloaded, Unusable
 from secateur_server.operate.units import byte_count
+
+log = logging.getLogger(__name__)
 
 # Shorter ones can be found by trying.
 LEAST_CHARACTERS = 16
@@ -55,7 +58,7 @@ class Callers:
         self._file: Reloaded[dict[bytes, Tenant]] | None = None
         if path:
             what, version = f"list of tokens {path}", partial(_version, path)
-            self._file = Reloaded(what, version, partial(read_tokens, path), reloaded)
+            self._file = Reloaded(what, version, partial(_read, path), reloaded)
 
     @property
     def tenants(self) -> list[Tenant]:
@@ -81,6 +84,13 @@ class Callers:
         if found is None:
             raise Unauthenticated("authorization", "the token is not known")
         return found
+
+
+def _read(path: Path) -> dict[bytes, Tenant]:
+    """As read_tokens; the log has how many there are."""
+    tenants = read_tokens(path)
+    log.info("read %d tokens from %s", len(tenants), path)
+    return tenants
 
 
 def _version(path: Path) -> tuple[int, int, int] | None:

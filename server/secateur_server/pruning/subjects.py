@@ -110,7 +110,7 @@ def _tensor(
 
 
 def is_everything(amount: Amount) -> bool:
-    """Whether all units go; the int 1 is one of them."""
+    """Whether all units go: by the fraction 1.0, where the int 1 is one unit."""
     return isinstance(amount, float) and amount == 1.0
 
 
