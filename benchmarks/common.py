@@ -86,13 +86,13 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - begin, returned
 
 
-def make_model(millions: int) -> Model:
+def make_model(millions: int, device: str = "cpu") -> Model:
     """Normal weights, scaled as layers of a network are; the same in each process."""
     torch.manual_seed(millions)
     columns = [millions * 10 * share for share in SHARES]
     return without_ties_at_the_cut(
         {
-            f"layer{number}.weight": torch.randn(1000, width) / width**0.5
+            f"layer{number}.weight": torch.randn(1000, width, device=device) / width**0.5
             for number, width in enumerate(columns)
         }
     )

@@ -13,8 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import against_torch
 import checkpoints
+import gpu
 import lenet
 import many
 import methods
@@ -50,6 +53,9 @@ def main() -> None:
     show(methods.COLUMNS, methods.rows(found["choices"]))
     found["plans"] = plan.compare(options.largest)
     show(plan.COLUMNS, plan.rows(found["plans"]))
+    if torch.cuda.is_available():
+        found["gpu"] = gpu.compare(2 * options.largest)
+        show(gpu.COLUMNS, gpu.rows(found["gpu"]))
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
     if options.svg:

@@ -1,8 +1,17 @@
-"""The same masks on a GPU as on the CPU."""
+"""The same masks on a GPU as on the CPU; where there is none, its kernels are interpreted."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from secateur_server import devices
+from secateur_server.pruning import select
 from secateur_server.pruning.granularity import Element, Slice
 from secateur_server.pruning.measure import fold, measure
 from secateur_server.pruning.prune import prune
@@ -16,10 +25,32 @@ from secateur_server.pruning.spec import (
 )
 from tests.pruning.bits import unpacked
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+pytest.importorskip("triton", reason="there is no Triton for this platform")
+from secateur_server.devices import fused, kernels_cuda
+from secateur_server.devices.cuda import Cuda
+
+IS_HERE = torch.cuda.is_available()
+GPU = pytest.mark.skipif(not IS_HERE, reason="torch sees no CUDA device")
+INTERPRETED = pytest.mark.skipif(IS_HERE, reason="the GPU's own kernels are compiled")
+WHERE = [
+    pytest.param("cuda", marks=[pytest.mark.gpu, GPU]),
+    pytest.param("interpreted", marks=INTERPRETED),
 ]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=WHERE)
+def to_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
+    """From its call on tensors on the device that it returns are worked on as on a GPU."""
+
+    def start() -> str:
+        if request.param == "cuda":
+            return "cuda"
+        monkeypatch.setattr(devices, "_COMPILED", fused.Fused(CPU))
+        return "cpu"
+
+    return start
+
 
 RULES: dict[str, Rule] = {
     "l1": Selection("r", ("a", "b"), Magnitude(), Element(), "tensor", 0.3, {}),
@@ -35,22 +66,149 @@ RULES: dict[str, Rule] = {
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("first", RULES)
-def test_masks_and_measures_are_those_of_the_cpu(dtype: torch.dtype, first: str) -> None:
+def test_masks_and_measures_are_those_of_the_cpu(
+    to_gpu: Callable[[], str], dtype: torch.dtype, first: str
+) -> None:
     torch.manual_seed(0)
-    weights = {"a": torch.randn(64, 96, 3, 3).to(dtype), "b": torch.randn(33, 1000).to(dtype)}
-    extras = {"s": torch.randn(64, 96, 3, 3), "m": torch.rand(64, 96, 3, 3) > 0.5}
+    weights = {"a": torch.randn(32, 24, 3, 3).to(dtype), "b": torch.randn(33, 301).to(dtype)}
+    extras = {"s": torch.randn(32, 24, 3, 3), "m": torch.rand(32, 24, 3, 3) > 0.5}
     rules = [RULES[first], *RULES.values()]  # each among what the ones before left
-    expected, choices = prune({n: Parameter(w) for n, w in weights.items()}, rules, extras)
+    assert_same(to_gpu, weights, rules, extras)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
+def test_so_many_units_that_not_all_are_ranked_at_once(
+    to_gpu: Callable[[], str], monkeypatch: pytest.MonkeyPatch, fraction: float
+) -> None:
+    """With ties; and of the second rule a part is pruned already."""
+    monkeypatch.setattr(fused.Fused, "ranked", 1 << 16)  # a tensor is more than a piece
+    torch.manual_seed(0)
+    weights = {name: torch.randn(300, 700).mul(50).round().div(50) for name in "ab"}
+    rules = [
+        Selection("r", ("a", "b"), importance, Element(), "global", fraction, {})
+        for importance in (Magnitude(), Random(5))
+    ]
+    assert_same(to_gpu, weights, rules, {})
+
+
+@pytest.mark.parametrize("values", ["normal", "three values", "zeros"])
+def test_a_sample_bounds_the_cut(
+    to_gpu: Callable[[], str], monkeypatch: pytest.MonkeyPatch, values: str
+) -> None:
+    """Of a quarter of a million units as of millions."""
+    for name, value in {"LARGE": 1 << 18, "SAMPLE": 1 << 12, "FEW": 1 << 12}.items():
+        monkeypatch.setattr(select, name, value)
+    torch.manual_seed(0)
+    weight = torch.randn(select.LARGE + 1001)
+    if values != "normal":
+        weight = weight.sign() * (0 if values == "zeros" else (torch.rand_like(weight) > 0.4))
+    rule = Selection("r", ("w",), Magnitude(), Element(), "global", 0.5, {})
+    assert_same(to_gpu, {"w": weight}, [rule], {})
+
+
+def assert_same(
+    to_gpu: Callable[[], str],
+    weights: dict[str, Tensor],
+    rules: Sequence[Rule],
+    extras: dict[str, Tensor],
+) -> None:
+    """What a GPU makes of rules is what the CPU does."""
+    expected, choices = prune({n: Parameter(w.clone()) for n, w in weights.items()}, rules, extras)
+    measures = {name: measure(parameter) for name, parameter in expected.items()}
+    for parameter in expected.values():
+        fold(parameter)
+    device = to_gpu()
     found, found_choices = prune(
-        {name: Parameter(weight.cuda()) for name, weight in weights.items()},
+        {name: Parameter(weight.to(device)) for name, weight in weights.items()},
         rules,
-        {name: extra.cuda() for name, extra in extras.items()},
+        {name: extra.to(device) for name, extra in extras.items()},
     )
     assert found_choices == choices
     assert found.keys() == expected.keys()
     for name, parameter in found.items():
-        assert torch.equal(unpacked(parameter), unpacked(expected[name]))
-        assert measure(parameter) == measure(expected[name])
+        assert torch.equal(unpacked(parameter).cpu(), unpacked(expected[name]))
+        assert measure(parameter) == measures[name]
         fold(parameter)
-        fold(expected[name])
         assert torch.equal(parameter.weight.cpu(), expected[name].weight)
+
+
+def broken(*args: object, **switches: object) -> None:
+    raise RuntimeError("Failed to find C compiler.")
+
+
+def idle(*args: object, **switches: object) -> None:
+    pass
+
+
+class Kernel:
+    """Runs as a function instead of a kernel."""
+
+    def __init__(self, run: Callable[..., None]) -> None:
+        self.run = run
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        return self.run
+
+
+@INTERPRETED
+@pytest.mark.parametrize("name", ["split", "add_digits", "extremes", "count_ones"])
+@pytest.mark.parametrize(
+    ("run", "why"),
+    [(broken, "Failed to find C compiler."), (idle, "Triton's counts differ from torch's")],
+)
+def test_where_triton_fails_torch_does_the_passes(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    run: Callable[..., None],
+    why: str,
+) -> None:
+    of_device = fused.passes_on.__wrapped__  # not what was found before
+    assert of_device(CPU) is fused.Fused
+    monkeypatch.setattr(kernels_cuda, name, Kernel(run))
+    assert of_device(CPU) is Cuda
+    assert caplog.messages == [f"cpu: passes are not compiled, which would be faster: {why}"]
+
+
+# Compiles every kernel for one kind of GPU, and says how wide the loads of 4-byte scores are.
+COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from secateur_server.devices import kernels_cuda as kernels
+
+OF_BYTES = {"counts": "*i64", "found": "*i64", "count": "*i64", "state": "i64", "begin": "i64"}
+OF_BYTES |= dict.fromkeys(("alive", "kept", "within"), "*u8")
+
+def compiled(kernel, bits, **switches):
+    number = "i64" if bits == "*i64" else "i32"
+    names = kernel.arg_names
+    types = {n: OF_BYTES.get(n, bits if n == "bits" else number) for n in names}
+    types |= dict.fromkeys(switches, "constexpr")
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if "*" in types[n]}
+    values = {(names.index(n),): value for n, value in switches.items()}
+    source = ASTSource(kernel, types, values, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32)).asm
+
+for bits in ("*i8", "*i16", "*i32", "*i64"):
+    for kernel in (kernels.split, kernels.add_digits):
+        for are_all in (True, False):
+            asm = compiled(kernel, bits, is_random=False, are_all=are_all)
+            assert len(asm["cubin"]) > 0
+            assert bits != "*i32" or "ld.global.v4.b32" in asm["ptx"], kernel
+    asm = compiled(kernels.extremes, bits)
+    assert bits != "*i32" or "ld.global.v4.b32" in asm["ptx"]
+compiled(kernels.split, "*i32", is_random=True, are_all=True)
+compiled(kernels.add_digits, "*i32", is_random=True, are_all=False)
+compiled(kernels.count_ones, "*u8")
+print("compiled")
+"""
+
+
+@pytest.mark.parametrize("capability", [90])
+def test_the_kernels_compile_for_gpus_that_are_not_here(capability: int, tmp_path: Path) -> None:
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", COMPILE, str(capability)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert (ended.returncode, ended.stdout) == (0, "compiled\n"), ended.stderr

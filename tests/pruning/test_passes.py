@@ -1,6 +1,7 @@
 """The passes of each kind of device beside their definition."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -24,6 +25,10 @@ from tests.pruning.bits import packed, unpacked
 CPU = torch.device("cpu")
 # What the torch operations of every device give, what numpy gives, and the compiled passes.
 ALL = [Passes(CPU), Cpu(CPU), Compiled(CPU)]
+if "TRITON_INTERPRET" in os.environ:  # and those of a GPU
+    from secateur_server.devices.fused import Fused
+
+    ALL.append(Fused(CPU))
 KINDS = pytest.mark.parametrize("passes", ALL, ids=lambda passes: type(passes).__name__)
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16])
 VALUES = st.lists(

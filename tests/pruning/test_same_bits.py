@@ -141,6 +141,7 @@ def test_neither_pieces_nor_the_way_to_the_cut_show(
 def cut_into(monkeypatch: pytest.MonkeyPatch, piece: int, way: str) -> None:
     """Does to few units what is done to millions."""
     monkeypatch.setattr(Passes, "piece", piece)
+    monkeypatch.setattr(Passes, "ranked", piece)
     monkeypatch.setattr(select, "FEW", 0)  # few units are ranked at once
     if way == "histograms":
         monkeypatch.setattr(select, "FEW_OF", 1 << 40)

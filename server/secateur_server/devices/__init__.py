@@ -18,8 +18,16 @@ _CPU, _COMPILED = Cpu(torch.device("cpu")), Compiled(torch.device("cpu"))
 def passes_of(device: torch.device) -> Passes:
     """The passes of a device."""
     if device.type == "cuda":
-        return Cuda(device)
+        return _of_gpu(device)
     return _COMPILED if kernels.enabled else _CPU
+
+
+def _of_gpu(device: torch.device) -> Passes:
+    try:
+        from secateur_server.devices.fused import passes_on  # Triton, which takes 0.2 s to import
+    except ImportError:
+        return Cuda(device)
+    return passes_on(device)(device)
 
 
 # What takes more than this share of a call's memory to work in lies on disk: some are held at once.

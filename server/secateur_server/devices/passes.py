@@ -47,6 +47,18 @@ class Cut:
     equal: int
 
 
+@dataclass(frozen=True)
+class Split:
+    """Of a piece: how many units are above bounds; the keys of those within, and where they are.
+
+    at: int32.
+    """
+
+    above: int
+    keys: Tensor
+    at: Tensor
+
+
 # Bytes that each unit takes of those ranked at once: keys, places, their copies, and a flag.
 BYTES_OF_FEW = 48
 
@@ -67,8 +79,8 @@ class Layout:
 class Passes:
     """Each pass reads a piece once. A device overrides what it does better, with the same bits."""
 
-    # Elements of a piece, a multiple of 8.
-    piece = 1 << 20
+    # Elements of a piece, a multiple of 8; and of those that are only looked at, or ranked.
+    piece = ranked = 1 << 20
     # Whether what has just landed is in a cache, and is to be looked at there.
     is_cached = False
     # How many of them `each` works on at once.
@@ -198,9 +210,14 @@ class Passes:
 
     def sample(self, piece: Piece, index: Tensor) -> Tensor:
         """The keys of the units that are alive at `index`, ascending, as far as there are."""
-        index = index[: int(torch.searchsorted(index, piece.units))]
+        if piece.units < self.ranked:
+            index = index[: int(torch.searchsorted(index, piece.units))]
         if piece.alive is not None:
             index = index[bits_at(piece.alive, index)]
+        return self.keys_at(piece, index)
+
+    def keys_at(self, piece: Piece, index: Tensor) -> Tensor:
+        """The keys of the units at `index`."""
         if isinstance(piece.scores, RandomScores):
             return random_keys(piece.scores, index)
         return as_keys(piece.scores[index], piece.dtype)
@@ -248,11 +265,21 @@ class Passes:
         at = ((keys >= low) & (keys < high)).nonzero().view(-1)
         return keys[at], at.to(torch.int32)
 
+    def split_all(
+        self, pieces: Sequence[Piece], low: int, high: int, kept: Sequence[Tensor]
+    ) -> list[Split]:
+        """As split, of each piece.  kept: the bits of each, written to."""
+
+        def split(part: tuple[Piece, Tensor]) -> Split:
+            keys, at = self.split(part[0], low, high, part[1])
+            return Split(self.count_ones(part[1]), keys, at)
+
+        return self.each(split, list(zip(pieces, kept, strict=True)))
+
     def keep(self, kept: Tensor, at: Tensor, stays: Tensor) -> None:
-        """Keeps the units at `at`, int32, that stay, bool.  kept: bits, written to."""
-        flags = self.unpack(kept, 8 * len(kept))
-        flags[at[stays]] = True
-        kept.copy_(self.pack(flags))
+        """Keeps the units at `at`, int32, that stay, bool.  kept: bits, 0 there; written to."""
+        at = at[stays]
+        kept.index_add_(0, at >> 3, (1 << (at & 7)).to(torch.uint8))
 
     def any_along(self, flags: Tensor) -> Tensor:
         """Which of the second dimension's indices have a flag.  flags: bool, 3-D."""

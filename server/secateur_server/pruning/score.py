@@ -87,7 +87,7 @@ def refuse_nan(values: Tensor, mask: Mask | None, field: str, seen: Seen | None 
         return
     passes, flat = passes_of(values.device), values.reshape(-1)
     if seen is None:
-        parts = spans(len(flat), passes.piece)
+        parts = spans(len(flat), passes.ranked)
         found = passes.each(lambda s: passes.extremes(flat[slice(*s)]), parts)
         largest = max((most for _, most in found), default=0)
     else:

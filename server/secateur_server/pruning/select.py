@@ -85,7 +85,7 @@ def select(rankings: Sequence[Ranking], alive: int, count: int) -> tuple[list[Ma
     parts = [
         (piece_of(ranking, dtype, *span), mask.part(*span))
         for ranking, mask in zip(rankings, masks, strict=True)
-        for span in spans(ranking.units, passes.piece)
+        for span in spans(ranking.units, passes.ranked)
     ]
     pieces, kept = [piece for piece, _ in parts], [kept for _, kept in parts]
     units = Units(passes, pieces, kept, alive, _sampled(rankings, dtype))
@@ -117,7 +117,7 @@ def _sampled(rankings: Sequence[Ranking], dtype: torch.dtype) -> list[Tensor]:
 def _apply(units: Units, count: int) -> Cut:
     """Marks what stays when `count` units go.  Returns: the cut."""
     if count == 0:
-        _split(units, 0, 0)
+        units.passes.split_all(units.pieces, 0, 0, units.kept)
         return NOTHING
     if units.total <= FEW:
         return units.passes.cut_few(units.pieces, count, units.kept)
@@ -128,7 +128,7 @@ def _apply(units: Units, count: int) -> Cut:
 
 def _cut_within(units: Units, count: int, low: int, high: int) -> Cut | None:
     """Marks what stays, if the cut is in [low, high).  Returns: the cut; None where it is not."""
-    found = _split(units, low, high)
+    found = units.passes.split_all(units.pieces, low, high, units.kept)
     sizes = [len(part.keys) for part in found]
     place = count - (units.alive - sum(part.above for part in found) - sum(sizes))
     if not 1 <= place <= sum(sizes):  # of the cut among those within
@@ -140,25 +140,6 @@ def _cut_within(units: Units, count: int, low: int, high: int) -> Cut | None:
     return cut
 
 
-@dataclass(frozen=True)
-class Split:
-    """Of a piece: how many units are above bounds; the keys of those within, and where they are."""
-
-    above: int
-    keys: Tensor
-    at: Tensor
-
-
-def _split(units: Units, low: int, high: int) -> list[Split]:
-    """Keeps what is alive and at `high` or above.  Returns: what is in [low, high)."""
-
-    def split(part: tuple[Piece, Tensor]) -> Split:
-        keys, at = units.passes.split(part[0], low, high, part[1])
-        return Split(units.passes.count_ones(part[1]), keys, at)
-
-    return units.passes.each(split, list(zip(units.pieces, units.kept, strict=True)))
-
-
 def _sampled_bounds(units: Units, count: int) -> tuple[int, int] | None:
     """Bounds of the cut that are all but certain; None where few units or many ties forbid it."""
     if units.total < LARGE:
@@ -166,7 +147,7 @@ def _sampled_bounds(units: Units, count: int) -> tuple[int, int] | None:
     passes, spacing = units.passes, min(SPACING, units.total // SAMPLE)
     if (memory := watch().work_memory) is not None:
         spacing = max(spacing, units.total * BYTES_OF_FEW // memory)
-    index = sample_places(passes.piece, spacing, passes.device)
+    index = sample_places(passes.ranked, spacing, passes.device)
     sampled = units.sampled or passes.each(lambda p: passes.sample(p, index), units.pieces)
     keys = torch.cat(list(sampled))
     if len(keys) < SAMPLE // 2:  # of many small tensors, or most are pruned
