@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection
 from secateur_proto.framing import CHUNK_BYTES
 from secateur_server.checkpoints import Checkpoints, add_checkpoints
 from secateur_server.config import Config
+from secateur_server.devices import passes_of
 from secateur_server.devices.cpu import one_thread
 from secateur_server.devices.watch import Watch
 from secateur_server.operate.admission import Admission
@@ -74,6 +75,7 @@ class App:
     def _start(self, opened: ExitStack) -> None:
         """opened: is closed when the server has stopped, in the reverse order."""
         config = self._config
+        passes_of(config.device)  # those of a GPU are compiled now, and not in the first call
         metrics = Metrics(config.device)
         store = open_store(config, metrics)
         opened.callback(store.close)

@@ -10,6 +10,7 @@ import torch
 from secateur_server.app import CannotStart, callers_of, credentials_of, host_and_port, traces_of
 from secateur_server.config import Config, is_public
 from secateur_server.devices import kernels, passes_of
+from secateur_server.devices.cuda import Cuda
 from secateur_server.devices.memory import memory_of
 from secateur_server.operate.metrics import Metrics
 
@@ -64,12 +65,15 @@ def _protected(config: Config, metrics: Metrics) -> str:
 def _device(device: torch.device) -> str:
     """Errors: CannotStart, where it does not work."""
     try:
-        passes_of(device).room(1 << 20)
+        passes = passes_of(device)
+        passes.room(1 << 20)
         _, free = memory_of(device)
     except RuntimeError as error:
         raise CannotStart(f"{device} does not work: {error}") from None
     if device.type == "cuda":
-        return f"{device}, {torch.cuda.get_device_name(device)}, {_size(free)} free"
+        is_compiled = type(passes) is not Cuda
+        how = "compiled by Triton" if is_compiled else "without Triton, which would be faster"
+        return f"{device}, {torch.cuda.get_device_name(device)}, {how}, {_size(free)} free"
     how = "compiled by numba" if kernels.enabled else "without numba, which would be faster"
     return f"cpu, {os.cpu_count()} cores, {how}, {_size(free)} free"
 

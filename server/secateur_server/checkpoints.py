@@ -59,7 +59,7 @@ class Checkpoints:
                 files = self._land(landing, header.files, data)
             try:
                 blobs = [of_blob(blob) for blob in self._store.open_files("data", files)]
-                map_model(blobs, None, ({}, {}), self._sources.device)
+                map_model(blobs, None, ({}, {}))
             except InvalidStateDict:
                 landing.abandon()
                 raise
@@ -117,7 +117,7 @@ class Checkpoints:
         blobs, masks = opened.files, opened.masks
         files = [of_blob(blob) for blob in blobs]
         mapped_masks = of_blob(masks) if masks else None
-        model, read = map_model(files, mapped_masks, ({}, {}), self._sources.device)
+        model, read = map_model(files, mapped_masks, ({}, {}))
         is_dense = output == pruner_pb2.OUTPUT_DENSE
         is_changed = masks or (is_dense and model.catalog.pairs)
         if output != pruner_pb2.OUTPUT_MASKS and not is_changed:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from secateur_proto.index import SUFFIX
@@ -31,9 +30,8 @@ def map_model(
     files: Sequence[MappedFile],
     masks: MappedFile | None,
     extras: Extras,
-    device: torch.device,
 ) -> tuple[Model, Read]:
-    """A model of which the headers are known, and a function that reads the rest.
+    """A model of which the headers are known, and a function that reads the rest, on the CPU.
 
     files: one, or shards and their index.  masks: of parameters that were pruned since, as bits.
     extras: what the catalog has of uploaded scores and masks, and themselves.
@@ -59,8 +57,8 @@ def map_model(
         watch().begin("read", sum(e.end - e.begin for _, entries, _ in parts for e in entries))
         tensors: dict[str, WireTensor] = {}
         for file, entries, base in parts:
-            tensors |= map_tensors(file, entries, base, device)
-        model.fill(tensors, values, _masks(masks, model, device) if masks else {})
+            tensors |= map_tensors(file, entries, base)
+        model.fill(tensors, values, _masks(masks, model) if masks else {})
 
     return model, read
 
@@ -95,10 +93,10 @@ def _index(
     return read_index(index.filename, index.data, names, tied)
 
 
-def _masks(file: MappedFile, model: Model, device: torch.device) -> dict[str, Mask]:
+def _masks(file: MappedFile, model: Model) -> dict[str, Mask]:
     """The masks that a checkpoint has beside its weights."""
     head, base = map_header(file)
     return {
         name: Mask(tensor.data, math.prod(model.catalog.prunable[name]))
-        for name, tensor in map_tensors(file, head.entries, base, device).items()
+        for name, tensor in map_tensors(file, head.entries, base).items()
     }

@@ -179,7 +179,7 @@ class Sources:
                 raise InvalidStateDict(
                     f"data[{quote(entry.name)}]", "holds no scores and no mask of the spec"
                 )
-        read = read_tensors(stream, header, self.device).items()
+        read = read_tensors(stream, header, torch.device("cpu")).items()
         values = {name: tensor.values() for name, tensor in read}
         return stored_of(header.entries), {n: v for n, v in values.items() if v is not None}
 
@@ -200,7 +200,7 @@ class Sources:
             for file in files:
                 file.check_unchanged()
 
-        model, read = map_model(files, masks, beside, self.device)
+        model, read = map_model(files, masks, beside)
         digest = stored[0].blake3 if len(stored) == 1 else ""
         size = sum(len(file.data) for file in files)
         return Incoming(model, size, read, lambda: digest, check_unchanged, stored)

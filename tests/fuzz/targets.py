@@ -94,7 +94,7 @@ def _streamed(chunks: Iterator[bytes], announced: int) -> tuple[Header, Tensors]
 def _mapped(data: bytes) -> Tensors:
     file = MappedFile("", memoryview(bytearray(data)))  # torch warns of memory that is read-only
     header, base = map_header(file)
-    return map_tensors(file, header.entries, base, CPU)
+    return map_tensors(file, header.entries, base)
 
 
 def _check_written(header: Header, tensors: Tensors) -> None:

@@ -19,8 +19,10 @@ _GROUPS = (
 _ROOT = Path("/sys/fs/cgroup")
 
 
-def total_memory() -> int:
-    """Bytes of memory that this process may use."""
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory that this process may use: the GPU's, or the machine's or container's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limits = (_number(_ROOT / limit) for limit, *_ in _GROUPS)
     return min([physical, *(limit for limit in limits if limit is not None)])
@@ -31,7 +33,7 @@ def memory_of(device: torch.device) -> tuple[int, int]:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total - free, free
-    total = total_memory()
+    total = total_memory(device)
     used = _used_by_group() if total < _meminfo("MemTotal") else None
     if used is None:
         used = _meminfo("MemTotal") - _meminfo("MemAvailable")

@@ -67,10 +67,8 @@ def _map_header(file: MappedFile) -> tuple[Header, int]:
     return parse_header(text, len(file.data) - 8 - length), 8 + length
 
 
-def map_tensors(
-    file: MappedFile, entries: Iterable[Entry], base: int, device: torch.device
-) -> dict[str, WireTensor]:
-    """The tensors of `entries`, on the file's own memory where the device is a CPU.
+def map_tensors(file: MappedFile, entries: Iterable[Entry], base: int) -> dict[str, WireTensor]:
+    """The tensors of `entries`, on the file's own memory: a GPU's may be less than the file.
 
     base: where the data begins.  One pass over their blocks checks them, and takes a first look.
     Of a file that is larger than the call's memory to work in it takes a sample as well: it is
@@ -99,7 +97,7 @@ def map_tensors(
         for name, look in of_block:
             looks.setdefault(name, []).append(look)
     return {
-        entry.name: _tensor(entry, data, base, seen_of(looks.get(entry.name, [])), device)
+        entry.name: _tensor(entry, data, base, seen_of(looks.get(entry.name, [])))
         for entry in entries
     }
 
@@ -149,12 +147,10 @@ class _Spans:
             index += 1
 
 
-def _tensor(
-    entry: Entry, data: torch.Tensor, base: int, seen: Seen | None, device: torch.device
-) -> WireTensor:
+def _tensor(entry: Entry, data: torch.Tensor, base: int, seen: Seen | None) -> WireTensor:
     part = data[base + entry.begin : base + entry.end]
     dtype = TORCH_DTYPES.get(entry.dtype)
     if dtype is not None and (base + entry.begin) % dtype.itemsize:
         # torch has no tensor whose elements are not aligned.
         part = room_to_work(len(part), passes_of(part.device)).copy_(part)
-    return WireTensor(entry.dtype, entry.shape, part.to(device), seen)
+    return WireTensor(entry.dtype, entry.shape, part, seen)
