@@ -86,6 +86,29 @@ def test_a_split_keeps_what_is_above_and_finds_what_is_within(
 
 @KINDS
 @many
+@given(dtype=DTYPES, data=st.data(), bounds=st.lists(st.floats(0, 9), min_size=2, max_size=2))
+def test_pieces_are_split_together_as_one_by_one(
+    passes: Passes, dtype: torch.dtype, data: st.DataObject, bounds: list[float]
+) -> None:
+    together = [drawn[0] for drawn in data.draw(st.lists(pieces(st.just(dtype)), max_size=5))]
+    if dtype == torch.float32:
+        scores = RandomScores(data.draw(st.integers(-(1 << 63), (1 << 63) - 1)))
+        alive = packed(torch.arange(50) % 3 > 0).bits
+        together += [Piece(50, scores, dtype, alive), *together[:1], Piece(50, scores, dtype, None)]
+    low, high = sorted(key_of(bound, dtype) for bound in bounds)
+    kept = [torch.empty((piece.units + 7) // 8, dtype=torch.uint8) for piece in together]
+    found = passes.split_all(together, low, high, kept)
+    for piece, part, bits in zip(together, found, kept, strict=True):
+        by_itself = torch.empty_like(bits)
+        keys, at = Passes(CPU).split(piece, low, high, by_itself)
+        assert torch.equal(bits, by_itself)
+        assert torch.equal(part.keys, keys)
+        assert torch.equal(part.at, at)
+        assert part.above == passes.count_ones(bits)
+
+
+@KINDS
+@many
 @given(drawn=pieces(), data=st.data())
 def test_counts_and_extremes_are_what_they_are_defined_as(
     passes: Passes, drawn: tuple[Piece, list[float], Tensor], data: st.DataObject

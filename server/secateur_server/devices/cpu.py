@@ -19,7 +19,16 @@ from torch import Tensor
 from secateur_server.devices import kernels, kernels_curve, kernels_units
 from secateur_server.devices.blocks import Blocks
 from secateur_server.devices.keys import BITS, signed_bits
-from secateur_server.devices.passes import DIGIT_BITS, Cut, Found, Layout, Passes, Piece, Work
+from secateur_server.devices.passes import (
+    DIGIT_BITS,
+    Cut,
+    Found,
+    Layout,
+    Passes,
+    Piece,
+    Split,
+    Work,
+)
 from secateur_server.devices.randomness import RandomScores
 from secateur_server.devices.watch import watch
 
@@ -37,6 +46,9 @@ def _start_in_pool() -> None:
     one_thread()
     _thread.in_pool = True
 
+
+# Of a split: a piece, and the bits of what is kept of it.
+Part = tuple[Piece, Tensor]
 
 _BLOCKS = Blocks()
 
@@ -155,7 +167,7 @@ class Compiled(Cpu):
 
     def add_digits(self, piece: Piece, prefix: int, shift: int, counts: Tensor) -> None:
         """As Passes.add_digits."""
-        bits = _bits(piece)
+        bits = _bits(piece).numpy()
         if shift + DIGIT_BITS == 8 * bits.itemsize:
             kernels.count_top_digits(bits, _alive(piece), _largest(bits), shift, counts.numpy())
         else:
@@ -173,7 +185,7 @@ class Compiled(Cpu):
         self, piece: Piece, prefixes: Tensor, shift: int, width: int, counts: Tensor
     ) -> None:
         """As Passes.count_many_digits."""
-        bits, into = _bits(piece), counts.numpy()
+        bits, into = _bits(piece).numpy(), counts.numpy()
         of = bits, _alive(piece), _largest(bits)
         if shift + width == 8 * bits.itemsize - 1:
             kernels.count_top_digits(*of, shift, into[0])
@@ -183,7 +195,7 @@ class Compiled(Cpu):
 
     def count_below(self, piece: Piece, key: int) -> tuple[int, int]:
         """As Passes.count_below."""
-        bits = _bits(piece)
+        bits = _bits(piece).numpy()
         cut = bits.dtype.type(key)
         below, equal = kernels_curve.count_below(bits, _alive(piece), _largest(bits), cut)
         return int(below), int(equal)
@@ -192,7 +204,7 @@ class Compiled(Cpu):
         """As Passes.sum_squares."""
         if values.dtype not in (torch.float32, torch.float64):  # numba has no half precision
             values = _scratch("values", len(values), torch.float64).copy_(values)
-        bits, size = _bits(piece), 2 * len(cuts) + 1
+        bits, size = _bits(piece).numpy(), 2 * len(cuts) + 1
         sums, counts = np.zeros(size), np.zeros(size, int)
         look = values.contiguous().numpy(), *_looked_up(cuts.numpy(), 0)
         kernels_curve.sum_squares(bits, _alive(piece), _largest(bits), *look, sums, counts)
@@ -200,7 +212,7 @@ class Compiled(Cpu):
 
     def sample(self, piece: Piece, index: Tensor) -> Tensor:
         """As Passes.sample."""
-        bits = _bits(piece)
+        bits = _bits(piece).numpy()
         found = torch.empty(len(index), dtype=BITS[piece.dtype])
         into = index.numpy(), found.numpy()
         return found[: kernels.sample(bits, _alive(piece), _largest(bits), *into)]
@@ -208,7 +220,7 @@ class Compiled(Cpu):
     def cut_few(self, pieces: Sequence[Piece], place: int, kept: Sequence[Tensor]) -> Cut:
         """As Passes.cut_few."""
         if len(pieces) == 1:
-            of_piece = _bits(pieces[0]), _alive(pieces[0])
+            of_piece = _bits(pieces[0]).numpy(), _alive(pieces[0])
             return _cut_few(*of_piece, pieces[0].dtype, place, kept[0].numpy())
         bits, alive = _side_by_side(pieces)
         stays = np.empty_like(alive)
@@ -221,20 +233,52 @@ class Compiled(Cpu):
 
     def count_equal(self, piece: Piece, key: int) -> int:
         """As Passes.count_equal."""
-        bits = _bits(piece)
+        bits = _bits(piece).numpy()
         cut = bits.dtype.type(key)
         return int(kernels.count_equal(bits, _alive(piece), _largest(bits), cut))
 
     def split(self, piece: Piece, low: int, high: int, kept: Tensor) -> tuple[Tensor, Tensor]:
         """As Passes.split."""
-        bits = _bits(piece)
-        found = _scratch("found", len(bits), BITS[piece.dtype])
-        at = _scratch("at", len(bits), torch.int32)
-        of_bits = bits.dtype.type  # of another dtype they would be compared as int64
-        bounds = of_bits(low), of_bits(high)
-        into = kept.numpy(), found.numpy(), at.numpy()
-        count = kernels.split(bits, _alive(piece), _largest(bits), *bounds, *into)
-        return found[:count].clone(), at[:count].clone()
+        (found,) = self._split_together([(piece, kept)], low, high)
+        return found.keys, found.at
+
+    def split_all(
+        self, pieces: Sequence[Piece], low: int, high: int, kept: Sequence[Tensor]
+    ) -> list[Split]:
+        """As Passes.split_all: small pieces go together."""
+        batches: list[list[Part]] = []
+        room = 0
+        for piece, bits in zip(pieces, kept, strict=True):
+            if piece.units > room:
+                batches.append([])
+                room = max(piece.units, self.piece)
+            batches[-1].append((piece, bits))
+            # Random scores are made in a place that the next ones take.
+            room = 0 if isinstance(piece.scores, RandomScores) else room - piece.units
+        found = self.each(lambda batch: self._split_together(batch, low, high), batches)
+        return list(itertools.chain.from_iterable(found))
+
+    def _split_together(self, batch: Sequence[Part], low: int, high: int) -> list[Split]:
+        units, dtype = sum(piece.units for piece, _ in batch), BITS[batch[0][0].dtype]
+        found, at = _scratch("found", units, dtype), _scratch("at", units, torch.int32)
+        held = [_bits(piece) for piece, _ in batch]
+        addresses = [
+            (
+                bits.data_ptr(),
+                0 if piece.alive is None else piece.alive.data_ptr(),
+                kept.data_ptr(),
+                piece.units,
+            )
+            for bits, (piece, kept) in zip(held, batch, strict=True)
+        ]
+        counts = np.empty((len(batch), 2), np.int64)
+        of_keys: Any = found.numpy()
+        of_bits = of_keys.dtype.type  # of another dtype they would be compared as int64
+        bounds = _largest(of_keys), of_bits(low), of_bits(high)
+        count = kernels.split_many(np.array(addresses), *bounds, of_keys, at.numpy(), counts)
+        above, within = counts.T.tolist()
+        keys, places = (torch.split(part[:count].clone(), within) for part in (found, at))
+        return list(map(Split, above, keys, places))
 
     def keep(self, kept: Tensor, at: Tensor, stays: Tensor) -> None:
         """As Passes.keep."""
@@ -289,13 +333,13 @@ def _scratch(name: str, count: int, dtype: torch.dtype) -> Tensor:
     return held[:size].view(dtype)
 
 
-def _bits(piece: Piece) -> Any:
+def _bits(piece: Piece) -> Tensor:
     """The integers that have the bits of a piece's scores."""
     if isinstance(piece.scores, RandomScores):
-        bits = _scratch("bits", piece.units, torch.int32).numpy()
-        kernels.random_bits(piece.scores.state, piece.scores.begin, bits)
+        bits = _scratch("bits", piece.units, torch.int32)
+        kernels.random_bits(piece.scores.state, piece.scores.begin, bits.numpy())
         return bits
-    return piece.scores.to(piece.dtype).contiguous().view(BITS[piece.dtype]).numpy()
+    return piece.scores.to(piece.dtype).contiguous().view(BITS[piece.dtype])
 
 
 def _alive(piece: Piece) -> Any:
@@ -318,7 +362,7 @@ def _side_by_side(pieces: Sequence[Piece]) -> tuple[Any, Any]:
     alive = np.full(sum(sizes), 0xFF, np.uint8)
     begin = 0
     for piece, size in zip(pieces, sizes, strict=True):
-        bits[8 * begin : 8 * begin + piece.units] = _bits(piece)
+        bits[8 * begin : 8 * begin + piece.units] = _bits(piece).numpy()
         if piece.alive is not None:
             alive[begin : begin + size] = piece.alive.numpy()
         elif piece.units % 8:
@@ -327,8 +371,15 @@ def _side_by_side(pieces: Sequence[Piece]) -> tuple[Any, Any]:
     return bits, alive
 
 
+# numpy looks for it anew each time.
+_LARGEST = {
+    np.dtype(f"i{size}"): np.iinfo(f"i{size}").dtype.type(np.iinfo(f"i{size}").max)
+    for size in (1, 2, 4, 8)
+}
+
+
 def _largest(bits: Any) -> Any:
-    return bits.dtype.type(np.iinfo(bits.dtype).max)
+    return _LARGEST[bits.dtype]
 
 
 # Bits of a head, by which kernels_curve looks up: the table stays in the second-level cache.
