@@ -58,11 +58,11 @@ def _keys(bits, unit, units, is_whole, largest, state, begin, is_random):
 
 
 @_compiled
-def _ones(bytes_):
-    """How many bits of bytes, as int32, are 1."""
-    pairs = bytes_ - ((bytes_ >> 1) & 0x55)
-    fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
-    return tl.sum((fours + (fours >> 4)) & 0x0F).to(tl.int64)
+def _ones(words):
+    """How many bits are 1, of the two lower bytes of each int32: of each byte, in its place."""
+    twos = words - ((words >> 1) & 0x5555)
+    fours = (twos & 0x3333) + ((twos >> 2) & 0x3333)
+    return (fours + (fours >> 4)) & 0x0F0F
 
 
 @_compiled
@@ -98,11 +98,13 @@ def split(
     living = (1 << of_byte) - 1
     if not are_all:
         living = living & tl.load(alive + first + byte, mask=of_byte > 0, other=0).to(tl.int32)
-    above, inside = both & living, (both >> 8) & living
-    tl.store(kept + first + byte, above.to(tl.uint8), mask=of_byte > 0)
-    tl.store(within + first + byte, inside.to(tl.uint8), mask=of_byte > 0)
-    tl.atomic_add(counts, _ones(above), sem="relaxed")
-    tl.atomic_add(counts + 1, _ones(inside), sem="relaxed")
+    both = both & (living | (living << 8))
+    tl.store(kept + first + byte, both.to(tl.uint8), mask=of_byte > 0)
+    tl.store(within + first + byte, (both >> 8).to(tl.uint8), mask=of_byte > 0)
+    ones = _ones(both)
+    total = tl.sum((ones & 0xFF) | ((ones >> 8) << 16))
+    tl.atomic_add(counts, (total & 0xFFFF).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counts + 1, (total >> 16).to(tl.int64), sem="relaxed")
 
 
 @_compiled
@@ -150,4 +152,4 @@ def count_ones(bits, count, units):
     """Adds to `count` how many bits of bytes are 1.  units: the bytes."""
     byte = tl.program_id(0).to(tl.int64) * UNITS + tl.arange(0, UNITS)
     ones = _ones(tl.load(bits + byte, mask=byte < units, other=0).to(tl.int32))
-    tl.atomic_add(count, ones, sem="relaxed")
+    tl.atomic_add(count, tl.sum(ones).to(tl.int64), sem="relaxed")
