@@ -1,7 +1,7 @@
 """Half of a model that lies on a GPU, by global L1, beside torch's own pruning there.
 
 The bound is what it takes to read the weights once for each pass, at the speed of a copy within the
-GPU's memory. By itself: python benchmarks/gpu.py [MILLIONS]
+GPU's memory. By itself: python benchmarks/gpu.py 1000
 """
 
 import json
@@ -24,13 +24,16 @@ from common import (
     running_server,
     timed,
 )
-from secateur_server.devices import fused, passes_of
+from secateur_server import devices
+from secateur_server.devices import passes_of
 from secateur_server.devices.cuda import Cuda
 from secateur_server.pruning.granularity import Element
 from secateur_server.pruning.prune import prune
 from secateur_server.pruning.spec import Magnitude, Parameter, Selection
 
-MILLIONS, ROUNDS = 1000, 9
+ROUNDS = 9
+# Bytes that torch takes for a weight.
+BYTES_BY_TORCH = 60
 # One looks for NaN, and one marks.
 PASSES = 2
 
@@ -46,7 +49,12 @@ COLUMNS = (
 )
 
 
-def compare(millions: int = MILLIONS) -> dict[str, Any]:
+def most() -> int:
+    """Millions of weights that torch has room to prune here."""
+    return torch.cuda.get_device_properties().total_memory // BYTES_BY_TORCH // 1_000_000
+
+
+def compare(millions: int) -> dict[str, Any]:
     """Measures in processes of their own.  Fails where a bit of a mask differs."""
     found: dict[str, Any] = in_fresh_process(_sides, millions)
     with running_server("--device", "cuda") as server:
@@ -88,7 +96,7 @@ def _sides(millions: int) -> dict[str, Any]:
         kept = ours[name].mask
         assert kept is not None
         assert torch.equal(mask != 0, kept.whole(mask.shape)), name
-    fused.passes_on = cache(lambda device: Cuda)
+    devices._kind_of = cache(lambda device: Cuda)
     return found | {"operations": _measured(lambda: _prune(model))}
 
 
@@ -116,7 +124,7 @@ def _seconds(call: Callable[[], Any]) -> float:
     return timed(to_the_end)[0]
 
 
-def _bandwidth(size: int = 1 << 32) -> float:
+def _bandwidth(size: int = 1 << 31) -> float:
     """Bytes that a copy within the GPU's memory reads and writes in a second."""
     source, target = (torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2))
     source.random_()
@@ -130,4 +138,4 @@ def _over_the_wire(address: str) -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(compare(*map(int, sys.argv[1:])), indent=2))
+    print(json.dumps(compare(int(sys.argv[1])), indent=2))

@@ -17,7 +17,6 @@ import torch
 
 import against_torch
 import checkpoints
-import gpu
 import lenet
 import many
 import methods
@@ -54,7 +53,9 @@ def main() -> None:
     found["plans"] = plan.compare(options.largest)
     show(plan.COLUMNS, plan.rows(found["plans"]))
     if torch.cuda.is_available():
-        found["gpu"] = gpu.compare(2 * options.largest)
+        import gpu  # needs Triton
+
+        found["gpu"] = gpu.compare(min(2 * options.largest, gpu.most()))
         show(gpu.COLUMNS, gpu.rows(found["gpu"]))
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")

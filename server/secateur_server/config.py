@@ -127,7 +127,7 @@ def device(name: str) -> torch.device:
         raise argparse.ArgumentTypeError(
             f"{name!r}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
         )
-    return torch.device(name)
+    return torch.device("cuda:0" if name == "cuda" else name)  # as its tensors have it
 
 
 def byte_count(text: str) -> int:

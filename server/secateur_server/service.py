@@ -29,11 +29,8 @@ from secateur_server.pruning.plan import plan
 from secateur_server.pruning.prune import prune
 from secateur_server.pruning.resolve import resolve
 from secateur_server.pruning.spec import Parameter, Rule
-from secateur_server.sources import Incoming, Sources
+from secateur_server.sources import ONE_CORE_BYTES, Incoming, Sources
 from secateur_server.wire.writer import OutgoingFile, chunks
-
-# Models up to this are for one core each.
-ONE_CORE_BYTES = 4 << 20
 
 # How often a caller hears how far its call is, and how soon it is seen that it has left.
 PROGRESS_SECONDS = 0.2

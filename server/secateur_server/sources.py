@@ -23,6 +23,9 @@ from secateur_server.wire.mapped import MappedFile
 from secateur_server.wire.reader import ByteStream, read_header, read_tensors
 from secateur_server.wire.writer import OutgoingFile
 
+# Models up to this are for one core each.
+ONE_CORE_BYTES = 4 << 20
+
 
 class HasSource(Protocol):
     """A header of any of the rpcs."""
@@ -156,12 +159,13 @@ class Sources:
     ) -> Incoming:
         """A model that the call itself carries."""
         stream = self.stream(data, file_bytes)
+        device = self.device if file_bytes > ONE_CORE_BYTES else torch.device("cpu")
         held.enter_context(self.admission.admitted("header.data_bytes", file_bytes))
         header = read_header(stream)
         model = without_extras(header, extras)
 
         def read(names: Collection[str] | None) -> None:
-            tensors = read_tensors(stream, header, self.device)
+            tensors = read_tensors(stream, header, device)
             beside = {name: values_of(tensors.pop(name)) for name in model.catalog.extras}
             model.fill(tensors, beside, {})
 

@@ -1,5 +1,7 @@
 """What each device can do: hold memory, take bytes that arrive, and pass over pieces of tensors."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -18,16 +20,17 @@ _CPU, _COMPILED = Cpu(torch.device("cpu")), Compiled(torch.device("cpu"))
 def passes_of(device: torch.device) -> Passes:
     """The passes of a device."""
     if device.type == "cuda":
-        return _of_gpu(device)
+        return _kind_of(device)(device)
     return _COMPILED if kernels.enabled else _CPU
 
 
-def _of_gpu(device: torch.device) -> Passes:
+@cache
+def _kind_of(device: torch.device) -> type[Passes]:
     try:
         from secateur_server.devices.fused import passes_on  # Triton, which takes 0.2 s to import
     except ImportError:
-        return Cuda(device)
-    return passes_on(device)(device)
+        return Cuda
+    return passes_on(device)
 
 
 # What takes more than this share of a call's memory to work in lies on disk: some are held at once.

@@ -45,7 +45,6 @@ class Cuda(Passes):
         with torch.cuda.stream(side):
             target.copy_(stage[: len(data)], non_blocking=True)
             done.record(side)
-        target.record_stream(side)
         self._stages.append((stage, done))
 
     def kth(self, keys: Tensor, place: int) -> int:

@@ -3,7 +3,6 @@
 import itertools
 import logging
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from secateur_server.devices import kernels_cuda as kernels
 from secateur_server.devices.cuda import Cuda
 from secateur_server.devices.keys import BITS, signed_bits
-from secateur_server.devices.passes import Passes, Piece, Split
+from secateur_server.devices.passes import DIGIT_BITS, Passes, Piece, Split
 from secateur_server.devices.randomness import RandomScores
 
 log = logging.getLogger(__name__)
@@ -24,7 +23,7 @@ class Fused(Cuda):
     """The compiled passes of kernels_cuda.py: torch needs an operation for every step of a pass."""
 
     # None of these passes keeps a number for each unit; they convert scores of other dtypes.
-    ranked = 1 << 26
+    ranked = 1 << 25
 
     def split_all(
         self, pieces: Sequence[Piece], low: int, high: int, kept: Sequence[Tensor]
@@ -135,7 +134,6 @@ def _of(piece: Piece, unused: Tensor) -> tuple[Tensor, Tensor, int, int, int, bo
     return bits, alive, largest, 0, 0, False, are_all
 
 
-@cache
 def passes_on(device: torch.device) -> type[Cuda]:
     """The passes that a GPU can do: those of torch's operations, where the compiled ones fail.
 
@@ -150,21 +148,31 @@ def passes_on(device: torch.device) -> type[Cuda]:
 
 
 def _try_out(device: torch.device) -> None:
-    """Errors: whatever Triton meets; and ValueError, where it finds other numbers than torch."""
-    scores = torch.linspace(-1, 1, 3 * kernels.UNITS.value + 5, device=device)
-    alive = Passes(device).pack(scores > -0.5)
-    found = [_some_of(passes(device), scores, alive) for passes in (Fused, Cuda)]
-    if found[0] != found[1]:
-        raise ValueError("Triton's counts differ from torch's")
+    """Compiles what calls need.
 
-
-def _some_of(passes: Passes, scores: Tensor, alive: Tensor) -> list[object]:
-    piece = Piece(len(scores), scores, scores.dtype, alive)
-    counts = torch.zeros(1 << 16, dtype=torch.int64, device=passes.device)
-    passes.add_digits(piece, 0, 16, counts)
-    return [
-        passes.count_below(piece, 0x3F000000),  # 0.5
-        passes.extremes(scores),
-        passes.count_ones(alive),
-        counts.tolist(),
+    Errors: whatever Triton meets; and ValueError, where it finds other numbers than torch.
+    """
+    values = torch.linspace(-1, 1, 2 * kernels.UNITS.value + 5, device=device)
+    flags, units = values > -0.9, len(values)
+    pieces = [
+        Piece(units, scores, scores.dtype if isinstance(scores, Tensor) else torch.float32, alive)
+        for scores in (values, values.double(), values.half(), RandomScores(0))
+        for alive in (None, Passes(device).pack(flags))
     ]
+    for piece in pieces:
+        ours, torchs = (_some_of(passes(device), piece, flags) for passes in (Fused, Cuda))
+        if ours != torchs:
+            raise ValueError(f"of {piece.dtype} Triton finds other units than torch")
+
+
+def _some_of(passes: Passes, piece: Piece, flags: Tensor) -> list[object]:
+    keys = passes.keys(piece)
+    low, high = (int(key) for key in keys.sort().values[[len(keys) // 4, len(keys) // 2]])
+    kept = passes.room((piece.units + 7) // 8)
+    (found,) = passes.split_all([piece], low, high, [kept])
+    counts = torch.zeros(1 << DIGIT_BITS, dtype=torch.int64, device=passes.device)
+    passes.add_digits(piece, 0, torch.iinfo(keys.dtype).bits - DIGIT_BITS, counts)
+    results = kept, found.keys, found.at, counts, passes.pack(flags)
+    extremes = None if isinstance(piece.scores, RandomScores) else passes.extremes(piece.scores)
+    numbers = found.above, passes.count_below(piece, high), extremes
+    return [*(result.tolist() for result in results), *numbers]

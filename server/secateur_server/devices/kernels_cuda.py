@@ -32,10 +32,13 @@ _MIX_2 = tl.constexpr(randomness.MIX_2)
 
 
 def _compiled(function: F) -> F:
-    # Nothing is compiled anew because a number happens to be 1, or a multiple of 16.
+    # Nothing is compiled anew because a number happens to be 1, or a multiple of 16, or because a
+    # mask begins at one.
     names = {"units", "largest", "low", "high", "state", "begin", "prefix", "shift"}
     numbers = [name for name in function.__code__.co_varnames if name in names]
-    return cast(F, triton.jit(function, do_not_specialize=numbers))
+    masks = [name for name in ("alive", "kept", "within") if name in function.__code__.co_varnames]
+    switches = {"do_not_specialize": numbers, "do_not_specialize_on_alignment": masks}
+    return cast(F, triton.jit(function, **switches))
 
 
 @_compiled

@@ -49,6 +49,12 @@ def signed_bits(values: Tensor) -> tuple[Tensor, int]:
     return bits, torch.iinfo(bits.dtype).min
 
 
+def picked(values: Tensor, index: Tensor) -> Tensor:
+    """The values at an index, or those that it flags, of any dtype: not every one has indexing."""
+    bits, _ = signed_bits(values)
+    return bits[index].view(values.dtype)
+
+
 def as_keys(scores: Tensor, dtype: torch.dtype) -> Tensor:
     """The keys of scores, compared as `dtype`, floating and not fp8."""
     bits = scores.to(dtype).view(BITS[dtype])

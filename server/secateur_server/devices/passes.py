@@ -14,13 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur_server.devices.keys import BITS, as_keys, signed_bits
+from secateur_server.devices.keys import BITS, as_keys, picked, signed_bits
 from secateur_server.devices.randomness import RandomScores, random_keys
+from secateur_server.devices.watch import watch
 
 Work = TypeVar("Work")
 Found = TypeVar("Found")
 
 DIGIT_BITS = 16
+
+# Numbers are added up in parts of so many, whatever a device's pieces are, and the parts in their
+# order: so neither device nor threads show.
+PART = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -90,8 +95,13 @@ class Passes:
         self.device = device
 
     def each(self, function: Callable[[Work], Found], pieces: Iterable[Work]) -> list[Found]:
-        """What `function` makes of each piece, in their order."""
-        return [function(piece) for piece in pieces]
+        """What `function` makes of each piece, in their order.  Errors: Stopped."""
+        of_call = watch()
+        found = []
+        for piece in pieces:
+            of_call.check()
+            found.append(function(piece))
+        return found
 
     def room(self, size: int) -> Tensor:
         """Memory of `size` bytes, as uint8."""
@@ -201,7 +211,7 @@ class Passes:
         """
         keys, size = self._living(piece), 2 * len(cuts) + 1
         if piece.alive is not None:
-            values = values[self.unpack(piece.alive, piece.units)]
+            values = picked(values, self.unpack(piece.alive, piece.units))
         at = torch.searchsorted(cuts, keys) + torch.searchsorted(cuts, keys, right=True)
         squares = values.to(torch.float64).square()
         # Of bincounts numpy's alone adds in the order of the elements, on every device.
@@ -220,7 +230,7 @@ class Passes:
         """The keys of the units at `index`."""
         if isinstance(piece.scores, RandomScores):
             return random_keys(piece.scores, index)
-        return as_keys(piece.scores[index], piece.dtype)
+        return as_keys(picked(piece.scores, index), piece.dtype)
 
     def ascending(self, keys: Tensor) -> Tensor:
         """The keys in the order of size."""

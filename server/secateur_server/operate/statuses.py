@@ -30,8 +30,8 @@ from secateur_server.operate.calls import REQUEST_ID, Call
 
 log = logging.getLogger(__name__)
 
-# How torch says that an allocation on the CPU failed; it has no exception of its own for it.
-_NO_MEMORY = ("can't allocate memory", "not enough memory")
+# How torch, and Triton, say that an allocation failed that they have no exception of its own for.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 
 
 @contextmanager

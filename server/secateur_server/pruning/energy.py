@@ -7,14 +7,10 @@ from torch import Tensor
 
 from secateur_server.devices import Span, passes_of, spans
 from secateur_server.devices.keys import BITS
-from secateur_server.devices.passes import Cut
+from secateur_server.devices.passes import PART, Cut
 from secateur_server.pruning.norms import row_sums
 from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.select import piece_of
-
-# Squares are added up in parts of so many, whatever a device's pieces are, and the parts in their
-# order: so neither device nor threads show.
-PART = 1 << 20
 
 
 def energies(

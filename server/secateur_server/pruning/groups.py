@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from secateur_server.devices import passes_of, spans
+from secateur_server.devices.keys import signed_bits
 from secateur_server.devices.passes import around
 from secateur_server.errors import DimOutOfRange, InvalidSpec, quote
 from secateur_server.pruning.catalog import Catalog, unmatched
@@ -101,7 +102,7 @@ def member_scores(member: Member, parameter: Parameter, p: float) -> Tensor:
 
     def scores_of(span: tuple[int, int]) -> Tensor:
         index = slices[slice(*span)].reshape(-1)
-        part = by_slice.index_select(1, index)
+        part = signed_bits(by_slice)[0].index_select(1, index).view(by_slice.dtype)
         if kept is not None:
             part = torch.where(kept.index_select(1, index), part, torch.zeros_like(part))
         rows = part.transpose(0, 1).reshape(1, -1, elements).contiguous()

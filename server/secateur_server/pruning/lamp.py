@@ -15,7 +15,7 @@ from torch import Tensor
 from secateur_server.devices import passes_of, spans
 from secateur_server.devices.keys import BITS
 from secateur_server.devices.looks import SPACING, sample_places
-from secateur_server.devices.passes import Passes, Piece
+from secateur_server.devices.passes import PART, Passes, Piece
 from secateur_server.pruning.divide import Division, Query, divide
 from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.select import FEW, piece_of, score_dtype
@@ -146,7 +146,7 @@ def _buckets(ranking: Ranking) -> Buckets:
     passes, dtype = passes_of(ranking.device), score_dtype([ranking])
     assert isinstance(ranking.scores, Tensor), "random scores have no LAMP"
     scores = ranking.scores
-    parts = spans(ranking.units, passes.piece)
+    parts = spans(ranking.units, PART)
     pieces = [piece_of(ranking, dtype, *span) for span in parts]
     cuts = _sampled_cuts(passes, pieces, ranking.units)
 
@@ -177,7 +177,7 @@ def _sampled_cuts(passes: Passes, pieces: Sequence[Piece], units: int) -> Tensor
     """Keys that cut a large tensor in buckets of about as many units each; none, of a small one."""
     if units <= FEW:
         return torch.empty(0, dtype=BITS[pieces[0].dtype], device=passes.device)
-    index = sample_places(passes.piece, min(SPACING, max(1, units // FEW)), passes.device)
+    index = sample_places(PART, min(SPACING, max(1, units // FEW)), passes.device)
     keys = torch.cat(passes.each(lambda piece: passes.sample(piece, index), list(pieces)))
     some = passes.ascending(keys)[:: max(1, len(keys) // BUCKETS)].tolist()
     return torch.tensor(sorted(set(some)), dtype=keys.dtype, device=passes.device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from secateur_server.devices import passes_of, spans
+from secateur_server.devices.keys import picked
 from secateur_server.devices.passes import around
 from secateur_server.pruning.masks import Mask, any_of_slices, mask_of
 from secateur_server.pruning.spec import Parameter
@@ -68,7 +69,7 @@ class _Nonzero:
         """Of the elements at flat indices.  Returns: bool, in the shape of `index`."""
         if self.known is not None:
             return self.known.at(index)
-        nonzero = self.parameter.weight.reshape(-1)[index] != 0
+        nonzero = picked(self.parameter.weight.reshape(-1), index) != 0
         return nonzero if self.parameter.mask is None else nonzero & self.parameter.mask.at(index)
 
     def whole(self) -> Mask:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from secateur_server.devices import Span, passes_of, room_to_work, spans
-from secateur_server.devices.keys import ranked_as
+from secateur_server.devices.keys import picked, ranked_as
+from secateur_server.devices.passes import PART
 from secateur_server.errors import InvalidSpec, quote
 from secateur_server.pruning.masks import Mask
 from secateur_server.pruning.norms import rounded_to, row_sums, total, vector_norms
@@ -121,12 +122,12 @@ def _moments(scores: Tensor, alive: Mask | None) -> tuple[int, float, float, flo
 
 def _parts(scores: Tensor) -> list[Span]:
     """Smaller pieces than elsewhere: as float64 they are to stay in the second-level cache."""
-    return spans(len(scores), passes_of(scores.device).piece // 8)
+    return spans(len(scores), PART // 8)
 
 
 def _living(scores: Tensor, alive: Mask | None, begin: int, end: int) -> Tensor:
     part = scores[begin:end]
-    return part if alive is None else part[alive.flags(begin, end)]
+    return part if alive is None else picked(part, alive.flags(begin, end))
 
 
 def _sum(values: Tensor, p: float) -> float:

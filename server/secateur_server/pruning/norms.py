@@ -11,6 +11,10 @@ from secateur_server.devices.keys import ranked_as
 from secateur_server.devices.passes import Passes, around
 from secateur_server.pruning.masks import Mask
 
+# Powers that are products and roots; others, and singular values, differ from device to device, and
+# are always the CPU's.
+_EXACT = (0.5, 1, 2, 3)
+
 
 def slice_norms(
     values: Tensor, mask: Mask | None, dim: int, p: float | str, is_mean: bool = False
@@ -35,7 +39,7 @@ def slice_norms(
             if kept is not None:
                 alive = kept.view(values.shape).movedim(dim, 0)[first:last]
                 slices = torch.where(alive, slices, 0.0)
-            return _nuclear_norms(slices)
+            return _nuclear_norms(slices.cpu()).to(values.device)
         if kept is None:
             return vector_norms(by_slice, first, last, float(p), passes, elements)
         block = torch.where(kept[:, first:last], by_slice[:, first:last].to(dtype), 0.0)
@@ -71,12 +75,15 @@ def vector_norms(
     if p == 0:
         return _root(block.count_nonzero((0, 2)).to(torch.float64), elements, 1.0)
     rows = block.transpose(0, 1).flatten(1).to(torch.float64)
-    return _root(row_sums(rows.abs().pow(p)), elements, p)
+    if p not in _EXACT:
+        rows = rows.cpu()
+    return _root(row_sums(rows.abs().pow(p)).to(values.device), elements, p)
 
 
 def _root(sums: Tensor, elements: Tensor | int | None, p: float) -> Tensor:
     # Of a mean, not of a sum and then divided: for small p both would be infinite.
-    return (sums if elements is None else sums / elements).pow(1 / p)
+    means = sums if elements is None else sums / elements
+    return means.cpu().pow(1 / p).to(sums.device)
 
 
 def rounded_to(dtype: torch.dtype) -> torch.dtype:

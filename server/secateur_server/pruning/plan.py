@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from secateur_server.devices import passes_of, spans
-from secateur_server.devices.passes import Cut
+from secateur_server.devices.passes import PART, Cut
 from secateur_server.pruning.amounts import Decision, decide, value_of
 from secateur_server.pruning.divide import Query, divide
 from secateur_server.pruning.energy import energies
@@ -193,4 +193,4 @@ def _energy(weight: Tensor, mask: Mask | None, after: Mask | None = None) -> flo
             squares = torch.where(after.flags(*span), 0.0, squares)
         return float(row_sums(squares.unsqueeze(0)))
 
-    return total(passes.each(energy, spans(len(values), passes.piece)))
+    return total(passes.each(energy, spans(len(values), PART)))

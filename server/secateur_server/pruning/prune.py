@@ -121,13 +121,15 @@ def apply_selection(
     # Of a tensor without elements there is nothing to choose, however many slices it has.
     empty = dict.fromkeys(name for name in rule.tensors if state[name].weight.numel() == 0)
     names = [group.name for group in rule.groups] or [n for n in rule.tensors if n not in empty]
-    masks: Masks = {name: Mask(torch.empty(0, dtype=torch.uint8), 0) for name in empty}
+    device = state[rule.tensors[0]].weight.device
+    nothing = torch.empty(0, dtype=torch.uint8, device=device)
+    masks: Masks = {name: Mask(nothing, 0) for name in empty}
     choices = [Choice((name,), 0, 0, 0) for name in empty]
     chosen = small_at_once(
         lambda names: _choose(rule, names, state, extras),
         together(rule, names),
         lambda names: sum(state[n].weight.numel() for n in names if n in state),
-        state[rule.tensors[0]].weight.device,
+        device,
     )
     for found, choice in chosen:
         for name, mask in found.items():

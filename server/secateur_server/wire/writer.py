@@ -50,11 +50,19 @@ def state_dict_file(
         yield header
         for tensor in tensors.values():
             for part in tensor.parts():
-                yield part.view(torch.uint8).cpu().numpy().data
+                yield from _on_host(part.view(torch.uint8))
 
     if size <= CHUNK_BYTES:  # of what is small the parts are made once
         return bytes_file(filename, b"".join(parts()))
     return OutgoingFile(filename, size, _digest(parts()), parts)
+
+
+def _on_host(data: torch.Tensor) -> Iterator[memoryview]:
+    """Bytes from any device, of which no more than a part is held here."""
+    if data.device.type == "cpu":
+        yield data.numpy().data
+    else:
+        yield from (part.cpu().numpy().data for part in torch.split(data, _PART_BYTES))
 
 
 def state_dict_head(
