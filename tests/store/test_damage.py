@@ -130,9 +130,11 @@ def test_who_has_no_room_for_one_more_open_file_has_lost_no_data(store: Kept) ->
     uploaded = store.client.upload(MODEL)
     pid, kind = store.server.process.pid, resource.RLIMIT_NOFILE
     before = resource.prlimit(pid, kind)
-    resource.prlimit(pid, kind, (3, before[1]))
-    with pytest.raises(secateur.ServerBusy):
-        store.client.report(uploaded)
+    with secateur.Client(store.server.address, timeout=2) as impatient:
+        impatient.report(uploaded)  # the connection is an open file as well
+        resource.prlimit(pid, kind, (3, before[1]))
+        with pytest.raises(secateur.ServerBusy):
+            impatient.report(uploaded)
     resource.prlimit(pid, kind, before)
     assert committed(store.channel, file_message(file_of(MODEL))) == len(file_of(MODEL))
     store.client.report(uploaded)
