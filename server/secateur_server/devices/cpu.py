@@ -212,6 +212,8 @@ class Compiled(Cpu):
 
     def sample(self, piece: Piece, index: Tensor) -> Tensor:
         """As Passes.sample."""
+        if isinstance(piece.scores, RandomScores):  # of which no others are made
+            return super().sample(piece, index)
         bits = _bits(piece).numpy()
         found = torch.empty(len(index), dtype=BITS[piece.dtype])
         into = index.numpy(), found.numpy()

@@ -48,7 +48,7 @@ def _keys(bits, unit, units, is_whole, largest, state, begin, is_random):
     Random ones are as of randomness.random_keys.
     """
     if is_random:
-        z = (unit.to(tl.int64) + (begin + 1)) * _GAMMA + state
+        z = (unit.to(tl.int64) + begin + 1) * _GAMMA + state
         z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * _MIX_1
         z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * _MIX_2
         z = z ^ ((z >> 31) & ((1 << 33) - 1))

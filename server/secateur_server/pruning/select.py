@@ -148,7 +148,8 @@ def _sampled_bounds(units: Units, count: int) -> tuple[int, int] | None:
     if (memory := watch().work_memory) is not None:
         spacing = max(spacing, units.total * BYTES_OF_FEW // memory)
     index = sample_places(passes.ranked, spacing, passes.device)
-    sampled = units.sampled or passes.each(lambda p: passes.sample(p, index), units.pieces)
+    # In one thread: many small pieces would have threads wait for each other.
+    sampled = units.sampled or [passes.sample(piece, index) for piece in units.pieces]
     keys = torch.cat(list(sampled))
     if len(keys) < SAMPLE // 2:  # of many small tensors, or most are pruned
         return None
