@@ -119,7 +119,7 @@ def test_slices_of_one_norm_are_ties_where_the_norm_is_rounded_to_float32() -> N
 
 PIECES = [8, 64, 1000]
 # How the bounds of the cut are found: see select.
-WAYS = ["histograms", "a sample", "a sample that misses"]
+WAYS = ["histograms", "a sample", "a sample that misses", "ties in a sample", "ties that are none"]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -149,9 +149,11 @@ def cut_into(monkeypatch: pytest.MonkeyPatch, piece: int, way: str) -> None:
     monkeypatch.setattr(select, "LARGE", 1)
     monkeypatch.setattr(select, "SAMPLE", 1)
     monkeypatch.setattr(select, "SPACING", 3)
-    monkeypatch.setattr(select, "FEW_OF", 1)
+    monkeypatch.setattr(select, "FEW_OF", 1 if way != "ties in a sample" else 1 << 40)
     if way == "a sample that misses":
-        monkeypatch.setattr(select, "_sampled_bounds", lambda units, count: (1, 2))
+        monkeypatch.setattr(select, "_sampled_bounds", lambda units, count: (1, 3))
+    if way == "ties that are none":
+        monkeypatch.setattr(select, "_sampled_bounds", lambda units, count: (1, 1))
 
 
 @settings(

@@ -233,12 +233,6 @@ class Compiled(Cpu):
             begin += len(part)
         return cut
 
-    def count_equal(self, piece: Piece, key: int) -> int:
-        """As Passes.count_equal."""
-        bits = _bits(piece).numpy()
-        cut = bits.dtype.type(key)
-        return int(kernels.count_equal(bits, _alive(piece), _largest(bits), cut))
-
     def split(self, piece: Piece, low: int, high: int, kept: Tensor) -> tuple[Tensor, Tensor]:
         """As Passes.split."""
         (found,) = self._split_together([(piece, kept)], low, high)

@@ -54,10 +54,6 @@ class Fused(Cuda):
         alive = piece.units if piece.alive is None else self.count_ones(piece.alive)
         return alive - above - equal, equal
 
-    def count_equal(self, piece: Piece, key: int) -> int:
-        """As Passes.count_equal."""
-        return self._counts(piece, key, key + 1)[1]
-
     def count_zeros(self, values: Tensor, kept: Tensor | None) -> int:
         """As Passes.count_zeros."""
         bits, sign = signed_bits(values)

@@ -106,15 +106,6 @@ def sample(bits: Any, alive: Any, largest: int, index: Any, found: Any) -> int:
 
 
 @_compiled
-def count_equal(bits: Any, alive: Any, largest: int, cut: int) -> int:
-    """How many keys are the cut."""
-    count = 0
-    for i in range(len(bits)):
-        count += bits.dtype.type(bits[i] & largest) == cut and is_alive(alive, i)
-    return count
-
-
-@_compiled
 def split(
     bits: Any, alive: Any, largest: int, low: int, high: int, kept: Any, found: Any, at: Any
 ) -> int:

@@ -260,10 +260,6 @@ class Passes:
             bits.copy_(self.pack(part))
         return cut
 
-    def count_equal(self, piece: Piece, key: int) -> int:
-        """How many keys are `key`."""
-        return int((self._living(piece) == key).count_nonzero())
-
     def split(self, piece: Piece, low: int, high: int, kept: Tensor) -> tuple[Tensor, Tensor]:
         """Writes which units of a piece are kept: those alive at `high` or above.
 
@@ -278,7 +274,7 @@ class Passes:
     def split_all(
         self, pieces: Sequence[Piece], low: int, high: int, kept: Sequence[Tensor]
     ) -> list[Split]:
-        """As split, of each piece.  kept: the bits of each, written to."""
+        """As split, of each piece, all of one dtype.  kept: the bits of each, written to."""
 
         def split(part: tuple[Piece, Tensor]) -> Split:
             keys, at = self.split(part[0], low, high, part[1])

@@ -121,9 +121,16 @@ def _apply(units: Units, count: int) -> Cut:
         return NOTHING
     if units.total <= FEW:
         return units.passes.cut_few(units.pieces, count, units.kept)
+    return _cut_by_sample(units, count) or _cut_by_digits(units, count)
+
+
+def _cut_by_sample(units: Units, count: int) -> Cut | None:
+    """Marks what stays, if a sample shows where the cut is.  Returns: the cut; None if not."""
     bounds = _sampled_bounds(units, count)
-    cut = _cut_within(units, count, *bounds) if bounds else None
-    return cut or _cut_by_digits(units, count)
+    if bounds is None:
+        return None
+    low, high = bounds
+    return _cut_at(units, count, low) if low == high else _cut_within(units, count, low, high)
 
 
 def _cut_within(units: Units, count: int, low: int, high: int) -> Cut | None:
@@ -141,7 +148,11 @@ def _cut_within(units: Units, count: int, low: int, high: int) -> Cut | None:
 
 
 def _sampled_bounds(units: Units, count: int) -> tuple[int, int] | None:
-    """Bounds of the cut that are all but certain; None where few units or many ties forbid it."""
+    """Bounds [low, high) of the cut that are all but certain.
+
+    Where many units have the key that it is likely to be: that key, as both. None where there are
+    few units, or the sample tells too little.
+    """
     if units.total < LARGE:
         return None
     passes, spacing = units.passes, min(SPACING, units.total // SAMPLE)
@@ -159,7 +170,20 @@ def _sampled_bounds(units: Units, count: int) -> tuple[int, int] | None:
     low = passes.kth(keys, first) if first >= 1 else 0
     high = passes.kth(keys, last) + 1 if last <= len(keys) else torch.iinfo(keys.dtype).max
     within = int(((keys >= low) & (keys < high)).count_nonzero())
-    return (low, high) if within * FEW_OF <= len(keys) else None
+    if within * FEW_OF <= len(keys):
+        return low, high
+    likely = passes.kth(keys, max(1, round(len(keys) * share)))
+    are_ties = 2 * int((keys == likely).count_nonzero()) > within
+    return (likely, likely) if are_ties else None
+
+
+def _cut_at(units: Units, count: int, key: int) -> Cut | None:
+    """As _cut_within, of one key, which too many units have to collect them."""
+    passes = units.passes
+    found = passes.each(lambda piece: passes.count_below(piece, key), units.pieces)
+    below, equal = (list(of) for of in zip(*found, strict=True))
+    cut = Cut(key, count - sum(below), sum(equal))
+    return _mark_ties(units, cut, equal) if 1 <= cut.ties <= cut.equal else None
 
 
 def _cut_by_digits(units: Units, count: int) -> Cut:
@@ -178,10 +202,9 @@ def _cut_by_digits(units: Units, count: int) -> Cut:
         equal = int(counts[digit])
         place -= int(up_to[digit]) - equal
         prefix = (prefix << DIGIT_BITS) | digit
-    if equal > few:
-        return _cut_among_ties(units, Cut(prefix, place, equal))
-    low, high = prefix << shift, (prefix + 1) << shift
-    cut = _cut_within(units, count, low, min(high, integers.max))
+    low, high = prefix << shift, min((prefix + 1) << shift, integers.max)
+    are_ties = equal > few
+    cut = _cut_at(units, count, low) if are_ties else _cut_within(units, count, low, high)
     assert cut is not None, "histograms count every unit"
     return cut
 
@@ -203,10 +226,9 @@ def _count_digits(units: Units, prefix: int, shift: int) -> Tensor:
     return reduce(torch.add, passes.each(counts_of, shares))
 
 
-def _cut_among_ties(units: Units, cut: Cut) -> Cut:
-    """Marks what stays, where too many units are at the cut to collect them."""
+def _mark_ties(units: Units, cut: Cut, equal: Sequence[int]) -> Cut:
+    """Marks what stays.  equal: how many units of each piece are at the cut."""
     passes = units.passes
-    equal = passes.each(lambda piece: passes.count_equal(piece, cut.key), units.pieces)
     before = itertools.accumulate(equal, initial=0)
 
     def mark(part: tuple[Piece, Tensor, int, int]) -> None:
