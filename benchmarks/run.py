@@ -53,7 +53,7 @@ def main() -> None:
     found["plans"] = plan.compare(options.largest)
     show(plan.COLUMNS, plan.rows(found["plans"]))
     if torch.cuda.is_available():
-        import gpu  # needs Triton
+        import gpu
 
         found["gpu"] = gpu.compare(min(2 * options.largest, gpu.most()))
         show(gpu.COLUMNS, gpu.rows(found["gpu"]))

@@ -77,7 +77,9 @@ def read_config(arguments: Sequence[str], environment: Mapping[str, str] = os.en
     options = vars(parser.parse_args(arguments))
     for name in ("max_model_bytes", "memory_limit"):
         if options[name] is None:
-            options[name] = total_memory(options["device"]) * 3 // 4
+            # What comes by handle or URI, and small models, are not on the GPU: see sources.
+            both = total_memory(options["device"]), total_memory(torch.device("cpu"))
+            options[name] = min(both) * 3 // 4
     config = Config(**{**options, "metrics_address": options["metrics_address"] or None})
     if problem := _problem(config):
         parser.error(problem)
@@ -215,7 +217,12 @@ _OPTIONS = (
     ("address", str, "127.0.0.1:50051", "where to serve gRPC; port 0 takes a free one"),
     ("metrics-address", str, "127.0.0.1:9464", "where to serve /metrics; empty serves none"),
     ("device", device, "auto", "where to prune: auto, cpu, cuda or cuda:N"),
-    ("max-model-bytes", byte_count, None, "the largest model, by default 3/4 of the memory"),
+    (
+        "max-model-bytes",
+        byte_count,
+        None,
+        "the largest model, by default 3/4 of the memory, or of the GPU's if that is less",
+    ),
     ("memory-limit", byte_count, None, "of all models in service, by default the same"),
     ("queue-size", whole, "64", "requests that may wait for memory"),
     ("idle-timeout", some_seconds, "60", "seconds in which a message has to come, or be taken"),

@@ -128,9 +128,10 @@ def test_what_is_damaged_is_never_given_and_an_upload_heals_it(
 
 def test_who_has_no_room_for_one_more_open_file_has_lost_no_data(store: Kept) -> None:
     uploaded = store.client.upload(MODEL)
+    store.client.report(uploaded)
     pid, kind = store.server.process.pid, resource.RLIMIT_NOFILE
     before = resource.prlimit(pid, kind)
-    with secateur.Client(store.server.address, timeout=2) as impatient:
+    with secateur.Client(store.server.address, timeout=5) as impatient:
         impatient.report(uploaded)  # the connection is an open file as well
         resource.prlimit(pid, kind, (3, before[1]))
         with pytest.raises(secateur.ServerBusy):

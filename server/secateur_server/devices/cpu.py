@@ -212,7 +212,8 @@ class Compiled(Cpu):
 
     def sample(self, piece: Piece, index: Tensor) -> Tensor:
         """As Passes.sample."""
-        if isinstance(piece.scores, RandomScores):  # of which no others are made
+        # Of random scores no others are made, of other dtypes no others converted.
+        if isinstance(piece.scores, RandomScores) or piece.scores.dtype != piece.dtype:
             return super().sample(piece, index)
         bits = _bits(piece).numpy()
         found = torch.empty(len(index), dtype=BITS[piece.dtype])
@@ -258,6 +259,7 @@ class Compiled(Cpu):
         units, dtype = sum(piece.units for piece, _ in batch), BITS[batch[0][0].dtype]
         found, at = _scratch("found", units, dtype), _scratch("at", units, torch.int32)
         held = [_bits(piece) for piece, _ in batch]
+        assert all(bits.dtype == dtype for bits in held), "addresses do not tell of widths"
         addresses = [
             (
                 bits.data_ptr(),

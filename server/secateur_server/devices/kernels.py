@@ -28,6 +28,7 @@ TO_BITS = np.uint64(0x0102040810204080)
 
 njit: Any = None
 carray: Any = None
+config: Any = None
 types: Any = None
 _pointer: Any = None
 
@@ -42,12 +43,12 @@ def _pointed(context: Any, address: Any) -> Any:
 
 
 with suppress(ImportError):
-    from numba import carray, njit, types  # type: ignore[attr-defined]
+    from numba import carray, config, njit, types  # type: ignore[attr-defined]
     from numba.extending import intrinsic
 
     _pointer = intrinsic(_pointed)
 
-enabled = njit is not None
+enabled = njit is not None and not config.DISABLE_JIT
 
 
 def _compiled(function: F) -> F:

@@ -20,7 +20,7 @@ _ROOT = Path("/sys/fs/cgroup")
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of memory that this process may use: the GPU's, or the machine's or container's."""
+    """Bytes of memory that this process may use on a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
