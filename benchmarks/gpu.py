@@ -25,7 +25,6 @@ from common import (
     timed,
 )
 from secateur_server import devices
-from secateur_server.devices import passes_of
 from secateur_server.devices.cuda import Cuda
 from secateur_server.pruning.granularity import Element
 from secateur_server.pruning.prune import prune
@@ -86,7 +85,7 @@ def _sides(millions: int) -> dict[str, Any]:
     found = {
         "parameters": sum(weight.numel() for weight in model.values()),
         "gpu": torch.cuda.get_device_name(),
-        "passes are": type(passes_of(torch.device("cuda"))).__name__,
+        "passes are": type(devices.passes_of(torch.device("cuda"))).__name__,
         "bound": PASSES * size / _bandwidth(),
         "secateur": _measured(lambda: _prune(model)),
         "torch": _measured(lambda: prune_by_torch(model)[1], rounds=3),

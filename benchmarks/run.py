@@ -17,6 +17,7 @@ import torch
 
 import against_torch
 import checkpoints
+import gpu
 import lenet
 import many
 import methods
@@ -53,8 +54,6 @@ def main() -> None:
     found["plans"] = plan.compare(options.largest)
     show(plan.COLUMNS, plan.rows(found["plans"]))
     if torch.cuda.is_available():
-        import gpu
-
         found["gpu"] = gpu.compare(min(2 * options.largest, gpu.most()))
         show(gpu.COLUMNS, gpu.rows(found["gpu"]))
     if options.json:

@@ -129,7 +129,7 @@ def assert_same(
     assert found_choices == choices
     assert found.keys() == expected.keys()
     for name, parameter in found.items():
-        assert torch.equal(unpacked(parameter).cpu(), unpacked(expected[name]))
+        assert torch.equal(unpacked(parameter), unpacked(expected[name]))
         assert measure(parameter) == measures[name]
         fold(parameter)
         assert torch.equal(parameter.weight.cpu(), expected[name].weight)
@@ -174,9 +174,8 @@ def test_where_triton_fails_torch_does_the_passes(
     assert run is idle or told.endswith("Failed to find C compiler.")
 
 
-# Compiles every kernel for one kind of GPU, and says how wide the loads of 4-byte scores are.
+# Compiles every kernel for Hopper, and looks at how wide the loads of 4-byte scores are.
 COMPILE = """
-import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -193,7 +192,7 @@ def compiled(kernel, bits, **switches):
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if "*" in types[n]}
     values = {(names.index(n),): value for n, value in switches.items()}
     source = ASTSource(kernel, types, values, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32)).asm
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
 
 for bits in ("*i8", "*i16", "*i32", "*i64"):
     for kernel in (kernels.split, kernels.add_digits):
@@ -210,9 +209,8 @@ print("compiled")
 """
 
 
-@pytest.mark.parametrize("capability", [90])
-def test_the_kernels_compile_for_gpus_that_are_not_here(capability: int, tmp_path: Path) -> None:
+def test_the_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-c", COMPILE, str(capability)]
+    command = [sys.executable, "-c", COMPILE]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert (ended.returncode, ended.stdout) == (0, "compiled\n"), ended.stderr

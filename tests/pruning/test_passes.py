@@ -117,6 +117,9 @@ def test_counts_and_extremes_are_what_they_are_defined_as(
     scores = piece.scores
     assert isinstance(scores, Tensor)
     living = [m for m, lives in zip(magnitudes, alive.tolist(), strict=True) if lives]
+    cut = data.draw(st.sampled_from(magnitudes))
+    counts = sum(m < cut for m in living), living.count(cut)
+    assert passes.count_below(piece, key_of(cut, piece.dtype)) == counts
     expected = key_of(min(magnitudes), piece.dtype), key_of(max(magnitudes), piece.dtype)
     assert passes.extremes(scores) == expected
     zeros = len(magnitudes) - sum(m != 0 for m in living)

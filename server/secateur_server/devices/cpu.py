@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,16 +22,15 @@ from secateur_server.devices.blocks import Blocks
 from secateur_server.devices.keys import BITS, signed_bits
 from secateur_server.devices.passes import (
     DIGIT_BITS,
+    EXACT_POWERS,
     Cut,
-    Found,
     Layout,
     Passes,
     Piece,
     Split,
-    Work,
 )
 from secateur_server.devices.randomness import RandomScores
-from secateur_server.devices.watch import watch
+from secateur_server.devices.watch import Found, Work, watch
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -58,7 +58,7 @@ _POOL = ThreadPoolExecutor(CORES, thread_name_prefix="pieces", initializer=_star
 class Cpu(Passes):
     """Operations of torch and numpy on pieces whose temporaries stay in the caches."""
 
-    is_cached = True
+    look_bytes = 1  # what has just landed is in a cache
     threads = CORES
 
     def each(self, function: Callable[[Work], Found], pieces: Iterable[Work]) -> list[Found]:
@@ -66,20 +66,14 @@ class Cpu(Passes):
         pieces = list(pieces)
         # One piece waits for no other thread; a thread of the pool must not wait for the pool.
         if len(pieces) == 1 or getattr(_thread, "in_pool", False):
-            return [function(piece) for piece in pieces]
+            return super().each(function, pieces)
         # Many small ones are sooner done than handed over one by one.
         size = max(1, len(pieces) // (8 * CORES))
         shares = [pieces[begin : begin + size] for begin in range(0, len(pieces), size)]
         of_call = watch()  # the pool's threads have none of their own
 
-        def work_on(share: list[Work]) -> list[Found]:
-            found = []
-            for piece in share:
-                of_call.check()
-                found.append(function(piece))
-            return found
-
-        return list(itertools.chain.from_iterable(_POOL.map(work_on, shares)))
+        found = _POOL.map(lambda share: of_call.each(function, share), shares)
+        return list(itertools.chain.from_iterable(found))
 
     def room(self, size: int) -> Tensor:
         """As Passes.room."""
@@ -295,7 +289,7 @@ class Compiled(Cpu):
 
     def power_sums(self, values: Tensor, first: int, last: int, p: float) -> Tensor | None:
         """As Passes.power_sums."""
-        if p not in (0.5, 1, 2, 3):
+        if p not in EXACT_POWERS:
             return None
         if values.dtype not in (torch.float32, torch.float64):  # numba has no half precision
             values, first, last = values[:, first:last].to(torch.float32), 0, last - first
@@ -369,15 +363,13 @@ def _side_by_side(pieces: Sequence[Piece]) -> tuple[Any, Any]:
     return bits, alive
 
 
-# numpy looks for it anew each time.
-_LARGEST = {
-    np.dtype(f"i{size}"): np.iinfo(f"i{size}").dtype.type(np.iinfo(f"i{size}").max)
-    for size in (1, 2, 4, 8)
-}
-
-
 def _largest(bits: Any) -> Any:
-    return _LARGEST[bits.dtype]
+    return _largest_of(bits.dtype)
+
+
+@cache  # numpy looks for it anew each time
+def _largest_of(dtype: Any) -> Any:
+    return dtype.type(np.iinfo(dtype).max)
 
 
 # Bits of a head, by which kernels_curve looks up: the table stays in the second-level cache.

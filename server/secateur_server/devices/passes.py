@@ -8,7 +8,6 @@ A mask is bits: uint8, row-major, lowest bit first, 1 is kept, the last byte pad
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,10 +15,7 @@ from torch import Tensor
 
 from secateur_server.devices.keys import BITS, as_keys, picked, signed_bits
 from secateur_server.devices.randomness import RandomScores, random_keys
-from secateur_server.devices.watch import watch
-
-Work = TypeVar("Work")
-Found = TypeVar("Found")
+from secateur_server.devices.watch import Found, Work, watch
 
 DIGIT_BITS = 16
 
@@ -64,6 +60,9 @@ class Split:
     at: Tensor
 
 
+# Powers that are products, and whose roots too, which all devices compute alike.
+EXACT_POWERS = (0.5, 1, 2, 3)
+
 # Bytes that each unit takes of those ranked at once: keys, places, their copies, and a flag.
 BYTES_OF_FEW = 48
 
@@ -86,8 +85,8 @@ class Passes:
 
     # Elements of a piece, a multiple of 8; and of those that are only looked at, or ranked.
     piece = ranked = 1 << 20
-    # Whether what has just landed is in a cache, and is to be looked at there.
-    is_cached = False
+    # Bytes of what has landed that are looked at at once.
+    look_bytes = 64 << 20
     # How many of them `each` works on at once.
     threads = 1
 
@@ -96,12 +95,7 @@ class Passes:
 
     def each(self, function: Callable[[Work], Found], pieces: Iterable[Work]) -> list[Found]:
         """What `function` makes of each piece, in their order.  Errors: Stopped."""
-        of_call = watch()
-        found = []
-        for piece in pieces:
-            of_call.check()
-            found.append(function(piece))
-        return found
+        return watch().each(function, pieces)
 
     def room(self, size: int) -> Tensor:
         """Memory of `size` bytes, as uint8."""
@@ -219,7 +213,10 @@ class Passes:
         return torch.from_numpy(sums), torch.bincount(at, minlength=size).cpu()
 
     def sample(self, piece: Piece, index: Tensor) -> Tensor:
-        """The keys of the units that are alive at `index`, ascending, as far as there are."""
+        """The keys of the units that are alive at `index`, as far as there are.
+
+        index: ascending, below `ranked`.
+        """
         if piece.units < self.ranked:
             index = index[: int(torch.searchsorted(index, piece.units))]
         if piece.alive is not None:

@@ -2,13 +2,17 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from secateur_server.errors import Stopped
+
+Work = TypeVar("Work")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,14 @@ class Watch:
         """Errors: Stopped."""
         if self._is_stopped.is_set():
             raise Stopped("call", "the caller has left")
+
+    def each(self, function: Callable[[Work], Found], pieces: Iterable[Work]) -> list[Found]:
+        """What `function` makes of each piece, in their order.  Errors: Stopped."""
+        found = []
+        for piece in pieces:
+            self.check()
+            found.append(function(piece))
+        return found
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

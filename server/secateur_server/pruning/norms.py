@@ -8,12 +8,8 @@ from torch import Tensor
 
 from secateur_server.devices import passes_of, spans
 from secateur_server.devices.keys import ranked_as
-from secateur_server.devices.passes import Passes, around
+from secateur_server.devices.passes import EXACT_POWERS, Passes, around
 from secateur_server.pruning.masks import Mask
-
-# Powers that are products and roots; others, and singular values, differ from device to device, and
-# are always the CPU's.
-_EXACT = (0.5, 1, 2, 3)
 
 
 def slice_norms(
@@ -39,6 +35,7 @@ def slice_norms(
             if kept is not None:
                 alive = kept.view(values.shape).movedim(dim, 0)[first:last]
                 slices = torch.where(alive, slices, 0.0)
+            # Singular values differ from device to device as well.
             return _nuclear_norms(slices.cpu()).to(values.device)
         if kept is None:
             return vector_norms(by_slice, first, last, float(p), passes, elements)
@@ -75,7 +72,7 @@ def vector_norms(
     if p == 0:
         return _root(block.count_nonzero((0, 2)).to(torch.float64), elements, 1.0)
     rows = block.transpose(0, 1).flatten(1).to(torch.float64)
-    if p not in _EXACT:
+    if p not in EXACT_POWERS:  # others differ from device to device
         rows = rows.cpu()
     return _root(row_sums(rows.abs().pow(p)).to(values.device), elements, p)
 

@@ -153,18 +153,10 @@ def _sampled_bounds(units: Units, count: int) -> tuple[int, int] | None:
     Where many units have the key that it is likely to be: that key, as both. None where there are
     few units, or the sample tells too little.
     """
-    if units.total < LARGE:
+    keys = _sample(units)
+    if keys is None:
         return None
-    passes, spacing = units.passes, min(SPACING, units.total // SAMPLE)
-    if (memory := watch().work_memory) is not None:
-        spacing = max(spacing, units.total * BYTES_OF_FEW // memory)
-    index = sample_places(passes.ranked, spacing, passes.device)
-    # In one thread: many small pieces would have threads wait for each other.
-    sampled = units.sampled or [passes.sample(piece, index) for piece in units.pieces]
-    keys = torch.cat(list(sampled))
-    if len(keys) < SAMPLE // 2:  # of many small tensors, or most are pruned
-        return None
-    share = count / units.alive
+    passes, share = units.passes, count / units.alive
     spread = 4 * math.sqrt(len(keys) * share * (1 - share)) + 1  # 4 standard deviations
     first, last = math.floor(len(keys) * share - spread), math.ceil(len(keys) * share + spread)
     low = passes.kth(keys, first) if first >= 1 else 0
@@ -175,6 +167,21 @@ def _sampled_bounds(units: Units, count: int) -> tuple[int, int] | None:
     likely = passes.kth(keys, max(1, round(len(keys) * share)))
     are_ties = 2 * int((keys == likely).count_nonzero()) > within
     return (likely, likely) if are_ties else None
+
+
+def _sample(units: Units) -> Tensor | None:
+    """The keys of some of the units that are alive; None where there are too few."""
+    if units.total < LARGE:
+        return None
+    passes, spacing = units.passes, min(SPACING, units.total // SAMPLE)
+    if (memory := watch().work_memory) is not None:
+        spacing = max(spacing, units.total * BYTES_OF_FEW // memory)
+    index = sample_places(passes.ranked, spacing, passes.device)
+    # In one thread: many small pieces would have threads wait for each other.
+    sampled = units.sampled or [passes.sample(piece, index) for piece in units.pieces]
+    keys = torch.cat(list(sampled))
+    # Of many small tensors there may be fewer, and where most are pruned.
+    return keys if len(keys) >= SAMPLE // 2 else None
 
 
 def _cut_at(units: Units, count: int, key: int) -> Cut | None:

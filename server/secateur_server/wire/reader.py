@@ -13,9 +13,6 @@ from secateur_server.errors import TooShort, WrongLength
 from secateur_server.wire.header import Entry, Header, header_length, parse_header
 from secateur_server.wire.tensors import TORCH_DTYPES, WireTensor
 
-# Of a tensor on its way to a GPU so much is looked at at once.
-_LOOK_BYTES = 64 << 20
-
 
 class ByteStream:
     """The bytes of `chunks` as one stream that holds exactly `announced` bytes.
@@ -118,7 +115,7 @@ def _read_tensor(stream: ByteStream, entry: Entry, passes: Passes) -> WireTensor
         passes.land(piece, data[begin : begin + len(piece)])
         begin += len(piece)
         # A piece may end within an element.
-        is_due = passes.is_cached or begin - seen >= _LOOK_BYTES or begin == len(data)
+        is_due = begin - seen >= passes.look_bytes or begin == len(data)
         if dtype in BITS and is_due and begin - seen >= dtype.itemsize:
             whole = begin // dtype.itemsize * dtype.itemsize
             found = passes.extremes(data[seen:whole].view(dtype))
