@@ -1,0 +1,31 @@
+"""What libraries raise where memory is short is told from their other errors."""
+
+import pytest
+import torch
+
+from secateur_server.operate.statuses import _is_out_of_memory
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+        RuntimeError("CUDA error: out of memory"),  # of pinned memory
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+    ids=str,
+)
+def test_memory_is_short(error: Exception) -> None:
+    assert _is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("CUDA error: an illegal memory access was encountered"), ValueError("memory")],
+    ids=str,
+)
+def test_something_else_is_wrong(error: Exception) -> None:
+    assert not _is_out_of_memory(error)
