@@ -142,7 +142,7 @@ class Client:
     ) -> PruneResult:
         """Sends what the server does not have of a model, and prunes it there."""
         of_parameters = model.only_parameters()
-        spec = spec.among(model.prunable()) if of_parameters is not model else spec
+        spec = spec.among(model.prunable_names()) if of_parameters is not model else spec
         uploaded = self.upload(of_parameters, progress)
         try:
             result = self.prune(uploaded, spec, output, progress, True, destination)

@@ -10,8 +10,10 @@ from typing import Any, BinaryIO
 from secateur.errors import SecateurError
 from secateur.shards import Index
 from secateur.tensors import LocalTensor, to_value
+from secateur.ties import tied
 from secateur_proto.framing import file_header
 from secateur_proto.index import SUFFIX
+from secateur_proto.ties import read_ties, write_ties
 
 
 def save(
@@ -34,7 +36,7 @@ def save(
             if path.suffix == ".safetensors":
                 _write_safetensors(file, tensors, metadata)
             else:
-                _write_torch(file, tensors)
+                _write_torch(file, tensors, read_ties(metadata, tensors).names)
     except OSError as error:
         raise SecateurError(f"{path}: cannot write it: {error.strerror}") from None
 
@@ -64,7 +66,9 @@ def _save_shards(
         file.write(index.text(tensors, before).encode())
         for name, of_shard in index.shards(tensors).items():
             shard = files.enter_context(replacing(path.with_name(name)))
-            _write_safetensors(shard, of_shard, index.metadata.get(name, {}))
+            metadata = index.metadata.get(name, {})
+            ties = write_ties(metadata, read_ties(metadata, before))
+            _write_safetensors(shard, of_shard, ties)
 
 
 def _write_safetensors(
@@ -75,11 +79,13 @@ def _write_safetensors(
         file.write(tensor.read().data)
 
 
-def _write_torch(file: BinaryIO, tensors: Mapping[str, LocalTensor]) -> None:
+def _write_torch(
+    file: BinaryIO, tensors: Mapping[str, LocalTensor], other_names: Mapping[str, str]
+) -> None:
     import torch
 
     values: dict[str, Any] = {name: to_value(tensor, True) for name, tensor in tensors.items()}
-    torch.save(values, file)
+    torch.save(tied(values, other_names), file)
 
 
 @contextmanager

@@ -46,12 +46,44 @@ def _pruning_hooks(part: Module) -> list[prune.BasePruningMethod]:
 def apply_masks(module: Module, masks: Mapping[str, torch.Tensor]) -> None:
     """Installs masks as torch.nn.utils.prune.custom_from_mask does.
 
+    A tied parameter is pruned under each of its names in the module.
+
     masks: bool, by parameter name.  Errors: InvalidStateDict, before anything has changed.
     """
     check_hooks(module)
-    targets = [(*_target(module, name, mask), mask) for name, mask in masks.items()]
-    for part, leaf, mask in targets:
+    for part, leaf, mask in _targets(module, masks):
         prune.custom_from_mask(part, leaf, mask.to(_weight(part, leaf).device))  # type: ignore[no-untyped-call]
+
+
+def _targets(
+    module: Module, masks: Mapping[str, torch.Tensor]
+) -> list[tuple[Module, str, torch.Tensor]]:
+    """Each submodule and parameter to install a mask at.  Errors: InvalidStateDict."""
+    by_parameter: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, mask in masks.items():
+        weight = _weight(*_target(module, name, mask))
+        first, known = by_parameter.setdefault(id(weight), (name, mask))
+        if not torch.equal(known, mask):
+            raise InvalidStateDict(
+                f"{first} and {name} are one parameter of the module, and their masks differ"
+            )
+    names = _names_by_parameter(module)
+    return [
+        (*_target(module, name, mask), mask)
+        for parameter, (_, mask) in by_parameter.items()
+        for name in names[parameter]
+    ]
+
+
+def _names_by_parameter(module: Module) -> dict[int, list[str]]:
+    """From the id of each parameter to its names; one name for a submodule that has several."""
+    names: dict[int, list[str]] = {}
+    for path, part in module.named_modules():
+        for stored, parameter in part._parameters.items():
+            leaf = stored.removesuffix("_orig")
+            leaf = leaf if f"{leaf}_mask" in part._buffers else stored
+            names.setdefault(id(parameter), []).append(f"{path}.{leaf}" if path else leaf)
+    return names
 
 
 def _weight(part: Module, leaf: str) -> torch.Tensor:

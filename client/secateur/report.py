@@ -28,6 +28,7 @@ class TensorReport:
         with zeros.
     zero_blocks: of the tensor as a matrix of its first dimension and all others, for sides of 4, 8,
         16 and 32 up to the last that has any; empty under 2 dimensions.
+    aliases: other names of the tensor, where weights are tied.
     """
 
     shape: tuple[int, ...]
@@ -41,6 +42,7 @@ class TensorReport:
     zero_slices: tuple[int, ...]
     patterns: tuple[str, ...]
     zero_blocks: tuple[ZeroBlocks, ...]
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ class Report:
         for name, tensor in self.tensors.items():
             shape = "x".join(map(str, tensor.shape)) or "scalar"
             slices = " ".join(map("{}/{}".format, tensor.zero_slices, tensor.shape))
+            name = " = ".join((name, *tensor.aliases))
             rows.append((name, shape, tensor.dtype, *_counts(tensor.bytes, tensor), slices))
         total_bytes = sum(tensor.bytes for tensor in self.tensors.values())
         rows.append(("total", "", "", *_counts(total_bytes, self), ""))
@@ -193,6 +196,7 @@ def _tensor(message: pb.TensorReport) -> TensorReport:
         zero_slices=tuple(message.zero_slices),
         patterns=tuple(f"{pattern.n}:{pattern.m}" for pattern in message.patterns),
         zero_blocks=tuple(ZeroBlocks(b.side, b.zero, b.total) for b in message.zero_blocks),
+        aliases=tuple(message.aliases),
     )
 
 

@@ -12,8 +12,9 @@ from secateur.checkpoint import Checkpoint
 from secateur.errors import InvalidStateDict, SecateurError
 from secateur.files import save
 from secateur.report import Report
-from secateur.source import Mask, Source, prior_mask
-from secateur.tensors import Bytes, LocalTensor, to_value
+from secateur.source import Mask, Source
+from secateur.tensors import Bytes, LocalTensor, prior_mask, to_value
+from secateur.ties import tied
 from secateur.transfer import Received
 from secateur_proto.framing import DTYPE_BITS
 
@@ -37,8 +38,8 @@ class FinalizeResult:
         return _here(self._answer, self._destination)
 
     def state_dict(self) -> dict[str, Any]:
-        """The tensors, in the source's kind: of torch, or arrays."""
-        return _values(self._received, self._source)
+        """The tensors, in the source's kind: of torch, or arrays. Tied ones are one object."""
+        return _values(self._received, self._source, self._answer)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes .safetensors, .pt or .pth, or the shards that it came in to a folder.
@@ -89,21 +90,26 @@ class PruneResult:
     def masks(self) -> dict[str, Any]:
         """The whole mask of each tensor that the spec named: bool, its shape, True is kept.
 
+        A tied tensor has its mask under each of its names.
         Errors: SecateurError, for the outputs "dense" and "none", which have no masks.
         """
-        return {
-            name: self._mask_value(mask.reshape(self.report.tensors[name].shape))
+        tensors = self.report.tensors
+        masks = {
+            name: self._mask_value(mask.reshape(tensors[name].shape))
             for name, mask in self._flat_masks.items()
         }
+        return tied(masks, {other: name for name in masks for other in tensors[name].aliases})
 
     def state_dict(self, form: str = "dense") -> dict[str, Any]:
         """The pruned model: "dense", or "reparametrized" as torch.nn.utils.prune leaves it.
+
+        Tied tensors are one object under each of their names.
 
         A form that did not come over the wire is made of the source as it is now. What was not
         pruned may share the source's memory.
         Errors: SecateurError, for a form that cannot be made from the output that was asked for.
         """
-        return _values(self._tensors(form), self._source)
+        return _values(self._tensors(form), self._source, self._answer)
 
     def save(self, path: str | os.PathLike[str], form: str = "dense") -> None:
         """Writes the pruned model as .safetensors, .pt or .pth, or its shards to a folder.
@@ -172,8 +178,9 @@ def _here(received: Received, destination: str | None) -> Tensors:
     return received.tensors
 
 
-def _values(tensors: Tensors, source: Source) -> dict[str, Any]:
-    return {name: to_value(tensor, source.as_torch) for name, tensor in tensors.items()}
+def _values(tensors: Tensors, source: Source, received: Received) -> dict[str, Any]:
+    values = {name: to_value(tensor, source.as_torch) for name, tensor in tensors.items()}
+    return tied(values, source.other_names or received.other_names())
 
 
 def _packed(mask: Mask) -> LocalTensor:

@@ -8,6 +8,7 @@ from typing import Any
 from secateur.errors import InvalidStateDict
 from secateur.tensors import LocalTensor
 from secateur_proto.index import SUFFIX, index_text, parse_index
+from secateur_proto.ties import read_ties
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,16 @@ class Index:
             if known in self.files:
                 return self.files[known]
         raise InvalidStateDict(f"{name}: the index names no file for it")
+
+    def of_one_file(self) -> dict[str, str]:
+        """The metadata of one file made of all shards: that of the first, and all ties."""
+        ties = {
+            other: name
+            for of_file in self.metadata.values()
+            for other, name in of_file.items()
+            if name in self.files or f"{name}_orig" in self.files
+        }
+        return {**ties, **next(iter(self.metadata.values()), {})}
 
     def shards(self, tensors: Mapping[str, LocalTensor]) -> dict[str, dict[str, LocalTensor]]:
         """Tensors by file, in the order of the files' names."""
@@ -80,16 +91,12 @@ def read_shards(path: Path, map_file: MapFile) -> tuple[dict[str, LocalTensor], 
             raise InvalidStateDict(f"{path}: {twice} stands in {files[twice]} and in {name}")
         files |= dict.fromkeys(of_file, name)
         tensors |= of_file
-    tied = {
-        alias
-        for of_file in metadata.values()
-        for alias, name in of_file.items()
-        if name in tensors or f"{name}_orig" in tensors
-    }
+    index = Index({**weight_map, **files}, rest, metadata, path.name)
+    tied = read_ties(index.of_one_file(), tensors).names
     for name, file in weight_map.items():
         if files.get(name) != file and (name in files or name not in tied):
             raise InvalidStateDict(f"{path}: {name} is not in {file}, as it says")
-    return tensors, Index({**weight_map, **files}, rest, metadata, path.name)
+    return tensors, index
 
 
 def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import numpy.typing as npt
 from secateur.checkpoint import place_of
 from secateur.errors import InvalidStateDict
 from secateur.shards import Index, index_path, read_shards
-from secateur.tensors import LocalTensor, from_value, is_text, parse_file
+from secateur.tensors import FLOATING, LocalTensor, from_value, is_text, parse_file
+from secateur.ties import shared_names, untie
 from secateur_proto.index import SUFFIX
+from secateur_proto.ties import read_ties, write_ties
 
 Mask = npt.NDArray[np.bool_]
 
@@ -28,6 +31,7 @@ class Source:
     tensors: in the state_dict's order.  parameters: the names that a Prune may send; of a Module
     its buffers are none, as torch.nn.utils.prune prunes parameters only.
     as_torch: whether results are tensors of torch, or arrays.
+    metadata: of a safetensors file of the tensors, with the ties of those that have other names.
     paths: the safetensors files that it is read from, and their index.
     index: of a model in shards.  is_here: False for one that only the server has.
     """
@@ -39,6 +43,11 @@ class Source:
     paths: tuple[Path, ...] = ()
     index: Index | None = None
     is_here: bool = True
+
+    @cached_property
+    def other_names(self) -> Mapping[str, str]:
+        """From each other name of a tied tensor to its name in `tensors`; a pair is its X."""
+        return read_ties(self.metadata, self.tensors).names
 
     def pairs(self) -> dict[str, str]:
         """From each X whose pair X_orig, X_mask is here to the name of its mask."""
@@ -55,7 +64,7 @@ class Source:
             is_free = base not in self.tensors
             fits = self.tensors[mask].shape == orig.shape
             return is_free and fits and self.tensors[mask].dtype in _OF_MASKS
-        return orig.dtype in _FLOATING
+        return orig.is_floating
 
     def only_parameters(self) -> "Source":
         """The source without what a Prune may not send; itself, where that is nothing."""
@@ -72,14 +81,18 @@ class Source:
         return {
             names.get(stored, stored): tensor
             for stored, tensor in self.tensors.items()
-            if stored in self.parameters - masks and tensor.dtype in _FLOATING
+            if stored in self.parameters - masks and tensor.is_floating
         }
 
+    def prunable_names(self) -> dict[str, str]:
+        """From every name of the floating parameters to their names in `prunable`."""
+        names = {name: name for name in self.prunable()}
+        return names | {other: n for other, n in self.other_names.items() if n in names}
 
-# The dtypes that the server prunes, and those that the mask of a pair may have.
-_FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+# Integers that the server prunes by their names, and the dtypes that the mask of a pair may have.
 _INTEGERS = ("I8", "I16", "I32", "I64", "U8")
-_OF_MASKS = ("BOOL", *_INTEGERS, *_FLOATING)
+_OF_MASKS = ("BOOL", *_INTEGERS, *FLOATING)
 
 
 def read_source(source: Any) -> Source:
@@ -113,19 +126,25 @@ def _from_mapping(source: Mapping[Any, Any]) -> Source:
     tensors = {name: from_value(name, value) for name, value in source.items()}
     torch = sys.modules.get("torch")
     as_torch = torch is not None and any(isinstance(v, torch.Tensor) for v in source.values())
-    return Source(tensors, frozenset(tensors), as_torch)
+    untied, ties = untie(tensors, shared_names(tensors))
+    return Source(untied, frozenset(untied), as_torch, write_ties({}, ties))
+
+
+# The halves of what torch.nn.utils.prune makes of a parameter.
+_PAIR = ("_orig", "_mask")
 
 
 def _from_module(module: Any) -> Source:
     from secateur.module import check_hooks, tensors_of
 
     check_hooks(module)
-    tensors, parameters = tensors_of(module)
-    return Source(
-        {name: from_value(name, value) for name, value in tensors.items()},
-        frozenset(parameters),
-        as_torch=True,
-    )
+    values, parameters = tensors_of(module)
+    tensors = {name: from_value(name, value) for name, value in values.items()}
+    shared = shared_names(tensors)
+    untied, ties = untie(tensors, shared)
+    parameters |= {name for other, name in shared.items() if other in parameters}
+    parameters |= {f"{n}{half}" for n in parameters for half in _PAIR if f"{n}_orig" in untied}
+    return Source(untied, frozenset(parameters & untied.keys()), True, write_ties({}, ties))
 
 
 def _from_path(path: Path) -> Source:
@@ -135,7 +154,7 @@ def _from_path(path: Path) -> Source:
     if index is not None:
         tensors, shards = read_shards(index, _map_file)
         files = (*(index.with_name(name) for name in dict.fromkeys(shards.files.values())), index)
-        metadata = dict(next(iter(shards.metadata.values()), {}))  # of one file made of all
+        tensors, metadata = _untied(tensors, shards.of_one_file())
         return Source(tensors, frozenset(tensors), _has_torch(), metadata, files, shards)
     if path.suffix != ".safetensors":
         hint = f"; of a checkpoint give what client.checkpoint({str(path)!r}) returns"
@@ -143,8 +162,16 @@ def _from_path(path: Path) -> Source:
             f"{path}: neither .safetensors nor .pt nor .pth, nor {SUFFIX} or a folder with one"
             f"{hint if str(path).startswith('checkpoints/') else ''}"
         )
-    tensors, metadata = _map_file(path)
+    tensors, metadata = _untied(*_map_file(path))
     return Source(tensors, frozenset(tensors), _has_torch(), metadata, (path,))
+
+
+def _untied(
+    tensors: dict[str, LocalTensor], metadata: dict[str, str]
+) -> tuple[dict[str, LocalTensor], dict[str, str]]:
+    """The tensors of a file, each under one name, and its metadata, with the other names."""
+    tensors, ties = untie(tensors, {k: v for k, v in metadata.items() if k not in tensors})
+    return tensors, write_ties(metadata, ties)
 
 
 def _has_torch() -> bool:
@@ -202,12 +229,3 @@ def _load_torch(path: Path) -> Mapping[Any, Any]:
     if not isinstance(loaded, Mapping):
         raise InvalidStateDict(f"{path}: holds a {type(loaded).__name__}, not a state_dict")
     return loaded
-
-
-def prior_mask(tensor: LocalTensor) -> Mask:
-    """The X_mask of a pair as bool, flat; its values are 0 and 1 of any dtype."""
-    data = tensor.read()
-    itemsize = len(data) // max(1, int(np.prod(tensor.shape)))
-    bits = data.view(f"u{max(1, itemsize)}")
-    kept: Mask = (bits << 1) != 0  # the shift drops the sign of -0.0
-    return kept

@@ -1,6 +1,6 @@
 """What to prune: torch.nn.utils.prune's methods, others in their manner, and their sums."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -82,9 +82,10 @@ class Spec:
             rules.append(Rule(message, rule.arrays))
         return Spec(tuple(rules))
 
-    def among(self, names: Collection[str]) -> "Spec":
-        """The spec with its globs replaced by those of `names` that they match.
+    def among(self, names: Mapping[str, str]) -> "Spec":
+        """The spec with its globs replaced by the tensors that they match.
 
+        names: from every name of a tensor, which may be tied, to the tensor's.
         A glob that matches none stays, for the server to say so.
         """
         rules = []
@@ -101,16 +102,20 @@ class Spec:
         """The spec for the wire, and the arrays to send beside the model under their new names.
 
         taken: names of the model's tensors, which no array may get.  Errors: InvalidSpec.
+        An array that stands under several names is sent once.
         """
         message = pb.PruningSpec()
         arrays: dict[str, LocalTensor] = {}
+        holders: dict[int, str] = {}
         free = _free_names(set(taken))
         for rule in self.rules:
             encoded = message.rules.add()
             encoded.CopyFrom(rule.message)
             for name, array in rule.arrays.items():
-                holder = next(free)
-                arrays[holder] = _array(name, array)
+                if id(array) not in holders:
+                    holders[id(array)] = next(free)
+                    arrays[holders[id(array)]] = _array(name, array)
+                holder = holders[id(array)]
                 if encoded.HasField("custom_masks"):
                     encoded.custom_masks.masks[name] = holder
                 else:
@@ -369,10 +374,10 @@ def _selection(
     return Spec((Rule(pb.Rule(selection=selection), dict(scores or {})),))
 
 
-def _matching(pattern: str, names: Collection[str]) -> list[str]:
+def _matching(pattern: str, names: Mapping[str, str]) -> list[str]:
     if pattern in names:
-        return [pattern]
-    return [name for name in names if fnmatchcase(name, pattern)]
+        return [names[pattern]]
+    return [name for known, name in names.items() if fnmatchcase(known, pattern)]
 
 
 def _free_names(taken: set[str]) -> Iterator[str]:

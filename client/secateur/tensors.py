@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +35,28 @@ WIRE_DTYPES = {
     "float8_e4m3fn": "F8_E4M3",
     "float8_e5m2": "F8_E5M2",
 }
+# The dtypes that the server prunes where a glob matches them.
+FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _NAMES = {wire: name for name, wire in WIRE_DTYPES.items()}
+
+
+class Place(NamedTuple):
+    """Where a view lies in memory. Equal places are one tensor.
+
+    device: Of torch; "" is this process's memory.
+    pointer: Of the element at index 0; `begin` and `end` are around all elements.
+    strides: In bytes.
+    values: What the bytes are read as: dtype, and the flags that torch keeps beside them.
+    """
+
+    device: str
+    begin: int
+    end: int
+    pointer: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    itemsize: int
+    values: str
 
 
 @dataclass(frozen=True)
@@ -44,11 +65,18 @@ class LocalTensor:
 
     dtype: as safetensors spells it.  read: gives its bytes, row-major, little-endian, flat; called
         when they are needed, so that what is not contiguous is copied one tensor at a time.
+    place: of a caller's tensor or array with elements.
     """
 
     dtype: str
     shape: tuple[int, ...]
     read: Callable[[], Bytes]
+    place: Place | None = None
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether it is of a dtype that globs mean."""
+        return self.dtype in FLOATING
 
 
 def is_text(name: Any) -> bool:
@@ -61,14 +89,42 @@ def from_value(name: str, value: Any) -> LocalTensor:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
         dtype, read = str(value.dtype).removeprefix("torch."), _torch_reader(torch, name, value)
+        place = _torch_place(value)
     elif hasattr(value, "__array__"):
         value = np.asarray(value)
         dtype, read = value.dtype.name, lambda: _array_bytes(value)
+        place = _place("", value.ctypes.data, value.shape, value.strides, value.itemsize, dtype)
     else:
         raise InvalidStateDict(f"{name}: {type(value).__name__} is no tensor and no array")
     if dtype not in WIRE_DTYPES:
         raise InvalidStateDict(f"{name}: dtype {dtype} has no place in a safetensors file")
-    return LocalTensor(WIRE_DTYPES[dtype], tuple(value.shape), read)
+    return LocalTensor(WIRE_DTYPES[dtype], tuple(value.shape), read, place)
+
+
+def _torch_place(value: Any) -> Place | None:
+    size = value.element_size()
+    flags = f"{value.dtype} {value.is_conj()} {value.is_neg()}"
+    strides = tuple(stride * size for stride in value.stride())
+    device = "" if value.device.type == "cpu" else str(value.device)
+    return _place(device, value.data_ptr(), tuple(value.shape), strides, size, flags)
+
+
+def _place(
+    device: str,
+    pointer: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    itemsize: int,
+    values: str,
+) -> Place | None:
+    if 0 in shape:
+        return None
+    reach = [(size - 1) * stride for size, stride in zip(shape, strides, strict=True)]
+    begin = pointer + sum(step for step in reach if step < 0)
+    end = pointer + sum(step for step in reach if step > 0) + itemsize
+    # Where a dimension has one index its stride means nothing, and may be any number.
+    strides = tuple(0 if size == 1 else s for size, s in zip(shape, strides, strict=True))
+    return Place(device, begin, end, pointer, shape, strides, itemsize, values)
 
 
 def _torch_reader(torch: Any, name: str, value: Any) -> Callable[[], Bytes]:
@@ -148,3 +204,12 @@ def _entry(body: Bytes, fields: Mapping[str, Any]) -> LocalTensor:
         raise InvalidStateDict(f"the header has {sorted(fields)} of a tensor")
     view = body[slice(*fields["data_offsets"])]
     return LocalTensor(fields["dtype"], tuple(fields["shape"]), lambda: view)
+
+
+def prior_mask(tensor: LocalTensor) -> npt.NDArray[np.bool_]:
+    """The X_mask of a pair as bool, flat; its values are 0 and 1 of any dtype."""
+    data = tensor.read()
+    itemsize = len(data) // max(1, int(np.prod(tensor.shape)))
+    bits = data.view(f"u{max(1, itemsize)}")
+    kept: npt.NDArray[np.bool_] = (bits << 1) != 0  # the shift drops the sign of -0.0
+    return kept

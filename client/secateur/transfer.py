@@ -15,6 +15,7 @@ from secateur.tensors import LocalTensor, parse_file
 from secateur_proto.codec import Data
 from secateur_proto.framing import cut, file_header, tensor_bytes
 from secateur_proto.index import SUFFIX, parse_index
+from secateur_proto.ties import read_ties
 
 Request = TypeVar("Request")
 Bytes = bytes | memoryview
@@ -86,11 +87,18 @@ def errors_of(sender: Sender | None, call: grpc.RpcContext | None = None) -> Ite
 
 @dataclass(frozen=True)
 class Received:
-    """The tensors of an answer, the index of those that came in shards, and a file's metadata."""
+    """The tensors of an answer, the index of those that came in shards, and the metadata.
+
+    metadata: Of the file, or of one file that is made of all shards.
+    """
 
     tensors: dict[str, LocalTensor] = field(default_factory=dict)
     index: Index | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def other_names(self) -> Mapping[str, str]:
+        """From each other name of a tied tensor to its name in `tensors`; a pair is its X."""
+        return read_ties(self.metadata, self.tensors).names
 
 
 def receive(
@@ -139,4 +147,5 @@ def _parse(result: Any, data: memoryview) -> Received:
         return Received(tensors, metadata=next(iter(metadata.values()), {}))
     filename, text = index
     weight_map, rest = parse_index(bytes(text))
-    return Received(tensors, Index({**weight_map, **files}, rest, metadata, filename))
+    made = Index({**weight_map, **files}, rest, metadata, filename)
+    return Received(tensors, made, made.of_one_file())

@@ -105,6 +105,12 @@ class PrunerStub(typing.Generic[_PrunerPruneType, _PrunerReportType, _PrunerPlan
     A tensor X that can be pruned may arrive as X, or as the pair X_orig, X_mask that torch.nn.utils.prune
     writes: same shape, the mask of 0 (pruned) and 1. The pair is the pruned tensor X.
 
+    Tied weights, one tensor under several names, are sent once. The metadata of the safetensors file has
+    the other names, as safetensors.torch.save_model writes them: from each to the name of the tensor that
+    is stored. Every field that takes the name of a tensor, or a glob, takes the other names as well,
+    and means the one tensor. Results have the same metadata; of a tensor that becomes the pair X_orig,
+    X_mask it goes on to name X.
+
     In place of data a header may name a checkpoint (see Checkpoints) or a URI that the server opens:
     `file://` under a folder that the operator listed with --allow-path, or what the operator listed
     with --allow-uri. A URI that ends in `.index.json` means a model in shards, which lie beside it.
@@ -217,6 +223,12 @@ class PrunerServicer(metaclass=abc.ABCMeta):
 
     A tensor X that can be pruned may arrive as X, or as the pair X_orig, X_mask that torch.nn.utils.prune
     writes: same shape, the mask of 0 (pruned) and 1. The pair is the pruned tensor X.
+
+    Tied weights, one tensor under several names, are sent once. The metadata of the safetensors file has
+    the other names, as safetensors.torch.save_model writes them: from each to the name of the tensor that
+    is stored. Every field that takes the name of a tensor, or a glob, takes the other names as well,
+    and means the one tensor. Results have the same metadata; of a tensor that becomes the pair X_orig,
+    X_mask it goes on to name X.
 
     In place of data a header may name a checkpoint (see Checkpoints) or a URI that the server opens:
     `file://` under a folder that the operator listed with --allow-path, or what the operator listed

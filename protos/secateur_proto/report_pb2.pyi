@@ -90,6 +90,7 @@ class TensorReport(google.protobuf.message.Message):
     ZERO_SLICES_FIELD_NUMBER: builtins.int
     PATTERNS_FIELD_NUMBER: builtins.int
     ZERO_BLOCKS_FIELD_NUMBER: builtins.int
+    ALIASES_FIELD_NUMBER: builtins.int
     name: builtins.str
     """The tensor's name; the pair X_orig, X_mask is X."""
     dtype: builtins.str
@@ -131,6 +132,12 @@ class TensorReport(google.protobuf.message.Message):
         Empty for tensors of fewer than 2 dimensions, and from the first size on that has none.
         """
 
+    @property
+    def aliases(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Other names of the tensor, where the model's weights are tied. They are no entries of their own,
+        so that totals count the tensor once.
+        """
+
     def __init__(
         self,
         *,
@@ -146,8 +153,9 @@ class TensorReport(google.protobuf.message.Message):
         zero_slices: collections.abc.Iterable[builtins.int] | None = ...,
         patterns: collections.abc.Iterable[secateur_proto.spec_pb2.Pattern] | None = ...,
         zero_blocks: collections.abc.Iterable[Global___ZeroBlocks] | None = ...,
+        aliases: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "dtype", b"dtype", "is_pruned", b"is_pruned", "name", b"name", "patterns", b"patterns", "pruned", b"pruned", "shape", b"shape", "sparsity", b"sparsity", "total", b"total", "zero_blocks", b"zero_blocks", "zero_slices", b"zero_slices", "zeros", b"zeros"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["aliases", b"aliases", "bytes", b"bytes", "dtype", b"dtype", "is_pruned", b"is_pruned", "name", b"name", "patterns", b"patterns", "pruned", b"pruned", "shape", b"shape", "sparsity", b"sparsity", "total", b"total", "zero_blocks", b"zero_blocks", "zero_slices", b"zero_slices", "zeros", b"zeros"]) -> None: ...
 
 Global___TensorReport: typing_extensions.TypeAlias = TensorReport
 

@@ -43,12 +43,12 @@ def _hollow(model: Model, pruned: Sequence[str]) -> Model:
     """The model without its data, but with masks for all that is pruned."""
     hollow = Model(model.shards, model.catalog.extras, model.index)
     pairs = model.catalog.pairs
-    masks = {mask for _, mask in pairs.values()}
+    of_pairs = {mask for _, *masks in pairs.values() for mask in masks}
     hollow.tensors = {
         entry.name: WireTensor(entry.dtype, entry.shape, NOTHING)
         for shard in model.shards
         for entry in shard.entries
-        if entry.name not in masks
+        if entry.name not in of_pairs
     }
     has_mask = {*pruned, *pairs, *model.masks}
     hollow.parameters = {

@@ -2,10 +2,13 @@
 
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import and_
 
 import torch
 from torch import Tensor
 
+from secateur_proto.ties import read_ties, write_ties
 from secateur_server.devices import passes_of, spans
 from secateur_server.errors import InvalidPair, InvalidStateDict, quote
 from secateur_server.pruning.catalog import Catalog, Stored, match, read_catalog
@@ -58,7 +61,10 @@ class Model:
         self.is_mapped = is_mapped
         self._shard_of = _shards_of(shards)
         entries = [entry for shard in shards for entry in shard.entries]
-        self.catalog: Catalog = read_catalog(stored_of(entries), extras)
+        stored = stored_of(entries)
+        metadata = {k: v for shard in shards for k, v in shard.metadata.items()}
+        self._ties = read_ties(metadata, stored)
+        self.catalog: Catalog = read_catalog(stored, extras, self._ties.names, self._ties.masks)
         self.tensors: dict[str, WireTensor] = {}
         self.parameters: dict[str, Parameter] = {}
         self.extras: Mapping[str, Tensor] = {}
@@ -81,14 +87,14 @@ class Model:
         """The data has come: all of it, or that of some parameters.  Errors: InvalidPair."""
         self.tensors, self.extras, self.masks = tensors, extras, masks
         for name in self.catalog.prunable:
-            orig, mask = self.catalog.pairs.get(name, (name, None))
+            orig, *stored = self.catalog.pairs.get(name, (name,))
             if orig not in tensors:
                 continue
             # As bits a mask is a small part of what it is in the weight's dtype.
-            prior = None if mask is None else tensors.pop(mask)
+            priors = [(mask, tensors.pop(mask)) for mask in stored]
             kept = masks.get(name)
-            if prior and kept is None:
-                kept = to_mask(values_of(prior), InvalidPair, f"data[{quote(mask)}]")
+            if kept is None and priors:
+                kept = reduce(and_, (_prior_mask(mask, prior) for mask, prior in priors))
             self.parameters[name] = Parameter(values_of(tensors[orig]), kept, tensors[orig].seen)
 
     def files(self, are_folded: Container[str]) -> list[OutgoingFile]:
@@ -99,7 +105,7 @@ class Model:
         """
         written = self._layout(are_folded)
         files = [
-            state_dict_file(shard.filename, written[shard.filename], shard.metadata)
+            state_dict_file(shard.filename, written[shard.filename], self._metadata(shard))
             for shard in self.shards
         ]
         if self.index:
@@ -110,9 +116,14 @@ class Model:
         """Bytes of what `files` gives, without a look at the data."""
         written = self._layout(are_folded)
         of_shards = [
-            state_dict_head(written[shard.filename], shard.metadata)[1] for shard in self.shards
+            state_dict_head(written[shard.filename], self._metadata(shard))[1]
+            for shard in self.shards
         ]
         return sum(of_shards) + (len(self.index.rewritten(written)) if self.index else 0)
+
+    def _metadata(self, shard: Shard) -> dict[str, str]:
+        """What a file says beside its tensors, with the ties of those that it has."""
+        return write_ties(shard.metadata, read_ties(shard.metadata, self.catalog.stored))
 
     def _layout(self, are_folded: Container[str]) -> dict[str, dict[str, Outgoing]]:
         """What is written to each file, by the tensors' names."""
@@ -123,7 +134,7 @@ class Model:
 
     def _written(self, are_folded: Container[str]) -> Iterator[tuple[str, str, Outgoing]]:
         """What each tensor of the files becomes: as it was called, as it is called, itself."""
-        names = {orig: name for name, (orig, _) in self.catalog.pairs.items()}
+        names = {orig: name for name, (orig, *_) in self.catalog.pairs.items()}
         seen: set[str] = set()
         for stored, tensor in self.tensors.items():
             name = names.get(stored, stored)
@@ -205,6 +216,11 @@ def packed_masks(masks: Mapping[str, Mask]) -> OutgoingFile:
         return Outgoing("U8", tuple(mask.bits.shape), lambda: [mask.bits])
 
     return state_dict_file("", {name: packed(mask) for name, mask in masks.items()}, {})
+
+
+def _prior_mask(name: str, tensor: WireTensor) -> Mask:
+    """Errors: InvalidPair."""
+    return to_mask(values_of(tensor), InvalidPair, f"data[{quote(name)}]")
 
 
 def _as_numbers(mask: Mask, dtype: torch.dtype | None) -> Iterator[Tensor]:

@@ -59,6 +59,15 @@ def read_shards(folder: Path, index: str = INDEX) -> dict[str, Tensor]:
     return tensors
 
 
+def with_ties(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a result has of them: the tied tensor under both of its names, whatever became of it."""
+    found = dict(tensors)
+    for other, name in TIED.items():
+        for end in ("", "_orig", "_mask"):
+            found |= {other + end: tensors[name + end]} if name + end in tensors else {}
+    return found
+
+
 def metadata_of(path: Path) -> dict[str, str]:
     with safetensors.safe_open(path, framework="pt") as file:
         return dict(file.metadata())

@@ -237,15 +237,23 @@ def test_recurrent_layers_compute_what_the_twin_computes(client: secateur.Client
     assert torch.equal(ours(torch.ones(2, 1, 3))[0], theirs(torch.ones(2, 1, 3))[0])
 
 
-def test_a_parameter_with_two_names_gets_a_mask_for_each(client: secateur.Client) -> None:
+def test_a_parameter_with_two_names_gets_one_mask_under_both(client: secateur.Client) -> None:
     weight = distinct((4, 6))
     module = module_of({"a.w": weight, "b.w": weight})
     module.get_submodule("b").register_parameter("w", module.get_parameter("a.w"))
     client.prune(module, all_l1(["a.w", "b.w"], 11).spec).apply_to(module)
     assert module.get_parameter("a.w_orig") is module.get_parameter("b.w_orig")
-    for name, count in (("a", 6), ("b", 5)):  # of two equals the first goes
-        (kept,) = lowest([weight], count)
+    (kept,) = lowest([weight], 11)
+    for name in ("a", "b"):
         assert torch.equal(module.get_buffer(f"{name}.w_mask") == 1, kept)
+
+
+def test_two_masks_for_one_parameter_are_refused(client: secateur.Client) -> None:
+    tensors = {"a.w": distinct((4, 6)), "b.w": distinct((4, 6), seed=1)}
+    module = module_of(tensors)
+    module.get_submodule("b").register_parameter("w", module.get_parameter("a.w"))
+    result = client.prune(tensors, secateur.l1_unstructured(["a.w", "b.w"], 7))
+    assert_refused(module, result, r"a\.w and b\.w are one parameter")
 
 
 def test_a_module_with_two_names_has_the_masks_of_the_result(client: secateur.Client) -> None:

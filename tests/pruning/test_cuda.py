@@ -60,7 +60,7 @@ RULES: dict[str, Rule] = {
     "l2": Selection("r", ("a", "b"), Magnitude(2.0), Slice(0), "tensor", 0.4, {}),
     "inf": Selection("r", ("b",), Magnitude(float("inf")), Slice(-1), "tensor", 5, {}),
     "random slices": Selection("r", ("a", "b"), Random(1), Slice(1), "tensor", 3, {}),
-    "custom": CustomMasks("r", {"a": "m"}),
+    "custom": CustomMasks("r", [("a", "m")]),
 }
 
 

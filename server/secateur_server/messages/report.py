@@ -1,6 +1,6 @@
 """A report to the wire."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from secateur_proto.report_pb2 import Bound, RuleReport, SparsityReport, TensorReport, ZeroBlocks
 from secateur_proto.report_pb2 import Choice as ChoiceMessage
@@ -18,13 +18,20 @@ def encode_report(
     output_blake3: str = "",
     outcomes: Sequence[Sequence[Choice]] = (),
     are_folded: bool = False,
+    other_names: Mapping[str, str] | None = None,
 ) -> SparsityReport:
     """Measures `parameters`, in their order.
 
     outcomes: for each rule of a spec its choices.
     are_folded: the parameters are sent with their masks applied, and without masks.
+    other_names: from each other name of a tied parameter to its name in `parameters`.
     """
     tensors = [_tensor(name, parameter, are_folded) for name, parameter in parameters]
+    if other_names:
+        by_name = {tensor.name: tensor for tensor in tensors}
+        for other, name in other_names.items():
+            if name in by_name:
+                by_name[name].aliases.append(other)
     zeros = sum(tensor.zeros for tensor in tensors)
     total = sum(tensor.total for tensor in tensors)
     return SparsityReport(

@@ -76,7 +76,7 @@ def _rule(rule: pb.Rule, path: str) -> Rule:
     path = f"{path}.custom_masks"
     if not rule.custom_masks.masks:
         raise InvalidSpec(f"{path}.masks", "at least one mask is needed")
-    return CustomMasks(path, dict(rule.custom_masks.masks))
+    return CustomMasks(path, list(rule.custom_masks.masks.items()))
 
 
 def _selection(selection: pb.Selection, path: str) -> Selection:

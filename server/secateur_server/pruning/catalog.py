@@ -1,7 +1,7 @@
 """Which tensors there are, and which of them a request means; known before their data is here."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -35,60 +35,92 @@ class Catalog:
     stored: what the model has.  extras: tensors with scores and masks, which are no part of it.
     prunable: the shapes of what can be pruned, a pair as one, in the
     file's order.  floating: those of them that globs mean, which are no integers.
-    pairs: those of them that arrived as (X_orig, X_mask).
+    pairs: those of them that arrived as (X_orig, X_mask); of tied ones every name's mask may be
+    there, and they hold together.
+    other_names: from each other name of a tied tensor to its name here. A request may use either.
     """
 
     stored: Mapping[str, Stored]
     extras: Mapping[str, Stored]
     prunable: dict[str, Shape]
     floating: list[str]
-    pairs: dict[str, tuple[str, str]]
+    pairs: dict[str, tuple[str, ...]]
+    other_names: Mapping[str, str] = field(default_factory=dict)
+
+    def name_of(self, name: str) -> str:
+        """The tensor's name here, of any of its names; an unknown name as it is."""
+        return self.other_names.get(name, name)
+
+    def all_names(self, names: Sequence[str]) -> dict[str, str]:
+        """From every name of some tensors to their names here."""
+        known = {name: name for name in names}
+        tied = {other: name for other, name in self.other_names.items() if name in known}
+        return known | tied
 
 
-def read_catalog(stored: Mapping[str, Stored], extras: Mapping[str, Stored]) -> Catalog:
+def read_catalog(
+    stored: Mapping[str, Stored],
+    extras: Mapping[str, Stored],
+    other_names: Mapping[str, str] | None = None,
+    other_masks: Mapping[str, Sequence[str]] | None = None,
+) -> Catalog:
     """Finds the pairs that torch.nn.utils.prune writes, and what can be pruned.
 
-    Errors: InvalidPair.
+    other_names: as Catalog.other_names.  other_masks: by a tied tensor's name, the masks that are
+    stored under its other names.  Errors: InvalidPair.
     """
-    pairs: dict[str, tuple[str, str]] = {}
+    pairs: dict[str, tuple[str, ...]] = {}
     for name in stored:
         base, dtype = name.removesuffix("_orig"), stored[name].dtype
         mask = f"{base}_mask"
         if base != name and mask in stored and dtype in PRUNABLE:
-            fault = _fault_of_pair(base, stored)
-            if fault is None:
+            try:
+                _check_pair(base, stored)
+            except InvalidPair:
+                if dtype.is_floating_point:  # integers have such names for other reasons, too
+                    raise
+            else:
                 pairs[base] = (name, mask)
-            elif dtype.is_floating_point:  # integers have such names for other reasons, too
-                raise fault
-    whole = {orig: base for base, (orig, _) in pairs.items()}
-    masks = {mask for _, mask in pairs.values()}
+    for name, masks in (other_masks or {}).items():
+        pair = (*pairs.get(name, (name,)), *masks)
+        if pair[0] in stored and stored[pair[0]].dtype in PRUNABLE:
+            for mask in masks:
+                _check_mask(mask, pair[0], stored)
+            pairs[name] = pair
+    whole = {pair[0]: base for base, pair in pairs.items()}
+    of_pairs = {mask for _, *masks in pairs.values() for mask in masks}
     prunable = {
         whole.get(name, name): stored[name].shape
         for name in stored
-        if stored[name].dtype in PRUNABLE and name not in masks
+        if stored[name].dtype in PRUNABLE and name not in of_pairs
     }
     origs = {name: pairs.get(name, (name,))[0] for name in prunable}
     floating = [name for name, orig in origs.items() if _is_floating(stored[orig])]
-    return Catalog(stored, extras, prunable, floating, pairs)
+    known = {other: name for other, name in (other_names or {}).items() if name in prunable}
+    return Catalog(stored, extras, prunable, floating, pairs, known)
 
 
 def _is_floating(tensor: Stored) -> bool:
     return tensor.dtype is not None and tensor.dtype.is_floating_point
 
 
-def _fault_of_pair(base: str, stored: Mapping[str, Stored]) -> InvalidPair | None:
-    """Why X_orig and X_mask are no pair; None where they are one."""
-    orig, mask = stored[f"{base}_orig"], stored[f"{base}_mask"]
-    field = f"data[{quote(f'{base}_mask')}]"
+def _check_pair(base: str, stored: Mapping[str, Stored]) -> None:
+    """Errors: InvalidPair, where X_orig and X_mask are not a pair."""
+    mask = f"{base}_mask"
     if base == "__metadata__":  # in a safetensors file that is no tensor
-        return InvalidPair(field, "is half of a pair whose name no tensor can have")
+        raise InvalidPair(f"data[{quote(mask)}]", "is half of a pair whose name no tensor can have")
     if base in stored:
-        return InvalidPair(f"data[{quote(base)}]", "is there beside its pair of _orig and _mask")
-    if mask.shape != orig.shape:
-        return InvalidPair(field, f"has shape {list(mask.shape)}, its _orig has {list(orig.shape)}")
+        raise InvalidPair(f"data[{quote(base)}]", "is there beside its pair of _orig and _mask")
+    _check_mask(mask, f"{base}_orig", stored)
+
+
+def _check_mask(name: str, orig: str, stored: Mapping[str, Stored]) -> None:
+    """Errors: InvalidPair, where a mask does not fit its weight."""
+    mask, shape, field = stored[name], stored[orig].shape, f"data[{quote(name)}]"
+    if mask.shape != shape:
+        raise InvalidPair(field, f"has shape {list(mask.shape)}, its _orig has {list(shape)}")
     if mask.dtype is None:
-        return InvalidPair(field, f"has dtype {mask.calls}, which no mask has")
-    return None
+        raise InvalidPair(field, f"has dtype {mask.calls}, which no mask has")
 
 
 def match(field: str, patterns: Sequence[str], catalog: Catalog) -> list[str]:
@@ -99,17 +131,18 @@ def match(field: str, patterns: Sequence[str], catalog: Catalog) -> list[str]:
     """
     found: set[str] = set()
     tried: set[str] = set()
+    floating = catalog.all_names(catalog.floating).items()
     for index, pattern in enumerate(patterns):
         if pattern in tried:
             continue
         watch().check()  # of many patterns, and many tensors, each takes its time
         tried.add(pattern)
-        if pattern in catalog.prunable:  # a name first: it may have brackets in it
-            found.add(pattern)
+        if (name := catalog.name_of(pattern)) in catalog.prunable:  # it may have brackets in it
+            found.add(name)
             continue
         # A longer one is no glob that a person wrote, and takes long to try.
         is_glob = len(pattern) <= 1000
-        matched = [name for name in catalog.floating if is_glob and fnmatchcase(name, pattern)]
+        matched = [name for known, name in floating if is_glob and fnmatchcase(known, pattern)]
         if not matched:
             raise unmatched(f"{field}[{index}]", pattern, catalog)
         found.update(matched)

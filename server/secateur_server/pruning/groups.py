@@ -34,6 +34,7 @@ def resolve_group(group: Group, catalog: Catalog) -> Group:
 def _resolve_member(member: Member, catalog: Catalog) -> Member:
     """A member with a dimension from 0 on, and all its units' slices within it."""
     name = quote(member.tensor)
+    member = replace(member, tensor=catalog.name_of(member.tensor))
     if member.tensor not in catalog.prunable:
         raise unmatched(f"{member.path}.tensor", member.tensor, catalog)
     shape = catalog.prunable[member.tensor]

@@ -78,10 +78,10 @@ def _apply_masks(
 ) -> tuple[Masks, list[Choice]]:
     masks: Masks = {}
     choices = []
-    for name, holder in rule.masks.items():
+    for name, holder in rule.masks:
         field = f"{rule.path}.masks[{quote(name)}]"
         asked = to_mask(extras[holder], InvalidMask, field)
-        before = state[name].mask
+        before = masks.get(name, state[name].mask)
         masks[name] = asked if before is None else asked & before
         candidates = asked.elements if before is None else before.kept
         requested = asked.elements - asked.kept

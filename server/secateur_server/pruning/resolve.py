@@ -1,9 +1,10 @@
 """Rules that fit the tensors: globs become names, and what is wrong is said before data is read."""
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 from secateur_server.devices.keys import FP8
 from secateur_server.errors import (
@@ -27,10 +28,13 @@ from secateur_server.pruning.spec import (
     Group,
     GuardRails,
     Magnitude,
+    Rail,
     Rule,
     Selection,
     Table,
 )
+
+Value = TypeVar("Value")
 
 
 def resolve(rules: Sequence[Rule], catalog: Catalog) -> list[Rule]:
@@ -49,7 +53,9 @@ def resolve(rules: Sequence[Rule], catalog: Catalog) -> list[Rule]:
 def _resolve_selection(rule: Selection, catalog: Catalog) -> Selection:
     if rule.groups:
         groups = tuple(resolve_group(group, catalog) for group in rule.groups)
-        subjects = _not_spared(rule, [group.name for group in groups])
+        every = {group.name: group.name for group in groups}
+        subjects = _not_spared(rule, list(every), every)
+        known = {name: name for name in subjects}
         groups = tuple(group for group in groups if group.name in subjects)
         members = {member.tensor for group in groups for member in group.members}
         names = [name for name in catalog.prunable if name in members]
@@ -59,68 +65,99 @@ def _resolve_selection(rule: Selection, catalog: Catalog) -> Selection:
         names = match(f"{rule.path}.tensors", rule.tensors, catalog)
         for name in names:
             _check_units(rule, name, catalog.prunable[name])
-        names = subjects = _not_spared(rule, names)
+        names = subjects = _not_spared(rule, names, catalog.all_names(names))
+        known = catalog.all_names(names)
+        rule = replace(
+            rule,
+            scores=_by_tensor(rule.scores, f"{rule.path}.importance_scores", known),
+            scales=_by_tensor(rule.scales, f"{rule.path}.scales", known),
+        )
         _check_scores(rule, names, catalog)
     rails = tuple(
-        replace(rail, tensors=tuple(_among(f"{rail.path}.tensors", rail.tensors, subjects)))
+        replace(rail, tensors=_rail_tensors(rail, subjects, known))
         for rail in rule.guard_rails.rails
     )
     return replace(
         rule,
         tensors=tuple(names),
-        amount=_resolve_amount(rule, subjects),
+        amount=_resolve_amount(rule, subjects, known),
         guard_rails=GuardRails(rails),
     )
 
 
-def _not_spared(rule: Selection, names: list[str]) -> list[str]:
+def _by_tensor(
+    given: Mapping[str, Value], field: str, known: Mapping[str, str]
+) -> dict[str, Value]:
+    """What is given by any name of each tensor, by the tensors' names here.
+
+    known: from every name of the rule's tensors to those.
+    Errors: InvalidSpec, where a tensor has two values under two of its names.
+    """
+    found: dict[str, Value] = {}
+    for name, value in given.items():
+        tensor = known.get(name, name)
+        if found.setdefault(tensor, value) != value:
+            raise InvalidSpec(
+                f"{field}[{quote(name)}]",
+                f"{quote(name)} is another name of {quote(tensor)}, which has another value",
+            )
+    return found
+
+
+def _not_spared(rule: Selection, names: list[str], known: Mapping[str, str]) -> list[str]:
     """Without the tensors, or groups, that the guard rails leave as they are."""
     rails, path = rule.guard_rails, f"{rule.path}.guard_rails"
     spared = {*names[:1]} if rails.keep_first else set()
     spared |= {*names[-1:]} if rails.keep_last else set()
-    if rails.exclude:
-        spared.update(_among(f"{path}.exclude", rails.exclude, names))
+    for index, pattern in enumerate(rails.exclude):
+        spared.update(_meant(f"{path}.exclude[{index}]", pattern, known))
     left = [name for name in names if name not in spared]
     if not left:
         raise InvalidSpec(path, f"leaves nothing to prune of {len(names)} tensors")
     return left
 
 
-def _among(field: str, patterns: Iterable[str], names: Collection[str]) -> list[str]:
-    """Those of `names` that any of `patterns` means; all, where there are none."""
+def _rail_tensors(rail: Rail, names: Sequence[str], known: Mapping[str, str]) -> tuple[str, ...]:
+    """Those of `names` that a rail is for: all, where it names none."""
     found: set[str] = set()
-    for index, pattern in enumerate(patterns):
-        found.update(_meant(f"{field}[{index}]", pattern, names))
-    return [name for name in names if name in found or not patterns]
+    for index, pattern in enumerate(rail.tensors):
+        found.update(_meant(f"{rail.path}.tensors[{index}]", pattern, known))
+    return tuple(name for name in names if name in found or not rail.tensors)
 
 
-def _meant(field: str, pattern: str, names: Collection[str]) -> list[str]:
-    """Those of `names` that a name or a glob means."""
-    matched = [pattern] if pattern in names else [n for n in names if fnmatchcase(n, pattern)]
+def _meant(field: str, pattern: str, known: Mapping[str, str]) -> set[str]:
+    """The tensors that a name or a glob means.  known: from each of their names to the tensor."""
+    if pattern in known:
+        return {known[pattern]}
+    matched = {name for other, name in known.items() if fnmatchcase(other, pattern)}
     if not matched:
         raise UnknownTensor(field, f"{quote(pattern)} matches none of the rule's")
     return matched
 
 
-def _resolve_amount(rule: Selection, names: Sequence[str]) -> Amount:
+def _resolve_amount(rule: Selection, names: Sequence[str], known: Mapping[str, str]) -> Amount:
     if isinstance(rule.amount, Table):
-        return _resolve_table(rule, rule.amount, names)
+        return _resolve_table(rule, rule.amount, names, known)
     if isinstance(rule.amount, Budget) and rule.amount.per_unit is not None:
-        field, given = f"{rule.path}.macs.per_unit", rule.amount.per_unit
+        field = f"{rule.path}.macs.per_unit"
+        given = _by_tensor(rule.amount.per_unit, field, known)
         for name in given:
             if name not in names:
                 raise UnknownTensor(f"{field}[{quote(name)}]", "the rule prunes no such tensor")
         for name in names:
             if name not in given:
                 raise InvalidSpec(field, f"{quote(name)} has none")
+        return replace(rule.amount, per_unit=given)
     return rule.amount
 
 
-def _resolve_table(rule: Selection, table: Table, names: Sequence[str]) -> Table:
+def _resolve_table(
+    rule: Selection, table: Table, names: Sequence[str], known: Mapping[str, str]
+) -> Table:
     left, fractions = list(names), {}
     for index, (pattern, fraction) in enumerate(table.fractions.items()):
         field = f"{rule.path}.table.entries[{index}].tensors"
-        matched = set(_meant(field, pattern, names))
+        matched = _meant(field, pattern, known)
         fractions.update({name: fraction for name in left if name in matched})
         left = [name for name in left if name not in matched]
     return Table(fractions)
@@ -200,14 +237,16 @@ def _check_floating(field: str, holder: str, shapes: Sequence[Shape], catalog: C
 
 
 def _resolve_masks(rule: CustomMasks, catalog: Catalog) -> CustomMasks:
-    for name, holder in rule.masks.items():
-        field = f"{rule.path}.masks[{quote(name)}]"
+    masks: list[tuple[str, str]] = []
+    for given, holder in rule.masks:
+        name, field = catalog.name_of(given), f"{rule.path}.masks[{quote(given)}]"
         if name not in catalog.prunable:
             raise unmatched(field, name, catalog)
         mask = _extra(field, holder, catalog)
         if mask.shape != catalog.prunable[name] or mask.dtype in (None, *FP8):
             raise InvalidMask(field, _unlike(mask, catalog.prunable[name], "a mask"))
-    return rule
+        masks.append((name, holder))
+    return replace(rule, masks=list(dict.fromkeys(masks)))
 
 
 def _extra(field: str, holder: str, catalog: Catalog) -> Stored:

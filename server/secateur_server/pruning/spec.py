@@ -1,6 +1,6 @@
 """A pruning spec: four independent choices, and every method a point in their product."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -156,18 +156,22 @@ class Selection:
 
 @dataclass(frozen=True)
 class CustomMasks:
-    """Prune by masks.  masks: from a tensor's name to that of the tensor that holds its mask."""
+    """Prune by masks.
+
+    masks: names of tensors, each with that of the tensor that holds its mask. A tied tensor may have
+        several, as it has names: they hold together.
+    """
 
     path: str
-    masks: Mapping[str, str]
+    masks: Sequence[tuple[str, str]]
 
     def extras(self) -> Collection[str]:
         """As Selection.extras."""
-        return self.masks.values()
+        return [holder for _, holder in self.masks]
 
     def names(self) -> Collection[str]:
         """As Selection.names."""
-        return self.masks.keys()
+        return [name for name, _ in self.masks]
 
     def reads(self) -> Collection[str]:
         """As Selection.reads."""

@@ -1,0 +1,151 @@
+"""Tied weights of a state_dict: tensors that are the same memory under several names."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+
+from secateur.errors import InvalidStateDict
+from secateur.tensors import Bytes, LocalTensor, Place, prior_mask
+from secateur_proto.ties import Ties, read_ties
+
+Value = TypeVar("Value")
+
+_ORIG, _MASK = "_orig", "_mask"
+
+# How hard numpy tries to prove that two views with overlapping bounds share no element.
+_MAX_WORK = 10_000
+
+
+def shared_names(tensors: Mapping[str, LocalTensor]) -> dict[str, str]:
+    """Finds tensors that are the same memory with the same shape and strides.
+
+    Args:
+        tensors: In the state_dict's order.
+
+    Returns:
+        From each other name to the first one.
+
+    Raises:
+        InvalidStateDict: A floating tensor shares some elements with another tensor, and is not
+            the same one: what is pruned of one would be pruned of a part of the other.
+    """
+    first: dict[Place, str] = {}
+    shared = {}
+    for name, tensor in tensors.items():
+        if tensor.place is not None:
+            kept = first.setdefault(tensor.place, name)
+            if kept != name:
+                shared[name] = kept
+    _refuse_overlaps(first, tensors)
+    return shared
+
+
+def _refuse_overlaps(first: Mapping[Place, str], tensors: Mapping[str, LocalTensor]) -> None:
+    before: list[Place] = []
+    for place in sorted(first, key=lambda place: (place.device, place.begin)):
+        before = [p for p in before if p.device == place.device and p.end > place.begin]
+        for other in before:
+            names = first[other], first[place]
+            if any(tensors[name].is_floating for name in names) and _overlap(other, place):
+                raise InvalidStateDict(
+                    f"{names[0]} and {names[1]} are views that overlap in memory, and not the same "
+                    f"view; give one of them memory of its own: {names[1]}.clone()"
+                )
+        before.append(place)
+
+
+@dataclass(frozen=True)
+class _View:
+    """An array for numpy to compare, of which it reads no element."""
+
+    place: Place
+    __array_interface__: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        interface = {
+            "version": 3,
+            "data": (self.place.pointer, True),
+            "shape": self.place.shape,
+            "strides": self.place.strides,
+            "typestr": f"|V{self.place.itemsize}",
+        }
+        object.__setattr__(self, "__array_interface__", interface)
+
+
+def _overlap(one: Place, other: Place) -> bool:
+    """Whether two views share an element; True where that takes too long to tell."""
+    try:
+        views = np.asarray(_View(one)), np.asarray(_View(other))
+        return np.shares_memory(*views, max_work=_MAX_WORK)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
+
+
+def untie(
+    tensors: Mapping[str, LocalTensor], shared: Mapping[str, str]
+) -> tuple[dict[str, LocalTensor], Ties]:
+    """Keeps one tensor of each that has several names, under the first of them.
+
+    A weight that is pruned under several of its names has several masks: they hold together.
+
+    Args:
+        tensors: In the state_dict's order.
+        shared: From each other name, as the state_dict has it, to the name to keep.
+
+    Returns:
+        The tensors in their order, and the other names, where a pair X_orig, X_mask is X.
+
+    Raises:
+        InvalidStateDict: Masks of one weight have several shapes.
+    """
+    shared = {
+        other: name for other, name in shared.items() if not _is_lone_mask(other, shared, tensors)
+    }
+    kept = {name: tensor for name, tensor in tensors.items() if name not in shared}
+    ties = read_ties(shared, kept)
+    merged = {mask for masks in ties.masks.values() for mask in masks}
+    untied: dict[str, LocalTensor] = {}
+    for name, tensor in kept.items():
+        if name in ties.masks:  # not a pair, but pruned under another name
+            untied[name + _ORIG] = tensor
+            untied[name + _MASK] = _merged([kept[mask] for mask in ties.masks[name]], name)
+        elif name.removesuffix(_MASK) in ties.masks:
+            base = name.removesuffix(_MASK)
+            masks = [tensor, *(kept[mask] for mask in ties.masks[base])]
+            untied[name] = _merged(masks, base)
+        elif name not in merged:
+            untied[name] = tensor
+    return untied, Ties(ties.names)
+
+
+def _is_lone_mask(name: str, shared: Mapping[str, str], tensors: Mapping[str, LocalTensor]) -> bool:
+    """Whether a mask is the memory of another mask, but their weights are two."""
+    orig = name.removesuffix(_MASK) + _ORIG
+    return name.endswith(_MASK) and orig in tensors and orig not in shared
+
+
+def _merged(masks: Sequence[LocalTensor], name: str) -> LocalTensor:
+    """One mask that keeps what all masks of a weight keep."""
+    shapes = {mask.shape for mask in masks}
+    if len(shapes) > 1:
+        raise InvalidStateDict(f"{name}: its masks have the shapes {sorted(map(list, shapes))}")
+
+    def read() -> Bytes:
+        kept = prior_mask(masks[0])
+        for mask in masks[1:]:
+            kept &= prior_mask(mask)
+        return kept.view(np.uint8)
+
+    return masks[0] if len(masks) == 1 else LocalTensor("BOOL", masks[0].shape, read)
+
+
+def tied(tensors: Mapping[str, Value], other_names: Mapping[str, str]) -> dict[str, Value]:
+    """The tensors under all their names, the other ones last; of a pair both of its halves."""
+    found = dict(tensors)
+    for other, name in other_names.items():
+        for part in ("",) if name in tensors else (_ORIG, _MASK):
+            if name + part in tensors:
+                found[other + part] = tensors[name + part]
+    return found
