@@ -78,7 +78,9 @@ def _write_safetensors(
 def _write_torch(file: BinaryIO, tensors: Mapping[str, LocalTensor]) -> None:
     import torch
 
-    values: dict[str, Any] = {name: to_value(tensor, True) for name, tensor in tensors.items()}
+    values: dict[str, Any] = {
+        name: to_value(name, tensor, True) for name, tensor in tensors.items()
+    }
     torch.save(values, file)
 
 

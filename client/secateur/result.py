@@ -15,7 +15,7 @@ from secateur.report import Report
 from secateur.source import Mask, Source, prior_mask
 from secateur.tensors import Bytes, LocalTensor, to_value
 from secateur.transfer import Received
-from secateur_proto.framing import DTYPE_BITS
+from secateur_proto.dtypes import DTYPES
 
 Tensors = Mapping[str, LocalTensor]
 
@@ -173,7 +173,7 @@ def _here(received: Received, destination: str | None) -> Tensors:
 
 
 def _values(tensors: Tensors, source: Source) -> dict[str, Any]:
-    return {name: to_value(tensor, source.as_torch) for name, tensor in tensors.items()}
+    return {name: to_value(name, tensor, source.as_torch) for name, tensor in tensors.items()}
 
 
 def _packed(mask: Mask) -> LocalTensor:
@@ -208,22 +208,15 @@ def _pruned_tensors(
             yield f"{name}_mask", LocalTensor(tensor.dtype, tensor.shape, numbers)
 
 
-# The bits of 1.0; integers have no others than 1.
-_ONE = {
-    **{"F64": 0x3FF << 52, "F32": 0x7F << 23, "F16": 0x3C00, "BF16": 0x3F80},
-    **{"F8_E4M3": 0x38, "F8_E5M2": 0x3C},
-}
-
-
 def _unsigned(dtype: str) -> np.dtype[Any]:
     """The unsigned integer dtype with as many bits."""
-    return np.dtype(f"u{DTYPE_BITS[dtype] // 8}")
+    return np.dtype(f"u{DTYPES[dtype].bits // 8}")
 
 
 def _folded(tensor: LocalTensor, mask: Mask) -> Callable[[], Bytes]:
     """What is pruned becomes 0 of its own sign, as in weight * mask: -0.5 becomes -0.0."""
     unsigned = _unsigned(tensor.dtype)
-    is_floating = tensor.dtype in _ONE
+    is_floating = tensor.kind == "floating"
     sign = unsigned.type(is_floating << (8 * unsigned.itemsize - 1))
 
     def read() -> Bytes:
@@ -235,5 +228,5 @@ def _folded(tensor: LocalTensor, mask: Mask) -> Callable[[], Bytes]:
 
 def _as_numbers(dtype: str, mask: Mask) -> Callable[[], Bytes]:
     """A mask of 0 and 1."""
-    one = _unsigned(dtype).type(_ONE.get(dtype, 1))
+    one = _unsigned(dtype).type(DTYPES[dtype].one)
     return lambda: (mask * one).view(np.uint8)

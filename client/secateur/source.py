@@ -51,11 +51,11 @@ class Source:
         orig, mask = self.tensors[f"{base}_orig"], f"{base}_mask"
         if mask not in self.parameters:
             return False
-        if orig.dtype in _INTEGERS:  # which have such names for other reasons, too
+        if orig.kind == "integer":  # which have such names for other reasons, too
             is_free = base not in self.tensors
             fits = self.tensors[mask].shape == orig.shape
-            return is_free and fits and self.tensors[mask].dtype in _OF_MASKS
-        return orig.dtype in _FLOATING
+            return is_free and fits and self.tensors[mask].kind is not None
+        return orig.kind == "floating"
 
     def only_parameters(self) -> "Source":
         """The source without what a Prune may not send; itself, where that is nothing."""
@@ -72,14 +72,8 @@ class Source:
         return {
             names.get(stored, stored): tensor
             for stored, tensor in self.tensors.items()
-            if stored in self.parameters - masks and tensor.dtype in _FLOATING
+            if stored in self.parameters - masks and tensor.kind == "floating"
         }
-
-
-# The dtypes that the server prunes, and those that the mask of a pair may have.
-_FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-_INTEGERS = ("I8", "I16", "I32", "I64", "U8")
-_OF_MASKS = ("BOOL", *_INTEGERS, *_FLOATING)
 
 
 def read_source(source: Any) -> Source:

@@ -1,7 +1,6 @@
 """Tensors as bytes, so that numpy, torch and files are one; torch is imported by nobody here."""
 
 import importlib
-import importlib.util
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -13,29 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from secateur.errors import InvalidStateDict, SecateurError
+from secateur_proto.dtypes import DTYPES
 
 Bytes = npt.NDArray[np.uint8]
 
-# Dtypes as numpy, ml_dtypes and torch name them, and as safetensors does.
-WIRE_DTYPES = {
-    "bool": "BOOL",
-    "uint8": "U8",
-    "int8": "I8",
-    "uint16": "U16",
-    "int16": "I16",
-    "uint32": "U32",
-    "int32": "I32",
-    "uint64": "U64",
-    "int64": "I64",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float32": "F32",
-    "float64": "F64",
-    "complex64": "C64",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-}
-_NAMES = {wire: name for name, wire in WIRE_DTYPES.items()}
+# From the names of torch, numpy and ml_dtypes to those of safetensors.
+WIRE_DTYPES = {dtype.name: wire for wire, dtype in DTYPES.items() if dtype.name}
 
 
 @dataclass(frozen=True)
@@ -49,6 +31,11 @@ class LocalTensor:
     dtype: str
     shape: tuple[int, ...]
     read: Callable[[], Bytes]
+
+    @property
+    def kind(self) -> str | None:
+        """As Dtype.kind."""
+        return DTYPES[self.dtype].kind
 
 
 def is_text(name: Any) -> bool:
@@ -68,7 +55,13 @@ def from_value(name: str, value: Any) -> LocalTensor:
         raise InvalidStateDict(f"{name}: {type(value).__name__} is no tensor and no array")
     if dtype not in WIRE_DTYPES:
         raise InvalidStateDict(f"{name}: dtype {dtype} has no place in a safetensors file")
-    return LocalTensor(WIRE_DTYPES[dtype], tuple(value.shape), read)
+    wire = WIRE_DTYPES[dtype]
+    return LocalTensor(wire, _wire_shape(tuple(value.shape), DTYPES[wire].packed), read)
+
+
+def _wire_shape(shape: tuple[int, ...], packed: int) -> tuple[int, ...]:
+    """The shape in the file, which counts the elements that torch packs into one."""
+    return shape if packed == 1 else (*shape[:-1], shape[-1] * packed)
 
 
 def _torch_reader(torch: Any, name: str, value: Any) -> Callable[[], Bytes]:
@@ -93,33 +86,53 @@ def _array_bytes(array: npt.NDArray[Any]) -> Bytes:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-def to_value(tensor: LocalTensor, as_torch: bool) -> Any:
+def to_value(name: str, tensor: LocalTensor, as_torch: bool) -> Any:
     """The tensor as one of torch, or as an array. It may share the memory of its bytes.
 
-    Errors: SecateurError, where numpy has no such dtype and ml_dtypes is not installed.
+    Raises:
+        SecateurError: The installed torch, or numpy, has no such dtype.
     """
-    data = tensor.read()
-    name = _NAMES.get(tensor.dtype)
-    if name is None:
-        raise SecateurError(f"dtype {tensor.dtype} has no equal in numpy or torch")
-    if as_torch:
-        import torch
+    return _to_torch(name, tensor) if as_torch else _to_array(name, tensor)
 
-        dtype = getattr(torch, name)
-        if not data.size:  # torch has no view of it
-            return torch.empty(tensor.shape, dtype=dtype)
-        return torch.from_numpy(_aligned(data, dtype.itemsize)).view(dtype).reshape(tensor.shape)
-    dtype = _numpy_dtype(name)
+
+def _to_torch(name: str, tensor: LocalTensor) -> Any:
+    import torch
+
+    known, shape = DTYPES[tensor.dtype], tensor.shape
+    dtype = getattr(torch, known.name or "", None)
+    if known.packed > 1 and shape and shape[-1] % known.packed == 0:
+        shape = (*shape[:-1], shape[-1] // known.packed)
+    elif known.packed > 1:
+        dtype = None
+    if dtype is None:
+        raise _without_equal(name, tensor, f"torch {torch.__version__}")
+    data = tensor.read()
+    if not data.size:  # torch has no view of it
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_numpy(_aligned(data, dtype.itemsize)).view(dtype).reshape(shape)
+
+
+def _to_array(name: str, tensor: LocalTensor) -> Any:
+    known, data = DTYPES[tensor.dtype], tensor.read()
+    if known.name is None or known.packed > 1:  # ml_dtypes has a byte for each element
+        raise _without_equal(name, tensor, "numpy")
+    dtype = _numpy_dtype(name, known.name)
     return _aligned(data, dtype.itemsize).view(dtype).reshape(tensor.shape)
 
 
-def _numpy_dtype(name: str) -> np.dtype[Any]:
+def _without_equal(name: str, tensor: LocalTensor, library: str) -> SecateurError:
+    described = f"{tensor.dtype} of shape {list(tensor.shape)}"
+    return SecateurError(f"{name}: {library} has no {described}; save it as .safetensors")
+
+
+def _numpy_dtype(name: str, dtype: str) -> np.dtype[Any]:
     with suppress(TypeError):
-        return np.dtype(name)
-    if importlib.util.find_spec("ml_dtypes") is None:
-        raise SecateurError(f"numpy has no {name}: install torch or ml_dtypes")
-    dtype: np.dtype[Any] = np.dtype(getattr(importlib.import_module("ml_dtypes"), name))
-    return dtype
+        return np.dtype(dtype)
+    try:
+        found: np.dtype[Any] = np.dtype(getattr(importlib.import_module("ml_dtypes"), dtype))
+    except (ImportError, AttributeError):
+        raise SecateurError(f"{name}: numpy has no {dtype}: install torch or ml_dtypes") from None
+    return found
 
 
 def _aligned(data: Bytes, itemsize: int) -> Bytes:
@@ -133,7 +146,7 @@ def parse_file(data: memoryview) -> tuple[dict[str, LocalTensor], dict[str, str]
     table = json.loads(bytes(data[8:begin]), object_pairs_hook=_distinct)
     metadata = table.pop("__metadata__", {})
     body = np.frombuffer(data, np.uint8)[begin:]
-    return {name: _entry(body, fields) for name, fields in table.items()}, metadata
+    return {name: _entry(name, body, fields) for name, fields in table.items()}, metadata
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -143,8 +156,10 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _entry(body: Bytes, fields: Mapping[str, Any]) -> LocalTensor:
+def _entry(name: str, body: Bytes, fields: Mapping[str, Any]) -> LocalTensor:
     if fields.keys() != {"dtype", "shape", "data_offsets"}:
         raise InvalidStateDict(f"the header has {sorted(fields)} of a tensor")
+    if fields["dtype"] not in DTYPES:
+        raise InvalidStateDict(f"{name}: dtype {fields['dtype']} is unknown; update secateur")
     view = body[slice(*fields["data_offsets"])]
     return LocalTensor(fields["dtype"], tuple(fields["shape"]), lambda: view)

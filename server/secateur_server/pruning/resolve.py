@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from secateur_server.devices.keys import FP8
+from secateur_server.devices.dtypes import FP8, PRUNABLE
 from secateur_server.errors import (
     AmountOutOfRange,
     DimOutOfRange,
@@ -20,7 +20,6 @@ from secateur_server.pruning.catalog import Catalog, Shape, Stored, match, unmat
 from secateur_server.pruning.granularity import Element, Slice
 from secateur_server.pruning.groups import resolve_group
 from secateur_server.pruning.spec import (
-    PRUNABLE,
     Amount,
     Budget,
     CustomMasks,
