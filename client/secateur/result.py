@@ -38,7 +38,7 @@ class FinalizeResult:
 
     def state_dict(self) -> dict[str, Any]:
         """The tensors, in the source's kind: of torch, or arrays."""
-        return _values(self._received, self._source)
+        return _values(self._entries(), self._source)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes .safetensors, .pt or .pth, or the shards that it came in to a folder.
@@ -46,7 +46,10 @@ class FinalizeResult:
         What is written is there whole, or not at all.
         """
         metadata = self._source.metadata or self._answer.metadata
-        save(Path(path), self._received, metadata, self._index, self._source.tensors)
+        save(Path(path), self._entries(), metadata, self._index, self._source.tensors)
+
+    def _entries(self) -> dict[str, Any]:
+        return _whole(self._received, self._source.others, self._source)
 
 
 class PruneResult:
@@ -78,12 +81,8 @@ class PruneResult:
 
     def of(self, source: Source) -> "PruneResult":
         """The result of the same model, with what is here of it."""
-        whole = {n: t for n, t in source.tensors.items() if n not in source.parameters}
-        tensors = self._answer.tensors
-        if self._output in ("dense", "reparametrized"):
-            tensors = {**tensors, **whole}
-        received, kept = Received(tensors, self._index), self.checkpoint
-        return PruneResult(self.report, source, self._output, received, kept, self._destination)
+        answer, kept = self._answer, self.checkpoint
+        return PruneResult(self.report, source, self._output, answer, kept, self._destination)
 
     @cached_property
     def masks(self) -> dict[str, Any]:
@@ -103,7 +102,7 @@ class PruneResult:
         pruned may share the source's memory.
         Errors: SecateurError, for a form that cannot be made from the output that was asked for.
         """
-        return _values(self._tensors(form), self._source)
+        return _values(self._entries(form), self._source)
 
     def save(self, path: str | os.PathLike[str], form: str = "dense") -> None:
         """Writes the pruned model as .safetensors, .pt or .pth, or its shards to a folder.
@@ -114,7 +113,7 @@ class PruneResult:
         index = None if form == "masks" else self._index
         metadata = self._source.metadata or self._answer.metadata
         metadata = {} if form == "masks" else metadata
-        save(Path(path), self._tensors(form), metadata, index, self._source.tensors)
+        save(Path(path), self._entries(form), metadata, index, self._source.tensors)
 
     def apply_to(self, module: Any) -> None:
         """Prunes a torch.nn.Module as torch.nn.utils.prune does, so that its functions go on.
@@ -151,7 +150,12 @@ class PruneResult:
 
         return torch.from_numpy(mask)
 
+    def _entries(self, form: str) -> Mapping[str, Any]:
+        tensors = self._tensors(form)
+        return tensors if form == "masks" else _whole(tensors, self._source.unsent(), self._source)
+
     def _tensors(self, form: str) -> Tensors:
+        """What a Prune of that form sends back."""
         if form not in ("dense", "reparametrized", "masks"):
             raise SecateurError(f"form={form!r} is none of 'dense', 'reparametrized', 'masks'")
         if form == self._output:
@@ -172,8 +176,24 @@ def _here(received: Received, destination: str | None) -> Tensors:
     return received.tensors
 
 
-def _values(tensors: Tensors, source: Source) -> dict[str, Any]:
-    return {name: to_value(name, tensor, source.as_torch) for name, tensor in tensors.items()}
+def _whole(tensors: Tensors, unsent: Mapping[str, Any], source: Source) -> dict[str, Any]:
+    """All entries of a result, in the order of the source.
+
+    Raises:
+        InvalidStateDict: A name of a pruned tensor is that of an entry that was not sent.
+    """
+    for name in tensors.keys() & unsent.keys():
+        raise InvalidStateDict(f"{name}: stands where half of a pair, or its X, is to be")
+    entries, places = {**tensors, **unsent}, source.places()
+    names = sorted(entries, key=lambda name: places.get(name, len(places)))
+    return {name: entries[name] for name in names}
+
+
+def _values(entries: Mapping[str, Any], source: Source) -> dict[str, Any]:
+    return {
+        name: to_value(name, entry, source.as_torch) if isinstance(entry, LocalTensor) else entry
+        for name, entry in entries.items()
+    }
 
 
 def _packed(mask: Mask) -> LocalTensor:
@@ -184,11 +204,11 @@ def _packed(mask: Mask) -> LocalTensor:
 def _pruned_tensors(
     source: Source, masks: Mapping[str, Mask], dense: bool
 ) -> Iterator[tuple[str, LocalTensor]]:
-    """The source with masks applied, in its order; a pair that no mask is for keeps its own."""
+    """What was sent, with masks applied; a pair that no mask is for keeps its own."""
     pairs = source.pairs()
     prior = set(pairs.values())
     names = {f"{base}_orig": base for base in pairs}
-    for stored, tensor in source.tensors.items():
+    for stored, tensor in source.only_parameters().tensors.items():
         if stored in prior:
             continue
         name = names.get(stored, stored)

@@ -3,7 +3,7 @@
 import importlib
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -43,30 +43,67 @@ def is_text(name: Any) -> bool:
     return isinstance(name, str) and not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
+def is_extra_state(name: str) -> bool:
+    """Whether an entry of a state_dict is what Module.get_extra_state gave: any object."""
+    return f".{name}".endswith("._extra_state")
+
+
+class NoWireDtype(InvalidStateDict):
+    """The safetensors format has no dtype for a tensor."""
+
+
+def is_array(value: Any) -> bool:
+    """Whether a value is an array of numbers or bools, and not of texts or objects."""
+    if not hasattr(value, "__array__"):
+        return False
+    dtype = np.asarray(value).dtype
+    return dtype.kind in "biufc" or dtype.isbuiltin == 2  # 2: a dtype of ml_dtypes
+
+
 def from_value(name: str, value: Any) -> LocalTensor:
-    """A LocalTensor of a torch tensor or an array.  Errors: InvalidStateDict."""
+    """A LocalTensor of a torch tensor or an array.
+
+    Raises:
+        NoWireDtype: The safetensors format has no dtype for it.
+        InvalidStateDict: It is not a tensor of numbers, or has no data.
+    """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
-        dtype, read = str(value.dtype).removeprefix("torch."), _torch_reader(torch, name, value)
-    elif hasattr(value, "__array__"):
-        value = np.asarray(value)
-        dtype, read = value.dtype.name, lambda: _array_bytes(value)
-    else:
+        read = _torch_reader(torch, name, value)
+        return _described(name, str(value.dtype).removeprefix("torch."), value.shape, read)
+    if not hasattr(value, "__array__"):
         raise InvalidStateDict(f"{name}: {type(value).__name__} is no tensor and no array")
-    if dtype not in WIRE_DTYPES:
-        raise InvalidStateDict(f"{name}: dtype {dtype} has no place in a safetensors file")
-    wire = WIRE_DTYPES[dtype]
-    return LocalTensor(wire, _wire_shape(tuple(value.shape), DTYPES[wire].packed), read)
+    array = np.asarray(value)
+    if not is_array(array):
+        raise InvalidStateDict(f"{name}: dtype {array.dtype.name} is not a dtype of numbers")
+    return _described(name, array.dtype.name, array.shape, lambda: _array_bytes(array))
 
 
-def _wire_shape(shape: tuple[int, ...], packed: int) -> tuple[int, ...]:
-    """The shape in the file, which counts the elements that torch packs into one."""
-    return shape if packed == 1 else (*shape[:-1], shape[-1] * packed)
+def _described(
+    name: str, dtype: str, shape: Sequence[int], read: Callable[[], Bytes]
+) -> LocalTensor:
+    """The tensor with its dtype and shape as the format counts them.  Raises: NoWireDtype."""
+    wire, shape = WIRE_DTYPES.get(dtype), tuple(shape)
+    packed = DTYPES[wire].packed if wire else 1
+    if wire is None or (packed > 1 and not shape):
+        raise NoWireDtype(f"{name}: dtype {dtype} has no place in a safetensors file")
+    return LocalTensor(wire, shape if packed == 1 else (*shape[:-1], shape[-1] * packed), read)
+
+
+def dtype_of(value: Any) -> str:
+    """The dtype of a tensor, behind the layout of a sparse one; of another value its type."""
+    if not hasattr(value, "dtype"):
+        return type(value).__name__
+    layout = str(getattr(value, "layout", "torch.strided"))
+    words = [layout, str(value.dtype)] if layout != "torch.strided" else [str(value.dtype)]
+    return " ".join(word.removeprefix("torch.") for word in words)
 
 
 def _torch_reader(torch: Any, name: str, value: Any) -> Callable[[], Bytes]:
-    if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
+    if value.device.type == "meta" or value.is_nested:
         raise InvalidStateDict(f"{name}: only dense tensors with data can be sent")
+    if value.layout != torch.strided or value.is_quantized:
+        raise NoWireDtype(f"{name}: dtype {dtype_of(value)} has no place in a safetensors file")
     # A detached, contiguous tensor on the CPU is no copy.
     return lambda: (
         value.detach()

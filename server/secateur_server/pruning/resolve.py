@@ -5,7 +5,9 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from secateur_server.devices.dtypes import FP8, PRUNABLE
+import torch
+
+from secateur_server.devices.dtypes import FP8, PRUNABLE, WIRE_DTYPES
 from secateur_server.errors import (
     AmountOutOfRange,
     DimOutOfRange,
@@ -193,9 +195,10 @@ def _check_group_scores(rule: Selection, groups: Sequence[Group], catalog: Catal
 def _check_floating(field: str, holder: str, shapes: Sequence[Shape], catalog: Catalog) -> None:
     """Refuses scores of another dtype, or of none of some shapes; an error shows the first."""
     scores = _extra(field, holder, catalog)
-    is_floating = scores.dtype in PRUNABLE and scores.dtype.is_floating_point
-    if not is_floating or scores.shape not in shapes:
-        raise InvalidScores(field, _unlike(scores, shapes[0], "floating scores"))
+    if scores.dtype not in _OF_SCORES:
+        raise InvalidScores(field, _of_another_dtype(scores, "scores", _OF_SCORES))
+    if scores.shape not in shapes:
+        raise InvalidScores(field, _of_another_shape(scores, shapes[0], "scores"))
 
 
 def _resolve_masks(rule: CustomMasks, catalog: Catalog) -> CustomMasks:
@@ -204,8 +207,10 @@ def _resolve_masks(rule: CustomMasks, catalog: Catalog) -> CustomMasks:
         if name not in catalog.prunable:
             raise unmatched(field, name, catalog)
         mask = _extra(field, holder, catalog)
-        if mask.shape != catalog.prunable[name] or mask.dtype in (None, *FP8):
-            raise InvalidMask(field, _unlike(mask, catalog.prunable[name], "a mask"))
+        if mask.dtype not in _OF_MASKS:
+            raise InvalidMask(field, _of_another_dtype(mask, "masks", _OF_MASKS))
+        if mask.shape != catalog.prunable[name]:
+            raise InvalidMask(field, _of_another_shape(mask, catalog.prunable[name], "a mask"))
     return rule
 
 
@@ -215,5 +220,15 @@ def _extra(field: str, holder: str, catalog: Catalog) -> Stored:
     return catalog.extras[holder]
 
 
-def _unlike(extra: Stored, shape: Shape, what: str) -> str:
-    return f"{what} of shape {list(shape)} needed, got {extra.calls} of shape {list(extra.shape)}"
+def _of_another_dtype(extra: Stored, what: str, dtypes: Iterable[torch.dtype]) -> str:
+    allowed = ", ".join(WIRE_DTYPES[dtype] for dtype in dtypes)
+    return f"dtype {extra.calls} is not one of {allowed}, which {what} may have"
+
+
+def _of_another_shape(extra: Stored, shape: Shape, what: str) -> str:
+    return f"{what} of shape {list(shape)} needed, got shape {list(extra.shape)}"
+
+
+# As CustomMasks in spec.proto lists them.
+_OF_MASKS = tuple(dtype for dtype in WIRE_DTYPES if dtype not in FP8)
+_OF_SCORES = tuple(dtype for dtype in PRUNABLE if dtype.is_floating_point)
