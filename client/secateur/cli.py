@@ -20,6 +20,7 @@ from secateur.errors import SecateurError
 from secateur.files import check_writable
 from secateur.plan import Plan, Sensitivity
 from secateur.report import Report
+from secateur.source import read_source
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,6 +61,8 @@ def _prune(options: argparse.Namespace) -> None:
         raise SecateurError("--keep needs a server that stays: --server or SECATEUR_SERVER")
     with _client(options) as client:
         source = source_of(client, options.model)
+        if path and options.output != "masks":
+            check_writable(path, read_source(source).others)
         spec = spec_of(options, client, source)
         output = options.output if uri or (path and place_of(source)) else "masks"
         if options.out is None:
@@ -102,6 +105,8 @@ def _finalize(options: argparse.Namespace) -> None:
     path, uri = _out(options)
     with _client(options) as client:
         source = source_of(client, options.model)
+        if path:
+            check_writable(path, read_source(source).others)
         final = client.finalize(source, options.tensors, destination=uri)
         if path:
             final.save(path)

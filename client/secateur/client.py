@@ -15,6 +15,7 @@ from secateur.choices import AnyGranularity, magnitude
 from secateur.defaults import SOME_AMOUNTS, matrices
 from secateur.download import save_answer
 from secateur.errors import InvalidStateDict, SecateurError, Unavailable
+from secateur.others import check_names, check_spec, check_storable
 from secateur.patience import Answer, Patience
 from secateur.plan import Plan, Sensitivity, decode_plan, encode_amounts, sensitivity_of
 from secateur.progress import Progress, show_progress, show_work
@@ -94,6 +95,9 @@ class Client:
             raise SecateurError(f"output={output!r} is none of {', '.join(_OUTPUTS)}")
         spec, destination_uri = checked(spec), uri_of(destination)
         model = read_source(source)
+        check_spec(spec, model.others)
+        if destination and output != "masks":
+            check_storable(destination, model.only_parameters().others)
         if keep and model.is_here:
             return self._prune_kept(model, spec, output, progress, destination)
         place = place_of(source)
@@ -113,9 +117,6 @@ class Client:
         else:
             call = self._stream(self._rpcs.prune, pb.PruneRequest, header, upload, progress)
             result, received = call
-        if output in ("dense", "reparametrized"):
-            rest = {n: t for n, t in model.tensors.items() if n not in model.parameters}
-            received.tensors.update(rest)
         kept = decode_checkpoint(result.checkpoint) if keep else None
         report = decode_report(result.report)
         return PruneResult(report, model, output, received, kept, destination)
@@ -156,10 +157,12 @@ class Client:
         tensors: names and globs; None is every floating tensor.
         """
         model, place = read_source(source), place_of(source)
+        named = [] if tensors is None else patterns(tensors)
+        check_names("tensors", named, model.others)
         upload = Upload(model.tensors, model.metadata, is_file=not place)
         header = pb.ReportHeader(
             data_bytes=upload.file_bytes,
-            tensors=[] if tensors is None else patterns(tensors),
+            tensors=named,
             **place,
         )
         answer = self._measure(self._rpcs.report, pb.ReportRequest, header, upload, progress)
@@ -179,8 +182,9 @@ class Client:
             weights once for all of them.
         """
         model, place = read_source(source), place_of(source)
+        check_spec(checked(spec), model.others)
         sent = {n: t for n, t in model.tensors.items() if n in model.parameters}
-        message, arrays = checked(spec).encode(model.tensors)
+        message, arrays = spec.encode(model.tensors)
         upload = Upload({**sent, **arrays}, model.metadata, is_file=not place)
         header = pb.PlanHeader(
             data_bytes=upload.file_bytes,
@@ -238,10 +242,14 @@ class Client:
         As torch.nn.utils.prune.remove.
         """
         model, place = read_source(source), place_of(source)
+        named = [] if tensors is None else patterns(tensors)
+        check_names("tensors", named, model.others)
+        if destination:
+            check_storable(destination, model.others)
         upload = Upload(model.tensors, model.metadata, is_file=not place)
         header = pb.FinalizeHeader(
             data_bytes=upload.file_bytes,
-            tensors=[] if tensors is None else patterns(tensors),
+            tensors=named,
             destination_uri=uri_of(destination),
             **place,
         )
@@ -291,6 +299,7 @@ class Client:
         model = read_source(source)
         if not model.is_here:
             raise InvalidStateDict("a checkpoint is on the server already")
+        check_storable("a checkpoint", model.others)
         files = files_of(model)
         rpcs = self._rpcs.query_upload, self._rpcs.upload
         sending = Sending(*rpcs, self._timeout, self._is_known)

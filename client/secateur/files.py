@@ -7,10 +7,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from secateur.errors import SecateurError
+from secateur.others import check_storable
 from secateur.shards import Index
-from secateur.tensors import LocalTensor, to_value
-from secateur.ties import tied
+from secateur.tensors import LocalTensor, is_extra_state, to_value
+from secateur.ties import each_once, once
 from secateur_proto.framing import file_header
 from secateur_proto.index import SUFFIX
 from secateur_proto.ties import read_ties, write_ties
@@ -18,31 +21,36 @@ from secateur_proto.ties import read_ties, write_ties
 
 def save(
     path: Path,
-    tensors: Mapping[str, LocalTensor],
+    entries: Mapping[str, Any],
     metadata: Mapping[str, str],
     index: Index | None = None,
     before: Mapping[str, LocalTensor] | None = None,
 ) -> None:
-    """Writes tensors as .safetensors, .pt or .pth; those of `index` as shards, into a folder.
+    """Writes a model as .safetensors, .pt or .pth; that of `index` as shards, into a folder.
 
+    entries: each a LocalTensor, or a value that only .pt and .pth can hold.
     before: what the model was, of which the index tells.  Errors: SecateurError.
     """
-    check_writable(path)
+    check_writable(path, entries)
     try:
         if path.is_dir() or path.name.endswith(SUFFIX):
-            _save_shards(path, tensors, index, tensors if before is None else before)
+            stored = once(entries)
+            _save_shards(path, stored, index, stored if before is None else before)
             return
         with replacing(path) as file:
             if path.suffix == ".safetensors":
-                _write_safetensors(file, tensors, metadata)
+                _write_safetensors(file, once(entries), metadata)
             else:
-                _write_torch(file, tensors, read_ties(metadata, tensors).names)
+                _write_torch(file, path, entries)
     except OSError as error:
         raise SecateurError(f"{path}: cannot write it: {error.strerror}") from None
 
 
-def check_writable(path: Path) -> None:
-    """Refuses early what `save` would refuse.  Errors: SecateurError."""
+def check_writable(path: Path, entries: Mapping[str, Any] | None = None) -> None:
+    """Refuses early what `save` would refuse.  Errors: SecateurError.
+
+    entries: as of `save`; those that are known.
+    """
     if path.is_dir() or path.name.endswith(SUFFIX):
         return
     if path.suffix not in (".safetensors", ".pt", ".pth"):
@@ -50,6 +58,8 @@ def check_writable(path: Path) -> None:
         raise SecateurError(f"{path}: {kinds}")
     if not path.absolute().parent.is_dir():
         raise SecateurError(f"{path}: there is no such folder")
+    if path.suffix == ".safetensors":
+        check_storable(str(path), entries or {})
 
 
 def _save_shards(
@@ -79,13 +89,24 @@ def _write_safetensors(
         file.write(tensor.read().data)
 
 
-def _write_torch(
-    file: BinaryIO, tensors: Mapping[str, LocalTensor], other_names: Mapping[str, str]
-) -> None:
+def _write_torch(file: BinaryIO, path: Path, entries: Mapping[str, Any]) -> None:
     import torch
 
-    values: dict[str, Any] = {name: to_value(tensor, True) for name, tensor in tensors.items()}
-    torch.save(tied(values, other_names), file)
+    try:
+        torch.save(each_once(_torch_value, entries), file)
+    except (OSError, SecateurError):
+        raise
+    except Exception as error:  # an entry that is not sent may be any object
+        raise SecateurError(f"{path}: torch cannot write it: {error}") from None
+
+
+def _torch_value(name: str, entry: Any) -> Any:
+    import torch
+
+    if isinstance(entry, LocalTensor):
+        return to_value(name, entry, True)
+    is_weight = isinstance(entry, np.ndarray) and not is_extra_state(name)
+    return torch.as_tensor(entry) if is_weight else entry  # torch.load refuses arrays
 
 
 @contextmanager

@@ -10,15 +10,15 @@ from torch.nn.utils import prune
 from secateur.errors import InvalidStateDict
 
 
-def tensors_of(module: Module) -> tuple[dict[str, torch.Tensor], set[str]]:
-    """The tensors of a module's state_dict, and the names of those that can be pruned.
+def entries_of(module: Module) -> tuple[dict[str, Any], frozenset[str]]:
+    """A module's state_dict, and the names of its tensors that can be pruned.
 
     The latter are its parameters, and the masks of those that are pruned.
     """
-    tensors = {k: v for k, v in module.state_dict().items() if isinstance(v, torch.Tensor)}
+    entries = module.state_dict()
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     masks = {f"{name.removesuffix('_orig')}_mask" for name in parameters if name.endswith("_orig")}
-    return tensors, (parameters | masks) & tensors.keys()
+    return entries, frozenset(parameters | masks) & entries.keys()
 
 
 def check_hooks(module: Module) -> None:

@@ -14,9 +14,9 @@ from secateur.files import save
 from secateur.report import Report
 from secateur.source import Mask, Source
 from secateur.tensors import Bytes, LocalTensor, prior_mask, to_value
-from secateur.ties import tied
+from secateur.ties import each_once, tied
 from secateur.transfer import Received
-from secateur_proto.framing import DTYPE_BITS
+from secateur_proto.dtypes import DTYPES
 
 Tensors = Mapping[str, LocalTensor]
 
@@ -39,7 +39,7 @@ class FinalizeResult:
 
     def state_dict(self) -> dict[str, Any]:
         """The tensors, in the source's kind: of torch, or arrays. Tied ones are one object."""
-        return _values(self._received, self._source, self._answer)
+        return _values(self._entries(), self._source)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes .safetensors, .pt or .pth, or the shards that it came in to a folder.
@@ -47,7 +47,10 @@ class FinalizeResult:
         What is written is there whole, or not at all.
         """
         metadata = self._source.metadata or self._answer.metadata
-        save(Path(path), self._received, metadata, self._index, self._source.tensors)
+        save(Path(path), self._entries(), metadata, self._index, self._source.tensors)
+
+    def _entries(self) -> dict[str, Any]:
+        return _whole(self._received, self._source.others, self._source, self._answer)
 
 
 class PruneResult:
@@ -79,12 +82,8 @@ class PruneResult:
 
     def of(self, source: Source) -> "PruneResult":
         """The result of the same model, with what is here of it."""
-        whole = {n: t for n, t in source.tensors.items() if n not in source.parameters}
-        tensors = self._answer.tensors
-        if self._output in ("dense", "reparametrized"):
-            tensors = {**tensors, **whole}
-        received, kept = Received(tensors, self._index), self.checkpoint
-        return PruneResult(self.report, source, self._output, received, kept, self._destination)
+        answer, kept = self._answer, self.checkpoint
+        return PruneResult(self.report, source, self._output, answer, kept, self._destination)
 
     @cached_property
     def masks(self) -> dict[str, Any]:
@@ -109,7 +108,7 @@ class PruneResult:
         pruned may share the source's memory.
         Errors: SecateurError, for a form that cannot be made from the output that was asked for.
         """
-        return _values(self._tensors(form), self._source, self._answer)
+        return _values(self._entries(form), self._source)
 
     def save(self, path: str | os.PathLike[str], form: str = "dense") -> None:
         """Writes the pruned model as .safetensors, .pt or .pth, or its shards to a folder.
@@ -120,7 +119,7 @@ class PruneResult:
         index = None if form == "masks" else self._index
         metadata = self._source.metadata or self._answer.metadata
         metadata = {} if form == "masks" else metadata
-        save(Path(path), self._tensors(form), metadata, index, self._source.tensors)
+        save(Path(path), self._entries(form), metadata, index, self._source.tensors)
 
     def apply_to(self, module: Any) -> None:
         """Prunes a torch.nn.Module as torch.nn.utils.prune does, so that its functions go on.
@@ -157,7 +156,16 @@ class PruneResult:
 
         return torch.from_numpy(mask)
 
+    def _entries(self, form: str) -> Mapping[str, Any]:
+        tensors = self._tensors(form)
+        return (
+            tensors
+            if form == "masks"
+            else _whole(tensors, self._source.unsent(), self._source, self._answer)
+        )
+
     def _tensors(self, form: str) -> Tensors:
+        """What a Prune of that form sends back."""
         if form not in ("dense", "reparametrized", "masks"):
             raise SecateurError(f"form={form!r} is none of 'dense', 'reparametrized', 'masks'")
         if form == self._output:
@@ -178,9 +186,27 @@ def _here(received: Received, destination: str | None) -> Tensors:
     return received.tensors
 
 
-def _values(tensors: Tensors, source: Source, received: Received) -> dict[str, Any]:
-    values = {name: to_value(tensor, source.as_torch) for name, tensor in tensors.items()}
-    return tied(values, source.other_names or received.other_names())
+def _whole(
+    tensors: Tensors, unsent: Mapping[str, Any], source: Source, received: Received
+) -> dict[str, Any]:
+    """All entries of a result, in the order of the source; a tied one is one object.
+
+    Raises:
+        InvalidStateDict: A name of a pruned tensor is that of an entry that was not sent.
+    """
+    for name in tensors.keys() & unsent.keys():
+        raise InvalidStateDict(f"{name}: stands where half of a pair, or its X, is to be")
+    other_names = source.other_names or received.other_names()
+    entries, places = tied({**tensors, **unsent}, other_names), source.places()
+    names = sorted(entries, key=lambda name: places.get(name, len(places)))
+    return {name: entries[name] for name in names}
+
+
+def _values(entries: Mapping[str, Any], source: Source) -> dict[str, Any]:
+    def value(name: str, entry: Any) -> Any:
+        return to_value(name, entry, source.as_torch) if isinstance(entry, LocalTensor) else entry
+
+    return each_once(value, entries)
 
 
 def _packed(mask: Mask) -> LocalTensor:
@@ -191,11 +217,11 @@ def _packed(mask: Mask) -> LocalTensor:
 def _pruned_tensors(
     source: Source, masks: Mapping[str, Mask], dense: bool
 ) -> Iterator[tuple[str, LocalTensor]]:
-    """The source with masks applied, in its order; a pair that no mask is for keeps its own."""
+    """What was sent, with masks applied; a pair that no mask is for keeps its own."""
     pairs = source.pairs()
     prior = set(pairs.values())
     names = {f"{base}_orig": base for base in pairs}
-    for stored, tensor in source.tensors.items():
+    for stored, tensor in source.only_parameters().tensors.items():
         if stored in prior:
             continue
         name = names.get(stored, stored)
@@ -215,22 +241,15 @@ def _pruned_tensors(
             yield f"{name}_mask", LocalTensor(tensor.dtype, tensor.shape, numbers)
 
 
-# The bits of 1.0; integers have no others than 1.
-_ONE = {
-    **{"F64": 0x3FF << 52, "F32": 0x7F << 23, "F16": 0x3C00, "BF16": 0x3F80},
-    **{"F8_E4M3": 0x38, "F8_E5M2": 0x3C},
-}
-
-
 def _unsigned(dtype: str) -> np.dtype[Any]:
     """The unsigned integer dtype with as many bits."""
-    return np.dtype(f"u{DTYPE_BITS[dtype] // 8}")
+    return np.dtype(f"u{DTYPES[dtype].bits // 8}")
 
 
 def _folded(tensor: LocalTensor, mask: Mask) -> Callable[[], Bytes]:
     """What is pruned becomes 0 of its own sign, as in weight * mask: -0.5 becomes -0.0."""
     unsigned = _unsigned(tensor.dtype)
-    is_floating = tensor.dtype in _ONE
+    is_floating = tensor.kind == "floating"
     sign = unsigned.type(is_floating << (8 * unsigned.itemsize - 1))
 
     def read() -> Bytes:
@@ -242,5 +261,5 @@ def _folded(tensor: LocalTensor, mask: Mask) -> Callable[[], Bytes]:
 
 def _as_numbers(dtype: str, mask: Mask) -> Callable[[], Bytes]:
     """A mask of 0 and 1."""
-    one = _unsigned(dtype).type(_ONE.get(dtype, 1))
+    one = _unsigned(dtype).type(DTYPES[dtype].one)
     return lambda: (mask * one).view(np.uint8)

@@ -4,7 +4,7 @@ import importlib.util
 import mmap
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,16 @@ import numpy.typing as npt
 from secateur.checkpoint import place_of
 from secateur.errors import InvalidStateDict
 from secateur.shards import Index, index_path, read_shards
-from secateur.tensors import FLOATING, LocalTensor, from_value, is_text, parse_file
+from secateur.tensors import (
+    LocalTensor,
+    NoWireDtype,
+    dtype_of,
+    from_value,
+    is_array,
+    is_extra_state,
+    is_text,
+    parse_file,
+)
 from secateur.ties import shared_names, untie
 from secateur_proto.index import SUFFIX
 from secateur_proto.ties import read_ties, write_ties
@@ -34,6 +43,8 @@ class Source:
     metadata: of a safetensors file of the tensors, with the ties of those that have other names.
     paths: the safetensors files that it is read from, and their index.
     index: of a model in shards.  is_here: False for one that only the server has.
+    others: entries that are not sent, as safetensors has no dtype for them.
+    order: the names of all entries, `others` among them, in the state_dict's order.
     """
 
     tensors: Mapping[str, LocalTensor]
@@ -43,6 +54,8 @@ class Source:
     paths: tuple[Path, ...] = ()
     index: Index | None = None
     is_here: bool = True
+    others: Mapping[str, Any] = field(default_factory=dict)
+    order: tuple[str, ...] = ()
 
     @cached_property
     def other_names(self) -> Mapping[str, str]:
@@ -51,27 +64,45 @@ class Source:
 
     def pairs(self) -> dict[str, str]:
         """From each X whose pair X_orig, X_mask is here to the name of its mask."""
-        origs = (name for name in self.parameters if name.endswith("_orig"))
+        names = self.parameters & self.tensors.keys()
+        origs = (name for name in names if name.endswith("_orig"))
         bases = (name.removesuffix("_orig") for name in origs)
         return {base: f"{base}_mask" for base in bases if self._is_pair(base)}
 
     def _is_pair(self, base: str) -> bool:
         """Whether X_orig has an X_mask: of floating ones the server refuses what is no mask."""
         orig, mask = self.tensors[f"{base}_orig"], f"{base}_mask"
-        if mask not in self.parameters:
+        if mask not in self.parameters or mask in self.others:
             return False
-        if orig.dtype in _INTEGERS:  # which have such names for other reasons, too
+        if orig.kind == "integer":  # which have such names for other reasons, too
             is_free = base not in self.tensors
             fits = self.tensors[mask].shape == orig.shape
-            return is_free and fits and self.tensors[mask].dtype in _OF_MASKS
-        return orig.is_floating
+            return is_free and fits and self.tensors[mask].kind is not None
+        return orig.kind == "floating"
 
     def only_parameters(self) -> "Source":
         """The source without what a Prune may not send; itself, where that is nothing."""
-        if self.parameters >= self.tensors.keys():
+        if self.parameters.issuperset(self.order):
             return self
         tensors = {n: t for n, t in self.tensors.items() if n in self.parameters}
-        return replace(self, tensors=tensors)
+        others = {n: v for n, v in self.others.items() if n in self.parameters}
+        return replace(self, tensors=tensors, others=others)
+
+    def unsent(self) -> dict[str, Any]:
+        """The entries that a Prune leaves here: a Module's buffers, and `others`."""
+        buffers = {n: t for n, t in self.tensors.items() if n not in self.parameters}
+        return {**buffers, **self.others}
+
+    def places(self) -> dict[str, int]:
+        """Where in `order` an entry of a result belongs.
+
+        A pair takes the place of its X, and X that of its X_orig.
+        """
+        places = {name: place for place, name in enumerate(self.order)}
+        for place, name in enumerate(self.order):
+            for derived in (f"{name}_orig", f"{name}_mask", name.removesuffix("_orig")):
+                places.setdefault(derived, place)
+        return places
 
     def prunable(self) -> dict[str, LocalTensor]:
         """The floating parameters; a pair is its X, with the values of X_orig."""
@@ -81,18 +112,13 @@ class Source:
         return {
             names.get(stored, stored): tensor
             for stored, tensor in self.tensors.items()
-            if stored in self.parameters - masks and tensor.is_floating
+            if stored in self.parameters - masks and tensor.kind == "floating"
         }
 
     def prunable_names(self) -> dict[str, str]:
         """From every name of the floating parameters to their names in `prunable`."""
         names = {name: name for name in self.prunable()}
         return names | {other: n for other, n in self.other_names.items() if n in names}
-
-
-# Integers that the server prunes by their names, and the dtypes that the mask of a pair may have.
-_INTEGERS = ("I8", "I16", "I32", "I64", "U8")
-_OF_MASKS = ("BOOL", *_INTEGERS, *FLOATING)
 
 
 def read_source(source: Any) -> Source:
@@ -123,28 +149,65 @@ def _from_mapping(source: Mapping[Any, Any]) -> Source:
     for name in source:
         if not is_text(name) or name == "__metadata__":
             raise InvalidStateDict(f"{name!r} is no text that can name a tensor")
-    tensors = {name: from_value(name, value) for name, value in source.items()}
     torch = sys.modules.get("torch")
     as_torch = torch is not None and any(isinstance(v, torch.Tensor) for v in source.values())
-    untied, ties = untie(tensors, shared_names(tensors))
-    return Source(untied, frozenset(untied), as_torch, write_ties({}, ties))
+
+    def is_carried(name: str, value: Any) -> bool:
+        """An extra state may be any object; other entries are tensors or arrays."""
+        is_tensor = isinstance(value, torch.Tensor) if torch and as_torch else is_array(value)
+        return is_extra_state(name) and not is_tensor
+
+    return _divided(source, frozenset(source), as_torch, is_carried)
+
+
+def _from_module(module: Any) -> Source:
+    from secateur.module import check_hooks, entries_of
+
+    check_hooks(module)
+    entries, parameters = entries_of(module)
+    tensor = sys.modules["torch"].Tensor
+    return _divided(entries, parameters, True, lambda name, value: not isinstance(value, tensor))
+
+
+def _divided(
+    entries: Mapping[str, Any],
+    parameters: frozenset[str],
+    as_torch: bool,
+    is_carried: Callable[[str, Any], bool],
+) -> Source:
+    """A source of the entries that safetensors has a dtype for, and the others.
+
+    is_carried: whether an entry stays here, of those that may be no tensors.
+    """
+    tensors: dict[str, LocalTensor] = {}
+    others: dict[str, Any] = {}
+    for name, value in entries.items():
+        if is_carried(name, value):
+            others[name] = value
+            continue
+        try:
+            tensors[name] = from_value(name, value)
+        except NoWireDtype:
+            others[name] = value
+    _check_masks(tensors, others)
+    shared = shared_names(tensors)
+    tensors, ties = untie(tensors, shared)
+    parameters |= {name for other, name in shared.items() if other in parameters}
+    parameters |= {f"{n}{half}" for n in parameters for half in _PAIR if f"{n}_orig" in tensors}
+    metadata = write_ties({}, ties)
+    return Source(tensors, parameters, as_torch, metadata, others=others, order=tuple(entries))
 
 
 # The halves of what torch.nn.utils.prune makes of a parameter.
 _PAIR = ("_orig", "_mask")
 
 
-def _from_module(module: Any) -> Source:
-    from secateur.module import check_hooks, tensors_of
-
-    check_hooks(module)
-    values, parameters = tensors_of(module)
-    tensors = {name: from_value(name, value) for name, value in values.items()}
-    shared = shared_names(tensors)
-    untied, ties = untie(tensors, shared)
-    parameters |= {name for other, name in shared.items() if other in parameters}
-    parameters |= {f"{n}{half}" for n in parameters for half in _PAIR if f"{n}_orig" in untied}
-    return Source(untied, frozenset(parameters & untied.keys()), True, write_ties({}, ties))
+def _check_masks(tensors: Mapping[str, LocalTensor], others: Mapping[str, Any]) -> None:
+    """Refuses an X_mask that is not sent for an X_orig that is: X_orig alone is no pair."""
+    for name, value in others.items():
+        orig = tensors.get(f"{name.removesuffix('_mask')}_orig")
+        if name.endswith("_mask") and orig is not None and orig.kind == "floating":
+            raise InvalidStateDict(f"{name}: has dtype {dtype_of(value)}, which no mask has")
 
 
 def _from_path(path: Path) -> Source:
@@ -154,16 +217,26 @@ def _from_path(path: Path) -> Source:
     if index is not None:
         tensors, shards = read_shards(index, _map_file)
         files = (*(index.with_name(name) for name in dict.fromkeys(shards.files.values())), index)
-        tensors, metadata = _untied(tensors, shards.of_one_file())
-        return Source(tensors, frozenset(tensors), _has_torch(), metadata, files, shards)
+        return _from_files(*_untied(tensors, shards.of_one_file()), files, shards)
     if path.suffix != ".safetensors":
         hint = f"; of a checkpoint give what client.checkpoint({str(path)!r}) returns"
         raise InvalidStateDict(
             f"{path}: neither .safetensors nor .pt nor .pth, nor {SUFFIX} or a folder with one"
             f"{hint if str(path).startswith('checkpoints/') else ''}"
         )
-    tensors, metadata = _untied(*_map_file(path))
-    return Source(tensors, frozenset(tensors), _has_torch(), metadata, (path,))
+    return _from_files(*_untied(*_map_file(path)), (path,))
+
+
+def _from_files(
+    tensors: Mapping[str, LocalTensor],
+    metadata: Mapping[str, str],
+    paths: tuple[Path, ...],
+    index: Index | None = None,
+) -> Source:
+    order = tuple(tensors)
+    return Source(
+        tensors, frozenset(order), _has_torch(), metadata, paths, index=index, order=order
+    )
 
 
 def _untied(

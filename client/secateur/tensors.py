@@ -1,62 +1,24 @@
 """Tensors as bytes, so that numpy, torch and files are one; torch is imported by nobody here."""
 
 import importlib
-import importlib.util
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from secateur.errors import InvalidStateDict, SecateurError
+from secateur.places import Place, array_place, tensor_place
+from secateur_proto.dtypes import DTYPES
 
 Bytes = npt.NDArray[np.uint8]
 
-# Dtypes as numpy, ml_dtypes and torch name them, and as safetensors does.
-WIRE_DTYPES = {
-    "bool": "BOOL",
-    "uint8": "U8",
-    "int8": "I8",
-    "uint16": "U16",
-    "int16": "I16",
-    "uint32": "U32",
-    "int32": "I32",
-    "uint64": "U64",
-    "int64": "I64",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float32": "F32",
-    "float64": "F64",
-    "complex64": "C64",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-}
-# The dtypes that the server prunes where a glob matches them.
-FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-_NAMES = {wire: name for name, wire in WIRE_DTYPES.items()}
-
-
-class Place(NamedTuple):
-    """Where a view lies in memory. Equal places are one tensor.
-
-    device: Of torch; "" is this process's memory.
-    pointer: Of the element at index 0; `begin` and `end` are around all elements.
-    strides: In bytes.
-    values: What the bytes are read as: dtype, and the flags that torch keeps beside them.
-    """
-
-    device: str
-    begin: int
-    end: int
-    pointer: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    itemsize: int
-    values: str
+# From the names of torch, numpy and ml_dtypes to those of safetensors.
+WIRE_DTYPES = {dtype.name: wire for wire, dtype in DTYPES.items() if dtype.name}
 
 
 @dataclass(frozen=True)
@@ -65,7 +27,7 @@ class LocalTensor:
 
     dtype: as safetensors spells it.  read: gives its bytes, row-major, little-endian, flat; called
         when they are needed, so that what is not contiguous is copied one tensor at a time.
-    place: of a caller's tensor or array with elements.
+    place: of a caller's tensor or array that has elements.
     """
 
     dtype: str
@@ -74,9 +36,9 @@ class LocalTensor:
     place: Place | None = None
 
     @property
-    def is_floating(self) -> bool:
-        """Whether it is of a dtype that globs mean."""
-        return self.dtype in FLOATING
+    def kind(self) -> str | None:
+        """As Dtype.kind."""
+        return DTYPES[self.dtype].kind
 
 
 def is_text(name: Any) -> bool:
@@ -84,52 +46,70 @@ def is_text(name: Any) -> bool:
     return isinstance(name, str) and not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
+def is_extra_state(name: str) -> bool:
+    """Whether an entry of a state_dict is what Module.get_extra_state gave: any object."""
+    return f".{name}".endswith("._extra_state")
+
+
+class NoWireDtype(InvalidStateDict):
+    """The safetensors format has no dtype for a tensor."""
+
+
+def is_array(value: Any) -> bool:
+    """Whether a value is an array of numbers or bools, and not of texts or objects."""
+    if not hasattr(value, "__array__"):
+        return False
+    dtype = np.asarray(value).dtype
+    return dtype.kind in "biufc" or dtype.isbuiltin == 2  # 2: a dtype of ml_dtypes
+
+
 def from_value(name: str, value: Any) -> LocalTensor:
-    """A LocalTensor of a torch tensor or an array.  Errors: InvalidStateDict."""
+    """A LocalTensor of a torch tensor or an array.
+
+    Raises:
+        NoWireDtype: The safetensors format has no dtype for it.
+        InvalidStateDict: It is not a tensor of numbers, or has no data.
+    """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
-        dtype, read = str(value.dtype).removeprefix("torch."), _torch_reader(torch, name, value)
-        place = _torch_place(value)
-    elif hasattr(value, "__array__"):
-        value = np.asarray(value)
-        dtype, read = value.dtype.name, lambda: _array_bytes(value)
-        place = _place("", value.ctypes.data, value.shape, value.strides, value.itemsize, dtype)
-    else:
+        read = _torch_reader(torch, name, value)
+        dtype = str(value.dtype).removeprefix("torch.")
+        return _described(name, dtype, value.shape, read, tensor_place(value))
+    if not hasattr(value, "__array__"):
         raise InvalidStateDict(f"{name}: {type(value).__name__} is no tensor and no array")
-    if dtype not in WIRE_DTYPES:
-        raise InvalidStateDict(f"{name}: dtype {dtype} has no place in a safetensors file")
-    return LocalTensor(WIRE_DTYPES[dtype], tuple(value.shape), read, place)
+    array = np.asarray(value)
+    if not is_array(array):
+        raise InvalidStateDict(f"{name}: dtype {array.dtype.name} is not a dtype of numbers")
+    read, place = lambda: _array_bytes(array), array_place(array)
+    return _described(name, array.dtype.name, array.shape, read, place)
 
 
-def _torch_place(value: Any) -> Place | None:
-    size = value.element_size()
-    flags = f"{value.dtype} {value.is_conj()} {value.is_neg()}"
-    strides = tuple(stride * size for stride in value.stride())
-    device = "" if value.device.type == "cpu" else str(value.device)
-    return _place(device, value.data_ptr(), tuple(value.shape), strides, size, flags)
+def _described(
+    name: str, dtype: str, shape: Sequence[int], read: Callable[[], Bytes], place: Place | None
+) -> LocalTensor:
+    """The tensor with its dtype and shape as the format counts them.  Raises: NoWireDtype."""
+    wire, shape = WIRE_DTYPES.get(dtype), tuple(shape)
+    packed = DTYPES[wire].packed if wire else 1
+    if wire is None or (packed > 1 and not shape):
+        raise NoWireDtype(f"{name}: dtype {dtype} has no place in a safetensors file")
+    shape = shape if packed == 1 else (*shape[:-1], shape[-1] * packed)
+    return LocalTensor(wire, shape, read, place)
 
 
-def _place(
-    device: str,
-    pointer: int,
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
-    itemsize: int,
-    values: str,
-) -> Place | None:
-    if 0 in shape:
-        return None
-    reach = [(size - 1) * stride for size, stride in zip(shape, strides, strict=True)]
-    begin = pointer + sum(step for step in reach if step < 0)
-    end = pointer + sum(step for step in reach if step > 0) + itemsize
-    # Where a dimension has one index its stride means nothing, and may be any number.
-    strides = tuple(0 if size == 1 else s for size, s in zip(shape, strides, strict=True))
-    return Place(device, begin, end, pointer, shape, strides, itemsize, values)
+def dtype_of(value: Any) -> str:
+    """The dtype of a tensor, behind the layout of a sparse one; of another value its type."""
+    if not hasattr(value, "dtype"):
+        return type(value).__name__
+    layout = str(getattr(value, "layout", "torch.strided"))
+    words = [layout, str(value.dtype)] if layout != "torch.strided" else [str(value.dtype)]
+    return " ".join(word.removeprefix("torch.") for word in words)
 
 
 def _torch_reader(torch: Any, name: str, value: Any) -> Callable[[], Bytes]:
-    if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
+    if value.device.type == "meta" or value.is_nested:
         raise InvalidStateDict(f"{name}: only dense tensors with data can be sent")
+    if value.layout != torch.strided or value.is_quantized:
+        raise NoWireDtype(f"{name}: dtype {dtype_of(value)} has no place in a safetensors file")
     # A detached, contiguous tensor on the CPU is no copy.
     return lambda: (
         value.detach()
@@ -149,33 +129,53 @@ def _array_bytes(array: npt.NDArray[Any]) -> Bytes:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-def to_value(tensor: LocalTensor, as_torch: bool) -> Any:
+def to_value(name: str, tensor: LocalTensor, as_torch: bool) -> Any:
     """The tensor as one of torch, or as an array. It may share the memory of its bytes.
 
-    Errors: SecateurError, where numpy has no such dtype and ml_dtypes is not installed.
+    Raises:
+        SecateurError: The installed torch, or numpy, has no such dtype.
     """
-    data = tensor.read()
-    name = _NAMES.get(tensor.dtype)
-    if name is None:
-        raise SecateurError(f"dtype {tensor.dtype} has no equal in numpy or torch")
-    if as_torch:
-        import torch
+    return _to_torch(name, tensor) if as_torch else _to_array(name, tensor)
 
-        dtype = getattr(torch, name)
-        if not data.size:  # torch has no view of it
-            return torch.empty(tensor.shape, dtype=dtype)
-        return torch.from_numpy(_aligned(data, dtype.itemsize)).view(dtype).reshape(tensor.shape)
-    dtype = _numpy_dtype(name)
+
+def _to_torch(name: str, tensor: LocalTensor) -> Any:
+    import torch
+
+    known, shape = DTYPES[tensor.dtype], tensor.shape
+    dtype = getattr(torch, known.name or "", None)
+    if known.packed > 1 and shape and shape[-1] % known.packed == 0:
+        shape = (*shape[:-1], shape[-1] // known.packed)
+    elif known.packed > 1:
+        dtype = None
+    if dtype is None:
+        raise _without_equal(name, tensor, f"torch {torch.__version__}")
+    data = tensor.read()
+    if not data.size:  # torch has no view of it
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_numpy(_aligned(data, dtype.itemsize)).view(dtype).reshape(shape)
+
+
+def _to_array(name: str, tensor: LocalTensor) -> Any:
+    known, data = DTYPES[tensor.dtype], tensor.read()
+    if known.name is None or known.packed > 1:  # ml_dtypes has a byte for each element
+        raise _without_equal(name, tensor, "numpy")
+    dtype = _numpy_dtype(name, known.name)
     return _aligned(data, dtype.itemsize).view(dtype).reshape(tensor.shape)
 
 
-def _numpy_dtype(name: str) -> np.dtype[Any]:
+def _without_equal(name: str, tensor: LocalTensor, library: str) -> SecateurError:
+    described = f"{tensor.dtype} of shape {list(tensor.shape)}"
+    return SecateurError(f"{name}: {library} has no {described}; save it as .safetensors")
+
+
+def _numpy_dtype(name: str, dtype: str) -> np.dtype[Any]:
     with suppress(TypeError):
-        return np.dtype(name)
-    if importlib.util.find_spec("ml_dtypes") is None:
-        raise SecateurError(f"numpy has no {name}: install torch or ml_dtypes")
-    dtype: np.dtype[Any] = np.dtype(getattr(importlib.import_module("ml_dtypes"), name))
-    return dtype
+        return np.dtype(dtype)
+    try:
+        found: np.dtype[Any] = np.dtype(getattr(importlib.import_module("ml_dtypes"), dtype))
+    except (ImportError, AttributeError):
+        raise SecateurError(f"{name}: numpy has no {dtype}: install torch or ml_dtypes") from None
+    return found
 
 
 def _aligned(data: Bytes, itemsize: int) -> Bytes:
@@ -189,7 +189,7 @@ def parse_file(data: memoryview) -> tuple[dict[str, LocalTensor], dict[str, str]
     table = json.loads(bytes(data[8:begin]), object_pairs_hook=_distinct)
     metadata = table.pop("__metadata__", {})
     body = np.frombuffer(data, np.uint8)[begin:]
-    return {name: _entry(body, fields) for name, fields in table.items()}, metadata
+    return {name: _entry(name, body, fields) for name, fields in table.items()}, metadata
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -199,9 +199,11 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _entry(body: Bytes, fields: Mapping[str, Any]) -> LocalTensor:
+def _entry(name: str, body: Bytes, fields: Mapping[str, Any]) -> LocalTensor:
     if fields.keys() != {"dtype", "shape", "data_offsets"}:
         raise InvalidStateDict(f"the header has {sorted(fields)} of a tensor")
+    if fields["dtype"] not in DTYPES:
+        raise InvalidStateDict(f"{name}: dtype {fields['dtype']} is unknown; update secateur")
     view = body[slice(*fields["data_offsets"])]
     return LocalTensor(fields["dtype"], tuple(fields["shape"]), lambda: view)
 

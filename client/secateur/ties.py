@@ -1,21 +1,19 @@
 """Tied weights of a state_dict: tensors that are the same memory under several names."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from secateur.errors import InvalidStateDict
-from secateur.tensors import Bytes, LocalTensor, Place, prior_mask
+from secateur.places import Place, overlap
+from secateur.tensors import Bytes, LocalTensor, prior_mask
 from secateur_proto.ties import Ties, read_ties
 
+Made = TypeVar("Made")
 Value = TypeVar("Value")
 
 _ORIG, _MASK = "_orig", "_mask"
-
-# How hard numpy tries to prove that two views with overlapping bounds share no element.
-_MAX_WORK = 10_000
 
 
 def shared_names(tensors: Mapping[str, LocalTensor]) -> dict[str, str]:
@@ -48,39 +46,12 @@ def _refuse_overlaps(first: Mapping[Place, str], tensors: Mapping[str, LocalTens
         before = [p for p in before if p.device == place.device and p.end > place.begin]
         for other in before:
             names = first[other], first[place]
-            if any(tensors[name].is_floating for name in names) and _overlap(other, place):
+            if any(tensors[name].kind == "floating" for name in names) and overlap(other, place):
                 raise InvalidStateDict(
                     f"{names[0]} and {names[1]} are views that overlap in memory, and not the same "
                     f"view; give one of them memory of its own: {names[1]}.clone()"
                 )
         before.append(place)
-
-
-@dataclass(frozen=True)
-class _View:
-    """An array for numpy to compare, of which it reads no element."""
-
-    place: Place
-    __array_interface__: dict[str, Any] = field(init=False)
-
-    def __post_init__(self) -> None:
-        interface = {
-            "version": 3,
-            "data": (self.place.pointer, True),
-            "shape": self.place.shape,
-            "strides": self.place.strides,
-            "typestr": f"|V{self.place.itemsize}",
-        }
-        object.__setattr__(self, "__array_interface__", interface)
-
-
-def _overlap(one: Place, other: Place) -> bool:
-    """Whether two views share an element; True where that takes too long to tell."""
-    try:
-        views = np.asarray(_View(one)), np.asarray(_View(other))
-        return np.shares_memory(*views, max_work=_MAX_WORK)  # type: ignore[arg-type]
-    except np.exceptions.TooHardError:
-        return True
 
 
 def untie(
@@ -149,3 +120,21 @@ def tied(tensors: Mapping[str, Value], other_names: Mapping[str, str]) -> dict[s
             if name + part in tensors:
                 found[other + part] = tensors[name + part]
     return found
+
+
+def once(entries: Mapping[str, Value]) -> dict[str, Value]:
+    """Each entry under the first of its names: without the names that `tied` has added."""
+    return {name: entry for entry, name in _first_names(entries)}
+
+
+def each_once(make: Callable[[str, Value], Made], entries: Mapping[str, Value]) -> dict[str, Made]:
+    """What `make` makes of each entry; a tied one is made once, and is one object."""
+    made = {id(entry): make(name, entry) for entry, name in _first_names(entries)}
+    return {name: made[id(entry)] for name, entry in entries.items()}
+
+
+def _first_names(entries: Mapping[str, Value]) -> list[tuple[Value, str]]:
+    first: dict[int, tuple[Value, str]] = {}
+    for name, entry in entries.items():
+        first.setdefault(id(entry), (entry, name))
+    return list(first.values())

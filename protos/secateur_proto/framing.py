@@ -7,34 +7,10 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from secateur_proto.dtypes import DTYPES
+
 # Measured: 1 MiB carries about 1 GB/s through Python's gRPC, 64 KiB and 16 MiB half of that.
 CHUNK_BYTES = 1 << 20
-
-# Every dtype of the format, and the bits of one element.
-DTYPE_BITS: Mapping[str, int] = {
-    "BOOL": 8,
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    "U8": 8,
-    "I8": 8,
-    "F8_E5M2": 8,
-    "F8_E4M3": 8,
-    "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8,
-    "I16": 16,
-    "U16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "I32": 32,
-    "U32": 32,
-    "F32": 32,
-    "C64": 64,
-    "F64": 64,
-    "I64": 64,
-    "U64": 64,
-}
 
 
 def mask_bytes(elements: int) -> int:
@@ -43,8 +19,8 @@ def mask_bytes(elements: int) -> int:
 
 
 def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
-    """Bytes of a tensor. dtype: a key of DTYPE_BITS."""
-    return mask_bytes(math.prod(shape) * DTYPE_BITS[dtype])
+    """Bytes of a tensor. dtype: a key of DTYPES."""
+    return mask_bytes(math.prod(shape) * DTYPES[dtype].bits)
 
 
 def file_header(

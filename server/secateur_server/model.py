@@ -10,6 +10,7 @@ from torch import Tensor
 
 from secateur_proto.ties import read_ties, write_ties
 from secateur_server.devices import passes_of, spans
+from secateur_server.devices.dtypes import TORCH_DTYPES
 from secateur_server.errors import InvalidPair, InvalidStateDict, quote
 from secateur_server.pruning.catalog import Catalog, Stored, match, read_catalog
 from secateur_server.pruning.masks import Mask
@@ -18,7 +19,7 @@ from secateur_server.pruning.prune import to_mask
 from secateur_server.pruning.spec import Parameter
 from secateur_server.wire.header import Entry, Header
 from secateur_server.wire.index import Index
-from secateur_server.wire.tensors import TORCH_DTYPES, WireTensor
+from secateur_server.wire.tensors import WireTensor
 from secateur_server.wire.writer import (
     Outgoing,
     OutgoingFile,

@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 
 from secateur_proto import checkpoint_pb2, checkpoints_pb2, pruner_pb2, spec_pb2
-from secateur_proto.framing import DTYPE_BITS
+from secateur_proto.dtypes import DTYPES
 from tests.contract.raw import entry, file, masks, spec
 
 
@@ -100,5 +100,5 @@ WORDS = (
     *("weight_map", "metadata", "total_size", "a.safetensors", "b.safetensors", "../", "."),
     *("9223372036854775807", "18446744073709551615", "4611686018427387904"),
     *("conv.weight", "fc", "half", "empty", "steps", "packed", "scores", "mask", "fc scores"),
-    *DTYPE_BITS,
+    *DTYPES,
 )

@@ -8,7 +8,8 @@ from typing import Any
 from hypothesis import strategies as st
 
 from secateur_proto import checkpoint_pb2, checkpoints_pb2, pruner_pb2, spec_pb2
-from secateur_proto.framing import DTYPE_BITS, tensor_bytes
+from secateur_proto.dtypes import DTYPES
+from secateur_proto.framing import tensor_bytes
 from tests.contract.raw import entry, file
 
 NAMES = st.sampled_from(["w", "w_orig", "w_mask", "v", "__metadata___orig", "../x", "é\0\n", ""])
@@ -36,7 +37,7 @@ def tables(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
     table: dict[str, Any] = {}
     begin = 0
     for name in draw(st.lists(NAMES, max_size=4, unique=True)):
-        dtype = draw(st.sampled_from([*DTYPE_BITS, "F32", "F16"]))
+        dtype = draw(st.sampled_from([*DTYPES, "F32", "F16"]))
         shape = draw(st.lists(st.sampled_from([0, 1, 2, 4, 2**40]), max_size=3))
         if 2**40 in shape:
             shape.append(0)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from secateur.tensors import from_value
 from secateur.transfer import Upload
 from secateur_proto import pruner_pb2 as pb
-from secateur_proto.framing import CHUNK_BYTES, DTYPE_BITS, cut, file_header, tensor_bytes
+from secateur_proto.dtypes import DTYPES
+from secateur_proto.framing import CHUNK_BYTES, cut, file_header, tensor_bytes
 from secateur_server.wire.writer import Outgoing, chunks, state_dict_file
 from tests.contract.raw import entry, file, header, message, send, unhurried
 
@@ -33,10 +34,10 @@ def described(draw: st.DrawFn) -> list[tuple[str, str, list[int], bytes]]:
     """Tensors of any dtype: name, dtype, shape and bytes."""
     tensors = []
     for name in draw(st.lists(NAMES, max_size=5, unique=True)):
-        dtype, shape = draw(st.sampled_from(sorted(DTYPE_BITS))), draw(SHAPES)
-        if DTYPE_BITS[dtype] < 8:  # the format has whole bytes only
+        dtype, shape = draw(st.sampled_from(sorted(DTYPES))), draw(SHAPES)
+        if DTYPES[dtype].bits < 8:  # the format has whole bytes only
             shape = [8, *shape]
-        size = int(np.prod(shape, dtype=int)) * DTYPE_BITS[dtype] // 8
+        size = int(np.prod(shape, dtype=int)) * DTYPES[dtype].bits // 8
         tensors.append((name, dtype, shape, draw(st.binary(min_size=size, max_size=size))))
     return tensors
 
@@ -78,7 +79,7 @@ def test_every_dtype_of_the_library_is_known() -> None:
     with pytest.raises(safetensors.SafetensorError) as refused:
         safetensors.deserialize(unknown)  # type: ignore[no-untyped-call]
     names = str(refused.value).partition("expected one of")[2].split("`")[1::2]
-    assert set(names) <= set(DTYPE_BITS)
+    assert set(names) <= set(DTYPES)
     assert len(names) > 15
 
 
@@ -100,9 +101,9 @@ def test_pieces_have_a_mebibyte(size: int) -> None:
 
 
 @unhurried
-@given(st.sampled_from(sorted(DTYPE_BITS)), SHAPES)
+@given(st.sampled_from(sorted(DTYPES)), SHAPES)
 def test_a_tensor_has_the_bytes_of_its_elements(dtype: str, shape: list[int]) -> None:
-    bits = int(np.prod(shape, dtype=int)) * DTYPE_BITS[dtype]
+    bits = int(np.prod(shape, dtype=int)) * DTYPES[dtype].bits
     assume(bits % 8 == 0)  # the format has whole bytes only
     assert tensor_bytes(dtype, shape) * 8 == bits
 

@@ -8,7 +8,7 @@ every dtype, and exactly.
 import torch
 from torch import Tensor
 
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+from secateur_server.devices.dtypes import FP8
 
 # The integers that have the bits of a floating dtype.
 BITS = {

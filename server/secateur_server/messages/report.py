@@ -5,11 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from secateur_proto.report_pb2 import Bound, RuleReport, SparsityReport, TensorReport, ZeroBlocks
 from secateur_proto.report_pb2 import Choice as ChoiceMessage
 from secateur_proto.spec_pb2 import Pattern
+from secateur_server.devices.dtypes import WIRE_DTYPES
 from secateur_server.devices.watch import watch
 from secateur_server.pruning.measure import measure
 from secateur_server.pruning.prune import Choice
 from secateur_server.pruning.spec import Parameter
-from secateur_server.wire.tensors import WIRE_DTYPES
 
 
 def encode_report(

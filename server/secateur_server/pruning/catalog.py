@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 import torch
 
+from secateur_server.devices.dtypes import PRUNABLE
 from secateur_server.devices.watch import watch
 from secateur_server.errors import (
     InvalidPair,
@@ -14,7 +15,6 @@ from secateur_server.errors import (
     UnknownTensor,
     quote,
 )
-from secateur_server.pruning.spec import PRUNABLE
 
 Shape = tuple[int, ...]
 

@@ -1,12 +1,14 @@
 """Rules that fit the tensors: globs become names, and what is wrong is said before data is read."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
-from secateur_server.devices.keys import FP8
+import torch
+
+from secateur_server.devices.dtypes import FP8, PRUNABLE, WIRE_DTYPES
 from secateur_server.errors import (
     AmountOutOfRange,
     DimOutOfRange,
@@ -21,7 +23,6 @@ from secateur_server.pruning.catalog import Catalog, Shape, Stored, match, unmat
 from secateur_server.pruning.granularity import Element, Slice
 from secateur_server.pruning.groups import resolve_group
 from secateur_server.pruning.spec import (
-    PRUNABLE,
     Amount,
     Budget,
     CustomMasks,
@@ -231,9 +232,10 @@ def _check_group_scores(rule: Selection, groups: Sequence[Group], catalog: Catal
 def _check_floating(field: str, holder: str, shapes: Sequence[Shape], catalog: Catalog) -> None:
     """Refuses scores of another dtype, or of none of some shapes; an error shows the first."""
     scores = _extra(field, holder, catalog)
-    is_floating = scores.dtype in PRUNABLE and scores.dtype.is_floating_point
-    if not is_floating or scores.shape not in shapes:
-        raise InvalidScores(field, _unlike(scores, shapes[0], "floating scores"))
+    if scores.dtype not in _OF_SCORES:
+        raise InvalidScores(field, _of_another_dtype(scores, "scores", _OF_SCORES))
+    if scores.shape not in shapes:
+        raise InvalidScores(field, _of_another_shape(scores, shapes[0], "scores"))
 
 
 def _resolve_masks(rule: CustomMasks, catalog: Catalog) -> CustomMasks:
@@ -243,8 +245,10 @@ def _resolve_masks(rule: CustomMasks, catalog: Catalog) -> CustomMasks:
         if name not in catalog.prunable:
             raise unmatched(field, name, catalog)
         mask = _extra(field, holder, catalog)
-        if mask.shape != catalog.prunable[name] or mask.dtype in (None, *FP8):
-            raise InvalidMask(field, _unlike(mask, catalog.prunable[name], "a mask"))
+        if mask.dtype not in _OF_MASKS:
+            raise InvalidMask(field, _of_another_dtype(mask, "masks", _OF_MASKS))
+        if mask.shape != catalog.prunable[name]:
+            raise InvalidMask(field, _of_another_shape(mask, catalog.prunable[name], "a mask"))
         masks.append((name, holder))
     return replace(rule, masks=list(dict.fromkeys(masks)))
 
@@ -255,5 +259,15 @@ def _extra(field: str, holder: str, catalog: Catalog) -> Stored:
     return catalog.extras[holder]
 
 
-def _unlike(extra: Stored, shape: Shape, what: str) -> str:
-    return f"{what} of shape {list(shape)} needed, got {extra.calls} of shape {list(extra.shape)}"
+def _of_another_dtype(extra: Stored, what: str, dtypes: Iterable[torch.dtype]) -> str:
+    allowed = ", ".join(WIRE_DTYPES[dtype] for dtype in dtypes)
+    return f"dtype {extra.calls} is not one of {allowed}, which {what} may have"
+
+
+def _of_another_shape(extra: Stored, shape: Shape, what: str) -> str:
+    return f"{what} of shape {list(shape)} needed, got shape {list(extra.shape)}"
+
+
+# As CustomMasks in spec.proto lists them.
+_OF_MASKS = tuple(dtype for dtype in WIRE_DTYPES if dtype not in FP8)
+_OF_SCORES = tuple(dtype for dtype in PRUNABLE if dtype.is_floating_point)

@@ -4,10 +4,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from secateur_server.devices.keys import FP8
 from secateur_server.devices.looks import Seen
 from secateur_server.pruning.granularity import Granularity
 from secateur_server.pruning.masks import Mask
@@ -158,8 +156,8 @@ class Selection:
 class CustomMasks:
     """Prune by masks.
 
-    masks: names of tensors, each with that of the tensor that holds its mask. A tied tensor may have
-        several, as it has names: they hold together.
+    masks: names of tensors, each with that of the tensor that holds its mask. A tied tensor may
+        have a mask for each of its names: they hold together.
     """
 
     path: str
@@ -185,7 +183,7 @@ Rule = Selection | CustomMasks
 class Parameter:
     """A tensor that can be pruned.
 
-    weight: of a dtype of PRUNABLE; only measure.fold writes to it.
+    weight: of a dtype of devices.dtypes.PRUNABLE; only measure.fold writes to it.
     mask: of its elements; None where the tensor was never pruned.
     seen: what a first look at its elements told, where there was one.
     """
@@ -198,10 +196,3 @@ class Parameter:
     def is_nonzero(self) -> bool:
         """Whether it is known that no element of the weight itself is zero."""
         return self.seen is not None and not self.seen.zeros
-
-
-# Globs mean the floating ones alone: integers are mostly no weights, but counts and indices.
-PRUNABLE = (
-    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, *FP8),
-    *(torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8),
-)

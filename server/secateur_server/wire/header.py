@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from secateur_proto.framing import DTYPE_BITS, tensor_bytes
+from secateur_proto.dtypes import DTYPES
+from secateur_proto.framing import tensor_bytes
 from secateur_proto.text import Text
 from secateur_server.devices.watch import watch
 from secateur_server.errors import MalformedFile, quote
@@ -151,13 +152,13 @@ def _entry(name: str, fields: Any) -> Entry:
             _field(name), f"needs dtype, shape and data_offsets, has {quote(fields)}"
         )
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise MalformedFile(_field(name), f"dtype {quote(dtype)} is unknown")
     if not _sizes(shape):
         raise MalformedFile(_field(name), f"shape {quote(shape)} is not a list of sizes")
     if math.prod(max(1, size) for size in shape) >= 1 << 62:
         raise MalformedFile(_field(name), f"shape {quote(shape)} is larger than any tensor's")
-    if math.prod(shape) * DTYPE_BITS[dtype] % 8:
+    if math.prod(shape) * DTYPES[dtype].bits % 8:
         raise MalformedFile(_field(name), f"shape {quote(shape)} of {dtype} ends within a byte")
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise MalformedFile(_field(name), f"data_offsets {quote(offsets)} are not [begin, end]")

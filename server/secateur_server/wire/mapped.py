@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from secateur_server.devices import passes_of, room_to_work
+from secateur_server.devices.dtypes import TORCH_DTYPES
 from secateur_server.devices.keys import BITS
 from secateur_server.devices.looks import SPACING, Look, Sample, Seen, sample_places, seen_of
 from secateur_server.devices.passes import BYTES_OF_FEW
@@ -19,7 +20,7 @@ from secateur_server.wire.header import (
     header_length,
     parse_header,
 )
-from secateur_server.wire.tensors import TORCH_DTYPES, WireTensor
+from secateur_server.wire.tensors import WireTensor
 
 # What is read at once; an element of an aligned tensor is in one block.
 BLOCK = 1 << 20

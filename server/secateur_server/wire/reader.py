@@ -6,12 +6,13 @@ import torch
 from blake3 import blake3
 
 from secateur_server.devices import passes_of
+from secateur_server.devices.dtypes import TORCH_DTYPES
 from secateur_server.devices.keys import BITS
 from secateur_server.devices.looks import Look, seen_of
 from secateur_server.devices.passes import Passes
 from secateur_server.errors import TooShort, WrongLength
 from secateur_server.wire.header import Entry, Header, header_length, parse_header
-from secateur_server.wire.tensors import TORCH_DTYPES, WireTensor
+from secateur_server.wire.tensors import WireTensor
 
 
 class ByteStream:
