@@ -36,6 +36,8 @@ _OUTPUTS = {
     "none": pb.OUTPUT_NONE,
 }
 
+_LEAVE_OUT = "leave them out of the source"
+
 Patterns = str | Sequence[str] | None
 
 
@@ -97,7 +99,7 @@ class Client:
         model = read_source(source)
         check_spec(spec, model.others)
         if destination and output != "masks":
-            check_storable(destination, model.only_parameters().others)
+            check_storable(destination, model.only_parameters().others, _LEAVE_OUT)
         if keep and model.is_here:
             return self._prune_kept(model, spec, output, progress, destination)
         place = place_of(source)
@@ -245,7 +247,7 @@ class Client:
         named = [] if tensors is None else patterns(tensors)
         check_names("tensors", named, model.others)
         if destination:
-            check_storable(destination, model.others)
+            check_storable(destination, model.others, _LEAVE_OUT)
         upload = Upload(model.tensors, model.metadata, is_file=not place)
         header = pb.FinalizeHeader(
             data_bytes=upload.file_bytes,
@@ -290,6 +292,7 @@ class Client:
 
         Files that the server has from this caller are not sent, and an upload that breaks goes on
         from where it was, within the timeout.
+        Errors: InvalidStateDict, for entries that a safetensors file cannot hold.
         """
         if "uri" in (place := place_of(source)):
             header = checkpoints_pb2.UploadHeader(uri=place["uri"])
@@ -299,7 +302,7 @@ class Client:
         model = read_source(source)
         if not model.is_here:
             raise InvalidStateDict("a checkpoint is on the server already")
-        check_storable("a checkpoint", model.others)
+        check_storable("a checkpoint", model.others, _LEAVE_OUT)
         files = files_of(model)
         rpcs = self._rpcs.query_upload, self._rpcs.upload
         sending = Sending(*rpcs, self._timeout, self._is_known)

@@ -59,7 +59,7 @@ def check_writable(path: Path, entries: Mapping[str, Any] | None = None) -> None
     if not path.absolute().parent.is_dir():
         raise SecateurError(f"{path}: there is no such folder")
     if path.suffix == ".safetensors":
-        check_storable(str(path), entries or {})
+        check_storable(str(path), entries or {}, "write .pt instead")
 
 
 def _save_shards(

@@ -32,7 +32,7 @@ def _names(rule: Rule) -> set[str]:
     return {*rule.arrays, *selection.tensors, *scales, *members}
 
 
-def check_storable(where: str, entries: Mapping[str, Any]) -> None:
+def check_storable(where: str, entries: Mapping[str, Any], advice: str) -> None:
     """Refuses to make a safetensors file of a model with entries that it cannot hold.
 
     Raises:
@@ -46,6 +46,5 @@ def check_storable(where: str, entries: Mapping[str, Any]) -> None:
     if left_out:
         more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
         raise InvalidStateDict(
-            f"{where}: a safetensors file cannot hold {', '.join(left_out[:3])}{more}; "
-            "write .pt in its place, or leave them out of the source"
+            f"{where}: a safetensors file cannot hold {', '.join(left_out[:3])}{more}; {advice}"
         )

@@ -154,8 +154,9 @@ def _from_mapping(source: Mapping[Any, Any]) -> Source:
 
     def is_carried(name: str, value: Any) -> bool:
         """An extra state may be any object; other entries are tensors or arrays."""
-        is_tensor = isinstance(value, torch.Tensor) if torch and as_torch else is_array(value)
-        return is_extra_state(name) and not is_tensor
+        if not is_extra_state(name):
+            return False
+        return not (isinstance(value, torch.Tensor) if torch and as_torch else is_array(value))
 
     return _divided(source, frozenset(source), as_torch, is_carried)
 

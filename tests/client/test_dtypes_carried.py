@@ -263,24 +263,25 @@ STATE: dict[str, Any] = {
     "z": torch.ones(2, dtype=torch.complex128),
     "_extra_state": 3,
 }
-LEFT_OUT = r"cannot hold z \(complex128\), _extra_state \(int\); write \.pt"
+LEFT_OUT = r": a safetensors file cannot hold z \(complex128\), _extra_state \(int\); "
 
 
 def test_a_safetensors_file_or_a_checkpoint_never_drops_an_entry(
     client: secateur.Client, tmp_path: Path
 ) -> None:
     path = tmp_path / "out.safetensors"
-    calls: list[Callable[[], object]] = [
-        lambda: client.prune(STATE, HALF).save(path),
-        lambda: client.prune(STATE, HALF, output="dense").save(path),
-        lambda: client.finalize(STATE).save(path),
-        lambda: client.upload(STATE),
-        lambda: client.prune(STATE, HALF, keep=True),
-        lambda: client.prune(STATE, HALF, output="dense", destination="file:///tmp/x"),
-        lambda: client.finalize(STATE, destination="file:///tmp/x"),
-    ]
-    for call in calls:
-        with pytest.raises(secateur.InvalidStateDict, match=LEFT_OUT):
+    uri = "file:///tmp/x"
+    calls: dict[Callable[[], object], str] = {
+        lambda: client.prune(STATE, HALF).save(path): r"write \.pt instead$",
+        lambda: client.prune(STATE, HALF, output="dense").save(path): r"write \.pt instead$",
+        lambda: client.finalize(STATE).save(path): r"write \.pt instead$",
+        lambda: client.upload(STATE): "leave them out",
+        lambda: client.prune(STATE, HALF, keep=True): "leave them out",
+        lambda: client.prune(STATE, HALF, "dense", destination=uri): "leave them out",
+        lambda: client.finalize(STATE, destination=uri): "leave them out",
+    }
+    for call, advice in calls.items():
+        with pytest.raises(secateur.InvalidStateDict, match=LEFT_OUT + advice):
             call()
     client.prune(STATE, HALF).save(path, "masks")  # which are all that it has
     assert list(tmp_path.iterdir()) == [path]
@@ -349,8 +350,11 @@ def test_a_mask_or_scores_of_another_dtype_are_told_their_dtype(
         given = torch.ones(2, 3).to(dtype)
     is_number = dtype.is_floating_point and dtype in PRUNED
     specs = {
-        "masks": (secateur.custom_from_mask({"w": given}), dtype in PRUNED and dtype not in FP8),
-        "scores": (secateur.l1_unstructured("w", 1, importance_scores={"w": given}), is_number),
+        "a mask": (secateur.custom_from_mask({"w": given}), dtype in PRUNED and dtype not in FP8),
+        "floating scores": (
+            secateur.l1_unstructured("w", 1, importance_scores={"w": given}),
+            is_number,
+        ),
     }
     for what, (spec, is_allowed) in specs.items():
         if is_allowed:
@@ -358,7 +362,7 @@ def test_a_mask_or_scores_of_another_dtype_are_told_their_dtype(
             continue
         wire = as_safetensors_writes(given)
         assert wire is not None
-        said = f"dtype {wire['dtype']} is not one of .*F64.*, which {what} may have"
+        said = f"dtype {wire['dtype']} is not allowed; {what} may be .*F64"
         with pytest.raises(secateur.InvalidSpec, match=said):
             client.prune(SHAPED, spec)
 

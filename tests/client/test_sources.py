@@ -174,7 +174,7 @@ def test_a_file_of_another_kind_is_refused(
         pytest.param({"w": np.array([None])}, "w: dtype object", id="array of objects"),
         pytest.param({"w": WEIGHT.to("meta")}, "w: only dense", id="meta"),
         pytest.param(
-            {"w": WEIGHT.to(torch.complex128).to("meta")}, "w: only dense", id="complex128 on meta"
+            {"w": WEIGHT.to("meta", torch.complex128)}, "w: only dense", id="meta of complex128"
         ),
         pytest.param({"\ud800": WEIGHT}, r"\\ud800", id="a name that is no text"),
         pytest.param({"__metadata__": WEIGHT}, "__metadata__", id="a name that is taken"),

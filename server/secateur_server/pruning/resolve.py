@@ -233,7 +233,7 @@ def _check_floating(field: str, holder: str, shapes: Sequence[Shape], catalog: C
     """Refuses scores of another dtype, or of none of some shapes; an error shows the first."""
     scores = _extra(field, holder, catalog)
     if scores.dtype not in _OF_SCORES:
-        raise InvalidScores(field, _of_another_dtype(scores, "scores", _OF_SCORES))
+        raise InvalidScores(field, _of_another_dtype(scores, "floating scores", _OF_SCORES))
     if scores.shape not in shapes:
         raise InvalidScores(field, _of_another_shape(scores, shapes[0], "scores"))
 
@@ -246,7 +246,7 @@ def _resolve_masks(rule: CustomMasks, catalog: Catalog) -> CustomMasks:
             raise unmatched(field, name, catalog)
         mask = _extra(field, holder, catalog)
         if mask.dtype not in _OF_MASKS:
-            raise InvalidMask(field, _of_another_dtype(mask, "masks", _OF_MASKS))
+            raise InvalidMask(field, _of_another_dtype(mask, "a mask", _OF_MASKS))
         if mask.shape != catalog.prunable[name]:
             raise InvalidMask(field, _of_another_shape(mask, catalog.prunable[name], "a mask"))
         masks.append((name, holder))
@@ -261,7 +261,7 @@ def _extra(field: str, holder: str, catalog: Catalog) -> Stored:
 
 def _of_another_dtype(extra: Stored, what: str, dtypes: Iterable[torch.dtype]) -> str:
     allowed = ", ".join(WIRE_DTYPES[dtype] for dtype in dtypes)
-    return f"dtype {extra.calls} is not one of {allowed}, which {what} may have"
+    return f"dtype {extra.calls} is not allowed; {what} may be {allowed}"
 
 
 def _of_another_shape(extra: Stored, shape: Shape, what: str) -> str:
