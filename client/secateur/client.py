@@ -98,6 +98,7 @@ class Client:
         spec, destination_uri = checked(spec), uri_of(destination)
         model = read_source(source)
         check_spec(spec, model.others)
+        spec = spec.keep_ends(model.tied_names())
         if destination and output != "masks":
             check_storable(destination, model.only_parameters().others, _LEAVE_OUT)
         if keep and model.is_here:
@@ -185,6 +186,7 @@ class Client:
         """
         model, place = read_source(source), place_of(source)
         check_spec(checked(spec), model.others)
+        spec = spec.keep_ends(model.tied_names())
         sent = {n: t for n, t in model.tensors.items() if n in model.parameters}
         message, arrays = spec.encode(model.tensors)
         upload = Upload({**sent, **arrays}, model.metadata, is_file=not place)

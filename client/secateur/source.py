@@ -116,9 +116,19 @@ class Source:
         }
 
     def prunable_names(self) -> dict[str, str]:
-        """From every name of the floating parameters to their names in `prunable`."""
+        """From every name of the floating parameters, in their order, to that in `prunable`.
+
+        Other names that a file has in its metadata are last.
+        """
         names = {name: name for name in self.prunable()}
-        return names | {other: n for other, n in self.other_names.items() if n in names}
+        names |= {other: name for other, name in self.other_names.items() if name in names}
+        places = self.places()
+        return {n: names[n] for n in sorted(names, key=lambda n: places.get(n, len(places)))}
+
+    def tied_names(self) -> dict[str, str]:
+        """As prunable_names, without names that have no place; empty where nothing is tied."""
+        places, names = self.places(), self.prunable_names() if self.other_names else {}
+        return {known: name for known, name in names.items() if known in places}
 
 
 def read_source(source: Any) -> Source:

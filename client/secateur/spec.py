@@ -98,6 +98,28 @@ class Spec:
             rules.append(Rule(message, rule.arrays))
         return Spec(tuple(rules))
 
+    def keep_ends(self, names: Mapping[str, str]) -> "Spec":
+        """The spec with `keep_first` and `keep_last` replaced by the names that they spare.
+
+        The server knows a tied tensor by its first name alone, and this process knows where the
+        other names are: the last layer of a model may be its first one's weight.
+
+        Args:
+            names: From every name of a tensor, in the state_dict's order, to the tensor's.
+        """
+        rules = []
+        for rule in self.rules:
+            message = _copy(rule.message)
+            tensors, rails = message.selection.tensors, message.selection.guard_rails
+            matched = {known for pattern in tensors for known in _known(pattern, names)}
+            if ordered := [name for known, name in names.items() if known in matched]:
+                ends = ordered[:1] * rails.keep_first + ordered[-1:] * rails.keep_last
+                if ends:
+                    rails.exclude.extend(ends)
+                    rails.keep_first = rails.keep_last = False
+            rules.append(Rule(message, rule.arrays))
+        return Spec(tuple(rules))
+
     def encode(self, taken: Iterable[str]) -> tuple[pb.PruningSpec, dict[str, LocalTensor]]:
         """The spec for the wire, and the arrays to send beside the model under their new names.
 
@@ -375,9 +397,12 @@ def _selection(
 
 
 def _matching(pattern: str, names: Mapping[str, str]) -> list[str]:
-    if pattern in names:
-        return [names[pattern]]
-    return [name for known, name in names.items() if fnmatchcase(known, pattern)]
+    return [names[known] for known in _known(pattern, names)]
+
+
+def _known(pattern: str, names: Mapping[str, str]) -> list[str]:
+    """The names that a name or a glob matches."""
+    return [pattern] if pattern in names else [n for n in names if fnmatchcase(n, pattern)]
 
 
 def _free_names(taken: set[str]) -> Iterator[str]:

@@ -165,6 +165,37 @@ def test_a_guard_rail_holds_through_every_name(served: Served, source: Any, rail
     assert_same_models(loaded(values), pruned_by_torch(32, MIDDLE))
 
 
+@pytest.mark.parametrize("source", ["module", "state_dict", "arrays", "pt"])
+@pytest.mark.parametrize(
+    ("rails", "spared"),
+    [({"keep_first": True}, EMBED), ({"keep_last": True}, EMBED), ({}, "nothing")],
+)
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_last_layer_is_kept_under_the_name_of_the_first(
+    served: Served, root: Path, source: str, rails: Any, spared: str, keep: bool
+) -> None:
+    guard_rails = secateur.guard_rails(**rails)
+    spec = secateur.select("*.weight", 32, scope="global", guard_rails=guard_rails)
+    model = SOURCES[source](served, root)
+    result = served.client.prune(model, spec, keep=keep)
+    names = [name for name in (EMBED, MIDDLE) if name != spared]
+    assert_same_models(loaded(result.state_dict()), pruned_by_torch(32, *names))
+    plan = served.client.plan(model, spec)
+    assert [*plan.amounts[0].tensors] == names
+
+
+def test_results_have_the_order_of_the_source(served: Served, root: Path) -> None:
+    for name in ("module", "state_dict", "arrays", "pt"):
+        result = served.client.prune(SOURCES[name](served, root), secateur.l1_unstructured(HEAD, 1))
+        assert list(result.state_dict()) == list(Language().state_dict())
+        model = Language()
+        result.apply_to(model)
+        ours, theirs = result.state_dict("reparametrized"), model.state_dict()
+        halves = [f"{name}{half}" for name in (EMBED, HEAD) for half in ("_orig", "_mask")]
+        assert [n for n in ours if n in halves] == halves
+        assert ours.keys() == theirs.keys()
+
+
 def test_every_field_that_names_a_tensor_takes_any_name(served: Served, source: Any) -> None:
     scores = torch.rand(40, 8, generator=torch.Generator().manual_seed(3))
     mask = scores > 0.25
