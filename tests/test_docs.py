@@ -29,6 +29,7 @@ def blocks(path: str, language: str) -> list[str]:
         "docs/methods.md",
         "docs/protocol.md",
         "docs/checkpoints.md",
+        "docs/sources.md",
     ],
 )
 def test_the_python_of_a_document_runs(path: str, server: RunningServer, tmp_path: Path) -> None:

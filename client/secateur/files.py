@@ -1,15 +1,18 @@
 """Files that are there whole, or not at all."""
 
 import os
-import tempfile
+import secrets
+import stat
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from secateur.errors import SecateurError
+from secateur.errors import NotSaved, SecateurError
 from secateur.shards import Index
 from secateur.tensors import LocalTensor, to_value
+from secateur.torch_files import KNOWN_SUFFIXES, TORCH_SUFFIXES, TorchFile
 from secateur_proto.framing import file_header
 from secateur_proto.index import SUFFIX
 
@@ -20,10 +23,12 @@ def save(
     metadata: Mapping[str, str],
     index: Index | None = None,
     before: Mapping[str, LocalTensor] | None = None,
+    torch_file: TorchFile | None = None,
 ) -> None:
-    """Writes tensors as .safetensors, .pt or .pth; those of `index` as shards, into a folder.
+    """Writes tensors as .safetensors or a torch file; those of `index` as shards, into a folder.
 
-    before: what the model was, of which the index tells.  Errors: SecateurError.
+    before: what the model was, of which the index tells.  torch_file: what it was read from, of
+    which a torch file keeps all but the tensors.  Errors: SecateurError.
     """
     check_writable(path)
     try:
@@ -32,9 +37,10 @@ def save(
             return
         with replacing(path) as file:
             if path.suffix == ".safetensors":
+                warn_of_others(path, torch_file)
                 _write_safetensors(file, tensors, metadata)
             else:
-                _write_torch(file, tensors)
+                _write_torch(file, tensors, torch_file)
     except OSError as error:
         raise SecateurError(f"{path}: cannot write it: {error.strerror}") from None
 
@@ -43,9 +49,11 @@ def check_writable(path: Path) -> None:
     """Refuses early what `save` would refuse.  Errors: SecateurError."""
     if path.is_dir() or path.name.endswith(SUFFIX):
         return
-    if path.suffix not in (".safetensors", ".pt", ".pth"):
-        kinds = "neither .safetensors nor .pt nor .pth, nor a folder that is there"
-        raise SecateurError(f"{path}: {kinds}")
+    if path.suffix not in (".safetensors", *TORCH_SUFFIXES):
+        raise SecateurError(
+            f"{path}: unknown suffix {path.suffix!r}; known are {KNOWN_SUFFIXES}, "
+            "or name a folder that exists"
+        )
     if not path.absolute().parent.is_dir():
         raise SecateurError(f"{path}: there is no such folder")
 
@@ -75,30 +83,39 @@ def _write_safetensors(
         file.write(tensor.read().data)
 
 
-def _write_torch(file: BinaryIO, tensors: Mapping[str, LocalTensor]) -> None:
+def warn_of_others(place: Any, torch_file: TorchFile | None) -> None:
+    """Warns of what a torch file holds beside its tensors, which .safetensors cannot."""
+    others = torch_file.others if torch_file is not None else ()
+    if others:
+        text = f"{place}: without {', '.join(others)}; a torch file (.pt) keeps what is no tensor"
+        warnings.warn(text, NotSaved, stacklevel=4)
+
+
+def _write_torch(
+    file: BinaryIO, tensors: Mapping[str, LocalTensor], torch_file: TorchFile | None
+) -> None:
     import torch
 
     values: dict[str, Any] = {name: to_value(tensor, True) for name, tensor in tensors.items()}
-    torch.save(values, file)
+    torch.save(values if torch_file is None else torch_file.with_values(values), file)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file beside `path` that takes its place when the block has ended well."""
-    with tempfile.NamedTemporaryFile(
-        dir=path.absolute().parent, prefix=f".{path.name}.", delete=False
-    ) as file:
+    """A file beside `path` that takes its place when the block ends without an error.
+
+    A file that is replaced passes on its mode; a new one has what the umask allows.
+    """
+    mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
+    part = path.absolute().with_name(f".{path.name}.{secrets.token_hex(4)}")
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+    with open(os.open(part, flags, 0o666 if mode is None else 0o600), "w+b") as file:
         try:
-            yield file  # type: ignore[misc]
+            yield file
             file.flush()
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
-            os.replace(file.name, path)
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
+            os.replace(part, path)
         except BaseException:
-            os.unlink(file.name)
+            part.unlink()
             raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

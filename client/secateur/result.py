@@ -41,12 +41,14 @@ class FinalizeResult:
         return _values(self._received, self._source)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes .safetensors, .pt or .pth, or the shards that it came in to a folder.
+        """Writes .safetensors or a torch file, or the shards that it came in to a folder.
 
-        What is written is there whole, or not at all.
+        What is written is there whole, or not at all. A torch file keeps what the source's had
+        beside the weights; else a NotSaved warning names that.
         """
-        metadata = self._source.metadata or self._answer.metadata
-        save(Path(path), self._received, metadata, self._index, self._source.tensors)
+        source = self._source
+        metadata = source.metadata or self._answer.metadata
+        save(Path(path), self._received, metadata, self._index, source.tensors, source.torch_file)
 
 
 class PruneResult:
@@ -106,15 +108,18 @@ class PruneResult:
         return _values(self._tensors(form), self._source)
 
     def save(self, path: str | os.PathLike[str], form: str = "dense") -> None:
-        """Writes the pruned model as .safetensors, .pt or .pth, or its shards to a folder.
+        """Writes the pruned model as .safetensors or a torch file, or its shards to a folder.
 
-        What is written is there whole, or not at all.
+        What is written is there whole, or not at all. A torch file keeps what the source's had
+        beside the weights; else a NotSaved warning names that.
         form: as of state_dict, or "masks": bits, as the wire has them.
         """
-        index = None if form == "masks" else self._index
-        metadata = self._source.metadata or self._answer.metadata
-        metadata = {} if form == "masks" else metadata
-        save(Path(path), self._tensors(form), metadata, index, self._source.tensors)
+        tensors, source = self._tensors(form), self._source
+        if form == "masks":
+            save(Path(path), tensors, {})
+            return
+        metadata = source.metadata or self._answer.metadata
+        save(Path(path), tensors, metadata, self._index, source.tensors, source.torch_file)
 
     def apply_to(self, module: Any) -> None:
         """Prunes a torch.nn.Module as torch.nn.utils.prune does, so that its functions go on.

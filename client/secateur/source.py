@@ -16,6 +16,7 @@ from secateur.checkpoint import place_of
 from secateur.errors import InvalidStateDict
 from secateur.shards import Index, index_path, read_shards
 from secateur.tensors import LocalTensor, from_value, is_text, parse_file
+from secateur.torch_files import KNOWN_SUFFIXES, TORCH_SUFFIXES, TorchFile, read_torch_file
 from secateur_proto.index import SUFFIX
 
 Mask = npt.NDArray[np.bool_]
@@ -30,6 +31,7 @@ class Source:
     as_torch: whether results are tensors of torch, or arrays.
     paths: the safetensors files that it is read from, and their index.
     index: of a model in shards.  is_here: False for one that only the server has.
+    torch_file: the file of torch.save that it is read from, with all else that the file holds.
     """
 
     tensors: Mapping[str, LocalTensor]
@@ -39,6 +41,7 @@ class Source:
     paths: tuple[Path, ...] = ()
     index: Index | None = None
     is_here: bool = True
+    torch_file: TorchFile | None = None
 
     def pairs(self) -> dict[str, str]:
         """From each X whose pair X_orig, X_mask is here to the name of its mask."""
@@ -82,8 +85,20 @@ _INTEGERS = ("I8", "I16", "I32", "I64", "U8")
 _OF_MASKS = ("BOOL", *_INTEGERS, *_FLOATING)
 
 
-def read_source(source: Any) -> Source:
-    """Reads what a caller gives as a model; a Source is one already.  Errors: InvalidStateDict."""
+def read_source(source: Any, key: str | None = None) -> Source:
+    """Reads what a caller gives as a model; a Source is one already.
+
+    Args:
+        source: As of `Client`.
+        key: The dotted path to the state_dict in a file of torch.save.
+
+    Raises:
+        InvalidStateDict: It is no model, or not a readable one.
+    """
+    is_path = isinstance(source, str | os.PathLike) and not place_of(source)
+    if key is not None and not is_path:
+        kind = "what a server has" if place_of(source) else type(source).__name__
+        raise InvalidStateDict(f"key={key!r}: only a local torch file has keys, not {kind}")
     if isinstance(source, Source):
         return source
     torch = sys.modules.get("torch")
@@ -93,17 +108,17 @@ def read_source(source: Any) -> Source:
         return _from_mapping(source)
     if place_of(source):
         return Source({}, frozenset(), _has_torch(), is_here=False)
-    if isinstance(source, str | os.PathLike):
-        return _from_path(Path(source))
+    if is_path:
+        return _from_path(Path(source), key)
     raise InvalidStateDict(
         "a source is a Module, a mapping of tensors, a path, a URI or a Checkpoint, "
         f"not {type(source).__name__}"
     )
 
 
-def is_pruned(source: Any) -> bool:
+def is_pruned(source: Any, key: str | None = None) -> bool:
     """Whether a source has a tensor that is pruned: as torch.nn.utils.prune.is_pruned."""
-    return bool(read_source(source).pairs())
+    return bool(read_source(source, key).pairs())
 
 
 def _from_mapping(source: Mapping[Any, Any]) -> Source:
@@ -128,9 +143,12 @@ def _from_module(module: Any) -> Source:
     )
 
 
-def _from_path(path: Path) -> Source:
-    if path.suffix in (".pt", ".pth"):
-        return _from_mapping(_load_torch(path))
+def _from_path(path: Path, key: str | None) -> Source:
+    if path.suffix in TORCH_SUFFIXES:
+        file = read_torch_file(path, key)
+        return replace(_from_mapping(file.state_dict), torch_file=file)
+    if key is not None:
+        raise InvalidStateDict(f"key={key!r}: only a torch file has keys, not {path}")
     index = index_path(path)
     if index is not None:
         tensors, shards = read_shards(index, _map_file)
@@ -140,7 +158,8 @@ def _from_path(path: Path) -> Source:
     if path.suffix != ".safetensors":
         hint = f"; of a checkpoint give what client.checkpoint({str(path)!r}) returns"
         raise InvalidStateDict(
-            f"{path}: neither .safetensors nor .pt nor .pth, nor {SUFFIX} or a folder with one"
+            f"{path}: unknown suffix {path.suffix!r}; known are {KNOWN_SUFFIXES}, {SUFFIX} "
+            "and a folder with one of that"
             f"{hint if str(path).startswith('checkpoints/') else ''}"
         )
     tensors, metadata = _map_file(path)
@@ -177,31 +196,6 @@ def _map_file(path: Path) -> tuple[dict[str, LocalTensor], dict[str, str]]:
         return parse_file(map_bytes(path))
     except InvalidStateDict as error:
         raise InvalidStateDict(f"{path}: {error}") from None
-
-
-def _load_torch(path: Path) -> Mapping[Any, Any]:
-    """The state_dict of a file of torch.save. Code in the file is never run."""
-    if importlib.util.find_spec("torch") is None:
-        raise InvalidStateDict(f"{path}: to read .pt and .pth install torch")
-    import pickle
-
-    import torch
-
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise InvalidStateDict(
-            f"{path}: holds more than tensors, and code is never run from a file; "
-            "save the state_dict alone: torch.save(model.state_dict(), ...)"
-        ) from None
-    except Exception as error:  # of a broken file torch raises whatever comes
-        reason = getattr(error, "strerror", None) or repr(error).partition("\\n")[0]
-        raise InvalidStateDict(f"{path}: torch cannot read it: {reason}") from None
-    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, Mapping):
-        raise InvalidStateDict(f"{path}: holds a {type(loaded).__name__}, not a state_dict")
-    return loaded
 
 
 def prior_mask(tensor: LocalTensor) -> Mask:
