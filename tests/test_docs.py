@@ -82,6 +82,18 @@ def test_a_uri_of_the_documents_is_pruned(tmp_path: Path) -> None:
     assert (load_file(tmp_path / "out.safetensors")["fc.weight"] == 0).sum() == 8
 
 
+def test_a_folder_of_the_documents_is_pruned(
+    server: RunningServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECATEUR_SERVER", server.address)
+    (tmp_path / "folder").mkdir()
+    save_file({"w": np.ones((4, 4), np.float32)}, tmp_path / "folder/model.safetensors")
+    (tmp_path / "folder/config.json").write_text("{}")
+    (command,) = blocks("docs/sources.md", "console")
+    assert "50.00%" in run(command.removeprefix("$ "), tmp_path)
+    assert (tmp_path / "pruned/config.json").read_text() == "{}"
+
+
 def test_the_spec_file_of_the_documents_is_a_spec() -> None:
     (text,) = blocks("docs/specs.md", "yaml")
     assert len(Spec.from_dict(yaml.safe_load(text)).rules) == 2

@@ -19,8 +19,10 @@ from secateur.client import Client
 from secateur.embedded import embedded
 from secateur.errors import NotSaved, SecateurError
 from secateur.files import check_writable
+from secateur.folders import check_no_other_weights, find_folder
 from secateur.plan import Plan, Sensitivity
 from secateur.report import Report
+from secateur_proto.index import SUFFIX
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -142,8 +144,11 @@ def _out(options: argparse.Namespace) -> tuple[Path | None, str | None]:
         return None, None
     if "://" in options.out:
         return None, options.out
-    path = Path(options.out)
-    check_writable(path)
+    path, model = Path(options.out), Path(options.model)
+    is_model = getattr(options, "output", None) != "masks"
+    check_writable(path, is_model and (model.is_dir() or model.name.endswith(SUFFIX)))
+    if is_model and model.is_dir() and path.is_dir():
+        check_no_other_weights(path, find_folder(model).weights)
     return path, None
 
 
@@ -152,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="secateur",
         description="Prunes neural networks: what torch.nn.utils.prune does, on a server.",
         epilog="IN and OUT are files (.safetensors; .pt, .pth, .bin, .ckpt or .tar of torch.save), "
-        "folders with a model in shards, or URIs (file:///..., s3://...) that the server opens. IN "
+        "folders with one model, or URIs (file:///..., s3://...) that the server opens. IN "
         "may also be a checkpoint, as `secateur checkpoints ls` names it.",
     )
     parser.add_argument("--version", action="version", version=f"secateur {version('secateur')}")
@@ -206,7 +211,7 @@ def _json_option(command: argparse.ArgumentParser) -> None:
 
 
 def _out_option(command: argparse.ArgumentParser, is_required: bool = True) -> None:
-    text = "the file to write" if is_required else "the file to write; not needed with --keep"
+    text = "the file or folder to write" + ("" if is_required else "; not needed with --keep")
     command.add_argument("-o", "--out", metavar="OUT", required=is_required, help=text)
 
 

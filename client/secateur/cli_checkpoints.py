@@ -26,7 +26,7 @@ def add_checkpoints(commands: Any) -> None:
     ls = _command(under, "ls", "list the checkpoints, the newest first", _ls)
     ls.add_argument("--json", action="store_true", help="print JSON, not a table")
     put = _command(under, "put", "upload a model, and print the name of its checkpoint", _put)
-    put.add_argument("model", metavar="IN", help="a file, a folder of shards, or a URI")
+    put.add_argument("model", metavar="IN", help="a file, a folder, or a URI")
     key_option(put)
     get = _command(under, "get", "download a checkpoint", _get)
     get.add_argument("name", metavar="NAME", help="checkpoints/...")

@@ -15,7 +15,7 @@ from secateur.choices import AnyGranularity, magnitude
 from secateur.defaults import SOME_AMOUNTS, matrices
 from secateur.download import save_answer
 from secateur.errors import InvalidStateDict, SecateurError, Unavailable
-from secateur.files import warn_of_others
+from secateur.files import warn_of_rest
 from secateur.patience import Answer, Patience
 from secateur.plan import Plan, Sensitivity, decode_plan, encode_amounts, sensitivity_of
 from secateur.progress import Progress, show_progress, show_work
@@ -99,7 +99,7 @@ class Client:
         spec, destination_uri = checked(spec), uri_of(destination)
         model = read_source(source, key)
         if destination and output in ("dense", "reparametrized"):
-            warn_of_others(destination, model.torch_file)
+            warn_of_rest(destination, model.torch_file)
         if keep and model.is_here:
             return self._prune_kept(model, spec, output, progress, destination)
         place = place_of(source)
@@ -262,7 +262,7 @@ class Client:
             **place,
         )
         if destination:
-            warn_of_others(destination, model.torch_file)
+            warn_of_rest(destination, model.torch_file)
         call = self._stream(self._rpcs.finalize, pb.FinalizeRequest, header, upload, progress)
         result, received = call
         return FinalizeResult(decode_report(result.report), model, received, destination)

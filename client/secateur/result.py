@@ -30,7 +30,6 @@ class FinalizeResult:
         self._source = source
         self._answer = received
         self._destination = destination
-        self._index = source.index or received.index
 
     @property
     def _received(self) -> Tensors:
@@ -41,14 +40,12 @@ class FinalizeResult:
         return _values(self._received, self._source)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes .safetensors or a torch file, or the shards that it came in to a folder.
+        """Writes .safetensors or a torch file, or a folder if it came from one.
 
-        What is written is there whole, or not at all. A torch file keeps what the source's had
-        beside the weights; else a NotSaved warning names that.
+        What is written is there whole, or not at all. A torch file and a folder keep what the
+        source has beside the weights; a NotSaved warning names what is not kept.
         """
-        source = self._source
-        metadata = source.metadata or self._answer.metadata
-        save(Path(path), self._received, metadata, self._index, source.tensors, source.torch_file)
+        _save(Path(path), self._received, self._source, self._answer)
 
 
 class PruneResult:
@@ -72,7 +69,6 @@ class PruneResult:
         self._output = output
         self._answer = received
         self._destination = destination
-        self._index = source.index or received.index
 
     @property
     def _received(self) -> Tensors:
@@ -84,7 +80,7 @@ class PruneResult:
         tensors = self._answer.tensors
         if self._output in ("dense", "reparametrized"):
             tensors = {**tensors, **whole}
-        received, kept = Received(tensors, self._index), self.checkpoint
+        received, kept = Received(tensors, self._answer.index), self.checkpoint
         return PruneResult(self.report, source, self._output, received, kept, self._destination)
 
     @cached_property
@@ -108,18 +104,16 @@ class PruneResult:
         return _values(self._tensors(form), self._source)
 
     def save(self, path: str | os.PathLike[str], form: str = "dense") -> None:
-        """Writes the pruned model as .safetensors or a torch file, or its shards to a folder.
+        """Writes the pruned model as .safetensors or a torch file, or a folder if it came from one.
 
-        What is written is there whole, or not at all. A torch file keeps what the source's had
-        beside the weights; else a NotSaved warning names that.
+        What is written is there whole, or not at all. A torch file and a folder keep what the
+        source has beside the weights; a NotSaved warning names what is not kept.
         form: as of state_dict, or "masks": bits, as the wire has them.
         """
-        tensors, source = self._tensors(form), self._source
-        if form == "masks":
-            save(Path(path), tensors, {})
-            return
-        metadata = source.metadata or self._answer.metadata
-        save(Path(path), tensors, metadata, self._index, source.tensors, source.torch_file)
+        if form == "masks":  # which are not the model
+            save(Path(path), self._tensors(form), {})
+        else:
+            _save(Path(path), self._tensors(form), self._source, self._answer)
 
     def apply_to(self, module: Any) -> None:
         """Prunes a torch.nn.Module as torch.nn.utils.prune does, so that its functions go on.
@@ -175,6 +169,19 @@ def _here(received: Received, destination: str | None) -> Tensors:
     if destination:
         raise SecateurError(f"the result is at {destination}, and was not sent")
     return received.tensors
+
+
+def _save(path: Path, tensors: Tensors, source: Source, answer: Received) -> None:
+    """Writes what a model has become, in the way of its source."""
+    save(
+        path,
+        tensors,
+        source.metadata or answer.metadata,
+        source.index or answer.index,
+        source.tensors,
+        source.torch_file,
+        source.folder,
+    )
 
 
 def _values(tensors: Tensors, source: Source) -> dict[str, Any]:

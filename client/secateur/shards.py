@@ -48,29 +48,12 @@ class Index:
         return index_text(weight_map, self.rest, described)
 
 
-def index_path(path: Path) -> Path | None:
-    """The index of a model in shards: the file itself, or the one in a folder.
-
-    Errors: InvalidStateDict, where a folder has none, or several.
-    """
-    if path.name.endswith(SUFFIX):
-        return path
-    if not path.is_dir():
-        return None
-    found = sorted(path.glob(f"*.safetensors{SUFFIX}"))
-    if len(found) != 1:
-        single = path / "model.safetensors"
-        hint = f"; there is {single}" if single.exists() else ""
-        raise InvalidStateDict(f"{path}: holds {len(found)} files *.safetensors{SUFFIX}{hint}")
-    return found[0]
-
-
-MapFile = Callable[[Path], tuple[dict[str, LocalTensor], dict[str, str]]]
+MapFile = Callable[[Path], tuple[Mapping[str, LocalTensor], dict[str, str]]]
 
 
 def read_shards(path: Path, map_file: MapFile) -> tuple[dict[str, LocalTensor], Index]:
     """The tensors of all shards, file by file, and their index.  Errors: InvalidStateDict."""
-    weight_map, rest = _read_index(path)
+    weight_map, rest = read_index(path)
     tensors: dict[str, LocalTensor] = {}
     files: dict[str, str] = {}
     metadata = {}
@@ -92,7 +75,7 @@ def read_shards(path: Path, map_file: MapFile) -> tuple[dict[str, LocalTensor], 
     return tensors, Index({**weight_map, **files}, rest, metadata, path.name)
 
 
-def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """The weight_map of an index, and the rest of it.  Errors: InvalidStateDict."""
     try:
         weight_map, rest = parse_index(path.read_bytes())

@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from secateur.checkpoint import place_of
 from secateur.errors import InvalidStateDict
-from secateur.shards import Index, index_path, read_shards
+from secateur.folders import Folder, find_folder
+from secateur.shards import Index, read_shards
 from secateur.tensors import LocalTensor, from_value, is_text, parse_file
 from secateur.torch_files import KNOWN_SUFFIXES, TORCH_SUFFIXES, TorchFile, read_torch_file
 from secateur_proto.index import SUFFIX
@@ -32,6 +33,7 @@ class Source:
     paths: the safetensors files that it is read from, and their index.
     index: of a model in shards.  is_here: False for one that only the server has.
     torch_file: the file of torch.save that it is read from, with all else that the file holds.
+    folder: the folder that it is read from, with all else that is there.
     """
 
     tensors: Mapping[str, LocalTensor]
@@ -42,6 +44,7 @@ class Source:
     index: Index | None = None
     is_here: bool = True
     torch_file: TorchFile | None = None
+    folder: Folder | None = None
 
     def pairs(self) -> dict[str, str]:
         """From each X whose pair X_orig, X_mask is here to the name of its mask."""
@@ -144,26 +147,40 @@ def _from_module(module: Any) -> Source:
 
 
 def _from_path(path: Path, key: str | None) -> Source:
+    if path.is_dir():
+        folder = find_folder(path)
+        return replace(_from_path(folder.model, key), folder=folder)
     if path.suffix in TORCH_SUFFIXES:
         file = read_torch_file(path, key)
         return replace(_from_mapping(file.state_dict), torch_file=file)
     if key is not None:
         raise InvalidStateDict(f"key={key!r}: only a torch file has keys, not {path}")
-    index = index_path(path)
-    if index is not None:
-        tensors, shards = read_shards(index, _map_file)
-        files = (*(index.with_name(name) for name in dict.fromkeys(shards.files.values())), index)
-        metadata = dict(next(iter(shards.metadata.values()), {}))  # of one file made of all
-        return Source(tensors, frozenset(tensors), _has_torch(), metadata, files, shards)
+    if path.name.endswith(SUFFIX):
+        return _from_index(path)
     if path.suffix != ".safetensors":
         hint = f"; of a checkpoint give what client.checkpoint({str(path)!r}) returns"
+        known = f"unknown suffix {path.suffix!r}; known are {KNOWN_SUFFIXES}, {SUFFIX} and folders"
+        reason = known if path.exists() else "No such file or directory"
         raise InvalidStateDict(
-            f"{path}: unknown suffix {path.suffix!r}; known are {KNOWN_SUFFIXES}, {SUFFIX} "
-            "and a folder with one of that"
-            f"{hint if str(path).startswith('checkpoints/') else ''}"
+            f"{path}: {reason}{hint if str(path).startswith('checkpoints/') else ''}"
         )
     tensors, metadata = _map_file(path)
     return Source(tensors, frozenset(tensors), _has_torch(), metadata, (path,))
+
+
+def _from_index(path: Path) -> Source:
+    tensors, index = read_shards(path, _shard)
+    names = dict.fromkeys(index.files.values())
+    is_torch = any(Path(name).suffix in TORCH_SUFFIXES for name in names)
+    paths = () if is_torch else (*(path.with_name(name) for name in names), path)
+    metadata = dict(next(iter(index.metadata.values()), {}))  # of one file made of all
+    return Source(tensors, frozenset(tensors), _has_torch(), metadata, paths, index)
+
+
+def _shard(path: Path) -> tuple[Mapping[str, LocalTensor], dict[str, str]]:
+    if path.suffix in TORCH_SUFFIXES:
+        return _from_mapping(read_torch_file(path).state_dict).tensors, {}
+    return _map_file(path)
 
 
 def _has_torch() -> bool:

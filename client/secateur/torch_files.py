@@ -44,7 +44,7 @@ class TorchFile:
         return found  # type: ignore[no-any-return]
 
     @property
-    def others(self) -> list[str]:
+    def rest(self) -> list[str]:
         """The dotted keys of everything beside the state_dict."""
         names, level = [], self.content
         for depth, key in enumerate(self.keys):

@@ -138,7 +138,7 @@ def test_a_bad_safetensors_file_is_refused(
         client.report(path)
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "pt", "pth"])
+@pytest.mark.parametrize("kind", ["safetensors", "pt", "pth.tar", "index.json", "5"])
 def test_a_file_that_is_not_there_or_a_folder_is_refused(
     client: secateur.Client, tmp_path: Path, kind: str
 ) -> None:
