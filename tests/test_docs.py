@@ -29,6 +29,7 @@ def blocks(path: str, language: str) -> list[str]:
         "docs/methods.md",
         "docs/protocol.md",
         "docs/checkpoints.md",
+        "docs/sources.md",
     ],
 )
 def test_the_python_of_a_document_runs(path: str, server: RunningServer, tmp_path: Path) -> None:
@@ -79,6 +80,18 @@ def test_a_uri_of_the_documents_is_pruned(tmp_path: Path) -> None:
     command = blocks("docs/checkpoints.md", "console")[1].removeprefix("$ ")
     assert "50.00%" in run(command.replace("/models", str(tmp_path)), tmp_path)
     assert (load_file(tmp_path / "out.safetensors")["fc.weight"] == 0).sum() == 8
+
+
+def test_a_folder_of_the_documents_is_pruned(
+    server: RunningServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECATEUR_SERVER", server.address)
+    (tmp_path / "folder").mkdir()
+    save_file({"w": np.ones((4, 4), np.float32)}, tmp_path / "folder/model.safetensors")
+    (tmp_path / "folder/config.json").write_text("{}")
+    (command,) = blocks("docs/sources.md", "console")
+    assert "50.00%" in run(command.removeprefix("$ "), tmp_path)
+    assert (tmp_path / "pruned/config.json").read_text() == "{}"
 
 
 def test_the_spec_file_of_the_documents_is_a_spec() -> None:

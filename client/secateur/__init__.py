@@ -9,7 +9,7 @@
 
 What is pruned and how is a spec: the functions named as those of torch.nn.utils.prune make one,
 `select` and `grouped` make every other, and `+` puts one behind another. torch is needed for
-modules and .pt files only.
+modules and files of torch.save only.
 """
 
 from secateur.checkpoint import Checkpoint, File
@@ -44,6 +44,7 @@ from secateur.errors import (
     InvalidSpec,
     InvalidStateDict,
     ModelTooLarge,
+    NotSaved,
     PermissionDenied,
     QuotaExceeded,
     SecateurError,
@@ -93,6 +94,7 @@ __all__ = [
     "InvalidSpec",
     "InvalidStateDict",
     "ModelTooLarge",
+    "NotSaved",
     "PermissionDenied",
     "Plan",
     "PlannedAmount",

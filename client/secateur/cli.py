@@ -4,30 +4,34 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 from secateur.checkpoint import place_of
-from secateur.cli_checkpoints import add_checkpoints, is_checkpoint, source_of
+from secateur.cli_checkpoints import add_checkpoints, is_checkpoint, key_option, source_of
 from secateur.cli_server import client_of, server_options
 from secateur.cli_spec import amounts_option, fill_amounts, spec_of, spec_options, tensors_option
 from secateur.client import Client
 from secateur.embedded import embedded
-from secateur.errors import SecateurError
-from secateur.files import check_writable
+from secateur.errors import NotSaved, SecateurError
+from secateur.files import check_holds, check_writable
+from secateur.folders import check_no_other_weights, find_folder
 from secateur.plan import Plan, Sensitivity
 from secateur.report import Report
-from secateur.source import read_source
+from secateur.source import Source, read_source
+from secateur_proto.index import SUFFIX
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command. Returns the exit status: 0, or 1 with a line on stderr; usage exits 2."""
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        with _warnings_in_lines():
+            options.run(options)
         sys.stdout.flush()
     except SecateurError as error:
         print(f"secateur: {error}", file=sys.stderr)
@@ -39,6 +43,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("secateur: interrupted", file=sys.stderr)
         return 1
     return 0
+
+
+@contextmanager
+def _warnings_in_lines() -> Iterator[None]:
+    """Prints each NotSaved warning as one line on stderr."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", NotSaved)
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *at: Any, **more: Any) -> None:
+            if issubclass(category, NotSaved):
+                print(f"secateur: warning: {message}", file=sys.stderr)
+            else:
+                others(message, category, *at, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def run() -> NoReturn:
@@ -60,9 +81,9 @@ def _prune(options: argparse.Namespace) -> None:
     if options.keep and not options.server:
         raise SecateurError("--keep needs a server that stays: --server or SECATEUR_SERVER")
     with _client(options) as client:
-        source = source_of(client, options.model)
+        source = source_of(client, options)
         if path and options.output != "masks":
-            check_writable(path, read_source(source).others)
+            _check_holds(path, read_source(source))
         spec = spec_of(options, client, source)
         output = options.output if uri or (path and place_of(source)) else "masks"
         if options.out is None:
@@ -77,14 +98,14 @@ def _prune(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     with _client(options) as client:
-        report = client.report(source_of(client, options.model), options.tensors)
+        report = client.report(source_of(client, options), options.tensors)
     _print(report, options)
 
 
 def _plan(options: argparse.Namespace) -> None:
     fill_amounts(options)
     with _client(options) as client:
-        source = source_of(client, options.model)
+        source = source_of(client, options)
         plan = client.plan(source, spec_of(options, client, source), options.amounts)
     _print(plan, options)
 
@@ -92,7 +113,7 @@ def _plan(options: argparse.Namespace) -> None:
 def _sensitivity(options: argparse.Namespace) -> None:
     given = {} if options.amounts is None else {"amounts": options.amounts}
     with _client(options) as client:
-        source = source_of(client, options.model)
+        source = source_of(client, options)
         sensitivity = client.sensitivity(source, options.tensors, **given)
     _print(sensitivity, options)
 
@@ -104,9 +125,9 @@ def _print(found: Report | Plan | Sensitivity, options: argparse.Namespace) -> N
 def _finalize(options: argparse.Namespace) -> None:
     path, uri = _out(options)
     with _client(options) as client:
-        source = source_of(client, options.model)
+        source = source_of(client, options)
         if path:
-            check_writable(path, read_source(source).others)
+            _check_holds(path, read_source(source))
         final = client.finalize(source, options.tensors, destination=uri)
         if path:
             final.save(path)
@@ -122,14 +143,21 @@ def _client(options: argparse.Namespace) -> AbstractContextManager[Client]:
     return client_of(options) if options.server else embedded()
 
 
+def _check_holds(path: Path, source: Source) -> None:
+    check_holds(path, source.others, source.index, source.folder)
+
+
 def _out(options: argparse.Namespace) -> tuple[Path | None, str | None]:
     """Where the result goes: to a file here, or to a URI.  Errors: SecateurError."""
     if options.out is None:
         return None, None
     if "://" in options.out:
         return None, options.out
-    path = Path(options.out)
-    check_writable(path)
+    path, model = Path(options.out), Path(options.model)
+    is_model = getattr(options, "output", None) != "masks"
+    check_writable(path, is_model and (model.is_dir() or model.name.endswith(SUFFIX)))
+    if is_model and model.is_dir() and path.is_dir():
+        check_no_other_weights(path, find_folder(model).weights)
     return path, None
 
 
@@ -137,9 +165,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="secateur",
         description="Prunes neural networks: what torch.nn.utils.prune does, on a server.",
-        epilog="IN and OUT are .safetensors, .pt or .pth files, folders with a model in shards, or "
-        "URIs (file:///..., s3://...) that the server opens. IN may also be a checkpoint, as "
-        "`secateur checkpoints ls` names it.",
+        epilog="IN and OUT are files (.safetensors; .pt, .pth, .bin, .ckpt or .tar of torch.save), "
+        "folders with one model, or URIs (file:///..., s3://...) that the server opens. IN "
+        "may also be a checkpoint, as `secateur checkpoints ls` names it.",
     )
     parser.add_argument("--version", action="version", version=f"secateur {version('secateur')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -167,6 +195,7 @@ def _command(commands: Any, name: str, text: str, run: Any) -> argparse.Argument
     command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     command.set_defaults(run=run)
     command.add_argument("model", metavar="IN", help="the model")
+    key_option(command)
     server_options(command, "else an embedded server")
     return command
 
@@ -191,7 +220,7 @@ def _json_option(command: argparse.ArgumentParser) -> None:
 
 
 def _out_option(command: argparse.ArgumentParser, is_required: bool = True) -> None:
-    text = "the file to write" if is_required else "the file to write; not needed with --keep"
+    text = "the file or folder to write" + ("" if is_required else "; not needed with --keep")
     command.add_argument("-o", "--out", metavar="OUT", required=is_required, help=text)
 
 

@@ -26,7 +26,8 @@ def add_checkpoints(commands: Any) -> None:
     ls = _command(under, "ls", "list the checkpoints, the newest first", _ls)
     ls.add_argument("--json", action="store_true", help="print JSON, not a table")
     put = _command(under, "put", "upload a model, and print the name of its checkpoint", _put)
-    put.add_argument("model", metavar="IN", help="a file, a folder of shards, or a URI")
+    put.add_argument("model", metavar="IN", help="a file, a folder, or a URI")
+    key_option(put)
     get = _command(under, "get", "download a checkpoint", _get)
     get.add_argument("name", metavar="NAME", help="checkpoints/...")
     get.add_argument("-o", "--out", metavar="OUT", required=True, help="a file, or a folder")
@@ -52,11 +53,22 @@ def is_checkpoint(model: str) -> bool:
     return model.startswith("checkpoints/") and not Path(model).exists()
 
 
-def source_of(client: Client, model: str) -> Any:
+def key_option(command: argparse.ArgumentParser) -> None:
+    """Adds --key."""
+    text = "where the state_dict is in a torch file, as ema.model (default: the only one in it)"
+    command.add_argument("--key", metavar="PATH", help=text)
+
+
+def source_of(client: Client, options: argparse.Namespace) -> Any:
     """What IN means: a checkpoint by its name, a URI, or a file here that is read once."""
-    if is_checkpoint(model):
-        return client.checkpoint(model)
-    return model if "://" in model else read_source(Path(model))
+    if is_checkpoint(options.model):
+        found: Any = client.checkpoint(options.model)
+    elif "://" in options.model:
+        found = options.model
+    else:
+        return read_source(Path(options.model), options.key)
+    read_source(found, options.key)  # refuses a key
+    return found
 
 
 def _ls(options: argparse.Namespace) -> None:
@@ -109,7 +121,7 @@ def _size(count: float) -> str:
 
 def _put(options: argparse.Namespace) -> None:
     with client_of(options) as client:
-        print(client.upload(source_of(client, options.model)).name)
+        print(client.upload(source_of(client, options)).name)
 
 
 def _get(options: argparse.Namespace) -> None:

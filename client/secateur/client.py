@@ -15,6 +15,7 @@ from secateur.choices import AnyGranularity, magnitude
 from secateur.defaults import SOME_AMOUNTS, matrices
 from secateur.download import save_answer
 from secateur.errors import InvalidStateDict, SecateurError, Unavailable
+from secateur.files import warn_of_rest
 from secateur.others import check_names, check_spec, check_storable
 from secateur.patience import Answer, Patience
 from secateur.plan import Plan, Sensitivity, decode_plan, encode_amounts, sensitivity_of
@@ -51,9 +52,11 @@ class Client:
     What a busy server puts off is sent again when it says so, and what a broken connection cost
     goes on by itself, both within the timeout.
 
-    A source is a torch.nn.Module; a mapping of tensors or arrays; the path of a .safetensors, .pt
-    or .pth file, or of a model in shards: its index, or the folder; a Checkpoint; or a URI, which
+    A source is a torch.nn.Module; a mapping of tensors or arrays; the path of a .safetensors or a
+    torch file, or of a model in shards: its index, or the folder; a Checkpoint; or a URI, which
     the server opens.
+    key: where the state_dict is in a torch file that holds several mappings of tensors, as
+    "ema.model"; None finds the only one.
     progress: None shows a bar on a terminal, True always, False never; a function is called with
     the bytes sent and their total, or, of what the server works on, with parts of 1000.
 
@@ -83,6 +86,7 @@ class Client:
         progress: Progress = None,
         keep: bool = False,
         destination: str | None = None,
+        key: str | None = None,
     ) -> PruneResult:
         """Prunes a model by a spec.
 
@@ -96,11 +100,12 @@ class Client:
         if output not in _OUTPUTS:
             raise SecateurError(f"output={output!r} is none of {', '.join(_OUTPUTS)}")
         spec, destination_uri = checked(spec), uri_of(destination)
-        model = read_source(source)
+        model = read_source(source, key)
         check_spec(spec, model.others)
         spec = spec.keep_ends(model.tied_names())
-        if destination and output != "masks":
+        if destination and output in ("dense", "reparametrized"):
             check_storable(destination, model.only_parameters().others, _LEAVE_OUT)
+            warn_of_rest(destination, model.torch_file)
         if keep and model.is_here:
             return self._prune_kept(model, spec, output, progress, destination)
         place = place_of(source)
@@ -154,12 +159,18 @@ class Client:
             self._delete(uploaded, is_there=False)  # the result stands on the same weights
         return result.of(model)
 
-    def report(self, source: Any, tensors: Patterns = None, progress: Progress = None) -> Report:
+    def report(
+        self,
+        source: Any,
+        tensors: Patterns = None,
+        progress: Progress = None,
+        key: str | None = None,
+    ) -> Report:
         """Measures how sparse a model is, and where.
 
         tensors: names and globs; None is every floating tensor.
         """
-        model, place = read_source(source), place_of(source)
+        model, place = read_source(source, key), place_of(source)
         named = [] if tensors is None else patterns(tensors)
         check_names("tensors", named, model.others)
         upload = Upload(model.tensors, model.metadata, is_file=not place)
@@ -177,6 +188,7 @@ class Client:
         spec: Spec,
         amounts: Sequence[float] | None = None,
         progress: Progress = None,
+        key: str | None = None,
     ) -> Plan:
         """Foretells what a prune would do, and prunes nothing.
 
@@ -184,7 +196,7 @@ class Client:
         amounts: ints and floats in place of that rule's own, at most 1000; one call looks at the
             weights once for all of them.
         """
-        model, place = read_source(source), place_of(source)
+        model, place = read_source(source, key), place_of(source)
         check_spec(checked(spec), model.others)
         spec = spec.keep_ends(model.tied_names())
         sent = {n: t for n, t in model.tensors.items() if n in model.parameters}
@@ -207,13 +219,15 @@ class Client:
         granularity: AnyGranularity = "element",
         p: float = 1,
         progress: Progress = None,
+        key: str | None = None,
     ) -> Sensitivity:
         """How much of its norm each tensor loses by each amount, pruned by magnitude by itself.
 
         tensors: names and globs; None is every floating tensor of 2 or more dimensions.
         granularity: as of `select`.  p: of the norm that ranks units larger than elements.
         """
-        source = source if place_of(source) else read_source(source)
+        read = read_source(source, key)
+        source = read if read.is_here else source
         names = matrices(self.report, source) if tensors is None else tensors
         spec = select(names, 0, magnitude(p), granularity)
         return sensitivity_of(self.plan(source, spec, amounts, progress))
@@ -239,13 +253,14 @@ class Client:
         tensors: Patterns = None,
         progress: Progress = None,
         destination: str | None = None,
+        key: str | None = None,
     ) -> FinalizeResult:
         """Makes pruning permanent: each pair X_orig, X_mask becomes X.
 
         tensors: names and globs of what to fold; None is all.  destination: as of prune.
         As torch.nn.utils.prune.remove.
         """
-        model, place = read_source(source), place_of(source)
+        model, place = read_source(source, key), place_of(source)
         named = [] if tensors is None else patterns(tensors)
         check_names("tensors", named, model.others)
         if destination:
@@ -257,6 +272,8 @@ class Client:
             destination_uri=uri_of(destination),
             **place,
         )
+        if destination:
+            warn_of_rest(destination, model.torch_file)
         call = self._stream(self._rpcs.finalize, pb.FinalizeRequest, header, upload, progress)
         result, received = call
         return FinalizeResult(decode_report(result.report), model, received, destination)
@@ -289,19 +306,19 @@ class Client:
         self._is_known = True
         return answer
 
-    def upload(self, source: Any, progress: Progress = None) -> Checkpoint:
+    def upload(self, source: Any, progress: Progress = None, key: str | None = None) -> Checkpoint:
         """Stores a model on the server, where it stays until it is deleted, or has to make room.
 
         Files that the server has from this caller are not sent, and an upload that breaks goes on
         from where it was, within the timeout.
         Errors: InvalidStateDict, for entries that a safetensors file cannot hold.
         """
+        model = read_source(source, key)
         if "uri" in (place := place_of(source)):
             header = checkpoints_pb2.UploadHeader(uri=place["uri"])
             request = iter([checkpoints_pb2.UploadRequest(header=header)])
             with errors_of(None):
                 return decode_checkpoint(self._rpcs.upload(request, timeout=self._timeout))
-        model = read_source(source)
         if not model.is_here:
             raise InvalidStateDict("a checkpoint is on the server already")
         check_storable("a checkpoint", model.others, _LEAVE_OUT)

@@ -7,8 +7,8 @@ from typing import Any, BinaryIO
 
 from blake3 import blake3
 
+from secateur.atomic import replacing
 from secateur.errors import DataLoss, SecateurError, ServerError
-from secateur.files import replacing
 from secateur.progress import Progress, show_progress
 from secateur_proto import checkpoint_pb2
 from secateur_proto.index import SUFFIX

@@ -18,6 +18,8 @@ SecateurError
     Aborted                 somebody else was at it; worth a retry
     UriError                the server cannot open, read or write a URI
     ServerError             a defect of the server; its log has the details
+
+NotSaved is a warning: what was written lacks something that the source has.
 """
 
 from typing import cast
@@ -109,6 +111,10 @@ class UriError(SecateurError):
 
 class ServerError(SecateurError):
     """A defect of the server; its log has the details."""
+
+
+class NotSaved(UserWarning):
+    """What was written lacks something that the source has; the message names it."""
 
 
 _BY_REASON = {

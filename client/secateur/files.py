@@ -1,103 +1,203 @@
-"""Files that are there whole, or not at all."""
+"""A model as files: one file, or a folder."""
 
-import os
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from secateur.errors import SecateurError
+from secateur.atomic import filling, replacing
+from secateur.errors import NotSaved, SecateurError
+from secateur.folders import Folder, check_no_other_weights
 from secateur.others import check_storable
 from secateur.shards import Index
 from secateur.tensors import LocalTensor, is_extra_state, to_value
 from secateur.ties import each_once, once
+from secateur.torch_files import KNOWN_SUFFIXES, TORCH_SUFFIXES, TorchFile
 from secateur_proto.framing import file_header
 from secateur_proto.index import SUFFIX
 from secateur_proto.ties import read_ties, write_ties
 
+Entries = Mapping[str, Any]
+Tensors = Mapping[str, LocalTensor]
+Metadata = Mapping[str, str]
+
 
 def save(
     path: Path,
-    entries: Mapping[str, Any],
-    metadata: Mapping[str, str],
+    entries: Entries,
+    metadata: Metadata,
     index: Index | None = None,
-    before: Mapping[str, LocalTensor] | None = None,
+    before: Tensors | None = None,
+    torch_file: TorchFile | None = None,
+    folder: Folder | None = None,
 ) -> None:
-    """Writes a model as .safetensors, .pt or .pth; that of `index` as shards, into a folder.
+    """Writes a model as one file, or to a folder as the file or shards that it came in.
 
-    entries: each a LocalTensor, or a value that only .pt and .pth can hold.
-    before: what the model was, of which the index tells.  Errors: SecateurError.
+    Args:
+        path: A file, a folder, or the index of shards.
+        entries: What the model has become: each a LocalTensor, which stands under several names
+            where it is tied, or a value that only a torch file can hold.
+        metadata: Of a .safetensors file.
+        index: Of the shards that it came in.
+        before: The tensors that `index` tells of; None is `entries`.
+        torch_file: What it was read from; a torch file keeps all of that but the tensors.
+        folder: What it was read from; a folder has a copy of the files beside the weights.
+
+    Raises:
+        SecateurError: It cannot be written.
     """
-    check_writable(path, entries)
+    check_writable(path, has_folder=index is not None or folder is not None)
+    check_holds(path, entries, index, folder)
     try:
-        if path.is_dir() or path.name.endswith(SUFFIX):
-            stored = once(entries)
-            _save_shards(path, stored, index, stored if before is None else before)
-            return
-        with replacing(path) as file:
-            if path.suffix == ".safetensors":
-                _write_safetensors(file, once(entries), metadata)
-            else:
-                _write_torch(file, path, entries)
+        if _is_file(path):
+            with replacing(path) as file:
+                if path.suffix == ".safetensors":
+                    warn_of_rest(path, torch_file)
+                _write(file, path.suffix, entries, metadata, torch_file)
+        elif index is not None:
+            _save_shards(path, entries, index, entries if before is None else before, folder)
+        elif folder is not None and not path.name.endswith(SUFFIX):
+            with _filling(path, folder.weights, folder) as made:
+                _save_part(made / folder.model.name, entries, metadata, torch_file)
+        else:
+            raise SecateurError(f"{path}: the model did not come in shards; name a file")
     except OSError as error:
         raise SecateurError(f"{path}: cannot write it: {error.strerror}") from None
+    except _CannotWrite as error:
+        raise SecateurError(f"{path}: {error}") from None
 
 
-def check_writable(path: Path, entries: Mapping[str, Any] | None = None) -> None:
-    """Refuses early what `save` would refuse.  Errors: SecateurError.
+class _CannotWrite(Exception):
+    """An entry that torch.save refuses; it does not know the file."""
 
-    entries: as of `save`; those that are known.
+
+def check_writable(path: Path, has_folder: bool = False) -> None:
+    """Refuses early what `save` would refuse.
+
+    Args:
+        path: As of `save`.
+        has_folder: Whether the model came in a folder, so that `path` may be a new one.
+
+    Raises:
+        SecateurError: It cannot be written.
     """
     if path.is_dir() or path.name.endswith(SUFFIX):
         return
-    if path.suffix not in (".safetensors", ".pt", ".pth"):
-        kinds = "neither .safetensors nor .pt nor .pth, nor a folder that is there"
-        raise SecateurError(f"{path}: {kinds}")
+    if not _is_file(path) and (path.exists() or not has_folder):
+        raise SecateurError(
+            f"{path}: unknown suffix {path.suffix!r}; known are {KNOWN_SUFFIXES}, "
+            "or name a folder that exists"
+        )
     if not path.absolute().parent.is_dir():
         raise SecateurError(f"{path}: there is no such folder")
-    if path.suffix == ".safetensors":
-        check_storable(str(path), entries or {}, "write .pt instead")
+
+
+def check_holds(
+    path: Path, entries: Entries, index: Index | None = None, folder: Folder | None = None
+) -> None:
+    """Refuses entries that only a torch file can hold, for other files.
+
+    Args:
+        path: As of `save`.
+        entries: As of `save`; those that are known.
+        index: As of `save`.
+        folder: As of `save`.
+
+    Raises:
+        InvalidStateDict: It names them.
+    """
+    if not _is_file(path):
+        shards = () if index is None else index.files.values()
+        names = shards or () if folder is None else folder.weights
+        suffixes = {Path(name).suffix for name in names}
+    else:
+        suffixes = {path.suffix}
+    if ".safetensors" in suffixes:
+        check_storable(str(path), entries, "write .pt instead")
+
+
+def _is_file(path: Path) -> bool:
+    return path.suffix in (".safetensors", *TORCH_SUFFIXES) and not path.is_dir()
 
 
 def _save_shards(
-    path: Path,
-    tensors: Mapping[str, LocalTensor],
-    index: Index | None,
-    before: Mapping[str, LocalTensor],
+    path: Path, entries: Entries, index: Index, before: Tensors, folder: Folder | None
 ) -> None:
-    """Writes the same shards that a model came in, and an index, which is there last."""
-    if index is None:
-        raise SecateurError(f"{path}: the model did not come in shards; name a file")
-    path = path / index.filename if path.is_dir() else path
-    with replacing(path) as file, ExitStack() as files:
-        file.write(index.text(tensors, before).encode())
-        for name, of_shard in index.shards(tensors).items():
-            shard = files.enter_context(replacing(path.with_name(name)))
-            metadata = index.metadata.get(name, {})
+    """Writes the same shards that a model came in, and their index."""
+    shards = index.shards(entries if index.is_torch else once(entries))
+    is_index = path.name.endswith(SUFFIX)
+    name = path.name if is_index else index.filename
+    filled = filling(path.parent) if is_index else _filling(path, {*shards, name}, folder)
+    with filled as made:
+        for shard, of_shard in shards.items():
+            metadata = index.metadata.get(shard, {})
             ties = write_ties(metadata, read_ties(metadata, before))
-            _write_safetensors(shard, of_shard, ties)
+            _save_part(made / shard, of_shard, ties)
+        (made / name).write_text(index.text(once(entries), before))
 
 
-def _write_safetensors(
-    file: BinaryIO, tensors: Mapping[str, LocalTensor], metadata: Mapping[str, str]
+@contextmanager
+def _filling(path: Path, written: Collection[str], folder: Folder | None) -> Iterator[Path]:
+    """As `filling`, with a copy of what the source's folder has beside the weights."""
+    if path.is_dir():
+        check_no_other_weights(path, written)
+    rest = None if folder is None else folder.rest(path)
+    with filling(path) as made:
+        if rest is not None:
+            rest.copy_to(made)
+        yield made
+    if rest is not None:
+        rest.warn()
+
+
+def _save_part(
+    path: Path, entries: Entries, metadata: Metadata, torch_file: TorchFile | None = None
 ) -> None:
+    with path.open("wb") as file:
+        _write(file, path.suffix, entries, metadata, torch_file)
+
+
+def _write(
+    file: BinaryIO,
+    suffix: str,
+    entries: Entries,
+    metadata: Metadata,
+    torch_file: TorchFile | None,
+) -> None:
+    if suffix in TORCH_SUFFIXES:
+        _write_torch(file, entries, torch_file)
+    else:
+        _write_safetensors(file, once(entries), metadata)
+
+
+def _write_safetensors(file: BinaryIO, tensors: Tensors, metadata: Metadata) -> None:
     file.write(file_header(((name, t.dtype, t.shape) for name, t in tensors.items()), metadata))
     for tensor in tensors.values():
         file.write(tensor.read().data)
 
 
-def _write_torch(file: BinaryIO, path: Path, entries: Mapping[str, Any]) -> None:
+def warn_of_rest(place: Any, torch_file: TorchFile | None) -> None:
+    """Warns of what a torch file holds beside its tensors, which .safetensors cannot."""
+    rest = torch_file.rest if torch_file is not None else ()
+    if rest:
+        text = f"{place}: without {', '.join(rest)}; a torch file (.pt) keeps what is no tensor"
+        warnings.warn(text, NotSaved, stacklevel=5)
+
+
+def _write_torch(file: BinaryIO, entries: Entries, torch_file: TorchFile | None) -> None:
     import torch
 
+    values = each_once(_torch_value, entries)
+    content = values if torch_file is None else torch_file.with_values(values)
     try:
-        torch.save(each_once(_torch_value, entries), file)
-    except (OSError, SecateurError):
+        torch.save(content, file)
+    except OSError:
         raise
     except Exception as error:  # an entry that is not sent may be any object
-        raise SecateurError(f"{path}: torch cannot write it: {error}") from None
+        raise _CannotWrite(f"torch cannot write it: {error}") from None
 
 
 def _torch_value(name: str, entry: Any) -> Any:
@@ -107,25 +207,3 @@ def _torch_value(name: str, entry: Any) -> Any:
         return to_value(name, entry, True)
     is_weight = isinstance(entry, np.ndarray) and not is_extra_state(name)
     return torch.as_tensor(entry) if is_weight else entry  # torch.load refuses arrays
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file beside `path` that takes its place when the block has ended well."""
-    with tempfile.NamedTemporaryFile(
-        dir=path.absolute().parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        try:
-            yield file  # type: ignore[misc]
-            file.flush()
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

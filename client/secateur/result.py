@@ -31,7 +31,6 @@ class FinalizeResult:
         self._source = source
         self._answer = received
         self._destination = destination
-        self._index = source.index or received.index
 
     @property
     def _received(self) -> Tensors:
@@ -42,12 +41,12 @@ class FinalizeResult:
         return _values(self._entries(), self._source)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes .safetensors, .pt or .pth, or the shards that it came in to a folder.
+        """Writes .safetensors or a torch file, or a folder if it came from one.
 
-        What is written is there whole, or not at all.
+        What is written is there whole, or not at all. A torch file and a folder keep what the
+        source has beside the weights; a NotSaved warning names what is not kept.
         """
-        metadata = self._source.metadata or self._answer.metadata
-        save(Path(path), self._entries(), metadata, self._index, self._source.tensors)
+        _save(Path(path), self._entries(), self._source, self._answer)
 
     def _entries(self) -> dict[str, Any]:
         return _whole(self._received, self._source.others, self._source, self._answer)
@@ -74,7 +73,6 @@ class PruneResult:
         self._output = output
         self._answer = received
         self._destination = destination
-        self._index = source.index or received.index
 
     @property
     def _received(self) -> Tensors:
@@ -111,15 +109,16 @@ class PruneResult:
         return _values(self._entries(form), self._source)
 
     def save(self, path: str | os.PathLike[str], form: str = "dense") -> None:
-        """Writes the pruned model as .safetensors, .pt or .pth, or its shards to a folder.
+        """Writes the pruned model as .safetensors or a torch file, or a folder if it came from one.
 
-        What is written is there whole, or not at all.
+        What is written is there whole, or not at all. A torch file and a folder keep what the
+        source has beside the weights; a NotSaved warning names what is not kept.
         form: as of state_dict, or "masks": bits, as the wire has them.
         """
-        index = None if form == "masks" else self._index
-        metadata = self._source.metadata or self._answer.metadata
-        metadata = {} if form == "masks" else metadata
-        save(Path(path), self._entries(form), metadata, index, self._source.tensors)
+        if form == "masks":  # which are not the model
+            save(Path(path), self._tensors(form), {})
+        else:
+            _save(Path(path), self._entries(form), self._source, self._answer)
 
     def apply_to(self, module: Any) -> None:
         """Prunes a torch.nn.Module as torch.nn.utils.prune does, so that its functions go on.
@@ -207,6 +206,19 @@ def _values(entries: Mapping[str, Any], source: Source) -> dict[str, Any]:
         return to_value(name, entry, source.as_torch) if isinstance(entry, LocalTensor) else entry
 
     return each_once(value, entries)
+
+
+def _save(path: Path, entries: Mapping[str, Any], source: Source, answer: Received) -> None:
+    """Writes what a model has become, in the way of its source."""
+    save(
+        path,
+        entries,
+        source.metadata or answer.metadata,
+        source.index or answer.index,
+        source.tensors,
+        source.torch_file,
+        source.folder,
+    )
 
 
 def _packed(mask: Mask) -> LocalTensor:

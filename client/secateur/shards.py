@@ -7,6 +7,7 @@ from typing import Any
 
 from secateur.errors import InvalidStateDict
 from secateur.tensors import LocalTensor
+from secateur.torch_files import TORCH_SUFFIXES
 from secateur_proto.index import SUFFIX, index_text, parse_index
 from secateur_proto.ties import read_ties
 
@@ -23,6 +24,11 @@ class Index:
     rest: Mapping[str, Any] = field(default_factory=dict)
     metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     filename: str = f"model.safetensors{SUFFIX}"
+
+    @property
+    def is_torch(self) -> bool:
+        """Whether the shards are files of torch.save."""
+        return any(Path(file).suffix in TORCH_SUFFIXES for file in self.files.values())
 
     def file_of(self, name: str) -> str:
         """Where a tensor is written: half of a pair, or its X, as what it is of."""
@@ -59,29 +65,12 @@ class Index:
         return index_text(weight_map, self.rest, described)
 
 
-def index_path(path: Path) -> Path | None:
-    """The index of a model in shards: the file itself, or the one in a folder.
-
-    Errors: InvalidStateDict, where a folder has none, or several.
-    """
-    if path.name.endswith(SUFFIX):
-        return path
-    if not path.is_dir():
-        return None
-    found = sorted(path.glob(f"*.safetensors{SUFFIX}"))
-    if len(found) != 1:
-        single = path / "model.safetensors"
-        hint = f"; there is {single}" if single.exists() else ""
-        raise InvalidStateDict(f"{path}: holds {len(found)} files *.safetensors{SUFFIX}{hint}")
-    return found[0]
-
-
-MapFile = Callable[[Path], tuple[dict[str, LocalTensor], dict[str, str]]]
+MapFile = Callable[[Path], tuple[Mapping[str, LocalTensor], dict[str, str]]]
 
 
 def read_shards(path: Path, map_file: MapFile) -> tuple[dict[str, LocalTensor], Index]:
     """The tensors of all shards, file by file, and their index.  Errors: InvalidStateDict."""
-    weight_map, rest = _read_index(path)
+    weight_map, rest = read_index(path)
     tensors: dict[str, LocalTensor] = {}
     files: dict[str, str] = {}
     metadata = {}
@@ -99,7 +88,7 @@ def read_shards(path: Path, map_file: MapFile) -> tuple[dict[str, LocalTensor], 
     return tensors, index
 
 
-def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """The weight_map of an index, and the rest of it.  Errors: InvalidStateDict."""
     try:
         weight_map, rest = parse_index(path.read_bytes())

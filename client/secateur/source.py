@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from secateur.checkpoint import place_of
 from secateur.errors import InvalidStateDict
-from secateur.shards import Index, index_path, read_shards
+from secateur.folders import Folder, find_folder
+from secateur.shards import Index, read_shards
 from secateur.tensors import (
     LocalTensor,
     NoWireDtype,
@@ -27,6 +28,7 @@ from secateur.tensors import (
     parse_file,
 )
 from secateur.ties import shared_names, untie
+from secateur.torch_files import KNOWN_SUFFIXES, TORCH_SUFFIXES, TorchFile, read_torch_file
 from secateur_proto.index import SUFFIX
 from secateur_proto.ties import read_ties, write_ties
 
@@ -45,6 +47,8 @@ class Source:
     index: of a model in shards.  is_here: False for one that only the server has.
     others: entries that are not sent, as safetensors has no dtype for them.
     order: the names of all entries, `others` among them, in the state_dict's order.
+    torch_file: the file of torch.save that it is read from, with all else that the file holds.
+    folder: the folder that it is read from, with all else that is there.
     """
 
     tensors: Mapping[str, LocalTensor]
@@ -56,6 +60,8 @@ class Source:
     is_here: bool = True
     others: Mapping[str, Any] = field(default_factory=dict)
     order: tuple[str, ...] = ()
+    torch_file: TorchFile | None = None
+    folder: Folder | None = None
 
     @cached_property
     def other_names(self) -> Mapping[str, str]:
@@ -131,8 +137,20 @@ class Source:
         return {known: name for known, name in names.items() if known in places}
 
 
-def read_source(source: Any) -> Source:
-    """Reads what a caller gives as a model; a Source is one already.  Errors: InvalidStateDict."""
+def read_source(source: Any, key: str | None = None) -> Source:
+    """Reads what a caller gives as a model; a Source is one already.
+
+    Args:
+        source: As of `Client`.
+        key: The dotted path to the state_dict in a file of torch.save.
+
+    Raises:
+        InvalidStateDict: It is no model, or not a readable one.
+    """
+    is_path = isinstance(source, str | os.PathLike) and not place_of(source)
+    if key is not None and not is_path:
+        kind = "what a server has" if place_of(source) else type(source).__name__
+        raise InvalidStateDict(f"key={key!r}: only a local torch file has keys, not {kind}")
     if isinstance(source, Source):
         return source
     torch = sys.modules.get("torch")
@@ -142,17 +160,17 @@ def read_source(source: Any) -> Source:
         return _from_mapping(source)
     if place_of(source):
         return Source({}, frozenset(), _has_torch(), is_here=False)
-    if isinstance(source, str | os.PathLike):
-        return _from_path(Path(source))
+    if is_path:
+        return _from_path(Path(source), key)
     raise InvalidStateDict(
         "a source is a Module, a mapping of tensors, a path, a URI or a Checkpoint, "
         f"not {type(source).__name__}"
     )
 
 
-def is_pruned(source: Any) -> bool:
+def is_pruned(source: Any, key: str | None = None) -> bool:
     """Whether a source has a tensor that is pruned: as torch.nn.utils.prune.is_pruned."""
-    return bool(read_source(source).pairs())
+    return bool(read_source(source, key).pairs())
 
 
 def _from_mapping(source: Mapping[Any, Any]) -> Source:
@@ -221,19 +239,23 @@ def _check_masks(tensors: Mapping[str, LocalTensor], others: Mapping[str, Any]) 
             raise InvalidStateDict(f"{name}: has dtype {dtype_of(value)}, which no mask has")
 
 
-def _from_path(path: Path) -> Source:
-    if path.suffix in (".pt", ".pth"):
-        return _from_mapping(_load_torch(path))
-    index = index_path(path)
-    if index is not None:
-        tensors, shards = read_shards(index, _map_file)
-        files = (*(index.with_name(name) for name in dict.fromkeys(shards.files.values())), index)
-        return _from_files(*_untied(tensors, shards.of_one_file()), files, shards)
+def _from_path(path: Path, key: str | None) -> Source:
+    if path.is_dir():
+        folder = find_folder(path)
+        return replace(_from_path(folder.model, key), folder=folder)
+    if path.suffix in TORCH_SUFFIXES:
+        file = read_torch_file(path, key)
+        return replace(_from_mapping(file.state_dict), torch_file=file)
+    if key is not None:
+        raise InvalidStateDict(f"key={key!r}: only a torch file has keys, not {path}")
+    if path.name.endswith(SUFFIX):
+        return _from_index(path)
     if path.suffix != ".safetensors":
         hint = f"; of a checkpoint give what client.checkpoint({str(path)!r}) returns"
+        known = f"unknown suffix {path.suffix!r}; known are {KNOWN_SUFFIXES}, {SUFFIX} and folders"
+        reason = known if path.exists() else "No such file or directory"
         raise InvalidStateDict(
-            f"{path}: neither .safetensors nor .pt nor .pth, nor {SUFFIX} or a folder with one"
-            f"{hint if str(path).startswith('checkpoints/') else ''}"
+            f"{path}: {reason}{hint if str(path).startswith('checkpoints/') else ''}"
         )
     return _from_files(*_untied(*_map_file(path)), (path,))
 
@@ -256,6 +278,25 @@ def _untied(
     """The tensors of a file, each under one name, and its metadata, with the other names."""
     tensors, ties = untie(tensors, {k: v for k, v in metadata.items() if k not in tensors})
     return tensors, write_ties(metadata, ties)
+
+
+def _from_index(path: Path) -> Source:
+    tensors, index = read_shards(path, _shard)
+    names = dict.fromkeys(index.files.values())
+    paths = () if index.is_torch else (*(path.with_name(name) for name in names), path)
+    return _from_files(*_untied(tensors, index.of_one_file()), paths, index)
+
+
+def _shard(path: Path) -> tuple[dict[str, LocalTensor], dict[str, str]]:
+    if path.suffix not in TORCH_SUFFIXES:
+        return _map_file(path)
+    source = _from_mapping(read_torch_file(path).state_dict)
+    for name, value in source.others.items():
+        raise InvalidStateDict(
+            f"{path}: {name} is {dtype_of(value)}, which safetensors has no dtype for; "
+            "give the model as one file"
+        )
+    return dict(source.tensors), dict(source.metadata)
 
 
 def _has_torch() -> bool:
@@ -288,28 +329,3 @@ def _map_file(path: Path) -> tuple[dict[str, LocalTensor], dict[str, str]]:
         return parse_file(map_bytes(path))
     except InvalidStateDict as error:
         raise InvalidStateDict(f"{path}: {error}") from None
-
-
-def _load_torch(path: Path) -> Mapping[Any, Any]:
-    """The state_dict of a file of torch.save. Code in the file is never run."""
-    if importlib.util.find_spec("torch") is None:
-        raise InvalidStateDict(f"{path}: to read .pt and .pth install torch")
-    import pickle
-
-    import torch
-
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise InvalidStateDict(
-            f"{path}: holds more than tensors, and code is never run from a file; "
-            "save the state_dict alone: torch.save(model.state_dict(), ...)"
-        ) from None
-    except Exception as error:  # of a broken file torch raises whatever comes
-        reason = getattr(error, "strerror", None) or repr(error).partition("\\n")[0]
-        raise InvalidStateDict(f"{path}: torch cannot read it: {reason}") from None
-    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, Mapping):
-        raise InvalidStateDict(f"{path}: holds a {type(loaded).__name__}, not a state_dict")
-    return loaded

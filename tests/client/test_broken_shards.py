@@ -164,9 +164,9 @@ def test_shards_lie_beside_their_index(
 
 
 def test_a_folder_needs_one_index(served: Served, out: Path, model: dict[str, Tensor]) -> None:
-    with pytest.raises(secateur.InvalidStateDict, match="holds 0 files"):
+    with pytest.raises(secateur.InvalidStateDict, match="holds no model; known are model"):
         served.client.report(out)
     write_shards(out, model)
     write_shards(out, model, "other.safetensors.index.json")
-    with pytest.raises(secateur.InvalidStateDict, match="holds 2 files"):
+    with pytest.raises(secateur.InvalidStateDict, match=f"holds 2 models: {INDEX}, other"):
         served.client.report(out)

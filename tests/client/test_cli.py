@@ -135,7 +135,7 @@ def test_errors_are_one_line(model: Path, capsys: pytest.CaptureFixture[str]) ->
 
     assert "no such file" in fails(model.with_name("x.safetensors"), "-o", out, *half).lower()
     assert "nearest: 'fc.weight'" in fails(model, "-o", out, *half, "--tensors", "fc.wight")
-    assert "neither .safetensors" in fails(model, "-o", model.with_name("o.bin"), *half)
+    assert "known are .safetensors, .pt" in fails(model, "-o", model.with_name("o.zip"), *half)
     assert "no such folder" in fails(model, "-o", model.parent / "x/o.pt", *half)
     assert "amount: 1.5" in fails(model, "-o", out, "--method=l1_unstructured", "--amount=1.5")
     assert "missing" in fails(model, "-o", out, "--method", "l1_unstructured")
@@ -185,6 +185,25 @@ def test_a_failed_command_leaves_the_old_file(
     out.write_bytes(b"before")
     failure(capsys, *("finalize", model, "-o", out, "--tensors", "nothing"))
     assert out.read_bytes() == b"before"
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_a_file_that_is_replaced_keeps_its_mode_and_a_new_one_has_the_umask(
+    model: Path, suffix: str
+) -> None:
+    replaced, new = model.with_name(f"old.{suffix}"), model.with_name(f"new.{suffix}")
+    replaced.write_bytes(b"before")
+    replaced.chmod(0o640)
+    before = os.umask(0o027)
+    try:
+        assert run("finalize", model, "-o", new) == 0
+        os.umask(0o077)
+        assert run("finalize", model, "-o", replaced) == 0
+    finally:
+        os.umask(before)
+    modes = [path.stat().st_mode & 0o777 for path in (replaced, new)]
+    assert modes == [0o640, 0o640]
+    assert replaced.read_bytes() != b"before"
 
 
 def test_without_a_server_one_is_embedded(model: Path) -> None:

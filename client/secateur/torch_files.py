@@ -1,0 +1,228 @@
+"""Files of torch.save: where the state_dict is in one, and what else the file holds."""
+
+import copy
+import importlib.util
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import InvalidStateDict
+
+# The last part of a file's name: model.pth.tar has the suffix .tar.
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
+KNOWN_SUFFIXES = ", ".join((".safetensors", *TORCH_SUFFIXES))
+
+Keys = tuple[str, ...]
+
+# Deeper mappings are not searched; a pickle may even hold a mapping that contains itself.
+_MOST_LEVELS = 8
+_MOST_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class TorchFile:
+    """A file of torch.save with one state_dict in it.
+
+    Attributes:
+        content: Everything that the file holds.
+        keys: The path in `content` to the state_dict; empty if it is `content` itself.
+    """
+
+    content: Any
+    keys: Keys
+
+    @property
+    def state_dict(self) -> Mapping[Any, Any]:
+        """The mapping from names to tensors."""
+        found = self.content
+        for key in self.keys:
+            found = found[key]
+        return found  # type: ignore[no-any-return]
+
+    @property
+    def rest(self) -> list[str]:
+        """The dotted keys of everything beside the state_dict."""
+        names, level = [], self.content
+        for depth, key in enumerate(self.keys):
+            names += [".".join((*self.keys[:depth], str(k))) for k in level if k != key]
+            level = level[key]
+        return names
+
+    def with_values(self, values: Mapping[str, Any]) -> Any:
+        """The file's content with `values` as its state_dict; all else is as it was."""
+        return _replaced(self.content, self.keys, values)
+
+
+def _replaced(content: Any, keys: Keys, values: Mapping[str, Any]) -> Any:
+    changed = copy.copy(content)  # of an OrderedDict with its _metadata
+    if keys:
+        changed[keys[0]] = _replaced(content[keys[0]], keys[1:], values)
+    else:
+        changed.clear()
+        changed.update(values)
+    return changed
+
+
+def read_torch_file(path: Path, key: str | None = None) -> TorchFile:
+    """Reads a file of torch.save, and never runs code from it.
+
+    Args:
+        path: The file.
+        key: The dotted path to the state_dict; None searches for it.
+
+    Raises:
+        InvalidStateDict: The file cannot be read, or it has no state_dict, or several.
+    """
+    content = _load(path)
+    if not isinstance(content, Mapping):
+        raise InvalidStateDict(
+            f"{path}: holds a {type(content).__name__}, not a state_dict; "
+            "save one: torch.save(model.state_dict(), ...)"
+        )
+    keys = _find(path, content) if key is None else _named(path, content, key)
+    return TorchFile(content, keys)
+
+
+def _load(path: Path) -> Any:
+    if importlib.util.find_spec("torch") is None:
+        raise InvalidStateDict(f"{path}: to read {', '.join(TORCH_SUFFIXES)} install torch")
+    import torch
+
+    if _is_torchscript(path):
+        raise InvalidStateDict(
+            f"{path}: is a TorchScript file; save its state_dict: "
+            "torch.save(torch.jit.load(...).state_dict(), ...)"
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        held = f"a {found[1]}" if found else "more than tensors"
+        raise InvalidStateDict(
+            f"{path}: holds {held}, and code is never run from a file; "
+            "save the state_dict alone: torch.save(model.state_dict(), ...)"
+        ) from None
+    except Exception as error:  # torch raises errors of any kind for a broken file
+        reason = getattr(error, "strerror", None) or repr(error).partition("\\n")[0]
+        raise InvalidStateDict(f"{path}: torch cannot read it: {reason}") from None
+
+
+def _is_torchscript(path: Path) -> bool:
+    """Whether it is an archive of torch.jit.save, which torch.save never puts constants in."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except Exception:  # zipfile raises errors of any kind for a broken archive; so does torch
+        return False
+
+
+def _find(path: Path, content: Mapping[Any, Any]) -> Keys:
+    """The path to the only state_dict.  Errors: InvalidStateDict, if there are none or several."""
+    if _is_state_dict(content):
+        return ()
+    found = list(_nests(content, ()))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        several = {".".join(keys): TorchFile(content, keys).state_dict for keys in found}
+        raise InvalidStateDict(
+            f"{path}: holds several state_dicts: {_listed(several)}; name one: {_HOW_TO_NAME}"
+        )
+    raise InvalidStateDict(
+        f"{path}: holds no state_dict (a mapping from names to tensors alone): {_listed(content)}; "
+        f"if one of these is the model, name it: {_HOW_TO_NAME}; "
+        "else save the state_dict: torch.save(model.state_dict(), ...)"
+    )
+
+
+_HOW_TO_NAME = "--key PATH on the command line, key='PATH' in Python"
+
+
+def _nests(value: Any, keys: Keys) -> Iterator[Keys]:
+    """The paths of the mappings that look like the weights of a model."""
+    is_searched = isinstance(value, Mapping) and len(keys) <= _MOST_LEVELS
+    if not is_searched or _is_optimizer(value):
+        return
+    if _is_state_dict(value):
+        if _has_names(value) and any(map(_is_weight, value.values())):
+            yield keys
+        return
+    for key, inner in value.items():
+        if isinstance(key, str):  # optimizers number their states
+            yield from _nests(inner, (*keys, key))
+
+
+def _is_state_dict(value: Mapping[Any, Any]) -> bool:
+    """Whether all values are tensors, apart from what get_extra_state of modules returns."""
+    import torch
+
+    return all(
+        isinstance(inner, torch.Tensor) or str(name).rpartition(".")[2] == "_extra_state"
+        for name, inner in value.items()
+    )
+
+
+def _has_names(value: Mapping[Any, Any]) -> bool:
+    return all(isinstance(name, str) for name in value)
+
+
+def _is_weight(value: Any) -> bool:
+    """Whether it may be a weight: metrics have no dimensions, states of random generators bytes."""
+    import torch
+
+    is_tensor = isinstance(value, torch.Tensor)
+    return is_tensor and value.dim() > 0 and (value.is_floating_point() or value.is_complex())
+
+
+def _is_optimizer(value: Mapping[Any, Any]) -> bool:
+    """Whether it is what state_dict() of a torch.optim.Optimizer returns."""
+    return {"state", "param_groups"} <= value.keys()
+
+
+def _named(path: Path, content: Mapping[Any, Any], key: str) -> Keys:
+    """The path that a user names.  Errors: InvalidStateDict."""
+    keys = _resolved(content, key)
+    if keys is None:
+        raise InvalidStateDict(f"{path}: has no key {key!r}; it holds {_listed(content)}")
+    named = TorchFile(content, keys).state_dict
+    if not isinstance(named, Mapping):
+        raise InvalidStateDict(f"{path}: key {key!r} is {_described(named)}, not a state_dict")
+    if not _is_state_dict(named):
+        inner = {f"{key}.{name}": value for name, value in named.items()}
+        raise InvalidStateDict(
+            f"{path}: key {key!r} is not a mapping from names to tensors alone; "
+            f"it holds {_listed(inner)}"
+        )
+    return keys
+
+
+def _resolved(content: Any, key: str) -> Keys | None:
+    """The keys that a dotted path means; a key may have dots itself."""
+    for name in content if isinstance(content, Mapping) else ():
+        if name == key:
+            return (name,)
+        if isinstance(name, str) and key.startswith(f"{name}."):
+            rest = _resolved(content[name], key.removeprefix(f"{name}."))
+            if rest is not None:
+                return (name, *rest)
+    return None
+
+
+def _listed(content: Mapping[Any, Any]) -> str:
+    """The keys with what they hold, in one line."""
+    shown = [f"{name} ({_described(content[name])})" for name in list(content)[:_MOST_SHOWN]]
+    more = len(content) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Mapping):
+        what = "tensors" if _is_state_dict(value) else "keys"
+        return f"a mapping of {len(value)} {what}"
+    if hasattr(value, "shape"):
+        return f"a tensor of shape {list(value.shape)}"
+    return f"of type {type(value).__name__}"
