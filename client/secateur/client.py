@@ -106,6 +106,7 @@ class Client:
             output=_OUTPUTS[output],
             keep=keep,
             destination_uri=destination_uri,
+            prior=pb.PRIOR_MASKS,
             **place,
         )
         if not place and upload.file_bytes <= CHUNK_BYTES and output in ("masks", "none"):
@@ -186,6 +187,7 @@ class Client:
             data_bytes=upload.file_bytes,
             spec=message,
             amounts=[] if amounts is None else encode_amounts(amounts),
+            prior=pb.PRIOR_MASKS,
             **place,
         )
         answer = self._measure(self._rpcs.plan, pb.PlanRequest, header, upload, progress)

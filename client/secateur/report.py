@@ -7,6 +7,9 @@ from typing import Any
 from secateur.tables import html_table, text_table
 from secateur_proto import report_pb2 as pb
 
+# Names of tensors in a line for people.
+_SHOWN = 3
+
 
 @dataclass(frozen=True)
 class ZeroBlocks:
@@ -75,11 +78,36 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Coverage:
+    """How much of the floating tensors of a model a report covers.
+
+    Attributes:
+        covered: Elements of the tensors that the report covers.
+        uncovered: Elements of the others.
+        uncovered_tensors: How many others there are.
+        largest_uncovered: The names of at most 10 of the others, the largest tensor first.
+    """
+
+    covered: int
+    uncovered: int
+    uncovered_tensors: int
+    largest_uncovered: tuple[str, ...]
+
+    def __str__(self) -> str:
+        whole = f"covers {self.covered:,} of {self.covered + self.uncovered:,} floating parameters"
+        shown = self.largest_uncovered[:_SHOWN]
+        more = self.uncovered_tensors - len(shown)
+        others = ", ".join(shown) + (f" and {more:,} more" if more else "")
+        return f"{whole}; not {others}" if others else whole
+
+
+@dataclass(frozen=True)
 class Report:
     """A sparsity report, measured by the server on what it returned.
 
     tensors: by name, in the state_dict's order.  rules: for each rule of the spec its choices.
     input_blake3, output_blake3: of the safetensors files that went up and came down.
+    coverage: how much of the model `tensors` are.
     """
 
     tensors: Mapping[str, TensorReport]
@@ -89,6 +117,7 @@ class Report:
     rules: tuple[tuple[Choice, ...], ...]
     input_blake3: str
     output_blake3: str
+    coverage: Coverage
 
     @property
     def is_pruned(self) -> bool:
@@ -105,6 +134,8 @@ class Report:
             for choice in choices:
                 of = f" ({_names(choice)})" if len(choices) > 1 else ""
                 lines.append(f"rule {number}{of}: {_outcome(choice)}")
+        if self.coverage.uncovered_tensors:
+            lines.append(str(self.coverage))
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -177,6 +208,16 @@ def decode_report(message: pb.SparsityReport) -> Report:
         rules=tuple(tuple(map(decode_choice, rule.choices)) for rule in message.rules),
         input_blake3=message.input_blake3,
         output_blake3=message.output_blake3,
+        coverage=_coverage(message.coverage),
+    )
+
+
+def _coverage(message: pb.Coverage) -> Coverage:
+    return Coverage(
+        covered=message.covered,
+        uncovered=message.uncovered,
+        uncovered_tensors=message.uncovered_tensors,
+        largest_uncovered=tuple(message.largest_uncovered),
     )
 
 

@@ -102,7 +102,9 @@ class Pruner:
             with watch().stage("encode"):
                 files = _prune_output(header.output, model, pruned)
                 digest = files[0].blake3 if len(files) == 1 else ""
-                report = encode_report(pruned.items(), incoming.digest(), digest, outcomes)
+                report = encode_report(
+                    pruned.items(), model.catalog, incoming.digest(), digest, outcomes
+                )
         result = pb.PruneResult(report=report)
         incoming.check_unchanged()
         with self._kept(landing, incoming, pruned, owner, result) if landing else nullcontext():
@@ -145,7 +147,7 @@ class Pruner:
                 incoming.read(names)
             covered = ((name, incoming.model.parameters[name]) for name in names)
             with self._turn(incoming), watch().stage("encode"):
-                report = encode_report(covered, incoming.digest())
+                report = encode_report(covered, incoming.model.catalog, incoming.digest())
             incoming.check_unchanged()
             self._sources.metrics.reported(report)
             return pb.ReportResponse(report=report)
@@ -203,7 +205,9 @@ class Pruner:
             files = folded_files(model, {name: model.parameters[name] for name in folded})
             digest = files[0].blake3 if len(files) == 1 else ""
             covered = ((name, model.parameters[name]) for name in names)
-            report = encode_report(covered, incoming.digest(), digest, are_folded=True)
+            report = encode_report(
+                covered, model.catalog, incoming.digest(), digest, are_folded=True
+            )
         incoming.check_unchanged()
         self._sources.metrics.reported(report)
         result = pb.FinalizeResult(report=report)

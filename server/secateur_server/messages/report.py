@@ -1,19 +1,33 @@
 """A report to the wire."""
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Collection, Iterable, Sequence
+from heapq import nlargest
 
-from secateur_proto.report_pb2 import Bound, RuleReport, SparsityReport, TensorReport, ZeroBlocks
+from secateur_proto.report_pb2 import (
+    Bound,
+    Coverage,
+    RuleReport,
+    SparsityReport,
+    TensorReport,
+    ZeroBlocks,
+)
 from secateur_proto.report_pb2 import Choice as ChoiceMessage
 from secateur_proto.spec_pb2 import Pattern
 from secateur_server.devices.watch import watch
+from secateur_server.pruning.catalog import Catalog
 from secateur_server.pruning.measure import measure
 from secateur_server.pruning.prune import Choice
 from secateur_server.pruning.spec import Parameter
 from secateur_server.wire.tensors import WIRE_DTYPES
 
+# Of tensors that a message lists; there may be tens of thousands.
+MOST_NAMED = 10
+
 
 def encode_report(
     parameters: Iterable[tuple[str, Parameter]],
+    catalog: Catalog,
     input_blake3: str,
     output_blake3: str = "",
     outcomes: Sequence[Sequence[Choice]] = (),
@@ -21,6 +35,7 @@ def encode_report(
 ) -> SparsityReport:
     """Measures `parameters`, in their order.
 
+    catalog: of the whole model.
     outcomes: for each rule of a spec its choices.
     are_folded: the parameters are sent with their masks applied, and without masks.
     """
@@ -35,6 +50,19 @@ def encode_report(
         rules=[RuleReport(choices=map(encode_choice, choices)) for choices in outcomes],
         input_blake3=input_blake3,
         output_blake3=output_blake3,
+        coverage=_coverage(catalog, {tensor.name for tensor in tensors}),
+    )
+
+
+def _coverage(catalog: Catalog, names: Collection[str]) -> Coverage:
+    sizes = {name: math.prod(catalog.prunable[name]) for name in catalog.floating}
+    others = [name for name in sizes if name not in names]
+    uncovered = sum(sizes[name] for name in others)
+    return Coverage(
+        covered=sum(sizes.values()) - uncovered,
+        uncovered=uncovered,
+        uncovered_tensors=len(others),
+        largest_uncovered=nlargest(MOST_NAMED, others, key=sizes.__getitem__),
     )
 
 
