@@ -64,7 +64,9 @@ def _prune(options: argparse.Namespace) -> None:
         output = options.output if uri or (path and place_of(source)) else "masks"
         if options.out is None:
             output = "none"
-        result = client.prune(source, spec, output, keep=options.keep, destination=uri)
+        result = client.prune(
+            source, spec, output, keep=options.keep, destination=uri, prior=options.prior
+        )
         if path:
             result.save(path, options.output)
     print(result.report)
@@ -82,7 +84,8 @@ def _plan(options: argparse.Namespace) -> None:
     fill_amounts(options)
     with _client(options) as client:
         source = source_of(client, options.model)
-        plan = client.plan(source, spec_of(options, client, source), options.amounts)
+        spec = spec_of(options, client, source)
+        plan = client.plan(source, spec, options.amounts, prior=options.prior)
     _print(plan, options)
 
 

@@ -26,6 +26,7 @@ from secateur_server.model import Model, masks_of, packed_masks
 from secateur_server.operate.calls import this_call
 from secateur_server.pruning.measure import fold
 from secateur_server.pruning.plan import plan
+from secateur_server.pruning.prior import prune_zeros
 from secateur_server.pruning.prune import prune
 from secateur_server.pruning.resolve import resolve
 from secateur_server.pruning.spec import Parameter, Rule
@@ -62,6 +63,7 @@ class Pruner:
             raise InvalidRequest("header.output", f"{header.output} is no output")
         if header.destination_uri and header.output == pb.OUTPUT_NONE:
             raise InvalidRequest("header.destination_uri", "OUTPUT_NONE writes nothing there")
+        _check_prior(header)
         with ExitStack() as held:
             work = partial(self._prune, header, rules, data, held)
             result, files = yield from self._run(work, header, pb.PruneResponse)
@@ -95,9 +97,9 @@ class Pruner:
         read_whole = None if is_whole else {name for rule in rules for name in rule.reads()}
         with watch().stage("receive"):
             incoming.read(read_whole)
-        before = dict(model.parameters)
         with self._turn(incoming):
             watch().begin("prune")
+            before = _before(header, model, rules)
             pruned, outcomes = prune(before, rules, model.extras)
             with watch().stage("encode"):
                 files = _prune_output(header.output, model, pruned)
@@ -159,6 +161,7 @@ class Pruner:
         first, data = open_request(request_iterator, self._sources.metrics.received)
         header = first.header
         rules = decode_spec(header.spec)
+        _check_prior(header)
         extras = {name for rule in rules for name in rule.extras()}
         with ExitStack() as held:
             incoming = self._sources.open(header, data, extras, held)
@@ -168,12 +171,13 @@ class Pruner:
             with watch().stage("receive"):
                 incoming.read({name for rule in rules for name in rule.reads()})
             with self._turn(incoming):
-                before, _ = prune(dict(model.parameters), rules[:-1], model.extras)
-                state = {**model.parameters, **before}
+                before = _before(header, model, rules)
+                state = {**before, **prune(before, rules[:-1], model.extras)[0]}
                 at = "header.amounts" if header.amounts else ""
                 outcomes = plan(planned, amounts, state, model.extras, at)
             message = encode_plan(outcomes, state, planned.tensors)
-            sizes = form_bytes(model, [n for n in state if n in {*before, *planned.names()}])
+            pruned = {name for rule in rules for name in rule.names()}
+            sizes = form_bytes(model, [name for name in state if name in pruned])
             message.masks_bytes, message.dense_bytes = sizes.masks, sizes.dense
             message.reparametrized_bytes = sizes.reparametrized
             message.input_blake3 = incoming.digest()
@@ -275,6 +279,20 @@ class Pruner:
                 self._waiting.remove(mine)
                 if self._waiting:
                     self._waiting[0].set()
+
+
+def _check_prior(header: pb.PruneHeader | pb.PlanHeader) -> None:
+    """Errors: InvalidRequest."""
+    if header.prior not in pb.Prior.values():
+        raise InvalidRequest("header.prior", f"{header.prior} is not a value of Prior")
+
+
+def _before(
+    header: pb.PruneHeader | pb.PlanHeader, model: Model, rules: Sequence[Rule]
+) -> dict[str, Parameter]:
+    """The parameters before the first of `rules`, which are resolved."""
+    parameters = dict(model.parameters)
+    return prune_zeros(parameters, rules) if header.prior == pb.PRIOR_ZEROS else parameters
 
 
 def _prune_output(output: int, model: Model, pruned: dict[str, Parameter]) -> Files:
