@@ -56,7 +56,7 @@ from secateur.errors import (
 )
 from secateur.groups import group, head_groups, member
 from secateur.plan import Plan, PlannedAmount, PlannedTensor, Sensitivity
-from secateur.report import Bound, Choice, Coverage, Report, TensorReport, ZeroBlocks
+from secateur.report import Bound, Choice, Coverage, Report, ReportWarning, TensorReport, ZeroBlocks
 from secateur.result import FinalizeResult, PruneResult
 from secateur.source import is_pruned
 from secateur.spec import (
@@ -101,6 +101,7 @@ __all__ = [
     "PruneResult",
     "QuotaExceeded",
     "Report",
+    "ReportWarning",
     "SecateurError",
     "Sensitivity",
     "ServerBusy",

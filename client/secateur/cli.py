@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -69,9 +70,20 @@ def _prune(options: argparse.Namespace) -> None:
         )
         if path:
             result.save(path, options.output)
-    print(result.report)
+    _show(result.report)
     if result.checkpoint:
         print(f"kept as {result.checkpoint.name}")
+
+
+def _show(report: Report) -> None:
+    """Prints a report; its warnings go to stderr, one line each."""
+    notes = []
+    for warning in report.warnings:
+        if warning.severity == "note":
+            notes.append(warning)
+        else:
+            print(f"secateur: {warning}", file=sys.stderr)
+    print(replace(report, warnings=tuple(notes)))
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """How sparse a model is, and where."""
 
+import html
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -78,6 +79,26 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class ReportWarning:
+    """Something about a result that the caller may not have meant.
+
+    Attributes:
+        code: What it is; report.proto lists the codes.
+        severity: "warning" where it is likely a mistake, "note" where it is true of most results.
+        tensors: Names of at most 10 tensors, or groups, that it is about.
+        message: One line: what happened, and what to do about it.
+    """
+
+    code: str
+    severity: str
+    tensors: tuple[str, ...]
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.severity}: {self.message}"
+
+
+@dataclass(frozen=True)
 class Coverage:
     """How much of the floating tensors of a model a report covers.
 
@@ -108,6 +129,7 @@ class Report:
     tensors: by name, in the state_dict's order.  rules: for each rule of the spec its choices.
     input_blake3, output_blake3: of the safetensors files that went up and came down.
     coverage: how much of the model `tensors` are.
+    warnings: of a prune, what the caller may not have meant.
     """
 
     tensors: Mapping[str, TensorReport]
@@ -118,6 +140,7 @@ class Report:
     input_blake3: str
     output_blake3: str
     coverage: Coverage
+    warnings: tuple[ReportWarning, ...]
 
     @property
     def is_pruned(self) -> bool:
@@ -136,10 +159,11 @@ class Report:
                 lines.append(f"rule {number}{of}: {_outcome(choice)}")
         if self.coverage.uncovered_tensors:
             lines.append(str(self.coverage))
-        return "\n".join(lines)
+        return "\n".join([*lines, *map(str, self.warnings)])
 
     def _repr_html_(self) -> str:
-        return html_table(self._rows())
+        said = "".join(f"<p>{html.escape(str(warning))}</p>" for warning in self.warnings)
+        return html_table(self._rows()) + said
 
     def _rows(self) -> list[tuple[str, ...]]:
         rows: list[tuple[str, ...]] = [
@@ -209,7 +233,13 @@ def decode_report(message: pb.SparsityReport) -> Report:
         input_blake3=message.input_blake3,
         output_blake3=message.output_blake3,
         coverage=_coverage(message.coverage),
+        warnings=tuple(map(_warning, message.warnings)),
     )
+
+
+def _warning(message: pb.Warning) -> ReportWarning:
+    severity = "note" if message.severity == pb.SEVERITY_NOTE else "warning"
+    return ReportWarning(message.code, severity, tuple(message.tensors), message.message)
 
 
 def _coverage(message: pb.Coverage) -> Coverage:

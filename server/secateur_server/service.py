@@ -22,6 +22,7 @@ from secateur_server.messages.plan import decode_amounts, encode_plan
 from secateur_server.messages.report import encode_report
 from secateur_server.messages.spec import decode_spec
 from secateur_server.messages.stream import Bytes, open_request, responses
+from secateur_server.messages.warnings import warnings_of
 from secateur_server.model import Model, masks_of, packed_masks
 from secateur_server.operate.calls import this_call
 from secateur_server.pruning.measure import fold
@@ -82,17 +83,17 @@ class Pruner:
     def _prune(
         self,
         header: pb.PruneHeader,
-        rules: Sequence[Rule],
+        asked: Sequence[Rule],
         data: Iterator[Bytes],
         held: ExitStack,
     ) -> tuple[pb.PruneResult, Files]:
         """What to answer. Weights that are no part of it are given back before it is sent."""
         owner = this_call().tenant.owner
         landing = held.enter_context(self._sources.landing()) if header.keep else None
-        extras = {name for rule in rules for name in rule.extras()}
+        extras = {name for rule in asked for name in rule.extras()}
         incoming = self._sources.open(header, data, extras, held, landing)
         model = incoming.model
-        rules = resolve(rules, model.catalog)
+        rules = resolve(asked, model.catalog)
         is_whole = header.output in (pb.OUTPUT_DENSE, pb.OUTPUT_REPARAMETRIZED)
         read_whole = None if is_whole else {name for rule in rules for name in rule.reads()}
         with watch().stage("receive"):
@@ -107,6 +108,7 @@ class Pruner:
                 report = encode_report(
                     pruned.items(), model.catalog, incoming.digest(), digest, outcomes
                 )
+                report.warnings.extend(warnings_of(report, asked, rules, model.catalog, before))
         result = pb.PruneResult(report=report)
         incoming.check_unchanged()
         with self._kept(landing, incoming, pruned, owner, result) if landing else nullcontext():
