@@ -57,7 +57,7 @@ from secateur.errors import (
 )
 from secateur.groups import group, head_groups, member
 from secateur.plan import Plan, PlannedAmount, PlannedTensor, Sensitivity
-from secateur.report import Bound, Choice, Report, TensorReport, ZeroBlocks
+from secateur.report import Bound, Choice, Coverage, Report, ReportWarning, TensorReport, ZeroBlocks
 from secateur.result import FinalizeResult, PruneResult
 from secateur.source import is_pruned
 from secateur.spec import (
@@ -86,6 +86,7 @@ __all__ = [
     "CheckpointNotFound",
     "Choice",
     "Client",
+    "Coverage",
     "DataLoss",
     "DeadlineExceeded",
     "File",
@@ -102,6 +103,7 @@ __all__ = [
     "PruneResult",
     "QuotaExceeded",
     "Report",
+    "ReportWarning",
     "SecateurError",
     "Sensitivity",
     "ServerBusy",

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -88,12 +89,25 @@ def _prune(options: argparse.Namespace) -> None:
         output = options.output if uri or (path and place_of(source)) else "masks"
         if options.out is None:
             output = "none"
-        result = client.prune(source, spec, output, keep=options.keep, destination=uri)
+        result = client.prune(
+            source, spec, output, keep=options.keep, destination=uri, prior=options.prior
+        )
         if path:
             result.save(path, options.output)
-    print(result.report)
+    _show(result.report)
     if result.checkpoint:
         print(f"kept as {result.checkpoint.name}")
+
+
+def _show(report: Report) -> None:
+    """Prints a report; its warnings go to stderr, one line each."""
+    notes = []
+    for warning in report.warnings:
+        if warning.severity == "note":
+            notes.append(warning)
+        else:
+            print(f"secateur: {warning}", file=sys.stderr)
+    print(replace(report, warnings=tuple(notes)))
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -106,7 +120,8 @@ def _plan(options: argparse.Namespace) -> None:
     fill_amounts(options)
     with _client(options) as client:
         source = source_of(client, options)
-        plan = client.plan(source, spec_of(options, client, source), options.amounts)
+        spec = spec_of(options, client, source)
+        plan = client.plan(source, spec, options.amounts, prior=options.prior)
     _print(plan, options)
 
 

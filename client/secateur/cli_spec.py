@@ -44,6 +44,13 @@ def spec_options(command: argparse.ArgumentParser, default: str | None = None) -
     command.add_argument(
         "--importance", choices=("l1", "random"), help="global_unstructured: default l1"
     )
+    command.add_argument(
+        "--prior",
+        choices=("masks", "zeros"),
+        default="masks",
+        help="what counts as pruned before: masks (default), or also zeros, for a model that was "
+        "pruned and stored dense",
+    )
 
 
 def amounts_option(command: argparse.ArgumentParser, default: str) -> None:

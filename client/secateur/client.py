@@ -10,7 +10,7 @@ import grpc
 
 from secateur.channel import Rpcs, Tls, open_channel
 from secateur.checkpoint import Checkpoint, decode_checkpoint, name_of, place_of, uri_of
-from secateur.checks import patterns
+from secateur.checks import one_of, patterns
 from secateur.choices import AnyGranularity, magnitude
 from secateur.defaults import SOME_AMOUNTS, matrices
 from secateur.download import save_answer
@@ -38,6 +38,7 @@ _OUTPUTS = {
 }
 
 _LEAVE_OUT = "leave them out of the source"
+_PRIORS = {"masks": pb.PRIOR_MASKS, "zeros": pb.PRIOR_ZEROS}
 
 Patterns = str | Sequence[str] | None
 
@@ -87,6 +88,7 @@ class Client:
         keep: bool = False,
         destination: str | None = None,
         key: str | None = None,
+        prior: str = "masks",
     ) -> PruneResult:
         """Prunes a model by a spec.
 
@@ -96,10 +98,13 @@ class Client:
         keep: whether the server keeps the result: it is then the result's checkpoint. What the
             server has already of the source is not sent again.
         destination: a URI to which the server writes the output, in place of sending it.
+        prior: what counts as pruned before: what "masks" prune, or also the "zeros" of the tensors
+            that the spec names, for a model whose earlier pruning left zeros alone.
         """
         if output not in _OUTPUTS:
             raise SecateurError(f"output={output!r} is none of {', '.join(_OUTPUTS)}")
         spec, destination_uri = checked(spec), uri_of(destination)
+        counted = one_of("prior", prior, _PRIORS)
         model = read_source(source, key)
         check_spec(spec, model.others)
         spec = spec.keep_ends(model.tied_names())
@@ -107,7 +112,7 @@ class Client:
             check_storable(destination, model.only_parameters().others, _LEAVE_OUT)
             warn_of_rest(destination, model.torch_file)
         if keep and model.is_here:
-            return self._prune_kept(model, spec, output, progress, destination)
+            return self._prune_kept(model, spec, output, progress, destination, prior)
         place = place_of(source)
         sent = {n: t for n, t in model.tensors.items() if n in model.parameters}
         message, arrays = spec.encode(model.tensors)
@@ -118,6 +123,7 @@ class Client:
             output=_OUTPUTS[output],
             keep=keep,
             destination_uri=destination_uri,
+            prior=counted,
             **place,
         )
         if not place and upload.file_bytes <= CHUNK_BYTES and output in ("masks", "none"):
@@ -148,13 +154,14 @@ class Client:
         output: str,
         progress: Progress,
         destination: str | None,
+        prior: str,
     ) -> PruneResult:
         """Sends what the server does not have of a model, and prunes it there."""
         of_parameters = model.only_parameters()
         spec = spec.among(model.prunable_names()) if of_parameters is not model else spec
         uploaded = self.upload(of_parameters, progress)
         try:
-            result = self.prune(uploaded, spec, output, progress, True, destination)
+            result = self.prune(uploaded, spec, output, progress, True, destination, prior=prior)
         finally:
             self._delete(uploaded, is_there=False)  # the result stands on the same weights
         return result.of(model)
@@ -189,12 +196,14 @@ class Client:
         amounts: Sequence[float] | None = None,
         progress: Progress = None,
         key: str | None = None,
+        prior: str = "masks",
     ) -> Plan:
         """Foretells what a prune would do, and prunes nothing.
 
         spec: its last rule is planned, after those before it, and must be no custom_from_mask.
         amounts: ints and floats in place of that rule's own, at most 1000; one call looks at the
             weights once for all of them.
+        prior: as of prune.
         """
         model, place = read_source(source, key), place_of(source)
         check_spec(checked(spec), model.others)
@@ -206,6 +215,7 @@ class Client:
             data_bytes=upload.file_bytes,
             spec=message,
             amounts=[] if amounts is None else encode_amounts(amounts),
+            prior=one_of("prior", prior, _PRIORS),
             **place,
         )
         answer = self._measure(self._rpcs.plan, pb.PlanRequest, header, upload, progress)

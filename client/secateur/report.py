@@ -1,11 +1,15 @@
 """How sparse a model is, and where."""
 
+import html
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from secateur.tables import html_table, text_table
 from secateur_proto import report_pb2 as pb
+
+# Names of tensors in a line for people.
+_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -77,11 +81,57 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class ReportWarning:
+    """Something about a result that the caller may not have meant.
+
+    Attributes:
+        code: What it is; report.proto lists the codes.
+        severity: "warning" where it is likely a mistake, "note" where it is true of most results.
+        tensors: Names of at most 10 tensors, or groups, that it is about.
+        message: One line: what happened, and what to do about it.
+    """
+
+    code: str
+    severity: str
+    tensors: tuple[str, ...]
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.severity}: {self.message}"
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of the floating tensors of a model a report covers.
+
+    Attributes:
+        covered: Elements of the tensors that the report covers.
+        uncovered: Elements of the others.
+        uncovered_tensors: How many others there are.
+        largest_uncovered: The names of at most 10 of the others, the largest tensor first.
+    """
+
+    covered: int
+    uncovered: int
+    uncovered_tensors: int
+    largest_uncovered: tuple[str, ...]
+
+    def __str__(self) -> str:
+        whole = f"covers {self.covered:,} of {self.covered + self.uncovered:,} floating parameters"
+        shown = self.largest_uncovered[:_SHOWN]
+        more = self.uncovered_tensors - len(shown)
+        others = ", ".join(shown) + (f" and {more:,} more" if more else "")
+        return f"{whole}; not {others}" if others else whole
+
+
+@dataclass(frozen=True)
 class Report:
     """A sparsity report, measured by the server on what it returned.
 
     tensors: by name, in the state_dict's order.  rules: for each rule of the spec its choices.
     input_blake3, output_blake3: of the safetensors files that went up and came down.
+    coverage: how much of the model `tensors` are.
+    warnings: of a prune, what the caller may not have meant.
     """
 
     tensors: Mapping[str, TensorReport]
@@ -91,6 +141,8 @@ class Report:
     rules: tuple[tuple[Choice, ...], ...]
     input_blake3: str
     output_blake3: str
+    coverage: Coverage
+    warnings: tuple[ReportWarning, ...]
 
     @property
     def is_pruned(self) -> bool:
@@ -107,10 +159,13 @@ class Report:
             for choice in choices:
                 of = f" ({_names(choice)})" if len(choices) > 1 else ""
                 lines.append(f"rule {number}{of}: {_outcome(choice)}")
-        return "\n".join(lines)
+        if self.coverage.uncovered_tensors:
+            lines.append(str(self.coverage))
+        return "\n".join([*lines, *map(str, self.warnings)])
 
     def _repr_html_(self) -> str:
-        return html_table(self._rows())
+        said = "".join(f"<p>{html.escape(str(warning))}</p>" for warning in self.warnings)
+        return html_table(self._rows()) + said
 
     def _rows(self) -> list[tuple[str, ...]]:
         rows: list[tuple[str, ...]] = [
@@ -180,6 +235,22 @@ def decode_report(message: pb.SparsityReport) -> Report:
         rules=tuple(tuple(map(decode_choice, rule.choices)) for rule in message.rules),
         input_blake3=message.input_blake3,
         output_blake3=message.output_blake3,
+        coverage=_coverage(message.coverage),
+        warnings=tuple(map(_warning, message.warnings)),
+    )
+
+
+def _warning(message: pb.Warning) -> ReportWarning:
+    severity = "note" if message.severity == pb.SEVERITY_NOTE else "warning"
+    return ReportWarning(message.code, severity, tuple(message.tensors), message.message)
+
+
+def _coverage(message: pb.Coverage) -> Coverage:
+    return Coverage(
+        covered=message.covered,
+        uncovered=message.uncovered,
+        uncovered_tensors=message.uncovered_tensors,
+        largest_uncovered=tuple(message.largest_uncovered),
     )
 
 

@@ -23,6 +23,34 @@ else:
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
+class _Prior:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _PriorEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Prior.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    PRIOR_UNSPECIFIED: _Prior.ValueType  # 0
+    """As PRIOR_MASKS."""
+    PRIOR_MASKS: _Prior.ValueType  # 1
+    """Elements that a mask prunes: of a pair X_orig, X_mask, or of a checkpoint."""
+    PRIOR_ZEROS: _Prior.ValueType  # 2
+    """Also every element that is zero, in the tensors that the spec names, as if a mask pruned it. For
+    files that an earlier pruning left dense.
+    """
+
+class Prior(_Prior, metaclass=_PriorEnumTypeWrapper):
+    """What counts as pruned before a call."""
+
+PRIOR_UNSPECIFIED: Prior.ValueType  # 0
+"""As PRIOR_MASKS."""
+PRIOR_MASKS: Prior.ValueType  # 1
+"""Elements that a mask prunes: of a pair X_orig, X_mask, or of a checkpoint."""
+PRIOR_ZEROS: Prior.ValueType  # 2
+"""Also every element that is zero, in the tensors that the spec names, as if a mask pruned it. For
+files that an earlier pruning left dense.
+"""
+Global___Prior: typing_extensions.TypeAlias = Prior
+
 class _Output:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -107,6 +135,7 @@ class PruneHeader(google.protobuf.message.Message):
     URI_FIELD_NUMBER: builtins.int
     KEEP_FIELD_NUMBER: builtins.int
     DESTINATION_URI_FIELD_NUMBER: builtins.int
+    PRIOR_FIELD_NUMBER: builtins.int
     data_bytes: builtins.int
     """Length of the whole safetensors file in bytes, at least 10; 0 where a checkpoint or a URI
     comes in its place. More or fewer bytes than this: INVALID_ARGUMENT. Above the server's
@@ -128,6 +157,8 @@ class PruneHeader(google.protobuf.message.Message):
     or not at all; what was there before is replaced. With OUTPUT_NONE: INVALID_ARGUMENT. A model
     in shards becomes shards beside an index where this ends in `.index.json`.
     """
+    prior: Global___Prior.ValueType
+    """What counts as pruned before this call. Default PRIOR_MASKS."""
     @property
     def spec(self) -> secateur_proto.spec_pb2.PruningSpec:
         """What to prune. Required."""
@@ -142,9 +173,10 @@ class PruneHeader(google.protobuf.message.Message):
         uri: builtins.str = ...,
         keep: builtins.bool = ...,
         destination_uri: builtins.str = ...,
+        prior: Global___Prior.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "source", b"source", "spec", b"spec", "uri", b"uri"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "data_bytes", b"data_bytes", "destination_uri", b"destination_uri", "keep", b"keep", "output", b"output", "source", b"source", "spec", b"spec", "uri", b"uri"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "data_bytes", b"data_bytes", "destination_uri", b"destination_uri", "keep", b"keep", "output", b"output", "prior", b"prior", "source", b"source", "spec", b"spec", "uri", b"uri"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["source", b"source"]) -> typing.Literal["checkpoint", "uri"] | None: ...
 
 Global___PruneHeader: typing_extensions.TypeAlias = PruneHeader
@@ -339,12 +371,15 @@ class PlanHeader(google.protobuf.message.Message):
     AMOUNTS_FIELD_NUMBER: builtins.int
     CHECKPOINT_FIELD_NUMBER: builtins.int
     URI_FIELD_NUMBER: builtins.int
+    PRIOR_FIELD_NUMBER: builtins.int
     data_bytes: builtins.int
     """As PruneHeader.data_bytes."""
     checkpoint: builtins.str
     """The name of a checkpoint."""
     uri: builtins.str
     """A URI that the server opens."""
+    prior: Global___Prior.ValueType
+    """As PruneHeader.prior."""
     @property
     def spec(self) -> secateur_proto.spec_pb2.PruningSpec:
         """The rules but the last are applied first; the last one must be a Selection, and is planned."""
@@ -361,9 +396,10 @@ class PlanHeader(google.protobuf.message.Message):
         amounts: collections.abc.Iterable[secateur_proto.plan_pb2.Amount] | None = ...,
         checkpoint: builtins.str = ...,
         uri: builtins.str = ...,
+        prior: Global___Prior.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "source", b"source", "spec", b"spec", "uri", b"uri"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["amounts", b"amounts", "checkpoint", b"checkpoint", "data_bytes", b"data_bytes", "source", b"source", "spec", b"spec", "uri", b"uri"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["amounts", b"amounts", "checkpoint", b"checkpoint", "data_bytes", b"data_bytes", "prior", b"prior", "source", b"source", "spec", b"spec", "uri", b"uri"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["source", b"source"]) -> typing.Literal["checkpoint", "uri"] | None: ...
 
 Global___PlanHeader: typing_extensions.TypeAlias = PlanHeader

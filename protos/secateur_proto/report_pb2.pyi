@@ -7,6 +7,7 @@ import builtins
 import collections.abc
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
+import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import secateur_proto.spec_pb2
 import sys
@@ -18,6 +19,30 @@ else:
     import typing_extensions
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
+
+class _Severity:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _SeverityEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Severity.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    SEVERITY_UNSPECIFIED: _Severity.ValueType  # 0
+    """Not used."""
+    SEVERITY_NOTE: _Severity.ValueType  # 1
+    """True of most results, and no sign of a mistake."""
+    SEVERITY_WARNING: _Severity.ValueType  # 2
+    """Likely a mistake."""
+
+class Severity(_Severity, metaclass=_SeverityEnumTypeWrapper):
+    """How serious a warning is."""
+
+SEVERITY_UNSPECIFIED: Severity.ValueType  # 0
+"""Not used."""
+SEVERITY_NOTE: Severity.ValueType  # 1
+"""True of most results, and no sign of a mistake."""
+SEVERITY_WARNING: Severity.ValueType  # 2
+"""Likely a mistake."""
+Global___Severity: typing_extensions.TypeAlias = Severity
 
 @typing.final
 class SparsityReport(google.protobuf.message.Message):
@@ -34,6 +59,8 @@ class SparsityReport(google.protobuf.message.Message):
     RULES_FIELD_NUMBER: builtins.int
     INPUT_BLAKE3_FIELD_NUMBER: builtins.int
     OUTPUT_BLAKE3_FIELD_NUMBER: builtins.int
+    WARNINGS_FIELD_NUMBER: builtins.int
+    COVERAGE_FIELD_NUMBER: builtins.int
     zeros: builtins.int
     """Elements that are zero, over all entries. -0.0 is zero."""
     total: builtins.int
@@ -57,6 +84,14 @@ class SparsityReport(google.protobuf.message.Message):
     def rules(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RuleReport]:
         """What each rule of the spec did, in the order of the spec. Empty but for Prune."""
 
+    @property
+    def warnings(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Warning]:
+        """What the caller may not have meant, found in what was measured. Empty but for Prune."""
+
+    @property
+    def coverage(self) -> Global___Coverage:
+        """How much of the model the report covers."""
+
     def __init__(
         self,
         *,
@@ -67,10 +102,89 @@ class SparsityReport(google.protobuf.message.Message):
         rules: collections.abc.Iterable[Global___RuleReport] | None = ...,
         input_blake3: builtins.str = ...,
         output_blake3: builtins.str = ...,
+        warnings: collections.abc.Iterable[Global___Warning] | None = ...,
+        coverage: Global___Coverage | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["input_blake3", b"input_blake3", "output_blake3", b"output_blake3", "rules", b"rules", "sparsity", b"sparsity", "tensors", b"tensors", "total", b"total", "zeros", b"zeros"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["coverage", b"coverage"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["coverage", b"coverage", "input_blake3", b"input_blake3", "output_blake3", b"output_blake3", "rules", b"rules", "sparsity", b"sparsity", "tensors", b"tensors", "total", b"total", "warnings", b"warnings", "zeros", b"zeros"]) -> None: ...
 
 Global___SparsityReport: typing_extensions.TypeAlias = SparsityReport
+
+@typing.final
+class Coverage(google.protobuf.message.Message):
+    """How much of the floating tensors of a model a report covers. A pair X_orig, X_mask counts as X."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    COVERED_FIELD_NUMBER: builtins.int
+    UNCOVERED_FIELD_NUMBER: builtins.int
+    UNCOVERED_TENSORS_FIELD_NUMBER: builtins.int
+    LARGEST_UNCOVERED_FIELD_NUMBER: builtins.int
+    covered: builtins.int
+    """Elements of the floating tensors that the report covers."""
+    uncovered: builtins.int
+    """Elements of the floating tensors that the report does not cover."""
+    uncovered_tensors: builtins.int
+    """How many floating tensors the report does not cover."""
+    @property
+    def largest_uncovered(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The names of those, the largest tensor first. At most 10."""
+
+    def __init__(
+        self,
+        *,
+        covered: builtins.int = ...,
+        uncovered: builtins.int = ...,
+        uncovered_tensors: builtins.int = ...,
+        largest_uncovered: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["covered", b"covered", "largest_uncovered", b"largest_uncovered", "uncovered", b"uncovered", "uncovered_tensors", b"uncovered_tensors"]) -> None: ...
+
+Global___Coverage: typing_extensions.TypeAlias = Coverage
+
+@typing.final
+class Warning(google.protobuf.message.Message):
+    """Something about a result that the caller may not have meant."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CODE_FIELD_NUMBER: builtins.int
+    SEVERITY_FIELD_NUMBER: builtins.int
+    TENSORS_FIELD_NUMBER: builtins.int
+    MESSAGE_FIELD_NUMBER: builtins.int
+    code: builtins.str
+    """What it is. A code keeps its meaning; later servers may send codes that are not listed here.
+      SMALL_COVERAGE: the globs of the spec miss more than a tenth of the weights (floating tensors
+        of 2 or more dimensions) of the modules that they name.
+      WHOLLY_ZERO: the call made every element of a weight zero, and no amount of 1.0 and no mask
+        asked for that.
+      ZERO_BEFORE: everything that a choice pruned was zero before the call.
+      SCALES_PRUNED: the call pruned the scales of a quantized tensor.
+      NORMS_PRUNED: the call pruned the weight or the statistics of a batch norm or a layer norm, by
+        a glob or by a rule that ranks several tensors together.
+      ROUNDED_TO_NONE: a fraction above 0 of so few units is 0 units.
+      ROUNDED_TO_ALL: a fraction below 1 of so few units is all of them.
+      NOT_SMALLER: zeros alone make the model neither smaller nor faster.
+    """
+    severity: Global___Severity.ValueType
+    """How serious it is."""
+    message: builtins.str
+    """One line for people: what happened, and what to do about it."""
+    @property
+    def tensors(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The tensors, or groups, that it is about. At most 10; the message says how many more."""
+
+    def __init__(
+        self,
+        *,
+        code: builtins.str = ...,
+        severity: Global___Severity.ValueType = ...,
+        tensors: collections.abc.Iterable[builtins.str] | None = ...,
+        message: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["code", b"code", "message", b"message", "severity", b"severity", "tensors", b"tensors"]) -> None: ...
+
+Global___Warning: typing_extensions.TypeAlias = Warning
 
 @typing.final
 class TensorReport(google.protobuf.message.Message):

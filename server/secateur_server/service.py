@@ -22,10 +22,12 @@ from secateur_server.messages.plan import decode_amounts, encode_plan
 from secateur_server.messages.report import encode_report
 from secateur_server.messages.spec import decode_spec
 from secateur_server.messages.stream import Bytes, open_request, responses
+from secateur_server.messages.warnings import warnings_of
 from secateur_server.model import Model, masks_of, packed_masks
 from secateur_server.operate.calls import this_call
 from secateur_server.pruning.measure import fold
 from secateur_server.pruning.plan import plan
+from secateur_server.pruning.prior import prune_zeros
 from secateur_server.pruning.prune import prune
 from secateur_server.pruning.resolve import resolve
 from secateur_server.pruning.spec import Parameter, Rule
@@ -62,6 +64,7 @@ class Pruner:
             raise InvalidRequest("header.output", f"{header.output} is no output")
         if header.destination_uri and header.output == pb.OUTPUT_NONE:
             raise InvalidRequest("header.destination_uri", "OUTPUT_NONE writes nothing there")
+        _check_prior(header)
         with ExitStack() as held:
             work = partial(self._prune, header, rules, data, held)
             result, files = yield from self._run(work, header, pb.PruneResponse)
@@ -80,32 +83,32 @@ class Pruner:
     def _prune(
         self,
         header: pb.PruneHeader,
-        rules: Sequence[Rule],
+        asked: Sequence[Rule],
         data: Iterator[Bytes],
         held: ExitStack,
     ) -> tuple[pb.PruneResult, Files]:
         """What to answer. Weights that are no part of it are given back before it is sent."""
         owner = this_call().tenant.owner
         landing = held.enter_context(self._sources.landing()) if header.keep else None
-        extras = {name for rule in rules for name in rule.extras()}
+        extras = {name for rule in asked for name in rule.extras()}
         incoming = self._sources.open(header, data, extras, held, landing)
         model = incoming.model
-        rules = resolve(rules, model.catalog)
+        rules = resolve(asked, model.catalog)
         is_whole = header.output in (pb.OUTPUT_DENSE, pb.OUTPUT_REPARAMETRIZED)
         read_whole = None if is_whole else {name for rule in rules for name in rule.reads()}
         with watch().stage("receive"):
             incoming.read(read_whole)
-        before = dict(model.parameters)
         with self._turn(incoming):
             watch().begin("prune")
+            before = _before(header, model, rules)
             pruned, outcomes = prune(before, rules, model.extras)
             with watch().stage("encode"):
                 files = _prune_output(header.output, model, pruned)
                 digest = files[0].blake3 if len(files) == 1 else ""
-                ties = model.catalog.other_names
                 report = encode_report(
-                    pruned.items(), incoming.digest(), digest, outcomes, other_names=ties
+                    pruned.items(), model.catalog, incoming.digest(), digest, outcomes
                 )
+                report.warnings.extend(warnings_of(report, asked, rules, model.catalog, before))
         result = pb.PruneResult(report=report)
         incoming.check_unchanged()
         with self._kept(landing, incoming, pruned, owner, result) if landing else nullcontext():
@@ -148,8 +151,7 @@ class Pruner:
                 incoming.read(names)
             covered = ((name, incoming.model.parameters[name]) for name in names)
             with self._turn(incoming), watch().stage("encode"):
-                ties = incoming.model.catalog.other_names
-                report = encode_report(covered, incoming.digest(), other_names=ties)
+                report = encode_report(covered, incoming.model.catalog, incoming.digest())
             incoming.check_unchanged()
             self._sources.metrics.reported(report)
             return pb.ReportResponse(report=report)
@@ -161,6 +163,7 @@ class Pruner:
         first, data = open_request(request_iterator, self._sources.metrics.received)
         header = first.header
         rules = decode_spec(header.spec)
+        _check_prior(header)
         extras = {name for rule in rules for name in rule.extras()}
         with ExitStack() as held:
             incoming = self._sources.open(header, data, extras, held)
@@ -170,12 +173,13 @@ class Pruner:
             with watch().stage("receive"):
                 incoming.read({name for rule in rules for name in rule.reads()})
             with self._turn(incoming):
-                before, _ = prune(dict(model.parameters), rules[:-1], model.extras)
-                state = {**model.parameters, **before}
+                before = _before(header, model, rules)
+                state = {**before, **prune(before, rules[:-1], model.extras)[0]}
                 at = "header.amounts" if header.amounts else ""
                 outcomes = plan(planned, amounts, state, model.extras, at)
             message = encode_plan(outcomes, state, planned.tensors)
-            sizes = form_bytes(model, [n for n in state if n in {*before, *planned.names()}])
+            pruned = {name for rule in rules for name in rule.names()}
+            sizes = form_bytes(model, [name for name in state if name in pruned])
             message.masks_bytes, message.dense_bytes = sizes.masks, sizes.dense
             message.reparametrized_bytes = sizes.reparametrized
             message.input_blake3 = incoming.digest()
@@ -208,11 +212,7 @@ class Pruner:
             digest = files[0].blake3 if len(files) == 1 else ""
             covered = ((name, model.parameters[name]) for name in names)
             report = encode_report(
-                covered,
-                incoming.digest(),
-                digest,
-                are_folded=True,
-                other_names=model.catalog.other_names,
+                covered, model.catalog, incoming.digest(), digest, are_folded=True
             )
         incoming.check_unchanged()
         self._sources.metrics.reported(report)
@@ -281,6 +281,20 @@ class Pruner:
                 self._waiting.remove(mine)
                 if self._waiting:
                     self._waiting[0].set()
+
+
+def _check_prior(header: pb.PruneHeader | pb.PlanHeader) -> None:
+    """Errors: InvalidRequest."""
+    if header.prior not in pb.Prior.values():
+        raise InvalidRequest("header.prior", f"{header.prior} is not a value of Prior")
+
+
+def _before(
+    header: pb.PruneHeader | pb.PlanHeader, model: Model, rules: Sequence[Rule]
+) -> dict[str, Parameter]:
+    """The parameters before the first of `rules`, which are resolved."""
+    parameters = dict(model.parameters)
+    return prune_zeros(parameters, rules) if header.prior == pb.PRIOR_ZEROS else parameters
 
 
 def _prune_output(output: int, model: Model, pruned: dict[str, Parameter]) -> Files:

@@ -126,6 +126,22 @@ def test_a_report_is_a_table(client: secateur.Client) -> None:
     assert len({line.index("%") for line in lines[1:]}) == 1  # columns line up
 
 
+def test_every_report_says_how_much_of_the_model_it_covers(client: secateur.Client) -> None:
+    """Floating tensors count, a pair once; integers and masks do not."""
+    model = {f"w{i:02}": np.ones(i + 1) for i in range(14)} | {"steps": np.ones(99, np.int64)}
+    model |= {"p_orig": np.ones(50), "p_mask": np.ones(50)}
+    largest = ("p", *(f"w{i:02}" for i in range(13, 4, -1)))
+    pruned = client.prune(model, secateur.l1_unstructured(["w04", "steps"], 0.5)).report
+    assert pruned.coverage == secateur.Coverage(5, 105 + 50 - 5, 14, largest)
+    report = client.report(model, "w04")
+    assert report.coverage == client.finalize(model, "w04").report.coverage == pruned.coverage
+    assert str(report).endswith("covers 5 of 155 floating parameters; not p, w13, w12 and 11 more")
+    whole = client.report(model)
+    assert whole.coverage == secateur.Coverage(155, 0, 0, ())
+    assert "covers" not in str(whole)
+    assert report.to_dict()["coverage"]["uncovered"] == 150
+
+
 def test_a_notebook_shows_a_table_with_names_escaped(client: secateur.Client) -> None:
     shown = client.report(SPARSE)._repr_html_()
     assert shown.startswith("<table>")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from secateur_proto import pruner_pb2, pruner_pb2_grpc, spec_pb2
+from secateur_proto import pruner_pb2, pruner_pb2_grpc, report_pb2, spec_pb2
 from secateur_proto.framing import CHUNK_BYTES, cut, file_header
 
 SPEC = spec_pb2.PruningSpec(
@@ -91,6 +91,30 @@ def test_a_call_that_says_so_is_one_message_each_way(
     single = call(request, timeout=20, metadata=(("secateur-single", "1"),))
     assert single.result == streamed[0].result
     assert single.data == b"".join(message.data for message in streamed)
+
+
+def test_a_report_has_its_coverage_and_its_warnings(channel: grpc.Channel) -> None:
+    """What other languages read: half of zeros pruned, and a tensor that no rule names."""
+    header = file_header([("w", "F32", (2, 4)), ("b", "F32", (3,))])
+    data = header + bytes(4 * 11)
+    head = pruner_pb2.PruneHeader(data_bytes=len(data), spec=SPEC, output=pruner_pb2.OUTPUT_NONE)
+
+    def report(prior: pruner_pb2.Prior.ValueType) -> report_pb2.SparsityReport:
+        head.prior = prior
+        request = pruner_pb2.PruneRequest(header=head, data=data)
+        (message,) = pruner_pb2_grpc.PrunerStub(channel).Prune(iter([request]), timeout=20)
+        return message.result.report
+
+    found = report(pruner_pb2.PRIOR_UNSPECIFIED)
+    assert found.coverage == report_pb2.Coverage(
+        covered=8, uncovered=3, uncovered_tensors=1, largest_uncovered=["b"]
+    )
+    zeros, note = found.warnings
+    assert (zeros.code, zeros.severity) == ("ZERO_BEFORE", report_pb2.SEVERITY_WARNING)
+    assert zeros.tensors == ["w"]
+    assert "PRIOR_ZEROS" in zeros.message
+    assert (note.code, note.severity) == ("NOT_SMALLER", report_pb2.SEVERITY_NOTE)
+    assert not report(pruner_pb2.PRIOR_ZEROS).warnings
 
 
 def test_a_mask_is_bits_lowest_first(channel: grpc.Channel) -> None:

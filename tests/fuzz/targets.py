@@ -267,7 +267,7 @@ def spec(data: bytes) -> None:
         beside = {name: values_of(tensors.pop(name)) for name in model.catalog.extras}
         model.fill(tensors, beside, {})
         pruned, outcomes = prune(dict(model.parameters), resolved, model.extras)
-        _check_counts(encode_report(pruned.items(), "", "", outcomes))
+        _check_counts(encode_report(pruned.items(), model.catalog, "", "", outcomes))
         if isinstance(last := resolved[-1], Selection):
             before, _ = prune(dict(model.parameters), resolved[:-1], model.extras)
             state = {**model.parameters, **before}

@@ -77,6 +77,13 @@ def test_a_source_gives_what_its_data_gives(
     assert served.client.report(source) == of_data_alone
 
 
+def test_zeros_of_a_source_count_as_pruned(served: Served, root: Path) -> None:
+    dense = saved(root / "dense.safetensors", served.client.prune(MODEL, HALF).state_dict())
+    of_uri, of_data = (served.client.prune(s, HALF, prior="zeros") for s in (dense.as_uri(), dense))
+    assert_same_tensors(of_uri.masks, of_data.masks)
+    assert of_uri.report.sparsity == pytest.approx(0.75, abs=1e-3)
+
+
 @pytest.mark.parametrize("output", FORMS)
 def test_a_destination_has_what_would_be_sent(
     served: Served, source: str, root: Path, tmp_path: Path, output: str

@@ -1,37 +1,49 @@
 """A report to the wire."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Sequence
+from heapq import nlargest
 
-from secateur_proto.report_pb2 import Bound, RuleReport, SparsityReport, TensorReport, ZeroBlocks
+from secateur_proto.report_pb2 import (
+    Bound,
+    Coverage,
+    RuleReport,
+    SparsityReport,
+    TensorReport,
+    ZeroBlocks,
+)
 from secateur_proto.report_pb2 import Choice as ChoiceMessage
 from secateur_proto.spec_pb2 import Pattern
 from secateur_server.devices.dtypes import WIRE_DTYPES
 from secateur_server.devices.watch import watch
+from secateur_server.pruning.catalog import Catalog
 from secateur_server.pruning.measure import measure
 from secateur_server.pruning.prune import Choice
 from secateur_server.pruning.spec import Parameter
 
+# Of tensors that a message lists; there may be tens of thousands.
+MOST_NAMED = 10
+
 
 def encode_report(
     parameters: Iterable[tuple[str, Parameter]],
+    catalog: Catalog,
     input_blake3: str,
     output_blake3: str = "",
     outcomes: Sequence[Sequence[Choice]] = (),
     are_folded: bool = False,
-    other_names: Mapping[str, str] | None = None,
 ) -> SparsityReport:
     """Measures `parameters`, in their order.
 
+    catalog: of the whole model.
     outcomes: for each rule of a spec its choices.
     are_folded: the parameters are sent with their masks applied, and without masks.
-    other_names: from each other name of a tied parameter to its name in `parameters`.
     """
     tensors = [_tensor(name, parameter, are_folded) for name, parameter in parameters]
-    if other_names:
-        by_name = {tensor.name: tensor for tensor in tensors}
-        for other, name in other_names.items():
-            if name in by_name:
-                by_name[name].aliases.append(other)
+    by_name = {tensor.name: tensor for tensor in tensors} if catalog.other_names else {}
+    for other, name in catalog.other_names.items():
+        if name in by_name:
+            by_name[name].aliases.append(other)
     zeros = sum(tensor.zeros for tensor in tensors)
     total = sum(tensor.total for tensor in tensors)
     return SparsityReport(
@@ -42,6 +54,19 @@ def encode_report(
         rules=[RuleReport(choices=map(encode_choice, choices)) for choices in outcomes],
         input_blake3=input_blake3,
         output_blake3=output_blake3,
+        coverage=_coverage(catalog, {tensor.name for tensor in tensors}),
+    )
+
+
+def _coverage(catalog: Catalog, names: Collection[str]) -> Coverage:
+    sizes = {name: math.prod(catalog.prunable[name]) for name in catalog.floating}
+    others = [name for name in sizes if name not in names]
+    uncovered = sum(sizes[name] for name in others)
+    return Coverage(
+        covered=sum(sizes.values()) - uncovered,
+        uncovered=uncovered,
+        uncovered_tensors=len(others),
+        largest_uncovered=nlargest(MOST_NAMED, others, key=sizes.__getitem__),
     )
 
 

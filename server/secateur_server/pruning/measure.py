@@ -78,6 +78,11 @@ class _Nonzero:
         return self.known or mask_of(self.flags, weight.numel(), weight.device)
 
 
+def nonzero_mask(parameter: Parameter) -> Mask:
+    """The elements that are not zero with the parameter's mask applied."""
+    return _Nonzero(parameter, None).whole()
+
+
 def _zeros_kept(parameter: Parameter) -> int:
     """How many elements are 0 that the mask keeps."""
     values, mask = parameter.weight.reshape(-1), parameter.mask

@@ -1,0 +1,87 @@
+"""What the globs of a spec miss of the modules that they name.
+
+`*.weight` misses the `weight_ih_l0` of an LSTM, the `in_proj_weight` of an attention layer, and
+what torch.nn.utils.parametrize made of a weight.
+"""
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from secateur_server.pruning.catalog import Catalog, match
+from secateur_server.pruning.spec import Rule, Selection
+
+# Globs may miss this share of the weights: position embeddings and the like.
+MISSED_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Missed:
+    """Weights, which are floating tensors of 2 or more dimensions, that globs miss.
+
+    Attributes:
+        names: The largest tensor first.
+        covered: Elements of the weights that the spec covers.
+        elements: Elements of the weights that the globs miss.
+        glob: Takes them all; None where no simple one does.
+    """
+
+    names: list[str]
+    covered: int
+    elements: int
+    glob: str | None
+
+
+def missed_weights(
+    rules: Sequence[Rule], catalog: Catalog, covered: Collection[str]
+) -> Missed | None:
+    """Weights in the modules that globs name, if a spec misses more than a few.
+
+    Args:
+        rules: As the request has them.
+        catalog: Of the whole model.
+        covered: The names of the tensors that the spec prunes.
+    """
+    sizes = {
+        name: math.prod(shape)
+        for name in catalog.floating
+        if len(shape := catalog.prunable[name]) >= 2
+    }
+    others = [name for name in sizes if name not in covered]
+    scopes = [scope for glob in _globs(rules, catalog) if (scope := _scope(glob))] if others else []
+    missed = [name for name in others if any(fnmatchcase(name, scope) for scope in scopes)]
+    if missed:  # guard rails leave tensors out on purpose
+        named = _named(rules, catalog)
+        missed = [name for name in missed if name not in named]
+    lost = sum(sizes[name] for name in missed)
+    found = sum(sizes.values()) - sum(sizes[name] for name in others)
+    if lost <= MISSED_SHARE * (lost + found):
+        return None
+    names = sorted(missed, key=sizes.__getitem__, reverse=True)
+    return Missed(names, found, lost, _glob_of(names, scopes))
+
+
+def _globs(rules: Sequence[Rule], catalog: Catalog) -> list[str]:
+    patterns = dict.fromkeys(
+        pattern for rule in rules if isinstance(rule, Selection) for pattern in rule.tensors
+    )
+    return [pattern for pattern in patterns if pattern not in catalog.prunable]
+
+
+def _scope(glob: str) -> str:
+    """Everything in the modules that a glob names: `conv**` for `conv*.weight`; empty for `fc?`."""
+    end = max(glob.rfind("*"), glob.rfind(".")) + 1
+    modules = glob[:end]
+    return f"{modules.removesuffix('.') if modules.endswith('*.') else modules}*" if end else ""
+
+
+def _named(rules: Sequence[Rule], catalog: Catalog) -> set[str]:
+    """What the rules name, also what their guard rails leave out."""
+    selections = [rule for rule in rules if isinstance(rule, Selection) and rule.tensors]
+    return {name for rule in selections for name in match(rule.path, rule.tensors, catalog)}
+
+
+def _glob_of(names: Sequence[str], scopes: Sequence[str]) -> str | None:
+    globs = (f"{scope.rstrip('*')}*weight*" for scope in scopes)
+    return next((g for g in globs if all(fnmatchcase(name, g) for name in names)), None)

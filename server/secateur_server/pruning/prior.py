@@ -1,0 +1,28 @@
+"""What counts as pruned before the rules of a call."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from secateur_server.pruning.measure import nonzero_mask
+from secateur_server.pruning.spec import Parameter, Rule
+
+
+def prune_zeros(parameters: Mapping[str, Parameter], rules: Sequence[Rule]) -> dict[str, Parameter]:
+    """Masks the zeros of every tensor that a rule names.
+
+    This is what torch.nn.utils.prune.custom_from_mask does with the mask `weight != 0`.
+
+    Args:
+        parameters: In the order of the state_dict, not changed.
+        rules: Resolved.
+
+    Returns:
+        All parameters, in the same order.
+    """
+    named = {name for rule in rules for name in rule.names()}
+    return {
+        name: replace(parameter, mask=nonzero_mask(parameter))
+        if name in named and not parameter.is_nonzero
+        else parameter
+        for name, parameter in parameters.items()
+    }
