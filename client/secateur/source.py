@@ -222,13 +222,10 @@ def _divided(
     shared = shared_names(tensors)
     tensors, ties = untie(tensors, shared)
     parameters |= {name for other, name in shared.items() if other in parameters}
-    parameters |= {f"{n}{half}" for n in parameters for half in _PAIR if f"{n}_orig" in tensors}
+    pairs = [(f"{name}_orig", f"{name}_mask") for name in parameters]
+    parameters |= {half for pair in pairs if tensors.keys() >= {*pair} for half in pair}
     metadata = write_ties({}, ties)
     return Source(tensors, parameters, as_torch, metadata, others=others, order=tuple(entries))
-
-
-# The halves of what torch.nn.utils.prune makes of a parameter.
-_PAIR = ("_orig", "_mask")
 
 
 def _check_masks(tensors: Mapping[str, LocalTensor], others: Mapping[str, Any]) -> None:

@@ -457,6 +457,16 @@ def test_one_mask_of_two_weights_is_no_tie(client: secateur.Client) -> None:
     assert_same_tensors(found, {name: weight * mask for name, weight in weights.items()})
 
 
+def test_a_buffer_is_no_half_of_a_tied_pair(client: secateur.Client) -> None:
+    model = nn.Module()
+    model.register_parameter("attn", nn.Parameter(WEIGHT.clone()))
+    model.register_parameter("again", model.get_parameter("attn"))
+    model.register_buffer("attn_mask", torch.ones(6, 8))
+    result = client.prune(model, secateur.l1_unstructured("*", 0.5), "dense")
+    assert list(result.report.tensors) == ["attn"]
+    assert torch.equal(result.state_dict()["attn_mask"], torch.ones(6, 8))
+
+
 def test_metadata_that_names_no_tensor_is_no_tie(client: secateur.Client, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     metadata = {"format": "pt", "w": "v", "note": "w2"}
