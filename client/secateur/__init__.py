@@ -12,6 +12,7 @@ What is pruned and how is a spec: the functions named as those of torch.nn.utils
 modules and files of torch.save only.
 """
 
+import secateur.grpc_logs  # noqa: F401  # before anything imports grpc
 from secateur.checkpoint import Checkpoint, File
 from secateur.choices import (
     blocks,

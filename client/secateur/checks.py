@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
-from secateur.errors import InvalidSpec
+from secateur.errors import InvalidSpec, SecateurError
 from secateur.tensors import is_text
 from secateur_proto import spec_pb2 as pb
 
@@ -68,6 +68,16 @@ def fraction(field: str, value: Any) -> float:
     found = real(field, value)
     if not 0.0 <= found <= 1.0:
         raise InvalidSpec(f"{field}: {value} is no fraction in [0, 1]")
+    return found
+
+
+def timeout_of(value: Any) -> float | None:
+    """A number of seconds, or None for no end.  Errors: SecateurError."""
+    if value is None:
+        return None
+    found = _double(value)
+    if found is None or not 0 < found < math.inf:
+        raise SecateurError(f"timeout={value!r} is not a number of seconds above 0, or None")
     return found
 
 
