@@ -157,6 +157,14 @@ def _array_bytes(array: npt.NDArray[Any]) -> Bytes:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
+def torch_for(what: str) -> Any:
+    """The module torch.  Errors: SecateurError, where it is not installed."""
+    try:
+        return importlib.import_module("torch")
+    except ImportError as error:
+        raise SecateurError(f"{what} needs torch: {error}") from None
+
+
 def to_value(name: str, tensor: LocalTensor, as_torch: bool) -> Any:
     """The tensor as one of torch, or as an array. It may share the memory of its bytes.
 
