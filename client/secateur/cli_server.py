@@ -45,10 +45,12 @@ def server_options(command: argparse.ArgumentParser, default: str) -> None:
 
 def seconds(text: str) -> float:
     """A time as the user types it."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise ValueError
-    return value
+    try:
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
 
 
 def client_of(options: argparse.Namespace) -> Client:

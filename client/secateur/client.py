@@ -458,7 +458,7 @@ def _from_environment(token: str | None, tls: Tls) -> tuple[str, str | None, Tls
     """The address, the token and the tls, from variables where they are not given."""
     address = os.environ.get("SECATEUR_SERVER")
     if not address:
-        raise SecateurError("give the address of a server, or set SECATEUR_SERVER")
+        raise SecateurError("give an address, or a channel, or set SECATEUR_SERVER")
     token = os.environ.get("SECATEUR_TOKEN") if token is None else token
     return address, token, os.environ.get("SECATEUR_TLS_CA") or None if tls is None else tls
 
