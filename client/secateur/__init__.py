@@ -12,6 +12,9 @@ What is pruned and how is a spec: the functions named as those of torch.nn.utils
 modules and files of torch.save only.
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
+import secateur.grpc_logs  # noqa: F401  # before anything imports grpc
 from secateur.checkpoint import Checkpoint, File
 from secateur.choices import (
     blocks,
@@ -55,7 +58,7 @@ from secateur.errors import (
     Unavailable,
     UriError,
 )
-from secateur.groups import group, head_groups, member
+from secateur.groups import group, head_groups, member, query_head_groups
 from secateur.plan import Plan, PlannedAmount, PlannedTensor, Sensitivity
 from secateur.report import Bound, Choice, Coverage, Report, ReportWarning, TensorReport, ZeroBlocks
 from secateur.result import FinalizeResult, PruneResult
@@ -77,6 +80,11 @@ from secateur.spec import (
     random_unstructured,
     select,
 )
+
+try:
+    __version__ = version("secateur")
+except PackageNotFoundError:  # the files of a checkout, put on the path
+    __version__ = "unknown"
 
 __all__ = [
     "Aborted",
@@ -140,6 +148,7 @@ __all__ = [
     "member",
     "n_m",
     "n_m_structured",
+    "query_head_groups",
     "rail",
     "random",
     "random_structured",

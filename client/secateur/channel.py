@@ -2,12 +2,15 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
 
+from secateur.diagnosis import Target
 from secateur.errors import SecateurError
 from secateur_proto import checkpoint_pb2, checkpoints_pb2, pruner_pb2
 from secateur_proto.codec import SINGLE, Decoder, encode
@@ -53,41 +56,53 @@ _OPTIONS = (
     ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
 )
 
-Tls = bool | str | os.PathLike[str] | grpc.ChannelCredentials | None
+
+@dataclass(frozen=True)
+class TlsFiles:
+    """PEM files to speak TLS with; without `ca`, the authorities that gRPC trusts by default."""
+
+    ca: str | os.PathLike[str] | None = None
+    key: str | os.PathLike[str] | None = None
+    cert: str | os.PathLike[str] | None = None
 
 
-def open_channel(address: str | None, tls: Tls) -> grpc.Channel:
-    """A channel.
+Tls = bool | str | os.PathLike[str] | grpc.ChannelCredentials | TlsFiles | None
 
-    Errors: ValueError, where there is no address; SecateurError, where a file cannot be read.
+
+def open_channel(target: Target, credentials: grpc.ChannelCredentials | None) -> grpc.Channel:
+    """A channel, over TLS where there are credentials."""
+    if credentials is None:
+        return grpc.insecure_channel(target.address.text, _OPTIONS)
+    return grpc.secure_channel(target.address.text, credentials, _OPTIONS)
+
+
+def read_tls(tls: Any) -> grpc.ChannelCredentials | None:
+    """What TLS is spoken with; None for plaintext.
+
+    Raises:
+        SecateurError: A file cannot be read, or `tls` is not a Tls.
     """
-    if address is None:
-        raise ValueError("give an address, or a channel")
     if tls is None or tls is False:
-        return grpc.insecure_channel(address, _OPTIONS)
+        return None
+    if isinstance(tls, grpc.ChannelCredentials):
+        return tls
     if isinstance(tls, str | os.PathLike):
-        tls = credentials_of(tls, None, None)
+        tls = TlsFiles(tls)
     elif tls is True:
-        tls = grpc.ssl_channel_credentials()
-    return grpc.secure_channel(address, tls, _OPTIONS)
-
-
-def credentials_of(
-    ca: str | os.PathLike[str] | None,
-    key: str | os.PathLike[str] | None,
-    cert: str | os.PathLike[str] | None,
-) -> grpc.ChannelCredentials:
-    """What TLS is spoken with, of PEM files; without `ca`, this machine's authorities are trusted.
-
-    Errors: SecateurError.
-    """
-    if (key is None) != (cert is None):
+        tls = TlsFiles()
+    if not isinstance(tls, TlsFiles):
+        raise SecateurError(f"tls={tls!r} is not a bool, a path or credentials of grpc's")
+    if (tls.key is None) != (tls.cert is None):
         raise SecateurError("a certificate and its private key go together")
+    paths = (tls.ca, tls.key, tls.cert)
+    return grpc.ssl_channel_credentials(*(None if path is None else _read(path) for path in paths))
+
+
+def _read(path: str | os.PathLike[str]) -> bytes:
     try:
-        contents = [None if path is None else Path(path).read_bytes() for path in (ca, key, cert)]
-    except OSError as error:
-        raise SecateurError(f"{error.filename}: {error.strerror}") from None
-    return grpc.ssl_channel_credentials(*contents)
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # a ValueError for a path with a null character
+        raise SecateurError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 class Rpcs:
@@ -128,8 +143,19 @@ class _WithMetadata:
         self._rpc, self._metadata = rpc, metadata
 
     def __call__(self, request: Any, **options: Any) -> Any:
-        return self._rpc(request, metadata=self._metadata, **options)
+        with _closed_channels():
+            return self._rpc(request, metadata=self._metadata, **options)
 
     def future(self, request: Any, **options: Any) -> Any:
         """The call, which goes on meanwhile."""
-        return self._rpc.future(request, metadata=self._metadata, **options)
+        with _closed_channels():
+            return self._rpc.future(request, metadata=self._metadata, **options)
+
+
+@contextmanager
+def _closed_channels() -> Iterator[None]:
+    """Turns the ValueError by which grpc refuses calls on a closed channel into our own error."""
+    try:
+        yield
+    except ValueError as error:
+        raise SecateurError(f"the client is closed: make a new one ({error})") from error

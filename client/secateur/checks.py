@@ -1,13 +1,17 @@
 """What an argument of a spec has to be.  Errors: InvalidSpec, which begins with its name."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from decimal import Decimal
+from inspect import Parameter, signature
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
-from secateur.errors import InvalidSpec
+from secateur.errors import InvalidSpec, SecateurError
 from secateur.tensors import is_text
 from secateur_proto import spec_pb2 as pb
+from secateur_proto.sizes import byte_count
 
 Made = TypeVar("Made")
 Value = TypeVar("Value")
@@ -64,10 +68,37 @@ def _double(value: Any) -> float | None:
 
 
 def fraction(field: str, value: Any) -> float:
-    """A number in [0, 1]."""
-    found = real(field, value)
+    """A number in [0, 1], or a text such as "50%"."""
+    share = percentage(value) if isinstance(value, str) else None
+    found = real(field, value) if share is None else share
     if not 0.0 <= found <= 1.0:
         raise InvalidSpec(f"{field}: {value} is no fraction in [0, 1]")
+    return found
+
+
+def percentage(text: str) -> float | None:
+    """The number that a text such as "50%" stands for, here 0.5; None for any other text."""
+    found = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?) ?%", text, re.ASCII)
+    return float(Decimal(found[1]) / 100) if found else None
+
+
+def size(field: str, value: Any) -> int:
+    """A number of bytes, or a text such as "5GB" or "512MiB"."""
+    if not isinstance(value, str):
+        return integer(field, value, 0, UINT64)
+    try:
+        return integer(field, byte_count(value), 0, UINT64)
+    except ValueError as error:
+        raise InvalidSpec(f"{field}: {error}") from None
+
+
+def timeout_of(value: Any) -> float | None:
+    """A number of seconds, or None for no end.  Errors: SecateurError."""
+    if value is None:
+        return None
+    found = _double(value)
+    if found is None or not 0 < found < math.inf:
+        raise SecateurError(f"timeout={value!r} is not a number of seconds above 0, or None")
     return found
 
 
@@ -101,12 +132,23 @@ def made(field: str, value: Any, kind: type[Made], make: Callable[..., Made]) ->
         return value
     if not isinstance(value, Mapping):
         raise InvalidSpec(f"{field}: {value!r} is no map of arguments")
+    if problem := mismatch(make, value):
+        raise InvalidSpec(f"{field}: {problem}")
     try:
         return make(**value)
-    except TypeError as error:
-        raise InvalidSpec(f"{field}: {error}") from None
     except InvalidSpec as error:
         raise InvalidSpec(f"{field}.{error}") from None
+
+
+def mismatch(make: Callable[..., Any], given: Collection[Any]) -> str | None:
+    """What is wrong with the names of a function's arguments; None where nothing is."""
+    known = signature(make).parameters
+    needed = [name for name, known_as in known.items() if known_as.default is Parameter.empty]
+    for name in given:
+        if name not in known:
+            return f"{name!r} is not an argument; there are {', '.join(known) or 'none'}"
+    missing = [name for name in needed if name not in given]
+    return f"{', '.join(map(repr, missing))} is missing" if missing else None
 
 
 def chosen(

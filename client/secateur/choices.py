@@ -23,6 +23,7 @@ from secateur.checks import (
     one_of,
     patterns,
     real,
+    size,
 )
 from secateur.errors import InvalidSpec
 from secateur.tensors import is_text
@@ -87,7 +88,7 @@ class GuardRails:
 
 AnyImportance = Importance | str | Plain
 AnyGranularity = Granularity | str | Plain
-AnyAmount = Amount | float | Plain
+AnyAmount = Amount | float | str | Plain
 AnyGuardRails = GuardRails | Plain
 
 
@@ -174,9 +175,12 @@ def threshold(value: float) -> Amount:
     return Amount({"threshold": real("value", value)})
 
 
-def target_bytes(n: int) -> Amount:
-    """As few units go as leave `n` bytes; a unit with any element left counts whole."""
-    return Amount({"bytes": integer("n", n, 0, UINT64)})
+def target_bytes(n: int | str) -> Amount:
+    """As few units go as leave `n` bytes; a unit with any element left counts whole.
+
+    n: a number, or a text such as "5GB" or "512MiB".
+    """
+    return Amount({"bytes": size("n", n)})
 
 
 def target_macs(target: float, per_unit: Mapping[str, float]) -> Amount:
@@ -195,7 +199,7 @@ def target_macs(target: float, per_unit: Mapping[str, float]) -> Amount:
     return Amount({"macs": pb.Macs(target=target, per_unit=costs)})
 
 
-def table(fractions: Mapping[str, float]) -> Amount:
+def table(fractions: Mapping[str, float | str]) -> Amount:
     """Each tensor has a fraction of its own.
 
     fractions: by name or glob, of which the first that matches counts. What none matches stays.
@@ -269,7 +273,7 @@ def granularity_of(value: Any) -> Granularity:
 
 
 def amount_of(value: Any) -> Amount:
-    """As importance_of; an int is a number of units, a float a fraction of them."""
+    """As importance_of; an int is a number of units, a float or "50%" a fraction of them."""
     if isinstance(value, Amount | Mapping):
         return chosen("amount", value, Amount, AMOUNTS)
     return Amount(units_of("amount", value))

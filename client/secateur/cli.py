@@ -8,14 +8,22 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
+from secateur import __version__
 from secateur.checkpoint import place_of
 from secateur.cli_checkpoints import add_checkpoints, is_checkpoint, key_option, source_of
+from secateur.cli_parser import Parser
 from secateur.cli_server import client_of, server_options
-from secateur.cli_spec import amounts_option, fill_amounts, spec_of, spec_options, tensors_option
+from secateur.cli_spec import (
+    amounts_option,
+    check_arguments,
+    fill_amounts,
+    spec_of,
+    spec_options,
+    tensors_option,
+)
 from secateur.client import Client
 from secateur.embedded import embedded
 from secateur.errors import NotSaved, SecateurError
@@ -78,6 +86,7 @@ def run() -> NoReturn:
 def _prune(options: argparse.Namespace) -> None:
     if not options.keep and options.out is None:
         options.wrong_usage("one of the arguments -o/--out --keep is required")
+    check_arguments(options)
     path, uri = _out(options)
     if options.keep and not options.server:
         raise SecateurError("--keep needs a server that stays: --server or SECATEUR_SERVER")
@@ -90,24 +99,38 @@ def _prune(options: argparse.Namespace) -> None:
         if options.out is None:
             output = "none"
         result = client.prune(
-            source, spec, output, keep=options.keep, destination=uri, prior=options.prior
+            source,
+            spec,
+            output,
+            _progress(options),
+            keep=options.keep,
+            destination=uri,
+            prior=options.prior,
         )
         if path:
             result.save(path, options.output)
-    _show(result.report)
-    if result.checkpoint:
-        print(f"kept as {result.checkpoint.name}")
+    kept = {"checkpoint": result.checkpoint.name} if result.checkpoint else {}
+    _show(result.report, options, kept)
+    if kept and not (options.json or options.quiet):
+        print(f"kept as {kept['checkpoint']}")
 
 
-def _show(report: Report) -> None:
-    """Prints a report; its warnings go to stderr, one line each."""
+def _progress(options: argparse.Namespace) -> bool | None:
+    return False if options.quiet else None
+
+
+def _show(report: Report, options: argparse.Namespace, more: dict[str, str]) -> None:
+    """Prints what a command that writes something reports; warnings go to stderr, a line each."""
     notes = []
     for warning in report.warnings:
         if warning.severity == "note":
             notes.append(warning)
         else:
             print(f"secateur: {warning}", file=sys.stderr)
-    print(replace(report, warnings=tuple(notes)))
+    if options.json:
+        print(json.dumps({**report.to_dict(), **more}, indent=2))
+    elif not options.quiet:
+        print(replace(report, warnings=tuple(notes)))
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -143,10 +166,10 @@ def _finalize(options: argparse.Namespace) -> None:
         source = source_of(client, options)
         if path:
             _check_holds(path, read_source(source))
-        final = client.finalize(source, options.tensors, destination=uri)
+        final = client.finalize(source, options.tensors, _progress(options), uri)
         if path:
             final.save(path)
-    print(final.report)
+    _show(final.report, options, {})
 
 
 def _client(options: argparse.Namespace) -> AbstractContextManager[Client]:
@@ -155,7 +178,7 @@ def _client(options: argparse.Namespace) -> AbstractContextManager[Client]:
             f"{options.model}: there is no such file; if it is a checkpoint, name its server with "
             "--server or SECATEUR_SERVER"
         )
-    return client_of(options) if options.server else embedded()
+    return client_of(options) if options.server else embedded(timeout=options.timeout)
 
 
 def _check_holds(path: Path, source: Source) -> None:
@@ -177,14 +200,14 @@ def _out(options: argparse.Namespace) -> tuple[Path | None, str | None]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="secateur",
         description="Prunes neural networks: what torch.nn.utils.prune does, on a server.",
         epilog="IN and OUT are files (.safetensors; .pt, .pth, .bin, .ckpt or .tar of torch.save), "
         "folders with one model, or URIs (file:///..., s3://...) that the server opens. IN "
         "may also be a checkpoint, as `secateur checkpoints ls` names it.",
     )
-    parser.add_argument("--version", action="version", version=f"secateur {version('secateur')}")
+    parser.add_argument("--version", action="version", version=f"secateur {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _prune_options(_command(commands, "prune", "decide what to prune, and prune it", _prune))
     report = _command(commands, "report", "show how sparse a model is, and where", _report)
@@ -202,6 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     finalize = _command(commands, "finalize", "make pruning permanent", _finalize)
     _out_option(finalize)
     tensors_option(finalize, "default: all")
+    _shown_options(finalize)
     add_checkpoints(commands)
     return parser
 
@@ -216,7 +240,6 @@ def _command(commands: Any, name: str, text: str, run: Any) -> argparse.Argument
 
 
 def _prune_options(command: argparse.ArgumentParser) -> None:
-    command.set_defaults(wrong_usage=command.error)
     _out_option(command, is_required=False)
     command.add_argument(
         "--keep", action="store_true", help="keep the result on the server, as a checkpoint"
@@ -228,6 +251,13 @@ def _prune_options(command: argparse.ArgumentParser) -> None:
         default="dense",
         help="what OUT holds: tensors with zeros (default), X_orig and X_mask, or bits",
     )
+    _shown_options(command)
+
+
+def _shown_options(command: argparse.ArgumentParser) -> None:
+    shown = command.add_mutually_exclusive_group()
+    shown.add_argument("--json", action="store_true", help="print the report as JSON, not a table")
+    shown.add_argument("--quiet", action="store_true", help="print warnings and errors only")
 
 
 def _json_option(command: argparse.ArgumentParser) -> None:

@@ -1,15 +1,16 @@
 """The options by which commands find a server."""
 
 import argparse
+import math
 import os
 
-from secateur.channel import Tls, credentials_of
+from secateur.channel import TlsFiles
 from secateur.client import Client
 from secateur.errors import SecateurError
 
 
 def server_options(command: argparse.ArgumentParser, default: str) -> None:
-    """Adds --server, --token and those of TLS."""
+    """Adds --server, --token, --timeout and those of TLS."""
     command.add_argument(
         "--server",
         metavar="ADDRESS",
@@ -34,18 +35,37 @@ def server_options(command: argparse.ArgumentParser, default: str) -> None:
     )
     command.add_argument("--tls-cert", metavar="FILE", help="your certificate: PEM")
     command.add_argument("--tls-key", metavar="FILE", help="its private key: PEM")
+    command.add_argument(
+        "--insecure", action="store_true", help="send the token to another machine without TLS"
+    )
+    command.add_argument(
+        "--timeout", metavar="SECONDS", type=seconds, help="end each call after so long"
+    )
+
+
+def seconds(text: str) -> float:
+    """A time as the user types it."""
+    try:
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
 
 
 def client_of(options: argparse.Namespace) -> Client:
     """A client of the server that the options name.  Errors: SecateurError."""
     if not options.server:
         raise SecateurError("checkpoints are on a server: give --server, or set SECATEUR_SERVER")
-    return Client(options.server, token=options.token, tls=_tls_of(options))
+    return Client(
+        options.server,
+        token=options.token,
+        tls=_tls_of(options),
+        timeout=options.timeout,
+        insecure=options.insecure,
+    )
 
 
-def _tls_of(options: argparse.Namespace) -> Tls:
-    """Errors: SecateurError."""
+def _tls_of(options: argparse.Namespace) -> TlsFiles | None:
     paths = options.tls_ca, options.tls_key, options.tls_cert
-    if not (options.tls or any(paths)):
-        return None
-    return credentials_of(*paths)
+    return TlsFiles(*paths) if options.tls or any(paths) else None

@@ -2,10 +2,12 @@
 
 import argparse
 import json
-from inspect import signature
+from contextlib import suppress
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
+from secateur.checks import percentage
 from secateur.client import Client
 from secateur.defaults import SOME_AMOUNTS, matrices
 from secateur.errors import InvalidSpec
@@ -25,22 +27,22 @@ def spec_options(command: argparse.ArgumentParser, default: str | None = None) -
         choices=_METHODS,
         help=f"as torch.nn.utils.prune has it, or beyond{shown}",
     )
-    command.set_defaults(default_method=default)
+    command.set_defaults(default_method=default, wrong_usage=command.error)
     which.add_argument(
         "--spec", metavar="FILE", type=Path, help="a spec of several rules, YAML or JSON"
     )
     command.add_argument(
-        "--amount", type=number, help="how much: an int is a number, 0.5 a fraction"
+        "--amount", type=number, help="how much: an int is a number, 0.5 or 50%% a fraction"
     )
     tensors_option(command, "default: every floating tensor of 2 or more dimensions")
     command.add_argument(
         "--n", type=_norm, help="structured: 1, 2, inf, fro, nuc; --n=-inf; of n_m: elements kept"
     )
-    command.add_argument("--m", type=int, help="n_m_structured: of how many (default 4)")
-    command.add_argument("--dim", type=int, help="structured: the dimension of the slices")
-    command.add_argument("--rows", type=int, help="block_structured: of a block; 0 is all")
-    command.add_argument("--cols", type=int, help="block_structured: of a block; 0 is all")
-    command.add_argument("--seed", type=int, help="random: the same seed prunes the same")
+    command.add_argument("--m", type=_whole, help="n_m_structured: of how many (default 4)")
+    command.add_argument("--dim", type=_whole, help="structured: the dimension of the slices")
+    command.add_argument("--rows", type=_whole, help="block_structured: of a block; 0 is all")
+    command.add_argument("--cols", type=_whole, help="block_structured: of a block; 0 is all")
+    command.add_argument("--seed", type=_whole, help="random: the same seed prunes the same")
     command.add_argument(
         "--importance", choices=("l1", "random"), help="global_unstructured: default l1"
     )
@@ -59,7 +61,7 @@ def amounts_option(command: argparse.ArgumentParser, default: str) -> None:
         "--amounts",
         metavar="AMOUNT,...",
         type=amounts,
-        help=f"as 0.1,0.5,0.9; {default}",
+        help=f"as 0.1,0.5,90%%; {default}",
     )
 
 
@@ -70,24 +72,42 @@ def tensors_option(command: argparse.ArgumentParser, default: str) -> None:
     )
 
 
+def check_arguments(options: argparse.Namespace) -> None:
+    """Ends the command where --method and its arguments do not fit each other."""
+    given = _given(options)
+    if options.spec is not None:
+        if given or options.tensors:
+            name = next(iter(given), "tensors")
+            options.wrong_usage(f"--spec has the whole spec: leave out --{name}")
+        return
+    known = signature(METHODS[options.method]).parameters
+    for name in given:
+        if name not in known:
+            options.wrong_usage(f"--method {options.method} takes no --{name}")
+    for name, parameter in known.items():
+        if parameter.default is Parameter.empty and name not in (*given, "tensors"):
+            options.wrong_usage(f"--method {options.method} needs --{name}")
+
+
 def spec_of(options: argparse.Namespace, client: Client, source: Any) -> Spec:
     """The spec that the options name.  Errors: InvalidSpec."""
-    arguments = {
-        name: getattr(options, name) for name in _ARGUMENTS if getattr(options, name) is not None
-    }
     if options.spec is not None:
-        if arguments or options.tensors:
-            raise InvalidSpec("--spec has the whole spec; --method's options do not go with it")
         try:
             return Spec.from_dict(_read_spec(options.spec))
         except InvalidSpec as error:
             raise InvalidSpec(f"{options.spec}: {error}") from None
     tensors = options.tensors or matrices(client.report, source)
-    return Spec.from_dict({"rules": [{"method": options.method, "tensors": tensors, **arguments}]})
+    rule = {"method": options.method, "tensors": tensors, **_given(options)}
+    return Spec.from_dict({"rules": [rule]})
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of --method that the user gave."""
+    return {n: getattr(options, n) for n in _ARGUMENTS if getattr(options, n) is not None}
 
 
 def fill_amounts(options: argparse.Namespace) -> None:
-    """Where nothing says how much, some amounts are planned.
+    """Where nothing says how much, some amounts are planned; checks the arguments.
 
     Where --amounts do, a method that asks for one amount has the first of them.
     """
@@ -97,6 +117,7 @@ def fill_amounts(options: argparse.Namespace) -> None:
     if is_asked and options.amount is None:
         options.amounts = options.amounts or SOME_AMOUNTS
         options.amount = options.amounts[0]
+    check_arguments(options)
 
 
 def _read_spec(path: Path) -> Any:
@@ -128,12 +149,32 @@ def amounts(text: str) -> list[float]:
 
 
 def number(text: str) -> float:
-    """An amount as the user types it: an int, or a float."""
+    """An amount as the user types it: an int, a float, or a percentage."""
+    if (share := percentage(text)) is not None:
+        return share
     try:
         return int(text)
     except ValueError:
+        pass
+    try:
         return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not an amount, such as 100, 0.5 or 50%"
+        ) from None
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
 
 
 def _norm(text: str) -> float | str:
-    return text if text in ("fro", "nuc") else number(text)
+    if text in ("fro", "nuc"):
+        return text
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number, inf, -inf, fro or nuc")

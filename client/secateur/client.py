@@ -2,17 +2,20 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
 
-from secateur.channel import Rpcs, Tls, open_channel
+from secateur.address import parse_address
+from secateur.channel import Rpcs, Tls, open_channel, read_tls
 from secateur.checkpoint import Checkpoint, decode_checkpoint, name_of, place_of, uri_of
-from secateur.checks import one_of, patterns
+from secateur.checks import one_of, patterns, timeout_of
 from secateur.choices import AnyGranularity, magnitude
 from secateur.defaults import SOME_AMOUNTS, matrices
+from secateur.diagnosis import Target, diagnosing
 from secateur.download import save_answer
 from secateur.errors import InvalidStateDict, SecateurError, Unavailable
 from secateur.files import warn_of_rest
@@ -46,9 +49,12 @@ Patterns = str | Sequence[str] | None
 class Client:
     """A connection to a server. Safe to use from several threads.
 
-    address: HOST:PORT or unix:PATH.  token: sent with every call.
-    tls: True, the path of a PEM file of authorities to trust, or credentials of grpc's.
+    address: HOST:PORT or unix:PATH; None is $SECATEUR_SERVER, and then $SECATEUR_TOKEN and
+        $SECATEUR_TLS_CA stand in for a token and a tls that are not given.
+    token: sent with every call.  tls: True, the path of a PEM file of authorities to trust, or
+        credentials of grpc's.
     timeout: seconds for each call.  channel: to use instead of an address; it is left open.
+    insecure: whether a token may be sent to another machine without TLS.
 
     What a busy server puts off is sent again when it says so, and what a broken connection cost
     goes on by itself, both within the timeout.
@@ -71,12 +77,24 @@ class Client:
         tls: Tls = None,
         timeout: float | None = None,
         channel: grpc.Channel | None = None,
+        insecure: bool = False,
     ) -> None:
-        self._channel = channel or open_channel(address, tls)
+        if channel is None and address is None:
+            address, token, tls = _from_environment(token, tls)
+        self._timeout = timeout_of(timeout)
+        metadata = _authorization(token)
+        self._target = None
         self._is_owner = channel is None
-        self._timeout = timeout
+        if channel is None:
+            credentials = read_tls(tls)
+            self._target = Target(parse_address(address), has_tls=credentials is not None)
+            _check_secrecy(self._target, token, insecure)
+            channel = open_channel(self._target, credentials)
+        elif not isinstance(channel, grpc.Channel):
+            raise SecateurError(f"channel={channel!r} is not a grpc.Channel")
+        self._channel = channel
+        self._is_closed = False
         self._is_known = False  # whether the server has ever answered
-        metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._rpcs = Rpcs(self._channel, metadata)
 
     def prune(
@@ -312,9 +330,13 @@ class Client:
         self, attempt: Callable[[float | None], Answer], is_safe: bool = True
     ) -> Answer:
         """As Patience.until_served."""
-        answer = Patience(self._timeout).until_served(attempt, self._is_known, is_safe)
+        with self._diagnosing():
+            answer = Patience(self._timeout).until_served(attempt, self._is_known, is_safe)
         self._is_known = True
         return answer
+
+    def _diagnosing(self) -> AbstractContextManager[None]:
+        return diagnosing(self._target, self._timeout, self._is_known)
 
     def upload(self, source: Any, progress: Progress = None, key: str | None = None) -> Checkpoint:
         """Stores a model on the server, where it stays until it is deleted, or has to make room.
@@ -327,7 +349,7 @@ class Client:
         if "uri" in (place := place_of(source)):
             header = checkpoints_pb2.UploadHeader(uri=place["uri"])
             request = iter([checkpoints_pb2.UploadRequest(header=header)])
-            with errors_of(None):
+            with self._diagnosing(), errors_of(None):
                 return decode_checkpoint(self._rpcs.upload(request, timeout=self._timeout))
         if not model.is_here:
             raise InvalidStateDict("a checkpoint is on the server already")
@@ -335,7 +357,8 @@ class Client:
         files = files_of(model)
         rpcs = self._rpcs.query_upload, self._rpcs.upload
         sending = Sending(*rpcs, self._timeout, self._is_known)
-        with show_progress(progress, sum(file.size for file in files)) as shown:
+        total = sum(file.size for file in files)
+        with show_progress(progress, total) as shown, self._diagnosing():
             checkpoint = sending.send(files, shown)
         self._is_known = True
         return checkpoint
@@ -404,13 +427,18 @@ class Client:
 
         timeout: seconds.  Errors: Unavailable.
         """
+        if self._is_closed:
+            raise SecateurError("the client is closed: make a new one")
+        seconds = timeout_of(timeout)
         try:
-            grpc.channel_ready_future(self._channel).result(timeout)
+            grpc.channel_ready_future(self._channel).result(seconds)
         except grpc.FutureTimeoutError:
-            raise Unavailable(f"there is no server after {timeout:g} seconds") from None
+            with self._diagnosing():
+                raise Unavailable(f"there is no server after {timeout:g} seconds") from None
 
     def close(self) -> None:
         """Closes the connection."""
+        self._is_closed = True
         if self._is_owner:
             self._channel.close()
 
@@ -424,3 +452,30 @@ class Client:
         at: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _from_environment(token: str | None, tls: Tls) -> tuple[str, str | None, Tls]:
+    """The address, the token and the tls, from variables where they are not given."""
+    address = os.environ.get("SECATEUR_SERVER")
+    if not address:
+        raise SecateurError("give an address, or a channel, or set SECATEUR_SERVER")
+    token = os.environ.get("SECATEUR_TOKEN") if token is None else token
+    return address, token, os.environ.get("SECATEUR_TLS_CA") or None if tls is None else tls
+
+
+def _authorization(token: Any) -> tuple[tuple[str, str], ...]:
+    """The metadata of every call.  Errors: SecateurError, which does not repeat the token."""
+    if token is None or token == "":
+        return ()
+    if not isinstance(token, str) or not (token.isascii() and token.isprintable()):
+        raise SecateurError("token: it is not a line of printable ASCII characters")
+    return (("authorization", f"Bearer {token}"),)
+
+
+def _check_secrecy(target: Target, token: str | None, insecure: bool) -> None:
+    """Refuses to send a token over a network in plaintext.  Errors: SecateurError."""
+    if token and not (target.has_tls or target.address.is_local or insecure):
+        raise SecateurError(
+            f"token: it would go to {target.address.text} without encryption; use tls=True or "
+            "tls=CA_FILE (--tls or --tls-ca), or insecure=True (--insecure) on a safe network"
+        )

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from secateur.checks import timeout_of
 from secateur.client import Client
 from secateur.errors import SecateurError
 
@@ -18,14 +19,34 @@ def embedded(device: str = "auto", timeout: float | None = None) -> Iterator[Cli
     """
     try:
         from secateur_server.app import App
-        from secateur_server.config import read_config
+        from secateur_server.config import BadConfig, parse_config
     except ImportError as error:
         raise SecateurError(
             f"an embedded server needs {error.name}: pip install 'secateur[server]'"
         ) from error
-    with tempfile.TemporaryDirectory(prefix="secateur-") as folder:  # mode 0700
+    seconds = timeout_of(timeout)
+    with _private_folder() as folder:
         address = f"unix:{folder}/socket"
-        arguments = ["--address", address, "--metrics-address", "", "--device", device]
+        arguments = ["--address", address, "--metrics-address", "", f"--device={device}"]
         arguments += ["--allow-path", "/"]  # what this user may read and write, and nobody else
-        with App(read_config(arguments, {})), Client(address, timeout=timeout) as client:
+        try:
+            app = App(parse_config(arguments, {}))
+        except BadConfig as error:
+            raise SecateurError(f"the embedded server does not start: {error}") from None
+        except Exception as error:  # CannotStart, and what torch raises of a device
+            raise SecateurError(f"the embedded server does not start: {error}") from error
+        with app, Client(address, timeout=seconds) as client:
             yield client
+
+
+@contextmanager
+def _private_folder() -> Iterator[str]:
+    """A temporary folder of mode 0700.  Errors: SecateurError."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="secateur-")
+    except OSError as error:
+        raise SecateurError(
+            f"the embedded server does not start: {error.filename}: {error.strerror}"
+        ) from None
+    with folder as path:
+        yield path

@@ -1,5 +1,6 @@
 """A model as files: one file, or a folder."""
 
+import importlib.util
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -91,6 +92,8 @@ def check_writable(path: Path, has_folder: bool = False) -> None:
             f"{path}: unknown suffix {path.suffix!r}; known are {KNOWN_SUFFIXES}, "
             "or name a folder that exists"
         )
+    if path.suffix in TORCH_SUFFIXES and importlib.util.find_spec("torch") is None:
+        raise SecateurError(f"{path}: to write {path.suffix} install torch")
     if not path.absolute().parent.is_dir():
         raise SecateurError(f"{path}: there is no such folder")
 

@@ -94,7 +94,8 @@ def head_groups(
     q, k, v, o: the names of its projections' weights, as torch.nn.Linear has them.
     heads: of queries.  kv_heads: of keys and values, which divides `heads`; None is `heads`.
     Unit i is KV head i: its rows in k and v, the rows of its heads // kv_heads query heads in q,
-    and their columns in o.
+    and their columns in o. With few KV heads that is coarse, with one all or nothing: see
+    query_head_groups.
     """
     heads = integer("heads", heads, 1, UINT64)
     units = heads if kv_heads is None else integer("kv_heads", kv_heads, 1, UINT64)
@@ -105,6 +106,22 @@ def head_groups(
     members = [member(q, stride=of_q, units=units)]
     members += [member(name, stride=of_kv, units=units) for name in (k, v) if name is not None]
     return [group(f"heads of {q}", *members, member(o, dim=1, stride=of_q, units=units))]
+
+
+def query_head_groups(q: str, o: str, head_dim: int, heads: int) -> list[Group]:
+    """The query heads of an attention layer, as the units of one group; keys and values are kept.
+
+    Unit i is query head i: its rows in q, and its columns in o. For layers in which several query
+    heads share a key and a value. The mask may keep more query heads of one KV head than of
+    another, which a dense model of that shape computes as it is.
+
+    Args:
+        q: The name of the query projection's weight, as torch.nn.Linear has it.
+        o: The name of the output projection's weight.
+        head_dim: Rows of a head.
+        heads: Of queries.
+    """
+    return head_groups(q, None, None, o, head_dim, heads)
 
 
 def groups_of(value: Any) -> list[pb.Group]:

@@ -1,6 +1,6 @@
 """torch modules: what is read from them, and masks put on them. Imported with torch only."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -8,6 +8,8 @@ from torch.nn import Module
 from torch.nn.utils import prune
 
 from secateur.errors import InvalidStateDict
+from secateur.in_place import all_or_nothing, check_module, pruning_hooks, remove_masks
+from secateur.names import matched
 
 
 def entries_of(module: Module) -> tuple[dict[str, Any], frozenset[str]]:
@@ -21,13 +23,18 @@ def entries_of(module: Module) -> tuple[dict[str, Any], frozenset[str]]:
     return entries, frozenset(parameters | masks) & entries.keys()
 
 
-def check_hooks(module: Module) -> None:
+def check_hooks(module: Module) -> list[str]:
     """Refuses a module in which pruning hooks and pairs do not belong together one to one.
 
-    Errors: InvalidStateDict.
+    Returns:
+        The names of the pruned parameters.
+
+    Raises:
+        InvalidStateDict: They do not.
     """
+    pruned = []
     for path, part in module.named_modules():
-        hooks = [hook._tensor_name for hook in _pruning_hooks(part)]
+        hooks = [hook._tensor_name for hook in pruning_hooks(part)]
         for name in hooks:
             full = f"{path}.{name}" if path else name
             if hooks.count(name) > 1:
@@ -36,29 +43,82 @@ def check_hooks(module: Module) -> None:
                 raise InvalidStateDict(
                     f"{full}: has a pruning hook, but not both {name}_orig and {name}_mask"
                 )
+            pruned.append(full)
+    return pruned
 
 
-def _pruning_hooks(part: Module) -> list[prune.BasePruningMethod]:
-    hooks = part._forward_pre_hooks.values()
-    return [hook for hook in hooks if isinstance(hook, prune.BasePruningMethod)]
-
-
-def apply_masks(module: Module, masks: Mapping[str, torch.Tensor]) -> None:
+def apply_masks(module: Module, masks: Mapping[str, torch.Tensor], model: Collection[str]) -> None:
     """Installs masks as torch.nn.utils.prune.custom_from_mask does.
 
     A tied parameter is pruned under each of its names in the module.
 
-    masks: bool, by parameter name.  Errors: InvalidStateDict, before anything has changed.
+    Args:
+        module: Its names may have other prefixes than the masks': see secateur.names.
+        masks: Bool, by parameter name.
+        model: All names of the model that the masks are of.
+
+    Raises:
+        InvalidStateDict: A mask does not fit. The module is unchanged.
     """
+    check_module(module)
     check_hooks(module)
-    for part, leaf, mask in _targets(module, masks):
-        prune.custom_from_mask(part, leaf, mask.to(_weight(part, leaf).device))  # type: ignore[no-untyped-call]
+    places = matched(masks, _parameter_names(module), {*model, *masks})
+    targets = _targets(module, {places[name]: mask for name, mask in masks.items()})
+    with all_or_nothing([part for _, part, _, _ in targets]):
+        for name, part, leaf, mask in targets:
+            try:
+                prune.custom_from_mask(part, leaf, mask.to(_weight(part, leaf).device))  # type: ignore[no-untyped-call]
+            except Exception as error:
+                raise InvalidStateDict(f"{name}: torch cannot prune it: {error}") from error
+
+
+def finalize(
+    module: Module, values: Mapping[str, torch.Tensor], finalized: Collection[str]
+) -> None:
+    """Finalizes the pruned parameters of a module that were finalized elsewhere.
+
+    Args:
+        module: Its names may have other prefixes than those of `values`: see secateur.names.
+        values: The state_dict of the result; a parameter that it has as a pair stays pruned.
+        finalized: The names in `values` of what was a pair, as far as they are known.
+
+    Raises:
+        InvalidStateDict: The result is not of this module as it is. The module is unchanged.
+    """
+    check_module(module)
+    pruned = check_hooks(module)
+    still = {name.removesuffix("_orig") for name in values if name.endswith("_orig")}
+    places = matched(pruned, {*values, *still}, _parameter_names(module))
+    for name in pruned:
+        if places[name] not in {*values, *still}:
+            raise InvalidStateDict(f"{name}: the result has no such tensor")
+    folded = {name: values[places[name]] for name in pruned if places[name] in values}
+    found = {id(value) for value in folded.values()}  # a tied one is found by any name
+    missing = [name for name in finalized if id(values[name]) not in found]
+    if missing or not folded:
+        raise InvalidStateDict(
+            f"{missing[0] if missing else 'the module'}: is not pruned in the module; load the "
+            "result's state_dict() instead"
+        )
+    remove_masks(module, folded)
+
+
+def _parameter_names(module: Module) -> list[str]:
+    """The name of each parameter, every name of those that have several; a pair is its X."""
+    names = []
+    for name, _ in module.named_parameters(remove_duplicate=False):
+        path, _, leaf = name.rpartition(".")
+        base = leaf.removesuffix("_orig")
+        has_mask = f"{base}_mask" in module.get_submodule(path)._buffers
+        leaf = base if has_mask else leaf
+        names.append(f"{path}.{leaf}" if path else leaf)
+    return names
 
 
 def _targets(
     module: Module, masks: Mapping[str, torch.Tensor]
-) -> list[tuple[Module, str, torch.Tensor]]:
-    """Each submodule and parameter to install a mask at.  Errors: InvalidStateDict."""
+) -> list[tuple[str, Module, str, torch.Tensor]]:
+    """Each name, submodule and parameter to install a mask at.  Errors: InvalidStateDict."""
     by_parameter: dict[int, tuple[str, torch.Tensor]] = {}
     for name, mask in masks.items():
         weight = _weight(*_target(module, name, mask))
@@ -69,7 +129,7 @@ def _targets(
             )
     names = _names_by_parameter(module)
     return [
-        (*_target(module, name, mask), mask)
+        (name, *_target(module, name, mask), mask)
         for parameter, (_, mask) in by_parameter.items()
         for name in names[parameter]
     ]
@@ -108,7 +168,7 @@ def _target(module: Module, name: str, mask: torch.Tensor) -> tuple[Module, str]
             if hasattr(part, taken):
                 raise InvalidStateDict(f"{name}: the module has a {taken} of its own")
     else:
-        if leaf not in [hook._tensor_name for hook in _pruning_hooks(part)]:
+        if leaf not in [hook._tensor_name for hook in pruning_hooks(part)]:
             raise InvalidStateDict(f"{name}: is a pair without a pruning hook")
         before = part._buffers[f"{leaf}_mask"]
         if before is not None and bool((mask & (before.cpu() == 0)).any()):

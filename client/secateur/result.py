@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from secateur.errors import InvalidStateDict, SecateurError
 from secateur.files import save
 from secateur.report import Report
 from secateur.source import Mask, Source
-from secateur.tensors import Bytes, LocalTensor, prior_mask, to_value
+from secateur.tensors import Bytes, LocalTensor, prior_mask, to_value, torch_for
 from secateur.ties import each_once, tied
 from secateur.transfer import Received
 from secateur_proto.dtypes import DTYPES
@@ -39,6 +40,25 @@ class FinalizeResult:
     def state_dict(self) -> dict[str, Any]:
         """The tensors, in the source's kind: of torch, or arrays. Tied ones are one object."""
         return _values(self._entries(), self._source)
+
+    def apply_to(self, module: Any) -> None:
+        """Finalizes a pruned torch.nn.Module in place, as torch.nn.utils.prune.remove does.
+
+        Each pair X_orig, X_mask that was finalized becomes the parameter X, the same object as
+        X_orig before, and the pruning hook is removed.
+
+        Args:
+            module: The one that was finalized, or one with the same values and masks.
+
+        Raises:
+            InvalidStateDict: It has other values or masks. The module is unchanged.
+        """
+        received = self._received
+        torch_for("apply_to")
+        from secateur.module import finalize
+
+        values = _values(self._entries(), replace(self._source, as_torch=True))
+        finalize(module, values, self._source.pairs().keys() & received.keys())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes .safetensors or a torch file, or a folder if it came from one.
@@ -124,14 +144,15 @@ class PruneResult:
         """Prunes a torch.nn.Module as torch.nn.utils.prune does, so that its functions go on.
 
         Each pruned X becomes the parameter X_orig and the buffer X_mask, with a forward pre-hook.
+        The prefixes of torch.compile and DataParallel may differ between the result and the module.
         Errors: InvalidStateDict, with the module unchanged.
         """
-        import torch
-
+        masks = self.masks
+        torch = torch_for("apply_to")
         from secateur.module import apply_masks
 
-        masks = {name: torch.as_tensor(mask) for name, mask in self.masks.items()}
-        apply_masks(module, masks)
+        tensors = {name: torch.as_tensor(mask) for name, mask in masks.items()}
+        apply_masks(module, tensors, self._source.prunable_names())
 
     @cached_property
     def _flat_masks(self) -> dict[str, Mask]:

@@ -193,7 +193,10 @@ def _from_module(module: Any) -> Source:
     from secateur.module import check_hooks, entries_of
 
     check_hooks(module)
-    entries, parameters = entries_of(module)
+    try:
+        entries, parameters = entries_of(module)
+    except Exception as error:  # a state_dict may be the caller's own code
+        raise InvalidStateDict(f"the module's state_dict() fails: {error}") from error
     tensor = sys.modules["torch"].Tensor
     return _divided(entries, parameters, True, lambda name, value: not isinstance(value, tensor))
 

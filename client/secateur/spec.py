@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from secateur.checks import norm, one_of, patterns
+from secateur.checks import mismatch, norm, one_of, patterns
 from secateur.choices import (
     ALLOCATIONS,
     AnyAmount,
@@ -356,11 +356,12 @@ def _from_plain(rule: Any, path: str) -> Spec:
         raise InvalidSpec(f"{path}: {rule!r} is no map")
     arguments = dict(rule)
     plain = {name: method for name, method in METHODS.items() if method is not custom_from_mask}
-    try:
-        with _at(path):
-            return one_of("method", arguments.pop("method", None), plain)(**arguments)
-    except TypeError as error:
-        raise InvalidSpec(f"{path}: {error}") from None
+    name = arguments.pop("method", None)
+    with _at(path):
+        method = one_of("method", name, plain)
+        if problem := mismatch(method, arguments):
+            raise InvalidSpec(f"{name}: {problem}")
+        return method(**arguments)
 
 
 @contextmanager

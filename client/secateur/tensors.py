@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from secateur.errors import InvalidStateDict, SecateurError
 from secateur.places import Place, array_place, tensor_place
+from secateur.unreadable import problem_of
 from secateur_proto.dtypes import DTYPES
 
 Bytes = npt.NDArray[np.uint8]
@@ -59,7 +60,10 @@ def is_array(value: Any) -> bool:
     """Whether a value is an array of numbers or bools, and not of texts or objects."""
     if not hasattr(value, "__array__"):
         return False
-    dtype = np.asarray(value).dtype
+    try:
+        dtype = as_array("", value).dtype
+    except InvalidStateDict:
+        return False
     return dtype.kind in "biufc" or dtype.isbuiltin == 2  # 2: a dtype of ml_dtypes
 
 
@@ -72,12 +76,14 @@ def from_value(name: str, value: Any) -> LocalTensor:
     """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
+        if problem := problem_of(torch, value):
+            raise InvalidStateDict(f"{name}: {problem}")
         read = _torch_reader(torch, name, value)
         dtype = str(value.dtype).removeprefix("torch.")
         return _described(name, dtype, value.shape, read, tensor_place(value))
     if not hasattr(value, "__array__"):
         raise InvalidStateDict(f"{name}: {type(value).__name__} is no tensor and no array")
-    array = np.asarray(value)
+    array = as_array(name, value)
     if not is_array(array):
         raise InvalidStateDict(f"{name}: dtype {array.dtype.name} is not a dtype of numbers")
     read, place = lambda: _array_bytes(array), array_place(array)
@@ -93,7 +99,7 @@ def _described(
     if wire is None or (packed > 1 and not shape):
         raise NoWireDtype(f"{name}: dtype {dtype} has no place in a safetensors file")
     shape = shape if packed == 1 else (*shape[:-1], shape[-1] * packed)
-    return LocalTensor(wire, shape, read, place)
+    return LocalTensor(wire, shape, _named(name, read), place)
 
 
 def dtype_of(value: Any) -> str:
@@ -105,9 +111,31 @@ def dtype_of(value: Any) -> str:
     return " ".join(word.removeprefix("torch.") for word in words)
 
 
+def _named(name: str, read: Callable[[], Bytes]) -> Callable[[], Bytes]:
+    """Makes what fails while a tensor is read an InvalidStateDict that names it."""
+
+    def reading() -> Bytes:
+        try:
+            return read()
+        except Exception as error:  # torch raises whatever comes
+            raise InvalidStateDict(f"{name}: cannot read its values: {_brief(error)}") from error
+
+    return reading
+
+
+def _brief(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def as_array(name: str, value: Any) -> npt.NDArray[Any]:
+    """The array that a value says it is.  Errors: InvalidStateDict."""
+    try:
+        return np.asarray(value)
+    except Exception as error:  # of the caller's own __array__
+        raise InvalidStateDict(f"{name}: cannot make an array of it: {_brief(error)}") from error
+
+
 def _torch_reader(torch: Any, name: str, value: Any) -> Callable[[], Bytes]:
-    if value.device.type == "meta" or value.is_nested:
-        raise InvalidStateDict(f"{name}: only dense tensors with data can be sent")
     if value.layout != torch.strided or value.is_quantized:
         raise NoWireDtype(f"{name}: dtype {dtype_of(value)} has no place in a safetensors file")
     # A detached, contiguous tensor on the CPU is no copy.
@@ -127,6 +155,14 @@ def _array_bytes(array: npt.NDArray[Any]) -> Bytes:
     if array.dtype.byteorder == ">":
         array = array.astype(array.dtype.newbyteorder("<"))
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def torch_for(what: str) -> Any:
+    """The module torch.  Errors: SecateurError, where it is not installed."""
+    try:
+        return importlib.import_module("torch")
+    except ImportError as error:
+        raise SecateurError(f"{what} needs torch: {error}") from None
 
 
 def to_value(name: str, tensor: LocalTensor, as_torch: bool) -> Any:

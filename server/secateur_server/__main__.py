@@ -21,10 +21,15 @@ if not {"MALLOC_ARENA_MAX", "GLIBC_TUNABLES"} & os.environ.keys():
     with suppress(AttributeError):  # another C library has no heaps to count
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
-from secateur_server.app import App, CannotStart
-from secateur_server.check import check
-from secateur_server.config import read_config
-from secateur_server.operate.logs import set_up
+try:
+    from secateur_server.app import App, CannotStart
+    from secateur_server.check import check
+    from secateur_server.config import read_config
+    from secateur_server.operate.logs import set_up
+except ImportError as error:  # installed as the client alone
+    sys.exit(
+        f"secateur-server: {error}; install the server's packages: pip install 'secateur[server]'"
+    )
 
 
 def main() -> int:

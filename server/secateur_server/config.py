@@ -4,10 +4,12 @@ import argparse
 import ipaddress
 import os
 import stat
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -52,9 +54,33 @@ class Config:
     check: bool = False
 
 
+class BadConfig(ValueError):
+    """The options are wrong; the message is one line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises BadConfig where argparse would print its usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadConfig(message)
+
+
 def read_config(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> Config:
-    """The configuration from the command line, then SECATEUR_* variables, then defaults."""
-    parser = argparse.ArgumentParser(
+    """As parse_config; wrong options are one line on stderr, and exit status 2."""
+    try:
+        return parse_config(arguments, environment)
+    except BadConfig as error:
+        print(f"secateur-server: error: {error} (try secateur-server --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse_config(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
+    """The configuration from the command line, then SECATEUR_* variables, then defaults.
+
+    Raises:
+        BadConfig: An option is unknown or wrong, or does not fit the others.
+    """
+    parser = _Parser(
         prog="secateur-server",
         description="Prunes neural networks over gRPC.",
         epilog="Each option is also an environment variable: --max-model-bytes is "
@@ -82,7 +108,7 @@ def read_config(arguments: Sequence[str], environment: Mapping[str, str] = os.en
             options[name] = min(both) * 3 // 4
     config = Config(**{**options, "metrics_address": options["metrics_address"] or None})
     if problem := _problem(config):
-        parser.error(problem)
+        raise BadConfig(problem)
     return config
 
 

@@ -88,6 +88,15 @@ def test_granularities(granularity: Any, plain: Any, expected: str) -> None:
         (3, 3, "count: 3"),
         (1.0, 1.0, "fraction: 1"),
         (np.int64(3), 3, "count: 3"),
+        ("50%", "50 %", "fraction: 0.5"),
+        ("33.3%", "33.30%", "fraction: 0.333"),
+        (secateur.target_bytes("5GB"), {"target_bytes": {"n": "5 GB"}}, "bytes: 5000000000"),
+        (secateur.target_bytes("1.5KiB"), {"target_bytes": {"n": "1536B"}}, "bytes: 1536"),
+        (
+            secateur.table({"*": "25%"}),
+            {"table": {"fractions": {"*": 0.25}}},
+            'table { entries { tensors: "*" fraction: 0.25 } }',
+        ),
         (secateur.threshold(0.25), {"threshold": {"value": 0.25}}, "threshold: 0.25"),
         (secateur.target_bytes(100), {"target_bytes": {"n": 100}}, "bytes: 100"),
         (
@@ -248,6 +257,17 @@ GROUPED = {"method": "grouped", "amount": 1, "groups": [{"name": "g", "members":
             r"combination: 'min' ",
         ),
         ({"method": ["select"]}, r"method: \['select'\] "),
+        ({"method": "lamp", "tensors": "*"}, "lamp: 'amount' is missing$"),
+        ({"method": "lamp", "amount": 1, "tensor": "*"}, "lamp: 'tensor' is not an argument; "),
+        ({"method": "lamp", "amount": 1, "tensors": "*", 3: 4}, "lamp: 3 is not an argument; "),
+        ({"method": "ln_structured", "tensors": "*"}, "'amount', 'n', 'dim' is missing$"),
+        ({"method": "identity", "tensors": "*", "dim": 1}, "there are tensors$"),
+        ({**SELECT, "granularity": {"heads": {}}}, r"granularity\.heads: 'head_dim' is missing"),
+        ({**SELECT, "granularity": {"rows": {"n": 1}}}, "'n' is not an argument; there are none"),
+        ({**SELECT, "amount": "150%"}, "amount: 150% is no fraction"),
+        ({**SELECT, "amount": "5GB"}, "amount: '5GB' is no number"),
+        ({**SELECT, "amount": {"target_bytes": {"n": "5 apples"}}}, r"target_bytes\.n: '5 apples'"),
+        ({**SELECT, "amount": {"target_bytes": {"n": "99999999TB"}}}, r"target_bytes\.n: "),
     ],
 )
 def test_what_is_wrong_is_named(rule: dict[str, Any], said: str) -> None:
@@ -282,6 +302,22 @@ def test_heads_without_k_and_v() -> None:
     assert [member.tensor for member in found.message.members] == ["q", "o"]
     with pytest.raises(InvalidSpec, match="kv_heads: 2 does not divide 3"):
         secateur.head_groups("q", "k", "v", "o", 2, 3, 2)
+
+
+def test_query_heads_are_pruned_where_one_kv_head_is_all_or_nothing(
+    client: secateur.Client,
+) -> None:
+    """Eight query heads of two rows, the first the least important, and one key and value."""
+    scale = np.repeat(np.arange(1, 9), 2)[:, None].astype(np.float32)
+    model = {"q": np.ones((16, 4), np.float32) * scale, "o": np.ones((4, 16), np.float32)}
+    kept = {"k": np.ones((2, 4), np.float32), "v": np.ones((2, 4), np.float32)}
+    groups = secateur.query_head_groups("q", "o", head_dim=2, heads=8)
+    for amount, heads in ((0.5, 4), (0.6, 5), (3, 3)):
+        masks = client.prune({**model, **kept}, secateur.grouped(groups, amount)).masks
+        assert masks.keys() == {"q", "o"}
+        expected = np.arange(16) >= 2 * heads
+        assert (masks["q"] == expected[:, None]).all()
+        assert (masks["o"] == expected).all()
 
 
 def test_torchs_methods_go_over_the_wire_as_ever() -> None:

@@ -263,15 +263,6 @@ def test_the_command_says_what_is_wrong(
     assert shown.err.count("\n") == 1
 
 
-def test_amounts_that_are_no_numbers_are_wrong_usage(
-    model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        run("plan", model, "--method", "lamp", "--amounts", "0.5,x")
-    assert ended.value.code == 2
-    assert "argument --amounts: invalid amounts value: '0.5,x'" in capsys.readouterr().err
-
-
 def test_prune_has_the_options_of_the_methods(
     model: Path, client: secateur.Client, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -173,9 +173,11 @@ def test_a_file_of_another_kind_is_refused(
         pytest.param({"w": None}, "w: NoneType", id="None as a tensor"),
         pytest.param({"w": np.array(["a"])}, "w: dtype str", id="array of text"),
         pytest.param({"w": np.array([None])}, "w: dtype object", id="array of objects"),
-        pytest.param({"w": WEIGHT.to("meta")}, "w: only dense", id="meta"),
+        pytest.param({"w": WEIGHT.to("meta")}, "w: is on the device meta", id="meta"),
         pytest.param(
-            {"w": WEIGHT.to("meta", torch.complex128)}, "w: only dense", id="meta of complex128"
+            {"w": WEIGHT.to("meta", torch.complex128)},
+            "w: is on the device meta",
+            id="meta of complex128",
         ),
         pytest.param({"\ud800": WEIGHT}, r"\\ud800", id="a name that is no text"),
         pytest.param({"__metadata__": WEIGHT}, "__metadata__", id="a name that is taken"),

@@ -172,6 +172,7 @@ def test_a_client_may_bring_its_channel(channel: grpc.Channel) -> None:
         assert client.report(MODEL).total == 66
 
 
-def test_a_client_needs_an_address_or_a_channel() -> None:
-    with pytest.raises(ValueError, match="an address, or a channel"):
+def test_a_client_needs_an_address_or_a_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SECATEUR_SERVER", raising=False)
+    with pytest.raises(secateur.SecateurError, match="an address, or a channel"):
         secateur.Client()

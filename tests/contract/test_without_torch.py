@@ -23,7 +23,9 @@ def without_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(site: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    paths = ":".join([str(site), *(str(Path(part).resolve()) for part in ("client", "protos"))])
+    paths = ":".join(
+        [str(site), *(str(Path(part).resolve()) for part in ("client", "server", "protos"))]
+    )
     return subprocess.run(
         [sys.executable, "-S", "-W", "error", "-c", code, *arguments],
         env={"PYTHONPATH": paths},
@@ -77,3 +79,31 @@ except secateur.SecateurError as error:
 """
     ended = run(without_torch, code)
     assert "pip install 'secateur[server]'" in ended.stdout, ended.stderr
+
+
+def test_the_server_says_what_it_needs(without_torch: Path) -> None:
+    """As the installed command starts it, and as `python -m` does."""
+    for code in (
+        "from secateur_server.__main__ import run; run()",
+        "import runpy; runpy.run_module('secateur_server', run_name='__main__')",
+    ):
+        ended = run(without_torch, code)
+        assert (ended.returncode, ended.stdout) == (1, "")
+        (line,) = ended.stderr.splitlines()
+        assert line.startswith("secateur-server: ")
+        assert "torch" in line
+        assert "pip install 'secateur[server]'" in line
+
+
+def test_a_torch_file_is_refused_before_the_call(without_torch: Path, tmp_path: Path) -> None:
+    """No server is at the address: nothing was called."""
+    save_file({"w": np.ones((2, 2), np.float32)}, tmp_path / "in.safetensors")
+    code = "import sys; from secateur.cli import main; sys.exit(main(sys.argv[1:]))"
+    given = [str(tmp_path / "in.safetensors"), "-o", str(tmp_path / "o.pt")]
+    given += ["--server", "127.0.0.1:1"]
+    half = ["--method", "l1_unstructured", "--amount", "0.5"]
+    for command in (["prune", *given, *half], ["finalize", *given]):
+        ended = run(without_torch, code, *command)
+        assert (ended.returncode, ended.stdout) == (1, "")
+        said = f"secateur: {tmp_path}/o.pt: to write .pt install torch\n"
+        assert ended.stderr == said

@@ -392,7 +392,7 @@ _LISTED = f'tokens = ["{SECRET}"]\n'
         (f"[tenants.ours]\n{_LISTED}requests = 0\n", "tenants.ours.requests"),
         (f"[tenants.ours]\n{_LISTED}requests = true\n", "tenants.ours.requests"),
         (f"[tenants.ours]\n{_LISTED}requests = '{SECRET}'\n", "tenants.ours.requests"),
-        (f"[tenants.ours]\n{_LISTED}memory = '1 GB'\n", "tenants.ours.memory"),
+        (f"[tenants.ours]\n{_LISTED}memory = '1 apple'\n", "tenants.ours.memory"),
         (f"[tenants.ours]\n{_LISTED}store = -1\n", "tenants.ours.store"),
         (f"[tenants.ours]\n{_LISTED}allow = '/models'\n", "tenants.ours.allow"),
         (f"[tenants.ours]\n{_LISTED}allow = ['/models']\n", "'/models' is no scheme://place"),

@@ -121,7 +121,7 @@ def test_plaintext_and_other_authorities_are_not_served(tls: Served) -> None:
     assert refusal(tls.address, _THEIRS.credentials()) == grpc.StatusCode.UNAVAILABLE
     with (
         secateur.Client(tls.address, token=TOKEN, timeout=20) as client,
-        pytest.raises(secateur.Unavailable),
+        pytest.raises(secateur.Unavailable, match=f"{tls.address} speaks TLS"),
     ):
         client.report(MODEL)
 
@@ -171,7 +171,8 @@ def test_the_command_line_speaks_mutual_tls(mutual: Served, tmp_path: Path) -> N
     for options in ((), ("--tls-ca", str(mutual.ca)), ("--tls", *mine)):
         ended = command(mutual.address, *report, *options)
         assert (ended.returncode, ended.stdout) == (1, ""), options
-        assert ended.stderr.splitlines()[-1].startswith("secateur: "), ended.stderr
+        (line,) = ended.stderr.splitlines()
+        assert line.startswith("secateur: "), line
     ended = command(mutual.address, *report, "--tls-ca", str(tmp_path / "none"))
     assert (ended.returncode, ended.stdout) == (1, "")
     assert ended.stderr == f"secateur: {tmp_path / 'none'}: No such file or directory\n"

@@ -1,12 +1,5 @@
 """Numbers with units, as operators write them."""
 
-_UNITS = (("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30), ("TiB", 1 << 40), ("", 1))
+from secateur_proto.sizes import byte_count
 
-
-def byte_count(text: str) -> int:
-    """A number of bytes: 1048576, 512MiB, 16GiB.  Errors: ValueError."""
-    for suffix, factor in _UNITS:
-        number = text.removesuffix(suffix)
-        if text.endswith(suffix) and number.isdecimal() and int(number) > 0:
-            return int(number) * factor
-    raise ValueError(f"{text!r} is no number of bytes, such as 512MiB or 16GiB")
+__all__ = ["byte_count"]

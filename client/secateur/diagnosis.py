@@ -1,0 +1,220 @@
+"""Why a server could not be reached: found by a short probe of its address, after a call failed."""
+
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from secateur.address import DEFAULT_PORT, GRPC_PORT, Address
+from secateur.errors import DeadlineExceeded, Unavailable
+
+# How long a probe may take, and behind a call that used up its time.
+_SECONDS, _SECONDS_IF_LATE = 2.0, 0.5
+
+# What an HTTP/2 client sends first: the preface, and an empty SETTINGS frame.
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+_SETTINGS = 4
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a client connects to, and whether over TLS."""
+
+    address: Address
+    has_tls: bool = False
+
+
+@contextmanager
+def diagnosing(target: Target | None, timeout: float | None, is_known: bool) -> Iterator[None]:
+    """Says in plain words why a call in the block found no server.
+
+    Args:
+        target: None where the caller gave a channel.
+        timeout: Of the call, in seconds; the probe takes 0.5 s more at most.
+        is_known: Whether the server answered an earlier call: a deadline needs no probe then.
+    """
+    try:
+        yield
+    except (Unavailable, DeadlineExceeded) as error:
+        if error.request_id is not None:  # the server's own words
+            raise
+        is_late = isinstance(error, DeadlineExceeded)
+        advice = None
+        if target is not None and not (is_late and is_known):
+            advice = advice_on(target, _SECONDS_IF_LATE if is_late else _SECONDS, str(error))
+        if is_late:
+            late = (
+                f"not done within the timeout of {timeout:g} s" if timeout else "not done in time"
+            )
+            advice = f"{late}; {advice}" if advice else late
+        if advice is None:
+            raise
+        raise type(error)(f"{advice} ({error})") from error
+
+
+def advice_on(target: Target, seconds: float, said: str = "") -> str | None:
+    """What is probably wrong with an address, and what to do; None where nothing seems wrong.
+
+    Args:
+        target: What the client connects to, and how.
+        seconds: The most that the probe may take.
+        said: gRPC's own words.
+    """
+    found: list[str | None] = []
+    probe = _Probe(target, time.monotonic() + seconds, said)
+    # A thread, since a look-up in the DNS has no time limit of its own.
+    thread = threading.Thread(target=lambda: found.append(probe.advice()), daemon=True)
+    thread.start()
+    thread.join(seconds + 0.1)
+    return found[0] if found else f"{target.address.text} does not answer"
+
+
+class _Probe:
+    """Connects once or twice, and looks at what the other side says first."""
+
+    def __init__(self, target: Target, end: float, said: str) -> None:
+        self._target, self._end, self._said = target, end, said
+        address = target.address
+        self._place = (address.host, address.port or GRPC_PORT)
+        self._text = f"{address.host}:{address.port or GRPC_PORT}"
+
+    def advice(self) -> str | None:
+        address = self._target.address
+        if not (address.host or address.path):
+            return None
+        try:
+            return self._of_tls() if self._target.has_tls else self._of_plaintext()
+        except (socket.gaierror, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            return f"{address.host!r} cannot be resolved ({reason}): check the name of the host"
+        except TimeoutError:
+            return f"{address.text} does not answer: check the host, the port and firewalls"
+        except OSError as error:
+            return self._of_refusal(error)
+
+    def _of_refusal(self, error: OSError) -> str:
+        address = self._target.address
+        if address.path:
+            return f"no server listens at {address.text}: {error.strerror}"
+        if address.port is None:
+            return (
+                f"{address.text!r} has no port, and at {GRPC_PORT}, gRPC's default, there is no "
+                f"server ({error.strerror}): give HOST:PORT, as {address.text}:{DEFAULT_PORT}"
+            )
+        reason = error.strerror or type(error).__name__
+        return f"no server listens at {self._text} ({reason}): start one, or check host and port"
+
+    def _of_plaintext(self) -> str | None:
+        first = self._greeting()
+        if first is None:
+            return f"{self._target.address.text} takes connections, but does not answer"
+        if _is_http2(first):
+            return None
+        if self._speaks_tls():
+            return (
+                f"{self._text} speaks TLS, and this client does not: give tls=True or tls=CA_FILE "
+                "(--tls or --tls-ca)"
+            )
+        return f"{self._text} {_HTTP1 if self._speaks_http1() else _NO_GRPC}"
+
+    def _of_tls(self) -> str | None:
+        if "create security handshaker" in self._said:
+            return "a file for TLS is not valid PEM: check tls= (--tls-ca, --tls-cert, --tls-key)"
+        for words, advice in _CERTIFICATES.items():
+            if words in self._said:
+                return f"the certificate of {self._text} is not trusted: {advice}"
+        try:
+            with self._handshake() as connection:
+                connection.sendall(_PREFACE)
+                if connection.recv(1):
+                    return None
+                return f"{self._text} {_MUTUAL}"  # TLS 1.3 refuses a caller only now
+        except (ssl.SSLError, ConnectionError):
+            return self._without_tls()
+
+    def _without_tls(self) -> str | None:
+        """The advice where TLS failed."""
+        first = self._greeting()
+        if first is None:
+            return f"{self._target.address.text} takes connections, but does not answer"
+        if _is_http2(first):
+            return f"{self._text} does not speak TLS: leave out tls= (--tls, --tls-ca)"
+        if self._speaks_tls():
+            return f"{self._text} {_MUTUAL}"
+        return f"{self._text} {_HTTP1 if self._speaks_http1() else _NO_GRPC}"
+
+    def _connect(self) -> socket.socket:
+        path = self._target.address.path
+        if not path:
+            return socket.create_connection(self._place, timeout=self._left())
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(self._left())
+        try:
+            connection.connect(path)
+        except OSError:
+            connection.close()
+            raise
+        return connection
+
+    def _greeting(self) -> bytes | None:
+        """The first bytes that the other side sends to a client of HTTP/2; None for silence."""
+        try:
+            return self._answer(_PREFACE)
+        except TimeoutError:
+            return None
+
+    def _speaks_http1(self) -> bool:
+        return self._answer(b"GET / HTTP/1.0\r\n\r\n").startswith(b"HTTP/1")
+
+    def _answer(self, request: bytes) -> bytes:
+        """The first bytes of an answer; empty where the other side hangs up."""
+        with self._connect() as connection:
+            try:
+                connection.sendall(request)
+                return connection.recv(64)
+            except ConnectionError:
+                return b""
+
+    def _handshake(self) -> ssl.SSLSocket:
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.set_alpn_protocols(["h2"])
+        with self._connect() as connection:
+            return context.wrap_socket(connection, server_hostname=self._place[0] or None)
+
+    def _speaks_tls(self) -> bool:
+        try:
+            self._handshake().close()
+        except (ssl.SSLError, ConnectionError):
+            return False
+        return True
+
+    def _left(self) -> float:
+        return max(0.01, self._end - time.monotonic())
+
+
+_HTTP1 = (
+    "speaks HTTP/1, and not gRPC: it may be the server's metrics port; its gRPC port is "
+    f"{DEFAULT_PORT} by default"
+)
+_NO_GRPC = "is not a gRPC server: check host and port"
+_MUTUAL = (
+    "takes only callers with a certificate that it trusts: give one (--tls-cert and --tls-key; in "
+    "Python tls=grpc.ssl_channel_credentials(...))"
+)
+# By what gRPC says of a handshake; the first that fits counts.
+_CERTIFICATES = {
+    "certificate has expired": "it has expired: renew it on the server",
+    "Hostname Verification": "it is for another name: connect by a name that it has",
+    "CERTIFICATE_VERIFY_FAILED": (
+        "another authority signed it: give that authority's file, tls=CA_FILE (--tls-ca)"
+    ),
+}
+
+
+def _is_http2(first: bytes) -> bool:
+    """Whether an answer begins with a SETTINGS frame, as every server of HTTP/2 sends it first."""
+    return len(first) > 3 and first[3] == _SETTINGS

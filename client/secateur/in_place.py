@@ -1,0 +1,117 @@
+"""Changes of a torch module that happen whole, or not at all. Imported with torch only."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn import Module
+from torch.nn.utils import prune
+
+from secateur.errors import InvalidStateDict
+
+
+def check_module(module: Any) -> None:
+    """Refuses what cannot be pruned in place.  Errors: InvalidStateDict."""
+    if not isinstance(module, Module):
+        raise InvalidStateDict(f"a torch.nn.Module is needed, not {type(module).__name__}")
+    for path, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise InvalidStateDict(
+                f"{path or 'the module'} is a ScriptModule, in which torch installs no masks: "
+                "apply the result before torch.jit.script, or load its state_dict()"
+            )
+
+
+def pruning_hooks(part: Module) -> list[prune.BasePruningMethod]:
+    """The hooks of torch.nn.utils.prune, one for each pruned parameter of a submodule."""
+    hooks = part._forward_pre_hooks.values()
+    return [hook for hook in hooks if isinstance(hook, prune.BasePruningMethod)]
+
+
+@contextmanager
+def all_or_nothing(parts: Iterable[Module]) -> Iterator[None]:
+    """Brings submodules back to what they were when the block fails.
+
+    The values of the parameters are not copied: the block may replace them, not write into them.
+    """
+    saved = [_Saved(holder) for part in parts for holder in (part, *pruning_hooks(part))]
+    data = [(p, p.data) for part in parts for p in part._parameters.values() if p is not None]
+    try:
+        yield
+    except BaseException:
+        for one in saved:
+            one.restore()
+        for parameter, values in data:
+            parameter.data = values
+        raise
+
+
+class _Saved:
+    """The attributes of an object, and what is in those of them that are containers."""
+
+    def __init__(self, holder: Any) -> None:
+        self._holder = holder
+        self._attributes = dict(vars(holder))
+        kinds = (dict, list, set)  # OrderedDict among them
+        self._contents = [(v, v.copy()) for v in vars(holder).values() if isinstance(v, kinds)]
+
+    def restore(self) -> None:
+        vars(self._holder).clear()
+        vars(self._holder).update(self._attributes)
+        for container, content in self._contents:
+            container.clear()
+            if isinstance(container, list):
+                container.extend(content)
+            else:
+                container.update(content)
+
+
+def remove_masks(module: Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Finalizes pruned parameters as torch.nn.utils.prune.remove does.
+
+    Args:
+        module: Each of `values` has a pruning hook in it.
+        values: By parameter name, what each is to be: X_orig where it is kept, and zeros.
+
+    Raises:
+        InvalidStateDict: The module is not what was finalized. It is unchanged.
+    """
+    found = []
+    for name, value in values.items():
+        path, _, leaf = name.rpartition(".")
+        part = module.get_submodule(path)
+        _check_same(part, leaf, name, value)
+        found.append((part, leaf, name, value))
+    with all_or_nothing([part for part, *_ in found]):
+        for part, leaf, name, value in found:
+            try:
+                prune.remove(part, leaf)  # type: ignore[no-untyped-call]
+                part.get_parameter(leaf).data.copy_(
+                    value
+                )  # a pruned inf is NaN in torch, and 0 here
+            except Exception as error:
+                raise InvalidStateDict(f"{name}: torch cannot finalize it: {error}") from error
+
+
+def _check_same(part: Module, leaf: str, name: str, value: torch.Tensor) -> None:
+    """Refuses a parameter whose values or mask changed since it was finalized."""
+    orig, mask = part._parameters[f"{leaf}_orig"], part._buffers[f"{leaf}_mask"]
+    assert orig is not None, "check_hooks found it"
+    assert mask is not None, "check_hooks found it"
+    same = orig.shape == value.shape and orig.dtype == value.dtype
+    if same:
+        kept = (mask != 0).cpu()
+        ours, theirs = _bits(orig.detach().cpu()), _bits(value)
+        same = torch.equal(ours[kept.reshape(-1)], theirs[kept.reshape(-1)])
+        same = same and not bool(value.to(torch.float64)[~kept].any())
+    if not same:
+        raise InvalidStateDict(
+            f"{name}: the module changed since it was finalized; finalize it again"
+        )
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    """The bytes of each element, in a row for each: NaN is equal to itself."""
+    flat = values.contiguous().reshape(-1)
+    return flat.view(torch.uint8).reshape(flat.numel(), -1) if flat.numel() else flat

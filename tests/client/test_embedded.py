@@ -1,0 +1,50 @@
+"""A server of this process's own: what is said where it cannot start."""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+
+import secateur
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("cuda:999", r"'cuda:999': torch \S+ sees \d+ CUDA devices"),
+        ("gpu", "'gpu' is none of auto, cpu, cuda, cuda:N"),
+        ("", "'' is none of"),
+        ("--help", "'--help' is none of"),
+        (5, "'5' is none of"),
+    ],
+)
+def test_a_device_that_is_not_there_is_one_error_and_nothing_is_printed(
+    capfd: pytest.CaptureFixture[str], device: str, message: str
+) -> None:
+    with (
+        pytest.raises(secateur.SecateurError, match=f"does not start: .*{message}") as raised,
+        secateur.embedded(device=device),
+    ):
+        pass
+    assert "\n" not in str(raised.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_socket_that_cannot_be_made_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path of a Unix socket has 107 bytes at most."""
+    deep = tmp_path / ("d" * 107)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with pytest.raises(secateur.SecateurError, match="cannot listen at unix:"), secateur.embedded():
+        pass
+    assert not list(deep.iterdir())
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    with pytest.raises(secateur.SecateurError, match=r"absent.*No such file"), secateur.embedded():
+        pass
+
+
+def test_a_timeout_that_is_no_time_is_refused() -> None:
+    with pytest.raises(secateur.SecateurError, match="timeout="), secateur.embedded(timeout=-1):
+        pass
