@@ -27,5 +27,8 @@ def embedded(device: str = "auto", timeout: float | None = None) -> Iterator[Cli
         address = f"unix:{folder}/socket"
         arguments = ["--address", address, "--metrics-address", "", "--device", device]
         arguments += ["--allow-path", "/"]  # what this user may read and write, and nobody else
-        with App(read_config(arguments, {})), Client(address, timeout=timeout) as client:
+        with (
+            App(read_config(arguments, {}), is_warm=False),
+            Client(address, timeout=timeout) as client,
+        ):
             yield client

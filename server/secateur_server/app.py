@@ -29,6 +29,7 @@ from secateur_server.service import Pruner, add_pruner
 from secateur_server.sources import Sources
 from secateur_server.store.store import Store, StoreInUse, default_max_bytes, temporary_folder
 from secateur_server.uris.uris import Uris
+from secateur_server.warm_up import warm_up
 
 # Calls at once, beside those that wait for memory. Each is a thread, and one that receives; torch's
 # operators and gRPC's waits release the GIL.
@@ -62,12 +63,18 @@ class CannotStart(Exception):
 
 
 class App:
-    """A server that runs until `stop`. Raises CannotStart."""
+    """A server that runs until `stop`. Raises CannotStart.
+
+    Args:
+        config: What the operator set.
+        is_warm: Whether the server warms up before it takes calls. An embedded server does not: its
+            one caller waits for the same work in its first call, and only for what it uses.
+    """
 
     metrics_address: str | None = None
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, config: Config, is_warm: bool = True) -> None:
+        self._config, self._is_warm = config, is_warm
         with ExitStack() as opened:
             self._start(opened)
             self._opened = opened.pop_all()
@@ -84,6 +91,8 @@ class App:
         self._server = _grpc_server(config, metrics, store, opened)
         self._health = _add_services(config, metrics, store, self._server)
         self.address = _listen(self._server, config, metrics)
+        if self._is_warm:
+            warm_up(config.device, store)
         self._server.start()
         self._health.serve()
 
