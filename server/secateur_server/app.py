@@ -87,12 +87,12 @@ class App:
         store = open_store(config, metrics)
         opened.callback(store.close)
         if config.metrics_address is not None:
-            self.metrics_address = _serve_metrics(config, metrics, opened)
+            self.metrics_address = listen_for_scrapes(config, metrics, opened)
         self._server = _grpc_server(config, metrics, store, opened)
         self._health = _add_services(config, metrics, store, self._server)
-        self.address = _listen(self._server, config, metrics)
+        self.address = listen(self._server, config, metrics)
         if self._is_warm:
-            warm_up(config.device, store)
+            warm_up(config.device, store, config.allow_uri)
         self._server.start()
         self._health.serve()
 
@@ -195,7 +195,7 @@ def credentials_of(config: Config, metrics: Metrics) -> grpc.ServerCredentials |
         raise CannotStart(f"cannot serve TLS: {error}") from None
 
 
-def _listen(server: grpc.Server, config: Config, metrics: Metrics) -> str:
+def listen(server: grpc.Server, config: Config, metrics: Metrics) -> str:
     """Listens at the address. Returns it with the port that was taken.  Errors: CannotStart."""
     address, credentials = config.address, credentials_of(config, metrics)
     try:
@@ -218,8 +218,8 @@ def host_and_port(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def _serve_metrics(config: Config, metrics: Metrics, opened: ExitStack) -> str:
-    """Returns: the address with the port that was taken.  Errors: CannotStart."""
+def listen_for_scrapes(config: Config, metrics: Metrics, opened: ExitStack) -> str:
+    """Serves metrics. Returns the address with the port that was taken.  Errors: CannotStart."""
     address = config.metrics_address or ""
     host, port = host_and_port(address)
     token = config.metrics_token_file

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,6 +19,7 @@ from secateur_server.operate.metrics import Metrics
 from secateur_server.service import Pruner
 from secateur_server.sources import Sources
 from secateur_server.store.store import Store
+from secateur_server.uris.remote import missing
 from secateur_server.uris.uris import Uris
 
 # Kernels are compiled for the bits of an element: F16 stands for BF16 too.
@@ -30,13 +32,21 @@ _MOST_BYTES = 1 << 30
 _log = logging.getLogger("secateur_server")
 
 
-def warm_up(device: torch.device, store: Store) -> None:
+def warm_up(device: torch.device, store: Store, prefixes: Sequence[str]) -> None:
     """Prunes made-up models by the methods of torch.nn.utils.prune, as callers' requests do.
 
     The first call of a process imports numba's compiler, and compiles kernels or loads them from
     numba's cache. These calls are in no metric, and one log line says how long they took.
+
+    Args:
+        device: Prunes large models.
+        store: Has the folder for files of calls.
+        prefixes: Of URIs that callers may name; the libraries that open them are imported.
     """
     begun = time.perf_counter()
+    for prefix in prefixes:
+        if problem := missing(prefix):
+            _log.warning("URIs under %s cannot be opened: %s", prefix, problem)
     uris, admission = Uris((), (), store.scratch), Admission(_MOST_BYTES, 0)
     limits = _MOST_BYTES, _MOST_BYTES
     pruner = Pruner(Sources(store, uris, device, *limits, admission, Metrics(device)), 1)

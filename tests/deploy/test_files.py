@@ -87,7 +87,7 @@ def test_an_image_alone_serves_nobody_without_tls_and_tokens() -> None:
 def probe(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "deploy/healthcheck.py", *arguments]
     variables = {**os.environ, **environment}
-    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("service", [(), ("liveness",)], ids=str)

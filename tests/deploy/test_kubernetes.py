@@ -135,7 +135,7 @@ def test_probes_ask_for_what_the_server_answers(channel: grpc.Channel) -> None:
     assert asked == {"startupProbe": "", "readinessProbe": "", "livenessProbe": "liveness"}
     for service in asked.values():
         request = health_pb2.HealthCheckRequest(service=service)
-        answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=10)
+        answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=300)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
