@@ -1,5 +1,6 @@
 """A real server, in a process of its own on a free port, for all tests of a run."""
 
+import logging
 import re
 import shutil
 import signal
@@ -9,13 +10,17 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import grpc
 import pytest
 
 import secateur
+from secateur_server.app import App
+from secateur_server.config import read_config
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,10 @@ class RunningServer:
     metrics_address: str
     process: subprocess.Popen[bytes]
     log: Path
+
+
+# Seconds. What takes longer hangs: no machine is so busy, and no test asks how fast it is.
+PATIENCE = 300.0
 
 
 def start_server(*options: str) -> RunningServer:
@@ -38,26 +47,71 @@ def start_server(*options: str) -> RunningServer:
             stderr=stderr,
         )
     pattern = re.compile(r"serving (?:gRPC|metrics) at (?:http://)?([\d.:]+)")
-    eventually(lambda: process.poll() is not None or len(pattern.findall(log.read_text())), 2, 60)
+
+    def told() -> int:
+        assert process.poll() is None, log.read_text()
+        return len(pattern.findall(log.read_text()))
+
+    eventually(told, 2)
     address, metrics_address = pattern.findall(log.read_text())
     return RunningServer(address, metrics_address, process, log)
+
+
+@contextmanager
+def inner_server(*options: str) -> Iterator[RunningServer]:
+    """A server in this process: it starts in a moment, and nobody can kill it or weigh it."""
+    log = Path(tempfile.mkdtemp(prefix="secateur-test-")) / "log"
+    addresses = ("--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0")
+    handler, logger = logging.FileHandler(log), logging.getLogger("secateur_server")
+    errors, before = logging.getLogger("grpc"), logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    errors.addHandler(handler)
+    no_process: Any = None
+    try:
+        with App(read_config([*addresses, *options], {}), is_warm=False) as app:
+            yield RunningServer(app.address, str(app.metrics_address), no_process, log)
+    finally:
+        logger.removeHandler(handler)
+        errors.removeHandler(handler)
+        logger.setLevel(before)
+        handler.close()
+    assert "Traceback" not in log.read_text(), log.read_text()
+    shutil.rmtree(log.parent)
 
 
 def stop_server(server: RunningServer) -> str:
     """Ends a server as an operator does. Returns what it logged."""
     server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(timeout=30) == 0
+    assert server.process.wait(timeout=PATIENCE) == 0
     logged = server.log.read_text()
     shutil.rmtree(server.log.parent)
     return logged
 
 
-def eventually(read: Callable[[], object], expected: object, within: float = 20.0) -> None:
+def eventually(read: Callable[[], object], expected: object) -> None:
     """Waits until `read` gives what is expected, which other threads and processes bring about."""
-    end = time.monotonic() + within
+    end = time.monotonic() + PATIENCE
     while (found := read()) != expected:
-        assert time.monotonic() < end, f"{found!r}, not {expected!r} within {within} s"
+        assert time.monotonic() < end, f"{found!r}, not {expected!r} within {PATIENCE:g} s"
         threading.Event().wait(0.02)
+
+
+Begun = TypeVar("Begun", bound=grpc.Call)
+
+
+def caught(begin: Callable[[], Begun], is_there: Callable[[], bool]) -> Begun:
+    """A call that is at work while something is there which its end takes away.
+
+    On a busy machine a call may have ended before this process looks: then another one is begun.
+    """
+    for _ in range(20):
+        call = begin()
+        while call.is_active():
+            if is_there():
+                return call
+            threading.Event().wait(0.005)
+    raise AssertionError("20 calls ended, and it was never there")
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +124,7 @@ def server() -> Iterator[RunningServer]:
 
 @pytest.fixture(scope="session")
 def client(server: RunningServer) -> Iterator[secateur.Client]:
-    with secateur.Client(server.address, timeout=120) as connected:
+    with secateur.Client(server.address, timeout=PATIENCE) as connected:
         yield connected
 
 

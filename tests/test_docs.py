@@ -35,7 +35,7 @@ def blocks(path: str, language: str) -> list[str]:
 def test_the_python_of_a_document_runs(path: str, server: RunningServer, tmp_path: Path) -> None:
     code = "\n".join(blocks(path, "python")).replace("localhost:50051", server.address)
     command = [sys.executable, "-W", "error", "-c", code]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
 
 
@@ -54,7 +54,7 @@ def test_the_commands_of_the_readme_run(
 def run(command: str, folder: Path) -> str:
     program, *arguments = shlex.split(command)
     full = [str(Path(sys.executable).with_name(program)), *arguments]
-    ended = subprocess.run(full, cwd=folder, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(full, cwd=folder, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 

@@ -19,7 +19,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "iterative.py"
 
 def test_ten_rounds_by_handle_are_those_of_ten_uploads() -> None:
     command = [sys.executable, "-W", "error", str(EXAMPLE)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     assert ran.stderr == ""
     rounds = re.findall(r"^ +(\d+) +(\d+\.\d\d)% +([\d,]+) +([\d,]+)$", ran.stdout, re.M)

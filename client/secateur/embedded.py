@@ -30,7 +30,7 @@ def embedded(device: str = "auto", timeout: float | None = None) -> Iterator[Cli
         arguments = ["--address", address, "--metrics-address", "", f"--device={device}"]
         arguments += ["--allow-path", "/"]  # what this user may read and write, and nobody else
         try:
-            app = App(parse_config(arguments, {}))
+            app = App(parse_config(arguments, {}), is_warm=False)
         except BadConfig as error:
             raise SecateurError(f"the embedded server does not start: {error}") from None
         except Exception as error:  # CannotStart, and what torch raises of a device

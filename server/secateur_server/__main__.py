@@ -24,7 +24,7 @@ if not {"MALLOC_ARENA_MAX", "GLIBC_TUNABLES"} & os.environ.keys():
 try:
     from secateur_server.app import App, CannotStart
     from secateur_server.check import check
-    from secateur_server.config import read_config
+    from secateur_server.config import read_config, unknown_variables
     from secateur_server.operate.logs import set_up
 except ImportError as error:  # installed as the client alone
     sys.exit(
@@ -39,6 +39,8 @@ def main() -> int:
         return check(config)
     set_up(config.log_format)
     log = logging.getLogger("secateur_server")
+    for line in unknown_variables():
+        log.warning("%s", line)
     # A connection, and each mapped shard, is an open file; of those a shell often allows 1024.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -29,6 +29,7 @@ from secateur_server.service import Pruner, add_pruner
 from secateur_server.sources import Sources
 from secateur_server.store.store import Store, StoreInUse, default_max_bytes, temporary_folder
 from secateur_server.uris.uris import Uris
+from secateur_server.warm_up import warm_up
 
 # Calls at once, beside those that wait for memory. Each is a thread, and one that receives; torch's
 # operators and gRPC's waits release the GIL.
@@ -62,12 +63,18 @@ class CannotStart(Exception):
 
 
 class App:
-    """A server that runs until `stop`. Raises CannotStart."""
+    """A server that runs until `stop`. Raises CannotStart.
+
+    Args:
+        config: What the operator set.
+        is_warm: Whether the server warms up before it takes calls. An embedded server does not: its
+            one caller waits for the same work in its first call, and only for what it uses.
+    """
 
     metrics_address: str | None = None
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, config: Config, is_warm: bool = True) -> None:
+        self._config, self._is_warm = config, is_warm
         with ExitStack() as opened:
             self._start(opened)
             self._opened = opened.pop_all()
@@ -80,10 +87,12 @@ class App:
         store = open_store(config, metrics)
         opened.callback(store.close)
         if config.metrics_address is not None:
-            self.metrics_address = _serve_metrics(config, metrics, opened)
+            self.metrics_address = listen_for_scrapes(config, metrics, opened)
         self._server = _grpc_server(config, metrics, store, opened)
         self._health = _add_services(config, metrics, store, self._server)
-        self.address = _listen(self._server, config, metrics)
+        self.address = listen(self._server, config, metrics)
+        if self._is_warm:
+            warm_up(config.device, store, config.allow_uri)
         self._server.start()
         self._health.serve()
 
@@ -186,7 +195,7 @@ def credentials_of(config: Config, metrics: Metrics) -> grpc.ServerCredentials |
         raise CannotStart(f"cannot serve TLS: {error}") from None
 
 
-def _listen(server: grpc.Server, config: Config, metrics: Metrics) -> str:
+def listen(server: grpc.Server, config: Config, metrics: Metrics) -> str:
     """Listens at the address. Returns it with the port that was taken.  Errors: CannotStart."""
     address, credentials = config.address, credentials_of(config, metrics)
     try:
@@ -209,8 +218,8 @@ def host_and_port(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def _serve_metrics(config: Config, metrics: Metrics, opened: ExitStack) -> str:
-    """Returns: the address with the port that was taken.  Errors: CannotStart."""
+def listen_for_scrapes(config: Config, metrics: Metrics, opened: ExitStack) -> str:
+    """Serves metrics. Returns the address with the port that was taken.  Errors: CannotStart."""
     address = config.metrics_address or ""
     host, port = host_and_port(address)
     token = config.metrics_token_file

@@ -1,53 +1,70 @@
 """secateur-server --check: what the server would do, without doing it."""
 
+import fcntl
 import os
+import shutil
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
+import grpc
 import torch
 
-from secateur_server.app import CannotStart, callers_of, credentials_of, host_and_port, traces_of
-from secateur_server.config import Config, is_public
+from secateur_server.app import (
+    OPTIONS,
+    CannotStart,
+    callers_of,
+    credentials_of,
+    listen,
+    listen_for_scrapes,
+    traces_of,
+)
+from secateur_server.config import Config, is_public, unknown_variables
 from secateur_server.devices import kernels, passes_of
 from secateur_server.devices.cuda import Cuda
-from secateur_server.devices.memory import memory_of
+from secateur_server.devices.memory import memory_of, total_memory
 from secateur_server.operate.metrics import Metrics
+from secateur_server.uris.remote import missing
 
 
 def check(config: Config) -> int:
-    """Prints what a server of this configuration would do.  Returns the exit status.
+    """Prints what a server of this configuration would do, and what keeps it from that.
 
-    It takes no port and no store: a server that runs meanwhile is not disturbed.
+    A server that runs meanwhile is not disturbed.  Returns: the exit status, 1 for any problem.
     """
-    try:
-        for line in _lines(config):
-            print(line)
-    except CannotStart as error:
-        print(f"secateur-server: {error}", file=sys.stderr)
-        return 1
-    return 0
+    problems = unknown_variables()
+    for part in (_grpc, _scrapes, _device, _limits, _store, _uris, _traces):
+        try:
+            for line in part(config):
+                print(line)
+        except CannotStart as error:
+            problems.append(str(error))
+    for problem in problems:
+        print(f"secateur-server: {problem}", file=sys.stderr)
+    return 1 if problems else 0
 
 
-def _lines(config: Config) -> Iterator[str]:
-    """Errors: CannotStart."""
+def _grpc(config: Config) -> Iterator[str]:
     metrics = Metrics(config.device)
     yield f"serves gRPC at {config.address}, {_protected(config, metrics)}"
-    where = config.metrics_address
-    if where is not None:
-        host_and_port(where)
+    if config.address.startswith("unix:"):
+        return  # gRPC takes the place of a socket that is there
+    with ThreadPoolExecutor(1) as nobody:
+        server = grpc.server(nobody, options=OPTIONS)
+        listen(server, config, metrics)
+        server.stop(None).wait()
+
+
+def _scrapes(config: Config) -> Iterator[str]:
+    if config.metrics_address is None:
+        yield "serves no metrics"
+        return
     token = ", to who sends its token" if config.metrics_token_file else ""
-    yield f"serves metrics at http://{where}/metrics{token}" if where else "serves no metrics"
-    yield f"prunes on {_device(config.device)}"
-    yield (
-        f"takes models of up to {_size(config.max_model_bytes)}, at once up to "
-        f"{_size(config.memory_limit)}; {config.queue_size} requests may wait"
-    )
-    yield f"keeps checkpoints {_store(config)}"
-    yield f"opens URIs under {_uris(config)}"
-    if config.otlp_endpoint:
-        traces_of(config)
-        yield f"sends traces to {config.otlp_endpoint}"
+    yield f"serves metrics at http://{config.metrics_address}/metrics{token}"
+    with ExitStack() as opened:
+        listen_for_scrapes(config, Metrics(config.device), opened)
 
 
 def _protected(config: Config, metrics: Metrics) -> str:
@@ -62,8 +79,8 @@ def _protected(config: Config, metrics: Metrics) -> str:
     return ", ".join(parts)
 
 
-def _device(device: torch.device) -> str:
-    """Errors: CannotStart, where it does not work."""
+def _device(config: Config) -> Iterator[str]:
+    device = config.device
     try:
         passes = passes_of(device)
         passes.room(1 << 20)
@@ -73,25 +90,67 @@ def _device(device: torch.device) -> str:
     if device.type == "cuda":
         is_compiled = type(passes) is not Cuda
         how = "compiled by Triton" if is_compiled else "without Triton, which would be faster"
-        return f"{device}, {torch.cuda.get_device_name(device)}, {how}, {_size(free)} free"
+        name = torch.cuda.get_device_name(device)
+        yield f"prunes on {device}, {name}, {how}, {_size(free)} free"
+        return
     how = "compiled by numba" if kernels.enabled else "without numba, which would be faster"
-    return f"cpu, {os.cpu_count()} cores, {how}, {_size(free)} free"
+    yield f"prunes on cpu, {os.cpu_count()} cores, {how}, {_size(free)} free"
 
 
-def _store(config: Config) -> str:
-    """Errors: CannotStart, where the folder cannot be written."""
+def _limits(config: Config) -> Iterator[str]:
+    yield (
+        f"takes models of up to {_size(config.max_model_bytes)}, at once up to "
+        f"{_size(config.memory_limit)}; {config.queue_size} requests may wait"
+    )
+    # Models lie in the memory of the device, or of the host.
+    most = max(total_memory(config.device), total_memory(torch.device("cpu")))
+    for option in ("memory_limit", "max_model_bytes"):
+        if (size := getattr(config, option)) > most:
+            name = option.replace("_", "-")
+            raise CannotStart(f"--{name} is {_size(size)}: this machine has {_size(most)}")
+
+
+def _store(config: Config) -> Iterator[str]:
     if config.store_dir is None:
-        return "in a temporary folder, until it ends"
-    nearest = next(path for path in (config.store_dir, *config.store_dir.parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise CannotStart(f"cannot keep checkpoints in {config.store_dir}: {nearest} is closed")
+        yield "keeps checkpoints in a temporary folder, until it ends"
+        return
     most = config.store_max_bytes
-    return f"in {config.store_dir}, up to {_size(most) if most else '3/4 of what is free there'}"
+    shown = _size(most) if most else "3/4 of what is free there"
+    yield f"keeps checkpoints in {config.store_dir}, up to {shown}"
+    nearest = next(path for path in (config.store_dir, *config.store_dir.parents) if path.exists())
+    cannot = f"cannot keep checkpoints in {config.store_dir}"
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise CannotStart(f"{cannot}: {nearest} is closed")
+    if most and most > (size := shutil.disk_usage(nearest).total):
+        raise CannotStart(f"{cannot}: --store-max-bytes is {shown}, the disk has {_size(size)}")
+    if _is_held(config.store_dir / "lock"):
+        raise CannotStart(f"{cannot}: another server does")
 
 
-def _uris(config: Config) -> str:
+def _is_held(lock: Path) -> bool:
+    """Whether a server has locked its store."""
+    if not lock.exists():
+        return False
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+def _uris(config: Config) -> Iterator[str]:
     paths: tuple[Path | str, ...] = config.allow_path
-    return ", ".join(map(str, (*paths, *config.allow_uri))) or "no address"
+    yield f"opens URIs under {', '.join(map(str, (*paths, *config.allow_uri))) or 'no address'}"
+    for prefix in config.allow_uri:
+        if problem := missing(prefix):
+            raise CannotStart(f"URIs under {prefix} cannot be opened: {problem}")
+
+
+def _traces(config: Config) -> Iterator[str]:
+    if traces := traces_of(config):
+        traces.close()
+        yield f"sends traces to {config.otlp_endpoint}"
 
 
 def _size(count: int) -> str:

@@ -1,8 +1,10 @@
 """What the operator sets: options, each also an environment variable."""
 
 import argparse
+import difflib
 import ipaddress
 import os
+import re
 import stat
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,8 +15,8 @@ from typing import NoReturn
 
 import torch
 
+from secateur_proto import sizes
 from secateur_server.devices.memory import total_memory
-from secateur_server.operate import units
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def parse_config(arguments: Sequence[str], environment: Mapping[str, str]) -> Co
     )
     parser.add_argument("--version", action="version", version=f"secateur {version('secateur')}")
     for name, kind, default, text in _OPTIONS:
-        variable = "SECATEUR_" + name.upper().replace("-", "_")
+        variable = _variable(name)
         is_switch = kind is switch
         parser.add_argument(
             f"--{name}",
@@ -110,6 +112,28 @@ def parse_config(arguments: Sequence[str], environment: Mapping[str, str]) -> Co
     if problem := _problem(config):
         raise BadConfig(problem)
     return config
+
+
+def unknown_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """A line about each SECATEUR_* variable that is no option of the server, and none of others."""
+    options = [_variable(name) for name, *_ in _OPTIONS]
+    return [
+        _unknown(name, options)
+        for name in sorted(environment)
+        if name.startswith("SECATEUR_")
+        and name not in options
+        and name not in _OTHERS_VARIABLES
+        and not _KUBERNETES_LINK.fullmatch(name)
+    ]
+
+
+def _variable(option: str) -> str:
+    return "SECATEUR_" + option.upper().replace("-", "_")
+
+
+def _unknown(name: str, options: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, options, 1, 0.0)
+    return f"{name} is set, and is not an option of the server; the nearest is {near[0]}"
 
 
 def _problem(config: Config) -> str | None:
@@ -159,9 +183,9 @@ def device(name: str) -> torch.device:
 
 
 def byte_count(text: str) -> int:
-    """A number of bytes: 1048576, 512MiB, 16GiB."""
+    """A number of bytes: 1048576, 512MiB, 16GB."""
     try:
-        return units.byte_count(text)
+        return sizes.byte_count(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -238,6 +262,17 @@ def prefixes(text: str) -> tuple[str, ...]:
             )
     return found
 
+
+# Variables of the client, of compose and of the tests.
+_OTHERS_VARIABLES = {
+    "SECATEUR_SERVER",
+    "SECATEUR_TOKEN",
+    "SECATEUR_TLS_CA",
+    "SECATEUR_MEMORY",
+    "SECATEUR_FUZZ_SECONDS",
+}
+# Kubernetes tells containers where a Service of the name `secateur` is.
+_KUBERNETES_LINK = re.compile(r"SECATEUR_(SERVICE_(HOST|PORT.*)|PORT(_\d+_.*)?)")
 
 _OPTIONS = (
     ("address", str, "127.0.0.1:50051", "where to serve gRPC; port 0 takes a free one"),

@@ -19,7 +19,7 @@ from tests.client.sharded import (
     write_shards,
 )
 from tests.contract.raw import check_serves
-from tests.uris.served import Served, check, check_refused, serving
+from tests.uris.served import Served, check, check_refused, serving_here
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(root: Path) -> Iterator[Served]:
-    with serving("--allow-path", str(root)) as running:
+    with serving_here("--allow-path", str(root)) as running:
         yield running
 
 

@@ -293,6 +293,6 @@ def test_without_a_server_one_is_embedded(model: Path) -> None:
     """The installed command, in a process of its own."""
     command = [str(Path(sys.executable).with_name("secateur")), "report", str(model)]
     environment = {k: v for k, v in os.environ.items() if k != "SECATEUR_SERVER"}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "0.00%" in ended.stdout.splitlines()[-1]

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import secateur
 from tests.client.test_cli import WEIGHTS, failure, run
-from tests.conftest import RunningServer, start_server, stop_server
+from tests.conftest import RunningServer, inner_server
 
 Tensors = dict[str, npt.NDArray[Any]]
 
@@ -31,9 +31,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def own_server(folder: Path) -> Iterator[RunningServer]:
-    running = start_server("--allow-path", str(folder))
-    yield running
-    stop_server(running)
+    with inner_server("--allow-path", str(folder)) as running:
+        yield running
 
 
 @pytest.fixture
@@ -192,7 +191,7 @@ def on_a_terminal(server: RunningServer, *arguments: str) -> str:
     termios.tcsetwinsize(terminal, (24, 80))
     command = [str(Path(sys.executable).with_name("secateur")), *arguments]
     command += ["--server", server.address]
-    ended = subprocess.run(command, stderr=terminal, stdout=subprocess.PIPE, timeout=60)
+    ended = subprocess.run(command, stderr=terminal, stdout=subprocess.PIPE, timeout=300)
     os.write(terminal, b".")  # so that there is something to read
     text = os.read(shell, 1 << 16).decode()
     os.close(terminal)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import secateur
-from tests.conftest import start_server, stop_server
+from tests.conftest import inner_server
 
 # What torch.load says of pickles that torch.save does not write.
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -25,10 +25,11 @@ HALF = secateur.l1_unstructured("fc.weight", 0.5)
 @pytest.fixture(scope="module")
 def small() -> Iterator[secateur.Client]:
     """A server that takes models of up to 1 KiB."""
-    running = start_server("--max-model-bytes", "1KiB")
-    with secateur.Client(running.address) as client:
+    with (
+        inner_server("--max-model-bytes", "1KiB") as running,
+        secateur.Client(running.address) as client,
+    ):
         yield client
-    stop_server(running)
 
 
 SELECTION = "spec.rules[0].selection"

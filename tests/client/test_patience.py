@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import numpy as np
@@ -35,8 +36,21 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         slept.append(seconds)
         sleep(seconds / 1000)
 
-    monkeypatch.setattr("secateur.patience.time.sleep", short)
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=short)
+    monkeypatch.setattr("secateur.patience.time", clock)
     return slept
+
+
+class Clock:
+    """Time that passes only where somebody sleeps."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
 
 
 def busy(seconds: float | None) -> secateur.ServerBusy:
@@ -91,7 +105,9 @@ def test_a_server_that_does_not_say_when_is_not_asked_again(pauses: list[float])
     assert pauses == []
 
 
-def test_an_attempt_has_the_time_that_is_left() -> None:
+def test_an_attempt_has_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("secateur.patience.time", clock)
     left: list[float | None] = []
 
     def attempt(seconds: float | None) -> None:
@@ -101,7 +117,7 @@ def test_an_attempt_has_the_time_that_is_left() -> None:
 
     Patience(1).until_served(attempt, is_known=False, is_safe=False)
     first, second, third = (seconds or 0 for seconds in left)
-    assert 1 >= first > 0.9
+    assert first == 1
     assert first - 0.05 >= second
     assert second - 0.05 >= third > 0
     assert Patience(None).left() is None
@@ -210,16 +226,16 @@ def test_a_client_goes_on_while_its_server_is_killed_and_started_again(
             done[kind] += 1
 
     restarted.start()
-    with secateur.Client(restarted.address, timeout=120) as client, ThreadPoolExecutor() as pool:
+    with secateur.Client(restarted.address, timeout=300) as client, ThreadPoolExecutor() as pool:
         client.wait_until_ready()
         client.prune(MODEL, HALF)
         loops = [pool.submit(loop, client, kind) for kind in done]
         try:
-            eventually(lambda: all(count > 1 for count in done.values()), True, 60)
+            eventually(lambda: all(count > 1 for count in done.values()), True)
             restarted.kill()
             before = dict(done)
             restarted.start()
-            eventually(lambda: all(done[kind] > before[kind] + 1 for kind in done), True, 60)
+            eventually(lambda: all(done[kind] > before[kind] + 1 for kind in done), True)
         finally:
             ended.set()
         for running in loops:
@@ -227,28 +243,27 @@ def test_a_client_goes_on_while_its_server_is_killed_and_started_again(
 
 
 def test_who_waits_until_ready_finds_a_server_that_starts_later(restarted: Restarted) -> None:
-    with secateur.Client(restarted.address, timeout=60) as client:
+    with secateur.Client(restarted.address, timeout=300) as client:
         threading.Timer(0.5, restarted.start).start()
         client.wait_until_ready(60)
         assert client.prune(MODEL, HALF).report.zeros == 50
 
 
-def test_a_server_that_was_never_there_is_told_at_once() -> None:
-    with secateur.Client(free_address(), timeout=60) as client:
+def test_a_server_that_was_never_there_is_told_at_once(pauses: list[float]) -> None:
+    with secateur.Client(free_address(), timeout=300) as client:
         for call in (
             lambda: client.prune(MODEL, HALF),
             lambda: client.report(MODEL),
             lambda: client.upload(MODEL),
             lambda: client.checkpoint("checkpoints/x"),
         ):
-            begun = time.monotonic()
             with pytest.raises(secateur.Unavailable):
                 call()
-            assert time.monotonic() - begun < 2
+        assert pauses == []
         begun = time.monotonic()
         with pytest.raises(secateur.Unavailable, match=r"no server after 0\.3 seconds"):
             client.wait_until_ready(0.3)
-        assert 0.3 <= time.monotonic() - begun < 2
+        assert time.monotonic() - begun >= 0.3
 
 
 class Line:
@@ -324,7 +339,7 @@ def test_what_is_kept_is_not_kept_twice_where_its_answer_is_lost(store: Kept) ->
     uploaded = store.client.upload(MODEL)
     with (
         line_to(store.server.address) as line,
-        secateur.Client(line.address, timeout=20) as client,
+        secateur.Client(line.address, timeout=300) as client,
         ThreadPoolExecutor() as pool,
     ):
         assert client.report(uploaded).total == 100  # the server is known
@@ -334,7 +349,7 @@ def test_what_is_kept_is_not_kept_twice_where_its_answer_is_lost(store: Kept) ->
         line.cut()
         with pytest.raises(secateur.Unavailable):
             answer.result()
-    time.sleep(0.5)
+    eventually(lambda: series(store.server, "secateur_requests_in_flight"), 0.0)
     assert len(list(store.client.checkpoints())) == 2
 
 
@@ -344,7 +359,7 @@ def test_what_changes_nothing_is_done_again_where_its_answer_is_lost(
 ) -> None:
     with (
         line_to(store.server.address) as line,
-        secateur.Client(line.address, timeout=20) as client,
+        secateur.Client(line.address, timeout=300) as client,
         ThreadPoolExecutor() as pool,
     ):
         client.report(MODEL)
@@ -387,7 +402,7 @@ def test_a_caller_that_falls_silent_is_noticed_and_holds_nothing(store: Kept) ->
             line.up = line.down = False
             begun = time.monotonic()
             # The idle timeout, of 60 s, is not what ends it.
-            eventually(lambda: series(store.server, "secateur_model_bytes"), 0.0, 59)
+            eventually(lambda: series(store.server, "secateur_model_bytes"), 0.0)
             took = time.monotonic() - begun
             call.cancel()
     print(f"a silent caller was noticed after {took:.1f} s")

@@ -33,7 +33,7 @@ def test_a_terminal_shows_a_bar(server: RunningServer) -> None:
     shell, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 80))
     command = [sys.executable, "-c", UPLOAD, server.address]
-    ended = subprocess.run(command, stderr=terminal, timeout=60)
+    ended = subprocess.run(command, stderr=terminal, timeout=300)
     shown = os.read(shell, 1 << 16).decode()
     os.close(terminal)
     os.close(shell)
@@ -44,7 +44,7 @@ def test_a_terminal_shows_a_bar(server: RunningServer) -> None:
 
 def test_a_pipe_shows_nothing(server: RunningServer) -> None:
     command = [sys.executable, "-c", UPLOAD, server.address]
-    ended = subprocess.run(command, capture_output=True, timeout=60)
+    ended = subprocess.run(command, capture_output=True, timeout=300)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"", b"")
 
 
@@ -52,6 +52,6 @@ def test_false_shows_nothing_and_true_shows_a_bar_anywhere(server: RunningServer
     for progress in ("False", "True"):
         code = UPLOAD.replace("1_000_000)}", f"1_000_000)}}, progress={progress}")
         command = [sys.executable, "-c", code, server.address]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert ended.returncode == 0, ended.stderr
         assert ("upload" in ended.stderr) == (progress == "True")

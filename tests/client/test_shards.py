@@ -22,7 +22,7 @@ from tests.client.sharded import (
 )
 from tests.contract.raw import check_serves
 from tests.pruning.torch_side import all_l1, assert_same_masks, assert_same_tensors, torch_masks
-from tests.uris.served import Served, check, serving
+from tests.uris.served import Served, check, serving_here
 
 FORMS = ("dense", "reparametrized")
 Form = str
@@ -35,7 +35,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(root: Path) -> Iterator[Served]:
-    with serving("--allow-path", str(root)) as running:
+    with serving_here("--allow-path", str(root)) as running:
         yield running
 
 

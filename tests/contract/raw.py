@@ -8,7 +8,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import grpc
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RequestInfo, RetryInfo
@@ -19,10 +19,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from secateur_proto import pruner_pb2 as pb
 from secateur_proto import spec_pb2
 from secateur_proto.pruner_pb2_grpc import PrunerStub
-from tests.conftest import RunningServer, eventually, start_server
+from tests.conftest import PATIENCE, RunningServer, eventually, start_server
 
 # No call may hang.
-TIMEOUT = 20.0
+TIMEOUT = PATIENCE
 
 # Properties are checked on whatever machine there is, at whatever speed it has.
 unhurried = settings(deadline=None)
@@ -126,7 +126,7 @@ def kept_open(messages: Iterable[Message]) -> Iterator[Iterator[Message]]:
 
     def stream() -> Iterator[Message]:
         yield from messages
-        ended.wait(60)
+        ended.wait(300)
 
     try:
         yield stream()
@@ -181,9 +181,17 @@ def confined_server(*options: str) -> Iterator[RunningServer]:
         shutil.rmtree(running.log.parent)
 
 
-def series(server: RunningServer, name: str, **labels: str) -> float:
+class HasMetrics(Protocol):
+    """A server, in its own process or in this one."""
+
+    @property
+    def metrics_address(self) -> str | None:
+        """Where it serves them."""
+
+
+def series(server: HasMetrics, name: str, **labels: str) -> float:
     """The sum of a metric's samples that have the labels."""
-    with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=300) as answer:
         text = answer.read().decode()
     return sum(
         sample.value
@@ -193,7 +201,7 @@ def series(server: RunningServer, name: str, **labels: str) -> float:
     )
 
 
-def check_serves(server: RunningServer, channel: grpc.Channel) -> None:
+def check_serves(server: HasMetrics, channel: grpc.Channel) -> None:
     """The server takes a good request, and holds nothing of those that came before it."""
     data = file({"w": entry("F32", [2], 0, 8)}, b"\0" * 8)
     assert send_file(channel, "Prune", data) is None

@@ -23,7 +23,7 @@ def breaking(protos: Path) -> subprocess.CompletedProcess[str]:
     """What buf says of .proto files, measured on the last release."""
     buf = Path(sys.executable).with_name("buf")
     command = [str(buf), "breaking", str(protos), "--against", "protos/released.binpb"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def replace(protos: Path, old: str, new: str) -> None:

@@ -39,7 +39,7 @@ def answer(
         yield pruner_pb2.PruneRequest(header=head, data=bytes(next(pieces)))
         yield from (pruner_pb2.PruneRequest(data=bytes(piece)) for piece in pieces)
 
-    return list(pruner_pb2_grpc.PrunerStub(channel).Prune(messages(), timeout=60))
+    return list(pruner_pb2_grpc.PrunerStub(channel).Prune(messages(), timeout=300))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_a_call_that_says_so_is_one_message_each_way(
         pruner_pb2.PruneResponse.FromString,
     )
     request = pruner_pb2.PruneRequest(header=head, data=data)
-    single = call(request, timeout=20, metadata=(("secateur-single", "1"),))
+    single = call(request, timeout=300, metadata=(("secateur-single", "1"),))
     assert single.result == streamed[0].result
     assert single.data == b"".join(message.data for message in streamed)
 

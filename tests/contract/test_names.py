@@ -123,7 +123,7 @@ def test_checkpoints_of_the_contract(client: secateur.Client, tmp_path: Path) ->
 
 
 def test_the_metrics_have_their_names(server: RunningServer) -> None:
-    with urlopen(f"http://{server.metrics_address}/metrics", timeout=10) as answer:
+    with urlopen(f"http://{server.metrics_address}/metrics", timeout=300) as answer:
         found = re.findall(r"^# TYPE (\S+)", answer.read().decode(), re.M)
     assert {
         *("grpc_server_started_total", "grpc_server_handled_total"),

@@ -55,7 +55,7 @@ def records() -> set[str]:
 
 
 def metrics_of(server: RunningServer) -> str:
-    with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=300) as answer:
         text: str = answer.read().decode()
     return text
 
@@ -97,14 +97,14 @@ def prometheus(folder: Path) -> Iterator[str]:
         yield address
     finally:
         process.terminate()
-        process.wait(timeout=30)
+        process.wait(timeout=300)
 
 
 def get(address: str, path: str, **parameters: str) -> dict[str, Any] | None:
     """The data of an answer; None where Prometheus does not answer yet."""
     url = f"http://{address}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
     try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
+        with urllib.request.urlopen(url, timeout=300) as answer:
             data: dict[str, Any] = json.load(answer)["data"]
             return data
     except urllib.error.HTTPError as error:

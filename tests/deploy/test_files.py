@@ -59,11 +59,31 @@ def test_a_server_has_a_limit_a_probe_and_time_to_end(profile: str, name: str) -
     assert {key for key in server["environment"] if "SECATEUR" in key} <= variables()
 
 
+@needs_compose
+def test_the_image_of_each_profile_has_torch_for_its_device() -> None:
+    cpu, gpu = compose("cpu")["server"], compose("gpu")["server-gpu"]
+    assert cpu["build"]["args"] == {"TORCH_INDEX_URL": "https://download.pytorch.org/whl/cpu"}
+    assert gpu["build"]["args"] == {"TORCH_INDEX_URL": ""}  # PyPI's alone
+    assert cpu["image"] != gpu["image"]
+    assert "ARG TORCH_INDEX_URL" in DOCKERFILE
+
+
 @needs_promtool
 def test_promtool_takes_the_configuration() -> None:
     command = ["promtool", "check", "config", "deploy/prometheus/prometheus.yml"]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_the_label_that_links_to_runbooks_is_on_no_alert() -> None:
+    text = Path("deploy/prometheus/prometheus.yml").read_text()
+    config = yaml.safe_load(
+        text.replace("# external_labels:", "external_labels:").replace("#   r", "  r")
+    )
+    (label,) = config["global"]["external_labels"]
+    assert label == "runbook"
+    (relabel,) = config["alerting"]["alert_relabel_configs"]
+    assert relabel == {"action": "labeldrop", "regex": label}
 
 
 def test_hadolint_finds_nothing_to_say() -> None:
@@ -87,7 +107,7 @@ def test_an_image_alone_serves_nobody_without_tls_and_tokens() -> None:
 def probe(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "deploy/healthcheck.py", *arguments]
     variables = {**os.environ, **environment}
-    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("service", [(), ("liveness",)], ids=str)

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from secateur_proto.sizes import byte_count
 from secateur_server.operate.callers import read_tokens
-from secateur_server.operate.units import byte_count
 from tests.deploy.options import variables
 
 FOLDER = Path("deploy/kubernetes")
@@ -135,7 +135,7 @@ def test_probes_ask_for_what_the_server_answers(channel: grpc.Channel) -> None:
     assert asked == {"startupProbe": "", "readinessProbe": "", "livenessProbe": "liveness"}
     for service in asked.values():
         request = health_pb2.HealthCheckRequest(service=service)
-        answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=10)
+        answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=300)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 

@@ -90,5 +90,5 @@ class Authority:
 def serial_at(address: str) -> int:
     """The serial number of the certificate that a new connection is shown."""
     host, _, port = address.rpartition(":")
-    shown = ssl.get_server_certificate((host, int(port)), timeout=10)
+    shown = ssl.get_server_certificate((host, int(port)), timeout=300)
     return x509.load_pem_x509_certificate(shown.encode()).serial_number

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import grpc
@@ -28,7 +29,7 @@ from secateur_server.operate import admission as module
 from secateur_server.operate.admission import Admission
 from secateur_server.operate.callers import Tenant
 from secateur_server.operate.calls import Method, serving
-from tests.conftest import RunningServer, eventually, start_server, stop_server
+from tests.conftest import RunningServer, eventually, inner_server, start_server, stop_server
 from tests.contract.raw import (
     Failure,
     check_serves,
@@ -95,11 +96,11 @@ class Caller:
 
     def leave(self) -> None:
         self._leaves.set()
-        self._thread.join(10)
+        self._thread.join(300)
 
     def stop(self) -> None:
         self.watch.stop()
-        self._thread.join(10)
+        self._thread.join(300)
 
 
 @dataclass(eq=False)
@@ -380,10 +381,8 @@ def small_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSe
     tokens = tmp_path_factory.mktemp("tokens") / "tokens.toml"
     tokens.write_text(TENANTS_FILE)
     options = ("--memory-limit", str(ROOM), "--queue-size", str(PLACES))
-    running = start_server(*options, "--tokens-file", str(tokens))
-    yield running
-    logged = stop_server(running)
-    assert "Traceback" not in logged, logged
+    with inner_server(*options, "--tokens-file", str(tokens)) as running:
+        yield running
 
 
 @pytest.fixture
@@ -416,7 +415,7 @@ class Calls:
             yield first
             self._ended.wait()
 
-        call = self._stub.Report.future(messages(), metadata=token(who), timeout=60)
+        call = self._stub.Report.future(messages(), metadata=token(who), timeout=300)
         self._made.append(call)
         eventually(lambda: call.done() or self._begun() > before, True)
         return call
@@ -427,7 +426,7 @@ class Calls:
     def report(self, who: str, data: bytes) -> Any:
         """A whole call, which is on its way when this returns."""
         first = message("Report", header=header("Report", len(data)), data=data)
-        return self._stub.Report.future(iter([first]), metadata=token(who), timeout=60)
+        return self._stub.Report.future(iter([first]), metadata=token(who), timeout=300)
 
     def fill(self) -> Any:
         """No more models fit, and no more callers may wait. Returns: who has the room."""
@@ -449,7 +448,7 @@ class Calls:
 
 def ending(call: Any) -> Failure | None:
     """How a call of the test's ends; None is well."""
-    return failure(call.result, timeout=20)
+    return failure(call.result, timeout=300)
 
 
 def retry_delay(call: Any) -> float | None:
@@ -503,20 +502,33 @@ def test_the_client_comes_again_by_itself(small_server: RunningServer, calls: Ca
         answer = pool.submit(client.prune, MODEL, secateur.l1_unstructured("w", 0.5))
         eventually(lambda: calls.refused() > before, True)
         calls.end()
-        assert answer.result(timeout=30).report.zeros == 50
+        assert answer.result(timeout=300).report.zeros == 50
 
 
 def test_the_client_gives_up_where_its_time_does_not_last(
-    small_server: RunningServer, calls: Calls
+    small_server: RunningServer, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The server says 1 s or more: there is nothing to wait for."""
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: pytest.fail("it waits"))
+    monkeypatch.setattr("secateur.patience.time", clock)
     calls.fill()
-    begun = time.monotonic()
-    with client_of(small_server, FLOOD, 0.9) as client, pytest.raises(secateur.ServerBusy) as error:
-        client.prune(MODEL, secateur.l1_unstructured("w", 0.5))
-    assert time.monotonic() - begun < 0.9  # the server says 1 s: there is nothing to wait for
-    assert error.value.retry_after is not None
-    assert error.value.retry_after >= 1
-    assert error.value.request_id
+    with client_of(small_server, FLOOD, 0.9) as client:
+        error = busy_error(client)
+    assert error.retry_after is not None
+    assert error.retry_after >= 1
+    assert error.request_id
+
+
+def busy_error(client: secateur.Client) -> secateur.ServerBusy:
+    """What a full server answers, where the machine is not too busy to answer in time."""
+    for _ in range(60):
+        try:
+            client.prune(MODEL, secateur.l1_unstructured("w", 0.5))
+        except secateur.ServerBusy as error:
+            return error
+        except secateur.DeadlineExceeded:
+            pass
+    raise AssertionError("a minute without an answer")
 
 
 def test_one_who_floods_does_not_keep_the_other_out(
@@ -531,7 +543,7 @@ def test_one_who_floods_does_not_keep_the_other_out(
         assert found.reason == "QUEUE_FULL"
         assert not answer.done()
         holder.cancel()
-        assert answer.result(timeout=20).total == 100
+        assert answer.result(timeout=300).total == 100
     eventually(lambda: calls.series("requests_waiting"), 1.0)  # and then the flood goes on
     assert not any(call.done() for call in waiting[:-1])
 
@@ -568,27 +580,29 @@ def test_under_load_the_limits_hold_at_every_look(
     small_server: RunningServer, calls: Calls
 ) -> None:
     spec = secateur.l1_unstructured("w", 0.5)
-    served = threading.Semaphore(0)
+    is_seen = threading.Event()  # that there is a load
 
     def work(seed: int) -> None:
-        chance = random.Random(seed)
-        with client_of(small_server, chance.choice([FLOOD, POLITE]), 120) as client:
-            for _ in range(4):
+        chance, count = random.Random(seed), 0
+        with client_of(small_server, chance.choice([FLOOD, POLITE]), 300) as client:
+            while count < 4 or not is_seen.is_set():
                 elements = chance.randint(1000, ROOM // 4 - 100)
                 report = client.prune({"w": np.ones(elements, np.float32)}, spec).report
                 assert report.total == elements
-                served.release()
+                count += 1
 
-    looks: list[tuple[float, float]] = []
+    most_held = most_waiting = 0.0
     with ThreadPoolExecutor() as pool:
         workers = [pool.submit(work, seed) for seed in range(10)]
         while not all(worker.done() for worker in workers):
-            looks.append((calls.series("model_bytes"), calls.series("requests_waiting")))
+            most_held = max(most_held, calls.series("model_bytes"))
+            most_waiting = max(most_waiting, calls.series("requests_waiting"))
+            if most_held > ROOM / 4 and most_waiting > 0:
+                is_seen.set()
         for worker in workers:
             worker.result()
-    held, waiting = zip(*looks, strict=True)
-    assert ROOM / 4 < max(held) <= ROOM
-    assert 0 < max(waiting) <= PLACES
+    assert ROOM / 4 < most_held <= ROOM
+    assert 0 < most_waiting <= PLACES
 
 
 # Storms -------------------------------------------------------------------------------------------
@@ -608,7 +622,7 @@ def _cancelled(channel: grpc.Channel, client: secateur.Client, chance: random.Ra
 
     def messages() -> Iterator[Any]:
         yield message("Prune", header=first, data=b"\x10")
-        ended.wait(5)
+        ended.wait(300)
 
     timeout = chance.uniform(0.001, 0.3)
     call = PrunerStub(channel).Prune(messages(), timeout=timeout)
@@ -632,39 +646,37 @@ def _malformed(channel: grpc.Channel, client: secateur.Client, chance: random.Ra
     data = chance.randbytes(chance.randint(0, 100))
     first = header("Report", chance.randint(0, 2 * ROOM))
     requests = iter([message("Report", header=first, data=data)])
-    failure(PrunerStub(channel).Report, requests, timeout=5)
+    failure(PrunerStub(channel).Report, requests, timeout=300)
 
 
 ACTIONS: tuple[Action, ...] = (_cancelled, _cancelled, _hurried, _malformed)
 
 
-def storm(server: RunningServer, callers: int, seconds: float) -> int:
-    """Callers who do anything at once.  Returns: how many calls they made."""
-    end = time.monotonic() + seconds
+def storm(server: RunningServer, callers: int, calls: int) -> None:
+    """Callers who do anything at once.  calls: of each."""
 
-    def rage(seed: int) -> int:
-        chance, count = random.Random(seed), 0
+    def rage(seed: int) -> None:
+        chance = random.Random(seed)
         own = [("grpc.use_local_subchannel_pool", 1)] if seed % 4 == 0 else []
         with (
             grpc.insecure_channel(server.address, own) as channel,
             secateur.Client(channel=channel, timeout=chance.uniform(0.1, 2)) as client,
         ):
-            while time.monotonic() < end:
+            for _ in range(calls):
                 chance.choice(ACTIONS)(channel, client, chance)
-                count += 1
-        return count
 
     with ThreadPoolExecutor(callers) as pool:
-        return sum(pool.map(rage, range(callers)))
+        list(pool.map(rage, range(callers)))
 
 
 @pytest.mark.parametrize(
-    ("callers", "seconds"), [(30, 2.0), pytest.param(200, 30.0, marks=pytest.mark.slow)]
+    ("callers", "calls"), [(30, 6), pytest.param(200, 60, marks=pytest.mark.slow)]
 )
-def test_nothing_is_left_of_a_storm(callers: int, seconds: float) -> None:
+def test_nothing_is_left_of_a_storm(callers: int, calls: int) -> None:
     server = start_server("--memory-limit", str(ROOM), "--queue-size", "16")
     with grpc.insecure_channel(server.address) as channel:
-        assert storm(server, callers, seconds) > callers
+        storm(server, callers, calls)
+        assert series(server, "grpc_server_started_total") > callers
         check_serves(server, channel)
         assert series(server, "secateur_requests_waiting") == 0
         # Threads of pools stay: of calls, of what receives and works for them, and gRPC's own.
@@ -682,7 +694,9 @@ def check_takes_as_many_as_ever(server: RunningServer, channel: grpc.Channel) ->
         yield message("Report", header=header("Report", 1000), data=b"\x10")
         ended.wait()
 
-    calls = [PrunerStub(channel).Report.future(messages(), timeout=60) for _ in range(WORKERS + 16)]
+    calls = [
+        PrunerStub(channel).Report.future(messages(), timeout=300) for _ in range(WORKERS + 16)
+    ]
     eventually(lambda: series(server, "secateur_model_bytes"), 1000.0 * (WORKERS + 16))
     for call in calls:
         call.cancel()

@@ -1,9 +1,9 @@
 """Who sends nothing, or takes nothing, is cut off; who is merely slow, or waits, is not."""
 
-import threading
-import time
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Any
 
 import grpc
@@ -18,19 +18,22 @@ from secateur_proto.checkpoint_pb2 import File
 from secateur_proto.codec import SINGLE
 from secateur_proto.framing import cut
 from secateur_proto.pruner_pb2_grpc import PrunerStub
-from secateur_proto.spec_pb2 import PruningSpec
-from tests.conftest import RunningServer, eventually, start_server, stop_server
+from secateur_server.app import App
+from secateur_server.config import read_config
+from secateur_server.pruning.prune import prune
+from tests.clock import Clock, install
+from tests.conftest import PATIENCE, eventually, start_server, stop_server
 from tests.contract.raw import (
     Failure,
     check_serves,
     failure,
     header,
+    kept_open,
     message,
     series,
-    spec,
 )
 
-IDLE = 1.0
+IDLE = 100.0  # seconds of the tests' clock
 ROOM = 256 << 20
 GET = "/secateur.v1.Checkpoints/Get"
 PRUNE = "/secateur.v1.Pruner/Prune"
@@ -38,35 +41,45 @@ PRUNE = "/secateur.v1.Pruner/Prune"
 FILE = safetensors.torch.save({"w": torch.arange(1.0, 1001)})
 
 
+class Errors(logging.Handler):
+    """Keeps what is logged with a traceback."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info:
+            self.found.append(self.format(record))
+
+
 @pytest.fixture(scope="module")
-def impatient() -> Iterator[RunningServer]:
-    """A server that waits for a second."""
-    running = start_server("--idle-timeout", str(IDLE), "--memory-limit", str(ROOM))
-    yield running
-    logged = stop_server(running)
-    assert "Traceback" not in logged, logged
+def clock() -> Iterator[Clock]:
+    with pytest.MonkeyPatch.context() as patch:
+        made = Clock()
+        install(made, patch)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def impatient(clock: Clock) -> Iterator[App]:
+    """A server in this process, which cuts callers off by the tests' clock."""
+    addresses = ("--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0")
+    options = ("--idle-timeout", str(IDLE), "--memory-limit", str(ROOM))
+    errors = Errors()
+    logging.getLogger().addHandler(errors)
+    with App(read_config([*addresses, *options], {}), is_warm=False) as running:
+        yield running
+    logging.getLogger().removeHandler(errors)
+    assert errors.found == []
 
 
 @pytest.fixture
-def line(impatient: RunningServer) -> Iterator[grpc.Channel]:
+def line(impatient: App) -> Iterator[grpc.Channel]:
     """A connection; nothing is left of what the test does with it."""
     with grpc.insecure_channel(impatient.address) as channel:
         yield channel
         check_serves(impatient, channel)
-
-
-class Pausing:
-    """Messages of a caller who then sends nothing, and does not end its stream."""
-
-    def __init__(self, messages: Iterable[Any], pause: float = 0.0) -> None:
-        self._messages, self._pause = messages, pause
-        self.ended = threading.Event()
-
-    def __iter__(self) -> Iterator[bytes]:
-        for item in self._messages:
-            yield item if isinstance(item, bytes) else item.SerializeToString()
-            self.ended.wait(self._pause)
-        self.ended.wait(30)
 
 
 def raw(channel: grpc.Channel, method: str) -> Any:
@@ -75,20 +88,27 @@ def raw(channel: grpc.Channel, method: str) -> Any:
     return made
 
 
-def cut_off(channel: grpc.Channel, method: str, messages: Pausing, **options: Any) -> float:
-    """Makes a call that is to be cut off.  Returns: after how many seconds."""
-    call = raw(channel, method)(iter(messages), timeout=20, **options)
-    begun = time.monotonic()
-    found = failure(list, call)
-    messages.ended.set()
-    check_idle(found)
-    return time.monotonic() - begun
+def silent(channel: grpc.Channel, method: str, messages: Iterable[Any], **options: Any) -> Any:
+    """How a call ends whose caller sends nothing more, and does not end its stream."""
+    sent = [item if isinstance(item, bytes) else item.SerializeToString() for item in messages]
+    with kept_open(sent) as stream:
+        return failure(list, raw(channel, method)(stream, timeout=PATIENCE, **options))
 
 
 def check_idle(found: Failure | None) -> None:
     assert found is not None, "the call succeeded"
     assert (found.code.name, found.reason) == ("DEADLINE_EXCEEDED", "IDLE_TIMEOUT"), found
     assert f"no message has come for {IDLE:g} seconds" in found.message
+
+
+def test_seconds_of_the_option_are_those_of_the_world() -> None:
+    server = start_server("--idle-timeout", "0.3")
+    with grpc.insecure_channel(server.address) as channel:
+        found = silent(channel, GET, [])
+        assert found is not None
+        assert found.reason == "IDLE_TIMEOUT"
+        assert "no message has come for 0.3 seconds" in found.message
+    stop_server(server)
 
 
 def pruning(size: int = len(FILE), data: bytes = b"", **fields: Any) -> pb.PruneRequest:
@@ -130,95 +150,111 @@ SLOW: dict[str, tuple[str, Callable[[], list[Any]], dict[str, Any]]] = {
 
 
 def test_a_sender_that_stops_anywhere_is_cut_off_and_holds_nothing(
-    impatient: RunningServer, line: grpc.Channel
+    impatient: App, clock: Clock, line: grpc.Channel
 ) -> None:
-    """All at once, that the test does not take a second for each."""
     before = rejected(impatient)
     with ThreadPoolExecutor(len(SLOW)) as pool:
         calls = {
-            place: pool.submit(cut_off, line, method, Pausing(messages()), **options)
+            place: pool.submit(silent, line, method, messages(), **options)
             for place, (method, messages, options) in SLOW.items()
         }
+        eventually(lambda: series(impatient, "secateur_requests_in_flight"), float(len(SLOW)))
         eventually(lambda: series(impatient, "secateur_model_bytes") > 0, True)
-        took = {place: call.result() for place, call in calls.items()}
-    assert {place: seconds for place, seconds in took.items() if not 0.9 < seconds < 4} == {}
-    assert rejected(impatient) == before + len(SLOW)
-    eventually(lambda: series(impatient, "secateur_model_bytes"), 0.0, within=1)
+        clock.advance(0.9 * IDLE)
+        assert [place for place, call in calls.items() if call.done()] == []
+
+        def are_over() -> bool:  # one whose message came late is waited for from then on
+            clock.advance(0.2 * IDLE)
+            return all(call.done() for call in calls.values())
+
+        eventually(are_over, True)
+        for call in calls.values():
+            check_idle(call.result())
+    eventually(lambda: rejected(impatient), before + len(SLOW))
+    eventually(lambda: series(impatient, "secateur_model_bytes"), 0.0)
 
 
-def rejected(server: RunningServer) -> float:
+def rejected(server: App) -> float:
     return series(server, "secateur_rejected_requests_total", reason="IDLE_TIMEOUT")
 
 
-def handled(server: RunningServer, code: str) -> float:
+def handled(server: App, code: str) -> float:
     return series(server, "grpc_server_handled_total", grpc_code=code, grpc_method="Prune")
 
 
+def received(server: App) -> float:
+    return series(server, "secateur_received_bytes_total")
+
+
 def test_a_call_of_one_message_needs_no_end_behind_it(line: grpc.Channel) -> None:
-    messages = Pausing([checkpoints_pb2.GetRequest(name="checkpoints/none")])
-    found = failure(list, raw(line, GET)(iter(messages), timeout=20))
-    messages.ended.set()
+    found = silent(line, GET, [checkpoints_pb2.GetRequest(name="checkpoints/none")])
     assert found is not None
     assert found.code == grpc.StatusCode.NOT_FOUND
 
 
-def test_a_sender_that_is_slow_but_steady_is_served(line: grpc.Channel) -> None:
-    pieces = [FILE[begin : begin + 500] for begin in range(0, len(FILE), 500)]
+def test_a_sender_that_is_slow_but_steady_is_served(
+    impatient: App, clock: Clock, line: grpc.Channel
+) -> None:
+    begun, before = clock.now, received(impatient)
 
     def messages() -> Iterator[pb.PruneRequest]:
         yield pruning()
-        for piece in pieces:
-            time.sleep(0.3)
-            yield rest(piece)
+        for begin in range(0, len(FILE), 500):
+            yield rest(FILE[begin : begin + 500])
+            sent = min(begin + 500, len(FILE))
+            eventually(lambda sent=sent: received(impatient) - before, float(sent))  # type: ignore[misc]
+            clock.advance(0.6 * IDLE)
 
-    begun = time.monotonic()
-    assert failure(list, PrunerStub(line).Prune(messages(), timeout=20)) is None
-    assert time.monotonic() - begun > 2 * IDLE
+    assert failure(list, PrunerStub(line).Prune(messages(), timeout=PATIENCE)) is None
+    assert clock.now - begun > 2 * IDLE
 
 
-def test_who_waits_for_room_is_not_cut_off(impatient: RunningServer, line: grpc.Channel) -> None:
+def test_who_waits_for_room_is_not_cut_off(
+    impatient: App, clock: Clock, line: grpc.Channel
+) -> None:
     """One caller holds all the room, slow but steady, while others wait for it."""
-    ended = threading.Event()
+    pieces: SimpleQueue[bytes] = SimpleQueue()
 
     def steady() -> Iterator[pb.PruneRequest]:
         yield pruning(ROOM, data=(1 << 20).to_bytes(8, "little"))  # a header of 1 MiB follows
-        while not ended.wait(0.3):
-            yield rest(b"\0")
+        while piece := pieces.get():
+            yield rest(piece)
 
-    holder = PrunerStub(line).Prune(steady(), timeout=30)
+    holder = PrunerStub(line).Prune(steady(), timeout=PATIENCE)
     eventually(lambda: series(impatient, "secateur_model_bytes"), float(ROOM))
-    with secateur.Client(channel=line, timeout=30) as client, ThreadPoolExecutor() as pool:
+    with secateur.Client(channel=line, timeout=PATIENCE) as client, ThreadPoolExecutor() as pool:
         model = {"w": torch.randn(1 << 20)}
         halves = secateur.l1_unstructured("w", 0.5)
         answers = [
             pool.submit(client.prune, model, halves, output=output) for output in ("masks", "dense")
         ]
         eventually(lambda: series(impatient, "secateur_requests_waiting"), 2.0)
-        time.sleep(2.5 * IDLE)
+        for _ in range(5):
+            before = received(impatient)
+            clock.advance(0.6 * IDLE)
+            pieces.put(b"\0")
+            eventually(lambda before=before: received(impatient) > before, True)  # type: ignore[misc]
         assert series(impatient, "secateur_requests_waiting") == 2
         holder.cancel()
-        ended.set()
+        pieces.put(b"")
         for answer in answers:
             assert answer.result().report.zeros == 1 << 19
 
 
-def test_what_is_worked_on_for_longer_is_not_cut_off(line: grpc.Channel) -> None:
-    """As many rules as take some seconds here and now."""
-    data = safetensors.torch.save({"w": torch.randn(8 << 20)})
-    (rule,) = spec("*", fraction=0.01).rules
+def test_what_is_worked_on_for_longer_is_not_cut_off(
+    clock: Clock, line: grpc.Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = clock.now
 
-    def seconds(rules: int) -> float:
-        of_rules = PruningSpec(rules=[rule] * rules)
-        first = message("Prune", header=header("Prune", len(data), spec=of_rules))
-        requests = [first, *(rest(bytes(piece)) for piece in cut([data]))]
-        begun = time.monotonic()
-        answer = list(PrunerStub(line).Prune(iter(requests), timeout=60))
-        assert answer[0].result.report.zeros
-        return time.monotonic() - begun
+    def slowly(*arguments: Any) -> Any:
+        clock.advance(3 * IDLE)
+        return prune(*arguments)
 
-    rules = 20
-    while (took := seconds(rules)) < 2 * IDLE:
-        rules = int(rules * min(10, 3 * IDLE / took))
+    monkeypatch.setattr("secateur_server.service.prune", slowly)
+    requests = iter([pruning(data=FILE)])
+    answer = list(PrunerStub(line).Prune(requests, timeout=PATIENCE))
+    assert answer[0].result.report.zeros == 500
+    assert clock.now - begun == 3 * IDLE
 
 
 LARGE = safetensors.torch.save({"w": torch.randn(16 << 20)})
@@ -227,45 +263,59 @@ LARGE = safetensors.torch.save({"w": torch.randn(16 << 20)})
 def dense(line: grpc.Channel) -> Any:
     first = pruning(len(LARGE), output=pb.OUTPUT_DENSE)
     requests = [first, *(rest(bytes(piece)) for piece in cut([LARGE]))]
-    return PrunerStub(line).Prune(iter(requests), timeout=60)
+    return PrunerStub(line).Prune(iter(requests), timeout=PATIENCE)
 
 
 def test_a_reader_that_takes_nothing_is_cut_off_and_holds_nothing(
-    impatient: RunningServer, line: grpc.Channel
+    impatient: App, clock: Clock, line: grpc.Channel
 ) -> None:
-    before = rejected(impatient), handled(impatient, "DeadlineExceeded")
+    def ended() -> tuple[float, float]:
+        return rejected(impatient), handled(impatient, "DeadlineExceeded")
+
+    before = ended()
     call = dense(line)
     assert next(call).result.data_bytes == len(LARGE)
+    clock.advance(0.9 * IDLE)
     assert series(impatient, "secateur_model_bytes") == len(LARGE)
-    begun = time.monotonic()
-    eventually(lambda: series(impatient, "secateur_model_bytes"), 0.0)
-    assert 0.5 * IDLE < time.monotonic() - begun < 2 * IDLE + 2
-    after = rejected(impatient), handled(impatient, "DeadlineExceeded")
-    assert after == (before[0] + 1, before[1] + 1)
+
+    def held() -> float:  # a message that was given away late is waited for from then on
+        clock.advance(0.2 * IDLE)
+        return series(impatient, "secateur_model_bytes")
+
+    eventually(held, 0.0)
+    eventually(ended, (before[0] + 1, before[1] + 1))
     found = failure(list, call)  # HTTP/2 brings no status behind data that nobody takes
     assert found is not None
     assert found.code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
-def test_a_reader_that_is_slow_but_steady_is_served(line: grpc.Channel) -> None:
-    call = dense(line)
-    size, begun = 0, time.monotonic()
-    for index, answer in enumerate(call):
-        if index % 8 == 0:
-            time.sleep(0.4)
+def test_a_reader_that_is_slow_but_steady_is_served(
+    impatient: App, clock: Clock, line: grpc.Channel
+) -> None:
+    begun, at_first = clock.now, series(impatient, "secateur_sent_bytes_total")
+
+    def sent() -> float:
+        return series(impatient, "secateur_sent_bytes_total") - at_first
+
+    call, size, before = dense(line), 0, 0.0
+    for answer in call:
         size += len(answer.data)
+        # What the server gives away now it began to give after the clock's last step.
+        if before < len(LARGE) and sent() > before:
+            clock.advance(0.6 * IDLE)
+            before = sent()
     assert size == len(LARGE)
-    assert time.monotonic() - begun > 2 * IDLE
+    assert clock.now - begun > 2 * IDLE
 
 
 def test_a_reader_of_progress_that_takes_nothing_is_served_or_cut_off(
-    impatient: RunningServer, line: grpc.Channel
+    impatient: App, line: grpc.Channel
 ) -> None:
     """Messages of progress are small: they wait in gRPC's buffers, and stop nobody."""
-    with secateur.Client(channel=line, timeout=30) as client:
+    with secateur.Client(channel=line, timeout=PATIENCE) as client:
         uploaded = client.upload({"w": torch.randn(1 << 20)})
         first = pruning(0, checkpoint=uploaded.name)
-        call = PrunerStub(line).Prune(iter([first]), timeout=30)
+        call = PrunerStub(line).Prune(iter([first]), timeout=PATIENCE)
         eventually(lambda: series(impatient, "secateur_requests_in_flight"), 0.0)
         *_, result = call
         assert result.HasField("result")

@@ -21,7 +21,7 @@ def test_a_prune_needs_the_model_and_a_seventh_of_it() -> None:
     weights = torch.randn(50_000_000, generator=torch.Generator().manual_seed(0))
     server = start_server()
     try:
-        with secateur.Client(server.address, timeout=120) as client:
+        with secateur.Client(server.address, timeout=300) as client:
             spec = secateur.l1_unstructured("w", 0.5)
             client.prune({"w": weights[:5_000_000]}, spec)  # libraries loaded, kernels compiled
             before = memory(server.process.pid, "VmRSS")

@@ -11,15 +11,22 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import secateur
 from secateur_proto import pruner_pb2, pruner_pb2_grpc
-from tests.conftest import RunningServer, eventually
+from tests.conftest import RunningServer, eventually, inner_server
 
 MODEL = {"w": np.arange(1, 9, dtype=np.float32).reshape(2, 4)}
 HALF = secateur.l1_unstructured("w", 0.5)
 
 
+@pytest.fixture
+def own_server() -> Iterator[RunningServer]:
+    """A server whose counts begin at zero."""
+    with inner_server() as running:
+        yield running
+
+
 def sample(server: RunningServer, name: str, **labels: str) -> float:
     """The value of one series."""
-    with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=300) as answer:
         text = answer.read().decode()
     values = [
         found.value

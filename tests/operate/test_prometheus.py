@@ -96,18 +96,18 @@ def test_it_sees_what_the_server_counts(asked: str, loaded: RunningServer) -> No
 @needs_prometheus
 @pytest.mark.parametrize("name", sorted(records()))
 def test_a_recording_rule_has_a_value(asked: str, name: str) -> None:
-    eventually(lambda: len(ask(asked, f'{name}{{job="secateur"}}') or []), 1, 60)
+    eventually(lambda: len(ask(asked, f'{name}{{job="secateur"}}') or []), 1)
 
 
 @needs_prometheus
 def test_what_callers_do_wrong_is_no_failure_and_nothing_is_slow(asked: str) -> None:
-    eventually(lambda: ask(asked, "secateur:calls_failed:ratio_rate5m"), [0.0], 60)
-    eventually(lambda: ask(asked, "secateur:reports_slow:ratio_rate5m"), [0.0], 60)
+    eventually(lambda: ask(asked, "secateur:calls_failed:ratio_rate5m"), [0.0])
+    eventually(lambda: ask(asked, "secateur:reports_slow:ratio_rate5m"), [0.0])
 
 
 @needs_prometheus
 def test_no_alert_fires_under_ordinary_load_and_all_rules_are_well(asked: str) -> None:
-    eventually(lambda: len(ask(asked, "secateur:store:ratio") or []), 1, 60)
+    eventually(lambda: len(ask(asked, "secateur:store:ratio") or []), 1)
     found = get(asked, "rules")
     assert found is not None
     rules = [rule for group in found["groups"] for rule in group["rules"]]

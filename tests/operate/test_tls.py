@@ -92,7 +92,7 @@ def refusal(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.S
     )
     with channel:
         check = health_pb2_grpc.HealthStub(channel).Check
-        found = failure(check, health_pb2.HealthCheckRequest(), timeout=20)
+        found = failure(check, health_pb2.HealthCheckRequest(), timeout=300)
     return found.code if found else None
 
 
@@ -109,7 +109,7 @@ def test_a_client_that_trusts_the_authority_is_served(
         tls.address,
         token=TOKEN,
         tls=grpc.ssl_channel_credentials(trust) if isinstance(trust, bytes) else trust,
-        timeout=20,
+        timeout=300,
     ) as client:
         assert client.report(MODEL).total == 4
         assert client.prune(MODEL, secateur.l1_unstructured("w", 2)).report.zeros == 2
@@ -120,7 +120,7 @@ def test_plaintext_and_other_authorities_are_not_served(tls: Served) -> None:
     assert refusal(tls.address, None) == grpc.StatusCode.UNAVAILABLE
     assert refusal(tls.address, _THEIRS.credentials()) == grpc.StatusCode.UNAVAILABLE
     with (
-        secateur.Client(tls.address, token=TOKEN, timeout=20) as client,
+        secateur.Client(tls.address, token=TOKEN, timeout=300) as client,
         pytest.raises(secateur.Unavailable, match=f"{tls.address} speaks TLS"),
     ):
         client.report(MODEL)
@@ -129,7 +129,7 @@ def test_plaintext_and_other_authorities_are_not_served(tls: Served) -> None:
 def test_over_tls_a_token_is_needed_as_well(tls: Served) -> None:
     for token in (None, TOKEN + "!"):
         with (
-            secateur.Client(tls.address, token=token, tls=tls.ca, timeout=20) as client,
+            secateur.Client(tls.address, token=token, tls=tls.ca, timeout=300) as client,
             pytest.raises(secateur.Unauthenticated),
         ):
             client.report(MODEL)
@@ -152,7 +152,7 @@ def command(address: str, *options: str, **environment: str) -> subprocess.Compl
         [sys.executable, "-m", "secateur.cli", *options, "--server", address],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         env={**known, **environment},
     )
 
@@ -192,7 +192,7 @@ def test_a_new_certificate_is_served_to_new_connections_and_old_ones_go_on(tls: 
 
     with grpc.secure_channel(tls.address, _OURS.credentials()) as channel:
         metadata = (("authorization", f"Bearer {TOKEN}"),)
-        answer = PrunerStub(channel).Report(messages(), metadata=metadata, timeout=40)
+        answer = PrunerStub(channel).Report(messages(), metadata=metadata, timeout=300)
         assert answer.report.total == 4
         threading.Event().wait(1.1)  # it looks again, and what has not changed is not read
         assert serial_at(tls.address) == second.serial
@@ -225,12 +225,12 @@ def test_another_authority_for_callers_is_asked_for_once_its_file_changes(mutual
     ours, theirs = _OURS.pair("caller"), _THEIRS.pair("caller")
     with grpc.secure_channel(mutual.address, _OURS.credentials(ours)) as old:
         stub = health_pb2_grpc.HealthStub(old)
-        stub.Check(health_pb2.HealthCheckRequest(), timeout=20)
+        stub.Check(health_pb2.HealthCheckRequest(), timeout=300)
         mutual.ca.write_bytes(_THEIRS.cert)
         eventually(lambda: refusal(mutual.address, _OURS.credentials(theirs)), None)
         refused = grpc.StatusCode.UNAVAILABLE
         assert refusal(mutual.address, _OURS.credentials(ours)) == refused
-        stub.Check(health_pb2.HealthCheckRequest(), timeout=20)
+        stub.Check(health_pb2.HealthCheckRequest(), timeout=300)
     failed = mutual.reloads("failed")
     mutual.ca.write_bytes(b"")  # not everybody, and not nobody
     eventually(
@@ -289,7 +289,7 @@ def test_a_server_that_cannot_serve_tls_ends_with_one_line(tmp_path: Path) -> No
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        timeout=60,
+        timeout=300,
     )
     assert ended.returncode == 1
     lines = [line for line in ended.stderr.splitlines() if not line.startswith("{")]

@@ -80,7 +80,7 @@ def test_a_call_is_a_span_of_its_callers_trace_and_its_stages_lie_within(
 
 def test_a_collector_that_is_not_there_holds_up_nobody() -> None:
     server = start_server("--otlp-endpoint", "http://127.0.0.1:1")
-    with secateur.Client(server.address, timeout=10) as client:
+    with secateur.Client(server.address, timeout=300) as client:
         assert client.prune(MODEL, secateur.l1_unstructured("w", 0.5)).report.zeros == 4
     stop_server(server)
 

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur_server.devices.blocks import KEPT_SECONDS, LEAST_BYTES, SLACK, Blocks
+from secateur_server.devices.blocks import LEAST_BYTES, SLACK, Blocks
 from tests.conftest import eventually
 from tests.operate.test_memory import memory
 
@@ -62,7 +62,7 @@ def _take_and_let_go() -> None:
         assert (size - 50) * MIB < resident() - before < (size + 50) * MIB
         del block
     later = blocks.take(2 * MIB)  # somebody still works: it is no end that gives memory back
-    eventually(lambda: resident() < before + 50 * MIB, True, 5 * KEPT_SECONDS)
+    eventually(lambda: resident() < before + 50 * MIB, True)
     assert len(later) == 2 * MIB
 
 

@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 import secateur
-from tests.conftest import RunningServer
+from tests.conftest import PATIENCE, RunningServer, eventually
 from tests.contract.raw import check_serves
 from tests.soak.chaos import MEAN_BYTES, Chaos, chaos
 from tests.soak.load import Caller, at_work, check_kept, check_right
@@ -20,7 +20,9 @@ CALLERS = 4
 # All that a network can do to a call: what it carried did not arrive, or not in time.
 EXPECTED = (secateur.Unavailable, secateur.DeadlineExceeded)
 # Beside its deadline a call does what it did not send: it reads files and compares answers.
-MOST_SECONDS_MORE = 15.0
+MOST_SECONDS_MORE = PATIENCE
+CALLS = ("prune", "report", "upload", "prune by handle", "report by handle")
+FAULTS = ("cut", "reset", "delay", "throttle")
 
 
 def cases_of(folder: Path, *kinds: str) -> list[Case]:
@@ -64,25 +66,26 @@ def survive(
         callers = callers_of(network, cases, folder, seed, timeout)
         with at_work(callers):
             threading.Event().wait(seconds)
+            eventually(lambda: has_all_kinds(callers, network.done), True)
         outcomes = check_right(callers)
         assert max(caller.longest for caller in callers) < timeout + MOST_SECONDS_MORE
         check_whole(server, callers)
         return outcomes, network.done
 
 
-def check_all_kinds(outcomes: Counter[str], faults: Counter[str]) -> None:
-    """The seed brought every fault, and some calls came through each time."""
-    assert min(faults[kind] for kind in ("cut", "reset", "delay", "throttle")) > 0
-    for call in ("prune", "report", "upload", "prune by handle", "report by handle"):
-        assert outcomes[f"{call}: ok"] > 0, outcomes
+def has_all_kinds(callers: list[Caller], faults: Counter[str]) -> bool:
+    """Whether every fault has been there, and some call of every kind came through."""
+    outcomes = sum((caller.counts for caller in callers), Counter[str]())
+    is_wrong = any(caller.wrong for caller in callers)  # it has ended, and will be told
+    are_right = all(outcomes[f"{call}: ok"] for call in CALLS)
+    return is_wrong or (are_right and all(faults[kind] for kind in FAULTS))
 
 
 def test_a_network_that_fails_at_random_gives_right_answers_or_known_errors(
     tmp_path: Path,
 ) -> None:
     cases = cases_of(tmp_path, "lenet", "1M")
-    outcomes, faults = survive(tmp_path, cases, 4, timeout=8, seed=1, mean=MEAN_BYTES)
-    check_all_kinds(outcomes, faults)
+    survive(tmp_path, cases, 1, timeout=8, seed=1, mean=MEAN_BYTES)
 
 
 @pytest.mark.slow
@@ -93,4 +96,3 @@ def test_a_network_that_fails_for_long_gives_right_answers_or_known_errors(
     cases = cases_of(tmp_path, "lenet", "pruned lenet", "half lenet", "1M", "1M bf16", "5M")
     outcomes, faults = survive(tmp_path, cases, 60, timeout=20, seed=seed, mean=MEAN_BYTES << seed)
     print(f"\n{dict(sorted(outcomes.items()))}\n{dict(faults)}")
-    check_all_kinds(outcomes, faults)

@@ -1,7 +1,7 @@
 """A server with a store of its own, what lies on its disk, and calls that no client makes."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ import secateur
 from secateur_proto import checkpoint_pb2, checkpoints_pb2
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
 from secateur_proto.framing import cut
-from tests.conftest import RunningServer, start_server, stop_server
+from tests.conftest import RunningServer, inner_server, start_server, stop_server
 from tests.contract.raw import TIMEOUT, series
 
 # What the store counts a record for.
@@ -39,6 +39,11 @@ def store_server(folder: Path, *options: str) -> Iterator[RunningServer]:
     assert "Traceback" not in logged, logged
 
 
+def inner_store_server(folder: Path, *options: str) -> AbstractContextManager[RunningServer]:
+    """A server in this process that keeps its checkpoints in `folder`."""
+    return inner_server("--store-dir", str(folder), *options)
+
+
 @dataclass(frozen=True)
 class Kept:
     """A running server, its folder, and callers of it."""
@@ -50,11 +55,12 @@ class Kept:
 
 
 @contextmanager
-def kept(folder: Path, *options: str) -> Iterator[Kept]:
-    """A server with a folder, a client and a channel."""
+def kept(folder: Path, *options: str, of_its_own: bool = False) -> Iterator[Kept]:
+    """A server with a folder, a client and a channel.  of_its_own: in a process."""
+    start = store_server if of_its_own else inner_store_server
     with (
-        store_server(folder, *options) as server,
-        secateur.Client(server.address, timeout=60) as client,
+        start(folder, *options) as server,
+        secateur.Client(server.address, timeout=300) as client,
         grpc.insecure_channel(server.address) as channel,
     ):
         yield Kept(server, folder, client, channel)

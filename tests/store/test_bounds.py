@@ -5,6 +5,7 @@ import signal
 import stat
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,8 +19,9 @@ import torch
 import secateur
 from secateur_proto.checkpoints_pb2 import DownloadRequest
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
-from secateur_server.store.store import EXPIRE_SECONDS, default_max_bytes
-from tests.conftest import RunningServer, eventually, start_server, stop_server
+from secateur_server.store import store as store_module
+from secateur_server.store.store import default_max_bytes
+from tests.conftest import RunningServer, eventually, inner_server, start_server
 from tests.contract.raw import failure, kept_open, series
 from tests.operate.test_lifecycle import run_server
 from tests.store.stored import (
@@ -96,7 +98,7 @@ def unread(store: Kept, checkpoint: secateur.Checkpoint) -> Iterator[None]:
     canceled = partial(series, store.server, "grpc_server_handled_total", **ended)
     with grpc.insecure_channel(store.server.address, LITTLE_AHEAD) as channel:
         stub = CheckpointsStub(channel)
-        call = stub.Download(DownloadRequest(name=checkpoint.name), timeout=60)
+        call = stub.Download(DownloadRequest(name=checkpoint.name), timeout=300)
         assert next(iter(call)).result.data_bytes == checkpoint.size_bytes
         try:
             yield
@@ -234,21 +236,23 @@ def test_a_checkpoint_that_is_deleted_in_use_goes_when_the_use_ends(store: Kept)
     eventually(lambda: on_disk(store.folder), {})
 
 
-def test_what_nobody_uses_expires(tmp_path: Path) -> None:
-    ttl = 1.5
+def test_what_nobody_uses_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ttl, passed = 1000, 0.0
+    now = SimpleNamespace(time=lambda: time.time() + passed)
+    monkeypatch.setattr(store_module, "time", now)
+    monkeypatch.setattr(store_module, "EXPIRE_SECONDS", 0.02)
     with kept(tmp_path / "store", "--store-ttl", str(ttl)) as store:
         used, unused = (store.client.upload({"w": torch.full((3,), i)}) for i in (1, 2))
         large = store.client.upload(LARGE[0])
         assert unused.expire_time is not None
         lives = (unused.expire_time - unused.create_time).total_seconds()
-        assert lives == pytest.approx(ttl, abs=0.5)
+        assert ttl <= lives < ttl + 300
         with unread(store, large):
-
-            def left() -> set[str]:
-                store.client.report(used)
-                return names(store)
-
-            eventually(left, {used.name, large.name}, within=ttl + EXPIRE_SECONDS + 5)
+            passed = 0.6 * ttl
+            store.client.report(used)
+            assert names(store) == {used.name, unused.name, large.name}
+            passed = 1.2 * ttl
+            eventually(lambda: names(store), {used.name, large.name})
         assert evictions(store.server, "ttl")[0] == 1
         again = store.client.checkpoint(used.name)
         assert again.expire_time is not None
@@ -289,21 +293,19 @@ def test_without_a_folder_the_store_ends_with_its_server(
     """It is private; and what a killed server left goes when another one starts."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    killed, running = start_server(), start_server()
-    folders = temporary(tmp_path)
-    assert len(folders) == 2
-    for folder in folders:
-        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    with secateur.Client(running.address, timeout=20) as client:
+    killed = start_server()
+    with inner_server() as running, secateur.Client(running.address, timeout=300) as client:
+        folders = temporary(tmp_path)
+        assert len(folders) == 2
+        for folder in folders:
+            assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         uploaded = client.upload(LARGE[0])
         killed.process.send_signal(signal.SIGKILL)
         killed.process.wait()
         assert temporary(tmp_path) == folders
-        third = start_server()
-        assert len(temporary(tmp_path)) == 2
-        assert client.report(uploaded).total == sum(t.numel() for t in LARGE[0].values())
-    for server in (running, third):
-        stop_server(server)
+        with inner_server():
+            assert len(temporary(tmp_path)) == 2
+            assert client.report(uploaded).total == sum(t.numel() for t in LARGE[0].values())
     assert temporary(tmp_path) == []
 
 

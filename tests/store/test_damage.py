@@ -18,7 +18,7 @@ import secateur
 from secateur_proto.checkpoints_pb2 import DownloadRequest
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
 from tests.conftest import eventually
-from tests.contract.raw import TIMEOUT, failure, series
+from tests.contract.raw import TIMEOUT, failure, header, message, send, series
 from tests.pruning.torch_side import assert_same_tensors
 from tests.store.stored import (
     Kept,
@@ -43,7 +43,7 @@ HALF = secateur.l1_unstructured("*", 0.5)
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
-    with kept(tmp_path_factory.mktemp("damage")) as running:
+    with kept(tmp_path_factory.mktemp("damage"), of_its_own=True) as running:
         yield running
 
 
@@ -55,7 +55,7 @@ def sound(store: Kept, tmp_path: Path) -> Iterator[secateur.Checkpoint]:
     assert_same_tensors(downloaded(store.client, checkpoint, tmp_path), OTHER)
     for each in store.client.checkpoints():
         store.client.delete(each)
-    eventually(lambda: on_disk(store.folder), {}, within=2)
+    eventually(lambda: on_disk(store.folder), {})
 
 
 def flip(path: Path, at: int) -> None:
@@ -131,12 +131,13 @@ def test_who_has_no_room_for_one_more_open_file_has_lost_no_data(store: Kept) ->
     store.client.report(uploaded)
     pid, kind = store.server.process.pid, resource.RLIMIT_NOFILE
     before = resource.prlimit(pid, kind)
-    with secateur.Client(store.server.address, timeout=5) as impatient:
-        impatient.report(uploaded)  # the connection is an open file as well
-        resource.prlimit(pid, kind, (3, before[1]))
-        with pytest.raises(secateur.ServerBusy):
-            impatient.report(uploaded)
+    first = message("Report", header=header("Report", 0, checkpoint=uploaded.name))
+    assert failure(send, store.channel, "Report", [first]) is None
+    resource.prlimit(pid, kind, (3, before[1]))
+    found = failure(send, store.channel, "Report", [first])
     resource.prlimit(pid, kind, before)
+    assert found is not None
+    assert found.code == grpc.StatusCode.RESOURCE_EXHAUSTED, found
     assert committed(store.channel, file_message(file_of(MODEL))) == len(file_of(MODEL))
     store.client.report(uploaded)
 
@@ -325,7 +326,7 @@ def test_where_the_disk_is_full_a_kept_prune_leaves_nothing(disk: Kept, tmp_path
 
 def test_an_owners_first_checkpoint_needs_a_folder(disk: Kept) -> None:
     fill(disk.folder, 0)
-    with secateur.Client(disk.server.address, token="new", timeout=30) as client:
+    with secateur.Client(disk.server.address, token="new", timeout=300) as client:
         with pytest.raises(secateur.StoreFull):
             client.upload(OTHER)
         fill(disk.folder, MIB)

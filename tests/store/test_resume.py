@@ -44,7 +44,7 @@ LOST = 10 * MIB
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
-    with kept(tmp_path_factory.mktemp("resume")) as running:
+    with kept(tmp_path_factory.mktemp("resume"), of_its_own=True) as running:
         yield running
 
 
@@ -57,7 +57,7 @@ def _only_checkpoints_stay(request: pytest.FixtureRequest) -> Iterator[None]:
     store: Kept = request.getfixturevalue("store")
     for checkpoint in store.client.checkpoints():
         store.client.delete(checkpoint)
-    eventually(lambda: on_disk(store.folder), {}, within=2)
+    eventually(lambda: on_disk(store.folder), {})
 
 
 def part_bytes(folder: Path) -> int:
@@ -70,7 +70,7 @@ def test_a_connection_that_is_cut_again_and_again_costs_little(store: Kept, tmp_
     shown: list[tuple[int, int]] = []
     with (
         proxy(store.server.address, 30 * MIB, 20 * MIB, 10 * MIB) as broken,
-        secateur.Client(broken.address, timeout=60) as client,
+        secateur.Client(broken.address, timeout=300) as client,
     ):
         before = received(store.server)
         uploaded = client.upload(tensors, lambda done, total: shown.append((done, total)))
@@ -93,25 +93,25 @@ def test_a_server_that_is_restarted_half_way_is_waited_for(tmp_path: Path) -> No
 
 def restarted_half_way(folder: Path, tmp_path: Path, end: signal.Signals) -> None:
     first = start_server("--store-dir", str(folder), "--drain-timeout", "0.1")
-    with proxy(first.address) as network, secateur.Client(network.address, timeout=60) as client:
+    with proxy(first.address) as network, secateur.Client(network.address, timeout=300) as client:
         done: list[secateur.Checkpoint] = []
         half, again = threading.Event(), threading.Event()
 
         def wait(sent: int, total: int) -> None:
             if sent > total // 2 and not half.is_set():
                 half.set()
-                again.wait(30)
+                again.wait(300)
 
         sending = threading.Thread(target=lambda: done.append(client.upload(BIG, wait)))
         sending.start()
-        assert half.wait(20)
+        assert half.wait(300)
         first.process.send_signal(end)
         first.process.wait()
         shutil.rmtree(first.log.parent)
         second = start_server("--store-dir", str(folder))
         network.target = second.address
         again.set()
-        sending.join(40)
+        sending.join(300)
         (uploaded,) = done
         assert_same_tensors(downloaded(client, uploaded, tmp_path), BIG)
         check_tidy(folder, 1, [uploaded.files[0].blake3])
@@ -125,7 +125,7 @@ def test_callers_of_one_model_at_once_all_have_it(store: Kept, tmp_path: Path) -
     errors: list[Exception] = []
 
     def send() -> None:
-        with secateur.Client(store.server.address, timeout=60) as client:
+        with secateur.Client(store.server.address, timeout=300) as client:
             try:
                 done.append(client.upload(BIG))
             except Exception as error:
@@ -146,17 +146,18 @@ def test_callers_of_one_model_at_once_all_have_it(store: Kept, tmp_path: Path) -
 def test_a_deadline_that_is_too_short_is_told_and_a_later_upload_goes_on(
     store: Kept, tmp_path: Path
 ) -> None:
-    size = len(file_of(BIG))
+    size, is_half = len(file_of(BIG)), False
 
     def slow(done: int, total: int) -> None:
+        nonlocal is_half
         if done > total // 2:
+            is_half = True
             threading.Event().wait(2)
 
-    with (
-        secateur.Client(store.server.address, timeout=1) as hurried,
-        pytest.raises(secateur.DeadlineExceeded),
-    ):
-        hurried.upload(BIG, slow)
+    with secateur.Client(store.server.address, timeout=1) as hurried:
+        while not is_half:  # a busy machine takes several
+            with pytest.raises(secateur.DeadlineExceeded):
+                hurried.upload(BIG, slow)
     before = received(store.server)
     assert_same_tensors(downloaded(store.client, store.client.upload(BIG), tmp_path), BIG)
     assert received(store.server) - before < size // 2 + LOST
@@ -164,7 +165,7 @@ def test_a_deadline_that_is_too_short_is_told_and_a_later_upload_goes_on(
 
 def test_no_server_at_all_is_no_upload_that_broke() -> None:
     with (
-        secateur.Client("127.0.0.1:1", timeout=30) as client,
+        secateur.Client("127.0.0.1:1", timeout=300) as client,
         pytest.raises(secateur.Unavailable),
     ):
         client.upload(SMALL)
@@ -283,7 +284,7 @@ def test_a_newer_call_takes_an_upload_over(store: Kept) -> None:
 
     def slowly() -> Iterator[UploadRequest]:
         yield from first
-        ending.wait(20)
+        ending.wait(300)
         yield UploadRequest(data=data[half:])
 
     call = CheckpointsStub(store.channel).Upload.future(slowly())
@@ -293,7 +294,7 @@ def test_a_newer_call_takes_an_upload_over(store: Kept) -> None:
         newer = CheckpointsStub(store.channel).Upload.future(messages)
         eventually(lambda: committed(store.channel, file_message(data)), len(data) - 5)
         ending.set()
-        found = failure(call.result, timeout=20)
+        found = failure(call.result, timeout=300)
         assert found is not None
         assert (found.code, found.reason) == (grpc.StatusCode.ABORTED, "UPLOAD_TAKEN_OVER")
         newer.cancel()

@@ -40,7 +40,7 @@ class Bucket:
         url = f"{self.endpoint}/moto-api/reset-auth"
         kind = {"Content-Type": "text/plain"}
         request = urllib.request.Request(url, after.encode(), kind)
-        urllib.request.urlopen(request, timeout=10).close()
+        urllib.request.urlopen(request, timeout=300).close()
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
     host, port = moto.get_host_and_port()
     endpoint = f"http://{host}:{port}"
     # What moto keeps is this process's, and so of all modules.
-    urllib.request.urlopen(f"{endpoint}/moto-api/reset", b"", timeout=10).close()
+    urllib.request.urlopen(f"{endpoint}/moto-api/reset", b"", timeout=300).close()
     with pytest.MonkeyPatch.context() as environment:
         for name, value in environment_of(endpoint).items():
             environment.setenv(name, value)

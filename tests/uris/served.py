@@ -13,7 +13,7 @@ from torch import Tensor
 
 import secateur
 from secateur_proto import pruner_pb2 as pb
-from tests.conftest import RunningServer, start_server, stop_server
+from tests.conftest import RunningServer, inner_server, start_server, stop_server
 from tests.contract.raw import Failure, failure, header, message, send
 
 # The key of the servers under test.
@@ -43,17 +43,31 @@ class Served:
 
 @contextmanager
 def serving(*options: str) -> Iterator[Served]:
-    """A server of its own, in which no request may find a defect."""
+    """A server in a process of its own, in which no request may find a defect."""
     server = start_server(*options)
     try:
-        with (
-            grpc.insecure_channel(server.address) as channel,
-            secateur.Client(channel=channel, timeout=60) as client,
-        ):
-            yield Served(server, channel, client)
+        with connected(server) as served:
+            yield served
     finally:
         logged = stop_server(server)
     assert "Traceback" not in logged, logged
+
+
+@contextmanager
+def serving_here(*options: str) -> Iterator[Served]:
+    """A server in this process."""
+    with inner_server(*options) as server, connected(server) as served:
+        yield served
+
+
+@contextmanager
+def connected(server: RunningServer) -> Iterator[Served]:
+    """Connections to a server."""
+    with (
+        grpc.insecure_channel(server.address) as channel,
+        secateur.Client(channel=channel, timeout=300) as client,
+    ):
+        yield Served(server, channel, client)
 
 
 def check(found: Failure | None, status: str, reason: str, *parts: str) -> None:

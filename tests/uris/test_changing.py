@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from secateur_proto.pruner_pb2_grpc import PrunerStub
 from secateur_proto.spec_pb2 import PruningSpec
 from secateur_server.errors import UriChanged
 from secateur_server.uris.local import LocalFile
-from tests.conftest import eventually
+from tests.conftest import caught
 from tests.contract.raw import check_serves, entry, failure, file, header, message, spec
 from tests.uris.served import MODEL, Served, check, saved, serving, weights
 
@@ -86,18 +87,26 @@ def test_a_change_ends_its_call_and_no_other(
 ) -> None:
     """Of the model here are only holes, which take no disk.  is_written: the result, by then."""
     path, size = root / "holes.safetensors", 256 << 20
-    path.write_bytes(file({"w": entry("F32", [size >> 2], 0, size)}))
-    os.truncate(path, path.stat().st_size + size)
     target = root / "out.safetensors"
     rules = PruningSpec(rules=[*spec("w").rules] * 8)  # so that it takes its time
     fields = {"output": pb.OUTPUT_DENSE, "destination_uri": target.as_uri(), "spec": rules}
     first = message("Prune", header=header("Prune", 0, uri=path.as_uri(), **fields))
-    call = PrunerStub(served.channel).Prune(iter([first]), timeout=60)
-    next(iter(call))
-    if is_written:
-        eventually(lambda: len(list(root.glob(".*.unfinished"))), 1)
-    change(path)
-    check(failure(list, call), "ABORTED", "URI_CHANGED", "holes.safetensors")
+
+    def begin() -> Any:
+        target.unlink(missing_ok=True)
+        path.write_bytes(file({"w": entry("F32", [size >> 2], 0, size)}))
+        os.truncate(path, path.stat().st_size + size)
+        call = PrunerStub(served.channel).Prune(iter([first]), timeout=300)
+        next(iter(call))
+        return call
+
+    found = None
+    for _ in range(10):  # on a busy machine the change may come too late
+        call = caught(begin, lambda: not is_written or len(list(root.glob(".*.unfinished"))) == 1)
+        change(path)
+        if found := failure(list, call):
+            break
+    check(found, "ABORTED", "URI_CHANGED", "holes.safetensors")
     assert not target.exists()
     assert not list(root.glob(".*.unfinished"))
     check_serves(served.server, served.channel)

@@ -26,7 +26,7 @@ from tests.uris.served import (
     check,
     check_refused,
     saved,
-    serving,
+    serving_here,
     weights,
 )
 
@@ -43,7 +43,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(root: Path) -> Iterator[Served]:
-    with serving("--allow-path", str(root)) as running:
+    with serving_here("--allow-path", str(root)) as running:
         yield running
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from secateur_server.errors import IdleTimeout
 from secateur_server.wire.ahead import DEPTH, ahead
+from tests.clock import Clock, install
 from tests.conftest import eventually
 from tests.contract.raw import unhurried
 
@@ -59,8 +60,11 @@ def test_no_more_is_received_than_waits(receivers: ThreadPoolExecutor) -> None:
     assert list(received) == list(range(2, 100))
 
 
-def test_an_item_that_does_not_come_is_not_waited_for(receivers: ThreadPoolExecutor) -> None:
-    comes = threading.Event()
+def test_an_item_that_does_not_come_is_not_waited_for(
+    receivers: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, comes = Clock(), threading.Event()
+    install(clock, monkeypatch)
 
     def items() -> Iterator[int]:
         yield 1
@@ -68,8 +72,14 @@ def test_an_item_that_does_not_come_is_not_waited_for(receivers: ThreadPoolExecu
 
     received = ahead(items(), receivers, timeout=0.2)
     assert next(received) == 1
+    with ThreadPoolExecutor(1) as reader:
+        item = reader.submit(next, received)
+        threading.Event().wait(0.1)
+        assert not item.done()
+        clock.step(0.2)
+        eventually(item.done, True)
     with pytest.raises(IdleTimeout, match=r"no message has come for 0\.2 seconds"):
-        next(received)
+        item.result()
     comes.set()
 
 

@@ -45,7 +45,7 @@ def test_a_caller_who_cancels_half_way_leaves_nothing(
 ) -> None:
     before = canceled(server)
     with kept_open(half_of_an_upload()) as messages:
-        call = PrunerStub(channel).Prune(messages, timeout=60)
+        call = PrunerStub(channel).Prune(messages, timeout=300)
         eventually(lambda: held(server), float(len(BIG)))
         call.cancel()
         eventually(lambda: held(server), 0.0)
@@ -56,7 +56,7 @@ def test_a_caller_who_disconnects_half_way_leaves_nothing(server: RunningServer)
     before = canceled(server)
     with kept_open(half_of_an_upload()) as messages:
         channel = grpc.insecure_channel(server.address, OWN_CONNECTION)
-        call = PrunerStub(channel).Prune(messages, timeout=60)
+        call = PrunerStub(channel).Prune(messages, timeout=300)
         eventually(lambda: held(server), float(len(BIG)))
         channel.close()
         eventually(lambda: held(server), 0.0)
@@ -70,7 +70,7 @@ def test_a_caller_who_cancels_half_way_through_the_answer_leaves_nothing(
     before = canceled(server)
     first = message("Prune", header=header("Prune", len(BIG), output=pb.OUTPUT_DENSE))
     rest = (message("Prune", data=piece) for piece in PIECES)
-    call = PrunerStub(channel).Prune(iter([first, *rest]), timeout=60)
+    call = PrunerStub(channel).Prune(iter([first, *rest]), timeout=300)
     assert next(call).result.data_bytes == len(BIG)
     call.cancel()
     eventually(lambda: held(server), 0.0)

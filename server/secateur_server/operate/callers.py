@@ -13,9 +13,9 @@ from typing import Any
 
 from blake3 import blake3
 
+from secateur_proto.sizes import byte_count
 from secateur_server.errors import Unauthenticated
 from secateur_server.operate.reload import Reloaded, Unusable
-from secateur_server.operate.units import byte_count
 
 log = logging.getLogger(__name__)
 

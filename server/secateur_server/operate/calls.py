@@ -84,6 +84,14 @@ def serving(method: Method, context: grpc.ServicerContext, watch: Watch) -> Iter
         yield call
 
 
+@contextmanager
+def own_call(watch: Watch) -> Iterator[None]:
+    """A call that the server makes to itself: in the block it is `this_call`."""
+    _current.set(Call(Method("", "", ""), "", "", watch))
+    with watched(watch):
+        yield
+
+
 def _id_of(context: grpc.ServicerContext) -> str:
     for key, value in context.invocation_metadata() or ():
         if key == REQUEST_ID and isinstance(value, str) and _MAY_BE_ID.fullmatch(value):

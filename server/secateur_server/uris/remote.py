@@ -18,6 +18,8 @@ from secateur_server.devices.watch import watch
 from secateur_server.durable import full_disk
 from secateur_server.errors import Stopped, UriChanged, UriFailed, UriNotFound, quote
 
+_INSTALL = "pip install 'secateur[remote]'"
+
 Bytes = bytes | memoryview
 Found = TypeVar("Found")
 
@@ -130,6 +132,17 @@ class RemoteTarget:
             self._file.closed = True  # else it would be written when it is collected
 
 
+def missing(prefix: str) -> str:
+    """What has to be installed before URIs of a prefix can be opened; empty where nothing has."""
+    try:
+        import fsspec
+
+        fsspec.get_filesystem_class(prefix.partition("://")[0])
+    except (ImportError, ValueError) as error:  # ValueError: fsspec does not know the scheme
+        return f"{error}; on the server: {_INSTALL}"
+    return ""
+
+
 def _start(function: Callable[..., Found], *arguments: Any) -> Future[Found]:
     """Calls a function in a thread that is left where the caller leaves, or the server ends."""
     coming: Future[Found] = Future()
@@ -158,7 +171,7 @@ def _system(field: str, uri: str) -> tuple[Any, str]:
 
         system, path = fsspec.core.url_to_fs(uri)
     except ImportError as error:  # of fsspec, or of what it opens this kind of URI with
-        needed = ValueError(f"{error}; on the server: pip install 'secateur[remote]'")
+        needed = ValueError(f"{error}; on the server: {_INSTALL}")
         raise _failed(field, uri, "opened", needed) from None
     except Exception as error:
         raise _failed(field, uri, "opened", error) from None

@@ -1,0 +1,107 @@
+"""Warm-up: what only the first calls of a process do is done before a caller waits for it."""
+
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from secateur_proto import pruner_pb2 as pb
+from secateur_proto import spec_pb2
+from secateur_proto.framing import file_header
+from secateur_server.devices.cpu import one_thread
+from secateur_server.devices.watch import Watch
+from secateur_server.operate.admission import Admission
+from secateur_server.operate.calls import own_call
+from secateur_server.operate.metrics import Metrics
+from secateur_server.service import Pruner
+from secateur_server.sources import Sources
+from secateur_server.store.store import Store
+from secateur_server.uris.remote import missing
+from secateur_server.uris.uris import Uris
+
+# Kernels are compiled for the bits of an element: F16 stands for BF16 too.
+_DTYPES = (("F32", torch.float32), ("F16", torch.float16), ("F64", torch.float64))
+# Sides of tensors: small and large ones, and those of more than a million elements, have kernels of
+# their own. As F32 the large model is above ONE_CORE_BYTES: the server's device prunes it.
+_SMALL, _LARGE, _LARGEST = 64, 520, 1200
+_MOST_BYTES = 1 << 30
+
+_log = logging.getLogger("secateur_server")
+
+
+def warm_up(device: torch.device, store: Store, prefixes: Sequence[str]) -> None:
+    """Prunes made-up models by the methods of torch.nn.utils.prune, as callers' requests do.
+
+    The first call of a process imports numba's compiler, and compiles kernels or loads them from
+    numba's cache. These calls are in no metric, and one log line says how long they took.
+
+    Args:
+        device: Prunes large models.
+        store: Has the folder for files of calls.
+        prefixes: Of URIs that callers may name; the libraries that open them are imported.
+    """
+    begun = time.perf_counter()
+    for prefix in prefixes:
+        if problem := missing(prefix):
+            _log.warning("URIs under %s cannot be opened: %s", prefix, problem)
+    uris, admission = Uris((), (), store.scratch), Admission(_MOST_BYTES, 0)
+    limits = _MOST_BYTES, _MOST_BYTES
+    pruner = Pruner(Sources(store, uris, device, *limits, admission, Metrics(device)), 1)
+    with ThreadPoolExecutor(1, initializer=one_thread) as thread:
+        thread.submit(_warm_up, pruner).result()
+    _log.info("warmed up in %.1f seconds", time.perf_counter() - begun)
+
+
+def _warm_up(pruner: Pruner) -> None:
+    context: Any = None  # the servicer asks nothing of it
+    for name, dtype in _DTYPES:
+        small, large = _file(name, dtype, _SMALL, _SMALL), _file(name, dtype, _LARGE, _LARGEST)
+        for data, output in (
+            (large, pb.OUTPUT_MASKS),
+            (small, pb.OUTPUT_MASKS),
+            (small, pb.OUTPUT_DENSE),
+        ):
+            header = pb.PruneHeader(data_bytes=len(data), spec=_spec(), output=output)
+            with own_call(Watch()):
+                list(pruner.Prune(iter([pb.PruneRequest(header=header, data=data)]), context))
+        to_report = pb.ReportRequest(header=pb.ReportHeader(data_bytes=len(large)), data=large)
+        with own_call(Watch()):
+            pruner.Report(iter([to_report]), context)
+
+
+def _file(name: str, dtype: torch.dtype, side: int, first_side: int) -> bytes:
+    """A model of square tensors, each with a zero in it."""
+    sides = {"l1": first_side, **dict.fromkeys(("rows", "columns", "random", "g.0", "g.1"), side)}
+    parts = [file_header([(tensor, name, (side, side)) for tensor, side in sides.items()])]
+    generator = torch.Generator().manual_seed(0)
+    for side in sides.values():
+        values = torch.randn(side, side, generator=generator).to(dtype)
+        values[0, 0] = 0
+        parts.append(values.numpy().tobytes())
+    return b"".join(parts)
+
+
+def _spec() -> spec_pb2.PruningSpec:
+    l1, l2 = spec_pb2.Magnitude(p=1), spec_pb2.Magnitude(p=2)
+    slices = {"granularity": spec_pb2.GRANULARITY_SLICE, "magnitude": l2}
+    rules = [
+        _rule("l1", magnitude=l1),
+        _rule("rows", dim=0, **slices),
+        _rule("columns", dim=1, **slices),
+        _rule("random", random=spec_pb2.Random(seed=0)),
+        _rule("g.*", magnitude=l1, scope=spec_pb2.SCOPE_GLOBAL),
+    ]
+    return spec_pb2.PruningSpec(rules=rules)
+
+
+def _rule(tensors: str, **choices: Any) -> spec_pb2.Rule:
+    fields = {
+        "granularity": spec_pb2.GRANULARITY_ELEMENT,
+        "scope": spec_pb2.SCOPE_PER_TENSOR,
+        "fraction": 0.5,
+        **choices,
+    }
+    return spec_pb2.Rule(selection=spec_pb2.Selection(tensors=[tensors], **fields))

@@ -1,0 +1,95 @@
+"""A server takes calls once it has done what only first calls do."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+
+import secateur
+from secateur_server import app
+from secateur_server.app import App
+from secateur_server.config import read_config
+from secateur_server.operate.probes import Health
+from tests.conftest import RunningServer
+
+# Runs in an interpreter of its own: in this one other tests have imported and compiled all of it.
+FIRST_CALLS = """
+import json
+import sys
+from collections import Counter
+
+import torch
+from numba.core.dispatcher import Dispatcher
+
+import secateur
+from secateur_server.app import App
+from secateur_server.config import read_config
+
+def compiled():
+    return Counter({
+        f"{name}.{key}": len(value.signatures)
+        for name, module in list(sys.modules.items()) if name.startswith("secateur_server")
+        for key, value in vars(module).items() if isinstance(value, Dispatcher)
+    })
+
+SPECS = [
+    secateur.l1_unstructured("*", 0.5), secateur.random_unstructured("*", 0.5),
+    secateur.ln_structured("*", 0.5, 2, 0), secateur.ln_structured("*", 3, 1, 1),
+    secateur.random_structured("*", 0.5, 1), secateur.global_unstructured("*", 0.5),
+]
+with App(read_config(["--address", "127.0.0.1:0", "--metrics-address", ""], {})) as app:
+    with secateur.Client(app.address) as client:
+        modules, kernels = set(sys.modules), compiled()
+        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            for side in (50, 1100):
+                model = {name: torch.randn(side, side).to(dtype) for name in "ab"}
+                for spec in SPECS:
+                    for output in ("masks", "dense", "reparametrized"):
+                        client.prune(model, spec, output)
+                pairs = client.prune(model, SPECS[0], "reparametrized")
+                client.finalize(pairs.state_dict("reparametrized"))
+                client.report(model)
+    print(json.dumps([sorted(set(sys.modules) - modules), compiled() - kernels, kernels.total()]))
+"""
+
+
+def test_first_calls_import_no_module_and_compile_no_kernel() -> None:
+    ran = subprocess.run([sys.executable, "-c", FIRST_CALLS], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    modules, kernels, compiled_before = json.loads(ran.stdout)
+    assert (modules, kernels) == ([], {})
+    assert compiled_before > 20
+
+
+def test_a_server_is_ready_after_its_warm_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    happened: list[str] = []
+    address = f"unix:{tmp_path}/socket"
+
+    def warming(*arguments: object) -> None:
+        happened.append("warm-up")
+        with grpc.insecure_channel(address) as channel, pytest.raises(grpc.FutureTimeoutError):
+            grpc.channel_ready_future(channel).result(timeout=0.2)  # nobody is let in yet
+
+    monkeypatch.setattr(app, "warm_up", warming)
+    monkeypatch.setattr(Health, "serve", lambda health: happened.append("ready"))
+    with App(read_config(["--address", address, "--metrics-address", ""], {})):
+        assert happened == ["warm-up", "ready"]
+
+
+def test_an_embedded_server_leaves_the_warm_up_to_its_first_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(app, "warm_up", lambda *arguments: pytest.fail("it warms up"))
+    with secateur.embedded() as client:
+        assert client.report({"w": np.zeros(3)}).zeros == 3
+
+
+def test_the_log_says_that_it_is_warm_before_it_says_that_it_serves(server: RunningServer) -> None:
+    logged = server.log.read_text()
+    assert 0 <= logged.find("warmed up in ") < logged.find("serving gRPC at ")
