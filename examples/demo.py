@@ -137,7 +137,7 @@ def running_server() -> Iterator[str]:
     try:
         assert process.stderr is not None
         for line in process.stderr:
-            if match := re.search(r"serving gRPC at (\S+) on (\S+)", line):
+            if match := re.search(r"serving gRPC at (\S+) on ([\w:]+)", line):
                 print(f"it serves at {match[1]}, and prunes on: {match[2]}")
                 yield match[1]
                 return

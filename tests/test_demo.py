@@ -33,6 +33,8 @@ def test_the_demo_shows_true_figures_and_leaves_files_that_torch_loads(tmp_path:
     assert ran.stderr == "", "no warning, and no bar where there is no terminal"
     section = partial(_section, ran.stdout)
     folder = tmp_path / "demo-files"
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    assert re.search(rf"^it serves at [\d.:]+, and prunes on: {device}$", ran.stdout, re.M)
     _check_training(section("A LeNet"))
     _check_global(section("Global"))
     _check_local_and_global(section("Local against global"))

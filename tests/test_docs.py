@@ -110,3 +110,14 @@ def test_links_lead_somewhere() -> None:
     for path in (Path("README.md"), *Path("docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
             assert (path.parent / target).exists(), f"{path}: {target}"
+
+
+def test_no_page_installs_from_an_index_what_is_on_none() -> None:
+    """An extra of what is installed is no download: pip reads it from the installed package."""
+    pages = [Path("README.md"), *Path("docs").glob("*.md"), *Path("deploy/systemd").iterdir()]
+    found = {
+        wanted
+        for page in pages
+        for wanted in re.findall(r"pip install[^`\n]*?'?(secateur\b[^`'\n]*)", page.read_text())
+    }
+    assert found == {"secateur[EXTRA]"} | {w for w in found if w.startswith("secateur-0.1.0-py3")}

@@ -34,7 +34,8 @@ class PlannedAmount:
     amount: as it was asked for; None for one that is neither a fraction nor a count.
     choices: as of a report's rule.  tensors: by name, in the state_dict's order.
     pruned, total, sparsity, norm_removed: as of a tensor, over all.
-    kept_bytes: of the elements that would be kept, without masks.
+    kept_bytes: of the values that would be kept, without masks. No file has this size: a dense file
+        keeps its own, `Plan.dense_bytes`.
     """
 
     amount: float | None
@@ -66,13 +67,19 @@ class Plan:
         return asdict(self)
 
     def __str__(self) -> str:
-        return text_table(self._rows())
+        return f"{text_table(self._rows())}\n{self._note()}"
 
     def _repr_html_(self) -> str:
-        return html_table(self._rows())
+        return f"{html_table(self._rows())}<p>{self._note()}</p>"
+
+    def _note(self) -> str:
+        size = f"{self.dense_bytes:,} bytes"
+        return (
+            f"A dense file keeps its size, {size} at every amount: pruned values are zeros in it."
+        )
 
     def _rows(self) -> list[tuple[str, ...]]:
-        head = ("amount", "pruned", "sparsity", "threshold", "norm removed", "kept bytes")
+        head = ("amount", "pruned", "sparsity", "threshold", "norm removed", "bytes of kept values")
         return [head, *map(_row, self.amounts)]
 
 

@@ -146,9 +146,10 @@ def test_what_cannot_be_planned(client: secateur.Client) -> None:
 def test_a_plan_is_shown_as_a_table(client: secateur.Client) -> None:
     plan = client.plan(MODEL, SPEC, [0.25, 1, 1.0])
     whole = np.sort(magnitudes(["conv.weight", "fc.weight"]))
-    head, first, one, last = str(plan).splitlines()
+    head, first, one, last, note = str(plan).splitlines()
+    assert f"A dense file keeps its size, {plan.dense_bytes:,} bytes at every amount" in note
     assert re.split("  +", head) == [
-        *("amount", "pruned", "sparsity", "threshold", "norm removed", "kept bytes")
+        *("amount", "pruned", "sparsity", "threshold", "norm removed", "bytes of kept values")
     ]
     share = f"{removed(whole, 22):.2%}"
     assert first.split() == ["0.25", "22", "25.00%", f"{whole[21]:.6g}", share, "264"]

@@ -1,11 +1,42 @@
 """secateur-server --check."""
 
+import socket
+import sys
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
-from tests.conftest import RunningServer
+from secateur_server.check import check
+from secateur_server.config import read_config
+from tests.conftest import RunningServer, inner_server
 from tests.operate.test_lifecycle import run_server
+
+# What no server has and no other program asks for.
+FREE = ("--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0")
+
+
+class Said(NamedTuple):
+    status: int
+    out: list[str]
+    errors: list[str]
+
+
+Check = Callable[..., Said]
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Check:
+    """Checks a configuration in this process."""
+
+    def run(*options: str) -> Said:
+        status = check(read_config([*FREE, *options], {}))
+        shown = capsys.readouterr()
+        return Said(status, shown.out.splitlines(), shown.err.splitlines())
+
+    return run
 
 
 def test_it_says_what_the_server_would_do(tmp_path: Path) -> None:
@@ -29,11 +60,25 @@ def test_it_says_what_the_server_would_do(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()  # it says, and does nothing
 
 
-def test_it_may_be_asked_beside_a_server_that_runs(server: RunningServer) -> None:
-    ended = run_server(
-        *("--check", "--address", server.address, "--metrics-address", server.metrics_address)
-    )
-    assert ended.returncode == 0, ended.stderr
+def test_it_disturbs_no_server_that_runs_and_says_what_that_one_has(
+    said: Check, tmp_path: Path
+) -> None:
+    with inner_server("--store-dir", str(tmp_path)) as running:
+        assert said("--store-dir", str(tmp_path / "other")).status == 0
+        found = said(
+            *("--address", running.address, "--metrics-address", running.metrics_address),
+            *("--store-dir", str(tmp_path)),
+        )
+        assert found.status == 1
+        assert len(found.errors) == 3
+        assert found.errors[0].startswith(f"secateur-server: cannot listen at {running.address}: ")
+        metrics = f"cannot serve metrics at {running.metrics_address}: Address already in use"
+        assert found.errors[1] == f"secateur-server: {metrics}"
+        store = f"cannot keep checkpoints in {tmp_path}: another server does"
+        assert found.errors[2] == f"secateur-server: {store}"
+        with socket.create_connection(running.address.split(":")):  # type: ignore[arg-type]
+            pass
+    assert said("--store-dir", str(tmp_path)).status == 0
 
 
 @pytest.mark.parametrize(
@@ -43,14 +88,91 @@ def test_it_may_be_asked_beside_a_server_that_runs(server: RunningServer) -> Non
         (["--tls-cert", "{bad}", "--tls-key", "{bad}"], "cannot serve TLS: {bad} and {bad}:"),
         (["--store-dir", "{bad}/store"], "cannot keep checkpoints in {bad}/store: {bad} is closed"),
         (["--metrics-address", "nowhere"], "cannot serve metrics at 'nowhere': it is no HOST:PORT"),
+        (["--memory-limit", "900TiB"], "--memory-limit is 921600.0 GiB: this machine has "),
+        (["--max-model-bytes", "900TiB"], "--max-model-bytes is 921600.0 GiB: this machine has "),
+        (
+            ["--store-dir", "{folder}", "--store-max-bytes", "90000TiB"],
+            "cannot keep checkpoints in {folder}: --store-max-bytes is 92160000.0 GiB, the disk",
+        ),
+        (
+            ["--allow-uri", "teapot://bucket/models"],
+            "URIs under teapot://bucket/models cannot be opened: Protocol not known: teapot",
+        ),
     ],
 )
 def test_what_would_fail_is_said_in_one_line(
-    tmp_path: Path, options: list[str], message: str
+    said: Check, tmp_path: Path, options: list[str], message: str
 ) -> None:
     bad = tmp_path / "bad"
     bad.write_text("neither this nor that")
-    ended = run_server("--check", *(option.format(bad=bad) for option in options))
-    assert ended.returncode == 1
-    (line,) = ended.stderr.splitlines()
-    assert line.startswith(f"secateur-server: {message.format(bad=bad)}")
+    found = said(*(option.format(bad=bad, folder=tmp_path) for option in options))
+    assert found.status == 1
+    (line,) = found.errors
+    assert line.startswith(f"secateur-server: {message.format(bad=bad, folder=tmp_path)}")
+
+
+def test_every_problem_is_said(said: Check) -> None:
+    found = said("--memory-limit", "900TiB", "--metrics-address", "nowhere")
+    assert found.status == 1
+    assert len(found.errors) == 2
+    assert len(found.out) > 4
+
+
+@pytest.mark.parametrize("package", ["fsspec", "s3fs"])
+def test_a_package_that_is_missing_is_said(
+    said: Check, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    opened_before = import_module("fsspec.registry")._registry
+    monkeypatch.delitem(opened_before, "s3", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    found = said("--allow-uri", "s3://bucket/models")
+    assert found.status == 1
+    (line,) = found.errors
+    assert "URIs under s3://bucket/models cannot be opened: " in line
+    assert "pip install 'secateur[remote]'" in line
+
+
+VARIABLES = {
+    "SECATEUR_TOKEN_FILE": "SECATEUR_TOKENS_FILE",
+    "SECATEUR_MEMORY_LIMITS": "SECATEUR_MEMORY_LIMIT",
+    "SECATEUR_ADRESS": "SECATEUR_ADDRESS",
+}
+
+
+@pytest.mark.parametrize(("variable", "nearest"), VARIABLES.items())
+def test_a_variable_that_is_no_option_is_named_with_the_nearest(
+    said: Check, monkeypatch: pytest.MonkeyPatch, variable: str, nearest: str
+) -> None:
+    monkeypatch.setenv(variable, "x")
+    found = said()
+    assert found.status == 1
+    (line,) = found.errors
+    assert variable in line
+    assert line.endswith(f"the nearest is {nearest}")
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [
+        *("SECATEUR_SERVER", "SECATEUR_TOKEN", "SECATEUR_TLS_CA", "SECATEUR_FUZZ_SECONDS"),
+        *("SECATEUR_MEMORY", "SECATEUR_DEVICE", "SECATEUR_SERVICE_HOST", "SECATEUR_SERVICE_PORT"),
+        *("SECATEUR_PORT", "SECATEUR_PORT_50051_TCP_ADDR", "SECATEUR_SERVICE_PORT_GRPC"),
+    ],
+)
+def test_variables_of_others_are_no_news(
+    said: Check, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "x")
+    assert said().errors == []
+
+
+def test_a_server_that_starts_names_such_a_variable_in_its_log(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes no further: its port is taken."""
+    monkeypatch.setenv("SECATEUR_TOKEN_FILE", "tokens.toml")
+    ended = run_server("--address", server.address, "--metrics-address", "")
+    warning, *_ = ended.stderr.splitlines()
+    assert '"level": "WARNING"' in warning
+    assert "SECATEUR_TOKEN_FILE is set" in warning
+    assert "SECATEUR_TOKENS_FILE" in warning

@@ -24,6 +24,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 import secateur
 from secateur_proto import pruner_pb2, pruner_pb2_grpc
 from secateur_proto.framing import file_header
+from secateur_server.config import read_config
 from secateur_server.operate.probes import Health
 from tests.conftest import RunningServer, eventually, start_server, stop_server
 
@@ -178,24 +179,34 @@ def test_a_second_server_at_the_same_address_says_so(server: RunningServer) -> N
     [
         ("--device", "gpu", "'gpu' is none of auto, cpu, cuda, cuda:N"),
         ("--device", "cuda:99", "'cuda:99': torch"),
-        ("--max-model-bytes", "1GB", "'1GB' is no number of bytes"),
+        ("--max-model-bytes", "1XB", "'1XB' is no number of bytes, such as 512MiB or 16GB"),
         ("--max-model-bytes", "0", "'0' is no number of bytes"),
         ("--drain-timeout", "-1", "'-1' is no time in seconds"),
         ("--drain-timeout", "nan", "'nan' is no time in seconds"),
     ],
 )
-def test_a_wrong_option_is_named(option: str, value: str, message: str) -> None:
-    ended = run_server(f"{option}={value}")
-    assert ended.returncode == 2
-    assert f"argument {option}: {message}" in ended.stderr
+def test_a_wrong_option_is_named(
+    capsys: pytest.CaptureFixture[str], option: str, value: str, message: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        read_config([f"{option}={value}"], {})
+    assert f"argument {option}: {message}" in capsys.readouterr().err
 
 
 def test_a_variable_is_an_option_and_the_command_line_goes_first() -> None:
     ended = run_server(SECATEUR_DEVICE="gpu")
     assert ended.returncode == 2
     assert "argument --device: 'gpu' is none of" in ended.stderr
-    ended = run_server("--device", "cpu", "--drain-timeout=x", SECATEUR_DEVICE="gpu")
-    assert "argument --drain-timeout" in ended.stderr
+    config = read_config(["--device", "cpu"], {"SECATEUR_DEVICE": "gpu"})
+    assert config.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("5GB", 5 * 10**9), ("5GiB", 5 << 30), ("300MB", 3 * 10**8), ("1KB", 1000), ("7", 7)],
+)
+def test_sizes_have_binary_and_decimal_units(text: str, size: int) -> None:
+    assert read_config(["--max-model-bytes", text], {}).max_model_bytes == size
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the number of tgkill is x86-64's")
