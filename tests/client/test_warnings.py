@@ -88,7 +88,8 @@ def test_a_note_says_what_zeros_alone_do_not_do(client: secateur.Client) -> None
 
 
 def normed() -> nn.Module:
-    return nn.utils.parametrizations.weight_norm(nn.Linear(40, 30))
+    layer: nn.Module = nn.utils.parametrizations.weight_norm(nn.Linear(40, 30))
+    return layer
 
 
 MISSING = {
@@ -279,9 +280,8 @@ def test_other_names_are_no_scales(client: secateur.Client, name: str) -> None:
 def with_norms(scale: float) -> Net:
     """A net whose norms have weights of this size."""
     net = Net(conv=nn.Conv2d(3, 4, 3), bn=nn.BatchNorm2d(4), ln_1=nn.LayerNorm(4))
-    for norm in (net.bn, net.ln_1):
-        assert isinstance(norm.weight, Tensor)
-        nn.init.constant_(norm.weight, scale)
+    for name in ("bn.weight", "ln_1.weight"):
+        nn.init.constant_(net.get_parameter(name), scale)
     return net
 
 
@@ -328,8 +328,13 @@ def attention() -> dict[str, Tensor]:
     return {name: distinct(shape, seed=len(name)) for name, shape in shapes.items()}
 
 
+def heads_of(heads: int, kv_heads: int) -> list[Any]:
+    q, k, v, o = attention()
+    return secateur.head_groups(q, k, v, o, head_dim=8 // heads, heads=heads, kv_heads=kv_heads)
+
+
 def test_a_fraction_of_one_unit_is_none_or_all(client: secateur.Client) -> None:
-    groups = secateur.head_groups(*attention(), head_dim=2, heads=4, kv_heads=1)
+    groups = heads_of(4, 1)
     none = said(client, attention(), secateur.grouped(groups, 0.5))
     assert none.keys() == {"ROUNDED_TO_NONE"}
     assert none["ROUNDED_TO_NONE"].tensors == ("heads of q.weight",)
@@ -337,8 +342,7 @@ def test_a_fraction_of_one_unit_is_none_or_all(client: secateur.Client) -> None:
     whole = said(client, attention(), secateur.grouped(groups, 0.6))
     assert whole.keys() == {"ROUNDED_TO_ALL", "WHOLLY_ZERO"}
     assert "k.weight" in whole["WHOLLY_ZERO"].tensors
-    shared = secateur.head_groups(*attention(), head_dim=1, heads=8, kv_heads=2)
-    assert said(client, attention(), secateur.grouped(shared, 0.5)) == {}
+    assert said(client, attention(), secateur.grouped(heads_of(8, 2), 0.5)) == {}
 
 
 def test_a_fraction_of_few_slices(client: secateur.Client) -> None:

@@ -182,11 +182,13 @@ def test_a_report_tells_structure(client: secateur.Client) -> None:
 def test_the_table_shows_patterns_that_say_something(client: secateur.Client) -> None:
     """Not 9:16 of 9 columns, nor 4:8 beside 2:4; and no column where no tensor has any."""
     report = client.prune(structured(), secateur.custom_from_mask({"two.weight": MASK})).report
-    head, first, total, rule = str(report).splitlines()
+    head, first, total, rule, coverage, note = str(report).splitlines()
     assert head.endswith("  zero slices  patterns")
     assert first.split()[-4:] == ["0/6", "8/16", "0/3", "2:4"]
     assert total.endswith("50.00%")
     assert rule == "rule 1: 144 of 288 units asked for, 144 pruned"
+    assert coverage.startswith("covers 288 of ")
+    assert note.startswith("note: ")
     assert "<td>2:4</td>" in report._repr_html_()
     dense = client.report({"dense": torch.ones(9, 9)})
     assert dense.tensors["dense"].patterns == ("9:16",)
@@ -218,7 +220,8 @@ def test_patterns_that_follow_from_others_are_not_shown(
 def test_what_was_asked_for_stands_beside_what_came_of_it(client: secateur.Client) -> None:
     model = {"a": torch.ones(5), "b": torch.arange(2000.0) / 512}
     spec = secateur.l1_unstructured(["a", "b"], 0.6) + secateur.random_unstructured("a", 1)
-    assert str(client.prune(model, spec).report).splitlines()[-3:] == [
+    lines = str(client.prune(model, spec).report).splitlines()
+    assert [line for line in lines if line.startswith("rule")] == [
         "rule 1 (a): 3 of 5 units asked for, 3 pruned, threshold 1, ties 3 of 5",
         "rule 1 (b): 1,200 of 2,000 units asked for, 1,200 pruned, threshold 2.342",
         "rule 2: 1 of 2 units asked for, 1 pruned",
