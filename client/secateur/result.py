@@ -12,6 +12,7 @@ import numpy as np
 from secateur.checkpoint import Checkpoint
 from secateur.errors import InvalidStateDict, SecateurError
 from secateur.files import save
+from secateur.mask_files import entries_of, pack, unpack
 from secateur.report import Report
 from secateur.source import Mask, Source
 from secateur.tensors import Bytes, LocalTensor, prior_mask, to_value, torch_for
@@ -133,10 +134,13 @@ class PruneResult:
 
         What is written is there whole, or not at all. A torch file and a folder keep what the
         source has beside the weights; a NotSaved warning names what is not kept.
-        form: as of state_dict, or "masks": bits, as the wire has them.
+        form: as of state_dict, or "masks", which secateur.custom_from_mask reads: of a torch file
+            bools, else bits, as the wire has them.
         """
         if form == "masks":  # which are not the model
-            save(Path(path), self._tensors(form), {})
+            shapes = {name: tensor.shape for name, tensor in self.report.tensors.items()}
+            path = Path(path)
+            save(path, *entries_of(path, self._tensors(form), shapes))
         else:
             _save(Path(path), self._entries(form), self._source, self._answer)
 
@@ -158,16 +162,12 @@ class PruneResult:
     def _flat_masks(self) -> dict[str, Mask]:
         if self._output == "masks":
             packed = self._received
-            return {name: self._unpacked(name, bits) for name, bits in packed.items()}
+            return {n: unpack(bits, self.report.tensors[n].total) for n, bits in packed.items()}
         if self._output == "reparametrized":
             return {
                 name: prior_mask(self._received[f"{name}_mask"]) for name in self.report.tensors
             }
         raise SecateurError(f"output={self._output!r} has no masks; ask for output='masks'")
-
-    def _unpacked(self, name: str, packed: LocalTensor) -> Mask:
-        count = self.report.tensors[name].total
-        return np.unpackbits(packed.read(), count=count, bitorder="little").view(np.bool_)
 
     def _mask_value(self, mask: Mask) -> Any:
         if not self._source.as_torch:
@@ -191,7 +191,7 @@ class PruneResult:
         if form == self._output:
             return self._received
         if form == "masks":
-            return {name: _packed(mask) for name, mask in self._flat_masks.items()}
+            return {name: pack(mask) for name, mask in self._flat_masks.items()}
         if not self._source.is_here:
             raise SecateurError(
                 f"the weights are on the server: ask for output={form!r}, or download them"
@@ -240,11 +240,6 @@ def _save(path: Path, entries: Mapping[str, Any], source: Source, answer: Receiv
         source.torch_file,
         source.folder,
     )
-
-
-def _packed(mask: Mask) -> LocalTensor:
-    bits = np.packbits(mask, bitorder="little")
-    return LocalTensor("U8", bits.shape, lambda: bits)
 
 
 def _pruned_tensors(

@@ -1,9 +1,11 @@
 """What to prune: torch.nn.utils.prune's methods, others in their manner, and their sums."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from secateur.checks import mismatch, norm, one_of, patterns
@@ -25,6 +27,7 @@ from secateur.choices import (
 )
 from secateur.errors import InvalidSpec, InvalidStateDict
 from secateur.groups import COMBINATIONS, Groups, groups_of
+from secateur.mask_files import read_masks
 from secateur.steps import Schedule, scale, step_of
 from secateur.tensors import LocalTensor, from_value, is_text
 from secateur_proto import spec_pb2 as pb
@@ -219,12 +222,18 @@ def global_unstructured(
     return select(tensors, amount, scope="global", importance_scores=importance_scores)
 
 
-def custom_from_mask(masks: Arrays) -> Spec:
+def custom_from_mask(masks: Arrays | str | os.PathLike[str]) -> Spec:
     """Prunes by the caller's masks: torch.nn.utils.prune.custom_from_mask.
 
-    masks: arrays by tensor name, of the tensors' shapes, 0 is pruned and 1 is kept.
+    masks: arrays by tensor name, of the tensors' shapes, 0 is pruned and 1 is kept; or the path of
+        a file of them: what result.save(path, "masks") wrote, or .safetensors, .pt or .npz.
     """
-    if not isinstance(masks, Mapping) or not masks:
+    if isinstance(masks, str | os.PathLike):
+        try:
+            masks = read_masks(Path(masks))
+        except InvalidStateDict as error:
+            raise InvalidSpec(f"masks: {error}") from None
+    if not isinstance(masks, Mapping) or not masks or not all(map(is_text, masks)):
         raise InvalidSpec("masks: a map from names to masks is needed, with at least one")
     return Spec((Rule(pb.Rule(custom_masks=pb.CustomMasks()), dict(masks)),))
 
@@ -380,6 +389,8 @@ def _copy(message: pb.Rule) -> pb.Rule:
 
 
 def _array(name: str, array: Any) -> LocalTensor:
+    if isinstance(array, LocalTensor):
+        return array
     try:
         return from_value(name, array)
     except InvalidStateDict as error:

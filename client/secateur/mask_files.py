@@ -1,0 +1,102 @@
+"""Files of masks: a bit for each element, as the wire has them, with the shapes beside them."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from secateur.errors import InvalidStateDict
+from secateur.source import Mask, read_source
+from secateur.tensors import LocalTensor, from_value
+from secateur.torch_files import TORCH_SUFFIXES
+from secateur_proto.framing import mask_bytes
+
+Tensors = Mapping[str, LocalTensor]
+Shapes = Mapping[str, Sequence[int]]
+
+_SHAPES = "secateur.mask_shapes"  # in a safetensors file's metadata: JSON, from names to shapes
+
+
+def pack(mask: Mask) -> LocalTensor:
+    """A mask as bits, the lowest first."""
+    bits = np.packbits(mask, bitorder="little")
+    return LocalTensor("U8", bits.shape, lambda: bits)
+
+
+def unpack(packed: LocalTensor, count: int) -> Mask:
+    """The mask of `count` elements, flat."""
+    return np.unpackbits(packed.read(), count=count, bitorder="little").view(np.bool_)
+
+
+def entries_of(path: Path, packed: Tensors, shapes: Shapes) -> tuple[Tensors, dict[str, str]]:
+    """What a file of masks holds: bits in a .safetensors file, bools in a torch file.
+
+    Args:
+        path: The file.
+        packed: The bits of each mask.
+        shapes: Of the masks, by the same names.
+
+    Returns:
+        The tensors, and the metadata.
+    """
+    if path.suffix in TORCH_SUFFIXES:
+        return {name: _whole(mask, shapes[name]) for name, mask in packed.items()}, {}
+    table = {name: list(shapes[name]) for name in packed}
+    return packed, {_SHAPES: json.dumps(table, separators=(",", ":"))}
+
+
+def read_masks(path: Path) -> dict[str, LocalTensor]:
+    """The masks of a file: what `entries_of` gives, or tensors that are masks as they are.
+
+    Args:
+        path: .safetensors, a torch file, or .npz.
+
+    Raises:
+        InvalidStateDict: It cannot be read, or holds no masks.
+    """
+    if path.suffix == ".npz":
+        return _read_npz(path)
+    source = read_source(path)
+    tensors = {name: source.tensors[stored] for name, stored in source.other_names.items()}
+    tensors = {**source.tensors, **tensors}
+    if text := source.metadata.get(_SHAPES):
+        shapes = _parse_shapes(path, text, tensors)
+        tensors = {name: _whole(tensor, shapes[name]) for name, tensor in tensors.items()}
+    if not tensors:
+        raise InvalidStateDict(f"{path}: holds no masks")
+    return tensors
+
+
+def _whole(packed: LocalTensor, shape: Sequence[int]) -> LocalTensor:
+    """A mask with a bool for each element."""
+    count = math.prod(shape)
+    return LocalTensor("BOOL", tuple(shape), lambda: unpack(packed, count).view(np.uint8))
+
+
+def _parse_shapes(path: Path, text: str, tensors: Tensors) -> dict[str, list[int]]:
+    """The shapes in a file's metadata, once they are found to fit its tensors."""
+    try:
+        shapes: dict[str, list[int]] = json.loads(text)
+        for name, tensor in tensors.items():
+            shape = shapes[name]
+            is_shape = all(isinstance(length, int) and length >= 0 for length in shape)
+            if not is_shape or tensor.dtype != "U8":
+                raise ValueError(name)
+            if tensor.shape != (mask_bytes(math.prod(shape)),):
+                raise ValueError(name)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InvalidStateDict(f"{path}: {_SHAPES} in its metadata is damaged: {error}") from None
+    return shapes
+
+
+def _read_npz(path: Path) -> dict[str, LocalTensor]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            read: dict[str, Any] = {name: arrays[name] for name in arrays.files}
+    except Exception as error:  # of a broken file numpy and zipfile raise whatever comes
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InvalidStateDict(f"{path}: {reason}") from None
+    return {name: from_value(name, array) for name, array in read.items()}
