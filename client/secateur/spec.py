@@ -1,9 +1,8 @@
 """What to prune: torch.nn.utils.prune's methods, others in their manner, and their sums."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 from secateur.checks import norm, one_of, patterns
@@ -79,21 +78,6 @@ class Spec:
             if message.HasField("selection"):
                 with _at(f"rules[{index}]"):
                     scale(message.selection, due)
-            rules.append(Rule(message, rule.arrays))
-        return Spec(tuple(rules))
-
-    def among(self, names: Collection[str]) -> "Spec":
-        """The spec with its globs replaced by those of `names` that they match.
-
-        A glob that matches none stays, for the server to say so.
-        """
-        rules = []
-        for rule in self.rules:
-            message = _copy(rule.message)
-            if message.HasField("selection"):
-                tensors = message.selection.tensors
-                found = [_matching(pattern, names) or [pattern] for pattern in tensors]
-                tensors[:] = dict.fromkeys(name for matched in found for name in matched)
             rules.append(Rule(message, rule.arrays))
         return Spec(tuple(rules))
 
@@ -367,12 +351,6 @@ def _selection(
     fields = {**defaults, **choices, **amount_of(amount).fields}
     selection = pb.Selection(tensors=tensors, **fields)
     return Spec((Rule(pb.Rule(selection=selection), dict(scores or {})),))
-
-
-def _matching(pattern: str, names: Collection[str]) -> list[str]:
-    if pattern in names:
-        return [pattern]
-    return [name for name in names if fnmatchcase(name, pattern)]
 
 
 def _free_names(taken: set[str]) -> Iterator[str]:

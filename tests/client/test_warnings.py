@@ -132,6 +132,14 @@ def test_a_tensor_outside_of_modules_is_missed_too(client: secateur.Client) -> N
     assert found["SMALL_COVERAGE"].tensors == ("weight_ih_l0",)
 
 
+def test_globs_of_a_call_that_keeps_its_result(client: secateur.Client) -> None:
+    """Of a module with buffers the parameters alone go to the server, and the globs as they are."""
+    net = Net(bn=nn.BatchNorm1d(4), lstm=nn.LSTM(20, 30), fc=nn.Linear(30, 2))
+    found = said(client, net, secateur.l1_unstructured("*.weight", 0.5), keep=True)
+    assert found.keys() == {"SMALL_COVERAGE", "NORMS_PRUNED"}
+    assert found["NORMS_PRUNED"].tensors == ("bn.weight",)
+
+
 def test_coverage_is_of_weights_and_counted(client: secateur.Client) -> None:
     """16 of 90,016: the names and the numbers that a person needs."""
     model = {"fc.weight": distinct((4, 4)), "lstm.weight_ih_l0": distinct((300, 300))}
