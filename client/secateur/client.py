@@ -175,9 +175,7 @@ class Client:
         prior: str,
     ) -> PruneResult:
         """Sends what the server does not have of a model, and prunes it there."""
-        of_parameters = model.only_parameters()
-        spec = spec.among(model.prunable_names()) if of_parameters is not model else spec
-        uploaded = self.upload(of_parameters, progress)
+        uploaded = self.upload(model.only_parameters(), progress)
         try:
             result = self.prune(uploaded, spec, output, progress, True, destination, prior=prior)
         finally:

@@ -85,22 +85,6 @@ class Spec:
             rules.append(Rule(message, rule.arrays))
         return Spec(tuple(rules))
 
-    def among(self, names: Mapping[str, str]) -> "Spec":
-        """The spec with its globs replaced by the tensors that they match.
-
-        names: from every name of a tensor, which may be tied, to the tensor's.
-        A glob that matches none stays, for the server to say so.
-        """
-        rules = []
-        for rule in self.rules:
-            message = _copy(rule.message)
-            if message.HasField("selection"):
-                tensors = message.selection.tensors
-                found = [_matching(pattern, names) or [pattern] for pattern in tensors]
-                tensors[:] = dict.fromkeys(name for matched in found for name in matched)
-            rules.append(Rule(message, rule.arrays))
-        return Spec(tuple(rules))
-
     def keep_ends(self, names: Mapping[str, str]) -> "Spec":
         """The spec with `keep_first` and `keep_last` replaced by the names that they spare.
 
@@ -406,10 +390,6 @@ def _selection(
     fields = {**defaults, **choices, **amount_of(amount).fields}
     selection = pb.Selection(tensors=tensors, **fields)
     return Spec((Rule(pb.Rule(selection=selection), dict(scores or {})),))
-
-
-def _matching(pattern: str, names: Mapping[str, str]) -> list[str]:
-    return [names[known] for known in _known(pattern, names)]
 
 
 def _known(pattern: str, names: Mapping[str, str]) -> list[str]:

@@ -126,6 +126,20 @@ def test_globs_that_miss_layers(
     assert said(client, net, secateur.l1_unstructured(wider, 0.5)).keys() <= {"NORMS_PRUNED"}
 
 
+def test_a_tensor_outside_of_modules_is_missed_too(client: secateur.Client) -> None:
+    model = {"fc.weight": distinct((4, 4)), "weight_ih_l0": distinct((8, 8))}
+    found = said(client, model, secateur.l1_unstructured("*.weight", 0.5))
+    assert found["SMALL_COVERAGE"].tensors == ("weight_ih_l0",)
+
+
+def test_globs_of_a_call_that_keeps_its_result(client: secateur.Client) -> None:
+    """Of a module with buffers the parameters alone go to the server, and the globs as they are."""
+    net = Net(bn=nn.BatchNorm1d(4), lstm=nn.LSTM(20, 30), fc=nn.Linear(30, 2))
+    found = said(client, net, secateur.l1_unstructured("*.weight", 0.5), keep=True)
+    assert found.keys() == {"SMALL_COVERAGE", "NORMS_PRUNED"}
+    assert found["NORMS_PRUNED"].tensors == ("bn.weight",)
+
+
 def test_coverage_is_of_weights_and_counted(client: secateur.Client) -> None:
     """16 of 90,016: the names and the numbers that a person needs."""
     model = {"fc.weight": distinct((4, 4)), "lstm.weight_ih_l0": distinct((300, 300))}
@@ -139,6 +153,7 @@ def test_coverage_is_of_weights_and_counted(client: secateur.Client) -> None:
     "spec",
     [
         secateur.l1_unstructured("fc.weight", 0.5),  # a name, not a glob
+        secateur.l1_unstructured("lstm.weight_ih_l0", 0.5),
         secateur.l1_unstructured("fc.*", 0.5),  # one module
         secateur.l1_unstructured("f*", 0.5),
         secateur.l1_unstructured("fc.*eight", 0.5),
@@ -189,7 +204,10 @@ def test_many_layers_are_counted(client: secateur.Client) -> None:
         (uneven(), secateur.select("*.weight", {"table": {"fractions": {"b*": 1.0}}})),
         (uneven(), secateur.custom_from_mask({"b.weight": torch.zeros(8, 16, 3, 3)})),
         ({"lora_B": torch.zeros(4, 4)}, secateur.random_unstructured("lora_B", 3)),
-        ({"fc.bias": distinct((3,)) / 1e3, "a": distinct((9, 9))}, secateur.lamp("*", 0.9)),
+        (
+            {"fc.bias": distinct((3,)) / 1e3, "a": distinct((9, 9))},
+            secateur.global_unstructured("*", 0.5),
+        ),
     ],
 )
 def test_what_was_asked_to_be_zero_or_was(
@@ -267,6 +285,8 @@ def test_scales_of_quantized_layers(client: secateur.Client, name: str) -> None:
         assert "exclude" in warning.message
     spared = secateur.select("*", 0.5, guard_rails=RAILS(exclude=f"*.{name}"))
     assert said(client, model, spared) == {}
+    large = {**model, f"q.{name}": distinct((8, 1)) + 99}  # loses nothing
+    assert said(client, large, secateur.global_unstructured("*", 0.2)) == {}
 
 
 @pytest.mark.parametrize("name", ["upscale.weight", "scaler.weight", "scale_proj", "q.rescale_w"])

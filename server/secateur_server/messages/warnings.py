@@ -154,7 +154,7 @@ def _zero_before(pruning: Pruning) -> pb.Warning | None:
         for rule, choices in pruning.selections()
         if _ranks_zeros_lowest(rule)
         for choice in choices
-        if choice.HasField("threshold") and choice.threshold == 0 and choice.pruned
+        if choice.HasField("threshold") and choice.threshold == 0
         if pruning.has_weight(choice)
         for name in choice.tensors
     ]
