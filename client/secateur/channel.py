@@ -5,13 +5,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grpc
 
 from secateur.diagnosis import Target
 from secateur.errors import SecateurError
+from secateur.paths import source_path
 from secateur_proto import checkpoint_pb2, checkpoints_pb2, pruner_pb2
 from secateur_proto.codec import SINGLE, Decoder, encode
 
@@ -100,9 +100,9 @@ def read_tls(tls: Any) -> grpc.ChannelCredentials | None:
 
 def _read(path: str | os.PathLike[str]) -> bytes:
     try:
-        return Path(path).read_bytes()
-    except (OSError, ValueError) as error:  # a ValueError for a path with a null character
-        raise SecateurError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+        return source_path(path, SecateurError).read_bytes()
+    except OSError as error:
+        raise SecateurError(f"{path}: {error.strerror}") from None
 
 
 class Rpcs:

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from secateur.errors import SecateurError
+from secateur.tensors import is_text
 from secateur_proto import checkpoint_pb2 as pb
 
 
@@ -51,11 +52,10 @@ def name_of(checkpoint: Any) -> str:
     """The name of a checkpoint, which may be given by its name.  Errors: SecateurError."""
     if isinstance(checkpoint, Checkpoint):
         return checkpoint.name
-    if isinstance(checkpoint, str):
-        return checkpoint
-    raise SecateurError(
-        f"a checkpoint, or the name of one, is needed, not {type(checkpoint).__name__}"
-    )
+    if is_text(checkpoint):
+        return str(checkpoint)
+    given = repr(checkpoint) if isinstance(checkpoint, str) else type(checkpoint).__name__
+    raise SecateurError(f"a checkpoint, or the name of one, is needed, not {given}")
 
 
 def uri_of(destination: Any) -> str:

@@ -17,6 +17,7 @@ Made = TypeVar("Made")
 Value = TypeVar("Value")
 
 UINT64 = 1 << 64
+_LONGEST_SECONDS = 1e9  # clocks of threads and of gRPC end somewhere beyond
 
 
 def patterns(names: Any, field: str = "tensors") -> list[str]:
@@ -99,7 +100,7 @@ def timeout_of(value: Any) -> float | None:
     found = _double(value)
     if found is None or not 0 < found < math.inf:
         raise SecateurError(f"timeout={value!r} is not a number of seconds above 0, or None")
-    return found
+    return min(found, _LONGEST_SECONDS)
 
 
 def flag(field: str, value: Any) -> bool:

@@ -257,7 +257,7 @@ def guard_rails(
         rails=rails,
         keep_first=flag("keep_first", keep_first),
         keep_last=flag("keep_last", keep_last),
-        exclude=patterns(exclude, "exclude") if exclude != () else [],
+        exclude=[] if isinstance(exclude, tuple) and not exclude else patterns(exclude, "exclude"),
     )
     return GuardRails(message)
 

@@ -29,6 +29,7 @@ from secateur.embedded import embedded
 from secateur.errors import NotSaved, SecateurError
 from secateur.files import check_holds, check_writable
 from secateur.folders import check_no_other_weights, find_folder
+from secateur.paths import path_of
 from secateur.plan import Plan, Sensitivity
 from secateur.report import Report
 from secateur.source import Source, read_source
@@ -191,7 +192,7 @@ def _out(options: argparse.Namespace) -> tuple[Path | None, str | None]:
         return None, None
     if "://" in options.out:
         return None, options.out
-    path, model = Path(options.out), Path(options.model)
+    path, model = path_of(options.out), path_of(options.model)
     is_model = getattr(options, "output", None) != "masks"
     check_writable(path, is_model and (model.is_dir() or model.name.endswith(SUFFIX)))
     if is_model and model.is_dir() and path.is_dir():

@@ -5,13 +5,13 @@ import json
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from secateur.checkpoint import Checkpoint
 from secateur.cli_server import client_of, server_options
 from secateur.client import Client
 from secateur.errors import DataLoss
+from secateur.paths import path_of
 from secateur.source import read_source
 from secateur_proto.index import SUFFIX
 
@@ -50,7 +50,7 @@ def _command(under: Any, name: str, text: str, run: Any) -> argparse.ArgumentPar
 
 def is_checkpoint(model: str) -> bool:
     """Whether IN names a checkpoint. A file goes first: many keep theirs in such a folder."""
-    return model.startswith("checkpoints/") and not Path(model).exists()
+    return model.startswith("checkpoints/") and not path_of(model).exists()
 
 
 def key_option(command: argparse.ArgumentParser) -> None:
@@ -66,7 +66,7 @@ def source_of(client: Client, options: argparse.Namespace) -> Any:
     elif "://" in options.model:
         found = options.model
     else:
-        return read_source(Path(options.model), options.key)
+        return read_source(options.model, options.key)
     read_source(found, options.key)  # refuses a key
     return found
 

@@ -11,6 +11,7 @@ from secateur.checks import percentage
 from secateur.client import Client
 from secateur.defaults import SOME_AMOUNTS, matrices
 from secateur.errors import InvalidSpec
+from secateur.paths import source_path
 from secateur.spec import METHODS, Spec
 
 # The others need what only a spec file can say.
@@ -123,7 +124,7 @@ def fill_amounts(options: argparse.Namespace) -> None:
 def _read_spec(path: Path) -> Any:
     """The plain data of a spec file.  Errors: InvalidSpec, which does not name the file."""
     try:
-        text = path.read_text()
+        text = source_path(path, InvalidSpec).read_text()
         if path.suffix == ".json":
             return json.loads(text)
         import yaml

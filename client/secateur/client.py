@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,7 +11,7 @@ import grpc
 from secateur.address import parse_address
 from secateur.channel import Rpcs, Tls, open_channel, read_tls
 from secateur.checkpoint import Checkpoint, decode_checkpoint, name_of, place_of, uri_of
-from secateur.checks import one_of, patterns, timeout_of
+from secateur.checks import flag, one_of, patterns, timeout_of
 from secateur.choices import AnyGranularity, magnitude
 from secateur.defaults import SOME_AMOUNTS, matrices
 from secateur.diagnosis import Target, diagnosing
@@ -20,6 +19,7 @@ from secateur.download import save_answer
 from secateur.errors import InvalidStateDict, SecateurError, Unavailable
 from secateur.files import warn_of_rest
 from secateur.others import check_names, check_spec, check_storable
+from secateur.paths import path_of
 from secateur.patience import Answer, Patience
 from secateur.plan import Plan, Sensitivity, decode_plan, encode_amounts, sensitivity_of
 from secateur.progress import Progress, show_progress, show_work
@@ -119,9 +119,9 @@ class Client:
         prior: what counts as pruned before: what "masks" prune, or also the "zeros" of the tensors
             that the spec names, for a model whose earlier pruning left zeros alone.
         """
-        if output not in _OUTPUTS:
-            raise SecateurError(f"output={output!r} is none of {', '.join(_OUTPUTS)}")
+        _check_output(output)
         spec, destination_uri = checked(spec), uri_of(destination)
+        keep = flag("keep", keep)
         counted = one_of("prior", prior, _PRIORS)
         model = read_source(source, key)
         check_spec(spec, model.others)
@@ -286,6 +286,7 @@ class Client:
         tensors: names and globs of what to fold; None is all.  destination: as of prune.
         As torch.nn.utils.prune.remove.
         """
+        destination_uri = uri_of(destination)
         model, place = read_source(source, key), place_of(source)
         named = [] if tensors is None else patterns(tensors)
         check_names("tensors", named, model.others)
@@ -295,7 +296,7 @@ class Client:
         header = pb.FinalizeHeader(
             data_bytes=upload.file_bytes,
             tensors=named,
-            destination_uri=uri_of(destination),
+            destination_uri=destination_uri,
             **place,
         )
         if destination:
@@ -372,15 +373,14 @@ class Client:
 
         output: as of prune, but for "none". What was never pruned comes as it was uploaded.
         """
-        if output not in _OUTPUTS:
-            raise SecateurError(f"output={output!r} is none of {', '.join(_OUTPUTS)}")
-        name = name_of(checkpoint)
+        _check_output(output)
+        name, to = name_of(checkpoint), path_of(path)
         request = checkpoints_pb2.DownloadRequest(name=name, output=_OUTPUTS[output])
 
         def attempt(left: float | None) -> None:
             call = self._rpcs.download(request, timeout=left)
             with errors_of(None, call):
-                save_answer(call, Path(path), progress)
+                save_answer(call, to, progress)
 
         self._until_served(attempt)
 
@@ -450,6 +450,11 @@ class Client:
         at: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _check_output(output: Any) -> None:
+    if not isinstance(output, str) or output not in _OUTPUTS:
+        raise SecateurError(f"output={output!r} is none of {', '.join(_OUTPUTS)}")
 
 
 def _from_environment(token: str | None, tls: Tls) -> tuple[str, str | None, Tls]:

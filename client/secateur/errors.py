@@ -22,6 +22,7 @@ SecateurError
 NotSaved is a warning: what was written lacks something that the source has.
 """
 
+import re
 from typing import cast
 
 import grpc
@@ -38,6 +39,10 @@ class SecateurError(Exception):
 
     field: str | None = None
     request_id: str | None = None
+
+    def __str__(self) -> str:
+        """One line, whatever a value in it looks like."""
+        return re.sub(r"\s*\n\s*", " ", super().__str__())
 
 
 class InvalidSpec(SecateurError, ValueError):

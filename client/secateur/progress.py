@@ -17,6 +17,8 @@ def show_progress(
     progress: Progress, total: int, what: str = "upload", unit: str = "B"
 ) -> Iterator[Callable[[int], None]]:
     """Shows `what`, of `total` bytes. Yields what to call with the bytes of each step."""
+    if not (progress is None or isinstance(progress, bool) or callable(progress)):
+        raise SecateurError(f"progress={progress!r} is not True, False, None or a function")
     if callable(progress):
         yield _accumulated(progress, total)
         return

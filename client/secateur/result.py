@@ -13,6 +13,7 @@ from secateur.checkpoint import Checkpoint
 from secateur.errors import InvalidStateDict, SecateurError
 from secateur.files import save
 from secateur.mask_files import entries_of, pack, unpack
+from secateur.paths import path_of
 from secateur.report import Report
 from secateur.source import Mask, Source
 from secateur.tensors import Bytes, LocalTensor, prior_mask, to_value, torch_for
@@ -67,7 +68,7 @@ class FinalizeResult:
         What is written is there whole, or not at all. A torch file and a folder keep what the
         source has beside the weights; a NotSaved warning names what is not kept.
         """
-        _save(Path(path), self._entries(), self._source, self._answer)
+        _save(path_of(path), self._entries(), self._source, self._answer)
 
     def _entries(self) -> dict[str, Any]:
         return _whole(self._received, self._source.others, self._source, self._answer)
@@ -137,12 +138,13 @@ class PruneResult:
         form: as of state_dict, or "masks", which secateur.custom_from_mask reads: of a torch file
             bools, else bits, as the wire has them.
         """
+        to = path_of(path)
+        _check_form(form)
         if form == "masks":  # which are not the model
             shapes = {name: tensor.shape for name, tensor in self.report.tensors.items()}
-            path = Path(path)
-            save(path, *entries_of(path, self._tensors(form), shapes))
+            save(to, *entries_of(to, self._tensors(form), shapes))
         else:
-            _save(Path(path), self._entries(form), self._source, self._answer)
+            _save(to, self._entries(form), self._source, self._answer)
 
     def apply_to(self, module: Any) -> None:
         """Prunes a torch.nn.Module as torch.nn.utils.prune does, so that its functions go on.
@@ -186,8 +188,7 @@ class PruneResult:
 
     def _tensors(self, form: str) -> Tensors:
         """What a Prune of that form sends back."""
-        if form not in ("dense", "reparametrized", "masks"):
-            raise SecateurError(f"form={form!r} is none of 'dense', 'reparametrized', 'masks'")
+        _check_form(form)
         if form == self._output:
             return self._received
         if form == "masks":
@@ -197,6 +198,11 @@ class PruneResult:
                 f"the weights are on the server: ask for output={form!r}, or download them"
             )
         return dict(_pruned_tensors(self._source, self._flat_masks, form == "dense"))
+
+
+def _check_form(form: Any) -> None:
+    if not isinstance(form, str) or form not in ("dense", "reparametrized", "masks"):
+        raise SecateurError(f"form={form!r} is none of 'dense', 'reparametrized', 'masks'")
 
 
 def _here(received: Received, destination: str | None) -> Tensors:

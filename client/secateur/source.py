@@ -16,6 +16,7 @@ import numpy.typing as npt
 from secateur.checkpoint import place_of
 from secateur.errors import InvalidStateDict
 from secateur.folders import Folder, find_folder
+from secateur.paths import source_path
 from secateur.shards import Index, read_shards
 from secateur.tensors import (
     LocalTensor,
@@ -161,7 +162,7 @@ def read_source(source: Any, key: str | None = None) -> Source:
     if place_of(source):
         return Source({}, frozenset(), _has_torch(), is_here=False)
     if is_path:
-        return _from_path(Path(source), key)
+        return _from_path(source_path(source, InvalidStateDict), key)
     raise InvalidStateDict(
         "a source is a Module, a mapping of tensors, a path, a URI or a Checkpoint, "
         f"not {type(source).__name__}"

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 from secateur.checks import mismatch, norm, one_of, patterns
@@ -28,6 +27,7 @@ from secateur.choices import (
 from secateur.errors import InvalidSpec, InvalidStateDict
 from secateur.groups import COMBINATIONS, Groups, groups_of
 from secateur.mask_files import read_masks
+from secateur.paths import source_path
 from secateur.steps import Schedule, scale, step_of
 from secateur.tensors import LocalTensor, from_value, is_text
 from secateur_proto import spec_pb2 as pb
@@ -197,11 +197,11 @@ def global_unstructured(
 
     importance: "l1", or "random" with a seed.  As torch.nn.utils.prune.global_unstructured.
     """
-    if importance == "random":
+    if isinstance(importance, str) and importance == "random":
         if importance_scores:
             raise InvalidSpec("importance_scores: random importance takes none")
         return select(tensors, amount, random(seed), scope="global")
-    if importance != "l1":
+    if not isinstance(importance, str) or importance != "l1":
         raise InvalidSpec(f"importance: {importance!r} is neither 'l1' nor 'random'")
     return select(tensors, amount, scope="global", importance_scores=importance_scores)
 
@@ -214,7 +214,7 @@ def custom_from_mask(masks: Arrays | str | os.PathLike[str]) -> Spec:
     """
     if isinstance(masks, str | os.PathLike):
         try:
-            masks = read_masks(Path(masks))
+            masks = read_masks(source_path(masks, InvalidStateDict))
         except InvalidStateDict as error:
             raise InvalidSpec(f"masks: {error}") from None
     if not isinstance(masks, Mapping) or not masks or not all(map(is_text, masks)):
@@ -284,7 +284,7 @@ def grouped(
     importance: "magnitude" by p, or "random".  The others as of `select`.
     importance_scores: arrays by a group's name, a score for each unit, that rank in its place.
     """
-    if importance == "magnitude":
+    if isinstance(importance, str) and importance == "magnitude":
         importance = magnitude(p)
     return _selection(
         (),

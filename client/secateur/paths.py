@@ -1,0 +1,40 @@
+"""Paths that a caller gives."""
+
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import SecateurError
+
+
+def path_of(value: Any, kind: type[SecateurError] = SecateurError) -> Path:
+    """The path that a caller gives.
+
+    Args:
+        value: A str or an os.PathLike.
+        kind: The error to raise.
+
+    Raises:
+        SecateurError: It is not a path, or not one that this system can look at.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise kind(f"a path is a str or an os.PathLike, not {type(value).__name__}")
+    if not str(value):  # which Path takes for the current folder
+        raise kind("a path is empty")
+    try:
+        path = Path(value)
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    except (OSError, ValueError, TypeError) as error:  # such as a name that is too long
+        raise kind(f"{value}: {getattr(error, 'strerror', None) or error}") from None
+    return path
+
+
+def source_path(value: Any, kind: type[SecateurError]) -> Path:
+    """As path_of, of a file or a folder to read: to open a pipe could wait for ever."""
+    path = path_of(value, kind)
+    if path.exists() and stat.S_IFMT(path.stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+        raise kind(f"{path}: is neither a file nor a folder")
+    return path
