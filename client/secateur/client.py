@@ -468,7 +468,7 @@ def _from_environment(token: str | None, tls: Tls) -> tuple[str, str | None, Tls
 
 def _authorization(token: Any) -> tuple[tuple[str, str], ...]:
     """The metadata of every call.  Errors: SecateurError, which does not repeat the token."""
-    if token is None or token == "":
+    if token is None or (isinstance(token, str) and not token):
         return ()
     if not isinstance(token, str) or not (token.isascii() and token.isprintable()):
         raise SecateurError("token: it is not a line of printable ASCII characters")
