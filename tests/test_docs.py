@@ -29,6 +29,7 @@ def blocks(path: str, language: str) -> list[str]:
         "docs/methods.md",
         "docs/protocol.md",
         "docs/checkpoints.md",
+        "docs/client.md",
         "docs/sources.md",
     ],
 )
