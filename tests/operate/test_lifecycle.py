@@ -26,7 +26,7 @@ from secateur_proto import pruner_pb2, pruner_pb2_grpc
 from secateur_proto.framing import file_header
 from secateur_server.config import read_config
 from secateur_server.operate.probes import Health
-from tests.conftest import RunningServer, eventually, start_server, stop_server
+from tests.conftest import RunningServer, eventually, inner_server, start_server, stop_server
 
 SERVICE = "secateur.v1.Pruner"
 
@@ -129,20 +129,21 @@ def is_refused(client: secateur.Client) -> bool:
     return False
 
 
-def test_what_outlasts_the_drain_timeout_is_cut_off() -> None:
-    server = start_server("--drain-timeout", "0.2")
+def test_what_outlasts_the_drain_timeout_is_cut_off(tmp_path: Path) -> None:
     never = threading.Event()
 
     def endless_request() -> Iterator[pruner_pb2.ReportRequest]:
         yield pruner_pb2.ReportRequest(header=pruner_pb2.ReportHeader(data_bytes=100))
         never.wait()
 
-    with grpc.insecure_channel(server.address) as channel:
-        call = pruner_pb2_grpc.PrunerStub(channel).Report.future(endless_request())
-        eventually(lambda: running_calls(server), True)
-        stop_server(server)
-        never.set()
+    with grpc.insecure_channel(f"unix:{tmp_path}/socket") as channel:
+        with inner_server(
+            "--drain-timeout", "0.2", "--address", f"unix:{tmp_path}/socket"
+        ) as server:
+            call = pruner_pb2_grpc.PrunerStub(channel).Report.future(endless_request())
+            eventually(lambda: running_calls(server), True)
         error = call.exception(timeout=300)
+        never.set()
         assert isinstance(error, grpc.Call)
         assert error.code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
 

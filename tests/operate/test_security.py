@@ -25,7 +25,7 @@ import secateur
 from secateur_proto.codec import SINGLE
 from secateur_server.app import App, CannotStart
 from secateur_server.check import check
-from secateur_server.config import read_config
+from secateur_server.config import is_public, read_config
 from secateur_server.operate.callers import BadTokens, read_tokens
 from tests.conftest import RunningServer, eventually, start_server, stop_server
 from tests.contract.raw import TIMEOUT, failure
@@ -470,13 +470,16 @@ def test_an_address_that_others_reach_needs_tls_and_tokens(
     assert read_config(["--address", address, *mutual], {}).address == address
 
 
-@pytest.mark.parametrize("address", PUBLIC[:6])
-def test_insecure_serves_others_all_the_same(
-    address: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = read_config(["--address", address, "--insecure", "--metrics-address", ""], {})
-    assert check(config) == 0
+def test_insecure_says_that_other_machines_may_reach_it(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--address", "0.0.0.0:0", "--insecure", "--metrics-address", ""]
+    assert check(read_config(options, {})) == 0
     assert "other machines may reach (--insecure)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("address", PUBLIC[:6])
+def test_insecure_serves_others_all_the_same(address: str) -> None:
+    config = read_config(["--address", address, "--insecure", "--metrics-address", ""], {})
+    assert (config.address, is_public(config.address)) == (address, True)
     environment = {"SECATEUR_ADDRESS": address}
     assert read_config([], {**environment, "SECATEUR_INSECURE": "1"}).insecure
     for value in ("0", "false", "", "no"):

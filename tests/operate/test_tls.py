@@ -246,7 +246,8 @@ def test_another_authority_for_callers_is_asked_for_once_its_file_changes(mutual
 
 
 def config_of(cert: Path, key: Path, *options: str) -> Config:
-    return read_config(["--tls-cert", str(cert), "--tls-key", str(key), *options], {})
+    files = ("--tls-cert", str(cert), "--tls-key", str(key))
+    return read_config(["--address", "127.0.0.1:0", *files, *options], {})
 
 
 SPOILED: dict[str, tuple[Callable[[Path, Path, Path], object], str]] = {

@@ -13,7 +13,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 import secateur
 from secateur_proto import pruner_pb2, pruner_pb2_grpc
 from secateur_proto.framing import file_header
-from tests.conftest import start_server, stop_server
+from tests.conftest import inner_server, start_server, stop_server
 from tests.operate.test_lifecycle import run_server
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -79,10 +79,11 @@ def test_a_call_is_a_span_of_its_callers_trace_and_its_stages_lie_within(
 
 
 def test_a_collector_that_is_not_there_holds_up_nobody() -> None:
-    server = start_server("--otlp-endpoint", "http://127.0.0.1:1")
-    with secateur.Client(server.address, timeout=300) as client:
+    with (
+        inner_server("--otlp-endpoint", "http://127.0.0.1:1") as server,
+        secateur.Client(server.address, timeout=300) as client,
+    ):
         assert client.prune(MODEL, secateur.l1_unstructured("w", 0.5)).report.zeros == 4
-    stop_server(server)
 
 
 def test_without_the_packages_it_says_what_to_install(tmp_path: Any) -> None:

@@ -70,8 +70,9 @@ def test_masks_and_measures_are_those_of_the_cpu(
     to_gpu: Callable[[], str], dtype: torch.dtype, first: str
 ) -> None:
     torch.manual_seed(0)
-    weights = {"a": torch.randn(32, 24, 3, 3).to(dtype), "b": torch.randn(33, 301).to(dtype)}
-    extras = {"s": torch.randn(32, 24, 3, 3), "m": torch.rand(32, 24, 3, 3) > 0.5}
+    shape = (16, 24, 3, 3)
+    weights = {"a": torch.randn(shape).to(dtype), "b": torch.randn(33, 151).to(dtype)}
+    extras = {"s": torch.randn(shape), "m": torch.rand(shape) > 0.5}
     rules = [RULES[first], *RULES.values()]  # each among what the ones before left
     assert_same(to_gpu, weights, rules, extras)
 
@@ -83,7 +84,7 @@ def test_so_many_units_that_not_all_are_ranked_at_once(
     """With ties; and of the second rule a part is pruned already."""
     monkeypatch.setattr(fused.Fused, "ranked", 1 << 16)  # a tensor is more than a piece
     torch.manual_seed(0)
-    weights = {name: torch.randn(300, 700).mul(50).round().div(50) for name in "ab"}
+    weights = {name: torch.randn(150, 700).mul(50).round().div(50) for name in "ab"}
     rules = [
         Selection("r", ("a", "b"), importance, Element(), "global", fraction, {})
         for importance in (Magnitude(), Random(5))

@@ -36,7 +36,7 @@ VALUES = st.lists(
     min_size=1,
     max_size=50,
 )
-many = settings(deadline=None, max_examples=200)
+many = settings(deadline=None, max_examples=60)
 
 
 def test_numba_is_there_so_that_these_tests_mean_something() -> None:
