@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import grpc
 import pytest
+from hypothesis import HealthCheck, settings
 
 import secateur
 from secateur_server.app import App
@@ -33,6 +34,12 @@ class RunningServer:
 
 # Seconds. What takes longer hangs: no machine is so busy, and no test asks how fast it is.
 PATIENCE = 300.0
+
+# Nor does hypothesis, which by default wants each example within 200 ms.
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any machine")
 
 
 def start_server(*options: str) -> RunningServer:
@@ -93,7 +100,8 @@ def eventually(read: Callable[[], object], expected: object) -> None:
     """Waits until `read` gives what is expected, which other threads and processes bring about."""
     end = time.monotonic() + PATIENCE
     while (found := read()) != expected:
-        assert time.monotonic() < end, f"{found!r}, not {expected!r} within {PATIENCE:g} s"
+        if time.monotonic() > end:
+            raise AssertionError(f"{found!r}, not {expected!r} within {PATIENCE:g} s")
         threading.Event().wait(0.02)
 
 

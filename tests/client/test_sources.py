@@ -84,7 +84,9 @@ for zipped in (True, False):
     BYTES[zipped] = written.getvalue()
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(st.data(), st.booleans())
 def test_a_spoilt_file_of_torch_is_read_or_refused(
     tmp_path: Path, data: st.DataObject, zipped: bool

@@ -66,7 +66,7 @@ def test_any_bytes_are_read_or_refused(target: str, data: bytes) -> None:
 @pytest.fixture(scope="module")
 def peaks() -> dict[str, list[int]]:
     ran = subprocess.run(
-        [sys.executable, "-m", "tests.fuzz.memory"], stdout=subprocess.PIPE, check=True, timeout=120
+        [sys.executable, "-m", "tests.fuzz.memory"], stdout=subprocess.PIPE, check=True, timeout=300
     )
     found: dict[str, list[int]] = json.loads(ran.stdout)
     return found

@@ -24,6 +24,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 import secateur
 from secateur_proto import pruner_pb2, pruner_pb2_grpc
 from secateur_proto.framing import file_header
+from secateur_server.app import App, CannotStart
 from secateur_server.config import read_config
 from secateur_server.operate.probes import Health
 from tests.conftest import RunningServer, eventually, inner_server, start_server, stop_server
@@ -170,9 +171,9 @@ def test_a_second_server_at_the_same_address_says_so(server: RunningServer) -> N
     ended = run_server("--address", server.address, "--metrics-address", "")
     assert ended.returncode == 1
     assert f"secateur-server: cannot listen at {server.address}" in ended.stderr
-    ended = run_server("--address", "127.0.0.1:0", "--metrics-address", server.metrics_address)
-    assert ended.returncode == 1
-    assert f"cannot serve metrics at {server.metrics_address}" in ended.stderr
+    options = ["--address", "127.0.0.1:0", "--metrics-address", server.metrics_address]
+    with pytest.raises(CannotStart, match=f"cannot serve metrics at {server.metrics_address}"):
+        App(read_config(options, {}))
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def cut_into(monkeypatch: pytest.MonkeyPatch, piece: int, way: str) -> None:
 @settings(
     max_examples=150,
     deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     values=st.lists(st.lists(st.integers(-2, 2), max_size=70), min_size=1, max_size=4),

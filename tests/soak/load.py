@@ -115,7 +115,7 @@ def at_work(callers: Sequence[Caller]) -> Iterator[None]:
     finally:
         over.set()
         for thread in threads:
-            thread.join(120)
+            thread.join(300)
     assert not any(thread.is_alive() for thread in threads), "a call hangs"
 
 

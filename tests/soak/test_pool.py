@@ -31,5 +31,5 @@ def test_masks_that_the_pool_and_its_callers_count_at_once_are_all_counted() -> 
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(300)
     assert found == [BYTES * 8] * 60

@@ -94,7 +94,9 @@ def assert_same_results(ours: secateur.PruneResult, theirs: secateur.PruneResult
 
 
 property_based = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 

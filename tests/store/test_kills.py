@@ -13,7 +13,7 @@ import pytest
 from torch import Tensor
 
 import secateur
-from tests.conftest import RunningServer, eventually, start_server, stop_server
+from tests.conftest import RunningServer, eventually, inner_server, start_server
 from tests.pruning.torch_side import assert_same_tensors
 from tests.store.stored import blobs, check_tidy, downloaded, model
 
@@ -163,9 +163,8 @@ def survive(kills: int, folder: Path, scratch: Path) -> tuple[int, int]:
             threading.Event().wait(draws.uniform(0, 0.05))
             assert errors == []
         made |= {checkpoint.name for checkpoint in ledger.kept} | ledger.gone
-    server = start_server("--store-dir", str(folder))
-    check_all_there(server, ledger, folder, scratch)
-    assert "Traceback" not in stop_server(server)
+    with inner_server("--store-dir", str(folder)) as server:
+        check_all_there(server, ledger, folder, scratch)
     return len(made), len(ledger.gone)
 
 

@@ -12,7 +12,7 @@ import pytest
 import secateur
 from secateur_proto.checkpoints_pb2 import UploadRequest
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
-from tests.conftest import RunningServer, eventually, start_server, stop_server
+from tests.conftest import RunningServer, eventually, inner_server, start_server
 from tests.contract.raw import Failure, check_invalid, failure, kept_open, series
 from tests.pruning.torch_side import assert_same_tensors
 from tests.store.proxy import proxy
@@ -108,15 +108,14 @@ def restarted_half_way(folder: Path, tmp_path: Path, end: signal.Signals) -> Non
         first.process.send_signal(end)
         first.process.wait()
         shutil.rmtree(first.log.parent)
-        second = start_server("--store-dir", str(folder))
-        network.target = second.address
-        again.set()
-        sending.join(300)
-        (uploaded,) = done
-        assert_same_tensors(downloaded(client, uploaded, tmp_path), BIG)
-        check_tidy(folder, 1, [uploaded.files[0].blake3])
-        client.delete(uploaded)
-    stop_server(second)
+        with inner_server("--store-dir", str(folder)) as second:
+            network.target = second.address
+            again.set()
+            sending.join(300)
+            (uploaded,) = done
+            assert_same_tensors(downloaded(client, uploaded, tmp_path), BIG)
+            check_tidy(folder, 1, [uploaded.files[0].blake3])
+            client.delete(uploaded)
 
 
 def test_callers_of_one_model_at_once_all_have_it(store: Kept, tmp_path: Path) -> None:
