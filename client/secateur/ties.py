@@ -1,6 +1,6 @@
 """Tied weights of a state_dict: tensors that are the same memory under several names."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -71,11 +71,15 @@ def untie(
     Raises:
         InvalidStateDict: Masks of one weight have several shapes.
     """
-    shared = {
-        other: name for other, name in shared.items() if not _is_lone_mask(other, shared, tensors)
-    }
     kept = {name: tensor for name, tensor in tensors.items() if name not in shared}
     ties = read_ties(shared, kept)
+    found = {
+        other: name
+        for other, name in shared.items()
+        if _is_tied(other, ties) and _is_mask(other, tensors) == _is_mask(name, tensors)
+    }
+    if len(found) < len(shared):  # the others are tensors of their own
+        return untie(tensors, found)
     merged = {mask for masks in ties.masks.values() for mask in masks}
     untied: dict[str, LocalTensor] = {}
     for name, tensor in kept.items():
@@ -91,10 +95,13 @@ def untie(
     return untied, Ties(ties.names)
 
 
-def _is_lone_mask(name: str, shared: Mapping[str, str], tensors: Mapping[str, LocalTensor]) -> bool:
-    """Whether a mask is the memory of another mask, but their weights are two."""
-    orig = name.removesuffix(_MASK) + _ORIG
-    return name.endswith(_MASK) and orig in tensors and orig not in shared
+def _is_tied(stored: str, ties: Ties) -> bool:
+    """Whether a stored name, which may be half of a pair, belongs to another name of a tensor."""
+    return any(stored.removesuffix(half) in ties.names for half in ("", _ORIG, _MASK))
+
+
+def _is_mask(stored: str, tensors: Collection[str]) -> bool:
+    return stored.endswith(_MASK) and stored.removesuffix(_MASK) + _ORIG in tensors
 
 
 def _merged(masks: Sequence[LocalTensor], name: str) -> LocalTensor:

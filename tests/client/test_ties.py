@@ -457,6 +457,15 @@ def test_one_mask_of_two_weights_is_no_tie(client: secateur.Client) -> None:
     assert_same_tensors(found, {name: weight * mask for name, weight in weights.items()})
 
 
+def test_a_weight_that_is_its_own_mask_is_a_pair(client: secateur.Client) -> None:
+    ones = torch.ones(6, 8)
+    final = client.finalize({"w_orig": ones, "w_mask": ones})
+    assert_same_tensors(final.state_dict(), {"w": ones})
+    both = client.finalize({"v_orig": WEIGHT, "v_mask": ones, "w_orig": WEIGHT, "w_mask": ones})
+    assert both.report.tensors["v"].aliases == ("w",)
+    assert both.report.total == 48
+
+
 def test_a_buffer_is_no_half_of_a_tied_pair(client: secateur.Client) -> None:
     model = nn.Module()
     model.register_parameter("attn", nn.Parameter(WEIGHT.clone()))

@@ -181,8 +181,12 @@ def test_a_second_server_at_the_same_address_says_so(server: RunningServer) -> N
     [
         ("--device", "gpu", "'gpu' is none of auto, cpu, cuda, cuda:N"),
         ("--device", "cuda:99", "'cuda:99': torch"),
-        ("--max-model-bytes", "1XB", "'1XB' is no number of bytes, such as 512MiB or 16GB"),
-        ("--max-model-bytes", "0", "'0' is no number of bytes"),
+        (
+            "--max-model-bytes",
+            "1XB",
+            "'1XB' is not a number of bytes, such as 1048576, 512MiB or 5GB",
+        ),
+        ("--max-model-bytes", "0", "'0' is not a number of bytes"),
         ("--drain-timeout", "-1", "'-1' is no time in seconds"),
         ("--drain-timeout", "nan", "'nan' is no time in seconds"),
     ],
