@@ -13,10 +13,11 @@ from secateur.source import Mask, read_source
 from secateur.tensors import LocalTensor, from_value
 from secateur.torch_files import TORCH_SUFFIXES
 from secateur_proto.framing import mask_bytes
-from secateur_proto.masks import MASK_SHAPES, mask_metadata
 
 Tensors = Mapping[str, LocalTensor]
 Shapes = Mapping[str, Sequence[int]]
+
+_SHAPES = "secateur.mask_shapes"  # in a safetensors file's metadata: JSON, from names to shapes
 
 
 def pack(mask: Mask) -> LocalTensor:
@@ -43,7 +44,8 @@ def entries_of(path: Path, packed: Tensors, shapes: Shapes) -> tuple[Tensors, di
     """
     if path.suffix in TORCH_SUFFIXES:
         return {name: _whole(mask, shapes[name]) for name, mask in packed.items()}, {}
-    return packed, mask_metadata({name: shapes[name] for name in packed})
+    table = {name: list(shapes[name]) for name in packed}
+    return packed, {_SHAPES: json.dumps(table, separators=(",", ":"))}
 
 
 def read_masks(path: Path) -> dict[str, LocalTensor]:
@@ -60,7 +62,7 @@ def read_masks(path: Path) -> dict[str, LocalTensor]:
     source = read_source(path)
     tensors = {name: source.tensors[stored] for name, stored in source.other_names.items()}
     tensors = {**source.tensors, **tensors}
-    if text := source.metadata.get(MASK_SHAPES):
+    if text := source.metadata.get(_SHAPES):
         shapes = _parse_shapes(path, text, tensors)
         tensors = {name: _whole(tensor, shapes[name]) for name, tensor in tensors.items()}
     if not tensors:
@@ -86,9 +88,7 @@ def _parse_shapes(path: Path, text: str, tensors: Tensors) -> dict[str, list[int
             if tensor.shape != (mask_bytes(math.prod(shape)),):
                 raise ValueError(name)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InvalidStateDict(
-            f"{path}: {MASK_SHAPES} in its metadata is damaged: {error}"
-        ) from None
+        raise InvalidStateDict(f"{path}: {_SHAPES} in its metadata is damaged: {error}") from None
     return shapes
 
 

@@ -831,8 +831,9 @@ class CustomMasks(google.protobuf.message.Message):
     def masks(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """From the name of a tensor that can be pruned to the name, in the data, of the tensor that holds
         its mask. At least one. Same shape as the pruned tensor; dtype BOOL, U8, I8, I16, I32, I64, F16,
-        BF16, F32 or F64; every value 0 (prune) or 1 (keep): else INVALID_ARGUMENT. The tensors that
-        hold masks are part of no report and of no result.
+        BF16, F32 or F64; every value 0 (prune) or 1 (keep): else INVALID_ARGUMENT. Or bits, of dtype U8
+        and shape [ceil(elements / 8)], as OUTPUT_MASKS has them: a mask that came back may be sent as it
+        is. The tensors that hold masks are part of no report and of no result.
         """
 
     def __init__(

@@ -124,7 +124,7 @@ class Checkpoints:
             return [_as_stored(blob) for blob in blobs]
         read(None)
         if output == pruner_pb2.OUTPUT_MASKS:
-            made = [packed_masks(masks_of(model.parameters), model.catalog)]
+            made = [packed_masks(masks_of(model.parameters))]
         else:
             made = folded_files(model, model.parameters) if is_dense else model.files(())
         for file in files:

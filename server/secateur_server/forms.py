@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from secateur_proto.framing import mask_bytes
-from secateur_proto.masks import mask_metadata
 from secateur_server.errors import InvalidStateDict
 from secateur_server.model import Model
 from secateur_server.pruning.masks import Mask
@@ -31,16 +29,14 @@ class FormBytes:
 def form_bytes(model: Model, pruned: Sequence[str]) -> FormBytes:
     """The forms of `model` when its parameters `pruned` are."""
     hollow = _hollow(model, pruned)
-    shapes = {name: model.catalog.prunable[name] for name in pruned}
     bits = {
-        name: Outgoing("U8", (mask_bytes(math.prod(shape)),), lambda: [])
-        for name, shape in shapes.items()
+        name: Outgoing("U8", ((math.prod(model.catalog.prunable[name]) + 7) // 8,), lambda: [])
+        for name in pruned
     }
     reparametrized = 0
     with suppress(InvalidStateDict):
         reparametrized = hollow.size(())
-    masks = state_dict_head(bits, mask_metadata(shapes))[1]
-    return FormBytes(masks, reparametrized, hollow.size(hollow.parameters))
+    return FormBytes(state_dict_head(bits, {})[1], reparametrized, hollow.size(hollow.parameters))
 
 
 def _hollow(model: Model, pruned: Sequence[str]) -> Model:

@@ -8,7 +8,6 @@ from operator import and_
 import torch
 from torch import Tensor
 
-from secateur_proto.masks import mask_metadata
 from secateur_proto.ties import read_ties, write_ties
 from secateur_server.devices import passes_of, spans
 from secateur_server.devices.dtypes import TORCH_DTYPES
@@ -211,19 +210,13 @@ def masks_of(parameters: Mapping[str, Parameter]) -> dict[str, Mask]:
     return {name: mask for name, mask in masks if mask is not None}
 
 
-def packed_masks(masks: Mapping[str, Mask], catalog: Catalog) -> OutgoingFile:
-    """A file of masks, as bits.
-
-    Args:
-        masks: By the tensors' names.
-        catalog: It has the tensors' shapes, which the file tells of in its metadata.
-    """
+def packed_masks(masks: Mapping[str, Mask]) -> OutgoingFile:
+    """A file of masks, as bits."""
 
     def packed(mask: Mask) -> Outgoing:
         return Outgoing("U8", tuple(mask.bits.shape), lambda: [mask.bits])
 
-    metadata = mask_metadata({name: catalog.prunable[name] for name in masks})
-    return state_dict_file("", {name: packed(mask) for name, mask in masks.items()}, metadata)
+    return state_dict_file("", {name: packed(mask) for name, mask in masks.items()}, {})
 
 
 def _prior_mask(name: str, tensor: WireTensor) -> Mask:

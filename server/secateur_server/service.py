@@ -127,8 +127,7 @@ class Pruner:
         result: pb.PruneResult,
     ) -> Iterator[None]:
         """Keeps what was pruned; where the block fails it goes: nobody was told its name."""
-        of_all = {**incoming.model.masks, **masks_of(pruned)}
-        masks = landing.land_file(packed_masks(of_all, incoming.model.catalog))
+        masks = landing.land_file(packed_masks({**incoming.model.masks, **masks_of(pruned)}))
         record, store = landing.create(incoming.files, masks), self._sources.store
         try:
             expire_time = store.expire_time(owner, record)
@@ -302,7 +301,7 @@ def _prune_output(output: int, model: Model, pruned: dict[str, Parameter]) -> Fi
     if output == pb.OUTPUT_NONE:
         return []
     if output in (pb.OUTPUT_UNSPECIFIED, pb.OUTPUT_MASKS):
-        return [packed_masks(masks_of(pruned), model.catalog)]
+        return [packed_masks(masks_of(pruned))]
     model.parameters |= pruned
     if output == pb.OUTPUT_REPARAMETRIZED:
         return model.files(())

@@ -189,3 +189,30 @@ def test_masks_of_other_shapes_are_told_so(client: secateur.Client, tmp_path: Pa
     (tmp_path / "bits.safetensors").write_bytes(data)
     with pytest.raises(secateur.InvalidSpec, match=r"\[5, 8\].*\[2\]"):
         client.prune(MODEL, secateur.custom_from_mask(tmp_path / "bits.safetensors"))
+
+
+def test_masks_that_a_server_wrote_are_read_back(tmp_path: Path) -> None:
+    downloaded, written = tmp_path / "downloaded.safetensors", tmp_path / "written.safetensors"
+    with secateur.embedded() as client:
+        result = client.prune(MODEL, SPEC, keep=True)
+        assert result.checkpoint is not None
+        client.download(result.checkpoint, downloaded, "masks")
+        client.prune(client.upload(MODEL), SPEC, destination=written.as_uri())
+        for path in (downloaded, written):
+            again = client.prune(MODEL, secateur.custom_from_mask(path))
+            assert_same_masks(again, result)
+
+
+@pytest.mark.parametrize("elements", [1, 7, 8, 9, 15, 16])
+def test_bits_behind_the_last_element_are_refused(client: secateur.Client, elements: int) -> None:
+    model = {"w": np.arange(1.0, elements + 1, dtype=np.float32).reshape(1, elements)}
+    kept = np.arange(elements) % 3 == 0
+    bits = np.packbits(kept, bitorder="little")
+    result = client.prune(model, secateur.custom_from_mask({"w": bits}))
+    assert (np.asarray(result.masks["w"]) == kept).all()
+    if elements % 8:
+        bits[-1] |= 1 << elements % 8
+        with pytest.raises(secateur.InvalidSpec, match=f"behind the last of {elements}"):
+            client.prune(model, secateur.custom_from_mask({"w": bits}))
+    with pytest.raises(secateur.InvalidSpec, match="a mask of shape"):
+        client.prune(model, secateur.custom_from_mask({"w": np.append(bits, bits)}))

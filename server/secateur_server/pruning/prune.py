@@ -80,13 +80,24 @@ def _apply_masks(
     choices = []
     for name, holder in rule.masks:
         field = f"{rule.path}.masks[{quote(name)}]"
-        asked = to_mask(extras[holder], InvalidMask, field)
+        values, weight = extras[holder], state[name].weight
+        if values.shape == weight.shape:
+            asked = to_mask(values, InvalidMask, field)
+        else:
+            asked = _packed_mask(values, weight.numel(), field)
         before = masks.get(name, state[name].mask)
         masks[name] = asked if before is None else asked & before
         candidates = asked.elements if before is None else before.kept
         requested = asked.elements - asked.kept
         choices.append(Choice((name,), candidates, requested, candidates - masks[name].kept))
     return masks, choices
+
+
+def _packed_mask(bits: Tensor, elements: int, field: str) -> Mask:
+    """A mask of bits, as results have them.  Errors: InvalidMask."""
+    if elements % 8 and int(bits[-1]) >> elements % 8:
+        raise InvalidMask(field, f"has bits behind the last of {elements} elements that are not 0")
+    return Mask(bits, elements)
 
 
 def to_mask(values: Tensor, error: type[Exception], field: str) -> Mask:

@@ -247,8 +247,10 @@ def _resolve_masks(rule: CustomMasks, catalog: Catalog) -> CustomMasks:
         mask = _extra(field, holder, catalog)
         if mask.dtype not in _OF_MASKS:
             raise InvalidMask(field, _of_another_dtype(mask, "a mask", _OF_MASKS))
-        if mask.shape != catalog.prunable[name]:
-            raise InvalidMask(field, _of_another_shape(mask, catalog.prunable[name], "a mask"))
+        shape = catalog.prunable[name]
+        is_packed = mask.dtype == torch.uint8 and mask.shape == ((math.prod(shape) + 7) // 8,)
+        if mask.shape != shape and not is_packed:
+            raise InvalidMask(field, _of_another_shape(mask, shape, "a mask"))
         masks.append((name, holder))
     return replace(rule, masks=list(dict.fromkeys(masks)))
 
