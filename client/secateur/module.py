@@ -59,9 +59,10 @@ def _targets(
     module: Module, masks: Mapping[str, torch.Tensor]
 ) -> list[tuple[Module, str, torch.Tensor]]:
     """Each submodule and parameter to install a mask at.  Errors: InvalidStateDict."""
+    parts = dict(module.named_modules(remove_duplicate=False))
     by_parameter: dict[int, tuple[str, torch.Tensor]] = {}
     for name, mask in masks.items():
-        weight = _weight(*_target(module, name, mask))
+        weight = _weight(*_target(parts, name, mask))
         first, known = by_parameter.setdefault(id(weight), (name, mask))
         if not torch.equal(known, mask):
             raise InvalidStateDict(
@@ -69,7 +70,7 @@ def _targets(
             )
     names = _names_by_parameter(module)
     return [
-        (*_target(module, name, mask), mask)
+        (*_target(parts, name, mask), mask)
         for parameter, (_, mask) in by_parameter.items()
         for name in names[parameter]
     ]
@@ -93,10 +94,18 @@ def _weight(part: Module, leaf: str) -> torch.Tensor:
     return weight
 
 
-def _target(module: Module, name: str, mask: torch.Tensor) -> tuple[Module, str]:
-    """The submodule and the parameter that a mask is for, once they are found to fit it."""
+def _target(parts: Mapping[str, Module], name: str, mask: torch.Tensor) -> tuple[Module, str]:
+    """The submodule and the parameter that a mask is for, once they are found to fit it.
+
+    Args:
+        parts: The submodules by their names, of which one may have several.
+        name: Of the parameter.
+        mask: Bool.
+
+    Raises:
+        InvalidStateDict: The mask cannot be installed there.
+    """
     path, _, leaf = name.rpartition(".")
-    parts: dict[str, Any] = dict(module.named_modules(remove_duplicate=False))
     part = parts.get(path)
     if part is None or not {leaf, f"{leaf}_orig"} & part._parameters.keys():
         raise InvalidStateDict(f"{name}: the module has no such parameter")

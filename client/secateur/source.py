@@ -113,12 +113,12 @@ class Source:
     def prunable(self) -> dict[str, LocalTensor]:
         """The floating parameters; a pair is its X, with the values of X_orig."""
         pairs = self.pairs()
-        masks = set(pairs.values())
         names = {f"{base}_orig": base for base in pairs}
+        weights = self.parameters.difference(pairs.values())
         return {
             names.get(stored, stored): tensor
             for stored, tensor in self.tensors.items()
-            if stored in self.parameters - masks and tensor.kind == "floating"
+            if stored in weights and tensor.kind == "floating"
         }
 
     def prunable_names(self) -> dict[str, str]:

@@ -111,10 +111,10 @@ class Spec:
         for rule in self.rules:
             message = _copy(rule.message)
             tensors, rails = message.selection.tensors, message.selection.guard_rails
-            matched = {known for pattern in tensors for known in _known(pattern, names)}
-            if ordered := [name for known, name in names.items() if known in matched]:
-                ends = ordered[:1] * rails.keep_first + ordered[-1:] * rails.keep_last
-                if ends:
+            if rails.keep_first or rails.keep_last:
+                matched = {known for pattern in tensors for known in _known(pattern, names)}
+                if ordered := [name for known, name in names.items() if known in matched]:
+                    ends = ordered[:1] * rails.keep_first + ordered[-1:] * rails.keep_last
                     rails.exclude.extend(ends)
                     rails.keep_first = rails.keep_last = False
             rules.append(Rule(message, rule.arrays))
