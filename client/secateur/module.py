@@ -1,6 +1,6 @@
 """torch modules: what is read from them, and masks put on them. Imported with torch only."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch.nn import Module
 from torch.nn.utils import prune
 
 from secateur.errors import InvalidStateDict
+from secateur.places import tensor_place
 
 
 def entries_of(module: Module) -> tuple[dict[str, Any], frozenset[str]]:
@@ -60,20 +61,37 @@ def _targets(
 ) -> list[tuple[Module, str, torch.Tensor]]:
     """Each submodule and parameter to install a mask at.  Errors: InvalidStateDict."""
     parts = dict(module.named_modules(remove_duplicate=False))
+    names = _names_by_parameter(module)
+    buffers = _tied_buffers(module, masks, names)
     by_parameter: dict[int, tuple[str, torch.Tensor]] = {}
-    for name, mask in masks.items():
+    for given, mask in masks.items():
+        name = buffers.get(given, given)
         weight = _weight(*_target(parts, name, mask))
         first, known = by_parameter.setdefault(id(weight), (name, mask))
         if not torch.equal(known, mask):
             raise InvalidStateDict(
                 f"{first} and {name} are one parameter of the module, and their masks differ"
             )
-    names = _names_by_parameter(module)
     return [
         (*_target(parts, name, mask), mask)
         for parameter, (_, mask) in by_parameter.items()
         for name in names[parameter]
     ]
+
+
+def _tied_buffers(
+    module: Module, masked: Collection[str], names: Mapping[int, list[str]]
+) -> dict[str, str]:
+    """From each masked buffer on the memory of a parameter to that parameter's name.
+
+    names: As _names_by_parameter returns them.
+    """
+    buffers = {n: b for n, b in module.named_buffers(remove_duplicate=False) if n in masked}
+    if not buffers:
+        return {}
+    places = {tensor_place(p): names[id(p)][0] for p in module.parameters()}
+    found = {name: places.get(tensor_place(buffer)) for name, buffer in buffers.items()}
+    return {buffer: name for buffer, name in found.items() if name is not None}
 
 
 def _names_by_parameter(module: Module) -> dict[int, list[str]]:

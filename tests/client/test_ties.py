@@ -233,6 +233,30 @@ def test_two_values_for_one_tensor_are_refused(served: Served, source: Any) -> N
     assert (caught.value.field or "").startswith("spec.rules[0].selection.importance_scores")
 
 
+def test_equal_arrays_under_all_names_are_one(client: secateur.Client) -> None:
+    """As a comprehension over the state_dict makes them: each in memory of its own."""
+    scores = {name: tensor.exp() for name, tensor in Language().state_dict().items()}
+    given = {name: scores[name] for name in (EMBED, MIDDLE, HEAD)}
+    assert given[EMBED].data_ptr() != given[HEAD].data_ptr()
+    spec = secateur.global_unstructured("*.weight", 0.5, importance_scores=given)
+    want = secateur.global_unstructured(
+        "*.weight", 0.5, importance_scores={EMBED: scores[EMBED], MIDDLE: scores[MIDDLE]}
+    )
+    result = client.prune(Language(), spec, keep=True)
+    assert_same_tensors(result.masks, client.prune(Language(), want).masks)
+    plan = client.plan(Language(), spec)
+    assert plan.amounts[0].pruned == TOTAL // 2
+
+
+def test_scales_are_found_by_any_name(client: secateur.Client) -> None:
+    scale = torch.arange(6.0)
+    model = {"w": WEIGHT, "scale": scale, "other": scale}
+    for holder in ("scale", "other"):
+        spec = secateur.select("w", 2, granularity=secateur.slices(0), scales={"w": holder})
+        kept = client.prune(model, spec).masks["w"].any(1)
+        assert kept.tolist() == [False, False, True, True, True, True]
+
+
 def test_a_plan_and_a_sensitivity_count_it_once(served: Served, source: Any) -> None:
     plan = served.client.plan(source, secateur.global_unstructured("*.weight", 0.5), [0.5, 7])
     assert [amount.pruned for amount in plan.amounts] == [TOTAL // 2, 7]
@@ -465,6 +489,25 @@ def test_a_buffer_is_no_half_of_a_tied_pair(client: secateur.Client) -> None:
     result = client.prune(model, secateur.l1_unstructured("*", 0.5), "dense")
     assert list(result.report.tensors) == ["attn"]
     assert torch.equal(result.state_dict()["attn_mask"], torch.ones(6, 8))
+
+
+@pytest.mark.parametrize("pattern", [EMBED, "table", "*.weight"])
+def test_a_mask_of_a_buffer_on_a_parameters_memory_is_the_parameters(
+    client: secateur.Client, pattern: str
+) -> None:
+    model = Language()
+    model.register_buffer("table", model.embed.weight.detach())
+    result = client.prune(model, secateur.l1_unstructured(pattern, 0.5))
+    result.apply_to(model)
+    assert {*dict(model.named_buffers())} >= {"table", "embed.weight_mask", "head.weight_mask"}
+    assert torch.equal(model.embed.weight == 0, ~result.masks["table"])
+
+
+def test_a_mask_of_another_buffer_is_refused(client: secateur.Client) -> None:
+    model = nn.BatchNorm1d(4)
+    result = client.prune({"running_var": torch.ones(4)}, secateur.l1_unstructured("*", 0.5))
+    with pytest.raises(secateur.InvalidStateDict, match="running_var: the module has no such"):
+        result.apply_to(model)
 
 
 def test_metadata_that_names_no_tensor_is_no_tie(client: secateur.Client, tmp_path: Path) -> None:
