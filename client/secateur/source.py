@@ -148,6 +148,8 @@ def read_source(source: Any, key: str | None = None) -> Source:
         InvalidStateDict: It is no model, or not a readable one.
     """
     is_path = isinstance(source, str | os.PathLike) and not place_of(source)
+    if not isinstance(key, str | None):
+        raise InvalidStateDict(f"key={key!r}: a dotted path is text, not {type(key).__name__}")
     if key is not None and not is_path:
         kind = "what a server has" if place_of(source) else type(source).__name__
         raise InvalidStateDict(f"key={key!r}: only a local torch file has keys, not {kind}")

@@ -49,7 +49,7 @@ def _refuse_overlaps(first: Mapping[Place, str], tensors: Mapping[str, LocalTens
             if any(tensors[name].kind == "floating" for name in names) and overlap(other, place):
                 raise InvalidStateDict(
                     f"{names[0]} and {names[1]} are views that overlap in memory, and not the same "
-                    f"view; give one of them memory of its own: {names[1]}.clone()"
+                    f"view; give {names[1]} memory of its own: its clone(), or copy() of an array"
                 )
         before.append(place)
 

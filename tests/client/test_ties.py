@@ -466,6 +466,13 @@ def test_a_conjugate_is_not_the_same_tensor(client: secateur.Client) -> None:
     assert torch.equal(found["b"], value.conj())
 
 
+def test_an_array_on_the_memory_of_a_tensor_is_the_same_tensor(client: secateur.Client) -> None:
+    for tensor in (WEIGHT, WEIGHT.half(), torch.arange(6)):
+        found = client.finalize({"a": tensor, "b": tensor.numpy(), "w": torch.ones(2)}).state_dict()
+        assert found["a"] is found["b"]
+        assert torch.equal(found["b"], tensor)
+
+
 def test_buffers_that_are_one_stay_one(client: secateur.Client) -> None:
     positions = torch.arange(4)
     found = client.finalize({"a": positions, "w": WEIGHT, "b": positions}).state_dict()
