@@ -1,6 +1,6 @@
 """Tied weights of a state_dict: tensors that are the same memory under several names."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -69,17 +69,18 @@ def untie(
         The tensors in their order, and the other names, where a pair X_orig, X_mask is X.
 
     Raises:
-        InvalidStateDict: Masks of one weight have several shapes.
+        InvalidStateDict: Masks of one weight have several shapes, or there is another tensor of
+            the name that its mask gets.
     """
     shared = {
         other: name for other, name in shared.items() if not _is_lone_mask(other, shared, tensors)
     }
-    kept = {name: tensor for name, tensor in tensors.items() if name not in shared}
-    ties = read_ties(shared, kept)
+    kept, ties = _kept(tensors, shared)
     merged = {mask for masks in ties.masks.values() for mask in masks}
     untied: dict[str, LocalTensor] = {}
     for name, tensor in kept.items():
         if name in ties.masks:  # not a pair, but pruned under another name
+            _check_free(name, kept)
             untied[name + _ORIG] = tensor
             untied[name + _MASK] = _merged([kept[mask] for mask in ties.masks[name]], name)
         elif name.removesuffix(_MASK) in ties.masks:
@@ -94,7 +95,39 @@ def untie(
 def _is_lone_mask(name: str, shared: Mapping[str, str], tensors: Mapping[str, LocalTensor]) -> bool:
     """Whether a mask is the memory of another mask, but their weights are two."""
     orig = name.removesuffix(_MASK) + _ORIG
-    return name.endswith(_MASK) and orig in tensors and orig not in shared
+    if not name.endswith(_MASK) or orig not in tensors:
+        return False
+    return shared.get(orig) != shared[name].removesuffix(_MASK) + _ORIG
+
+
+def _kept(
+    tensors: Mapping[str, LocalTensor], shared: Mapping[str, str]
+) -> tuple[dict[str, LocalTensor], Ties]:
+    """The tensors without those that are ties, and the ties. What is neither would be lost."""
+    while True:
+        kept = {name: tensor for name, tensor in tensors.items() if name not in shared}
+        ties = read_ties(shared, kept)
+        found = {name: first for name, first in shared.items() if _is_tie(name, ties, shared)}
+        if len(found) == len(shared):
+            return kept, ties
+        shared = found
+
+
+def _is_tie(name: str, ties: Ties, shared: Mapping[str, str]) -> bool:
+    """Whether the ties tell of a name: as it is, or as half of a pair X_orig, X_mask by X."""
+    if name in ties.names:
+        return True
+    base = name.removesuffix(_ORIG if name.endswith(_ORIG) else _MASK)
+    return base in ties.names and base not in shared and base + _ORIG in shared
+
+
+def _check_free(name: str, kept: Collection[str]) -> None:
+    for half in (name + _ORIG, name + _MASK):
+        if half in kept:
+            raise InvalidStateDict(
+                f"{half}: {name} is pruned under another name, so that this would be half of its "
+                "pair; rename it"
+            )
 
 
 def _merged(masks: Sequence[LocalTensor], name: str) -> LocalTensor:

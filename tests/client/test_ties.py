@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
@@ -488,6 +488,60 @@ def test_one_mask_of_two_weights_is_no_tie(client: secateur.Client) -> None:
     assert_same_tensors(found, {name: weight * mask for name, weight in weights.items()})
 
 
+MASK, OTHER_MASK = (distinct((6, 8), seed=5) > 0).float(), (distinct((6, 8), seed=6) > 0).float()
+PLAIN = distinct((6, 8), seed=1)
+BESIDE_PAIRS: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {
+    "a buffer that is a mask": (
+        {"y_orig": WEIGHT, "y_mask": MASK, "extra": MASK},
+        {"y": WEIGHT * MASK, "extra": MASK},
+    ),
+    "a mask that is a buffer": (
+        {"extra": MASK, "y_orig": WEIGHT, "y_mask": MASK},
+        {"extra": MASK, "y": WEIGHT * MASK},
+    ),
+    "a buffer that is a mask, and named as one": (
+        {"y_orig": WEIGHT, "y_mask": MASK, "a": PLAIN, "b": PLAIN, "b_mask": MASK},
+        {"y": WEIGHT * MASK, "a": PLAIN, "b": PLAIN, "b_mask": MASK},
+    ),
+    "a mask of a tied weight that is another weight's": (
+        {
+            **{"y_orig": WEIGHT, "y_mask": MASK, "z_orig": PLAIN, "z_mask": OTHER_MASK},
+            **{"x_orig": WEIGHT, "x_mask": OTHER_MASK},
+        },
+        {
+            **{"y": WEIGHT * MASK * OTHER_MASK, "z": PLAIN * OTHER_MASK},
+            "x": WEIGHT * MASK * OTHER_MASK,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(("model", "want"), BESIDE_PAIRS.values(), ids=BESIDE_PAIRS)
+def test_what_shares_memory_with_a_pair_is_not_lost(
+    client: secateur.Client, model: dict[str, Tensor], want: dict[str, Tensor]
+) -> None:
+    found = client.finalize(model).state_dict()
+    assert_same_tensors(found, want)
+
+
+@pytest.mark.parametrize("names", [("w", "w_orig"), ("w_orig", "w"), ("v", "w", "w_orig")])
+def test_a_weight_that_is_tied_to_its_own_pair_is_refused(
+    client: secateur.Client, names: tuple[str, ...]
+) -> None:
+    model = {**dict.fromkeys(names, WEIGHT), "w_mask": MASK}
+    with pytest.raises(secateur.InvalidStateDict, match="beside its pair"):
+        client.finalize(model)
+
+
+@pytest.mark.parametrize("half", ["y_mask", "y_orig"])
+def test_a_name_that_the_pair_of_a_tied_weight_needs_is_refused(
+    client: secateur.Client, half: str
+) -> None:
+    model = {"y": WEIGHT, half: OTHER_MASK, "x_orig": WEIGHT, "x_mask": MASK}
+    with pytest.raises(secateur.InvalidStateDict, match=f"^{half}: y is pruned under another name"):
+        client.finalize(model)
+
+
 def test_a_buffer_is_no_half_of_a_tied_pair(client: secateur.Client) -> None:
     model = nn.Module()
     model.register_parameter("attn", nn.Parameter(WEIGHT.clone()))
@@ -536,6 +590,7 @@ def tied_models(draw: st.DrawFn) -> dict[str, Tensor]:
     return {f"layer{i}.weight": tensors[k] for i, k in enumerate(which)}
 
 
+@settings(deadline=None)
 @given(model=tied_models(), amount=st.floats(0, 1), names=st.sets(st.integers(0, 5), min_size=1))
 def test_ties_are_as_pruning_each_tensor_once(
     client: secateur.Client, model: dict[str, Tensor], amount: float, names: set[int]
