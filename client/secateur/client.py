@@ -125,7 +125,7 @@ class Client:
         counted = one_of("prior", prior, _PRIORS)
         model = read_source(source, key)
         check_spec(spec, model.others)
-        spec = spec.keep_ends(model.tied_names())
+        spec = spec.keep_ends(model.tied_names()).share_arrays(model.other_names)
         if destination and output in ("dense", "reparametrized"):
             check_storable(destination, model.only_parameters().others, _LEAVE_OUT)
             warn_of_rest(destination, model.torch_file)
@@ -223,7 +223,7 @@ class Client:
         """
         model, place = read_source(source, key), place_of(source)
         check_spec(checked(spec), model.others)
-        spec = spec.keep_ends(model.tied_names())
+        spec = spec.keep_ends(model.tied_names()).share_arrays(model.other_names)
         sent = {n: t for n, t in model.tensors.items() if n in model.parameters}
         message, arrays = spec.encode(model.tensors)
         upload = Upload({**sent, **arrays}, model.metadata, is_file=not place)

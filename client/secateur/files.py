@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 
 from secateur.atomic import filling, replacing
 from secateur.errors import NotSaved, SecateurError
 from secateur.folders import Folder, check_no_other_weights
 from secateur.others import check_storable
 from secateur.shards import Index
-from secateur.tensors import LocalTensor, is_extra_state, to_value
+from secateur.tensors import LocalTensor, dtype_of, is_extra_state, to_value
 from secateur.ties import each_once, once
 from secateur.torch_files import KNOWN_SUFFIXES, TORCH_SUFFIXES, TorchFile
 from secateur_proto.framing import file_header
@@ -204,9 +205,16 @@ def _write_torch(file: BinaryIO, entries: Entries, torch_file: TorchFile | None)
 
 
 def _torch_value(name: str, entry: Any) -> Any:
-    import torch
-
     if isinstance(entry, LocalTensor):
         return to_value(name, entry, True)
     is_weight = isinstance(entry, np.ndarray) and not is_extra_state(name)
-    return torch.as_tensor(entry) if is_weight else entry  # torch.load refuses arrays
+    return _torch_tensor(name, entry) if is_weight else entry  # torch.load refuses arrays
+
+
+def _torch_tensor(name: str, array: npt.NDArray[Any]) -> Any:
+    import torch
+
+    try:
+        return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
+    except TypeError:
+        raise _CannotWrite(f"{name}: torch has no {dtype_of(array)}; leave it out") from None

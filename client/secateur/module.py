@@ -10,6 +10,7 @@ from torch.nn.utils import prune
 from secateur.errors import InvalidStateDict
 from secateur.in_place import all_or_nothing, check_module, pruning_hooks, remove_masks
 from secateur.names import matched
+from secateur.places import tensor_place
 
 
 def entries_of(module: Module) -> tuple[dict[str, Any], frozenset[str]]:
@@ -119,20 +120,38 @@ def _targets(
     module: Module, masks: Mapping[str, torch.Tensor]
 ) -> list[tuple[str, Module, str, torch.Tensor]]:
     """Each name, submodule and parameter to install a mask at.  Errors: InvalidStateDict."""
+    parts = dict(module.named_modules(remove_duplicate=False))
+    names = _names_by_parameter(module)
+    buffers = _tied_buffers(module, masks, names)
     by_parameter: dict[int, tuple[str, torch.Tensor]] = {}
-    for name, mask in masks.items():
-        weight = _weight(*_target(module, name, mask))
+    for given, mask in masks.items():
+        name = buffers.get(given, given)
+        weight = _weight(*_target(parts, name, mask))
         first, known = by_parameter.setdefault(id(weight), (name, mask))
         if not torch.equal(known, mask):
             raise InvalidStateDict(
                 f"{first} and {name} are one parameter of the module, and their masks differ"
             )
-    names = _names_by_parameter(module)
     return [
-        (name, *_target(module, name, mask), mask)
+        (name, *_target(parts, name, mask), mask)
         for parameter, (_, mask) in by_parameter.items()
         for name in names[parameter]
     ]
+
+
+def _tied_buffers(
+    module: Module, masked: Collection[str], names: Mapping[int, list[str]]
+) -> dict[str, str]:
+    """From each masked buffer on the memory of a parameter to that parameter's name.
+
+    names: As _names_by_parameter returns them.
+    """
+    buffers = {n: b for n, b in module.named_buffers(remove_duplicate=False) if n in masked}
+    if not buffers:
+        return {}
+    places = {tensor_place(p): names[id(p)][0] for p in module.parameters()}
+    found = {name: places.get(tensor_place(buffer)) for name, buffer in buffers.items()}
+    return {buffer: name for buffer, name in found.items() if name is not None}
 
 
 def _names_by_parameter(module: Module) -> dict[int, list[str]]:
@@ -153,10 +172,18 @@ def _weight(part: Module, leaf: str) -> torch.Tensor:
     return weight
 
 
-def _target(module: Module, name: str, mask: torch.Tensor) -> tuple[Module, str]:
-    """The submodule and the parameter that a mask is for, once they are found to fit it."""
+def _target(parts: Mapping[str, Module], name: str, mask: torch.Tensor) -> tuple[Module, str]:
+    """The submodule and the parameter that a mask is for, once they are found to fit it.
+
+    Args:
+        parts: The submodules by their names, of which one may have several.
+        name: Of the parameter.
+        mask: Bool.
+
+    Raises:
+        InvalidStateDict: The mask cannot be installed there.
+    """
     path, _, leaf = name.rpartition(".")
-    parts: dict[str, Any] = dict(module.named_modules(remove_duplicate=False))
     part = parts.get(path)
     if part is None or not {leaf, f"{leaf}_orig"} & part._parameters.keys():
         raise InvalidStateDict(f"{name}: the module has no such parameter")

@@ -14,7 +14,8 @@ class Place(NamedTuple):
         begin: Address of the first byte of any element; `end` is behind the last one.
         pointer: Address of the element at index 0.
         strides: In bytes.
-        values: What the bytes are read as: the dtype, and the flags that torch keeps beside them.
+        values: What the bytes are read as: the dtype, as numpy and torch both name it, and the
+            flags that torch keeps beside them.
     """
 
     device: str
@@ -32,7 +33,9 @@ def tensor_place(value: Any) -> Place | None:
     size = value.element_size()
     strides = tuple(stride * size for stride in value.stride())
     device = "" if value.device.type == "cpu" else str(value.device)
-    values = f"{value.dtype} {value.is_conj()} {value.is_neg()}"
+    values = str(value.dtype).removeprefix("torch.")
+    if value.is_conj() or value.is_neg():
+        values = f"{values} {value.is_conj()} {value.is_neg()}"
     return _place(device, value.data_ptr(), tuple(value.shape), strides, size, values)
 
 

@@ -114,12 +114,12 @@ class Source:
     def prunable(self) -> dict[str, LocalTensor]:
         """The floating parameters; a pair is its X, with the values of X_orig."""
         pairs = self.pairs()
-        masks = set(pairs.values())
         names = {f"{base}_orig": base for base in pairs}
+        weights = self.parameters.difference(pairs.values())
         return {
             names.get(stored, stored): tensor
             for stored, tensor in self.tensors.items()
-            if stored in self.parameters - masks and tensor.kind == "floating"
+            if stored in weights and tensor.kind == "floating"
         }
 
     def prunable_names(self) -> dict[str, str]:
@@ -149,6 +149,8 @@ def read_source(source: Any, key: str | None = None) -> Source:
         InvalidStateDict: It is no model, or not a readable one.
     """
     is_path = isinstance(source, str | os.PathLike) and not place_of(source)
+    if not isinstance(key, str | None):
+        raise InvalidStateDict(f"key={key!r}: a dotted path is text, not {type(key).__name__}")
     if key is not None and not is_path:
         kind = "what a server has" if place_of(source) else type(source).__name__
         raise InvalidStateDict(f"key={key!r}: only a local torch file has keys, not {kind}")

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+import numpy as np
+
 from secateur.checks import mismatch, norm, one_of, patterns
 from secateur.choices import (
     ALLOCATIONS,
@@ -98,14 +100,24 @@ class Spec:
         for rule in self.rules:
             message = _copy(rule.message)
             tensors, rails = message.selection.tensors, message.selection.guard_rails
-            matched = {known for pattern in tensors for known in _known(pattern, names)}
-            if ordered := [name for known, name in names.items() if known in matched]:
-                ends = ordered[:1] * rails.keep_first + ordered[-1:] * rails.keep_last
-                if ends:
+            if rails.keep_first or rails.keep_last:
+                matched = {known for pattern in tensors for known in _known(pattern, names)}
+                if ordered := [name for known, name in names.items() if known in matched]:
+                    ends = ordered[:1] * rails.keep_first + ordered[-1:] * rails.keep_last
                     rails.exclude.extend(ends)
                     rails.keep_first = rails.keep_last = False
             rules.append(Rule(message, rule.arrays))
         return Spec(tuple(rules))
+
+    def share_arrays(self, other_names: Mapping[str, str]) -> "Spec":
+        """The spec with equal arrays under several names of a tied tensor made one array.
+
+        The server knows arrays by their names alone, and would take them for different ones.
+
+        Args:
+            other_names: From each other name of a tied tensor to the tensor's.
+        """
+        return Spec(tuple(Rule(r.message, _shared(r.arrays, other_names)) for r in self.rules))
 
     def encode(self, taken: Iterable[str]) -> tuple[pb.PruningSpec, dict[str, LocalTensor]]:
         """The spec for the wire, and the arrays to send beside the model under their new names.
@@ -379,6 +391,20 @@ def _array(name: str, array: Any) -> LocalTensor:
         return from_value(name, array)
     except InvalidStateDict as error:
         raise InvalidSpec(f"scores or mask of {error}") from None
+
+
+def _shared(arrays: Arrays, other_names: Mapping[str, str]) -> Arrays:
+    first: dict[str, Any] = {}
+    shared = {}
+    for name, array in arrays.items():
+        known = first.setdefault(other_names.get(name, name), array)
+        shared[name] = known if known is array or _are_equal(name, known, array) else array
+    return shared
+
+
+def _are_equal(name: str, one: Any, other: Any) -> bool:
+    a, b = _array(name, one), _array(name, other)
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and np.array_equal(a.read(), b.read())
 
 
 def _selection(

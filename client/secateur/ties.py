@@ -49,7 +49,7 @@ def _refuse_overlaps(first: Mapping[Place, str], tensors: Mapping[str, LocalTens
             if any(tensors[name].kind == "floating" for name in names) and overlap(other, place):
                 raise InvalidStateDict(
                     f"{names[0]} and {names[1]} are views that overlap in memory, and not the same "
-                    f"view; give one of them memory of its own: {names[1]}.clone()"
+                    f"view; give {names[1]} memory of its own: its clone(), or copy() of an array"
                 )
         before.append(place)
 
@@ -69,21 +69,18 @@ def untie(
         The tensors in their order, and the other names, where a pair X_orig, X_mask is X.
 
     Raises:
-        InvalidStateDict: Masks of one weight have several shapes.
+        InvalidStateDict: Masks of one weight have several shapes, or there is another tensor of
+            the name that its mask gets.
     """
-    kept = {name: tensor for name, tensor in tensors.items() if name not in shared}
-    ties = read_ties(shared, kept)
-    found = {
-        other: name
-        for other, name in shared.items()
-        if _is_tied(other, ties) and _is_mask(other, tensors) == _is_mask(name, tensors)
+    shared = {
+        other: name for other, name in shared.items() if not _is_lone_mask(other, shared, tensors)
     }
-    if len(found) < len(shared):  # the others are tensors of their own
-        return untie(tensors, found)
+    kept, ties = _kept(tensors, shared)
     merged = {mask for masks in ties.masks.values() for mask in masks}
     untied: dict[str, LocalTensor] = {}
     for name, tensor in kept.items():
         if name in ties.masks:  # not a pair, but pruned under another name
+            _check_free(name, kept)
             untied[name + _ORIG] = tensor
             untied[name + _MASK] = _merged([kept[mask] for mask in ties.masks[name]], name)
         elif name.removesuffix(_MASK) in ties.masks:
@@ -95,13 +92,42 @@ def untie(
     return untied, Ties(ties.names)
 
 
-def _is_tied(stored: str, ties: Ties) -> bool:
-    """Whether a stored name, which may be half of a pair, belongs to another name of a tensor."""
-    return any(stored.removesuffix(half) in ties.names for half in ("", _ORIG, _MASK))
+def _is_lone_mask(name: str, shared: Mapping[str, str], tensors: Mapping[str, LocalTensor]) -> bool:
+    """Whether a mask is the memory of another mask, but their weights are two."""
+    orig = name.removesuffix(_MASK) + _ORIG
+    if not name.endswith(_MASK) or orig not in tensors:
+        return False
+    return shared.get(orig) != shared[name].removesuffix(_MASK) + _ORIG
 
 
-def _is_mask(stored: str, tensors: Collection[str]) -> bool:
-    return stored.endswith(_MASK) and stored.removesuffix(_MASK) + _ORIG in tensors
+def _kept(
+    tensors: Mapping[str, LocalTensor], shared: Mapping[str, str]
+) -> tuple[dict[str, LocalTensor], Ties]:
+    """The tensors without those that are ties, and the ties. What is neither would be lost."""
+    while True:
+        kept = {name: tensor for name, tensor in tensors.items() if name not in shared}
+        ties = read_ties(shared, kept)
+        found = {name: first for name, first in shared.items() if _is_tie(name, ties, shared)}
+        if len(found) == len(shared):
+            return kept, ties
+        shared = found
+
+
+def _is_tie(name: str, ties: Ties, shared: Mapping[str, str]) -> bool:
+    """Whether the ties tell of a name: as it is, or as half of a pair X_orig, X_mask by X."""
+    if name in ties.names:
+        return True
+    base = name.removesuffix(_ORIG if name.endswith(_ORIG) else _MASK)
+    return base in ties.names and base not in shared and base + _ORIG in shared
+
+
+def _check_free(name: str, kept: Collection[str]) -> None:
+    for half in (name + _ORIG, name + _MASK):
+        if half in kept:
+            raise InvalidStateDict(
+                f"{half}: {name} is pruned under another name, so that this would be half of its "
+                "pair; rename it"
+            )
 
 
 def _merged(masks: Sequence[LocalTensor], name: str) -> LocalTensor:

@@ -396,3 +396,27 @@ def test_a_copy_of_a_pruned_module_is_pruned_too(client: secateur.Client) -> Non
         for module in (ours, theirs):
             module(batch())
     assert_same_modules(copy.deepcopy(ours), copy.deepcopy(theirs))
+
+
+class Counted(nn.Module):
+    """Counts how often its submodules are listed."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(2, 2, bias=False) for _ in range(layers))
+        self.walks = 0
+
+    def named_modules(self, *args: Any, **options: Any) -> Any:
+        self.walks += 1
+        return super().named_modules(*args, **options)
+
+
+def test_many_masks_walk_through_a_module_no_more_often_than_few(client: secateur.Client) -> None:
+    walks = []
+    for layers in (1, 30):
+        module = Counted(layers)
+        result = client.prune(module, secateur.global_unstructured("*", 0.5))
+        module.walks = 0
+        result.apply_to(module)
+        walks.append(module.walks)
+    assert walks[0] == walks[1] > 0

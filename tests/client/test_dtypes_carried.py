@@ -15,7 +15,7 @@ import secateur
 from secateur import cli
 from tests.conftest import RunningServer
 from tests.contract.test_dtypes import DTYPES_OF_TORCH, any_bytes, as_safetensors_writes
-from tests.pruning.torch_side import assert_same_tensors, same_bits
+from tests.pruning.torch_side import assert_same_tensors
 
 HALF = secateur.l1_unstructured("w", 0.5)
 WRITABLE = [dtype for dtype in DTYPES_OF_TORCH if as_safetensors_writes(any_bytes(dtype))]
@@ -212,15 +212,37 @@ def test_what_safetensors_has_no_dtype_for_stays_with_the_client(
         assert all(entries[name] is value for name, value in OTHERS.items())
 
 
+ARRAYS = {
+    "contiguous": np.arange(3, dtype=np.complex128),
+    "big-endian": np.arange(3, dtype=">c16"),
+    "backwards": np.arange(6, dtype=np.complex128)[::-2],
+    "without dimensions": np.array(2 + 1j),
+    "read-only": np.frombuffer(bytes(range(32)), np.complex128),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("array", ARRAYS.values(), ids=ARRAYS)
 def test_arrays_without_a_dtype_are_carried_and_written(
-    client: secateur.Client, tmp_path: Path
+    client: secateur.Client, tmp_path: Path, array: Any
 ) -> None:
-    source = {"z": np.ones(2, np.complex128), "w": np.arange(1.0, 7)}
+    source = {"z": array, "again": array, "w": np.arange(1.0, 7)}
     result = client.prune(source, HALF)
-    assert result.state_dict()["z"] is source["z"]
+    assert result.state_dict()["z"] is array
     result.save(tmp_path / "out.pt")
     found = torch.load(tmp_path / "out.pt", weights_only=True)
-    assert same_bits(torch.view_as_real(found["z"]), torch.tensor([[1.0, 0], [1, 0]]).double())
+    assert found["z"].dtype == torch.complex128
+    assert np.array_equal(found["z"].numpy(), array)
+    assert found["again"].data_ptr() == found["z"].data_ptr()
+
+
+def test_an_array_that_torch_has_no_dtype_for_is_not_written(
+    client: secateur.Client, tmp_path: Path
+) -> None:
+    result = client.prune({"z": np.ones(2, np.clongdouble), "w": np.arange(1.0, 7)}, HALF)
+    with pytest.raises(secateur.SecateurError, match=r"out\.pt: z: torch has no \w+; leave"):
+        result.save(tmp_path / "out.pt")
+    assert not list(tmp_path.iterdir())
 
 
 NAMING: dict[str, Callable[[secateur.Client, Any], Any]] = {

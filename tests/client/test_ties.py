@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
@@ -233,6 +233,30 @@ def test_two_values_for_one_tensor_are_refused(served: Served, source: Any) -> N
     assert (caught.value.field or "").startswith("spec.rules[0].selection.importance_scores")
 
 
+def test_equal_arrays_under_all_names_are_one(client: secateur.Client) -> None:
+    """As a comprehension over the state_dict makes them: each in memory of its own."""
+    scores = {name: tensor.exp() for name, tensor in Language().state_dict().items()}
+    given = {name: scores[name] for name in (EMBED, MIDDLE, HEAD)}
+    assert given[EMBED].data_ptr() != given[HEAD].data_ptr()
+    spec = secateur.global_unstructured("*.weight", 0.5, importance_scores=given)
+    want = secateur.global_unstructured(
+        "*.weight", 0.5, importance_scores={EMBED: scores[EMBED], MIDDLE: scores[MIDDLE]}
+    )
+    result = client.prune(Language(), spec, keep=True)
+    assert_same_tensors(result.masks, client.prune(Language(), want).masks)
+    plan = client.plan(Language(), spec)
+    assert plan.amounts[0].pruned == TOTAL // 2
+
+
+def test_scales_are_found_by_any_name(client: secateur.Client) -> None:
+    scale = torch.arange(6.0)
+    model = {"w": WEIGHT, "scale": scale, "other": scale}
+    for holder in ("scale", "other"):
+        spec = secateur.select("w", 2, granularity=secateur.slices(0), scales={"w": holder})
+        kept = client.prune(model, spec).masks["w"].any(1)
+        assert kept.tolist() == [False, False, True, True, True, True]
+
+
 def test_a_plan_and_a_sensitivity_count_it_once(served: Served, source: Any) -> None:
     plan = served.client.plan(source, secateur.global_unstructured("*.weight", 0.5), [0.5, 7])
     assert [amount.pruned for amount in plan.amounts] == [TOTAL // 2, 7]
@@ -442,6 +466,13 @@ def test_a_conjugate_is_not_the_same_tensor(client: secateur.Client) -> None:
     assert torch.equal(found["b"], value.conj())
 
 
+def test_an_array_on_the_memory_of_a_tensor_is_the_same_tensor(client: secateur.Client) -> None:
+    for tensor in (WEIGHT, WEIGHT.half(), torch.arange(6)):
+        found = client.finalize({"a": tensor, "b": tensor.numpy(), "w": torch.ones(2)}).state_dict()
+        assert found["a"] is found["b"]
+        assert torch.equal(found["b"], tensor)
+
+
 def test_buffers_that_are_one_stay_one(client: secateur.Client) -> None:
     positions = torch.arange(4)
     found = client.finalize({"a": positions, "w": WEIGHT, "b": positions}).state_dict()
@@ -466,6 +497,60 @@ def test_a_weight_that_is_its_own_mask_is_a_pair(client: secateur.Client) -> Non
     assert both.report.total == 48
 
 
+MASK, OTHER_MASK = (distinct((6, 8), seed=5) > 0).float(), (distinct((6, 8), seed=6) > 0).float()
+PLAIN = distinct((6, 8), seed=1)
+BESIDE_PAIRS: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {
+    "a buffer that is a mask": (
+        {"y_orig": WEIGHT, "y_mask": MASK, "extra": MASK},
+        {"y": WEIGHT * MASK, "extra": MASK},
+    ),
+    "a mask that is a buffer": (
+        {"extra": MASK, "y_orig": WEIGHT, "y_mask": MASK},
+        {"extra": MASK, "y": WEIGHT * MASK},
+    ),
+    "a buffer that is a mask, and named as one": (
+        {"y_orig": WEIGHT, "y_mask": MASK, "a": PLAIN, "b": PLAIN, "b_mask": MASK},
+        {"y": WEIGHT * MASK, "a": PLAIN, "b": PLAIN, "b_mask": MASK},
+    ),
+    "a mask of a tied weight that is another weight's": (
+        {
+            **{"y_orig": WEIGHT, "y_mask": MASK, "z_orig": PLAIN, "z_mask": OTHER_MASK},
+            **{"x_orig": WEIGHT, "x_mask": OTHER_MASK},
+        },
+        {
+            **{"y": WEIGHT * MASK * OTHER_MASK, "z": PLAIN * OTHER_MASK},
+            "x": WEIGHT * MASK * OTHER_MASK,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(("model", "want"), BESIDE_PAIRS.values(), ids=BESIDE_PAIRS)
+def test_what_shares_memory_with_a_pair_is_not_lost(
+    client: secateur.Client, model: dict[str, Tensor], want: dict[str, Tensor]
+) -> None:
+    found = client.finalize(model).state_dict()
+    assert_same_tensors(found, want)
+
+
+@pytest.mark.parametrize("names", [("w", "w_orig"), ("w_orig", "w"), ("v", "w", "w_orig")])
+def test_a_weight_that_is_tied_to_its_own_pair_is_refused(
+    client: secateur.Client, names: tuple[str, ...]
+) -> None:
+    model = {**dict.fromkeys(names, WEIGHT), "w_mask": MASK}
+    with pytest.raises(secateur.InvalidStateDict, match="beside its pair"):
+        client.finalize(model)
+
+
+@pytest.mark.parametrize("half", ["y_mask", "y_orig"])
+def test_a_name_that_the_pair_of_a_tied_weight_needs_is_refused(
+    client: secateur.Client, half: str
+) -> None:
+    model = {"y": WEIGHT, half: OTHER_MASK, "x_orig": WEIGHT, "x_mask": MASK}
+    with pytest.raises(secateur.InvalidStateDict, match=f"^{half}: y is pruned under another name"):
+        client.finalize(model)
+
+
 def test_a_buffer_is_no_half_of_a_tied_pair(client: secateur.Client) -> None:
     model = nn.Module()
     model.register_parameter("attn", nn.Parameter(WEIGHT.clone()))
@@ -474,6 +559,25 @@ def test_a_buffer_is_no_half_of_a_tied_pair(client: secateur.Client) -> None:
     result = client.prune(model, secateur.l1_unstructured("*", 0.5), "dense")
     assert list(result.report.tensors) == ["attn"]
     assert torch.equal(result.state_dict()["attn_mask"], torch.ones(6, 8))
+
+
+@pytest.mark.parametrize("pattern", [EMBED, "table", "*.weight"])
+def test_a_mask_of_a_buffer_on_a_parameters_memory_is_the_parameters(
+    client: secateur.Client, pattern: str
+) -> None:
+    model = Language()
+    model.register_buffer("table", model.embed.weight.detach())
+    result = client.prune(model, secateur.l1_unstructured(pattern, 0.5))
+    result.apply_to(model)
+    assert {*dict(model.named_buffers())} >= {"table", "embed.weight_mask", "head.weight_mask"}
+    assert torch.equal(model.embed.weight == 0, ~result.masks["table"])
+
+
+def test_a_mask_of_another_buffer_is_refused(client: secateur.Client) -> None:
+    model = nn.BatchNorm1d(4)
+    result = client.prune({"running_var": torch.ones(4)}, secateur.l1_unstructured("*", 0.5))
+    with pytest.raises(secateur.InvalidStateDict, match="running_var: the module has no such"):
+        result.apply_to(model)
 
 
 def test_metadata_that_names_no_tensor_is_no_tie(client: secateur.Client, tmp_path: Path) -> None:
@@ -495,6 +599,7 @@ def tied_models(draw: st.DrawFn) -> dict[str, Tensor]:
     return {f"layer{i}.weight": tensors[k] for i, k in enumerate(which)}
 
 
+@settings(deadline=None)
 @given(model=tied_models(), amount=st.floats(0, 1), names=st.sets(st.integers(0, 5), min_size=1))
 def test_ties_are_as_pruning_each_tensor_once(
     client: secateur.Client, model: dict[str, Tensor], amount: float, names: set[int]

@@ -260,6 +260,7 @@ def test_every_command_takes_a_key(
         ("in.pt", "epoch", "'epoch' is of type int"),
         ("in.pt", "nothing", "has no key 'nothing'; it holds model (a mapping of 1 tensors)"),
         ("in.pt", "", "has no key ''"),
+        ("in.pt", 5, "key=5: a dotted path is text, not int"),
         ("in.pt", "parts", "parts.one (a mapping of 1 tensors)"),
         ("flat.pt", "model", "has no key 'model'; it holds w (a tensor of shape [4])"),
         ("in.safetensors", "model", "only a torch file has keys"),
@@ -269,7 +270,7 @@ def test_every_command_takes_a_key(
     ],
 )
 def test_a_key_that_names_no_state_dict_is_refused(
-    client: secateur.Client, tmp_path: Path, source: Any, key: str, said: str
+    client: secateur.Client, tmp_path: Path, source: Any, key: Any, said: str
 ) -> None:
     torch.save({**EMA, "parts": {"one": SD}}, tmp_path / "in.pt")
     torch.save(SD, tmp_path / "flat.pt")

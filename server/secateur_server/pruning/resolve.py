@@ -68,10 +68,11 @@ def _resolve_selection(rule: Selection, catalog: Catalog) -> Selection:
             _check_units(rule, name, catalog.prunable[name])
         names = subjects = _not_spared(rule, names, catalog.all_names(names))
         known = catalog.all_names(names)
+        scales = {name: catalog.name_of(holder) for name, holder in rule.scales.items()}
         rule = replace(
             rule,
             scores=_by_tensor(rule.scores, f"{rule.path}.importance_scores", known),
-            scales=_by_tensor(rule.scales, f"{rule.path}.scales", known),
+            scales=_by_tensor(scales, f"{rule.path}.scales", known),
         )
         _check_scores(rule, names, catalog)
     rails = tuple(
@@ -100,7 +101,7 @@ def _by_tensor(
         if found.setdefault(tensor, value) != value:
             raise InvalidSpec(
                 f"{field}[{quote(name)}]",
-                f"{quote(name)} is another name of {quote(tensor)}, which has another value",
+                f"{quote(name)} is another name of {quote(tensor)}, which has its own; give one",
             )
     return found
 
