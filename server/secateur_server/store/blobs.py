@@ -7,7 +7,7 @@ reader checks what it reads and need not read the rest. Both are on disk before 
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -16,8 +16,8 @@ from blake3 import blake3
 
 from secateur_server.devices.faults import Torn
 from secateur_server.devices.mapping import map_file
-from secateur_server.durable import NO_MORE, DurableFile, full_disk, sync_folder
-from secateur_server.errors import DataLoss, TakenOver, quote
+from secateur_server.durable import NO_MORE, DurableFile, disk_errors, sync_folder
+from secateur_server.errors import DataLoss, StoreFailed, TakenOver, quote
 
 BLOCK = 1 << 20
 _SUM_BYTES = 32
@@ -34,7 +34,10 @@ def disk_bytes(size: int) -> int:
 
 
 class Part:
-    """A file on its way into the store, in a folder of such files.  Errors: StoreFull.
+    """A file on its way into the store, in a folder of such files.  Errors: StoreFull, StoreFailed.
+
+    Where its disk fails once it is lost: the system may have dropped what it could not write, and
+    says so only once.
 
     The file exists from the first byte on. Several calls may have a part, of which one has taken
     it over from another: no two threads are at its file at once.
@@ -47,15 +50,31 @@ class Part:
     def __init__(self, path: Path) -> None:
         self.size = self.reserved = 0
         self._busy = threading.Lock()
-        self._is_discarded = False
+        self._is_discarded = self._is_lost = False
         self._path = path
         self._whole, self._block, self._sums = blake3(), blake3(), bytearray()
         self._file: FileIO | None = None
 
     def rest(self) -> None:
         """Closes the file until the next byte comes: a process may have only so many open."""
-        with self._busy:
+        with self._busy, self._losing():
+            if self._file:
+                self._disk.sync()  # whoever opens it again may not be told what failed before
             self._close()
+
+    @contextmanager
+    def _losing(self) -> Iterator[None]:
+        """The block is at the disk: where it fails the part is lost."""
+        if self._is_discarded:
+            raise TakenOver("data", "another call of the same caller has ended this upload")
+        if self._is_lost:
+            raise StoreFailed("data", "the store's disk failed before; send it again")
+        try:
+            with disk_errors():
+                yield
+        except BaseException:
+            self._is_lost = True
+            raise
 
     def _close(self) -> None:
         if self._file:
@@ -63,24 +82,20 @@ class Part:
             self._file = None
 
     def _open(self) -> None:
-        if self._is_discarded:
-            raise TakenOver("data", "another call of the same caller has ended this upload")
         if self._file is None:
-            with full_disk():
-                self._file = FileIO(self._path, "r+" if self.size else "x")
+            self._file = FileIO(self._path, "r+" if self.size else "x")
             self._file.seek(self.size)
             self._disk = DurableFile(self._file.fileno())
 
     def write(self, data: bytes | memoryview) -> None:
         """Appends `data`."""
-        with self._busy:
+        with self._busy, self._losing():
             self._open()
             self._write(memoryview(data))
 
     def _write(self, view: memoryview) -> None:
         while view:
-            with full_disk():
-                count = self._disk.write(view[: BLOCK - self.size % BLOCK])
+            count = self._disk.write(view[: BLOCK - self.size % BLOCK])
             self._whole.update(view[:count])
             self._block.update(view[:count])
             self.size += count
@@ -98,7 +113,7 @@ class Part:
 
     def finish(self, blobs: Path) -> str:
         """Makes it a blob of the folder `blobs`, on disk.  Returns: its digest."""
-        with self._busy:
+        with self._busy, self._losing():
             self._open()
             return self._finish(blobs)
 
@@ -108,15 +123,14 @@ class Part:
         target = blobs / self.digest()
         sums = self._path.with_suffix(".sums")
         try:
-            with full_disk():
-                with sums.open("wb") as file:
-                    file.write(self._sums)
-                    file.flush()
-                    os.fsync(file.fileno())
-                self._disk.sync()
-                os.replace(sums, sums_path(target))
-                os.replace(self._path, target)
-                sync_folder(blobs)
+            with sums.open("wb") as file:
+                file.write(self._sums)
+                file.flush()
+                os.fsync(file.fileno())
+            self._disk.sync()
+            os.replace(sums, sums_path(target))
+            os.replace(self._path, target)
+            sync_folder(blobs)
         finally:
             sums.unlink(missing_ok=True)
             self._discard()

@@ -56,7 +56,7 @@ def new_record(files: tuple[StoredFile, ...], masks: StoredFile | None) -> Recor
 
 
 def write_record(folder: Path, record: Record) -> None:
-    """Puts a record on disk.  Errors: StoreFull."""
+    """Puts a record on disk.  Errors: StoreFull, StoreFailed."""
     text = json.dumps(asdict(record), separators=(",", ":"))
     digest = blake3(text.encode()).hexdigest()
     write_whole(folder / f"{record.id}.json", f"{digest}\n{text}\n".encode())

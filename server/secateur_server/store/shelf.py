@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Condition
 
-from secateur_server.durable import sync_folder
+from secateur_server.durable import disk_errors, sync_folder
 from secateur_server.store.blobs import Blob, Part, disk_bytes, has_blob, open_blob, remove_blob
 from secateur_server.store.records import StoredFile
 from secateur_server.store.references import References
@@ -75,13 +75,15 @@ class Shelf:
         """Removes files from the disk.  The caller must not have the lock: it takes a while.
 
         Records go first, and for good: no crash may leave one without its blobs.
+        Errors: StoreFailed.
         """
         try:
             for part in trash.parts:
                 part.discard()
-            remove_records(trash.records)
-            for digest in trash.blobs:
-                remove_blob(self.folder / digest)
+            with disk_errors():
+                remove_records(trash.records)
+                for digest in trash.blobs:
+                    remove_blob(self.folder / digest)
         finally:
             with self._lock:
                 self.removing_bytes -= sum(self._removing.pop(digest) for digest in trash.blobs)

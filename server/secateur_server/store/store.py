@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 
-from secateur_server.durable import full_disk, sync_folder
+from secateur_server.durable import disk_errors, sync_folder
 from secateur_server.errors import CheckpointNotFound, DataLoss, StoreFull, TakenOver, quote
 from secateur_server.store.blobs import Blob
 from secateur_server.store.holdings import Entry, Holding, Holdings, Upload
@@ -263,7 +263,7 @@ class Store:
         """Makes a checkpoint of files that are here. It is on disk when this returns.
 
         quota: bytes that the owner may have here; None is no bound.
-        Errors: StoreFull, QuotaExceeded.
+        Errors: StoreFull, StoreFailed, QuotaExceeded.
         """
         entry = Entry(owner, new_record(files, masks), time.time())
         path = self._record_path(owner, entry.record.id)
@@ -285,14 +285,16 @@ class Store:
     def _make_folder(self, folder: Path) -> None:
         """A folder of an owner, which exists after a crash.  Errors: StoreFull."""
         if folder not in self._owner_folders:
-            with full_disk():
+            with disk_errors():
                 folder.mkdir(mode=0o700, exist_ok=True)
                 sync_folder(folder.parent)
             self._owner_folders.add(folder)
 
     def _undo(self, entry: Entry, path: Path) -> None:
         """Leaves nothing of a checkpoint whose record could not be written."""
-        trash = Trash(records=[path] if path.parent in self._owner_folders else [])
+        if path.parent in self._owner_folders:
+            self._shelf.remove(Trash(records=[path]))  # else it might be back after a crash
+        trash = Trash()
         with self._lock:
             self._forget(entry, trash)
         self._shelf.remove(trash)

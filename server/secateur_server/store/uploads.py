@@ -10,7 +10,15 @@ from threading import Condition
 import torch
 
 from secateur_server.devices import passes_of
-from secateur_server.errors import DataLoss, InvalidRequest, InvalidStateDict, TakenOver, quote
+from secateur_server.errors import (
+    DataLoss,
+    InvalidRequest,
+    InvalidStateDict,
+    StoreFailed,
+    StoreFull,
+    TakenOver,
+    quote,
+)
 from secateur_server.store.blobs import Part, disk_bytes
 from secateur_server.store.holdings import Holdings, Upload
 from secateur_server.store.records import RECORD_BYTES, StoredFile
@@ -131,7 +139,7 @@ class Uploads:
         self._holdings.acquire(upload.owner, files)
 
     def write(self, upload: Upload, data: bytes | memoryview) -> None:
-        """The next bytes of a file.  Errors: StoreFull, QuotaExceeded, TakenOver."""
+        """The next bytes of a file.  Errors: StoreFull, StoreFailed, QuotaExceeded, TakenOver."""
         with upload.writing:  # two calls at one upload never mix their bytes
             self._check_mine(upload)
             known = min(upload.held - upload.at, len(data))
@@ -142,7 +150,11 @@ class Uploads:
             assert upload.part is not None, "what is whole takes no more"
             new = memoryview(data)[known:]
             self._reserve(upload, disk_bytes(upload.part.size + len(new)))
-            upload.part.write(new)
+            try:
+                upload.part.write(new)
+            except BaseException:  # what is in the part now is not known
+                self.abandon(upload)
+                raise
 
     def _check_mine(self, upload: Upload) -> None:
         if upload.is_stale:
@@ -151,7 +163,8 @@ class Uploads:
     def finish(self, upload: Upload, filename: str) -> StoredFile:
         """Makes a file whole, on disk.
 
-        Errors: InvalidStateDict, StoreFull, TakenOver; DataLoss, where what was there has changed.
+        Errors: InvalidStateDict, StoreFull, StoreFailed, TakenOver; DataLoss, where what was there
+        has changed.
         """
         try:
             with upload.writing:  # whom it was taken from may still be at a last byte
@@ -200,8 +213,11 @@ class Uploads:
         if not upload.is_resumable or not upload.held:
             self.abandon(upload)
         elif upload.part:
-            with upload.writing:  # whoever has taken it over opens it again
-                upload.part.rest()
+            try:
+                with upload.writing:  # whoever has taken it over opens it again
+                    upload.part.rest()
+            except (StoreFailed, StoreFull, TakenOver):
+                self.abandon(upload)
         upload.is_active = False
         self._bound(upload.owner)
 
