@@ -113,9 +113,11 @@ class Checkpoints:
             opened = held.enter_context(self._store.open(_owner(), request.name))
             files = self._files(opened, output)
             size = sum(file.size for file in files)
+            if request.offset > size:
+                raise InvalidRequest("offset", f"{request.offset} is more than the {size} bytes")
             result = pb.DownloadResult(files=map(file_message, files), data_bytes=size)
             sent = self._sources.metrics.sent
-            yield from responses(pb.DownloadResponse, result, chunks(files), sent)
+            yield from responses(pb.DownloadResponse, result, chunks(files, request.offset), sent)
 
     def _files(self, opened: OpenCheckpoint, output: int) -> list[OutgoingFile]:
         blobs, masks = opened.files, opened.masks
@@ -171,7 +173,7 @@ def _owner() -> str:
 
 
 def _as_stored(blob: Blob) -> OutgoingFile:
-    return OutgoingFile(blob.filename, len(blob.data), blob.digest, blob.blocks)
+    return OutgoingFile(blob.filename, len(blob.data), blob.digest, blob.blocks, blob.blocks)
 
 
 def add_checkpoints(checkpoints: Checkpoints, server: grpc.Server) -> str:

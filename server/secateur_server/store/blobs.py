@@ -202,13 +202,13 @@ class Blob:
             self.damaged()
             raise _lost(self.of, self.filename, "could not be read to its end")
 
-    def blocks(self) -> Iterator[bytes]:
-        """The bytes of the file, each checked, and not looked at again."""
-        for block in range(self.block_count):
+    def blocks(self, offset: int = 0) -> Iterator[bytes | memoryview]:
+        """The bytes of the file from `offset` on, each checked, and not looked at again."""
+        for block in range(offset // BLOCK, self.block_count):
             read = bytes(self.data[block * BLOCK : (block + 1) * BLOCK])
             if blake3(read).digest() != self.sums[block * _SUM_BYTES :][:_SUM_BYTES]:
                 self.check(block)
-            yield read
+            yield memoryview(read)[max(0, offset - block * BLOCK) :]
 
 
 def open_blob(path: Path, size: int, of: str, filename: str, damaged: Callable[[], None]) -> Blob:
