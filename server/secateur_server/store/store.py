@@ -124,6 +124,11 @@ class Store:
         for folder in (self._folder / "checkpoints").iterdir():
             if folder.is_dir():
                 unfinished += self._load_owner(folder, entries)
+        # A server before may have been killed ahead of its sync: what is seen now is to stay.
+        checkpoints = self._folder / "checkpoints"
+        folders = (self._folder.parent, self._folder, self._shelf.folder, checkpoints)
+        for folder in (*folders, *self._owner_folders):
+            sync_folder(folder)
         for entry in sorted(entries, key=lambda entry: entry.used):
             self._shelf.acquire(entry.files())
             self._add(entry)
