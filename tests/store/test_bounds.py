@@ -20,7 +20,7 @@ import secateur
 from secateur_proto.checkpoints_pb2 import DownloadRequest
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
 from secateur_server.store import store as store_module
-from secateur_server.store.store import default_max_bytes
+from secateur_server.store.folders import default_max_bytes
 from tests.conftest import RunningServer, eventually, inner_server, start_server
 from tests.contract.raw import failure, kept_open, series
 from tests.operate.test_lifecycle import run_server

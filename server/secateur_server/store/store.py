@@ -28,7 +28,7 @@ from secateur_server.store.records import (
     Record,
     StoredFile,
     new_record,
-    read_record,
+    read_records,
     write_record,
 )
 from secateur_server.store.room import Room, Victim
@@ -119,13 +119,16 @@ class Store:
 
     def _load(self) -> None:
         """Reads the records, and sweeps what was not finished."""
+        checkpoints = self._folder / "checkpoints"
+        self._owner_folders = {folder for folder in checkpoints.iterdir() if folder.is_dir()}
         entries: list[Entry] = []
         unfinished = list(self.scratch.iterdir())
-        for folder in (self._folder / "checkpoints").iterdir():
-            if folder.is_dir():
-                unfinished += self._load_owner(folder, entries)
+        for folder in self._owner_folders:
+            found = read_records(folder)
+            entries += [Entry(folder.name, record, used) for record, used in found.records]
+            self._unreadable |= {(folder.name, ident) for ident in found.unreadable}
+            unfinished += found.unfinished
         # A server before may have been killed ahead of its sync: what is seen now is to stay.
-        checkpoints = self._folder / "checkpoints"
         folders = (self._folder.parent, self._folder, self._shelf.folder, checkpoints)
         for folder in (*folders, *self._owner_folders):
             sync_folder(folder)
@@ -141,29 +144,6 @@ class Store:
             "store %s: %d checkpoints, %d bytes; swept %d unfinished files of %d bytes",
             *(self._folder, len(entries), self.used_bytes, len(unfinished), count),
         )
-
-    def _load_owner(self, folder: Path, entries: list[Entry]) -> list[Path]:
-        """Reads the records of an owner.
-
-        Returns:
-            The files that were not finished.
-        """
-        unfinished = []
-        self._owner_folders.add(folder)
-        with os.scandir(folder) as files:
-            for file in files:
-                path = Path(file.path)
-                if file.name.startswith(".") and file.name.endswith(".unfinished"):
-                    unfinished.append(path)
-                if not file.name.endswith(".json"):
-                    continue
-                try:
-                    record = read_record(path)
-                    entries.append(Entry(folder.name, record, file.stat().st_mtime))
-                except DataLoss as error:
-                    self._unreadable.add((folder.name, path.stem))
-                    log.error("%s", error)
-        return unfinished
 
     def _add(self, entry: Entry) -> None:
         self._holdings.count(entry.owner, RECORD_BYTES)
@@ -404,23 +384,3 @@ class Store:
             self._lock.wait_for(
                 lambda: not self._shelf.removing_bytes or self.used_bytes <= self._room.max_bytes
             )
-
-
-def default_max_bytes(folder: Path) -> int:
-    """Three quarters of what is free on the disk of a store, and of what it has there already.
-
-    Of what is free alone it would be less with each start, and drive out what was kept.
-    """
-    held = sum(path.stat().st_size for path in folder.glob("blobs/*"))
-    return (shutil.disk_usage(folder).free + held) * 3 // 4
-
-
-def temporary_folder() -> Path:
-    """A private folder for a store that ends with its server; those that were left behind go."""
-    import tempfile
-
-    for path in Path(tempfile.gettempdir()).glob("secateur-store-*"):
-        with suppress(OSError), (path / "lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path)
-    return Path(tempfile.mkdtemp(prefix="secateur-store-"))
