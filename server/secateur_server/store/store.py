@@ -103,7 +103,11 @@ class Store:
         for path in (self._shelf.folder, self.scratch, folder / "checkpoints"):
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._hold()
-        self._load()
+        try:
+            self._load()
+        except BaseException:
+            self._lock_file.close()
+            raise
         self._is_closed = threading.Event()
         self._expiring = threading.Thread(target=self._expire, name="expire", daemon=True)
         self._expiring.start()
