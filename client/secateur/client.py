@@ -15,7 +15,7 @@ from secateur.checks import flag, one_of, patterns, timeout_of
 from secateur.choices import AnyGranularity, magnitude
 from secateur.defaults import SOME_AMOUNTS, matrices
 from secateur.diagnosis import Target, diagnosing
-from secateur.download import save_answer
+from secateur.download import Receiving
 from secateur.errors import InvalidStateDict, SecateurError, Unavailable
 from secateur.files import warn_of_rest
 from secateur.others import check_names, check_spec, check_storable
@@ -372,17 +372,15 @@ class Client:
         """Writes a checkpoint, or the one of a name, to a file, or its shards to a folder.
 
         output: as of prune, but for "none". What was never pruned comes as it was uploaded.
+        A download whose connection breaks goes on from where it was, within the client's `timeout`.
         """
         _check_output(output)
         name, to = name_of(checkpoint), path_of(path)
         request = checkpoints_pb2.DownloadRequest(name=name, output=_OUTPUTS[output])
-
-        def attempt(left: float | None) -> None:
-            call = self._rpcs.download(request, timeout=left)
-            with errors_of(None, call):
-                save_answer(call, to, progress)
-
-        self._until_served(attempt)
+        receiving = Receiving(self._rpcs.download, request, to, self._timeout, self._is_known)
+        with self._diagnosing():
+            receiving.save(progress)
+        self._is_known = True
 
     def checkpoint(self, name: str) -> Checkpoint:
         """A checkpoint by its name.  Errors: CheckpointNotFound."""

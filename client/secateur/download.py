@@ -2,67 +2,131 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from blake3 import blake3
 
 from secateur.atomic import replacing
-from secateur.errors import DataLoss, SecateurError, ServerError
+from secateur.errors import Cancelled, DataLoss, SecateurError, ServerError, Unavailable
+from secateur.patience import Patience
 from secateur.progress import Progress, show_progress
-from secateur_proto import checkpoint_pb2
+from secateur.transfer import errors_of
+from secateur_proto import checkpoint_pb2, checkpoints_pb2
 from secateur_proto.index import SUFFIX
 
 
-def save_answer(messages: Iterable[Any], path: Path, progress: Progress) -> None:
-    """Writes the files of an answer: one to a .safetensors file, shards into a folder.
+class Receiving:
+    """One download, in as many calls as it takes: what has come is not sent again.
 
-    All are there whole, or none is.  Errors: SecateurError.
+    Args:
+        download: The rpc, called with a request and grpc's options.
+        request: Of the whole download.
+        path: Where it is written: all of its files are there whole, or none is.
+        timeout: Seconds for all of it; None waits as long as there is progress.
+        is_known: Whether the server was there before.
     """
-    answer = iter(messages)
-    first = next(answer)
-    result = first.result
-    places = _places(path, result.files)
-    try:
-        with (
-            show_progress(progress, result.data_bytes, "download") as receiving,
-            ExitStack() as files,
-        ):
-            data = _Data(first.data, answer, receiving)
-            opened = [(file, files.enter_context(replacing(place))) for place, file in places]
-            for file, target in opened:
-                _write(data, file, target, path)
-    except OSError as error:
-        raise SecateurError(f"{path}: cannot write it: {error.strerror}") from None
+
+    def __init__(
+        self,
+        download: Callable[..., Any],
+        request: checkpoints_pb2.DownloadRequest,
+        path: Path,
+        timeout: float | None,
+        is_known: bool,
+    ) -> None:
+        self._download, self._request, self._path = download, request, path
+        self._patience, self._is_known = Patience(timeout), is_known
+        self._result: checkpoints_pb2.DownloadResult | None = None
+        self._received = 0
+        self._targets: list[_Target] = []
+        self._show: Callable[[int], None] = lambda count: None
+
+    def save(self, progress: Progress) -> None:
+        """Brings the files.  Errors: SecateurError."""
+        try:
+            with ExitStack() as held:
+                self._receive(held, progress)
+                for target in self._targets:
+                    target.check(self._path)
+        except OSError as error:
+            raise SecateurError(f"{self._path}: cannot write it: {error.strerror}") from None
+
+    def _receive(self, held: ExitStack, progress: Progress) -> None:
+        tries = 0
+        while True:
+            before = self._received
+            try:
+                # Busy servers are asked again there, and broken connections here.
+                self._patience.until_served(
+                    lambda left: self._attempt(left, held, progress), is_known=False, is_safe=True
+                )
+                return
+            except (Unavailable, Cancelled):
+                tries = 1 if self._received > before else tries + 1
+                is_over = not self._is_known or self._patience.is_over(tries)
+                if is_over or not self._patience.pause(tries):
+                    raise
+
+    def _attempt(self, left: float | None, held: ExitStack, progress: Progress) -> None:
+        self._request.offset = self._received
+        call = self._download(self._request, timeout=left)
+        with errors_of(None, call):
+            answer = iter(call)
+            first = next(answer, None)
+            if first is None:
+                raise ServerError("the answer ended before it began")
+            self._is_known = True
+            self._begin(first.result, held, progress)
+            for message in chain([first], answer):
+                self._write(memoryview(message.data))
+        assert self._result is not None, "it was set by the first message"
+        if self._received < self._result.data_bytes:
+            raise ServerError("the answer ended before all that was announced had come")
+
+    def _begin(
+        self, result: checkpoints_pb2.DownloadResult, held: ExitStack, progress: Progress
+    ) -> None:
+        if self._result is None:
+            opened = [
+                _Target(file, held.enter_context(replacing(place)))
+                for place, file in _places(self._path, result.files)
+            ]
+            self._show = held.enter_context(show_progress(progress, result.data_bytes, "download"))
+            self._result, self._targets = result, opened
+        elif result != self._result:
+            raise DataLoss(f"{self._path}: the checkpoint is another one since the download broke")
+
+    def _write(self, data: memoryview) -> None:
+        for target in self._targets:
+            taken = target.write(data)
+            data = data[taken:]
+            self._received += taken
+            self._show(taken)
+        if data:
+            raise ServerError("the answer is longer than announced")
 
 
-def _write(data: "_Data", file: checkpoint_pb2.File, target: BinaryIO, path: Path) -> None:
-    digest, left = blake3(), file.size_bytes
-    while left:
-        piece = data.take(left)
-        digest.update(piece)
-        target.write(piece)
-        left -= len(piece)
-    if digest.hexdigest() != file.blake3:
-        raise DataLoss(f"{path}: {file.filename} did not arrive as it was sent")
+class _Target:
+    """A file that is being written."""
 
+    def __init__(self, file: checkpoint_pb2.File, target: BinaryIO) -> None:
+        self._file, self._target = file, target
+        self._digest, self._left = blake3(), file.size_bytes
 
-class _Data:
-    """The data of messages, as one stream."""
+    def write(self, data: memoryview) -> int:
+        """Writes what of `data` belongs to it.  Returns: how many bytes."""
+        data = data[: self._left]
+        self._target.write(data)
+        self._digest.update(data)
+        self._left -= len(data)
+        return len(data)
 
-    def __init__(self, first: bytes, rest: Any, receiving: Callable[[int], None]) -> None:
-        self._piece, self._rest, self._receiving = memoryview(first), rest, receiving
-
-    def take(self, most: int) -> memoryview:
-        """Up to `most` bytes, at least one.  Errors: ServerError."""
-        while not self._piece:
-            message = next(self._rest, None)
-            if message is None:
-                raise ServerError("the answer ended before all that was announced had come")
-            self._piece = memoryview(message.data)
-        taken, self._piece = self._piece[:most], self._piece[most:]
-        self._receiving(len(taken))
-        return taken
+    def check(self, path: Path) -> None:
+        """Errors: DataLoss."""
+        if self._digest.hexdigest() != self._file.blake3:
+            raise DataLoss(f"{path}: {self._file.filename} did not arrive as it was sent")
 
 
 def _places(

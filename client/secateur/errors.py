@@ -7,7 +7,7 @@ SecateurError
     ModelTooLarge           the model is above the server's limit
     ServerBusy              the server has no room for the request now; worth a retry
     QuotaExceeded           the request needs more than the token's owner may have
-    Unavailable             no server, or one that shuts down; worth a retry
+    Unavailable             no server, one that shuts down, or whose disk failed; worth a retry
     DeadlineExceeded        also a TimeoutError: not done within `timeout`
     Cancelled               the call was cancelled
     Unauthenticated         no token, or a wrong one
@@ -75,7 +75,7 @@ class QuotaExceeded(SecateurError):
 
 
 class Unavailable(SecateurError):
-    """There is no server at the address, or it shuts down."""
+    """There is no server at the address, it shuts down, or its store's disk failed."""
 
 
 class DeadlineExceeded(SecateurError, TimeoutError):

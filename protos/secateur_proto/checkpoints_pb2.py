@@ -27,7 +27,7 @@ from secateur_proto import checkpoint_pb2 as secateur_dot_v1_dot_checkpoint__pb2
 from secateur_proto import pruner_pb2 as secateur_dot_v1_dot_pruner__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dsecateur/v1/checkpoints.proto\x12\x0bsecateur.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1csecateur/v1/checkpoint.proto\x1a\x18secateur/v1/pruner.proto\"H\n\rUploadRequest\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x19.secateur.v1.UploadHeader\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"C\n\x0cUploadHeader\x12&\n\x05\x66iles\x18\x01 \x03(\x0b\x32\x17.secateur.v1.UploadFile\x12\x0b\n\x03uri\x18\x02 \x01(\t\"=\n\nUploadFile\x12\x1f\n\x04\x66ile\x18\x01 \x01(\x0b\x32\x11.secateur.v1.File\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"6\n\x12QueryUploadRequest\x12 \n\x05\x66iles\x18\x01 \x03(\x0b\x32\x11.secateur.v1.File\".\n\x13QueryUploadResponse\x12\x17\n\x0f\x63ommitted_sizes\x18\x01 \x03(\x04\"D\n\x0f\x44ownloadRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12#\n\x06output\x18\x02 \x01(\x0e\x32\x13.secateur.v1.Output\"M\n\x10\x44ownloadResponse\x12+\n\x06result\x18\x01 \x01(\x0b\x32\x1b.secateur.v1.DownloadResult\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"F\n\x0e\x44ownloadResult\x12 \n\x05\x66iles\x18\x01 \x03(\x0b\x32\x11.secateur.v1.File\x12\x12\n\ndata_bytes\x18\x02 \x01(\x04\"\x1a\n\nGetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"4\n\x0bListRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"U\n\x0cListResponse\x12,\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x17.secateur.v1.Checkpoint\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"4\n\rDeleteRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rallow_missing\x18\x02 \x01(\x08\x32\x9f\x03\n\x0b\x43heckpoints\x12?\n\x06Upload\x12\x1a.secateur.v1.UploadRequest\x1a\x17.secateur.v1.Checkpoint(\x01\x12P\n\x0bQueryUpload\x12\x1f.secateur.v1.QueryUploadRequest\x1a .secateur.v1.QueryUploadResponse\x12I\n\x08\x44ownload\x12\x1c.secateur.v1.DownloadRequest\x1a\x1d.secateur.v1.DownloadResponse0\x01\x12\x37\n\x03Get\x12\x17.secateur.v1.GetRequest\x1a\x17.secateur.v1.Checkpoint\x12;\n\x04List\x12\x18.secateur.v1.ListRequest\x1a\x19.secateur.v1.ListResponse\x12<\n\x06\x44\x65lete\x12\x1a.secateur.v1.DeleteRequest\x1a\x16.google.protobuf.Emptyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dsecateur/v1/checkpoints.proto\x12\x0bsecateur.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1csecateur/v1/checkpoint.proto\x1a\x18secateur/v1/pruner.proto\"H\n\rUploadRequest\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x19.secateur.v1.UploadHeader\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"C\n\x0cUploadHeader\x12&\n\x05\x66iles\x18\x01 \x03(\x0b\x32\x17.secateur.v1.UploadFile\x12\x0b\n\x03uri\x18\x02 \x01(\t\"=\n\nUploadFile\x12\x1f\n\x04\x66ile\x18\x01 \x01(\x0b\x32\x11.secateur.v1.File\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"6\n\x12QueryUploadRequest\x12 \n\x05\x66iles\x18\x01 \x03(\x0b\x32\x11.secateur.v1.File\".\n\x13QueryUploadResponse\x12\x17\n\x0f\x63ommitted_sizes\x18\x01 \x03(\x04\"T\n\x0f\x44ownloadRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12#\n\x06output\x18\x02 \x01(\x0e\x32\x13.secateur.v1.Output\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"M\n\x10\x44ownloadResponse\x12+\n\x06result\x18\x01 \x01(\x0b\x32\x1b.secateur.v1.DownloadResult\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"F\n\x0e\x44ownloadResult\x12 \n\x05\x66iles\x18\x01 \x03(\x0b\x32\x11.secateur.v1.File\x12\x12\n\ndata_bytes\x18\x02 \x01(\x04\"\x1a\n\nGetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"4\n\x0bListRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"U\n\x0cListResponse\x12,\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x17.secateur.v1.Checkpoint\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"4\n\rDeleteRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rallow_missing\x18\x02 \x01(\x08\x32\x9f\x03\n\x0b\x43heckpoints\x12?\n\x06Upload\x12\x1a.secateur.v1.UploadRequest\x1a\x17.secateur.v1.Checkpoint(\x01\x12P\n\x0bQueryUpload\x12\x1f.secateur.v1.QueryUploadRequest\x1a .secateur.v1.QueryUploadResponse\x12I\n\x08\x44ownload\x12\x1c.secateur.v1.DownloadRequest\x1a\x1d.secateur.v1.DownloadResponse0\x01\x12\x37\n\x03Get\x12\x17.secateur.v1.GetRequest\x1a\x17.secateur.v1.Checkpoint\x12;\n\x04List\x12\x18.secateur.v1.ListRequest\x1a\x19.secateur.v1.ListResponse\x12<\n\x06\x44\x65lete\x12\x1a.secateur.v1.DeleteRequest\x1a\x16.google.protobuf.Emptyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,19 +45,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_QUERYUPLOADRESPONSE']._serialized_start=393
   _globals['_QUERYUPLOADRESPONSE']._serialized_end=439
   _globals['_DOWNLOADREQUEST']._serialized_start=441
-  _globals['_DOWNLOADREQUEST']._serialized_end=509
-  _globals['_DOWNLOADRESPONSE']._serialized_start=511
-  _globals['_DOWNLOADRESPONSE']._serialized_end=588
-  _globals['_DOWNLOADRESULT']._serialized_start=590
-  _globals['_DOWNLOADRESULT']._serialized_end=660
-  _globals['_GETREQUEST']._serialized_start=662
-  _globals['_GETREQUEST']._serialized_end=688
-  _globals['_LISTREQUEST']._serialized_start=690
-  _globals['_LISTREQUEST']._serialized_end=742
-  _globals['_LISTRESPONSE']._serialized_start=744
-  _globals['_LISTRESPONSE']._serialized_end=829
-  _globals['_DELETEREQUEST']._serialized_start=831
-  _globals['_DELETEREQUEST']._serialized_end=883
-  _globals['_CHECKPOINTS']._serialized_start=886
-  _globals['_CHECKPOINTS']._serialized_end=1301
+  _globals['_DOWNLOADREQUEST']._serialized_end=525
+  _globals['_DOWNLOADRESPONSE']._serialized_start=527
+  _globals['_DOWNLOADRESPONSE']._serialized_end=604
+  _globals['_DOWNLOADRESULT']._serialized_start=606
+  _globals['_DOWNLOADRESULT']._serialized_end=676
+  _globals['_GETREQUEST']._serialized_start=678
+  _globals['_GETREQUEST']._serialized_end=704
+  _globals['_LISTREQUEST']._serialized_start=706
+  _globals['_LISTREQUEST']._serialized_end=758
+  _globals['_LISTRESPONSE']._serialized_start=760
+  _globals['_LISTRESPONSE']._serialized_end=845
+  _globals['_DELETEREQUEST']._serialized_start=847
+  _globals['_DELETEREQUEST']._serialized_end=899
+  _globals['_CHECKPOINTS']._serialized_start=902
+  _globals['_CHECKPOINTS']._serialized_end=1317
 # @@protoc_insertion_point(module_scope)

@@ -59,7 +59,7 @@ class UploadHeader(google.protobuf.message.Message):
     def files(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___UploadFile]:
         """The files of one model, at least one: a single safetensors file, or shards and the index that
         names them. The data of the messages is these files, one behind another, each from its
-        `offset` on.
+        `offset` on. More than 10,000 entries: INVALID_ARGUMENT.
         """
 
     def __init__(
@@ -110,7 +110,7 @@ class QueryUploadRequest(google.protobuf.message.Message):
     FILES_FIELD_NUMBER: builtins.int
     @property
     def files(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[secateur_proto.checkpoint_pb2.File]:
-        """Size and digest of each are required."""
+        """Size and digest of each are required. More than 100,000 entries: INVALID_ARGUMENT."""
 
     def __init__(
         self,
@@ -151,6 +151,7 @@ class DownloadRequest(google.protobuf.message.Message):
 
     NAME_FIELD_NUMBER: builtins.int
     OUTPUT_FIELD_NUMBER: builtins.int
+    OFFSET_FIELD_NUMBER: builtins.int
     name: builtins.str
     """The checkpoint. Required."""
     output: secateur_proto.pruner_pb2.Output.ValueType
@@ -158,13 +159,19 @@ class DownloadRequest(google.protobuf.message.Message):
     for OUTPUT_DENSE of one that has pairs X_orig, X_mask. OUTPUT_MASKS: the masks of every tensor
     that has one. OUTPUT_NONE: INVALID_ARGUMENT.
     """
+    offset: builtins.int
+    """How many bytes of the data the caller has already, and the server does not send: a download
+    that broke goes on. `result` is the same whatever the offset. More than `result.data_bytes`:
+    INVALID_ARGUMENT.
+    """
     def __init__(
         self,
         *,
         name: builtins.str = ...,
         output: secateur_proto.pruner_pb2.Output.ValueType = ...,
+        offset: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["name", b"name", "output", b"output"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "offset", b"offset", "output", b"output"]) -> None: ...
 
 Global___DownloadRequest: typing_extensions.TypeAlias = DownloadRequest
 

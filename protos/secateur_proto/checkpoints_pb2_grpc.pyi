@@ -132,7 +132,9 @@ class CheckpointsStub(typing.Generic[_CheckpointsUploadType, _CheckpointsQueryUp
     Errors of every rpc, beside those of Pruner:
       NOT_FOUND, CHECKPOINT_NOT_FOUND: there is none of that name, for this caller. Do not retry.
       RESOURCE_EXHAUSTED, STORE_FULL: the disk is full; or --store-max-bytes has no room, even if
-        everything went that is not in use. Retry later, or delete something.
+        everything of the caller went that is not in use, and what other tenants have above their fair
+        share. Retry later, or delete something.
+      UNAVAILABLE, STORE_FAILED: the store's disk failed, and nothing of the call is kept. Retry.
       DATA_LOSS, DATA_LOSS: the checkpoint is not what was stored: its disk failed. Upload it again.
       ABORTED, UPLOAD_TAKEN_OVER: the same caller began the same upload anew.
     """
@@ -251,7 +253,9 @@ class CheckpointsServicer(metaclass=abc.ABCMeta):
     Errors of every rpc, beside those of Pruner:
       NOT_FOUND, CHECKPOINT_NOT_FOUND: there is none of that name, for this caller. Do not retry.
       RESOURCE_EXHAUSTED, STORE_FULL: the disk is full; or --store-max-bytes has no room, even if
-        everything went that is not in use. Retry later, or delete something.
+        everything of the caller went that is not in use, and what other tenants have above their fair
+        share. Retry later, or delete something.
+      UNAVAILABLE, STORE_FAILED: the store's disk failed, and nothing of the call is kept. Retry.
       DATA_LOSS, DATA_LOSS: the checkpoint is not what was stored: its disk failed. Upload it again.
       ABORTED, UPLOAD_TAKEN_OVER: the same caller began the same upload anew.
     """

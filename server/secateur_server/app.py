@@ -27,7 +27,8 @@ from secateur_server.operate.tls import BadCertificate, TlsFiles, server_credent
 from secateur_server.operate.traces import NoTraces, Traces
 from secateur_server.service import Pruner, add_pruner
 from secateur_server.sources import Sources
-from secateur_server.store.store import Store, StoreInUse, default_max_bytes, temporary_folder
+from secateur_server.store.folders import default_max_bytes, temporary_folder
+from secateur_server.store.store import Store, StoreInUse
 from secateur_server.uris.uris import Uris
 from secateur_server.warm_up import warm_up
 

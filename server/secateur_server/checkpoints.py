@@ -12,6 +12,7 @@ from secateur_proto import checkpoints_pb2 as pb
 from secateur_proto import pruner_pb2
 from secateur_proto.checkpoint_pb2 import Checkpoint
 from secateur_proto.codec import Data, Decoder, encode
+from secateur_server.devices.watch import watch
 from secateur_server.errors import (
     CheckpointNotFound,
     IdleTimeout,
@@ -23,7 +24,7 @@ from secateur_server.errors import (
 from secateur_server.landing import Landing
 from secateur_server.mapped import map_model, of_blob
 from secateur_server.messages.checkpoint import checkpoint_message, file_message
-from secateur_server.messages.files import decode_file, decode_files, page_token
+from secateur_server.messages.files import check_count, decode_file, decode_files, page_token
 from secateur_server.messages.stream import Bytes, open_request, responses
 from secateur_server.model import masks_of, packed_masks
 from secateur_server.operate.calls import this_call
@@ -36,6 +37,7 @@ from secateur_server.wire.reader import ByteStream
 from secateur_server.wire.writer import OutgoingFile, chunks
 
 MOST_PER_PAGE = 1000
+MOST_QUERIED = 100_000
 
 
 class Checkpoints:
@@ -92,8 +94,10 @@ class Checkpoints:
         self, request: pb.QueryUploadRequest, context: grpc.ServicerContext
     ) -> pb.QueryUploadResponse:
         """Says how much of some files is here."""
-        owner, sizes = _owner(), []
+        check_count("files", len(request.files), MOST_QUERIED)
+        owner, sizes, of_call = _owner(), [], watch()
         for index, message in enumerate(request.files):
+            of_call.check()
             file = decode_file(message, f"files[{index}]", is_digest_required=True)
             sizes.append(self._store.uploads.held(owner, file.blake3, file.size))
         return pb.QueryUploadResponse(committed_sizes=sizes)
@@ -109,9 +113,11 @@ class Checkpoints:
             opened = held.enter_context(self._store.open(_owner(), request.name))
             files = self._files(opened, output)
             size = sum(file.size for file in files)
+            if request.offset > size:
+                raise InvalidRequest("offset", f"{request.offset} is more than the {size} bytes")
             result = pb.DownloadResult(files=map(file_message, files), data_bytes=size)
             sent = self._sources.metrics.sent
-            yield from responses(pb.DownloadResponse, result, chunks(files), sent)
+            yield from responses(pb.DownloadResponse, result, chunks(files, request.offset), sent)
 
     def _files(self, opened: OpenCheckpoint, output: int) -> list[OutgoingFile]:
         blobs, masks = opened.files, opened.masks
@@ -167,7 +173,7 @@ def _owner() -> str:
 
 
 def _as_stored(blob: Blob) -> OutgoingFile:
-    return OutgoingFile(blob.filename, len(blob.data), blob.digest, blob.blocks)
+    return OutgoingFile(blob.filename, len(blob.data), blob.digest, blob.blocks, blob.blocks)
 
 
 def add_checkpoints(checkpoints: Checkpoints, server: grpc.Server) -> str:

@@ -1,12 +1,15 @@
 """Files that are on disk when a function returns, and disks that are full."""
 
 import errno
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from secateur_server.errors import StoreFull
+from secateur_server.errors import StoreFailed, StoreFull
+
+log = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -23,6 +26,21 @@ def full_disk() -> Iterator[None]:
         if error.errno not in _FULL:
             raise
         raise StoreFull("data", f"the store's disk is full: {error.strerror}") from None
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Raises StoreFull where the disk has no room, and StoreFailed where it fails otherwise."""
+    try:
+        with full_disk():
+            yield
+    except OSError as error:
+        if error.errno in NO_MORE:
+            raise
+        log.error("the store's disk failed: %s", error)
+        raise StoreFailed(
+            "data", f"the store's disk failed: {error.strerror}; send it again"
+        ) from None
 
 
 # How much is written at most before the disk is waited for: no wait takes long, and a call that is
@@ -54,11 +72,11 @@ class DurableFile:
 def write_whole(path: Path, data: bytes) -> None:
     """Puts a file in its place: after a crash the new one is there, or what was there before.
 
-    Errors: StoreFull.
+    Errors: StoreFull, StoreFailed.
     """
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
-        with full_disk(), unfinished.open("wb") as file:
+        with disk_errors(), unfinished.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -20,6 +20,7 @@ RequestError
     ModelTooLarge           RESOURCE_EXHAUSTED  above --max-model-bytes
     OutOfMemory             RESOURCE_EXHAUSTED  no memory for it now
     StoreFull               RESOURCE_EXHAUSTED  no room on the store's disk
+    StoreFailed             UNAVAILABLE         the store's disk failed; nothing of it is kept
     CheckpointNotFound      NOT_FOUND           the caller has none of that name
     DataLoss                DATA_LOSS           a checkpoint is not what was stored
     TakenOver               ABORTED             the same upload began anew
@@ -163,6 +164,13 @@ class StoreFull(RequestError):
 
     status = "RESOURCE_EXHAUSTED"
     reason = "STORE_FULL"
+
+
+class StoreFailed(RequestError):
+    """The store's disk failed. Nothing of what the call sent is kept: the caller sends it again."""
+
+    status = "UNAVAILABLE"
+    reason = "STORE_FAILED"
 
 
 class CheckpointNotFound(RequestError):

@@ -5,9 +5,9 @@ from types import TracebackType
 from typing import Self
 
 from secateur_server.errors import QuotaExceeded, StoreFull
+from secateur_server.store.holdings import Upload
 from secateur_server.store.records import Record, StoredFile
 from secateur_server.store.store import Store
-from secateur_server.store.uploads import Upload
 from secateur_server.wire.writer import Bytes, OutgoingFile, watched_parts
 
 
@@ -51,8 +51,8 @@ class Landing:
         return self.land(file.filename, file.size, file.parts(), file.blake3)
 
     def create(self, files: tuple[StoredFile, ...], masks: StoredFile | None = None) -> Record:
-        """Makes a checkpoint of files that are here.  Errors: StoreFull."""
-        record = self._store.create(self._owner, files, masks)
+        """Makes a checkpoint of files that are here.  Errors: StoreFull, QuotaExceeded."""
+        record = self._store.create(self._owner, files, masks, self._quota)
         self.abandon()  # the checkpoint holds the files now
         return record
 

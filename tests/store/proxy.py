@@ -11,13 +11,15 @@ READ_BYTES = 1 << 16
 class Proxy:
     """Carries bytes to and from a server. Each connection is cut after so many bytes of it.
 
-    cuts: bytes from the caller after which the first connection is cut, the second, and so on;
-    the connections behind them last.  carried: bytes from callers, of all connections.
+    cuts: bytes after which the first connection is cut, the second, and so on; the connections
+    behind them last.  is_back: they are of the server's answers, and else from the caller.
+    carried: bytes that way, of all connections.
     """
 
-    def __init__(self, target: str, cuts: Sequence[int]) -> None:
+    def __init__(self, target: str, cuts: Sequence[int], is_back: bool) -> None:
         self.target = target
         self.carried = 0
+        self._is_back = is_back
         self.connections = 0
         self._cuts = list(cuts)
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -40,18 +42,20 @@ class Proxy:
         except OSError:  # it is not there now
             caller.close()
             return
-        back = threading.Thread(target=_pump, args=(server, caller), daemon=True)
+        ways = [(server, caller), (caller, server)]
+        other, counted = ways if not self._is_back else ways[::-1]
+        back = threading.Thread(target=_pump, args=other, daemon=True)
         back.start()
         with caller, server, suppress(OSError):
-            self._forward(caller, server, most)
+            self._forward(*counted, most)
             for end in (caller, server):
                 end.shutdown(socket.SHUT_RDWR)
             back.join()
 
-    def _forward(self, caller: socket.socket, server: socket.socket, most: int | None) -> None:
+    def _forward(self, source: socket.socket, target: socket.socket, most: int | None) -> None:
         done = 0
-        while (most is None or done < most) and (data := caller.recv(READ_BYTES)):
-            server.sendall(data)
+        while (most is None or done < most) and (data := source.recv(READ_BYTES)):
+            target.sendall(data)
             done += len(data)
             self.carried += len(data)
 
@@ -66,12 +70,13 @@ def _pump(source: socket.socket, target: socket.socket) -> None:
     with suppress(OSError):
         while data := source.recv(READ_BYTES):
             target.sendall(data)
+        target.shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager
-def proxy(target: str, *cuts: int) -> Iterator[Proxy]:
+def proxy(target: str, *cuts: int, is_back: bool = False) -> Iterator[Proxy]:
     """A proxy in front of the server at `target`."""
-    running = Proxy(target, cuts)
+    running = Proxy(target, cuts, is_back)
     try:
         yield running
     finally:

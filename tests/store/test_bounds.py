@@ -20,7 +20,7 @@ import secateur
 from secateur_proto.checkpoints_pb2 import DownloadRequest
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
 from secateur_server.store import store as store_module
-from secateur_server.store.store import default_max_bytes
+from secateur_server.store.folders import default_max_bytes
 from tests.conftest import RunningServer, eventually, inner_server, start_server
 from tests.contract.raw import failure, kept_open, series
 from tests.operate.test_lifecycle import run_server
@@ -94,8 +94,6 @@ def evictions(server: RunningServer, reason: str) -> tuple[int, int]:
 @contextmanager
 def unread(store: Kept, checkpoint: secateur.Checkpoint) -> Iterator[None]:
     """A download that nobody reads while the block runs."""
-    ended = {"grpc_method": "Download", "grpc_code": "Canceled"}
-    canceled = partial(series, store.server, "grpc_server_handled_total", **ended)
     with grpc.insecure_channel(store.server.address, LITTLE_AHEAD) as channel:
         stub = CheckpointsStub(channel)
         call = stub.Download(DownloadRequest(name=checkpoint.name), timeout=300)
@@ -103,9 +101,16 @@ def unread(store: Kept, checkpoint: secateur.Checkpoint) -> Iterator[None]:
         try:
             yield
         finally:
-            before = canceled()
-            call.cancel()
-            eventually(lambda: canceled() - before, 1.0)
+            cancelled(store, "Download", call)
+
+
+def cancelled(store: Kept, method: str, call: grpc.RpcContext) -> None:
+    """Cancels a call, and waits until the server has seen it."""
+    ended = {"grpc_method": method, "grpc_code": "Canceled"}
+    count = partial(series, store.server, "grpc_server_handled_total", **ended)
+    before = count()
+    call.cancel()
+    eventually(lambda: count() - before, 1.0)
 
 
 def size_on_disk(checkpoint: secateur.Checkpoint) -> int:
@@ -182,18 +187,18 @@ def test_a_model_above_all_is_refused_at_once(store: Kept) -> None:
     assert received(store.server) == before
 
 
-def test_what_is_on_its_way_counts_and_goes_when_it_is_left(store: Kept) -> None:
-    data = file_of(LARGE[0])
-    requests = upload_requests([upload_file(file_message(data))], data[:MIB])
+def test_what_has_come_counts_and_goes_when_it_is_left(store: Kept) -> None:
+    data, come = file_of(LARGE[0]), 3 * MIB
+    requests = upload_requests([upload_file(file_message(data))], data[:come])
     with kept_open(requests) as messages:
         call = CheckpointsStub(store.channel).Upload.future(messages)
-        eventually(lambda: committed(store.channel, file_message(data)), MIB)
-        assert series(store.server, "secateur_store_bytes") == len(data)
+        eventually(lambda: committed(store.channel, file_message(data)), come)
+        assert series(store.server, "secateur_store_bytes") == come + 3 * 32
         store.client.upload(LARGE[1])
         (second,) = store.client.checkpoints()
         with unread(store, second), pytest.raises(secateur.StoreFull):
             store.client.upload(LARGE[2])  # neither goes: one is sent, one is used
-        call.cancel()
+        cancelled(store, "Upload", call)
     store.client.upload(LARGE[2])  # in place of what was left half way
     assert committed(store.channel, file_message(data)) == 0
     assert len(names(store)) == 2

@@ -4,9 +4,10 @@ import json
 import random
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 import secateur
 from tests.conftest import RunningServer, eventually, inner_server, start_server
 from tests.pruning.torch_side import assert_same_tensors
+from tests.store.lost_pages import losing_disk
 from tests.store.stored import blobs, check_tidy, downloaded, model
 
 CALLERS = 3
@@ -151,8 +153,13 @@ def check_all_there(server: RunningServer, ledger: Ledger, folder: Path, scratch
     assert blobs(folder).keys() == digests_in_records(folder)
 
 
-def survive(kills: int, folder: Path, scratch: Path) -> tuple[int, int]:
-    """Kills a server so often. Returns: checkpoints made, and those of them that were deleted."""
+def survive(
+    kills: int, folder: Path, scratch: Path, crash: Callable[[], object] = lambda: None
+) -> tuple[int, int]:
+    """Kills a server so often. Returns: checkpoints made, and those of them that were deleted.
+
+    crash: what becomes of the disk each time.
+    """
     ledger, draws, made = Ledger(), random.Random(kills), set()
     for seed in range(kills):
         server = start_server("--store-dir", str(folder))
@@ -162,6 +169,7 @@ def survive(kills: int, folder: Path, scratch: Path) -> tuple[int, int]:
             eventually(lambda enough=enough: bool(errors) or ledger.answers >= enough, True)  # type: ignore[misc]
             threading.Event().wait(draws.uniform(0, 0.05))
             assert errors == []
+        crash()
         made |= {checkpoint.name for checkpoint in ledger.kept} | ledger.gone
     with inner_server("--store-dir", str(folder)) as server:
         check_all_there(server, ledger, folder, scratch)
@@ -180,3 +188,23 @@ def test_a_server_that_is_killed_a_hundred_times_loses_nothing(tmp_path: Path) -
     print(f"100 kills, {made} checkpoints made, {deleted} of them deleted")
     assert made > 100
     assert deleted > 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("crashes", [20, 500])
+def test_a_server_whose_disk_loses_what_was_not_synced_loses_nothing(
+    tmp_path: Path, crashes: int
+) -> None:
+    disk, draws, kills, lost = losing_disk(tmp_path), random.Random(crashes), count(), list[int]()
+
+    def crash() -> None:
+        if next(kills) % 5:  # else the server alone is killed, and the power goes later
+            lost.append(disk.crash(draws))
+
+    with disk.preloaded():
+        made, deleted = survive(crashes * 5 // 4, disk.store, tmp_path, crash)
+    assert len(lost) == crashes
+    print(f"{crashes} crashes, {made} checkpoints made, {deleted} of them deleted")
+    assert sum(lost) > crashes  # names and files, of what nobody had been told
+    assert made > crashes
+    assert deleted > 0

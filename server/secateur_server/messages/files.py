@@ -7,6 +7,7 @@ from secateur_proto.checkpoint_pb2 import File
 from secateur_proto.checkpoints_pb2 import UploadFile
 from secateur_server.errors import InvalidRequest, quote
 from secateur_server.store.records import StoredFile
+from secateur_server.store.uploads import MOST_FILES
 
 _DIGEST = re.compile("[0-9a-f]{64}")
 _TOKEN = re.compile("[0-9a-f]{32}")
@@ -16,6 +17,7 @@ def decode_files(files: Sequence[UploadFile]) -> list[tuple[StoredFile, int]]:
     """The files of an upload, and from where on each comes.  Errors: InvalidRequest."""
     if not files:
         raise InvalidRequest("header.files", "at least one file is needed, or a uri")
+    check_count("header.files", len(files), MOST_FILES)
     decoded, names = [], set()
     for index, message in enumerate(files):
         field = f"header.files[{index}]"
@@ -29,6 +31,12 @@ def decode_files(files: Sequence[UploadFile]) -> list[tuple[StoredFile, int]]:
         names.add(file.filename)
         decoded.append((file, message.offset))
     return decoded
+
+
+def check_count(field: str, count: int, most: int) -> None:
+    """Errors: InvalidRequest, where there are more entries than `most`."""
+    if count > most:
+        raise InvalidRequest(field, f"{count} entries; send at most {most} in one call")
 
 
 def decode_file(message: File, field: str, is_digest_required: bool = False) -> StoredFile:

@@ -5,17 +5,19 @@ reader checks what it reads and need not read the rest. Both are on disk before 
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 from blake3 import blake3
 
 from secateur_server.devices.faults import Torn
 from secateur_server.devices.mapping import map_file
-from secateur_server.durable import NO_MORE, DurableFile, full_disk, sync_folder
-from secateur_server.errors import DataLoss, quote
+from secateur_server.durable import NO_MORE, DurableFile, disk_errors, sync_folder
+from secateur_server.errors import DataLoss, StoreFailed, TakenOver, quote
 
 BLOCK = 1 << 20
 _SUM_BYTES = 32
@@ -26,34 +28,74 @@ def sums_bytes(size: int) -> int:
     return -(-size // BLOCK) * _SUM_BYTES
 
 
+def disk_bytes(size: int) -> int:
+    """What a blob of `size` bytes takes on disk, with its sums."""
+    return size + sums_bytes(size)
+
+
 class Part:
-    """A file on its way into the store, in a folder of such files.  Errors: StoreFull."""
+    """A file on its way into the store, in a folder of such files.  Errors: StoreFull, StoreFailed.
+
+    Where its disk fails once it is lost: the system may have dropped what it could not write, and
+    says so only once.
+
+    The file exists from the first byte on. Several calls may have a part, of which one has taken
+    it over from another: no two threads are at its file at once.
+
+    Attributes:
+        size: Bytes that have been written.
+        reserved: Bytes that it may take on disk; the store counts them.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.size = 0
+        self.size = self.reserved = 0
+        self._busy = threading.Lock()
+        self._is_discarded = self._is_lost = False
         self._path = path
         self._whole, self._block, self._sums = blake3(), blake3(), bytearray()
-        with full_disk():
-            self._file = path.open("xb", buffering=0)
-        self._disk = DurableFile(self._file.fileno())
+        self._file: FileIO | None = None
 
     def rest(self) -> None:
-        """Nothing comes for a while: of open files a process has a number, of others it has not."""
-        self._file.close()
+        """Closes the file until the next byte comes: a process may have only so many open."""
+        with self._busy, self._losing():
+            if self._file:
+                self._disk.sync()  # whoever opens it again may not be told what failed before
+            self._close()
+
+    @contextmanager
+    def _losing(self) -> Iterator[None]:
+        """The block is at the disk: where it fails the part is lost."""
+        if self._is_discarded:
+            raise TakenOver("data", "another call of the same caller has ended this upload")
+        if self._is_lost:
+            raise StoreFailed("data", "the store's disk failed before; send it again")
+        try:
+            with disk_errors():
+                yield
+        except BaseException:
+            self._is_lost = True
+            raise
+
+    def _close(self) -> None:
+        if self._file:
+            self._file.close()
+            self._file = None
 
     def _open(self) -> None:
-        if self._file.closed:
-            self._file = self._path.open("r+b", buffering=0)
+        if self._file is None:
+            self._file = FileIO(self._path, "r+" if self.size else "x")
             self._file.seek(self.size)
             self._disk = DurableFile(self._file.fileno())
 
     def write(self, data: bytes | memoryview) -> None:
         """Appends `data`."""
-        self._open()
-        view = memoryview(data)
+        with self._busy, self._losing():
+            self._open()
+            self._write(memoryview(data))
+
+    def _write(self, view: memoryview) -> None:
         while view:
-            with full_disk():
-                count = self._disk.write(view[: BLOCK - self.size % BLOCK])
+            count = self._disk.write(view[: BLOCK - self.size % BLOCK])
             self._whole.update(view[:count])
             self._block.update(view[:count])
             self.size += count
@@ -71,33 +113,38 @@ class Part:
 
     def finish(self, blobs: Path) -> str:
         """Makes it a blob of the folder `blobs`, on disk.  Returns: its digest."""
-        self._open()
+        with self._busy, self._losing():
+            self._open()
+            return self._finish(blobs)
+
+    def _finish(self, blobs: Path) -> str:
         if self.size % BLOCK:
             self._end_block()
         target = blobs / self.digest()
         sums = self._path.with_suffix(".sums")
         try:
-            with full_disk():
-                with sums.open("wb") as file:
-                    file.write(self._sums)
-                    file.flush()
-                    os.fsync(file.fileno())
-                self._disk.sync()
-                os.replace(sums, sums_path(target))
-                os.replace(self._path, target)
-                sync_folder(blobs)
+            with sums.open("wb") as file:
+                file.write(self._sums)
+                file.flush()
+                os.fsync(file.fileno())
+            self._disk.sync()
+            os.replace(sums, sums_path(target))
+            os.replace(self._path, target)
+            sync_folder(blobs)
         finally:
-            self._file.close()
-            for path in (sums, self._path):
-                with suppress(FileNotFoundError):
-                    path.unlink()
+            sums.unlink(missing_ok=True)
+            self._discard()
         return target.name
 
     def discard(self) -> None:
         """Leaves nothing of it."""
-        self._file.close()
-        with suppress(FileNotFoundError):
-            self._path.unlink()
+        with self._busy:
+            self._discard()
+
+    def _discard(self) -> None:
+        self._is_discarded = True
+        self._close()
+        self._path.unlink(missing_ok=True)
 
 
 def sums_path(blob: Path) -> Path:
@@ -155,13 +202,13 @@ class Blob:
             self.damaged()
             raise _lost(self.of, self.filename, "could not be read to its end")
 
-    def blocks(self) -> Iterator[bytes]:
-        """The bytes of the file, each checked, and not looked at again."""
-        for block in range(self.block_count):
+    def blocks(self, offset: int = 0) -> Iterator[bytes | memoryview]:
+        """The bytes of the file from `offset` on, each checked, and not looked at again."""
+        for block in range(offset // BLOCK, self.block_count):
             read = bytes(self.data[block * BLOCK : (block + 1) * BLOCK])
             if blake3(read).digest() != self.sums[block * _SUM_BYTES :][:_SUM_BYTES]:
                 self.check(block)
-            yield read
+            yield memoryview(read)[max(0, offset - block * BLOCK) :]
 
 
 def open_blob(path: Path, size: int, of: str, filename: str, damaged: Callable[[], None]) -> Blob:

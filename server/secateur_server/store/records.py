@@ -1,15 +1,19 @@
 """What a checkpoint is, as a file of JSON that holds its own digest."""
 
 import json
+import logging
+import os
 import secrets
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from blake3 import blake3
 
 from secateur_server.durable import write_whole
 from secateur_server.errors import DataLoss
+
+log = logging.getLogger(__name__)
 
 PREFIX = "checkpoints/"
 
@@ -56,10 +60,42 @@ def new_record(files: tuple[StoredFile, ...], masks: StoredFile | None) -> Recor
 
 
 def write_record(folder: Path, record: Record) -> None:
-    """Puts a record on disk.  Errors: StoreFull."""
+    """Puts a record on disk.  Errors: StoreFull, StoreFailed."""
     text = json.dumps(asdict(record), separators=(",", ":"))
     digest = blake3(text.encode()).hexdigest()
     write_whole(folder / f"{record.id}.json", f"{digest}\n{text}\n".encode())
+
+
+@dataclass
+class Found:
+    """What the folder of an owner holds.
+
+    Attributes:
+        records: Each with the time of its last use, in seconds since 1970.
+        unreadable: Ids of records that differ from what was written.
+        unfinished: What a crash left.
+    """
+
+    records: list[tuple[Record, float]] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+    unfinished: list[Path] = field(default_factory=list)
+
+
+def read_records(folder: Path) -> Found:
+    """Reads the records of an owner."""
+    found = Found()
+    with os.scandir(folder) as files:
+        for file in files:
+            path = Path(file.path)
+            if file.name.startswith(".") and file.name.endswith(".unfinished"):
+                found.unfinished.append(path)
+            elif file.name.endswith(".json"):
+                try:
+                    found.records.append((read_record(path), file.stat().st_mtime))
+                except DataLoss as error:
+                    found.unreadable.append(path.stem)
+                    log.error("%s", error)
+    return found
 
 
 def read_record(path: Path) -> Record:

@@ -1,61 +1,94 @@
-"""The blobs of a store: each once, for as long as anything refers to it."""
+"""The blobs of a store: each once, for as long as anything uses it."""
 
 import logging
-from collections import Counter
+import os
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from threading import RLock
+from threading import Condition
 
-from secateur_server.store.blobs import Blob, has_blob, open_blob, remove_blob, sums_bytes
+from secateur_server.durable import disk_errors, sync_folder
+from secateur_server.store.blobs import Blob, Part, disk_bytes, has_blob, open_blob, remove_blob
 from secateur_server.store.records import StoredFile
+from secateur_server.store.references import References
 
 log = logging.getLogger(__name__)
 
 
-class Shelf:
-    """A folder of blobs, with the number of what refers to each: checkpoints, uploads, calls."""
+@dataclass
+class Trash:
+    """Files that nothing uses any more, to be removed once the store's lock is released.
 
-    def __init__(self, folder: Path, lock: RLock) -> None:
+    Attributes:
+        blobs: Their digests, as Shelf.release returned them.
+    """
+
+    records: list[Path] = field(default_factory=list)
+    blobs: list[str] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
+
+
+class Shelf:
+    """A folder of blobs.
+
+    Attributes:
+        references: Of checkpoints, uploads and calls.
+        removing_bytes: Of blobs that are being removed, and are still on disk.
+    """
+
+    def __init__(self, folder: Path, lock: Condition) -> None:
         self.folder = folder
+        self.references = References()
+        self.removing_bytes = 0
         self._lock = lock
-        self._references: Counter[str] = Counter()  # by digest
-        self._sizes: dict[str, int] = {}
-        self._size = 0
+        self._removing: dict[str, int] = {}  # bytes by digest
         self._damaged: set[str] = set()
 
-    def size(self) -> int:
-        """What all blobs take on disk."""
-        return self._size
-
-    def bytes_freed(self, references: Counter[str]) -> int:
-        """What goes with so many references to each digest: a blob that nobody else has."""
-        with self._lock:
-            gone = (d for d, count in references.items() if count == self._references[d])
-            return sum(_disk_bytes(self._sizes[d]) for d in gone)
-
     def unknown(self) -> list[Path]:
-        """What is in the folder that nothing refers to."""
-        known = {name for digest in self._sizes for name in (digest, f"{digest}.sums")}
-        return [path for path in self.folder.iterdir() if path.name not in known]
+        """What is in the folder and belongs to no file that is used."""
+        names = os.listdir(self.folder)
+        return [self.folder / n for n in names if n.removesuffix(".sums") not in self.references]
 
-    def refer(self, files: Iterable[StoredFile]) -> None:
-        """Keeps blobs that are there, or are to come."""
+    def acquire(self, files: Iterable[StoredFile]) -> None:
+        """Keeps blobs that exist, or are about to."""
         with self._lock:
-            for file in files:
-                self._references[file.blake3] += 1
-                if file.blake3 not in self._sizes:
-                    self._sizes[file.blake3] = file.size
-                    self._size += _disk_bytes(file.size)
+            self.references.acquire(files)
 
-    def release(self, files: Iterable[StoredFile]) -> None:
-        """Takes back what `refer` did; the last to do so removes the blob."""
+    def release(self, files: Iterable[StoredFile]) -> list[str]:
+        """Takes back `acquire`.
+
+        Returns:
+            The digests of blobs that nothing uses any more. The caller must pass them to `remove`.
+        """
         with self._lock:
-            for file in files:
-                self._references[file.blake3] -= 1
-                if not self._references[file.blake3]:
-                    del self._references[file.blake3]
-                    self._size -= _disk_bytes(self._sizes.pop(file.blake3))
-                    remove_blob(self.folder / file.blake3)
+            unused = {file.blake3: disk_bytes(file.size) for file in self.references.release(files)}
+            self._removing |= unused
+            self.removing_bytes += sum(unused.values())
+            return list(unused)
+
+    def wait_until_removed(self, digest: str) -> None:
+        """Waits, with the lock, while a blob is being removed that is about to be written anew."""
+        while digest in self._removing:
+            self._lock.wait()
+
+    def remove(self, trash: Trash) -> None:
+        """Removes files from the disk.  The caller must not have the lock: it takes a while.
+
+        Records go first, and for good: no crash may leave one without its blobs.
+        Errors: StoreFailed.
+        """
+        try:
+            for part in trash.parts:
+                part.discard()
+            with disk_errors():
+                remove_records(trash.records)
+                for digest in trash.blobs:
+                    remove_blob(self.folder / digest)
+        finally:
+            with self._lock:
+                self.removing_bytes -= sum(self._removing.pop(digest) for digest in trash.blobs)
+                self._damaged.difference_update(trash.blobs)
+                self._lock.notify_all()
 
     def has(self, digest: str, size: int) -> bool:
         """Whether a blob is there, and nothing is known against it."""
@@ -75,6 +108,11 @@ class Shelf:
         return open_blob(self.folder / file.blake3, file.size, of, file.filename, damaged)
 
 
-def _disk_bytes(size: int) -> int:
-    """What a blob of `size` bytes takes, with its sums."""
-    return size + sums_bytes(size)
+def remove_records(records: Iterable[Path]) -> None:
+    """Removes records. They stay removed after a crash."""
+    folders = set()
+    for path in records:
+        path.unlink(missing_ok=True)
+        folders.add(path.parent)
+    for folder in folders:
+        sync_folder(folder)

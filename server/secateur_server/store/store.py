@@ -12,32 +12,28 @@ import os
 import shutil
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
-from secateur_server.durable import full_disk, sync_folder
-from secateur_server.errors import (
-    CheckpointNotFound,
-    DataLoss,
-    QuotaExceeded,
-    StoreFull,
-    quote,
-)
+from secateur_server.durable import disk_errors, sync_folder
+from secateur_server.errors import CheckpointNotFound, DataLoss, StoreFull, TakenOver, quote
 from secateur_server.store.blobs import Blob
+from secateur_server.store.holdings import Entry, Holding, Holdings, Upload
 from secateur_server.store.records import (
     PREFIX,
     RECORD_BYTES,
     Record,
     StoredFile,
     new_record,
-    read_record,
+    read_records,
     write_record,
 )
-from secateur_server.store.shelf import Shelf
-from secateur_server.store.uploads import Upload, Uploads
+from secateur_server.store.room import Room, Victim
+from secateur_server.store.shelf import Shelf, Trash
+from secateur_server.store.uploads import Uploads
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +56,18 @@ class OpenCheckpoint:
     masks: Blob | None
 
 
+@dataclass
+class Evicted:
+    """What was taken out of the index to make room.
+
+    Attributes:
+        checkpoints: The name of each, why it was evicted, and the bytes that this frees.
+    """
+
+    checkpoints: list[tuple[str, str, int]] = field(default_factory=list)
+    trash: Trash = field(default_factory=Trash)
+
+
 class Store:
     """The checkpoints of all callers.  Errors of its making: StoreInUse.
 
@@ -77,22 +85,29 @@ class Store:
         evicted: Callable[[str, int], None] = lambda reason, count: None,
         is_temporary: bool = False,
     ) -> None:
-        self.max_bytes = max_bytes
         self.ttl = ttl
         self._evicted = evicted
         self._folder = folder
         self._is_temporary = is_temporary
         self.scratch = folder / "parts"
-        self._lock = threading.RLock()
+        self._lock = threading.Condition(threading.RLock())
         self._shelf = Shelf(folder / "blobs", self._lock)
-        self.uploads = Uploads(self._shelf, self.scratch, self._lock, self._owns, self._make_room)
-        self._records: dict[Key, Record] = {}
-        self._used_at: dict[Key, float] = {}
-        self._pins: Counter[Key] = Counter()
+        self._holdings = Holdings()
+        self._room = Room(max_bytes, self._holdings, self._shelf.references)
+        self.uploads = Uploads(
+            *(self._shelf, self._holdings, self._room),
+            *(self.scratch, self._lock, self._reserve_part),
+        )
+        self._unreadable: set[Key] = set()  # records that differ from what was written
+        self._owner_folders: set[Path] = set()  # which exist after a crash
         for path in (self._shelf.folder, self.scratch, folder / "checkpoints"):
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._hold()
-        self._load()
+        try:
+            self._load()
+        except BaseException:
+            self._lock_file.close()
+            raise
         self._is_closed = threading.Event()
         self._expiring = threading.Thread(target=self._expire, name="expire", daemon=True)
         self._expiring.start()
@@ -108,28 +123,36 @@ class Store:
 
     def _load(self) -> None:
         """Reads the records, and sweeps what was not finished."""
-        are_whole = True
-        for path in sorted(self._folder.glob("checkpoints/*/*.json")):
-            key = path.parent.name, path.stem
-            try:
-                self._add(key, read_record(path), path.stat().st_mtime)
-            except DataLoss as error:
-                are_whole = False  # what it needs is unknown
-                log.error("%s", error)
-        unfinished = [*self.scratch.iterdir(), *self._folder.glob("checkpoints/*/.*.unfinished")]
-        if are_whole:
+        checkpoints = self._folder / "checkpoints"
+        self._owner_folders = {folder for folder in checkpoints.iterdir() if folder.is_dir()}
+        entries: list[Entry] = []
+        unfinished = list(self.scratch.iterdir())
+        for folder in self._owner_folders:
+            found = read_records(folder)
+            entries += [Entry(folder.name, record, used) for record, used in found.records]
+            self._unreadable |= {(folder.name, ident) for ident in found.unreadable}
+            unfinished += found.unfinished
+        # A server before may have been killed ahead of its sync: what is seen now is to stay.
+        folders = (self._folder.parent, self._folder, self._shelf.folder, checkpoints)
+        for folder in (*folders, *self._owner_folders):
+            sync_folder(folder)
+        for entry in sorted(entries, key=lambda entry: entry.used):
+            self._shelf.acquire(entry.files())
+            self._add(entry)
+        if not self._unreadable:  # what those need is unknown
             unfinished += self._shelf.unknown()
         count = sum(path.stat().st_size for path in unfinished)
         for path in unfinished:
             path.unlink()
         log.info(
             "store %s: %d checkpoints, %d bytes; swept %d unfinished files of %d bytes",
-            *(self._folder, len(self._records), self.used_bytes, len(unfinished), count),
+            *(self._folder, len(entries), self.used_bytes, len(unfinished), count),
         )
 
-    def _add(self, key: Key, record: Record, used: float) -> None:
-        self._shelf.refer(record.blobs())
-        self._records[key], self._used_at[key] = record, used
+    def _add(self, entry: Entry) -> None:
+        self._holdings.count(entry.owner, RECORD_BYTES)
+        self._holdings.acquire(entry.owner, entry.files())
+        self._holdings.opened(entry.owner).add(entry)
 
     def close(self) -> None:
         """Gives the folder to whoever wants it next."""
@@ -142,42 +165,39 @@ class Store:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes on disk, with those that are announced and not here yet."""
+        """Bytes on disk, with those of parts that are about to be written."""
         with self._lock:
-            records = RECORD_BYTES * len(self._records)
-            return self._shelf.size() + self.uploads.size() + records
+            return self._room.used_bytes + self._shelf.removing_bytes
 
     @property
     def count(self) -> int:
         """How many checkpoints there are."""
-        return len(self._records)
+        with self._lock:
+            return sum(len(account.entries) for account in self._holdings.accounts.values())
 
     def get(self, owner: str, name: str) -> Record:
         """The record of a checkpoint.  Errors: CheckpointNotFound, DataLoss."""
         with self._lock:
-            return self._records[self._key(owner, name)]
+            return self._entry(owner, name).record
 
     def expire_time(self, owner: str, record: Record) -> float | None:
         """When a checkpoint goes, in seconds since 1970; None is never."""
-        used = self._used_at.get((owner, record.id))
-        return used + self.ttl if self.ttl and used is not None else None
+        with self._lock:
+            entry = self._holdings.get(owner).entries.get(record.id)
+        return entry.used + self.ttl if self.ttl and entry else None
 
     def page(self, owner: str, before: str, most: int) -> Sequence[Record]:
         """Up to `most` checkpoints, the newest first.  before: those older than this id."""
         with self._lock:
-            mine = [r for (of, _), r in self._records.items() if of == owner]
-        mine.sort(key=lambda record: record.id, reverse=True)
-        return [record for record in mine if not before or record.id < before][:most]
+            return self._holdings.get(owner).page(before, most)
 
-    def _key(self, owner: str, name: str) -> Key:
+    def _entry(self, owner: str, name: str) -> Entry:
         """Errors: CheckpointNotFound, DataLoss."""
-        key = owner, name.removeprefix(PREFIX)
+        ident = name.removeprefix(PREFIX)
         if name.startswith(PREFIX):
-            if key in self._records:
-                return key
-            # The text is the caller's: it is looked up among names, and never made a path.
-            folder = self._folder / "checkpoints" / owner
-            if folder.is_dir() and f"{key[1]}.json" in os.listdir(folder):
+            if entry := self._holdings.get(owner).entries.get(ident):
+                return entry
+            if (owner, ident) in self._unreadable:
                 raise DataLoss(name, "is not what was stored: its record differs")
         raise CheckpointNotFound("checkpoint", f"there is no {quote(name)}")
 
@@ -188,89 +208,117 @@ class Store:
         Errors: CheckpointNotFound, DataLoss.
         """
         with self._lock:
-            key = self._key(owner, name)
-            record = self._records[key]
-            self._touch(key)
-            self._pins[key] += 1
-            self._shelf.refer(record.blobs())
+            entry = self._entry(owner, name)
+            entry.pins += 1
+            self._shelf.acquire(entry.files())
+        record = entry.record
         try:
+            self._touch(entry)
             files = self.open_files(record.name, record.files)
             masks = self._shelf.open(record.name, record.masks) if record.masks else None
             yield OpenCheckpoint(record, files, masks)
         finally:
             with self._lock:
-                self._pins[key] -= 1
-                if not self._pins[key]:
-                    del self._pins[key]
-                if key in self._records:
-                    self._touch(key)  # a call may take longer than the ttl
-                self._shelf.release(record.blobs())
+                entry.pins -= 1
+                unused = self._shelf.release(entry.files())
+            self._touch(entry)  # a call may take longer than the ttl
+            self._shelf.remove(Trash(blobs=unused))
 
     def open_files(self, name: str, files: Sequence[StoredFile]) -> list[Blob]:
         """Opens files that an upload of the caller holds.  Errors: DataLoss."""
         return [self._shelf.open(name, file) for file in files]
 
-    def _owns(self, owner: str, digest: str, size: int) -> bool:
-        """Whether a checkpoint of `owner` has a file."""
-        return any(
-            (file.blake3, file.size) == (digest, size)
-            for (of, _), record in self._records.items()
-            if of == owner
-            for file in record.blobs()
-        )
-
-    def _touch(self, key: Key) -> None:
-        self._used_at[key] = now = time.time()
+    def _touch(self, entry: Entry) -> None:
+        now = time.time()
+        with self._lock:
+            account = self._holdings.get(entry.owner)
+            if entry.record.id not in account.entries:
+                return
+            account.touch(entry, now)
         with suppress(OSError):  # of a full disk, or a record that somebody took away
-            os.utime(self._record_path(key), (now, now))  # the system's own clock is coarser
+            # The system's own clock is coarser.
+            os.utime(self._record_path(entry.owner, entry.record.id), (now, now))
 
-    def _record_path(self, key: Key) -> Path:
-        return self._folder / "checkpoints" / key[0] / f"{key[1]}.json"
+    def _record_path(self, owner: str, ident: str) -> Path:
+        return self._folder / "checkpoints" / owner / f"{ident}.json"
 
     def create(
-        self, owner: str, files: tuple[StoredFile, ...], masks: StoredFile | None = None
+        self,
+        owner: str,
+        files: tuple[StoredFile, ...],
+        masks: StoredFile | None = None,
+        quota: int | None = None,
     ) -> Record:
         """Makes a checkpoint of files that are here. It is on disk when this returns.
 
-        Errors: StoreFull.
+        quota: bytes that the owner may have here; None is no bound.
+        Errors: StoreFull, StoreFailed, QuotaExceeded.
         """
-        record = new_record(files, masks)
-        key = owner, record.id
-        folder = self._record_path(key).parent
+        entry = Entry(owner, new_record(files, masks), time.time())
+        path = self._record_path(owner, entry.record.id)
         with self._lock:
-            if not folder.is_dir():
-                with full_disk():
-                    folder.mkdir(mode=0o700)
-                    sync_folder(folder.parent)
-            self._shelf.refer(record.blobs())
+            evicted = self._make_room(owner, RECORD_BYTES, quota)
+            self._shelf.acquire(entry.files())
+            self._holdings.acquire(owner, entry.files())
         try:
-            write_record(folder, record)
+            self._remove(evicted)
+            self._make_folder(path.parent)
+            write_record(path.parent, entry.record)
         except BaseException:
-            self._record_path(key).unlink(missing_ok=True)
-            self._shelf.release(record.blobs())
+            self._undo(entry, path)
             raise
         with self._lock:
-            self._records[key], self._used_at[key] = record, time.time()
-        return record
+            self._holdings.opened(owner).add(entry)
+        return entry.record
+
+    def _make_folder(self, folder: Path) -> None:
+        """A folder of an owner, which exists after a crash.  Errors: StoreFull."""
+        if folder not in self._owner_folders:
+            with disk_errors():
+                folder.mkdir(mode=0o700, exist_ok=True)
+                sync_folder(folder.parent)
+            self._owner_folders.add(folder)
+
+    def _undo(self, entry: Entry, path: Path) -> None:
+        """Leaves nothing of a checkpoint whose record could not be written."""
+        if path.parent in self._owner_folders:
+            self._shelf.remove(Trash(records=[path]))  # else it might be back after a crash
+        trash = Trash()
+        with self._lock:
+            self._forget(entry, trash)
+        self._shelf.remove(trash)
 
     def delete(self, owner: str, name: str) -> None:
         """Deletes a checkpoint, and what is left of a damaged one.  Errors: CheckpointNotFound."""
+        trash = Trash()
         with self._lock:
             try:
-                self._remove(self._key(owner, name))
+                self._drop(self._entry(owner, name), trash)
             except DataLoss:  # what it needed is unknown, and swept at the next start
-                self._record_path((owner, name.removeprefix(PREFIX))).unlink()
+                ident = name.removeprefix(PREFIX)
+                self._unreadable.discard((owner, ident))
+                trash.records.append(self._record_path(owner, ident))
+        self._shelf.remove(trash)
 
-    def _remove(self, key: Key) -> int:
-        """Returns: the bytes that this made free."""
-        before = self.used_bytes
-        path = self._record_path(key)
-        with suppress(FileNotFoundError):
-            path.unlink()
-            sync_folder(path.parent)
-        del self._used_at[key]
-        self._shelf.release(self._records.pop(key).blobs())
-        return before - self.used_bytes
+    def _drop(self, holding: Holding, trash: Trash) -> int:
+        """Takes something out of the index. Its files go to `trash`.
+
+        Returns:
+            The bytes that this frees on disk.
+        """
+        before = self._room.used_bytes
+        if isinstance(holding, Upload):
+            self.uploads.drop(holding, trash)
+        else:
+            trash.records.append(self._record_path(holding.owner, holding.record.id))
+            self._holdings.remove(holding)
+            self._forget(holding, trash)
+        return before - self._room.used_bytes
+
+    def _forget(self, entry: Entry, trash: Trash) -> None:
+        trash.blobs += self._shelf.release(entry.files())
+        self._holdings.release(entry.owner, entry.files())
+        self._holdings.count(entry.owner, -RECORD_BYTES)
 
     def _expire(self) -> None:
         while not self._is_closed.wait(EXPIRE_SECONDS):
@@ -278,112 +326,65 @@ class Store:
 
     def expire(self) -> None:
         """Lets go what nobody has used for too long."""
-        now = time.time()
         with self._lock:
-            old = [key for key, used in self._used_at.items() if self.ttl and used + self.ttl < now]
-            for key in old:
-                if not self._pins[key]:
-                    self._evict(key, "ttl")
-            self.uploads.expire()
+            oldest = time.time() - self.ttl if self.ttl else 0.0
+            old: list[Victim] = [
+                (entry, "ttl")
+                for account in self._holdings.accounts.values()
+                for entry in takewhile(lambda e: e.used < oldest, account.entries.values())
+                if not entry.pins
+            ]
+            evicted = self._evict(old)
+        self._remove(evicted)
+        self.uploads.expire()
 
     def check_size(self, size: int) -> None:
         """Errors: StoreFull, where `size` bytes never fit."""
-        if size > self.max_bytes:
-            raise StoreFull("data", f"{size} bytes are more than the store's {self.max_bytes}")
-
-    def _make_room(self, count: int, owner: str, quota: int | None) -> None:
-        """Lets the least recently used go until `count` bytes fit.
-
-        quota: of the owner, of whom enough goes first; None is no bound.
-        Errors: StoreFull, QuotaExceeded, where they would not fit without all of that: then
-        nothing goes.
-        """
-        if quota is not None:
-            self._make_room_of(owner, count, quota)
-        if (used := self.used_bytes) + count <= self.max_bytes:
-            return
-        idle = [(upload.used, upload) for upload in self.uploads.idle()]
-        unused = [(used, key) for key, used in self._used_at.items() if not self._pins[key]]
-        victims: list[tuple[float, Upload | Key]] = [*idle, *unused]
-        if used - self._freed(victim for _, victim in victims) + count > self.max_bytes:
+        if size > self._room.max_bytes:
             raise StoreFull(
-                "data", f"{count} bytes do not fit: the store holds {used} of {self.max_bytes}"
+                "data", f"{size} bytes are more than the store's {self._room.max_bytes}"
             )
-        for _, victim in sorted(victims, key=lambda pair: pair[0]):
-            if self.used_bytes + count <= self.max_bytes:
-                break
-            self._let_go(victim, "room")
 
-    def _let_go(self, victim: Upload | Key, reason: str) -> None:
-        if isinstance(victim, Upload):
-            self.uploads.abandon(victim)
-        else:
-            self._evict(victim, reason)
+    def _reserve_part(self, upload: Upload, size: int) -> None:
+        """Makes room for the part of an upload to take `size` bytes on disk.
 
-    def _make_room_of(self, owner: str, count: int, quota: int) -> None:
-        """Errors: QuotaExceeded."""
-        uploads = self.uploads.of(owner)
-        mine = [key for key in self._records if key[0] == owner]
-        in_use: list[Upload | Key] = [upload for upload in uploads if upload.is_active]
-        in_use += [key for key in mine if self._pins[key]]
-        if self._bytes_of(in_use) + count > quota:
-            raise QuotaExceeded("data", f"{count} bytes do not fit the {quota} that you may keep")
-        unused: list[tuple[float, Upload | Key]] = [
-            *((upload.used, upload) for upload in uploads if not upload.is_active),
-            *((self._used_at[key], key) for key in mine if not self._pins[key]),
-        ]
-        rest = [victim for _, victim in sorted(unused, key=lambda pair: pair[0], reverse=True)]
-        while self._bytes_of([*in_use, *rest]) + count > quota:
-            self._let_go(rest.pop(), "quota")
+        Errors: StoreFull, QuotaExceeded, TakenOver.
+        """
+        part = upload.part
+        with self._lock:
+            if part is None or upload not in self._holdings.get(upload.owner).uploads:
+                raise TakenOver("header", "another call of the same caller sends this file")
+            evicted = self._make_room(upload.owner, size - part.reserved, upload.quota)
+            part.reserved = size
+        self._remove(evicted)
 
-    def _bytes_of(self, held: Iterable[Upload | Key]) -> int:
-        """What some checkpoints and uploads take: a file once, however many have it."""
-        files, count = dict[str, int](), 0
-        for one in held:
-            if not isinstance(one, Upload):
-                count += RECORD_BYTES
-                files |= {file.blake3: file.size for file in self._records[one].blobs()}
-            elif one.part:
-                count += one.size
-            else:
-                files[one.digest or ""] = one.size
-        return count + sum(files.values())
+    def _make_room(self, owner: str, count: int, quota: int | None) -> Evicted:
+        """Counts `count` bytes more of an owner's, and evicts what must make room for them.
 
-    def _freed(self, victims: Iterable[Upload | Key]) -> int:
-        """What is free when all of these are gone: a blob is where nobody else has it."""
-        freed, references = 0, Counter[str]()
-        for victim in victims:
-            if not isinstance(victim, Upload):
-                freed += RECORD_BYTES
-                references.update(file.blake3 for file in self._records[victim].blobs())
-            elif victim.part:
-                freed += victim.size
-            else:
-                references[victim.digest or ""] += 1
-        return freed + self._shelf.bytes_freed(references)
+        The caller has the lock, and must pass what is returned to `_remove`.
+        quota: of the owner, of whom enough goes first; None is no bound.
+        Errors: StoreFull, QuotaExceeded: then nothing goes.
+        """
+        evicted = self._evict(self._room.victims(owner, count, quota))
+        self._holdings.count(owner, count)
+        return evicted
 
-    def _evict(self, key: Key, reason: str) -> None:
-        name = self._records[key].name
-        freed = self._remove(key)
-        log.info("evicted %s (%s): %d bytes", name, reason, freed)
-        self._evicted(reason, freed)
+    def _evict(self, victims: Iterable[Victim]) -> Evicted:
+        """Takes victims out of the index. The caller has the lock."""
+        evicted = Evicted()
+        for victim, reason in victims:
+            freed = self._drop(victim, evicted.trash)
+            if isinstance(victim, Entry):
+                evicted.checkpoints.append((victim.record.name, reason, freed))
+        return evicted
 
-
-def default_max_bytes(folder: Path) -> int:
-    """Three quarters of what is free on the disk of a store, and of what it has there already.
-
-    Of what is free alone it would be less with each start, and drive out what was kept.
-    """
-    held = sum(path.stat().st_size for path in folder.glob("blobs/*"))
-    return (shutil.disk_usage(folder).free + held) * 3 // 4
-
-
-def temporary_folder() -> Path:
-    """A private folder for a store that ends with its server; those that were left behind go."""
-    import tempfile
-
-    for path in Path(tempfile.gettempdir()).glob("secateur-store-*"):
-        with suppress(OSError), (path / "lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path)
-    return Path(tempfile.mkdtemp(prefix="secateur-store-"))
+    def _remove(self, evicted: Evicted) -> None:
+        """Removes what was evicted from the disk. The caller does not have the lock."""
+        for name, reason, freed in evicted.checkpoints:
+            log.info("evicted %s (%s): %d bytes", name, reason, freed)
+            self._evicted(reason, freed)
+        self._shelf.remove(evicted.trash)
+        with self._lock:  # what other calls remove may still be on disk
+            self._lock.wait_for(
+                lambda: not self._shelf.removing_bytes or self.used_bytes <= self._room.max_bytes
+            )

@@ -1,11 +1,11 @@
 """Files on their way into the store: sent by callers in several calls, or made by the server."""
 
 import secrets
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from threading import Condition
 
 import torch
 
@@ -14,112 +14,76 @@ from secateur_server.errors import (
     DataLoss,
     InvalidRequest,
     InvalidStateDict,
-    QuotaExceeded,
+    StoreFailed,
     StoreFull,
     TakenOver,
     quote,
 )
-from secateur_server.store.blobs import Part, sums_bytes
+from secateur_server.store.blobs import Part, disk_bytes
+from secateur_server.store.holdings import Holdings, Upload
 from secateur_server.store.records import RECORD_BYTES, StoredFile
-from secateur_server.store.shelf import Shelf
+from secateur_server.store.room import Room
+from secateur_server.store.shelf import Shelf, Trash
 
 # How long what an upload left behind is held, from the last byte on.
 UPLOAD_SECONDS = 3600.0
 
-
-@dataclass(eq=False)
-class Upload:
-    """A file that a caller sends, or has sent and not made a checkpoint of.
-
-    size: as announced.  part: until it is whole.  at: where in the file the call's next byte is.
-    is_resumable: whether it outlasts the call.  is_active: whether a call is at it.
-    is_stale: whether a newer call has taken it over.  is_finishing: whether it becomes a blob.
-    used: when the last byte came.
-    """
-
-    owner: str
-    size: int
-    digest: str | None
-    part: Part | None
-    at: int
-    is_resumable: bool
-    is_active: bool = True
-    is_stale: bool = False
-    is_finishing: bool = False
-    used: float = field(default_factory=time.time)
-    writing: threading.Lock = field(default_factory=threading.Lock)
-
-    @property
-    def held(self) -> int:
-        """Bytes that are here."""
-        return self.part.size if self.part else self.size
+# The most files of one model, and the most of one tenant that wait for a call to go on with them.
+MOST_FILES = 10_000
 
 
 class Uploads:
     """The uploads of all callers.
 
-    scratch: a folder for what is not whole.
-    owns: whether a checkpoint of an owner has a file of some digest and size.
-    make_room: lets others go until so many bytes fit, of an owner with a quota; raises StoreFull
-        and QuotaExceeded.
+    Args:
+        scratch: A folder for what is not whole.
+        reserve: Makes room for an upload to take so many bytes on disk; raises StoreFull,
+            QuotaExceeded and TakenOver.
     """
 
     def __init__(
         self,
         shelf: Shelf,
+        holdings: Holdings,
+        room: Room,
         scratch: Path,
-        lock: threading.RLock,
-        owns: Callable[[str, str, int], bool],
-        make_room: Callable[[int, str, int | None], None],
+        lock: Condition,
+        reserve: Callable[[Upload, int], None],
     ) -> None:
-        self._shelf, self._scratch, self._lock = shelf, scratch, lock
-        self._is_of_checkpoint, self._make_room = owns, make_room
-        self._uploads: list[Upload] = []
-
-    def size(self) -> int:
-        """Bytes that are announced of files that are not whole, here or not."""
-        return sum(u.size for u in self._uploads if u.part and not u.is_finishing)
-
-    def of(self, owner: str) -> list[Upload]:
-        """Those of an owner."""
-        return [upload for upload in self._uploads if upload.owner == owner]
-
-    def idle(self) -> list[Upload]:
-        """What no call is at."""
-        return [upload for upload in self._uploads if not upload.is_active]
+        self._shelf, self._holdings, self._room = shelf, holdings, room
+        self._scratch, self._lock, self._reserve = scratch, lock, reserve
 
     def expire(self) -> None:
         """Lets go what nobody has gone on with for too long."""
-        for upload in self.idle():
-            if upload.used + UPLOAD_SECONDS < time.time():
-                self.abandon(upload)
+        with self._lock:
+            oldest = time.time() - UPLOAD_SECONDS
+            uploads = [u for a in self._holdings.accounts.values() for u in a.uploads]
+            old = [u for u in uploads if not u.is_active and u.used < oldest]
+        for upload in old:
+            self.abandon(upload)
 
     def close(self) -> None:
         """Leaves nothing of any."""
-        for upload in list(self._uploads):
-            self.abandon(upload)
+        for account in list(self._holdings.accounts.values()):
+            for upload in list(account.uploads):
+                self.abandon(upload)
 
     def held(self, owner: str, digest: str, size: int) -> int:
-        """How many bytes there are of a file that `owner` has sent, or has stored."""
+        """How many bytes there are of a file that `owner` has sent, or has stored.
+
+        It looks at nothing but what is this owner's: what others have cannot be told from nothing.
+        """
+        if self._has_whole(owner, digest, size):
+            return size
         with self._lock:
-            if self._owns(owner, digest, size):
-                return size
-            upload = self._unfinished(owner, digest, size)
+            upload = self._holdings.get(owner).unfinished.get((digest, size))
             return upload.held if upload else 0
 
-    def _unfinished(self, owner: str, digest: str | None, size: int) -> Upload | None:
-        wanted = owner, digest, size
-        mine = (u for u in self._uploads if (u.owner, u.digest, u.size) == wanted)
-        return next((upload for upload in mine if upload.part and upload.is_resumable), None)
-
-    def _owns(self, owner: str, digest: str, size: int) -> bool:
+    def _has_whole(self, owner: str, digest: str, size: int) -> bool:
         """Whether a checkpoint or an upload of `owner` has a file, and nothing is against it."""
-        if not self._shelf.has(digest, size):
-            return False
-        wanted = owner, digest, size
-        whole = (upload for upload in self._uploads if not upload.part)
-        of_upload = any((u.owner, u.digest, u.size) == wanted for u in whole)
-        return of_upload or self._is_of_checkpoint(*wanted)
+        with self._lock:
+            is_used = self._holdings.get(owner).references.has(digest, size)
+        return is_used and self._shelf.has(digest, size)  # which reads the disk
 
     def begin(
         self,
@@ -131,63 +95,66 @@ class Uploads:
         is_resumable: bool = False,
         quota: int | None = None,
     ) -> Upload:
-        """Takes a file, or what is missing of it.
+        """Takes a file, or what is missing of it. Nothing is removed for it before its bytes come.
 
         offset: what the caller does not send.  field: of the request, which has it.
         is_resumable: whether what has come outlasts the call.
         quota: bytes that the owner may have here; None is no bound.
         Errors: InvalidRequest, StoreFull, QuotaExceeded.
         """
+        upload = Upload(owner, size, digest, None, offset, is_resumable, quota, time.time())
         while True:
+            is_whole = digest is not None and self._has_whole(owner, digest, size)
             with self._lock:
-                before = self._unfinished(owner, digest, size) if is_resumable else None
+                unfinished = self._holdings.get(owner).unfinished
+                before = unfinished.get((digest, size)) if is_resumable else None
                 if before is None or not before.is_finishing:
-                    upload = Upload(owner, size, digest, None, offset, is_resumable)
-                    return self._begin(upload, before, field, quota)
+                    self._begin(upload, before, is_whole, field)
+                    return upload
             with before.writing:  # until it is whole
                 pass
 
-    def _begin(
-        self, upload: Upload, before: Upload | None, field: str, quota: int | None
-    ) -> Upload:
-        """before: an upload of the same file."""
-        digest, size = upload.digest, upload.size
-        is_here = digest is not None and self._owns(upload.owner, digest, size)
-        held = size if is_here else before.held if before else 0
+    def _begin(self, upload: Upload, before: Upload | None, is_whole: bool, field: str) -> None:
+        """before: an upload of the same file.  is_whole: whether all of it was here just now."""
+        references = self._holdings.get(upload.owner).references
+        is_whole = is_whole and references.has(upload.digest or "", upload.size)
+        held = upload.size if is_whole else before.held if before else 0
         if upload.at > held:
             raise InvalidRequest(field, f"{upload.at} is more than the {held} bytes that are here")
-        if is_here:
-            self._begin_whole(upload, quota)
+        if is_whole:
+            self._acquire(upload)
         elif before:
             before.is_stale = True  # the call that may still be at it ends with its next byte
+            self._holdings.discard(before)
             upload.part, upload.writing = before.part, before.writing
-            self._uploads[self._uploads.index(before)] = upload
         else:
-            self._make_room(size + sums_bytes(size) + RECORD_BYTES, upload.owner, quota)
+            missing = disk_bytes(upload.size) + RECORD_BYTES
+            self._room.check(upload.owner, missing, upload.quota)
             upload.part = Part(self._scratch / secrets.token_hex(8))
-            self._uploads.append(upload)
-        return upload
+        self._holdings.add(upload)
 
-    def _begin_whole(self, upload: Upload, quota: int | None) -> None:
-        """All of the file is here: it stays while the call runs."""
-        self._shelf.refer([StoredFile("", upload.size, upload.digest or "")])
-        self._uploads.append(upload)
-        try:
-            self._make_room(RECORD_BYTES, upload.owner, quota)
-        except (StoreFull, QuotaExceeded):
-            self.abandon(upload)
-            raise
+    def _acquire(self, upload: Upload, file: StoredFile | None = None) -> None:
+        files = [file] if file else upload.files()
+        self._shelf.acquire(files)
+        self._holdings.acquire(upload.owner, files)
 
     def write(self, upload: Upload, data: bytes | memoryview) -> None:
-        """The next bytes of a file.  Errors: StoreFull, TakenOver."""
+        """The next bytes of a file.  Errors: StoreFull, StoreFailed, QuotaExceeded, TakenOver."""
         with upload.writing:  # two calls at one upload never mix their bytes
             self._check_mine(upload)
             known = min(upload.held - upload.at, len(data))
             upload.at += len(data)
             upload.used = time.time()
-            if known < len(data):
-                assert upload.part is not None, "what is whole takes no more"
-                upload.part.write(memoryview(data)[known:])
+            if known == len(data):
+                return
+            assert upload.part is not None, "what is whole takes no more"
+            new = memoryview(data)[known:]
+            self._reserve(upload, disk_bytes(upload.part.size + len(new)))
+            try:
+                upload.part.write(new)
+            except BaseException:  # what is in the part now is not known
+                self.abandon(upload)
+                raise
 
     def _check_mine(self, upload: Upload) -> None:
         if upload.is_stale:
@@ -196,45 +163,45 @@ class Uploads:
     def finish(self, upload: Upload, filename: str) -> StoredFile:
         """Makes a file whole, on disk.
 
-        Errors: InvalidStateDict, StoreFull, TakenOver; DataLoss, where what was there has changed.
+        Errors: InvalidStateDict, StoreFull, StoreFailed, TakenOver; DataLoss, where what was there
+        has changed.
         """
-        with upload.writing:  # whom it was taken from may still be at a last byte
-            with self._lock:
-                self._check_mine(upload)
-                file, part = self._becomes(upload, filename), upload.part
-                if part:
-                    self._shelf.refer([file])  # first: nobody may remove the blob once it is there
-                    upload.is_finishing = True
-            if part:
-                self._finish_part(upload, part, file)
-                return file
         try:
+            with upload.writing:  # whom it was taken from may still be at a last byte
+                self._check_mine(upload)
+                file = _becomes(upload, filename)
+                if upload.part:
+                    self._finish_part(upload, upload.part, file)
+                    return file
             self._check_whole(file)  # the caller may throw away what it has
-        except DataLoss:
+        except (InvalidStateDict, DataLoss):
             self.abandon(upload)
             raise
         return file
 
-    def _becomes(self, upload: Upload, filename: str) -> StoredFile:
-        """Errors: InvalidStateDict, where the file is not what was announced."""
-        found = upload.part.digest() if upload.part else upload.digest or ""
-        if upload.digest not in (None, found):
-            self.abandon(upload)
-            raise InvalidStateDict(
-                "data", f"{quote(filename)} has the BLAKE3 {found}, announced {upload.digest}"
-            )
-        return StoredFile(filename, upload.size, found)
-
     def _finish_part(self, upload: Upload, part: Part, file: StoredFile) -> None:
+        with self._lock:
+            self._shelf.wait_until_removed(file.blake3)
+            self._check_mine(upload)
+            upload.is_finishing = True
+            self._acquire(upload, file)  # first: nobody may remove the blob once it is there
+            self._holdings.reserve(upload.owner, part, -part.reserved)
         try:
             part.finish(self._shelf.folder)
         except BaseException:
             self.abandon(upload)
-            self._shelf.release([file])
+            self._release(upload.owner, file)
             raise
         with self._lock:
+            self._holdings.finished(upload)
             upload.digest, upload.part, upload.is_finishing = file.blake3, None, False
             self._shelf.renewed(file.blake3)
+
+    def _release(self, owner: str, file: StoredFile) -> None:
+        with self._lock:
+            self._holdings.release(owner, [file])
+            unused = self._shelf.release([file])
+        self._shelf.remove(Trash(blobs=unused))
 
     def _check_whole(self, file: StoredFile) -> None:
         """Errors: DataLoss."""
@@ -243,20 +210,50 @@ class Uploads:
 
     def leave(self, upload: Upload) -> None:
         """The call that sent a file has ended: what can go on later is held for a while."""
-        if not upload.is_resumable:
+        if not upload.is_resumable or not upload.held:
             self.abandon(upload)
         elif upload.part:
-            with upload.writing:  # whoever has taken it over opens it again
-                upload.part.rest()
+            try:
+                with upload.writing:  # whoever has taken it over opens it again
+                    upload.part.rest()
+            except (StoreFailed, StoreFull, TakenOver):
+                self.abandon(upload)
         upload.is_active = False
+        self._bound(upload.owner)
+
+    def _bound(self, owner: str) -> None:
+        """Keeps what waits to go on within MOST_FILES of a tenant."""
+        with self._lock:
+            uploads = self._holdings.get(owner).uploads
+            too_many = list(islice(uploads, max(0, len(uploads) - MOST_FILES)))
+        for upload in too_many:
+            if not upload.is_active:
+                self.abandon(upload)
 
     def abandon(self, upload: Upload) -> None:
         """Leaves nothing of an upload."""
+        trash = Trash()
         with self._lock:
-            if upload not in self._uploads:
-                return
-            self._uploads.remove(upload)
-            if upload.part:
-                upload.part.discard()
-            else:
-                self._shelf.release([StoredFile("", upload.size, upload.digest or "")])
+            self.drop(upload, trash)
+        self._shelf.remove(trash)
+
+    def drop(self, upload: Upload, trash: Trash) -> None:
+        """Takes an upload out of the index, with the lock."""
+        if not self._holdings.discard(upload):
+            return
+        if upload.part:
+            trash.parts.append(upload.part)
+            self._holdings.reserve(upload.owner, upload.part, -upload.part.reserved)
+        else:
+            self._holdings.release(upload.owner, upload.files())
+            trash.blobs += self._shelf.release(upload.files())
+
+
+def _becomes(upload: Upload, filename: str) -> StoredFile:
+    """Errors: InvalidStateDict, where the file is not what was announced."""
+    found = upload.part.digest() if upload.part else upload.digest or ""
+    if upload.digest not in (None, found):
+        raise InvalidStateDict(
+            "data", f"{quote(filename)} has the BLAKE3 {found}, announced {upload.digest}"
+        )
+    return StoredFile(filename, upload.size, found)

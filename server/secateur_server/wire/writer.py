@@ -29,12 +29,30 @@ class Outgoing:
 
 @dataclass(frozen=True)
 class OutgoingFile:
-    """A file to write.  blake3: hexadecimal.  parts: gives its bytes."""
+    """A file to write.
+
+    blake3: hexadecimal.  parts: gives its bytes.  seek: gives those from an offset on, where that
+    takes less than to make all.
+    """
 
     filename: str
     size: int
     blake3: str
     parts: Callable[[], Iterable[Bytes]]
+    seek: Callable[[int], Iterable[Bytes]] | None = None
+
+    def parts_from(self, offset: int) -> Iterable[Bytes]:
+        """Its bytes from `offset` on."""
+        if offset and self.seek:
+            return self.seek(offset)
+        return _without_begin(self.parts(), offset)
+
+
+def _without_begin(parts: Iterable[Bytes], offset: int) -> Iterator[Bytes]:
+    for part in watched_parts(parts) if offset else parts:
+        skipped = min(offset, len(part))
+        offset -= skipped
+        yield memoryview(part)[skipped:]
 
 
 def state_dict_file(
@@ -79,9 +97,16 @@ def bytes_file(filename: str, data: bytes) -> OutgoingFile:
     return OutgoingFile(filename, len(data), _digest([data]), lambda: [data])
 
 
-def chunks(files: Iterable[OutgoingFile]) -> Iterator[Bytes]:
-    """The files, one behind another, in chunks of CHUNK_BYTES."""
-    return cut(chain.from_iterable(file.parts() for file in files))
+def chunks(files: Iterable[OutgoingFile], offset: int = 0) -> Iterator[Bytes]:
+    """The files, one behind another, in chunks of CHUNK_BYTES.  offset: where to begin."""
+    return cut(chain.from_iterable(_files_from(files, offset)))
+
+
+def _files_from(files: Iterable[OutgoingFile], offset: int) -> Iterator[Iterable[Bytes]]:
+    for file in files:
+        if offset < file.size:
+            yield file.parts_from(offset)
+        offset = max(0, offset - file.size)
 
 
 def watched_parts(parts: Iterable[Bytes]) -> Iterator[Bytes]:
