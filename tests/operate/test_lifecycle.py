@@ -63,7 +63,7 @@ def test_reflection_shows_the_service_and_its_messages(channel: grpc.Channel) ->
 
 
 def test_sigterm_lets_a_running_request_end_and_takes_no_new_one() -> None:
-    server = start_server()
+    server = start_server("--drain-timeout", "300")
     file = file_header([("w", "F32", (2,))]) + np.array([0, 1], np.float32).tobytes()
     rest = threading.Event()
 
