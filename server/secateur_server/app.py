@@ -126,7 +126,7 @@ def _grpc_server(config: Config, metrics: Metrics, store: Store, opened: ExitSta
     reception = Reception(callers_of(config, metrics), metrics, traces, make_watch, calls)
     # Who is one too many is told so, and a probe is served: both need a thread for a moment.
     threads = calls + 2 * MOST_OPEN
-    door = Door(reception.around, config.idle_timeout, threads)
+    door = Door(reception.around, config.idle_timeout, config.min_throughput, threads)
     opened.callback(door.close)
     return grpc.server(
         ThreadPoolExecutor(threads, thread_name_prefix="rpc", initializer=one_thread),
