@@ -28,6 +28,7 @@ from secateur_server.operate.traces import NoTraces, Traces
 from secateur_server.service import Pruner, add_pruner
 from secateur_server.sources import Sources
 from secateur_server.store.store import Store, StoreInUse, default_max_bytes, temporary_folder
+from secateur_server.uris.requests import Requests
 from secateur_server.uris.uris import Uris
 from secateur_server.warm_up import warm_up
 
@@ -141,7 +142,7 @@ def _add_services(config: Config, metrics: Metrics, store: Store, server: grpc.S
     metrics.of_admission(
         lambda: admission.held, config.memory_limit, lambda: admission.waiting, config.queue_size
     )
-    uris = Uris(config.allow_path, config.allow_uri, store.scratch)
+    uris = Uris(config.allow_path, config.allow_uri, store.scratch, Requests(config.idle_timeout))
     limits = config.max_model_bytes, config.work_memory
     sources = Sources(store, uris, config.device, *limits, admission, metrics)
     services = (

@@ -13,6 +13,7 @@ from secateur_server.devices.watch import watch
 from secateur_server.errors import InvalidRequest, UriNotAllowed, quote
 from secateur_server.uris.local import LocalFile, LocalTarget
 from secateur_server.uris.remote import RemoteFile, RemoteTarget
+from secateur_server.uris.requests import Requests
 from secateur_server.wire.index import weight_map_of
 from secateur_server.wire.mapped import MappedFile
 from secateur_server.wire.writer import OutgoingFile, watched_parts
@@ -24,10 +25,14 @@ class Uris:
     """What callers may name.
 
     paths: folders, absolute.  prefixes: of other URIs.  scratch: a folder for what is fetched.
+    requests: makes those to remote stores.
     """
 
-    def __init__(self, paths: Sequence[Path], prefixes: Sequence[str], scratch: Path) -> None:
-        self._paths, self._prefixes, self._scratch = paths, prefixes, scratch
+    def __init__(
+        self, paths: Sequence[Path], prefixes: Sequence[str], scratch: Path, requests: Requests
+    ) -> None:
+        self._paths, self._prefixes = paths, prefixes
+        self._scratch, self._requests = scratch, requests
 
     def among(self, allow: Sequence[str] | None) -> "Uris":
         """Those of them that begin with one of `allow`; all, where it is None."""
@@ -39,6 +44,7 @@ class Uris:
             _in_both(self._paths, [path for path in paths if path.is_absolute()], _is_under),
             _in_both(self._prefixes, others, _continues),
             self._scratch,
+            self._requests,
         )
 
     def _begins(self, uri: str) -> bool:
@@ -63,7 +69,7 @@ class Uris:
         if uri.startswith(LOCAL):
             file = LocalFile(field, uri, self._paths)
         else:
-            file = RemoteFile(field, uri, self._scratch)
+            file = RemoteFile(field, uri, self._scratch, self._requests)
         held.push(_closing(file))
         return MappedFile(_name(uri), file.data, check_unchanged=file.check_unchanged)
 
@@ -113,7 +119,7 @@ class Uris:
         self.check(field, uri)
         if uri.startswith(LOCAL):
             return LocalTarget(field, uri, self._paths)
-        return RemoteTarget(field, uri, size)
+        return RemoteTarget(field, uri, size, self._requests)
 
 
 Place = TypeVar("Place", Path, str)
