@@ -61,6 +61,9 @@ class RemoteFile:
             raise _failed(self._field, self._uri, "read", error) from None
         if found.get("type") != "file":
             raise UriFailed(self._field, f"{quote(self._uri)} is no file")
+        if found.get("size") is None:
+            unknown = ValueError("the remote does not tell its size (over HTTP: no Content-Length)")
+            raise _failed(self._field, self._uri, "read", unknown)
         return found
 
     def _ranges(self, size: int) -> Iterator[bytes]:
