@@ -29,6 +29,7 @@ from secateur_server.service import Pruner, add_pruner
 from secateur_server.sources import Sources
 from secateur_server.store.store import Store, StoreInUse, default_max_bytes, temporary_folder
 from secateur_server.uris.requests import Requests
+from secateur_server.uris.scratch import Scratch
 from secateur_server.uris.uris import Uris
 from secateur_server.warm_up import warm_up
 
@@ -142,7 +143,9 @@ def _add_services(config: Config, metrics: Metrics, store: Store, server: grpc.S
     metrics.of_admission(
         lambda: admission.held, config.memory_limit, lambda: admission.waiting, config.queue_size
     )
-    uris = Uris(config.allow_path, config.allow_uri, store.scratch, Requests(config.idle_timeout))
+    scratch = Scratch(store.scratch, store.max_bytes, metrics.fetched)
+    metrics.of_fetched(lambda: scratch.held)
+    uris = Uris(config.allow_path, config.allow_uri, scratch, Requests(config.idle_timeout))
     limits = config.max_model_bytes, config.work_memory
     sources = Sources(store, uris, config.device, *limits, admission, metrics)
     services = (

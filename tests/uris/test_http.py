@@ -1,24 +1,30 @@
 """http:// URIs, against a real server: sizes, ranges and redirects."""
 
+import json
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 import pytest
 from safetensors.torch import save
 
-from tests.contract.raw import check_serves
+import secateur
+from tests.conftest import eventually
+from tests.contract.raw import check_serves, entry, file, series
 from tests.pruning.torch_side import assert_same_tensors
 from tests.uris.served import HALF, MODEL, Served, check, serving_here
 
 DATA = save(MODEL)
+FETCHED = "secateur_fetched_bytes_total"
 Answer = Callable[[BaseHTTPRequestHandler], None]
 
 
 class Site:
     """A web server of some pages, each a function that answers a request.
 
-    asked: the paths that were asked for.
+    asked: the requests that came, each a method and a path.
     """
 
     def __init__(self) -> None:
@@ -28,7 +34,7 @@ class Site:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                site.asked.append(self.path)
+                site.asked.append(f"{self.command} {self.path}")
                 site.pages[self.path](self)
 
             do_HEAD = do_GET  # noqa: N815 (http.server's name)
@@ -56,14 +62,23 @@ def answer(request: BaseHTTPRequestHandler, status: int, data: bytes, **headers:
         request.wfile.write(data)
 
 
-def model(request: BaseHTTPRequestHandler) -> None:
-    """Answers with DATA, or with a range of it."""
-    begin, end = 0, len(DATA)
-    if asked := request.headers.get("Range"):
-        first, last = asked.removeprefix("bytes=").split("-")
-        begin, end = int(first), min(int(last) + 1, end)
-    part = DATA[begin:end]
-    answer(request, 206 if asked else 200, part, Content_Length=str(len(part)))
+def page(data: bytes) -> Answer:
+    """Answers with `data`, or with a range of it."""
+
+    def answered(request: BaseHTTPRequestHandler) -> None:
+        begin, end = 0, len(data)
+        if asked := request.headers.get("Range"):
+            first, last = asked.removeprefix("bytes=").split("-")
+            begin, end = int(first), min(int(last) + 1, end)
+        part = data[begin:end]
+        answer(request, 206 if asked else 200, part, Content_Length=str(len(part)))
+
+    return answered
+
+
+def zeros(size: int) -> bytes:
+    """A model of `size` bytes of zeros."""
+    return file({"w": entry("F32", [size // 4], 0, size)}, bytes(size))
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +90,14 @@ def site() -> Iterator[Site]:
 
 @pytest.fixture(scope="module")
 def served(site: Site) -> Iterator[Served]:
-    with serving_here("--allow-uri", f"{site.root}/models") as running:
+    sizes = ("--max-model-bytes", "4MiB", "--work-memory", "1MiB", "--store-max-bytes", "8MiB")
+    with serving_here("--allow-uri", f"{site.root}/models", *sizes) as running:
         yield running
 
 
 @pytest.fixture(autouse=True)
 def _the_server_goes_on(served: Served, site: Site) -> Iterator[None]:
-    site.pages = {"/models/model": model}
+    site.pages = {"/models/model": page(DATA)}
     site.asked.clear()
     yield
     check_serves(served.server, served.channel)
@@ -106,3 +122,66 @@ def test_a_status_that_is_an_error_is_told(served: Served, site: Site, status: i
         check(served.read(uri), "NOT_FOUND", "URI_NOT_FOUND", uri)
     else:
         check(served.read(uri), "FAILED_PRECONDITION", "URI_FAILED", uri, str(status))
+
+
+# Bounds --------------------------------------------------------------------------------------
+
+
+def test_what_is_too_large_is_refused_before_it_is_fetched(served: Served, site: Site) -> None:
+    site.pages["/models/large"] = page(zeros(5 << 20))
+    site.pages["/models/huge"] = page(zeros(9 << 20))
+    large, huge = f"{site.root}/models/large", f"{site.root}/models/huge"
+    for rpc in ("Report", "Prune", "Plan", "Finalize"):
+        found = served.read(large, rpc)
+        check(found, "RESOURCE_EXHAUSTED", "MODEL_TOO_LARGE", large, "--max-model-bytes")
+    with pytest.raises(secateur.StoreFull):
+        served.client.upload(huge)
+    assert {asked.split()[0] for asked in site.asked} == {"HEAD"}
+    served.client.delete(served.client.upload(large))
+
+
+def test_of_shards_the_sum_counts(served: Served, site: Site) -> None:
+    index = {"metadata": {}, "weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
+    site.pages["/models/x.index.json"] = page(json.dumps(index).encode())
+    for name in ("1", "2"):
+        site.pages[f"/models/{name}.safetensors"] = page(zeros(3 << 20))
+    found = served.read(f"{site.root}/models/x.index.json")
+    check(found, "RESOURCE_EXHAUSTED", "MODEL_TOO_LARGE", "x.index.json", "--max-model-bytes")
+    fetched = [asked for asked in site.asked if asked.startswith("GET")]
+    assert fetched == ["GET /models/x.index.json"]
+
+
+def test_a_model_is_admitted_to_memory_before_it_is_fetched(site: Site) -> None:
+    site.pages["/models/x"] = page(zeros(3 << 20))
+    listed = ("--allow-uri", f"{site.root}/models", "--max-model-bytes", "4MiB")
+    with serving_here(*listed, "--memory-limit", "2MiB") as small:
+        found = small.read(f"{site.root}/models/x")
+        check(found, "RESOURCE_EXHAUSTED", "MODEL_TOO_LARGE", "--memory-limit")
+    assert site.asked == ["HEAD /models/x"]
+
+
+def test_fetched_files_have_so_much_disk_and_no_more(served: Served, site: Site) -> None:
+    """Of three calls of 3 MiB two fit in the 8 MiB, however slow their remote is."""
+    data, ready = zeros(3 << 20), threading.Event()
+
+    def slow(request: BaseHTTPRequestHandler) -> None:
+        if request.command == "GET":
+            ready.wait(300)
+        page(data)(request)
+
+    def disk() -> float:
+        return series(served.server, "secateur_fetched_disk_bytes")
+
+    site.pages["/models/slow"] = slow
+    uri, before = f"{site.root}/models/slow", series(served.server, FETCHED)
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            calls = [pool.submit(served.read, uri) for _ in range(2)]
+            eventually(disk, float(2 * len(data)))
+            refused = served.read(uri)
+            check(refused, "RESOURCE_EXHAUSTED", "QUEUE_FULL", uri, "--store-max-bytes")
+        finally:
+            ready.set()
+        assert [call.result() for call in calls] == [None, None]
+    eventually(disk, 0.0)
+    assert series(served.server, FETCHED) - before == 2 * len(data)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from secateur_server.devices.mapping import map_file
@@ -18,6 +17,7 @@ from secateur_server.devices.watch import watch
 from secateur_server.durable import full_disk
 from secateur_server.errors import RequestError, UriChanged, UriFailed, UriNotFound, quote
 from secateur_server.uris.requests import Requests
+from secateur_server.uris.scratch import Scratch
 
 _INSTALL = "pip install 'secateur[remote]'"
 
@@ -32,19 +32,25 @@ MOST_PARTS = 9_000
 
 
 class RemoteFile:
-    """A file that is open to be read."""
+    """A file that can be read once it is fetched.  size: in bytes."""
 
-    def __init__(self, field: str, uri: str, scratch: Path, requests: Requests) -> None:
-        """Errors: UriNotFound, UriFailed, UriChanged, StoreFull, QueueFull."""
-        self._field, self._uri, self._requests = field, uri, requests
+    data: memoryview
+
+    def __init__(self, field: str, uri: str, requests: Requests) -> None:
+        """Errors: UriNotFound, UriFailed, QueueFull."""
+        self._field, self.uri, self._requests = field, uri, requests
         self._system, self._path = _system(field, uri, requests)
         self._before = self._info()
-        with tempfile.TemporaryFile(dir=scratch) as file:
-            size = int(self._before["size"])
-            watch().begin("fetch", size)
+        self.size = int(self._before["size"])
+
+    def fetch(self, scratch: Scratch) -> None:
+        """Reads it to the disk.  Errors: UriNotFound, UriFailed, UriChanged, StoreFull."""
+        with tempfile.TemporaryFile(dir=scratch.folder) as file:
+            watch().begin("fetch", self.size)
             with full_disk():
-                for part in self._ranges(size):
+                for part in self._ranges(self.size):
                     file.write(part)
+                    scratch.count(len(part))
                     watch().advance(len(part))
                 file.flush()
             self.data, _ = map_file(file.fileno())
@@ -56,14 +62,14 @@ class RemoteFile:
             asked = self._requests.start(self._system, "info", self._path)
             found: dict[str, Any] = self._requests.result(asked)
         except FileNotFoundError as error:
-            raise _not_found(self._field, self._uri, error) from None
+            raise _not_found(self._field, self.uri, error) from None
         except Exception as error:  # of a library for any kind of store
-            raise _failed(self._field, self._uri, "read", error) from None
+            raise _failed(self._field, self.uri, "read", error) from None
         if found.get("type") != "file":
-            raise UriFailed(self._field, f"{quote(self._uri)} is no file")
+            raise UriFailed(self._field, f"{quote(self.uri)} is no file")
         if found.get("size") is None:
             unknown = ValueError("the remote does not tell its size (over HTTP: no Content-Length)")
-            raise _failed(self._field, self._uri, "read", unknown)
+            raise _failed(self._field, self.uri, "read", unknown)
         return found
 
     def _ranges(self, size: int) -> Iterator[bytes]:
@@ -86,9 +92,9 @@ class RemoteFile:
         try:
             data = self._requests.result(coming)
         except Exception as error:
-            raise _failed(self._field, self._uri, "read", error) from None
+            raise _failed(self._field, self.uri, "read", error) from None
         if len(data) != length:
-            raise UriChanged(self._field, f"{quote(self._uri)} changed while it was read")
+            raise UriChanged(self._field, f"{quote(self.uri)} changed while it was read")
         return data
 
     def check_unchanged(self) -> None:
@@ -96,7 +102,7 @@ class RemoteFile:
         now = self._info()
         for key in ("size", "ETag", "LastModified", "mtime"):
             if now.get(key) != self._before.get(key):
-                raise UriChanged(self._field, f"{quote(self._uri)} changed while it was read")
+                raise UriChanged(self._field, f"{quote(self.uri)} changed while it was read")
 
     def close(self) -> None:
         """Its memory stays until nobody uses it."""
