@@ -4,13 +4,19 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 
 import pytest
 from safetensors.torch import save
 
 import secateur
+from secateur_server.errors import UriNotAllowed
+from secateur_server.uris.requests import Requests
+from secateur_server.uris.scratch import Scratch
+from secateur_server.uris.uris import Uris
 from tests.conftest import eventually
 from tests.contract.raw import check_serves, entry, file, series
 from tests.pruning.torch_side import assert_same_tensors
@@ -124,6 +130,19 @@ def test_a_status_that_is_an_error_is_told(served: Served, site: Site, status: i
         check(served.read(uri), "FAILED_PRECONDITION", "URI_FAILED", uri, str(status))
 
 
+def test_a_page_that_is_replaced_while_it_is_read_is_seen(served: Served, site: Site) -> None:
+    dates = iter(("Mon, 01 Jan 2024 00:00:00 GMT", "Mon, 01 Jan 2024 00:00:01 GMT"))
+
+    def changing(request: BaseHTTPRequestHandler) -> None:
+        if request.command == "HEAD":
+            answer(request, 200, b"", Content_Length=str(len(DATA)), Last_Modified=next(dates))
+        else:
+            page(DATA)(request)
+
+    site.pages["/models/x"] = changing
+    check(served.read(f"{site.root}/models/x"), "ABORTED", "URI_CHANGED", "models/x")
+
+
 # Bounds --------------------------------------------------------------------------------------
 
 
@@ -185,3 +204,113 @@ def test_fetched_files_have_so_much_disk_and_no_more(served: Served, site: Site)
         assert [call.result() for call in calls] == [None, None]
     eventually(disk, 0.0)
     assert series(served.server, FETCHED) - before == 2 * len(data)
+
+
+# Redirects -----------------------------------------------------------------------------------
+
+
+def redirect(to: str, status: int = 302) -> Answer:
+    return lambda request: answer(request, status, b"", Location=to, Content_Length="0")
+
+
+@pytest.fixture(scope="module")
+def elsewhere() -> Iterator[Site]:
+    """Another site, which the operator has not listed: it has a model."""
+    made = Site()
+    made.pages = {"/models/secret": page(DATA), "/models/back": page(DATA)}
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_followed_within_what_is_listed(
+    served: Served, site: Site, status: int
+) -> None:
+    site.pages["/models/a"] = redirect("/models/b", status)
+    site.pages["/models/b"] = redirect(f"{site.root}/models/model?signature=x", status)
+    site.pages["/models/model?signature=x"] = page(DATA)
+    of_uri = served.client.prune(f"{site.root}/models/a", HALF)
+    assert_same_tensors(of_uri.masks, served.client.prune(MODEL, HALF).masks)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "{elsewhere}/models/secret",
+        "{elsewhere}/models/secret?token=hidden",
+        "//{host}/models/secret",
+        "/private/secret",
+        "https://{own}/models/secret",
+        "../private/secret",
+        "/models/../private/secret",
+        "/models/%2e%2e/private/secret",
+        "/models/..%2fprivate/secret",
+        "/models-private/secret",
+        "http://user:hidden@{host}/models/secret",
+    ],
+)
+@pytest.mark.parametrize("hops", [0, 1])
+def test_a_redirect_elsewhere_is_refused(
+    served: Served, site: Site, elsewhere: Site, target: str, hops: int
+) -> None:
+    """Also behind a redirect that is allowed; nothing is asked there."""
+    elsewhere.asked.clear()
+    host, own = (root.removeprefix("http://") for root in (elsewhere.root, site.root))
+    site.pages["/models/last"] = redirect(
+        target.format(elsewhere=elsewhere.root, host=host, own=own)
+    )
+    site.pages["/models/first"] = redirect("/models/last")
+    uri = f"{site.root}/models/{'first' if hops else 'last'}"
+    for found in (served.read(uri), served.read(uri, "Finalize")):
+        check(found, "PERMISSION_DENIED", "URI_NOT_ALLOWED", uri, "redirects to", "secret")
+        assert found is not None
+        assert "hidden" not in found.message
+    assert not elsewhere.asked
+    assert not [asked for asked in site.asked if "secret" in asked]
+
+
+def test_a_redirect_of_a_range_alone_is_refused_too(
+    served: Served, site: Site, elsewhere: Site
+) -> None:
+    """The size came from where it is allowed."""
+    elsewhere.asked.clear()
+
+    def changing(request: BaseHTTPRequestHandler) -> None:
+        is_range = "Range" in request.headers
+        (redirect(f"{elsewhere.root}/models/secret") if is_range else page(DATA))(request)
+
+    site.pages["/models/x"] = changing
+    uri = f"{site.root}/models/x"
+    check(served.read(uri), "PERMISSION_DENIED", "URI_NOT_ALLOWED", uri, "redirects to")
+    assert not elsewhere.asked
+
+
+def test_a_redirect_goes_where_the_tenant_may_and_no_further(site: Site, tmp_path: Path) -> None:
+    """What the server allows beside it is for others."""
+    scratch = Scratch(tmp_path, 1 << 20, lambda count: None)
+    everywhere = Uris((), (f"{site.root}/models",), scratch, Requests(300))
+    tenants = everywhere.among([f"{site.root}/models/mine"])
+    site.pages["/models/mine/x"] = redirect("/models/others/x")
+    site.pages["/models/others/x"] = page(DATA)
+    uri = f"{site.root}/models/mine/x"
+    with ExitStack() as held:
+        (file,) = everywhere.open("uri", uri, held, lambda size, fetched: None)
+        assert bytes(file.data) == DATA
+        with pytest.raises(UriNotAllowed, match="/models/others/x"):
+            tenants.open("uri", uri, held, lambda size, fetched: None)
+
+
+def test_a_remote_without_ranges_fills_no_memory(served: Served, site: Site) -> None:
+    """Whatever it said of its size."""
+    data = zeros(9 << 20)
+
+    def whole(request: BaseHTTPRequestHandler) -> None:
+        if request.command == "HEAD":
+            answer(request, 200, b"", Content_Length="1000")
+        else:
+            with suppress(OSError):
+                answer(request, 200, data, Content_Length=str(len(data)))
+
+    site.pages["/models/x"] = whole
+    uri = f"{site.root}/models/x"
+    check(served.read(uri), "FAILED_PRECONDITION", "URI_FAILED", uri, "range")

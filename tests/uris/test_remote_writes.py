@@ -104,7 +104,7 @@ def test_an_object_that_is_replaced_while_it_is_read_is_seen(
     bucket: Bucket, tmp_path: Path
 ) -> None:
     source = f"{MODELS}/model.safetensors"
-    file = RemoteFile("uri", source, Requests(300))
+    file = RemoteFile("uri", source, Requests(300), (MODELS,))
     file.fetch(Scratch(tmp_path, file.size, lambda count: None))
     before = bytes(file.data)
     file.check_unchanged()

@@ -6,7 +6,7 @@ multipart upload, which leaves nothing where it does not end.
 
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -15,13 +15,22 @@ from typing import Any
 from secateur_server.devices.mapping import map_file
 from secateur_server.devices.watch import watch
 from secateur_server.durable import full_disk
-from secateur_server.errors import RequestError, UriChanged, UriFailed, UriNotFound, quote
+from secateur_server.errors import (
+    RequestError,
+    UriChanged,
+    UriFailed,
+    UriNotAllowed,
+    UriNotFound,
+    quote,
+)
+from secateur_server.uris.redirects import HTTP, NotListed, options
 from secateur_server.uris.requests import Requests
 from secateur_server.uris.scratch import Scratch
 
 _INSTALL = "pip install 'secateur[remote]'"
 
 Bytes = bytes | memoryview
+Prefixes = Sequence[str]
 
 # What one request asks for, and how many are on their way: 32 MiB hide 50 ms at 600 MB/s.
 RANGE_BYTES = 8 << 20
@@ -36,10 +45,10 @@ class RemoteFile:
 
     data: memoryview
 
-    def __init__(self, field: str, uri: str, requests: Requests) -> None:
-        """Errors: UriNotFound, UriFailed, QueueFull."""
+    def __init__(self, field: str, uri: str, requests: Requests, prefixes: Prefixes) -> None:
+        """prefixes: that are allowed.  Errors: UriNotFound, UriFailed, UriNotAllowed, QueueFull."""
         self._field, self.uri, self._requests = field, uri, requests
-        self._system, self._path = _system(field, uri, requests)
+        self._system, self._path = _system(field, uri, requests, prefixes)
         self._before = self._info()
         self.size = int(self._before["size"])
 
@@ -100,7 +109,7 @@ class RemoteFile:
     def check_unchanged(self) -> None:
         """Errors: UriChanged, where it was written to since it was opened."""
         now = self._info()
-        for key in ("size", "ETag", "LastModified", "mtime"):
+        for key in ("size", "ETag", "LastModified", "Last-Modified", "mtime"):
             if now.get(key) != self._before.get(key):
                 raise UriChanged(self._field, f"{quote(self.uri)} changed while it was read")
 
@@ -114,10 +123,15 @@ class RemoteTarget:
     Each step runs in a thread of its own, which is left when the store hangs.
     """
 
-    def __init__(self, field: str, uri: str, size: int, requests: Requests) -> None:
-        """size: of what is to be written.  Errors: UriFailed, QueueFull."""
+    def __init__(
+        self, field: str, uri: str, size: int, requests: Requests, prefixes: Prefixes
+    ) -> None:
+        """size: of what is to be written.  prefixes: that are allowed.
+
+        Errors: UriFailed, QueueFull.
+        """
         self._field, self._uri, self._requests = field, uri, requests
-        self._system, self._path = _system(field, uri, requests)
+        self._system, self._path = _system(field, uri, requests, prefixes)
         self._part = max(RANGE_BYTES, -(-size // MOST_PARTS))
         self._file: Any = None
         self._is_open = True
@@ -180,10 +194,10 @@ def missing(prefix: str) -> str:
     return ""
 
 
-def _system(field: str, uri: str, requests: Requests) -> tuple[Any, str]:
+def _system(field: str, uri: str, requests: Requests, prefixes: Prefixes) -> tuple[Any, str]:
     """The file system of a URI, and the path in it.  Errors: UriFailed, QueueFull, Stopped."""
     try:
-        return _open_system(uri, requests)
+        return _open_system(uri, requests, prefixes)
     except ImportError as error:  # of fsspec, or of what it opens this kind of URI with
         needed = ValueError(f"{error}; on the server: {_INSTALL}")
         raise _failed(field, uri, "opened", needed) from None
@@ -191,11 +205,15 @@ def _system(field: str, uri: str, requests: Requests) -> tuple[Any, str]:
         raise _failed(field, uri, "opened", error) from None
 
 
-def _open_system(uri: str, requests: Requests) -> tuple[Any, str]:
+def _open_system(uri: str, requests: Requests, prefixes: Prefixes) -> tuple[Any, str]:
     import fsspec
 
     opened: tuple[Any, str]
-    if fsspec.get_filesystem_class(uri.partition("://")[0]).async_impl:
+    scheme = uri.partition("://")[0]
+    kind = fsspec.get_filesystem_class(scheme)
+    if scheme in HTTP:
+        opened = fsspec.core.url_to_fs(uri, **options(kind, tuple(prefixes), RANGE_BYTES))
+    elif kind.async_impl:
         opened = fsspec.core.url_to_fs(uri)
     else:  # it may connect at once; in its cache there would be one for each thread
         connect = partial(fsspec.core.url_to_fs, uri, skip_instance_cache=True)
@@ -206,7 +224,7 @@ def _open_system(uri: str, requests: Requests) -> tuple[Any, str]:
 def _not_found(field: str, uri: str, error: FileNotFoundError) -> RequestError:
     """Of HTTP, fsspec says that nothing is there whatever has gone wrong."""
     cause = error.__cause__
-    is_hidden = isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)
+    is_hidden = isinstance(cause, OSError | NotListed | ValueError)
     if isinstance(cause, Exception) and (is_hidden or getattr(cause, "status", 404) != 404):
         return _failed(field, uri, "read", cause)
     return UriNotFound(field, f"there is no {quote(uri)}")
@@ -215,5 +233,11 @@ def _not_found(field: str, uri: str, error: FileNotFoundError) -> RequestError:
 def _failed(field: str, uri: str, what: str, error: Exception) -> RequestError:
     if isinstance(error, RequestError):
         return error
+    if isinstance(error, NotListed):
+        target = quote(error.target)
+        return UriNotAllowed(
+            field,
+            f"{quote(uri)} redirects to {target}, which begins with no --allow-uri of the server",
+        )
     reason = " ".join(str(error).split()) or type(error).__name__
     return UriFailed(field, f"{quote(uri)} cannot be {what}: {reason}")

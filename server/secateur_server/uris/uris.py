@@ -84,7 +84,7 @@ class Uris:
         if uri.startswith(LOCAL):
             file = LocalFile(field, uri, self._paths)
         else:
-            file = RemoteFile(field, uri, self._requests)
+            file = RemoteFile(field, uri, self._requests, self._prefixes)
         held.push(_closing(file))
         return file
 
@@ -148,7 +148,7 @@ class Uris:
         self.check(field, uri)
         if uri.startswith(LOCAL):
             return LocalTarget(field, uri, self._paths)
-        return RemoteTarget(field, uri, size, self._requests)
+        return RemoteTarget(field, uri, size, self._requests, self._prefixes)
 
 
 Place = TypeVar("Place", Path, str)
