@@ -55,3 +55,4 @@ def install(clock: Clock, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(idle, "time", clock)
     patch.setattr(idle, "LOOK_SECONDS", 0.005)
     patch.setattr(ahead, "SimpleQueue", Queue)
+    patch.setattr(ahead, "time", clock)

@@ -29,6 +29,8 @@ from secateur_server.service import Pruner, add_pruner
 from secateur_server.sources import Sources
 from secateur_server.store.folders import default_max_bytes, temporary_folder
 from secateur_server.store.store import Store, StoreInUse
+from secateur_server.uris.requests import Requests
+from secateur_server.uris.scratch import Scratch
 from secateur_server.uris.uris import Uris
 from secateur_server.warm_up import warm_up
 
@@ -127,7 +129,7 @@ def _grpc_server(config: Config, metrics: Metrics, store: Store, opened: ExitSta
     reception = Reception(callers_of(config, metrics), metrics, traces, make_watch, calls)
     # Who is one too many is told so, and a probe is served: both need a thread for a moment.
     threads = calls + 2 * MOST_OPEN
-    door = Door(reception.around, config.idle_timeout, threads)
+    door = Door(reception.around, config.idle_timeout, config.min_throughput, threads)
     opened.callback(door.close)
     return grpc.server(
         ThreadPoolExecutor(threads, thread_name_prefix="rpc", initializer=one_thread),
@@ -142,7 +144,9 @@ def _add_services(config: Config, metrics: Metrics, store: Store, server: grpc.S
     metrics.of_admission(
         lambda: admission.held, config.memory_limit, lambda: admission.waiting, config.queue_size
     )
-    uris = Uris(config.allow_path, config.allow_uri, store.scratch)
+    scratch = Scratch(store.scratch, store.max_bytes, metrics.fetched)
+    metrics.of_fetched(lambda: scratch.held)
+    uris = Uris(config.allow_path, config.allow_uri, scratch, Requests(config.idle_timeout))
     limits = config.max_model_bytes, config.work_memory
     sources = Sources(store, uris, config.device, *limits, admission, metrics)
     services = (

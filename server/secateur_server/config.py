@@ -24,7 +24,7 @@ class Config:
     """The options of secateur-server.
 
     metrics_address: None serves none.  memory_limit: bytes of models in service.
-    idle_timeout, drain_timeout: seconds.
+    idle_timeout, drain_timeout: seconds.  min_throughput: bytes a second.
     store_dir: None is a private temporary folder.  store_max_bytes: None is 3/4 of what is free
     or used.
     store_ttl: seconds, 0 is for ever.  work_memory: bytes.
@@ -38,6 +38,7 @@ class Config:
     memory_limit: int
     queue_size: int = 64
     idle_timeout: float = 60.0
+    min_throughput: int = 32 << 10
     drain_timeout: float = 30.0
     store_dir: Path | None = None
     store_max_bytes: int | None = None
@@ -287,6 +288,12 @@ _OPTIONS = (
     ("memory-limit", byte_count, None, "of all models in service, by default the same"),
     ("queue-size", whole, "64", "requests that may wait for memory"),
     ("idle-timeout", some_seconds, "60", "seconds in which a message has to come, or be taken"),
+    (
+        "min-throughput",
+        byte_count,
+        "32KiB",
+        "bytes a second that a caller has to send while it is waited for, after --idle-timeout",
+    ),
     ("drain-timeout", seconds, "30", "seconds that running requests get at SIGTERM"),
     ("store-dir", Path, None, "where checkpoints are kept; else a temporary folder"),
     (

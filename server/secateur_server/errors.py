@@ -31,7 +31,7 @@ RequestError
     QueueFull               RESOURCE_EXHAUSTED  too many wait; RetryInfo says when to come again
     QuotaExceeded           RESOURCE_EXHAUSTED  above what the tenant may have
     Unauthenticated         UNAUTHENTICATED     no token, or an unknown one
-    IdleTimeout             DEADLINE_EXCEEDED   nothing came, or was taken, in --idle-timeout
+    IdleTimeout             DEADLINE_EXCEEDED   nothing, or too little, came or was taken
     Stopped                 CANCELLED           the caller has left
     Late                    DEADLINE_EXCEEDED   its time is up
     Defect                  INTERNAL            a defect of the server
@@ -248,7 +248,7 @@ class Unauthenticated(RequestError):
 
 
 class IdleTimeout(RequestError):
-    """Nothing came from the caller, or it took nothing, for too long."""
+    """For too long the caller sent nothing, sent too little, or took nothing."""
 
     status = "DEADLINE_EXCEEDED"
     reason = "IDLE_TIMEOUT"

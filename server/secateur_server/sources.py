@@ -107,21 +107,24 @@ class Sources:
             room = self.admission.admitted("header.data_bytes", min(size, self.work_memory))
             held.enter_context(room)
             return self._mapped(self._stored((landed,)), None, ({}, {}), (landed,))
+
+        def admit(size: int) -> None:
+            in_memory = min(size, self.work_memory) + header.data_bytes
+            held.enter_context(self.admission.admitted("header.data_bytes", in_memory))
+
         if source == "checkpoint":
             owner = this_call().tenant.owner
             opened = held.enter_context(self.store.open(owner, header.checkpoint))
             masks = of_blob(opened.masks) if opened.masks else None
             files = [of_blob(blob) for blob in opened.files]
             stored = opened.record.files
+            admit(sum(len(file.data) for file in files))
         elif keep is not None:
-            masks, stored = None, self.fetch(keep, header.uri)
+            masks, stored = None, self.fetch(keep, header.uri, admit)
             files = self._stored(stored)
         else:
             masks, stored = None, ()
-            files = self._uris().open("header.uri", header.uri, held)
-        size = sum(len(file.data) for file in files)
-        in_memory = min(size, self.work_memory) + header.data_bytes
-        held.enter_context(self.admission.admitted("header.data_bytes", in_memory))
+            files = self._opened(header.uri, held, admit)
         return self._mapped(files, masks, self._beside(header.data_bytes, data, extras), stored)
 
     def stream(self, data: Iterator[Bytes], file_bytes: int, is_hashed: bool = True) -> ByteStream:
@@ -137,10 +140,31 @@ class Sources:
             )
         return ByteStream(data, file_bytes, is_hashed)
 
-    def fetch(self, landing: Landing, uri: str) -> tuple[StoredFile, ...]:
-        """Stores what a URI names."""
+    def _opened(self, uri: str, held: ExitStack, admit: Callable[[int], None]) -> list[MappedFile]:
+        """What a URI names.  admit: is called with its bytes before they are fetched."""
+
+        def check(size: int, fetched: int) -> None:
+            if fetched > self.max_model_bytes:
+                raise ModelTooLarge(
+                    "header.uri",
+                    f"{quote(uri)} has {fetched} bytes; this server fetches up to "
+                    f"{self.max_model_bytes} (--max-model-bytes): upload it first",
+                )
+            admit(size)
+
+        return self._uris().open("header.uri", uri, held, check)
+
+    def fetch(
+        self, landing: Landing, uri: str, admit: Callable[[int], None] = lambda size: None
+    ) -> tuple[StoredFile, ...]:
+        """Stores what a URI names.  admit: is called with its bytes before they are fetched."""
+
+        def check(size: int, fetched: int) -> None:
+            self.store.check_size(size)
+            admit(size)
+
         with ExitStack() as held:
-            found = self._uris().open("header.uri", uri, held)
+            found = self._uris().open("header.uri", uri, held, check)
             files = []
             for file in found:
                 files.append(landing.land(file.filename, len(file.data), [file.data]))

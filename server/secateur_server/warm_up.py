@@ -20,6 +20,8 @@ from secateur_server.service import Pruner
 from secateur_server.sources import Sources
 from secateur_server.store.store import Store
 from secateur_server.uris.remote import missing
+from secateur_server.uris.requests import Requests
+from secateur_server.uris.scratch import Scratch
 from secateur_server.uris.uris import Uris
 
 # Kernels are compiled for the bits of an element: F16 stands for BF16 too.
@@ -47,9 +49,10 @@ def warm_up(device: torch.device, store: Store, prefixes: Sequence[str]) -> None
     for prefix in prefixes:
         if problem := missing(prefix):
             _log.warning("URIs under %s cannot be opened: %s", prefix, problem)
-    uris, admission = Uris((), (), store.scratch), Admission(_MOST_BYTES, 0)
+    metrics, admission = Metrics(device), Admission(_MOST_BYTES, 0)
+    uris = Uris((), (), Scratch(store.scratch, 0, metrics.fetched), Requests(1.0))
     limits = _MOST_BYTES, _MOST_BYTES
-    pruner = Pruner(Sources(store, uris, device, *limits, admission, Metrics(device)), 1)
+    pruner = Pruner(Sources(store, uris, device, *limits, admission, metrics), 1)
     with ThreadPoolExecutor(1, initializer=one_thread) as thread:
         thread.submit(_warm_up, pruner).result()
     _log.info("warmed up in %.1f seconds", time.perf_counter() - begun)

@@ -192,21 +192,56 @@ def test_a_call_of_one_message_needs_no_end_behind_it(line: grpc.Channel) -> Non
     assert found.code == grpc.StatusCode.NOT_FOUND
 
 
-def test_a_sender_that_is_slow_but_steady_is_served(
+def test_a_phone_line_of_64_kib_a_second_is_served(
     impatient: App, clock: Clock, line: grpc.Channel
 ) -> None:
     begun, before = clock.now, received(impatient)
+    model = safetensors.torch.save({"w": torch.randn(7 << 19)})
 
     def messages() -> Iterator[pb.PruneRequest]:
-        yield pruning()
-        for begin in range(0, len(FILE), 500):
-            yield rest(FILE[begin : begin + 500])
-            sent = min(begin + 500, len(FILE))
+        yield pruning(len(model))
+        for begin in range(0, len(model), 1 << 20):
+            yield rest(model[begin : begin + (1 << 20)])
+            sent = min(begin + (1 << 20), len(model))
             eventually(lambda sent=sent: received(impatient) - before, float(sent))  # type: ignore[misc]
-            clock.advance(0.6 * IDLE)
+            clock.advance(16)
 
     assert failure(list, PrunerStub(line).Prune(messages(), timeout=PATIENCE)) is None
     assert clock.now - begun > 2 * IDLE
+
+
+LARGE = safetensors.torch.save({"w": torch.randn(16 << 20)})
+
+
+@pytest.mark.parametrize("begin", [0, 4, 1000, len(LARGE) // 8])
+def test_a_sender_that_trickles_is_cut_off_and_holds_nothing(
+    impatient: App, clock: Clock, line: grpc.Channel, begin: int
+) -> None:
+    """Wherever it is in its model, and however fast the beginning came."""
+    before, pieces = received(impatient), SimpleQueue[bytes]()
+
+    def trickle() -> Iterator[pb.PruneRequest]:
+        yield pruning(len(LARGE))
+        yield from map(rest, map(bytes, cut([LARGE[:begin]])))
+        yield from map(rest, iter(pieces.get, b""))
+
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(failure, list, PrunerStub(line).Prune(trickle(), timeout=PATIENCE))
+
+        def has_come() -> bool:
+            return call.done() or received(impatient) - before == sent
+
+        sent = begin
+        while not call.done() and sent < begin + 20:
+            eventually(has_come, True)
+            clock.advance(0.6 * IDLE)
+            pieces.put(LARGE[sent : sent + 1])
+            sent += 1
+        found = call.result()
+        pieces.put(b"")
+    assert found is not None
+    assert (found.code.name, found.reason) == ("DEADLINE_EXCEEDED", "IDLE_TIMEOUT"), found
+    assert "--min-throughput" in found.message
 
 
 def test_who_waits_for_room_is_not_cut_off(
@@ -216,7 +251,7 @@ def test_who_waits_for_room_is_not_cut_off(
     pieces: SimpleQueue[bytes] = SimpleQueue()
 
     def steady() -> Iterator[pb.PruneRequest]:
-        yield pruning(ROOM, data=(1 << 20).to_bytes(8, "little"))  # a header of 1 MiB follows
+        yield pruning(ROOM, data=(16 << 20).to_bytes(8, "little"))  # a header of 16 MiB follows
         while piece := pieces.get():
             yield rest(piece)
 
@@ -232,7 +267,7 @@ def test_who_waits_for_room_is_not_cut_off(
         for _ in range(5):
             before = received(impatient)
             clock.advance(0.6 * IDLE)
-            pieces.put(b"\0")
+            pieces.put(bytes(2 << 20))
             eventually(lambda before=before: received(impatient) > before, True)  # type: ignore[misc]
         assert series(impatient, "secateur_requests_waiting") == 2
         holder.cancel()
@@ -255,9 +290,6 @@ def test_what_is_worked_on_for_longer_is_not_cut_off(
     answer = list(PrunerStub(line).Prune(requests, timeout=PATIENCE))
     assert answer[0].result.report.zeros == 500
     assert clock.now - begun == 3 * IDLE
-
-
-LARGE = safetensors.torch.save({"w": torch.randn(16 << 20)})
 
 
 def dense(line: grpc.Channel) -> Any:

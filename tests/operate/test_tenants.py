@@ -22,6 +22,8 @@ from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
 from secateur_proto.pruner_pb2 import ReportHeader, ReportRequest
 from secateur_proto.pruner_pb2_grpc import PrunerStub
 from secateur_server.errors import UriNotAllowed
+from secateur_server.uris.requests import Requests
+from secateur_server.uris.scratch import Scratch
 from secateur_server.uris.uris import Uris
 from tests.conftest import RunningServer, eventually, inner_server
 from tests.contract.raw import TIMEOUT, failure, series
@@ -440,7 +442,8 @@ def test_allow_narrows_what_the_server_allows_and_never_widens_it(house: House) 
     ],
 )
 def test_remote_places_are_those_in_both_lists(allow: list[str], allowed: set[str]) -> None:
-    uris = Uris((), ("s3://bucket/models", "s3://bucket/more/"), Path("/nowhere")).among(allow)
+    scratch = Scratch(Path("/nowhere"), 0, lambda count: None)
+    uris = Uris((), ("s3://bucket/models", "s3://bucket/more/"), scratch, Requests(1)).among(allow)
     found = set()
     for uri in ("s3://bucket/models/a", "s3://bucket/models2/a", "s3://bucket/more/a", "s3://b/a"):
         with suppress(UriNotAllowed):

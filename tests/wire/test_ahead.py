@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secateur_server.errors import IdleTimeout
-from secateur_server.wire.ahead import DEPTH, ahead
+from secateur_server.wire.ahead import DEPTH, Pace, ahead
 from tests.clock import Clock, install
 from tests.conftest import eventually
 from tests.contract.raw import unhurried
@@ -81,6 +81,15 @@ def test_an_item_that_does_not_come_is_not_waited_for(
     with pytest.raises(IdleTimeout, match=r"no message has come for 0\.2 seconds"):
         item.result()
     comes.set()
+
+
+def test_a_fast_beginning_excuses_no_silence_later() -> None:
+    pace = Pace(least=100, grace=10.0)
+    pace.count(0.0, 1_000_000)
+    pace.count(9.0, 0)
+    pace.count(5.0, 500)  # exactly the least
+    with pytest.raises(IdleTimeout, match="100 bytes a second"):
+        pace.count(1.5, 0)
 
 
 def test_a_reader_that_leaves_gives_its_thread_back() -> None:

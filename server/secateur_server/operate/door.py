@@ -8,10 +8,11 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
+from secateur_proto.codec import Data
 from secateur_server.errors import InvalidRequest, NoMessage, Stopped
 from secateur_server.operate.calls import Method
 from secateur_server.operate.idle import Readers
-from secateur_server.wire.ahead import ahead
+from secateur_server.wire.ahead import Pace, ahead
 
 Around = Callable[[Method, grpc.ServicerContext], AbstractContextManager[Any]]
 
@@ -26,13 +27,17 @@ _KINDS = {
 class Door(grpc.ServerInterceptor):
     """An interceptor that enters `around(method, context)` for the whole of each call.
 
-    Calls are cut off of which no message comes, or is taken, for `idle_timeout` seconds. So each
+    Calls are cut off of which no message comes, or is taken, for `idle_timeout` seconds, or whose
+    messages bring less than `min_throughput` bytes a second for that long. So each
     method is served as one that takes a stream: else grpc waits for its message before anything
     of ours runs, without an end.
     """
 
-    def __init__(self, around: Around, idle_timeout: float, calls: int) -> None:
+    def __init__(
+        self, around: Around, idle_timeout: float, min_throughput: int, calls: int
+    ) -> None:
         self._around, self._idle_timeout = around, idle_timeout
+        self._min_throughput = min_throughput
         self._readers = Readers(idle_timeout)
         self._receivers = ThreadPoolExecutor(calls, thread_name_prefix="ahead")
 
@@ -70,7 +75,12 @@ class Door(grpc.ServerInterceptor):
 
     def _received(self, messages: Iterator[Any]) -> AbstractContextManager[Iterator[Any]]:
         """Closed with the call, whoever still refers to it: it has a thread."""
-        return closing(ahead(_until_left(messages), self._receivers, self._idle_timeout))
+        pace = Pace(self._min_throughput, self._idle_timeout)
+
+        def count(waited: float, message: Any) -> None:
+            pace.count(waited, _size(message))
+
+        return closing(ahead(_until_left(messages), self._receivers, self._idle_timeout, count))
 
 
 def _until_left(messages: Iterator[Any]) -> Iterator[Any]:
@@ -109,6 +119,14 @@ def _decoder(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
             return error
 
     return checked
+
+
+def _size(decoded: Any) -> int:
+    """Bytes of a message."""
+    if isinstance(decoded, DecodeError):
+        return 0
+    size: int = len(decoded.data) if isinstance(decoded, Data) else decoded.ByteSize()
+    return size
 
 
 def _message(decoded: Any) -> Any:

@@ -120,6 +120,10 @@ class Metrics:
         for reason in ("room", "quota", "ttl"):
             self._evictions.labels(reason)
         self._evicted = self._counter("evicted_bytes_total", "Bytes on disk that evictions freed.")
+        self._fetched = self._counter("fetched_bytes_total", "Bytes fetched from URIs.")
+        self._fetched_disk = self._gauge(
+            "fetched_disk_bytes", "Bytes on disk of fetched files, of calls that are being served."
+        )
         self._broken = self._counter("uploads_broken_total", "Uploads that ended half way.")
         self._resumed = self._counter("uploads_resumed_total", "Uploads that went on.")
 
@@ -193,6 +197,14 @@ class Metrics:
         self._store_bytes.set_function(used)
         self._checkpoints.set_function(count)
         self._store_limit.set(limit)
+
+    def of_fetched(self, held: Callable[[], int]) -> None:
+        """Shows the bytes on disk of fetched files."""
+        self._fetched_disk.set_function(held)
+
+    def fetched(self, count: int) -> None:
+        """Counts bytes fetched from URIs."""
+        self._fetched.inc(count)
 
     def reloaded(self, file: str, is_good: bool) -> None:
         """Counts a file that has changed, and was read again or could not be."""

@@ -25,11 +25,11 @@ TICK_NS = 20_000_000
 
 
 class LocalFile:
-    """A file that is open to be read."""
+    """A file that is open to be read.  size: in bytes."""
 
     def __init__(self, field: str, uri: str, roots: Sequence[Path]) -> None:
         """Errors: UriNotAllowed, UriNotFound, UriFailed."""
-        self._field, self._uri = field, uri
+        self._field, self.uri = field, uri
         path = _path(field, uri, roots)
         # Not to block: to open a pipe waits for somebody to write to it.
         self._fd = _open(field, uri, path, roots, os.O_RDONLY | os.O_NONBLOCK)
@@ -40,6 +40,7 @@ class LocalFile:
                 raise UriFailed(field, f"{quote(uri)} is no file")
             _wait_a_tick(self.opened.st_mtime_ns)
             self.data, self._torn = map_file(self._fd)
+            self.size = len(self.data)
         except BaseException:
             self.close()
             raise
@@ -49,7 +50,7 @@ class LocalFile:
         now, before = os.fstat(self._fd), self.opened
         is_same = (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
         if not is_same or (self._torn and self._torn.is_torn):
-            raise UriChanged(self._field, f"{quote(self._uri)} changed while it was read")
+            raise UriChanged(self._field, f"{quote(self.uri)} changed while it was read")
 
     def close(self) -> None:
         """Its memory stays until nobody uses it."""

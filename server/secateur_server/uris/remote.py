@@ -5,23 +5,32 @@ multipart upload, which leaves nothing where it does not end.
 """
 
 import tempfile
-import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
-from pathlib import Path
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 from secateur_server.devices.mapping import map_file
 from secateur_server.devices.watch import watch
 from secateur_server.durable import full_disk
-from secateur_server.errors import Stopped, UriChanged, UriFailed, UriNotFound, quote
+from secateur_server.errors import (
+    RequestError,
+    UriChanged,
+    UriFailed,
+    UriNotAllowed,
+    UriNotFound,
+    quote,
+)
+from secateur_server.uris.redirects import HTTP, NotListed, options
+from secateur_server.uris.requests import Requests
+from secateur_server.uris.scratch import Scratch
 
 _INSTALL = "pip install 'secateur[remote]'"
 
 Bytes = bytes | memoryview
-Found = TypeVar("Found")
+Prefixes = Sequence[str]
 
 # What one request asks for, and how many are on their way: 32 MiB hide 50 ms at 600 MB/s.
 RANGE_BYTES = 8 << 20
@@ -32,19 +41,25 @@ MOST_PARTS = 9_000
 
 
 class RemoteFile:
-    """A file that is open to be read."""
+    """A file that can be read once it is fetched.  size: in bytes."""
 
-    def __init__(self, field: str, uri: str, scratch: Path) -> None:
-        """Errors: UriNotFound, UriFailed, UriChanged, StoreFull."""
-        self._field, self._uri = field, uri
-        self._system, self._path = _system(field, uri)
+    data: memoryview
+
+    def __init__(self, field: str, uri: str, requests: Requests, prefixes: Prefixes) -> None:
+        """prefixes: that are allowed.  Errors: UriNotFound, UriFailed, UriNotAllowed, QueueFull."""
+        self._field, self.uri, self._requests = field, uri, requests
+        self._system, self._path = _system(field, uri, requests, prefixes)
         self._before = self._info()
-        with tempfile.TemporaryFile(dir=scratch) as file:
-            size = int(self._before["size"])
-            watch().begin("fetch", size)
+        self.size = int(self._before["size"])
+
+    def fetch(self, scratch: Scratch) -> None:
+        """Reads it to the disk.  Errors: UriNotFound, UriFailed, UriChanged, StoreFull."""
+        with tempfile.TemporaryFile(dir=scratch.folder) as file:
+            watch().begin("fetch", self.size)
             with full_disk():
-                for part in self._ranges(size):
+                for part in self._ranges(self.size):
                     file.write(part)
+                    scratch.count(len(part))
                     watch().advance(len(part))
                 file.flush()
             self.data, _ = map_file(file.fileno())
@@ -53,83 +68,119 @@ class RemoteFile:
     def _info(self) -> dict[str, Any]:
         try:
             self._system.invalidate_cache()
-            found: dict[str, Any] = _result(_start(self._system.info, self._path))
-        except FileNotFoundError:
-            raise UriNotFound(self._field, f"there is no {quote(self._uri)}") from None
-        except Stopped:
-            raise
+            asked = self._requests.start(self._system, "info", self._path)
+            found: dict[str, Any] = self._requests.result(asked)
+        except FileNotFoundError as error:
+            raise _not_found(self._field, self.uri, error) from None
         except Exception as error:  # of a library for any kind of store
-            raise _failed(self._field, self._uri, "read", error) from None
+            raise _failed(self._field, self.uri, "read", error) from None
         if found.get("type") != "file":
-            raise UriFailed(self._field, f"{quote(self._uri)} is no file")
+            raise UriFailed(self._field, f"{quote(self.uri)} is no file")
+        if found.get("size") is None:
+            unknown = ValueError("the remote does not tell its size (over HTTP: no Content-Length)")
+            raise _failed(self._field, self.uri, "read", unknown)
         return found
 
     def _ranges(self, size: int) -> Iterator[bytes]:
         """The file, in ranges of which some are on their way."""
-        coming: deque[Future[bytes]] = deque()
-        for start in range(0, size, RANGE_BYTES):
-            coming.append(_start(self._range, start, min(start + RANGE_BYTES, size)))
-            if len(coming) == AT_ONCE:
-                yield _result(coming.popleft())
-        while coming:
-            yield _result(coming.popleft())
-
-    def _range(self, start: int, end: int) -> bytes:
+        coming: deque[tuple[int, Future[bytes]]] = deque()
         try:
-            data: bytes = self._system.cat_file(self._path, start=start, end=end)
+            for start in range(0, size, RANGE_BYTES):
+                end = min(start + RANGE_BYTES, size)
+                asked = partial(self._requests.start, self._system, "cat_file", self._path)
+                coming.append((end - start, asked(start=start, end=end)))
+                if len(coming) == AT_ONCE:
+                    yield self._range(*coming.popleft())
+            while coming:
+                yield self._range(*coming.popleft())
+        finally:
+            for _, request in coming:
+                request.cancel()
+
+    def _range(self, length: int, coming: Future[bytes]) -> bytes:
+        try:
+            data = self._requests.result(coming)
         except Exception as error:
-            raise _failed(self._field, self._uri, "read", error) from None
-        if len(data) != end - start:
-            raise UriChanged(self._field, f"{quote(self._uri)} changed while it was read")
+            raise _failed(self._field, self.uri, "read", error) from None
+        if len(data) != length:
+            raise UriChanged(self._field, f"{quote(self.uri)} changed while it was read")
         return data
 
     def check_unchanged(self) -> None:
         """Errors: UriChanged, where it was written to since it was opened."""
         now = self._info()
-        for key in ("size", "ETag", "LastModified", "mtime"):
+        for key in ("size", "ETag", "LastModified", "Last-Modified", "mtime"):
             if now.get(key) != self._before.get(key):
-                raise UriChanged(self._field, f"{quote(self._uri)} changed while it was read")
+                raise UriChanged(self._field, f"{quote(self.uri)} changed while it was read")
 
     def close(self) -> None:
         """Its memory stays until nobody uses it."""
 
 
 class RemoteTarget:
-    """A file that is there whole once `commit` returns, and leaves nothing before."""
+    """A file that is there whole once `commit` returns, and leaves nothing before.
 
-    def __init__(self, field: str, uri: str, size: int) -> None:
-        """size: of what is to be written.  Errors: UriFailed."""
-        self._field, self._uri = field, uri
-        self._system, self._path = _system(field, uri)
-        part = max(RANGE_BYTES, -(-size // MOST_PARTS))
-        try:
-            self._file = self._system.open(self._path, "wb", block_size=part)
-        except Exception as error:
-            raise _failed(field, uri, "written", error) from None
+    Each step runs in a thread of its own, which is left when the store hangs.
+    """
+
+    def __init__(
+        self, field: str, uri: str, size: int, requests: Requests, prefixes: Prefixes
+    ) -> None:
+        """size: of what is to be written.  prefixes: that are allowed.
+
+        Errors: UriFailed, QueueFull.
+        """
+        self._field, self._uri, self._requests = field, uri, requests
+        self._system, self._path = _system(field, uri, requests, prefixes)
+        self._part = max(RANGE_BYTES, -(-size // MOST_PARTS))
+        self._file: Any = None
         self._is_open = True
-
-    def write(self, parts: Iterable[Bytes]) -> None:
-        """Writes all of it.  Errors: UriFailed."""
-        for part in parts:
-            try:
-                self._file.write(part)
-            except Exception as error:
-                raise _failed(self._field, self._uri, "written", error) from None
-
-    def commit(self) -> None:
-        """Puts it in its place.  Errors: UriFailed."""
+        self._last: Future[None] | None = None
         try:
-            self._file.close()
+            self._run(self._open)
+        except BaseException:
+            self.discard()
+            raise
+
+    def _open(self) -> None:
+        self._file = self._system.open(self._path, "wb", block_size=self._part)
+
+    def _run(self, step: Callable[[], Any], can_leave: bool = True) -> None:
+        """Errors: UriFailed, QueueFull, Stopped."""
+        try:
+            self._last = self._requests.in_thread(step, can_leave)
+            self._requests.result(self._last, can_leave)
         except Exception as error:
             raise _failed(self._field, self._uri, "written", error) from None
+
+    def write(self, parts: Iterable[Bytes]) -> None:
+        """Writes all of it.  Errors: UriFailed, QueueFull, Stopped."""
+        for part in parts:
+            self._run(partial(self._file.write, part))
+
+    def commit(self) -> None:
+        """Puts it in its place, also where the caller leaves now: other files may be in theirs.
+
+        Errors: UriFailed, QueueFull.
+        """
+        self._run(self._file.close, can_leave=False)
         self._is_open = False
 
     def discard(self) -> None:
         """Leaves nothing of what was not committed."""
-        if self._is_open:
-            with suppress(Exception):
-                self._file.discard()
-            self._file.closed = True  # else it would be written when it is collected
+        if not self._is_open:
+            return
+        if self._last is None or self._last.done():
+            self._requests.finish(self._abandon)
+        else:  # the store hangs in the last step: its thread goes on with this
+            self._last.add_done_callback(lambda _: self._abandon())
+
+    def _abandon(self) -> None:
+        if self._file is None:
+            return
+        with suppress(Exception):
+            self._file.discard()
+        self._file.closed = True  # else it would be written when it is collected
 
 
 def missing(prefix: str) -> str:
@@ -143,41 +194,50 @@ def missing(prefix: str) -> str:
     return ""
 
 
-def _start(function: Callable[..., Found], *arguments: Any) -> Future[Found]:
-    """Calls a function in a thread that is left where the caller leaves, or the server ends."""
-    coming: Future[Found] = Future()
-
-    def call() -> None:
-        try:
-            coming.set_result(function(*arguments))
-        except BaseException as error:
-            coming.set_exception(error)
-
-    threading.Thread(target=call, name="remote", daemon=True).start()
-    return coming
-
-
-def _result(coming: Future[Found]) -> Found:
-    """What comes, unless the caller leaves before.  Errors: Stopped."""
-    while not wait([coming], timeout=0.2).done:
-        watch().check()
-    return coming.result()
-
-
-def _system(field: str, uri: str) -> tuple[Any, str]:
-    """The file system of a URI, and the path in it.  Errors: UriFailed."""
+def _system(field: str, uri: str, requests: Requests, prefixes: Prefixes) -> tuple[Any, str]:
+    """The file system of a URI, and the path in it.  Errors: UriFailed, QueueFull, Stopped."""
     try:
-        import fsspec
-
-        system, path = fsspec.core.url_to_fs(uri)
+        return _open_system(uri, requests, prefixes)
     except ImportError as error:  # of fsspec, or of what it opens this kind of URI with
         needed = ValueError(f"{error}; on the server: {_INSTALL}")
         raise _failed(field, uri, "opened", needed) from None
     except Exception as error:
         raise _failed(field, uri, "opened", error) from None
-    return system, path
 
 
-def _failed(field: str, uri: str, what: str, error: Exception) -> UriFailed:
+def _open_system(uri: str, requests: Requests, prefixes: Prefixes) -> tuple[Any, str]:
+    import fsspec
+
+    opened: tuple[Any, str]
+    scheme = uri.partition("://")[0]
+    kind = fsspec.get_filesystem_class(scheme)
+    if scheme in HTTP:
+        opened = fsspec.core.url_to_fs(uri, **options(kind, tuple(prefixes), RANGE_BYTES))
+    elif kind.async_impl:
+        opened = fsspec.core.url_to_fs(uri)
+    else:  # it may connect at once; in its cache there would be one for each thread
+        connect = partial(fsspec.core.url_to_fs, uri, skip_instance_cache=True)
+        opened = requests.result(requests.in_thread(connect))
+    return opened
+
+
+def _not_found(field: str, uri: str, error: FileNotFoundError) -> RequestError:
+    """Of HTTP, fsspec says that nothing is there whatever has gone wrong."""
+    cause = error.__cause__
+    is_hidden = isinstance(cause, OSError | NotListed | ValueError)
+    if isinstance(cause, Exception) and (is_hidden or getattr(cause, "status", 404) != 404):
+        return _failed(field, uri, "read", cause)
+    return UriNotFound(field, f"there is no {quote(uri)}")
+
+
+def _failed(field: str, uri: str, what: str, error: Exception) -> RequestError:
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, NotListed):
+        target = quote(error.target)
+        return UriNotAllowed(
+            field,
+            f"{quote(uri)} redirects to {target}, which begins with no --allow-uri of the server",
+        )
     reason = " ".join(str(error).split()) or type(error).__name__
     return UriFailed(field, f"{quote(uri)} cannot be {what}: {reason}")

@@ -13,6 +13,8 @@ from secateur_server.devices.watch import watch
 from secateur_server.errors import InvalidRequest, UriNotAllowed, quote
 from secateur_server.uris.local import LocalFile, LocalTarget
 from secateur_server.uris.remote import RemoteFile, RemoteTarget
+from secateur_server.uris.requests import Requests
+from secateur_server.uris.scratch import Scratch
 from secateur_server.wire.index import weight_map_of
 from secateur_server.wire.mapped import MappedFile
 from secateur_server.wire.writer import OutgoingFile, watched_parts
@@ -23,11 +25,15 @@ LOCAL = "file://"
 class Uris:
     """What callers may name.
 
-    paths: folders, absolute.  prefixes: of other URIs.  scratch: a folder for what is fetched.
+    paths: folders, absolute.  prefixes: of other URIs.  scratch: the disk for fetched files.
+    requests: makes those to remote stores.
     """
 
-    def __init__(self, paths: Sequence[Path], prefixes: Sequence[str], scratch: Path) -> None:
-        self._paths, self._prefixes, self._scratch = paths, prefixes, scratch
+    def __init__(
+        self, paths: Sequence[Path], prefixes: Sequence[str], scratch: Scratch, requests: Requests
+    ) -> None:
+        self._paths, self._prefixes = paths, prefixes
+        self._scratch, self._requests = scratch, requests
 
     def among(self, allow: Sequence[str] | None) -> "Uris":
         """Those of them that begin with one of `allow`; all, where it is None."""
@@ -39,33 +45,62 @@ class Uris:
             _in_both(self._paths, [path for path in paths if path.is_absolute()], _is_under),
             _in_both(self._prefixes, others, _continues),
             self._scratch,
+            self._requests,
         )
 
     def _begins(self, uri: str) -> bool:
         return any(uri.startswith(prefix.rstrip("/") + "/") for prefix in self._prefixes)
 
-    def open(self, field: str, uri: str, held: ExitStack) -> list[MappedFile]:
+    def open(
+        self, field: str, uri: str, held: ExitStack, admit: Callable[[int, int], None]
+    ) -> list[MappedFile]:
         """Opens a model: a file, or an index and the shards that it names, which lie beside it.
 
-        held: closes them.
-        Errors: UriNotAllowed, UriNotFound, UriFailed, UriChanged, InvalidStateDict.
-        """
-        first = self._open(field, uri, held)
-        if not uri.endswith(SUFFIX):
-            return [first]
-        weight_map, _ = weight_map_of(first.filename, first.data)
-        shards = dict.fromkeys(weight_map.values())  # distinct, in their order
-        return [*(self._open(field, _beside(field, uri, s), held) for s in shards), first]
+        Args:
+            field: Of the request, for errors.
+            uri: Of the file or the index.
+            held: Closes the files.
+            admit: Is called before the model is fetched, with its bytes, and with those of them
+                that have to be fetched; raises where that is too much.
 
-    def _open(self, field: str, uri: str, held: ExitStack) -> MappedFile:
+        Raises:
+            RequestError: UriNotAllowed, UriNotFound, UriFailed, UriChanged, InvalidStateDict,
+                StoreFull, QueueFull, or what `admit` raises.
+        """
+        model = [self._open(field, uri, held)]
+        index = []
+        if uri.endswith(SUFFIX):
+            index = self._mapped(field, uri, model, held)
+            weight_map, _ = weight_map_of(index[0].filename, index[0].data)
+            shards = dict.fromkeys(weight_map.values())  # distinct, in their order
+            model = [self._open(field, _beside(field, uri, shard), held) for shard in shards]
+        size = sum(file.size for file in model)
+        admit(size, sum(file.size for file in model if isinstance(file, RemoteFile)))
+        return self._mapped(field, uri, model, held) + index
+
+    def _open(self, field: str, uri: str, held: ExitStack) -> LocalFile | RemoteFile:
         self.check(field, uri)
         file: LocalFile | RemoteFile
         if uri.startswith(LOCAL):
             file = LocalFile(field, uri, self._paths)
         else:
-            file = RemoteFile(field, uri, self._scratch)
+            file = RemoteFile(field, uri, self._requests, self._prefixes)
         held.push(_closing(file))
-        return MappedFile(_name(uri), file.data, check_unchanged=file.check_unchanged)
+        return file
+
+    def _mapped(
+        self, field: str, uri: str, files: Sequence[LocalFile | RemoteFile], held: ExitStack
+    ) -> list[MappedFile]:
+        """Fetches those files that are not local.  uri: of the whole, for errors."""
+        remote = [file for file in files if isinstance(file, RemoteFile)]
+        size = sum(file.size for file in remote)
+        held.enter_context(self._scratch.reserved(field, uri, size))
+        for file in remote:
+            file.fetch(self._scratch)
+        return [
+            MappedFile(_name(file.uri), file.data, check_unchanged=file.check_unchanged)
+            for file in files
+        ]
 
     def check(self, field: str, uri: str) -> None:
         """Errors: UriNotAllowed."""
@@ -113,7 +148,7 @@ class Uris:
         self.check(field, uri)
         if uri.startswith(LOCAL):
             return LocalTarget(field, uri, self._paths)
-        return RemoteTarget(field, uri, size)
+        return RemoteTarget(field, uri, size, self._requests, self._prefixes)
 
 
 Place = TypeVar("Place", Path, str)

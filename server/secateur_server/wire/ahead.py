@@ -1,7 +1,8 @@
 """Receives in a thread of its own, while what came before is worked on."""
 
 import threading
-from collections.abc import Generator, Iterable
+import time
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Executor
 from queue import Empty, SimpleQueue
 from typing import TypeVar
@@ -14,13 +15,44 @@ Item = TypeVar("Item")
 DEPTH = 2
 
 
+class Pace:
+    """The least throughput of a sender, over the time that the server waits for it.
+
+    Args:
+        least: Bytes a second.
+        grace: Seconds that the sender may be behind. It is never ahead: bytes that came fast do
+            not excuse silence later.
+    """
+
+    def __init__(self, least: int, grace: float) -> None:
+        self._least, self._grace, self._left = least, grace, grace
+
+    def count(self, waited: float, size: int) -> None:
+        """Counts a message of `size` bytes that the server waited for.
+
+        Raises:
+            IdleTimeout: The sender is too slow.
+        """
+        self._left = min(self._grace, self._left - waited + size / self._least)
+        if self._left < 0:
+            raise IdleTimeout(
+                "call",
+                f"the data comes more slowly than {self._least} bytes a second "
+                f"(--min-throughput), for more than {self._grace:g} seconds",
+            )
+
+
 def ahead(
-    items: Iterable[Item], receivers: Executor, timeout: float | None = None
+    items: Iterable[Item],
+    receivers: Executor,
+    timeout: float | None = None,
+    count: Callable[[float, Item], None] = lambda waited, item: None,
 ) -> Generator[Item, None, None]:
     """The same items; from the second one on, up to DEPTH are there before they are asked for.
 
     Of who has asked for no second one there is no more: it may have to wait for its turn.
     receivers: has a thread for it.  timeout: seconds to wait for each item.
+    count: is called with the seconds that each item was waited for, and the item.
     What raises in the iteration of `items` raises here, in its turn.  Errors: IdleTimeout.
     """
     waiting: SimpleQueue[tuple[Item] | Exception | None] = SimpleQueue()
@@ -41,10 +73,13 @@ def ahead(
     receivers.submit(receive)
     try:
         more = DEPTH + 1
+        begun = time.monotonic()
         while (found := _next(waiting, timeout)) is not None:
+            count(time.monotonic() - begun, found[0])
             yield found[0]
             asked.release(more)
             more = 1
+            begun = time.monotonic()
     finally:
         is_left.set()
         asked.release()
