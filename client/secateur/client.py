@@ -346,10 +346,7 @@ class Client:
         """
         model = read_source(source, key)
         if "uri" in (place := place_of(source)):
-            header = checkpoints_pb2.UploadHeader(uri=place["uri"])
-            request = iter([checkpoints_pb2.UploadRequest(header=header)])
-            with self._diagnosing(), errors_of(None):
-                return decode_checkpoint(self._rpcs.upload(request, timeout=self._timeout))
+            return self._upload_uri(place["uri"])
         if not model.is_here:
             raise InvalidStateDict("a checkpoint is on the server already")
         check_storable("a checkpoint", model.others, _LEAVE_OUT)
@@ -361,6 +358,17 @@ class Client:
             checkpoint = sending.send(files, shown)
         self._is_known = True
         return checkpoint
+
+    def _upload_uri(self, uri: str) -> Checkpoint:
+        """Stores a model that the server opens."""
+        header = checkpoints_pb2.UploadHeader(uri=uri)
+        request = checkpoints_pb2.UploadRequest(header=header)
+
+        def attempt(left: float | None) -> Any:
+            with errors_of(None):
+                return self._rpcs.upload(iter([request]), timeout=left)
+
+        return decode_checkpoint(self._until_served(attempt, is_safe=False))
 
     def download(
         self,

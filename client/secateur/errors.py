@@ -34,10 +34,12 @@ class SecateurError(Exception):
     """Root of every error.
 
     field: the path of the request's field at fault, where there is one.
+    reason: why the server failed the call, such as "QUEUE_FULL"; None where it does not say.
     request_id: of the call, as the server's log has it; None where no server answered.
     """
 
     field: str | None = None
+    reason: str | None = None
     request_id: str | None = None
 
     def __str__(self) -> str:
@@ -158,6 +160,7 @@ def from_rpc(error: grpc.RpcError) -> SecateurError:
             detail.Unpack(kind_of)
     kind = _BY_REASON.get(info.reason) or _BY_STATUS.get(call.code(), ServerError)
     made = kind(call.details())
+    made.reason = info.reason or None
     made.request_id = request.request_id or None
     if bad_request.field_violations:
         made.field = bad_request.field_violations[0].field
