@@ -25,6 +25,7 @@ from secateur.plan import Plan, Sensitivity, decode_plan, encode_amounts, sensit
 from secateur.progress import Progress, show_progress, show_work
 from secateur.report import Report, decode_report
 from secateur.result import FinalizeResult, PruneResult
+from secateur.server_info import ServerInfo, decode_server_info
 from secateur.source import Source, read_source
 from secateur.spec import Spec, checked, select
 from secateur.transfer import Received, Upload, errors_of, receive
@@ -427,6 +428,14 @@ class Client:
                 return rpc(request, timeout=left)
 
         return self._until_served(attempt, is_safe)
+
+    def server_info(self) -> ServerInfo:
+        """The server's version, what it can do, and its limits.
+
+        Raises:
+            InvalidRequest: The server is older than this method.
+        """
+        return decode_server_info(self._answer(self._rpcs.server_info, pb.GetServerInfoRequest()))
 
     def wait_until_ready(self, timeout: float = 60.0) -> None:
         """Waits for the server to be there, as when both start together.

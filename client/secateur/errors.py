@@ -29,6 +29,8 @@ import grpc
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RequestInfo, RetryInfo
 from grpc_status import rpc_status
 
+from secateur.versions import VERSION
+
 
 class SecateurError(Exception):
     """Root of every error.
@@ -135,6 +137,7 @@ _BY_REASON = {
 }
 _BY_STATUS = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
+    grpc.StatusCode.UNIMPLEMENTED: InvalidRequest,
     grpc.StatusCode.RESOURCE_EXHAUSTED: ServerBusy,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
@@ -159,7 +162,7 @@ def from_rpc(error: grpc.RpcError) -> SecateurError:
         for kind_of in (info, bad_request, request, retry):
             detail.Unpack(kind_of)
     kind = _BY_REASON.get(info.reason) or _BY_STATUS.get(call.code(), ServerError)
-    made = kind(call.details())
+    made = kind(_words(call, info))
     made.reason = info.reason or None
     made.request_id = request.request_id or None
     if bad_request.field_violations:
@@ -167,3 +170,15 @@ def from_rpc(error: grpc.RpcError) -> SecateurError:
     if isinstance(made, ServerBusy) and retry.HasField("retry_delay"):
         made.retry_after = retry.retry_delay.ToTimedelta().total_seconds()
     return made
+
+
+def _words(call: grpc.Call, info: ErrorInfo) -> str:
+    """What the server says, with this client's version where the server is older."""
+    if "server_version" in info.metadata:
+        return f"{call.details()} (this client is secateur {VERSION})"
+    if call.code() == grpc.StatusCode.UNIMPLEMENTED:
+        return (
+            "the server has no such method: it is older than this client (secateur "
+            f"{VERSION}), or is not a secateur server ({call.details()})"
+        )
+    return call.details() or ""

@@ -57,6 +57,7 @@ CALLS: dict[str, tuple[str, Call]] = {
     "download": ("Download", lambda client, given: client.download(given.stored, given.target)),
     "checkpoint": ("Get", lambda client, given: client.checkpoint(given.stored.name)),
     "checkpoints": ("List", lambda client, given: list(client.checkpoints())),
+    "server info": ("GetServerInfo", lambda client, given: client.server_info()),
     "delete": ("Delete", lambda client, given: client.delete(given.unwanted)),
 }
 
