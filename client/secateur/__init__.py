@@ -12,8 +12,6 @@ What is pruned and how is a spec: the functions named as those of torch.nn.utils
 modules and files of torch.save only.
 """
 
-from importlib.metadata import PackageNotFoundError, version
-
 import secateur.grpc_logs  # noqa: F401  # before anything imports grpc
 from secateur.checkpoint import Checkpoint, File
 from secateur.choices import (
@@ -62,6 +60,7 @@ from secateur.groups import group, head_groups, member, query_head_groups
 from secateur.plan import Plan, PlannedAmount, PlannedTensor, Sensitivity
 from secateur.report import Bound, Choice, Coverage, Report, ReportWarning, TensorReport, ZeroBlocks
 from secateur.result import FinalizeResult, PruneResult
+from secateur.server_info import ServerInfo
 from secateur.source import is_pruned
 from secateur.spec import (
     Spec,
@@ -80,11 +79,9 @@ from secateur.spec import (
     random_unstructured,
     select,
 )
+from secateur.versions import VERSION
 
-try:
-    __version__ = version("secateur")
-except PackageNotFoundError:  # the files of a checkout, put on the path
-    __version__ = "unknown"
+__version__ = VERSION
 
 __all__ = [
     "Aborted",
@@ -116,6 +113,7 @@ __all__ = [
     "Sensitivity",
     "ServerBusy",
     "ServerError",
+    "ServerInfo",
     "Spec",
     "StoreFull",
     "TensorReport",

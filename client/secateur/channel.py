@@ -20,7 +20,7 @@ from secateur_proto.codec import SINGLE, Decoder, encode
 # answered by a stream: with a policy, grpc 1.85 has been seen to leave its callers waiting for ever
 # when the server was killed. secateur.patience makes these again.
 _AGAIN = {
-    "secateur.v1.Pruner": ("Report", "Plan"),
+    "secateur.v1.Pruner": ("Report", "Plan", "GetServerInfo"),
     "secateur.v1.Checkpoints": ("QueryUpload", "Get", "List"),
 }
 _SERVICE_CONFIG = {
@@ -128,6 +128,9 @@ class Rpcs:
         self.report = rpc(up, of_pruner + "Report", pruner_pb2.ReportResponse.FromString)
         self.plan = rpc(up, of_pruner + "Plan", pruner_pb2.PlanResponse.FromString)
         self.finalize = rpc(bidi, of_pruner + "Finalize", finalized)
+        self.server_info = rpc(
+            unary, of_pruner + "GetServerInfo", pruner_pb2.GetServerInfoResponse.FromString
+        )
         self.upload = rpc(up, of_store + "Upload", checkpoint_pb2.Checkpoint.FromString)
         self.query_upload = rpc(unary, of_store + "QueryUpload", queried)
         self.download = rpc(down, of_store + "Download", downloaded)

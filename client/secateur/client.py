@@ -25,6 +25,7 @@ from secateur.plan import Plan, Sensitivity, decode_plan, encode_amounts, sensit
 from secateur.progress import Progress, show_progress, show_work
 from secateur.report import Report, decode_report
 from secateur.result import FinalizeResult, PruneResult
+from secateur.server_info import ServerInfo, decode_server_info
 from secateur.source import Source, read_source
 from secateur.spec import Spec, checked, select
 from secateur.transfer import Received, Upload, errors_of, receive
@@ -346,10 +347,7 @@ class Client:
         """
         model = read_source(source, key)
         if "uri" in (place := place_of(source)):
-            header = checkpoints_pb2.UploadHeader(uri=place["uri"])
-            request = iter([checkpoints_pb2.UploadRequest(header=header)])
-            with self._diagnosing(), errors_of(None):
-                return decode_checkpoint(self._rpcs.upload(request, timeout=self._timeout))
+            return self._upload_uri(place["uri"])
         if not model.is_here:
             raise InvalidStateDict("a checkpoint is on the server already")
         check_storable("a checkpoint", model.others, _LEAVE_OUT)
@@ -361,6 +359,17 @@ class Client:
             checkpoint = sending.send(files, shown)
         self._is_known = True
         return checkpoint
+
+    def _upload_uri(self, uri: str) -> Checkpoint:
+        """Stores a model that the server opens."""
+        header = checkpoints_pb2.UploadHeader(uri=uri)
+        request = checkpoints_pb2.UploadRequest(header=header)
+
+        def attempt(left: float | None) -> Any:
+            with errors_of(None):
+                return self._rpcs.upload(iter([request]), timeout=left)
+
+        return decode_checkpoint(self._until_served(attempt, is_safe=False))
 
     def download(
         self,
@@ -417,6 +426,14 @@ class Client:
                 return rpc(request, timeout=left)
 
         return self._until_served(attempt, is_safe)
+
+    def server_info(self) -> ServerInfo:
+        """The server's version, what it can do, and its limits.
+
+        Raises:
+            InvalidRequest: The server is older than this method.
+        """
+        return decode_server_info(self._answer(self._rpcs.server_info, pb.GetServerInfoRequest()))
 
     def wait_until_ready(self, timeout: float = 60.0) -> None:
         """Waits for the server to be there, as when both start together.

@@ -29,15 +29,19 @@ import grpc
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RequestInfo, RetryInfo
 from grpc_status import rpc_status
 
+from secateur.versions import VERSION
+
 
 class SecateurError(Exception):
     """Root of every error.
 
     field: the path of the request's field at fault, where there is one.
+    reason: why the server failed the call, such as "QUEUE_FULL"; None where it does not say.
     request_id: of the call, as the server's log has it; None where no server answered.
     """
 
     field: str | None = None
+    reason: str | None = None
     request_id: str | None = None
 
     def __str__(self) -> str:
@@ -133,6 +137,7 @@ _BY_REASON = {
 }
 _BY_STATUS = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
+    grpc.StatusCode.UNIMPLEMENTED: InvalidRequest,
     grpc.StatusCode.RESOURCE_EXHAUSTED: ServerBusy,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
@@ -157,10 +162,23 @@ def from_rpc(error: grpc.RpcError) -> SecateurError:
         for kind_of in (info, bad_request, request, retry):
             detail.Unpack(kind_of)
     kind = _BY_REASON.get(info.reason) or _BY_STATUS.get(call.code(), ServerError)
-    made = kind(call.details())
+    made = kind(_words(call, info))
+    made.reason = info.reason or None
     made.request_id = request.request_id or None
     if bad_request.field_violations:
         made.field = bad_request.field_violations[0].field
     if isinstance(made, ServerBusy) and retry.HasField("retry_delay"):
         made.retry_after = retry.retry_delay.ToTimedelta().total_seconds()
     return made
+
+
+def _words(call: grpc.Call, info: ErrorInfo) -> str:
+    """What the server says, with this client's version where the server is older."""
+    if "server_version" in info.metadata:
+        return f"{call.details()} (this client is secateur {VERSION})"
+    if call.code() == grpc.StatusCode.UNIMPLEMENTED:
+        return (
+            "the server has no such method: it is older than this client (secateur "
+            f"{VERSION}), or is not a secateur server ({call.details()})"
+        )
+    return call.details() or ""

@@ -14,6 +14,9 @@ Answer = TypeVar("Answer")
 TRIES = 16
 PAUSE_SECONDS = 0.1
 MOST_PAUSE_SECONDS = 5.0
+# How often a caller without a timeout sends its model again to a server that has no memory for it:
+# such a server receives the model before it fails, and may never have enough.
+MOST_RESENDS = 5
 
 
 class Patience:
@@ -24,6 +27,7 @@ class Patience:
 
     def __init__(self, timeout: float | None) -> None:
         self._end = None if timeout is None else time.monotonic() + timeout
+        self._resends = 0
 
     def left(self) -> float | None:
         """Seconds that are left."""
@@ -37,6 +41,22 @@ class Patience:
         """Waits, the longer the more often; False where no time is left."""
         most = min(MOST_PAUSE_SECONDS, PAUSE_SECONDS * 2.0 ** (tries - 1))
         return self._sleep(most * random.uniform(0.5, 1.0))  # not all callers at once
+
+    def wait_for(self, busy: ServerBusy) -> bool:
+        """Waits until a busy server wants the call again.
+
+        Returns:
+            False, without a wait, where the server does not say when, where no time is left, or
+            where the server was out of memory too often.
+        """
+        if busy.retry_after is None:
+            return False
+        if busy.reason == "OUT_OF_MEMORY":
+            self._resends += 1
+            if self._end is None and self._resends > MOST_RESENDS:
+                return False
+        # The server's word, and up to a half more: not all callers at once.
+        return self._sleep(busy.retry_after * random.uniform(1.0, 1.5))
 
     def until_served(
         self, attempt: Callable[[float | None], Answer], is_known: bool, is_safe: bool
@@ -53,9 +73,7 @@ class Patience:
             try:
                 return attempt(self.left())
             except ServerBusy as error:
-                # The server's word, and up to a half more: not all callers at once.
-                after = error.retry_after
-                if after is None or not self._sleep(after * random.uniform(1.0, 1.5)):
+                if not self.wait_for(error):
                     raise
             except Unavailable:
                 tries += 1

@@ -15,6 +15,7 @@ from secateur.errors import (
     DeadlineExceeded,
     InvalidRequest,
     SecateurError,
+    ServerBusy,
     Unavailable,
 )
 from secateur.patience import MOST_PAUSE_SECONDS, Patience
@@ -96,6 +97,9 @@ class Sending:
                 self._is_known = True
                 tries, most = (0, sum(held)) if sum(held) > most else (tries, most)
                 return self._send(files, messages, held, sending)
+            except ServerBusy as error:
+                if not self._patience.wait_for(error):
+                    raise
             except SecateurError as error:
                 tries += 1
                 # A server that was never there is no upload that broke.

@@ -551,3 +551,77 @@ class FinalizeResult(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["data_bytes", b"data_bytes", "files", b"files", "report", b"report"]) -> None: ...
 
 Global___FinalizeResult: typing_extensions.TypeAlias = FinalizeResult
+
+@typing.final
+class GetServerInfoRequest(google.protobuf.message.Message):
+    """Asks for the server's version, features and limits."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___GetServerInfoRequest: typing_extensions.TypeAlias = GetServerInfoRequest
+
+@typing.final
+class GetServerInfoResponse(google.protobuf.message.Message):
+    """What a server is, and what it can do. Names are those of this package, so that a client can read
+    the names of values and fields that are newer than itself.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: builtins.int
+    OUTPUTS_FIELD_NUMBER: builtins.int
+    IMPORTANCES_FIELD_NUMBER: builtins.int
+    GRANULARITIES_FIELD_NUMBER: builtins.int
+    SCOPES_FIELD_NUMBER: builtins.int
+    AMOUNTS_FIELD_NUMBER: builtins.int
+    ALLOCATIONS_FIELD_NUMBER: builtins.int
+    MAX_MODEL_BYTES_FIELD_NUMBER: builtins.int
+    version: builtins.str
+    """The version of the package secateur."""
+    max_model_bytes: builtins.int
+    """The most bytes of a model that a call may send as data, by --max-model-bytes and
+    --memory-limit. A checkpoint may be larger.
+    """
+    @property
+    def outputs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Names of values of Output, such as OUTPUT_DENSE."""
+
+    @property
+    def importances(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Names of fields of Selection.importance, such as magnitude."""
+
+    @property
+    def granularities(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Names of values of Granularity, such as GRANULARITY_SLICE."""
+
+    @property
+    def scopes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Names of values of Scope, such as SCOPE_GLOBAL."""
+
+    @property
+    def amounts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Names of fields of Selection.amount, such as fraction."""
+
+    @property
+    def allocations(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Names of values of Allocation, such as ALLOCATION_ERK."""
+
+    def __init__(
+        self,
+        *,
+        version: builtins.str = ...,
+        outputs: collections.abc.Iterable[builtins.str] | None = ...,
+        importances: collections.abc.Iterable[builtins.str] | None = ...,
+        granularities: collections.abc.Iterable[builtins.str] | None = ...,
+        scopes: collections.abc.Iterable[builtins.str] | None = ...,
+        amounts: collections.abc.Iterable[builtins.str] | None = ...,
+        allocations: collections.abc.Iterable[builtins.str] | None = ...,
+        max_model_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["allocations", b"allocations", "amounts", b"amounts", "granularities", b"granularities", "importances", b"importances", "max_model_bytes", b"max_model_bytes", "outputs", b"outputs", "scopes", b"scopes", "version", b"version"]) -> None: ...
+
+Global___GetServerInfoResponse: typing_extensions.TypeAlias = GetServerInfoResponse

@@ -55,7 +55,9 @@ class PrunerStub(object):
 
     Errors of every rpc. A status carries google.rpc.ErrorInfo (domain `secateur`, reason as named
     here) and, for INVALID_ARGUMENT, google.rpc.BadRequest with the path of the field at fault.
-    INVALID_ARGUMENT, INVALID_REQUEST: the messages are not as above. Do not retry.
+    INVALID_ARGUMENT, INVALID_REQUEST: the messages are not as above, or have a field that this
+    server does not know, since it is older than the client: ErrorInfo.metadata then has
+    `unknown_field` and `server_version`. Do not retry.
     INVALID_ARGUMENT, INVALID_SPEC: the spec is wrong, or does not fit the tensors. Do not retry.
     INVALID_ARGUMENT, INVALID_STATE_DICT: the data is not what it says. Do not retry.
     PERMISSION_DENIED, URI_NOT_ALLOWED: the operator has not listed that URI. Do not retry.
@@ -99,6 +101,11 @@ class PrunerStub(object):
                 request_serializer=secateur_dot_v1_dot_pruner__pb2.FinalizeRequest.SerializeToString,
                 response_deserializer=secateur_dot_v1_dot_pruner__pb2.FinalizeResponse.FromString,
                 _registered_method=True)
+        self.GetServerInfo = channel.unary_unary(
+                '/secateur.v1.Pruner/GetServerInfo',
+                request_serializer=secateur_dot_v1_dot_pruner__pb2.GetServerInfoRequest.SerializeToString,
+                response_deserializer=secateur_dot_v1_dot_pruner__pb2.GetServerInfoResponse.FromString,
+                _registered_method=True)
 
 
 class PrunerServicer(object):
@@ -131,7 +138,9 @@ class PrunerServicer(object):
 
     Errors of every rpc. A status carries google.rpc.ErrorInfo (domain `secateur`, reason as named
     here) and, for INVALID_ARGUMENT, google.rpc.BadRequest with the path of the field at fault.
-    INVALID_ARGUMENT, INVALID_REQUEST: the messages are not as above. Do not retry.
+    INVALID_ARGUMENT, INVALID_REQUEST: the messages are not as above, or have a field that this
+    server does not know, since it is older than the client: ErrorInfo.metadata then has
+    `unknown_field` and `server_version`. Do not retry.
     INVALID_ARGUMENT, INVALID_SPEC: the spec is wrong, or does not fit the tensors. Do not retry.
     INVALID_ARGUMENT, INVALID_STATE_DICT: the data is not what it says. Do not retry.
     PERMISSION_DENIED, URI_NOT_ALLOWED: the operator has not listed that URI. Do not retry.
@@ -177,6 +186,14 @@ class PrunerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetServerInfo(self, request, context):
+        """Returns the server's version, what it can do, and its limits. A server that answers
+        UNIMPLEMENTED is older than this rpc.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PrunerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -199,6 +216,11 @@ def add_PrunerServicer_to_server(servicer, server):
                     servicer.Finalize,
                     request_deserializer=secateur_dot_v1_dot_pruner__pb2.FinalizeRequest.FromString,
                     response_serializer=secateur_dot_v1_dot_pruner__pb2.FinalizeResponse.SerializeToString,
+            ),
+            'GetServerInfo': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetServerInfo,
+                    request_deserializer=secateur_dot_v1_dot_pruner__pb2.GetServerInfoRequest.FromString,
+                    response_serializer=secateur_dot_v1_dot_pruner__pb2.GetServerInfoResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -238,7 +260,9 @@ class Pruner(object):
 
     Errors of every rpc. A status carries google.rpc.ErrorInfo (domain `secateur`, reason as named
     here) and, for INVALID_ARGUMENT, google.rpc.BadRequest with the path of the field at fault.
-    INVALID_ARGUMENT, INVALID_REQUEST: the messages are not as above. Do not retry.
+    INVALID_ARGUMENT, INVALID_REQUEST: the messages are not as above, or have a field that this
+    server does not know, since it is older than the client: ErrorInfo.metadata then has
+    `unknown_field` and `server_version`. Do not retry.
     INVALID_ARGUMENT, INVALID_SPEC: the spec is wrong, or does not fit the tensors. Do not retry.
     INVALID_ARGUMENT, INVALID_STATE_DICT: the data is not what it says. Do not retry.
     PERMISSION_DENIED, URI_NOT_ALLOWED: the operator has not listed that URI. Do not retry.
@@ -354,6 +378,33 @@ class Pruner(object):
             '/secateur.v1.Pruner/Finalize',
             secateur_dot_v1_dot_pruner__pb2.FinalizeRequest.SerializeToString,
             secateur_dot_v1_dot_pruner__pb2.FinalizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetServerInfo(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/secateur.v1.Pruner/GetServerInfo',
+            secateur_dot_v1_dot_pruner__pb2.GetServerInfoRequest.SerializeToString,
+            secateur_dot_v1_dot_pruner__pb2.GetServerInfoResponse.FromString,
             options,
             channel_credentials,
             insecure,

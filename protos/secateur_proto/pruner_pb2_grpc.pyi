@@ -89,7 +89,23 @@ _PrunerFinalizeType = typing_extensions.TypeVar(
     ],
 )
 
-class PrunerStub(typing.Generic[_PrunerPruneType, _PrunerReportType, _PrunerPlanType, _PrunerFinalizeType]):
+_PrunerGetServerInfoType = typing_extensions.TypeVar(
+    '_PrunerGetServerInfoType',
+    grpc.UnaryUnaryMultiCallable[
+        secateur_proto.pruner_pb2.GetServerInfoRequest,
+        secateur_proto.pruner_pb2.GetServerInfoResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        secateur_proto.pruner_pb2.GetServerInfoRequest,
+        secateur_proto.pruner_pb2.GetServerInfoResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        secateur_proto.pruner_pb2.GetServerInfoRequest,
+        secateur_proto.pruner_pb2.GetServerInfoResponse,
+    ],
+)
+
+class PrunerStub(typing.Generic[_PrunerPruneType, _PrunerReportType, _PrunerPlanType, _PrunerFinalizeType, _PrunerGetServerInfoType]):
     """Prunes neural networks that callers send.
 
     The data of every request and answer is one file in the safetensors format, cut anywhere into
@@ -119,7 +135,9 @@ class PrunerStub(typing.Generic[_PrunerPruneType, _PrunerReportType, _PrunerPlan
 
     Errors of every rpc. A status carries google.rpc.ErrorInfo (domain `secateur`, reason as named
     here) and, for INVALID_ARGUMENT, google.rpc.BadRequest with the path of the field at fault.
-      INVALID_ARGUMENT, INVALID_REQUEST: the messages are not as above. Do not retry.
+      INVALID_ARGUMENT, INVALID_REQUEST: the messages are not as above, or have a field that this
+        server does not know, since it is older than the client: ErrorInfo.metadata then has
+        `unknown_field` and `server_version`. Do not retry.
       INVALID_ARGUMENT, INVALID_SPEC: the spec is wrong, or does not fit the tensors. Do not retry.
       INVALID_ARGUMENT, INVALID_STATE_DICT: the data is not what it says. Do not retry.
       PERMISSION_DENIED, URI_NOT_ALLOWED: the operator has not listed that URI. Do not retry.
@@ -155,6 +173,10 @@ class PrunerStub(typing.Generic[_PrunerPruneType, _PrunerReportType, _PrunerPlan
             secateur_proto.pruner_pb2.FinalizeRequest,
             secateur_proto.pruner_pb2.FinalizeResponse,
         ],
+        grpc.UnaryUnaryMultiCallable[
+            secateur_proto.pruner_pb2.GetServerInfoRequest,
+            secateur_proto.pruner_pb2.GetServerInfoResponse,
+        ],
     ], channel: grpc.Channel) -> None: ...
 
     @typing.overload
@@ -175,6 +197,10 @@ class PrunerStub(typing.Generic[_PrunerPruneType, _PrunerReportType, _PrunerPlan
             secateur_proto.pruner_pb2.FinalizeRequest,
             secateur_proto.pruner_pb2.FinalizeResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            secateur_proto.pruner_pb2.GetServerInfoRequest,
+            secateur_proto.pruner_pb2.GetServerInfoResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     Prune: _PrunerPruneType
@@ -188,6 +214,11 @@ class PrunerStub(typing.Generic[_PrunerPruneType, _PrunerReportType, _PrunerPlan
 
     Finalize: _PrunerFinalizeType
     """Makes pruning permanent: each pair X_orig, X_mask becomes X, as torch.nn.utils.prune.remove."""
+
+    GetServerInfo: _PrunerGetServerInfoType
+    """Returns the server's version, what it can do, and its limits. A server that answers
+    UNIMPLEMENTED is older than this rpc.
+    """
 
 PrunerAsyncStub: typing_extensions.TypeAlias = PrunerStub[
     grpc.aio.StreamStreamMultiCallable[
@@ -205,6 +236,10 @@ PrunerAsyncStub: typing_extensions.TypeAlias = PrunerStub[
     grpc.aio.StreamStreamMultiCallable[
         secateur_proto.pruner_pb2.FinalizeRequest,
         secateur_proto.pruner_pb2.FinalizeResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        secateur_proto.pruner_pb2.GetServerInfoRequest,
+        secateur_proto.pruner_pb2.GetServerInfoResponse,
     ],
 ]
 
@@ -238,7 +273,9 @@ class PrunerServicer(metaclass=abc.ABCMeta):
 
     Errors of every rpc. A status carries google.rpc.ErrorInfo (domain `secateur`, reason as named
     here) and, for INVALID_ARGUMENT, google.rpc.BadRequest with the path of the field at fault.
-      INVALID_ARGUMENT, INVALID_REQUEST: the messages are not as above. Do not retry.
+      INVALID_ARGUMENT, INVALID_REQUEST: the messages are not as above, or have a field that this
+        server does not know, since it is older than the client: ErrorInfo.metadata then has
+        `unknown_field` and `server_version`. Do not retry.
       INVALID_ARGUMENT, INVALID_SPEC: the spec is wrong, or does not fit the tensors. Do not retry.
       INVALID_ARGUMENT, INVALID_STATE_DICT: the data is not what it says. Do not retry.
       PERMISSION_DENIED, URI_NOT_ALLOWED: the operator has not listed that URI. Do not retry.
@@ -287,5 +324,15 @@ class PrunerServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[secateur_proto.pruner_pb2.FinalizeResponse], collections.abc.AsyncIterator[secateur_proto.pruner_pb2.FinalizeResponse]]:
         """Makes pruning permanent: each pair X_orig, X_mask becomes X, as torch.nn.utils.prune.remove."""
+
+    @abc.abstractmethod
+    def GetServerInfo(
+        self,
+        request: secateur_proto.pruner_pb2.GetServerInfoRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[secateur_proto.pruner_pb2.GetServerInfoResponse, collections.abc.Awaitable[secateur_proto.pruner_pb2.GetServerInfoResponse]]:
+        """Returns the server's version, what it can do, and its limits. A server that answers
+        UNIMPLEMENTED is older than this rpc.
+        """
 
 def add_PrunerServicer_to_server(servicer: PrunerServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -56,9 +56,16 @@ OPTIONS = (
     # Callers may ask the same of the server, with and without calls, each 10 s.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    # Of one connection; the limit for all of them is the pool's.
+    # Of one connection: its client keeps further calls back. The limit for all connections is the
+    # reception's, which says when to try again. So gRPC must not reset streams by itself, as it
+    # does where calls that have ended still hold their streams.
     ("grpc.max_concurrent_streams", 128),
+    ("grpc.http.overload_protection", 0),
 )
+
+# Calls that gRPC accepts beside those that have a thread. Each waits for the moment in which one of
+# the extra threads rejects it; beyond them gRPC rejects calls, and cannot say when to try again.
+MOST_TO_REJECT = 1024
 
 
 class CannotStart(Exception):
@@ -135,7 +142,7 @@ def _grpc_server(config: Config, metrics: Metrics, store: Store, opened: ExitSta
         ThreadPoolExecutor(threads, thread_name_prefix="rpc", initializer=one_thread),
         interceptors=[traces.interceptor, door] if traces else [door],
         options=OPTIONS,
-        maximum_concurrent_rpcs=threads,  # more would wait where nobody sees them
+        maximum_concurrent_rpcs=threads + MOST_TO_REJECT,
     )
 
 

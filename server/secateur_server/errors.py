@@ -3,6 +3,7 @@
 RequestError
     InvalidRequest          INVALID_ARGUMENT    the messages of the call are out of order
         NoMessage                               there is none
+        UnknownField                            from a client that is newer than the server
     InvalidSpec             INVALID_ARGUMENT    the spec is wrong, or does not fit the tensors
         UnknownTensor                           a rule names a tensor that is not there
         NotPrunable                             a rule names a tensor of a dtype that has no pruning
@@ -37,6 +38,8 @@ RequestError
     Defect                  INTERNAL            a defect of the server
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar
 
 
@@ -61,11 +64,13 @@ class RequestError(Exception):
 
     field: the path of the request's field at fault, as google.rpc.BadRequest has it.
     retry_after: seconds after which the same call may be served; None where it never is.
+    metadata: more for programs to read, as google.rpc.ErrorInfo has it.
     """
 
     status: ClassVar[str] = "INVALID_ARGUMENT"
     reason: ClassVar[str]
     retry_after: float | None = None
+    metadata: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, field: str, message: str) -> None:
         # HTTP/2 peers take 8 KiB of trailers, where all this stands three times, once in hex.
@@ -82,6 +87,19 @@ class InvalidRequest(RequestError):
 
 class NoMessage(InvalidRequest):
     """The call ended before its first message."""
+
+
+class UnknownField(InvalidRequest):
+    """A message has a field that this server does not know: its client is newer."""
+
+    def __init__(self, field: str, message: str, unknown: str, version: str) -> None:
+        """message: its type.  unknown: the field.  version: of this server."""
+        super().__init__(
+            field,
+            f"{message} has {unknown} that this server does not know: the server (secateur "
+            f"{version}) is older than the client; update the server, or leave the choice out",
+        )
+        self.metadata = {"unknown_field": f"{message}: {unknown}", "server_version": version}
 
 
 class InvalidSpec(RequestError):

@@ -20,6 +20,7 @@ from secateur_server.landing import Landing
 from secateur_server.messages.checkpoint import checkpoint_message, file_message, progress_message
 from secateur_server.messages.plan import decode_amounts, encode_plan
 from secateur_server.messages.report import encode_report
+from secateur_server.messages.server_info import encode_server_info
 from secateur_server.messages.spec import decode_spec
 from secateur_server.messages.stream import Bytes, open_request, responses
 from secateur_server.messages.warnings import warnings_of
@@ -197,6 +198,13 @@ class Pruner:
             result, files = yield from self._run(work, header, pb.FinalizeResponse)
             yield from self._answer(pb.FinalizeResponse, result, files)
 
+    def GetServerInfo(
+        self, request: pb.GetServerInfoRequest, context: grpc.ServicerContext
+    ) -> pb.GetServerInfoResponse:
+        """Says what this server can do."""
+        most = min(self._sources.max_model_bytes, self._sources.admission.limit)
+        return encode_server_info(most)
+
     def _finalize(
         self, header: pb.FinalizeHeader, data: Iterator[Bytes], held: ExitStack
     ) -> tuple[pb.FinalizeResult, Files]:
@@ -331,6 +339,9 @@ def add_pruner(pruner: Pruner, server: grpc.Server) -> str:
         ),
         "Finalize": grpc.stream_stream_rpc_method_handler(
             pruner.Finalize, Decoder(pb.FinalizeRequest.FromString), encode
+        ),
+        "GetServerInfo": grpc.unary_unary_rpc_method_handler(
+            pruner.GetServerInfo, pb.GetServerInfoRequest.FromString, encode
         ),
     }
     single = grpc.unary_unary_rpc_method_handler(

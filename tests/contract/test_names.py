@@ -87,6 +87,7 @@ def test_the_rpcs_have_their_names_and_kinds() -> None:
         "Report": (True, False),
         "Plan": (True, False),
         "Finalize": (True, True),
+        "GetServerInfo": (False, False),
     }
 
 

@@ -6,12 +6,13 @@ from contextlib import AbstractContextManager, closing
 from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from secateur_proto.codec import Data
 from secateur_server.errors import InvalidRequest, NoMessage, Stopped
 from secateur_server.operate.calls import Method
 from secateur_server.operate.idle import Readers
+from secateur_server.operate.unknown import check_known
 from secateur_server.wire.ahead import Pace, ahead
 
 Around = Callable[[Method, grpc.ServicerContext], AbstractContextManager[Any]]
@@ -103,7 +104,7 @@ def _stream(received: Iterator[Any]) -> Iterator[Any]:
 
 
 def _single(received: Iterator[Any]) -> Any:
-    """The one message of a call that has one.  Errors: NoMessage, InvalidRequest."""
+    """The one message of a call that has one.  Errors: NoMessage, InvalidRequest, UnknownField."""
     for message in received:
         return _message(message)
     raise NoMessage("message", "the call ended before its message")
@@ -132,4 +133,6 @@ def _size(decoded: Any) -> int:
 def _message(decoded: Any) -> Any:
     if isinstance(decoded, DecodeError):
         raise InvalidRequest("message", f"its bytes are no message of this call: {decoded}")
+    if isinstance(decoded, Message):
+        check_known(decoded)
     return decoded

@@ -26,6 +26,7 @@ _METHODS = (
     Method(_PRUNER, "Report", "client_stream"),
     Method(_PRUNER, "Plan", "client_stream"),
     Method(_PRUNER, "Finalize", "bidi_stream"),
+    Method(_PRUNER, "GetServerInfo", "unary"),
     Method(_CHECKPOINTS, "Upload", "client_stream"),
     Method(_CHECKPOINTS, "QueryUpload", "unary"),
     Method(_CHECKPOINTS, "Download", "server_stream"),

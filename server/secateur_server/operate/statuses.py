@@ -77,7 +77,7 @@ class _Ending(grpc.Status):
 def to_status(error: RequestError, request_id: str) -> Status:
     """google.rpc.Status of an error: its reason, and the path of the field at fault."""
     details: list[Message] = [
-        ErrorInfo(reason=error.reason, domain="secateur"),
+        ErrorInfo(reason=error.reason, domain="secateur", metadata=error.metadata),
         RequestInfo(request_id=request_id),
     ]
     if error.status == "INVALID_ARGUMENT":

@@ -164,6 +164,11 @@ class Store:
             shutil.rmtree(self._folder)
 
     @property
+    def max_bytes(self) -> int:
+        """Bytes that everything on its disk may take."""
+        return self._room.max_bytes
+
+    @property
     def used_bytes(self) -> int:
         """Bytes on disk, with those of parts that are about to be written."""
         with self._lock:

@@ -1,0 +1,114 @@
+"""More calls than the server takes: each is served, or told when to try again."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from google.rpc.error_details_pb2 import RetryInfo
+from grpc_status import rpc_status
+
+import secateur
+from secateur_proto.pruner_pb2_grpc import PrunerStub
+from secateur_server.operate.callers import Callers
+from tests.conftest import PATIENCE, RunningServer, eventually, inner_server
+from tests.contract.raw import entry, file, header, message, series
+
+DATA = file({"w": entry("F32", [2], 0, 8)}, b"\0" * 8)
+
+
+@pytest.fixture(scope="module")
+def busy() -> Iterator[RunningServer]:
+    with inner_server() as running:
+        yield running
+
+
+def two_connections(server: RunningServer, opened: ExitStack) -> list[grpc.Channel]:
+    """Two channels that share no connection, as channels with the same options otherwise do."""
+    own = [("grpc.use_local_subchannel_pool", 1)]
+    made = (grpc.insecure_channel(server.address, own) for _ in range(2))
+    return [opened.enter_context(channel) for channel in made]
+
+
+def whole_call(channel: grpc.Channel) -> Any:
+    request = message("Report", header=header("Report", len(DATA)), data=DATA)
+    return PrunerStub(channel).Report.future(iter([request]), timeout=PATIENCE)
+
+
+def is_told_when(call: Any) -> bool:
+    """Whether a call failed with RESOURCE_EXHAUSTED and a time after which to try again."""
+    status, retry = rpc_status.from_call(call), RetryInfo()
+    details = status.details if status else ()
+    is_exhausted = call.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    return is_exhausted and any(detail.Unpack(retry) for detail in details)
+
+
+def wait_until_accepted(channel: grpc.Channel) -> None:
+    """Returns when gRPC has dealt with all calls before: it answers an unknown method itself."""
+    unknown: Any = channel.unary_unary("/no.Service/Method")
+    call = unknown.future(b"", timeout=PATIENCE)
+    assert call.exception() is not None
+    assert call.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_all_calls_of_one_connection_are_served(busy: RunningServer) -> None:
+    with grpc.insecure_channel(busy.address) as channel:
+        calls = [whole_call(channel) for _ in range(200)]
+        assert {call.exception(PATIENCE) for call in calls} == {None}
+
+
+def test_calls_that_have_no_thread_yet_are_told_when_to_try_again(
+    busy: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More calls come than the server has threads, before the first of them is let in."""
+    all_are_here, caller = threading.Event(), Callers.caller
+
+    def slow_caller(self: Callers, metadata: Any) -> Any:
+        all_are_here.wait(PATIENCE)
+        return caller(self, metadata)
+
+    monkeypatch.setattr(Callers, "caller", slow_caller)
+    with ExitStack() as opened:
+        opened.callback(all_are_here.set)
+        channels = two_connections(busy, opened)
+        calls = [whole_call(channel) for channel in channels for _ in range(120)]
+        for channel in channels:
+            wait_until_accepted(channel)
+        all_are_here.set()
+        failed = [call for call in calls if call.exception(PATIENCE)]
+        assert len(failed) < len(calls)
+        assert {call.details() for call in failed if not is_told_when(call)} == set()
+
+
+def test_the_client_is_served_after_the_server_had_no_place_for_it(busy: RunningServer) -> None:
+    ended = threading.Event()
+
+    def silent_messages() -> Iterator[Any]:
+        yield message("Report", header=header("Report", 1000), data=b"\x10")
+        ended.wait(PATIENCE)
+
+    def rejected() -> float:
+        return series(busy, "secateur_rejected_requests_total", reason="QUEUE_FULL")
+
+    with ExitStack() as opened, secateur.Client(busy.address, timeout=PATIENCE) as client:
+        opened.callback(ended.set)
+        silent = [
+            PrunerStub(channel).Report.future(silent_messages(), timeout=PATIENCE)
+            for channel in two_connections(busy, opened)
+            for _ in range(80)
+        ]
+        eventually(lambda: any(call.done() for call in silent), True)
+        reports: list[secateur.Report] = []
+        caller = threading.Thread(
+            target=lambda: reports.append(client.report({"w": np.ones(3, np.float32)}))
+        )
+        before = rejected()
+        caller.start()
+        eventually(lambda: rejected() > before, True)
+        for call in silent:
+            call.cancel()
+        caller.join()
+        assert reports[0].total == 3
