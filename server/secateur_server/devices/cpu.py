@@ -30,6 +30,7 @@ from secateur_server.devices.passes import (
     Split,
 )
 from secateur_server.devices.randomness import RandomScores
+from secateur_server.devices.threads import start_all
 from secateur_server.devices.watch import Found, Work, watch
 
 CORES = len(os.sched_getaffinity(0))
@@ -53,6 +54,12 @@ Part = tuple[Piece, Tensor]
 _BLOCKS = Blocks()
 
 _POOL = ThreadPoolExecutor(CORES, thread_name_prefix="pieces", initializer=_start_in_pool)
+
+
+def start_threads() -> None:
+    """Starts all threads that calls need. Raises RuntimeError if the system refuses one."""
+    start_all(_POOL, CORES)
+    _BLOCKS.start()
 
 
 class Cpu(Passes):

@@ -1,13 +1,13 @@
 """Every call goes through here, whatever its kind."""
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
+from secateur_server.devices.threads import started_pool
 from secateur_server.errors import InvalidRequest, NoMessage, Stopped
 from secateur_server.operate.calls import Method
 from secateur_server.operate.idle import Readers
@@ -34,7 +34,7 @@ class Door(grpc.ServerInterceptor):
     def __init__(self, around: Around, idle_timeout: float, calls: int) -> None:
         self._around, self._idle_timeout = around, idle_timeout
         self._readers = Readers(idle_timeout)
-        self._receivers = ThreadPoolExecutor(calls, thread_name_prefix="ahead")
+        self._receivers = started_pool(calls, "ahead")
 
     def close(self) -> None:
         """No calls come any more."""
