@@ -31,6 +31,9 @@ except ImportError as error:  # installed as the client alone
         f"secateur-server: {error}; install the server's packages: pip install 'secateur[server]'"
     )
 
+# The exit status if the server can answer no calls any more: EX_SOFTWARE of sysexits.h.
+DEAD_STATUS = 70
+
 
 def main() -> int:
     """Serves until SIGTERM or SIGINT. Returns the exit status."""
@@ -46,7 +49,7 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     asked = _signals()
     try:
-        app = App(config)
+        app = App(config, died=_died)
     except CannotStart as error:
         print(f"secateur-server: {error}", file=sys.stderr)
         return 1
@@ -71,6 +74,12 @@ def run() -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def _died() -> None:
+    """Ends the process at once: there is no caller left whom a drain would serve."""
+    sys.stderr.flush()
+    os._exit(DEAD_STATUS)
 
 
 def _signals() -> int:

@@ -1,6 +1,6 @@
 """Wiring."""
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
@@ -14,7 +14,8 @@ from secateur_proto.framing import CHUNK_BYTES
 from secateur_server.checkpoints import Checkpoints, add_checkpoints
 from secateur_server.config import Config
 from secateur_server.devices import passes_of
-from secateur_server.devices.cpu import one_thread
+from secateur_server.devices.cpu import one_thread, start_threads
+from secateur_server.devices.threads import started_pool
 from secateur_server.devices.watch import Watch
 from secateur_server.operate.admission import Admission
 from secateur_server.operate.callers import BadTokens, Callers
@@ -22,7 +23,8 @@ from secateur_server.operate.door import Door
 from secateur_server.operate.metrics import Metrics
 from secateur_server.operate.probes import Health
 from secateur_server.operate.reception import MOST_OPEN, Reception
-from secateur_server.operate.scrape import serve_metrics
+from secateur_server.operate.scrape import Scrapes
+from secateur_server.operate.serving import Serving
 from secateur_server.operate.tls import BadCertificate, TlsFiles, server_credentials
 from secateur_server.operate.traces import NoTraces, Traces
 from secateur_server.service import Pruner, add_pruner
@@ -66,6 +68,10 @@ OPTIONS = (
 # Calls that gRPC accepts beside those that have a thread. Each waits for the moment in which one of
 # the extra threads rejects it; beyond them gRPC rejects calls, and cannot say when to try again.
 MOST_TO_REJECT = 1024
+_NO_THREADS = (
+    "the system refuses to start more threads: raise its limit (TasksMax= of systemd, pids.max of "
+    "the control group, ulimit -u), or lower --queue-size"
+)
 
 
 class CannotStart(Exception):
@@ -79,31 +85,40 @@ class App:
         config: What the operator set.
         is_warm: Whether the server warms up before it takes calls. An embedded server does not: its
             one caller waits for the same work in its first call, and only for what it uses.
+        died: Is called if the server can answer no calls any more, though nobody stopped it.
     """
 
     metrics_address: str | None = None
 
-    def __init__(self, config: Config, is_warm: bool = True) -> None:
-        self._config, self._is_warm = config, is_warm
+    def __init__(
+        self, config: Config, is_warm: bool = True, died: Callable[[], None] = lambda: None
+    ) -> None:
+        self._config, self._is_warm, self._died = config, is_warm, died
         with ExitStack() as opened:
-            self._start(opened)
+            try:
+                self._start(opened)
+            except RuntimeError as error:
+                if "can't start new thread" not in str(error):
+                    raise
+                raise CannotStart(_NO_THREADS) from None
             self._opened = opened.pop_all()
 
     def _start(self, opened: ExitStack) -> None:
         """opened: is closed when the server has stopped, in the reverse order."""
         config = self._config
         passes_of(config.device)  # those of a GPU are compiled now, and not in the first call
+        start_threads()
         metrics = Metrics(config.device)
         store = open_store(config, metrics)
         opened.callback(store.close)
         if config.metrics_address is not None:
             self.metrics_address = listen_for_scrapes(config, metrics, opened)
         self._server = _grpc_server(config, metrics, store, opened)
-        self._health = _add_services(config, metrics, store, self._server)
+        self._health = _add_services(config, metrics, store, self._server, opened)
         self.address = listen(self._server, config, metrics)
         if self._is_warm:
             warm_up(config.device, store, config.allow_uri)
-        self._server.start()
+        self._serving = Serving(self._server, self._died)
         self._health.serve()
 
     def stop(self) -> None:
@@ -112,7 +127,7 @@ class App:
         What still runs after the drain timeout is cancelled.
         """
         self._health.drain()
-        self._server.stop(self._config.drain_timeout).wait()
+        self._serving.stop(self._config.drain_timeout)
         self._opened.close()
 
     def __enter__(self) -> Self:
@@ -138,15 +153,19 @@ def _grpc_server(config: Config, metrics: Metrics, store: Store, opened: ExitSta
     threads = calls + 2 * MOST_OPEN
     door = Door(reception.around, config.idle_timeout, config.min_throughput, threads)
     opened.callback(door.close)
+    workers = started_pool(threads, "rpc", one_thread)
+    opened.callback(workers.shutdown, wait=False)
     return grpc.server(
-        ThreadPoolExecutor(threads, thread_name_prefix="rpc", initializer=one_thread),
+        workers,
         interceptors=[traces.interceptor, door] if traces else [door],
         options=OPTIONS,
         maximum_concurrent_rpcs=threads + MOST_TO_REJECT,
     )
 
 
-def _add_services(config: Config, metrics: Metrics, store: Store, server: grpc.Server) -> Health:
+def _add_services(
+    config: Config, metrics: Metrics, store: Store, server: grpc.Server, opened: ExitStack
+) -> Health:
     admission = Admission(config.memory_limit, config.queue_size)
     metrics.of_admission(
         lambda: admission.held, config.memory_limit, lambda: admission.waiting, config.queue_size
@@ -156,8 +175,10 @@ def _add_services(config: Config, metrics: Metrics, store: Store, server: grpc.S
     uris = Uris(config.allow_path, config.allow_uri, scratch, Requests(config.idle_timeout))
     limits = config.max_model_bytes, config.work_memory
     sources = Sources(store, uris, config.device, *limits, admission, metrics)
+    pruner = Pruner(sources, WORKERS + config.queue_size)
+    opened.callback(pruner.close)
     services = (
-        add_pruner(Pruner(sources, WORKERS + config.queue_size), server),
+        add_pruner(pruner, server),
         add_checkpoints(Checkpoints(sources), server),
     )
     probes = Health(services)
@@ -236,9 +257,8 @@ def listen_for_scrapes(config: Config, metrics: Metrics, opened: ExitStack) -> s
     host, port = host_and_port(address)
     token = config.metrics_token_file
     try:
-        server = serve_metrics(host.strip("[]"), port, metrics.registry, token)
+        scrapes = Scrapes(host.strip("[]"), port, metrics.registry, token)
     except OSError as error:
         raise CannotStart(f"cannot serve metrics at {address}: {error.strerror}") from None
-    opened.callback(server.server_close)
-    opened.callback(server.shutdown)
-    return f"{host}:{server.server_port}"
+    opened.callback(scrapes.close)
+    return f"{host}:{scrapes.port}"

@@ -23,8 +23,10 @@ from secateur_server.app import (
 )
 from secateur_server.config import Config, is_public, unknown_variables
 from secateur_server.devices import kernels, passes_of
+from secateur_server.devices.cgroups import cpu_limits
+from secateur_server.devices.cpu import CORES
 from secateur_server.devices.cuda import Cuda
-from secateur_server.devices.memory import memory_of, total_memory
+from secateur_server.devices.memory import least_limit, machine_memory, memory_of, total_memory
 from secateur_server.operate.metrics import Metrics
 from secateur_server.uris.remote import missing
 
@@ -35,7 +37,7 @@ def check(config: Config) -> int:
     A server that runs meanwhile is not disturbed.  Returns: the exit status, 1 for any problem.
     """
     problems = unknown_variables()
-    for part in (_grpc, _scrapes, _device, _limits, _store, _uris, _traces):
+    for part in (_grpc, _scrapes, _device, _limits, _store, _uris, _traces, _machine):
         try:
             for line in part(config):
                 print(line)
@@ -94,7 +96,7 @@ def _device(config: Config) -> Iterator[str]:
         yield f"prunes on {device}, {name}, {how}, {_size(free)} free"
         return
     how = "compiled by numba" if kernels.enabled else "without numba, which would be faster"
-    yield f"prunes on cpu, {os.cpu_count()} cores, {how}, {_size(free)} free"
+    yield f"prunes on cpu, threads: {CORES}, {how}, {_size(free)} free"
 
 
 def _limits(config: Config) -> Iterator[str]:
@@ -153,5 +155,20 @@ def _traces(config: Config) -> Iterator[str]:
         yield f"sends traces to {config.otlp_endpoint}"
 
 
-def _size(count: int) -> str:
+def _machine(config: Config) -> Iterator[str]:
+    """What the process may use, and what sets the limit."""
+    memory = least_limit()
+    whole = machine_memory()
+    shown = f"may use {_size(whole)} of memory, all of the machine's"
+    if memory.value < whole:
+        shown = f"may use {_size(memory.value)} of memory, the limit of {memory.group}"
+    quota = min(cpu_limits(), key=lambda limit: limit.value, default=None)
+    cpus = len(os.sched_getaffinity(0))
+    parts = [f"{cpus} of {os.cpu_count()} CPUs"]
+    if quota:
+        parts.append(f"{quota.value:g} at a time, the quota of {quota.group}")
+    yield f"{shown}; {', '.join(parts)}"
+
+
+def _size(count: float) -> str:
     return f"{count / (1 << 30):.1f} GiB" if count >= 1 << 30 else f"{count / (1 << 20):.1f} MiB"

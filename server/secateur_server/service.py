@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from contextvars import copy_context
 from functools import partial
@@ -13,6 +13,7 @@ import grpc
 from secateur_proto import pruner_pb2 as pb
 from secateur_proto.codec import SINGLE, Data, Decoder, encode
 from secateur_server.devices.cpu import one_thread
+from secateur_server.devices.threads import started_pool
 from secateur_server.devices.watch import watch
 from secateur_server.errors import CheckpointNotFound, InvalidRequest
 from secateur_server.forms import form_bytes
@@ -52,7 +53,11 @@ class Pruner:
         self._waiting: list[threading.Event] = []  # the first one has its turn
         # For calls that tell how far they are: one for each, or they would wait for a worker where
         # nobody sees them, behind those of others that wait for memory.
-        self._workers = ThreadPoolExecutor(calls, "work", initializer=one_thread)
+        self._workers = started_pool(calls, "work", one_thread)
+
+    def close(self) -> None:
+        """No calls come any more."""
+        self._workers.shutdown(wait=False)
 
     def Prune(
         self, request_iterator: Iterator[pb.PruneRequest | Data], context: grpc.ServicerContext

@@ -55,6 +55,7 @@ def warm_up(device: torch.device, store: Store, prefixes: Sequence[str]) -> None
     pruner = Pruner(Sources(store, uris, device, *limits, admission, metrics), 1)
     with ThreadPoolExecutor(1, initializer=one_thread) as thread:
         thread.submit(_warm_up, pruner).result()
+    pruner.close()
     _log.info("warmed up in %.1f seconds", time.perf_counter() - begun)
 
 

@@ -1,5 +1,6 @@
 """The unit, read by systemd itself."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import RunningServer
 from tests.deploy.options import variables
 
 FOLDER = Path("deploy/systemd")
@@ -58,6 +60,12 @@ def test_the_unit_ends_as_the_server_does() -> None:
     assert found["KillSignal"] == "SIGTERM"
     assert int(found["TimeoutStopSec"]) >= 30 + 10  # --drain-timeout's default
     assert found["Restart"] == "on-failure"
+
+
+def test_the_unit_allows_twice_the_threads_that_a_server_starts(server: RunningServer) -> None:
+    threads = len(os.listdir(f"/proc/{server.process.pid}/task"))
+    assert threads > 400  # all of them exist
+    assert int(settings()["TasksMax"]) >= 2 * threads
 
 
 def test_its_variables_are_options_and_its_store_is_its_own() -> None:

@@ -37,14 +37,19 @@ class Blocks:
         self._back: queue.SimpleQueue[tuple[float, Any]] = queue.SimpleQueue()
         self._is_kept = False
 
-    def take(self, size: int) -> Any:
-        """Memory of `size` bytes with anything in it.  Returns: a numpy array, uint8."""
-        if size < LEAST_BYTES:
-            return np.empty(size, np.uint8)
+    def start(self) -> None:
+        """Starts the thread that frees blocks. Raises RuntimeError if the system refuses one."""
         with self._lock:
             if not self._is_kept:
                 threading.Thread(target=self._keep, name="blocks", daemon=True).start()
                 self._is_kept = True
+
+    def take(self, size: int) -> Any:
+        """Memory of `size` bytes with anything in it.  Returns: a numpy array, uint8."""
+        if size < LEAST_BYTES:
+            return np.empty(size, np.uint8)
+        self.start()
+        with self._lock:
             self._collect()
             block = self._fitting(size)
             leaving = [] if block is not None else self._leaving(size)

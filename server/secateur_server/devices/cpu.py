@@ -19,6 +19,7 @@ from torch import Tensor
 
 from secateur_server.devices import kernels, kernels_curve, kernels_units
 from secateur_server.devices.blocks import Blocks
+from secateur_server.devices.cgroups import cores
 from secateur_server.devices.keys import BITS, signed_bits
 from secateur_server.devices.passes import (
     DIGIT_BITS,
@@ -30,9 +31,10 @@ from secateur_server.devices.passes import (
     Split,
 )
 from secateur_server.devices.randomness import RandomScores
+from secateur_server.devices.threads import start_all
 from secateur_server.devices.watch import Found, Work, watch
 
-CORES = len(os.sched_getaffinity(0))
+CORES = cores(len(os.sched_getaffinity(0)))
 
 _thread = threading.local()
 
@@ -53,6 +55,12 @@ Part = tuple[Piece, Tensor]
 _BLOCKS = Blocks()
 
 _POOL = ThreadPoolExecutor(CORES, thread_name_prefix="pieces", initializer=_start_in_pool)
+
+
+def start_threads() -> None:
+    """Starts all threads that calls need. Raises RuntimeError if the system refuses one."""
+    start_all(_POOL, CORES)
+    _BLOCKS.start()
 
 
 class Cpu(Passes):

@@ -1,7 +1,6 @@
 """Every call goes through here, whatever its kind."""
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
 from typing import Any
 
@@ -9,6 +8,7 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from secateur_proto.codec import Data
+from secateur_server.devices.threads import started_pool
 from secateur_server.errors import InvalidRequest, NoMessage, Stopped
 from secateur_server.operate.calls import Method
 from secateur_server.operate.idle import Readers
@@ -40,7 +40,7 @@ class Door(grpc.ServerInterceptor):
         self._around, self._idle_timeout = around, idle_timeout
         self._min_throughput = min_throughput
         self._readers = Readers(idle_timeout)
-        self._receivers = ThreadPoolExecutor(calls, thread_name_prefix="ahead")
+        self._receivers = started_pool(calls, "ahead")
 
     def close(self) -> None:
         """No calls come any more."""

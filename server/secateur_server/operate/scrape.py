@@ -1,68 +1,174 @@
-"""The address that Prometheus scrapes."""
+"""The address that Prometheus scrapes.
 
+One thread serves all connections, of which there are at most MOST_CONNECTIONS: further ones take
+the place of the oldest. So connections of strangers take neither threads nor files from gRPC.
+"""
+
+import asyncio
 import hmac
 import logging
-import sys
+import socket
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from email.message import Message
+from email.parser import HeaderParser
 from pathlib import Path
-from socket import AF_INET6
-from socketserver import ThreadingMixIn
 from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from urllib.parse import unquote
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
 log = logging.getLogger(__name__)
 
-# Of a scraper that says nothing.
+# Of a scraper that sends or takes nothing.
 TIMEOUT_SECONDS = 10.0
+# How long to wait for a file descriptor when the process has none left for a new connection.
+RETRY_SECONDS = 1.0
+
+MOST_CONNECTIONS = 32
+MOST_HEAD_BYTES = 16 << 10
+
+_BAD_REQUEST = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n"
+_FAILED = b"HTTP/1.1 500 Internal Server Error\r\nConnection: close\r\n\r\n"
 
 App = Callable[[Any, Any], Iterable[bytes]]
 
 
-class _Server(ThreadingMixIn, WSGIServer):
-    daemon_threads = True
-    request_queue_size = 128  # of the 5 that there are else, silent strangers leave none
+class Scrapes:
+    """Serves /metrics from a thread of its own.
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Who says nothing, or leaves, is no news either."""
-        if not isinstance(sys.exception(), OSError):
-            log.exception("a scrape failed")
+    Args:
+        host: An address or a name of this machine.
+        port: 0 takes a free one.
+        registry: What is shown.
+        token: A file with the bearer token that scrapers must send, read each time; None asks none.
 
-
-class _Server6(_Server):
-    address_family = AF_INET6
-
-
-class _Handler(WSGIRequestHandler):
-    timeout = TIMEOUT_SECONDS
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Scrapes are no news."""
-
-
-def serve_metrics(
-    host: str, port: int, registry: CollectorRegistry, token: Path | None
-) -> WSGIServer:
-    """Serves /metrics from a thread.
-
-    token: a file with what scrapers have to send as a bearer token, read each time.
-    Errors: OSError.
+    Raises:
+        OSError: The address cannot be used.
     """
-    kind = _Server6 if ":" in host else _Server
-    app = _only_metrics(make_wsgi_app(registry), token)
-    server = make_server(host, port, app, kind, handler_class=_Handler)
-    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
-    return server
+
+    def __init__(
+        self, host: str, port: int, registry: CollectorRegistry, token: Path | None
+    ) -> None:
+        self._app = _only_metrics(make_wsgi_app(registry), token)
+        self._listening = _listen(host, port)
+        self.port: int = self._listening.getsockname()[1]
+        self._connections: dict[asyncio.Task[None], None] = {}  # the oldest first
+        self._loop = asyncio.new_event_loop()
+        self._accepting = self._loop.create_task(self._accept())
+        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends all connections, and frees the address."""
+        self._loop.call_soon_threadsafe(self._accepting.cancel)
+        self._thread.join()
+
+    def _run(self) -> None:
+        with suppress(asyncio.CancelledError), self._listening:
+            self._loop.run_until_complete(self._accepting)
+        while self._connections:
+            self._loop.run_until_complete(self._end_oldest())
+        self._loop.close()
+
+    async def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = await self._loop.sock_accept(self._listening)
+            except OSError:  # no file descriptor left, or the peer has already gone
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
+            connection.setblocking(False)
+            task = self._loop.create_task(self._serve(connection))
+            self._connections[task] = None
+            task.add_done_callback(lambda ended: self._connections.pop(ended, None))
+            while len(self._connections) > MOST_CONNECTIONS:
+                await self._end_oldest()
+            await asyncio.sleep(0)  # others have their turn, however many connections arrive
+
+    async def _end_oldest(self) -> None:
+        oldest = next(iter(self._connections))
+        del self._connections[oldest]
+        oldest.cancel()
+        await asyncio.wait([oldest])
+
+    async def _serve(self, connection: socket.socket) -> None:
+        with connection, suppress(OSError):  # TimeoutError is one
+            async with asyncio.timeout(TIMEOUT_SECONDS):
+                head = await self._head(connection)
+                await self._loop.sock_sendall(connection, self._answer(head))
+                connection.shutdown(socket.SHUT_WR)
+                # To close before the peer has would reset the connection if data still arrives.
+                while await self._loop.sock_recv(connection, MOST_HEAD_BYTES):
+                    pass
+
+    async def _head(self, connection: socket.socket) -> bytes:
+        """The request line and the headers, or as much of them as there may be."""
+        head = b""
+        while b"\r\n\r\n" not in head and len(head) < MOST_HEAD_BYTES:
+            data = await self._loop.sock_recv(connection, MOST_HEAD_BYTES)
+            if not data:
+                break
+            head += data
+        return head
+
+    def _answer(self, head: bytes) -> bytes:
+        request, end, _ = head.partition(b"\r\n\r\n")
+        if not end:
+            return _BAD_REQUEST
+        try:
+            return _called(self._app, request.decode("latin-1"))
+        except Exception:
+            log.exception("a scrape failed")
+            return _FAILED
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(128)
+        listening.setblocking(False)
+    except OSError:
+        listening.close()
+        raise
+    return listening
+
+
+def _called(app: App, head: str) -> bytes:
+    """The response of a WSGI application to a request without a body."""
+    request, _, lines = head.partition("\r\n")
+    method, target, *_ = (*request.split(), "", "")
+    started: list[Any] = []
+    body = b"".join(
+        app(_environ(method, target, HeaderParser().parsestr(lines)), lambda *a: started.extend(a))
+    )
+    status, headers = started
+    headers = [*headers, ("Content-Length", len(body)), ("Connection", "close")]
+    fields = "".join(f"{name}: {value}\r\n" for name, value in headers)
+    return f"HTTP/1.1 {status}\r\n{fields}\r\n".encode() + body
+
+
+def _environ(method: str, target: str, headers: Message) -> dict[str, str]:
+    path, _, query = target.partition("?")
+    return {
+        "REQUEST_METHOD": method,
+        "PATH_INFO": unquote(path, "latin-1"),
+        "QUERY_STRING": query,
+        "HTTP_AUTHORIZATION": headers.get("Authorization", ""),
+        "HTTP_ACCEPT": headers.get("Accept", ""),
+        "HTTP_ACCEPT_ENCODING": headers.get("Accept-Encoding", ""),
+    }
 
 
 def _only_metrics(metrics: App, token: Path | None) -> App:
     def app(environ: Any, start_response: Any) -> Iterable[bytes]:
+        if token is not None and not _is_known(environ["HTTP_AUTHORIZATION"], token):
+            return _refused(start_response, "401 Unauthorized", "a bearer token is needed")
         if environ["PATH_INFO"] != "/metrics":
             return _refused(start_response, "404 Not Found", "metrics are at /metrics")
-        if token is not None and not _is_known(environ.get("HTTP_AUTHORIZATION", ""), token):
-            return _refused(start_response, "401 Unauthorized", "a bearer token is needed")
         return metrics(environ, start_response)
 
     return app
