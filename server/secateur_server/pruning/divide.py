@@ -16,7 +16,7 @@ from torch import Tensor
 from secateur_server.devices import passes_of, spans
 from secateur_server.devices.keys import BITS
 from secateur_server.devices.passes import DIGIT_BITS, Passes, Piece
-from secateur_server.devices.watch import watch
+from secateur_server.devices.watch import checked, watch
 from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.select import FEW, piece_of, score_dtype
 
@@ -72,18 +72,18 @@ def divide(
     """
     if len(rankings) == 1 and rankings[0].units <= FEW and not any(q.costs for q in queries):
         return _divide_few(rankings[0], queries, dtype)
-    searches = [_Search(query) for query in queries]
+    searches = [_Search(query) for query in checked(queries)]
     left = torch.iinfo(BITS[dtype]).bits - 1  # bits whose digits are not known yet
     while left and (open_ := [search for search in searches if not search.is_met]):
         wanted: list[set[int]] = [set() for _ in rankings]
-        for search in open_:
+        for search in checked(open_):
             for member in search.query.members:
                 wanted[member].add(search.prefix)
         tables, width = _count(rankings, wanted, left, dtype)
         left -= width
-        for search in open_:
+        for search in checked(open_):
             search.narrow(tables, width)
-    return [search.division() for search in searches]
+    return [search.division() for search in checked(searches)]
 
 
 def _divide_few(ranking: Ranking, queries: Sequence[Query], dtype: torch.dtype) -> list[Division]:
@@ -94,7 +94,7 @@ def _divide_few(ranking: Ranking, queries: Sequence[Query], dtype: torch.dtype) 
         keys = keys[keys < torch.iinfo(keys.dtype).max]
     keys = passes.ascending(keys).cpu()
     found = []
-    for query in queries:
+    for query in checked(queries):
         count = min(int(query.target), *query.highest)
         if count <= query.lowest[0]:
             found.append(Division(query.lowest, -1, (0,), (0,)))
@@ -229,7 +229,7 @@ def _shares(
     rankings: Sequence[Ranking], wanted: Sequence[set[int]], dtype: torch.dtype, passes: Passes
 ) -> list[_Share]:
     """The pieces of each ranking that something is wanted of, some for each thread."""
-    pieces = {i: _pieces(rankings[i], dtype, passes) for i, of in enumerate(wanted) if of}
+    pieces = {i: _pieces(rankings[i], dtype, passes) for i, of in enumerate(checked(wanted)) if of}
     size = -(-sum(map(len, pieces.values())) // (4 * passes.threads))
     return [
         _Share(i, sorted(wanted[i]), of[begin:end])
@@ -256,7 +256,7 @@ def count_below(rankings: Sequence[Ranking], key: int) -> list[tuple[int, int]]:
     key: in the common dtype, as of score_dtype.
     """
     passes, dtype = passes_of(rankings[0].device), score_dtype(rankings)
-    pieces = [_pieces(ranking, dtype, passes) for ranking in rankings]
+    pieces = [_pieces(ranking, dtype, passes) for ranking in checked(rankings)]
     flat = [piece for of in pieces for piece in of]
     found = iter(passes.each(lambda piece: passes.count_below(piece, key), flat))
     counts = [[next(found) for _ in of] for of in pieces]

@@ -16,6 +16,7 @@ from secateur_server.devices import passes_of, spans
 from secateur_server.devices.keys import BITS
 from secateur_server.devices.looks import SPACING, sample_places
 from secateur_server.devices.passes import PART, Passes, Piece
+from secateur_server.devices.watch import checked
 from secateur_server.pruning.divide import Division, Query, divide
 from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.select import FEW, piece_of, score_dtype
@@ -55,15 +56,16 @@ class Window:
 
 def divide_by_lamp(rankings: Sequence[Ranking], queries: Sequence[Query]) -> list[Division]:
     """As divide, by LAMP scores, in float64; no query has costs."""
-    buckets = [_buckets(ranking) for ranking in rankings]
-    return [_divide(rankings, buckets, query) for query in queries]
+    buckets = [_buckets(ranking) for ranking in checked(rankings)]
+    return [_divide(rankings, buckets, query) for query in checked(queries)]
 
 
 def _divide(rankings: Sequence[Ranking], buckets: Sequence[Buckets], query: Query) -> Division:
     # Each unit may be as low as its bucket's least, or as high as its most: so may the cut.
     low = _cut(query, [(of.least, of.up_to) for of in buckets])
     high = _cut(query, [(of.most, of.up_to) for of in buckets])
-    windows = [_window(r, b, low, high) for r, b in zip(rankings, buckets, strict=True)]
+    members = checked(zip(rankings, buckets, strict=True))
+    windows = [_window(ranking, of, low, high) for ranking, of in members]
     inner = [
         _within(window, least, most)
         for window, least, most in zip(windows, query.lowest, query.highest, strict=True)
@@ -97,7 +99,7 @@ def _cut(query: Query, scores: Sequence[tuple[Tensor, Tensor]]) -> float:
     every = sorted({score for of, _ in scores for score in of.tolist()})
 
     def is_enough(cut: float) -> bool:
-        up_to = [int(n[torch.searchsorted(of, cut, right=True)]) for of, n in scores]
+        up_to = [int(n[torch.searchsorted(of, cut, right=True)]) for of, n in checked(scores)]
         bounds = zip(up_to, query.lowest, query.highest, strict=True)
         return sum(min(max(n, least), most) for n, least, most in bounds) >= query.target
 
