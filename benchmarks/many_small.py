@@ -1,6 +1,5 @@
 """Many small tensors, as a mixture of experts has them: what each tensor costs a call."""
 
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 import secateur
 from common import AMOUNT, Model, Server, in_fresh_process, running_server, timed
 
-TENSORS, SHAPE, CALLS = 12_000, (8, 8), 3
+TENSORS, SHAPE = 12_000, (8, 8)
 AMOUNTS = [number / 20 for number in range(1, 21)]
 
 
@@ -20,13 +19,15 @@ def compare() -> dict[str, Any]:
 
 
 def measure(server: Server) -> dict[str, float]:
-    """The median seconds of each call, of which the first is not counted."""
+    """The seconds of each call, after a first one that is not counted."""
     torch.manual_seed(0)
-    model = {f"layers.{i // 96}.experts.{i % 96}.weight": torch.randn(SHAPE) for i in range(TENSORS)}
+    model = {
+        f"layers.{i // 96}.experts.{i % 96}.weight": torch.randn(SHAPE) for i in range(TENSORS)
+    }
     with secateur.Client(server.address) as client:
         found = {}
         for name, call in calls(client, model).items():
-            found[name] = statistics.median([timed(call)[0] for _ in range(CALLS + 1)][1:])
+            found[name] = [timed(call)[0] for _ in range(2)][1]
         return found
 
 
@@ -58,8 +59,3 @@ def rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
         (name, f"{seconds:.2f} s", f"{seconds / found['tensors'] * 1e6:.0f} us")
         for name, seconds in found["seconds"].items()
     ]
-
-
-if __name__ == "__main__":
-    for row in rows(compare()):
-        print(*row, sep="  ")

@@ -79,7 +79,7 @@ def subjects_of(
     ):
         return subjects
     rankings = normalized(rule, [subject.ranking for subject in subjects])
-    return [replace(s, ranking=r) for s, r in zip(subjects, rankings, strict=True)]
+    return [replace(s, ranking=r) for s, r in checked(zip(subjects, rankings, strict=True))]
 
 
 def _tensor(
