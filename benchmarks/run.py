@@ -20,6 +20,7 @@ import checkpoints
 import gpu
 import lenet
 import many
+import many_small
 import methods
 import plan
 import shapes
@@ -43,6 +44,8 @@ def main() -> None:
     show(lenet.COLUMNS, lenet.rows(found["lenet"]))
     found["many"] = many.compare()
     show(many.COLUMNS, many.rows(found["many"]))
+    found["many_small"] = many_small.compare()
+    show(many_small.COLUMNS, many_small.rows(found["many_small"]))
     if options.largest >= checkpoints.MILLIONS:
         found["checkpoints"] = checkpoints.compare()
         show(checkpoints.COLUMNS, checkpoints.rows(found["checkpoints"]))

@@ -14,7 +14,7 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import secateur
-from secateur_proto import checkpoints_pb2, pruner_pb2
+from secateur_proto import checkpoints_pb2, pruner_pb2, spec_pb2
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
 from secateur_proto.framing import cut
 from tests.conftest import RunningServer
@@ -31,6 +31,7 @@ from tests.contract.raw import (
     masks,
     message,
     send,
+    send_file,
     spec,
 )
 from tests.store.stored import file_message, send_upload, upload_file, upload_requests
@@ -401,3 +402,24 @@ def test_a_message_within_the_limit_may_be_compressed(compressing: grpc.Channel)
     request = message("Report", header=header("Report", len(data)), data=data)
     (answer,) = send(compressing, "Report", [request])
     assert answer.report.zeros == 2 * MIB
+
+
+def test_a_group_of_millions_of_indices_takes_memory_as_its_message_does(
+    grown: Measured, channel: grpc.Channel
+) -> None:
+    member = spec_pb2.Member(tensor="a", indices=bytes(8 * MIB))
+    group = spec_pb2.Group(name="g", members=[member])
+    selection = spec("*").rules[0].selection
+    selection.ClearField("tensors")
+    selection.granularity, selection.magnitude.p = spec_pb2.GRANULARITY_GROUP, 1
+    selection.groups.append(group)
+    rules = spec_pb2.PruningSpec(rules=[spec_pb2.Rule(selection=selection)])
+    data = file({"a": entry("F32", [1], 0, 4)}, ONE)
+
+    def call() -> None:
+        found = send_file(channel, "Prune", data, spec=rules)
+        check_invalid(
+            found, "INVALID_SPEC", "spec.rules[0].selection.groups[0].members[0].indices", []
+        )
+
+    assert grown(call) < 400

@@ -24,7 +24,7 @@ V1 = (
 )
 
 
-def machine(root: Path, groups: str, mounts: str, files: dict[str, object]) -> Path:
+def machine(root: Path, groups: str, mounts: str, files: Mapping[str, object]) -> Path:
     """A root folder. files: under /sys/fs/cgroup."""
     (root / "proc/self").mkdir(parents=True)
     (root / "proc/self/cgroup").write_text(groups)

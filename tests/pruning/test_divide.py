@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -17,9 +17,11 @@ from secateur_server.devices.randomness import RandomScores, random_keys, random
 from secateur_server.devices.watch import Watch, watched
 from secateur_server.errors import Stopped
 from secateur_server.pruning import divide as of_divide
+from secateur_server.pruning import divide_small
 from secateur_server.pruning import energy as of_energy
 from secateur_server.pruning.divide import Division, Query, count_below, divide
 from secateur_server.pruning.energy import energies
+from secateur_server.pruning.lamp import divide_by_lamp
 from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.select import NOTHING, score_dtype, select
 from tests.pruning.bits import packed
@@ -133,6 +135,8 @@ def test_divisions_are_as_defined(
         patch.setattr(Passes, "piece", data.draw(st.sampled_from([8, 16, 1 << 20])))
         patch.setattr(of_divide, "LEAST_BITS", data.draw(st.sampled_from([1, 5, 8, 16])))
         patch.setattr(of_divide, "TABLES", data.draw(st.sampled_from([1, 100, 1 << 24])))
+        patch.setattr(of_divide, "FEW", data.draw(st.sampled_from([0, 1 << 17])))
+        patch.setattr(divide_small, "MOST_UNITS", data.draw(st.sampled_from([0, 1 << 22])))
         found = divide(rankings, queries, dtype)
     assert found == [brute(keys, query) for query in queries]
 
@@ -274,3 +278,24 @@ def test_a_call_that_is_stopped_divides_no_further(large: list[Ranking]) -> None
     call.stop()
     with watched(call), pytest.raises(Stopped):
         divide(large[:1], [Query((0,), (0,), (large[0].units,), 9)], score_dtype(large[:1]))
+
+
+@given(drawn_rankings(), st.data())
+@many
+def test_lamp_of_small_tensors_is_that_of_each(
+    rankings: list[Ranking], data: st.DataObject
+) -> None:
+    rankings = [r for r in rankings if r.units and isinstance(r.scores, Tensor)]
+    assume(rankings)
+    queries = []
+    for _ in range(data.draw(st.integers(1, 3))):
+        bounds = [
+            data.draw(st.tuples(*[st.integers(0, int(living(r).sum()))] * 2)) for r in rankings
+        ]
+        lowest, highest = zip(*map(sorted, bounds), strict=True)
+        target = data.draw(st.integers(0, sum(highest)))
+        queries.append(Query(tuple(range(len(rankings))), lowest, highest, target))
+    at_once = divide_by_lamp(rankings, queries)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(divide_small, "MOST_UNITS", 0)
+        assert divide_by_lamp(rankings, queries) == at_once

@@ -32,7 +32,7 @@ from secateur_server.devices.passes import (
 )
 from secateur_server.devices.randomness import RandomScores
 from secateur_server.devices.threads import start_all
-from secateur_server.devices.watch import Found, Work, watch
+from secateur_server.devices.watch import Found, Work, checked, watch
 
 CORES = cores(len(os.sched_getaffinity(0)))
 
@@ -231,7 +231,7 @@ class Compiled(Cpu):
         stays = np.empty_like(alive)
         cut = _cut_few(bits, alive, pieces[0].dtype, place, stays)
         begin = 0
-        for part in kept:
+        for part in checked(kept):
             part.numpy()[:] = stays[begin : begin + len(part)]
             begin += len(part)
         return cut
@@ -361,7 +361,7 @@ def _side_by_side(pieces: Sequence[Piece]) -> tuple[Any, Any]:
     bits = _scratch("pieces", 8 * sum(sizes), BITS[pieces[0].dtype]).numpy()
     alive = np.full(sum(sizes), 0xFF, np.uint8)
     begin = 0
-    for piece, size in zip(pieces, sizes, strict=True):
+    for piece, size in checked(zip(pieces, sizes, strict=True)):
         bits[8 * begin : 8 * begin + piece.units] = _bits(piece).numpy()
         if piece.alive is not None:
             alive[begin : begin + size] = piece.alive.numpy()

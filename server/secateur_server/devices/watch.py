@@ -96,6 +96,18 @@ def watch() -> Watch:
     return _current.get()
 
 
+def checked(items: Iterable[Work]) -> Iterator[Work]:
+    """The items, with a check of the call before each: for loops whose length the caller chooses.
+
+    Raises:
+        Stopped: The call is to end.
+    """
+    of_call = watch()
+    for item in items:
+        of_call.check()
+        yield item
+
+
 @contextmanager
 def watched(watch: Watch) -> Iterator[None]:
     """What this thread does in the block is seen by `watch`."""

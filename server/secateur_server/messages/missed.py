@@ -7,13 +7,19 @@ what torch.nn.utils.parametrize made of a weight.
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from itertools import islice
 
+from secateur_server.devices.watch import checked
+from secateur_server.errors import InvalidSpec
 from secateur_server.pruning.catalog import Catalog, match
+from secateur_server.pruning.globs import matches
 from secateur_server.pruning.spec import Rule, Selection
 
 # Globs may miss this share of the weights: position embeddings and the like.
 MISSED_SHARE = 0.1
+
+# Globs that are tried for the advice, of so many modules.
+MOST_TRIED = 16
 
 
 @dataclass(frozen=True)
@@ -49,17 +55,23 @@ def missed_weights(
         if len(shape := catalog.prunable[name]) >= 2
     }
     others = [name for name in sizes if name not in covered]
-    scopes = [scope for glob in _globs(rules, catalog) if (scope := _scope(glob))] if others else []
-    missed = [name for name in others if any(fnmatchcase(name, scope) for scope in scopes)]
+    scopes = (
+        [s for glob in checked(_globs(rules, catalog)) if (s := _scope(glob))] if others else []
+    )
+    try:
+        found = matches("spec", scopes, {}, {name: name for name in others}).first
+    except InvalidSpec:  # the advice takes too much work
+        return None
+    missed = [name for name in others if name in found]
     if missed:  # guard rails leave tensors out on purpose
         named = _named(rules, catalog)
         missed = [name for name in missed if name not in named]
     lost = sum(sizes[name] for name in missed)
-    found = sum(sizes.values()) - sum(sizes[name] for name in others)
-    if lost <= MISSED_SHARE * (lost + found):
+    kept = sum(sizes.values()) - sum(sizes[name] for name in others)
+    if lost <= MISSED_SHARE * (lost + kept):
         return None
     names = sorted(missed, key=sizes.__getitem__, reverse=True)
-    return Missed(names, found, lost, _glob_of(names, scopes))
+    return Missed(names, kept, lost, _glob_of(names, scopes))
 
 
 def _globs(rules: Sequence[Rule], catalog: Catalog) -> list[str]:
@@ -83,5 +95,9 @@ def _named(rules: Sequence[Rule], catalog: Catalog) -> set[str]:
 
 
 def _glob_of(names: Sequence[str], scopes: Sequence[str]) -> str | None:
-    globs = (f"{scope.rstrip('*')}*weight*" for scope in scopes)
-    return next((g for g in globs if all(fnmatchcase(name, g) for name in names)), None)
+    every = {name: name for name in names}
+    globs = dict.fromkeys(f"{scope.rstrip('*')}*weight*" for scope in scopes)
+    for glob in islice(globs, MOST_TRIED):
+        if len(matches("spec", [glob], {}, every).first) == len(names):
+            return glob
+    return None

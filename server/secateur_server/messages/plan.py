@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from secateur_proto import plan_pb2 as pb
 from secateur_proto.pruner_pb2 import PlanHeader
+from secateur_server.devices.watch import checked
 from secateur_server.errors import InvalidRequest, InvalidSpec
 from secateur_server.messages.report import encode_choice
 from secateur_server.messages.spec import fraction_of
@@ -47,12 +48,12 @@ def encode_plan(
 def _planned(
     outcome: Outcome, parameters: Mapping[str, Parameter], names: Sequence[str]
 ) -> pb.PlannedAmount:
-    tensors = [_tensor(name, parameters[name], outcome.removed[name]) for name in names]
+    tensors = [_tensor(name, parameters[name], outcome.removed[name]) for name in checked(names)]
     pruned = sum(tensor.pruned for tensor in tensors)
     total = sum(tensor.total for tensor in tensors)
     removed = [outcome.removed[name] for name in names]
     return pb.PlannedAmount(
-        choices=map(encode_choice, outcome.choices),
+        choices=map(encode_choice, checked(outcome.choices)),
         tensors=tensors,
         pruned=pruned,
         total=total,

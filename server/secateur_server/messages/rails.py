@@ -1,14 +1,21 @@
 """Guard rails from the wire."""
 
 from secateur_proto import spec_pb2 as pb
+from secateur_server.devices.watch import checked
 from secateur_server.errors import AmountOutOfRange
+from secateur_server.messages.repeated import check_length
 from secateur_server.pruning.spec import GuardRails, Rail
+
+# As PruningSpec in spec.proto lists them.
+MOST_RAILS = 100_000
 
 
 def decode_rails(rails: pb.GuardRails, path: str) -> GuardRails:
     """Errors: AmountOutOfRange, naming the field by its path."""
+    check_length(f"{path}.rails", rails.rails, MOST_RAILS, "rails")
+    found = (_rail(rail, f"{path}.rails[{i}]") for i, rail in enumerate(checked(rails.rails)))
     return GuardRails(
-        rails=tuple(_rail(rail, f"{path}.rails[{i}]") for i, rail in enumerate(rails.rails)),
+        rails=tuple(found),
         keep_first=rails.keep_first,
         keep_last=rails.keep_last,
         exclude=tuple(rails.exclude),

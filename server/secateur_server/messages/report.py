@@ -15,7 +15,7 @@ from secateur_proto.report_pb2 import (
 from secateur_proto.report_pb2 import Choice as ChoiceMessage
 from secateur_proto.spec_pb2 import Pattern
 from secateur_server.devices.dtypes import WIRE_DTYPES
-from secateur_server.devices.watch import watch
+from secateur_server.devices.watch import checked
 from secateur_server.pruning.catalog import Catalog
 from secateur_server.pruning.measure import measure
 from secateur_server.pruning.prune import Choice
@@ -39,7 +39,7 @@ def encode_report(
     outcomes: for each rule of a spec its choices.
     are_folded: the parameters are sent with their masks applied, and without masks.
     """
-    tensors = [_tensor(name, parameter, are_folded) for name, parameter in parameters]
+    tensors = [_tensor(name, parameter, are_folded) for name, parameter in checked(parameters)]
     by_name = {tensor.name: tensor for tensor in tensors} if catalog.other_names else {}
     for other, name in catalog.other_names.items():
         if name in by_name:
@@ -51,7 +51,7 @@ def encode_report(
         zeros=zeros,
         total=total,
         sparsity=_share(zeros, total),
-        rules=[RuleReport(choices=map(encode_choice, choices)) for choices in outcomes],
+        rules=[RuleReport(choices=map(encode_choice, checked(of))) for of in outcomes],
         input_blake3=input_blake3,
         output_blake3=output_blake3,
         coverage=_coverage(catalog, {tensor.name for tensor in tensors}),
@@ -71,7 +71,6 @@ def _coverage(catalog: Catalog, names: Collection[str]) -> Coverage:
 
 
 def _tensor(name: str, parameter: Parameter, is_folded: bool) -> TensorReport:
-    watch().check()  # there may be many of them
     weight = parameter.weight
     found = measure(parameter)
     return TensorReport(

@@ -1,14 +1,17 @@
 """A pruning spec from the wire: every field checked that can be without the tensors."""
 
 import math
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from google.protobuf.message import Message
 
 from secateur_proto import spec_pb2 as pb
+from secateur_server.devices.watch import checked
 from secateur_server.errors import AmountOutOfRange, InvalidSpec, quote
 from secateur_server.messages.rails import decode_rails
+from secateur_server.messages.repeated import check_length
 from secateur_server.pruning.granularity import NM, Block, Element, Granularity, Slice
 from secateur_server.pruning.spec import (
     Allocation,
@@ -62,12 +65,22 @@ LONGEST_PATTERN = 1024
 # Of one unit: sums of them stay within the doubles, and whole numbers exact for most models.
 MOST_OPERATIONS = 1e15
 
+# As PruningSpec in spec.proto lists them.
+MOST_RULES = 10_000
+MOST_ENTRIES = 100_000
+MOST_GROUPS = 20_000
+MOST_MEMBERS = 100_000
+
+# Indices that are copied between two checks of the call.
+INDICES_AT_ONCE = 1 << 16
+
 
 def decode_spec(spec: pb.PruningSpec) -> list[Rule]:
     """The rules of a spec.  Errors: InvalidSpec, naming the field by its path."""
     if not spec.rules:
         raise InvalidSpec("spec.rules", "a spec needs at least one rule")
-    return [_rule(rule, f"spec.rules[{index}]") for index, rule in enumerate(spec.rules)]
+    check_length("spec.rules", spec.rules, MOST_RULES, "rules")
+    return [_rule(rule, f"spec.rules[{index}]") for index, rule in enumerate(checked(spec.rules))]
 
 
 def _rule(rule: pb.Rule, path: str) -> Rule:
@@ -186,6 +199,13 @@ def _groups(selection: pb.Selection, path: str) -> tuple[Group, ...]:
         raise InvalidSpec(f"{path}.groups", why)
     if is_grouped and selection.tensors:
         raise InvalidSpec(f"{path}.tensors", "the groups name their tensors")
+    check_length(f"{path}.groups", selection.groups, MOST_GROUPS, "groups")
+    members = sum(len(group.members) for group in checked(selection.groups))
+    if members > MOST_MEMBERS:
+        raise InvalidSpec(
+            f"{path}.groups",
+            f"{members} members in all groups are more than {MOST_MEMBERS}; split the rule",
+        )
     groups = tuple(
         _group(group, index, f"{path}.groups[{index}]")
         for index, group in enumerate(selection.groups)
@@ -202,10 +222,11 @@ def _groups(selection: pb.Selection, path: str) -> tuple[Group, ...]:
 def _group(group: pb.Group, index: int, path: str) -> Group:
     if not group.members:
         raise InvalidSpec(f"{path}.members", "at least one member is needed")
-    if all(member.unscored for member in group.members):
+    if all(member.unscored for member in checked(group.members)):
         raise InvalidSpec(f"{path}.members", "at least one must be scored")
     members = tuple(
-        _member(member, f"{path}.members[{place}]") for place, member in enumerate(group.members)
+        _member(member, f"{path}.members[{place}]")
+        for place, member in enumerate(checked(group.members))
     )
     return Group(group.name or f"groups[{index}]", members)
 
@@ -220,9 +241,19 @@ def _member(member: pb.Member, path: str) -> Member:
         offset=member.offset,
         stride=member.stride or 1,
         units=member.units,
-        indices=tuple(member.indices),
+        indices=_indices(member.indices),
         is_scored=not member.unscored,
     )
+
+
+def _indices(indices: Sequence[int]) -> Sequence[int]:
+    """The same numbers, as uint64 in one block: no object for each is kept."""
+    if not indices:
+        return ()
+    found = array("Q")
+    for begin in checked(range(0, len(indices), INDICES_AT_ONCE)):
+        found.extend(indices[begin : begin + INDICES_AT_ONCE])
+    return found
 
 
 def _importance(
@@ -273,7 +304,7 @@ def fraction_of(value: float, field: str) -> float:
 def _macs(macs: pb.Macs, path: str) -> Budget:
     if not macs.target >= 0:
         raise AmountOutOfRange(f"{path}.target", f"{macs.target} is no number of operations")
-    for name, cost in macs.per_unit.items():
+    for name, cost in checked(macs.per_unit.items()):
         if not 0 < cost <= MOST_OPERATIONS:
             raise AmountOutOfRange(
                 f"{path}.per_unit[{quote(name)}]", f"{cost} is not in (0, {MOST_OPERATIONS:g}]"
@@ -284,8 +315,9 @@ def _macs(macs: pb.Macs, path: str) -> Budget:
 def _table(table: pb.Table, path: str) -> Table:
     if not table.entries:
         raise InvalidSpec(path, "at least one entry is needed")
+    check_length(path, table.entries, MOST_ENTRIES, "entries")
     fractions: dict[str, float] = {}
-    for index, entry in enumerate(table.entries):
+    for index, entry in enumerate(checked(table.entries)):
         if entry.tensors in fractions:
             raise InvalidSpec(f"{path}[{index}].tensors", f"{quote(entry.tensors)} is there twice")
         fractions[entry.tensors] = fraction_of(entry.fraction, f"{path}[{index}].fraction")

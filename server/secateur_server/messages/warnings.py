@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from secateur_proto import report_pb2 as pb
+from secateur_server.devices.watch import checked
 from secateur_server.errors import quote
 from secateur_server.messages.missed import missed_weights
 from secateur_server.messages.report import MOST_NAMED
@@ -89,9 +90,9 @@ def warnings_of(
         catalog: Of the whole model.
         before: The parameters before the Prune.
     """
-    changes = [_change(tensor, catalog, before[tensor.name]) for tensor in report.tensors]
+    changes = [_change(tensor, catalog, before[tensor.name]) for tensor in checked(report.tensors)]
     pruning = Pruning(asked, rules, catalog, [rule.choices for rule in report.rules], changes)
-    return [warning for check in CHECKS if (warning := check(pruning))]
+    return [warning for check in checked(CHECKS) if (warning := check(pruning))]
 
 
 def _change(tensor: pb.TensorReport, catalog: Catalog, before: Parameter) -> Change:
@@ -120,7 +121,7 @@ def _wholly_zero(pruning: Pruning) -> pb.Warning | None:
     meant = {name for rule in pruning.rules for name in _meant_whole(rule)}
     found = [
         change
-        for change in pruning.changes
+        for change in checked(pruning.changes)
         if change.is_wholly_zero and change.is_weight and change.name not in meant
     ]
     if not found:
@@ -138,7 +139,7 @@ def _meant_whole(rule: Rule) -> list[str]:
     """The tensors that a rule is asked to prune whole, or by a mask of the caller."""
     if isinstance(rule, CustomMasks):
         return list(rule.names())
-    return [name for name in rule.names() if _fraction(rule, name) == 1.0]
+    return [name for name in checked(rule.names()) if _fraction(rule, name) == 1.0]
 
 
 def _fraction(rule: Selection, name: str) -> float | None:
@@ -153,7 +154,7 @@ def _zero_before(pruning: Pruning) -> pb.Warning | None:
         name
         for rule, choices in pruning.selections()
         if _ranks_zeros_lowest(rule)
-        for choice in choices
+        for choice in checked(choices)
         if choice.HasField("threshold") and choice.threshold == 0
         if pruning.has_weight(choice)
         for name in choice.tensors
@@ -181,7 +182,7 @@ def _ranks_zeros_lowest(rule: Selection) -> bool:
 def _scales_pruned(pruning: Pruning) -> pb.Warning | None:
     found = [
         change.name
-        for change in pruning.changes
+        for change in checked(pruning.changes)
         if change.pruned and _SCALES.fullmatch(change.name.rpartition(".")[2])
     ]
     text = (
@@ -192,16 +193,14 @@ def _scales_pruned(pruning: Pruning) -> pb.Warning | None:
 
 
 def _norms_pruned(pruning: Pruning) -> pb.Warning | None:
-    taken = {
-        name
-        for given, rule in zip(pruning.asked, pruning.rules, strict=True)
-        if isinstance(given, Selection) and not given.groups
-        for name in rule.names()
-        if given.scope != "tensor" or name not in given.tensors
-    }
+    taken: set[str] = set()
+    for given, rule in zip(pruning.asked, pruning.rules, strict=True):
+        if isinstance(given, Selection) and not given.groups:
+            named = given.tensors if given.scope == "tensor" else ()
+            taken |= set(checked(rule.names())).difference(named)
     found = [
         change.name
-        for change in pruning.changes
+        for change in checked(pruning.changes)
         if change.pruned and change.name in taken and _is_norm(change)
     ]
     text = (
@@ -231,7 +230,7 @@ def _rounded_to_all(pruning: Pruning) -> pb.Warning | None:
 def _of_fractions(pruning: Pruning) -> Iterator[pb.Choice]:
     """Choices by a fraction above 0 and below 1 of the units that were unpruned."""
     for rule, choices in pruning.selections():
-        for choice in choices:
+        for choice in checked(choices):
             fraction = _fraction(rule, choice.tensors[0])
             is_part = fraction is not None and 0 < fraction < 1 and not rule.of_all
             if is_part and choice.candidates and pruning.has_weight(choice):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from secateur_server.devices.watch import watch
 from secateur_server.pruning.rails import Limits
 from secateur_server.pruning.spec import Selection
 from secateur_server.pruning.subjects import Subject
@@ -46,6 +47,7 @@ def _filled(
     free = list(range(len(shares)))
     left = float(total)
     while free:
+        watch().check()
         of_free = sum(shares[i] for i in free)
         scale = left / of_free if of_free else 0.0
         above = [i for i in free if shares[i] * scale > highs[i]]
@@ -74,6 +76,7 @@ def _rounded(
     ]
     order = sorted(range(len(values)), key=lambda i: (whole[i] - values[i], i))
     while (missing := total - sum(whole)) != 0:
+        watch().check()
         step = 1 if missing > 0 else -1
         movable = [i for i in order if lows[i] <= whole[i] + step <= highs[i]]
         for i in movable[: abs(missing)] if step > 0 else movable[::-1][: abs(missing)]:

@@ -8,6 +8,7 @@ import torch
 
 from secateur_server.devices.keys import BITS
 from secateur_server.devices.passes import Cut
+from secateur_server.devices.watch import checked
 from secateur_server.errors import AmountOutOfRange, quote
 from secateur_server.pruning.allocate import shared_out
 from secateur_server.pruning.divide import Division, Query, count_below, divide
@@ -60,12 +61,12 @@ def decide(
         replace(rule, amount=amount, path=f"{at}[{index}]" if at else rule.path)
         for index, amount in enumerate(amounts)
     ]
-    counts = [wanted(one, subjects, one.amount) for one in asked]
+    counts = [wanted(one, subjects, one.amount) for one in checked(asked)]
     costs = _costs(rule, subjects)
-    for one, count in zip(asked, counts, strict=True):
+    for one, count in checked(zip(asked, counts, strict=True)):
         check_total(_field(one), _counted(one), count, subjects, limits, costs)
     if rule.allocation in ("uniform", "erk"):
-        return [_shared(rule, subjects, limits, int(count)) for count in counts]
+        return [_shared(rule, subjects, limits, int(count)) for count in checked(counts)]
     return _by_rank(rule, subjects, limits, counts)
 
 
@@ -142,17 +143,17 @@ def _by_rank(
         return divide_by_lamp(rankings, queries) if is_lamp else divide(rankings, queries, dtype)
 
     divisions = divided(queries)
-    passed = [_passed(division, limits) for division in divisions]
+    passed = [_passed(division, limits) for division in checked(divisions)]
     beyond = passed
     if any(lowest) and costs is None:  # up to where the cut could rise without one unit more
         more = [replace(query, target=query.target + 1) for query in queries]
         beyond = [
             [s.alive for s in subjects] if query.target > sum(highest) else _passed(after, limits)
-            for query, after in zip(more, divided(more), strict=True)
+            for query, after in checked(zip(more, divided(more), strict=True))
         ]
     return [
         _decision(subjects, limits, division, least, most, dtype, is_lamp)
-        for division, least, most in zip(divisions, beyond, passed, strict=True)
+        for division, least, most in checked(zip(divisions, beyond, passed, strict=True))
     ]
 
 

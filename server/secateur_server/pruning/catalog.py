@@ -1,20 +1,20 @@
 """Which tensors there are, and which of them a request means; known before their data is here."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
+from functools import cached_property
 
 import torch
 
 from secateur_server.devices.dtypes import PRUNABLE
-from secateur_server.devices.watch import watch
 from secateur_server.errors import (
     InvalidPair,
     NotPrunable,
     UnknownTensor,
     quote,
 )
+from secateur_server.pruning.globs import matches
 
 Shape = tuple[int, ...]
 
@@ -56,6 +56,24 @@ class Catalog:
         known = {name: name for name in names}
         tied = {other: name for other, name in self.other_names.items() if name in known}
         return known | tied
+
+    def in_order(self, names: Iterable[str]) -> list[str]:
+        """Prunable tensors in the order of the file."""
+        return sorted(names, key=self._places.__getitem__)
+
+    @cached_property
+    def names_of_prunable(self) -> Mapping[str, str]:
+        """From every name of a prunable tensor to its name here."""
+        return self.all_names(list(self.prunable))
+
+    @cached_property
+    def names_of_floating(self) -> Mapping[str, str]:
+        """From every name of a tensor that globs mean to its name here."""
+        return self.all_names(self.floating)
+
+    @cached_property
+    def _places(self) -> Mapping[str, int]:
+        return {name: place for place, name in enumerate(self.prunable)}
 
 
 def read_catalog(
@@ -129,24 +147,11 @@ def match(field: str, patterns: Sequence[str], catalog: Catalog) -> list[str]:
     A name means a tensor of any dtype that can be pruned, a glob floating ones.
     field: the path of the field with the patterns.  Errors: UnknownTensor, NotPrunable.
     """
-    found: set[str] = set()
-    tried: set[str] = set()
-    floating = catalog.all_names(catalog.floating).items()
-    for index, pattern in enumerate(patterns):
-        if pattern in tried:
-            continue
-        watch().check()  # of many patterns, and many tensors, each takes its time
-        tried.add(pattern)
-        if (name := catalog.name_of(pattern)) in catalog.prunable:  # it may have brackets in it
-            found.add(name)
-            continue
-        # A longer one is no glob that a person wrote, and takes long to try.
-        is_glob = len(pattern) <= 1000
-        matched = [name for known, name in floating if is_glob and fnmatchcase(known, pattern)]
-        if not matched:
-            raise unmatched(f"{field}[{index}]", pattern, catalog)
-        found.update(matched)
-    return [name for name in catalog.prunable if name in found]
+    found = matches(field, patterns, catalog.names_of_prunable, catalog.names_of_floating)
+    if found.unmatched is not None:
+        index = found.unmatched
+        raise unmatched(f"{field}[{index}]", patterns[index], catalog)
+    return catalog.in_order(found.first)
 
 
 def unmatched(field: str, name: str, catalog: Catalog) -> NotPrunable | UnknownTensor:

@@ -6,9 +6,10 @@ fewer passes and the larger the tables of counts.
 """
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from torch import Tensor
 from secateur_server.devices import passes_of, spans
 from secateur_server.devices.keys import BITS
 from secateur_server.devices.passes import DIGIT_BITS, Passes, Piece
-from secateur_server.devices.watch import watch
+from secateur_server.devices.watch import checked, watch
+from secateur_server.pruning.divide_small import SortedKeys, are_small
 from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.select import FEW, piece_of, score_dtype
 
@@ -70,20 +72,42 @@ def divide(
     member; but of each member within its bounds.
     dtype: in which the scores of all rankings compare, as of score_dtype.
     """
-    if len(rankings) == 1 and rankings[0].units <= FEW and not any(q.costs for q in queries):
-        return _divide_few(rankings[0], queries, dtype)
-    searches = [_Search(query) for query in queries]
+    if all(len(query.members) == 1 and query.costs is None for query in queries) and all(
+        ranking.units <= FEW for ranking in rankings
+    ):
+        return _divide_each(rankings, queries, dtype)
+    searches = [_Search(query) for query in checked(queries)]
+    are_of_all = all(len(query.members) == len(rankings) for query in queries)
+    if are_of_all and are_small(rankings):
+        keys = SortedKeys(rankings, dtype)
+        for search in checked(searches):
+            search.find(keys)
+        return [search.division() for search in checked(searches)]
     left = torch.iinfo(BITS[dtype]).bits - 1  # bits whose digits are not known yet
     while left and (open_ := [search for search in searches if not search.is_met]):
         wanted: list[set[int]] = [set() for _ in rankings]
-        for search in open_:
+        for search in checked(open_):
             for member in search.query.members:
                 wanted[member].add(search.prefix)
         tables, width = _count(rankings, wanted, left, dtype)
         left -= width
-        for search in open_:
+        for search in checked(open_):
             search.narrow(tables, width)
-    return [search.division() for search in searches]
+    return [search.division() for search in checked(searches)]
+
+
+def _divide_each(
+    rankings: Sequence[Ranking], queries: Sequence[Query], dtype: torch.dtype
+) -> list[Division]:
+    """As divide, of queries about one small ranking each."""
+    by_ranking: dict[int, list[int]] = {}
+    for index, query in enumerate(queries):
+        by_ranking.setdefault(query.members[0], []).append(index)
+    found: dict[int, Division] = {}
+    for member, indices in checked(by_ranking.items()):
+        of_ranking = _divide_few(rankings[member], [queries[index] for index in indices], dtype)
+        found.update(zip(indices, of_ranking, strict=True))
+    return [found[index] for index in range(len(queries))]
 
 
 def _divide_few(ranking: Ranking, queries: Sequence[Query], dtype: torch.dtype) -> list[Division]:
@@ -92,16 +116,17 @@ def _divide_few(ranking: Ranking, queries: Sequence[Query], dtype: torch.dtype) 
     keys = passes.keys(piece_of(ranking, dtype, 0, ranking.units))
     if ranking.alive is not None:
         keys = keys[keys < torch.iinfo(keys.dtype).max]
-    keys = passes.ascending(keys).cpu()
+    array: Any = passes.ascending(keys).cpu().numpy()
+    ascending = memoryview(array)
     found = []
-    for query in queries:
+    for query in checked(queries):
         count = min(int(query.target), *query.highest)
         if count <= query.lowest[0]:
             found.append(Division(query.lowest, -1, (0,), (0,)))
             continue
-        key = keys[count - 1]
-        below, up_to = (int(torch.searchsorted(keys, key, right=r)) for r in (False, True))
-        found.append(Division((count,), int(key), (below,), (up_to - below,)))
+        key = ascending[count - 1]
+        below, up_to = bisect_left(ascending, key), bisect_right(ascending, key)
+        found.append(Division((count,), key, (below,), (up_to - below,)))
     return found
 
 
@@ -149,6 +174,23 @@ class _Search:
         self.below = up_to(digit - 1) if digit else self.below
         self.equal = through - self.below
         self.prefix = self.prefix << width | digit
+
+    def find(self, keys: SortedKeys) -> None:
+        """Finds the cut among keys that are sorted."""
+        if self.is_met:
+            return
+        of_query = torch.tensor(self.query.members)
+
+        def up_to(key: int) -> Tensor:
+            return keys.up_to(key)[of_query]
+
+        def is_enough(place: int) -> bool:
+            return self._is_enough(self._within(up_to(int(keys.ascending[place]))))
+
+        first = _first(len(keys.ascending) - 1, is_enough)
+        self.prefix = int(keys.ascending[first])
+        self.below = up_to(self.prefix - 1)
+        self.equal = up_to(self.prefix) - self.below
 
     def division(self) -> Division:
         """What goes, now that the cut is known."""
@@ -229,7 +271,7 @@ def _shares(
     rankings: Sequence[Ranking], wanted: Sequence[set[int]], dtype: torch.dtype, passes: Passes
 ) -> list[_Share]:
     """The pieces of each ranking that something is wanted of, some for each thread."""
-    pieces = {i: _pieces(rankings[i], dtype, passes) for i, of in enumerate(wanted) if of}
+    pieces = {i: _pieces(rankings[i], dtype, passes) for i, of in enumerate(checked(wanted)) if of}
     size = -(-sum(map(len, pieces.values())) // (4 * passes.threads))
     return [
         _Share(i, sorted(wanted[i]), of[begin:end])
@@ -256,7 +298,7 @@ def count_below(rankings: Sequence[Ranking], key: int) -> list[tuple[int, int]]:
     key: in the common dtype, as of score_dtype.
     """
     passes, dtype = passes_of(rankings[0].device), score_dtype(rankings)
-    pieces = [_pieces(ranking, dtype, passes) for ranking in rankings]
+    pieces = [_pieces(ranking, dtype, passes) for ranking in checked(rankings)]
     flat = [piece for of in pieces for piece in of]
     found = iter(passes.each(lambda piece: passes.count_below(piece, key), flat))
     counts = [[next(found) for _ in of] for of in pieces]

@@ -1,5 +1,6 @@
 """Slices of several tensors that live and die together, as a filter and what reads its channel."""
 
+from array import array
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from secateur_server.devices import passes_of, spans
 from secateur_server.devices.keys import signed_bits
 from secateur_server.devices.passes import around
+from secateur_server.devices.watch import checked
 from secateur_server.errors import DimOutOfRange, InvalidSpec, quote
 from secateur_server.pruning.catalog import Catalog, unmatched
 from secateur_server.pruning.granularity import flags_mask
@@ -19,9 +21,9 @@ from secateur_server.pruning.spec import Group, Member, Parameter
 
 def resolve_group(group: Group, catalog: Catalog) -> Group:
     """The group with its members' units known.  Errors: InvalidSpec."""
-    members = tuple(_resolve_member(member, catalog) for member in group.members)
+    members = tuple(_resolve_member(member, catalog) for member in checked(group.members))
     units = members[0].units
-    for member in members:
+    for member in checked(members):
         if member.units != units:
             raise InvalidSpec(
                 f"{member.path}.units",
@@ -47,13 +49,20 @@ def _resolve_member(member: Member, catalog: Catalog) -> Member:
         raise InvalidSpec(f"{member.path}.tensor", f"{name} {list(shape)} has no elements")
     dim = member.dim % len(shape)
     size, units = shape[dim], member.units
-    if member.indices:
-        units = units or len(member.indices)
-        if len(member.indices) % units or max(member.indices) >= size:
+    if count := len(member.indices):
+        units = units or count
+        indices = _indices(member)
+        beyond = indices[(indices < 0) | (indices >= size)][:1].tolist()
+        if count % units or beyond:
+            shown = f", {beyond[0] % (1 << 64)} among them," if beyond else ""
             raise InvalidSpec(
                 f"{member.path}.indices",
-                f"{len(member.indices)} up to {max(member.indices)} are not those of {units} units "
-                f"in {size} slices of {name}",
+                f"{count} indices{shown} are not those of {units} units in {size} slices of {name}",
+            )
+        if count > size or int(torch.bincount(indices).max()) > 1:
+            raise InvalidSpec(
+                f"{member.path}.indices",
+                f"{count} indices list one of the {size} slices of {name} twice; list each once",
             )
     else:
         units = units or max(0, size - member.offset) // member.stride
@@ -66,10 +75,15 @@ def _resolve_member(member: Member, catalog: Catalog) -> Member:
     return replace(member, dim=dim, units=units)
 
 
+def _indices(member: Member) -> Tensor:
+    """The indices as int64; those of 2^63 and more are negative."""
+    return torch.frombuffer(array("Q", member.indices), dtype=torch.int64)
+
+
 def slices_of(member: Member, device: torch.device) -> Tensor:
     """The slices of each unit.  Returns: int64, (units, slices of one)."""
-    if member.indices:
-        return torch.tensor(member.indices, device=device).view(member.units, -1)
+    if len(member.indices):
+        return _indices(member).to(device).view(member.units, -1)
     every = torch.arange(member.units * member.stride, device=device) + member.offset
     return every.view(member.units, member.stride)
 
@@ -77,7 +91,7 @@ def slices_of(member: Member, device: torch.device) -> Tensor:
 def alive_units(group: Group, parameters: Mapping[str, Parameter]) -> Mask | None:
     """Which units have an unpruned element in any of their tensors; None is all of them."""
     alive: Tensor | None = None
-    for member in group.members:
+    for member in checked(group.members):
         parameter = parameters[member.tensor]
         mask, shape = parameter.mask, parameter.weight.shape
         if mask is None:
@@ -117,7 +131,7 @@ def spread_group(group: Group, kept: Mask, parameters: Mapping[str, Parameter]) 
     """The masks of a group's tensors when the units `kept` stay."""
     units = kept.flags(0, kept.elements)
     masks: dict[str, Mask] = {}
-    for member in group.members:
+    for member in checked(group.members):
         shape = parameters[member.tensor].weight.shape
         stays = torch.ones(shape[member.dim], dtype=torch.bool, device=units.device)
         going = slices_of(member, units.device)[~units]

@@ -16,7 +16,9 @@ from secateur_server.devices import passes_of, spans
 from secateur_server.devices.keys import BITS
 from secateur_server.devices.looks import SPACING, sample_places
 from secateur_server.devices.passes import PART, Passes, Piece
+from secateur_server.devices.watch import checked
 from secateur_server.pruning.divide import Division, Query, divide
+from secateur_server.pruning.divide_small import are_small
 from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.select import FEW, piece_of, score_dtype
 
@@ -55,15 +57,18 @@ class Window:
 
 def divide_by_lamp(rankings: Sequence[Ranking], queries: Sequence[Query]) -> list[Division]:
     """As divide, by LAMP scores, in float64; no query has costs."""
-    buckets = [_buckets(ranking) for ranking in rankings]
-    return [_divide(rankings, buckets, query) for query in queries]
+    if all(ranking.units <= FEW for ranking in rankings) and are_small(rankings):
+        return divide(_scored(rankings), queries, torch.float64)
+    buckets = [_buckets(ranking) for ranking in checked(rankings)]
+    return [_divide(rankings, buckets, query) for query in checked(queries)]
 
 
 def _divide(rankings: Sequence[Ranking], buckets: Sequence[Buckets], query: Query) -> Division:
     # Each unit may be as low as its bucket's least, or as high as its most: so may the cut.
     low = _cut(query, [(of.least, of.up_to) for of in buckets])
     high = _cut(query, [(of.most, of.up_to) for of in buckets])
-    windows = [_window(r, b, low, high) for r, b in zip(rankings, buckets, strict=True)]
+    members = checked(zip(rankings, buckets, strict=True))
+    windows = [_window(ranking, of, low, high) for ranking, of in members]
     inner = [
         _within(window, least, most)
         for window, least, most in zip(windows, query.lowest, query.highest, strict=True)
@@ -97,7 +102,7 @@ def _cut(query: Query, scores: Sequence[tuple[Tensor, Tensor]]) -> float:
     every = sorted({score for of, _ in scores for score in of.tolist()})
 
     def is_enough(cut: float) -> bool:
-        up_to = [int(n[torch.searchsorted(of, cut, right=True)]) for of, n in scores]
+        up_to = [int(n[torch.searchsorted(of, cut, right=True)]) for of, n in checked(scores)]
         bounds = zip(up_to, query.lowest, query.highest, strict=True)
         return sum(min(max(n, least), most) for n, least, most in bounds) >= query.target
 
@@ -114,14 +119,44 @@ def _window(ranking: Ranking, buckets: Buckets, low: float, high: float) -> Wind
     if end > first:
         units = int(buckets.up_to[end]) - before
         falling = _falling(ranking, buckets, first, end)
+    scores, device = _lamp_scores(falling, buckets.above[end]), ranking.device
+    return Window(before, Ranking(ranking.name, units, scores.to(device), None, device))
+
+
+def _lamp_scores(falling: Tensor, above: Tensor | float) -> Tensor:
+    """The LAMP scores of units along the last dimension.
+
+    falling: scores, the largest first, written to.  above: the sum of squares of those before them.
+    """
     squares = falling.square_()
-    scores = squares / (squares.cumsum(0) + buckets.above[end])
+    scores = squares / (squares.cumsum(-1) + above)
     scores[squares == 0] = 0.0  # of 0
     scores[squares.isinf()] = torch.inf  # of infinity
-    if units:  # rounding is not to turn two around
-        scores = scores.cummin(0).values
-    device = ranking.device
-    return Window(before, Ranking(ranking.name, units, scores.to(device), None, device))
+    # Rounding is not to turn two around.
+    return scores.cummin(-1).values if scores.numel() else scores
+
+
+def _scored(rankings: Sequence[Ranking]) -> list[Ranking]:
+    """Small rankings by the LAMP scores of their alive units; those of one length at once."""
+    living = [_living(ranking) for ranking in checked(rankings)]
+    alike: dict[tuple[int, torch.dtype], list[int]] = {}
+    for index, scores in enumerate(living):
+        alike.setdefault((len(scores), scores.dtype), []).append(index)
+    found: dict[int, Tensor] = {}
+    for indices in checked(alike.values()):
+        stacked = torch.stack([living[index] for index in indices]).cpu()
+        falling = stacked.to(torch.float64).abs().sort(1, descending=True).values
+        found.update(zip(indices, _lamp_scores(falling, 0.0), strict=True))
+    return [
+        Ranking(r.name, len(found[i]), found[i].to(r.device), None, r.device)
+        for i, r in enumerate(rankings)
+    ]
+
+
+def _living(ranking: Ranking) -> Tensor:
+    assert isinstance(ranking.scores, Tensor), "random scores have no LAMP"
+    scores = ranking.scores.to(score_dtype([ranking]))
+    return scores if ranking.alive is None else scores[ranking.alive.flags(0, ranking.units)]
 
 
 def _falling(ranking: Ranking, buckets: Buckets, first: int, end: int) -> Tensor:

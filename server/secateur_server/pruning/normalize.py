@@ -13,6 +13,7 @@ from torch import Tensor
 from secateur_server.devices import Span, passes_of, room_to_work, spans
 from secateur_server.devices.keys import picked, ranked_as
 from secateur_server.devices.passes import PART
+from secateur_server.devices.watch import checked
 from secateur_server.errors import InvalidSpec, quote
 from secateur_server.pruning.masks import Mask
 from secateur_server.pruning.norms import rounded_to, row_sums, total, vector_norms
@@ -35,14 +36,15 @@ def normalized(rule: Selection, rankings: Sequence[Ranking]) -> list[Ranking]:
     Errors: InvalidSpec, of infinite scores.
     """
     scales = [
-        _scale(rule, ranking.name, _tensor_of(ranking), ranking.alive) for ranking in rankings
+        _scale(rule, ranking.name, _tensor_of(ranking), ranking.alive)
+        for ranking in checked(rankings)
     ]
     floor = min([0.0, *(scale.least for scale in scales)])
     return [
         replace(
             ranking, scores=_scaled(_tensor_of(ranking), scale, floor), offset=floor, sample=None
         )
-        for ranking, scale in zip(rankings, scales, strict=True)
+        for ranking, scale in checked(zip(rankings, scales, strict=True))
     ]
 
 
@@ -58,7 +60,7 @@ def combined(
     Returns: also what was taken off from all scores, so that none is negative.
     """
     groups = []
-    for scores, mask, name in zip(members, alive, names, strict=True):
+    for scores, mask, name in checked(zip(members, alive, names, strict=True)):
         if rule.normalization is not None:
             scales = [_scale(rule, name, of_member, mask) for of_member in scores]
             scores = [(s - c.shift) / c.spread for s, c in zip(scores, scales, strict=True)]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from secateur_server.devices import passes_of, spans
 from secateur_server.devices.passes import PART, Cut
+from secateur_server.devices.watch import checked
 from secateur_server.pruning.amounts import Decision, decide, value_of
 from secateur_server.pruning.divide import Query, divide
 from secateur_server.pruning.energy import energies
@@ -59,10 +60,10 @@ def plan(
     at: the path of `amounts`, for errors, where they are not the rule's own.  Errors: InvalidSpec.
     """
     if rule.groups:  # they overlap: what is left of a tensor only its mask tells
-        return [_tried(replace(rule, amount=a), parameters, extras) for a in amounts]
+        return [_tried(replace(rule, amount=a), parameters, extras) for a in checked(amounts)]
     outcomes = [Outcome([], {}) for _ in amounts]
     empty = {name for name in rule.tensors if parameters[name].weight.numel() == 0}
-    for name in sorted(empty, key=rule.tensors.index):
+    for name in (name for name in checked(rule.tensors) if name in empty):
         for outcome in outcomes:
             outcome.choices.append(Choice((name,), 0, 0, 0))
             outcome.removed[name] = Removed(0, 0.0, 0.0)
@@ -73,7 +74,7 @@ def plan(
         lambda names: sum(parameters[name].weight.numel() for name in names),
         parameters[rule.tensors[0]].weight.device,
     )
-    for found in parts:
+    for found in checked(parts):
         for outcome, (choice, removed) in zip(outcomes, found, strict=True):
             outcome.choices.append(choice)
             outcome.removed.update(removed)
@@ -103,11 +104,11 @@ def _planned(
             [of[i] for of in cuts],
             dtype,
         )
-        for i, subject in enumerate(subjects)
+        for i, subject in enumerate(checked(subjects))
     ]
     alive = sum(subject.alive for subject in subjects)
     planned = []
-    for index, decision in enumerate(decisions):
+    for index, decision in enumerate(checked(decisions)):
         if isinstance(rule.amount, Threshold):
             scores = [None if c == NOTHING else value_of(c.key, dtype) for c in cuts[index]]
             decision = with_cut(decision, [subject.ranking for subject in subjects], scores)
@@ -127,13 +128,13 @@ def _cuts(
                 decision.counts, decision.cuts or [None] * len(subjects), strict=True
             )
         ]
-        for decision in decisions
+        for decision in checked(decisions)
     ]
     # Those that limits or shares took elsewhere than at the cut of all.
     missing = [(d, s) for d, of in enumerate(cuts) for s, cut in enumerate(of) if cut is None]
     queries = [Query((s,), (0,), (subjects[s].alive,), decisions[d].counts[s]) for d, s in missing]
     found = divide([subject.ranking for subject in subjects], queries, dtype) if queries else []
-    for (d, s), division in zip(missing, found, strict=True):
+    for (d, s), division in checked(zip(missing, found, strict=True)):
         ties = division.counts[0] - division.below[0]
         cuts[d][s] = Cut(division.key, ties, division.equal[0])
     return [[cut for cut in of if cut is not None] for of in cuts]
@@ -166,7 +167,7 @@ def _tried(
     """The outcome of really choosing, without keeping what was chosen."""
     masks, choices = apply_selection(rule, parameters, extras)
     removed = {}
-    for name, mask in masks.items():
+    for name, mask in checked(masks.items()):
         parameter = parameters[name]
         whole = _energy(parameter.weight, parameter.mask)
         lost = _energy(parameter.weight, parameter.mask, mask)

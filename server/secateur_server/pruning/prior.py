@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from secateur_server.devices.watch import checked
 from secateur_server.pruning.measure import nonzero_mask
 from secateur_server.pruning.spec import Parameter, Rule
 
@@ -24,5 +25,5 @@ def prune_zeros(parameters: Mapping[str, Parameter], rules: Sequence[Rule]) -> d
         name: replace(parameter, mask=nonzero_mask(parameter))
         if name in named and not parameter.is_nonzero
         else parameter
-        for name, parameter in parameters.items()
+        for name, parameter in checked(parameters.items())
     }

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from secateur_server.devices import passes_of
 from secateur_server.devices.passes import Cut
-from secateur_server.devices.watch import watch
+from secateur_server.devices.watch import checked, watch
 from secateur_server.errors import InvalidMask, quote
 from secateur_server.pruning.amounts import (
     Bound,
@@ -61,7 +61,7 @@ def prune(
     state = dict(parameters)
     outcomes = []
     touched: set[str] = set()
-    for rule in rules:
+    for rule in checked(rules):
         if isinstance(rule, CustomMasks):
             masks, choices = _apply_masks(rule, state, extras)
         else:
@@ -78,7 +78,7 @@ def _apply_masks(
 ) -> tuple[Masks, list[Choice]]:
     masks: Masks = {}
     choices = []
-    for name, holder in rule.masks:
+    for name, holder in checked(rule.masks):
         field = f"{rule.path}.masks[{quote(name)}]"
         values, weight = extras[holder], state[name].weight
         if values.shape == weight.shape:
@@ -142,7 +142,7 @@ def apply_selection(
         lambda names: sum(state[n].weight.numel() for n in names if n in state),
         device,
     )
-    for found, choice in chosen:
+    for found, choice in checked(chosen):
         for name, mask in found.items():
             masks[name] = masks[name] & mask if name in masks else mask
         choices.append(choice)
@@ -177,7 +177,7 @@ def _choose(
     with watch().stage("select"):
         kept, choice = _select(rule, subjects)
     masks: Masks = {}
-    for subject, units in zip(subjects, kept, strict=True):
+    for subject, units in checked(zip(subjects, kept, strict=True)):
         for name, mask in subject.spread(units).items():
             before = masks.get(name, state[name].mask)
             masks[name] = mask if before is None else mask & before

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from secateur_server.devices.watch import checked
 from secateur_server.errors import AmountOutOfRange, quote
-from secateur_server.pruning.spec import GuardRails, Rail, Selection
+from secateur_server.pruning.spec import Rail, Selection
 from secateur_server.pruning.subjects import Subject
 
 # Of errors: more names than this are not read.
@@ -24,12 +25,8 @@ class Limits:
 
 def limits_of(rule: Selection, subjects: Sequence[Subject]) -> list[Limits]:
     """The limits of each.  Errors: AmountOutOfRange, of rails that contradict one another."""
-    return [_limits(_rail(rule.guard_rails, subject.name), subject) for subject in subjects]
-
-
-def _rail(rails: GuardRails, name: str) -> Rail | None:
-    """The first that names it counts."""
-    return next((rail for rail in rails.rails if name in rail.tensors), None)
+    rails = rule.guard_rails.by_tensor
+    return [_limits(rails.get(subject.name), subject) for subject in checked(subjects)]
 
 
 def _limits(rail: Rail | None, subject: Subject) -> Limits:

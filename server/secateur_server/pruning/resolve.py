@@ -1,14 +1,15 @@
 """Rules that fit the tensors: globs become names, and what is wrong is said before data is read."""
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import TypeVar
 
 import torch
 
 from secateur_server.devices.dtypes import FP8, PRUNABLE, WIRE_DTYPES
+from secateur_server.devices.watch import checked
 from secateur_server.errors import (
     AmountOutOfRange,
     DimOutOfRange,
@@ -20,6 +21,7 @@ from secateur_server.errors import (
     quote,
 )
 from secateur_server.pruning.catalog import Catalog, Shape, Stored, match, unmatched
+from secateur_server.pruning.globs import matches
 from secateur_server.pruning.granularity import Element, Slice
 from secateur_server.pruning.groups import resolve_group
 from secateur_server.pruning.spec import (
@@ -47,24 +49,23 @@ def resolve(rules: Sequence[Rule], catalog: Catalog) -> list[Rule]:
         _resolve_masks(rule, catalog)
         if isinstance(rule, CustomMasks)
         else _resolve_selection(rule, catalog)
-        for rule in rules
+        for rule in checked(rules)
     ]
 
 
 def _resolve_selection(rule: Selection, catalog: Catalog) -> Selection:
     if rule.groups:
-        groups = tuple(resolve_group(group, catalog) for group in rule.groups)
+        groups = tuple(resolve_group(group, catalog) for group in checked(rule.groups))
         every = {group.name: group.name for group in groups}
         subjects = _not_spared(rule, list(every), every)
         known = {name: name for name in subjects}
-        groups = tuple(group for group in groups if group.name in subjects)
-        members = {member.tensor for group in groups for member in group.members}
-        names = [name for name in catalog.prunable if name in members]
+        groups = tuple(group for group in groups if group.name in known)
+        names = catalog.in_order({m.tensor for group in groups for m in group.members})
         _check_group_scores(rule, groups, catalog)
         rule = replace(rule, groups=groups)
     else:
         names = match(f"{rule.path}.tensors", rule.tensors, catalog)
-        for name in names:
+        for name in checked(names):
             _check_units(rule, name, catalog.prunable[name])
         names = subjects = _not_spared(rule, names, catalog.all_names(names))
         known = catalog.all_names(names)
@@ -74,16 +75,12 @@ def _resolve_selection(rule: Selection, catalog: Catalog) -> Selection:
             scores=_by_tensor(rule.scores, f"{rule.path}.importance_scores", known),
             scales=_by_tensor(scales, f"{rule.path}.scales", known),
         )
-        _check_scores(rule, names, catalog)
-    rails = tuple(
-        replace(rail, tensors=_rail_tensors(rail, subjects, known))
-        for rail in rule.guard_rails.rails
-    )
+        _check_scores(rule, set(names), catalog)
     return replace(
         rule,
         tensors=tuple(names),
         amount=_resolve_amount(rule, subjects, known),
-        guard_rails=GuardRails(rails),
+        guard_rails=GuardRails(_resolve_rails(rule, subjects, known)),
     )
 
 
@@ -96,7 +93,7 @@ def _by_tensor(
     Errors: InvalidSpec, where a tensor has two values under two of its names.
     """
     found: dict[str, Value] = {}
-    for name, value in given.items():
+    for name, value in checked(given.items()):
         tensor = known.get(name, name)
         if found.setdefault(tensor, value) != value:
             raise InvalidSpec(
@@ -111,40 +108,64 @@ def _not_spared(rule: Selection, names: list[str], known: Mapping[str, str]) -> 
     rails, path = rule.guard_rails, f"{rule.path}.guard_rails"
     spared = {*names[:1]} if rails.keep_first else set()
     spared |= {*names[-1:]} if rails.keep_last else set()
-    for index, pattern in enumerate(rails.exclude):
-        spared.update(_meant(f"{path}.exclude[{index}]", pattern, known))
+    field = f"{path}.exclude"
+    spared.update(_meant(field, rails.exclude, known, lambda index: f"{field}[{index}]"))
     left = [name for name in names if name not in spared]
     if not left:
         raise InvalidSpec(path, f"leaves nothing to prune of {len(names)} tensors")
     return left
 
 
-def _rail_tensors(rail: Rail, names: Sequence[str], known: Mapping[str, str]) -> tuple[str, ...]:
-    """Those of `names` that a rail is for: all, where it names none."""
-    found: set[str] = set()
-    for index, pattern in enumerate(rail.tensors):
-        found.update(_meant(f"{rail.path}.tensors[{index}]", pattern, known))
-    return tuple(name for name in names if name in found or not rail.tensors)
+def _resolve_rails(
+    rule: Selection, names: Sequence[str], known: Mapping[str, str]
+) -> tuple[Rail, ...]:
+    """The rails, each with those of `names` that it is the first to name, or to take with all."""
+    rails = rule.guard_rails.rails
+    places = [(p, i) for p, rail in enumerate(checked(rails)) for i in range(len(rail.tensors))]
+    patterns = [rails[place].tensors[index] for place, index in places]
+
+    def field(index: int) -> str:
+        place, of_rail = places[index]
+        return f"{rails[place].path}.tensors[{of_rail}]"
+
+    first = _meant(f"{rule.path}.guard_rails.rails", patterns, known, field)
+    of_all = next((place for place, rail in enumerate(rails) if not rail.tensors), len(rails))
+    tensors: dict[int, list[str]] = defaultdict(list)
+    for name in names:
+        named = places[first[name]][0] if name in first else of_all
+        tensors[min(named, of_all)].append(name)
+    return tuple(
+        replace(rail, tensors=tuple(tensors[place])) for place, rail in enumerate(checked(rails))
+    )
 
 
-def _meant(field: str, pattern: str, known: Mapping[str, str]) -> set[str]:
-    """The tensors that a name or a glob means.  known: from each of their names to the tensor."""
-    if pattern in known:
-        return {known[pattern]}
-    matched = {name for other, name in known.items() if fnmatchcase(other, pattern)}
-    if not matched:
-        raise UnknownTensor(field, f"{quote(pattern)} matches none of the rule's")
-    return matched
+def _meant(
+    path: str, patterns: Sequence[str], known: Mapping[str, str], field: Callable[[int], str]
+) -> dict[str, int]:
+    """For each tensor that is meant, the index of the first name or glob that means it.
+
+    Args:
+        path: Of the patterns, for errors of all.
+        patterns: Names and globs; each has to mean a tensor.
+        known: From every name of the rule's tensors to the tensor.
+        field: The path of a pattern, by its index.
+    """
+    found = matches(path, patterns, known)
+    if found.unmatched is not None:
+        pattern = patterns[found.unmatched]
+        raise UnknownTensor(field(found.unmatched), f"{quote(pattern)} matches none of the rule's")
+    return found.first
 
 
 def _resolve_amount(rule: Selection, names: Sequence[str], known: Mapping[str, str]) -> Amount:
     if isinstance(rule.amount, Table):
-        return _resolve_table(rule, rule.amount, names, known)
+        return _resolve_table(rule, rule.amount, known)
     if isinstance(rule.amount, Budget) and rule.amount.per_unit is not None:
         field = f"{rule.path}.macs.per_unit"
         given = _by_tensor(rule.amount.per_unit, field, known)
-        for name in given:
-            if name not in names:
+        pruned = set(names)
+        for name in checked(given):
+            if name not in pruned:
                 raise UnknownTensor(f"{field}[{quote(name)}]", "the rule prunes no such tensor")
         for name in names:
             if name not in given:
@@ -153,16 +174,10 @@ def _resolve_amount(rule: Selection, names: Sequence[str], known: Mapping[str, s
     return rule.amount
 
 
-def _resolve_table(
-    rule: Selection, table: Table, names: Sequence[str], known: Mapping[str, str]
-) -> Table:
-    left, fractions = list(names), {}
-    for index, (pattern, fraction) in enumerate(table.fractions.items()):
-        field = f"{rule.path}.table.entries[{index}].tensors"
-        matched = _meant(field, pattern, known)
-        fractions.update({name: fraction for name in left if name in matched})
-        left = [name for name in left if name not in matched]
-    return Table(fractions)
+def _resolve_table(rule: Selection, table: Table, known: Mapping[str, str]) -> Table:
+    path, fractions = f"{rule.path}.table.entries", list(table.fractions.values())
+    first = _meant(path, list(table.fractions), known, lambda index: f"{path}[{index}].tensors")
+    return Table({name: fractions[index] for name, index in first.items()})
 
 
 def _check_units(rule: Selection, name: str, shape: Shape) -> None:
@@ -201,13 +216,13 @@ def _check_slices(rule: Selection, dim: int, name: str, shape: Shape) -> None:
 
 def _check_scores(rule: Selection, names: Collection[str], catalog: Catalog) -> None:
     assert rule.granularity is not None, "groups have no scores"
-    for name, holder in rule.scores.items():
+    for name, holder in checked(rule.scores.items()):
         field = f"{rule.path}.importance_scores[{quote(name)}]"
         if name not in names:
             raise UnknownTensor(field, "the rule prunes no such tensor")
         shape = catalog.prunable[name]
         _check_floating(field, holder, (shape, rule.granularity.grid(shape)), catalog)
-    for name, holder in rule.scales.items():
+    for name, holder in checked(rule.scales.items()):
         field = f"{rule.path}.scales[{quote(name)}]"
         if name not in names:
             raise UnknownTensor(field, "the rule prunes no such tensor")
@@ -223,7 +238,7 @@ def _check_scores(rule: Selection, names: Collection[str], catalog: Catalog) -> 
 
 def _check_group_scores(rule: Selection, groups: Sequence[Group], catalog: Catalog) -> None:
     units = {group.name: group.members[0].units for group in groups}
-    for name, holder in rule.scores.items():
+    for name, holder in checked(rule.scores.items()):
         field = f"{rule.path}.importance_scores[{quote(name)}]"
         if name not in units:
             raise UnknownTensor(field, "the rule has no such group")
@@ -241,7 +256,7 @@ def _check_floating(field: str, holder: str, shapes: Sequence[Shape], catalog: C
 
 def _resolve_masks(rule: CustomMasks, catalog: Catalog) -> CustomMasks:
     masks: list[tuple[str, str]] = []
-    for given, holder in rule.masks:
+    for given, holder in checked(rule.masks):
         name, field = catalog.name_of(given), f"{rule.path}.masks[{quote(given)}]"
         if name not in catalog.prunable:
             raise unmatched(field, name, catalog)

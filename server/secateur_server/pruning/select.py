@@ -20,7 +20,7 @@ from secateur_server.devices.keys import BITS, as_keys, ranked_as
 from secateur_server.devices.looks import SPACING, sample_places
 from secateur_server.devices.passes import BYTES_OF_FEW, DIGIT_BITS, Cut, Passes, Piece
 from secateur_server.devices.randomness import RandomScores
-from secateur_server.devices.watch import watch
+from secateur_server.devices.watch import checked, watch
 from secateur_server.pruning.masks import Mask
 from secateur_server.pruning.score import Ranking
 
@@ -84,7 +84,7 @@ def select(rankings: Sequence[Ranking], alive: int, count: int) -> tuple[list[Ma
     masks = [Mask(bits, r.units) for bits, r in zip(room, rankings, strict=True)]
     parts = [
         (piece_of(ranking, dtype, *span), mask.part(*span))
-        for ranking, mask in zip(rankings, masks, strict=True)
+        for ranking, mask in checked(zip(rankings, masks, strict=True))
         for span in spans(ranking.units, passes.ranked)
     ]
     pieces, kept = [piece for piece, _ in parts], [kept for _, kept in parts]
@@ -178,7 +178,7 @@ def _sample(units: Units) -> Tensor | None:
         spacing = max(spacing, units.total * BYTES_OF_FEW // memory)
     index = sample_places(passes.ranked, spacing, passes.device)
     # In one thread: many small pieces would have threads wait for each other.
-    sampled = units.sampled or [passes.sample(piece, index) for piece in units.pieces]
+    sampled = units.sampled or [passes.sample(piece, index) for piece in checked(units.pieces)]
     keys = torch.cat(list(sampled))
     # Of many small tensors there may be fewer, and where most are pruned.
     return keys if len(keys) >= SAMPLE // 2 else None

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from torch import Tensor
@@ -80,12 +81,17 @@ class GuardRails:
     keep_last: bool = False
     exclude: tuple[str, ...] = ()
 
+    @cached_property
+    def by_tensor(self) -> Mapping[str, Rail]:
+        """The rail of each tensor that has one; of resolved rails only."""
+        return {name: rail for rail in self.rails for name in rail.tensors}
+
 
 @dataclass(frozen=True)
 class Member:
     """The part of a tensor in a group: `units` times some slices along a dimension.
 
-    indices: of the slices, units x slices of one.
+    indices: of the slices, units x slices of one; an array where a caller chose how many.
     """
 
     path: str
@@ -94,7 +100,7 @@ class Member:
     offset: int
     stride: int
     units: int
-    indices: tuple[int, ...]
+    indices: Sequence[int]
     is_scored: bool
 
 
@@ -138,6 +144,11 @@ class Selection:
     normalization: Normalization | None = None
     allocation: Allocation = "rank"
     guard_rails: GuardRails = GuardRails()
+
+    @cached_property
+    def groups_by_name(self) -> Mapping[str, Group]:
+        """The groups by their names."""
+        return {group.name: group for group in self.groups}
 
     def extras(self) -> Collection[str]:
         """Names of uploaded tensors that are not part of the model."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from secateur_server.devices.randomness import RandomScores, random_scores
+from secateur_server.devices.watch import checked
 from secateur_server.errors import quote
 from secateur_server.pruning.granularity import NM, Element, Slice
 from secateur_server.pruning.groups import alive_units, member_scores, spread_group
@@ -51,7 +52,9 @@ def together(rule: Selection, names: Sequence[str]) -> list[tuple[str, ...]]:
     if rule.scope == "global":
         return [tuple(names)] if names else []
     kinds: dict[str, list[str]] = {}
-    for name in names:  # Fang et al. 2024, Isomorphic Pruning: with what has the same structure
+    for name in checked(
+        names
+    ):  # Fang et al. 2024, Isomorphic Pruning: with what has the same structure
         kinds.setdefault(re.sub(r"\d+", "#", name), []).append(name)
     return [tuple(kind) for kind in kinds.values()]
 
@@ -68,15 +71,15 @@ def subjects_of(
     Errors: NanScores, InvalidSpec.
     """
     if rule.groups:
-        by_name = {group.name: group for group in rule.groups}
-        return _normalized_groups(rule, [by_name[name] for name in names], parameters, extras)
-    subjects = [_tensor(rule, name, parameters, extras) for name in names]
+        groups = [rule.groups_by_name[name] for name in names]
+        return _normalized_groups(rule, groups, parameters, extras)
+    subjects = [_tensor(rule, name, parameters, extras) for name in checked(names)]
     if rule.normalization is None or any(
         isinstance(s.ranking.scores, RandomScores) for s in subjects
     ):
         return subjects
     rankings = normalized(rule, [subject.ranking for subject in subjects])
-    return [replace(s, ranking=r) for s, r in zip(subjects, rankings, strict=True)]
+    return [replace(s, ranking=r) for s, r in checked(zip(subjects, rankings, strict=True))]
 
 
 def _tensor(
@@ -135,10 +138,10 @@ def _normalized_groups(
     extras: Mapping[str, Tensor],
 ) -> list[Subject]:
     """Groups with the scores of their members normalized, member by member, and combined."""
-    alive = [alive_units(group, parameters) for group in groups]
+    alive = [alive_units(group, parameters) for group in checked(groups)]
     scores, floor = _group_scores(rule, groups, parameters, extras, alive)
     subjects = []
-    for group, of_units, living in zip(groups, scores, alive, strict=True):
+    for group, of_units, living in checked(zip(groups, scores, alive, strict=True)):
         first = group.members[0]
         device = parameters[first.tensor].weight.device
         ranking = Ranking(group.name, first.units, of_units, living, device, offset=floor)
@@ -154,9 +157,9 @@ def _group_scores(
     alive: Sequence[Mask | None],
 ) -> tuple[Sequence[Tensor | RandomScores], float]:
     if isinstance(rule.importance, Random):
-        return [random_scores(rule.importance.seed, group.name) for group in groups], 0.0
+        return [random_scores(rule.importance.seed, g.name) for g in checked(groups)], 0.0
     members = []
-    for group, living in zip(groups, alive, strict=True):
+    for group, living in checked(zip(groups, alive, strict=True)):
         if holder := rule.scores.get(group.name):  # in the place of all its members'
             refuse_nan(extras[holder], living, f"data[{quote(holder)}]")
             members.append([extras[holder].to(torch.float64).abs()])
@@ -170,7 +173,7 @@ def _members(
 ) -> list[Tensor]:
     """The scores of a group's members that have a say.  Returns: each float64, flat."""
     scores = []
-    for member in group.members:
+    for member in checked(group.members):
         if member.is_scored:
             parameter, field = parameters[member.tensor], f"data[{quote(member.tensor)}]"
             refuse_nan(parameter.weight, parameter.mask, field, parameter.seen)

@@ -1,0 +1,122 @@
+"""Names and globs: what they match beside fnmatch, and what work and memory many of them take."""
+
+import sys
+import tracemalloc
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from types import FrameType
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from secateur_server.devices.watch import Watch, watched
+from secateur_server.errors import InvalidSpec, Stopped
+from secateur_server.pruning.globs import (
+    MOST_GLOB_CHARACTERS,
+    MOST_GLOBS,
+    matches,
+)
+
+many = settings(deadline=None, max_examples=300)
+GLOBS = st.lists(st.text("ab[]!-*?.^", max_size=8), max_size=6)
+NAMES = st.lists(st.text("ab[]!-*?.^", max_size=6), max_size=6, unique=True)
+
+
+def lines(function: Callable[[], Any]) -> int:
+    """How many lines of Python a function runs: work that no clock measures."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def means(pattern: str, name: str, names: Sequence[str]) -> bool:
+    return name == pattern if pattern in names else fnmatchcase(name, pattern)
+
+
+@given(GLOBS, NAMES)
+@many
+def test_names_and_globs_match_as_fnmatch_has_it(patterns: list[str], names: list[str]) -> None:
+    found = matches("tensors", patterns, {name: name for name in names})
+    meant = {
+        name: [index for index, pattern in enumerate(patterns) if means(pattern, name, names)]
+        for name in names
+    }
+    assert found.first == {name: indices[0] for name, indices in meant.items() if indices}
+    matched = {index for indices in meant.values() for index in indices}
+    unmatched = [index for index in range(len(patterns)) if index not in matched]
+    assert found.unmatched == (unmatched[0] if unmatched else None)
+
+
+def names_of(count: int) -> dict[str, str]:
+    return {name: name for name in (f"layers.{i // 50}.w.{i % 50}.weight" for i in range(count))}
+
+
+KINDS: dict[str, Callable[[int], str]] = {
+    "names": lambda i: f"layers.{i // 50}.w.{i % 50}.weight",
+    "a star at the end": lambda i: f"layers.{i // 50}.w.{i % 50}.*",
+    "stars": lambda i: f"*.{i // 50}.*.{i % 50}.weight",
+    "sets": lambda i: f"layer[a-z].{i // 50}.?.{i % 50}.*",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_work_is_linear_in_globs_and_names(kind: str) -> None:
+    def work(count: int) -> int:
+        patterns = [KINDS[kind](i) for i in range(count)]
+        return lines(lambda: matches("tensors", patterns, names_of(count)))
+
+    assert work(800) < 2.5 * work(400)
+
+
+def test_what_was_matched_is_kept_by_nobody() -> None:
+    names, globs = names_of(100), [f"{i}{'x' * 40}[a-{chr(200 + i % 99)}]*" for i in range(2000)]
+    matches("tensors", globs[:1000], names)
+    tracemalloc.start()
+    try:
+        matches("tensors", globs[1000:], names)
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak > 1 << 20  # it was measured
+    assert kept < 100 << 10
+
+
+@pytest.mark.parametrize(
+    ("globs", "limit"),
+    [
+        ([f"{i}*" for i in range(MOST_GLOBS + 1)], MOST_GLOBS),
+        ([f"{i:03}{'x' * 990}*" for i in range(600)], MOST_GLOB_CHARACTERS),
+    ],
+)
+def test_more_globs_than_a_limit_are_an_error_that_names_it(globs: list[str], limit: int) -> None:
+    with pytest.raises(InvalidSpec, match=f"^tensors: .*{limit}"):
+        matches("tensors", globs, names_of(1))
+
+
+def test_globs_that_take_too_long_to_match_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secateur_server.pruning.globs.MOST_VISITS", 50_000)
+    stars = ["*".join(["", *f"{i:010b}", ""]) for i in range(1 << 10)]
+    names = {name: name for name in (f"{i * 2654435761 % (1 << 64):064b}" for i in range(100))}
+    with pytest.raises(InvalidSpec, match=r"^tensors: .*50000 steps"):
+        matches("tensors", stars, names)
+    assert matches("tensors", stars[:10], names).unmatched is None
+
+
+def test_a_caller_who_leaves_ends_the_matching() -> None:
+    watch = Watch()
+    watch.stop()
+    with watched(watch), pytest.raises(Stopped):
+        matches("tensors", ["*.weight"], names_of(1))

@@ -1,0 +1,130 @@
+"""When a caller leaves, the work that its spec asked for ends soon, whatever stage it is in."""
+
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import grpc
+import pytest
+import safetensors.torch
+import torch
+
+import secateur
+from secateur_proto import plan_pb2
+from secateur_proto import pruner_pb2 as pb
+from secateur_proto.pruner_pb2_grpc import PrunerStub
+from secateur_server.devices import cpu
+from secateur_server.devices.watch import Watch, watched
+from secateur_server.errors import Stopped
+from secateur_server.messages.plan import encode_plan
+from secateur_server.messages.report import encode_report
+from secateur_server.messages.spec import decode_spec
+from secateur_server.messages.warnings import warnings_of
+from secateur_server.pruning.plan import plan
+from secateur_server.pruning.prune import prune
+from secateur_server.pruning.resolve import resolve
+from secateur_server.pruning.spec import Parameter, Selection
+from tests.conftest import RunningServer, caught, eventually
+from tests.contract.raw import series
+from tests.pruning.defined import catalog_of
+
+TENSORS = 300
+MODEL = {f"layers.{i}.weight": torch.randn(4, 4) for i in range(TENSORS)}
+SPECS = {
+    "each tensor": secateur.l1_unstructured("*", 0.5),
+    "global": secateur.global_unstructured("*", 0.5),
+    "LAMP": secateur.lamp("*", 0.5),
+    "uniform": secateur.select("*", 0.5, scope="global", allocation="uniform"),
+    "normalized": secateur.select("*", 0.5, scope="global", normalization="mean"),
+    "groups": secateur.grouped([secateur.group(n, secateur.member(n)) for n in MODEL], 0.5),
+}
+MESSAGES = {name: spec.encode(MODEL)[0] for name, spec in SPECS.items()}
+PARAMETERS = {key: Parameter(weight) for key, weight in MODEL.items()}
+CATALOG = catalog_of(PARAMETERS)
+AMOUNTS = [0.25, 0.5, 0.75]
+
+
+class CountedWatch(Watch):
+    """Stops itself at a check, and measures the lines of Python between two checks."""
+
+    def __init__(self, last: int | None = None) -> None:
+        super().__init__()
+        self.checks = self.lines = self.longest = 0
+        self._last = last
+
+    def check(self) -> None:
+        self.checks += 1
+        self.longest, self.lines = max(self.longest, self.lines), 0
+        if self.checks == self._last:
+            self.stop()
+        super().check()
+
+    def trace(self, frame: FrameType, event: str, argument: object) -> Any:
+        """For sys.settrace."""
+        self.lines += event == "line"
+        return self.trace
+
+
+def work(name: str, is_plan: bool) -> None:
+    """All that a server does with a spec, from its message to that of the answer."""
+    asked = decode_spec(MESSAGES[name])
+    rules = resolve(asked, CATALOG)
+    if is_plan:
+        assert isinstance(rules[0], Selection)
+        outcomes = plan(rules[0], AMOUNTS, PARAMETERS, {})
+        encode_plan(outcomes, PARAMETERS, rules[0].tensors)
+        return
+    pruned, choices = prune(PARAMETERS, rules, {})
+    report = encode_report(pruned.items(), CATALOG, "", "", choices)
+    warnings_of(report, asked, rules, CATALOG, PARAMETERS)
+
+
+@pytest.fixture
+def _in_one_thread() -> Iterator[None]:
+    cpu._thread.in_pool = True
+    yield
+    cpu._thread.in_pool = False
+
+
+@pytest.mark.usefixtures("_in_one_thread")
+@pytest.mark.parametrize("is_plan", [False, True])
+@pytest.mark.parametrize("name", SPECS)
+def test_no_stage_works_on_for_long_without_a_check(name: str, is_plan: bool) -> None:
+    work(name, is_plan)  # compiles what is not compiled yet
+    watch = CountedWatch()
+    before = sys.gettrace()
+    with watched(watch):
+        sys.settrace(watch.trace)
+        try:
+            work(name, is_plan)
+        finally:
+            sys.settrace(before)
+    # Simple loops need no check. Of 12,000 tensors so many lines take some 50 ms.
+    assert watch.longest <= 60 * TENSORS
+    for last in {1, watch.checks // 4, watch.checks // 2, watch.checks - 1}:
+        stopped = CountedWatch(last)
+        with watched(stopped), pytest.raises(Stopped):
+            work(name, is_plan)
+        assert stopped.checks == last
+
+
+def test_work_whose_caller_leaves_ends(server: RunningServer, channel: grpc.Channel) -> None:
+    names = [f"layers.{i}.weight" for i in range(4000)]
+    data = safetensors.torch.save({name: torch.randn(4, 4) for name in names})
+    given, _ = secateur.lamp("*", 0.5).encode(dict.fromkeys(names, torch.zeros(4, 4)))
+    first = pb.PlanHeader(data_bytes=len(data), spec=given)
+    first.amounts.extend(plan_pb2.Amount(fraction=i / 1000) for i in range(1, 1000))
+
+    def in_flight() -> float:
+        return series(server, "secateur_requests_in_flight")
+
+    def begin() -> Any:
+        request = pb.PlanRequest(header=first, data=data)
+        return PrunerStub(channel).Plan.future(iter([request]), timeout=300)
+
+    eventually(in_flight, 0.0)
+    call = caught(begin, lambda: in_flight() == 1.0)
+    call.cancel()
+    eventually(in_flight, 0.0)
+    assert call.code() == grpc.StatusCode.CANCELLED
