@@ -1,7 +1,9 @@
 """Wiring."""
 
-from collections.abc import Callable
-from contextlib import ExitStack
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -24,7 +26,7 @@ from secateur_server.operate.metrics import Metrics
 from secateur_server.operate.probes import Health
 from secateur_server.operate.reception import MOST_OPEN, Reception
 from secateur_server.operate.scrape import Scrapes
-from secateur_server.operate.serving import Serving
+from secateur_server.operate.serving import OnlyHealth, Serving
 from secateur_server.operate.tls import BadCertificate, TlsFiles, server_credentials
 from secateur_server.operate.traces import NoTraces, Traces
 from secateur_server.service import Pruner, add_pruner
@@ -32,6 +34,8 @@ from secateur_server.sources import Sources
 from secateur_server.store.store import Store, StoreInUse, default_max_bytes, temporary_folder
 from secateur_server.uris.uris import Uris
 from secateur_server.warm_up import warm_up
+
+log = logging.getLogger(__name__)
 
 # Calls at once, beside those that wait for memory. Each is a thread, and one that receives; torch's
 # operators and gRPC's waits release the GIL.
@@ -99,13 +103,14 @@ class App:
         config = self._config
         passes_of(config.device)  # those of a GPU are compiled now, and not in the first call
         start_threads()
-        metrics = Metrics(config.device)
+        self._metrics = metrics = Metrics(config.device)
         store = open_store(config, metrics)
         opened.callback(store.close)
         if config.metrics_address is not None:
             self.metrics_address = listen_for_scrapes(config, metrics, opened)
-        self._server = _grpc_server(config, metrics, store, opened)
+        self._server, self._probes = _grpc_servers(config, metrics, store, opened)
         self._health = _add_services(config, metrics, store, self._server, opened)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._probes)
         self.address = listen(self._server, config, metrics)
         if self._is_warm:
             warm_up(config.device, store, config.allow_uri)
@@ -118,8 +123,25 @@ class App:
         What still runs after the drain timeout is cancelled.
         """
         self._health.drain()
-        self._serving.stop(self._config.drain_timeout)
+        self._serving.begin_stop(self._config.drain_timeout)
+        if not self._serving.has_stopped(0.01):
+            with self._probes_served():
+                self._serving.has_stopped(self._config.drain_timeout)
+        self._serving.end()
         self._opened.close()
+
+    @contextmanager
+    def _probes_served(self) -> Iterator[None]:
+        """In the block new connections reach the health service, though gRPC listens no more."""
+        try:
+            listen(self._probes, replace(self._config, address=self.address), self._metrics)
+            serving = Serving(self._probes, self._died)
+        except (CannotStart, RuntimeError) as error:
+            log.warning("probes on new connections are not answered while draining: %s", error)
+            yield
+            return
+        yield
+        serving.end()
 
     def __enter__(self) -> Self:
         return self
@@ -133,7 +155,10 @@ class App:
         self.stop()
 
 
-def _grpc_server(config: Config, metrics: Metrics, store: Store, opened: ExitStack) -> grpc.Server:
+def _grpc_servers(
+    config: Config, metrics: Metrics, store: Store, opened: ExitStack
+) -> tuple[grpc.Server, grpc.Server]:
+    """The server, and one for probes while it drains, with the same threads and interceptors."""
     calls = WORKERS + config.queue_size
     traces = traces_of(config)
     if traces:
@@ -146,12 +171,14 @@ def _grpc_server(config: Config, metrics: Metrics, store: Store, opened: ExitSta
     opened.callback(door.close)
     workers = started_pool(threads, "rpc", one_thread)
     opened.callback(workers.shutdown, wait=False)
-    return grpc.server(
+    make = partial(
+        grpc.server,
         workers,
-        interceptors=[traces.interceptor, door] if traces else [door],
         options=OPTIONS,
         maximum_concurrent_rpcs=threads,  # more would wait where nobody sees them
     )
+    interceptors = [traces.interceptor, door] if traces else [door]
+    return make(interceptors=interceptors), make(interceptors=[OnlyHealth(), door])
 
 
 def _add_services(

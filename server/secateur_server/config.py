@@ -142,7 +142,13 @@ def _problem(config: Config) -> str | None:
         return "--tls-cert and --tls-key go together"
     if config.tls_client_ca and not config.tls_cert:
         return "--tls-client-ca needs --tls-cert and --tls-key"
-    if config.insecure or not is_public(config.address):
+    if config.insecure:
+        return None
+    return _open_calls(config) or _open_metrics(config)
+
+
+def _open_calls(config: Config) -> str | None:
+    if not is_public(config.address):
         return None
     missing = [] if config.tls_cert else ["--tls-cert and --tls-key"]
     if not config.tokens_file and not config.tls_client_ca:
@@ -152,6 +158,16 @@ def _problem(config: Config) -> str | None:
     return (
         f"--address {config.address} can be reached from other machines: give "
         f"{' and '.join(missing)}, or say --insecure where something else keeps strangers out"
+    )
+
+
+def _open_metrics(config: Config) -> str | None:
+    address = config.metrics_address or ""
+    if config.metrics_token_file or ":" not in address or not is_public(address):
+        return None
+    return (
+        f"--metrics-address {address} can be reached from other machines: give "
+        "--metrics-token-file, or say --insecure where something else keeps strangers out"
     )
 
 

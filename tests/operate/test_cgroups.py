@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -24,7 +24,7 @@ V1 = (
 )
 
 
-def machine(root: Path, groups: str, mounts: str, files: dict[str, object]) -> Path:
+def machine(root: Path, groups: str, mounts: str, files: Mapping[str, object]) -> Path:
     """A root folder. files: under /sys/fs/cgroup."""
     (root / "proc/self").mkdir(parents=True)
     (root / "proc/self/cgroup").write_text(groups)

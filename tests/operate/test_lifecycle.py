@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import grpc
@@ -116,10 +117,24 @@ def test_a_server_that_drains_lives_and_is_not_ready() -> None:
         server.process.send_signal(signal.SIGTERM)
         rest = [answer.status for answer in liveness]
         assert set(rest) <= {health_pb2.HealthCheckResponse.SERVING}
+        for _ in range(3):
+            assert asked_anew(server, "liveness") == health_pb2.HealthCheckResponse.SERVING
+        assert asked_anew(server, "") == health_pb2.HealthCheckResponse.NOT_SERVING
+        with secateur.Client(server.address, timeout=300) as late:
+            assert is_refused(late)
         assert server.process.poll() is None
         ended.set()
         assert running.exception(timeout=300) is not None  # it sent nothing
     stop_server(server)
+
+
+def asked_anew(server: RunningServer, service: str) -> Any:
+    """The health of a service, over a new connection."""
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    with grpc.insecure_channel(server.address, options) as channel:
+        request = health_pb2.HealthCheckRequest(service=service)
+        stub = health_pb2_grpc.HealthStub(channel)
+        return stub.Check(request, timeout=300, wait_for_ready=True).status
 
 
 def is_refused(client: secateur.Client) -> bool:
