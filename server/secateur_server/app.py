@@ -167,18 +167,25 @@ def _grpc_servers(
     reception = Reception(callers_of(config, metrics), metrics, traces, make_watch, calls)
     # Who is one too many is told so, and a probe is served: both need a thread for a moment.
     threads = calls + 2 * MOST_OPEN
-    door = Door(reception.around, config.idle_timeout, threads)
+    door = Door(reception.around, metrics, config.idle_timeout, threads)
     opened.callback(door.close)
     workers = started_pool(threads, "rpc", one_thread)
     opened.callback(workers.shutdown, wait=False)
     make = partial(
         grpc.server,
         workers,
-        options=OPTIONS,
+        options=(*OPTIONS, *_ages(config)),
         maximum_concurrent_rpcs=threads,  # more would wait where nobody sees them
     )
-    interceptors = [traces.interceptor, door] if traces else [door]
+    interceptors: list[grpc.ServerInterceptor] = [traces.interceptor, door] if traces else [door]
     return make(interceptors=interceptors), make(interceptors=[OnlyHealth(), door])
+
+
+def _ages(config: Config) -> Iterator[tuple[str, int]]:
+    """Options of gRPC for how long a connection lasts, in milliseconds."""
+    for name in ("max_connection_age", "max_connection_age_grace"):
+        if seconds := getattr(config, name):
+            yield f"grpc.{name}_ms", min(int(seconds * 1000) or 1, 2**31 - 1)
 
 
 def _add_services(

@@ -25,6 +25,7 @@ class Config:
 
     metrics_address: None serves none.  memory_limit: bytes of models in service.
     idle_timeout, drain_timeout: seconds.
+    max_connection_age, max_connection_age_grace: seconds, 0 is no bound.
     store_dir: None is a private temporary folder.  store_max_bytes: None is 3/4 of what is free
     or used.
     store_ttl: seconds, 0 is for ever.  work_memory: bytes.
@@ -39,6 +40,8 @@ class Config:
     queue_size: int = 64
     idle_timeout: float = 60.0
     drain_timeout: float = 30.0
+    max_connection_age: float = 3600.0
+    max_connection_age_grace: float = 86400.0
     store_dir: Path | None = None
     store_max_bytes: int | None = None
     store_ttl: float = 0.0
@@ -304,6 +307,18 @@ _OPTIONS = (
     ("queue-size", whole, "64", "requests that may wait for memory"),
     ("idle-timeout", some_seconds, "60", "seconds in which a message has to come, or be taken"),
     ("drain-timeout", seconds, "30", "seconds that running requests get at SIGTERM"),
+    (
+        "max-connection-age",
+        seconds,
+        "3600",
+        "seconds after which callers must connect again; 0 is never",
+    ),
+    (
+        "max-connection-age-grace",
+        seconds,
+        "86400",
+        "seconds that calls on such a connection get to end; 0 is no bound",
+    ),
     ("store-dir", Path, None, "where checkpoints are kept; else a temporary folder"),
     (
         "store-max-bytes",

@@ -241,3 +241,30 @@ def test_a_signal_that_another_thread_gets_ends_the_server() -> None:
     assert libc.syscall(tgkill, running.process.pid, other, signal.SIGTERM) == 0
     assert running.process.wait(timeout=300) == 0
     shutil.rmtree(running.log.parent)
+
+
+def test_a_connection_ends_at_its_age_and_the_call_that_runs_does_not() -> None:
+    """Later calls of the same channel get a new connection."""
+    states: list[grpc.ChannelConnectivity] = []
+    with (
+        inner_server("--max-connection-age", "0.2") as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        channel.subscribe(states.append)
+        stub = health_pb2_grpc.HealthStub(channel)
+        running = stub.Watch(health_pb2.HealthCheckRequest())
+        assert next(running).status == health_pb2.HealthCheckResponse.SERVING
+        eventually(lambda: states[-1:], [grpc.ChannelConnectivity.IDLE])
+        assert running.is_active()
+        answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=300)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        running.cancel()
+
+
+def test_a_call_that_outlasts_the_grace_of_its_connection_is_cut_off() -> None:
+    options = ("--max-connection-age", "0.1", "--max-connection-age-grace", "0.1")
+    with inner_server(*options) as server, grpc.insecure_channel(server.address) as channel:
+        running = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        with pytest.raises(grpc.RpcError) as ended:
+            list(running)
+        assert ended.value.code() == grpc.StatusCode.UNAVAILABLE  # type: ignore[attr-defined]
