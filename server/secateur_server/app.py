@@ -1,7 +1,9 @@
 """Wiring."""
 
-from collections.abc import Callable
-from contextlib import ExitStack
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -24,7 +26,7 @@ from secateur_server.operate.metrics import Metrics
 from secateur_server.operate.probes import Health
 from secateur_server.operate.reception import MOST_OPEN, Reception
 from secateur_server.operate.scrape import Scrapes
-from secateur_server.operate.serving import Serving
+from secateur_server.operate.serving import OnlyHealth, Serving
 from secateur_server.operate.tls import BadCertificate, TlsFiles, server_credentials
 from secateur_server.operate.traces import NoTraces, Traces
 from secateur_server.service import Pruner, add_pruner
@@ -35,6 +37,8 @@ from secateur_server.uris.requests import Requests
 from secateur_server.uris.scratch import Scratch
 from secateur_server.uris.uris import Uris
 from secateur_server.warm_up import warm_up
+
+log = logging.getLogger(__name__)
 
 # Calls at once, beside those that wait for memory. Each is a thread, and one that receives; torch's
 # operators and gRPC's waits release the GIL.
@@ -108,13 +112,14 @@ class App:
         config = self._config
         passes_of(config.device)  # those of a GPU are compiled now, and not in the first call
         start_threads()
-        metrics = Metrics(config.device)
+        self._metrics = metrics = Metrics(config.device)
         store = open_store(config, metrics)
         opened.callback(store.close)
         if config.metrics_address is not None:
             self.metrics_address = listen_for_scrapes(config, metrics, opened)
-        self._server = _grpc_server(config, metrics, store, opened)
+        self._server, self._probes = _grpc_servers(config, metrics, store, opened)
         self._health = _add_services(config, metrics, store, self._server, opened)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._probes)
         self.address = listen(self._server, config, metrics)
         if self._is_warm:
             warm_up(config.device, store, config.allow_uri)
@@ -127,8 +132,25 @@ class App:
         What still runs after the drain timeout is cancelled.
         """
         self._health.drain()
-        self._serving.stop(self._config.drain_timeout)
+        self._serving.begin_stop(self._config.drain_timeout)
+        if not self._serving.has_stopped(0.01):
+            with self._probes_served():
+                self._serving.has_stopped(self._config.drain_timeout)
+        self._serving.end()
         self._opened.close()
+
+    @contextmanager
+    def _probes_served(self) -> Iterator[None]:
+        """In the block new connections reach the health service, though gRPC listens no more."""
+        try:
+            listen(self._probes, replace(self._config, address=self.address), self._metrics)
+            serving = Serving(self._probes, self._died)
+        except (CannotStart, RuntimeError) as error:
+            log.warning("probes on new connections are not answered while draining: %s", error)
+            yield
+            return
+        yield
+        serving.end()
 
     def __enter__(self) -> Self:
         return self
@@ -142,7 +164,10 @@ class App:
         self.stop()
 
 
-def _grpc_server(config: Config, metrics: Metrics, store: Store, opened: ExitStack) -> grpc.Server:
+def _grpc_servers(
+    config: Config, metrics: Metrics, store: Store, opened: ExitStack
+) -> tuple[grpc.Server, grpc.Server]:
+    """The server, and one for probes while it drains, with the same threads and interceptors."""
     calls = WORKERS + config.queue_size
     traces = traces_of(config)
     if traces:
@@ -151,16 +176,25 @@ def _grpc_server(config: Config, metrics: Metrics, store: Store, opened: ExitSta
     reception = Reception(callers_of(config, metrics), metrics, traces, make_watch, calls)
     # Who is one too many is told so, and a probe is served: both need a thread for a moment.
     threads = calls + 2 * MOST_OPEN
-    door = Door(reception.around, config.idle_timeout, config.min_throughput, threads)
+    door = Door(reception.around, metrics, config.idle_timeout, config.min_throughput, threads)
     opened.callback(door.close)
     workers = started_pool(threads, "rpc", one_thread)
     opened.callback(workers.shutdown, wait=False)
-    return grpc.server(
+    make = partial(
+        grpc.server,
         workers,
-        interceptors=[traces.interceptor, door] if traces else [door],
-        options=OPTIONS,
+        options=(*OPTIONS, *_ages(config)),
         maximum_concurrent_rpcs=threads + MOST_TO_REJECT,
     )
+    interceptors: list[grpc.ServerInterceptor] = [traces.interceptor, door] if traces else [door]
+    return make(interceptors=interceptors), make(interceptors=[OnlyHealth(), door])
+
+
+def _ages(config: Config) -> Iterator[tuple[str, int]]:
+    """Options of gRPC for how long a connection lasts, in milliseconds."""
+    for name in ("max_connection_age", "max_connection_age_grace"):
+        if seconds := getattr(config, name):
+            yield f"grpc.{name}_ms", min(int(seconds * 1000) or 1, 2**31 - 1)
 
 
 def _add_services(

@@ -25,6 +25,7 @@ class Config:
 
     metrics_address: None serves none.  memory_limit: bytes of models in service.
     idle_timeout, drain_timeout: seconds.  min_throughput: bytes a second.
+    max_connection_age, max_connection_age_grace: seconds, 0 is no bound.
     store_dir: None is a private temporary folder.  store_max_bytes: None is 3/4 of what is free
     or used.
     store_ttl: seconds, 0 is for ever.  work_memory: bytes.
@@ -40,6 +41,8 @@ class Config:
     idle_timeout: float = 60.0
     min_throughput: int = 32 << 10
     drain_timeout: float = 30.0
+    max_connection_age: float = 3600.0
+    max_connection_age_grace: float = 86400.0
     store_dir: Path | None = None
     store_max_bytes: int | None = None
     store_ttl: float = 0.0
@@ -143,7 +146,13 @@ def _problem(config: Config) -> str | None:
         return "--tls-cert and --tls-key go together"
     if config.tls_client_ca and not config.tls_cert:
         return "--tls-client-ca needs --tls-cert and --tls-key"
-    if config.insecure or not is_public(config.address):
+    if config.insecure:
+        return None
+    return _open_calls(config) or _open_metrics(config)
+
+
+def _open_calls(config: Config) -> str | None:
+    if not is_public(config.address):
         return None
     missing = [] if config.tls_cert else ["--tls-cert and --tls-key"]
     if not config.tokens_file and not config.tls_client_ca:
@@ -153,6 +162,16 @@ def _problem(config: Config) -> str | None:
     return (
         f"--address {config.address} can be reached from other machines: give "
         f"{' and '.join(missing)}, or say --insecure where something else keeps strangers out"
+    )
+
+
+def _open_metrics(config: Config) -> str | None:
+    address = config.metrics_address or ""
+    if config.metrics_token_file or ":" not in address or not is_public(address):
+        return None
+    return (
+        f"--metrics-address {address} can be reached from other machines: give "
+        "--metrics-token-file, or say --insecure where something else keeps strangers out"
     )
 
 
@@ -295,6 +314,18 @@ _OPTIONS = (
         "bytes a second that a caller has to send while it is waited for, after --idle-timeout",
     ),
     ("drain-timeout", seconds, "30", "seconds that running requests get at SIGTERM"),
+    (
+        "max-connection-age",
+        seconds,
+        "3600",
+        "seconds after which callers must connect again; 0 is never",
+    ),
+    (
+        "max-connection-age-grace",
+        seconds,
+        "86400",
+        "seconds that calls on such a connection get to end; 0 is no bound",
+    ),
     ("store-dir", Path, None, "where checkpoints are kept; else a temporary folder"),
     (
         "store-max-bytes",

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import grpc
@@ -116,10 +117,24 @@ def test_a_server_that_drains_lives_and_is_not_ready() -> None:
         server.process.send_signal(signal.SIGTERM)
         rest = [answer.status for answer in liveness]
         assert set(rest) <= {health_pb2.HealthCheckResponse.SERVING}
+        for _ in range(3):
+            assert asked_anew(server, "liveness") == health_pb2.HealthCheckResponse.SERVING
+        assert asked_anew(server, "") == health_pb2.HealthCheckResponse.NOT_SERVING
+        with secateur.Client(server.address, timeout=300) as late:
+            assert is_refused(late)
         assert server.process.poll() is None
         ended.set()
         assert running.exception(timeout=300) is not None  # it sent nothing
     stop_server(server)
+
+
+def asked_anew(server: RunningServer, service: str) -> Any:
+    """The health of a service, over a new connection."""
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    with grpc.insecure_channel(server.address, options) as channel:
+        request = health_pb2.HealthCheckRequest(service=service)
+        stub = health_pb2_grpc.HealthStub(channel)
+        return stub.Check(request, timeout=300, wait_for_ready=True).status
 
 
 def is_refused(client: secateur.Client) -> bool:
@@ -226,3 +241,30 @@ def test_a_signal_that_another_thread_gets_ends_the_server() -> None:
     assert libc.syscall(tgkill, running.process.pid, other, signal.SIGTERM) == 0
     assert running.process.wait(timeout=300) == 0
     shutil.rmtree(running.log.parent)
+
+
+def test_a_connection_ends_at_its_age_and_the_call_that_runs_does_not() -> None:
+    """Later calls of the same channel get a new connection."""
+    states: list[grpc.ChannelConnectivity] = []
+    with (
+        inner_server("--max-connection-age", "0.2") as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        channel.subscribe(states.append)
+        stub = health_pb2_grpc.HealthStub(channel)
+        running = stub.Watch(health_pb2.HealthCheckRequest())
+        assert next(running).status == health_pb2.HealthCheckResponse.SERVING
+        eventually(lambda: states[-1:], [grpc.ChannelConnectivity.IDLE])
+        assert running.is_active()
+        answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=300)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        running.cancel()
+
+
+def test_a_call_that_outlasts_the_grace_of_its_connection_is_cut_off() -> None:
+    options = ("--max-connection-age", "0.1", "--max-connection-age-grace", "0.1")
+    with inner_server(*options) as server, grpc.insecure_channel(server.address) as channel:
+        running = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        with pytest.raises(grpc.RpcError) as ended:
+            list(running)
+        assert ended.value.code() == grpc.StatusCode.UNAVAILABLE  # type: ignore[attr-defined]

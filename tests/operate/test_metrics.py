@@ -53,6 +53,26 @@ def test_a_call_is_counted_timed_and_weighed(own_server: RunningServer) -> None:
     assert sample(own_server, "secateur_build_info", version="0.1.0") == 1
 
 
+def test_all_codes_of_all_methods_exist_before_the_first_call(own_server: RunningServer) -> None:
+    """Else Prometheus sees no increase when the first call fails."""
+    service = "secateur.v1.Pruner"
+    for method in ("Prune", "Report", "Plan", "Finalize"):
+        labels = {"grpc_service": service, "grpc_method": method}
+        for code in ("OK", "Canceled", "DeadlineExceeded", "Unavailable", "Internal", "DataLoss"):
+            assert sample(own_server, "grpc_server_handled_total", grpc_code=code, **labels) == 0
+        assert sample(own_server, "grpc_server_msg_sent_total", **labels) == 0
+
+
+def test_messages_are_counted_both_ways(own_server: RunningServer) -> None:
+    """Three chunks of 1 MiB after the first message; the answer is one."""
+    model = {"w": np.ones((3 << 20) // 4, np.float32)}
+    with secateur.Client(own_server.address) as client:
+        client.report(model)
+    method = {"grpc_service": "secateur.v1.Pruner", "grpc_method": "Report"}
+    assert sample(own_server, "grpc_server_msg_received_total", **method) >= 3
+    assert sample(own_server, "grpc_server_msg_sent_total", **method) == 1
+
+
 def test_what_was_pruned_before_is_not_counted_again(own_server: RunningServer) -> None:
     with secateur.Client(own_server.address) as client:
         pairs = client.prune(MODEL, HALF).state_dict("reparametrized")
@@ -63,7 +83,8 @@ def test_what_was_pruned_before_is_not_counted_again(own_server: RunningServer) 
 def test_an_error_is_counted_by_its_code_as_go_spells_it(own_server: RunningServer) -> None:
     with secateur.Client(own_server.address) as client, pytest.raises(secateur.InvalidSpec):
         client.prune(MODEL, secateur.l1_unstructured("v", 0.5))
-    assert sample(own_server, "grpc_server_handled_total", grpc_code="InvalidArgument") == 1
+    labels = {"grpc_code": "InvalidArgument", "grpc_method": "Prune"}
+    assert sample(own_server, "grpc_server_handled_total", **labels) == 1
 
 
 def test_a_model_is_held_while_its_call_runs(own_server: RunningServer) -> None:

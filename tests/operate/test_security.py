@@ -492,6 +492,24 @@ def test_an_address_of_this_machine_needs_neither(address: str) -> None:
     assert read_config(["--address", address], {}).address == address
 
 
+@pytest.mark.parametrize("address", ["0.0.0.0:9464", "[::]:9464", ":9464", "metrics.example:9464"])
+def test_metrics_at_a_public_address_need_a_token(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, address: str
+) -> None:
+    (tmp_path / "scraper").write_text(SCRAPER)
+    with pytest.raises(SystemExit, match="2"):
+        read_config(["--metrics-address", address], {})
+    message = f"--metrics-address {address} can be reached from other machines: give --metrics-tok"
+    assert message in capsys.readouterr().err
+    for enough in (["--metrics-token-file", str(tmp_path / "scraper")], ["--insecure"]):
+        assert read_config(["--metrics-address", address, *enough], {}).metrics_address == address
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9464", "[::1]:9464", "localhost:9464", ""])
+def test_metrics_at_an_address_of_this_machine_need_no_token(address: str) -> None:
+    assert not read_config(["--metrics-address", address], {}).insecure
+
+
 def test_a_server_starts_at_a_public_address_only_where_told_to() -> None:
     ended = run_server("--address", "0.0.0.0:0")
     assert ended.returncode == 2

@@ -12,6 +12,7 @@ from secateur_server.devices.threads import started_pool
 from secateur_server.errors import InvalidRequest, NoMessage, Stopped
 from secateur_server.operate.calls import Method
 from secateur_server.operate.idle import Readers
+from secateur_server.operate.metrics import Metrics
 from secateur_server.operate.unknown import check_known
 from secateur_server.wire.ahead import Pace, ahead
 
@@ -35,9 +36,14 @@ class Door(grpc.ServerInterceptor):
     """
 
     def __init__(
-        self, around: Around, idle_timeout: float, min_throughput: int, calls: int
+        self,
+        around: Around,
+        metrics: Metrics,
+        idle_timeout: float,
+        min_throughput: int,
+        calls: int,
     ) -> None:
-        self._around, self._idle_timeout = around, idle_timeout
+        self._around, self._metrics, self._idle_timeout = around, metrics, idle_timeout
         self._min_throughput = min_throughput
         self._readers = Readers(idle_timeout)
         self._receivers = started_pool(calls, "ahead")
@@ -58,14 +64,24 @@ class Door(grpc.ServerInterceptor):
         _, service, name = handler_call_details.method.split("/")
         method, behavior = Method(service, name, kind), getattr(handler, shape)
         request = _stream if handler.request_streaming else _single
+        count_received, count_sent = self._metrics.messages(method)
+
+        def count(message: Any) -> Any:
+            count_received.inc()
+            return message
 
         def single(messages: Iterator[Any], context: grpc.ServicerContext) -> Any:
-            with self._around(method, context), self._received(messages) as received:
-                return behavior(request(received), context)
+            counted = map(count, messages)
+            with self._around(method, context), self._received(counted) as received:
+                answer = behavior(request(received), context)
+                count_sent.inc()
+                return answer
 
         def streamed(messages: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
-            with self._around(method, context), self._received(messages) as received:
+            counted = map(count, messages)
+            with self._around(method, context), self._received(counted) as received:
                 for message in behavior(request(received), context):
+                    count_sent.inc()
                     with self._readers.taking(context):
                         yield message
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 
 import torch
+from grpc import StatusCode
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 
 from secateur_proto.report_pb2 import SparsityReport
@@ -72,6 +73,18 @@ class Metrics:
             buckets=SECONDS,
             registry=registry,
         )
+        self._messages_received = Counter(
+            "grpc_server_msg_received_total",
+            "RPC stream messages received on the server.",
+            _METHOD,
+            registry=registry,
+        )
+        self._messages_sent = Counter(
+            "grpc_server_msg_sent_total",
+            "RPC stream messages sent by the server.",
+            _METHOD,
+            registry=registry,
+        )
         self._in_flight = self._gauge("requests_in_flight", "RPCs that are being served.")
         self._rejected = Counter(
             "secateur_rejected_requests_total",
@@ -79,9 +92,13 @@ class Metrics:
             ("reason",),
             registry=registry,
         )
+        self._of_messages: dict[Method, tuple[Counter, Counter]] = {}
         self._of_method: dict[Method, tuple[Counter, Histogram, _Codes]] = {}
         for method in _METHODS:  # a counter that is not there yet hides its first increase
-            self._series(method)[2]["OK"]
+            codes = self._series(method)[2]
+            for code in StatusCode:
+                codes[as_go_spells(code.name)]
+            self.messages(method)
         for reason in _reasons():
             self._rejected.labels(reason)
 
@@ -182,6 +199,14 @@ class Metrics:
             )
         return self._of_method[method]
 
+    def messages(self, method: Method) -> tuple[Counter, Counter]:
+        """The counters of a method's messages, received and sent."""
+        if method not in self._of_messages:
+            counters = self._messages_received, self._messages_sent
+            received, sent = (counter.labels(*_labels(method)) for counter in counters)
+            self._of_messages[method] = received, sent
+        return self._of_messages[method]
+
     def of_admission(
         self, held: Callable[[], int], limit: int, waiting: Callable[[], int], most_waiting: int
     ) -> None:
@@ -261,6 +286,11 @@ class _Codes(dict[str, Counter]):
     def __missing__(self, code: str) -> Counter:
         self[code] = made = self._make(code)
         return made
+
+
+def as_go_spells(code: str) -> str:
+    """The name of a status code in Go: `InvalidArgument` for INVALID_ARGUMENT."""
+    return {"OK": "OK", "CANCELLED": "Canceled"}.get(code, code.title().replace("_", ""))
 
 
 def _labels(method: Method) -> tuple[str, str, str]:

@@ -12,7 +12,7 @@ from secateur_server.errors import IdleTimeout, QueueFull
 from secateur_server.operate.callers import Callers, Tenant
 from secateur_server.operate.calls import Call, Method, serving
 from secateur_server.operate.logs import log_call
-from secateur_server.operate.metrics import Metrics
+from secateur_server.operate.metrics import Metrics, as_go_spells
 from secateur_server.operate.statuses import statuses
 from secateur_server.operate.traces import Traces
 
@@ -139,4 +139,4 @@ def code_of(call: Call, context: grpc.ServicerContext, has_failed: bool) -> str:
     else:  # it ended from outside: by its deadline, or by its caller
         left = context.time_remaining()
         name = "DEADLINE_EXCEEDED" if left is not None and left <= 0 else "CANCELLED"
-    return {"OK": "OK", "CANCELLED": "Canceled"}.get(name, name.title().replace("_", ""))
+    return as_go_spells(name)

@@ -4,8 +4,10 @@ import logging
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import grpc
+from grpc_health.v1 import health
 
 log = logging.getLogger(__name__)
 
@@ -27,22 +29,27 @@ class Serving:
         self._loop = _start(server)
         threading.Thread(target=self._watch, name="serving", daemon=True).start()
 
-    def stop(self, timeout: float) -> None:
-        """Refuses new calls, and returns when all calls have ended.
+    def begin_stop(self, timeout: float) -> None:
+        """Accepts no more connections and calls.
 
         Args:
             timeout: Seconds after which running calls are cancelled.
         """
         with suppress(RuntimeError):  # gRPC starts a thread here, which the system may refuse
             self._server.stop(timeout)
-        self._server.wait_for_termination(timeout)
+
+    def has_stopped(self, timeout: float) -> bool:
+        """Whether all calls have ended, within so many seconds."""
+        return not self._server.wait_for_termination(timeout)
+
+    def end(self) -> None:
+        """Cancels running calls, and returns when they have ended."""
         if self._loop.is_alive():
             self._server.stop(None)
 
     def _watch(self) -> None:
         self._loop.join()
-        has_not_stopped = self._server.wait_for_termination(timeout=0)
-        if has_not_stopped:
+        if not self.has_stopped(0):
             log.critical("gRPC's serving loop has ended: the server answers no calls any more")
             self._died()
 
@@ -58,3 +65,19 @@ def _start(server: grpc.Server) -> threading.Thread:
             if thread not in before and thread.name.endswith("(_serve)")
         )
     return loop
+
+
+class OnlyHealth(grpc.ServerInterceptor):
+    """Refuses all calls but those to the health service: of a server that only answers probes."""
+
+    def intercept_service(
+        self, continuation: Callable[[Any], Any], handler_call_details: Any
+    ) -> Any:
+        """As grpc.ServerInterceptor.intercept_service."""
+        if handler_call_details.method.startswith(f"/{health.SERVICE_NAME}/"):
+            return continuation(handler_call_details)
+        return grpc.stream_unary_rpc_method_handler(_refuse)
+
+
+def _refuse(messages: object, context: grpc.ServicerContext) -> None:
+    context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
