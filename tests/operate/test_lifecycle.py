@@ -60,6 +60,7 @@ def test_reflection_shows_the_service_and_its_messages(channel: grpc.Channel) ->
         "Report",
         "Plan",
         "Finalize",
+        "GetServerInfo",
     ]
 
 
