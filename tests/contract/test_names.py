@@ -154,6 +154,8 @@ def test_every_option_of_the_server_is_a_variable_too(tmp_path: Path) -> None:
         "queue-size": "3",
         "idle-timeout": "6",
         "min-throughput": "7KiB",
+        "max-connection-age": "7",
+        "max-connection-age-grace": "8",
         **dict.fromkeys(("tls-cert", "tls-key", "tls-client-ca"), str(file)),
         **dict.fromkeys(("tokens-file", "metrics-token-file"), str(file)),
         "insecure": "1",
