@@ -111,6 +111,8 @@ class Scrapes:
             if not data:
                 break
             head += data
+            if not head[:1].isalpha():  # a TLS client, which would wait for an answer in TLS
+                break
         return head
 
     def _answer(self, head: bytes) -> bytes:
