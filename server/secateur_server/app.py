@@ -133,7 +133,7 @@ class App:
         """
         self._health.drain()
         self._serving.begin_stop(self._config.drain_timeout)
-        if not self._serving.has_stopped(0.01):
+        if self._serving.is_alive and not self._serving.has_stopped(0.01):
             with self._probes_served():
                 self._serving.has_stopped(self._config.drain_timeout)
         self._serving.end()

@@ -44,8 +44,13 @@ class Serving:
 
     def end(self) -> None:
         """Cancels running calls, and returns when they have ended."""
-        if self._loop.is_alive():
+        if self.is_alive:
             self._server.stop(None)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether gRPC still takes events."""
+        return self._loop.is_alive()
 
     def _watch(self) -> None:
         self._loop.join()
