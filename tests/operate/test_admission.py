@@ -23,6 +23,7 @@ import secateur
 from secateur import errors
 from secateur_proto.pruner_pb2_grpc import PrunerStub
 from secateur_server.app import WORKERS
+from secateur_server.operate.reception import MOST_OPEN
 from secateur_server.devices.watch import Watch
 from secateur_server.errors import ModelTooLarge, QueueFull, QuotaExceeded, Stopped
 from secateur_server.operate import admission as module
@@ -679,8 +680,9 @@ def test_nothing_is_left_of_a_storm(callers: int, calls: int) -> None:
         assert series(server, "grpc_server_started_total") > callers
         check_serves(server, channel)
         assert series(server, "secateur_requests_waiting") == 0
-        # Threads of pools stay: of calls, of what receives and works for them, and gRPC's own.
-        assert threads(server) <= 3 * (WORKERS + 16) + 40
+        # The pools' threads: of calls, of what receives and works for them; and gRPC's own.
+        calls, extra = WORKERS + 16, 2 * MOST_OPEN
+        assert threads(server) <= 2 * (calls + extra) + calls + 40
         check_takes_as_many_as_ever(server, channel)
     logged = stop_server(server)
     assert "Traceback" not in logged, logged
