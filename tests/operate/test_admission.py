@@ -23,13 +23,13 @@ import secateur
 from secateur import errors
 from secateur_proto.pruner_pb2_grpc import PrunerStub
 from secateur_server.app import WORKERS
-from secateur_server.operate.reception import MOST_OPEN
 from secateur_server.devices.watch import Watch
 from secateur_server.errors import ModelTooLarge, QueueFull, QuotaExceeded, Stopped
 from secateur_server.operate import admission as module
 from secateur_server.operate.admission import Admission
 from secateur_server.operate.callers import Tenant
 from secateur_server.operate.calls import Method, serving
+from secateur_server.operate.reception import MOST_OPEN
 from tests.conftest import RunningServer, eventually, inner_server, start_server, stop_server
 from tests.contract.raw import (
     Failure,
