@@ -93,9 +93,14 @@ class Rest:
 
     def warn(self) -> None:
         """Names those that were not copied."""
+        weights = [file for file in self.left if _is_weights(file)]
+        kinds = {
+            "other weights, which were not pruned": weights,
+            "links to folders, or to nothing": [f for f in self.left if f not in weights],
+        }
         if self.left:
-            names = ", ".join(map(str, self.left))
-            text = f"{self.out}: without {names}: other weights, which were not pruned, or links"
+            listed = (f"{', '.join(map(str, files))} ({k})" for k, files in kinds.items() if files)
+            text = f"{self.out}: without {' and '.join(listed)}"
             warnings.warn(text, NotSaved, stacklevel=7)
 
 
@@ -105,8 +110,12 @@ def find_folder(path: Path) -> Folder:
     Raises:
         InvalidStateDict: The folder has no model, or several that could be meant.
     """
+    try:
+        files = sorted(path.iterdir())
+    except OSError as error:  # which glob takes for an empty folder
+        raise InvalidStateDict(f"{path}: {error.strerror}") from None
     for pattern in _CANDIDATES:
-        found = sorted(path.glob(pattern))
+        found = [file for file in files if fnmatch(file.name, pattern)]
         if len(found) > 1:
             names = ", ".join(file.name for file in found)
             raise InvalidStateDict(f"{path}: holds {len(found)} models: {names}; name one of them")

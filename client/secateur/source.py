@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from secateur.checkpoint import place_of
 from secateur.errors import InvalidStateDict
+from secateur.file_kinds import open_reason, safetensors_reason
 from secateur.folders import Folder, find_folder
 from secateur.paths import source_path
 from secateur.shards import Index, read_shards
@@ -320,13 +321,13 @@ def _map_file(path: Path) -> tuple[dict[str, LocalTensor], dict[str, str]]:
     """The tensors of a file that the safetensors library finds valid, in mapped memory."""
     from safetensors import SafetensorError, safe_open
 
+    if reason := open_reason(path):
+        raise InvalidStateDict(f"{path}: {reason}")
     try:
         with safe_open(path, framework="numpy"):
             pass
-    except FileNotFoundError:  # of the library's, whose text has the path once more
-        raise InvalidStateDict(f"{path}: No such file or directory") from None
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or safetensors_reason(path, error)
         raise InvalidStateDict(f"{path}: {reason}") from None
     try:
         return parse_file(map_bytes(path))
