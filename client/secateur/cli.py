@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,21 +38,32 @@ from secateur_proto.index import SUFFIX
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command. Returns the exit status: 0, or 1 with a line on stderr; usage exits 2."""
-    options = _parser().parse_args(arguments)
     try:
+        options = _parser().parse_args(arguments)
         with _warnings_in_lines():
             options.run(options)
-        sys.stdout.flush()
+        print(end="", flush=True)
     except SecateurError as error:
-        print(f"secateur: {error}", file=sys.stderr)
-        return 1
+        return _failed(str(error))
     except BrokenPipeError:  # the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
+    except OSError as error:  # such as a full disk
+        _drop_output()
+        return _failed(f"{error.filename or 'standard output'}: {error.strerror or error}")
     except KeyboardInterrupt:
-        print("secateur: interrupted", file=sys.stderr)
-        return 1
+        return _failed("interrupted")
     return 0
+
+
+def _failed(reason: str) -> int:
+    print(f"secateur: {reason}", file=sys.stderr)
+    return 1
+
+
+def _drop_output() -> None:
+    """Sends standard output nowhere, with what is left in its buffer."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
@@ -79,8 +90,8 @@ def run() -> NoReturn:
     seen to abort the process then: a command that did its work would have failed.
     """
     status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # of a command that failed
+        print(end="", flush=True)
     os._exit(status)
 
 

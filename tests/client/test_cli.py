@@ -2,11 +2,12 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -287,6 +288,45 @@ def test_a_file_that_is_replaced_keeps_its_mode_and_a_new_one_has_the_umask(
     modes = [path.stat().st_mode & 0o777 for path in (replaced, new)]
     assert modes == [0o640, 0o640]
     assert replaced.read_bytes() != b"before"
+
+
+IN_IMPORTS = """
+import os, signal, sys, secateur_command
+
+class Interrupting:
+    def find_spec(self, name, *_):
+        if name == "numpy":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+secateur_command.run()
+"""
+
+
+def test_an_interrupt_is_one_line_even_during_imports(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = subprocess.run([sys.executable, "-c", IN_IMPORTS], capture_output=True, timeout=300)
+    assert (ended.returncode, ended.stderr) == (1, b"secateur: interrupted\n")
+
+    def interrupt() -> NoReturn:
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the signal raises")
+
+    monkeypatch.setattr(cli, "_parser", interrupt)
+    assert failure(capsys, "report") == "secateur: interrupted\n"
+
+
+@pytest.mark.parametrize("arguments", [["report", "{model}"], ["--help"], ["report", "none.pt"]])
+def test_a_full_disk_is_one_line(model: Path, arguments: list[str]) -> None:
+    code = "import secateur_command; secateur_command.run()"
+    command = [sys.executable, "-c", code, *(part.format(model=model) for part in arguments)]
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+    reason = "none.pt: No such file or directory"
+    if "none.pt" not in arguments:
+        reason = "standard output: No space left on device"
+    assert (ended.returncode, ended.stderr) == (1, f"secateur: {reason}\n")
 
 
 def test_without_a_server_one_is_embedded(model: Path) -> None:
