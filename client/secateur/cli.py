@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from secateur import __version__
 from secateur.checkpoint import place_of
 from secateur.cli_checkpoints import add_checkpoints, is_checkpoint, key_option, source_of
-from secateur.cli_parser import Parser
+from secateur.cli_parser import Parser, parse
 from secateur.cli_server import client_of, server_options
 from secateur.cli_spec import (
     amounts_option,
@@ -39,7 +39,7 @@ from secateur_proto.index import SUFFIX
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command. Returns the exit status: 0, or 1 with a line on stderr; usage exits 2."""
     try:
-        options = _parser().parse_args(arguments)
+        options = parse(_parser(), arguments)
         with _warnings_in_lines():
             options.run(options)
         print(end="", flush=True)
@@ -123,8 +123,8 @@ def _prune(options: argparse.Namespace) -> None:
             result.save(path, options.output)
     kept = {"checkpoint": result.checkpoint.name} if result.checkpoint else {}
     _show(result.report, options, kept)
-    if kept and not (options.json or options.quiet):
-        print(f"kept as {kept['checkpoint']}")
+    if kept and not options.json:
+        print(f"{'' if options.quiet else 'kept as '}{kept['checkpoint']}")
 
 
 def _progress(options: argparse.Namespace) -> bool | None:
@@ -244,7 +244,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _command(commands: Any, name: str, text: str, run: Any) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, wrong_usage=command.error)
     command.add_argument("model", metavar="IN", help="the model")
     key_option(command)
     server_options(command, "else an embedded server")

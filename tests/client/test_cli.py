@@ -139,7 +139,6 @@ def test_errors_are_one_line(model: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "nearest: 'fc.weight'" in fails(model, "-o", out, *half, "--tensors", "fc.wight")
     assert "known are .safetensors, .pt" in fails(model, "-o", model.with_name("o.zip"), *half)
     assert "no such folder" in fails(model, "-o", model.parent / "x/o.pt", *half)
-    assert "amount: 1.5" in fails(model, "-o", out, "--method=l1_unstructured", "--amount=1.5")
     assert "s.json" in fails(model, "-o", out, "--spec", model.with_name("s.json"))
     broken = model.with_name("broken.safetensors")
     broken.write_bytes(model.read_bytes()[:-1])
@@ -173,6 +172,11 @@ PRUNE = ["prune", "m.pt", "-o", "o.pt"]
         ([*PRUNE, "--method", "identity", "--spec", "s.json"], "--spec: not allowed with"),
         ([*PRUNE, "--method", "lamp", "--amount", "half"], "'half' is not an amount, such as"),
         ([*PRUNE, "--method", "lamp", "--amount", "x%"], "'x%' is not an amount, such as"),
+        *(
+            ([*PRUNE, "--method", "lamp", "--amount", text], f"--amount: {text!r} is not an amount")
+            for text in ("1.5", "150%", "-0.5", "-1", "nan", "inf", "1e9", str(1 << 64))
+        ),
+        (["plan", "m.pt", "--amounts", "0.5,1.5"], "--amounts: '1.5' is not an amount"),
         ([*PRUNE, "--method", "l1_unstructured"], "--method l1_unstructured needs --amount"),
         ([*PRUNE, "--method", "ln_structured", "--amount=1", "--dim=0"], "needs --n (try"),
         ([*PRUNE, "--method", "lamp", "--amount=1", "--dim=0"], "--method lamp takes no --dim"),
@@ -185,7 +189,13 @@ PRUNE = ["prune", "m.pt", "-o", "o.pt"]
         (["plan", "m.pt", "--method", "lamp", "--dim=0"], "takes no --dim (try secateur plan"),
         (["plan", "m.pt", "--amounts", "1,x"], "--amounts: 'x' is not an amount"),
         (["report"], "required: IN (try secateur report --help)"),
-        (["report", "m.pt", "--nope"], "unrecognized arguments: --nope"),
+        (["report", "m.pt", "--nope"], "unrecognized arguments: --nope (try secateur report -"),
+        (["report", "m.pt", "--tensors", "a", "b"], "b; repeat the option for each: --tensors A"),
+        (["plan", "m.pt", "--amounts", "0.5", "0.7"], "0.7; put commas between amounts: --amounts"),
+        (["--server", "a:1", "report", "m.pt"], "as in secateur report --server (try secateur re"),
+        (["--server=a:1"], "--server: options come after the command, as in secateur COMMAND"),
+        (["checkpoints", "--token", "x", "ls"], "as in secateur checkpoints ls --token (try"),
+        (["checkpoints", "ls", "x"], "unrecognized arguments: x (try secateur checkpoints ls --h"),
         (["report", "m.pt", "--timeout", "soon"], "'soon' is not a number of seconds"),
         (["finalize", "m.pt"], "required: -o/--out"),
     ],

@@ -277,6 +277,7 @@ def test_what_is_no_place_for_a_folder_is_refused(
     assert "unknown suffix" in failure(capsys, "prune", source, "-o", new, *HALF, *masks, *away)
     single = source / "model.safetensors"
     assert "unknown suffix" in failure(capsys, "prune", single, "-o", new, *HALF, *away)
+    assert "only a model in shards" in failure(capsys, "prune", single, "-o", new, *HALF, *away)
 
 
 def test_a_key_chooses_in_the_torch_file_of_a_folder(tmp_path: Path) -> None:
