@@ -149,6 +149,12 @@ def _report(options: argparse.Namespace) -> None:
     with _client(options) as client:
         report = client.report(source_of(client, options), options.tensors)
     _print(report, options)
+    if not report.tensors:
+        print(
+            f"secateur: warning: {options.model} has no floating-point tensors, which are what a "
+            "report measures",
+            file=sys.stderr,
+        )
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -57,4 +57,4 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
         option = next((word for word in reversed(before) if word.startswith("-")), "")
         hint = f"; {_HOW_TO_REPEAT[option]}" if option in _HOW_TO_REPEAT else ""
         options.wrong_usage(f"unrecognized arguments: {' '.join(left)}{hint}")
-    return options  # type: ignore[no-any-return]
+    return options

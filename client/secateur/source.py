@@ -36,6 +36,10 @@ from secateur_proto.ties import read_ties, write_ties
 
 Mask = npt.NDArray[np.bool_]
 
+MASK_SHAPES = (
+    "secateur.mask_shapes"  # in the metadata of a file of masks: JSON, from names to shapes
+)
+
 
 @dataclass(frozen=True)
 class Source:
@@ -165,11 +169,26 @@ def read_source(source: Any, key: str | None = None) -> Source:
     if place_of(source):
         return Source({}, frozenset(), _has_torch(), is_here=False)
     if is_path:
-        return _from_path(source_path(source, InvalidStateDict), key)
+        return _model(_from_path(source_path(source, InvalidStateDict), key), source)
     raise InvalidStateDict(
         "a source is a Module, a mapping of tensors, a path, a URI or a Checkpoint, "
         f"not {type(source).__name__}"
     )
+
+
+def read_file(path: Path) -> Source:
+    """Reads a file of a model, or of masks.  Errors: InvalidStateDict."""
+    return _from_path(source_path(path, InvalidStateDict), None)
+
+
+def _model(read: Source, path: Any) -> Source:
+    """Refuses a file of masks, whose bits are not weights."""
+    if MASK_SHAPES in read.metadata:
+        raise InvalidStateDict(
+            f"{path}: this file holds masks, not a model; prune a model by them: "
+            "secateur.custom_from_mask, or method: custom_from_mask in a spec file"
+        )
+    return read
 
 
 def is_pruned(source: Any, key: str | None = None) -> bool:
