@@ -54,7 +54,7 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
     options, left = parser.parse_known_args(given)
     if left:
         before = given[: given.index(left[0])]
-        option = next((word for word in reversed(before) if word.startswith("-")), "")
+        option = next((word for word in reversed(before) if word.startswith("-")), "").split("=")[0]
         hint = f"; {_HOW_TO_REPEAT[option]}" if option in _HOW_TO_REPEAT else ""
         options.wrong_usage(f"unrecognized arguments: {' '.join(left)}{hint}")
     return options

@@ -9,8 +9,9 @@ _MAGIC = {
     b"\x1f\x8b": "is compressed with gzip; unpack it: gunzip",
     b"<": "is a web page or XML, not weights; download the file itself",
 }
+_ZIP = b"PK\x03\x04"
 _TORCH = "is a file of torch.save, not of safetensors; rename it to .pt"
-_SAFETENSORS = "is a safetensors file, not one of torch.save; rename it to .safetensors"
+_SAFETENSORS = "is a safetensors file; rename it to .safetensors"
 _DAMAGED = "is damaged or cut short; copy, download or save it again"
 
 
@@ -47,6 +48,14 @@ def safetensors_reason(path: Path, library: object) -> str:
     return _TORCH if _is_torch(first) else _reason(first, "safetensors")
 
 
+def npz_reason(path: Path, library: object) -> str:
+    """As safetensors_reason, of a file of numpy.savez."""
+    first = _first_bytes(path)
+    if first.startswith(_ZIP):
+        return f"numpy cannot read it: {library}"
+    return _SAFETENSORS if _is_safetensors(first) else _reason(first, "numpy.savez")
+
+
 def is_torch(path: Path) -> bool:
     """Whether a file begins as those of torch.save do."""
     return _is_torch(_first_bytes(path))
@@ -69,7 +78,7 @@ def _reason(first: bytes, format_name: str) -> str:
 
 def _is_torch(first: bytes) -> bool:
     """A zip archive, or a pickle of protocol 2 to 5 as torch wrote before 1.6."""
-    return first.startswith(b"PK\x03\x04") or (first[:1] == b"\x80" and first[1:2] in b"\2\3\4\5")
+    return first.startswith(_ZIP) or (first[:1] == b"\x80" and first[1:2] in b"\2\3\4\5")
 
 
 def _is_safetensors(first: bytes) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from secateur.errors import InvalidStateDict
+from secateur.file_kinds import npz_reason
 from secateur.source import MASK_SHAPES, Mask, read_file
 from secateur.tensors import LocalTensor, from_value
 from secateur.torch_files import TORCH_SUFFIXES
@@ -94,9 +95,9 @@ def _parse_shapes(path: Path, text: str, tensors: Tensors) -> dict[str, list[int
 
 def _read_npz(path: Path) -> dict[str, LocalTensor]:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             read: dict[str, Any] = {name: arrays[name] for name in arrays.files}
     except Exception as error:  # of a broken file numpy and zipfile raise whatever comes
-        reason = getattr(error, "strerror", None) or str(error)
+        reason = getattr(error, "strerror", None) or npz_reason(path, error)
         raise InvalidStateDict(f"{path}: {reason}") from None
     return {name: from_value(name, array) for name, array in read.items()}

@@ -191,6 +191,7 @@ PRUNE = ["prune", "m.pt", "-o", "o.pt"]
         (["report"], "required: IN (try secateur report --help)"),
         (["report", "m.pt", "--nope"], "unrecognized arguments: --nope (try secateur report -"),
         (["report", "m.pt", "--tensors", "a", "b"], "b; repeat the option for each: --tensors A"),
+        (["report", "m.pt", "--tensors=a", "b"], "b; repeat the option for each: --tensors A"),
         (["plan", "m.pt", "--amounts", "0.5", "0.7"], "0.7; put commas between amounts: --amounts"),
         (["--server", "a:1", "report", "m.pt"], "as in secateur report --server (try secateur re"),
         (["--server=a:1"], "--server: options come after the command, as in secateur COMMAND"),

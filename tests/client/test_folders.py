@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch.nn.utils import prune
 import secateur
 from tests.client.sharded import INDEX, metadata_of
 from tests.client.test_cli import failure, run
+from tests.client.test_sources import without_permission
 from tests.conftest import RunningServer
 
 TENSORS = {
@@ -249,6 +251,21 @@ def test_other_weights_in_out_are_refused_before_anything_is_sent(
     with pytest.raises(secateur.SecateurError, match="other weights"):
         result.save(out)
     assert names_in(out) == {"model.safetensors"}
+
+
+def test_a_subfolder_that_may_not_be_read_is_not_left_out_silently(
+    client: secateur.Client,
+) -> None:
+    with tempfile.TemporaryDirectory() as name:  # which any user may enter and write to
+        place = Path(name)
+        place.chmod(0o777)
+        source = make(place / "in", "single")
+        closed = source / "runs"
+        result = client.prune(source, secateur.global_unstructured(WEIGHTS, 0.5))
+        said = f"{closed}: Permission denied"
+        with without_permission(closed), pytest.raises(secateur.SecateurError, match=said):
+            result.save(place / "out")
+        assert not (place / "out").exists()
 
 
 def test_a_folder_that_cannot_be_written_whole_is_not_there(

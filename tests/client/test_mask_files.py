@@ -209,6 +209,23 @@ def test_a_file_without_masks_is_an_invalid_spec_that_names_it(
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        (text, "is text; give"),
+        (lambda path: path.write_bytes(b""), "is empty; "),
+        (lambda path: path.write_bytes(b"PK\3\4 and no more"), "numpy cannot read it: "),
+        (lambda path: save_file(MODEL, path), "rename it to .safetensors"),
+    ],
+)
+def test_a_wrong_file_of_numpy_says_what_it_is(
+    tmp_path: Path, write: Callable[[Path], None], said: str
+) -> None:
+    write(tmp_path / "m.npz")
+    with pytest.raises(secateur.InvalidSpec, match=said):
+        secateur.custom_from_mask(tmp_path / "m.npz")
+
+
 def test_masks_of_other_shapes_are_told_so(client: secateur.Client, tmp_path: Path) -> None:
     save_file({"fc": np.ones((8, 5), np.bool_)}, tmp_path / "m.safetensors")
     with pytest.raises(secateur.InvalidSpec, match=r"\[5, 8\].*\[8, 5\]"):

@@ -168,7 +168,7 @@ def test_a_file_of_another_kind_is_refused(
 
 
 TORCH_FILE = "is a file of torch.save, not of safetensors; rename it to .pt"
-SAFETENSORS_FILE = "is a safetensors file, not one of torch.save; rename it to .safetensors"
+SAFETENSORS_FILE = "is a safetensors file; rename it to .safetensors"
 SAFETENSORS = safetensors.torch.save(MODEL)
 
 
