@@ -17,28 +17,49 @@ Made = TypeVar("Made")
 Value = TypeVar("Value")
 
 UINT64 = 1 << 64
+_MOST_SHOWN = 60
 _LONGEST_SECONDS = 1e9  # clocks of threads and of gRPC end somewhere beyond
+
+
+def shown(value: Any) -> str:
+    """A value in an error: its repr, or the beginning of a long one and the value's type."""
+    text = " ".join(repr(value).split())
+    if len(text) <= _MOST_SHOWN:
+        return text
+    return f"{text[:_MOST_SHOWN]}... ({type(value).__name__})"
 
 
 def patterns(names: Any, field: str = "tensors") -> list[str]:
     """A name, a glob, or a list of them."""
     listed = [names] if isinstance(names, str) else names
     if not isinstance(listed, Sequence) or not listed or not all(map(is_text, listed)):
-        raise InvalidSpec(f"{field}: {names!r} is no name, glob, or list of them")
+        advice = (
+            "; give names such as 'fc.weight'; the model goes to client.prune"
+            if _has_module(names)
+            else ""
+        )
+        raise InvalidSpec(f"{field}: {shown(names)} is no name, glob, or list of them{advice}")
     return list(listed)
+
+
+def _has_module(names: Any) -> bool:
+    """Whether it is what torch.nn.utils.prune takes: a Module, or pairs of one and a name."""
+    listed = names if isinstance(names, list | tuple) else [names]
+    pairs = (pair if isinstance(pair, tuple) else (pair,) for pair in listed)
+    return any(hasattr(part, "named_parameters") for pair in pairs for part in pair)
 
 
 def integer(field: str, value: Any, low: int, end: int) -> int:
     """An int in [low, end)."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) < end:
-        raise InvalidSpec(f"{field}: {value!r} is no int in [{low}, {end})")
+        raise InvalidSpec(f"{field}: {shown(value)} is no int in [{low}, {end})")
     return int(value)
 
 
 def integers(field: str, values: Any) -> list[int]:
     """Ints in [0, 2^64), at least one."""
     if isinstance(values, str) or not isinstance(values, Iterable):
-        raise InvalidSpec(f"{field}: {values!r} is no list of ints")
+        raise InvalidSpec(f"{field}: {shown(values)} is no list of ints")
     found = [integer(f"{field}[{i}]", value, 0, UINT64) for i, value in enumerate(values)]
     if not found:
         raise InvalidSpec(f"{field}: at least one is needed")
@@ -54,7 +75,7 @@ def real(field: str, value: Any) -> float:
     """A number, which may be infinite."""
     found = _double(value)
     if found is None or math.isnan(found):
-        raise InvalidSpec(f"{field}: {value!r} is no number")
+        raise InvalidSpec(f"{field}: {shown(value)} is no number")
     return found
 
 
@@ -99,21 +120,21 @@ def timeout_of(value: Any) -> float | None:
         return None
     found = _double(value)
     if found is None or not 0 < found < math.inf:
-        raise SecateurError(f"timeout={value!r} is not a number of seconds above 0, or None")
+        raise SecateurError(f"timeout={shown(value)} is not a number of seconds above 0, or None")
     return min(found, _LONGEST_SECONDS)
 
 
 def flag(field: str, value: Any) -> bool:
     """A bool."""
     if not isinstance(value, bool):
-        raise InvalidSpec(f"{field}: {value!r} is neither True nor False")
+        raise InvalidSpec(f"{field}: {shown(value)} is neither True nor False")
     return value
 
 
 def one_of(field: str, value: Any, known: Mapping[str, Value]) -> Value:
     """What a string stands for."""
     if not isinstance(value, str) or value not in known:
-        raise InvalidSpec(f"{field}: {value!r} is none of {', '.join(known)}")
+        raise InvalidSpec(f"{field}: {shown(value)} is none of {', '.join(known)}")
     return known[value]
 
 
@@ -124,7 +145,7 @@ def norm(field: str, n: Any) -> pb.Magnitude:
         return pb.Magnitude(matrix_norm=kinds[n])
     if (p := _double(n)) is not None:
         return pb.Magnitude(p=p)
-    raise InvalidSpec(f"{field}: {n!r} is no number, 'fro' or 'nuc'")
+    raise InvalidSpec(f"{field}: {shown(n)} is no number, 'fro' or 'nuc'")
 
 
 def made(field: str, value: Any, kind: type[Made], make: Callable[..., Made]) -> Made:
@@ -132,7 +153,7 @@ def made(field: str, value: Any, kind: type[Made], make: Callable[..., Made]) ->
     if isinstance(value, kind):
         return value
     if not isinstance(value, Mapping):
-        raise InvalidSpec(f"{field}: {value!r} is no map of arguments")
+        raise InvalidSpec(f"{field}: {shown(value)} is no map of arguments")
     if problem := mismatch(make, value):
         raise InvalidSpec(f"{field}: {problem}")
     try:

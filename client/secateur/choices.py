@@ -23,6 +23,7 @@ from secateur.checks import (
     one_of,
     patterns,
     real,
+    shown,
     size,
 )
 from secateur.errors import InvalidSpec
@@ -189,7 +190,7 @@ def target_macs(target: float, per_unit: Mapping[str, float]) -> Amount:
     per_unit: operations of one unit, above 0, by the name of each tensor, or group, of the rule.
     """
     if not isinstance(per_unit, Mapping) or not all(map(is_text, per_unit)):
-        raise InvalidSpec(f"per_unit: {per_unit!r} is no map from names to numbers")
+        raise InvalidSpec(f"per_unit: {shown(per_unit)} is no map from names to numbers")
     costs = {name: real(f"per_unit[{name!r}]", cost) for name, cost in per_unit.items()}
     for name, cost in costs.items():
         if not 0 < cost < math.inf:
@@ -205,7 +206,9 @@ def table(fractions: Mapping[str, float | str]) -> Amount:
     fractions: by name or glob, of which the first that matches counts. What none matches stays.
     """
     if not isinstance(fractions, Mapping) or not fractions or not all(map(is_text, fractions)):
-        raise InvalidSpec(f"fractions: {fractions!r} is no map from names or globs to fractions")
+        raise InvalidSpec(
+            f"fractions: {shown(fractions)} is no map from names or globs to fractions"
+        )
     entries = [
         pb.TableEntry(tensors=name, fraction=fraction(f"fractions[{name!r}]", value))
         for name, value in fractions.items()
@@ -249,7 +252,7 @@ def guard_rails(
     """
     general = rail(max_sparsity, min_sparsity, keep_at_least)
     if not isinstance(per_tensor, Mapping | None):
-        raise InvalidSpec(f"per_tensor: {per_tensor!r} is no map from names to rails")
+        raise InvalidSpec(f"per_tensor: {shown(per_tensor)} is no map from names to rails")
     rails = [_rail_of(name, bounds) for name, bounds in (per_tensor or {}).items()]
     if general.message != pb.Rail():
         rails.append(general.message)

@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from secateur import __version__
 from secateur.checkpoint import place_of
 from secateur.cli_checkpoints import add_checkpoints, is_checkpoint, key_option, source_of
-from secateur.cli_parser import Parser
+from secateur.cli_parser import Parser, parse
 from secateur.cli_server import client_of, server_options
 from secateur.cli_spec import (
     amounts_option,
@@ -38,21 +38,32 @@ from secateur_proto.index import SUFFIX
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command. Returns the exit status: 0, or 1 with a line on stderr; usage exits 2."""
-    options = _parser().parse_args(arguments)
     try:
+        options = parse(_parser(), arguments)
         with _warnings_in_lines():
             options.run(options)
-        sys.stdout.flush()
+        print(end="", flush=True)
     except SecateurError as error:
-        print(f"secateur: {error}", file=sys.stderr)
-        return 1
+        return _failed(str(error))
     except BrokenPipeError:  # the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
+    except OSError as error:  # such as a full disk
+        _drop_output()
+        return _failed(f"{error.filename or 'standard output'}: {error.strerror or error}")
     except KeyboardInterrupt:
-        print("secateur: interrupted", file=sys.stderr)
-        return 1
+        return _failed("interrupted")
     return 0
+
+
+def _failed(reason: str) -> int:
+    print(f"secateur: {reason}", file=sys.stderr)
+    return 1
+
+
+def _drop_output() -> None:
+    """Sends standard output nowhere, with what is left in its buffer."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
@@ -79,8 +90,8 @@ def run() -> NoReturn:
     seen to abort the process then: a command that did its work would have failed.
     """
     status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # of a command that failed
+        print(end="", flush=True)
     os._exit(status)
 
 
@@ -112,8 +123,8 @@ def _prune(options: argparse.Namespace) -> None:
             result.save(path, options.output)
     kept = {"checkpoint": result.checkpoint.name} if result.checkpoint else {}
     _show(result.report, options, kept)
-    if kept and not (options.json or options.quiet):
-        print(f"kept as {kept['checkpoint']}")
+    if kept and not options.json:
+        print(f"{'' if options.quiet else 'kept as '}{kept['checkpoint']}")
 
 
 def _progress(options: argparse.Namespace) -> bool | None:
@@ -138,6 +149,12 @@ def _report(options: argparse.Namespace) -> None:
     with _client(options) as client:
         report = client.report(source_of(client, options), options.tensors)
     _print(report, options)
+    if not report.tensors:
+        print(
+            f"secateur: warning: {options.model} has no floating-point tensors, which are what a "
+            "report measures",
+            file=sys.stderr,
+        )
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -233,7 +250,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _command(commands: Any, name: str, text: str, run: Any) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, wrong_usage=command.error)
     command.add_argument("model", metavar="IN", help="the model")
     key_option(command)
     server_options(command, "else an embedded server")

@@ -43,7 +43,7 @@ def add_checkpoints(commands: Any) -> None:
 
 def _command(under: Any, name: str, text: str, run: Any) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = under.add_parser(name, help=text, description=text)
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, wrong_usage=command.error)
     server_options(command, "which is needed")
     return command
 

@@ -1,13 +1,60 @@
 """The parser of the command: a wrong option is one line."""
 
 import argparse
-from typing import NoReturn
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+_HOW_TO_REPEAT = {
+    "--tensors": "repeat the option for each: --tensors A --tensors B",
+    "--amounts": "put commas between amounts: --amounts 0.5,0.7",
+}
 
 
 class Parser(argparse.ArgumentParser):
     """Ends with one line and exit status 2 where argparse would print its usage first."""
 
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """Writes the help that is printed, so that a full disk is an error, and exits."""
+        print(end="", flush=True)
+        super().exit(status, message)
+
     def error(self, message: str) -> NoReturn:
         """Prints the line and exits."""
         line = " ".join(message.split())
         self.exit(2, f"secateur: error: {line} (try {self.prog} --help)\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuses an option of a command that is in front of the command's name."""
+        given = sys.argv[1:] if args is None else list(args)
+        if self._subparsers is not None and given and given[0].startswith("-"):
+            self._check_first(given)
+        return super().parse_known_args(given, namespace)
+
+    def _check_first(self, given: Sequence[str]) -> None:
+        option = given[0].partition("=")[0]
+        if not any(known.startswith(option) for known in self._option_string_actions):
+            (commands,) = (a for a in self._actions if isinstance(a, argparse._SubParsersAction))
+            command = next((word for word in given if word in commands.choices), "COMMAND")
+            self.exit(
+                2,
+                f"secateur: error: {option}: options come after the command, as in "
+                f"{self.prog} {command} {option} (try {self.prog} {command} --help)\n",
+            )
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of a command; what is left over is an error of that command.
+
+    Args:
+        parser: Its commands have the default `wrong_usage`, their own `error`.
+        arguments: As of argparse.
+    """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options, left = parser.parse_known_args(given)
+    if left:
+        before = given[: given.index(left[0])]
+        option = next((word for word in reversed(before) if word.startswith("-")), "").split("=")[0]
+        hint = f"; {_HOW_TO_REPEAT[option]}" if option in _HOW_TO_REPEAT else ""
+        options.wrong_usage(f"unrecognized arguments: {' '.join(left)}{hint}")
+    return options

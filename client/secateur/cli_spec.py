@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.checks import percentage
+from secateur.choices import units_of
 from secateur.client import Client
 from secateur.defaults import SOME_AMOUNTS, matrices
 from secateur.errors import InvalidSpec
@@ -28,7 +29,7 @@ def spec_options(command: argparse.ArgumentParser, default: str | None = None) -
         choices=_METHODS,
         help=f"as torch.nn.utils.prune has it, or beyond{shown}",
     )
-    command.set_defaults(default_method=default, wrong_usage=command.error)
+    command.set_defaults(default_method=default)
     which.add_argument(
         "--spec", metavar="FILE", type=Path, help="a spec of several rules, YAML or JSON"
     )
@@ -151,18 +152,23 @@ def amounts(text: str) -> list[float]:
 
 def number(text: str) -> float:
     """An amount as the user types it: an int, a float, or a percentage."""
-    if (share := percentage(text)) is not None:
-        return share
     try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
+        value = _number(text)
+        units_of("amount", value)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not an amount, such as 100, 0.5 or 50%"
+            f"{text!r} is not an amount, such as 100 (an int is a number of units), 0.5 or 50% (a "
+            "fraction in [0, 1])"
         ) from None
+    return value
+
+
+def _number(text: str) -> float:
+    if (share := percentage(text)) is not None:
+        return share
+    with suppress(ValueError):
+        return int(text)
+    return float(text)
 
 
 def _whole(text: str) -> int:

@@ -11,7 +11,7 @@ import grpc
 from secateur.address import parse_address
 from secateur.channel import Rpcs, Tls, open_channel, read_tls
 from secateur.checkpoint import Checkpoint, decode_checkpoint, name_of, place_of, uri_of
-from secateur.checks import flag, one_of, patterns, timeout_of
+from secateur.checks import flag, one_of, patterns, shown, timeout_of
 from secateur.choices import AnyGranularity, magnitude
 from secateur.defaults import SOME_AMOUNTS, matrices
 from secateur.diagnosis import Target, diagnosing
@@ -92,7 +92,7 @@ class Client:
             _check_secrecy(self._target, token, insecure)
             channel = open_channel(self._target, credentials)
         elif not isinstance(channel, grpc.Channel):
-            raise SecateurError(f"channel={channel!r} is not a grpc.Channel")
+            raise SecateurError(f"channel={shown(channel)} is not a grpc.Channel")
         self._channel = channel
         self._is_closed = False
         self._is_known = False  # whether the server has ever answered
@@ -469,7 +469,7 @@ class Client:
 
 def _check_output(output: Any) -> None:
     if not isinstance(output, str) or output not in _OUTPUTS:
-        raise SecateurError(f"output={output!r} is none of {', '.join(_OUTPUTS)}")
+        raise SecateurError(f"output={shown(output)} is none of {', '.join(_OUTPUTS)}")
 
 
 def _from_environment(token: str | None, tls: Tls) -> tuple[str, str | None, Tls]:

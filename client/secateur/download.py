@@ -13,7 +13,8 @@ from secateur.errors import Cancelled, DataLoss, SecateurError, ServerError, Una
 from secateur.patience import Patience
 from secateur.progress import Progress, show_progress
 from secateur.transfer import errors_of
-from secateur_proto import checkpoint_pb2, checkpoints_pb2
+from secateur_proto import checkpoint_pb2, checkpoints_pb2, pruner_pb2
+from secateur_proto.framing import file_header
 from secateur_proto.index import SUFFIX
 
 
@@ -89,6 +90,7 @@ class Receiving:
         self, result: checkpoints_pb2.DownloadResult, held: ExitStack, progress: Progress
     ) -> None:
         if self._result is None:
+            self._check_masks(result)
             opened = [
                 _Target(file, held.enter_context(replacing(place)))
                 for place, file in _places(self._path, result.files)
@@ -97,6 +99,11 @@ class Receiving:
             self._result, self._targets = result, opened
         elif result != self._result:
             raise DataLoss(f"{self._path}: the checkpoint is another one since the download broke")
+
+    def _check_masks(self, result: checkpoints_pb2.DownloadResult) -> None:
+        is_empty = result.data_bytes == len(file_header(()))
+        if self._request.output == pruner_pb2.OUTPUT_MASKS and is_empty:
+            raise SecateurError(f"{self._request.name} has no masks: it was not pruned")
 
     def _write(self, data: memoryview) -> None:
         for target in self._targets:

@@ -65,7 +65,9 @@ def save(
             with _filling(path, folder.weights, folder) as made:
                 _save_part(made / folder.model.name, entries, metadata, torch_file)
         else:
-            raise SecateurError(f"{path}: the model did not come in shards; name a file")
+            raise SecateurError(
+                f"{path}: the model is one file, not shards; name a file, such as out.safetensors"
+            )
     except OSError as error:
         raise SecateurError(f"{path}: cannot write it: {error.strerror}") from None
     except _CannotWrite as error:
@@ -90,8 +92,8 @@ def check_writable(path: Path, has_folder: bool = False) -> None:
         return
     if not _is_file(path) and (path.exists() or not has_folder):
         raise SecateurError(
-            f"{path}: unknown suffix {path.suffix!r}; known are {KNOWN_SUFFIXES}, "
-            "or name a folder that exists"
+            f"{path}: unknown suffix {path.suffix!r}; known are {KNOWN_SUFFIXES}; "
+            "only a model in shards is written to a folder, which must exist"
         )
     if path.suffix in TORCH_SUFFIXES and importlib.util.find_spec("torch") is None:
         raise SecateurError(f"{path}: to write {path.suffix} install torch")

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import NoReturn
 
 from secateur.errors import InvalidStateDict, NotSaved, SecateurError
 from secateur.shards import read_index
@@ -57,7 +58,7 @@ class Folder:
 
     def _walk(self, out: Path) -> Iterator[Path]:
         """The paths of all other files, and of links to folders; nothing of `out`."""
-        for at, folders, files in os.walk(self.path):
+        for at, folders, files in os.walk(self.path, onerror=_refuse):
             place = Path(at)
             links = [name for name in folders if (place / name).is_symlink()]
             skipped = {*links, *_NOT_COPIED}
@@ -93,10 +94,27 @@ class Rest:
 
     def warn(self) -> None:
         """Names those that were not copied."""
+        weights = [file for file in self.left if _is_weights(file)]
+        kinds = {
+            "other weights, which were not pruned": weights,
+            "links to folders, or to nothing": [f for f in self.left if f not in weights],
+        }
         if self.left:
-            names = ", ".join(map(str, self.left))
-            text = f"{self.out}: without {names}: other weights, which were not pruned, or links"
+            listed = (f"{', '.join(map(str, files))} ({k})" for k, files in kinds.items() if files)
+            text = f"{self.out}: without {' and '.join(listed)}"
             warnings.warn(text, NotSaved, stacklevel=7)
+
+
+def _refuse(error: OSError) -> NoReturn:
+    """Ends a walk at a folder that cannot be read: its files would be left out."""
+    raise SecateurError(f"{error.filename}: {error.strerror}")
+
+
+def _files_in(path: Path, kind: type[SecateurError]) -> list[Path]:
+    try:
+        return sorted(path.iterdir())
+    except OSError as error:  # which glob takes for an empty folder
+        raise kind(f"{path}: {error.strerror}") from None
 
 
 def find_folder(path: Path) -> Folder:
@@ -105,8 +123,9 @@ def find_folder(path: Path) -> Folder:
     Raises:
         InvalidStateDict: The folder has no model, or several that could be meant.
     """
+    files = _files_in(path, InvalidStateDict)
     for pattern in _CANDIDATES:
-        found = sorted(path.glob(pattern))
+        found = [file for file in files if fnmatch(file.name, pattern)]
         if len(found) > 1:
             names = ", ".join(file.name for file in found)
             raise InvalidStateDict(f"{path}: holds {len(found)} models: {names}; name one of them")
@@ -133,7 +152,7 @@ def check_no_other_weights(path: Path, written: Collection[str]) -> None:
     Raises:
         SecateurError: It has some; a reader of the folder might take them.
     """
-    names = {file.name for file in path.iterdir() if _is_weights(Path(file.name))}
+    names = {file.name for file in _files_in(path, SecateurError) if _is_weights(Path(file.name))}
     others = sorted(names.difference(written))
     if others:
         raise SecateurError(

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from secateur.checks import UINT64, dimension, flag, integer, integers, made
+from secateur.checks import UINT64, dimension, flag, integer, integers, made, shown
 from secateur.choices import Plain
 from secateur.errors import InvalidSpec
 from secateur.tensors import is_text
@@ -127,7 +127,7 @@ def query_head_groups(q: str, o: str, head_dim: int, heads: int) -> list[Group]:
 def groups_of(value: Any) -> list[pb.Group]:
     """Groups, each by itself, or from a map of its name and its members.  Errors: InvalidSpec."""
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise InvalidSpec(f"groups: {value!r} is no list of groups, with at least one")
+        raise InvalidSpec(f"groups: {shown(value)} is no list of groups, with at least one")
     return [
         made(f"groups[{index}]", given, Group, _plain_group).message
         for index, given in enumerate(value)
@@ -136,11 +136,11 @@ def groups_of(value: Any) -> list[pb.Group]:
 
 def _plain_group(name: str, members: Any) -> Group:
     if not isinstance(members, Sequence) or isinstance(members, str):
-        raise InvalidSpec(f"members: {members!r} is no list")
+        raise InvalidSpec(f"members: {shown(members)} is no list")
     return group(name, *members)
 
 
 def _name(field: str, value: Any) -> str:
     if not is_text(value) or not value:
-        raise InvalidSpec(f"{field}: {value!r} is no name")
+        raise InvalidSpec(f"{field}: {shown(value)} is no name")
     return str(value)

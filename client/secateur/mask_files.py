@@ -9,15 +9,14 @@ from typing import Any
 import numpy as np
 
 from secateur.errors import InvalidStateDict
-from secateur.source import Mask, read_source
+from secateur.file_kinds import npz_reason
+from secateur.source import MASK_SHAPES, Mask, read_file
 from secateur.tensors import LocalTensor, from_value
 from secateur.torch_files import TORCH_SUFFIXES
 from secateur_proto.framing import mask_bytes
 
 Tensors = Mapping[str, LocalTensor]
 Shapes = Mapping[str, Sequence[int]]
-
-_SHAPES = "secateur.mask_shapes"  # in a safetensors file's metadata: JSON, from names to shapes
 
 
 def pack(mask: Mask) -> LocalTensor:
@@ -45,7 +44,7 @@ def entries_of(path: Path, packed: Tensors, shapes: Shapes) -> tuple[Tensors, di
     if path.suffix in TORCH_SUFFIXES:
         return {name: _whole(mask, shapes[name]) for name, mask in packed.items()}, {}
     table = {name: list(shapes[name]) for name in packed}
-    return packed, {_SHAPES: json.dumps(table, separators=(",", ":"))}
+    return packed, {MASK_SHAPES: json.dumps(table, separators=(",", ":"))}
 
 
 def read_masks(path: Path) -> dict[str, LocalTensor]:
@@ -59,10 +58,10 @@ def read_masks(path: Path) -> dict[str, LocalTensor]:
     """
     if path.suffix == ".npz":
         return _read_npz(path)
-    source = read_source(path)
+    source = read_file(path)
     tensors = {name: source.tensors[stored] for name, stored in source.other_names.items()}
     tensors = {**source.tensors, **tensors}
-    if text := source.metadata.get(_SHAPES):
+    if text := source.metadata.get(MASK_SHAPES):
         shapes = _parse_shapes(path, text, tensors)
         tensors = {name: _whole(tensor, shapes[name]) for name, tensor in tensors.items()}
     if not tensors:
@@ -88,15 +87,17 @@ def _parse_shapes(path: Path, text: str, tensors: Tensors) -> dict[str, list[int
             if tensor.shape != (mask_bytes(math.prod(shape)),):
                 raise ValueError(name)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InvalidStateDict(f"{path}: {_SHAPES} in its metadata is damaged: {error}") from None
+        raise InvalidStateDict(
+            f"{path}: {MASK_SHAPES} in its metadata is damaged: {error}"
+        ) from None
     return shapes
 
 
 def _read_npz(path: Path) -> dict[str, LocalTensor]:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             read: dict[str, Any] = {name: arrays[name] for name in arrays.files}
     except Exception as error:  # of a broken file numpy and zipfile raise whatever comes
-        reason = getattr(error, "strerror", None) or str(error)
+        reason = getattr(error, "strerror", None) or npz_reason(path, error)
         raise InvalidStateDict(f"{path}: {reason}") from None
     return {name: from_value(name, array) for name, array in read.items()}

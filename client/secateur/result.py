@@ -35,6 +35,9 @@ class FinalizeResult:
         self._answer = received
         self._destination = destination
 
+    def __repr__(self) -> str:
+        return f"FinalizeResult({_summary(self.report)})"
+
     @property
     def _received(self) -> Tensors:
         return _here(self._answer, self._destination)
@@ -95,6 +98,11 @@ class PruneResult:
         self._output = output
         self._answer = received
         self._destination = destination
+
+    def __repr__(self) -> str:
+        places = [f", checkpoint={self.checkpoint.name!r}"] if self.checkpoint else []
+        places += [f", destination={self._destination!r}"] if self._destination else []
+        return f"PruneResult({_summary(self.report)}, output={self._output!r}{''.join(places)})"
 
     @property
     def _received(self) -> Tensors:
@@ -198,6 +206,12 @@ class PruneResult:
                 f"the weights are on the server: ask for output={form!r}, or download them"
             )
         return dict(_pruned_tensors(self._source, self._flat_masks, form == "dense"))
+
+
+def _summary(report: Report) -> str:
+    count = len(report.tensors)
+    tensors = f"{count} tensor{'' if count == 1 else 's'}"
+    return f"{report.zeros:,} zeros of {report.total:,} elements in {tensors}"
 
 
 def _check_form(form: Any) -> None:

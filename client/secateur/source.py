@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from secateur.checkpoint import place_of
 from secateur.errors import InvalidStateDict
+from secateur.file_kinds import open_reason, safetensors_reason
 from secateur.folders import Folder, find_folder
 from secateur.paths import source_path
 from secateur.shards import Index, read_shards
@@ -34,6 +35,10 @@ from secateur_proto.index import SUFFIX
 from secateur_proto.ties import read_ties, write_ties
 
 Mask = npt.NDArray[np.bool_]
+
+MASK_SHAPES = (
+    "secateur.mask_shapes"  # in the metadata of a file of masks: JSON, from names to shapes
+)
 
 
 @dataclass(frozen=True)
@@ -164,11 +169,26 @@ def read_source(source: Any, key: str | None = None) -> Source:
     if place_of(source):
         return Source({}, frozenset(), _has_torch(), is_here=False)
     if is_path:
-        return _from_path(source_path(source, InvalidStateDict), key)
+        return _model(_from_path(source_path(source, InvalidStateDict), key), source)
     raise InvalidStateDict(
         "a source is a Module, a mapping of tensors, a path, a URI or a Checkpoint, "
         f"not {type(source).__name__}"
     )
+
+
+def read_file(path: Path) -> Source:
+    """Reads a file of a model, or of masks.  Errors: InvalidStateDict."""
+    return _from_path(source_path(path, InvalidStateDict), None)
+
+
+def _model(read: Source, path: Any) -> Source:
+    """Refuses a file of masks, whose bits are not weights."""
+    if MASK_SHAPES in read.metadata:
+        raise InvalidStateDict(
+            f"{path}: this file holds masks, not a model; prune a model by them: "
+            "secateur.custom_from_mask, or method: custom_from_mask in a spec file"
+        )
+    return read
 
 
 def is_pruned(source: Any, key: str | None = None) -> bool:
@@ -320,13 +340,13 @@ def _map_file(path: Path) -> tuple[dict[str, LocalTensor], dict[str, str]]:
     """The tensors of a file that the safetensors library finds valid, in mapped memory."""
     from safetensors import SafetensorError, safe_open
 
+    if reason := open_reason(path):
+        raise InvalidStateDict(f"{path}: {reason}")
     try:
         with safe_open(path, framework="numpy"):
             pass
-    except FileNotFoundError:  # of the library's, whose text has the path once more
-        raise InvalidStateDict(f"{path}: No such file or directory") from None
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or safetensors_reason(path, error)
         raise InvalidStateDict(f"{path}: {reason}") from None
     try:
         return parse_file(map_bytes(path))

@@ -8,8 +8,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
+from google.protobuf.text_format import MessageToString
 
-from secateur.checks import mismatch, norm, one_of, patterns
+from secateur.checks import mismatch, norm, one_of, patterns, shown
 from secateur.choices import (
     ALLOCATIONS,
     AnyAmount,
@@ -51,6 +52,9 @@ class Spec:
     """Rules, applied in order. `a + b` applies a, then b to what a left."""
 
     rules: tuple[Rule, ...]
+
+    def __repr__(self) -> str:
+        return f"Spec({'; '.join(map(_described, self.rules))})"
 
     def __add__(self, other: "Spec") -> "Spec":
         return Spec(self.rules + other.rules)
@@ -214,7 +218,7 @@ def global_unstructured(
             raise InvalidSpec("importance_scores: random importance takes none")
         return select(tensors, amount, random(seed), scope="global")
     if not isinstance(importance, str) or importance != "l1":
-        raise InvalidSpec(f"importance: {importance!r} is neither 'l1' nor 'random'")
+        raise InvalidSpec(f"importance: {shown(importance)} is neither 'l1' nor 'random'")
     return select(tensors, amount, scope="global", importance_scores=importance_scores)
 
 
@@ -262,7 +266,7 @@ def select(
     named = scales.items() if isinstance(scales, Mapping) else ()
     is_map = isinstance(scales, Mapping | None)
     if not is_map or not all(is_text(a) and is_text(b) for a, b in named):
-        raise InvalidSpec(f"scales: {scales!r} is no map from names to names")
+        raise InvalidSpec(f"scales: {shown(scales)} is no map from names to names")
     return _selection(
         patterns(tensors),
         amount,
@@ -358,12 +362,11 @@ METHODS: dict[str, Callable[..., Spec]] = {
 
 def _from_plain(rule: Any, path: str) -> Spec:
     if not isinstance(rule, Mapping):
-        raise InvalidSpec(f"{path}: {rule!r} is no map")
+        raise InvalidSpec(f"{path}: {shown(rule)} is no map")
     arguments = dict(rule)
-    plain = {name: method for name, method in METHODS.items() if method is not custom_from_mask}
     name = arguments.pop("method", None)
     with _at(path):
-        method = one_of("method", name, plain)
+        method = one_of("method", name, METHODS)
         if problem := mismatch(method, arguments):
             raise InvalidSpec(f"{name}: {problem}")
         return method(**arguments)
@@ -376,6 +379,12 @@ def _at(path: str) -> Iterator[None]:
         yield
     except InvalidSpec as error:
         raise InvalidSpec(f"{path}.{error}") from None
+
+
+def _described(rule: Rule) -> str:
+    """A rule in one line: its fields as the wire has them, and the names of its arrays."""
+    text = MessageToString(rule.message, as_one_line=True)
+    return f"{text} arrays: {', '.join(rule.arrays)}" if rule.arrays else text
 
 
 def _copy(message: pb.Rule) -> pb.Rule:
@@ -411,7 +420,7 @@ def _selection(
     tensors: Sequence[str], amount: AnyAmount, scores: Arrays | None = None, **choices: Any
 ) -> Spec:
     if not isinstance(scores, Mapping | None) or not all(map(is_text, scores or ())):
-        raise InvalidSpec(f"importance_scores: {scores!r} is no map from names to arrays")
+        raise InvalidSpec(f"importance_scores: {shown(scores)} is no map from names to arrays")
     defaults = {"granularity": pb.GRANULARITY_ELEMENT, "scope": pb.SCOPE_PER_TENSOR}
     fields = {**defaults, **choices, **amount_of(amount).fields}
     selection = pb.Selection(tensors=tensors, **fields)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import InvalidStateDict
+from secateur.file_kinds import is_torch, open_reason, torch_reason
 
 # The last part of a file's name: model.pth.tar has the suffix .tar.
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
@@ -80,7 +81,7 @@ def read_torch_file(path: Path, key: str | None = None) -> TorchFile:
     content = _load(path)
     if not isinstance(content, Mapping):
         raise InvalidStateDict(
-            f"{path}: holds a {type(content).__name__}, not a state_dict; "
+            f"{path}: holds an object of the class {type(content).__name__}, not a state_dict; "
             "save one: torch.save(model.state_dict(), ...)"
         )
     keys = _find(path, content) if key is None else _named(path, content, key)
@@ -92,6 +93,8 @@ def _load(path: Path) -> Any:
         raise InvalidStateDict(f"{path}: to read {', '.join(TORCH_SUFFIXES)} install torch")
     import torch
 
+    if reason := open_reason(path):
+        raise InvalidStateDict(f"{path}: {reason}")
     if _is_torchscript(path):
         raise InvalidStateDict(
             f"{path}: is a TorchScript file; save its state_dict: "
@@ -100,15 +103,25 @@ def _load(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        held = f"a {found[1]}" if found else "more than tensors"
-        raise InvalidStateDict(
-            f"{path}: holds {held}, and code is never run from a file; "
-            "save the state_dict alone: torch.save(model.state_dict(), ...)"
-        ) from None
+        raise InvalidStateDict(f"{path}: {_pickle_reason(path, error)}") from None
     except Exception as error:  # torch raises errors of any kind for a broken file
-        reason = getattr(error, "strerror", None) or repr(error).partition("\\n")[0]
-        raise InvalidStateDict(f"{path}: torch cannot read it: {reason}") from None
+        reason = getattr(error, "strerror", None) or torch_reason(path)
+        raise InvalidStateDict(f"{path}: {reason}") from None
+
+
+def _pickle_reason(path: Path, error: pickle.UnpicklingError) -> str:
+    """What a file holds that torch.load refuses with weights_only=True, and what to do."""
+    if not is_torch(path):
+        return torch_reason(path)
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    held = f"an object of the class {found[1]}" if found else "more than tensors"
+    advice = "save the state_dict alone: torch.save(model.state_dict(), ...)"
+    if found:
+        advice += (
+            "; or, in Python, if you trust the class: "
+            f"torch.serialization.add_safe_globals([{found[1]}])"
+        )
+    return f"holds {held}, and code is never run from a file; {advice}"
 
 
 def _is_torchscript(path: Path) -> bool:

@@ -2,11 +2,12 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -138,7 +139,6 @@ def test_errors_are_one_line(model: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "nearest: 'fc.weight'" in fails(model, "-o", out, *half, "--tensors", "fc.wight")
     assert "known are .safetensors, .pt" in fails(model, "-o", model.with_name("o.zip"), *half)
     assert "no such folder" in fails(model, "-o", model.parent / "x/o.pt", *half)
-    assert "amount: 1.5" in fails(model, "-o", out, "--method=l1_unstructured", "--amount=1.5")
     assert "s.json" in fails(model, "-o", out, "--spec", model.with_name("s.json"))
     broken = model.with_name("broken.safetensors")
     broken.write_bytes(model.read_bytes()[:-1])
@@ -172,6 +172,11 @@ PRUNE = ["prune", "m.pt", "-o", "o.pt"]
         ([*PRUNE, "--method", "identity", "--spec", "s.json"], "--spec: not allowed with"),
         ([*PRUNE, "--method", "lamp", "--amount", "half"], "'half' is not an amount, such as"),
         ([*PRUNE, "--method", "lamp", "--amount", "x%"], "'x%' is not an amount, such as"),
+        *(
+            ([*PRUNE, "--method", "lamp", "--amount", text], f"--amount: {text!r} is not an amount")
+            for text in ("1.5", "150%", "-0.5", "-1", "nan", "inf", "1e9", str(1 << 64))
+        ),
+        (["plan", "m.pt", "--amounts", "0.5,1.5"], "--amounts: '1.5' is not an amount"),
         ([*PRUNE, "--method", "l1_unstructured"], "--method l1_unstructured needs --amount"),
         ([*PRUNE, "--method", "ln_structured", "--amount=1", "--dim=0"], "needs --n (try"),
         ([*PRUNE, "--method", "lamp", "--amount=1", "--dim=0"], "--method lamp takes no --dim"),
@@ -184,7 +189,14 @@ PRUNE = ["prune", "m.pt", "-o", "o.pt"]
         (["plan", "m.pt", "--method", "lamp", "--dim=0"], "takes no --dim (try secateur plan"),
         (["plan", "m.pt", "--amounts", "1,x"], "--amounts: 'x' is not an amount"),
         (["report"], "required: IN (try secateur report --help)"),
-        (["report", "m.pt", "--nope"], "unrecognized arguments: --nope"),
+        (["report", "m.pt", "--nope"], "unrecognized arguments: --nope (try secateur report -"),
+        (["report", "m.pt", "--tensors", "a", "b"], "b; repeat the option for each: --tensors A"),
+        (["report", "m.pt", "--tensors=a", "b"], "b; repeat the option for each: --tensors A"),
+        (["plan", "m.pt", "--amounts", "0.5", "0.7"], "0.7; put commas between amounts: --amounts"),
+        (["--server", "a:1", "report", "m.pt"], "as in secateur report --server (try secateur re"),
+        (["--server=a:1"], "--server: options come after the command, as in secateur COMMAND"),
+        (["checkpoints", "--token", "x", "ls"], "as in secateur checkpoints ls --token (try"),
+        (["checkpoints", "ls", "x"], "unrecognized arguments: x (try secateur checkpoints ls --h"),
         (["report", "m.pt", "--timeout", "soon"], "'soon' is not a number of seconds"),
         (["finalize", "m.pt"], "required: -o/--out"),
     ],
@@ -287,6 +299,45 @@ def test_a_file_that_is_replaced_keeps_its_mode_and_a_new_one_has_the_umask(
     modes = [path.stat().st_mode & 0o777 for path in (replaced, new)]
     assert modes == [0o640, 0o640]
     assert replaced.read_bytes() != b"before"
+
+
+IN_IMPORTS = """
+import os, signal, sys, secateur_command
+
+class Interrupting:
+    def find_spec(self, name, *_):
+        if name == "numpy":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+secateur_command.run()
+"""
+
+
+def test_an_interrupt_is_one_line_even_during_imports(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = subprocess.run([sys.executable, "-c", IN_IMPORTS], capture_output=True, timeout=300)
+    assert (ended.returncode, ended.stderr) == (1, b"secateur: interrupted\n")
+
+    def interrupt() -> NoReturn:
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the signal raises")
+
+    monkeypatch.setattr(cli, "_parser", interrupt)
+    assert failure(capsys, "report") == "secateur: interrupted\n"
+
+
+@pytest.mark.parametrize("arguments", [["report", "{model}"], ["--help"], ["report", "none.pt"]])
+def test_a_full_disk_is_one_line(model: Path, arguments: list[str]) -> None:
+    code = "import secateur_command; secateur_command.run()"
+    command = [sys.executable, "-c", code, *(part.format(model=model) for part in arguments)]
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+    reason = "none.pt: No such file or directory"
+    if "none.pt" not in arguments:
+        reason = "standard output: No space left on device"
+    assert (ended.returncode, ended.stderr) == (1, f"secateur: {reason}\n")
 
 
 def test_without_a_server_one_is_embedded(model: Path) -> None:

@@ -79,6 +79,23 @@ def test_put_keep_get_and_rm(
     assert name in failure(capsys, "checkpoints", "rm", name)
 
 
+def test_a_quiet_prune_prints_the_name_of_what_it_keeps(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (kept,) = shown(capsys, "prune", model, "--keep", "--quiet", *HALF).splitlines()
+    masks = ("-o", tmp_path / "masks.safetensors", "--output", "masks")
+    assert shown(capsys, "checkpoints", "get", kept, *masks) == ""
+    assert "fc.weight" in load_file(tmp_path / "masks.safetensors")
+
+
+def test_a_checkpoint_without_masks_has_none_to_get(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = shown(capsys, "checkpoints", "put", model).strip()
+    masks = ("-o", tmp_path / "masks.safetensors", "--output", "masks")
+    assert f"{name} has no masks" in failure(capsys, "checkpoints", "get", name, *masks)
+
+
 @pytest.mark.parametrize("output", ["dense", "reparametrized", "masks"])
 def test_a_checkpoint_is_pruned_to_a_file(
     output: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch.nn.utils import prune
 import secateur
 from tests.client.sharded import INDEX, metadata_of
 from tests.client.test_cli import failure, run
+from tests.client.test_sources import without_permission
 from tests.conftest import RunningServer
 
 TENSORS = {
@@ -251,6 +253,21 @@ def test_other_weights_in_out_are_refused_before_anything_is_sent(
     assert names_in(out) == {"model.safetensors"}
 
 
+def test_a_subfolder_that_may_not_be_read_is_not_left_out_silently(
+    client: secateur.Client,
+) -> None:
+    with tempfile.TemporaryDirectory() as name:  # which any user may enter and write to
+        place = Path(name)
+        place.chmod(0o777)
+        source = make(place / "in", "single")
+        closed = source / "runs"
+        result = client.prune(source, secateur.global_unstructured(WEIGHTS, 0.5))
+        said = f"{closed}: Permission denied"
+        with without_permission(closed), pytest.raises(secateur.SecateurError, match=said):
+            result.save(place / "out")
+        assert not (place / "out").exists()
+
+
 def test_a_folder_that_cannot_be_written_whole_is_not_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -277,6 +294,7 @@ def test_what_is_no_place_for_a_folder_is_refused(
     assert "unknown suffix" in failure(capsys, "prune", source, "-o", new, *HALF, *masks, *away)
     single = source / "model.safetensors"
     assert "unknown suffix" in failure(capsys, "prune", single, "-o", new, *HALF, *away)
+    assert "only a model in shards" in failure(capsys, "prune", single, "-o", new, *HALF, *away)
 
 
 def test_a_key_chooses_in_the_torch_file_of_a_folder(tmp_path: Path) -> None:
@@ -298,6 +316,7 @@ def test_links_to_files_are_copied_and_links_to_folders_named(
     for name in ("model.safetensors", "config.json", "1_Pooling"):
         (source / name).symlink_to(blobs / name)
     assert run("finalize", source, "-o", out) == 0
-    assert "1_Pooling" in capsys.readouterr().err
+    said = f"{out}: without 1_Pooling (links to folders, or to nothing)"
+    assert said in capsys.readouterr().err
     assert names_in(out) == {"model.safetensors", "config.json"}
     assert not any(path.is_symlink() for path in out.iterdir())

@@ -91,6 +91,35 @@ def test_the_command_writes_masks_that_are_read_back(
     )
 
 
+def test_a_spec_file_names_a_file_of_masks(client: secateur.Client, tmp_path: Path) -> None:
+    result = client.prune(MODEL, SPEC)
+    path = tmp_path / "masks.safetensors"
+    result.save(path, "masks")
+    rule = {"method": "custom_from_mask", "masks": str(path)}
+    again = client.prune(MODEL, secateur.Spec.from_dict({"rules": [rule]}))
+    assert_same_masks(again, result)
+    with pytest.raises(secateur.InvalidSpec, match=r"^rules\[0\]\.masks: none\.npz: "):
+        secateur.Spec.from_dict({"rules": [{**rule, "masks": "none.npz"}]})
+
+
+def test_a_file_of_masks_is_not_a_model(
+    client: secateur.Client,
+    server: RunningServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("SECATEUR_SERVER", server.address)
+    result = client.prune(MODEL, SPEC)
+    result.save(tmp_path / "m.safetensors", "masks")
+    result.save(tmp_path / "m.pt", "masks")
+    for arguments in (["report"], ["finalize", "-o", str(tmp_path / "out.safetensors")]):
+        assert cli.main([*arguments, str(tmp_path / "m.safetensors")]) == 1
+        assert "this file holds masks, not a model" in capsys.readouterr().err
+    assert cli.main(["report", str(tmp_path / "m.pt")]) == 0
+    assert "m.pt has no floating-point tensors" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.float32])
 def test_masks_of_the_tensors_shapes_are_read_from_every_kind_of_file(
     client: secateur.Client, tmp_path: Path, dtype: type
@@ -178,6 +207,23 @@ def test_a_file_without_masks_is_an_invalid_spec_that_names_it(
         secateur.custom_from_mask(path)
     assert str(raised.value).startswith(f"masks: {path}: ")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        (text, "is text; give"),
+        (lambda path: path.write_bytes(b""), "is empty; "),
+        (lambda path: path.write_bytes(b"PK\3\4 and no more"), "numpy cannot read it: "),
+        (lambda path: save_file(MODEL, path), "rename it to .safetensors"),
+    ],
+)
+def test_a_wrong_file_of_numpy_says_what_it_is(
+    tmp_path: Path, write: Callable[[Path], None], said: str
+) -> None:
+    write(tmp_path / "m.npz")
+    with pytest.raises(secateur.InvalidSpec, match=said):
+        secateur.custom_from_mask(tmp_path / "m.npz")
 
 
 def test_masks_of_other_shapes_are_told_so(client: secateur.Client, tmp_path: Path) -> None:

@@ -142,6 +142,15 @@ def test_every_report_says_how_much_of_the_model_it_covers(client: secateur.Clie
     assert report.to_dict()["coverage"]["uncovered"] == 150
 
 
+def test_specs_and_results_are_shown_in_one_line(client: secateur.Client) -> None:
+    spec = secateur.l1_unstructured("conv.*", 0.5) + secateur.custom_from_mask({"half": [True]})
+    assert str(spec).startswith('Spec(selection { tensors: "conv.*" ')
+    assert str(spec).endswith("; custom_masks { } arrays: half)")
+    result = client.prune(SPARSE, secateur.l1_unstructured("conv.*", 0.5))
+    assert repr(result) == "PruneResult(7 zeros of 8 elements in 1 tensor, output='masks')"
+    assert repr(client.finalize(SPARSE)) == "FinalizeResult(9 zeros of 12 elements in 3 tensors)"
+
+
 def test_a_notebook_shows_a_table_with_names_escaped(client: secateur.Client) -> None:
     shown = client.report(SPARSE)._repr_html_()
     assert shown.startswith("<table>")

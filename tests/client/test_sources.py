@@ -1,8 +1,12 @@
 """What is taken for a model, and what is not."""
 
+import argparse
+import os
 import pickle
 import re
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -161,6 +165,74 @@ def test_a_file_of_another_kind_is_refused(
         secateur.InvalidStateDict, match=r"unknown suffix .*known are \.safetensors, \.pt, .*\.tar"
     ):
         client.report(tmp_path / name)
+
+
+TORCH_FILE = "is a file of torch.save, not of safetensors; rename it to .pt"
+SAFETENSORS_FILE = "is a safetensors file; rename it to .safetensors"
+SAFETENSORS = safetensors.torch.save(MODEL)
+
+
+@pytest.mark.parametrize(
+    ("content", "suffix", "said"),
+    [
+        pytest.param(BYTES[True], ".safetensors", TORCH_FILE, id="torch file"),
+        pytest.param(BYTES[False], ".safetensors", TORCH_FILE, id="torch file before 1.6"),
+        pytest.param(SAFETENSORS, ".pt", SAFETENSORS_FILE, id="safetensors file"),
+        pytest.param(BYTES[True][:-30], ".pt", "is damaged or cut short", id="cut torch file"),
+        pytest.param(SAFETENSORS[:-1], ".safetensors", "is damaged or cut short", id="cut"),
+        *(
+            pytest.param(content, suffix, said, id=f"{said} {suffix}")
+            for suffix in (".safetensors", ".pt", ".bin")
+            for content, said in {
+                b"": "is empty; copy, download or save it again",
+                b"version https://git-lfs.github.com/spec/v1\n": "git lfs pull",
+                b"<!DOCTYPE html><html>": "is a web page",
+                b"hello world": "is text; give weights",
+                bytes(range(200)): "or is damaged; give weights",
+            }.items()
+        ),
+    ],
+)
+def test_a_file_of_the_wrong_format_says_what_it_is(
+    tmp_path: Path, content: bytes, suffix: str, said: str
+) -> None:
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(secateur.InvalidStateDict, match=f"{re.escape(str(path))}: .*{said}") as it:
+        secateur.is_pruned(path)
+    assert "header too" not in str(it.value)
+
+
+def test_an_object_of_another_class_is_named_with_what_to_do(tmp_path: Path) -> None:
+    torch.save({"args": argparse.Namespace(), "w": WEIGHT}, tmp_path / "model.pt")
+    said = r"class argparse\.Namespace, .*add_safe_globals\(\[argparse\.Namespace\]\)"
+    with pytest.raises(secateur.InvalidStateDict, match=said):
+        secateur.is_pruned(tmp_path / "model.pt")
+
+
+@contextmanager
+def without_permission(path: Path) -> Iterator[None]:
+    """Nobody may read the path; root is another user meanwhile."""
+    path.chmod(0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        path.chmod(0o700)
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m.pt", "m.safetensors.index.json", "folder"])
+def test_what_may_not_be_read_says_so(name: str) -> None:
+    with tempfile.TemporaryDirectory() as place:  # which any user may enter
+        Path(place).chmod(0o755)
+        path = Path(place) / name
+        path.mkdir() if name == "folder" else path.write_bytes(b"")
+        said = f"{re.escape(str(path))}: Permission denied"
+        with without_permission(path), pytest.raises(secateur.InvalidStateDict, match=said):
+            secateur.is_pruned(path)
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,34 @@ def test_functions(function: Callable[..., Any], valid: dict[str, Any]) -> None:
     assert problems_of(function, valid) == {}
 
 
+def test_what_torch_takes_is_one_short_line() -> None:
+    model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(20)))
+    calls: list[Callable[[], object]] = [
+        lambda: secateur.l1_unstructured(model, "weight", 0.5),  # type: ignore[arg-type]
+        lambda: secateur.global_unstructured([(model, "weight")], 0.5),  # type: ignore[list-item]
+    ]
+    for call in calls:
+        with pytest.raises(secateur.InvalidSpec, match=r"model goes to client\.prune$") as raised:
+            call()
+        assert len(str(raised.value)) < 200
+        assert "give names such as 'fc.weight'" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("function", "valid"), FUNCTIONS.items(), ids=[f.__name__ for f in FUNCTIONS]
+)
+def test_long_values_are_cut(function: Callable[..., Any], valid: dict[str, Any]) -> None:
+    long = {"x" * 5000: {"y" * 5000}}
+    for name in valid:
+        try:
+            function(**{**valid, name: long})
+        except secateur.SecateurError as error:
+            said = str(error)
+        else:
+            said = ""
+        assert "y" * 100 not in said, name
+
+
 def test_members_of_groups() -> None:
     assert problems(lambda wrong: secateur.group(wrong, secateur.member("w")), "name") == {}
     assert problems(lambda wrong: secateur.group("g", wrong), "member") == {}

@@ -1,0 +1,26 @@
+"""The entry point of the command secateur, outside the package: an import of that takes a second.
+
+Ctrl-C during that second ends the command with one line.
+"""
+
+import os
+import signal
+from typing import NoReturn
+
+
+def run() -> NoReturn:
+    """Runs the command."""
+    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_default:
+        signal.signal(signal.SIGINT, _end)
+    from secateur import cli
+
+    if is_default:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    cli.run()
+
+
+def _end(*_: object) -> NoReturn:
+    """Ends the process at once: an extension module may turn KeyboardInterrupt into ImportError."""
+    os.write(2, b"secateur: interrupted\n")
+    os._exit(1)
