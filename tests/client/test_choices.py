@@ -337,6 +337,16 @@ MODEL = {
 }
 
 
+def test_slices_of_vectors_are_an_error_that_says_how_to_leave_them_out(
+    client: secateur.Client,
+) -> None:
+    model: dict[str, Any] = {**MODEL, "bn.weight": np.ones(4)}
+    with pytest.raises(InvalidSpec, match=r"'bn.weight' .*: name only such tensors, as \[n for "):
+        client.prune(model, secateur.ln_structured("*", 1, n=2, dim=0))
+    matrices = [n for n, t in model.items() if t.ndim > 1]
+    assert client.prune(model, secateur.ln_structured(matrices, 1, n=2, dim=0)).masks
+
+
 def test_n_m_keeps_the_largest_of_each_group(client: secateur.Client) -> None:
     found = client.prune(MODEL, secateur.n_m_structured("a", n=1, m=3)).masks["a"]
     for row, kept in zip(MODEL["a"], found, strict=True):
