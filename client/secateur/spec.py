@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -363,10 +364,18 @@ def _from_plain(rule: Any, path: str) -> Spec:
     plain = {name: method for name, method in METHODS.items() if method is not custom_from_mask}
     name = arguments.pop("method", None)
     with _at(path):
+        if "method" not in rule:
+            raise InvalidSpec(_no_method(rule))
         method = one_of("method", name, plain)
         if problem := mismatch(method, arguments):
             raise InvalidSpec(f"{name}: {problem}")
         return method(**arguments)
+
+
+def _no_method(rule: Mapping[Any, Any]) -> str:
+    """What is wrong with a rule without a method, which is likely a typing error."""
+    near = get_close_matches("method", [key for key in rule if isinstance(key, str)], 1)
+    return f"{near[0]}: is unknown; the nearest is method" if near else "method: is missing"
 
 
 @contextmanager

@@ -256,6 +256,8 @@ GROUPED = {"method": "grouped", "amount": 1, "groups": [{"name": "g", "members":
             },
             r"combination: 'min' ",
         ),
+        ({"metod": "lamp", "tensors": "*"}, "metod: is unknown; the nearest is method$"),
+        ({"tensors": "*"}, "method: is missing$"),
         ({"method": ["select"]}, r"method: \['select'\] "),
         ({"method": "lamp", "tensors": "*"}, "lamp: 'amount' is missing$"),
         ({"method": "lamp", "amount": 1, "tensor": "*"}, "lamp: 'tensor' is not an argument; "),

@@ -147,6 +147,7 @@ def check_unauthenticated(error: Any) -> None:
     assert (info.reason, info.domain) == ("UNAUTHENTICATED", "secateur")
     assert request.request_id == dict(error.trailing_metadata())["x-request-id"]
     assert error.details().startswith("authorization: "), error
+    assert "needs a bearer token" not in error.details() or "--token" in error.details(), error
 
 
 def test_every_method_that_reflection_shows_asks_for_a_token(guarded: Guarded) -> None:
@@ -398,8 +399,16 @@ _LISTED = f'tokens = ["{SECRET}"]\n'
         (f"[tenants.ours]\n{_LISTED}allow = ['/models']\n", "'/models' is no scheme://place"),
         (f"[tenants.ours]\n{_LISTED}allow = ['file://models']\n", "is no scheme://place"),
         (f"[tenants.ours]\n{_LISTED}allow = ['file:///models/..']\n", "is no scheme://place"),
-        (f"[tenants.ours]\n{_LISTED}quota = 1\n", "tenants.ours: there are tokens, memory"),
-        (f"[tenants.ours]\n{_LISTED}{SECRET} = 1\n", "tenants.ours: there are tokens, memory"),
+        (
+            f"[tenants.ours]\n{_LISTED}quota = 1\n",
+            "'quota' is unknown; the keys are",
+        ),
+        (f"[tenants.ours]\n{_LISTED}stroe = 1\n", "'stroe' is unknown; the nearest is 'store'"),
+        (f"[tenants.ours]\ntoken = ['{SECRET}']\n", "'token' is unknown; the nearest is 'tokens'"),
+        (
+            f"[tenants.ours]\n{_LISTED}{SECRET} = 1\n",
+            "a key is unknown; the keys are",
+        ),
     ],
 )
 def test_a_file_of_tokens_that_is_wrong_is_told_without_its_tokens(
