@@ -185,7 +185,7 @@ def _client(options: argparse.Namespace) -> AbstractContextManager[Client]:
         if "://" in place and not place.startswith("file://"):
             raise SecateurError(
                 f"{place}: without a server only file:// URIs can be opened: give --server, or "
-                "download the file first"
+                "use a local copy of the file"
             )
     return embedded(timeout=options.timeout)
 

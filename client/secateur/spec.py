@@ -63,6 +63,8 @@ class Spec:
         Errors: InvalidSpec, naming the rule.
         """
         rules = table.get("rules") if isinstance(table, Mapping) else None
+        if isinstance(table, Mapping) and (near := _misspelled(table, "rules")):
+            raise InvalidSpec(near)
         if not isinstance(rules, Sequence) or isinstance(rules, str) or not rules:
             raise InvalidSpec("a spec is a map with a list of `rules`, at least one")
         specs = [_from_plain(rule, f"rules[{index}]") for index, rule in enumerate(rules)]
@@ -365,17 +367,18 @@ def _from_plain(rule: Any, path: str) -> Spec:
     name = arguments.pop("method", None)
     with _at(path):
         if "method" not in rule:
-            raise InvalidSpec(_no_method(rule))
+            raise InvalidSpec(_misspelled(rule, "method") or "method: is missing")
         method = one_of("method", name, plain)
         if problem := mismatch(method, arguments):
             raise InvalidSpec(f"{name}: {problem}")
         return method(**arguments)
 
 
-def _no_method(rule: Mapping[Any, Any]) -> str:
-    """What is wrong with a rule without a method, which is likely a typing error."""
-    near = get_close_matches("method", [key for key in rule if isinstance(key, str)], 1)
-    return f"{near[0]}: is unknown; the nearest is method" if near else "method: is missing"
+def _misspelled(table: Mapping[Any, Any], key: str) -> str | None:
+    """What is wrong where a key that is needed is likely there with a typing error."""
+    names = () if key in table else [name for name in table if isinstance(name, str)]
+    near = get_close_matches(key, names, 1)
+    return f"{near[0]}: is unknown; the nearest is {key}" if near else None
 
 
 @contextmanager

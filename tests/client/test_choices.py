@@ -277,6 +277,11 @@ def test_what_is_wrong_is_named(rule: dict[str, Any], said: str) -> None:
         Spec.from_dict({"rules": [SELECT, rule]})
 
 
+def test_a_misspelled_list_of_rules_is_named() -> None:
+    with pytest.raises(InvalidSpec, match=r"^rule: is unknown; the nearest is rules$"):
+        Spec.from_dict({"rule": [SELECT]})
+
+
 def slices_of(member: pb.Member) -> list[list[int]]:
     """By the protocol: unit i has `stride` slices from offset + i * stride on."""
     starts = [member.offset + unit * member.stride for unit in range(member.units)]
