@@ -100,9 +100,12 @@ def read_tls(tls: Any) -> grpc.ChannelCredentials | None:
 
 def _read(path: str | os.PathLike[str]) -> bytes:
     try:
-        return source_path(path, SecateurError).read_bytes()
+        found = source_path(path, SecateurError).read_bytes()
     except OSError as error:
         raise SecateurError(f"{path}: {error.strerror}") from None
+    if b"-----BEGIN " not in found:  # gRPC would not say which file it is
+        raise SecateurError(f"{path}: is not a PEM file, which has a line -----BEGIN ...-----")
+    return found
 
 
 class Rpcs:

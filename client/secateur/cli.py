@@ -196,7 +196,15 @@ def _client(options: argparse.Namespace) -> AbstractContextManager[Client]:
             f"{options.model}: there is no such file; if it is a checkpoint, name its server with "
             "--server or SECATEUR_SERVER"
         )
-    return client_of(options) if options.server else embedded(timeout=options.timeout)
+    if options.server:
+        return client_of(options)
+    for place in (options.model, getattr(options, "out", None) or ""):
+        if "://" in place and not place.startswith("file://"):
+            raise SecateurError(
+                f"{place}: without a server only file:// URIs can be opened: give --server, or "
+                "use a local copy of the file"
+            )
+    return embedded(timeout=options.timeout)
 
 
 def _check_holds(path: Path, source: Source) -> None:

@@ -9,6 +9,7 @@ from secateur.errors import InvalidSpec
 from secateur.report import Choice, decode_choice
 from secateur.tables import html_table, text_table
 from secateur_proto import plan_pb2 as pb
+from secateur_proto import spec_pb2
 from secateur_proto.pruner_pb2 import PlanHeader
 from secateur_proto.spec_pb2 import Selection
 
@@ -54,6 +55,7 @@ class Plan:
 
     masks_bytes, reparametrized_bytes, dense_bytes: of its answer in each form.
     input_blake3: of the safetensors file that went up.
+    method: how units are ranked, for a person.
     """
 
     amounts: tuple[PlannedAmount, ...]
@@ -61,16 +63,23 @@ class Plan:
     reparametrized_bytes: int
     dense_bytes: int
     input_blake3: str
+    method: str
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
-        return f"{text_table(self._rows())}\n{self._note()}"
+        return f"{self._legend()}\n{text_table(self._rows())}\n{self._note()}"
 
     def _repr_html_(self) -> str:
-        return f"{html_table(self._rows())}<p>{self._note()}</p>"
+        return f"<p>{self._legend()}</p>{html_table(self._rows())}<p>{self._note()}</p>"
+
+    def _legend(self) -> str:
+        return (
+            f"Pruning by {self.method}. A row is an amount: a fraction of the units, or their "
+            "number; norm removed is the share of the norm that would be pruned."
+        )
 
     def _note(self) -> str:
         size = f"{self.dense_bytes:,} bytes"
@@ -88,20 +97,28 @@ class Sensitivity:
     """How much each tensor loses by each amount, pruned by itself.
 
     norm_removed: by the tensors' names, for each of `amounts` what PlannedTensor says.
+    method: as of a plan.
     """
 
     amounts: tuple[float | None, ...]
     norm_removed: Mapping[str, tuple[float, ...]]
+    method: str
 
     def to_dict(self) -> dict[str, Any]:
         """As Plan.to_dict."""
         return asdict(self)
 
     def __str__(self) -> str:
-        return text_table(self._rows())
+        return f"{self._legend()}\n{text_table(self._rows())}"
 
     def _repr_html_(self) -> str:
-        return html_table(self._rows())
+        return f"<p>{self._legend()}</p>{html_table(self._rows())}"
+
+    def _legend(self) -> str:
+        return (
+            f"Pruning by {self.method}. A column is an amount: a fraction of the units, or their "
+            "number; a cell is the share of the tensor's norm that would be pruned."
+        )
 
     def _rows(self) -> list[tuple[str, ...]]:
         rows = [("tensor", *map(_shown, self.amounts))]
@@ -118,6 +135,7 @@ def sensitivity_of(plan: Plan) -> Sensitivity:
             name: tuple(planned.tensors[name].norm_removed for planned in plan.amounts)
             for name in plan.amounts[0].tensors
         },
+        method=plan.method,
     )
 
 
@@ -140,7 +158,26 @@ def decode_plan(message: pb.PruningPlan, header: PlanHeader) -> Plan:
         reparametrized_bytes=message.reparametrized_bytes,
         dense_bytes=message.dense_bytes,
         input_blake3=message.input_blake3,
+        method=_method(header.spec.rules[-1].selection),
     )
+
+
+_SCOPES = {
+    spec_pb2.SCOPE_PER_TENSOR: "each tensor by itself",
+    spec_pb2.SCOPE_GLOBAL: "all tensors together",
+    spec_pb2.SCOPE_ISOMORPHIC: "tensors of like names together",
+}
+
+
+def _method(selection: Selection) -> str:
+    """How a rule ranks units."""
+    importance = str(selection.WhichOneof("importance"))
+    for other in ("scales", "importance_scores"):
+        importance = other if getattr(selection, other) else importance
+    unit = spec_pb2.Granularity.Name(selection.granularity).removeprefix("GRANULARITY_").lower()
+    allocation = spec_pb2.Allocation.Name(selection.allocation).removeprefix("ALLOCATION_").lower()
+    by = f", allocation {allocation}" if selection.allocation else ""
+    return f"{importance}, {_SCOPES[selection.scope]}{by}; a unit is 1 {unit}"
 
 
 def _planned(asked: pb.Amount | Selection, message: pb.PlannedAmount) -> PlannedAmount:

@@ -156,9 +156,7 @@ class Report:
     def __str__(self) -> str:
         lines = [text_table(self._rows(), left=3)]
         for number, choices in enumerate(self.rules, 1):
-            for choice in choices:
-                of = f" ({_names(choice)})" if len(choices) > 1 else ""
-                lines.append(f"rule {number}{of}: {_outcome(choice)}")
+            lines += [f"rule {number}{line}" for line in _outcomes(choices)]
         if self.coverage.uncovered_tensors:
             lines.append(str(self.coverage))
         return "\n".join([*lines, *map(str, self.warnings)])
@@ -185,13 +183,14 @@ class Report:
 
 
 def _telling_patterns(tensor: TensorReport) -> str:
-    """The patterns that follow from no other one, and are of two whole groups or more.
+    """The patterns of two whole groups that keep at most half, and do not follow from others.
 
-    Of a layer with 3 input channels 3:4 says nothing, and what has 2:4 has 4:8.
+    3:4 of 3 input channels says nothing, 13:16 is chance, 0:16 is a tensor of zeros, and a tensor
+    with 2:4 has 4:8.
     """
     size = tensor.shape[:2][-1] if tensor.shape else 0
     pairs = [tuple(map(int, pattern.split(":"))) for pattern in tensor.patterns]
-    pairs = [(n, m) for n, m in pairs if 2 * m <= size]
+    pairs = [(n, m) for n, m in pairs if 0 < 2 * n <= m and 2 * m <= size]
     follows = {
         (n, m)
         for n, m in pairs
@@ -199,6 +198,26 @@ def _telling_patterns(tensor: TensorReport) -> str:
         if (of > m and other <= n) or (of < m and 0 < other * (m // of) <= n)
     }
     return " ".join(f"{n}:{m}" for n, m in pairs if (n, m) not in follows)
+
+
+def _outcomes(choices: tuple[Choice, ...]) -> list[str]:
+    """What came of a rule, in lines; the choices that were met exactly share the first."""
+    if len(choices) == 1:
+        return [f": {_outcome(choices[0])}"]
+    met = [c for c in choices if c.requested == c.pruned and not c.bounds]
+    if len(met) < 2:
+        return [f" ({_names(choice)}): {_outcome(choice)}" for choice in choices]
+    others = [c for c in choices if c.requested != c.pruned or c.bounds]
+    return [_total(met), *(f" ({_names(choice)}): {_outcome(choice)}" for choice in others)]
+
+
+def _total(choices: list[Choice]) -> str:
+    """The totals of choices that were met exactly."""
+    tensors = sum(len(choice.tensors) for choice in choices)
+    sets = f" in {len(choices):,} sets" if tensors > len(choices) else ""
+    counts = (sum(choice.requested for choice in choices), sum(c.candidates for c in choices))
+    asked = "{:,} of {:,} units asked for".format(*counts)
+    return f" ({tensors:,} tensors{sets}): {asked}, {counts[0]:,} pruned"
 
 
 def _names(choice: Choice) -> str:

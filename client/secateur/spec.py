@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -66,6 +67,8 @@ class Spec:
         Errors: InvalidSpec, naming the rule.
         """
         rules = table.get("rules") if isinstance(table, Mapping) else None
+        if isinstance(table, Mapping) and (near := _misspelled(table, "rules")):
+            raise InvalidSpec(near)
         if not isinstance(rules, Sequence) or isinstance(rules, str) or not rules:
             raise InvalidSpec("a spec is a map with a list of `rules`, at least one")
         specs = [_from_plain(rule, f"rules[{index}]") for index, rule in enumerate(rules)]
@@ -366,10 +369,19 @@ def _from_plain(rule: Any, path: str) -> Spec:
     arguments = dict(rule)
     name = arguments.pop("method", None)
     with _at(path):
+        if "method" not in rule:
+            raise InvalidSpec(_misspelled(rule, "method") or "method: is missing")
         method = one_of("method", name, METHODS)
         if problem := mismatch(method, arguments):
             raise InvalidSpec(f"{name}: {problem}")
         return method(**arguments)
+
+
+def _misspelled(table: Mapping[Any, Any], key: str) -> str | None:
+    """What is wrong where a key that is needed is likely there with a typing error."""
+    names = () if key in table else [name for name in table if isinstance(name, str)]
+    near = get_close_matches(key, names, 1)
+    return f"{near[0]}: is unknown; the nearest is {key}" if near else None
 
 
 @contextmanager

@@ -156,9 +156,10 @@ class Warning(google.protobuf.message.Message):
     """What it is. A code keeps its meaning; later servers may send codes that are not listed here.
       SMALL_COVERAGE: the globs of the spec miss more than a tenth of the weights (floating tensors
         of 2 or more dimensions) of the modules that they name.
-      WHOLLY_ZERO: the call made every element of a weight zero, and no amount of 1.0 and no mask
-        asked for that.
-      ZERO_BEFORE: everything that a choice pruned was zero before the call.
+      WHOLLY_ZERO: the call made every element of a weight, or of a norm's weight or statistics,
+        zero, and no amount of 1.0 and no mask asked for that.
+      ZERO_BEFORE: everything that a choice pruned was zero before the call, and so was at least a
+        fifth of its candidates.
       SCALES_PRUNED: the call pruned the scales of a quantized tensor.
       NORMS_PRUNED: the call pruned the weight or the statistics of a batch norm or a layer norm, by
         a glob or by a rule that ranks several tensors together.

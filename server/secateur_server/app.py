@@ -1,6 +1,7 @@
 """Wiring."""
 
 import logging
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -271,10 +272,26 @@ def listen(server: grpc.Server, config: Config, metrics: Metrics) -> str:
         else:
             port = server.add_insecure_port(address)
     except RuntimeError as error:
-        raise CannotStart(f"cannot listen at {address}: {error}") from None
+        is_tcp = not address.startswith("unix:")
+        reason = (_reason(address) if is_tcp else None) or str(error).partition("; set GRPC_")[0]
+        raise CannotStart(f"cannot listen at {address}: {reason}") from None
     if address.startswith("unix:"):
         return address
     return f"{address.rpartition(':')[0]}:{port}"
+
+
+def _reason(address: str) -> str | None:
+    """Why the system refuses an address of TCP, which gRPC tells its own log alone."""
+    host, _, port = address.rpartition(":")
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+        for family, kind, protocol, _, place in found:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(place)
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def host_and_port(address: str) -> tuple[str, int]:

@@ -103,7 +103,7 @@ def parse_config(arguments: Sequence[str], environment: Mapping[str, str]) -> Co
             default=environment.get(variable, default),
             nargs="?" if is_switch else None,
             const=True if is_switch else None,
-            metavar="" if is_switch else None,
+            metavar="1|0" if is_switch else None,
             help=f"{text} (default: {default})" if default and not is_switch else text,
         )
     options = vars(parser.parse_args(arguments))

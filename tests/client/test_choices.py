@@ -256,6 +256,8 @@ GROUPED = {"method": "grouped", "amount": 1, "groups": [{"name": "g", "members":
             },
             r"combination: 'min' ",
         ),
+        ({"metod": "lamp", "tensors": "*"}, "metod: is unknown; the nearest is method$"),
+        ({"tensors": "*"}, "method: is missing$"),
         ({"method": ["select"]}, r"method: \['select'\] "),
         ({"method": "lamp", "tensors": "*"}, "lamp: 'amount' is missing$"),
         ({"method": "lamp", "amount": 1, "tensor": "*"}, "lamp: 'tensor' is not an argument; "),
@@ -273,6 +275,11 @@ GROUPED = {"method": "grouped", "amount": 1, "groups": [{"name": "g", "members":
 def test_what_is_wrong_is_named(rule: dict[str, Any], said: str) -> None:
     with pytest.raises(InvalidSpec, match=rf"^rules\[1\]\..*{said}"):
         Spec.from_dict({"rules": [SELECT, rule]})
+
+
+def test_a_misspelled_list_of_rules_is_named() -> None:
+    with pytest.raises(InvalidSpec, match=r"^rule: is unknown; the nearest is rules$"):
+        Spec.from_dict({"rule": [SELECT]})
 
 
 def slices_of(member: pb.Member) -> list[list[int]]:
@@ -335,6 +342,16 @@ MODEL = {
     "a": RNG.standard_normal((8, 12)).astype(np.float32),
     "b": RNG.standard_normal((4, 8)).astype(np.float32),
 }
+
+
+def test_slices_of_vectors_are_an_error_that_says_how_to_leave_them_out(
+    client: secateur.Client,
+) -> None:
+    model: dict[str, Any] = {**MODEL, "bn.weight": np.ones(4)}
+    with pytest.raises(InvalidSpec, match=r"'bn.weight' .*: name only such tensors, as \[n for "):
+        client.prune(model, secateur.ln_structured("*", 1, n=2, dim=0))
+    matrices = [n for n, t in model.items() if t.ndim > 1]
+    assert client.prune(model, secateur.ln_structured(matrices, 1, n=2, dim=0)).masks
 
 
 def test_n_m_keeps_the_largest_of_each_group(client: secateur.Client) -> None:

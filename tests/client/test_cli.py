@@ -340,6 +340,22 @@ def test_a_full_disk_is_one_line(model: Path, arguments: list[str]) -> None:
     assert (ended.returncode, ended.stderr) == (1, f"secateur: {reason}\n")
 
 
+URI = "s3://bucket/model.safetensors"
+
+
+@pytest.mark.parametrize("command", [["report", URI], ["finalize", "{model}", "-o", URI]])
+def test_uris_that_need_a_server(
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: list[str],
+) -> None:
+    monkeypatch.delenv("SECATEUR_SERVER")
+    assert cli.main([argument.format(model=model) for argument in command]) == 1
+    line = f"secateur: {URI}: without a server only file:// URIs can be opened: give --server, "
+    assert capsys.readouterr().err.startswith(line)
+
+
 def test_without_a_server_one_is_embedded(model: Path) -> None:
     """The installed command, in a process of its own."""
     command = [str(Path(sys.executable).with_name("secateur")), "report", str(model)]

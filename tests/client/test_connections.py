@@ -109,6 +109,10 @@ def test_a_file_of_authorities_that_is_none(tls: TlsServers, tmp_path: Path) -> 
     (tmp_path / "broken.crt").write_bytes(OURS.cert[:60] + b"\n-----END CERTIFICATE-----\n")
     _, text = said(f"127.0.0.1:{tls.plain}", tmp_path / "broken.crt")
     assert "not valid PEM" in text
+    (tmp_path / "der.key").write_bytes(bytes(range(256)))
+    files = secateur.channel.TlsFiles(tls.ca, tmp_path / "der.key", tls.ca)
+    with pytest.raises(secateur.SecateurError, match=r"der\.key: is not a PEM file"):
+        secateur.Client(f"127.0.0.1:{tls.plain}", tls=files)
 
 
 @pytest.mark.parametrize("has_tls", [False, True])

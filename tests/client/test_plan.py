@@ -145,8 +145,16 @@ def test_what_cannot_be_planned(client: secateur.Client) -> None:
 
 def test_a_plan_is_shown_as_a_table(client: secateur.Client) -> None:
     plan = client.plan(MODEL, SPEC, [0.25, 1, 1.0])
+    rows = secateur.select("fc.weight", 1, secateur.random(1), "rows", "isomorphic")
+    assert client.plan(MODEL, rows).method == (
+        "random, tensors of like names together; a unit is 1 slice"
+    )
+    lamp = client.plan(MODEL, secateur.lamp("*.weight", 1)).method
+    assert lamp == "magnitude, all tensors together, allocation lamp; a unit is 1 element"
     whole = np.sort(magnitudes(["conv.weight", "fc.weight"]))
-    head, first, one, last, note = str(plan).splitlines()
+    legend, head, first, one, last, note = str(plan).splitlines()
+    assert legend.startswith("Pruning by magnitude, all tensors together; a unit is 1 element. ")
+    assert legend in plan._repr_html_()
     assert f"A dense file keeps its size, {plan.dense_bytes:,} bytes at every amount" in note
     assert re.split("  +", head) == [
         *("amount", "pruned", "sparsity", "threshold", "norm removed", "bytes of kept values")
@@ -157,7 +165,7 @@ def test_a_plan_is_shown_as_a_table(client: secateur.Client) -> None:
     assert last.split()[:3] == ["1.0", "88", "100.00%"]
     assert len({len(line) for line in (head, first, one, last)}) == 1
     of_each = client.plan(MODEL, secateur.l1_unstructured("*.weight", 0.5))
-    assert str(of_each).splitlines()[1].split()[3] == "-"  # each tensor has a threshold of its own
+    assert str(of_each).splitlines()[2].split()[3] == "-"  # each tensor has a threshold of its own
     assert plan._repr_html_().count("<tr>") == 4
     assert json.loads(json.dumps(plan.to_dict()))["amounts"][0]["pruned"] == 22
 
@@ -169,7 +177,8 @@ def test_sensitivity_is_of_each_tensor_by_itself(client: secateur.Client) -> Non
         own = magnitudes([name])
         half = round(own.size / 2)
         assert shares == pytest.approx([removed(own, half), removed(own, 3)])
-    head, _, last = str(sensitivity).splitlines()
+    legend, head, _, last = str(sensitivity).splitlines()
+    assert legend.startswith("Pruning by magnitude, each tensor by itself; a unit is 1 element. A ")
     assert head.split() == ["tensor", "0.5", "3"]
     assert last.split() == [
         "fc.weight",
@@ -189,6 +198,13 @@ def test_sensitivity_of_larger_units(client: secateur.Client) -> None:
 def test_nothing_to_be_sensitive(client: secateur.Client) -> None:
     with pytest.raises(InvalidSpec, match="no floating tensor"):
         client.sensitivity({"bias": np.ones(3)})
+    many = {f"b{i}": np.ones(3) for i in range(5)}
+    with pytest.raises(InvalidSpec, match=r"there are: b0, b1, b2 and 2 more$"):
+        client.sensitivity(many)
+    with pytest.raises(InvalidSpec, match=r"'xyz' .*; there are: 'b0', 'b1', 'b2' and 2 more$"):
+        client.sensitivity(many, "xyz")
+    with pytest.raises(InvalidSpec, match="integers by their exact names; no floating tensor"):
+        client.sensitivity({"steps": np.array([[1, 2]])})
 
 
 @pytest.fixture
@@ -224,7 +240,7 @@ def test_the_command_plan_of_a_file(model: Path, capsys: pytest.CaptureFixture[s
     planned = json.loads(capsys.readouterr().out)["amounts"]
     assert [(p["amount"], p["pruned"]) for p in planned] == [(1, 8), (3, 24)]
     assert run("plan", model, "--spec", spec) == 0
-    assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["2", "16"]
+    assert capsys.readouterr().out.splitlines()[2].split()[:2] == ["2", "16"]
 
 
 def test_the_command_plan_needs_a_model_alone(

@@ -190,6 +190,13 @@ def test_a_layer_that_loses_all_filters(client: secateur.Client) -> None:
     assert said(client, uneven(), railed) == {}
 
 
+def test_a_norm_that_loses_every_element(client: secateur.Client) -> None:
+    spec = secateur.global_unstructured("*.weight", 0.2)
+    warning = said(client, with_norms(1e-3), spec)["WHOLLY_ZERO"]
+    assert warning.tensors == ("bn.weight", "ln_1.weight")
+    assert "WHOLLY_ZERO" not in said(client, with_norms(1e-3), secateur.l1_unstructured("*", 0.5))
+
+
 def test_many_layers_are_counted(client: secateur.Client) -> None:
     model = {f"{i:02}.weight": distinct((2, 3)) / 1000 for i in range(12)} | {"a": distinct((9, 9))}
     warning = said(client, model, secateur.global_unstructured("*", 72))["WHOLLY_ZERO"]
@@ -245,9 +252,19 @@ def test_zeros_that_are_pruned_again(client: secateur.Client, spec: secateur.Spe
         assert said(client, source, spec, prior="zeros") == {}
 
 
+def few_zeros() -> Tensor:
+    """An eighth is zero, as it may be without any pruning."""
+    weight = distinct((8, 8))
+    weight[0] = 0
+    return weight
+
+
 @pytest.mark.parametrize(
     ("weight", "spec"),
     [
+        (few_zeros(), secateur.l1_unstructured("w", 4)),
+        (few_zeros(), secateur.global_unstructured("w", 0.1)),
+        (few_zeros(), secateur.ln_structured("w", 1, n=2, dim=0)),
         (distinct((8, 8)).relu(), secateur.l1_unstructured("w", 0.9)),
         (distinct((64,)).relu(), secateur.l1_unstructured("w", 0.1)),  # biases begin as zeros
         (distinct((8, 8)).relu(), secateur.random_unstructured("w", 0.1)),

@@ -71,7 +71,8 @@ def test_it_disturbs_no_server_that_runs_and_says_what_that_one_has(
         )
         assert found.status == 1
         assert len(found.errors) == 3
-        assert found.errors[0].startswith(f"secateur-server: cannot listen at {running.address}: ")
+        listen = f"cannot listen at {running.address}: Address already in use"
+        assert found.errors[0] == f"secateur-server: {listen}"
         metrics = f"cannot serve metrics at {running.metrics_address}: Address already in use"
         assert found.errors[1] == f"secateur-server: {metrics}"
         store = f"cannot keep checkpoints in {tmp_path}: another server does"
@@ -85,7 +86,7 @@ def test_it_disturbs_no_server_that_runs_and_says_what_that_one_has(
     ("options", "message"),
     [
         (["--tokens-file", "{bad}"], "cannot read the tokens: {bad} is no TOML"),
-        (["--tls-cert", "{bad}", "--tls-key", "{bad}"], "cannot serve TLS: {bad} and {bad}:"),
+        (["--tls-cert", "{bad}", "--tls-key", "{bad}"], "cannot serve TLS: {bad}: is not PEM"),
         (["--store-dir", "{bad}/store"], "cannot keep checkpoints in {bad}/store: {bad} is closed"),
         (["--metrics-address", "nowhere"], "cannot serve metrics at 'nowhere': it is no HOST:PORT"),
         (["--memory-limit", "900TiB"], "--memory-limit is 921600.0 GiB: this machine has "),
@@ -130,6 +131,12 @@ def test_a_package_that_is_missing_is_said(
     (line,) = found.errors
     assert "URIs under s3://bucket/models cannot be opened: " in line
     assert "pip install 'secateur[remote]'" in line
+
+
+def test_a_package_that_no_extra_has_is_named(said: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    (line,) = said("--allow-uri", "gs://bucket/models").errors
+    assert line.endswith("; on the server: pip install gcsfs")
 
 
 VARIABLES = {

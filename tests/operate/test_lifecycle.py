@@ -186,7 +186,8 @@ def test_a_server_may_open_all_files_that_the_system_allows_it() -> None:
 def test_a_second_server_at_the_same_address_says_so(server: RunningServer) -> None:
     ended = run_server("--address", server.address, "--metrics-address", "")
     assert ended.returncode == 1
-    assert f"secateur-server: cannot listen at {server.address}" in ended.stderr
+    line = f"secateur-server: cannot listen at {server.address}: Address already in use\n"
+    assert line in ended.stderr
     options = ["--address", "127.0.0.1:0", "--metrics-address", server.metrics_address]
     with pytest.raises(CannotStart, match=f"cannot serve metrics at {server.metrics_address}"):
         App(read_config(options, {}))

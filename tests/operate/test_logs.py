@@ -1,6 +1,7 @@
 """What a server says of each request, to its log and to the caller."""
 
 import json
+import logging
 import os
 import pty
 import re
@@ -17,7 +18,7 @@ import secateur
 from secateur_proto import pruner_pb2, pruner_pb2_grpc
 from secateur_proto.framing import file_header
 from secateur_server.operate.metrics import STAGES
-from tests.conftest import RunningServer, stop_server
+from tests.conftest import RunningServer, inner_server, stop_server
 
 MODEL = {"w": np.arange(1, 9, dtype=np.float32).reshape(2, 4)}
 HALF = secateur.l1_unstructured("w", 0.5)
@@ -59,6 +60,14 @@ def test_a_request_is_one_line_that_a_program_can_read(own_server: RunningServer
     assert {"receive", "score", "select", "encode"} <= set(stages) <= set(STAGES)
     assert 0 < sum(stages.values()) < seconds
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+\+00:00", str(line["time"]))
+
+
+def test_the_peer_of_ipv6_is_as_people_write_it(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "secateur_server")
+    with inner_server("--address", "[::1]:0") as running:
+        report(running.address)
+    (peer,) = (record.call["peer"] for record in caplog.records if hasattr(record, "call"))
+    assert peer.startswith("ipv6:[::1]:")
 
 
 def test_a_request_that_fails_says_why_and_neither_weights_nor_tokens(

@@ -303,6 +303,14 @@ def test_everything_else_does_not(guarded: Guarded, metadata: Metadata) -> None:
     check_unauthenticated(refused.value)
 
 
+def test_a_client_without_a_token_is_told_how_to_give_one(guarded: Guarded) -> None:
+    with (
+        guarded.client(None) as stranger,
+        pytest.raises(secateur.Unauthenticated, match=r"--token, SECATEUR_TOKEN, .*token="),
+    ):
+        list(stranger.checkpoints())
+
+
 def listed(guarded: Guarded, metadata: Metadata) -> object:
     path = "/secateur.v1.Checkpoints/List"
     return failure(call, guarded.channel, path, "unary_unary", metadata, b"")
@@ -398,8 +406,16 @@ _LISTED = f'tokens = ["{SECRET}"]\n'
         (f"[tenants.ours]\n{_LISTED}allow = ['/models']\n", "'/models' is no scheme://place"),
         (f"[tenants.ours]\n{_LISTED}allow = ['file://models']\n", "is no scheme://place"),
         (f"[tenants.ours]\n{_LISTED}allow = ['file:///models/..']\n", "is no scheme://place"),
-        (f"[tenants.ours]\n{_LISTED}quota = 1\n", "tenants.ours: there are tokens, memory"),
-        (f"[tenants.ours]\n{_LISTED}{SECRET} = 1\n", "tenants.ours: there are tokens, memory"),
+        (
+            f"[tenants.ours]\n{_LISTED}quota = 1\n",
+            "'quota' is unknown; the keys are",
+        ),
+        (f"[tenants.ours]\n{_LISTED}stroe = 1\n", "'stroe' is unknown; the nearest is 'store'"),
+        (f"[tenants.ours]\ntoken = ['{SECRET}']\n", "'token' is unknown; the nearest is 'tokens'"),
+        (
+            f"[tenants.ours]\n{_LISTED}{SECRET} = 1\n",
+            "a key is unknown; the keys are",
+        ),
     ],
 )
 def test_a_file_of_tokens_that_is_wrong_is_told_without_its_tokens(

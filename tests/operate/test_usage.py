@@ -33,6 +33,14 @@ def test_wrong_usage_is_one_line_and_exits_2(
     assert said in line
 
 
+def test_help_names_the_values_of_switches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        read_config(["--help"], {})
+    shown = capsys.readouterr().out
+    assert "[--insecure [1|0]]" in shown
+    assert "[--check [1|0]]" in shown
+
+
 @pytest.mark.parametrize(
     ("text", "count"),
     [

@@ -381,6 +381,8 @@ def test_a_glob_means_no_integers(client: secateur.Client) -> None:
             client.prune(model, secateur.l1_unstructured(glob, 1))
         with pytest.raises(secateur.InvalidSpec, match="matches no floating tensor"):
             client.report(model, [glob])
+    with pytest.raises(secateur.InvalidSpec, match=r"'int8.weight' is I8: .* named exactly"):
+        client.report(model, "int8.*")
     names = ["int8.weight", "bn.num_batches_tracked", "bn.*"]
     report = client.report(model, names)
     assert list(report.tensors) == ["bn.weight", "bn.num_batches_tracked", "int8.weight"]

@@ -199,7 +199,9 @@ SHOWN = [
     ((4, 16), ["1:4", "2:8", "4:16"], "1:4"),
     ((4, 32), ["1:4", "2:8", "3:16"], "1:4 3:16"),
     ((4, 16), ["1:2", "1:4", "2:8"], "1:4"),
-    ((32,), ["0:2", "0:4", "0:8", "0:16"], "0:16"),
+    ((32,), ["0:2", "0:4", "0:8", "0:16"], ""),  # wholly zero
+    ((4, 32), ["3:4", "7:8", "13:16"], ""),  # chance
+    ((4, 32), ["3:4", "4:8", "9:16"], "4:8"),
     ((7, 3), ["3:4", "3:8", "3:16"], ""),
     ((), [], ""),
 ]
@@ -222,9 +224,38 @@ def test_what_was_asked_for_stands_beside_what_came_of_it(client: secateur.Clien
     spec = secateur.l1_unstructured(["a", "b"], 0.6) + secateur.random_unstructured("a", 1)
     lines = str(client.prune(model, spec).report).splitlines()
     assert [line for line in lines if line.startswith("rule")] == [
-        "rule 1 (a): 3 of 5 units asked for, 3 pruned, threshold 1, ties 3 of 5",
-        "rule 1 (b): 1,200 of 2,000 units asked for, 1,200 pruned, threshold 2.342",
+        "rule 1 (2 tensors): 1,203 of 2,005 units asked for, 1,203 pruned",
         "rule 2: 1 of 2 units asked for, 1 pruned",
+    ]
+    lines = str(client.prune(model, secateur.l1_unstructured("a", 0.6)).report).splitlines()
+    assert "rule 1: 3 of 5 units asked for, 3 pruned, threshold 1, ties 3 of 5" in lines
+
+
+def choice(*names: str, requested: int, pruned: int, bounds: tuple[Bound, ...] = ()) -> pb.Choice:
+    return encode_choice(Choice(names, 100, requested, pruned, 0.5, 1, 1, bounds))
+
+
+def test_choices_that_were_met_share_a_line() -> None:
+    bound = (Bound("f", "max_sparsity", 60),)
+    rules = [
+        [choice(name, requested=60, pruned=60) for name in "abc"]
+        + [
+            choice("d", requested=60, pruned=50),
+            choice("f", requested=60, pruned=60, bounds=bound),
+        ],
+        [choice(*names, requested=20, pruned=20) for names in ("ab", "cd")],
+        [choice("a", requested=2, pruned=2), choice("b", requested=2, pruned=1)],
+    ]
+    reports = [pb.RuleReport(choices=choices) for choices in rules]
+    lines = str(decode_report(pb.SparsityReport(rules=reports))).splitlines()
+    end = "threshold 0.5"
+    assert [line for line in lines if line.startswith("rule")] == [
+        "rule 1 (3 tensors): 180 of 300 units asked for, 180 pruned",
+        f"rule 1 (d): 60 of 100 units asked for, 50 pruned, {end}",
+        f"rule 1 (f): 60 of 100 units asked for, 60 pruned, {end}; bounds: f max_sparsity",
+        "rule 2 (4 tensors in 2 sets): 40 of 200 units asked for, 40 pruned",
+        f"rule 3 (a): 2 of 100 units asked for, 2 pruned, {end}",
+        f"rule 3 (b): 2 of 100 units asked for, 1 pruned, {end}",
     ]
 
 

@@ -18,6 +18,9 @@ from secateur_server.pruning.spec import CustomMasks, Magnitude, Parameter, Rule
 # Names in a line for people.
 SHOWN = 3
 
+# Of the candidates, from which on zeros are likely those of an earlier pruning: few are natural.
+_MANY_ZEROS = 0.2
+
 # The last parts of names. GPTQ and AWQ have scales, bitsandbytes absmax and quant_map, fp8 models
 # weight_scale_inv or weight_scale, ModelOpt weight_scale_2 and weights_scaling_factor.
 _SCALES = re.compile(r"(.*_)?(scales?|scale_inv|absmax|quant_map|scaling_factor|SCB)(_\d+)?")
@@ -122,7 +125,8 @@ def _wholly_zero(pruning: Pruning) -> pb.Warning | None:
     found = [
         change
         for change in checked(pruning.changes)
-        if change.is_wholly_zero and change.is_weight and change.name not in meant
+        if change.is_wholly_zero and change.name not in meant
+        if change.is_weight or _is_norm(change)
     ]
     if not found:
         return None
@@ -156,6 +160,7 @@ def _zero_before(pruning: Pruning) -> pb.Warning | None:
         if _ranks_zeros_lowest(rule)
         for choice in checked(choices)
         if choice.HasField("threshold") and choice.threshold == 0
+        if choice.ties >= _MANY_ZEROS * choice.candidates  # ties at 0 are the units of zeros
         if pruning.has_weight(choice)
         for name in choice.tensors
     ]

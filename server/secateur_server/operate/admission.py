@@ -97,7 +97,9 @@ class Admission:
             )
         if tenant.memory is not None and size > tenant.memory:
             raise QuotaExceeded(
-                field, f"{size} bytes; {tenant.name} may have {tenant.memory} in service"
+                field,
+                f"{size} bytes; {tenant.name} may have {tenant.memory} in service: send less, or "
+                "ask the operator to raise `memory` in the tokens file",
             )
 
     def _wait(self, me: _Waiting) -> None:

@@ -7,6 +7,7 @@ import os
 import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,11 @@ log = logging.getLogger(__name__)
 # Shorter ones can be found by trying.
 LEAST_CHARACTERS = 16
 _HASHED = "sha256:"
+_NO_TOKEN = (
+    "this server needs a bearer token: give --token, SECATEUR_TOKEN, or in Python Client(token=...)"
+)
+# Of a table [tenants.NAME].
+_KEYS = ("tokens", "memory", "requests", "store", "allow")
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class Callers:
             return Tenant("", _owner_of(text)) if text else ANYBODY
         scheme, _, token = text.partition(b" ")
         if scheme.lower() != b"bearer" or not token:
-            raise Unauthenticated("authorization", "this server asks for a bearer token")
+            raise Unauthenticated("authorization", _NO_TOKEN)
         found, asked = None, hashlib.sha256(token.strip()).digest()
         for digest, tenant in self._file.value().items():  # all of them: the time tells nothing
             if hmac.compare_digest(digest, asked):
@@ -140,6 +146,8 @@ def read_tokens(path: Path) -> dict[bytes, Tenant]:
 def _tenant(where: str, name: str, table: Any) -> tuple[Tenant, set[bytes]]:
     """Errors: BadTokens, which tells no token, wherever it stands."""
     rest = dict(table)
+    if unknown := next((key for key in table if key not in _KEYS), None):
+        raise BadTokens(f"{where}: {_unknown(unknown)}")
     tokens = _texts(where, "tokens", rest.pop("tokens", ()))
     if not tokens:
         raise BadTokens(f"{where}.tokens: there is none")
@@ -155,9 +163,16 @@ def _tenant(where: str, name: str, table: Any) -> tuple[Tenant, set[bytes]]:
         _bytes(where, "store", rest.pop("store", None)),
         None if allow is None else _uris(where, allow),
     )
-    if rest:
-        raise BadTokens(f"{where}: there are tokens, memory, requests, store, allow, and no more")
     return tenant, {_digest(where, token) for token in tokens}
+
+
+def _unknown(key: str) -> str:
+    """What is wrong with a key; a long one may be a token, and is not named."""
+    known = f"the keys are {', '.join(_KEYS)}"
+    if len(key) >= LEAST_CHARACTERS:
+        return f"a key is unknown; {known}"
+    near = get_close_matches(key, _KEYS, 1)
+    return f"{key!r} is unknown; {f'the nearest is {near[0]!r}' if near else known}"
 
 
 def _texts(where: str, key: str, values: Any) -> tuple[str, ...]:

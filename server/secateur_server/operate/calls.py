@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from urllib.parse import unquote
 
 import grpc
 
@@ -75,7 +76,8 @@ def this_call() -> Call:
 @contextmanager
 def serving(method: Method, context: grpc.ServicerContext, watch: Watch) -> Iterator[Call]:
     """A new call: in the block it is `this_call`, and its watch stops where the caller leaves."""
-    call = Call(method, _id_of(context), context.peer(), watch)
+    peer = unquote(context.peer())  # gRPC encodes the brackets of IPv6
+    call = Call(method, _id_of(context), peer, watch)
     context.set_trailing_metadata(((REQUEST_ID, call.id),))
     if not context.add_callback(watch.stop):
         watch.stop()

@@ -1,5 +1,6 @@
 """Certificates, read again when their files change."""
 
+import re
 import ssl
 import threading
 from collections.abc import Callable
@@ -34,11 +35,14 @@ class TlsFiles:
         """What gRPC serves with.  Errors: BadCertificate."""
         at = f"{self.cert} and {self.key}"
         try:
+            _check_pem(self.cert, b"CERTIFICATE")
+            _check_pem(self.key, b"PRIVATE KEY")
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             # Without a password openssl would ask the terminal for one.
             context.load_cert_chain(self.cert, self.key, password=_no_password)
             if self.client_ca:
                 at = f"{self.client_ca}"
+                _check_pem(self.client_ca, b"CERTIFICATE")
                 context.load_verify_locations(self.client_ca)
             cert, key, client_ca = self.version()
         except ssl.SSLError as error:
@@ -48,6 +52,12 @@ class TlsFiles:
         assert cert is not None, "it is not optional"
         assert key is not None, "nor is this"
         return grpc.ssl_server_certificate_configuration([(key, cert)], client_ca)
+
+
+def _check_pem(path: Path, kind: bytes) -> None:
+    """Errors: BadCertificate, naming the file, which OpenSSL does not."""
+    if not re.search(rb"-----BEGIN [A-Z ]*" + kind, path.read_bytes()):
+        raise BadCertificate(f"{path}: is not PEM with a {kind.decode().lower()}")
 
 
 def _no_password() -> bytes:

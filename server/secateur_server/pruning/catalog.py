@@ -158,12 +158,32 @@ def unmatched(field: str, name: str, catalog: Catalog) -> NotPrunable | UnknownT
     """The error that says why a name means nothing that can be pruned."""
     if name in {**catalog.stored, **catalog.extras} and name not in catalog.pairs:
         return NotPrunable(field, f"{quote(name)} cannot be pruned: {_nature(name, catalog)}")
-    names = list(catalog.prunable)
+    advice = _integers(field, name, catalog) or _nearest(name, list(catalog.prunable))
+    return UnknownTensor(field, f"{quote(name)} matches no floating tensor; {advice}")
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    """The names that are most like `name`, else the first ones."""
+    if not names:
+        return "there is none"
     some = [known for known in names[:1000] if len(known) <= 80]  # comparing takes long
-    close = get_close_matches(name[:80], some, n=3, cutoff=0.4)
-    shown = "nearest" if close else "there are" if names else "there is none"
-    listed = ", ".join(quote(known) for known in close or names[:3])
-    return UnknownTensor(field, f"{quote(name)} matches no floating tensor; {shown}: {listed}")
+    if close := get_close_matches(name[:80], some, n=3, cutoff=0.4):
+        return f"nearest: {', '.join(map(quote, close))}"
+    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+    return f"there are: {', '.join(map(quote, names[:3]))}{more}"
+
+
+def _integers(field: str, glob: str, catalog: Catalog) -> str | None:
+    """What to do about a glob that matches integers; None where it matches none."""
+    found = catalog.in_order(matches(field, [glob], catalog.names_of_prunable).first)
+    if not found:
+        return None
+    orig = catalog.pairs.get(found[0], found)[0]
+    more = f" (and {len(found) - 1:,} more)" if len(found) > 1 else ""
+    return (
+        f"{quote(found[0])}{more} is {catalog.stored[orig].calls}: a tensor of integers must be "
+        "named exactly"
+    )
 
 
 def _nature(name: str, catalog: Catalog) -> str:

@@ -201,7 +201,9 @@ def _check_slices(rule: Selection, dim: int, name: str, shape: Shape) -> None:
     field = f"{rule.path}.dim"
     if len(shape) < 2:
         raise NotStructured(
-            field, f"{quote(name)} has shape {list(shape)}; slices need 2 dimensions or more"
+            field,
+            f"{quote(name)} has shape {list(shape)}; slices need 2 dimensions or more: name only "
+            "such tensors, as [n for n, t in state_dict.items() if t.ndim > 1] does",
         )
     if not -len(shape) <= dim < len(shape):
         raise DimOutOfRange(

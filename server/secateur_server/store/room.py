@@ -125,5 +125,7 @@ class _Plan:
 
 def _above_quota(count: int, quota: int) -> QuotaExceeded:
     return QuotaExceeded(
-        "data", f"{count} bytes do not fit the {quota} that you may keep; delete checkpoints"
+        "data",
+        f"{count} bytes do not fit the {quota} that you may keep; delete checkpoints, or ask the "
+        "operator to raise `store` in the tokens file",
     )

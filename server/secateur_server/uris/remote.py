@@ -28,6 +28,7 @@ from secateur_server.uris.requests import Requests
 from secateur_server.uris.scratch import Scratch
 
 _INSTALL = "pip install 'secateur[remote]'"
+_OF_EXTRA = ("fsspec", "s3fs")
 
 Bytes = bytes | memoryview
 Prefixes = Sequence[str]
@@ -190,8 +191,19 @@ def missing(prefix: str) -> str:
 
         fsspec.get_filesystem_class(prefix.partition("://")[0])
     except (ImportError, ValueError) as error:  # ValueError: fsspec does not know the scheme
-        return f"{error}; on the server: {_INSTALL}"
+        return f"{error}; on the server: {_installer(prefix)}"
     return ""
+
+
+def _installer(uri: str) -> str:
+    """The command that installs what opens a URI."""
+    try:
+        from fsspec.registry import known_implementations
+    except ImportError:
+        return _INSTALL
+    known = known_implementations.get(uri.partition("://")[0], {})
+    package = known.get("class", "fsspec").partition(".")[0]
+    return _INSTALL if package in _OF_EXTRA else f"pip install {package}"
 
 
 def _system(field: str, uri: str, requests: Requests, prefixes: Prefixes) -> tuple[Any, str]:
@@ -199,7 +211,7 @@ def _system(field: str, uri: str, requests: Requests, prefixes: Prefixes) -> tup
     try:
         return _open_system(uri, requests, prefixes)
     except ImportError as error:  # of fsspec, or of what it opens this kind of URI with
-        needed = ValueError(f"{error}; on the server: {_INSTALL}")
+        needed = ValueError(f"{error}; on the server: {_installer(uri)}")
         raise _failed(field, uri, "opened", needed) from None
     except Exception as error:
         raise _failed(field, uri, "opened", error) from None
