@@ -217,13 +217,13 @@ def cpu_seconds(server: RunningServer) -> float:
     return time.process_time() + (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def test_fifty_thousand_tensors_of_nothing_do_not_take_the_square_of_it(
+def test_twenty_thousand_tensors_of_nothing_do_not_take_the_square_of_it(
     client: secateur.Client,
 ) -> None:
     """It took minutes once, of which a caller that left saved nobody anything."""
-    model = {f"layers.{n}.weight": torch.empty(0) for n in range(50_000)}
+    model = {f"layers.{n}.weight": torch.empty(0) for n in range(20_000)}
     result = client.prune(model, secateur.l1_unstructured("*", 0.5), output="none")
-    assert len(result.report.tensors) == 50_000
+    assert len(result.report.tensors) == 20_000
 
 
 def test_a_name_of_1_mb_is_a_name(channel: grpc.Channel, grown: Measured) -> None:

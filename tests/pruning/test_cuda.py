@@ -78,7 +78,9 @@ def test_masks_and_measures_are_those_of_the_cpu(
     assert_same(to_gpu, weights, rules, extras)
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(
+    "fraction", [0.3, *(pytest.param(f, marks=pytest.mark.slow) for f in (0.0, 1.0))]
+)
 def test_so_many_units_that_not_all_are_ranked_at_once(
     to_gpu: Callable[[], str], monkeypatch: pytest.MonkeyPatch, fraction: float
 ) -> None:
@@ -211,6 +213,7 @@ print("compiled")
 """
 
 
+@pytest.mark.slow
 def test_the_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-c", COMPILE]

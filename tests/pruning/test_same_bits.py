@@ -99,7 +99,9 @@ def shuffled_rows(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [*EXACT, *HALF], ids=str)
-@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, 0.5])
+@pytest.mark.parametrize(
+    "p", [2.0, 0.5, *(pytest.param(p, marks=pytest.mark.slow) for p in (1.0, 3.0))]
+)
 @pytest.mark.usefixtures("threads")
 def test_rounding_in_large_slices_does_not_show(dtype: torch.dtype, p: float) -> None:
     weight = shuffled_rows(4, 150_000, dtype)
@@ -203,7 +205,10 @@ def millions(kind: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["normal", "periodic", "constant", "few values"])
-@pytest.mark.parametrize("fraction", [0.0001, 0.5, 0.97, 1.0])
+@pytest.mark.parametrize(
+    "fraction",
+    [0.5, 1.0, *(pytest.param(f, marks=pytest.mark.slow) for f in (0.0001, 0.97))],
+)
 def test_millions_of_units_lose_exactly_the_lowest(kind: str, fraction: float) -> None:
     """With ties across the pieces."""
     weight, ordered, order = millions(kind)

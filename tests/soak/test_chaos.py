@@ -81,6 +81,7 @@ def has_all_kinds(callers: list[Caller], faults: Counter[str]) -> bool:
     return is_wrong or (are_right and all(faults[kind] for kind in FAULTS))
 
 
+@pytest.mark.slow
 def test_a_network_that_fails_at_random_gives_right_answers_or_known_errors(
     tmp_path: Path,
 ) -> None:

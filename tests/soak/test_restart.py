@@ -97,6 +97,7 @@ def succeeded(callers: list[Caller]) -> Counter[str]:
     return Counter({call: outcomes[f"{call}: ok"] for call in CALLS})
 
 
+@pytest.mark.slow
 def test_calls_outlast_a_server_that_is_killed_and_started_again(tmp_path: Path) -> None:
     cases = cases_of(tmp_path, "lenet", "1M")
     outcomes = survive(tmp_path, cases, kills=1, seconds=0.5)
