@@ -125,8 +125,7 @@ class Client:
         keep = flag("keep", keep)
         counted = one_of("prior", prior, _PRIORS)
         model = read_source(source, key)
-        check_spec(spec, model.others)
-        spec = spec.keep_ends(model.tied_names()).share_arrays(model.other_names)
+        spec = _fitted(spec, model)
         if destination and output in ("dense", "reparametrized"):
             check_storable(destination, model.only_parameters().others, _LEAVE_OUT)
             warn_of_rest(destination, model.torch_file)
@@ -223,8 +222,7 @@ class Client:
         prior: as of prune.
         """
         model, place = read_source(source, key), place_of(source)
-        check_spec(checked(spec), model.others)
-        spec = spec.keep_ends(model.tied_names()).share_arrays(model.other_names)
+        spec = _fitted(checked(spec), model)
         sent = {n: t for n, t in model.tensors.items() if n in model.parameters}
         message, arrays = spec.encode(model.tensors)
         upload = Upload({**sent, **arrays}, model.metadata, is_file=not place)
@@ -465,6 +463,12 @@ class Client:
         at: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _fitted(spec: Spec, model: Source) -> Spec:
+    """The spec for a model whose tensors may be tied.  Errors: InvalidSpec."""
+    check_spec(spec, model.others)
+    return spec.keep_ends(model.tied_names()).share_arrays(model.other_names)
 
 
 def _check_output(output: Any) -> None:

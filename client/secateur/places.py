@@ -39,10 +39,10 @@ def tensor_place(value: Any) -> Place | None:
     return _place(device, value.data_ptr(), tuple(value.shape), strides, size, values)
 
 
-def array_place(array: npt.NDArray[Any]) -> Place | None:
-    """The place of an array; None for one without elements."""
-    size, values = array.dtype.itemsize, str(array.dtype)
-    return _place("", array.ctypes.data, array.shape, array.strides, size, values)
+def array_place(array: npt.NDArray[Any], dtype: str) -> Place | None:
+    """The place of an array, whose dtype has this name; None for one without elements."""
+    values = dtype if array.dtype.isnative else f"{array.dtype.byteorder}{dtype}"
+    return _place("", array.ctypes.data, array.shape, array.strides, array.itemsize, values)
 
 
 def _place(

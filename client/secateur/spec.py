@@ -101,8 +101,11 @@ class Spec:
         other names are: the last layer of a model may be its first one's weight.
 
         Args:
-            names: From every name of a tensor, in the state_dict's order, to the tensor's.
+            names: From every name of a tensor, in the state_dict's order, to the tensor's; empty
+                where no tensor is tied.
         """
+        if not names:
+            return self
         rules = []
         for rule in self.rules:
             message = _copy(rule.message)

@@ -84,10 +84,11 @@ def from_value(name: str, value: Any) -> LocalTensor:
     if not hasattr(value, "__array__"):
         raise InvalidStateDict(f"{name}: {type(value).__name__} is no tensor and no array")
     array = as_array(name, value)
+    dtype = array.dtype.name  # numpy makes the name anew each time
     if not is_array(array):
-        raise InvalidStateDict(f"{name}: dtype {array.dtype.name} is not a dtype of numbers")
-    read, place = lambda: _array_bytes(array), array_place(array)
-    return _described(name, array.dtype.name, array.shape, read, place)
+        raise InvalidStateDict(f"{name}: dtype {dtype} is not a dtype of numbers")
+    read, place = lambda: _array_bytes(array), array_place(array, dtype)
+    return _described(name, dtype, array.shape, read, place)
 
 
 def _described(
