@@ -19,7 +19,6 @@ from secateur_server.config import Config
 from secateur_server.devices import passes_of
 from secateur_server.devices.cpu import one_thread, start_threads
 from secateur_server.devices.threads import started_pool
-from secateur_server.devices.watch import Watch
 from secateur_server.operate.admission import Admission
 from secateur_server.operate.callers import BadTokens, Callers
 from secateur_server.operate.door import Door
@@ -30,6 +29,7 @@ from secateur_server.operate.scrape import Scrapes
 from secateur_server.operate.serving import OnlyHealth, Serving
 from secateur_server.operate.tls import BadCertificate, TlsFiles, server_credentials
 from secateur_server.operate.traces import NoTraces, Traces
+from secateur_server.runtime.context import RequestContext
 from secateur_server.service import Pruner, add_pruner
 from secateur_server.sources import Sources
 from secateur_server.store.folders import default_max_bytes, temporary_folder
@@ -173,7 +173,7 @@ def _grpc_servers(
     traces = traces_of(config)
     if traces:
         opened.callback(traces.close)
-    make_watch = partial(Watch, config.work_memory, store.scratch)
+    make_watch = partial(RequestContext, work_memory=config.work_memory, scratch=store.scratch)
     reception = Reception(callers_of(config, metrics), metrics, traces, make_watch, calls)
     # Who is one too many is told so, and a probe is served: both need a thread for a moment.
     threads = calls + 2 * MOST_OPEN

@@ -249,7 +249,7 @@ class Pruner:
         finally:
             if not future.cancel():  # no worker has begun it: there is nothing to wait for
                 if not future.done():
-                    of_call.stop()
+                    of_call.cancel()
                 wait([future])
         try:
             return future.result()

@@ -12,10 +12,10 @@ from secateur_proto import pruner_pb2 as pb
 from secateur_proto import spec_pb2
 from secateur_proto.framing import file_header
 from secateur_server.devices.cpu import one_thread
-from secateur_server.devices.watch import Watch
+from secateur_server.devices.watch import watched
 from secateur_server.operate.admission import Admission
-from secateur_server.operate.calls import own_call
 from secateur_server.operate.metrics import Metrics
+from secateur_server.runtime.context import RequestContext
 from secateur_server.service import Pruner
 from secateur_server.sources import Sources
 from secateur_server.store.store import Store
@@ -69,10 +69,10 @@ def _warm_up(pruner: Pruner) -> None:
             (small, pb.OUTPUT_DENSE),
         ):
             header = pb.PruneHeader(data_bytes=len(data), spec=_spec(), output=output)
-            with own_call(Watch()):
+            with watched(RequestContext()):
                 list(pruner.Prune(iter([pb.PruneRequest(header=header, data=data)]), context))
         to_report = pb.ReportRequest(header=pb.ReportHeader(data_bytes=len(large)), data=large)
-        with own_call(Watch()):
+        with watched(RequestContext()):
             pruner.Report(iter([to_report]), context)
 
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import grpc
 import numpy as np
@@ -23,13 +23,12 @@ import secateur
 from secateur import errors
 from secateur_proto.pruner_pb2_grpc import PrunerStub
 from secateur_server.app import WORKERS
-from secateur_server.devices.watch import Watch
+from secateur_server.devices.watch import watched
 from secateur_server.errors import ModelTooLarge, QueueFull, QuotaExceeded, Stopped
 from secateur_server.operate import admission as module
 from secateur_server.operate.admission import Admission
-from secateur_server.operate.callers import Tenant
-from secateur_server.operate.calls import Method, serving
 from secateur_server.operate.reception import MOST_OPEN
+from secateur_server.runtime.context import RequestContext, Tenant
 from tests.conftest import RunningServer, eventually, inner_server, start_server, stop_server
 from tests.contract.raw import (
     Failure,
@@ -45,24 +44,6 @@ from tests.store.stored import token
 
 # The class by itself -----------------------------------------------------------------------------
 
-METHOD = Method("secateur.v1.Pruner", "Prune", "bidi_stream")
-
-
-class Context:
-    """What a call asks of grpc's context."""
-
-    def invocation_metadata(self) -> tuple[()]:
-        return ()
-
-    def peer(self) -> str:
-        return ""
-
-    def set_trailing_metadata(self, metadata: object) -> None:
-        pass
-
-    def add_callback(self, callback: object) -> bool:
-        return True
-
 
 @pytest.fixture(autouse=True)
 def _soon_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,16 +57,15 @@ class Caller:
         self.tenant, self.size = tenant, size
         self.state = "waiting"
         self.error: BaseException | None = None
-        self.watch = Watch()
+        self.watch = RequestContext()
         self._admission = admission
         self._leaves = threading.Event()
         self._thread = threading.Thread(target=self._call, daemon=True)
         self._thread.start()
 
     def _call(self) -> None:
-        context = cast(grpc.ServicerContext, Context())
-        with serving(METHOD, context, self.watch) as call:
-            call.tenant = self.tenant
+        self.watch.tenant = self.tenant
+        with watched(self.watch):
             try:
                 with self._admission.admitted("header.data_bytes", self.size):
                     self.state = "served"
@@ -100,7 +80,7 @@ class Caller:
         self._thread.join(300)
 
     def stop(self) -> None:
-        self.watch.stop()
+        self.watch.cancel()
         self._thread.join(300)
 
 
@@ -335,11 +315,11 @@ def test_threads_that_race_never_hold_more_than_the_limit_and_all_come_out() -> 
         nonlocal held, most
         chance = random.Random(seed)
         for _ in range(60):
-            size, watch = chance.randint(1, 100), Watch()
+            size, watch = chance.randint(1, 100), RequestContext()
             if chance.random() < 0.3:
-                threading.Timer(chance.uniform(0, 0.02), watch.stop).start()
-            with serving(METHOD, cast(grpc.ServicerContext, Context()), watch) as this:
-                this.tenant = chance.choice(TENANTS[:2])
+                threading.Timer(chance.uniform(0, 0.02), watch.cancel).start()
+            watch.tenant = chance.choice(TENANTS[:2])
+            with watched(watch):
                 how = "stopped"
                 with contextlib.suppress(Stopped), admission.admitted("", size):
                     with lock:

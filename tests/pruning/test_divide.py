@@ -14,7 +14,7 @@ from secateur_server.devices.cpu import Compiled, Cpu
 from secateur_server.devices.keys import BITS
 from secateur_server.devices.passes import Cut, Passes
 from secateur_server.devices.randomness import RandomScores, random_keys, random_scores
-from secateur_server.devices.watch import Watch, watched
+from secateur_server.devices.watch import watched
 from secateur_server.errors import Stopped
 from secateur_server.pruning import divide as of_divide
 from secateur_server.pruning import divide_small
@@ -24,6 +24,7 @@ from secateur_server.pruning.energy import energies
 from secateur_server.pruning.lamp import divide_by_lamp
 from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.select import NOTHING, score_dtype, select
+from secateur_server.runtime.context import RequestContext
 from tests.pruning.bits import packed
 
 CPU = torch.device("cpu")
@@ -274,8 +275,8 @@ def test_what_is_found_is_the_same_bits_without_numba_and_threads(
 
 
 def test_a_call_that_is_stopped_divides_no_further(large: list[Ranking]) -> None:
-    call = Watch()
-    call.stop()
+    call = RequestContext()
+    call.cancel()
     with watched(call), pytest.raises(Stopped):
         divide(large[:1], [Query((0,), (0,), (large[0].units,), 9)], score_dtype(large[:1]))
 

@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur_server.devices.watch import Watch, watched
+from secateur_server.devices.watch import watched
 from secateur_server.errors import InvalidSpec, Stopped
 from secateur_server.pruning.globs import (
     MOST_GLOB_CHARACTERS,
     MOST_GLOBS,
     matches,
 )
+from secateur_server.runtime.context import RequestContext
 
 many = settings(deadline=None, max_examples=300)
 GLOBS = st.lists(st.text("ab[]!-*?.^", max_size=8), max_size=6)
@@ -116,7 +117,7 @@ def test_globs_that_take_too_long_to_match_are_an_error(monkeypatch: pytest.Monk
 
 
 def test_a_caller_who_leaves_ends_the_matching() -> None:
-    watch = Watch()
-    watch.stop()
+    watch = RequestContext()
+    watch.cancel()
     with watched(watch), pytest.raises(Stopped):
         matches("tensors", ["*.weight"], names_of(1))

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from secateur_proto import spec_pb2 as pb
-from secateur_server.devices.watch import Watch, watched
+from secateur_server.devices.watch import watched
 from secateur_server.errors import InvalidSpec, Stopped
 from secateur_server.messages.rails import MOST_RAILS
 from secateur_server.messages.spec import (
@@ -22,6 +22,7 @@ from secateur_server.messages.spec import (
     decode_spec,
 )
 from secateur_server.pruning.globs import MOST_GLOB_CHARACTERS, MOST_GLOBS, MOST_VISITS
+from secateur_server.runtime.context import RequestContext
 from tests.contract.raw import check_invalid, send_file, spec
 
 ROOT = Path(__file__).parents[2]
@@ -129,7 +130,7 @@ def test_indices_that_are_no_slices_are_an_error(
     ],
 )
 def test_a_caller_who_leaves_ends_the_decoding(given: pb.PruningSpec) -> None:
-    watch = Watch()
-    watch.stop()
+    watch = RequestContext()
+    watch.cancel()
     with watched(watch), pytest.raises(Stopped):
         decode_spec(given)

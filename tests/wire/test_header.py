@@ -7,8 +7,9 @@ import safetensors
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateur_server.devices.watch import Watch, watched
+from secateur_server.devices.watch import watched
 from secateur_server.errors import MalformedFile, Stopped
+from secateur_server.runtime.context import RequestContext
 from secateur_server.wire.header import Header, header_length, parse_header
 from tests.contract.raw import entry, file, unhurried
 
@@ -46,8 +47,8 @@ def check(data: bytes) -> None:
 
 def test_a_header_is_left_with_its_caller() -> None:
     """Of hundreds of thousands of tensors it takes seconds."""
-    of_call = Watch()
-    of_call.stop()
+    of_call = RequestContext()
+    of_call.cancel()
     with watched(of_call), pytest.raises(Stopped):
         parse(GOOD)
 

@@ -15,7 +15,7 @@ from secateur_proto import plan_pb2
 from secateur_proto import pruner_pb2 as pb
 from secateur_proto.pruner_pb2_grpc import PrunerStub
 from secateur_server.devices import cpu
-from secateur_server.devices.watch import Watch, watched
+from secateur_server.devices.watch import watched
 from secateur_server.errors import Stopped
 from secateur_server.messages.plan import encode_plan
 from secateur_server.messages.report import encode_report
@@ -25,6 +25,7 @@ from secateur_server.pruning.plan import plan
 from secateur_server.pruning.prune import prune
 from secateur_server.pruning.resolve import resolve
 from secateur_server.pruning.spec import Parameter, Selection
+from secateur_server.runtime.context import RequestContext
 from tests.conftest import RunningServer, caught, eventually
 from tests.contract.raw import series
 from tests.pruning.defined import catalog_of
@@ -45,7 +46,7 @@ CATALOG = catalog_of(PARAMETERS)
 AMOUNTS = [0.25, 0.5, 0.75]
 
 
-class CountedWatch(Watch):
+class CountedWatch(RequestContext):
     """Stops itself at a check, and measures the lines of Python between two checks."""
 
     def __init__(self, last: int | None = None) -> None:
@@ -57,7 +58,7 @@ class CountedWatch(Watch):
         self.checks += 1
         self.longest, self.lines = max(self.longest, self.lines), 0
         if self.checks == self._last:
-            self.stop()
+            self.cancel()
         super().check()
 
     def trace(self, frame: FrameType, event: str, argument: object) -> Any:

@@ -32,7 +32,8 @@ from secateur_server.devices.passes import (
 )
 from secateur_server.devices.randomness import RandomScores
 from secateur_server.devices.threads import start_all
-from secateur_server.devices.watch import Found, Work, checked, watch
+from secateur_server.devices.watch import checked, watch
+from secateur_server.runtime.context import Found, Item
 
 CORES = cores(len(os.sched_getaffinity(0)))
 
@@ -69,7 +70,7 @@ class Cpu(Passes):
     look_bytes = 1  # what has just landed is in a cache
     threads = CORES
 
-    def each(self, function: Callable[[Work], Found], pieces: Iterable[Work]) -> list[Found]:
+    def each(self, function: Callable[[Item], Found], pieces: Iterable[Item]) -> list[Found]:
         """As Passes.each, on all cores."""
         pieces = list(pieces)
         # One piece waits for no other thread; a thread of the pool must not wait for the pool.
@@ -80,7 +81,7 @@ class Cpu(Passes):
         shares = [pieces[begin : begin + size] for begin in range(0, len(pieces), size)]
         of_call = watch()  # the pool's threads have none of their own
 
-        found = _POOL.map(lambda share: of_call.each(function, share), shares)
+        found = _POOL.map(lambda share: of_call.map(function, share), shares)
         return list(itertools.chain.from_iterable(found))
 
     def room(self, size: int) -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from secateur_server.devices.keys import BITS, as_keys, picked, signed_bits
 from secateur_server.devices.randomness import RandomScores, random_keys
-from secateur_server.devices.watch import Found, Work, watch
+from secateur_server.devices.watch import watch
+from secateur_server.runtime.context import Found, Item
 
 DIGIT_BITS = 16
 
@@ -93,9 +94,9 @@ class Passes:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def each(self, function: Callable[[Work], Found], pieces: Iterable[Work]) -> list[Found]:
+    def each(self, function: Callable[[Item], Found], pieces: Iterable[Item]) -> list[Found]:
         """What `function` makes of each piece, in their order.  Errors: Stopped."""
-        return watch().each(function, pieces)
+        return watch().map(function, pieces)
 
     def room(self, size: int) -> Tensor:
         """Memory of `size` bytes, as uint8."""

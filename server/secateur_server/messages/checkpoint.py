@@ -6,7 +6,7 @@ from secateur_proto.checkpoint_pb2 import PHASE_PRUNE, PHASE_READ, PHASE_WRITE
 from secateur_proto.checkpoint_pb2 import Checkpoint as CheckpointMessage
 from secateur_proto.checkpoint_pb2 import File as FileMessage
 from secateur_proto.checkpoint_pb2 import Progress as ProgressMessage
-from secateur_server.devices.watch import Watch
+from secateur_server.runtime.context import RequestContext
 from secateur_server.store.records import Record, StoredFile
 from secateur_server.wire.writer import OutgoingFile
 
@@ -40,7 +40,7 @@ def file_message(file: StoredFile | OutgoingFile) -> FileMessage:
     return FileMessage(filename=file.filename, size_bytes=file.size, blake3=file.blake3)
 
 
-def progress_message(watch: Watch) -> ProgressMessage:
+def progress_message(watch: RequestContext) -> ProgressMessage:
     """How far a call is."""
     name, total, begin = watch.now
     phase, before, behind = _PHASES[name]

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from secateur_server.devices.watch import watch
 from secateur_server.errors import ModelTooLarge, QueueFull, QuotaExceeded
-from secateur_server.operate.callers import Tenant
 from secateur_server.operate.calls import this_call
+from secateur_server.runtime.context import Tenant
 
 # How soon it is seen that a waiting caller has left.
 LOOK_SECONDS = 0.2

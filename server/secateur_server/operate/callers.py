@@ -6,7 +6,6 @@ import logging
 import os
 import tomllib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from blake3 import blake3
 from secateur_proto.sizes import byte_count
 from secateur_server.errors import Unauthenticated
 from secateur_server.operate.reload import Reloaded, Unusable
+from secateur_server.runtime.context import ANYBODY, Tenant
 
 log = logging.getLogger(__name__)
 
@@ -28,26 +28,6 @@ _NO_TOKEN = (
 )
 # Of a table [tenants.NAME].
 _KEYS = ("tokens", "memory", "requests", "store", "allow")
-
-
-@dataclass(frozen=True)
-class Tenant:
-    """Who calls, and what is theirs. None is no quota.
-
-    owner: whose checkpoints they see.  memory: bytes of models served at once.
-    requests: served at once.  store: bytes of checkpoints.
-    allow: beginnings of URIs, of those that the server allows; None is all of them.
-    """
-
-    name: str
-    owner: str
-    memory: int | None = None
-    requests: int | None = None
-    store: int | None = None
-    allow: tuple[str, ...] | None = None
-
-
-ANYBODY = Tenant("", "0" * 32)
 
 
 class BadTokens(Unusable):

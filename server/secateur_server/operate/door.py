@@ -10,10 +10,10 @@ from google.protobuf.message import DecodeError, Message
 from secateur_proto.codec import Data
 from secateur_server.devices.threads import started_pool
 from secateur_server.errors import InvalidRequest, NoMessage, Stopped
-from secateur_server.operate.calls import Method
 from secateur_server.operate.idle import Readers
 from secateur_server.operate.metrics import Metrics
 from secateur_server.operate.unknown import check_known
+from secateur_server.runtime.context import Method
 from secateur_server.wire.ahead import Pace, ahead
 
 Around = Callable[[Method, grpc.ServicerContext], AbstractContextManager[Any]]

@@ -9,7 +9,8 @@ import grpc
 
 from secateur_server.devices.watch import watch
 from secateur_server.errors import IdleTimeout
-from secateur_server.operate.calls import Call, this_call
+from secateur_server.operate.calls import this_call
+from secateur_server.runtime.context import RequestContext
 
 # How often it is looked at who waits.
 LOOK_SECONDS = 1.0
@@ -23,7 +24,7 @@ class Readers:
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
-        self._waiting: dict[Call, tuple[float, grpc.ServicerContext]] = {}
+        self._waiting: dict[RequestContext, tuple[float, grpc.ServicerContext]] = {}
         self._is_closed = threading.Event()
         self._looking = threading.Thread(target=self._look, name="idle", daemon=True)
         self._looking.start()

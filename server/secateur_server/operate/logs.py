@@ -6,7 +6,7 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
-from secateur_server.operate.calls import Call
+from secateur_server.runtime.context import RequestContext
 
 log = logging.getLogger(__name__)
 
@@ -22,13 +22,13 @@ def set_up(form: str) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
-def log_call(call: Call) -> None:
+def log_call(call: RequestContext) -> None:
     """One line of what a call was: never weights, never tokens."""
     if call.method.service.startswith(_OURS) or call.reason:
         log.info("%s %s", call.method, call.code, extra={"call": fields_of(call)})
 
 
-def fields_of(call: Call) -> dict[str, Any]:
+def fields_of(call: RequestContext) -> dict[str, Any]:
     """What is told of a call.  Times are in seconds."""
     fields: dict[str, Any] = {
         "id": call.id,
@@ -43,7 +43,7 @@ def fields_of(call: Call) -> dict[str, Any]:
         "pruned": call.pruned,
         "sparsity": call.sparsity,
         "queue_seconds": None if call.queued is None else round(call.queued, 6),
-        "stage_seconds": {name: round(at.seconds, 6) for name, at in call.watch.stages.items()},
+        "stage_seconds": {name: round(at.seconds, 6) for name, at in call.stages.items()},
         "reason": call.reason,
         "error": call.error,
     }

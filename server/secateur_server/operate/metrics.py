@@ -11,8 +11,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from secateur_proto.report_pb2 import SparsityReport
 from secateur_server.devices.memory import memory_of
 from secateur_server.errors import RequestError
-from secateur_server.operate.calls import Call, Method, this_call
+from secateur_server.operate.calls import this_call
 from secateur_server.pruning.spec import Parameter
+from secateur_server.runtime.context import Method, RequestContext
 
 # From a LeNet, about 1 ms, to tens of GB, minutes.
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180, 600)
@@ -168,12 +169,12 @@ class Metrics:
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"secateur_{name}", text, buckets=buckets, registry=self.registry)
 
-    def began(self, call: Call) -> None:
+    def began(self, call: RequestContext) -> None:
         """Counts a call as begun."""
         self._series(call.method)[0].inc()
         self._in_flight.inc()
 
-    def ended(self, call: Call) -> None:
+    def ended(self, call: RequestContext) -> None:
         """Counts and times a call, and what it did."""
         _, handling, handled = self._series(call.method)
         self._in_flight.dec()
@@ -181,7 +182,7 @@ class Metrics:
         handled[call.code].inc()
         if call.reason:
             self._rejected.labels(call.reason).inc()
-        for name, stage in call.watch.stages.items():
+        for name, stage in call.stages.items():
             self._of_stage[name].observe(stage.seconds)
         if call.queued is not None:
             self._queue.observe(call.queued)

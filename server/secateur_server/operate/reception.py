@@ -7,14 +7,14 @@ from contextlib import AbstractContextManager, contextmanager
 
 import grpc
 
-from secateur_server.devices.watch import Watch
 from secateur_server.errors import IdleTimeout, QueueFull
-from secateur_server.operate.callers import Callers, Tenant
-from secateur_server.operate.calls import Call, Method, serving
+from secateur_server.operate.callers import Callers
+from secateur_server.operate.calls import serving
 from secateur_server.operate.logs import log_call
 from secateur_server.operate.metrics import Metrics, as_go_spells
 from secateur_server.operate.statuses import statuses
 from secateur_server.operate.traces import Traces
+from secateur_server.runtime.context import Method, RequestContext, Tenant
 
 # A probe has no token, and hears nothing but whether the server serves.
 _OPEN = ("grpc.health.v1.Health", "Check")
@@ -36,7 +36,7 @@ class Reception:
         callers: Callers,
         metrics: Metrics,
         traces: Traces | None,
-        make_watch: Callable[[], Watch],
+        make_watch: Callable[..., RequestContext],
         most_calls: int,
     ) -> None:
         self._callers, self._metrics, self._traces = callers, metrics, traces
@@ -48,7 +48,7 @@ class Reception:
     def around(self, method: Method, context: grpc.ServicerContext) -> Iterator[None]:
         """A call, from its first moment to its last."""
         has_failed = True
-        with serving(method, context, self._make_watch()) as call:
+        with serving(method, context, self._make_watch) as call:
             self._metrics.began(call)
             try:
                 with statuses(call, context), self._let_in(call, context):
@@ -58,14 +58,16 @@ class Reception:
                 call.code = code_of(call, context, has_failed)
                 self._ended(call)
 
-    def _let_in(self, call: Call, context: grpc.ServicerContext) -> AbstractContextManager[None]:
+    def _let_in(
+        self, call: RequestContext, context: grpc.ServicerContext
+    ) -> AbstractContextManager[None]:
         """Errors: Unauthenticated, QueueFull."""
         if (call.method.service, call.method.name) == _OPEN:
             return self._open.one(context)
         call.tenant = self._callers.caller(context.invocation_metadata() or ())
         return self._seats.one(call.tenant)
 
-    def _ended(self, call: Call) -> None:
+    def _ended(self, call: RequestContext) -> None:
         self._metrics.ended(call)
         log_call(call)
         if self._traces:
@@ -125,7 +127,7 @@ class _Open:
                     self._contexts.remove(context)
 
 
-def code_of(call: Call, context: grpc.ServicerContext, has_failed: bool) -> str:
+def code_of(call: RequestContext, context: grpc.ServicerContext, has_failed: bool) -> str:
     """The status of a call that has ended, as Go spells it."""
     code: grpc.StatusCode | None = context.code()  # type: ignore[attr-defined]
     if code is not None:

@@ -1,7 +1,8 @@
 """The address that Prometheus scrapes.
 
-One thread serves all connections, of which there are at most MOST_CONNECTIONS: further ones take
-the place of the oldest. So connections of strangers take neither threads nor files from gRPC.
+One thread serves all connections. At most MOST_CONNECTIONS are open: a further one takes the place
+of the oldest, once that one has had GRACE_SECONDS to send its request. So strangers' connections
+take neither threads nor files from gRPC, and a burst of them does not cut off a scraper.
 """
 
 import asyncio
@@ -27,6 +28,7 @@ TIMEOUT_SECONDS = 10.0
 RETRY_SECONDS = 1.0
 
 MOST_CONNECTIONS = 32
+GRACE_SECONDS = 0.5
 MOST_HEAD_BYTES = 16 << 10
 
 _BAD_REQUEST = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n"
@@ -54,7 +56,8 @@ class Scrapes:
         self._app = _only_metrics(make_wsgi_app(registry), token)
         self._listening = _listen(host, port)
         self.port: int = self._listening.getsockname()[1]
-        self._connections: dict[asyncio.Task[None], None] = {}  # the oldest first
+        # With the time of the event loop at which each was accepted, the oldest first.
+        self._connections: dict[asyncio.Task[None], float] = {}
         self._loop = asyncio.new_event_loop()
         self._accepting = self._loop.create_task(self._accept())
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
@@ -81,11 +84,21 @@ class Scrapes:
                 continue
             connection.setblocking(False)
             task = self._loop.create_task(self._serve(connection))
-            self._connections[task] = None
+            self._connections[task] = self._loop.time()
             task.add_done_callback(lambda ended: self._connections.pop(ended, None))
-            while len(self._connections) > MOST_CONNECTIONS:
-                await self._end_oldest()
+            while len(self._connections) >= MOST_CONNECTIONS:
+                await self._make_place()
             await asyncio.sleep(0)  # others have their turn, however many connections arrive
+
+    async def _make_place(self) -> None:
+        """Waits until a connection ends. Ends the oldest one when its grace is over."""
+        left = next(iter(self._connections.values())) + GRACE_SECONDS - self._loop.time()
+        if left <= 0:
+            await self._end_oldest()
+        else:
+            first = asyncio.FIRST_COMPLETED
+            await asyncio.wait(self._connections, timeout=left, return_when=first)
+            await asyncio.sleep(0)  # the callbacks of what has ended run
 
     async def _end_oldest(self) -> None:
         oldest = next(iter(self._connections))

@@ -26,7 +26,8 @@ from secateur_server.errors import (
     Stopped,
     TooShort,
 )
-from secateur_server.operate.calls import REQUEST_ID, Call
+from secateur_server.operate.calls import REQUEST_ID
+from secateur_server.runtime.context import RequestContext
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "AL
 
 
 @contextmanager
-def statuses(call: Call, context: grpc.ServicerContext) -> Iterator[None]:
+def statuses(call: RequestContext, context: grpc.ServicerContext) -> Iterator[None]:
     """Ends a call that raises with the status that the exception carries."""
     try:
         yield
@@ -60,7 +61,7 @@ def statuses(call: Call, context: grpc.ServicerContext) -> Iterator[None]:
 _LEFT = Stopped("call", "the caller has left")
 
 
-def _end(call: Call, context: grpc.ServicerContext, error: RequestError) -> NoReturn:
+def _end(call: RequestContext, context: grpc.ServicerContext, error: RequestError) -> NoReturn:
     call.reason = call.reason or error.reason
     call.error = str(error)
     context.abort_with_status(_Ending(rpc_status.to_status(to_status(error, call.id)), call.id))

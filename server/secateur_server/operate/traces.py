@@ -5,7 +5,7 @@ from typing import Any
 
 import grpc
 
-from secateur_server.operate.calls import Call
+from secateur_server.runtime.context import RequestContext
 
 
 class NoTraces(Exception):
@@ -38,12 +38,12 @@ class Traces:
             self._provider
         )
 
-    def of_call(self, call: Call) -> None:
+    def of_call(self, call: RequestContext) -> None:
         """The spans of a call that has ended, within the call's own."""
         from opentelemetry.trace import get_current_span
 
         get_current_span().set_attributes(_attributes(call))
-        for name, stage in call.watch.stages.items():
+        for name, stage in call.stages.items():
             attributes = {"secateur.seconds": stage.seconds}
             span = self._tracer.start_span(name, start_time=stage.begun, attributes=attributes)
             span.end(stage.ended)
@@ -53,7 +53,7 @@ class Traces:
         self._provider.shutdown()
 
 
-def _attributes(call: Call) -> dict[str, Any]:
+def _attributes(call: RequestContext) -> dict[str, Any]:
     return {
         "secateur.request_id": call.id,
         "secateur.tenant": call.tenant.name,
