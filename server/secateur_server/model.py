@@ -2,8 +2,6 @@
 
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from operator import and_
 
 import torch
 from torch import Tensor
@@ -11,12 +9,14 @@ from torch import Tensor
 from secateur_proto.ties import read_ties, write_ties
 from secateur_server.devices import passes_of, spans
 from secateur_server.devices.dtypes import TORCH_DTYPES
+from secateur_server.devices.watch import watch
 from secateur_server.errors import InvalidPair, InvalidStateDict, quote
 from secateur_server.pruning.catalog import Catalog, Stored, match, read_catalog
 from secateur_server.pruning.masks import Mask
 from secateur_server.pruning.measure import folded
 from secateur_server.pruning.prune import to_mask
 from secateur_server.pruning.spec import Parameter
+from secateur_server.runtime.context import RequestContext
 from secateur_server.wire.header import Entry, Header
 from secateur_server.wire.index import Index
 from secateur_server.wire.tensors import WireTensor
@@ -73,7 +73,7 @@ class Model:
 
     def named(self, field: str, patterns: Sequence[str]) -> list[str]:
         """The prunable tensors that `patterns` mean; the floating ones, where there are none."""
-        return match(field, patterns, self.catalog) if patterns else self.catalog.floating
+        return match(watch(), field, patterns, self.catalog) if patterns else self.catalog.floating
 
     def files_of(self, names: Collection[str]) -> set[str]:
         """What the files call the tensors that make up some parameters."""
@@ -94,8 +94,8 @@ class Model:
             # As bits a mask is a small part of what it is in the weight's dtype.
             priors = [(mask, tensors.pop(mask)) for mask in stored]
             kept = masks.get(name)
-            if kept is None and priors:
-                kept = reduce(and_, (_prior_mask(mask, prior) for mask, prior in priors))
+            if kept is None:
+                kept = _prior_mask(watch(), priors)
             self.parameters[name] = Parameter(values_of(tensors[orig]), kept, tensors[orig].seen)
 
     def files(self, are_folded: Container[str]) -> list[OutgoingFile]:
@@ -219,9 +219,13 @@ def packed_masks(masks: Mapping[str, Mask]) -> OutgoingFile:
     return state_dict_file("", {name: packed(mask) for name, mask in masks.items()}, {})
 
 
-def _prior_mask(name: str, tensor: WireTensor) -> Mask:
-    """Errors: InvalidPair."""
-    return to_mask(values_of(tensor), InvalidPair, f"data[{quote(name)}]")
+def _prior_mask(context: RequestContext, priors: Sequence[tuple[str, WireTensor]]) -> Mask | None:
+    """What all of some masks, by name, keep; None: there are none.  Errors: InvalidPair."""
+    kept: Mask | None = None
+    for name, tensor in priors:
+        mask = to_mask(context, values_of(tensor), InvalidPair, f"data[{quote(name)}]")
+        kept = mask if kept is None else kept.both(context, mask)
+    return kept
 
 
 def _as_numbers(mask: Mask, dtype: torch.dtype | None) -> Iterator[Tensor]:

@@ -99,7 +99,7 @@ class Pruner:
         extras = {name for rule in asked for name in rule.extras()}
         incoming = self._sources.open(header, data, extras, held, landing)
         model = incoming.model
-        rules = resolve(asked, model.catalog)
+        rules = resolve(watch(), asked, model.catalog)
         is_whole = header.output in (pb.OUTPUT_DENSE, pb.OUTPUT_REPARAMETRIZED)
         read_whole = None if is_whole else {name for rule in rules for name in rule.reads()}
         with watch().stage("receive"):
@@ -107,7 +107,7 @@ class Pruner:
         with self._turn(incoming):
             watch().begin("prune")
             before = _before(header, model, rules)
-            pruned, outcomes = prune(before, rules, model.extras)
+            pruned, outcomes = prune(watch(), before, rules, model.extras)
             with watch().stage("encode"):
                 files = _prune_output(header.output, model, pruned)
                 digest = files[0].blake3 if len(files) == 1 else ""
@@ -174,15 +174,15 @@ class Pruner:
         with ExitStack() as held:
             incoming = self._sources.open(header, data, extras, held)
             model = incoming.model
-            rules = resolve(rules, model.catalog)
+            rules = resolve(watch(), rules, model.catalog)
             planned, amounts = decode_amounts(header, rules)
             with watch().stage("receive"):
                 incoming.read({name for rule in rules for name in rule.reads()})
             with self._turn(incoming):
                 before = _before(header, model, rules)
-                state = {**before, **prune(before, rules[:-1], model.extras)[0]}
+                state = {**before, **prune(watch(), before, rules[:-1], model.extras)[0]}
                 at = "header.amounts" if header.amounts else ""
-                outcomes = plan(planned, amounts, state, model.extras, at)
+                outcomes = plan(watch(), planned, amounts, state, model.extras, at)
             message = encode_plan(outcomes, state, planned.tensors)
             pruned = {name for rule in rules for name in rule.names()}
             sizes = form_bytes(model, [name for name in state if name in pruned])
@@ -307,7 +307,7 @@ def _before(
 ) -> dict[str, Parameter]:
     """The parameters before the first of `rules`, which are resolved."""
     parameters = dict(model.parameters)
-    return prune_zeros(parameters, rules) if header.prior == pb.PRIOR_ZEROS else parameters
+    return prune_zeros(watch(), parameters, rules) if header.prior == pb.PRIOR_ZEROS else parameters
 
 
 def _prune_output(output: int, model: Model, pruned: dict[str, Parameter]) -> Files:
@@ -325,7 +325,7 @@ def folded_files(model: Model, parameters: dict[str, Parameter]) -> Files:
     """A model's files with the masks of some parameters applied for good."""
     if not model.is_mapped:
         for parameter in parameters.values():
-            fold(parameter)
+            fold(watch(), parameter)
     return model.files(parameters)
 
 

@@ -30,6 +30,7 @@ from secateur_server.pruning.plan import plan
 from secateur_server.pruning.prune import prune
 from secateur_server.pruning.resolve import resolve
 from secateur_server.pruning.spec import Selection
+from secateur_server.runtime.context import RequestContext
 from secateur_server.wire.header import Header
 from secateur_server.wire.index import read_index
 from secateur_server.wire.mapped import MappedFile, map_header, map_tensors
@@ -262,16 +263,16 @@ def spec(data: bytes) -> None:
         stream = ByteStream(iter([_FILE]), len(_FILE))
         header = read_header(stream)
         model = without_extras(header, extras)
-        resolved = resolve(rules, model.catalog)
+        resolved = resolve(RequestContext(), rules, model.catalog)
         tensors = read_tensors(stream, header, CPU)
         beside = {name: values_of(tensors.pop(name)) for name in model.catalog.extras}
         model.fill(tensors, beside, {})
-        pruned, outcomes = prune(dict(model.parameters), resolved, model.extras)
+        pruned, outcomes = prune(RequestContext(), dict(model.parameters), resolved, model.extras)
         _check_counts(encode_report(pruned.items(), model.catalog, "", "", outcomes))
         if isinstance(last := resolved[-1], Selection):
-            before, _ = prune(dict(model.parameters), resolved[:-1], model.extras)
+            before, _ = prune(RequestContext(), dict(model.parameters), resolved[:-1], model.extras)
             state = {**model.parameters, **before}
-            (planned,) = plan(last, [last.amount], state, model.extras)
+            (planned,) = plan(RequestContext(), last, [last.amount], state, model.extras)
             assert planned.choices == outcomes[-1], "a plan foretells what a prune does"
 
 

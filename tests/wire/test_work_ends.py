@@ -67,16 +67,16 @@ class CountedWatch(RequestContext):
         return self.trace
 
 
-def work(name: str, is_plan: bool) -> None:
+def work(context: RequestContext, name: str, is_plan: bool) -> None:
     """All that a server does with a spec, from its message to that of the answer."""
     asked = decode_spec(MESSAGES[name])
-    rules = resolve(asked, CATALOG)
+    rules = resolve(context, asked, CATALOG)
     if is_plan:
         assert isinstance(rules[0], Selection)
-        outcomes = plan(rules[0], AMOUNTS, PARAMETERS, {})
+        outcomes = plan(context, rules[0], AMOUNTS, PARAMETERS, {})
         encode_plan(outcomes, PARAMETERS, rules[0].tensors)
         return
-    pruned, choices = prune(PARAMETERS, rules, {})
+    pruned, choices = prune(context, PARAMETERS, rules, {})
     report = encode_report(pruned.items(), CATALOG, "", "", choices)
     warnings_of(report, asked, rules, CATALOG, PARAMETERS)
 
@@ -92,13 +92,13 @@ def _in_one_thread() -> Iterator[None]:
 @pytest.mark.parametrize("is_plan", [False, True])
 @pytest.mark.parametrize("name", SPECS)
 def test_no_stage_works_on_for_long_without_a_check(name: str, is_plan: bool) -> None:
-    work(name, is_plan)  # compiles what is not compiled yet
+    work(RequestContext(), name, is_plan)  # compiles what is not compiled yet
     watch = CountedWatch()
     before = sys.gettrace()
     with watched(watch):
         sys.settrace(watch.trace)
         try:
-            work(name, is_plan)
+            work(watch, name, is_plan)
         finally:
             sys.settrace(before)
     # Simple loops need no check. Of 12,000 tensors so many lines take some 50 ms.
@@ -106,7 +106,7 @@ def test_no_stage_works_on_for_long_without_a_check(name: str, is_plan: bool) ->
     for last in {1, watch.checks // 4, watch.checks // 2, watch.checks - 1}:
         stopped = CountedWatch(last)
         with watched(stopped), pytest.raises(Stopped):
-            work(name, is_plan)
+            work(stopped, name, is_plan)
         assert stopped.checks == last
 
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from secateur_server.devices.watch import checked
+from secateur_server.devices.watch import checked, watch
 from secateur_server.errors import InvalidSpec
 from secateur_server.pruning.catalog import Catalog, match
 from secateur_server.pruning.globs import matches
@@ -59,7 +59,7 @@ def missed_weights(
         [s for glob in checked(_globs(rules, catalog)) if (s := _scope(glob))] if others else []
     )
     try:
-        found = matches("spec", scopes, {}, {name: name for name in others}).first
+        found = matches(watch(), "spec", scopes, {}, {name: name for name in others}).first
     except InvalidSpec:  # the advice takes too much work
         return None
     missed = [name for name in others if name in found]
@@ -91,13 +91,15 @@ def _scope(glob: str) -> str:
 def _named(rules: Sequence[Rule], catalog: Catalog) -> set[str]:
     """What the rules name, also what their guard rails leave out."""
     selections = [rule for rule in rules if isinstance(rule, Selection) and rule.tensors]
-    return {name for rule in selections for name in match(rule.path, rule.tensors, catalog)}
+    return {
+        name for rule in selections for name in match(watch(), rule.path, rule.tensors, catalog)
+    }
 
 
 def _glob_of(names: Sequence[str], scopes: Sequence[str]) -> str | None:
     every = {name: name for name in names}
     globs = dict.fromkeys(f"{scope.rstrip('*')}*weight*" for scope in scopes)
     for glob in islice(globs, MOST_TRIED):
-        if len(matches("spec", [glob], {}, every).first) == len(names):
+        if len(matches(watch(), "spec", [glob], {}, every).first) == len(names):
             return glob
     return None

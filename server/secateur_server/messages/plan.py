@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from secateur_proto import plan_pb2 as pb
 from secateur_proto.pruner_pb2 import PlanHeader
-from secateur_server.devices.watch import checked
+from secateur_server.devices.watch import checked, watch
 from secateur_server.errors import InvalidRequest, InvalidSpec
 from secateur_server.messages.report import encode_choice
 from secateur_server.messages.spec import fraction_of
@@ -68,7 +68,7 @@ def _planned(
 
 def _tensor(name: str, parameter: Parameter, removed: Removed) -> pb.PlannedTensor:
     total = parameter.weight.numel()
-    before = 0 if parameter.mask is None else total - parameter.mask.kept
+    before = 0 if parameter.mask is None else total - parameter.mask.kept(watch())
     pruned = before + removed.elements
     return pb.PlannedTensor(
         name=name,

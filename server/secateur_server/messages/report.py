@@ -15,7 +15,7 @@ from secateur_proto.report_pb2 import (
 from secateur_proto.report_pb2 import Choice as ChoiceMessage
 from secateur_proto.spec_pb2 import Pattern
 from secateur_server.devices.dtypes import WIRE_DTYPES
-from secateur_server.devices.watch import checked
+from secateur_server.devices.watch import checked, watch
 from secateur_server.pruning.catalog import Catalog
 from secateur_server.pruning.measure import measure
 from secateur_server.pruning.prune import Choice
@@ -72,7 +72,7 @@ def _coverage(catalog: Catalog, names: Collection[str]) -> Coverage:
 
 def _tensor(name: str, parameter: Parameter, is_folded: bool) -> TensorReport:
     weight = parameter.weight
-    found = measure(parameter)
+    found = measure(watch(), parameter)
     return TensorReport(
         name=name,
         shape=weight.shape,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from secateur_proto import report_pb2 as pb
-from secateur_server.devices.watch import checked
+from secateur_server.devices.watch import checked, watch
 from secateur_server.errors import quote
 from secateur_server.messages.missed import missed_weights
 from secateur_server.messages.report import MOST_NAMED
@@ -100,7 +100,7 @@ def warnings_of(
 
 def _change(tensor: pb.TensorReport, catalog: Catalog, before: Parameter) -> Change:
     mask, seen = before.mask, before.seen
-    pruned = tensor.pruned - (0 if mask is None else mask.elements - mask.kept)
+    pruned = tensor.pruned - (0 if mask is None else mask.elements - mask.kept(watch()))
     was_zero = pruned == 0 or (seen is not None and seen.largest == 0)
     is_wholly_zero = tensor.zeros == tensor.total and not was_zero
     return Change(tensor.name, catalog.prunable[tensor.name], pruned, is_wholly_zero)

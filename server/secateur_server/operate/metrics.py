@@ -272,7 +272,7 @@ class Metrics:
         count = 0
         for tensor in report.tensors:
             mask = before[tensor.name].mask
-            count += tensor.pruned - (0 if mask is None else mask.elements - mask.kept)
+            count += tensor.pruned - (0 if mask is None else mask.elements - mask.kept(this_call()))
         self._pruned.inc(count)
         self._sparsity.observe(report.sparsity)
         this_call().pruned = count

@@ -10,6 +10,7 @@ from threading import Condition
 import torch
 
 from secateur_server.devices import passes_of
+from secateur_server.devices.watch import watch
 from secateur_server.errors import (
     DataLoss,
     InvalidRequest,
@@ -206,7 +207,7 @@ class Uploads:
     def _check_whole(self, file: StoredFile) -> None:
         """Errors: DataLoss."""
         blob = self._shelf.open("data", file)
-        passes_of(torch.device("cpu")).each(blob.check, range(blob.block_count))
+        passes_of(torch.device("cpu")).map(watch(), blob.check, range(blob.block_count))
 
     def leave(self, upload: Upload) -> None:
         """The call that sent a file has ended: what can go on later is held for a while."""

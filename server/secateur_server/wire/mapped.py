@@ -94,7 +94,7 @@ def map_tensors(file: MappedFile, entries: Iterable[Entry], base: int) -> dict[s
         return found
 
     looks: dict[str, list[Look]] = {}
-    for of_block in passes.each(scan, spans.blocks()):
+    for of_block in passes.map(of_call, scan, spans.blocks()):
         for name, look in of_block:
             looks.setdefault(name, []).append(look)
     return {
@@ -153,5 +153,5 @@ def _tensor(entry: Entry, data: torch.Tensor, base: int, seen: Seen | None) -> W
     dtype = TORCH_DTYPES.get(entry.dtype)
     if dtype is not None and (base + entry.begin) % dtype.itemsize:
         # torch has no tensor whose elements are not aligned.
-        part = room_to_work(len(part), passes_of(part.device)).copy_(part)
+        part = room_to_work(watch(), len(part), passes_of(part.device)).copy_(part)
     return WireTensor(entry.dtype, entry.shape, part, seen)
