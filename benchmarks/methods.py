@@ -90,7 +90,7 @@ class Core:
     def rules(self, spec: secateur.Spec) -> list[Rule]:
         """The spec's rules as the server has them."""
         message, _ = spec.encode(self._parameters)
-        return resolve(RequestContext(), decode_spec(message), self._catalog)
+        return resolve(RequestContext(), decode_spec(RequestContext(), message), self._catalog)
 
     def seconds(self, work: Callable[..., Any], *arguments: Any) -> float:
         """What `work` takes with the parameters, and no scores, behind other arguments."""

@@ -61,7 +61,7 @@ class Checkpoints:
                 files = self._land(landing, header.files, data)
             try:
                 blobs = [of_blob(blob) for blob in self._store.open_files("data", files)]
-                map_model(blobs, None, ({}, {}))
+                map_model(watch(), blobs, None, ({}, {}))
             except InvalidStateDict:
                 landing.abandon()
                 raise
@@ -117,22 +117,24 @@ class Checkpoints:
                 raise InvalidRequest("offset", f"{request.offset} is more than the {size} bytes")
             result = pb.DownloadResult(files=map(file_message, files), data_bytes=size)
             sent = self._sources.metrics.sent
-            yield from responses(pb.DownloadResponse, result, chunks(files, request.offset), sent)
+            yield from responses(
+                pb.DownloadResponse, result, chunks(watch(), files, request.offset), sent
+            )
 
     def _files(self, opened: OpenCheckpoint, output: int) -> list[OutgoingFile]:
         blobs, masks = opened.files, opened.masks
         files = [of_blob(blob) for blob in blobs]
         mapped_masks = of_blob(masks) if masks else None
-        model, read = map_model(files, mapped_masks, ({}, {}))
+        model, read = map_model(watch(), files, mapped_masks, ({}, {}))
         is_dense = output == pruner_pb2.OUTPUT_DENSE
         is_changed = masks or (is_dense and model.catalog.pairs)
         if output != pruner_pb2.OUTPUT_MASKS and not is_changed:
             return [_as_stored(blob) for blob in blobs]
         read(None)
         if output == pruner_pb2.OUTPUT_MASKS:
-            made = [packed_masks(masks_of(model.parameters))]
+            made = [packed_masks(watch(), masks_of(model.parameters))]
         else:
-            made = folded_files(model, model.parameters) if is_dense else model.files(())
+            made = folded_files(model, model.parameters) if is_dense else model.files(watch(), ())
         for file in files:
             file.check_unchanged()
         return made

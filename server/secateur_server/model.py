@@ -9,7 +9,6 @@ from torch import Tensor
 from secateur_proto.ties import read_ties, write_ties
 from secateur_server.devices import passes_of, spans
 from secateur_server.devices.dtypes import TORCH_DTYPES
-from secateur_server.devices.watch import watch
 from secateur_server.errors import InvalidPair, InvalidStateDict, quote
 from secateur_server.pruning.catalog import Catalog, Stored, match, read_catalog
 from secateur_server.pruning.masks import Mask
@@ -71,9 +70,9 @@ class Model:
         self.extras: Mapping[str, Tensor] = {}
         self.masks: Mapping[str, Mask] = {}
 
-    def named(self, field: str, patterns: Sequence[str]) -> list[str]:
+    def named(self, context: RequestContext, field: str, patterns: Sequence[str]) -> list[str]:
         """The prunable tensors that `patterns` mean; the floating ones, where there are none."""
-        return match(watch(), field, patterns, self.catalog) if patterns else self.catalog.floating
+        return match(context, field, patterns, self.catalog) if patterns else self.catalog.floating
 
     def files_of(self, names: Collection[str]) -> set[str]:
         """What the files call the tensors that make up some parameters."""
@@ -81,6 +80,7 @@ class Model:
 
     def fill(
         self,
+        context: RequestContext,
         tensors: dict[str, WireTensor],
         extras: Mapping[str, Tensor],
         masks: Mapping[str, Mask],
@@ -95,10 +95,10 @@ class Model:
             priors = [(mask, tensors.pop(mask)) for mask in stored]
             kept = masks.get(name)
             if kept is None:
-                kept = _prior_mask(watch(), priors)
+                kept = _prior_mask(context, priors)
             self.parameters[name] = Parameter(values_of(tensors[orig]), kept, tensors[orig].seen)
 
-    def files(self, are_folded: Container[str]) -> list[OutgoingFile]:
+    def files(self, context: RequestContext, are_folded: Container[str]) -> list[OutgoingFile]:
         """All tensors, in the files that they came in, and in their order.
 
         are_folded: of these the masks are applied to the weights; other pruned ones are pairs.
@@ -106,11 +106,11 @@ class Model:
         """
         written = self._layout(are_folded)
         files = [
-            state_dict_file(shard.filename, written[shard.filename], self._metadata(shard))
+            state_dict_file(context, shard.filename, written[shard.filename], self._metadata(shard))
             for shard in self.shards
         ]
         if self.index:
-            files.append(bytes_file(self.index.filename, self.index.rewritten(written)))
+            files.append(bytes_file(context, self.index.filename, self.index.rewritten(written)))
         return files
 
     def size(self, are_folded: Container[str]) -> int:
@@ -210,13 +210,13 @@ def masks_of(parameters: Mapping[str, Parameter]) -> dict[str, Mask]:
     return {name: mask for name, mask in masks if mask is not None}
 
 
-def packed_masks(masks: Mapping[str, Mask]) -> OutgoingFile:
+def packed_masks(context: RequestContext, masks: Mapping[str, Mask]) -> OutgoingFile:
     """A file of masks, as bits."""
 
     def packed(mask: Mask) -> Outgoing:
         return Outgoing("U8", tuple(mask.bits.shape), lambda: [mask.bits])
 
-    return state_dict_file("", {name: packed(mask) for name, mask in masks.items()}, {})
+    return state_dict_file(context, "", {name: packed(mask) for name, mask in masks.items()}, {})
 
 
 def _prior_mask(context: RequestContext, priors: Sequence[tuple[str, WireTensor]]) -> Mask | None:

@@ -65,7 +65,7 @@ class Pruner:
         """Decides masks, and answers with them or with what they are applied to."""
         first, data = open_request(request_iterator, self._sources.metrics.received)
         header = first.header
-        rules = decode_spec(header.spec)
+        rules = decode_spec(watch(), header.spec)
         if header.output not in pb.Output.values():
             raise InvalidRequest("header.output", f"{header.output} is no output")
         if header.destination_uri and header.output == pb.OUTPUT_NONE:
@@ -112,9 +112,11 @@ class Pruner:
                 files = _prune_output(header.output, model, pruned)
                 digest = files[0].blake3 if len(files) == 1 else ""
                 report = encode_report(
-                    pruned.items(), model.catalog, incoming.digest(), digest, outcomes
+                    watch(), pruned.items(), model.catalog, incoming.digest(), digest, outcomes
                 )
-                report.warnings.extend(warnings_of(report, asked, rules, model.catalog, before))
+                report.warnings.extend(
+                    warnings_of(watch(), report, asked, rules, model.catalog, before)
+                )
         result = pb.PruneResult(report=report)
         incoming.check_unchanged()
         with self._kept(landing, incoming, pruned, owner, result) if landing else nullcontext():
@@ -133,7 +135,9 @@ class Pruner:
         result: pb.PruneResult,
     ) -> Iterator[None]:
         """Keeps what was pruned; where the block fails it goes: nobody was told its name."""
-        masks = landing.land_file(packed_masks({**incoming.model.masks, **masks_of(pruned)}))
+        masks = landing.land_file(
+            packed_masks(watch(), {**incoming.model.masks, **masks_of(pruned)})
+        )
         record, store = landing.create(incoming.files, masks), self._sources.store
         try:
             expire_time = store.expire_time(owner, record)
@@ -152,12 +156,12 @@ class Pruner:
         header = first.header
         with ExitStack() as held:
             incoming = self._sources.open(header, data, (), held)
-            names = incoming.model.named("header.tensors", header.tensors)
+            names = incoming.model.named(watch(), "header.tensors", header.tensors)
             with watch().stage("receive"):
                 incoming.read(names)
             covered = ((name, incoming.model.parameters[name]) for name in names)
             with self._turn(incoming), watch().stage("encode"):
-                report = encode_report(covered, incoming.model.catalog, incoming.digest())
+                report = encode_report(watch(), covered, incoming.model.catalog, incoming.digest())
             incoming.check_unchanged()
             self._sources.metrics.reported(report)
             return pb.ReportResponse(report=report)
@@ -168,7 +172,7 @@ class Pruner:
         """Foretells what a Prune would do by many amounts."""
         first, data = open_request(request_iterator, self._sources.metrics.received)
         header = first.header
-        rules = decode_spec(header.spec)
+        rules = decode_spec(watch(), header.spec)
         _check_prior(header)
         extras = {name for rule in rules for name in rule.extras()}
         with ExitStack() as held:
@@ -183,7 +187,7 @@ class Pruner:
                 state = {**before, **prune(watch(), before, rules[:-1], model.extras)[0]}
                 at = "header.amounts" if header.amounts else ""
                 outcomes = plan(watch(), planned, amounts, state, model.extras, at)
-            message = encode_plan(outcomes, state, planned.tensors)
+            message = encode_plan(watch(), outcomes, state, planned.tensors)
             pruned = {name for rule in rules for name in rule.names()}
             sizes = form_bytes(model, [name for name in state if name in pruned])
             message.masks_bytes, message.dense_bytes = sizes.masks, sizes.dense
@@ -215,7 +219,7 @@ class Pruner:
     ) -> tuple[pb.FinalizeResult, Files]:
         incoming = self._sources.open(header, data, (), held)
         model = incoming.model
-        names = model.named("header.tensors", header.tensors)
+        names = model.named(watch(), "header.tensors", header.tensors)
         with watch().stage("receive"):
             incoming.read(None)
         with self._turn(incoming), watch().stage("encode"):
@@ -225,7 +229,7 @@ class Pruner:
             digest = files[0].blake3 if len(files) == 1 else ""
             covered = ((name, model.parameters[name]) for name in names)
             report = encode_report(
-                covered, model.catalog, incoming.digest(), digest, are_folded=True
+                watch(), covered, model.catalog, incoming.digest(), digest, are_folded=True
             )
         incoming.check_unchanged()
         self._sources.metrics.reported(report)
@@ -270,7 +274,7 @@ class Pruner:
         return result, []
 
     def _answer(self, make: Callable[..., Any], result: Any, files: Files) -> Iterator[Any]:
-        return responses(make, result, chunks(files), self._sources.metrics.sent)
+        return responses(make, result, chunks(watch(), files), self._sources.metrics.sent)
 
     @contextmanager
     def _turn(self, incoming: Incoming) -> Iterator[None]:
@@ -314,10 +318,10 @@ def _prune_output(output: int, model: Model, pruned: dict[str, Parameter]) -> Fi
     if output == pb.OUTPUT_NONE:
         return []
     if output in (pb.OUTPUT_UNSPECIFIED, pb.OUTPUT_MASKS):
-        return [packed_masks(masks_of(pruned))]
+        return [packed_masks(watch(), masks_of(pruned))]
     model.parameters |= pruned
     if output == pb.OUTPUT_REPARAMETRIZED:
-        return model.files(())
+        return model.files(watch(), ())
     return folded_files(model, model.parameters)
 
 
@@ -326,7 +330,7 @@ def folded_files(model: Model, parameters: dict[str, Parameter]) -> Files:
     if not model.is_mapped:
         for parameter in parameters.values():
             fold(watch(), parameter)
-    return model.files(parameters)
+    return model.files(watch(), parameters)
 
 
 def add_pruner(pruner: Pruner, server: grpc.Server) -> str:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from secateur_server.devices.watch import watch
 from secateur_server.errors import InvalidRequest, InvalidStateDict, ModelTooLarge, quote
 from secateur_server.landing import Landing
 from secateur_server.mapped import Extras, map_model, of_blob
@@ -74,7 +75,7 @@ class Sources:
     def landing(self) -> Landing:
         """Takes files into the store for this call's tenant, within their quota."""
         tenant = this_call().tenant
-        return Landing(self.store, tenant.owner, tenant.store)
+        return Landing(watch(), self.store, tenant.owner, tenant.store)
 
     def open(
         self,
@@ -152,7 +153,7 @@ class Sources:
                 )
             admit(size)
 
-        return self._uris().open("header.uri", uri, held, check)
+        return self._uris().open(watch(), "header.uri", uri, held, check)
 
     def fetch(
         self, landing: Landing, uri: str, admit: Callable[[int], None] = lambda size: None
@@ -164,7 +165,7 @@ class Sources:
             admit(size)
 
         with ExitStack() as held:
-            found = self._uris().open("header.uri", uri, held, check)
+            found = self._uris().open(watch(), "header.uri", uri, held, check)
             files = []
             for file in found:
                 files.append(landing.land(file.filename, len(file.data), [file.data]))
@@ -176,7 +177,7 @@ class Sources:
 
     def write(self, uri: str, files: Sequence[OutgoingFile], check: Callable[[], None]) -> None:
         """Writes files to a destination, as Uris.write."""
-        self._uris().write("header.destination_uri", uri, files, check)
+        self._uris().write(watch(), "header.destination_uri", uri, files, check)
 
     def _received(
         self, file_bytes: int, data: Iterator[Bytes], extras: Collection[str], held: ExitStack
@@ -185,13 +186,13 @@ class Sources:
         stream = self.stream(data, file_bytes)
         device = self.device if file_bytes > ONE_CORE_BYTES else torch.device("cpu")
         held.enter_context(self.admission.admitted("header.data_bytes", file_bytes))
-        header = read_header(stream)
+        header = read_header(watch(), stream)
         model = without_extras(header, extras)
 
         def read(names: Collection[str] | None) -> None:
             tensors = read_tensors(stream, header, device)
             beside = {name: values_of(tensors.pop(name)) for name in model.catalog.extras}
-            model.fill(tensors, beside, {})
+            model.fill(watch(), tensors, beside, {})
 
         return Incoming(model, file_bytes, read, stream.digest)
 
@@ -201,7 +202,7 @@ class Sources:
             ByteStream(data, 0).finish()
             return {}, {}
         stream = self.stream(data, file_bytes)
-        header = read_header(stream)
+        header = read_header(watch(), stream)
         for entry in header.entries:
             if entry.name not in extras:
                 raise InvalidStateDict(
@@ -228,7 +229,7 @@ class Sources:
             for file in files:
                 file.check_unchanged()
 
-        model, read = map_model(files, masks, beside)
+        model, read = map_model(watch(), files, masks, beside)
         digest = stored[0].blake3 if len(stored) == 1 else ""
         size = sum(len(file.data) for file in files)
         return Incoming(model, size, read, lambda: digest, check_unchanged, stored)

@@ -14,6 +14,7 @@ from secateur_proto import checkpoints_pb2 as pb
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
 from secateur_server.devices.watch import watch
 from secateur_server.errors import InvalidRequest, Stopped
+from secateur_server.runtime.context import RequestContext
 from secateur_server.store.records import StoredFile
 from secateur_server.store.store import Store
 from secateur_server.store.uploads import Uploads
@@ -31,7 +32,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
     opened = Store(tmp_path / "store", 1 << 20, ttl=0)
     upload = opened.uploads.begin(ALICE, len(DATA), digest_of(DATA))
     opened.uploads.write(upload, DATA)
-    opened.create(ALICE, (opened.uploads.finish(upload, "a.safetensors"),))
+    opened.create(ALICE, (opened.uploads.finish(RequestContext(), upload, "a.safetensors"),))
     opened.uploads.leave(upload)
     part = opened.uploads.begin(ALICE, 100, digest_of(b"part"), is_resumable=True)
     opened.uploads.write(part, b"the first bytes")

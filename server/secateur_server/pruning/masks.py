@@ -27,7 +27,7 @@ class Mask:
     elements: int
 
     def kept(self, context: RequestContext) -> int:
-        """How many elements are.
+        """The number of kept elements.
 
         Counted once. A cached_property would, before Python 3.12, hold one lock for all masks while
         it counts, and threads of the pool that counts would wait for it.
@@ -71,7 +71,7 @@ class Mask:
         return flags.view(tuple(shape))
 
     def both(self, context: RequestContext, other: "Mask") -> "Mask":
-        """What this mask and another one keep."""
+        """The elements that both masks keep."""
         both = room_to_work(context, self.bits.numel(), passes_of(self.bits.device))
         return Mask(torch.bitwise_and(self.bits, other.bits, out=both), self.elements)
 

@@ -145,11 +145,8 @@ def _cuts(
     # Those that limits or shares took elsewhere than at the cut of all.
     missing = [(d, s) for d, of in enumerate(cuts) for s, cut in enumerate(of) if cut is None]
     queries = [Query((s,), (0,), (subjects[s].alive,), decisions[d].counts[s]) for d, s in missing]
-    found = (
-        divide(context, [subject.ranking for subject in subjects], queries, dtype)
-        if queries
-        else []
-    )
+    rankings = [subject.ranking for subject in subjects]
+    found = divide(context, rankings, queries, dtype) if queries else []
     for (d, s), division in zip(context.each(missing), found, strict=True):
         ties = division.counts[0] - division.below[0]
         cuts[d][s] = Cut(division.key, ties, division.equal[0])

@@ -1,7 +1,6 @@
 """Which units go: exactly so many of the least important, ties by the lowest index.
 
 The cut is the key below which the units go. Bounds between which it lies come from a sample, or
-from secateur_server.runtime.context import RequestContext
 from histograms of 16 bits a pass, which add up over pieces (radix select); then one pass over all
 units settles what is outside of the bounds, and collects the few inside, which are ranked at once.
 No sort and no copy of the scores; what a sample misses costs time, never a unit.
