@@ -161,7 +161,7 @@ class Store:
         self.uploads.close()
         self._lock_file.close()
         if self._is_temporary:
-            shutil.rmtree(self._folder)
+            shutil.rmtree(self._folder, ignore_errors=True)  # a cleaner of /tmp may be first
 
     @property
     def max_bytes(self) -> int:
