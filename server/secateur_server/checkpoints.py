@@ -112,7 +112,7 @@ class Checkpoints:
             raise InvalidRequest("output", f"{message.output} is nothing to download")
         with ExitStack() as held:
             opened = held.enter_context(self._store.open(context.tenant.owner, message.name))
-            files = self._files(context, opened, output)
+            files = self._files(context, opened, output, held)
             size = sum(file.size for file in files)
             if message.offset > size:
                 raise InvalidRequest("offset", f"{message.offset} is more than the {size} bytes")
@@ -123,7 +123,7 @@ class Checkpoints:
             )
 
     def _files(
-        self, context: RequestContext, opened: OpenCheckpoint, output: int
+        self, context: RequestContext, opened: OpenCheckpoint, output: int, held: ExitStack
     ) -> list[OutgoingFile]:
         blobs, masks = opened.files, opened.masks
         files = [of_blob(blob) for blob in blobs]
@@ -133,9 +133,10 @@ class Checkpoints:
         is_changed = masks or (is_dense and model.catalog.pairs)
         if output != pruner_pb2.OUTPUT_MASKS and not is_changed:
             return [_as_stored(blob) for blob in blobs]
-        size = sum(len(file.data) for file in files)
-        context.charge("name", min(size, MADE_BYTES), "making the output")
-        with self._sources.scheduler.cores(context, size):
+        size, scheduler = sum(len(file.data) for file in files), self._sources.scheduler
+        memory = min(size, MADE_BYTES, scheduler.models.most(context.tenant))
+        held.enter_context(scheduler.model(context, "name", memory))
+        with scheduler.cores(context, size):
             read(None)
             if output == pruner_pb2.OUTPUT_MASKS:
                 made = [packed_masks(context, masks_of(model.parameters))]
