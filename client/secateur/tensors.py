@@ -145,7 +145,7 @@ def _torch_bytes(value: Any) -> Bytes:
     torch, value = sys.modules["torch"], value.detach()
     if type(value) is not torch.Tensor or not value.is_cpu or value.is_conj() or value.is_neg():
         value = value.cpu().resolve_conj().resolve_neg()
-    read: Bytes = value.reshape(-1).view(torch.uint8).numpy()
+    read: Bytes = value.contiguous().view(-1).view(torch.uint8).numpy()
     return read
 
 

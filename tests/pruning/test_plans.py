@@ -18,9 +18,9 @@ from secateur_proto import plan_pb2, pruner_pb2, spec_pb2
 from secateur_proto.pruner_pb2_grpc import PrunerStub
 from secateur_server.errors import AmountOutOfRange
 from secateur_server.pruning import energy
+from secateur_server.pruning.choice import Choice
 from secateur_server.pruning.granularity import NM, Block, Element, Slice
 from secateur_server.pruning.plan import Outcome, Removed, plan
-from secateur_server.pruning.prune import Choice
 from secateur_server.pruning.spec import (
     Amount,
     Budget,
@@ -88,7 +88,7 @@ def fitted(selection: Selection, model: dict[str, Parameter]) -> Selection:
 
 def tried(
     selection: Selection, model: dict[str, Parameter]
-) -> tuple[dict[str, Tensor], list[Choice]] | str:
+) -> tuple[dict[str, Tensor], Sequence[Choice]] | str:
     """What a prune does, or why it is refused."""
     try:
         return applied(model, selection)

@@ -16,7 +16,7 @@ from torch import Tensor
 from secateur_server.devices import kernels, kernels_many, passes_of
 from secateur_server.devices.keys import BITS
 from secateur_server.devices.passes import Layout, Piece
-from secateur_server.devices.randomness import RandomScores
+from secateur_server.devices.randomness import RandomScores, random_keys
 from secateur_server.runtime.context import RequestContext
 
 Ints = npt.NDArray[np.int64]
@@ -59,7 +59,7 @@ def batched(sizes: Sequence[int]) -> Iterator[slice]:
     """Ranges of tensors of these sizes that are side by side at once."""
     begin = elements = 0
     for index, size in enumerate(sizes):
-        if elements + size > MOST:
+        if elements and elements + size > MOST:
             yield slice(begin, index)
             begin, elements = index, 0
         elements += size
@@ -91,7 +91,11 @@ def side_by_side(
 def _bits(scores: Tensor | RandomScores, units: int, dtype: torch.dtype) -> Tensor:
     if isinstance(scores, Tensor):
         return scores.to(dtype)
-    return passes_of(_CPU).keys(Piece(units, scores, dtype, None)).view(dtype)
+    if not kernels.enabled:
+        return random_keys(scores, torch.arange(units)).view(dtype)
+    bits = torch.empty(units, dtype=BITS[dtype])
+    kernels.random_bits(scores.state, scores.begin, bits.numpy())
+    return bits.view(dtype)
 
 
 def _padded(parts: Sequence[Tensor], units: Sequence[int]) -> Tensor:
@@ -144,13 +148,15 @@ def cut_each(
             kernels_many.cut_each(bits, batch.alive.numpy(), largest, *of, *into)
         else:
             for index in range(*part.indices(len(counts))):
-                cuts[index] = _cut(batch, index, int(counts[index]), kept)
+                cuts[index] = _cut(context, batch, index, int(counts[index]), kept)
 
     passes_of(_CPU).map(context, cut, list(batch.spans()))
     return kept, cuts
 
 
-def _cut(batch: Batch, index: int, count: int, kept: Tensor) -> tuple[int, int, int]:
+def _cut(
+    context: RequestContext, batch: Batch, index: int, count: int, kept: Tensor
+) -> tuple[int, int, int]:
     begin, units = int(batch.begins[index]), int(batch.units[index])
     within = slice(begin // 8, (begin + units + 7) // 8)
     if not count:
@@ -158,7 +164,7 @@ def _cut(batch: Batch, index: int, count: int, kept: Tensor) -> tuple[int, int, 
         return -1, 0, 0
     scores = batch.bits[begin : begin + units].view(batch.dtype)
     piece = Piece(units, scores, batch.dtype, batch.alive[within])
-    cut = passes_of(_CPU).cut_few([piece], count, [kept[within]])
+    cut = passes_of(_CPU).cut_few(context, [piece], count, [kept[within]])
     return cut.key, cut.ties, cut.equal
 
 
@@ -184,6 +190,7 @@ def layout_each(
     """The layouts of masks of one dimension or more, with elements.
 
     Args:
+        context: Of the request.
         bits: Of all masks.
         begins: The element at which each begins, a multiple of 8.
         shapes: Of each mask.

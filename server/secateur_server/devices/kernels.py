@@ -218,7 +218,9 @@ def cut_few(
             counts[(bits[i] & largest) >> shift] += 1
     cut, place = find_digit(counts, place)
     equal = counts[cut]
-    low, high = bits.dtype.type(cut << shift), bits.dtype.type(min((cut + 1) << shift, largest))
+    low, high = bits.dtype.type(cut << shift), bits.dtype.type(largest)
+    if cut + 1 < 1 << width:  # else it is beyond the largest integer
+        high = bits.dtype.type((cut + 1) << shift)
     within = split(bits, alive, largest, low, high, kept, found, at)
     while shift > 0:  # the digits of the cut above `shift` are known
         step = min(width, shift)

@@ -16,8 +16,8 @@ from secateur_proto.report_pb2 import Choice as ChoiceMessage
 from secateur_proto.spec_pb2 import Pattern
 from secateur_server.devices.dtypes import WIRE_DTYPES
 from secateur_server.pruning.catalog import Catalog
+from secateur_server.pruning.choice import Choice
 from secateur_server.pruning.measure import measure
-from secateur_server.pruning.prune import Choice
 from secateur_server.pruning.spec import Parameter
 from secateur_server.runtime.context import RequestContext
 

@@ -55,13 +55,16 @@ class ChoiceTable(Sequence[Choice]):
     @classmethod
     def of_nothing(cls, tensors: Sequence[str]) -> "ChoiceTable":
         """A table of choices by which nothing is pruned, to be written to."""
-        zeros = (np.zeros(len(tensors), np.int64) for _ in range(3))
+        candidates, requested, pruned, ties, ties_pruned = np.zeros((5, len(tensors)), np.int64)
         none = np.full(len(tensors), np.nan)
-        ties = (np.zeros(len(tensors), np.int64) for _ in range(2))
-        return cls(tensors, *zeros, none, *ties)
+        return cls(tensors, candidates, requested, pruned, none, ties, ties_pruned)
 
-    def set(self, index: int, choice: Choice) -> None:
-        """Writes one choice, of the tensor at `index`."""
+    def __post_init__(self) -> None:
+        self.places = {name: place for place, name in enumerate(self.tensors)}
+
+    def set(self, choice: Choice) -> None:
+        """Writes a choice of one of the tensors."""
+        index = self.places[choice.tensors[0]]
         self.candidates[index], self.requested[index] = choice.candidates, choice.requested
         self.pruned[index] = choice.pruned
         self.ties[index], self.ties_pruned[index] = choice.ties, choice.ties_pruned

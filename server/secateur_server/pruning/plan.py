@@ -9,12 +9,12 @@ from torch import Tensor
 from secateur_server.devices import passes_of, spans
 from secateur_server.devices.passes import PART, Cut
 from secateur_server.pruning.amounts import Decision, decide, value_of
+from secateur_server.pruning.choice import Choice
 from secateur_server.pruning.divide import Query, divide
 from secateur_server.pruning.energy import energies
 from secateur_server.pruning.masks import Mask
 from secateur_server.pruning.norms import row_sums, total
 from secateur_server.pruning.prune import (
-    Choice,
     apply_selection,
     choice_of,
     small_at_once,
@@ -191,7 +191,7 @@ def _tried(
         whole = _energy(context, parameter.weight, parameter.mask)
         lost = _energy(context, parameter.weight, parameter.mask, mask)
         removed[name] = Removed(_unpruned(context, parameter) - mask.kept(context), lost, whole)
-    return Outcome(choices, removed)
+    return Outcome(list(choices), removed)
 
 
 def _unpruned(context: RequestContext, parameter: Parameter) -> int:

@@ -91,7 +91,7 @@ def _tensor(
     granularity, parameter = rule.granularity, parameters[name]
     assert granularity is not None, "the rule has no groups"
     weight, mask = parameter.weight, parameter.mask
-    scores, field = _scores(rule, name, parameters, extras)
+    scores, field = scores_of(rule, name, parameters, extras)
     # Slices of one tensor rank by their norm, bit for bit as torch has it.
     is_mean = rule.scope != "tensor" or not isinstance(granularity, Slice)
     # The scores of N:M groups take longer than all else, and are not asked for where all groups go.
@@ -120,7 +120,7 @@ def is_everything(amount: Amount) -> bool:
     return isinstance(amount, float) and amount == 1.0
 
 
-def _scores(
+def scores_of(
     rule: Selection,
     name: str,
     parameters: Mapping[str, Parameter],
