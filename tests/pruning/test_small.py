@@ -1,8 +1,10 @@
 """Many small tensors, which are pruned and measured together, beside torch on each of them."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,15 +13,20 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 import secateur
+from secateur_proto import report_pb2 as pb
+from secateur_proto.report_pb2 import SparsityReport
 from secateur_server.devices import batches, kernels
 from secateur_server.devices.batches import SMALL
+from secateur_server.devices.looks import Seen
 from secateur_server.errors import NanScores, Stopped
+from secateur_server.messages import columns
+from secateur_server.messages.report import encode_report
 from secateur_server.pruning.choice import ChoiceTable
 from secateur_server.pruning.prune import prune
 from secateur_server.pruning.spec import Parameter, Random
 from secateur_server.runtime.context import RequestContext
 from tests.pruning.bits import packed, unpacked
-from tests.pruning.defined import applied, rule
+from tests.pruning.defined import applied, catalog_of, rule
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int64)
 SIZES = st.sampled_from([0, 1, 2, 7, 8, 9, 63, 64, 65, 1000, 5000])
@@ -163,3 +170,77 @@ def test_scores_and_scales_rank_small_tensors(client: secateur.Client) -> None:
     for name in model:
         left = lowest(scores[name].flatten(), torch.ones(24, dtype=torch.bool), 7)
         assert torch.equal(masks[name], left.view(4, 6)), name
+
+
+@st.composite
+def shaped(draw: st.DrawFn) -> dict[str, Parameter]:
+    """Tensors of up to four dimensions, with zeros, masks, or both."""
+    model = {}
+    for name, parameter in draw(models()).items():
+        shape = draw(st.lists(st.integers(0, 9), max_size=4))
+        count = math.prod(shape)
+        weight = parameter.weight.repeat(count)[:count]
+        kept = torch.rand(count) > 0.5 if draw(st.booleans()) and len(weight) == count else None
+        if len(weight) == count:
+            mask = None if kept is None else packed(kept)
+            is_seen = draw(st.booleans()) and weight.dtype.is_floating_point
+            seen = Seen(1, ((0, -(-count // 8) * 8),) if bool((weight == 0).any()) else (), None)
+            model[name] = Parameter(weight.view(shape), mask, seen if is_seen else None)
+    return model
+
+
+@settings(deadline=None, max_examples=60)
+@given(shaped(), st.booleans())
+def test_small_tensors_are_reported_as_by_themselves(
+    model: dict[str, Parameter], is_folded: bool
+) -> None:
+    def reported() -> SparsityReport:
+        return encode_report(
+            RequestContext(), model.items(), catalog_of(model), "", are_folded=is_folded
+        )
+
+    report = reported()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("secateur_server.pruning.small.SMALL", 0)
+        assert report == reported()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches, "MOST", 64)
+        patch.setattr(kernels, "enabled", False)
+        assert report == reported()
+
+
+INTEGERS = st.one_of(st.integers(0, 300), st.integers(0, 2**64 - 1))
+DOUBLES = st.floats(allow_nan=False) | st.sampled_from([0.0, -0.0])
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(
+        st.builds(
+            pb.Choice,
+            tensors=st.tuples(st.text(max_size=200)),
+            candidates=INTEGERS,
+            requested=INTEGERS,
+            threshold=st.none() | DOUBLES,
+        ),
+        max_size=6,
+    )
+)
+def test_columns_have_the_bytes_of_protobuf(choices: list[pb.Choice]) -> None:
+    asked, candidates = (
+        np.array([getattr(choice, field) for choice in choices], np.uint64)
+        for field in ("requested", "candidates")
+    )
+    thresholds = np.array([choice.threshold for choice in choices], np.float64)
+    encoded = columns.together(
+        columns.texts(1, [choice.tensors[0] for choice in choices]),
+        columns.numbers(2, candidates),
+        columns.numbers(3, asked),
+        columns.doubles(5, thresholds, np.array([c.HasField("threshold") for c in choices], bool)),
+    )
+    expected = pb.RuleReport(choices=choices).SerializeToString(deterministic=True)
+    assert columns.nested(1, encoded).data.tobytes() == expected
+    shapes = pb.TensorReport(shape=[int(number) for number in asked], sparsity=1.0)
+    packed_numbers = columns.packed(2, asked, np.array([len(asked)]))
+    found = columns.together(packed_numbers, columns.doubles(7, np.array([1.0])))
+    assert found.data.tobytes() == shapes.SerializeToString()

@@ -85,7 +85,8 @@ def side_by_side(
     ends = np.cumsum((sizes + 7) // 8 * 8)
     begins = ends - (sizes + 7) // 8 * 8
     parts = [_bits(of, count, dtype) for of, count in zip(scores, units, strict=True)]
-    return Batch(_padded(parts, units), dtype, bits_of(alive, units), begins, sizes)
+    bits = padded(parts, units).view(BITS[dtype])
+    return Batch(bits, dtype, bits_of(alive, units), begins, sizes)
 
 
 def _bits(scores: Tensor | RandomScores, units: int, dtype: torch.dtype) -> Tensor:
@@ -98,14 +99,14 @@ def _bits(scores: Tensor | RandomScores, units: int, dtype: torch.dtype) -> Tens
     return bits.view(dtype)
 
 
-def _padded(parts: Sequence[Tensor], units: Sequence[int]) -> Tensor:
-    """The parts as integers, each followed by zeros up to a multiple of 8."""
+def padded(parts: Sequence[Tensor], units: Sequence[int]) -> Tensor:
+    """The parts, 1-D and of one dtype, each followed by zeros up to a multiple of 8."""
     dtype = parts[0].dtype
     if any(count % 8 for count in units):
         zeros = torch.zeros(8, dtype=dtype)
         gaps = [zeros[: -count % 8] for count in units]
         parts = list(itertools.chain.from_iterable(zip(parts, gaps, strict=True)))
-    return torch.cat(list(parts)).view(BITS[dtype])
+    return torch.cat(list(parts))
 
 
 def bits_of(masks: Sequence[Tensor | None], units: Sequence[int]) -> Tensor:
