@@ -20,7 +20,8 @@ from secateur_server.errors import AmountOutOfRange
 from secateur_server.pruning import energy
 from secateur_server.pruning.choice import Choice
 from secateur_server.pruning.granularity import NM, Block, Element, Slice
-from secateur_server.pruning.plan import Outcome, Removed, plan
+from secateur_server.pruning.plan import plan
+from secateur_server.pruning.removed import Outcome, Removed
 from secateur_server.pruning.spec import (
     Amount,
     Budget,
@@ -98,7 +99,7 @@ def tried(
 
 def assert_foretold(
     selection: Selection, amounts: Sequence[Amount], model: dict[str, Parameter]
-) -> list[Outcome]:
+) -> Sequence[Outcome]:
     """A plan and as many prunes have the same choices, and the same effect on every tensor.
 
     An amount that a prune refuses is refused by the plan, and left out then.

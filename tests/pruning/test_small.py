@@ -18,10 +18,11 @@ from secateur_proto.report_pb2 import SparsityReport
 from secateur_server.devices import batches, kernels
 from secateur_server.devices.batches import SMALL
 from secateur_server.devices.looks import Seen
-from secateur_server.errors import NanScores, Stopped
+from secateur_server.errors import AmountOutOfRange, NanScores, Stopped
 from secateur_server.messages import columns
 from secateur_server.messages.report import encode_report
 from secateur_server.pruning.choice import ChoiceTable
+from secateur_server.pruning.plan import plan
 from secateur_server.pruning.prune import prune
 from secateur_server.pruning.spec import Parameter, Random
 from secateur_server.runtime.context import RequestContext
@@ -244,3 +245,34 @@ def test_columns_have_the_bytes_of_protobuf(choices: list[pb.Choice]) -> None:
     packed_numbers = columns.packed(2, asked, np.array([len(asked)]))
     found = columns.together(packed_numbers, columns.doubles(7, np.array([1.0])))
     assert found.data.tobytes() == shapes.SerializeToString()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    models(),
+    st.lists(st.floats(0, 1) | st.integers(0, 3), min_size=1, max_size=5),
+    st.sampled_from([("tensor", "rank"), ("global", "rank"), ("global", "lamp")]),
+    st.booleans(),
+)
+def test_a_plan_of_small_tensors_is_that_of_large_ones(
+    model: dict[str, Parameter], amounts: list[float], how: tuple[Any, Any], of_all: bool
+) -> None:
+    """Bit for bit, sums of squares too."""
+    scope, allocation = how
+    selection = rule(list(model), scope=scope, allocation=allocation, of_all=of_all)
+
+    def planned() -> Any:
+        try:
+            outcomes = plan(RequestContext(), selection, amounts, model, {}, "amounts")
+        except AmountOutOfRange as error:
+            return str(error)
+        return [(list(outcome.choices), dict(outcome.removed)) for outcome in outcomes]
+
+    found = planned()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches, "MOST", 64)
+        patch.setattr("secateur_server.pruning.runs._CELLS", 3)
+        assert planned() == found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("secateur_server.pruning.small.SMALL", 0)
+        assert planned() == found

@@ -14,7 +14,7 @@ from secateur_proto import report_pb2 as pb
 from secateur_server.devices import kernels
 from secateur_server.devices.looks import Seen
 from secateur_server.devices.passes import Passes
-from secateur_server.messages.report import encode_choice
+from secateur_server.messages.tables import encode_choice
 from secateur_server.pruning.choice import Bound, Choice
 from secateur_server.pruning.measure import measure
 from secateur_server.pruning.spec import Parameter

@@ -86,6 +86,12 @@ def together(*columns: Column) -> Column:
     return Column(data, lengths)
 
 
+def field_head(field: int, length: int) -> bytes:
+    """What stands before a field of `length` bytes: a message or a text."""
+    rows, _ = _tagged(field, _BYTES, *_varints(np.array([length])))
+    return rows.tobytes()
+
+
 def picked(column: Column, is_set: Array) -> Column:
     """The column with the bytes of some messages alone."""
     data = column.data[np.repeat(is_set, column.lengths)]

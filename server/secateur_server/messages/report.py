@@ -5,20 +5,18 @@ from collections.abc import Collection, Iterable, Sequence
 from heapq import nlargest
 
 from secateur_proto.report_pb2 import (
-    Bound,
     Coverage,
     RuleReport,
     SparsityReport,
     TensorReport,
     ZeroBlocks,
 )
-from secateur_proto.report_pb2 import Choice as ChoiceMessage
 from secateur_proto.spec_pb2 import Pattern
 from secateur_server.devices.batches import batched
 from secateur_server.devices.dtypes import WIRE_DTYPES
-from secateur_server.messages.tables import rule_report, tensor_reports
+from secateur_server.messages.tables import encode_choices, tensor_reports
 from secateur_server.pruning.catalog import Catalog
-from secateur_server.pruning.choice import Choice, ChoiceTable
+from secateur_server.pruning.choice import Choice
 from secateur_server.pruning.measure import measure
 from secateur_server.pruning.measure_small import measure_small
 from secateur_server.pruning.small import is_small
@@ -56,17 +54,11 @@ def encode_report(
         zeros=zeros,
         total=total,
         sparsity=_share(zeros, total),
-        rules=[_rule(context, choices) for choices in outcomes],
+        rules=[RuleReport.FromString(encode_choices(context, choices)) for choices in outcomes],
         input_blake3=input_blake3,
         output_blake3=output_blake3,
         coverage=_coverage(catalog, {tensor.name for tensor in tensors}),
     )
-
-
-def _rule(context: RequestContext, choices: Sequence[Choice]) -> RuleReport:
-    if isinstance(choices, ChoiceTable):
-        return rule_report(choices)
-    return RuleReport(choices=map(encode_choice, context.each(choices)))
 
 
 def _tensors(
@@ -118,23 +110,6 @@ def _tensor(
         zero_blocks=[
             ZeroBlocks(side=blocks.side, zero=blocks.zero, total=blocks.total)
             for blocks in found.structure.zero_blocks
-        ],
-    )
-
-
-def encode_choice(choice: Choice) -> ChoiceMessage:
-    """What one choice came to."""
-    return ChoiceMessage(
-        tensors=choice.tensors,
-        candidates=choice.candidates,
-        requested=choice.requested,
-        pruned=choice.pruned,
-        threshold=choice.threshold,
-        ties=choice.ties,
-        ties_pruned=choice.ties_pruned,
-        bounds=[
-            Bound(tensor=bound.tensor, rail=bound.rail, pruned=bound.pruned)
-            for bound in choice.bounds
         ],
     )
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from secateur_proto.report_pb2 import RuleReport, SparsityReport, TensorReport
+from secateur_proto.report_pb2 import Bound, RuleReport, SparsityReport, TensorReport
+from secateur_proto.report_pb2 import Choice as ChoiceMessage
 from secateur_server.devices.dtypes import WIRE_DTYPES
 from secateur_server.messages.columns import (
     Array,
@@ -17,16 +18,48 @@ from secateur_server.messages.columns import (
     texts,
     together,
 )
-from secateur_server.pruning.choice import ChoiceTable
+from secateur_server.pruning.choice import Choice, ChoiceTable
 from secateur_server.pruning.measure_small import Measured
 from secateur_server.pruning.spec import Parameter
 from secateur_server.pruning.structure import GROUPS, SIDES
+from secateur_server.runtime.context import RequestContext
 
 
-def encode_choices(table: ChoiceTable) -> Column:
-    """Each choice as a field 1, as RuleReport and PlannedAmount have them."""
+def encode_choices(
+    context: RequestContext, choices: Sequence[Choice], names: Column | None = None
+) -> bytes:
+    """The bytes of choices as the field 1, as RuleReport and PlannedAmount have them.
+
+    Args:
+        context: Of the request.
+        choices: Of one rule.
+        names: The field `tensors` of a table, if it is encoded already.
+    """
+    if isinstance(choices, ChoiceTable):
+        return _encode_table(choices, names or texts(1, choices.tensors))
+    return RuleReport(choices=map(encode_choice, context.each(choices))).SerializeToString()
+
+
+def encode_choice(choice: Choice) -> ChoiceMessage:
+    """What one choice came to."""
+    return ChoiceMessage(
+        tensors=choice.tensors,
+        candidates=choice.candidates,
+        requested=choice.requested,
+        pruned=choice.pruned,
+        threshold=choice.threshold,
+        ties=choice.ties,
+        ties_pruned=choice.ties_pruned,
+        bounds=[
+            Bound(tensor=bound.tensor, rail=bound.rail, pruned=bound.pruned)
+            for bound in choice.bounds
+        ],
+    )
+
+
+def _encode_table(table: ChoiceTable, names: Column) -> bytes:
     choices = together(
-        texts(1, table.tensors),
+        names,
         numbers(2, table.candidates),
         numbers(3, table.requested),
         numbers(4, table.pruned),
@@ -34,12 +67,7 @@ def encode_choices(table: ChoiceTable) -> Column:
         numbers(6, table.ties),
         numbers(7, table.ties_pruned),
     )
-    return nested(1, choices)
-
-
-def rule_report(table: ChoiceTable) -> RuleReport:
-    """The report of a rule."""
-    return RuleReport.FromString(encode_choices(table).data.tobytes())
+    return nested(1, choices).data.tobytes()
 
 
 def tensor_reports(

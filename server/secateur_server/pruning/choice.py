@@ -1,13 +1,14 @@
 """What a rule's choices among units came to."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import overload
+from functools import cached_property
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
-Ints = npt.NDArray[np.int64]
+Ints = npt.NDArray[np.integer[Any]]
 Floats = npt.NDArray[np.float64]
 
 
@@ -59,8 +60,10 @@ class ChoiceTable(Sequence[Choice]):
         none = np.full(len(tensors), np.nan)
         return cls(tensors, candidates, requested, pruned, none, ties, ties_pruned)
 
-    def __post_init__(self) -> None:
-        self.places = {name: place for place, name in enumerate(self.tensors)}
+    @cached_property
+    def places(self) -> Mapping[str, int]:
+        """Of each tensor, by its name."""
+        return {name: place for place, name in enumerate(self.tensors)}
 
     def set(self, choice: Choice) -> None:
         """Writes a choice of one of the tensors."""
