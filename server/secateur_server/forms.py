@@ -1,5 +1,6 @@
 """How many bytes each form of a result has, known before there is one."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from contextlib import suppress
@@ -7,12 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
+from secateur_proto.framing import file_head, mask_bytes
 from secateur_server.errors import InvalidStateDict
 from secateur_server.model import Model
 from secateur_server.pruning.masks import Mask
 from secateur_server.pruning.spec import Parameter
 from secateur_server.wire.tensors import WireTensor
-from secateur_server.wire.writer import Outgoing, state_dict_head
 
 NOTHING = torch.empty(0, dtype=torch.uint8)
 
@@ -29,14 +30,12 @@ class FormBytes:
 def form_bytes(model: Model, pruned: Sequence[str]) -> FormBytes:
     """The forms of `model` when its parameters `pruned` are."""
     hollow = _hollow(model, pruned)
-    bits = {
-        name: Outgoing("U8", ((math.prod(model.catalog.prunable[name]) + 7) // 8,), lambda: [])
-        for name in pruned
-    }
+    sizes = (math.prod(model.catalog.prunable[name]) for name in pruned)
+    masks = zip(pruned, itertools.repeat("U8"), ((mask_bytes(n),) for n in sizes), strict=False)
     reparametrized = 0
     with suppress(InvalidStateDict):
         reparametrized = hollow.size(())
-    return FormBytes(state_dict_head(bits, {})[1], reparametrized, hollow.size(hollow.parameters))
+    return FormBytes(file_head(masks)[1], reparametrized, hollow.size(hollow.parameters))
 
 
 def _hollow(model: Model, pruned: Sequence[str]) -> Model:

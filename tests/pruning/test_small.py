@@ -119,13 +119,24 @@ def by_torch(weight: Tensor, amount: float) -> Tensor:
     return module.get_buffer("weight_mask").bool()
 
 
-@settings(deadline=None, max_examples=30)
-@given(models(), st.sampled_from([0.0, 0.3, 1.0]), st.booleans())
+HOWS = st.sampled_from(
+    [
+        {"scope": "tensor"},
+        {"scope": "tensor", "importance": Random(3)},
+        {"scope": "global"},
+        {"scope": "global", "importance": Random(3)},
+        {"scope": "global", "allocation": "lamp"},
+        {"scope": "isomorphic", "of_all": True},
+    ]
+)
+
+
+@settings(deadline=None, max_examples=25)
+@given(models(), st.sampled_from([0.0, 0.3, 0.7, 1.0]), HOWS)
 def test_no_batch_size_and_no_compiler_shows(
-    model: dict[str, Parameter], amount: float, is_random: bool
+    model: dict[str, Parameter], amount: float, how: dict[str, Any]
 ) -> None:
-    choices: dict[str, Any] = {"importance": Random(3)} if is_random else {}
-    selection = rule(list(model), amount, scope="tensor", **choices)
+    selection = rule(list(model), amount, **how)
     expected = applied(model, selection)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "enabled", False)
@@ -133,7 +144,6 @@ def test_no_batch_size_and_no_compiler_shows(
         patch.setattr(batches, "CHECKED", 2)
         assert_same(expected, applied(model, selection))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batches, "SMALL", 0)
         patch.setattr("secateur_server.pruning.small.SMALL", 0)
         assert_same(expected, applied(model, selection))
 

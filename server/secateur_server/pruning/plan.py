@@ -17,7 +17,6 @@ from secateur_server.pruning.masks import Mask
 from secateur_server.pruning.norms import row_sums, total
 from secateur_server.pruning.plan_small import (
     EachOutcome,
-    are_small,
     is_planned_by_runs,
     plan_each,
     plan_together,
@@ -31,7 +30,7 @@ from secateur_server.pruning.prune import (
 )
 from secateur_server.pruning.removed import Made, Outcome, Removed, RemovedTable
 from secateur_server.pruning.select import NOTHING, score_dtype
-from secateur_server.pruning.small import is_small
+from secateur_server.pruning.small import are_small, is_small
 from secateur_server.pruning.spec import Amount, Parameter, Selection, Threshold
 from secateur_server.pruning.subjects import Subject, is_everything, subjects_of, together
 from secateur_server.runtime.context import RequestContext

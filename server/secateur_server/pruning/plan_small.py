@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from secateur_server.devices.batches import batched, side_by_side
+from secateur_server.devices.batches import batched
 from secateur_server.devices.keys import BITS
 from secateur_server.pruning.amounts import number_of, value_of
 from secateur_server.pruning.choice import Choice, ChoiceTable, Floats, Ints
@@ -19,12 +19,9 @@ from secateur_server.pruning.removed import Removed, RemovedTable
 from secateur_server.pruning.runs import Runs, energies, runs_of
 from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.select import score_dtype
-from secateur_server.pruning.small import is_small, ranking_of, values_of
+from secateur_server.pruning.small import batch_of, ranking_of, values_of
 from secateur_server.pruning.spec import Amount, Magnitude, Parameter, Selection
 from secateur_server.runtime.context import RequestContext
-
-# Units of tensors that are ranked together.
-MOST_UNITS = 1 << 22
 
 
 def is_planned_by_runs(rule: Selection, amounts: Sequence[Amount]) -> bool:
@@ -106,7 +103,7 @@ def _plan_each(
     rankings: Sequence[Ranking],
     dtype: torch.dtype,
 ) -> PlannedEach:
-    runs = _runs(rankings, dtype)
+    runs = runs_of(batch_of(rankings, dtype))
     alive, units = runs.sizes, np.array([ranking.units for ranking in rankings])
     shape = len(rules), len(rankings)
     counts, below, equal = (np.empty(shape, np.int32) for _ in range(3))
@@ -140,14 +137,30 @@ def plan_together(
         AmountOutOfRange: The tensors have too few units.
     """
     rankings = [ranking_of(context, rules[0], name, parameters, {}) for name in context.each(names)]
-    dtype = score_dtype(rankings)
-    runs = _runs(rankings, dtype)
+    runs = runs_of(batch_of(rankings, score_dtype(rankings)))
+    found, choices = cut_together(context, rules, rankings, runs)
+    energy, whole = energies(context, runs, *found)
+    return Planned(names, found[0], energy, whole), choices
+
+
+def cut_together(
+    context: RequestContext, rules: Sequence[Selection], rankings: Sequence[Ranking], runs: Runs
+) -> tuple[tuple[Ints, Ints, Ints], list[Choice]]:
+    """Cuts small tensors that are ranked together by several amounts.
+
+    Returns: how many units each loses, and of its cut how many are below it and at it, each
+        (amounts, tensors); and the choice of each amount.
+
+    Raises:
+        AmountOutOfRange: The tensors have too few units.
+    """
+    names, dtype = tuple(ranking.name for ranking in rankings), score_dtype(rankings)
     units = sum(ranking.units for ranking in rankings)
     is_lamp = rules[0].allocation == "lamp"
     order = _Order(runs.starts, _lamp_keys(runs, dtype) if is_lamp else runs.keys)
     shape = len(rules), len(rankings)
     counts, below, equal = (np.zeros(shape, np.int32) for _ in range(3))
-    choices, tensors = [], tuple(names)
+    choices = []
     for index, rule in enumerate(context.each(rules)):
         count = number_of(rule, rule.amount, names, units, len(runs.keys))
         value, ties, ties_pruned = None, 0, 0
@@ -158,20 +171,8 @@ def plan_together(
             counts[index] = before + np.clip(ties_pruned - (np.cumsum(at) - at), 0, at)
             below[index], equal[index] = runs.cut_at(counts[index]) if is_lamp else (before, at)
         said = count, count, value, ties, ties_pruned
-        choices.append(Choice(tensors, len(runs.keys), *said))
-    energy, whole = energies(context, runs, counts, below, equal)
-    return Planned(names, counts, energy, whole), choices
-
-
-def _runs(rankings: Sequence[Ranking], dtype: torch.dtype) -> Runs:
-    return runs_of(
-        side_by_side(
-            [ranking.scores for ranking in rankings],
-            [ranking.units for ranking in rankings],
-            [None if ranking.alive is None else ranking.alive.bits for ranking in rankings],
-            dtype,
-        )
-    )
+        choices.append(Choice(names, len(runs.keys), *said))
+    return (counts, below, equal), choices
 
 
 def _lamp_keys(runs: Runs, dtype: torch.dtype) -> Ints:
@@ -265,9 +266,3 @@ def with_amounts(rule: Selection, amounts: Sequence[Amount], at: str) -> list[Se
         replace(rule, amount=amount, path=f"{at}[{index}]" if at else rule.path)
         for index, amount in enumerate(amounts)
     ]
-
-
-def are_small(names: Sequence[str], parameters: Mapping[str, Parameter]) -> bool:
-    """Whether tensors that are ranked together are small enough to be planned by runs."""
-    units = sum(parameters[name].weight.numel() for name in names)
-    return units <= MOST_UNITS and all(is_small(parameters[name]) for name in names)

@@ -13,11 +13,18 @@ from secateur_server.errors import InvalidMask, quote
 from secateur_server.pruning.amounts import Decision, decide, first_key, is_plain, wanted
 from secateur_server.pruning.choice import Choice, ChoiceTable
 from secateur_server.pruning.divide import count_below
-from secateur_server.pruning.granularity import NM
+from secateur_server.pruning.granularity import NM, Element
+from secateur_server.pruning.lamp_small import prune_by_lamp
 from secateur_server.pruning.masks import Mask, mask_of
+from secateur_server.pruning.plan_small import is_planned_by_runs
 from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.select import score_dtype, select, threshold
-from secateur_server.pruning.small import is_each_by_itself, prune_small
+from secateur_server.pruning.small import (
+    are_small,
+    is_each_by_itself,
+    prune_small,
+    prune_together,
+)
 from secateur_server.pruning.spec import CustomMasks, Parameter, Random, Rule, Selection, Threshold
 from secateur_server.pruning.subjects import Masks, Subject, subjects_of, together
 from secateur_server.runtime.context import RequestContext
@@ -182,6 +189,11 @@ def _choose(
     extras: Mapping[str, Tensor],
 ) -> tuple[Masks, Choice]:
     """Selects among the units of all tensors, or groups, that are ranked together."""
+    if isinstance(rule.granularity, Element) and len(names) > 1 and are_small(names, state):
+        if is_plain(rule) and rule.normalization is None:
+            return prune_together(context, rule, names, state, extras)
+        if rule.allocation == "lamp" and is_planned_by_runs(rule, [rule.amount]):
+            return prune_by_lamp(context, rule, names, state)
     with context.stage("score"):
         subjects = subjects_of(context, rule, names, state, extras)
     with context.stage("select"):

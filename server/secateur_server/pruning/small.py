@@ -1,5 +1,6 @@
 """Many small tensors, each of which is pruned by itself: they are handled together."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
@@ -7,18 +8,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur_server.devices.batches import SMALL, batched, cut_each, side_by_side
+from secateur_server.devices.batches import SMALL, Batch, batched, cut_each, side_by_side
 from secateur_server.devices.keys import BITS, INFINITY
 from secateur_server.errors import quote
 from secateur_server.pruning.amounts import is_plain, number_of
-from secateur_server.pruning.choice import ChoiceTable, Floats, Ints
+from secateur_server.pruning.choice import Choice, ChoiceTable, Floats, Ints
 from secateur_server.pruning.granularity import Element
 from secateur_server.pruning.masks import Mask
 from secateur_server.pruning.score import Ranking, rank, refuse_nan
-from secateur_server.pruning.select import score_dtype
+from secateur_server.pruning.select import score_dtype, select, threshold
 from secateur_server.pruning.spec import Parameter, Random, Selection
 from secateur_server.pruning.subjects import Masks, scores_of
 from secateur_server.runtime.context import RequestContext
+
+# Units of small tensors that are ranked together.
+MOST_UNITS = 1 << 22
 
 
 def is_each_by_itself(rule: Selection) -> bool:
@@ -108,12 +112,7 @@ def _prune(
         table: Written to.
     """
     rankings, alive, counts = zip(*parts, strict=True)
-    batch = side_by_side(
-        [ranking.scores for ranking in rankings],
-        [ranking.units for ranking in rankings],
-        [None if ranking.alive is None else ranking.alive.bits for ranking in rankings],
-        dtype,
-    )
+    batch = batch_of(rankings, dtype)
     going = np.array(counts, np.int64)
     kept, cuts = cut_each(context, batch, going)
     rows = [table.places[ranking.name] for ranking in rankings]
@@ -122,9 +121,66 @@ def _prune(
     table.ties_pruned[rows], table.ties[rows] = cuts[:, 1], cuts[:, 2]
     if not isinstance(rule.importance, Random):
         table.thresholds[rows] = values_of(cuts[:, 0], dtype)
-    bits = torch.split(kept, [(ranking.units + 7) // 8 for ranking in rankings])
-    found = zip(rankings, bits, alive, counts, strict=True)
-    return {r.name: Mask.counted(bits, r.units, living - count) for r, bits, living, count in found}
+    return masks_of(rankings, kept)
+
+
+def batch_of(rankings: Sequence[Ranking], dtype: torch.dtype) -> Batch:
+    """Small rankings side by side."""
+    return side_by_side(
+        [ranking.scores for ranking in rankings],
+        [ranking.units for ranking in rankings],
+        [None if ranking.alive is None else ranking.alive.bits for ranking in rankings],
+        dtype,
+    )
+
+
+def masks_of(rankings: Sequence[Ranking], kept: Tensor) -> Masks:
+    """The masks of tensors whose units are their elements.  kept: bits of what stays of all."""
+    sizes = [(ranking.units + 7) // 8 for ranking in rankings]
+    begins = list(itertools.accumulate(sizes, initial=0))[:-1]
+    counts = np.add.reduceat(_ONES[kept.numpy()], begins, dtype=np.int64).tolist()
+    parts = zip(rankings, torch.split(kept, sizes), counts, strict=True)
+    return {ranking.name: Mask.counted(bits, ranking.units, n) for ranking, bits, n in parts}
+
+
+# How many bits of a byte are 1.
+_ONES = np.array([byte.bit_count() for byte in range(256)], np.uint8)
+
+
+def are_small(names: Sequence[str], parameters: Mapping[str, Parameter]) -> bool:
+    """Whether tensors that are ranked together are small, and not too many."""
+    units = sum(parameters[name].weight.numel() for name in names if name in parameters)
+    return units <= MOST_UNITS and all(n in parameters and is_small(parameters[n]) for n in names)
+
+
+def prune_together(
+    context: RequestContext,
+    rule: Selection,
+    names: Sequence[str],
+    state: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
+) -> tuple[Masks, Choice]:
+    """Prunes a number of elements of small tensors by rank alone, whatever tensors they are of.
+
+    Raises:
+        NanScores: A score is NaN.
+        AmountOutOfRange: The tensors have too few units.
+    """
+    with context.stage("score"):
+        rankings = [ranking_of(context, rule, name, state, extras) for name in context.each(names)]
+    with context.stage("select"):
+        units = sum(ranking.units for ranking in rankings)
+        alive = sum(ranking.count_alive(context) for ranking in rankings)
+        count = number_of(rule, rule.amount, names, units, alive)
+        dtype = score_dtype(rankings)
+        batch = batch_of(rankings, dtype)
+        # One tensor of all of them: what lies between them is as if it were pruned already.
+        living, scores = Mask(batch.alive, batch.bits.numel()), batch.bits.view(dtype)
+        whole = Ranking("", living.elements, scores, living, rankings[0].device)
+        (kept,), cut = select(context, [whole], alive, count)
+        value = None if isinstance(rule.importance, Random) else threshold(cut, dtype)
+    choice = Choice(tuple(names), alive, count, count, value, cut.equal, cut.ties)
+    return masks_of(rankings, kept.bits), choice
 
 
 def values_of(keys: Ints, dtype: torch.dtype) -> Floats:
