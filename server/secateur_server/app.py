@@ -32,8 +32,8 @@ from secateur_server.operate.traces import NoTraces, Traces
 from secateur_server.runtime.context import RequestContext
 from secateur_server.service import Pruner, add_pruner
 from secateur_server.sources import Sources
-from secateur_server.store.folders import default_max_bytes, temporary_folder
-from secateur_server.store.store import Store, StoreInUse
+from secateur_server.store.folders import StoreInUse, default_max_bytes, temporary_folder
+from secateur_server.store.store import Store
 from secateur_server.uris.requests import Requests
 from secateur_server.uris.scratch import Scratch
 from secateur_server.uris.uris import Uris
