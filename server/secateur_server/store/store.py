@@ -165,7 +165,7 @@ class Store:
         with suppress(StoreFailed):
             self.uploads.close()
         if self._is_temporary and self._folder_lock.is_in_place:
-            shutil.rmtree(self._folder)
+            shutil.rmtree(self._folder, ignore_errors=True)  # a cleaner of /tmp may be first
         self._folder_lock.close()
 
     @property
