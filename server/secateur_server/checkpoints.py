@@ -62,7 +62,7 @@ class Checkpoints:
                 files = self._land(landing, header.files, data)
             try:
                 blobs = [of_blob(blob) for blob in self._store.open_files("data", files)]
-                map_model(blobs, None, ({}, {}))
+                map_model(context, blobs, None, ({}, {}))
             except InvalidStateDict:
                 landing.abandon()
                 raise
@@ -118,7 +118,9 @@ class Checkpoints:
                 raise InvalidRequest("offset", f"{message.offset} is more than the {size} bytes")
             result = pb.DownloadResult(files=map(file_message, files), data_bytes=size)
             sent = partial(self._sources.metrics.sent, context)
-            yield from responses(pb.DownloadResponse, result, chunks(files, message.offset), sent)
+            yield from responses(
+                pb.DownloadResponse, result, chunks(context, files, message.offset), sent
+            )
 
     def _files(
         self, context: RequestContext, opened: OpenCheckpoint, output: int, held: ExitStack
@@ -126,7 +128,7 @@ class Checkpoints:
         blobs, masks = opened.files, opened.masks
         files = [of_blob(blob) for blob in blobs]
         mapped_masks = of_blob(masks) if masks else None
-        model, read = map_model(files, mapped_masks, ({}, {}))
+        model, read = map_model(context, files, mapped_masks, ({}, {}))
         is_dense = output == pruner_pb2.OUTPUT_DENSE
         is_changed = masks or (is_dense and model.catalog.pairs)
         if output != pruner_pb2.OUTPUT_MASKS and not is_changed:
@@ -137,9 +139,11 @@ class Checkpoints:
         with scheduler.cores(context, size):
             read(None)
             if output == pruner_pb2.OUTPUT_MASKS:
-                made = [packed_masks(masks_of(model.parameters))]
+                made = [packed_masks(context, masks_of(model.parameters))]
+            elif is_dense:
+                made = folded_files(context, model, model.parameters)
             else:
-                made = folded_files(model, model.parameters) if is_dense else model.files(())
+                made = model.files(context, ())
         for file in files:
             file.check_unchanged()
         return made

@@ -61,7 +61,7 @@ class Pruner:
         """Decides masks, and answers with them or with what they are applied to."""
         first, data = open_request(messages, self._count_received(context))
         header = first.header
-        rules = decode_spec(header.spec)
+        rules = decode_spec(context, header.spec)
         if header.output not in pb.Output.values():
             raise InvalidRequest("header.output", f"{header.output} is no output")
         if header.destination_uri and header.output == pb.OUTPUT_NONE:
@@ -95,22 +95,24 @@ class Pruner:
         extras = {name for rule in asked for name in rule.extras()}
         incoming = self._sources.open(context, header, data, extras, held, landing)
         model = incoming.model
-        rules = resolve(asked, model.catalog)
+        rules = resolve(context, asked, model.catalog)
         is_whole = header.output in (pb.OUTPUT_DENSE, pb.OUTPUT_REPARAMETRIZED)
         read_whole = None if is_whole else {name for rule in rules for name in rule.reads()}
         with context.stage("receive"):
             incoming.read(read_whole)
         with self._cores(context, incoming):
             context.begin("prune")
-            before = _before(header, model, rules)
-            pruned, outcomes = prune(before, rules, model.extras)
+            before = _before(context, header, model, rules)
+            pruned, outcomes = prune(context, before, rules, model.extras)
             with context.stage("encode"):
-                files = _prune_output(header.output, model, pruned)
+                files = _prune_output(context, header.output, model, pruned)
                 digest = files[0].blake3 if len(files) == 1 else ""
                 report = encode_report(
-                    pruned.items(), model.catalog, incoming.digest(), digest, outcomes
+                    context, pruned.items(), model.catalog, incoming.digest(), digest, outcomes
                 )
-                report.warnings.extend(warnings_of(report, asked, rules, model.catalog, before))
+                report.warnings.extend(
+                    warnings_of(context, report, asked, rules, model.catalog, before)
+                )
         result = pb.PruneResult(report=report)
         incoming.check_unchanged()
         with self._kept(context, landing, incoming, pruned, result) if landing else nullcontext():
@@ -129,7 +131,9 @@ class Pruner:
         result: pb.PruneResult,
     ) -> Iterator[None]:
         """Keeps what was pruned; where the block fails it goes: nobody was told its name."""
-        masks = landing.land_file(packed_masks({**incoming.model.masks, **masks_of(pruned)}))
+        masks = landing.land_file(
+            packed_masks(context, {**incoming.model.masks, **masks_of(pruned)})
+        )
         record, store = landing.create(incoming.files, masks), self._sources.store
         owner = context.tenant.owner
         try:
@@ -149,12 +153,12 @@ class Pruner:
         header = first.header
         with ExitStack() as held:
             incoming = self._sources.open(context, header, data, (), held)
-            names = incoming.model.named("header.tensors", header.tensors)
+            names = incoming.model.named(context, "header.tensors", header.tensors)
             with context.stage("receive"):
                 incoming.read(names)
             covered = ((name, incoming.model.parameters[name]) for name in names)
             with self._cores(context, incoming), context.stage("encode"):
-                report = encode_report(covered, incoming.model.catalog, incoming.digest())
+                report = encode_report(context, covered, incoming.model.catalog, incoming.digest())
             incoming.check_unchanged()
             self._sources.metrics.reported(context, report)
             return pb.ReportResponse(report=report)
@@ -165,22 +169,22 @@ class Pruner:
         """Foretells what a Prune would do by many amounts."""
         first, data = open_request(messages, self._count_received(context))
         header = first.header
-        rules = decode_spec(header.spec)
+        rules = decode_spec(context, header.spec)
         _check_prior(header)
         extras = {name for rule in rules for name in rule.extras()}
         with ExitStack() as held:
             incoming = self._sources.open(context, header, data, extras, held)
             model = incoming.model
-            rules = resolve(rules, model.catalog)
+            rules = resolve(context, rules, model.catalog)
             planned, amounts = decode_amounts(header, rules)
             with context.stage("receive"):
                 incoming.read({name for rule in rules for name in rule.reads()})
             with self._cores(context, incoming):
-                before = _before(header, model, rules)
-                state = {**before, **prune(before, rules[:-1], model.extras)[0]}
+                before = _before(context, header, model, rules)
+                state = {**before, **prune(context, before, rules[:-1], model.extras)[0]}
                 at = "header.amounts" if header.amounts else ""
-                outcomes = plan(planned, amounts, state, model.extras, at)
-            message = encode_plan(outcomes, state, planned.tensors)
+                outcomes = plan(context, planned, amounts, state, model.extras, at)
+            message = encode_plan(context, outcomes, state, planned.tensors)
             pruned = {name for rule in rules for name in rule.names()}
             sizes = form_bytes(model, [name for name in state if name in pruned])
             message.masks_bytes, message.dense_bytes = sizes.masks, sizes.dense
@@ -216,17 +220,17 @@ class Pruner:
     ) -> tuple[pb.FinalizeResult, Files]:
         incoming = self._sources.open(context, header, data, (), held)
         model = incoming.model
-        names = model.named("header.tensors", header.tensors)
+        names = model.named(context, "header.tensors", header.tensors)
         with context.stage("receive"):
             incoming.read(None)
         with self._cores(context, incoming), context.stage("encode"):
             context.begin("prune")
             folded = names if header.tensors else list(model.parameters)  # pairs of integers too
-            files = folded_files(model, {name: model.parameters[name] for name in folded})
+            files = folded_files(context, model, {name: model.parameters[name] for name in folded})
             digest = files[0].blake3 if len(files) == 1 else ""
             covered = ((name, model.parameters[name]) for name in names)
             report = encode_report(
-                covered, model.catalog, incoming.digest(), digest, are_folded=True
+                context, covered, model.catalog, incoming.digest(), digest, are_folded=True
             )
         incoming.check_unchanged()
         self._sources.metrics.reported(context, report)
@@ -279,7 +283,7 @@ class Pruner:
         self, context: RequestContext, make: Callable[..., Any], result: Any, files: Files
     ) -> Iterator[Any]:
         count = partial(self._sources.metrics.sent, context)
-        return responses(make, result, chunks(files), count)
+        return responses(make, result, chunks(context, files), count)
 
     def _count_received(self, context: RequestContext) -> Callable[[int], None]:
         return partial(self._sources.metrics.received, context)
@@ -295,30 +299,35 @@ def _check_prior(header: pb.PruneHeader | pb.PlanHeader) -> None:
 
 
 def _before(
-    header: pb.PruneHeader | pb.PlanHeader, model: Model, rules: Sequence[Rule]
+    context: RequestContext,
+    header: pb.PruneHeader | pb.PlanHeader,
+    model: Model,
+    rules: Sequence[Rule],
 ) -> dict[str, Parameter]:
     """The parameters before the first of `rules`, which are resolved."""
     parameters = dict(model.parameters)
-    return prune_zeros(parameters, rules) if header.prior == pb.PRIOR_ZEROS else parameters
+    return prune_zeros(context, parameters, rules) if header.prior == pb.PRIOR_ZEROS else parameters
 
 
-def _prune_output(output: int, model: Model, pruned: dict[str, Parameter]) -> Files:
+def _prune_output(
+    context: RequestContext, output: int, model: Model, pruned: dict[str, Parameter]
+) -> Files:
     if output == pb.OUTPUT_NONE:
         return []
     if output in (pb.OUTPUT_UNSPECIFIED, pb.OUTPUT_MASKS):
-        return [packed_masks(masks_of(pruned))]
+        return [packed_masks(context, masks_of(pruned))]
     model.parameters |= pruned
     if output == pb.OUTPUT_REPARAMETRIZED:
-        return model.files(())
-    return folded_files(model, model.parameters)
+        return model.files(context, ())
+    return folded_files(context, model, model.parameters)
 
 
-def folded_files(model: Model, parameters: dict[str, Parameter]) -> Files:
+def folded_files(context: RequestContext, model: Model, parameters: dict[str, Parameter]) -> Files:
     """A model's files with the masks of some parameters applied for good."""
     if not model.is_mapped:
         for parameter in parameters.values():
-            fold(parameter)
-    return model.files(parameters)
+            fold(context, parameter)
+    return model.files(context, parameters)
 
 
 def add_pruner(pruner: Pruner, server: grpc.Server) -> str:

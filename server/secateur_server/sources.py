@@ -71,7 +71,7 @@ class Sources:
     def landing(self, context: RequestContext) -> Landing:
         """Takes files into the store for the request's tenant, within their quota."""
         tenant = context.tenant
-        return Landing(self.store, tenant.owner, tenant.store)
+        return Landing(context, self.store, tenant.owner, tenant.store)
 
     def open(
         self,
@@ -104,7 +104,7 @@ class Sources:
             stream.finish()
             room = self.scheduler.model(context, "header.data_bytes", min(size, self.work_memory))
             held.enter_context(room)
-            return self._mapped(self._stored((landed,)), None, ({}, {}), (landed,))
+            return self._mapped(context, self._stored((landed,)), None, ({}, {}), (landed,))
 
         def admit(size: int) -> None:
             in_memory = min(size, self.work_memory) + header.data_bytes
@@ -123,7 +123,9 @@ class Sources:
         else:
             masks, stored = None, ()
             files = self._opened(context, header.uri, held, admit)
-        return self._mapped(files, masks, self._beside(header.data_bytes, data, extras), stored)
+        return self._mapped(
+            context, files, masks, self._beside(context, header.data_bytes, data, extras), stored
+        )
 
     def stream(self, data: Iterator[Bytes], file_bytes: int, is_hashed: bool = True) -> ByteStream:
         """The file of a call's data.  Errors: InvalidRequest, ModelTooLarge."""
@@ -156,7 +158,7 @@ class Sources:
                 )
             admit(size)
 
-        return self._uris(context).open("header.uri", uri, held, check)
+        return self._uris(context).open(context, "header.uri", uri, held, check)
 
     def fetch(
         self,
@@ -172,7 +174,7 @@ class Sources:
             admit(size)
 
         with ExitStack() as held:
-            found = self._uris(context).open("header.uri", uri, held, check)
+            found = self._uris(context).open(context, "header.uri", uri, held, check)
             files = []
             for file in found:
                 files.append(landing.land(file.filename, len(file.data), [file.data]))
@@ -190,7 +192,7 @@ class Sources:
         check: Callable[[], None],
     ) -> None:
         """Writes files to a destination, as Uris.write."""
-        self._uris(context).write("header.destination_uri", uri, files, check)
+        self._uris(context).write(context, "header.destination_uri", uri, files, check)
 
     def _received(
         self,
@@ -204,23 +206,29 @@ class Sources:
         stream = self.stream(data, file_bytes)
         device = self.device if file_bytes > ONE_CORE_BYTES else torch.device("cpu")
         held.enter_context(self.scheduler.model(context, "header.data_bytes", file_bytes))
-        header = read_header(stream)
+        header = read_header(context, stream)
         model = without_extras(header, extras)
 
         def read(names: Collection[str] | None) -> None:
             tensors = read_tensors(stream, header, device)
             beside = {name: values_of(tensors.pop(name)) for name in model.catalog.extras}
-            model.fill(tensors, beside, {})
+            model.fill(context, tensors, beside, {})
 
         return Incoming(model, file_bytes, read, stream.digest)
 
-    def _beside(self, file_bytes: int, data: Iterator[Bytes], extras: Collection[str]) -> Extras:
+    def _beside(
+        self,
+        context: RequestContext,
+        file_bytes: int,
+        data: Iterator[Bytes],
+        extras: Collection[str],
+    ) -> Extras:
         """The scores and masks that come beside a checkpoint or a URI."""
         if file_bytes == 0:
             ByteStream(data, 0).finish()
             return {}, {}
         stream = self.stream(data, file_bytes)
-        header = read_header(stream)
+        header = read_header(context, stream)
         for entry in header.entries:
             if entry.name not in extras:
                 raise InvalidStateDict(
@@ -236,6 +244,7 @@ class Sources:
 
     def _mapped(
         self,
+        context: RequestContext,
         files: Sequence[MappedFile],
         masks: MappedFile | None,
         beside: Extras,
@@ -247,7 +256,7 @@ class Sources:
             for file in files:
                 file.check_unchanged()
 
-        model, read = map_model(files, masks, beside)
+        model, read = map_model(context, files, masks, beside)
         digest = stored[0].blake3 if len(stored) == 1 else ""
         size = sum(len(file.data) for file in files)
         return Incoming(model, size, read, lambda: digest, check_unchanged, stored)

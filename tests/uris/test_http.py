@@ -14,6 +14,7 @@ from safetensors.torch import save
 
 import secateur
 from secateur_server.errors import UriNotAllowed
+from secateur_server.runtime.context import RequestContext
 from secateur_server.uris.requests import Requests
 from secateur_server.uris.scratch import Scratch
 from secateur_server.uris.uris import Uris
@@ -294,10 +295,10 @@ def test_a_redirect_goes_where_the_tenant_may_and_no_further(site: Site, tmp_pat
     site.pages["/models/others/x"] = page(DATA)
     uri = f"{site.root}/models/mine/x"
     with ExitStack() as held:
-        (file,) = everywhere.open("uri", uri, held, lambda size, fetched: None)
+        (file,) = everywhere.open(RequestContext(), "uri", uri, held, lambda size, fetched: None)
         assert bytes(file.data) == DATA
         with pytest.raises(UriNotAllowed, match="/models/others/x"):
-            tenants.open("uri", uri, held, lambda size, fetched: None)
+            tenants.open(RequestContext(), "uri", uri, held, lambda size, fetched: None)
 
 
 def test_a_remote_without_ranges_fills_no_memory(served: Served, site: Site) -> None:

@@ -283,7 +283,7 @@ class Metrics:
         count = 0
         for tensor in report.tensors:
             mask = before[tensor.name].mask
-            count += tensor.pruned - (0 if mask is None else mask.elements - mask.kept)
+            count += tensor.pruned - (0 if mask is None else mask.elements - mask.kept(context))
         self._pruned.inc(count)
         self._sparsity.observe(report.sparsity)
         context.pruned = count

@@ -18,6 +18,7 @@ from secateur_server.errors import (
     TakenOver,
     quote,
 )
+from secateur_server.runtime.context import RequestContext
 from secateur_server.store.blobs import Part, disk_bytes
 from secateur_server.store.clock import Clock
 from secateur_server.store.holdings import Holdings, Upload
@@ -162,7 +163,7 @@ class Uploads:
         if upload.is_stale:
             raise TakenOver("header", "another call of the same caller sends this file")
 
-    def finish(self, upload: Upload, filename: str) -> StoredFile:
+    def finish(self, context: RequestContext, upload: Upload, filename: str) -> StoredFile:
         """Makes a file whole, on disk.
 
         Errors: InvalidStateDict, StoreFull, StoreFailed, TakenOver; DataLoss, where what was there
@@ -175,7 +176,7 @@ class Uploads:
                 if upload.part:
                     self._finish_part(upload, upload.part, file)
                     return file
-            self._check_whole(file)  # the caller may throw away what it has
+            self._check_whole(context, file)  # the caller may throw away what it has
         except (InvalidStateDict, DataLoss):
             self.abandon(upload)
             raise
@@ -205,10 +206,10 @@ class Uploads:
             unused = self._shelf.release([file])
         self._shelf.remove(Trash(blobs=unused))
 
-    def _check_whole(self, file: StoredFile) -> None:
+    def _check_whole(self, context: RequestContext, file: StoredFile) -> None:
         """Errors: DataLoss."""
         blob = self._shelf.open("data", file)
-        passes_of(torch.device("cpu")).each(blob.check, range(blob.block_count))
+        passes_of(torch.device("cpu")).map(context, blob.check, range(blob.block_count))
 
     def leave(self, upload: Upload) -> None:
         """The call that sent a file has ended: what can go on later is held for a while."""

@@ -9,8 +9,8 @@ from typing import Any
 from secateur_proto.dtypes import DTYPES
 from secateur_proto.framing import tensor_bytes
 from secateur_proto.text import Text
-from secateur_server.devices.watch import watch
 from secateur_server.errors import MalformedFile, quote
+from secateur_server.runtime.context import RequestContext
 
 # The format's own limit.
 MAX_HEADER_BYTES = 100_000_000
@@ -56,7 +56,7 @@ def header_length(prefix: bytes, file_bytes: int) -> int:
     return length
 
 
-def parse_header(text: bytes, data_bytes: int) -> Header:
+def parse_header(context: RequestContext, text: bytes, data_bytes: int) -> Header:
     """What the header `text` of a file announces.
 
     data_bytes: what is left of the file behind the header.
@@ -66,7 +66,7 @@ def parse_header(text: bytes, data_bytes: int) -> Header:
     if not text.startswith(b"{"):
         raise MalformedFile("data", f"the header begins with {quote(text[:8])}, not with {{")
     try:
-        entries, metadata = _tables(Text(text.decode(), _DECODER))
+        entries, metadata = _tables(context, Text(text.decode(), _DECODER))
     except RecursionError:
         raise MalformedFile("data", "the header is nested too deeply") from None
     except ValueError as error:
@@ -91,7 +91,7 @@ def _field(name: str) -> str:
     return f"data[{quote(name)}]"
 
 
-def _tables(reader: Text) -> tuple[list[Entry], dict[str, str]]:
+def _tables(context: RequestContext, reader: Text) -> tuple[list[Entry], dict[str, str]]:
     """Errors: MalformedFile, ValueError, RecursionError."""
     entries: dict[str, Entry] = {}
     metadata: dict[str, str] | None = None
@@ -101,7 +101,7 @@ def _tables(reader: Text) -> tuple[list[Entry], dict[str, str]]:
         if name == _METADATA:
             metadata = _metadata(reader)
         else:
-            entries[name] = _entry(name, reader.value())
+            entries[name] = _entry(context, name, reader.value())
     reader.end()
     return list(entries.values()), metadata or {}
 
@@ -143,8 +143,8 @@ def _twice(name: str) -> MalformedFile:
     return MalformedFile(_field(name), "the name stands twice in the header")
 
 
-def _entry(name: str, fields: Any) -> Entry:
-    watch().check()  # of hundreds of thousands the header alone takes seconds
+def _entry(context: RequestContext, name: str, fields: Any) -> Entry:
+    context.check()  # of hundreds of thousands the header alone takes seconds
     if not _is_text(name):
         raise MalformedFile(_field(name), "the name is no text")
     if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
