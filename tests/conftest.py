@@ -42,17 +42,21 @@ settings.register_profile(
 settings.load_profile("any machine")
 
 
+SERVER_OPTIONS = ("--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0")
+
+
 def start_server(*options: str) -> RunningServer:
     """A secateur-server that takes requests, and logs to a file."""
     log = Path(tempfile.mkdtemp(prefix="secateur-test-")) / "log"
     with log.open("wb") as stderr:
         process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "secateur_server"),
-                *("--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0", *options),
-            ],
-            stderr=stderr,
+            [sys.executable, "-m", "secateur_server", *SERVER_OPTIONS, *options], stderr=stderr
         )
+    return started(process, log)
+
+
+def started(process: subprocess.Popen[bytes], log: Path) -> RunningServer:
+    """A server that logs to a file, once it takes requests."""
     pattern = re.compile(r"serving (?:gRPC|metrics) at (?:http://)?([\d.:]+)")
 
     def told() -> int:
@@ -68,7 +72,6 @@ def start_server(*options: str) -> RunningServer:
 def inner_server(*options: str) -> Iterator[RunningServer]:
     """A server in this process: it starts in a moment, and nobody can kill it or weigh it."""
     log = Path(tempfile.mkdtemp(prefix="secateur-test-")) / "log"
-    addresses = ("--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0")
     handler, logger = logging.FileHandler(log), logging.getLogger("secateur_server")
     errors, before = logging.getLogger("grpc"), logger.level
     logger.setLevel(logging.INFO)
@@ -76,7 +79,7 @@ def inner_server(*options: str) -> Iterator[RunningServer]:
     errors.addHandler(handler)
     no_process: Any = None
     try:
-        with App(read_config([*addresses, *options], {}), is_warm=False) as app:
+        with App(read_config([*SERVER_OPTIONS, *options], {}), is_warm=False) as app:
             yield RunningServer(app.address, str(app.metrics_address), no_process, log)
     finally:
         logger.removeHandler(handler)

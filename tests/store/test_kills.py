@@ -14,8 +14,9 @@ import pytest
 from torch import Tensor
 
 import secateur
-from tests.conftest import RunningServer, eventually, inner_server, start_server
+from tests.conftest import RunningServer, eventually, inner_server
 from tests.pruning.torch_side import assert_same_tensors
+from tests.store.forked import forked_servers
 from tests.store.lost_pages import losing_disk
 from tests.store.stored import blobs, check_tidy, downloaded, model
 
@@ -161,37 +162,34 @@ def survive(
     crash: what becomes of the disk each time.
     """
     ledger, draws, made = Ledger(), random.Random(kills), set()
-    for seed in range(kills):
-        server = start_server("--store-dir", str(folder))
-        check_all_there(server, ledger, folder, scratch)
-        with callers(server, ledger, seed) as errors:
-            enough = ledger.answers + draws.randint(1, 12)
-            eventually(lambda enough=enough: bool(errors) or ledger.answers >= enough, True)  # type: ignore[misc]
-            threading.Event().wait(draws.uniform(0, 0.05))
-            assert errors == []
-        crash()
-        made |= {checkpoint.name for checkpoint in ledger.kept} | ledger.gone
+    with forked_servers() as start:
+        for seed in range(kills):
+            server = start("--store-dir", str(folder))
+            check_all_there(server, ledger, folder, scratch)
+            with callers(server, ledger, seed) as errors:
+                enough = ledger.answers + draws.randint(1, 12)
+                eventually(lambda enough=enough: bool(errors) or ledger.answers >= enough, True)  # type: ignore[misc]
+                threading.Event().wait(draws.uniform(0, 0.05))
+                assert errors == []
+            crash()
+            made |= {checkpoint.name for checkpoint in ledger.kept} | ledger.gone
     with inner_server("--store-dir", str(folder)) as server:
         check_all_there(server, ledger, folder, scratch)
     return len(made), len(ledger.gone)
 
 
-def test_a_server_that_is_killed_loses_nothing(tmp_path: Path) -> None:
-    made, deleted = survive(4, tmp_path / "store", tmp_path)
-    assert made > 5
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(100, marks=SLOW)])
+def test_a_server_that_is_killed_loses_nothing(tmp_path: Path, kills: int) -> None:
+    made, deleted = survive(kills, tmp_path / "store", tmp_path)
+    print(f"{kills} kills, {made} checkpoints made, {deleted} of them deleted")
+    assert made > kills
     assert deleted > 0
 
 
-@pytest.mark.slow
-def test_a_server_that_is_killed_a_hundred_times_loses_nothing(tmp_path: Path) -> None:
-    made, deleted = survive(100, tmp_path / "store", tmp_path)
-    print(f"100 kills, {made} checkpoints made, {deleted} of them deleted")
-    assert made > 100
-    assert deleted > 50
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("crashes", [20, 500])
+@pytest.mark.parametrize("crashes", [4, pytest.param(500, marks=SLOW)])
 def test_a_server_whose_disk_loses_what_was_not_synced_loses_nothing(
     tmp_path: Path, crashes: int
 ) -> None:
