@@ -3,7 +3,6 @@
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from contextvars import copy_context
 from functools import partial
 from typing import Any, TypeVar
 
@@ -247,7 +246,7 @@ class Pruner:
         """What `work` returns; meanwhile tells how far it is, where no data comes with the call."""
         if not header.WhichOneof("source"):
             return work()
-        future = self._workers.submit(copy_context().run, work)
+        future = self._workers.submit(work)
         try:
             while not wait([future], PROGRESS_SECONDS).done:
                 yield make(progress=progress_message(context))

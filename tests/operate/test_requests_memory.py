@@ -12,6 +12,7 @@ import pytest
 import secateur
 from secateur_proto import checkpoints_pb2, checkpoints_pb2_grpc, pruner_pb2, pruner_pb2_grpc
 from tests.conftest import PATIENCE, RunningServer, eventually, start_server, stop_server
+from tests.contract.raw import failure, send
 from tests.operate.test_memory import memory
 from tests.operate.test_metrics import sample
 from tests.operate.test_threads import OWN_CONNECTION, is_serving
@@ -105,3 +106,30 @@ def test_downloads_that_nobody_takes_wait_for_memory(running: RunningServer) -> 
         client.delete(checkpoint)
     eventually(lambda: sample(running, "secateur_requests_in_flight"), 0)
     eventually(lambda: anonymous(running) - before < SLACK, True)
+
+
+def test_a_header_that_takes_too_much_memory_is_refused_before_it_comes(
+    running: RunningServer, before: int
+) -> None:
+    length = 50_000_000
+    header = pruner_pb2.ReportHeader(data_bytes=length + 8)
+    first = pruner_pb2.ReportRequest(header=header, data=length.to_bytes(8, "little"))
+    with grpc.insecure_channel(running.address) as channel:
+        found = failure(send, channel, "Report", [first])
+    assert found is not None
+    assert (found.code.name, found.reason) == ("RESOURCE_EXHAUSTED", "REQUEST_TOO_LARGE")
+    assert found.message.startswith(f"data: reading a header of {length} bytes takes up to ")
+    assert anonymous(running) - before < SLACK
+
+
+def test_as_many_tensors_as_take_too_much_memory_are_refused(
+    running: RunningServer, before: int
+) -> None:
+    model = {f"w{number}": np.zeros(1, np.float32) for number in range(20_000)}
+    with (
+        secateur.Client(running.address) as client,
+        pytest.raises(secateur.SecateurError) as caught,
+    ):
+        client.report(model, progress=False)
+    assert "serving 20000 tensors takes up to " in str(caught.value)
+    assert anonymous(running) - before < OTHER + SLACK

@@ -24,7 +24,7 @@ HEADER_BYTES = int.from_bytes(GOOD[:8], "little")
 
 
 def parse(data: bytes, context: RequestContext | None = None) -> Header:
-    length = header_length(data[:8], len(data))
+    length = header_length(RequestContext(), data[:8], len(data))
     return parse_header(context or RequestContext(), data[8 : 8 + length], len(data) - 8 - length)
 
 

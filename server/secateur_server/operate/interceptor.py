@@ -11,7 +11,7 @@ from secateur_proto.codec import header_bytes
 from secateur_server.devices.threads import started_pool
 from secateur_server.errors import IdleTimeout, InvalidRequest, NoMessage, Stopped
 from secateur_server.operate.callers import Callers
-from secateur_server.operate.calls import serving
+from secateur_server.operate.calls import begin_request
 from secateur_server.operate.idle import Readers
 from secateur_server.operate.logs import log_call
 from secateur_server.operate.metrics import Metrics, as_go_spells
@@ -118,19 +118,19 @@ class Interceptor(grpc.ServerInterceptor):
     ) -> Iterator[tuple[RequestContext, Iterator[Any]]]:
         """A call, from its first moment to its last. Yields its context and its messages."""
         has_failed = True
-        with serving(method, call, self._make_context) as context:
-            self._metrics.began(context)
-            try:
-                with (
-                    statuses(context, call),
-                    self._let_in(context, call) as receive_first,
-                    closing(self._ahead(method, messages)) as received,
-                ):
-                    yield context, _decoded(context, received, decode, receive_first)
-                has_failed = False
-            finally:
-                context.code = code_of(context, call, has_failed)
-                self._ended(context)
+        context = begin_request(method, call, self._make_context)
+        self._metrics.began(context)
+        try:
+            with (
+                statuses(context, call),
+                self._let_in(context, call) as receive_first,
+                closing(self._ahead(method, messages)) as received,
+            ):
+                yield context, _decoded(context, received, decode, receive_first)
+            has_failed = False
+        finally:
+            context.code = code_of(context, call, has_failed)
+            self._ended(context)
 
     @contextmanager
     def _let_in(self, context: RequestContext, call: grpc.ServicerContext) -> Iterator[Receive]:

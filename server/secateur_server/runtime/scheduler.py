@@ -34,7 +34,7 @@ MOST_PROBES = 16
 # gRPC does not say how long a message is before it has received all of it.
 MOST_MESSAGE_BYTES = 16 << 20
 # Shares of --memory-limit; they come on top of it.
-FIRST_MESSAGES = OTHER = 1 / 16
+FIRST_MESSAGES, OTHER = 1 / 16, 1 / 8
 LEAST_OTHER_BYTES = 64 << 20
 # Less is not counted: it is a part of what each call takes anyway.
 SMALL_BYTES = 64 << 10

@@ -17,6 +17,9 @@ MAX_HEADER_BYTES = 100_000_000
 
 # The length in 8 bytes, and {}.
 MIN_FILE_BYTES = 10
+# Bytes of memory for a byte of a header while it is read, and for all that a request makes of a
+# tensor beside its values.
+MEMORY_PER_BYTE, MEMORY_PER_TENSOR = 9, 7000
 
 _METADATA = "__metadata__"
 # Each is an object or two, whatever its length.
@@ -44,8 +47,14 @@ class Entry:
     end: int
 
 
-def header_length(prefix: bytes, file_bytes: int) -> int:
-    """The length of the JSON text, from the first 8 bytes of a file of `file_bytes` bytes."""
+def header_length(context: RequestContext, prefix: bytes, file_bytes: int) -> int:
+    """The length of the JSON text, from the first 8 bytes of a file of `file_bytes` bytes.
+
+    Raises:
+        MalformedFile: It cannot be the length of that file's header.
+        RequestTooLarge: The tensors that it names take more memory than there is for it.
+        QueueFull: As much, beside other requests.
+    """
     length = int.from_bytes(prefix, "little")
     limit = min(MAX_HEADER_BYTES, file_bytes - 8)
     if not 2 <= length <= limit:
@@ -53,6 +62,7 @@ def header_length(prefix: bytes, file_bytes: int) -> int:
             "data",
             f"the header's length is {length}; in {file_bytes} bytes it is from 2 to {limit}",
         )
+    context.charge("data", MEMORY_PER_BYTE * length, f"reading a header of {length} bytes")
     return length
 
 
@@ -71,6 +81,7 @@ def parse_header(context: RequestContext, text: bytes, data_bytes: int) -> Heade
         raise MalformedFile("data", "the header is nested too deeply") from None
     except ValueError as error:
         raise MalformedFile("data", f"the header is not JSON: {quote(str(error))}") from None
+    context.charge("data", MEMORY_PER_TENSOR * len(entries), f"serving {len(entries)} tensors")
     position, before = 0, "the header"
     for entry in sorted(entries, key=lambda entry: (entry.begin, entry.end)):
         if entry.begin != position:

@@ -61,7 +61,7 @@ def _map_header(context: RequestContext, file: MappedFile) -> tuple[Header, int]
     if len(file.data) < MIN_FILE_BYTES:
         raise MalformedFile("data", f"{len(file.data)} bytes are no safetensors file")
     file.check(0)
-    length = header_length(bytes(file.data[:8]), len(file.data))
+    length = header_length(context, bytes(file.data[:8]), len(file.data))
     for block in range(1, -(-(8 + length) // BLOCK)):
         file.check(block)
     text = bytes(file.data[8 : 8 + length])

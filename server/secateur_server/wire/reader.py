@@ -85,7 +85,7 @@ class ByteStream:
 
 def read_header(context: RequestContext, stream: ByteStream) -> Header:
     """Reads the head of a safetensors file.  Errors: MalformedFile, WrongLength."""
-    length = header_length(bytes(stream.take(8)), stream.announced)
+    length = header_length(context, bytes(stream.take(8)), stream.announced)
     return parse_header(context, bytes(stream.take(length)), stream.announced - 8 - length)
 
 
