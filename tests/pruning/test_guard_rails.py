@@ -15,7 +15,7 @@ from torch import Tensor
 
 from secateur_server.errors import AmountOutOfRange, InvalidSpec, UnknownTensor
 from secateur_server.pruning.catalog import Stored, read_catalog
-from secateur_server.pruning.prune import Choice
+from secateur_server.pruning.choice import Choice
 from secateur_server.pruning.resolve import resolve
 from secateur_server.pruning.spec import (
     Budget,

@@ -18,9 +18,10 @@ from secateur_proto import plan_pb2, pruner_pb2, spec_pb2
 from secateur_proto.pruner_pb2_grpc import PrunerStub
 from secateur_server.errors import AmountOutOfRange
 from secateur_server.pruning import energy
+from secateur_server.pruning.choice import Choice
 from secateur_server.pruning.granularity import NM, Block, Element, Slice
-from secateur_server.pruning.plan import Outcome, Removed, plan
-from secateur_server.pruning.prune import Choice
+from secateur_server.pruning.plan import plan
+from secateur_server.pruning.removed import Outcome, Removed
 from secateur_server.pruning.spec import (
     Amount,
     Budget,
@@ -88,7 +89,7 @@ def fitted(selection: Selection, model: dict[str, Parameter]) -> Selection:
 
 def tried(
     selection: Selection, model: dict[str, Parameter]
-) -> tuple[dict[str, Tensor], list[Choice]] | str:
+) -> tuple[dict[str, Tensor], Sequence[Choice]] | str:
     """What a prune does, or why it is refused."""
     try:
         return applied(model, selection)
@@ -98,7 +99,7 @@ def tried(
 
 def assert_foretold(
     selection: Selection, amounts: Sequence[Amount], model: dict[str, Parameter]
-) -> list[Outcome]:
+) -> Sequence[Outcome]:
     """A plan and as many prunes have the same choices, and the same effect on every tensor.
 
     An amount that a prune refuses is refused by the plan, and left out then.

@@ -1,7 +1,7 @@
 """One request has one answer, however many threads work at it and in whatever pieces."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 
 import pytest
@@ -13,15 +13,15 @@ from torch import Tensor
 from secateur_server.devices.looks import SPACING
 from secateur_server.devices.passes import Passes
 from secateur_server.pruning import select
+from secateur_server.pruning.choice import Choice
 from secateur_server.pruning.granularity import Element, Slice
-from secateur_server.pruning.prune import Choice
 from secateur_server.pruning.prune import prune as apply_rules
 from secateur_server.pruning.spec import Magnitude, Parameter, Random, Scope, Selection
 from secateur_server.runtime.context import RequestContext
 from tests.pruning.bits import packed, unpacked
 from tests.pruning.torch_side import EXACT, HALF, distinct, lowest_slices
 
-Answer = tuple[dict[str, Tensor], list[list[Choice]]]
+Answer = tuple[dict[str, Tensor], list[Sequence[Choice]]]
 
 
 def rule(

@@ -14,10 +14,9 @@ from secateur_proto import report_pb2 as pb
 from secateur_server.devices import kernels
 from secateur_server.devices.looks import Seen
 from secateur_server.devices.passes import Passes
-from secateur_server.messages.report import encode_choice
-from secateur_server.pruning.amounts import Bound
+from secateur_server.messages.tables import encode_choice
+from secateur_server.pruning.choice import Bound, Choice
 from secateur_server.pruning.measure import measure
-from secateur_server.pruning.prune import Choice
 from secateur_server.pruning.spec import Parameter
 from secateur_server.runtime.context import RequestContext
 from tests.pruning.bits import packed
