@@ -25,8 +25,8 @@ accuracy: $(READY)  ## 3 minutes: what each method costs a LeNet, as a table
 test: lint  ## what CI runs
 	$(BIN)/pytest -n 2
 
-test-slow: $(READY)  ## minutes, gigabytes
-	$(BIN)/pytest -m slow
+test-slow: $(READY)  ## minutes, gigabytes; and five times as many examples of each property
+	$(BIN)/pytest -m 'slow or hypothesis' --hypothesis-profile long
 
 fuzz: $(READY)  ## half an hour: bytes that the server's readers may break at
 	SECATEUR_FUZZ_SECONDS=450 $(BIN)/pytest -m slow -s tests/fuzz

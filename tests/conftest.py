@@ -38,11 +38,18 @@ class RunningServer:
 # Seconds. What takes longer hangs: no machine is so busy, and no test asks how fast it is.
 PATIENCE = 300.0
 
-# Nor does hypothesis, which by default wants each example within 200 ms.
+# Nor does hypothesis, which by default wants each example within 200 ms. The slow suite tries five
+# times as many examples: make test-slow.
 settings.register_profile(
-    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=40
 )
+settings.register_profile("long", settings.get_profile("any machine"), max_examples=200)
 settings.load_profile("any machine")
+
+
+def examples(count: int) -> settings:
+    """For a property of which so many examples are tried where others have a hundred."""
+    return settings(max_examples=max(10, count * settings().max_examples // 100))
 
 
 SERVER_OPTIONS = ("--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from secateur_server.errors import AmountOutOfRange, InvalidSpec, UnknownTensor
 from secateur_server.pruning.granularity import NM, Block, Slice
 from secateur_server.pruning.resolve import resolve
 from secateur_server.pruning.spec import Budget, Magnitude, Parameter, Selection, Table, Threshold
+from tests.conftest import examples
 from tests.contract import raw
 from tests.pruning.bits import packed
 from tests.pruning.defined import (
@@ -38,7 +39,7 @@ from tests.pruning.defined import (
     without,
 )
 
-many = settings(deadline=None, max_examples=50)
+many = examples(50)
 MODELS = models()
 Flat = np.ndarray[Any, np.dtype[Any]]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from secateur_server.pruning.spec import (
     Selection,
     Threshold,
 )
+from tests.conftest import examples
 from tests.pruning.bits import packed
 from tests.pruning.defined import (
     NAMES,
@@ -40,7 +41,7 @@ from tests.pruning.defined import (
     rule,
 )
 
-many = settings(deadline=None, max_examples=40)
+many = examples(40)
 MODELS = models()
 HUNDREDTHS = st.integers(0, 100).map(lambda percent: percent / 100)
 

@@ -17,6 +17,7 @@ from secateur_server.pruning.granularity import Element, Slice
 from secateur_server.pruning.prune import Choice
 from secateur_server.pruning.prune import prune as apply_rules
 from secateur_server.pruning.spec import Magnitude, Parameter, Random, Scope, Selection
+from tests.conftest import examples
 from tests.pruning.bits import packed, unpacked
 from tests.pruning.torch_side import EXACT, HALF, distinct, lowest_slices
 
@@ -160,8 +161,7 @@ def cut_into(monkeypatch: pytest.MonkeyPatch, piece: int, way: str) -> None:
 
 
 @settings(
-    max_examples=150,
-    deadline=None,
+    examples(150),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
