@@ -278,7 +278,7 @@ def test_slices_and_their_elements(shape: list[int], data: st.DataObject, piece:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("is_global", [True, False])
-@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("fraction", [0.0, 0.3, pytest.param(0.5, marks=pytest.mark.slow), 1.0])
 def test_masks_and_measures_are_the_same_without_numba(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, is_global: bool, fraction: float
 ) -> None:
