@@ -29,6 +29,7 @@ from secateur_server.devices.cuda import Cuda
 from secateur_server.pruning.granularity import Element
 from secateur_server.pruning.prune import prune
 from secateur_server.pruning.spec import Magnitude, Parameter, Selection
+from secateur_server.runtime.context import RequestContext
 
 ROUNDS = 9
 # Bytes that torch takes for a weight.
@@ -94,7 +95,7 @@ def _sides(millions: int) -> dict[str, Any]:
     for name, mask in prune_by_torch(model)[1].items():
         kept = ours[name].mask
         assert kept is not None
-        assert torch.equal(mask != 0, kept.whole(mask.shape)), name
+        assert torch.equal(mask != 0, kept.whole(RequestContext(), mask.shape)), name
     devices._kind_of = cache(lambda device: Cuda)
     return found | {"operations": _measured(lambda: _prune(model))}
 
@@ -102,7 +103,7 @@ def _sides(millions: int) -> dict[str, Any]:
 def _prune(model: Model) -> dict[str, Parameter]:
     parameters = {name: Parameter(weight) for name, weight in model.items()}
     rule = Selection("rule", tuple(model), Magnitude(), Element(), "global", AMOUNT, {})
-    return prune(parameters, [rule], {})[0]
+    return prune(RequestContext(), parameters, [rule], {})[0]
 
 
 def _measured(call: Callable[[], Any], rounds: int = ROUNDS) -> dict[str, float]:

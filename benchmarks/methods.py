@@ -25,6 +25,7 @@ from secateur_server.pruning.catalog import Stored, read_catalog
 from secateur_server.pruning.prune import prune
 from secateur_server.pruning.resolve import resolve
 from secateur_server.pruning.spec import Parameter, Rule
+from secateur_server.runtime.context import RequestContext
 
 CALLS, READINGS = 3, 15
 # Of the mask's bits: public ways rank by float32's roundings, and a swap of two rows is 4e-4.
@@ -89,7 +90,7 @@ class Core:
     def rules(self, spec: secateur.Spec) -> list[Rule]:
         """The spec's rules as the server has them."""
         message, _ = spec.encode(self._parameters)
-        return resolve(decode_spec(message), self._catalog)
+        return resolve(RequestContext(), decode_spec(RequestContext(), message), self._catalog)
 
     def seconds(self, work: Callable[..., Any], *arguments: Any) -> float:
         """What `work` takes with the parameters, and no scores, behind other arguments."""
@@ -99,7 +100,9 @@ class Core:
     def prune(self, spec: secateur.Spec) -> float:
         """The seconds of a prune."""
         rules = self.rules(spec)
-        return self.seconds(lambda parameters, extras: prune(parameters, rules, extras))
+        return self.seconds(
+            lambda parameters, extras: prune(RequestContext(), parameters, rules, extras)
+        )
 
 
 def compare(largest: int) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import secateur
 from common import AMOUNT, Model, Server, in_fresh_process, make_model, running_server, timed
 from methods import Core
 from secateur_server.pruning.plan import plan
+from secateur_server.runtime.context import RequestContext
 
 CALLS = 5
 AMOUNTS = [number / 20 for number in range(1, 21)]
@@ -58,7 +59,10 @@ def measure(
     for _ in range(CALLS + 1):
         wire_plan, planned = timed(lambda: client.plan(model, spec, AMOUNTS, progress=False))
         wire_prune, pruned = timed(lambda: client.prune(model, spec, progress=False))
-        core_plan, core_prune = core.seconds(plan, rule, AMOUNTS), core.prune(spec)
+        core_plan, core_prune = (
+            core.seconds(plan, RequestContext(), rule, AMOUNTS),
+            core.prune(spec),
+        )
         rounds.append((wire_plan, wire_prune, core_plan, core_prune))
     foretold = planned.amounts[AMOUNTS.index(AMOUNT)].pruned
     done = sum(tensor.pruned for tensor in pruned.report.tensors.values())

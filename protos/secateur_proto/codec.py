@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 
 M = TypeVar("M", bound=Message)
 
-DATA_TAG = 2 << 3 | 2
+HEADER_TAG, DATA_TAG = 1 << 3 | 2, 2 << 3 | 2
 # A length takes up to 5 bytes: gRPC's messages are shorter than 2^32.
 _MOST_LENGTH_BYTES = 5
 
@@ -51,6 +51,24 @@ def _prefix(length: int) -> bytes:
     return bytes(prefix)
 
 
+def header_bytes(raw: bytes) -> int:
+    """Bytes of a first message beside its data. An undecoded message without a header: all."""
+    if raw[:1] != bytes((HEADER_TAG,)):
+        return len(raw)
+    length, _ = _length(raw)
+    return min(length, len(raw))
+
+
+def _length(raw: bytes) -> tuple[int, int]:
+    """The length behind a tag of one byte, and where its value begins; 0: malformed."""
+    length = 0
+    for index, byte in enumerate(raw[1 : 1 + _MOST_LENGTH_BYTES]):
+        length |= (byte & 0x7F) << (7 * index)
+        if byte < 0x80:
+            return length, 2 + index
+    return 0, 0
+
+
 class Decoder(Generic[M]):
     """Reads messages of one type; those with data alone as Data, on the bytes' own memory."""
 
@@ -59,12 +77,8 @@ class Decoder(Generic[M]):
 
     def __call__(self, raw: bytes) -> M | Data:
         """Errors: google.protobuf.message.DecodeError."""
-        length = 0
         if raw[:1] == bytes((DATA_TAG,)):
-            for index, byte in enumerate(raw[1 : 1 + _MOST_LENGTH_BYTES]):
-                length |= (byte & 0x7F) << (7 * index)
-                if byte < 0x80:
-                    if len(raw) == 2 + index + length:
-                        return Data(memoryview(raw)[2 + index :])
-                    break  # there is more in it than data
+            length, begin = _length(raw)
+            if begin and len(raw) == begin + length:  # else it has more than data
+                return Data(memoryview(raw)[begin:])
         return self._from_string(raw)

@@ -19,21 +19,20 @@ from secateur_server.config import Config
 from secateur_server.devices import passes_of
 from secateur_server.devices.cpu import one_thread, start_threads
 from secateur_server.devices.threads import started_pool
-from secateur_server.operate.admission import Admission
 from secateur_server.operate.callers import BadTokens, Callers
-from secateur_server.operate.door import Door
+from secateur_server.operate.interceptor import Interceptor
 from secateur_server.operate.metrics import Metrics
 from secateur_server.operate.probes import Health
-from secateur_server.operate.reception import MOST_OPEN, Reception
 from secateur_server.operate.scrape import Scrapes
 from secateur_server.operate.serving import OnlyHealth, Serving
 from secateur_server.operate.tls import BadCertificate, TlsFiles, server_credentials
 from secateur_server.operate.traces import NoTraces, Traces
 from secateur_server.runtime.context import RequestContext
+from secateur_server.runtime.scheduler import MOST_MESSAGE_BYTES, Scheduler
 from secateur_server.service import Pruner, add_pruner
 from secateur_server.sources import Sources
-from secateur_server.store.folders import default_max_bytes, temporary_folder
-from secateur_server.store.store import Store, StoreInUse
+from secateur_server.store.folders import StoreInUse, default_max_bytes, temporary_folder
+from secateur_server.store.store import Store
 from secateur_server.uris.requests import Requests
 from secateur_server.uris.scratch import Scratch
 from secateur_server.uris.uris import Uris
@@ -41,14 +40,10 @@ from secateur_server.warm_up import warm_up
 
 log = logging.getLogger(__name__)
 
-# Calls at once, beside those that wait for memory. Each is a thread, and one that receives; torch's
-# operators and gRPC's waits release the GIL.
-WORKERS = 64
-
 OPTIONS = (
     ("grpc.so_reuseport", 0),  # a second server on the same port is a mistake, and an error
     # A chunk is 1 MiB; the header of a first message has names and a spec.
-    ("grpc.max_receive_message_length", 16 << 20),
+    ("grpc.max_receive_message_length", MOST_MESSAGE_BYTES),
     ("grpc.max_send_message_length", -1),
     # What a call may send before it is read: a little less than a message. So each is read while
     # it is in a cache, and nothing waits in memory that no limit counts. grpc would let the window
@@ -64,7 +59,7 @@ OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     # Of one connection: its client keeps further calls back. The limit for all connections is the
-    # reception's, which says when to try again. So gRPC must not reset streams by itself, as it
+    # scheduler's, which says when to try again. So gRPC must not reset streams by itself, as it
     # does where calls that have ended still hold their streams.
     ("grpc.max_concurrent_streams", 128),
     ("grpc.http.overload_protection", 0),
@@ -116,10 +111,12 @@ class App:
         self._metrics = metrics = Metrics(config.device)
         store = open_store(config, metrics)
         opened.callback(store.close)
+        scheduler = Scheduler(config.memory_limit, config.queue_size)
+        metrics.of_scheduler(scheduler)
         if config.metrics_address is not None:
             self.metrics_address = listen_for_scrapes(config, metrics, opened)
-        self._server, self._probes = _grpc_servers(config, metrics, store, opened)
-        self._health = _add_services(config, metrics, store, self._server, opened)
+        self._server, self._probes = _grpc_servers(config, metrics, store, scheduler, opened)
+        self._health = _add_services(config, metrics, store, scheduler, self._server, opened)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._probes)
         self.address = listen(self._server, config, metrics)
         if self._is_warm:
@@ -166,29 +163,38 @@ class App:
 
 
 def _grpc_servers(
-    config: Config, metrics: Metrics, store: Store, opened: ExitStack
+    config: Config, metrics: Metrics, store: Store, scheduler: Scheduler, opened: ExitStack
 ) -> tuple[grpc.Server, grpc.Server]:
     """The server, and one for probes while it drains, with the same threads and interceptors."""
-    calls = WORKERS + config.queue_size
     traces = traces_of(config)
     if traces:
         opened.callback(traces.close)
-    make_watch = partial(RequestContext, work_memory=config.work_memory, scratch=store.scratch)
-    reception = Reception(callers_of(config, metrics), metrics, traces, make_watch, calls)
-    # Who is one too many is told so, and a probe is served: both need a thread for a moment.
-    threads = calls + 2 * MOST_OPEN
-    door = Door(reception.around, metrics, config.idle_timeout, config.min_throughput, threads)
-    opened.callback(door.close)
-    workers = started_pool(threads, "rpc", one_thread)
+    make_context = partial(
+        RequestContext,
+        work_memory=config.work_memory,
+        scratch=store.scratch,
+        charge=scheduler.charge,
+    )
+    ours = Interceptor(
+        callers_of(config, metrics),
+        metrics,
+        traces,
+        scheduler,
+        make_context,
+        config.idle_timeout,
+        config.min_throughput,
+    )
+    opened.callback(ours.close)
+    workers = started_pool(scheduler.threads, "rpc", one_thread)
     opened.callback(workers.shutdown, wait=False)
     make = partial(
         grpc.server,
         workers,
         options=(*OPTIONS, *_ages(config)),
-        maximum_concurrent_rpcs=threads + MOST_TO_REJECT,
+        maximum_concurrent_rpcs=scheduler.threads + MOST_TO_REJECT,
     )
-    interceptors: list[grpc.ServerInterceptor] = [traces.interceptor, door] if traces else [door]
-    return make(interceptors=interceptors), make(interceptors=[OnlyHealth(), door])
+    interceptors: list[grpc.ServerInterceptor] = [traces.interceptor, ours] if traces else [ours]
+    return make(interceptors=interceptors), make(interceptors=[OnlyHealth(), ours])
 
 
 def _ages(config: Config) -> Iterator[tuple[str, int]]:
@@ -199,18 +205,19 @@ def _ages(config: Config) -> Iterator[tuple[str, int]]:
 
 
 def _add_services(
-    config: Config, metrics: Metrics, store: Store, server: grpc.Server, opened: ExitStack
+    config: Config,
+    metrics: Metrics,
+    store: Store,
+    scheduler: Scheduler,
+    server: grpc.Server,
+    opened: ExitStack,
 ) -> Health:
-    admission = Admission(config.memory_limit, config.queue_size)
-    metrics.of_admission(
-        lambda: admission.held, config.memory_limit, lambda: admission.waiting, config.queue_size
-    )
     scratch = Scratch(store.scratch, store.max_bytes, metrics.fetched)
     metrics.of_fetched(lambda: scratch.held)
     uris = Uris(config.allow_path, config.allow_uri, scratch, Requests(config.idle_timeout))
     limits = config.max_model_bytes, config.work_memory
-    sources = Sources(store, uris, config.device, *limits, admission, metrics)
-    pruner = Pruner(sources, WORKERS + config.queue_size)
+    sources = Sources(store, uris, config.device, *limits, scheduler, metrics)
+    pruner = Pruner(sources, scheduler.most_calls)
     opened.callback(pruner.close)
     services = (
         add_pruner(pruner, server),

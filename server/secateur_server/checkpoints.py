@@ -12,7 +12,6 @@ from secateur_proto import checkpoints_pb2 as pb
 from secateur_proto import pruner_pb2
 from secateur_proto.checkpoint_pb2 import Checkpoint
 from secateur_proto.codec import Data, Decoder, encode
-from secateur_server.devices.watch import watch
 from secateur_server.errors import (
     CheckpointNotFound,
     IdleTimeout,
@@ -27,7 +26,7 @@ from secateur_server.messages.checkpoint import checkpoint_message, file_message
 from secateur_server.messages.files import check_count, decode_file, decode_files, page_token
 from secateur_server.messages.stream import Bytes, open_request, responses
 from secateur_server.model import masks_of, packed_masks
-from secateur_server.operate.calls import this_call
+from secateur_server.runtime.context import RequestContext
 from secateur_server.service import folded_files
 from secateur_server.sources import Sources
 from secateur_server.store.blobs import Blob
@@ -38,6 +37,8 @@ from secateur_server.wire.writer import OutgoingFile, chunks
 
 MOST_PER_PAGE = 1000
 MOST_QUERIED = 100_000
+# What an output that is made piece by piece, as it is sent, takes of memory.
+MADE_BYTES = 24 << 20
 
 
 class Checkpoints:
@@ -47,25 +48,25 @@ class Checkpoints:
         self._sources, self._store = sources, sources.store
 
     def Upload(
-        self, request_iterator: Iterator[pb.UploadRequest | Data], context: grpc.ServicerContext
+        self, messages: Iterator[pb.UploadRequest | Data], context: RequestContext
     ) -> Checkpoint:
         """Stores a model."""
-        first, data = open_request(request_iterator, self._sources.metrics.received)
+        first, data = open_request(messages, partial(self._sources.metrics.received, context))
         header = first.header
-        with self._sources.landing() as landing:
+        with self._sources.landing(context) as landing:
             if header.uri:
                 if header.files:
                     raise InvalidRequest("header.uri", "stands in place of files, not beside them")
-                files = self._sources.fetch(landing, header.uri)
+                files = self._sources.fetch(context, landing, header.uri)
             else:
                 files = self._land(landing, header.files, data)
             try:
                 blobs = [of_blob(blob) for blob in self._store.open_files("data", files)]
-                map_model(blobs, None, ({}, {}))
+                map_model(context, blobs, None, ({}, {}))
             except InvalidStateDict:
                 landing.abandon()
                 raise
-            return self._message(_owner(), landing.create(files))
+            return self._message(context.tenant.owner, landing.create(files))
 
     def _land(
         self, landing: Landing, files: Sequence[pb.UploadFile], data: Iterator[Bytes]
@@ -91,63 +92,73 @@ class Checkpoints:
         return tuple(landed)
 
     def QueryUpload(
-        self, request: pb.QueryUploadRequest, context: grpc.ServicerContext
+        self, message: pb.QueryUploadRequest, context: RequestContext
     ) -> pb.QueryUploadResponse:
         """Says how much of some files is here."""
-        check_count("files", len(request.files), MOST_QUERIED)
-        owner, sizes, of_call = _owner(), [], watch()
-        for index, message in enumerate(request.files):
-            of_call.check()
-            file = decode_file(message, f"files[{index}]", is_digest_required=True)
+        check_count("files", len(message.files), MOST_QUERIED)
+        owner, sizes = context.tenant.owner, []
+        for index, described in enumerate(message.files):
+            context.check()
+            file = decode_file(described, f"files[{index}]", is_digest_required=True)
             sizes.append(self._store.uploads.held(owner, file.blake3, file.size))
         return pb.QueryUploadResponse(committed_sizes=sizes)
 
     def Download(
-        self, request: pb.DownloadRequest, context: grpc.ServicerContext
+        self, message: pb.DownloadRequest, context: RequestContext
     ) -> Iterator[pb.DownloadResponse | Data]:
         """Returns a checkpoint's model."""
-        output = request.output or pruner_pb2.OUTPUT_DENSE
+        output = message.output or pruner_pb2.OUTPUT_DENSE
         if output not in pruner_pb2.Output.values() or output == pruner_pb2.OUTPUT_NONE:
-            raise InvalidRequest("output", f"{request.output} is nothing to download")
+            raise InvalidRequest("output", f"{message.output} is nothing to download")
         with ExitStack() as held:
-            opened = held.enter_context(self._store.open(_owner(), request.name))
-            files = self._files(opened, output)
+            opened = held.enter_context(self._store.open(context.tenant.owner, message.name))
+            files = self._files(context, opened, output, held)
             size = sum(file.size for file in files)
-            if request.offset > size:
-                raise InvalidRequest("offset", f"{request.offset} is more than the {size} bytes")
+            if message.offset > size:
+                raise InvalidRequest("offset", f"{message.offset} is more than the {size} bytes")
             result = pb.DownloadResult(files=map(file_message, files), data_bytes=size)
-            sent = self._sources.metrics.sent
-            yield from responses(pb.DownloadResponse, result, chunks(files, request.offset), sent)
+            sent = partial(self._sources.metrics.sent, context)
+            yield from responses(
+                pb.DownloadResponse, result, chunks(context, files, message.offset), sent
+            )
 
-    def _files(self, opened: OpenCheckpoint, output: int) -> list[OutgoingFile]:
+    def _files(
+        self, context: RequestContext, opened: OpenCheckpoint, output: int, held: ExitStack
+    ) -> list[OutgoingFile]:
         blobs, masks = opened.files, opened.masks
         files = [of_blob(blob) for blob in blobs]
         mapped_masks = of_blob(masks) if masks else None
-        model, read = map_model(files, mapped_masks, ({}, {}))
+        model, read = map_model(context, files, mapped_masks, ({}, {}))
         is_dense = output == pruner_pb2.OUTPUT_DENSE
         is_changed = masks or (is_dense and model.catalog.pairs)
         if output != pruner_pb2.OUTPUT_MASKS and not is_changed:
             return [_as_stored(blob) for blob in blobs]
-        read(None)
-        if output == pruner_pb2.OUTPUT_MASKS:
-            made = [packed_masks(masks_of(model.parameters))]
-        else:
-            made = folded_files(model, model.parameters) if is_dense else model.files(())
+        size, scheduler = sum(len(file.data) for file in files), self._sources.scheduler
+        memory = min(size, MADE_BYTES, scheduler.models.most(context.tenant))
+        held.enter_context(scheduler.model(context, "name", memory))
+        with scheduler.cores(context, size):
+            read(None)
+            if output == pruner_pb2.OUTPUT_MASKS:
+                made = [packed_masks(context, masks_of(model.parameters))]
+            elif is_dense:
+                made = folded_files(context, model, model.parameters)
+            else:
+                made = model.files(context, ())
         for file in files:
             file.check_unchanged()
         return made
 
-    def Get(self, request: pb.GetRequest, context: grpc.ServicerContext) -> Checkpoint:
+    def Get(self, message: pb.GetRequest, context: RequestContext) -> Checkpoint:
         """Returns a checkpoint, without its data."""
-        owner = _owner()
-        return self._message(owner, self._store.get(owner, request.name))
+        owner = context.tenant.owner
+        return self._message(owner, self._store.get(owner, message.name))
 
-    def List(self, request: pb.ListRequest, context: grpc.ServicerContext) -> pb.ListResponse:
+    def List(self, message: pb.ListRequest, context: RequestContext) -> pb.ListResponse:
         """Returns a page of the caller's checkpoints."""
-        if request.page_size < 0:
-            raise InvalidRequest("page_size", f"{request.page_size} is negative")
-        owner, before = _owner(), page_token(request.page_token)
-        most = min(request.page_size or MOST_PER_PAGE, MOST_PER_PAGE)
+        if message.page_size < 0:
+            raise InvalidRequest("page_size", f"{message.page_size} is negative")
+        owner, before = context.tenant.owner, page_token(message.page_token)
+        most = min(message.page_size or MOST_PER_PAGE, MOST_PER_PAGE)
         found = self._store.page(owner, before, most + 1)
         page = found[:most]
         return pb.ListResponse(
@@ -155,21 +166,17 @@ class Checkpoints:
             next_page_token=page[-1].id if len(found) > most else "",
         )
 
-    def Delete(self, request: pb.DeleteRequest, context: grpc.ServicerContext) -> Empty:
+    def Delete(self, message: pb.DeleteRequest, context: RequestContext) -> Empty:
         """Deletes a checkpoint."""
         try:
-            self._store.delete(_owner(), request.name)
+            self._store.delete(context.tenant.owner, message.name)
         except CheckpointNotFound:
-            if not request.allow_missing:
+            if not message.allow_missing:
                 raise
         return Empty()
 
     def _message(self, owner: str, record: Record) -> Checkpoint:
         return checkpoint_message(record, self._store.expire_time(owner, record))
-
-
-def _owner() -> str:
-    return this_call().tenant.owner
 
 
 def _as_stored(blob: Blob) -> OutgoingFile:

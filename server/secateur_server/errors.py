@@ -19,6 +19,7 @@ RequestError
             TooShort                            fewer bytes than announced
         InvalidPair                             X_orig and X_mask do not make a pruned X
     ModelTooLarge           RESOURCE_EXHAUSTED  above --max-model-bytes
+    RequestTooLarge         RESOURCE_EXHAUSTED  a header, spec or plan takes too much memory
     OutOfMemory             RESOURCE_EXHAUSTED  no memory for it now
     StoreFull               RESOURCE_EXHAUSTED  no room on the store's disk
     StoreFailed             UNAVAILABLE         the store's disk failed; nothing of it is kept
@@ -167,6 +168,13 @@ class ModelTooLarge(RequestError):
 
     status = "RESOURCE_EXHAUSTED"
     reason = "MODEL_TOO_LARGE"
+
+
+class RequestTooLarge(RequestError):
+    """What the request asks for takes more memory than the server ever has for it."""
+
+    status = "RESOURCE_EXHAUSTED"
+    reason = "REQUEST_TOO_LARGE"
 
 
 class OutOfMemory(RequestError):

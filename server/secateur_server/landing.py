@@ -5,6 +5,7 @@ from types import TracebackType
 from typing import Self
 
 from secateur_server.errors import QuotaExceeded, StoreFull
+from secateur_server.runtime.context import RequestContext
 from secateur_server.store.holdings import Upload
 from secateur_server.store.records import Record, StoredFile
 from secateur_server.store.store import Store
@@ -17,7 +18,10 @@ class Landing:
     quota: bytes that the owner may have in the store; None is no bound.
     """
 
-    def __init__(self, store: Store, owner: str, quota: int | None = None) -> None:
+    def __init__(
+        self, context: RequestContext, store: Store, owner: str, quota: int | None = None
+    ) -> None:
+        self._context = context
         self._store, self._owner, self._quota = store, owner, quota
         self._uploads: list[Upload] = []
 
@@ -42,9 +46,9 @@ class Landing:
             self._owner, size, digest, offset, field, is_resumable, self._quota
         )
         self._uploads.append(upload)
-        for part in watched_parts(parts):
+        for part in watched_parts(self._context, parts):
             self._store.uploads.write(upload, part)
-        return self._store.uploads.finish(upload, filename)
+        return self._store.uploads.finish(self._context, upload, filename)
 
     def land_file(self, file: OutgoingFile) -> StoredFile:
         """Stores a file that the server has made.  Errors: StoreFull, DataLoss, Stopped."""

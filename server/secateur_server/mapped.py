@@ -6,11 +6,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from torch import Tensor
 
 from secateur_proto.index import SUFFIX
-from secateur_server.devices.watch import watch
 from secateur_server.errors import InvalidStateDict
 from secateur_server.model import Model, Shard
 from secateur_server.pruning.catalog import Stored
 from secateur_server.pruning.masks import Mask
+from secateur_server.runtime.context import RequestContext
 from secateur_server.store.blobs import Blob
 from secateur_server.wire.header import Header
 from secateur_server.wire.index import Index, check_length, read_index
@@ -27,6 +27,7 @@ def of_blob(blob: Blob) -> MappedFile:
 
 
 def map_model(
+    context: RequestContext,
     files: Sequence[MappedFile],
     masks: MappedFile | None,
     extras: Extras,
@@ -39,7 +40,7 @@ def map_model(
     Errors: MalformedFile, InvalidStateDict, InvalidPair, DataLoss.
     """
     shards = [file for file in files if not file.filename.endswith(SUFFIX)]
-    heads = [map_header(file) for file in shards]
+    heads = [map_header(context, file) for file in shards]
     index = _index([f for f in files if f not in shards], shards, [head for head, _ in heads])
     of_shards = [
         Shard(file.filename, head.entries, head.metadata)
@@ -54,11 +55,11 @@ def map_model(
             (file, [e for e in head.entries if wanted is None or e.name in wanted], base)
             for file, (head, base) in zip(shards, heads, strict=True)
         ]
-        watch().begin("read", sum(e.end - e.begin for _, entries, _ in parts for e in entries))
+        context.begin("read", sum(e.end - e.begin for _, entries, _ in parts for e in entries))
         tensors: dict[str, WireTensor] = {}
         for file, entries, base in parts:
-            tensors |= map_tensors(file, entries, base)
-        model.fill(tensors, values, _masks(masks, model) if masks else {})
+            tensors |= map_tensors(context, file, entries, base)
+        model.fill(context, tensors, values, _masks(context, masks, model) if masks else {})
 
     return model, read
 
@@ -93,10 +94,10 @@ def _index(
     return read_index(index.filename, index.data, names, tied)
 
 
-def _masks(file: MappedFile, model: Model) -> dict[str, Mask]:
+def _masks(context: RequestContext, file: MappedFile, model: Model) -> dict[str, Mask]:
     """The masks that a checkpoint has beside its weights."""
-    head, base = map_header(file)
+    head, base = map_header(context, file)
     return {
         name: Mask(tensor.data, math.prod(model.catalog.prunable[name]))
-        for name, tensor in map_tensors(file, head.entries, base).items()
+        for name, tensor in map_tensors(context, file, head.entries, base).items()
     }

@@ -2,8 +2,6 @@
 
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from operator import and_
 
 import torch
 from torch import Tensor
@@ -17,6 +15,7 @@ from secateur_server.pruning.masks import Mask
 from secateur_server.pruning.measure import folded
 from secateur_server.pruning.prune import to_mask
 from secateur_server.pruning.spec import Parameter
+from secateur_server.runtime.context import RequestContext
 from secateur_server.wire.header import Entry, Header
 from secateur_server.wire.index import Index
 from secateur_server.wire.tensors import WireTensor
@@ -71,9 +70,9 @@ class Model:
         self.extras: Mapping[str, Tensor] = {}
         self.masks: Mapping[str, Mask] = {}
 
-    def named(self, field: str, patterns: Sequence[str]) -> list[str]:
+    def named(self, context: RequestContext, field: str, patterns: Sequence[str]) -> list[str]:
         """The prunable tensors that `patterns` mean; the floating ones, where there are none."""
-        return match(field, patterns, self.catalog) if patterns else self.catalog.floating
+        return match(context, field, patterns, self.catalog) if patterns else self.catalog.floating
 
     def files_of(self, names: Collection[str]) -> set[str]:
         """What the files call the tensors that make up some parameters."""
@@ -81,6 +80,7 @@ class Model:
 
     def fill(
         self,
+        context: RequestContext,
         tensors: dict[str, WireTensor],
         extras: Mapping[str, Tensor],
         masks: Mapping[str, Mask],
@@ -94,11 +94,11 @@ class Model:
             # As bits a mask is a small part of what it is in the weight's dtype.
             priors = [(mask, tensors.pop(mask)) for mask in stored]
             kept = masks.get(name)
-            if kept is None and priors:
-                kept = reduce(and_, (_prior_mask(mask, prior) for mask, prior in priors))
+            if kept is None:
+                kept = _prior_mask(context, priors)
             self.parameters[name] = Parameter(values_of(tensors[orig]), kept, tensors[orig].seen)
 
-    def files(self, are_folded: Container[str]) -> list[OutgoingFile]:
+    def files(self, context: RequestContext, are_folded: Container[str]) -> list[OutgoingFile]:
         """All tensors, in the files that they came in, and in their order.
 
         are_folded: of these the masks are applied to the weights; other pruned ones are pairs.
@@ -106,11 +106,11 @@ class Model:
         """
         written = self._layout(are_folded)
         files = [
-            state_dict_file(shard.filename, written[shard.filename], self._metadata(shard))
+            state_dict_file(context, shard.filename, written[shard.filename], self._metadata(shard))
             for shard in self.shards
         ]
         if self.index:
-            files.append(bytes_file(self.index.filename, self.index.rewritten(written)))
+            files.append(bytes_file(context, self.index.filename, self.index.rewritten(written)))
         return files
 
     def size(self, are_folded: Container[str]) -> int:
@@ -210,18 +210,22 @@ def masks_of(parameters: Mapping[str, Parameter]) -> dict[str, Mask]:
     return {name: mask for name, mask in masks if mask is not None}
 
 
-def packed_masks(masks: Mapping[str, Mask]) -> OutgoingFile:
+def packed_masks(context: RequestContext, masks: Mapping[str, Mask]) -> OutgoingFile:
     """A file of masks, as bits."""
 
     def packed(mask: Mask) -> Outgoing:
         return Outgoing("U8", tuple(mask.bits.shape), lambda: [mask.bits])
 
-    return state_dict_file("", {name: packed(mask) for name, mask in masks.items()}, {})
+    return state_dict_file(context, "", {name: packed(mask) for name, mask in masks.items()}, {})
 
 
-def _prior_mask(name: str, tensor: WireTensor) -> Mask:
-    """Errors: InvalidPair."""
-    return to_mask(values_of(tensor), InvalidPair, f"data[{quote(name)}]")
+def _prior_mask(context: RequestContext, priors: Sequence[tuple[str, WireTensor]]) -> Mask | None:
+    """What all of some masks, by name, keep; None: there are none.  Errors: InvalidPair."""
+    kept: Mask | None = None
+    for name, tensor in priors:
+        mask = to_mask(context, values_of(tensor), InvalidPair, f"data[{quote(name)}]")
+        kept = mask if kept is None else kept.both(context, mask)
+    return kept
 
 
 def _as_numbers(mask: Mask, dtype: torch.dtype | None) -> Iterator[Tensor]:

@@ -1,10 +1,8 @@
 """The RPCs: read, prune, write."""
 
-import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import wait
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from contextvars import copy_context
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -14,7 +12,6 @@ from secateur_proto import pruner_pb2 as pb
 from secateur_proto.codec import SINGLE, Data, Decoder, encode
 from secateur_server.devices.cpu import one_thread
 from secateur_server.devices.threads import started_pool
-from secateur_server.devices.watch import watch
 from secateur_server.errors import CheckpointNotFound, InvalidRequest
 from secateur_server.forms import form_bytes
 from secateur_server.landing import Landing
@@ -26,14 +23,14 @@ from secateur_server.messages.spec import decode_spec
 from secateur_server.messages.stream import Bytes, open_request, responses
 from secateur_server.messages.warnings import warnings_of
 from secateur_server.model import Model, masks_of, packed_masks
-from secateur_server.operate.calls import this_call
 from secateur_server.pruning.measure import fold
 from secateur_server.pruning.plan import plan
 from secateur_server.pruning.prior import prune_zeros
 from secateur_server.pruning.prune import prune
 from secateur_server.pruning.resolve import resolve
 from secateur_server.pruning.spec import Parameter, Rule
-from secateur_server.sources import ONE_CORE_BYTES, Incoming, Sources
+from secateur_server.runtime.context import RequestContext
+from secateur_server.sources import Incoming, Sources
 from secateur_server.wire.writer import OutgoingFile, chunks
 
 # How often a caller hears how far its call is, and how soon it is seen that it has left.
@@ -49,8 +46,6 @@ class Pruner:
     def __init__(self, sources: Sources, calls: int) -> None:
         """calls: at once."""
         self._sources = sources
-        self._lock = threading.Lock()
-        self._waiting: list[threading.Event] = []  # the first one has its turn
         # For calls that tell how far they are: one for each, or they would wait for a worker where
         # nobody sees them, behind those of others that wait for memory.
         self._workers = started_pool(calls, "work", one_thread)
@@ -60,81 +55,86 @@ class Pruner:
         self._workers.shutdown(wait=False)
 
     def Prune(
-        self, request_iterator: Iterator[pb.PruneRequest | Data], context: grpc.ServicerContext
+        self, messages: Iterator[pb.PruneRequest | Data], context: RequestContext
     ) -> Iterator[pb.PruneResponse | Data]:
         """Decides masks, and answers with them or with what they are applied to."""
-        first, data = open_request(request_iterator, self._sources.metrics.received)
+        first, data = open_request(messages, self._count_received(context))
         header = first.header
-        rules = decode_spec(header.spec)
+        rules = decode_spec(context, header.spec)
         if header.output not in pb.Output.values():
             raise InvalidRequest("header.output", f"{header.output} is no output")
         if header.destination_uri and header.output == pb.OUTPUT_NONE:
             raise InvalidRequest("header.destination_uri", "OUTPUT_NONE writes nothing there")
         _check_prior(header)
         with ExitStack() as held:
-            work = partial(self._prune, header, rules, data, held)
-            result, files = yield from self._run(work, header, pb.PruneResponse)
-            yield from self._answer(pb.PruneResponse, result, files)
+            work = partial(self._prune, context, header, rules, data, held)
+            result, files = yield from self._run(context, work, header, pb.PruneResponse)
+            yield from self._answer(context, pb.PruneResponse, result, files)
 
     def prune_single(
-        self, request: pb.PruneRequest | Data, context: grpc.ServicerContext
+        self, message: pb.PruneRequest | Data, context: RequestContext
     ) -> pb.PruneResponse:
         """As Prune, of one message each way: grpc is faster where it knows that."""
-        answer = self.Prune(iter([request]), context)
-        first, *others = (message for message in answer if not message.HasField("progress"))
+        answer = self.Prune(iter([message]), context)
+        first, *others = (part for part in answer if not part.HasField("progress"))
         assert isinstance(first, pb.PruneResponse), "the first message has the result"
-        first.data = b"".join([first.data, *(message.data for message in others)])
+        first.data = b"".join([first.data, *(part.data for part in others)])
         return first
 
     def _prune(
         self,
+        context: RequestContext,
         header: pb.PruneHeader,
         asked: Sequence[Rule],
         data: Iterator[Bytes],
         held: ExitStack,
     ) -> tuple[pb.PruneResult, Files]:
         """What to answer. Weights that are no part of it are given back before it is sent."""
-        owner = this_call().tenant.owner
-        landing = held.enter_context(self._sources.landing()) if header.keep else None
+        landing = held.enter_context(self._sources.landing(context)) if header.keep else None
         extras = {name for rule in asked for name in rule.extras()}
-        incoming = self._sources.open(header, data, extras, held, landing)
+        incoming = self._sources.open(context, header, data, extras, held, landing)
         model = incoming.model
-        rules = resolve(asked, model.catalog)
+        rules = resolve(context, asked, model.catalog)
         is_whole = header.output in (pb.OUTPUT_DENSE, pb.OUTPUT_REPARAMETRIZED)
         read_whole = None if is_whole else {name for rule in rules for name in rule.reads()}
-        with watch().stage("receive"):
+        with context.stage("receive"):
             incoming.read(read_whole)
-        with self._turn(incoming):
-            watch().begin("prune")
-            before = _before(header, model, rules)
-            pruned, outcomes = prune(before, rules, model.extras)
-            with watch().stage("encode"):
-                files = _prune_output(header.output, model, pruned)
+        with self._cores(context, incoming):
+            context.begin("prune")
+            before = _before(context, header, model, rules)
+            pruned, outcomes = prune(context, before, rules, model.extras)
+            with context.stage("encode"):
+                files = _prune_output(context, header.output, model, pruned)
                 digest = files[0].blake3 if len(files) == 1 else ""
                 report = encode_report(
-                    pruned.items(), model.catalog, incoming.digest(), digest, outcomes
+                    context, pruned.items(), model.catalog, incoming.digest(), digest, outcomes
                 )
-                report.warnings.extend(warnings_of(report, asked, rules, model.catalog, before))
+                report.warnings.extend(
+                    warnings_of(context, report, asked, rules, model.catalog, before)
+                )
         result = pb.PruneResult(report=report)
         incoming.check_unchanged()
-        with self._kept(landing, incoming, pruned, owner, result) if landing else nullcontext():
-            written = self._written(header.destination_uri, result, files, incoming)
-        self._sources.metrics.reported(report)
-        self._sources.metrics.pruned(before, report)
+        with self._kept(context, landing, incoming, pruned, result) if landing else nullcontext():
+            written = self._written(context, header.destination_uri, result, files, incoming)
+        self._sources.metrics.reported(context, report)
+        self._sources.metrics.pruned(context, before, report)
         return written
 
     @contextmanager
     def _kept(
         self,
+        context: RequestContext,
         landing: Landing,
         incoming: Incoming,
         pruned: Mapping[str, Parameter],
-        owner: str,
         result: pb.PruneResult,
     ) -> Iterator[None]:
         """Keeps what was pruned; where the block fails it goes: nobody was told its name."""
-        masks = landing.land_file(packed_masks({**incoming.model.masks, **masks_of(pruned)}))
+        masks = landing.land_file(
+            packed_masks(context, {**incoming.model.masks, **masks_of(pruned)})
+        )
         record, store = landing.create(incoming.files, masks), self._sources.store
+        owner = context.tenant.owner
         try:
             expire_time = store.expire_time(owner, record)
             result.checkpoint.CopyFrom(checkpoint_message(record, expire_time))
@@ -145,45 +145,45 @@ class Pruner:
             raise
 
     def Report(
-        self, request_iterator: Iterator[pb.ReportRequest | Data], context: grpc.ServicerContext
+        self, messages: Iterator[pb.ReportRequest | Data], context: RequestContext
     ) -> pb.ReportResponse:
         """Measures a model."""
-        first, data = open_request(request_iterator, self._sources.metrics.received)
+        first, data = open_request(messages, self._count_received(context))
         header = first.header
         with ExitStack() as held:
-            incoming = self._sources.open(header, data, (), held)
-            names = incoming.model.named("header.tensors", header.tensors)
-            with watch().stage("receive"):
+            incoming = self._sources.open(context, header, data, (), held)
+            names = incoming.model.named(context, "header.tensors", header.tensors)
+            with context.stage("receive"):
                 incoming.read(names)
             covered = ((name, incoming.model.parameters[name]) for name in names)
-            with self._turn(incoming), watch().stage("encode"):
-                report = encode_report(covered, incoming.model.catalog, incoming.digest())
+            with self._cores(context, incoming), context.stage("encode"):
+                report = encode_report(context, covered, incoming.model.catalog, incoming.digest())
             incoming.check_unchanged()
-            self._sources.metrics.reported(report)
+            self._sources.metrics.reported(context, report)
             return pb.ReportResponse(report=report)
 
     def Plan(
-        self, request_iterator: Iterator[pb.PlanRequest | Data], context: grpc.ServicerContext
+        self, messages: Iterator[pb.PlanRequest | Data], context: RequestContext
     ) -> pb.PlanResponse:
         """Foretells what a Prune would do by many amounts."""
-        first, data = open_request(request_iterator, self._sources.metrics.received)
+        first, data = open_request(messages, self._count_received(context))
         header = first.header
-        rules = decode_spec(header.spec)
+        rules = decode_spec(context, header.spec)
         _check_prior(header)
         extras = {name for rule in rules for name in rule.extras()}
         with ExitStack() as held:
-            incoming = self._sources.open(header, data, extras, held)
+            incoming = self._sources.open(context, header, data, extras, held)
             model = incoming.model
-            rules = resolve(rules, model.catalog)
+            rules = resolve(context, rules, model.catalog)
             planned, amounts = decode_amounts(header, rules)
-            with watch().stage("receive"):
+            with context.stage("receive"):
                 incoming.read({name for rule in rules for name in rule.reads()})
-            with self._turn(incoming):
-                before = _before(header, model, rules)
-                state = {**before, **prune(before, rules[:-1], model.extras)[0]}
+            with self._cores(context, incoming):
+                before = _before(context, header, model, rules)
+                state = {**before, **prune(context, before, rules[:-1], model.extras)[0]}
                 at = "header.amounts" if header.amounts else ""
-                outcomes = plan(planned, amounts, state, model.extras, at)
-            message = encode_plan(outcomes, state, planned.tensors)
+                outcomes = plan(context, planned, amounts, state, model.extras, at)
+            message = encode_plan(context, outcomes, state, planned.tensors)
             pruned = {name for rule in rules for name in rule.names()}
             sizes = form_bytes(model, [name for name in state if name in pruned])
             message.masks_bytes, message.dense_bytes = sizes.masks, sizes.dense
@@ -193,47 +193,52 @@ class Pruner:
             return pb.PlanResponse(plan=message)
 
     def Finalize(
-        self, request_iterator: Iterator[pb.FinalizeRequest | Data], context: grpc.ServicerContext
+        self, messages: Iterator[pb.FinalizeRequest | Data], context: RequestContext
     ) -> Iterator[pb.FinalizeResponse | Data]:
         """Folds masks into their weights."""
-        first, data = open_request(request_iterator, self._sources.metrics.received)
+        first, data = open_request(messages, self._count_received(context))
         header = first.header
         with ExitStack() as held:
-            work = partial(self._finalize, header, data, held)
-            result, files = yield from self._run(work, header, pb.FinalizeResponse)
-            yield from self._answer(pb.FinalizeResponse, result, files)
+            work = partial(self._finalize, context, header, data, held)
+            result, files = yield from self._run(context, work, header, pb.FinalizeResponse)
+            yield from self._answer(context, pb.FinalizeResponse, result, files)
 
     def GetServerInfo(
-        self, request: pb.GetServerInfoRequest, context: grpc.ServicerContext
+        self, message: pb.GetServerInfoRequest, context: RequestContext
     ) -> pb.GetServerInfoResponse:
         """Says what this server can do."""
-        most = min(self._sources.max_model_bytes, self._sources.admission.limit)
+        most = min(self._sources.max_model_bytes, self._sources.scheduler.models.limit)
         return encode_server_info(most)
 
     def _finalize(
-        self, header: pb.FinalizeHeader, data: Iterator[Bytes], held: ExitStack
+        self,
+        context: RequestContext,
+        header: pb.FinalizeHeader,
+        data: Iterator[Bytes],
+        held: ExitStack,
     ) -> tuple[pb.FinalizeResult, Files]:
-        incoming = self._sources.open(header, data, (), held)
+        incoming = self._sources.open(context, header, data, (), held)
         model = incoming.model
-        names = model.named("header.tensors", header.tensors)
-        with watch().stage("receive"):
+        names = model.named(context, "header.tensors", header.tensors)
+        with context.stage("receive"):
             incoming.read(None)
-        with self._turn(incoming), watch().stage("encode"):
-            watch().begin("prune")
+        with self._cores(context, incoming), context.stage("encode"):
+            context.begin("prune")
             folded = names if header.tensors else list(model.parameters)  # pairs of integers too
-            files = folded_files(model, {name: model.parameters[name] for name in folded})
+            files = folded_files(context, model, {name: model.parameters[name] for name in folded})
             digest = files[0].blake3 if len(files) == 1 else ""
             covered = ((name, model.parameters[name]) for name in names)
             report = encode_report(
-                covered, model.catalog, incoming.digest(), digest, are_folded=True
+                context, covered, model.catalog, incoming.digest(), digest, are_folded=True
             )
         incoming.check_unchanged()
-        self._sources.metrics.reported(report)
+        self._sources.metrics.reported(context, report)
         result = pb.FinalizeResult(report=report)
-        return self._written(header.destination_uri, result, files, incoming)
+        return self._written(context, header.destination_uri, result, files, incoming)
 
     def _run(
         self,
+        context: RequestContext,
         work: Callable[[], Done],
         header: pb.PruneHeader | pb.FinalizeHeader,
         make: Callable[..., Any],
@@ -241,15 +246,14 @@ class Pruner:
         """What `work` returns; meanwhile tells how far it is, where no data comes with the call."""
         if not header.WhichOneof("source"):
             return work()
-        of_call = watch()
-        future = self._workers.submit(copy_context().run, work)
+        future = self._workers.submit(work)
         try:
             while not wait([future], PROGRESS_SECONDS).done:
-                yield make(progress=progress_message(of_call))
+                yield make(progress=progress_message(context))
         finally:
             if not future.cancel():  # no worker has begun it: there is nothing to wait for
                 if not future.done():
-                    of_call.cancel()
+                    context.cancel()
                 wait([future])
         try:
             return future.result()
@@ -257,43 +261,34 @@ class Pruner:
             del future  # its error has this frame: they would keep each other, and the model
 
     def _written(
-        self, uri: str, result: Any, files: Files, incoming: Incoming
+        self,
+        context: RequestContext,
+        uri: str,
+        result: Any,
+        files: Files,
+        incoming: Incoming,
     ) -> tuple[Any, Files]:
         """The result and the files to answer with: none, where they went to a URI."""
         result.files.extend(map(file_message, files))
         if not uri:
             result.data_bytes = sum(file.size for file in files)
             return result, files
-        watch().begin("write", sum(file.size for file in files))
+        context.begin("write", sum(file.size for file in files))
         check = incoming.check_unchanged  # dense files are read once more as they are written
-        self._sources.write(uri, files, check)
+        self._sources.write(context, uri, files, check)
         return result, []
 
-    def _answer(self, make: Callable[..., Any], result: Any, files: Files) -> Iterator[Any]:
-        return responses(make, result, chunks(files), self._sources.metrics.sent)
+    def _answer(
+        self, context: RequestContext, make: Callable[..., Any], result: Any, files: Files
+    ) -> Iterator[Any]:
+        count = partial(self._sources.metrics.sent, context)
+        return responses(make, result, chunks(context, files), count)
 
-    @contextmanager
-    def _turn(self, incoming: Incoming) -> Iterator[None]:
-        """Waits until no other large model is worked on: one is enough for all cores.
+    def _count_received(self, context: RequestContext) -> Callable[[int], None]:
+        return partial(self._sources.metrics.received, context)
 
-        Several at once would each take longer, in colder caches, and fewer would be done.
-        """
-        if incoming.size <= ONE_CORE_BYTES:
-            yield
-            return
-        mine = threading.Event()
-        with self._lock:
-            self._waiting.append(mine)
-            self._waiting[0].set()
-        try:
-            while not mine.wait(PROGRESS_SECONDS):
-                watch().check()
-            yield
-        finally:
-            with self._lock:
-                self._waiting.remove(mine)
-                if self._waiting:
-                    self._waiting[0].set()
+    def _cores(self, context: RequestContext, incoming: Incoming) -> AbstractContextManager[None]:
+        return self._sources.scheduler.cores(context, incoming.size)
 
 
 def _check_prior(header: pb.PruneHeader | pb.PlanHeader) -> None:
@@ -303,30 +298,35 @@ def _check_prior(header: pb.PruneHeader | pb.PlanHeader) -> None:
 
 
 def _before(
-    header: pb.PruneHeader | pb.PlanHeader, model: Model, rules: Sequence[Rule]
+    context: RequestContext,
+    header: pb.PruneHeader | pb.PlanHeader,
+    model: Model,
+    rules: Sequence[Rule],
 ) -> dict[str, Parameter]:
     """The parameters before the first of `rules`, which are resolved."""
     parameters = dict(model.parameters)
-    return prune_zeros(parameters, rules) if header.prior == pb.PRIOR_ZEROS else parameters
+    return prune_zeros(context, parameters, rules) if header.prior == pb.PRIOR_ZEROS else parameters
 
 
-def _prune_output(output: int, model: Model, pruned: dict[str, Parameter]) -> Files:
+def _prune_output(
+    context: RequestContext, output: int, model: Model, pruned: dict[str, Parameter]
+) -> Files:
     if output == pb.OUTPUT_NONE:
         return []
     if output in (pb.OUTPUT_UNSPECIFIED, pb.OUTPUT_MASKS):
-        return [packed_masks(masks_of(pruned))]
+        return [packed_masks(context, masks_of(pruned))]
     model.parameters |= pruned
     if output == pb.OUTPUT_REPARAMETRIZED:
-        return model.files(())
-    return folded_files(model, model.parameters)
+        return model.files(context, ())
+    return folded_files(context, model, model.parameters)
 
 
-def folded_files(model: Model, parameters: dict[str, Parameter]) -> Files:
+def folded_files(context: RequestContext, model: Model, parameters: dict[str, Parameter]) -> Files:
     """A model's files with the masks of some parameters applied for good."""
     if not model.is_mapped:
         for parameter in parameters.values():
-            fold(parameter)
-    return model.files(parameters)
+            fold(context, parameter)
+    return model.files(context, parameters)
 
 
 def add_pruner(pruner: Pruner, server: grpc.Server) -> str:

@@ -12,9 +12,9 @@ from secateur_server.landing import Landing
 from secateur_server.mapped import Extras, map_model, of_blob
 from secateur_server.messages.stream import Bytes
 from secateur_server.model import Model, stored_of, values_of, without_extras
-from secateur_server.operate.admission import Admission
-from secateur_server.operate.calls import this_call
 from secateur_server.operate.metrics import Metrics
+from secateur_server.runtime.context import RequestContext
+from secateur_server.runtime.scheduler import ONE_CORE_BYTES, Scheduler
 from secateur_server.store.records import StoredFile
 from secateur_server.store.store import Store
 from secateur_server.uris.uris import Uris
@@ -22,9 +22,6 @@ from secateur_server.wire.header import MIN_FILE_BYTES
 from secateur_server.wire.mapped import MappedFile
 from secateur_server.wire.reader import ByteStream, read_header, read_tensors
 from secateur_server.wire.writer import OutgoingFile
-
-# Models up to this are for one core each.
-ONE_CORE_BYTES = 4 << 20
 
 
 class HasSource(Protocol):
@@ -68,16 +65,17 @@ class Sources:
     device: torch.device
     max_model_bytes: int
     work_memory: int
-    admission: Admission
+    scheduler: Scheduler
     metrics: Metrics
 
-    def landing(self) -> Landing:
-        """Takes files into the store for this call's tenant, within their quota."""
-        tenant = this_call().tenant
-        return Landing(self.store, tenant.owner, tenant.store)
+    def landing(self, context: RequestContext) -> Landing:
+        """Takes files into the store for the request's tenant, within their quota."""
+        tenant = context.tenant
+        return Landing(context, self.store, tenant.owner, tenant.store)
 
     def open(
         self,
+        context: RequestContext,
         header: HasSource,
         data: Iterator[Bytes],
         extras: Collection[str],
@@ -91,7 +89,7 @@ class Sources:
         """
         source = header.WhichOneof("source")
         if source is None and keep is None:
-            return self._received(header.data_bytes, data, extras, held)
+            return self._received(context, header.data_bytes, data, extras, held)
         if source is None and extras:
             raise InvalidRequest(
                 "header.keep",
@@ -104,28 +102,30 @@ class Sources:
             size = header.data_bytes
             landed = keep.land("", size, stream.pieces(size))
             stream.finish()
-            room = self.admission.admitted("header.data_bytes", min(size, self.work_memory))
+            room = self.scheduler.model(context, "header.data_bytes", min(size, self.work_memory))
             held.enter_context(room)
-            return self._mapped(self._stored((landed,)), None, ({}, {}), (landed,))
+            return self._mapped(context, self._stored((landed,)), None, ({}, {}), (landed,))
 
         def admit(size: int) -> None:
             in_memory = min(size, self.work_memory) + header.data_bytes
-            held.enter_context(self.admission.admitted("header.data_bytes", in_memory))
+            held.enter_context(self.scheduler.model(context, "header.data_bytes", in_memory))
 
         if source == "checkpoint":
-            owner = this_call().tenant.owner
+            owner = context.tenant.owner
             opened = held.enter_context(self.store.open(owner, header.checkpoint))
             masks = of_blob(opened.masks) if opened.masks else None
             files = [of_blob(blob) for blob in opened.files]
             stored = opened.record.files
             admit(sum(len(file.data) for file in files))
         elif keep is not None:
-            masks, stored = None, self.fetch(keep, header.uri, admit)
+            masks, stored = None, self.fetch(context, keep, header.uri, admit)
             files = self._stored(stored)
         else:
             masks, stored = None, ()
-            files = self._opened(header.uri, held, admit)
-        return self._mapped(files, masks, self._beside(header.data_bytes, data, extras), stored)
+            files = self._opened(context, header.uri, held, admit)
+        return self._mapped(
+            context, files, masks, self._beside(context, header.data_bytes, data, extras), stored
+        )
 
     def stream(self, data: Iterator[Bytes], file_bytes: int, is_hashed: bool = True) -> ByteStream:
         """The file of a call's data.  Errors: InvalidRequest, ModelTooLarge."""
@@ -140,7 +140,13 @@ class Sources:
             )
         return ByteStream(data, file_bytes, is_hashed)
 
-    def _opened(self, uri: str, held: ExitStack, admit: Callable[[int], None]) -> list[MappedFile]:
+    def _opened(
+        self,
+        context: RequestContext,
+        uri: str,
+        held: ExitStack,
+        admit: Callable[[int], None],
+    ) -> list[MappedFile]:
         """What a URI names.  admit: is called with its bytes before they are fetched."""
 
         def check(size: int, fetched: int) -> None:
@@ -152,10 +158,14 @@ class Sources:
                 )
             admit(size)
 
-        return self._uris().open("header.uri", uri, held, check)
+        return self._uris(context).open(context, "header.uri", uri, held, check)
 
     def fetch(
-        self, landing: Landing, uri: str, admit: Callable[[int], None] = lambda size: None
+        self,
+        context: RequestContext,
+        landing: Landing,
+        uri: str,
+        admit: Callable[[int], None] = lambda size: None,
     ) -> tuple[StoredFile, ...]:
         """Stores what a URI names.  admit: is called with its bytes before they are fetched."""
 
@@ -164,44 +174,61 @@ class Sources:
             admit(size)
 
         with ExitStack() as held:
-            found = self._uris().open("header.uri", uri, held, check)
+            found = self._uris(context).open(context, "header.uri", uri, held, check)
             files = []
             for file in found:
                 files.append(landing.land(file.filename, len(file.data), [file.data]))
                 file.check_unchanged()
             return tuple(files)
 
-    def _uris(self) -> Uris:
-        return self.uris.among(this_call().tenant.allow)
+    def _uris(self, context: RequestContext) -> Uris:
+        return self.uris.among(context.tenant.allow)
 
-    def write(self, uri: str, files: Sequence[OutgoingFile], check: Callable[[], None]) -> None:
+    def write(
+        self,
+        context: RequestContext,
+        uri: str,
+        files: Sequence[OutgoingFile],
+        check: Callable[[], None],
+    ) -> None:
         """Writes files to a destination, as Uris.write."""
-        self._uris().write("header.destination_uri", uri, files, check)
+        self._uris(context).write(context, "header.destination_uri", uri, files, check)
 
     def _received(
-        self, file_bytes: int, data: Iterator[Bytes], extras: Collection[str], held: ExitStack
+        self,
+        context: RequestContext,
+        file_bytes: int,
+        data: Iterator[Bytes],
+        extras: Collection[str],
+        held: ExitStack,
     ) -> Incoming:
         """A model that the call itself carries."""
         stream = self.stream(data, file_bytes)
         device = self.device if file_bytes > ONE_CORE_BYTES else torch.device("cpu")
-        held.enter_context(self.admission.admitted("header.data_bytes", file_bytes))
-        header = read_header(stream)
+        held.enter_context(self.scheduler.model(context, "header.data_bytes", file_bytes))
+        header = read_header(context, stream)
         model = without_extras(header, extras)
 
         def read(names: Collection[str] | None) -> None:
             tensors = read_tensors(stream, header, device)
             beside = {name: values_of(tensors.pop(name)) for name in model.catalog.extras}
-            model.fill(tensors, beside, {})
+            model.fill(context, tensors, beside, {})
 
         return Incoming(model, file_bytes, read, stream.digest)
 
-    def _beside(self, file_bytes: int, data: Iterator[Bytes], extras: Collection[str]) -> Extras:
+    def _beside(
+        self,
+        context: RequestContext,
+        file_bytes: int,
+        data: Iterator[Bytes],
+        extras: Collection[str],
+    ) -> Extras:
         """The scores and masks that come beside a checkpoint or a URI."""
         if file_bytes == 0:
             ByteStream(data, 0).finish()
             return {}, {}
         stream = self.stream(data, file_bytes)
-        header = read_header(stream)
+        header = read_header(context, stream)
         for entry in header.entries:
             if entry.name not in extras:
                 raise InvalidStateDict(
@@ -217,6 +244,7 @@ class Sources:
 
     def _mapped(
         self,
+        context: RequestContext,
         files: Sequence[MappedFile],
         masks: MappedFile | None,
         beside: Extras,
@@ -228,7 +256,7 @@ class Sources:
             for file in files:
                 file.check_unchanged()
 
-        model, read = map_model(files, masks, beside)
+        model, read = map_model(context, files, masks, beside)
         digest = stored[0].blake3 if len(stored) == 1 else ""
         size = sum(len(file.data) for file in files)
         return Incoming(model, size, read, lambda: digest, check_unchanged, stored)

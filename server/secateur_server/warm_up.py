@@ -12,10 +12,9 @@ from secateur_proto import pruner_pb2 as pb
 from secateur_proto import spec_pb2
 from secateur_proto.framing import file_header
 from secateur_server.devices.cpu import one_thread
-from secateur_server.devices.watch import watched
-from secateur_server.operate.admission import Admission
 from secateur_server.operate.metrics import Metrics
 from secateur_server.runtime.context import RequestContext
+from secateur_server.runtime.scheduler import Scheduler
 from secateur_server.service import Pruner
 from secateur_server.sources import Sources
 from secateur_server.store.store import Store
@@ -49,10 +48,10 @@ def warm_up(device: torch.device, store: Store, prefixes: Sequence[str]) -> None
     for prefix in prefixes:
         if problem := missing(prefix):
             _log.warning("URIs under %s cannot be opened: %s", prefix, problem)
-    metrics, admission = Metrics(device), Admission(_MOST_BYTES, 0)
+    metrics, scheduler = Metrics(device), Scheduler(_MOST_BYTES, 0)
     uris = Uris((), (), Scratch(store.scratch, 0, metrics.fetched), Requests(1.0))
     limits = _MOST_BYTES, _MOST_BYTES
-    pruner = Pruner(Sources(store, uris, device, *limits, admission, metrics), 1)
+    pruner = Pruner(Sources(store, uris, device, *limits, scheduler, metrics), 1)
     with ThreadPoolExecutor(1, initializer=one_thread) as thread:
         thread.submit(_warm_up, pruner).result()
     pruner.close()
@@ -60,7 +59,6 @@ def warm_up(device: torch.device, store: Store, prefixes: Sequence[str]) -> None
 
 
 def _warm_up(pruner: Pruner) -> None:
-    context: Any = None  # the servicer asks nothing of it
     for name, dtype in _DTYPES:
         small, large = _file(name, dtype, _SMALL, _SMALL), _file(name, dtype, _LARGE, _LARGEST)
         for data, output in (
@@ -69,11 +67,10 @@ def _warm_up(pruner: Pruner) -> None:
             (small, pb.OUTPUT_DENSE),
         ):
             header = pb.PruneHeader(data_bytes=len(data), spec=_spec(), output=output)
-            with watched(RequestContext()):
-                list(pruner.Prune(iter([pb.PruneRequest(header=header, data=data)]), context))
+            messages = iter([pb.PruneRequest(header=header, data=data)])
+            list(pruner.Prune(messages, RequestContext()))
         to_report = pb.ReportRequest(header=pb.ReportHeader(data_bytes=len(large)), data=large)
-        with watched(RequestContext()):
-            pruner.Report(iter([to_report]), context)
+        pruner.Report(iter([to_report]), RequestContext())
 
 
 def _file(name: str, dtype: torch.dtype, side: int, first_side: int) -> bytes:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from secateur_proto.framing import file_header
 from secateur_server.errors import RequestError
+from secateur_server.runtime.context import RequestContext
 from secateur_server.wire.reader import ByteStream, read_header, read_tensors
 from tests.contract.raw import entry, file
 from tests.fuzz.targets import CPU
@@ -52,7 +53,7 @@ def read(data: bytes) -> None:
     chunks = (bytes(view[at : at + CHUNK]) for at in range(0, len(data), CHUNK))
     with suppress(RequestError):
         stream = ByteStream(chunks, len(data))
-        read_tensors(stream, read_header(stream), CPU)
+        read_tensors(stream, read_header(RequestContext(), stream), CPU)
 
 
 def resident(name: str) -> int:

@@ -30,6 +30,7 @@ from secateur_server.pruning.plan import plan
 from secateur_server.pruning.prune import prune
 from secateur_server.pruning.resolve import resolve
 from secateur_server.pruning.spec import Selection
+from secateur_server.runtime.context import RequestContext
 from secateur_server.wire.header import Header
 from secateur_server.wire.index import read_index
 from secateur_server.wire.mapped import MappedFile, map_header, map_tensors
@@ -87,21 +88,21 @@ def safetensors_file(data: bytes) -> None:
 
 def _streamed(chunks: Iterator[bytes], announced: int) -> tuple[Header, Tensors]:
     stream = ByteStream(chunks, announced)
-    header = read_header(stream)
+    header = read_header(RequestContext(), stream)
     return header, read_tensors(stream, header, CPU)
 
 
 def _mapped(data: bytes) -> Tensors:
     file = MappedFile("", memoryview(bytearray(data)))  # torch warns of memory that is read-only
-    header, base = map_header(file)
-    return map_tensors(file, header.entries, base)
+    header, base = map_header(RequestContext(), file)
+    return map_tensors(RequestContext(), file, header.entries, base)
 
 
 def _check_written(header: Header, tensors: Tensors) -> None:
     """What we write of a model is a file to the library."""
     model = without_extras(header, ())
-    model.fill(dict(tensors), {}, {})
-    (file,) = model.files(())
+    model.fill(RequestContext(), dict(tensors), {}, {})
+    (file,) = model.files(RequestContext(), ())
     written = b"".join(file.parts())
     assert len(in_library(written)) == len(tensors)
 
@@ -257,21 +258,23 @@ _FILE = b"".join(
 def spec(data: bytes) -> None:
     """The header of a Prune, of which the spec is applied to a small model."""
     with suppress(RequestError, DecodeError):
-        rules = decode_spec(pruner_pb2.PruneHeader.FromString(data).spec)
+        rules = decode_spec(RequestContext(), pruner_pb2.PruneHeader.FromString(data).spec)
         extras = {name for rule in rules for name in rule.extras()}
         stream = ByteStream(iter([_FILE]), len(_FILE))
-        header = read_header(stream)
+        header = read_header(RequestContext(), stream)
         model = without_extras(header, extras)
-        resolved = resolve(rules, model.catalog)
+        resolved = resolve(RequestContext(), rules, model.catalog)
         tensors = read_tensors(stream, header, CPU)
         beside = {name: values_of(tensors.pop(name)) for name in model.catalog.extras}
-        model.fill(tensors, beside, {})
-        pruned, outcomes = prune(dict(model.parameters), resolved, model.extras)
-        _check_counts(encode_report(pruned.items(), model.catalog, "", "", outcomes))
+        model.fill(RequestContext(), tensors, beside, {})
+        pruned, outcomes = prune(RequestContext(), dict(model.parameters), resolved, model.extras)
+        _check_counts(
+            encode_report(RequestContext(), pruned.items(), model.catalog, "", "", outcomes)
+        )
         if isinstance(last := resolved[-1], Selection):
-            before, _ = prune(dict(model.parameters), resolved[:-1], model.extras)
+            before, _ = prune(RequestContext(), dict(model.parameters), resolved[:-1], model.extras)
             state = {**model.parameters, **before}
-            (planned,) = plan(last, [last.amount], state, model.extras)
+            (planned,) = plan(RequestContext(), last, [last.amount], state, model.extras)
             assert planned.choices == outcomes[-1], "a plan foretells what a prune does"
 
 

@@ -5,11 +5,12 @@ from torch import Tensor
 
 from secateur_server.pruning.masks import Mask, mask_of
 from secateur_server.pruning.spec import Parameter
+from secateur_server.runtime.context import RequestContext
 
 
 def packed(mask: Tensor) -> Mask:
     flat = mask.reshape(-1)
-    return mask_of(lambda begin, end: flat[begin:end], len(flat), flat.device)
+    return mask_of(RequestContext(), lambda begin, end: flat[begin:end], len(flat), flat.device)
 
 
 def unpacked(parameter: Parameter) -> Tensor:

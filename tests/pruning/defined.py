@@ -15,6 +15,7 @@ from secateur_server.pruning.granularity import Element
 from secateur_server.pruning.prune import Choice, prune
 from secateur_server.pruning.resolve import resolve
 from secateur_server.pruning.spec import Group, Magnitude, Member, Parameter, Selection
+from secateur_server.runtime.context import RequestContext
 from tests.pruning.bits import packed, unpacked
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -158,7 +159,7 @@ def applied(
     model: dict[str, Parameter], selection: Selection, **extras: Tensor
 ) -> tuple[dict[str, Tensor], list[Choice]]:
     """The masks of a rule, as bool, and its choices."""
-    pruned, (choices,) = prune(model, [selection], extras)
+    pruned, (choices,) = prune(RequestContext(), model, [selection], extras)
     return {name: unpacked(parameter) for name, parameter in pruned.items()}, choices
 
 
@@ -184,7 +185,7 @@ def catalog_of(model: Mapping[str, Parameter]) -> Catalog:
 def resolved(model: Mapping[str, Parameter], groups: Sequence[Group], **choices: Any) -> Selection:
     """A rule of groups, by the mean of |w|, but for what `choices` say."""
     given = {"granularity": None, "groups": tuple(groups), "importance": Magnitude(1.0), **choices}
-    (found,) = resolve([rule([], **given)], catalog_of(model))
+    (found,) = resolve(RequestContext(), [rule([], **given)], catalog_of(model))
     assert isinstance(found, Selection)
     return found
 

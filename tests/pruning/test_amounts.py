@@ -18,6 +18,7 @@ from secateur_server.errors import AmountOutOfRange, InvalidSpec, UnknownTensor
 from secateur_server.pruning.granularity import NM, Block, Slice
 from secateur_server.pruning.resolve import resolve
 from secateur_server.pruning.spec import Budget, Magnitude, Parameter, Selection, Table, Threshold
+from secateur_server.runtime.context import RequestContext
 from tests.conftest import examples
 from tests.contract import raw
 from tests.pruning.bits import packed
@@ -314,7 +315,7 @@ NAMED = {
 
 
 def resolved_rule(amount: Any, **choices: Any) -> Selection:
-    (found,) = resolve([rule(["*"], amount, **choices)], catalog_of(NAMED))
+    (found,) = resolve(RequestContext(), [rule(["*"], amount, **choices)], catalog_of(NAMED))
     assert isinstance(found, Selection)
     return found
 

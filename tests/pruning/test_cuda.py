@@ -23,6 +23,7 @@ from secateur_server.pruning.spec import (
     Rule,
     Selection,
 )
+from secateur_server.runtime.context import RequestContext
 from tests.pruning.bits import unpacked
 
 pytest.importorskip("triton", reason="there is no Triton for this platform")
@@ -129,12 +130,15 @@ def assert_same(
     extras: dict[str, Tensor],
 ) -> None:
     """What a GPU makes of rules is what the CPU does."""
-    expected, choices = prune({n: Parameter(w.clone()) for n, w in weights.items()}, rules, extras)
-    measures = {name: measure(parameter) for name, parameter in expected.items()}
+    expected, choices = prune(
+        RequestContext(), {n: Parameter(w.clone()) for n, w in weights.items()}, rules, extras
+    )
+    measures = {name: measure(RequestContext(), parameter) for name, parameter in expected.items()}
     for parameter in expected.values():
-        fold(parameter)
+        fold(RequestContext(), parameter)
     device = to_gpu()
     found, found_choices = prune(
+        RequestContext(),
         {name: Parameter(weight.to(device)) for name, weight in weights.items()},
         rules,
         {name: extra.to(device) for name, extra in extras.items()},
@@ -143,8 +147,8 @@ def assert_same(
     assert found.keys() == expected.keys()
     for name, parameter in found.items():
         assert torch.equal(unpacked(parameter), unpacked(expected[name]))
-        assert measure(parameter) == measures[name]
-        fold(parameter)
+        assert measure(RequestContext(), parameter) == measures[name]
+        fold(RequestContext(), parameter)
         assert torch.equal(parameter.weight.cpu(), expected[name].weight)
 
 

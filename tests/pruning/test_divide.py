@@ -14,7 +14,6 @@ from secateur_server.devices.cpu import Compiled, Cpu
 from secateur_server.devices.keys import BITS
 from secateur_server.devices.passes import Cut, Passes
 from secateur_server.devices.randomness import RandomScores, random_keys, random_scores
-from secateur_server.devices.watch import watched
 from secateur_server.errors import Stopped
 from secateur_server.pruning import divide as of_divide
 from secateur_server.pruning import divide_small
@@ -139,7 +138,7 @@ def test_divisions_are_as_defined(
         patch.setattr(of_divide, "TABLES", data.draw(st.sampled_from([1, 100, 1 << 24])))
         patch.setattr(of_divide, "FEW", data.draw(st.sampled_from([0, 1 << 17])))
         patch.setattr(divide_small, "MOST_UNITS", data.draw(st.sampled_from([0, 1 << 22])))
-        found = divide(rankings, queries, dtype)
+        found = divide(RequestContext(), rankings, queries, dtype)
     assert found == [brute(keys, query) for query in queries]
 
 
@@ -154,7 +153,7 @@ def test_units_below_a_key_are_counted(
     with pytest.MonkeyPatch.context() as patch:
         of_kind(patch, passes)
         patch.setattr(Passes, "piece", data.draw(st.sampled_from([8, 1 << 20])))
-        found = count_below(rankings, key)
+        found = count_below(RequestContext(), rankings, key)
     assert found == [(sum(k < key for k in of), of.count(key)) for of in keys]
 
 
@@ -167,9 +166,13 @@ def test_without_bounds_as_many_go_as_are_selected(
     alive = tuple(int(living(ranking).sum()) for ranking in rankings)
     count = data.draw(st.integers(0, sum(alive)))
     members = tuple(range(len(rankings)))
-    (division,) = divide(rankings, [Query(members, (0,) * len(alive), alive, count)], dtype)
-    masks, cut = select(rankings, sum(alive), count)
-    assert division.counts == tuple(n - mask.kept for n, mask in zip(alive, masks, strict=True))
+    (division,) = divide(
+        RequestContext(), rankings, [Query(members, (0,) * len(alive), alive, count)], dtype
+    )
+    masks, cut = select(RequestContext(), rankings, sum(alive), count)
+    assert division.counts == tuple(
+        n - mask.kept(RequestContext()) for n, mask in zip(alive, masks, strict=True)
+    )
     if count:
         ties = sum(division.counts) - sum(division.below)
         assert cut == Cut(division.key, ties, sum(division.equal))
@@ -193,7 +196,7 @@ def test_energies_are_sums_of_squares_of_what_goes(
         of_kind(patch, passes)
         patch.setattr(of_energy, "PART", data.draw(st.sampled_from([8, 24, 1 << 20])))
         cuts = [cut_of([keys[i] for i in order], count) for count in counts]
-        found, whole = energies(ranking, weight, cuts, dtype)
+        found, whole = energies(RequestContext(), ranking, weight, cuts, dtype)
     expected = [math.fsum(squares[i] for i in order[:count]) for count in counts]
     assert found == pytest.approx(expected, rel=1e-12, abs=0)
     assert whole == pytest.approx(math.fsum(squares[i] for i in order), rel=1e-12, abs=0)
@@ -232,7 +235,9 @@ def test_many_cuts_of_large_tensors_are_those_of_a_sort(large: list[Ranking]) ->
     alive = tuple(map(len, keys))
     counts = [round(share * len(joined)) for share in FRACTIONS]
     for division, count in zip(
-        divide(large, [Query((0, 1), (0, 0), alive, n) for n in counts], dtype), counts, strict=True
+        divide(RequestContext(), large, [Query((0, 1), (0, 0), alive, n) for n in counts], dtype),
+        counts,
+        strict=True,
     ):
         assert division.counts == tuple(owner[index[:count]].bincount(minlength=2).tolist())
         assert division.key == ordered[count - 1]
@@ -252,7 +257,7 @@ def test_energies_of_large_tensors_are_those_of_a_sort(large: list[Ranking]) -> 
     for key, count in zip(ordered[[n - 1 for n in counts]].tolist(), counts, strict=True):
         ties = count - int(torch.searchsorted(ordered, key))
         cuts.append(Cut(key, ties, int((ordered == key).sum())))
-    found, whole = energies(ranking, weight, cuts, dtype)
+    found, whole = energies(RequestContext(), ranking, weight, cuts, dtype)
     assert found == pytest.approx(sums[[n - 1 for n in counts]].tolist(), rel=1e-9, abs=0)
     assert found[-1] == whole
 
@@ -266,20 +271,25 @@ def test_what_is_found_is_the_same_bits_without_numba_and_threads(
     alive = tuple(int(living(ranking).sum()) for ranking in large)
     targets = [share * (alive[0] + 3 * alive[1]) for share in FRACTIONS]
     queries = [Query((1, 0), (9, 100), alive[::-1], t, (3, 1)) for t in targets]
-    expected = divide(large, queries, dtype)
+    expected = divide(RequestContext(), large, queries, dtype)
     cuts = [Cut(d.key, d.counts[1] - d.below[1], d.equal[1]) for d in expected]
     weight = torch.randn(large[0].units, generator=torch.Generator().manual_seed(1))
-    of_cuts = energies(large[0], weight, cuts, dtype)
+    of_cuts = energies(RequestContext(), large[0], weight, cuts, dtype)
     of_kind(monkeypatch, passes)
-    assert divide(large, queries, dtype) == expected
-    assert energies(large[0], weight, cuts, dtype) == of_cuts
+    assert divide(RequestContext(), large, queries, dtype) == expected
+    assert energies(RequestContext(), large[0], weight, cuts, dtype) == of_cuts
 
 
 def test_a_call_that_is_stopped_divides_no_further(large: list[Ranking]) -> None:
     call = RequestContext()
     call.cancel()
-    with watched(call), pytest.raises(Stopped):
-        divide(large[:1], [Query((0,), (0,), (large[0].units,), 9)], score_dtype(large[:1]))
+    with pytest.raises(Stopped):
+        divide(
+            call,
+            large[:1],
+            [Query((0,), (0,), (large[0].units,), 9)],
+            score_dtype(large[:1]),
+        )
 
 
 @given(drawn_rankings(), st.data())
@@ -297,7 +307,7 @@ def test_lamp_of_small_tensors_is_that_of_each(
         lowest, highest = zip(*map(sorted, bounds), strict=True)
         target = data.draw(st.integers(0, sum(highest)))
         queries.append(Query(tuple(range(len(rankings))), lowest, highest, target))
-    at_once = divide_by_lamp(rankings, queries)
+    at_once = divide_by_lamp(RequestContext(), rankings, queries)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(divide_small, "MOST_UNITS", 0)
-        assert divide_by_lamp(rankings, queries) == at_once
+        assert divide_by_lamp(RequestContext(), rankings, queries) == at_once

@@ -19,6 +19,7 @@ from secateur_server.pruning.granularity import Element
 from secateur_server.pruning.measure import measure
 from secateur_server.pruning.prune import prune
 from secateur_server.pruning.spec import Magnitude, Parameter, Selection
+from secateur_server.runtime.context import RequestContext
 from tests.conftest import examples
 from tests.pruning.bits import packed
 from tests.pruning.torch_side import (
@@ -469,8 +470,8 @@ def test_many_units_are_cut_as_few_are(
     zeros = int(((weight.double() == 0) | ~kept).sum())
     for enabled in (True, False):
         monkeypatch.setattr(kernels, "enabled", enabled)
-        found, _ = prune({"w": Parameter(weight)}, [rule], {})
+        found, _ = prune(RequestContext(), {"w": Parameter(weight)}, [rule], {})
         mask = found["w"].mask
         assert mask is not None
         assert torch.equal(mask.bits, packed(kept).bits)
-        assert measure(found["w"]).zeros == zeros
+        assert measure(RequestContext(), found["w"]).zeros == zeros

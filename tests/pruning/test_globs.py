@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateur_server.devices.watch import watched
 from secateur_server.errors import InvalidSpec, Stopped
 from secateur_server.pruning.globs import (
     MOST_GLOB_CHARACTERS,
@@ -51,7 +50,7 @@ def means(pattern: str, name: str, names: Sequence[str]) -> bool:
 @given(GLOBS, NAMES)
 @many
 def test_names_and_globs_match_as_fnmatch_has_it(patterns: list[str], names: list[str]) -> None:
-    found = matches("tensors", patterns, {name: name for name in names})
+    found = matches(RequestContext(), "tensors", patterns, {name: name for name in names})
     meant = {
         name: [index for index, pattern in enumerate(patterns) if means(pattern, name, names)]
         for name in names
@@ -78,17 +77,17 @@ KINDS: dict[str, Callable[[int], str]] = {
 def test_the_work_is_linear_in_globs_and_names(kind: str) -> None:
     def work(count: int) -> int:
         patterns = [KINDS[kind](i) for i in range(count)]
-        return lines(lambda: matches("tensors", patterns, names_of(count)))
+        return lines(lambda: matches(RequestContext(), "tensors", patterns, names_of(count)))
 
     assert work(800) < 2.5 * work(400)
 
 
 def test_what_was_matched_is_kept_by_nobody() -> None:
     names, globs = names_of(100), [f"{i}{'x' * 40}[a-{chr(200 + i % 99)}]*" for i in range(2000)]
-    matches("tensors", globs[:1000], names)
+    matches(RequestContext(), "tensors", globs[:1000], names)
     tracemalloc.start()
     try:
-        matches("tensors", globs[1000:], names)
+        matches(RequestContext(), "tensors", globs[1000:], names)
         kept, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -105,7 +104,7 @@ def test_what_was_matched_is_kept_by_nobody() -> None:
 )
 def test_more_globs_than_a_limit_are_an_error_that_names_it(globs: list[str], limit: int) -> None:
     with pytest.raises(InvalidSpec, match=f"^tensors: .*{limit}"):
-        matches("tensors", globs, names_of(1))
+        matches(RequestContext(), "tensors", globs, names_of(1))
 
 
 def test_globs_that_take_too_long_to_match_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,12 +112,12 @@ def test_globs_that_take_too_long_to_match_are_an_error(monkeypatch: pytest.Monk
     stars = ["*".join(["", *f"{i:010b}", ""]) for i in range(1 << 10)]
     names = {name: name for name in (f"{i * 2654435761 % (1 << 64):064b}" for i in range(100))}
     with pytest.raises(InvalidSpec, match=r"^tensors: .*50000 steps"):
-        matches("tensors", stars, names)
-    assert matches("tensors", stars[:10], names).unmatched is None
+        matches(RequestContext(), "tensors", stars, names)
+    assert matches(RequestContext(), "tensors", stars[:10], names).unmatched is None
 
 
 def test_a_caller_who_leaves_ends_the_matching() -> None:
-    watch = RequestContext()
-    watch.cancel()
-    with watched(watch), pytest.raises(Stopped):
-        matches("tensors", ["*.weight"], names_of(1))
+    context = RequestContext()
+    context.cancel()
+    with pytest.raises(Stopped):
+        matches(context, "tensors", ["*.weight"], names_of(1))

@@ -22,9 +22,11 @@ from secateur_server.pruning.granularity import NM, Block, Element, Slice
 from secateur_server.pruning.masks import Mask
 from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.select import select
+from secateur_server.runtime.context import RequestContext
 from tests.conftest import examples
 from tests.pruning.bits import packed
 
+CONTEXT = RequestContext()
 CPU = torch.device("cpu")
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 DTYPES = st.sampled_from([*FLOATS, torch.float8_e4m3fn, torch.int8, torch.int64])
@@ -137,7 +139,7 @@ def test_units_and_which_of_them_can_be_pruned(drawn: Drawn) -> None:
     expected = candidates(drawn)
     assert units.fits(shape) is None
     assert math.prod(units.grid(shape)) == len(expected)
-    alive = units.alive(drawn.values, drawn.mask)
+    alive = units.alive(CONTEXT, drawn.values, drawn.mask)
     assert (flags_of(alive) if alive else [True] * len(expected)) == expected
     if drawn.mask is None and isinstance(units, Block):
         assert alive is None
@@ -158,7 +160,7 @@ def test_grids_have_the_shapes_of_the_contract() -> None:
 @some
 @given(drawn=tensors(), p=ORDERS, is_mean=st.booleans())
 def test_scores_are_norms_of_what_goes(drawn: Drawn, p: float, is_mean: bool) -> None:
-    found = drawn.units.scores(drawn.values, drawn.mask, p, is_mean)
+    found = drawn.units.scores(CONTEXT, drawn.values, drawn.mask, p, is_mean)
     wide = drawn.values.dtype in (torch.float64, torch.int64)
     assert found.dtype == (torch.float64 if wide else torch.float32)
     masked = torch.where(drawn.alive, drawn.values.to(torch.float64), 0.0).view(-1)
@@ -186,10 +188,10 @@ def test_what_stays_when_some_units_do(drawn: Drawn, seed: int) -> None:
     expected = drawn.alive.view(-1).clone()
     for unit, stays in zip(leaving, kept.tolist(), strict=True):
         expected[unit] &= stays
-    found = drawn.units.spread(packed(kept), drawn.values, drawn.mask)
-    both = found if drawn.mask is None else found & drawn.mask
+    found = drawn.units.spread(CONTEXT, packed(kept), drawn.values, drawn.mask)
+    both = found if drawn.mask is None else found.both(CONTEXT, drawn.mask)
     assert flags_of(both) == expected.tolist()
-    assert both.kept == int(expected.sum())
+    assert both.kept(CONTEXT) == int(expected.sum())
 
 
 @in_pieces
@@ -199,7 +201,7 @@ def test_costs_are_of_the_weights_that_go(drawn: Drawn, seed: int) -> None:
     """The elements rank by a caller's scores, which are not the weights."""
     weight = torch.randn(drawn.values.shape, generator=torch.Generator().manual_seed(seed))
     weight = weight.to(drawn.values.dtype)
-    counts, squares = drawn.units.costs(weight, drawn.values, drawn.mask)
+    counts, squares = drawn.units.costs(CONTEXT, weight, drawn.values, drawn.mask)
     assert (counts.dtype, squares.dtype) == (torch.int64, torch.float64)
     of_elements = weight.to(torch.float64).square().view(-1)
     leaving = going(drawn)
@@ -213,18 +215,24 @@ def test_costs_are_of_the_weights_that_go(drawn: Drawn, seed: int) -> None:
 @given(drawn=tensors(), p=st.sampled_from([1.0, 2.0, math.inf]), data=st.data())
 def test_a_choice_takes_exactly_so_many_units(drawn: Drawn, p: float, data: st.DataObject) -> None:
     units, values = drawn.units, drawn.values
-    scores, alive = units.scores(values, drawn.mask, p, True), units.alive(values, drawn.mask)
+    scores, alive = (
+        units.scores(CONTEXT, values, drawn.mask, p, True),
+        units.alive(CONTEXT, values, drawn.mask),
+    )
     living = [i for i, lives in enumerate(candidates(drawn)) if lives]
     count = data.draw(st.integers(0, len(living)))
     ranking = Ranking("w", len(scores), scores, alive, CPU)
-    (kept,), _ = select([ranking], len(living), count)
-    assert kept.kept == len(living) - count
+    (kept,), _ = select(CONTEXT, [ranking], len(living), count)
+    assert kept.kept(CONTEXT) == len(living) - count
     gone = sorted(living, key=lambda i: (float(scores[i]), i))[:count]
     leaving = going(drawn)
     expected = drawn.alive.view(-1).clone()
     expected[[i for unit in gone for i in leaving[unit]]] = False
     before = packed(drawn.alive)
-    assert flags_of(units.spread(kept, values, drawn.mask) & before) == expected.tolist()
+    assert (
+        flags_of(units.spread(CONTEXT, kept, values, drawn.mask).both(CONTEXT, before))
+        == expected.tolist()
+    )
 
 
 @in_pieces
@@ -233,7 +241,11 @@ def test_a_choice_takes_exactly_so_many_units(drawn: Drawn, p: float, data: st.D
 def test_all_units_together_leave_at_most_n_of_m(drawn: Drawn) -> None:
     assert isinstance(drawn.units, NM)
     none = packed(torch.zeros(drawn.units.grid(drawn.values.shape), dtype=torch.bool))
-    found = flags_of(drawn.units.spread(none, drawn.values, drawn.mask) & packed(drawn.alive))
+    found = flags_of(
+        drawn.units.spread(CONTEXT, none, drawn.values, drawn.mask).both(
+            CONTEXT, packed(drawn.alive)
+        )
+    )
     alive = drawn.alive.view(-1).tolist()
     for unit in members(drawn.units, drawn.values.shape):
         unpruned = sum(alive[i] for i in unit)
@@ -250,9 +262,9 @@ def test_the_same_bits_without_numba(drawn: Drawn, p: float, seed: int) -> None:
 
     def everything() -> list[Tensor]:
         return [
-            units.scores(drawn.values, mask, p, True),
-            units.spread(kept, drawn.values, mask).bits,
-            *units.costs(drawn.values, drawn.values, mask),
+            units.scores(CONTEXT, drawn.values, mask, p, True),
+            units.spread(CONTEXT, kept, drawn.values, mask).bits,
+            *units.costs(CONTEXT, drawn.values, drawn.values, mask),
         ]
 
     found = everything()
@@ -289,7 +301,7 @@ def test_two_of_four_is_what_torch_prunes() -> None:
     weight = module.parametrizations.weight.original.detach()
     assert all(len(set(group)) == 4 for group in weight.abs().view(-1, 4).tolist())
     none = packed(torch.zeros(48, 16, dtype=torch.bool))
-    assert flags_of(NM(2, 4, 1).spread(none, weight, None)) == expected.view(-1).tolist()
+    assert flags_of(NM(2, 4, 1).spread(CONTEXT, none, weight, None)) == expected.view(-1).tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -297,7 +309,7 @@ def test_two_of_four_is_what_torch_prunes() -> None:
 def test_large_tensors_lie_in_many_boxes(units: NM | Block, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     values = torch.randn(640, 1200).to(dtype)
-    scores = units.scores(values, None, 1.0, False)
+    scores = units.scores(CONTEXT, values, None, 1.0, False)
     if isinstance(units, Block):
         tiles = values.double().abs().unfold(0, 16, 16).unfold(1, 16, 16)
         torch.testing.assert_close(scores.double(), tiles.sum((2, 3)).view(-1), rtol=1e-6, atol=0)

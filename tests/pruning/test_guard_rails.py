@@ -25,6 +25,7 @@ from secateur_server.pruning.spec import (
     Selection,
     Threshold,
 )
+from secateur_server.runtime.context import RequestContext
 from tests.conftest import examples
 from tests.pruning.bits import packed
 from tests.pruning.defined import (
@@ -332,7 +333,7 @@ STORED = {
 
 def resolved(guard_rails: GuardRails, *tensors: str) -> Selection:
     unresolved = rule(tensors or ("*",), 0.5, guard_rails=guard_rails)
-    (found,) = resolve([unresolved], read_catalog(STORED, {}))
+    (found,) = resolve(RequestContext(), [unresolved], read_catalog(STORED, {}))
     assert isinstance(found, Selection)
     return found
 

@@ -11,7 +11,6 @@ import safetensors.torch
 import torch
 
 from secateur_proto import spec_pb2 as pb
-from secateur_server.devices.watch import watched
 from secateur_server.errors import InvalidSpec, Stopped
 from secateur_server.messages.rails import MOST_RAILS
 from secateur_server.messages.spec import (
@@ -74,7 +73,7 @@ TOO_LONG: dict[str, tuple[Callable[[], pb.PruningSpec], str, int]] = {
 def test_a_list_that_is_too_long_is_an_error_that_names_the_limit(name: str) -> None:
     make, field, limit = TOO_LONG[name]
     with pytest.raises(InvalidSpec, match=f"are more than {limit}") as caught:
-        decode_spec(make())
+        decode_spec(RequestContext(), make())
     assert caught.value.field == field
 
 
@@ -93,7 +92,7 @@ def test_an_index_of_a_member_is_a_few_bytes_and_no_object() -> None:
     given = grouped(pb.Group(members=[pb.Member(tensor="w", indices=range(count))]))
     tracemalloc.start()
     try:
-        (rule,) = decode_spec(given)
+        (rule,) = decode_spec(RequestContext(), given)
         kept, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -130,7 +129,7 @@ def test_indices_that_are_no_slices_are_an_error(
     ],
 )
 def test_a_caller_who_leaves_ends_the_decoding(given: pb.PruningSpec) -> None:
-    watch = RequestContext()
-    watch.cancel()
-    with watched(watch), pytest.raises(Stopped):
-        decode_spec(given)
+    context = RequestContext()
+    context.cancel()
+    with pytest.raises(Stopped):
+        decode_spec(context, given)

@@ -20,6 +20,7 @@ from secateur_server.pruning.measure import measure
 from secateur_server.pruning.norms import slice_norms
 from secateur_server.pruning.prune import prune
 from secateur_server.pruning.spec import Magnitude, Parameter, Random, Scope, Selection
+from secateur_server.runtime.context import RequestContext
 from tests.conftest import examples
 from tests.pruning.bits import packed, unpacked
 
@@ -98,7 +99,7 @@ def test_pieces_are_split_together_as_one_by_one(
         together += [Piece(50, scores, dtype, alive), *together[:1], Piece(50, scores, dtype, None)]
     low, high = sorted(key_of(bound, dtype) for bound in bounds)
     kept = [torch.empty((piece.units + 7) // 8, dtype=torch.uint8) for piece in together]
-    found = passes.split_all(together, low, high, kept)
+    found = passes.split_all(RequestContext(), together, low, high, kept)
     for piece, part, bits in zip(together, found, kept, strict=True):
         by_itself = torch.empty_like(bits)
         keys, at = Passes(CPU).split(piece, low, high, by_itself)
@@ -149,7 +150,7 @@ def assert_ranked(
     assert cut.key == key_of(magnitudes[order[place - 1]], piece.dtype)
     assert (cut.ties, cut.equal) == (len({*order[:place]} & {*at_cut}), len(at_cut))
     kept = torch.full(((piece.units + 7) // 8,), 0xFF, dtype=torch.uint8)
-    assert passes.cut_few([piece], place, [kept]) == cut
+    assert passes.cut_few(RequestContext(), [piece], place, [kept]) == cut
     assert torch.equal(kept, packed(stays).bits)
 
 
@@ -169,7 +170,7 @@ def test_few_pieces_are_cut_together(
     stays = torch.zeros(len(magnitudes), dtype=torch.bool)
     stays[order[place:]] = True
     kept = [torch.full(((p.units + 7) // 8,), 0xFF, dtype=torch.uint8) for p, *_ in drawn]
-    cut = passes.cut_few([piece for piece, *_ in drawn], place, kept)
+    cut = passes.cut_few(RequestContext(), [piece for piece, *_ in drawn], place, kept)
     at_cut = [i for i in living if magnitudes[i] == magnitudes[order[place - 1]]]
     assert cut.key == key_of(magnitudes[order[place - 1]], dtype)
     assert (cut.ties, cut.equal) == (len({*order[:place]} & {*at_cut}), len(at_cut))
@@ -270,8 +271,10 @@ def test_slices_and_their_elements(shape: list[int], data: st.DataObject, piece:
     flags = noise.reshape(-1)
     with pytest.MonkeyPatch.context() as small:
         small.setattr(Passes, "piece", piece)
-        mask = spread(kept, shape, dim)
-        found = any_of_slices(lambda begin, end: flags[begin:end], shape, dim, CPU)
+        mask = spread(RequestContext(), kept, shape, dim)
+        found = any_of_slices(
+            RequestContext(), lambda begin, end: flags[begin:end], shape, dim, CPU
+        )
     assert torch.equal(unpacked(Parameter(torch.empty(shape), mask)), whole)
     assert torch.equal(found, noise.movedim(dim, 0).flatten(1).any(1) if noise.dim() > 1 else noise)
 
@@ -294,12 +297,12 @@ def test_masks_and_measures_are_the_same_without_numba(
         Selection("r", ("a", "b"), importance, Element(), scope, fraction, {})
         for importance in (Magnitude(), Random(5))
     ]
-    expected, outcomes = prune(parameters, rules, {})
-    measures = [measure(parameter) for parameter in expected.values()]
+    expected, outcomes = prune(RequestContext(), parameters, rules, {})
+    measures = [measure(RequestContext(), parameter) for parameter in expected.values()]
     monkeypatch.setattr(kernels, "enabled", False)
-    found, found_outcomes = prune(parameters, rules, {})
+    found, found_outcomes = prune(RequestContext(), parameters, rules, {})
     assert found_outcomes == outcomes
-    assert [measure(parameter) for parameter in found.values()] == measures
+    assert [measure(RequestContext(), parameter) for parameter in found.values()] == measures
     for name, parameter in found.items():
         assert torch.equal(unpacked(parameter), unpacked(expected[name]))
 
@@ -313,10 +316,10 @@ def test_norms_are_the_same_bits_without_numba(
     mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) > 0.3
     for dim, kept in ((0, None), (1, None), (0, mask), (-1, mask)):
         bits = None if kept is None else packed(kept)
-        found = slice_norms(values, bits, dim, float(p))
+        found = slice_norms(RequestContext(), values, bits, dim, float(p))
         with pytest.MonkeyPatch.context() as without:
             without.setattr(kernels, "enabled", False)
-            assert torch.equal(found, slice_norms(values, bits, dim, float(p)))
+            assert torch.equal(found, slice_norms(RequestContext(), values, bits, dim, float(p)))
         whole = values.double() if kept is None else values.double() * kept
         norms = torch.linalg.vector_norm(whole, p, dim=1 - dim % 2)
         assert torch.allclose(found.double(), norms, rtol=1e-6, atol=0)
@@ -332,7 +335,7 @@ def test_zero_slices_are_counted_wherever_they_lie(shape: tuple[int, ...]) -> No
         index = torch.randperm(size)[: size // 3]
         weight.index_fill_(dim, index[: len(index) // 2], 0)
         mask.index_fill_(dim, index[len(index) // 2 :], False)
-    found = measure(Parameter(weight, packed(mask)))
+    found = measure(RequestContext(), Parameter(weight, packed(mask)))
     zero = (weight == 0) | ~mask
     assert (found.zeros, found.pruned) == (int(zero.sum()), int((~mask).sum()))
     assert found.zero_slices == tuple(

@@ -35,6 +35,7 @@ from secateur_server.pruning.spec import (
     Table,
     Threshold,
 )
+from secateur_server.runtime.context import RequestContext
 from tests.conftest import examples
 from tests.contract import raw
 from tests.pruning.bits import packed
@@ -108,12 +109,12 @@ def assert_foretold(
         found = tried(replace(selection, amount=amount), model)
         if isinstance(found, str):
             with pytest.raises(AmountOutOfRange, match=re.escape(found)):
-                plan(selection, [amount], model, {})
+                plan(RequestContext(), selection, [amount], model, {})
         else:
             possible.append((amount, found))
     if not possible:
         return []
-    outcomes = plan(selection, [amount for amount, _ in possible], model, {})
+    outcomes = plan(RequestContext(), selection, [amount for amount, _ in possible], model, {})
     assert len(outcomes) == len(possible)
     for outcome, (_, (masks, choices)) in zip(outcomes, possible, strict=True):
         assert outcome.choices == choices

@@ -17,6 +17,7 @@ from secateur_server.pruning.granularity import Element, Slice
 from secateur_server.pruning.prune import Choice
 from secateur_server.pruning.prune import prune as apply_rules
 from secateur_server.pruning.spec import Magnitude, Parameter, Random, Scope, Selection
+from secateur_server.runtime.context import RequestContext
 from tests.conftest import examples
 from tests.pruning.bits import packed, unpacked
 from tests.pruning.torch_side import EXACT, HALF, distinct, lowest_slices
@@ -41,7 +42,7 @@ def answer(
     rules: list[Selection],
     extras: Mapping[str, Tensor] | None = None,
 ) -> Answer:
-    pruned, outcomes = apply_rules(parameters, rules, extras or {})
+    pruned, outcomes = apply_rules(RequestContext(), parameters, rules, extras or {})
     return {name: unpacked(parameter) for name, parameter in pruned.items()}, outcomes
 
 

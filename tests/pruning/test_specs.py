@@ -22,6 +22,7 @@ from secateur_server.pruning.spec import (
     Table,
     Threshold,
 )
+from secateur_server.runtime.context import RequestContext
 from tests.contract import raw
 
 PATH = "spec.rules[0].selection"
@@ -42,7 +43,7 @@ def decode(tensors: Sequence[str] = ("w",), **fields: Any) -> Selection:
     """The rule of a spec like raw.spec, but with the amount that `fields` have."""
     if {"threshold", "bytes", "macs", "table"} & fields.keys():
         fields = {"fraction": None, **fields}
-    (decoded,) = decode_spec(raw.spec(*tensors, **fields))
+    (decoded,) = decode_spec(RequestContext(), raw.spec(*tensors, **fields))
     assert isinstance(decoded, Selection)
     return decoded
 
@@ -173,7 +174,7 @@ def test_a_spec_without_rules_methods_tensors_or_masks_is_an_error() -> None:
         (raw.masks(), "spec.rules[0].custom_masks.masks"),
     ):
         with pytest.raises(InvalidSpec) as caught:
-            decode_spec(spec)
+            decode_spec(RequestContext(), spec)
         assert caught.value.field == field
 
 

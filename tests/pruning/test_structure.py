@@ -19,6 +19,7 @@ from secateur_server.pruning.amounts import Bound
 from secateur_server.pruning.measure import measure
 from secateur_server.pruning.prune import Choice
 from secateur_server.pruning.spec import Parameter
+from secateur_server.runtime.context import RequestContext
 from tests.conftest import examples
 from tests.pruning.bits import packed
 
@@ -60,7 +61,7 @@ def measured(
     weight: Tensor, kept: Tensor | None, seen: Seen | None = None
 ) -> tuple[Patterns, Blocks]:
     mask = None if kept is None else packed(kept)
-    structure = measure(Parameter(weight, mask, seen)).structure
+    structure = measure(RequestContext(), Parameter(weight, mask, seen)).structure
     blocks = tuple((b.side, b.zero, b.total) for b in structure.zero_blocks)
     return structure.patterns, blocks
 

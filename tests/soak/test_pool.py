@@ -6,6 +6,7 @@ import torch
 
 from secateur_server.devices import passes_of
 from secateur_server.pruning.masks import Mask
+from secateur_server.runtime.context import RequestContext
 
 # Larger than a piece, so that it is counted by the pool.
 BYTES = 8 << 20
@@ -17,15 +18,15 @@ def masks(count: int) -> list[Mask]:
 
 def test_masks_that_the_pool_and_its_callers_count_at_once_are_all_counted() -> None:
     """A lock that counters of all masks share would have each wait for the other, for ever."""
-    passes = passes_of(torch.device("cpu"))
+    passes, context = passes_of(torch.device("cpu")), RequestContext()
     found: list[int] = []
 
     def of_callers() -> None:
-        found.extend(mask.kept for mask in masks(20))
+        found.extend(mask.kept(context) for mask in masks(20))
 
     def of_pool() -> None:
         for _ in range(10):
-            found.extend(passes.each(lambda mask: mask.kept, masks(4)))
+            found.extend(passes.map(context, lambda mask: mask.kept(context), masks(4)))
 
     threads = [threading.Thread(target=work, daemon=True) for work in (of_callers, of_pool)]
     for thread in threads:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import secateur
+from secateur_server.runtime.context import RequestContext
 from secateur_server.store.holdings import Entry
 from secateur_server.store.store import Store
 from tests.conftest import PATIENCE, eventually
@@ -107,7 +108,7 @@ def test_a_blob_that_is_being_removed_is_written_anew_when_it_is_gone(
 def send(store: Store, owner: str, data: bytes) -> None:
     upload = store.uploads.begin(owner, len(data))
     store.uploads.write(upload, data)
-    store.create(owner, (store.uploads.finish(upload, "a"),))
+    store.create(owner, (store.uploads.finish(RequestContext(), upload, "a"),))
     store.uploads.leave(upload)
 
 
@@ -147,7 +148,7 @@ def test_victims_are_chosen_in_one_pass(tmp_path: Path, monkeypatch: pytest.Monk
     store = Store(tmp_path / "store", 1 << 30, ttl=0)
     upload = store.uploads.begin(owner, 100)
     store.uploads.write(upload, bytes(100))
-    file = store.uploads.finish(upload, "a")
+    file = store.uploads.finish(RequestContext(), upload, "a")
     made = [store.create(owner, (file,)) for _ in range(count)]
     store.uploads.leave(upload)
     looked: dict[Entry, int] = {}

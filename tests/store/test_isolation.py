@@ -12,8 +12,8 @@ import pytest
 
 from secateur_proto import checkpoints_pb2 as pb
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
-from secateur_server.devices.watch import watch
 from secateur_server.errors import InvalidRequest, Stopped
+from secateur_server.runtime.context import RequestContext
 from secateur_server.store.records import StoredFile
 from secateur_server.store.store import Store
 from secateur_server.store.uploads import Uploads
@@ -31,7 +31,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
     opened = Store(tmp_path / "store", 1 << 20, ttl=0)
     upload = opened.uploads.begin(ALICE, len(DATA), digest_of(DATA))
     opened.uploads.write(upload, DATA)
-    opened.create(ALICE, (opened.uploads.finish(upload, "a.safetensors"),))
+    opened.create(ALICE, (opened.uploads.finish(RequestContext(), upload, "a.safetensors"),))
     opened.uploads.leave(upload)
     part = opened.uploads.begin(ALICE, 100, digest_of(b"part"), is_resumable=True)
     opened.uploads.write(part, b"the first bytes")
@@ -121,7 +121,13 @@ def test_an_upload_has_a_limit_of_files(server: Kept) -> None:
 
 
 def test_a_query_ends_when_its_caller_leaves(server: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
-    held, looked, count = Uploads.held, threading.Event(), 0
+    held, check, looked, count = Uploads.held, RequestContext.check, threading.Event(), 0
+    contexts: list[RequestContext] = []
+
+    def noting(context: RequestContext) -> None:
+        if context.method.name == "QueryUpload":
+            contexts.append(context)
+        check(context)
 
     def slow(uploads: Uploads, owner: str, digest: str, size: int) -> int:
         """Lasts until the server knows that the caller has left."""
@@ -130,10 +136,11 @@ def test_a_query_ends_when_its_caller_leaves(server: Kept, monkeypatch: pytest.M
         looked.set()
         with suppress(Stopped):
             while True:
-                watch().check()
+                check(contexts[-1])
                 threading.Event().wait(0.01)
         return held(uploads, owner, digest, size)
 
+    monkeypatch.setattr(RequestContext, "check", noting)
     monkeypatch.setattr(Uploads, "held", slow)
     request = pb.QueryUploadRequest(files=[file_message(b"x")] * 1000)
     call = CheckpointsStub(server.channel).QueryUpload.future(request, timeout=TIMEOUT)

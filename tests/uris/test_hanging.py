@@ -10,6 +10,7 @@ import fsspec.asyn
 import pytest
 
 from secateur_server.errors import QueueFull
+from secateur_server.runtime.context import RequestContext
 from secateur_server.uris.requests import MOST_THREADS, Requests
 from tests.conftest import eventually
 from tests.contract.raw import check_serves
@@ -90,14 +91,15 @@ def test_what_cannot_be_cancelled_takes_a_bounded_number_of_threads(
 
 def test_threads_are_given_back() -> None:
     requests, ends = Requests(0.05), threading.Event()
-    waiting = [requests.in_thread(ends.wait) for _ in range(MOST_THREADS)]
+    waiting = [requests.in_thread(RequestContext(), ends.wait) for _ in range(MOST_THREADS)]
     with pytest.raises(TimeoutError):
-        requests.result(waiting[0])
+        requests.result(RequestContext(), waiting[0])
     with pytest.raises(QueueFull):
-        requests.in_thread(ends.wait)
+        requests.in_thread(RequestContext(), ends.wait)
     ends.set()
-    assert Requests(300).result(waiting[0])
-    assert requests.result(requests.in_thread(lambda: "again")) == "again"
+    assert Requests(300).result(RequestContext(), waiting[0])
+    again = requests.in_thread(RequestContext(), lambda: "again")
+    assert requests.result(RequestContext(), again) == "again"
 
 
 def test_a_write_ends_in_time(served: Served) -> None:

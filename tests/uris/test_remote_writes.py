@@ -13,6 +13,7 @@ import secateur
 from secateur_proto import pruner_pb2 as pb
 from secateur_proto.pruner_pb2_grpc import PrunerStub
 from secateur_server.errors import UriChanged
+from secateur_server.runtime.context import RequestContext
 from secateur_server.uris.remote import RemoteFile
 from secateur_server.uris.requests import Requests
 from secateur_server.uris.scratch import Scratch
@@ -104,7 +105,7 @@ def test_an_object_that_is_replaced_while_it_is_read_is_seen(
     bucket: Bucket, tmp_path: Path
 ) -> None:
     source = f"{MODELS}/model.safetensors"
-    file = RemoteFile("uri", source, Requests(300), (MODELS,))
+    file = RemoteFile(RequestContext(), "uri", source, Requests(300), (MODELS,))
     file.fetch(Scratch(tmp_path, file.size, lambda count: None))
     before = bytes(file.data)
     file.check_unchanged()

@@ -17,6 +17,7 @@ from secateur.transfer import Upload
 from secateur_proto import pruner_pb2 as pb
 from secateur_proto.dtypes import DTYPES
 from secateur_proto.framing import CHUNK_BYTES, cut, file_header, tensor_bytes
+from secateur_server.runtime.context import RequestContext
 from secateur_server.wire.writer import Outgoing, chunks, state_dict_file
 from tests.contract.raw import entry, file, header, message, send, unhurried
 
@@ -114,8 +115,8 @@ def test_the_writer_says_the_length_and_the_digest_of_what_it_writes() -> None:
         name: Outgoing("F32", tuple(tensor.shape), partial(torch.split, tensor.view(-1), 100_000))
         for name, tensor in model.items()
     }
-    made = state_dict_file("m", outgoing, {"made": "here"})
-    sent = list(chunks([made]))
+    made = state_dict_file(RequestContext(), "m", outgoing, {"made": "here"})
+    sent = list(chunks(RequestContext(), [made]))
     written = b"".join(sent)
     assert [len(chunk) for chunk in sent[:-1]] == [MIB, MIB]
     assert (made.size, made.blake3) == (len(written), blake3(written).hexdigest())

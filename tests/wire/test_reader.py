@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secateur_server.errors import InvalidStateDict, WrongLength
+from secateur_server.runtime.context import RequestContext
 from secateur_server.wire.reader import ByteStream, read_header, read_tensors
 from secateur_server.wire.tensors import WireTensor
 from tests.contract.raw import entry, file, unhurried
@@ -45,7 +46,7 @@ Read = tuple[dict[str, WireTensor], dict[str, str], str]
 def read(chunks: Iterable[bytes], announced: int) -> Read:
     """The tensors, the metadata and the digest of a file that arrives in `chunks`."""
     stream = ByteStream(iter(chunks), announced)
-    header = read_header(stream)
+    header = read_header(RequestContext(), stream)
     return read_tensors(stream, header, CPU), header.metadata, stream.digest()
 
 

@@ -15,7 +15,6 @@ from secateur_proto import plan_pb2
 from secateur_proto import pruner_pb2 as pb
 from secateur_proto.pruner_pb2_grpc import PrunerStub
 from secateur_server.devices import cpu
-from secateur_server.devices.watch import watched
 from secateur_server.errors import Stopped
 from secateur_server.messages.plan import encode_plan
 from secateur_server.messages.report import encode_report
@@ -67,18 +66,18 @@ class CountedWatch(RequestContext):
         return self.trace
 
 
-def work(name: str, is_plan: bool) -> None:
+def work(context: RequestContext, name: str, is_plan: bool) -> None:
     """All that a server does with a spec, from its message to that of the answer."""
-    asked = decode_spec(MESSAGES[name])
-    rules = resolve(asked, CATALOG)
+    asked = decode_spec(context, MESSAGES[name])
+    rules = resolve(context, asked, CATALOG)
     if is_plan:
         assert isinstance(rules[0], Selection)
-        outcomes = plan(rules[0], AMOUNTS, PARAMETERS, {})
-        encode_plan(outcomes, PARAMETERS, rules[0].tensors)
+        outcomes = plan(context, rules[0], AMOUNTS, PARAMETERS, {})
+        encode_plan(context, outcomes, PARAMETERS, rules[0].tensors)
         return
-    pruned, choices = prune(PARAMETERS, rules, {})
-    report = encode_report(pruned.items(), CATALOG, "", "", choices)
-    warnings_of(report, asked, rules, CATALOG, PARAMETERS)
+    pruned, choices = prune(context, PARAMETERS, rules, {})
+    report = encode_report(context, pruned.items(), CATALOG, "", "", choices)
+    warnings_of(context, report, asked, rules, CATALOG, PARAMETERS)
 
 
 @pytest.fixture
@@ -92,21 +91,20 @@ def _in_one_thread() -> Iterator[None]:
 @pytest.mark.parametrize("is_plan", [False, True])
 @pytest.mark.parametrize("name", SPECS)
 def test_no_stage_works_on_for_long_without_a_check(name: str, is_plan: bool) -> None:
-    work(name, is_plan)  # compiles what is not compiled yet
+    work(RequestContext(), name, is_plan)  # compiles what is not compiled yet
     watch = CountedWatch()
     before = sys.gettrace()
-    with watched(watch):
-        sys.settrace(watch.trace)
-        try:
-            work(name, is_plan)
-        finally:
-            sys.settrace(before)
+    sys.settrace(watch.trace)
+    try:
+        work(watch, name, is_plan)
+    finally:
+        sys.settrace(before)
     # Simple loops need no check. Of 12,000 tensors so many lines take some 50 ms.
     assert watch.longest <= 60 * TENSORS
     for last in {1, watch.checks // 4, watch.checks // 2, watch.checks - 1}:
         stopped = CountedWatch(last)
-        with watched(stopped), pytest.raises(Stopped):
-            work(name, is_plan)
+        with pytest.raises(Stopped):
+            work(stopped, name, is_plan)
         assert stopped.checks == last
 
 

@@ -10,7 +10,7 @@ from secateur_server.devices.cpu import Compiled, Cpu
 from secateur_server.devices.cuda import Cuda
 from secateur_server.devices.mapping import room_on_disk
 from secateur_server.devices.passes import Passes
-from secateur_server.devices.watch import watch
+from secateur_server.runtime.context import RequestContext
 
 Span = tuple[int, int]
 
@@ -37,12 +37,11 @@ def _kind_of(device: torch.device) -> type[Passes]:
 _ON_DISK_SHARE = 8
 
 
-def room_to_work(size: int, passes: Passes) -> Tensor:
-    """Memory for what a call makes beside its model.  Returns: uint8, flat.  Errors: StoreFull."""
-    of_call = watch()
-    is_large = of_call.work_memory is not None and size > of_call.work_memory // _ON_DISK_SHARE
-    if of_call.scratch is not None and is_large and passes.device.type == "cpu":
-        return room_on_disk(of_call.scratch, size)
+def room_to_work(context: RequestContext, size: int, passes: Passes) -> Tensor:
+    """Memory for what a request makes beside its model, uint8, flat.  Errors: StoreFull."""
+    is_large = context.work_memory is not None and size > context.work_memory // _ON_DISK_SHARE
+    if context.scratch is not None and is_large and passes.device.type == "cpu":
+        return room_on_disk(context.scratch, size)
     return passes.room(size)
 
 

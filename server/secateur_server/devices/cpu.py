@@ -32,8 +32,7 @@ from secateur_server.devices.passes import (
 )
 from secateur_server.devices.randomness import RandomScores
 from secateur_server.devices.threads import start_all
-from secateur_server.devices.watch import checked, watch
-from secateur_server.runtime.context import Found, Item
+from secateur_server.runtime.context import Found, Item, RequestContext
 
 CORES = cores(len(os.sched_getaffinity(0)))
 
@@ -70,18 +69,19 @@ class Cpu(Passes):
     look_bytes = 1  # what has just landed is in a cache
     threads = CORES
 
-    def each(self, function: Callable[[Item], Found], pieces: Iterable[Item]) -> list[Found]:
-        """As Passes.each, on all cores."""
+    def map(
+        self, context: RequestContext, function: Callable[[Item], Found], pieces: Iterable[Item]
+    ) -> list[Found]:
+        """As Passes.map, on all cores."""
         pieces = list(pieces)
         # One piece waits for no other thread; a thread of the pool must not wait for the pool.
         if len(pieces) == 1 or getattr(_thread, "in_pool", False):
-            return super().each(function, pieces)
+            return super().map(context, function, pieces)
         # Many small ones are sooner done than handed over one by one.
         size = max(1, len(pieces) // (8 * CORES))
         shares = [pieces[begin : begin + size] for begin in range(0, len(pieces), size)]
-        of_call = watch()  # the pool's threads have none of their own
 
-        found = _POOL.map(lambda share: of_call.map(function, share), shares)
+        found = _POOL.map(lambda share: context.map(function, share), shares)
         return list(itertools.chain.from_iterable(found))
 
     def room(self, size: int) -> Tensor:
@@ -223,16 +223,22 @@ class Compiled(Cpu):
         into = index.numpy(), found.numpy()
         return found[: kernels.sample(bits, _alive(piece), _largest(bits), *into)]
 
-    def cut_few(self, pieces: Sequence[Piece], place: int, kept: Sequence[Tensor]) -> Cut:
+    def cut_few(
+        self,
+        context: RequestContext,
+        pieces: Sequence[Piece],
+        place: int,
+        kept: Sequence[Tensor],
+    ) -> Cut:
         """As Passes.cut_few."""
         if len(pieces) == 1:
             of_piece = _bits(pieces[0]).numpy(), _alive(pieces[0])
             return _cut_few(*of_piece, pieces[0].dtype, place, kept[0].numpy())
-        bits, alive = _side_by_side(pieces)
+        bits, alive = _side_by_side(context, pieces)
         stays = np.empty_like(alive)
         cut = _cut_few(bits, alive, pieces[0].dtype, place, stays)
         begin = 0
-        for part in checked(kept):
+        for part in context.each(kept):
             part.numpy()[:] = stays[begin : begin + len(part)]
             begin += len(part)
         return cut
@@ -243,19 +249,24 @@ class Compiled(Cpu):
         return found.keys, found.at
 
     def split_all(
-        self, pieces: Sequence[Piece], low: int, high: int, kept: Sequence[Tensor]
+        self,
+        context: RequestContext,
+        pieces: Sequence[Piece],
+        low: int,
+        high: int,
+        kept: Sequence[Tensor],
     ) -> list[Split]:
         """As Passes.split_all: small pieces go together."""
         batches: list[list[Part]] = []
         room = 0
-        for piece, bits in zip(pieces, kept, strict=True):
+        for piece, bits in zip(context.each(pieces), kept, strict=True):
             if piece.units > room:
                 batches.append([])
                 room = max(piece.units, self.piece)
             batches[-1].append((piece, bits))
             # Random scores are made in a place that the next ones take.
             room = 0 if isinstance(piece.scores, RandomScores) else room - piece.units
-        found = self.each(lambda batch: self._split_together(batch, low, high), batches)
+        found = self.map(context, lambda batch: self._split_together(batch, low, high), batches)
         return list(itertools.chain.from_iterable(found))
 
     def _split_together(self, batch: Sequence[Part], low: int, high: int) -> list[Split]:
@@ -353,7 +364,7 @@ def _cut_few(bits: Any, alive: Any, dtype: torch.dtype, place: int, kept: Any) -
     return Cut(*map(int, kernels.cut_few(bits, alive, _largest(bits), place, kept, found, at)))
 
 
-def _side_by_side(pieces: Sequence[Piece]) -> tuple[Any, Any]:
+def _side_by_side(context: RequestContext, pieces: Sequence[Piece]) -> tuple[Any, Any]:
     """The bits of pieces, each from a new byte of the mask on, and which of them are alive.
 
     What lies between them is not: of a mask the last byte is padded with 0.
@@ -362,7 +373,7 @@ def _side_by_side(pieces: Sequence[Piece]) -> tuple[Any, Any]:
     bits = _scratch("pieces", 8 * sum(sizes), BITS[pieces[0].dtype]).numpy()
     alive = np.full(sum(sizes), 0xFF, np.uint8)
     begin = 0
-    for piece, size in checked(zip(pieces, sizes, strict=True)):
+    for piece, size in zip(context.each(pieces), sizes, strict=True):
         bits[8 * begin : 8 * begin + piece.units] = _bits(piece).numpy()
         if piece.alive is not None:
             alive[begin : begin + size] = piece.alive.numpy()

@@ -13,6 +13,7 @@ from secateur_server.devices.cuda import Cuda
 from secateur_server.devices.keys import BITS, signed_bits
 from secateur_server.devices.passes import DIGIT_BITS, Passes, Piece, Split
 from secateur_server.devices.randomness import RandomScores
+from secateur_server.runtime.context import RequestContext
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,18 @@ class Fused(Cuda):
     ranked = 1 << 25
 
     def split_all(
+        self,
+        context: RequestContext,
+        pieces: Sequence[Piece],
+        low: int,
+        high: int,
+        kept: Sequence[Tensor],
+    ) -> list[Split]:
+        """As Passes.split_all."""
+        context.check()
+        return self._split_together(pieces, low, high, kept)
+
+    def _split_together(
         self, pieces: Sequence[Piece], low: int, high: int, kept: Sequence[Tensor]
     ) -> list[Split]:
         """As Passes.split_all: the GPU is not waited for between the pieces."""
@@ -45,7 +58,7 @@ class Fused(Cuda):
 
     def split(self, piece: Piece, low: int, high: int, kept: Tensor) -> tuple[Tensor, Tensor]:
         """As Passes.split."""
-        (found,) = self.split_all([piece], low, high, [kept])
+        (found,) = self._split_together([piece], low, high, [kept])
         return found.keys, found.at
 
     def count_below(self, piece: Piece, key: int) -> tuple[int, int]:
@@ -165,10 +178,10 @@ def _some_of(passes: Passes, piece: Piece, flags: Tensor) -> list[object]:
     keys = passes.keys(piece)
     low, high = (int(key) for key in keys.sort().values[[len(keys) // 4, len(keys) // 2]])
     kept = passes.room((piece.units + 7) // 8)
-    (found,) = passes.split_all([piece], low, high, [kept])
+    found, at = passes.split(piece, low, high, kept)
     counts = torch.zeros(1 << DIGIT_BITS, dtype=torch.int64, device=passes.device)
     passes.add_digits(piece, 0, torch.iinfo(keys.dtype).bits - DIGIT_BITS, counts)
-    results = kept, found.keys, found.at, counts, passes.pack(flags)
+    results = kept, found, at, counts, passes.pack(flags)
     extremes = None if isinstance(piece.scores, RandomScores) else passes.extremes(piece.scores)
-    numbers = found.above, passes.count_below(piece, high), extremes
+    numbers = passes.count_ones(kept), passes.count_below(piece, high), extremes
     return [*(result.tolist() for result in results), *numbers]

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from secateur_server.devices.keys import BITS, as_keys, picked, signed_bits
 from secateur_server.devices.randomness import RandomScores, random_keys
-from secateur_server.devices.watch import watch
-from secateur_server.runtime.context import Found, Item
+from secateur_server.runtime.context import Found, Item, RequestContext
 
 DIGIT_BITS = 16
 
@@ -88,15 +87,17 @@ class Passes:
     piece = ranked = 1 << 20
     # Bytes of what has landed that are looked at at once.
     look_bytes = 64 << 20
-    # How many of them `each` works on at once.
+    # How many of them `map` works on at once.
     threads = 1
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def each(self, function: Callable[[Item], Found], pieces: Iterable[Item]) -> list[Found]:
+    def map(
+        self, context: RequestContext, function: Callable[[Item], Found], pieces: Iterable[Item]
+    ) -> list[Found]:
         """What `function` makes of each piece, in their order.  Errors: Stopped."""
-        return watch().map(function, pieces)
+        return context.map(function, pieces)
 
     def room(self, size: int) -> Tensor:
         """Memory of `size` bytes, as uint8."""
@@ -250,9 +251,16 @@ class Passes:
         stays[equal[ties:]] = True
         return Cut(key, ties, len(equal)), stays
 
-    def cut_few(self, pieces: Sequence[Piece], place: int, kept: Sequence[Tensor]) -> Cut:
+    def cut_few(
+        self,
+        context: RequestContext,
+        pieces: Sequence[Piece],
+        place: int,
+        kept: Sequence[Tensor],
+    ) -> Cut:
         """Takes the lowest `place` of pieces.  kept: the bits of what stays of each, written to."""
-        cut, stays = self.rank(torch.cat([self.keys(piece) for piece in pieces]), place)
+        keys = torch.cat([self.keys(piece) for piece in context.each(pieces)])
+        cut, stays = self.rank(keys, place)
         parts = torch.split(stays, [piece.units for piece in pieces])
         for bits, part in zip(kept, parts, strict=True):
             bits.copy_(self.pack(part))
@@ -270,7 +278,12 @@ class Passes:
         return keys[at], at.to(torch.int32)
 
     def split_all(
-        self, pieces: Sequence[Piece], low: int, high: int, kept: Sequence[Tensor]
+        self,
+        context: RequestContext,
+        pieces: Sequence[Piece],
+        low: int,
+        high: int,
+        kept: Sequence[Tensor],
     ) -> list[Split]:
         """As split, of each piece, all of one dtype.  kept: the bits of each, written to."""
 
@@ -278,7 +291,7 @@ class Passes:
             keys, at = self.split(part[0], low, high, part[1])
             return Split(self.count_ones(part[1]), keys, at)
 
-        return self.each(split, list(zip(pieces, kept, strict=True)))
+        return self.map(context, split, list(zip(pieces, kept, strict=True)))
 
     def keep(self, kept: Tensor, at: Tensor, stays: Tensor) -> None:
         """Keeps the units at `at`, int32, that stay, bool.  kept: bits, 0 there; written to."""

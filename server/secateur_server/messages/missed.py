@@ -9,11 +9,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from secateur_server.devices.watch import checked
 from secateur_server.errors import InvalidSpec
 from secateur_server.pruning.catalog import Catalog, match
 from secateur_server.pruning.globs import matches
 from secateur_server.pruning.spec import Rule, Selection
+from secateur_server.runtime.context import RequestContext
 
 # Globs may miss this share of the weights: position embeddings and the like.
 MISSED_SHARE = 0.1
@@ -40,11 +40,12 @@ class Missed:
 
 
 def missed_weights(
-    rules: Sequence[Rule], catalog: Catalog, covered: Collection[str]
+    context: RequestContext, rules: Sequence[Rule], catalog: Catalog, covered: Collection[str]
 ) -> Missed | None:
     """Weights in the modules that globs name, if a spec misses more than a few.
 
     Args:
+        context: The request.
         rules: As the request has them.
         catalog: Of the whole model.
         covered: The names of the tensors that the spec prunes.
@@ -55,23 +56,22 @@ def missed_weights(
         if len(shape := catalog.prunable[name]) >= 2
     }
     others = [name for name in sizes if name not in covered]
-    scopes = (
-        [s for glob in checked(_globs(rules, catalog)) if (s := _scope(glob))] if others else []
-    )
+    globs = _globs(rules, catalog) if others else []
+    scopes = [s for glob in context.each(globs) if (s := _scope(glob))]
     try:
-        found = matches("spec", scopes, {}, {name: name for name in others}).first
+        found = matches(context, "spec", scopes, {}, {name: name for name in others}).first
     except InvalidSpec:  # the advice takes too much work
         return None
     missed = [name for name in others if name in found]
     if missed:  # guard rails leave tensors out on purpose
-        named = _named(rules, catalog)
+        named = _named(context, rules, catalog)
         missed = [name for name in missed if name not in named]
     lost = sum(sizes[name] for name in missed)
     kept = sum(sizes.values()) - sum(sizes[name] for name in others)
     if lost <= MISSED_SHARE * (lost + kept):
         return None
     names = sorted(missed, key=sizes.__getitem__, reverse=True)
-    return Missed(names, kept, lost, _glob_of(names, scopes))
+    return Missed(names, kept, lost, _glob_of(context, names, scopes))
 
 
 def _globs(rules: Sequence[Rule], catalog: Catalog) -> list[str]:
@@ -88,16 +88,18 @@ def _scope(glob: str) -> str:
     return f"{modules.removesuffix('.') if modules.endswith('*.') else modules}*" if end else ""
 
 
-def _named(rules: Sequence[Rule], catalog: Catalog) -> set[str]:
+def _named(context: RequestContext, rules: Sequence[Rule], catalog: Catalog) -> set[str]:
     """What the rules name, also what their guard rails leave out."""
     selections = [rule for rule in rules if isinstance(rule, Selection) and rule.tensors]
-    return {name for rule in selections for name in match(rule.path, rule.tensors, catalog)}
+    return {
+        name for rule in selections for name in match(context, rule.path, rule.tensors, catalog)
+    }
 
 
-def _glob_of(names: Sequence[str], scopes: Sequence[str]) -> str | None:
+def _glob_of(context: RequestContext, names: Sequence[str], scopes: Sequence[str]) -> str | None:
     every = {name: name for name in names}
     globs = dict.fromkeys(f"{scope.rstrip('*')}*weight*" for scope in scopes)
     for glob in islice(globs, MOST_TRIED):
-        if len(matches("spec", [glob], {}, every).first) == len(names):
+        if len(matches(context, "spec", [glob], {}, every).first) == len(names):
             return glob
     return None

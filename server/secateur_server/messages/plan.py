@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 
 from secateur_proto import plan_pb2 as pb
 from secateur_proto.pruner_pb2 import PlanHeader
-from secateur_server.devices.watch import checked
 from secateur_server.errors import InvalidRequest, InvalidSpec
 from secateur_server.messages.report import encode_choice
 from secateur_server.messages.spec import fraction_of
 from secateur_server.pruning.norms import total
 from secateur_server.pruning.plan import Outcome, Removed
 from secateur_server.pruning.spec import Amount, Parameter, Rule, Selection
+from secateur_server.runtime.context import RequestContext
 
 MOST_AMOUNTS = 1000
 
@@ -39,21 +39,32 @@ def _amount(amount: pb.Amount, path: str) -> Amount:
 
 
 def encode_plan(
-    outcomes: Sequence[Outcome], parameters: Mapping[str, Parameter], names: Sequence[str]
+    context: RequestContext,
+    outcomes: Sequence[Outcome],
+    parameters: Mapping[str, Parameter],
+    names: Sequence[str],
 ) -> pb.PruningPlan:
     """A plan for the tensors `names`, in their order."""
-    return pb.PruningPlan(amounts=[_planned(outcome, parameters, names) for outcome in outcomes])
+    return pb.PruningPlan(
+        amounts=[_planned(context, outcome, parameters, names) for outcome in outcomes]
+    )
 
 
 def _planned(
-    outcome: Outcome, parameters: Mapping[str, Parameter], names: Sequence[str]
+    context: RequestContext,
+    outcome: Outcome,
+    parameters: Mapping[str, Parameter],
+    names: Sequence[str],
 ) -> pb.PlannedAmount:
-    tensors = [_tensor(name, parameters[name], outcome.removed[name]) for name in checked(names)]
+    tensors = [
+        _tensor(context, name, parameters[name], outcome.removed[name])
+        for name in context.each(names)
+    ]
     pruned = sum(tensor.pruned for tensor in tensors)
     total = sum(tensor.total for tensor in tensors)
     removed = [outcome.removed[name] for name in names]
     return pb.PlannedAmount(
-        choices=map(encode_choice, checked(outcome.choices)),
+        choices=map(encode_choice, context.each(outcome.choices)),
         tensors=tensors,
         pruned=pruned,
         total=total,
@@ -66,9 +77,11 @@ def _planned(
     )
 
 
-def _tensor(name: str, parameter: Parameter, removed: Removed) -> pb.PlannedTensor:
+def _tensor(
+    context: RequestContext, name: str, parameter: Parameter, removed: Removed
+) -> pb.PlannedTensor:
     total = parameter.weight.numel()
-    before = 0 if parameter.mask is None else total - parameter.mask.kept
+    before = 0 if parameter.mask is None else total - parameter.mask.kept(context)
     pruned = before + removed.elements
     return pb.PlannedTensor(
         name=name,

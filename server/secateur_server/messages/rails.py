@@ -1,19 +1,19 @@
 """Guard rails from the wire."""
 
 from secateur_proto import spec_pb2 as pb
-from secateur_server.devices.watch import checked
 from secateur_server.errors import AmountOutOfRange
 from secateur_server.messages.repeated import check_length
 from secateur_server.pruning.spec import GuardRails, Rail
+from secateur_server.runtime.context import RequestContext
 
 # As PruningSpec in spec.proto lists them.
 MOST_RAILS = 100_000
 
 
-def decode_rails(rails: pb.GuardRails, path: str) -> GuardRails:
+def decode_rails(context: RequestContext, rails: pb.GuardRails, path: str) -> GuardRails:
     """Errors: AmountOutOfRange, naming the field by its path."""
     check_length(f"{path}.rails", rails.rails, MOST_RAILS, "rails")
-    found = (_rail(rail, f"{path}.rails[{i}]") for i, rail in enumerate(checked(rails.rails)))
+    found = (_rail(rail, f"{path}.rails[{i}]") for i, rail in enumerate(context.each(rails.rails)))
     return GuardRails(
         rails=tuple(found),
         keep_first=rails.keep_first,

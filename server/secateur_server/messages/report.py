@@ -15,17 +15,18 @@ from secateur_proto.report_pb2 import (
 from secateur_proto.report_pb2 import Choice as ChoiceMessage
 from secateur_proto.spec_pb2 import Pattern
 from secateur_server.devices.dtypes import WIRE_DTYPES
-from secateur_server.devices.watch import checked
 from secateur_server.pruning.catalog import Catalog
 from secateur_server.pruning.measure import measure
 from secateur_server.pruning.prune import Choice
 from secateur_server.pruning.spec import Parameter
+from secateur_server.runtime.context import RequestContext
 
 # Of tensors that a message lists; there may be tens of thousands.
 MOST_NAMED = 10
 
 
 def encode_report(
+    context: RequestContext,
     parameters: Iterable[tuple[str, Parameter]],
     catalog: Catalog,
     input_blake3: str,
@@ -39,7 +40,10 @@ def encode_report(
     outcomes: for each rule of a spec its choices.
     are_folded: the parameters are sent with their masks applied, and without masks.
     """
-    tensors = [_tensor(name, parameter, are_folded) for name, parameter in checked(parameters)]
+    tensors = [
+        _tensor(context, name, parameter, are_folded)
+        for name, parameter in context.each(parameters)
+    ]
     by_name = {tensor.name: tensor for tensor in tensors} if catalog.other_names else {}
     for other, name in catalog.other_names.items():
         if name in by_name:
@@ -51,7 +55,7 @@ def encode_report(
         zeros=zeros,
         total=total,
         sparsity=_share(zeros, total),
-        rules=[RuleReport(choices=map(encode_choice, checked(of))) for of in outcomes],
+        rules=[RuleReport(choices=map(encode_choice, context.each(of))) for of in outcomes],
         input_blake3=input_blake3,
         output_blake3=output_blake3,
         coverage=_coverage(catalog, {tensor.name for tensor in tensors}),
@@ -70,9 +74,11 @@ def _coverage(catalog: Catalog, names: Collection[str]) -> Coverage:
     )
 
 
-def _tensor(name: str, parameter: Parameter, is_folded: bool) -> TensorReport:
+def _tensor(
+    context: RequestContext, name: str, parameter: Parameter, is_folded: bool
+) -> TensorReport:
     weight = parameter.weight
-    found = measure(parameter)
+    found = measure(context, parameter)
     return TensorReport(
         name=name,
         shape=weight.shape,

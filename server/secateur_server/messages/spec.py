@@ -8,7 +8,6 @@ from typing import TypeVar
 from google.protobuf.message import Message
 
 from secateur_proto import spec_pb2 as pb
-from secateur_server.devices.watch import checked
 from secateur_server.errors import AmountOutOfRange, InvalidSpec, quote
 from secateur_server.messages.rails import decode_rails
 from secateur_server.messages.repeated import check_length
@@ -30,6 +29,7 @@ from secateur_server.pruning.spec import (
     Table,
     Threshold,
 )
+from secateur_server.runtime.context import RequestContext
 
 Choice = TypeVar("Choice")
 
@@ -75,25 +75,28 @@ MOST_MEMBERS = 100_000
 INDICES_AT_ONCE = 1 << 16
 
 
-def decode_spec(spec: pb.PruningSpec) -> list[Rule]:
+def decode_spec(context: RequestContext, spec: pb.PruningSpec) -> list[Rule]:
     """The rules of a spec.  Errors: InvalidSpec, naming the field by its path."""
     if not spec.rules:
         raise InvalidSpec("spec.rules", "a spec needs at least one rule")
     check_length("spec.rules", spec.rules, MOST_RULES, "rules")
-    return [_rule(rule, f"spec.rules[{index}]") for index, rule in enumerate(checked(spec.rules))]
+    return [
+        _rule(context, rule, f"spec.rules[{index}]")
+        for index, rule in enumerate(context.each(spec.rules))
+    ]
 
 
-def _rule(rule: pb.Rule, path: str) -> Rule:
+def _rule(context: RequestContext, rule: pb.Rule, path: str) -> Rule:
     if _chosen(rule, "method", path) == "selection":
-        return _selection(rule.selection, f"{path}.selection")
+        return _selection(context, rule.selection, f"{path}.selection")
     path = f"{path}.custom_masks"
     if not rule.custom_masks.masks:
         raise InvalidSpec(f"{path}.masks", "at least one mask is needed")
     return CustomMasks(path, list(rule.custom_masks.masks.items()))
 
 
-def _selection(selection: pb.Selection, path: str) -> Selection:
-    groups = _groups(selection, path)
+def _selection(context: RequestContext, selection: pb.Selection, path: str) -> Selection:
+    groups = _groups(context, selection, path)
     if not groups and not selection.tensors:
         raise InvalidSpec(f"{path}.tensors", "at least one name or glob is needed")
     granularity = _granularity(selection, path)
@@ -103,7 +106,7 @@ def _selection(selection: pb.Selection, path: str) -> Selection:
         importance=_importance(selection, granularity, path),
         granularity=granularity,
         scope=_one_of(SCOPES, selection, "scope", path),
-        amount=_amount(selection, path),
+        amount=_amount(context, selection, path),
         scores=dict(selection.importance_scores),
         scales=dict(selection.scales),
         of_all=selection.of_all,
@@ -111,7 +114,7 @@ def _selection(selection: pb.Selection, path: str) -> Selection:
         combination=_one_of(COMBINATIONS, selection, "combination", path),
         normalization=_one_of(NORMALIZATIONS, selection, "normalization", path),
         allocation=_one_of(ALLOCATIONS, selection, "allocation", path),
-        guard_rails=decode_rails(selection.guard_rails, f"{path}.guard_rails"),
+        guard_rails=decode_rails(context, selection.guard_rails, f"{path}.guard_rails"),
     )
     _check_together(decoded)
     return decoded
@@ -192,7 +195,7 @@ GRANULARITIES: dict[int, Callable[[pb.Selection, str], Granularity | None]] = {
 }
 
 
-def _groups(selection: pb.Selection, path: str) -> tuple[Group, ...]:
+def _groups(context: RequestContext, selection: pb.Selection, path: str) -> tuple[Group, ...]:
     is_grouped = selection.granularity == pb.GRANULARITY_GROUP
     if is_grouped != bool(selection.groups):
         why = "at least one group is needed" if is_grouped else "are for GRANULARITY_GROUP"
@@ -200,14 +203,14 @@ def _groups(selection: pb.Selection, path: str) -> tuple[Group, ...]:
     if is_grouped and selection.tensors:
         raise InvalidSpec(f"{path}.tensors", "the groups name their tensors")
     check_length(f"{path}.groups", selection.groups, MOST_GROUPS, "groups")
-    members = sum(len(group.members) for group in checked(selection.groups))
+    members = sum(len(group.members) for group in context.each(selection.groups))
     if members > MOST_MEMBERS:
         raise InvalidSpec(
             f"{path}.groups",
             f"{members} members in all groups are more than {MOST_MEMBERS}; split the rule",
         )
     groups = tuple(
-        _group(group, index, f"{path}.groups[{index}]")
+        _group(context, group, index, f"{path}.groups[{index}]")
         for index, group in enumerate(selection.groups)
     )
     names = [group.name for group in groups]
@@ -219,19 +222,19 @@ def _groups(selection: pb.Selection, path: str) -> tuple[Group, ...]:
     return groups
 
 
-def _group(group: pb.Group, index: int, path: str) -> Group:
+def _group(context: RequestContext, group: pb.Group, index: int, path: str) -> Group:
     if not group.members:
         raise InvalidSpec(f"{path}.members", "at least one member is needed")
-    if all(member.unscored for member in checked(group.members)):
+    if all(member.unscored for member in context.each(group.members)):
         raise InvalidSpec(f"{path}.members", "at least one must be scored")
     members = tuple(
-        _member(member, f"{path}.members[{place}]")
-        for place, member in enumerate(checked(group.members))
+        _member(context, member, f"{path}.members[{place}]")
+        for place, member in enumerate(context.each(group.members))
     )
     return Group(group.name or f"groups[{index}]", members)
 
 
-def _member(member: pb.Member, path: str) -> Member:
+def _member(context: RequestContext, member: pb.Member, path: str) -> Member:
     if member.indices and (member.offset or member.stride):
         raise InvalidSpec(f"{path}.indices", "take the place of offset and stride")
     return Member(
@@ -241,17 +244,17 @@ def _member(member: pb.Member, path: str) -> Member:
         offset=member.offset,
         stride=member.stride or 1,
         units=member.units,
-        indices=_indices(member.indices),
+        indices=_indices(context, member.indices),
         is_scored=not member.unscored,
     )
 
 
-def _indices(indices: Sequence[int]) -> Sequence[int]:
+def _indices(context: RequestContext, indices: Sequence[int]) -> Sequence[int]:
     """The same numbers, as uint64 in one block: no object for each is kept."""
     if not indices:
         return ()
     found = array("Q")
-    for begin in checked(range(0, len(indices), INDICES_AT_ONCE)):
+    for begin in context.each(range(0, len(indices), INDICES_AT_ONCE)):
         found.extend(indices[begin : begin + INDICES_AT_ONCE])
     return found
 
@@ -277,7 +280,7 @@ def _importance(
     raise InvalidSpec(f"{path}.matrix_norm", f"{magnitude.matrix_norm} is no matrix norm")
 
 
-def _amount(selection: pb.Selection, path: str) -> Amount:
+def _amount(context: RequestContext, selection: pb.Selection, path: str) -> Amount:
     chosen = _chosen(selection, "amount", path)
     if chosen == "fraction":
         return fraction_of(selection.fraction, f"{path}.fraction")
@@ -288,9 +291,9 @@ def _amount(selection: pb.Selection, path: str) -> Amount:
     if chosen == "bytes":
         return Budget(selection.bytes)
     if chosen == "macs":
-        return _macs(selection.macs, f"{path}.macs")
+        return _macs(context, selection.macs, f"{path}.macs")
     if chosen == "table":
-        return _table(selection.table, f"{path}.table.entries")
+        return _table(context, selection.table, f"{path}.table.entries")
     return int(selection.count)
 
 
@@ -301,10 +304,10 @@ def fraction_of(value: float, field: str) -> float:
     return value
 
 
-def _macs(macs: pb.Macs, path: str) -> Budget:
+def _macs(context: RequestContext, macs: pb.Macs, path: str) -> Budget:
     if not macs.target >= 0:
         raise AmountOutOfRange(f"{path}.target", f"{macs.target} is no number of operations")
-    for name, cost in checked(macs.per_unit.items()):
+    for name, cost in context.each(macs.per_unit.items()):
         if not 0 < cost <= MOST_OPERATIONS:
             raise AmountOutOfRange(
                 f"{path}.per_unit[{quote(name)}]", f"{cost} is not in (0, {MOST_OPERATIONS:g}]"
@@ -312,12 +315,12 @@ def _macs(macs: pb.Macs, path: str) -> Budget:
     return Budget(macs.target, dict(macs.per_unit))
 
 
-def _table(table: pb.Table, path: str) -> Table:
+def _table(context: RequestContext, table: pb.Table, path: str) -> Table:
     if not table.entries:
         raise InvalidSpec(path, "at least one entry is needed")
     check_length(path, table.entries, MOST_ENTRIES, "entries")
     fractions: dict[str, float] = {}
-    for index, entry in enumerate(checked(table.entries)):
+    for index, entry in enumerate(context.each(table.entries)):
         if entry.tensors in fractions:
             raise InvalidSpec(f"{path}[{index}].tensors", f"{quote(entry.tensors)} is there twice")
         fractions[entry.tensors] = fraction_of(entry.fraction, f"{path}[{index}].fraction")

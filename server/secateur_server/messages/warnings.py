@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from secateur_proto import report_pb2 as pb
-from secateur_server.devices.watch import checked
 from secateur_server.errors import quote
 from secateur_server.messages.missed import missed_weights
 from secateur_server.messages.report import MOST_NAMED
 from secateur_server.pruning.catalog import Catalog, Shape
 from secateur_server.pruning.spec import CustomMasks, Magnitude, Parameter, Rule, Selection, Table
+from secateur_server.runtime.context import RequestContext
 
 # Names in a line for people.
 SHOWN = 3
@@ -53,6 +53,7 @@ class Pruning:
     """A Prune and its report.
 
     Attributes:
+        context: The request.
         asked: The rules of the request.
         rules: The same rules, resolved.
         catalog: Of the whole model.
@@ -60,6 +61,7 @@ class Pruning:
         changes: What all of them did to each tensor of the report.
     """
 
+    context: RequestContext
     asked: Sequence[Rule]
     rules: Sequence[Rule]
     catalog: Catalog
@@ -78,6 +80,7 @@ class Pruning:
 
 
 def warnings_of(
+    context: RequestContext,
     report: pb.SparsityReport,
     asked: Sequence[Rule],
     rules: Sequence[Rule],
@@ -87,20 +90,28 @@ def warnings_of(
     """The warnings of a Prune.
 
     Args:
+        context: The request.
         report: Without warnings.
         asked: The rules of the request.
         rules: The same rules, resolved.
         catalog: Of the whole model.
         before: The parameters before the Prune.
     """
-    changes = [_change(tensor, catalog, before[tensor.name]) for tensor in checked(report.tensors)]
-    pruning = Pruning(asked, rules, catalog, [rule.choices for rule in report.rules], changes)
-    return [warning for check in checked(CHECKS) if (warning := check(pruning))]
+    changes = [
+        _change(context, tensor, catalog, before[tensor.name])
+        for tensor in context.each(report.tensors)
+    ]
+    pruning = Pruning(
+        context, asked, rules, catalog, [rule.choices for rule in report.rules], changes
+    )
+    return [warning for check in CHECKS if (warning := check(pruning))]
 
 
-def _change(tensor: pb.TensorReport, catalog: Catalog, before: Parameter) -> Change:
+def _change(
+    context: RequestContext, tensor: pb.TensorReport, catalog: Catalog, before: Parameter
+) -> Change:
     mask, seen = before.mask, before.seen
-    pruned = tensor.pruned - (0 if mask is None else mask.elements - mask.kept)
+    pruned = tensor.pruned - (0 if mask is None else mask.elements - mask.kept(context))
     was_zero = pruned == 0 or (seen is not None and seen.largest == 0)
     is_wholly_zero = tensor.zeros == tensor.total and not was_zero
     return Change(tensor.name, catalog.prunable[tensor.name], pruned, is_wholly_zero)
@@ -108,7 +119,7 @@ def _change(tensor: pb.TensorReport, catalog: Catalog, before: Parameter) -> Cha
 
 def _small_coverage(pruning: Pruning) -> pb.Warning | None:
     covered = {change.name for change in pruning.changes}
-    missed = missed_weights(pruning.asked, pruning.catalog, covered)
+    missed = missed_weights(pruning.context, pruning.asked, pruning.catalog, covered)
     if missed is None:
         return None
     whole = missed.covered + missed.elements
@@ -121,10 +132,10 @@ def _small_coverage(pruning: Pruning) -> pb.Warning | None:
 
 
 def _wholly_zero(pruning: Pruning) -> pb.Warning | None:
-    meant = {name for rule in pruning.rules for name in _meant_whole(rule)}
+    meant = {name for rule in pruning.rules for name in _meant_whole(pruning.context, rule)}
     found = [
         change
-        for change in checked(pruning.changes)
+        for change in pruning.context.each(pruning.changes)
         if change.is_wholly_zero and change.name not in meant
         if change.is_weight or _is_norm(change)
     ]
@@ -139,11 +150,11 @@ def _wholly_zero(pruning: Pruning) -> pb.Warning | None:
     return _warning("WHOLLY_ZERO", [change.name for change in found], text)
 
 
-def _meant_whole(rule: Rule) -> list[str]:
+def _meant_whole(context: RequestContext, rule: Rule) -> list[str]:
     """The tensors that a rule is asked to prune whole, or by a mask of the caller."""
     if isinstance(rule, CustomMasks):
         return list(rule.names())
-    return [name for name in checked(rule.names()) if _fraction(rule, name) == 1.0]
+    return [name for name in context.each(rule.names()) if _fraction(rule, name) == 1.0]
 
 
 def _fraction(rule: Selection, name: str) -> float | None:
@@ -158,7 +169,7 @@ def _zero_before(pruning: Pruning) -> pb.Warning | None:
         name
         for rule, choices in pruning.selections()
         if _ranks_zeros_lowest(rule)
-        for choice in checked(choices)
+        for choice in pruning.context.each(choices)
         if choice.HasField("threshold") and choice.threshold == 0
         if choice.ties >= _MANY_ZEROS * choice.candidates  # ties at 0 are the units of zeros
         if pruning.has_weight(choice)
@@ -187,7 +198,7 @@ def _ranks_zeros_lowest(rule: Selection) -> bool:
 def _scales_pruned(pruning: Pruning) -> pb.Warning | None:
     found = [
         change.name
-        for change in checked(pruning.changes)
+        for change in pruning.context.each(pruning.changes)
         if change.pruned and _SCALES.fullmatch(change.name.rpartition(".")[2])
     ]
     text = (
@@ -202,10 +213,10 @@ def _norms_pruned(pruning: Pruning) -> pb.Warning | None:
     for given, rule in zip(pruning.asked, pruning.rules, strict=True):
         if isinstance(given, Selection) and not given.groups:
             named = given.tensors if given.scope == "tensor" else ()
-            taken |= set(checked(rule.names())).difference(named)
+            taken |= set(pruning.context.each(rule.names())).difference(named)
     found = [
         change.name
-        for change in checked(pruning.changes)
+        for change in pruning.context.each(pruning.changes)
         if change.pruned and change.name in taken and _is_norm(change)
     ]
     text = (
@@ -235,7 +246,7 @@ def _rounded_to_all(pruning: Pruning) -> pb.Warning | None:
 def _of_fractions(pruning: Pruning) -> Iterator[pb.Choice]:
     """Choices by a fraction above 0 and below 1 of the units that were unpruned."""
     for rule, choices in pruning.selections():
-        for choice in checked(choices):
+        for choice in pruning.context.each(choices):
             fraction = _fraction(rule, choice.tensors[0])
             is_part = fraction is not None and 0 < fraction < 1 and not rule.of_all
             if is_part and choice.candidates and pruning.has_weight(choice):

@@ -1,29 +1,23 @@
-"""The request that this thread works for, as gRPC begins and ends it."""
+"""The context of a request, made from what gRPC says about its call."""
 
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from urllib.parse import unquote
 
 import grpc
 
-from secateur_server.devices.watch import watch as this_call
-from secateur_server.devices.watch import watched
 from secateur_server.runtime.context import Method, RequestContext
 
 # Metadata both ways: a caller may name a request, and is told its name.
 REQUEST_ID = "x-request-id"
 _MAY_BE_ID = re.compile(r"[\w.:/@+=-]{1,128}", re.ASCII)
 
-__all__ = ["REQUEST_ID", "Method", "RequestContext", "serving", "this_call"]
 
-
-@contextmanager
-def serving(
+def begin_request(
     method: Method, call: grpc.ServicerContext, make: Callable[..., RequestContext]
-) -> Iterator[RequestContext]:
+) -> RequestContext:
     """A new request, which is cancelled when its caller leaves."""
     peer = unquote(call.peer())  # gRPC encodes the brackets of IPv6
     left = call.time_remaining()
@@ -32,8 +26,7 @@ def serving(
     call.set_trailing_metadata(((REQUEST_ID, context.id),))
     if not call.add_callback(context.cancel):
         context.cancel()
-    with watched(context):
-        yield context
+    return context
 
 
 def _id_of(call: grpc.ServicerContext) -> str:

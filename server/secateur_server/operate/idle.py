@@ -7,9 +7,7 @@ from contextlib import contextmanager
 
 import grpc
 
-from secateur_server.devices.watch import watch
 from secateur_server.errors import IdleTimeout
-from secateur_server.operate.calls import this_call
 from secateur_server.runtime.context import RequestContext
 
 # How often it is looked at who waits.
@@ -35,20 +33,19 @@ class Readers:
         self._looking.join()
 
     @contextmanager
-    def taking(self, context: grpc.ServicerContext) -> Iterator[None]:
-        """The call of this thread gives a message away in the block."""
-        call = this_call()
-        self._waiting[call] = time.monotonic(), context
+    def taking(self, context: RequestContext, call: grpc.ServicerContext) -> Iterator[None]:
+        """The caller has to take a message in the block."""
+        self._waiting[context] = time.monotonic(), call
         try:
-            with watch().stage("send"):
+            with context.stage("send"):
                 yield
         finally:
-            del self._waiting[call]
+            del self._waiting[context]
 
     def _look(self) -> None:
         while not self._is_closed.wait(min(LOOK_SECONDS, self._timeout / 2)):
             now = time.monotonic()
-            for call, (since, context) in list(self._waiting.items()):
+            for context, (since, call) in list(self._waiting.items()):
                 if now - since > self._timeout:
-                    call.reason = IdleTimeout.reason
-                    context.cancel()
+                    context.reason = IdleTimeout.reason
+                    call.cancel()

@@ -11,9 +11,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from secateur_proto.report_pb2 import SparsityReport
 from secateur_server.devices.memory import memory_of
 from secateur_server.errors import RequestError
-from secateur_server.operate.calls import this_call
 from secateur_server.pruning.spec import Parameter
 from secateur_server.runtime.context import Method, RequestContext
+from secateur_server.runtime.scheduler import Scheduler
 
 # From a LeNet, about 1 ms, to tens of GB, minutes.
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180, 600)
@@ -208,16 +208,26 @@ class Metrics:
             self._of_messages[method] = received, sent
         return self._of_messages[method]
 
-    def of_admission(
-        self, held: Callable[[], int], limit: int, waiting: Callable[[], int], most_waiting: int
-    ) -> None:
-        """Shows what is in service and what waits, and their limits."""
+    def of_scheduler(self, scheduler: Scheduler) -> None:
+        """Shows what requests hold and how many wait, and the limits."""
+        models = scheduler.models
         self._gauge(
             "model_bytes", "Bytes of memory of the models that are being served."
-        ).set_function(held)
-        self._gauge("memory_limit_bytes", "Bytes that these may take.").set(limit)
-        self._gauge("requests_waiting", "RPCs that wait for memory.").set_function(waiting)
-        self._gauge("queue_limit", "RPCs that may wait.").set(most_waiting)
+        ).set_function(lambda: models.held)
+        self._gauge("memory_limit_bytes", "Bytes that these may take.").set(models.limit)
+        self._gauge("requests_waiting", "RPCs that wait for memory.").set_function(
+            lambda: models.waiting
+        )
+        self._gauge(
+            "messages_waiting", "RPCs whose first message waits to be received."
+        ).set_function(lambda: scheduler.messages.waiting)
+        self._gauge("queue_limit", "RPCs that may wait.").set(models.most_waiting)
+        self._gauge(
+            "request_bytes", "Bytes of memory of first messages, headers, specs and plans."
+        ).set_function(lambda: scheduler.messages.held + scheduler.other.held)
+        self._gauge("request_limit_bytes", "Bytes that these may take.").set(
+            scheduler.messages.limit + scheduler.other.limit
+        )
 
     def of_store(self, used: Callable[[], int], count: Callable[[], int], limit: int) -> None:
         """Shows a store: the bytes and the number of its checkpoints, and its limit."""
@@ -250,32 +260,33 @@ class Metrics:
         """Counts an upload that went on from where it broke."""
         self._resumed.inc()
 
-    def received(self, count: int) -> None:
-        """Counts bytes of models that came."""
+    def received(self, context: RequestContext, count: int) -> None:
+        """Counts bytes of state_dicts that came."""
         self._received.inc(count)
-        this_call().received += count
+        context.received += count
 
-    def sent(self, count: int) -> None:
-        """Counts bytes of results that went."""
+    def sent(self, context: RequestContext, count: int) -> None:
+        """Counts bytes of results that were sent."""
         self._sent.inc(count)
-        this_call().sent += count
+        context.sent += count
 
-    def reported(self, report: SparsityReport) -> None:
-        """Counts the elements of a report, which is there now."""
+    def reported(self, context: RequestContext, report: SparsityReport) -> None:
+        """Counts the elements of a report, which exists now."""
         self._elements.inc(report.total)
-        call = this_call()
-        call.elements, call.sparsity = report.total, report.sparsity
-        call.time_to_report = call.seconds
+        context.elements, context.sparsity = report.total, report.sparsity
+        context.time_to_report = context.seconds
 
-    def pruned(self, before: Mapping[str, Parameter], report: SparsityReport) -> None:
+    def pruned(
+        self, context: RequestContext, before: Mapping[str, Parameter], report: SparsityReport
+    ) -> None:
         """Counts the elements that became pruned."""
         count = 0
         for tensor in report.tensors:
             mask = before[tensor.name].mask
-            count += tensor.pruned - (0 if mask is None else mask.elements - mask.kept)
+            count += tensor.pruned - (0 if mask is None else mask.elements - mask.kept(context))
         self._pruned.inc(count)
         self._sparsity.observe(report.sparsity)
-        this_call().pruned = count
+        context.pruned = count
 
 
 class _Codes(dict[str, Counter]):

@@ -36,35 +36,36 @@ _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "AL
 
 
 @contextmanager
-def statuses(call: RequestContext, context: grpc.ServicerContext) -> Iterator[None]:
+def statuses(context: RequestContext, call: grpc.ServicerContext) -> Iterator[None]:
     """Ends a call that raises with the status that the exception carries."""
     try:
         yield
     except RequestError as error:
-        is_cut_off = isinstance(error, NoMessage | TooShort) and _has_left(context)
+        is_cut_off = isinstance(error, NoMessage | TooShort) and _has_left(call)
         if is_cut_off or isinstance(error, Stopped):
-            left = context.time_remaining()
+            left = call.time_remaining()
             is_late = left is not None and left <= 0
             error = Late("call", "its time is up") if is_late else _LEFT
-        _end(call, context, error)
+        _end(context, call, error)
     except Exception as error:
-        if not context.is_active():  # cancelled, or past its deadline: nobody is there to tell
+        if not call.is_active():  # cancelled, or past its deadline: nobody is there to tell
             raise
         if _is_out_of_memory(error):
-            log.warning("%s %s: no memory: %s", call.id, call.method, error)
+            log.warning("%s %s: no memory: %s", context.id, context.method, error)
             none_left = OutOfMemory("data", "the server has no memory for this model now")
-            _end(call, context, none_left)
-        log.exception("%s %s failed", call.id, call.method)
-        _end(call, context, Defect("server", "it has a defect; its log has the details"))
+            _end(context, call, none_left)
+        log.exception("%s %s failed", context.id, context.method)
+        _end(context, call, Defect("server", "it has a defect; its log has the details"))
 
 
 _LEFT = Stopped("call", "the caller has left")
 
 
-def _end(call: RequestContext, context: grpc.ServicerContext, error: RequestError) -> NoReturn:
-    call.reason = call.reason or error.reason
-    call.error = str(error)
-    context.abort_with_status(_Ending(rpc_status.to_status(to_status(error, call.id)), call.id))
+def _end(context: RequestContext, call: grpc.ServicerContext, error: RequestError) -> NoReturn:
+    context.reason = context.reason or error.reason
+    context.error = str(error)
+    status = rpc_status.to_status(to_status(error, context.id))
+    call.abort_with_status(_Ending(status, context.id))
 
 
 class _Ending(grpc.Status):
@@ -95,14 +96,14 @@ def to_status(error: RequestError, request_id: str) -> Status:
     return status
 
 
-def _has_left(context: grpc.ServicerContext) -> bool:
+def _has_left(call: grpc.ServicerContext) -> bool:
     """Whether the messages of a call ended because its caller is gone.
 
     gRPC ends them alike where a caller has sent all and where it is lost, and tells which a moment
     later.
     """
     ended = threading.Event()
-    return not context.add_callback(ended.set) or ended.wait(0.1)
+    return not call.add_callback(ended.set) or ended.wait(0.1)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

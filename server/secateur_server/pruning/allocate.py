@@ -3,14 +3,18 @@
 import math
 from collections.abc import Sequence
 
-from secateur_server.devices.watch import watch
 from secateur_server.pruning.rails import Limits
 from secateur_server.pruning.spec import Selection
 from secateur_server.pruning.subjects import Subject
+from secateur_server.runtime.context import RequestContext
 
 
 def shared_out(
-    rule: Selection, subjects: Sequence[Subject], limits: Sequence[Limits], count: int
+    context: RequestContext,
+    rule: Selection,
+    subjects: Sequence[Subject],
+    limits: Sequence[Limits],
+    count: int,
 ) -> tuple[list[int], list[float]]:
     """How many units go of each, `count` in all, so that what is kept is in proportion to shares.
 
@@ -27,8 +31,8 @@ def shared_out(
     kept = sum(alive) - count
     lows = [a - limit.highest for a, limit in zip(alive, limits, strict=True)]
     highs = [a - limit.lowest for a, limit in zip(alive, limits, strict=True)]
-    stay = _rounded(_filled(shares, lows, highs, kept), lows, highs, kept)
-    free = _filled(shares, [0] * len(alive), alive, kept)
+    stay = _rounded(context, _filled(context, shares, lows, highs, kept), lows, highs, kept)
+    free = _filled(context, shares, [0] * len(alive), alive, kept)
     return (
         [a - s for a, s in zip(alive, stay, strict=True)],
         [a - f for a, f in zip(alive, free, strict=True)],
@@ -36,7 +40,11 @@ def shared_out(
 
 
 def _filled(
-    shares: Sequence[float], lows: Sequence[int], highs: Sequence[int], total: int
+    context: RequestContext,
+    shares: Sequence[float],
+    lows: Sequence[int],
+    highs: Sequence[int],
+    total: int,
 ) -> list[float]:
     """Numbers with the sum `total`, in proportion to shares as far as lows and highs allow.
 
@@ -47,7 +55,7 @@ def _filled(
     free = list(range(len(shares)))
     left = float(total)
     while free:
-        watch().check()
+        context.check()
         of_free = sum(shares[i] for i in free)
         scale = left / of_free if of_free else 0.0
         above = [i for i in free if shares[i] * scale > highs[i]]
@@ -68,7 +76,11 @@ def _filled(
 
 
 def _rounded(
-    values: Sequence[float], lows: Sequence[int], highs: Sequence[int], total: int
+    context: RequestContext,
+    values: Sequence[float],
+    lows: Sequence[int],
+    highs: Sequence[int],
+    total: int,
 ) -> list[int]:
     """Integers with the sum `total` within bounds: the largest remainders are rounded up."""
     whole = [
@@ -76,7 +88,7 @@ def _rounded(
     ]
     order = sorted(range(len(values)), key=lambda i: (whole[i] - values[i], i))
     while (missing := total - sum(whole)) != 0:
-        watch().check()
+        context.check()
         step = 1 if missing > 0 else -1
         movable = [i for i in order if lows[i] <= whole[i] + step <= highs[i]]
         for i in movable[: abs(missing)] if step > 0 else movable[::-1][: abs(missing)]:

@@ -8,7 +8,6 @@ import torch
 
 from secateur_server.devices.keys import BITS
 from secateur_server.devices.passes import Cut
-from secateur_server.devices.watch import checked
 from secateur_server.errors import AmountOutOfRange, quote
 from secateur_server.pruning.allocate import shared_out
 from secateur_server.pruning.divide import Division, Query, count_below, divide
@@ -17,6 +16,7 @@ from secateur_server.pruning.rails import Limits, check_total, limits_of
 from secateur_server.pruning.select import score_dtype
 from secateur_server.pruning.spec import Amount, Budget, Selection, Table, Threshold
 from secateur_server.pruning.subjects import Subject
+from secateur_server.runtime.context import RequestContext
 
 
 @dataclass(frozen=True)
@@ -48,26 +48,32 @@ class Decision:
 
 
 def decide(
-    rule: Selection, subjects: Sequence[Subject], amounts: Sequence[Amount], at: str = ""
+    context: RequestContext,
+    rule: Selection,
+    subjects: Sequence[Subject],
+    amounts: Sequence[Amount],
+    at: str = "",
 ) -> list[Decision]:
     """A decision for each of `amounts`, of what is ranked together.
 
     at: the path of `amounts`, where they are not the rule's own.  Errors: AmountOutOfRange.
     """
-    limits = limits_of(rule, subjects)
+    limits = limits_of(context, rule, subjects)
     if isinstance(amounts[0], Threshold):
-        return [_by_threshold(subjects, limits, amounts[0])]
+        return [_by_threshold(context, subjects, limits, amounts[0])]
     asked = [
         replace(rule, amount=amount, path=f"{at}[{index}]" if at else rule.path)
         for index, amount in enumerate(amounts)
     ]
-    counts = [wanted(one, subjects, one.amount) for one in checked(asked)]
+    counts = [wanted(one, subjects, one.amount) for one in context.each(asked)]
     costs = _costs(rule, subjects)
-    for one, count in checked(zip(asked, counts, strict=True)):
+    for one, count in zip(context.each(asked), counts, strict=True):
         check_total(_field(one), _counted(one), count, subjects, limits, costs)
     if rule.allocation in ("uniform", "erk"):
-        return [_shared(rule, subjects, limits, int(count)) for count in checked(counts)]
-    return _by_rank(rule, subjects, limits, counts)
+        return [
+            _shared(context, rule, subjects, limits, int(count)) for count in context.each(counts)
+        ]
+    return _by_rank(context, rule, subjects, limits, counts)
 
 
 def is_plain(rule: Selection) -> bool:
@@ -127,7 +133,11 @@ def _field(rule: Selection) -> str:
 
 
 def _by_rank(
-    rule: Selection, subjects: Sequence[Subject], limits: Sequence[Limits], targets: Sequence[float]
+    context: RequestContext,
+    rule: Selection,
+    subjects: Sequence[Subject],
+    limits: Sequence[Limits],
+    targets: Sequence[float],
 ) -> list[Decision]:
     """The least important go, wherever they are, within the limits."""
     is_lamp = rule.allocation == "lamp"
@@ -140,20 +150,22 @@ def _by_rank(
     dtype = torch.float64 if is_lamp else score_dtype(rankings)
 
     def divided(queries: Sequence[Query]) -> list[Division]:
-        return divide_by_lamp(rankings, queries) if is_lamp else divide(rankings, queries, dtype)
+        if is_lamp:
+            return divide_by_lamp(context, rankings, queries)
+        return divide(context, rankings, queries, dtype)
 
     divisions = divided(queries)
-    passed = [_passed(division, limits) for division in checked(divisions)]
+    passed = [_passed(division, limits) for division in context.each(divisions)]
     beyond = passed
     if any(lowest) and costs is None:  # up to where the cut could rise without one unit more
         more = [replace(query, target=query.target + 1) for query in queries]
         beyond = [
             [s.alive for s in subjects] if query.target > sum(highest) else _passed(after, limits)
-            for query, after in checked(zip(more, divided(more), strict=True))
+            for query, after in zip(context.each(more), divided(more), strict=True)
         ]
     return [
         _decision(subjects, limits, division, least, most, dtype, is_lamp)
-        for division, least, most in checked(zip(divisions, beyond, passed, strict=True))
+        for division, least, most in zip(context.each(divisions), beyond, passed, strict=True)
     ]
 
 
@@ -210,9 +222,13 @@ def _bounds(
 
 
 def _shared(
-    rule: Selection, subjects: Sequence[Subject], limits: Sequence[Limits], count: int
+    context: RequestContext,
+    rule: Selection,
+    subjects: Sequence[Subject],
+    limits: Sequence[Limits],
+    count: int,
 ) -> Decision:
-    counts, free = shared_out(rule, subjects, limits, count)
+    counts, free = shared_out(context, rule, subjects, limits, count)
     # A count is off from its share by less than 1 for the rounding alone.
     least, most = [share - 1 for share in free], [share + 1 for share in free]
     nearly = [math.floor(x) for x in least], [math.ceil(x) for x in most]
@@ -220,13 +236,16 @@ def _shared(
 
 
 def _by_threshold(
-    subjects: Sequence[Subject], limits: Sequence[Limits], threshold: Threshold
+    context: RequestContext,
+    subjects: Sequence[Subject],
+    limits: Sequence[Limits],
+    threshold: Threshold,
 ) -> Decision:
     """All below the threshold go, as far as the limits allow."""
     rankings = [subject.ranking for subject in subjects]
     dtype = score_dtype(rankings)
     key = first_key(threshold.value - rankings[0].offset, dtype)
-    below = [found for found, _ in count_below(rankings, key)]
+    below = [found for found, _ in count_below(context, rankings, key)]
     counts = [
         min(max(found, limit.lowest), limit.highest)
         for found, limit in zip(below, limits, strict=True)

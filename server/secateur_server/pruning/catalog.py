@@ -15,6 +15,7 @@ from secateur_server.errors import (
     quote,
 )
 from secateur_server.pruning.globs import matches
+from secateur_server.runtime.context import RequestContext
 
 Shape = tuple[int, ...]
 
@@ -141,24 +142,28 @@ def _check_mask(name: str, orig: str, stored: Mapping[str, Stored]) -> None:
         raise InvalidPair(field, f"has dtype {mask.calls}, which no mask has")
 
 
-def match(field: str, patterns: Sequence[str], catalog: Catalog) -> list[str]:
+def match(
+    context: RequestContext, field: str, patterns: Sequence[str], catalog: Catalog
+) -> list[str]:
     """The prunable tensors that any of `patterns` means, in their order.
 
     A name means a tensor of any dtype that can be pruned, a glob floating ones.
     field: the path of the field with the patterns.  Errors: UnknownTensor, NotPrunable.
     """
-    found = matches(field, patterns, catalog.names_of_prunable, catalog.names_of_floating)
+    found = matches(context, field, patterns, catalog.names_of_prunable, catalog.names_of_floating)
     if found.unmatched is not None:
         index = found.unmatched
-        raise unmatched(f"{field}[{index}]", patterns[index], catalog)
+        raise unmatched(context, f"{field}[{index}]", patterns[index], catalog)
     return catalog.in_order(found.first)
 
 
-def unmatched(field: str, name: str, catalog: Catalog) -> NotPrunable | UnknownTensor:
+def unmatched(
+    context: RequestContext, field: str, name: str, catalog: Catalog
+) -> NotPrunable | UnknownTensor:
     """The error that says why a name means nothing that can be pruned."""
     if name in {**catalog.stored, **catalog.extras} and name not in catalog.pairs:
         return NotPrunable(field, f"{quote(name)} cannot be pruned: {_nature(name, catalog)}")
-    advice = _integers(field, name, catalog) or _nearest(name, list(catalog.prunable))
+    advice = _integers(context, field, name, catalog) or _nearest(name, list(catalog.prunable))
     return UnknownTensor(field, f"{quote(name)} matches no floating tensor; {advice}")
 
 
@@ -173,9 +178,9 @@ def _nearest(name: str, names: Sequence[str]) -> str:
     return f"there are: {', '.join(map(quote, names[:3]))}{more}"
 
 
-def _integers(field: str, glob: str, catalog: Catalog) -> str | None:
+def _integers(context: RequestContext, field: str, glob: str, catalog: Catalog) -> str | None:
     """What to do about a glob that matches integers; None where it matches none."""
-    found = catalog.in_order(matches(field, [glob], catalog.names_of_prunable).first)
+    found = catalog.in_order(matches(context, field, [glob], catalog.names_of_prunable).first)
     if not found:
         return None
     orig = catalog.pairs.get(found[0], found)[0]

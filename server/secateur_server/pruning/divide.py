@@ -17,10 +17,10 @@ from torch import Tensor
 from secateur_server.devices import passes_of, spans
 from secateur_server.devices.keys import BITS
 from secateur_server.devices.passes import DIGIT_BITS, Passes, Piece
-from secateur_server.devices.watch import checked, watch
 from secateur_server.pruning.divide_small import SortedKeys, are_small
 from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.select import FEW, piece_of, score_dtype
+from secateur_server.runtime.context import RequestContext
 
 # Counts in the tables of a pass, 8 bytes each: at most so many; and one for so many units, for the
 # tables not to take longer than the pass, but there they may be of LEAST_BITS.
@@ -63,7 +63,10 @@ class Division:
 
 
 def divide(
-    rankings: Sequence[Ranking], queries: Sequence[Query], dtype: torch.dtype
+    context: RequestContext,
+    rankings: Sequence[Ranking],
+    queries: Sequence[Query],
+    dtype: torch.dtype,
 ) -> list[Division]:
     """The division of each query.
 
@@ -75,42 +78,49 @@ def divide(
     if all(len(query.members) == 1 and query.costs is None for query in queries) and all(
         ranking.units <= FEW for ranking in rankings
     ):
-        return _divide_each(rankings, queries, dtype)
-    searches = [_Search(query) for query in checked(queries)]
+        return _divide_each(context, rankings, queries, dtype)
+    searches = [_Search(query) for query in context.each(queries)]
     are_of_all = all(len(query.members) == len(rankings) for query in queries)
     if are_of_all and are_small(rankings):
-        keys = SortedKeys(rankings, dtype)
-        for search in checked(searches):
+        keys = SortedKeys(context, rankings, dtype)
+        for search in context.each(searches):
             search.find(keys)
-        return [search.division() for search in checked(searches)]
+        return [search.division() for search in context.each(searches)]
     left = torch.iinfo(BITS[dtype]).bits - 1  # bits whose digits are not known yet
     while left and (open_ := [search for search in searches if not search.is_met]):
         wanted: list[set[int]] = [set() for _ in rankings]
-        for search in checked(open_):
+        for search in context.each(open_):
             for member in search.query.members:
                 wanted[member].add(search.prefix)
-        tables, width = _count(rankings, wanted, left, dtype)
+        tables, width = _count(context, rankings, wanted, left, dtype)
         left -= width
-        for search in checked(open_):
+        for search in context.each(open_):
             search.narrow(tables, width)
-    return [search.division() for search in checked(searches)]
+    return [search.division() for search in context.each(searches)]
 
 
 def _divide_each(
-    rankings: Sequence[Ranking], queries: Sequence[Query], dtype: torch.dtype
+    context: RequestContext,
+    rankings: Sequence[Ranking],
+    queries: Sequence[Query],
+    dtype: torch.dtype,
 ) -> list[Division]:
     """As divide, of queries about one small ranking each."""
     by_ranking: dict[int, list[int]] = {}
     for index, query in enumerate(queries):
         by_ranking.setdefault(query.members[0], []).append(index)
     found: dict[int, Division] = {}
-    for member, indices in checked(by_ranking.items()):
-        of_ranking = _divide_few(rankings[member], [queries[index] for index in indices], dtype)
+    for member, indices in context.each(by_ranking.items()):
+        of_ranking = _divide_few(
+            context, rankings[member], [queries[index] for index in indices], dtype
+        )
         found.update(zip(indices, of_ranking, strict=True))
     return [found[index] for index in range(len(queries))]
 
 
-def _divide_few(ranking: Ranking, queries: Sequence[Query], dtype: torch.dtype) -> list[Division]:
+def _divide_few(
+    context: RequestContext, ranking: Ranking, queries: Sequence[Query], dtype: torch.dtype
+) -> list[Division]:
     """As divide, of one small ranking: its keys are sorted once."""
     passes = passes_of(ranking.device)
     keys = passes.keys(piece_of(ranking, dtype, 0, ranking.units))
@@ -119,7 +129,7 @@ def _divide_few(ranking: Ranking, queries: Sequence[Query], dtype: torch.dtype) 
     array: Any = passes.ascending(keys).cpu().numpy()
     ascending = memoryview(array)
     found = []
-    for query in checked(queries):
+    for query in context.each(queries):
         count = min(int(query.target), *query.highest)
         if count <= query.lowest[0]:
             found.append(Division(query.lowest, -1, (0,), (0,)))
@@ -236,7 +246,11 @@ class _Share:
 
 
 def _count(
-    rankings: Sequence[Ranking], wanted: Sequence[set[int]], left: int, dtype: torch.dtype
+    context: RequestContext,
+    rankings: Sequence[Ranking],
+    wanted: Sequence[set[int]],
+    left: int,
+    dtype: torch.dtype,
 ) -> tuple[dict[int, _Table], int]:
     """Counts the next digit behind the prefixes that are wanted of each ranking, in one pass.
 
@@ -244,21 +258,20 @@ def _count(
     Returns: the table of each ranking that something is wanted of; and the bits of the digit.
     """
     passes = passes_of(rankings[0].device)
-    shares = _shares(rankings, wanted, dtype, passes)
+    shares = _shares(context, rankings, wanted, dtype, passes)
     width = _width(sum(ranking.units for ranking in rankings), shares, left)
-    of_call = watch()  # the pool's threads have none of their own
 
     def up_to(share: _Share) -> Tensor:
         prefixes = torch.tensor(share.prefixes, dtype=BITS[dtype], device=passes.device)
         size = len(prefixes), 1 << width
         counts = torch.zeros(size, dtype=torch.int64, device=passes.device)
         for piece in share.pieces:
-            of_call.check()
+            context.check()
             passes.count_many_digits(piece, prefixes, left - width, width, counts)
         return torch.cumsum(counts, 1, out=counts).cpu()
 
     tables: dict[int, _Table] = {}
-    for share, part in zip(shares, passes.each(up_to, shares), strict=True):
+    for share, part in zip(shares, passes.map(context, up_to, shares), strict=True):
         if share.ranking in tables:
             tables[share.ranking].up_to.add_(part)
         else:
@@ -268,10 +281,16 @@ def _count(
 
 
 def _shares(
-    rankings: Sequence[Ranking], wanted: Sequence[set[int]], dtype: torch.dtype, passes: Passes
+    context: RequestContext,
+    rankings: Sequence[Ranking],
+    wanted: Sequence[set[int]],
+    dtype: torch.dtype,
+    passes: Passes,
 ) -> list[_Share]:
     """The pieces of each ranking that something is wanted of, some for each thread."""
-    pieces = {i: _pieces(rankings[i], dtype, passes) for i, of in enumerate(checked(wanted)) if of}
+    pieces = {
+        i: _pieces(rankings[i], dtype, passes) for i, of in enumerate(context.each(wanted)) if of
+    }
     size = -(-sum(map(len, pieces.values())) // (4 * passes.threads))
     return [
         _Share(i, sorted(wanted[i]), of[begin:end])
@@ -292,14 +311,16 @@ def _pieces(ranking: Ranking, dtype: torch.dtype, passes: Passes) -> list[Piece]
     return [piece_of(ranking, dtype, *span) for span in spans(ranking.units, passes.piece)]
 
 
-def count_below(rankings: Sequence[Ranking], key: int) -> list[tuple[int, int]]:
+def count_below(
+    context: RequestContext, rankings: Sequence[Ranking], key: int
+) -> list[tuple[int, int]]:
     """How many alive units of each ranking have a key below `key`, and how many have that key.
 
     key: in the common dtype, as of score_dtype.
     """
     passes, dtype = passes_of(rankings[0].device), score_dtype(rankings)
-    pieces = [_pieces(ranking, dtype, passes) for ranking in checked(rankings)]
+    pieces = [_pieces(ranking, dtype, passes) for ranking in context.each(rankings)]
     flat = [piece for of in pieces for piece in of]
-    found = iter(passes.each(lambda piece: passes.count_below(piece, key), flat))
+    found = iter(passes.map(context, lambda piece: passes.count_below(piece, key), flat))
     counts = [[next(found) for _ in of] for of in pieces]
     return [(sum(b for b, _ in of), sum(e for _, e in of)) for of in counts]

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from secateur_server.devices import passes_of
 from secateur_server.devices.keys import BITS, as_keys
-from secateur_server.devices.watch import checked
 from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.select import piece_of
+from secateur_server.runtime.context import RequestContext
 
 # Rankings of so many units on average are small, up to so many units in all.
 MEAN_UNITS = 1 << 12
@@ -26,14 +26,16 @@ class SortedKeys:
         ascending: Of the units that are alive, all rankings together.
     """
 
-    def __init__(self, rankings: Sequence[Ranking], dtype: torch.dtype) -> None:
+    def __init__(
+        self, context: RequestContext, rankings: Sequence[Ranking], dtype: torch.dtype
+    ) -> None:
         """dtype: In which the scores of all rankings compare."""
         passes = passes_of(rankings[0].device)
-        self._keys = _keys(rankings, dtype)
+        self._keys = _keys(context, rankings, dtype)
         units = torch.tensor([ranking.units for ranking in rankings])
         self._ends = units.cumsum(0).to(passes.device)
         self._begins = self._ends - units.to(passes.device)
-        alive = sum(r.units if r.alive is None else r.alive.kept for r in rankings)
+        alive = sum(ranking.count_alive(context) for ranking in rankings)
         self.ascending = passes.ascending(self._keys)[:alive]
 
     def up_to(self, key: int) -> Tensor:
@@ -49,16 +51,16 @@ def are_small(rankings: Sequence[Ranking]) -> bool:
     return len(rankings) > 1 and units <= min(MOST_UNITS, MEAN_UNITS * len(rankings))
 
 
-def _keys(rankings: Sequence[Ranking], dtype: torch.dtype) -> Tensor:
+def _keys(context: RequestContext, rankings: Sequence[Ranking], dtype: torch.dtype) -> Tensor:
     """The keys of all units in their order; of pruned ones the largest integer."""
     scores = [r.scores for r in rankings if isinstance(r.scores, Tensor)]
     if len(scores) < len(rankings) or len({of.dtype for of in scores}) > 1:
         passes = passes_of(rankings[0].device)
-        pieces = (piece_of(r, dtype, 0, r.units) for r in checked(rankings))
+        pieces = (piece_of(r, dtype, 0, r.units) for r in context.each(rankings))
         return torch.cat([passes.keys(piece) for piece in pieces])
     keys = as_keys(torch.cat(scores), dtype)
     end = 0
-    for ranking in checked(rankings):
+    for ranking in context.each(rankings):
         begin, end = end, end + ranking.units
         if ranking.alive is not None:
             pruned = ~ranking.alive.flags(0, ranking.units)

@@ -12,10 +12,15 @@ from secateur_server.devices.passes import PART, Cut
 from secateur_server.pruning.norms import row_sums
 from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.select import piece_of
+from secateur_server.runtime.context import RequestContext
 
 
 def energies(
-    ranking: Ranking, weight: Tensor, cuts: Sequence[Cut], dtype: torch.dtype
+    context: RequestContext,
+    ranking: Ranking,
+    weight: Tensor,
+    cuts: Sequence[Cut],
+    dtype: torch.dtype,
 ) -> tuple[list[float], float]:
     """The sum of squares of what goes of a weight by each cut; and of all that is alive.
 
@@ -29,7 +34,7 @@ def energies(
     def sums_of(span: Span) -> tuple[Tensor, Tensor]:
         return passes.sum_squares(piece_of(ranking, dtype, *span), weight[slice(*span)], keys)
 
-    found = passes.each(sums_of, parts)
+    found = passes.map(context, sums_of, parts)
     sums = _running([of for of, _ in found], 2 * len(distinct) + 1, torch.float64)
     equal = _running([of[1::2] for _, of in found], len(distinct), torch.int64)
     up_to: list[float] = sums[-1].cumsum(0).tolist()
@@ -48,7 +53,7 @@ def energies(
             of_ties += float(_first_ties(ranking, weight, cut.key, rest, parts[whole], dtype))
         return up_to[2 * j] + of_ties
 
-    return passes.each(energy, cuts), up_to[-1]
+    return passes.map(context, energy, cuts), up_to[-1]
 
 
 def _running(of_parts: Sequence[Tensor], size: int, dtype: torch.dtype) -> Tensor:

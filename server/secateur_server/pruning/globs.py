@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import translate
 
-from secateur_server.devices.watch import checked, watch
 from secateur_server.errors import InvalidSpec
+from secateur_server.runtime.context import RequestContext
 
 # Of one list. Each character of a glob takes about 200 bytes while the list is matched.
 MOST_GLOBS = 10_000
@@ -43,6 +43,7 @@ class Matches:
 
 
 def matches(
+    context: RequestContext,
     field: str,
     patterns: Sequence[str],
     exact: Mapping[str, str],
@@ -51,6 +52,7 @@ def matches(
     """Finds the tensors that names and globs mean.
 
     Args:
+        context: The request.
         field: The path of `patterns` in the request, for errors.
         patterns: An item that is a key of `exact` is a name, even one with brackets.
         exact: From each name that a tensor has to the tensor.
@@ -61,7 +63,7 @@ def matches(
     """
     first: dict[str, int] = {}
     others: dict[str, int] = {}
-    for index, pattern in enumerate(checked(patterns)):
+    for index, pattern in enumerate(context.each(patterns)):
         if pattern in exact:
             first.setdefault(exact[pattern], index)
         else:
@@ -69,7 +71,7 @@ def matches(
     globs = {pattern: index for pattern, index in others.items() if _is_glob(pattern)}
     names, found = exact if globbed is None else globbed, set()
     if globs and names:
-        found = _match_globs(field, globs, names, first)
+        found = _match_globs(context, field, globs, names, first)
     return Matches(first, next((i for i in others.values() if i not in found), None))
 
 
@@ -78,7 +80,11 @@ def _is_glob(pattern: str) -> bool:
 
 
 def _match_globs(
-    field: str, globs: Mapping[str, int], names: Mapping[str, str], first: dict[str, int]
+    context: RequestContext,
+    field: str,
+    globs: Mapping[str, int],
+    names: Mapping[str, str],
+    first: dict[str, int],
 ) -> set[int]:
     """Adds what the globs mean to `first`.  Returns: the indices of those that mean something."""
     characters = sum(map(len, globs))
@@ -88,8 +94,8 @@ def _match_globs(
             f"{len(globs)} globs of {characters} characters are more than the limits of "
             f"{MOST_GLOBS} and {MOST_GLOB_CHARACTERS}; give whole names, which have no limit",
         )
-    automaton = _Automaton(field, globs)
-    for name, tensor in checked(names.items()):
+    automaton = _Automaton(context, field, globs)
+    for name, tensor in context.each(names.items()):
         if (index := automaton.read(name)) is not None:
             first[tensor] = min(first.get(tensor, index), index)
     return automaton.matched
@@ -115,10 +121,10 @@ class _State:
 class _Automaton:
     """A trie of globs. Its nodes are numbers; all globs begin at 0. Its edges are their tokens."""
 
-    def __init__(self, field: str, globs: Mapping[str, int]) -> None:
+    def __init__(self, context: RequestContext, field: str, globs: Mapping[str, int]) -> None:
         """field: For errors.  globs: Each with its index in the list, ascending."""
         self.matched: set[int] = set()
-        self._field = field
+        self._context, self._field = context, field
         self._edges: dict[tuple[int, str], int] = {}
         self._tests: dict[str, Test] = {}  # by token: of `?` and `[...]`
         self._sets: dict[int, list[tuple[int, Test]]] = {}  # by node: its edges by such tokens
@@ -129,7 +135,7 @@ class _Automaton:
         self._unmatched: dict[int, list[int]] = {}  # by node: the globs that end there
         self._visits = self._kept = 0
         self._states: dict[tuple[frozenset[int], int | None], _State] = {}
-        for glob, index in checked(globs.items()):
+        for glob, index in context.each(globs.items()):
             self._add(glob, index)
         self._ending = frozenset(self._ends)
         self._tails = self._ending & self._stars  # whatever follows, a glob matches
@@ -188,7 +194,7 @@ class _Automaton:
                 f"the globs take more than {MOST_VISITS} steps to match; give whole names, or "
                 "globs with fewer stars",
             )
-        watch().check()
+        self._context.check()
         state.next[character] = self._state(self._reached(ahead), state.first)
         return state.next[character]
 

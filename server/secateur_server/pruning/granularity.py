@@ -24,6 +24,7 @@ from secateur_server.pruning.norms import (
     vector_norms,
 )
 from secateur_server.pruning.tiles import Box, Tiles
+from secateur_server.runtime.context import RequestContext
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,18 @@ class Element:
         """The shape that the units of a tensor have."""
         return tuple(shape)
 
-    def alive(self, values: Tensor, mask: Mask | None) -> Mask | None:
+    def alive(self, context: RequestContext, values: Tensor, mask: Mask | None) -> Mask | None:
         """Which units can be pruned: those with an unpruned element; None is all of them."""
         return mask
 
-    def scores(self, values: Tensor, mask: Mask | None, p: float | str, is_mean: bool) -> Tensor:
+    def scores(
+        self,
+        context: RequestContext,
+        values: Tensor,
+        mask: Mask | None,
+        p: float | str,
+        is_mean: bool,
+    ) -> Tensor:
         """The importance of each unit, of which the absolute value counts.
 
         p: of the norm; "nuc" is the nuclear norm of a slice.
@@ -51,7 +59,9 @@ class Element:
         """
         return values.reshape(-1)
 
-    def spread(self, kept: Mask, values: Tensor, mask: Mask | None) -> Mask:
+    def spread(
+        self, context: RequestContext, kept: Mask, values: Tensor, mask: Mask | None
+    ) -> Mask:
         """Which elements stay when the units `kept` do; prior pruning need not be in it."""
         return kept
 
@@ -76,33 +86,44 @@ class Slice:
         """As Element.grid."""
         return (shape[self.dim],)
 
-    def alive(self, values: Tensor, mask: Mask | None) -> Mask | None:
+    def alive(self, context: RequestContext, values: Tensor, mask: Mask | None) -> Mask | None:
         """As Element.alive."""
         if mask is None:
             return None
-        found = any_of_slices(mask.flags, values.shape, self.dim, mask.bits.device)
-        return flags_mask(found)
+        found = any_of_slices(context, mask.flags, values.shape, self.dim, mask.bits.device)
+        return flags_mask(context, found)
 
-    def scores(self, values: Tensor, mask: Mask | None, p: float | str, is_mean: bool) -> Tensor:
+    def scores(
+        self,
+        context: RequestContext,
+        values: Tensor,
+        mask: Mask | None,
+        p: float | str,
+        is_mean: bool,
+    ) -> Tensor:
         """As Element.scores.  Returns: as slice_norms."""
-        return slice_norms(values, mask, self.dim, p, is_mean)
+        return slice_norms(context, values, mask, self.dim, p, is_mean)
 
-    def spread(self, kept: Mask, values: Tensor, mask: Mask | None) -> Mask:
+    def spread(
+        self, context: RequestContext, kept: Mask, values: Tensor, mask: Mask | None
+    ) -> Mask:
         """As Element.spread."""
-        return spread(kept.flags(0, kept.elements), values.shape, self.dim)
+        return spread(context, kept.flags(0, kept.elements), values.shape, self.dim)
 
     def sizes(self, shape: Sequence[int]) -> int | None:
         """As Element.sizes."""
         outer, _, inner = around(shape, self.dim)
         return outer * inner
 
-    def costs(self, weight: Tensor, values: Tensor, mask: Mask | None) -> tuple[Tensor, Tensor]:
+    def costs(
+        self, context: RequestContext, weight: Tensor, values: Tensor, mask: Mask | None
+    ) -> tuple[Tensor, Tensor]:
         """What goes with each unit, that is not pruned yet.
 
         Returns: how many elements, int64; the sum of their weights' squares, float64. Both flat.
         """
         outer, size, inner = around(weight.shape, self.dim)
-        return _costs(Tiles((outer, size, inner), (outer, 1, inner)), weight, mask)
+        return _costs(context, Tiles((outer, size, inner), (outer, 1, inner)), weight, mask)
 
 
 @dataclass(frozen=True)
@@ -131,23 +152,30 @@ class Block:
         """As Element.grid."""
         return self._tiles(shape).grid
 
-    def alive(self, values: Tensor, mask: Mask | None) -> Mask | None:
+    def alive(self, context: RequestContext, values: Tensor, mask: Mask | None) -> Mask | None:
         """As Element.alive."""
         if mask is None:
             return None
         tiles, passes = self._tiles(values.shape), passes_of(values.device)
-        kept = mask.whole(tiles.sizes)
+        kept = mask.whole(context, tiles.sizes)
 
         def alive_of(box: Box) -> Sequence[Tensor]:
             return [passes.any_along(tiles.rows(tiles.part(kept, box), box, False))]
 
-        return flags_mask(_of_units(tiles, passes, [torch.bool], alive_of)[0])
+        return flags_mask(context, _of_units(context, tiles, passes, [torch.bool], alive_of)[0])
 
-    def scores(self, values: Tensor, mask: Mask | None, p: float | str, is_mean: bool) -> Tensor:
+    def scores(
+        self,
+        context: RequestContext,
+        values: Tensor,
+        mask: Mask | None,
+        p: float | str,
+        is_mean: bool,
+    ) -> Tensor:
         """As Element.scores.  Returns: as slice_norms."""
         tiles, passes, order = self._tiles(values.shape), passes_of(values.device), float(p)
         by_tiles = values.reshape(tiles.sizes)
-        kept = None if mask is None else mask.whole(tiles.sizes)
+        kept = None if mask is None else mask.whole(context, tiles.sizes)
 
         def scores_of(box: Box) -> Sequence[Tensor]:
             part = _ranked(tiles.part(by_tiles, box))
@@ -157,28 +185,32 @@ class Block:
             counts = tiles.counts(box, rows.device) if is_mean else None
             return [_norms(rows, counts, order, passes)]
 
-        return _of_units(tiles, passes, [rounded_to(values.dtype)], scores_of)[0]
+        return _of_units(context, tiles, passes, [rounded_to(values.dtype)], scores_of)[0]
 
-    def spread(self, kept: Mask, values: Tensor, mask: Mask | None) -> Mask:
+    def spread(
+        self, context: RequestContext, kept: Mask, values: Tensor, mask: Mask | None
+    ) -> Mask:
         """As Element.spread."""
         tiles, passes = self._tiles(values.shape), passes_of(values.device)
-        units = kept.whole(tiles.grid)
-        flags = room_to_work(values.numel(), passes).view(torch.bool)
+        units = kept.whole(context, tiles.grid)
+        flags = room_to_work(context, values.numel(), passes).view(torch.bool)
 
         def spread_box(box: Box) -> None:
             tiles.fill(flags.view(tiles.sizes), box, units)
 
-        passes.each(spread_box, _boxes(tiles, passes))
-        return flags_mask(flags)
+        passes.map(context, spread_box, _boxes(tiles, passes))
+        return flags_mask(context, flags)
 
     def sizes(self, shape: Sequence[int]) -> int | None:
         """As Element.sizes."""
         tiles = self._tiles(shape)
         return tiles.elements if tiles.divide else None
 
-    def costs(self, weight: Tensor, values: Tensor, mask: Mask | None) -> tuple[Tensor, Tensor]:
+    def costs(
+        self, context: RequestContext, weight: Tensor, values: Tensor, mask: Mask | None
+    ) -> tuple[Tensor, Tensor]:
         """As Slice.costs."""
-        return _costs(self._tiles(weight.shape), weight, mask)
+        return _costs(context, self._tiles(weight.shape), weight, mask)
 
     def _tiles(self, shape: Sequence[int]) -> Tiles:
         sizes = (shape[0], math.prod(shape[1:])) if self.as_matrix else tuple(shape)
@@ -207,26 +239,33 @@ class NM:
         dim = self.dim % len(shape)
         return (*shape[:dim], -(-shape[dim] // self.m), *shape[dim + 1 :])
 
-    def alive(self, values: Tensor, mask: Mask | None) -> Mask | None:
+    def alive(self, context: RequestContext, values: Tensor, mask: Mask | None) -> Mask | None:
         """Which units can be pruned: those with more than n unpruned elements; None is all."""
         tiles, passes = self._tiles(values.shape), passes_of(values.device)
         shorter = tiles.sizes[1] % self.m
         if mask is None and not 0 < shorter <= self.n:
             return None
-        kept = None if mask is None else mask.whole(tiles.sizes)
+        kept = None if mask is None else mask.whole(context, tiles.sizes)
 
         def alive_of(box: Box) -> Sequence[Tensor]:
             if kept is None:
                 return [tiles.counts(box, values.device) > self.n]
             return [tiles.rows(tiles.part(kept, box), box, False).sum((0, 2)) > self.n]
 
-        return flags_mask(_of_units(tiles, passes, [torch.bool], alive_of)[0])
+        return flags_mask(context, _of_units(context, tiles, passes, [torch.bool], alive_of)[0])
 
-    def scores(self, values: Tensor, mask: Mask | None, p: float | str, is_mean: bool) -> Tensor:
+    def scores(
+        self,
+        context: RequestContext,
+        values: Tensor,
+        mask: Mask | None,
+        p: float | str,
+        is_mean: bool,
+    ) -> Tensor:
         """As Element.scores, of the elements that go with a unit.  Returns: as slice_norms."""
         tiles, passes, order = self._tiles(values.shape), passes_of(values.device), float(p)
         by_tiles = values.reshape(tiles.sizes)
-        kept = None if mask is None else mask.whole(tiles.sizes)
+        kept = None if mask is None else mask.whole(context, tiles.sizes)
 
         def scores_of(box: Box) -> Sequence[Tensor]:
             goes = self._goes(tiles, by_tiles, kept, box)
@@ -236,15 +275,17 @@ class NM:
             counts = goes.sum((0, 2)).clamp(min=1) if is_mean else None
             return [_norms(rows, counts, order, passes)]
 
-        return _of_units(tiles, passes, [rounded_to(values.dtype)], scores_of)[0]
+        return _of_units(context, tiles, passes, [rounded_to(values.dtype)], scores_of)[0]
 
-    def spread(self, kept: Mask, values: Tensor, mask: Mask | None) -> Mask:
+    def spread(
+        self, context: RequestContext, kept: Mask, values: Tensor, mask: Mask | None
+    ) -> Mask:
         """As Element.spread."""
         tiles, passes = self._tiles(values.shape), passes_of(values.device)
         by_tiles = values.reshape(tiles.sizes)
-        before = None if mask is None else mask.whole(tiles.sizes)
-        units = kept.whole(tiles.grid) if kept.kept else None
-        flags = room_to_work(values.numel(), passes).view(torch.bool)
+        before = None if mask is None else mask.whole(context, tiles.sizes)
+        units = kept.whole(context, tiles.grid) if kept.kept(context) else None
+        flags = room_to_work(context, values.numel(), passes).view(torch.bool)
 
         def spread_box(box: Box) -> None:
             stays = self._largest(self._keys(tiles, by_tiles, before, box))
@@ -252,25 +293,27 @@ class NM:
                 stays |= tiles.in_grid(units, box).reshape(len(stays), 1, -1)
             tiles.paste(flags.view(tiles.sizes), box, stays)
 
-        passes.each(spread_box, _boxes(tiles, passes))
-        return flags_mask(flags)
+        passes.map(context, spread_box, _boxes(tiles, passes))
+        return flags_mask(context, flags)
 
     def sizes(self, shape: Sequence[int]) -> int | None:
         """As Element.sizes."""
         return None
 
-    def costs(self, weight: Tensor, values: Tensor, mask: Mask | None) -> tuple[Tensor, Tensor]:
+    def costs(
+        self, context: RequestContext, weight: Tensor, values: Tensor, mask: Mask | None
+    ) -> tuple[Tensor, Tensor]:
         """As Slice.costs."""
         tiles, passes = self._tiles(values.shape), passes_of(values.device)
         by_tiles, weights = values.reshape(tiles.sizes), weight.reshape(tiles.sizes)
-        kept = None if mask is None else mask.whole(tiles.sizes)
+        kept = None if mask is None else mask.whole(context, tiles.sizes)
 
         def costs_of(box: Box) -> tuple[Tensor, Tensor]:
             goes = self._goes(tiles, by_tiles, kept, box)
             rows = tiles.rows(_ranked(tiles.part(weights, box)), box, 0.0)
             return goes.sum((0, 2)), _squares(torch.where(goes, rows, 0.0), passes)
 
-        counts, squares = _of_units(tiles, passes, _COSTS, costs_of)
+        counts, squares = _of_units(context, tiles, passes, _COSTS, costs_of)
         return counts, squares
 
     def _tiles(self, shape: Sequence[int]) -> Tiles:
@@ -329,10 +372,12 @@ def _norms(rows: Tensor, counts: Tensor | None, p: float, passes: Passes) -> Ten
     return norms.to(rounded_to(rows.dtype))
 
 
-def _costs(tiles: Tiles, weight: Tensor, mask: Mask | None) -> tuple[Tensor, Tensor]:
+def _costs(
+    context: RequestContext, tiles: Tiles, weight: Tensor, mask: Mask | None
+) -> tuple[Tensor, Tensor]:
     """As Slice.costs, of units that go whole."""
     passes, by_tiles = passes_of(weight.device), weight.reshape(tiles.sizes)
-    kept = None if mask is None else mask.whole(tiles.sizes)
+    kept = None if mask is None else mask.whole(context, tiles.sizes)
 
     def costs_of(box: Box) -> tuple[Tensor, Tensor]:
         part = _ranked(tiles.part(by_tiles, box))
@@ -343,7 +388,7 @@ def _costs(tiles: Tiles, weight: Tensor, mask: Mask | None) -> tuple[Tensor, Ten
         counts = tiles.rows(flags, box, False).sum((0, 2))
         return counts, _squares(tiles.rows(part, box, 0.0), passes)
 
-    counts, squares = _of_units(tiles, passes, _COSTS, costs_of)
+    counts, squares = _of_units(context, tiles, passes, _COSTS, costs_of)
     return counts, squares
 
 
@@ -357,6 +402,7 @@ _COSTS = (torch.int64, torch.float64)
 
 
 def _of_units(
+    context: RequestContext,
     tiles: Tiles,
     passes: Passes,
     dtypes: Sequence[torch.dtype],
@@ -368,14 +414,14 @@ def _of_units(
     """
     boxes = _boxes(tiles, passes)
     ends = list(itertools.accumulate(_units(box) for box in boxes))
-    found = [room_to_work(ends[-1] * d.itemsize, passes).view(d) for d in dtypes]
+    found = [room_to_work(context, ends[-1] * d.itemsize, passes).view(d) for d in dtypes]
 
     def write(part: tuple[Box, int]) -> None:
         box, end = part
         for into, values in zip(found, of_box(box), strict=True):
             into[end - _units(box) : end] = values
 
-    passes.each(write, list(zip(boxes, ends, strict=True)))
+    passes.map(context, write, list(zip(boxes, ends, strict=True)))
     return found
 
 
@@ -383,9 +429,9 @@ def _units(box: Box) -> int:
     return math.prod(last - first for first, last in box)
 
 
-def flags_mask(found: Tensor) -> Mask:
+def flags_mask(context: RequestContext, found: Tensor) -> Mask:
     """A mask from bool, flat."""
-    return mask_of(lambda begin, end: found[begin:end], len(found), found.device)
+    return mask_of(context, lambda begin, end: found[begin:end], len(found), found.device)
 
 
 Granularity = Element | Slice | Block | NM

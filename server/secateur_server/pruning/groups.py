@@ -10,20 +10,22 @@ from torch import Tensor
 from secateur_server.devices import passes_of, spans
 from secateur_server.devices.keys import signed_bits
 from secateur_server.devices.passes import around
-from secateur_server.devices.watch import checked
 from secateur_server.errors import DimOutOfRange, InvalidSpec, quote
 from secateur_server.pruning.catalog import Catalog, unmatched
 from secateur_server.pruning.granularity import flags_mask
 from secateur_server.pruning.masks import Mask, any_of_slices, spread
 from secateur_server.pruning.norms import vector_norms
 from secateur_server.pruning.spec import Group, Member, Parameter
+from secateur_server.runtime.context import RequestContext
 
 
-def resolve_group(group: Group, catalog: Catalog) -> Group:
+def resolve_group(context: RequestContext, group: Group, catalog: Catalog) -> Group:
     """The group with its members' units known.  Errors: InvalidSpec."""
-    members = tuple(_resolve_member(member, catalog) for member in checked(group.members))
+    members = tuple(
+        _resolve_member(context, member, catalog) for member in context.each(group.members)
+    )
     units = members[0].units
-    for member in checked(members):
+    for member in context.each(members):
         if member.units != units:
             raise InvalidSpec(
                 f"{member.path}.units",
@@ -33,12 +35,12 @@ def resolve_group(group: Group, catalog: Catalog) -> Group:
     return replace(group, members=members)
 
 
-def _resolve_member(member: Member, catalog: Catalog) -> Member:
+def _resolve_member(context: RequestContext, member: Member, catalog: Catalog) -> Member:
     """A member with a dimension from 0 on, and all its units' slices within it."""
     name = quote(member.tensor)
     member = replace(member, tensor=catalog.name_of(member.tensor))
     if member.tensor not in catalog.prunable:
-        raise unmatched(f"{member.path}.tensor", member.tensor, catalog)
+        raise unmatched(context, f"{member.path}.tensor", member.tensor, catalog)
     shape = catalog.prunable[member.tensor]
     if not -len(shape) <= member.dim < len(shape):
         raise DimOutOfRange(
@@ -88,22 +90,26 @@ def slices_of(member: Member, device: torch.device) -> Tensor:
     return every.view(member.units, member.stride)
 
 
-def alive_units(group: Group, parameters: Mapping[str, Parameter]) -> Mask | None:
+def alive_units(
+    context: RequestContext, group: Group, parameters: Mapping[str, Parameter]
+) -> Mask | None:
     """Which units have an unpruned element in any of their tensors; None is all of them."""
     alive: Tensor | None = None
-    for member in checked(group.members):
+    for member in context.each(group.members):
         parameter = parameters[member.tensor]
         mask, shape = parameter.mask, parameter.weight.shape
         if mask is None:
             return None
-        found = any_of_slices(mask.flags, shape, member.dim, mask.bits.device)
+        found = any_of_slices(context, mask.flags, shape, member.dim, mask.bits.device)
         of_units = found[slices_of(member, found.device)].any(1)
         alive = of_units if alive is None else alive | of_units
     assert alive is not None, "a group has a member"
-    return flags_mask(alive)
+    return flags_mask(context, alive)
 
 
-def member_scores(member: Member, parameter: Parameter, p: float) -> Tensor:
+def member_scores(
+    context: RequestContext, member: Member, parameter: Parameter, p: float
+) -> Tensor:
     """The power mean of |w|^p over each unit's elements; pruned ones count as 0.
 
     Returns: float64, as long as there are units.
@@ -112,7 +118,7 @@ def member_scores(member: Member, parameter: Parameter, p: float) -> Tensor:
     slices = slices_of(member, weight.device)
     outer, size, inner = around(weight.shape, member.dim)
     by_slice = weight.reshape(outer, size, inner)
-    kept = None if mask is None else mask.whole((outer, size, inner))
+    kept = None if mask is None else mask.whole(context, (outer, size, inner))
     passes, elements = passes_of(weight.device), outer * inner * slices.shape[1]
 
     def scores_of(span: tuple[int, int]) -> Tensor:
@@ -124,19 +130,21 @@ def member_scores(member: Member, parameter: Parameter, p: float) -> Tensor:
         return vector_norms(rows, 0, rows.shape[1], p, passes, elements)
 
     parts = spans(member.units, max(1, passes.piece // 8 // max(1, elements)))
-    return torch.cat(passes.each(scores_of, parts))
+    return torch.cat(passes.map(context, scores_of, parts))
 
 
-def spread_group(group: Group, kept: Mask, parameters: Mapping[str, Parameter]) -> dict[str, Mask]:
+def spread_group(
+    context: RequestContext, kept: Mask, group: Group, parameters: Mapping[str, Parameter]
+) -> dict[str, Mask]:
     """The masks of a group's tensors when the units `kept` stay."""
     units = kept.flags(0, kept.elements)
     masks: dict[str, Mask] = {}
-    for member in checked(group.members):
+    for member in context.each(group.members):
         shape = parameters[member.tensor].weight.shape
         stays = torch.ones(shape[member.dim], dtype=torch.bool, device=units.device)
         going = slices_of(member, units.device)[~units]
         stays[going.reshape(-1)] = False
-        mask = spread(stays, shape, member.dim)
+        mask = spread(context, stays, shape, member.dim)
         before = masks.get(member.tensor)
-        masks[member.tensor] = mask if before is None else mask & before
+        masks[member.tensor] = mask if before is None else mask.both(context, before)
     return masks

@@ -16,11 +16,11 @@ from secateur_server.devices import passes_of, spans
 from secateur_server.devices.keys import BITS
 from secateur_server.devices.looks import SPACING, sample_places
 from secateur_server.devices.passes import PART, Passes, Piece
-from secateur_server.devices.watch import checked
 from secateur_server.pruning.divide import Division, Query, divide
 from secateur_server.pruning.divide_small import are_small
 from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.select import FEW, piece_of, score_dtype
+from secateur_server.runtime.context import RequestContext
 
 # Of a large tensor. More take longer to look up, and fewer leave more to sort.
 BUCKETS = 256
@@ -55,27 +55,31 @@ class Window:
     ranking: Ranking
 
 
-def divide_by_lamp(rankings: Sequence[Ranking], queries: Sequence[Query]) -> list[Division]:
+def divide_by_lamp(
+    context: RequestContext, rankings: Sequence[Ranking], queries: Sequence[Query]
+) -> list[Division]:
     """As divide, by LAMP scores, in float64; no query has costs."""
     if all(ranking.units <= FEW for ranking in rankings) and are_small(rankings):
-        return divide(_scored(rankings), queries, torch.float64)
-    buckets = [_buckets(ranking) for ranking in checked(rankings)]
-    return [_divide(rankings, buckets, query) for query in checked(queries)]
+        return divide(context, _scored(context, rankings), queries, torch.float64)
+    buckets = [_buckets(context, ranking) for ranking in context.each(rankings)]
+    return [_divide(context, rankings, buckets, query) for query in context.each(queries)]
 
 
-def _divide(rankings: Sequence[Ranking], buckets: Sequence[Buckets], query: Query) -> Division:
+def _divide(
+    context: RequestContext, rankings: Sequence[Ranking], buckets: Sequence[Buckets], query: Query
+) -> Division:
     # Each unit may be as low as its bucket's least, or as high as its most: so may the cut.
-    low = _cut(query, [(of.least, of.up_to) for of in buckets])
-    high = _cut(query, [(of.most, of.up_to) for of in buckets])
-    members = checked(zip(rankings, buckets, strict=True))
-    windows = [_window(ranking, of, low, high) for ranking, of in members]
+    low = _cut(context, query, [(of.least, of.up_to) for of in buckets])
+    high = _cut(context, query, [(of.most, of.up_to) for of in buckets])
+    members = zip(context.each(rankings), buckets, strict=True)
+    windows = [_window(context, ranking, of, low, high) for ranking, of in members]
     inner = [
         _within(window, least, most)
         for window, least, most in zip(windows, query.lowest, query.highest, strict=True)
     ]
     sure, lowest, highest = zip(*inner, strict=True)
     within = Query(query.members, lowest, highest, query.target - sum(sure))
-    (found,) = divide([window.ranking for window in windows], [within], torch.float64)
+    (found,) = divide(context, [window.ranking for window in windows], [within], torch.float64)
     return Division(
         tuple(a + b for a, b in zip(sure, found.counts, strict=True)),
         found.key,
@@ -94,7 +98,7 @@ def _within(window: Window, least: int, most: int) -> tuple[int, int, int]:
     return before, max(0, least - before), min(units, most - before)
 
 
-def _cut(query: Query, scores: Sequence[tuple[Tensor, Tensor]]) -> float:
+def _cut(context: RequestContext, query: Query, scores: Sequence[tuple[Tensor, Tensor]]) -> float:
     """The score by which the target is reached.
 
     scores: for each member those of its buckets, ascending, and how many units are up to each.
@@ -102,7 +106,7 @@ def _cut(query: Query, scores: Sequence[tuple[Tensor, Tensor]]) -> float:
     every = sorted({score for of, _ in scores for score in of.tolist()})
 
     def is_enough(cut: float) -> bool:
-        up_to = [int(n[torch.searchsorted(of, cut, right=True)]) for of, n in checked(scores)]
+        up_to = [int(n[torch.searchsorted(of, cut, right=True)]) for of, n in context.each(scores)]
         bounds = zip(up_to, query.lowest, query.highest, strict=True)
         return sum(min(max(n, least), most) for n, least, most in bounds) >= query.target
 
@@ -110,7 +114,9 @@ def _cut(query: Query, scores: Sequence[tuple[Tensor, Tensor]]) -> float:
     return cut
 
 
-def _window(ranking: Ranking, buckets: Buckets, low: float, high: float) -> Window:
+def _window(
+    context: RequestContext, ranking: Ranking, buckets: Buckets, low: float, high: float
+) -> Window:
     """The units of the buckets whose scores may lie in [low, high], by their LAMP scores."""
     first = int(torch.searchsorted(buckets.most, low))
     end = int(torch.searchsorted(buckets.least, high, right=True))
@@ -118,7 +124,7 @@ def _window(ranking: Ranking, buckets: Buckets, low: float, high: float) -> Wind
     falling = torch.empty(0, dtype=torch.float64)
     if end > first:
         units = int(buckets.up_to[end]) - before
-        falling = _falling(ranking, buckets, first, end)
+        falling = _falling(context, ranking, buckets, first, end)
     scores, device = _lamp_scores(falling, buckets.above[end]), ranking.device
     return Window(before, Ranking(ranking.name, units, scores.to(device), None, device))
 
@@ -136,14 +142,14 @@ def _lamp_scores(falling: Tensor, above: Tensor | float) -> Tensor:
     return scores.cummin(-1).values if scores.numel() else scores
 
 
-def _scored(rankings: Sequence[Ranking]) -> list[Ranking]:
+def _scored(context: RequestContext, rankings: Sequence[Ranking]) -> list[Ranking]:
     """Small rankings by the LAMP scores of their alive units; those of one length at once."""
-    living = [_living(ranking) for ranking in checked(rankings)]
+    living = [_living(ranking) for ranking in context.each(rankings)]
     alike: dict[tuple[int, torch.dtype], list[int]] = {}
     for index, scores in enumerate(living):
         alike.setdefault((len(scores), scores.dtype), []).append(index)
     found: dict[int, Tensor] = {}
-    for indices in checked(alike.values()):
+    for indices in context.each(alike.values()):
         stacked = torch.stack([living[index] for index in indices]).cpu()
         falling = stacked.to(torch.float64).abs().sort(1, descending=True).values
         found.update(zip(indices, _lamp_scores(falling, 0.0), strict=True))
@@ -159,7 +165,9 @@ def _living(ranking: Ranking) -> Tensor:
     return scores if ranking.alive is None else scores[ranking.alive.flags(0, ranking.units)]
 
 
-def _falling(ranking: Ranking, buckets: Buckets, first: int, end: int) -> Tensor:
+def _falling(
+    context: RequestContext, ranking: Ranking, buckets: Buckets, first: int, end: int
+) -> Tensor:
     """The scores in the buckets [first, end), the largest first.  Returns: float64, on the CPU.
 
     There, as a GPU adds sums that run on in an order of its own.
@@ -173,23 +181,23 @@ def _falling(ranking: Ranking, buckets: Buckets, first: int, end: int) -> Tensor
         kept = torch.empty((piece.units + 7) // 8, dtype=torch.uint8, device=passes.device)
         return passes.split(piece, low, high, kept)[0]  # what lies above is of no interest
 
-    keys = torch.cat(passes.each(within, buckets.pieces))
+    keys = torch.cat(passes.map(context, within, buckets.pieces))
     return passes.ascending(keys).cpu().view(of_score).flip(0).to(torch.float64)
 
 
-def _buckets(ranking: Ranking) -> Buckets:
+def _buckets(context: RequestContext, ranking: Ranking) -> Buckets:
     passes, dtype = passes_of(ranking.device), score_dtype([ranking])
     assert isinstance(ranking.scores, Tensor), "random scores have no LAMP"
     scores = ranking.scores
     parts = spans(ranking.units, PART)
     pieces = [piece_of(ranking, dtype, *span) for span in parts]
-    cuts = _sampled_cuts(passes, pieces, ranking.units)
+    cuts = _sampled_cuts(context, passes, pieces, ranking.units)
 
     def sums_of(part: tuple[Piece, tuple[int, int]]) -> tuple[Tensor, Tensor]:
         piece, span = part
         return passes.sum_squares(piece, scores[slice(*span)], cuts)
 
-    found = passes.each(sums_of, list(zip(pieces, parts, strict=True)))
+    found = passes.map(context, sums_of, list(zip(pieces, parts, strict=True)))
     # A cut's own units are in the bucket behind it.
     sums, counts = (sum(of[1:], start=of[0]) for of in zip(*found, strict=True))
     energy, units = (torch.cat([of[:1], of[1::2] + of[2::2]]) for of in (sums, counts))
@@ -208,11 +216,13 @@ def _bounds(edges: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
     return least.cummax(0).values, most.flip(0).cummin(0).values.flip(0)
 
 
-def _sampled_cuts(passes: Passes, pieces: Sequence[Piece], units: int) -> Tensor:
+def _sampled_cuts(
+    context: RequestContext, passes: Passes, pieces: Sequence[Piece], units: int
+) -> Tensor:
     """Keys that cut a large tensor in buckets of about as many units each; none, of a small one."""
     if units <= FEW:
         return torch.empty(0, dtype=BITS[pieces[0].dtype], device=passes.device)
     index = sample_places(PART, min(SPACING, max(1, units // FEW)), passes.device)
-    keys = torch.cat(passes.each(lambda piece: passes.sample(piece, index), list(pieces)))
+    keys = torch.cat(passes.map(context, lambda piece: passes.sample(piece, index), list(pieces)))
     some = passes.ascending(keys)[:: max(1, len(keys) // BUCKETS)].tolist()
     return torch.tensor(sorted(set(some)), dtype=keys.dtype, device=passes.device)

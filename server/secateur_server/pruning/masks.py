@@ -8,6 +8,7 @@ from torch import Tensor
 
 from secateur_server.devices import passes_of, room_to_work, spans
 from secateur_server.devices.passes import around, bits_at
+from secateur_server.runtime.context import RequestContext
 
 Flags = Callable[[int, int], Tensor]
 
@@ -25,23 +26,24 @@ class Mask:
     bits: Tensor
     elements: int
 
-    @property
-    def kept(self) -> int:
-        """How many elements are.
+    def kept(self, context: RequestContext) -> int:
+        """The number of kept elements.
 
         Counted once. A cached_property would, before Python 3.12, hold one lock for all masks while
         it counts, and threads of the pool that counts would wait for it.
         """
         if "_kept" not in self.__dict__:
-            self.__dict__["_kept"] = self._count()
+            self.__dict__["_kept"] = self._count(context)
         return int(self.__dict__["_kept"])
 
-    def _count(self) -> int:
+    def _count(self, context: RequestContext) -> int:
         passes = passes_of(self.bits.device)
         if self.bits.numel() <= passes.piece:
             return passes.count_ones(self.bits)
         parts = spans(self.bits.numel(), passes.piece)
-        return sum(passes.each(lambda span: passes.count_ones(self.bits[slice(*span)]), parts))
+        return sum(
+            passes.map(context, lambda span: passes.count_ones(self.bits[slice(*span)]), parts)
+        )
 
     def part(self, begin: int, end: int) -> Tensor:
         """The bits of the elements [begin, end).  begin: a multiple of 8."""
@@ -57,36 +59,37 @@ class Mask:
         """The elements at flat indices as bool, in the shape of `index`."""
         return bits_at(self.bits, index)
 
-    def whole(self, shape: Sequence[int]) -> Tensor:
+    def whole(self, context: RequestContext, shape: Sequence[int]) -> Tensor:
         """All elements as bool, of a shape."""
         passes = passes_of(self.bits.device)
-        flags = room_to_work(self.elements, passes).view(torch.bool)
+        flags = room_to_work(context, self.elements, passes).view(torch.bool)
 
         def unpack(span: tuple[int, int]) -> None:
             flags[slice(*span)] = self.flags(*span)
 
-        passes.each(unpack, spans(self.elements, passes.piece))
+        passes.map(context, unpack, spans(self.elements, passes.piece))
         return flags.view(tuple(shape))
 
-    def __and__(self, other: "Mask") -> "Mask":
-        both = room_to_work(self.bits.numel(), passes_of(self.bits.device))
+    def both(self, context: RequestContext, other: "Mask") -> "Mask":
+        """The elements that both masks keep."""
+        both = room_to_work(context, self.bits.numel(), passes_of(self.bits.device))
         return Mask(torch.bitwise_and(self.bits, other.bits, out=both), self.elements)
 
 
-def mask_of(flags: Flags, elements: int, device: torch.device) -> Mask:
+def mask_of(context: RequestContext, flags: Flags, elements: int, device: torch.device) -> Mask:
     """The mask that `flags` gives in pieces [begin, end), as bool."""
     passes = passes_of(device)
-    bits = room_to_work((elements + 7) // 8, passes)
+    bits = room_to_work(context, (elements + 7) // 8, passes)
 
     def pack(span: tuple[int, int]) -> None:
         begin, end = span
         bits[begin // 8 : (end + 7) // 8] = passes.pack(flags(begin, end))
 
-    passes.each(pack, spans(elements, passes.piece))
+    passes.map(context, pack, spans(elements, passes.piece))
     return Mask(bits, elements)
 
 
-def spread(kept: Tensor, shape: Sequence[int], dim: int) -> Mask:
+def spread(context: RequestContext, kept: Tensor, shape: Sequence[int], dim: int) -> Mask:
     """The mask of a tensor from its slices along a dimension.  kept: bool, flat."""
     outer, size, inner = around(shape, dim)
     # Of the runs of `inner` elements every size-th belongs to one slice: where a piece begins
@@ -100,10 +103,12 @@ def spread(kept: Tensor, shape: Sequence[int], dim: int) -> Mask:
         elements = runs.view(-1, 1).expand(-1, inner).reshape(-1)
         return elements[begin - first * inner :][: end - begin]
 
-    return mask_of(flags, outer * size * inner, kept.device)
+    return mask_of(context, flags, outer * size * inner, kept.device)
 
 
-def any_of_slices(flags: Flags, shape: Sequence[int], dim: int, device: torch.device) -> Tensor:
+def any_of_slices(
+    context: RequestContext, flags: Flags, shape: Sequence[int], dim: int, device: torch.device
+) -> Tensor:
     """Which slices along a dimension have an element that is flagged.
 
     flags: of the elements [begin, end).  shape: with an element or more.
@@ -119,7 +124,9 @@ def any_of_slices(flags: Flags, shape: Sequence[int], dim: int, device: torch.de
         return passes.any_along(box_flags)
 
     found = torch.zeros(size, dtype=torch.bool, device=device)
-    for (_, _, first, last), flagged in zip(boxes, passes.each(found_in, boxes), strict=True):
+    for (_, _, first, last), flagged in zip(
+        boxes, passes.map(context, found_in, boxes), strict=True
+    ):
         found[first:last] |= flagged
     return found
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from secateur_server.devices.passes import around
 from secateur_server.pruning.masks import Mask, any_of_slices, mask_of
 from secateur_server.pruning.spec import Parameter
 from secateur_server.pruning.structure import Structure, structure_of, structure_of_few
+from secateur_server.runtime.context import RequestContext
 
 
 @dataclass(frozen=True)
@@ -31,20 +33,20 @@ class Sparsity:
     structure: Structure
 
 
-def measure(parameter: Parameter) -> Sparsity:
+def measure(context: RequestContext, parameter: Parameter) -> Sparsity:
     """Counts the zeros of a parameter, -0.0 among them."""
     mask, total = parameter.mask, parameter.weight.numel()
-    pruned = 0 if mask is None else total - mask.kept
-    zeros = pruned if parameter.is_nonzero else pruned + _zeros_kept(parameter)
+    pruned = 0 if mask is None else total - mask.kept(context)
+    zeros = pruned if parameter.is_nonzero else pruned + _zeros_kept(context, parameter)
     nonzero = _Nonzero(parameter, mask if zeros == pruned else None)
     shape = parameter.weight.shape
     if shape and zeros > 0 and total <= AT_ONCE:
-        layout = passes_of(parameter.weight.device).layout(nonzero.whole().bits, shape)
+        layout = passes_of(parameter.weight.device).layout(nonzero.whole(context).bits, shape)
         along = zip(shape, layout.nonzero_slices, strict=True) if len(shape) > 1 else ()
         zero_slices = tuple(size - count for size, count in along)
         return Sparsity(zeros, total, pruned, zero_slices, structure_of_few(shape, layout))
-    structure = structure_of(shape, zeros, nonzero.whole)
-    return Sparsity(zeros, total, pruned, _zero_slices(nonzero, zeros), structure)
+    structure = structure_of(context, shape, zeros, partial(nonzero.whole, context))
+    return Sparsity(zeros, total, pruned, _zero_slices(context, nonzero, zeros), structure)
 
 
 @dataclass(frozen=True)
@@ -72,18 +74,18 @@ class _Nonzero:
         nonzero = picked(self.parameter.weight.reshape(-1), index) != 0
         return nonzero if self.parameter.mask is None else nonzero & self.parameter.mask.at(index)
 
-    def whole(self) -> Mask:
+    def whole(self, context: RequestContext) -> Mask:
         """Of all elements."""
         weight = self.parameter.weight
-        return self.known or mask_of(self.flags, weight.numel(), weight.device)
+        return self.known or mask_of(context, self.flags, weight.numel(), weight.device)
 
 
-def nonzero_mask(parameter: Parameter) -> Mask:
+def nonzero_mask(context: RequestContext, parameter: Parameter) -> Mask:
     """The elements that are not zero with the parameter's mask applied."""
-    return _Nonzero(parameter, None).whole()
+    return _Nonzero(parameter, None).whole(context)
 
 
-def _zeros_kept(parameter: Parameter) -> int:
+def _zeros_kept(context: RequestContext, parameter: Parameter) -> int:
     """How many elements are 0 that the mask keeps."""
     values, mask = parameter.weight.reshape(-1), parameter.mask
     passes = passes_of(values.device)
@@ -103,10 +105,10 @@ def _zeros_kept(parameter: Parameter) -> int:
         for begin, end in within
         for first, last in spans(min(end, len(values)) - begin, passes.piece)
     ]
-    return sum(passes.each(count, pieces))
+    return sum(passes.map(context, count, pieces))
 
 
-def _zero_slices(nonzero: _Nonzero, zeros: int) -> tuple[int, ...]:
+def _zero_slices(context: RequestContext, nonzero: _Nonzero, zeros: int) -> tuple[int, ...]:
     """For each dimension how many slices are wholly zero."""
     shape = nonzero.parameter.weight.shape
     if len(shape) < 2:
@@ -114,26 +116,26 @@ def _zero_slices(nonzero: _Nonzero, zeros: int) -> tuple[int, ...]:
     # Of the other dimensions there is not even one slice's worth of zeros.
     least = [math.prod(shape) / size if size else 1 for size in shape]
     return tuple(
-        _zero_slices_along(nonzero, dim) if 0 < zeros >= least[dim] else 0
+        _zero_slices_along(context, nonzero, dim) if 0 < zeros >= least[dim] else 0
         for dim in range(len(shape))
     )
 
 
-def _zero_slices_along(nonzero: _Nonzero, dim: int) -> int:
+def _zero_slices_along(context: RequestContext, nonzero: _Nonzero, dim: int) -> int:
     """How many slices along `dim` are wholly zero, in a large tensor."""
     shape, device = nonzero.parameter.weight.shape, nonzero.parameter.weight.device
     outer, size, inner = around(shape, dim)
     left = torch.arange(size, device=device)
     if inner <= SHORT:  # where slices lie close together their begins are looked at in one go
         begins = (min(outer, CORNERS[0]), size, inner)
-        left = left[~any_of_slices(nonzero.flags, begins, 1, device)]
+        left = left[~any_of_slices(context, nonzero.flags, begins, 1, device)]
     for corner in CORNERS:  # of what is not pruned by slices they settle most, and often all
         left = left[~_any_nonzero(nonzero, dim, left, corner)]
         if not len(left):
             return 0
         if len(left) > shape[dim] // 8:
             break
-    found = any_of_slices(nonzero.flags, shape, dim, device)
+    found = any_of_slices(context, nonzero.flags, shape, dim, device)
     return shape[dim] - int(found.count_nonzero())
 
 
@@ -173,7 +175,7 @@ def folded(parameter: Parameter) -> Iterator[Tensor]:
         yield part
 
 
-def fold(parameter: Parameter) -> None:
+def fold(context: RequestContext, parameter: Parameter) -> None:
     """Sets what is pruned to zero in the weight itself, as torch.nn.utils.prune.remove leaves it.
 
     A zero keeps its element's sign, as weight * mask does: -0.5 becomes -0.0. An infinity or a
@@ -187,4 +189,4 @@ def fold(parameter: Parameter) -> None:
     def fold_piece(span: tuple[int, int]) -> None:
         passes.fold(values[slice(*span)], mask.part(*span))
 
-    passes.each(fold_piece, spans(values.numel(), passes.piece))
+    passes.map(context, fold_piece, spans(values.numel(), passes.piece))

@@ -13,12 +13,12 @@ from torch import Tensor
 from secateur_server.devices import Span, passes_of, room_to_work, spans
 from secateur_server.devices.keys import picked, ranked_as
 from secateur_server.devices.passes import PART
-from secateur_server.devices.watch import checked
 from secateur_server.errors import InvalidSpec, quote
 from secateur_server.pruning.masks import Mask
 from secateur_server.pruning.norms import rounded_to, row_sums, total, vector_norms
 from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.spec import Selection
+from secateur_server.runtime.context import RequestContext
 
 
 @dataclass(frozen=True)
@@ -30,25 +30,31 @@ class Scale:
     least: float
 
 
-def normalized(rule: Selection, rankings: Sequence[Ranking]) -> list[Ranking]:
+def normalized(
+    context: RequestContext, rule: Selection, rankings: Sequence[Ranking]
+) -> list[Ranking]:
     """The rankings with scores on one scale; z-scores are moved up until none is negative.
 
     Errors: InvalidSpec, of infinite scores.
     """
     scales = [
-        _scale(rule, ranking.name, _tensor_of(ranking), ranking.alive)
-        for ranking in checked(rankings)
+        _scale(context, rule, ranking.name, _tensor_of(ranking), ranking.alive)
+        for ranking in context.each(rankings)
     ]
     floor = min([0.0, *(scale.least for scale in scales)])
     return [
         replace(
-            ranking, scores=_scaled(_tensor_of(ranking), scale, floor), offset=floor, sample=None
+            ranking,
+            scores=_scaled(context, _tensor_of(ranking), scale, floor),
+            offset=floor,
+            sample=None,
         )
-        for ranking, scale in checked(zip(rankings, scales, strict=True))
+        for ranking, scale in zip(context.each(rankings), scales, strict=True)
     ]
 
 
 def combined(
+    context: RequestContext,
     rule: Selection,
     members: Sequence[Sequence[Tensor]],
     alive: Sequence[Mask | None],
@@ -60,9 +66,9 @@ def combined(
     Returns: also what was taken off from all scores, so that none is negative.
     """
     groups = []
-    for scores, mask, name in checked(zip(members, alive, names, strict=True)):
+    for scores, mask, name in zip(context.each(members), alive, names, strict=True):
         if rule.normalization is not None:
-            scales = [_scale(rule, name, of_member, mask) for of_member in scores]
+            scales = [_scale(context, rule, name, of_member, mask) for of_member in scores]
             scores = [(s - c.shift) / c.spread for s, c in zip(scores, scales, strict=True)]
         stacked = torch.stack(list(scores))
         if rule.combination == "max":
@@ -74,9 +80,11 @@ def combined(
     return [scores - floor for scores in groups], floor
 
 
-def _scale(rule: Selection, name: str, scores: Tensor, alive: Mask | None) -> Scale:
+def _scale(
+    context: RequestContext, rule: Selection, name: str, scores: Tensor, alive: Mask | None
+) -> Scale:
     """The scale of one tensor's scores, over those that are alive."""
-    count, total, squares, least, most = _moments(scores, alive)
+    count, total, squares, least, most = _moments(context, scores, alive)
     if not math.isfinite(most) or not math.isfinite(squares):
         raise InvalidSpec(
             f"{rule.path}.normalization", f"{quote(name)} has scores too large to be normalized"
@@ -87,12 +95,14 @@ def _scale(rule: Selection, name: str, scores: Tensor, alive: Mask | None) -> Sc
     elif rule.normalization == "norm":
         shift, spread = 0.0, math.sqrt(squares)
     else:
-        shift, spread = mean, _deviation(scores, alive, count, mean)
+        shift, spread = mean, _deviation(context, scores, alive, count, mean)
     spread = spread or 1.0  # all are equal
     return Scale(shift, spread, (least - shift) / spread if count else 0.0)
 
 
-def _deviation(scores: Tensor, alive: Mask | None, count: int, mean: float) -> float:
+def _deviation(
+    context: RequestContext, scores: Tensor, alive: Mask | None, count: int, mean: float
+) -> float:
     """The standard deviation of a population, in a pass of its own: it cancels nothing."""
 
     def squares(span: tuple[int, int]) -> float:
@@ -100,11 +110,13 @@ def _deviation(scores: Tensor, alive: Mask | None, count: int, mean: float) -> f
         return _sum(living - mean, 2.0)
 
     passes = passes_of(scores.device)
-    parts = passes.each(squares, _parts(scores))
+    parts = passes.map(context, squares, _parts(scores))
     return math.sqrt(total(parts) / count) if count else 0.0
 
 
-def _moments(scores: Tensor, alive: Mask | None) -> tuple[int, float, float, float, float]:
+def _moments(
+    context: RequestContext, scores: Tensor, alive: Mask | None
+) -> tuple[int, float, float, float, float]:
     """Count, sum, sum of squares, least and largest of the absolute scores that are alive."""
 
     def moments(span: tuple[int, int]) -> tuple[int, float, float, float, float]:
@@ -115,7 +127,7 @@ def _moments(scores: Tensor, alive: Mask | None) -> tuple[int, float, float, flo
         return len(living), _sum(living, 1.0), _sum(living, 2.0), low, high
 
     passes = passes_of(scores.device)
-    parts = passes.each(moments, _parts(scores))
+    parts = passes.map(context, moments, _parts(scores))
     if not parts:
         return 0, 0.0, 0.0, 0.0, 0.0
     counts, totals, squares, lows, highs = zip(*parts, strict=True)
@@ -140,18 +152,18 @@ def _sum(values: Tensor, p: float) -> float:
     return math.pow(float(norm), p)
 
 
-def _scaled(scores: Tensor, scale: Scale, floor: float) -> Tensor:
+def _scaled(context: RequestContext, scores: Tensor, scale: Scale, floor: float) -> Tensor:
     """Returns: float64 for float64, else float32, computed in float64 and rounded once."""
     dtype = rounded_to(scores.dtype)
     passes = passes_of(scores.device)
-    into = room_to_work(len(scores) * dtype.itemsize, passes).view(dtype)
+    into = room_to_work(context, len(scores) * dtype.itemsize, passes).view(dtype)
 
     def fill(span: tuple[int, int]) -> None:
         part = scores[slice(*span)].to(torch.float64).abs()
         # What is pruned already may lie below the floor, and has no rank.
         into[slice(*span)] = (((part - scale.shift) / scale.spread) - floor).clamp_(min=0.0)
 
-    passes.each(fill, _parts(scores))
+    passes.map(context, fill, _parts(scores))
     return into
 
 

@@ -10,10 +10,16 @@ from secateur_server.devices import passes_of, spans
 from secateur_server.devices.keys import ranked_as
 from secateur_server.devices.passes import EXACT_POWERS, Passes, around
 from secateur_server.pruning.masks import Mask
+from secateur_server.runtime.context import RequestContext
 
 
 def slice_norms(
-    values: Tensor, mask: Mask | None, dim: int, p: float | str, is_mean: bool = False
+    context: RequestContext,
+    values: Tensor,
+    mask: Mask | None,
+    dim: int,
+    p: float | str,
+    is_mean: bool = False,
 ) -> Tensor:
     """The norm of each slice, as torch.norm over all other dimensions.
 
@@ -23,7 +29,7 @@ def slice_norms(
     """
     shape = around(values.shape, dim)
     by_slice = values.reshape(shape)
-    kept = None if mask is None else mask.whole(shape)
+    kept = None if mask is None else mask.whole(context, shape)
     passes, dtype = passes_of(values.device), ranked_as(values.dtype)
 
     elements = shape[0] * shape[2] if is_mean else None
@@ -44,7 +50,7 @@ def slice_norms(
 
     # Smaller pieces than elsewhere: as float64 they are to stay in the second-level cache.
     size = max(1, passes.piece // 8 // (shape[0] * shape[2]))
-    joined = torch.cat(passes.each(norms_of, spans(shape[1], size)))
+    joined = torch.cat(passes.map(context, norms_of, spans(shape[1], size)))
     return joined.to(rounded_to(dtype))
 
 

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from secateur_server.devices import passes_of, spans
 from secateur_server.devices.passes import PART, Cut
-from secateur_server.devices.watch import checked
 from secateur_server.pruning.amounts import Decision, decide, value_of
 from secateur_server.pruning.divide import Query, divide
 from secateur_server.pruning.energy import energies
@@ -24,6 +23,7 @@ from secateur_server.pruning.prune import (
 from secateur_server.pruning.select import NOTHING, score_dtype
 from secateur_server.pruning.spec import Amount, Parameter, Selection, Threshold
 from secateur_server.pruning.subjects import Subject, is_everything, subjects_of, together
+from secateur_server.runtime.context import RequestContext
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Outcome:
 
 
 def plan(
+    context: RequestContext,
     rule: Selection,
     amounts: Sequence[Amount],
     parameters: Mapping[str, Parameter],
@@ -60,21 +61,25 @@ def plan(
     at: the path of `amounts`, for errors, where they are not the rule's own.  Errors: InvalidSpec.
     """
     if rule.groups:  # they overlap: what is left of a tensor only its mask tells
-        return [_tried(replace(rule, amount=a), parameters, extras) for a in checked(amounts)]
+        return [
+            _tried(context, replace(rule, amount=a), parameters, extras)
+            for a in context.each(amounts)
+        ]
     outcomes = [Outcome([], {}) for _ in amounts]
     empty = {name for name in rule.tensors if parameters[name].weight.numel() == 0}
-    for name in (name for name in checked(rule.tensors) if name in empty):
+    for name in (name for name in context.each(rule.tensors) if name in empty):
         for outcome in outcomes:
             outcome.choices.append(Choice((name,), 0, 0, 0))
             outcome.removed[name] = Removed(0, 0.0, 0.0)
-    ranked = together(rule, [name for name in rule.tensors if name not in empty])
+    ranked = together(context, rule, [name for name in rule.tensors if name not in empty])
     parts = small_at_once(
-        lambda names: _planned(rule, amounts, names, parameters, extras, at),
+        context,
+        lambda names: _planned(context, rule, amounts, names, parameters, extras, at),
         ranked,
         lambda names: sum(parameters[name].weight.numel() for name in names),
         parameters[rule.tensors[0]].weight.device,
     )
-    for found in checked(parts):
+    for found in context.each(parts):
         for outcome, (choice, removed) in zip(outcomes, found, strict=True):
             outcome.choices.append(choice)
             outcome.removed.update(removed)
@@ -82,6 +87,7 @@ def plan(
 
 
 def _planned(
+    context: RequestContext,
     rule: Selection,
     amounts: Sequence[Amount],
     names: tuple[str, ...],
@@ -92,33 +98,39 @@ def _planned(
     """For each amount the choice among tensors that are ranked together, and what goes of them."""
     # Where one amount takes less than all, there have to be scores.
     rule = replace(rule, amount=next((a for a in amounts if not is_everything(a)), amounts[0]))
-    subjects = subjects_of(rule, names, parameters, extras)
+    subjects = subjects_of(context, rule, names, parameters, extras)
     dtype = score_dtype([subject.ranking for subject in subjects])
-    decisions = decide(rule, subjects, amounts, at)
-    cuts = _cuts(subjects, decisions, dtype)
+    decisions = decide(context, rule, subjects, amounts, at)
+    cuts = _cuts(context, subjects, decisions, dtype)
     removed = [
         _removed(
+            context,
             subject,
             parameters[subject.name],
             [decision.counts[i] for decision in decisions],
             [of[i] for of in cuts],
             dtype,
         )
-        for i, subject in enumerate(checked(subjects))
+        for i, subject in enumerate(context.each(subjects))
     ]
     alive = sum(subject.alive for subject in subjects)
     planned = []
-    for index, decision in enumerate(checked(decisions)):
+    for index, decision in enumerate(context.each(decisions)):
         if isinstance(rule.amount, Threshold):
             scores = [None if c == NOTHING else value_of(c.key, dtype) for c in cuts[index]]
-            decision = with_cut(decision, [subject.ranking for subject in subjects], scores)
+            decision = with_cut(
+                context, decision, [subject.ranking for subject in subjects], scores
+            )
         choice = choice_of(rule, names, alive, sum(decision.counts), decision)
         planned.append((choice, {n: of[index] for n, of in zip(names, removed, strict=True)}))
     return planned
 
 
 def _cuts(
-    subjects: Sequence[Subject], decisions: Sequence[Decision], dtype: torch.dtype
+    context: RequestContext,
+    subjects: Sequence[Subject],
+    decisions: Sequence[Decision],
+    dtype: torch.dtype,
 ) -> list[list[Cut]]:
     """For each decision the cut of each subject, in the common dtype."""
     cuts: list[list[Cut | None]] = [
@@ -128,19 +140,21 @@ def _cuts(
                 decision.counts, decision.cuts or [None] * len(subjects), strict=True
             )
         ]
-        for decision in checked(decisions)
+        for decision in context.each(decisions)
     ]
     # Those that limits or shares took elsewhere than at the cut of all.
     missing = [(d, s) for d, of in enumerate(cuts) for s, cut in enumerate(of) if cut is None]
     queries = [Query((s,), (0,), (subjects[s].alive,), decisions[d].counts[s]) for d, s in missing]
-    found = divide([subject.ranking for subject in subjects], queries, dtype) if queries else []
-    for (d, s), division in checked(zip(missing, found, strict=True)):
+    rankings = [subject.ranking for subject in subjects]
+    found = divide(context, rankings, queries, dtype) if queries else []
+    for (d, s), division in zip(context.each(missing), found, strict=True):
         ties = division.counts[0] - division.below[0]
         cuts[d][s] = Cut(division.key, ties, division.equal[0])
     return [[cut for cut in of if cut is not None] for of in cuts]
 
 
 def _removed(
+    context: RequestContext,
     subject: Subject,
     parameter: Parameter,
     counts: Sequence[int],
@@ -149,37 +163,44 @@ def _removed(
 ) -> list[Removed]:
     """What goes of one tensor by each of its cuts.  counts: of units."""
     if subject.costs is None:
-        found, whole = energies(subject.ranking, parameter.weight.reshape(-1), cuts, dtype)
+        found, whole = energies(context, subject.ranking, parameter.weight.reshape(-1), cuts, dtype)
         return [Removed(count, energy, whole) for count, energy in zip(counts, found, strict=True)]
-    elements, energy = subject.costs()
-    whole = _energy(parameter.weight, parameter.mask)
+    elements, energy = subject.costs(context)
+    whole = _energy(context, parameter.weight, parameter.mask)
     # Their squares are what is added up; rounding is far from a whole element.
-    of_elements, _ = energies(subject.ranking, elements.to(torch.float64).sqrt_(), cuts, dtype)
-    of_energy, _ = energies(subject.ranking, energy.sqrt_(), cuts, dtype)
+    of_elements, _ = energies(
+        context, subject.ranking, elements.to(torch.float64).sqrt_(), cuts, dtype
+    )
+    of_energy, _ = energies(context, subject.ranking, energy.sqrt_(), cuts, dtype)
     return [
         Removed(round(gone), lost, whole) for gone, lost in zip(of_elements, of_energy, strict=True)
     ]
 
 
 def _tried(
-    rule: Selection, parameters: Mapping[str, Parameter], extras: Mapping[str, Tensor]
+    context: RequestContext,
+    rule: Selection,
+    parameters: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
 ) -> Outcome:
     """The outcome of really choosing, without keeping what was chosen."""
-    masks, choices = apply_selection(rule, parameters, extras)
+    masks, choices = apply_selection(context, rule, parameters, extras)
     removed = {}
-    for name, mask in checked(masks.items()):
+    for name, mask in context.each(masks.items()):
         parameter = parameters[name]
-        whole = _energy(parameter.weight, parameter.mask)
-        lost = _energy(parameter.weight, parameter.mask, mask)
-        removed[name] = Removed(_unpruned(parameter) - mask.kept, lost, whole)
+        whole = _energy(context, parameter.weight, parameter.mask)
+        lost = _energy(context, parameter.weight, parameter.mask, mask)
+        removed[name] = Removed(_unpruned(context, parameter) - mask.kept(context), lost, whole)
     return Outcome(choices, removed)
 
 
-def _unpruned(parameter: Parameter) -> int:
-    return parameter.weight.numel() if parameter.mask is None else parameter.mask.kept
+def _unpruned(context: RequestContext, parameter: Parameter) -> int:
+    return parameter.weight.numel() if parameter.mask is None else parameter.mask.kept(context)
 
 
-def _energy(weight: Tensor, mask: Mask | None, after: Mask | None = None) -> float:
+def _energy(
+    context: RequestContext, weight: Tensor, mask: Mask | None, after: Mask | None = None
+) -> float:
     """The sum of squares of what a mask keeps, and another one does not; None keeps all.
 
     after: None keeps nothing.
@@ -194,4 +215,4 @@ def _energy(weight: Tensor, mask: Mask | None, after: Mask | None = None) -> flo
             squares = torch.where(after.flags(*span), 0.0, squares)
         return float(row_sums(squares.unsqueeze(0)))
 
-    return total(passes.each(energy, spans(len(values), PART)))
+    return total(passes.map(context, energy, spans(len(values), PART)))

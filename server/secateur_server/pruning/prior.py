@@ -3,17 +3,20 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from secateur_server.devices.watch import checked
 from secateur_server.pruning.measure import nonzero_mask
 from secateur_server.pruning.spec import Parameter, Rule
+from secateur_server.runtime.context import RequestContext
 
 
-def prune_zeros(parameters: Mapping[str, Parameter], rules: Sequence[Rule]) -> dict[str, Parameter]:
+def prune_zeros(
+    context: RequestContext, parameters: Mapping[str, Parameter], rules: Sequence[Rule]
+) -> dict[str, Parameter]:
     """Masks the zeros of every tensor that a rule names.
 
     This is what torch.nn.utils.prune.custom_from_mask does with the mask `weight != 0`.
 
     Args:
+        context: The request.
         parameters: In the order of the state_dict, not changed.
         rules: Resolved.
 
@@ -22,8 +25,8 @@ def prune_zeros(parameters: Mapping[str, Parameter], rules: Sequence[Rule]) -> d
     """
     named = {name for rule in rules for name in rule.names()}
     return {
-        name: replace(parameter, mask=nonzero_mask(parameter))
+        name: replace(parameter, mask=nonzero_mask(context, parameter))
         if name in named and not parameter.is_nonzero
         else parameter
-        for name, parameter in checked(parameters.items())
+        for name, parameter in context.each(parameters.items())
     }

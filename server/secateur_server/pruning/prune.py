@@ -9,7 +9,6 @@ from torch import Tensor
 
 from secateur_server.devices import passes_of
 from secateur_server.devices.passes import Cut
-from secateur_server.devices.watch import checked, watch
 from secateur_server.errors import InvalidMask, quote
 from secateur_server.pruning.amounts import (
     Bound,
@@ -26,6 +25,7 @@ from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.select import score_dtype, select, threshold
 from secateur_server.pruning.spec import CustomMasks, Parameter, Random, Rule, Selection, Threshold
 from secateur_server.pruning.subjects import Masks, Subject, subjects_of, together
+from secateur_server.runtime.context import RequestContext
 
 Item = TypeVar("Item")
 Done = TypeVar("Done")
@@ -46,6 +46,7 @@ class Choice:
 
 
 def prune(
+    context: RequestContext,
     parameters: Mapping[str, Parameter],
     rules: Sequence[Rule],
     extras: Mapping[str, Tensor],
@@ -61,11 +62,11 @@ def prune(
     state = dict(parameters)
     outcomes = []
     touched: set[str] = set()
-    for rule in checked(rules):
+    for rule in context.each(rules):
         if isinstance(rule, CustomMasks):
-            masks, choices = _apply_masks(rule, state, extras)
+            masks, choices = _apply_masks(context, rule, state, extras)
         else:
-            masks, choices = apply_selection(rule, state, extras)
+            masks, choices = apply_selection(context, rule, state, extras)
         for name, mask in masks.items():
             state[name] = Parameter(state[name].weight, mask, state[name].seen)
         touched.update(masks)
@@ -74,22 +75,27 @@ def prune(
 
 
 def _apply_masks(
-    rule: CustomMasks, state: Mapping[str, Parameter], extras: Mapping[str, Tensor]
+    context: RequestContext,
+    rule: CustomMasks,
+    state: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
 ) -> tuple[Masks, list[Choice]]:
     masks: Masks = {}
     choices = []
-    for name, holder in checked(rule.masks):
+    for name, holder in context.each(rule.masks):
         field = f"{rule.path}.masks[{quote(name)}]"
         values, weight = extras[holder], state[name].weight
         if values.shape == weight.shape:
-            asked = to_mask(values, InvalidMask, field)
+            asked = to_mask(context, values, InvalidMask, field)
         else:
             asked = _packed_mask(values, weight.numel(), field)
         before = masks.get(name, state[name].mask)
-        masks[name] = asked if before is None else asked & before
-        candidates = asked.elements if before is None else before.kept
-        requested = asked.elements - asked.kept
-        choices.append(Choice((name,), candidates, requested, candidates - masks[name].kept))
+        masks[name] = asked if before is None else asked.both(context, before)
+        candidates = asked.elements if before is None else before.kept(context)
+        requested = asked.elements - asked.kept(context)
+        choices.append(
+            Choice((name,), candidates, requested, candidates - masks[name].kept(context))
+        )
     return masks, choices
 
 
@@ -100,7 +106,7 @@ def _packed_mask(bits: Tensor, elements: int, field: str) -> Mask:
     return Mask(bits, elements)
 
 
-def to_mask(values: Tensor, error: type[Exception], field: str) -> Mask:
+def to_mask(context: RequestContext, values: Tensor, error: type[Exception], field: str) -> Mask:
     """A mask of 0 and 1.
 
     error: what to raise, with the field and a message, for any other value.
@@ -120,10 +126,11 @@ def to_mask(values: Tensor, error: type[Exception], field: str) -> Mask:
             raise error(field, f"is {values[at].item()} at {index}; a mask is 0 or 1")
         return kept
 
-    return mask_of(flags, len(values), values.device)
+    return mask_of(context, flags, len(values), values.device)
 
 
 def apply_selection(
+    context: RequestContext,
     rule: Selection,
     state: Mapping[str, Parameter],
     extras: Mapping[str, Tensor],
@@ -137,19 +144,21 @@ def apply_selection(
     masks: Masks = {name: Mask(nothing, 0) for name in empty}
     choices = [Choice((name,), 0, 0, 0) for name in empty]
     chosen = small_at_once(
-        lambda names: _choose(rule, names, state, extras),
-        together(rule, names),
+        context,
+        lambda names: _choose(context, rule, names, state, extras),
+        together(context, rule, names),
         lambda names: sum(state[n].weight.numel() for n in names if n in state),
         device,
     )
-    for found, choice in checked(chosen):
+    for found, choice in context.each(chosen):
         for name, mask in found.items():
-            masks[name] = masks[name] & mask if name in masks else mask
+            masks[name] = masks[name].both(context, mask) if name in masks else mask
         choices.append(choice)
     return masks, choices
 
 
 def small_at_once(
+    context: RequestContext,
     work: Callable[[Item], Done],
     items: Sequence[Item],
     elements: Callable[[Item], int],
@@ -161,30 +170,33 @@ def small_at_once(
     """
     passes = passes_of(device)
     is_small = [elements(item) <= passes.piece for item in items]
-    small = iter(passes.each(work, [i for i, s in zip(items, is_small, strict=True) if s]))
+    small = iter(passes.map(context, work, [i for i, s in zip(items, is_small, strict=True) if s]))
     return [next(small) if s else work(item) for item, s in zip(items, is_small, strict=True)]
 
 
 def _choose(
+    context: RequestContext,
     rule: Selection,
     names: tuple[str, ...],
     state: Mapping[str, Parameter],
     extras: Mapping[str, Tensor],
 ) -> tuple[Masks, Choice]:
     """Selects among the units of all tensors, or groups, that are ranked together."""
-    with watch().stage("score"):
-        subjects = subjects_of(rule, names, state, extras)
-    with watch().stage("select"):
-        kept, choice = _select(rule, subjects)
+    with context.stage("score"):
+        subjects = subjects_of(context, rule, names, state, extras)
+    with context.stage("select"):
+        kept, choice = _select(context, rule, subjects)
     masks: Masks = {}
-    for subject, units in checked(zip(subjects, kept, strict=True)):
-        for name, mask in subject.spread(units).items():
+    for subject, units in zip(context.each(subjects), kept, strict=True):
+        for name, mask in subject.spread(context, units).items():
             before = masks.get(name, state[name].mask)
-            masks[name] = mask if before is None else mask & before
+            masks[name] = mask if before is None else mask.both(context, before)
     return masks, choice
 
 
-def _select(rule: Selection, subjects: Sequence[Subject]) -> tuple[list[Mask], Choice]:
+def _select(
+    context: RequestContext, rule: Selection, subjects: Sequence[Subject]
+) -> tuple[list[Mask], Choice]:
     """Which units stay."""
     names = tuple(subject.name for subject in subjects)
     alive = sum(subject.alive for subject in subjects)
@@ -193,13 +205,14 @@ def _select(rule: Selection, subjects: Sequence[Subject]) -> tuple[list[Mask], C
         if isinstance(rule.granularity, NM) and count == alive:
             kept = [_none(subject.ranking) for subject in subjects]
             return kept, choice_of(rule, names, alive, alive, Decision((), count))
-        kept, cut = select([subject.ranking for subject in subjects], alive, count)
-        pruned = alive - sum(units.kept for units in kept)
+        kept, cut = select(context, [subject.ranking for subject in subjects], alive, count)
+        pruned = alive - sum(units.kept(context) for units in kept)
         decision = Decision((), count, (), cut_value(subjects, cut), cut.equal, cut.ties)
         return kept, choice_of(rule, names, alive, pruned, decision)
-    (decision,) = decide(rule, subjects, [rule.amount])
+    (decision,) = decide(context, rule, subjects, [rule.amount])
     parts = small_at_once(
-        lambda part: select([part[0].ranking], part[0].alive, part[1]),
+        context,
+        lambda part: select(context, [part[0].ranking], part[0].alive, part[1]),
         list(zip(subjects, decision.counts, strict=True)),
         lambda part: part[0].ranking.units,
         subjects[0].ranking.device,
@@ -207,9 +220,9 @@ def _select(rule: Selection, subjects: Sequence[Subject]) -> tuple[list[Mask], C
     if isinstance(rule.amount, Threshold):
         rankings = [subject.ranking for subject in subjects]
         at = [threshold(cut, score_dtype([r])) for r, (_, cut) in zip(rankings, parts, strict=True)]
-        decision = with_cut(decision, rankings, at)
+        decision = with_cut(context, decision, rankings, at)
     kept = [units for (units,), _ in parts]
-    pruned = alive - sum(units.kept for units in kept)
+    pruned = alive - sum(units.kept(context) for units in kept)
     return kept, choice_of(rule, names, alive, pruned, decision)
 
 
@@ -226,7 +239,10 @@ def cut_value(subjects: Sequence[Subject], cut: Cut) -> float | None:
 
 
 def with_cut(
-    decision: Decision, rankings: Sequence[Ranking], cuts: Sequence[float | None]
+    context: RequestContext,
+    decision: Decision,
+    rankings: Sequence[Ranking],
+    cuts: Sequence[float | None],
 ) -> Decision:
     """The decision with the highest of the cuts that subjects have of their own.
 
@@ -235,7 +251,7 @@ def with_cut(
     highest = max((cut for cut in cuts if cut is not None), default=None)
     if highest is None:
         return decision
-    at = count_below(rankings, first_key(highest, score_dtype(rankings)))
+    at = count_below(context, rankings, first_key(highest, score_dtype(rankings)))
     going = [min(max(0, c - b), e) for c, (b, e) in zip(decision.counts, at, strict=True)]
     value, ties = highest + rankings[0].offset, sum(equal for _, equal in at)
     return replace(decision, threshold=value, ties=ties, ties_pruned=sum(going))

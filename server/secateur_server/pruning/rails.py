@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from secateur_server.devices.watch import checked
 from secateur_server.errors import AmountOutOfRange, quote
 from secateur_server.pruning.spec import Rail, Selection
 from secateur_server.pruning.subjects import Subject
+from secateur_server.runtime.context import RequestContext
 
 # Of errors: more names than this are not read.
 SHOWN = 5
@@ -23,10 +23,12 @@ class Limits:
     highest_by: str = "max_sparsity"
 
 
-def limits_of(rule: Selection, subjects: Sequence[Subject]) -> list[Limits]:
+def limits_of(
+    context: RequestContext, rule: Selection, subjects: Sequence[Subject]
+) -> list[Limits]:
     """The limits of each.  Errors: AmountOutOfRange, of rails that contradict one another."""
     rails = rule.guard_rails.by_tensor
-    return [_limits(rails.get(subject.name), subject) for subject in checked(subjects)]
+    return [_limits(rails.get(subject.name), subject) for subject in context.each(subjects)]
 
 
 def _limits(rail: Rail | None, subject: Subject) -> Limits:

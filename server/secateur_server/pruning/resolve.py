@@ -9,7 +9,6 @@ from typing import TypeVar
 import torch
 
 from secateur_server.devices.dtypes import FP8, PRUNABLE, WIRE_DTYPES
-from secateur_server.devices.watch import checked
 from secateur_server.errors import (
     AmountOutOfRange,
     DimOutOfRange,
@@ -36,56 +35,59 @@ from secateur_server.pruning.spec import (
     Selection,
     Table,
 )
+from secateur_server.runtime.context import RequestContext
 
 Value = TypeVar("Value")
 
 
-def resolve(rules: Sequence[Rule], catalog: Catalog) -> list[Rule]:
+def resolve(context: RequestContext, rules: Sequence[Rule], catalog: Catalog) -> list[Rule]:
     """The rules with their globs replaced by names, once they are found to fit the tensors.
 
     Errors: InvalidSpec.
     """
     return [
-        _resolve_masks(rule, catalog)
+        _resolve_masks(context, rule, catalog)
         if isinstance(rule, CustomMasks)
-        else _resolve_selection(rule, catalog)
-        for rule in checked(rules)
+        else _resolve_selection(context, rule, catalog)
+        for rule in context.each(rules)
     ]
 
 
-def _resolve_selection(rule: Selection, catalog: Catalog) -> Selection:
+def _resolve_selection(context: RequestContext, rule: Selection, catalog: Catalog) -> Selection:
     if rule.groups:
-        groups = tuple(resolve_group(group, catalog) for group in checked(rule.groups))
+        groups = tuple(
+            resolve_group(context, group, catalog) for group in context.each(rule.groups)
+        )
         every = {group.name: group.name for group in groups}
-        subjects = _not_spared(rule, list(every), every)
+        subjects = _not_spared(context, rule, list(every), every)
         known = {name: name for name in subjects}
         groups = tuple(group for group in groups if group.name in known)
         names = catalog.in_order({m.tensor for group in groups for m in group.members})
-        _check_group_scores(rule, groups, catalog)
+        _check_group_scores(context, rule, groups, catalog)
         rule = replace(rule, groups=groups)
     else:
-        names = match(f"{rule.path}.tensors", rule.tensors, catalog)
-        for name in checked(names):
+        names = match(context, f"{rule.path}.tensors", rule.tensors, catalog)
+        for name in context.each(names):
             _check_units(rule, name, catalog.prunable[name])
-        names = subjects = _not_spared(rule, names, catalog.all_names(names))
+        names = subjects = _not_spared(context, rule, names, catalog.all_names(names))
         known = catalog.all_names(names)
         scales = {name: catalog.name_of(holder) for name, holder in rule.scales.items()}
         rule = replace(
             rule,
-            scores=_by_tensor(rule.scores, f"{rule.path}.importance_scores", known),
-            scales=_by_tensor(scales, f"{rule.path}.scales", known),
+            scores=_by_tensor(context, rule.scores, f"{rule.path}.importance_scores", known),
+            scales=_by_tensor(context, scales, f"{rule.path}.scales", known),
         )
-        _check_scores(rule, set(names), catalog)
+        _check_scores(context, rule, set(names), catalog)
     return replace(
         rule,
         tensors=tuple(names),
-        amount=_resolve_amount(rule, subjects, known),
-        guard_rails=GuardRails(_resolve_rails(rule, subjects, known)),
+        amount=_resolve_amount(context, rule, subjects, known),
+        guard_rails=GuardRails(_resolve_rails(context, rule, subjects, known)),
     )
 
 
 def _by_tensor(
-    given: Mapping[str, Value], field: str, known: Mapping[str, str]
+    context: RequestContext, given: Mapping[str, Value], field: str, known: Mapping[str, str]
 ) -> dict[str, Value]:
     """What is given by any name of each tensor, by the tensors' names here.
 
@@ -93,7 +95,7 @@ def _by_tensor(
     Errors: InvalidSpec, where a tensor has two values under two of its names.
     """
     found: dict[str, Value] = {}
-    for name, value in checked(given.items()):
+    for name, value in context.each(given.items()):
         tensor = known.get(name, name)
         if found.setdefault(tensor, value) != value:
             raise InvalidSpec(
@@ -103,13 +105,15 @@ def _by_tensor(
     return found
 
 
-def _not_spared(rule: Selection, names: list[str], known: Mapping[str, str]) -> list[str]:
+def _not_spared(
+    context: RequestContext, rule: Selection, names: list[str], known: Mapping[str, str]
+) -> list[str]:
     """Without the tensors, or groups, that the guard rails leave as they are."""
     rails, path = rule.guard_rails, f"{rule.path}.guard_rails"
     spared = {*names[:1]} if rails.keep_first else set()
     spared |= {*names[-1:]} if rails.keep_last else set()
     field = f"{path}.exclude"
-    spared.update(_meant(field, rails.exclude, known, lambda index: f"{field}[{index}]"))
+    spared.update(_meant(context, field, rails.exclude, known, lambda index: f"{field}[{index}]"))
     left = [name for name in names if name not in spared]
     if not left:
         raise InvalidSpec(path, f"leaves nothing to prune of {len(names)} tensors")
@@ -117,54 +121,64 @@ def _not_spared(rule: Selection, names: list[str], known: Mapping[str, str]) -> 
 
 
 def _resolve_rails(
-    rule: Selection, names: Sequence[str], known: Mapping[str, str]
+    context: RequestContext, rule: Selection, names: Sequence[str], known: Mapping[str, str]
 ) -> tuple[Rail, ...]:
     """The rails, each with those of `names` that it is the first to name, or to take with all."""
     rails = rule.guard_rails.rails
-    places = [(p, i) for p, rail in enumerate(checked(rails)) for i in range(len(rail.tensors))]
+    places = [
+        (p, i) for p, rail in enumerate(context.each(rails)) for i in range(len(rail.tensors))
+    ]
     patterns = [rails[place].tensors[index] for place, index in places]
 
     def field(index: int) -> str:
         place, of_rail = places[index]
         return f"{rails[place].path}.tensors[{of_rail}]"
 
-    first = _meant(f"{rule.path}.guard_rails.rails", patterns, known, field)
+    first = _meant(context, f"{rule.path}.guard_rails.rails", patterns, known, field)
     of_all = next((place for place, rail in enumerate(rails) if not rail.tensors), len(rails))
     tensors: dict[int, list[str]] = defaultdict(list)
     for name in names:
         named = places[first[name]][0] if name in first else of_all
         tensors[min(named, of_all)].append(name)
     return tuple(
-        replace(rail, tensors=tuple(tensors[place])) for place, rail in enumerate(checked(rails))
+        replace(rail, tensors=tuple(tensors[place]))
+        for place, rail in enumerate(context.each(rails))
     )
 
 
 def _meant(
-    path: str, patterns: Sequence[str], known: Mapping[str, str], field: Callable[[int], str]
+    context: RequestContext,
+    path: str,
+    patterns: Sequence[str],
+    known: Mapping[str, str],
+    field: Callable[[int], str],
 ) -> dict[str, int]:
     """For each tensor that is meant, the index of the first name or glob that means it.
 
     Args:
+        context: The request.
         path: Of the patterns, for errors of all.
         patterns: Names and globs; each has to mean a tensor.
         known: From every name of the rule's tensors to the tensor.
         field: The path of a pattern, by its index.
     """
-    found = matches(path, patterns, known)
+    found = matches(context, path, patterns, known)
     if found.unmatched is not None:
         pattern = patterns[found.unmatched]
         raise UnknownTensor(field(found.unmatched), f"{quote(pattern)} matches none of the rule's")
     return found.first
 
 
-def _resolve_amount(rule: Selection, names: Sequence[str], known: Mapping[str, str]) -> Amount:
+def _resolve_amount(
+    context: RequestContext, rule: Selection, names: Sequence[str], known: Mapping[str, str]
+) -> Amount:
     if isinstance(rule.amount, Table):
-        return _resolve_table(rule, rule.amount, known)
+        return _resolve_table(context, rule, rule.amount, known)
     if isinstance(rule.amount, Budget) and rule.amount.per_unit is not None:
         field = f"{rule.path}.macs.per_unit"
-        given = _by_tensor(rule.amount.per_unit, field, known)
+        given = _by_tensor(context, rule.amount.per_unit, field, known)
         pruned = set(names)
-        for name in checked(given):
+        for name in context.each(given):
             if name not in pruned:
                 raise UnknownTensor(f"{field}[{quote(name)}]", "the rule prunes no such tensor")
         for name in names:
@@ -174,9 +188,13 @@ def _resolve_amount(rule: Selection, names: Sequence[str], known: Mapping[str, s
     return rule.amount
 
 
-def _resolve_table(rule: Selection, table: Table, known: Mapping[str, str]) -> Table:
+def _resolve_table(
+    context: RequestContext, rule: Selection, table: Table, known: Mapping[str, str]
+) -> Table:
     path, fractions = f"{rule.path}.table.entries", list(table.fractions.values())
-    first = _meant(path, list(table.fractions), known, lambda index: f"{path}[{index}].tensors")
+    first = _meant(
+        context, path, list(table.fractions), known, lambda index: f"{path}[{index}].tensors"
+    )
     return Table({name: fractions[index] for name, index in first.items()})
 
 
@@ -216,31 +234,35 @@ def _check_slices(rule: Selection, dim: int, name: str, shape: Shape) -> None:
         )
 
 
-def _check_scores(rule: Selection, names: Collection[str], catalog: Catalog) -> None:
+def _check_scores(
+    context: RequestContext, rule: Selection, names: Collection[str], catalog: Catalog
+) -> None:
     assert rule.granularity is not None, "groups have no scores"
-    for name, holder in checked(rule.scores.items()):
+    for name, holder in context.each(rule.scores.items()):
         field = f"{rule.path}.importance_scores[{quote(name)}]"
         if name not in names:
             raise UnknownTensor(field, "the rule prunes no such tensor")
         shape = catalog.prunable[name]
         _check_floating(field, holder, (shape, rule.granularity.grid(shape)), catalog)
-    for name, holder in checked(rule.scales.items()):
+    for name, holder in context.each(rule.scales.items()):
         field = f"{rule.path}.scales[{quote(name)}]"
         if name not in names:
             raise UnknownTensor(field, "the rule prunes no such tensor")
         if name in rule.scores:
             raise InvalidScores(field, f"{quote(name)} has importance_scores as well")
         if holder not in catalog.prunable:
-            raise unmatched(field, holder, catalog)
+            raise unmatched(context, field, holder, catalog)
         units = math.prod(rule.granularity.grid(catalog.prunable[name]))
         if catalog.prunable[holder] != (units,):
             found = list(catalog.prunable[holder])
             raise InvalidScores(field, f"a scale for each of {units} units needed, got {found}")
 
 
-def _check_group_scores(rule: Selection, groups: Sequence[Group], catalog: Catalog) -> None:
+def _check_group_scores(
+    context: RequestContext, rule: Selection, groups: Sequence[Group], catalog: Catalog
+) -> None:
     units = {group.name: group.members[0].units for group in groups}
-    for name, holder in checked(rule.scores.items()):
+    for name, holder in context.each(rule.scores.items()):
         field = f"{rule.path}.importance_scores[{quote(name)}]"
         if name not in units:
             raise UnknownTensor(field, "the rule has no such group")
@@ -256,12 +278,12 @@ def _check_floating(field: str, holder: str, shapes: Sequence[Shape], catalog: C
         raise InvalidScores(field, _of_another_shape(scores, shapes[0], "scores"))
 
 
-def _resolve_masks(rule: CustomMasks, catalog: Catalog) -> CustomMasks:
+def _resolve_masks(context: RequestContext, rule: CustomMasks, catalog: Catalog) -> CustomMasks:
     masks: list[tuple[str, str]] = []
-    for given, holder in checked(rule.masks):
+    for given, holder in context.each(rule.masks):
         name, field = catalog.name_of(given), f"{rule.path}.masks[{quote(given)}]"
         if name not in catalog.prunable:
-            raise unmatched(field, name, catalog)
+            raise unmatched(context, field, name, catalog)
         mask = _extra(field, holder, catalog)
         if mask.dtype not in _OF_MASKS:
             raise InvalidMask(field, _of_another_dtype(mask, "a mask", _OF_MASKS))

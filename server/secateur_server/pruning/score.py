@@ -14,6 +14,7 @@ from secateur_server.errors import NanScores
 from secateur_server.pruning.granularity import NM, Element, Granularity
 from secateur_server.pruning.masks import Mask
 from secateur_server.pruning.spec import Magnitude, Parameter, Random
+from secateur_server.runtime.context import RequestContext
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,13 @@ class Ranking:
     sample: Sample | None = None
     offset: float = 0.0
 
+    def count_alive(self, context: RequestContext) -> int:
+        """Units that are still unpruned."""
+        return self.units if self.alive is None else self.alive.kept(context)
+
 
 def rank(
+    context: RequestContext,
     name: str,
     parameter: Parameter,
     scores: Tensor | None,
@@ -57,28 +63,30 @@ def rank(
     of_elements = scores is not None and scores.shape == weight.shape
     values = scores if scores is not None and of_elements else weight
     units = math.prod(granularity.grid(weight.shape))
-    alive = granularity.alive(values, mask)
+    alive = granularity.alive(context, values, mask)
     if isinstance(importance, Random):
         return Ranking(name, units, random_scores(importance.seed, name), alive, weight.device)
     if scores is not None and not of_elements:
-        refuse_nan(scores, alive, field)
+        refuse_nan(context, scores, alive, field)
         return Ranking(name, units, scores.reshape(-1), alive, weight.device)
     seen = parameter.seen if scores is None else None
     is_n_m = isinstance(granularity, NM)
     if scores is not None and alive is not None and not is_n_m:
-        mask = granularity.spread(alive, values, mask)  # what of the scores is read
-    refuse_nan(values, mask, field, seen)
+        mask = granularity.spread(context, alive, values, mask)  # what of the scores is read
+    refuse_nan(context, values, mask, field, seen)
     if is_all:
         return Ranking(name, units, random_scores(0, name), alive, weight.device)
     # As in torch: what is pruned counts as 0 in a weight's norm, and as it is in a caller's scores.
     # But of an N:M group only what is unpruned can go.
     masked = mask if scores is None or is_n_m else None
-    of_units = granularity.scores(values, masked, importance.p, is_mean)
+    of_units = granularity.scores(context, values, masked, importance.p, is_mean)
     sample = seen.sample if seen and isinstance(granularity, Element) else None
     return Ranking(name, units, of_units, alive, weight.device, sample)
 
 
-def refuse_nan(values: Tensor, mask: Mask | None, field: str, seen: Seen | None = None) -> None:
+def refuse_nan(
+    context: RequestContext, values: Tensor, mask: Mask | None, field: str, seen: Seen | None = None
+) -> None:
     """Refuses a NaN that is not pruned yet: it has no rank.
 
     seen: what a first look at `values` told.  Errors: NanScores.
@@ -88,13 +96,13 @@ def refuse_nan(values: Tensor, mask: Mask | None, field: str, seen: Seen | None 
     passes, flat = passes_of(values.device), values.reshape(-1)
     if seen is None:
         parts = spans(len(flat), passes.ranked)
-        found = passes.each(lambda s: passes.extremes(flat[slice(*s)]), parts)
+        found = passes.map(context, lambda s: passes.extremes(flat[slice(*s)]), parts)
         largest = max((most for _, most in found), default=0)
     else:
         largest = seen.largest
     if largest <= INFINITY[values.dtype]:
         return
-    nan = values.isnan() if mask is None else values.isnan() & mask.whole(values.shape)
+    nan = values.isnan() if mask is None else values.isnan() & mask.whole(context, values.shape)
     count = int(nan.count_nonzero())
     if count:
         first = nan.nonzero()[0].tolist()

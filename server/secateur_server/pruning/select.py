@@ -20,9 +20,9 @@ from secateur_server.devices.keys import BITS, as_keys, ranked_as
 from secateur_server.devices.looks import SPACING, sample_places
 from secateur_server.devices.passes import BYTES_OF_FEW, DIGIT_BITS, Cut, Passes, Piece
 from secateur_server.devices.randomness import RandomScores
-from secateur_server.devices.watch import checked, watch
 from secateur_server.pruning.masks import Mask
 from secateur_server.pruning.score import Ranking
+from secateur_server.runtime.context import RequestContext
 
 # Up to so many units, or this share of all, are ranked at once.
 FEW = 1 << 17
@@ -44,6 +44,7 @@ class Units:
     sampled: keys of some of those that are alive, where there are some already.
     """
 
+    context: RequestContext
     passes: Passes
     pieces: Sequence[Piece]
     kept: Sequence[Tensor]
@@ -59,7 +60,7 @@ class Units:
     def few(self) -> int:
         """How many can be ranked at once."""
         share = self.total // FEW_OF
-        if (memory := watch().work_memory) is not None:
+        if (memory := self.context.work_memory) is not None:
             share = min(share, memory // BYTES_OF_FEW)
         return max(FEW, share)
 
@@ -73,22 +74,24 @@ def score_dtype(rankings: Sequence[Ranking]) -> torch.dtype:
     return reduce(torch.promote_types, dtypes)
 
 
-def select(rankings: Sequence[Ranking], alive: int, count: int) -> tuple[list[Mask], Cut]:
+def select(
+    context: RequestContext, rankings: Sequence[Ranking], alive: int, count: int
+) -> tuple[list[Mask], Cut]:
     """Prunes `count` of the `alive` units of all `rankings`.
 
     Returns: for each ranking the units that are alive and stay so.
     """
     passes, dtype = passes_of(rankings[0].device), score_dtype(rankings)
     sizes = [(r.units + 7) // 8 for r in rankings]
-    room = torch.split(room_to_work(sum(sizes), passes), sizes)
+    room = torch.split(room_to_work(context, sum(sizes), passes), sizes)
     masks = [Mask(bits, r.units) for bits, r in zip(room, rankings, strict=True)]
     parts = [
         (piece_of(ranking, dtype, *span), mask.part(*span))
-        for ranking, mask in checked(zip(rankings, masks, strict=True))
+        for ranking, mask in zip(context.each(rankings), masks, strict=True)
         for span in spans(ranking.units, passes.ranked)
     ]
     pieces, kept = [piece for piece, _ in parts], [kept for _, kept in parts]
-    units = Units(passes, pieces, kept, alive, _sampled(rankings, dtype))
+    units = Units(context, passes, pieces, kept, alive, _sampled(rankings, dtype))
     return masks, _apply(units, count)
 
 
@@ -117,10 +120,10 @@ def _sampled(rankings: Sequence[Ranking], dtype: torch.dtype) -> list[Tensor]:
 def _apply(units: Units, count: int) -> Cut:
     """Marks what stays when `count` units go.  Returns: the cut."""
     if count == 0:
-        units.passes.split_all(units.pieces, 0, 0, units.kept)
+        units.passes.split_all(units.context, units.pieces, 0, 0, units.kept)
         return NOTHING
     if units.total <= FEW:
-        return units.passes.cut_few(units.pieces, count, units.kept)
+        return units.passes.cut_few(units.context, units.pieces, count, units.kept)
     return _cut_by_sample(units, count) or _cut_by_digits(units, count)
 
 
@@ -135,7 +138,7 @@ def _cut_by_sample(units: Units, count: int) -> Cut | None:
 
 def _cut_within(units: Units, count: int, low: int, high: int) -> Cut | None:
     """Marks what stays, if the cut is in [low, high).  Returns: the cut; None where it is not."""
-    found = units.passes.split_all(units.pieces, low, high, units.kept)
+    found = units.passes.split_all(units.context, units.pieces, low, high, units.kept)
     sizes = [len(part.keys) for part in found]
     place = count - (units.alive - sum(part.above for part in found) - sum(sizes))
     if not 1 <= place <= sum(sizes):  # of the cut among those within
@@ -174,11 +177,13 @@ def _sample(units: Units) -> Tensor | None:
     if units.total < LARGE:
         return None
     passes, spacing = units.passes, min(SPACING, units.total // SAMPLE)
-    if (memory := watch().work_memory) is not None:
+    if (memory := units.context.work_memory) is not None:
         spacing = max(spacing, units.total * BYTES_OF_FEW // memory)
     index = sample_places(passes.ranked, spacing, passes.device)
     # In one thread: many small pieces would have threads wait for each other.
-    sampled = units.sampled or [passes.sample(piece, index) for piece in checked(units.pieces)]
+    sampled = units.sampled or [
+        passes.sample(piece, index) for piece in units.context.each(units.pieces)
+    ]
     keys = torch.cat(list(sampled))
     # Of many small tensors there may be fewer, and where most are pruned.
     return keys if len(keys) >= SAMPLE // 2 else None
@@ -187,7 +192,7 @@ def _sample(units: Units) -> Tensor | None:
 def _cut_at(units: Units, count: int, key: int) -> Cut | None:
     """As _cut_within, of one key, which too many units have to collect them."""
     passes = units.passes
-    found = passes.each(lambda piece: passes.count_below(piece, key), units.pieces)
+    found = passes.map(units.context, lambda piece: passes.count_below(piece, key), units.pieces)
     below, equal = (list(of) for of in zip(*found, strict=True))
     cut = Cut(key, count - sum(below), sum(equal))
     return _mark_ties(units, cut, equal) if 1 <= cut.ties <= cut.equal else None
@@ -219,18 +224,17 @@ def _cut_by_digits(units: Units, count: int) -> Cut:
 def _count_digits(units: Units, prefix: int, shift: int) -> Tensor:
     """The counts of all pieces, added up in as few histograms as there are threads."""
     passes, pieces = units.passes, units.pieces
-    of_call = watch()  # the pool's threads have none of their own
 
     def counts_of(share: Sequence[Piece]) -> Tensor:
         counts = torch.zeros(1 << DIGIT_BITS, dtype=torch.int64, device=passes.device)
         for piece in share:
-            of_call.check()
+            units.context.check()
             passes.add_digits(piece, prefix, shift, counts)
         return counts
 
     size = -(-len(pieces) // passes.threads)
     shares = [pieces[begin:end] for begin, end in spans(len(pieces), size)]
-    return reduce(torch.add, passes.each(counts_of, shares))
+    return reduce(torch.add, passes.map(units.context, counts_of, shares))
 
 
 def _mark_ties(units: Units, cut: Cut, equal: Sequence[int]) -> Cut:
@@ -246,7 +250,9 @@ def _mark_ties(units: Units, cut: Cut, equal: Sequence[int]) -> Cut:
         _, at = passes.split(piece, low, high, kept)
         passes.keep(kept, at, torch.arange(len(at), device=at.device) >= going)
 
-    passes.each(mark, list(zip(units.pieces, units.kept, equal, before, strict=False)))
+    passes.map(
+        units.context, mark, list(zip(units.pieces, units.kept, equal, before, strict=False))
+    )
     return cut
 
 

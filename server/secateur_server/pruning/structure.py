@@ -15,6 +15,7 @@ from secateur_server.devices import passes_of
 from secateur_server.devices.passes import Layout, around
 from secateur_server.pruning.masks import Mask
 from secateur_server.pruning.tiles import Box, Tiles
+from secateur_server.runtime.context import RequestContext
 
 GROUPS = (2, 4, 8, 16)
 SIDES = (4, 8, 16, 32)
@@ -56,7 +57,9 @@ def structure_of_few(shape: Sequence[int], layout: Layout) -> Structure:
     return Structure(tuple((n, m) for n, m in most if n < m), blocks)
 
 
-def structure_of(shape: Sequence[int], zeros: int, nonzero: Callable[[], Mask]) -> Structure:
+def structure_of(
+    context: RequestContext, shape: Sequence[int], zeros: int, nonzero: Callable[[], Mask]
+) -> Structure:
     """The structure of a tensor.
 
     zeros: how many of its elements are.  nonzero: makes the mask of the others, where numbers do
@@ -74,8 +77,8 @@ def structure_of(shape: Sequence[int], zeros: int, nonzero: Callable[[], Mask]) 
     blocks: tuple[ZeroBlocks, ...] = ()
     if unsettled or may_have_blocks:
         mask = nonzero()
-        most |= _most_nonzero(mask, sizes, unsettled)
-        blocks = _zero_blocks(mask, matrix) if may_have_blocks else ()
+        most |= _most_nonzero(context, mask, sizes, unsettled)
+        blocks = _zero_blocks(context, mask, matrix) if may_have_blocks else ()
     return Structure(tuple((n, m) for m, n in most.items() if n < m), blocks)
 
 
@@ -86,7 +89,7 @@ def _whole_groups(sizes: tuple[int, int, int], m: int) -> int:
 
 
 def _most_nonzero(
-    mask: Mask, sizes: tuple[int, int, int], limits: dict[int, int]
+    context: RequestContext, mask: Mask, sizes: tuple[int, int, int], limits: dict[int, int]
 ) -> dict[int, int]:
     """How many elements of a group are not zero, at most, for each m of `limits`.
 
@@ -105,11 +108,13 @@ def _most_nonzero(
         met.update(m for m in limits if found[m] == limits[m])
         return found
 
-    found = passes.each(most_in, tiles.boxes(passes.piece))
+    found = passes.map(context, most_in, tiles.boxes(passes.piece))
     return {m: max(most[m] for most in found) for m in limits}
 
 
-def _zero_blocks(mask: Mask, matrix: tuple[int, int]) -> tuple[ZeroBlocks, ...]:
+def _zero_blocks(
+    context: RequestContext, mask: Mask, matrix: tuple[int, int]
+) -> tuple[ZeroBlocks, ...]:
     """The blocks of a matrix, for each side up to the last that has any."""
     passes = passes_of(mask.bits.device)
     rows, columns = matrix
@@ -118,7 +123,9 @@ def _zero_blocks(mask: Mask, matrix: tuple[int, int]) -> tuple[ZeroBlocks, ...]:
     def nonzero_in(box: Box) -> list[int]:
         return passes.nonzero_blocks(_lines(mask, tiles, box))
 
-    nonzero = map(sum, zip(*passes.each(nonzero_in, tiles.boxes(passes.piece)), strict=True))
+    nonzero = map(
+        sum, zip(*passes.map(context, nonzero_in, tiles.boxes(passes.piece)), strict=True)
+    )
     return _zero_of(matrix, nonzero)
 
 

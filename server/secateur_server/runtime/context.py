@@ -88,6 +88,7 @@ class RequestContext:
         stages: receive, score, select, encode and send, as far as they have run.
         received, sent: Bytes of data.
         elements, pruned: Of the tensors in the report, and those that this request pruned.
+        charges: Bytes that the request holds beside its state_dict, as the scheduler counts them.
         queued, time_to_report: Seconds; None: the request has not come so far.
         reason: Of a failure, as google.rpc.ErrorInfo has it.  error: What the caller was told.
         code: The final status.
@@ -102,6 +103,7 @@ class RequestContext:
         deadline: float | None = None,
         work_memory: int | None = None,
         scratch: Path | None = None,
+        charge: "Charge" = lambda context, field, size, what: None,
     ) -> None:
         self.method, self.id, self.peer, self.tenant = method, id, peer, ANYBODY
         self.deadline, self.work_memory, self.scratch = deadline, work_memory, scratch
@@ -114,6 +116,8 @@ class RequestContext:
         self.queued: float | None = None
         self.time_to_report: float | None = None
         self.reason = self.error = self.code = ""
+        self.charges: list[int] = []
+        self._charge = charge
         self.begun = time.time_ns()
         self._started = time.perf_counter()
         self._lock = threading.Lock()
@@ -179,6 +183,29 @@ class RequestContext:
                     min(before.begun, now), max(before.ended, ended), before.seconds + seconds
                 )
 
+    @contextmanager
+    def queueing(self) -> Iterator[None]:
+        """Times the block as a wait for memory."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.queued = time.perf_counter() - begun
+
+    def charge(self, field: str, size: int, what: str) -> None:
+        """Counts `size` bytes against the server's limits before they are allocated.
+
+        Args:
+            field: Of the request, which causes them.
+            size: An upper estimate. They count until the request ends.
+            what: Takes that memory; for the error.
+
+        Raises:
+            RequestTooLarge: The server never has so much.
+            QueueFull: Other requests hold too much of it.
+        """
+        self._charge(self, field, size, what)
+
     def begin(self, phase: str, total: int = 0) -> None:
         """Begins a phase of `total` bytes; 0: unknown."""
         self.now = phase, total, self.done
@@ -193,3 +220,6 @@ class RequestContext:
         self.done += count
         if self.now[0] in ("fetch", "read"):  # a fetched file is then read from the disk
             self.read = max(self.read, self.done - self.now[2])
+
+
+Charge = Callable[[RequestContext, str, int, str], None]

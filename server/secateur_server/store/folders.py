@@ -1,11 +1,70 @@
-"""The folder of a store: how much it may hold, and where it is if nobody says."""
+"""The folder of a store: whose it is, how much it may hold, and where it is if nobody says."""
 
 import fcntl
+import logging
 import os
 import shutil
 import tempfile
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
+
+from secateur_server.errors import StoreFailed
+
+log = logging.getLogger(__name__)
+
+
+class StoreInUse(Exception):
+    """Another server has the folder."""
+
+
+class FolderLock:
+    """Keeps other servers away from a folder until it is closed.
+
+    The folder itself is locked. A lock on a file in it ends when somebody removes the file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Raises StoreInUse."""
+        self._folder = folder
+        self._fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._fd)
+            raise StoreInUse(f"another server keeps its checkpoints in {folder}") from None
+        except OSError:
+            os.close(self._fd)
+            raise
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the folder's path still leads to the folder that is locked."""
+        try:
+            return os.path.samestat(os.stat(self._folder), os.fstat(self._fd))
+        except OSError:
+            return False
+
+    def check(self) -> None:
+        """Refuses to use another folder, which another server may have.
+
+        Raises:
+            StoreFailed: The folder was moved, removed or replaced.
+        """
+        if not self.is_in_place:
+            log.error(
+                "%s is not the folder that the server opened: it was moved, removed or replaced; "
+                "put it back, or restart the server",
+                self._folder,
+            )
+            raise StoreFailed(
+                "data",
+                "the store's folder was moved or replaced; the operator has to put it back, or to "
+                "restart the server",
+            )
+
+    def close(self) -> None:
+        """Lets other servers in."""
+        os.close(self._fd)
 
 
 def default_max_bytes(folder: Path) -> int:
@@ -20,9 +79,10 @@ def default_max_bytes(folder: Path) -> int:
 
 
 def temporary_folder() -> Path:
-    """A private folder for a store that ends with its server; those that were left behind go."""
+    """A private folder for a store that ends with its server. Removes those left behind."""
     for path in Path(tempfile.gettempdir()).glob("secateur-store-*"):
-        with suppress(OSError), (path / "lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path)
+        # A folder without blobs is new: its server is about to lock it.
+        if (path / "blobs").exists():
+            with suppress(OSError, StoreInUse), closing(FolderLock(path)):
+                shutil.rmtree(path)
     return Path(tempfile.mkdtemp(prefix="secateur-store-"))

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 from secateur_server.devices.mapping import map_file
-from secateur_server.devices.watch import watch
 from secateur_server.durable import full_disk
 from secateur_server.errors import (
     RequestError,
@@ -23,6 +22,7 @@ from secateur_server.errors import (
     UriNotFound,
     quote,
 )
+from secateur_server.runtime.context import RequestContext
 from secateur_server.uris.redirects import HTTP, NotListed, options
 from secateur_server.uris.requests import Requests
 from secateur_server.uris.scratch import Scratch
@@ -46,22 +46,30 @@ class RemoteFile:
 
     data: memoryview
 
-    def __init__(self, field: str, uri: str, requests: Requests, prefixes: Prefixes) -> None:
+    def __init__(
+        self,
+        context: RequestContext,
+        field: str,
+        uri: str,
+        requests: Requests,
+        prefixes: Prefixes,
+    ) -> None:
         """prefixes: that are allowed.  Errors: UriNotFound, UriFailed, UriNotAllowed, QueueFull."""
-        self._field, self.uri, self._requests = field, uri, requests
-        self._system, self._path = _system(field, uri, requests, prefixes)
+        self._context, self._requests = context, requests
+        self._field, self.uri = field, uri
+        self._system, self._path = _system(context, field, uri, requests, prefixes)
         self._before = self._info()
         self.size = int(self._before["size"])
 
     def fetch(self, scratch: Scratch) -> None:
         """Reads it to the disk.  Errors: UriNotFound, UriFailed, UriChanged, StoreFull."""
         with tempfile.TemporaryFile(dir=scratch.folder) as file:
-            watch().begin("fetch", self.size)
+            self._context.begin("fetch", self.size)
             with full_disk():
                 for part in self._ranges(self.size):
                     file.write(part)
                     scratch.count(len(part))
-                    watch().advance(len(part))
+                    self._context.advance(len(part))
                 file.flush()
             self.data, _ = map_file(file.fileno())
         self.check_unchanged()
@@ -69,8 +77,8 @@ class RemoteFile:
     def _info(self) -> dict[str, Any]:
         try:
             self._system.invalidate_cache()
-            asked = self._requests.start(self._system, "info", self._path)
-            found: dict[str, Any] = self._requests.result(asked)
+            asked = self._requests.start(self._context, self._system, "info", self._path)
+            found: dict[str, Any] = self._requests.result(self._context, asked)
         except FileNotFoundError as error:
             raise _not_found(self._field, self.uri, error) from None
         except Exception as error:  # of a library for any kind of store
@@ -88,7 +96,9 @@ class RemoteFile:
         try:
             for start in range(0, size, RANGE_BYTES):
                 end = min(start + RANGE_BYTES, size)
-                asked = partial(self._requests.start, self._system, "cat_file", self._path)
+                asked = partial(
+                    self._requests.start, self._context, self._system, "cat_file", self._path
+                )
                 coming.append((end - start, asked(start=start, end=end)))
                 if len(coming) == AT_ONCE:
                     yield self._range(*coming.popleft())
@@ -100,7 +110,7 @@ class RemoteFile:
 
     def _range(self, length: int, coming: Future[bytes]) -> bytes:
         try:
-            data = self._requests.result(coming)
+            data = self._requests.result(self._context, coming)
         except Exception as error:
             raise _failed(self._field, self.uri, "read", error) from None
         if len(data) != length:
@@ -125,14 +135,21 @@ class RemoteTarget:
     """
 
     def __init__(
-        self, field: str, uri: str, size: int, requests: Requests, prefixes: Prefixes
+        self,
+        context: RequestContext,
+        field: str,
+        uri: str,
+        size: int,
+        requests: Requests,
+        prefixes: Prefixes,
     ) -> None:
         """size: of what is to be written.  prefixes: that are allowed.
 
         Errors: UriFailed, QueueFull.
         """
-        self._field, self._uri, self._requests = field, uri, requests
-        self._system, self._path = _system(field, uri, requests, prefixes)
+        self._context, self._requests = context, requests
+        self._field, self._uri = field, uri
+        self._system, self._path = _system(context, field, uri, requests, prefixes)
         self._part = max(RANGE_BYTES, -(-size // MOST_PARTS))
         self._file: Any = None
         self._is_open = True
@@ -149,8 +166,8 @@ class RemoteTarget:
     def _run(self, step: Callable[[], Any], can_leave: bool = True) -> None:
         """Errors: UriFailed, QueueFull, Stopped."""
         try:
-            self._last = self._requests.in_thread(step, can_leave)
-            self._requests.result(self._last, can_leave)
+            self._last = self._requests.in_thread(self._context, step, can_leave)
+            self._requests.result(self._context, self._last, can_leave)
         except Exception as error:
             raise _failed(self._field, self._uri, "written", error) from None
 
@@ -206,10 +223,12 @@ def _installer(uri: str) -> str:
     return _INSTALL if package in _OF_EXTRA else f"pip install {package}"
 
 
-def _system(field: str, uri: str, requests: Requests, prefixes: Prefixes) -> tuple[Any, str]:
+def _system(
+    context: RequestContext, field: str, uri: str, requests: Requests, prefixes: Prefixes
+) -> tuple[Any, str]:
     """The file system of a URI, and the path in it.  Errors: UriFailed, QueueFull, Stopped."""
     try:
-        return _open_system(uri, requests, prefixes)
+        return _open_system(context, uri, requests, prefixes)
     except ImportError as error:  # of fsspec, or of what it opens this kind of URI with
         needed = ValueError(f"{error}; on the server: {_installer(uri)}")
         raise _failed(field, uri, "opened", needed) from None
@@ -217,7 +236,9 @@ def _system(field: str, uri: str, requests: Requests, prefixes: Prefixes) -> tup
         raise _failed(field, uri, "opened", error) from None
 
 
-def _open_system(uri: str, requests: Requests, prefixes: Prefixes) -> tuple[Any, str]:
+def _open_system(
+    context: RequestContext, uri: str, requests: Requests, prefixes: Prefixes
+) -> tuple[Any, str]:
     import fsspec
 
     opened: tuple[Any, str]
@@ -229,7 +250,7 @@ def _open_system(uri: str, requests: Requests, prefixes: Prefixes) -> tuple[Any,
         opened = fsspec.core.url_to_fs(uri)
     else:  # it may connect at once; in its cache there would be one for each thread
         connect = partial(fsspec.core.url_to_fs, uri, skip_instance_cache=True)
-        opened = requests.result(requests.in_thread(connect))
+        opened = requests.result(context, requests.in_thread(context, connect))
     return opened
 
 

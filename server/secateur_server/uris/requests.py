@@ -8,8 +8,8 @@ from concurrent.futures import Future, wait
 from functools import partial
 from typing import Any, TypeVar
 
-from secateur_server.devices.watch import watch
 from secateur_server.errors import QueueFull
+from secateur_server.runtime.context import RequestContext
 
 Found = TypeVar("Found")
 
@@ -33,17 +33,22 @@ class Requests:
         self._timeout = timeout
         self._free = threading.Semaphore(MOST_THREADS)
 
-    def start(self, system: Any, name: str, *arguments: Any, **options: Any) -> Future[Any]:
+    def start(
+        self, context: RequestContext, system: Any, name: str, *arguments: Any, **options: Any
+    ) -> Future[Any]:
         """Starts a method of a file system."""
         if system.async_impl and hasattr(system, f"_{name}"):
             coroutine = getattr(system, f"_{name}")(*arguments, **options)
             return asyncio.run_coroutine_threadsafe(coroutine, system.loop)
-        return self.in_thread(partial(getattr(system, name), *arguments, **options))
+        return self.in_thread(context, partial(getattr(system, name), *arguments, **options))
 
-    def in_thread(self, function: Callable[[], Found], can_leave: bool = True) -> Future[Found]:
+    def in_thread(
+        self, context: RequestContext, function: Callable[[], Found], can_leave: bool = True
+    ) -> Future[Found]:
         """Starts a function in a thread.
 
         Args:
+            context: The request.
             function: What to run.
             can_leave: Whether to give up when the caller has left.
 
@@ -53,17 +58,21 @@ class Requests:
         """
         end = time.monotonic() + self._timeout
         while not self._free.acquire(timeout=min(LOOK_SECONDS, self._timeout)):
-            _check(can_leave)
+            if can_leave:
+                context.check()
             if time.monotonic() > end:
                 raise QueueFull(
                     "call", f"{MOST_THREADS} requests to remote stores wait already", RETRY_SECONDS
                 )
         return self._run(function)
 
-    def result(self, coming: Future[Found], can_leave: bool = True) -> Found:
+    def result(
+        self, context: RequestContext, coming: Future[Found], can_leave: bool = True
+    ) -> Found:
         """Waits for a request, and cancels it when nobody waits for it any more.
 
         Args:
+            context: The request.
             coming: The request.
             can_leave: Whether to give up when the caller has left.
 
@@ -74,7 +83,8 @@ class Requests:
         end = time.monotonic() + self._timeout
         try:
             while not wait([coming], timeout=min(LOOK_SECONDS, self._timeout)).done:
-                _check(can_leave)
+                if can_leave:
+                    context.check()
                 if time.monotonic() > end:
                     raise TimeoutError(f"no answer for {self._timeout:g} seconds (--idle-timeout)")
         except BaseException:
@@ -107,9 +117,3 @@ class Requests:
             self._free.release()
             raise
         return coming
-
-
-def _check(can_leave: bool) -> None:
-    """Errors: Stopped."""
-    if can_leave:
-        watch().check()

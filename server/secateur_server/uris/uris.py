@@ -9,8 +9,8 @@ from urllib.parse import quote as urlquote
 from urllib.parse import unquote
 
 from secateur_proto.index import SUFFIX
-from secateur_server.devices.watch import watch
 from secateur_server.errors import InvalidRequest, UriNotAllowed, quote
+from secateur_server.runtime.context import RequestContext
 from secateur_server.uris.local import LocalFile, LocalTarget
 from secateur_server.uris.remote import RemoteFile, RemoteTarget
 from secateur_server.uris.requests import Requests
@@ -52,11 +52,17 @@ class Uris:
         return any(uri.startswith(prefix.rstrip("/") + "/") for prefix in self._prefixes)
 
     def open(
-        self, field: str, uri: str, held: ExitStack, admit: Callable[[int, int], None]
+        self,
+        context: RequestContext,
+        field: str,
+        uri: str,
+        held: ExitStack,
+        admit: Callable[[int, int], None],
     ) -> list[MappedFile]:
         """Opens a model: a file, or an index and the shards that it names, which lie beside it.
 
         Args:
+            context: The request.
             field: Of the request, for errors.
             uri: Of the file or the index.
             held: Closes the files.
@@ -67,34 +73,43 @@ class Uris:
             RequestError: UriNotAllowed, UriNotFound, UriFailed, UriChanged, InvalidStateDict,
                 StoreFull, QueueFull, or what `admit` raises.
         """
-        model = [self._open(field, uri, held)]
+        model = [self._open(context, field, uri, held)]
         index = []
         if uri.endswith(SUFFIX):
-            index = self._mapped(field, uri, model, held)
+            index = self._mapped(context, field, uri, model, held)
             weight_map, _ = weight_map_of(index[0].filename, index[0].data)
             shards = dict.fromkeys(weight_map.values())  # distinct, in their order
-            model = [self._open(field, _beside(field, uri, shard), held) for shard in shards]
+            model = [
+                self._open(context, field, _beside(field, uri, shard), held) for shard in shards
+            ]
         size = sum(file.size for file in model)
         admit(size, sum(file.size for file in model if isinstance(file, RemoteFile)))
-        return self._mapped(field, uri, model, held) + index
+        return self._mapped(context, field, uri, model, held) + index
 
-    def _open(self, field: str, uri: str, held: ExitStack) -> LocalFile | RemoteFile:
+    def _open(
+        self, context: RequestContext, field: str, uri: str, held: ExitStack
+    ) -> LocalFile | RemoteFile:
         self.check(field, uri)
         file: LocalFile | RemoteFile
         if uri.startswith(LOCAL):
             file = LocalFile(field, uri, self._paths)
         else:
-            file = RemoteFile(field, uri, self._requests, self._prefixes)
+            file = RemoteFile(context, field, uri, self._requests, self._prefixes)
         held.push(_closing(file))
         return file
 
     def _mapped(
-        self, field: str, uri: str, files: Sequence[LocalFile | RemoteFile], held: ExitStack
+        self,
+        context: RequestContext,
+        field: str,
+        uri: str,
+        files: Sequence[LocalFile | RemoteFile],
+        held: ExitStack,
     ) -> list[MappedFile]:
         """Fetches those files that are not local.  uri: of the whole, for errors."""
         remote = [file for file in files if isinstance(file, RemoteFile)]
         size = sum(file.size for file in remote)
-        held.enter_context(self._scratch.reserved(field, uri, size))
+        held.enter_context(self._scratch.reserved(context, field, uri, size))
         for file in remote:
             file.fetch(self._scratch)
         return [
@@ -113,6 +128,7 @@ class Uris:
 
     def write(
         self,
+        context: RequestContext,
         field: str,
         uri: str,
         files: Sequence[OutgoingFile],
@@ -134,21 +150,23 @@ class Uris:
         with ExitStack() as targets:
             opened = []
             for place, size in zip(places, (file.size for file in files), strict=True):
-                target = self._target(field, place, size)
+                target = self._target(context, field, place, size)
                 targets.callback(target.discard)
                 opened.append(target)
             for target, file in zip(opened, files, strict=True):
-                target.write(watched_parts(file.parts()))
+                target.write(watched_parts(context, file.parts()))
             check()
-            watch().check()  # it was written to disk meanwhile, which took its time
+            context.check()  # it was written to disk meanwhile, which took its time
             for target in opened:
                 target.commit()
 
-    def _target(self, field: str, uri: str, size: int) -> LocalTarget | RemoteTarget:
+    def _target(
+        self, context: RequestContext, field: str, uri: str, size: int
+    ) -> LocalTarget | RemoteTarget:
         self.check(field, uri)
         if uri.startswith(LOCAL):
             return LocalTarget(field, uri, self._paths)
-        return RemoteTarget(field, uri, size, self._requests, self._prefixes)
+        return RemoteTarget(context, field, uri, size, self._requests, self._prefixes)
 
 
 Place = TypeVar("Place", Path, str)

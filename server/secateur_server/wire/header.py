@@ -9,14 +9,17 @@ from typing import Any
 from secateur_proto.dtypes import DTYPES
 from secateur_proto.framing import tensor_bytes
 from secateur_proto.text import Text
-from secateur_server.devices.watch import watch
 from secateur_server.errors import MalformedFile, quote
+from secateur_server.runtime.context import RequestContext
 
 # The format's own limit.
 MAX_HEADER_BYTES = 100_000_000
 
 # The length in 8 bytes, and {}.
 MIN_FILE_BYTES = 10
+# Bytes of memory for a byte of a header while it is read, and for all that a request makes of a
+# tensor beside its values.
+MEMORY_PER_BYTE, MEMORY_PER_TENSOR = 9, 7000
 
 _METADATA = "__metadata__"
 # Each is an object or two, whatever its length.
@@ -44,8 +47,14 @@ class Entry:
     end: int
 
 
-def header_length(prefix: bytes, file_bytes: int) -> int:
-    """The length of the JSON text, from the first 8 bytes of a file of `file_bytes` bytes."""
+def header_length(context: RequestContext, prefix: bytes, file_bytes: int) -> int:
+    """The length of the JSON text, from the first 8 bytes of a file of `file_bytes` bytes.
+
+    Raises:
+        MalformedFile: It cannot be the length of that file's header.
+        RequestTooLarge: The tensors that it names take more memory than there is for it.
+        QueueFull: As much, beside other requests.
+    """
     length = int.from_bytes(prefix, "little")
     limit = min(MAX_HEADER_BYTES, file_bytes - 8)
     if not 2 <= length <= limit:
@@ -53,10 +62,11 @@ def header_length(prefix: bytes, file_bytes: int) -> int:
             "data",
             f"the header's length is {length}; in {file_bytes} bytes it is from 2 to {limit}",
         )
+    context.charge("data", MEMORY_PER_BYTE * length, f"reading a header of {length} bytes")
     return length
 
 
-def parse_header(text: bytes, data_bytes: int) -> Header:
+def parse_header(context: RequestContext, text: bytes, data_bytes: int) -> Header:
     """What the header `text` of a file announces.
 
     data_bytes: what is left of the file behind the header.
@@ -66,11 +76,12 @@ def parse_header(text: bytes, data_bytes: int) -> Header:
     if not text.startswith(b"{"):
         raise MalformedFile("data", f"the header begins with {quote(text[:8])}, not with {{")
     try:
-        entries, metadata = _tables(Text(text.decode(), _DECODER))
+        entries, metadata = _tables(context, Text(text.decode(), _DECODER))
     except RecursionError:
         raise MalformedFile("data", "the header is nested too deeply") from None
     except ValueError as error:
         raise MalformedFile("data", f"the header is not JSON: {quote(str(error))}") from None
+    context.charge("data", MEMORY_PER_TENSOR * len(entries), f"serving {len(entries)} tensors")
     position, before = 0, "the header"
     for entry in sorted(entries, key=lambda entry: (entry.begin, entry.end)):
         if entry.begin != position:
@@ -91,7 +102,7 @@ def _field(name: str) -> str:
     return f"data[{quote(name)}]"
 
 
-def _tables(reader: Text) -> tuple[list[Entry], dict[str, str]]:
+def _tables(context: RequestContext, reader: Text) -> tuple[list[Entry], dict[str, str]]:
     """Errors: MalformedFile, ValueError, RecursionError."""
     entries: dict[str, Entry] = {}
     metadata: dict[str, str] | None = None
@@ -101,7 +112,7 @@ def _tables(reader: Text) -> tuple[list[Entry], dict[str, str]]:
         if name == _METADATA:
             metadata = _metadata(reader)
         else:
-            entries[name] = _entry(name, reader.value())
+            entries[name] = _entry(context, name, reader.value())
     reader.end()
     return list(entries.values()), metadata or {}
 
@@ -143,8 +154,8 @@ def _twice(name: str) -> MalformedFile:
     return MalformedFile(_field(name), "the name stands twice in the header")
 
 
-def _entry(name: str, fields: Any) -> Entry:
-    watch().check()  # of hundreds of thousands the header alone takes seconds
+def _entry(context: RequestContext, name: str, fields: Any) -> Entry:
+    context.check()  # of hundreds of thousands the header alone takes seconds
     if not _is_text(name):
         raise MalformedFile(_field(name), "the name is no text")
     if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:

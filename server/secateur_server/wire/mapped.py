@@ -11,8 +11,8 @@ from secateur_server.devices.dtypes import TORCH_DTYPES
 from secateur_server.devices.keys import BITS
 from secateur_server.devices.looks import SPACING, Look, Sample, Seen, sample_places, seen_of
 from secateur_server.devices.passes import BYTES_OF_FEW
-from secateur_server.devices.watch import watch
 from secateur_server.errors import MalformedFile, quote
+from secateur_server.runtime.context import RequestContext
 from secateur_server.wire.header import (
     MIN_FILE_BYTES,
     Entry,
@@ -47,28 +47,30 @@ class MappedFile:
         return -(-len(self.data) // BLOCK)
 
 
-def map_header(file: MappedFile) -> tuple[Header, int]:
+def map_header(context: RequestContext, file: MappedFile) -> tuple[Header, int]:
     """The head of a file, and where the data behind it begins.  Errors: MalformedFile."""
     try:
-        return _map_header(file)
+        return _map_header(context, file)
     except MalformedFile as error:
         if not file.filename:
             raise
         raise MalformedFile("data", f"{quote(file.filename)}: {error.description}") from None
 
 
-def _map_header(file: MappedFile) -> tuple[Header, int]:
+def _map_header(context: RequestContext, file: MappedFile) -> tuple[Header, int]:
     if len(file.data) < MIN_FILE_BYTES:
         raise MalformedFile("data", f"{len(file.data)} bytes are no safetensors file")
     file.check(0)
-    length = header_length(bytes(file.data[:8]), len(file.data))
+    length = header_length(context, bytes(file.data[:8]), len(file.data))
     for block in range(1, -(-(8 + length) // BLOCK)):
         file.check(block)
     text = bytes(file.data[8 : 8 + length])
-    return parse_header(text, len(file.data) - 8 - length), 8 + length
+    return parse_header(context, text, len(file.data) - 8 - length), 8 + length
 
 
-def map_tensors(file: MappedFile, entries: Iterable[Entry], base: int) -> dict[str, WireTensor]:
+def map_tensors(
+    context: RequestContext, file: MappedFile, entries: Iterable[Entry], base: int
+) -> dict[str, WireTensor]:
     """The tensors of `entries`, on the file's own memory: a GPU's may be less than the file.
 
     base: where the data begins.  One pass over their blocks checks them, and takes a first look.
@@ -78,8 +80,7 @@ def map_tensors(file: MappedFile, entries: Iterable[Entry], base: int) -> dict[s
     spans = _Spans([entry for entry in entries if entry.end > entry.begin], base)
     passes = passes_of(torch.device("cpu"))
     data = torch.frombuffer(file.data, dtype=torch.uint8)
-    of_call = watch()
-    work_memory = of_call.work_memory
+    work_memory = context.work_memory
 
     def scan(block: int) -> list[tuple[str, Look]]:
         file.check(block)
@@ -90,15 +91,15 @@ def map_tensors(file: MappedFile, entries: Iterable[Entry], base: int) -> dict[s
             spacing = _spacing(len(data), work_memory, dtype)
             sample = _sample(part, end_of_part, spacing) if spacing else None
             found.append((name, Look(end_of_part, *passes.extremes(part), sample)))
-        of_call.advance(end - begin)
+        context.advance(end - begin)
         return found
 
     looks: dict[str, list[Look]] = {}
-    for of_block in passes.each(scan, spans.blocks()):
+    for of_block in passes.map(context, scan, spans.blocks()):
         for name, look in of_block:
             looks.setdefault(name, []).append(look)
     return {
-        entry.name: _tensor(entry, data, base, seen_of(looks.get(entry.name, [])))
+        entry.name: _tensor(context, entry, data, base, seen_of(looks.get(entry.name, [])))
         for entry in entries
     }
 
@@ -148,10 +149,12 @@ class _Spans:
             index += 1
 
 
-def _tensor(entry: Entry, data: torch.Tensor, base: int, seen: Seen | None) -> WireTensor:
+def _tensor(
+    context: RequestContext, entry: Entry, data: torch.Tensor, base: int, seen: Seen | None
+) -> WireTensor:
     part = data[base + entry.begin : base + entry.end]
     dtype = TORCH_DTYPES.get(entry.dtype)
     if dtype is not None and (base + entry.begin) % dtype.itemsize:
         # torch has no tensor whose elements are not aligned.
-        part = room_to_work(len(part), passes_of(part.device)).copy_(part)
+        part = room_to_work(context, len(part), passes_of(part.device)).copy_(part)
     return WireTensor(entry.dtype, entry.shape, part, seen)

@@ -11,6 +11,7 @@ from secateur_server.devices.keys import BITS
 from secateur_server.devices.looks import Look, seen_of
 from secateur_server.devices.passes import Passes
 from secateur_server.errors import TooShort, WrongLength
+from secateur_server.runtime.context import RequestContext
 from secateur_server.wire.header import Entry, Header, header_length, parse_header
 from secateur_server.wire.tensors import WireTensor
 
@@ -82,10 +83,10 @@ class ByteStream:
             self._digest.update(chunk)
 
 
-def read_header(stream: ByteStream) -> Header:
+def read_header(context: RequestContext, stream: ByteStream) -> Header:
     """Reads the head of a safetensors file.  Errors: MalformedFile, WrongLength."""
-    length = header_length(bytes(stream.take(8)), stream.announced)
-    return parse_header(bytes(stream.take(length)), stream.announced - 8 - length)
+    length = header_length(context, bytes(stream.take(8)), stream.announced)
+    return parse_header(context, bytes(stream.take(length)), stream.announced - 8 - length)
 
 
 def read_tensors(stream: ByteStream, header: Header, device: torch.device) -> dict[str, WireTensor]:

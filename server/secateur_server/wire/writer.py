@@ -9,7 +9,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from secateur_proto.framing import CHUNK_BYTES, cut, file_header, tensor_bytes
-from secateur_server.devices.watch import watch
+from secateur_server.runtime.context import RequestContext
 
 Bytes = bytes | memoryview
 
@@ -41,22 +41,25 @@ class OutgoingFile:
     parts: Callable[[], Iterable[Bytes]]
     seek: Callable[[int], Iterable[Bytes]] | None = None
 
-    def parts_from(self, offset: int) -> Iterable[Bytes]:
+    def parts_from(self, context: RequestContext, offset: int) -> Iterable[Bytes]:
         """Its bytes from `offset` on."""
         if offset and self.seek:
             return self.seek(offset)
-        return _without_begin(self.parts(), offset)
+        return _without_begin(context, self.parts(), offset)
 
 
-def _without_begin(parts: Iterable[Bytes], offset: int) -> Iterator[Bytes]:
-    for part in watched_parts(parts) if offset else parts:
+def _without_begin(context: RequestContext, parts: Iterable[Bytes], offset: int) -> Iterator[Bytes]:
+    for part in watched_parts(context, parts) if offset else parts:
         skipped = min(offset, len(part))
         offset -= skipped
         yield memoryview(part)[skipped:]
 
 
 def state_dict_file(
-    filename: str, tensors: Mapping[str, Outgoing], metadata: Mapping[str, str]
+    context: RequestContext,
+    filename: str,
+    tensors: Mapping[str, Outgoing],
+    metadata: Mapping[str, str],
 ) -> OutgoingFile:
     """A safetensors file of `tensors`, in their order.
 
@@ -71,8 +74,8 @@ def state_dict_file(
                 yield from _on_host(part.view(torch.uint8))
 
     if size <= CHUNK_BYTES:  # of what is small the parts are made once
-        return bytes_file(filename, b"".join(parts()))
-    return OutgoingFile(filename, size, _digest(parts()), parts)
+        return bytes_file(context, filename, b"".join(parts()))
+    return OutgoingFile(filename, size, _digest(context, parts()), parts)
 
 
 def _on_host(data: torch.Tensor) -> Iterator[memoryview]:
@@ -92,38 +95,41 @@ def state_dict_head(
     return header, len(header) + sum(tensor_bytes(dtype, shape) for _, dtype, shape in described)
 
 
-def bytes_file(filename: str, data: bytes) -> OutgoingFile:
+def bytes_file(context: RequestContext, filename: str, data: bytes) -> OutgoingFile:
     """A file of bytes."""
-    return OutgoingFile(filename, len(data), _digest([data]), lambda: [data])
+    return OutgoingFile(filename, len(data), _digest(context, [data]), lambda: [data])
 
 
-def chunks(files: Iterable[OutgoingFile], offset: int = 0) -> Iterator[Bytes]:
+def chunks(
+    context: RequestContext, files: Iterable[OutgoingFile], offset: int = 0
+) -> Iterator[Bytes]:
     """The files, one behind another, in chunks of CHUNK_BYTES.  offset: where to begin."""
-    return cut(chain.from_iterable(_files_from(files, offset)))
+    return cut(chain.from_iterable(_files_from(context, files, offset)))
 
 
-def _files_from(files: Iterable[OutgoingFile], offset: int) -> Iterator[Iterable[Bytes]]:
+def _files_from(
+    context: RequestContext, files: Iterable[OutgoingFile], offset: int
+) -> Iterator[Iterable[Bytes]]:
     for file in files:
         if offset < file.size:
-            yield file.parts_from(offset)
+            yield file.parts_from(context, offset)
         offset = max(0, offset - file.size)
 
 
-def watched_parts(parts: Iterable[Bytes]) -> Iterator[Bytes]:
+def watched_parts(context: RequestContext, parts: Iterable[Bytes]) -> Iterator[Bytes]:
     """The same bytes, in parts of which each takes well under a second.  Errors: Stopped."""
-    of_call = watch()
     for part in parts:
         view = memoryview(part)
         for begin in range(0, len(view), _PART_BYTES):
-            of_call.advance(len(view[begin : begin + _PART_BYTES]))
+            context.advance(len(view[begin : begin + _PART_BYTES]))
             yield view[begin : begin + _PART_BYTES]
 
 
 _PART_BYTES = 16 << 20
 
 
-def _digest(parts: Iterable[Bytes]) -> str:
+def _digest(context: RequestContext, parts: Iterable[Bytes]) -> str:
     digest = blake3()
-    for part in watched_parts(parts):
+    for part in watched_parts(context, parts):
         digest.update(part)
     return digest.hexdigest()

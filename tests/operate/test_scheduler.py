@@ -22,13 +22,10 @@ from hypothesis import strategies as st
 import secateur
 from secateur import errors
 from secateur_proto.pruner_pb2_grpc import PrunerStub
-from secateur_server.app import WORKERS
-from secateur_server.devices.watch import watched
 from secateur_server.errors import ModelTooLarge, QueueFull, QuotaExceeded, Stopped
-from secateur_server.operate import admission as module
-from secateur_server.operate.admission import Admission
-from secateur_server.operate.reception import MOST_OPEN
+from secateur_server.runtime import budget
 from secateur_server.runtime.context import RequestContext, Tenant
+from secateur_server.runtime.scheduler import MOST_PROBES, WORKERS, Scheduler
 from tests.conftest import RunningServer, eventually, inner_server, start_server, stop_server
 from tests.contract.raw import (
     Failure,
@@ -47,40 +44,39 @@ from tests.store.stored import token
 
 @pytest.fixture(autouse=True)
 def _soon_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(budget, "CHECK_SECONDS", 0.01)
 
 
 class Caller:
     """A call in a thread of its own, which holds its model until it is told to leave."""
 
-    def __init__(self, admission: Admission, tenant: Tenant, size: int) -> None:
+    def __init__(self, scheduler: Scheduler, tenant: Tenant, size: int) -> None:
         self.tenant, self.size = tenant, size
         self.state = "waiting"
         self.error: BaseException | None = None
-        self.watch = RequestContext()
-        self._admission = admission
+        self.context = RequestContext()
+        self._scheduler = scheduler
         self._leaves = threading.Event()
         self._thread = threading.Thread(target=self._call, daemon=True)
         self._thread.start()
 
     def _call(self) -> None:
-        self.watch.tenant = self.tenant
-        with watched(self.watch):
-            try:
-                with self._admission.admitted("header.data_bytes", self.size):
-                    self.state = "served"
-                    self._leaves.wait()
-                self.state = "left"
-            except (QueueFull, Stopped, ModelTooLarge, QuotaExceeded) as error:
-                self.error = error
-                self.state = "refused" if isinstance(error, QueueFull) else "stopped"
+        self.context.tenant = self.tenant
+        try:
+            with self._scheduler.model(self.context, "header.data_bytes", self.size):
+                self.state = "served"
+                self._leaves.wait()
+            self.state = "left"
+        except (QueueFull, Stopped, ModelTooLarge, QuotaExceeded) as error:
+            self.error = error
+            self.state = "refused" if isinstance(error, QueueFull) else "stopped"
 
     def leave(self) -> None:
         self._leaves.set()
         self._thread.join(300)
 
     def stop(self) -> None:
-        self.watch.cancel()
+        self.context.cancel()
         self._thread.join(300)
 
 
@@ -181,7 +177,7 @@ ENDS = st.tuples(st.sampled_from(["leave", "stop"]), st.integers(0, 9), st.just(
 def test_every_order_of_comings_and_goings_is_served_by_the_rule(
     most_waiting: int, steps: list[Step]
 ) -> None:
-    admission, rule = Admission(LIMIT, most_waiting), Rule(LIMIT, most_waiting)
+    scheduler, rule = Scheduler(LIMIT, most_waiting), Rule(LIMIT, most_waiting)
     callers: list[Caller] = []
 
     def end(kind: str, which: int) -> None:
@@ -195,7 +191,9 @@ def test_every_order_of_comings_and_goings_is_served_by_the_rule(
     def check() -> None:
         rule.forget()
         expected = rule.held(), len(rule.all("waiting")), states(rule.requests)
-        eventually(lambda: (admission.held, admission.waiting, states(callers)), expected)
+        eventually(
+            lambda: (scheduler.models.held, scheduler.models.waiting, states(callers)), expected
+        )
         assert rule.held() <= LIMIT
         assert len(rule.all("waiting")) <= most_waiting
 
@@ -203,7 +201,7 @@ def test_every_order_of_comings_and_goings_is_served_by_the_rule(
         if kind == "arrive":
             tenant = TENANTS[which]
             size = min(size, tenant.memory or LIMIT)
-            callers.append(Caller(admission, tenant, size))
+            callers.append(Caller(scheduler, tenant, size))
             rule.arrive(tenant, size)
         else:
             end(kind, which)
@@ -211,18 +209,18 @@ def test_every_order_of_comings_and_goings_is_served_by_the_rule(
     while rule.all("served"):  # whoever waits gets in, as holders leave
         end("leave", 0)
         check()
-    assert admission.held == admission.waiting == 0
+    assert scheduler.models.held == scheduler.models.waiting == 0
     assert {caller.state for caller in callers} <= {"left", "refused", "stopped"}
 
 
 def arrived(
-    admission: Admission, *requests: tuple[Tenant, int], after: Sequence[Caller] = ()
+    scheduler: Scheduler, *requests: tuple[Tenant, int], after: Sequence[Caller] = ()
 ) -> list[Caller]:
     """Callers who come one after another, each when it is known what became of all before."""
     callers = list(after)
     for tenant, size in requests:
-        callers.append(Caller(admission, tenant, size))
-        eventually(lambda: states(callers).count("waiting") == admission.waiting, True)
+        callers.append(Caller(scheduler, tenant, size))
+        eventually(lambda: states(callers).count("waiting") == scheduler.models.waiting, True)
     return callers[len(after) :]
 
 
@@ -231,21 +229,21 @@ A, B, OF_MEMORY, OF_REQUESTS = TENANTS
 
 def test_one_who_floods_is_served_in_turn_with_the_other() -> None:
     """Each model fills the limit, so that nobody has any bytes when the next one is chosen."""
-    admission = Admission(LIMIT, 10)
-    flood = arrived(admission, *[(A, LIMIT)] * 4)
-    (other,) = arrived(admission, (B, LIMIT), after=flood)
+    scheduler = Scheduler(LIMIT, 10)
+    flood = arrived(scheduler, *[(A, LIMIT)] * 4)
+    (other,) = arrived(scheduler, (B, LIMIT), after=flood)
     flood[0].leave()
     eventually(lambda: states([*flood[1:], other]), ["waiting"] * 3 + ["served"])
     other.leave()
     eventually(lambda: states(flood[1:]), ["served", "waiting", "waiting"])
     for caller in flood[1:]:
         caller.leave()
-    assert admission.held == 0
+    assert scheduler.models.held == 0
 
 
 def test_nobody_goes_ahead_of_a_large_model_because_it_is_smaller() -> None:
-    admission = Admission(LIMIT, 10)
-    held, large, small = arrived(admission, (A, 5), (B, 8), (A, 1))
+    scheduler = Scheduler(LIMIT, 10)
+    held, large, small = arrived(scheduler, (A, 5), (B, 8), (A, 1))
     assert states([held, large, small]) == ["served", "waiting", "waiting"]
     held.leave()
     eventually(lambda: states([large, small]), ["served", "served"])
@@ -254,8 +252,8 @@ def test_nobody_goes_ahead_of_a_large_model_because_it_is_smaller() -> None:
 
 
 def test_a_full_queue_refuses_the_last_of_the_tenant_that_has_the_most_in_it() -> None:
-    admission = Admission(LIMIT, 3)
-    callers = arrived(admission, (A, LIMIT), (A, 1), (A, 2), (A, 3), (B, 4))
+    scheduler = Scheduler(LIMIT, 3)
+    callers = arrived(scheduler, (A, LIMIT), (A, 1), (A, 2), (A, 3), (B, 4))
     eventually(lambda: states(callers), ["served", "waiting", "waiting", "refused", "waiting"])
     error = callers[3].error
     assert isinstance(error, QueueFull)
@@ -265,24 +263,24 @@ def test_a_full_queue_refuses_the_last_of_the_tenant_that_has_the_most_in_it() -
     for caller in callers[:3]:
         caller.leave()
     callers[4].leave()
-    assert admission.held == admission.waiting == 0
+    assert scheduler.models.held == scheduler.models.waiting == 0
 
 
 def test_who_stops_waiting_makes_room_for_those_behind() -> None:
-    admission = Admission(LIMIT, 2)
-    held, large, small = arrived(admission, (A, 5), (B, 8), (B, 5))
+    scheduler = Scheduler(LIMIT, 2)
+    held, large, small = arrived(scheduler, (A, 5), (B, 8), (B, 5))
     large.stop()
     assert isinstance(large.error, Stopped)
     eventually(lambda: states([held, small]), ["served", "served"])
-    assert admission.waiting == 0
+    assert scheduler.models.waiting == 0
     held.leave()
     small.leave()
 
 
 def test_a_tenant_that_waits_for_its_own_quota_holds_up_nobody() -> None:
-    admission = Admission(LIMIT, 10)
+    scheduler = Scheduler(LIMIT, 10)
     callers = arrived(
-        admission,
+        scheduler,
         *[(OF_MEMORY, 5), (OF_MEMORY, 2), (OF_REQUESTS, 1), (OF_REQUESTS, 1)],
         *[(B, 2), (A, 2)],
     )
@@ -293,21 +291,21 @@ def test_a_tenant_that_waits_for_its_own_quota_holds_up_nobody() -> None:
     eventually(lambda: states(callers[1:2] + callers[3:4]), ["served", "served"])
     for caller in callers:
         caller.leave()
-    assert admission.held == 0
+    assert scheduler.models.held == 0
 
 
 def test_what_never_fits_is_refused_at_once_and_holds_nothing() -> None:
-    admission = Admission(LIMIT, 10)
-    large, above_quota = arrived(admission, (A, LIMIT + 1), (OF_MEMORY, 7))
+    scheduler = Scheduler(LIMIT, 10)
+    large, above_quota = arrived(scheduler, (A, LIMIT + 1), (OF_MEMORY, 7))
     eventually(lambda: states([large, above_quota]), ["stopped", "stopped"])
     assert isinstance(large.error, ModelTooLarge)
     assert isinstance(above_quota.error, QuotaExceeded)
-    assert admission.held == admission.waiting == 0
+    assert scheduler.models.held == scheduler.models.waiting == 0
 
 
 def test_threads_that_race_never_hold_more_than_the_limit_and_all_come_out() -> None:
     """Counted by the callers themselves, who leave the queue now and then."""
-    admission, lock = Admission(100, 1000), threading.Lock()
+    scheduler, lock = Scheduler(100, 1000), threading.Lock()
     held, most = 0, 0
     ended: list[str] = []
 
@@ -315,28 +313,27 @@ def test_threads_that_race_never_hold_more_than_the_limit_and_all_come_out() -> 
         nonlocal held, most
         chance = random.Random(seed)
         for _ in range(60):
-            size, watch = chance.randint(1, 100), RequestContext()
+            size, context = chance.randint(1, 100), RequestContext()
             if chance.random() < 0.3:
-                threading.Timer(chance.uniform(0, 0.02), watch.cancel).start()
-            watch.tenant = chance.choice(TENANTS[:2])
-            with watched(watch):
-                how = "stopped"
-                with contextlib.suppress(Stopped), admission.admitted("", size):
-                    with lock:
-                        held += size
-                        most = max(most, held)
-                    threading.Event().wait(chance.uniform(0, 0.001))
-                    with lock:
-                        held -= size
-                    how = "served"
-                ended.append(how)
+                threading.Timer(chance.uniform(0, 0.02), context.cancel).start()
+            context.tenant = chance.choice(TENANTS[:2])
+            how = "stopped"
+            with contextlib.suppress(Stopped), scheduler.model(context, "", size):
+                with lock:
+                    held += size
+                    most = max(most, held)
+                threading.Event().wait(chance.uniform(0, 0.001))
+                with lock:
+                    held -= size
+                how = "served"
+            ended.append(how)
 
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(call, range(16)))
     assert len(ended) == 16 * 60
     assert ended.count("served") > 16 * 60 // 2
     assert 50 < most <= 100
-    assert admission.held == admission.waiting == held == 0
+    assert scheduler.models.held == scheduler.models.waiting == held == 0
 
 
 # A real server ------------------------------------------------------------------------------------
@@ -661,7 +658,7 @@ def test_nothing_is_left_of_a_storm(callers: int, calls: int) -> None:
         check_serves(server, channel)
         assert series(server, "secateur_requests_waiting") == 0
         # The pools' threads: of calls, of what receives and works for them; and gRPC's own.
-        calls, extra = WORKERS + 16, 2 * MOST_OPEN
+        calls, extra = WORKERS + 16, 2 * MOST_PROBES
         assert threads(server) <= 2 * (calls + extra) + calls + 40
         check_takes_as_many_as_ever(server, channel)
     logged = stop_server(server)

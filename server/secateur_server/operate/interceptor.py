@@ -1,0 +1,246 @@
+"""What happens around each call: who sends it, whether it may run, its messages, and its end."""
+
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from secateur_proto.codec import header_bytes
+from secateur_server.devices.threads import started_pool
+from secateur_server.errors import IdleTimeout, InvalidRequest, NoMessage, Stopped
+from secateur_server.operate.callers import Callers
+from secateur_server.operate.calls import begin_request
+from secateur_server.operate.idle import Readers
+from secateur_server.operate.logs import log_call
+from secateur_server.operate.metrics import Metrics, as_go_spells
+from secateur_server.operate.statuses import statuses
+from secateur_server.operate.traces import Traces
+from secateur_server.operate.unknown import check_known
+from secateur_server.runtime.context import Method, RequestContext
+from secateur_server.runtime.memory import Trimmer
+from secateur_server.runtime.scheduler import Scheduler
+from secateur_server.wire.ahead import Pace, ahead
+
+_KINDS = {
+    (False, False): ("unary_unary", "unary"),
+    (True, False): ("stream_unary", "client_stream"),
+    (False, True): ("unary_stream", "server_stream"),
+    (True, True): ("stream_stream", "bidi_stream"),
+}
+# A probe has no token, and learns nothing but whether the server serves.
+_PROBE = ("grpc.health.v1.Health", "Check")
+# Its methods take a RequestContext, those of gRPC's own services take gRPC's context.
+_OURS = "secateur."
+# Bytes of memory for a byte of a header: 20 as protobuf's objects, if it has the smallest messages.
+_DECODED = 20
+
+Receive = Callable[[int], None]
+
+
+class Interceptor(grpc.ServerInterceptor):
+    """Serves each method as one that takes a stream of messages.
+
+    gRPC itself would wait for the message of a unary call before any code of ours runs, without
+    an end, and would receive it before the scheduler has counted its memory.
+
+    Args:
+        callers: Identifies tenants.
+        scheduler: Decides which calls run.
+        make_context: Makes the context of a new call.
+        idle_timeout: Seconds in which a message has to come, or be taken.
+        min_throughput: Bytes a second of the caller's messages, after that time.
+    """
+
+    def __init__(
+        self,
+        callers: Callers,
+        metrics: Metrics,
+        traces: Traces | None,
+        scheduler: Scheduler,
+        make_context: Callable[..., RequestContext],
+        idle_timeout: float,
+        min_throughput: int,
+    ) -> None:
+        self._callers, self._metrics, self._traces = callers, metrics, traces
+        self._scheduler, self._make_context = scheduler, make_context
+        self._idle_timeout, self._min_throughput = idle_timeout, min_throughput
+        self._readers, self._trimmer = Readers(idle_timeout), Trimmer()
+        self._receivers = started_pool(scheduler.threads, "ahead")
+
+    def close(self) -> None:
+        """No calls come any more."""
+        self._readers.close()
+        self._trimmer.close()
+        self._receivers.shutdown()
+
+    def intercept_service(
+        self, continuation: Callable[[Any], Any], handler_call_details: Any
+    ) -> Any:
+        """As grpc.ServerInterceptor.intercept_service."""
+        handler = continuation(handler_call_details)
+        if handler is None:  # no such method: grpc answers UNIMPLEMENTED
+            return None
+        shape, kind = _KINDS[handler.request_streaming, handler.response_streaming]
+        _, service, name = handler_call_details.method.split("/")
+        method, behavior = Method(service, name, kind), getattr(handler, shape)
+        decode, is_ours = handler.request_deserializer, service.startswith(_OURS)
+        request = iter if handler.request_streaming else _single
+        count_sent = self._metrics.messages(method)[1]
+
+        def single(messages: Iterator[bytes], call: grpc.ServicerContext) -> Any:
+            with self._around(method, call, messages, decode) as (context, received):
+                answer = behavior(request(received), context if is_ours else call)
+                count_sent.inc()
+                return answer
+
+        def streamed(messages: Iterator[bytes], call: grpc.ServicerContext) -> Iterator[Any]:
+            with self._around(method, call, messages, decode) as (context, received):
+                for message in behavior(request(received), context if is_ours else call):
+                    count_sent.inc()
+                    with self._readers.taking(context, call):
+                        yield message
+
+        if handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(
+                streamed, None, handler.response_serializer
+            )
+        return grpc.stream_unary_rpc_method_handler(single, None, handler.response_serializer)
+
+    @contextmanager
+    def _around(
+        self,
+        method: Method,
+        call: grpc.ServicerContext,
+        messages: Iterator[bytes],
+        decode: Callable[[bytes], Any],
+    ) -> Iterator[tuple[RequestContext, Iterator[Any]]]:
+        """A call, from its first moment to its last. Yields its context and its messages."""
+        has_failed = True
+        context = begin_request(method, call, self._make_context)
+        self._metrics.began(context)
+        try:
+            with (
+                statuses(context, call),
+                self._let_in(context, call) as receive_first,
+                closing(self._ahead(method, messages)) as received,
+            ):
+                yield context, _decoded(context, received, decode, receive_first)
+            has_failed = False
+        finally:
+            context.code = code_of(context, call, has_failed)
+            self._ended(context)
+
+    @contextmanager
+    def _let_in(self, context: RequestContext, call: grpc.ServicerContext) -> Iterator[Receive]:
+        """Yields what is to be called with the bytes of the first message.
+
+        Raises:
+            Unauthenticated: The caller has no valid token.
+            QueueFull: There are too many calls.
+            Stopped: The caller left while the call waited.
+        """
+        if (context.method.service, context.method.name) == _PROBE:
+            with self._scheduler.probe(call.cancel):
+                yield lambda size: None
+            return
+        context.tenant = self._callers.caller(call.invocation_metadata() or ())
+        scheduler = self._scheduler
+        with scheduler.call(context), scheduler.first_message(context) as receive_first:
+            yield receive_first
+
+    def _ahead(self, method: Method, messages: Iterator[bytes]) -> Any:
+        """The messages, received by another thread.
+
+        Whoever still refers to them: they are closed with the call, for they have a thread.
+        """
+        pace = Pace(self._min_throughput, self._idle_timeout)
+        count_received = self._metrics.messages(method)[0]
+
+        def count(waited: float, message: bytes) -> None:
+            count_received.inc()
+            pace.count(waited, len(message))
+
+        return ahead(_until_left(messages), self._receivers, self._idle_timeout, count)
+
+    def _ended(self, context: RequestContext) -> None:
+        self._metrics.ended(context)
+        self._trimmer.request_ended()
+        log_call(context)
+        if self._traces:
+            self._traces.of_call(context)
+
+
+def _until_left(messages: Iterator[bytes]) -> Iterator[bytes]:
+    """The same messages.
+
+    grpc keeps the error that it raises where the caller is gone, and the error would keep all
+    frames that it goes through, with the model, until Python looks for cycles.
+
+    Raises:
+        Stopped: The caller has left.
+    """
+    try:
+        yield from messages
+    except grpc.RpcError:
+        pass
+    else:
+        return
+    raise Stopped("call", "the caller has left")
+
+
+def _decoded(
+    context: RequestContext,
+    received: Iterator[bytes],
+    decode: Callable[[bytes], Any],
+    receive_first: Receive,
+) -> Iterator[Any]:
+    """The messages, each of which is decoded when it is asked for.
+
+    Raises:
+        InvalidRequest: A message cannot be decoded.
+        UnknownField: A message has a field that this server does not know.
+        RequestTooLarge: The first message's header takes more memory than there is for it.
+    """
+    for number, raw in enumerate(received):
+        if not number:
+            receive_first(len(raw))
+            context.charge("header", _DECODED * header_bytes(raw), "decoding it")
+        try:
+            message = decode(raw)
+        except DecodeError as error:
+            raise InvalidRequest(
+                "message", f"its bytes are no message of this call: {error}"
+            ) from None
+        if isinstance(message, Message):
+            check_known(message)
+        yield message
+
+
+def _single(received: Iterator[Any]) -> Any:
+    """The one message of a unary call.
+
+    Raises:
+        NoMessage: The call ended before it.
+    """
+    for message in received:
+        return message
+    raise NoMessage("message", "the call ended before its message")
+
+
+def code_of(context: RequestContext, call: grpc.ServicerContext, has_failed: bool) -> str:
+    """The status of a call that has ended, as Go spells it."""
+    code: grpc.StatusCode | None = call.code()  # type: ignore[attr-defined]
+    if code is not None:
+        name = code.name
+    elif not has_failed:
+        name = "OK"
+    elif call.is_active():
+        name = "UNKNOWN"
+    elif context.reason == IdleTimeout.reason:  # an answer that was not taken
+        name = "DEADLINE_EXCEEDED"
+    else:  # it ended from outside: by its deadline, or by its caller
+        left = call.time_remaining()
+        name = "DEADLINE_EXCEEDED" if left is not None and left <= 0 else "CANCELLED"
+    return as_go_spells(name)

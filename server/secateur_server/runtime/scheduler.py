@@ -1,0 +1,246 @@
+"""Which request runs when: everything that requests share, and its limits.
+
+A request passes these in this order. Health probes pass the second one only, and scrapes none: they
+have a thread and connections of their own.
+
+| shared | limit | a request that does not fit |
+| --- | --- | --- |
+| calls | WORKERS and --queue-size; a named tenant: half of them | is refused, and may retry |
+| probes | MOST_PROBES | ends the oldest one, which does nothing but wait |
+| first messages | FIRST_MESSAGES; a named tenant: half | waits, and is not received |
+| state_dicts | --memory-limit; the tenant's `memory`, `requests` | waits, --queue-size at most |
+| headers, specs, plans | OTHER; a named tenant: half | is refused, and may retry |
+| fetched files | --store-max-bytes; a named tenant: half | is refused, and may retry |
+| cores | one state_dict above ONE_CORE_BYTES | waits |
+
+Requests that wait are served in the order that Budget describes. A request that could never fit is
+refused at once. A request holds a part of one budget while it waits for another one, but only ever
+waits for those further down, so that no two requests wait for each other.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from secateur_server.errors import ModelTooLarge, QueueFull, QuotaExceeded, RequestTooLarge
+from secateur_server.runtime.budget import Budget, Full, Quota, half_of
+from secateur_server.runtime.context import RequestContext, Tenant
+
+# Calls that run at once, beside those that wait for memory. Each has a thread, and one that
+# receives; torch's operators and gRPC's waits release the GIL.
+WORKERS = 64
+# Silent probes would otherwise hold all threads, and a probe needs no token.
+MOST_PROBES = 16
+# gRPC does not say how long a message is before it has received all of it.
+MOST_MESSAGE_BYTES = 16 << 20
+# Shares of --memory-limit; they come on top of it.
+FIRST_MESSAGES, OTHER = 1 / 16, 1 / 8
+LEAST_OTHER_BYTES = 64 << 20
+# Less is not counted: it is a part of what each call takes anyway.
+SMALL_BYTES = 64 << 10
+# State_dicts up to this size are processed by one core each.
+ONE_CORE_BYTES = 4 << 20
+# Bounds of the delay after which a refused caller may retry.
+LEAST_RETRY_SECONDS, MOST_RETRY_SECONDS = 1.0, 30.0
+
+
+class Scheduler:
+    """Decides which requests run, which wait and which are refused.
+
+    Args:
+        memory_limit: Bytes of the state_dicts that are served at once.
+        queue_size: Requests that may wait for them.
+    """
+
+    def __init__(self, memory_limit: int, queue_size: int) -> None:
+        self.most_calls = WORKERS + queue_size
+        # Extra threads, so that rejected calls and probes never wait for one.
+        self.threads = self.most_calls + 2 * MOST_PROBES
+        self._calls = Budget(self.most_calls, 0, half_of(self.most_calls))
+        self._probes = _Probes()
+        messages = max(int(memory_limit * FIRST_MESSAGES), LEAST_OTHER_BYTES)
+        self.messages = Budget(messages, self.most_calls, half_of(messages))
+        self.models = Budget(memory_limit, queue_size, _quota_of)
+        other = max(int(memory_limit * OTHER), LEAST_OTHER_BYTES)
+        self.other = Budget(other, 0, half_of(other))
+        self._cores = Budget(1, self.most_calls)
+
+    @contextmanager
+    def call(self, context: RequestContext) -> Iterator[None]:
+        """One of the calls that are served at once: each has threads.
+
+        A named tenant has at most half of them, so that its silent calls keep nobody out.
+
+        Raises:
+            QueueFull: There are too many calls.
+        """
+        try:
+            self._calls.acquire(context, 1)
+        except Full as full:
+            raise QueueFull(
+                "call",
+                f"too many concurrent calls: {full.held} of {self.most_calls}, {full.mine} from "
+                "this tenant",
+                LEAST_RETRY_SECONDS,
+            ) from None
+        try:
+            yield
+        finally:
+            for size in context.charges:
+                self.other.release(context.tenant, size)
+            self._calls.release(context.tenant, 1)
+
+    @contextmanager
+    def probe(self, cancel: Callable[[], object]) -> Iterator[None]:
+        """A health probe, which never waits.
+
+        Args:
+            cancel: Ends the probe. It is called if MOST_PROBES others come before its end.
+        """
+        self._probes.add(cancel)
+        try:
+            yield
+        finally:
+            self._probes.discard(cancel)
+
+    @contextmanager
+    def first_message(self, context: RequestContext) -> Iterator[Callable[[int], None]]:
+        """The memory of a request's first message. Until then gRPC holds at most 1 MiB of it.
+
+        Yields:
+            A function to call with the bytes of the message, once it is received.
+
+        Raises:
+            Stopped: The request was cancelled while it waited.
+        """
+        self.messages.acquire(context, MOST_MESSAGE_BYTES)
+        held = MOST_MESSAGE_BYTES
+
+        def shrink(size: int) -> None:
+            nonlocal held
+            self.messages.release(context.tenant, held - size, requests=0)
+            held = size
+
+        try:
+            yield shrink
+        finally:
+            self.messages.release(context.tenant, held)
+
+    @contextmanager
+    def model(self, context: RequestContext, field: str, size: int) -> Iterator[None]:
+        """The memory of a request's state_dict.
+
+        Args:
+            context: The request.
+            field: Of its header, which announces the bytes.
+            size: Bytes.
+
+        Raises:
+            ModelTooLarge: They never fit.
+            QuotaExceeded: They never fit the tenant's quota.
+            QueueFull: Too many requests wait.
+            Stopped: The request was cancelled while it waited.
+        """
+        self._check_model(context.tenant, field, size)
+        with context.queueing():
+            try:
+                self.models.acquire(context, size)
+            except Full as full:
+                raise QueueFull(
+                    "call",
+                    f"{full.held} of {self.models.limit} bytes are in service, and "
+                    f"{full.waiting} requests wait",
+                    min(max(full.longest, LEAST_RETRY_SECONDS), MOST_RETRY_SECONDS),
+                ) from None
+        try:
+            yield
+        finally:
+            self.models.release(context.tenant, size)
+
+    def _check_model(self, tenant: Tenant, field: str, size: int) -> None:
+        if size > self.models.limit:
+            raise ModelTooLarge(
+                field,
+                f"{size} bytes; this server has room for {self.models.limit} (--memory-limit)",
+            )
+        if size > self.models.most(tenant):
+            raise QuotaExceeded(
+                field,
+                f"{size} bytes; {tenant.name} may have {tenant.memory} in service: send less, or "
+                "ask the operator to raise `memory` in the tokens file",
+            )
+
+    def charge(self, context: RequestContext, field: str, size: int, what: str) -> None:
+        """The memory of anything else that a request causes, until the request ends.
+
+        Args:
+            context: The request.
+            field: The field that causes it.
+            size: Bytes, an upper estimate.
+            what: Takes that memory; for the error.
+
+        Raises:
+            RequestTooLarge: They never fit.
+            QueueFull: They do not fit beside those of other requests.
+        """
+        if size < SMALL_BYTES:
+            return
+        most = self.other.most(context.tenant)
+        if size > most:
+            raise RequestTooLarge(
+                field,
+                f"{what} takes up to {size} bytes of memory, and this server has {most} for it: "
+                "ask for less at once, or ask the operator to raise --memory-limit",
+            )
+        try:
+            self.other.acquire(context, size)
+        except Full as full:
+            raise QueueFull(
+                field,
+                f"{what} takes up to {size} bytes of memory, and other requests hold {full.held} "
+                f"of {self.other.limit}",
+                LEAST_RETRY_SECONDS,
+            ) from None
+        context.charges.append(size)
+
+    @contextmanager
+    def cores(self, context: RequestContext, size: int) -> Iterator[None]:
+        """The cores, for a state_dict of `size` bytes: a large one has all of them to itself.
+
+        Several at once would each take longer, in colder caches, and fewer would be done.
+
+        Raises:
+            Stopped: The request was cancelled while it waited.
+        """
+        if size <= ONE_CORE_BYTES:
+            yield
+            return
+        self._cores.acquire(context, 1)
+        try:
+            yield
+        finally:
+            self._cores.release(context.tenant, 1)
+
+
+class _Probes:
+    """The probes that are served now, the oldest first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._cancels: list[Callable[[], object]] = []
+
+    def add(self, cancel: Callable[[], object]) -> None:
+        with self._lock:
+            self._cancels.append(cancel)
+            oldest = self._cancels.pop(0) if len(self._cancels) > MOST_PROBES else None
+        if oldest is not None:
+            oldest()
+
+    def discard(self, cancel: Callable[[], object]) -> None:
+        with self._lock:
+            if cancel in self._cancels:
+                self._cancels.remove(cancel)
+
+
+def _quota_of(tenant: Tenant) -> Quota:
+    return Quota(tenant.memory, tenant.requests)

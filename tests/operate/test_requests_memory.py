@@ -1,0 +1,135 @@
+"""Whatever callers send, the memory of a server stays within its limits, and is given back."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+import secateur
+from secateur_proto import checkpoints_pb2, checkpoints_pb2_grpc, pruner_pb2, pruner_pb2_grpc
+from tests.conftest import PATIENCE, RunningServer, eventually, start_server, stop_server
+from tests.contract.raw import failure, send
+from tests.operate.test_memory import memory
+from tests.operate.test_metrics import sample
+from tests.operate.test_threads import OWN_CONNECTION, is_serving
+
+MIB = 1 << 20
+LIMIT = 64 * MIB
+# First messages and headers may take so much each, whatever --memory-limit is.
+OTHER = 64 * MIB
+# The allocator's own, and gRPC's windows of 1 MiB a call.
+SLACK = 160 * MIB
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[RunningServer]:
+    started = start_server("--memory-limit", str(LIMIT))
+    with secateur.Client(started.address) as client:  # libraries loaded
+        client.prune({"w": np.ones(1000, np.float32)}, secateur.l1_unstructured("w", 0.5))
+    yield started
+    stop_server(started)
+
+
+@pytest.fixture
+def before(running: RunningServer) -> int:
+    return anonymous(running)
+
+
+def anonymous(server: RunningServer) -> int:
+    """Bytes of memory that are not pages of files."""
+    return memory(server.process.pid, "RssAnon")
+
+
+@contextmanager
+def many_calls(server: RunningServer, count: int, begin: Any) -> Iterator[list[Any]]:
+    """So many calls, by several connections; they are cancelled at the end."""
+    with ExitStack() as opened:
+        calls = []
+        for number in range(count):
+            if number % 16 == 0:
+                channel = grpc.insecure_channel(server.address, OWN_CONNECTION)
+                opened.enter_context(channel)
+            calls.append(begin(channel))
+            opened.callback(calls[-1].cancel)
+        yield calls
+
+
+@pytest.mark.parametrize("compression", [grpc.Compression.NoCompression, grpc.Compression.Gzip])
+def test_first_messages_that_wait_are_not_received(
+    running: RunningServer, before: int, compression: grpc.Compression
+) -> None:
+    """One call has the memory of all state_dicts; 64 others have sent, or try to send, 15 MiB."""
+    ended = threading.Event()
+
+    def first(size: int) -> Iterator[pruner_pb2.ReportRequest]:
+        header = pruner_pb2.ReportHeader(data_bytes=LIMIT)
+        yield pruner_pb2.ReportRequest(header=header, data=b"\x10" + bytes(size))
+        ended.wait()
+
+    def begin(channel: grpc.Channel, size: int = 15 * MIB) -> Any:
+        stub = pruner_pb2_grpc.PrunerStub(channel)
+        return stub.Report.future(first(size), compression=compression)
+
+    with many_calls(running, 1, lambda channel: begin(channel, 0)):
+        eventually(lambda: sample(running, "secateur_model_bytes"), LIMIT)
+        with many_calls(running, 64, begin) as calls:
+            eventually(lambda: sample(running, "secateur_messages_waiting"), 60)
+            assert is_serving(running)
+            assert anonymous(running) - before < OTHER + SLACK
+            assert not any(call.done() for call in calls)
+        ended.set()
+    eventually(lambda: sample(running, "secateur_requests_in_flight"), 0)
+    eventually(lambda: anonymous(running) - before < SLACK, True)
+
+
+def test_downloads_that_nobody_takes_wait_for_memory(running: RunningServer) -> None:
+    generator = np.random.default_rng(0)
+    model = {f"w{i}": generator.standard_normal((1000, 1000), np.float32) for i in range(12)}
+    spec = secateur.global_unstructured("*", 0.5)
+    with secateur.Client(running.address, timeout=PATIENCE) as client:
+        checkpoint = client.prune(model, spec, keep=True, output="none").checkpoint
+        assert checkpoint is not None
+        before = anonymous(running)
+        request = checkpoints_pb2.DownloadRequest(name=checkpoint.name)
+
+        def begin(channel: grpc.Channel) -> Any:
+            return checkpoints_pb2_grpc.CheckpointsStub(channel).Download(request)
+
+        with many_calls(running, 40, begin):
+            eventually(lambda: sample(running, "secateur_requests_waiting") >= 37, True)
+            eventually(lambda: sample(running, "secateur_model_bytes") > 0, True)
+            assert anonymous(running) - before < LIMIT + SLACK
+        client.delete(checkpoint)
+    eventually(lambda: sample(running, "secateur_requests_in_flight"), 0)
+    eventually(lambda: anonymous(running) - before < SLACK, True)
+
+
+def test_a_header_that_takes_too_much_memory_is_refused_before_it_comes(
+    running: RunningServer, before: int
+) -> None:
+    length = 50_000_000
+    header = pruner_pb2.ReportHeader(data_bytes=length + 8)
+    first = pruner_pb2.ReportRequest(header=header, data=length.to_bytes(8, "little"))
+    with grpc.insecure_channel(running.address) as channel:
+        found = failure(send, channel, "Report", [first])
+    assert found is not None
+    assert (found.code.name, found.reason) == ("RESOURCE_EXHAUSTED", "REQUEST_TOO_LARGE")
+    assert found.message.startswith(f"data: reading a header of {length} bytes takes up to ")
+    assert anonymous(running) - before < SLACK
+
+
+def test_as_many_tensors_as_take_too_much_memory_are_refused(
+    running: RunningServer, before: int
+) -> None:
+    model = {f"w{number}": np.zeros(1, np.float32) for number in range(20_000)}
+    with (
+        secateur.Client(running.address) as client,
+        pytest.raises(secateur.SecateurError) as caught,
+    ):
+        client.report(model, progress=False)
+    assert "serving 20000 tensors takes up to " in str(caught.value)
+    assert anonymous(running) - before < OTHER + SLACK
