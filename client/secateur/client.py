@@ -1,8 +1,10 @@
 """The client: sends a model, and gives back what the server makes of it."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -44,6 +46,9 @@ _OUTPUTS = {
 _LEAVE_OUT = "leave them out of the source"
 _PRIORS = {"masks": pb.PRIOR_MASKS, "zeros": pb.PRIOR_ZEROS}
 
+# What a prune that has run out of time still gets to delete the model that it uploaded.
+TIDY_SECONDS = 1.0
+
 Patterns = str | Sequence[str] | None
 
 
@@ -54,7 +59,8 @@ class Client:
         $SECATEUR_TLS_CA stand in for a token and a tls that are not given.
     token: sent with every call.  tls: True, the path of a PEM file of authorities to trust, or
         credentials of grpc's.
-    timeout: seconds for each call.  channel: to use instead of an address; it is left open.
+    timeout: seconds for each call of a method, whatever the method asks of the server; each page of
+        checkpoints() has its own.  channel: to use instead of an address; it is left open.
     insecure: whether a token may be sent to another machine without TLS.
 
     What a busy server puts off is sent again when it says so, and what a broken connection cost
@@ -121,7 +127,8 @@ class Client:
             that the spec names, for a model whose earlier pruning left zeros alone.
         """
         _check_output(output)
-        spec, destination_uri = checked(spec), uri_of(destination)
+        spec = checked(spec)
+        uri_of(destination)  # before the model is read
         keep = flag("keep", keep)
         counted = one_of("prior", prior, _PRIORS)
         model = read_source(source, key)
@@ -129,29 +136,39 @@ class Client:
         if destination and output in ("dense", "reparametrized"):
             check_storable(destination, model.only_parameters().others, _LEAVE_OUT)
             warn_of_rest(destination, model.torch_file)
+        order = _Order(spec, output, progress, keep, destination, counted)
         if keep and model.is_here:
-            return self._prune_kept(model, spec, output, progress, destination, prior)
-        place = place_of(source)
+            return self._prune_kept(model, order)
+        return self._prune(model, place_of(source), order)
+
+    def _prune(
+        self,
+        model: Source,
+        place: Mapping[str, str],
+        order: "_Order",
+        patience: Patience | None = None,
+    ) -> PruneResult:
+        """place: of a model on the server."""
         sent = {n: t for n, t in model.tensors.items() if n in model.parameters}
-        message, arrays = spec.encode(model.tensors)
+        message, arrays = order.spec.encode(model.tensors)
         upload = Upload({**sent, **arrays}, model.metadata, is_file=not place)
         header = pb.PruneHeader(
             data_bytes=upload.file_bytes,
             spec=message,
-            output=_OUTPUTS[output],
-            keep=keep,
-            destination_uri=destination_uri,
-            prior=counted,
+            output=_OUTPUTS[order.output],
+            keep=order.keep,
+            destination_uri=uri_of(order.destination),
+            prior=order.prior,
             **place,
         )
-        if not place and upload.file_bytes <= CHUNK_BYTES and output in ("masks", "none"):
-            result, received = self._prune_small(upload, header, progress)
+        if not place and upload.file_bytes <= CHUNK_BYTES and order.output in ("masks", "none"):
+            result, received = self._prune_small(upload, header, order.progress)
         else:
-            call = self._stream(self._rpcs.prune, pb.PruneRequest, header, upload, progress)
-            result, received = call
-        kept = decode_checkpoint(result.checkpoint) if keep else None
+            rpc = self._rpcs.prune, pb.PruneRequest
+            result, received = self._stream(*rpc, header, upload, order.progress, patience)
+        kept = decode_checkpoint(result.checkpoint) if order.keep else None
         report, extents = decode_report(result.report), decode_extents(result.report)
-        return PruneResult(report, extents, model, output, received, kept, destination)
+        return PruneResult(report, extents, model, order.output, received, kept, order.destination)
 
     def _prune_small(
         self, upload: Upload, header: pb.PruneHeader, progress: Progress
@@ -165,21 +182,18 @@ class Client:
 
         return self._until_served(attempt, not header.keep)
 
-    def _prune_kept(
-        self,
-        model: Source,
-        spec: Spec,
-        output: str,
-        progress: Progress,
-        destination: str | None,
-        prior: str,
-    ) -> PruneResult:
+    def _prune_kept(self, model: Source, order: "_Order") -> PruneResult:
         """Sends what the server does not have of a model, and prunes it there."""
-        uploaded = self.upload(model.only_parameters(), progress)
+        patience = Patience(self._timeout)
+        uploaded = self._upload(model.only_parameters(), order.progress, patience)
         try:
-            result = self.prune(uploaded, spec, output, progress, True, destination, prior=prior)
-        finally:
-            self._delete(uploaded, is_there=False)  # the result stands on the same weights
+            result = self._prune(read_source(uploaded), place_of(uploaded), order, patience)
+        except BaseException:
+            with suppress(SecateurError):  # what failed first is told
+                self._delete(uploaded, False, patience.at_least(TIDY_SECONDS))
+            raise
+        # The result stands on the same weights.
+        self._delete(uploaded, False, patience.at_least(TIDY_SECONDS))
         return result.of(model)
 
     def report(
@@ -193,6 +207,16 @@ class Client:
 
         tensors: names and globs; None is every floating tensor.
         """
+        return self._report(source, tensors, progress, key)
+
+    def _report(
+        self,
+        source: Any,
+        tensors: Patterns = None,
+        progress: Progress = None,
+        key: str | None = None,
+        patience: Patience | None = None,
+    ) -> Report:
         model, place = read_source(source, key), place_of(source)
         named = [] if tensors is None else patterns(tensors)
         check_names("tensors", named, model.others)
@@ -202,7 +226,8 @@ class Client:
             tensors=named,
             **place,
         )
-        answer = self._measure(self._rpcs.report, pb.ReportRequest, header, upload, progress)
+        rpc = self._rpcs.report, pb.ReportRequest
+        answer = self._measure(*rpc, header, upload, progress, patience)
         return decode_report(answer.report)
 
     def plan(
@@ -221,6 +246,18 @@ class Client:
             weights once for all of them.
         prior: as of prune.
         """
+        return self._plan(source, spec, amounts, progress, key, prior)
+
+    def _plan(
+        self,
+        source: Any,
+        spec: Spec,
+        amounts: Sequence[float] | None = None,
+        progress: Progress = None,
+        key: str | None = None,
+        prior: str = "masks",
+        patience: Patience | None = None,
+    ) -> Plan:
         model, place = read_source(source, key), place_of(source)
         spec = _fitted(checked(spec), model)
         sent = {n: t for n, t in model.tensors.items() if n in model.parameters}
@@ -233,7 +270,8 @@ class Client:
             prior=one_of("prior", prior, _PRIORS),
             **place,
         )
-        answer = self._measure(self._rpcs.plan, pb.PlanRequest, header, upload, progress)
+        rpc = self._rpcs.plan, pb.PlanRequest
+        answer = self._measure(*rpc, header, upload, progress, patience)
         return decode_plan(answer.plan, header)
 
     def sensitivity(
@@ -253,12 +291,20 @@ class Client:
         """
         read = read_source(source, key)
         source = read if read.is_here else source
-        names = matrices(self.report, source) if tensors is None else tensors
+        patience = Patience(self._timeout)
+        report = partial(self._report, patience=patience)
+        names = matrices(report, source) if tensors is None else tensors
         spec = select(names, 0, magnitude(p), granularity)
-        return sensitivity_of(self.plan(source, spec, amounts, progress))
+        return sensitivity_of(self._plan(source, spec, amounts, progress, patience=patience))
 
     def _measure(
-        self, rpc: Any, make: Callable[..., Any], header: Any, upload: Upload, progress: Progress
+        self,
+        rpc: Any,
+        make: Callable[..., Any],
+        header: Any,
+        upload: Upload,
+        progress: Progress,
+        patience: Patience | None,
     ) -> Any:
         """A call that carries its model, or names it, and is answered by one message."""
         # Of what is on the server there is nothing to say on the way, and a bar of 0 bytes no more.
@@ -270,7 +316,7 @@ class Client:
                 with errors_of(upload, call):
                     return call.result()
 
-        return self._until_served(attempt)
+        return self._until_served(attempt, patience=patience)
 
     def finalize(
         self,
@@ -305,7 +351,13 @@ class Client:
         return FinalizeResult(decode_report(result.report), model, received, destination)
 
     def _stream(
-        self, rpc: Any, make: Callable[..., Any], header: Any, upload: Upload, progress: Progress
+        self,
+        rpc: Any,
+        make: Callable[..., Any],
+        header: Any,
+        upload: Upload,
+        progress: Progress,
+        patience: Patience | None = None,
     ) -> tuple[Any, Received]:
         """A call that carries its model, or one on what the server opens."""
 
@@ -322,14 +374,18 @@ class Client:
                     return receive(call, working)
 
         attempt = naming if header.WhichOneof("source") else carrying
-        return self._until_served(attempt, is_safe=not getattr(header, "keep", False))
+        return self._until_served(attempt, not getattr(header, "keep", False), patience)
 
     def _until_served(
-        self, attempt: Callable[[float | None], Answer], is_safe: bool = True
+        self,
+        attempt: Callable[[float | None], Answer],
+        is_safe: bool = True,
+        patience: Patience | None = None,
     ) -> Answer:
-        """As Patience.until_served."""
+        """As Patience.until_served.  patience: of a method that makes several calls."""
+        patience = patience or Patience(self._timeout)
         with self._diagnosing():
-            answer = Patience(self._timeout).until_served(attempt, self._is_known, is_safe)
+            answer = patience.until_served(attempt, self._is_known, is_safe)
         self._is_known = True
         return answer
 
@@ -349,9 +405,12 @@ class Client:
         if not model.is_here:
             raise InvalidStateDict("a checkpoint is on the server already")
         check_storable("a checkpoint", model.others, _LEAVE_OUT)
+        return self._upload(model, progress, Patience(self._timeout))
+
+    def _upload(self, model: Source, progress: Progress, patience: Patience) -> Checkpoint:
         files = files_of(model)
         rpcs = self._rpcs.query_upload, self._rpcs.upload
-        sending = Sending(*rpcs, self._timeout, self._is_known)
+        sending = Sending(*rpcs, patience, self._is_known)
         total = sum(file.size for file in files)
         with show_progress(progress, total) as shown, self._diagnosing():
             checkpoint = sending.send(files, shown)
@@ -409,21 +468,25 @@ class Client:
         """Deletes a checkpoint; by its name also a damaged one.  Errors: CheckpointNotFound."""
         self._delete(checkpoint, is_there=True)
 
-    def _delete(self, checkpoint: Checkpoint | str, is_there: bool) -> None:
+    def _delete(
+        self, checkpoint: Checkpoint | str, is_there: bool, patience: Patience | None = None
+    ) -> None:
         """is_there: False where it may have made room for another."""
         request = checkpoints_pb2.DeleteRequest(
             name=name_of(checkpoint), allow_missing=not is_there
         )
-        self._answer(self._rpcs.delete, request, is_safe=not is_there)
+        self._answer(self._rpcs.delete, request, not is_there, patience)
 
-    def _answer(self, rpc: Any, request: Any, is_safe: bool = True) -> Any:
+    def _answer(
+        self, rpc: Any, request: Any, is_safe: bool = True, patience: Patience | None = None
+    ) -> Any:
         """Of a call of one message each way."""
 
         def attempt(left: float | None) -> Any:
             with errors_of(None):
                 return rpc(request, timeout=left)
 
-        return self._until_served(attempt, is_safe)
+        return self._until_served(attempt, is_safe, patience)
 
     def server_info(self) -> ServerInfo:
         """The server's version, what it can do, and its limits.
@@ -463,6 +526,18 @@ class Client:
         at: TracebackType | None,
     ) -> None:
         self.close()
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What a prune is to do, as Client.prune has it.  prior: as the wire has it."""
+
+    spec: Spec
+    output: str
+    progress: Progress
+    keep: bool
+    destination: str | None
+    prior: "pb.Prior.ValueType"
 
 
 def _fitted(spec: Spec, model: Source) -> Spec:

@@ -4,7 +4,7 @@ SecateurError
     InvalidSpec             also a ValueError: the spec is wrong, or does not fit the tensors
     InvalidStateDict        also a ValueError: the source is no state_dict, or a broken one
     InvalidRequest          also a ValueError: server and client do not understand each other
-    ModelTooLarge           the model is above the server's limit
+    ModelTooLarge           the model, or what it takes to serve it, is above the server's limit
     ServerBusy              the server has no room for the request now; worth a retry
     QuotaExceeded           the request needs more than the token's owner may have
     Unavailable             no server, one that shuts down, or whose disk failed; worth a retry
@@ -62,7 +62,7 @@ class InvalidRequest(SecateurError, ValueError):
 
 
 class ModelTooLarge(SecateurError):
-    """The model is above the server's limit."""
+    """The model, or the memory that the request takes beside it, is above the server's limit."""
 
 
 class ServerBusy(SecateurError):
@@ -130,6 +130,7 @@ _BY_REASON = {
     "INVALID_SPEC": InvalidSpec,
     "INVALID_STATE_DICT": InvalidStateDict,
     "MODEL_TOO_LARGE": ModelTooLarge,
+    "REQUEST_TOO_LARGE": ModelTooLarge,
     "STORE_FULL": StoreFull,
     "QUOTA_EXCEEDED": QuotaExceeded,
     "URI_NOT_FOUND": UriError,

@@ -20,7 +20,7 @@ MOST_RESENDS = 5
 
 
 class Patience:
-    """The time of one call of the user's, of however many calls to the server it is made.
+    """The time of one call of a method, of however many calls to the server it is made.
 
     timeout: seconds; None has no end.
     """
@@ -32,6 +32,11 @@ class Patience:
     def left(self) -> float | None:
         """Seconds that are left."""
         return None if self._end is None else max(0.0, self._end - time.monotonic())
+
+    def at_least(self, seconds: float) -> "Patience":
+        """The time that is left, or so many seconds if that is more."""
+        left = self.left()
+        return Patience(None if left is None else max(left, seconds))
 
     def is_over(self, tries: int) -> bool:
         """Whether so many tries are enough: where there is a timeout it says so itself."""

@@ -77,13 +77,13 @@ class Sending:
     """One upload, in as many calls as it takes.
 
     query, upload: the rpcs, called with a request, or an iterator of them, and grpc's options.
-    timeout: seconds for all of it; None waits as long as there is progress.
+    patience: the time for all of it; without an end it waits as long as there is progress.
     is_known: whether the server was there before.
     """
 
-    def __init__(self, query: Rpc, upload: Rpc, timeout: float | None, is_known: bool) -> None:
+    def __init__(self, query: Rpc, upload: Rpc, patience: Patience, is_known: bool) -> None:
         self._query, self._upload, self._is_known = query, upload, is_known
-        self._patience = Patience(timeout)
+        self._patience = patience
         self._shown = 0
         self.error: Exception | None = None
 

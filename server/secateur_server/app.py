@@ -31,8 +31,8 @@ from secateur_server.runtime.context import RequestContext
 from secateur_server.runtime.scheduler import MOST_MESSAGE_BYTES, Scheduler
 from secateur_server.service import Pruner, add_pruner
 from secateur_server.sources import Sources
-from secateur_server.store.folders import default_max_bytes, temporary_folder
-from secateur_server.store.store import Store, StoreInUse
+from secateur_server.store.folders import StoreInUse, default_max_bytes, temporary_folder
+from secateur_server.store.store import Store
 from secateur_server.uris.requests import Requests
 from secateur_server.uris.scratch import Scratch
 from secateur_server.uris.uris import Uris

@@ -1,6 +1,5 @@
 """secateur-server --check: what the server would do, without doing it."""
 
-import fcntl
 import os
 import shutil
 import sys
@@ -28,6 +27,7 @@ from secateur_server.devices.cpu import CORES
 from secateur_server.devices.cuda import Cuda
 from secateur_server.devices.memory import least_limit, machine_memory, memory_of, total_memory
 from secateur_server.operate.metrics import Metrics
+from secateur_server.store.folders import FolderLock, StoreInUse
 from secateur_server.uris.remote import missing
 
 
@@ -121,24 +121,15 @@ def _store(config: Config) -> Iterator[str]:
     yield f"keeps checkpoints in {config.store_dir}, up to {shown}"
     nearest = next(path for path in (config.store_dir, *config.store_dir.parents) if path.exists())
     cannot = f"cannot keep checkpoints in {config.store_dir}"
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+    if not nearest.is_dir() or not os.access(nearest, os.R_OK | os.W_OK | os.X_OK):
         raise CannotStart(f"{cannot}: {nearest} is closed")
     if most and most > (size := shutil.disk_usage(nearest).total):
         raise CannotStart(f"{cannot}: --store-max-bytes is {shown}, the disk has {_size(size)}")
-    if _is_held(config.store_dir / "lock"):
-        raise CannotStart(f"{cannot}: another server does")
-
-
-def _is_held(lock: Path) -> bool:
-    """Whether a server has locked its store."""
-    if not lock.exists():
-        return False
-    with lock.open() as file:
+    if config.store_dir.exists():
         try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
+            FolderLock(config.store_dir).close()
+        except StoreInUse:
+            raise CannotStart(f"{cannot}: another server does") from None
 
 
 def _uris(config: Config) -> Iterator[str]:

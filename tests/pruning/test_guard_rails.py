@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from secateur_server.pruning.spec import (
     Threshold,
 )
 from secateur_server.runtime.context import RequestContext
+from tests.conftest import examples
 from tests.pruning.bits import packed
 from tests.pruning.defined import (
     NAMES,
@@ -41,7 +42,7 @@ from tests.pruning.defined import (
     rule,
 )
 
-many = settings(deadline=None, max_examples=40)
+many = examples(40)
 MODELS = models()
 HUNDREDTHS = st.integers(0, 100).map(lambda percent: percent / 100)
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from secateur_server.pruning.choice import Bound, Choice
 from secateur_server.pruning.measure import measure
 from secateur_server.pruning.spec import Parameter
 from secateur_server.runtime.context import RequestContext
+from tests.conftest import examples
 from tests.pruning.bits import packed
 
 Patterns = tuple[tuple[int, int], ...]
@@ -85,7 +86,7 @@ def sparse(draw: st.DrawFn) -> tuple[Tensor, Tensor | None]:
 
 
 @pytest.mark.parametrize("is_compiled", [True, False])
-@settings(deadline=None, max_examples=150)
+@examples(150)
 @given(drawn=sparse(), piece=st.sampled_from([64, 512, 1 << 20]))
 def test_structure_is_that_of_every_group_and_block(
     is_compiled: bool, drawn: tuple[Tensor, Tensor | None], piece: int

@@ -5,7 +5,6 @@ import signal
 import stat
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,16 +13,13 @@ from types import SimpleNamespace
 
 import grpc
 import pytest
-import torch
 
 import secateur
 from secateur_proto.checkpoints_pb2 import DownloadRequest
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
-from secateur_server.store import store as store_module
 from secateur_server.store.folders import default_max_bytes
 from tests.conftest import RunningServer, eventually, inner_server, start_server
 from tests.contract.raw import failure, kept_open, series
-from tests.operate.test_lifecycle import run_server
 from tests.store.stored import (
     RECORD_BYTES,
     Kept,
@@ -241,32 +237,6 @@ def test_a_checkpoint_that_is_deleted_in_use_goes_when_the_use_ends(store: Kept)
     eventually(lambda: on_disk(store.folder), {})
 
 
-def test_what_nobody_uses_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ttl, passed = 1000, 0.0
-    now = SimpleNamespace(time=lambda: time.time() + passed)
-    monkeypatch.setattr(store_module, "time", now)
-    monkeypatch.setattr(store_module, "EXPIRE_SECONDS", 0.02)
-    with kept(tmp_path / "store", "--store-ttl", str(ttl)) as store:
-        used, unused = (store.client.upload({"w": torch.full((3,), i)}) for i in (1, 2))
-        large = store.client.upload(LARGE[0])
-        assert unused.expire_time is not None
-        lives = (unused.expire_time - unused.create_time).total_seconds()
-        assert ttl <= lives < ttl + 300
-        with unread(store, large):
-            passed = 0.6 * ttl
-            store.client.report(used)
-            assert names(store) == {used.name, unused.name, large.name}
-            passed = 1.2 * ttl
-            eventually(lambda: names(store), {used.name, large.name})
-        assert evictions(store.server, "ttl")[0] == 1
-        again = store.client.checkpoint(used.name)
-        assert again.expire_time is not None
-        assert used.expire_time is not None
-        assert again.expire_time > used.expire_time
-        with pytest.raises(secateur.CheckpointNotFound):
-            store.client.report(unused)
-
-
 def test_uses_are_remembered_over_a_restart(tmp_path: Path) -> None:
     folder, options = tmp_path / "store", ("--store-max-bytes", str(LIMIT))
     with kept(folder, *options) as store:
@@ -277,15 +247,6 @@ def test_uses_are_remembered_over_a_restart(tmp_path: Path) -> None:
         check_metrics(store)
         third = store.client.upload(LARGE[2])
         assert names(store) == {first.name, third.name}
-
-
-def test_two_servers_never_share_a_folder(store: Kept) -> None:
-    options = ("--address", "127.0.0.1:0", "--metrics-address", "")
-    ended = run_server("--store-dir", str(store.folder), *options)
-    assert ended.returncode == 1
-    (line,) = ended.stderr.splitlines()
-    assert f"another server keeps its checkpoints in {store.folder}" in line
-    store.client.upload(LARGE[0])
 
 
 def temporary(folder: Path) -> list[Path]:

@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import save
 
 import secateur
+from secateur.patience import Patience
 from secateur_server.errors import UriNotAllowed
 from secateur_server.runtime.context import RequestContext
 from secateur_server.uris.requests import Requests
@@ -205,6 +206,65 @@ def test_fetched_files_have_so_much_disk_and_no_more(served: Served, site: Site)
         assert [call.result() for call in calls] == [None, None]
     eventually(disk, 0.0)
     assert series(served.server, FETCHED) - before == 2 * len(data)
+
+
+TENANTS = """
+[tenants.alice]
+tokens = ["a token of alice's"]
+[tenants.bob]
+tokens = ["a token of bob's"]
+"""
+
+
+@pytest.fixture
+def tenants(site: Site, tmp_path: Path) -> Iterator[list[secateur.Client]]:
+    """Alice and bob, each of whom may have 4 of the 8 MiB."""
+    tokens = tmp_path / "tokens"
+    tokens.write_text(TENANTS)
+    options = ("--allow-uri", f"{site.root}/models", "--store-max-bytes", "8MiB")
+    with (
+        serving_here(*options, "--tokens-file", str(tokens)) as running,
+        secateur.Client(running.server.address, "a token of alice's", timeout=300) as alice,
+        secateur.Client(running.server.address, "a token of bob's", timeout=300) as bob,
+    ):
+        yield [alice, bob]
+
+
+def test_one_tenants_fetches_leave_half_of_the_disk_to_others(
+    site: Site, tenants: list[secateur.Client], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alice, bob = tenants
+    slow, ready, asked = page(zeros(3 << 20)), threading.Event(), threading.Event()
+
+    def waiting(request: BaseHTTPRequestHandler) -> None:
+        if request.command == "GET":
+            asked.set()
+            ready.wait(300)
+        slow(request)
+
+    site.pages["/models/slow"], site.pages["/models/x"] = waiting, page(zeros(3 << 20))
+    monkeypatch.setattr(Patience, "wait_for", lambda self, busy: False)
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            first = pool.submit(alice.report, f"{site.root}/models/slow")
+            assert asked.wait(300)
+            with pytest.raises(secateur.ServerBusy, match="for this tenant") as refused:
+                alice.report(f"{site.root}/models/x")
+            assert refused.value.retry_after
+            assert bob.report(f"{site.root}/models/x").zeros == 3 << 18
+        finally:
+            ready.set()
+        assert first.result().zeros == 3 << 18
+    assert alice.report(f"{site.root}/models/x").zeros == 3 << 18
+
+
+def test_what_a_tenant_can_never_fetch_is_refused_at_once(
+    site: Site, tenants: list[secateur.Client]
+) -> None:
+    site.pages["/models/x"] = page(zeros(5 << 20))
+    with pytest.raises(secateur.StoreFull, match="for one tenant"):
+        tenants[0].report(f"{site.root}/models/x")
+    assert site.asked == ["HEAD /models/x"]
 
 
 # Redirects -----------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ the bit pattern of the absolute value, which IEEE 754 orders as the values; so o
 every dtype, and exactly.
 """
 
+import struct
+
 import torch
 from torch import Tensor
 
@@ -53,6 +55,19 @@ def picked(values: Tensor, index: Tensor) -> Tensor:
     """The values at an index, or those that it flags, of any dtype: not every one has indexing."""
     bits, _ = signed_bits(values)
     return bits[index].view(values.dtype)
+
+
+def score_at(key: int, dtype: torch.dtype) -> float:
+    """The score of a dtype that has a key."""
+    if dtype in _FORMATS:
+        of_key, of_score = _FORMATS[dtype]
+        (score,) = struct.unpack(of_score, struct.pack(of_key, key))
+        return float(score)
+    return torch.tensor(key, dtype=BITS[dtype]).view(dtype).item()
+
+
+# A tensor for each of thousands of keys takes long.
+_FORMATS = {torch.float64: ("=q", "=d"), torch.float32: ("=i", "=f")}
 
 
 def as_keys(scores: Tensor, dtype: torch.dtype) -> Tensor:

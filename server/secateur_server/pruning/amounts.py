@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from secateur_server.devices.keys import BITS
+from secateur_server.devices.keys import BITS, score_at
 from secateur_server.devices.passes import Cut
 from secateur_server.errors import AmountOutOfRange, quote
 from secateur_server.pruning.allocate import shared_out
@@ -193,7 +193,7 @@ def _decision(
         for c, b, e in parts
     ]
     offset = 0.0 if is_lamp else subjects[0].ranking.offset
-    value = None if division.key < 0 else value_of(division.key, dtype) + offset
+    value = None if division.key < 0 else score_at(division.key, dtype) + offset
     return Decision(
         division.counts,
         sum(division.counts),
@@ -262,8 +262,3 @@ def first_key(value: float, dtype: torch.dtype) -> int:
     nearest = torch.tensor(value, dtype=torch.float64).to(dtype)
     key = int(nearest.view(BITS[dtype]))
     return key + 1 if float(nearest) < value else key
-
-
-def value_of(key: int, dtype: torch.dtype) -> float:
-    """The score that has a key."""
-    return torch.tensor(key, dtype=BITS[dtype]).view(dtype).item()

@@ -37,11 +37,10 @@ def resolve_group(context: RequestContext, group: Group, catalog: Catalog) -> Gr
 
 def _resolve_member(context: RequestContext, member: Member, catalog: Catalog) -> Member:
     """A member with a dimension from 0 on, and all its units' slices within it."""
-    name = quote(member.tensor)
-    member = replace(member, tensor=catalog.name_of(member.tensor))
-    if member.tensor not in catalog.prunable:
-        raise unmatched(context, f"{member.path}.tensor", member.tensor, catalog)
-    shape = catalog.prunable[member.tensor]
+    name, tensor = quote(member.tensor), catalog.name_of(member.tensor)
+    if tensor not in catalog.prunable:
+        raise unmatched(context, f"{member.path}.tensor", tensor, catalog)
+    shape = catalog.prunable[tensor]
     if not -len(shape) <= member.dim < len(shape):
         raise DimOutOfRange(
             f"{member.path}.dim",
@@ -74,7 +73,7 @@ def _resolve_member(context: RequestContext, member: Member, catalog: Catalog) -
                 f"{units} units of {member.stride} slices from {member.offset} on are not in the "
                 f"{size} slices of {name}",
             )
-    return replace(member, dim=dim, units=units)
+    return replace(member, tensor=tensor, dim=dim, units=units)
 
 
 def _indices(member: Member) -> Tensor:

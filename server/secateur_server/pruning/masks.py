@@ -96,6 +96,19 @@ def mask_of(context: RequestContext, flags: Flags, elements: int, device: torch.
     return Mask(bits, elements)
 
 
+def masks_of(flags: Tensor) -> list[Mask]:
+    """The mask of each line.  flags: bool, (masks, elements)."""
+    lines = passes_of(flags.device).pack_lines(flags)
+    return [Mask(bits, flags.shape[1]) for bits in lines.unbind()]
+
+
+def flags_of(masks: Sequence[Mask]) -> Tensor:
+    """Masks of as many elements as bool.  Returns: (masks, elements)."""
+    bits = torch.cat([mask.bits for mask in masks])
+    flags = passes_of(bits.device).unpack(bits, 8 * len(bits))
+    return flags.view(len(masks), -1)[:, : masks[0].elements]
+
+
 def spread(context: RequestContext, kept: Tensor, shape: Sequence[int], dim: int) -> Mask:
     """The mask of a tensor from its slices along a dimension.  kept: bool, flat."""
     outer, size, inner = around(shape, dim)

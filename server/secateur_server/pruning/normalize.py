@@ -4,6 +4,7 @@ Each is made of exact sums by halves, so that neither the machine nor the thread
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -65,19 +66,38 @@ def combined(
     members: for each group those of its members, float64, flat.
     Returns: also what was taken off from all scores, so that none is negative.
     """
-    groups = []
+    if rule.normalization is None:  # no score is negative
+        return _combined(context, rule, members), 0.0
+    scaled = []
     for scores, mask, name in zip(context.each(members), alive, names, strict=True):
-        if rule.normalization is not None:
-            scales = [_scale(context, rule, name, of_member, mask) for of_member in scores]
-            scores = [(s - c.shift) / c.spread for s, c in zip(scores, scales, strict=True)]
-        stacked = torch.stack(list(scores))
-        if rule.combination == "max":
-            groups.append(stacked.amax(0))
-        else:
-            total = row_sums(stacked.T.contiguous())
-            groups.append(total / len(scores) if rule.combination == "mean" else total)
+        scales = [_scale(context, rule, name, of_member, mask) for of_member in scores]
+        scaled.append([(s - c.shift) / c.spread for s, c in zip(scores, scales, strict=True)])
+    groups = _combined(context, rule, scaled)
     floor = min([0.0, *(float(scores.min()) for scores in groups if scores.numel())])
     return [scores - floor for scores in groups], floor
+
+
+def _combined(
+    context: RequestContext, rule: Selection, members: Sequence[Sequence[Tensor]]
+) -> list[Tensor]:
+    """One score for each unit of each group: groups of as many members and units at once."""
+    alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for place, scores in enumerate(context.each(members)):
+        alike[len(scores), len(scores[0])].append(place)
+    done: dict[int, Tensor] = {}
+    for (count, units), places in alike.items():
+        for begin, end in context.each(spans(len(places), max(1, PART // (count * units)))):
+            some = places[begin:end]
+            stacked = torch.stack([scores for place in some for scores in members[place]])
+            stacked = stacked.view(-1, count, units)
+            if rule.combination == "max":
+                combined = stacked.amax(1)
+            else:
+                combined = row_sums(stacked.transpose(1, 2).reshape(-1, count)).view(-1, units)
+            if rule.combination == "mean":
+                combined = combined / count
+            done |= zip(some, combined.unbind(), strict=True)
+    return [done[place] for place in range(len(members))]
 
 
 def _scale(

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from secateur_server.devices import passes_of, spans
+from secateur_server.devices.keys import score_at
 from secateur_server.devices.passes import PART, Cut
-from secateur_server.pruning.amounts import Decision, decide, value_of
+from secateur_server.pruning.amounts import Decision, decide
 from secateur_server.pruning.choice import Choice
 from secateur_server.pruning.divide import Query, divide
 from secateur_server.pruning.energy import energies
@@ -181,7 +182,7 @@ def _planned(
     planned = []
     for index, decision in enumerate(context.each(decisions)):
         if isinstance(rule.amount, Threshold):
-            scores = [None if c == NOTHING else value_of(c.key, dtype) for c in cuts[index]]
+            scores = [None if c == NOTHING else score_at(c.key, dtype) for c in cuts[index]]
             decision = with_cut(
                 context, decision, [subject.ranking for subject in subjects], scores
             )

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 
 from secateur_server.devices.batches import batched
-from secateur_server.devices.keys import BITS
-from secateur_server.pruning.amounts import number_of, value_of
+from secateur_server.devices.keys import BITS, score_at
+from secateur_server.pruning.amounts import number_of
 from secateur_server.pruning.choice import Choice, ChoiceTable, Floats, Ints
 from secateur_server.pruning.granularity import Element
 from secateur_server.pruning.lamp import lamp_scores
@@ -166,7 +166,7 @@ def cut_together(
         value, ties, ties_pruned = None, 0, 0
         if count:
             key, before, at = order.cut(count)
-            value = value_of(key, torch.float64 if is_lamp else dtype)
+            value = score_at(key, torch.float64 if is_lamp else dtype)
             ties, ties_pruned = int(at.sum()), count - int(before.sum())
             counts[index] = before + np.clip(ties_pruned - (np.cumsum(at) - at), 0, at)
             below[index], equal[index] = runs.cut_at(counts[index]) if is_lamp else (before, at)

@@ -14,11 +14,13 @@ from secateur_server.pruning.amounts import Decision, decide, first_key, is_plai
 from secateur_server.pruning.choice import Choice, ChoiceTable
 from secateur_server.pruning.divide import count_below
 from secateur_server.pruning.granularity import NM, Element
+from secateur_server.pruning.groups_at_once import masks_of_groups
 from secateur_server.pruning.lamp_small import prune_by_lamp
 from secateur_server.pruning.masks import Mask, mask_of
 from secateur_server.pruning.plan_small import is_planned_by_runs
 from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.select import score_dtype, select, threshold
+from secateur_server.pruning.select_each import select_each
 from secateur_server.pruning.small import (
     are_small,
     is_each_by_itself,
@@ -26,7 +28,13 @@ from secateur_server.pruning.small import (
     prune_together,
 )
 from secateur_server.pruning.spec import CustomMasks, Parameter, Random, Rule, Selection, Threshold
-from secateur_server.pruning.subjects import Masks, Subject, subjects_of, together
+from secateur_server.pruning.subjects import (
+    Masks,
+    Subject,
+    subjects_of,
+    subjects_of_groups,
+    together,
+)
 from secateur_server.runtime.context import RequestContext
 
 Item = TypeVar("Item")
@@ -155,11 +163,13 @@ def _chosen(
     device: torch.device,
 ) -> list[tuple[Masks, Choice]]:
     """What is chosen among the units of tensors, or groups, by those that are ranked together."""
+    if rule.groups:
+        return _choose_groups(context, rule, state, extras)
     return small_at_once(
         context,
         lambda names: _choose(context, rule, names, state, extras),
         together(context, rule, names),
-        lambda names: sum(state[n].weight.numel() for n in names if n in state),
+        lambda names: sum(state[n].weight.numel() for n in names),
         device,
     )
 
@@ -200,10 +210,60 @@ def _choose(
         kept, choice = _select(context, rule, subjects)
     masks: Masks = {}
     for subject, units in zip(context.each(subjects), kept, strict=True):
-        for name, mask in subject.spread(context, units).items():
-            before = masks.get(name, state[name].mask)
-            masks[name] = mask if before is None else mask.both(context, before)
+        _add(context, masks, subject.spread(context, units), state)
     return masks, choice
+
+
+def _choose_groups(
+    context: RequestContext,
+    rule: Selection,
+    state: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
+) -> list[tuple[Masks, Choice]]:
+    """Selects among the units of the groups that are ranked together: small groups at once."""
+    ranked = together(context, rule, [group.name for group in rule.groups])
+    with context.stage("score"):
+        subjects = subjects_of_groups(context, rule, ranked, state, extras)
+    with context.stage("select"):
+        selected = _select_each(context, rule, subjects)
+    every = [subject.name for those in subjects for subject in those]
+    kept = [units for those, _ in selected for units in those]
+    groups = [rule.groups_by_name[name] for name in every]
+    spread = iter(masks_of_groups(context, groups, kept, state))
+    chosen = []
+    for those, choice in selected:
+        masks: Masks = {}
+        for _, found in zip(those, spread, strict=False):
+            _add(context, masks, found, state)
+        chosen.append((masks, choice))
+    return chosen
+
+
+def _add(
+    context: RequestContext, masks: Masks, more: Masks, state: Mapping[str, Parameter]
+) -> None:
+    """Adds to masks what is pruned of some tensors, prior pruning included."""
+    for name, mask in more.items():
+        before = masks.get(name, state[name].mask)
+        masks[name] = mask if before is None else mask.both(context, before)
+
+
+def _select_each(
+    context: RequestContext, rule: Selection, ranked: Sequence[Sequence[Subject]]
+) -> list[tuple[list[Mask], Choice]]:
+    """As _select, of all that are ranked together."""
+    if not is_plain(rule) or any(len(subjects) > 1 for subjects in ranked):
+        return [_select(context, rule, subjects) for subjects in context.each(ranked)]
+    counts = [int(wanted(rule, subjects, rule.amount)) for subjects in context.each(ranked)]
+    rankings = [subject.ranking for (subject,) in ranked]
+    found = []
+    for subjects, count, (kept, cut) in zip(
+        context.each(ranked), counts, select_each(context, rankings, counts), strict=True
+    ):
+        (subject,) = subjects
+        decision = Decision((), count, (), cut_value(subjects, cut), cut.equal, cut.ties)
+        found.append(([kept], choice_of(rule, (subject.name,), subject.alive, count, decision)))
+    return found
 
 
 def _select(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from secateur_server.devices import passes_of, room_to_work, spans
-from secateur_server.devices.keys import BITS, as_keys, ranked_as
+from secateur_server.devices.keys import BITS, as_keys, ranked_as, score_at
 from secateur_server.devices.looks import SPACING, sample_places
 from secateur_server.devices.passes import BYTES_OF_FEW, DIGIT_BITS, Cut, Passes, Piece
 from secateur_server.devices.randomness import RandomScores
@@ -260,4 +260,4 @@ def threshold(cut: Cut, dtype: torch.dtype) -> float | None:
     """The score at the cut; None where nothing is pruned."""
     if cut == NOTHING:
         return None
-    return torch.tensor(cut.key, dtype=BITS[dtype]).view(dtype).item()
+    return score_at(cut.key, dtype)

@@ -11,11 +11,19 @@ from torch import Tensor
 from secateur_server.devices.randomness import RandomScores, random_scores
 from secateur_server.errors import quote
 from secateur_server.pruning.granularity import NM, Element, Slice
-from secateur_server.pruning.groups import alive_units, member_scores, spread_group
+from secateur_server.pruning.groups import spread_group
+from secateur_server.pruning.groups_at_once import alive_of, scores_of_members
 from secateur_server.pruning.masks import Mask
 from secateur_server.pruning.normalize import combined, normalized
 from secateur_server.pruning.score import Ranking, rank, refuse_nan
-from secateur_server.pruning.spec import Amount, Group, Magnitude, Parameter, Random, Selection
+from secateur_server.pruning.spec import (
+    Amount,
+    Group,
+    Magnitude,
+    Parameter,
+    Random,
+    Selection,
+)
 from secateur_server.runtime.context import RequestContext
 
 Masks = dict[str, Mask]
@@ -70,8 +78,8 @@ def subjects_of(
     Errors: NanScores, InvalidSpec.
     """
     if rule.groups:
-        groups = [rule.groups_by_name[name] for name in names]
-        return _normalized_groups(context, rule, groups, parameters, extras)
+        (of_groups,) = subjects_of_groups(context, rule, [names], parameters, extras)
+        return of_groups
     subjects = [_tensor(context, rule, name, parameters, extras) for name in context.each(names)]
     if rule.normalization is None or any(
         isinstance(s.ranking.scores, RandomScores) for s in subjects
@@ -134,58 +142,90 @@ def scores_of(
     return None, f"data[{quote(name)}]"
 
 
-def _normalized_groups(
+def subjects_of_groups(
     context: RequestContext,
     rule: Selection,
-    groups: Sequence[Group],
+    ranked: Sequence[Sequence[str]],
     parameters: Mapping[str, Parameter],
     extras: Mapping[str, Tensor],
-) -> list[Subject]:
-    """Groups with the scores of their members normalized, member by member, and combined."""
-    alive = [alive_units(context, group, parameters) for group in context.each(groups)]
-    scores, floor = _group_scores(context, rule, groups, parameters, extras, alive)
-    subjects = []
-    for group, of_units, living in zip(context.each(groups), scores, alive, strict=True):
-        first = group.members[0]
-        device = parameters[first.tensor].weight.device
-        ranking = Ranking(group.name, first.units, of_units, living, device, offset=floor)
-        unpruned = ranking.count_alive(context)
-        spread = partial(spread_group, group=group, parameters=parameters)
-        subjects.append(Subject(group.name, ranking, unpruned, spread))
-    return subjects
+) -> list[list[Subject]]:
+    """As subjects_of, of all groups of a rule: the small ones at once.
+
+    ranked: the names that are ranked together; scores are normalized among these.
+    """
+    groups = [rule.groups_by_name[name] for names in ranked for name in names]
+    alive = alive_of(context, groups, parameters)
+    scores: list[tuple[Tensor | RandomScores, float]]
+    if isinstance(rule.importance, Random):
+        seed = rule.importance.seed
+        scores = [(random_scores(seed, group.name), 0.0) for group in context.each(groups)]
+    else:
+        members = _member_scores(context, rule, groups, parameters, extras, alive)
+        sizes = [len(groups)] if rule.normalization is None else list(map(len, ranked))
+        scores = _combined_of_sets(context, rule, groups, members, alive, sizes)
+    subjects = (
+        _group_subject(context, group, of_units, living, floor, parameters)
+        for group, (of_units, floor), living in zip(groups, scores, alive, strict=True)
+    )
+    return [[next(subjects) for _ in context.each(names)] for names in ranked]
 
 
-def _group_scores(
+def _group_subject(
+    context: RequestContext,
+    group: Group,
+    scores: Tensor | RandomScores,
+    alive: Mask | None,
+    floor: float,
+    parameters: Mapping[str, Parameter],
+) -> Subject:
+    first = group.members[0]
+    device = parameters[first.tensor].weight.device
+    ranking = Ranking(group.name, first.units, scores, alive, device, offset=floor)
+    spread = partial(spread_group, group=group, parameters=parameters)
+    return Subject(group.name, ranking, ranking.count_alive(context), spread)
+
+
+def _member_scores(
     context: RequestContext,
     rule: Selection,
     groups: Sequence[Group],
     parameters: Mapping[str, Parameter],
     extras: Mapping[str, Tensor],
     alive: Sequence[Mask | None],
-) -> tuple[Sequence[Tensor | RandomScores], float]:
-    if isinstance(rule.importance, Random):
-        return [random_scores(rule.importance.seed, g.name) for g in context.each(groups)], 0.0
-    members = []
+) -> list[list[Tensor]]:
+    """The scores of those of each group's members that are scored: each float64, flat."""
+    assert isinstance(rule.importance, Magnitude), "random scores are of groups"
     for group, living in zip(context.each(groups), alive, strict=True):
         if holder := rule.scores.get(group.name):  # in the place of all its members'
             refuse_nan(context, extras[holder], living, f"data[{quote(holder)}]")
-            members.append([extras[holder].to(torch.float64).abs()])
-        else:
-            members.append(_members(context, rule.importance, group, parameters))
-    return combined(context, rule, members, alive, [group.name for group in groups])
+    own = [group for group in groups if group.name not in rule.scores]
+    scored = (member.tensor for group in own for member in group.members if member.is_scored)
+    for name in context.each(dict.fromkeys(scored)):
+        parameter, field = parameters[name], f"data[{quote(name)}]"
+        refuse_nan(context, parameter.weight, parameter.mask, field, parameter.seen)
+    of_members = iter(scores_of_members(context, own, parameters, float(rule.importance.p)))
+    return [
+        [extras[rule.scores[group.name]].to(torch.float64).abs()]
+        if group.name in rule.scores
+        else next(of_members)
+        for group in groups
+    ]
 
 
-def _members(
+def _combined_of_sets(
     context: RequestContext,
-    importance: Magnitude,
-    group: Group,
-    parameters: Mapping[str, Parameter],
-) -> list[Tensor]:
-    """The scores of a group's members that have a say.  Returns: each float64, flat."""
-    scores = []
-    for member in context.each(group.members):
-        if member.is_scored:
-            parameter, field = parameters[member.tensor], f"data[{quote(member.tensor)}]"
-            refuse_nan(context, parameter.weight, parameter.mask, field, parameter.seen)
-            scores.append(member_scores(context, member, parameter, float(importance.p)))
-    return scores
+    rule: Selection,
+    groups: Sequence[Group],
+    members: Sequence[Sequence[Tensor]],
+    alive: Sequence[Mask | None],
+    sizes: Sequence[int],
+) -> list[tuple[Tensor | RandomScores, float]]:
+    """For each group its scores, and what was taken off from them.  sizes: groups of each set."""
+    found: list[tuple[Tensor | RandomScores, float]] = []
+    names, begin = [group.name for group in groups], 0
+    for size in context.each(sizes):
+        part = slice(begin, begin + size)
+        scores, floor = combined(context, rule, members[part], alive[part], names[part])
+        found += [(of_group, floor) for of_group in scores]
+        begin += size
+    return found

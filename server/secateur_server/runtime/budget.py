@@ -19,6 +19,15 @@ class Quota:
     requests: int | None = None
 
 
+def half_of(limit: int) -> Callable[[Tenant], Quota]:
+    """The quota by which a named tenant holds at most half of a limit, and keeps nobody out."""
+
+    def quota(tenant: Tenant) -> Quota:
+        return Quota(limit // 2) if tenant.name else Quota()
+
+    return quota
+
+
 class Full(Exception):
     """A request has to go: too many wait.
 

@@ -10,6 +10,7 @@ have a thread and connections of their own.
 | first messages | FIRST_MESSAGES; a named tenant: half | waits, and is not received |
 | state_dicts | --memory-limit; the tenant's `memory`, `requests` | waits, --queue-size at most |
 | headers, specs, plans | OTHER; a named tenant: half | is refused, and may retry |
+| fetched files | --store-max-bytes; a named tenant: half | is refused, and may retry |
 | cores | one state_dict above ONE_CORE_BYTES | waits |
 
 Requests that wait are served in the order that Budget describes. A request that could never fit is
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from secateur_server.errors import ModelTooLarge, QueueFull, QuotaExceeded, RequestTooLarge
-from secateur_server.runtime.budget import Budget, Full, Quota
+from secateur_server.runtime.budget import Budget, Full, Quota, half_of
 from secateur_server.runtime.context import RequestContext, Tenant
 
 # Calls that run at once, beside those that wait for memory. Each has a thread, and one that
@@ -55,13 +56,13 @@ class Scheduler:
         self.most_calls = WORKERS + queue_size
         # Extra threads, so that rejected calls and probes never wait for one.
         self.threads = self.most_calls + 2 * MOST_PROBES
-        self._calls = Budget(self.most_calls, 0, _half_of(self.most_calls))
+        self._calls = Budget(self.most_calls, 0, half_of(self.most_calls))
         self._probes = _Probes()
         messages = max(int(memory_limit * FIRST_MESSAGES), LEAST_OTHER_BYTES)
-        self.messages = Budget(messages, self.most_calls, _half_of(messages))
+        self.messages = Budget(messages, self.most_calls, half_of(messages))
         self.models = Budget(memory_limit, queue_size, _quota_of)
         other = max(int(memory_limit * OTHER), LEAST_OTHER_BYTES)
-        self.other = Budget(other, 0, _half_of(other))
+        self.other = Budget(other, 0, half_of(other))
         self._cores = Budget(1, self.most_calls)
 
     @contextmanager
@@ -239,13 +240,6 @@ class _Probes:
         with self._lock:
             if cancel in self._cancels:
                 self._cancels.remove(cancel)
-
-
-def _half_of(limit: int) -> Callable[[Tenant], Quota]:
-    def quota(tenant: Tenant) -> Quota:
-        return Quota(limit // 2) if tenant.name else Quota()
-
-    return quota
 
 
 def _quota_of(tenant: Tenant) -> Quota:

@@ -17,7 +17,7 @@ class Entry:
     """A checkpoint.
 
     Attributes:
-        used: Seconds since 1970.
+        used: The moment of its last use, by the store's clock.
         pins: Calls that use it now.
     """
 
@@ -46,7 +46,7 @@ class Upload:
         at: Where in the file the call's next byte is.
         is_resumable: Whether it outlasts the call.
         quota: Bytes that the owner may hold; None is no bound.
-        used: Seconds since 1970, when the last byte came.
+        used: The moment at which the last byte came, by the store's clock.
         is_active: Whether a call sends it now.
         is_stale: Whether a newer call has taken it over.
         is_finishing: Whether it becomes a blob.

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Condition
@@ -31,13 +31,18 @@ class Trash:
 class Shelf:
     """A folder of blobs.
 
+    Args:
+        folder: Of the blobs.
+        lock: The store's.
+        check_folder: Raises StoreFailed where the folder is not the store's any more.
+
     Attributes:
         references: Of checkpoints, uploads and calls.
         removing_bytes: Of blobs that are being removed, and are still on disk.
     """
 
-    def __init__(self, folder: Path, lock: Condition) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, lock: Condition, check_folder: Callable[[], None]) -> None:
+        self.folder, self._check_folder = folder, check_folder
         self.references = References()
         self.removing_bytes = 0
         self._lock = lock
@@ -78,6 +83,7 @@ class Shelf:
         Errors: StoreFailed.
         """
         try:
+            self._check_folder()  # another server may have the same blobs
             for part in trash.parts:
                 part.discard()
             with disk_errors():
@@ -94,12 +100,18 @@ class Shelf:
         """Whether a blob is there, and nothing is known against it."""
         return digest not in self._damaged and has_blob(self.folder / digest, size)
 
+    def put(self, part: Part) -> None:
+        """Makes a part a blob.  Errors: StoreFull, StoreFailed, TakenOver."""
+        self._check_folder()
+        part.finish(self.folder)
+
     def renewed(self, digest: str) -> None:
         """A blob has been written anew."""
         self._damaged.discard(digest)
 
     def open(self, of: str, file: StoredFile) -> Blob:
-        """Opens a blob.  of: what it belongs to, for errors.  Errors: DataLoss."""
+        """Opens a blob.  of: what it belongs to, for errors.  Errors: DataLoss, StoreFailed."""
+        self._check_folder()
 
         def damaged() -> None:
             log.error("%s is damaged: blob %s", of, file.blake3)

@@ -1,17 +1,15 @@
 """The checkpoints of all callers, on one folder, within a number of bytes.
 
-lock                        held by the server that has the folder
 checkpoints/OWNER/ID.json   records: written last, so that what they name is there
 blobs/DIGEST, .sums         files, each once, whoever has stored it
 parts/                      unfinished; swept at start
 """
 
-import fcntl
 import logging
+import math
 import os
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -19,8 +17,18 @@ from itertools import takewhile
 from pathlib import Path
 
 from secateur_server.durable import disk_errors, sync_folder
-from secateur_server.errors import CheckpointNotFound, DataLoss, StoreFull, TakenOver, quote
+from secateur_server.errors import (
+    CheckpointNotFound,
+    DataLoss,
+    RequestError,
+    StoreFailed,
+    StoreFull,
+    TakenOver,
+    quote,
+)
 from secateur_server.store.blobs import Blob
+from secateur_server.store.clock import Clock
+from secateur_server.store.folders import FolderLock
 from secateur_server.store.holdings import Entry, Holding, Holdings, Upload
 from secateur_server.store.records import (
     PREFIX,
@@ -41,10 +49,6 @@ log = logging.getLogger(__name__)
 EXPIRE_SECONDS = 10.0
 
 Key = tuple[str, str]  # an owner, and an id or a digest
-
-
-class StoreInUse(Exception):
-    """Another server has the folder."""
 
 
 @dataclass(frozen=True)
@@ -90,55 +94,54 @@ class Store:
         self._folder = folder
         self._is_temporary = is_temporary
         self.scratch = folder / "parts"
+        self._clock = Clock()
         self._lock = threading.Condition(threading.RLock())
-        self._shelf = Shelf(folder / "blobs", self._lock)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._folder_lock = FolderLock(folder)
+        self._shelf = Shelf(folder / "blobs", self._lock, self._folder_lock.check)
         self._holdings = Holdings()
         self._room = Room(max_bytes, self._holdings, self._shelf.references)
         self.uploads = Uploads(
             *(self._shelf, self._holdings, self._room),
-            *(self.scratch, self._lock, self._reserve_part),
+            self.scratch,
+            self._lock,
+            self._clock,
+            self._reserve_part,
         )
         self._unreadable: set[Key] = set()  # records that differ from what was written
         self._owner_folders: set[Path] = set()  # which exist after a crash
-        for path in (self._shelf.folder, self.scratch, folder / "checkpoints"):
-            path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._hold()
         try:
+            for path in (self._shelf.folder, self.scratch, folder / "checkpoints"):
+                path.mkdir(exist_ok=True, mode=0o700)
             self._load()
         except BaseException:
-            self._lock_file.close()
+            self._folder_lock.close()
             raise
         self._is_closed = threading.Event()
         self._expiring = threading.Thread(target=self._expire, name="expire", daemon=True)
         self._expiring.start()
 
-    def _hold(self) -> None:
-        """Keeps other servers away from the folder."""
-        self._lock_file = (self._folder / "lock").open("w")
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock_file.close()
-            raise StoreInUse(f"another server keeps its checkpoints in {self._folder}") from None
-
     def _load(self) -> None:
         """Reads the records, and sweeps what was not finished."""
         checkpoints = self._folder / "checkpoints"
         self._owner_folders = {folder for folder in checkpoints.iterdir() if folder.is_dir()}
-        entries: list[Entry] = []
+        records: list[tuple[float, str, Record]] = []
         unfinished = list(self.scratch.iterdir())
         for folder in self._owner_folders:
             found = read_records(folder)
-            entries += [Entry(folder.name, record, used) for record, used in found.records]
+            records += [(used, folder.name, record) for record, used in found.records]
             self._unreadable |= {(folder.name, ident) for ident in found.unreadable}
             unfinished += found.unfinished
         # A server before may have been killed ahead of its sync: what is seen now is to stay.
         folders = (self._folder.parent, self._folder, self._shelf.folder, checkpoints)
         for folder in (*folders, *self._owner_folders):
             sync_folder(folder)
-        for entry in sorted(entries, key=lambda entry: entry.used):
-            self._shelf.acquire(entry.files())
+        now = self._clock.wall(self._clock.now())
+        for used, owner, record in sorted(records, key=lambda each: each[0]):
+            entry = Entry(owner, record, self._clock.moment(used))
             self._add(entry)
+            if used > now:  # the system's clock was set back
+                self._write_use(entry)
         if not self._unreadable:  # what those need is unknown
             unfinished += self._shelf.unknown()
         count = sum(path.stat().st_size for path in unfinished)
@@ -146,10 +149,11 @@ class Store:
             path.unlink()
         log.info(
             "store %s: %d checkpoints, %d bytes; swept %d unfinished files of %d bytes",
-            *(self._folder, len(entries), self.used_bytes, len(unfinished), count),
+            *(self._folder, len(records), self.used_bytes, len(unfinished), count),
         )
 
     def _add(self, entry: Entry) -> None:
+        self._shelf.acquire(entry.files())
         self._holdings.count(entry.owner, RECORD_BYTES)
         self._holdings.acquire(entry.owner, entry.files())
         self._holdings.opened(entry.owner).add(entry)
@@ -158,10 +162,11 @@ class Store:
         """Gives the folder to whoever wants it next."""
         self._is_closed.set()
         self._expiring.join()
-        self.uploads.close()
-        self._lock_file.close()
-        if self._is_temporary:
+        with suppress(StoreFailed):
+            self.uploads.close()
+        if self._is_temporary and self._folder_lock.is_in_place:
             shutil.rmtree(self._folder, ignore_errors=True)  # a cleaner of /tmp may be first
+        self._folder_lock.close()
 
     @property
     def max_bytes(self) -> int:
@@ -189,7 +194,7 @@ class Store:
         """When a checkpoint goes, in seconds since 1970; None is never."""
         with self._lock:
             entry = self._holdings.get(owner).entries.get(record.id)
-        return entry.used + self.ttl if self.ttl and entry else None
+        return self._clock.wall(entry.used + self.ttl) if self.ttl and entry else None
 
     def page(self, owner: str, before: str, most: int) -> Sequence[Record]:
         """Up to `most` checkpoints, the newest first.  before: those older than this id."""
@@ -210,7 +215,7 @@ class Store:
     def open(self, owner: str, name: str) -> Iterator[OpenCheckpoint]:
         """Opens a checkpoint, which is neither evicted nor lost while the block runs.
 
-        Errors: CheckpointNotFound, DataLoss.
+        Errors: CheckpointNotFound, DataLoss, StoreFailed.
         """
         with self._lock:
             entry = self._entry(owner, name)
@@ -230,19 +235,24 @@ class Store:
             self._shelf.remove(Trash(blobs=unused))
 
     def open_files(self, name: str, files: Sequence[StoredFile]) -> list[Blob]:
-        """Opens files that an upload of the caller holds.  Errors: DataLoss."""
+        """Opens files that an upload of the caller holds.  Errors: DataLoss, StoreFailed."""
         return [self._shelf.open(name, file) for file in files]
 
     def _touch(self, entry: Entry) -> None:
-        now = time.time()
+        now = self._clock.now()
         with self._lock:
             account = self._holdings.get(entry.owner)
             if entry.record.id not in account.entries:
                 return
             account.touch(entry, now)
+        self._write_use(entry)
+
+    def _write_use(self, entry: Entry) -> None:
+        """Keeps the time of the last use for the next start."""
+        used = self._clock.wall(entry.used)
         with suppress(OSError):  # of a full disk, or a record that somebody took away
             # The system's own clock is coarser.
-            os.utime(self._record_path(entry.owner, entry.record.id), (now, now))
+            os.utime(self._record_path(entry.owner, entry.record.id), (used, used))
 
     def _record_path(self, owner: str, ident: str) -> Path:
         return self._folder / "checkpoints" / owner / f"{ident}.json"
@@ -259,7 +269,8 @@ class Store:
         quota: bytes that the owner may have here; None is no bound.
         Errors: StoreFull, StoreFailed, QuotaExceeded.
         """
-        entry = Entry(owner, new_record(files, masks), time.time())
+        self._folder_lock.check()
+        entry = Entry(owner, new_record(files, masks), self._clock.now())
         path = self._record_path(owner, entry.record.id)
         with self._lock:
             evicted = self._make_room(owner, RECORD_BYTES, quota)
@@ -272,6 +283,7 @@ class Store:
         except BaseException:
             self._undo(entry, path)
             raise
+        self._write_use(entry)
         with self._lock:
             self._holdings.opened(owner).add(entry)
         return entry.record
@@ -327,12 +339,17 @@ class Store:
 
     def _expire(self) -> None:
         while not self._is_closed.wait(EXPIRE_SECONDS):
-            self.expire()
+            try:
+                self.expire()
+            except (RequestError, OSError) as error:  # the disk may serve again
+                log.error("checkpoints do not expire: %s", error)
 
     def expire(self) -> None:
-        """Lets go what nobody has used for too long."""
+        """Lets go what nobody has used for too long.  Errors: StoreFailed."""
+        self._folder_lock.check()
+        self._follow_clock()
         with self._lock:
-            oldest = time.time() - self.ttl if self.ttl else 0.0
+            oldest = self._clock.now() - self.ttl if self.ttl else -math.inf
             old: list[Victim] = [
                 (entry, "ttl")
                 for account in self._holdings.accounts.values()
@@ -342,6 +359,18 @@ class Store:
             evicted = self._evict(old)
         self._remove(evicted)
         self.uploads.expire()
+
+    def _follow_clock(self) -> None:
+        """Where the system's clock was set, writes the times of last uses by the new one."""
+        step = self._clock.follow()
+        if not step:
+            return
+        log.warning("the system's clock was set by %+.0f seconds: no age has changed", step)
+        with self._lock:
+            accounts = self._holdings.accounts.values()
+            entries = [entry for account in accounts for entry in account.entries.values()]
+        for entry in entries:
+            self._write_use(entry)
 
     def check_size(self, size: int) -> None:
         """Errors: StoreFull, where `size` bytes never fit."""
@@ -353,8 +382,9 @@ class Store:
     def _reserve_part(self, upload: Upload, size: int) -> None:
         """Makes room for the part of an upload to take `size` bytes on disk.
 
-        Errors: StoreFull, QuotaExceeded, TakenOver.
+        Errors: StoreFull, StoreFailed, QuotaExceeded, TakenOver.
         """
+        self._folder_lock.check()
         part = upload.part
         with self._lock:
             if part is None or upload not in self._holdings.get(upload.owner).uploads:

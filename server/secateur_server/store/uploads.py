@@ -1,7 +1,6 @@
 """Files on their way into the store: sent by callers in several calls, or made by the server."""
 
 import secrets
-import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -21,6 +20,7 @@ from secateur_server.errors import (
 )
 from secateur_server.runtime.context import RequestContext
 from secateur_server.store.blobs import Part, disk_bytes
+from secateur_server.store.clock import Clock
 from secateur_server.store.holdings import Holdings, Upload
 from secateur_server.store.records import RECORD_BYTES, StoredFile
 from secateur_server.store.room import Room
@@ -49,15 +49,16 @@ class Uploads:
         room: Room,
         scratch: Path,
         lock: Condition,
+        clock: Clock,
         reserve: Callable[[Upload, int], None],
     ) -> None:
         self._shelf, self._holdings, self._room = shelf, holdings, room
-        self._scratch, self._lock, self._reserve = scratch, lock, reserve
+        self._scratch, self._lock, self._clock, self._reserve = scratch, lock, clock, reserve
 
     def expire(self) -> None:
         """Lets go what nobody has gone on with for too long."""
         with self._lock:
-            oldest = time.time() - UPLOAD_SECONDS
+            oldest = self._clock.now() - UPLOAD_SECONDS
             uploads = [u for a in self._holdings.accounts.values() for u in a.uploads]
             old = [u for u in uploads if not u.is_active and u.used < oldest]
         for upload in old:
@@ -103,7 +104,8 @@ class Uploads:
         quota: bytes that the owner may have here; None is no bound.
         Errors: InvalidRequest, StoreFull, QuotaExceeded.
         """
-        upload = Upload(owner, size, digest, None, offset, is_resumable, quota, time.time())
+        now = self._clock.now()
+        upload = Upload(owner, size, digest, None, offset, is_resumable, quota, now)
         while True:
             is_whole = digest is not None and self._has_whole(owner, digest, size)
             with self._lock:
@@ -145,7 +147,7 @@ class Uploads:
             self._check_mine(upload)
             known = min(upload.held - upload.at, len(data))
             upload.at += len(data)
-            upload.used = time.time()
+            upload.used = self._clock.now()
             if known == len(data):
                 return
             assert upload.part is not None, "what is whole takes no more"
@@ -188,7 +190,7 @@ class Uploads:
             self._acquire(upload, file)  # first: nobody may remove the blob once it is there
             self._holdings.reserve(upload.owner, part, -part.reserved)
         try:
-            part.finish(self._shelf.folder)
+            self._shelf.put(part)
         except BaseException:
             self.abandon(upload)
             self._release(upload.owner, file)

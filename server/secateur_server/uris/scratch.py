@@ -1,17 +1,20 @@
 """The disk for fetched files."""
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from secateur_server.errors import QueueFull, StoreFull, quote
+from secateur_server.runtime.budget import Budget, Full, half_of
+from secateur_server.runtime.context import RequestContext
 
 RETRY_SECONDS = 1.0
 
 
 class Scratch:
     """A folder for fetched files, which calls hold until they end.
+
+    A named tenant has at most half of it, so that its fetches keep nobody out.
 
     Args:
         folder: On the store's disk.
@@ -20,40 +23,40 @@ class Scratch:
     """
 
     def __init__(self, folder: Path, limit: int, count: Callable[[int], None]) -> None:
-        self.folder, self._limit, self.count = folder, limit, count
-        self._lock = threading.Lock()
-        self._held = 0
+        self.folder, self.count = folder, count
+        self._budget = Budget(limit, 0, half_of(limit))
 
     @property
     def held(self) -> int:
         """Bytes of files that are here, or on their way."""
-        return self._held
+        return self._budget.held
 
     @contextmanager
-    def reserved(self, field: str, uri: str, size: int) -> Iterator[None]:
+    def reserved(self, context: RequestContext, field: str, uri: str, size: int) -> Iterator[None]:
         """Reserves `size` bytes for the block, in which they are fetched and used.
 
         Raises:
             StoreFull: They would never fit.
             QueueFull: They do not fit beside those of other calls.
         """
-        if size > self._limit:
+        most = self._budget.most(context.tenant)
+        if size > most:
             raise StoreFull(
                 field,
-                f"{quote(uri)} has {size} bytes; this server fetches up to {self._limit} "
+                f"{quote(uri)} has {size} bytes; this server fetches up to {most} for one tenant "
                 "(--store-max-bytes)",
             )
-        with self._lock:
-            if (held := self._held) + size > self._limit:
-                raise QueueFull(
-                    field,
-                    f"{quote(uri)} has {size} bytes, and files of other calls have {held} of the "
-                    f"{self._limit} that may be fetched at once (--store-max-bytes)",
-                    RETRY_SECONDS,
-                )
-            self._held += size
+        try:
+            self._budget.acquire(context, size)
+        except Full as full:
+            raise QueueFull(
+                field,
+                f"{quote(uri)} has {size} bytes, and fetched files of other calls have {full.held} "
+                f"of {self._budget.limit} (--store-max-bytes), {full.mine} of the {most} for this "
+                "tenant",
+                RETRY_SECONDS,
+            ) from None
         try:
             yield
         finally:
-            with self._lock:
-                self._held -= size
+            self._budget.release(context.tenant, size)

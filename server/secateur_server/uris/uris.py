@@ -76,7 +76,7 @@ class Uris:
         model = [self._open(context, field, uri, held)]
         index = []
         if uri.endswith(SUFFIX):
-            index = self._mapped(field, uri, model, held)
+            index = self._mapped(context, field, uri, model, held)
             weight_map, _ = weight_map_of(index[0].filename, index[0].data)
             shards = dict.fromkeys(weight_map.values())  # distinct, in their order
             model = [
@@ -84,7 +84,7 @@ class Uris:
             ]
         size = sum(file.size for file in model)
         admit(size, sum(file.size for file in model if isinstance(file, RemoteFile)))
-        return self._mapped(field, uri, model, held) + index
+        return self._mapped(context, field, uri, model, held) + index
 
     def _open(
         self, context: RequestContext, field: str, uri: str, held: ExitStack
@@ -99,12 +99,17 @@ class Uris:
         return file
 
     def _mapped(
-        self, field: str, uri: str, files: Sequence[LocalFile | RemoteFile], held: ExitStack
+        self,
+        context: RequestContext,
+        field: str,
+        uri: str,
+        files: Sequence[LocalFile | RemoteFile],
+        held: ExitStack,
     ) -> list[MappedFile]:
         """Fetches those files that are not local.  uri: of the whole, for errors."""
         remote = [file for file in files if isinstance(file, RemoteFile)]
         size = sum(file.size for file in remote)
-        held.enter_context(self._scratch.reserved(field, uri, size))
+        held.enter_context(self._scratch.reserved(context, field, uri, size))
         for file in remote:
             file.fetch(self._scratch)
         return [
