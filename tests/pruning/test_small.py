@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
@@ -31,6 +31,7 @@ from tests.pruning.defined import applied, catalog_of, rule
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int64)
 SIZES = st.sampled_from([0, 1, 2, 7, 8, 9, 63, 64, 65, 1000, 5000])
+FIXTURE = [HealthCheck.function_scoped_fixture]  # it is the same for all examples
 AMOUNTS = st.sampled_from([0, 1, 0.0, 0.3, 0.5, 0.99, 1.0])
 
 
@@ -39,6 +40,12 @@ def is_compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     if request.param and not kernels.enabled:
         pytest.skip("numba is not installed")
     monkeypatch.setattr(kernels, "enabled", request.param)
+
+
+@pytest.fixture(autouse=True)
+def are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few tensors are taken together, too."""
+    monkeypatch.setattr(batches, "FEW", 0)
 
 
 @st.composite
@@ -73,7 +80,7 @@ def lowest(weight: Tensor, kept: Tensor, amount: float) -> Tensor:
     return left
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, suppress_health_check=FIXTURE, max_examples=40)
 @given(models(), AMOUNTS)
 def test_each_tensor_loses_its_least_important(model: dict[str, Parameter], amount: float) -> None:
     alive = {name: alive_of(parameter) for name, parameter in model.items()}
@@ -131,7 +138,7 @@ HOWS = st.sampled_from(
 )
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, suppress_health_check=FIXTURE, max_examples=25)
 @given(models(), st.sampled_from([0.0, 0.3, 0.7, 1.0]), HOWS)
 def test_no_batch_size_and_no_compiler_shows(
     model: dict[str, Parameter], amount: float, how: dict[str, Any]
@@ -200,7 +207,7 @@ def shaped(draw: st.DrawFn) -> dict[str, Parameter]:
     return model
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, suppress_health_check=FIXTURE, max_examples=60)
 @given(shaped(), st.booleans())
 def test_small_tensors_are_reported_as_by_themselves(
     model: dict[str, Parameter], is_folded: bool
@@ -212,7 +219,7 @@ def test_small_tensors_are_reported_as_by_themselves(
 
     report = reported()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("secateur_server.pruning.small.SMALL", 0)
+        patch.setattr(batches, "FEW", 100)
         assert report == reported()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batches, "MOST", 64)
@@ -224,7 +231,7 @@ INTEGERS = st.one_of(st.integers(0, 300), st.integers(0, 2**64 - 1))
 DOUBLES = st.floats(allow_nan=False) | st.sampled_from([0.0, -0.0])
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, suppress_health_check=FIXTURE, max_examples=100)
 @given(
     st.lists(
         st.builds(
@@ -257,7 +264,7 @@ def test_columns_have_the_bytes_of_protobuf(choices: list[pb.Choice]) -> None:
     assert found.data.tobytes() == shapes.SerializeToString()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, suppress_health_check=FIXTURE, max_examples=60)
 @given(
     models(),
     st.lists(st.floats(0, 1) | st.integers(0, 3), min_size=1, max_size=5),

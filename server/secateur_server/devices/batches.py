@@ -23,6 +23,8 @@ Ints = npt.NDArray[np.int64]
 
 # A tensor of more elements is not small: its own passes take longer than to call them.
 SMALL = 1 << 16
+# So few tensors are sooner taken one by one: an operation on arrays takes as long as some loops.
+FEW = 48
 # Elements of tensors that are side by side at once, which is a copy of them.
 MOST = 1 << 20
 # Tensors between two checks whether the request is to end: each takes some microseconds.
@@ -53,6 +55,11 @@ class Batch:
         """The tensors, as many at once as take a moment."""
         for begin in range(0, len(self.units), CHECKED):
             yield slice(begin, begin + CHECKED)
+
+
+def are_many(tensors: Sequence[object]) -> bool:
+    """Whether to take small tensors side by side is faster than one by one."""
+    return len(tensors) > FEW
 
 
 def batched(sizes: Sequence[int]) -> Iterator[slice]:

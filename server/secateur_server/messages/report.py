@@ -12,7 +12,7 @@ from secateur_proto.report_pb2 import (
     ZeroBlocks,
 )
 from secateur_proto.spec_pb2 import Pattern
-from secateur_server.devices.batches import batched
+from secateur_server.devices.batches import are_many, batched
 from secateur_server.devices.dtypes import WIRE_DTYPES
 from secateur_server.messages.tables import encode_choices, tensor_reports
 from secateur_server.pruning.catalog import Catalog
@@ -66,6 +66,7 @@ def _tensors(
 ) -> list[TensorReport]:
     """The reports of tensors; small ones are measured together."""
     small = [of for of in parameters if is_small(of[1]) and of[1].weight.dim()]
+    small = small if are_many(small) else []
     found: dict[str, TensorReport] = {}
     for part in batched([parameter.weight.numel() for _, parameter in small]):
         context.check()

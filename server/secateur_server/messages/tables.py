@@ -6,6 +6,7 @@ import numpy as np
 
 from secateur_proto.report_pb2 import Bound, RuleReport, SparsityReport, TensorReport
 from secateur_proto.report_pb2 import Choice as ChoiceMessage
+from secateur_server.devices.batches import are_many
 from secateur_server.devices.dtypes import WIRE_DTYPES
 from secateur_server.messages.columns import (
     Array,
@@ -35,7 +36,7 @@ def encode_choices(
         choices: Of one rule.
         names: The field `tensors` of a table, if it is encoded already.
     """
-    if isinstance(choices, ChoiceTable):
+    if isinstance(choices, ChoiceTable) and are_many(choices):
         return _encode_table(choices, names or texts(1, choices.tensors))
     return RuleReport(choices=map(encode_choice, context.each(choices))).SerializeToString()
 

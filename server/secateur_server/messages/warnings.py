@@ -6,6 +6,7 @@ Every check reads the request and the report alone: no check reads a weight.
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from secateur_proto import report_pb2 as pb
 from secateur_server.errors import quote
@@ -28,8 +29,7 @@ _NORM_TENSORS = ("weight", "gamma", "running_mean", "running_var")
 _NORM_MODULES = re.compile(r"norm|(^|[._])(ln|bn)\d*([._]|$)", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """What a Prune did to a tensor.
 
     Attributes:
@@ -132,13 +132,14 @@ def _small_coverage(pruning: Pruning) -> pb.Warning | None:
 
 
 def _wholly_zero(pruning: Pruning) -> pb.Warning | None:
-    meant = {name for rule in pruning.rules for name in _meant_whole(pruning.context, rule)}
-    found = [
+    zero = [
         change
         for change in pruning.context.each(pruning.changes)
-        if change.is_wholly_zero and change.name not in meant
-        if change.is_weight or _is_norm(change)
+        if change.is_wholly_zero and (change.is_weight or _is_norm(change))
     ]
+    rules = pruning.rules if zero else ()
+    meant = {name for rule in rules for name in _meant_whole(pruning.context, rule)}
+    found = [change for change in zero if change.name not in meant]
     if not found:
         return None
     length = found[0].shape[0]
@@ -228,25 +229,29 @@ def _norms_pruned(pruning: Pruning) -> pb.Warning | None:
 
 def _is_norm(change: Change) -> bool:
     """Whether it is of a batch norm or a layer norm, and no bias: other weights are no vectors."""
+    if len(change.shape) != 1:
+        return False
     module, _, leaf = change.name.rpartition(".")
     is_of_norm = leaf in _NORM_TENSORS or bool(_NORM_MODULES.search(module))
-    return len(change.shape) == 1 and is_of_norm and not leaf.endswith(("bias", "beta"))
+    return is_of_norm and not leaf.endswith(("bias", "beta"))
 
 
 def _rounded_to_none(pruning: Pruning) -> pb.Warning | None:
-    found = [choice for choice in _of_fractions(pruning) if not choice.requested]
+    found = list(_of_fractions(pruning, lambda choice: not choice.requested))
     return _rounded("ROUNDED_TO_NONE", "0", found)
 
 
 def _rounded_to_all(pruning: Pruning) -> pb.Warning | None:
-    found = [choice for choice in _of_fractions(pruning) if choice.requested == choice.candidates]
+    found = list(_of_fractions(pruning, lambda choice: choice.requested == choice.candidates))
     return _rounded("ROUNDED_TO_ALL", "all", found)
 
 
-def _of_fractions(pruning: Pruning) -> Iterator[pb.Choice]:
-    """Choices by a fraction above 0 and below 1 of the units that were unpruned."""
+def _of_fractions(pruning: Pruning, is_wanted: Callable[[pb.Choice], bool]) -> Iterator[pb.Choice]:
+    """The wanted choices by a fraction above 0 and below 1 of the units that were unpruned."""
     for rule, choices in pruning.selections():
         for choice in pruning.context.each(choices):
+            if not is_wanted(choice):
+                continue
             fraction = _fraction(rule, choice.tensors[0])
             is_part = fraction is not None and 0 < fraction < 1 and not rule.of_all
             if is_part and choice.candidates and pruning.has_weight(choice):

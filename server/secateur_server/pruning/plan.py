@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from secateur_server.devices import passes_of, spans
+from secateur_server.devices.batches import are_many
 from secateur_server.devices.keys import score_at
 from secateur_server.devices.passes import PART, Cut
 from secateur_server.pruning.amounts import Decision, decide
@@ -88,6 +89,7 @@ def _plan_each(
     """A plan of a rule that prunes each tensor by itself: small tensors are planned together."""
     empty = [name for name in rule.tensors if parameters[name].weight.numel() == 0]
     small = [name for name in rule.tensors if is_small(parameters[name])]
+    small = small if are_many(small) else []
     known = {*empty, *small}
     large = [name for name in rule.tensors if name not in known]
     rules = with_amounts(rule, amounts, at)

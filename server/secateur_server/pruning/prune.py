@@ -199,7 +199,7 @@ def _choose(
     extras: Mapping[str, Tensor],
 ) -> tuple[Masks, Choice]:
     """Selects among the units of all tensors, or groups, that are ranked together."""
-    if isinstance(rule.granularity, Element) and len(names) > 1 and are_small(names, state):
+    if isinstance(rule.granularity, Element) and are_small(names, state):
         if is_plain(rule) and rule.normalization is None:
             return prune_together(context, rule, names, state, extras)
         if rule.allocation == "lamp" and is_planned_by_runs(rule, [rule.amount]):

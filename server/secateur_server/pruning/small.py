@@ -8,7 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur_server.devices.batches import SMALL, Batch, batched, cut_each, side_by_side
+from secateur_server.devices.batches import (
+    SMALL,
+    Batch,
+    are_many,
+    batched,
+    cut_each,
+    side_by_side,
+)
 from secateur_server.devices.keys import BITS, INFINITY
 from secateur_server.errors import quote
 from secateur_server.pruning.amounts import is_plain, number_of
@@ -54,6 +61,8 @@ def prune_small(
         AmountOutOfRange: A tensor has too few units.
     """
     names = [] if rule.normalization else [n for n in table.tensors if is_small(state[n])]
+    if not are_many(names):
+        return {}
     kinds: dict[torch.dtype, list[tuple[Ranking, int, int]]] = defaultdict(list)
     with context.stage("score"):
         for name in context.each(names):
@@ -148,7 +157,9 @@ _ONES = np.array([byte.bit_count() for byte in range(256)], np.uint8)
 
 
 def are_small(names: Sequence[str], parameters: Mapping[str, Parameter]) -> bool:
-    """Whether tensors that are ranked together are small, and not too many."""
+    """Whether tensors that are ranked together are small: many, but not too many."""
+    if not are_many(names):
+        return False
     units = sum(parameters[name].weight.numel() for name in names if name in parameters)
     return units <= MOST_UNITS and all(n in parameters and is_small(parameters[n]) for n in names)
 

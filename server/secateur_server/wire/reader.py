@@ -18,8 +18,9 @@ from secateur_server.runtime.context import RequestContext
 from secateur_server.wire.header import Entry, Header, header_length, parse_header
 from secateur_server.wire.tensors import WireTensor
 
-# Tensors that are read at once have up to so many bytes.
-RUN_BYTES = 1 << 18
+# Tensors that are read at once have up to so many bytes, each and together. To look at the values
+# of larger ones, one by one, takes less time.
+TINY_BYTES, RUN_BYTES = 1 << 13, 1 << 18
 
 _CPU = torch.device("cpu")
 
@@ -121,12 +122,13 @@ def _runs(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
     size = 0
     for entry in entries:
         small = entry.end - entry.begin
-        is_of_run = run and small and entry.dtype == run[0].dtype and size + small <= RUN_BYTES
+        is_tiny = 0 < small <= TINY_BYTES
+        is_of_run = run and is_tiny and entry.dtype == run[0].dtype and size + small <= RUN_BYTES
         if run and not is_of_run:
             yield run
             run, size = [], 0
         run.append(entry)
-        size += small or RUN_BYTES  # an empty one is read by itself
+        size += small if is_tiny else RUN_BYTES  # which is read by itself
     if run:
         yield run
 
