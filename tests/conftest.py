@@ -22,41 +22,66 @@ from hypothesis import HealthCheck, settings
 import secateur
 from secateur_server.app import App
 from secateur_server.config import read_config
+from tests.forked import ForkedProcess
+
+Process = subprocess.Popen[bytes] | ForkedProcess
 
 
 @dataclass(frozen=True)
 class RunningServer:
     address: str
     metrics_address: str
-    process: subprocess.Popen[bytes]
+    process: Process
     log: Path
 
 
 # Seconds. What takes longer hangs: no machine is so busy, and no test asks how fast it is.
 PATIENCE = 300.0
 
-# Nor does hypothesis, which by default wants each example within 200 ms.
+# Nor does hypothesis, which by default wants each example within 200 ms. The slow suite tries five
+# times as many examples: make test-slow.
 settings.register_profile(
-    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=40
 )
+settings.register_profile("long", settings.get_profile("any machine"), max_examples=200)
 settings.load_profile("any machine")
+
+
+def examples(count: int) -> settings:
+    """For a property of which so many examples are tried where others have a hundred."""
+    return settings(max_examples=max(10, count * settings().max_examples // 100))
 
 
 SERVER_OPTIONS = ("--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0")
 
 
 def start_server(*options: str) -> RunningServer:
-    """A secateur-server that takes requests, and logs to a file."""
-    log = Path(tempfile.mkdtemp(prefix="secateur-test-")) / "log"
+    """A server in a process of its own that takes requests, and logs to a file.
+
+    It starts in a moment, for it is forked and does not warm up.
+    """
+    log = new_log()
+    return started(ForkedProcess([*SERVER_OPTIONS, *options], log), log)
+
+
+def start_command(*options: str) -> RunningServer:
+    """The command secateur-server, as an operator starts it: in seconds, of which it warms up."""
+    log = new_log()
     with log.open("wb") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "secateur_server", *SERVER_OPTIONS, *options], stderr=stderr
-        )
+        command = [sys.executable, "-m", "secateur_server", *SERVER_OPTIONS, *options]
+        process = subprocess.Popen(command, stderr=stderr)
     return started(process, log)
 
 
-def started(process: subprocess.Popen[bytes], log: Path) -> RunningServer:
-    """A server that logs to a file, once it takes requests."""
+def new_log() -> Path:
+    """An empty file, alone in its folder."""
+    log = Path(tempfile.mkdtemp(prefix="secateur-test-")) / "log"
+    log.touch()
+    return log
+
+
+def started(process: Process, log: Path) -> RunningServer:
+    """A server, once its log says that it takes requests."""
     pattern = re.compile(r"serving (?:gRPC|metrics) at (?:http://)?([\d.:]+)")
 
     def told() -> int:
@@ -71,7 +96,7 @@ def started(process: subprocess.Popen[bytes], log: Path) -> RunningServer:
 @contextmanager
 def inner_server(*options: str) -> Iterator[RunningServer]:
     """A server in this process: it starts in a moment, and nobody can kill it or weigh it."""
-    log = Path(tempfile.mkdtemp(prefix="secateur-test-")) / "log"
+    log = new_log()
     handler, logger = logging.FileHandler(log), logging.getLogger("secateur_server")
     errors, before = logging.getLogger("grpc"), logger.level
     logger.setLevel(logging.INFO)
@@ -99,12 +124,12 @@ def stop_server(server: RunningServer) -> str:
     return logged
 
 
-def eventually(read: Callable[[], object], expected: object) -> None:
+def eventually(read: Callable[[], object], expected: object, patience: float = PATIENCE) -> None:
     """Waits until `read` gives what is expected, which other threads and processes bring about."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + patience
     while (found := read()) != expected:
         if time.monotonic() > end:
-            raise AssertionError(f"{found!r}, not {expected!r} within {PATIENCE:g} s")
+            raise AssertionError(f"{found!r}, not {expected!r} within {patience:g} s")
         threading.Event().wait(0.02)
 
 
@@ -127,7 +152,7 @@ def caught(begin: Callable[[], Begun], is_there: Callable[[], bool]) -> Begun:
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[RunningServer]:
-    running = start_server("--max-model-bytes", "1GiB")
+    running = start_command("--max-model-bytes", "1GiB")
     yield running
     logged = stop_server(running)
     assert "Traceback" not in logged, logged  # no request may find a defect

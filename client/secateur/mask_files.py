@@ -1,5 +1,6 @@
 """Files of masks: a bit for each element, as the wire has them, with the shapes beside them."""
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -11,9 +12,12 @@ import numpy as np
 from secateur.errors import InvalidStateDict
 from secateur.file_kinds import npz_reason
 from secateur.source import MASK_SHAPES, Mask, read_file
-from secateur.tensors import LocalTensor, from_value
+from secateur.tensors import Bytes, LocalTensor, from_value
 from secateur.torch_files import TORCH_SUFFIXES
 from secateur_proto.framing import mask_bytes
+
+# Bytes of bits that are unpacked at once.
+UNPACKED_AT_ONCE = 1 << 16
 
 Tensors = Mapping[str, LocalTensor]
 Shapes = Mapping[str, Sequence[int]]
@@ -28,6 +32,39 @@ def pack(mask: Mask) -> LocalTensor:
 def unpack(packed: LocalTensor, count: int) -> Mask:
     """The mask of `count` elements, flat."""
     return np.unpackbits(packed.read(), count=count, bitorder="little").view(np.bool_)
+
+
+def unpack_all(packed: Tensors, counts: Mapping[str, int]) -> dict[str, Mask]:
+    """As `unpack`, of each mask; small masks that follow each other are parts of one array.
+
+    Args:
+        packed: The bits of each mask.
+        counts: Of the elements of each mask, by the same names.
+    """
+    found: dict[str, Mask] = {}
+    names: list[str] = []
+    parts: list[Bytes] = []
+    size = 0
+    for name, tensor in packed.items():
+        if size + len(bits := tensor.read()) > UNPACKED_AT_ONCE:
+            found |= _unpack_parts(names, parts, counts)
+            names, parts, size = [], [], 0
+        names.append(name)
+        parts.append(bits)
+        size += len(bits)
+    return found | _unpack_parts(names, parts, counts)
+
+
+def _unpack_parts(
+    names: Sequence[str], parts: Sequence[Bytes], counts: Mapping[str, int]
+) -> dict[str, Mask]:
+    whole = np.concatenate([np.empty(0, np.uint8), *parts])
+    flags = np.unpackbits(whole, bitorder="little").view(np.bool_)
+    begins = itertools.accumulate(map(len, parts), initial=0)
+    return {
+        name: flags[8 * begin : 8 * begin + counts[name]]
+        for name, begin in zip(names, begins, strict=False)
+    }
 
 
 def entries_of(path: Path, packed: Tensors, shapes: Shapes) -> tuple[Tensors, dict[str, str]]:

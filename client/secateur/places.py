@@ -1,5 +1,7 @@
 """Where the tensors and arrays of a caller lie in memory."""
 
+import math
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,21 +30,51 @@ class Place(NamedTuple):
     values: str
 
 
+@cache
+def dtype_name(dtype: Any) -> str:
+    """The name of a dtype of torch, which torch makes anew each time."""
+    return str(dtype).removeprefix("torch.")
+
+
 def tensor_place(value: Any) -> Place | None:
     """The place of a dense tensor of torch; None for one without elements."""
-    size = value.element_size()
-    strides = tuple(stride * size for stride in value.stride())
-    device = "" if value.device.type == "cpu" else str(value.device)
-    values = str(value.dtype).removeprefix("torch.")
+    size, shape = value.element_size(), tuple(value.shape)
+    device = "" if value.is_cpu else str(value.device)
+    values = dtype_name(value.dtype)
     if value.is_conj() or value.is_neg():
         values = f"{values} {value.is_conj()} {value.is_neg()}"
-    return _place(device, value.data_ptr(), tuple(value.shape), strides, size, values)
+    if value.is_contiguous():
+        return _contiguous_place(device, value.data_ptr(), shape, size, values)
+    strides = tuple(stride * size for stride in value.stride())
+    return _place(device, value.data_ptr(), shape, strides, size, values)
 
 
 def array_place(array: npt.NDArray[Any], dtype: str) -> Place | None:
     """The place of an array, whose dtype has this name; None for one without elements."""
     values = dtype if array.dtype.isnative else f"{array.dtype.byteorder}{dtype}"
-    return _place("", array.ctypes.data, array.shape, array.strides, array.itemsize, values)
+    pointer = array.__array_interface__["data"][0]  # array.ctypes is an object, made anew
+    if array.flags.c_contiguous:
+        return _contiguous_place("", pointer, array.shape, array.itemsize, values)
+    return _place("", pointer, array.shape, array.strides, array.itemsize, values)
+
+
+def _contiguous_place(
+    device: str, pointer: int, shape: tuple[int, ...], itemsize: int, values: str
+) -> Place | None:
+    if 0 in shape:
+        return None
+    end = pointer + itemsize * math.prod(shape)
+    strides = _contiguous_strides(shape, itemsize)
+    return Place(device, pointer, end, pointer, shape, strides, itemsize, values)
+
+
+@lru_cache(1024)
+def _contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """As `_place` gives them, for a row-major view."""
+    behind = (math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+    return tuple(
+        0 if size == 1 else count * itemsize for size, count in zip(shape, behind, strict=True)
+    )
 
 
 def _place(

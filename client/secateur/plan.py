@@ -1,11 +1,12 @@
 """What pruning by many amounts would do."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from secateur.choices import units_of
 from secateur.errors import InvalidSpec
+from secateur.lazy import LazyMapping, LazySequence
 from secateur.report import Choice, decode_choice
 from secateur.tables import html_table, text_table
 from secateur_proto import plan_pb2 as pb
@@ -40,7 +41,7 @@ class PlannedAmount:
     """
 
     amount: float | None
-    choices: tuple[Choice, ...]
+    choices: Sequence[Choice]
     tensors: Mapping[str, PlannedTensor]
     pruned: int
     total: int
@@ -67,7 +68,10 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, for JSON."""
-        return asdict(self)
+        amounts = (
+            replace(of, tensors=dict(of.tensors), choices=tuple(of.choices)) for of in self.amounts
+        )
+        return asdict(replace(self, amounts=tuple(amounts)))
 
     def __str__(self) -> str:
         return f"{self._legend()}\n{text_table(self._rows())}\n{self._note()}"
@@ -184,8 +188,8 @@ def _planned(asked: pb.Amount | Selection, message: pb.PlannedAmount) -> Planned
     kind = asked.WhichOneof("amount")
     return PlannedAmount(
         amount=getattr(asked, kind) if kind in ("fraction", "count") else None,
-        choices=tuple(map(decode_choice, message.choices)),
-        tensors={tensor.name: _tensor(tensor) for tensor in message.tensors},
+        choices=LazySequence(message.choices, decode_choice),
+        tensors=LazyMapping(message.tensors, _tensor),
         pruned=message.pruned,
         total=message.total,
         sparsity=message.sparsity,

@@ -1,10 +1,11 @@
 """How sparse a model is, and where."""
 
 import html
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
 
+from secateur.lazy import LazyMapping, LazySequence
 from secateur.tables import html_table, text_table
 from secateur_proto import report_pb2 as pb
 
@@ -138,7 +139,7 @@ class Report:
     zeros: int
     total: int
     sparsity: float
-    rules: tuple[tuple[Choice, ...], ...]
+    rules: tuple[Sequence[Choice], ...]
     input_blake3: str
     output_blake3: str
     coverage: Coverage
@@ -151,7 +152,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON."""
-        return asdict(self)
+        rules = tuple(map(tuple, self.rules))
+        return asdict(replace(self, tensors=dict(self.tensors), rules=rules))
 
     def __str__(self) -> str:
         lines = [text_table(self._rows(), left=3)]
@@ -200,7 +202,7 @@ def _telling_patterns(tensor: TensorReport) -> str:
     return " ".join(f"{n}:{m}" for n, m in pairs if (n, m) not in follows)
 
 
-def _outcomes(choices: tuple[Choice, ...]) -> list[str]:
+def _outcomes(choices: Sequence[Choice]) -> list[str]:
     """What came of a rule, in lines; the choices that were met exactly share the first."""
     if len(choices) == 1:
         return [f": {_outcome(choices[0])}"]
@@ -244,14 +246,31 @@ def _counts(size: int, counted: TensorReport | Report) -> tuple[str, ...]:
     return (*numbers, f"{counted.sparsity:.2%}")
 
 
+class Extent(NamedTuple):
+    """The shape of a tensor, its elements, and its other names."""
+
+    shape: tuple[int, ...]
+    total: int
+    aliases: tuple[str, ...]
+
+
+def decode_extents(message: pb.SparsityReport) -> Mapping[str, Extent]:
+    """The extents of the tensors of a report: to decode all of the report takes longer."""
+    return LazyMapping(message.tensors, _extent)
+
+
+def _extent(message: pb.TensorReport) -> Extent:
+    return Extent(tuple(message.shape), message.total, tuple(message.aliases))
+
+
 def decode_report(message: pb.SparsityReport) -> Report:
     """A report from the wire."""
     return Report(
-        tensors={tensor.name: _tensor(tensor) for tensor in message.tensors},
+        tensors=LazyMapping(message.tensors, _tensor),
         zeros=message.zeros,
         total=message.total,
         sparsity=message.sparsity,
-        rules=tuple(tuple(map(decode_choice, rule.choices)) for rule in message.rules),
+        rules=tuple(LazySequence(rule.choices, decode_choice) for rule in message.rules),
         input_blake3=message.input_blake3,
         output_blake3=message.output_blake3,
         coverage=_coverage(message.coverage),

@@ -12,9 +12,9 @@ import numpy as np
 from secateur.checkpoint import Checkpoint
 from secateur.errors import InvalidStateDict, SecateurError
 from secateur.files import save
-from secateur.mask_files import entries_of, pack, unpack
+from secateur.mask_files import entries_of, pack, unpack_all
 from secateur.paths import path_of
-from secateur.report import Report
+from secateur.report import Extent, Report
 from secateur.source import Mask, Source
 from secateur.tensors import Bytes, LocalTensor, prior_mask, to_value, torch_for
 from secateur.ties import each_once, tied
@@ -80,12 +80,14 @@ class FinalizeResult:
 class PruneResult:
     """What was pruned.
 
-    report: over the tensors that the spec named.  checkpoint: what was kept, where it was asked.
+    report: over the tensors that the spec named.  extents: of these.
+    checkpoint: what was kept, where it was asked.
     """
 
     def __init__(
         self,
         report: Report,
+        extents: Mapping[str, Extent],
         source: Source,
         output: str,
         received: Received,
@@ -94,6 +96,7 @@ class PruneResult:
     ) -> None:
         self.report = report
         self.checkpoint = checkpoint
+        self._extents = extents
         self._source = source
         self._output = output
         self._answer = received
@@ -110,8 +113,8 @@ class PruneResult:
 
     def of(self, source: Source) -> "PruneResult":
         """The result of the same model, with what is here of it."""
-        answer, kept = self._answer, self.checkpoint
-        return PruneResult(self.report, source, self._output, answer, kept, self._destination)
+        said, answer, kept = (self.report, self._extents), self._answer, self.checkpoint
+        return PruneResult(*said, source, self._output, answer, kept, self._destination)
 
     @cached_property
     def masks(self) -> dict[str, Any]:
@@ -120,12 +123,12 @@ class PruneResult:
         A tied tensor has its mask under each of its names.
         Errors: SecateurError, for the outputs "dense" and "none", which have no masks.
         """
-        tensors = self.report.tensors
+        extents = self._extents
         masks = {
-            name: self._mask_value(mask.reshape(tensors[name].shape))
+            name: self._mask_value(mask.reshape(extents[name].shape))
             for name, mask in self._flat_masks.items()
         }
-        return tied(masks, {other: name for name in masks for other in tensors[name].aliases})
+        return tied(masks, {other: name for name in masks for other in extents[name].aliases})
 
     def state_dict(self, form: str = "dense") -> dict[str, Any]:
         """The pruned model: "dense", or "reparametrized" as torch.nn.utils.prune leaves it.
@@ -149,7 +152,7 @@ class PruneResult:
         to = path_of(path)
         _check_form(form)
         if form == "masks":  # which are not the model
-            shapes = {name: tensor.shape for name, tensor in self.report.tensors.items()}
+            shapes = {name: extent.shape for name, extent in self._extents.items()}
             save(to, *entries_of(to, self._tensors(form), shapes))
         else:
             _save(to, self._entries(form), self._source, self._answer)
@@ -172,7 +175,7 @@ class PruneResult:
     def _flat_masks(self) -> dict[str, Mask]:
         if self._output == "masks":
             packed = self._received
-            return {n: unpack(bits, self.report.tensors[n].total) for n, bits in packed.items()}
+            return unpack_all(packed, {name: self._extents[name].total for name in packed})
         if self._output == "reparametrized":
             return {
                 name: prior_mask(self._received[f"{name}_mask"]) for name in self.report.tensors

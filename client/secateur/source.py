@@ -248,8 +248,12 @@ def _divided(
     shared = shared_names(tensors)
     tensors, ties = untie(tensors, shared)
     parameters |= {name for other, name in shared.items() if other in parameters}
-    pairs = [(f"{name}_orig", f"{name}_mask") for name in parameters]
-    parameters |= {half for pair in pairs if tensors.keys() >= {*pair} for half in pair}
+    parameters |= {
+        half
+        for name in parameters
+        if f"{name}_orig" in tensors and f"{name}_mask" in tensors
+        for half in (f"{name}_orig", f"{name}_mask")
+    }
     metadata = write_ties({}, ties)
     return Source(tensors, parameters, as_torch, metadata, others=others, order=tuple(entries))
 

@@ -2,17 +2,18 @@
 
 import importlib
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from secateur.errors import InvalidStateDict, SecateurError
-from secateur.places import Place, array_place, tensor_place
+from secateur.places import Place, array_place, dtype_name, tensor_place
 from secateur.unreadable import problem_of
 from secateur_proto.dtypes import DTYPES
 
@@ -22,8 +23,7 @@ Bytes = npt.NDArray[np.uint8]
 WIRE_DTYPES = {dtype.name: wire for wire, dtype in DTYPES.items() if dtype.name}
 
 
-@dataclass(frozen=True)
-class LocalTensor:
+class LocalTensor(NamedTuple):
     """A tensor in this process.
 
     dtype: as safetensors spells it.  read: gives its bytes, row-major, little-endian, flat; called
@@ -42,14 +42,17 @@ class LocalTensor:
         return DTYPES[self.dtype].kind
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 def is_text(name: Any) -> bool:
     """Whether `name` can go over the wire: Python has lone surrogates, which UTF-8 cannot spell."""
-    return isinstance(name, str) and not any("\ud800" <= letter <= "\udfff" for letter in name)
+    return isinstance(name, str) and (name.isascii() or not _SURROGATE.search(name))
 
 
 def is_extra_state(name: str) -> bool:
     """Whether an entry of a state_dict is what Module.get_extra_state gave: any object."""
-    return f".{name}".endswith("._extra_state")
+    return name.endswith("_extra_state") and f".{name}".endswith("._extra_state")
 
 
 class NoWireDtype(InvalidStateDict):
@@ -78,8 +81,9 @@ def from_value(name: str, value: Any) -> LocalTensor:
     if torch is not None and isinstance(value, torch.Tensor):
         if problem := problem_of(torch, value):
             raise InvalidStateDict(f"{name}: {problem}")
-        read = _torch_reader(torch, name, value)
-        dtype = str(value.dtype).removeprefix("torch.")
+        if value.layout != torch.strided or value.is_quantized:
+            raise _no_dtype(name, dtype_of(value))
+        read, dtype = partial(_read, name, _torch_bytes, value), dtype_name(value.dtype)
         return _described(name, dtype, value.shape, read, tensor_place(value))
     if not hasattr(value, "__array__"):
         raise InvalidStateDict(f"{name}: {type(value).__name__} is no tensor and no array")
@@ -87,7 +91,7 @@ def from_value(name: str, value: Any) -> LocalTensor:
     dtype = array.dtype.name  # numpy makes the name anew each time
     if not is_array(array):
         raise InvalidStateDict(f"{name}: dtype {dtype} is not a dtype of numbers")
-    read, place = lambda: _array_bytes(array), array_place(array, dtype)
+    read, place = partial(_read, name, _array_bytes, array), array_place(array, dtype)
     return _described(name, dtype, array.shape, read, place)
 
 
@@ -98,9 +102,13 @@ def _described(
     wire, shape = WIRE_DTYPES.get(dtype), tuple(shape)
     packed = DTYPES[wire].packed if wire else 1
     if wire is None or (packed > 1 and not shape):
-        raise NoWireDtype(f"{name}: dtype {dtype} has no place in a safetensors file")
+        raise _no_dtype(name, dtype)
     shape = shape if packed == 1 else (*shape[:-1], shape[-1] * packed)
-    return LocalTensor(wire, shape, _named(name, read), place)
+    return LocalTensor(wire, shape, read, place)
+
+
+def _no_dtype(name: str, dtype: str) -> NoWireDtype:
+    return NoWireDtype(f"{name}: dtype {dtype} has no place in a safetensors file")
 
 
 def dtype_of(value: Any) -> str:
@@ -112,16 +120,12 @@ def dtype_of(value: Any) -> str:
     return " ".join(word.removeprefix("torch.") for word in words)
 
 
-def _named(name: str, read: Callable[[], Bytes]) -> Callable[[], Bytes]:
-    """Makes what fails while a tensor is read an InvalidStateDict that names it."""
-
-    def reading() -> Bytes:
-        try:
-            return read()
-        except Exception as error:  # torch raises whatever comes
-            raise InvalidStateDict(f"{name}: cannot read its values: {_brief(error)}") from error
-
-    return reading
+def _read(name: str, bytes_of: Callable[[Any], Bytes], value: Any) -> Bytes:
+    """The bytes of a value; what fails is an InvalidStateDict that names the tensor."""
+    try:
+        return bytes_of(value)
+    except Exception as error:  # torch raises whatever comes
+        raise InvalidStateDict(f"{name}: cannot read its values: {_brief(error)}") from error
 
 
 def _brief(error: Exception) -> str:
@@ -136,20 +140,13 @@ def as_array(name: str, value: Any) -> npt.NDArray[Any]:
         raise InvalidStateDict(f"{name}: cannot make an array of it: {_brief(error)}") from error
 
 
-def _torch_reader(torch: Any, name: str, value: Any) -> Callable[[], Bytes]:
-    if value.layout != torch.strided or value.is_quantized:
-        raise NoWireDtype(f"{name}: dtype {dtype_of(value)} has no place in a safetensors file")
-    # A detached, contiguous tensor on the CPU is no copy.
-    return lambda: (
-        value.detach()
-        .cpu()
-        .resolve_conj()
-        .resolve_neg()
-        .contiguous()
-        .reshape(-1)
-        .view(torch.uint8)
-        .numpy()
-    )
+def _torch_bytes(value: Any) -> Bytes:
+    """The bytes of a tensor of torch; its own memory if it is contiguous and on the CPU."""
+    torch, value = sys.modules["torch"], value.detach()
+    if type(value) is not torch.Tensor or not value.is_cpu or value.is_conj() or value.is_neg():
+        value = value.cpu().resolve_conj().resolve_neg()
+    read: Bytes = value.contiguous().view(-1).view(torch.uint8).numpy()
+    return read
 
 
 def _array_bytes(array: npt.NDArray[Any]) -> Bytes:
@@ -236,13 +233,16 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
+_FIELDS = {"dtype", "shape", "data_offsets"}
+
+
 def _entry(name: str, body: Bytes, fields: Mapping[str, Any]) -> LocalTensor:
-    if fields.keys() != {"dtype", "shape", "data_offsets"}:
+    if fields.keys() != _FIELDS:
         raise InvalidStateDict(f"the header has {sorted(fields)} of a tensor")
     if fields["dtype"] not in DTYPES:
         raise InvalidStateDict(f"{name}: dtype {fields['dtype']} is unknown; update secateur")
-    view = body[slice(*fields["data_offsets"])]
-    return LocalTensor(fields["dtype"], tuple(fields["shape"]), lambda: view)
+    read = partial(body.__getitem__, slice(*fields["data_offsets"]))
+    return LocalTensor(fields["dtype"], tuple(fields["shape"]), read)
 
 
 def prior_mask(tensor: LocalTensor) -> npt.NDArray[np.bool_]:

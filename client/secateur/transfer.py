@@ -13,7 +13,7 @@ from secateur.errors import DataLoss, ServerError, from_rpc
 from secateur.shards import Index
 from secateur.tensors import LocalTensor, parse_file
 from secateur_proto.codec import Data
-from secateur_proto.framing import cut, file_header, tensor_bytes
+from secateur_proto.framing import cut, file_head
 from secateur_proto.index import SUFFIX, parse_index
 from secateur_proto.ties import read_ties
 
@@ -34,10 +34,10 @@ class Upload:
         is_file: bool = True,
     ) -> None:
         self._tensors = tensors
-        described = [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
-        self._header = file_header(described, metadata) if tensors or is_file else b""
-        sizes = (tensor_bytes(dtype, shape) for _, dtype, shape in described)
-        self.file_bytes = len(self._header) + sum(sizes)
+        described = ((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items())
+        self._header, self.file_bytes = (
+            file_head(described, metadata) if tensors or is_file else (b"", 0)
+        )
         self.error: Exception | None = None
 
     def messages(

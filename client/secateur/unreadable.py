@@ -13,7 +13,8 @@ def problem_of(torch: Any, tensor: Any) -> str | None:
         torch: The module.
         tensor: A torch.Tensor of any kind.
     """
-    for is_kind, advice in _KINDS:
+    is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
+    for is_kind, advice in _OF_PLAIN if is_plain else _KINDS:
         if is_kind(torch, tensor):
             return f"{advice}".replace("KIND", type(tensor).__name__)
     return _freed(torch, tensor)
@@ -64,11 +65,24 @@ _KINDS: tuple[tuple[Any, str], ...] = (
 )
 
 
+# Kinds that are no subclass of Tensor.
+_OF_PLAIN = tuple(
+    (is_kind, advice)
+    for is_kind, advice in _KINDS
+    if is_kind not in (_is_lazy, _is_distributed, _is_fake, _has_own_dispatch)
+)
+
+
 def _freed(torch: Any, tensor: Any) -> str | None:
     if tensor.layout != torch.strided or tensor.is_quantized or not tensor.numel():
         return None
-    spans = ((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    end = (tensor.storage_offset() + sum(spans) + 1) * tensor.element_size()
+    if tensor.is_contiguous():
+        last = tensor.numel() - 1
+    else:
+        last = sum(
+            (size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)
+        )
+    end = (tensor.storage_offset() + last + 1) * tensor.element_size()
     if end <= tensor.untyped_storage().nbytes():
         return None
     return "has no values: its storage was freed; gather sharded weights first"

@@ -34,8 +34,10 @@ class Data:
         return False
 
 
-def encode(message: Message | Data) -> bytes:
-    """The bytes of a message, as protobuf writes them."""
+def encode(message: Message | Data | bytes) -> bytes:
+    """The bytes of a message, as protobuf writes them; of what is encoded already, itself."""
+    if isinstance(message, bytes):
+        return message
     if isinstance(message, Data):
         return b"".join((_prefix(len(message.data)), message.data))
     return message.SerializeToString()

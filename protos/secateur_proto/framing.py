@@ -6,6 +6,7 @@ Both ends write with these functions: https://github.com/huggingface/safetensors
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from json.encoder import encode_basestring
 
 from secateur_proto.dtypes import DTYPES
 
@@ -30,15 +31,31 @@ def file_header(
 
     The length in 8 bytes, then JSON, padded with spaces so that the data begins at a multiple of 8.
     """
-    table: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    return file_head(tensors, metadata)[0]
+
+
+def file_head(
+    tensors: Iterable[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, int]:
+    """As file_header. Returns: also the length of the whole file."""
+    kinds: dict[tuple[str, tuple[int, ...]], tuple[str, int]] = {}  # of many tensors there are few
+    parts = [f'"__metadata__":{_json(dict(metadata))}'] if metadata else []
     begin = 0
     for name, dtype, shape in tensors:
-        end = begin + tensor_bytes(dtype, shape)
-        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-        begin = end
-    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+        kind = dtype, tuple(shape)
+        if kind not in kinds:
+            text = f'{{"dtype":{_json(dtype)},"shape":{_json(kind[1])},"data_offsets":['
+            kinds[kind] = text, tensor_bytes(dtype, shape)
+        text, size = kinds[kind]
+        parts.append(f"{encode_basestring(name)}:{text}{begin},{begin + size}]}}")
+        begin += size
+    table = f"{{{','.join(parts)}}}".encode()
+    table += b" " * (-len(table) % 8)
+    return len(table).to_bytes(8, "little") + table, 8 + len(table) + begin
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
 def cut(
@@ -50,6 +67,9 @@ def cut(
     """
     piece = bytearray()
     for part in parts:
+        if len(piece) + len(part) < size:
+            piece += part
+            continue
         view = memoryview(part)
         begin = 0
         while begin < len(view):

@@ -6,7 +6,7 @@ times as large as itself, and while it makes them no other thread runs.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from json.decoder import scanstring  # type: ignore[attr-defined]
 from typing import Any
 
@@ -24,13 +24,19 @@ class Text:
         self._text, self._at = text, 0
         self._decoder = decoder
 
-    def keys(self) -> Iterator[str]:
-        """The keys of a map; behind each its value is to be taken."""
+    def keys(self, before_key: Callable[[], None] = lambda: None) -> Iterator[str]:
+        """The keys of a map; behind each its value is to be taken.
+
+        Args:
+            before_key: Is called where a key may begin. It may take keys with their values, each
+                with the comma behind it.
+        """
         self._take("{")
         if self.next() == "}":
             self._take("}")
             return
         while True:
+            before_key()
             key = self.string()
             self._take(":")
             yield key
@@ -43,6 +49,12 @@ class Text:
         assert blank, "it may be empty"
         self._at = blank.end()
         return self._text[self._at : self._at + 1]
+
+    def take_all(self, pattern: re.Pattern[str]) -> Iterator[re.Match[str]]:
+        """Takes what the pattern matches, again and again, from here on."""
+        while found := pattern.match(self._text, self._at):
+            self._at = found.end()
+            yield found
 
     def string(self) -> str:
         """A string of any length."""

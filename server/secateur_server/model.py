@@ -10,7 +10,7 @@ from secateur_proto.ties import read_ties, write_ties
 from secateur_server.devices import passes_of, spans
 from secateur_server.devices.dtypes import TORCH_DTYPES
 from secateur_server.errors import InvalidPair, InvalidStateDict, quote
-from secateur_server.pruning.catalog import Catalog, Stored, match, read_catalog
+from secateur_server.pruning.catalog import Catalog, Shape, Stored, match, read_catalog
 from secateur_server.pruning.masks import Mask
 from secateur_server.pruning.measure import folded
 from secateur_server.pruning.prune import to_mask
@@ -23,6 +23,7 @@ from secateur_server.wire.writer import (
     Outgoing,
     OutgoingFile,
     bytes_file,
+    flat_file,
     state_dict_file,
     state_dict_head,
 )
@@ -184,10 +185,14 @@ def _shards_of(shards: Sequence[Shard]) -> dict[str, str]:
 
 def stored_of(entries: Iterable[Entry]) -> dict[str, Stored]:
     """Tensors of a file, as a catalog has them."""
-    return {
-        entry.name: Stored(entry.dtype, TORCH_DTYPES.get(entry.dtype), entry.shape)
-        for entry in entries
-    }
+    kinds: dict[tuple[str, Shape], Stored] = {}  # of many tensors there are few
+    stored = {}
+    for entry in entries:
+        kind = entry.dtype, entry.shape
+        if kind not in kinds:
+            kinds[kind] = Stored(entry.dtype, TORCH_DTYPES.get(entry.dtype), entry.shape)
+        stored[entry.name] = kinds[kind]
+    return stored
 
 
 def without_extras(header: Header, extras: Collection[str]) -> Model:
@@ -212,11 +217,7 @@ def masks_of(parameters: Mapping[str, Parameter]) -> dict[str, Mask]:
 
 def packed_masks(context: RequestContext, masks: Mapping[str, Mask]) -> OutgoingFile:
     """A file of masks, as bits."""
-
-    def packed(mask: Mask) -> Outgoing:
-        return Outgoing("U8", tuple(mask.bits.shape), lambda: [mask.bits])
-
-    return state_dict_file(context, "", {name: packed(mask) for name, mask in masks.items()}, {})
+    return flat_file(context, "", {name: mask.bits for name, mask in masks.items()})
 
 
 def _prior_mask(context: RequestContext, priors: Sequence[tuple[str, WireTensor]]) -> Mask | None:

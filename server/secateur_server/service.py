@@ -10,13 +10,15 @@ import grpc
 
 from secateur_proto import pruner_pb2 as pb
 from secateur_proto.codec import SINGLE, Data, Decoder, encode
+from secateur_proto.plan_pb2 import PruningPlan
 from secateur_server.devices.cpu import one_thread
 from secateur_server.devices.threads import started_pool
 from secateur_server.errors import CheckpointNotFound, InvalidRequest
 from secateur_server.forms import form_bytes
 from secateur_server.landing import Landing
 from secateur_server.messages.checkpoint import checkpoint_message, file_message, progress_message
-from secateur_server.messages.plan import decode_amounts, encode_plan
+from secateur_server.messages.columns import field_head
+from secateur_server.messages.plan import charge_plan, decode_amounts, encode_plan
 from secateur_server.messages.report import encode_report
 from secateur_server.messages.server_info import encode_server_info
 from secateur_server.messages.spec import decode_spec
@@ -162,10 +164,8 @@ class Pruner:
             self._sources.metrics.reported(context, report)
             return pb.ReportResponse(report=report)
 
-    def Plan(
-        self, messages: Iterator[pb.PlanRequest | Data], context: RequestContext
-    ) -> pb.PlanResponse:
-        """Foretells what a Prune would do by many amounts."""
+    def Plan(self, messages: Iterator[pb.PlanRequest | Data], context: RequestContext) -> bytes:
+        """Foretells what a Prune would do by many amounts. Returns a PlanResponse, encoded."""
         first, data = open_request(messages, self._count_received(context))
         header = first.header
         rules = decode_spec(context, header.spec)
@@ -182,15 +182,20 @@ class Pruner:
                 before = _before(context, header, model, rules)
                 state = {**before, **prune(context, before, rules[:-1], model.extras)[0]}
                 at = "header.amounts" if header.amounts else ""
+                charge_plan(context, planned.tensors, len(amounts))
                 outcomes = plan(context, planned, amounts, state, model.extras, at)
-            message = encode_plan(context, outcomes, state, planned.tensors)
             pruned = {name for rule in rules for name in rule.names()}
             sizes = form_bytes(model, [name for name in state if name in pruned])
-            message.masks_bytes, message.dense_bytes = sizes.masks, sizes.dense
-            message.reparametrized_bytes = sizes.reparametrized
-            message.input_blake3 = incoming.digest()
+            rest = PruningPlan(
+                masks_bytes=sizes.masks,
+                reparametrized_bytes=sizes.reparametrized,
+                dense_bytes=sizes.dense,
+                input_blake3=incoming.digest(),
+            )
+            amounts_bytes = encode_plan(context, outcomes, state, planned.tensors)
+            parts = [*amounts_bytes, rest.SerializeToString()]
             incoming.check_unchanged()
-            return pb.PlanResponse(plan=message)
+            return b"".join([field_head(1, sum(map(len, parts))), *parts])
 
     def Finalize(
         self, messages: Iterator[pb.FinalizeRequest | Data], context: RequestContext

@@ -5,11 +5,12 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import secateur
+from tests.conftest import examples
 from tests.pruning.torch_side import (
     Step,
     all_l1,
@@ -138,7 +139,7 @@ def sequences(draw: st.DrawFn) -> list[Step]:
     return [draw(st.sampled_from(makers))() for _ in range(draw(st.integers(1, 5)))]
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(steps=sequences(), seed=st.integers(0, 1000))
 def test_any_sequence_is_torchs(client: secateur.Client, steps: list[Step], seed: int) -> None:
     """In one spec, and in one call after another."""

@@ -1,10 +1,8 @@
 """The client comes again as it is told, goes on where a connection broke, and knows when to end."""
 
 import contextlib
-import signal
+import os
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +19,7 @@ from secateur.patience import TRIES, Patience
 from secateur_proto.pruner_pb2_grpc import PrunerStub
 from tests.conftest import eventually
 from tests.contract.raw import header, kept_open, message, series
+from tests.forked import ForkedProcess
 from tests.store.stored import Kept, kept
 
 # By itself ----------------------------------------------------------------------------------------
@@ -186,20 +185,16 @@ class Restarted:
     def __init__(self, folder: Path) -> None:
         self.address = free_address()
         self._folder = folder
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: ForkedProcess | None = None
 
     def start(self) -> None:
-        self._process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "secateur_server", "--address", self.address),
-                *("--metrics-address", "", "--store-dir", str(self._folder)),
-            ],
-            stderr=subprocess.DEVNULL,
-        )
+        options = ["--address", self.address, "--metrics-address", ""]
+        log = Path(os.devnull)
+        self._process = ForkedProcess([*options, "--store-dir", str(self._folder)], log)
 
     def kill(self) -> None:
         if self._process:
-            self._process.send_signal(signal.SIGKILL)
+            self._process.kill()
             self._process.wait()
 
 

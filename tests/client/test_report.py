@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
 import secateur
+from tests.conftest import examples
 
 SPARSE = {
     "conv.weight": np.array([[[0.0, 0.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 0.0]]], np.float32),
@@ -90,7 +91,7 @@ def test_digests_tell_inputs_and_outputs_apart(client: secateur.Client) -> None:
     assert other.output_blake3 == ""
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(
     st_numpy.arrays(
         np.float32,

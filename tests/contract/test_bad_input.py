@@ -10,12 +10,12 @@ import grpc
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from secateur_proto import pruner_pb2 as pb
 from secateur_proto import spec_pb2
-from tests.conftest import RunningServer
+from tests.conftest import RunningServer, examples
 from tests.contract.raw import (
     RPCS,
     check_invalid,
@@ -184,7 +184,7 @@ def test_a_bad_file_is_refused_by_every_rpc(
         check_invalid(send_file(channel, rpc, data), INVALID_STATE_DICT, field, parts)
 
 
-@settings(unhurried, max_examples=40)  # the server waits whether the caller has left
+@examples(40)  # the server waits whether the caller has left
 @given(st.sampled_from(RPCS), st.integers(0, len(GOOD) - 1))
 def test_a_truncated_file_is_refused(channel: grpc.Channel, rpc: str, length: int) -> None:
     numbers = [str(len(GOOD)), str(length)]
@@ -197,7 +197,7 @@ def test_a_truncated_file_is_refused(channel: grpc.Channel, rpc: str, length: in
         check_invalid(found, INVALID_STATE_DICT, "data", [])
 
 
-@settings(unhurried, max_examples=40)  # the server waits whether the caller has left
+@examples(40)  # the server waits whether the caller has left
 @given(st.sampled_from(RPCS), st.binary(min_size=1, max_size=40))
 def test_a_padded_file_is_refused(channel: grpc.Channel, rpc: str, padding: bytes) -> None:
     for announced in (len(GOOD), len(GOOD + padding)):

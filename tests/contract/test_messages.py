@@ -132,10 +132,10 @@ def test_a_mask_is_bits_lowest_first(channel: grpc.Channel) -> None:
 def test_a_model_of_more_than_2_gib_is_carried(channel: grpc.Channel) -> None:
     """5 GB up, 2.5 GB of masks' worth of elements; the lowest half of the magnitudes goes."""
     import secateur
-    from tests.conftest import start_server, stop_server
+    from tests.conftest import start_command, stop_server
 
     count = 1_250_000_000
-    server = start_server("--max-model-bytes", "6GiB")
+    server = start_command("--max-model-bytes", "6GiB")
     try:
         weights = torch.arange(count, dtype=torch.float32)
         with secateur.Client(server.address, timeout=600) as client:
@@ -153,10 +153,10 @@ def test_a_model_of_more_than_2_gib_is_carried(channel: grpc.Channel) -> None:
 def test_a_tensor_of_more_than_2_to_the_31_elements_is_right() -> None:
     """float16 has few values: among so many ties the lowest index is above 2^31 too."""
     import secateur
-    from tests.conftest import start_server, stop_server
+    from tests.conftest import start_command, stop_server
 
     count = (1 << 31) + 1_000_003
-    server = start_server("--max-model-bytes", "6GiB")
+    server = start_command("--max-model-bytes", "6GiB")
     try:
         weights = np.full(count, 2.0, np.float16)
         weights[5::7] = -1.0

@@ -1,16 +1,19 @@
 """What secateur-server itself says of its options."""
 
 import re
-import subprocess
-import sys
+from contextlib import redirect_stdout, suppress
 from functools import cache
+from io import StringIO
+
+from secateur_server.config import read_config
 
 
 @cache
 def options() -> frozenset[str]:
     """The options that --help shows, without --help and --version."""
-    command = [sys.executable, "-m", "secateur_server", "--help"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    with redirect_stdout(StringIO()) as out, suppress(SystemExit):
+        read_config(["--help"], {})
+    shown = out.getvalue()
     found = set(re.findall(r"^  (?:-\w, )?--([a-z-]+)", shown, re.MULTILINE))
     return frozenset(found - {"help", "version"})
 

@@ -5,10 +5,10 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.contract.raw import unhurried
+from tests.conftest import examples
 from tests.fuzz.seeds import SEEDS
 from tests.fuzz.strategies import EDITS, STRATEGIES, edited
 from tests.fuzz.targets import TARGETS
@@ -42,14 +42,14 @@ def test_what_was_found_once_is_read_or_refused(target: str, data: bytes) -> Non
 
 
 @targets
-@settings(unhurried, max_examples=150)
+@examples(150)
 @given(st.data())
 def test_what_is_nearly_right_is_read_or_refused(target: str, draw: st.DataObject) -> None:
     TARGETS[target](draw.draw(STRATEGIES[target]))
 
 
 @targets
-@settings(unhurried, max_examples=100)
+@examples(100)
 @given(st.data())
 def test_what_is_spoilt_is_read_or_refused(target: str, draw: st.DataObject) -> None:
     seed = draw.draw(st.sampled_from(list(SEEDS[target]())))
@@ -57,7 +57,7 @@ def test_what_is_spoilt_is_read_or_refused(target: str, draw: st.DataObject) -> 
 
 
 @targets
-@settings(unhurried, max_examples=100)
+@examples(100)
 @given(st.binary(max_size=100))
 def test_any_bytes_are_read_or_refused(target: str, data: bytes) -> None:
     TARGETS[target](data)

@@ -251,7 +251,7 @@ def test_who_waits_for_room_is_not_cut_off(
     pieces: SimpleQueue[bytes] = SimpleQueue()
 
     def steady() -> Iterator[pb.PruneRequest]:
-        yield pruning(ROOM, data=(6 << 20).to_bytes(8, "little"))  # a header of 6 MiB follows
+        yield pruning(ROOM, data=(7 << 20).to_bytes(8, "little"))  # a header of 7 MiB follows
         while piece := pieces.get():
             yield rest(piece)
 
@@ -264,10 +264,10 @@ def test_who_waits_for_room_is_not_cut_off(
             pool.submit(client.prune, model, halves, output=output) for output in ("masks", "dense")
         ]
         eventually(lambda: series(impatient, "secateur_requests_waiting"), 2.0)
-        for _ in range(5):
+        for _ in range(3):
             before = received(impatient)
             clock.advance(0.6 * IDLE)
-            pieces.put(bytes(1 << 20))
+            pieces.put(bytes(2 << 20))
             eventually(lambda before=before: received(impatient) > before, True)  # type: ignore[misc]
         assert series(impatient, "secateur_requests_waiting") == 2
         holder.cancel()

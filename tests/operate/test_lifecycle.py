@@ -28,7 +28,14 @@ from secateur_proto.framing import file_header
 from secateur_server.app import App, CannotStart
 from secateur_server.config import read_config
 from secateur_server.operate.probes import Health
-from tests.conftest import RunningServer, eventually, inner_server, start_server, stop_server
+from tests.conftest import (
+    RunningServer,
+    eventually,
+    inner_server,
+    start_command,
+    start_server,
+    stop_server,
+)
 
 SERVICE = "secateur.v1.Pruner"
 
@@ -65,7 +72,7 @@ def test_reflection_shows_the_service_and_its_messages(channel: grpc.Channel) ->
 
 
 def test_sigterm_lets_a_running_request_end_and_takes_no_new_one() -> None:
-    server = start_server("--drain-timeout", "300")
+    server = start_command("--drain-timeout", "300")
     file = file_header([("w", "F32", (2,))]) + np.array([0, 1], np.float32).tobytes()
     rest = threading.Event()
 
@@ -176,7 +183,7 @@ def test_a_server_may_open_all_files_that_the_system_allows_it() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard // 2, hard))
     try:
-        server = start_server()
+        server = start_command()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE) == (hard, hard)

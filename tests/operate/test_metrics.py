@@ -1,17 +1,16 @@
 """What Prometheus sees of a real server."""
 
 import threading
-import urllib.request
 from collections.abc import Iterator
 
 import grpc
 import numpy as np
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 import secateur
 from secateur_proto import pruner_pb2, pruner_pb2_grpc
 from tests.conftest import RunningServer, eventually, inner_server
+from tests.contract.raw import samples
 
 MODEL = {"w": np.arange(1, 9, dtype=np.float32).reshape(2, 4)}
 HALF = secateur.l1_unstructured("w", 0.5)
@@ -26,14 +25,7 @@ def own_server() -> Iterator[RunningServer]:
 
 def sample(server: RunningServer, name: str, **labels: str) -> float:
     """The value of one series."""
-    with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=300) as answer:
-        text = answer.read().decode()
-    values = [
-        found.value
-        for family in text_string_to_metric_families(text)
-        for found in family.samples
-        if found.name == name and labels.items() <= found.labels.items()
-    ]
+    values = samples(server, name, **labels)
     assert len(values) == 1, f"{name} {labels}: {values}"
     return values[0]
 

@@ -31,7 +31,7 @@ from tests.conftest import (
     RunningServer,
     eventually,
     inner_server,
-    start_server,
+    start_command,
     stop_server,
 )
 from tests.operate.test_metrics import sample
@@ -119,7 +119,7 @@ def silent_calls(address: str, count: int) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def running() -> Iterator[RunningServer]:
     """A server for the tests that starve one; the last of them ends it."""
-    started = start_server()
+    started = start_command()
     yield started
     if started.process.poll() is None:
         stop_server(started)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from secateur_server.pruning.catalog import Catalog, Stored, read_catalog
+from secateur_server.pruning.choice import Choice
 from secateur_server.pruning.granularity import Element
-from secateur_server.pruning.prune import Choice, prune
+from secateur_server.pruning.prune import prune
 from secateur_server.pruning.resolve import resolve
 from secateur_server.pruning.spec import Group, Magnitude, Member, Parameter, Selection
 from secateur_server.runtime.context import RequestContext
@@ -157,7 +158,7 @@ def rule(names: Sequence[str], amount: Any = 0.5, **choices: Any) -> Selection:
 
 def applied(
     model: dict[str, Parameter], selection: Selection, **extras: Tensor
-) -> tuple[dict[str, Tensor], list[Choice]]:
+) -> tuple[dict[str, Tensor], Sequence[Choice]]:
     """The masks of a rule, as bool, and its choices."""
     pruned, (choices,) = prune(RequestContext(), model, [selection], extras)
     return {name: unpacked(parameter) for name, parameter in pruned.items()}, choices
@@ -192,5 +193,5 @@ def resolved(model: Mapping[str, Parameter], groups: Sequence[Group], **choices:
 
 def grouped(
     model: dict[str, Parameter], groups: Sequence[Group], **choices: Any
-) -> tuple[dict[str, Tensor], list[Choice]]:
+) -> tuple[dict[str, Tensor], Sequence[Choice]]:
     return applied(model, resolved(model, groups, **choices))

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from secateur_server.pruning.spec import Parameter, Random
+from tests.conftest import examples
 from tests.pruning.defined import (
     KINDS,
     NAMES,
@@ -30,7 +31,7 @@ from tests.pruning.defined import (
     without,
 )
 
-many = settings(deadline=None, max_examples=50)
+many = examples(50)
 MODELS = models()
 Flat = np.ndarray[Any, np.dtype[Any]]
 
@@ -87,7 +88,7 @@ def test_totals_are_shared_out_exactly(
         assert torch.equal(masks[name], without(parameter, gone)), name
 
 
-@settings(deadline=None, max_examples=50)
+@examples(50)
 @given(shapes=st.lists(SHAPES, min_size=2, max_size=4), sparsity=st.floats(0, 1))
 def test_erk_has_the_densities_of_rigl(shapes: list[list[int]], sparsity: float) -> None:
     model = {name: Parameter(torch.rand(shape)) for name, shape in zip(NAMES, shapes, strict=False)}

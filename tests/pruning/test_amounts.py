@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from secateur_server.pruning.granularity import NM, Block, Slice
 from secateur_server.pruning.resolve import resolve
 from secateur_server.pruning.spec import Budget, Magnitude, Parameter, Selection, Table, Threshold
 from secateur_server.runtime.context import RequestContext
+from tests.conftest import examples
 from tests.contract import raw
 from tests.pruning.bits import packed
 from tests.pruning.defined import (
@@ -39,7 +40,7 @@ from tests.pruning.defined import (
     without,
 )
 
-many = settings(deadline=None, max_examples=50)
+many = examples(50)
 MODELS = models()
 Flat = np.ndarray[Any, np.dtype[Any]]
 

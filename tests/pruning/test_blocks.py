@@ -5,11 +5,11 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from secateur_server.devices.blocks import LEAST_BYTES, SLACK, Blocks
-from tests.conftest import eventually
+from tests.conftest import eventually, examples
 from tests.operate.test_memory import memory
 
 MIB = 1 << 20
@@ -32,7 +32,7 @@ def test_what_was_let_go_is_given_to_who_needs_as_much() -> None:
     assert len(smaller) == 9 * LEAST_BYTES - LEAST_BYTES // SLACK
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(st.lists(st.integers(1, 40) | st.none(), max_size=30))
 def test_no_memory_is_given_twice(wanted: list[int | None]) -> None:
     """Each block keeps what was written to it, whatever comes and goes.  None: the oldest goes."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from secateur_server.pruning.lamp import divide_by_lamp
 from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.select import NOTHING, score_dtype, select
 from secateur_server.runtime.context import RequestContext
+from tests.conftest import examples
 from tests.pruning.bits import packed
 
 CPU = torch.device("cpu")
@@ -32,7 +33,7 @@ DTYPES = st.sampled_from(
     [*(torch.float64, torch.float32, torch.float16, torch.bfloat16), torch.float8_e5m2, torch.int8]
 )
 NUMBERS = [0.0, -0.0, 1.0, -1.0, 1.5, -2.5, 2.0**-14]
-many = settings(deadline=None, max_examples=100)
+many = examples(100)
 
 # Of each ranking the keys of what is alive, in their order.
 Keys = list[list[int]]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from secateur_server.pruning.measure import measure
 from secateur_server.pruning.prune import prune
 from secateur_server.pruning.spec import Magnitude, Parameter, Selection
 from secateur_server.runtime.context import RequestContext
+from tests.conftest import examples
 from tests.pruning.bits import packed
 from tests.pruning.torch_side import (
     BITS,
@@ -97,7 +98,7 @@ def weights(draw: st.DrawFn) -> Tensor:
     return numbers(tuple(shape), dtype, draw(st.integers(0, 999)))
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(weight=weights(), first=st.floats(0, 1), second=st.floats(0, 1))
 def test_a_second_rule_chooses_among_what_is_left(
     client: secateur.Client, weight: Tensor, first: float, second: float
@@ -435,7 +436,7 @@ KINDS = pytest.mark.parametrize(
 
 
 @KINDS
-@settings(deadline=None, max_examples=100)
+@examples(100)
 @given(weight=weights(), data=st.data())
 def test_zeros_are_counted_and_folds_made_by_every_kind_of_passes(
     passes: Passes, weight: Tensor, data: st.DataObject

@@ -8,7 +8,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from secateur_server.errors import InvalidSpec, Stopped
@@ -18,8 +18,9 @@ from secateur_server.pruning.globs import (
     matches,
 )
 from secateur_server.runtime.context import RequestContext
+from tests.conftest import examples
 
-many = settings(deadline=None, max_examples=300)
+many = examples(300)
 GLOBS = st.lists(st.text("ab[]!-*?.^", max_size=8), max_size=6)
 NAMES = st.lists(st.text("ab[]!-*?.^", max_size=6), max_size=6, unique=True)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.ao.pruning.sparsifier.weight_norm_sparsifier import WeightNormSparsifier
@@ -23,6 +23,7 @@ from secateur_server.pruning.masks import Mask
 from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.select import select
 from secateur_server.runtime.context import RequestContext
+from tests.conftest import examples
 from tests.pruning.bits import packed
 
 CONTEXT = RequestContext()
@@ -32,7 +33,7 @@ DTYPES = st.sampled_from([*FLOATS, torch.float8_e4m3fn, torch.int8, torch.int64]
 ORDERS = st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.0, -1.0, math.inf, -math.inf])
 SEEDS = st.integers(0, 1 << 32)
 Units = Block | NM | Slice
-some = settings(deadline=None, max_examples=50)
+some = examples(50)
 
 
 @dataclass(frozen=True)

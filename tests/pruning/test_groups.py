@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from secateur_server.pruning.spec import (
     Rail,
     Random,
 )
+from tests.conftest import examples
 from tests.contract import raw
 from tests.pruning.bits import packed
 from tests.pruning.defined import (
@@ -40,7 +41,7 @@ from tests.pruning.defined import (
     resolved,
 )
 
-many = settings(deadline=None, max_examples=25)
+many = examples(25)
 
 
 def units_of(part: Member, shape: Sequence[int], units: int) -> list[list[int]]:

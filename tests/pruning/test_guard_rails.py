@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from secateur_server.errors import AmountOutOfRange, InvalidSpec, UnknownTensor
 from secateur_server.pruning.catalog import Stored, read_catalog
-from secateur_server.pruning.prune import Choice
+from secateur_server.pruning.choice import Choice
 from secateur_server.pruning.resolve import resolve
 from secateur_server.pruning.spec import (
     Budget,
@@ -26,6 +26,7 @@ from secateur_server.pruning.spec import (
     Threshold,
 )
 from secateur_server.runtime.context import RequestContext
+from tests.conftest import examples
 from tests.pruning.bits import packed
 from tests.pruning.defined import (
     NAMES,
@@ -41,7 +42,7 @@ from tests.pruning.defined import (
     rule,
 )
 
-many = settings(deadline=None, max_examples=40)
+many = examples(40)
 MODELS = models()
 HUNDREDTHS = st.integers(0, 100).map(lambda percent: percent / 100)
 

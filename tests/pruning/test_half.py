@@ -5,11 +5,12 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import secateur
+from tests.conftest import examples
 from tests.pruning.torch_side import (
     HALF,
     all_l1,
@@ -118,7 +119,7 @@ def test_fp16_norms_do_not_overflow(client: secateur.Client) -> None:
     assert (~mask[:, 0]).nonzero().flatten().tolist() == [1, 3, 5]
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     seed=st.integers(0, 10**6),
     dtype=st.sampled_from(HALF),

@@ -8,11 +8,12 @@ from operator import add
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import secateur
+from tests.conftest import examples
 from tests.pruning.torch_side import (
     EXACT,
     Step,
@@ -201,7 +202,7 @@ def are_apart(weight: Tensor, n: float | str, dim: int) -> bool:
     return bool((ranked.diff() > 1e-5 * ranked[1:]).all())
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(case=tensors_and_steps())
 def test_any_shape_and_amount_is_torchs(
     client: secateur.Client, case: tuple[dict[str, Tensor], Step]
@@ -222,7 +223,7 @@ def test_a_fraction_is_rounded_behind_the_product(
     assert int((~masks["square"]).sum()) == 3 * pruned
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(fraction=st.floats(0, 1), elements=st.integers(1, 3000))
 def test_any_fraction_of_any_count_is_pythons_rounding(
     client: secateur.Client, fraction: float, elements: int

@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import secateur
+from tests.conftest import examples
 from tests.pruning.torch_side import (
     BITS,
     EXACT,
@@ -208,7 +209,7 @@ def named(source: dict[str, Tensor]) -> list[str]:
     return [name for name in bases if name != "count"]
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(source=sources(), data=st.data())
 def test_the_outputs_of_one_request_agree(
     client: secateur.Client, source: dict[str, Tensor], data: st.DataObject
@@ -226,7 +227,7 @@ def test_the_outputs_of_one_request_agree(
     assert client.prune(source, spec, output="none").report.tensors == masks.report.tensors
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(source=sources(), data=st.data())
 def test_masks_are_what_the_tensors_are_multiplied_with(
     client: secateur.Client, source: dict[str, Tensor], data: st.DataObject

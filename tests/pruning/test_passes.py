@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from secateur_server.pruning.norms import slice_norms
 from secateur_server.pruning.prune import prune
 from secateur_server.pruning.spec import Magnitude, Parameter, Random, Scope, Selection
 from secateur_server.runtime.context import RequestContext
+from tests.conftest import examples
 from tests.pruning.bits import packed, unpacked
 
 CPU = torch.device("cpu")
@@ -37,7 +38,7 @@ VALUES = st.lists(
     min_size=1,
     max_size=50,
 )
-many = settings(deadline=None, max_examples=60)
+many = examples(60)
 
 
 def test_numba_is_there_so_that_these_tests_mean_something() -> None:
@@ -280,7 +281,7 @@ def test_slices_and_their_elements(shape: list[int], data: st.DataObject, piece:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("is_global", [True, False])
-@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("fraction", [0.0, 0.3, pytest.param(0.5, marks=pytest.mark.slow), 1.0])
 def test_masks_and_measures_are_the_same_without_numba(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, is_global: bool, fraction: float
 ) -> None:
@@ -306,7 +307,7 @@ def test_masks_and_measures_are_the_same_without_numba(
         assert torch.equal(unpacked(parameter), unpacked(expected[name]))
 
 
-@settings(deadline=None, max_examples=100)
+@examples(100)
 @given(DTYPES, st.integers(1, 5), st.integers(1, 40), st.sampled_from([1, 2]), st.integers(0, 99))
 def test_norms_are_the_same_bits_without_numba(
     dtype: torch.dtype, rows: int, columns: int, p: int, seed: int

@@ -10,7 +10,7 @@ import grpc
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -18,9 +18,10 @@ from secateur_proto import plan_pb2, pruner_pb2, spec_pb2
 from secateur_proto.pruner_pb2_grpc import PrunerStub
 from secateur_server.errors import AmountOutOfRange
 from secateur_server.pruning import energy
+from secateur_server.pruning.choice import Choice
 from secateur_server.pruning.granularity import NM, Block, Element, Slice
-from secateur_server.pruning.plan import Outcome, Removed, plan
-from secateur_server.pruning.prune import Choice
+from secateur_server.pruning.plan import plan
+from secateur_server.pruning.removed import Outcome, Removed
 from secateur_server.pruning.spec import (
     Amount,
     Budget,
@@ -36,11 +37,12 @@ from secateur_server.pruning.spec import (
     Threshold,
 )
 from secateur_server.runtime.context import RequestContext
+from tests.conftest import examples
 from tests.contract import raw
 from tests.pruning.bits import packed
 from tests.pruning.defined import DTYPES, NAMES, applied, kept_of, models, parameter, rule
 
-many = settings(deadline=None, max_examples=100)
+many = examples(100)
 EVERY = (*DTYPES, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.int64)
 MATRICES = models(st.lists(st.integers(1, 6), min_size=2, max_size=2), EVERY)
 GRANULARITIES = [
@@ -88,7 +90,7 @@ def fitted(selection: Selection, model: dict[str, Parameter]) -> Selection:
 
 def tried(
     selection: Selection, model: dict[str, Parameter]
-) -> tuple[dict[str, Tensor], list[Choice]] | str:
+) -> tuple[dict[str, Tensor], Sequence[Choice]] | str:
     """What a prune does, or why it is refused."""
     try:
         return applied(model, selection)
@@ -98,7 +100,7 @@ def tried(
 
 def assert_foretold(
     selection: Selection, amounts: Sequence[Amount], model: dict[str, Parameter]
-) -> list[Outcome]:
+) -> Sequence[Outcome]:
     """A plan and as many prunes have the same choices, and the same effect on every tensor.
 
     An amount that a prune refuses is refused by the plan, and left out then.
@@ -144,7 +146,7 @@ def test_every_amount_does_what_is_foretold(
     assert_foretold(fitted(selection, model), amounts, model)
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(model=MATRICES, selection=rules(), share=st.floats(0, 1), data=st.data())
 def test_so_do_the_amounts_that_a_rule_has_of_its_own(
     model: dict[str, Parameter], selection: Selection, share: float, data: st.DataObject
@@ -159,7 +161,7 @@ def test_so_do_the_amounts_that_a_rule_has_of_its_own(
     assert_foretold(replace(selection, amount=amount), [amount], model)
 
 
-@settings(deadline=None, max_examples=20)
+@examples(20)
 @given(seed=st.integers(0, 1 << 32), amounts=FEW, kept=st.sampled_from([None, 0.4]))
 def test_groups_that_overlap_are_foretold(
     seed: int, amounts: list[float | int], kept: float | None

@@ -1,7 +1,7 @@
 """One request has one answer, however many threads work at it and in whatever pieces."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 
 import pytest
@@ -13,15 +13,16 @@ from torch import Tensor
 from secateur_server.devices.looks import SPACING
 from secateur_server.devices.passes import Passes
 from secateur_server.pruning import select
+from secateur_server.pruning.choice import Choice
 from secateur_server.pruning.granularity import Element, Slice
-from secateur_server.pruning.prune import Choice
 from secateur_server.pruning.prune import prune as apply_rules
 from secateur_server.pruning.spec import Magnitude, Parameter, Random, Scope, Selection
 from secateur_server.runtime.context import RequestContext
+from tests.conftest import examples
 from tests.pruning.bits import packed, unpacked
 from tests.pruning.torch_side import EXACT, HALF, distinct, lowest_slices
 
-Answer = tuple[dict[str, Tensor], list[list[Choice]]]
+Answer = tuple[dict[str, Tensor], list[Sequence[Choice]]]
 
 
 def rule(
@@ -126,9 +127,20 @@ PIECES = [8, 64, 1000]
 WAYS = ["histograms", "a sample", "a sample that misses", "ties in a sample", "ties that are none"]
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("piece", PIECES)
-@pytest.mark.parametrize("dtype", [*EXACT, *HALF], ids=str)
+# By default every two of a dtype, a piece and a way meet; all three in the slow suite.
+COMBINATIONS = [
+    pytest.param(
+        *(dtype, piece, way),
+        id=f"{dtype}-{piece}-{way}",
+        marks=[] if (row + column + layer) % 3 == 0 else pytest.mark.slow,
+    )
+    for row, dtype in enumerate([*EXACT, *HALF])
+    for column, piece in enumerate(PIECES)
+    for layer, way in enumerate(WAYS)
+]
+
+
+@pytest.mark.parametrize(("dtype", "piece", "way"), COMBINATIONS)
 def test_neither_pieces_nor_the_way_to_the_cut_show(
     monkeypatch: pytest.MonkeyPatch, piece: int, dtype: torch.dtype, way: str
 ) -> None:
@@ -161,8 +173,7 @@ def cut_into(monkeypatch: pytest.MonkeyPatch, piece: int, way: str) -> None:
 
 
 @settings(
-    max_examples=150,
-    deadline=None,
+    examples(150),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
@@ -205,10 +216,17 @@ def millions(kind: str) -> tuple[Tensor, Tensor, Tensor]:
     return weight, *torch.sort(weight.abs(), stable=True)
 
 
-@pytest.mark.parametrize("kind", ["normal", "periodic", "constant", "few values"])
+KINDS = ["normal", "periodic", "constant", "few values"]
+
+
 @pytest.mark.parametrize(
-    "fraction",
-    [0.5, 1.0, *(pytest.param(f, marks=pytest.mark.slow) for f in (0.0001, 0.97))],
+    ("kind", "fraction"),
+    [
+        *((kind, 0.5) for kind in KINDS),
+        (KINDS[-1], 1.0),
+        *(pytest.param(kind, 1.0, marks=pytest.mark.slow) for kind in KINDS[:-1]),
+        *(pytest.param(kind, f, marks=pytest.mark.slow) for f in (0.0001, 0.97) for kind in KINDS),
+    ],
 )
 def test_millions_of_units_lose_exactly_the_lowest(kind: str, fraction: float) -> None:
     """With ties across the pieces."""

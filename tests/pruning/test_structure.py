@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -14,12 +14,12 @@ from secateur_proto import report_pb2 as pb
 from secateur_server.devices import kernels
 from secateur_server.devices.looks import Seen
 from secateur_server.devices.passes import Passes
-from secateur_server.messages.report import encode_choice
-from secateur_server.pruning.amounts import Bound
+from secateur_server.messages.tables import encode_choice
+from secateur_server.pruning.choice import Bound, Choice
 from secateur_server.pruning.measure import measure
-from secateur_server.pruning.prune import Choice
 from secateur_server.pruning.spec import Parameter
 from secateur_server.runtime.context import RequestContext
+from tests.conftest import examples
 from tests.pruning.bits import packed
 
 Patterns = tuple[tuple[int, int], ...]
@@ -86,7 +86,7 @@ def sparse(draw: st.DrawFn) -> tuple[Tensor, Tensor | None]:
 
 
 @pytest.mark.parametrize("is_compiled", [True, False])
-@settings(deadline=None, max_examples=150)
+@examples(150)
 @given(drawn=sparse(), piece=st.sampled_from([64, 512, 1 << 20]))
 def test_structure_is_that_of_every_group_and_block(
     is_compiled: bool, drawn: tuple[Tensor, Tensor | None], piece: int

@@ -7,12 +7,13 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 import secateur
+from tests.conftest import examples
 from tests.pruning.torch_side import (
     EXACT,
     HALF,
@@ -48,7 +49,7 @@ def magnitudes(tensors: dict[str, Tensor], masks: dict[str, Tensor]) -> list[flo
     return torch.cat(pruned).sort().values.tolist()
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(weight=small_integers(), data=st.data())
 def test_ties_in_a_tensor_go_by_the_lowest_index(
     client: secateur.Client, weight: Tensor, data: st.DataObject
@@ -61,7 +62,7 @@ def test_ties_in_a_tensor_go_by_the_lowest_index(
     assert magnitudes(tensors, masks) == magnitudes(tensors, torch_masks(tensors, step))
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(weights=st.lists(small_integers(), min_size=2, max_size=4), data=st.data())
 def test_ties_over_tensors_go_in_the_state_dicts_order(
     client: secateur.Client, weights: list[Tensor], data: st.DataObject
@@ -97,7 +98,7 @@ def ranks(weight: Tensor, n: float, dim: int) -> Tensor:
     return torch.tensor([order.index(norm) for norm in norms])
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(
     weight=small_integers(min_dims=2),
     n=st.sampled_from(list(EXACT_NORMS)),

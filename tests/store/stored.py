@@ -100,7 +100,7 @@ def received(server: RunningServer) -> int:
 
 
 def on_disk(folder: Path) -> dict[str, int]:
-    """The size of each file of a store."""
+    """The size of each file of a store, but for its lock."""
     files = (path for path in folder.rglob("*") if path.is_file())
     sizes = {}
     for path in files:
@@ -108,6 +108,7 @@ def on_disk(folder: Path) -> dict[str, int]:
             sizes[str(path.relative_to(folder))] = path.stat().st_size
         except FileNotFoundError:  # it was on its way
             continue
+    sizes.pop("lock", None)
     return sizes
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import secateur
+from tests.conftest import examples
 from tests.contract.raw import entry, file
 from tests.pruning.torch_side import (
     assert_same_masks,
@@ -94,8 +95,7 @@ def assert_same_results(ours: secateur.PruneResult, theirs: secateur.PruneResult
 
 
 property_based = settings(
-    max_examples=40,
-    deadline=None,
+    examples(40),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 

@@ -1,5 +1,6 @@
 """One server at a time has a store's folder, and no server touches another's."""
 
+import fcntl
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,13 @@ def test_whatever_is_removed_or_renamed_two_servers_never_share_a_folder(tmp_pat
         (tmp_path / "moved").rename(folder)
     with kept(folder) as store:
         assert len(list(store.client.checkpoints())) == 1
+
+
+def test_a_server_of_an_earlier_version_keeps_its_folder(tmp_path: Path) -> None:
+    """It has locked a file alone."""
+    with (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert_refused(tmp_path)
 
 
 def uses(

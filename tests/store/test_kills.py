@@ -14,9 +14,8 @@ import pytest
 from torch import Tensor
 
 import secateur
-from tests.conftest import RunningServer, eventually, inner_server
+from tests.conftest import RunningServer, eventually, inner_server, start_server
 from tests.pruning.torch_side import assert_same_tensors
-from tests.store.forked import forked_servers
 from tests.store.lost_pages import losing_disk
 from tests.store.stored import blobs, check_tidy, downloaded, model
 
@@ -162,17 +161,16 @@ def survive(
     crash: what becomes of the disk each time.
     """
     ledger, draws, made = Ledger(), random.Random(kills), set()
-    with forked_servers() as start:
-        for seed in range(kills):
-            server = start("--store-dir", str(folder))
-            check_all_there(server, ledger, folder, scratch)
-            with callers(server, ledger, seed) as errors:
-                enough = ledger.answers + draws.randint(1, 12)
-                eventually(lambda enough=enough: bool(errors) or ledger.answers >= enough, True)  # type: ignore[misc]
-                threading.Event().wait(draws.uniform(0, 0.05))
-                assert errors == []
-            crash()
-            made |= {checkpoint.name for checkpoint in ledger.kept} | ledger.gone
+    for seed in range(kills):
+        server = start_server("--store-dir", str(folder))
+        check_all_there(server, ledger, folder, scratch)
+        with callers(server, ledger, seed) as errors:
+            enough = ledger.answers + draws.randint(1, 12)
+            eventually(lambda enough=enough: bool(errors) or ledger.answers >= enough, True)  # type: ignore[misc]
+            threading.Event().wait(draws.uniform(0, 0.05))
+            assert errors == []
+        crash()
+        made |= {checkpoint.name for checkpoint in ledger.kept} | ledger.gone
     with inner_server("--store-dir", str(folder)) as server:
         check_all_there(server, ledger, folder, scratch)
     return len(made), len(ledger.gone)

@@ -12,7 +12,7 @@ import pytest
 
 import secateur
 from secateur_proto.framing import file_header
-from tests.conftest import RunningServer, start_server, stop_server
+from tests.conftest import RunningServer, start_command, stop_server
 
 LIMIT = 2 << 30
 SHAPE = (1 << 15, 1 << 12)
@@ -36,7 +36,7 @@ def folder() -> Iterator[Path]:
 def small_server(folder: Path) -> Iterator[RunningServer]:
     """A server whose memory, page cache and all, the kernel keeps below LIMIT."""
     group = memory_group()
-    server = start_server("--store-dir", str(folder / "store"), "--allow-path", str(folder))
+    server = start_command("--store-dir", str(folder / "store"), "--allow-path", str(folder))
     (group / "cgroup.procs").write_text(str(server.process.pid))
     yield server
     stop_server(server)

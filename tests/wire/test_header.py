@@ -1,5 +1,6 @@
 """Bad headers: what the reader takes, the safetensors library takes too."""
 
+import json
 from typing import Any
 
 import pytest
@@ -111,6 +112,43 @@ def test_changed_bytes_are_refused_or_harmless(changes: list[tuple[int, int]]) -
 )
 def test_entries_of_any_json_are_refused_or_harmless(table: dict[str, Any], size: int) -> None:
     check(file(table, bytes(size)))
+
+
+def spelled(table: dict[str, Any], **options: Any) -> bytes:
+    text = json.dumps(table, ensure_ascii=False, **options).encode("utf-8", "surrogatepass")
+    return len(text).to_bytes(8, "little") + text + bytes(48)
+
+
+def outcome(data: bytes) -> Header | str:
+    """What a header is read as, or the path of what is wrong."""
+    try:
+        return parse(data)
+    except MalformedFile as error:
+        return error.field
+
+
+@unhurried
+@given(
+    st.dictionaries(
+        st.sampled_from(["a", "b\\", "\x1f", "\x7f", "é", 'c"', "", "__metadata__"]),
+        ENTRIES
+        | st.builds(entry, st.sampled_from(["F32", "U8"]), SIZES, *[st.integers(0, 48)] * 2)
+        | ODD,
+        max_size=5,
+    )
+)
+def test_the_spelling_of_a_header_does_not_matter(table: dict[str, Any]) -> None:
+    """Entries as the library spells them are read by another way than all others."""
+    usual = spelled({**table, "last": entry("U8", [48], 0, 48)}, separators=(",", ":"))
+    assert outcome(usual) == outcome(spelled({**table, "last": entry("U8", [48], 0, 48)}))
+
+
+def test_a_name_that_stands_twice_is_refused_in_any_spelling() -> None:
+    for blank in ("", " "):
+        empty = f'{{"dtype":"U8","shape":[0],"data_offsets":[0,{blank}0]}}'
+        text = f'{{"a":{empty},"b":{empty},"a":{empty},"c":{empty}}}'.encode()
+        with pytest.raises(MalformedFile, match=r"data\['a'\]: the name stands twice"):
+            parse(len(text).to_bytes(8, "little") + text)
 
 
 @pytest.mark.parametrize(

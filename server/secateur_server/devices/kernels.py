@@ -19,8 +19,11 @@ from secateur_server.devices.randomness import GAMMA, MIX_1, MIX_2
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# Of a digit of few keys: the counts stay in the caches.
+# Of a digit of few keys: the counts stay in the caches. Of fewer than VERY_FEW keys, to clear and
+# to read so many counts would take longer than to read the keys.
 FEW_BITS = 13
+VERY_FEW = 1 << 12
+VERY_FEW_BITS = 8
 
 # Elements whose flags stay in the first-level cache.
 BLOCK = 1024
@@ -207,17 +210,20 @@ def cut_few(
     found, at: as of split, to work in.
     Returns: the key at the place, how many at it go, and of how many.
     """
-    counts = np.zeros(1 << FEW_BITS, np.int64)
-    shift = 8 * bits.itemsize - 1 - FEW_BITS
+    width = FEW_BITS if len(bits) >= VERY_FEW else VERY_FEW_BITS
+    counts = np.zeros(1 << width, np.int64)
+    shift = 8 * bits.itemsize - 1 - width
     for i in range(len(bits)):
         if is_alive(alive, i):
             counts[(bits[i] & largest) >> shift] += 1
     cut, place = find_digit(counts, place)
     equal = counts[cut]
-    low, high = bits.dtype.type(cut << shift), bits.dtype.type(min((cut + 1) << shift, largest))
+    low, high = bits.dtype.type(cut << shift), bits.dtype.type(largest)
+    if cut + 1 < 1 << width:  # else it is beyond the largest integer
+        high = bits.dtype.type((cut + 1) << shift)
     within = split(bits, alive, largest, low, high, kept, found, at)
     while shift > 0:  # the digits of the cut above `shift` are known
-        step = min(FEW_BITS, shift)
+        step = min(width, shift)
         counts[:] = 0
         for i in range(within):
             if found[i] >> shift == cut:

@@ -3,10 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from secateur_server.devices.keys import BITS
 from secateur_server.devices.randomness import RandomScores, random_keys
 
 # Of a sample one unit in so many is taken.
@@ -54,6 +58,22 @@ class Seen:
     largest: int
     zeros: tuple[tuple[int, int], ...]
     sample: Sample | None
+
+
+def seen_each(values: Tensor, begins: npt.NDArray[np.int64]) -> list[Seen]:
+    """What a look at all of many tensors, none of them empty, tells.
+
+    values: of all of them, floating, 1-D, on the CPU.  begins: where each begins.
+    """
+    bits: Any = values.view(BITS[values.dtype]).numpy()
+    keys = bits & np.iinfo(bits.dtype).max
+    least = np.minimum.reduceat(keys, begins).tolist()
+    most = np.maximum.reduceat(keys, begins).tolist()
+    sizes = np.diff(begins, append=len(keys)).tolist()
+    return [
+        Seen(largest, () if smallest else ((0, -(-size // 8) * 8),), None)
+        for smallest, largest, size in zip(least, most, sizes, strict=True)
+    ]
 
 
 def seen_of(looks: Sequence[Look]) -> Seen | None:

@@ -113,6 +113,10 @@ class Passes:
         self.land(data, target)
         return target
 
+    def landed_all(self, pieces: Iterable[memoryview]) -> Tensor:
+        """As landed, of bytes that came in pieces, and not many."""
+        return self.landed(memoryview(b"".join(pieces)))
+
     def pack(self, mask: Tensor) -> Tensor:
         """A mask as bits.  mask: bool, 1-D."""
         padded = torch.nn.functional.pad(mask, (0, -len(mask) % 8)).view(-1, 8)

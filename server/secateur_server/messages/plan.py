@@ -1,15 +1,28 @@
 """Amounts from the wire, and a plan to it."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from secateur_proto import plan_pb2 as pb
 from secateur_proto.pruner_pb2 import PlanHeader
 from secateur_server.errors import InvalidRequest, InvalidSpec
-from secateur_server.messages.report import encode_choice
+from secateur_server.messages.columns import (
+    Array,
+    Column,
+    doubles,
+    field_head,
+    nested,
+    numbers,
+    texts,
+    together,
+)
 from secateur_server.messages.spec import fraction_of
+from secateur_server.messages.tables import encode_choices
+from secateur_server.pruning.choice import ChoiceTable
 from secateur_server.pruning.norms import total
-from secateur_server.pruning.plan import Outcome, Removed
+from secateur_server.pruning.removed import Outcome, Removed, RemovedTable
 from secateur_server.pruning.spec import Amount, Parameter, Rule, Selection
 from secateur_server.runtime.context import RequestContext
 
@@ -38,61 +51,121 @@ def _amount(amount: pb.Amount, path: str) -> Amount:
     return int(amount.count)
 
 
+def charge_plan(context: RequestContext, names: Sequence[str], amounts: int) -> None:
+    """Counts the memory of an answer with so many amounts.
+
+    Raises:
+        RequestTooLarge: The server never has so much.
+        QueueFull: Other requests hold too much of it.
+    """
+    characters = sum(map(len, names))
+    size = amounts * (_NAMED * characters + _PLANNED_BYTES * len(names))
+    context.charge("header.amounts", size, f"a plan of {amounts} amounts of {len(names)} tensors")
+
+
+# Each name is in the answer twice, as a planned tensor and in a choice, and so is each number; the
+# answer is in memory in parts, and as a whole.
+_NAMED, _PLANNED_BYTES = 4, 250
+
+
 def encode_plan(
     context: RequestContext,
     outcomes: Sequence[Outcome],
     parameters: Mapping[str, Parameter],
     names: Sequence[str],
-) -> pb.PruningPlan:
-    """A plan for the tensors `names`, in their order."""
-    return pb.PruningPlan(
-        amounts=[_planned(context, outcome, parameters, names) for outcome in outcomes]
+) -> Iterator[bytes]:
+    """The bytes of the amounts of a PruningPlan for the tensors `names`, in their order.
+
+    They are made amount by amount: there may be millions of tensors in all of them.
+    """
+    weights = [parameters[name].weight for name in names]
+    planned = PlannedTensors(
+        texts(1, names),
+        np.array([weight.numel() for weight in weights], np.int64),
+        np.array([_pruned(context, parameters[name]) for name in context.each(names)], np.int64),
+        np.array([weight.element_size() for weight in weights], np.int64),
     )
+    of_choices = _Names()
+    for outcome in context.each(outcomes):
+        choices = outcome.choices
+        of_table = of_choices.encoded(choices.tensors) if isinstance(choices, ChoiceTable) else None
+        encoded = [encode_choices(context, choices, of_table), *_planned(outcome, planned, names)]
+        yield from (field_head(1, sum(map(len, encoded))), *encoded)
 
 
-def _planned(
-    context: RequestContext,
-    outcome: Outcome,
-    parameters: Mapping[str, Parameter],
-    names: Sequence[str],
-) -> pb.PlannedAmount:
-    tensors = [
-        _tensor(context, name, parameters[name], outcome.removed[name])
-        for name in context.each(names)
-    ]
-    pruned = sum(tensor.pruned for tensor in tensors)
-    total = sum(tensor.total for tensor in tensors)
-    removed = [outcome.removed[name] for name in names]
-    return pb.PlannedAmount(
-        choices=map(encode_choice, context.each(outcome.choices)),
-        tensors=tensors,
-        pruned=pruned,
-        total=total,
-        sparsity=pruned / total if total else 0.0,
-        norm_removed=_norm_share(removed),
-        kept_bytes=sum(
-            (tensor.total - tensor.pruned) * parameters[tensor.name].weight.element_size()
-            for tensor in tensors
-        ),
+class _Names:
+    """The names of the tables of a plan, which are mostly one list: they are encoded once."""
+
+    def __init__(self) -> None:
+        self._names: Sequence[str] | None = None
+
+    def encoded(self, names: Sequence[str]) -> Column:
+        """The names as the field 1 of messages."""
+        if names is not self._names:
+            self._names, self._column = names, texts(1, names)
+        return self._column
+
+
+@dataclass(frozen=True)
+class PlannedTensors:
+    """What all amounts have in common.
+
+    Attributes:
+        names: As the field 1 of messages.
+        totals: Elements of each tensor.
+        before: Elements that are pruned before.
+        itemsizes: Bytes of an element.
+    """
+
+    names: Column
+    totals: Array
+    before: Array
+    itemsizes: Array
+
+
+def _planned(outcome: Outcome, planned: PlannedTensors, names: Sequence[str]) -> list[bytes]:
+    """The bytes of a PlannedAmount without its choices, in parts."""
+    removed = _table(outcome.removed, names)
+    elements, energy, whole = removed.elements, removed.energy, removed.whole
+    pruned, totals = planned.before + elements, planned.totals
+    tensors = together(
+        planned.names,
+        numbers(2, pruned),
+        numbers(3, totals),
+        doubles(4, pruned / np.maximum(totals, 1)),
+        doubles(5, _norm_shares(energy, whole)),
     )
-
-
-def _tensor(
-    context: RequestContext, name: str, parameter: Parameter, removed: Removed
-) -> pb.PlannedTensor:
-    total = parameter.weight.numel()
-    before = 0 if parameter.mask is None else total - parameter.mask.kept(context)
-    pruned = before + removed.elements
-    return pb.PlannedTensor(
-        name=name,
-        pruned=pruned,
-        total=total,
-        sparsity=pruned / total if total else 0.0,
-        norm_removed=_norm_share([removed]),
+    all_pruned, total_elements = int(pruned.sum()), int(totals.sum())
+    said = pb.PlannedAmount(
+        pruned=all_pruned,
+        total=total_elements,
+        sparsity=all_pruned / total_elements if total_elements else 0.0,
+        norm_removed=float(_norm_shares(np.array([total(energy)]), np.array([total(whole)]))[0]),
+        kept_bytes=int(((totals - pruned) * planned.itemsizes).sum()),
     )
+    return [nested(2, tensors).data.tobytes(), said.SerializeToString()]
 
 
-def _norm_share(removed: Sequence[Removed]) -> float:
-    whole = total(r.whole for r in removed)
-    share = total(r.energy for r in removed) / whole if whole else 0.0
-    return min(1.0, math.sqrt(share)) if math.isfinite(share) else 1.0
+def _table(removed: Mapping[str, Removed], names: Sequence[str]) -> RemovedTable:
+    """The same in the order of `names`."""
+    if isinstance(removed, RemovedTable):
+        at = np.array([removed.places[name] for name in names], np.int64)
+        return RemovedTable({}, removed.elements[at], removed.energy[at], removed.whole[at])
+    found = [removed[name] for name in names]
+    elements = np.array([of.elements for of in found], np.int64)
+    energy = np.array([of.energy for of in found], np.float64)
+    whole = np.array([of.whole for of in found], np.float64)
+    return RemovedTable({}, elements, energy, whole)
+
+
+def _pruned(context: RequestContext, parameter: Parameter) -> int:
+    mask = parameter.mask
+    return 0 if mask is None else parameter.weight.numel() - mask.kept(context)
+
+
+def _norm_shares(energy: Array, whole: Array) -> Array:
+    """The share of the norm that is removed; 1 where that is not a finite number."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.where(whole != 0, energy / np.where(whole != 0, whole, 1.0), 0.0)
+    is_finite = np.isfinite(share)
+    return np.where(is_finite, np.minimum(1.0, np.sqrt(np.where(is_finite, share, 0.0))), 1.0)

@@ -5,19 +5,21 @@ from collections.abc import Collection, Iterable, Sequence
 from heapq import nlargest
 
 from secateur_proto.report_pb2 import (
-    Bound,
     Coverage,
     RuleReport,
     SparsityReport,
     TensorReport,
     ZeroBlocks,
 )
-from secateur_proto.report_pb2 import Choice as ChoiceMessage
 from secateur_proto.spec_pb2 import Pattern
+from secateur_server.devices.batches import batched
 from secateur_server.devices.dtypes import WIRE_DTYPES
+from secateur_server.messages.tables import encode_choices, tensor_reports
 from secateur_server.pruning.catalog import Catalog
+from secateur_server.pruning.choice import Choice
 from secateur_server.pruning.measure import measure
-from secateur_server.pruning.prune import Choice
+from secateur_server.pruning.measure_small import measure_small
+from secateur_server.pruning.small import is_small
 from secateur_server.pruning.spec import Parameter
 from secateur_server.runtime.context import RequestContext
 
@@ -40,10 +42,7 @@ def encode_report(
     outcomes: for each rule of a spec its choices.
     are_folded: the parameters are sent with their masks applied, and without masks.
     """
-    tensors = [
-        _tensor(context, name, parameter, are_folded)
-        for name, parameter in context.each(parameters)
-    ]
+    tensors = _tensors(context, list(parameters), are_folded)
     by_name = {tensor.name: tensor for tensor in tensors} if catalog.other_names else {}
     for other, name in catalog.other_names.items():
         if name in by_name:
@@ -55,11 +54,28 @@ def encode_report(
         zeros=zeros,
         total=total,
         sparsity=_share(zeros, total),
-        rules=[RuleReport(choices=map(encode_choice, context.each(of))) for of in outcomes],
+        rules=[RuleReport.FromString(encode_choices(context, choices)) for choices in outcomes],
         input_blake3=input_blake3,
         output_blake3=output_blake3,
         coverage=_coverage(catalog, {tensor.name for tensor in tensors}),
     )
+
+
+def _tensors(
+    context: RequestContext, parameters: Sequence[tuple[str, Parameter]], is_folded: bool
+) -> list[TensorReport]:
+    """The reports of tensors; small ones are measured together."""
+    small = [of for of in parameters if is_small(of[1]) and of[1].weight.dim()]
+    found: dict[str, TensorReport] = {}
+    for part in batched([parameter.weight.numel() for _, parameter in small]):
+        context.check()
+        names, of_names = zip(*small[part], strict=True)
+        measured = measure_small(context, of_names)
+        found.update(zip(names, tensor_reports(names, of_names, measured, is_folded), strict=True))
+    return [
+        found[name] if name in found else _tensor(context, name, parameter, is_folded)
+        for name, parameter in parameters
+    ]
 
 
 def _coverage(catalog: Catalog, names: Collection[str]) -> Coverage:
@@ -94,23 +110,6 @@ def _tensor(
         zero_blocks=[
             ZeroBlocks(side=blocks.side, zero=blocks.zero, total=blocks.total)
             for blocks in found.structure.zero_blocks
-        ],
-    )
-
-
-def encode_choice(choice: Choice) -> ChoiceMessage:
-    """What one choice came to."""
-    return ChoiceMessage(
-        tensors=choice.tensors,
-        candidates=choice.candidates,
-        requested=choice.requested,
-        pruned=choice.pruned,
-        threshold=choice.threshold,
-        ties=choice.ties,
-        ties_pruned=choice.ties_pruned,
-        bounds=[
-            Bound(tensor=bound.tensor, rail=bound.rail, pruned=bound.pruned)
-            for bound in choice.bounds
         ],
     )
 

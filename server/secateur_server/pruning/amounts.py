@@ -10,6 +10,7 @@ from secateur_server.devices.keys import BITS, score_at
 from secateur_server.devices.passes import Cut
 from secateur_server.errors import AmountOutOfRange, quote
 from secateur_server.pruning.allocate import shared_out
+from secateur_server.pruning.choice import Bound
 from secateur_server.pruning.divide import Division, Query, count_below, divide
 from secateur_server.pruning.lamp import divide_by_lamp
 from secateur_server.pruning.rails import Limits, check_total, limits_of
@@ -17,15 +18,6 @@ from secateur_server.pruning.select import score_dtype
 from secateur_server.pruning.spec import Amount, Budget, Selection, Table, Threshold
 from secateur_server.pruning.subjects import Subject
 from secateur_server.runtime.context import RequestContext
-
-
-@dataclass(frozen=True)
-class Bound:
-    """A guard rail that changed how many units of a tensor, or group, were pruned."""
-
-    tensor: str
-    rail: str
-    pruned: int
 
 
 @dataclass(frozen=True)
@@ -93,14 +85,23 @@ def wanted(rule: Selection, subjects: Sequence[Subject], amount: Amount) -> floa
         costs = _costs(rule, subjects)
         there = sum(cost * subject.alive for cost, subject in zip(costs, subjects, strict=True))
         return max(0, there - amount.target)
+    return number_of(rule, amount, [subject.name for subject in subjects], units, alive)
+
+
+def number_of(rule: Selection, amount: Amount, names: Sequence[str], units: int, alive: int) -> int:
+    """How many units a share or a number of them is; rounded as torch does.
+
+    names: of the tensors, or groups, that are ranked together.  units, alive: of all of them.
+    Errors: AmountOutOfRange.
+    """
     if isinstance(amount, Table):
-        (subject,) = subjects  # a table has a fraction for each tensor
-        amount = amount.fractions.get(subject.name, 0.0)
+        (name,) = names  # a table has a fraction for each tensor
+        amount = amount.fractions.get(name, 0.0)
     base, gone = (units, units - alive) if rule.of_all else (alive, 0)
     assert isinstance(amount, float | int), "a threshold has no number"
     count = round(amount * base) if isinstance(amount, float) else amount
     if count > base:
-        where = quote(subjects[0].name) if len(subjects) == 1 else f"{len(subjects)} tensors"
+        where = quote(names[0]) if len(names) == 1 else f"{len(names)} tensors"
         left = "of" if rule.of_all else "left in"
         raise AmountOutOfRange(
             f"{rule.path}.count", f"{count} is more than the {base} units {left} {where}"

@@ -51,7 +51,7 @@ def alive_of(
     return _each(context, groups, parameters, many, one)
 
 
-def scores_of(
+def scores_of_members(
     context: RequestContext, groups: Sequence[Group], parameters: Parameters, p: float
 ) -> list[list[Tensor]]:
     """For each group, as member_scores of those of its members that are scored."""

@@ -125,11 +125,11 @@ def _window(
     if end > first:
         units = int(buckets.up_to[end]) - before
         falling = _falling(context, ranking, buckets, first, end)
-    scores, device = _lamp_scores(falling, buckets.above[end]), ranking.device
+    scores, device = lamp_scores(falling, buckets.above[end]), ranking.device
     return Window(before, Ranking(ranking.name, units, scores.to(device), None, device))
 
 
-def _lamp_scores(falling: Tensor, above: Tensor | float) -> Tensor:
+def lamp_scores(falling: Tensor, above: Tensor | float) -> Tensor:
     """The LAMP scores of units along the last dimension.
 
     falling: scores, the largest first, written to.  above: the sum of squares of those before them.
@@ -152,7 +152,7 @@ def _scored(context: RequestContext, rankings: Sequence[Ranking]) -> list[Rankin
     for indices in context.each(alike.values()):
         stacked = torch.stack([living[index] for index in indices]).cpu()
         falling = stacked.to(torch.float64).abs().sort(1, descending=True).values
-        found.update(zip(indices, _lamp_scores(falling, 0.0), strict=True))
+        found.update(zip(indices, lamp_scores(falling, 0.0), strict=True))
     return [
         Ranking(r.name, len(found[i]), found[i].to(r.device), None, r.device)
         for i, r in enumerate(rankings)

@@ -26,6 +26,13 @@ class Mask:
     bits: Tensor
     elements: int
 
+    @classmethod
+    def counted(cls, bits: Tensor, elements: int, kept: int) -> "Mask":
+        """A mask of which it is known how many elements it keeps."""
+        mask = cls(bits, elements)
+        mask.__dict__["_kept"] = kept
+        return mask
+
     def kept(self, context: RequestContext) -> int:
         """The number of kept elements.
 

@@ -1,8 +1,9 @@
 """What a rule would do by each of many amounts, from one look at the scores."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,42 +11,31 @@ from secateur_server.devices import passes_of, spans
 from secateur_server.devices.keys import score_at
 from secateur_server.devices.passes import PART, Cut
 from secateur_server.pruning.amounts import Decision, decide
+from secateur_server.pruning.choice import Choice
 from secateur_server.pruning.divide import Query, divide
 from secateur_server.pruning.energy import energies
 from secateur_server.pruning.masks import Mask
 from secateur_server.pruning.norms import row_sums, total
+from secateur_server.pruning.plan_small import (
+    EachOutcome,
+    are_small,
+    is_planned_by_runs,
+    plan_each,
+    plan_together,
+    with_amounts,
+)
 from secateur_server.pruning.prune import (
-    Choice,
     apply_selection,
     choice_of,
     small_at_once,
     with_cut,
 )
+from secateur_server.pruning.removed import Made, Outcome, Removed, RemovedTable
 from secateur_server.pruning.select import NOTHING, score_dtype
+from secateur_server.pruning.small import is_small
 from secateur_server.pruning.spec import Amount, Parameter, Selection, Threshold
 from secateur_server.pruning.subjects import Subject, is_everything, subjects_of, together
 from secateur_server.runtime.context import RequestContext
-
-
-@dataclass(frozen=True)
-class Removed:
-    """What would go of a tensor.
-
-    elements: unpruned ones that go.  energy: the sum of their squares.
-    whole: the sum of squares of all that are unpruned before.
-    """
-
-    elements: int
-    energy: float
-    whole: float
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one amount would do: the rule's choices, and what goes of each tensor."""
-
-    choices: list[Choice]
-    removed: dict[str, Removed]
 
 
 def plan(
@@ -55,7 +45,7 @@ def plan(
     parameters: Mapping[str, Parameter],
     extras: Mapping[str, Tensor],
     at: str = "",
-) -> list[Outcome]:
+) -> Sequence[Outcome]:
     """The outcome of `rule` with each of `amounts` in its amount's place.
 
     rule: resolved.  parameters, extras: as of prune.
@@ -66,25 +56,100 @@ def plan(
             _tried(context, replace(rule, amount=a), parameters, extras)
             for a in context.each(amounts)
         ]
-    outcomes = [Outcome([], {}) for _ in amounts]
+    if is_planned_by_runs(rule, amounts):
+        if rule.scope == "tensor":
+            return _plan_each(context, rule, amounts, parameters, extras, at)
+        planned = _plan_small(context, rule, amounts, parameters, at)
+        if planned is not None:
+            return planned
+    choices: list[list[Choice]] = [[] for _ in amounts]
+    removed: list[dict[str, Removed]] = [{} for _ in amounts]
     empty = {name for name in rule.tensors if parameters[name].weight.numel() == 0}
     for name in (name for name in context.each(rule.tensors) if name in empty):
-        for outcome in outcomes:
-            outcome.choices.append(Choice((name,), 0, 0, 0))
-            outcome.removed[name] = Removed(0, 0.0, 0.0)
+        for index in range(len(amounts)):
+            choices[index].append(Choice((name,), 0, 0, 0))
+            removed[index][name] = Removed(0, 0.0, 0.0)
     ranked = together(context, rule, [name for name in rule.tensors if name not in empty])
-    parts = small_at_once(
+    parts = _all_planned(context, rule, amounts, ranked, parameters, extras, at)
+    for found in context.each(parts):
+        for index, (choice, gone) in enumerate(found):
+            choices[index].append(choice)
+            removed[index].update(gone)
+    return [Made(*of) for of in zip(choices, removed, strict=True)]
+
+
+def _plan_each(
+    context: RequestContext,
+    rule: Selection,
+    amounts: Sequence[Amount],
+    parameters: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
+    at: str,
+) -> Sequence[Outcome]:
+    """A plan of a rule that prunes each tensor by itself: small tensors are planned together."""
+    empty = [name for name in rule.tensors if parameters[name].weight.numel() == 0]
+    small = [name for name in rule.tensors if is_small(parameters[name])]
+    known = {*empty, *small}
+    large = [name for name in rule.tensors if name not in known]
+    rules = with_amounts(rule, amounts, at)
+    planned = plan_each(context, rules, small, parameters) if small else []
+    ranked = together(context, rule, large)
+    parts = _all_planned(context, rule, amounts, ranked, parameters, extras, at)
+    others: list[dict[str, tuple[Choice, Removed]]] = [{} for _ in amounts]
+    for name, found in zip(large, parts, strict=True):
+        for of_amount, (choice, removed) in zip(others, found, strict=True):
+            of_amount[name] = choice, removed[name]
+    names = list(dict.fromkeys([*empty, *rule.tensors]))
+    places = {name: place for place, name in enumerate(names)}
+    return [EachOutcome(index, names, places, planned, of) for index, of in enumerate(others)]
+
+
+def _plan_small(
+    context: RequestContext,
+    rule: Selection,
+    amounts: Sequence[Amount],
+    parameters: Mapping[str, Parameter],
+    at: str,
+) -> Sequence[Outcome] | None:
+    """A plan of a rule that ranks small tensors together; None where they are not all small."""
+    empty = [name for name in rule.tensors if parameters[name].weight.numel() == 0]
+    gone = set(empty)
+    ranked = together(context, rule, [name for name in rule.tensors if name not in gone])
+    if not all(are_small(names, parameters) for names in ranked):
+        return None
+    rules = with_amounts(rule, amounts, at)
+    parts = [plan_together(context, rules, names, parameters) for names in context.each(ranked)]
+    names = [*empty, *(name for planned, _ in parts for name in planned.names)]
+    places = {name: place for place, name in enumerate(names)}
+    none = np.zeros(len(empty))
+    whole = np.concatenate([none, *(planned.whole for planned, _ in parts)])
+    outcomes: list[Outcome] = []
+    for index in range(len(amounts)):
+        choices = [Choice((name,), 0, 0, 0) for name in empty]
+        choices += [of_part[index] for _, of_part in parts]
+        elements = np.concatenate([none.astype(int), *(of.counts[index] for of, _ in parts)])
+        energy = np.concatenate([none, *(planned.energy[index] for planned, _ in parts)])
+        outcomes.append(Made(choices, RemovedTable(places, elements, energy, whole)))
+    return outcomes
+
+
+def _all_planned(
+    context: RequestContext,
+    rule: Selection,
+    amounts: Sequence[Amount],
+    ranked: Sequence[tuple[str, ...]],
+    parameters: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
+    at: str,
+) -> list[list[tuple[Choice, dict[str, Removed]]]]:
+    """As _planned, of all tensors, by those that are ranked together."""
+    return small_at_once(
         context,
         lambda names: _planned(context, rule, amounts, names, parameters, extras, at),
         ranked,
         lambda names: sum(parameters[name].weight.numel() for name in names),
         parameters[rule.tensors[0]].weight.device,
     )
-    for found in context.each(parts):
-        for outcome, (choice, removed) in zip(outcomes, found, strict=True):
-            outcome.choices.append(choice)
-            outcome.removed.update(removed)
-    return outcomes
 
 
 def _planned(
@@ -192,7 +257,7 @@ def _tried(
         whole = _energy(context, parameter.weight, parameter.mask)
         lost = _energy(context, parameter.weight, parameter.mask, mask)
         removed[name] = Removed(_unpruned(context, parameter) - mask.kept(context), lost, whole)
-    return Outcome(choices, removed)
+    return Made(choices, removed)
 
 
 def _unpruned(context: RequestContext, parameter: Parameter) -> int:

@@ -1,7 +1,7 @@
 """Applies a spec: rule after rule, each among what the ones before left."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -10,14 +10,8 @@ from torch import Tensor
 from secateur_server.devices import passes_of
 from secateur_server.devices.passes import Cut
 from secateur_server.errors import InvalidMask, quote
-from secateur_server.pruning.amounts import (
-    Bound,
-    Decision,
-    decide,
-    first_key,
-    is_plain,
-    wanted,
-)
+from secateur_server.pruning.amounts import Decision, decide, first_key, is_plain, wanted
+from secateur_server.pruning.choice import Choice, ChoiceTable
 from secateur_server.pruning.divide import count_below
 from secateur_server.pruning.granularity import NM
 from secateur_server.pruning.groups_at_once import masks_of_groups
@@ -25,6 +19,7 @@ from secateur_server.pruning.masks import Mask, mask_of
 from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.select import score_dtype, select, threshold
 from secateur_server.pruning.select_each import select_each
+from secateur_server.pruning.small import is_each_by_itself, prune_small
 from secateur_server.pruning.spec import CustomMasks, Parameter, Random, Rule, Selection, Threshold
 from secateur_server.pruning.subjects import (
     Masks,
@@ -39,26 +34,12 @@ Item = TypeVar("Item")
 Done = TypeVar("Done")
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What one choice among `candidates` units came to. The fields are the report's."""
-
-    tensors: tuple[str, ...]
-    candidates: int
-    requested: int
-    pruned: int
-    threshold: float | None = None
-    ties: int = 0
-    ties_pruned: int = 0
-    bounds: tuple[Bound, ...] = ()
-
-
 def prune(
     context: RequestContext,
     parameters: Mapping[str, Parameter],
     rules: Sequence[Rule],
     extras: Mapping[str, Tensor],
-) -> tuple[dict[str, Parameter], list[list[Choice]]]:
+) -> tuple[dict[str, Parameter], list[Sequence[Choice]]]:
     """Applies `rules` in order, with the semantics of torch.nn.utils.prune.PruningContainer.
 
     parameters: in the state_dict's order, never changed.  rules: resolved.
@@ -68,7 +49,7 @@ def prune(
     Errors: InvalidSpec.
     """
     state = dict(parameters)
-    outcomes = []
+    outcomes: list[Sequence[Choice]] = []
     touched: set[str] = set()
     for rule in context.each(rules):
         if isinstance(rule, CustomMasks):
@@ -87,9 +68,9 @@ def _apply_masks(
     rule: CustomMasks,
     state: Mapping[str, Parameter],
     extras: Mapping[str, Tensor],
-) -> tuple[Masks, list[Choice]]:
+) -> tuple[Masks, Sequence[Choice]]:
     masks: Masks = {}
-    choices = []
+    choices: list[Choice] = []
     for name, holder in context.each(rule.masks):
         field = f"{rule.path}.masks[{quote(name)}]"
         values, weight = extras[holder], state[name].weight
@@ -142,7 +123,7 @@ def apply_selection(
     rule: Selection,
     state: Mapping[str, Parameter],
     extras: Mapping[str, Tensor],
-) -> tuple[Masks, list[Choice]]:
+) -> tuple[Masks, Sequence[Choice]]:
     """The masks of what a rule names, prior pruning in them, and the rule's choices."""
     # Of a tensor without elements there is nothing to choose, however many slices it has.
     empty = dict.fromkeys(name for name in rule.tensors if state[name].weight.numel() == 0)
@@ -150,22 +131,40 @@ def apply_selection(
     device = state[rule.tensors[0]].weight.device
     nothing = torch.empty(0, dtype=torch.uint8, device=device)
     masks: Masks = {name: Mask(nothing, 0) for name in empty}
+    if is_each_by_itself(rule):
+        table = ChoiceTable.of_nothing([*empty, *names])
+        masks |= prune_small(context, rule, state, extras, table)
+        names = [name for name in names if name not in masks]
+        for found, choice in context.each(_chosen(context, rule, names, state, extras, device)):
+            masks |= found
+            table.set(choice)
+        return masks, table
     choices = [Choice((name,), 0, 0, 0) for name in empty]
-    if rule.groups:
-        chosen = _choose_groups(context, rule, state, extras)
-    else:
-        chosen = small_at_once(
-            context,
-            lambda names: _choose(context, rule, names, state, extras),
-            together(context, rule, names),
-            lambda names: sum(state[n].weight.numel() for n in names),
-            device,
-        )
-    for found, choice in context.each(chosen):
+    for found, choice in context.each(_chosen(context, rule, names, state, extras, device)):
         for name, mask in found.items():
             masks[name] = masks[name].both(context, mask) if name in masks else mask
         choices.append(choice)
     return masks, choices
+
+
+def _chosen(
+    context: RequestContext,
+    rule: Selection,
+    names: Sequence[str],
+    state: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
+    device: torch.device,
+) -> list[tuple[Masks, Choice]]:
+    """What is chosen among the units of tensors, or groups, by those that are ranked together."""
+    if rule.groups:
+        return _choose_groups(context, rule, state, extras)
+    return small_at_once(
+        context,
+        lambda names: _choose(context, rule, names, state, extras),
+        together(context, rule, names),
+        lambda names: sum(state[n].weight.numel() for n in names),
+        device,
+    )
 
 
 def small_at_once(

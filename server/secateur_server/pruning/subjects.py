@@ -12,7 +12,7 @@ from secateur_server.devices.randomness import RandomScores, random_scores
 from secateur_server.errors import quote
 from secateur_server.pruning.granularity import NM, Element, Slice
 from secateur_server.pruning.groups import spread_group
-from secateur_server.pruning.groups_at_once import alive_of, scores_of
+from secateur_server.pruning.groups_at_once import alive_of, scores_of_members
 from secateur_server.pruning.masks import Mask
 from secateur_server.pruning.normalize import combined, normalized
 from secateur_server.pruning.score import Ranking, rank, refuse_nan
@@ -99,7 +99,7 @@ def _tensor(
     granularity, parameter = rule.granularity, parameters[name]
     assert granularity is not None, "the rule has no groups"
     weight, mask = parameter.weight, parameter.mask
-    scores, field = _scores(rule, name, parameters, extras)
+    scores, field = scores_of(rule, name, parameters, extras)
     # Slices of one tensor rank by their norm, bit for bit as torch has it.
     is_mean = rule.scope != "tensor" or not isinstance(granularity, Slice)
     # The scores of N:M groups take longer than all else, and are not asked for where all groups go.
@@ -128,7 +128,7 @@ def is_everything(amount: Amount) -> bool:
     return isinstance(amount, float) and amount == 1.0
 
 
-def _scores(
+def scores_of(
     rule: Selection,
     name: str,
     parameters: Mapping[str, Parameter],
@@ -203,7 +203,7 @@ def _member_scores(
     for name in context.each(dict.fromkeys(scored)):
         parameter, field = parameters[name], f"data[{quote(name)}]"
         refuse_nan(context, parameter.weight, parameter.mask, field, parameter.seen)
-    of_members = iter(scores_of(context, own, parameters, float(rule.importance.p)))
+    of_members = iter(scores_of_members(context, own, parameters, float(rule.importance.p)))
     return [
         [extras[rule.scores[group.name]].to(torch.float64).abs()]
         if group.name in rule.scores

@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 import tempfile
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 from secateur_server.errors import StoreFailed
@@ -20,21 +20,20 @@ class StoreInUse(Exception):
 class FolderLock:
     """Keeps other servers away from a folder until it is closed.
 
-    The folder itself is locked. A lock on a file in it ends when somebody removes the file.
+    The folder itself is locked. A lock on a file in it ends when somebody removes the file; but
+    servers of earlier versions know only that lock, so it is taken too.
     """
 
     def __init__(self, folder: Path) -> None:
         """Raises StoreInUse."""
         self._folder = folder
-        self._fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with ExitStack() as opened:
+                self._fd = _locked(folder, os.O_RDONLY | os.O_DIRECTORY, opened)
+                _locked(folder / "lock", os.O_RDWR | os.O_CREAT, opened)
+                self._opened = opened.pop_all()
         except BlockingIOError:
-            os.close(self._fd)
             raise StoreInUse(f"another server keeps its checkpoints in {folder}") from None
-        except OSError:
-            os.close(self._fd)
-            raise
 
     @property
     def is_in_place(self) -> bool:
@@ -64,7 +63,15 @@ class FolderLock:
 
     def close(self) -> None:
         """Lets other servers in."""
-        os.close(self._fd)
+        self._opened.close()
+
+
+def _locked(path: Path, flags: int, opened: ExitStack) -> int:
+    """The descriptor of a file or folder that this process has locked.  Raises BlockingIOError."""
+    descriptor = os.open(path, flags, 0o600)
+    opened.callback(os.close, descriptor)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return descriptor
 
 
 def default_max_bytes(folder: Path) -> int:

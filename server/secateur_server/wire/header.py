@@ -4,7 +4,8 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 from secateur_proto.dtypes import DTYPES
 from secateur_proto.framing import tensor_bytes
@@ -25,6 +26,16 @@ _METADATA = "__metadata__"
 # Each is an object or two, whatever its length.
 _MOST_METADATA = 100_000
 
+# An entry as safetensors itself writes it, with no escape in its name, and the comma behind it.
+_SIZE = r"(?:0|[1-9]\d{0,17})"
+_USUAL = re.compile(
+    r'"(?!__metadata__")([^"\\\x00-\x1f]*)":\{"dtype":"(\w{1,16})",'
+    rf'"shape":\[((?:{_SIZE}(?:,{_SIZE}){{0,63}})?)\],"data_offsets":\[({_SIZE}),({_SIZE})\]\}},',
+    re.ASCII,
+)
+# Of these one in so many checks whether the request is to end.
+_CHECKED = 256
+
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell a lone one, which UTF-8 cannot
 
 
@@ -36,8 +47,7 @@ class Header:
     metadata: dict[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A tensor that the header announces; its data is at [begin, end) behind the header."""
 
     name: str
@@ -82,15 +92,17 @@ def parse_header(context: RequestContext, text: bytes, data_bytes: int) -> Heade
     except ValueError as error:
         raise MalformedFile("data", f"the header is not JSON: {quote(str(error))}") from None
     context.charge("data", MEMORY_PER_TENSOR * len(entries), f"serving {len(entries)} tensors")
-    position, before = 0, "the header"
-    for entry in sorted(entries, key=lambda entry: (entry.begin, entry.end)):
+    position = 0
+    before: str | None = None
+    for entry in sorted(entries, key=attrgetter("begin", "end")):
         if entry.begin != position:
             what = "overlaps" if entry.begin < position else "leaves a gap behind"
+            after = "the header" if before is None else quote(before)
             raise MalformedFile(
                 _field(entry.name),
-                f"data_offsets begin at {entry.begin}, which {what} {before}, ending at {position}",
+                f"data_offsets begin at {entry.begin}, which {what} {after}, ending at {position}",
             )
-        position, before = entry.end, quote(entry.name)
+        position, before = entry.end, entry.name
     if position != data_bytes:
         raise MalformedFile(
             "data", f"the header describes {position} bytes of tensors, the file has {data_bytes}"
@@ -106,7 +118,11 @@ def _tables(context: RequestContext, reader: Text) -> tuple[list[Entry], dict[st
     """Errors: MalformedFile, ValueError, RecursionError."""
     entries: dict[str, Entry] = {}
     metadata: dict[str, str] | None = None
-    for name in reader.keys():  # noqa: SIM118 (not a dict's)
+
+    def take_usual() -> None:
+        _take_usual(context, reader, entries)
+
+    for name in reader.keys(take_usual):
         if name in entries or (name == _METADATA and metadata is not None):
             raise _twice(name)
         if name == _METADATA:
@@ -115,6 +131,25 @@ def _tables(context: RequestContext, reader: Text) -> tuple[list[Entry], dict[st
             entries[name] = _entry(context, name, reader.value())
     reader.end()
     return list(entries.values()), metadata or {}
+
+
+def _take_usual(context: RequestContext, reader: Text, entries: dict[str, Entry]) -> None:
+    """Takes entries that are spelled as usual: in a quarter of the time of any others."""
+    kinds: dict[tuple[str, str], Entry] = {}  # the first one of each dtype and shape
+    for number, found in enumerate(reader.take_all(_USUAL)):
+        if number % _CHECKED == 0:
+            context.check()
+        name, dtype, shape, *offsets = found.groups()
+        begin, end = map(int, offsets)
+        if name in entries:
+            raise _twice(name)
+        alike = kinds.get((dtype, shape))
+        if alike is not None and end - begin == alike.end - alike.begin:
+            entries[name] = Entry(name, alike.dtype, alike.shape, begin, end)
+        else:
+            sizes = list(map(int, shape.split(","))) if shape else []
+            fields = {"dtype": dtype, "shape": sizes, "data_offsets": [begin, end]}
+            entries[name] = kinds[dtype, shape] = _entry(context, name, fields)
 
 
 def _metadata(reader: Text) -> dict[str, str]:

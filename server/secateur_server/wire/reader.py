@@ -1,19 +1,27 @@
 """Reads a safetensors file as it arrives, cut anywhere, straight into the tensors' memory."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from operator import attrgetter
 
+import numpy as np
 import torch
 from blake3 import blake3
 
 from secateur_server.devices import passes_of
 from secateur_server.devices.dtypes import TORCH_DTYPES
 from secateur_server.devices.keys import BITS
-from secateur_server.devices.looks import Look, seen_of
+from secateur_server.devices.looks import Look, Seen, seen_each, seen_of
 from secateur_server.devices.passes import Passes
 from secateur_server.errors import TooShort, WrongLength
 from secateur_server.runtime.context import RequestContext
 from secateur_server.wire.header import Entry, Header, header_length, parse_header
 from secateur_server.wire.tensors import WireTensor
+
+# Tensors that are read at once have up to so many bytes.
+RUN_BYTES = 1 << 18
+
+_CPU = torch.device("cpu")
 
 
 class ByteStream:
@@ -96,10 +104,44 @@ def read_tensors(stream: ByteStream, header: Header, device: torch.device) -> di
     Returns: the tensors in the header's order.  Errors: WrongLength.
     """
     passes = passes_of(device)
-    in_order = sorted(header.entries, key=lambda entry: (entry.begin, entry.end))
-    read = {entry.name: _read_tensor(stream, entry, passes) for entry in in_order}
+    in_order = sorted(header.entries, key=attrgetter("begin", "end"))
+    read: dict[str, WireTensor] = {}
+    for run in _runs(in_order) if device.type == "cpu" else ([entry] for entry in in_order):
+        if len(run) > 1:
+            read.update(zip((entry.name for entry in run), _read_run(stream, run), strict=True))
+        else:
+            read[run[0].name] = _read_tensor(stream, run[0], passes)
     stream.finish()
     return {entry.name: read[entry.name] for entry in header.entries}
+
+
+def _runs(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
+    """Entries in their order: those of one dtype that are small, and not empty, many at once."""
+    run: list[Entry] = []
+    size = 0
+    for entry in entries:
+        small = entry.end - entry.begin
+        is_of_run = run and small and entry.dtype == run[0].dtype and size + small <= RUN_BYTES
+        if run and not is_of_run:
+            yield run
+            run, size = [], 0
+        run.append(entry)
+        size += small or RUN_BYTES  # an empty one is read by itself
+    if run:
+        yield run
+
+
+def _read_run(stream: ByteStream, run: Sequence[Entry]) -> list[WireTensor]:
+    """Reads tensors of one dtype, none of them empty, into memory that they share."""
+    begins = np.array([entry.begin - run[0].begin for entry in run])
+    data = passes_of(_CPU).landed_all(stream.pieces(run[-1].end - run[0].begin))
+    parts = torch.split(data, np.diff(begins, append=len(data)).tolist())
+    dtype = TORCH_DTYPES.get(run[0].dtype)
+    seen: Iterable[Seen | None] = itertools.repeat(None)
+    if dtype in BITS:
+        seen = seen_each(data.view(dtype), begins // dtype.itemsize)
+    found = zip(run, parts, seen, strict=False)
+    return [WireTensor(entry.dtype, entry.shape, part, look) for entry, part, look in found]
 
 
 def _read_tensor(stream: ByteStream, entry: Entry, passes: Passes) -> WireTensor:

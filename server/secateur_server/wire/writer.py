@@ -8,7 +8,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from secateur_proto.framing import CHUNK_BYTES, cut, file_header, tensor_bytes
+from secateur_proto.framing import CHUNK_BYTES, cut, file_head
 from secateur_server.runtime.context import RequestContext
 
 Bytes = bytes | memoryview
@@ -67,11 +67,49 @@ def state_dict_file(
     """
     header, size = state_dict_head(tensors, metadata)
 
+    def data() -> Iterator[torch.Tensor]:
+        for tensor in tensors.values():
+            yield from tensor.parts()
+
+    return _file(context, filename, header, size, data)
+
+
+def flat_file(
+    context: RequestContext, filename: str, tensors: Mapping[str, torch.Tensor]
+) -> OutgoingFile:
+    """A safetensors file of tensors of bytes, 1-D."""
+    described = ((name, "U8", (tensor.numel(),)) for name, tensor in tensors.items())
+    return _file(context, filename, *file_head(described), lambda: _joined(tensors.values()))
+
+
+def _joined(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The same bytes; small tensors on the CPU that follow each other are one part."""
+    small: list[torch.Tensor] = []
+    size = 0
+    for tensor in tensors:
+        count = tensor.numel()
+        if not tensor.is_cpu or size + count > _JOINED_BYTES:
+            yield from [torch.cat(small)] if small else []
+            small, size = [], 0
+        if not tensor.is_cpu or count > _JOINED_BYTES:
+            yield tensor
+        else:
+            small.append(tensor)
+            size += count
+    yield from [torch.cat(small)] if small else []
+
+
+def _file(
+    context: RequestContext,
+    filename: str,
+    header: bytes,
+    size: int,
+    data: Callable[[], Iterable[torch.Tensor]],
+) -> OutgoingFile:
     def parts() -> Iterator[Bytes]:
         yield header
-        for tensor in tensors.values():
-            for part in tensor.parts():
-                yield from _on_host(part.view(torch.uint8))
+        for part in data():
+            yield from _on_host(part.view(torch.uint8))
 
     if size <= CHUNK_BYTES:  # of what is small the parts are made once
         return bytes_file(context, filename, b"".join(parts()))
@@ -90,9 +128,8 @@ def state_dict_head(
     tensors: Mapping[str, Outgoing], metadata: Mapping[str, str]
 ) -> tuple[bytes, int]:
     """The head of a file of `tensors`, and the length of the whole file."""
-    described = [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
-    header = file_header(described, metadata)
-    return header, len(header) + sum(tensor_bytes(dtype, shape) for _, dtype, shape in described)
+    described = ((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items())
+    return file_head(described, metadata)
 
 
 def bytes_file(context: RequestContext, filename: str, data: bytes) -> OutgoingFile:
@@ -126,6 +163,7 @@ def watched_parts(context: RequestContext, parts: Iterable[Bytes]) -> Iterator[B
 
 
 _PART_BYTES = 16 << 20
+_JOINED_BYTES = 1 << 16
 
 
 def _digest(context: RequestContext, parts: Iterable[Bytes]) -> str:
