@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
@@ -26,6 +26,7 @@ from secateur_server.pruning.plan import plan
 from secateur_server.pruning.prune import prune
 from secateur_server.pruning.spec import Parameter, Random
 from secateur_server.runtime.context import RequestContext
+from tests.conftest import examples
 from tests.pruning.bits import packed, unpacked
 from tests.pruning.defined import applied, catalog_of, rule
 
@@ -73,7 +74,7 @@ def lowest(weight: Tensor, kept: Tensor, amount: float) -> Tensor:
     return left
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(models(), AMOUNTS)
 def test_each_tensor_loses_its_least_important(model: dict[str, Parameter], amount: float) -> None:
     alive = {name: alive_of(parameter) for name, parameter in model.items()}
@@ -131,7 +132,7 @@ HOWS = st.sampled_from(
 )
 
 
-@settings(deadline=None, max_examples=25)
+@examples(30)
 @given(models(), st.sampled_from([0.0, 0.3, 0.7, 1.0]), HOWS)
 def test_no_batch_size_and_no_compiler_shows(
     model: dict[str, Parameter], amount: float, how: dict[str, Any]
@@ -200,7 +201,7 @@ def shaped(draw: st.DrawFn) -> dict[str, Parameter]:
     return model
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(shaped(), st.booleans())
 def test_small_tensors_are_reported_as_by_themselves(
     model: dict[str, Parameter], is_folded: bool
@@ -224,7 +225,7 @@ INTEGERS = st.one_of(st.integers(0, 300), st.integers(0, 2**64 - 1))
 DOUBLES = st.floats(allow_nan=False) | st.sampled_from([0.0, -0.0])
 
 
-@settings(deadline=None, max_examples=100)
+@examples(100)
 @given(
     st.lists(
         st.builds(
@@ -257,7 +258,7 @@ def test_columns_have_the_bytes_of_protobuf(choices: list[pb.Choice]) -> None:
     assert found.data.tobytes() == shapes.SerializeToString()
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(
     models(),
     st.lists(st.floats(0, 1) | st.integers(0, 3), min_size=1, max_size=5),
