@@ -40,7 +40,9 @@ class Parent:
         assert stdout is not None
         with self._lock:
             print(json.dumps(question), file=stdin, flush=True)
-            return json.loads(stdout.readline())
+            answer = stdout.readline()
+        assert answer, "the process that servers are forked from has ended"
+        return json.loads(answer)
 
 
 @cache

@@ -404,10 +404,10 @@ class Client:
             return self._upload_uri(place["uri"])
         if not model.is_here:
             raise InvalidStateDict("a checkpoint is on the server already")
-        check_storable("a checkpoint", model.others, _LEAVE_OUT)
         return self._upload(model, progress, Patience(self._timeout))
 
     def _upload(self, model: Source, progress: Progress, patience: Patience) -> Checkpoint:
+        check_storable("a checkpoint", model.others, _LEAVE_OUT)
         files = files_of(model)
         rpcs = self._rpcs.query_upload, self._rpcs.upload
         sending = Sending(*rpcs, patience, self._is_known)

@@ -142,11 +142,20 @@ def as_array(name: str, value: Any) -> npt.NDArray[Any]:
 
 def _torch_bytes(value: Any) -> Bytes:
     """The bytes of a tensor of torch; its own memory if it is contiguous and on the CPU."""
-    torch, value = sys.modules["torch"], value.detach()
+    torch = sys.modules["torch"]
+    value = value.detach() if value.requires_grad else value
     if type(value) is not torch.Tensor or not value.is_cpu or value.is_conj() or value.is_neg():
-        value = value.cpu().resolve_conj().resolve_neg()
-    read: Bytes = value.contiguous().view(-1).view(torch.uint8).numpy()
+        value = value.detach().cpu().resolve_conj().resolve_neg()
+    value = value.contiguous()
+    if dtype_name(value.dtype) in _OF_NUMPY:  # whose views are made sooner than those of torch
+        array: npt.NDArray[Any] = value.numpy()
+        return array.reshape(-1).view(np.uint8)
+    read: Bytes = value.view(-1).view(torch.uint8).numpy()
     return read
+
+
+# Names of dtypes that torch and numpy have in common.
+_OF_NUMPY = {name for name in WIRE_DTYPES if name in np.sctypeDict}
 
 
 def _array_bytes(array: npt.NDArray[Any]) -> Bytes:

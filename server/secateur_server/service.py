@@ -176,13 +176,13 @@ class Pruner:
             model = incoming.model
             rules = resolve(context, rules, model.catalog)
             planned, amounts = decode_amounts(header, rules)
+            charge_plan(context, planned, amounts)
             with context.stage("receive"):
                 incoming.read({name for rule in rules for name in rule.reads()})
             with self._cores(context, incoming):
                 before = _before(context, header, model, rules)
                 state = {**before, **prune(context, before, rules[:-1], model.extras)[0]}
                 at = "header.amounts" if header.amounts else ""
-                charge_plan(context, planned.tensors, len(amounts))
                 outcomes = plan(context, planned, amounts, state, model.extras, at)
             pruned = {name for rule in rules for name in rule.names()}
             sizes = form_bytes(model, [name for name in state if name in pruned])

@@ -133,3 +133,22 @@ def test_as_many_tensors_as_take_too_much_memory_are_refused(
         client.report(model, progress=False)
     assert "serving 20000 tensors takes up to " in str(caught.value)
     assert anonymous(running) - before < OTHER + SLACK
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [secateur.l1_unstructured("*", 0.5), secateur.ln_structured("*", 0.5, n=2, dim=0)],
+    ids=["elements", "slices"],
+)
+def test_a_plan_that_takes_too_much_memory_is_refused_before_its_data_comes(
+    running: RunningServer, before: int, spec: secateur.Spec
+) -> None:
+    model = {f"w{number}": np.ones((2, 2), np.float32) for number in range(2000)}
+    amounts = [number / 1000 for number in range(1, 1001)]
+    with (
+        secateur.Client(running.address) as client,
+        pytest.raises(secateur.ModelTooLarge) as caught,
+    ):
+        client.plan(model, spec, amounts, progress=False)
+    assert "a plan of 1000 amounts of 2000 tensors takes up to " in str(caught.value)
+    assert anonymous(running) - before < OTHER + SLACK

@@ -11,16 +11,25 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur_proto import spec_pb2 as pb
+from secateur_server.errors import AmountOutOfRange
 from secateur_server.messages.spec import decode_spec
 from secateur_server.pruning import groups_at_once, select_each
 from secateur_server.pruning.prune import prune
 from secateur_server.pruning.resolve import resolve
-from secateur_server.pruning.spec import Group, Magnitude, Parameter, Random, Table, Threshold
+from secateur_server.pruning.spec import (
+    Group,
+    GuardRails,
+    Magnitude,
+    Parameter,
+    Rail,
+    Random,
+    Selection,
+    Table,
+    Threshold,
+)
 from secateur_server.runtime.context import RequestContext
 from tests.pruning.defined import applied, catalog_of, member, parameter, resolved
 from tests.pruning.test_groups import many, networks
-
-Network = tuple[dict[str, Parameter], Group]
 
 
 @st.composite
@@ -43,6 +52,7 @@ def _another(draw: st.DrawFn, of: Parameter) -> Parameter:
     return parameter(draw(st.integers(0, 1 << 32)), of.weight.shape, of.weight.dtype, kept)
 
 
+RAILS = GuardRails((Rail("rail", ("*",), keep_at_least=1),))
 AMOUNTS = st.one_of(st.floats(0, 1), st.just(1), st.just(Threshold(0.5)))
 
 
@@ -54,6 +64,7 @@ AMOUNTS = st.one_of(st.floats(0, 1), st.just(1), st.just(Threshold(0.5)))
     importance=st.sampled_from([Magnitude(1.0), Magnitude(2.0), Magnitude(0.5), Random(3)]),
     amount=AMOUNTS,
     scope=st.sampled_from(["tensor", "global", "isomorphic"]),
+    guard_rails=st.sampled_from([GuardRails(), GuardRails(), RAILS]),
 )
 def test_groups_at_once_are_pruned_as_each_by_itself(
     network: tuple[dict[str, Parameter], list[Group]], amount: Any, **choices: Any
@@ -62,36 +73,29 @@ def test_groups_at_once_are_pruned_as_each_by_itself(
     if isinstance(choices["importance"], Random):
         choices["normalization"] = None
         amount = 0.5
-    if isinstance(amount, int) and not all(_alive(model, group) for group in groups):
-        return  # a group has no unit to prune
     rule = resolved(model, groups, amount=amount, **choices)
-    masks, made = applied(model, rule)
+    found = _outcome(model, rule)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(groups_at_once, "AT_ONCE", 0)
         patch.setattr(select_each, "AT_ONCE", 0)
-        expected, choice = applied(model, rule)
-    assert made == choice
-    assert masks.keys() == expected.keys()
-    assert all(torch.equal(masks[name], expected[name]) for name in masks)
+        assert _outcome(model, rule) == found
 
 
-def _alive(model: Mapping[str, Parameter], group: Group) -> int:
-    """A group's units that are unpruned."""
-    rule = resolved(model, [group], amount=0.0)
-    (choice,) = applied(dict(model), rule)[1]
-    return choice.candidates
+def _outcome(model: dict[str, Parameter], rule: Selection) -> tuple[dict[str, Any], Any]:
+    """The masks and the choices, or what is wrong with the amount."""
+    try:
+        masks, choices = applied(model, rule)
+    except AmountOutOfRange as error:
+        return {}, str(error)
+    return {name: mask.tolist() for name, mask in masks.items()}, choices
 
 
 def test_each_group_has_its_own_amount_by_a_table() -> None:
     model = {f"w{i}": parameter(i, (8, 2), torch.float32, None) for i in range(6)}
-    groups = [_group(i) for i in range(6)]
+    groups = [Group(f"g{i}", (member(f"w{i}"),)) for i in range(6)]
     table = Table({f"g{i}": i / 8 for i in range(6)})
     _, choices = applied(model, resolved(model, groups, amount=table, scope="tensor"))
     assert [choice.pruned for choice in choices] == list(range(6))
-
-
-def _group(index: int) -> Group:
-    return Group(f"g{index}", (member(f"w{index}"),))
 
 
 # Work ----------------------------------------------------------------------------------------

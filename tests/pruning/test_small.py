@@ -1,13 +1,13 @@
 """Many small tensors, which are pruned and measured together, beside torch on each of them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
@@ -26,12 +26,12 @@ from secateur_server.pruning.plan import plan
 from secateur_server.pruning.prune import prune
 from secateur_server.pruning.spec import Parameter, Random
 from secateur_server.runtime.context import RequestContext
+from tests.conftest import examples
 from tests.pruning.bits import packed, unpacked
 from tests.pruning.defined import applied, catalog_of, rule
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int64)
 SIZES = st.sampled_from([0, 1, 2, 7, 8, 9, 63, 64, 65, 1000, 5000])
-FIXTURE = [HealthCheck.function_scoped_fixture]  # it is the same for all examples
 AMOUNTS = st.sampled_from([0, 1, 0.0, 0.3, 0.5, 0.99, 1.0])
 
 
@@ -42,10 +42,12 @@ def is_compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(kernels, "enabled", request.param)
 
 
-@pytest.fixture(autouse=True)
-def are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def are_many() -> Iterator[None]:
     """Few tensors are taken together, too."""
-    monkeypatch.setattr(batches, "FEW", 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches, "FEW", 0)
+        yield
 
 
 @st.composite
@@ -80,7 +82,7 @@ def lowest(weight: Tensor, kept: Tensor, amount: float) -> Tensor:
     return left
 
 
-@settings(deadline=None, suppress_health_check=FIXTURE, max_examples=40)
+@examples(40)
 @given(models(), AMOUNTS)
 def test_each_tensor_loses_its_least_important(model: dict[str, Parameter], amount: float) -> None:
     alive = {name: alive_of(parameter) for name, parameter in model.items()}
@@ -138,7 +140,7 @@ HOWS = st.sampled_from(
 )
 
 
-@settings(deadline=None, suppress_health_check=FIXTURE, max_examples=25)
+@examples(30)
 @given(models(), st.sampled_from([0.0, 0.3, 0.7, 1.0]), HOWS)
 def test_no_batch_size_and_no_compiler_shows(
     model: dict[str, Parameter], amount: float, how: dict[str, Any]
@@ -207,7 +209,7 @@ def shaped(draw: st.DrawFn) -> dict[str, Parameter]:
     return model
 
 
-@settings(deadline=None, suppress_health_check=FIXTURE, max_examples=60)
+@examples(60)
 @given(shaped(), st.booleans())
 def test_small_tensors_are_reported_as_by_themselves(
     model: dict[str, Parameter], is_folded: bool
@@ -231,7 +233,7 @@ INTEGERS = st.one_of(st.integers(0, 300), st.integers(0, 2**64 - 1))
 DOUBLES = st.floats(allow_nan=False) | st.sampled_from([0.0, -0.0])
 
 
-@settings(deadline=None, suppress_health_check=FIXTURE, max_examples=100)
+@examples(100)
 @given(
     st.lists(
         st.builds(
@@ -264,7 +266,7 @@ def test_columns_have_the_bytes_of_protobuf(choices: list[pb.Choice]) -> None:
     assert found.data.tobytes() == shapes.SerializeToString()
 
 
-@settings(deadline=None, suppress_health_check=FIXTURE, max_examples=60)
+@examples(60)
 @given(
     models(),
     st.lists(st.floats(0, 1) | st.integers(0, 3), min_size=1, max_size=5),

@@ -50,13 +50,12 @@ def missed_weights(
         catalog: Of the whole model.
         covered: The names of the tensors that the spec prunes.
     """
-    sizes = {
-        name: math.prod(shape)
-        for name in catalog.floating
-        if len(shape := catalog.prunable[name]) >= 2
-    }
+    shapes = catalog.prunable
+    if not any(name not in covered and len(shapes[name]) >= 2 for name in catalog.floating):
+        return None
+    sizes = {name: math.prod(shapes[name]) for name in catalog.floating if len(shapes[name]) >= 2}
     others = [name for name in sizes if name not in covered]
-    globs = _globs(rules, catalog) if others else []
+    globs = _globs(rules, catalog)
     scopes = [s for glob in context.each(globs) if (s := _scope(glob))]
     try:
         found = matches(context, "spec", scopes, {}, {name: name for name in others}).first

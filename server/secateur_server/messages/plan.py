@@ -22,6 +22,7 @@ from secateur_server.messages.spec import fraction_of
 from secateur_server.messages.tables import encode_choices
 from secateur_server.pruning.choice import ChoiceTable
 from secateur_server.pruning.norms import total
+from secateur_server.pruning.plan_small import is_planned_by_runs
 from secateur_server.pruning.removed import Outcome, Removed, RemovedTable
 from secateur_server.pruning.spec import Amount, Parameter, Rule, Selection
 from secateur_server.runtime.context import RequestContext
@@ -51,21 +52,25 @@ def _amount(amount: pb.Amount, path: str) -> Amount:
     return int(amount.count)
 
 
-def charge_plan(context: RequestContext, names: Sequence[str], amounts: int) -> None:
-    """Counts the memory of an answer with so many amounts.
+def charge_plan(context: RequestContext, rule: Selection, amounts: Sequence[Amount]) -> None:
+    """Counts the memory of a plan of `rule`, which is resolved, by so many amounts.
 
     Raises:
         RequestTooLarge: The server never has so much.
         QueueFull: Other requests hold too much of it.
     """
-    characters = sum(map(len, names))
-    size = amounts * (_NAMED * characters + _PLANNED_BYTES * len(names))
-    context.charge("header.amounts", size, f"a plan of {amounts} amounts of {len(names)} tensors")
+    names = rule.names()
+    of_tensor = _IN_ARRAYS if is_planned_by_runs(rule, amounts) else _IN_OBJECTS
+    parts = len(names) + len(rule.groups)
+    size = len(amounts) * (_NAMED * sum(map(len, names)) + of_tensor * parts)
+    what = f"a plan of {len(amounts)} amounts of {len(names)} tensors"
+    context.charge("header.amounts", size, what)
 
 
-# Each name is in the answer twice, as a planned tensor and in a choice, and so is each number; the
-# answer is in memory in parts, and as a whole.
-_NAMED, _PLANNED_BYTES = 4, 250
+# Bytes for a name's character, for a tensor and an amount: each name is in the answer twice, as a
+# planned tensor and in a choice, and so is each number; the answer is in memory in parts, and as a
+# whole. What is planned without arrays has an object of Python for each number.
+_NAMED, _IN_ARRAYS, _IN_OBJECTS = 4, 250, 700
 
 
 def encode_plan(

@@ -37,17 +37,20 @@ def resolve_group(context: RequestContext, group: Group, catalog: Catalog) -> Gr
 
 def _resolve_member(context: RequestContext, member: Member, catalog: Catalog) -> Member:
     """A member with a dimension from 0 on, and all its units' slices within it."""
-    name, tensor = quote(member.tensor), catalog.name_of(member.tensor)
+    tensor = catalog.name_of(member.tensor)
     if tensor not in catalog.prunable:
         raise unmatched(context, f"{member.path}.tensor", tensor, catalog)
     shape = catalog.prunable[tensor]
     if not -len(shape) <= member.dim < len(shape):
         raise DimOutOfRange(
             f"{member.path}.dim",
-            f"{member.dim} is not in [{-len(shape)}, {len(shape)}) of {name} {list(shape)}",
+            f"{member.dim} is not in [{-len(shape)}, {len(shape)}) of {quote(member.tensor)} "
+            f"{list(shape)}",
         )
     if 0 in shape:
-        raise InvalidSpec(f"{member.path}.tensor", f"{name} {list(shape)} has no elements")
+        raise InvalidSpec(
+            f"{member.path}.tensor", f"{quote(member.tensor)} {list(shape)} has no elements"
+        )
     dim = member.dim % len(shape)
     size, units = shape[dim], member.units
     if count := len(member.indices):
@@ -58,12 +61,14 @@ def _resolve_member(context: RequestContext, member: Member, catalog: Catalog) -
             shown = f", {beyond[0] % (1 << 64)} among them," if beyond else ""
             raise InvalidSpec(
                 f"{member.path}.indices",
-                f"{count} indices{shown} are not those of {units} units in {size} slices of {name}",
+                f"{count} indices{shown} are not those of {units} units in {size} slices of "
+                f"{quote(member.tensor)}",
             )
         if count > size or int(torch.bincount(indices).max()) > 1:
             raise InvalidSpec(
                 f"{member.path}.indices",
-                f"{count} indices list one of the {size} slices of {name} twice; list each once",
+                f"{count} indices list one of the {size} slices of {quote(member.tensor)} twice; "
+                "list each once",
             )
     else:
         units = units or max(0, size - member.offset) // member.stride
@@ -71,7 +76,7 @@ def _resolve_member(context: RequestContext, member: Member, catalog: Catalog) -
             raise InvalidSpec(
                 f"{member.path}.units",
                 f"{units} units of {member.stride} slices from {member.offset} on are not in the "
-                f"{size} slices of {name}",
+                f"{size} slices of {quote(member.tensor)}",
             )
     return replace(member, tensor=tensor, dim=dim, units=units)
 

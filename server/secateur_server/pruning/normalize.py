@@ -60,21 +60,27 @@ def combined(
     members: Sequence[Sequence[Tensor]],
     alive: Sequence[Mask | None],
     names: Sequence[str],
-) -> tuple[list[Tensor], float]:
+    sizes: Sequence[int],
+) -> list[tuple[Tensor, float]]:
     """The scores of groups from those of their members, normalized member by member.
 
     members: for each group those of its members, float64, flat.
-    Returns: also what was taken off from all scores, so that none is negative.
+    sizes: of the sets of groups that are ranked together.
+    Returns: also what was taken off from all scores of a set, so that none is negative.
     """
     if rule.normalization is None:  # no score is negative
-        return _combined(context, rule, members), 0.0
+        return [(scores, 0.0) for scores in _combined(context, rule, members)]
     scaled = []
     for scores, mask, name in zip(context.each(members), alive, names, strict=True):
         scales = [_scale(context, rule, name, of_member, mask) for of_member in scores]
         scaled.append([(s - c.shift) / c.spread for s, c in zip(scores, scales, strict=True)])
-    groups = _combined(context, rule, scaled)
-    floor = min([0.0, *(float(scores.min()) for scores in groups if scores.numel())])
-    return [scores - floor for scores in groups], floor
+    groups = iter(_combined(context, rule, scaled))
+    found = []
+    for size in context.each(sizes):
+        of_set = [next(groups) for _ in range(size)]
+        floor = min([0.0, *(float(scores.min()) for scores in of_set if scores.numel())])
+        found += [(scores - floor, floor) for scores in of_set]
+    return found
 
 
 def _combined(

@@ -251,19 +251,35 @@ def _add(
 def _select_each(
     context: RequestContext, rule: Selection, ranked: Sequence[Sequence[Subject]]
 ) -> list[tuple[list[Mask], Choice]]:
-    """As _select, of all that are ranked together."""
-    if not is_plain(rule) or any(len(subjects) > 1 for subjects in ranked):
+    """As _select, of all that are ranked together; of what is ranked by itself, at once."""
+    if any(len(subjects) > 1 for subjects in ranked):
         return [_select(context, rule, subjects) for subjects in context.each(ranked)]
-    counts = [int(wanted(rule, subjects, rule.amount)) for subjects in context.each(ranked)]
+    decisions = [_decided(context, rule, subjects) for subjects in context.each(ranked)]
     rankings = [subject.ranking for (subject,) in ranked]
+    selected = select_each(context, rankings, [decision.counts[0] for decision in decisions])
     found = []
-    for subjects, count, (kept, cut) in zip(
-        context.each(ranked), counts, select_each(context, rankings, counts), strict=True
+    for subjects, decision, (kept, cut) in zip(
+        context.each(ranked), decisions, selected, strict=True
     ):
-        (subject,) = subjects
-        decision = Decision((), count, (), cut_value(subjects, cut), cut.equal, cut.ties)
-        found.append(([kept], choice_of(rule, (subject.name,), subject.alive, count, decision)))
+        (subject,), (count,) = subjects, decision.counts
+        if is_plain(rule):
+            value = cut_value(subjects, cut)
+            decision = replace(decision, threshold=value, ties=cut.equal, ties_pruned=cut.ties)
+        elif isinstance(rule.amount, Threshold):
+            at = threshold(cut, score_dtype([subject.ranking]))
+            decision = with_cut(context, decision, [subject.ranking], [at])
+        choice = choice_of(rule, (subject.name,), subject.alive, count, decision)
+        found.append(([kept], choice))
     return found
+
+
+def _decided(context: RequestContext, rule: Selection, subjects: Sequence[Subject]) -> Decision:
+    """How many units go of a subject that is ranked by itself."""
+    if is_plain(rule):
+        count = int(wanted(rule, subjects, rule.amount))
+        return Decision((count,), count)
+    (decision,) = decide(context, rule, subjects, [rule.amount])
+    return decision
 
 
 def _select(

@@ -161,8 +161,8 @@ def subjects_of_groups(
         scores = [(random_scores(seed, group.name), 0.0) for group in context.each(groups)]
     else:
         members = _member_scores(context, rule, groups, parameters, extras, alive)
-        sizes = [len(groups)] if rule.normalization is None else list(map(len, ranked))
-        scores = _combined_of_sets(context, rule, groups, members, alive, sizes)
+        names, sizes = [group.name for group in groups], list(map(len, ranked))
+        scores = [*combined(context, rule, members, alive, names, sizes)]
     subjects = (
         _group_subject(context, group, of_units, living, floor, parameters)
         for group, (of_units, floor), living in zip(groups, scores, alive, strict=True)
@@ -210,22 +210,3 @@ def _member_scores(
         else next(of_members)
         for group in groups
     ]
-
-
-def _combined_of_sets(
-    context: RequestContext,
-    rule: Selection,
-    groups: Sequence[Group],
-    members: Sequence[Sequence[Tensor]],
-    alive: Sequence[Mask | None],
-    sizes: Sequence[int],
-) -> list[tuple[Tensor | RandomScores, float]]:
-    """For each group its scores, and what was taken off from them.  sizes: groups of each set."""
-    found: list[tuple[Tensor | RandomScores, float]] = []
-    names, begin = [group.name for group in groups], 0
-    for size in context.each(sizes):
-        part = slice(begin, begin + size)
-        scores, floor = combined(context, rule, members[part], alive[part], names[part])
-        found += [(of_group, floor) for of_group in scores]
-        begin += size
-    return found

@@ -121,7 +121,7 @@ class RequestContext:
         self.begun = time.time_ns()
         self._started = time.perf_counter()
         self._lock = threading.Lock()
-        self._is_cancelled = threading.Event()
+        self._is_cancelled = False
 
     @property
     def seconds(self) -> float:
@@ -135,7 +135,7 @@ class RequestContext:
 
     def cancel(self) -> None:
         """Makes the request end at the next check in any of its threads."""
-        self._is_cancelled.set()
+        self._is_cancelled = True
 
     def check(self) -> None:
         """Ends the work of a request that nobody waits for.
@@ -143,7 +143,7 @@ class RequestContext:
         Raises:
             Stopped: The caller has cancelled the request, or its deadline has passed.
         """
-        if self._is_cancelled.is_set() or self.is_late:
+        if self._is_cancelled or (self.deadline is not None and self.is_late):
             raise Stopped("call", "the caller has left")
 
     def each(self, items: Iterable[Item]) -> Iterable[Item]:

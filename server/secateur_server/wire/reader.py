@@ -137,11 +137,11 @@ def _read_run(stream: ByteStream, run: Sequence[Entry]) -> list[WireTensor]:
     """Reads tensors of one dtype, none of them empty, into memory that they share."""
     begins = np.array([entry.begin - run[0].begin for entry in run])
     data = passes_of(_CPU).landed_all(stream.pieces(run[-1].end - run[0].begin))
-    parts = torch.split(data, np.diff(begins, append=len(data)).tolist())
     dtype = TORCH_DTYPES.get(run[0].dtype)
     seen: Iterable[Seen | None] = itertools.repeat(None)
     if dtype in BITS:
         seen = seen_each(data.view(dtype), begins // dtype.itemsize)
+    parts = torch.split(data, np.diff(begins, append=len(data)).tolist())
     found = zip(run, parts, seen, strict=False)
     return [WireTensor(entry.dtype, entry.shape, part, look) for entry, part, look in found]
 
