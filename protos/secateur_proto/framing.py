@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from json.encoder import encode_basestring
+from typing import Any
 
 from secateur_proto.dtypes import DTYPES
 
@@ -39,12 +40,13 @@ def file_head(
 ) -> tuple[bytes, int]:
     """As file_header. Returns: also the length of the whole file."""
     kinds: dict[tuple[str, tuple[int, ...]], tuple[str, int]] = {}  # of many tensors there are few
-    parts = [f'"__metadata__":{_json(dict(metadata))}'] if metadata else []
+    parts = [f'"__metadata__":{json.dumps(dict(metadata), **_COMPACT)}'] if metadata else []
     begin = 0
     for name, dtype, shape in tensors:
         kind = dtype, tuple(shape)
         if kind not in kinds:
-            text = f'{{"dtype":{_json(dtype)},"shape":{_json(kind[1])},"data_offsets":['
+            sizes = ",".join(map(str, kind[1]))  # json makes an encoder for each call
+            text = f'{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":['
             kinds[kind] = text, tensor_bytes(dtype, shape)
         text, size = kinds[kind]
         parts.append(f"{encode_basestring(name)}:{text}{begin},{begin + size}]}}")
@@ -54,8 +56,7 @@ def file_head(
     return len(table).to_bytes(8, "little") + table, 8 + len(table) + begin
 
 
-def _json(value: object) -> str:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+_COMPACT: Mapping[str, Any] = {"separators": (",", ":"), "ensure_ascii": False}
 
 
 def cut(

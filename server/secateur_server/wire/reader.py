@@ -21,6 +21,8 @@ from secateur_server.wire.tensors import WireTensor
 # Tensors that are read at once have up to so many bytes, each and together. To look at the values
 # of larger ones, one by one, takes less time.
 TINY_BYTES, RUN_BYTES = 1 << 13, 1 << 18
+# So few are read one by one.
+FEW = 8
 
 _CPU = torch.device("cpu")
 
@@ -108,10 +110,10 @@ def read_tensors(stream: ByteStream, header: Header, device: torch.device) -> di
     in_order = sorted(header.entries, key=attrgetter("begin", "end"))
     read: dict[str, WireTensor] = {}
     for run in _runs(in_order) if device.type == "cpu" else ([entry] for entry in in_order):
-        if len(run) > 1:
+        if len(run) > FEW:
             read.update(zip((entry.name for entry in run), _read_run(stream, run), strict=True))
         else:
-            read[run[0].name] = _read_tensor(stream, run[0], passes)
+            read |= {entry.name: _read_tensor(stream, entry, passes) for entry in run}
     stream.finish()
     return {entry.name: read[entry.name] for entry in header.entries}
 
