@@ -15,6 +15,8 @@ M = TypeVar("M", bound=Message)
 HEADER_TAG, DATA_TAG = 1 << 3 | 2, 2 << 3 | 2
 # A length takes up to 5 bytes: gRPC's messages are shorter than 2^32.
 _MOST_LENGTH_BYTES = 5
+# An honest request has one header and one data.
+_MOST_FIELDS = 4
 
 
 # Metadata of a Prune that is one message each way: grpc serves it in fewer steps.
@@ -54,20 +56,27 @@ def _prefix(length: int) -> bytes:
 
 
 def header_bytes(raw: bytes) -> int:
-    """Bytes of a first message beside its data. An undecoded message without a header: all."""
-    if raw[:1] != bytes((HEADER_TAG,)):
-        return len(raw)
-    length, _ = _length(raw)
-    return min(length, len(raw))
+    """Bytes of an encoded request beside its data: all of a message that has other fields."""
+    begin = data = 0
+    for _ in range(_MOST_FIELDS):
+        tag = raw[begin : begin + 1]
+        if tag not in (bytes((HEADER_TAG,)), bytes((DATA_TAG,))):
+            return len(raw) - data
+        length, begin = _length(raw, begin)
+        if not begin or begin + length > len(raw):
+            return len(raw)
+        data += length if tag[0] == DATA_TAG else 0
+        begin += length
+    return len(raw)
 
 
-def _length(raw: bytes) -> tuple[int, int]:
+def _length(raw: bytes, at: int = 0) -> tuple[int, int]:
     """The length behind a tag of one byte, and where its value begins; 0: malformed."""
     length = 0
-    for index, byte in enumerate(raw[1 : 1 + _MOST_LENGTH_BYTES]):
+    for index, byte in enumerate(raw[at + 1 : at + 1 + _MOST_LENGTH_BYTES]):
         length |= (byte & 0x7F) << (7 * index)
         if byte < 0x80:
-            return length, 2 + index
+            return length, at + 2 + index
     return 0, 0
 
 

@@ -76,10 +76,18 @@ class Pruner:
     def prune_single(
         self, message: pb.PruneRequest | Data, context: RequestContext
     ) -> pb.PruneResponse:
-        """As Prune, of one message each way: grpc is faster where it knows that."""
+        """As Prune, of one message each way: grpc is faster where it knows that.
+
+        Raises:
+            InvalidRequest: The answer may be larger than the message: the model is elsewhere.
+        """
+        if isinstance(message, pb.PruneRequest) and message.header.WhichOneof("source"):
+            raise InvalidRequest("header", "names its model, so that its answer is a stream")
         answer = self.Prune(iter([message]), context)
         first, *others = (part for part in answer if not part.HasField("progress"))
         assert isinstance(first, pb.PruneResponse), "the first message has the result"
+        size = sum(len(part.data) for part in others)
+        context.charge("header.output", 2 * size, "an answer of one message")
         first.data = b"".join([first.data, *(part.data for part in others)])
         return first
 

@@ -11,6 +11,10 @@ import pytest
 
 import secateur
 from secateur_proto import checkpoints_pb2, checkpoints_pb2_grpc, pruner_pb2, pruner_pb2_grpc
+from secateur_proto.codec import SINGLE
+from secateur_server.errors import RequestTooLarge
+from secateur_server.runtime.context import RequestContext
+from secateur_server.runtime.scheduler import Scheduler
 from tests.conftest import PATIENCE, RunningServer, eventually, start_server, stop_server
 from tests.contract.raw import failure, send
 from tests.operate.test_memory import memory
@@ -152,3 +156,92 @@ def test_a_plan_that_takes_too_much_memory_is_refused_before_its_data_comes(
         client.plan(model, spec, amounts, progress=False)
     assert "a plan of 1000 amounts of 2000 tensors takes up to " in str(caught.value)
     assert anonymous(running) - before < OTHER + SLACK
+
+
+def messages_of(size: int) -> dict[str, list[bytes]]:
+    """Requests whose headers have as many of the smallest messages as fit in `size` bytes."""
+    rules = b"\x0a\x00" * (size // 2)  # PruningSpec.rules
+    field = pruner_pb2.PruneHeader.DESCRIPTOR.fields_by_name["spec"].number
+    header = b"".join((bytes((field << 3 | 2,)), encoded(len(rules)), rules))
+    whole = b"".join((b"\x0a", encoded(len(header)), header))
+    return {
+        "one header": [whole],
+        "an empty header before it": [b"\x0a\x00" + whole],
+        "a header in the second message": [b"\x0a\x02\x08\x0a\x12\x01x", whole],
+    }
+
+
+def encoded(length: int) -> bytes:
+    """A varint."""
+    parts = bytearray()
+    while length > 0x7F:
+        parts.append(length & 0x7F | 0x80)
+        length >>= 7
+    return bytes((*parts, length))
+
+
+@pytest.mark.parametrize("case", messages_of(0))
+def test_a_header_of_the_smallest_messages_is_refused_before_it_is_decoded(
+    running: RunningServer, before: int, case: str
+) -> None:
+    messages = messages_of(15 * MIB)[case]
+    with grpc.insecure_channel(running.address) as channel:
+        call: Any = channel.stream_stream("/secateur.v1.Pruner/Prune")
+        found = failure(lambda: list(call(iter(messages))))
+    assert found is not None
+    assert found.code.name in ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT"), found
+    assert anonymous(running) - before < OTHER + SLACK
+
+
+def test_many_empty_digests_are_refused_before_they_are_decoded(
+    running: RunningServer, before: int
+) -> None:
+    with grpc.insecure_channel(running.address) as channel:
+        call: Any = channel.unary_unary("/secateur.v1.Checkpoints/QueryUpload")
+        found = failure(call, b"\x0a\x00" * (7 * MIB))
+    assert found is not None
+    assert found.reason == "REQUEST_TOO_LARGE", found
+    assert anonymous(running) - before < OTHER + SLACK
+
+
+def test_a_request_whose_own_parts_do_not_fit_together_is_never_told_to_retry() -> None:
+    scheduler = Scheduler(MIB, 0)
+    context = RequestContext(charge=scheduler.charge)
+    with scheduler.call(context):
+        context.charge("header", OTHER // 2, "decoding it")
+        with pytest.raises(RequestTooLarge, match="beside 33554432 that the request has"):
+            context.charge("data", OTHER // 2 + 1, "reading it")
+
+
+def test_silent_calls_give_their_places_up_when_others_wait(running: RunningServer) -> None:
+    over = threading.Event()
+
+    def nothing() -> Iterator[pruner_pb2.ReportRequest]:
+        over.wait()
+        yield pruner_pb2.ReportRequest()
+
+    def begin(channel: grpc.Channel) -> Any:
+        return pruner_pb2_grpc.PrunerStub(channel).Report.future(nothing())
+
+    with many_calls(running, 4, begin) as calls:
+        eventually(lambda: sample(running, "secateur_request_bytes"), 4 * 16 * MIB)
+        with secateur.Client(running.address, timeout=PATIENCE) as client:
+            assert client.server_info().version
+        assert any(call.done() for call in calls)
+        refused = next(call for call in calls if call.done())
+        assert "its first message has not come for" in refused.details()
+        assert refused.code().name == "RESOURCE_EXHAUSTED"
+    over.set()
+
+
+def test_a_prune_of_one_message_carries_its_model(running: RunningServer) -> None:
+    header = pruner_pb2.PruneHeader(checkpoint="checkpoints/x")
+    request = pruner_pb2.PruneRequest(header=header)
+    with grpc.insecure_channel(running.address) as channel:
+        prune: Any = channel.unary_unary(
+            "/secateur.v1.Pruner/Prune",
+            request_serializer=pruner_pb2.PruneRequest.SerializeToString,
+        )
+        found = failure(prune, request, metadata=[SINGLE])
+    assert found is not None
+    assert (found.reason, found.fields) == ("INVALID_REQUEST", ("header",))

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import grpc
@@ -41,6 +41,25 @@ class Readers:
                 yield
         finally:
             del self._waiting[context]
+
+    def until_ended(
+        self, context: RequestContext, call: grpc.ServicerContext, then: Callable[[], object]
+    ) -> None:
+        """The caller has to take the one answer, which gRPC sends when the handler has returned.
+
+        Args:
+            context: The request.
+            call: Its call.
+            then: Is called when the call has ended, in gRPC's serving thread.
+        """
+        self._waiting[context] = time.monotonic(), call
+
+        def ended() -> None:
+            self._waiting.pop(context, None)
+            then()
+
+        if not call.add_callback(ended):
+            ended()
 
     def _look(self) -> None:
         while not self._is_closed.wait(min(LOOK_SECONDS, self._timeout / 2)):

@@ -1,7 +1,7 @@
 """What happens around each call: who sends it, whether it may run, its messages, and its end."""
 
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import grpc
@@ -9,7 +9,7 @@ from google.protobuf.message import DecodeError, Message
 
 from secateur_proto.codec import header_bytes
 from secateur_server.devices.threads import started_pool
-from secateur_server.errors import IdleTimeout, InvalidRequest, NoMessage, Stopped
+from secateur_server.errors import IdleTimeout, InvalidRequest, NoMessage, QueueFull, Stopped
 from secateur_server.operate.callers import Callers
 from secateur_server.operate.calls import begin_request
 from secateur_server.operate.idle import Readers
@@ -20,7 +20,7 @@ from secateur_server.operate.traces import Traces
 from secateur_server.operate.unknown import check_known
 from secateur_server.runtime.context import Method, RequestContext
 from secateur_server.runtime.memory import Trimmer
-from secateur_server.runtime.scheduler import Scheduler
+from secateur_server.runtime.scheduler import LEAST_RETRY_SECONDS, Scheduler
 from secateur_server.wire.ahead import Pace, ahead
 
 _KINDS = {
@@ -35,6 +35,9 @@ _PROBE = ("grpc.health.v1.Health", "Check")
 _OURS = "secateur."
 # Bytes of memory for a byte of a header: 20 as protobuf's objects, if it has the smallest messages.
 _DECODED = 20
+
+# How long a first message may be on its way while others wait for the memory that it may take.
+SILENT_SECONDS = 5.0
 
 Receive = Callable[[int], None]
 
@@ -90,7 +93,7 @@ class Interceptor(grpc.ServerInterceptor):
         count_sent = self._metrics.messages(method)[1]
 
         def single(messages: Iterator[bytes], call: grpc.ServicerContext) -> Any:
-            with self._around(method, call, messages, decode) as (context, received):
+            with self._around(method, call, messages, decode, is_unary=True) as (context, received):
                 answer = behavior(request(received), context if is_ours else call)
                 count_sent.inc()
                 return answer
@@ -115,18 +118,23 @@ class Interceptor(grpc.ServerInterceptor):
         call: grpc.ServicerContext,
         messages: Iterator[bytes],
         decode: Callable[[bytes], Any],
+        is_unary: bool = False,
     ) -> Iterator[tuple[RequestContext, Iterator[Any]]]:
-        """A call, from its first moment to its last. Yields its context and its messages."""
+        """A call, from its first moment to its last. Yields its context and its messages.
+
+        is_unary: The handler returns the one answer: what the request holds in memory counts until
+            the caller has taken it.
+        """
         has_failed = True
         context = begin_request(method, call, self._make_context)
         self._metrics.began(context)
         try:
-            with (
-                statuses(context, call),
-                self._let_in(context, call) as receive_first,
-                closing(self._ahead(method, messages)) as received,
-            ):
-                yield context, _decoded(context, received, decode, receive_first)
+            with statuses(context, call), ExitStack() as held:
+                receive_first = held.enter_context(self._let_in(context, call))
+                with closing(self._ahead(method, messages)) as received:
+                    yield context, _decoded(context, received, decode, receive_first)
+                if is_unary:
+                    self._readers.until_ended(context, call, held.pop_all().close)
             has_failed = False
         finally:
             context.code = code_of(context, call, has_failed)
@@ -162,7 +170,21 @@ class Interceptor(grpc.ServerInterceptor):
             count_received.inc()
             pace.count(waited, len(message))
 
-        return ahead(_until_left(messages), self._receivers, self._idle_timeout, count)
+        return ahead(_until_left(messages), self._receivers, self._idle_timeout, count, self._hurry)
+
+    def _hurry(self, waited: float) -> None:
+        """Refuses a silent call whose place others wait for.
+
+        Raises:
+            QueueFull: Its first message has not come for SILENT_SECONDS, and others wait.
+        """
+        if waited >= SILENT_SECONDS and self._scheduler.messages.waiting:
+            raise QueueFull(
+                "call",
+                f"its first message has not come for {waited:.0f} seconds, and the messages of "
+                f"{self._scheduler.messages.waiting} other calls wait for memory",
+                LEAST_RETRY_SECONDS,
+            )
 
     def _ended(self, context: RequestContext) -> None:
         self._metrics.ended(context)
@@ -201,12 +223,12 @@ def _decoded(
     Raises:
         InvalidRequest: A message cannot be decoded.
         UnknownField: A message has a field that this server does not know.
-        RequestTooLarge: The first message's header takes more memory than there is for it.
+        RequestTooLarge: What a message has beside data takes more memory than there is for it.
     """
     for number, raw in enumerate(received):
         if not number:
             receive_first(len(raw))
-            context.charge("header", _DECODED * header_bytes(raw), "decoding it")
+        context.charge("header", _DECODED * header_bytes(raw), "decoding it")
         try:
             message = decode(raw)
         except DecodeError as error:

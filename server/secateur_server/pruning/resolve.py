@@ -39,18 +39,34 @@ from secateur_server.runtime.context import RequestContext
 
 Value = TypeVar("Value")
 
+# Tensors of all rules: the work of a request is their number.
+MOST_PRUNED = 300_000
+# Steps of a singular value decomposition, which cannot be interrupted: about a second.
+MOST_OF_SVD = 1 << 30
+
 
 def resolve(context: RequestContext, rules: Sequence[Rule], catalog: Catalog) -> list[Rule]:
     """The rules with their globs replaced by names, once they are found to fit the tensors.
 
     Errors: InvalidSpec.
     """
-    return [
-        _resolve_masks(context, rule, catalog)
-        if isinstance(rule, CustomMasks)
-        else _resolve_selection(context, rule, catalog)
-        for rule in context.each(rules)
-    ]
+    resolved: list[Rule] = []
+    pruned = 0
+    for rule in context.each(rules):
+        found = (
+            _resolve_masks(context, rule, catalog)
+            if isinstance(rule, CustomMasks)
+            else _resolve_selection(context, rule, catalog)
+        )
+        pruned += len(found.names())
+        if pruned > MOST_PRUNED:
+            raise InvalidSpec(
+                rule.path,
+                f"the rules up to this one prune {pruned} tensors, one tensor by several rules "
+                f"counted for each; at most {MOST_PRUNED} in one request: send fewer rules",
+            )
+        resolved.append(found)
+    return resolved
 
 
 def _resolve_selection(context: RequestContext, rule: Selection, catalog: Catalog) -> Selection:
@@ -227,10 +243,21 @@ def _check_slices(rule: Selection, dim: int, name: str, shape: Shape) -> None:
         raise DimOutOfRange(
             field, f"{dim} is not in [{-len(shape)}, {len(shape)}) of {quote(name)} {list(shape)}"
         )
-    if rule.importance == Magnitude("nuc") and len(shape) != 3:
+    if rule.importance == Magnitude("nuc"):
+        _check_nuclear(f"{rule.path}.magnitude.matrix_norm", name, shape, dim)
+
+
+def _check_nuclear(field: str, name: str, shape: Sequence[int], dim: int) -> None:
+    if len(shape) != 3:
         raise NotStructured(
-            f"{rule.path}.magnitude.matrix_norm",
-            f"the nuclear norm needs 3 dimensions, {quote(name)} has shape {list(shape)}",
+            field, f"the nuclear norm needs 3 dimensions, {quote(name)} has shape {list(shape)}"
+        )
+    rows, columns = (size for index, size in enumerate(shape) if index != dim % 3)
+    if rows * columns * min(rows, columns) > MOST_OF_SVD:
+        raise InvalidSpec(
+            field,
+            f"a slice of {quote(name)} is a matrix of {rows} x {columns}: its singular values take "
+            "too long; use a matrix norm of another kind, or smaller slices",
         )
 
 

@@ -186,10 +186,11 @@ class Scheduler:
         if size < SMALL_BYTES:
             return
         most = self.other.most(context.tenant)
-        if size > most:
+        if size + sum(context.charges) > most:
             raise RequestTooLarge(
                 field,
-                f"{what} takes up to {size} bytes of memory, and this server has {most} for it: "
+                f"{what} takes up to {size} bytes of memory"
+                f"{_beside(context)}, and this server has {most} for it: "
                 "ask for less at once, or ask the operator to raise --memory-limit",
             )
         try:
@@ -240,6 +241,10 @@ class _Probes:
         with self._lock:
             if cancel in self._cancels:
                 self._cancels.remove(cancel)
+
+
+def _beside(context: RequestContext) -> str:
+    return f" beside {sum(context.charges)} that the request has" if context.charges else ""
 
 
 def _quota_of(tenant: Tenant) -> Quota:

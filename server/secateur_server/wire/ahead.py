@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Executor
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
@@ -13,6 +14,8 @@ Item = TypeVar("Item")
 
 # How many items wait at most: they are memory.
 DEPTH = 2
+# Between two looks whether a sender has to hurry.
+HURRY_SECONDS = 1.0
 
 
 class Pace:
@@ -42,17 +45,23 @@ class Pace:
             )
 
 
+def _calm(waited: float) -> None:
+    """Nobody waits for the sender's place."""
+
+
 def ahead(
     items: Iterable[Item],
     receivers: Executor,
     timeout: float | None = None,
     count: Callable[[float, Item], None] = lambda waited, item: None,
+    hurry: Callable[[float], None] = _calm,
 ) -> Generator[Item, None, None]:
     """The same items; from the second one on, up to DEPTH are there before they are asked for.
 
     Of who has asked for no second one there is no more: it may have to wait for its turn.
     receivers: has a thread for it.  timeout: seconds to wait for each item.
     count: is called with the seconds that each item was waited for, and the item.
+    hurry: is called each second while the first item is waited for, with the seconds; it may raise.
     What raises in the iteration of `items` raises here, in its turn.  Errors: IdleTimeout.
     """
     waiting: SimpleQueue[tuple[Item] | Exception | None] = SimpleQueue()
@@ -74,7 +83,8 @@ def ahead(
     try:
         more = DEPTH + 1
         begun = time.monotonic()
-        while (found := _next(waiting, timeout)) is not None:
+        while (found := _next(waiting, timeout, hurry)) is not None:
+            hurry = _calm
             count(time.monotonic() - begun, found[0])
             yield found[0]
             asked.release(more)
@@ -86,12 +96,21 @@ def ahead(
 
 
 def _next(
-    waiting: "SimpleQueue[tuple[Item] | Exception | None]", timeout: float | None
+    waiting: "SimpleQueue[tuple[Item] | Exception | None]",
+    timeout: float | None,
+    hurry: Callable[[float], None],
 ) -> tuple[Item] | None:
-    try:
-        item = waiting.get(timeout=timeout)
-    except Empty:
-        raise IdleTimeout("call", f"no message has come for {timeout:g} seconds") from None
+    begun = time.monotonic()
+    while True:
+        waited = time.monotonic() - begun
+        if timeout is not None and waited >= timeout:
+            raise IdleTimeout("call", f"no message has come for {timeout:g} seconds")
+        with suppress(Empty):
+            item = waiting.get(
+                timeout=min(HURRY_SECONDS, timeout - waited) if timeout else HURRY_SECONDS
+            )
+            break
+        hurry(time.monotonic() - begun)
     if isinstance(item, Exception):
         try:
             raise item
