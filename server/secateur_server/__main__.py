@@ -22,6 +22,8 @@ if not {"MALLOC_ARENA_MAX", "GLIBC_TUNABLES"} & os.environ.keys():
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
 try:
+    from prometheus_client import disable_created_metrics
+
     from secateur_server.app import App, CannotStart
     from secateur_server.check import check
     from secateur_server.config import read_config, unknown_variables
@@ -41,6 +43,9 @@ def main() -> int:
     if config.check:
         return check(config)
     set_up(config.log_format)
+    # Nobody reads the `_created` series of each counter and histogram. This is for all registries
+    # of the process, so an embedded server does not do it.
+    disable_created_metrics()  # type: ignore[no-untyped-call]
     log = logging.getLogger("secateur_server")
     for line in unknown_variables():
         log.warning("%s", line)

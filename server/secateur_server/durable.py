@@ -29,8 +29,12 @@ def full_disk() -> Iterator[None]:
 
 
 @contextmanager
-def disk_errors() -> Iterator[None]:
-    """Raises StoreFull where the disk has no room, and StoreFailed where it fails otherwise."""
+def disk_errors(advice: str = "send it again") -> Iterator[None]:
+    """Raises StoreFull where the disk has no room, and StoreFailed where it fails otherwise.
+
+    Args:
+        advice: What the caller of a request can do after a StoreFailed.
+    """
     try:
         with full_disk():
             yield
@@ -38,9 +42,7 @@ def disk_errors() -> Iterator[None]:
         if error.errno in NO_MORE:
             raise
         log.error("the store's disk failed: %s", error)
-        raise StoreFailed(
-            "data", f"the store's disk failed: {error.strerror}; send it again"
-        ) from None
+        raise StoreFailed("data", f"the store's disk failed: {error.strerror}; {advice}") from None
 
 
 # How much is written at most before the disk is waited for: no wait takes long, and a call that is

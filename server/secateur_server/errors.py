@@ -22,7 +22,7 @@ RequestError
     RequestTooLarge         RESOURCE_EXHAUSTED  a header, spec or plan takes too much memory
     OutOfMemory             RESOURCE_EXHAUSTED  no memory for it now
     StoreFull               RESOURCE_EXHAUSTED  no room on the store's disk
-    StoreFailed             UNAVAILABLE         the store's disk failed; nothing of it is kept
+    StoreFailed             UNAVAILABLE         the store's disk failed; nothing has changed there
     CheckpointNotFound      NOT_FOUND           the caller has none of that name
     DataLoss                DATA_LOSS           a checkpoint is not what was stored
     TakenOver               ABORTED             the same upload began anew
@@ -193,7 +193,7 @@ class StoreFull(RequestError):
 
 
 class StoreFailed(RequestError):
-    """The store's disk failed. Nothing of what the call sent is kept: the caller sends it again."""
+    """The store's disk failed. Nothing of what the call sent is kept, and nothing is deleted."""
 
     status = "UNAVAILABLE"
     reason = "STORE_FAILED"

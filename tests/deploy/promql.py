@@ -65,7 +65,6 @@ def families(server: RunningServer) -> set[str]:
     return {
         f"{family.name}_total" if family.type == "counter" else family.name
         for family in text_string_to_metric_families(metrics_of(server))
-        if not family.name.endswith("_created")
     }
 
 

@@ -86,7 +86,9 @@ class Metrics:
             _METHOD,
             registry=registry,
         )
-        self._in_flight = self._gauge("requests_in_flight", "RPCs that are being served.")
+        self._in_flight = self._gauge(
+            "requests_in_flight", "RPCs that have begun and not ended, waiting ones too."
+        )
         self._rejected = Counter(
             "secateur_rejected_requests_total",
             "RPCs that failed, by the reason that google.rpc.ErrorInfo gives.",

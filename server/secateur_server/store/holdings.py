@@ -4,7 +4,7 @@ import heapq
 import threading
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from secateur_server.store.blobs import Part
@@ -119,6 +119,12 @@ class Account:
         """Removes a checkpoint."""
         del self.entries[entry.record.id]
         del self.ids[bisect_left(self.ids, entry.record.id)]
+
+    def restore(self, entries: Iterable[Entry]) -> None:
+        """Adds checkpoints again, at the places that their last uses give them."""
+        for entry in entries:
+            self.add(entry)
+        self.entries = OrderedDict(sorted(self.entries.items(), key=lambda each: each[1].used))
 
     def touch(self, entry: Entry, now: float) -> None:
         """A checkpoint is used."""

@@ -5,6 +5,8 @@ import logging
 import os
 import secrets
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -63,7 +65,39 @@ def write_record(folder: Path, record: Record) -> None:
     """Puts a record on disk.  Errors: StoreFull, StoreFailed."""
     text = json.dumps(asdict(record), separators=(",", ":"))
     digest = blake3(text.encode()).hexdigest()
-    write_whole(folder / f"{record.id}.json", f"{digest}\n{text}\n".encode())
+    write_whole(record_path(folder, record.id), f"{digest}\n{text}\n".encode())
+
+
+def record_path(folder: Path, ident: str) -> Path:
+    """The record of a checkpoint, in the folder of its owner."""
+    return folder / f"{ident}.json"
+
+
+def remove_records(folder: Path, idents: Sequence[str]) -> dict[str, OSError]:
+    """Removes records of an owner. They stay removed after a crash.
+
+    Returns:
+        The ids of records that may still be on disk, or back there after a crash, and why.
+    """
+    try:
+        # First: a process that has no descriptor left could not sync what it has removed.
+        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        return dict.fromkeys(idents, error)
+    try:
+        failed: dict[str, OSError] = {}
+        for ident in idents:
+            try:
+                with suppress(FileNotFoundError):
+                    record_path(folder, ident).unlink()
+            except OSError as error:
+                failed[ident] = error
+        os.fsync(opened)
+    except OSError as error:
+        return dict.fromkeys(idents, error)
+    finally:
+        os.close(opened)
+    return failed
 
 
 @dataclass

@@ -3,12 +3,16 @@
 import logging
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import Condition
 
-from secateur_server.durable import disk_errors, sync_folder
+from secateur_server.durable import disk_errors
+from secateur_server.errors import RequestError
 from secateur_server.store.blobs import Blob, Part, disk_bytes, has_blob, open_blob, remove_blob
+from secateur_server.store.holdings import Entry
 from secateur_server.store.records import StoredFile
 from secateur_server.store.references import References
 
@@ -17,13 +21,14 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Trash:
-    """Files that nothing uses any more, to be removed once the store's lock is released.
+    """What nothing uses any more, to be removed once the store's lock is released.
 
     Attributes:
-        blobs: Their digests, as Shelf.release returned them.
+        entries: Checkpoints whose records are to be removed.
+        blobs: Digests, as Shelf.release returned them.
     """
 
-    records: list[Path] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
     blobs: list[str] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
 
@@ -76,25 +81,33 @@ class Shelf:
         while digest in self._removing:
             self._lock.wait()
 
-    def remove(self, trash: Trash) -> None:
-        """Removes files from the disk.  The caller must not have the lock: it takes a while.
+    def rescue(self, trash: Trash) -> None:
+        """Takes blobs that are used again out of `trash`.  The caller has the lock."""
+        rescued = [digest for digest in trash.blobs if digest in self.references]
+        trash.blobs = [digest for digest in trash.blobs if digest not in self.references]
+        self._end_removal(rescued)
 
-        Records go first, and for good: no crash may leave one without its blobs.
-        Errors: StoreFailed.
+    def remove(self, trash: Trash) -> None:
+        """Removes parts and blobs from the disk; the next start removes what the disk does not.
+
+        The caller must not have the lock, as this takes a while, and has removed the records: no
+        crash may leave one without its blobs.
         """
         try:
-            self._check_folder()  # another server may have the same blobs
-            for part in trash.parts:
-                part.discard()
-            with disk_errors():
-                remove_records(trash.records)
+            with suppress(RequestError):  # the log has it
+                self._check_folder()  # another server may have the same blobs
+                for part in trash.parts:
+                    _remove(part.discard)
                 for digest in trash.blobs:
-                    remove_blob(self.folder / digest)
+                    _remove(partial(remove_blob, self.folder / digest))
         finally:
             with self._lock:
-                self.removing_bytes -= sum(self._removing.pop(digest) for digest in trash.blobs)
                 self._damaged.difference_update(trash.blobs)
-                self._lock.notify_all()
+                self._end_removal(trash.blobs)
+
+    def _end_removal(self, digests: Iterable[str]) -> None:
+        self.removing_bytes -= sum(self._removing.pop(digest) for digest in digests)
+        self._lock.notify_all()
 
     def has(self, digest: str, size: int) -> bool:
         """Whether a blob is there, and nothing is known against it."""
@@ -120,11 +133,6 @@ class Shelf:
         return open_blob(self.folder / file.blake3, file.size, of, file.filename, damaged)
 
 
-def remove_records(records: Iterable[Path]) -> None:
-    """Removes records. They stay removed after a crash."""
-    folders = set()
-    for path in records:
-        path.unlink(missing_ok=True)
-        folders.add(path.parent)
-    for folder in folders:
-        sync_folder(folder)
+def _remove(remove: Callable[[], None]) -> None:
+    with suppress(RequestError), disk_errors():  # the log has it
+        remove()

@@ -37,8 +37,10 @@ from secateur_server.store.records import (
     StoredFile,
     new_record,
     read_records,
+    record_path,
     write_record,
 )
+from secateur_server.store.removal import Removal
 from secateur_server.store.room import Room, Victim
 from secateur_server.store.shelf import Shelf, Trash
 from secateur_server.store.uploads import Uploads
@@ -65,10 +67,10 @@ class Evicted:
     """What was taken out of the index to make room.
 
     Attributes:
-        checkpoints: The name of each, why it was evicted, and the bytes that this frees.
+        checkpoints: Each, why it was evicted, and the bytes that this frees.
     """
 
-    checkpoints: list[tuple[str, str, int]] = field(default_factory=list)
+    checkpoints: list[tuple[Entry, str, int]] = field(default_factory=list)
     trash: Trash = field(default_factory=Trash)
 
 
@@ -100,6 +102,8 @@ class Store:
         self._folder_lock = FolderLock(folder)
         self._shelf = Shelf(folder / "blobs", self._lock, self._folder_lock.check)
         self._holdings = Holdings()
+        records = folder / "checkpoints"
+        self._removal = Removal(records, self._shelf, self._holdings, self._folder_lock, self._lock)
         self._room = Room(max_bytes, self._holdings, self._shelf.references)
         self.uploads = Uploads(
             *(self._shelf, self._holdings, self._room),
@@ -153,17 +157,14 @@ class Store:
         )
 
     def _add(self, entry: Entry) -> None:
-        self._shelf.acquire(entry.files())
-        self._holdings.count(entry.owner, RECORD_BYTES)
-        self._holdings.acquire(entry.owner, entry.files())
+        self._removal.count(entry)
         self._holdings.opened(entry.owner).add(entry)
 
     def close(self) -> None:
         """Gives the folder to whoever wants it next."""
         self._is_closed.set()
         self._expiring.join()
-        with suppress(StoreFailed):
-            self.uploads.close()
+        self.uploads.close()
         if self._is_temporary and self._folder_lock.is_in_place:
             shutil.rmtree(self._folder, ignore_errors=True)  # a cleaner of /tmp may be first
         self._folder_lock.close()
@@ -255,7 +256,7 @@ class Store:
             os.utime(self._record_path(entry.owner, entry.record.id), (used, used))
 
     def _record_path(self, owner: str, ident: str) -> Path:
-        return self._folder / "checkpoints" / owner / f"{ident}.json"
+        return record_path(self._folder / "checkpoints" / owner, ident)
 
     def create(
         self,
@@ -281,7 +282,7 @@ class Store:
             self._make_folder(path.parent)
             write_record(path.parent, entry.record)
         except BaseException:
-            self._undo(entry, path)
+            self._undo(entry, is_written=path.exists())
             raise
         self._write_use(entry)
         with self._lock:
@@ -296,26 +297,42 @@ class Store:
                 sync_folder(folder.parent)
             self._owner_folders.add(folder)
 
-    def _undo(self, entry: Entry, path: Path) -> None:
-        """Leaves nothing of a checkpoint whose record could not be written."""
-        if path.parent in self._owner_folders:
-            self._shelf.remove(Trash(records=[path]))  # else it might be back after a crash
-        trash = Trash()
+    def _undo(self, entry: Entry, is_written: bool) -> None:
+        """Leaves nothing of a checkpoint that could not be created.
+
+        is_written: whether its record was, and only the sync failed. If the disk does not remove
+        it either, the checkpoint exists.
+        """
+        trash = Trash(entries=[entry] if is_written else [])
         with self._lock:
-            self._forget(entry, trash)
-        self._shelf.remove(trash)
+            self._removal.forget(entry, trash)
+        self._removal.finish(trash)
 
     def delete(self, owner: str, name: str) -> None:
-        """Deletes a checkpoint, and what is left of a damaged one.  Errors: CheckpointNotFound."""
+        """Deletes a checkpoint, and what is left of a damaged one: all of it, or nothing.
+
+        Raises:
+            CheckpointNotFound: It does not exist.
+            StoreFailed, StoreFull: The disk does not remove its record.
+        """
+        try:
+            self._delete(owner, name)
+        except (StoreFailed, StoreFull) as error:
+            what = f"{quote(name)} was not deleted: {error.description}"
+            raise type(error)("name", what) from None
+
+    def _delete(self, owner: str, name: str) -> None:
+        self._folder_lock.check()
         trash = Trash()
-        with self._lock:
-            try:
-                self._drop(self._entry(owner, name), trash)
-            except DataLoss:  # what it needed is unknown, and swept at the next start
-                ident = name.removeprefix(PREFIX)
-                self._unreadable.discard((owner, ident))
-                trash.records.append(self._record_path(owner, ident))
-        self._shelf.remove(trash)
+        try:
+            with self._lock:
+                self._removal.drop(self._entry(owner, name), trash)
+        except DataLoss:  # what it needed is unknown, and swept at the next start
+            ident = name.removeprefix(PREFIX)
+            self._removal.remove_unreadable(owner, ident)
+            self._unreadable.discard((owner, ident))
+        else:
+            self._removal.finish(trash)
 
     def _drop(self, holding: Holding, trash: Trash) -> int:
         """Takes something out of the index. Its files go to `trash`.
@@ -327,15 +344,8 @@ class Store:
         if isinstance(holding, Upload):
             self.uploads.drop(holding, trash)
         else:
-            trash.records.append(self._record_path(holding.owner, holding.record.id))
-            self._holdings.remove(holding)
-            self._forget(holding, trash)
+            self._removal.drop(holding, trash)
         return before - self._room.used_bytes
-
-    def _forget(self, entry: Entry, trash: Trash) -> None:
-        trash.blobs += self._shelf.release(entry.files())
-        self._holdings.release(entry.owner, entry.files())
-        self._holdings.count(entry.owner, -RECORD_BYTES)
 
     def _expire(self) -> None:
         while not self._is_closed.wait(EXPIRE_SECONDS):
@@ -345,9 +355,10 @@ class Store:
                 log.error("checkpoints do not expire: %s", error)
 
     def expire(self) -> None:
-        """Lets go what nobody has used for too long.  Errors: StoreFailed."""
+        """Lets go what nobody has used for too long.  Errors: StoreFailed, StoreFull."""
         self._folder_lock.check()
         self._follow_clock()
+        self.uploads.expire()
         with self._lock:
             oldest = self._clock.now() - self.ttl if self.ttl else -math.inf
             old: list[Victim] = [
@@ -358,7 +369,6 @@ class Store:
             ]
             evicted = self._evict(old)
         self._remove(evicted)
-        self.uploads.expire()
 
     def _follow_clock(self) -> None:
         """Where the system's clock was set, writes the times of last uses by the new one."""
@@ -389,9 +399,15 @@ class Store:
         with self._lock:
             if part is None or upload not in self._holdings.get(upload.owner).uploads:
                 raise TakenOver("header", "another call of the same caller sends this file")
-            evicted = self._make_room(upload.owner, size - part.reserved, upload.quota)
+            count = size - part.reserved
+            evicted = self._make_room(upload.owner, count, upload.quota)
             part.reserved = size
-        self._remove(evicted)
+        try:
+            self._remove(evicted)
+        except BaseException:
+            with self._lock:  # where the upload was dropped meanwhile, nothing is reserved
+                self._holdings.reserve(upload.owner, part, -min(count, part.reserved))
+            raise
 
     def _make_room(self, owner: str, count: int, quota: int | None) -> Evicted:
         """Counts `count` bytes more of an owner's, and evicts what must make room for them.
@@ -410,15 +426,22 @@ class Store:
         for victim, reason in victims:
             freed = self._drop(victim, evicted.trash)
             if isinstance(victim, Entry):
-                evicted.checkpoints.append((victim.record.name, reason, freed))
+                evicted.checkpoints.append((victim, reason, freed))
         return evicted
 
     def _remove(self, evicted: Evicted) -> None:
-        """Removes what was evicted from the disk. The caller does not have the lock."""
-        for name, reason, freed in evicted.checkpoints:
-            log.info("evicted %s (%s): %d bytes", name, reason, freed)
-            self._evicted(reason, freed)
-        self._shelf.remove(evicted.trash)
+        """Removes what was evicted from the disk. The caller does not have the lock.
+
+        Errors: StoreFailed, StoreFull.
+        """
+        try:
+            self._removal.finish(evicted.trash)
+        finally:
+            removed = set(evicted.trash.entries)
+            for entry, reason, freed in evicted.checkpoints:
+                if entry in removed:
+                    log.info("evicted %s (%s): %d bytes", entry.record.name, reason, freed)
+                    self._evicted(reason, freed)
         with self._lock:  # what other calls remove may still be on disk
             self._lock.wait_for(
                 lambda: not self._shelf.removing_bytes or self.used_bytes <= self._room.max_bytes
