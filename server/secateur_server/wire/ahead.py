@@ -1,9 +1,11 @@
 """Receives in a thread of its own, while what came before is worked on."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Executor
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
@@ -13,6 +15,8 @@ Item = TypeVar("Item")
 
 # How many items wait at most: they are memory.
 DEPTH = 2
+# How soon a request that waits for an item sees that it has been cancelled.
+CHECK_SECONDS = 0.2
 
 
 class Pace:
@@ -47,12 +51,14 @@ def ahead(
     receivers: Executor,
     timeout: float | None = None,
     count: Callable[[float, Item], None] = lambda waited, item: None,
+    check: Callable[[], None] = lambda: None,
 ) -> Generator[Item, None, None]:
     """The same items; from the second one on, up to DEPTH are there before they are asked for.
 
     Of who has asked for no second one there is no more: it may have to wait for its turn.
     receivers: has a thread for it.  timeout: seconds to wait for each item.
     count: is called with the seconds that each item was waited for, and the item.
+    check: is called now and then while no item comes, and may raise.
     What raises in the iteration of `items` raises here, in its turn.  Errors: IdleTimeout.
     """
     waiting: SimpleQueue[tuple[Item] | Exception | None] = SimpleQueue()
@@ -74,7 +80,7 @@ def ahead(
     try:
         more = DEPTH + 1
         begun = time.monotonic()
-        while (found := _next(waiting, timeout)) is not None:
+        while (found := _next(waiting, timeout, check)) is not None:
             count(time.monotonic() - begun, found[0])
             yield found[0]
             asked.release(more)
@@ -86,15 +92,28 @@ def ahead(
 
 
 def _next(
-    waiting: "SimpleQueue[tuple[Item] | Exception | None]", timeout: float | None
+    waiting: "SimpleQueue[tuple[Item] | Exception | None]",
+    timeout: float | None,
+    check: Callable[[], None],
 ) -> tuple[Item] | None:
-    try:
-        item = waiting.get(timeout=timeout)
-    except Empty:
-        raise IdleTimeout("call", f"no message has come for {timeout:g} seconds") from None
+    item = _wait(waiting, timeout, check)
     if isinstance(item, Exception):
         try:
             raise item
         finally:
             del item  # else it and this frame keep each other, and the caller's model with them
     return item
+
+
+def _wait(
+    waiting: "SimpleQueue[tuple[Item] | Exception | None]",
+    timeout: float | None,
+    check: Callable[[], None],
+) -> tuple[Item] | Exception | None:
+    """The next entry of the queue.  Errors: IdleTimeout, and those of `check`."""
+    end = math.inf if timeout is None else time.monotonic() + timeout
+    while (remaining := end - time.monotonic()) > 0:
+        with suppress(Empty):
+            return waiting.get(timeout=min(CHECK_SECONDS, remaining))
+        check()
+    raise IdleTimeout("call", f"no message has come for {timeout:g} seconds")
