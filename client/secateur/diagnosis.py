@@ -14,6 +14,9 @@ from secateur.errors import DeadlineExceeded, Unavailable
 # How long a probe may take, and behind a call that used up its time.
 _SECONDS, _SECONDS_IF_LATE = 2.0, 0.5
 
+# What gRPC says of a call that it ended because the server did.
+_SHUT_DOWN = ("Cancelling all calls", "Server shutdown")
+
 # What an HTTP/2 client sends first: the preface, and an empty SETTINGS frame.
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 _SETTINGS = 4
@@ -43,7 +46,9 @@ def diagnosing(target: Target | None, timeout: float | None, is_known: bool) -> 
             raise
         is_late = isinstance(error, DeadlineExceeded)
         advice = None
-        if target is not None and not (is_late and is_known):
+        if any(words in str(error) for words in _SHUT_DOWN):
+            advice = "the server shut down during the call: send it again"
+        elif target is not None and not (is_late and is_known):
             advice = advice_on(target, _SECONDS_IF_LATE if is_late else _SECONDS, str(error))
         if is_late:
             late = (

@@ -69,8 +69,9 @@ class PrunerStub(object):
     RESOURCE_EXHAUSTED, STORE_FULL; DATA_LOSS, DATA_LOSS: as of Checkpoints.
     RESOURCE_EXHAUSTED, MODEL_TOO_LARGE: above the server's limit. Do not retry there.
     RESOURCE_EXHAUSTED, OUT_OF_MEMORY: no memory for it now. Retry later, or on another server.
-    UNAVAILABLE: the server is away or shuts down. Retry with backoff: nothing changes but what
-    `keep` and `destination_uri` ask for. What an answer that was lost has kept, List shows.
+    UNAVAILABLE: the server is away, or shuts down (SHUTTING_DOWN). Retry with backoff: nothing
+    changes but what `keep` and `destination_uri` ask for. What an answer that was lost has
+    kept, List shows.
     DEADLINE_EXCEEDED, CANCELLED: the caller's deadline, or will. Retry with a longer deadline.
     INTERNAL: a defect of the server. Its log has the details.
     """
@@ -152,8 +153,9 @@ class PrunerServicer(object):
     RESOURCE_EXHAUSTED, STORE_FULL; DATA_LOSS, DATA_LOSS: as of Checkpoints.
     RESOURCE_EXHAUSTED, MODEL_TOO_LARGE: above the server's limit. Do not retry there.
     RESOURCE_EXHAUSTED, OUT_OF_MEMORY: no memory for it now. Retry later, or on another server.
-    UNAVAILABLE: the server is away or shuts down. Retry with backoff: nothing changes but what
-    `keep` and `destination_uri` ask for. What an answer that was lost has kept, List shows.
+    UNAVAILABLE: the server is away, or shuts down (SHUTTING_DOWN). Retry with backoff: nothing
+    changes but what `keep` and `destination_uri` ask for. What an answer that was lost has
+    kept, List shows.
     DEADLINE_EXCEEDED, CANCELLED: the caller's deadline, or will. Retry with a longer deadline.
     INTERNAL: a defect of the server. Its log has the details.
     """
@@ -274,8 +276,9 @@ class Pruner(object):
     RESOURCE_EXHAUSTED, STORE_FULL; DATA_LOSS, DATA_LOSS: as of Checkpoints.
     RESOURCE_EXHAUSTED, MODEL_TOO_LARGE: above the server's limit. Do not retry there.
     RESOURCE_EXHAUSTED, OUT_OF_MEMORY: no memory for it now. Retry later, or on another server.
-    UNAVAILABLE: the server is away or shuts down. Retry with backoff: nothing changes but what
-    `keep` and `destination_uri` ask for. What an answer that was lost has kept, List shows.
+    UNAVAILABLE: the server is away, or shuts down (SHUTTING_DOWN). Retry with backoff: nothing
+    changes but what `keep` and `destination_uri` ask for. What an answer that was lost has
+    kept, List shows.
     DEADLINE_EXCEEDED, CANCELLED: the caller's deadline, or will. Retry with a longer deadline.
     INTERNAL: a defect of the server. Its log has the details.
     """

@@ -149,8 +149,9 @@ class PrunerStub(typing.Generic[_PrunerPruneType, _PrunerReportType, _PrunerPlan
       RESOURCE_EXHAUSTED, STORE_FULL; DATA_LOSS, DATA_LOSS: as of Checkpoints.
       RESOURCE_EXHAUSTED, MODEL_TOO_LARGE: above the server's limit. Do not retry there.
       RESOURCE_EXHAUSTED, OUT_OF_MEMORY: no memory for it now. Retry later, or on another server.
-      UNAVAILABLE: the server is away or shuts down. Retry with backoff: nothing changes but what
-        `keep` and `destination_uri` ask for. What an answer that was lost has kept, List shows.
+      UNAVAILABLE: the server is away, or shuts down (SHUTTING_DOWN). Retry with backoff: nothing
+        changes but what `keep` and `destination_uri` ask for. What an answer that was lost has
+        kept, List shows.
       DEADLINE_EXCEEDED, CANCELLED: the caller's deadline, or will. Retry with a longer deadline.
       INTERNAL: a defect of the server. Its log has the details.
     """
@@ -287,8 +288,9 @@ class PrunerServicer(metaclass=abc.ABCMeta):
       RESOURCE_EXHAUSTED, STORE_FULL; DATA_LOSS, DATA_LOSS: as of Checkpoints.
       RESOURCE_EXHAUSTED, MODEL_TOO_LARGE: above the server's limit. Do not retry there.
       RESOURCE_EXHAUSTED, OUT_OF_MEMORY: no memory for it now. Retry later, or on another server.
-      UNAVAILABLE: the server is away or shuts down. Retry with backoff: nothing changes but what
-        `keep` and `destination_uri` ask for. What an answer that was lost has kept, List shows.
+      UNAVAILABLE: the server is away, or shuts down (SHUTTING_DOWN). Retry with backoff: nothing
+        changes but what `keep` and `destination_uri` ask for. What an answer that was lost has
+        kept, List shows.
       DEADLINE_EXCEEDED, CANCELLED: the caller's deadline, or will. Retry with a longer deadline.
       INTERNAL: a defect of the server. Its log has the details.
     """

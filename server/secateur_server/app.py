@@ -24,7 +24,7 @@ from secateur_server.operate.interceptor import Interceptor
 from secateur_server.operate.metrics import Metrics
 from secateur_server.operate.probes import Health
 from secateur_server.operate.scrape import Scrapes
-from secateur_server.operate.serving import OnlyHealth, Serving
+from secateur_server.operate.serving import Serving
 from secateur_server.operate.tls import BadCertificate, TlsFiles, server_credentials
 from secateur_server.operate.traces import NoTraces, Traces
 from secateur_server.runtime.context import RequestContext
@@ -68,6 +68,8 @@ OPTIONS = (
 # Calls that gRPC accepts beside those that have a thread. Each waits for the moment in which one of
 # the extra threads rejects it; beyond them gRPC rejects calls, and cannot say when to try again.
 MOST_TO_REJECT = 1024
+# In which a call that is cut off sees it, and ends with a status of its own.
+CUT_OFF_SECONDS = 2.0
 _NO_THREADS = (
     "the system refuses to start more threads: raise its limit (TasksMax= of systemd, pids.max of "
     "the control group, ulimit -u), or lower --queue-size"
@@ -115,9 +117,16 @@ class App:
         metrics.of_scheduler(scheduler)
         if config.metrics_address is not None:
             self.metrics_address = listen_for_scrapes(config, metrics, opened)
-        self._server, self._probes = _grpc_servers(config, metrics, store, scheduler, opened)
-        self._health = _add_services(config, metrics, store, scheduler, self._server, opened)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._probes)
+        traces = traces_of(config)
+        if traces:
+            opened.callback(traces.close)
+        self._interceptor = ours = _interceptor(config, metrics, traces, store, scheduler, opened)
+        interceptors: list[grpc.ServerInterceptor] = [ours]
+        if traces:
+            interceptors.insert(0, traces.interceptor)
+        servers = _grpc_servers(config, interceptors, scheduler, opened)
+        self._server, self._draining = servers
+        self._health = _add_services(config, metrics, store, scheduler, servers, opened)
         self.address = listen(self._server, config, metrics)
         if self._is_warm:
             warm_up(config.device, store, config.allow_uri)
@@ -127,24 +136,33 @@ class App:
     def stop(self) -> None:
         """Takes no more requests, and returns when those that run have ended.
 
-        What still runs after the drain timeout is cancelled.
+        Requests that still run after the drain timeout end with ShuttingDown. gRPC cancels those
+        that do not see it within CUT_OFF_SECONDS.
         """
+        timeout = self._config.drain_timeout
         self._health.drain()
-        self._serving.begin_stop(self._config.drain_timeout)
+        self._interceptor.drain()
+        self._serving.begin_stop(timeout + CUT_OFF_SECONDS)
         if self._serving.is_alive and not self._serving.has_stopped(0.01):
-            with self._probes_served():
-                self._serving.has_stopped(self._config.drain_timeout)
+            with self._new_calls_answered():
+                if not self._serving.has_stopped(timeout):
+                    self._interceptor.cut_off(timeout)
+                    self._serving.has_stopped(CUT_OFF_SECONDS)
         self._serving.end()
         self._opened.close()
 
     @contextmanager
-    def _probes_served(self) -> Iterator[None]:
-        """In the block new connections reach the health service, though gRPC listens no more."""
+    def _new_calls_answered(self) -> Iterator[None]:
+        """In the block a second server answers new connections: gRPC's first one listens no more.
+
+        It serves probes, and its interceptor refuses other calls, with a reason and a line in the
+        log. gRPC itself would refuse them without either.
+        """
         try:
-            listen(self._probes, replace(self._config, address=self.address), self._metrics)
-            serving = Serving(self._probes, self._died)
+            listen(self._draining, replace(self._config, address=self.address), self._metrics)
+            serving = Serving(self._draining, self._died)
         except (CannotStart, RuntimeError) as error:
-            log.warning("probes on new connections are not answered while draining: %s", error)
+            log.warning("calls on new connections are not answered while draining: %s", error)
             yield
             return
         yield
@@ -162,20 +180,21 @@ class App:
         self.stop()
 
 
-def _grpc_servers(
-    config: Config, metrics: Metrics, store: Store, scheduler: Scheduler, opened: ExitStack
-) -> tuple[grpc.Server, grpc.Server]:
-    """The server, and one for probes while it drains, with the same threads and interceptors."""
-    traces = traces_of(config)
-    if traces:
-        opened.callback(traces.close)
+def _interceptor(
+    config: Config,
+    metrics: Metrics,
+    traces: Traces | None,
+    store: Store,
+    scheduler: Scheduler,
+    opened: ExitStack,
+) -> Interceptor:
     make_context = partial(
         RequestContext,
         work_memory=config.work_memory,
         scratch=store.scratch,
         charge=scheduler.charge,
     )
-    ours = Interceptor(
+    interceptor = Interceptor(
         callers_of(config, metrics),
         metrics,
         traces,
@@ -184,7 +203,17 @@ def _grpc_servers(
         config.idle_timeout,
         config.min_throughput,
     )
-    opened.callback(ours.close)
+    opened.callback(interceptor.close)
+    return interceptor
+
+
+def _grpc_servers(
+    config: Config,
+    interceptors: list[grpc.ServerInterceptor],
+    scheduler: Scheduler,
+    opened: ExitStack,
+) -> tuple[grpc.Server, grpc.Server]:
+    """The server, and one for new connections while it drains, with the same threads."""
     workers = started_pool(scheduler.threads, "rpc", one_thread)
     opened.callback(workers.shutdown, wait=False)
     make = partial(
@@ -192,9 +221,9 @@ def _grpc_servers(
         workers,
         options=(*OPTIONS, *_ages(config)),
         maximum_concurrent_rpcs=scheduler.threads + MOST_TO_REJECT,
+        interceptors=interceptors,
     )
-    interceptors: list[grpc.ServerInterceptor] = [traces.interceptor, ours] if traces else [ours]
-    return make(interceptors=interceptors), make(interceptors=[OnlyHealth(), ours])
+    return make(), make()
 
 
 def _ages(config: Config) -> Iterator[tuple[str, int]]:
@@ -209,7 +238,7 @@ def _add_services(
     metrics: Metrics,
     store: Store,
     scheduler: Scheduler,
-    server: grpc.Server,
+    servers: tuple[grpc.Server, grpc.Server],
     opened: ExitStack,
 ) -> Health:
     scratch = Scratch(store.scratch, store.max_bytes, metrics.fetched)
@@ -219,14 +248,14 @@ def _add_services(
     sources = Sources(store, uris, config.device, *limits, scheduler, metrics)
     pruner = Pruner(sources, scheduler.most_calls)
     opened.callback(pruner.close)
-    services = (
-        add_pruner(pruner, server),
-        add_checkpoints(Checkpoints(sources), server),
-    )
+    checkpoints = Checkpoints(sources)
+    for server in servers:
+        services = add_pruner(pruner, server), add_checkpoints(checkpoints, server)
+        names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
     probes = Health(services)
-    health_pb2_grpc.add_HealthServicer_to_server(probes, server)
-    names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
+    for server in servers:
+        health_pb2_grpc.add_HealthServicer_to_server(probes, server)
     return probes
 
 

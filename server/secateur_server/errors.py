@@ -35,6 +35,7 @@ RequestError
     Unauthenticated         UNAUTHENTICATED     no token, or an unknown one
     IdleTimeout             DEADLINE_EXCEEDED   nothing, or too little, came or was taken
     Stopped                 CANCELLED           the caller has left
+        ShuttingDown        UNAVAILABLE         the server shuts down
     Late                    DEADLINE_EXCEEDED   its time is up
     Defect                  INTERNAL            a defect of the server
 """
@@ -285,6 +286,14 @@ class Stopped(RequestError):
 
     status = "CANCELLED"
     reason = "CANCELLED"
+
+
+class ShuttingDown(Stopped):
+    """The server shuts down: it refuses the call, or ends it after --drain-timeout."""
+
+    status = "UNAVAILABLE"
+    reason = "SHUTTING_DOWN"
+    retry_after = 1.0
 
 
 class Late(RequestError):

@@ -90,6 +90,10 @@ def test_a_named_tenant_has_half_of_everything(scheduler: Scheduler) -> None:
             held.enter_context(scheduler.call(context))
         with pytest.raises(QueueFull, match="32 of 64, 32 from this tenant"):
             held.enter_context(scheduler.call(request(scheduler, ALICE)))
+        contexts[0].charge("header", MIB, "decoding it")
+        half = LEAST_OTHER_BYTES // 2
+        with pytest.raises(QueueFull, match=f"requests of this tenant hold {MIB} of its {half}"):
+            contexts[1].charge("header", half, "decoding it")
         held.enter_context(scheduler.call(request(scheduler, BOB)))
         with pytest.raises(RequestTooLarge):
             contexts[0].charge("header", LEAST_OTHER_BYTES // 2 + 1, "decoding it")

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -36,8 +38,11 @@ from tests.conftest import (
     start_server,
     stop_server,
 )
+from tests.contract.raw import Failure, entry, failure, file, header, message
+from tests.operate.test_metrics import sample
 
 SERVICE = "secateur.v1.Pruner"
+MIB = 1 << 20
 
 
 def run_server(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -116,7 +121,8 @@ def test_a_server_that_drains_lives_and_is_not_ready() -> None:
         ended.wait()
         yield from ()
 
-    with grpc.insecure_channel(server.address) as channel:
+    with ExitStack() as opened:
+        channel = opened.enter_context(grpc.insecure_channel(server.address))
         health = health_pb2_grpc.HealthStub(channel)
         running = pruner_pb2_grpc.PrunerStub(channel).Report.future(silent())
         eventually(lambda: running_calls(server), True)
@@ -128,12 +134,18 @@ def test_a_server_that_drains_lives_and_is_not_ready() -> None:
         for _ in range(3):
             assert asked_anew(server, "liveness") == health_pb2.HealthCheckResponse.SERVING
         assert asked_anew(server, "") == health_pb2.HealthCheckResponse.NOT_SERVING
-        with secateur.Client(server.address, timeout=300) as late:
-            assert is_refused(late)
+        for refused in (channel, opened.enter_context(grpc.insecure_channel(server.address))):
+            found = failure(pruner_pb2_grpc.PrunerStub(refused).Report, silent(), timeout=300)
+            assert found is not None
+            assert (found.code.name, found.reason) == ("UNAVAILABLE", "SHUTTING_DOWN")
+        late = opened.enter_context(secateur.Client(server.address, timeout=300))
+        with pytest.raises(secateur.Unavailable, match="the server is shutting down") as refusal:
+            late.report({"w": np.zeros(1)})
+        assert sample(server, "secateur_rejected_requests_total", reason="SHUTTING_DOWN") >= 3
         assert server.process.poll() is None
         ended.set()
         assert running.exception(timeout=300) is not None  # it sent nothing
-    stop_server(server)
+    assert str(refusal.value.request_id) in stop_server(server)
 
 
 def asked_anew(server: RunningServer, service: str) -> Any:
@@ -153,28 +165,81 @@ def is_refused(client: secateur.Client) -> bool:
     return False
 
 
-def test_what_outlasts_the_drain_timeout_is_cut_off(tmp_path: Path) -> None:
+WHY = "call: the server shut down after --drain-timeout, 0.2 seconds; send it again"
+
+
+def cut_off() -> tuple[Failure | None, BaseException | None]:
+    """How two calls end that outlast the drain timeout.
+
+    The first one waits for messages; the other one, of a client, waits for memory.
+    """
     never = threading.Event()
 
     def endless_request() -> Iterator[pruner_pb2.ReportRequest]:
-        yield pruner_pb2.ReportRequest(header=pruner_pb2.ReportHeader(data_bytes=100))
+        yield pruner_pb2.ReportRequest(header=pruner_pb2.ReportHeader(data_bytes=MIB))
         never.wait()
 
-    with grpc.insecure_channel(f"unix:{tmp_path}/socket") as channel:
-        with inner_server(
-            "--drain-timeout", "0.2", "--address", f"unix:{tmp_path}/socket"
-        ) as server:
-            call = pruner_pb2_grpc.PrunerStub(channel).Report.future(endless_request())
-            eventually(lambda: running_calls(server), True)
-        error = call.exception(timeout=300)
-        never.set()
-        assert isinstance(error, grpc.Call)
-        assert error.code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
+    with ThreadPoolExecutor() as pool:
+        with inner_server("--drain-timeout", "0.2", "--memory-limit", "1MiB") as server:
+            channel = grpc.insecure_channel(server.address)
+            silent = pruner_pb2_grpc.PrunerStub(channel).Report.future(endless_request())
+            eventually(lambda: sample(server, "secateur_model_bytes"), MIB)
+            client = secateur.Client(server.address, timeout=300)
+            half = secateur.l1_unstructured("w", 0.5)
+            queued = pool.submit(client.prune, {"w": np.zeros(1)}, half)
+            eventually(lambda: sample(server, "secateur_requests_waiting"), 1)
+        found = failure(silent.result, timeout=300), queued.exception(timeout=300)
+    never.set()
+    client.close()
+    channel.close()
+    return found
+
+
+def endings(caplog: pytest.LogCaptureFixture) -> set[tuple[str, str, str]]:
+    """Code, reason and error of the calls that a server in this process has logged."""
+    calls = [record.__dict__["call"] for record in caplog.records if "call" in record.__dict__]
+    return {(call["code"], call["reason"], call["error"]) for call in calls}
+
+
+def test_a_call_that_outlasts_the_drain_timeout_ends_with_the_reason(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    found, error = cut_off()
+    assert found is not None
+    assert (found.code.name, found.reason, found.message) == ("UNAVAILABLE", "SHUTTING_DOWN", WHY)
+    assert isinstance(error, secateur.Unavailable)
+    assert (str(error), error.reason) == (WHY, "SHUTTING_DOWN")
+    assert endings(caplog) == {("Unavailable", "SHUTTING_DOWN", WHY)}
+
+
+def test_a_call_that_grpc_cancels_because_its_handler_does_not_end_is_cut_off_too(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("secateur_server.app.CUT_OFF_SECONDS", 0.05)
+    error = cut_off()[1]
+    assert isinstance(error, secateur.Unavailable)
+    assert "the server shut down" in str(error)
+    eventually(lambda: endings(caplog), {("Unavailable", "SHUTTING_DOWN", WHY)})
+
+
+def test_an_answer_that_is_not_taken_until_the_end_is_logged_as_cut_off(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gRPC holds up its handler, and brings no status behind data that nobody takes."""
+    monkeypatch.setattr("secateur_server.app.CUT_OFF_SECONDS", 0.1)
+    data = file({"w": entry("F32", [16 * MIB], 0, 64 * MIB)}, bytes(64 * MIB))
+    requests = [message("Finalize", header=header("Finalize", len(data)))]
+    requests += [message("Finalize", data=data[at : at + MIB]) for at in range(0, len(data), MIB)]
+    with inner_server("--drain-timeout", "0.2") as server:
+        channel = grpc.insecure_channel(server.address)
+        unread = pruner_pb2_grpc.PrunerStub(channel).Finalize(iter(requests))
+        assert next(unread).HasField("result")
+    eventually(lambda: endings(caplog), {("Unavailable", "SHUTTING_DOWN", WHY)})
+    unread.cancel()
+    channel.close()
 
 
 def running_calls(server: RunningServer) -> bool:
-    from tests.operate.test_metrics import sample
-
     return sample(server, "secateur_requests_in_flight") == 1
 
 

@@ -294,6 +294,42 @@ def test_a_tenant_that_waits_for_its_own_quota_holds_up_nobody() -> None:
     assert scheduler.models.held == 0
 
 
+@pytest.mark.parametrize(
+    ("requests", "waits_for"),
+    [
+        (
+            [(OF_REQUESTS, 2), (OF_REQUESTS, 1), (OF_REQUESTS, 1)],
+            "tenant 'of requests' has 1 of 1 requests in service (`requests` in the tokens file)",
+        ),
+        (
+            [(OF_MEMORY, 4), (OF_MEMORY, 3), (OF_MEMORY, 3)],
+            "tenant 'of memory' has 4 of 6 bytes in service (`memory` in the tokens file)",
+        ),
+        ([(A, 8), (OF_REQUESTS, 3), (OF_REQUESTS, 3)], "8 of 10 bytes are in service"),
+    ],
+)
+def test_a_refused_request_is_told_what_it_waited_for(
+    requests: list[tuple[Tenant, int]], waits_for: str
+) -> None:
+    scheduler = Scheduler(LIMIT, 1)
+    holder, waiting, refused = arrived(scheduler, *requests)
+    assert states([holder, waiting, refused]) == ["served", "waiting", "refused"]
+    assert str(refused.error) == f"call: {waits_for}, and 1 requests wait"
+    assert scheduler.models.waiting_for_quota == ("tokens file" in waits_for)
+    waiting.stop()
+    holder.leave()
+
+
+def test_requests_that_wait_for_memory_are_told_from_those_that_wait_for_a_quota() -> None:
+    scheduler = Scheduler(LIMIT, 10)
+    callers = arrived(scheduler, (OF_REQUESTS, 1), (A, 9), (OF_REQUESTS, 1), (OF_MEMORY, 2), (B, 1))
+    assert states(callers) == ["served", "served", "waiting", "waiting", "waiting"]
+    assert scheduler.models.waiting == 3
+    assert scheduler.models.waiting_for_quota == 1
+    for caller in callers:
+        caller.leave()
+
+
 def test_what_never_fits_is_refused_at_once_and_holds_nothing() -> None:
     scheduler = Scheduler(LIMIT, 10)
     large, above_quota = arrived(scheduler, (A, LIMIT + 1), (OF_MEMORY, 7))
@@ -453,6 +489,7 @@ def test_what_does_not_fit_waits_and_is_served_when_there_is_room(calls: Calls) 
     waiting = [calls.report(FLOOD, SMALL_FILE) for _ in range(PLACES)]
     eventually(lambda: calls.series("requests_waiting"), float(PLACES))
     assert calls.series("model_bytes") == ROOM
+    assert calls.series("requests_waiting_for_quota") == 0
     assert not any(call.done() for call in waiting)
     holder.cancel()
     assert [ending(call) for call in waiting] == [None] * PLACES
@@ -529,7 +566,7 @@ def test_one_who_floods_does_not_keep_the_other_out(
 def test_a_quota_holds_up_its_own_tenant_alone(small_server: RunningServer, calls: Calls) -> None:
     calls.begin(SMALL, 1000)
     second = calls.begin(SMALL, 1000)
-    assert calls.series("requests_waiting") == 1
+    assert calls.series("requests_waiting") == calls.series("requests_waiting_for_quota") == 1
     assert ending(calls.report(POLITE, SMALL_FILE)) is None
     assert not second.done()
     found = ending(calls.begin(SMALL, (1 << 20) + 1))

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateur_server.errors import IdleTimeout
+from secateur_server.errors import IdleTimeout, Stopped
+from secateur_server.runtime.context import RequestContext
 from secateur_server.wire.ahead import DEPTH, Pace, ahead
 from tests.clock import Clock, install
 from tests.conftest import eventually
@@ -80,6 +81,24 @@ def test_an_item_that_does_not_come_is_not_waited_for(
         eventually(item.done, True)
     with pytest.raises(IdleTimeout, match=r"no message has come for 0\.2 seconds"):
         item.result()
+    comes.set()
+
+
+def test_a_reader_that_waits_ends_when_its_request_is_cancelled(
+    receivers: ThreadPoolExecutor,
+) -> None:
+    context, comes = RequestContext(), threading.Event()
+
+    def items() -> Iterator[int]:
+        comes.wait()
+        yield 1
+
+    received = ahead(items(), receivers, timeout=300, check=context.check)
+    with ThreadPoolExecutor(1) as reader:
+        item = reader.submit(next, received)
+        context.cancel()
+        with pytest.raises(Stopped):
+            item.result(timeout=300)
     comes.set()
 
 

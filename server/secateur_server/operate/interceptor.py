@@ -1,7 +1,9 @@
 """What happens around each call: who sends it, whether it may run, its messages, and its end."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from typing import Any
 
 import grpc
@@ -9,16 +11,22 @@ from google.protobuf.message import DecodeError, Message
 
 from secateur_proto.codec import header_bytes
 from secateur_server.devices.threads import started_pool
-from secateur_server.errors import IdleTimeout, InvalidRequest, NoMessage, QueueFull, Stopped
+from secateur_server.errors import (
+    IdleTimeout,
+    InvalidRequest,
+    NoMessage,
+    QueueFull,
+    ShuttingDown,
+)
 from secateur_server.operate.callers import Callers
 from secateur_server.operate.calls import begin_request
 from secateur_server.operate.idle import Readers
 from secateur_server.operate.logs import log_call
 from secateur_server.operate.metrics import Metrics, as_go_spells
-from secateur_server.operate.statuses import statuses
+from secateur_server.operate.statuses import note_shutdown, statuses
 from secateur_server.operate.traces import Traces
 from secateur_server.operate.unknown import check_known
-from secateur_server.runtime.context import Method, RequestContext
+from secateur_server.runtime.context import Method, RequestContext, caller_left
 from secateur_server.runtime.memory import Trimmer
 from secateur_server.runtime.scheduler import LEAST_RETRY_SECONDS, Scheduler
 from secateur_server.wire.ahead import Pace, ahead
@@ -71,6 +79,18 @@ class Interceptor(grpc.ServerInterceptor):
         self._idle_timeout, self._min_throughput = idle_timeout, min_throughput
         self._readers, self._trimmer = Readers(idle_timeout), Trimmer()
         self._receivers = started_pool(scheduler.threads, "ahead")
+        self._running: set[RequestContext] = set()
+        self._is_draining = False
+
+    def drain(self) -> None:
+        """Refuses further calls of the services of this server."""
+        self._is_draining = True
+
+    def cut_off(self, drain_timeout: float) -> None:
+        """Ends the calls that still run, with a status that says so."""
+        said = f"the server shut down after --drain-timeout, {drain_timeout:g} seconds"
+        for context in list(self._running):
+            context.cancel(partial(ShuttingDown, "call", f"{said}; send it again"))
 
     def close(self) -> None:
         """No calls come any more."""
@@ -128,15 +148,19 @@ class Interceptor(grpc.ServerInterceptor):
         has_failed = True
         context = begin_request(method, call, self._make_context)
         self._metrics.began(context)
+        self._running.add(context)
         try:
             with statuses(context, call), ExitStack() as held:
                 receive_first = held.enter_context(self._let_in(context, call))
-                with closing(self._ahead(method, messages)) as received:
+                with closing(self._ahead(context, messages)) as received:
                     yield context, _decoded(context, received, decode, receive_first)
                 if is_unary:
                     self._readers.until_ended(context, call, held.pop_all().close)
             has_failed = False
         finally:
+            self._running.discard(context)
+            if has_failed and not context.reason:
+                note_shutdown(context)
             context.code = code_of(context, call, has_failed)
             self._ended(context)
 
@@ -148,41 +172,54 @@ class Interceptor(grpc.ServerInterceptor):
             Unauthenticated: The caller has no valid token.
             QueueFull: There are too many calls.
             Stopped: The caller left while the call waited.
+            ShuttingDown: The server drains.
         """
         if (context.method.service, context.method.name) == _PROBE:
             with self._scheduler.probe(call.cancel):
                 yield lambda size: None
             return
         context.tenant = self._callers.caller(call.invocation_metadata() or ())
+        if self._is_draining and context.method.service.startswith(_OURS):
+            context.cancel(_refusal)
+            context.check()
         scheduler = self._scheduler
         with scheduler.call(context), scheduler.first_message(context) as receive_first:
             yield receive_first
 
-    def _ahead(self, method: Method, messages: Iterator[bytes]) -> Any:
+    def _ahead(self, context: RequestContext, messages: Iterator[bytes]) -> Any:
         """The messages, received by another thread.
 
         Whoever still refers to them: they are closed with the call, for they have a thread.
         """
         pace = Pace(self._min_throughput, self._idle_timeout)
-        count_received = self._metrics.messages(method)[0]
+        count_received = self._metrics.messages(context.method)[0]
+
+        begun, has_come = time.monotonic(), False
 
         def count(waited: float, message: bytes) -> None:
+            nonlocal has_come
+            has_come = True
             count_received.inc()
             pace.count(waited, len(message))
 
-        return ahead(_until_left(messages), self._receivers, self._idle_timeout, count, self._hurry)
+        def check() -> None:
+            context.check()
+            if not has_come and time.monotonic() - begun >= SILENT_SECONDS:
+                self._refuse_silent()
 
-    def _hurry(self, waited: float) -> None:
-        """Refuses a silent call whose place others wait for.
+        return ahead(_until_left(messages), self._receivers, self._idle_timeout, count, check)
+
+    def _refuse_silent(self) -> None:
+        """Ends a call whose first message has not come, if others wait for its place.
 
         Raises:
-            QueueFull: Its first message has not come for SILENT_SECONDS, and others wait.
+            QueueFull: Others wait.
         """
-        if waited >= SILENT_SECONDS and self._scheduler.messages.waiting:
+        if waiting := self._scheduler.messages.waiting:
             raise QueueFull(
                 "call",
-                f"its first message has not come for {waited:.0f} seconds, and the messages of "
-                f"{self._scheduler.messages.waiting} other calls wait for memory",
+                f"its first message has not come for {SILENT_SECONDS:g} seconds, and the messages "
+                f"of {waiting} other calls wait for memory",
                 LEAST_RETRY_SECONDS,
             )
 
@@ -192,6 +229,10 @@ class Interceptor(grpc.ServerInterceptor):
         log_call(context)
         if self._traces:
             self._traces.of_call(context)
+
+
+def _refusal() -> ShuttingDown:
+    return ShuttingDown("call", "the server is shutting down; send it again, or to another server")
 
 
 def _until_left(messages: Iterator[bytes]) -> Iterator[bytes]:
@@ -209,7 +250,7 @@ def _until_left(messages: Iterator[bytes]) -> Iterator[bytes]:
         pass
     else:
         return
-    raise Stopped("call", "the caller has left")
+    raise caller_left()
 
 
 def _decoded(
@@ -262,6 +303,8 @@ def code_of(context: RequestContext, call: grpc.ServicerContext, has_failed: boo
         name = "UNKNOWN"
     elif context.reason == IdleTimeout.reason:  # an answer that was not taken
         name = "DEADLINE_EXCEEDED"
+    elif context.reason == ShuttingDown.reason:
+        name = ShuttingDown.status
     else:  # it ended from outside: by its deadline, or by its caller
         left = call.time_remaining()
         name = "DEADLINE_EXCEEDED" if left is not None and left <= 0 else "CANCELLED"

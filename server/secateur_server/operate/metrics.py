@@ -217,9 +217,12 @@ class Metrics:
             "model_bytes", "Bytes of memory of the models that are being served."
         ).set_function(lambda: models.held)
         self._gauge("memory_limit_bytes", "Bytes that these may take.").set(models.limit)
-        self._gauge("requests_waiting", "RPCs that wait for memory.").set_function(
-            lambda: models.waiting
-        )
+        self._gauge(
+            "requests_waiting", "RPCs that wait for memory, or for a quota of their tenant."
+        ).set_function(lambda: models.waiting)
+        self._gauge(
+            "requests_waiting_for_quota", "Those of them that a quota of their tenant holds up."
+        ).set_function(lambda: models.waiting_for_quota)
         self._gauge(
             "messages_waiting", "RPCs whose first message waits to be received."
         ).set_function(lambda: scheduler.messages.waiting)

@@ -4,10 +4,8 @@ import logging
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 import grpc
-from grpc_health.v1 import health
 
 log = logging.getLogger(__name__)
 
@@ -70,19 +68,3 @@ def _start(server: grpc.Server) -> threading.Thread:
             if thread not in before and thread.name.endswith("(_serve)")
         )
     return loop
-
-
-class OnlyHealth(grpc.ServerInterceptor):
-    """Refuses all calls but those to the health service: of a server that only answers probes."""
-
-    def intercept_service(
-        self, continuation: Callable[[Any], Any], handler_call_details: Any
-    ) -> Any:
-        """As grpc.ServerInterceptor.intercept_service."""
-        if handler_call_details.method.startswith(f"/{health.SERVICE_NAME}/"):
-            return continuation(handler_call_details)
-        return grpc.stream_unary_rpc_method_handler(_refuse)
-
-
-def _refuse(messages: object, context: grpc.ServicerContext) -> None:
-    context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")

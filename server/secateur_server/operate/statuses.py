@@ -23,11 +23,12 @@ from secateur_server.errors import (
     NoMessage,
     OutOfMemory,
     RequestError,
+    ShuttingDown,
     Stopped,
     TooShort,
 )
 from secateur_server.operate.calls import REQUEST_ID
-from secateur_server.runtime.context import RequestContext
+from secateur_server.runtime.context import RequestContext, caller_left
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +44,7 @@ def statuses(context: RequestContext, call: grpc.ServicerContext) -> Iterator[No
     except RequestError as error:
         is_cut_off = isinstance(error, NoMessage | TooShort) and _has_left(call)
         if is_cut_off or isinstance(error, Stopped):
-            left = call.time_remaining()
-            is_late = left is not None and left <= 0
-            error = Late("call", "its time is up") if is_late else _LEFT
+            error = _interruption(context, call)
         _end(context, call, error)
     except Exception as error:
         if not call.is_active():  # cancelled, or past its deadline: nobody is there to tell
@@ -58,7 +57,19 @@ def statuses(context: RequestContext, call: grpc.ServicerContext) -> Iterator[No
         _end(context, call, Defect("server", "it has a defect; its log has the details"))
 
 
-_LEFT = Stopped("call", "the caller has left")
+def note_shutdown(context: RequestContext) -> None:
+    """Records the shutdown as the reason of a call that gRPC ended before its handler did."""
+    error = context.interruption() if context.interruption else None
+    if isinstance(error, ShuttingDown):
+        context.reason, context.error = error.reason, str(error)
+
+
+def _interruption(context: RequestContext, call: grpc.ServicerContext) -> RequestError:
+    """Why a call ended from outside."""
+    remaining = call.time_remaining()
+    if context.is_late or (remaining is not None and remaining <= 0):
+        return Late("call", "its time is up")
+    return (context.interruption or caller_left)()
 
 
 def _end(context: RequestContext, call: grpc.ServicerContext, error: RequestError) -> NoReturn:

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from secateur_server.runtime.context import RequestContext, Tenant
 
@@ -28,19 +28,29 @@ def half_of(limit: int) -> Callable[[Tenant], Quota]:
     return quota
 
 
+@dataclass
+class Held:
+    """What a tenant holds."""
+
+    amount: int = 0
+    requests: int = 0
+
+
 class Full(Exception):
     """A request has to go: too many wait.
 
     Attributes:
         held: What requests hold, of the limit.
         mine: What the tenant holds.
+        quota: The tenant's quota that kept the request waiting: `amount`, `requests`, or empty.
         waiting: How many requests wait.
         longest: Seconds that the first one of them has waited.
     """
 
-    def __init__(self, held: int, mine: int, waiting: int, longest: float) -> None:
+    def __init__(self, held: int, mine: Held, quota: str, waiting: int, longest: float) -> None:
         super().__init__(f"{held} held, {mine} by this tenant, {waiting} wait")
-        self.held, self.mine, self.waiting, self.longest = held, mine, waiting, longest
+        self.held, self.mine, self.quota = held, mine, quota
+        self.waiting, self.longest = waiting, longest
 
 
 @dataclass(eq=False)
@@ -49,13 +59,7 @@ class _Waiting:
     amount: int
     since: float = field(default_factory=time.monotonic)
     called: threading.Event = field(default_factory=threading.Event)
-    is_refused: bool = False
-
-
-@dataclass
-class _Held:
-    amount: int = 0
-    requests: int = 0
+    refusal: Full | None = None
 
 
 class Budget:
@@ -79,7 +83,7 @@ class Budget:
         self.limit, self.most_waiting, self._quota = limit, most_waiting, quota
         self._lock = threading.Lock()
         self._total = 0
-        self._held: dict[str, _Held] = {}  # by owner
+        self._held: dict[str, Held] = {}  # by owner
         self._queue: list[_Waiting] = []
         self._turns = 0
         self._last_turn: dict[str, int] = {}  # of owners that hold something or wait
@@ -93,6 +97,12 @@ class Budget:
     def waiting(self) -> int:
         """Requests in the queue."""
         return len(self._queue)
+
+    @property
+    def waiting_for_quota(self) -> int:
+        """Requests in the queue that a quota of their own tenant holds up."""
+        with self._lock:
+            return sum(bool(self._quota_in_way(one.tenant, one.amount)) for one in self._queue)
 
     def most(self, tenant: Tenant) -> int:
         """What a tenant may hold if nobody else holds anything."""
@@ -145,14 +155,11 @@ class Budget:
                     self._queue.remove(me)
                     self._call_next()  # others may have waited behind it
                     raise
-            if not me.is_refused:
+            if me.refusal is None:
                 self.release(me.tenant, me.amount)
             raise
-        if me.is_refused:
-            with self._lock:
-                longest = time.monotonic() - self._queue[0].since if self._queue else 0.0
-                mine = self._of(me.tenant).amount
-                raise Full(self._total, mine, len(self._queue), longest)
+        if me.refusal is not None:
+            raise me.refusal
 
     def _call_next(self) -> None:
         while (one := self._next()) is not None and self._total + one.amount <= self.limit:
@@ -167,26 +174,28 @@ class Budget:
         heads: dict[str, _Waiting] = {}
         for waiting in self._queue:
             heads.setdefault(waiting.tenant.owner, waiting)
-        able = [one for one in heads.values() if self._is_within_quota(one.tenant, one.amount)]
+        able = [one for one in heads.values() if not self._quota_in_way(one.tenant, one.amount)]
         return min(able, key=lambda one: self._precedence(one.tenant), default=None)
 
     def _precedence(self, tenant: Tenant) -> tuple[int, int]:
         return self._of(tenant).amount, self._last_turn.get(tenant.owner, 0)
 
-    def _of(self, tenant: Tenant) -> _Held:
-        return self._held.get(tenant.owner, _Held())
+    def _of(self, tenant: Tenant) -> Held:
+        return self._held.get(tenant.owner, Held())
 
     def _fits(self, tenant: Tenant, amount: int) -> bool:
-        return self._total + amount <= self.limit and self._is_within_quota(tenant, amount)
+        return self._total + amount <= self.limit and not self._quota_in_way(tenant, amount)
 
-    def _is_within_quota(self, tenant: Tenant, amount: int) -> bool:
+    def _quota_in_way(self, tenant: Tenant, amount: int) -> str:
+        """The name of the tenant's quota that does not allow `amount` more now; empty: none."""
         quota, held = self._quota(tenant), self._of(tenant)
         if quota.requests is not None and held.requests >= quota.requests:
-            return False
-        return quota.amount is None or held.amount + amount <= quota.amount
+            return "requests"
+        is_within = quota.amount is None or held.amount + amount <= quota.amount
+        return "" if is_within else "amount"
 
     def _grant(self, tenant: Tenant, amount: int) -> None:
-        held = self._held.setdefault(tenant.owner, _Held())
+        held = self._held.setdefault(tenant.owner, Held())
         self._total += amount
         held.amount += amount
         held.requests += 1
@@ -200,5 +209,7 @@ class Budget:
             counts[waiting.tenant.owner] = counts.get(waiting.tenant.owner, 0) + 1
         last = max(reversed(self._queue), key=lambda one: counts[one.tenant.owner])
         self._queue.remove(last)
-        last.is_refused = True
+        longest = time.monotonic() - self._queue[0].since if self._queue else 0.0
+        quota, mine = self._quota_in_way(last.tenant, last.amount), self._of(last.tenant)
+        last.refusal = Full(self._total, replace(mine), quota, len(self._queue), longest)
         last.called.set()

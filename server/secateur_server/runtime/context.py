@@ -13,9 +13,17 @@ from secateur_server.errors import Stopped
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
+# Makes the error of a cancelled request anew each time: a raised one keeps its frames, and a model.
+Interruption = Callable[[], Stopped]
+
 # Loops over so few items check for cancellation once: a generator around each loop of a small
 # state_dict costs more than the loop. Work on one large item checks by itself, for each piece.
 FEW = 16
+
+
+def caller_left() -> Stopped:
+    """The error of a request whose caller cancelled it, or is gone."""
+    return Stopped("call", "the caller has left")
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,7 @@ class RequestContext:
         charges: Bytes that the request holds beside its state_dict, as the scheduler counts them.
         queued, time_to_report: Seconds; None: the request has not come so far.
         reason: Of a failure, as google.rpc.ErrorInfo has it.  error: What the caller was told.
+        interruption: Makes the error of a cancelled request.  None: it is not cancelled.
         code: The final status.
     """
 
@@ -121,7 +130,7 @@ class RequestContext:
         self.begun = time.time_ns()
         self._started = time.perf_counter()
         self._lock = threading.Lock()
-        self._is_cancelled = False
+        self.interruption: Interruption | None = None
 
     @property
     def seconds(self) -> float:
@@ -133,18 +142,23 @@ class RequestContext:
         """Whether the deadline has passed."""
         return self.deadline is not None and time.monotonic() >= self.deadline
 
-    def cancel(self) -> None:
-        """Makes the request end at the next check in any of its threads."""
-        self._is_cancelled = True
+    def cancel(self, reason: Interruption = caller_left) -> None:
+        """Makes the request end at the next check in any of its threads.
+
+        Args:
+            reason: Makes the error that the request ends with. The first one counts.
+        """
+        with self._lock:
+            self.interruption = self.interruption or reason
 
     def check(self) -> None:
         """Ends the work of a request that nobody waits for.
 
         Raises:
-            Stopped: The caller has cancelled the request, or its deadline has passed.
+            Stopped: The request has been cancelled, or its deadline has passed.
         """
-        if self._is_cancelled or (self.deadline is not None and self.is_late):
-            raise Stopped("call", "the caller has left")
+        if self.interruption is not None or (self.deadline is not None and self.is_late):
+            raise (self.interruption or caller_left)()
 
     def each(self, items: Iterable[Item]) -> Iterable[Item]:
         """The items, for a loop whose length the caller chooses: checks before each, or once.

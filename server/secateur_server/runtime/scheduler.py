@@ -79,8 +79,8 @@ class Scheduler:
         except Full as full:
             raise QueueFull(
                 "call",
-                f"too many concurrent calls: {full.held} of {self.most_calls}, {full.mine} from "
-                "this tenant",
+                f"too many concurrent calls: {full.held} of {self.most_calls}, "
+                f"{full.mine.amount} from this tenant",
                 LEAST_RETRY_SECONDS,
             ) from None
         try:
@@ -148,14 +148,24 @@ class Scheduler:
             except Full as full:
                 raise QueueFull(
                     "call",
-                    f"{full.held} of {self.models.limit} bytes are in service, and "
-                    f"{full.waiting} requests wait",
+                    f"{self._in_way(context.tenant, full)}, and {full.waiting} requests wait",
                     min(max(full.longest, LEAST_RETRY_SECONDS), MOST_RETRY_SECONDS),
                 ) from None
         try:
             yield
         finally:
             self.models.release(context.tenant, size)
+
+    def _in_way(self, tenant: Tenant, full: Full) -> str:
+        """What a request waited for."""
+        who, mine = f"tenant {tenant.name!r} has", full.mine
+        if full.quota == "requests":
+            served = f"{mine.requests} of {tenant.requests} requests in service"
+            return f"{who} {served} (`requests` in the tokens file)"
+        if full.quota:
+            served = f"{mine.amount} of {tenant.memory} bytes in service"
+            return f"{who} {served} (`memory` in the tokens file)"
+        return f"{full.held} of {self.models.limit} bytes are in service"
 
     def _check_model(self, tenant: Tenant, field: str, size: int) -> None:
         if size > self.models.limit:
@@ -196,10 +206,12 @@ class Scheduler:
         try:
             self.other.acquire(context, size)
         except Full as full:
+            others = f"other requests hold {full.held} of {self.other.limit}"
+            if full.quota:
+                others = f"other requests of this tenant hold {full.mine.amount} of its {most}"
             raise QueueFull(
                 field,
-                f"{what} takes up to {size} bytes of memory, and other requests hold {full.held} "
-                f"of {self.other.limit}",
+                f"{what} takes up to {size} bytes of memory, and {others}",
                 LEAST_RETRY_SECONDS,
             ) from None
         context.charges.append(size)

@@ -52,8 +52,8 @@ class Scratch:
             raise QueueFull(
                 field,
                 f"{quote(uri)} has {size} bytes, and fetched files of other calls have {full.held} "
-                f"of {self._budget.limit} (--store-max-bytes), {full.mine} of the {most} for this "
-                "tenant",
+                f"of {self._budget.limit} (--store-max-bytes), {full.mine.amount} of the {most} "
+                "for this tenant",
                 RETRY_SECONDS,
             ) from None
         try:

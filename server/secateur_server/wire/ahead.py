@@ -1,5 +1,6 @@
 """Receives in a thread of its own, while what came before is worked on."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable
@@ -14,8 +15,8 @@ Item = TypeVar("Item")
 
 # How many items wait at most: they are memory.
 DEPTH = 2
-# Between two looks whether a sender has to hurry.
-HURRY_SECONDS = 1.0
+# How soon a request that waits for an item sees that it has been cancelled.
+CHECK_SECONDS = 0.2
 
 
 class Pace:
@@ -45,23 +46,19 @@ class Pace:
             )
 
 
-def _calm(waited: float) -> None:
-    """Nobody waits for the sender's place."""
-
-
 def ahead(
     items: Iterable[Item],
     receivers: Executor,
     timeout: float | None = None,
     count: Callable[[float, Item], None] = lambda waited, item: None,
-    hurry: Callable[[float], None] = _calm,
+    check: Callable[[], None] = lambda: None,
 ) -> Generator[Item, None, None]:
     """The same items; from the second one on, up to DEPTH are there before they are asked for.
 
     Of who has asked for no second one there is no more: it may have to wait for its turn.
     receivers: has a thread for it.  timeout: seconds to wait for each item.
     count: is called with the seconds that each item was waited for, and the item.
-    hurry: is called each second while the first item is waited for, with the seconds; it may raise.
+    check: is called now and then while no item comes, and may raise.
     What raises in the iteration of `items` raises here, in its turn.  Errors: IdleTimeout.
     """
     waiting: SimpleQueue[tuple[Item] | Exception | None] = SimpleQueue()
@@ -83,8 +80,7 @@ def ahead(
     try:
         more = DEPTH + 1
         begun = time.monotonic()
-        while (found := _next(waiting, timeout, hurry)) is not None:
-            hurry = _calm
+        while (found := _next(waiting, timeout, check)) is not None:
             count(time.monotonic() - begun, found[0])
             yield found[0]
             asked.release(more)
@@ -98,22 +94,26 @@ def ahead(
 def _next(
     waiting: "SimpleQueue[tuple[Item] | Exception | None]",
     timeout: float | None,
-    hurry: Callable[[float], None],
+    check: Callable[[], None],
 ) -> tuple[Item] | None:
-    begun = time.monotonic()
-    while True:
-        waited = time.monotonic() - begun
-        if timeout is not None and waited >= timeout:
-            raise IdleTimeout("call", f"no message has come for {timeout:g} seconds")
-        with suppress(Empty):
-            item = waiting.get(
-                timeout=min(HURRY_SECONDS, timeout - waited) if timeout else HURRY_SECONDS
-            )
-            break
-        hurry(time.monotonic() - begun)
+    item = _wait(waiting, timeout, check)
     if isinstance(item, Exception):
         try:
             raise item
         finally:
             del item  # else it and this frame keep each other, and the caller's model with them
     return item
+
+
+def _wait(
+    waiting: "SimpleQueue[tuple[Item] | Exception | None]",
+    timeout: float | None,
+    check: Callable[[], None],
+) -> tuple[Item] | Exception | None:
+    """The next entry of the queue.  Errors: IdleTimeout, and those of `check`."""
+    end = math.inf if timeout is None else time.monotonic() + timeout
+    while (remaining := end - time.monotonic()) > 0:
+        with suppress(Empty):
+            return waiting.get(timeout=min(CHECK_SECONDS, remaining))
+        check()
+    raise IdleTimeout("call", f"no message has come for {timeout:g} seconds")
