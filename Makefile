@@ -9,6 +9,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 .PHONY: demo accuracy test test-slow fuzz soak bench lint kernels protos system clean
 
 $(READY): pyproject.toml constraints.txt
+	@echo 'Installing secateur, torch and the development tools into $(VENV): this takes some minutes.'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
 	$(PIP) --editable '.[server,cli,fast]' --group dev --group demo

@@ -1,5 +1,6 @@
 """examples/demo.py, run as a user runs it; its figures are checked against its files and sums."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -45,6 +46,24 @@ def test_the_demo_shows_true_figures_and_leaves_files_that_torch_loads(tmp_path:
     _check_pretrained(section("A pretrained network"), folder)
     _check_names(section("Files"), folder)
     shutil.rmtree(folder)  # 90 MB, which pytest would keep
+
+
+def test_make_says_once_what_it_installs_and_that_it_takes_minutes(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(DEMO.parents[1] / name, tmp_path)
+
+    def printed(*options: str) -> list[str]:
+        command = ["make", "PYTHON=false", *options, "demo"]
+        path = {"PATH": os.environ["PATH"]}  # nothing of a make that runs this test
+        ran = subprocess.run(command, cwd=tmp_path, env=path, capture_output=True, text=True)
+        return ran.stdout.splitlines()
+
+    line, *more = printed()
+    assert re.match(r"Installing .*torch.* into \.venv.* minutes", line)
+    assert more == ["false -m venv .venv"]
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / ".ready").touch()
+    assert not [line for line in printed("--dry-run") if "Installing" in line]
 
 
 def _section(text: str, begin: str) -> str:

@@ -93,7 +93,7 @@ def check_writable(path: Path, has_folder: bool = False) -> None:
     if not _is_file(path) and (path.exists() or not has_folder):
         raise SecateurError(
             f"{path}: unknown suffix {path.suffix!r}; known are {KNOWN_SUFFIXES}; "
-            "only a model in shards is written to a folder, which must exist"
+            "a folder (-o NAME) is made only for a model, not masks, read from a folder or an index"
         )
     if path.suffix in TORCH_SUFFIXES and importlib.util.find_spec("torch") is None:
         raise SecateurError(f"{path}: to write {path.suffix} install torch")

@@ -21,6 +21,7 @@ from secateur.paths import source_path
 from secateur.shards import Index, read_shards
 from secateur.tensors import (
     LocalTensor,
+    NotATensor,
     NoWireDtype,
     dtype_of,
     from_value,
@@ -30,7 +31,13 @@ from secateur.tensors import (
     parse_file,
 )
 from secateur.ties import shared_names, untie
-from secateur.torch_files import KNOWN_SUFFIXES, TORCH_SUFFIXES, TorchFile, read_torch_file
+from secateur.torch_files import (
+    KNOWN_SUFFIXES,
+    TORCH_SUFFIXES,
+    TorchFile,
+    read_torch_file,
+    state_dict_advice,
+)
 from secateur_proto.index import SUFFIX
 from secateur_proto.ties import read_ties, write_ties
 
@@ -209,7 +216,10 @@ def _from_mapping(source: Mapping[Any, Any]) -> Source:
             return False
         return not (isinstance(value, torch.Tensor) if torch and as_torch else is_array(value))
 
-    return _divided(source, frozenset(source), as_torch, is_carried)
+    try:
+        return _divided(source, frozenset(source), as_torch, is_carried)
+    except NotATensor as error:
+        raise InvalidStateDict(f"{error}; {state_dict_advice(source)}") from None
 
 
 def _from_module(module: Any) -> Source:

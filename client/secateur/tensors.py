@@ -59,6 +59,10 @@ class NoWireDtype(InvalidStateDict):
     """The safetensors format has no dtype for a tensor."""
 
 
+class NotATensor(InvalidStateDict):
+    """A value is neither a tensor nor an array."""
+
+
 def is_array(value: Any) -> bool:
     """Whether a value is an array of numbers or bools, and not of texts or objects."""
     if not hasattr(value, "__array__"):
@@ -75,6 +79,7 @@ def from_value(name: str, value: Any) -> LocalTensor:
 
     Raises:
         NoWireDtype: The safetensors format has no dtype for it.
+        NotATensor: It is of another type.
         InvalidStateDict: It is not a tensor of numbers, or has no data.
     """
     torch = sys.modules.get("torch")
@@ -86,7 +91,7 @@ def from_value(name: str, value: Any) -> LocalTensor:
         read, dtype = partial(_read, name, _torch_bytes, value), dtype_name(value.dtype)
         return _described(name, dtype, value.shape, read, tensor_place(value))
     if not hasattr(value, "__array__"):
-        raise InvalidStateDict(f"{name}: {type(value).__name__} is no tensor and no array")
+        raise NotATensor(f"{name}: {type(value).__name__} is not a tensor or an array")
     array = as_array(name, value)
     dtype = array.dtype.name  # numpy makes the name anew each time
     if not is_array(array):

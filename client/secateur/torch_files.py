@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import pickle
 import re
+import sys
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -149,6 +150,24 @@ def _find(path: Path, content: Mapping[Any, Any]) -> Keys:
         f"{path}: holds no state_dict (a mapping from names to tensors alone): {_listed(content)}; "
         f"if one of these is the model, name it: {_HOW_TO_NAME}; "
         "else save the state_dict: torch.save(model.state_dict(), ...)"
+    )
+
+
+def state_dict_advice(content: Mapping[Any, Any]) -> str:
+    """What to pass instead of a mapping that holds more than tensors.
+
+    Args:
+        content: Often what torch.load returns of a training checkpoint.
+    """
+    found: list[Keys] = []
+    if "torch" in sys.modules and not any(map(_is_weight, content.values())):
+        found = list(_nests(content, ()))[:_MOST_SHOWN]
+    if not found:
+        return "pass a mapping of tensors or arrays alone, such as module.state_dict()"
+    places = ["state" + "".join(f"[{key!r}]" for key in keys) for keys in found]
+    return (
+        f"pass the state_dict itself: {' or '.join(places)}; "
+        f"or the file's path with key={'.'.join(found[0])!r}"
     )
 
 

@@ -136,7 +136,10 @@ def test_errors_are_one_line(model: Path, capsys: pytest.CaptureFixture[str]) ->
 
     assert "no such file" in fails(model.with_name("x.safetensors"), "-o", out, *half).lower()
     assert "nearest: 'fc.weight'" in fails(model, "-o", out, *half, "--tensors", "fc.wight")
-    assert "known are .safetensors, .pt" in fails(model, "-o", model.with_name("o.zip"), *half)
+    for name in ("o.zip", "o.onnx", "o"):
+        said = fails(model, "-o", model.with_name(name), *half)
+        assert f"unknown suffix {Path(name).suffix!r}; known are .safetensors, .pt, .pth" in said
+        assert "a folder (-o NAME) is made only for a model, not masks, read from a folder" in said
     assert "no such folder" in fails(model, "-o", model.parent / "x/o.pt", *half)
     assert "s.json" in fails(model, "-o", out, "--spec", model.with_name("s.json"))
     broken = model.with_name("broken.safetensors")

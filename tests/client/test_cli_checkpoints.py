@@ -79,6 +79,20 @@ def test_put_keep_get_and_rm(
     assert name in failure(capsys, "checkpoints", "rm", name)
 
 
+def test_a_checkpoint_that_is_not_there_is_told_why_it_may_not_be(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, out = "checkpoints/nope", tmp_path / "o.safetensors"
+    for command in (
+        ("checkpoints", "get", name, "-o", out),
+        ("checkpoints", "rm", name),
+        ("prune", name, "-o", out, *HALF),
+        ("report", name),
+    ):
+        said = failure(capsys, *command)
+        assert "may have been deleted, evicted or expired, or belong to another token" in said
+
+
 def test_a_quiet_prune_prints_the_name_of_what_it_keeps(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -95,6 +95,23 @@ def test_names_that_fit_nothing_are_an_invalid_spec(
     assert raised.value.field == "header.tensors[1]"
 
 
+@pytest.mark.parametrize("glob", ["zzz*", "flag*?", "step?s", "[!a-z]*"])
+def test_a_glob_that_fits_nothing_is_told_what_globs_may_mean(
+    client: secateur.Client, glob: str
+) -> None:
+    """Tensors of integers and bools match no glob, so none is advised."""
+    model = {"steps": torch.arange(4), **MODEL, "stepz": torch.arange(4)}
+    for call in (
+        lambda: client.report(model, tensors=glob),
+        lambda: client.prune(model, secateur.l1_unstructured(glob, 0.5)),
+    ):
+        with pytest.raises(secateur.InvalidSpec, match="matches no floating tensor; ") as raised:
+            call()
+        advised = re.findall(r"'([\w.]+)'", str(raised.value).partition("tensor; ")[2])
+        assert advised
+        assert set(advised) <= {"fc.weight", "fc.bias"}
+
+
 def test_nan_in_a_weight_is_an_invalid_spec(client: secateur.Client) -> None:
     model = {**MODEL, "fc.weight": torch.where(WEIGHT > 4, float("nan"), WEIGHT)}
     with pytest.raises(secateur.InvalidSpec, match=r"\[1, 1\].* 8 of 12") as raised:

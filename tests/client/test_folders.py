@@ -294,7 +294,8 @@ def test_what_is_no_place_for_a_folder_is_refused(
     assert "unknown suffix" in failure(capsys, "prune", source, "-o", new, *HALF, *masks, *away)
     single = source / "model.safetensors"
     assert "unknown suffix" in failure(capsys, "prune", single, "-o", new, *HALF, *away)
-    assert "only a model in shards" in failure(capsys, "prune", single, "-o", new, *HALF, *away)
+    said = failure(capsys, "prune", single, "-o", new, *HALF, *away)
+    assert "is made only for a model, not masks, read from a folder or an index" in said
 
 
 def test_a_key_chooses_in_the_torch_file_of_a_folder(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import reduce
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -286,3 +287,50 @@ def test_lazily_negated_tensors_are_read(client: secateur.Client) -> None:
     negated = torch.tensor([1 + 2j, 3 - 0j]).conj().imag
     assert negated.is_neg()
     assert client.report({"w": negated}).zeros == 1
+
+
+STATE_DICT = torch.nn.Linear(3, 4).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("state", "keys"),
+    [
+        pytest.param({"model": STATE_DICT, "epoch": 3}, ["model"], id="a checkpoint"),
+        pytest.param({"loss": torch.tensor(0.5), "net": STATE_DICT}, ["net"], id="a metric"),
+        pytest.param({"epoch": 3, "run": {"ema": MODEL}}, ["run.ema"], id="nested"),
+        pytest.param({"g": STATE_DICT, "d": MODEL}, ["g", "d"], id="several"),
+    ],
+)
+def test_a_mapping_of_mappings_is_told_which_part_is_the_state_dict(
+    tmp_path: Path, state: dict[str, Any], keys: list[str]
+) -> None:
+    """The advice works: of the part itself, and of the key of the file."""
+    optimizer = torch.optim.Adam(torch.nn.Linear(3, 4).parameters())
+    state = {**state, "optimizer": optimizer.state_dict()}
+    with pytest.raises(secateur.InvalidStateDict, match="is not a tensor or an array") as raised:
+        secateur.is_pruned(state)
+    advised = re.findall(r"state((?:\['\w+'\])+)", str(raised.value))
+    assert [".".join(re.findall(r"\w+", place)) for place in advised] == keys
+    assert f"; or the file's path with key={keys[0]!r}" in str(raised.value)
+    torch.save(state, tmp_path / "state.pt")
+    for key in keys:
+        assert not secateur.is_pruned(reduce(dict.__getitem__, key.split("."), state))
+        assert not secateur.is_pruned(tmp_path / "state.pt", key)
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({"a": WEIGHT, "lr": 0.1}, "lr: float is"),
+        ({"a": WEIGHT, "more": MODEL}, "more: dict is"),
+        ({"a": WEIGHT.numpy(), "more": {"b": WEIGHT.numpy()}}, "more: dict is"),
+        ({"a": [1.0, 2.0]}, "a: list is"),
+        (torch.optim.Adam([torch.nn.Parameter(WEIGHT)]).state_dict(), "state: dict is"),
+    ],
+)
+def test_a_mapping_of_more_than_tensors_is_told_what_to_pass(
+    state: dict[str, Any], said: str
+) -> None:
+    advice = "not a tensor or an array; pass a mapping of tensors or arrays alone, such as module"
+    with pytest.raises(secateur.InvalidStateDict, match=f"^{said} {advice}"):
+        secateur.is_pruned(state)

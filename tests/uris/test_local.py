@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 import secateur
 from secateur_server.errors import UriFailed
@@ -241,13 +241,34 @@ def test_what_is_not_there_is_not_found(served: Served, root: Path, source: str)
         served.client.report(missing)
 
 
-@pytest.mark.parametrize("data", [b"", b"\0" * 9, b"no model" * 9, b"\xff" * 99, b"\2" + b"\0" * 9])
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(b"", b"\0" * 9, b"no model" * 9, b"\xff" * 99, b"\2" + b"\0" * 9, b"GGUF\3" + bytes(99)),
+        b"version https://git-lfs.github.com/spec/v1",
+        pytest.param(save(MODEL)[:99], id="truncated"),
+    ],
+)
 def test_files_that_are_no_models_are_invalid(served: Served, root: Path, data: bytes) -> None:
     (root / "broken.safetensors").write_bytes(data)
     found = served.read((root / "broken.safetensors").as_uri())
-    check(found, "INVALID_ARGUMENT", "INVALID_STATE_DICT", "broken.safetensors")
+    said = "'broken.safetensors': is not a safetensors file"
+    check(found, "INVALID_ARGUMENT", "INVALID_STATE_DICT", said)
     with pytest.raises(secateur.InvalidStateDict, match=r"broken\.safetensors"):
         served.client.upload((root / "broken.safetensors").as_uri())
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_a_torch_file_is_told_that_the_client_reads_it(
+    served: Served, root: Path, is_zip: bool
+) -> None:
+    file = root / "net.pt"
+    torch.save(MODEL, file, _use_new_zipfile_serialization=is_zip)
+    said = r"'net\.pt': is not a safetensors file: .* torch\.save; .* local path of a torch file"
+    for call in (served.client.report, served.client.upload):
+        with pytest.raises(secateur.InvalidStateDict, match=said):
+            call(file.as_uri())
+    assert served.client.report(file).total == sum(map(torch.numel, MODEL.values()))
 
 
 def test_an_index_of_any_length_takes_no_memory(served: Served, root: Path) -> None:

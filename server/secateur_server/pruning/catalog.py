@@ -14,7 +14,7 @@ from secateur_server.errors import (
     UnknownTensor,
     quote,
 )
-from secateur_server.pruning.globs import matches
+from secateur_server.pruning.globs import is_glob, matches
 from secateur_server.runtime.context import RequestContext
 
 Shape = tuple[int, ...]
@@ -163,7 +163,8 @@ def unmatched(
     """The error that says why a name means nothing that can be pruned."""
     if name in {**catalog.stored, **catalog.extras} and name not in catalog.pairs:
         return NotPrunable(field, f"{quote(name)} cannot be pruned: {_nature(name, catalog)}")
-    advice = _integers(context, field, name, catalog) or _nearest(name, list(catalog.prunable))
+    candidates = catalog.floating if is_glob(name) else list(catalog.prunable)
+    advice = _integers(context, field, name, catalog) or _nearest(name, candidates)
     return UnknownTensor(field, f"{quote(name)} matches no floating tensor; {advice}")
 
 

@@ -71,14 +71,15 @@ def matches(
             first.setdefault(exact[pattern], index)
         else:
             others.setdefault(pattern, index)
-    globs = {pattern: index for pattern, index in others.items() if _is_glob(pattern)}
+    globs = {pattern: index for pattern, index in others.items() if is_glob(pattern)}
     names, found = exact if globbed is None else globbed, set()
     if globs and names:
         found = _match_globs(context, field, globs, names, first)
     return Matches(first, next((i for i in others.values() if i not in found), None))
 
 
-def _is_glob(pattern: str) -> bool:
+def is_glob(pattern: str) -> bool:
+    """Whether an item that is not the name of a tensor is matched as a glob."""
     return len(pattern) <= LONGEST_GLOB and any(mark in pattern for mark in "*?[")
 
 

@@ -210,7 +210,11 @@ class Store:
                 return entry
             if (owner, ident) in self._unreadable:
                 raise DataLoss(name, "is not what was stored: its record differs")
-        raise CheckpointNotFound("checkpoint", f"there is no {quote(name)}")
+        raise CheckpointNotFound(
+            "checkpoint",
+            f"there is no {quote(name)}: it may have been deleted, evicted or expired, or belong "
+            "to another token",
+        )
 
     @contextmanager
     def open(self, owner: str, name: str) -> Iterator[OpenCheckpoint]:

@@ -23,6 +23,7 @@ MIN_FILE_BYTES = 10
 MEMORY_PER_BYTE, MEMORY_PER_TENSOR = 9, 7000
 
 _METADATA = "__metadata__"
+_ADVICE = "the server reads only safetensors files, also from URIs"
 # Each is an object or two, whatever its length.
 _MOST_METADATA = 100_000
 
@@ -68,12 +69,32 @@ def header_length(context: RequestContext, prefix: bytes, file_bytes: int) -> in
     length = int.from_bytes(prefix, "little")
     limit = min(MAX_HEADER_BYTES, file_bytes - 8)
     if not 2 <= length <= limit:
-        raise MalformedFile(
-            "data",
-            f"the header's length is {length}; in {file_bytes} bytes it is from 2 to {limit}",
-        )
+        raise MalformedFile("data", _not_safetensors(prefix, length, file_bytes))
     context.charge("data", MEMORY_PER_BYTE * length, f"reading a header of {length} bytes")
     return length
+
+
+def _not_safetensors(prefix: bytes, length: int, file_bytes: int) -> str:
+    """Why the first 8 bytes are not the length of a header, and what to do."""
+    if _is_torch(prefix):
+        return (
+            "is not a safetensors file: it begins like a file of torch.save; "
+            f"{_ADVICE}; give the client the local path of a torch file"
+        )
+    if length > MAX_HEADER_BYTES:
+        return (
+            f"is not a safetensors file: it begins with {quote(prefix)}, so the header's length is "
+            f"{length}; {_ADVICE}"
+        )
+    return (
+        f"is not a safetensors file, or is truncated: the header's length is {length}; "
+        f"in {file_bytes} bytes it is from 2 to {file_bytes - 8}"
+    )
+
+
+def _is_torch(prefix: bytes) -> bool:
+    """A zip archive, or a pickle of protocol 2 to 5, which torch wrote before 1.6."""
+    return prefix.startswith(b"PK\3\4") or (prefix[:1] == b"\x80" and prefix[1:2] in b"\2\3\4\5")
 
 
 def parse_header(context: RequestContext, text: bytes, data_bytes: int) -> Header:
@@ -84,7 +105,11 @@ def parse_header(context: RequestContext, text: bytes, data_bytes: int) -> Heade
     overlap, each with a known dtype, and as many bytes as its shape has.
     """
     if not text.startswith(b"{"):
-        raise MalformedFile("data", f"the header begins with {quote(text[:8])}, not with {{")
+        raise MalformedFile(
+            "data",
+            f"is not a safetensors file: the header begins with {quote(text[:8])}, not with {{; "
+            f"{_ADVICE}",
+        )
     try:
         entries, metadata = _tables(context, Text(text.decode(), _DECODER))
     except RecursionError:

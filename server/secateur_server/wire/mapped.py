@@ -59,7 +59,8 @@ def map_header(context: RequestContext, file: MappedFile) -> tuple[Header, int]:
 
 def _map_header(context: RequestContext, file: MappedFile) -> tuple[Header, int]:
     if len(file.data) < MIN_FILE_BYTES:
-        raise MalformedFile("data", f"{len(file.data)} bytes are no safetensors file")
+        size = len(file.data)
+        raise MalformedFile("data", f"is not a safetensors file: it has only {size} bytes")
     file.check(0)
     length = header_length(context, bytes(file.data[:8]), len(file.data))
     for block in range(1, -(-(8 + length) // BLOCK)):
