@@ -1,6 +1,7 @@
 """A real server, in a process of its own on a free port, for all tests of a run."""
 
 import logging
+import os
 import re
 import shutil
 import signal
@@ -12,17 +13,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 import secateur
 from secateur_server.app import App
 from secateur_server.config import read_config
 from tests.forked import ForkedProcess
+
+# The GPU's kernels run here too: interpreted, where no GPU can compile them. Triton reads this when
+# it is imported, which some modules of torch do.
+if find_spec("triton") and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 Process = subprocess.Popen[bytes] | ForkedProcess
 

@@ -253,7 +253,10 @@ def test_the_name_of_anothers_checkpoint_is_nobodys(
         found = failure(NAMED[rpc], stub, name)
         assert found is not None
         assert (found.code, found.reason) == (grpc.StatusCode.NOT_FOUND, "CHECKPOINT_NOT_FOUND")
-        assert found.message == f"checkpoint: there is no {name!r}"
+        assert found.message == (
+            f"checkpoint: there is no {name!r}: it may have been deleted, evicted or expired, or "
+            "belong to another token"
+        )
 
 
 def test_anothers_checkpoint_cannot_be_pruned(store: Kept, of_alice: secateur.Checkpoint) -> None:

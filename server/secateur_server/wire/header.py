@@ -84,7 +84,7 @@ def _not_safetensors(prefix: bytes, length: int, file_bytes: int) -> str:
     if length > MAX_HEADER_BYTES:
         return (
             f"is not a safetensors file: it begins with {quote(prefix)}, so the header's length is "
-            f"{length}; {_ADVICE}"
+            f"{length}, and at most {MAX_HEADER_BYTES} is read; {_ADVICE}"
         )
     return (
         f"is not a safetensors file, or is truncated: the header's length is {length}; "
