@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
+import secateur
 from secateur_proto import spec_pb2 as pb
 from secateur_server.errors import InvalidSpec, Stopped
 from secateur_server.messages.rails import MOST_RAILS
@@ -20,9 +21,13 @@ from secateur_server.messages.spec import (
     MOST_RULES,
     decode_spec,
 )
+from secateur_server.pruning import resolve as resolve_module
 from secateur_server.pruning.globs import MOST_GLOB_CHARACTERS, MOST_GLOBS, MOST_VISITS
+from secateur_server.pruning.resolve import resolve
+from secateur_server.pruning.spec import Parameter
 from secateur_server.runtime.context import RequestContext
 from tests.contract.raw import check_invalid, send_file, spec
+from tests.pruning.defined import catalog_of
 
 ROOT = Path(__file__).parents[2]
 SELECTION = spec("*").rules[0].selection
@@ -133,3 +138,32 @@ def test_a_caller_who_leaves_ends_the_decoding(given: pb.PruningSpec) -> None:
     context.cancel()
     with pytest.raises(Stopped):
         decode_spec(context, given)
+
+
+def test_a_tensor_counts_for_each_rule_that_prunes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolve_module, "MOST_PRUNED", 5)
+    parameters = {f"w{number}": Parameter(torch.ones(2, 2)) for number in range(3)}
+    rule = secateur.l1_unstructured("*", 1)
+
+    def resolved(spec: secateur.Spec) -> int:
+        message, _ = spec.encode({name: p.weight for name, p in parameters.items()})
+        context = RequestContext()
+        return len(resolve(context, decode_spec(context, message), catalog_of(parameters)))
+
+    assert resolved(rule) == 1
+    with pytest.raises(InvalidSpec, match=r"spec\.rules\[1\]\.selection: .* prune 6 tensors"):
+        resolved(rule + rule)
+
+
+def test_a_slice_whose_singular_values_take_too_long_is_refused() -> None:
+    rule = secateur.ln_structured("w", 1, n="nuc", dim=0)
+    for side, is_refused in ((1 << 10, False), ((1 << 10) + 1, True)):
+        weight = torch.empty(1, side, side)
+        message, _ = rule.encode({"w": weight})
+        context, catalog = RequestContext(), catalog_of({"w": Parameter(weight)})
+        rules = decode_spec(context, message)
+        if is_refused:
+            with pytest.raises(InvalidSpec, match=f"a matrix of {side} x {side}"):
+                resolve(context, rules, catalog)
+        else:
+            assert resolve(context, rules, catalog)
