@@ -206,7 +206,7 @@ class Compiled(Cpu):
     def sum_squares(self, piece: Piece, values: Tensor, cuts: Tensor) -> tuple[Tensor, Tensor]:
         """As Passes.sum_squares."""
         if values.dtype not in (torch.float32, torch.float64):  # numba has no half precision
-            values = _scratch("values", len(values), torch.float64).copy_(values)
+            values = _scratch(len(values), torch.float64).copy_(values)
         bits, size = _bits(piece).numpy(), 2 * len(cuts) + 1
         sums, counts = np.zeros(size), np.zeros(size, int)
         look = values.contiguous().numpy(), *_looked_up(cuts.numpy(), 0)
@@ -271,7 +271,7 @@ class Compiled(Cpu):
 
     def _split_together(self, batch: Sequence[Part], low: int, high: int) -> list[Split]:
         units, dtype = sum(piece.units for piece, _ in batch), BITS[batch[0][0].dtype]
-        found, at = _scratch("found", units, dtype), _scratch("at", units, torch.int32)
+        found, at = _scratch(units, dtype), _scratch(units, torch.int32)
         held = [_bits(piece) for piece, _ in batch]
         assert all(bits.dtype == dtype for bits in held), "addresses do not tell of widths"
         addresses = [
@@ -332,23 +332,19 @@ class Compiled(Cpu):
         return found
 
 
-def _scratch(name: str, count: int, dtype: torch.dtype) -> Tensor:
-    """Memory to work in until this thread asks for it again.
+def _scratch(count: int, dtype: torch.dtype) -> Tensor:
+    """Memory for intermediate values, until nothing refers to it.
 
-    Large blocks that come and go between small ones that stay would leave holes in the heap.
+    Not one of each thread: a server has some hundred threads, and each would keep its largest.
     """
-    size = count * dtype.itemsize
-    held: Tensor | None = getattr(_thread, name, None)
-    if held is None or held.numel() < size:
-        held = torch.empty(size, dtype=torch.uint8)
-        setattr(_thread, name, held)
-    return held[:size].view(dtype)
+    size = 1 << (count * dtype.itemsize - 1).bit_length() if count else 1  # few sizes, used again
+    return torch.from_numpy(_BLOCKS.take(size))[: count * dtype.itemsize].view(dtype)
 
 
 def _bits(piece: Piece) -> Tensor:
     """The integers that have the bits of a piece's scores."""
     if isinstance(piece.scores, RandomScores):
-        bits = _scratch("bits", piece.units, torch.int32)
+        bits = _scratch(piece.units, torch.int32)
         kernels.random_bits(piece.scores.state, piece.scores.begin, bits.numpy())
         return bits
     return piece.scores.to(piece.dtype).contiguous().view(BITS[piece.dtype])
@@ -359,8 +355,8 @@ def _alive(piece: Piece) -> Any:
 
 
 def _cut_few(bits: Any, alive: Any, dtype: torch.dtype, place: int, kept: Any) -> Cut:
-    found = _scratch("found", len(bits), BITS[dtype]).numpy()
-    at = _scratch("at", len(bits), torch.int32).numpy()
+    found = _scratch(len(bits), BITS[dtype]).numpy()
+    at = _scratch(len(bits), torch.int32).numpy()
     return Cut(*map(int, kernels.cut_few(bits, alive, _largest(bits), place, kept, found, at)))
 
 
@@ -370,7 +366,7 @@ def _side_by_side(context: RequestContext, pieces: Sequence[Piece]) -> tuple[Any
     What lies between them is not: of a mask the last byte is padded with 0.
     """
     sizes = [(piece.units + 7) // 8 for piece in pieces]
-    bits = _scratch("pieces", 8 * sum(sizes), BITS[pieces[0].dtype]).numpy()
+    bits = _scratch(8 * sum(sizes), BITS[pieces[0].dtype]).numpy()
     alive = np.full(sum(sizes), 0xFF, np.uint8)
     begin = 0
     for piece, size in zip(context.each(pieces), sizes, strict=True):

@@ -143,7 +143,8 @@ class Budget:
             held.requests -= requests
             if not held.requests:
                 del self._held[tenant.owner]
-            self._call_next()
+            if self._queue or not held.requests:
+                self._call_next()
 
     def _wait(self, context: RequestContext, me: _Waiting) -> None:
         try:

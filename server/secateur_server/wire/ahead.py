@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Executor
 from contextlib import suppress
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
@@ -61,30 +62,38 @@ def ahead(
     check: is called now and then while no item comes, and may raise.
     What raises in the iteration of `items` raises here, in its turn.  Errors: IdleTimeout.
     """
+    source = iter(items)
     waiting: SimpleQueue[tuple[Item] | Exception | None] = SimpleQueue()
-    asked = threading.Semaphore(0)
+    asked = threading.Semaphore(DEPTH)
     is_left = threading.Event()
 
-    def receive() -> None:
+    def receive_one() -> bool:
+        """Returns whether another item may come."""
         try:
-            for item in items:
+            for item in source:
                 waiting.put((item,))
-                asked.acquire()
-                if is_left.is_set():
-                    return
+                return True
             waiting.put(None)
         except Exception as error:
             waiting.put(error)
+        return False
 
-    receivers.submit(receive)
+    def receive_rest() -> None:
+        while receive_one():
+            asked.acquire()
+            if is_left.is_set():
+                return
+
+    # Most requests are one item: its thread is free again when it has come.
+    receivers.submit(receive_one)
+    go_on: Callable[[], object] = partial(receivers.submit, receive_rest)
     try:
-        more = DEPTH + 1
         begun = time.monotonic()
         while (found := _next(waiting, timeout, check)) is not None:
             count(time.monotonic() - begun, found[0])
             yield found[0]
-            asked.release(more)
-            more = 1
+            go_on()
+            go_on = asked.release
             begun = time.monotonic()
     finally:
         is_left.set()
