@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import secateur
-from tests.conftest import start_command, stop_server
+from tests.conftest import start_command, start_server, stop_server
 
 
 def memory(pid: int, field: str) -> int:
@@ -29,5 +29,29 @@ def test_a_prune_needs_the_model_and_a_seventh_of_it() -> None:
         assert report.zeros == 25_000_000
         grown = memory(server.process.pid, "VmHWM") - before
         assert grown < 1.15 * weights.nbytes + (32 << 20)  # what is on its way, in gRPC
+    finally:
+        stop_server(server)
+
+
+def test_threads_keep_no_memory_of_the_calls_that_they_served() -> None:
+    """A server has some hundred threads, and each of them serves a call now and then."""
+    weights = torch.randn(250_000, generator=torch.Generator().manual_seed(0))
+    specs = [
+        secateur.l1_unstructured("w", 0.5),
+        secateur.random_unstructured("w", 0.5),
+        secateur.lamp("w", 0.5),
+    ]
+    server = start_server()
+    try:
+        with secateur.Client(server.address, timeout=300) as client:
+
+            def grown(calls: int) -> int:
+                before = memory(server.process.pid, "VmRSS")
+                for index in range(calls):
+                    client.prune({"w": weights}, specs[index % 3], progress=False)
+                return memory(server.process.pid, "VmRSS") - before
+
+            grown(30)
+            assert grown(240) < 40 * weights.nbytes  # of 240 calls in as many threads
     finally:
         stop_server(server)
