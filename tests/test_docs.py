@@ -109,6 +109,12 @@ def test_every_method_is_documented() -> None:
     assert documented == set(METHODS)
 
 
+@pytest.mark.parametrize("path", [path for path in PAGES if path.startswith("docs/")])
+def test_a_page_begins_with_an_example(path: str) -> None:
+    beginning, *_ = Path(path).read_text().split("\n## ")
+    assert "\n```" in beginning
+
+
 @pytest.mark.parametrize("path", PAGES)
 def test_links_resolve(path: str) -> None:
     text = re.sub(r"```.*?```", "", Path(path).read_text(), flags=re.DOTALL)
@@ -130,8 +136,8 @@ def test_each_package_is_typed_and_licensed() -> None:
         assert f"!{path}" in Path(".dockerignore").read_text().splitlines()
 
 
-def test_no_page_installs_from_an_index_what_is_on_none() -> None:
-    """An extra of what is installed is no download: pip reads it from the installed package."""
+def test_pages_install_secateur_only_from_a_checkout_or_a_wheel() -> None:
+    """It is not on a package index. An extra of the installed package needs no download of it."""
     pages = [*map(Path, PAGES), *Path("deploy/systemd").iterdir()]
     found = {
         wanted

@@ -1,4 +1,4 @@
-"""What operators read is what there is."""
+"""The operations page lists what the server has: options, metrics, error reasons, alerts."""
 
 import re
 from pathlib import Path
