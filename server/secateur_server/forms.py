@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from secateur_proto.framing import file_head, mask_bytes
+from secateur_server.devices.masks import Mask
 from secateur_server.errors import InvalidStateDict
 from secateur_server.model import Model
-from secateur_server.pruning.masks import Mask
 from secateur_server.pruning.spec import Parameter
 from secateur_server.wire.tensors import WireTensor
 

@@ -11,17 +11,14 @@ import torch
 from secateur_server.devices.dtypes import FP8, PRUNABLE, WIRE_DTYPES
 from secateur_server.errors import (
     AmountOutOfRange,
-    DimOutOfRange,
     InvalidMask,
     InvalidScores,
     InvalidSpec,
-    NotStructured,
     UnknownTensor,
     quote,
 )
 from secateur_server.pruning.catalog import Catalog, Shape, Stored, match, unmatched
 from secateur_server.pruning.globs import matches
-from secateur_server.pruning.granularity import Element, Slice
 from secateur_server.pruning.groups import resolve_group
 from secateur_server.pruning.spec import (
     Amount,
@@ -29,7 +26,6 @@ from secateur_server.pruning.spec import (
     CustomMasks,
     Group,
     GuardRails,
-    Magnitude,
     Rail,
     Rule,
     Selection,
@@ -41,8 +37,6 @@ Value = TypeVar("Value")
 
 # Tensors of all rules: the work of a request is their number.
 MOST_PRUNED = 300_000
-# Steps of a singular value decomposition, which cannot be interrupted: about a second.
-MOST_OF_SVD = 1 << 30
 
 
 def resolve(context: RequestContext, rules: Sequence[Rule], catalog: Catalog) -> list[Rule]:
@@ -218,46 +212,12 @@ def _check_units(rule: Selection, name: str, shape: Shape) -> None:
     """Refuses a tensor that has no units of the rule's granularity."""
     granularity = rule.granularity
     assert granularity is not None, "groups name their tensors"
-    if isinstance(granularity, Slice):
-        _check_slices(rule, granularity.dim, name, shape)
-    elif not isinstance(granularity, Element) and (why := granularity.fits(shape)):
-        raise NotStructured(
-            f"{rule.path}.granularity", f"{quote(name)} has shape {list(shape)}: {why}"
-        )
+    granularity.check(rule.path, name, shape)
+    rule.importance.check(rule.path, name, shape)
     is_bytes = isinstance(rule.amount, Budget) and rule.amount.per_unit is None
-    if is_bytes and granularity.sizes(shape) is None:
+    if is_bytes and granularity.unit_elements(shape) is None:
         raise AmountOutOfRange(
             f"{rule.path}.bytes", f"{quote(name)} {list(shape)} has units of several sizes"
-        )
-
-
-def _check_slices(rule: Selection, dim: int, name: str, shape: Shape) -> None:
-    field = f"{rule.path}.dim"
-    if len(shape) < 2:
-        raise NotStructured(
-            field,
-            f"{quote(name)} has shape {list(shape)}; slices need 2 dimensions or more: name only "
-            "such tensors, as [n for n, t in state_dict.items() if t.ndim > 1] does",
-        )
-    if not -len(shape) <= dim < len(shape):
-        raise DimOutOfRange(
-            field, f"{dim} is not in [{-len(shape)}, {len(shape)}) of {quote(name)} {list(shape)}"
-        )
-    if rule.importance == Magnitude("nuc"):
-        _check_nuclear(f"{rule.path}.magnitude.matrix_norm", name, shape, dim)
-
-
-def _check_nuclear(field: str, name: str, shape: Sequence[int], dim: int) -> None:
-    if len(shape) != 3:
-        raise NotStructured(
-            field, f"the nuclear norm needs 3 dimensions, {quote(name)} has shape {list(shape)}"
-        )
-    rows, columns = (size for index, size in enumerate(shape) if index != dim % 3)
-    if rows * columns * min(rows, columns) > MOST_OF_SVD:
-        raise InvalidSpec(
-            field,
-            f"a slice of {quote(name)} is a matrix of {rows} x {columns}: its singular values take "
-            "too long; use a matrix norm of another kind, or smaller slices",
         )
 
 
