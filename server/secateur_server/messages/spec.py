@@ -31,6 +31,7 @@ from secateur_server.runtime.context import RequestContext
 Choice = TypeVar("Choice")
 
 SCOPES: dict[int, Scope] = {
+    pb.SCOPE_PER_ROW: "row",
     pb.SCOPE_PER_TENSOR: "tensor",
     pb.SCOPE_GLOBAL: "global",
     pb.SCOPE_ISOMORPHIC: "isomorphic",
@@ -118,6 +119,7 @@ def _check_together(rule: Selection) -> None:
     """Refuses choices that do not go together."""
     is_random = not rule.importance.is_measured
     is_share = isinstance(rule.amount, float | int)
+    is_table = isinstance(rule.amount, Table)
     is_bytes = isinstance(rule.amount, Budget) and rule.amount.per_unit is None
     refused = {
         "importance_scores": (is_random and rule.scores, "random importance takes no scores"),
@@ -131,15 +133,23 @@ def _check_together(rule: Selection) -> None:
             "random importance has no threshold",
         ),
         "allocation": (
-            rule.allocation != "rank" and (not is_share or rule.scope == "tensor"),
+            rule.allocation != "rank" and (not is_share or rule.scope in ("row", "tensor")),
             "divides a fraction or a count among tensors that are ranked together",
         ),
         "table": (
-            isinstance(rule.amount, Table) and rule.scope != "tensor",
-            "SCOPE_PER_TENSOR only",
+            is_table and rule.scope not in ("row", "tensor"),
+            "SCOPE_PER_TENSOR or SCOPE_PER_ROW only",
+        ),
+        "scope": (
+            rule.scope == "row" and (rule.granularity is None or not (is_share or is_table)),
+            "rows of units take a fraction or a count of each row, and groups have no rows",
+        ),
+        "guard_rails.rails": (
+            rule.scope == "row" and rule.guard_rails.rails,
+            "bound what is ranked together, and each row is ranked by itself",
         ),
         "bytes": (is_bytes and rule.granularity is None, "groups have units of several sizes"),
-        "of_all": (rule.of_all and not is_share and not isinstance(rule.amount, Table), "no count"),
+        "of_all": (rule.of_all and not is_share and not is_table, "no count"),
     }
     for field, (is_wrong, why) in refused.items():
         if is_wrong:

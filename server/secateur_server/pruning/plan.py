@@ -51,7 +51,8 @@ def plan(
     rule: resolved.  parameters, extras: as of prune.
     at: the path of `amounts`, for errors, where they are not the rule's own.  Errors: InvalidSpec.
     """
-    if rule.groups:  # they overlap: what is left of a tensor only its mask tells
+    # Groups overlap: what is left of a tensor only its mask tells. Rows have a cut each.
+    if rule.groups or rule.scope == "row":
         return [
             _tried(context, replace(rule, amount=a), parameters, extras)
             for a in context.each(amounts)

@@ -29,6 +29,7 @@ def is_planned_by_runs(rule: Selection, amounts: Sequence[Amount]) -> bool:
     is_plain = rule.allocation in ("rank", "lamp") and not rule.guard_rails.rails
     return (
         rule.is_of_elements
+        and rule.scope != "row"
         and is_of_weights
         and is_plain
         and rule.normalization is None

@@ -17,6 +17,7 @@ from secateur_server.pruning.divide import count_below
 from secateur_server.pruning.groups_at_once import masks_of_groups
 from secateur_server.pruning.lamp_small import prune_by_lamp
 from secateur_server.pruning.plan_small import is_planned_by_runs
+from secateur_server.pruning.rows import select_in_rows
 from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.select import score_dtype, select, threshold
 from secateur_server.pruning.select_each import select_each
@@ -198,7 +199,7 @@ def _choose(
     extras: Mapping[str, Tensor],
 ) -> tuple[Masks, Choice]:
     """Selects among the units of all tensors, or groups, that are ranked together."""
-    if rule.is_of_elements and are_small(names, state):
+    if rule.is_of_elements and rule.scope != "row" and are_small(names, state):
         if is_plain(rule) and rule.normalization is None:
             return prune_together(context, rule, names, state, extras)
         if rule.allocation == "lamp" and is_planned_by_runs(rule, [rule.amount]):
@@ -287,6 +288,10 @@ def _select(
     """Which units stay."""
     names = tuple(subject.name for subject in subjects)
     alive = sum(subject.alive for subject in subjects)
+    if rule.scope == "row":
+        (subject,) = subjects
+        units, pruned = select_in_rows(context, rule, subject.ranking, subject.rows)
+        return [units], Choice(names, alive, pruned, pruned)
     if is_plain(rule):
         count = int(wanted(rule, subjects, rule.amount))
         if rule.is_of_parts and count == alive:

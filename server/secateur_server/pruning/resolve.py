@@ -14,6 +14,7 @@ from secateur_server.errors import (
     InvalidMask,
     InvalidScores,
     InvalidSpec,
+    NotStructured,
     UnknownTensor,
     quote,
 )
@@ -213,6 +214,12 @@ def _check_units(rule: Selection, name: str, shape: Shape) -> None:
     granularity = rule.granularity
     assert granularity is not None, "groups name their tensors"
     granularity.check(rule.path, name, shape)
+    if rule.scope == "row" and len(granularity.grid(shape)) < 2:
+        raise NotStructured(
+            f"{rule.path}.scope",
+            f"{quote(name)} has shape {list(shape)}: its units have no rows; they need 2 "
+            "dimensions or more",
+        )
     rule.importance.check(rule.path, name, shape)
     is_bytes = isinstance(rule.amount, Budget) and rule.amount.per_unit is None
     if is_bytes and granularity.unit_elements(shape) is None:

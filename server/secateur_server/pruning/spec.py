@@ -99,7 +99,7 @@ class Group:
     members: tuple[Member, ...]
 
 
-Scope = Literal["tensor", "global", "isomorphic"]
+Scope = Literal["row", "tensor", "global", "isomorphic"]
 Combination = Literal["mean", "sum", "max"]
 Normalization = Literal["mean", "norm", "z_score"]
 Allocation = Literal["rank", "uniform", "erk", "lamp"]

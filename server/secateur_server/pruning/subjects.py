@@ -35,6 +35,7 @@ class Subject:
     costs: for each unit the elements that go with it, and the sum of their squares; None where a
         unit is an element.
     unit_bytes: of a unit; None where they differ.
+    rows: of the grid of its units; 0 of a group.
     sparse_share: what its density is in proportion to, by ERK; 0 of a group.
     """
 
@@ -44,6 +45,7 @@ class Subject:
     expand: Callable[[RequestContext, Mask], Masks]
     costs: Callable[[RequestContext], tuple[Tensor, Tensor]] | None = None
     unit_bytes: int | None = None
+    rows: int = 0
     sparse_share: float = 0.0
 
 
@@ -51,7 +53,7 @@ def together(
     context: RequestContext, rule: Selection, names: Sequence[str]
 ) -> list[tuple[str, ...]]:
     """Which of the rule's tensors, or groups, are ranked together."""
-    if rule.scope == "tensor":
+    if rule.scope in ("row", "tensor"):
         return [(name,) for name in names]
     if rule.scope == "global":
         return [tuple(names)] if names else []
@@ -107,6 +109,7 @@ def _tensor(
     )
     values = scores if scores is not None and scores.shape == weight.shape else weight
     sizes, shape = granularity.unit_elements(weight.shape), weight.shape
+    grid = granularity.grid(shape)
     return Subject(
         name,
         ranking,
@@ -116,6 +119,7 @@ def _tensor(
         if granularity.is_element
         else lambda context: granularity.costs(context, weight, values, mask),
         None if sizes is None else sizes * weight.element_size(),
+        grid[0] if grid else 1,
         sum(shape) / weight.numel() if shape else 1.0,
     )
 
