@@ -81,7 +81,7 @@ def _numbers(rule: Selection, name: str, candidates: Tensor, width: int, first: 
 def _largest(keys: Tensor, counts: Tensor) -> Tensor:
     """The `counts[i]` largest keys of each row i, of equal ones those further on, as bool."""
     kept = torch.empty(keys.shape, dtype=torch.bool, device=keys.device)
-    for count in counts.unique().tolist():
+    for count in sorted(set(counts.tolist())):
         rows = counts == count
         kept[rows] = _largest_of_each(keys[rows], count)
     return kept
