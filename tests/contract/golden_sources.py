@@ -12,6 +12,7 @@ from tests.contract import golden_models as models
 from tests.contract.golden_digests import (
     FORMS,
     Case,
+    Source,
     all_pruned,
     finalized,
     from_files,
@@ -101,9 +102,19 @@ SMALL = {
 }
 
 
-def many_small() -> dict[str, Case]:
+def many() -> dict[str, Case]:
     """The ways that take many small tensors at once."""
-    sources = {"many": models.many, "mixed": models.mixed}
+    zeros = all_pruned({"many, zeros": models.many}, {"l1": SMALL["l1"]}, prior="zeros")
+    return all_pruned({"many": models.many}, SMALL) | zeros
+
+
+def mixed() -> dict[str, Case]:
+    """The same, of several dtypes, some pruned before."""
+    return all_pruned({"mixed": models.mixed}, SMALL)
+
+
+def alike() -> dict[str, Case]:
+    """Units and groups of many layers of the same shapes."""
     units = {
         f"{name}, {scope}": s.select("*.weight", 0.4, s.magnitude(2), unit, scope)
         for name, unit in {"rows": s.slices(0), "2:4": s.n_m(), "blocks": s.blocks(4, 4)}.items()
@@ -119,19 +130,19 @@ def many_small() -> dict[str, Case]:
         f"groups, {scope}": s.grouped(layers, 0.4, 2, scope=scope, normalization=of)
         for scope, of in (("global", "mean"), ("tensor", None))
     }
-    zeros = all_pruned({"many, zeros": models.many}, {"l1": SMALL["l1"]}, prior="zeros")
-    masks = {
-        f"{what}, {name}": pruned(source, SMALL[name], ["masks"])
-        for what, source in {"crowd": models.crowd, "heap": models.heap}.items()
+    return all_pruned({"alike": models.alike}, {**units, **grouped, "l1": SMALL["l1"]})
+
+
+def crowds() -> dict[str, Case]:
+    """More small tensors, and more elements of them, than are taken at once."""
+    of_heap = {
+        f"heap, {name}": pruned(models.heap, SMALL[name], ["masks"])
         for name in ("l1", "global", "lamp")
     }
-    return (
-        all_pruned(sources, SMALL)
-        | all_pruned({"alike": models.alike}, {**units, **grouped, "l1": SMALL["l1"]})
-        | zeros
-        | masks
-        | {"heap, plan": planned(models.heap, SMALL["l1"], SHARES)}
-    )
+    return of_heap | {
+        "crowd, l1": pruned(models.crowd, SMALL["l1"], ["masks"]),
+        "heap, plan": planned(models.heap, SMALL["l1"], SHARES),
+    }
 
 
 def medium() -> dict[str, Case]:
@@ -208,7 +219,7 @@ def edges() -> dict[str, Case]:
 
 def outputs() -> dict[str, Case]:
     """Every form of a result, and what is measured and folded."""
-    sources = {
+    sources: dict[str, Source] = {
         "layers": models.layers,
         "pairs": models.pairs,
         "mixed": models.mixed,
