@@ -286,7 +286,9 @@ def _resolve_masks(context: RequestContext, rule: CustomMasks, catalog: Catalog)
         if mask.shape != shape and not is_packed:
             raise InvalidMask(field, _of_another_shape(mask, shape, "a mask"))
         masks.append((name, holder))
-    return replace(rule, masks=list(dict.fromkeys(masks)))
+    # A map has no order on the wire.
+    places = {name: place for place, name in enumerate(catalog.prunable)}
+    return replace(rule, masks=sorted(set(masks), key=lambda of: (places[of[0]], of[1])))
 
 
 def _extra(field: str, holder: str, catalog: Catalog) -> Stored:
