@@ -115,6 +115,13 @@ def test_a_page_begins_with_an_example(path: str) -> None:
     assert "\n```" in beginning
 
 
+def test_every_folder_of_the_server_is_in_the_architecture() -> None:
+    text = Path("docs/architecture.md").read_text()
+    listed = re.findall(r"^\| `\.\.\./(\w+)/` \|", text, re.MULTILINE)
+    folders = Path("server/secateur_server").glob("*/__init__.py")
+    assert sorted(listed) == sorted(path.parent.name for path in folders)
+
+
 @pytest.mark.parametrize("path", PAGES)
 def test_links_resolve(path: str) -> None:
     text = re.sub(r"```.*?```", "", Path(path).read_text(), flags=re.DOTALL)
