@@ -1,5 +1,5 @@
-// Prunes a safetensors file by a secateur server: the least of all weights' magnitudes, in all of
-// the tensors together. Everything it knows of the server is in protos/secateur/v1.
+// Prunes a safetensors file with a secateur server: the weights with the smallest magnitudes, ranked
+// over all tensors together. It depends on protos/secateur/v1 alone.
 //
 //   client [--tensors GLOB] [--output masks|dense] [--token T] [--deadline SECONDS]
 //          ADDRESS MODEL FRACTION RESULT
