@@ -23,9 +23,9 @@ from safetensors.torch import save
 import secateur
 from common import running_server, timed
 from secateur_server.operate.callers import read_tokens
-from secateur_server.store.blobs import disk_bytes
-from secateur_server.store.records import RECORD_BYTES, StoredFile, new_record, write_record
-from secateur_server.store.store import Store
+from secateur_server.storage.blobs import disk_bytes
+from secateur_server.storage.records import RECORD_BYTES, StoredFile, new_record, write_record
+from secateur_server.storage.store import Store
 
 EVICTED = 680
 TOKEN = "a token of the benchmark"

@@ -11,13 +11,13 @@ import torch
 from secateur_proto import pruner_pb2 as pb
 from secateur_proto import spec_pb2
 from secateur_proto.framing import file_header
-from secateur_server.devices.cpu import one_thread
+from secateur_server.api.pruner import Pruner
+from secateur_server.backends.cpu import one_thread
 from secateur_server.operate.metrics import Metrics
 from secateur_server.runtime.context import RequestContext
 from secateur_server.runtime.scheduler import Scheduler
-from secateur_server.service import Pruner
-from secateur_server.sources import Sources
-from secateur_server.store.store import Store
+from secateur_server.state_dict.sources import Sources
+from secateur_server.storage.store import Store
 from secateur_server.uris.remote import missing
 from secateur_server.uris.requests import Requests
 from secateur_server.uris.scratch import Scratch

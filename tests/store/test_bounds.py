@@ -17,7 +17,7 @@ import pytest
 import secateur
 from secateur_proto.checkpoints_pb2 import DownloadRequest
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
-from secateur_server.store.folders import default_max_bytes
+from secateur_server.storage.folders import default_max_bytes
 from tests.conftest import RunningServer, eventually, inner_server, start_server
 from tests.contract.raw import failure, kept_open, series
 from tests.store.stored import (

@@ -12,8 +12,8 @@ import torch
 
 import secateur
 from secateur_server.runtime.context import RequestContext
-from secateur_server.store.holdings import Entry
-from secateur_server.store.store import Store
+from secateur_server.storage.holdings import Entry
+from secateur_server.storage.store import Store
 from tests.conftest import PATIENCE, eventually
 from tests.pruning.torch_side import assert_same_tensors
 from tests.store.stored import RECORD_BYTES, Kept, blobs, downloaded, kept, model, on_disk

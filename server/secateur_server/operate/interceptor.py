@@ -10,7 +10,7 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from secateur_proto.codec import header_bytes
-from secateur_server.devices.threads import started_pool
+from secateur_server.backends.threads import started_pool
 from secateur_server.errors import (
     IdleTimeout,
     InvalidRequest,
