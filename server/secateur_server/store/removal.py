@@ -14,12 +14,7 @@ from secateur_server.durable import disk_errors
 from secateur_server.errors import RequestError, StoreFailed
 from secateur_server.store.folders import FolderLock
 from secateur_server.store.holdings import Entry, Holdings
-from secateur_server.store.records import (
-    RECORD_BYTES,
-    record_path,
-    remove_records,
-    write_record,
-)
+from secateur_server.store.records import record_path, remove_records, write_record
 from secateur_server.store.shelf import Shelf, Trash
 
 _ADVICE = "retry when the operator has repaired it"
@@ -47,7 +42,7 @@ class Removal:
     def count(self, entry: Entry) -> None:
         """Counts a checkpoint, and keeps its blobs. The caller has the lock."""
         self._shelf.acquire(entry.files())
-        self._holdings.count(entry.owner, RECORD_BYTES)
+        self._holdings.count(entry.owner, entry.own_bytes)
         self._holdings.acquire(entry.owner, entry.files())
 
     def drop(self, entry: Entry, trash: Trash) -> None:
@@ -60,7 +55,7 @@ class Removal:
         """Takes back `count`. The caller has the lock, and must `finish`."""
         trash.blobs += self._shelf.release(entry.files())
         self._holdings.release(entry.owner, entry.files())
-        self._holdings.count(entry.owner, -RECORD_BYTES)
+        self._holdings.count(entry.owner, -entry.own_bytes)
 
     def finish(self, trash: Trash) -> None:
         """Removes files from the disk. The caller must not have the lock.

@@ -9,6 +9,7 @@ from threading import Condition
 import torch
 
 from secateur_server.devices import passes_of
+from secateur_server.durable import DISK_BLOCK
 from secateur_server.errors import (
     DataLoss,
     InvalidRequest,
@@ -22,7 +23,7 @@ from secateur_server.runtime.context import RequestContext
 from secateur_server.store.blobs import Part, disk_bytes
 from secateur_server.store.clock import Clock
 from secateur_server.store.holdings import Holdings, Upload
-from secateur_server.store.records import RECORD_BYTES, StoredFile
+from secateur_server.store.records import StoredFile
 from secateur_server.store.room import Room
 from secateur_server.store.shelf import Shelf, Trash
 
@@ -131,7 +132,7 @@ class Uploads:
             self._holdings.discard(before)
             upload.part, upload.writing = before.part, before.writing
         else:
-            missing = disk_bytes(upload.size) + RECORD_BYTES
+            missing = disk_bytes(upload.size) + DISK_BLOCK  # a record has one or more
             self._room.check(upload.owner, missing, upload.quota)
             upload.part = Part(self._scratch / secrets.token_hex(8))
         self._holdings.add(upload)
