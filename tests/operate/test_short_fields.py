@@ -202,6 +202,13 @@ def test_many_unknown_fields_are_refused_and_not_listed(
     assert sum(listed) <= unknown._MOST_UNKNOWN_BYTES
 
 
+def test_a_long_message_with_an_unknown_field_is_not_decoded_again(listed: list[int]) -> None:
+    raw = request_of(masks).SerializeToString()
+    with pytest.raises(UnknownField, match="has a field that this server") as caught:
+        taken(raw + field(1, UNKNOWN))
+    assert (caught.value.field, listed) == ("header", [])
+
+
 def test_many_unknown_fields_of_a_unary_call_are_refused(channel: grpc.Channel) -> None:
     request = checkpoints_pb2.QueryUploadRequest()
     request.MergeFromString(UNKNOWN * 100_000)

@@ -17,8 +17,8 @@ from secateur_server.runtime.context import RequestContext
 
 # Bytes of memory for a byte of a header: 20 as protobuf's objects, if it has the smallest messages.
 _DECODED = 20
-# Names, messages and entries of maps below SHORT_BYTES in one message. That many take 0.2 s.
-MOST_SHORT_FIELDS = 1_500_000
+# Names, messages and entries of maps below SHORT_BYTES in one message. That many take 0.25 s.
+MOST_SHORT_FIELDS = 1_350_000
 SHORT_BYTES = 32
 # What is counted at once.
 _PIECE = 1 << 20

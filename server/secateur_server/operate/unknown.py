@@ -13,8 +13,9 @@ from secateur_server.errors import UnknownField
 _PACKAGE = pruner_pb2.DESCRIPTOR.package
 # The search for the field at fault is bounded in messages, and in bytes of unknown fields: protobuf
 # lists 1.5 million of these a second, and lets no other thread run meanwhile. Beyond the bounds the
-# error names the outermost message.
-_MOST_SEARCHED, _MOST_UNKNOWN_BYTES = 10_000, 64 << 10
+# error names the outermost message. So it does for a long message, which would be decoded again: a
+# map, whose entries now come in the order of their hashes, takes seconds then.
+_MOST_SEARCHED, _MOST_UNKNOWN_BYTES, _MOST_BYTES = 10_000, 64 << 10, 1 << 20
 
 
 def check_known(message: Message, has_other_fields: bool) -> None:
@@ -44,15 +45,16 @@ def _check_parts(message: Message, path: str) -> None:
     before = message.SerializeToString()
     message.DiscardUnknownFields()
     if unknown := len(before) - message.ByteSize():
-        raise _found(type(message).FromString(before), path, unknown)
+        if unknown > _MOST_UNKNOWN_BYTES or len(before) > _MOST_BYTES:
+            raise _error(message, path, "a field")
+        raise _found(type(message).FromString(before), path)
 
 
-def _found(message: Message, path: str, size: int) -> UnknownField:
-    """The error for a message with unknown fields of `size` bytes, in it or in its parts."""
-    if size <= _MOST_UNKNOWN_BYTES:
-        for at, part in islice(_parts(message, path), _MOST_SEARCHED):
-            if len(fields := UnknownFieldSet(part)):
-                return _error(part, at, f"field {fields[0].field_number}")
+def _found(message: Message, path: str) -> UnknownField:
+    """The error for a message with unknown fields, in it or in its parts."""
+    for at, part in islice(_parts(message, path), _MOST_SEARCHED):
+        if len(fields := UnknownFieldSet(part)):
+            return _error(part, at, f"field {fields[0].field_number}")
     return _error(message, path, "a field")
 
 
