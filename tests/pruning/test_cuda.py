@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from secateur_server.pruning import select
 from torch import Tensor
 
 from secateur_server import backends
+from secateur_server.cut import select
 from secateur_server.cut.prune import prune
 from secateur_server.granularity.element import Element
 from secateur_server.granularity.slice import Slice

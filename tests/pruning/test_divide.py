@@ -7,9 +7,6 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from secateur_server.pruning import divide as of_divide
-from secateur_server.pruning import divide_small
-from secateur_server.pruning import energy as of_energy
 from torch import Tensor
 
 from secateur_server.backends import kernels
@@ -17,6 +14,9 @@ from secateur_server.backends.cpu import Compiled, Cpu
 from secateur_server.backends.keys import BITS
 from secateur_server.backends.passes import Cut, Passes
 from secateur_server.backends.randomness import RandomScores, random_keys, random_scores
+from secateur_server.cut import divide as of_divide
+from secateur_server.cut import divide_small
+from secateur_server.cut import energy as of_energy
 from secateur_server.cut.divide import Division, Query, count_below, divide
 from secateur_server.cut.energy import energies
 from secateur_server.cut.lamp import divide_by_lamp

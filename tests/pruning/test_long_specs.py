@@ -9,12 +9,12 @@ import grpc
 import pytest
 import safetensors.torch
 import torch
-from secateur_server.pruning import resolve as resolve_module
 
 import secateur
 from secateur_proto import spec_pb2 as pb
 from secateur_server.errors import InvalidSpec, Stopped
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec import resolve as resolve_module
 from secateur_server.spec.decode import (
     MOST_ENTRIES,
     MOST_GROUPS,

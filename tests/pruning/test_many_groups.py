@@ -8,12 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from secateur_server.pruning import groups_at_once, select_each
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur_proto import spec_pb2 as pb
+from secateur_server.cut import select_each
 from secateur_server.cut.prune import prune
 from secateur_server.errors import AmountOutOfRange
+from secateur_server.granularity import groups_at_once
 from secateur_server.granularity.group import Group
 from secateur_server.importance.magnitude import Magnitude
 from secateur_server.importance.random import Random

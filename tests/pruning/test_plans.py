@@ -12,11 +12,11 @@ import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from secateur_server.pruning import energy
 from torch import Tensor
 
 from secateur_proto import plan_pb2, pruner_pb2, spec_pb2
 from secateur_proto.pruner_pb2_grpc import PrunerStub
+from secateur_server.cut import energy
 from secateur_server.cut.choice import Choice
 from secateur_server.cut.plan import plan
 from secateur_server.cut.removed import Outcome, Removed

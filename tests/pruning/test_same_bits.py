@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from secateur_server.pruning import select
 from torch import Tensor
 
 from secateur_server.backends.looks import SPACING
 from secateur_server.backends.passes import Passes
+from secateur_server.cut import select
 from secateur_server.cut.choice import Choice
 from secateur_server.cut.prune import prune as apply_rules
 from secateur_server.granularity.element import Element

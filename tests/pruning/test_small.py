@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from secateur_server.messages import columns
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 import secateur
 from secateur_proto import report_pb2 as pb
 from secateur_proto.report_pb2 import SparsityReport
+from secateur_server.api.convert import columns
 from secateur_server.api.convert.report import encode_report
 from secateur_server.backends import batches, kernels
 from secateur_server.backends.batches import SMALL

@@ -13,8 +13,16 @@ log = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+# Of most file systems: a file takes whole ones.
+DISK_BLOCK = 4096
+
 # What says nothing about a file: the process, or the system, has no room to open one more.
 NO_MORE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+def blocks_of(size: int) -> int:
+    """The bytes that a file of `size` bytes takes on disk."""
+    return -(-size // DISK_BLOCK) * DISK_BLOCK
 
 
 @contextmanager

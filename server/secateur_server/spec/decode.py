@@ -101,8 +101,8 @@ def _selection(context: RequestContext, selection: pb.Selection, path: str) -> S
         granularity=granularity,
         scope=_one_of(SCOPES, selection, "scope", path),
         amount=_amount(context, selection, path),
-        scores=dict(selection.importance_scores),
-        scales=dict(selection.scales),
+        scores=dict(context.each(selection.importance_scores.items())),
+        scales=dict(context.each(selection.scales.items())),
         of_all=selection.of_all,
         groups=groups,
         combination=_one_of(COMBINATIONS, selection, "combination", path),
@@ -265,7 +265,7 @@ def _macs(context: RequestContext, macs: pb.Macs, path: str) -> Budget:
             raise AmountOutOfRange(
                 f"{path}.per_unit[{quote(name)}]", f"{cost} is not in (0, {MOST_OPERATIONS:g}]"
             )
-    return Budget(macs.target, dict(macs.per_unit))
+    return Budget(macs.target, dict(context.each(macs.per_unit.items())))
 
 
 def _table(context: RequestContext, table: pb.Table, path: str) -> Table:

@@ -17,7 +17,7 @@ from blake3 import blake3
 from secateur_server.backends.faults import Torn
 from secateur_server.backends.mapping import map_file
 from secateur_server.errors import DataLoss, StoreFailed, TakenOver, quote
-from secateur_server.runtime.disk import NO_MORE, DurableFile, disk_errors, sync_folder
+from secateur_server.runtime.disk import NO_MORE, DurableFile, blocks_of, disk_errors, sync_folder
 
 BLOCK = 1 << 20
 _SUM_BYTES = 32
@@ -30,7 +30,7 @@ def sums_bytes(size: int) -> int:
 
 def disk_bytes(size: int) -> int:
     """What a blob of `size` bytes takes on disk, with its sums."""
-    return size + sums_bytes(size)
+    return blocks_of(size) + blocks_of(sums_bytes(size))
 
 
 class Part:

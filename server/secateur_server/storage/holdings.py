@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from secateur_server.storage.blobs import Part
-from secateur_server.storage.records import RECORD_BYTES, Record, StoredFile
+from secateur_server.storage.records import Record, StoredFile
 from secateur_server.storage.references import References
 
 
@@ -29,7 +29,7 @@ class Entry:
     @property
     def own_bytes(self) -> int:
         """What its record takes on disk."""
-        return RECORD_BYTES
+        return self.record.disk_bytes
 
     def files(self) -> list[StoredFile]:
         """The files that it uses."""

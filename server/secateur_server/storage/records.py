@@ -7,20 +7,18 @@ import secrets
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from blake3 import blake3
 
 from secateur_server.errors import DataLoss
-from secateur_server.runtime.disk import write_whole
+from secateur_server.runtime.disk import blocks_of, write_whole
 
 log = logging.getLogger(__name__)
 
 PREFIX = "checkpoints/"
-
-# What a record is counted for: a block of most file systems.
-RECORD_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -50,9 +48,25 @@ class Record:
         """Its name, as callers know it."""
         return PREFIX + self.id
 
+    @cached_property
+    def disk_bytes(self) -> int:
+        """What it takes on disk, without its files."""
+        return blocks_of(len(self.encoded()))
+
     def blobs(self) -> list[StoredFile]:
         """All that it needs."""
         return [*self.files, *([self.masks] if self.masks else [])]
+
+    def encoded(self) -> bytes:
+        """What its file has: a digest, and JSON."""
+        fields = {
+            "id": self.id,
+            "create_time": self.create_time,
+            "files": self.files,
+            "masks": self.masks,
+        }
+        text = json.dumps(fields, separators=(",", ":"), default=vars).encode()
+        return b"%s\n%s\n" % (blake3(text).hexdigest().encode(), text)
 
 
 def new_record(files: tuple[StoredFile, ...], masks: StoredFile | None) -> Record:
@@ -63,9 +77,7 @@ def new_record(files: tuple[StoredFile, ...], masks: StoredFile | None) -> Recor
 
 def write_record(folder: Path, record: Record) -> None:
     """Puts a record on disk.  Errors: StoreFull, StoreFailed."""
-    text = json.dumps(asdict(record), separators=(",", ":"))
-    digest = blake3(text.encode()).hexdigest()
-    write_whole(record_path(folder, record.id), f"{digest}\n{text}\n".encode())
+    write_whole(record_path(folder, record.id), record.encoded())
 
 
 def record_path(folder: Path, ident: str) -> Path:

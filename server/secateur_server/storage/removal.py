@@ -15,7 +15,6 @@ from secateur_server.runtime.disk import disk_errors
 from secateur_server.storage.folders import FolderLock
 from secateur_server.storage.holdings import Entry, Holdings
 from secateur_server.storage.records import (
-    RECORD_BYTES,
     record_path,
     remove_records,
     write_record,
@@ -47,7 +46,7 @@ class Removal:
     def count(self, entry: Entry) -> None:
         """Counts a checkpoint, and keeps its blobs. The caller has the lock."""
         self._shelf.acquire(entry.files())
-        self._holdings.count(entry.owner, RECORD_BYTES)
+        self._holdings.count(entry.owner, entry.own_bytes)
         self._holdings.acquire(entry.owner, entry.files())
 
     def drop(self, entry: Entry, trash: Trash) -> None:
@@ -60,7 +59,7 @@ class Removal:
         """Takes back `count`. The caller has the lock, and must `finish`."""
         trash.blobs += self._shelf.release(entry.files())
         self._holdings.release(entry.owner, entry.files())
-        self._holdings.count(entry.owner, -RECORD_BYTES)
+        self._holdings.count(entry.owner, -entry.own_bytes)
 
     def finish(self, trash: Trash) -> None:
         """Removes files from the disk. The caller must not have the lock.

@@ -32,7 +32,6 @@ from secateur_server.storage.folders import FolderLock
 from secateur_server.storage.holdings import Entry, Holding, Holdings, Upload
 from secateur_server.storage.records import (
     PREFIX,
-    RECORD_BYTES,
     Record,
     StoredFile,
     new_record,
@@ -278,7 +277,7 @@ class Store:
         entry = Entry(owner, new_record(files, masks), self._clock.now())
         path = self._record_path(owner, entry.record.id)
         with self._lock:
-            evicted = self._make_room(owner, RECORD_BYTES, quota)
+            evicted = self._make_room(owner, entry.own_bytes, quota)
             self._shelf.acquire(entry.files())
             self._holdings.acquire(owner, entry.files())
         try:

@@ -19,10 +19,11 @@ from secateur_server.errors import (
     quote,
 )
 from secateur_server.runtime.context import RequestContext
+from secateur_server.runtime.disk import DISK_BLOCK
 from secateur_server.storage.blobs import Part, disk_bytes
 from secateur_server.storage.clock import Clock
 from secateur_server.storage.holdings import Holdings, Upload
-from secateur_server.storage.records import RECORD_BYTES, StoredFile
+from secateur_server.storage.records import StoredFile
 from secateur_server.storage.room import Room
 from secateur_server.storage.shelf import Shelf, Trash
 
@@ -131,7 +132,7 @@ class Uploads:
             self._holdings.discard(before)
             upload.part, upload.writing = before.part, before.writing
         else:
-            missing = disk_bytes(upload.size) + RECORD_BYTES
+            missing = disk_bytes(upload.size) + DISK_BLOCK  # a record has one or more
             self._room.check(upload.owner, missing, upload.quota)
             upload.part = Part(self._scratch / secrets.token_hex(8))
         self._holdings.add(upload)

@@ -2,7 +2,7 @@
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from secateur_proto.checkpoint_pb2 import PHASE_PRUNE, PHASE_READ, PHASE_WRITE
+from secateur_proto.checkpoint_pb2 import PHASE_PRUNE, PHASE_READ, PHASE_WAIT, PHASE_WRITE
 from secateur_proto.checkpoint_pb2 import Checkpoint as CheckpointMessage
 from secateur_proto.checkpoint_pb2 import File as FileMessage
 from secateur_proto.checkpoint_pb2 import Progress as ProgressMessage
@@ -45,6 +45,7 @@ def progress_message(watch: RequestContext) -> ProgressMessage:
     name, total, begin = watch.now
     phase, before, behind = _PHASES[name]
     within = min(1.0, (watch.done - begin) / total) if total else 0.0
+    phase = PHASE_WAIT if watch.is_waiting else phase
     watch.share = max(watch.share, before + (behind - before) * within)
     return ProgressMessage(phase=phase, read_bytes=watch.read, share=watch.share)
 
