@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from secateur_server.devices.dtypes import TORCH_DTYPES
-from secateur_server.devices.looks import Seen
+from secateur_server.backends.dtypes import TORCH_DTYPES
+from secateur_server.backends.looks import Seen
 
 
 @dataclass(frozen=True)
