@@ -23,7 +23,7 @@ from secateur_server.messages.report import encode_report
 from secateur_server.messages.server_info import encode_server_info
 from secateur_server.messages.spec import decode_spec
 from secateur_server.messages.stream import Bytes, open_request, responses
-from secateur_server.messages.warnings import warnings_of
+from secateur_server.messages.warnings import changes_of, warnings_of
 from secateur_server.model import Model, masks_of, packed_masks
 from secateur_server.pruning.measure import fold
 from secateur_server.pruning.plan import plan
@@ -119,15 +119,17 @@ class Pruner:
                 report = encode_report(
                     context, pruned.items(), model.catalog, incoming.digest(), digest, outcomes
                 )
+                changes = changes_of(context, report, model.catalog, before)
                 report.warnings.extend(
-                    warnings_of(context, report, asked, rules, model.catalog, before)
+                    warnings_of(context, report, asked, rules, model.catalog, changes)
                 )
-        result = pb.PruneResult(report=report)
+        result = pb.PruneResult()
+        result.report.CopyFrom(report)  # which takes less time than to construct it with a report
         incoming.check_unchanged()
         with self._kept(context, landing, incoming, pruned, result) if landing else nullcontext():
             written = self._written(context, header.destination_uri, result, files, incoming)
         self._sources.metrics.reported(context, report)
-        self._sources.metrics.pruned(context, before, report)
+        self._sources.metrics.pruned(context, sum(change.pruned for change in changes), report)
         return written
 
     @contextmanager

@@ -19,7 +19,7 @@ from secateur_server.errors import Stopped
 from secateur_server.messages.plan import encode_plan
 from secateur_server.messages.report import encode_report
 from secateur_server.messages.spec import decode_spec
-from secateur_server.messages.warnings import warnings_of
+from secateur_server.messages.warnings import changes_of, warnings_of
 from secateur_server.pruning.plan import plan
 from secateur_server.pruning.prune import prune
 from secateur_server.pruning.resolve import resolve
@@ -77,7 +77,8 @@ def work(context: RequestContext, name: str, is_plan: bool) -> None:
         return
     pruned, choices = prune(context, PARAMETERS, rules, {})
     report = encode_report(context, pruned.items(), CATALOG, "", "", choices)
-    warnings_of(context, report, asked, rules, CATALOG, PARAMETERS)
+    changes = changes_of(context, report, CATALOG, PARAMETERS)
+    warnings_of(context, report, asked, rules, CATALOG, changes)
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from secateur_server.messages.columns import (
     nested,
     numbers,
     texts,
-    together,
 )
 from secateur_server.messages.spec import fraction_of
 from secateur_server.messages.tables import encode_choices
@@ -133,7 +132,8 @@ def _planned(outcome: Outcome, planned: PlannedTensors, names: Sequence[str]) ->
     removed = _table(outcome.removed, names)
     elements, energy, whole = removed.elements, removed.energy, removed.whole
     pruned, totals = planned.before + elements, planned.totals
-    tensors = together(
+    tensors = nested(
+        2,
         planned.names,
         numbers(2, pruned),
         numbers(3, totals),
@@ -148,7 +148,7 @@ def _planned(outcome: Outcome, planned: PlannedTensors, names: Sequence[str]) ->
         norm_removed=float(_norm_shares(np.array([total(energy)]), np.array([total(whole)]))[0]),
         kept_bytes=int(((totals - pruned) * planned.itemsizes).sum()),
     )
-    return [nested(2, tensors).data.tobytes(), said.SerializeToString()]
+    return [tensors.data.tobytes(), said.SerializeToString()]
 
 
 def _table(removed: Mapping[str, Removed], names: Sequence[str]) -> RemovedTable:
