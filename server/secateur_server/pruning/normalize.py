@@ -6,7 +6,7 @@ Each is made of exact sums by halves, so that neither the machine nor the thread
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -44,8 +44,7 @@ def normalized(
     ]
     floor = min([0.0, *(scale.least for scale in scales)])
     return [
-        replace(
-            ranking,
+        ranking._replace(
             scores=_scaled(context, _tensor_of(ranking), scale, floor),
             offset=floor,
             sample=None,

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -190,8 +190,7 @@ class CustomMasks:
 Rule = Selection | CustomMasks
 
 
-@dataclass(frozen=True)
-class Parameter:
+class Parameter(NamedTuple):
     """A tensor that can be pruned.
 
     weight: of a dtype of devices.dtypes.PRUNABLE; only measure.fold writes to it.
