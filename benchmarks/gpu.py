@@ -26,9 +26,10 @@ from common import (
 )
 from secateur_server import devices
 from secateur_server.devices.cuda import Cuda
-from secateur_server.pruning.granularity import Element
+from secateur_server.granularity.element import Element
+from secateur_server.importance.magnitude import Magnitude
 from secateur_server.pruning.prune import prune
-from secateur_server.pruning.spec import Magnitude, Parameter, Selection
+from secateur_server.pruning.spec import Parameter, Selection
 from secateur_server.runtime.context import RequestContext
 
 ROUNDS = 9

@@ -33,6 +33,7 @@ from secateur_proto import spec_pb2 as pb
 Plain = Mapping[str, Any]
 
 _SCOPES = {
+    "row": pb.SCOPE_PER_ROW,
     "tensor": pb.SCOPE_PER_TENSOR,
     "global": pb.SCOPE_GLOBAL,
     "isomorphic": pb.SCOPE_ISOMORPHIC,

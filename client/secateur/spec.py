@@ -260,8 +260,8 @@ def select(
     """Prunes the least important units of tensors: every choice by itself.
 
     importance, granularity: what the functions of secateur.choices make, or the name of one.
-    scope: what is ranked together: each "tensor", all ("global"), or tensors of names that differ
-        in their numbers alone ("isomorphic").
+    scope: what is ranked together: the units of each output "row" of a tensor, each "tensor", all
+        ("global"), or tensors of names that differ in their numbers alone ("isomorphic").
     normalization: of each tensor's importances: "mean", "norm" or "z_score".
     allocation: how a total is divided: by "rank" (None), "uniform", "erk" or "lamp".
     of_all: whether the amount is of all units, those that are pruned already among them.

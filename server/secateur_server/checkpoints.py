@@ -25,9 +25,8 @@ from secateur_server.mapped import map_model, of_blob
 from secateur_server.messages.checkpoint import checkpoint_message, file_message
 from secateur_server.messages.files import check_count, decode_file, decode_files, page_token
 from secateur_server.messages.stream import Bytes, open_request, responses
-from secateur_server.model import masks_of, packed_masks
+from secateur_server.outputs import OUTPUTS
 from secateur_server.runtime.context import RequestContext
-from secateur_server.service import folded_files
 from secateur_server.sources import Sources
 from secateur_server.store.blobs import Blob
 from secateur_server.store.records import Record, StoredFile
@@ -108,7 +107,7 @@ class Checkpoints:
     ) -> Iterator[pb.DownloadResponse | Data]:
         """Returns a checkpoint's model."""
         output = message.output or pruner_pb2.OUTPUT_DENSE
-        if output not in pruner_pb2.Output.values() or output == pruner_pb2.OUTPUT_NONE:
+        if output not in OUTPUTS or output == pruner_pb2.OUTPUT_NONE:
             raise InvalidRequest("output", f"{message.output} is nothing to download")
         with ExitStack() as held:
             opened = held.enter_context(self._store.open(context.tenant.owner, message.name))
@@ -129,8 +128,7 @@ class Checkpoints:
         files = [of_blob(blob) for blob in blobs]
         mapped_masks = of_blob(masks) if masks else None
         model, read = map_model(context, files, mapped_masks, ({}, {}))
-        is_dense = output == pruner_pb2.OUTPUT_DENSE
-        is_changed = masks or (is_dense and model.catalog.pairs)
+        is_changed = masks or (output == pruner_pb2.OUTPUT_DENSE and model.catalog.pairs)
         if output != pruner_pb2.OUTPUT_MASKS and not is_changed:
             return [_as_stored(blob) for blob in blobs]
         size, scheduler = sum(len(file.data) for file in files), self._sources.scheduler
@@ -138,12 +136,7 @@ class Checkpoints:
         held.enter_context(scheduler.model(context, "name", memory))
         with scheduler.cores(context, size):
             read(None)
-            if output == pruner_pb2.OUTPUT_MASKS:
-                made = [packed_masks(context, masks_of(model.parameters))]
-            elif is_dense:
-                made = folded_files(context, model, model.parameters)
-            else:
-                made = model.files(context, ())
+            made = OUTPUTS[output].files(context, model, model.parameters)
         for file in files:
             file.check_unchanged()
         return made

@@ -6,10 +6,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from torch import Tensor
 
 from secateur_proto.index import SUFFIX
+from secateur_server.devices.masks import Mask
 from secateur_server.errors import InvalidStateDict
 from secateur_server.model import Model, Shard
 from secateur_server.pruning.catalog import Stored
-from secateur_server.pruning.masks import Mask
 from secateur_server.runtime.context import RequestContext
 from secateur_server.store.blobs import Blob
 from secateur_server.wire.header import Header

@@ -9,9 +9,9 @@ from torch import Tensor
 from secateur_proto.ties import read_ties, write_ties
 from secateur_server.devices import passes_of, spans
 from secateur_server.devices.dtypes import TORCH_DTYPES
+from secateur_server.devices.masks import Mask
 from secateur_server.errors import InvalidPair, InvalidStateDict, quote
 from secateur_server.pruning.catalog import Catalog, Shape, Stored, match, read_catalog
-from secateur_server.pruning.masks import Mask
 from secateur_server.pruning.measure import folded
 from secateur_server.pruning.prune import to_mask
 from secateur_server.pruning.spec import Parameter

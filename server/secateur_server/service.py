@@ -14,7 +14,6 @@ from secateur_proto.plan_pb2 import PruningPlan
 from secateur_server.devices.cpu import one_thread
 from secateur_server.devices.threads import started_pool
 from secateur_server.errors import CheckpointNotFound, InvalidRequest
-from secateur_server.forms import form_bytes
 from secateur_server.landing import Landing
 from secateur_server.messages.checkpoint import checkpoint_message, file_message, progress_message
 from secateur_server.messages.columns import field_head
@@ -25,7 +24,9 @@ from secateur_server.messages.spec import decode_spec
 from secateur_server.messages.stream import Bytes, open_request, responses
 from secateur_server.messages.warnings import changes_of, warnings_of
 from secateur_server.model import Model, masks_of, packed_masks
-from secateur_server.pruning.measure import fold
+from secateur_server.outputs import OUTPUTS
+from secateur_server.outputs.dense import folded_files
+from secateur_server.outputs.hollow import hollow_model
 from secateur_server.pruning.plan import plan
 from secateur_server.pruning.prior import prune_zeros
 from secateur_server.pruning.prune import prune
@@ -63,8 +64,8 @@ class Pruner:
         first, data = open_request(messages, self._count_received(context))
         header = first.header
         rules = decode_spec(context, header.spec)
-        if header.output not in pb.Output.values():
-            raise InvalidRequest("header.output", f"{header.output} is no output")
+        if header.output not in OUTPUTS:
+            raise InvalidRequest("header.output", f"{header.output} is not an output")
         if header.destination_uri and header.output == pb.OUTPUT_NONE:
             raise InvalidRequest("header.destination_uri", "OUTPUT_NONE writes nothing there")
         _check_prior(header)
@@ -105,16 +106,16 @@ class Pruner:
         incoming = self._sources.open(context, header, data, extras, held, landing)
         model = incoming.model
         rules = resolve(context, asked, model.catalog)
-        is_whole = header.output in (pb.OUTPUT_DENSE, pb.OUTPUT_REPARAMETRIZED)
-        read_whole = None if is_whole else {name for rule in rules for name in rule.reads()}
+        output = OUTPUTS[header.output]
+        needed = None if output.needs_model else {name for rule in rules for name in rule.reads()}
         with context.stage("receive"):
-            incoming.read(read_whole)
+            incoming.read(needed)
         with self._cores(context, incoming):
             context.begin("prune")
             before = _before(context, header, model, rules)
             pruned, outcomes = prune(context, before, rules, model.extras)
             with context.stage("encode"):
-                files = _prune_output(context, header.output, model, pruned)
+                files = output.files(context, model, pruned)
                 digest = files[0].blake3 if len(files) == 1 else ""
                 report = encode_report(
                     context, pruned.items(), model.catalog, incoming.digest(), digest, outcomes
@@ -194,12 +195,13 @@ class Pruner:
                 state = {**before, **prune(context, before, rules[:-1], model.extras)[0]}
                 at = "header.amounts" if header.amounts else ""
                 outcomes = plan(context, planned, amounts, state, model.extras, at)
-            pruned = {name for rule in rules for name in rule.names()}
-            sizes = form_bytes(model, [name for name in state if name in pruned])
+            named = {name for rule in rules for name in rule.names()}
+            pruned = [name for name in state if name in named]
+            hollow = hollow_model(model, pruned)
             rest = PruningPlan(
-                masks_bytes=sizes.masks,
-                reparametrized_bytes=sizes.reparametrized,
-                dense_bytes=sizes.dense,
+                masks_bytes=OUTPUTS[pb.OUTPUT_MASKS].size(hollow, pruned),
+                reparametrized_bytes=OUTPUTS[pb.OUTPUT_REPARAMETRIZED].size(hollow, pruned),
+                dense_bytes=OUTPUTS[pb.OUTPUT_DENSE].size(hollow, pruned),
                 input_blake3=incoming.digest(),
             )
             amounts_bytes = encode_plan(context, outcomes, state, planned.tensors)
@@ -321,27 +323,6 @@ def _before(
     """The parameters before the first of `rules`, which are resolved."""
     parameters = dict(model.parameters)
     return prune_zeros(context, parameters, rules) if header.prior == pb.PRIOR_ZEROS else parameters
-
-
-def _prune_output(
-    context: RequestContext, output: int, model: Model, pruned: dict[str, Parameter]
-) -> Files:
-    if output == pb.OUTPUT_NONE:
-        return []
-    if output in (pb.OUTPUT_UNSPECIFIED, pb.OUTPUT_MASKS):
-        return [packed_masks(context, masks_of(pruned))]
-    model.parameters |= pruned
-    if output == pb.OUTPUT_REPARAMETRIZED:
-        return model.files(context, ())
-    return folded_files(context, model, model.parameters)
-
-
-def folded_files(context: RequestContext, model: Model, parameters: dict[str, Parameter]) -> Files:
-    """A model's files with the masks of some parameters applied for good."""
-    if not model.is_mapped:
-        for parameter in parameters.values():
-            fold(context, parameter)
-    return model.files(context, parameters)
 
 
 def add_pruner(pruner: Pruner, server: grpc.Server) -> str:

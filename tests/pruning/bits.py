@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from secateur_server.pruning.masks import Mask, mask_of
+from secateur_server.devices.masks import Mask, mask_of
 from secateur_server.pruning.spec import Parameter
 from secateur_server.runtime.context import RequestContext
 

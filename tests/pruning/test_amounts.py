@@ -15,9 +15,12 @@ from torch import Tensor
 
 from secateur_proto import spec_pb2
 from secateur_server.errors import AmountOutOfRange, InvalidSpec, UnknownTensor
-from secateur_server.pruning.granularity import NM, Block, Slice
+from secateur_server.granularity.block import Block
+from secateur_server.granularity.n_m import NM
+from secateur_server.granularity.slice import Slice
+from secateur_server.importance.magnitude import Magnitude
 from secateur_server.pruning.resolve import resolve
-from secateur_server.pruning.spec import Budget, Magnitude, Parameter, Selection, Table, Threshold
+from secateur_server.pruning.spec import Budget, Parameter, Selection, Table, Threshold
 from secateur_server.runtime.context import RequestContext
 from tests.conftest import examples
 from tests.contract import raw

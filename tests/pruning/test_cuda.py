@@ -11,18 +11,14 @@ import torch
 from torch import Tensor
 
 from secateur_server import devices
+from secateur_server.granularity.element import Element
+from secateur_server.granularity.slice import Slice
+from secateur_server.importance.magnitude import Magnitude
+from secateur_server.importance.random import Random
 from secateur_server.pruning import select
-from secateur_server.pruning.granularity import Element, Slice
 from secateur_server.pruning.measure import fold, measure
 from secateur_server.pruning.prune import prune
-from secateur_server.pruning.spec import (
-    CustomMasks,
-    Magnitude,
-    Parameter,
-    Random,
-    Rule,
-    Selection,
-)
+from secateur_server.pruning.spec import CustomMasks, Parameter, Rule, Selection
 from secateur_server.runtime.context import RequestContext
 from tests.pruning.bits import unpacked
 

@@ -15,10 +15,11 @@ import secateur
 from secateur_server.devices import kernels
 from secateur_server.devices.cpu import Compiled, Cpu
 from secateur_server.devices.passes import Passes
-from secateur_server.pruning.granularity import Element
+from secateur_server.granularity.element import Element
+from secateur_server.importance.magnitude import Magnitude
 from secateur_server.pruning.measure import measure
 from secateur_server.pruning.prune import prune
-from secateur_server.pruning.spec import Magnitude, Parameter, Selection
+from secateur_server.pruning.spec import Parameter, Selection
 from secateur_server.runtime.context import RequestContext
 from tests.conftest import examples
 from tests.pruning.bits import packed

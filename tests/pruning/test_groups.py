@@ -16,15 +16,9 @@ from torch import Tensor
 
 from secateur_proto import pruner_pb2, spec_pb2
 from secateur_server.errors import InvalidSpec, NanScores
-from secateur_server.pruning.spec import (
-    Group,
-    GuardRails,
-    Magnitude,
-    Member,
-    Parameter,
-    Rail,
-    Random,
-)
+from secateur_server.importance.magnitude import Magnitude
+from secateur_server.importance.random import Random
+from secateur_server.pruning.spec import Group, GuardRails, Member, Parameter, Rail
 from tests.conftest import examples
 from tests.contract import raw
 from tests.pruning.bits import packed

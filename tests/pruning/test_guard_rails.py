@@ -17,14 +17,7 @@ from secateur_server.errors import AmountOutOfRange, InvalidSpec, UnknownTensor
 from secateur_server.pruning.catalog import Stored, read_catalog
 from secateur_server.pruning.choice import Choice
 from secateur_server.pruning.resolve import resolve
-from secateur_server.pruning.spec import (
-    Budget,
-    GuardRails,
-    Parameter,
-    Rail,
-    Selection,
-    Threshold,
-)
+from secateur_server.pruning.spec import Budget, GuardRails, Parameter, Rail, Selection, Threshold
 from secateur_server.runtime.context import RequestContext
 from tests.conftest import examples
 from tests.pruning.bits import packed

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur_proto import spec_pb2 as pb
 from secateur_server.errors import AmountOutOfRange
+from secateur_server.importance.magnitude import Magnitude
+from secateur_server.importance.random import Random
 from secateur_server.messages.spec import decode_spec
 from secateur_server.pruning import groups_at_once, select_each
 from secateur_server.pruning.prune import prune
@@ -19,10 +21,8 @@ from secateur_server.pruning.resolve import resolve
 from secateur_server.pruning.spec import (
     Group,
     GuardRails,
-    Magnitude,
     Parameter,
     Rail,
-    Random,
     Selection,
     Table,
     Threshold,

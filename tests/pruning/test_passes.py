@@ -12,14 +12,16 @@ from torch import Tensor
 from secateur_server.devices import kernels
 from secateur_server.devices.cpu import Compiled, Cpu
 from secateur_server.devices.keys import BITS
+from secateur_server.devices.masks import any_of_slices, expand
+from secateur_server.devices.norms import slice_norms
 from secateur_server.devices.passes import Passes, Piece
 from secateur_server.devices.randomness import RandomScores
-from secateur_server.pruning.granularity import Element
-from secateur_server.pruning.masks import any_of_slices, spread
+from secateur_server.granularity.element import Element
+from secateur_server.importance.magnitude import Magnitude
+from secateur_server.importance.random import Random
 from secateur_server.pruning.measure import measure
-from secateur_server.pruning.norms import slice_norms
 from secateur_server.pruning.prune import prune
-from secateur_server.pruning.spec import Magnitude, Parameter, Random, Scope, Selection
+from secateur_server.pruning.spec import Parameter, Scope, Selection
 from secateur_server.runtime.context import RequestContext
 from tests.conftest import examples
 from tests.pruning.bits import packed, unpacked
@@ -271,7 +273,7 @@ def test_slices_and_their_elements(shape: list[int], data: st.DataObject, piece:
     flags = noise.reshape(-1)
     with pytest.MonkeyPatch.context() as small:
         small.setattr(Passes, "piece", piece)
-        mask = spread(RequestContext(), kept, shape, dim)
+        mask = expand(RequestContext(), kept, shape, dim)
         found = any_of_slices(
             RequestContext(), lambda begin, end: flags[begin:end], shape, dim, CPU
         )

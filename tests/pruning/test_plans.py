@@ -17,9 +17,14 @@ from torch import Tensor
 from secateur_proto import plan_pb2, pruner_pb2, spec_pb2
 from secateur_proto.pruner_pb2_grpc import PrunerStub
 from secateur_server.errors import AmountOutOfRange
+from secateur_server.granularity.block import Block
+from secateur_server.granularity.element import Element
+from secateur_server.granularity.n_m import NM
+from secateur_server.granularity.slice import Slice
+from secateur_server.importance.magnitude import Magnitude
+from secateur_server.importance.random import Random
 from secateur_server.pruning import energy
 from secateur_server.pruning.choice import Choice
-from secateur_server.pruning.granularity import NM, Block, Element, Slice
 from secateur_server.pruning.plan import plan
 from secateur_server.pruning.removed import Outcome, Removed
 from secateur_server.pruning.spec import (
@@ -27,11 +32,9 @@ from secateur_server.pruning.spec import (
     Budget,
     Group,
     GuardRails,
-    Magnitude,
     Member,
     Parameter,
     Rail,
-    Random,
     Selection,
     Table,
     Threshold,

@@ -12,11 +12,14 @@ from torch import Tensor
 
 from secateur_server.devices.looks import SPACING
 from secateur_server.devices.passes import Passes
+from secateur_server.granularity.element import Element
+from secateur_server.granularity.slice import Slice
+from secateur_server.importance.magnitude import Magnitude
+from secateur_server.importance.random import Random
 from secateur_server.pruning import select
 from secateur_server.pruning.choice import Choice
-from secateur_server.pruning.granularity import Element, Slice
 from secateur_server.pruning.prune import prune as apply_rules
-from secateur_server.pruning.spec import Magnitude, Parameter, Random, Scope, Selection
+from secateur_server.pruning.spec import Parameter, Scope, Selection
 from secateur_server.runtime.context import RequestContext
 from tests.conftest import examples
 from tests.pruning.bits import packed, unpacked

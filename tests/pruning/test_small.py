@@ -19,12 +19,13 @@ from secateur_server.devices import batches, kernels
 from secateur_server.devices.batches import SMALL
 from secateur_server.devices.looks import Seen
 from secateur_server.errors import AmountOutOfRange, NanScores, Stopped
+from secateur_server.importance.random import Random
 from secateur_server.messages import columns
 from secateur_server.messages.report import encode_report
 from secateur_server.pruning.choice import ChoiceTable
 from secateur_server.pruning.plan import plan
 from secateur_server.pruning.prune import prune
-from secateur_server.pruning.spec import Parameter, Random
+from secateur_server.pruning.spec import Parameter
 from secateur_server.runtime.context import RequestContext
 from tests.conftest import examples
 from tests.pruning.bits import packed, unpacked

@@ -7,7 +7,9 @@ import numpy as np
 
 from secateur_proto import plan_pb2 as pb
 from secateur_proto.pruner_pb2 import PlanHeader
+from secateur_server.devices.norms import total
 from secateur_server.errors import InvalidRequest, InvalidSpec
+from secateur_server.fields import fraction_of
 from secateur_server.messages.columns import (
     Array,
     Column,
@@ -17,10 +19,8 @@ from secateur_server.messages.columns import (
     numbers,
     texts,
 )
-from secateur_server.messages.spec import fraction_of
 from secateur_server.messages.tables import encode_choices
 from secateur_server.pruning.choice import ChoiceTable
-from secateur_server.pruning.norms import total
 from secateur_server.pruning.plan_small import is_planned_by_runs
 from secateur_server.pruning.removed import Outcome, Removed, RemovedTable
 from secateur_server.pruning.spec import Amount, Parameter, Rule, Selection

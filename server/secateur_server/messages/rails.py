@@ -2,7 +2,7 @@
 
 from secateur_proto import spec_pb2 as pb
 from secateur_server.errors import AmountOutOfRange
-from secateur_server.messages.repeated import check_length
+from secateur_server.fields import check_length
 from secateur_server.pruning.spec import GuardRails, Rail
 from secateur_server.runtime.context import RequestContext
 

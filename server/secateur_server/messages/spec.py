@@ -2,16 +2,15 @@
 
 import math
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
-
-from google.protobuf.message import Message
 
 from secateur_proto import spec_pb2 as pb
 from secateur_server.errors import AmountOutOfRange, InvalidSpec, quote
+from secateur_server.fields import check_length, chosen, fraction_of
+from secateur_server.granularity import GRANULARITIES, Granularity
+from secateur_server.importance import IMPORTANCES
 from secateur_server.messages.rails import decode_rails
-from secateur_server.messages.repeated import check_length
-from secateur_server.pruning.granularity import NM, Block, Element, Granularity, Slice
 from secateur_server.pruning.spec import (
     Allocation,
     Amount,
@@ -19,10 +18,8 @@ from secateur_server.pruning.spec import (
     Combination,
     CustomMasks,
     Group,
-    Magnitude,
     Member,
     Normalization,
-    Random,
     Rule,
     Scope,
     Selection,
@@ -34,6 +31,7 @@ from secateur_server.runtime.context import RequestContext
 Choice = TypeVar("Choice")
 
 SCOPES: dict[int, Scope] = {
+    pb.SCOPE_PER_ROW: "row",
     pb.SCOPE_PER_TENSOR: "tensor",
     pb.SCOPE_GLOBAL: "global",
     pb.SCOPE_ISOMORPHIC: "isomorphic",
@@ -58,9 +56,6 @@ COMBINATIONS: dict[int, Combination] = {
     pb.COMBINATION_SUM: "sum",
     pb.COMBINATION_MAX: "max",
 }
-
-# A longer one is no pattern that hardware has, and takes long to rank.
-LONGEST_PATTERN = 1024
 
 # Of one unit: sums of them stay within the doubles, and whole numbers exact for most models.
 MOST_OPERATIONS = 1e15
@@ -87,7 +82,7 @@ def decode_spec(context: RequestContext, spec: pb.PruningSpec) -> list[Rule]:
 
 
 def _rule(context: RequestContext, rule: pb.Rule, path: str) -> Rule:
-    if _chosen(rule, "method", path) == "selection":
+    if chosen(rule, "method", path) == "selection":
         return _selection(context, rule.selection, f"{path}.selection")
     path = f"{path}.custom_masks"
     if not rule.custom_masks.masks:
@@ -103,7 +98,7 @@ def _selection(context: RequestContext, selection: pb.Selection, path: str) -> S
     decoded = Selection(
         path=path,
         tensors=tuple(selection.tensors),
-        importance=_importance(selection, granularity, path),
+        importance=IMPORTANCES[chosen(selection, "importance", path)](selection, granularity, path),
         granularity=granularity,
         scope=_one_of(SCOPES, selection, "scope", path),
         amount=_amount(context, selection, path),
@@ -122,8 +117,9 @@ def _selection(context: RequestContext, selection: pb.Selection, path: str) -> S
 
 def _check_together(rule: Selection) -> None:
     """Refuses choices that do not go together."""
-    is_random = isinstance(rule.importance, Random)
+    is_random = not rule.importance.is_measured
     is_share = isinstance(rule.amount, float | int)
+    is_table = isinstance(rule.amount, Table)
     is_bytes = isinstance(rule.amount, Budget) and rule.amount.per_unit is None
     refused = {
         "importance_scores": (is_random and rule.scores, "random importance takes no scores"),
@@ -137,15 +133,23 @@ def _check_together(rule: Selection) -> None:
             "random importance has no threshold",
         ),
         "allocation": (
-            rule.allocation != "rank" and (not is_share or rule.scope == "tensor"),
+            rule.allocation != "rank" and (not is_share or rule.scope in ("row", "tensor")),
             "divides a fraction or a count among tensors that are ranked together",
         ),
         "table": (
-            isinstance(rule.amount, Table) and rule.scope != "tensor",
-            "SCOPE_PER_TENSOR only",
+            is_table and rule.scope not in ("row", "tensor"),
+            "SCOPE_PER_TENSOR or SCOPE_PER_ROW only",
+        ),
+        "scope": (
+            rule.scope == "row" and (rule.granularity is None or not (is_share or is_table)),
+            "rows of units take a fraction or a count of each row, and groups have no rows",
+        ),
+        "guard_rails.rails": (
+            rule.scope == "row" and rule.guard_rails.rails,
+            "bound what is ranked together, and each row is ranked by itself",
         ),
         "bytes": (is_bytes and rule.granularity is None, "groups have units of several sizes"),
-        "of_all": (rule.of_all and not is_share and not isinstance(rule.amount, Table), "no count"),
+        "of_all": (rule.of_all and not is_share and not is_table, "no count"),
     }
     for field, (is_wrong, why) in refused.items():
         if is_wrong:
@@ -164,35 +168,13 @@ def _one_of(choices: dict[int, Choice], selection: pb.Selection, field: str, pat
 
 
 def _granularity(selection: pb.Selection, path: str) -> Granularity | None:
-    make = GRANULARITIES.get(selection.granularity)
-    if make is None:
-        raise InvalidSpec(f"{path}.granularity", f"{selection.granularity} is no granularity")
-    return make(selection, path)
-
-
-def _n_m(selection: pb.Selection, path: str) -> Granularity:
-    n, m = selection.pattern.n, selection.pattern.m
-    if not 1 <= n < m <= LONGEST_PATTERN:
-        raise InvalidSpec(
-            f"{path}.pattern", f"{n}:{m} is no pattern with 1 <= n < m <= {LONGEST_PATTERN}"
-        )
-    return NM(n, m, selection.dim)
-
-
-def _block(selection: pb.Selection, path: str) -> Granularity:
-    shape = tuple(selection.block.shape)
-    if not any(shape):
-        raise InvalidSpec(f"{path}.block.shape", "at least one length that is not 0 is needed")
-    return Block(shape, selection.block.as_matrix)
-
-
-GRANULARITIES: dict[int, Callable[[pb.Selection, str], Granularity | None]] = {
-    pb.GRANULARITY_ELEMENT: lambda selection, path: Element(),
-    pb.GRANULARITY_SLICE: lambda selection, path: Slice(selection.dim),
-    pb.GRANULARITY_N_M: _n_m,
-    pb.GRANULARITY_BLOCK: _block,
-    pb.GRANULARITY_GROUP: lambda selection, path: None,
-}
+    """None for groups."""
+    if selection.granularity == pb.GRANULARITY_GROUP:
+        return None
+    decode = GRANULARITIES.get(selection.granularity)
+    if decode is None:
+        raise InvalidSpec(f"{path}.granularity", f"{selection.granularity} is not a granularity")
+    return decode(selection, path)
 
 
 def _groups(context: RequestContext, selection: pb.Selection, path: str) -> tuple[Group, ...]:
@@ -259,49 +241,21 @@ def _indices(context: RequestContext, indices: Sequence[int]) -> Sequence[int]:
     return found
 
 
-def _importance(
-    selection: pb.Selection, granularity: Granularity | None, path: str
-) -> Magnitude | Random:
-    if _chosen(selection, "importance", path) == "random":
-        return Random(selection.random.seed)
-    if isinstance(granularity, Element):
-        return Magnitude()
-    magnitude, path = selection.magnitude, f"{path}.magnitude"
-    if _chosen(magnitude, "norm", path) == "p":
-        if math.isnan(magnitude.p):
-            raise InvalidSpec(f"{path}.p", "the order of a norm cannot be NaN")
-        return Magnitude(magnitude.p)
-    if selection.scope != pb.SCOPE_PER_TENSOR or not isinstance(granularity, Slice):
-        raise InvalidSpec(f"{path}.matrix_norm", "is of slices of one tensor only")
-    if magnitude.matrix_norm == pb.MATRIX_NORM_FROBENIUS:
-        return Magnitude(2.0)
-    if magnitude.matrix_norm == pb.MATRIX_NORM_NUCLEAR:
-        return Magnitude("nuc")
-    raise InvalidSpec(f"{path}.matrix_norm", f"{magnitude.matrix_norm} is no matrix norm")
-
-
 def _amount(context: RequestContext, selection: pb.Selection, path: str) -> Amount:
-    chosen = _chosen(selection, "amount", path)
-    if chosen == "fraction":
+    amount = chosen(selection, "amount", path)
+    if amount == "fraction":
         return fraction_of(selection.fraction, f"{path}.fraction")
-    if chosen == "threshold":
+    if amount == "threshold":
         if math.isnan(selection.threshold):
             raise AmountOutOfRange(f"{path}.threshold", "NaN is no threshold")
         return Threshold(selection.threshold)
-    if chosen == "bytes":
+    if amount == "bytes":
         return Budget(selection.bytes)
-    if chosen == "macs":
+    if amount == "macs":
         return _macs(context, selection.macs, f"{path}.macs")
-    if chosen == "table":
+    if amount == "table":
         return _table(context, selection.table, f"{path}.table.entries")
     return int(selection.count)
-
-
-def fraction_of(value: float, field: str) -> float:
-    """A fraction.  Errors: AmountOutOfRange."""
-    if not 0.0 <= value <= 1.0:
-        raise AmountOutOfRange(field, f"{value} is not in [0, 1]")
-    return value
 
 
 def _macs(context: RequestContext, macs: pb.Macs, path: str) -> Budget:
@@ -325,12 +279,3 @@ def _table(context: RequestContext, table: pb.Table, path: str) -> Table:
             raise InvalidSpec(f"{path}[{index}].tensors", f"{quote(entry.tensors)} is there twice")
         fractions[entry.tensors] = fraction_of(entry.fraction, f"{path}[{index}].fraction")
     return Table(fractions)
-
-
-def _chosen(message: Message, oneof: str, path: str) -> str:
-    chosen: str | None = message.WhichOneof(oneof)
-    if chosen is None:
-        fields = message.DESCRIPTOR.oneofs_by_name[oneof].fields
-        choices = " or ".join(field.name for field in fields)
-        raise InvalidSpec(f"{path}.{oneof}", f"{choices} is needed")
-    return chosen

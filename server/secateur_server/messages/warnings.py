@@ -13,7 +13,7 @@ from secateur_server.errors import quote
 from secateur_server.messages.missed import missed_weights
 from secateur_server.messages.report import MOST_NAMED
 from secateur_server.pruning.catalog import Catalog, Shape
-from secateur_server.pruning.spec import CustomMasks, Magnitude, Parameter, Rule, Selection, Table
+from secateur_server.pruning.spec import CustomMasks, Parameter, Rule, Selection, Table
 from secateur_server.runtime.context import RequestContext
 
 # Names in a line for people.
@@ -190,11 +190,8 @@ def _zero_before(pruning: Pruning) -> pb.Warning | None:
 
 def _ranks_zeros_lowest(rule: Selection) -> bool:
     """Whether a unit has the importance 0 where all of its weights are 0, and nowhere else."""
-    if not isinstance(rule.importance, Magnitude):
-        return False
-    p = rule.importance.p
     return (
-        (p == "nuc" or p >= 0)
+        rule.importance.ranks_zeros_lowest
         and not rule.scores
         and not rule.scales
         and rule.normalization != "z_score"

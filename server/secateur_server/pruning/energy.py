@@ -8,8 +8,8 @@ from torch import Tensor
 
 from secateur_server.devices import Span, passes_of, spans
 from secateur_server.devices.keys import BITS
+from secateur_server.devices.norms import row_sums
 from secateur_server.devices.passes import PART, Cut
-from secateur_server.pruning.norms import row_sums
 from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.select import piece_of
 from secateur_server.runtime.context import RequestContext

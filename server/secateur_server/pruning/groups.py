@@ -9,12 +9,11 @@ from torch import Tensor
 
 from secateur_server.devices import passes_of, spans
 from secateur_server.devices.keys import signed_bits
+from secateur_server.devices.masks import Mask, any_of_slices, expand, mask_of_flags
+from secateur_server.devices.norms import vector_norms
 from secateur_server.devices.passes import around
 from secateur_server.errors import DimOutOfRange, InvalidSpec, quote
 from secateur_server.pruning.catalog import Catalog, unmatched
-from secateur_server.pruning.granularity import flags_mask
-from secateur_server.pruning.masks import Mask, any_of_slices, spread
-from secateur_server.pruning.norms import vector_norms
 from secateur_server.pruning.spec import Group, Member, Parameter
 from secateur_server.runtime.context import RequestContext
 
@@ -108,7 +107,7 @@ def alive_units(
         of_units = found[slices_of(member, found.device)].any(1)
         alive = of_units if alive is None else alive | of_units
     assert alive is not None, "a group has a member"
-    return flags_mask(context, alive)
+    return mask_of_flags(context, alive)
 
 
 def member_scores(
@@ -137,7 +136,7 @@ def member_scores(
     return torch.cat(passes.map(context, scores_of, parts))
 
 
-def spread_group(
+def expand_group(
     context: RequestContext, kept: Mask, group: Group, parameters: Mapping[str, Parameter]
 ) -> dict[str, Mask]:
     """The masks of a group's tensors when the units `kept` stay."""
@@ -148,7 +147,7 @@ def spread_group(
         stays = torch.ones(shape[member.dim], dtype=torch.bool, device=units.device)
         going = slices_of(member, units.device)[~units]
         stays[going.reshape(-1)] = False
-        mask = spread(context, stays, shape, member.dim)
+        mask = expand(context, stays, shape, member.dim)
         before = masks.get(member.tensor)
         masks[member.tensor] = mask if before is None else mask.both(context, before)
     return masks

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from secateur_server.devices import passes_of, spans
 from secateur_server.devices.keys import signed_bits
+from secateur_server.devices.masks import Mask, flags_of, masks_of
+from secateur_server.devices.norms import vector_norms
 from secateur_server.devices.passes import around
-from secateur_server.pruning.groups import alive_units, member_scores, slices_of, spread_group
-from secateur_server.pruning.masks import Mask, flags_of, masks_of
-from secateur_server.pruning.norms import vector_norms
+from secateur_server.pruning.groups import alive_units, expand_group, member_scores, slices_of
 from secateur_server.pruning.spec import Group, Member, Parameter
 from secateur_server.runtime.context import RequestContext
 
@@ -71,20 +71,20 @@ def scores_of_members(
 def masks_of_groups(
     context: RequestContext, groups: Sequence[Group], kept: Sequence[Mask], parameters: Parameters
 ) -> list[dict[str, Mask]]:
-    """For each group, as spread_group.  kept: the units that stay, of each group."""
+    """For each group, as expand_group.  kept: the units that stay, of each group."""
 
     def many(places: Sequence[int]) -> Sequence[dict[str, Mask]]:
         going = ~flags_of([kept[place] for place in places])
         found: list[dict[str, Mask]] = [{} for _ in places]
         for members in _slots(groups, places):
-            spread = _spread(members, going, parameters)
-            for masks, member, mask in zip(found, members, spread, strict=True):
+            expanded = _expanded(members, going, parameters)
+            for masks, member, mask in zip(found, members, expanded, strict=True):
                 before = masks.get(member.tensor)
                 masks[member.tensor] = mask if before is None else mask.both(context, before)
         return found
 
     def one(place: int) -> dict[str, Mask]:
-        return spread_group(context, kept[place], groups[place], parameters)
+        return expand_group(context, kept[place], groups[place], parameters)
 
     return _each(context, groups, parameters, many, one)
 
@@ -165,7 +165,7 @@ def _scores(members: Sequence[Member], parameters: Parameters, p: float) -> Tens
     return norms.view(len(members), -1)
 
 
-def _spread(members: Sequence[Member], going: Tensor, parameters: Parameters) -> list[Mask]:
+def _expanded(members: Sequence[Member], going: Tensor, parameters: Parameters) -> list[Mask]:
     """The masks of the members' tensors.  going: bool, (members, units)."""
     outer, size, inner = around(parameters[members[0].tensor].weight.shape, members[0].dim)
     stays = torch.ones(len(members) * size, dtype=torch.bool, device=going.device)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from secateur_server.devices import passes_of, spans
 from secateur_server.devices.keys import picked
+from secateur_server.devices.masks import Mask, any_of_slices, mask_of
 from secateur_server.devices.passes import around
-from secateur_server.pruning.masks import Mask, any_of_slices, mask_of
 from secateur_server.pruning.spec import Parameter
 from secateur_server.pruning.structure import Structure, structure_of, structure_of_few
 from secateur_server.runtime.context import RequestContext

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from secateur_server.devices import Span, passes_of, room_to_work, spans
 from secateur_server.devices.keys import picked, ranked_as
+from secateur_server.devices.masks import Mask
+from secateur_server.devices.norms import rounded_to, row_sums, total, vector_norms
 from secateur_server.devices.passes import PART
 from secateur_server.errors import InvalidSpec, quote
-from secateur_server.pruning.masks import Mask
-from secateur_server.pruning.norms import rounded_to, row_sums, total, vector_norms
 from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.spec import Selection
 from secateur_server.runtime.context import RequestContext

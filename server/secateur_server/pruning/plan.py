@@ -10,13 +10,13 @@ from torch import Tensor
 from secateur_server.devices import passes_of, spans
 from secateur_server.devices.batches import are_many
 from secateur_server.devices.keys import score_at
+from secateur_server.devices.masks import Mask
+from secateur_server.devices.norms import row_sums, total
 from secateur_server.devices.passes import PART, Cut
 from secateur_server.pruning.amounts import Decision, decide
 from secateur_server.pruning.choice import Choice
 from secateur_server.pruning.divide import Query, divide
 from secateur_server.pruning.energy import energies
-from secateur_server.pruning.masks import Mask
-from secateur_server.pruning.norms import row_sums, total
 from secateur_server.pruning.plan_small import (
     EachOutcome,
     is_planned_by_runs,
@@ -51,7 +51,8 @@ def plan(
     rule: resolved.  parameters, extras: as of prune.
     at: the path of `amounts`, for errors, where they are not the rule's own.  Errors: InvalidSpec.
     """
-    if rule.groups:  # they overlap: what is left of a tensor only its mask tells
+    # Groups overlap: what is left of a tensor only its mask tells. Rows have a cut each.
+    if rule.groups or rule.scope == "row":
         return [
             _tried(context, replace(rule, amount=a), parameters, extras)
             for a in context.each(amounts)

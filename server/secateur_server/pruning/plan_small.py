@@ -13,23 +13,23 @@ from secateur_server.devices.batches import batched
 from secateur_server.devices.keys import BITS, score_at
 from secateur_server.pruning.amounts import number_of
 from secateur_server.pruning.choice import Choice, ChoiceTable, Floats, Ints
-from secateur_server.pruning.granularity import Element
 from secateur_server.pruning.lamp import lamp_scores
 from secateur_server.pruning.removed import Removed, RemovedTable
 from secateur_server.pruning.runs import Runs, energies, runs_of
 from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.select import score_dtype
 from secateur_server.pruning.small import batch_of, ranking_of, values_of
-from secateur_server.pruning.spec import Amount, Magnitude, Parameter, Selection
+from secateur_server.pruning.spec import Amount, Parameter, Selection
 from secateur_server.runtime.context import RequestContext
 
 
 def is_planned_by_runs(rule: Selection, amounts: Sequence[Amount]) -> bool:
     """Whether shares or numbers of elements go, by the magnitude of the weights alone."""
-    is_of_weights = isinstance(rule.importance, Magnitude) and not (rule.scores or rule.scales)
+    is_of_weights = rule.importance.is_measured and not (rule.scores or rule.scales)
     is_plain = rule.allocation in ("rank", "lamp") and not rule.guard_rails.rails
     return (
-        isinstance(rule.granularity, Element)
+        rule.is_of_elements
+        and rule.scope != "row"
         and is_of_weights
         and is_plain
         and rule.normalization is None

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from secateur_server.devices import passes_of
+from secateur_server.devices.masks import Mask, mask_of
 from secateur_server.devices.passes import Cut
 from secateur_server.errors import InvalidMask, quote
 from secateur_server.pruning.amounts import Decision, decide, first_key, is_plain, wanted
 from secateur_server.pruning.choice import Choice, ChoiceTable
 from secateur_server.pruning.divide import count_below
-from secateur_server.pruning.granularity import NM, Element
 from secateur_server.pruning.groups_at_once import masks_of_groups
 from secateur_server.pruning.lamp_small import prune_by_lamp
-from secateur_server.pruning.masks import Mask, mask_of
 from secateur_server.pruning.plan_small import is_planned_by_runs
+from secateur_server.pruning.rows import select_in_rows
 from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.select import score_dtype, select, threshold
 from secateur_server.pruning.select_each import select_each
@@ -27,7 +27,7 @@ from secateur_server.pruning.small import (
     prune_small,
     prune_together,
 )
-from secateur_server.pruning.spec import CustomMasks, Parameter, Random, Rule, Selection, Threshold
+from secateur_server.pruning.spec import CustomMasks, Parameter, Rule, Selection, Threshold
 from secateur_server.pruning.subjects import (
     Masks,
     Subject,
@@ -199,7 +199,7 @@ def _choose(
     extras: Mapping[str, Tensor],
 ) -> tuple[Masks, Choice]:
     """Selects among the units of all tensors, or groups, that are ranked together."""
-    if isinstance(rule.granularity, Element) and are_small(names, state):
+    if rule.is_of_elements and rule.scope != "row" and are_small(names, state):
         if is_plain(rule) and rule.normalization is None:
             return prune_together(context, rule, names, state, extras)
         if rule.allocation == "lamp" and is_planned_by_runs(rule, [rule.amount]):
@@ -210,7 +210,7 @@ def _choose(
         kept, choice = _select(context, rule, subjects)
     masks: Masks = {}
     for subject, units in zip(context.each(subjects), kept, strict=True):
-        _add(context, masks, subject.spread(context, units), state)
+        _add(context, masks, subject.expand(context, units), state)
     return masks, choice
 
 
@@ -229,11 +229,11 @@ def _choose_groups(
     every = [subject.name for those in subjects for subject in those]
     kept = [units for those, _ in selected for units in those]
     groups = [rule.groups_by_name[name] for name in every]
-    spread = iter(masks_of_groups(context, groups, kept, state))
+    expanded = iter(masks_of_groups(context, groups, kept, state))
     chosen = []
     for those, choice in selected:
         masks: Masks = {}
-        for _, found in zip(those, spread, strict=False):
+        for _, found in zip(those, expanded, strict=False):
             _add(context, masks, found, state)
         chosen.append((masks, choice))
     return chosen
@@ -288,9 +288,13 @@ def _select(
     """Which units stay."""
     names = tuple(subject.name for subject in subjects)
     alive = sum(subject.alive for subject in subjects)
+    if rule.scope == "row":
+        (subject,) = subjects
+        units, pruned = select_in_rows(context, rule, subject.ranking, subject.rows)
+        return [units], Choice(names, alive, pruned, pruned)
     if is_plain(rule):
         count = int(wanted(rule, subjects, rule.amount))
-        if isinstance(rule.granularity, NM) and count == alive:
+        if rule.is_of_parts and count == alive:
             kept = [_none(subject.ranking) for subject in subjects]
             return kept, choice_of(rule, names, alive, alive, Decision((), count))
         kept, cut = select(context, [subject.ranking for subject in subjects], alive, count)
@@ -349,9 +353,9 @@ def choice_of(
     rule: Selection, names: tuple[str, ...], alive: int, pruned: int, decision: Decision
 ) -> Choice:
     """What is reported of a decision."""
-    value = None if isinstance(rule.importance, Random) else decision.threshold
+    value = decision.threshold if rule.importance.is_measured else None
     ties, ties_pruned = decision.ties, decision.ties_pruned
-    if isinstance(rule.granularity, NM) and pruned == alive:  # no group was ranked
+    if rule.is_of_parts and pruned == alive:  # no group was ranked
         value, ties, ties_pruned = None, 0, 0
     requested, bounds = decision.requested, decision.bounds
     return Choice(names, alive, requested, pruned, value, ties, ties_pruned, bounds)

@@ -11,7 +11,6 @@ import torch
 from secateur_server.devices.dtypes import FP8, PRUNABLE, WIRE_DTYPES
 from secateur_server.errors import (
     AmountOutOfRange,
-    DimOutOfRange,
     InvalidMask,
     InvalidScores,
     InvalidSpec,
@@ -21,7 +20,6 @@ from secateur_server.errors import (
 )
 from secateur_server.pruning.catalog import Catalog, Shape, Stored, match, unmatched
 from secateur_server.pruning.globs import matches
-from secateur_server.pruning.granularity import Element, Slice
 from secateur_server.pruning.groups import resolve_group
 from secateur_server.pruning.spec import (
     Amount,
@@ -29,7 +27,6 @@ from secateur_server.pruning.spec import (
     CustomMasks,
     Group,
     GuardRails,
-    Magnitude,
     Rail,
     Rule,
     Selection,
@@ -41,8 +38,6 @@ Value = TypeVar("Value")
 
 # Tensors of all rules: the work of a request is their number.
 MOST_PRUNED = 300_000
-# Steps of a singular value decomposition, which cannot be interrupted: about a second.
-MOST_OF_SVD = 1 << 30
 
 
 def resolve(context: RequestContext, rules: Sequence[Rule], catalog: Catalog) -> list[Rule]:
@@ -218,46 +213,18 @@ def _check_units(rule: Selection, name: str, shape: Shape) -> None:
     """Refuses a tensor that has no units of the rule's granularity."""
     granularity = rule.granularity
     assert granularity is not None, "groups name their tensors"
-    if isinstance(granularity, Slice):
-        _check_slices(rule, granularity.dim, name, shape)
-    elif not isinstance(granularity, Element) and (why := granularity.fits(shape)):
+    granularity.check(rule.path, name, shape)
+    if rule.scope == "row" and len(granularity.grid(shape)) < 2:
         raise NotStructured(
-            f"{rule.path}.granularity", f"{quote(name)} has shape {list(shape)}: {why}"
+            f"{rule.path}.scope",
+            f"{quote(name)} has shape {list(shape)}: its units have no rows; they need 2 "
+            "dimensions or more",
         )
+    rule.importance.check(rule.path, name, shape)
     is_bytes = isinstance(rule.amount, Budget) and rule.amount.per_unit is None
-    if is_bytes and granularity.sizes(shape) is None:
+    if is_bytes and granularity.unit_elements(shape) is None:
         raise AmountOutOfRange(
             f"{rule.path}.bytes", f"{quote(name)} {list(shape)} has units of several sizes"
-        )
-
-
-def _check_slices(rule: Selection, dim: int, name: str, shape: Shape) -> None:
-    field = f"{rule.path}.dim"
-    if len(shape) < 2:
-        raise NotStructured(
-            field,
-            f"{quote(name)} has shape {list(shape)}; slices need 2 dimensions or more: name only "
-            "such tensors, as [n for n, t in state_dict.items() if t.ndim > 1] does",
-        )
-    if not -len(shape) <= dim < len(shape):
-        raise DimOutOfRange(
-            field, f"{dim} is not in [{-len(shape)}, {len(shape)}) of {quote(name)} {list(shape)}"
-        )
-    if rule.importance == Magnitude("nuc"):
-        _check_nuclear(f"{rule.path}.magnitude.matrix_norm", name, shape, dim)
-
-
-def _check_nuclear(field: str, name: str, shape: Sequence[int], dim: int) -> None:
-    if len(shape) != 3:
-        raise NotStructured(
-            field, f"the nuclear norm needs 3 dimensions, {quote(name)} has shape {list(shape)}"
-        )
-    rows, columns = (size for index, size in enumerate(shape) if index != dim % 3)
-    if rows * columns * min(rows, columns) > MOST_OF_SVD:
-        raise InvalidSpec(
-            field,
-            f"a slice of {quote(name)} is a matrix of {rows} x {columns}: its singular values take "
-            "too long; use a matrix norm of another kind, or smaller slices",
         )
 
 
@@ -319,7 +286,9 @@ def _resolve_masks(context: RequestContext, rule: CustomMasks, catalog: Catalog)
         if mask.shape != shape and not is_packed:
             raise InvalidMask(field, _of_another_shape(mask, shape, "a mask"))
         masks.append((name, holder))
-    return replace(rule, masks=list(dict.fromkeys(masks)))
+    # A map has no order on the wire.
+    places = {name: place for place, name in enumerate(catalog.prunable)}
+    return replace(rule, masks=sorted(set(masks), key=lambda of: (places[of[0]], of[1])))
 
 
 def _extra(field: str, holder: str, catalog: Catalog) -> Stored:

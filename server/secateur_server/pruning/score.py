@@ -9,11 +9,12 @@ from torch import Tensor
 from secateur_server.devices import passes_of, spans
 from secateur_server.devices.keys import INFINITY, ranked_as
 from secateur_server.devices.looks import Sample, Seen
+from secateur_server.devices.masks import Mask
 from secateur_server.devices.randomness import RandomScores, random_scores
 from secateur_server.errors import NanScores
-from secateur_server.pruning.granularity import NM, Element, Granularity
-from secateur_server.pruning.masks import Mask
-from secateur_server.pruning.spec import Magnitude, Parameter, Random
+from secateur_server.granularity import Granularity
+from secateur_server.importance import Importance
+from secateur_server.pruning.spec import Parameter
 from secateur_server.runtime.context import RequestContext
 
 
@@ -49,7 +50,7 @@ def rank(
     name: str,
     parameter: Parameter,
     scores: Tensor | None,
-    importance: Magnitude | Random,
+    importance: Importance,
     granularity: Granularity,
     is_mean: bool,
     is_all: bool,
@@ -67,24 +68,23 @@ def rank(
     of_elements = scores is not None and scores.shape == weight.shape
     values = scores if scores is not None and of_elements else weight
     units = math.prod(granularity.grid(weight.shape))
-    alive = granularity.alive(context, values, mask)
-    if isinstance(importance, Random):
-        return Ranking(name, units, random_scores(importance.seed, name), alive, weight.device)
+    alive = granularity.candidates(context, values, mask)
+    if by_name := importance.by_name(name):
+        return Ranking(name, units, by_name, alive, weight.device)
     if scores is not None and not of_elements:
         refuse_nan(context, scores, alive, field)
         return Ranking(name, units, scores.reshape(-1), alive, weight.device)
     seen = parameter.seen if scores is None else None
-    is_n_m = isinstance(granularity, NM)
-    if scores is not None and alive is not None and not is_n_m:
-        mask = granularity.spread(context, alive, values, mask)  # what of the scores is read
+    if scores is not None and alive is not None and not granularity.is_part:
+        mask = granularity.expand(context, alive, values, mask)  # what of the scores is read
     refuse_nan(context, values, mask, field, seen)
     if is_all:
         return Ranking(name, units, random_scores(0, name), alive, weight.device)
     # As in torch: what is pruned counts as 0 in a weight's norm, and as it is in a caller's scores.
     # But of an N:M group only what is unpruned can go.
-    masked = mask if scores is None or is_n_m else None
-    of_units = granularity.scores(context, values, masked, importance.p, is_mean)
-    sample = seen.sample if seen and isinstance(granularity, Element) else None
+    masked = mask if scores is None or granularity.is_part else None
+    of_units = importance.scores(context, values, masked, granularity, is_mean)
+    sample = seen.sample if seen and granularity.is_element else None
     return Ranking(name, units, of_units, alive, weight.device, sample)
 
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from secateur_server.devices import passes_of, room_to_work, spans
 from secateur_server.devices.keys import BITS, as_keys, score_at
 from secateur_server.devices.looks import SPACING, sample_places
+from secateur_server.devices.masks import Mask
 from secateur_server.devices.passes import BYTES_OF_FEW, DIGIT_BITS, Cut, Passes, Piece
 from secateur_server.devices.randomness import RandomScores
-from secateur_server.pruning.masks import Mask
 from secateur_server.pruning.score import Ranking
 from secateur_server.runtime.context import RequestContext
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from secateur_server.devices import spans
 from secateur_server.devices.keys import BITS, as_keys
+from secateur_server.devices.masks import Mask, flags_of, masks_of
 from secateur_server.devices.passes import Cut
-from secateur_server.pruning.masks import Mask, flags_of, masks_of
 from secateur_server.pruning.score import Ranking
 from secateur_server.pruning.select import NOTHING, select
 from secateur_server.runtime.context import RequestContext

@@ -17,14 +17,14 @@ from secateur_server.devices.batches import (
     side_by_side,
 )
 from secateur_server.devices.keys import BITS, INFINITY
+from secateur_server.devices.masks import Mask
 from secateur_server.errors import quote
+from secateur_server.granularity.element import Element
 from secateur_server.pruning.amounts import is_plain, number_of
 from secateur_server.pruning.choice import Choice, ChoiceTable, Floats, Ints
-from secateur_server.pruning.granularity import Element
-from secateur_server.pruning.masks import Mask
 from secateur_server.pruning.score import Ranking, rank, refuse_nan
 from secateur_server.pruning.select import score_dtype, select, threshold
-from secateur_server.pruning.spec import Parameter, Random, Selection
+from secateur_server.pruning.spec import Parameter, Selection
 from secateur_server.pruning.subjects import Masks, scores_of
 from secateur_server.runtime.context import RequestContext
 
@@ -34,7 +34,7 @@ MOST_UNITS = 1 << 22
 
 def is_each_by_itself(rule: Selection) -> bool:
     """Whether a number of elements of each tensor is pruned, whatever is pruned of others."""
-    return isinstance(rule.granularity, Element) and rule.scope == "tensor" and is_plain(rule)
+    return rule.is_of_elements and rule.scope == "tensor" and is_plain(rule)
 
 
 def prune_small(
@@ -94,7 +94,7 @@ def ranking_of(
     """The ranking of a tensor whose units are its elements.  Errors: NanScores."""
     parameter = state[name]
     weight, mask, seen = parameter.weight, parameter.mask, parameter.seen
-    if rule.scores or rule.scales or isinstance(rule.importance, Random):
+    if rule.scores or rule.scales or not rule.importance.is_measured:
         scores, field = scores_of(rule, name, state, extras)
         by = rule.importance, Element()
         return rank(context, name, parameter, scores, *by, True, False, field)
@@ -128,7 +128,7 @@ def _prune(
     table.candidates[rows] = alive
     table.requested[rows] = table.pruned[rows] = going
     table.ties_pruned[rows], table.ties[rows] = cuts[:, 1], cuts[:, 2]
-    if not isinstance(rule.importance, Random):
+    if rule.importance.is_measured:
         table.thresholds[rows] = values_of(cuts[:, 0], dtype)
     return masks_of(rankings, kept)
 
@@ -189,7 +189,7 @@ def prune_together(
         living, scores = Mask(batch.alive, batch.bits.numel()), batch.bits.view(dtype)
         whole = Ranking("", living.elements, scores, living, rankings[0].device)
         (kept,), cut = select(context, [whole], alive, count)
-        value = None if isinstance(rule.importance, Random) else threshold(cut, dtype)
+        value = threshold(cut, dtype) if rule.importance.is_measured else None
     choice = Choice(tuple(names), alive, count, count, value, cut.equal, cut.ties)
     return masks_of(rankings, kept.bits), choice
 

@@ -8,22 +8,9 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from secateur_server.devices.looks import Seen
-from secateur_server.pruning.granularity import Granularity
-from secateur_server.pruning.masks import Mask
-
-
-@dataclass(frozen=True)
-class Magnitude:
-    """Importance is a norm. p: the order; "nuc" is the nuclear norm of a slice as a matrix."""
-
-    p: float | Literal["nuc"] = 1.0
-
-
-@dataclass(frozen=True)
-class Random:
-    """Importance is a pseudo-random number. seed: in [0, 2^64)."""
-
-    seed: int
+from secateur_server.devices.masks import Mask
+from secateur_server.granularity import Granularity
+from secateur_server.importance import Importance
 
 
 @dataclass(frozen=True)
@@ -112,7 +99,7 @@ class Group:
     members: tuple[Member, ...]
 
 
-Scope = Literal["tensor", "global", "isomorphic"]
+Scope = Literal["row", "tensor", "global", "isomorphic"]
 Combination = Literal["mean", "sum", "max"]
 Normalization = Literal["mean", "norm", "z_score"]
 Allocation = Literal["rank", "uniform", "erk", "lamp"]
@@ -132,7 +119,7 @@ class Selection:
 
     path: str
     tensors: tuple[str, ...]
-    importance: Magnitude | Random
+    importance: Importance
     granularity: Granularity | None
     scope: Scope
     amount: Amount
@@ -144,6 +131,16 @@ class Selection:
     normalization: Normalization | None = None
     allocation: Allocation = "rank"
     guard_rails: GuardRails = GuardRails()
+
+    @property
+    def is_of_elements(self) -> bool:
+        """Whether each unit is one element."""
+        return self.granularity is not None and self.granularity.is_element
+
+    @property
+    def is_of_parts(self) -> bool:
+        """As Granularity.is_part."""
+        return self.granularity is not None and self.granularity.is_part
 
     @cached_property
     def groups_by_name(self) -> Mapping[str, Group]:

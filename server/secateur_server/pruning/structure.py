@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from secateur_server.devices import passes_of
+from secateur_server.devices.masks import Mask
 from secateur_server.devices.passes import Layout, around
-from secateur_server.pruning.masks import Mask
-from secateur_server.pruning.tiles import Box, Tiles
+from secateur_server.granularity.tiles import Box, Tiles
 from secateur_server.runtime.context import RequestContext
 
 GROUPS = (2, 4, 8, 16)

@@ -8,20 +8,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from secateur_server.devices.randomness import RandomScores, random_scores
+from secateur_server.devices.masks import Mask
+from secateur_server.devices.randomness import RandomScores
 from secateur_server.errors import quote
-from secateur_server.pruning.granularity import NM, Element, Slice
-from secateur_server.pruning.groups import spread_group
+from secateur_server.pruning.groups import expand_group
 from secateur_server.pruning.groups_at_once import alive_of, scores_of_members
-from secateur_server.pruning.masks import Mask
 from secateur_server.pruning.normalize import combined, normalized
 from secateur_server.pruning.score import Ranking, rank, refuse_nan
 from secateur_server.pruning.spec import (
     Amount,
     Group,
-    Magnitude,
     Parameter,
-    Random,
     Selection,
 )
 from secateur_server.runtime.context import RequestContext
@@ -34,19 +31,21 @@ class Subject:
     """A tensor, or a group.
 
     alive: units that are still unpruned.
-    spread: the masks of its tensors when only the units of a mask stay, prior pruning not in them.
+    expand: the masks of its tensors when only the units of a mask stay, prior pruning not in them.
     costs: for each unit the elements that go with it, and the sum of their squares; None where a
         unit is an element.
     unit_bytes: of a unit; None where they differ.
+    rows: of the grid of its units; 0 of a group.
     sparse_share: what its density is in proportion to, by ERK; 0 of a group.
     """
 
     name: str
     ranking: Ranking
     alive: int
-    spread: Callable[[RequestContext, Mask], Masks]
+    expand: Callable[[RequestContext, Mask], Masks]
     costs: Callable[[RequestContext], tuple[Tensor, Tensor]] | None = None
     unit_bytes: int | None = None
+    rows: int = 0
     sparse_share: float = 0.0
 
 
@@ -54,7 +53,7 @@ def together(
     context: RequestContext, rule: Selection, names: Sequence[str]
 ) -> list[tuple[str, ...]]:
     """Which of the rule's tensors, or groups, are ranked together."""
-    if rule.scope == "tensor":
+    if rule.scope in ("row", "tensor"):
         return [(name,) for name in names]
     if rule.scope == "global":
         return [tuple(names)] if names else []
@@ -101,24 +100,26 @@ def _tensor(
     weight, mask = parameter.weight, parameter.mask
     scores, field = scores_of(rule, name, parameters, extras)
     # Slices of one tensor rank by their norm, bit for bit as torch has it.
-    is_mean = rule.scope != "tensor" or not isinstance(granularity, Slice)
+    is_mean = rule.scope != "tensor" or not granularity.is_normed
     # The scores of N:M groups take longer than all else, and are not asked for where all groups go.
     is_whole = is_everything(rule.amount) and not rule.guard_rails.rails
-    is_all = is_whole and isinstance(granularity, NM) and rule.allocation != "lamp"
+    is_all = is_whole and granularity.is_part and rule.allocation != "lamp"
     ranking = rank(
         context, name, parameter, scores, rule.importance, granularity, is_mean, is_all, field
     )
     values = scores if scores is not None and scores.shape == weight.shape else weight
-    sizes, shape = granularity.sizes(weight.shape), weight.shape
+    sizes, shape = granularity.unit_elements(weight.shape), weight.shape
+    grid = granularity.grid(shape)
     return Subject(
         name,
         ranking,
         ranking.count_alive(context),
-        lambda context, kept: {name: granularity.spread(context, kept, values, mask)},
+        lambda context, kept: {name: granularity.expand(context, kept, values, mask)},
         None
-        if isinstance(granularity, Element)
+        if granularity.is_element
         else lambda context: granularity.costs(context, weight, values, mask),
         None if sizes is None else sizes * weight.element_size(),
+        grid[0] if grid else 1,
         sum(shape) / weight.numel() if shape else 1.0,
     )
 
@@ -156,9 +157,9 @@ def subjects_of_groups(
     groups = [rule.groups_by_name[name] for names in ranked for name in names]
     alive = alive_of(context, groups, parameters)
     scores: list[tuple[Tensor | RandomScores, float]]
-    if isinstance(rule.importance, Random):
-        seed = rule.importance.seed
-        scores = [(random_scores(seed, group.name), 0.0) for group in context.each(groups)]
+    by_name = [rule.importance.by_name(group.name) for group in context.each(groups)]
+    if all(by_name):
+        scores = [(of_group, 0.0) for of_group in by_name if of_group]
     else:
         members = _member_scores(context, rule, groups, parameters, extras, alive)
         names, sizes = [group.name for group in groups], list(map(len, ranked))
@@ -181,8 +182,8 @@ def _group_subject(
     first = group.members[0]
     device = parameters[first.tensor].weight.device
     ranking = Ranking(group.name, first.units, scores, alive, device, offset=floor)
-    spread = partial(spread_group, group=group, parameters=parameters)
-    return Subject(group.name, ranking, ranking.count_alive(context), spread)
+    expand = partial(expand_group, group=group, parameters=parameters)
+    return Subject(group.name, ranking, ranking.count_alive(context), expand)
 
 
 def _member_scores(
@@ -194,7 +195,6 @@ def _member_scores(
     alive: Sequence[Mask | None],
 ) -> list[list[Tensor]]:
     """The scores of those of each group's members that are scored: each float64, flat."""
-    assert isinstance(rule.importance, Magnitude), "random scores are of groups"
     for group, living in zip(context.each(groups), alive, strict=True):
         if holder := rule.scores.get(group.name):  # in the place of all its members'
             refuse_nan(context, extras[holder], living, f"data[{quote(holder)}]")
@@ -203,7 +203,7 @@ def _member_scores(
     for name in context.each(dict.fromkeys(scored)):
         parameter, field = parameters[name], f"data[{quote(name)}]"
         refuse_nan(context, parameter.weight, parameter.mask, field, parameter.seen)
-    of_members = iter(scores_of_members(context, own, parameters, float(rule.importance.p)))
+    of_members = iter(scores_of_members(context, own, parameters, rule.importance.order))
     return [
         [extras[rule.scores[group.name]].to(torch.float64).abs()]
         if group.name in rule.scores

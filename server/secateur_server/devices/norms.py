@@ -8,8 +8,8 @@ from torch import Tensor
 
 from secateur_server.devices import passes_of, spans
 from secateur_server.devices.keys import ranked_as
+from secateur_server.devices.masks import Mask
 from secateur_server.devices.passes import EXACT_POWERS, Passes, around
-from secateur_server.pruning.masks import Mask
 from secateur_server.runtime.context import RequestContext
 
 
@@ -18,7 +18,7 @@ def slice_norms(
     values: Tensor,
     mask: Mask | None,
     dim: int,
-    p: float | str,
+    p: float,
     is_mean: bool = False,
 ) -> Tensor:
     """The norm of each slice, as torch.norm over all other dimensions.
@@ -36,17 +36,10 @@ def slice_norms(
 
     def norms_of(span: tuple[int, int]) -> Tensor:
         first, last = span
-        if p == "nuc":
-            slices = values.movedim(dim, 0)[first:last].to(torch.float64)
-            if kept is not None:
-                alive = kept.view(values.shape).movedim(dim, 0)[first:last]
-                slices = torch.where(alive, slices, 0.0)
-            # Singular values differ from device to device as well.
-            return _nuclear_norms(slices.cpu()).to(values.device)
         if kept is None:
-            return vector_norms(by_slice, first, last, float(p), passes, elements)
+            return vector_norms(by_slice, first, last, p, passes, elements)
         block = torch.where(kept[:, first:last], by_slice[:, first:last].to(dtype), 0.0)
-        return vector_norms(block, 0, last - first, float(p), passes, elements)
+        return vector_norms(block, 0, last - first, p, passes, elements)
 
     # Smaller pieces than elsewhere: as float64 they are to stay in the second-level cache.
     size = max(1, passes.piece // 8 // (shape[0] * shape[2]))
@@ -113,10 +106,3 @@ def row_sums(rows: Tensor) -> Tensor:
         rows = rows[:, :half] + rows[:, half : 2 * half]
         rows[:, :1] += odd if odd.shape[1] else 0.0
     return rows[:, 0]
-
-
-def _nuclear_norms(matrices: Tensor) -> Tensor:
-    """Sums of singular values; infinite for a matrix with an infinite element."""
-    finite = matrices.isfinite().flatten(1).all(1)
-    norms = torch.linalg.matrix_norm(torch.where(finite.view(-1, 1, 1), matrices, 0.0), "nuc")
-    return torch.where(finite, norms, math.inf)

@@ -90,6 +90,11 @@ def mask_of(context: RequestContext, flags: Flags, elements: int, device: torch.
     return Mask(bits, elements)
 
 
+def mask_of_flags(context: RequestContext, flags: Tensor) -> Mask:
+    """The mask of a bool tensor, flat."""
+    return mask_of(context, lambda begin, end: flags[begin:end], len(flags), flags.device)
+
+
 def masks_of(flags: Tensor) -> list[Mask]:
     """The mask of each line.  flags: bool, (masks, elements)."""
     lines = passes_of(flags.device).pack_lines(flags)
@@ -103,7 +108,7 @@ def flags_of(masks: Sequence[Mask]) -> Tensor:
     return flags.view(len(masks), -1)[:, : masks[0].elements]
 
 
-def spread(context: RequestContext, kept: Tensor, shape: Sequence[int], dim: int) -> Mask:
+def expand(context: RequestContext, kept: Tensor, shape: Sequence[int], dim: int) -> Mask:
     """The mask of a tensor from its slices along a dimension.  kept: bool, flat."""
     outer, size, inner = around(shape, dim)
     # Of the runs of `inner` elements every size-th belongs to one slice: where a piece begins
