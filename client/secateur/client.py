@@ -24,7 +24,7 @@ from secateur.others import check_names, check_spec, check_storable
 from secateur.paths import path_of
 from secateur.patience import Answer, Patience
 from secateur.plan import Plan, Sensitivity, decode_plan, encode_amounts, sensitivity_of
-from secateur.progress import Progress, show_progress, show_work
+from secateur.progress import Progress, noting_waits, show_progress, show_work
 from secateur.report import Report, decode_report
 from secateur.result import FinalizeResult, PruneResult
 from secateur.server_info import ServerInfo, decode_server_info
@@ -368,7 +368,7 @@ class Client:
                     return receive(call)
 
         def naming(left: float | None) -> tuple[Any, Received]:
-            with show_work(progress) as working:
+            with show_work(progress) as shown, noting_waits(shown) as working:
                 call = rpc(upload.messages(make, header, lambda count: None), timeout=left)
                 with errors_of(upload, call):
                     return receive(call, working)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
-from secateur.errors import SecateurError
+from secateur.errors import DeadlineExceeded, SecateurError
+from secateur_proto.checkpoint_pb2 import PHASE_WAIT
 
 # None: a bar where stderr is a terminal and tqdm is installed. A function gets bytes sent, total.
 Progress = bool | None | Callable[[int, int], None]
@@ -54,6 +55,31 @@ def show_work(progress: Progress) -> Iterator[Callable[[Any], None]]:
         yield working
         if shown < PARTS:
             advance(PARTS - shown)
+
+
+@contextmanager
+def noting_waits(working: Callable[[Any], None]) -> Iterator[Callable[[Any], None]]:
+    """Says of a call that runs out of time in the block that it waited, if the server told so last.
+
+    Args:
+        working: Is called with each progress message, as what the block yields.
+    """
+    is_waiting = False
+
+    def told(message: Any) -> None:
+        nonlocal is_waiting
+        is_waiting = message.phase == PHASE_WAIT
+        working(message)
+
+    try:
+        yield told
+    except DeadlineExceeded as error:
+        if not is_waiting or error.request_id is not None:  # the server's own words
+            raise
+        raise DeadlineExceeded(f"{error}; {_WAITED}") from error
+
+
+_WAITED = "until then the call waited for memory or cores of the server, which other calls had"
 
 
 def _accumulated(progress: Callable[[int, int], None], total: int) -> Callable[[int], None]:

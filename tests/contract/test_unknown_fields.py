@@ -14,7 +14,7 @@ from google.protobuf.message_factory import GetMessageClass
 import secateur
 from secateur_proto import checkpoints_pb2, pruner_pb2, spec_pb2
 from secateur_server.granularity import GRANULARITIES
-from secateur_server.messages.spec import ALLOCATIONS, SCOPES
+from secateur_server.spec.decode import ALLOCATIONS, SCOPES
 from tests.conftest import inner_server
 from tests.contract.raw import TIMEOUT, Failure, check_invalid, failure, message, send, spec
 

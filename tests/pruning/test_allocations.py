@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secateur_server.importance.random import Random
-from secateur_server.pruning.spec import Parameter
+from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
 from tests.pruning.defined import (
     KINDS,

@@ -19,9 +19,10 @@ from secateur_server.granularity.block import Block
 from secateur_server.granularity.n_m import NM
 from secateur_server.granularity.slice import Slice
 from secateur_server.importance.magnitude import Magnitude
-from secateur_server.pruning.resolve import resolve
-from secateur_server.pruning.spec import Budget, Parameter, Selection, Table, Threshold
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.resolve import resolve
+from secateur_server.spec.rules import Budget, Selection, Table, Threshold
+from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
 from tests.contract import raw
 from tests.pruning.bits import packed

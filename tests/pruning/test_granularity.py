@@ -15,18 +15,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.ao.pruning.sparsifier.weight_norm_sparsifier import WeightNormSparsifier
 
-from secateur_server.devices import kernels
-from secateur_server.devices.cpu import Compiled
-from secateur_server.devices.kernels_units import COUNTED, KEYS
-from secateur_server.devices.masks import Mask
-from secateur_server.devices.passes import Passes
+from secateur_server.backends import kernels
+from secateur_server.backends.cpu import Compiled
+from secateur_server.backends.kernels_units import COUNTED, KEYS
+from secateur_server.backends.masks import Mask
+from secateur_server.backends.passes import Passes
+from secateur_server.cut.score import Ranking
+from secateur_server.cut.select import select
 from secateur_server.errors import DimOutOfRange, NotStructured
 from secateur_server.granularity.block import Block
 from secateur_server.granularity.element import Element
 from secateur_server.granularity.n_m import NM
 from secateur_server.granularity.slice import Slice
-from secateur_server.pruning.score import Ranking
-from secateur_server.pruning.select import select
 from secateur_server.runtime.context import RequestContext
 from tests.conftest import examples
 from tests.pruning.bits import packed

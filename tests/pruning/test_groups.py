@@ -16,9 +16,11 @@ from torch import Tensor
 
 from secateur_proto import pruner_pb2, spec_pb2
 from secateur_server.errors import InvalidSpec, NanScores
+from secateur_server.granularity.group import Group, Member
 from secateur_server.importance.magnitude import Magnitude
 from secateur_server.importance.random import Random
-from secateur_server.pruning.spec import Group, GuardRails, Member, Parameter, Rail
+from secateur_server.spec.rules import GuardRails, Rail
+from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
 from tests.contract import raw
 from tests.pruning.bits import packed

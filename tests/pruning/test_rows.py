@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import secateur
+from secateur_server.cut.plan import plan
 from secateur_server.granularity.block import Block
 from secateur_server.granularity.n_m import NM
 from secateur_server.importance.random import Random
-from secateur_server.pruning.plan import plan
-from secateur_server.pruning.spec import Parameter
 from secateur_server.runtime.context import RequestContext
+from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
 from tests.pruning.bits import packed
 from tests.pruning.defined import DTYPES, applied, rule

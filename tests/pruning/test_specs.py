@@ -10,23 +10,15 @@ from secateur_proto import spec_pb2 as pb
 from secateur_server.errors import AmountOutOfRange, InvalidSpec
 from secateur_server.granularity.block import Block
 from secateur_server.granularity.element import Element
+from secateur_server.granularity.group import Group, Member
 from secateur_server.granularity.n_m import NM
 from secateur_server.granularity.slice import Slice
 from secateur_server.importance.magnitude import Magnitude
 from secateur_server.importance.nuclear import Nuclear
 from secateur_server.importance.random import Random
-from secateur_server.messages.spec import decode_spec
-from secateur_server.pruning.spec import (
-    Budget,
-    Group,
-    GuardRails,
-    Member,
-    Rail,
-    Selection,
-    Table,
-    Threshold,
-)
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.decode import decode_spec
+from secateur_server.spec.rules import Budget, GuardRails, Rail, Selection, Table, Threshold
 from tests.contract import raw
 
 PATH = "spec.rules[0].selection"

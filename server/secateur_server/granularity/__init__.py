@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from secateur_proto import spec_pb2 as pb
-from secateur_server.devices.masks import Mask
+from secateur_server.backends.masks import Mask
 from secateur_server.granularity.block import Block
 from secateur_server.granularity.element import Element
 from secateur_server.granularity.n_m import NM

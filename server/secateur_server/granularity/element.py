@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from secateur_proto import spec_pb2 as pb
-from secateur_server.devices.masks import Mask
+from secateur_server.backends.masks import Mask
 from secateur_server.runtime.context import RequestContext
 
 

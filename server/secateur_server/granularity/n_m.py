@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from secateur_proto import spec_pb2 as pb
-from secateur_server.devices import passes_of, room_to_work
-from secateur_server.devices.keys import as_keys, ranked_as
-from secateur_server.devices.masks import Mask, mask_of_flags
-from secateur_server.devices.norms import rounded_to
-from secateur_server.devices.passes import around
+from secateur_server.backends import passes_of, room_to_work
+from secateur_server.backends.keys import as_keys, ranked_as
+from secateur_server.backends.masks import Mask, mask_of_flags
+from secateur_server.backends.norms import rounded_to
+from secateur_server.backends.passes import around
 from secateur_server.errors import InvalidSpec, NotStructured, quote
 from secateur_server.granularity.tiled import (
     COSTS,

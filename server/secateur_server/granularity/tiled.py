@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from secateur_server.devices import passes_of, room_to_work
-from secateur_server.devices.keys import ranked_as
-from secateur_server.devices.masks import Mask
-from secateur_server.devices.norms import rounded_to, row_sums, vector_norms
-from secateur_server.devices.passes import Passes
+from secateur_server.backends import passes_of, room_to_work
+from secateur_server.backends.keys import ranked_as
+from secateur_server.backends.masks import Mask
+from secateur_server.backends.norms import rounded_to, row_sums, vector_norms
+from secateur_server.backends.passes import Passes
 from secateur_server.granularity.tiles import Box, Tiles
 from secateur_server.runtime.context import RequestContext
 

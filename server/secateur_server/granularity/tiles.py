@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur_server.devices import Span, spans
+from secateur_server.backends import Span, spans
 
 # Tiles side by side: [first, last) of the grid in each dimension.
 Box = tuple[Span, ...]

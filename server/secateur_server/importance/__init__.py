@@ -9,8 +9,8 @@ from typing import Protocol
 from torch import Tensor
 
 from secateur_proto import spec_pb2 as pb
-from secateur_server.devices.masks import Mask
-from secateur_server.devices.randomness import RandomScores
+from secateur_server.backends.masks import Mask
+from secateur_server.backends.randomness import RandomScores
 from secateur_server.granularity import Granularity
 from secateur_server.importance.magnitude import decode_magnitude
 from secateur_server.importance.random import Random

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from secateur_proto import spec_pb2 as pb
-from secateur_server.devices.masks import Mask
-from secateur_server.devices.randomness import RandomScores
+from secateur_server.backends.masks import Mask
+from secateur_server.backends.randomness import RandomScores
 from secateur_server.errors import InvalidSpec
 from secateur_server.fields import chosen
 from secateur_server.granularity import Granularity

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur_server.devices import passes_of, spans
-from secateur_server.devices.masks import Mask
-from secateur_server.devices.norms import rounded_to
-from secateur_server.devices.randomness import RandomScores
+from secateur_server.backends import passes_of, spans
+from secateur_server.backends.masks import Mask
+from secateur_server.backends.norms import rounded_to
+from secateur_server.backends.randomness import RandomScores
 from secateur_server.errors import InvalidSpec, NotStructured, quote
 from secateur_server.granularity import Granularity
 from secateur_server.runtime.context import RequestContext

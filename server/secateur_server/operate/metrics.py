@@ -9,7 +9,7 @@ from grpc import StatusCode
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 
 from secateur_proto.report_pb2 import SparsityReport
-from secateur_server.devices.memory import memory_of
+from secateur_server.backends.memory import memory_of
 from secateur_server.errors import RequestError
 from secateur_server.runtime.context import Method, RequestContext
 from secateur_server.runtime.scheduler import Scheduler
@@ -280,10 +280,10 @@ class Metrics:
         context.elements, context.sparsity = report.total, report.sparsity
         context.time_to_report = context.seconds
 
-    def pruned(self, context: RequestContext, count: int, report: SparsityReport) -> None:
-        """Counts the elements that became pruned."""
+    def pruned(self, context: RequestContext, count: int, sparsity: float) -> None:
+        """Counts the elements that became pruned, and observes the sparsity of a result."""
         self._pruned.inc(count)
-        self._sparsity.observe(report.sparsity)
+        self._sparsity.observe(sparsity)
         context.pruned = count
 
 

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from secateur_proto import pruner_pb2 as pb
-from secateur_server.model import Model
 from secateur_server.outputs.dense import Dense
 from secateur_server.outputs.masks import Masks
 from secateur_server.outputs.nothing import Nothing
 from secateur_server.outputs.reparametrized import Reparametrized
-from secateur_server.pruning.spec import Parameter
 from secateur_server.runtime.context import RequestContext
+from secateur_server.state_dict.model import Model
+from secateur_server.state_dict.parameter import Parameter
 from secateur_server.wire.writer import OutgoingFile
 
 

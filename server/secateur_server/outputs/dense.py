@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
-from secateur_server.model import Model
-from secateur_server.pruning.measure import fold
-from secateur_server.pruning.spec import Parameter
 from secateur_server.runtime.context import RequestContext
+from secateur_server.state_dict.fold import fold
+from secateur_server.state_dict.model import Model
+from secateur_server.state_dict.parameter import Parameter
 from secateur_server.wire.writer import OutgoingFile
 
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import torch
 
-from secateur_server.devices.masks import Mask
-from secateur_server.model import Model
-from secateur_server.pruning.spec import Parameter
+from secateur_server.backends.masks import Mask
+from secateur_server.state_dict.model import Model
+from secateur_server.state_dict.parameter import Parameter
 from secateur_server.wire.tensors import WireTensor
 
 NOTHING = torch.empty(0, dtype=torch.uint8)

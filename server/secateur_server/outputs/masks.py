@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 from secateur_proto.framing import file_head, mask_bytes
-from secateur_server.model import Model, masks_of, packed_masks
-from secateur_server.pruning.spec import Parameter
 from secateur_server.runtime.context import RequestContext
+from secateur_server.state_dict.model import Model, masks_of, packed_masks
+from secateur_server.state_dict.parameter import Parameter
 from secateur_server.wire.writer import OutgoingFile
 
 

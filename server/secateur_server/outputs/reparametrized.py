@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 from secateur_server.errors import InvalidStateDict
-from secateur_server.model import Model
-from secateur_server.pruning.spec import Parameter
 from secateur_server.runtime.context import RequestContext
+from secateur_server.state_dict.model import Model
+from secateur_server.state_dict.parameter import Parameter
 from secateur_server.wire.writer import OutgoingFile
 
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from secateur_server.devices import passes_of, room_to_work
-from secateur_server.devices.dtypes import TORCH_DTYPES
-from secateur_server.devices.keys import BITS
-from secateur_server.devices.looks import SPACING, Look, Sample, Seen, sample_places, seen_of
-from secateur_server.devices.passes import BYTES_OF_FEW
+from secateur_server.backends import passes_of, room_to_work
+from secateur_server.backends.dtypes import TORCH_DTYPES
+from secateur_server.backends.keys import BITS
+from secateur_server.backends.looks import SPACING, Look, Sample, Seen, sample_places, seen_of
+from secateur_server.backends.passes import BYTES_OF_FEW
 from secateur_server.errors import MalformedFile, quote
 from secateur_server.runtime.context import RequestContext
 from secateur_server.wire.header import (

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from blake3 import blake3
 
-from secateur_server.devices import passes_of
-from secateur_server.devices.dtypes import TORCH_DTYPES
-from secateur_server.devices.keys import BITS
-from secateur_server.devices.looks import Look, Seen, seen_each, seen_of
-from secateur_server.devices.passes import Passes
+from secateur_server.backends import passes_of
+from secateur_server.backends.dtypes import TORCH_DTYPES
+from secateur_server.backends.keys import BITS
+from secateur_server.backends.looks import Look, Seen, seen_each, seen_of
+from secateur_server.backends.passes import Passes
 from secateur_server.errors import TooShort, WrongLength
 from secateur_server.runtime.context import RequestContext
 from secateur_server.wire.header import Entry, Header, header_length, parse_header

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from secateur_server.devices.dtypes import TORCH_DTYPES
-from secateur_server.devices.looks import Seen
+from secateur_server.backends.dtypes import TORCH_DTYPES
+from secateur_server.backends.looks import Seen
 
 
 class WireTensor(NamedTuple):
