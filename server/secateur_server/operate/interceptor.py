@@ -271,6 +271,5 @@ def code_of(context: RequestContext, call: grpc.ServicerContext, has_failed: boo
     elif context.reason == ShuttingDown.reason:
         name = ShuttingDown.status
     else:  # it ended from outside: by its deadline, or by its caller
-        left = call.time_remaining()
-        name = "DEADLINE_EXCEEDED" if left is not None and left <= 0 else "CANCELLED"
+        name = "DEADLINE_EXCEEDED" if context.is_late else "CANCELLED"
     return as_go_spells(name)
