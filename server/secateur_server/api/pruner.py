@@ -22,7 +22,7 @@ from secateur_server.api.convert.report import encode_report
 from secateur_server.api.convert.server_info import encode_server_info
 from secateur_server.api.stream import open_request, responses
 from secateur_server.backends.cpu import one_thread
-from secateur_server.backends.threads import started_pool
+from secateur_server.backends.threads import Pool
 from secateur_server.cut.plan import plan
 from secateur_server.cut.prior import prune_zeros
 from secateur_server.cut.prune import prune
@@ -56,7 +56,7 @@ class Pruner:
         self._sources = sources
         # For calls that tell how far they are: one for each, or they would wait for a worker where
         # nobody sees them, behind those of others that wait for memory.
-        self._workers = started_pool(calls, "work", one_thread)
+        self._workers = Pool(calls, "work", one_thread)
 
     def close(self) -> None:
         """No calls come any more."""
