@@ -25,7 +25,7 @@ from secateur.paths import path_of
 from secateur.patience import Answer, Patience
 from secateur.plan import Plan, Sensitivity, decode_plan, encode_amounts, sensitivity_of
 from secateur.progress import Progress, noting_waits, show_progress, show_work
-from secateur.report import Report, decode_extents, decode_report
+from secateur.report import Report, decode_report
 from secateur.result import FinalizeResult, PruneResult
 from secateur.server_info import ServerInfo, decode_server_info
 from secateur.source import Source, read_source
@@ -167,8 +167,8 @@ class Client:
             rpc = self._rpcs.prune, pb.PruneRequest
             result, received = self._stream(*rpc, header, upload, order.progress, patience)
         kept = decode_checkpoint(result.checkpoint) if order.keep else None
-        report, extents = decode_report(result.report), decode_extents(result.report)
-        return PruneResult(report, extents, model, order.output, received, kept, order.destination)
+        said = result.report
+        return PruneResult(said, model, order.output, received, kept, order.destination)
 
     def _prune_small(
         self, upload: Upload, header: pb.PruneHeader, progress: Progress

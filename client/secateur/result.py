@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 
 from secateur.checkpoint import Checkpoint
+from secateur.cycles import no_search_for_cycles
 from secateur.errors import InvalidStateDict, SecateurError
 from secateur.files import save
 from secateur.mask_files import entries_of, pack, unpack_all
 from secateur.paths import path_of
-from secateur.report import Extent, Report
+from secateur.report import Extent, Report, decode_extents, decode_report
 from secateur.source import Mask, Source
 from secateur.tensors import Bytes, LocalTensor, prior_mask, to_value, torch_for
 from secateur.ties import each_once, tied
 from secateur.transfer import Received
 from secateur_proto.dtypes import DTYPES
+from secateur_proto.report_pb2 import SparsityReport
 
 Tensors = Mapping[str, LocalTensor]
 
@@ -80,23 +82,22 @@ class FinalizeResult:
 class PruneResult:
     """What was pruned.
 
-    report: over the tensors that the spec named.  extents: of these.
+    report: over the tensors that the spec named.
     checkpoint: what was kept, where it was asked.
     """
 
     def __init__(
         self,
-        report: Report,
-        extents: Mapping[str, Extent],
+        said: SparsityReport,
         source: Source,
         output: str,
         received: Received,
         checkpoint: Checkpoint | None = None,
         destination: str | None = None,
     ) -> None:
-        self.report = report
+        self.report = decode_report(said)
         self.checkpoint = checkpoint
-        self._extents = extents
+        self._said = said
         self._source = source
         self._output = output
         self._answer = received
@@ -113,10 +114,15 @@ class PruneResult:
 
     def of(self, source: Source) -> "PruneResult":
         """The result of the same model, with what is here of it."""
-        said, answer, kept = (self.report, self._extents), self._answer, self.checkpoint
-        return PruneResult(*said, source, self._output, answer, kept, self._destination)
+        answer, kept = self._answer, self.checkpoint
+        return PruneResult(self._said, source, self._output, answer, kept, self._destination)
 
     @cached_property
+    def _extents(self) -> dict[str, Extent]:
+        return decode_extents(self._said)
+
+    @cached_property
+    @no_search_for_cycles()
     def masks(self) -> dict[str, Any]:
         """The whole mask of each tensor that the spec named: bool, its shape, True is kept.
 

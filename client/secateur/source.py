@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from secateur.checkpoint import place_of
+from secateur.cycles import no_search_for_cycles
 from secateur.errors import InvalidStateDict
 from secateur.file_kinds import open_reason, safetensors_reason
 from secateur.folders import Folder, find_folder
@@ -234,6 +235,7 @@ def _from_module(module: Any) -> Source:
     return _divided(entries, parameters, True, lambda name, value: not isinstance(value, tensor))
 
 
+@no_search_for_cycles()
 def _divided(
     entries: Mapping[str, Any],
     parameters: frozenset[str],

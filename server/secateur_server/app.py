@@ -18,7 +18,7 @@ from secateur_server.api.checkpoints import Checkpoints, add_checkpoints
 from secateur_server.api.pruner import Pruner, add_pruner
 from secateur_server.backends import passes_of
 from secateur_server.backends.cpu import one_thread, start_threads
-from secateur_server.backends.threads import started_pool
+from secateur_server.backends.threads import Pool
 from secateur_server.config import Config
 from secateur_server.operate.callers import BadTokens, Callers
 from secateur_server.operate.interceptor import Interceptor
@@ -214,11 +214,11 @@ def _grpc_servers(
     opened: ExitStack,
 ) -> tuple[grpc.Server, grpc.Server]:
     """The server, and one for new connections while it drains, with the same threads."""
-    workers = started_pool(scheduler.threads, "rpc", one_thread)
+    workers = Pool(scheduler.threads, "rpc", one_thread)
     opened.callback(workers.shutdown, wait=False)
     make = partial(
         grpc.server,
-        workers,
+        workers,  # type: ignore[arg-type]  # gRPC takes any Executor
         options=(*OPTIONS, *_ages(config)),
         maximum_concurrent_rpcs=scheduler.threads + MOST_TO_REJECT,
         interceptors=interceptors,

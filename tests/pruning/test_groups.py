@@ -275,7 +275,7 @@ def test_nan_is_an_error_only_where_it_has_a_say() -> None:
     group = Group("g", (member("w"), member("nan", is_scored=False)))
     masks, _ = grouped(model, [group], amount=1)
     assert masks["nan"].tolist() == [False, True]
-    pruned = {**model, "nan": replace(nan, mask=packed(torch.tensor([True, False])))}
+    pruned = {**model, "nan": nan._replace(mask=packed(torch.tensor([True, False])))}
     masks, _ = grouped(pruned, [Group("g", (member("w"), member("nan")))], amount=1)
     assert masks["w"].tolist() in ([False, True], [True, False])
 

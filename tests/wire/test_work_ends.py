@@ -20,7 +20,7 @@ from secateur_server.backends import cpu
 from secateur_server.cut.plan import plan
 from secateur_server.cut.prune import prune
 from secateur_server.errors import Stopped
-from secateur_server.report.warnings import warnings_of
+from secateur_server.report.warnings import changes_of, warnings_of
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.decode import decode_spec
 from secateur_server.spec.resolve import resolve
@@ -78,7 +78,8 @@ def work(context: RequestContext, name: str, is_plan: bool) -> None:
         return
     pruned, choices = prune(context, PARAMETERS, rules, {})
     report = encode_report(context, pruned.items(), CATALOG, "", "", choices)
-    warnings_of(context, report, asked, rules, CATALOG, PARAMETERS)
+    changes = changes_of(context, report, CATALOG, PARAMETERS)
+    warnings_of(context, report, asked, rules, CATALOG, changes)
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import grpc
 from secateur_proto import pruner_pb2 as pb
 from secateur_proto.codec import SINGLE, Data, Decoder, encode
 from secateur_proto.plan_pb2 import PruningPlan
-from secateur_proto.report_pb2 import SparsityReport
 from secateur_server.api.convert.checkpoint import (
     checkpoint_message,
     file_message,
@@ -23,7 +22,7 @@ from secateur_server.api.convert.report import encode_report
 from secateur_server.api.convert.server_info import encode_server_info
 from secateur_server.api.stream import open_request, responses
 from secateur_server.backends.cpu import one_thread
-from secateur_server.backends.threads import started_pool
+from secateur_server.backends.threads import Pool
 from secateur_server.cut.plan import plan
 from secateur_server.cut.prior import prune_zeros
 from secateur_server.cut.prune import prune
@@ -31,7 +30,7 @@ from secateur_server.errors import CheckpointNotFound, InvalidRequest
 from secateur_server.outputs import OUTPUTS
 from secateur_server.outputs.dense import folded_files
 from secateur_server.outputs.hollow import hollow_model
-from secateur_server.report.warnings import warnings_of
+from secateur_server.report.warnings import changes_of, warnings_of
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.decode import decode_spec
 from secateur_server.spec.resolve import resolve
@@ -57,7 +56,7 @@ class Pruner:
         self._sources = sources
         # For calls that tell how far they are: one for each, or they would wait for a worker where
         # nobody sees them, behind those of others that wait for memory.
-        self._workers = started_pool(calls, "work", one_thread)
+        self._workers = Pool(calls, "work", one_thread)
 
     def close(self) -> None:
         """No calls come any more."""
@@ -126,15 +125,17 @@ class Pruner:
                 report = encode_report(
                     context, pruned.items(), model.catalog, incoming.digest(), digest, outcomes
                 )
+                changes = changes_of(context, report, model.catalog, before)
                 report.warnings.extend(
-                    warnings_of(context, report, asked, rules, model.catalog, before)
+                    warnings_of(context, report, asked, rules, model.catalog, changes)
                 )
-        result = pb.PruneResult(report=report)
+        result = pb.PruneResult()
+        result.report.CopyFrom(report)  # which takes less time than to construct it with a report
         incoming.check_unchanged()
         with self._kept(context, receiver, incoming, pruned, result) if receiver else nullcontext():
             written = self._written(context, header.destination_uri, result, files, incoming)
         self._sources.metrics.reported(context, report)
-        count = _newly_pruned(context, before, report)
+        count = sum(change.pruned for change in changes)
         self._sources.metrics.pruned(context, count, report.sparsity)
         return written
 
@@ -317,17 +318,6 @@ def _check_prior(header: pb.PruneHeader | pb.PlanHeader) -> None:
     """Errors: InvalidRequest."""
     if header.prior not in pb.Prior.values():
         raise InvalidRequest("header.prior", f"{header.prior} is not a value of Prior")
-
-
-def _newly_pruned(
-    context: RequestContext, before: Mapping[str, Parameter], report: SparsityReport
-) -> int:
-    """The elements that became pruned."""
-    count = 0
-    for tensor in report.tensors:
-        mask = before[tensor.name].mask
-        count += tensor.pruned - (0 if mask is None else mask.elements - mask.kept(context))
-    return count
 
 
 def _before(

@@ -1,7 +1,7 @@
 """The order of messages in a call: a header and data, then data."""
 
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
@@ -52,7 +52,9 @@ def responses(
     """The messages of an answer: the result comes first, with the first chunk if there is one."""
     data = next(chunks, b"")
     count(len(data))
-    yield make(result=result, data=bytes(data))
+    first: Any = make(data=bytes(data))
+    first.result.CopyFrom(result)
+    yield first
     for data in chunks:
         count(len(data))
         yield Data(data)

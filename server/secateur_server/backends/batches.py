@@ -98,7 +98,7 @@ def side_by_side(
 
 def _bits(scores: Tensor | RandomScores, units: int, dtype: torch.dtype) -> Tensor:
     if isinstance(scores, Tensor):
-        return scores.to(dtype)
+        return scores if scores.dtype == dtype else scores.to(dtype)
     if not kernels.enabled:
         return random_keys(scores, torch.arange(units)).view(dtype)
     bits = torch.empty(units, dtype=BITS[dtype])

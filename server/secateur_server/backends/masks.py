@@ -1,7 +1,6 @@
 """Masks of one bit an element, and the slices of tensors they cover."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,22 +15,17 @@ Flags = Callable[[int, int], Tensor]
 Box = tuple[int, int, int, int]
 
 
-@dataclass(frozen=True)
 class Mask:
     """Which elements of a tensor are kept.
 
     bits: uint8, ceil(elements / 8), row-major, lowest bit first, 1 is kept, padded with 0.
+    kept: how many, where it is known.
     """
 
-    bits: Tensor
-    elements: int
+    __slots__ = ("_kept", "bits", "elements")
 
-    @classmethod
-    def counted(cls, bits: Tensor, elements: int, kept: int) -> "Mask":
-        """A mask of which it is known how many elements it keeps."""
-        mask = cls(bits, elements)
-        mask.__dict__["_kept"] = kept
-        return mask
+    def __init__(self, bits: Tensor, elements: int, kept: int | None = None) -> None:
+        self.bits, self.elements, self._kept = bits, elements, kept
 
     def kept(self, context: RequestContext) -> int:
         """The number of kept elements.
@@ -39,9 +33,9 @@ class Mask:
         Counted once. A cached_property would, before Python 3.12, hold one lock for all masks while
         it counts, and threads of the pool that counts would wait for it.
         """
-        if "_kept" not in self.__dict__:
-            self.__dict__["_kept"] = self._count(context)
-        return int(self.__dict__["_kept"])
+        if self._kept is None:
+            self._kept = self._count(context)
+        return self._kept
 
     def _count(self, context: RequestContext) -> int:
         passes = passes_of(self.bits.device)

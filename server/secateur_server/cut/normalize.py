@@ -5,8 +5,10 @@ Each is made of exact sums by halves, so that neither the machine nor the thread
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +23,11 @@ from secateur_server.errors import InvalidSpec, quote
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.rules import Selection
 
+Found = TypeVar("Found")
+
+# Scores that are looked at at once: as float64 they are to stay in the second-level cache.
+AT_ONCE = PART // 8
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -31,6 +38,24 @@ class Scale:
     least: float
 
 
+class Moments(NamedTuple):
+    """Of the absolute scores that are alive, of a tensor or of a part of it."""
+
+    units: int
+    total: float
+    squares: float
+    least: float
+    most: float
+
+    @property
+    def mean(self) -> float:
+        """0 of no scores."""
+        return self.total / self.units if self.units else 0.0
+
+
+NONE = Moments(0, 0.0, 0.0, math.inf, 0.0)
+
+
 def normalized(
     context: RequestContext, rule: Selection, rankings: Sequence[Ranking]
 ) -> list[Ranking]:
@@ -38,14 +63,11 @@ def normalized(
 
     Errors: InvalidSpec, of infinite scores.
     """
-    scales = [
-        _scale(context, rule, ranking.name, _tensor_of(ranking), ranking.alive)
-        for ranking in context.each(rankings)
-    ]
+    names, alive = [ranking.name for ranking in rankings], [r.alive for r in rankings]
+    scales = _scales(context, rule, names, list(map(_tensor_of, rankings)), alive)
     floor = min([0.0, *(scale.least for scale in scales)])
     return [
-        replace(
-            ranking,
+        ranking._replace(
             scores=_scaled(context, _tensor_of(ranking), scale, floor),
             offset=floor,
             sample=None,
@@ -70,11 +92,17 @@ def combined(
     """
     if rule.normalization is None:  # no score is negative
         return [(scores, 0.0) for scores in _combined(context, rule, members)]
-    scaled = []
-    for scores, mask, name in zip(context.each(members), alive, names, strict=True):
-        scales = [_scale(context, rule, name, of_member, mask) for of_member in scores]
-        scaled.append([(s - c.shift) / c.spread for s, c in zip(scores, scales, strict=True)])
-    groups = iter(_combined(context, rule, scaled))
+    every = [
+        (name, of_member, mask)
+        for scores, mask, name in zip(context.each(members), alive, names, strict=True)
+        for of_member in scores
+    ]
+    scales = _scales(context, rule, *map(list, zip(*every, strict=True)))
+    scaled = (
+        (scores - scale.shift) / scale.spread
+        for (_, scores, _), scale in zip(context.each(every), scales, strict=True)
+    )
+    groups = iter(_combined(context, rule, [[next(scaled) for _ in of] for of in members]))
     found = []
     for size in context.each(sizes):
         of_set = [next(groups) for _ in range(size)]
@@ -106,76 +134,114 @@ def _combined(
     return [done[place] for place in range(len(members))]
 
 
-def _scale(
-    context: RequestContext, rule: Selection, name: str, scores: Tensor, alive: Mask | None
-) -> Scale:
-    """The scale of one tensor's scores, over those that are alive."""
-    count, total, squares, least, most = _moments(context, scores, alive)
-    if not math.isfinite(most) or not math.isfinite(squares):
-        raise InvalidSpec(
-            f"{rule.path}.normalization", f"{quote(name)} has scores too large to be normalized"
-        )
-    mean = total / count if count else 0.0
-    if rule.normalization == "mean":
-        shift, spread = 0.0, mean
-    elif rule.normalization == "norm":
-        shift, spread = 0.0, math.sqrt(squares)
-    else:
-        shift, spread = mean, _deviation(context, scores, alive, count, mean)
-    spread = spread or 1.0  # all are equal
-    return Scale(shift, spread, (least - shift) / spread if count else 0.0)
+def _scales(
+    context: RequestContext,
+    rule: Selection,
+    names: Sequence[str],
+    scores: Sequence[Tensor],
+    alive: Sequence[Mask | None],
+) -> list[Scale]:
+    """The scale of the scores of each tensor, over those that are alive."""
+    every = [_joined(parts) for parts in _of_parts(context, scores, alive, _moments)]
+    for name, of in zip(names, every, strict=True):
+        if not math.isfinite(of.most) or not math.isfinite(of.squares):
+            raise InvalidSpec(
+                f"{rule.path}.normalization", f"{quote(name)} has scores too large to be normalized"
+            )
+    shifts, spreads = [0.0] * len(every), [of.mean for of in every]
+    if rule.normalization == "norm":
+        spreads = [math.sqrt(of.squares) for of in every]
+    elif rule.normalization == "z_score":
+        shifts, spreads = spreads, _deviations(context, scores, alive, every)
+    spreads = [spread or 1.0 for spread in spreads]  # 0: all are equal
+    return [
+        Scale(shift, spread, (of.least - shift) / spread if of.units else 0.0)
+        for of, shift, spread in zip(every, shifts, spreads, strict=True)
+    ]
 
 
-def _deviation(
-    context: RequestContext, scores: Tensor, alive: Mask | None, count: int, mean: float
-) -> float:
-    """The standard deviation of a population, in a pass of its own: it cancels nothing."""
+def _deviations(
+    context: RequestContext,
+    scores: Sequence[Tensor],
+    alive: Sequence[Mask | None],
+    every: Sequence[Moments],
+) -> list[float]:
+    """The standard deviations of populations, in a pass of their own: it cancels nothing."""
 
-    def squares(span: tuple[int, int]) -> float:
-        living = _living(scores, alive, *span).to(torch.float64).abs()
-        return _sum(living - mean, 2.0)
+    def squares(rows: Tensor, places: Sequence[int]) -> list[float]:
+        means = torch.tensor([every[place].mean for place in places], dtype=torch.float64)
+        return _sums(rows.to(torch.float64).abs() - means.to(rows.device).view(-1, 1), 2.0)
 
-    passes = passes_of(scores.device)
-    parts = passes.map(context, squares, _parts(scores))
-    return math.sqrt(total(parts) / count) if count else 0.0
-
-
-def _moments(
-    context: RequestContext, scores: Tensor, alive: Mask | None
-) -> tuple[int, float, float, float, float]:
-    """Count, sum, sum of squares, least and largest of the absolute scores that are alive."""
-
-    def moments(span: tuple[int, int]) -> tuple[int, float, float, float, float]:
-        living = _living(scores, alive, *span)
-        if not len(living):
-            return 0, 0.0, 0.0, math.inf, 0.0
-        low, high = map(float, living.to(ranked_as(living.dtype)).abs().aminmax())
-        return len(living), _sum(living, 1.0), _sum(living, 2.0), low, high
-
-    passes = passes_of(scores.device)
-    parts = passes.map(context, moments, _parts(scores))
-    if not parts:
-        return 0, 0.0, 0.0, 0.0, 0.0
-    counts, totals, squares, lows, highs = zip(*parts, strict=True)
-    return sum(counts), total(totals), total(squares), min(lows), max(highs)
+    found = _of_parts(context, scores, alive, squares)
+    return [math.sqrt(total(p) / max(1, of.units)) for of, p in zip(every, found, strict=True)]
 
 
-def _parts(scores: Tensor) -> list[Span]:
-    """Smaller pieces than elsewhere: as float64 they are to stay in the second-level cache."""
-    return spans(len(scores), PART // 8)
+def _moments(rows: Tensor, places: Sequence[int]) -> list[Moments]:
+    if not rows.shape[1]:
+        return [NONE] * len(rows)
+    absolute = rows.abs()  # of which aminmax takes ten times as long along rows
+    extremes = absolute.amin(1).tolist(), absolute.amax(1).tolist()
+    found = _sums(rows, 1.0), _sums(rows, 2.0), *extremes
+    return [Moments(rows.shape[1], *of) for of in zip(*found, strict=True)]
+
+
+def _joined(parts: Sequence[Moments]) -> Moments:
+    """The moments of all parts of a tensor."""
+    counts, totals, squares, lows, highs = zip(NONE, *parts, strict=True)
+    return Moments(sum(counts), total(totals), total(squares), min(lows), max(highs))
+
+
+def _of_parts(
+    context: RequestContext,
+    scores: Sequence[Tensor],
+    alive: Sequence[Mask | None],
+    of_rows: Callable[[Tensor, Sequence[int]], Sequence[Found]],
+) -> list[list[Found]]:
+    """What `of_rows` makes of each part of each tensor: of those of one length at once.
+
+    of_rows: Is given rows of scores that are alive, and the places of their tensors.
+    """
+    alike: dict[tuple[int, torch.dtype], list[tuple[int, Span]]] = defaultdict(list)
+    for place, of_tensor in enumerate(context.each(scores)):
+        for begin, end in spans(len(of_tensor), AT_ONCE):
+            alike[end - begin, of_tensor.dtype].append((place, (begin, end)))
+
+    def work(parts: Sequence[tuple[int, Span]]) -> list[tuple[int, Found]]:
+        living: dict[int, list[tuple[int, Tensor]]] = defaultdict(list)
+        for place, span in parts:
+            part = _living(scores[place], alive[place], *span)
+            living[len(part)].append((place, part))
+        found: list[tuple[int, Found]] = []
+        for places, rows in (zip(*of_length, strict=True) for of_length in living.values()):
+            # A large part is taken where it is.
+            joined = torch.stack(rows) if len(rows) > 1 else rows[0].view(1, -1)
+            found += zip(places, of_rows(joined, places), strict=True)
+        return found
+
+    batches = [
+        parts[slice(*span)]
+        for (size, _), parts in alike.items()
+        for span in spans(len(parts), AT_ONCE // size)
+    ]
+    found: list[list[Found]] = [[] for _ in scores]
+    passes = passes_of(scores[0].device)
+    for place, of_part in chain.from_iterable(passes.map(context, work, batches)):
+        found[place].append(of_part)
+    return found
 
 
 def _living(scores: Tensor, alive: Mask | None, begin: int, end: int) -> Tensor:
     part = scores[begin:end]
-    return part if alive is None else picked(part, alive.flags(begin, end))
+    living = part if alive is None else picked(part, alive.flags(begin, end))
+    return living.to(ranked_as(living.dtype))
 
 
-def _sum(values: Tensor, p: float) -> float:
-    """The sum of |x|^p.  p: 1 or 2."""
-    if not len(values):
-        return 0.0
-    norm = vector_norms(values.view(1, 1, -1), 0, 1, p, passes_of(values.device))
-    return math.pow(float(norm), p)
+def _sums(rows: Tensor, p: float) -> list[float]:
+    """The sum of |x|^p of each row.  p: 1 or 2."""
+    if not rows.shape[1]:
+        return [0.0] * len(rows)
+    norms = vector_norms(rows[None], 0, len(rows), p, passes_of(rows.device))
+    return [math.pow(norm, p) for norm in norms.tolist()]
 
 
 def _scaled(context: RequestContext, scores: Tensor, scale: Scale, floor: float) -> Tensor:
@@ -189,7 +255,7 @@ def _scaled(context: RequestContext, scores: Tensor, scale: Scale, floor: float)
         # What is pruned already may lie below the floor, and has no rank.
         into[slice(*span)] = (((part - scale.shift) / scale.spread) - floor).clamp_(min=0.0)
 
-    passes.map(context, fill, _parts(scores))
+    passes.map(context, fill, spans(len(scores), AT_ONCE))
     return into
 
 

@@ -90,7 +90,7 @@ def plan_each(
         for rule in context.each(rules):  # refuses what is too much
             if not isinstance(rule.amount, float):
                 number_of(rule, rule.amount, (name,), ranking.units, alive)
-        kinds[score_dtype([ranking])].append(ranking)
+        kinds[ranking.dtype].append(ranking)
     return [
         _plan_each(context, rules, alike[part], dtype)
         for dtype, alike in kinds.items()

@@ -1,7 +1,6 @@
 """What counts as pruned before the rules of a call."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from secateur_server.report.measure import nonzero_mask
 from secateur_server.runtime.context import RequestContext
@@ -26,7 +25,7 @@ def prune_zeros(
     """
     named = {name for rule in rules for name in rule.names()}
     return {
-        name: replace(parameter, mask=nonzero_mask(context, parameter))
+        name: parameter._replace(mask=nonzero_mask(context, parameter))
         if name in named and not parameter.is_nonzero
         else parameter
         for name, parameter in context.each(parameters.items())

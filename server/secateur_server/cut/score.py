@@ -1,13 +1,13 @@
 """How important is each unit of a tensor."""
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from secateur_server.backends import passes_of, spans
-from secateur_server.backends.keys import INFINITY
+from secateur_server.backends.keys import INFINITY, ranked_as
 from secateur_server.backends.looks import Sample, Seen
 from secateur_server.backends.masks import Mask
 from secateur_server.backends.randomness import RandomScores, random_scores
@@ -18,8 +18,7 @@ from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.parameter import Parameter
 
 
-@dataclass(frozen=True)
-class Ranking:
+class Ranking(NamedTuple):
     """The units of one tensor, to be ranked by the absolute value of their scores.
 
     scores: flat, floating, without NaN where alive; or random ones.
@@ -35,6 +34,11 @@ class Ranking:
     device: torch.device
     sample: Sample | None = None
     offset: float = 0.0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the scores compare without loss; random ones have keys of 32 bits anyway."""
+        return ranked_as(self.scores.dtype) if isinstance(self.scores, Tensor) else torch.float32
 
     def count_alive(self, context: RequestContext) -> int:
         """Units that are still unpruned."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from secateur_server.backends import passes_of, room_to_work, spans
-from secateur_server.backends.keys import BITS, as_keys, ranked_as, score_at
+from secateur_server.backends.keys import BITS, as_keys, score_at
 from secateur_server.backends.looks import SPACING, sample_places
 from secateur_server.backends.masks import Mask
 from secateur_server.backends.passes import BYTES_OF_FEW, DIGIT_BITS, Cut, Passes, Piece
@@ -66,12 +66,8 @@ class Units:
 
 
 def score_dtype(rankings: Sequence[Ranking]) -> torch.dtype:
-    """The dtype in which all scores compare without loss; random ones have 32-bit keys anyway."""
-    dtypes = (
-        torch.float32 if isinstance(r.scores, RandomScores) else ranked_as(r.scores.dtype)
-        for r in rankings
-    )
-    return reduce(torch.promote_types, dtypes)
+    """The dtype in which all scores compare without loss."""
+    return reduce(torch.promote_types, {ranking.dtype for ranking in rankings})
 
 
 def select(

@@ -11,7 +11,7 @@ from secateur_server.backends.keys import BITS, as_keys
 from secateur_server.backends.masks import Mask, flags_of, masks_of
 from secateur_server.backends.passes import Cut
 from secateur_server.cut.score import Ranking
-from secateur_server.cut.select import NOTHING, score_dtype, select
+from secateur_server.cut.select import NOTHING, select
 from secateur_server.runtime.context import RequestContext
 
 # Units that are sorted at once: their keys stay in a second-level cache.
@@ -32,7 +32,7 @@ def select_each(
     done: dict[int, tuple[Mask, Cut]] = {}
     for place, (ranking, count) in enumerate(zip(context.each(rankings), counts, strict=True)):
         if isinstance(ranking.scores, Tensor) and 0 < ranking.units <= AT_ONCE:
-            kind = ranking.units, count, score_dtype([ranking]), ranking.alive is None
+            kind = ranking.units, count, ranking.dtype, ranking.alive is None
             alike[kind].append(place)
         else:
             (kept,), cut = select(context, [ranking], ranking.count_alive(context), count)

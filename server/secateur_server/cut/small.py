@@ -70,7 +70,7 @@ def prune_small(
             ranking = ranking_of(context, rule, name, state, extras)
             alive = ranking.count_alive(context)
             count = number_of(rule, rule.amount, (name,), ranking.units, alive)
-            kinds[score_dtype([ranking])].append((ranking, alive, count))
+            kinds[ranking.dtype].append((ranking, alive, count))
     masks: Masks = {}
     with context.stage("select"):
         for dtype, alike in kinds.items():
@@ -150,7 +150,7 @@ def masks_of(rankings: Sequence[Ranking], kept: Tensor) -> Masks:
     begins = list(itertools.accumulate(sizes, initial=0))[:-1]
     counts = np.add.reduceat(_ONES[kept.numpy()], begins, dtype=np.int64).tolist()
     parts = zip(rankings, torch.split(kept, sizes), counts, strict=True)
-    return {ranking.name: Mask.counted(bits, ranking.units, n) for ranking, bits, n in parts}
+    return {ranking.name: Mask(bits, ranking.units, n) for ranking, bits, n in parts}
 
 
 # How many bits of a byte are 1.

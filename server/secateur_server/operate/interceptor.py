@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 
-from secateur_server.backends.threads import started_pool
+from secateur_server.backends.threads import Pool
 from secateur_server.errors import (
     IdleTimeout,
     NoMessage,
@@ -71,7 +71,7 @@ class Interceptor(grpc.ServerInterceptor):
         self._scheduler, self._make_context = scheduler, make_context
         self._idle_timeout, self._min_throughput = idle_timeout, min_throughput
         self._readers, self._trimmer = Readers(idle_timeout), Trimmer()
-        self._receivers = started_pool(scheduler.threads, "ahead")
+        self._receivers = Pool(scheduler.threads, "ahead")
         self._running: set[RequestContext] = set()
         self._is_draining = False
 
@@ -271,6 +271,5 @@ def code_of(context: RequestContext, call: grpc.ServicerContext, has_failed: boo
     elif context.reason == ShuttingDown.reason:
         name = ShuttingDown.status
     else:  # it ended from outside: by its deadline, or by its caller
-        left = call.time_remaining()
-        name = "DEADLINE_EXCEEDED" if left is not None and left <= 0 else "CANCELLED"
+        name = "DEADLINE_EXCEEDED" if context.is_late else "CANCELLED"
     return as_go_spells(name)

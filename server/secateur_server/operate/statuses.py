@@ -66,8 +66,7 @@ def note_shutdown(context: RequestContext) -> None:
 
 def _interruption(context: RequestContext, call: grpc.ServicerContext) -> RequestError:
     """Why a call ended from outside."""
-    remaining = call.time_remaining()
-    if context.is_late or (remaining is not None and remaining <= 0):
+    if context.is_late:
         waited = f"; it waited {context.waited_for}" if context.waited_for else ""
         return Late("call", f"its time is up{waited}")
     return (context.interruption or caller_left)()

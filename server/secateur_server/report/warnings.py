@@ -86,7 +86,7 @@ def warnings_of(
     asked: Sequence[Rule],
     rules: Sequence[Rule],
     catalog: Catalog,
-    before: Mapping[str, Parameter],
+    changes: Sequence[Change],
 ) -> list[pb.Warning]:
     """The warnings of a Prune.
 
@@ -96,26 +96,31 @@ def warnings_of(
         asked: The rules of the request.
         rules: The same rules, resolved.
         catalog: Of the whole model.
-        before: The parameters before the Prune.
+        changes: As `changes_of` finds them.
     """
-    changes = [
-        _change(context, tensor, catalog, before[tensor.name])
-        for tensor in context.each(report.tensors)
-    ]
     pruning = Pruning(
         context, asked, rules, catalog, [rule.choices for rule in report.rules], changes
     )
     return [warning for check in CHECKS if (warning := check(pruning))]
 
 
-def _change(
-    context: RequestContext, tensor: pb.TensorReport, catalog: Catalog, before: Parameter
-) -> Change:
-    mask, seen = before.mask, before.seen
-    pruned = tensor.pruned - (0 if mask is None else mask.elements - mask.kept(context))
-    was_zero = pruned == 0 or (seen is not None and seen.largest == 0)
-    is_wholly_zero = tensor.zeros == tensor.total and not was_zero
-    return Change(tensor.name, catalog.prunable[tensor.name], pruned, is_wholly_zero)
+def changes_of(
+    context: RequestContext,
+    report: pb.SparsityReport,
+    catalog: Catalog,
+    before: Mapping[str, Parameter],
+) -> list[Change]:
+    """What a Prune did to each tensor of its report.  before: the parameters before it."""
+    changes = []
+    for tensor in context.each(report.tensors):
+        name, pruned = tensor.name, tensor.pruned
+        _, mask, seen = before[name]
+        if mask is not None:
+            pruned -= mask.elements - mask.kept(context)
+        was_zero = pruned == 0 or (seen is not None and seen.largest == 0)
+        is_wholly_zero = not was_zero and tensor.zeros == tensor.total
+        changes.append(Change(name, catalog.prunable[name], pruned, is_wholly_zero))
+    return changes
 
 
 def _small_coverage(pruning: Pruning) -> pb.Warning | None:

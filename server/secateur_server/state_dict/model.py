@@ -90,14 +90,14 @@ class Model:
         self.tensors, self.extras, self.masks = tensors, extras, masks
         for name in self.catalog.prunable:
             orig, *stored = self.catalog.pairs.get(name, (name,))
-            if orig not in tensors:
+            tensor, kept = tensors.get(orig), masks.get(name)
+            if tensor is None:
                 continue
             # As bits a mask is a small part of what it is in the weight's dtype.
             priors = [(mask, tensors.pop(mask)) for mask in stored]
-            kept = masks.get(name)
-            if kept is None:
+            if priors and kept is None:
                 kept = _prior_mask(context, priors)
-            self.parameters[name] = Parameter(values_of(tensors[orig]), kept, tensors[orig].seen)
+            self.parameters[name] = Parameter(values_of(tensor), kept, tensor.seen)
 
     def files(self, context: RequestContext, are_folded: Container[str]) -> list[OutgoingFile]:
         """All tensors, in the files that they came in, and in their order.
@@ -221,7 +221,7 @@ def packed_masks(context: RequestContext, masks: Mapping[str, Mask]) -> Outgoing
 
 
 def _prior_mask(context: RequestContext, priors: Sequence[tuple[str, WireTensor]]) -> Mask | None:
-    """What all of some masks, by name, keep; None: there are none.  Errors: InvalidPair."""
+    """What all of some masks, by name, keep.  Errors: InvalidPair."""
     kept: Mask | None = None
     for name, tensor in priors:
         mask = to_mask(context, values_of(tensor), InvalidPair, f"data[{quote(name)}]")

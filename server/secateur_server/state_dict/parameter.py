@@ -1,6 +1,6 @@
 """A tensor that can be pruned, with its mask."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -8,8 +8,7 @@ from secateur_server.backends.looks import Seen
 from secateur_server.backends.masks import Mask
 
 
-@dataclass(frozen=True)
-class Parameter:
+class Parameter(NamedTuple):
     """A tensor that can be pruned.
 
     weight: of a dtype of backends.dtypes.PRUNABLE; only fold writes to it.

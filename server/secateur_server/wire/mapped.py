@@ -20,7 +20,7 @@ from secateur_server.wire.header import (
     header_length,
     parse_header,
 )
-from secateur_server.wire.tensors import WireTensor
+from secateur_server.wire.tensors import WireTensor, wire_tensor
 
 # What is read at once; an element of an aligned tensor is in one block.
 BLOCK = 1 << 20
@@ -158,4 +158,4 @@ def _tensor(
     if dtype is not None and (base + entry.begin) % dtype.itemsize:
         # torch has no tensor whose elements are not aligned.
         part = room_to_work(context, len(part), passes_of(part.device)).copy_(part)
-    return WireTensor(entry.dtype, entry.shape, part, seen)
+    return wire_tensor(entry.dtype, entry.shape, part, seen)

@@ -7,6 +7,7 @@ numbers, and none that has its default.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -57,10 +58,10 @@ def joined(parts: Sequence[bytes]) -> Column:
     return Column(np.frombuffer(b"".join(parts), np.uint8), lengths)
 
 
-def nested(field: int, column: Column, is_set: Array | None = None) -> Column:
-    """A field whose value is the bytes of a column: a message, a text, or packed numbers."""
-    head = _dense(*_tagged(field, _BYTES, *_varints(column.lengths)))
-    return picked(together(head, column), is_set) if is_set is not None else together(head, column)
+def nested(field: int, *columns: Column) -> Column:
+    """A field whose value is the bytes of columns: a message, a text, or packed numbers."""
+    head = _dense(*_tagged(field, _BYTES, *_varints(_lengths(columns))))
+    return together(head, *columns)
 
 
 def packed(field: int, values: Array, counts: Array) -> Column:
@@ -69,12 +70,12 @@ def packed(field: int, values: Array, counts: Array) -> Column:
     ends = np.cumsum(counts)
     up_to = np.concatenate([[0], np.cumsum(every.lengths)])
     lengths = up_to[ends] - up_to[ends - counts]
-    return nested(field, Column(every.data, lengths), counts > 0)
+    return picked(nested(field, Column(every.data, lengths)), counts > 0)
 
 
 def together(*columns: Column) -> Column:
     """The bytes of all columns, message by message."""
-    lengths: Array = sum(column.lengths for column in columns)  # type: ignore[assignment]
+    lengths = _lengths(columns)
     starts = np.cumsum(lengths) - lengths
     data = np.empty(int(lengths.sum()), np.uint8)
     for column in columns:
@@ -84,6 +85,18 @@ def together(*columns: Column) -> Column:
         data[places] = column.data
         starts = starts + column.lengths
     return Column(data, lengths)
+
+
+def _lengths(columns: Sequence[Column]) -> Array:
+    """How many bytes each message has of all columns."""
+    lengths: Array = np.sum([column.lengths for column in columns], 0)
+    return lengths
+
+
+def parted(column: Column) -> list[bytes]:
+    """The bytes of each message."""
+    data, ends = column.data.tobytes(), np.cumsum(column.lengths).tolist()
+    return [data[begin:end] for begin, end in pairwise([0, *ends])]
 
 
 def field_head(field: int, length: int) -> bytes:

@@ -15,7 +15,6 @@ from secateur_server.api.convert.columns import (
     nested,
     numbers,
     texts,
-    together,
 )
 from secateur_server.api.convert.tables import encode_choices
 from secateur_server.backends.norms import total
@@ -134,7 +133,8 @@ def _planned(outcome: Outcome, planned: PlannedTensors, names: Sequence[str]) ->
     removed = _table(outcome.removed, names)
     elements, energy, whole = removed.elements, removed.energy, removed.whole
     pruned, totals = planned.before + elements, planned.totals
-    tensors = together(
+    tensors = nested(
+        2,
         planned.names,
         numbers(2, pruned),
         numbers(3, totals),
@@ -149,7 +149,7 @@ def _planned(outcome: Outcome, planned: PlannedTensors, names: Sequence[str]) ->
         norm_removed=float(_norm_shares(np.array([total(energy)]), np.array([total(whole)]))[0]),
         kept_bytes=int(((totals - pruned) * planned.itemsizes).sum()),
     )
-    return [nested(2, tensors).data.tobytes(), said.SerializeToString()]
+    return [tensors.data.tobytes(), said.SerializeToString()]
 
 
 def _table(removed: Mapping[str, Removed], names: Sequence[str]) -> RemovedTable:

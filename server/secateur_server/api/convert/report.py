@@ -6,7 +6,6 @@ from heapq import nlargest
 
 from secateur_proto.report_pb2 import (
     Coverage,
-    RuleReport,
     SparsityReport,
     TensorReport,
     ZeroBlocks,
@@ -39,41 +38,39 @@ def encode_report(
     outcomes: for each rule of a spec its choices.
     are_folded: the parameters are sent with their masks applied, and without masks.
     """
-    tensors = _tensors(context, list(parameters), are_folded)
+    covered = dict(parameters)
+    report = SparsityReport.FromString(_tensors(context, covered.items(), are_folded))
+    tensors = list(report.tensors)
     by_name = {tensor.name: tensor for tensor in tensors} if catalog.other_names else {}
     for other, name in catalog.other_names.items():
         if name in by_name:
             by_name[name].aliases.append(other)
-    zeros = sum(tensor.zeros for tensor in tensors)
-    total = sum(tensor.total for tensor in tensors)
-    return SparsityReport(
-        tensors=tensors,
-        zeros=zeros,
-        total=total,
-        sparsity=_share(zeros, total),
-        rules=[RuleReport.FromString(encode_choices(context, choices)) for choices in outcomes],
-        input_blake3=input_blake3,
-        output_blake3=output_blake3,
-        coverage=_coverage(catalog, {tensor.name for tensor in tensors}),
-    )
+    report.zeros = sum(tensor.zeros for tensor in tensors)
+    report.total = sum(tensor.total for tensor in tensors)
+    report.sparsity = _share(report.zeros, report.total)
+    for choices in outcomes:
+        report.rules.add().MergeFromString(encode_choices(context, choices))
+    report.input_blake3, report.output_blake3 = input_blake3, output_blake3
+    report.coverage.CopyFrom(_coverage(catalog, covered))
+    return report
 
 
 def _tensors(
-    context: RequestContext, parameters: Sequence[tuple[str, Parameter]], is_folded: bool
-) -> list[TensorReport]:
-    """The reports of tensors; small ones are measured together."""
+    context: RequestContext, parameters: Collection[tuple[str, Parameter]], is_folded: bool
+) -> bytes:
+    """The field `tensors` of a report, encoded; small tensors are measured together."""
     small = [of for of in parameters if is_small(of[1]) and of[1].weight.dim()]
     small = small if are_many(small) else []
-    found: dict[str, TensorReport] = {}
+    found: dict[str, bytes] = {}
     for part in batched([parameter.weight.numel() for _, parameter in small]):
         context.check()
         names, of_names = zip(*small[part], strict=True)
         measured = measure_small(context, of_names)
         found.update(zip(names, tensor_reports(names, of_names, measured, is_folded), strict=True))
-    return [
+    return b"".join(
         found[name] if name in found else _tensor(context, name, parameter, is_folded)
         for name, parameter in parameters
-    ]
+    )
 
 
 def _coverage(catalog: Catalog, names: Collection[str]) -> Coverage:
@@ -88,12 +85,10 @@ def _coverage(catalog: Catalog, names: Collection[str]) -> Coverage:
     )
 
 
-def _tensor(
-    context: RequestContext, name: str, parameter: Parameter, is_folded: bool
-) -> TensorReport:
+def _tensor(context: RequestContext, name: str, parameter: Parameter, is_folded: bool) -> bytes:
     weight = parameter.weight
     found = measure(context, parameter)
-    return TensorReport(
+    report = TensorReport(
         name=name,
         shape=weight.shape,
         dtype=WIRE_DTYPES[weight.dtype],
@@ -110,6 +105,7 @@ def _tensor(
             for blocks in found.structure.zero_blocks
         ],
     )
+    return SparsityReport(tensors=[report]).SerializeToString()
 
 
 def _share(zeros: int, total: int) -> float:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from secateur_proto.report_pb2 import Bound, RuleReport, SparsityReport, TensorReport
+from secateur_proto.report_pb2 import Bound, RuleReport, TensorReport
 from secateur_proto.report_pb2 import Choice as ChoiceMessage
 from secateur_server.api.convert.columns import (
     Array,
@@ -14,8 +14,9 @@ from secateur_server.api.convert.columns import (
     nested,
     numbers,
     packed,
+    parted,
+    picked,
     texts,
-    together,
 )
 from secateur_server.backends.batches import are_many
 from secateur_server.backends.dtypes import WIRE_DTYPES
@@ -59,7 +60,8 @@ def encode_choice(choice: Choice) -> ChoiceMessage:
 
 
 def _encode_table(table: ChoiceTable, names: Column) -> bytes:
-    choices = together(
+    choices = nested(
+        1,
         names,
         numbers(2, table.candidates),
         numbers(3, table.requested),
@@ -68,15 +70,16 @@ def _encode_table(table: ChoiceTable, names: Column) -> bytes:
         numbers(6, table.ties),
         numbers(7, table.ties_pruned),
     )
-    return nested(1, choices).data.tobytes()
+    return choices.data.tobytes()
 
 
 def tensor_reports(
     names: Sequence[str], parameters: Sequence[Parameter], measured: Measured, is_folded: bool
-) -> list[TensorReport]:
-    """The reports of small tensors."""
+) -> list[bytes]:
+    """The reports of small tensors, each as the field `tensors` of a SparsityReport."""
     has_mask = np.array([p.mask is not None and not is_folded for p in parameters])
-    report = together(
+    reports = nested(
+        1,
         texts(1, names),
         _kinds(parameters),
         numbers(5, measured.zeros),
@@ -88,7 +91,7 @@ def tensor_reports(
         *_patterns(measured),
         *_zero_blocks(measured),
     )
-    return list(SparsityReport.FromString(nested(1, report).data.tobytes()).tensors)
+    return parted(reports)
 
 
 def _kinds(parameters: Sequence[Parameter]) -> Column:
@@ -116,8 +119,8 @@ def _patterns(measured: Measured) -> list[Column]:
     """Patterns, of each m those tensors' that have one."""
     found = []
     for m, most in zip(GROUPS, measured.layouts.most_ones.T, strict=True):
-        pattern = together(numbers(1, most), numbers(2, np.full(len(most), m)))
-        found.append(nested(11, pattern, most < m))
+        pattern = nested(11, numbers(1, most), numbers(2, np.full(len(most), m)))
+        found.append(picked(pattern, most < m))
     return found
 
 
@@ -128,8 +131,7 @@ def _zero_blocks(measured: Measured) -> list[Column]:
     for side, nonzero in zip(SIDES, measured.layouts.nonzero_blocks.T, strict=True):
         totals: Array = -(-measured.rows // side) * -(-measured.columns // side)
         is_set = is_set & (nonzero < totals)
-        blocks = together(
-            numbers(1, np.full(len(totals), side)), numbers(2, totals - nonzero), numbers(3, totals)
-        )
-        found.append(nested(12, blocks, is_set))
+        sides = numbers(1, np.full(len(totals), side))
+        blocks = nested(12, sides, numbers(2, totals - nonzero), numbers(3, totals))
+        found.append(picked(blocks, is_set))
     return found
