@@ -26,7 +26,7 @@ from secateur_server.state_dict.parameter import Parameter
 
 def is_planned_by_runs(rule: Selection, amounts: Sequence[Amount]) -> bool:
     """Whether shares or numbers of elements go, by the magnitude of the weights alone."""
-    is_of_weights = rule.importance.is_measured and not (rule.scores or rule.scales)
+    is_of_weights = rule.importance.is_value and not (rule.scores or rule.scales)
     is_plain = rule.allocation in ("rank", "lamp") and not rule.guard_rails.rails
     return (
         rule.is_of_elements

@@ -84,7 +84,7 @@ def rank(
     # But of an N:M group only what is unpruned can go.
     masked = mask if scores is None or granularity.is_part else None
     of_units = importance.scores(context, values, masked, granularity, is_mean)
-    sample = seen.sample if seen and granularity.is_element else None
+    sample = seen.sample if seen and granularity.is_element and importance.is_value else None
     return Ranking(name, units, of_units, alive, weight.device, sample)
 
 

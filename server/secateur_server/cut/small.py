@@ -95,7 +95,7 @@ def ranking_of(
     """The ranking of a tensor whose units are its elements.  Errors: NanScores."""
     parameter = state[name]
     weight, mask, seen = parameter.weight, parameter.mask, parameter.seen
-    if rule.scores or rule.scales or not rule.importance.is_measured:
+    if rule.scores or rule.scales or not rule.importance.is_value:
         scores, field = scores_of(rule, name, state, extras)
         by = rule.importance, Element()
         return rank(context, name, parameter, scores, *by, True, False, field)

@@ -25,6 +25,10 @@ class Importance(Protocol):
         """Whether scores come from values. Others have no threshold, and are not normalized."""
 
     @property
+    def is_value(self) -> bool:
+        """Whether the score of a single element is its value itself, which need not be computed."""
+
+    @property
     def ranks_zeros_lowest(self) -> bool:
         """Whether the score is 0 where all values of a unit are 0, and nowhere else."""
 

@@ -26,7 +26,7 @@ class Magnitude:
 
     order: float = 1.0
 
-    is_measured = True
+    is_measured, is_value = True, True
 
     @property
     def ranks_zeros_lowest(self) -> bool:

@@ -29,7 +29,7 @@ class Nuclear:
 
     dim: int
 
-    is_measured, ranks_zeros_lowest, order = True, True, 0.0
+    is_measured, is_value, ranks_zeros_lowest, order = True, False, True, 0.0
 
     def by_name(self, name: str) -> RandomScores | None:
         return None

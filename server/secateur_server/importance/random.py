@@ -22,7 +22,7 @@ class Random:
 
     seed: int
 
-    is_measured, ranks_zeros_lowest, order = False, False, 0.0
+    is_measured, is_value, ranks_zeros_lowest, order = False, False, False, 0.0
 
     @classmethod
     def decode(
