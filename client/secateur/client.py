@@ -13,7 +13,7 @@ from secateur.checkpoint import decode_checkpoint, uri_of
 from secateur.checkpoint_calls import OUTPUTS, CheckpointCalls
 from secateur.checks import flag, one_of, patterns
 from secateur.choices import AnyGranularity, magnitude
-from secateur.connection import connect
+from secateur.connection import Call, connect
 from secateur.defaults import SOME_AMOUNTS, matrices
 from secateur.encoding import encode_spec
 from secateur.errors import SecateurError
@@ -138,11 +138,13 @@ class Client(CheckpointCalls):
     ) -> PruneResult:
         """Sends a model, or its place on the server; the result is of `model`."""
         upload = _upload_for(header, sent, {**sent.sent(), **arrays})
-        call, rpc = self._connection.transform, self._rpcs["Prune"]
         is_small = header.output in (pb.OUTPUT_MASKS, pb.OUTPUT_NONE)
         if is_small and sent.is_here and upload.file_bytes <= CHUNK_BYTES:
-            call, rpc = self._connection.transform_small, self._rpcs.prune_small
-        result, received = call(rpc, header, upload, progress, patience)
+            call = Call(self._rpcs.prune_small, header, upload, progress, patience)
+            result, received = self._connection.transform_small(call)
+        else:
+            call = Call(self._rpcs["Prune"], header, upload, progress, patience)
+            result, received = self._connection.transform(call)
         return PruneResult(
             report=decode_report(result.report),
             extents=decode_extents(result.report),
@@ -197,8 +199,8 @@ class Client(CheckpointCalls):
     ) -> Report:
         header = pb.ReportHeader(tensors=_named(tensors, model))
         upload = _upload_for(header, model, model.tensors)
-        answer = self._connection.measure(self._rpcs["Report"], header, upload, progress, patience)
-        return decode_report(answer.report)
+        call = Call(self._rpcs["Report"], header, upload, progress, patience)
+        return decode_report(self._connection.measure(call).report)
 
     def plan(
         self,
@@ -239,8 +241,8 @@ class Client(CheckpointCalls):
             prior=one_of("prior", prior, _PRIORS),
         )
         upload = _upload_for(header, model, {**model.sent(), **arrays})
-        answer = self._connection.measure(self._rpcs["Plan"], header, upload, progress, patience)
-        return decode_plan(answer.plan, header)
+        call = Call(self._rpcs["Plan"], header, upload, progress, patience)
+        return decode_plan(self._connection.measure(call).plan, header)
 
     def sensitivity(
         self,
@@ -297,8 +299,8 @@ class Client(CheckpointCalls):
             check_storable(destination, model.others, LEAVE_OUT)
             warn_of_rest(destination, model.torch_file)
         patience = self._connection.patience()
-        call = self._connection.transform
-        result, received = call(self._rpcs["Finalize"], header, upload, progress, patience)
+        call = Call(self._rpcs["Finalize"], header, upload, progress, patience)
+        result, received = self._connection.transform(call)
         return FinalizeResult(decode_report(result.report), model, received, destination)
 
     def server_info(self) -> ServerInfo:

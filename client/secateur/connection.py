@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -15,6 +16,39 @@ from secateur.errors import SecateurError, Unavailable
 from secateur.patience import Answer, Patience
 from secateur.progress import Progress, show_progress, show_work
 from secateur.transfer import Received, Upload, errors_of, receive
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that sends a model, or names one on the server.
+
+    Attributes:
+        rpc: Of the server.
+        header: Of the first request.
+        upload: The data of the requests.
+        progress: As of `Client`.
+        patience: The time for the call.
+    """
+
+    rpc: Rpc
+    header: Any
+    upload: Upload
+    progress: Progress
+    patience: Patience
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether the model is sent."""
+        return self.header.WhichOneof("source") is None
+
+    @property
+    def is_safe(self) -> bool:
+        """Whether a second call changes nothing more on the server."""
+        return not getattr(self.header, "keep", False)
+
+    def messages(self, sending: Callable[[int], None]) -> Iterator[Any]:
+        """Yields the requests; `sending` is called with the bytes of each."""
+        return self.upload.messages(self.rpc.request, self.header, sending)
 
 
 class Connection:
@@ -51,76 +85,42 @@ class Connection:
         """Starts the time of one call of a method."""
         return Patience(self.timeout)
 
-    def measure(
-        self, rpc: Rpc, header: Any, upload: Upload, progress: Progress, patience: Patience
-    ) -> Any:
-        """Makes a call that one message answers.
-
-        Args:
-            rpc: Streams its requests.
-            header: Of the first request.
-            upload: The data of the requests.
-            progress: As of `Client`.
-            patience: The time for the call.
-
-        Returns:
-            The answer.
-        """
+    def measure(self, call: Call) -> Any:
+        """Makes a call, and returns its answer, which is one message."""
         # Such an rpc sends no progress, so a model on the server has nothing to show.
-        shown = False if header.WhichOneof("source") else progress
+        progress = call.progress if call.is_sent else False
 
         def attempt(left: float | None) -> Any:
-            with show_progress(shown, upload.file_bytes) as sending:
-                call = rpc.future(upload.messages(rpc.request, header, sending), timeout=left)
-                with errors_of(upload, call):
-                    return call.result()
+            with show_progress(progress, call.upload.file_bytes) as sending:
+                answer = call.rpc.future(call.messages(sending), timeout=left)
+                with errors_of(call.upload, answer):
+                    return answer.result()
 
-        return self.until_served(attempt, patience)
+        return self.until_served(attempt, call.patience)
 
-    def transform(
-        self, rpc: Rpc, header: Any, upload: Upload, progress: Progress, patience: Patience
-    ) -> tuple[Any, Received]:
-        """Makes a call that a stream answers.
-
-        Args:
-            rpc: As of `measure`; its answers have a result and data.
-            header: As of `measure`.
-            upload: As of `measure`.
-            progress: As of `measure`.
-            patience: As of `measure`.
-
-        Returns:
-            The result, and the tensors behind it.
-        """
-        is_sent = header.WhichOneof("source") is None
+    def transform(self, call: Call) -> tuple[Any, Received]:
+        """Makes a call, and returns the result and the tensors that its answer streams."""
 
         def attempt(left: float | None) -> tuple[Any, Received]:
-            with _shown(progress, upload.file_bytes if is_sent else None) as (sending, working):
-                call = rpc(upload.messages(rpc.request, header, sending), timeout=left)
-                with errors_of(upload, call):
-                    return receive(call, working)
+            with _shown(call) as (sending, working):
+                answer = call.rpc(call.messages(sending), timeout=left)
+                with errors_of(call.upload, answer):
+                    return receive(answer, working)
 
-        return self.until_served(attempt, patience, _is_repeatable(header))
+        return self.until_served(attempt, call.patience, call.is_safe)
 
-    def transform_small(
-        self, rpc: Rpc, header: Any, upload: Upload, progress: Progress, patience: Patience
-    ) -> tuple[Any, Received]:
-        """As `transform`, with one message each way: gRPC is faster if it knows that.
-
-        Args:
-            rpc: Sends one request.
-            header: As of `measure`.
-            upload: As of `measure`; at most CHUNK_BYTES.
-            progress: As of `measure`.
-            patience: As of `measure`.
-        """
+    def transform_small(self, call: Call) -> tuple[Any, Received]:
+        """As `transform`, with one message each way: gRPC is faster if it knows that."""
 
         def attempt(left: float | None) -> tuple[Any, Received]:
-            with show_progress(progress, upload.file_bytes) as sending, errors_of(upload):
-                message = next(upload.messages(rpc.request, header, sending))
-                return receive([rpc(message, timeout=left)])
+            with (
+                show_progress(call.progress, call.upload.file_bytes) as sending,
+                errors_of(call.upload),
+            ):
+                message = next(call.messages(sending))
+                return receive([call.rpc(message, timeout=left)])
 
-        return self.until_served(attempt, patience, _is_repeatable(header))
+        return self.until_served(attempt, call.patience, call.is_safe)
 
     def ask(
         self, rpc: Rpc, request: Any, patience: Patience | None = None, is_safe: bool = True
@@ -228,26 +228,19 @@ def _check_secrecy(target: Target, token: str | None, insecure: bool) -> None:
 
 
 @contextmanager
-def _shown(
-    progress: Progress, total: int | None
-) -> Iterator[tuple[Callable[[int], None], Callable[[Any], None]]]:
-    """Shows the upload of `total` bytes; with None the server's work on what it has.
+def _shown(call: Call) -> Iterator[tuple[Callable[[int], None], Callable[[Any], None]]]:
+    """Shows how much of a model is sent, or the work of the server on its own.
 
     Yields:
-        Functions to call with the bytes of each message, and with each progress message.
+        Functions to call with the bytes of each request, and with each progress message.
     """
-    if total is None:
-        with show_work(progress) as working:
-            yield _ignore, working
-    else:
-        with show_progress(progress, total) as sending:
+    if call.is_sent:
+        with show_progress(call.progress, call.upload.file_bytes) as sending:
             yield sending, _ignore
+    else:
+        with show_work(call.progress) as working:
+            yield _ignore, working
 
 
 def _ignore(step: Any) -> None:
     pass
-
-
-def _is_repeatable(header: Any) -> bool:
-    """Whether a call changes nothing on the server that a second one would change again."""
-    return not getattr(header, "keep", False)
