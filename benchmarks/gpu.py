@@ -24,12 +24,14 @@ from common import (
     running_server,
     timed,
 )
-from secateur_server import devices
-from secateur_server.devices.cuda import Cuda
-from secateur_server.pruning.granularity import Element
-from secateur_server.pruning.prune import prune
-from secateur_server.pruning.spec import Magnitude, Parameter, Selection
+from secateur_server import backends
+from secateur_server.backends.cuda import Cuda
+from secateur_server.cut.prune import prune
+from secateur_server.granularity.element import Element
+from secateur_server.importance.magnitude import Magnitude
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.rules import Selection
+from secateur_server.state_dict.parameter import Parameter
 
 ROUNDS = 9
 # Bytes that torch takes for a weight.
@@ -86,7 +88,7 @@ def _sides(millions: int) -> dict[str, Any]:
     found = {
         "parameters": sum(weight.numel() for weight in model.values()),
         "gpu": torch.cuda.get_device_name(),
-        "passes are": type(devices.passes_of(torch.device("cuda"))).__name__,
+        "passes are": type(backends.passes_of(torch.device("cuda"))).__name__,
         "bound": PASSES * size / _bandwidth(),
         "secateur": _measured(lambda: _prune(model)),
         "torch": _measured(lambda: prune_by_torch(model)[1], rounds=3),
@@ -96,7 +98,7 @@ def _sides(millions: int) -> dict[str, Any]:
         kept = ours[name].mask
         assert kept is not None
         assert torch.equal(mask != 0, kept.whole(RequestContext(), mask.shape)), name
-    devices._kind_of = cache(lambda device: Cuda)
+    backends._kind_of = cache(lambda device: Cuda)
     return found | {"operations": _measured(lambda: _prune(model))}
 
 

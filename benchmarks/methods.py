@@ -19,13 +19,14 @@ import public
 import secateur
 from bounds import raw_upload
 from common import AMOUNT, Model, Server, in_fresh_process, make_model, running_server, timed
-from secateur_server.devices.cpu import one_thread
-from secateur_server.messages.spec import decode_spec
-from secateur_server.pruning.catalog import Stored, read_catalog
-from secateur_server.pruning.prune import prune
-from secateur_server.pruning.resolve import resolve
-from secateur_server.pruning.spec import Parameter, Rule
+from secateur_server.backends.cpu import one_thread
+from secateur_server.cut.prune import prune
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.decode import decode_spec
+from secateur_server.spec.resolve import resolve
+from secateur_server.spec.rules import Rule
+from secateur_server.state_dict.catalog import Stored, read_catalog
+from secateur_server.state_dict.parameter import Parameter
 
 CALLS, READINGS = 3, 15
 # Of the mask's bits: public ways rank by float32's roundings, and a swap of two rows is 4e-4.

@@ -6,7 +6,7 @@ from typing import Any
 import secateur
 from common import AMOUNT, Model, Server, in_fresh_process, make_model, running_server, timed
 from methods import Core
-from secateur_server.pruning.plan import plan
+from secateur_server.cut.plan import plan
 from secateur_server.runtime.context import RequestContext
 
 CALLS = 5

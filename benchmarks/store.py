@@ -23,9 +23,9 @@ from safetensors.torch import save
 import secateur
 from common import running_server, timed
 from secateur_server.operate.callers import read_tokens
-from secateur_server.store.blobs import disk_bytes
-from secateur_server.store.records import RECORD_BYTES, StoredFile, new_record, write_record
-from secateur_server.store.store import Store
+from secateur_server.storage.blobs import disk_bytes
+from secateur_server.storage.records import StoredFile, new_record, write_record
+from secateur_server.storage.store import Store
 
 EVICTED = 680
 TOKEN = "a token of the benchmark"
@@ -85,7 +85,7 @@ def _fill(folder: Path, owner: str, count: int) -> int:
         (folder / "blobs" / f"{digest}.sums").write_bytes(blake3(data).digest())
         record = new_record((StoredFile("model.safetensors", len(data), digest),), None)
         write_record(folder / "checkpoints" / owner, record)
-        held += RECORD_BYTES + disk_bytes(len(data))
+        held += record.disk_bytes + disk_bytes(len(data))
     return held
 
 

@@ -1,8 +1,10 @@
-"""Exits 0 where the server of this container takes requests: grpc.health.v1, as probes ask it.
+"""Exits with 0 if the server of this container accepts requests, by grpc.health.v1.
 
-healthcheck.py [SERVICE]: with "liveness" it asks whether the server runs at all.
-Where the server has TLS, the probe trusts its certificate, whatever its name, and shows the same
-one where the server asks callers for certificates.
+    healthcheck.py [SERVICE]
+
+The service "liveness" tells whether the server runs at all. With TLS, the probe trusts the
+server's own certificate, whatever its name. It presents the same one if the server requires
+client certificates.
 """
 
 import os
@@ -15,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 
 def channel(address: str) -> grpc.Channel:
-    """To the server, as its own variables say."""
+    """Connects as the server's own environment variables say."""
     certificate = os.environ.get("SECATEUR_TLS_CERT")
     if not certificate:
         return grpc.insecure_channel(address)
@@ -28,14 +30,14 @@ def channel(address: str) -> grpc.Channel:
 
 
 def name_in(certificate: str) -> str:
-    """A name that the certificate is for: gRPC has no way to ask without one."""
-    found = ssl._ssl._test_decode_cert(certificate)  # what ssl itself reads certificates with
+    """Returns a name that the certificate covers: gRPC cannot connect without one."""
+    found = ssl._ssl._test_decode_cert(certificate)  # the parser of ssl itself
     names = [name for kind, name in found["subjectAltName"] if kind in ("DNS", "IP Address")]
     return names[0].replace("*", "any")
 
 
 def main() -> int:
-    """The exit status."""
+    """Returns the exit status."""
     port = os.environ["SECATEUR_ADDRESS"].rpartition(":")[2]
     with channel(f"127.0.0.1:{port}") as opened:
         request = health_pb2.HealthCheckRequest(service="".join(sys.argv[1:]))

@@ -1,10 +1,10 @@
-"""What pruning costs in accuracy: methods beside one another, on a LeNet that reads digits.
+"""Compares the accuracy of a LeNet that reads digits after each pruning method.
 
     make accuracy                                             # 3 minutes on two cores
 
-It prints a table in Markdown. Each network is pruned without training it again; at once, and then
-trained for as many epochs as there are rounds; and in rounds, with an epoch behind each. So both
-of the latter are trained as much.
+It prints a table in Markdown. Each network is pruned in three ways: at once without training, at
+once with training afterwards, and in rounds with an epoch of training after each. The last two
+train for the same number of epochs.
 """
 
 import copy
@@ -19,42 +19,42 @@ import torch
 import secateur
 from examples.demo import WEIGHTS, Digits, LeNet, accuracy, pruned_copy, read_digits, train
 
-LEVELS = (0.5, 0.8, 0.9, 0.95)  # how much is pruned
+LEVELS = (0.5, 0.8, 0.9, 0.95)  # pruned fractions
 SEEDS = (0, 1, 2)
-EPOCHS = 10  # of the network that is pruned
-ROUNDS = 10  # of iterative pruning, an epoch each
+EPOCHS = 10  # before pruning
+ROUNDS = 10  # of iterative pruning, with an epoch each
 
-# Patterns have no sparsity but their own: those of sparse hardware that come nearest to a level.
+# A pattern has a fixed sparsity: for each level, the nearest pattern of sparse hardware.
 PATTERNS = {0.5: (2, 4), 0.8: (1, 4), 0.9: (1, 8), 0.95: (1, 16)}
 
 
 def global_magnitude(level: float) -> secateur.Spec:
-    """The smallest weights go, wherever they are."""
+    """Prunes the smallest weights of all layers together."""
     return secateur.select(WEIGHTS, level, scope="global")
 
 
 def uniform(level: float) -> secateur.Spec:
-    """The smallest weights of each layer go, the same fraction of each."""
+    """Prunes the smallest weights of each layer, the same fraction of each."""
     return secateur.select(WEIGHTS, level, scope="global", allocation="uniform")
 
 
 def erk(level: float) -> secateur.Spec:
-    """The smallest weights of each layer go, more of large layers."""
+    """Prunes the smallest weights of each layer, more of large layers."""
     return secateur.select(WEIGHTS, level, scope="global", allocation="erk")
 
 
 def lamp(level: float) -> secateur.Spec:
-    """Those weights go that weigh little beside the larger ones of their layer."""
+    """Prunes the weights that are small relative to the larger ones of their layer."""
     return secateur.select(WEIGHTS, level, scope="global", allocation="lamp")
 
 
 def blocks(level: float) -> secateur.Spec:
-    """Blocks of 4x4 go: the smallest that the report counts, and conv1 is a matrix of 6x9."""
+    """Prunes blocks of 4x4, the smallest that the report counts."""
     return secateur.select(WEIGHTS, level, granularity=secateur.blocks(4, 4), scope="global")
 
 
 def pattern(level: float) -> secateur.Spec:
-    """Of each m inputs in a row n are kept. conv1 has one input, and stays as it is."""
+    """Keeps n of each m inputs in a row. conv1 has one input, and is not pruned."""
     return secateur.select(WEIGHTS, 1.0, granularity=secateur.n_m(*PATTERNS[level]))
 
 
@@ -70,7 +70,7 @@ METHODS: dict[str, Callable[[float], secateur.Spec]] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """The sparsity of a pruned network, and its accuracy by each way: fractions of 1."""
+    """The sparsity of a pruned network and its accuracy in each way, in [0, 1]."""
 
     sparsity: float
     untrained: float
@@ -85,7 +85,7 @@ def main() -> None:
     """Measures every method at every level, for every seed, and prints the means."""
     digits = read_digits()
     names = [name for name in METHODS for _ in SEEDS]
-    # A process for each core: for a network this small more threads only wait for each other.
+    # One process for each core: threads only slow down a network this small.
     with ProcessPoolExecutor(None, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         models = list(pool.map(trained, SEEDS))
         whole = statistics.mean(accuracy(model, digits) for model in models)
@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def trained(seed: int) -> LeNet:
-    """A network that reads digits."""
+    """Trains a network that reads digits."""
     torch.manual_seed(seed)
     model = LeNet()
     train(model, read_digits(), EPOCHS)
@@ -107,15 +107,15 @@ def trained(seed: int) -> LeNet:
 
 
 def measure_levels(name: str, model: LeNet) -> list[Outcome]:
-    """The outcome of a method at each of LEVELS."""
+    """Measures a method at each of LEVELS."""
     digits = read_digits()
     with secateur.embedded(device="cpu") as client:
         return [measure(client, model, digits, METHODS[name](level)) for level in LEVELS]
 
 
 def measure(client: secateur.Client, model: LeNet, digits: Digits, spec: secateur.Spec) -> Outcome:
-    """Prunes copies of a network by each way."""
-    torch.manual_seed(0)  # of the order of the images
+    """Prunes copies of a network in each way."""
+    torch.manual_seed(0)  # for the order of the images
     result = client.prune(model, spec, progress=False)
     pruned = pruned_copy(model, result)
     untrained = accuracy(pruned, digits)
@@ -130,7 +130,7 @@ def measure(client: secateur.Client, model: LeNet, digits: Digits, spec: secateu
 
 
 def mean_levels(of_seeds: Iterable[list[Outcome]]) -> list[Outcome]:
-    """The mean outcome at each level."""
+    """Returns the mean outcome at each level."""
     return [
         Outcome(*map(statistics.mean, zip(*map(astuple, level), strict=True)))
         for level in zip(*of_seeds, strict=True)
@@ -138,7 +138,7 @@ def mean_levels(of_seeds: Iterable[list[Outcome]]) -> list[Outcome]:
 
 
 def table(found: dict[str, list[Outcome]]) -> str:
-    """A table in Markdown. Of a method with a sparsity of its own it says which."""
+    """Formats the Markdown table, with the sparsity of methods that miss the levels."""
     lines = [["method", "", *(f"{level:.0%}" for level in LEVELS)]]
     lines.append(["---", "---", *("---:" for _ in LEVELS)])
     for name, outcomes in found.items():

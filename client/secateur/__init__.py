@@ -70,10 +70,10 @@ from secateur.methods import (
 )
 from secateur.plan import Plan, PlannedAmount, PlannedTensor, Sensitivity
 from secateur.rails import guard_rails, rail
-from secateur.reading import is_pruned
 from secateur.report import Bound, Choice, Coverage, Report, ReportWarning, TensorReport, ZeroBlocks
 from secateur.result import FinalizeResult, PruneResult
 from secateur.server_info import ServerInfo
+from secateur.source import is_pruned
 from secateur.spec import Spec
 from secateur.versions import VERSION
 

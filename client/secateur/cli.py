@@ -34,10 +34,10 @@ from secateur.embedded import embedded
 from secateur.errors import NotSaved, SecateurError
 from secateur.files import check_holds, check_writable
 from secateur.folders import check_no_other_weights, find_folder
+from secateur.model import Source
 from secateur.paths import path_of
 from secateur.plan import Plan, Sensitivity
 from secateur.report import Report
-from secateur.source import Source
 from secateur_proto.index import SUFFIX
 
 

@@ -12,9 +12,9 @@ from secateur.checkpoint_calls import OUTPUTS
 from secateur.cli_server import client_of, server_options
 from secateur.client import Client
 from secateur.errors import DataLoss
+from secateur.model import Source
 from secateur.paths import path_of
-from secateur.reading import read_source
-from secateur.source import Source
+from secateur.source import read_source
 from secateur.tables import text_table
 from secateur_proto.index import SUFFIX
 

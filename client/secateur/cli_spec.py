@@ -12,8 +12,8 @@ from secateur.checks import percentage
 from secateur.client import Client
 from secateur.defaults import SOME_AMOUNTS, matrices
 from secateur.errors import InvalidSpec
+from secateur.model import Source
 from secateur.paths import source_path
-from secateur.source import Source
 from secateur.spec import METHODS, Spec
 from secateur_proto.enums import values_by_name
 from secateur_proto.pruner_pb2 import Prior

@@ -19,15 +19,15 @@ from secateur.encoding import encode_spec
 from secateur.errors import SecateurError
 from secateur.files import warn_of_rest
 from secateur.methods import select
+from secateur.model import Source
 from secateur.others import LEAVE_OUT, check_names, check_storable
 from secateur.patience import Patience
 from secateur.plan import Plan, Sensitivity, decode_plan, sensitivity_of
 from secateur.progress import Progress
-from secateur.reading import read_source
-from secateur.report import Report, decode_extents, decode_report
+from secateur.report import Report, decode_report
 from secateur.result import FinalizeResult, PruneResult
 from secateur.server_info import ServerInfo, decode_server_info
-from secateur.source import Source
+from secateur.source import read_source
 from secateur.spec import Spec
 from secateur.tensors import LocalTensor
 from secateur.transfer import Upload
@@ -146,8 +146,7 @@ class Client(CheckpointCalls):
             call = Call(self._rpcs["Prune"], header, upload, progress, patience)
             result, received = self._connection.transform(call)
         return PruneResult(
-            report=decode_report(result.report),
-            extents=decode_extents(result.report),
+            message=result.report,
             source=model,
             output=plain_name(pb.Output.DESCRIPTOR, header.output),
             received=received,

@@ -14,7 +14,7 @@ from secateur.checks import shown, timeout_of
 from secateur.diagnosis import Target, diagnosing
 from secateur.errors import SecateurError, Unavailable
 from secateur.patience import Answer, Patience
-from secateur.progress import Progress, show_progress, show_work
+from secateur.progress import Progress, noting_waits, show_progress, show_work
 from secateur.transfer import Received, Upload, errors_of, receive
 
 
@@ -238,7 +238,7 @@ def _shown(call: Call) -> Iterator[tuple[Callable[[int], None], Callable[[Any], 
         with show_progress(call.progress, call.upload.file_bytes) as sending:
             yield sending, _ignore
     else:
-        with show_work(call.progress) as working:
+        with show_work(call.progress) as shown, noting_waits(shown) as working:
             yield _ignore, working
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 from secateur.errors import InvalidSpec
+from secateur.model import Source
 from secateur.report import Report
-from secateur.source import Source
 
 # Names of tensors in an error.
 _SHOWN = 3

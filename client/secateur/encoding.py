@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from secateur.errors import InvalidSpec
+from secateur.model import Source
 from secateur.others import check_names
-from secateur.source import Source
 from secateur.spec import Arrays, Rule, Spec, local_array
 from secateur.tensors import LocalTensor
 from secateur_proto import spec_pb2 as pb

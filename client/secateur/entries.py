@@ -4,8 +4,9 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from secateur.cycles import no_search_for_cycles
 from secateur.errors import InvalidStateDict
-from secateur.source import Source
+from secateur.model import Source
 from secateur.tensors import (
     LocalTensor,
     NotATensor,
@@ -62,6 +63,7 @@ def from_module(module: Any) -> Source:
     return _divided(entries, parameters, True, lambda name, value: not isinstance(value, tensor))
 
 
+@no_search_for_cycles()
 def _divided(
     entries: Mapping[str, Any],
     parameters: frozenset[str],

@@ -11,8 +11,8 @@ import numpy as np
 
 from secateur.errors import InvalidStateDict
 from secateur.file_kinds import npz_reason
+from secateur.model import Mask
 from secateur.model_files import MASK_SHAPES, read_path
-from secateur.source import Mask
 from secateur.tensors import Bytes, LocalTensor, from_value
 from secateur.torch_files import TORCH_SUFFIXES
 from secateur_proto.framing import mask_bytes

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from secateur.errors import InvalidStateDict
-from secateur.source import Mask, Source
+from secateur.model import Mask, Source
 from secateur.tensors import Bytes, LocalTensor, prior_mask
 from secateur_proto.dtypes import DTYPES
 

@@ -33,7 +33,7 @@ Names = str | Sequence[str]
 _ALLOCATIONS = values_by_name(pb.Allocation.DESCRIPTOR)
 _COMBINATIONS = values_by_name(pb.Combination.DESCRIPTOR)
 _NORMALIZATIONS = values_by_name(pb.Normalization.DESCRIPTOR)
-# SCOPE_PER_TENSOR is "tensor" here.
+# SCOPE_PER_ROW is "row" here, and SCOPE_PER_TENSOR "tensor".
 _SCOPES = {
     name.removeprefix("per_"): scope for name, scope in values_by_name(pb.Scope.DESCRIPTOR).items()
 }
@@ -170,8 +170,9 @@ def select(
             `table` returns.
         importance: What a function of secateur.choices returns, or its name.
         granularity: What a function of secateur.choices returns, or its name.
-        scope: Which units are ranked together: those of each "tensor", of all tensors ("global"),
-            or of tensors whose names differ in their numbers alone ("isomorphic").
+        scope: Which units are ranked together: those of each output "row" of a tensor, of each
+            "tensor", of all tensors ("global"), or of tensors whose names differ in their numbers
+            alone ("isomorphic").
         normalization: Of each tensor's importances: "mean", "norm" or "z_score".
         allocation: How a total is divided: by "rank" (None), "uniform", "erk" or "lamp".
         of_all: Whether the amount is of all units, pruned ones included.

@@ -9,8 +9,8 @@ from secateur.entries import from_mapping
 from secateur.errors import InvalidStateDict
 from secateur.file_kinds import open_reason, safetensors_reason
 from secateur.folders import find_folder
+from secateur.model import Source, has_torch
 from secateur.shards import Index, read_shards
-from secateur.source import Source, has_torch
 from secateur.tensor_file import parse_file
 from secateur.tensors import LocalTensor, dtype_of
 from secateur.ties import untie

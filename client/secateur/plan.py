@@ -174,6 +174,7 @@ def decode_plan(message: pb.PruningPlan, header: PlanHeader) -> Plan:
 
 
 _SCOPES = {
+    spec_pb2.SCOPE_PER_ROW: "each output row by itself",
     spec_pb2.SCOPE_PER_TENSOR: "each tensor by itself",
     spec_pb2.SCOPE_GLOBAL: "all tensors together",
     spec_pb2.SCOPE_ISOMORPHIC: "tensors of like names together",

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
-from secateur.errors import SecateurError
+from secateur.errors import DeadlineExceeded, SecateurError
+from secateur_proto.checkpoint_pb2 import PHASE_WAIT
 
 # None: a bar if stderr is a terminal and tqdm is installed. A function gets done and total.
 Progress = bool | None | Callable[[int, int], None]
@@ -68,6 +69,34 @@ def show_work(progress: Progress) -> Iterator[Callable[[Any], None]]:
         yield working
         if shown < PARTS:
             advance(PARTS - shown)
+
+
+@contextmanager
+def noting_waits(working: Callable[[Any], None]) -> Iterator[Callable[[Any], None]]:
+    """Adds to the error of a call whose deadline is exceeded that it waited, if it did to the end.
+
+    Args:
+        working: Called with each progress message.
+
+    Yields:
+        A function to call with each progress message.
+    """
+    is_waiting = False
+
+    def told(message: Any) -> None:
+        nonlocal is_waiting
+        is_waiting = message.phase == PHASE_WAIT
+        working(message)
+
+    try:
+        yield told
+    except DeadlineExceeded as error:
+        if not is_waiting or error.request_id is not None:  # the server answered
+            raise
+        raise DeadlineExceeded(f"{error}; {_WAITED}") from error
+
+
+_WAITED = "until then the call waited for memory or cores of the server, which other calls had"
 
 
 def _accumulated(progress: Callable[[int, int], None], total: int) -> Callable[[int], None]:

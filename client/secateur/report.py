@@ -284,13 +284,12 @@ class Extent(NamedTuple):
     aliases: tuple[str, ...]
 
 
-def decode_extents(message: pb.SparsityReport) -> Mapping[str, Extent]:
+def decode_extents(message: pb.SparsityReport) -> dict[str, Extent]:
     """Decodes the extents of a report's tensors alone: all of the report takes longer."""
-    return LazyMapping(message.tensors, _extent)
-
-
-def _extent(message: pb.TensorReport) -> Extent:
-    return Extent(tuple(message.shape), message.total, tuple(message.aliases))
+    return {
+        tensor.name: Extent(tuple(tensor.shape), tensor.total, tuple(tensor.aliases))
+        for tensor in message.tensors
+    }
 
 
 def decode_report(message: pb.SparsityReport) -> Report:

@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from secateur.checkpoint import Checkpoint
+from secateur.cycles import no_search_for_cycles
 from secateur.errors import InvalidStateDict, SecateurError
 from secateur.files import save
 from secateur.mask_files import entries_of, pack, unpack_all
 from secateur.masking import pruned_tensors
+from secateur.model import Mask, Source
 from secateur.paths import path_of
-from secateur.report import Extent, Report
-from secateur.source import Mask, Source
+from secateur.report import Extent, Report, decode_extents, decode_report
 from secateur.tensors import LocalTensor, prior_mask, to_value, torch_for
 from secateur.ties import each_once, tied
 from secateur.transfer import Received
+from secateur_proto.report_pb2 import SparsityReport
 
 Tensors = Mapping[str, LocalTensor]
 
@@ -135,17 +137,16 @@ class PruneResult(_Result):
 
     def __init__(
         self,
-        report: Report,
-        extents: Mapping[str, Extent],
+        message: SparsityReport,
         source: Source,
         output: str,
         received: Received,
         checkpoint: Checkpoint | None = None,
         destination: str | None = None,
     ) -> None:
-        super().__init__(report, source, received, destination)
+        super().__init__(decode_report(message), source, received, destination)
         self.checkpoint = checkpoint
-        self._extents = extents
+        self._message = message
         self._output = output
 
     def __repr__(self) -> str:
@@ -154,6 +155,11 @@ class PruneResult(_Result):
         return f"PruneResult({self._summary()}, output={self._output!r}{''.join(places)})"
 
     @cached_property
+    def _extents(self) -> dict[str, Extent]:
+        return decode_extents(self._message)
+
+    @cached_property
+    @no_search_for_cycles()
     def masks(self) -> dict[str, Any]:
         """The whole mask of each tensor that the spec named: bool, its shape, True is kept.
 

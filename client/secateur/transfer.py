@@ -9,6 +9,7 @@ import grpc
 import numpy as np
 from blake3 import blake3
 
+from secateur.cycles import no_search_for_cycles
 from secateur.errors import DataLoss, ServerError, from_rpc
 from secateur.shards import Index
 from secateur.tensor_file import TensorFile, parse_file
@@ -139,6 +140,7 @@ def receive(
     return result, _parse(result, data.data) if len(data) else Received()
 
 
+@no_search_for_cycles()
 def _parse(result: Any, data: memoryview) -> Received:
     """The tensors of one file, or of shards and their index."""
     tensors: dict[str, LocalTensor] = {}

@@ -17,9 +17,9 @@ from secateur.errors import (
     SecateurError,
     Unavailable,
 )
+from secateur.model import Source
 from secateur.model_files import map_bytes
 from secateur.patience import MOST_PAUSE_SECONDS, Patience
-from secateur.source import Source
 from secateur.tensor_file import TensorFile
 from secateur.transfer import errors_of
 from secateur_proto import checkpoint_pb2

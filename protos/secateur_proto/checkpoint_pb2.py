@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1csecateur/v1/checkpoint.proto\x12\x0bsecateur.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc6\x01\n\nCheckpoint\x12\x0c\n\x04name\x18\x01 \x01(\t\x12/\n\x0b\x63reate_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12 \n\x05\x66iles\x18\x04 \x03(\x0b\x32\x11.secateur.v1.File\x12\x12\n\nsize_bytes\x18\x05 \x01(\x04\x12\x12\n\nmask_bytes\x18\x06 \x01(\x04\"<\n\x04\x46ile\x12\x10\n\x08\x66ilename\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x62lake3\x18\x03 \x01(\t\"P\n\x08Progress\x12!\n\x05phase\x18\x01 \x01(\x0e\x32\x12.secateur.v1.Phase\x12\x12\n\nread_bytes\x18\x02 \x01(\x04\x12\r\n\x05share\x18\x03 \x01(\x01*P\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x0e\n\nPHASE_READ\x10\x01\x12\x0f\n\x0bPHASE_PRUNE\x10\x02\x12\x0f\n\x0bPHASE_WRITE\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1csecateur/v1/checkpoint.proto\x12\x0bsecateur.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc6\x01\n\nCheckpoint\x12\x0c\n\x04name\x18\x01 \x01(\t\x12/\n\x0b\x63reate_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12 \n\x05\x66iles\x18\x04 \x03(\x0b\x32\x11.secateur.v1.File\x12\x12\n\nsize_bytes\x18\x05 \x01(\x04\x12\x12\n\nmask_bytes\x18\x06 \x01(\x04\"<\n\x04\x46ile\x12\x10\n\x08\x66ilename\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x62lake3\x18\x03 \x01(\t\"P\n\x08Progress\x12!\n\x05phase\x18\x01 \x01(\x0e\x32\x12.secateur.v1.Phase\x12\x12\n\nread_bytes\x18\x02 \x01(\x04\x12\r\n\x05share\x18\x03 \x01(\x01*`\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x0e\n\nPHASE_READ\x10\x01\x12\x0f\n\x0bPHASE_PRUNE\x10\x02\x12\x0f\n\x0bPHASE_WRITE\x10\x03\x12\x0e\n\nPHASE_WAIT\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,7 +33,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'secateur_proto.checkpoint_p
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PHASE']._serialized_start=423
-  _globals['_PHASE']._serialized_end=503
+  _globals['_PHASE']._serialized_end=519
   _globals['_CHECKPOINT']._serialized_start=79
   _globals['_CHECKPOINT']._serialized_end=277
   _globals['_FILE']._serialized_start=279

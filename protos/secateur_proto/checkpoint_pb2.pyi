@@ -34,6 +34,8 @@ class _PhaseEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumType
     """What to prune is decided, and measured."""
     PHASE_WRITE: _Phase.ValueType  # 3
     """The result is written, to a URI or into the store."""
+    PHASE_WAIT: _Phase.ValueType  # 4
+    """The call waits for memory, or for the cores, which other calls have."""
 
 class Phase(_Phase, metaclass=_PhaseEnumTypeWrapper):
     """What a call is doing."""
@@ -46,6 +48,8 @@ PHASE_PRUNE: Phase.ValueType  # 2
 """What to prune is decided, and measured."""
 PHASE_WRITE: Phase.ValueType  # 3
 """The result is written, to a URI or into the store."""
+PHASE_WAIT: Phase.ValueType  # 4
+"""The call waits for memory, or for the cores, which other calls have."""
 Global___Phase: typing_extensions.TypeAlias = Phase
 
 @typing.final

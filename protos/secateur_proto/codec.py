@@ -55,19 +55,24 @@ def _prefix(length: int) -> bytes:
     return bytes(prefix)
 
 
-def header_bytes(raw: bytes) -> int:
-    """Bytes of an encoded request beside its data: all of a message that has other fields."""
-    begin = data = 0
+def beside_data(raw: bytes) -> tuple[list[memoryview], memoryview]:
+    """What an encoded request has beside its data.
+
+    Returns:
+        Its fields `header`, and the rest from the first other field on: empty in what clients send.
+    """
+    view, headers, begin = memoryview(raw), list[memoryview](), 0
     for _ in range(_MOST_FIELDS):
         tag = raw[begin : begin + 1]
         if tag not in (bytes((HEADER_TAG,)), bytes((DATA_TAG,))):
-            return len(raw) - data
-        length, begin = _length(raw, begin)
-        if not begin or begin + length > len(raw):
-            return len(raw)
-        data += length if tag[0] == DATA_TAG else 0
-        begin += length
-    return len(raw)
+            break
+        length, at = _length(raw, begin)
+        if not at or at + length > len(raw):
+            break
+        if tag[0] == HEADER_TAG:
+            headers.append(view[begin : at + length])
+        begin = at + length
+    return headers, view[begin:]
 
 
 def _length(raw: bytes, at: int = 0) -> tuple[int, int]:

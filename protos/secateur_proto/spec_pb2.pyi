@@ -209,6 +209,11 @@ class _ScopeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumType
     """Tensors of one kind together, each kind by itself: those whose names differ in their numbers
     alone, as `layer1.0.conv2.weight` and `layer3.1.conv1.weight`.
     """
+    SCOPE_PER_ROW: _Scope.ValueType  # 4
+    """Each output row by itself: units with one index in their first dimension. `fraction` and
+    `count` are of each row, and so is a fraction of `table`; no other amount, no allocation and no
+    rail. Units need 2 dimensions or more: elements, N:M and blocks of such tensors.
+    """
 
 class Scope(_Scope, metaclass=_ScopeEnumTypeWrapper):
     """Over what the units are ranked, and the amount counted."""
@@ -222,6 +227,11 @@ SCOPE_GLOBAL: Scope.ValueType  # 2
 SCOPE_ISOMORPHIC: Scope.ValueType  # 3
 """Tensors of one kind together, each kind by itself: those whose names differ in their numbers
 alone, as `layer1.0.conv2.weight` and `layer3.1.conv1.weight`.
+"""
+SCOPE_PER_ROW: Scope.ValueType  # 4
+"""Each output row by itself: units with one index in their first dimension. `fraction` and
+`count` are of each row, and so is a fraction of `table`; no other amount, no allocation and no
+rail. Units need 2 dimensions or more: elements, N:M and blocks of such tensors.
 """
 Global___Scope: typing_extensions.TypeAlias = Scope
 
@@ -410,7 +420,7 @@ class Selection(google.protobuf.message.Message):
 
     @property
     def table(self) -> Global___Table:
-        """Each tensor has a fraction of its own. SCOPE_PER_TENSOR only."""
+        """Each tensor has a fraction of its own. SCOPE_PER_TENSOR and SCOPE_PER_ROW only."""
 
     @property
     def importance_scores(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:

@@ -14,11 +14,12 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from secateur_proto.framing import CHUNK_BYTES
-from secateur_server.checkpoints import Checkpoints, add_checkpoints
+from secateur_server.api.checkpoints import Checkpoints, add_checkpoints
+from secateur_server.api.pruner import Pruner, add_pruner
+from secateur_server.backends import passes_of
+from secateur_server.backends.cpu import one_thread, start_threads
+from secateur_server.backends.threads import Pool
 from secateur_server.config import Config
-from secateur_server.devices import passes_of
-from secateur_server.devices.cpu import one_thread, start_threads
-from secateur_server.devices.threads import started_pool
 from secateur_server.operate.callers import BadTokens, Callers
 from secateur_server.operate.interceptor import Interceptor
 from secateur_server.operate.metrics import Metrics
@@ -29,10 +30,9 @@ from secateur_server.operate.tls import BadCertificate, TlsFiles, server_credent
 from secateur_server.operate.traces import NoTraces, Traces
 from secateur_server.runtime.context import RequestContext
 from secateur_server.runtime.scheduler import MOST_MESSAGE_BYTES, Scheduler
-from secateur_server.service import Pruner, add_pruner
-from secateur_server.sources import Sources
-from secateur_server.store.folders import StoreInUse, default_max_bytes, temporary_folder
-from secateur_server.store.store import Store
+from secateur_server.state_dict.sources import Sources
+from secateur_server.storage.folders import StoreInUse, default_max_bytes, temporary_folder
+from secateur_server.storage.store import Store
 from secateur_server.uris.requests import Requests
 from secateur_server.uris.scratch import Scratch
 from secateur_server.uris.uris import Uris
@@ -214,11 +214,11 @@ def _grpc_servers(
     opened: ExitStack,
 ) -> tuple[grpc.Server, grpc.Server]:
     """The server, and one for new connections while it drains, with the same threads."""
-    workers = started_pool(scheduler.threads, "rpc", one_thread)
+    workers = Pool(scheduler.threads, "rpc", one_thread)
     opened.callback(workers.shutdown, wait=False)
     make = partial(
         grpc.server,
-        workers,
+        workers,  # type: ignore[arg-type]  # gRPC takes any Executor
         options=(*OPTIONS, *_ages(config)),
         maximum_concurrent_rpcs=scheduler.threads + MOST_TO_REJECT,
         interceptors=interceptors,

@@ -20,14 +20,14 @@ from secateur_server.app import (
     listen_for_scrapes,
     traces_of,
 )
+from secateur_server.backends import kernels, passes_of
+from secateur_server.backends.cgroups import cpu_limits
+from secateur_server.backends.cpu import CORES
+from secateur_server.backends.cuda import Cuda
+from secateur_server.backends.memory import least_limit, machine_memory, memory_of, total_memory
 from secateur_server.config import Config, is_public, unknown_variables
-from secateur_server.devices import kernels, passes_of
-from secateur_server.devices.cgroups import cpu_limits
-from secateur_server.devices.cpu import CORES
-from secateur_server.devices.cuda import Cuda
-from secateur_server.devices.memory import least_limit, machine_memory, memory_of, total_memory
 from secateur_server.operate.metrics import Metrics
-from secateur_server.store.folders import FolderLock, StoreInUse
+from secateur_server.storage.folders import FolderLock, StoreInUse
 from secateur_server.uris.remote import missing
 
 

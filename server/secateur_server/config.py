@@ -16,7 +16,7 @@ from typing import NoReturn
 import torch
 
 from secateur_proto import sizes
-from secateur_server.devices.memory import total_memory
+from secateur_server.backends.memory import total_memory
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,13 +11,14 @@ import torch
 from secateur_proto import pruner_pb2 as pb
 from secateur_proto import spec_pb2
 from secateur_proto.framing import file_header
-from secateur_server.devices.cpu import one_thread
+from secateur_proto.plan_pb2 import Amount
+from secateur_server.api.pruner import Pruner
+from secateur_server.backends.cpu import one_thread
 from secateur_server.operate.metrics import Metrics
 from secateur_server.runtime.context import RequestContext
 from secateur_server.runtime.scheduler import Scheduler
-from secateur_server.service import Pruner
-from secateur_server.sources import Sources
-from secateur_server.store.store import Store
+from secateur_server.state_dict.sources import Sources
+from secateur_server.storage.store import Store
 from secateur_server.uris.remote import missing
 from secateur_server.uris.requests import Requests
 from secateur_server.uris.scratch import Scratch
@@ -27,17 +28,19 @@ from secateur_server.uris.uris import Uris
 _DTYPES = (("F32", torch.float32), ("F16", torch.float16), ("F64", torch.float64))
 # Sides of tensors: small and large ones, and those of more than a million elements, have kernels of
 # their own. As F32 the large model is above ONE_CORE_BYTES: the server's device prunes it.
-_SMALL, _LARGE, _LARGEST = 64, 520, 1200
+_SMALL, _LARGE = (64, 64), (520, 1200)
 _MOST_BYTES = 1 << 30
 
 _log = logging.getLogger("secateur_server")
 
 
 def warm_up(device: torch.device, store: Store, prefixes: Sequence[str]) -> None:
-    """Prunes made-up models by the methods of torch.nn.utils.prune, as callers' requests do.
+    """Prunes made-up models by all kinds of rules that have kernels, as callers' requests do.
 
     The first call of a process imports numba's compiler, and compiles kernels or loads them from
-    numba's cache. These calls are in no metric, and one log line says how long they took.
+    numba's cache. To compile takes seconds, in which a call does not see that its caller has left;
+    so no kernel may be left for a later call. These calls are in no metric, and one log line says
+    how long they took.
 
     Args:
         device: Prunes large models.
@@ -60,22 +63,42 @@ def warm_up(device: torch.device, store: Store, prefixes: Sequence[str]) -> None
 
 def _warm_up(pruner: Pruner) -> None:
     for name, dtype in _DTYPES:
-        small, large = _file(name, dtype, _SMALL, _SMALL), _file(name, dtype, _LARGE, _LARGEST)
-        for data, output in (
-            (large, pb.OUTPUT_MASKS),
-            (small, pb.OUTPUT_MASKS),
-            (small, pb.OUTPUT_DENSE),
-        ):
-            header = pb.PruneHeader(data_bytes=len(data), spec=_spec(), output=output)
-            messages = iter([pb.PruneRequest(header=header, data=data)])
-            list(pruner.Prune(messages, RequestContext()))
+        small, large = (_file(name, dtype, _sides(*sides)) for sides in (_SMALL, _LARGE))
+        many = _file(name, dtype, {f"{rule}.{i}": 8 for rule in ("l1", "lamp") for i in range(50)})
+        _prune(pruner, large, _RULES)
+        _prune(pruner, large, _RULES, prior=pb.PRIOR_ZEROS)
+        _prune(pruner, small, _RULES)
+        _prune(pruner, small, _RULES, output=pb.OUTPUT_DENSE)
+        _prune(pruner, many, [_rule("l1.*"), _LAMP])
+        _plan(pruner, small, _L1)
+        _plan(pruner, large, _L1)
+        _plan(pruner, large, _GLOBAL)
         to_report = pb.ReportRequest(header=pb.ReportHeader(data_bytes=len(large)), data=large)
         pruner.Report(iter([to_report]), RequestContext())
 
 
-def _file(name: str, dtype: torch.dtype, side: int, first_side: int) -> bytes:
+def _prune(pruner: Pruner, data: bytes, rules: Sequence[spec_pb2.Rule], **fields: Any) -> None:
+    spec = spec_pb2.PruningSpec(rules=rules)
+    header = pb.PruneHeader(data_bytes=len(data), spec=spec, **{**_MASKS, **fields})
+    messages = iter([pb.PruneRequest(header=header, data=data)])
+    list(pruner.Prune(messages, RequestContext()))
+
+
+def _plan(pruner: Pruner, data: bytes, rule: spec_pb2.Rule) -> None:
+    spec = spec_pb2.PruningSpec(rules=[rule])
+    amounts = [Amount(fraction=0.25), Amount(fraction=0.5)]
+    header = pb.PlanHeader(data_bytes=len(data), spec=spec, amounts=amounts)
+    pruner.Plan(iter([pb.PlanRequest(header=header, data=data)]), RequestContext())
+
+
+def _sides(side: int, first_side: int) -> dict[str, int]:
+    """Tensors for the rules of _RULES."""
+    others = ("rows", "columns", "n_m", "random", "g.0", "g.1", "lamp.0", "lamp.1")
+    return {"l1": first_side, **dict.fromkeys(others, side)}
+
+
+def _file(name: str, dtype: torch.dtype, sides: Mapping[str, int]) -> bytes:
     """A model of square tensors, each with a zero in it."""
-    sides = {"l1": first_side, **dict.fromkeys(("rows", "columns", "random", "g.0", "g.1"), side)}
     parts = [file_header([(tensor, name, (side, side)) for tensor, side in sides.items()])]
     generator = torch.Generator().manual_seed(0)
     for side in sides.values():
@@ -85,19 +108,6 @@ def _file(name: str, dtype: torch.dtype, side: int, first_side: int) -> bytes:
     return b"".join(parts)
 
 
-def _spec() -> spec_pb2.PruningSpec:
-    l1, l2 = spec_pb2.Magnitude(p=1), spec_pb2.Magnitude(p=2)
-    slices = {"granularity": spec_pb2.GRANULARITY_SLICE, "magnitude": l2}
-    rules = [
-        _rule("l1", magnitude=l1),
-        _rule("rows", dim=0, **slices),
-        _rule("columns", dim=1, **slices),
-        _rule("random", random=spec_pb2.Random(seed=0)),
-        _rule("g.*", magnitude=l1, scope=spec_pb2.SCOPE_GLOBAL),
-    ]
-    return spec_pb2.PruningSpec(rules=rules)
-
-
 def _rule(tensors: str, **choices: Any) -> spec_pb2.Rule:
     fields = {
         "granularity": spec_pb2.GRANULARITY_ELEMENT,
@@ -105,4 +115,22 @@ def _rule(tensors: str, **choices: Any) -> spec_pb2.Rule:
         "fraction": 0.5,
         **choices,
     }
+    if "random" not in fields:
+        fields.setdefault("magnitude", spec_pb2.Magnitude(p=1))
     return spec_pb2.Rule(selection=spec_pb2.Selection(tensors=[tensors], **fields))
+
+
+_MASKS = {"output": pb.OUTPUT_MASKS}
+_SLICES = {"granularity": spec_pb2.GRANULARITY_SLICE, "magnitude": spec_pb2.Magnitude(p=2)}
+_N_M = {"granularity": spec_pb2.GRANULARITY_N_M, "pattern": spec_pb2.Pattern(n=2, m=4)}
+_L1, _GLOBAL = _rule("l1"), _rule("g.*", scope=spec_pb2.SCOPE_GLOBAL)
+_LAMP = _rule("lamp.*", scope=spec_pb2.SCOPE_GLOBAL, allocation=spec_pb2.ALLOCATION_LAMP)
+_RULES = (
+    _L1,
+    _rule("rows", dim=0, **_SLICES),
+    _rule("columns", dim=1, **_SLICES),
+    _rule("n_m", dim=1, fraction=1.0, **_N_M),
+    _rule("random", random=spec_pb2.Random(seed=0)),
+    _GLOBAL,
+    _LAMP,
+)

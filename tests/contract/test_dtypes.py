@@ -14,8 +14,8 @@ from secateur.errors import InvalidStateDict, SecateurError
 from secateur.tensors import LocalTensor, from_value, to_value
 from secateur_proto.dtypes import DTYPES
 from secateur_proto.framing import tensor_bytes
-from secateur_server.devices.dtypes import FP8, PRUNABLE, TORCH_DTYPES
-from secateur_server.devices.keys import BITS, ranked_as
+from secateur_server.backends.dtypes import FP8, PRUNABLE, TORCH_DTYPES
+from secateur_server.backends.keys import BITS, ranked_as
 from tests.pruning.torch_side import same_bits
 
 DTYPES_OF_TORCH = sorted({v for v in vars(torch).values() if isinstance(v, torch.dtype)}, key=str)

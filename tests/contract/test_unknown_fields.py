@@ -13,7 +13,8 @@ from google.protobuf.message_factory import GetMessageClass
 
 import secateur
 from secateur_proto import checkpoints_pb2, pruner_pb2, spec_pb2
-from secateur_server.messages.spec import ALLOCATIONS, GRANULARITIES, SCOPES
+from secateur_server.granularity import GRANULARITIES
+from secateur_server.spec.decode import ALLOCATIONS, SCOPES
 from tests.conftest import inner_server
 from tests.contract.raw import TIMEOUT, Failure, check_invalid, failure, message, send, spec
 
@@ -133,7 +134,7 @@ def test_a_server_says_what_it_is_and_can_do(client: secateur.Client) -> None:
     assert {"magnitude", "random"} <= set(info.importances)
     assert {"fraction", "count", "threshold", "bytes"} <= set(info.amounts)
     for names, enum, served in (
-        (info.granularities, spec_pb2.Granularity, GRANULARITIES),
+        (info.granularities, spec_pb2.Granularity, {*GRANULARITIES, spec_pb2.GRANULARITY_GROUP}),
         (info.scopes, spec_pb2.Scope, SCOPES),
         (info.allocations, spec_pb2.Allocation, ALLOCATIONS),
     ):

@@ -1,9 +1,7 @@
-"""What operators read is what there is."""
+"""The operations page lists what the server has: options, metrics, error reasons, alerts."""
 
 import re
 from pathlib import Path
-
-import pytest
 
 from secateur_server import errors
 from secateur_server.operate.callers import read_tokens
@@ -66,13 +64,6 @@ def test_every_alert_has_a_section_that_says_how_urgent_it_is() -> None:
     assert found == [
         (alert["alert"], str(alert["labels"]["severity"]).capitalize()) for alert in alerts()
     ]
-
-
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(#([^)]+)\)", TEXT))))
-def test_a_link_within_leads_to_a_section(target: str) -> None:
-    titles = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", TEXT, flags=re.S), re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
-    assert target in anchors
 
 
 def test_the_tokens_of_the_document_can_be_used(tmp_path: Path) -> None:

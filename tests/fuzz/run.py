@@ -5,7 +5,7 @@ from pathlib import Path
 
 import atheris
 
-import secateur_server.devices.batches  # noqa: F401 (numba cannot compile what is instrumented)
+import secateur_server.backends.batches  # noqa: F401 (numba cannot compile what is instrumented)
 
 # What is instrumented tells the fuzzer where an input led.
 with atheris.instrument_imports(include=["secateur_proto", "secateur_server"]):

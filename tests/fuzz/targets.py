@@ -20,17 +20,17 @@ from secateur_proto import checkpoints_pb2, pruner_pb2
 from secateur_proto.codec import Data, Decoder
 from secateur_proto.framing import file_header
 from secateur_proto.index import parse_index
+from secateur_server.api.convert.files import decode_files
+from secateur_server.api.convert.report import encode_report
+from secateur_server.api.stream import open_request
+from secateur_server.cut.plan import plan
+from secateur_server.cut.prune import prune
 from secateur_server.errors import MalformedFile, RequestError
-from secateur_server.messages.files import decode_files
-from secateur_server.messages.report import encode_report
-from secateur_server.messages.spec import decode_spec
-from secateur_server.messages.stream import open_request
-from secateur_server.model import values_of, without_extras
-from secateur_server.pruning.plan import plan
-from secateur_server.pruning.prune import prune
-from secateur_server.pruning.resolve import resolve
-from secateur_server.pruning.spec import Selection
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.decode import decode_spec
+from secateur_server.spec.resolve import resolve
+from secateur_server.spec.rules import Selection
+from secateur_server.state_dict.model import values_of, without_extras
 from secateur_server.wire.header import Header
 from secateur_server.wire.index import read_index
 from secateur_server.wire.mapped import MappedFile, map_header, map_tensors

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from secateur_server.devices import memory
-from secateur_server.devices.cgroups import cores, cpu_limits, memory_limits
+from secateur_server.backends import memory
+from secateur_server.backends.cgroups import cores, cpu_limits, memory_limits
 from tests.conftest import PATIENCE
 
 GIB = 1 << 30

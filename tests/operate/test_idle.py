@@ -21,8 +21,8 @@ from secateur_proto.framing import cut
 from secateur_proto.pruner_pb2_grpc import PrunerStub
 from secateur_server.app import App
 from secateur_server.config import read_config
+from secateur_server.cut.prune import prune
 from secateur_server.operate import interceptor
-from secateur_server.pruning.prune import prune
 from tests.clock import Clock, install
 from tests.conftest import PATIENCE, eventually, start_server, stop_server
 from tests.contract.raw import (
@@ -289,7 +289,7 @@ def test_what_is_worked_on_for_longer_is_not_cut_off(
         clock.advance(3 * IDLE)
         return prune(*arguments)
 
-    monkeypatch.setattr("secateur_server.service.prune", slowly)
+    monkeypatch.setattr("secateur_server.api.pruner.prune", slowly)
     requests = iter([pruning(data=FILE)])
     answer = list(PrunerStub(line).Prune(requests, timeout=PATIENCE))
     assert answer[0].result.report.zeros == 500

@@ -41,6 +41,10 @@ SPECS = [
     secateur.ln_structured("*", 0.5, 2, 0), secateur.ln_structured("*", 3, 1, 1),
     secateur.random_structured("*", 0.5, 1), secateur.global_unstructured("*", 0.5),
 ]
+MORE = [
+    secateur.lamp("*", 0.5), secateur.erk("*", 0.5), secateur.n_m_structured("*", 2, 4),
+    secateur.block_structured("*", 0.5, 4, 4),
+]
 with App(read_config(["--address", "127.0.0.1:0", "--metrics-address", ""], {})) as app:
     with secateur.Client(app.address) as client:
         modules, kernels = set(sys.modules), compiled()
@@ -53,6 +57,19 @@ with App(read_config(["--address", "127.0.0.1:0", "--metrics-address", ""], {}))
                 pairs = client.prune(model, SPECS[0], "reparametrized")
                 client.finalize(pairs.state_dict("reparametrized"))
                 client.report(model)
+            for side, count in ((8, 60), (8, 3), (600, 2)):
+                model = {f"w{i}": torch.randn(side, side).to(dtype) for i in range(count)}
+                if count > 3:
+                    model["i"] = torch.ones(9, dtype=torch.int64)
+                for spec in (*SPECS, *MORE):
+                    client.prune(model, spec, "reparametrized")
+                for spec in (SPECS[0], SPECS[-1], MORE[0]):
+                    client.plan(model, spec, [0.1, 0.5])
+                pairs = client.prune(model, SPECS[0], "reparametrized")
+                pairs = pairs.state_dict("reparametrized")
+                client.prune(pairs, SPECS[0], prior="zeros")
+                client.finalize(pairs)
+                client.report(pairs)
     print(json.dumps([sorted(set(sys.modules) - modules), compiled() - kernels, kernels.total()]))
 """
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from secateur_server.pruning.masks import Mask, mask_of
-from secateur_server.pruning.spec import Parameter
+from secateur_server.backends.masks import Mask, mask_of
 from secateur_server.runtime.context import RequestContext
+from secateur_server.state_dict.parameter import Parameter
 
 
 def packed(mask: Tensor) -> Mask:

@@ -10,13 +10,16 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur_server.pruning.catalog import Catalog, Stored, read_catalog
-from secateur_server.pruning.choice import Choice
-from secateur_server.pruning.granularity import Element
-from secateur_server.pruning.prune import prune
-from secateur_server.pruning.resolve import resolve
-from secateur_server.pruning.spec import Group, Magnitude, Member, Parameter, Selection
+from secateur_server.cut.choice import Choice
+from secateur_server.cut.prune import prune
+from secateur_server.granularity.element import Element
+from secateur_server.granularity.group import Group, Member
+from secateur_server.importance.magnitude import Magnitude
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.resolve import resolve
+from secateur_server.spec.rules import Selection
+from secateur_server.state_dict.catalog import Catalog, Stored, read_catalog
+from secateur_server.state_dict.parameter import Parameter
 from tests.pruning.bits import packed, unpacked
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateur_server.pruning.spec import Parameter, Random
+from secateur_server.importance.random import Random
+from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
 from tests.pruning.defined import (
     KINDS,

@@ -15,10 +15,14 @@ from torch import Tensor
 
 from secateur_proto import spec_pb2
 from secateur_server.errors import AmountOutOfRange, InvalidSpec, UnknownTensor
-from secateur_server.pruning.granularity import NM, Block, Slice
-from secateur_server.pruning.resolve import resolve
-from secateur_server.pruning.spec import Budget, Magnitude, Parameter, Selection, Table, Threshold
+from secateur_server.granularity.block import Block
+from secateur_server.granularity.n_m import NM
+from secateur_server.granularity.slice import Slice
+from secateur_server.importance.magnitude import Magnitude
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.resolve import resolve
+from secateur_server.spec.rules import Budget, Selection, Table, Threshold
+from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
 from tests.contract import raw
 from tests.pruning.bits import packed

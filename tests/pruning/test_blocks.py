@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateur_server.devices.blocks import LEAST_BYTES, SLACK, Blocks
+from secateur_server.backends.blocks import LEAST_BYTES, SLACK, Blocks
 from tests.conftest import eventually, examples
 from tests.operate.test_memory import memory
 

@@ -10,25 +10,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur_server import devices
-from secateur_server.pruning import select
-from secateur_server.pruning.granularity import Element, Slice
-from secateur_server.pruning.measure import fold, measure
-from secateur_server.pruning.prune import prune
-from secateur_server.pruning.spec import (
-    CustomMasks,
-    Magnitude,
-    Parameter,
-    Random,
-    Rule,
-    Selection,
-)
+from secateur_server import backends
+from secateur_server.cut import select
+from secateur_server.cut.prune import prune
+from secateur_server.granularity.element import Element
+from secateur_server.granularity.slice import Slice
+from secateur_server.importance.magnitude import Magnitude
+from secateur_server.importance.random import Random
+from secateur_server.report.measure import measure
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.rules import CustomMasks, Rule, Selection
+from secateur_server.state_dict.fold import fold
+from secateur_server.state_dict.parameter import Parameter
 from tests.pruning.bits import unpacked
 
 pytest.importorskip("triton", reason="there is no Triton for this platform")
-from secateur_server.devices import fused, kernels_cuda
-from secateur_server.devices.cuda import Cuda
+from secateur_server.backends import fused, kernels_cuda
+from secateur_server.backends.cuda import Cuda
 
 IS_HERE = torch.cuda.is_available()
 GPU = pytest.mark.skipif(not IS_HERE, reason="torch sees no CUDA device")
@@ -47,7 +45,7 @@ def to_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> C
     def start() -> str:
         if request.param == "cuda":
             return "cuda"
-        monkeypatch.setattr(devices, "_COMPILED", fused.Fused(CPU))
+        monkeypatch.setattr(backends, "_COMPILED", fused.Fused(CPU))
         return "cpu"
 
     return start
@@ -196,7 +194,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from secateur_server.devices import kernels_cuda as kernels
+from secateur_server.backends import kernels_cuda as kernels
 
 OF_BYTES = {"counts": "*i64", "found": "*i64", "count": "*i64", "state": "i64", "begin": "i64"}
 OF_BYTES |= dict.fromkeys(("alive", "kept", "within"), "*u8")

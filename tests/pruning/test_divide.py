@@ -9,20 +9,20 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur_server.devices import kernels
-from secateur_server.devices.cpu import Compiled, Cpu
-from secateur_server.devices.keys import BITS
-from secateur_server.devices.passes import Cut, Passes
-from secateur_server.devices.randomness import RandomScores, random_keys, random_scores
+from secateur_server.backends import kernels
+from secateur_server.backends.cpu import Compiled, Cpu
+from secateur_server.backends.keys import BITS
+from secateur_server.backends.passes import Cut, Passes
+from secateur_server.backends.randomness import RandomScores, random_keys, random_scores
+from secateur_server.cut import divide as of_divide
+from secateur_server.cut import divide_small
+from secateur_server.cut import energy as of_energy
+from secateur_server.cut.divide import Division, Query, count_below, divide
+from secateur_server.cut.energy import energies
+from secateur_server.cut.lamp import divide_by_lamp
+from secateur_server.cut.score import Ranking
+from secateur_server.cut.select import NOTHING, score_dtype, select
 from secateur_server.errors import Stopped
-from secateur_server.pruning import divide as of_divide
-from secateur_server.pruning import divide_small
-from secateur_server.pruning import energy as of_energy
-from secateur_server.pruning.divide import Division, Query, count_below, divide
-from secateur_server.pruning.energy import energies
-from secateur_server.pruning.lamp import divide_by_lamp
-from secateur_server.pruning.score import Ranking
-from secateur_server.pruning.select import NOTHING, score_dtype, select
 from secateur_server.runtime.context import RequestContext
 from tests.conftest import examples
 from tests.pruning.bits import packed

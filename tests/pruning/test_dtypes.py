@@ -12,14 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import secateur
-from secateur_server.devices import kernels
-from secateur_server.devices.cpu import Compiled, Cpu
-from secateur_server.devices.passes import Passes
-from secateur_server.pruning.granularity import Element
-from secateur_server.pruning.measure import measure
-from secateur_server.pruning.prune import prune
-from secateur_server.pruning.spec import Magnitude, Parameter, Selection
+from secateur_server.backends import kernels
+from secateur_server.backends.cpu import Compiled, Cpu
+from secateur_server.backends.passes import Passes
+from secateur_server.cut.prune import prune
+from secateur_server.granularity.element import Element
+from secateur_server.importance.magnitude import Magnitude
+from secateur_server.report.measure import measure
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.rules import Selection
+from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
 from tests.pruning.bits import packed
 from tests.pruning.torch_side import (

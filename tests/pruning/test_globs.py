@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secateur_server.errors import InvalidSpec, Stopped
-from secateur_server.pruning.globs import (
+from secateur_server.runtime.context import RequestContext
+from secateur_server.state_dict.globs import (
     MOST_GLOB_CHARACTERS,
     MOST_GLOBS,
     matches,
 )
-from secateur_server.runtime.context import RequestContext
 from tests.conftest import examples
 
 many = examples(300)
@@ -108,7 +108,7 @@ def test_more_globs_than_a_limit_are_an_error_that_names_it(globs: list[str], li
 
 
 def test_globs_that_take_too_long_to_match_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("secateur_server.pruning.globs.MOST_VISITS", 50_000)
+    monkeypatch.setattr("secateur_server.state_dict.globs.MOST_VISITS", 50_000)
     stars = ["*".join(["", *f"{i:010b}", ""]) for i in range(1 << 10)]
     names = {name: name for name in (f"{i * 2654435761 % (1 << 64):064b}" for i in range(100))}
     with pytest.raises(InvalidSpec, match=r"^tensors: .*50000 steps"):

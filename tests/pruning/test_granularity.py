@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +15,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.ao.pruning.sparsifier.weight_norm_sparsifier import WeightNormSparsifier
 
-from secateur_server.devices import kernels
-from secateur_server.devices.cpu import Compiled
-from secateur_server.devices.kernels_units import COUNTED, KEYS
-from secateur_server.devices.passes import Passes
-from secateur_server.pruning.granularity import NM, Block, Element, Slice
-from secateur_server.pruning.masks import Mask
-from secateur_server.pruning.score import Ranking
-from secateur_server.pruning.select import select
+from secateur_server.backends import kernels
+from secateur_server.backends.cpu import Compiled
+from secateur_server.backends.kernels_units import COUNTED, KEYS
+from secateur_server.backends.masks import Mask
+from secateur_server.backends.passes import Passes
+from secateur_server.cut.score import Ranking
+from secateur_server.cut.select import select
+from secateur_server.errors import DimOutOfRange, NotStructured
+from secateur_server.granularity.block import Block
+from secateur_server.granularity.element import Element
+from secateur_server.granularity.n_m import NM
+from secateur_server.granularity.slice import Slice
 from secateur_server.runtime.context import RequestContext
 from tests.conftest import examples
 from tests.pruning.bits import packed
@@ -137,15 +142,15 @@ in_pieces = pytest.mark.usefixtures("small_pieces")
 def test_units_and_which_of_them_can_be_pruned(drawn: Drawn) -> None:
     units, shape = drawn.units, drawn.values.shape
     expected = candidates(drawn)
-    assert units.fits(shape) is None
+    units.check("rule", "w", shape)
     assert math.prod(units.grid(shape)) == len(expected)
-    alive = units.alive(CONTEXT, drawn.values, drawn.mask)
+    alive = units.candidates(CONTEXT, drawn.values, drawn.mask)
     assert (flags_of(alive) if alive else [True] * len(expected)) == expected
     if drawn.mask is None and isinstance(units, Block):
         assert alive is None
     sizes = {len(unit) for unit in members(units, shape)}
     whole = isinstance(units, Block) and len(sizes) == 1
-    assert units.sizes(shape) == (sizes.pop() if whole else None)
+    assert units.unit_elements(shape) == (sizes.pop() if whole else None)
 
 
 def test_grids_have_the_shapes_of_the_contract() -> None:
@@ -188,7 +193,7 @@ def test_what_stays_when_some_units_do(drawn: Drawn, seed: int) -> None:
     expected = drawn.alive.view(-1).clone()
     for unit, stays in zip(leaving, kept.tolist(), strict=True):
         expected[unit] &= stays
-    found = drawn.units.spread(CONTEXT, packed(kept), drawn.values, drawn.mask)
+    found = drawn.units.expand(CONTEXT, packed(kept), drawn.values, drawn.mask)
     both = found if drawn.mask is None else found.both(CONTEXT, drawn.mask)
     assert flags_of(both) == expected.tolist()
     assert both.kept(CONTEXT) == int(expected.sum())
@@ -217,7 +222,7 @@ def test_a_choice_takes_exactly_so_many_units(drawn: Drawn, p: float, data: st.D
     units, values = drawn.units, drawn.values
     scores, alive = (
         units.scores(CONTEXT, values, drawn.mask, p, True),
-        units.alive(CONTEXT, values, drawn.mask),
+        units.candidates(CONTEXT, values, drawn.mask),
     )
     living = [i for i, lives in enumerate(candidates(drawn)) if lives]
     count = data.draw(st.integers(0, len(living)))
@@ -230,7 +235,7 @@ def test_a_choice_takes_exactly_so_many_units(drawn: Drawn, p: float, data: st.D
     expected[[i for unit in gone for i in leaving[unit]]] = False
     before = packed(drawn.alive)
     assert (
-        flags_of(units.spread(CONTEXT, kept, values, drawn.mask).both(CONTEXT, before))
+        flags_of(units.expand(CONTEXT, kept, values, drawn.mask).both(CONTEXT, before))
         == expected.tolist()
     )
 
@@ -242,7 +247,7 @@ def test_all_units_together_leave_at_most_n_of_m(drawn: Drawn) -> None:
     assert isinstance(drawn.units, NM)
     none = packed(torch.zeros(drawn.units.grid(drawn.values.shape), dtype=torch.bool))
     found = flags_of(
-        drawn.units.spread(CONTEXT, none, drawn.values, drawn.mask).both(
+        drawn.units.expand(CONTEXT, none, drawn.values, drawn.mask).both(
             CONTEXT, packed(drawn.alive)
         )
     )
@@ -263,7 +268,7 @@ def test_the_same_bits_without_numba(drawn: Drawn, p: float, seed: int) -> None:
     def everything() -> list[Tensor]:
         return [
             units.scores(CONTEXT, drawn.values, mask, p, True),
-            units.spread(CONTEXT, kept, drawn.values, mask).bits,
+            units.expand(CONTEXT, kept, drawn.values, mask).bits,
             *units.costs(CONTEXT, drawn.values, drawn.values, mask),
         ]
 
@@ -301,7 +306,7 @@ def test_two_of_four_is_what_torch_prunes() -> None:
     weight = module.parametrizations.weight.original.detach()
     assert all(len(set(group)) == 4 for group in weight.abs().view(-1, 4).tolist())
     none = packed(torch.zeros(48, 16, dtype=torch.bool))
-    assert flags_of(NM(2, 4, 1).spread(CONTEXT, none, weight, None)) == expected.view(-1).tolist()
+    assert flags_of(NM(2, 4, 1).expand(CONTEXT, none, weight, None)) == expected.view(-1).tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -322,7 +327,6 @@ def test_large_tensors_lie_in_many_boxes(units: NM | Block, dtype: torch.dtype) 
 @pytest.mark.parametrize(
     ("units", "shape", "why"),
     [
-        (Block((0, 0), False), (4, 4), "a length that is not 0"),
         (Block((2, 2), False), (4, 4, 4), "3 lengths, not 2"),
         (Block((2, 2, 2), True), (4, 4, 4), "2 lengths, not 3"),
         (Block((2, 2), True), (4,), "2 dimensions or more"),
@@ -334,9 +338,12 @@ def test_large_tensors_lie_in_many_boxes(units: NM | Block, dtype: torch.dtype) 
     ],
 )
 def test_why_a_tensor_has_no_such_units(units: Units, shape: tuple[int, ...], why: str) -> None:
-    assert why in (units.fits(shape) or "")
+    with pytest.raises((NotStructured, DimOutOfRange), match=re.escape(why)) as refused:
+        units.check("rule", "w", shape)
+    assert refused.value.field.startswith("rule.")
+    assert "'w'" in refused.value.description
 
 
 def test_every_tensor_has_elements() -> None:
-    assert Element().fits(()) is None
-    assert Slice(-1).fits((4, 4)) is None
+    Element().check("rule", "w", ())
+    Slice(-1).check("rule", "w", (4, 4))

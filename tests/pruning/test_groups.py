@@ -16,15 +16,11 @@ from torch import Tensor
 
 from secateur_proto import pruner_pb2, spec_pb2
 from secateur_server.errors import InvalidSpec, NanScores
-from secateur_server.pruning.spec import (
-    Group,
-    GuardRails,
-    Magnitude,
-    Member,
-    Parameter,
-    Rail,
-    Random,
-)
+from secateur_server.granularity.group import Group, Member
+from secateur_server.importance.magnitude import Magnitude
+from secateur_server.importance.random import Random
+from secateur_server.spec.rules import GuardRails, Rail
+from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
 from tests.contract import raw
 from tests.pruning.bits import packed
@@ -279,7 +275,7 @@ def test_nan_is_an_error_only_where_it_has_a_say() -> None:
     group = Group("g", (member("w"), member("nan", is_scored=False)))
     masks, _ = grouped(model, [group], amount=1)
     assert masks["nan"].tolist() == [False, True]
-    pruned = {**model, "nan": replace(nan, mask=packed(torch.tensor([True, False])))}
+    pruned = {**model, "nan": nan._replace(mask=packed(torch.tensor([True, False])))}
     masks, _ = grouped(pruned, [Group("g", (member("w"), member("nan")))], amount=1)
     assert masks["w"].tolist() in ([False, True], [True, False])
 

@@ -13,19 +13,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from secateur_server.cut.choice import Choice
 from secateur_server.errors import AmountOutOfRange, InvalidSpec, UnknownTensor
-from secateur_server.pruning.catalog import Stored, read_catalog
-from secateur_server.pruning.choice import Choice
-from secateur_server.pruning.resolve import resolve
-from secateur_server.pruning.spec import (
-    Budget,
-    GuardRails,
-    Parameter,
-    Rail,
-    Selection,
-    Threshold,
-)
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.resolve import resolve
+from secateur_server.spec.rules import Budget, GuardRails, Rail, Selection, Threshold
+from secateur_server.state_dict.catalog import Stored, read_catalog
+from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
 from tests.pruning.bits import packed
 from tests.pruning.defined import (

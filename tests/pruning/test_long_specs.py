@@ -13,19 +13,19 @@ import torch
 import secateur
 from secateur_proto import spec_pb2 as pb
 from secateur_server.errors import InvalidSpec, Stopped
-from secateur_server.messages.rails import MOST_RAILS
-from secateur_server.messages.spec import (
+from secateur_server.runtime.context import RequestContext
+from secateur_server.spec import resolve as resolve_module
+from secateur_server.spec.decode import (
     MOST_ENTRIES,
     MOST_GROUPS,
     MOST_MEMBERS,
     MOST_RULES,
     decode_spec,
 )
-from secateur_server.pruning import resolve as resolve_module
-from secateur_server.pruning.globs import MOST_GLOB_CHARACTERS, MOST_GLOBS, MOST_VISITS
-from secateur_server.pruning.resolve import resolve
-from secateur_server.pruning.spec import Parameter
-from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.decode_rails import MOST_RAILS
+from secateur_server.spec.resolve import resolve
+from secateur_server.state_dict.globs import MOST_GLOB_CHARACTERS, MOST_GLOBS, MOST_VISITS
+from secateur_server.state_dict.parameter import Parameter
 from tests.contract.raw import check_invalid, send_file, spec
 from tests.pruning.defined import catalog_of
 

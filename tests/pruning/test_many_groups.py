@@ -11,23 +11,18 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur_proto import spec_pb2 as pb
+from secateur_server.cut import select_each
+from secateur_server.cut.prune import prune
 from secateur_server.errors import AmountOutOfRange
-from secateur_server.messages.spec import decode_spec
-from secateur_server.pruning import groups_at_once, select_each
-from secateur_server.pruning.prune import prune
-from secateur_server.pruning.resolve import resolve
-from secateur_server.pruning.spec import (
-    Group,
-    GuardRails,
-    Magnitude,
-    Parameter,
-    Rail,
-    Random,
-    Selection,
-    Table,
-    Threshold,
-)
+from secateur_server.granularity import groups_at_once
+from secateur_server.granularity.group import Group
+from secateur_server.importance.magnitude import Magnitude
+from secateur_server.importance.random import Random
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.decode import decode_spec
+from secateur_server.spec.resolve import resolve
+from secateur_server.spec.rules import GuardRails, Rail, Selection, Table, Threshold
+from secateur_server.state_dict.parameter import Parameter
 from tests.pruning.defined import applied, catalog_of, member, parameter, resolved
 from tests.pruning.test_groups import many, networks
 

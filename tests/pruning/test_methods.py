@@ -254,3 +254,13 @@ def test_zeros_that_no_mask_claims_are_ordinary_candidates(client: secateur.Clie
     dense = client.prune({"w": weight}, secateur.l1_unstructured("w", 0.5)).state_dict("dense")
     again = client.prune(dense, secateur.l1_unstructured("w", 0.5)).masks
     assert torch.equal(again["w"], masks["w"])
+
+
+def test_masks_of_one_rule_are_reported_in_the_order_of_the_state_dict(
+    client: secateur.Client,
+) -> None:
+    """The map that carries them has no order, and protobuf's differs from process to process."""
+    model = {f"{number * 7 % 20}.weight": torch.ones(2) for number in range(20)}
+    spec = secateur.custom_from_mask({name: torch.ones(2) for name in sorted(model)})
+    (choices,) = client.prune(model, spec).report.rules
+    assert [tuple(choice.tensors) for choice in choices] == [(name,) for name in model]

@@ -9,18 +9,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur_server.devices import kernels
-from secateur_server.devices.cpu import Compiled, Cpu
-from secateur_server.devices.keys import BITS
-from secateur_server.devices.passes import Passes, Piece
-from secateur_server.devices.randomness import RandomScores
-from secateur_server.pruning.granularity import Element
-from secateur_server.pruning.masks import any_of_slices, spread
-from secateur_server.pruning.measure import measure
-from secateur_server.pruning.norms import slice_norms
-from secateur_server.pruning.prune import prune
-from secateur_server.pruning.spec import Magnitude, Parameter, Random, Scope, Selection
+from secateur_server.backends import kernels
+from secateur_server.backends.cpu import Compiled, Cpu
+from secateur_server.backends.keys import BITS
+from secateur_server.backends.masks import any_of_slices, expand
+from secateur_server.backends.norms import slice_norms
+from secateur_server.backends.passes import Passes, Piece
+from secateur_server.backends.randomness import RandomScores
+from secateur_server.cut.prune import prune
+from secateur_server.granularity.element import Element
+from secateur_server.importance.magnitude import Magnitude
+from secateur_server.importance.random import Random
+from secateur_server.report.measure import measure
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.rules import Scope, Selection
+from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
 from tests.pruning.bits import packed, unpacked
 
@@ -28,7 +31,7 @@ CPU = torch.device("cpu")
 # What the torch operations of every device give, what numpy gives, and the compiled passes.
 ALL = [Passes(CPU), Cpu(CPU), Compiled(CPU)]
 if os.environ.get("TRITON_INTERPRET") == "1":  # and those of a GPU
-    from secateur_server.devices.fused import Fused
+    from secateur_server.backends.fused import Fused
 
     ALL.append(Fused(CPU))
 KINDS = pytest.mark.parametrize("passes", ALL, ids=lambda passes: type(passes).__name__)
@@ -271,7 +274,7 @@ def test_slices_and_their_elements(shape: list[int], data: st.DataObject, piece:
     flags = noise.reshape(-1)
     with pytest.MonkeyPatch.context() as small:
         small.setattr(Passes, "piece", piece)
-        mask = spread(RequestContext(), kept, shape, dim)
+        mask = expand(RequestContext(), kept, shape, dim)
         found = any_of_slices(
             RequestContext(), lambda begin, end: flags[begin:end], shape, dim, CPU
         )

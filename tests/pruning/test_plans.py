@@ -16,27 +16,21 @@ from torch import Tensor
 
 from secateur_proto import plan_pb2, pruner_pb2, spec_pb2
 from secateur_proto.pruner_pb2_grpc import PrunerStub
+from secateur_server.cut import energy
+from secateur_server.cut.choice import Choice
+from secateur_server.cut.plan import plan
+from secateur_server.cut.removed import Outcome, Removed
 from secateur_server.errors import AmountOutOfRange
-from secateur_server.pruning import energy
-from secateur_server.pruning.choice import Choice
-from secateur_server.pruning.granularity import NM, Block, Element, Slice
-from secateur_server.pruning.plan import plan
-from secateur_server.pruning.removed import Outcome, Removed
-from secateur_server.pruning.spec import (
-    Amount,
-    Budget,
-    Group,
-    GuardRails,
-    Magnitude,
-    Member,
-    Parameter,
-    Rail,
-    Random,
-    Selection,
-    Table,
-    Threshold,
-)
+from secateur_server.granularity.block import Block
+from secateur_server.granularity.element import Element
+from secateur_server.granularity.group import Group, Member
+from secateur_server.granularity.n_m import NM
+from secateur_server.granularity.slice import Slice
+from secateur_server.importance.magnitude import Magnitude
+from secateur_server.importance.random import Random
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.rules import Amount, Budget, GuardRails, Rail, Selection, Table, Threshold
+from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
 from tests.contract import raw
 from tests.pruning.bits import packed

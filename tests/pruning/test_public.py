@@ -11,8 +11,11 @@ import torch
 import torch.ao.pruning
 from torch import Tensor, nn
 
-from secateur_server.pruning.granularity import NM, Block
-from secateur_server.pruning.spec import Group, Magnitude, Parameter
+from secateur_server.granularity.block import Block
+from secateur_server.granularity.group import Group
+from secateur_server.granularity.n_m import NM
+from secateur_server.importance.magnitude import Magnitude
+from secateur_server.state_dict.parameter import Parameter
 from tests.pruning.defined import applied, grouped, member, rule
 
 sparsifiers: Any = torch.ao.pruning  # torch leaves these untyped

@@ -10,14 +10,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur_server.devices.looks import SPACING
-from secateur_server.devices.passes import Passes
-from secateur_server.pruning import select
-from secateur_server.pruning.choice import Choice
-from secateur_server.pruning.granularity import Element, Slice
-from secateur_server.pruning.prune import prune as apply_rules
-from secateur_server.pruning.spec import Magnitude, Parameter, Random, Scope, Selection
+from secateur_server.backends.looks import SPACING
+from secateur_server.backends.passes import Passes
+from secateur_server.cut import select
+from secateur_server.cut.choice import Choice
+from secateur_server.cut.prune import prune as apply_rules
+from secateur_server.granularity.element import Element
+from secateur_server.granularity.slice import Slice
+from secateur_server.importance.magnitude import Magnitude
+from secateur_server.importance.random import Random
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.rules import Scope, Selection
+from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
 from tests.pruning.bits import packed, unpacked
 from tests.pruning.torch_side import EXACT, HALF, distinct, lowest_slices

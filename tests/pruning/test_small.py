@@ -15,17 +15,18 @@ from torch.nn.utils import prune as torch_prune
 import secateur
 from secateur_proto import report_pb2 as pb
 from secateur_proto.report_pb2 import SparsityReport
-from secateur_server.devices import batches, kernels
-from secateur_server.devices.batches import SMALL
-from secateur_server.devices.looks import Seen
+from secateur_server.api.convert import columns
+from secateur_server.api.convert.report import encode_report
+from secateur_server.backends import batches, kernels
+from secateur_server.backends.batches import SMALL
+from secateur_server.backends.looks import Seen
+from secateur_server.cut.choice import ChoiceTable
+from secateur_server.cut.plan import plan
+from secateur_server.cut.prune import prune
 from secateur_server.errors import AmountOutOfRange, NanScores, Stopped
-from secateur_server.messages import columns
-from secateur_server.messages.report import encode_report
-from secateur_server.pruning.choice import ChoiceTable
-from secateur_server.pruning.plan import plan
-from secateur_server.pruning.prune import prune
-from secateur_server.pruning.spec import Parameter, Random
+from secateur_server.importance.random import Random
 from secateur_server.runtime.context import RequestContext
+from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
 from tests.pruning.bits import packed, unpacked
 from tests.pruning.defined import applied, catalog_of, rule
@@ -153,7 +154,7 @@ def test_no_batch_size_and_no_compiler_shows(
         patch.setattr(batches, "CHECKED", 2)
         assert_same(expected, applied(model, selection))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("secateur_server.pruning.small.SMALL", 0)
+        patch.setattr("secateur_server.cut.small.SMALL", 0)
         assert_same(expected, applied(model, selection))
 
 
@@ -290,8 +291,8 @@ def test_a_plan_of_small_tensors_is_that_of_large_ones(
     found = planned()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batches, "MOST", 64)
-        patch.setattr("secateur_server.pruning.runs._CELLS", 3)
+        patch.setattr("secateur_server.cut.runs._CELLS", 3)
         assert planned() == found
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("secateur_server.pruning.small.SMALL", 0)
+        patch.setattr("secateur_server.cut.small.SMALL", 0)
         assert planned() == found

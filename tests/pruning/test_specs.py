@@ -8,21 +8,17 @@ import pytest
 
 from secateur_proto import spec_pb2 as pb
 from secateur_server.errors import AmountOutOfRange, InvalidSpec
-from secateur_server.messages.spec import decode_spec
-from secateur_server.pruning.granularity import NM, Block, Element, Slice
-from secateur_server.pruning.spec import (
-    Budget,
-    Group,
-    GuardRails,
-    Magnitude,
-    Member,
-    Rail,
-    Random,
-    Selection,
-    Table,
-    Threshold,
-)
+from secateur_server.granularity.block import Block
+from secateur_server.granularity.element import Element
+from secateur_server.granularity.group import Group, Member
+from secateur_server.granularity.n_m import NM
+from secateur_server.granularity.slice import Slice
+from secateur_server.importance.magnitude import Magnitude
+from secateur_server.importance.nuclear import Nuclear
+from secateur_server.importance.random import Random
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.decode import decode_spec
+from secateur_server.spec.rules import Budget, GuardRails, Rail, Selection, Table, Threshold
 from tests.contract import raw
 
 PATH = "spec.rules[0].selection"
@@ -214,7 +210,7 @@ def test_what_is_left_out_has_its_default() -> None:
             "granularity",
             Block((0, 4), as_matrix=True),
         ),
-        ({**SLICE, **NUCLEAR}, "importance", Magnitude("nuc")),
+        ({**SLICE, **NUCLEAR}, "importance", Nuclear(0)),
         ({**SLICE, **FROBENIUS}, "importance", Magnitude(2.0)),
         ({"random": pb.Random(seed=2**64 - 1), "magnitude": None}, "importance", Random(2**64 - 1)),
         ({"scope": pb.SCOPE_ISOMORPHIC}, "scope", "isomorphic"),

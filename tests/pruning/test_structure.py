@@ -11,14 +11,14 @@ from torch import Tensor
 import secateur
 from secateur.report import ZeroBlocks, decode_report
 from secateur_proto import report_pb2 as pb
-from secateur_server.devices import kernels
-from secateur_server.devices.looks import Seen
-from secateur_server.devices.passes import Passes
-from secateur_server.messages.tables import encode_choice
-from secateur_server.pruning.choice import Bound, Choice
-from secateur_server.pruning.measure import measure
-from secateur_server.pruning.spec import Parameter
+from secateur_server.api.convert.tables import encode_choice
+from secateur_server.backends import kernels
+from secateur_server.backends.looks import Seen
+from secateur_server.backends.passes import Passes
+from secateur_server.cut.choice import Bound, Choice
+from secateur_server.report.measure import measure
 from secateur_server.runtime.context import RequestContext
+from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
 from tests.pruning.bits import packed
 

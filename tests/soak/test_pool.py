@@ -4,8 +4,8 @@ import threading
 
 import torch
 
-from secateur_server.devices import passes_of
-from secateur_server.pruning.masks import Mask
+from secateur_server.backends import passes_of
+from secateur_server.backends.masks import Mask
 from secateur_server.runtime.context import RequestContext
 
 # Larger than a piece, so that it is counted by the pool.

@@ -17,11 +17,11 @@ import pytest
 import secateur
 from secateur_proto.checkpoints_pb2 import DownloadRequest
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
-from secateur_server.store.folders import default_max_bytes
+from secateur_server.storage.folders import default_max_bytes
 from tests.conftest import RunningServer, eventually, inner_server, start_server
 from tests.contract.raw import failure, kept_open, series
 from tests.store.stored import (
-    RECORD_BYTES,
+    DISK_BLOCK,
     Kept,
     blobs,
     check_tidy,
@@ -29,6 +29,7 @@ from tests.store.stored import (
     counted,
     file_message,
     file_of,
+    in_blocks,
     kept,
     model,
     on_disk,
@@ -110,8 +111,10 @@ def cancelled(store: Kept, method: str, call: grpc.RpcContext) -> None:
 
 
 def size_on_disk(checkpoint: secateur.Checkpoint) -> int:
-    sums = sum(-(-file.size_bytes // MIB) * 32 for file in checkpoint.files)
-    return checkpoint.size_bytes + sums + RECORD_BYTES
+    """Of a checkpoint of few files: the files, their sums, and a record of one block."""
+    sizes = [file.size_bytes for file in checkpoint.files]
+    sums = [-(-size // MIB) * 32 for size in sizes]
+    return sum(map(in_blocks, sizes + sums)) + DISK_BLOCK
 
 
 def test_ten_rounds_cost_the_model_once_and_ten_masks(store: Kept) -> None:
@@ -124,7 +127,7 @@ def test_ten_rounds_cost_the_model_once_and_ten_masks(store: Kept) -> None:
         checkpoint = result.checkpoint
     bits = sum(tensor.numel() // 8 for tensor in tensors.values())
     cost = counted(store.folder) - before
-    assert 10 * bits < cost < 10 * (bits + RECORD_BYTES + 500)
+    assert cost == 10 * (in_blocks(bits + 500) + 2 * DISK_BLOCK)  # their sums, and a record
     assert len(blobs(store.folder)) == 11
     assert checkpoint.mask_bytes < bits + 500
     assert received(store.server) == sent
@@ -189,7 +192,7 @@ def test_what_has_come_counts_and_goes_when_it_is_left(store: Kept) -> None:
     with kept_open(requests) as messages:
         call = CheckpointsStub(store.channel).Upload.future(messages)
         eventually(lambda: committed(store.channel, file_message(data)), come)
-        assert series(store.server, "secateur_store_bytes") == come + 3 * 32
+        assert series(store.server, "secateur_store_bytes") == come + in_blocks(3 * 32)
         store.client.upload(LARGE[1])
         (second,) = store.client.checkpoints()
         with unread(store, second), pytest.raises(secateur.StoreFull):
@@ -202,7 +205,7 @@ def test_what_has_come_counts_and_goes_when_it_is_left(store: Kept) -> None:
 
 def test_names_for_one_model_are_bounded_too(store: Kept) -> None:
     """Nothing is sent for the second one, but it has a record."""
-    tensors = model(LIMIT // 4 - 10 * RECORD_BYTES // 4)
+    tensors = model(LIMIT // 4 - 10 * DISK_BLOCK // 4)
     made = [store.client.upload(tensors).name for _ in range(15)]
     assert names(store) < set(made)
     assert made[-1] in names(store)

@@ -12,11 +12,20 @@ import torch
 
 import secateur
 from secateur_server.runtime.context import RequestContext
-from secateur_server.store.holdings import Entry
-from secateur_server.store.store import Store
+from secateur_server.storage.holdings import Entry
+from secateur_server.storage.store import Store
 from tests.conftest import PATIENCE, eventually
 from tests.pruning.torch_side import assert_same_tensors
-from tests.store.stored import RECORD_BYTES, Kept, blobs, downloaded, kept, model, on_disk
+from tests.store.stored import (
+    DISK_BLOCK,
+    Kept,
+    blobs,
+    counted,
+    downloaded,
+    in_blocks,
+    kept,
+    model,
+)
 
 MODEL = model(10_000)
 HALF = secateur.l1_unstructured("*", 0.5)
@@ -116,12 +125,12 @@ def test_what_makes_room_is_off_the_disk_before_the_room_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That holds for a call, too, which finds room that another one is making."""
-    limit, folder, write = 100_000, tmp_path / "store", os.write
+    limit, folder, write = 110_000, tmp_path / "store", os.write
     store, sizes = Store(folder, limit, ttl=0), list[int]()
     send(store, "a" * 32, bytes(60_000))
 
     def weighed(descriptor: int, data: memoryview) -> int:
-        sizes.append(sum(on_disk(folder).values()) + len(data))
+        sizes.append(counted(folder) + in_blocks(len(data)))
         return write(descriptor, data)
 
     gate = Gate(os.unlink, unlinks_blob)
@@ -154,12 +163,12 @@ def test_victims_are_chosen_in_one_pass(tmp_path: Path, monkeypatch: pytest.Monk
     looked: dict[Entry, int] = {}
     files = Entry.files
 
-    def counted(entry: Entry) -> Any:
+    def looked_at(entry: Entry) -> Any:
         looked[entry] = looked.get(entry, 0) + 1
         return files(entry)
 
-    monkeypatch.setattr(Entry, "files", counted)
-    quota = (count - going + 1) * RECORD_BYTES + 200
+    monkeypatch.setattr(Entry, "files", looked_at)
+    quota = (count - going + 2 * 2) * DISK_BLOCK  # records, and two files with their sums
     newest = store.uploads.begin(owner, 100, quota=quota)
     store.uploads.write(newest, bytes(range(100)))
     assert store.count == count - going

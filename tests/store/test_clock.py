@@ -11,9 +11,9 @@ import torch
 
 import secateur
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
-from secateur_server.store import clock as clock_module
-from secateur_server.store import store as store_module
-from secateur_server.store.uploads import UPLOAD_SECONDS
+from secateur_server.storage import clock as clock_module
+from secateur_server.storage import store as store_module
+from secateur_server.storage.uploads import UPLOAD_SECONDS
 from tests.conftest import eventually
 from tests.contract.raw import kept_open, series
 from tests.store.stored import (

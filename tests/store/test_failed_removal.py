@@ -15,9 +15,9 @@ from secateur_proto.checkpoints_pb2 import DeleteRequest
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
 from secateur_server.errors import CheckpointNotFound, StoreFailed
 from secateur_server.runtime.context import RequestContext
-from secateur_server.store import clock as clock_module
-from secateur_server.store.records import Record
-from secateur_server.store.store import Store
+from secateur_server.storage import clock as clock_module
+from secateur_server.storage.records import Record
+from secateur_server.storage.store import Store
 from tests.contract.raw import TIMEOUT, failure, series
 from tests.pruning.torch_side import assert_same_tensors
 from tests.store.stored import counted, downloaded, kept, model, on_disk

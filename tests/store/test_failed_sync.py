@@ -11,7 +11,7 @@ import pytest
 
 import secateur
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
-from secateur_server import durable
+from secateur_server.runtime import disk as disk_module
 from tests.conftest import eventually
 from tests.contract.raw import failure, kept_open
 from tests.pruning.torch_side import assert_same_tensors
@@ -64,7 +64,7 @@ class FailingDisk:
 def disk(monkeypatch: pytest.MonkeyPatch) -> FailingDisk:
     failing = FailingDisk()
     monkeypatch.setattr(os, "fsync", failing)
-    monkeypatch.setattr(durable, "_SYNC_BYTES", MIB)
+    monkeypatch.setattr(disk_module, "_SYNC_BYTES", MIB)
     return failing
 
 

@@ -10,9 +10,9 @@ import pytest
 import secateur
 from secateur import patience
 from secateur_server.app import CannotStart
-from secateur_server.store import clock
-from secateur_server.store import store as store_module
-from secateur_server.store.folders import temporary_folder
+from secateur_server.storage import clock
+from secateur_server.storage import store as store_module
+from secateur_server.storage.folders import temporary_folder
 from tests.conftest import eventually, inner_server
 from tests.pruning.torch_side import assert_same_tensors
 from tests.store.stored import downloaded, kept, model, on_disk

@@ -14,9 +14,9 @@ from secateur_proto import checkpoints_pb2 as pb
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
 from secateur_server.errors import InvalidRequest, Stopped
 from secateur_server.runtime.context import RequestContext
-from secateur_server.store.records import StoredFile
-from secateur_server.store.store import Store
-from secateur_server.store.uploads import Uploads
+from secateur_server.storage.records import StoredFile
+from secateur_server.storage.store import Store
+from secateur_server.storage.uploads import Uploads
 from tests.conftest import eventually
 from tests.contract.raw import TIMEOUT, check_invalid, failure, series
 from tests.store.stored import Kept, digest_of, file_message, kept

@@ -22,6 +22,7 @@ from secateur_server.uris.uris import Uris
 from tests.conftest import eventually
 from tests.contract.raw import check_serves, entry, file, series
 from tests.pruning.torch_side import assert_same_tensors
+from tests.store.stored import in_blocks
 from tests.uris.served import HALF, MODEL, Served, check, serving_here
 
 DATA = save(MODEL)
@@ -198,7 +199,7 @@ def test_fetched_files_have_so_much_disk_and_no_more(served: Served, site: Site)
     with ThreadPoolExecutor(2) as pool:
         try:
             calls = [pool.submit(served.read, uri) for _ in range(2)]
-            eventually(disk, float(2 * len(data)))
+            eventually(disk, 2.0 * in_blocks(len(data)))
             refused = served.read(uri)
             check(refused, "RESOURCE_EXHAUSTED", "QUEUE_FULL", uri, "--store-max-bytes")
         finally:

@@ -80,7 +80,7 @@ def models(draw: st.DrawFn) -> dict[str, torch.Tensor]:
 def check(found: Read, data: bytes, model: dict[str, torch.Tensor], texts: dict[str, str]) -> None:
     tensors, metadata, digest = found
     assert {
-        name: (DTYPES[tensor.dtype], tensor.shape, tensor.data.numpy().tobytes())
+        name: (DTYPES[tensor.dtype], tensor.shape, raw(tensor.data))
         for name, tensor in tensors.items()
     } == {name: (tensor.dtype, tuple(tensor.shape), raw(tensor)) for name, tensor in model.items()}
     assert (metadata, digest) == (texts, blake3(data).hexdigest())

@@ -14,17 +14,18 @@ import secateur
 from secateur_proto import plan_pb2
 from secateur_proto import pruner_pb2 as pb
 from secateur_proto.pruner_pb2_grpc import PrunerStub
-from secateur_server.devices import cpu
+from secateur_server.api.convert.plan import encode_plan
+from secateur_server.api.convert.report import encode_report
+from secateur_server.backends import cpu
+from secateur_server.cut.plan import plan
+from secateur_server.cut.prune import prune
 from secateur_server.errors import Stopped
-from secateur_server.messages.plan import encode_plan
-from secateur_server.messages.report import encode_report
-from secateur_server.messages.spec import decode_spec
-from secateur_server.messages.warnings import warnings_of
-from secateur_server.pruning.plan import plan
-from secateur_server.pruning.prune import prune
-from secateur_server.pruning.resolve import resolve
-from secateur_server.pruning.spec import Parameter, Selection
+from secateur_server.report.warnings import changes_of, warnings_of
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.decode import decode_spec
+from secateur_server.spec.resolve import resolve
+from secateur_server.spec.rules import Selection
+from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import RunningServer, caught, eventually
 from tests.contract.raw import series
 from tests.pruning.defined import catalog_of
@@ -77,7 +78,8 @@ def work(context: RequestContext, name: str, is_plan: bool) -> None:
         return
     pruned, choices = prune(context, PARAMETERS, rules, {})
     report = encode_report(context, pruned.items(), CATALOG, "", "", choices)
-    warnings_of(context, report, asked, rules, CATALOG, PARAMETERS)
+    changes = changes_of(context, report, CATALOG, PARAMETERS)
+    warnings_of(context, report, asked, rules, CATALOG, changes)
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ from secateur_server.runtime.context import Method, RequestContext
 
 # Metadata both ways: a caller may name a request, and is told its name.
 REQUEST_ID = "x-request-id"
+# A caller whose deadline passes cancels its call, which may be seen before the server's own one.
+DEADLINE_SLACK = 0.25
 _MAY_BE_ID = re.compile(r"[\w.:/@+=-]{1,128}", re.ASCII)
 
 
@@ -24,8 +26,14 @@ def begin_request(
     deadline = None if left is None else time.monotonic() + left
     context = make(method, _id_of(call), peer, deadline=deadline)
     call.set_trailing_metadata(((REQUEST_ID, context.id),))
-    if not call.add_callback(context.cancel):
+
+    def ended() -> None:
+        if context.deadline is not None and context.deadline - time.monotonic() < DEADLINE_SLACK:
+            context.deadline = time.monotonic()
         context.cancel()
+
+    if not call.add_callback(ended):
+        ended()
     return context
 
 

@@ -7,25 +7,22 @@ from functools import partial
 from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError, Message
 
-from secateur_proto.codec import header_bytes
-from secateur_server.devices.threads import started_pool
+from secateur_server.backends.threads import Pool
 from secateur_server.errors import (
     IdleTimeout,
-    InvalidRequest,
     NoMessage,
     QueueFull,
     ShuttingDown,
 )
 from secateur_server.operate.callers import Callers
 from secateur_server.operate.calls import begin_request
+from secateur_server.operate.decode import Receive, decoded
 from secateur_server.operate.idle import Readers
 from secateur_server.operate.logs import log_call
 from secateur_server.operate.metrics import Metrics, as_go_spells
 from secateur_server.operate.statuses import note_shutdown, statuses
 from secateur_server.operate.traces import Traces
-from secateur_server.operate.unknown import check_known
 from secateur_server.runtime.context import Method, RequestContext, caller_left
 from secateur_server.runtime.memory import Trimmer
 from secateur_server.runtime.scheduler import LEAST_RETRY_SECONDS, Scheduler
@@ -41,13 +38,9 @@ _KINDS = {
 _PROBE = ("grpc.health.v1.Health", "Check")
 # Its methods take a RequestContext, those of gRPC's own services take gRPC's context.
 _OURS = "secateur."
-# Bytes of memory for a byte of a header: 20 as protobuf's objects, if it has the smallest messages.
-_DECODED = 20
 
 # How long a first message may be on its way while others wait for the memory that it may take.
 SILENT_SECONDS = 5.0
-
-Receive = Callable[[int], None]
 
 
 class Interceptor(grpc.ServerInterceptor):
@@ -78,7 +71,7 @@ class Interceptor(grpc.ServerInterceptor):
         self._scheduler, self._make_context = scheduler, make_context
         self._idle_timeout, self._min_throughput = idle_timeout, min_throughput
         self._readers, self._trimmer = Readers(idle_timeout), Trimmer()
-        self._receivers = started_pool(scheduler.threads, "ahead")
+        self._receivers = Pool(scheduler.threads, "ahead")
         self._running: set[RequestContext] = set()
         self._is_draining = False
 
@@ -153,7 +146,7 @@ class Interceptor(grpc.ServerInterceptor):
             with statuses(context, call), ExitStack() as held:
                 receive_first = held.enter_context(self._let_in(context, call))
                 with closing(self._ahead(context, messages)) as received:
-                    yield context, _decoded(context, received, decode, receive_first)
+                    yield context, decoded(context, received, decode, receive_first)
                 if is_unary:
                     self._readers.until_ended(context, call, held.pop_all().close)
             has_failed = False
@@ -253,34 +246,6 @@ def _until_left(messages: Iterator[bytes]) -> Iterator[bytes]:
     raise caller_left()
 
 
-def _decoded(
-    context: RequestContext,
-    received: Iterator[bytes],
-    decode: Callable[[bytes], Any],
-    receive_first: Receive,
-) -> Iterator[Any]:
-    """The messages, each of which is decoded when it is asked for.
-
-    Raises:
-        InvalidRequest: A message cannot be decoded.
-        UnknownField: A message has a field that this server does not know.
-        RequestTooLarge: What a message has beside data takes more memory than there is for it.
-    """
-    for number, raw in enumerate(received):
-        if not number:
-            receive_first(len(raw))
-        context.charge("header", _DECODED * header_bytes(raw), "decoding it")
-        try:
-            message = decode(raw)
-        except DecodeError as error:
-            raise InvalidRequest(
-                "message", f"its bytes are no message of this call: {error}"
-            ) from None
-        if isinstance(message, Message):
-            check_known(message)
-        yield message
-
-
 def _single(received: Iterator[Any]) -> Any:
     """The one message of a unary call.
 
@@ -306,6 +271,5 @@ def code_of(context: RequestContext, call: grpc.ServicerContext, has_failed: boo
     elif context.reason == ShuttingDown.reason:
         name = ShuttingDown.status
     else:  # it ended from outside: by its deadline, or by its caller
-        left = call.time_remaining()
-        name = "DEADLINE_EXCEEDED" if left is not None and left <= 0 else "CANCELLED"
+        name = "DEADLINE_EXCEEDED" if context.is_late else "CANCELLED"
     return as_go_spells(name)

@@ -43,6 +43,7 @@ def fields_of(call: RequestContext) -> dict[str, Any]:
         "pruned": call.pruned,
         "sparsity": call.sparsity,
         "queue_seconds": None if call.queued is None else round(call.queued, 6),
+        "waited_for": call.waited_for,
         "stage_seconds": {name: round(at.seconds, 6) for name, at in call.stages.items()},
         "reason": call.reason,
         "error": call.error,

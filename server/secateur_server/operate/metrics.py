@@ -1,7 +1,7 @@
 """What Prometheus sees. The RPC level has go-grpc-prometheus's names, which dashboards know."""
 
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 
 import torch
@@ -9,9 +9,8 @@ from grpc import StatusCode
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 
 from secateur_proto.report_pb2 import SparsityReport
-from secateur_server.devices.memory import memory_of
+from secateur_server.backends.memory import memory_of
 from secateur_server.errors import RequestError
-from secateur_server.pruning.spec import Parameter
 from secateur_server.runtime.context import Method, RequestContext
 from secateur_server.runtime.scheduler import Scheduler
 
@@ -281,16 +280,10 @@ class Metrics:
         context.elements, context.sparsity = report.total, report.sparsity
         context.time_to_report = context.seconds
 
-    def pruned(
-        self, context: RequestContext, before: Mapping[str, Parameter], report: SparsityReport
-    ) -> None:
-        """Counts the elements that became pruned."""
-        count = 0
-        for tensor in report.tensors:
-            mask = before[tensor.name].mask
-            count += tensor.pruned - (0 if mask is None else mask.elements - mask.kept(context))
+    def pruned(self, context: RequestContext, count: int, sparsity: float) -> None:
+        """Counts the elements that became pruned, and observes the sparsity of a result."""
         self._pruned.inc(count)
-        self._sparsity.observe(report.sparsity)
+        self._sparsity.observe(sparsity)
         context.pruned = count
 
 

@@ -16,7 +16,6 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RequestInfo, Ret
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
-from secateur_server.durable import NO_MORE
 from secateur_server.errors import (
     Defect,
     Late,
@@ -29,6 +28,7 @@ from secateur_server.errors import (
 )
 from secateur_server.operate.calls import REQUEST_ID
 from secateur_server.runtime.context import RequestContext, caller_left
+from secateur_server.runtime.disk import NO_MORE
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +66,9 @@ def note_shutdown(context: RequestContext) -> None:
 
 def _interruption(context: RequestContext, call: grpc.ServicerContext) -> RequestError:
     """Why a call ended from outside."""
-    remaining = call.time_remaining()
-    if context.is_late or (remaining is not None and remaining <= 0):
-        return Late("call", "its time is up")
+    if context.is_late:
+        waited = f"; it waited {context.waited_for}" if context.waited_for else ""
+        return Late("call", f"its time is up{waited}")
     return (context.interruption or caller_left)()
 
 

@@ -109,6 +109,11 @@ class Budget:
         quota = self._quota(tenant).amount
         return self.limit if quota is None else min(quota, self.limit)
 
+    def state(self, tenant: Tenant, amount: int) -> Full:
+        """What is in the way of `amount` more for a tenant."""
+        with self._lock:
+            return self._state(tenant, amount)
+
     def acquire(self, context: RequestContext, amount: int) -> None:
         """Waits until the request's tenant may hold `amount` more. The caller releases it.
 
@@ -147,6 +152,7 @@ class Budget:
                 self._call_next()
 
     def _wait(self, context: RequestContext, me: _Waiting) -> None:
+        context.is_waiting = True
         try:
             while not me.called.wait(CHECK_SECONDS):
                 context.check()
@@ -159,6 +165,8 @@ class Budget:
             if me.refusal is None:
                 self.release(me.tenant, me.amount)
             raise
+        finally:
+            context.is_waiting = False
         if me.refusal is not None:
             raise me.refusal
 
@@ -210,7 +218,10 @@ class Budget:
             counts[waiting.tenant.owner] = counts.get(waiting.tenant.owner, 0) + 1
         last = max(reversed(self._queue), key=lambda one: counts[one.tenant.owner])
         self._queue.remove(last)
-        longest = time.monotonic() - self._queue[0].since if self._queue else 0.0
-        quota, mine = self._quota_in_way(last.tenant, last.amount), self._of(last.tenant)
-        last.refusal = Full(self._total, replace(mine), quota, len(self._queue), longest)
+        last.refusal = self._state(last.tenant, last.amount)
         last.called.set()
+
+    def _state(self, tenant: Tenant, amount: int) -> Full:
+        longest = time.monotonic() - self._queue[0].since if self._queue else 0.0
+        quota, mine = self._quota_in_way(tenant, amount), self._of(tenant)
+        return Full(self._total, replace(mine), quota, len(self._queue), longest)

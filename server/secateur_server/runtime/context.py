@@ -98,6 +98,9 @@ class RequestContext:
         elements, pruned: Of the tensors in the report, and those that this request pruned.
         charges: Bytes that the request holds beside its state_dict, as the scheduler counts them.
         queued, time_to_report: Seconds; None: the request has not come so far.
+        is_waiting: Whether the request waits for memory, or for the cores.
+        waited_for: For how long and for what the request waited when it was stopped; empty: it did
+            not wait then.
         reason: Of a failure, as google.rpc.ErrorInfo has it.  error: What the caller was told.
         interruption: Makes the error of a cancelled request.  None: it is not cancelled.
         code: The final status.
@@ -123,8 +126,9 @@ class RequestContext:
         self.received = self.sent = self.elements = self.pruned = 0
         self.sparsity: float | None = None
         self.queued: float | None = None
+        self.is_waiting = False
         self.time_to_report: float | None = None
-        self.reason = self.error = self.code = ""
+        self.reason = self.error = self.code = self.waited_for = ""
         self.charges: list[int] = []
         self._charge = charge
         self.begun = time.time_ns()
@@ -157,7 +161,9 @@ class RequestContext:
         Raises:
             Stopped: The request has been cancelled, or its deadline has passed.
         """
-        if self.interruption is not None or (self.deadline is not None and self.is_late):
+        # As `is_late`, which as a call would double the time that each of many tensors takes here.
+        is_late = self.deadline is not None and time.monotonic() >= self.deadline
+        if is_late or self.interruption is not None:
             raise (self.interruption or caller_left)()
 
     def each(self, items: Iterable[Item]) -> Iterable[Item]:
@@ -172,8 +178,9 @@ class RequestContext:
         return items if is_short else self._checked(items)
 
     def _checked(self, items: Iterable[Item]) -> Iterator[Item]:
+        check = self.check
         for item in items:
-            self.check()
+            check()
             yield item
 
     def map(self, function: Callable[[Item], Found], pieces: Iterable[Item]) -> list[Found]:
@@ -207,6 +214,20 @@ class RequestContext:
             yield
         finally:
             self.queued = time.perf_counter() - begun
+
+    @contextmanager
+    def waiting(self, what: Callable[[], str]) -> Iterator[None]:
+        """Records that the request is stopped while it waits in the block.
+
+        Args:
+            what: Says what it waits for.
+        """
+        begun = time.perf_counter()
+        try:
+            yield
+        except Stopped:
+            self.waited_for = f"{time.perf_counter() - begun:.1f} s for {what()}"
+            raise
 
     def charge(self, field: str, size: int, what: str) -> None:
         """Counts `size` bytes against the server's limits before they are allocated.

@@ -113,7 +113,8 @@ class Scheduler:
         Raises:
             Stopped: The request was cancelled while it waited.
         """
-        self.messages.acquire(context, MOST_MESSAGE_BYTES)
+        with context.waiting(self._in_way_of_messages):
+            self.messages.acquire(context, MOST_MESSAGE_BYTES)
         held = MOST_MESSAGE_BYTES
 
         def shrink(size: int) -> None:
@@ -141,20 +142,29 @@ class Scheduler:
             QueueFull: Too many requests wait.
             Stopped: The request was cancelled while it waited.
         """
-        self._check_model(context.tenant, field, size)
-        with context.queueing():
+        tenant = context.tenant
+        self._check_model(tenant, field, size)
+
+        def in_way() -> str:
+            return f"memory: {self._in_way(tenant, self.models.state(tenant, size))}"
+
+        with context.queueing(), context.waiting(in_way):
             try:
                 self.models.acquire(context, size)
             except Full as full:
                 raise QueueFull(
                     "call",
-                    f"{self._in_way(context.tenant, full)}, and {full.waiting} requests wait",
+                    f"{self._in_way(tenant, full)}, and {full.waiting} requests wait",
                     min(max(full.longest, LEAST_RETRY_SECONDS), MOST_RETRY_SECONDS),
                 ) from None
         try:
             yield
         finally:
-            self.models.release(context.tenant, size)
+            self.models.release(tenant, size)
+
+    def _in_way_of_messages(self) -> str:
+        held = f"those of other calls may take {self.messages.held} of {self.messages.limit}"
+        return f"memory of its first message: {held} bytes"
 
     def _in_way(self, tenant: Tenant, full: Full) -> str:
         """What a request waited for."""
@@ -228,7 +238,8 @@ class Scheduler:
         if size <= ONE_CORE_BYTES:
             yield
             return
-        self._cores.acquire(context, 1)
+        with context.waiting(lambda: "the cores: another large model has them"):
+            self._cores.acquire(context, 1)
         try:
             yield
         finally:

@@ -13,9 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import unquote
 
-from secateur_server.devices.mapping import map_file
-from secateur_server.durable import DurableFile
+from secateur_server.backends.mapping import map_file
 from secateur_server.errors import UriChanged, UriFailed, UriNotAllowed, UriNotFound, quote
+from secateur_server.runtime.disk import DurableFile
 
 Bytes = bytes | memoryview
 

@@ -12,8 +12,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from secateur_server.devices.mapping import map_file
-from secateur_server.durable import full_disk
+from secateur_server.backends.mapping import map_file
 from secateur_server.errors import (
     RequestError,
     UriChanged,
@@ -23,6 +22,7 @@ from secateur_server.errors import (
     quote,
 )
 from secateur_server.runtime.context import RequestContext
+from secateur_server.runtime.disk import full_disk
 from secateur_server.uris.redirects import HTTP, NotListed, options
 from secateur_server.uris.requests import Requests
 from secateur_server.uris.scratch import Scratch

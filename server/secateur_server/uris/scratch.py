@@ -33,7 +33,7 @@ class Scratch:
 
     @contextmanager
     def reserved(self, context: RequestContext, field: str, uri: str, size: int) -> Iterator[None]:
-        """Reserves `size` bytes for the block, in which they are fetched and used.
+        """Reserves `size` bytes of disk for the block, in which they are fetched and used.
 
         Raises:
             StoreFull: They would never fit.
@@ -43,17 +43,17 @@ class Scratch:
         if size > most:
             raise StoreFull(
                 field,
-                f"{quote(uri)} has {size} bytes; this server fetches up to {most} for one tenant "
-                "(--store-max-bytes)",
+                f"{quote(uri)} takes {size} bytes of disk; this server fetches up to {most} for "
+                "one tenant (--store-max-bytes)",
             )
         try:
             self._budget.acquire(context, size)
         except Full as full:
             raise QueueFull(
                 field,
-                f"{quote(uri)} has {size} bytes, and fetched files of other calls have {full.held} "
-                f"of {self._budget.limit} (--store-max-bytes), {full.mine.amount} of the {most} "
-                "for this tenant",
+                f"{quote(uri)} takes {size} bytes of disk, and fetched files of other calls have "
+                f"{full.held} of {self._budget.limit} (--store-max-bytes), {full.mine.amount} of "
+                f"the {most} for this tenant",
                 RETRY_SECONDS,
             ) from None
         try:

@@ -11,6 +11,7 @@ from urllib.parse import unquote
 from secateur_proto.index import SUFFIX
 from secateur_server.errors import InvalidRequest, UriNotAllowed, quote
 from secateur_server.runtime.context import RequestContext
+from secateur_server.runtime.disk import blocks_of
 from secateur_server.uris.local import LocalFile, LocalTarget
 from secateur_server.uris.remote import RemoteFile, RemoteTarget
 from secateur_server.uris.requests import Requests
@@ -108,7 +109,7 @@ class Uris:
     ) -> list[MappedFile]:
         """Fetches those files that are not local.  uri: of the whole, for errors."""
         remote = [file for file in files if isinstance(file, RemoteFile)]
-        size = sum(file.size for file in remote)
+        size = sum(blocks_of(file.size) for file in remote)
         held.enter_context(self._scratch.reserved(context, field, uri, size))
         for file in remote:
             file.fetch(self._scratch)

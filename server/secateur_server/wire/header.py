@@ -164,8 +164,8 @@ def _take_usual(context: RequestContext, reader: Text, entries: dict[str, Entry]
     for number, found in enumerate(reader.take_all(_USUAL)):
         if number % _CHECKED == 0:
             context.check()
-        name, dtype, shape, *offsets = found.groups()
-        begin, end = map(int, offsets)
+        name, dtype, shape, first, last = found.groups()
+        begin, end = int(first), int(last)
         if name in entries:
             raise _twice(name)
         alike = kinds.get((dtype, shape))

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from secateur_server.devices import passes_of, room_to_work
-from secateur_server.devices.dtypes import TORCH_DTYPES
-from secateur_server.devices.keys import BITS
-from secateur_server.devices.looks import SPACING, Look, Sample, Seen, sample_places, seen_of
-from secateur_server.devices.passes import BYTES_OF_FEW
+from secateur_server.backends import passes_of, room_to_work
+from secateur_server.backends.dtypes import TORCH_DTYPES
+from secateur_server.backends.keys import BITS
+from secateur_server.backends.looks import SPACING, Look, Sample, Seen, sample_places, seen_of
+from secateur_server.backends.passes import BYTES_OF_FEW
 from secateur_server.errors import MalformedFile, quote
 from secateur_server.runtime.context import RequestContext
 from secateur_server.wire.header import (
@@ -20,7 +20,7 @@ from secateur_server.wire.header import (
     header_length,
     parse_header,
 )
-from secateur_server.wire.tensors import WireTensor
+from secateur_server.wire.tensors import WireTensor, wire_tensor
 
 # What is read at once; an element of an aligned tensor is in one block.
 BLOCK = 1 << 20
@@ -158,4 +158,4 @@ def _tensor(
     if dtype is not None and (base + entry.begin) % dtype.itemsize:
         # torch has no tensor whose elements are not aligned.
         part = room_to_work(context, len(part), passes_of(part.device)).copy_(part)
-    return WireTensor(entry.dtype, entry.shape, part, seen)
+    return wire_tensor(entry.dtype, entry.shape, part, seen)

@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from blake3 import blake3
 
-from secateur_server.devices import passes_of
-from secateur_server.devices.dtypes import TORCH_DTYPES
-from secateur_server.devices.keys import BITS
-from secateur_server.devices.looks import Look, Seen, seen_each, seen_of
-from secateur_server.devices.passes import Passes
+from secateur_server.backends import passes_of
+from secateur_server.backends.dtypes import TORCH_DTYPES
+from secateur_server.backends.keys import BITS
+from secateur_server.backends.looks import Look, Seen, seen_each, seen_of
+from secateur_server.backends.passes import Passes
 from secateur_server.errors import TooShort, WrongLength
 from secateur_server.runtime.context import RequestContext
 from secateur_server.wire.header import Entry, Header, header_length, parse_header
-from secateur_server.wire.tensors import WireTensor
+from secateur_server.wire.tensors import WireTensor, wire_tensor
 
 # Tensors that are read at once have up to so many bytes, each and together. To look at the values
 # of larger ones, one by one, takes less time.
@@ -137,12 +137,12 @@ def _runs(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
 
 def _read_run(stream: ByteStream, run: Sequence[Entry]) -> list[WireTensor]:
     """Reads tensors of one dtype, none of them empty, into memory that they share."""
-    begins = np.array([entry.begin - run[0].begin for entry in run])
     data = passes_of(_CPU).landed_all(stream.pieces(run[-1].end - run[0].begin))
-    dtype = TORCH_DTYPES.get(run[0].dtype)
+    data = data.view(TORCH_DTYPES.get(run[0].dtype, torch.uint8))
+    begins = np.array([entry.begin - run[0].begin for entry in run]) // data.itemsize
     seen: Iterable[Seen | None] = itertools.repeat(None)
-    if dtype in BITS:
-        seen = seen_each(data.view(dtype), begins // dtype.itemsize)
+    if data.dtype in BITS:
+        seen = seen_each(data, begins)
     parts = torch.split(data, np.diff(begins, append=len(data)).tolist())
     found = zip(run, parts, seen, strict=False)
     return [WireTensor(entry.dtype, entry.shape, part, look) for entry, part, look in found]
@@ -153,9 +153,9 @@ def _read_tensor(stream: ByteStream, entry: Entry, passes: Passes) -> WireTensor
     if (at_hand := stream.at_hand(size)) is not None:
         data = passes.landed(at_hand)
         if dtype not in BITS:
-            return WireTensor(entry.dtype, entry.shape, data)
+            return wire_tensor(entry.dtype, entry.shape, data)
         look = Look(size // dtype.itemsize, *passes.extremes(data.view(dtype)))
-        return WireTensor(entry.dtype, entry.shape, data, seen_of([look]))
+        return wire_tensor(entry.dtype, entry.shape, data, seen_of([look]))
     data = passes.room(size)
     looks: list[Look] = []
     begin = seen = 0
@@ -169,4 +169,4 @@ def _read_tensor(stream: ByteStream, entry: Entry, passes: Passes) -> WireTensor
             found = passes.extremes(data[seen:whole].view(dtype))
             looks.append(Look(whole // dtype.itemsize, *found))
             seen = whole
-    return WireTensor(entry.dtype, entry.shape, data, seen_of(looks))
+    return wire_tensor(entry.dtype, entry.shape, data, seen_of(looks))

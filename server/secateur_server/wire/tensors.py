@@ -1,18 +1,18 @@
 """A tensor as the wire has it: bytes, with the name of their dtype."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
-from secateur_server.devices.dtypes import TORCH_DTYPES
-from secateur_server.devices.looks import Seen
+from secateur_server.backends.dtypes import TORCH_DTYPES
+from secateur_server.backends.looks import Seen
 
 
-@dataclass(frozen=True)
-class WireTensor:
+class WireTensor(NamedTuple):
     """A tensor.
 
-    dtype: as safetensors spells it.  data: uint8, flat, the row-major little-endian bytes.
+    dtype: as safetensors spells it.
+    data: row-major, flat, of torch's dtype; where torch has none, the bytes as uint8.
     seen: of a floating one, what a first look at its values told.
     """
 
@@ -23,5 +23,15 @@ class WireTensor:
 
     def values(self) -> Tensor | None:
         """The same memory with its dtype and shape; None where torch has no such dtype."""
-        dtype = TORCH_DTYPES.get(self.dtype)
-        return None if dtype is None else self.data.view(dtype).view(self.shape)
+        if self.dtype not in TORCH_DTYPES:
+            return None
+        # torch reads numbers twice as fast as a tuple of them.
+        return self.data.view(*self.shape) if self.shape else self.data.view(())
+
+
+def wire_tensor(
+    dtype: str, shape: tuple[int, ...], data: Tensor, seen: Seen | None = None
+) -> WireTensor:
+    """The tensor that has the bytes `data`."""
+    known = TORCH_DTYPES.get(dtype)
+    return WireTensor(dtype, shape, data if known is None else data.view(known), seen)

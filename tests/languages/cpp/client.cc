@@ -1,5 +1,5 @@
-// Prunes a safetensors file by a secateur server: the least of all weights' magnitudes, in all of
-// the tensors together. Everything it knows of the server is in protos/secateur/v1.
+// Prunes a safetensors file with a secateur server: the weights with the smallest magnitudes, ranked
+// over all tensors together. It depends on protos/secateur/v1 alone.
 //
 //   client [--tensors GLOB] [--output masks|dense] [--token T] [--deadline SECONDS]
 //          ADDRESS MODEL FRACTION RESULT
@@ -56,8 +56,8 @@ void set_options(grpc::ClientContext& context, const Arguments& arguments) {
 
 using Call = grpc::ClientReaderWriter<v1::PruneRequest, v1::PruneResponse>;
 
-// The header comes alone and first; then the file, cut anywhere. Write waits while the server
-// takes no more, and is false where the call has ended: Finish says why.
+// Sends the header alone, then the file, cut anywhere. Write waits while the server accepts no
+// more, and returns false when the call has ended: Finish has the reason.
 void send(Call& call, const v1::PruneHeader& header, const std::string& path) {
   v1::PruneRequest request;
   *request.mutable_header() = header;
@@ -72,7 +72,7 @@ void send(Call& call, const v1::PruneHeader& header, const std::string& path) {
   call.WritesDone();
 }
 
-// The report comes in the first message; the data of all messages, joined, is the file.
+// The first message has the report; the data of all messages, joined, is the file.
 v1::SparsityReport receive(Call& call, const std::string& path) {
   std::ofstream file;
   file.exceptions(std::ios::failbit | std::ios::badbit);
@@ -93,13 +93,13 @@ std::runtime_error failure(const grpc::Status& status) {
 
 std::shared_ptr<grpc::Channel> connect(const std::string& address) {
   grpc::ChannelArguments options;
-  // A report is one message: of 40,000 tensors it has more than the 4 MiB that gRPC takes.
+  // A report is one message: for 40,000 tensors it exceeds gRPC's default limit of 4 MiB.
   options.SetMaxReceiveMessageSize(-1);
-  // Over a network: grpc::SslCredentials({}), or whoever listens has the token.
+  // Over a network use grpc::SslCredentials({}), else others can read the token.
   return grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), options);
 }
 
-// The server answers when it has the whole model, so sending first and then receiving is no
+// The server answers when it has the whole model, so sending everything before receiving cannot
 // deadlock.
 v1::SparsityReport prune(const Arguments& arguments, const std::string& part) {
   const v1::PruneHeader header = header_of(arguments);

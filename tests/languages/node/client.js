@@ -1,6 +1,6 @@
 #!/usr/bin/env node
-// Prunes a safetensors file by a secateur server: the least of all weights' magnitudes, in all of
-// the tensors together. Everything it knows of the server is in protos/secateur/v1.
+// Prunes a safetensors file with a secateur server: the weights with the smallest magnitudes, ranked
+// over all tensors together. It depends on protos/secateur/v1 alone.
 //
 //   node client.js [--tensors GLOB] [--output masks|dense] [--token T] [--deadline SECONDS]
 //                  ADDRESS MODEL FRACTION RESULT
@@ -17,7 +17,7 @@ const protoLoader = require('@grpc/proto-loader');
 
 const CHUNK_BYTES = 1 << 20;
 const PROTOS = path.join(__dirname, '../../../protos');
-// A report is one message: of 40,000 tensors it has more than the 4 MiB that gRPC takes.
+// A report is one message: for 40,000 tensors it exceeds gRPC's default limit of 4 MiB.
 const ANY_SIZE = { 'grpc.max_receive_message_length': -1 };
 const OUTPUTS = { masks: 'OUTPUT_MASKS', dense: 'OUTPUT_DENSE' };
 const OPTIONS = {
@@ -30,13 +30,13 @@ const OPTIONS = {
 function connect(address) {
   const definition = protoLoader.loadSync('secateur/v1/pruner.proto', {
     includeDirs: [PROTOS],
-    keepCase: true, // names of fields as the .proto has them
+    keepCase: true, // field names as in the .proto
     longs: Number, // exact up to 2^53, which no model reaches
     enums: String,
     defaults: true, // a field that is 0 is not on the wire
   });
   const { Pruner } = grpc.loadPackageDefinition(definition).secateur.v1;
-  // Over a network: grpc.credentials.createSsl(), or whoever listens has the token.
+  // Over a network use grpc.credentials.createSsl(), else others can read the token.
   return new Pruner(address, grpc.credentials.createInsecure(), ANY_SIZE);
 }
 
@@ -51,13 +51,13 @@ function headerOf(dataBytes, tensors, fraction, output) {
   return { data_bytes: dataBytes, spec: { rules: [{ selection }] }, output: OUTPUTS[output] };
 }
 
-// The header comes alone and first; then the file, cut anywhere.
+// The header is sent alone and first; then the file, cut anywhere.
 async function* requests(header, model) {
   yield { header };
   for await (const data of createReadStream(model, { highWaterMark: CHUNK_BYTES })) yield { data };
 }
 
-// The report comes in the first message; the data of all messages, joined, is the file.
+// The first message has the report; the data of all messages, joined, is the file.
 async function receive(answer, file) {
   let report;
   for await (const { result, data } of answer) {
@@ -72,7 +72,7 @@ async function prune(pruner, header, model, file, { token, deadline }) {
   if (token) metadata.set('authorization', `Bearer ${token}`);
   const call = pruner.Prune(metadata, { deadline: Date.now() + 1000 * deadline });
   let report;
-  // A pipeline reads no more of the model, and of the answer, than the other end takes.
+  // A pipeline reads the model and the answer only as fast as the other end accepts them.
   await pipeline(Readable.from(requests(header, model)), call, async (answer) => {
     report = await receive(answer, file);
   });
@@ -100,7 +100,7 @@ async function main() {
 }
 
 main().catch(({ code, details, message }) => {
-  // A call that failed has a code, and the server's words in `details`.
+  // A failed call has a code, and the server's message in `details`.
   console.error(details ? `${grpc.status[code]}: ${details}` : message);
   process.exitCode = 1;
 });

@@ -1,0 +1,1 @@
+"""The servicers: a few lines for each RPC."""

@@ -1,0 +1,198 @@
+"""The service that keeps models."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import grpc
+from google.protobuf.empty_pb2 import Empty
+
+from secateur_proto import checkpoints_pb2 as pb
+from secateur_proto import pruner_pb2
+from secateur_proto.checkpoint_pb2 import Checkpoint
+from secateur_proto.codec import Data, Decoder, encode
+from secateur_server.api.convert.checkpoint import checkpoint_message, file_message
+from secateur_server.api.convert.files import check_count, decode_file, decode_files, page_token
+from secateur_server.api.stream import open_request, responses
+from secateur_server.errors import (
+    CheckpointNotFound,
+    IdleTimeout,
+    InvalidRequest,
+    InvalidStateDict,
+    Stopped,
+    TooShort,
+)
+from secateur_server.outputs import OUTPUTS
+from secateur_server.runtime.context import RequestContext
+from secateur_server.state_dict.mapped import map_model, of_blob
+from secateur_server.state_dict.sources import Sources
+from secateur_server.storage.blobs import Blob
+from secateur_server.storage.receiver import Receiver
+from secateur_server.storage.records import Record, StoredFile
+from secateur_server.storage.store import OpenCheckpoint
+from secateur_server.wire.reader import ByteStream
+from secateur_server.wire.writer import Bytes, OutgoingFile, chunks
+
+MOST_PER_PAGE = 1000
+MOST_QUERIED = 100_000
+# What an output that is made piece by piece, as it is sent, takes of memory.
+MADE_BYTES = 24 << 20
+
+
+class Checkpoints:
+    """The service secateur.v1.Checkpoints."""
+
+    def __init__(self, sources: Sources) -> None:
+        self._sources, self._store = sources, sources.store
+
+    def Upload(
+        self, messages: Iterator[pb.UploadRequest | Data], context: RequestContext
+    ) -> Checkpoint:
+        """Stores a model."""
+        first, data = open_request(messages, partial(self._sources.metrics.received, context))
+        header = first.header
+        with self._sources.receiver(context) as receiver:
+            if header.uri:
+                if header.files:
+                    raise InvalidRequest("header.uri", "stands in place of files, not beside them")
+                files = self._sources.fetch(context, receiver, header.uri)
+            else:
+                files = self._land(receiver, header.files, data)
+            try:
+                blobs = [of_blob(blob) for blob in self._store.open_files("data", files)]
+                map_model(context, blobs, None, ({}, {}))
+            except InvalidStateDict:
+                receiver.abandon()
+                raise
+            return self._message(context.tenant.owner, receiver.create(files))
+
+    def _land(
+        self, receiver: Receiver, files: Sequence[pb.UploadFile], data: Iterator[Bytes]
+    ) -> tuple[StoredFile, ...]:
+        """The files of an upload, which come one behind another."""
+        wanted = decode_files(files)
+        missing = sum(file.size - offset for file, offset in wanted)
+        self._store.check_size(sum(file.size for file, _ in wanted))
+        stream = ByteStream(data, missing, is_hashed=False)
+        received = []
+        if any(0 < offset < file.size for file, offset in wanted):
+            self._sources.metrics.resumed()
+        try:
+            for index, (file, offset) in enumerate(wanted):
+                pieces, field = stream.pieces(file.size - offset), f"header.files[{index}].offset"
+                digest = file.blake3 or None
+                receive = partial(
+                    receiver.receive, file.filename, file.size, pieces, digest, offset
+                )
+                received.append(receive(field, is_resumable=digest is not None))
+            stream.finish()
+        except (Stopped, TooShort, IdleTimeout):
+            self._sources.metrics.broken()
+            raise
+        return tuple(received)
+
+    def QueryUpload(
+        self, message: pb.QueryUploadRequest, context: RequestContext
+    ) -> pb.QueryUploadResponse:
+        """Says how much of some files is here."""
+        check_count("files", len(message.files), MOST_QUERIED)
+        owner, sizes = context.tenant.owner, []
+        for index, described in enumerate(message.files):
+            context.check()
+            file = decode_file(described, f"files[{index}]", is_digest_required=True)
+            sizes.append(self._store.uploads.held(owner, file.blake3, file.size))
+        return pb.QueryUploadResponse(committed_sizes=sizes)
+
+    def Download(
+        self, message: pb.DownloadRequest, context: RequestContext
+    ) -> Iterator[pb.DownloadResponse | Data]:
+        """Returns a checkpoint's model."""
+        output = message.output or pruner_pb2.OUTPUT_DENSE
+        if output not in OUTPUTS or output == pruner_pb2.OUTPUT_NONE:
+            raise InvalidRequest("output", f"{message.output} is nothing to download")
+        with ExitStack() as held:
+            opened = held.enter_context(self._store.open(context.tenant.owner, message.name))
+            files = self._files(context, opened, output, held)
+            size = sum(file.size for file in files)
+            if message.offset > size:
+                raise InvalidRequest("offset", f"{message.offset} is more than the {size} bytes")
+            result = pb.DownloadResult(files=map(file_message, files), data_bytes=size)
+            sent = partial(self._sources.metrics.sent, context)
+            yield from responses(
+                pb.DownloadResponse, result, chunks(context, files, message.offset), sent
+            )
+
+    def _files(
+        self, context: RequestContext, opened: OpenCheckpoint, output: int, held: ExitStack
+    ) -> list[OutgoingFile]:
+        blobs, masks = opened.files, opened.masks
+        files = [of_blob(blob) for blob in blobs]
+        mapped_masks = of_blob(masks) if masks else None
+        model, read = map_model(context, files, mapped_masks, ({}, {}))
+        is_changed = masks or (output == pruner_pb2.OUTPUT_DENSE and model.catalog.pairs)
+        if output != pruner_pb2.OUTPUT_MASKS and not is_changed:
+            return [_as_stored(blob) for blob in blobs]
+        size, scheduler = sum(len(file.data) for file in files), self._sources.scheduler
+        memory = min(size, MADE_BYTES, scheduler.models.most(context.tenant))
+        held.enter_context(scheduler.model(context, "name", memory))
+        with scheduler.cores(context, size):
+            read(None)
+            made = OUTPUTS[output].files(context, model, model.parameters)
+        for file in files:
+            file.check_unchanged()
+        return made
+
+    def Get(self, message: pb.GetRequest, context: RequestContext) -> Checkpoint:
+        """Returns a checkpoint, without its data."""
+        owner = context.tenant.owner
+        return self._message(owner, self._store.get(owner, message.name))
+
+    def List(self, message: pb.ListRequest, context: RequestContext) -> pb.ListResponse:
+        """Returns a page of the caller's checkpoints."""
+        if message.page_size < 0:
+            raise InvalidRequest("page_size", f"{message.page_size} is negative")
+        owner, before = context.tenant.owner, page_token(message.page_token)
+        most = min(message.page_size or MOST_PER_PAGE, MOST_PER_PAGE)
+        found = self._store.page(owner, before, most + 1)
+        page = found[:most]
+        return pb.ListResponse(
+            checkpoints=[self._message(owner, record) for record in page],
+            next_page_token=page[-1].id if len(found) > most else "",
+        )
+
+    def Delete(self, message: pb.DeleteRequest, context: RequestContext) -> Empty:
+        """Deletes a checkpoint."""
+        try:
+            self._store.delete(context.tenant.owner, message.name)
+        except CheckpointNotFound:
+            if not message.allow_missing:
+                raise
+        return Empty()
+
+    def _message(self, owner: str, record: Record) -> Checkpoint:
+        return checkpoint_message(record, self._store.expire_time(owner, record))
+
+
+def _as_stored(blob: Blob) -> OutgoingFile:
+    return OutgoingFile(blob.filename, len(blob.data), blob.digest, blob.blocks, blob.blocks)
+
+
+def add_checkpoints(checkpoints: Checkpoints, server: grpc.Server) -> str:
+    """Adds the service to a server, with the codec that copies no data.  Returns: its name."""
+    name = pb.DESCRIPTOR.services_by_name["Checkpoints"].full_name
+    unary = grpc.unary_unary_rpc_method_handler
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "Upload": grpc.stream_unary_rpc_method_handler(
+            checkpoints.Upload, Decoder(pb.UploadRequest.FromString), encode
+        ),
+        "QueryUpload": unary(checkpoints.QueryUpload, pb.QueryUploadRequest.FromString, encode),
+        "Download": grpc.unary_stream_rpc_method_handler(
+            checkpoints.Download, pb.DownloadRequest.FromString, encode
+        ),
+        "Get": unary(checkpoints.Get, pb.GetRequest.FromString, encode),
+        "List": unary(checkpoints.List, pb.ListRequest.FromString, encode),
+        "Delete": unary(checkpoints.Delete, pb.DeleteRequest.FromString, encode),
+    }
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(name, handlers)])
+    return name

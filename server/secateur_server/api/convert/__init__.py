@@ -1,0 +1,1 @@
+"""Values to and from protobuf messages; nothing is measured here."""

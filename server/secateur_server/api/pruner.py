@@ -1,0 +1,372 @@
+"""The RPCs: read, prune, write."""
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import wait
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
+from typing import Any, TypeVar
+
+import grpc
+
+from secateur_proto import pruner_pb2 as pb
+from secateur_proto.codec import SINGLE, Data, Decoder, encode
+from secateur_proto.plan_pb2 import PruningPlan
+from secateur_server.api.convert.checkpoint import (
+    checkpoint_message,
+    file_message,
+    progress_message,
+)
+from secateur_server.api.convert.columns import field_head
+from secateur_server.api.convert.plan import charge_plan, decode_amounts, encode_plan
+from secateur_server.api.convert.report import encode_report
+from secateur_server.api.convert.server_info import encode_server_info
+from secateur_server.api.stream import open_request, responses
+from secateur_server.backends.cpu import one_thread
+from secateur_server.backends.threads import Pool
+from secateur_server.cut.plan import plan
+from secateur_server.cut.prior import prune_zeros
+from secateur_server.cut.prune import prune
+from secateur_server.errors import CheckpointNotFound, InvalidRequest
+from secateur_server.outputs import OUTPUTS
+from secateur_server.outputs.dense import folded_files
+from secateur_server.outputs.hollow import hollow_model
+from secateur_server.report.warnings import changes_of, warnings_of
+from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.decode import decode_spec
+from secateur_server.spec.resolve import resolve
+from secateur_server.spec.rules import Rule
+from secateur_server.state_dict.model import Model, masks_of, packed_masks
+from secateur_server.state_dict.parameter import Parameter
+from secateur_server.state_dict.sources import Incoming, Sources
+from secateur_server.storage.receiver import Receiver
+from secateur_server.wire.writer import Bytes, OutgoingFile, chunks
+
+# How often a caller hears how far its call is, and how soon it is seen that it has left.
+PROGRESS_SECONDS = 0.2
+
+Done = TypeVar("Done")
+Files = list[OutgoingFile]
+
+
+class Pruner:
+    """The service secateur.v1.Pruner."""
+
+    def __init__(self, sources: Sources, calls: int) -> None:
+        """calls: at once."""
+        self._sources = sources
+        # For calls that tell how far they are: one for each, or they would wait for a worker where
+        # nobody sees them, behind those of others that wait for memory.
+        self._workers = Pool(calls, "work", one_thread)
+
+    def close(self) -> None:
+        """No calls come any more."""
+        self._workers.shutdown(wait=False)
+
+    def Prune(
+        self, messages: Iterator[pb.PruneRequest | Data], context: RequestContext
+    ) -> Iterator[pb.PruneResponse | Data]:
+        """Decides masks, and answers with them or with what they are applied to."""
+        first, data = open_request(messages, self._count_received(context))
+        header = first.header
+        rules = decode_spec(context, header.spec)
+        if header.output not in OUTPUTS:
+            raise InvalidRequest("header.output", f"{header.output} is not an output")
+        if header.destination_uri and header.output == pb.OUTPUT_NONE:
+            raise InvalidRequest("header.destination_uri", "OUTPUT_NONE writes nothing there")
+        _check_prior(header)
+        with ExitStack() as held:
+            work = partial(self._prune, context, header, rules, data, held)
+            result, files = yield from self._run(context, work, header, pb.PruneResponse)
+            yield from self._answer(context, pb.PruneResponse, result, files)
+
+    def prune_single(
+        self, message: pb.PruneRequest | Data, context: RequestContext
+    ) -> pb.PruneResponse:
+        """As Prune, of one message each way: grpc is faster where it knows that.
+
+        Raises:
+            InvalidRequest: The answer may be larger than the message: the model is elsewhere.
+        """
+        if isinstance(message, pb.PruneRequest) and message.header.WhichOneof("source"):
+            raise InvalidRequest("header", "names its model, so that its answer is a stream")
+        answer = self.Prune(iter([message]), context)
+        first, *others = (part for part in answer if not part.HasField("progress"))
+        assert isinstance(first, pb.PruneResponse), "the first message has the result"
+        size = sum(len(part.data) for part in others)
+        context.charge("header.output", 2 * size, "an answer of one message")
+        first.data = b"".join([first.data, *(part.data for part in others)])
+        return first
+
+    def _prune(
+        self,
+        context: RequestContext,
+        header: pb.PruneHeader,
+        asked: Sequence[Rule],
+        data: Iterator[Bytes],
+        held: ExitStack,
+    ) -> tuple[pb.PruneResult, Files]:
+        """What to answer. Weights that are no part of it are given back before it is sent."""
+        receiver = held.enter_context(self._sources.receiver(context)) if header.keep else None
+        extras = {name for rule in asked for name in rule.extras()}
+        incoming = self._sources.open(context, header, data, extras, held, receiver)
+        model = incoming.model
+        rules = resolve(context, asked, model.catalog)
+        output = OUTPUTS[header.output]
+        needed = None if output.needs_model else {name for rule in rules for name in rule.reads()}
+        with context.stage("receive"):
+            incoming.read(needed)
+        with self._cores(context, incoming):
+            context.begin("prune")
+            before = _before(context, header, model, rules)
+            pruned, outcomes = prune(context, before, rules, model.extras)
+            with context.stage("encode"):
+                files = output.files(context, model, pruned)
+                digest = files[0].blake3 if len(files) == 1 else ""
+                report = encode_report(
+                    context, pruned.items(), model.catalog, incoming.digest(), digest, outcomes
+                )
+                changes = changes_of(context, report, model.catalog, before)
+                report.warnings.extend(
+                    warnings_of(context, report, asked, rules, model.catalog, changes)
+                )
+        result = pb.PruneResult()
+        result.report.CopyFrom(report)  # which takes less time than to construct it with a report
+        incoming.check_unchanged()
+        with self._kept(context, receiver, incoming, pruned, result) if receiver else nullcontext():
+            written = self._written(context, header.destination_uri, result, files, incoming)
+        self._sources.metrics.reported(context, report)
+        count = sum(change.pruned for change in changes)
+        self._sources.metrics.pruned(context, count, report.sparsity)
+        return written
+
+    @contextmanager
+    def _kept(
+        self,
+        context: RequestContext,
+        receiver: Receiver,
+        incoming: Incoming,
+        pruned: Mapping[str, Parameter],
+        result: pb.PruneResult,
+    ) -> Iterator[None]:
+        """Keeps what was pruned; where the block fails it goes: nobody was told its name."""
+        masks = receiver.receive_file(
+            packed_masks(context, {**incoming.model.masks, **masks_of(pruned)})
+        )
+        record, store = receiver.create(incoming.files, masks), self._sources.store
+        owner = context.tenant.owner
+        try:
+            expire_time = store.expire_time(owner, record)
+            result.checkpoint.CopyFrom(checkpoint_message(record, expire_time))
+            yield
+        except BaseException:
+            with suppress(CheckpointNotFound):  # it may have made room for another
+                store.delete(owner, record.name)
+            raise
+
+    def Report(
+        self, messages: Iterator[pb.ReportRequest | Data], context: RequestContext
+    ) -> pb.ReportResponse:
+        """Measures a model."""
+        first, data = open_request(messages, self._count_received(context))
+        header = first.header
+        with ExitStack() as held:
+            incoming = self._sources.open(context, header, data, (), held)
+            names = incoming.model.named(context, "header.tensors", header.tensors)
+            with context.stage("receive"):
+                incoming.read(names)
+            covered = ((name, incoming.model.parameters[name]) for name in names)
+            with self._cores(context, incoming), context.stage("encode"):
+                report = encode_report(context, covered, incoming.model.catalog, incoming.digest())
+            incoming.check_unchanged()
+            self._sources.metrics.reported(context, report)
+            return pb.ReportResponse(report=report)
+
+    def Plan(self, messages: Iterator[pb.PlanRequest | Data], context: RequestContext) -> bytes:
+        """Foretells what a Prune would do by many amounts. Returns a PlanResponse, encoded."""
+        first, data = open_request(messages, self._count_received(context))
+        header = first.header
+        rules = decode_spec(context, header.spec)
+        _check_prior(header)
+        extras = {name for rule in rules for name in rule.extras()}
+        with ExitStack() as held:
+            incoming = self._sources.open(context, header, data, extras, held)
+            model = incoming.model
+            rules = resolve(context, rules, model.catalog)
+            planned, amounts = decode_amounts(header, rules)
+            charge_plan(context, planned, amounts)
+            with context.stage("receive"):
+                incoming.read({name for rule in rules for name in rule.reads()})
+            with self._cores(context, incoming):
+                before = _before(context, header, model, rules)
+                state = {**before, **prune(context, before, rules[:-1], model.extras)[0]}
+                at = "header.amounts" if header.amounts else ""
+                outcomes = plan(context, planned, amounts, state, model.extras, at)
+            named = {name for rule in rules for name in rule.names()}
+            pruned = [name for name in state if name in named]
+            hollow = hollow_model(model, pruned)
+            rest = PruningPlan(
+                masks_bytes=OUTPUTS[pb.OUTPUT_MASKS].size(hollow, pruned),
+                reparametrized_bytes=OUTPUTS[pb.OUTPUT_REPARAMETRIZED].size(hollow, pruned),
+                dense_bytes=OUTPUTS[pb.OUTPUT_DENSE].size(hollow, pruned),
+                input_blake3=incoming.digest(),
+            )
+            amounts_bytes = encode_plan(context, outcomes, state, planned.tensors)
+            parts = [*amounts_bytes, rest.SerializeToString()]
+            incoming.check_unchanged()
+            return b"".join([field_head(1, sum(map(len, parts))), *parts])
+
+    def Finalize(
+        self, messages: Iterator[pb.FinalizeRequest | Data], context: RequestContext
+    ) -> Iterator[pb.FinalizeResponse | Data]:
+        """Folds masks into their weights."""
+        first, data = open_request(messages, self._count_received(context))
+        header = first.header
+        with ExitStack() as held:
+            work = partial(self._finalize, context, header, data, held)
+            result, files = yield from self._run(context, work, header, pb.FinalizeResponse)
+            yield from self._answer(context, pb.FinalizeResponse, result, files)
+
+    def GetServerInfo(
+        self, message: pb.GetServerInfoRequest, context: RequestContext
+    ) -> pb.GetServerInfoResponse:
+        """Says what this server can do."""
+        most = min(self._sources.max_model_bytes, self._sources.scheduler.models.limit)
+        return encode_server_info(most)
+
+    def _finalize(
+        self,
+        context: RequestContext,
+        header: pb.FinalizeHeader,
+        data: Iterator[Bytes],
+        held: ExitStack,
+    ) -> tuple[pb.FinalizeResult, Files]:
+        incoming = self._sources.open(context, header, data, (), held)
+        model = incoming.model
+        names = model.named(context, "header.tensors", header.tensors)
+        with context.stage("receive"):
+            incoming.read(None)
+        with self._cores(context, incoming), context.stage("encode"):
+            context.begin("prune")
+            folded = names if header.tensors else list(model.parameters)  # pairs of integers too
+            files = folded_files(context, model, {name: model.parameters[name] for name in folded})
+            digest = files[0].blake3 if len(files) == 1 else ""
+            covered = ((name, model.parameters[name]) for name in names)
+            report = encode_report(
+                context, covered, model.catalog, incoming.digest(), digest, are_folded=True
+            )
+        incoming.check_unchanged()
+        self._sources.metrics.reported(context, report)
+        result = pb.FinalizeResult(report=report)
+        return self._written(context, header.destination_uri, result, files, incoming)
+
+    def _run(
+        self,
+        context: RequestContext,
+        work: Callable[[], Done],
+        header: pb.PruneHeader | pb.FinalizeHeader,
+        make: Callable[..., Any],
+    ) -> Generator[Any, None, Done]:
+        """What `work` returns; meanwhile tells how far it is, where no data comes with the call."""
+        if not header.WhichOneof("source"):
+            return work()
+        future = self._workers.submit(work)
+        try:
+            while not wait([future], PROGRESS_SECONDS).done:
+                yield make(progress=progress_message(context))
+        finally:
+            if not future.cancel():  # no worker has begun it: there is nothing to wait for
+                if not future.done():
+                    context.cancel()
+                wait([future])
+        try:
+            return future.result()
+        finally:
+            del future  # its error has this frame: they would keep each other, and the model
+
+    def _written(
+        self,
+        context: RequestContext,
+        uri: str,
+        result: Any,
+        files: Files,
+        incoming: Incoming,
+    ) -> tuple[Any, Files]:
+        """The result and the files to answer with: none, where they went to a URI."""
+        result.files.extend(map(file_message, files))
+        if not uri:
+            result.data_bytes = sum(file.size for file in files)
+            return result, files
+        context.begin("write", sum(file.size for file in files))
+        check = incoming.check_unchanged  # dense files are read once more as they are written
+        self._sources.write(context, uri, files, check)
+        return result, []
+
+    def _answer(
+        self, context: RequestContext, make: Callable[..., Any], result: Any, files: Files
+    ) -> Iterator[Any]:
+        count = partial(self._sources.metrics.sent, context)
+        return responses(make, result, chunks(context, files), count)
+
+    def _count_received(self, context: RequestContext) -> Callable[[int], None]:
+        return partial(self._sources.metrics.received, context)
+
+    def _cores(self, context: RequestContext, incoming: Incoming) -> AbstractContextManager[None]:
+        return self._sources.scheduler.cores(context, incoming.size)
+
+
+def _check_prior(header: pb.PruneHeader | pb.PlanHeader) -> None:
+    """Errors: InvalidRequest."""
+    if header.prior not in pb.Prior.values():
+        raise InvalidRequest("header.prior", f"{header.prior} is not a value of Prior")
+
+
+def _before(
+    context: RequestContext,
+    header: pb.PruneHeader | pb.PlanHeader,
+    model: Model,
+    rules: Sequence[Rule],
+) -> dict[str, Parameter]:
+    """The parameters before the first of `rules`, which are resolved."""
+    parameters = dict(model.parameters)
+    return prune_zeros(context, parameters, rules) if header.prior == pb.PRIOR_ZEROS else parameters
+
+
+def add_pruner(pruner: Pruner, server: grpc.Server) -> str:
+    """Adds the service to a server, with the codec that copies no data.  Returns: its name."""
+    name = pb.DESCRIPTOR.services_by_name["Pruner"].full_name
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "Prune": grpc.stream_stream_rpc_method_handler(
+            pruner.Prune, Decoder(pb.PruneRequest.FromString), encode
+        ),
+        "Report": grpc.stream_unary_rpc_method_handler(
+            pruner.Report, Decoder(pb.ReportRequest.FromString), encode
+        ),
+        "Plan": grpc.stream_unary_rpc_method_handler(
+            pruner.Plan, Decoder(pb.PlanRequest.FromString), encode
+        ),
+        "Finalize": grpc.stream_stream_rpc_method_handler(
+            pruner.Finalize, Decoder(pb.FinalizeRequest.FromString), encode
+        ),
+        "GetServerInfo": grpc.unary_unary_rpc_method_handler(
+            pruner.GetServerInfo, pb.GetServerInfoRequest.FromString, encode
+        ),
+    }
+    single = grpc.unary_unary_rpc_method_handler(
+        pruner.prune_single, Decoder(pb.PruneRequest.FromString), encode
+    )
+    server.add_generic_rpc_handlers([_Handlers(name, handlers, single)])
+    return name
+
+
+class _Handlers(grpc.GenericRpcHandler):
+    """The methods of a service; `single` in place of Prune where a call says that it is one."""
+
+    def __init__(self, service: str, handlers: Mapping[str, Any], single: Any) -> None:
+        self._handlers = {f"/{service}/{name}": handler for name, handler in handlers.items()}
+        self._prune, self._single = f"/{service}/Prune", single
+
+    def service(self, handler_call_details: Any) -> Any:
+        """As grpc.GenericRpcHandler.service."""
+        method, metadata = handler_call_details.method, handler_call_details.invocation_metadata
+        is_single = method == self._prune and SINGLE in (metadata or ())
+        return self._single if is_single else self._handlers.get(method)

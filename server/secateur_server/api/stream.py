@@ -1,0 +1,60 @@
+"""The order of messages in a call: a header and data, then data."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
+
+from secateur_proto.checkpoints_pb2 import UploadRequest
+from secateur_proto.codec import Data
+from secateur_proto.pruner_pb2 import FinalizeRequest, PlanRequest, PruneRequest, ReportRequest
+from secateur_server.errors import InvalidRequest, NoMessage
+from secateur_server.wire.writer import Bytes
+
+Request = TypeVar(
+    "Request", PruneRequest, ReportRequest, PlanRequest, FinalizeRequest, UploadRequest
+)
+
+Response = TypeVar("Response")
+Count = Callable[[int], None]
+
+
+def open_request(
+    messages: Iterator[Request | Data], count: Count
+) -> tuple[Request, Iterator[Bytes]]:
+    """The first message of a call, which has the header, and the data of all its messages.
+
+    count: called with the bytes of each message's data.  Errors: InvalidRequest.
+    """
+    first = next(messages, None)
+    if first is None:
+        raise NoMessage("header", "the call ended before its first message")
+    if isinstance(first, Data) or not first.HasField("header"):
+        raise InvalidRequest("header", "the first message has none")
+    return first, _data(first, messages, count)
+
+
+def _data(first: Request, later: Iterator[Request | Data], count: Count) -> Iterator[Bytes]:
+    data: Bytes = first.data
+    count(len(data))
+    yield data
+    for message in later:
+        if message.HasField("header"):
+            raise InvalidRequest("header", "only the first message has one")
+        data = message.data
+        count(len(data))
+        yield data
+
+
+def responses(
+    make: Callable[..., Response], result: Message, chunks: Iterator[Bytes], count: Count
+) -> Iterator[Response | Data]:
+    """The messages of an answer: the result comes first, with the first chunk if there is one."""
+    data = next(chunks, b"")
+    count(len(data))
+    first: Any = make(data=bytes(data))
+    first.result.CopyFrom(result)
+    yield first
+    for data in chunks:
+        count(len(data))
+        yield Data(data)

@@ -1,0 +1,357 @@
+"""The passes over a piece on a CPU, compiled: each reads its piece once, and stores no keys.
+
+They need numba (secateur[fast]); without it torch's operations do the same, bit for bit.
+
+bits: the integers that have the bits of floating scores, 1-D.  alive, kept: a bit for each of them,
+lowest first; alive may be None for all.
+largest: the largest integer of the bits' dtype, which `and` takes the sign with. numba makes int64
+of it, and several times slower loops, where the result is not turned back to the bits' dtype.
+count_zeros and fold take integers as well, which have no bit that is a sign.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar, cast
+
+import numpy as np
+
+from secateur_server.backends.randomness import GAMMA, MIX_1, MIX_2
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Of a digit of few keys: the counts stay in the caches. Of fewer than VERY_FEW keys, to clear and
+# to read so many counts would take longer than to read the keys.
+FEW_BITS = 13
+VERY_FEW = 1 << 12
+VERY_FEW_BITS = 8
+
+# Elements whose flags stay in the first-level cache.
+BLOCK = 1024
+TO_BITS = np.uint64(0x0102040810204080)
+
+njit: Any = None
+carray: Any = None
+config: Any = None
+types: Any = None
+_pointer: Any = None
+
+
+def _pointed(context: Any, address: Any) -> Any:
+    """Numba's way to read memory by its address."""
+
+    def generated(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), generated
+
+
+with suppress(ImportError):
+    from numba import carray, config, njit, types  # type: ignore[attr-defined]
+    from numba.extending import intrinsic
+
+    _pointer = intrinsic(_pointed)
+
+enabled = njit is not None and not config.DISABLE_JIT
+
+
+def _compiled(function: F) -> F:
+    if njit is None:
+        return function
+    try:
+        compiled: Any = njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # there is no folder to keep what was compiled
+        compiled = njit(nogil=True)(function)
+    return cast(F, compiled)
+
+
+@_compiled
+def is_alive(alive: Any, i: int) -> bool:
+    """Whether the unit `i` is."""
+    return alive is None or bool((alive[i >> 3] >> (i & 7)) & 1)
+
+
+@_compiled
+def extremes(bits: Any, largest: int) -> tuple[int, int]:
+    """The smallest and the largest of the keys."""
+    low, high = largest, bits.dtype.type(0)
+    for i in range(len(bits)):
+        key = bits.dtype.type(bits[i] & largest)
+        low = min(low, key)
+        high = max(high, key)
+    return int(low), int(high)
+
+
+@_compiled
+def count_top_digits(bits: Any, alive: Any, largest: int, shift: int, counts: Any) -> None:
+    """Adds to `counts` the digits at `shift`, the highest, of the keys."""
+    for i in range(len(bits)):
+        if is_alive(alive, i):
+            counts[(bits[i] & largest) >> shift] += 1
+
+
+@_compiled
+def count_digits(bits: Any, alive: Any, largest: int, prefix: int, shift: int, counts: Any) -> None:
+    """Adds to `counts` the digits at `shift` of the keys whose higher digits are `prefix`."""
+    for i in range(len(bits)):
+        key = bits[i] & largest
+        if key >> (shift + 16) == prefix and is_alive(alive, i):
+            counts[(key >> shift) & 0xFFFF] += 1
+
+
+@_compiled
+def sample(bits: Any, alive: Any, largest: int, index: Any, found: Any) -> int:
+    """Writes to `found` the keys that are alive at `index`, ascending.  Returns: how many."""
+    count = 0
+    for i in index:
+        if i < len(bits) and is_alive(alive, i):
+            found[count] = bits[i] & largest
+            count += 1
+    return count
+
+
+@_compiled
+def split(
+    bits: Any, alive: Any, largest: int, low: int, high: int, kept: Any, found: Any, at: Any
+) -> int:
+    """Writes to `kept` what is alive and at `high` or above, in bits.
+
+    Writes the keys in [low, high) that are alive to `found`, their places to `at`.
+    Returns: how many.
+    """
+    count = 0
+    above, within = np.zeros(BLOCK, np.uint8), np.zeros(BLOCK, np.uint8)
+    above_by_8, within_by_8 = above.view(np.uint64), within.view(np.uint64)
+    for begin in range(0, len(bits), BLOCK):
+        block = bits[begin : begin + BLOCK]
+        above[len(block) :] = 0
+        within[len(block) :] = 0
+        for i in range(len(block)):  # a loop of its own: it is vectorized
+            key = bits.dtype.type(block[i] & largest)
+            above[i] = key >= high
+            within[i] = (key >= low) & (key < high)
+        for j in range((len(block) + 7) // 8):
+            living = 0xFF if alive is None else alive[begin // 8 + j]
+            # Eight flags of a byte each to eight bits: the product has them in its highest byte.
+            eight = (above_by_8[j] * TO_BITS) >> np.uint64(56)
+            kept[begin // 8 + j] = np.uint8(eight) & living
+            if within_by_8[j]:
+                for i in range(8 * j, 8 * j + 8):
+                    if within[i] and (living >> (i & 7)) & 1:
+                        found[count] = block[i] & largest
+                        at[count] = begin + i
+                        count += 1
+    return count
+
+
+@_compiled
+def split_many(
+    pieces: Any, largest: int, low: int, high: int, found: Any, at: Any, counts: Any
+) -> int:
+    """As split, of pieces one after the other: a call from Python takes as long as many units do.
+
+    pieces: int64, a row each: the addresses of its bits, of alive, 0 for None, and of kept; units.
+    found, at: of all pieces, `at` within each.
+    counts: of each piece, how many of the units stay, and how many of them are found.
+    """
+    count = 0
+    for p in range(len(pieces)):
+        units = pieces[p, 3]
+        size = (units + 7) // 8
+        bits = carray(_pointer(pieces[p, 0]), units, found.dtype)
+        kept = carray(_pointer(pieces[p, 2]), size, np.uint8)
+        into = kept, found[count:], at[count:]
+        if pieces[p, 1] == 0:
+            within = split(bits, None, largest, low, high, *into)
+        else:
+            alive = carray(_pointer(pieces[p, 1]), size, np.uint8)
+            within = split(bits, alive, largest, low, high, *into)
+        counts[p, 0] = count_ones(kept)
+        counts[p, 1] = within
+        count += within
+    return count
+
+
+@_compiled
+def rank(keys: Any, cut: int, largest: int, place: int, stays: Any) -> tuple[int, int]:
+    """Writes which keys stay when the lowest `place`, up to the cut, go, ties by their order.
+
+    Returns: how many at the cut go, and of how many.
+    """
+    below, equal = 0, 0
+    for i in range(len(keys)):
+        stays[i] = (keys[i] > cut) & (keys[i] < largest)
+        below += keys[i] < cut
+        equal += keys[i] == cut
+    ties, seen = place - below, 0
+    if ties < equal:
+        for i in range(len(keys)):
+            if keys[i] == cut:
+                stays[i] = seen >= ties
+                seen += 1
+    return ties, equal
+
+
+@_compiled
+def find_digit(counts: Any, place: int) -> tuple[int, int]:
+    """The digit of the place-th that was counted, from 1; its place among those of the digit."""
+    digit = 0
+    while place > counts[digit]:
+        place -= counts[digit]
+        digit += 1
+    return digit, place
+
+
+@_compiled
+def cut_few(
+    bits: Any, alive: Any, largest: int, place: int, kept: Any, found: Any, at: Any
+) -> tuple[int, int, int]:
+    """Writes to `kept` what stays when the lowest `place` go, ties by their order.
+
+    found, at: as of split, to work in.
+    Returns: the key at the place, how many at it go, and of how many.
+    """
+    width = FEW_BITS if len(bits) >= VERY_FEW else VERY_FEW_BITS
+    counts = np.zeros(1 << width, np.int64)
+    shift = 8 * bits.itemsize - 1 - width
+    for i in range(len(bits)):
+        if is_alive(alive, i):
+            counts[(bits[i] & largest) >> shift] += 1
+    cut, place = find_digit(counts, place)
+    equal = counts[cut]
+    low, high = bits.dtype.type(cut << shift), bits.dtype.type(largest)
+    if cut + 1 < 1 << width:  # else it is beyond the largest integer
+        high = bits.dtype.type((cut + 1) << shift)
+    within = split(bits, alive, largest, low, high, kept, found, at)
+    while shift > 0:  # the digits of the cut above `shift` are known
+        step = min(width, shift)
+        counts[:] = 0
+        for i in range(within):
+            if found[i] >> shift == cut:
+                counts[(found[i] >> (shift - step)) & ((1 << step) - 1)] += 1
+        digit, place = find_digit(counts, place)
+        cut, shift, equal = cut << step | digit, shift - step, counts[digit]
+    seen = 0
+    for i in range(within):
+        seen += found[i] == cut
+        if found[i] > cut or (found[i] == cut and seen > place):
+            kept[at[i] >> 3] |= 1 << (at[i] & 7)
+    return cut, place, equal
+
+
+@_compiled
+def keep(kept: Any, at: Any, stays: Any) -> None:
+    """Sets the bits at those of the places `at` that stay."""
+    for i in range(len(at)):
+        if stays[i]:
+            kept[at[i] >> 3] |= 1 << (at[i] & 7)
+
+
+@_compiled
+def count_zeros(bits: Any, kept: Any, largest: int) -> int:
+    """How many scores are zero, or not kept.  largest: -1 for integers."""
+    count = 0
+    if kept is None:
+        for i in range(len(bits)):
+            count += bits.dtype.type(bits[i] & largest) == 0
+    else:
+        for i in range(len(bits)):
+            count += (bits.dtype.type(bits[i] & largest) == 0) | (
+                ((kept[i >> 3] >> (i & 7)) & 1) == 0
+            )
+    return count
+
+
+@_compiled
+def count_ones(bits: Any) -> int:
+    """How many bits of bytes are 1."""
+    count = 0
+    for byte in bits:
+        pairs = byte - ((byte >> 1) & 0x55)
+        fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+        count += (fours + (fours >> 4)) & 0x0F
+    return count
+
+
+@_compiled
+def fold(bits: Any, kept: Any, sign: int) -> None:
+    """Leaves of what is not kept the sign alone.  sign: its bit; 0 for integers."""
+    for i in range(len(bits)):
+        if not (kept[i >> 3] >> (i & 7)) & 1:
+            bits[i] &= sign
+
+
+@_compiled
+def random_bits(state: int, begin: int, bits: Any) -> None:
+    """Writes the keys of random scores, as randomness.random_keys, from the unit `begin` on."""
+    for i in range(len(bits)):
+        z = (begin + 1 + i) * GAMMA + state
+        z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * MIX_1
+        z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * MIX_2
+        z ^= (z >> 31) & ((1 << 33) - 1)
+        bits[i] = (z >> 34) & ((1 << 30) - 1)
+
+
+@_compiled
+def raise_to(values: Any, p: float) -> None:
+    """Replaces float64 values by |x|^p.  p: 0.5, 1, 2 or 3."""
+    for i in range(len(values)):
+        values[i] = abs(values[i])
+    if p == 0.5:
+        for i in range(len(values)):
+            values[i] = np.sqrt(values[i])
+    elif p != 1:
+        for i in range(len(values)):
+            square = values[i] * values[i]
+            values[i] = square if p == 2 else square * values[i]
+
+
+@_compiled
+def sum_rows(rows: Any, p: float, halves: Any, sums: Any) -> None:
+    """Writes the sums of |x|^p of each row, added by halves as score._row_sums adds.
+
+    halves: float64, as long as a row, to work in.
+    """
+    for r in range(len(rows)):
+        for i in range(len(halves)):
+            halves[i] = rows[r, i]  # float64 from here on
+        raise_to(halves, p)
+        left = len(halves)
+        while left > 1:
+            half = left // 2
+            for i in range(half):
+                halves[i] += halves[half + i]
+            if left % 2:
+                halves[0] += halves[left - 1]
+            left = half
+        sums[r] = halves[0]
+
+
+@_compiled
+def sum_columns(values: Any, first: int, p: float, halves: Any, sums: Any) -> None:
+    """As sum_rows, of slices from `first` on along the second dimension of three.
+
+    halves: float64, (elements of a slice, slices): what is one operation for many slices.
+    """
+    outer, size, inner = values.shape
+    flat = values.reshape(outer, size * inner)
+    for o in range(outer):
+        part = flat[o, first * inner : (first + len(sums)) * inner]
+        if inner == 1:  # columns of a matrix: the compiler vectorizes what it sees is contiguous
+            for i in range(len(sums)):
+                halves[o, i] = part[i]
+        else:
+            for i in range(len(sums)):
+                for k in range(inner):
+                    halves[o * inner + k, i] = part[i * inner + k]
+    raise_to(halves.reshape(-1), p)
+    left = len(halves)
+    while left > 1:
+        half = left // 2
+        for j in range(half):
+            for i in range(len(sums)):
+                halves[j, i] += halves[half + j, i]
+        if left % 2:
+            for i in range(len(sums)):
+                halves[0, i] += halves[left - 1, i]
+        left = half
+    sums[:] = halves[0]

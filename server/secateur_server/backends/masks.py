@@ -1,0 +1,168 @@
+"""Masks of one bit an element, and the slices of tensors they cover."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from secateur_server.backends import passes_of, room_to_work, spans
+from secateur_server.backends.passes import around, bits_at
+from secateur_server.runtime.context import RequestContext
+
+Flags = Callable[[int, int], Tensor]
+
+# The elements [begin, end) of a flat tensor, which are of the slices [first, last).
+Box = tuple[int, int, int, int]
+
+
+class Mask:
+    """Which elements of a tensor are kept.
+
+    bits: uint8, ceil(elements / 8), row-major, lowest bit first, 1 is kept, padded with 0.
+    kept: how many, where it is known.
+    """
+
+    __slots__ = ("_kept", "bits", "elements")
+
+    def __init__(self, bits: Tensor, elements: int, kept: int | None = None) -> None:
+        self.bits, self.elements, self._kept = bits, elements, kept
+
+    def kept(self, context: RequestContext) -> int:
+        """The number of kept elements.
+
+        Counted once. A cached_property would, before Python 3.12, hold one lock for all masks while
+        it counts, and threads of the pool that counts would wait for it.
+        """
+        if self._kept is None:
+            self._kept = self._count(context)
+        return self._kept
+
+    def _count(self, context: RequestContext) -> int:
+        passes = passes_of(self.bits.device)
+        if self.bits.numel() <= passes.piece:
+            return passes.count_ones(self.bits)
+        parts = spans(self.bits.numel(), passes.piece)
+        return sum(
+            passes.map(context, lambda span: passes.count_ones(self.bits[slice(*span)]), parts)
+        )
+
+    def part(self, begin: int, end: int) -> Tensor:
+        """The bits of the elements [begin, end).  begin: a multiple of 8."""
+        return self.bits[begin // 8 : (end + 7) // 8]
+
+    def flags(self, begin: int, end: int) -> Tensor:
+        """The elements [begin, end) as bool."""
+        before = begin % 8
+        bits = self.part(begin - before, end)
+        return passes_of(bits.device).unpack(bits, end - begin + before)[before:]
+
+    def at(self, index: Tensor) -> Tensor:
+        """The elements at flat indices as bool, in the shape of `index`."""
+        return bits_at(self.bits, index)
+
+    def whole(self, context: RequestContext, shape: Sequence[int]) -> Tensor:
+        """All elements as bool, of a shape."""
+        passes = passes_of(self.bits.device)
+        flags = room_to_work(context, self.elements, passes).view(torch.bool)
+
+        def unpack(span: tuple[int, int]) -> None:
+            flags[slice(*span)] = self.flags(*span)
+
+        passes.map(context, unpack, spans(self.elements, passes.piece))
+        return flags.view(tuple(shape))
+
+    def both(self, context: RequestContext, other: "Mask") -> "Mask":
+        """The elements that both masks keep."""
+        both = room_to_work(context, self.bits.numel(), passes_of(self.bits.device))
+        return Mask(torch.bitwise_and(self.bits, other.bits, out=both), self.elements)
+
+
+def mask_of(context: RequestContext, flags: Flags, elements: int, device: torch.device) -> Mask:
+    """The mask that `flags` gives in pieces [begin, end), as bool."""
+    passes = passes_of(device)
+    bits = room_to_work(context, (elements + 7) // 8, passes)
+
+    def pack(span: tuple[int, int]) -> None:
+        begin, end = span
+        bits[begin // 8 : (end + 7) // 8] = passes.pack(flags(begin, end))
+
+    passes.map(context, pack, spans(elements, passes.piece))
+    return Mask(bits, elements)
+
+
+def mask_of_flags(context: RequestContext, flags: Tensor) -> Mask:
+    """The mask of a bool tensor, flat."""
+    return mask_of(context, lambda begin, end: flags[begin:end], len(flags), flags.device)
+
+
+def masks_of(flags: Tensor) -> list[Mask]:
+    """The mask of each line.  flags: bool, (masks, elements)."""
+    lines = passes_of(flags.device).pack_lines(flags)
+    return [Mask(bits, flags.shape[1]) for bits in lines.unbind()]
+
+
+def flags_of(masks: Sequence[Mask]) -> Tensor:
+    """Masks of as many elements as bool.  Returns: (masks, elements)."""
+    bits = torch.cat([mask.bits for mask in masks])
+    flags = passes_of(bits.device).unpack(bits, 8 * len(bits))
+    return flags.view(len(masks), -1)[:, : masks[0].elements]
+
+
+def expand(context: RequestContext, kept: Tensor, shape: Sequence[int], dim: int) -> Mask:
+    """The mask of a tensor from its slices along a dimension.  kept: bool, flat."""
+    outer, size, inner = around(shape, dim)
+    # Of the runs of `inner` elements every size-th belongs to one slice: where a piece begins
+    # within the pattern is all that there is to know.
+    most = min(passes_of(kept.device).piece, outer * size * inner) // inner + 2
+    pattern = kept.repeat(-(-(size + most) // size))
+
+    def flags(begin: int, end: int) -> Tensor:
+        first, last = begin // inner, (end - 1) // inner
+        runs = pattern[first % size :][: last - first + 1]
+        elements = runs.view(-1, 1).expand(-1, inner).reshape(-1)
+        return elements[begin - first * inner :][: end - begin]
+
+    return mask_of(context, flags, outer * size * inner, kept.device)
+
+
+def any_of_slices(
+    context: RequestContext, flags: Flags, shape: Sequence[int], dim: int, device: torch.device
+) -> Tensor:
+    """Which slices along a dimension have an element that is flagged.
+
+    flags: of the elements [begin, end).  shape: with an element or more.
+    Returns: bool, as long as the dimension.
+    """
+    passes = passes_of(device)
+    outer, size, inner = around(shape, dim)
+    boxes = _boxes(outer, size, inner, passes.piece)
+
+    def found_in(box: Box) -> Tensor:
+        begin, end, first, last = box
+        box_flags = flags(begin, end).view(-1, last - first, min(inner, end - begin))
+        return passes.any_along(box_flags)
+
+    found = torch.zeros(size, dtype=torch.bool, device=device)
+    for (_, _, first, last), flagged in zip(
+        boxes, passes.map(context, found_in, boxes), strict=True
+    ):
+        found[first:last] |= flagged
+    return found
+
+
+def _boxes(outer: int, size: int, inner: int, piece: int) -> list[Box]:
+    """A tensor of shape (outer, size, inner) in boxes of at most a piece, each without a gap."""
+    block = size * inner
+    if block <= piece:
+        return [(b * block, e * block, 0, size) for b, e in spans(outer, piece // block)]
+    if inner <= piece:
+        return [
+            (start + first * inner, start + last * inner, first, last)
+            for start in range(0, outer * block, block)
+            for first, last in spans(size, piece // inner)
+        ]
+    return [
+        (run * inner + begin, run * inner + end, run % size, run % size + 1)
+        for run in range(outer * size)
+        for begin, end in spans(inner, piece)
+    ]

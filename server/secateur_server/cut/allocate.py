@@ -1,0 +1,96 @@
+"""Totals divided among tensors by shares: every tensor the same, or ERK."""
+
+import math
+from collections.abc import Sequence
+
+from secateur_server.cut.guard_rails import Limits
+from secateur_server.cut.subjects import Subject
+from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.rules import Selection
+
+
+def shared_out(
+    context: RequestContext,
+    rule: Selection,
+    subjects: Sequence[Subject],
+    limits: Sequence[Limits],
+    count: int,
+) -> tuple[list[int], list[float]]:
+    """How many units go of each, `count` in all, so that what is kept is in proportion to shares.
+
+    uniform: a share is the number of units.  erk: times the sum of the tensor's dimensions over
+    their product (Evci et al. 2020, Rigging the Lottery, ERK; what would be more than dense is
+    dense, and the others share the rest).
+    Returns: also what each would lose without limits but its own size, not rounded.
+    """
+    alive = [subject.alive for subject in subjects]
+    sizes = [s.ranking.units if rule.of_all else s.alive for s in subjects]
+    shares = [float(size) for size in sizes]
+    if rule.allocation == "erk":
+        shares = [s.sparse_share * s.ranking.units for s in subjects]
+    kept = sum(alive) - count
+    lows = [a - limit.highest for a, limit in zip(alive, limits, strict=True)]
+    highs = [a - limit.lowest for a, limit in zip(alive, limits, strict=True)]
+    stay = _rounded(context, _filled(context, shares, lows, highs, kept), lows, highs, kept)
+    free = _filled(context, shares, [0] * len(alive), alive, kept)
+    return (
+        [a - s for a, s in zip(alive, stay, strict=True)],
+        [a - f for a, f in zip(alive, free, strict=True)],
+    )
+
+
+def _filled(
+    context: RequestContext,
+    shares: Sequence[float],
+    lows: Sequence[int],
+    highs: Sequence[int],
+    total: int,
+) -> list[float]:
+    """Numbers with the sum `total`, in proportion to shares as far as lows and highs allow.
+
+    In each round those beyond their bounds on the side that is off by more are fixed there, as the
+    others can only move the other way (Bitran and Hax 1981).
+    """
+    found = [0.0] * len(shares)
+    free = list(range(len(shares)))
+    left = float(total)
+    while free:
+        context.check()
+        of_free = sum(shares[i] for i in free)
+        scale = left / of_free if of_free else 0.0
+        above = [i for i in free if shares[i] * scale > highs[i]]
+        below = [i for i in free if shares[i] * scale < lows[i]]
+        excess = sum(shares[i] * scale - highs[i] for i in above)
+        lack = sum(lows[i] - shares[i] * scale for i in below)
+        fixed, bounds = (above, highs) if excess >= lack and above else (below, lows)
+        if not fixed:
+            for i in free:
+                found[i] = shares[i] * scale
+            break
+        for i in fixed:
+            found[i] = float(bounds[i])
+            left -= bounds[i]
+        gone = set(fixed)
+        free = [i for i in free if i not in gone]
+    return found
+
+
+def _rounded(
+    context: RequestContext,
+    values: Sequence[float],
+    lows: Sequence[int],
+    highs: Sequence[int],
+    total: int,
+) -> list[int]:
+    """Integers with the sum `total` within bounds: the largest remainders are rounded up."""
+    whole = [
+        min(max(math.floor(v), low), high) for v, low, high in zip(values, lows, highs, strict=True)
+    ]
+    order = sorted(range(len(values)), key=lambda i: (whole[i] - values[i], i))
+    while (missing := total - sum(whole)) != 0:
+        context.check()
+        step = 1 if missing > 0 else -1
+        movable = [i for i in order if lows[i] <= whole[i] + step <= highs[i]]
+        for i in movable[: abs(missing)] if step > 0 else movable[::-1][: abs(missing)]:
+            whole[i] += step
+    return whole

@@ -1,0 +1,264 @@
+"""Importances of several tensors brought to one scale.
+
+Each is made of exact sums by halves, so that neither the machine nor the threads show.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from secateur_server.backends import Span, passes_of, room_to_work, spans
+from secateur_server.backends.keys import picked, ranked_as
+from secateur_server.backends.masks import Mask
+from secateur_server.backends.norms import rounded_to, row_sums, total, vector_norms
+from secateur_server.backends.passes import PART
+from secateur_server.cut.score import Ranking
+from secateur_server.errors import InvalidSpec, quote
+from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.rules import Selection
+
+Found = TypeVar("Found")
+
+# Scores that are looked at at once: as float64 they are to stay in the second-level cache.
+AT_ONCE = PART // 8
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A score |x| becomes (|x| - shift) / spread.  least: of the scaled ones."""
+
+    shift: float
+    spread: float
+    least: float
+
+
+class Moments(NamedTuple):
+    """Of the absolute scores that are alive, of a tensor or of a part of it."""
+
+    units: int
+    total: float
+    squares: float
+    least: float
+    most: float
+
+    @property
+    def mean(self) -> float:
+        """0 of no scores."""
+        return self.total / self.units if self.units else 0.0
+
+
+NONE = Moments(0, 0.0, 0.0, math.inf, 0.0)
+
+
+def normalized(
+    context: RequestContext, rule: Selection, rankings: Sequence[Ranking]
+) -> list[Ranking]:
+    """The rankings with scores on one scale; z-scores are moved up until none is negative.
+
+    Errors: InvalidSpec, of infinite scores.
+    """
+    names, alive = [ranking.name for ranking in rankings], [r.alive for r in rankings]
+    scales = _scales(context, rule, names, list(map(_tensor_of, rankings)), alive)
+    floor = min([0.0, *(scale.least for scale in scales)])
+    return [
+        ranking._replace(
+            scores=_scaled(context, _tensor_of(ranking), scale, floor),
+            offset=floor,
+            sample=None,
+        )
+        for ranking, scale in zip(context.each(rankings), scales, strict=True)
+    ]
+
+
+def combined(
+    context: RequestContext,
+    rule: Selection,
+    members: Sequence[Sequence[Tensor]],
+    alive: Sequence[Mask | None],
+    names: Sequence[str],
+    sizes: Sequence[int],
+) -> list[tuple[Tensor, float]]:
+    """The scores of groups from those of their members, normalized member by member.
+
+    members: for each group those of its members, float64, flat.
+    sizes: of the sets of groups that are ranked together.
+    Returns: also what was taken off from all scores of a set, so that none is negative.
+    """
+    if rule.normalization is None:  # no score is negative
+        return [(scores, 0.0) for scores in _combined(context, rule, members)]
+    every = [
+        (name, of_member, mask)
+        for scores, mask, name in zip(context.each(members), alive, names, strict=True)
+        for of_member in scores
+    ]
+    scales = _scales(context, rule, *map(list, zip(*every, strict=True)))
+    scaled = (
+        (scores - scale.shift) / scale.spread
+        for (_, scores, _), scale in zip(context.each(every), scales, strict=True)
+    )
+    groups = iter(_combined(context, rule, [[next(scaled) for _ in of] for of in members]))
+    found = []
+    for size in context.each(sizes):
+        of_set = [next(groups) for _ in range(size)]
+        floor = min([0.0, *(float(scores.min()) for scores in of_set if scores.numel())])
+        found += [(scores - floor, floor) for scores in of_set]
+    return found
+
+
+def _combined(
+    context: RequestContext, rule: Selection, members: Sequence[Sequence[Tensor]]
+) -> list[Tensor]:
+    """One score for each unit of each group: groups of as many members and units at once."""
+    alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for place, scores in enumerate(context.each(members)):
+        alike[len(scores), len(scores[0])].append(place)
+    done: dict[int, Tensor] = {}
+    for (count, units), places in alike.items():
+        for begin, end in context.each(spans(len(places), max(1, PART // (count * units)))):
+            some = places[begin:end]
+            stacked = torch.stack([scores for place in some for scores in members[place]])
+            stacked = stacked.view(-1, count, units)
+            if rule.combination == "max":
+                combined = stacked.amax(1)
+            else:
+                combined = row_sums(stacked.transpose(1, 2).reshape(-1, count)).view(-1, units)
+            if rule.combination == "mean":
+                combined = combined / count
+            done |= zip(some, combined.unbind(), strict=True)
+    return [done[place] for place in range(len(members))]
+
+
+def _scales(
+    context: RequestContext,
+    rule: Selection,
+    names: Sequence[str],
+    scores: Sequence[Tensor],
+    alive: Sequence[Mask | None],
+) -> list[Scale]:
+    """The scale of the scores of each tensor, over those that are alive."""
+    every = [_joined(parts) for parts in _of_parts(context, scores, alive, _moments)]
+    for name, of in zip(names, every, strict=True):
+        if not math.isfinite(of.most) or not math.isfinite(of.squares):
+            raise InvalidSpec(
+                f"{rule.path}.normalization", f"{quote(name)} has scores too large to be normalized"
+            )
+    shifts, spreads = [0.0] * len(every), [of.mean for of in every]
+    if rule.normalization == "norm":
+        spreads = [math.sqrt(of.squares) for of in every]
+    elif rule.normalization == "z_score":
+        shifts, spreads = spreads, _deviations(context, scores, alive, every)
+    spreads = [spread or 1.0 for spread in spreads]  # 0: all are equal
+    return [
+        Scale(shift, spread, (of.least - shift) / spread if of.units else 0.0)
+        for of, shift, spread in zip(every, shifts, spreads, strict=True)
+    ]
+
+
+def _deviations(
+    context: RequestContext,
+    scores: Sequence[Tensor],
+    alive: Sequence[Mask | None],
+    every: Sequence[Moments],
+) -> list[float]:
+    """The standard deviations of populations, in a pass of their own: it cancels nothing."""
+
+    def squares(rows: Tensor, places: Sequence[int]) -> list[float]:
+        means = torch.tensor([every[place].mean for place in places], dtype=torch.float64)
+        return _sums(rows.to(torch.float64).abs() - means.to(rows.device).view(-1, 1), 2.0)
+
+    found = _of_parts(context, scores, alive, squares)
+    return [math.sqrt(total(p) / max(1, of.units)) for of, p in zip(every, found, strict=True)]
+
+
+def _moments(rows: Tensor, places: Sequence[int]) -> list[Moments]:
+    if not rows.shape[1]:
+        return [NONE] * len(rows)
+    absolute = rows.abs()  # of which aminmax takes ten times as long along rows
+    extremes = absolute.amin(1).tolist(), absolute.amax(1).tolist()
+    found = _sums(rows, 1.0), _sums(rows, 2.0), *extremes
+    return [Moments(rows.shape[1], *of) for of in zip(*found, strict=True)]
+
+
+def _joined(parts: Sequence[Moments]) -> Moments:
+    """The moments of all parts of a tensor."""
+    counts, totals, squares, lows, highs = zip(NONE, *parts, strict=True)
+    return Moments(sum(counts), total(totals), total(squares), min(lows), max(highs))
+
+
+def _of_parts(
+    context: RequestContext,
+    scores: Sequence[Tensor],
+    alive: Sequence[Mask | None],
+    of_rows: Callable[[Tensor, Sequence[int]], Sequence[Found]],
+) -> list[list[Found]]:
+    """What `of_rows` makes of each part of each tensor: of those of one length at once.
+
+    of_rows: Is given rows of scores that are alive, and the places of their tensors.
+    """
+    alike: dict[tuple[int, torch.dtype], list[tuple[int, Span]]] = defaultdict(list)
+    for place, of_tensor in enumerate(context.each(scores)):
+        for begin, end in spans(len(of_tensor), AT_ONCE):
+            alike[end - begin, of_tensor.dtype].append((place, (begin, end)))
+
+    def work(parts: Sequence[tuple[int, Span]]) -> list[tuple[int, Found]]:
+        living: dict[int, list[tuple[int, Tensor]]] = defaultdict(list)
+        for place, span in parts:
+            part = _living(scores[place], alive[place], *span)
+            living[len(part)].append((place, part))
+        found: list[tuple[int, Found]] = []
+        for places, rows in (zip(*of_length, strict=True) for of_length in living.values()):
+            # A large part is taken where it is.
+            joined = torch.stack(rows) if len(rows) > 1 else rows[0].view(1, -1)
+            found += zip(places, of_rows(joined, places), strict=True)
+        return found
+
+    batches = [
+        parts[slice(*span)]
+        for (size, _), parts in alike.items()
+        for span in spans(len(parts), AT_ONCE // size)
+    ]
+    found: list[list[Found]] = [[] for _ in scores]
+    passes = passes_of(scores[0].device)
+    for place, of_part in chain.from_iterable(passes.map(context, work, batches)):
+        found[place].append(of_part)
+    return found
+
+
+def _living(scores: Tensor, alive: Mask | None, begin: int, end: int) -> Tensor:
+    part = scores[begin:end]
+    living = part if alive is None else picked(part, alive.flags(begin, end))
+    return living.to(ranked_as(living.dtype))
+
+
+def _sums(rows: Tensor, p: float) -> list[float]:
+    """The sum of |x|^p of each row.  p: 1 or 2."""
+    if not rows.shape[1]:
+        return [0.0] * len(rows)
+    norms = vector_norms(rows[None], 0, len(rows), p, passes_of(rows.device))
+    return [math.pow(norm, p) for norm in norms.tolist()]
+
+
+def _scaled(context: RequestContext, scores: Tensor, scale: Scale, floor: float) -> Tensor:
+    """Returns: float64 for float64, else float32, computed in float64 and rounded once."""
+    dtype = rounded_to(scores.dtype)
+    passes = passes_of(scores.device)
+    into = room_to_work(context, len(scores) * dtype.itemsize, passes).view(dtype)
+
+    def fill(span: tuple[int, int]) -> None:
+        part = scores[slice(*span)].to(torch.float64).abs()
+        # What is pruned already may lie below the floor, and has no rank.
+        into[slice(*span)] = (((part - scale.shift) / scale.spread) - floor).clamp_(min=0.0)
+
+    passes.map(context, fill, spans(len(scores), AT_ONCE))
+    return into
+
+
+def _tensor_of(ranking: Ranking) -> Tensor:
+    assert isinstance(ranking.scores, Tensor), "random scores are not normalized"
+    return ranking.scores

@@ -1,0 +1,282 @@
+"""What a rule would do by each of many amounts, from one look at the scores."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from secateur_server.backends import passes_of, spans
+from secateur_server.backends.batches import are_many
+from secateur_server.backends.keys import score_at
+from secateur_server.backends.masks import Mask
+from secateur_server.backends.norms import row_sums, total
+from secateur_server.backends.passes import PART, Cut
+from secateur_server.cut.amounts import Decision, decide
+from secateur_server.cut.choice import Choice
+from secateur_server.cut.divide import Query, divide
+from secateur_server.cut.energy import energies
+from secateur_server.cut.plan_small import (
+    EachOutcome,
+    is_planned_by_runs,
+    plan_each,
+    plan_together,
+    with_amounts,
+)
+from secateur_server.cut.prune import apply_selection, choice_of, small_at_once, with_cut
+from secateur_server.cut.removed import Made, Outcome, Removed, RemovedTable
+from secateur_server.cut.select import NOTHING, score_dtype
+from secateur_server.cut.small import are_small, is_small
+from secateur_server.cut.subjects import Subject, is_everything, subjects_of, together
+from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.rules import Amount, Selection, Threshold
+from secateur_server.state_dict.parameter import Parameter
+
+
+def plan(
+    context: RequestContext,
+    rule: Selection,
+    amounts: Sequence[Amount],
+    parameters: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
+    at: str = "",
+) -> Sequence[Outcome]:
+    """The outcome of `rule` with each of `amounts` in its amount's place.
+
+    rule: resolved.  parameters, extras: as of prune.
+    at: the path of `amounts`, for errors, where they are not the rule's own.  Errors: InvalidSpec.
+    """
+    # Groups overlap: what is left of a tensor only its mask tells. Rows have a cut each.
+    if rule.groups or rule.scope == "row":
+        return [
+            _tried(context, replace(rule, amount=a), parameters, extras)
+            for a in context.each(amounts)
+        ]
+    if is_planned_by_runs(rule, amounts):
+        if rule.scope == "tensor":
+            return _plan_each(context, rule, amounts, parameters, extras, at)
+        planned = _plan_small(context, rule, amounts, parameters, at)
+        if planned is not None:
+            return planned
+    choices: list[list[Choice]] = [[] for _ in amounts]
+    removed: list[dict[str, Removed]] = [{} for _ in amounts]
+    empty = {name for name in rule.tensors if parameters[name].weight.numel() == 0}
+    for name in (name for name in context.each(rule.tensors) if name in empty):
+        for index in range(len(amounts)):
+            choices[index].append(Choice((name,), 0, 0, 0))
+            removed[index][name] = Removed(0, 0.0, 0.0)
+    ranked = together(context, rule, [name for name in rule.tensors if name not in empty])
+    parts = _all_planned(context, rule, amounts, ranked, parameters, extras, at)
+    for found in context.each(parts):
+        for index, (choice, gone) in enumerate(found):
+            choices[index].append(choice)
+            removed[index].update(gone)
+    return [Made(*of) for of in zip(choices, removed, strict=True)]
+
+
+def _plan_each(
+    context: RequestContext,
+    rule: Selection,
+    amounts: Sequence[Amount],
+    parameters: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
+    at: str,
+) -> Sequence[Outcome]:
+    """A plan of a rule that prunes each tensor by itself: small tensors are planned together."""
+    empty = [name for name in rule.tensors if parameters[name].weight.numel() == 0]
+    small = [name for name in rule.tensors if is_small(parameters[name])]
+    small = small if are_many(small) else []
+    known = {*empty, *small}
+    large = [name for name in rule.tensors if name not in known]
+    rules = with_amounts(rule, amounts, at)
+    planned = plan_each(context, rules, small, parameters) if small else []
+    ranked = together(context, rule, large)
+    parts = _all_planned(context, rule, amounts, ranked, parameters, extras, at)
+    others: list[dict[str, tuple[Choice, Removed]]] = [{} for _ in amounts]
+    for name, found in zip(large, parts, strict=True):
+        for of_amount, (choice, removed) in zip(others, found, strict=True):
+            of_amount[name] = choice, removed[name]
+    names = list(dict.fromkeys([*empty, *rule.tensors]))
+    places = {name: place for place, name in enumerate(names)}
+    return [EachOutcome(index, names, places, planned, of) for index, of in enumerate(others)]
+
+
+def _plan_small(
+    context: RequestContext,
+    rule: Selection,
+    amounts: Sequence[Amount],
+    parameters: Mapping[str, Parameter],
+    at: str,
+) -> Sequence[Outcome] | None:
+    """A plan of a rule that ranks small tensors together; None where they are not all small."""
+    empty = [name for name in rule.tensors if parameters[name].weight.numel() == 0]
+    gone = set(empty)
+    ranked = together(context, rule, [name for name in rule.tensors if name not in gone])
+    if not all(are_small(names, parameters) for names in ranked):
+        return None
+    rules = with_amounts(rule, amounts, at)
+    parts = [plan_together(context, rules, names, parameters) for names in context.each(ranked)]
+    names = [*empty, *(name for planned, _ in parts for name in planned.names)]
+    places = {name: place for place, name in enumerate(names)}
+    none = np.zeros(len(empty))
+    whole = np.concatenate([none, *(planned.whole for planned, _ in parts)])
+    outcomes: list[Outcome] = []
+    for index in range(len(amounts)):
+        choices = [Choice((name,), 0, 0, 0) for name in empty]
+        choices += [of_part[index] for _, of_part in parts]
+        elements = np.concatenate([none.astype(int), *(of.counts[index] for of, _ in parts)])
+        energy = np.concatenate([none, *(planned.energy[index] for planned, _ in parts)])
+        outcomes.append(Made(choices, RemovedTable(places, elements, energy, whole)))
+    return outcomes
+
+
+def _all_planned(
+    context: RequestContext,
+    rule: Selection,
+    amounts: Sequence[Amount],
+    ranked: Sequence[tuple[str, ...]],
+    parameters: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
+    at: str,
+) -> list[list[tuple[Choice, dict[str, Removed]]]]:
+    """As _planned, of all tensors, by those that are ranked together."""
+    return small_at_once(
+        context,
+        lambda names: _planned(context, rule, amounts, names, parameters, extras, at),
+        ranked,
+        lambda names: sum(parameters[name].weight.numel() for name in names),
+        parameters[rule.tensors[0]].weight.device,
+    )
+
+
+def _planned(
+    context: RequestContext,
+    rule: Selection,
+    amounts: Sequence[Amount],
+    names: tuple[str, ...],
+    parameters: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
+    at: str,
+) -> list[tuple[Choice, dict[str, Removed]]]:
+    """For each amount the choice among tensors that are ranked together, and what goes of them."""
+    # Where one amount takes less than all, there have to be scores.
+    rule = replace(rule, amount=next((a for a in amounts if not is_everything(a)), amounts[0]))
+    subjects = subjects_of(context, rule, names, parameters, extras)
+    dtype = score_dtype([subject.ranking for subject in subjects])
+    decisions = decide(context, rule, subjects, amounts, at)
+    cuts = _cuts(context, subjects, decisions, dtype)
+    removed = [
+        _removed(
+            context,
+            subject,
+            parameters[subject.name],
+            [decision.counts[i] for decision in decisions],
+            [of[i] for of in cuts],
+            dtype,
+        )
+        for i, subject in enumerate(context.each(subjects))
+    ]
+    alive = sum(subject.alive for subject in subjects)
+    planned = []
+    for index, decision in enumerate(context.each(decisions)):
+        if isinstance(rule.amount, Threshold):
+            scores = [None if c == NOTHING else score_at(c.key, dtype) for c in cuts[index]]
+            decision = with_cut(
+                context, decision, [subject.ranking for subject in subjects], scores
+            )
+        choice = choice_of(rule, names, alive, sum(decision.counts), decision)
+        planned.append((choice, {n: of[index] for n, of in zip(names, removed, strict=True)}))
+    return planned
+
+
+def _cuts(
+    context: RequestContext,
+    subjects: Sequence[Subject],
+    decisions: Sequence[Decision],
+    dtype: torch.dtype,
+) -> list[list[Cut]]:
+    """For each decision the cut of each subject, in the common dtype."""
+    cuts: list[list[Cut | None]] = [
+        [
+            NOTHING if count == 0 else known
+            for count, known in zip(
+                decision.counts, decision.cuts or [None] * len(subjects), strict=True
+            )
+        ]
+        for decision in context.each(decisions)
+    ]
+    # Those that limits or shares took elsewhere than at the cut of all.
+    missing = [(d, s) for d, of in enumerate(cuts) for s, cut in enumerate(of) if cut is None]
+    queries = [Query((s,), (0,), (subjects[s].alive,), decisions[d].counts[s]) for d, s in missing]
+    rankings = [subject.ranking for subject in subjects]
+    found = divide(context, rankings, queries, dtype) if queries else []
+    for (d, s), division in zip(context.each(missing), found, strict=True):
+        ties = division.counts[0] - division.below[0]
+        cuts[d][s] = Cut(division.key, ties, division.equal[0])
+    return [[cut for cut in of if cut is not None] for of in cuts]
+
+
+def _removed(
+    context: RequestContext,
+    subject: Subject,
+    parameter: Parameter,
+    counts: Sequence[int],
+    cuts: Sequence[Cut],
+    dtype: torch.dtype,
+) -> list[Removed]:
+    """What goes of one tensor by each of its cuts.  counts: of units."""
+    if subject.costs is None:
+        found, whole = energies(context, subject.ranking, parameter.weight.reshape(-1), cuts, dtype)
+        return [Removed(count, energy, whole) for count, energy in zip(counts, found, strict=True)]
+    elements, energy = subject.costs(context)
+    whole = _energy(context, parameter.weight, parameter.mask)
+    # Their squares are what is added up; rounding is far from a whole element.
+    of_elements, _ = energies(
+        context, subject.ranking, elements.to(torch.float64).sqrt_(), cuts, dtype
+    )
+    of_energy, _ = energies(context, subject.ranking, energy.sqrt_(), cuts, dtype)
+    return [
+        Removed(round(gone), lost, whole) for gone, lost in zip(of_elements, of_energy, strict=True)
+    ]
+
+
+def _tried(
+    context: RequestContext,
+    rule: Selection,
+    parameters: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
+) -> Outcome:
+    """The outcome of really choosing, without keeping what was chosen."""
+    masks, choices = apply_selection(context, rule, parameters, extras)
+    removed = {}
+    for name, mask in context.each(masks.items()):
+        parameter = parameters[name]
+        whole = _energy(context, parameter.weight, parameter.mask)
+        lost = _energy(context, parameter.weight, parameter.mask, mask)
+        removed[name] = Removed(_unpruned(context, parameter) - mask.kept(context), lost, whole)
+    return Made(choices, removed)
+
+
+def _unpruned(context: RequestContext, parameter: Parameter) -> int:
+    return parameter.weight.numel() if parameter.mask is None else parameter.mask.kept(context)
+
+
+def _energy(
+    context: RequestContext, weight: Tensor, mask: Mask | None, after: Mask | None = None
+) -> float:
+    """The sum of squares of what a mask keeps, and another one does not; None keeps all.
+
+    after: None keeps nothing.
+    """
+    values, passes = weight.reshape(-1), passes_of(weight.device)
+
+    def energy(span: tuple[int, int]) -> float:
+        squares = values[slice(*span)].to(torch.float64).square()
+        if mask is not None:
+            squares = torch.where(mask.flags(*span), squares, 0.0)
+        if after is not None:
+            squares = torch.where(after.flags(*span), 0.0, squares)
+        return float(row_sums(squares.unsqueeze(0)))
+
+    return total(passes.map(context, energy, spans(len(values), PART)))

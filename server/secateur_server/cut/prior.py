@@ -1,0 +1,32 @@
+"""What counts as pruned before the rules of a call."""
+
+from collections.abc import Mapping, Sequence
+
+from secateur_server.report.measure import nonzero_mask
+from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.rules import Rule
+from secateur_server.state_dict.parameter import Parameter
+
+
+def prune_zeros(
+    context: RequestContext, parameters: Mapping[str, Parameter], rules: Sequence[Rule]
+) -> dict[str, Parameter]:
+    """Masks the zeros of every tensor that a rule names.
+
+    This is what torch.nn.utils.prune.custom_from_mask does with the mask `weight != 0`.
+
+    Args:
+        context: The request.
+        parameters: In the order of the state_dict, not changed.
+        rules: Resolved.
+
+    Returns:
+        All parameters, in the same order.
+    """
+    named = {name for rule in rules for name in rule.names()}
+    return {
+        name: parameter._replace(mask=nonzero_mask(context, parameter))
+        if name in named and not parameter.is_nonzero
+        else parameter
+        for name, parameter in context.each(parameters.items())
+    }

@@ -1,0 +1,340 @@
+"""Applies a spec: rule after rule, each among what the ones before left."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from secateur_server.backends import passes_of
+from secateur_server.backends.masks import Mask
+from secateur_server.backends.passes import Cut
+from secateur_server.cut.amounts import Decision, decide, first_key, is_plain, wanted
+from secateur_server.cut.choice import Choice, ChoiceTable
+from secateur_server.cut.divide import count_below
+from secateur_server.cut.lamp_small import prune_by_lamp
+from secateur_server.cut.plan_small import is_planned_by_runs
+from secateur_server.cut.rows import select_in_rows
+from secateur_server.cut.score import Ranking
+from secateur_server.cut.select import score_dtype, select, threshold
+from secateur_server.cut.select_each import select_each
+from secateur_server.cut.small import (
+    are_small,
+    is_each_by_itself,
+    prune_small,
+    prune_together,
+)
+from secateur_server.cut.subjects import (
+    Masks,
+    Subject,
+    subjects_of,
+    subjects_of_groups,
+    together,
+)
+from secateur_server.errors import InvalidMask, quote
+from secateur_server.granularity.groups_at_once import masks_of_groups
+from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.rules import CustomMasks, Rule, Selection, Threshold
+from secateur_server.state_dict.given_masks import to_mask
+from secateur_server.state_dict.parameter import Parameter
+
+Item = TypeVar("Item")
+Done = TypeVar("Done")
+
+
+def prune(
+    context: RequestContext,
+    parameters: Mapping[str, Parameter],
+    rules: Sequence[Rule],
+    extras: Mapping[str, Tensor],
+) -> tuple[dict[str, Parameter], list[Sequence[Choice]]]:
+    """Applies `rules` in order, with the semantics of torch.nn.utils.prune.PruningContainer.
+
+    parameters: in the state_dict's order, never changed.  rules: resolved.
+    extras: uploaded scores and masks, by the names of the tensors that hold them.
+    Returns: the parameters that a rule named, with their new masks, in the same order; and for
+        each rule its choices.
+    Errors: InvalidSpec.
+    """
+    state = dict(parameters)
+    outcomes: list[Sequence[Choice]] = []
+    touched: set[str] = set()
+    for rule in context.each(rules):
+        if isinstance(rule, CustomMasks):
+            masks, choices = _apply_masks(context, rule, state, extras)
+        else:
+            masks, choices = apply_selection(context, rule, state, extras)
+        for name, mask in masks.items():
+            state[name] = Parameter(state[name].weight, mask, state[name].seen)
+        touched.update(masks)
+        outcomes.append(choices)
+    return {name: state[name] for name in parameters if name in touched}, outcomes
+
+
+def _apply_masks(
+    context: RequestContext,
+    rule: CustomMasks,
+    state: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
+) -> tuple[Masks, Sequence[Choice]]:
+    masks: Masks = {}
+    choices: list[Choice] = []
+    for name, holder in context.each(rule.masks):
+        field = f"{rule.path}.masks[{quote(name)}]"
+        values, weight = extras[holder], state[name].weight
+        if values.shape == weight.shape:
+            asked = to_mask(context, values, InvalidMask, field)
+        else:
+            asked = _packed_mask(values, weight.numel(), field)
+        before = masks.get(name, state[name].mask)
+        masks[name] = asked if before is None else asked.both(context, before)
+        candidates = asked.elements if before is None else before.kept(context)
+        requested = asked.elements - asked.kept(context)
+        choices.append(
+            Choice((name,), candidates, requested, candidates - masks[name].kept(context))
+        )
+    return masks, choices
+
+
+def _packed_mask(bits: Tensor, elements: int, field: str) -> Mask:
+    """A mask of bits, as results have them.  Errors: InvalidMask."""
+    if elements % 8 and int(bits[-1]) >> elements % 8:
+        raise InvalidMask(field, f"has bits behind the last of {elements} elements that are not 0")
+    return Mask(bits, elements)
+
+
+def apply_selection(
+    context: RequestContext,
+    rule: Selection,
+    state: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
+) -> tuple[Masks, Sequence[Choice]]:
+    """The masks of what a rule names, prior pruning in them, and the rule's choices."""
+    # Of a tensor without elements there is nothing to choose, however many slices it has.
+    empty = dict.fromkeys(name for name in rule.tensors if state[name].weight.numel() == 0)
+    names = [group.name for group in rule.groups] or [n for n in rule.tensors if n not in empty]
+    device = state[rule.tensors[0]].weight.device
+    nothing = torch.empty(0, dtype=torch.uint8, device=device)
+    masks: Masks = {name: Mask(nothing, 0) for name in empty}
+    if is_each_by_itself(rule):
+        table = ChoiceTable.of_nothing([*empty, *names])
+        masks |= prune_small(context, rule, state, extras, table)
+        names = [name for name in names if name not in masks]
+        for found, choice in context.each(_chosen(context, rule, names, state, extras, device)):
+            masks |= found
+            table.set(choice)
+        return masks, table
+    choices = [Choice((name,), 0, 0, 0) for name in empty]
+    for found, choice in context.each(_chosen(context, rule, names, state, extras, device)):
+        for name, mask in found.items():
+            masks[name] = masks[name].both(context, mask) if name in masks else mask
+        choices.append(choice)
+    return masks, choices
+
+
+def _chosen(
+    context: RequestContext,
+    rule: Selection,
+    names: Sequence[str],
+    state: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
+    device: torch.device,
+) -> list[tuple[Masks, Choice]]:
+    """What is chosen among the units of tensors, or groups, by those that are ranked together."""
+    if rule.groups:
+        return _choose_groups(context, rule, state, extras)
+    return small_at_once(
+        context,
+        lambda names: _choose(context, rule, names, state, extras),
+        together(context, rule, names),
+        lambda names: sum(state[n].weight.numel() for n in names),
+        device,
+    )
+
+
+def small_at_once(
+    context: RequestContext,
+    work: Callable[[Item], Done],
+    items: Sequence[Item],
+    elements: Callable[[Item], int],
+    device: torch.device,
+) -> list[Done]:
+    """What `work` makes of each item, in their order.
+
+    One core takes a small one whole; a large one, all cores one by one.
+    """
+    passes = passes_of(device)
+    is_small = [elements(item) <= passes.piece for item in items]
+    small = iter(passes.map(context, work, [i for i, s in zip(items, is_small, strict=True) if s]))
+    return [next(small) if s else work(item) for item, s in zip(items, is_small, strict=True)]
+
+
+def _choose(
+    context: RequestContext,
+    rule: Selection,
+    names: tuple[str, ...],
+    state: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
+) -> tuple[Masks, Choice]:
+    """Selects among the units of all tensors, or groups, that are ranked together."""
+    if rule.is_of_elements and rule.scope != "row" and are_small(names, state):
+        if is_plain(rule) and rule.normalization is None:
+            return prune_together(context, rule, names, state, extras)
+        if rule.allocation == "lamp" and is_planned_by_runs(rule, [rule.amount]):
+            return prune_by_lamp(context, rule, names, state)
+    with context.stage("score"):
+        subjects = subjects_of(context, rule, names, state, extras)
+    with context.stage("select"):
+        kept, choice = _select(context, rule, subjects)
+    masks: Masks = {}
+    for subject, units in zip(context.each(subjects), kept, strict=True):
+        _add(context, masks, subject.expand(context, units), state)
+    return masks, choice
+
+
+def _choose_groups(
+    context: RequestContext,
+    rule: Selection,
+    state: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
+) -> list[tuple[Masks, Choice]]:
+    """Selects among the units of the groups that are ranked together: small groups at once."""
+    ranked = together(context, rule, [group.name for group in rule.groups])
+    with context.stage("score"):
+        subjects = subjects_of_groups(context, rule, ranked, state, extras)
+    with context.stage("select"):
+        selected = _select_each(context, rule, subjects)
+    every = [subject.name for those in subjects for subject in those]
+    kept = [units for those, _ in selected for units in those]
+    groups = [rule.groups_by_name[name] for name in every]
+    expanded = iter(masks_of_groups(context, groups, kept, state))
+    chosen = []
+    for those, choice in selected:
+        masks: Masks = {}
+        for _, found in zip(those, expanded, strict=False):
+            _add(context, masks, found, state)
+        chosen.append((masks, choice))
+    return chosen
+
+
+def _add(
+    context: RequestContext, masks: Masks, more: Masks, state: Mapping[str, Parameter]
+) -> None:
+    """Adds to masks what is pruned of some tensors, prior pruning included."""
+    for name, mask in more.items():
+        before = masks.get(name, state[name].mask)
+        masks[name] = mask if before is None else mask.both(context, before)
+
+
+def _select_each(
+    context: RequestContext, rule: Selection, ranked: Sequence[Sequence[Subject]]
+) -> list[tuple[list[Mask], Choice]]:
+    """As _select, of all that are ranked together; of what is ranked by itself, at once."""
+    if any(len(subjects) > 1 for subjects in ranked):
+        return [_select(context, rule, subjects) for subjects in context.each(ranked)]
+    decisions = [_decided(context, rule, subjects) for subjects in context.each(ranked)]
+    rankings = [subject.ranking for (subject,) in ranked]
+    selected = select_each(context, rankings, [decision.counts[0] for decision in decisions])
+    found = []
+    for subjects, decision, (kept, cut) in zip(
+        context.each(ranked), decisions, selected, strict=True
+    ):
+        (subject,), (count,) = subjects, decision.counts
+        if is_plain(rule):
+            value = cut_value(subjects, cut)
+            decision = replace(decision, threshold=value, ties=cut.equal, ties_pruned=cut.ties)
+        elif isinstance(rule.amount, Threshold):
+            at = threshold(cut, score_dtype([subject.ranking]))
+            decision = with_cut(context, decision, [subject.ranking], [at])
+        choice = choice_of(rule, (subject.name,), subject.alive, count, decision)
+        found.append(([kept], choice))
+    return found
+
+
+def _decided(context: RequestContext, rule: Selection, subjects: Sequence[Subject]) -> Decision:
+    """How many units go of a subject that is ranked by itself."""
+    if is_plain(rule):
+        count = int(wanted(rule, subjects, rule.amount))
+        return Decision((count,), count)
+    (decision,) = decide(context, rule, subjects, [rule.amount])
+    return decision
+
+
+def _select(
+    context: RequestContext, rule: Selection, subjects: Sequence[Subject]
+) -> tuple[list[Mask], Choice]:
+    """Which units stay."""
+    names = tuple(subject.name for subject in subjects)
+    alive = sum(subject.alive for subject in subjects)
+    if rule.scope == "row":
+        (subject,) = subjects
+        units, pruned = select_in_rows(context, rule, subject.ranking, subject.rows)
+        return [units], Choice(names, alive, pruned, pruned)
+    if is_plain(rule):
+        count = int(wanted(rule, subjects, rule.amount))
+        if rule.is_of_parts and count == alive:
+            kept = [_none(subject.ranking) for subject in subjects]
+            return kept, choice_of(rule, names, alive, alive, Decision((), count))
+        kept, cut = select(context, [subject.ranking for subject in subjects], alive, count)
+        pruned = alive - sum(units.kept(context) for units in kept)
+        decision = Decision((), count, (), cut_value(subjects, cut), cut.equal, cut.ties)
+        return kept, choice_of(rule, names, alive, pruned, decision)
+    (decision,) = decide(context, rule, subjects, [rule.amount])
+    parts = small_at_once(
+        context,
+        lambda part: select(context, [part[0].ranking], part[0].alive, part[1]),
+        list(zip(subjects, decision.counts, strict=True)),
+        lambda part: part[0].ranking.units,
+        subjects[0].ranking.device,
+    )
+    if isinstance(rule.amount, Threshold):
+        rankings = [subject.ranking for subject in subjects]
+        at = [threshold(cut, score_dtype([r])) for r, (_, cut) in zip(rankings, parts, strict=True)]
+        decision = with_cut(context, decision, rankings, at)
+    kept = [units for (units,), _ in parts]
+    pruned = alive - sum(units.kept(context) for units in kept)
+    return kept, choice_of(rule, names, alive, pruned, decision)
+
+
+def _none(ranking: Ranking) -> Mask:
+    size = (ranking.units + 7) // 8
+    return Mask(passes_of(ranking.device).room(size).zero_(), ranking.units)
+
+
+def cut_value(subjects: Sequence[Subject], cut: Cut) -> float | None:
+    """The importance at a cut; None where nothing is pruned."""
+    rankings = [subject.ranking for subject in subjects]
+    value = threshold(cut, score_dtype(rankings))
+    return None if value is None else value + rankings[0].offset
+
+
+def with_cut(
+    context: RequestContext,
+    decision: Decision,
+    rankings: Sequence[Ranking],
+    cuts: Sequence[float | None],
+) -> Decision:
+    """The decision with the highest of the cuts that subjects have of their own.
+
+    cuts: the scores at them; None where nothing goes.
+    """
+    highest = max((cut for cut in cuts if cut is not None), default=None)
+    if highest is None:
+        return decision
+    at = count_below(context, rankings, first_key(highest, score_dtype(rankings)))
+    going = [min(max(0, c - b), e) for c, (b, e) in zip(decision.counts, at, strict=True)]
+    value, ties = highest + rankings[0].offset, sum(equal for _, equal in at)
+    return replace(decision, threshold=value, ties=ties, ties_pruned=sum(going))
+
+
+def choice_of(
+    rule: Selection, names: tuple[str, ...], alive: int, pruned: int, decision: Decision
+) -> Choice:
+    """What is reported of a decision."""
+    value = decision.threshold if rule.importance.is_measured else None
+    ties, ties_pruned = decision.ties, decision.ties_pruned
+    if rule.is_of_parts and pruned == alive:  # no group was ranked
+        value, ties, ties_pruned = None, 0, 0
+    requested, bounds = decision.requested, decision.bounds
+    return Choice(names, alive, requested, pruned, value, ties, ties_pruned, bounds)

@@ -1,0 +1,99 @@
+"""Units compared within each output row: what SCOPE_PER_ROW means.
+
+Sun et al. 2023, A Simple and Effective Pruning Approach for Large Language Models: rows that each
+lose as much lose less than a tensor that loses as much in all.
+"""
+
+import torch
+from torch import Tensor
+
+from secateur_server.backends import passes_of, room_to_work, spans
+from secateur_server.backends.keys import as_keys
+from secateur_server.backends.masks import Mask, mask_of_flags
+from secateur_server.backends.randomness import RandomScores, random_keys
+from secateur_server.cut.score import Ranking
+from secateur_server.cut.select import score_dtype
+from secateur_server.errors import AmountOutOfRange, quote
+from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.rules import Selection, Table
+
+
+def select_in_rows(
+    context: RequestContext, rule: Selection, ranking: Ranking, rows: int
+) -> tuple[Mask, int]:
+    """Prunes the least important units of each row; ties by the lowest index.
+
+    Args:
+        context: The request.
+        rule: Its amount is a fraction or a count of each row.
+        ranking: Of one tensor, row-major.
+        rows: Of the grid of units.
+
+    Returns:
+        The candidates that are kept, and how many are pruned.
+
+    Raises:
+        AmountOutOfRange: A row has fewer candidates than the count.
+    """
+    passes, width = passes_of(ranking.device), ranking.units // rows
+    flags = room_to_work(context, ranking.units, passes).view(torch.bool).view(rows, width)
+
+    def select(span: tuple[int, int]) -> int:
+        keys = _keys(ranking, span[0] * width, span[1] * width).view(-1, width)
+        candidates = (keys >= 0).sum(1)
+        pruned = _numbers(rule, ranking.name, candidates, width, span[0])
+        flags[slice(*span)] = _largest(keys, candidates - pruned)
+        return int(pruned.sum())
+
+    parts = spans(rows, max(1, passes.piece // width))
+    pruned = sum(passes.map(context, select, parts))
+    return mask_of_flags(context, flags.view(-1)), pruned
+
+
+def _keys(ranking: Ranking, begin: int, end: int) -> Tensor:
+    """The keys of the units [begin, end); -1 of those that are pruned already."""
+    if isinstance(ranking.scores, RandomScores):
+        keys = random_keys(ranking.scores, torch.arange(begin, end, device=ranking.device))
+    else:
+        keys = as_keys(ranking.scores[begin:end], score_dtype([ranking]))
+    return keys if ranking.alive is None else keys.masked_fill(~ranking.alive.flags(begin, end), -1)
+
+
+def _numbers(rule: Selection, name: str, candidates: Tensor, width: int, first: int) -> Tensor:
+    """How many units of each row are pruned.  first: the index of the first row, for errors."""
+    amount = rule.amount.fractions.get(name, 0.0) if isinstance(rule.amount, Table) else rule.amount
+    assert isinstance(amount, float | int), "rows have a fraction or a count"
+    base = torch.full_like(candidates, width) if rule.of_all else candidates
+    if isinstance(amount, float):
+        counts = (base.to(torch.float64) * amount).round().to(torch.int64)
+    else:
+        counts = torch.full_like(base, amount)
+        if bool((short := counts > base).any()):
+            row = int(short.nonzero()[0])
+            raise AmountOutOfRange(
+                f"{rule.path}.count",
+                f"{amount} is more than the {int(base[row])} units of row {first + row} of "
+                f"{quote(name)}",
+            )
+    return (counts - (base - candidates)).clamp(min=0)
+
+
+def _largest(keys: Tensor, counts: Tensor) -> Tensor:
+    """The `counts[i]` largest keys of each row i, of equal ones those further on, as bool."""
+    kept = torch.empty(keys.shape, dtype=torch.bool, device=keys.device)
+    for count in sorted(set(counts.tolist())):
+        rows = counts == count
+        kept[rows] = _largest_of_each(keys[rows], count)
+    return kept
+
+
+def _largest_of_each(keys: Tensor, count: int) -> Tensor:
+    place = keys.shape[1] - count
+    if place == 0:
+        return torch.ones_like(keys, dtype=torch.bool)
+    cut = keys.kthvalue(place, dim=1, keepdim=True).values
+    kept, ties = keys > cut, keys == cut
+    of_ties = count - kept.sum(1)
+    for row in (of_ties > 0).nonzero().flatten().tolist():
+        kept[row, ties[row].nonzero().flatten()[-of_ties[row] :]] = True
+    return kept

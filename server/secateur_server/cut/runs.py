@@ -1,0 +1,166 @@
+"""Units of many small tensors in the order of their keys, and sums of squares up to any cut.
+
+Units of one tensor that have the same key are a run. A cut is in a tensor's order where a run
+begins: `below` units lie before it, and `equal` units have its key.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from secateur_server.backends.batches import Batch
+from secateur_server.cut.choice import Floats, Ints
+from secateur_server.runtime.context import RequestContext
+
+# Cells of a table, of amounts and tensors, that are worked on at once.
+_CELLS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The units of tensors that are alive.
+
+    Attributes:
+        keys: Of each tensor ascending, the tensors one behind another.
+        starts: Where in `keys` each tensor begins, and at last the end.
+        place: The run of each unit in the order of keys.
+        begins: Where in `keys` each run begins, and at last the end.
+        run: The run of each unit in the tensors' own order.
+        square: The square of the score of each run.
+    """
+
+    keys: npt.NDArray[Any]
+    starts: Ints
+    place: Ints
+    begins: Ints
+    run: Ints
+    square: Floats
+
+    @property
+    def sizes(self) -> Ints:
+        """How many units of each tensor are alive."""
+        return np.diff(self.starts)
+
+    def cut_at(self, counts: Ints) -> tuple[Ints, Ints]:
+        """`below` and `equal` of the cut by which each tensor loses as many units as `counts`."""
+        has_cut = counts > 0
+        at = np.where(has_cut, self.starts[:-1] + counts - 1, 0)
+        run = self.place[at] if len(self.place) else at
+        below = np.where(has_cut, self.begins[run] - self.starts[:-1], 0)
+        return below, np.where(has_cut, self._lengths[run], 0)
+
+    @cached_property
+    def _lengths(self) -> Ints:
+        return np.diff(self.begins, append=0)
+
+
+def runs_of(batch: Batch) -> Runs:
+    """The runs of a batch."""
+    bits: Any = batch.bits.numpy()
+    alive = np.unpackbits(batch.alive.numpy(), bitorder="little").view(np.bool_)
+    keys = (bits & np.iinfo(bits.dtype).max)[alive]
+    up_to = np.concatenate([[0], np.cumsum(alive)])
+    starts = np.append(up_to[batch.begins], len(keys))
+    order = _order(keys, np.diff(starts))
+    ascending = keys[order]
+    is_first = np.ones(len(keys), np.bool_)
+    is_first[1:] = ascending[1:] != ascending[:-1]
+    is_first[starts[:-1][starts[:-1] < len(keys)]] = True
+    place = np.cumsum(is_first) - 1
+    run = np.empty_like(place)
+    run[order] = place
+    begins = np.append(np.flatnonzero(is_first), len(keys))
+    scores = torch.from_numpy(ascending[begins[:-1]]).view(batch.dtype).to(torch.float64)
+    return Runs(ascending, starts, place, begins, run, scores.square().numpy())
+
+
+def _order(keys: npt.NDArray[Any], sizes: Ints) -> Ints:
+    """The units of each tensor in the order of their keys."""
+    if len(keys) and (sizes == sizes[0]).all():
+        rows = keys.reshape(len(sizes), -1).argsort(1)
+        places: Ints = (rows + np.arange(len(sizes))[:, np.newaxis] * sizes[0]).reshape(-1)
+        return places
+    order: Ints = np.lexsort((keys, np.repeat(np.arange(len(sizes)), sizes)))
+    return order
+
+
+def energies(
+    context: RequestContext, runs: Runs, counts: Ints, below: Ints, equal: Ints
+) -> tuple[Floats, Floats]:
+    """The sum of squares of what each tensor loses; and of all of it that is alive.
+
+    Bit for bit as energy.energies has it.
+
+    counts: (amounts, tensors).  below, equal: of the cut, as `counts`.
+    """
+    energy, whole = np.zeros(counts.shape), np.zeros(counts.shape[1])
+    step = max(1, _CELLS // len(counts))
+    for first in range(0, counts.shape[1], step):
+        context.check()
+        part = slice(first, first + step)
+        of_part = counts[:, part], below[:, part], equal[:, part]
+        with np.errstate(over="ignore", invalid="ignore"):
+            energy[:, part], whole[part] = _energies(runs, part, *of_part)
+    return energy, whole
+
+
+def _energies(
+    runs: Runs, part: slice, counts: Ints, below: Ints, equal: Ints
+) -> tuple[Floats, Floats]:
+    """As energies, of some tensors that follow each other."""
+    starts = runs.starts[part.start : part.stop + 1]
+    base, end = int(starts[0]), int(starts[-1])
+    starts = starts - base
+    goes = counts > 0
+    at = starts[:-1] + np.where(goes, below, 0)
+    bucket, sums = _sums(runs, base, end, starts, [at[goes], (at + equal)[goes]])
+    up_to, firsts = _running(bucket, sums, starts)
+    tensors = np.arange(len(starts) - 1)
+    whole = up_to[tensors, bucket[starts[1:]] - firsts]
+    energy = up_to[tensors, bucket[at] - firsts]
+    ties = counts - below
+    has_run = goes & (equal > 0)
+    run = runs.place[np.where(has_run, base + at, 0)] if end else np.zeros_like(at)
+    all_ties = np.append(sums, 0.0)[np.where(has_run, bucket[at], len(sums))]
+    some_ties = halved(np.where(has_run, ties, 0), runs.square[run] if end else np.zeros(at.shape))
+    energy = energy + np.where(ties >= equal, all_ties, some_ties)
+    return np.where(goes, energy, 0.0), whole
+
+
+def _sums(runs: Runs, base: int, end: int, starts: Ints, cuts: list[Ints]) -> tuple[Ints, Floats]:
+    """The sums of squares of what lies between cuts, added in the tensors' own order.
+
+    Returns: also the bucket of each place of the order of keys, and of its end.
+    """
+    is_cut = np.zeros(end - base + 1, np.int64)
+    for places in (starts, *cuts):
+        is_cut[places] = 1
+    bucket = np.cumsum(is_cut) - 1
+    of_units = runs.run[base:end]
+    at = runs.begins[of_units] - base
+    sums: Any = np.bincount(bucket[at], runs.square[of_units], int(bucket[-1]))
+    return bucket, sums
+
+
+def _running(bucket: Ints, sums: Floats, starts: Ints) -> tuple[Floats, Ints]:
+    """The sums of each tensor's first buckets, from none to all, in rows; and the first buckets."""
+    firsts = bucket[starts[:-1]]
+    sizes = bucket[starts[1:]] - firsts
+    up_to = np.zeros((len(sizes), int(sizes.max(initial=0)) + 1))
+    rows = np.repeat(np.arange(len(sizes)), sizes)
+    up_to[rows, np.arange(len(sums)) - firsts[rows] + 1] = sums
+    return np.cumsum(up_to, 1), firsts
+
+
+def halved(counts: Ints, values: Floats) -> Floats:
+    """The sums of `counts` times the same value, as norms.row_sums adds them: by halves."""
+    left, first, other = counts.copy(), np.where(counts > 0, values, 0.0), values.copy()
+    while (more := left > 1).any():
+        first = np.where(more, first + other, first)
+        first = np.where(more & (left % 2 == 1), first + other, first)
+        other, left = other * 2, left // 2
+    return first

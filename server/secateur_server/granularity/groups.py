@@ -1,0 +1,154 @@
+"""Slices of several tensors that live and die together, as a filter and what reads its channel."""
+
+from array import array
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from secateur_server.backends import passes_of, spans
+from secateur_server.backends.keys import signed_bits
+from secateur_server.backends.masks import Mask, any_of_slices, expand, mask_of_flags
+from secateur_server.backends.norms import vector_norms
+from secateur_server.backends.passes import around
+from secateur_server.errors import DimOutOfRange, InvalidSpec, quote
+from secateur_server.granularity.group import Group, Member
+from secateur_server.runtime.context import RequestContext
+from secateur_server.state_dict.catalog import Catalog, unmatched
+from secateur_server.state_dict.parameter import Parameter
+
+
+def resolve_group(context: RequestContext, group: Group, catalog: Catalog) -> Group:
+    """The group with its members' units known.  Errors: InvalidSpec."""
+    members = tuple(
+        _resolve_member(context, member, catalog) for member in context.each(group.members)
+    )
+    units = members[0].units
+    for member in context.each(members):
+        if member.units != units:
+            raise InvalidSpec(
+                f"{member.path}.units",
+                f"{quote(member.tensor)} has {member.units} units, "
+                f"{quote(members[0].tensor)} of the same group {units}",
+            )
+    return replace(group, members=members)
+
+
+def _resolve_member(context: RequestContext, member: Member, catalog: Catalog) -> Member:
+    """A member with a dimension from 0 on, and all its units' slices within it."""
+    tensor = catalog.name_of(member.tensor)
+    if tensor not in catalog.prunable:
+        raise unmatched(context, f"{member.path}.tensor", tensor, catalog)
+    shape = catalog.prunable[tensor]
+    if not -len(shape) <= member.dim < len(shape):
+        raise DimOutOfRange(
+            f"{member.path}.dim",
+            f"{member.dim} is not in [{-len(shape)}, {len(shape)}) of {quote(member.tensor)} "
+            f"{list(shape)}",
+        )
+    if 0 in shape:
+        raise InvalidSpec(
+            f"{member.path}.tensor", f"{quote(member.tensor)} {list(shape)} has no elements"
+        )
+    dim = member.dim % len(shape)
+    size, units = shape[dim], member.units
+    if count := len(member.indices):
+        units = units or count
+        indices = _indices(member)
+        beyond = indices[(indices < 0) | (indices >= size)][:1].tolist()
+        if count % units or beyond:
+            shown = f", {beyond[0] % (1 << 64)} among them," if beyond else ""
+            raise InvalidSpec(
+                f"{member.path}.indices",
+                f"{count} indices{shown} are not those of {units} units in {size} slices of "
+                f"{quote(member.tensor)}",
+            )
+        if count > size or int(torch.bincount(indices).max()) > 1:
+            raise InvalidSpec(
+                f"{member.path}.indices",
+                f"{count} indices list one of the {size} slices of {quote(member.tensor)} twice; "
+                "list each once",
+            )
+    else:
+        units = units or max(0, size - member.offset) // member.stride
+        if units == 0 or member.offset + units * member.stride > size:
+            raise InvalidSpec(
+                f"{member.path}.units",
+                f"{units} units of {member.stride} slices from {member.offset} on are not in the "
+                f"{size} slices of {quote(member.tensor)}",
+            )
+    return replace(member, tensor=tensor, dim=dim, units=units)
+
+
+def _indices(member: Member) -> Tensor:
+    """The indices as int64; those of 2^63 and more are negative."""
+    return torch.frombuffer(array("Q", member.indices), dtype=torch.int64)
+
+
+def slices_of(member: Member, device: torch.device) -> Tensor:
+    """The slices of each unit.  Returns: int64, (units, slices of one)."""
+    if len(member.indices):
+        return _indices(member).to(device).view(member.units, -1)
+    every = torch.arange(member.units * member.stride, device=device) + member.offset
+    return every.view(member.units, member.stride)
+
+
+def alive_units(
+    context: RequestContext, group: Group, parameters: Mapping[str, Parameter]
+) -> Mask | None:
+    """Which units have an unpruned element in any of their tensors; None is all of them."""
+    alive: Tensor | None = None
+    for member in context.each(group.members):
+        parameter = parameters[member.tensor]
+        mask, shape = parameter.mask, parameter.weight.shape
+        if mask is None:
+            return None
+        found = any_of_slices(context, mask.flags, shape, member.dim, mask.bits.device)
+        of_units = found[slices_of(member, found.device)].any(1)
+        alive = of_units if alive is None else alive | of_units
+    assert alive is not None, "a group has a member"
+    return mask_of_flags(context, alive)
+
+
+def member_scores(
+    context: RequestContext, member: Member, parameter: Parameter, p: float
+) -> Tensor:
+    """The power mean of |w|^p over each unit's elements; pruned ones count as 0.
+
+    Returns: float64, as long as there are units.
+    """
+    weight, mask = parameter.weight, parameter.mask
+    slices = slices_of(member, weight.device)
+    outer, size, inner = around(weight.shape, member.dim)
+    by_slice = weight.reshape(outer, size, inner)
+    kept = None if mask is None else mask.whole(context, (outer, size, inner))
+    passes, elements = passes_of(weight.device), outer * inner * slices.shape[1]
+
+    def scores_of(span: tuple[int, int]) -> Tensor:
+        index = slices[slice(*span)].reshape(-1)
+        part = signed_bits(by_slice)[0].index_select(1, index).view(by_slice.dtype)
+        if kept is not None:
+            part = torch.where(kept.index_select(1, index), part, torch.zeros_like(part))
+        rows = part.transpose(0, 1).reshape(1, -1, elements).contiguous()
+        return vector_norms(rows, 0, rows.shape[1], p, passes, elements)
+
+    parts = spans(member.units, max(1, passes.piece // 8 // max(1, elements)))
+    return torch.cat(passes.map(context, scores_of, parts))
+
+
+def expand_group(
+    context: RequestContext, kept: Mask, group: Group, parameters: Mapping[str, Parameter]
+) -> dict[str, Mask]:
+    """The masks of a group's tensors when the units `kept` stay."""
+    units = kept.flags(0, kept.elements)
+    masks: dict[str, Mask] = {}
+    for member in context.each(group.members):
+        shape = parameters[member.tensor].weight.shape
+        stays = torch.ones(shape[member.dim], dtype=torch.bool, device=units.device)
+        going = slices_of(member, units.device)[~units]
+        stays[going.reshape(-1)] = False
+        mask = expand(context, stays, shape, member.dim)
+        before = masks.get(member.tensor)
+        masks[member.tensor] = mask if before is None else mask.both(context, before)
+    return masks

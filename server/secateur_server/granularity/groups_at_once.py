@@ -1,0 +1,175 @@
+"""Many small groups at once, and the large ones one by one, as groups.py takes them.
+
+Groups of a model are alike, as its layers are. One operation on the tensors of many groups takes
+the place of some operations on those of each; the bits are the same.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from secateur_server.backends import passes_of, spans
+from secateur_server.backends.keys import signed_bits
+from secateur_server.backends.masks import Mask, flags_of, masks_of
+from secateur_server.backends.norms import vector_norms
+from secateur_server.backends.passes import around
+from secateur_server.granularity.group import Group, Member
+from secateur_server.granularity.groups import alive_units, expand_group, member_scores, slices_of
+from secateur_server.runtime.context import RequestContext
+from secateur_server.state_dict.parameter import Parameter
+
+Done = TypeVar("Done")
+Parameters = Mapping[str, Parameter]
+
+# Elements of groups that are taken at once: as float64 they stay in a second-level cache.
+AT_ONCE = 1 << 17
+
+
+def alive_of(
+    context: RequestContext, groups: Sequence[Group], parameters: Parameters
+) -> list[Mask | None]:
+    """For each group, as alive_units."""
+
+    def many(places: Sequence[int]) -> Sequence[Mask | None]:
+        found: list[Tensor] = []
+        for members in _slots(groups, places):
+            masks = [parameters[member.tensor].mask for member in members]
+            present = [mask for mask in masks if mask is not None]
+            if len(present) < len(masks):
+                return [None] * len(places)
+            shape = parameters[members[0].tensor].weight.shape
+            outer, size, inner = around(shape, members[0].dim)
+            flags = flags_of(present).view(-1, outer, size, inner)
+            found.append(flags.any(3).any(1).view(-1)[_slices(members, size, flags.device)].any(2))
+        return masks_of(torch.stack(found).any(0))
+
+    def one(place: int) -> Mask | None:
+        return alive_units(context, groups[place], parameters)
+
+    return _each(context, groups, parameters, many, one)
+
+
+def scores_of_members(
+    context: RequestContext, groups: Sequence[Group], parameters: Parameters, p: float
+) -> list[list[Tensor]]:
+    """For each group, as member_scores of those of its members that are scored."""
+
+    def many(places: Sequence[int]) -> Sequence[list[Tensor]]:
+        scored = (members for members in _slots(groups, places) if members[0].is_scored)
+        columns = [_scores(members, parameters, p).unbind() for members in scored]
+        return [list(of_group) for of_group in zip(*columns, strict=True)]
+
+    def one(place: int) -> list[Tensor]:
+        scored = (member for member in groups[place].members if member.is_scored)
+        return [member_scores(context, m, parameters[m.tensor], p) for m in context.each(scored)]
+
+    return _each(context, groups, parameters, many, one)
+
+
+def masks_of_groups(
+    context: RequestContext, groups: Sequence[Group], kept: Sequence[Mask], parameters: Parameters
+) -> list[dict[str, Mask]]:
+    """For each group, as expand_group.  kept: the units that stay, of each group."""
+
+    def many(places: Sequence[int]) -> Sequence[dict[str, Mask]]:
+        going = ~flags_of([kept[place] for place in places])
+        found: list[dict[str, Mask]] = [{} for _ in places]
+        for members in _slots(groups, places):
+            expanded = _expanded(members, going, parameters)
+            for masks, member, mask in zip(found, members, expanded, strict=True):
+                before = masks.get(member.tensor)
+                masks[member.tensor] = mask if before is None else mask.both(context, before)
+        return found
+
+    def one(place: int) -> dict[str, Mask]:
+        return expand_group(context, kept[place], groups[place], parameters)
+
+    return _each(context, groups, parameters, many, one)
+
+
+def elements_of(group: Group, parameters: Parameters) -> int:
+    """Elements of the tensors of a group."""
+    return sum(parameters[member.tensor].weight.numel() for member in group.members)
+
+
+def _each(
+    context: RequestContext,
+    groups: Sequence[Group],
+    parameters: Parameters,
+    many: Callable[[Sequence[int]], Sequence[Done]],
+    one: Callable[[int], Done],
+) -> list[Done]:
+    """What `many` makes of the places of small groups that are alike, `one` of a large group's."""
+    if not groups:
+        return []
+    alike: dict[Any, list[int]] = defaultdict(list)
+    for place, group in enumerate(context.each(groups)):
+        alike[tuple(_layout(member, parameters) for member in group.members)].append(place)
+    batches: list[Sequence[int]] = []
+    done: dict[int, Done] = {}
+    places: Sequence[int]
+    for places in context.each(alike.values()):
+        size = elements_of(groups[places[0]], parameters)
+        if size > AT_ONCE:
+            done |= {place: one(place) for place in context.each(places)}
+        else:
+            batches += [places[slice(*span)] for span in spans(len(places), AT_ONCE // size)]
+    passes = passes_of(parameters[groups[0].members[0].tensor].weight.device)
+    for places, found in zip(batches, passes.map(context, many, batches), strict=True):
+        done |= zip(places, found, strict=True)
+    return [done[place] for place in range(len(groups))]
+
+
+def _layout(member: Member, parameters: Parameters) -> Any:
+    """The same for members of which one operation takes the slices."""
+    parameter = parameters[member.tensor]
+    weight, count = parameter.weight, len(member.indices)
+    where = (member.units, count) if count else (member.units, 0, member.offset, member.stride)
+    return weight.shape, weight.dtype, parameter.mask is None, member.dim, member.is_scored, where
+
+
+def _slots(groups: Sequence[Group], places: Sequence[int]) -> Iterator[tuple[Member, ...]]:
+    """The first members of all groups, the second ones, and so on."""
+    return zip(*(groups[place].members for place in places), strict=True)
+
+
+def _slices(members: Sequence[Member], size: int, device: torch.device) -> Tensor:
+    """The slices of each unit, of tensors of `size` slices that lie one behind another.
+
+    Returns: int64, (members, units, slices of one).
+    """
+    if len(members[0].indices):
+        slices = torch.stack([slices_of(member, device) for member in members])
+    else:
+        slices = slices_of(members[0], device).expand(len(members), -1, -1)
+    return slices + size * torch.arange(len(members), device=device).view(-1, 1, 1)
+
+
+def _scores(members: Sequence[Member], parameters: Parameters, p: float) -> Tensor:
+    """As member_scores, of each member.  Returns: (members, units)."""
+    of_members = [parameters[member.tensor] for member in members]
+    weight, first = of_members[0].weight, members[0]
+    outer, size, inner = shape = around(weight.shape, first.dim)
+    bits = torch.stack([signed_bits(parameter.weight)[0] for parameter in of_members])
+    bits = bits.view(-1, *shape)
+    masks = [parameter.mask for parameter in of_members if parameter.mask is not None]
+    if masks:
+        bits = bits * flags_of(masks).view(bits.shape)
+    slices = _slices(members, size, weight.device)
+    elements = outer * inner * slices.shape[2]
+    lines = bits.transpose(1, 2).reshape(-1, outer * inner).index_select(0, slices.reshape(-1))
+    rows = lines.view(weight.dtype).view(1, -1, elements)
+    norms = vector_norms(rows, 0, rows.shape[1], p, passes_of(weight.device), elements)
+    return norms.view(len(members), -1)
+
+
+def _expanded(members: Sequence[Member], going: Tensor, parameters: Parameters) -> list[Mask]:
+    """The masks of the members' tensors.  going: bool, (members, units)."""
+    outer, size, inner = around(parameters[members[0].tensor].weight.shape, members[0].dim)
+    stays = torch.ones(len(members) * size, dtype=torch.bool, device=going.device)
+    stays[_slices(members, size, going.device)[going].reshape(-1)] = False
+    lines = stays.view(-1, 1, size, 1).expand(-1, outer, -1, inner)
+    return masks_of(lines.reshape(len(members), -1))

@@ -1,0 +1,80 @@
+"""How much a unit matters.
+
+One file for each kind. A new kind is a file here, and a line in IMPORTANCES.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from secateur_proto import spec_pb2 as pb
+from secateur_server.backends.masks import Mask
+from secateur_server.backends.randomness import RandomScores
+from secateur_server.granularity import Granularity
+from secateur_server.importance.magnitude import decode_magnitude
+from secateur_server.importance.random import Random
+from secateur_server.runtime.context import RequestContext
+
+
+class Importance(Protocol):
+    """Scores units. What is pruned first has the lowest absolute score."""
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether scores come from values. Others have no threshold, and are not normalized."""
+
+    @property
+    def is_value(self) -> bool:
+        """Whether the score of a single element is its value itself, which need not be computed."""
+
+    @property
+    def ranks_zeros_lowest(self) -> bool:
+        """Whether the score is 0 where all values of a unit are 0, and nowhere else."""
+
+    @property
+    def order(self) -> float:
+        """The order of the norm that a member of a group has. 0: groups are not measured."""
+
+    def by_name(self, name: str) -> RandomScores | None:
+        """The scores of a tensor, or group, if its name is enough to tell them."""
+
+    def check(self, path: str, name: str, shape: Sequence[int]) -> None:
+        """Refuses a tensor that cannot be scored so.
+
+        Args:
+            path: Of the selection in the request.
+            name: Of the tensor.
+            shape: Of the tensor, which has units of the rule's granularity.
+
+        Raises:
+            InvalidSpec: It cannot.
+        """
+
+    def scores(
+        self,
+        context: RequestContext,
+        values: Tensor,
+        mask: Mask | None,
+        granularity: Granularity,
+        is_mean: bool,
+    ) -> Tensor:
+        """The scores of a tensor's units.
+
+        Args:
+            context: The request.
+            values: The weight, or uploaded scores of its elements.
+            mask: Pruned elements, which count as 0; None: all count.
+            granularity: Of the rule.
+            is_mean: Whether units are compared with units of other sizes.
+
+        Returns:
+            Floating, flat, one for each unit.
+        """
+
+
+# Each decodes its own field of a selection, whose path is for errors.
+IMPORTANCES: dict[str, Callable[[pb.Selection, Granularity | None, str], Importance]] = {
+    "magnitude": decode_magnitude,
+    "random": Random.decode,
+}

@@ -1,0 +1,74 @@
+"""The size of the values: their absolute value, or a norm of a unit's values."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from secateur_proto import spec_pb2 as pb
+from secateur_server.backends.masks import Mask
+from secateur_server.backends.randomness import RandomScores
+from secateur_server.errors import InvalidSpec
+from secateur_server.fields import chosen
+from secateur_server.granularity import Granularity
+from secateur_server.importance.nuclear import Nuclear
+from secateur_server.runtime.context import RequestContext
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """The norm of a unit's values, or their power mean.
+
+    Attributes:
+        order: p of the norm. Elements are scored by their absolute value, whatever it is.
+    """
+
+    order: float = 1.0
+
+    is_measured, is_value = True, True
+
+    @property
+    def ranks_zeros_lowest(self) -> bool:
+        return self.order >= 0
+
+    def by_name(self, name: str) -> RandomScores | None:
+        return None
+
+    def check(self, path: str, name: str, shape: Sequence[int]) -> None:
+        pass
+
+    def scores(
+        self,
+        context: RequestContext,
+        values: Tensor,
+        mask: Mask | None,
+        granularity: Granularity,
+        is_mean: bool,
+    ) -> Tensor:
+        return granularity.scores(context, values, mask, self.order, is_mean)
+
+
+def decode_magnitude(
+    selection: pb.Selection, granularity: Granularity | None, path: str
+) -> Magnitude | Nuclear:
+    """Reads `magnitude`, which has no fields for elements.
+
+    Raises:
+        InvalidSpec: It has no norm, or a matrix norm that the units do not have.
+    """
+    if granularity is not None and granularity.is_element:
+        return Magnitude()
+    magnitude, path = selection.magnitude, f"{path}.magnitude"
+    if chosen(magnitude, "norm", path) == "p":
+        if math.isnan(magnitude.p):
+            raise InvalidSpec(f"{path}.p", "the order of a norm cannot be NaN")
+        return Magnitude(magnitude.p)
+    is_sliced = selection.granularity == pb.GRANULARITY_SLICE
+    if selection.scope != pb.SCOPE_PER_TENSOR or not is_sliced:
+        raise InvalidSpec(f"{path}.matrix_norm", "is of slices of one tensor only")
+    if magnitude.matrix_norm == pb.MATRIX_NORM_FROBENIUS:
+        return Magnitude(2.0)
+    if magnitude.matrix_norm == pb.MATRIX_NORM_NUCLEAR:
+        return Nuclear(selection.dim)
+    raise InvalidSpec(f"{path}.matrix_norm", f"{magnitude.matrix_norm} is not a matrix norm")

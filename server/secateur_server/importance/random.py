@@ -1,0 +1,48 @@
+"""Random numbers in the place of scores."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from secateur_proto import spec_pb2 as pb
+from secateur_server.backends.masks import Mask
+from secateur_server.backends.randomness import RandomScores, random_scores
+from secateur_server.granularity import Granularity
+from secateur_server.runtime.context import RequestContext
+
+
+@dataclass(frozen=True)
+class Random:
+    """Pseudo-random numbers that depend on the seed and the name of the tensor.
+
+    Attributes:
+        seed: In [0, 2^64).
+    """
+
+    seed: int
+
+    is_measured, is_value, ranks_zeros_lowest, order = False, False, False, 0.0
+
+    @classmethod
+    def decode(
+        cls, selection: pb.Selection, granularity: Granularity | None, path: str
+    ) -> "Random":
+        """Reads `random`."""
+        return cls(selection.random.seed)
+
+    def by_name(self, name: str) -> RandomScores | None:
+        return random_scores(self.seed, name)
+
+    def check(self, path: str, name: str, shape: Sequence[int]) -> None:
+        pass
+
+    def scores(
+        self,
+        context: RequestContext,
+        values: Tensor,
+        mask: Mask | None,
+        granularity: Granularity,
+        is_mean: bool,
+    ) -> Tensor:
+        raise AssertionError("the name is enough to tell random scores")

@@ -1,1 +1,0 @@
-"""Protobuf messages to plain values, and back."""

@@ -1,0 +1,59 @@
+"""What a caller gets back.
+
+One file for each kind. A new kind is a file here, and a line in OUTPUTS.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from secateur_proto import pruner_pb2 as pb
+from secateur_server.outputs.dense import Dense
+from secateur_server.outputs.masks import Masks
+from secateur_server.outputs.nothing import Nothing
+from secateur_server.outputs.reparametrized import Reparametrized
+from secateur_server.runtime.context import RequestContext
+from secateur_server.state_dict.model import Model
+from secateur_server.state_dict.parameter import Parameter
+from secateur_server.wire.writer import OutgoingFile
+
+
+class Output(Protocol):
+    """A form of a result."""
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether it has tensors that the spec does not name, so that all of them are read."""
+
+    def files(
+        self, context: RequestContext, model: Model, pruned: Mapping[str, Parameter]
+    ) -> list[OutgoingFile]:
+        """The files to send.
+
+        Args:
+            context: The request.
+            model: As it came. Its parameters become the pruned ones.
+            pruned: The parameters that the spec names, with their new masks.
+
+        Raises:
+            InvalidStateDict: A tensor has a name that the output needs.
+        """
+
+    def size(self, model: Model, pruned: Sequence[str]) -> int:
+        """Bytes of all files, foretold.
+
+        Args:
+            model: Without data, and with masks for all that is pruned.
+            pruned: The names of the parameters that the spec names.
+
+        Returns:
+            0 if `files` would raise.
+        """
+
+
+OUTPUTS: dict[int, Output] = {
+    pb.OUTPUT_UNSPECIFIED: Masks(),
+    pb.OUTPUT_MASKS: Masks(),
+    pb.OUTPUT_REPARAMETRIZED: Reparametrized(),
+    pb.OUTPUT_DENSE: Dense(),
+    pb.OUTPUT_NONE: Nothing(),
+}

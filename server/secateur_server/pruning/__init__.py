@@ -1,1 +1,0 @@
-"""Tensors to scores, to choices, to masks. Pure functions on torch tensors; nothing else."""

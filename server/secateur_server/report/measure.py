@@ -1,0 +1,166 @@
+"""How sparse is a tensor, and where."""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from secateur_server.backends import passes_of, spans
+from secateur_server.backends.keys import picked
+from secateur_server.backends.masks import Mask, any_of_slices, mask_of
+from secateur_server.backends.passes import around
+from secateur_server.report.structure import Structure, structure_of, structure_of_few
+from secateur_server.runtime.context import RequestContext
+from secateur_server.state_dict.parameter import Parameter
+
+# Of tensors that a message lists; there may be tens of thousands.
+MOST_NAMED = 10
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """Counts of one tensor.
+
+    zeros: elements that are 0 with the mask applied.  pruned: elements that the mask prunes.
+    zero_slices: for each dimension, how many slices are wholly zero; empty under 2 dimensions.
+    structure: patterns and blocks of zeros.
+    """
+
+    zeros: int
+    total: int
+    pruned: int
+    zero_slices: tuple[int, ...]
+    structure: Structure
+
+
+def measure(context: RequestContext, parameter: Parameter) -> Sparsity:
+    """Counts the zeros of a parameter, -0.0 among them."""
+    mask, total = parameter.mask, parameter.weight.numel()
+    pruned = 0 if mask is None else total - mask.kept(context)
+    zeros = pruned if parameter.is_nonzero else pruned + _zeros_kept(context, parameter)
+    nonzero = _Nonzero(parameter, mask if zeros == pruned else None)
+    shape = parameter.weight.shape
+    if shape and zeros > 0 and total <= AT_ONCE:
+        layout = passes_of(parameter.weight.device).layout(nonzero.whole(context).bits, shape)
+        along = zip(shape, layout.nonzero_slices, strict=True) if len(shape) > 1 else ()
+        zero_slices = tuple(size - count for size, count in along)
+        return Sparsity(zeros, total, pruned, zero_slices, structure_of_few(shape, layout))
+    structure = structure_of(context, shape, zeros, partial(nonzero.whole, context))
+    return Sparsity(zeros, total, pruned, _zero_slices(context, nonzero, zeros), structure)
+
+
+@dataclass(frozen=True)
+class _Nonzero:
+    """Which elements of a parameter are not zero with its mask applied.
+
+    known: the mask of them, where it is the parameter's own: nothing that it keeps is zero.
+    """
+
+    parameter: Parameter
+    known: Mask | None
+
+    def flags(self, begin: int, end: int) -> Tensor:
+        """Of the elements [begin, end).  Returns: bool, 1-D."""
+        if self.known is not None:
+            return self.known.flags(begin, end)
+        weight, mask = self.parameter.weight, self.parameter.mask
+        flags = passes_of(weight.device).nonzero(weight.reshape(-1)[begin:end])
+        return flags if mask is None else flags & mask.flags(begin, end)
+
+    def at(self, index: Tensor) -> Tensor:
+        """Of the elements at flat indices.  Returns: bool, in the shape of `index`."""
+        if self.known is not None:
+            return self.known.at(index)
+        nonzero = picked(self.parameter.weight.reshape(-1), index) != 0
+        return nonzero if self.parameter.mask is None else nonzero & self.parameter.mask.at(index)
+
+    def whole(self, context: RequestContext) -> Mask:
+        """Of all elements."""
+        weight = self.parameter.weight
+        return self.known or mask_of(context, self.flags, weight.numel(), weight.device)
+
+
+def nonzero_mask(context: RequestContext, parameter: Parameter) -> Mask:
+    """The elements that are not zero with the parameter's mask applied."""
+    return _Nonzero(parameter, None).whole(context)
+
+
+def _zeros_kept(context: RequestContext, parameter: Parameter) -> int:
+    """How many elements are 0 that the mask keeps."""
+    values, mask = parameter.weight.reshape(-1), parameter.mask
+    passes = passes_of(values.device)
+    within = [(0, len(values))] if parameter.seen is None else parameter.seen.zeros
+
+    def count(span: tuple[int, int]) -> int:
+        begin, end = span
+        part = values[begin:end]
+        if mask is None:
+            return passes.count_zeros(part, None)
+        kept = mask.part(begin, end)
+        # What is pruned counts as zero as well.
+        return passes.count_zeros(part, kept) - (len(part) - passes.count_ones(kept))
+
+    pieces = [
+        (begin + first, begin + last)
+        for begin, end in within
+        for first, last in spans(min(end, len(values)) - begin, passes.piece)
+    ]
+    return sum(passes.map(context, count, pieces))
+
+
+def _zero_slices(context: RequestContext, nonzero: _Nonzero, zeros: int) -> tuple[int, ...]:
+    """For each dimension how many slices are wholly zero."""
+    shape = nonzero.parameter.weight.shape
+    if len(shape) < 2:
+        return ()
+    # Of the other dimensions there is not even one slice's worth of zeros.
+    least = [math.prod(shape) / size if size else 1 for size in shape]
+    return tuple(
+        _zero_slices_along(context, nonzero, dim) if 0 < zeros >= least[dim] else 0
+        for dim in range(len(shape))
+    )
+
+
+def _zero_slices_along(context: RequestContext, nonzero: _Nonzero, dim: int) -> int:
+    """How many slices along `dim` are wholly zero, in a large tensor."""
+    shape, device = nonzero.parameter.weight.shape, nonzero.parameter.weight.device
+    outer, size, inner = around(shape, dim)
+    left = torch.arange(size, device=device)
+    if inner <= SHORT:  # where slices lie close together their begins are looked at in one go
+        begins = (min(outer, CORNERS[0]), size, inner)
+        left = left[~any_of_slices(context, nonzero.flags, begins, 1, device)]
+    for corner in CORNERS:  # of what is not pruned by slices they settle most, and often all
+        left = left[~_any_nonzero(nonzero, dim, left, corner)]
+        if not len(left):
+            return 0
+        if len(left) > shape[dim] // 8:
+            break
+    found = any_of_slices(context, nonzero.flags, shape, dim, device)
+    return shape[dim] - int(found.count_nonzero())
+
+
+# Up to so many elements are looked at in one pass.
+AT_ONCE = 1 << 20
+
+# So many of each slice are looked at before all are.
+CORNERS = (8, 64)
+
+# Elements of a slice that lie side by side.
+SHORT = 16
+
+
+def _any_nonzero(nonzero: _Nonzero, dim: int, slices: Tensor, most: int) -> Tensor:
+    """Which of some slices along `dim` have an element in a corner that is not zero.
+
+    slices: their indices.  most: about so many elements of each are looked at.
+    """
+    weight = nonzero.parameter.weight
+    side = math.ceil(most ** (1 / (weight.dim() - 1)))
+    index = torch.zeros((), dtype=torch.int64, device=weight.device)
+    for other, (size, stride) in enumerate(zip(weight.shape, weight.stride(), strict=True)):
+        along = slices if other == dim else torch.arange(min(size, side), device=weight.device)
+        index = index.unsqueeze(-1) + along * stride
+    flags = nonzero.at(index).movedim(dim, 0).flatten(1)
+    return passes_of(weight.device).any_along(flags.unsqueeze(0))

@@ -1,0 +1,173 @@
+"""Which N:M patterns a tensor has, and how many blocks of it are wholly zero.
+
+All is read off masks of what is not zero, where a line of elements is bytes: a group of 16 is two
+of them, a block of 4 x 4 the halves of bytes of four lines.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secateur_server.backends import passes_of
+from secateur_server.backends.masks import Mask
+from secateur_server.backends.passes import Layout, around
+from secateur_server.granularity.tiles import Box, Tiles
+from secateur_server.runtime.context import RequestContext
+
+GROUPS = (2, 4, 8, 16)
+SIDES = (4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class ZeroBlocks:
+    """How many blocks of side x side elements are wholly zero.  total: of how many."""
+
+    side: int
+    zero: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Where the zeros of a tensor lie.
+
+    patterns: for each m of GROUPS the least n, so that of m elements side by side along the second
+        dimension (of tensors of one, the first) at most n are not zero; (n, m) where n < m.
+    zero_blocks: of the tensor as a matrix of its first dimension and all others, for SIDES up to
+        the last that has any; empty under 2 dimensions.
+
+    What goes beyond an edge counts as zero. A tensor without elements has neither.
+    """
+
+    patterns: tuple[tuple[int, int], ...]
+    zero_blocks: tuple[ZeroBlocks, ...]
+
+
+def structure_of_few(shape: Sequence[int], layout: Layout) -> Structure:
+    """The structure of a tensor of one dimension or more, with elements.
+
+    layout: of the mask of what is not zero.
+    """
+    most = zip(layout.most_ones, GROUPS, strict=True)
+    matrix = (shape[0], math.prod(shape[1:]))
+    blocks = _zero_of(matrix, layout.nonzero_blocks) if len(shape) > 1 else ()
+    return Structure(tuple((n, m) for n, m in most if n < m), blocks)
+
+
+def structure_of(
+    context: RequestContext, shape: Sequence[int], zeros: int, nonzero: Callable[[], Mask]
+) -> Structure:
+    """The structure of a tensor.
+
+    zeros: how many of its elements are.  nonzero: makes the mask of the others, where numbers do
+    not settle everything.
+    """
+    total = math.prod(shape)
+    if not shape or not total:
+        return Structure((), ())
+    sizes = around(shape, min(1, len(shape) - 1))
+    matrix = (shape[0], total // shape[0])
+    most = {m: min(m, sizes[1]) for m in GROUPS}
+    unsettled = {m: most[m] for m in GROUPS if zeros >= _whole_groups(sizes, m)}
+    # The block in the last corner is the smallest.
+    may_have_blocks = len(shape) > 1 and zeros >= math.prod((n - 1) % 4 + 1 for n in matrix)
+    blocks: tuple[ZeroBlocks, ...] = ()
+    if unsettled or may_have_blocks:
+        mask = nonzero()
+        most |= _most_nonzero(context, mask, sizes, unsettled)
+        blocks = _zero_blocks(context, mask, matrix) if may_have_blocks else ()
+    return Structure(tuple((n, m) for m, n in most.items() if n < m), blocks)
+
+
+def _whole_groups(sizes: tuple[int, int, int], m: int) -> int:
+    """How many groups have as many elements as any: with fewer zeros, one of them has none."""
+    outer, size, inner = sizes
+    return outer * max(1, size // m) * inner
+
+
+def _most_nonzero(
+    context: RequestContext, mask: Mask, sizes: tuple[int, int, int], limits: dict[int, int]
+) -> dict[int, int]:
+    """How many elements of a group are not zero, at most, for each m of `limits`.
+
+    sizes: the elements before, along and behind the dimension.  limits: as many as can be.
+    """
+    if not limits:
+        return {}
+    passes = passes_of(mask.bits.device)
+    tiles = Tiles(sizes, (1, GROUPS[-1], 1))
+    met: set[int] = set()
+
+    def most_in(box: Box) -> dict[int, int]:
+        if len(met) == len(limits):  # nothing is left to be found out
+            return limits
+        found = dict(zip(GROUPS, passes.most_ones(_lines(mask, tiles, box)), strict=True))
+        met.update(m for m in limits if found[m] == limits[m])
+        return found
+
+    found = passes.map(context, most_in, tiles.boxes(passes.piece))
+    return {m: max(most[m] for most in found) for m in limits}
+
+
+def _zero_blocks(
+    context: RequestContext, mask: Mask, matrix: tuple[int, int]
+) -> tuple[ZeroBlocks, ...]:
+    """The blocks of a matrix, for each side up to the last that has any."""
+    passes = passes_of(mask.bits.device)
+    rows, columns = matrix
+    tiles = Tiles((rows, columns, 1), (min(rows, SIDES[-1]), SIDES[-1], 1))
+
+    def nonzero_in(box: Box) -> list[int]:
+        return passes.nonzero_blocks(_lines(mask, tiles, box))
+
+    nonzero = map(
+        sum, zip(*passes.map(context, nonzero_in, tiles.boxes(passes.piece)), strict=True)
+    )
+    return _zero_of(matrix, nonzero)
+
+
+def _zero_of(matrix: tuple[int, int], nonzero: Iterable[int]) -> tuple[ZeroBlocks, ...]:
+    """The blocks of a matrix, of which so many of each side are not zero."""
+    rows, columns = matrix
+    found = []
+    for side, count in zip(SIDES, nonzero, strict=True):
+        total = -(-rows // side) * -(-columns // side)
+        if count == total:
+            break
+        found.append(ZeroBlocks(side, total - count, total))
+    return tuple(found)
+
+
+def _lines(mask: Mask, tiles: Tiles, box: Box) -> Tensor:
+    """A box of a mask, each line along the second of three dimensions in bytes of its own.
+
+    Returns: uint8, (lines, bytes), what is no element is 0.
+    """
+    outer, size, inner = tiles.sizes
+    (first, last), (begin, end), _ = spans = _elements(tiles, box)
+    if inner == 1 and size % 8 == 0:
+        return mask.bits.view(outer, size // 8)[first:last, begin // 8 : end // 8]
+    flags = _flags(mask, tiles.sizes, spans).movedim(1, 2).flatten(0, 1)
+    return passes_of(flags.device).pack_lines(flags)
+
+
+def _elements(tiles: Tiles, box: Box) -> Box:
+    """The elements [begin, end) of a box in each dimension."""
+    along = zip(box, tiles.lengths, tiles.sizes, strict=True)
+    return tuple((first * n, min(last * n, size)) for (first, last), n, size in along)
+
+
+def _flags(mask: Mask, sizes: tuple[int, ...], spans: Box) -> Tensor:
+    """The elements of a box as bool, of its shape."""
+    runs, block = [(0, 1)], 1  # that make up the box in a block of the dimensions seen so far
+    for size, (first, last) in zip(reversed(sizes), reversed(spans), strict=True):
+        if runs == [(0, block)]:
+            runs = [(first * block, last * block)]
+        else:
+            runs = [(i * block + b, i * block + e) for i in range(first, last) for b, e in runs]
+        block *= size
+    shape = tuple(last - first for first, last in spans)
+    return torch.cat([mask.flags(*run) for run in runs]).view(shape)

@@ -1,0 +1,306 @@
+"""What the caller of a Prune may not have meant.
+
+Every check reads the request and the report alone: no check reads a weight.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from secateur_proto import report_pb2 as pb
+from secateur_server.errors import quote
+from secateur_server.report.measure import MOST_NAMED
+from secateur_server.report.missed import missed_weights
+from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.rules import CustomMasks, Rule, Selection, Table
+from secateur_server.state_dict.catalog import Catalog, Shape
+from secateur_server.state_dict.parameter import Parameter
+
+# Names in a line for people.
+SHOWN = 3
+
+# Of the candidates, from which on zeros are likely those of an earlier pruning: few are natural.
+_MANY_ZEROS = 0.2
+
+# The last parts of names. GPTQ and AWQ have scales, bitsandbytes absmax and quant_map, fp8 models
+# weight_scale_inv or weight_scale, ModelOpt weight_scale_2 and weights_scaling_factor.
+_SCALES = re.compile(r"(.*_)?(scales?|scale_inv|absmax|quant_map|scaling_factor|SCB)(_\d+)?")
+_NORM_TENSORS = ("weight", "gamma", "running_mean", "running_var")
+_NORM_MODULES = re.compile(r"norm|(^|[._])(ln|bn)\d*([._]|$)", re.IGNORECASE)
+
+
+class Change(NamedTuple):
+    """What a Prune did to a tensor.
+
+    Attributes:
+        pruned: Elements that no mask pruned before.
+        is_wholly_zero: Every element is zero, and was not before.
+    """
+
+    name: str
+    shape: Shape
+    pruned: int
+    is_wholly_zero: bool
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether it has 2 or more dimensions, unlike biases and norms."""
+        return len(self.shape) >= 2
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """A Prune and its report.
+
+    Attributes:
+        context: The request.
+        asked: The rules of the request.
+        rules: The same rules, resolved.
+        catalog: Of the whole model.
+        choices: What each of the rules did.
+        changes: What all of them did to each tensor of the report.
+    """
+
+    context: RequestContext
+    asked: Sequence[Rule]
+    rules: Sequence[Rule]
+    catalog: Catalog
+    choices: Sequence[Sequence[pb.Choice]]
+    changes: Sequence[Change]
+
+    def selections(self) -> Iterator[tuple[Selection, Sequence[pb.Choice]]]:
+        """The resolved rules that rank units, and what they did."""
+        for rule, choices in zip(self.rules, self.choices, strict=True):
+            if isinstance(rule, Selection):
+                yield rule, choices
+
+    def has_weight(self, choice: pb.Choice) -> bool:
+        """Whether a weight, or a group, is among what a choice ranked."""
+        return any(len(self.catalog.prunable.get(n, (0, 0))) >= 2 for n in choice.tensors)
+
+
+def warnings_of(
+    context: RequestContext,
+    report: pb.SparsityReport,
+    asked: Sequence[Rule],
+    rules: Sequence[Rule],
+    catalog: Catalog,
+    changes: Sequence[Change],
+) -> list[pb.Warning]:
+    """The warnings of a Prune.
+
+    Args:
+        context: The request.
+        report: Without warnings.
+        asked: The rules of the request.
+        rules: The same rules, resolved.
+        catalog: Of the whole model.
+        changes: As `changes_of` finds them.
+    """
+    pruning = Pruning(
+        context, asked, rules, catalog, [rule.choices for rule in report.rules], changes
+    )
+    return [warning for check in CHECKS if (warning := check(pruning))]
+
+
+def changes_of(
+    context: RequestContext,
+    report: pb.SparsityReport,
+    catalog: Catalog,
+    before: Mapping[str, Parameter],
+) -> list[Change]:
+    """What a Prune did to each tensor of its report.  before: the parameters before it."""
+    changes = []
+    for tensor in context.each(report.tensors):
+        name, pruned = tensor.name, tensor.pruned
+        _, mask, seen = before[name]
+        if mask is not None:
+            pruned -= mask.elements - mask.kept(context)
+        was_zero = pruned == 0 or (seen is not None and seen.largest == 0)
+        is_wholly_zero = not was_zero and tensor.zeros == tensor.total
+        changes.append(Change(name, catalog.prunable[name], pruned, is_wholly_zero))
+    return changes
+
+
+def _small_coverage(pruning: Pruning) -> pb.Warning | None:
+    covered = {change.name for change in pruning.changes}
+    missed = missed_weights(pruning.context, pruning.asked, pruning.catalog, covered)
+    if missed is None:
+        return None
+    whole = missed.covered + missed.elements
+    way = f"the glob {quote(missed.glob)} takes them" if missed.glob else "to prune them, name them"
+    text = (
+        f"the spec covers {missed.covered:,} of {whole:,} weights (of tensors of 2 or more "
+        f"dimensions): its globs miss {_listed(missed.names)}; {way} too"
+    )
+    return _warning("SMALL_COVERAGE", missed.names, text)
+
+
+def _wholly_zero(pruning: Pruning) -> pb.Warning | None:
+    zero = [
+        change
+        for change in pruning.context.each(pruning.changes)
+        if change.is_wholly_zero and (change.is_weight or _is_norm(change))
+    ]
+    rules = pruning.rules if zero else ()
+    meant = {name for rule in rules for name in _meant_whole(pruning.context, rule)}
+    found = [change for change in zero if change.name not in meant]
+    if not found:
+        return None
+    length = found[0].shape[0]
+    text = (
+        f"every element is zero now of {_listed([change.name for change in found])} ({length:,} of "
+        f"{length:,} slices of dimension 0{' of the first' if len(found) > 1 else ''}); keep some "
+        "with a guard rail: keep_at_least or max_sparsity"
+    )
+    return _warning("WHOLLY_ZERO", [change.name for change in found], text)
+
+
+def _meant_whole(context: RequestContext, rule: Rule) -> list[str]:
+    """The tensors that a rule is asked to prune whole, or by a mask of the caller."""
+    if isinstance(rule, CustomMasks):
+        return list(rule.names())
+    return [name for name in context.each(rule.names()) if _fraction(rule, name) == 1.0]
+
+
+def _fraction(rule: Selection, name: str) -> float | None:
+    """The fraction that is asked for of a tensor; None for other amounts."""
+    if isinstance(rule.amount, Table):
+        return rule.amount.fractions.get(name, 0.0)
+    return rule.amount if isinstance(rule.amount, float) else None
+
+
+def _zero_before(pruning: Pruning) -> pb.Warning | None:
+    found = [
+        name
+        for rule, choices in pruning.selections()
+        if _ranks_zeros_lowest(rule)
+        for choice in pruning.context.each(choices)
+        if choice.HasField("threshold") and choice.threshold == 0
+        if choice.ties >= _MANY_ZEROS * choice.candidates  # ties at 0 are the units of zeros
+        if pruning.has_weight(choice)
+        for name in choice.tensors
+    ]
+    text = (
+        f"all that was pruned of {_listed(found)} was zero before; where the zeros are of an "
+        'earlier pruning, count them as pruned: prior="zeros" (--prior zeros, PRIOR_ZEROS)'
+    )
+    return _warning("ZERO_BEFORE", found, text) if found else None
+
+
+def _ranks_zeros_lowest(rule: Selection) -> bool:
+    """Whether a unit has the importance 0 where all of its weights are 0, and nowhere else."""
+    return (
+        rule.importance.ranks_zeros_lowest
+        and not rule.scores
+        and not rule.scales
+        and rule.normalization != "z_score"
+    )
+
+
+def _scales_pruned(pruning: Pruning) -> pb.Warning | None:
+    found = [
+        change.name
+        for change in pruning.context.each(pruning.changes)
+        if change.pruned and _SCALES.fullmatch(change.name.rpartition(".")[2])
+    ]
+    text = (
+        f"the call pruned scales, which multiply other tensors: {_listed(found)}; leave them out "
+        "with the guard rail exclude, or name what to prune"
+    )
+    return _warning("SCALES_PRUNED", found, text) if found else None
+
+
+def _norms_pruned(pruning: Pruning) -> pb.Warning | None:
+    taken: set[str] = set()
+    for given, rule in zip(pruning.asked, pruning.rules, strict=True):
+        if isinstance(given, Selection) and not given.groups:
+            named = given.tensors if given.scope == "tensor" else ()
+            taken |= set(pruning.context.each(rule.names())).difference(named)
+    found = [
+        change.name
+        for change in pruning.context.each(pruning.changes)
+        if change.pruned and change.name in taken and _is_norm(change)
+    ]
+    text = (
+        f"the call pruned weights or statistics of norms: {_listed(found)}; leave them out with "
+        "the guard rail exclude, or name what to prune"
+    )
+    return _warning("NORMS_PRUNED", found, text) if found else None
+
+
+def _is_norm(change: Change) -> bool:
+    """Whether it is of a batch norm or a layer norm, and no bias: other weights are no vectors."""
+    if len(change.shape) != 1:
+        return False
+    module, _, leaf = change.name.rpartition(".")
+    is_of_norm = leaf in _NORM_TENSORS or bool(_NORM_MODULES.search(module))
+    return is_of_norm and not leaf.endswith(("bias", "beta"))
+
+
+def _rounded_to_none(pruning: Pruning) -> pb.Warning | None:
+    found = list(_of_fractions(pruning, lambda choice: not choice.requested))
+    return _rounded("ROUNDED_TO_NONE", "0", found)
+
+
+def _rounded_to_all(pruning: Pruning) -> pb.Warning | None:
+    found = list(_of_fractions(pruning, lambda choice: choice.requested == choice.candidates))
+    return _rounded("ROUNDED_TO_ALL", "all", found)
+
+
+def _of_fractions(pruning: Pruning, is_wanted: Callable[[pb.Choice], bool]) -> Iterator[pb.Choice]:
+    """The wanted choices by a fraction above 0 and below 1 of the units that were unpruned."""
+    for rule, choices in pruning.selections():
+        for choice in pruning.context.each(choices):
+            if not is_wanted(choice):
+                continue
+            fraction = _fraction(rule, choice.tensors[0])
+            is_part = fraction is not None and 0 < fraction < 1 and not rule.of_all
+            if is_part and choice.candidates and pruning.has_weight(choice):
+                yield choice
+
+
+def _rounded(code: str, to: str, choices: Sequence[pb.Choice]) -> pb.Warning | None:
+    if not choices:
+        return None
+    names = [name for choice in choices for name in choice.tensors]
+    units, first = choices[0].candidates, " of the first" if len(choices) > 1 else ""
+    text = (
+        f"the fraction comes to {to} of the units of {_listed(names)}, as there are so few "
+        f"({units:,}{first}); give a number of units (an int) in its place"
+    )
+    return _warning(code, names, text)
+
+
+def _not_smaller(pruning: Pruning) -> pb.Warning | None:
+    if not any(change.pruned for change in pruning.changes):
+        return None
+    text = (
+        "zeros alone make a model neither smaller nor faster: cut wholly zero slices out of its "
+        "layers, run 2:4 patterns by kernels that know them, or compress the file to store it"
+    )
+    return pb.Warning(code="NOT_SMALLER", severity=pb.SEVERITY_NOTE, message=text)
+
+
+def _warning(code: str, names: Sequence[str], text: str) -> pb.Warning:
+    return pb.Warning(
+        code=code, severity=pb.SEVERITY_WARNING, tensors=names[:MOST_NAMED], message=text
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(map(quote, names[:SHOWN])) + (f" and {more:,} more" if more > 0 else "")
+
+
+CHECKS: tuple[Callable[[Pruning], pb.Warning | None], ...] = (
+    _small_coverage,
+    _wholly_zero,
+    _zero_before,
+    _scales_pruned,
+    _norms_pruned,
+    _rounded_to_none,
+    _rounded_to_all,
+    _not_smaller,
+)

@@ -1,0 +1,280 @@
+"""A pruning spec from the wire: every field checked that can be without the tensors."""
+
+import math
+from array import array
+from collections.abc import Sequence
+from typing import TypeVar
+
+from secateur_proto import spec_pb2 as pb
+from secateur_server.errors import AmountOutOfRange, InvalidSpec, quote
+from secateur_server.fields import check_length, chosen, fraction_of
+from secateur_server.granularity import GRANULARITIES, Granularity
+from secateur_server.granularity.group import Group, Member
+from secateur_server.importance import IMPORTANCES
+from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.decode_rails import decode_rails
+from secateur_server.spec.rules import (
+    Allocation,
+    Amount,
+    Budget,
+    Combination,
+    CustomMasks,
+    Normalization,
+    Rule,
+    Scope,
+    Selection,
+    Table,
+    Threshold,
+)
+
+Choice = TypeVar("Choice")
+
+SCOPES: dict[int, Scope] = {
+    pb.SCOPE_PER_ROW: "row",
+    pb.SCOPE_PER_TENSOR: "tensor",
+    pb.SCOPE_GLOBAL: "global",
+    pb.SCOPE_ISOMORPHIC: "isomorphic",
+}
+ALLOCATIONS: dict[int, Allocation] = {
+    pb.ALLOCATION_UNSPECIFIED: "rank",
+    pb.ALLOCATION_RANK: "rank",
+    pb.ALLOCATION_UNIFORM: "uniform",
+    pb.ALLOCATION_ERK: "erk",
+    pb.ALLOCATION_LAMP: "lamp",
+}
+NORMALIZATIONS: dict[int, Normalization | None] = {
+    pb.NORMALIZATION_UNSPECIFIED: None,
+    pb.NORMALIZATION_NONE: None,
+    pb.NORMALIZATION_MEAN: "mean",
+    pb.NORMALIZATION_NORM: "norm",
+    pb.NORMALIZATION_Z_SCORE: "z_score",
+}
+COMBINATIONS: dict[int, Combination] = {
+    pb.COMBINATION_UNSPECIFIED: "mean",
+    pb.COMBINATION_MEAN: "mean",
+    pb.COMBINATION_SUM: "sum",
+    pb.COMBINATION_MAX: "max",
+}
+
+# Of one unit: sums of them stay within the doubles, and whole numbers exact for most models.
+MOST_OPERATIONS = 1e15
+
+# As PruningSpec in spec.proto lists them.
+MOST_RULES = 10_000
+MOST_ENTRIES = 100_000
+MOST_GROUPS = 20_000
+MOST_MEMBERS = 100_000
+
+# Indices that are copied between two checks of the call.
+INDICES_AT_ONCE = 1 << 16
+
+
+def decode_spec(context: RequestContext, spec: pb.PruningSpec) -> list[Rule]:
+    """The rules of a spec.  Errors: InvalidSpec, naming the field by its path."""
+    if not spec.rules:
+        raise InvalidSpec("spec.rules", "a spec needs at least one rule")
+    check_length("spec.rules", spec.rules, MOST_RULES, "rules")
+    return [
+        _rule(context, rule, f"spec.rules[{index}]")
+        for index, rule in enumerate(context.each(spec.rules))
+    ]
+
+
+def _rule(context: RequestContext, rule: pb.Rule, path: str) -> Rule:
+    if chosen(rule, "method", path) == "selection":
+        return _selection(context, rule.selection, f"{path}.selection")
+    path = f"{path}.custom_masks"
+    if not rule.custom_masks.masks:
+        raise InvalidSpec(f"{path}.masks", "at least one mask is needed")
+    return CustomMasks(path, list(rule.custom_masks.masks.items()))
+
+
+def _selection(context: RequestContext, selection: pb.Selection, path: str) -> Selection:
+    groups = _groups(context, selection, path)
+    if not groups and not selection.tensors:
+        raise InvalidSpec(f"{path}.tensors", "at least one name or glob is needed")
+    granularity = _granularity(selection, path)
+    decoded = Selection(
+        path=path,
+        tensors=tuple(selection.tensors),
+        importance=IMPORTANCES[chosen(selection, "importance", path)](selection, granularity, path),
+        granularity=granularity,
+        scope=_one_of(SCOPES, selection, "scope", path),
+        amount=_amount(context, selection, path),
+        scores=dict(context.each(selection.importance_scores.items())),
+        scales=dict(context.each(selection.scales.items())),
+        of_all=selection.of_all,
+        groups=groups,
+        combination=_one_of(COMBINATIONS, selection, "combination", path),
+        normalization=_one_of(NORMALIZATIONS, selection, "normalization", path),
+        allocation=_one_of(ALLOCATIONS, selection, "allocation", path),
+        guard_rails=decode_rails(context, selection.guard_rails, f"{path}.guard_rails"),
+    )
+    _check_together(decoded)
+    return decoded
+
+
+def _check_together(rule: Selection) -> None:
+    """Refuses choices that do not go together."""
+    is_random = not rule.importance.is_measured
+    is_share = isinstance(rule.amount, float | int)
+    is_table = isinstance(rule.amount, Table)
+    is_bytes = isinstance(rule.amount, Budget) and rule.amount.per_unit is None
+    refused = {
+        "importance_scores": (is_random and rule.scores, "random importance takes no scores"),
+        "scales": (
+            rule.scales and (is_random or rule.groups),
+            "neither random importance nor groups take any",
+        ),
+        "normalization": (is_random and rule.normalization, "random importance has none"),
+        "threshold": (
+            is_random and isinstance(rule.amount, Threshold),
+            "random importance has no threshold",
+        ),
+        "allocation": (
+            rule.allocation != "rank" and (not is_share or rule.scope in ("row", "tensor")),
+            "divides a fraction or a count among tensors that are ranked together",
+        ),
+        "table": (
+            is_table and rule.scope not in ("row", "tensor"),
+            "SCOPE_PER_TENSOR or SCOPE_PER_ROW only",
+        ),
+        "scope": (
+            rule.scope == "row" and (rule.granularity is None or not (is_share or is_table)),
+            "rows of units take a fraction or a count of each row, and groups have no rows",
+        ),
+        "guard_rails.rails": (
+            rule.scope == "row" and rule.guard_rails.rails,
+            "bound what is ranked together, and each row is ranked by itself",
+        ),
+        "bytes": (is_bytes and rule.granularity is None, "groups have units of several sizes"),
+        "of_all": (rule.of_all and not is_share and not is_table, "no count"),
+    }
+    for field, (is_wrong, why) in refused.items():
+        if is_wrong:
+            raise InvalidSpec(f"{rule.path}.{field}", why)
+    if rule.allocation == "erk" and rule.groups:
+        raise InvalidSpec(f"{rule.path}.allocation", "groups have no dimensions for ERK")
+    if rule.allocation == "lamp" and is_random:
+        raise InvalidSpec(f"{rule.path}.allocation", "random importance has no LAMP")
+
+
+def _one_of(choices: dict[int, Choice], selection: pb.Selection, field: str, path: str) -> Choice:
+    value = getattr(selection, field)
+    if value not in choices:
+        raise InvalidSpec(f"{path}.{field}", f"{value} is no {field}")
+    return choices[value]
+
+
+def _granularity(selection: pb.Selection, path: str) -> Granularity | None:
+    """None for groups."""
+    if selection.granularity == pb.GRANULARITY_GROUP:
+        return None
+    decode = GRANULARITIES.get(selection.granularity)
+    if decode is None:
+        raise InvalidSpec(f"{path}.granularity", f"{selection.granularity} is not a granularity")
+    return decode(selection, path)
+
+
+def _groups(context: RequestContext, selection: pb.Selection, path: str) -> tuple[Group, ...]:
+    is_grouped = selection.granularity == pb.GRANULARITY_GROUP
+    if is_grouped != bool(selection.groups):
+        why = "at least one group is needed" if is_grouped else "are for GRANULARITY_GROUP"
+        raise InvalidSpec(f"{path}.groups", why)
+    if is_grouped and selection.tensors:
+        raise InvalidSpec(f"{path}.tensors", "the groups name their tensors")
+    check_length(f"{path}.groups", selection.groups, MOST_GROUPS, "groups")
+    members = sum(len(group.members) for group in context.each(selection.groups))
+    if members > MOST_MEMBERS:
+        raise InvalidSpec(
+            f"{path}.groups",
+            f"{members} members in all groups are more than {MOST_MEMBERS}; split the rule",
+        )
+    groups = tuple(
+        _group(context, group, index, f"{path}.groups[{index}]")
+        for index, group in enumerate(selection.groups)
+    )
+    names = [group.name for group in groups]
+    seen: set[str] = set()
+    for index, name in enumerate(names):
+        if name in seen:
+            raise InvalidSpec(f"{path}.groups[{index}].name", f"{quote(name)} is there twice")
+        seen.add(name)
+    return groups
+
+
+def _group(context: RequestContext, group: pb.Group, index: int, path: str) -> Group:
+    if not group.members:
+        raise InvalidSpec(f"{path}.members", "at least one member is needed")
+    if all(member.unscored for member in context.each(group.members)):
+        raise InvalidSpec(f"{path}.members", "at least one must be scored")
+    members = tuple(
+        _member(context, member, f"{path}.members[{place}]")
+        for place, member in enumerate(context.each(group.members))
+    )
+    return Group(group.name or f"groups[{index}]", members)
+
+
+def _member(context: RequestContext, member: pb.Member, path: str) -> Member:
+    if member.indices and (member.offset or member.stride):
+        raise InvalidSpec(f"{path}.indices", "take the place of offset and stride")
+    return Member(
+        path=path,
+        tensor=member.tensor,
+        dim=member.dim,
+        offset=member.offset,
+        stride=member.stride or 1,
+        units=member.units,
+        indices=_indices(context, member.indices),
+        is_scored=not member.unscored,
+    )
+
+
+def _indices(context: RequestContext, indices: Sequence[int]) -> Sequence[int]:
+    """The same numbers, as uint64 in one block: no object for each is kept."""
+    if not indices:
+        return ()
+    found = array("Q")
+    for begin in context.each(range(0, len(indices), INDICES_AT_ONCE)):
+        found.extend(indices[begin : begin + INDICES_AT_ONCE])
+    return found
+
+
+def _amount(context: RequestContext, selection: pb.Selection, path: str) -> Amount:
+    amount = chosen(selection, "amount", path)
+    if amount == "fraction":
+        return fraction_of(selection.fraction, f"{path}.fraction")
+    if amount == "threshold":
+        if math.isnan(selection.threshold):
+            raise AmountOutOfRange(f"{path}.threshold", "NaN is no threshold")
+        return Threshold(selection.threshold)
+    if amount == "bytes":
+        return Budget(selection.bytes)
+    if amount == "macs":
+        return _macs(context, selection.macs, f"{path}.macs")
+    if amount == "table":
+        return _table(context, selection.table, f"{path}.table.entries")
+    return int(selection.count)
+
+
+def _macs(context: RequestContext, macs: pb.Macs, path: str) -> Budget:
+    if not macs.target >= 0:
+        raise AmountOutOfRange(f"{path}.target", f"{macs.target} is no number of operations")
+    for name, cost in context.each(macs.per_unit.items()):
+        if not 0 < cost <= MOST_OPERATIONS:
+            raise AmountOutOfRange(
+                f"{path}.per_unit[{quote(name)}]", f"{cost} is not in (0, {MOST_OPERATIONS:g}]"
+            )
+    return Budget(macs.target, dict(context.each(macs.per_unit.items())))
+
+
+def _table(context: RequestContext, table: pb.Table, path: str) -> Table:
+    if not table.entries:
+        raise InvalidSpec(path, "at least one entry is needed")
+    check_length(path, table.entries, MOST_ENTRIES, "entries")
+    fractions: dict[str, float] = {}
+    for index, entry in enumerate(context.each(table.entries)):
+        if entry.tensors in fractions:
+            raise InvalidSpec(f"{path}[{index}].tensors", f"{quote(entry.tensors)} is there twice")
+        fractions[entry.tensors] = fraction_of(entry.fraction, f"{path}[{index}].fraction")
+    return Table(fractions)

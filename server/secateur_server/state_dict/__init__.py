@@ -1,0 +1,1 @@
+"""Tensors by their names: pairs, dtypes, globs, and the sources that they come from."""

@@ -1,0 +1,200 @@
+"""Which tensors there are, and which of them a request means; known before their data is here."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cached_property
+
+import torch
+
+from secateur_server.backends.dtypes import PRUNABLE
+from secateur_server.errors import (
+    InvalidPair,
+    NotPrunable,
+    UnknownTensor,
+    quote,
+)
+from secateur_server.runtime.context import RequestContext
+from secateur_server.state_dict.globs import is_glob, matches
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the file. dtype: None where torch has none for what the file `calls` it."""
+
+    calls: str
+    dtype: torch.dtype | None
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """The tensors of a state_dict.
+
+    stored: what the model has.  extras: tensors with scores and masks, which are no part of it.
+    prunable: the shapes of what can be pruned, a pair as one, in the
+    file's order.  floating: those of them that globs mean, which are no integers.
+    pairs: those of them that arrived as (X_orig, X_mask); of tied ones every name's mask may be
+    there, and they hold together.
+    other_names: from each other name of a tied tensor to its name here. A request may use either.
+    """
+
+    stored: Mapping[str, Stored]
+    extras: Mapping[str, Stored]
+    prunable: dict[str, Shape]
+    floating: list[str]
+    pairs: dict[str, tuple[str, ...]]
+    other_names: Mapping[str, str] = field(default_factory=dict)
+
+    def name_of(self, name: str) -> str:
+        """The tensor's name here, of any of its names; an unknown name as it is."""
+        return self.other_names.get(name, name)
+
+    def all_names(self, names: Sequence[str]) -> dict[str, str]:
+        """From every name of some tensors to their names here."""
+        known = {name: name for name in names}
+        tied = {other: name for other, name in self.other_names.items() if name in known}
+        return known | tied
+
+    def in_order(self, names: Iterable[str]) -> list[str]:
+        """Prunable tensors in the order of the file."""
+        return sorted(names, key=self._places.__getitem__)
+
+    @cached_property
+    def names_of_prunable(self) -> Mapping[str, str]:
+        """From every name of a prunable tensor to its name here."""
+        return self.all_names(list(self.prunable))
+
+    @cached_property
+    def names_of_floating(self) -> Mapping[str, str]:
+        """From every name of a tensor that globs mean to its name here."""
+        return self.all_names(self.floating)
+
+    @cached_property
+    def _places(self) -> Mapping[str, int]:
+        return {name: place for place, name in enumerate(self.prunable)}
+
+
+def read_catalog(
+    stored: Mapping[str, Stored],
+    extras: Mapping[str, Stored],
+    other_names: Mapping[str, str] | None = None,
+    other_masks: Mapping[str, Sequence[str]] | None = None,
+) -> Catalog:
+    """Finds the pairs that torch.nn.utils.prune writes, and what can be pruned.
+
+    other_names: as Catalog.other_names.  other_masks: by a tied tensor's name, the masks that are
+    stored under its other names.  Errors: InvalidPair.
+    """
+    pairs: dict[str, tuple[str, ...]] = {}
+    for name in stored:
+        base, dtype = name.removesuffix("_orig"), stored[name].dtype
+        mask = f"{base}_mask"
+        if base != name and mask in stored and dtype in PRUNABLE:
+            try:
+                _check_pair(base, stored)
+            except InvalidPair:
+                if dtype.is_floating_point:  # integers have such names for other reasons, too
+                    raise
+            else:
+                pairs[base] = (name, mask)
+    for name, masks in (other_masks or {}).items():
+        pair = (*pairs.get(name, (name,)), *masks)
+        if pair[0] in stored and stored[pair[0]].dtype in PRUNABLE:
+            for mask in masks:
+                _check_mask(mask, pair[0], stored)
+            pairs[name] = pair
+    whole = {pair[0]: base for base, pair in pairs.items()}
+    of_pairs = {mask for _, *masks in pairs.values() for mask in masks}
+    prunable = {
+        whole.get(name, name): stored[name].shape
+        for name in stored
+        if stored[name].dtype in PRUNABLE and name not in of_pairs
+    }
+    origs = {name: pairs.get(name, (name,))[0] for name in prunable}
+    floating = [name for name, orig in origs.items() if _is_floating(stored[orig])]
+    known = {other: name for other, name in (other_names or {}).items() if name in prunable}
+    return Catalog(stored, extras, prunable, floating, pairs, known)
+
+
+def _is_floating(tensor: Stored) -> bool:
+    return tensor.dtype is not None and tensor.dtype.is_floating_point
+
+
+def _check_pair(base: str, stored: Mapping[str, Stored]) -> None:
+    """Errors: InvalidPair, where X_orig and X_mask are not a pair."""
+    mask = f"{base}_mask"
+    if base == "__metadata__":  # in a safetensors file that is no tensor
+        raise InvalidPair(f"data[{quote(mask)}]", "is half of a pair whose name no tensor can have")
+    if base in stored:
+        raise InvalidPair(f"data[{quote(base)}]", "is there beside its pair of _orig and _mask")
+    _check_mask(mask, f"{base}_orig", stored)
+
+
+def _check_mask(name: str, orig: str, stored: Mapping[str, Stored]) -> None:
+    """Errors: InvalidPair, where a mask does not fit its weight."""
+    mask, shape, field = stored[name], stored[orig].shape, f"data[{quote(name)}]"
+    if mask.shape != shape:
+        raise InvalidPair(field, f"has shape {list(mask.shape)}, its _orig has {list(shape)}")
+    if mask.dtype is None:
+        raise InvalidPair(field, f"has dtype {mask.calls}, which no mask has")
+
+
+def match(
+    context: RequestContext, field: str, patterns: Sequence[str], catalog: Catalog
+) -> list[str]:
+    """The prunable tensors that any of `patterns` means, in their order.
+
+    A name means a tensor of any dtype that can be pruned, a glob floating ones.
+    field: the path of the field with the patterns.  Errors: UnknownTensor, NotPrunable.
+    """
+    found = matches(context, field, patterns, catalog.names_of_prunable, catalog.names_of_floating)
+    if found.unmatched is not None:
+        index = found.unmatched
+        raise unmatched(context, f"{field}[{index}]", patterns[index], catalog)
+    return catalog.in_order(found.first)
+
+
+def unmatched(
+    context: RequestContext, field: str, name: str, catalog: Catalog
+) -> NotPrunable | UnknownTensor:
+    """The error that says why a name means nothing that can be pruned."""
+    if name in {**catalog.stored, **catalog.extras} and name not in catalog.pairs:
+        return NotPrunable(field, f"{quote(name)} cannot be pruned: {_nature(name, catalog)}")
+    candidates = catalog.floating if is_glob(name) else list(catalog.prunable)
+    advice = _integers(context, field, name, catalog) or _nearest(name, candidates)
+    return UnknownTensor(field, f"{quote(name)} matches no floating tensor; {advice}")
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    """The names that are most like `name`, else the first ones."""
+    if not names:
+        return "there is none"
+    some = [known for known in names[:1000] if len(known) <= 80]  # comparing takes long
+    if close := get_close_matches(name[:80], some, n=3, cutoff=0.4):
+        return f"nearest: {', '.join(map(quote, close))}"
+    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+    return f"there are: {', '.join(map(quote, names[:3]))}{more}"
+
+
+def _integers(context: RequestContext, field: str, glob: str, catalog: Catalog) -> str | None:
+    """What to do about a glob that matches integers; None where it matches none."""
+    found = catalog.in_order(matches(context, field, [glob], catalog.names_of_prunable).first)
+    if not found:
+        return None
+    orig = catalog.pairs.get(found[0], found)[0]
+    more = f" (and {len(found) - 1:,} more)" if len(found) > 1 else ""
+    return (
+        f"{quote(found[0])}{more} is {catalog.stored[orig].calls}: a tensor of integers must be "
+        "named exactly"
+    )
+
+
+def _nature(name: str, catalog: Catalog) -> str:
+    if any(name in pair for pair in catalog.pairs.values()):
+        return f"it is half of the pair of {quote(name.rsplit('_', 1)[0])}"
+    if name in catalog.extras:
+        return "it holds scores or a mask"
+    return f"its dtype is {catalog.stored[name].calls}"

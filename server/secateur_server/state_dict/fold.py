@@ -1,0 +1,37 @@
+"""Weights with their masks applied."""
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from secateur_server.backends import passes_of, spans
+from secateur_server.runtime.context import RequestContext
+from secateur_server.state_dict.parameter import Parameter
+
+
+def folded(parameter: Parameter) -> Iterator[Tensor]:
+    """As `fold`, in parts that are copies: the weight stays."""
+    values, mask = parameter.weight.reshape(-1), parameter.mask
+    assert mask is not None, "what is folded has a mask"
+    passes = passes_of(values.device)
+    for begin, end in spans(values.numel(), passes.piece):
+        part = values[begin:end].clone()
+        passes.fold(part, mask.part(begin, end))
+        yield part
+
+
+def fold(context: RequestContext, parameter: Parameter) -> None:
+    """Sets what is pruned to zero in the weight itself, as torch.nn.utils.prune.remove leaves it.
+
+    A zero keeps its element's sign, as weight * mask does: -0.5 becomes -0.0. An infinity or a
+    NaN that is pruned becomes zero too, where torch's product is NaN.
+    """
+    values, mask = parameter.weight.view(-1), parameter.mask
+    if mask is None:
+        return
+    passes = passes_of(values.device)
+
+    def fold_piece(span: tuple[int, int]) -> None:
+        passes.fold(values[slice(*span)], mask.part(*span))
+
+    passes.map(context, fold_piece, spans(values.numel(), passes.piece))

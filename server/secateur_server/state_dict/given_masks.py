@@ -1,0 +1,30 @@
+"""Masks as callers give them: 0 and 1."""
+
+import torch
+from torch import Tensor
+
+from secateur_server.backends.masks import Mask, mask_of
+from secateur_server.runtime.context import RequestContext
+
+
+def to_mask(context: RequestContext, values: Tensor, error: type[Exception], field: str) -> Mask:
+    """A mask of 0 and 1.
+
+    error: what to raise, with the field and a message, for any other value.
+    """
+    shape = values.shape
+    values = values.reshape(-1)
+    if values.dtype == torch.bool:  # torch takes any byte for one
+        values = values.view(torch.uint8)
+
+    def flags(begin: int, end: int) -> Tensor:
+        part = values[begin:end]
+        kept = part != 0
+        other = kept & (part != 1)
+        if bool(other.any()):
+            at = begin + int(other.nonzero()[0])
+            index = [int(place) for place in torch.unravel_index(torch.tensor(at), shape)]
+            raise error(field, f"is {values[at].item()} at {index}; a mask is 0 or 1")
+        return kept
+
+    return mask_of(context, flags, len(values), values.device)

@@ -1,0 +1,26 @@
+"""A tensor that can be pruned, with its mask."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from secateur_server.backends.looks import Seen
+from secateur_server.backends.masks import Mask
+
+
+class Parameter(NamedTuple):
+    """A tensor that can be pruned.
+
+    weight: of a dtype of backends.dtypes.PRUNABLE; only fold writes to it.
+    mask: of its elements; None where the tensor was never pruned.
+    seen: what a first look at its elements told, where there was one.
+    """
+
+    weight: Tensor
+    mask: Mask | None = None
+    seen: Seen | None = None
+
+    @property
+    def is_nonzero(self) -> bool:
+        """Whether it is known that no element of the weight itself is zero."""
+        return self.seen is not None and not self.seen.zeros

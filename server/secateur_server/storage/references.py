@@ -1,0 +1,97 @@
+"""Reference counts of files, by their digests."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Protocol
+
+from secateur_server.storage.blobs import disk_bytes
+from secateur_server.storage.records import StoredFile
+
+
+class References:
+    """Files by digest, each with the number of its users. The store's lock guards it.
+
+    Attributes:
+        bytes: What the files take on disk, each once.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._counts = Counter[str]()
+        self._sizes: dict[str, int] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._sizes)
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._sizes
+
+    def has(self, digest: str, size: int) -> bool:
+        """Whether a file of this digest and size has a user."""
+        return self._sizes.get(digest) == size
+
+    def count(self, digest: str) -> int:
+        """The number of users of a file."""
+        return self._counts[digest]
+
+    def acquire(self, files: Iterable[StoredFile]) -> None:
+        """Adds a user to each file."""
+        for file in files:
+            self._counts[file.blake3] += 1
+            if file.blake3 not in self._sizes:
+                self._sizes[file.blake3] = file.size
+                self.bytes += disk_bytes(file.size)
+
+    def release(self, files: Iterable[StoredFile]) -> list[StoredFile]:
+        """Removes a user of each file.
+
+        Returns:
+            The files that have no user left.
+        """
+        unused = []
+        for file in files:
+            self._counts[file.blake3] -= 1
+            if not self._counts[file.blake3]:
+                del self._counts[file.blake3]
+                self.bytes -= disk_bytes(self._sizes.pop(file.blake3))
+                unused.append(file)
+        return unused
+
+
+class User(Protocol):
+    """What uses files: a checkpoint or an upload."""
+
+    @property
+    def own_bytes(self) -> int:
+        """What it takes on disk beside its files."""
+
+    def files(self) -> list[StoredFile]:
+        """The files that it uses; one may occur twice."""
+
+
+class Release:
+    """References that would be released.
+
+    Attributes:
+        freed: Bytes on disk that this frees.
+    """
+
+    def __init__(self, references: References) -> None:
+        self.freed = 0
+        self._references = references
+        self._released = Counter[str]()
+
+    def frees(self, user: User) -> int:
+        """Bytes that the release of one more user frees."""
+        files = {file.blake3: file.size for file in user.files()}
+        counts = Counter(file.blake3 for file in user.files())
+        return user.own_bytes + sum(
+            disk_bytes(files[digest])
+            for digest, count in counts.items()
+            if self._released[digest] + count == self._references.count(digest)
+        )
+
+    def add(self, user: User) -> None:
+        """Releases one more user."""
+        self.freed += self.frees(user)
+        self._released.update(file.blake3 for file in user.files())

@@ -1,0 +1,130 @@
+"""Removal of checkpoints: from the index first, then from the disk, where the store's lock is free.
+
+A checkpoint whose record the disk does not remove is put back into the index: the next start would
+find it, so it is listed, readable and counted until then.
+"""
+
+from collections.abc import Collection, Iterable
+from contextlib import suppress
+from itertools import groupby
+from pathlib import Path
+from threading import Condition
+
+from secateur_server.errors import RequestError, StoreFailed
+from secateur_server.runtime.disk import disk_errors
+from secateur_server.storage.folders import FolderLock
+from secateur_server.storage.holdings import Entry, Holdings
+from secateur_server.storage.records import (
+    record_path,
+    remove_records,
+    write_record,
+)
+from secateur_server.storage.shelf import Shelf, Trash
+
+_ADVICE = "retry when the operator has repaired it"
+
+
+class Removal:
+    """Removes checkpoints of a store.
+
+    Args:
+        folder: Of all records.
+        lock: The store's.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        shelf: Shelf,
+        holdings: Holdings,
+        folder_lock: FolderLock,
+        lock: Condition,
+    ) -> None:
+        self._folder, self._shelf, self._holdings = folder, shelf, holdings
+        self._folder_lock, self._lock = folder_lock, lock
+
+    def count(self, entry: Entry) -> None:
+        """Counts a checkpoint, and keeps its blobs. The caller has the lock."""
+        self._shelf.acquire(entry.files())
+        self._holdings.count(entry.owner, entry.own_bytes)
+        self._holdings.acquire(entry.owner, entry.files())
+
+    def drop(self, entry: Entry, trash: Trash) -> None:
+        """Takes a checkpoint out of the index. The caller has the lock, and must `finish`."""
+        self._holdings.remove(entry)
+        trash.entries.append(entry)
+        self.forget(entry, trash)
+
+    def forget(self, entry: Entry, trash: Trash) -> None:
+        """Takes back `count`. The caller has the lock, and must `finish`."""
+        trash.blobs += self._shelf.release(entry.files())
+        self._holdings.release(entry.owner, entry.files())
+        self._holdings.count(entry.owner, -entry.own_bytes)
+
+    def finish(self, trash: Trash) -> None:
+        """Removes files from the disk. The caller must not have the lock.
+
+        Args:
+            trash: Afterwards `entries` are the checkpoints that have been removed.
+
+        Raises:
+            StoreFailed, StoreFull: The disk did not remove the records of some checkpoints. These
+                are in the index again; all others have been removed.
+        """
+        failed = self._remove_records(trash.entries)
+        if failed:
+            self._restore(failed, trash)
+        self._shelf.remove(trash)
+        _raise_first(failed.values())
+
+    def remove_unreadable(self, owner: str, ident: str) -> None:
+        """Removes a record that cannot be read.
+
+        Raises:
+            StoreFailed, StoreFull: The disk did not remove it.
+        """
+        _raise_first(self._remove_from(owner, [ident]).values())
+
+    def _remove_records(self, entries: list[Entry]) -> dict[Entry, Exception]:
+        failed: dict[Entry, Exception] = {}
+        for owner, group in groupby(sorted(entries, key=_owner), _owner):
+            by_id = {entry.record.id: entry for entry in group}
+            errors = self._remove_from(owner, list(by_id))
+            failed |= {by_id[ident]: error for ident, error in errors.items()}
+        return failed
+
+    def _remove_from(self, owner: str, idents: list[str]) -> dict[str, Exception]:
+        try:
+            self._folder_lock.check()
+        except StoreFailed as error:
+            return dict.fromkeys(idents, error)
+        return {**remove_records(self._folder / owner, idents)}
+
+    def _restore(self, failed: Collection[Entry], trash: Trash) -> None:
+        trash.entries = [entry for entry in trash.entries if entry not in failed]
+        for entry in failed:
+            self._rewrite(entry)
+        with self._lock:
+            for entry in failed:
+                self.count(entry)
+            for owner, entries in groupby(failed, _owner):
+                self._holdings.opened(owner).restore(entries)
+            self._shelf.rescue(trash)
+
+    def _rewrite(self, entry: Entry) -> None:
+        """Writes a record again if it was removed, and only the sync failed."""
+        folder = self._folder / entry.owner
+        path = record_path(folder, entry.record.id)
+        if self._folder_lock.is_in_place and not path.exists():
+            with suppress(RequestError, OSError):  # a disk that does not write either
+                write_record(folder, entry.record)
+
+
+def _owner(entry: Entry) -> str:
+    return entry.owner
+
+
+def _raise_first(errors: Iterable[Exception]) -> None:
+    for error in errors:
+        with disk_errors(_ADVICE):
+            raise error
