@@ -119,11 +119,12 @@ def _prune(options: argparse.Namespace) -> None:
         if path and options.output != "masks":
             _check_holds(path, source)
         spec = spec_of(options, client, source)
+        place, path, uri = _placed(options, source, path, uri)
         output = options.output if uri or (path and not source.is_here) else "masks"
         if options.out is None:
             output = "none"
         result = client.prune(
-            source,
+            place,
             spec,
             output,
             _progress(options),
@@ -196,7 +197,8 @@ def _finalize(options: argparse.Namespace) -> None:
         source = source_of(client, options)
         if path:
             _check_holds(path, source)
-        final = client.finalize(source, options.tensors, _progress(options), uri)
+        place, path, uri = _placed(options, source, path, uri)
+        final = client.finalize(place, options.tensors, _progress(options), uri)
         if path:
             final.save(path)
     _show(final.report, options, {})
@@ -217,6 +219,23 @@ def _client(options: argparse.Namespace) -> AbstractContextManager[Client]:
                 "use a local copy of the file"
             )
     return embedded(timeout=options.timeout)
+
+
+def _placed(
+    options: argparse.Namespace, source: Source, path: Path | None, uri: str | None
+) -> tuple[Source | str, Path | None, str | None]:
+    """The source, and the path or URI of the result, as the call has them.
+
+    An embedded server reads and writes single .safetensors files itself: nothing is copied through
+    a connection.
+    """
+    model = Path(options.model)
+    is_embedded = not options.server and getattr(options, "output", "dense") != "masks"
+    if path is None or not is_embedded or not model.is_file() or path.is_dir():
+        return source, path, uri
+    if {model.suffix, path.suffix} != {".safetensors"}:
+        return source, path, uri
+    return model.absolute().as_uri(), None, path.absolute().as_uri()
 
 
 def _check_holds(path: Path, source: Source) -> None:
