@@ -81,6 +81,27 @@ def start_command(*options: str) -> RunningServer:
     return started(process, log)
 
 
+def run_server(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A forked server that is expected to end by itself, and what it wrote to stderr."""
+    log = new_log()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        process = ForkedProcess([*options], log)
+    return subprocess.CompletedProcess(options, process.wait(), stderr=log.read_text())
+
+
+def run_command(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command secateur-server, expected to end by itself, and all that it wrote."""
+    return subprocess.run(
+        [sys.executable, "-m", "secateur_server", *options],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env={**os.environ, **environment},
+    )
+
+
 def new_log() -> Path:
     """An empty file, alone in its folder."""
     log = Path(tempfile.mkdtemp(prefix="secateur-test-")) / "log"

@@ -1,13 +1,10 @@
 """Starting, health, reflection, and ending of a real server."""
 
 import ctypes
-import os
 import platform
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +31,7 @@ from tests.conftest import (
     RunningServer,
     eventually,
     inner_server,
+    run_server,
     start_command,
     start_server,
     stop_server,
@@ -43,17 +41,6 @@ from tests.operate.test_metrics import sample
 
 SERVICE = "secateur.v1.Pruner"
 MIB = 1 << 20
-
-
-def run_server(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A server that is expected to end by itself."""
-    return subprocess.run(
-        [sys.executable, "-m", "secateur_server", *options],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, **environment},
-    )
 
 
 @pytest.mark.parametrize("service", ["", SERVICE, "secateur.v1.Checkpoints", "liveness"])
@@ -77,7 +64,7 @@ def test_reflection_shows_the_service_and_its_messages(channel: grpc.Channel) ->
 
 
 def test_sigterm_lets_a_running_request_end_and_takes_no_new_one() -> None:
-    server = start_command("--drain-timeout", "300")
+    server = start_server("--drain-timeout", "300")
     file = file_header([("w", "F32", (2,))]) + np.array([0, 1], np.float32).tobytes()
     rest = threading.Event()
 
