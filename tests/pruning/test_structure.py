@@ -14,7 +14,7 @@ from secateur_proto import report_pb2 as pb
 from secateur_server.api.convert.tables import encode_choice
 from secateur_server.backends import kernels
 from secateur_server.backends.looks import Seen
-from secateur_server.backends.passes import Passes
+from secateur_server.backends.protocol import Backend
 from secateur_server.cut.choice import Bound, Choice
 from secateur_server.report.measure import measure
 from secateur_server.runtime.context import RequestContext
@@ -94,7 +94,7 @@ def test_structure_is_that_of_every_group_and_block(
     weight, kept = drawn
     zero = weight == 0 if kept is None else (weight == 0) | ~kept
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Passes, "piece", piece)
+        patch.setattr(Backend, "piece", piece)
         patch.setattr(kernels, "enabled", is_compiled)
         assert measured(weight, kept) == (patterns_of(zero), blocks_of(zero))
 

@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 
 from secateur_server.backends import kernels
-from secateur_server.backends.cpu import Compiled, Cpu
-from secateur_server.backends.cuda import Cuda
-from secateur_server.backends.mapping import room_on_disk
-from secateur_server.backends.passes import Passes
+from secateur_server.backends.cuda_backend import CudaBackend
+from secateur_server.backends.mapping import allocate_on_disk
+from secateur_server.backends.numba_backend import CpuBackend, NumbaBackend
+from secateur_server.backends.protocol import Backend
 from secateur_server.runtime.context import RequestContext
 
 Span = tuple[int, int]
 
-_CPU, _COMPILED = Cpu(torch.device("cpu")), Compiled(torch.device("cpu"))
+_CPU, _COMPILED = CpuBackend(torch.device("cpu")), NumbaBackend(torch.device("cpu"))
 
 
-def passes_of(device: torch.device) -> Passes:
+def backend_for(device: torch.device) -> Backend:
     """The passes of a device."""
     if device.type == "cuda":
         return _kind_of(device)(device)
@@ -25,24 +25,26 @@ def passes_of(device: torch.device) -> Passes:
 
 
 @cache
-def _kind_of(device: torch.device) -> type[Passes]:
+def _kind_of(device: torch.device) -> type[Backend]:
     try:
-        from secateur_server.backends.fused import passes_on  # Triton, which takes 0.2 s to import
+        from secateur_server.backends.triton_backend import (
+            triton_or_torch,  # Triton, which takes 0.2 s to import
+        )
     except ImportError:
-        return Cuda
-    return passes_on(device)
+        return CudaBackend
+    return triton_or_torch(device)
 
 
 # What takes more than this share of a call's memory to work in lies on disk: some are held at once.
 _ON_DISK_SHARE = 8
 
 
-def room_to_work(context: RequestContext, size: int, passes: Passes) -> Tensor:
+def allocate(context: RequestContext, size: int, backend: Backend) -> Tensor:
     """Memory for what a request makes beside its model, uint8, flat.  Errors: StoreFull."""
     is_large = context.work_memory is not None and size > context.work_memory // _ON_DISK_SHARE
-    if context.scratch is not None and is_large and passes.device.type == "cpu":
-        return room_on_disk(context.scratch, size)
-    return passes.room(size)
+    if context.scratch is not None and is_large and backend.device.type == "cpu":
+        return allocate_on_disk(context.scratch, size)
+    return backend.allocate(size)
 
 
 def spans(count: int, size: int) -> list[Span]:

@@ -13,9 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from secateur_server.backends import kernels, kernels_many, passes_of
+from secateur_server.backends import backend_for, kernels, kernels_many
 from secateur_server.backends.keys import BITS
-from secateur_server.backends.passes import Layout, Piece
+from secateur_server.backends.protocol import Layout, Piece
 from secateur_server.backends.randomness import RandomScores, random_keys
 from secateur_server.runtime.context import RequestContext
 
@@ -40,14 +40,14 @@ class Batch:
     Attributes:
         bits: The integers that have the bits of their scores, or random ones; 1-D.
         dtype: What the scores are compared as.
-        alive: uint8: a bit for each unit, 0 is pruned already.
+        unpruned: uint8: a bit for each unit, 0 is pruned already.
         begins: Where each tensor begins in `bits`, a multiple of 8.
         units: Of each tensor.
     """
 
     bits: Tensor
     dtype: torch.dtype
-    alive: Tensor
+    unpruned: Tensor
     begins: Ints
     units: Ints
 
@@ -77,7 +77,7 @@ def batched(sizes: Sequence[int]) -> Iterator[slice]:
 def side_by_side(
     scores: Sequence[Tensor | RandomScores],
     units: Sequence[int],
-    alive: Sequence[Tensor | None],
+    unpruned: Sequence[Tensor | None],
     dtype: torch.dtype,
 ) -> Batch:
     """A batch.
@@ -85,7 +85,7 @@ def side_by_side(
     Args:
         scores: Of each tensor, 1-D, with a unit or more.
         units: Of each tensor.
-        alive: Of each tensor bits; None is all alive.
+        unpruned: Of each tensor bits; None: nothing of it is pruned.
         dtype: As of score_dtype.
     """
     sizes = np.array(units, np.int64)
@@ -93,7 +93,7 @@ def side_by_side(
     begins = ends - (sizes + 7) // 8 * 8
     parts = [_bits(of, count, dtype) for of, count in zip(scores, units, strict=True)]
     bits = padded(parts, units).view(BITS[dtype])
-    return Batch(bits, dtype, bits_of(alive, units), begins, sizes)
+    return Batch(bits, dtype, bits_of(unpruned, units), begins, sizes)
 
 
 def _bits(scores: Tensor | RandomScores, units: int, dtype: torch.dtype) -> Tensor:
@@ -145,7 +145,7 @@ def cut_each(
         The bits of what stays; and of each tensor the key of the cut, how many units at it are
         pruned, and of how many: -1, 0, 0 where none is.
     """
-    kept, cuts = torch.empty_like(batch.alive), np.empty((len(counts), 3), np.int64)
+    kept, cuts = torch.empty_like(batch.unpruned), np.empty((len(counts), 3), np.int64)
 
     def cut(part: slice) -> None:
         if kernels.enabled:
@@ -153,12 +153,12 @@ def cut_each(
             bits: Any = batch.bits.numpy()
             largest = bits.dtype.type(np.iinfo(bits.dtype).max)
             into = kept.numpy(), cuts[part]
-            kernels_many.cut_each(bits, batch.alive.numpy(), largest, *of, *into)
+            kernels_many.cut_each(bits, batch.unpruned.numpy(), largest, *of, *into)
         else:
             for index in range(*part.indices(len(counts))):
                 cuts[index] = _cut(context, batch, index, int(counts[index]), kept)
 
-    passes_of(_CPU).map(context, cut, list(batch.spans()))
+    backend_for(_CPU).map(context, cut, list(batch.spans()))
     return kept, cuts
 
 
@@ -168,11 +168,11 @@ def _cut(
     begin, units = int(batch.begins[index]), int(batch.units[index])
     within = slice(begin // 8, (begin + units + 7) // 8)
     if not count:
-        kept[within] = batch.alive[within]
+        kept[within] = batch.unpruned[within]
         return -1, 0, 0
     scores = batch.bits[begin : begin + units].view(batch.dtype)
-    piece = Piece(units, scores, batch.dtype, batch.alive[within])
-    cut = passes_of(_CPU).cut_few(context, [piece], count, [kept[within]])
+    piece = Piece(units, scores, batch.dtype, batch.unpruned[within])
+    cut = backend_for(_CPU).cut_few(context, [piece], count, [kept[within]])
     return cut.key, cut.ties, cut.equal
 
 
@@ -225,17 +225,17 @@ def layout_each(
                 _look(bits, int(begins[index]), shapes[index], found, index, int(ends[index]))
 
     parts = [slice(begin, begin + CHECKED) for begin in range(0, len(shapes), CHECKED)]
-    passes_of(_CPU).map(context, look, parts)
+    backend_for(_CPU).map(context, look, parts)
     return found
 
 
 def _look(
     bits: Tensor, begin: int, shape: Sequence[int], found: Layouts, index: int, end: int
 ) -> None:
-    passes, size = passes_of(_CPU), (int(np.prod(shape)) + 7) // 8
+    backend, size = backend_for(_CPU), (int(np.prod(shape)) + 7) // 8
     part = bits[begin // 8 : begin // 8 + size]
-    layout: Layout = passes.layout(part, shape)
-    found.ones[index] = passes.count_ones(part)
+    layout: Layout = backend.layout(part, shape)
+    found.ones[index] = backend.count_ones(part)
     found.nonzero_slices[end - len(shape) : end] = layout.nonzero_slices
     found.most_ones[index] = layout.most_ones
     if layout.nonzero_blocks:

@@ -65,9 +65,9 @@ def _compiled(function: F) -> F:
 
 
 @_compiled
-def is_alive(alive: Any, i: int) -> bool:
+def is_unpruned(unpruned: Any, i: int) -> bool:
     """Whether the unit `i` is."""
-    return alive is None or bool((alive[i >> 3] >> (i & 7)) & 1)
+    return unpruned is None or bool((unpruned[i >> 3] >> (i & 7)) & 1)
 
 
 @_compiled
@@ -82,28 +82,30 @@ def extremes(bits: Any, largest: int) -> tuple[int, int]:
 
 
 @_compiled
-def count_top_digits(bits: Any, alive: Any, largest: int, shift: int, counts: Any) -> None:
+def count_top_digits(bits: Any, unpruned: Any, largest: int, shift: int, counts: Any) -> None:
     """Adds to `counts` the digits at `shift`, the highest, of the keys."""
     for i in range(len(bits)):
-        if is_alive(alive, i):
+        if is_unpruned(unpruned, i):
             counts[(bits[i] & largest) >> shift] += 1
 
 
 @_compiled
-def count_digits(bits: Any, alive: Any, largest: int, prefix: int, shift: int, counts: Any) -> None:
+def count_digits(
+    bits: Any, unpruned: Any, largest: int, prefix: int, shift: int, counts: Any
+) -> None:
     """Adds to `counts` the digits at `shift` of the keys whose higher digits are `prefix`."""
     for i in range(len(bits)):
         key = bits[i] & largest
-        if key >> (shift + 16) == prefix and is_alive(alive, i):
+        if key >> (shift + 16) == prefix and is_unpruned(unpruned, i):
             counts[(key >> shift) & 0xFFFF] += 1
 
 
 @_compiled
-def sample(bits: Any, alive: Any, largest: int, index: Any, found: Any) -> int:
+def sample(bits: Any, unpruned: Any, largest: int, index: Any, found: Any) -> int:
     """Writes to `found` the keys that are alive at `index`, ascending.  Returns: how many."""
     count = 0
     for i in index:
-        if i < len(bits) and is_alive(alive, i):
+        if i < len(bits) and is_unpruned(unpruned, i):
             found[count] = bits[i] & largest
             count += 1
     return count
@@ -111,7 +113,7 @@ def sample(bits: Any, alive: Any, largest: int, index: Any, found: Any) -> int:
 
 @_compiled
 def split(
-    bits: Any, alive: Any, largest: int, low: int, high: int, kept: Any, found: Any, at: Any
+    bits: Any, unpruned: Any, largest: int, low: int, high: int, kept: Any, found: Any, at: Any
 ) -> int:
     """Writes to `kept` what is alive and at `high` or above, in bits.
 
@@ -130,7 +132,7 @@ def split(
             above[i] = key >= high
             within[i] = (key >= low) & (key < high)
         for j in range((len(block) + 7) // 8):
-            living = 0xFF if alive is None else alive[begin // 8 + j]
+            living = 0xFF if unpruned is None else unpruned[begin // 8 + j]
             # Eight flags of a byte each to eight bits: the product has them in its highest byte.
             eight = (above_by_8[j] * TO_BITS) >> np.uint64(56)
             kept[begin // 8 + j] = np.uint8(eight) & living
@@ -163,8 +165,8 @@ def split_many(
         if pieces[p, 1] == 0:
             within = split(bits, None, largest, low, high, *into)
         else:
-            alive = carray(_pointer(pieces[p, 1]), size, np.uint8)
-            within = split(bits, alive, largest, low, high, *into)
+            unpruned = carray(_pointer(pieces[p, 1]), size, np.uint8)
+            within = split(bits, unpruned, largest, low, high, *into)
         counts[p, 0] = count_ones(kept)
         counts[p, 1] = within
         count += within
@@ -203,7 +205,7 @@ def find_digit(counts: Any, place: int) -> tuple[int, int]:
 
 @_compiled
 def cut_few(
-    bits: Any, alive: Any, largest: int, place: int, kept: Any, found: Any, at: Any
+    bits: Any, unpruned: Any, largest: int, place: int, kept: Any, found: Any, at: Any
 ) -> tuple[int, int, int]:
     """Writes to `kept` what stays when the lowest `place` go, ties by their order.
 
@@ -214,14 +216,14 @@ def cut_few(
     counts = np.zeros(1 << width, np.int64)
     shift = 8 * bits.itemsize - 1 - width
     for i in range(len(bits)):
-        if is_alive(alive, i):
+        if is_unpruned(unpruned, i):
             counts[(bits[i] & largest) >> shift] += 1
     cut, place = find_digit(counts, place)
     equal = counts[cut]
     low, high = bits.dtype.type(cut << shift), bits.dtype.type(largest)
     if cut + 1 < 1 << width:  # else it is beyond the largest integer
         high = bits.dtype.type((cut + 1) << shift)
-    within = split(bits, alive, largest, low, high, kept, found, at)
+    within = split(bits, unpruned, largest, low, high, kept, found, at)
     while shift > 0:  # the digits of the cut above `shift` are known
         step = min(width, shift)
         counts[:] = 0

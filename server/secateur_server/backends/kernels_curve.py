@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from secateur_server.backends.kernels import _compiled, is_alive
+from secateur_server.backends.kernels import _compiled, is_unpruned
 
 
 @_compiled
 def count_many_digits(
     bits: Any,
-    alive: Any,
+    unpruned: Any,
     largest: int,
     wanted: Any,
     first: Any,
@@ -35,7 +35,7 @@ def count_many_digits(
     for i in range(len(bits)):
         key = bits.dtype.type(bits[i] & largest)
         row = first[key >> head]
-        if row >= 0 and is_alive(alive, i):
+        if row >= 0 and is_unpruned(unpruned, i):
             prefix = key >> (shift + width)
             while wanted[row] < prefix:
                 row += 1
@@ -44,11 +44,11 @@ def count_many_digits(
 
 
 @_compiled
-def count_below(bits: Any, alive: Any, largest: int, cut: int) -> tuple[int, int]:
+def count_below(bits: Any, unpruned: Any, largest: int, cut: int) -> tuple[int, int]:
     """How many keys are below the cut, and how many are the cut."""
     below, equal = 0, 0
     for i in range(len(bits)):
-        key, living = bits.dtype.type(bits[i] & largest), is_alive(alive, i)
+        key, living = bits.dtype.type(bits[i] & largest), is_unpruned(unpruned, i)
         below += (key < cut) & living
         equal += (key == cut) & living
     return below, equal
@@ -57,7 +57,7 @@ def count_below(bits: Any, alive: Any, largest: int, cut: int) -> tuple[int, int
 @_compiled
 def sum_squares(
     bits: Any,
-    alive: Any,
+    unpruned: Any,
     largest: int,
     values: Any,
     wanted: Any,
@@ -72,7 +72,7 @@ def sum_squares(
     sums: at 2j of what has a key between cut j - 1 and cut j, at 2j + 1 of what is at cut j.
     """
     for i in range(len(bits)):
-        if is_alive(alive, i):
+        if is_unpruned(unpruned, i):
             key = bits.dtype.type(bits[i] & largest)
             at, value = first[key >> head], np.float64(values[i])
             if at < 0:

@@ -17,7 +17,7 @@ from secateur_server.backends.kernels_units import layout
 @_compiled
 def cut_each(
     bits: Any,
-    alive: Any,
+    unpruned: Any,
     largest: int,
     begins: Any,
     units: Any,
@@ -34,7 +34,7 @@ def cut_each(
     for t in range(len(units)):
         begin, end = begins[t], begins[t] + units[t]
         first, last = begin >> 3, (end + 7) >> 3
-        living, into = alive[first:last], kept[first:last]
+        living, into = unpruned[first:last], kept[first:last]
         if counts[t] > 0:
             cut = cut_few(bits[begin:end], living, largest, counts[t], into, found, at)
             cuts[t, 0], cuts[t, 1], cuts[t, 2] = cut

@@ -167,7 +167,7 @@ def flags_of(bits: Any) -> Any:
 
 @_compiled
 def lines_of(bits: Any, flags: Any, outer: int, size: int, inner: int) -> Any:
-    """As Passes.lines.  flags: as of flags_of."""
+    """As Backend.lines.  flags: as of flags_of."""
     if inner == 1 and size % 8 == 0:
         return bits.reshape((outer, size // 8))
     lines = np.empty((outer * inner, (size + 7) // 8), np.uint8)

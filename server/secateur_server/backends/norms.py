@@ -6,10 +6,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from secateur_server.backends import passes_of, spans
+from secateur_server.backends import backend_for, spans
 from secateur_server.backends.keys import ranked_as
 from secateur_server.backends.masks import Mask
-from secateur_server.backends.passes import EXACT_POWERS, Passes, around
+from secateur_server.backends.protocol import EXACT_POWERS, Backend, around
 from secateur_server.runtime.context import RequestContext
 
 
@@ -30,20 +30,20 @@ def slice_norms(
     shape = around(values.shape, dim)
     by_slice = values.reshape(shape)
     kept = None if mask is None else mask.whole(context, shape)
-    passes, dtype = passes_of(values.device), ranked_as(values.dtype)
+    backend, dtype = backend_for(values.device), ranked_as(values.dtype)
 
     elements = shape[0] * shape[2] if is_mean else None
 
     def norms_of(span: tuple[int, int]) -> Tensor:
         first, last = span
         if kept is None:
-            return vector_norms(by_slice, first, last, p, passes, elements)
+            return vector_norms(by_slice, first, last, p, backend, elements)
         block = torch.where(kept[:, first:last], by_slice[:, first:last].to(dtype), 0.0)
-        return vector_norms(block, 0, last - first, p, passes, elements)
+        return vector_norms(block, 0, last - first, p, backend, elements)
 
     # Smaller pieces than elsewhere: as float64 they are to stay in the second-level cache.
-    size = max(1, passes.piece // 8 // (shape[0] * shape[2]))
-    joined = torch.cat(passes.map(context, norms_of, spans(shape[1], size)))
+    size = max(1, backend.piece // 8 // (shape[0] * shape[2]))
+    joined = torch.cat(backend.map(context, norms_of, spans(shape[1], size)))
     return joined.to(rounded_to(dtype))
 
 
@@ -52,7 +52,7 @@ def vector_norms(
     first: int,
     last: int,
     p: float,
-    passes: Passes,
+    backend: Backend,
     elements: Tensor | int | None = None,
 ) -> Tensor:
     """Norms of the slices [first, last) along the second of three dimensions, in float64.
@@ -62,7 +62,7 @@ def vector_norms(
     """
     if (dtype := ranked_as(values.dtype)) != values.dtype:
         values, first, last = values[:, first:last].to(dtype), 0, last - first
-    if (sums := passes.power_sums(values, first, last, p)) is not None:
+    if (sums := backend.power_sums(values, first, last, p)) is not None:
         return _root(sums, elements, p)
     block = values[:, first:last]
     if math.isinf(p):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from secateur_server.backends import passes_of, spans
+from secateur_server.backends import backend_for, spans
 from secateur_server.backends.keys import INFINITY, ranked_as
 from secateur_server.backends.looks import Sample, Seen
 from secateur_server.backends.masks import Mask
@@ -97,10 +97,10 @@ def refuse_nan(
     """
     if not values.dtype.is_floating_point:
         return
-    passes, flat = passes_of(values.device), values.reshape(-1)
+    backend, flat = backend_for(values.device), values.reshape(-1)
     if seen is None:
-        parts = spans(len(flat), passes.ranked)
-        found = passes.map(context, lambda s: passes.extremes(flat[slice(*s)]), parts)
+        parts = spans(len(flat), backend.ranked)
+        found = backend.map(context, lambda s: backend.extremes(flat[slice(*s)]), parts)
         largest = max((most for _, most in found), default=0)
     else:
         largest = seen.largest

@@ -187,7 +187,7 @@ def prune_together(
         dtype = score_dtype(rankings)
         batch = batch_of(rankings, dtype)
         # One tensor of all of them: what lies between them is as if it were pruned already.
-        living, scores = Mask(batch.alive, batch.bits.numel()), batch.bits.view(dtype)
+        living, scores = Mask(batch.unpruned, batch.bits.numel()), batch.bits.view(dtype)
         whole = Ranking("", living.elements, scores, living, rankings[0].device)
         (kept,), cut = select(context, [whole], alive, count)
         value = threshold(cut, dtype) if rule.importance.is_measured else None

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from secateur_server.backends import passes_of, room_to_work
+from secateur_server.backends import allocate, backend_for
 from secateur_server.backends.dtypes import TORCH_DTYPES
 from secateur_server.backends.keys import BITS
 from secateur_server.backends.looks import SPACING, Look, Sample, Seen, sample_places, seen_of
-from secateur_server.backends.passes import BYTES_OF_FEW
+from secateur_server.backends.protocol import BYTES_OF_FEW
 from secateur_server.errors import MalformedFile, quote
 from secateur_server.runtime.context import RequestContext
 from secateur_server.wire.header import (
@@ -79,7 +79,7 @@ def map_tensors(
     read from disk each time.
     """
     spans = _Spans([entry for entry in entries if entry.end > entry.begin], base)
-    passes = passes_of(torch.device("cpu"))
+    backend = backend_for(torch.device("cpu"))
     data = torch.frombuffer(file.data, dtype=torch.uint8)
     work_memory = context.work_memory
 
@@ -91,12 +91,12 @@ def map_tensors(
             part = data[first:last].view(dtype)
             spacing = _spacing(len(data), work_memory, dtype)
             sample = _sample(part, end_of_part, spacing) if spacing else None
-            found.append((name, Look(end_of_part, *passes.extremes(part), sample)))
+            found.append((name, Look(end_of_part, *backend.extremes(part), sample)))
         context.advance(end - begin)
         return found
 
     looks: dict[str, list[Look]] = {}
-    for of_block in passes.map(context, scan, spans.blocks()):
+    for of_block in backend.map(context, scan, spans.blocks()):
         for name, look in of_block:
             looks.setdefault(name, []).append(look)
     return {
@@ -157,5 +157,5 @@ def _tensor(
     dtype = TORCH_DTYPES.get(entry.dtype)
     if dtype is not None and (base + entry.begin) % dtype.itemsize:
         # torch has no tensor whose elements are not aligned.
-        part = room_to_work(context, len(part), passes_of(part.device)).copy_(part)
+        part = allocate(context, len(part), backend_for(part.device)).copy_(part)
     return wire_tensor(entry.dtype, entry.shape, part, seen)

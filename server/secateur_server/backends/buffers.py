@@ -23,7 +23,7 @@ SLACK = 8
 KEPT_SECONDS = 2.0
 
 
-class Blocks:
+class Buffers:
     """Gives blocks out, and has them back when nothing refers to them any more.
 
     Where none fits, those that wait leave before another is made: so there are never more bytes of

@@ -36,7 +36,7 @@ class Piece:
     units: int
     scores: Tensor | RandomScores
     dtype: torch.dtype
-    alive: Tensor | None
+    unpruned: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Layout:
     """Where the ones of a mask lie.
 
     nonzero_slices: for each dimension, how many slices have one.
-    most_ones, nonzero_blocks: as of Passes; no blocks under 2 dimensions.
+    most_ones, nonzero_blocks: as of Backend; no blocks under 2 dimensions.
     """
 
     nonzero_slices: list[int]
@@ -80,7 +80,7 @@ class Layout:
     nonzero_blocks: list[int]
 
 
-class Passes:
+class Backend:
     """Each pass reads a piece once. A device overrides what it does better, with the same bits."""
 
     # Elements of a piece, a multiple of 8; and of those that are only looked at, or ranked.
@@ -99,18 +99,18 @@ class Passes:
         """What `function` makes of each piece, in their order.  Errors: Stopped."""
         return context.map(function, pieces)
 
-    def room(self, size: int) -> Tensor:
+    def allocate(self, size: int) -> Tensor:
         """Memory of `size` bytes, as uint8."""
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
-    def land(self, data: memoryview, target: Tensor) -> None:
+    def receive(self, data: memoryview, target: Tensor) -> None:
         """Copies bytes that arrived to the device.  target: uint8, as long."""
         raise NotImplementedError  # each device has a way of its own
 
     def landed(self, data: memoryview) -> Tensor:
         """Bytes that came, in memory of their own.  data: not empty.  Returns: uint8, flat."""
-        target = self.room(len(data))
-        self.land(data, target)
+        target = self.allocate(len(data))
+        self.receive(data, target)
         return target
 
     def landed_all(self, pieces: Iterable[memoryview]) -> Tensor:
@@ -164,13 +164,13 @@ class Passes:
             keys = random_keys(piece.scores, torch.arange(piece.units, device=self.device))
         else:
             keys = as_keys(piece.scores, piece.dtype)
-        if piece.alive is not None:
-            keys[~self.unpack(piece.alive, piece.units)] = torch.iinfo(keys.dtype).max
+        if piece.unpruned is not None:
+            keys[~self.unpack(piece.unpruned, piece.units)] = torch.iinfo(keys.dtype).max
         return keys
 
     def _living(self, piece: Piece) -> Tensor:
         keys = self.keys(piece)
-        return keys if piece.alive is None else keys[keys < torch.iinfo(keys.dtype).max]
+        return keys if piece.unpruned is None else keys[keys < torch.iinfo(keys.dtype).max]
 
     def add_digits(self, piece: Piece, prefix: int, shift: int, counts: Tensor) -> None:
         """Adds to `counts` the digits at `shift` of the keys whose higher digits are `prefix`.
@@ -210,8 +210,8 @@ class Passes:
         is at cut j; and how many those are, int64 on the CPU.
         """
         keys, size = self._living(piece), 2 * len(cuts) + 1
-        if piece.alive is not None:
-            values = picked(values, self.unpack(piece.alive, piece.units))
+        if piece.unpruned is not None:
+            values = picked(values, self.unpack(piece.unpruned, piece.units))
         at = torch.searchsorted(cuts, keys) + torch.searchsorted(cuts, keys, right=True)
         squares = values.to(torch.float64).square()
         # Of bincounts numpy's alone adds in the order of the elements, on every device.
@@ -225,8 +225,8 @@ class Passes:
         """
         if piece.units < self.ranked:
             index = index[: int(torch.searchsorted(index, piece.units))]
-        if piece.alive is not None:
-            index = index[bits_at(piece.alive, index)]
+        if piece.unpruned is not None:
+            index = index[bits_at(piece.unpruned, index)]
         return self.keys_at(piece, index)
 
     def keys_at(self, piece: Piece, index: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateur_server.backends.blocks import LEAST_BYTES, SLACK, Blocks
+from secateur_server.backends.buffers import LEAST_BYTES, SLACK, Buffers
 from tests.conftest import eventually, examples
 from tests.operate.test_memory import memory
 
@@ -20,7 +20,7 @@ def address(block: Any) -> int:
 
 
 def test_what_was_let_go_is_given_to_who_needs_as_much() -> None:
-    blocks = Blocks()
+    blocks = Buffers()
     first = blocks.take(9 * LEAST_BYTES)
     where, part = address(first), first[5:7]
     del first
@@ -36,7 +36,7 @@ def test_what_was_let_go_is_given_to_who_needs_as_much() -> None:
 @given(st.lists(st.integers(1, 40) | st.none(), max_size=30))
 def test_no_memory_is_given_twice(wanted: list[int | None]) -> None:
     """Each block keeps what was written to it, whatever comes and goes.  None: the oldest goes."""
-    blocks, held = Blocks(), list[Any]()
+    blocks, held = Buffers(), list[Any]()
     for number, size in enumerate(wanted):
         if size is None:
             del held[:1]
@@ -55,7 +55,7 @@ def test_what_waits_makes_room_and_goes_back_to_the_system() -> None:
 
 
 def _take_and_let_go() -> None:
-    blocks, before = Blocks(), resident()
+    blocks, before = Buffers(), resident()
     for size in (128, 200, 150, 220):  # none fits in for the next
         block = blocks.take(size * MIB)
         block[:] = 1

@@ -4,13 +4,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur_server.backends.passes import Passes
+from secateur_server.backends.protocol import Backend
 
 # Bytes of a staging buffer, and how many: what is copied while the next bytes arrive.
 STAGE_BYTES, STAGES = 4 << 20, 4
 
 
-class Cuda(Passes):
+class CudaBackend(Backend):
     """Selection, masks and their bits stay on the device; what it sends back are bits."""
 
     # A launch takes as long as millions of elements do; the temporaries of a piece are up to 32
@@ -22,8 +22,8 @@ class Cuda(Passes):
         self._side: torch.cuda.Stream | None = None
         self._stages: list[tuple[Tensor, torch.cuda.Event]] = []
 
-    def land(self, data: memoryview, target: Tensor) -> None:
-        """As Passes.land: by way of pinned memory, while the host goes on."""
+    def receive(self, data: memoryview, target: Tensor) -> None:
+        """As Backend.land: by way of pinned memory, while the host goes on."""
         with torch.cuda.device(self.device):
             if self._side is None:
                 self._side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -48,5 +48,5 @@ class Cuda(Passes):
         self._stages.append((stage, done))
 
     def kth(self, keys: Tensor, place: int) -> int:
-        """As Passes.kth: torch's own looks for it on one of a hundred multiprocessors."""
+        """As Backend.kth: torch's own looks for it on one of a hundred multiprocessors."""
         return int(self.ascending(keys)[place - 1])

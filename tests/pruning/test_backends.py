@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from secateur_server.backends import kernels
-from secateur_server.backends.cpu import Compiled, Cpu
 from secateur_server.backends.keys import BITS
 from secateur_server.backends.masks import any_of_slices, expand
 from secateur_server.backends.norms import slice_norms
-from secateur_server.backends.passes import Passes, Piece
+from secateur_server.backends.numba_backend import CpuBackend, NumbaBackend
+from secateur_server.backends.protocol import Backend, Piece
 from secateur_server.backends.randomness import RandomScores
 from secateur_server.cut.prune import prune
 from secateur_server.granularity.element import Element
@@ -29,12 +29,12 @@ from tests.pruning.bits import packed, unpacked
 
 CPU = torch.device("cpu")
 # What the torch operations of every device give, what numpy gives, and the compiled passes.
-ALL = [Passes(CPU), Cpu(CPU), Compiled(CPU)]
+ALL = [Backend(CPU), CpuBackend(CPU), NumbaBackend(CPU)]
 if os.environ.get("TRITON_INTERPRET") == "1":  # and those of a GPU
-    from secateur_server.backends.fused import Fused
+    from secateur_server.backends.triton_backend import TritonBackend
 
-    ALL.append(Fused(CPU))
-KINDS = pytest.mark.parametrize("passes", ALL, ids=lambda passes: type(passes).__name__)
+    ALL.append(TritonBackend(CPU))
+KINDS = pytest.mark.parametrize("backend", ALL, ids=lambda backend: type(backend).__name__)
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16])
 VALUES = st.lists(
     st.sampled_from([0.0, -0.0, 1.0, -1.0, 1.5, -2.5, 1e-7, float("inf")]) | st.floats(-9, 9),
@@ -70,20 +70,20 @@ def key_of(magnitude: float, dtype: torch.dtype) -> int:
 @many
 @given(drawn=pieces(), data=st.data())
 def test_a_split_keeps_what_is_above_and_finds_what_is_within(
-    passes: Passes, drawn: tuple[Piece, list[float], Tensor], data: st.DataObject
+    backend: Backend, drawn: tuple[Piece, list[float], Tensor], data: st.DataObject
 ) -> None:
     piece, magnitudes, alive = drawn
     low, high = sorted(data.draw(st.lists(st.sampled_from(magnitudes), min_size=2, max_size=2)))
     kept = torch.full(((piece.units + 7) // 8,), 0xFF, dtype=torch.uint8)
-    keys, at = passes.split(piece, key_of(low, piece.dtype), key_of(high, piece.dtype), kept)
+    keys, at = backend.split(piece, key_of(low, piece.dtype), key_of(high, piece.dtype), kept)
     expected = torch.tensor([m >= high for m in magnitudes]) & alive
     within = [i for i, m in enumerate(magnitudes) if low <= m < high and alive[i]]
     assert torch.equal(kept, packed(expected).bits)
     assert at.tolist() == within
     assert keys.tolist() == [key_of(magnitudes[i], piece.dtype) for i in within]
-    assert passes.count_ones(kept) == int(expected.sum())
+    assert backend.count_ones(kept) == int(expected.sum())
     stays = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(at), max_size=len(at))))
-    passes.keep(kept, at, stays.to(torch.bool))
+    backend.keep(kept, at, stays.to(torch.bool))
     for place, stay in zip(within, stays.tolist(), strict=True):
         expected[place] |= bool(stay)
     assert torch.equal(kept, packed(expected).bits)
@@ -93,7 +93,7 @@ def test_a_split_keeps_what_is_above_and_finds_what_is_within(
 @many
 @given(dtype=DTYPES, data=st.data(), bounds=st.lists(st.floats(0, 9), min_size=2, max_size=2))
 def test_pieces_are_split_together_as_one_by_one(
-    passes: Passes, dtype: torch.dtype, data: st.DataObject, bounds: list[float]
+    backend: Backend, dtype: torch.dtype, data: st.DataObject, bounds: list[float]
 ) -> None:
     together = [drawn[0] for drawn in data.draw(st.lists(pieces(st.just(dtype)), max_size=5))]
     if dtype == torch.float32:
@@ -102,21 +102,21 @@ def test_pieces_are_split_together_as_one_by_one(
         together += [Piece(50, scores, dtype, alive), *together[:1], Piece(50, scores, dtype, None)]
     low, high = sorted(key_of(bound, dtype) for bound in bounds)
     kept = [torch.empty((piece.units + 7) // 8, dtype=torch.uint8) for piece in together]
-    found = passes.split_all(RequestContext(), together, low, high, kept)
+    found = backend.split_all(RequestContext(), together, low, high, kept)
     for piece, part, bits in zip(together, found, kept, strict=True):
         by_itself = torch.empty_like(bits)
-        keys, at = Passes(CPU).split(piece, low, high, by_itself)
+        keys, at = Backend(CPU).split(piece, low, high, by_itself)
         assert torch.equal(bits, by_itself)
         assert torch.equal(part.keys, keys)
         assert torch.equal(part.at, at)
-        assert part.above == passes.count_ones(bits)
+        assert part.above == backend.count_ones(bits)
 
 
 @KINDS
 @many
 @given(drawn=pieces(), data=st.data())
 def test_counts_and_extremes_are_what_they_are_defined_as(
-    passes: Passes, drawn: tuple[Piece, list[float], Tensor], data: st.DataObject
+    backend: Backend, drawn: tuple[Piece, list[float], Tensor], data: st.DataObject
 ) -> None:
     piece, magnitudes, alive = drawn
     scores = piece.scores
@@ -124,36 +124,36 @@ def test_counts_and_extremes_are_what_they_are_defined_as(
     living = [m for m, lives in zip(magnitudes, alive.tolist(), strict=True) if lives]
     cut = data.draw(st.sampled_from(magnitudes))
     counts = sum(m < cut for m in living), living.count(cut)
-    assert passes.count_below(piece, key_of(cut, piece.dtype)) == counts
+    assert backend.count_below(piece, key_of(cut, piece.dtype)) == counts
     expected = key_of(min(magnitudes), piece.dtype), key_of(max(magnitudes), piece.dtype)
-    assert passes.extremes(scores) == expected
+    assert backend.extremes(scores) == expected
     zeros = len(magnitudes) - sum(m != 0 for m in living)
-    assert passes.count_zeros(scores, piece.alive) == zeros
+    assert backend.count_zeros(scores, piece.unpruned) == zeros
     index = torch.tensor(sorted(data.draw(st.sets(st.integers(0, 60)))), dtype=torch.int64)
     sampled = [i for i in index.tolist() if i < len(magnitudes) and alive[i]]
-    assert passes.sample(piece, index).tolist() == [
+    assert backend.sample(piece, index).tolist() == [
         key_of(magnitudes[i], piece.dtype) for i in sampled
     ]
     if living:
         place = data.draw(st.integers(1, len(living)))
         keys = torch.tensor([key_of(m, piece.dtype) for m in living], dtype=BITS[piece.dtype])
-        assert passes.kth(keys, place) == key_of(sorted(living)[place - 1], piece.dtype)
-        assert_ranked(passes, piece, magnitudes, alive, place)
+        assert backend.kth(keys, place) == key_of(sorted(living)[place - 1], piece.dtype)
+        assert_ranked(backend, piece, magnitudes, alive, place)
 
 
 def assert_ranked(
-    passes: Passes, piece: Piece, magnitudes: list[float], alive: Tensor, place: int
+    backend: Backend, piece: Piece, magnitudes: list[float], alive: Tensor, place: int
 ) -> None:
     """What stays, by a sort that is stable; of what is pruned already nothing does."""
     living = [i for i, lives in enumerate(alive.tolist()) if lives]
     order = sorted(living, key=lambda i: magnitudes[i])
-    cut, stays = passes.rank(passes.keys(piece), place)
+    cut, stays = backend.rank(backend.keys(piece), place)
     at_cut = [i for i in living if magnitudes[i] == magnitudes[order[place - 1]]]
     assert stays.nonzero().view(-1).tolist() == sorted(order[place:])
     assert cut.key == key_of(magnitudes[order[place - 1]], piece.dtype)
     assert (cut.ties, cut.equal) == (len({*order[:place]} & {*at_cut}), len(at_cut))
     kept = torch.full(((piece.units + 7) // 8,), 0xFF, dtype=torch.uint8)
-    assert passes.cut_few(RequestContext(), [piece], place, [kept]) == cut
+    assert backend.cut_few(RequestContext(), [piece], place, [kept]) == cut
     assert torch.equal(kept, packed(stays).bits)
 
 
@@ -161,7 +161,7 @@ def assert_ranked(
 @many
 @given(dtype=DTYPES, data=st.data())
 def test_few_pieces_are_cut_together(
-    passes: Passes, dtype: torch.dtype, data: st.DataObject
+    backend: Backend, dtype: torch.dtype, data: st.DataObject
 ) -> None:
     drawn = data.draw(st.lists(pieces(st.just(dtype)), min_size=2, max_size=5))
     magnitudes = [m for _, of_piece, _ in drawn for m in of_piece]
@@ -173,7 +173,7 @@ def test_few_pieces_are_cut_together(
     stays = torch.zeros(len(magnitudes), dtype=torch.bool)
     stays[order[place:]] = True
     kept = [torch.full(((p.units + 7) // 8,), 0xFF, dtype=torch.uint8) for p, *_ in drawn]
-    cut = passes.cut_few(RequestContext(), [piece for piece, *_ in drawn], place, kept)
+    cut = backend.cut_few(RequestContext(), [piece for piece, *_ in drawn], place, kept)
     at_cut = [i for i in living if magnitudes[i] == magnitudes[order[place - 1]]]
     assert cut.key == key_of(magnitudes[order[place - 1]], dtype)
     assert (cut.ties, cut.equal) == (len({*order[:place]} & {*at_cut}), len(at_cut))
@@ -185,7 +185,7 @@ def test_few_pieces_are_cut_together(
 @many
 @given(drawn=pieces(), data=st.data())
 def test_digits_are_counted(
-    passes: Passes, drawn: tuple[Piece, list[float], Tensor], data: st.DataObject
+    backend: Backend, drawn: tuple[Piece, list[float], Tensor], data: st.DataObject
 ) -> None:
     piece, magnitudes, alive = drawn
     keys = [key_of(m, piece.dtype) for m in magnitudes]
@@ -193,7 +193,7 @@ def test_digits_are_counted(
     shift = data.draw(st.sampled_from(range(0, bits, 16)))
     prefix = data.draw(st.sampled_from([key >> (shift + 16) for key in keys]))
     counts = torch.zeros(1 << 16, dtype=torch.int64)
-    passes.add_digits(piece, prefix, shift, counts)
+    backend.add_digits(piece, prefix, shift, counts)
     living = [key for key, lives in zip(keys, alive.tolist(), strict=True) if lives]
     expected = [key >> shift & 0xFFFF for key in living if key >> (shift + 16) == prefix]
     counted = torch.bincount(torch.tensor(expected, dtype=torch.int64), minlength=1 << 16)
@@ -204,12 +204,12 @@ def test_digits_are_counted(
 @many
 @given(drawn=pieces())
 def test_a_fold_is_the_product_with_the_mask(
-    passes: Passes, drawn: tuple[Piece, list[float], Tensor]
+    backend: Backend, drawn: tuple[Piece, list[float], Tensor]
 ) -> None:
     piece, _, alive = drawn
     assert isinstance(piece.scores, Tensor)
     folded = piece.scores.clone()
-    passes.fold(folded, packed(alive).bits)
+    backend.fold(folded, packed(alive).bits)
     zeros = torch.copysign(torch.zeros_like(piece.scores), piece.scores)
     product = torch.where(alive, piece.scores, zeros)
     assert torch.equal(folded.view(BITS[piece.dtype]), product.view(BITS[piece.dtype]))
@@ -223,19 +223,19 @@ def test_a_fold_is_the_product_with_the_mask(
     st.integers(0, 1 << 30),
 )
 def test_runs_and_blocks_of_lines_of_bits(
-    passes: Passes, sizes: tuple[int, int, int], density: float, seed: int
+    backend: Backend, sizes: tuple[int, int, int], density: float, seed: int
 ) -> None:
     whole = torch.rand(sizes, generator=torch.Generator().manual_seed(seed)) < density
-    lines = passes.lines(packed(whole.view(-1)).bits, sizes)
+    lines = backend.lines(packed(whole.view(-1)).bits, sizes)
     flags = whole.movedim(1, 2).reshape(-1, sizes[1])
     assert torch.equal(lines, torch.stack([packed(line).bits for line in flags]))
     most = [
         max(int(line[i : i + m].sum()) for line in flags for i in range(0, sizes[1], m))
         for m in (2, 4, 8, 16)
     ]
-    assert passes.most_ones(lines) == most
+    assert backend.most_ones(lines) == most
     wider = torch.cat([lines, lines], 1)[:, : lines.shape[1]]  # its lines lie apart
-    assert passes.most_ones(wider) == most
+    assert backend.most_ones(wider) == most
     blocks = [
         sum(
             bool(flags[row : row + side, column : column + side].any())
@@ -244,7 +244,7 @@ def test_runs_and_blocks_of_lines_of_bits(
         )
         for side in (4, 8, 16, 32)
     ]
-    assert passes.nonzero_blocks(lines) == passes.nonzero_blocks(wider) == blocks
+    assert backend.nonzero_blocks(lines) == backend.nonzero_blocks(wider) == blocks
 
 
 @many
@@ -273,7 +273,7 @@ def test_slices_and_their_elements(shape: list[int], data: st.DataObject, piece:
     noise = torch.rand(shape, generator=torch.Generator().manual_seed(size)) > 0.8
     flags = noise.reshape(-1)
     with pytest.MonkeyPatch.context() as small:
-        small.setattr(Passes, "piece", piece)
+        small.setattr(Backend, "piece", piece)
         mask = expand(RequestContext(), kept, shape, dim)
         found = any_of_slices(
             RequestContext(), lambda begin, end: flags[begin:end], shape, dim, CPU

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from secateur_server.backends import randomness
-from secateur_server.backends.passes import DIGIT_BITS
+from secateur_server.backends.protocol import DIGIT_BITS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -36,7 +36,9 @@ def _compiled(function: F) -> F:
     # mask begins at one.
     names = {"units", "largest", "low", "high", "state", "begin", "prefix", "shift"}
     numbers = [name for name in function.__code__.co_varnames if name in names]
-    masks = [name for name in ("alive", "kept", "within") if name in function.__code__.co_varnames]
+    masks = [
+        name for name in ("unpruned", "kept", "within") if name in function.__code__.co_varnames
+    ]
     switches = {"do_not_specialize": numbers, "do_not_specialize_on_alignment": masks}
     return cast(F, triton.jit(function, **switches))
 
@@ -71,7 +73,7 @@ def _ones(words):
 @_compiled
 def split(
     bits,
-    alive,
+    unpruned,
     kept,
     within,
     counts,
@@ -100,7 +102,7 @@ def split(
     of_byte = tl.minimum(tl.maximum(left - byte * 8, 0), 8)
     living = (1 << of_byte) - 1
     if not are_all:
-        living = living & tl.load(alive + first + byte, mask=of_byte > 0, other=0).to(tl.int32)
+        living = living & tl.load(unpruned + first + byte, mask=of_byte > 0, other=0).to(tl.int32)
     both = both & (living | (living << 8))
     tl.store(kept + first + byte, both.to(tl.uint8), mask=of_byte > 0)
     tl.store(within + first + byte, (both >> 8).to(tl.uint8), mask=of_byte > 0)
@@ -113,7 +115,7 @@ def split(
 @_compiled
 def add_digits(
     bits,
-    alive,
+    unpruned,
     counts,
     units,
     largest,
@@ -131,7 +133,7 @@ def add_digits(
     keys = _keys(bits, unit, units, is_whole, largest, state, begin, is_random)
     is_counted = unit < units
     if not are_all:
-        byte = tl.load(alive + (unit >> 3), mask=is_counted, other=0).to(tl.int32)
+        byte = tl.load(unpruned + (unit >> 3), mask=is_counted, other=0).to(tl.int32)
         is_counted = is_counted & (((byte >> (unit & 7).to(tl.int32)) & 1) == 1)
     digits = keys >> shift
     is_counted = is_counted & ((digits >> _DIGIT_BITS) == prefix)

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from secateur_server.backends import kernels, kernels_curve, kernels_units
-from secateur_server.backends.blocks import Blocks
+from secateur_server.backends.buffers import Buffers
 from secateur_server.backends.cgroups import cores
 from secateur_server.backends.keys import BITS, signed_bits
-from secateur_server.backends.passes import (
+from secateur_server.backends.protocol import (
     DIGIT_BITS,
     EXACT_POWERS,
+    Backend,
     Cut,
     Layout,
-    Passes,
     Piece,
     Split,
 )
@@ -52,7 +52,7 @@ def _start_in_pool() -> None:
 # Of a split: a piece, and the bits of what is kept of it.
 Part = tuple[Piece, Tensor]
 
-_BLOCKS = Blocks()
+_BUFFERS = Buffers()
 
 _POOL = ThreadPoolExecutor(CORES, thread_name_prefix="pieces", initializer=_start_in_pool)
 
@@ -60,10 +60,10 @@ _POOL = ThreadPoolExecutor(CORES, thread_name_prefix="pieces", initializer=_star
 def start_threads() -> None:
     """Starts all threads that calls need. Raises RuntimeError if the system refuses one."""
     start_all(_POOL, CORES)
-    _BLOCKS.start()
+    _BUFFERS.start()
 
 
-class Cpu(Passes):
+class CpuBackend(Backend):
     """Operations of torch and numpy on pieces whose temporaries stay in the caches."""
 
     look_bytes = 1  # what has just landed is in a cache
@@ -72,7 +72,7 @@ class Cpu(Passes):
     def map(
         self, context: RequestContext, function: Callable[[Item], Found], pieces: Iterable[Item]
     ) -> list[Found]:
-        """As Passes.map, on all cores."""
+        """As Backend.map, on all cores."""
         pieces = list(pieces)
         # One piece waits for no other thread; a thread of the pool must not wait for the pool.
         if len(pieces) == 1 or getattr(_thread, "in_pool", False):
@@ -84,100 +84,102 @@ class Cpu(Passes):
         found = _POOL.map(lambda share: context.map(function, share), shares)
         return list(itertools.chain.from_iterable(found))
 
-    def room(self, size: int) -> Tensor:
-        """As Passes.room."""
+    def allocate(self, size: int) -> Tensor:
+        """As Backend.room."""
         if size == 0:  # of numpy's torch makes a tensor that has no view as another dtype
             return torch.empty(0, dtype=torch.uint8)
-        return torch.from_numpy(_BLOCKS.take(size))
+        return torch.from_numpy(_BUFFERS.take(size))
 
-    def land(self, data: memoryview, target: Tensor) -> None:
-        """As Passes.land."""
+    def receive(self, data: memoryview, target: Tensor) -> None:
+        """As Backend.land."""
         np.copyto(target.numpy(), np.frombuffer(data, np.uint8))
 
     def landed(self, data: memoryview) -> Tensor:
-        """As Passes.landed."""
+        """As Backend.landed."""
         return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
     def pack(self, mask: Tensor) -> Tensor:
-        """As Passes.pack."""
+        """As Backend.pack."""
         return torch.from_numpy(np.packbits(mask.numpy(), bitorder="little"))
 
     def unpack(self, bits: Tensor, count: int) -> Tensor:
-        """As Passes.unpack."""
+        """As Backend.unpack."""
         flags = np.unpackbits(bits.numpy(), count=count, bitorder="little")
         return torch.from_numpy(flags.view(np.bool_))
 
     def pack_lines(self, flags: Tensor) -> Tensor:
-        """As Passes.pack_lines."""
+        """As Backend.pack_lines."""
         return torch.from_numpy(np.packbits(flags.numpy(), axis=1, bitorder="little"))
 
     def any_along(self, flags: Tensor) -> Tensor:
-        """As Passes.any_along."""
+        """As Backend.any_along."""
         found: Any = flags.numpy().any(0)  # 30 times as fast as torch
         return torch.from_numpy(found.any(1))
 
     def count_along(self, flags: Tensor) -> int:
-        """As Passes.count_along."""
+        """As Backend.count_along."""
         return int(np.count_nonzero(flags.numpy().any((0, 2))))
 
     def ascending(self, keys: Tensor) -> Tensor:
-        """As Passes.ascending."""
+        """As Backend.ascending."""
         return torch.from_numpy(np.sort(keys.numpy()))  # with vectors: 20 times as fast as torch
 
     def nonzero(self, values: Tensor) -> Tensor:
-        """As Passes.nonzero."""
+        """As Backend.nonzero."""
         bits, sign = signed_bits(values)  # numpy has no bfloat16, and is slow at float16
         is_wide = values.dtype in (torch.float32, torch.float64)
         found: Any = (values.numpy() if is_wide else bits.numpy() & ~sign) != 0
         return torch.from_numpy(found)
 
     def kth(self, keys: Tensor, place: int) -> int:
-        """As Passes.kth."""
+        """As Backend.kth."""
         return int(np.partition(keys.numpy(), place - 1)[place - 1])
 
 
-class Compiled(Cpu):
+class NumbaBackend(CpuBackend):
     """The compiled passes of kernels.py: torch needs an operation for every step of a pass."""
 
     def count_ones(self, bits: Tensor) -> int:
-        """As Passes.count_ones."""
+        """As Backend.count_ones."""
         return int(kernels.count_ones(bits.numpy()))
 
     def layout(self, bits: Tensor, shape: Sequence[int]) -> Layout:
-        """As Passes.layout."""
+        """As Backend.layout."""
         slices, most = np.empty(len(shape), np.int64), np.empty(4, np.uint8)
         blocks = np.zeros(4 if len(shape) > 1 else 0, np.int64)
         kernels_units.layout(bits.numpy(), np.array(shape), slices, most, blocks)
         return Layout(slices.tolist(), most.tolist(), blocks.tolist())
 
     def most_ones(self, lines: Tensor) -> list[int]:
-        """As Passes.most_ones."""
+        """As Backend.most_ones."""
         most = np.empty(4, np.uint8)
         kernels_units.most_ones(lines.numpy(), most)
         return list(map(int, most))
 
     def nonzero_blocks(self, lines: Tensor) -> list[int]:
-        """As Passes.nonzero_blocks."""
+        """As Backend.nonzero_blocks."""
         counts = np.zeros(4, np.int64)
         kernels_units.nonzero_blocks(lines.numpy(), counts)
         return list(map(int, counts))
 
     def extremes(self, values: Tensor) -> tuple[int, int]:
-        """As Passes.extremes."""
+        """As Backend.extremes."""
         bits = values.view(BITS[values.dtype]).numpy()
         smallest, largest = kernels.extremes(bits, _largest(bits))
         return int(smallest), int(largest)
 
     def add_digits(self, piece: Piece, prefix: int, shift: int, counts: Tensor) -> None:
-        """As Passes.add_digits."""
+        """As Backend.add_digits."""
         bits = _bits(piece).numpy()
         if shift + DIGIT_BITS == 8 * bits.itemsize:
-            kernels.count_top_digits(bits, _alive(piece), _largest(bits), shift, counts.numpy())
+            kernels.count_top_digits(bits, _unpruned(piece), _largest(bits), shift, counts.numpy())
         else:
-            kernels.count_digits(bits, _alive(piece), _largest(bits), prefix, shift, counts.numpy())
+            kernels.count_digits(
+                bits, _unpruned(piece), _largest(bits), prefix, shift, counts.numpy()
+            )
 
     def rank(self, keys: Tensor, place: int) -> tuple[Cut, Tensor]:
-        """As Passes.rank."""
+        """As Backend.rank."""
         key, stays = self.kth(keys, place), torch.empty(len(keys), dtype=torch.bool)
         of_keys = keys.numpy()
         cut, largest = of_keys.dtype.type(key), _largest(of_keys)
@@ -187,9 +189,9 @@ class Compiled(Cpu):
     def count_many_digits(
         self, piece: Piece, prefixes: Tensor, shift: int, width: int, counts: Tensor
     ) -> None:
-        """As Passes.count_many_digits."""
+        """As Backend.count_many_digits."""
         bits, into = _bits(piece).numpy(), counts.numpy()
-        of = bits, _alive(piece), _largest(bits)
+        of = bits, _unpruned(piece), _largest(bits)
         if shift + width == 8 * bits.itemsize - 1:
             kernels.count_top_digits(*of, shift, into[0])
         else:
@@ -197,31 +199,31 @@ class Compiled(Cpu):
             kernels_curve.count_many_digits(*of, *look, shift, width, into)
 
     def count_below(self, piece: Piece, key: int) -> tuple[int, int]:
-        """As Passes.count_below."""
+        """As Backend.count_below."""
         bits = _bits(piece).numpy()
         cut = bits.dtype.type(key)
-        below, equal = kernels_curve.count_below(bits, _alive(piece), _largest(bits), cut)
+        below, equal = kernels_curve.count_below(bits, _unpruned(piece), _largest(bits), cut)
         return int(below), int(equal)
 
     def sum_squares(self, piece: Piece, values: Tensor, cuts: Tensor) -> tuple[Tensor, Tensor]:
-        """As Passes.sum_squares."""
+        """As Backend.sum_squares."""
         if values.dtype not in (torch.float32, torch.float64):  # numba has no half precision
             values = _scratch(len(values), torch.float64).copy_(values)
         bits, size = _bits(piece).numpy(), 2 * len(cuts) + 1
         sums, counts = np.zeros(size), np.zeros(size, int)
         look = values.contiguous().numpy(), *_looked_up(cuts.numpy(), 0)
-        kernels_curve.sum_squares(bits, _alive(piece), _largest(bits), *look, sums, counts)
+        kernels_curve.sum_squares(bits, _unpruned(piece), _largest(bits), *look, sums, counts)
         return torch.from_numpy(sums), torch.from_numpy(counts)
 
     def sample(self, piece: Piece, index: Tensor) -> Tensor:
-        """As Passes.sample."""
+        """As Backend.sample."""
         # Of random scores no others are made, of other dtypes no others converted.
         if isinstance(piece.scores, RandomScores) or piece.scores.dtype != piece.dtype:
             return super().sample(piece, index)
         bits = _bits(piece).numpy()
         found = torch.empty(len(index), dtype=BITS[piece.dtype])
         into = index.numpy(), found.numpy()
-        return found[: kernels.sample(bits, _alive(piece), _largest(bits), *into)]
+        return found[: kernels.sample(bits, _unpruned(piece), _largest(bits), *into)]
 
     def cut_few(
         self,
@@ -230,13 +232,13 @@ class Compiled(Cpu):
         place: int,
         kept: Sequence[Tensor],
     ) -> Cut:
-        """As Passes.cut_few."""
+        """As Backend.cut_few."""
         if len(pieces) == 1:
-            of_piece = _bits(pieces[0]).numpy(), _alive(pieces[0])
+            of_piece = _bits(pieces[0]).numpy(), _unpruned(pieces[0])
             return _cut_few(*of_piece, pieces[0].dtype, place, kept[0].numpy())
-        bits, alive = _side_by_side(context, pieces)
-        stays = np.empty_like(alive)
-        cut = _cut_few(bits, alive, pieces[0].dtype, place, stays)
+        bits, unpruned = _side_by_side(context, pieces)
+        stays = np.empty_like(unpruned)
+        cut = _cut_few(bits, unpruned, pieces[0].dtype, place, stays)
         begin = 0
         for part in context.each(kept):
             part.numpy()[:] = stays[begin : begin + len(part)]
@@ -244,7 +246,7 @@ class Compiled(Cpu):
         return cut
 
     def split(self, piece: Piece, low: int, high: int, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """As Passes.split."""
+        """As Backend.split."""
         (found,) = self._split_together([(piece, kept)], low, high)
         return found.keys, found.at
 
@@ -256,7 +258,7 @@ class Compiled(Cpu):
         high: int,
         kept: Sequence[Tensor],
     ) -> list[Split]:
-        """As Passes.split_all: small pieces go together."""
+        """As Backend.split_all: small pieces go together."""
         batches: list[list[Part]] = []
         room = 0
         for piece, bits in zip(context.each(pieces), kept, strict=True):
@@ -277,7 +279,7 @@ class Compiled(Cpu):
         addresses = [
             (
                 bits.data_ptr(),
-                0 if piece.alive is None else piece.alive.data_ptr(),
+                0 if piece.unpruned is None else piece.unpruned.data_ptr(),
                 kept.data_ptr(),
                 piece.units,
             )
@@ -293,22 +295,22 @@ class Compiled(Cpu):
         return list(map(Split, above, keys, places))
 
     def keep(self, kept: Tensor, at: Tensor, stays: Tensor) -> None:
-        """As Passes.keep."""
+        """As Backend.keep."""
         kernels.keep(kept.numpy(), at.numpy(), stays.numpy())
 
     def count_zeros(self, values: Tensor, kept: Tensor | None) -> int:
-        """As Passes.count_zeros."""
+        """As Backend.count_zeros."""
         of_values, sign = signed_bits(values)
         bits, flags = of_values.numpy(), None if kept is None else kept.numpy()
         return int(kernels.count_zeros(bits, flags, bits.dtype.type(~sign)))
 
     def fold(self, values: Tensor, kept: Tensor) -> None:
-        """As Passes.fold."""
+        """As Backend.fold."""
         bits, sign = signed_bits(values)
         kernels.fold(bits.numpy(), kept.numpy(), sign)
 
     def power_sums(self, values: Tensor, first: int, last: int, p: float) -> Tensor | None:
-        """As Passes.power_sums."""
+        """As Backend.power_sums."""
         if p not in EXACT_POWERS:
             return None
         if values.dtype not in (torch.float32, torch.float64):  # numba has no half precision
@@ -324,7 +326,7 @@ class Compiled(Cpu):
         return torch.from_numpy(sums)
 
     def largest(self, keys: Tensor, n: int) -> Tensor:
-        """As Passes.largest."""
+        """As Backend.largest."""
         if keys.shape[1] > kernels_units.COUNTED:
             return super().largest(keys, n)
         found = torch.empty(keys.shape, dtype=torch.bool)
@@ -338,7 +340,7 @@ def _scratch(count: int, dtype: torch.dtype) -> Tensor:
     Not one of each thread: a server has some hundred threads, and each would keep its largest.
     """
     size = 1 << (count * dtype.itemsize - 1).bit_length() if count else 1  # few sizes, used again
-    return torch.from_numpy(_BLOCKS.take(size))[: count * dtype.itemsize].view(dtype)
+    return torch.from_numpy(_BUFFERS.take(size))[: count * dtype.itemsize].view(dtype)
 
 
 def _bits(piece: Piece) -> Tensor:
@@ -350,14 +352,14 @@ def _bits(piece: Piece) -> Tensor:
     return piece.scores.to(piece.dtype).contiguous().view(BITS[piece.dtype])
 
 
-def _alive(piece: Piece) -> Any:
-    return None if piece.alive is None else piece.alive.numpy()
+def _unpruned(piece: Piece) -> Any:
+    return None if piece.unpruned is None else piece.unpruned.numpy()
 
 
-def _cut_few(bits: Any, alive: Any, dtype: torch.dtype, place: int, kept: Any) -> Cut:
+def _cut_few(bits: Any, unpruned: Any, dtype: torch.dtype, place: int, kept: Any) -> Cut:
     found = _scratch(len(bits), BITS[dtype]).numpy()
     at = _scratch(len(bits), torch.int32).numpy()
-    return Cut(*map(int, kernels.cut_few(bits, alive, _largest(bits), place, kept, found, at)))
+    return Cut(*map(int, kernels.cut_few(bits, unpruned, _largest(bits), place, kept, found, at)))
 
 
 def _side_by_side(context: RequestContext, pieces: Sequence[Piece]) -> tuple[Any, Any]:
@@ -367,16 +369,16 @@ def _side_by_side(context: RequestContext, pieces: Sequence[Piece]) -> tuple[Any
     """
     sizes = [(piece.units + 7) // 8 for piece in pieces]
     bits = _scratch(8 * sum(sizes), BITS[pieces[0].dtype]).numpy()
-    alive = np.full(sum(sizes), 0xFF, np.uint8)
+    unpruned = np.full(sum(sizes), 0xFF, np.uint8)
     begin = 0
     for piece, size in zip(context.each(pieces), sizes, strict=True):
         bits[8 * begin : 8 * begin + piece.units] = _bits(piece).numpy()
-        if piece.alive is not None:
-            alive[begin : begin + size] = piece.alive.numpy()
+        if piece.unpruned is not None:
+            unpruned[begin : begin + size] = piece.unpruned.numpy()
         elif piece.units % 8:
-            alive[begin + size - 1] = (1 << piece.units % 8) - 1
+            unpruned[begin + size - 1] = (1 << piece.units % 8) - 1
         begin += size
-    return bits, alive
+    return bits, unpruned
 
 
 def _largest(bits: Any) -> Any:
