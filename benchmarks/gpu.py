@@ -25,7 +25,7 @@ from common import (
     timed,
 )
 from secateur_server import backends
-from secateur_server.backends.cuda_backend import CudaBackend
+from secateur_server.backends.torch_backend import TorchBackend
 from secateur_server.cut.prune import prune
 from secateur_server.granularity.element import Element
 from secateur_server.importance.magnitude import Magnitude
@@ -98,7 +98,7 @@ def _sides(millions: int) -> dict[str, Any]:
         kept = ours[name].mask
         assert kept is not None
         assert torch.equal(mask != 0, kept.whole(RequestContext(), mask.shape)), name
-    backends._kind_of = cache(lambda device: CudaBackend)
+    backends._kind_of = cache(lambda device: TorchBackend)
     return found | {"operations": _measured(lambda: _prune(model))}
 
 

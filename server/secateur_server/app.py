@@ -17,7 +17,7 @@ from secateur_proto.framing import CHUNK_BYTES
 from secateur_server.api.checkpoints import Checkpoints, add_checkpoints
 from secateur_server.api.pruner import Pruner, add_pruner
 from secateur_server.backends import backend_for
-from secateur_server.backends.numba_backend import one_thread, start_threads
+from secateur_server.backends.cores import one_thread, start_threads
 from secateur_server.backends.threads import Pool
 from secateur_server.config import Config
 from secateur_server.operate.callers import BadTokens, Callers

@@ -22,9 +22,9 @@ from secateur_server.app import (
 )
 from secateur_server.backends import backend_for, kernels
 from secateur_server.backends.cgroups import cpu_limits
-from secateur_server.backends.cuda_backend import CudaBackend
+from secateur_server.backends.cores import CORES
 from secateur_server.backends.memory import least_limit, machine_memory, memory_of, total_memory
-from secateur_server.backends.numba_backend import CORES
+from secateur_server.backends.torch_backend import TorchBackend
 from secateur_server.config import Config, is_public, unknown_variables
 from secateur_server.operate.metrics import Metrics
 from secateur_server.storage.folders import FolderLock, StoreInUse
@@ -90,12 +90,12 @@ def _device(config: Config) -> Iterator[str]:
     except RuntimeError as error:
         raise CannotStart(f"{device} does not work: {error}") from None
     if device.type == "cuda":
-        is_compiled = type(backend) is not CudaBackend
+        is_compiled = type(backend) is not TorchBackend
         how = "compiled by Triton" if is_compiled else "without Triton, which would be faster"
         name = torch.cuda.get_device_name(device)
         yield f"prunes on {device}, {name}, {how}, {_size(free)} free"
         return
-    how = "compiled by numba" if kernels.enabled else "without numba, which would be faster"
+    how = "compiled by numba" if kernels.enabled else "not compiled (NUMBA_DISABLE_JIT)"
     yield f"prunes on cpu, threads: {CORES}, {how}, {_size(free)} free"
 
 

@@ -1,4 +1,4 @@
-"""The passes of each kind of device beside their definition."""
+"""The operations of each backend beside their definition."""
 
 import math
 import os
@@ -13,9 +13,10 @@ from secateur_server.backends import kernels
 from secateur_server.backends.keys import BITS
 from secateur_server.backends.masks import any_of_slices, expand
 from secateur_server.backends.norms import slice_norms
-from secateur_server.backends.numba_backend import CpuBackend, NumbaBackend
-from secateur_server.backends.protocol import Backend, Piece
+from secateur_server.backends.numba_backend import NumbaBackend
+from secateur_server.backends.pieces import DIGIT_BITS, Piece
 from secateur_server.backends.randomness import RandomScores
+from secateur_server.backends.torch_backend import TorchBackend
 from secateur_server.cut.prune import prune
 from secateur_server.granularity.element import Element
 from secateur_server.importance.magnitude import Magnitude
@@ -28,9 +29,9 @@ from tests.conftest import examples
 from tests.pruning.bits import packed, unpacked
 
 CPU = torch.device("cpu")
-# What the torch operations of every device give, what numpy gives, and the compiled passes.
-ALL = [Backend(CPU), CpuBackend(CPU), NumbaBackend(CPU)]
-if os.environ.get("TRITON_INTERPRET") == "1":  # and those of a GPU
+CONTEXT = RequestContext()
+ALL: list[TorchBackend] = [TorchBackend(CPU), NumbaBackend(CPU)]
+if os.environ.get("TRITON_INTERPRET") == "1":
     from secateur_server.backends.triton_backend import TritonBackend
 
     ALL.append(TritonBackend(CPU))
@@ -44,7 +45,7 @@ VALUES = st.lists(
 many = examples(60)
 
 
-def test_numba_is_there_so_that_these_tests_mean_something() -> None:
+def test_kernels_are_compiled_so_that_these_tests_mean_something() -> None:
     assert kernels.enabled
 
 
@@ -70,20 +71,22 @@ def key_of(magnitude: float, dtype: torch.dtype) -> int:
 @many
 @given(drawn=pieces(), data=st.data())
 def test_a_split_keeps_what_is_above_and_finds_what_is_within(
-    backend: Backend, drawn: tuple[Piece, list[float], Tensor], data: st.DataObject
+    backend: TorchBackend, drawn: tuple[Piece, list[float], Tensor], data: st.DataObject
 ) -> None:
     piece, magnitudes, alive = drawn
     low, high = sorted(data.draw(st.lists(st.sampled_from(magnitudes), min_size=2, max_size=2)))
     kept = torch.full(((piece.units + 7) // 8,), 0xFF, dtype=torch.uint8)
-    keys, at = backend.split(piece, key_of(low, piece.dtype), key_of(high, piece.dtype), kept)
+    bounds = key_of(low, piece.dtype), key_of(high, piece.dtype)
+    (found,) = backend.split(CONTEXT, [piece], *bounds, [kept])
     expected = torch.tensor([m >= high for m in magnitudes]) & alive
     within = [i for i, m in enumerate(magnitudes) if low <= m < high and alive[i]]
     assert torch.equal(kept, packed(expected).bits)
-    assert at.tolist() == within
-    assert keys.tolist() == [key_of(magnitudes[i], piece.dtype) for i in within]
-    assert backend.count_ones(kept) == int(expected.sum())
-    stays = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(at), max_size=len(at))))
-    backend.keep(kept, at, stays.to(torch.bool))
+    assert found.at.tolist() == within
+    assert found.keys.tolist() == [key_of(magnitudes[i], piece.dtype) for i in within]
+    assert backend.count_ones(kept) == found.above == int(expected.sum())
+    size = len(within)
+    stays = torch.tensor(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)))
+    backend.keep(kept, found.at, stays.to(torch.bool))
     for place, stay in zip(within, stays.tolist(), strict=True):
         expected[place] |= bool(stay)
     assert torch.equal(kept, packed(expected).bits)
@@ -93,7 +96,7 @@ def test_a_split_keeps_what_is_above_and_finds_what_is_within(
 @many
 @given(dtype=DTYPES, data=st.data(), bounds=st.lists(st.floats(0, 9), min_size=2, max_size=2))
 def test_pieces_are_split_together_as_one_by_one(
-    backend: Backend, dtype: torch.dtype, data: st.DataObject, bounds: list[float]
+    backend: TorchBackend, dtype: torch.dtype, data: st.DataObject, bounds: list[float]
 ) -> None:
     together = [drawn[0] for drawn in data.draw(st.lists(pieces(st.just(dtype)), max_size=5))]
     if dtype == torch.float32:
@@ -102,13 +105,13 @@ def test_pieces_are_split_together_as_one_by_one(
         together += [Piece(50, scores, dtype, alive), *together[:1], Piece(50, scores, dtype, None)]
     low, high = sorted(key_of(bound, dtype) for bound in bounds)
     kept = [torch.empty((piece.units + 7) // 8, dtype=torch.uint8) for piece in together]
-    found = backend.split_all(RequestContext(), together, low, high, kept)
+    found = backend.split(CONTEXT, together, low, high, kept)
     for piece, part, bits in zip(together, found, kept, strict=True):
         by_itself = torch.empty_like(bits)
-        keys, at = Backend(CPU).split(piece, low, high, by_itself)
+        (expected,) = TorchBackend(CPU).split(CONTEXT, [piece], low, high, [by_itself])
         assert torch.equal(bits, by_itself)
-        assert torch.equal(part.keys, keys)
-        assert torch.equal(part.at, at)
+        assert torch.equal(part.keys, expected.keys)
+        assert torch.equal(part.at, expected.at)
         assert part.above == backend.count_ones(bits)
 
 
@@ -116,7 +119,7 @@ def test_pieces_are_split_together_as_one_by_one(
 @many
 @given(drawn=pieces(), data=st.data())
 def test_counts_and_extremes_are_what_they_are_defined_as(
-    backend: Backend, drawn: tuple[Piece, list[float], Tensor], data: st.DataObject
+    backend: TorchBackend, drawn: tuple[Piece, list[float], Tensor], data: st.DataObject
 ) -> None:
     piece, magnitudes, alive = drawn
     scores = piece.scores
@@ -142,7 +145,7 @@ def test_counts_and_extremes_are_what_they_are_defined_as(
 
 
 def assert_ranked(
-    backend: Backend, piece: Piece, magnitudes: list[float], alive: Tensor, place: int
+    backend: TorchBackend, piece: Piece, magnitudes: list[float], alive: Tensor, place: int
 ) -> None:
     """What stays, by a sort that is stable; of what is pruned already nothing does."""
     living = [i for i, lives in enumerate(alive.tolist()) if lives]
@@ -161,7 +164,7 @@ def assert_ranked(
 @many
 @given(dtype=DTYPES, data=st.data())
 def test_few_pieces_are_cut_together(
-    backend: Backend, dtype: torch.dtype, data: st.DataObject
+    backend: TorchBackend, dtype: torch.dtype, data: st.DataObject
 ) -> None:
     drawn = data.draw(st.lists(pieces(st.just(dtype)), min_size=2, max_size=5))
     magnitudes = [m for _, of_piece, _ in drawn for m in of_piece]
@@ -185,26 +188,30 @@ def test_few_pieces_are_cut_together(
 @many
 @given(drawn=pieces(), data=st.data())
 def test_digits_are_counted(
-    backend: Backend, drawn: tuple[Piece, list[float], Tensor], data: st.DataObject
+    backend: TorchBackend, drawn: tuple[Piece, list[float], Tensor], data: st.DataObject
 ) -> None:
     piece, magnitudes, alive = drawn
     keys = [key_of(m, piece.dtype) for m in magnitudes]
     bits = torch.iinfo(BITS[piece.dtype]).bits
-    shift = data.draw(st.sampled_from(range(0, bits, 16)))
-    prefix = data.draw(st.sampled_from([key >> (shift + 16) for key in keys]))
-    counts = torch.zeros(1 << 16, dtype=torch.int64)
-    backend.add_digits(piece, prefix, shift, counts)
+    left = data.draw(st.sampled_from(range(1, bits)))
+    width = data.draw(st.integers(1, min(left, DIGIT_BITS)))
+    some = data.draw(st.sets(st.sampled_from(keys), min_size=1, max_size=3))
+    prefixes = sorted({key >> left for key in some})
+    counts = torch.zeros(len(prefixes), 1 << width, dtype=torch.int64)
+    wanted = torch.tensor(prefixes, dtype=BITS[piece.dtype])
+    backend.count_digits(piece, wanted, left - width, width, counts)
     living = [key for key, lives in zip(keys, alive.tolist(), strict=True) if lives]
-    expected = [key >> shift & 0xFFFF for key in living if key >> (shift + 16) == prefix]
-    counted = torch.bincount(torch.tensor(expected, dtype=torch.int64), minlength=1 << 16)
-    assert torch.equal(counts, counted)
+    for prefix, found in zip(prefixes, counts, strict=True):
+        digits = [(key >> left - width) % (1 << width) for key in living if key >> left == prefix]
+        expected = torch.bincount(torch.tensor(digits, dtype=torch.int64), minlength=1 << width)
+        assert torch.equal(found, expected)
 
 
 @KINDS
 @many
 @given(drawn=pieces())
 def test_a_fold_is_the_product_with_the_mask(
-    backend: Backend, drawn: tuple[Piece, list[float], Tensor]
+    backend: TorchBackend, drawn: tuple[Piece, list[float], Tensor]
 ) -> None:
     piece, _, alive = drawn
     assert isinstance(piece.scores, Tensor)
@@ -223,7 +230,7 @@ def test_a_fold_is_the_product_with_the_mask(
     st.integers(0, 1 << 30),
 )
 def test_runs_and_blocks_of_lines_of_bits(
-    backend: Backend, sizes: tuple[int, int, int], density: float, seed: int
+    backend: TorchBackend, sizes: tuple[int, int, int], density: float, seed: int
 ) -> None:
     whole = torch.rand(sizes, generator=torch.Generator().manual_seed(seed)) < density
     lines = backend.lines(packed(whole.view(-1)).bits, sizes)
@@ -252,10 +259,13 @@ def test_runs_and_blocks_of_lines_of_bits(
 def test_random_keys_are_the_same_of_every_kind(state: int, begin: int) -> None:
     piece = Piece(50, RandomScores(state, begin), torch.float32, None)
     kept = [torch.empty(7, dtype=torch.uint8) for _ in ALL]
-    found = [p.split(piece, 1 << 28, 1 << 29, k) for p, k in zip(ALL, kept, strict=True)]
-    for (keys, at), bits in zip(found[1:], kept[1:], strict=True):
-        assert torch.equal(keys, found[0][0])
-        assert torch.equal(at, found[0][1])
+    found = [
+        backend.split(CONTEXT, [piece], 1 << 28, 1 << 29, [bits])[0]
+        for backend, bits in zip(ALL, kept, strict=True)
+    ]
+    for part, bits in zip(found[1:], kept[1:], strict=True):
+        assert torch.equal(part.keys, found[0].keys)
+        assert torch.equal(part.at, found[0].at)
         assert torch.equal(bits, kept[0])
 
 
@@ -273,7 +283,7 @@ def test_slices_and_their_elements(shape: list[int], data: st.DataObject, piece:
     noise = torch.rand(shape, generator=torch.Generator().manual_seed(size)) > 0.8
     flags = noise.reshape(-1)
     with pytest.MonkeyPatch.context() as small:
-        small.setattr(Backend, "piece", piece)
+        small.setattr(TorchBackend, "piece", piece)
         mask = expand(RequestContext(), kept, shape, dim)
         found = any_of_slices(
             RequestContext(), lambda begin, end: flags[begin:end], shape, dim, CPU

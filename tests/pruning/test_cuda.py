@@ -26,7 +26,7 @@ from tests.pruning.bits import unpacked
 
 pytest.importorskip("triton", reason="there is no Triton for this platform")
 from secateur_server.backends import kernels_triton, triton_backend
-from secateur_server.backends.cuda_backend import CudaBackend
+from secateur_server.backends.torch_backend import TorchBackend
 
 IS_HERE = torch.cuda.is_available()
 GPU = pytest.mark.skipif(not IS_HERE, reason="torch sees no CUDA device")
@@ -45,7 +45,7 @@ def to_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> C
     def start() -> str:
         if request.param == "cuda":
             return "cuda"
-        monkeypatch.setattr(backends, "_COMPILED", triton_backend.TritonBackend(CPU))
+        monkeypatch.setattr(backends, "_NUMBA", triton_backend.TritonBackend(CPU))
         return "cpu"
 
     return start
@@ -176,7 +176,7 @@ def test_where_triton_works_it_is_the_backend() -> None:
 
 
 @INTERPRETED
-@pytest.mark.parametrize("name", ["split", "add_digits", "extremes", "count_ones"])
+@pytest.mark.parametrize("name", ["split", "count_digits", "extremes", "count_ones"])
 @pytest.mark.parametrize("run", [broken, idle])
 def test_where_triton_fails_torch_is_the_backend(
     monkeypatch: pytest.MonkeyPatch,
@@ -185,7 +185,7 @@ def test_where_triton_fails_torch_is_the_backend(
     run: Callable[..., None],
 ) -> None:
     monkeypatch.setattr(kernels_triton, name, Kernel(run))
-    assert triton_backend.triton_or_torch(CPU) is CudaBackend
+    assert triton_backend.triton_or_torch(CPU) is TorchBackend
     (told,) = caplog.messages
     assert told.startswith("cpu: kernels are not compiled, which would be faster: ")
     assert run is idle or told.endswith("Failed to find C compiler.")
@@ -212,7 +212,7 @@ def compiled(kernel, bits, **switches):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
 
 for bits in ("*i8", "*i16", "*i32", "*i64"):
-    for kernel in (kernels.split, kernels.add_digits):
+    for kernel in (kernels.split, kernels.count_digits):
         for are_all in (True, False):
             asm = compiled(kernel, bits, is_random=False, are_all=are_all)
             assert len(asm["cubin"]) > 0
@@ -220,7 +220,7 @@ for bits in ("*i8", "*i16", "*i32", "*i64"):
     asm = compiled(kernels.extremes, bits)
     assert bits != "*i32" or "ld.global.v4.b32" in asm["ptx"]
 compiled(kernels.split, "*i32", is_random=True, are_all=True)
-compiled(kernels.add_digits, "*i32", is_random=True, are_all=False)
+compiled(kernels.count_digits, "*i32", is_random=True, are_all=False)
 compiled(kernels.count_ones, "*u8")
 print("compiled")
 """

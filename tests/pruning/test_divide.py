@@ -11,9 +11,11 @@ from torch import Tensor
 
 from secateur_server.backends import kernels
 from secateur_server.backends.keys import BITS
-from secateur_server.backends.numba_backend import CpuBackend, NumbaBackend
-from secateur_server.backends.protocol import Backend, Cut
+from secateur_server.backends.numba_backend import NumbaBackend
+from secateur_server.backends.pieces import Cut
+from secateur_server.backends.protocol import Backend
 from secateur_server.backends.randomness import RandomScores, random_keys, random_scores
+from secateur_server.backends.torch_backend import TorchBackend
 from secateur_server.cut import divide as of_divide
 from secateur_server.cut import divide_small
 from secateur_server.cut import energy as of_energy
@@ -28,7 +30,7 @@ from tests.conftest import examples
 from tests.pruning.bits import packed
 
 CPU = torch.device("cpu")
-KINDS = st.sampled_from([Backend(CPU), CpuBackend(CPU), NumbaBackend(CPU)])
+KINDS = st.sampled_from([TorchBackend(CPU), NumbaBackend(CPU)])
 DTYPES = st.sampled_from(
     [*(torch.float64, torch.float32, torch.float16, torch.bfloat16), torch.float8_e5m2, torch.int8]
 )
@@ -133,7 +135,7 @@ def test_divisions_are_as_defined(
     queries = data.draw(st.lists(drawn_query(keys), min_size=1, max_size=5))
     with pytest.MonkeyPatch.context() as patch:
         of_kind(patch, backend)
-        patch.setattr(Backend, "piece", data.draw(st.sampled_from([8, 16, 1 << 20])))
+        patch.setattr(TorchBackend, "piece", data.draw(st.sampled_from([8, 16, 1 << 20])))
         patch.setattr(of_divide, "LEAST_BITS", data.draw(st.sampled_from([1, 5, 8, 16])))
         patch.setattr(of_divide, "TABLES", data.draw(st.sampled_from([1, 100, 1 << 24])))
         patch.setattr(of_divide, "FEW", data.draw(st.sampled_from([0, 1 << 17])))
@@ -152,7 +154,7 @@ def test_units_below_a_key_are_counted(
     key = data.draw(st.sampled_from([0, 1 << 14, *(key for of in keys for key in of)]))
     with pytest.MonkeyPatch.context() as patch:
         of_kind(patch, backend)
-        patch.setattr(Backend, "piece", data.draw(st.sampled_from([8, 1 << 20])))
+        patch.setattr(TorchBackend, "piece", data.draw(st.sampled_from([8, 1 << 20])))
         found = count_below(RequestContext(), rankings, key)
     assert found == [(sum(k < key for k in of), of.count(key)) for of in keys]
 
@@ -262,7 +264,7 @@ def test_energies_of_large_tensors_are_those_of_a_sort(large: list[Ranking]) -> 
     assert found[-1] == whole
 
 
-@pytest.mark.parametrize("backend", [Backend(CPU), CpuBackend(CPU)], ids=["torch", "numpy"])
+@pytest.mark.parametrize("backend", [TorchBackend(CPU)], ids=["torch", "numpy"])
 def test_what_is_found_is_the_same_bits_without_numba_and_threads(
     large: list[Ranking], backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:

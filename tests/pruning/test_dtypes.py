@@ -13,8 +13,9 @@ from torch import Tensor
 
 import secateur
 from secateur_server.backends import kernels
-from secateur_server.backends.numba_backend import CpuBackend, NumbaBackend
+from secateur_server.backends.numba_backend import NumbaBackend
 from secateur_server.backends.protocol import Backend
+from secateur_server.backends.torch_backend import TorchBackend
 from secateur_server.cut.prune import prune
 from secateur_server.granularity.element import Element
 from secateur_server.importance.magnitude import Magnitude
@@ -434,7 +435,7 @@ def test_a_module_is_pruned_as_torch_does(client: secateur.Client, dtype: torch.
 
 KINDS = pytest.mark.parametrize(
     "backend",
-    [Backend(CPU), CpuBackend(CPU), NumbaBackend(CPU)],
+    [TorchBackend(CPU), NumbaBackend(CPU)],
     ids=lambda backend: type(backend).__name__,
 )
 

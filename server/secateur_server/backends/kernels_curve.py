@@ -1,10 +1,10 @@
-"""The passes over a piece that look for many cuts at once, compiled as those of kernels.py.
+"""Kernels that look for many cuts at once, as those of kernels.py.
 
 Where a key belongs among the sorted prefixes, or cuts, is looked up by its highest bits, its head:
 first[head] is the first one with that head, and few share it; where none has it, it is ~j of the
 first one above. So many cost little more than one.
 
-wanted: ascending; behind them one more that no key goes beyond.
+wanted: ascending; behind them one more that no key exceeds.
 head: the place of the lowest bit of a head.
 """
 
@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from secateur_server.backends.kernels import _compiled, is_unpruned
+from secateur_server.backends.kernels import compiled, is_unpruned
 
 
-@_compiled
+@compiled
 def count_many_digits(
     bits: Any,
     unpruned: Any,
@@ -43,7 +43,7 @@ def count_many_digits(
                 counts[row, (key >> shift) & low] += 1
 
 
-@_compiled
+@compiled
 def count_below(bits: Any, unpruned: Any, largest: int, cut: int) -> tuple[int, int]:
     """How many keys are below the cut, and how many are the cut."""
     below, equal = 0, 0
@@ -54,7 +54,7 @@ def count_below(bits: Any, unpruned: Any, largest: int, cut: int) -> tuple[int, 
     return below, equal
 
 
-@_compiled
+@compiled
 def sum_squares(
     bits: Any,
     unpruned: Any,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from secateur_server.backends import allocate, backend_for, spans
-from secateur_server.backends.protocol import around, bits_at
+from secateur_server.backends.pieces import around, bits_at
 from secateur_server.runtime.context import RequestContext
 
 Flags = Callable[[int, int], Tensor]
@@ -97,7 +97,7 @@ def mask_of_flags(context: RequestContext, flags: Tensor) -> Mask:
 
 def masks_of(flags: Tensor) -> list[Mask]:
     """The mask of each line.  flags: bool, (masks, elements)."""
-    lines = backend_for(flags.device).pack_lines(flags)
+    lines = backend_for(flags.device).pack(flags)
     return [Mask(bits, flags.shape[1]) for bits in lines.unbind()]
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from secateur_server.backends import backend_for, spans
 from secateur_server.backends.keys import ranked_as
 from secateur_server.backends.masks import Mask
-from secateur_server.backends.protocol import EXACT_POWERS, Backend, around
+from secateur_server.backends.pieces import around
+from secateur_server.backends.protocol import Backend
 from secateur_server.runtime.context import RequestContext
 
 
@@ -62,18 +63,13 @@ def vector_norms(
     """
     if (dtype := ranked_as(values.dtype)) != values.dtype:
         values, first, last = values[:, first:last].to(dtype), 0, last - first
-    if (sums := backend.power_sums(values, first, last, p)) is not None:
-        return _root(sums, elements, p)
     block = values[:, first:last]
     if math.isinf(p):
         extreme = block.abs().amax((0, 2)) if p > 0 else block.abs().amin((0, 2))
         return extreme.to(torch.float64)
     if p == 0:
         return _root(block.count_nonzero((0, 2)).to(torch.float64), elements, 1.0)
-    rows = block.transpose(0, 1).flatten(1).to(torch.float64)
-    if p not in EXACT_POWERS:  # others differ from device to device
-        rows = rows.cpu()
-    return _root(row_sums(rows.abs().pow(p)).to(values.device), elements, p)
+    return _root(backend.power_sums(values, first, last, p), elements, p)
 
 
 def _root(sums: Tensor, elements: Tensor | int | None, p: float) -> Tensor:
@@ -93,16 +89,3 @@ def total(values: Iterable[float]) -> float:
         return math.fsum(values)
     except OverflowError:
         return math.inf
-
-
-def row_sums(rows: Tensor) -> Tensor:
-    """Sums of rows by halves, in an order that depends on their length alone.
-
-    torch's own sum adds in an order of its threads, its vectors and its device.
-    """
-    while rows.shape[1] > 1:
-        half = rows.shape[1] // 2
-        odd = rows[:, 2 * half :]
-        rows = rows[:, :half] + rows[:, half : 2 * half]
-        rows[:, :1] += odd if odd.shape[1] else 0.0
-    return rows[:, 0]

@@ -1,259 +1,196 @@
-"""The passes over the pieces of tensors, as operations of torch: what every device can do.
+"""What the algorithms need of a device, as operations on arrays.
 
-Units are ordered by their keys: see keys.py.
-
-A mask is bits: uint8, row-major, lowest bit first, 1 is kept, the last byte padded with 0.
+Every backend gives the same bits. Units are ordered by their keys: see keys.py. Masks are bits: see
+pieces.py.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from secateur_server.backends.keys import BITS, as_keys, picked, signed_bits
-from secateur_server.backends.randomness import RandomScores, random_keys
+from secateur_server.backends.pieces import Batch, Cut, Ints, Layouts, Piece, Split
 from secateur_server.runtime.context import Found, Item, RequestContext
 
-DIGIT_BITS = 16
 
-# Numbers are added up in parts of so many, whatever a device's pieces are, and the parts in their
-# order: so neither device nor threads show.
-PART = 1 << 20
+class Backend(Protocol):
+    """The operations on one device. Each reads its tensors once; all lie on the device."""
 
+    device: torch.device
 
-@dataclass(frozen=True)
-class Piece:
-    """Units of a tensor in their order, to be ranked by the absolute value of their scores.
+    @property
+    def piece(self) -> int:
+        """Elements that an operation is best given at once; a multiple of 8."""
 
-    scores: of any dtype that can be pruned, 1-D; or random ones.  dtype: what they are compared as,
-    as of ranked_as; random ones are integers of its bits.
-    alive: bits, 0 is pruned already; None is all alive.
-    """
+    @property
+    def ranked(self) -> int:
+        """As `piece`, of operations on a Piece that store no number for each unit."""
 
-    units: int
-    scores: Tensor | RandomScores
-    dtype: torch.dtype
-    unpruned: Tensor | None
+    @property
+    def scanned(self) -> int:
+        """Bytes that have arrived which `extremes` is best given at once."""
 
-
-@dataclass(frozen=True)
-class Cut:
-    """Prune the units with keys below `key`, and the first `ties` of the `equal` ones at it."""
-
-    key: int
-    ties: int
-    equal: int
-
-
-@dataclass(frozen=True)
-class Split:
-    """Of a piece: how many units are above bounds; the keys of those within, and where they are.
-
-    at: int32.
-    """
-
-    above: int
-    keys: Tensor
-    at: Tensor
-
-
-# Powers that are products, and whose roots too, which all devices compute alike.
-EXACT_POWERS = (0.5, 1, 2, 3)
-
-# Bytes that each unit takes of those ranked at once: keys, places, their copies, and a flag.
-BYTES_OF_FEW = 48
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the ones of a mask lie.
-
-    nonzero_slices: for each dimension, how many slices have one.
-    most_ones, nonzero_blocks: as of Backend; no blocks under 2 dimensions.
-    """
-
-    nonzero_slices: list[int]
-    most_ones: list[int]
-    nonzero_blocks: list[int]
-
-
-class Backend:
-    """Each pass reads a piece once. A device overrides what it does better, with the same bits."""
-
-    # Elements of a piece, a multiple of 8; and of those that are only looked at, or ranked.
-    piece = ranked = 1 << 20
-    # Bytes of what has landed that are looked at at once.
-    look_bytes = 64 << 20
-    # How many of them `map` works on at once.
-    threads = 1
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    @property
+    def threads(self) -> int:
+        """How many pieces `map` works on at once."""
 
     def map(
         self, context: RequestContext, function: Callable[[Item], Found], pieces: Iterable[Item]
     ) -> list[Found]:
-        """What `function` makes of each piece, in their order.  Errors: Stopped."""
-        return context.map(function, pieces)
+        """Applies a function to each piece.
+
+        Returns:
+            The results, in order.
+
+        Raises:
+            Stopped: The request has been cancelled, or its deadline has passed.
+        """
 
     def allocate(self, size: int) -> Tensor:
-        """Memory of `size` bytes, as uint8."""
-        return torch.empty(size, dtype=torch.uint8, device=self.device)
+        """Allocates `size` bytes.
+
+        Returns:
+            uint8, (size,), with any values.
+        """
 
     def receive(self, data: memoryview, target: Tensor) -> None:
-        """Copies bytes that arrived to the device.  target: uint8, as long."""
-        raise NotImplementedError  # each device has a way of its own
+        """Copies bytes of the host to the device.
 
-    def landed(self, data: memoryview) -> Tensor:
-        """Bytes that came, in memory of their own.  data: not empty.  Returns: uint8, flat."""
-        target = self.allocate(len(data))
-        self.receive(data, target)
-        return target
+        Args:
+            data: Bytes; they may change after the call.
+            target: uint8, as long; written to.
+        """
 
-    def landed_all(self, pieces: Iterable[memoryview]) -> Tensor:
-        """As landed, of bytes that came in pieces, and not many."""
-        return self.landed(memoryview(b"".join(pieces)))
+    def pack(self, flags: Tensor) -> Tensor:
+        """Packs flags to bits.
 
-    def pack(self, mask: Tensor) -> Tensor:
-        """A mask as bits.  mask: bool, 1-D."""
-        padded = torch.nn.functional.pad(mask, (0, -len(mask) % 8)).view(-1, 8)
-        return (padded.to(torch.uint8) << self._places()).sum(1, dtype=torch.uint8)
+        Args:
+            flags: Bool, (n,) or (lines, n).
+
+        Returns:
+            uint8, (ceil(n / 8),) or (lines, ceil(n / 8)).
+        """
 
     def unpack(self, bits: Tensor, count: int) -> Tensor:
-        """The first `count` of `bits` as bool."""
-        return ((bits.unsqueeze(1) >> self._places()) & 1).to(torch.bool).view(-1)[:count]
+        """Unpacks the first `count` bits.
 
-    def _places(self) -> Tensor:
-        return torch.arange(8, dtype=torch.uint8, device=self.device)
+        Args:
+            bits: uint8, 1-D.
+            count: At most 8 len(bits).
 
-    def lines(self, bits: Tensor, sizes: tuple[int, int, int]) -> Tensor:
-        """A mask's lines along the second of three dimensions, each as bits in bytes of its own.
-
-        Returns: uint8, (lines, bytes).
+        Returns:
+            Bool, (count,).
         """
-        outer, size, inner = sizes
-        if inner == 1 and size % 8 == 0:
-            return bits.view(outer, size // 8)
-        flags = self.unpack(bits, outer * size * inner).view(sizes)
-        return self.pack_lines(flags.movedim(1, 2).reshape(-1, size))
-
-    def pack_lines(self, flags: Tensor) -> Tensor:
-        """As pack, each line of `flags`, (lines, elements), in bytes of its own."""
-        padded = torch.nn.functional.pad(flags, (0, -flags.shape[1] % 8))
-        return self.pack(padded.reshape(-1)).view(len(flags), -1)
 
     def count_ones(self, bits: Tensor) -> int:
-        """How many of `bits` are 1."""
-        return int(self.unpack(bits, 8 * len(bits)).count_nonzero())
+        """Counts the bits of uint8 that are 1."""
 
     def extremes(self, values: Tensor) -> tuple[int, int]:
-        """The smallest and the largest key of `values`, floating, 1-D, one or more."""
-        bits = values.view(BITS[values.dtype])
-        smallest, largest = (bits & torch.iinfo(bits.dtype).max).aminmax()
-        return int(smallest), int(largest)
+        """Finds the smallest and the largest key.
+
+        Args:
+            values: Floating, (n,), n > 0.
+        """
 
     def keys(self, piece: Piece) -> Tensor:
-        """The keys of a piece; of what is pruned already the largest integer, no score's key.
+        """Computes the keys of a piece.
 
-        Returns: an integer dtype, 1-D.
+        Returns:
+            An integer dtype, (units,); the largest integer, which is no score's key, for pruned
+            units.
         """
-        if isinstance(piece.scores, RandomScores):
-            keys = random_keys(piece.scores, torch.arange(piece.units, device=self.device))
-        else:
-            keys = as_keys(piece.scores, piece.dtype)
-        if piece.unpruned is not None:
-            keys[~self.unpack(piece.unpruned, piece.units)] = torch.iinfo(keys.dtype).max
-        return keys
 
-    def _living(self, piece: Piece) -> Tensor:
-        keys = self.keys(piece)
-        return keys if piece.unpruned is None else keys[keys < torch.iinfo(keys.dtype).max]
-
-    def add_digits(self, piece: Piece, prefix: int, shift: int, counts: Tensor) -> None:
-        """Adds to `counts` the digits at `shift` of the keys whose higher digits are `prefix`.
-
-        counts: int64, 2^16, on the device. Those of pieces add up to that of the whole.
-        """
-        keys = self._living(piece)
-        if shift + DIGIT_BITS < torch.iinfo(keys.dtype).bits:
-            keys = keys[(keys >> (shift + DIGIT_BITS)) == prefix]
-        digits = (keys >> shift) & ((1 << DIGIT_BITS) - 1)
-        counts += torch.bincount(digits, minlength=1 << DIGIT_BITS)
-
-    def count_many_digits(
+    def count_digits(
         self, piece: Piece, prefixes: Tensor, shift: int, width: int, counts: Tensor
     ) -> None:
-        """As add_digits, for many prefixes at once, by digits of `width` bits.
+        """Adds to histograms of the digits at `shift` of the unpruned keys with given prefixes.
 
-        prefixes: ascending, distinct, of the keys' dtype.
-        counts: int64, (prefixes, 2^width), on the device.
+        Args:
+            piece: The units.
+            prefixes: Of the keys' dtype, ascending, distinct, on the CPU: what is above the digit.
+                One 0 where the digit is the highest.
+            shift: The lowest bit of the digit.
+            width: Bits of the digit, at most DIGIT_BITS.
+            counts: int64, (prefixes, 2^width); added to.
         """
-        digits = self._living(piece) >> shift
-        rows = torch.searchsorted(prefixes, digits >> width).clamp(max=len(prefixes) - 1)
-        places = (rows << width) + (digits & ((1 << width) - 1))
-        places = places[prefixes[rows] == digits >> width]
-        counts += torch.bincount(places, minlength=counts.numel()).view_as(counts)
 
     def count_below(self, piece: Piece, key: int) -> tuple[int, int]:
-        """How many keys are below `key`, and how many are `key`."""
-        keys = self._living(piece)
-        return int((keys < key).count_nonzero()), int((keys == key).count_nonzero())
+        """Counts the unpruned keys below `key`, and those that are `key`."""
 
     def sum_squares(self, piece: Piece, values: Tensor, cuts: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums of squares of the values whose keys are at and between cuts, in their order.
+        """Sums squares of values, in their order, by where the keys lie between cuts.
 
-        values: as many as units, of any dtype.  cuts: keys, of their dtype, ascending, distinct.
-        Returns: float64 on the CPU, at 2j of what is between cut j - 1 and cut j, at 2j + 1 of what
-        is at cut j; and how many those are, int64 on the CPU.
+        Args:
+            piece: The units.
+            values: (units,), of any dtype.
+            cuts: Of the keys' dtype, ascending, distinct.
+
+        Returns:
+            The sums, float64, (2 cuts + 1,), on the CPU: at 2j of the unpruned units between cut
+            j - 1 and cut j, at 2j + 1 of those at cut j. And how many they are, int64.
         """
-        keys, size = self._living(piece), 2 * len(cuts) + 1
-        if piece.unpruned is not None:
-            values = picked(values, self.unpack(piece.unpruned, piece.units))
-        at = torch.searchsorted(cuts, keys) + torch.searchsorted(cuts, keys, right=True)
-        squares = values.to(torch.float64).square()
-        # Of bincounts numpy's alone adds in the order of the elements, on every device.
-        sums = np.bincount(at.cpu().numpy(), squares.cpu().numpy(), size)
-        return torch.from_numpy(sums), torch.bincount(at, minlength=size).cpu()
 
     def sample(self, piece: Piece, index: Tensor) -> Tensor:
-        """The keys of the units that are alive at `index`, as far as there are.
+        """Gathers the keys of the unpruned units at indices.
 
-        index: ascending, below `ranked`.
+        Args:
+            piece: The units.
+            index: int64, ascending, below `ranked`; those beyond the piece are skipped.
+
+        Returns:
+            The keys, 1-D, in the order of the indices.
         """
-        if piece.units < self.ranked:
-            index = index[: int(torch.searchsorted(index, piece.units))]
-        if piece.unpruned is not None:
-            index = index[bits_at(piece.unpruned, index)]
-        return self.keys_at(piece, index)
-
-    def keys_at(self, piece: Piece, index: Tensor) -> Tensor:
-        """The keys of the units at `index`."""
-        if isinstance(piece.scores, RandomScores):
-            return random_keys(piece.scores, index)
-        return as_keys(picked(piece.scores, index), piece.dtype)
 
     def ascending(self, keys: Tensor) -> Tensor:
-        """The keys in the order of size."""
-        return keys.sort().values
+        """Sorts keys."""
 
     def kth(self, keys: Tensor, place: int) -> int:
-        """The key at `place`, from 1, in the order of size."""
-        return int(keys.kthvalue(place).values)
+        """Finds the `place`-th smallest key, from 1."""
 
     def rank(self, keys: Tensor, place: int) -> tuple[Cut, Tensor]:
-        """The cut that takes the lowest `place` of `keys`, ties by their order.
+        """Prunes the `place` smallest keys. Ties go to the lowest index.
 
-        Returns: also which keys stay, bool; not those of what is pruned already.
+        Args:
+            keys: As `keys` gives them, (n,).
+            place: In [1, the number of unpruned keys].
+
+        Returns:
+            The cut; and which keys are kept, bool, (n,), False for those that were pruned already.
         """
-        key = self.kth(keys, place)
-        equal = (keys == key).nonzero().view(-1)
-        ties = place - int((keys < key).count_nonzero())
-        stays = (keys > key) & (keys < torch.iinfo(keys.dtype).max)
-        stays[equal[ties:]] = True
-        return Cut(key, ties, len(equal)), stays
+
+    def split(
+        self,
+        context: RequestContext,
+        pieces: Sequence[Piece],
+        low: int,
+        high: int,
+        kept: Sequence[Tensor],
+    ) -> list[Split]:
+        """Keeps the unpruned units at `high` or above, and collects those in [low, high).
+
+        Args:
+            context: The request.
+            pieces: All of one dtype.
+            low: A key.
+            high: A key.
+            kept: The bits of each piece, written to.
+
+        Returns:
+            Of each piece.
+
+        Raises:
+            Stopped: As `map`.
+        """
+
+    def keep(self, kept: Tensor, at: Tensor, flags: Tensor) -> None:
+        """Sets bits.
+
+        Args:
+            kept: The bits of a mask, 0 at those places; written to.
+            at: Places, int32.
+            flags: Bool, as long: which of those bits to set.
+        """
 
     def cut_few(
         self,
@@ -262,143 +199,102 @@ class Backend:
         place: int,
         kept: Sequence[Tensor],
     ) -> Cut:
-        """Takes the lowest `place` of pieces.  kept: the bits of what stays of each, written to."""
-        keys = torch.cat([self.keys(piece) for piece in context.each(pieces)])
-        cut, stays = self.rank(keys, place)
-        parts = torch.split(stays, [piece.units for piece in pieces])
-        for bits, part in zip(kept, parts, strict=True):
-            bits.copy_(self.pack(part))
-        return cut
+        """Prunes the `place` lowest units of few ones. Ties go to the lowest index.
 
-    def split(self, piece: Piece, low: int, high: int, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes which units of a piece are kept: those alive at `high` or above.
+        Args:
+            context: The request.
+            pieces: All of one dtype; their order is that of the indices.
+            place: In [1, the number of unpruned units].
+            kept: The bits of each piece, written to.
 
-        kept: bits, written to.
-        Returns: the keys in [low, high) that are alive, in their order; and where they are, int32.
+        Raises:
+            Stopped: As `map`.
         """
-        keys = self.keys(piece)
-        kept.copy_(self.pack((keys >= high) & (keys < torch.iinfo(keys.dtype).max)))
-        at = ((keys >= low) & (keys < high)).nonzero().view(-1)
-        return keys[at], at.to(torch.int32)
 
-    def split_all(
-        self,
-        context: RequestContext,
-        pieces: Sequence[Piece],
-        low: int,
-        high: int,
-        kept: Sequence[Tensor],
-    ) -> list[Split]:
-        """As split, of each piece, all of one dtype.  kept: the bits of each, written to."""
+    def cut_each(self, batch: Batch, counts: Ints) -> tuple[Tensor, Ints]:
+        """Prunes the lowest units of each tensor. Ties go to the lowest index.
 
-        def split(part: tuple[Piece, Tensor]) -> Split:
-            keys, at = self.split(part[0], low, high, part[1])
-            return Split(self.count_ones(part[1]), keys, at)
+        Args:
+            batch: On the CPU.
+            counts: How many units of each tensor to prune; at most the unpruned ones.
 
-        return self.map(context, split, list(zip(pieces, kept, strict=True)))
-
-    def keep(self, kept: Tensor, at: Tensor, stays: Tensor) -> None:
-        """Keeps the units at `at`, int32, that stay, bool.  kept: bits, 0 there; written to."""
-        at = at[stays]
-        kept.index_add_(0, at >> 3, (1 << (at & 7)).to(torch.uint8))
+        Returns:
+            The bits of the kept units; and the cuts, (tensors, 3): key, ties and equal, or -1, 0, 0
+            where the count is 0.
+        """
 
     def any_along(self, flags: Tensor) -> Tensor:
-        """Which of the second dimension's indices have a flag.  flags: bool, 3-D."""
-        return flags.any(0).any(1)
+        """Finds which indices of the second dimension have a flag.
 
-    def count_along(self, flags: Tensor) -> int:
-        """How many of the second dimension's indices have a flag.  flags: bool, 3-D."""
-        return int(self.any_along(flags).count_nonzero())
+        Args:
+            flags: Bool, (a, n, b).
 
-    def layout(self, bits: Tensor, shape: Sequence[int]) -> Layout:
-        """The layout of a mask of one dimension or more, with elements, and not many."""
-        flags = self.unpack(bits, math.prod(shape))
-        sizes = [around(shape, dim) for dim in range(len(shape))]
-        slices = [self.count_along(flags.view(of_dim)) for of_dim in sizes]
-        most = self.most_ones(self.lines(bits, sizes[:2][-1]))
-        if len(shape) == 1:
-            return Layout(slices, most, [])
-        matrix = shape[0], len(flags) // shape[0], 1
-        return Layout(slices, most, self.nonzero_blocks(self.lines(bits, matrix)))
+        Returns:
+            Bool, (n,).
+        """
 
     def most_ones(self, lines: Tensor) -> list[int]:
-        """How many bits are 1 at most, of 2, 4, 8 and 16 side by side.
+        """Finds how many bits are 1 at most, of 2, 4, 8 and 16 side by side.
 
-        lines: as of lines; of each the bytes side by side.
+        Args:
+            lines: uint8, (lines, bytes): each line in bytes of its own, padded with 0.
         """
-        lines = torch.nn.functional.pad(lines, (0, lines.shape[1] % 2))
-        twos = lines - ((lines >> 1) & 0x55)  # each two bits now say how many of them were 1
-        fours = (twos & 0x33) + ((twos >> 2) & 0x33)
-        eights = (fours & 0x0F) + (fours >> 4)
-        by_two = eights.contiguous().view(torch.int16)
-        sixteens = (by_two & 0xFF) + (by_two >> 8)
-        parts = (twos & 0xAA, fours & 0x0F, fours >> 4, eights, sixteens)
-        two, low, high, eight, sixteen = torch.stack([part.max().int() for part in parts]).tolist()
-        return [2 if two else min(1, eight), max(low, high), eight, sixteen]
 
     def nonzero_blocks(self, lines: Tensor) -> list[int]:
-        """How many blocks, as high and as wide as 4, 8, 16 and 32 bits, have one that is 1.
+        """Counts the blocks of 4 x 4, 8 x 8, 16 x 16 and 32 x 32 bits that have a 1.
 
-        lines: as of most_ones. At the edges blocks are smaller.
+        Args:
+            lines: As of most_ones. At the edges blocks are smaller.
         """
-        lines = torch.nn.functional.pad(lines, (0, lines.shape[1] % 2))
-        by_4 = _joined(_joined(lines, 0), 0)
-        by_8 = _joined(by_4, 0)
-        by_16 = _joined(_joined(by_8, 0), 1)
-        by_32 = _joined(_joined(by_16, 0), 1)
-        blocks = (by_4 & 0x0F, by_4 >> 4, by_8, by_16, by_32)
-        low, high, *larger = torch.stack([part.count_nonzero() for part in blocks]).tolist()
-        return [low + high, *larger]
+
+    def layouts(self, bits: Tensor, begins: Ints, shapes: Sequence[Sequence[int]]) -> Layouts:
+        """Finds where the ones of small masks lie.
+
+        Args:
+            bits: Of all masks.
+            begins: The element at which each mask begins, a multiple of 8.
+            shapes: Of each mask, of one dimension or more, with elements.
+        """
 
     def nonzero(self, values: Tensor) -> Tensor:
-        """Which of `values` are not zero.  values: 1-D.  Returns: bool."""
-        return values != 0
+        """Finds which values, (n,), are not 0.  Returns: bool, (n,)."""
 
     def count_zeros(self, values: Tensor, kept: Tensor | None) -> int:
-        """How many of `values` are zero, or not kept.  values: 1-D.  kept: bits."""
-        zero = values == 0
-        if kept is not None:
-            zero |= ~self.unpack(kept, len(values))
-        return int(zero.count_nonzero())
+        """Counts the values, (n,), that are 0 or not kept.
+
+        Args:
+            values: Of any dtype that can be pruned.
+            kept: The bits of a mask; None: all are kept.
+        """
 
     def fold(self, values: Tensor, kept: Tensor) -> None:
-        """Sets what is not kept to zero of its own sign.  values: written to.  kept: bits."""
-        bits, sign = signed_bits(values)
-        torch.where(self.unpack(kept, len(bits)), bits, bits & sign, out=bits)
+        """Sets the values, (n,), that are not kept to zero of their own sign.
 
-    def power_sums(self, values: Tensor, first: int, last: int, p: float) -> Tensor | None:
-        """The sums of |x|^p by halves of the slices [first, last) along the second dimension.
-
-        values: floating, 3-D, contiguous, with elements.
-        Returns: float64; None where they are left to operations of torch.
+        Args:
+            values: Of any dtype that can be pruned; written to.
+            kept: The bits of a mask.
         """
-        return None
+
+    def power_sums(self, values: Tensor, first: int, last: int, p: float) -> Tensor:
+        """Sums |x|^p of slices by halves: see row_sums.
+
+        Args:
+            values: Floating, (outer, slices, inner), with elements.
+            first: The first slice.
+            last: The end of the slices.
+            p: Finite, not 0.
+
+        Returns:
+            float64, (last - first,).
+        """
 
     def largest(self, keys: Tensor, n: int) -> Tensor:
-        """Which keys of each group are its `n` largest, of equal ones those further on.
+        """Finds the `n` largest keys of each group, of equal ones those with a higher index.
 
-        keys: integers, (groups, m, inner), of which a group has the second dimension's.
-        Returns: bool, of the same shape.
+        Args:
+            keys: Integers, (groups, m, inner), where a group lies along the second dimension.
+            n: In [0, m].
+
+        Returns:
+            Bool, of the same shape.
         """
-        ascending = keys.argsort(dim=1, stable=True)
-        found = torch.zeros(keys.shape, dtype=torch.bool, device=self.device)
-        return found.scatter_(1, ascending[:, max(0, keys.shape[1] - n) :], True)
-
-
-def around(shape: Sequence[int], dim: int) -> tuple[int, int, int]:
-    """The elements before, along and behind a dimension."""
-    dim %= len(shape)
-    return math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :])
-
-
-def bits_at(bits: Tensor, index: Tensor) -> Tensor:
-    """The bits at `index` as bool, in its shape."""
-    return ((bits[index >> 3] >> (index & 7)) & 1).to(torch.bool)
-
-
-def _joined(blocks: Tensor, dim: int) -> Tensor:
-    """Two neighbours each along a dimension as one, with the bits of both."""
-    if blocks.shape[dim] % 2:
-        blocks = torch.nn.functional.pad(blocks, (0, dim, 0, 1 - dim))
-    pairs = blocks.reshape(*blocks.shape[:dim], -1, 2, *blocks.shape[dim + 1 :])
-    return pairs.select(dim + 1, 0) | pairs.select(dim + 1, 1)

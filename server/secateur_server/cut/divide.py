@@ -16,7 +16,8 @@ from torch import Tensor
 
 from secateur_server.backends import backend_for, spans
 from secateur_server.backends.keys import BITS
-from secateur_server.backends.protocol import DIGIT_BITS, Backend, Piece
+from secateur_server.backends.pieces import DIGIT_BITS, Piece
+from secateur_server.backends.protocol import Backend
 from secateur_server.cut.divide_small import SortedKeys, are_small
 from secateur_server.cut.score import Ranking
 from secateur_server.cut.select import FEW, piece_of, score_dtype
@@ -262,12 +263,12 @@ def _count(
     width = _width(sum(ranking.units for ranking in rankings), shares, left)
 
     def up_to(share: _Share) -> Tensor:
-        prefixes = torch.tensor(share.prefixes, dtype=BITS[dtype], device=backend.device)
+        prefixes = torch.tensor(share.prefixes, dtype=BITS[dtype])
         size = len(prefixes), 1 << width
         counts = torch.zeros(size, dtype=torch.int64, device=backend.device)
         for piece in share.pieces:
             context.check()
-            backend.count_many_digits(piece, prefixes, left - width, width, counts)
+            backend.count_digits(piece, prefixes, left - width, width, counts)
         return torch.cumsum(counts, 1, out=counts).cpu()
 
     tables: dict[int, _Table] = {}

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from secateur_server.backends import Span, backend_for, spans
 from secateur_server.backends.keys import BITS
-from secateur_server.backends.norms import row_sums
-from secateur_server.backends.protocol import PART, Cut
+from secateur_server.backends.pieces import PART, Cut, row_sums
 from secateur_server.cut.score import Ranking
 from secateur_server.cut.select import piece_of
 from secateur_server.runtime.context import RequestContext

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from secateur_server.backends import backend_for, spans
 from secateur_server.backends.keys import BITS
-from secateur_server.backends.looks import SPACING, sample_places
-from secateur_server.backends.protocol import PART, Backend, Piece
+from secateur_server.backends.pieces import PART, Piece
+from secateur_server.backends.protocol import Backend
+from secateur_server.backends.scan import SPACING, sample_places
 from secateur_server.cut.divide import Division, Query, divide
 from secateur_server.cut.divide_small import are_small
 from secateur_server.cut.score import Ranking
@@ -178,8 +179,9 @@ def _falling(
     high = int(buckets.cuts[end - 1]) if end <= len(buckets.cuts) else beyond
 
     def within(piece: Piece) -> Tensor:
-        kept = torch.empty((piece.units + 7) // 8, dtype=torch.uint8, device=backend.device)
-        return backend.split(piece, low, high, kept)[0]  # what lies above is of no interest
+        kept = backend.allocate((piece.units + 7) // 8)  # what lies above is not used
+        (found,) = backend.split(context, [piece], low, high, [kept])
+        return found.keys
 
     keys = torch.cat(backend.map(context, within, buckets.pieces))
     return backend.ascending(keys).cpu().view(of_score).flip(0).to(torch.float64)

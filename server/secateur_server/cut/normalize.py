@@ -16,8 +16,8 @@ from torch import Tensor
 from secateur_server.backends import Span, allocate, backend_for, spans
 from secateur_server.backends.keys import picked, ranked_as
 from secateur_server.backends.masks import Mask
-from secateur_server.backends.norms import rounded_to, row_sums, total, vector_norms
-from secateur_server.backends.protocol import PART
+from secateur_server.backends.norms import rounded_to, total, vector_norms
+from secateur_server.backends.pieces import PART, row_sums
 from secateur_server.cut.score import Ranking
 from secateur_server.errors import InvalidSpec, quote
 from secateur_server.runtime.context import RequestContext

@@ -11,8 +11,8 @@ from secateur_server.backends import backend_for, spans
 from secateur_server.backends.batches import are_many
 from secateur_server.backends.keys import score_at
 from secateur_server.backends.masks import Mask
-from secateur_server.backends.norms import row_sums, total
-from secateur_server.backends.protocol import PART, Cut
+from secateur_server.backends.norms import total
+from secateur_server.backends.pieces import PART, Cut, row_sums
 from secateur_server.cut.amounts import Decision, decide
 from secateur_server.cut.choice import Choice
 from secateur_server.cut.divide import Query, divide

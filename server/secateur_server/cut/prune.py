@@ -9,7 +9,7 @@ from torch import Tensor
 
 from secateur_server.backends import backend_for
 from secateur_server.backends.masks import Mask
-from secateur_server.backends.protocol import Cut
+from secateur_server.backends.pieces import Cut
 from secateur_server.cut.amounts import Decision, decide, first_key, is_plain, wanted
 from secateur_server.cut.choice import Choice, ChoiceTable
 from secateur_server.cut.divide import count_below
@@ -66,7 +66,7 @@ def prune(
         else:
             masks, choices = apply_selection(context, rule, state, extras)
         for name, mask in masks.items():
-            state[name] = Parameter(state[name].weight, mask, state[name].seen)
+            state[name] = Parameter(state[name].weight, mask, state[name].scan)
         touched.update(masks)
         outcomes.append(choices)
     return {name: state[name] for name in parameters if name in touched}, outcomes

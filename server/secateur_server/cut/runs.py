@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from secateur_server.backends.batches import Batch
+from secateur_server.backends.pieces import Batch
 from secateur_server.cut.choice import Floats, Ints
 from secateur_server.runtime.context import RequestContext
 
@@ -157,7 +157,7 @@ def _running(bucket: Ints, sums: Floats, starts: Ints) -> tuple[Floats, Ints]:
 
 
 def halved(counts: Ints, values: Floats) -> Floats:
-    """The sums of `counts` times the same value, as norms.row_sums adds them: by halves."""
+    """The sums of `counts` times the same value, as pieces.row_sums adds them: by halves."""
     left, first, other = counts.copy(), np.where(counts > 0, values, 0.0), values.copy()
     while (more := left > 1).any():
         first = np.where(more, first + other, first)

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from secateur_server.backends import allocate, backend_for, spans
 from secateur_server.backends.keys import BITS, as_keys, score_at
-from secateur_server.backends.looks import SPACING, sample_places
 from secateur_server.backends.masks import Mask
-from secateur_server.backends.protocol import BYTES_OF_FEW, DIGIT_BITS, Backend, Cut, Piece
+from secateur_server.backends.pieces import BYTES_OF_FEW, DIGIT_BITS, Cut, Piece
+from secateur_server.backends.protocol import Backend
 from secateur_server.backends.randomness import RandomScores
+from secateur_server.backends.scan import SPACING, sample_places
 from secateur_server.cut.score import Ranking
 from secateur_server.runtime.context import RequestContext
 
@@ -116,7 +117,7 @@ def _sampled(rankings: Sequence[Ranking], dtype: torch.dtype) -> list[Tensor]:
 def _apply(units: Units, count: int) -> Cut:
     """Marks what stays when `count` units go.  Returns: the cut."""
     if count == 0:
-        units.backend.split_all(units.context, units.pieces, 0, 0, units.kept)
+        units.backend.split(units.context, units.pieces, 0, 0, units.kept)
         return NOTHING
     if units.total <= FEW:
         return units.backend.cut_few(units.context, units.pieces, count, units.kept)
@@ -134,7 +135,7 @@ def _cut_by_sample(units: Units, count: int) -> Cut | None:
 
 def _cut_within(units: Units, count: int, low: int, high: int) -> Cut | None:
     """Marks what stays, if the cut is in [low, high).  Returns: the cut; None where it is not."""
-    found = units.backend.split_all(units.context, units.pieces, low, high, units.kept)
+    found = units.backend.split(units.context, units.pieces, low, high, units.kept)
     sizes = [len(part.keys) for part in found]
     place = count - (units.alive - sum(part.above for part in found) - sum(sizes))
     if not 1 <= place <= sum(sizes):  # of the cut among those within
@@ -203,13 +204,14 @@ def _cut_by_digits(units: Units, count: int) -> Cut:
     place, equal = count, units.alive
     few = units.few
     while shift > 0 and equal > few:
-        shift = (shift - 1) // DIGIT_BITS * DIGIT_BITS
-        counts = _count_digits(units, prefix, shift)
+        width = (shift - 1) % DIGIT_BITS + 1
+        shift -= width
+        counts = _count_digits(units, prefix, shift, width)
         up_to = counts.cumsum(0)
         digit = int(torch.searchsorted(up_to, place))
         equal = int(counts[digit])
         place -= int(up_to[digit]) - equal
-        prefix = (prefix << DIGIT_BITS) | digit
+        prefix = (prefix << width) | digit
     low, high = prefix << shift, min((prefix + 1) << shift, integers.max)
     are_ties = equal > few
     cut = _cut_at(units, count, low) if are_ties else _cut_within(units, count, low, high)
@@ -217,16 +219,17 @@ def _cut_by_digits(units: Units, count: int) -> Cut:
     return cut
 
 
-def _count_digits(units: Units, prefix: int, shift: int) -> Tensor:
+def _count_digits(units: Units, prefix: int, shift: int, width: int) -> Tensor:
     """The counts of all pieces, added up in as few histograms as there are threads."""
     backend, pieces = units.backend, units.pieces
+    prefixes = torch.tensor([prefix], dtype=BITS[pieces[0].dtype])
 
     def counts_of(share: Sequence[Piece]) -> Tensor:
-        counts = torch.zeros(1 << DIGIT_BITS, dtype=torch.int64, device=backend.device)
+        counts = torch.zeros(1, 1 << width, dtype=torch.int64, device=backend.device)
         for piece in share:
             units.context.check()
-            backend.add_digits(piece, prefix, shift, counts)
-        return counts
+            backend.count_digits(piece, prefixes, shift, width, counts)
+        return counts[0]
 
     size = -(-len(pieces) // backend.threads)
     shares = [pieces[begin:end] for begin, end in spans(len(pieces), size)]
@@ -243,8 +246,9 @@ def _mark_ties(units: Units, cut: Cut, equal: Sequence[int]) -> Cut:
         going = min(max(cut.ties - before, 0), equal)
         # All of a piece's ties go, or none do, but for one piece in which the first ones go.
         low, high = cut.key + (going == equal), cut.key + (going > 0)
-        _, at = backend.split(piece, low, high, kept)
-        backend.keep(kept, at, torch.arange(len(at), device=at.device) >= going)
+        (found,) = backend.split(units.context, [piece], low, high, [kept])
+        places = torch.arange(len(found.at), device=found.at.device)
+        backend.keep(kept, found.at, places >= going)
 
     backend.map(
         units.context, mark, list(zip(units.pieces, units.kept, equal, before, strict=False))

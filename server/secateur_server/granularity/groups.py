@@ -11,7 +11,7 @@ from secateur_server.backends import backend_for, spans
 from secateur_server.backends.keys import signed_bits
 from secateur_server.backends.masks import Mask, any_of_slices, expand, mask_of_flags
 from secateur_server.backends.norms import vector_norms
-from secateur_server.backends.protocol import around
+from secateur_server.backends.pieces import around
 from secateur_server.errors import DimOutOfRange, InvalidSpec, quote
 from secateur_server.granularity.group import Group, Member
 from secateur_server.runtime.context import RequestContext

@@ -15,7 +15,7 @@ from secateur_server.backends import backend_for, spans
 from secateur_server.backends.keys import signed_bits
 from secateur_server.backends.masks import Mask, flags_of, masks_of
 from secateur_server.backends.norms import vector_norms
-from secateur_server.backends.protocol import around
+from secateur_server.backends.pieces import around
 from secateur_server.granularity.group import Group, Member
 from secateur_server.granularity.groups import alive_units, expand_group, member_scores, slices_of
 from secateur_server.runtime.context import RequestContext

@@ -11,7 +11,7 @@ from secateur_server.backends import allocate, backend_for
 from secateur_server.backends.keys import as_keys, ranked_as
 from secateur_server.backends.masks import Mask, mask_of_flags
 from secateur_server.backends.norms import rounded_to
-from secateur_server.backends.protocol import around
+from secateur_server.backends.pieces import around
 from secateur_server.errors import InvalidSpec, NotStructured, quote
 from secateur_server.granularity.tiled import (
     COSTS,

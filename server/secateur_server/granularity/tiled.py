@@ -10,7 +10,7 @@ from torch import Tensor
 from secateur_server.backends import allocate, backend_for
 from secateur_server.backends.keys import ranked_as
 from secateur_server.backends.masks import Mask
-from secateur_server.backends.norms import rounded_to, row_sums, vector_norms
+from secateur_server.backends.norms import rounded_to, vector_norms
 from secateur_server.backends.protocol import Backend
 from secateur_server.granularity.tiles import Box, Tiles
 from secateur_server.runtime.context import RequestContext
@@ -72,8 +72,7 @@ def tile_costs(
 
 def square_sums(rows: Tensor, backend: Backend) -> Tensor:
     """The sum of squares of each row.  rows: (1, units, elements).  Returns: float64."""
-    sums = backend.power_sums(rows, 0, rows.shape[1], 2)
-    return row_sums(rows[0].to(torch.float64).square()) if sums is None else sums
+    return backend.power_sums(rows, 0, rows.shape[1], 2)
 
 
 def of_units(

@@ -4,13 +4,14 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from secateur_server.backends import backend_for, spans
 from secateur_server.backends.keys import picked
 from secateur_server.backends.masks import Mask, any_of_slices, mask_of
-from secateur_server.backends.protocol import around
+from secateur_server.backends.pieces import around
 from secateur_server.report.structure import Structure, structure_of, structure_of_few
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.parameter import Parameter
@@ -43,10 +44,11 @@ def measure(context: RequestContext, parameter: Parameter) -> Sparsity:
     nonzero = _Nonzero(parameter, mask if zeros == pruned else None)
     shape = parameter.weight.shape
     if shape and zeros > 0 and total <= AT_ONCE:
-        layout = backend_for(parameter.weight.device).layout(nonzero.whole(context).bits, shape)
-        along = zip(shape, layout.nonzero_slices, strict=True) if len(shape) > 1 else ()
+        bits = nonzero.whole(context).bits
+        layouts = backend_for(bits.device).layouts(bits, np.zeros(1, np.int64), [shape])
+        along = zip(shape, layouts.nonzero_slices.tolist(), strict=True) if len(shape) > 1 else ()
         zero_slices = tuple(size - count for size, count in along)
-        return Sparsity(zeros, total, pruned, zero_slices, structure_of_few(shape, layout))
+        return Sparsity(zeros, total, pruned, zero_slices, structure_of_few(shape, layouts))
     structure = structure_of(context, shape, zeros, partial(nonzero.whole, context))
     return Sparsity(zeros, total, pruned, _zero_slices(context, nonzero, zeros), structure)
 
@@ -91,7 +93,7 @@ def _zeros_kept(context: RequestContext, parameter: Parameter) -> int:
     """How many elements are 0 that the mask keeps."""
     values, mask = parameter.weight.reshape(-1), parameter.mask
     backend = backend_for(values.device)
-    within = [(0, len(values))] if parameter.seen is None else parameter.seen.zeros
+    within = [(0, len(values))] if parameter.scan is None else parameter.scan.zeros
 
     def count(span: tuple[int, int]) -> int:
         begin, end = span

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from secateur_server.backends import backend_for
 from secateur_server.backends.masks import Mask
-from secateur_server.backends.protocol import Layout, around
+from secateur_server.backends.pieces import Layouts, around
 from secateur_server.granularity.tiles import Box, Tiles
 from secateur_server.runtime.context import RequestContext
 
@@ -46,14 +46,14 @@ class Structure:
     zero_blocks: tuple[ZeroBlocks, ...]
 
 
-def structure_of_few(shape: Sequence[int], layout: Layout) -> Structure:
+def structure_of_few(shape: Sequence[int], layouts: Layouts) -> Structure:
     """The structure of a tensor of one dimension or more, with elements.
 
-    layout: of the mask of what is not zero.
+    layouts: of the one mask of what is not zero.
     """
-    most = zip(layout.most_ones, GROUPS, strict=True)
+    most = zip(layouts.most_ones[0].tolist(), GROUPS, strict=True)
     matrix = (shape[0], math.prod(shape[1:]))
-    blocks = _zero_of(matrix, layout.nonzero_blocks) if len(shape) > 1 else ()
+    blocks = _zero_of(matrix, layouts.nonzero_blocks[0].tolist()) if len(shape) > 1 else ()
     return Structure(tuple((n, m) for n, m in most if n < m), blocks)
 
 
@@ -151,7 +151,7 @@ def _lines(mask: Mask, tiles: Tiles, box: Box) -> Tensor:
     if inner == 1 and size % 8 == 0:
         return mask.bits.view(outer, size // 8)[first:last, begin // 8 : end // 8]
     flags = _flags(mask, tiles.sizes, spans).movedim(1, 2).flatten(0, 1)
-    return backend_for(flags.device).pack_lines(flags)
+    return backend_for(flags.device).pack(flags)
 
 
 def _elements(tiles: Tiles, box: Box) -> Box:

@@ -97,7 +97,7 @@ class Model:
             priors = [(mask, tensors.pop(mask)) for mask in stored]
             if priors and kept is None:
                 kept = _prior_mask(context, priors)
-            self.parameters[name] = Parameter(values_of(tensor), kept, tensor.seen)
+            self.parameters[name] = Parameter(values_of(tensor), kept, tensor.scan)
 
     def files(self, context: RequestContext, are_folded: Container[str]) -> list[OutgoingFile]:
         """All tensors, in the files that they came in, and in their order.
