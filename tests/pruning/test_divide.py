@@ -264,9 +264,8 @@ def test_energies_of_large_tensors_are_those_of_a_sort(large: list[Ranking]) -> 
     assert found[-1] == whole
 
 
-@pytest.mark.parametrize("backend", [TorchBackend(CPU)], ids=["torch", "numpy"])
 def test_what_is_found_is_the_same_bits_without_numba_and_threads(
-    large: list[Ranking], backend: Backend, monkeypatch: pytest.MonkeyPatch
+    large: list[Ranking], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert kernels.enabled
     dtype = score_dtype(large)
@@ -277,7 +276,7 @@ def test_what_is_found_is_the_same_bits_without_numba_and_threads(
     cuts = [Cut(d.key, d.counts[1] - d.below[1], d.equal[1]) for d in expected]
     weight = torch.randn(large[0].units, generator=torch.Generator().manual_seed(1))
     of_cuts = energies(RequestContext(), large[0], weight, cuts, dtype)
-    of_kind(monkeypatch, backend)
+    of_kind(monkeypatch, TorchBackend(CPU))
     assert divide(RequestContext(), large, queries, dtype) == expected
     assert energies(RequestContext(), large[0], weight, cuts, dtype) == of_cuts
 
