@@ -16,8 +16,8 @@ from grpc_reflection.v1alpha import reflection
 from secateur_proto.framing import CHUNK_BYTES
 from secateur_server.api.checkpoints import Checkpoints, add_checkpoints
 from secateur_server.api.pruner import Pruner, add_pruner
-from secateur_server.backends import passes_of
-from secateur_server.backends.cpu import one_thread, start_threads
+from secateur_server.backends import backend_for
+from secateur_server.backends.cores import one_thread, start_threads
 from secateur_server.backends.threads import Pool
 from secateur_server.config import Config
 from secateur_server.operate.callers import BadTokens, Callers
@@ -108,7 +108,7 @@ class App:
     def _start(self, opened: ExitStack) -> None:
         """opened: is closed when the server has stopped, in the reverse order."""
         config = self._config
-        passes_of(config.device)  # those of a GPU are compiled now, and not in the first call
+        backend_for(config.device)  # those of a GPU are compiled now, and not in the first call
         start_threads()
         self._metrics = metrics = Metrics(config.device)
         store = open_store(config, metrics)

@@ -8,7 +8,7 @@ from threading import Condition
 
 import torch
 
-from secateur_server.backends import passes_of
+from secateur_server.backends import backend_for
 from secateur_server.errors import (
     DataLoss,
     InvalidRequest,
@@ -210,7 +210,7 @@ class Uploads:
     def _check_whole(self, context: RequestContext, file: StoredFile) -> None:
         """Errors: DataLoss."""
         blob = self._shelf.open("data", file)
-        passes_of(torch.device("cpu")).map(context, blob.check, range(blob.block_count))
+        backend_for(torch.device("cpu")).map(context, blob.check, range(blob.block_count))
 
     def leave(self, upload: Upload) -> None:
         """The call that sent a file has ended: what can go on later is held for a while."""

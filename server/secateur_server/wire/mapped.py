@@ -6,11 +6,18 @@ from dataclasses import dataclass
 
 import torch
 
-from secateur_server.backends import passes_of, room_to_work
+from secateur_server.backends import allocate, backend_for
 from secateur_server.backends.dtypes import TORCH_DTYPES
 from secateur_server.backends.keys import BITS
-from secateur_server.backends.looks import SPACING, Look, Sample, Seen, sample_places, seen_of
-from secateur_server.backends.passes import BYTES_OF_FEW
+from secateur_server.backends.pieces import BYTES_OF_FEW
+from secateur_server.backends.scan import (
+    SPACING,
+    PartScan,
+    Sample,
+    Scan,
+    joined_scan,
+    sample_places,
+)
 from secateur_server.errors import MalformedFile, quote
 from secateur_server.runtime.context import RequestContext
 from secateur_server.wire.header import (
@@ -74,16 +81,16 @@ def map_tensors(
 ) -> dict[str, WireTensor]:
     """The tensors of `entries`, on the file's own memory: a GPU's may be less than the file.
 
-    base: where the data begins.  One pass over their blocks checks them, and takes a first look.
+    base: where the data begins.  One pass over their blocks checks and scans them.
     Of a file that is larger than the call's memory to work in it takes a sample as well: it is
     read from disk each time.
     """
     spans = _Spans([entry for entry in entries if entry.end > entry.begin], base)
-    passes = passes_of(torch.device("cpu"))
+    backend = backend_for(torch.device("cpu"))
     data = torch.frombuffer(file.data, dtype=torch.uint8)
     work_memory = context.work_memory
 
-    def scan(block: int) -> list[tuple[str, Look]]:
+    def scan(block: int) -> list[tuple[str, PartScan]]:
         file.check(block)
         begin, end = block * BLOCK, min((block + 1) * BLOCK, len(data))
         found = []
@@ -91,16 +98,16 @@ def map_tensors(
             part = data[first:last].view(dtype)
             spacing = _spacing(len(data), work_memory, dtype)
             sample = _sample(part, end_of_part, spacing) if spacing else None
-            found.append((name, Look(end_of_part, *passes.extremes(part), sample)))
+            found.append((name, PartScan(end_of_part, *backend.extremes(part), sample)))
         context.advance(end - begin)
         return found
 
-    looks: dict[str, list[Look]] = {}
-    for of_block in passes.map(context, scan, spans.blocks()):
-        for name, look in of_block:
-            looks.setdefault(name, []).append(look)
+    scans: dict[str, list[PartScan]] = {}
+    for of_block in backend.map(context, scan, spans.blocks()):
+        for name, part in of_block:
+            scans.setdefault(name, []).append(part)
     return {
-        entry.name: _tensor(context, entry, data, base, seen_of(looks.get(entry.name, [])))
+        entry.name: _tensor(context, entry, data, base, joined_scan(scans.get(entry.name, [])))
         for entry in entries
     }
 
@@ -151,11 +158,11 @@ class _Spans:
 
 
 def _tensor(
-    context: RequestContext, entry: Entry, data: torch.Tensor, base: int, seen: Seen | None
+    context: RequestContext, entry: Entry, data: torch.Tensor, base: int, scan: Scan | None
 ) -> WireTensor:
     part = data[base + entry.begin : base + entry.end]
     dtype = TORCH_DTYPES.get(entry.dtype)
     if dtype is not None and (base + entry.begin) % dtype.itemsize:
         # torch has no tensor whose elements are not aligned.
-        part = room_to_work(context, len(part), passes_of(part.device)).copy_(part)
-    return wire_tensor(entry.dtype, entry.shape, part, seen)
+        part = allocate(context, len(part), backend_for(part.device)).copy_(part)
+    return wire_tensor(entry.dtype, entry.shape, part, scan)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from secateur_server.backends.dtypes import TORCH_DTYPES
-from secateur_server.backends.looks import Seen
+from secateur_server.backends.scan import Scan
 
 
 class WireTensor(NamedTuple):
@@ -13,13 +13,13 @@ class WireTensor(NamedTuple):
 
     dtype: as safetensors spells it.
     data: row-major, flat, of torch's dtype; where torch has none, the bytes as uint8.
-    seen: of a floating one, what a first look at its values told.
+    scan: of the values of a floating one.
     """
 
     dtype: str
     shape: tuple[int, ...]
     data: Tensor
-    seen: Seen | None = None
+    scan: Scan | None = None
 
     def values(self) -> Tensor | None:
         """The same memory with its dtype and shape; None where torch has no such dtype."""
@@ -30,8 +30,8 @@ class WireTensor(NamedTuple):
 
 
 def wire_tensor(
-    dtype: str, shape: tuple[int, ...], data: Tensor, seen: Seen | None = None
+    dtype: str, shape: tuple[int, ...], data: Tensor, scan: Scan | None = None
 ) -> WireTensor:
     """The tensor that has the bytes `data`."""
     known = TORCH_DTYPES.get(dtype)
-    return WireTensor(dtype, shape, data if known is None else data.view(known), seen)
+    return WireTensor(dtype, shape, data if known is None else data.view(known), scan)
