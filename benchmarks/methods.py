@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from secateur_server.backends.cpu import one_thread
+from secateur_server.backends.cores import one_thread
 
 import public
 import secateur
