@@ -20,16 +20,16 @@ from secateur_server.backends import passes_of
 from secateur_server.backends.cpu import one_thread, start_threads
 from secateur_server.backends.threads import Pool
 from secateur_server.config import Config
-from secateur_server.operate.callers import BadTokens, Callers
+from secateur_server.operate.authentication import Authenticator, BadTokens
+from secateur_server.operate.health import Health
 from secateur_server.operate.interceptor import Interceptor
 from secateur_server.operate.metrics import Metrics
-from secateur_server.operate.probes import Health
-from secateur_server.operate.scrape import Scrapes
+from secateur_server.operate.metrics_server import MetricsServer
 from secateur_server.operate.serving import Serving
 from secateur_server.operate.tls import BadCertificate, TlsFiles, server_credentials
 from secateur_server.operate.traces import NoTraces, Traces
 from secateur_server.runtime.context import RequestContext
-from secateur_server.runtime.scheduler import MOST_MESSAGE_BYTES, Scheduler
+from secateur_server.runtime.scheduler import MAX_MESSAGE_BYTES, Scheduler
 from secateur_server.state_dict.sources import Sources
 from secateur_server.storage.folders import StoreInUse, default_max_bytes, temporary_folder
 from secateur_server.storage.store import Store
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 OPTIONS = (
     ("grpc.so_reuseport", 0),  # a second server on the same port is a mistake, and an error
     # A chunk is 1 MiB; the header of a first message has names and a spec.
-    ("grpc.max_receive_message_length", MOST_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", -1),
     # What a call may send before it is read: a little less than a message. So each is read while
     # it is in a cache, and nothing waits in memory that no limit counts. grpc would let the window
@@ -67,7 +67,7 @@ OPTIONS = (
 
 # Calls that gRPC accepts beside those that have a thread. Each waits for the moment in which one of
 # the extra threads rejects it; beyond them gRPC rejects calls, and cannot say when to try again.
-MOST_TO_REJECT = 1024
+MAX_TO_REJECT = 1024
 # In which a call that is cut off sees it, and ends with a status of its own.
 CUT_OFF_SECONDS = 2.0
 _NO_THREADS = (
@@ -114,7 +114,7 @@ class App:
         store = open_store(config, metrics)
         opened.callback(store.close)
         scheduler = Scheduler(config.memory_limit, config.queue_size)
-        metrics.of_scheduler(scheduler)
+        metrics.show_scheduler(scheduler)
         if config.metrics_address is not None:
             self.metrics_address = listen_for_scrapes(config, metrics, opened)
         traces = traces_of(config)
@@ -220,7 +220,7 @@ def _grpc_servers(
         grpc.server,
         workers,  # type: ignore[arg-type]  # gRPC takes any Executor
         options=(*OPTIONS, *_ages(config)),
-        maximum_concurrent_rpcs=scheduler.threads + MOST_TO_REJECT,
+        maximum_concurrent_rpcs=scheduler.threads + MAX_TO_REJECT,
         interceptors=interceptors,
     )
     return make(), make()
@@ -242,11 +242,11 @@ def _add_services(
     opened: ExitStack,
 ) -> Health:
     scratch = Scratch(store.scratch, store.max_bytes, metrics.fetched)
-    metrics.of_fetched(lambda: scratch.held)
+    metrics.show_fetched(lambda: scratch.held)
     uris = Uris(config.allow_path, config.allow_uri, scratch, Requests(config.idle_timeout))
     limits = config.max_model_bytes, config.work_memory
     sources = Sources(store, uris, config.device, *limits, scheduler, metrics)
-    pruner = Pruner(sources, scheduler.most_calls)
+    pruner = Pruner(sources, scheduler.max_calls)
     opened.callback(pruner.close)
     checkpoints = Checkpoints(sources)
     for server in servers:
@@ -268,14 +268,14 @@ def open_store(config: Config, metrics: Metrics) -> Store:
         store = Store(folder, most, config.store_ttl, metrics.evicted, config.store_dir is None)
     except (OSError, StoreInUse) as error:
         raise CannotStart(f"cannot keep checkpoints in {folder}: {error}") from None
-    metrics.of_store(lambda: store.used_bytes, lambda: store.count, most)
+    metrics.show_store(lambda: store.used_bytes, lambda: store.count, most)
     return store
 
 
-def callers_of(config: Config, metrics: Metrics) -> Callers:
+def callers_of(config: Config, metrics: Metrics) -> Authenticator:
     """Who may call.  Errors: CannotStart."""
     try:
-        return Callers(config.tokens_file, partial(metrics.reloaded, "tokens"))
+        return Authenticator(config.tokens_file, partial(metrics.reloaded, "tokens"))
     except BadTokens as error:
         raise CannotStart(f"cannot read the tokens: {error}") from None
 
@@ -344,7 +344,7 @@ def listen_for_scrapes(config: Config, metrics: Metrics, opened: ExitStack) -> s
     host, port = host_and_port(address)
     token = config.metrics_token_file
     try:
-        scrapes = Scrapes(host.strip("[]"), port, metrics.registry, token)
+        scrapes = MetricsServer(host.strip("[]"), port, metrics.registry, token)
     except OSError as error:
         raise CannotStart(f"cannot serve metrics at {address}: {error.strerror}") from None
     opened.callback(scrapes.close)

@@ -34,7 +34,7 @@ RequestError
     QuotaExceeded           RESOURCE_EXHAUSTED  above what the tenant may have
     Unauthenticated         UNAUTHENTICATED     no token, or an unknown one
     IdleTimeout             DEADLINE_EXCEEDED   nothing, or too little, came or was taken
-    Stopped                 CANCELLED           the caller has left
+    Cancelled                 CANCELLED           the caller has left
         ShuttingDown        UNAVAILABLE         the server shuts down
     Late                    DEADLINE_EXCEEDED   its time is up
     Defect                  INTERNAL            a defect of the server
@@ -281,14 +281,14 @@ class IdleTimeout(RequestError):
     reason = "IDLE_TIMEOUT"
 
 
-class Stopped(RequestError):
+class Cancelled(RequestError):
     """The caller has left."""
 
     status = "CANCELLED"
     reason = "CANCELLED"
 
 
-class ShuttingDown(Stopped):
+class ShuttingDown(Cancelled):
     """The server shuts down: it refuses the call, or ends it after --drain-timeout."""
 
     status = "UNAVAILABLE"
@@ -296,14 +296,14 @@ class ShuttingDown(Stopped):
     retry_after = 1.0
 
 
-class Late(RequestError):
+class DeadlineExceeded(RequestError):
     """The caller's time is up."""
 
     status = "DEADLINE_EXCEEDED"
     reason = "DEADLINE_EXCEEDED"
 
 
-class Defect(RequestError):
+class InternalError(RequestError):
     """The server has a defect."""
 
     status = "INTERNAL"

@@ -29,7 +29,7 @@ _DTYPES = (("F32", torch.float32), ("F16", torch.float16), ("F64", torch.float64
 # Sides of tensors: small and large ones, and those of more than a million elements, have kernels of
 # their own. As F32 the large model is above ONE_CORE_BYTES: the server's device prunes it.
 _SMALL, _LARGE = (64, 64), (520, 1200)
-_MOST_BYTES = 1 << 30
+_MAX_BYTES = 1 << 30
 
 _log = logging.getLogger("secateur_server")
 
@@ -51,9 +51,9 @@ def warm_up(device: torch.device, store: Store, prefixes: Sequence[str]) -> None
     for prefix in prefixes:
         if problem := missing(prefix):
             _log.warning("URIs under %s cannot be opened: %s", prefix, problem)
-    metrics, scheduler = Metrics(device), Scheduler(_MOST_BYTES, 0)
+    metrics, scheduler = Metrics(device), Scheduler(_MAX_BYTES, 0)
     uris = Uris((), (), Scratch(store.scratch, 0, metrics.fetched), Requests(1.0))
-    limits = _MOST_BYTES, _MOST_BYTES
+    limits = _MAX_BYTES, _MAX_BYTES
     pruner = Pruner(Sources(store, uris, device, *limits, scheduler, metrics), 1)
     with ThreadPoolExecutor(1, initializer=one_thread) as thread:
         thread.submit(_warm_up, pruner).result()

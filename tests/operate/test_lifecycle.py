@@ -29,7 +29,7 @@ from secateur_proto import pruner_pb2, pruner_pb2_grpc
 from secateur_proto.framing import file_header
 from secateur_server.app import App, CannotStart
 from secateur_server.config import read_config
-from secateur_server.operate.probes import Health
+from secateur_server.operate.health import Health
 from tests.conftest import (
     RunningServer,
     eventually,

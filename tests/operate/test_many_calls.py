@@ -13,7 +13,7 @@ from grpc_status import rpc_status
 
 import secateur
 from secateur_proto.pruner_pb2_grpc import PrunerStub
-from secateur_server.operate.callers import Callers
+from secateur_server.operate.authentication import Authenticator
 from tests.conftest import PATIENCE, RunningServer, eventually, inner_server
 from tests.contract.raw import entry, file, header, message, series
 
@@ -64,13 +64,13 @@ def test_calls_that_have_no_thread_yet_are_told_when_to_try_again(
     busy: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More calls come than the server has threads, before the first of them is let in."""
-    all_are_here, caller = threading.Event(), Callers.caller
+    all_are_here, caller = threading.Event(), Authenticator.caller
 
-    def slow_caller(self: Callers, metadata: Any) -> Any:
+    def slow_caller(self: Authenticator, metadata: Any) -> Any:
         all_are_here.wait(PATIENCE)
         return caller(self, metadata)
 
-    monkeypatch.setattr(Callers, "caller", slow_caller)
+    monkeypatch.setattr(Authenticator, "caller", slow_caller)
     with ExitStack() as opened:
         opened.callback(all_are_here.set)
         channels = two_connections(busy, opened)

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 import secateur
 from secateur import errors
 from secateur_proto.pruner_pb2_grpc import PrunerStub
-from secateur_server.errors import ModelTooLarge, QueueFull, QuotaExceeded, Stopped
+from secateur_server.errors import Cancelled, ModelTooLarge, QueueFull, QuotaExceeded
 from secateur_server.runtime import budget
 from secateur_server.runtime.context import RequestContext, Tenant
-from secateur_server.runtime.scheduler import MOST_PROBES, WORKERS, Scheduler
+from secateur_server.runtime.scheduler import MAX_PROBES, WORKERS, Scheduler
 from tests.conftest import RunningServer, eventually, inner_server, start_server, stop_server
 from tests.contract.raw import (
     Failure,
@@ -67,7 +67,7 @@ class Caller:
                 self.state = "served"
                 self._leaves.wait()
             self.state = "left"
-        except (QueueFull, Stopped, ModelTooLarge, QuotaExceeded) as error:
+        except (QueueFull, Cancelled, ModelTooLarge, QuotaExceeded) as error:
             self.error = error
             self.state = "refused" if isinstance(error, QueueFull) else "stopped"
 
@@ -94,7 +94,7 @@ class Rule:
     """The documented rule, by brute force over all requests in the order of their coming."""
 
     limit: int
-    most_waiting: int
+    max_waiting: int
     requests: list[Modelled] = field(default_factory=list)
     let_in: list[str] = field(default_factory=list)  # owners, in the order of their turns
 
@@ -111,7 +111,7 @@ class Rule:
         self.requests.append(one)
         self.settle()
         waiting = self.all("waiting")
-        if one in waiting and len(waiting) > self.most_waiting:
+        if one in waiting and len(waiting) > self.max_waiting:
             most = max(len(self.all("waiting", other.tenant.owner)) for other in waiting)
             full = [w for w in waiting if len(self.all("waiting", w.tenant.owner)) == most]
             full[-1].state = "refused"
@@ -170,14 +170,14 @@ ENDS = st.tuples(st.sampled_from(["leave", "stop"]), st.integers(0, 9), st.just(
 
 
 @unhurried
-@given(most_waiting=st.integers(0, 6), steps=st.lists(ARRIVALS | ARRIVALS | ENDS, max_size=30))
+@given(max_waiting=st.integers(0, 6), steps=st.lists(ARRIVALS | ARRIVALS | ENDS, max_size=30))
 # One tenant floods with models that fill the limit; the other one comes in between.
 @example(6, [("arrive", 0, LIMIT)] * 5 + [("arrive", 1, LIMIT)] + [("leave", 0, 0)] * 6)
 @example(2, [("arrive", 0, LIMIT)] * 3 + [("arrive", 1, 1), ("stop", 0, 0), ("leave", 0, 0)])
 def test_every_order_of_comings_and_goings_is_served_by_the_rule(
-    most_waiting: int, steps: list[Step]
+    max_waiting: int, steps: list[Step]
 ) -> None:
-    scheduler, rule = Scheduler(LIMIT, most_waiting), Rule(LIMIT, most_waiting)
+    scheduler, rule = Scheduler(LIMIT, max_waiting), Rule(LIMIT, max_waiting)
     callers: list[Caller] = []
 
     def end(kind: str, which: int) -> None:
@@ -195,7 +195,7 @@ def test_every_order_of_comings_and_goings_is_served_by_the_rule(
             lambda: (scheduler.models.held, scheduler.models.waiting, states(callers)), expected
         )
         assert rule.held() <= LIMIT
-        assert len(rule.all("waiting")) <= most_waiting
+        assert len(rule.all("waiting")) <= max_waiting
 
     for kind, which, size in steps:
         if kind == "arrive":
@@ -270,7 +270,7 @@ def test_who_stops_waiting_makes_room_for_those_behind() -> None:
     scheduler = Scheduler(LIMIT, 2)
     held, large, small = arrived(scheduler, (A, 5), (B, 8), (B, 5))
     large.stop()
-    assert isinstance(large.error, Stopped)
+    assert isinstance(large.error, Cancelled)
     eventually(lambda: states([held, small]), ["served", "served"])
     assert scheduler.models.waiting == 0
     held.leave()
@@ -354,7 +354,7 @@ def test_threads_that_race_never_hold_more_than_the_limit_and_all_come_out() -> 
                 threading.Timer(chance.uniform(0, 0.02), context.cancel).start()
             context.tenant = chance.choice(TENANTS[:2])
             how = "stopped"
-            with contextlib.suppress(Stopped), scheduler.model(context, "", size):
+            with contextlib.suppress(Cancelled), scheduler.model(context, "", size):
                 with lock:
                     held += size
                     most = max(most, held)
@@ -606,18 +606,18 @@ def test_under_load_the_limits_hold_at_every_look(
                 assert report.total == elements
                 count += 1
 
-    most_held = most_waiting = 0.0
+    most_held = max_waiting = 0.0
     with ThreadPoolExecutor() as pool:
         workers = [pool.submit(work, seed) for seed in range(10)]
         while not all(worker.done() for worker in workers):
             most_held = max(most_held, calls.series("model_bytes"))
-            most_waiting = max(most_waiting, calls.series("requests_waiting"))
-            if most_held > ROOM / 4 and most_waiting > 0:
+            max_waiting = max(max_waiting, calls.series("requests_waiting"))
+            if most_held > ROOM / 4 and max_waiting > 0:
                 is_seen.set()
         for worker in workers:
             worker.result()
     assert ROOM / 4 < most_held <= ROOM
-    assert 0 < most_waiting <= PLACES
+    assert 0 < max_waiting <= PLACES
 
 
 # Storms -------------------------------------------------------------------------------------------
@@ -695,7 +695,7 @@ def test_nothing_is_left_of_a_storm(callers: int, calls: int) -> None:
         check_serves(server, channel)
         assert series(server, "secateur_requests_waiting") == 0
         # The pools' threads: of calls, of what receives and works for them; and gRPC's own.
-        calls, extra = WORKERS + 16, 2 * MOST_PROBES
+        calls, extra = WORKERS + 16, 2 * MAX_PROBES
         assert threads(server) <= 2 * (calls + extra) + calls + 40
         check_takes_as_many_as_ever(server, channel)
     logged = stop_server(server)

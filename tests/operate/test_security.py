@@ -26,7 +26,7 @@ from secateur_proto.codec import SINGLE
 from secateur_server.app import App, CannotStart
 from secateur_server.check import check
 from secateur_server.config import is_public, read_config
-from secateur_server.operate.callers import BadTokens, read_tokens
+from secateur_server.operate.authentication import BadTokens, read_tokens
 from tests.conftest import RunningServer, eventually, start_server, stop_server
 from tests.contract.raw import TIMEOUT, failure
 from tests.operate.test_lifecycle import run_server

@@ -25,7 +25,7 @@ from secateur_proto import pruner_pb2, pruner_pb2_grpc
 from secateur_server.__main__ import DEAD_STATUS
 from secateur_server.app import App
 from secateur_server.config import read_config
-from secateur_server.operate.scrape import MOST_CONNECTIONS
+from secateur_server.operate.metrics_server import MAX_CONNECTIONS
 from tests.conftest import (
     PATIENCE,
     RunningServer,
@@ -158,7 +158,7 @@ def few_files(server: RunningServer, more: int) -> Iterator[None]:
 def test_scrapers_take_no_files_from_grpc_and_a_lack_of_files_no_time(
     running: RunningServer,
 ) -> None:
-    with few_files(running, MOST_CONNECTIONS + 8):
+    with few_files(running, MAX_CONNECTIONS + 8):
         with silent_sockets(running.metrics_address, 100):
             assert is_serving(running)
         with silent_sockets(running.address, 100), silent_sockets(running.metrics_address, 100):
@@ -214,7 +214,7 @@ def test_silent_scrapers_have_a_bounded_number_of_connections() -> None:
         with silent_sockets(running.metrics_address, 200):
             eventually(lambda: is_scraped(running), True)
             eventually(
-                lambda: len(os.listdir("/proc/self/fd")) - before - 200 <= MOST_CONNECTIONS, True
+                lambda: len(os.listdir("/proc/self/fd")) - before - 200 <= MAX_CONNECTIONS, True
             )
 
 

@@ -17,7 +17,7 @@ from secateur.progress import noting_waits
 from secateur_proto.checkpoint_pb2 import PHASE_READ, PHASE_WAIT, Progress
 from secateur_proto.pruner_pb2_grpc import PrunerStub
 from secateur_server.api.convert.checkpoint import progress_message
-from secateur_server.errors import Stopped
+from secateur_server.errors import Cancelled
 from secateur_server.runtime.context import RequestContext, Tenant
 from secateur_server.runtime.scheduler import ONE_CORE_BYTES, Scheduler
 from tests.conftest import RunningServer, eventually, inner_server
@@ -81,7 +81,7 @@ def test_a_request_says_what_it_waited_for(name: str) -> None:
 
 
 def _enter(enter: Any, scheduler: Scheduler, context: RequestContext) -> None:
-    with pytest.raises(Stopped), enter(scheduler, context):
+    with pytest.raises(Cancelled), enter(scheduler, context):
         pass
 
 
@@ -89,7 +89,7 @@ def test_a_request_that_has_its_turn_waited_for_nothing() -> None:
     scheduler, context = Scheduler(100, 5), RequestContext()
     with model(scheduler, context):
         context.cancel()
-        with pytest.raises(Stopped):
+        with pytest.raises(Cancelled):
             context.check()
     assert context.waited_for == ""
 

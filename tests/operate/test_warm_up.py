@@ -13,7 +13,7 @@ import secateur
 from secateur_server import app
 from secateur_server.app import App
 from secateur_server.config import read_config
-from secateur_server.operate.probes import Health
+from secateur_server.operate.health import Health
 from tests.conftest import RunningServer
 
 # Runs in an interpreter of its own: in this one other tests have imported and compiled all of it.

@@ -12,7 +12,7 @@ import torch
 
 import secateur
 from secateur_server.runtime.context import RequestContext
-from secateur_server.storage.holdings import Entry
+from secateur_server.storage.accounts import Entry
 from secateur_server.storage.store import Store
 from tests.conftest import PATIENCE, eventually
 from tests.pruning.torch_side import assert_same_tensors

@@ -12,7 +12,7 @@ import pytest
 
 from secateur_proto import checkpoints_pb2 as pb
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
-from secateur_server.errors import InvalidRequest, Stopped
+from secateur_server.errors import Cancelled, InvalidRequest
 from secateur_server.runtime.context import RequestContext
 from secateur_server.storage.records import StoredFile
 from secateur_server.storage.store import Store
@@ -134,7 +134,7 @@ def test_a_query_ends_when_its_caller_leaves(server: Kept, monkeypatch: pytest.M
         nonlocal count
         count += 1
         looked.set()
-        with suppress(Stopped):
+        with suppress(Cancelled):
             while True:
                 check(contexts[-1])
                 threading.Event().wait(0.01)

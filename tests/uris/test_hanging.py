@@ -11,13 +11,13 @@ import pytest
 
 from secateur_server.errors import QueueFull
 from secateur_server.runtime.context import RequestContext
-from secateur_server.uris.requests import MOST_THREADS, Requests
+from secateur_server.uris.requests import MAX_THREADS, Requests
 from tests.conftest import eventually
 from tests.contract.raw import check_serves
 from tests.uris.conftest import environment_of
 from tests.uris.served import MODEL, Served, check, serving_here
 
-CALLS = MOST_THREADS + 8
+CALLS = MAX_THREADS + 8
 
 
 def place(listening: socket.socket) -> str:
@@ -82,7 +82,7 @@ def test_what_cannot_be_cancelled_takes_a_bounded_number_of_threads(
         ("URI_FAILED", "FAILED_PRECONDITION"),
         ("QUEUE_FULL", "RESOURCE_EXHAUSTED"),
     }
-    assert remote_threads() == MOST_THREADS
+    assert remote_threads() == MAX_THREADS
     check(served.read(f"http://{silent}/models/x"), "FAILED_PRECONDITION", "URI_FAILED")
     check_serves(served.server, served.channel)
     silent_ftp.close()
@@ -91,7 +91,7 @@ def test_what_cannot_be_cancelled_takes_a_bounded_number_of_threads(
 
 def test_threads_are_given_back() -> None:
     requests, ends = Requests(0.05), threading.Event()
-    waiting = [requests.in_thread(RequestContext(), ends.wait) for _ in range(MOST_THREADS)]
+    waiting = [requests.in_thread(RequestContext(), ends.wait) for _ in range(MAX_THREADS)]
     with pytest.raises(TimeoutError):
         requests.result(RequestContext(), waiting[0])
     with pytest.raises(QueueFull):

@@ -8,7 +8,7 @@ import safetensors
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from secateur_server.errors import MalformedFile, Stopped
+from secateur_server.errors import Cancelled, MalformedFile
 from secateur_server.runtime.context import RequestContext
 from secateur_server.wire.header import Header, header_length, parse_header
 from tests.contract.raw import entry, file, unhurried
@@ -49,7 +49,7 @@ def test_a_header_is_left_with_its_caller() -> None:
     """Of hundreds of thousands of tensors it takes seconds."""
     context = RequestContext()
     context.cancel()
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         parse(GOOD, context)
 
 

@@ -19,7 +19,7 @@ from secateur_server.api.convert.report import encode_report
 from secateur_server.backends import cpu
 from secateur_server.cut.plan import plan
 from secateur_server.cut.prune import prune
-from secateur_server.errors import Stopped
+from secateur_server.errors import Cancelled
 from secateur_server.report.warnings import changes_of, warnings_of
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.decode import decode_spec
@@ -105,7 +105,7 @@ def test_no_stage_works_on_for_long_without_a_check(name: str, is_plan: bool) ->
     assert watch.longest <= 60 * TENSORS
     for last in {1, watch.checks // 4, watch.checks // 2, watch.checks - 1}:
         stopped = CountedWatch(last)
-        with pytest.raises(Stopped):
+        with pytest.raises(Cancelled):
             work(stopped, name, is_plan)
         assert stopped.checks == last
 

@@ -16,11 +16,11 @@ from secateur_server.api.convert.checkpoint import checkpoint_message, file_mess
 from secateur_server.api.convert.files import check_count, decode_file, decode_files, page_token
 from secateur_server.api.stream import open_request, responses
 from secateur_server.errors import (
+    Cancelled,
     CheckpointNotFound,
     IdleTimeout,
     InvalidRequest,
     InvalidStateDict,
-    Stopped,
     TooShort,
 )
 from secateur_server.outputs import OUTPUTS
@@ -87,7 +87,7 @@ class Checkpoints:
                 )
                 received.append(receive(field, is_resumable=digest is not None))
             stream.finish()
-        except (Stopped, TooShort, IdleTimeout):
+        except (Cancelled, TooShort, IdleTimeout):
             self._sources.metrics.broken()
             raise
         return tuple(received)

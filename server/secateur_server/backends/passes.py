@@ -96,7 +96,7 @@ class Passes:
     def map(
         self, context: RequestContext, function: Callable[[Item], Found], pieces: Iterable[Item]
     ) -> list[Found]:
-        """What `function` makes of each piece, in their order.  Errors: Stopped."""
+        """What `function` makes of each piece, in their order.  Errors: Cancelled."""
         return context.map(function, pieces)
 
     def room(self, size: int) -> Tensor:

@@ -12,13 +12,13 @@ from google.protobuf.message import DecodeError, Message
 
 from secateur_proto.codec import beside_data
 from secateur_server.errors import InvalidRequest
-from secateur_server.operate.unknown import check_known
+from secateur_server.operate.unknown_fields import check_known
 from secateur_server.runtime.context import RequestContext
 
 # Bytes of memory for a byte of a header: 20 as protobuf's objects, if it has the smallest messages.
 _DECODED = 20
 # Names, messages and entries of maps below SHORT_BYTES in one message. That many take 0.25 s.
-MOST_SHORT_FIELDS = 1_350_000
+MAX_SHORT_FIELDS = 1_350_000
 SHORT_BYTES = 32
 # What is counted at once.
 _PIECE = 1 << 20
@@ -70,17 +70,17 @@ def check_short_fields(context: RequestContext, parts: Sequence[memoryview]) -> 
         parts: Of the encoded message, but for its data.
 
     Raises:
-        InvalidRequest: It may have more than MOST_SHORT_FIELDS.
+        InvalidRequest: It may have more than MAX_SHORT_FIELDS.
     """
-    if sum(map(len, parts)) < 2 * MOST_SHORT_FIELDS:  # it cannot have so many
+    if sum(map(len, parts)) < 2 * MAX_SHORT_FIELDS:  # it cannot have so many
         return
     count, begins = 0, [(part, at) for part in parts for at in range(0, len(part), _PIECE)]
     for part, begin in context.each(begins):
         count += _short_fields(np.frombuffer(part[begin : begin + _PIECE + 2], np.uint8))
-        if count > MOST_SHORT_FIELDS:
+        if count > MAX_SHORT_FIELDS:
             raise InvalidRequest(
                 "message",
-                f"it has more than {MOST_SHORT_FIELDS} names, messages and entries of less than "
+                f"it has more than {MAX_SHORT_FIELDS} names, messages and entries of less than "
                 f"{SHORT_BYTES} bytes; send several requests, or fewer rules",
             )
 

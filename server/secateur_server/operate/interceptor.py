@@ -15,18 +15,18 @@ from secateur_server.errors import (
     QueueFull,
     ShuttingDown,
 )
-from secateur_server.operate.callers import Callers
+from secateur_server.operate.authentication import Authenticator
 from secateur_server.operate.calls import begin_request
 from secateur_server.operate.decode import Receive, decoded
-from secateur_server.operate.idle import Readers
 from secateur_server.operate.logs import log_call
-from secateur_server.operate.metrics import Metrics, as_go_spells
+from secateur_server.operate.metrics import Metrics, go_code_name
+from secateur_server.operate.send_timeout import SendTimeout
 from secateur_server.operate.statuses import note_shutdown, statuses
 from secateur_server.operate.traces import Traces
-from secateur_server.runtime.context import Method, RequestContext, caller_left
+from secateur_server.runtime.context import Method, RequestContext, cancelled_by_caller
 from secateur_server.runtime.memory import Trimmer
-from secateur_server.runtime.scheduler import LEAST_RETRY_SECONDS, Scheduler
-from secateur_server.wire.ahead import Pace, ahead
+from secateur_server.runtime.scheduler import MIN_RETRY_SECONDS, Scheduler
+from secateur_server.wire.prefetch import MinThroughput, prefetch
 
 _KINDS = {
     (False, False): ("unary_unary", "unary"),
@@ -59,7 +59,7 @@ class Interceptor(grpc.ServerInterceptor):
 
     def __init__(
         self,
-        callers: Callers,
+        callers: Authenticator,
         metrics: Metrics,
         traces: Traces | None,
         scheduler: Scheduler,
@@ -70,7 +70,7 @@ class Interceptor(grpc.ServerInterceptor):
         self._callers, self._metrics, self._traces = callers, metrics, traces
         self._scheduler, self._make_context = scheduler, make_context
         self._idle_timeout, self._min_throughput = idle_timeout, min_throughput
-        self._readers, self._trimmer = Readers(idle_timeout), Trimmer()
+        self._readers, self._trimmer = SendTimeout(idle_timeout), Trimmer()
         self._receivers = Pool(scheduler.threads, "ahead")
         self._running: set[RequestContext] = set()
         self._is_draining = False
@@ -106,13 +106,16 @@ class Interceptor(grpc.ServerInterceptor):
         count_sent = self._metrics.messages(method)[1]
 
         def single(messages: Iterator[bytes], call: grpc.ServicerContext) -> Any:
-            with self._around(method, call, messages, decode, is_unary=True) as (context, received):
+            with self._serve_call(method, call, messages, decode, is_unary=True) as (
+                context,
+                received,
+            ):
                 answer = behavior(request(received), context if is_ours else call)
                 count_sent.inc()
                 return answer
 
         def streamed(messages: Iterator[bytes], call: grpc.ServicerContext) -> Iterator[Any]:
-            with self._around(method, call, messages, decode) as (context, received):
+            with self._serve_call(method, call, messages, decode) as (context, received):
                 for message in behavior(request(received), context if is_ours else call):
                     count_sent.inc()
                     with self._readers.taking(context, call):
@@ -125,7 +128,7 @@ class Interceptor(grpc.ServerInterceptor):
         return grpc.stream_unary_rpc_method_handler(single, None, handler.response_serializer)
 
     @contextmanager
-    def _around(
+    def _serve_call(
         self,
         method: Method,
         call: grpc.ServicerContext,
@@ -144,8 +147,8 @@ class Interceptor(grpc.ServerInterceptor):
         self._running.add(context)
         try:
             with statuses(context, call), ExitStack() as held:
-                receive_first = held.enter_context(self._let_in(context, call))
-                with closing(self._ahead(context, messages)) as received:
+                receive_first = held.enter_context(self._admit(context, call))
+                with closing(self._prefetch(context, messages)) as received:
                     yield context, decoded(context, received, decode, receive_first)
                 if is_unary:
                     self._readers.until_ended(context, call, held.pop_all().close)
@@ -155,16 +158,16 @@ class Interceptor(grpc.ServerInterceptor):
             if has_failed and not context.reason:
                 note_shutdown(context)
             context.code = code_of(context, call, has_failed)
-            self._ended(context)
+            self._end(context)
 
     @contextmanager
-    def _let_in(self, context: RequestContext, call: grpc.ServicerContext) -> Iterator[Receive]:
+    def _admit(self, context: RequestContext, call: grpc.ServicerContext) -> Iterator[Receive]:
         """Yields what is to be called with the bytes of the first message.
 
         Raises:
             Unauthenticated: The caller has no valid token.
             QueueFull: There are too many calls.
-            Stopped: The caller left while the call waited.
+            Cancelled: The caller left while the call waited.
             ShuttingDown: The server drains.
         """
         if (context.method.service, context.method.name) == _PROBE:
@@ -179,12 +182,12 @@ class Interceptor(grpc.ServerInterceptor):
         with scheduler.call(context), scheduler.first_message(context) as receive_first:
             yield receive_first
 
-    def _ahead(self, context: RequestContext, messages: Iterator[bytes]) -> Any:
+    def _prefetch(self, context: RequestContext, messages: Iterator[bytes]) -> Any:
         """The messages, received by another thread.
 
         Whoever still refers to them: they are closed with the call, for they have a thread.
         """
-        pace = Pace(self._min_throughput, self._idle_timeout)
+        pace = MinThroughput(self._min_throughput, self._idle_timeout)
         count_received = self._metrics.messages(context.method)[0]
 
         begun, has_come = time.monotonic(), False
@@ -200,7 +203,7 @@ class Interceptor(grpc.ServerInterceptor):
             if not has_come and time.monotonic() - begun >= SILENT_SECONDS:
                 self._refuse_silent()
 
-        return ahead(_until_left(messages), self._receivers, self._idle_timeout, count, check)
+        return prefetch(_until_left(messages), self._receivers, self._idle_timeout, count, check)
 
     def _refuse_silent(self) -> None:
         """Ends a call whose first message has not come, if others wait for its place.
@@ -213,15 +216,15 @@ class Interceptor(grpc.ServerInterceptor):
                 "call",
                 f"its first message has not come for {SILENT_SECONDS:g} seconds, and the messages "
                 f"of {waiting} other calls wait for memory",
-                LEAST_RETRY_SECONDS,
+                MIN_RETRY_SECONDS,
             )
 
-    def _ended(self, context: RequestContext) -> None:
+    def _end(self, context: RequestContext) -> None:
         self._metrics.ended(context)
         self._trimmer.request_ended()
         log_call(context)
         if self._traces:
-            self._traces.of_call(context)
+            self._traces.record_call(context)
 
 
 def _refusal() -> ShuttingDown:
@@ -235,7 +238,7 @@ def _until_left(messages: Iterator[bytes]) -> Iterator[bytes]:
     frames that it goes through, with the model, until Python looks for cycles.
 
     Raises:
-        Stopped: The caller has left.
+        Cancelled: The caller has left.
     """
     try:
         yield from messages
@@ -243,7 +246,7 @@ def _until_left(messages: Iterator[bytes]) -> Iterator[bytes]:
         pass
     else:
         return
-    raise caller_left()
+    raise cancelled_by_caller()
 
 
 def _single(received: Iterator[Any]) -> Any:
@@ -271,5 +274,5 @@ def code_of(context: RequestContext, call: grpc.ServicerContext, has_failed: boo
     elif context.reason == ShuttingDown.reason:
         name = ShuttingDown.status
     else:  # it ended from outside: by its deadline, or by its caller
-        name = "DEADLINE_EXCEEDED" if context.is_late else "CANCELLED"
-    return as_go_spells(name)
+        name = "DEADLINE_EXCEEDED" if context.is_past_deadline else "CANCELLED"
+    return go_code_name(name)

@@ -99,7 +99,7 @@ class Metrics:
         for method in _METHODS:  # a counter that is not there yet hides its first increase
             codes = self._series(method)[2]
             for code in StatusCode:
-                codes[as_go_spells(code.name)]
+                codes[go_code_name(code.name)]
             self.messages(method)
         for reason in _reasons():
             self._rejected.labels(reason)
@@ -209,7 +209,7 @@ class Metrics:
             self._of_messages[method] = received, sent
         return self._of_messages[method]
 
-    def of_scheduler(self, scheduler: Scheduler) -> None:
+    def show_scheduler(self, scheduler: Scheduler) -> None:
         """Shows what requests hold and how many wait, and the limits."""
         models = scheduler.models
         self._gauge(
@@ -225,7 +225,7 @@ class Metrics:
         self._gauge(
             "messages_waiting", "RPCs whose first message waits to be received."
         ).set_function(lambda: scheduler.messages.waiting)
-        self._gauge("queue_limit", "RPCs that may wait.").set(models.most_waiting)
+        self._gauge("queue_limit", "RPCs that may wait.").set(models.max_waiting)
         self._gauge(
             "request_bytes", "Bytes of memory of first messages, headers, specs and plans."
         ).set_function(lambda: scheduler.messages.held + scheduler.other.held)
@@ -233,13 +233,13 @@ class Metrics:
             scheduler.messages.limit + scheduler.other.limit
         )
 
-    def of_store(self, used: Callable[[], int], count: Callable[[], int], limit: int) -> None:
+    def show_store(self, used: Callable[[], int], count: Callable[[], int], limit: int) -> None:
         """Shows a store: the bytes and the number of its checkpoints, and its limit."""
         self._store_bytes.set_function(used)
         self._checkpoints.set_function(count)
         self._store_limit.set(limit)
 
-    def of_fetched(self, held: Callable[[], int]) -> None:
+    def show_fetched(self, held: Callable[[], int]) -> None:
         """Shows the bytes on disk of fetched files."""
         self._fetched_disk.set_function(held)
 
@@ -298,7 +298,7 @@ class _Codes(dict[str, Counter]):
         return made
 
 
-def as_go_spells(code: str) -> str:
+def go_code_name(code: str) -> str:
     """The name of a status code in Go: `InvalidArgument` for INVALID_ARGUMENT."""
     return {"OK": "OK", "CANCELLED": "Canceled"}.get(code, code.title().replace("_", ""))
 

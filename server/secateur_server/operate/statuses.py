@@ -17,18 +17,18 @@ from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
 from secateur_server.errors import (
-    Defect,
-    Late,
+    Cancelled,
+    DeadlineExceeded,
+    InternalError,
     NoMessage,
     OutOfMemory,
     RequestError,
     ShuttingDown,
-    Stopped,
     TooShort,
 )
 from secateur_server.operate.calls import REQUEST_ID
-from secateur_server.runtime.context import RequestContext, caller_left
-from secateur_server.runtime.disk import NO_MORE
+from secateur_server.runtime.context import RequestContext, cancelled_by_caller
+from secateur_server.runtime.disk import NO_RESOURCES
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def statuses(context: RequestContext, call: grpc.ServicerContext) -> Iterator[No
         yield
     except RequestError as error:
         is_cut_off = isinstance(error, NoMessage | TooShort) and _has_left(call)
-        if is_cut_off or isinstance(error, Stopped):
+        if is_cut_off or isinstance(error, Cancelled):
             error = _interruption(context, call)
         _end(context, call, error)
     except Exception as error:
@@ -54,7 +54,7 @@ def statuses(context: RequestContext, call: grpc.ServicerContext) -> Iterator[No
             none_left = OutOfMemory("data", "the server has no memory for this model now")
             _end(context, call, none_left)
         log.exception("%s %s failed", context.id, context.method)
-        _end(context, call, Defect("server", "it has a defect; its log has the details"))
+        _end(context, call, InternalError("server", "it has a defect; its log has the details"))
 
 
 def note_shutdown(context: RequestContext) -> None:
@@ -66,10 +66,10 @@ def note_shutdown(context: RequestContext) -> None:
 
 def _interruption(context: RequestContext, call: grpc.ServicerContext) -> RequestError:
     """Why a call ended from outside."""
-    if context.is_late:
+    if context.is_past_deadline:
         waited = f"; it waited {context.waited_for}" if context.waited_for else ""
-        return Late("call", f"its time is up{waited}")
-    return (context.interruption or caller_left)()
+        return DeadlineExceeded("call", f"its time is up{waited}")
+    return (context.interruption or cancelled_by_caller)()
 
 
 def _end(context: RequestContext, call: grpc.ServicerContext, error: RequestError) -> NoReturn:
@@ -120,6 +120,6 @@ def _has_left(call: grpc.ServicerContext) -> bool:
 def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    if isinstance(error, OSError) and error.errno in NO_MORE:
+    if isinstance(error, OSError) and error.errno in NO_RESOURCES:
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)

@@ -38,7 +38,7 @@ class Traces:
             self._provider
         )
 
-    def of_call(self, call: RequestContext) -> None:
+    def record_call(self, call: RequestContext) -> None:
         """The spans of a call that has ended, within the call's own."""
         from opentelemetry.trace import get_current_span
 

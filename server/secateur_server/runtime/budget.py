@@ -78,9 +78,9 @@ class Budget:
     """
 
     def __init__(
-        self, limit: int, most_waiting: int, quota: Callable[[Tenant], Quota] = lambda _: Quota()
+        self, limit: int, max_waiting: int, quota: Callable[[Tenant], Quota] = lambda _: Quota()
     ) -> None:
-        self.limit, self.most_waiting, self._quota = limit, most_waiting, quota
+        self.limit, self.max_waiting, self._quota = limit, max_waiting, quota
         self._lock = threading.Lock()
         self._total = 0
         self._held: dict[str, Held] = {}  # by owner
@@ -119,7 +119,7 @@ class Budget:
 
         Raises:
             Full: Too many requests wait.
-            Stopped: The request has been cancelled.
+            Cancelled: The request has been cancelled.
         """
         tenant = context.tenant
         with self._lock:
@@ -129,7 +129,7 @@ class Budget:
             me = _Waiting(tenant, amount)
             self._queue.append(me)
             self._call_next()
-            if not me.called.is_set() and len(self._queue) > self.most_waiting:
+            if not me.called.is_set() and len(self._queue) > self.max_waiting:
                 self._refuse_one()
         self._wait(context, me)
 

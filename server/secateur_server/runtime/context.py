@@ -8,22 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from secateur_server.errors import Stopped
+from secateur_server.errors import Cancelled
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
 # Makes the error of a cancelled request anew each time: a raised one keeps its frames, and a model.
-Interruption = Callable[[], Stopped]
+Interruption = Callable[[], Cancelled]
 
 # Loops over so few items check for cancellation once: a generator around each loop of a small
 # state_dict costs more than the loop. Work on one large item checks by itself, for each piece.
 FEW = 16
 
 
-def caller_left() -> Stopped:
+def cancelled_by_caller() -> Cancelled:
     """The error of a request whose caller cancelled it, or is gone."""
-    return Stopped("call", "the caller has left")
+    return Cancelled("call", "the caller has left")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Tenant:
     allow: tuple[str, ...] | None = None
 
 
-ANYBODY = Tenant("", "0" * 32)
+ANONYMOUS = Tenant("", "0" * 32)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class RequestContext:
         scratch: Path | None = None,
         charge: "Charge" = lambda context, field, size, what: None,
     ) -> None:
-        self.method, self.id, self.peer, self.tenant = method, id, peer, ANYBODY
+        self.method, self.id, self.peer, self.tenant = method, id, peer, ANONYMOUS
         self.deadline, self.work_memory, self.scratch = deadline, work_memory, scratch
         self.now = "", 0, 0
         self.done = self.read = 0
@@ -142,11 +142,11 @@ class RequestContext:
         return time.perf_counter() - self._started
 
     @property
-    def is_late(self) -> bool:
+    def is_past_deadline(self) -> bool:
         """Whether the deadline has passed."""
         return self.deadline is not None and time.monotonic() >= self.deadline
 
-    def cancel(self, reason: Interruption = caller_left) -> None:
+    def cancel(self, reason: Interruption = cancelled_by_caller) -> None:
         """Makes the request end at the next check in any of its threads.
 
         Args:
@@ -159,18 +159,18 @@ class RequestContext:
         """Ends the work of a request that nobody waits for.
 
         Raises:
-            Stopped: The request has been cancelled, or its deadline has passed.
+            Cancelled: The request has been cancelled, or its deadline has passed.
         """
         # As `is_late`, which as a call would double the time that each of many tensors takes here.
-        is_late = self.deadline is not None and time.monotonic() >= self.deadline
-        if is_late or self.interruption is not None:
-            raise (self.interruption or caller_left)()
+        is_past_deadline = self.deadline is not None and time.monotonic() >= self.deadline
+        if is_past_deadline or self.interruption is not None:
+            raise (self.interruption or cancelled_by_caller)()
 
     def each(self, items: Iterable[Item]) -> Iterable[Item]:
         """The items, for a loop whose length the caller chooses: checks before each, or once.
 
         Raises:
-            Stopped: As `check`.
+            Cancelled: As `check`.
         """
         self.check()
         length = getattr(items, "__len__", None)  # isinstance(items, Sized) takes ten times as long
@@ -187,7 +187,7 @@ class RequestContext:
         """The results of `function` for pieces of tensors, in order, with a check before each.
 
         Raises:
-            Stopped: As `check`.
+            Cancelled: As `check`.
         """
         return [function(piece) for piece in self._checked(pieces)]
 
@@ -225,7 +225,7 @@ class RequestContext:
         begun = time.perf_counter()
         try:
             yield
-        except Stopped:
+        except Cancelled:
             self.waited_for = f"{time.perf_counter() - begun:.1f} s for {what()}"
             raise
 
@@ -251,7 +251,7 @@ class RequestContext:
         """Adds `count` bytes to the progress.
 
         Raises:
-            Stopped: As `check`.
+            Cancelled: As `check`.
         """
         self.check()
         self.done += count

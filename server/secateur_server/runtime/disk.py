@@ -17,7 +17,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DISK_BLOCK = 4096
 
 # What says nothing about a file: the process, or the system, has no room to open one more.
-NO_MORE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+NO_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def blocks_of(size: int) -> int:
@@ -47,7 +47,7 @@ def disk_errors(advice: str = "send it again") -> Iterator[None]:
         with full_disk():
             yield
     except OSError as error:
-        if error.errno in NO_MORE:
+        if error.errno in NO_RESOURCES:
             raise
         log.error("the store's disk failed: %s", error)
         raise StoreFailed("data", f"the store's disk failed: {error.strerror}; {advice}") from None
@@ -79,7 +79,7 @@ class DurableFile:
         self._waiting = 0
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
     """Puts a file in its place: after a crash the new one is there, or what was there before.
 
     Errors: StoreFull, StoreFailed.

@@ -6,7 +6,7 @@ have a thread and connections of their own.
 | shared | limit | a request that does not fit |
 | --- | --- | --- |
 | calls | WORKERS and --queue-size; a named tenant: half of them | is refused, and may retry |
-| probes | MOST_PROBES | ends the oldest one, which does nothing but wait |
+| probes | MAX_PROBES | ends the oldest one, which does nothing but wait |
 | first messages | FIRST_MESSAGES; a named tenant: half | waits, and is not received |
 | state_dicts | --memory-limit; the tenant's `memory`, `requests` | waits, --queue-size at most |
 | headers, specs, plans | OTHER; a named tenant: half | is refused, and may retry |
@@ -30,18 +30,18 @@ from secateur_server.runtime.context import RequestContext, Tenant
 # receives; torch's operators and gRPC's waits release the GIL.
 WORKERS = 64
 # Silent probes would otherwise hold all threads, and a probe needs no token.
-MOST_PROBES = 16
+MAX_PROBES = 16
 # gRPC does not say how long a message is before it has received all of it.
-MOST_MESSAGE_BYTES = 16 << 20
+MAX_MESSAGE_BYTES = 16 << 20
 # Shares of --memory-limit; they come on top of it.
 FIRST_MESSAGES, OTHER = 1 / 16, 1 / 8
-LEAST_OTHER_BYTES = 64 << 20
+MIN_OTHER_BYTES = 64 << 20
 # Less is not counted: it is a part of what each call takes anyway.
 SMALL_BYTES = 64 << 10
 # State_dicts up to this size are processed by one core each.
 ONE_CORE_BYTES = 4 << 20
 # Bounds of the delay after which a refused caller may retry.
-LEAST_RETRY_SECONDS, MOST_RETRY_SECONDS = 1.0, 30.0
+MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 1.0, 30.0
 
 
 class Scheduler:
@@ -53,17 +53,17 @@ class Scheduler:
     """
 
     def __init__(self, memory_limit: int, queue_size: int) -> None:
-        self.most_calls = WORKERS + queue_size
+        self.max_calls = WORKERS + queue_size
         # Extra threads, so that rejected calls and probes never wait for one.
-        self.threads = self.most_calls + 2 * MOST_PROBES
-        self._calls = Budget(self.most_calls, 0, half_of(self.most_calls))
+        self.threads = self.max_calls + 2 * MAX_PROBES
+        self._calls = Budget(self.max_calls, 0, half_of(self.max_calls))
         self._probes = _Probes()
-        messages = max(int(memory_limit * FIRST_MESSAGES), LEAST_OTHER_BYTES)
-        self.messages = Budget(messages, self.most_calls, half_of(messages))
+        messages = max(int(memory_limit * FIRST_MESSAGES), MIN_OTHER_BYTES)
+        self.messages = Budget(messages, self.max_calls, half_of(messages))
         self.models = Budget(memory_limit, queue_size, _quota_of)
-        other = max(int(memory_limit * OTHER), LEAST_OTHER_BYTES)
+        other = max(int(memory_limit * OTHER), MIN_OTHER_BYTES)
         self.other = Budget(other, 0, half_of(other))
-        self._cores = Budget(1, self.most_calls)
+        self._cores = Budget(1, self.max_calls)
 
     @contextmanager
     def call(self, context: RequestContext) -> Iterator[None]:
@@ -79,9 +79,9 @@ class Scheduler:
         except Full as full:
             raise QueueFull(
                 "call",
-                f"too many concurrent calls: {full.held} of {self.most_calls}, "
+                f"too many concurrent calls: {full.held} of {self.max_calls}, "
                 f"{full.mine.amount} from this tenant",
-                LEAST_RETRY_SECONDS,
+                MIN_RETRY_SECONDS,
             ) from None
         try:
             yield
@@ -95,7 +95,7 @@ class Scheduler:
         """A health probe, which never waits.
 
         Args:
-            cancel: Ends the probe. It is called if MOST_PROBES others come before its end.
+            cancel: Ends the probe. It is called if MAX_PROBES others come before its end.
         """
         self._probes.add(cancel)
         try:
@@ -111,11 +111,11 @@ class Scheduler:
             A function to call with the bytes of the message, once it is received.
 
         Raises:
-            Stopped: The request was cancelled while it waited.
+            Cancelled: The request was cancelled while it waited.
         """
         with context.waiting(self._in_way_of_messages):
-            self.messages.acquire(context, MOST_MESSAGE_BYTES)
-        held = MOST_MESSAGE_BYTES
+            self.messages.acquire(context, MAX_MESSAGE_BYTES)
+        held = MAX_MESSAGE_BYTES
 
         def shrink(size: int) -> None:
             nonlocal held
@@ -140,7 +140,7 @@ class Scheduler:
             ModelTooLarge: They never fit.
             QuotaExceeded: They never fit the tenant's quota.
             QueueFull: Too many requests wait.
-            Stopped: The request was cancelled while it waited.
+            Cancelled: The request was cancelled while it waited.
         """
         tenant = context.tenant
         self._check_model(tenant, field, size)
@@ -155,7 +155,7 @@ class Scheduler:
                 raise QueueFull(
                     "call",
                     f"{self._in_way(tenant, full)}, and {full.waiting} requests wait",
-                    min(max(full.longest, LEAST_RETRY_SECONDS), MOST_RETRY_SECONDS),
+                    min(max(full.longest, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS),
                 ) from None
         try:
             yield
@@ -222,7 +222,7 @@ class Scheduler:
             raise QueueFull(
                 field,
                 f"{what} takes up to {size} bytes of memory, and {others}",
-                LEAST_RETRY_SECONDS,
+                MIN_RETRY_SECONDS,
             ) from None
         context.charges.append(size)
 
@@ -233,7 +233,7 @@ class Scheduler:
         Several at once would each take longer, in colder caches, and fewer would be done.
 
         Raises:
-            Stopped: The request was cancelled while it waited.
+            Cancelled: The request was cancelled while it waited.
         """
         if size <= ONE_CORE_BYTES:
             yield
@@ -256,7 +256,7 @@ class _Probes:
     def add(self, cancel: Callable[[], object]) -> None:
         with self._lock:
             self._cancels.append(cancel)
-            oldest = self._cancels.pop(0) if len(self._cancels) > MOST_PROBES else None
+            oldest = self._cancels.pop(0) if len(self._cancels) > MAX_PROBES else None
         if oldest is not None:
             oldest()
 

@@ -17,7 +17,13 @@ from blake3 import blake3
 from secateur_server.backends.faults import Torn
 from secateur_server.backends.mapping import map_file
 from secateur_server.errors import DataLoss, StoreFailed, TakenOver, quote
-from secateur_server.runtime.disk import NO_MORE, DurableFile, blocks_of, disk_errors, sync_folder
+from secateur_server.runtime.disk import (
+    NO_RESOURCES,
+    DurableFile,
+    blocks_of,
+    disk_errors,
+    sync_folder,
+)
 
 BLOCK = 1 << 20
 _SUM_BYTES = 32
@@ -33,7 +39,7 @@ def disk_bytes(size: int) -> int:
     return blocks_of(size) + blocks_of(sums_bytes(size))
 
 
-class Part:
+class StagedFile:
     """A file on its way into the store, in a folder of such files.  Errors: StoreFull, StoreFailed.
 
     Where its disk fails once it is lost: the system may have dropped what it could not write, and
@@ -218,7 +224,7 @@ def open_blob(path: Path, size: int, of: str, filename: str, damaged: Callable[[
             data, torn = map_file(file.fileno())
         sums = sums_path(path).read_bytes()
     except OSError as error:
-        if error.errno in NO_MORE:
+        if error.errno in NO_RESOURCES:
             raise
         damaged()
         raise _lost(of, filename, f"cannot be read: {error.strerror}") from None

@@ -6,10 +6,10 @@ from typing import Self
 
 from secateur_server.errors import QuotaExceeded, StoreFull
 from secateur_server.runtime.context import RequestContext
-from secateur_server.storage.holdings import Upload
+from secateur_server.storage.accounts import Upload
 from secateur_server.storage.records import Record, StoredFile
 from secateur_server.storage.store import Store
-from secateur_server.wire.writer import Bytes, OutgoingFile, watched_parts
+from secateur_server.wire.writer import Bytes, OutgoingFile, track_progress
 
 
 class Receiver:
@@ -40,18 +40,18 @@ class Receiver:
         parts: its bytes from `offset` on.  digest: hex BLAKE3, where it is known.
         field: the one of the request that has the offset.
         is_resumable: whether what has come of it is held, when the call breaks.
-        Errors: InvalidRequest, InvalidStateDict, StoreFull, TakenOver, DataLoss, Stopped.
+        Errors: InvalidRequest, InvalidStateDict, StoreFull, TakenOver, DataLoss, Cancelled.
         """
         upload = self._store.uploads.begin(
             self._owner, size, digest, offset, field, is_resumable, self._quota
         )
         self._uploads.append(upload)
-        for part in watched_parts(self._context, parts):
+        for part in track_progress(self._context, parts):
             self._store.uploads.write(upload, part)
         return self._store.uploads.finish(self._context, upload, filename)
 
     def receive_file(self, file: OutgoingFile) -> StoredFile:
-        """Stores a file that the server has made.  Errors: StoreFull, DataLoss, Stopped."""
+        """Stores a file that the server has made.  Errors: StoreFull, DataLoss, Cancelled."""
         return self.receive(file.filename, file.size, file.parts(), file.blake3)
 
     def create(self, files: tuple[StoredFile, ...], masks: StoredFile | None = None) -> Record:

@@ -14,7 +14,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from secateur_server.errors import DataLoss
-from secateur_server.runtime.disk import blocks_of, write_whole
+from secateur_server.runtime.disk import blocks_of, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def new_record(files: tuple[StoredFile, ...], masks: StoredFile | None) -> Recor
 
 def write_record(folder: Path, record: Record) -> None:
     """Puts a record on disk.  Errors: StoreFull, StoreFailed."""
-    write_whole(record_path(folder, record.id), record.encoded())
+    write_atomically(record_path(folder, record.id), record.encoded())
 
 
 def record_path(folder: Path, ident: str) -> Path:

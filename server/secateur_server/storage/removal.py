@@ -12,14 +12,14 @@ from threading import Condition
 
 from secateur_server.errors import RequestError, StoreFailed
 from secateur_server.runtime.disk import disk_errors
+from secateur_server.storage.accounts import Accounts, Entry
+from secateur_server.storage.blob_folder import BlobFolder, Trash
 from secateur_server.storage.folders import FolderLock
-from secateur_server.storage.holdings import Entry, Holdings
 from secateur_server.storage.records import (
     record_path,
     remove_records,
     write_record,
 )
-from secateur_server.storage.shelf import Shelf, Trash
 
 _ADVICE = "retry when the operator has repaired it"
 
@@ -35,31 +35,31 @@ class Removal:
     def __init__(
         self,
         folder: Path,
-        shelf: Shelf,
-        holdings: Holdings,
+        shelf: BlobFolder,
+        holdings: Accounts,
         folder_lock: FolderLock,
         lock: Condition,
     ) -> None:
-        self._folder, self._shelf, self._holdings = folder, shelf, holdings
+        self._folder, self._blobs, self._accounts = folder, shelf, holdings
         self._folder_lock, self._lock = folder_lock, lock
 
     def count(self, entry: Entry) -> None:
         """Counts a checkpoint, and keeps its blobs. The caller has the lock."""
-        self._shelf.acquire(entry.files())
-        self._holdings.count(entry.owner, entry.own_bytes)
-        self._holdings.acquire(entry.owner, entry.files())
+        self._blobs.acquire(entry.files())
+        self._accounts.count(entry.owner, entry.own_bytes)
+        self._accounts.acquire(entry.owner, entry.files())
 
     def drop(self, entry: Entry, trash: Trash) -> None:
         """Takes a checkpoint out of the index. The caller has the lock, and must `finish`."""
-        self._holdings.remove(entry)
+        self._accounts.remove(entry)
         trash.entries.append(entry)
         self.forget(entry, trash)
 
     def forget(self, entry: Entry, trash: Trash) -> None:
         """Takes back `count`. The caller has the lock, and must `finish`."""
-        trash.blobs += self._shelf.release(entry.files())
-        self._holdings.release(entry.owner, entry.files())
-        self._holdings.count(entry.owner, -entry.own_bytes)
+        trash.blobs += self._blobs.release(entry.files())
+        self._accounts.release(entry.owner, entry.files())
+        self._accounts.count(entry.owner, -entry.own_bytes)
 
     def finish(self, trash: Trash) -> None:
         """Removes files from the disk. The caller must not have the lock.
@@ -74,7 +74,7 @@ class Removal:
         failed = self._remove_records(trash.entries)
         if failed:
             self._restore(failed, trash)
-        self._shelf.remove(trash)
+        self._blobs.remove(trash)
         _raise_first(failed.values())
 
     def remove_unreadable(self, owner: str, ident: str) -> None:
@@ -108,8 +108,8 @@ class Removal:
             for entry in failed:
                 self.count(entry)
             for owner, entries in groupby(failed, _owner):
-                self._holdings.opened(owner).restore(entries)
-            self._shelf.rescue(trash)
+                self._accounts.opened(owner).restore(entries)
+            self._blobs.rescue(trash)
 
     def _rewrite(self, entry: Entry) -> None:
         """Writes a record again if it was removed, and only the sync failed."""

@@ -26,10 +26,12 @@ from secateur_server.errors import (
     quote,
 )
 from secateur_server.runtime.disk import disk_errors, sync_folder
+from secateur_server.storage.accounts import Accounts, Entry, Evictable, Upload
+from secateur_server.storage.blob_folder import BlobFolder, Trash
 from secateur_server.storage.blobs import Blob
 from secateur_server.storage.clock import Clock
+from secateur_server.storage.eviction import EvictionPolicy, Victim
 from secateur_server.storage.folders import FolderLock
-from secateur_server.storage.holdings import Entry, Holding, Holdings, Upload
 from secateur_server.storage.records import (
     PREFIX,
     Record,
@@ -40,8 +42,6 @@ from secateur_server.storage.records import (
     write_record,
 )
 from secateur_server.storage.removal import Removal
-from secateur_server.storage.room import Room, Victim
-from secateur_server.storage.shelf import Shelf, Trash
 from secateur_server.storage.uploads import Uploads
 
 log = logging.getLogger(__name__)
@@ -99,13 +99,13 @@ class Store:
         self._lock = threading.Condition(threading.RLock())
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._folder_lock = FolderLock(folder)
-        self._shelf = Shelf(folder / "blobs", self._lock, self._folder_lock.check)
-        self._holdings = Holdings()
+        self._blobs = BlobFolder(folder / "blobs", self._lock, self._folder_lock.check)
+        self._accounts = Accounts()
         records = folder / "checkpoints"
-        self._removal = Removal(records, self._shelf, self._holdings, self._folder_lock, self._lock)
-        self._room = Room(max_bytes, self._holdings, self._shelf.references)
+        self._removal = Removal(records, self._blobs, self._accounts, self._folder_lock, self._lock)
+        self._policy = EvictionPolicy(max_bytes, self._accounts, self._blobs.references)
         self.uploads = Uploads(
-            *(self._shelf, self._holdings, self._room),
+            *(self._blobs, self._accounts, self._policy),
             self.scratch,
             self._lock,
             self._clock,
@@ -114,7 +114,7 @@ class Store:
         self._unreadable: set[Key] = set()  # records that differ from what was written
         self._owner_folders: set[Path] = set()  # which exist after a crash
         try:
-            for path in (self._shelf.folder, self.scratch, folder / "checkpoints"):
+            for path in (self._blobs.folder, self.scratch, folder / "checkpoints"):
                 path.mkdir(exist_ok=True, mode=0o700)
             self._load()
         except BaseException:
@@ -136,7 +136,7 @@ class Store:
             self._unreadable |= {(folder.name, ident) for ident in found.unreadable}
             unfinished += found.unfinished
         # A server before may have been killed ahead of its sync: what is seen now is to stay.
-        folders = (self._folder.parent, self._folder, self._shelf.folder, checkpoints)
+        folders = (self._folder.parent, self._folder, self._blobs.folder, checkpoints)
         for folder in (*folders, *self._owner_folders):
             sync_folder(folder)
         now = self._clock.wall(self._clock.now())
@@ -146,7 +146,7 @@ class Store:
             if used > now:  # the system's clock was set back
                 self._write_use(entry)
         if not self._unreadable:  # what those need is unknown
-            unfinished += self._shelf.unknown()
+            unfinished += self._blobs.unknown()
         count = sum(path.stat().st_size for path in unfinished)
         for path in unfinished:
             path.unlink()
@@ -157,7 +157,7 @@ class Store:
 
     def _add(self, entry: Entry) -> None:
         self._removal.count(entry)
-        self._holdings.opened(entry.owner).add(entry)
+        self._accounts.opened(entry.owner).add(entry)
 
     def close(self) -> None:
         """Gives the folder to whoever wants it next."""
@@ -171,19 +171,19 @@ class Store:
     @property
     def max_bytes(self) -> int:
         """Bytes that everything on its disk may take."""
-        return self._room.max_bytes
+        return self._policy.max_bytes
 
     @property
     def used_bytes(self) -> int:
         """Bytes on disk, with those of parts that are about to be written."""
         with self._lock:
-            return self._room.used_bytes + self._shelf.removing_bytes
+            return self._policy.used_bytes + self._blobs.removing_bytes
 
     @property
     def count(self) -> int:
         """How many checkpoints there are."""
         with self._lock:
-            return sum(len(account.entries) for account in self._holdings.accounts.values())
+            return sum(len(account.entries) for account in self._accounts.by_owner.values())
 
     def get(self, owner: str, name: str) -> Record:
         """The record of a checkpoint.  Errors: CheckpointNotFound, DataLoss."""
@@ -193,19 +193,19 @@ class Store:
     def expire_time(self, owner: str, record: Record) -> float | None:
         """When a checkpoint goes, in seconds since 1970; None is never."""
         with self._lock:
-            entry = self._holdings.get(owner).entries.get(record.id)
+            entry = self._accounts.get(owner).entries.get(record.id)
         return self._clock.wall(entry.used + self.ttl) if self.ttl and entry else None
 
     def page(self, owner: str, before: str, most: int) -> Sequence[Record]:
         """Up to `most` checkpoints, the newest first.  before: those older than this id."""
         with self._lock:
-            return self._holdings.get(owner).page(before, most)
+            return self._accounts.get(owner).page(before, most)
 
     def _entry(self, owner: str, name: str) -> Entry:
         """Errors: CheckpointNotFound, DataLoss."""
         ident = name.removeprefix(PREFIX)
         if name.startswith(PREFIX):
-            if entry := self._holdings.get(owner).entries.get(ident):
+            if entry := self._accounts.get(owner).entries.get(ident):
                 return entry
             if (owner, ident) in self._unreadable:
                 raise DataLoss(name, "is not what was stored: its record differs")
@@ -224,28 +224,28 @@ class Store:
         with self._lock:
             entry = self._entry(owner, name)
             entry.pins += 1
-            self._shelf.acquire(entry.files())
+            self._blobs.acquire(entry.files())
         record = entry.record
         try:
             self._touch(entry)
             files = self.open_files(record.name, record.files)
-            masks = self._shelf.open(record.name, record.masks) if record.masks else None
+            masks = self._blobs.open(record.name, record.masks) if record.masks else None
             yield OpenCheckpoint(record, files, masks)
         finally:
             with self._lock:
                 entry.pins -= 1
-                unused = self._shelf.release(entry.files())
+                unused = self._blobs.release(entry.files())
             self._touch(entry)  # a call may take longer than the ttl
-            self._shelf.remove(Trash(blobs=unused))
+            self._blobs.remove(Trash(blobs=unused))
 
     def open_files(self, name: str, files: Sequence[StoredFile]) -> list[Blob]:
         """Opens files that an upload of the caller holds.  Errors: DataLoss, StoreFailed."""
-        return [self._shelf.open(name, file) for file in files]
+        return [self._blobs.open(name, file) for file in files]
 
     def _touch(self, entry: Entry) -> None:
         now = self._clock.now()
         with self._lock:
-            account = self._holdings.get(entry.owner)
+            account = self._accounts.get(entry.owner)
             if entry.record.id not in account.entries:
                 return
             account.touch(entry, now)
@@ -278,8 +278,8 @@ class Store:
         path = self._record_path(owner, entry.record.id)
         with self._lock:
             evicted = self._make_room(owner, entry.own_bytes, quota)
-            self._shelf.acquire(entry.files())
-            self._holdings.acquire(owner, entry.files())
+            self._blobs.acquire(entry.files())
+            self._accounts.acquire(owner, entry.files())
         try:
             self._remove(evicted)
             self._make_folder(path.parent)
@@ -289,7 +289,7 @@ class Store:
             raise
         self._write_use(entry)
         with self._lock:
-            self._holdings.opened(owner).add(entry)
+            self._accounts.opened(owner).add(entry)
         return entry.record
 
     def _make_folder(self, folder: Path) -> None:
@@ -337,18 +337,18 @@ class Store:
         else:
             self._removal.finish(trash)
 
-    def _drop(self, holding: Holding, trash: Trash) -> int:
+    def _drop(self, holding: Evictable, trash: Trash) -> int:
         """Takes something out of the index. Its files go to `trash`.
 
         Returns:
             The bytes that this frees on disk.
         """
-        before = self._room.used_bytes
+        before = self._policy.used_bytes
         if isinstance(holding, Upload):
             self.uploads.drop(holding, trash)
         else:
             self._removal.drop(holding, trash)
-        return before - self._room.used_bytes
+        return before - self._policy.used_bytes
 
     def _expire(self) -> None:
         while not self._is_closed.wait(EXPIRE_SECONDS):
@@ -366,7 +366,7 @@ class Store:
             oldest = self._clock.now() - self.ttl if self.ttl else -math.inf
             old: list[Victim] = [
                 (entry, "ttl")
-                for account in self._holdings.accounts.values()
+                for account in self._accounts.by_owner.values()
                 for entry in takewhile(lambda e: e.used < oldest, account.entries.values())
                 if not entry.pins
             ]
@@ -380,16 +380,16 @@ class Store:
             return
         log.warning("the system's clock was set by %+.0f seconds: no age has changed", step)
         with self._lock:
-            accounts = self._holdings.accounts.values()
+            accounts = self._accounts.by_owner.values()
             entries = [entry for account in accounts for entry in account.entries.values()]
         for entry in entries:
             self._write_use(entry)
 
     def check_size(self, size: int) -> None:
         """Errors: StoreFull, where `size` bytes never fit."""
-        if size > self._room.max_bytes:
+        if size > self._policy.max_bytes:
             raise StoreFull(
-                "data", f"{size} bytes are more than the store's {self._room.max_bytes}"
+                "data", f"{size} bytes are more than the store's {self._policy.max_bytes}"
             )
 
     def _reserve_part(self, upload: Upload, size: int) -> None:
@@ -400,7 +400,7 @@ class Store:
         self._folder_lock.check()
         part = upload.part
         with self._lock:
-            if part is None or upload not in self._holdings.get(upload.owner).uploads:
+            if part is None or upload not in self._accounts.get(upload.owner).uploads:
                 raise TakenOver("header", "another call of the same caller sends this file")
             count = size - part.reserved
             evicted = self._make_room(upload.owner, count, upload.quota)
@@ -409,7 +409,7 @@ class Store:
             self._remove(evicted)
         except BaseException:
             with self._lock:  # where the upload was dropped meanwhile, nothing is reserved
-                self._holdings.reserve(upload.owner, part, -min(count, part.reserved))
+                self._accounts.reserve(upload.owner, part, -min(count, part.reserved))
             raise
 
     def _make_room(self, owner: str, count: int, quota: int | None) -> Evicted:
@@ -419,8 +419,8 @@ class Store:
         quota: of the owner, of whom enough goes first; None is no bound.
         Errors: StoreFull, QuotaExceeded: then nothing goes.
         """
-        evicted = self._evict(self._room.victims(owner, count, quota))
-        self._holdings.count(owner, count)
+        evicted = self._evict(self._policy.victims(owner, count, quota))
+        self._accounts.count(owner, count)
         return evicted
 
     def _evict(self, victims: Iterable[Victim]) -> Evicted:
@@ -447,5 +447,5 @@ class Store:
                     self._evicted(reason, freed)
         with self._lock:  # what other calls remove may still be on disk
             self._lock.wait_for(
-                lambda: not self._shelf.removing_bytes or self.used_bytes <= self._room.max_bytes
+                lambda: not self._blobs.removing_bytes or self.used_bytes <= self._policy.max_bytes
             )

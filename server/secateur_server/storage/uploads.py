@@ -20,18 +20,18 @@ from secateur_server.errors import (
 )
 from secateur_server.runtime.context import RequestContext
 from secateur_server.runtime.disk import DISK_BLOCK
-from secateur_server.storage.blobs import Part, disk_bytes
+from secateur_server.storage.accounts import Accounts, Upload
+from secateur_server.storage.blob_folder import BlobFolder, Trash
+from secateur_server.storage.blobs import StagedFile, disk_bytes
 from secateur_server.storage.clock import Clock
-from secateur_server.storage.holdings import Holdings, Upload
+from secateur_server.storage.eviction import EvictionPolicy
 from secateur_server.storage.records import StoredFile
-from secateur_server.storage.room import Room
-from secateur_server.storage.shelf import Shelf, Trash
 
 # How long what an upload left behind is held, from the last byte on.
 UPLOAD_SECONDS = 3600.0
 
 # The most files of one model, and the most of one tenant that wait for a call to go on with them.
-MOST_FILES = 10_000
+MAX_FILES = 10_000
 
 
 class Uploads:
@@ -45,29 +45,29 @@ class Uploads:
 
     def __init__(
         self,
-        shelf: Shelf,
-        holdings: Holdings,
-        room: Room,
+        shelf: BlobFolder,
+        holdings: Accounts,
+        room: EvictionPolicy,
         scratch: Path,
         lock: Condition,
         clock: Clock,
         reserve: Callable[[Upload, int], None],
     ) -> None:
-        self._shelf, self._holdings, self._room = shelf, holdings, room
+        self._blobs, self._accounts, self._policy = shelf, holdings, room
         self._scratch, self._lock, self._clock, self._reserve = scratch, lock, clock, reserve
 
     def expire(self) -> None:
         """Lets go what nobody has gone on with for too long."""
         with self._lock:
             oldest = self._clock.now() - UPLOAD_SECONDS
-            uploads = [u for a in self._holdings.accounts.values() for u in a.uploads]
+            uploads = [u for a in self._accounts.by_owner.values() for u in a.uploads]
             old = [u for u in uploads if not u.is_active and u.used < oldest]
         for upload in old:
             self.abandon(upload)
 
     def close(self) -> None:
         """Leaves nothing of any."""
-        for account in list(self._holdings.accounts.values()):
+        for account in list(self._accounts.by_owner.values()):
             for upload in list(account.uploads):
                 self.abandon(upload)
 
@@ -79,14 +79,14 @@ class Uploads:
         if self._has_whole(owner, digest, size):
             return size
         with self._lock:
-            upload = self._holdings.get(owner).unfinished.get((digest, size))
+            upload = self._accounts.get(owner).unfinished.get((digest, size))
             return upload.held if upload else 0
 
     def _has_whole(self, owner: str, digest: str, size: int) -> bool:
         """Whether a checkpoint or an upload of `owner` has a file, and nothing is against it."""
         with self._lock:
-            is_used = self._holdings.get(owner).references.has(digest, size)
-        return is_used and self._shelf.has(digest, size)  # which reads the disk
+            is_used = self._accounts.get(owner).references.has(digest, size)
+        return is_used and self._blobs.has(digest, size)  # which reads the disk
 
     def begin(
         self,
@@ -110,7 +110,7 @@ class Uploads:
         while True:
             is_whole = digest is not None and self._has_whole(owner, digest, size)
             with self._lock:
-                unfinished = self._holdings.get(owner).unfinished
+                unfinished = self._accounts.get(owner).unfinished
                 before = unfinished.get((digest, size)) if is_resumable else None
                 if before is None or not before.is_finishing:
                     self._begin(upload, before, is_whole, field)
@@ -120,7 +120,7 @@ class Uploads:
 
     def _begin(self, upload: Upload, before: Upload | None, is_whole: bool, field: str) -> None:
         """before: an upload of the same file.  is_whole: whether all of it was here just now."""
-        references = self._holdings.get(upload.owner).references
+        references = self._accounts.get(upload.owner).references
         is_whole = is_whole and references.has(upload.digest or "", upload.size)
         held = upload.size if is_whole else before.held if before else 0
         if upload.at > held:
@@ -129,18 +129,18 @@ class Uploads:
             self._acquire(upload)
         elif before:
             before.is_stale = True  # the call that may still be at it ends with its next byte
-            self._holdings.discard(before)
+            self._accounts.discard(before)
             upload.part, upload.writing = before.part, before.writing
         else:
             missing = disk_bytes(upload.size) + DISK_BLOCK  # a record has one or more
-            self._room.check(upload.owner, missing, upload.quota)
-            upload.part = Part(self._scratch / secrets.token_hex(8))
-        self._holdings.add(upload)
+            self._policy.check(upload.owner, missing, upload.quota)
+            upload.part = StagedFile(self._scratch / secrets.token_hex(8))
+        self._accounts.add(upload)
 
     def _acquire(self, upload: Upload, file: StoredFile | None = None) -> None:
         files = [file] if file else upload.files()
-        self._shelf.acquire(files)
-        self._holdings.acquire(upload.owner, files)
+        self._blobs.acquire(files)
+        self._accounts.acquire(upload.owner, files)
 
     def write(self, upload: Upload, data: bytes | memoryview) -> None:
         """The next bytes of a file.  Errors: StoreFull, StoreFailed, QuotaExceeded, TakenOver."""
@@ -183,33 +183,33 @@ class Uploads:
             raise
         return file
 
-    def _finish_part(self, upload: Upload, part: Part, file: StoredFile) -> None:
+    def _finish_part(self, upload: Upload, part: StagedFile, file: StoredFile) -> None:
         with self._lock:
-            self._shelf.wait_until_removed(file.blake3)
+            self._blobs.wait_until_removed(file.blake3)
             self._check_mine(upload)
             upload.is_finishing = True
             self._acquire(upload, file)  # first: nobody may remove the blob once it is there
-            self._holdings.reserve(upload.owner, part, -part.reserved)
+            self._accounts.reserve(upload.owner, part, -part.reserved)
         try:
-            self._shelf.put(part)
+            self._blobs.put(part)
         except BaseException:
             self.abandon(upload)
             self._release(upload.owner, file)
             raise
         with self._lock:
-            self._holdings.finished(upload)
+            self._accounts.finished(upload)
             upload.digest, upload.part, upload.is_finishing = file.blake3, None, False
-            self._shelf.renewed(file.blake3)
+            self._blobs.renewed(file.blake3)
 
     def _release(self, owner: str, file: StoredFile) -> None:
         with self._lock:
-            self._holdings.release(owner, [file])
-            unused = self._shelf.release([file])
-        self._shelf.remove(Trash(blobs=unused))
+            self._accounts.release(owner, [file])
+            unused = self._blobs.release([file])
+        self._blobs.remove(Trash(blobs=unused))
 
     def _check_whole(self, context: RequestContext, file: StoredFile) -> None:
         """Errors: DataLoss."""
-        blob = self._shelf.open("data", file)
+        blob = self._blobs.open("data", file)
         passes_of(torch.device("cpu")).map(context, blob.check, range(blob.block_count))
 
     def leave(self, upload: Upload) -> None:
@@ -226,10 +226,10 @@ class Uploads:
         self._bound(upload.owner)
 
     def _bound(self, owner: str) -> None:
-        """Keeps what waits to go on within MOST_FILES of a tenant."""
+        """Keeps what waits to go on within MAX_FILES of a tenant."""
         with self._lock:
-            uploads = self._holdings.get(owner).uploads
-            too_many = list(islice(uploads, max(0, len(uploads) - MOST_FILES)))
+            uploads = self._accounts.get(owner).uploads
+            too_many = list(islice(uploads, max(0, len(uploads) - MAX_FILES)))
         for upload in too_many:
             if not upload.is_active:
                 self.abandon(upload)
@@ -239,18 +239,18 @@ class Uploads:
         trash = Trash()
         with self._lock:
             self.drop(upload, trash)
-        self._shelf.remove(trash)
+        self._blobs.remove(trash)
 
     def drop(self, upload: Upload, trash: Trash) -> None:
         """Takes an upload out of the index, with the lock."""
-        if not self._holdings.discard(upload):
+        if not self._accounts.discard(upload):
             return
         if upload.part:
             trash.parts.append(upload.part)
-            self._holdings.reserve(upload.owner, upload.part, -upload.part.reserved)
+            self._accounts.reserve(upload.owner, upload.part, -upload.part.reserved)
         else:
-            self._holdings.release(upload.owner, upload.files())
-            trash.blobs += self._shelf.release(upload.files())
+            self._accounts.release(upload.owner, upload.files())
+            trash.blobs += self._blobs.release(upload.files())
 
 
 def _becomes(upload: Upload, filename: str) -> StoredFile:

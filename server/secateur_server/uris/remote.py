@@ -38,7 +38,7 @@ RANGE_BYTES = 8 << 20
 AT_ONCE = 4
 
 # S3 takes up to 10,000 parts of a multipart upload.
-MOST_PARTS = 9_000
+MAX_PARTS = 9_000
 
 
 class RemoteFile:
@@ -150,7 +150,7 @@ class RemoteTarget:
         self._context, self._requests = context, requests
         self._field, self._uri = field, uri
         self._system, self._path = _system(context, field, uri, requests, prefixes)
-        self._part = max(RANGE_BYTES, -(-size // MOST_PARTS))
+        self._part = max(RANGE_BYTES, -(-size // MAX_PARTS))
         self._file: Any = None
         self._is_open = True
         self._last: Future[None] | None = None
@@ -164,7 +164,7 @@ class RemoteTarget:
         self._file = self._system.open(self._path, "wb", block_size=self._part)
 
     def _run(self, step: Callable[[], Any], can_leave: bool = True) -> None:
-        """Errors: UriFailed, QueueFull, Stopped."""
+        """Errors: UriFailed, QueueFull, Cancelled."""
         try:
             self._last = self._requests.in_thread(self._context, step, can_leave)
             self._requests.result(self._context, self._last, can_leave)
@@ -172,7 +172,7 @@ class RemoteTarget:
             raise _failed(self._field, self._uri, "written", error) from None
 
     def write(self, parts: Iterable[Bytes]) -> None:
-        """Writes all of it.  Errors: UriFailed, QueueFull, Stopped."""
+        """Writes all of it.  Errors: UriFailed, QueueFull, Cancelled."""
         for part in parts:
             self._run(partial(self._file.write, part))
 
@@ -226,7 +226,7 @@ def _installer(uri: str) -> str:
 def _system(
     context: RequestContext, field: str, uri: str, requests: Requests, prefixes: Prefixes
 ) -> tuple[Any, str]:
-    """The file system of a URI, and the path in it.  Errors: UriFailed, QueueFull, Stopped."""
+    """The file system of a URI, and the path in it.  Errors: UriFailed, QueueFull, Cancelled."""
     try:
         return _open_system(context, uri, requests, prefixes)
     except ImportError as error:  # of fsspec, or of what it opens this kind of URI with

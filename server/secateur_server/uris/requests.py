@@ -14,7 +14,7 @@ from secateur_server.runtime.context import RequestContext
 Found = TypeVar("Found")
 
 # Requests at once that need a thread. A library may wait in one for longer than any call does.
-MOST_THREADS = 32
+MAX_THREADS = 32
 # How soon a request notices that its caller has left.
 LOOK_SECONDS = 0.2
 RETRY_SECONDS = 1.0
@@ -31,7 +31,7 @@ class Requests:
     def __init__(self, timeout: float) -> None:
         """timeout: seconds that a store has for each request."""
         self._timeout = timeout
-        self._free = threading.Semaphore(MOST_THREADS)
+        self._free = threading.Semaphore(MAX_THREADS)
 
     def start(
         self, context: RequestContext, system: Any, name: str, *arguments: Any, **options: Any
@@ -54,7 +54,7 @@ class Requests:
 
         Raises:
             QueueFull: All threads wait for stores that do not answer.
-            Stopped: The caller has left.
+            Cancelled: The caller has left.
         """
         end = time.monotonic() + self._timeout
         while not self._free.acquire(timeout=min(LOOK_SECONDS, self._timeout)):
@@ -62,7 +62,7 @@ class Requests:
                 context.check()
             if time.monotonic() > end:
                 raise QueueFull(
-                    "call", f"{MOST_THREADS} requests to remote stores wait already", RETRY_SECONDS
+                    "call", f"{MAX_THREADS} requests to remote stores wait already", RETRY_SECONDS
                 )
         return self._run(function)
 
@@ -78,7 +78,7 @@ class Requests:
 
         Raises:
             TimeoutError: The store has not answered.
-            Stopped: The caller has left.
+            Cancelled: The caller has left.
         """
         end = time.monotonic() + self._timeout
         try:

@@ -18,7 +18,7 @@ from secateur_server.uris.requests import Requests
 from secateur_server.uris.scratch import Scratch
 from secateur_server.wire.index import weight_map_of
 from secateur_server.wire.mapped import MappedFile
-from secateur_server.wire.writer import OutgoingFile, watched_parts
+from secateur_server.wire.writer import OutgoingFile, track_progress
 
 LOCAL = "file://"
 
@@ -138,7 +138,7 @@ class Uris:
         """Writes files to a URI: all of them are there whole, or none is.
 
         check: is called once they are written, and raises where they are not to be there.
-        Errors: UriNotAllowed, UriNotFound, UriFailed, InvalidRequest, Stopped.
+        Errors: UriNotAllowed, UriNotFound, UriFailed, InvalidRequest, Cancelled.
         """
         if files[-1].filename.endswith(SUFFIX) != uri.endswith(SUFFIX):
             raise InvalidRequest(
@@ -155,7 +155,7 @@ class Uris:
                 targets.callback(target.discard)
                 opened.append(target)
             for target, file in zip(opened, files, strict=True):
-                target.write(watched_parts(context, file.parts()))
+                target.write(track_progress(context, file.parts()))
             check()
             context.check()  # it was written to disk meanwhile, which took its time
             for target in opened:

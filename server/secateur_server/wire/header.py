@@ -25,7 +25,7 @@ MEMORY_PER_BYTE, MEMORY_PER_TENSOR = 9, 7000
 _METADATA = "__metadata__"
 _ADVICE = "the server reads only safetensors files, also from URIs"
 # Each is an object or two, whatever its length.
-_MOST_METADATA = 100_000
+_MAX_METADATA = 100_000
 
 # An entry as safetensors itself writes it, with no escape in its name, and the comma behind it.
 _SIZE = r"(?:0|[1-9]\d{0,17})"
@@ -190,8 +190,8 @@ def _metadata(reader: Text) -> dict[str, str]:
         if key in metadata:
             raise _twice(key)
         metadata[key] = value
-        if len(metadata) > _MOST_METADATA:
-            raise MalformedFile(_field(_METADATA), f"has more than {_MOST_METADATA} texts")
+        if len(metadata) > _MAX_METADATA:
+            raise MalformedFile(_field(_METADATA), f"has more than {_MAX_METADATA} texts")
     return metadata
 
 

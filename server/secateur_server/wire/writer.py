@@ -49,7 +49,7 @@ class OutgoingFile:
 
 
 def _without_begin(context: RequestContext, parts: Iterable[Bytes], offset: int) -> Iterator[Bytes]:
-    for part in watched_parts(context, parts) if offset else parts:
+    for part in track_progress(context, parts) if offset else parts:
         skipped = min(offset, len(part))
         offset -= skipped
         yield memoryview(part)[skipped:]
@@ -153,8 +153,8 @@ def _files_from(
         offset = max(0, offset - file.size)
 
 
-def watched_parts(context: RequestContext, parts: Iterable[Bytes]) -> Iterator[Bytes]:
-    """The same bytes, in parts of which each takes well under a second.  Errors: Stopped."""
+def track_progress(context: RequestContext, parts: Iterable[Bytes]) -> Iterator[Bytes]:
+    """The same bytes, in parts of which each takes well under a second.  Errors: Cancelled."""
     for part in parts:
         view = memoryview(part)
         for begin in range(0, len(view), _PART_BYTES):
@@ -168,6 +168,6 @@ _JOINED_BYTES = 1 << 16
 
 def _digest(context: RequestContext, parts: Iterable[Bytes]) -> str:
     digest = blake3()
-    for part in watched_parts(context, parts):
+    for part in track_progress(context, parts):
         digest.update(part)
     return digest.hexdigest()

@@ -11,8 +11,15 @@ from threading import Condition
 
 from secateur_server.errors import RequestError
 from secateur_server.runtime.disk import disk_errors
-from secateur_server.storage.blobs import Blob, Part, disk_bytes, has_blob, open_blob, remove_blob
-from secateur_server.storage.holdings import Entry
+from secateur_server.storage.accounts import Entry
+from secateur_server.storage.blobs import (
+    Blob,
+    StagedFile,
+    disk_bytes,
+    has_blob,
+    open_blob,
+    remove_blob,
+)
 from secateur_server.storage.records import StoredFile
 from secateur_server.storage.references import References
 
@@ -30,10 +37,10 @@ class Trash:
 
     entries: list[Entry] = field(default_factory=list)
     blobs: list[str] = field(default_factory=list)
-    parts: list[Part] = field(default_factory=list)
+    parts: list[StagedFile] = field(default_factory=list)
 
 
-class Shelf:
+class BlobFolder:
     """A folder of blobs.
 
     Args:
@@ -113,7 +120,7 @@ class Shelf:
         """Whether a blob is there, and nothing is known against it."""
         return digest not in self._damaged and has_blob(self.folder / digest, size)
 
-    def put(self, part: Part) -> None:
+    def put(self, part: StagedFile) -> None:
         """Makes a part a blob.  Errors: StoreFull, StoreFailed, TakenOver."""
         self._check_folder()
         part.finish(self.folder)

@@ -1,6 +1,6 @@
 """The address that Prometheus scrapes.
 
-One thread serves all connections. At most MOST_CONNECTIONS are open: a further one takes the place
+One thread serves all connections. At most MAX_CONNECTIONS are open: a further one takes the place
 of the oldest, once that one has had GRACE_SECONDS to send its request. So strangers' connections
 take neither threads nor files from gRPC, and a burst of them does not cut off a scraper.
 """
@@ -27,9 +27,9 @@ TIMEOUT_SECONDS = 10.0
 # How long to wait for a file descriptor when the process has none left for a new connection.
 RETRY_SECONDS = 1.0
 
-MOST_CONNECTIONS = 32
+MAX_CONNECTIONS = 32
 GRACE_SECONDS = 0.5
-MOST_HEAD_BYTES = 16 << 10
+MAX_HEAD_BYTES = 16 << 10
 
 _BAD_REQUEST = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n"
 _FAILED = b"HTTP/1.1 500 Internal Server Error\r\nConnection: close\r\n\r\n"
@@ -37,7 +37,7 @@ _FAILED = b"HTTP/1.1 500 Internal Server Error\r\nConnection: close\r\n\r\n"
 App = Callable[[Any, Any], Iterable[bytes]]
 
 
-class Scrapes:
+class MetricsServer:
     """Serves /metrics from a thread of its own.
 
     Args:
@@ -86,7 +86,7 @@ class Scrapes:
             task = self._loop.create_task(self._serve(connection))
             self._connections[task] = self._loop.time()
             task.add_done_callback(lambda ended: self._connections.pop(ended, None))
-            while len(self._connections) >= MOST_CONNECTIONS:
+            while len(self._connections) >= MAX_CONNECTIONS:
                 await self._make_place()
             await asyncio.sleep(0)  # others have their turn, however many connections arrive
 
@@ -113,14 +113,14 @@ class Scrapes:
                 await self._loop.sock_sendall(connection, self._answer(head))
                 connection.shutdown(socket.SHUT_WR)
                 # To close before the peer has would reset the connection if data still arrives.
-                while await self._loop.sock_recv(connection, MOST_HEAD_BYTES):
+                while await self._loop.sock_recv(connection, MAX_HEAD_BYTES):
                     pass
 
     async def _head(self, connection: socket.socket) -> bytes:
         """The request line and the headers, or as much of them as there may be."""
         head = b""
-        while b"\r\n\r\n" not in head and len(head) < MOST_HEAD_BYTES:
-            data = await self._loop.sock_recv(connection, MOST_HEAD_BYTES)
+        while b"\r\n\r\n" not in head and len(head) < MAX_HEAD_BYTES:
+            data = await self._loop.sock_recv(connection, MAX_HEAD_BYTES)
             if not data:
                 break
             head += data

@@ -16,12 +16,12 @@ from blake3 import blake3
 from secateur_proto.sizes import byte_count
 from secateur_server.errors import Unauthenticated
 from secateur_server.operate.reload import Reloaded, Unusable
-from secateur_server.runtime.context import ANYBODY, Tenant
+from secateur_server.runtime.context import ANONYMOUS, Tenant
 
 log = logging.getLogger(__name__)
 
 # Shorter ones can be found by trying.
-LEAST_CHARACTERS = 16
+MIN_CHARACTERS = 16
 _HASHED = "sha256:"
 _NO_TOKEN = (
     "this server needs a bearer token: give --token, SECATEUR_TOKEN, or in Python Client(token=...)"
@@ -34,7 +34,7 @@ class BadTokens(Unusable):
     """A file of tokens that cannot be used."""
 
 
-class Callers:
+class Authenticator:
     """Finds out who calls. Without a file everybody may, and each token has its own checkpoints.
 
     reloaded: is called with whether the file could be read, each time that it has changed.
@@ -59,7 +59,7 @@ class Callers:
         value = values[0] if values else ""
         text = value.encode() if isinstance(value, str) else value
         if self._file is None:
-            return Tenant("", _owner_of(text)) if text else ANYBODY
+            return Tenant("", _owner_of(text)) if text else ANONYMOUS
         scheme, _, token = text.partition(b" ")
         if scheme.lower() != b"bearer" or not token:
             raise Unauthenticated("authorization", _NO_TOKEN)
@@ -149,7 +149,7 @@ def _tenant(where: str, name: str, table: Any) -> tuple[Tenant, set[bytes]]:
 def _unknown(key: str) -> str:
     """What is wrong with a key; a long one may be a token, and is not named."""
     known = f"the keys are {', '.join(_KEYS)}"
-    if len(key) >= LEAST_CHARACTERS:
+    if len(key) >= MIN_CHARACTERS:
         return f"a key is unknown; {known}"
     near = get_close_matches(key, _KEYS, 1)
     return f"{key!r} is unknown; {f'the nearest is {near[0]!r}' if near else known}"
@@ -180,8 +180,8 @@ def _uris(where: str, values: Any) -> tuple[str, ...]:
 
 def _digest(where: str, token: str) -> bytes:
     if not token.startswith(_HASHED):
-        if len(token) < LEAST_CHARACTERS:
-            raise BadTokens(f"{where}.tokens: one has less than {LEAST_CHARACTERS} characters")
+        if len(token) < MIN_CHARACTERS:
+            raise BadTokens(f"{where}.tokens: one has less than {MIN_CHARACTERS} characters")
         if not (token.isascii() and token.isprintable()) or token != token.strip():
             raise BadTokens(f"{where}.tokens: one cannot be sent: it is not plain ASCII")
         return hashlib.sha256(token.encode()).digest()

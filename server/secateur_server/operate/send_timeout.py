@@ -14,7 +14,7 @@ from secateur_server.runtime.context import RequestContext
 LOOK_SECONDS = 1.0
 
 
-class Readers:
+class SendTimeout:
     """Cuts off calls whose message is not taken in `timeout` seconds.
 
     grpc waits for a slow reader without an end, inside of its own code.

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from itertools import chain
 
 from secateur_server.errors import QuotaExceeded, StoreFull
-from secateur_server.storage.holdings import Account, Holding, Holdings
+from secateur_server.storage.accounts import Account, Accounts, Evictable
 from secateur_server.storage.references import References, Release
 
-Victim = tuple[Holding, str]  # and why it is removed: "quota" or "room"
+Victim = tuple[Evictable, str]  # and why it is removed: "quota" or "room"
 
 
-class Room:
+class EvictionPolicy:
     """Keeps a store within its bytes. The store's lock guards it.
 
     A tenant's own least recently used checkpoints make room first, then those of other tenants
@@ -22,14 +22,14 @@ class Room:
         references: Of all blobs.
     """
 
-    def __init__(self, max_bytes: int, holdings: Holdings, references: References) -> None:
+    def __init__(self, max_bytes: int, holdings: Accounts, references: References) -> None:
         self.max_bytes = max_bytes
-        self._holdings, self._references = holdings, references
+        self._accounts, self._references = holdings, references
 
     @property
     def used_bytes(self) -> int:
         """Bytes of everything that the store keeps."""
-        return self._references.bytes + self._holdings.own_bytes
+        return self._references.bytes + self._accounts.own_bytes
 
     def check(self, owner: str, count: int, quota: int | None) -> None:
         """Refuses what cannot fit, whatever is removed. Removes nothing, and is cheap.
@@ -41,7 +41,7 @@ class Room:
         if quota is not None and count > quota:
             raise _above_quota(count, quota)
         share = self._fair_share(owner)
-        others = (a.bytes for a in self._holdings.accounts.values() if a.owner != owner)
+        others = (a.bytes for a in self._accounts.by_owner.values() if a.owner != owner)
         if sum(min(share, held) for held in others) + count > self.max_bytes:
             raise self._full(count)
 
@@ -56,8 +56,8 @@ class Room:
         Raises:
             QuotaExceeded, StoreFull: They would not fit without all of that.
         """
-        account = self._holdings.get(owner)
-        plan, own = _Plan(self._holdings, self._references), account.idle()
+        account = self._accounts.get(owner)
+        plan, own = _Plan(self._accounts, self._references), account.idle()
         while quota is not None and account.bytes - plan.lost(account) + count > quota:
             victim = next(own, None)
             if victim is None:
@@ -72,12 +72,12 @@ class Room:
         return plan.victims
 
     def _fair_share(self, owner: str) -> int:
-        return self.max_bytes // len(self._holdings.accounts.keys() | {owner})
+        return self.max_bytes // len(self._accounts.by_owner.keys() | {owner})
 
-    def _others(self, plan: "_Plan", owner: str) -> Iterator[Holding]:
+    def _others(self, plan: "_Plan", owner: str) -> Iterator[Evictable]:
         """What other tenants have above their share, the least recently used first."""
         share = self._fair_share(owner)
-        others = [a for a in self._holdings.accounts.values() if a.owner != owner]
+        others = [a for a in self._accounts.by_owner.values() if a.owner != owner]
         surplus = (_surplus(plan, account, share) for account in others if account.bytes > share)
         return heapq.merge(*surplus, key=lambda holding: holding.used)
 
@@ -89,7 +89,7 @@ class Room:
         )
 
 
-def _surplus(plan: "_Plan", account: Account, share: int) -> Iterator[Holding]:
+def _surplus(plan: "_Plan", account: Account, share: int) -> Iterator[Evictable]:
     for holding in account.idle():
         if account.bytes - plan.lost(account, holding) < share:
             return
@@ -99,9 +99,9 @@ def _surplus(plan: "_Plan", account: Account, share: int) -> Iterator[Holding]:
 class _Plan:
     """Victims, and the bytes that their removal frees."""
 
-    def __init__(self, holdings: Holdings, references: References) -> None:
+    def __init__(self, holdings: Accounts, references: References) -> None:
         self.victims: list[Victim] = []
-        self._holdings = holdings
+        self._accounts = holdings
         self._store = Release(references)
         self._owners: dict[str, Release] = {}
 
@@ -110,14 +110,14 @@ class _Plan:
         """Bytes on disk."""
         return self._store.freed
 
-    def lost(self, account: Account, holding: Holding | None = None) -> int:
+    def lost(self, account: Account, holding: Evictable | None = None) -> int:
         """Bytes of an owner's, if `holding` is removed as well."""
         release = self._owners.setdefault(account.owner, Release(account.references))
         return release.freed + (release.frees(holding) if holding else 0)
 
-    def add(self, holding: Holding, reason: str) -> None:
+    def add(self, holding: Evictable, reason: str) -> None:
         """Adds a victim."""
-        account = self._holdings.accounts[holding.owner]
+        account = self._accounts.by_owner[holding.owner]
         self._owners.setdefault(holding.owner, Release(account.references)).add(holding)
         self._store.add(holding)
         self.victims.append((holding, reason))

@@ -20,7 +20,7 @@ DEPTH = 2
 CHECK_SECONDS = 0.2
 
 
-class Pace:
+class MinThroughput:
     """The least throughput of a sender, over the time that the server waits for it.
 
     Args:
@@ -47,7 +47,7 @@ class Pace:
             )
 
 
-def ahead(
+def prefetch(
     items: Iterable[Item],
     receivers: Executor,
     timeout: float | None = None,

@@ -15,7 +15,7 @@ _PACKAGE = pruner_pb2.DESCRIPTOR.package
 # lists 1.5 million of these a second, and lets no other thread run meanwhile. Beyond the bounds the
 # error names the outermost message. So it does for a long message, which would be decoded again: a
 # map, whose entries now come in the order of their hashes, takes seconds then.
-_MOST_SEARCHED, _MOST_UNKNOWN_BYTES, _MOST_BYTES = 10_000, 64 << 10, 1 << 20
+_MAX_SEARCHED, _MAX_UNKNOWN_BYTES, _MAX_BYTES = 10_000, 64 << 10, 1 << 20
 
 
 def check_known(message: Message, has_other_fields: bool) -> None:
@@ -45,14 +45,14 @@ def _check_parts(message: Message, path: str) -> None:
     before = message.SerializeToString()
     message.DiscardUnknownFields()
     if unknown := len(before) - message.ByteSize():
-        if unknown > _MOST_UNKNOWN_BYTES or len(before) > _MOST_BYTES:
+        if unknown > _MAX_UNKNOWN_BYTES or len(before) > _MAX_BYTES:
             raise _error(message, path, "a field")
         raise _found(type(message).FromString(before), path)
 
 
 def _found(message: Message, path: str) -> UnknownField:
     """The error for a message with unknown fields, in it or in its parts."""
-    for at, part in islice(_parts(message, path), _MOST_SEARCHED):
+    for at, part in islice(_parts(message, path), _MAX_SEARCHED):
         if len(fields := UnknownFieldSet(part)):
             return _error(part, at, f"field {fields[0].field_number}")
     return _error(message, path, "a field")

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateur_server.errors import IdleTimeout, Stopped
+from secateur_server.errors import Cancelled, IdleTimeout
 from secateur_server.runtime.context import RequestContext
-from secateur_server.wire.ahead import DEPTH, Pace, ahead
+from secateur_server.wire.prefetch import DEPTH, MinThroughput, prefetch
 from tests.clock import Clock, install
 from tests.conftest import eventually
 from tests.contract.raw import unhurried
@@ -27,7 +27,7 @@ def receivers() -> Iterator[ThreadPoolExecutor]:
 def test_the_same_items_come_in_their_order(
     receivers: ThreadPoolExecutor, items: list[bytes]
 ) -> None:
-    assert list(ahead(iter(items), receivers)) == items
+    assert list(prefetch(iter(items), receivers)) == items
 
 
 def test_what_raises_does_so_in_its_turn(receivers: ThreadPoolExecutor) -> None:
@@ -36,7 +36,7 @@ def test_what_raises_does_so_in_its_turn(receivers: ThreadPoolExecutor) -> None:
         yield 2
         raise ValueError("here")
 
-    received = ahead(items(), receivers)
+    received = prefetch(items(), receivers)
     assert (next(received), next(received)) == (1, 2)
     with pytest.raises(ValueError, match="here"):
         next(received)
@@ -50,7 +50,7 @@ def test_no_more_is_received_than_waits(receivers: ThreadPoolExecutor) -> None:
             made.append(number)
             yield number
 
-    received = ahead(items(), receivers)
+    received = prefetch(items(), receivers)
     assert next(received) == 0
     threading.Event().wait(0.1)
     assert len(made) == 1  # whoever has asked for one item may have to wait before the next
@@ -71,7 +71,7 @@ def test_an_item_that_does_not_come_is_not_waited_for(
         yield 1
         comes.wait()
 
-    received = ahead(items(), receivers, timeout=0.2)
+    received = prefetch(items(), receivers, timeout=0.2)
     assert next(received) == 1
     with ThreadPoolExecutor(1) as reader:
         item = reader.submit(next, received)
@@ -93,17 +93,17 @@ def test_a_reader_that_waits_ends_when_its_request_is_cancelled(
         comes.wait()
         yield 1
 
-    received = ahead(items(), receivers, timeout=300, check=context.check)
+    received = prefetch(items(), receivers, timeout=300, check=context.check)
     with ThreadPoolExecutor(1) as reader:
         item = reader.submit(next, received)
         context.cancel()
-        with pytest.raises(Stopped):
+        with pytest.raises(Cancelled):
             item.result(timeout=300)
     comes.set()
 
 
 def test_a_fast_beginning_excuses_no_silence_later() -> None:
-    pace = Pace(least=100, grace=10.0)
+    pace = MinThroughput(least=100, grace=10.0)
     pace.count(0.0, 1_000_000)
     pace.count(9.0, 0)
     pace.count(5.0, 500)  # exactly the least
@@ -113,7 +113,7 @@ def test_a_fast_beginning_excuses_no_silence_later() -> None:
 
 def test_a_reader_that_leaves_gives_its_thread_back() -> None:
     with ThreadPoolExecutor(1) as receivers:
-        received = ahead(iter(range(100)), receivers)
+        received = prefetch(iter(range(100)), receivers)
         assert next(received) == 0
         received.close()
-        assert list(ahead(iter([1]), receivers)) == [1]  # there is but one thread
+        assert list(prefetch(iter([1]), receivers)) == [1]  # there is but one thread

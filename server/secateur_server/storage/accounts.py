@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from secateur_server.storage.blobs import Part
+from secateur_server.storage.blobs import StagedFile
 from secateur_server.storage.records import Record, StoredFile
 from secateur_server.storage.references import References
 
@@ -56,7 +56,7 @@ class Upload:
     owner: str
     size: int
     digest: str | None
-    part: Part | None
+    part: StagedFile | None
     at: int
     is_resumable: bool
     quota: int | None
@@ -81,7 +81,7 @@ class Upload:
         return [] if self.part else [StoredFile("", self.size, self.digest or "")]
 
 
-Holding = Entry | Upload
+Evictable = Entry | Upload
 
 
 class Account:
@@ -136,14 +136,14 @@ class Account:
         end = bisect_left(self.ids, before) if before else len(self.ids)
         return [self.entries[each].record for each in reversed(self.ids[max(0, end - most) : end])]
 
-    def idle(self) -> Iterator[Holding]:
+    def idle(self) -> Iterator[Evictable]:
         """What no call uses, the least recently used first."""
         entries = (entry for entry in self.entries.values() if not entry.pins)
         uploads = sorted((u for u in self.uploads if not u.is_active), key=lambda u: u.used)
         return heapq.merge(entries, uploads, key=lambda holding: holding.used)
 
 
-class Holdings:
+class Accounts:
     """The accounts of all owners who hold something. The store's lock guards it.
 
     Attributes:
@@ -151,18 +151,18 @@ class Holdings:
     """
 
     def __init__(self) -> None:
-        self.accounts: dict[str, Account] = {}
+        self.by_owner: dict[str, Account] = {}
         self.own_bytes = 0
 
     def get(self, owner: str) -> Account:
         """An owner's account, or an empty one that is not kept."""
-        return self.accounts.get(owner) or Account(owner)
+        return self.by_owner.get(owner) or Account(owner)
 
     def opened(self, owner: str) -> Account:
         """An owner's account, to which something is about to be added."""
-        return self.accounts.setdefault(owner, Account(owner))
+        return self.by_owner.setdefault(owner, Account(owner))
 
-    def reserve(self, owner: str, part: Part, count: int) -> None:
+    def reserve(self, owner: str, part: StagedFile, count: int) -> None:
         """Counts bytes of a part."""
         part.reserved += count
         self.count(owner, count)
@@ -180,13 +180,13 @@ class Holdings:
 
     def release(self, owner: str, files: list[StoredFile]) -> None:
         """Takes back `acquire`."""
-        account = self.accounts[owner]
+        account = self.by_owner[owner]
         account.references.release(files)
         self._tidy(account)
 
     def remove(self, entry: Entry) -> None:
         """Removes a checkpoint."""
-        account = self.accounts[entry.owner]
+        account = self.by_owner[entry.owner]
         account.remove(entry)
         self._tidy(account)
 
@@ -220,4 +220,4 @@ class Holdings:
     def _tidy(self, account: Account) -> None:
         held = account.entries or account.uploads or account.references or account.own_bytes
         if not held:
-            self.accounts.pop(account.owner, None)
+            self.by_owner.pop(account.owner, None)
