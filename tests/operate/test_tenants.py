@@ -230,7 +230,7 @@ def test_what_a_tenant_used_least_recently_makes_room_for_its_own(house: House) 
 def test_what_cannot_fit_a_tenants_quota_is_refused_and_nothing_goes(house: House) -> None:
     with emptied(house, "speech", "small") as (other, small):
         kept = small.upload(model(1, 20 * KIB))
-        with pytest.raises(QuotaExceeded, match=f"the {STORE} that you may keep"):
+        with pytest.raises(QuotaExceeded, match=f"quota of {STORE}; delete checkpoints"):
             small.upload(model(2, STORE))
         with pytest.raises(QuotaExceeded):
             small.prune(model(3, STORE), HALF, keep=True)

@@ -185,7 +185,7 @@ def test_a_status_says_what_is_lost(store: Kept, sound: secateur.Checkpoint) -> 
     assert found is not None
     assert (found.code, found.reason) == (grpc.StatusCode.DATA_LOSS, "DATA_LOSS")
     assert uploaded.name in found.message
-    assert f"from {2 * MIB} on" in found.message
+    assert f"from byte {2 * MIB} on" in found.message
 
 
 RECORDS: dict[str, Callable[[Path], object]] = {

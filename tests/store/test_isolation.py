@@ -67,7 +67,7 @@ class Lines:
 
 
 def query(store: Store, digest: str, size: int) -> int:
-    return store.uploads.held(BOB, digest, size)
+    return store.uploads.received(BOB, digest, size)
 
 
 def resume(store: Store, digest: str, size: int) -> object:
@@ -85,7 +85,7 @@ def test_another_tenants_digest_takes_the_steps_of_nobodys(
     assert answer == expected
     assert len(steps) > 5
     assert steps == expected_steps
-    assert store.uploads.held(ALICE, theirs.blake3, theirs.size) > 0
+    assert store.uploads.received(ALICE, theirs.blake3, theirs.size) > 0
 
 
 def test_another_tenants_name_takes_the_steps_of_nobodys(store: Store) -> None:
@@ -121,7 +121,7 @@ def test_an_upload_has_a_limit_of_files(server: Kept) -> None:
 
 
 def test_a_query_ends_when_its_caller_leaves(server: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
-    held, check, looked, count = Uploads.held, RequestContext.check, threading.Event(), 0
+    held, check, looked, count = Uploads.received, RequestContext.check, threading.Event(), 0
     contexts: list[RequestContext] = []
 
     def noting(context: RequestContext) -> None:

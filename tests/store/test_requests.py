@@ -254,8 +254,8 @@ def test_the_name_of_anothers_checkpoint_is_nobodys(
         assert found is not None
         assert (found.code, found.reason) == (grpc.StatusCode.NOT_FOUND, "CHECKPOINT_NOT_FOUND")
         assert found.message == (
-            f"checkpoint: there is no {name!r}: it may have been deleted, evicted or expired, or "
-            "belong to another token"
+            f"checkpoint: {name!r} does not exist: it may have been deleted, evicted or expired, "
+            "or belong to another token"
         )
 
 

@@ -172,7 +172,7 @@ def test_what_is_no_model_is_an_error(served: Served, bucket: Bucket) -> None:
         bucket.s3.put_object(Bucket="bucket", Key="models/broken/file", Body=data)
         found = served.read(f"{MODELS}/broken/file")
         check(found, "INVALID_ARGUMENT", "INVALID_STATE_DICT", "file")
-    check(served.read(f"{MODELS}/broken"), "FAILED_PRECONDITION", "URI_FAILED", "is no file")
+    check(served.read(f"{MODELS}/broken"), "FAILED_PRECONDITION", "URI_FAILED", "is not a file")
 
 
 def test_credentials_that_are_wrong_are_said_to_be_and_not_told(

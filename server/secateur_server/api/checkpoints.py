@@ -101,7 +101,7 @@ class Checkpoints:
         for index, described in enumerate(message.files):
             context.check()
             file = decode_file(described, f"files[{index}]", is_digest_required=True)
-            sizes.append(self._store.uploads.held(owner, file.blake3, file.size))
+            sizes.append(self._store.uploads.received(owner, file.blake3, file.size))
         return pb.QueryUploadResponse(committed_sizes=sizes)
 
     def Download(
