@@ -102,7 +102,7 @@ def silent(channel: grpc.Channel, method: str, messages: Iterable[Any], **option
 def check_idle(found: Failure | None) -> None:
     assert found is not None, "the call succeeded"
     assert (found.code.name, found.reason) == ("DEADLINE_EXCEEDED", "IDLE_TIMEOUT"), found
-    assert f"no message has come for {IDLE:g} seconds" in found.message
+    assert f"no message has arrived for {IDLE:g} seconds" in found.message
 
 
 def test_seconds_of_the_option_are_those_of_the_world() -> None:
@@ -111,7 +111,7 @@ def test_seconds_of_the_option_are_those_of_the_world() -> None:
         found = silent(channel, GET, [])
         assert found is not None
         assert found.reason == "IDLE_TIMEOUT"
-        assert "no message has come for 0.3 seconds" in found.message
+        assert "no message has arrived for 0.3 seconds" in found.message
     stop_server(server)
 
 

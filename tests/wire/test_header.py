@@ -147,7 +147,7 @@ def test_a_name_that_stands_twice_is_refused_in_any_spelling() -> None:
     for blank in ("", " "):
         empty = f'{{"dtype":"U8","shape":[0],"data_offsets":[0,{blank}0]}}'
         text = f'{{"a":{empty},"b":{empty},"a":{empty},"c":{empty}}}'.encode()
-        with pytest.raises(MalformedFile, match=r"data\['a'\]: the name stands twice"):
+        with pytest.raises(MalformedFile, match=r"data\['a'\]: the name occurs twice"):
             parse(len(text).to_bytes(8, "little") + text)
 
 

@@ -79,7 +79,7 @@ def test_an_item_that_does_not_come_is_not_waited_for(
         assert not item.done()
         clock.step(0.2)
         eventually(item.done, True)
-    with pytest.raises(IdleTimeout, match=r"no message has come for 0\.2 seconds"):
+    with pytest.raises(IdleTimeout, match=r"no message has arrived for 0\.2 seconds"):
         item.result()
     comes.set()
 
@@ -103,10 +103,10 @@ def test_a_reader_that_waits_ends_when_its_request_is_cancelled(
 
 
 def test_a_fast_beginning_excuses_no_silence_later() -> None:
-    pace = MinThroughput(least=100, grace=10.0)
+    pace = MinThroughput(limit=100, grace=10.0)
     pace.count(0.0, 1_000_000)
     pace.count(9.0, 0)
-    pace.count(5.0, 500)  # exactly the least
+    pace.count(5.0, 500)  # exactly the limit
     with pytest.raises(IdleTimeout, match="100 bytes a second"):
         pace.count(1.5, 0)
 
