@@ -53,6 +53,6 @@ def install(clock: Clock, patch: pytest.MonkeyPatch) -> None:
                         raise
 
     patch.setattr(send_timeout, "time", clock)
-    patch.setattr(send_timeout, "LOOK_SECONDS", 0.005)
+    patch.setattr(send_timeout, "CHECK_SECONDS", 0.005)
     patch.setattr(prefetch, "SimpleQueue", Queue)
     patch.setattr(prefetch, "time", clock)

@@ -20,13 +20,14 @@ from secateur_server.backends import passes_of
 from secateur_server.backends.cpu import one_thread, start_threads
 from secateur_server.backends.threads import Pool
 from secateur_server.config import Config
-from secateur_server.operate.authentication import Authenticator, BadTokens
+from secateur_server.operate.authentication import Authenticator
 from secateur_server.operate.health import Health
 from secateur_server.operate.interceptor import Interceptor
 from secateur_server.operate.metrics import Metrics
 from secateur_server.operate.metrics_server import MetricsServer
 from secateur_server.operate.serving import Serving
 from secateur_server.operate.tls import BadCertificate, TlsFiles, server_credentials
+from secateur_server.operate.tokens_file import BadTokens
 from secateur_server.operate.traces import NoTraces, Traces
 from secateur_server.runtime.context import RequestContext
 from secateur_server.runtime.scheduler import MAX_MESSAGE_BYTES, Scheduler

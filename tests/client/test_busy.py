@@ -135,7 +135,7 @@ def delay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> fl
         raise MemoryError
 
     monkeypatch.setattr(OutOfMemory, "retry_after", request.param)
-    monkeypatch.setattr(Authenticator, "caller", fail)
+    monkeypatch.setattr(Authenticator, "authenticate", fail)
     told: float | None = request.param
     return told
 

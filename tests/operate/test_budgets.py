@@ -66,7 +66,7 @@ def test_what_never_fits_is_refused_with_what_it_would_have_taken(scheduler: Sch
         request(scheduler).charge("header.amounts", MIN_OTHER_BYTES + 1, "the plan")
     assert str(caught.value) == (
         f"header.amounts: the plan takes up to {MIN_OTHER_BYTES + 1} bytes of memory, and this "
-        f"server has {MIN_OTHER_BYTES} for it: ask for less at once, or ask the operator to "
+        f"server has {MIN_OTHER_BYTES} for it: split the request, or ask the operator to "
         "raise --memory-limit"
     )
     assert caught.value.retry_after is None

@@ -85,8 +85,11 @@ def test_it_disturbs_no_server_that_runs_and_says_what_that_one_has(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tokens-file", "{bad}"], "cannot read the tokens: {bad} is no TOML"),
-        (["--tls-cert", "{bad}", "--tls-key", "{bad}"], "cannot serve TLS: {bad}: is not PEM"),
+        (["--tokens-file", "{bad}"], "cannot read the tokens: {bad} is not TOML"),
+        (
+            ["--tls-cert", "{bad}", "--tls-key", "{bad}"],
+            "cannot serve TLS: {bad}: does not contain a certificate",
+        ),
         (["--store-dir", "{bad}/store"], "cannot keep checkpoints in {bad}/store: {bad} is closed"),
         (["--metrics-address", "nowhere"], "cannot serve metrics at 'nowhere': it is no HOST:PORT"),
         (["--memory-limit", "900TiB"], "--memory-limit is 921600.0 GiB: this machine has "),

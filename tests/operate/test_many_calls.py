@@ -64,13 +64,13 @@ def test_calls_that_have_no_thread_yet_are_told_when_to_try_again(
     busy: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More calls come than the server has threads, before the first of them is let in."""
-    all_are_here, caller = threading.Event(), Authenticator.caller
+    all_are_here, caller = threading.Event(), Authenticator.authenticate
 
     def slow_caller(self: Authenticator, metadata: Any) -> Any:
         all_are_here.wait(PATIENCE)
         return caller(self, metadata)
 
-    monkeypatch.setattr(Authenticator, "caller", slow_caller)
+    monkeypatch.setattr(Authenticator, "authenticate", slow_caller)
     with ExitStack() as opened:
         opened.callback(all_are_here.set)
         channels = two_connections(busy, opened)

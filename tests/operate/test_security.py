@@ -26,7 +26,7 @@ from secateur_proto.codec import SINGLE
 from secateur_server.app import App, CannotStart
 from secateur_server.check import check
 from secateur_server.config import is_public, read_config
-from secateur_server.operate.authentication import BadTokens, read_tokens
+from secateur_server.operate.tokens_file import BadTokens, read_tokens
 from tests.conftest import RunningServer, eventually, start_server, stop_server
 from tests.contract.raw import TIMEOUT, failure
 from tests.operate.test_lifecycle import run_server
@@ -375,27 +375,30 @@ _LISTED = f'tokens = ["{SECRET}"]\n'
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "has tables [tenants.NAME], at least one"),
-        (_LISTED, "has tables [tenants.NAME]"),
-        (f"[tenants]\n{SECRET} = 'ours'\n", "has tables [tenants.NAME]"),
-        (f"[tenants.ours]\n{_LISTED}[other]\n", "has tables [tenants.NAME]"),
-        (f"tenants = ['{SECRET}']\n", "has tables [tenants.NAME]"),
-        (f"{SECRET}\n", "is no TOML"),
-        (f'[tenants.ours]\ntokens = ["{SECRET}\n', "is no TOML"),
-        (f"[tenants.ours]\ntokens = [{SECRET}]\n", "is no TOML"),
-        (f"[tenants.ours]\n{_LISTED}{_LISTED}", "is no TOML"),
-        (f"a = {'[' * 5000}", "is no TOML"),
-        (f"a = {'9' * 5000}", "is no TOML"),
-        ("[tenants.ours]\n", "tenants.ours.tokens: there is none"),
-        ("[tenants.ours]\ntokens = []\n", "tenants.ours.tokens: there is none"),
-        (f"[tenants.ours]\ntokens = '{SECRET}'\n", "tenants.ours.tokens: is no list"),
-        (f"[tenants.ours]\ntokens = ['{SECRET}', 1]\n", "tenants.ours.tokens: is no list"),
+        ("", "must have tables [tenants.NAME], at least one"),
+        (_LISTED, "must have tables [tenants.NAME]"),
+        (f"[tenants]\n{SECRET} = 'ours'\n", "must have tables [tenants.NAME]"),
+        (f"[tenants.ours]\n{_LISTED}[other]\n", "must have tables [tenants.NAME]"),
+        (f"tenants = ['{SECRET}']\n", "must have tables [tenants.NAME]"),
+        (f"{SECRET}\n", "is not TOML"),
+        (f'[tenants.ours]\ntokens = ["{SECRET}\n', "is not TOML"),
+        (f"[tenants.ours]\ntokens = [{SECRET}]\n", "is not TOML"),
+        (f"[tenants.ours]\n{_LISTED}{_LISTED}", "is not TOML"),
+        (f"a = {'[' * 5000}", "is not TOML"),
+        (f"a = {'9' * 5000}", "is not TOML"),
+        ("[tenants.ours]\n", "tenants.ours.tokens: the list is empty"),
+        ("[tenants.ours]\ntokens = []\n", "tenants.ours.tokens: the list is empty"),
+        (f"[tenants.ours]\ntokens = '{SECRET}'\n", "tenants.ours.tokens: is not a list"),
+        (f"[tenants.ours]\ntokens = ['{SECRET}', 1]\n", "tenants.ours.tokens: is not a list"),
         (f"[tenants.ours]\ntokens = ['{SECRET[:15]}']\n", "less than 16 characters"),
-        (f"[tenants.ours]\ntokens = ['{SECRET}é']\n", "one cannot be sent"),
-        (f"[tenants.ours]\ntokens = ['{SECRET} ']\n", "one cannot be sent"),
-        (f'[tenants.ours]\ntokens = ["{SECRET}\\n"]\n', "one cannot be sent"),
-        (f"[tenants.ours]\ntokens = ['sha256:{SECRET}']\n", "is no hex SHA-256"),
-        (f"[tenants.ours]\n{_LISTED}[tenants.b]\n{_LISTED}", "tenants.b: a token is another"),
+        (f"[tenants.ours]\ntokens = ['{SECRET}é']\n", "a token cannot be sent"),
+        (f"[tenants.ours]\ntokens = ['{SECRET} ']\n", "a token cannot be sent"),
+        (f'[tenants.ours]\ntokens = ["{SECRET}\\n"]\n', "a token cannot be sent"),
+        (f"[tenants.ours]\ntokens = ['sha256:{SECRET}']\n", "is not followed by 64 hex digits"),
+        (
+            f"[tenants.ours]\n{_LISTED}[tenants.b]\n{_LISTED}",
+            "tenants.b: a token belongs to another",
+        ),
         (f"[tenants.ours]\n{_LISTED}[tenants.b]\ntokens = ['{hashed(SECRET)}']\n", "another"),
         (f"[tenants.ours]\n{_LISTED}requests = 0\n", "tenants.ours.requests"),
         (f"[tenants.ours]\n{_LISTED}requests = true\n", "tenants.ours.requests"),
@@ -403,9 +406,9 @@ _LISTED = f'tokens = ["{SECRET}"]\n'
         (f"[tenants.ours]\n{_LISTED}memory = '1 apple'\n", "tenants.ours.memory"),
         (f"[tenants.ours]\n{_LISTED}store = -1\n", "tenants.ours.store"),
         (f"[tenants.ours]\n{_LISTED}allow = '/models'\n", "tenants.ours.allow"),
-        (f"[tenants.ours]\n{_LISTED}allow = ['/models']\n", "'/models' is no scheme://place"),
-        (f"[tenants.ours]\n{_LISTED}allow = ['file://models']\n", "is no scheme://place"),
-        (f"[tenants.ours]\n{_LISTED}allow = ['file:///models/..']\n", "is no scheme://place"),
+        (f"[tenants.ours]\n{_LISTED}allow = ['/models']\n", "'/models' is not scheme://place"),
+        (f"[tenants.ours]\n{_LISTED}allow = ['file://models']\n", "is not scheme://place"),
+        (f"[tenants.ours]\n{_LISTED}allow = ['file:///models/..']\n", "is not scheme://place"),
         (
             f"[tenants.ours]\n{_LISTED}quota = 1\n",
             "'quota' is unknown; the keys are",
@@ -440,11 +443,11 @@ def test_a_server_with_a_wrong_file_of_tokens_starts_not_and_says_so_in_one_line
     path.write_bytes(b"\xff\xfe")
     options = ["--address", "127.0.0.1:0", "--metrics-address", "", "--tokens-file", str(path)]
     config = read_config(options, {})
-    with pytest.raises(CannotStart, match=r"cannot read the tokens: .* is no TOML"):
+    with pytest.raises(CannotStart, match=r"cannot read the tokens: .* is not TOML"):
         App(config)
     assert check(config) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"secateur-server: cannot read the tokens: {path} is no TOML")
+    assert line.startswith(f"secateur-server: cannot read the tokens: {path} is not TOML")
 
 
 # Addresses ------------------------------------------------------------------------------------

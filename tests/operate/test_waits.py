@@ -48,7 +48,7 @@ LIMITS: dict[str, tuple[Tenant, Callable[[Scheduler, RequestContext], Any], str]
     "cores": (
         TENANT,
         lambda scheduler, context: scheduler.cores(context, ONE_CORE_BYTES + 1),
-        "the cores: another large model has them",
+        "the cores: another large model is using them",
     ),
     "first messages": (
         TENANT,
@@ -162,7 +162,7 @@ def test_the_log_says_that_a_call_waited_until_its_deadline(
         (line,) = lines(caplog, code="DeadlineExceeded", id=ids[-1])
     what = f"memory: {ROOM} of {ROOM} bytes are in service"
     assert line["waited_for"].endswith(f" s for {what}")
-    assert line["error"] == f"call: its time is up; it waited {line['waited_for']}"
+    assert line["error"] == f"call: deadline exceeded; it waited {line['waited_for']}"
     assert line["queue_seconds"] > 0
     eventually(lambda: len(lines(caplog, code="Canceled")), 1)  # the holder
     assert "waited_for" not in lines(caplog, code="Canceled")[0]
@@ -231,11 +231,11 @@ def test_the_client_tells_what_it_heard_last() -> None:
         assert [progress.phase for progress in seen] == list(phases)
         return str(caught.value)
 
-    late, of_server = DeadlineExceeded("late"), DeadlineExceeded("call: its time is up")
+    late, of_server = DeadlineExceeded("late"), DeadlineExceeded("call: deadline exceeded")
     of_server.request_id = "1"
     assert fails_after(PHASE_READ, PHASE_WAIT, error=late).startswith(
         "late; until then the call wa"
     )
     assert fails_after(PHASE_WAIT, PHASE_READ, error=late) == "late"
     assert fails_after(error=late) == "late"
-    assert fails_after(PHASE_WAIT, error=of_server) == "call: its time is up"
+    assert fails_after(PHASE_WAIT, error=of_server) == "call: deadline exceeded"

@@ -241,7 +241,7 @@ def test_what_was_not_finished_is_swept_at_the_start(tmp_path: Path) -> None:
         path.write_bytes(bytes(size))
     with kept(folder) as store:
         check_tidy(folder, 1, [uploaded.files[0].blake3])
-        assert f"swept 5 unfinished files of {sum(left.values())} bytes" in (
+        assert f"removed 5 unfinished files of {sum(left.values())} bytes" in (
             store.server.log.read_text()
         )
         assert_same_tensors(downloaded(store.client, uploaded, tmp_path), MODEL)

@@ -93,7 +93,7 @@ def test_another_tenants_name_takes_the_steps_of_nobodys(store: Store) -> None:
     found = []
     for name in (theirs.name, f"checkpoints/{'0' * 32}"):
         lines = Lines()
-        with pytest.raises(Exception, match="there is no"):
+        with pytest.raises(Exception, match="does not exist"):
             lines.of(store.get, BOB, name)
         found.append(lines.seen)
     assert found[0] == found[1]
@@ -141,7 +141,7 @@ def test_a_query_ends_when_its_caller_leaves(server: Kept, monkeypatch: pytest.M
         return held(uploads, owner, digest, size)
 
     monkeypatch.setattr(RequestContext, "check", noting)
-    monkeypatch.setattr(Uploads, "held", slow)
+    monkeypatch.setattr(Uploads, "received", slow)
     request = pb.QueryUploadRequest(files=[file_message(b"x")] * 1000)
     call = CheckpointsStub(server.channel).QueryUpload.future(request, timeout=TIMEOUT)
     assert looked.wait(TIMEOUT)

@@ -1,4 +1,4 @@
-"""Fields that a newer client knows and this server does not."""
+"""Refuses requests with fields of a newer client that this server does not know."""
 
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -11,22 +11,22 @@ from secateur_proto import pruner_pb2
 from secateur_server.errors import UnknownField
 
 _PACKAGE = pruner_pb2.DESCRIPTOR.package
-# The search for the field at fault is bounded in messages, and in bytes of unknown fields: protobuf
-# lists 1.5 million of these a second, and lets no other thread run meanwhile. Beyond the bounds the
-# error names the outermost message. So it does for a long message, which would be decoded again: a
-# map, whose entries now come in the order of their hashes, takes seconds then.
+# The search for the unknown field is limited in messages, and in bytes of unknown fields: protobuf
+# lists 1.5 million of them a second, and holds the GIL meanwhile. Beyond these limits the error
+# names the outermost message. Messages above _MAX_BYTES are not searched, since they would be
+# decoded again: that takes seconds for a map, whose entries are then in the order of their hashes.
 _MAX_SEARCHED, _MAX_UNKNOWN_BYTES, _MAX_BYTES = 10_000, 64 << 10, 1 << 20
 
 
 def check_known(message: Message, has_other_fields: bool) -> None:
     """Refuses a request with a field that this server does not know.
 
-    It may be a choice of the caller, which must not be ignored. Messages of other packages, such as
-    those of health checks, are not checked.
+    The field may be a choice of the caller, which must not be ignored. Messages of other packages,
+    such as health checks, are not checked.
 
     Args:
         message: The request.
-        has_other_fields: Whether it may have others than `header` and `data`.
+        has_other_fields: Whether it may have fields beside `header` and `data`.
 
     Raises:
         UnknownField: It names the message that has the field.
@@ -36,12 +36,12 @@ def check_known(message: Message, has_other_fields: bool) -> None:
     if has_other_fields or "header" not in message.DESCRIPTOR.fields_by_name:
         _check_parts(message, "")
     else:
-        # Only the header: copies of the data, which has no fields, would take time.
+        # Only the header, since copying the data, which has no fields, would take time.
         _check_parts(message.header, "header")  # type: ignore[attr-defined]
 
 
 def _check_parts(message: Message, path: str) -> None:
-    """Compares sizes, since protobuf discards unknown fields much faster than it lists them."""
+    """Compares sizes: protobuf discards unknown fields much faster than it lists them."""
     before = message.SerializeToString()
     message.DiscardUnknownFields()
     if unknown := len(before) - message.ByteSize():

@@ -56,7 +56,9 @@ class Guard:
             length = answer.headers.get("Content-Length", "")
             if not length.isdecimal() or int(length) > self.max_range_bytes:
                 answer.close()  # fsspec would read all of it to memory
-                raise ValueError("the remote ignores Range; use a server that supports it")
+                raise ValueError(
+                    "the remote ignores the requested range; use a server that supports Range"
+                )
         return answer
 
 
