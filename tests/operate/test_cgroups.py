@@ -160,7 +160,7 @@ def test_check_shows_the_limits_of_a_real_nested_group() -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
     said = ended.stdout.splitlines()
     assert said[2].startswith("prunes on cpu, threads: 1, ")
-    assert said[3].startswith("takes models of up to 1.5 GiB, at once up to 1.5 GiB;")
+    assert said[3].startswith("accepts models of up to 1.5 GiB, at once up to 1.5 GiB;")
     assert said[-1] == (
         f"may use 2.0 GiB of memory, the limit of {memory_group.parent}; "
         f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} CPUs, "

@@ -54,8 +54,8 @@ def test_it_says_what_the_server_would_do(tmp_path: Path) -> None:
     assert said[0] == "serves gRPC at 127.0.0.1:0, without TLS, to the tenants vision"
     assert said[1] == "serves no metrics"
     assert said[2].startswith("prunes on cpu, ")
-    assert said[3] == "takes models of up to 2.0 GiB, at once up to 3.0 GiB; 5 requests may wait"
-    assert said[4] == f"keeps checkpoints in {tmp_path}/new/store, up to 1.0 GiB"
+    assert said[3] == "accepts models of up to 2.0 GiB, at once up to 3.0 GiB; 5 requests may wait"
+    assert said[4] == f"stores checkpoints in {tmp_path}/new/store, up to 1.0 GiB"
     assert said[5] == f"opens URIs under {tmp_path}, s3://bucket/models"
     assert not (tmp_path / "new").exists()  # it says, and does nothing
 
@@ -75,7 +75,7 @@ def test_it_disturbs_no_server_that_runs_and_says_what_that_one_has(
         assert found.errors[0] == f"secateur-server: {listen}"
         metrics = f"cannot serve metrics at {running.metrics_address}: Address already in use"
         assert found.errors[1] == f"secateur-server: {metrics}"
-        store = f"cannot keep checkpoints in {tmp_path}: another server does"
+        store = f"cannot store checkpoints in {tmp_path}: another server uses it"
         assert found.errors[2] == f"secateur-server: {store}"
         with socket.create_connection(running.address.split(":")):  # type: ignore[arg-type]
             pass
@@ -90,13 +90,19 @@ def test_it_disturbs_no_server_that_runs_and_says_what_that_one_has(
             ["--tls-cert", "{bad}", "--tls-key", "{bad}"],
             "cannot serve TLS: {bad}: does not contain a certificate",
         ),
-        (["--store-dir", "{bad}/store"], "cannot keep checkpoints in {bad}/store: {bad} is closed"),
-        (["--metrics-address", "nowhere"], "cannot serve metrics at 'nowhere': it is no HOST:PORT"),
+        (
+            ["--store-dir", "{bad}/store"],
+            "cannot store checkpoints in {bad}/store: {bad} is not a folder",
+        ),
+        (
+            ["--metrics-address", "nowhere"],
+            "cannot serve metrics at 'nowhere': it is not HOST:PORT",
+        ),
         (["--memory-limit", "900TiB"], "--memory-limit is 921600.0 GiB: this machine has "),
         (["--max-model-bytes", "900TiB"], "--max-model-bytes is 921600.0 GiB: this machine has "),
         (
             ["--store-dir", "{folder}", "--store-max-bytes", "90000TiB"],
-            "cannot keep checkpoints in {folder}: --store-max-bytes is 92160000.0 GiB, the disk",
+            "cannot store checkpoints in {folder}: --store-max-bytes is 92160000.0 GiB, the disk",
         ),
         (
             ["--allow-uri", "teapot://bucket/models"],

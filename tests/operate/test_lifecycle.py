@@ -27,9 +27,10 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 import secateur
 from secateur_proto import pruner_pb2, pruner_pb2_grpc
 from secateur_proto.framing import file_header
-from secateur_server.app import App, CannotStart
+from secateur_server.app import App
 from secateur_server.config import read_config
 from secateur_server.operate.health import Health
+from secateur_server.startup import CannotStart
 from tests.conftest import (
     RunningServer,
     eventually,
@@ -268,7 +269,7 @@ def test_a_second_server_at_the_same_address_says_so(server: RunningServer) -> N
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--device", "gpu", "'gpu' is none of auto, cpu, cuda, cuda:N"),
+        ("--device", "gpu", "'gpu' is not one of auto, cpu, cuda, cuda:N"),
         ("--device", "cuda:99", "'cuda:99': torch"),
         (
             "--max-model-bytes",
@@ -276,8 +277,8 @@ def test_a_second_server_at_the_same_address_says_so(server: RunningServer) -> N
             "'1XB' is not a number of bytes, such as 1048576, 512MiB or 5GB",
         ),
         ("--max-model-bytes", "0", "'0' is not a number of bytes"),
-        ("--drain-timeout", "-1", "'-1' is no time in seconds"),
-        ("--drain-timeout", "nan", "'nan' is no time in seconds"),
+        ("--drain-timeout", "-1", "'-1' is not a time in seconds"),
+        ("--drain-timeout", "nan", "'nan' is not a time in seconds"),
     ],
 )
 def test_a_wrong_option_is_named(
@@ -291,7 +292,7 @@ def test_a_wrong_option_is_named(
 def test_a_variable_is_an_option_and_the_command_line_goes_first() -> None:
     ended = run_server(SECATEUR_DEVICE="gpu")
     assert ended.returncode == 2
-    assert "argument --device: 'gpu' is none of" in ended.stderr
+    assert "argument --device: 'gpu' is not one of" in ended.stderr
     config = read_config(["--device", "cpu"], {"SECATEUR_DEVICE": "gpu"})
     assert config.device.type == "cpu"
 

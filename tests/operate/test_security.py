@@ -23,10 +23,11 @@ from grpc_status import rpc_status
 
 import secateur
 from secateur_proto.codec import SINGLE
-from secateur_server.app import App, CannotStart
+from secateur_server.app import App
 from secateur_server.check import check
 from secateur_server.config import is_public, read_config
 from secateur_server.operate.tokens_file import BadTokens, read_tokens
+from secateur_server.startup import CannotStart
 from tests.conftest import RunningServer, eventually, start_server, stop_server
 from tests.contract.raw import TIMEOUT, failure
 from tests.operate.test_lifecycle import run_server

@@ -301,13 +301,13 @@ def test_a_server_that_cannot_serve_tls_ends_with_one_line(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tls-cert", "{cert}"], "--tls-cert and --tls-key go together"),
-        (["--tls-key", "{key}"], "--tls-cert and --tls-key go together"),
+        (["--tls-cert", "{cert}"], "--tls-cert and --tls-key need each other"),
+        (["--tls-key", "{key}"], "--tls-cert and --tls-key need each other"),
         (["--tls-client-ca", "{ca}"], "--tls-client-ca needs --tls-cert and --tls-key"),
         (["--tls-cert", "{cert}.none"], "argument --tls-cert: {cert}.none: No such file"),
-        (["--tls-cert", "{folder}"], "argument --tls-cert: {folder}: is no file"),
-        (["--tls-key", "{pipe}"], "argument --tls-key: {pipe}: is no file"),
-        (["--tls-key", "/dev/null"], "argument --tls-key: /dev/null: is no file"),
+        (["--tls-cert", "{folder}"], "argument --tls-cert: {folder}: is not a file"),
+        (["--tls-key", "{pipe}"], "argument --tls-key: {pipe}: is not a file"),
+        (["--tls-key", "/dev/null"], "argument --tls-key: /dev/null: is not a file"),
     ],
 )
 def test_options_of_tls_that_do_not_fit_are_named(

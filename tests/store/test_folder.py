@@ -9,7 +9,7 @@ import pytest
 
 import secateur
 from secateur import patience
-from secateur_server.app import CannotStart
+from secateur_server.startup import CannotStart
 from secateur_server.storage import clock
 from secateur_server.storage import store as store_module
 from secateur_server.storage.folders import temporary_folder
@@ -23,7 +23,7 @@ HALF = secateur.l1_unstructured("*", 0.5)
 
 
 def assert_refused(folder: Path) -> None:
-    with pytest.raises(CannotStart, match="another server keeps its checkpoints in") as raised:
+    with pytest.raises(CannotStart, match="another server uses") as raised:
         inner_server("--store-dir", str(folder)).__enter__()
     assert str(folder) in str(raised.value)
 

@@ -188,8 +188,8 @@ class Scheduler:
         if size > self.models.limit:
             raise ModelTooLarge(
                 field,
-                f"{size} bytes are more than this server's {self.models.limit} (--memory-limit); send "
-                "a smaller model, or ask the operator to raise the limit",
+                f"{size} bytes are more than this server's {self.models.limit} (--memory-limit); "
+                "send a smaller model, or ask the operator to raise the limit",
             )
         if size > self.models.most(tenant):
             raise QuotaExceeded(
