@@ -53,7 +53,7 @@ def test_charges_count_until_the_call_ends(scheduler: Scheduler) -> None:
     assert scheduler.other.held == 0
 
 
-def test_a_call_that_fails_gives_its_charges_back(scheduler: Scheduler) -> None:
+def test_failed_call_returns_its_charges(scheduler: Scheduler) -> None:
     context = request(scheduler)
     with suppress(RequestTooLarge), scheduler.call(context):
         context.charge("header", 3 * MIB, "decoding it")
@@ -61,7 +61,7 @@ def test_a_call_that_fails_gives_its_charges_back(scheduler: Scheduler) -> None:
     assert scheduler.other.held == 0
 
 
-def test_what_never_fits_is_refused_with_what_it_would_have_taken(scheduler: Scheduler) -> None:
+def test_charge_that_never_fits_is_refused_with_its_size(scheduler: Scheduler) -> None:
     with pytest.raises(RequestTooLarge) as caught:
         request(scheduler).charge("header.amounts", MIN_OTHER_BYTES + 1, "the plan")
     assert str(caught.value) == (
@@ -73,7 +73,7 @@ def test_what_never_fits_is_refused_with_what_it_would_have_taken(scheduler: Sch
     assert scheduler.other.held == 0
 
 
-def test_what_does_not_fit_beside_others_may_be_sent_again(scheduler: Scheduler) -> None:
+def test_charge_that_does_not_fit_beside_others_may_be_retried(scheduler: Scheduler) -> None:
     first, second = request(scheduler), request(scheduler)
     with scheduler.call(first), scheduler.call(second):
         first.charge("header", MIN_OTHER_BYTES - MIB, "decoding it")
@@ -83,7 +83,7 @@ def test_what_does_not_fit_beside_others_may_be_sent_again(scheduler: Scheduler)
         second.charge("data", MIB, "reading it")
 
 
-def test_a_named_tenant_has_half_of_everything(scheduler: Scheduler) -> None:
+def test_named_tenant_gets_half_of_everything(scheduler: Scheduler) -> None:
     with ExitStack() as held:
         contexts = [request(scheduler, ALICE) for _ in range(WORKERS // 2)]
         for context in contexts:
@@ -135,7 +135,7 @@ class Waiting:
         assert self.error is not None
 
 
-def test_a_received_message_makes_place_for_the_next_one(scheduler: Scheduler) -> None:
+def test_received_message_frees_memory_for_the_next_one(scheduler: Scheduler) -> None:
     with ExitStack() as held:
         count = MIN_OTHER_BYTES // MAX_MESSAGE_BYTES
         messages = [

@@ -39,7 +39,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> Check:
     return run
 
 
-def test_it_says_what_the_server_would_do(tmp_path: Path) -> None:
+def test_check_prints_what_the_server_would_do(tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.toml"
     tokens.write_text('[tenants.vision]\ntokens = ["sixteen letters or more"]\n')
     ended = run_server(
@@ -60,7 +60,7 @@ def test_it_says_what_the_server_would_do(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()  # it says, and does nothing
 
 
-def test_it_disturbs_no_server_that_runs_and_says_what_that_one_has(
+def test_check_reports_resources_of_a_running_server_undisturbed(
     said: Check, tmp_path: Path
 ) -> None:
     with inner_server("--store-dir", str(tmp_path)) as running:
@@ -110,7 +110,7 @@ def test_it_disturbs_no_server_that_runs_and_says_what_that_one_has(
         ),
     ],
 )
-def test_what_would_fail_is_said_in_one_line(
+def test_each_problem_is_one_line(
     said: Check, tmp_path: Path, options: list[str], message: str
 ) -> None:
     bad = tmp_path / "bad"
@@ -121,7 +121,7 @@ def test_what_would_fail_is_said_in_one_line(
     assert line.startswith(f"secateur-server: {message.format(bad=bad, folder=tmp_path)}")
 
 
-def test_every_problem_is_said(said: Check) -> None:
+def test_every_problem_is_reported(said: Check) -> None:
     found = said("--memory-limit", "900TiB", "--metrics-address", "nowhere")
     assert found.status == 1
     assert len(found.errors) == 2
@@ -129,7 +129,7 @@ def test_every_problem_is_said(said: Check) -> None:
 
 
 @pytest.mark.parametrize("package", ["fsspec", "s3fs"])
-def test_a_package_that_is_missing_is_said(
+def test_missing_package_is_reported(
     said: Check, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
     opened_before = import_module("fsspec.registry")._registry
@@ -142,7 +142,7 @@ def test_a_package_that_is_missing_is_said(
     assert "pip install 'secateur[remote]'" in line
 
 
-def test_a_package_that_no_extra_has_is_named(said: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_package_without_an_extra_is_named(said: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     (line,) = said("--allow-uri", "gs://bucket/models").errors
     assert line.endswith("; on the server: pip install gcsfs")
@@ -156,7 +156,7 @@ VARIABLES = {
 
 
 @pytest.mark.parametrize(("variable", "nearest"), VARIABLES.items())
-def test_a_variable_that_is_no_option_is_named_with_the_nearest(
+def test_unknown_variable_is_named_with_the_nearest_option(
     said: Check, monkeypatch: pytest.MonkeyPatch, variable: str, nearest: str
 ) -> None:
     monkeypatch.setenv(variable, "x")
@@ -175,14 +175,14 @@ def test_a_variable_that_is_no_option_is_named_with_the_nearest(
         *("SECATEUR_PORT", "SECATEUR_PORT_50051_TCP_ADDR", "SECATEUR_SERVICE_PORT_GRPC"),
     ],
 )
-def test_variables_of_others_are_no_news(
+def test_variables_of_other_programs_are_ignored(
     said: Check, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     monkeypatch.setenv(variable, "x")
     assert said().errors == []
 
 
-def test_a_server_that_starts_names_such_a_variable_in_its_log(
+def test_server_logs_unknown_variables_at_its_start(
     server: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It goes no further: its port is taken."""

@@ -60,7 +60,7 @@ def test_all_calls_of_one_connection_are_served(busy: RunningServer) -> None:
         assert {call.exception(PATIENCE) for call in calls} == {None}
 
 
-def test_calls_that_have_no_thread_yet_are_told_when_to_try_again(
+def test_calls_without_a_thread_get_a_retry_delay(
     busy: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More calls come than the server has threads, before the first of them is let in."""
@@ -83,7 +83,7 @@ def test_calls_that_have_no_thread_yet_are_told_when_to_try_again(
         assert {call.details() for call in failed if not is_told_when(call)} == set()
 
 
-def test_the_client_is_served_after_the_server_had_no_place_for_it(busy: RunningServer) -> None:
+def test_client_retries_after_a_full_server(busy: RunningServer) -> None:
     ended = threading.Event()
 
     def silent_messages() -> Iterator[Any]:

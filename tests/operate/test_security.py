@@ -150,7 +150,7 @@ def check_unauthenticated(error: Any) -> None:
     assert error.details().startswith("authorization: "), error
 
 
-def test_every_method_that_reflection_shows_asks_for_a_token(guarded: Guarded) -> None:
+def test_every_listed_method_needs_a_token(guarded: Guarded) -> None:
     with guarded.client(TOKEN) as client:
         kept = client.upload(MODEL)
     found = methods(guarded.channel)
@@ -177,7 +177,7 @@ def test_every_method_that_reflection_shows_asks_for_a_token(guarded: Guarded) -
     assert rejected >= 2 * 3 * len(found)
 
 
-def test_what_reflection_shows_is_all_that_there_is() -> None:
+def test_reflection_lists_every_method() -> None:
     """A service that is served and not listed would be in no test."""
     config = read_config(["--address", "127.0.0.1:0", "--metrics-address", ""], {})
     with App(config) as app:
@@ -209,9 +209,7 @@ def test_what_reflection_shows_is_all_that_there_is() -> None:
         "/",
     ],
 )
-def test_a_path_that_is_no_method_is_unimplemented_and_nothing_more(
-    guarded: Guarded, path: str, metadata: Metadata
-) -> None:
+def test_unknown_method_is_unimplemented(guarded: Guarded, path: str, metadata: Metadata) -> None:
     with pytest.raises(grpc.RpcError) as refused:
         call(guarded.channel, path, "unary_unary", metadata, b"")
     error: Any = refused.value
@@ -219,14 +217,14 @@ def test_a_path_that_is_no_method_is_unimplemented_and_nothing_more(
     assert error.details() in ("Method not found!", "Bad path")
 
 
-def test_a_probe_needs_no_token_and_hears_whether_it_serves(guarded: Guarded) -> None:
+def test_probe_needs_no_token(guarded: Guarded) -> None:
     stub = health_pb2_grpc.HealthStub(guarded.channel)
     for metadata in ((), bearer("a wrong token of mine")):
         answer = stub.Check(health_pb2.HealthCheckRequest(), metadata=metadata, timeout=TIMEOUT)
         assert answer == health_pb2.HealthCheckResponse(status="SERVING")
 
 
-def test_silent_callers_without_a_token_keep_no_worker(guarded: Guarded) -> None:
+def test_silent_callers_without_a_token_occupy_no_worker(guarded: Guarded) -> None:
     """More of them than there are workers: calls, and probes, whose message never comes."""
     ended = threading.Event()
 
@@ -269,7 +267,7 @@ def test_silent_callers_without_a_token_keep_no_worker(guarded: Guarded) -> None
         f"Bearer {HASHED}",
     ],
 )
-def test_a_token_of_the_file_lets_in(guarded: Guarded, value: str) -> None:
+def test_token_of_the_file_is_accepted(guarded: Guarded, value: str) -> None:
     assert listed(guarded, (("authorization", value),)) is None
 
 
@@ -298,13 +296,13 @@ def test_a_token_of_the_file_lets_in(guarded: Guarded, value: str) -> None:
         (*bearer(TOKEN), *bearer("a wrong token of mine")),
     ],
 )
-def test_everything_else_does_not(guarded: Guarded, metadata: Metadata) -> None:
+def test_every_other_token_is_refused(guarded: Guarded, metadata: Metadata) -> None:
     with pytest.raises(grpc.RpcError) as refused:
         call(guarded.channel, "/secateur.v1.Checkpoints/List", "unary_unary", metadata, b"")
     check_unauthenticated(refused.value)
 
 
-def test_a_client_without_a_token_is_told_how_to_give_one(guarded: Guarded) -> None:
+def test_error_without_a_token_says_how_to_give_one(guarded: Guarded) -> None:
     with (
         guarded.client(None) as stranger,
         pytest.raises(secateur.Unauthenticated, match=r"--token, SECATEUR_TOKEN, .*token="),
@@ -317,7 +315,7 @@ def listed(guarded: Guarded, metadata: Metadata) -> object:
     return failure(call, guarded.channel, path, "unary_unary", metadata, b"")
 
 
-def test_metadata_of_any_size_and_bytes_is_refused_and_the_server_lives(guarded: Guarded) -> None:
+def test_invalid_metadata_is_refused_and_harmless(guarded: Guarded) -> None:
     found = [
         listed(guarded, (("authorization", "Bearer " + "x" * size),)) for size in (7_000, 1_000_000)
     ]
@@ -329,7 +327,7 @@ def test_metadata_of_any_size_and_bytes_is_refused_and_the_server_lives(guarded:
     assert listed(guarded, (*bearer(TOKEN), ("x-bin", bytes(range(256))))) is None
 
 
-def test_a_client_with_a_token_is_served_and_one_without_is_told_why(guarded: Guarded) -> None:
+def test_client_with_a_token_is_served_and_one_without_gets_the_reason(guarded: Guarded) -> None:
     with guarded.client(HASHED) as client:
         assert client.prune(MODEL, secateur.l1_unstructured("w", 2)).report.zeros == 2
     for token in (None, "a wrong token of mine"):
@@ -342,7 +340,7 @@ def test_a_client_with_a_token_is_served_and_one_without_is_told_why(guarded: Gu
 # The file of tokens ---------------------------------------------------------------------------
 
 
-def test_tokens_change_with_their_file_and_what_is_broken_changes_nothing(guarded: Guarded) -> None:
+def test_changed_tokens_are_reloaded_and_a_broken_file_is_ignored(guarded: Guarded) -> None:
     new = "a token that comes later"
     _SENT.append(new)
     good = guarded.reloads("ok")
@@ -422,7 +420,7 @@ _LISTED = f'tokens = ["{SECRET}"]\n'
         ),
     ],
 )
-def test_a_file_of_tokens_that_is_wrong_is_told_without_its_tokens(
+def test_error_of_a_wrong_tokens_file_contains_no_token(
     tmp_path: Path, text: str, message: str
 ) -> None:
     path = tmp_path / "tokens.toml"
@@ -437,7 +435,7 @@ def test_a_file_of_tokens_that_is_wrong_is_told_without_its_tokens(
     assert len(told) < 400
 
 
-def test_a_server_with_a_wrong_file_of_tokens_starts_not_and_says_so_in_one_line(
+def test_wrong_tokens_file_prevents_the_start_with_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "tokens.toml"
@@ -467,7 +465,7 @@ PRIVATE = (
 
 
 @pytest.mark.parametrize("address", PUBLIC)
-def test_an_address_that_others_reach_needs_tls_and_tokens(
+def test_public_address_needs_tls_and_tokens(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], address: str
 ) -> None:
     for name in ("cert", "key", "ca", "tokens"):
@@ -490,14 +488,14 @@ def test_an_address_that_others_reach_needs_tls_and_tokens(
     assert read_config(["--address", address, *mutual], {}).address == address
 
 
-def test_insecure_says_that_other_machines_may_reach_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_reports_insecure_public_addresses(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--address", "0.0.0.0:0", "--insecure", "--metrics-address", ""]
     assert check(read_config(options, {})) == 0
     assert "other machines may reach (--insecure)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("address", PUBLIC[:6])
-def test_insecure_serves_others_all_the_same(address: str) -> None:
+def test_insecure_allows_a_public_address(address: str) -> None:
     config = read_config(["--address", address, "--insecure", "--metrics-address", ""], {})
     assert (config.address, is_public(config.address)) == (address, True)
     environment = {"SECATEUR_ADDRESS": address}
@@ -508,7 +506,7 @@ def test_insecure_serves_others_all_the_same(address: str) -> None:
 
 
 @pytest.mark.parametrize("address", PRIVATE)
-def test_an_address_of_this_machine_needs_neither(address: str) -> None:
+def test_local_address_needs_neither_tls_nor_tokens(address: str) -> None:
     assert read_config(["--address", address], {}).address == address
 
 
@@ -526,11 +524,11 @@ def test_metrics_at_a_public_address_need_a_token(
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:9464", "[::1]:9464", "localhost:9464", ""])
-def test_metrics_at_an_address_of_this_machine_need_no_token(address: str) -> None:
+def test_metrics_at_a_local_address_need_no_token(address: str) -> None:
     assert not read_config(["--metrics-address", address], {}).insecure
 
 
-def test_a_server_starts_at_a_public_address_only_where_told_to() -> None:
+def test_server_starts_at_a_public_address_only_if_allowed() -> None:
     ended = run_server("--address", "0.0.0.0:0")
     assert ended.returncode == 2
     assert "--address 0.0.0.0:0 can be reached from other machines: give --tls-cert" in ended.stderr
@@ -570,7 +568,7 @@ def sample(guarded: Guarded, name: str, **labels: str) -> float:
     )
 
 
-def test_metrics_are_for_who_has_their_token(guarded: Guarded) -> None:
+def test_metrics_need_their_token(guarded: Guarded) -> None:
     status, text = scrape(guarded, f"Bearer {SCRAPER}")
     assert (status, "secateur_build_info" in text) == (200, True)
     assert scrape(guarded, f"bearer {SCRAPER}")[0] == 200
@@ -589,7 +587,7 @@ def test_metrics_are_for_who_has_their_token(guarded: Guarded) -> None:
         assert (status, text) == (404, "metrics are at /metrics\n"), path
 
 
-def test_silent_and_broken_scrapers_are_in_nobodys_way_and_no_news(guarded: Guarded) -> None:
+def test_silent_and_broken_scrapers_block_nobody_and_are_not_logged(guarded: Guarded) -> None:
     host, _, port = guarded.server.metrics_address.rpartition(":")
     before = guarded.server.log.read_text()
     sockets = [socket.create_connection((host, int(port)), timeout=300) for _ in range(20)]
@@ -610,7 +608,7 @@ def test_silent_and_broken_scrapers_are_in_nobodys_way_and_no_news(guarded: Guar
     assert "Exception" not in added, added
 
 
-def test_a_token_of_the_metrics_that_is_lost_lets_nobody_in(guarded: Guarded) -> None:
+def test_missing_metrics_token_file_refuses_everybody(guarded: Guarded) -> None:
     for spoil in (
         lambda: guarded.scraper.write_text(""),
         lambda: guarded.scraper.write_text(" \n"),

@@ -108,7 +108,7 @@ def request_of(fill: Callable[[spec_pb2.Rule], None], data: bytes = b"") -> Prun
 
 
 @pytest.mark.parametrize("fill", [masks, scores, table, groups, indices])
-def test_specs_as_long_as_they_may_be_are_taken(fill: Callable[[spec_pb2.Rule], None]) -> None:
+def test_specs_at_the_limits_are_accepted(fill: Callable[[spec_pb2.Rule], None]) -> None:
     request = request_of(fill)
     raw = request.SerializeToString()
     assert len(raw) < MAX_MESSAGE_BYTES
@@ -134,7 +134,7 @@ SMALLEST = {
 
 
 @pytest.mark.parametrize("name", SMALLEST)
-def test_too_many_are_refused_before_they_are_decoded(name: str) -> None:
+def test_too_many_short_fields_are_refused_before_decoding(name: str) -> None:
     def not_called(raw: bytes) -> None:
         raise AssertionError("decoded")
 
@@ -143,14 +143,16 @@ def test_too_many_are_refused_before_they_are_decoded(name: str) -> None:
         next(decoded(RequestContext(), received, not_called, lambda size: None))
 
 
-def test_a_caller_who_leaves_ends_the_count() -> None:
+def test_cancellation_ends_the_count() -> None:
     context = RequestContext()
     context.cancel()
     with pytest.raises(Cancelled):
         taken(SMALLEST["rules"], context)
 
 
-def test_a_server_refuses_them_and_serves_on(server: RunningServer, channel: grpc.Channel) -> None:
+def test_server_refuses_short_fields_and_keeps_serving(
+    server: RunningServer, channel: grpc.Channel
+) -> None:
     call: Any = channel.stream_stream("/secateur.v1.Pruner/Prune")
     found = failure(lambda: list(call(iter([SMALLEST["rules"]]), timeout=TIMEOUT)))
     assert found is not None

@@ -155,7 +155,7 @@ def few_files(server: RunningServer, more: int) -> Iterator[None]:
     resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
 
 
-def test_scrapers_take_no_files_from_grpc_and_a_lack_of_files_no_time(
+def test_scrapers_take_no_descriptors_from_grpc(
     running: RunningServer,
 ) -> None:
     with few_files(running, MAX_CONNECTIONS + 8):
@@ -189,7 +189,7 @@ def test_a_server_serves_and_ends_without_a_new_thread(running: RunningServer) -
 
 
 @needs_a_limit
-def test_a_server_that_gets_too_few_threads_says_so_at_its_start() -> None:
+def test_server_reports_too_few_threads_at_its_start() -> None:
     command = [sys.executable, "-m", "secateur_server", "--address", "127.0.0.1:0"]
     command += ["--metrics-address", ""]
     with ExitStack() as opened:
@@ -207,7 +207,7 @@ def test_a_server_that_gets_too_few_threads_says_so_at_its_start() -> None:
     )
 
 
-def test_silent_scrapers_have_a_bounded_number_of_connections() -> None:
+def test_silent_scrapers_have_a_limited_number_of_connections() -> None:
     """Each new one takes the place of the oldest, and a scraper among them is answered."""
     with inner_server() as running:
         before = len(os.listdir("/proc/self/fd"))
@@ -228,7 +228,7 @@ runpy.run_module("secateur_server", run_name="__main__")
 """
 
 
-def test_a_process_whose_serving_loop_ends_does_so_too() -> None:
+def test_process_exits_when_its_serving_loop_ends() -> None:
     command = [sys.executable, "-c", _DYING, "--address", "127.0.0.1:0", "--metrics-address", ""]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert ended.returncode == DEAD_STATUS

@@ -59,7 +59,7 @@ LIMITS: dict[str, tuple[Tenant, Callable[[Scheduler, RequestContext], Any], str]
 
 
 @pytest.mark.parametrize("name", LIMITS)
-def test_a_request_says_what_it_waited_for(name: str) -> None:
+def test_cancelled_request_says_what_it_waited_for(name: str) -> None:
     tenant, enter, what = LIMITS[name]
     scheduler, holder = Scheduler(100 if "tenant" not in name else 1000, 5), RequestContext()
     holder.tenant = tenant
@@ -85,7 +85,7 @@ def _enter(enter: Any, scheduler: Scheduler, context: RequestContext) -> None:
         pass
 
 
-def test_a_request_that_has_its_turn_waited_for_nothing() -> None:
+def test_running_request_waited_for_nothing() -> None:
     scheduler, context = Scheduler(100, 5), RequestContext()
     with model(scheduler, context):
         context.cancel()
@@ -168,7 +168,7 @@ def test_the_log_says_that_a_call_waited_until_its_deadline(
     assert "waited_for" not in lines(caplog, code="Canceled")[0]
 
 
-def test_the_log_says_that_a_call_waited_until_its_caller_left(
+def test_log_says_that_a_call_waited_until_it_was_cancelled(
     small: RunningServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The caller of a checkpoint's call is told on the way that it waits."""
@@ -216,7 +216,7 @@ def test_the_client_says_that_a_call_waited(small: RunningServer) -> None:
     assert " memory" in str(found[-1])
 
 
-def test_the_client_tells_what_it_heard_last() -> None:
+def test_client_reports_the_last_state_that_it_received() -> None:
     def fails_after(*phases: Any, error: Exception) -> str:
         seen: list[Any] = []
 

@@ -76,7 +76,7 @@ def resume(store: Store, digest: str, size: int) -> object:
 
 @pytest.mark.parametrize("call", [query, resume])
 @pytest.mark.parametrize("theirs", [STORED, PART], ids=["stored", "part"])
-def test_another_tenants_digest_takes_the_steps_of_nobodys(
+def test_digest_of_another_tenant_takes_the_steps_of_an_unknown_one(
     store: Store, call: Any, theirs: StoredFile
 ) -> None:
     """No clock is asked: the same answer comes from the same lines of code."""
@@ -88,7 +88,7 @@ def test_another_tenants_digest_takes_the_steps_of_nobodys(
     assert store.uploads.received(ALICE, theirs.blake3, theirs.size) > 0
 
 
-def test_another_tenants_name_takes_the_steps_of_nobodys(store: Store) -> None:
+def test_name_of_another_tenant_takes_the_steps_of_an_unknown_one(store: Store) -> None:
     (theirs,) = store.page(ALICE, "", 10)
     found = []
     for name in (theirs.name, f"checkpoints/{'0' * 32}"):
@@ -120,7 +120,7 @@ def test_an_upload_has_a_limit_of_files(server: Kept) -> None:
     check_invalid(found, "INVALID_REQUEST", "header.files", ["10001", "10000"])
 
 
-def test_a_query_ends_when_its_caller_leaves(server: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_query_ends_when_it_is_cancelled(server: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
     held, check, looked, count = Uploads.received, RequestContext.check, threading.Event(), 0
     contexts: list[RequestContext] = []
 

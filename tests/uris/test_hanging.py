@@ -71,7 +71,7 @@ def test_a_request_on_an_event_loop_is_cancelled(served: Served, silent: str, ki
     eventually(tasks, 0)
 
 
-def test_what_cannot_be_cancelled_takes_a_bounded_number_of_threads(
+def test_uncancellable_requests_use_a_limited_number_of_threads(
     served: Served, silent: str, silent_ftp: socket.socket
 ) -> None:
     """As of ftp, where a connection waits for half a minute."""
@@ -89,7 +89,7 @@ def test_what_cannot_be_cancelled_takes_a_bounded_number_of_threads(
     eventually(remote_threads, 0)
 
 
-def test_threads_are_given_back() -> None:
+def test_threads_are_reused_after_requests() -> None:
     requests, ends = Requests(0.05), threading.Event()
     waiting = [requests.in_thread(RequestContext(), ends.wait) for _ in range(MAX_THREADS)]
     with pytest.raises(TimeoutError):
@@ -102,7 +102,7 @@ def test_threads_are_given_back() -> None:
     assert requests.result(RequestContext(), again) == "again"
 
 
-def test_a_write_ends_in_time(served: Served) -> None:
+def test_write_ends_at_the_timeout(served: Served) -> None:
     checkpoint = served.client.upload(MODEL)
     found = served.write("", "s3://bucket/models/out", uri=None, checkpoint=checkpoint.name)
     check(found, "FAILED_PRECONDITION", "URI_FAILED", "models/out", "(--idle-timeout)")

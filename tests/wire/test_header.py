@@ -45,7 +45,7 @@ def check(data: bytes) -> None:
         assert found == in_library(data)
 
 
-def test_a_header_is_left_with_its_caller() -> None:
+def test_parsing_of_a_header_ends_with_its_call() -> None:
     """Of hundreds of thousands of tensors it takes seconds."""
     context = RequestContext()
     context.cancel()
@@ -82,7 +82,7 @@ ENTRIES = st.fixed_dictionaries(
 )
 
 
-def test_the_library_takes_the_file_that_is_spoilt_here() -> None:
+def test_library_accepts_the_file_that_these_tests_damage() -> None:
     check(GOOD)
     assert parse(GOOD).metadata == {"k": "v"}
 
@@ -143,7 +143,7 @@ def test_the_spelling_of_a_header_does_not_matter(table: dict[str, Any]) -> None
     assert outcome(usual) == outcome(spelled({**table, "last": entry("U8", [48], 0, 48)}))
 
 
-def test_a_name_that_stands_twice_is_refused_in_any_spelling() -> None:
+def test_duplicate_name_is_refused_in_any_spelling() -> None:
     for blank in ("", " "):
         empty = f'{{"dtype":"U8","shape":[0],"data_offsets":[0,{blank}0]}}'
         text = f'{{"a":{empty},"b":{empty},"a":{empty},"c":{empty}}}'.encode()
@@ -166,7 +166,7 @@ def test_a_tensor_of_broken_bytes_is_refused(dtype: str, shape: list[int], size:
 
 @unhurried
 @given(st.binary(max_size=60))
-def test_bytes_that_are_no_file_are_refused(data: bytes) -> None:
+def test_random_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(MalformedFile):
         parse(data.ljust(10, b"\xff"))
 

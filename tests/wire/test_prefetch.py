@@ -24,13 +24,11 @@ def receivers() -> Iterator[ThreadPoolExecutor]:
 
 @unhurried
 @given(items=st.lists(st.binary(max_size=4), max_size=20))
-def test_the_same_items_come_in_their_order(
-    receivers: ThreadPoolExecutor, items: list[bytes]
-) -> None:
+def test_items_arrive_in_order(receivers: ThreadPoolExecutor, items: list[bytes]) -> None:
     assert list(prefetch(iter(items), receivers)) == items
 
 
-def test_what_raises_does_so_in_its_turn(receivers: ThreadPoolExecutor) -> None:
+def test_errors_are_raised_in_order(receivers: ThreadPoolExecutor) -> None:
     def items() -> Iterator[int]:
         yield 1
         yield 2
@@ -42,7 +40,7 @@ def test_what_raises_does_so_in_its_turn(receivers: ThreadPoolExecutor) -> None:
         next(received)
 
 
-def test_no_more_is_received_than_waits(receivers: ThreadPoolExecutor) -> None:
+def test_no_more_than_the_depth_is_received_ahead(receivers: ThreadPoolExecutor) -> None:
     made: list[int] = []
 
     def items() -> Iterator[int]:
@@ -61,7 +59,7 @@ def test_no_more_is_received_than_waits(receivers: ThreadPoolExecutor) -> None:
     assert list(received) == list(range(2, 100))
 
 
-def test_an_item_that_does_not_come_is_not_waited_for(
+def test_missing_item_ends_at_the_timeout(
     receivers: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, comes = Clock(), threading.Event()
@@ -84,7 +82,7 @@ def test_an_item_that_does_not_come_is_not_waited_for(
     comes.set()
 
 
-def test_a_reader_that_waits_ends_when_its_request_is_cancelled(
+def test_waiting_reader_ends_when_its_request_is_cancelled(
     receivers: ThreadPoolExecutor,
 ) -> None:
     context, comes = RequestContext(), threading.Event()
@@ -102,7 +100,7 @@ def test_a_reader_that_waits_ends_when_its_request_is_cancelled(
     comes.set()
 
 
-def test_a_fast_beginning_excuses_no_silence_later() -> None:
+def test_fast_start_does_not_excuse_later_silence() -> None:
     pace = MinThroughput(limit=100, grace=10.0)
     pace.count(0.0, 1_000_000)
     pace.count(9.0, 0)
@@ -111,7 +109,7 @@ def test_a_fast_beginning_excuses_no_silence_later() -> None:
         pace.count(1.5, 0)
 
 
-def test_a_reader_that_leaves_gives_its_thread_back() -> None:
+def test_abandoned_reader_frees_its_thread() -> None:
     with ThreadPoolExecutor(1) as receivers:
         received = prefetch(iter(range(100)), receivers)
         assert next(received) == 0

@@ -92,7 +92,7 @@ def _in_one_thread() -> Iterator[None]:
 @pytest.mark.usefixtures("_in_one_thread")
 @pytest.mark.parametrize("is_plan", [False, True])
 @pytest.mark.parametrize("name", SPECS)
-def test_no_stage_works_on_for_long_without_a_check(name: str, is_plan: bool) -> None:
+def test_every_stage_checks_for_cancellation_often(name: str, is_plan: bool) -> None:
     work(RequestContext(), name, is_plan)  # compiles what is not compiled yet
     watch = CountedWatch()
     before = sys.gettrace()
@@ -110,7 +110,7 @@ def test_no_stage_works_on_for_long_without_a_check(name: str, is_plan: bool) ->
         assert stopped.checks == last
 
 
-def test_work_whose_caller_leaves_ends(server: RunningServer, channel: grpc.Channel) -> None:
+def test_cancelled_work_ends(server: RunningServer, channel: grpc.Channel) -> None:
     names = [f"layers.{i}.weight" for i in range(4000)]
     data = safetensors.torch.save({name: torch.randn(4, 4) for name in names})
     given, _ = secateur.lamp("*", 0.5).encode(dict.fromkeys(names, torch.zeros(4, 4)))
