@@ -1,4 +1,4 @@
-"""What requests share beside the memory of their state_dicts: calls, messages, headers, cores."""
+"""Shared resources beside state_dicts: calls, messages, headers, cores."""
 
 import threading
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The limits of control groups: folders as kernels show them, and real groups of root's."""
+"""Limits of control groups: recorded folders of kernels, and real groups if the user is root."""
 
 import os
 import subprocess

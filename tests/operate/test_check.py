@@ -57,7 +57,7 @@ def test_check_prints_what_the_server_would_do(tmp_path: Path) -> None:
     assert said[3] == "accepts models of up to 2.0 GiB, at once up to 3.0 GiB; 5 requests may wait"
     assert said[4] == f"stores checkpoints in {tmp_path}/new/store, up to 1.0 GiB"
     assert said[5] == f"opens URIs under {tmp_path}, s3://bucket/models"
-    assert not (tmp_path / "new").exists()  # it says, and does nothing
+    assert not (tmp_path / "new").exists()  # it prints, and changes nothing
 
 
 def test_check_reports_resources_of_a_running_server_undisturbed(

@@ -1,7 +1,7 @@
-"""Who cancels, and whose time is up, ends the work soon, wherever it is.
+"""Cancellation and deadlines end the work soon, in every phase.
 
-How soon is told in seconds of the CPUs that the server goes on to use: those of the clock tell what
-else the machine has to do.
+Soon is measured in seconds of CPU time that the server still uses, since wall time depends on the
+load of the machine.
 """
 
 import os
@@ -223,7 +223,7 @@ def test_a_deadline_ends_a_call_that_receives(line: Line) -> None:
 
 
 class Held:
-    """A call that has announced its model and does not send it."""
+    """A call that has announced its model but does not send it."""
 
     def __init__(self, line: Line, size: int, timeout: float = 300) -> None:
         self._ended = threading.Event()
@@ -259,7 +259,7 @@ def test_cancelled_request_leaves_the_queue_at_once(line: Line, name: str, how: 
 
 
 def test_request_that_waits_for_the_cores_can_be_cancelled(line: Line) -> None:
-    """One large model is worked on at a time."""
+    """One large model is processed at a time."""
     long = PruningSpec(rules=[*SPECS["structured"].rules] * 100)
     first = header("Prune", 0, checkpoint=line.checkpoint, spec=long)
     stub = PrunerStub(line.channel)
@@ -286,7 +286,7 @@ def test_cancellation_during_the_answer_ends_the_work(line: Line) -> None:
 
 
 def test_mapped_file_is_released_with_its_call(line: Line) -> None:
-    """Not until Python looks for cycles: that may be many calls later."""
+    """Not only when the garbage collector runs, which may be many calls later."""
     for moment in moments(line, lambda: line.begin("unstructured"), 8)[0]:
         call = line.begin("unstructured")
         time.sleep(moment)

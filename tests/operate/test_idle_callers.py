@@ -1,4 +1,4 @@
-"""Who sends nothing, or takes nothing, is cut off; who is merely slow, or waits, is not."""
+"""Callers that send or take nothing are cut off; slow and waiting ones are not."""
 
 import logging
 import math

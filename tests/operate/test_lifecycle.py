@@ -1,4 +1,4 @@
-"""Starting, health, reflection, and ending of a real server."""
+"""Start, health, reflection and shutdown of a real server."""
 
 import ctypes
 import os
@@ -96,7 +96,7 @@ def test_sigterm_finishes_running_requests_and_refuses_new_ones() -> None:
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         server.process.send_signal(signal.SIGTERM)
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
-        assert list(watch) == []  # who watches is let go: it would hold up the end
+        assert list(watch) == []  # a watch would delay the end, so it is ended
         with secateur.Client(server.address) as late:
             eventually(lambda: is_refused(late), True)
         rest.set()
@@ -114,7 +114,7 @@ def test_watcher_is_told_of_a_drain_between_two_answers() -> None:
 
 
 def test_draining_server_is_alive_and_not_ready() -> None:
-    """Who asks for its liveness while it drains must not end it."""
+    """A liveness probe during the drain must not make anybody kill the server."""
     server = start_server()
     ended = threading.Event()
 
@@ -245,7 +245,7 @@ def running_calls(server: RunningServer) -> bool:
 
 
 def test_server_raises_its_limit_of_open_files() -> None:
-    """A shell often allows a part of them."""
+    """A shell often sets a lower soft limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard // 2, hard))
     try:
@@ -307,7 +307,7 @@ def test_sizes_have_binary_and_decimal_units(text: str, size: int) -> None:
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the number of tgkill is x86-64's")
 def test_signal_to_any_thread_stops_the_server() -> None:
-    """The system may choose any thread, and the main one sleeps."""
+    """The system may deliver a signal to any thread while the main one sleeps."""
     running = start_server()
     tgkill = 234
     threads = [int(path.name) for path in Path(f"/proc/{running.process.pid}/task").iterdir()]

@@ -1,4 +1,4 @@
-"""What a server says of each request, to its log and to the caller."""
+"""The log lines and request ids of a server."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""More calls than the server takes: each is served, or told when to try again."""
+"""More calls than the server accepts: each is served, or gets a retry delay."""
 
 import threading
 from collections.abc import Iterator

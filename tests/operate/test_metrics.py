@@ -1,4 +1,4 @@
-"""What Prometheus sees of a real server."""
+"""The metrics of a real server."""
 
 import threading
 from collections.abc import Iterator
@@ -46,7 +46,7 @@ def test_call_is_counted_with_its_time_and_bytes(own_server: RunningServer) -> N
 
 
 def test_all_codes_of_all_methods_exist_before_the_first_call(own_server: RunningServer) -> None:
-    """Else Prometheus sees no increase when the first call fails."""
+    """Otherwise Prometheus would miss the increase when the first call fails."""
     service = "secateur.v1.Pruner"
     for method in ("Prune", "Report", "Plan", "Finalize"):
         labels = {"grpc_service": service, "grpc_method": method}

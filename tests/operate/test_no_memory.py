@@ -1,4 +1,4 @@
-"""What libraries raise where memory is short is told from their other errors."""
+"""Out-of-memory errors of libraries are recognized among their other errors."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A real Prometheus, with the rules that compose gives it, scrapes a real server under load."""
+"""A real Prometheus, with the rules of the compose file, scrapes a real server under load."""
 
 import shutil
 import subprocess

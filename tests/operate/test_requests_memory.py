@@ -1,4 +1,4 @@
-"""Whatever callers send, the memory of a server stays within its limits, and is given back."""
+"""Whatever callers send, the memory of a server keeps within its limits, and is returned."""
 
 import threading
 from collections.abc import Iterator

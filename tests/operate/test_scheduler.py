@@ -1,4 +1,4 @@
-"""Models are let in by their bytes, in a fair order, and those that have to wait are bounded."""
+"""Models are admitted by their bytes, in a fair order, and a limited number of them waits."""
 
 import contextlib
 import random
@@ -228,7 +228,7 @@ A, B, OF_MEMORY, OF_REQUESTS = TENANTS
 
 
 def test_flooding_tenant_is_served_in_turn_with_others() -> None:
-    """Each model fills the limit, so that nobody has any bytes when the next one is chosen."""
+    """Each model fills the limit, so that no tenant holds bytes when the next one is chosen."""
     scheduler = Scheduler(LIMIT, 10)
     flood = arrived(scheduler, *[(A, LIMIT)] * 4)
     (other,) = arrived(scheduler, (B, LIMIT), after=flood)
@@ -340,7 +340,7 @@ def test_request_that_never_fits_is_refused_at_once_and_holds_nothing() -> None:
 
 
 def test_racing_threads_keep_within_the_limit_and_all_finish() -> None:
-    """Counted by the callers themselves, who leave the queue now and then."""
+    """The callers count, and some of them cancel while they wait."""
     scheduler, lock = Scheduler(100, 1000), threading.Lock()
     held, most = 0, 0
     ended: list[str] = []

@@ -1,4 +1,4 @@
-"""The door: what is asked of every call, and what a server refuses to start with."""
+"""Authentication, and configurations with which a server refuses to start."""
 
 import hashlib
 import json
@@ -178,7 +178,7 @@ def test_every_listed_method_needs_a_token(guarded: Guarded) -> None:
 
 
 def test_reflection_lists_every_method() -> None:
-    """A service that is served and not listed would be in no test."""
+    """No test would cover a service that reflection does not list."""
     config = read_config(["--address", "127.0.0.1:0", "--metrics-address", ""], {})
     with App(config) as app:
         handlers = app._server._state.generic_handlers  # type: ignore[attr-defined]
@@ -225,7 +225,7 @@ def test_probe_needs_no_token(guarded: Guarded) -> None:
 
 
 def test_silent_callers_without_a_token_occupy_no_worker(guarded: Guarded) -> None:
-    """More of them than there are workers: calls, and probes, whose message never comes."""
+    """More calls and probes than workers, and their messages never arrive."""
     ended = threading.Event()
 
     def nothing() -> Iterator[Any]:

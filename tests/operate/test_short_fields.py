@@ -1,4 +1,4 @@
-"""Messages that protobuf would decode for long, while no other thread of the server runs."""
+"""Messages with so many short fields that decoding would block other threads."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -116,7 +116,7 @@ def test_specs_at_the_limits_are_accepted(fill: Callable[[spec_pb2.Rule], None])
 
 
 def test_data_beside_a_long_spec_is_not_counted() -> None:
-    """Bytes of 2 look like the shortest fields."""
+    """Bytes with the value 2 look like short fields."""
     request = request_of(groups, b"\x02" * (12 << 20))
     request.header.spec.rules.extend(2 * [request.header.spec.rules[0]])
     assert request.header.ByteSize() > 2 * MAX_SHORT_FIELDS

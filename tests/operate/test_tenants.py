@@ -1,4 +1,4 @@
-"""Tenants: what is theirs, how much of it, and where they may go."""
+"""Tenants: their checkpoints, quotas and URIs."""
 
 import json
 import threading
@@ -175,7 +175,7 @@ def test_known_digest_of_another_tenants_file_must_be_sent(house: House) -> None
 
 
 def test_another_token_of_a_tenant_has_the_same_checkpoints(house: House) -> None:
-    """Also one that comes in the place of the one that they were made with."""
+    """Also a token that replaces the one with which they were created."""
     with emptied(house, "small") as (first,), house.client("small2") as second:
         kept = first.upload(model(1))
         assert list(second.checkpoints()) == [kept]
@@ -274,7 +274,7 @@ def index_of(shards: list[bytes]) -> bytes:
 
 
 def test_broken_upload_does_not_block_a_quota(house: House) -> None:
-    """What has come of it is held for an hour, as long as nothing else wants the room."""
+    """Its bytes are kept for an hour, unless other data needs the space."""
     data = save(model(7, 50 * KIB))
     message = file_message(data)
 
@@ -303,7 +303,7 @@ def asked(stub: CheckpointsStub, query: pb.QueryUploadRequest) -> int:
 
 
 def idle_again(client: secateur.Client) -> bool:
-    """The server has seen that the caller has left, and takes another model."""
+    """The server has seen the cancellation, and accepts another model."""
     try:
         client.upload(model(8, 30 * KIB))
     except QuotaExceeded:
@@ -451,7 +451,7 @@ def test_remote_uris_must_be_in_both_lists(allow: list[str], allowed: set[str]) 
 
 
 def test_silent_calls_of_a_tenant_block_neither_others_nor_probes(house: House) -> None:
-    """Of 128 calls at once half are one tenant's at most; who is turned away is told when."""
+    """One tenant gets half of the 128 calls at most; a refusal has a retry delay."""
     ended = threading.Event()
 
     def silent() -> Iterator[ReportRequest]:

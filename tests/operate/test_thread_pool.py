@@ -1,4 +1,4 @@
-"""Pools of threads that exist before there is work."""
+"""Thread pools, which start all threads in advance."""
 
 import gc
 import threading

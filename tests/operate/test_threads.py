@@ -1,4 +1,4 @@
-"""A server that the system gives no further threads or files: real limits, set while it runs."""
+"""A server that gets no more threads or files from the system: real limits, set while it runs."""
 
 import errno
 import os
@@ -208,7 +208,7 @@ def test_server_reports_too_few_threads_at_its_start() -> None:
 
 
 def test_silent_scrapers_have_a_limited_number_of_connections() -> None:
-    """Each new one takes the place of the oldest, and a scraper among them is answered."""
+    """Each new connection replaces the oldest one, and a scraper is answered."""
     with inner_server() as running:
         before = len(os.listdir("/proc/self/fd"))
         with silent_sockets(running.metrics_address, 200):

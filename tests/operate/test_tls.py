@@ -1,4 +1,4 @@
-"""TLS: who is served over it, and certificates that change under a server that runs."""
+"""TLS: accepted clients, and certificates that change while the server runs."""
 
 import os
 import re

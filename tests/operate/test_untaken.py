@@ -1,4 +1,4 @@
-"""Answers that a caller does not take count until they are taken, or the caller is cut off."""
+"""Untaken answers count until they are taken or their calls are cut off."""
 
 import socket
 import struct

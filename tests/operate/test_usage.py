@@ -1,4 +1,4 @@
-"""Options of secateur-server: a wrong one is one line; sizes are as people write them."""
+"""Options of secateur-server: a wrong one is one line; sizes have units."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What is said of a call that is stopped while it waits for its turn."""
+"""Messages and logs of calls that are cancelled while they wait."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -123,7 +123,7 @@ def held(server: RunningServer, channel: grpc.Channel) -> Iterator[None]:
 
 
 def until_queued(server: RunningServer, begin: Callable[[float], Any]) -> Any:
-    """A call that waits, whose time is up soon: a busy machine may need longer to let it in."""
+    """A waiting call with a short deadline; a busy machine may need longer to admit it."""
     for seconds in (1, 10, 100):
         eventually(lambda: queued(server), False)
         call = begin(seconds)
@@ -189,7 +189,7 @@ def test_log_says_that_a_call_waited_until_it_was_cancelled(
 
 
 def test_the_client_says_that_a_call_waited(small: RunningServer) -> None:
-    """In its own words, or in the server's, whichever comes first."""
+    """By its own error, or the server's, whichever arrives first."""
     found: list[Exception] = []
 
     def prune(seconds: float) -> Any:

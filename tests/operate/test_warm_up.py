@@ -1,4 +1,4 @@
-"""A server takes calls once it has done what only first calls do."""
+"""A server accepts calls after its warm-up."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The store keeps within its bounds: bytes, time, one server; and what it says of itself is so."""
+"""The store keeps within its limits of bytes and time, and its metrics are right."""
 
 import shutil
 import signal
@@ -83,7 +83,7 @@ def names(store: Kept) -> set[str]:
 
 
 def evictions(server: RunningServer, reason: str) -> tuple[int, int]:
-    """How many checkpoints were let go, and their bytes."""
+    """The number of evicted checkpoints, and their bytes."""
     bytes_ = int(series(server, "secateur_evicted_bytes_total"))
     return int(series(server, "secateur_evictions_total", reason=reason)), bytes_
 
@@ -145,7 +145,7 @@ def test_least_recently_used_checkpoint_is_evicted_first(store: Kept) -> None:
 
 
 def test_large_upload_evicts_everything_but_checkpoints_in_use(store: Kept) -> None:
-    """One that is in use stays, though it is the least recently used."""
+    """A checkpoint in use is kept, though it is the least recently used."""
     first, second = (store.client.upload(tensors) for tensors in LARGE[:2])
     with unread(store, first):
         store.client.report(second)
@@ -167,7 +167,7 @@ def test_store_is_full_if_nothing_can_be_evicted(store: Kept) -> None:
 
 
 def test_upload_that_cannot_fit_evicts_nothing(store: Kept) -> None:
-    """The one that could go is not enough."""
+    """Evicting the only candidate would not free enough."""
     first, second = store.client.upload(LARGE[0]), store.client.upload(model(1000))
     larger = model(2 * MIB)
     with unread(store, first), pytest.raises(secateur.StoreFull):
@@ -204,7 +204,7 @@ def test_broken_upload_counts_until_it_is_abandoned(store: Kept) -> None:
 
 
 def test_records_of_one_model_count_too(store: Kept) -> None:
-    """Nothing is sent for the second one, but it has a record."""
+    """The second checkpoint needs no upload, but its record takes space."""
     tensors = model(LIMIT // 4 - 10 * DISK_BLOCK // 4)
     made = [store.client.upload(tensors).name for _ in range(15)]
     assert names(store) < set(made)

@@ -1,4 +1,4 @@
-"""While files are being removed nobody waits who does not need their room."""
+"""While files are being removed, only calls that need their space wait."""
 
 import os
 import stat
@@ -151,7 +151,7 @@ def test_evicted_files_are_off_the_disk_before_the_space_is_used(
 
 
 def test_victims_are_chosen_in_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of many checkpoints a quota makes some go: no others are looked at, and each a few times."""
+    """A quota evicts some of many checkpoints: only those are read, each a few times."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     owner, count, going = "a" * 32, 600, 200
     store = Store(tmp_path / "store", 1 << 30, ttl=0)

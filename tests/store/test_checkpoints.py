@@ -1,4 +1,4 @@
-"""A checkpoint is as good as its data: every call gives the same bits on either."""
+"""Calls on a checkpoint give the same bits as calls with its data."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -230,7 +230,7 @@ def test_tensors_are_read_at_any_offset_of_the_file(
 
 
 def test_model_of_many_blocks_is_read_correctly(client: secateur.Client, tmp_path: Path) -> None:
-    """Tensors that begin and end within blocks of the store, and span several."""
+    """Tensors begin and end within blocks of the store, and span several."""
     tensors = {f"w{i}": values((n,), torch.float32, i) for i, n in enumerate((300_001, 3, 777_777))}
     spec = secateur.global_unstructured("*", 0.7)
     result = client.prune(client.upload(tensors), spec, keep=True)

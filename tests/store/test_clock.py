@@ -1,4 +1,4 @@
-"""Ages pass evenly, whatever is done to the system's clock: nothing expires early, or late."""
+"""Setting the system's clock changes no age: nothing expires early or late."""
 
 import threading
 from collections.abc import Iterator
@@ -170,7 +170,7 @@ def test_system_clock_counts_while_no_server_runs(tmp_path: Path, machine: Machi
 
 
 def test_last_use_in_the_future_counts_as_now(tmp_path: Path, machine: Machine) -> None:
-    """The clock was set back while no server ran: a checkpoint is kept for no more than a TTL."""
+    """The clock was set back while no server ran: a checkpoint is kept for one TTL at most."""
     with serving(tmp_path / "store") as store:
         first, second = (store.client.upload(small(i)) for i in (1, 2))
         machine.step(1.0)

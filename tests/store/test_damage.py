@@ -1,4 +1,4 @@
-"""A disk that fails, or is full, costs what was on it and no more; nobody is sent what is wrong."""
+"""A failing or full disk affects only the data on it, and damaged data is never sent."""
 
 import os
 import resource

@@ -1,4 +1,4 @@
-"""Downloads that break go on from where they were."""
+"""Broken downloads resume."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,7 +122,7 @@ def received(store: Kept, name: str, output: str, offset: int) -> tuple[Download
 
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_offset_skips_exactly_the_bytes_before_it(store: Kept, output: str) -> None:
-    """Within a block of the store, at its ends, and in a file that is made for the answer."""
+    """Within a block, at its ends, and in a file that is made for the answer."""
     tensors = model(600_000, 7)  # 2.3 MiB
     checkpoint = store.client.prune(tensors, HALF, keep=True).checkpoint
     assert checkpoint is not None

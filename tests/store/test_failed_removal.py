@@ -1,4 +1,4 @@
-"""A checkpoint whose record the disk does not remove still exists, whatever was to remove it."""
+"""A checkpoint still exists if the disk does not remove its record."""
 
 import errno
 import os
@@ -254,7 +254,7 @@ def test_blob_that_cannot_be_removed_is_removed_at_the_next_start(
 def test_failed_deletion_is_reported_to_the_caller(
     disk: FailingDisk, tmp_path: Path, is_damaged: bool
 ) -> None:
-    """Also of a checkpoint whose record cannot be read."""
+    """Also for a checkpoint with a damaged record."""
     tensors = model(1000)
     with kept(disk.folder) as store:
         made = store.client.upload(tensors)

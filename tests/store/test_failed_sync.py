@@ -1,4 +1,4 @@
-"""A disk that fails to sync has dropped what it was to write: nobody is told that it is kept."""
+"""After a failed sync the kernel may have dropped data: no call reports such data as stored."""
 
 import errno
 import os
@@ -121,7 +121,7 @@ def test_staged_file_with_a_failed_sync_is_dropped(store: Kept, disk: FailingDis
 def test_staged_file_of_a_broken_upload_is_synced_or_dropped(
     store: Kept, disk: FailingDisk
 ) -> None:
-    """A later call opens it anew, and may not be told of what failed before that."""
+    """A later call opens the file again, and the kernel may not report earlier failures."""
     data = file_of(MODEL)
     message, come = file_message(data), MIB // 2
     with kept_open(upload_requests([upload_file(message)], data[:come])) as messages:

@@ -1,4 +1,4 @@
-"""Which checkpoints make room: the uploading tenant's own first, and never another's fair share."""
+"""Evictions: the uploading tenant's own checkpoints first, and never others' fair share."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -87,7 +87,7 @@ def test_checkpoints_above_other_tenants_share_are_evicted_next(tenants: list[Te
 
 
 def test_eviction_leaves_each_tenant_its_share(store: Kept, tenants: list[Tenant]) -> None:
-    """Of 1232 KiB two tenants have 616 each, and three 410."""
+    """The limit is 1232 KiB: a share is 616 KiB for two tenants, 410 for three."""
     alice, bob, carol = tenants
     bob.upload(400)
     assert alice.kept() == [1, 2, 3]

@@ -1,4 +1,4 @@
-"""One server at a time has a store's folder, and no server touches another's."""
+"""One server at a time uses a store's folder."""
 
 import fcntl
 import tempfile
@@ -47,7 +47,7 @@ def test_two_servers_never_share_a_folder(tmp_path: Path) -> None:
 
 
 def test_lock_of_an_earlier_version_is_respected(tmp_path: Path) -> None:
-    """It has locked a file alone."""
+    """It locks the file only, not the folder."""
     with (tmp_path / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert_refused(tmp_path)

@@ -1,4 +1,4 @@
-"""A caller cannot tell what other tenants have stored, nor keep the server busy with questions."""
+"""A caller can neither tell what other tenants have stored, nor block the server with queries."""
 
 import sys
 import threading
@@ -79,7 +79,7 @@ def resume(store: Store, digest: str, size: int) -> object:
 def test_digest_of_another_tenant_takes_the_steps_of_an_unknown_one(
     store: Store, call: Any, theirs: StoredFile
 ) -> None:
-    """No clock is asked: the same answer comes from the same lines of code."""
+    """Compares executed lines, not times: the same answer comes from the same lines of code."""
     answer, steps = Lines().of(call, store, theirs.blake3, theirs.size)
     expected, expected_steps = Lines().of(call, store, NOBODYS, theirs.size)
     assert answer == expected
@@ -130,7 +130,7 @@ def test_query_ends_when_it_is_cancelled(server: Kept, monkeypatch: pytest.Monke
         check(context)
 
     def slow(uploads: Uploads, owner: str, digest: str, size: int) -> int:
-        """Lasts until the server knows that the caller has left."""
+        """Lasts until the server knows that the call was cancelled."""
         nonlocal count
         count += 1
         looked.set()

@@ -1,4 +1,4 @@
-"""A server that is killed at any moment loses nothing that it had answered for."""
+"""A server that is killed at any moment loses no acknowledged checkpoint."""
 
 import json
 import random

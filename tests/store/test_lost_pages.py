@@ -1,4 +1,4 @@
-"""The disk of the crash tests loses what was not synced, and nothing else."""
+"""The disk of the crash tests loses unsynced data, and nothing else."""
 
 import random
 import subprocess

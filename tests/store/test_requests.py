@@ -1,4 +1,4 @@
-"""What the calls on checkpoints take, whom they answer, and how they refuse."""
+"""The calls on checkpoints: arguments, access and errors."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Uploads that break go on from where they were."""
+"""Broken uploads resume."""
 
 import shutil
 import signal
@@ -85,7 +85,7 @@ def test_connection_that_breaks_repeatedly_resends_little(store: Kept, tmp_path:
 
 
 def test_upload_survives_a_restart_of_the_server(tmp_path: Path) -> None:
-    """What it had is gone with it: the upload begins anew, and succeeds."""
+    """The server loses the received bytes, so the upload begins again, and succeeds."""
     folder = tmp_path / "store"
     for end in (signal.SIGKILL, signal.SIGTERM):
         restarted_half_way(folder, tmp_path, end)
@@ -119,7 +119,7 @@ def restarted_half_way(folder: Path, tmp_path: Path, end: signal.Signals) -> Non
 
 
 def test_concurrent_uploads_of_one_model_all_succeed(store: Kept, tmp_path: Path) -> None:
-    """Calls of one owner take one upload over from each other."""
+    """Calls of one owner take over the upload from each other."""
     done: list[secateur.Checkpoint] = []
     errors: list[Exception] = []
 
@@ -191,7 +191,7 @@ def test_bytes_of_a_broken_upload_are_not_sent_again(store: Kept, tmp_path: Path
 
 
 def test_broken_uploads_keep_no_file_open(store: Kept, tmp_path: Path) -> None:
-    """Of those a process has a number: many callers that leave would take them from all others."""
+    """File descriptors are limited: many broken uploads would take them from other calls."""
     data, half = file_of(SMALL), 2 * MIB + 123
     open_files = Path(f"/proc/{store.server.process.pid}/fd")
     before = len(list(open_files.iterdir()))
@@ -208,7 +208,7 @@ def test_broken_uploads_keep_no_file_open(store: Kept, tmp_path: Path) -> None:
 
 
 def test_upload_of_more_than_the_missing_bytes_succeeds(store: Kept, tmp_path: Path) -> None:
-    """More may have arrived than a QueryUpload saw."""
+    """More bytes may have arrived after the answer of QueryUpload."""
     data, half = file_of(SMALL), 2 * MIB + 123
     begun(store, data, half)
     assert resumed(store, data, half - 77_777, data[half - 77_777 :]) is None

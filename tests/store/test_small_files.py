@@ -1,4 +1,4 @@
-"""Checkpoints of small files count as what they take on disk, which is whole blocks."""
+"""Checkpoints of small files count with their whole blocks on disk."""
 
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def taken(folder: Path) -> int:
 
 
 def test_tiny_checkpoints_keep_within_the_limit_on_disk(tmp_path: Path) -> None:
-    """Of 3 blocks each, 13 fit into 40."""
+    """Checkpoints of 3 blocks: 13 of them fit into 40 blocks."""
     folder = tmp_path / "store"
     store = Store(folder, LIMIT, ttl=0)
     for index in range(30):
@@ -68,7 +68,7 @@ def test_record_of_many_files_counts_with_all_its_blocks(
 
 
 def test_records_of_many_files_keep_within_the_limit_on_disk(tmp_path: Path) -> None:
-    """The files are the same ones, so that only the records take room."""
+    """All records have the same files, so that only the records take space."""
     folder = tmp_path / "store"
     store = Store(folder, LIMIT, ttl=0)
     for _ in range(10):

@@ -1,4 +1,4 @@
-"""Files that somebody writes to while they are read."""
+"""Files that change while they are read."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -50,7 +50,7 @@ def test_replaced_file_is_read_in_its_old_state(root: Path) -> None:
 
 @pytest.mark.parametrize("left", [0, 100, 4096, 99_999])
 def test_truncated_file_is_read_as_zeros_and_detected(root: Path, left: int) -> None:
-    """The system would end a process that reads mapped pages that are gone."""
+    """Without a handler, reading a truncated mapping would kill the process."""
     path = root / "cut.safetensors"
     path.write_bytes(b"\1" * 100_000)
     file = LocalFile("uri", path.as_uri(), [root])

@@ -1,4 +1,4 @@
-"""Remote stores that do not answer: a call ends in time, and leaves no thread without bound."""
+"""Remote stores that do not answer: calls end in time, and the number of threads is limited."""
 
 import asyncio
 import socket

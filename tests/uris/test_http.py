@@ -183,7 +183,7 @@ def test_a_model_is_admitted_to_memory_before_it_is_fetched(site: Site) -> None:
 
 
 def test_fetched_files_keep_within_their_disk_limit(served: Served, site: Site) -> None:
-    """Of three calls of 3 MiB two fit in the 8 MiB, however slow their remote is."""
+    """Two of three calls with 3 MiB fit in the 8 MiB, however slow their remote is."""
     data, ready = zeros(3 << 20), threading.Event()
 
     def slow(request: BaseHTTPRequestHandler) -> None:
@@ -346,7 +346,7 @@ def test_redirect_of_a_range_request_is_refused_too(
 
 
 def test_redirect_is_followed_within_the_tenants_uris_only(site: Site, tmp_path: Path) -> None:
-    """What the server allows beside it is for others."""
+    """Other URIs that the server allows are for other tenants."""
     scratch = Scratch(tmp_path, 1 << 20, lambda count: None)
     everywhere = Uris((), (f"{site.root}/models",), scratch, Requests(300))
     tenants = everywhere.among([f"{site.root}/models/mine"])
@@ -361,7 +361,7 @@ def test_redirect_is_followed_within_the_tenants_uris_only(site: Site, tmp_path:
 
 
 def test_remote_without_ranges_does_not_fill_memory(served: Served, site: Site) -> None:
-    """Whatever it said of its size."""
+    """Whatever size it reported."""
     data = zeros(9 << 20)
 
     def whole(request: BaseHTTPRequestHandler) -> None:

@@ -1,4 +1,4 @@
-"""file:// URIs: what the operator listed, the same bits as with the data itself, and no more."""
+"""file:// URIs: allowed folders only, and the same bits as with the data itself."""
 
 import os
 import socket
@@ -298,7 +298,7 @@ def test_failed_write_leaves_the_old_file(served: Served, root: Path, source: st
 
 
 def test_failed_write_keeps_no_checkpoint(served: Served, root: Path, source: str) -> None:
-    """Nobody would know its name."""
+    """The caller would not learn its name."""
     before = list(served.client.checkpoints())
     for place in ("none/out.safetensors", "sub", "out.index.json"):
         assert served.write(source, f"{root.as_uri()}/{place}", keep=True) is not None

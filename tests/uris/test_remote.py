@@ -1,4 +1,4 @@
-"""s3:// URIs, against moto's server of S3: what the operator listed, whole or not at all."""
+"""s3:// URIs, against moto's S3 server: allowed prefixes only, and whole objects or none."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""An object is there whole, or not at all, and no part of it stays."""
+"""An object is written completely or not at all, and leaves no unfinished parts."""
 
 import os
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Callers who go away in the middle of a call leave nothing behind."""
+"""Calls that end in the middle leave nothing behind."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""What `file_header` and `cut` write is a safetensors file, in messages of 1 MiB."""
+"""`file_header` and `cut` write a safetensors file in messages of 1 MiB."""
 
 from functools import partial
 
@@ -75,7 +75,7 @@ def test_the_library_reads_what_was_written(
 
 
 def test_every_dtype_of_the_library_is_known() -> None:
-    """safetensors names them in the message with which it refuses one."""
+    """safetensors lists them in its error for an unknown dtype."""
     unknown = file({"w": entry("F31", [0], 0, 0)})
     with pytest.raises(safetensors.SafetensorError) as refused:
         safetensors.deserialize(unknown)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Bad headers: what the reader takes, the safetensors library takes too."""
+"""Damaged headers: the safetensors library accepts every header that the reader accepts."""
 
 import json
 from typing import Any
@@ -46,7 +46,7 @@ def check(data: bytes) -> None:
 
 
 def test_parsing_of_a_header_ends_with_its_call() -> None:
-    """Of hundreds of thousands of tensors it takes seconds."""
+    """A header of hundreds of thousands of tensors takes seconds."""
     context = RequestContext()
     context.cancel()
     with pytest.raises(Cancelled):
@@ -138,7 +138,7 @@ def outcome(data: bytes) -> Header | str:
     )
 )
 def test_the_spelling_of_a_header_does_not_matter(table: dict[str, Any]) -> None:
-    """Entries as the library spells them are read by another way than all others."""
+    """Entries as the library spells them are parsed by a faster way than others."""
     usual = spelled({**table, "last": entry("U8", [48], 0, 48)}, separators=(",", ":"))
     assert outcome(usual) == outcome(spelled({**table, "last": entry("U8", [48], 0, 48)}))
 
@@ -156,7 +156,7 @@ def test_duplicate_name_is_refused_in_any_spelling() -> None:
     [("F4", [3], 2), ("F4", [1], 1), ("F6_E2M3", [3], 3), ("F6_E3M2", [1, 1], 1)],
 )
 def test_a_tensor_of_broken_bytes_is_refused(dtype: str, shape: list[int], size: int) -> None:
-    """The format has no half bytes: the library refuses such a tensor, and so its results."""
+    """The format has no half bytes: the library would refuse a result with such a tensor."""
     data = file({"w": entry(dtype, shape, 0, size)}, bytes(size))
     with pytest.raises(safetensors.SafetensorError):
         in_library(data)

@@ -1,4 +1,4 @@
-"""What is received ahead arrives whole, in order, and bounded; and a reader may leave."""
+"""Prefetched items arrive complete, in order and in limited number; and a reader may stop."""
 
 import threading
 from collections.abc import Iterator

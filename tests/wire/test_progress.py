@@ -1,4 +1,4 @@
-"""Calls on what the server opens say how far they are, and end when their caller leaves."""
+"""Calls on checkpoints and URIs report their progress, and end when they are cancelled."""
 
 import os
 import random

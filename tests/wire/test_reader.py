@@ -1,4 +1,4 @@
-"""A file that the safetensors library wrote is read the same however it is cut."""
+"""A file of the safetensors library is read the same for any chunks."""
 
 from collections.abc import Iterable
 from itertools import pairwise

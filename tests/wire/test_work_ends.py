@@ -1,4 +1,4 @@
-"""When a caller leaves, the work that its spec asked for ends soon, whatever stage it is in."""
+"""When a call is cancelled, its work ends soon, whatever its spec asks for."""
 
 import sys
 from collections.abc import Iterator

@@ -134,7 +134,7 @@ class Checkpoints:
         if output != pruner_pb2.OUTPUT_MASKS and not is_changed:
             return [_as_stored(blob) for blob in blobs]
         size, scheduler = sum(len(file.data) for file in files), self._sources.scheduler
-        memory = min(size, MADE_BYTES, scheduler.models.most(context.tenant))
+        memory = min(size, MADE_BYTES, scheduler.models.limit_for(context.tenant))
         held.enter_context(scheduler.model(context, "name", memory))
         with scheduler.cores(context, size):
             read(None)

@@ -114,7 +114,7 @@ class Budget:
         with self._lock:
             return sum(bool(self._blocking_quota(one.tenant, one.amount)) for one in self._queue)
 
-    def most(self, tenant: Tenant) -> int:
+    def limit_for(self, tenant: Tenant) -> int:
         """The amount that a tenant may hold if no other tenant holds anything."""
         quota = self._quota(tenant).amount
         return self.limit if quota is None else min(quota, self.limit)

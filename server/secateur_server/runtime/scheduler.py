@@ -191,7 +191,7 @@ class Scheduler:
                 f"{size} bytes are more than this server's {self.models.limit} (--memory-limit); "
                 "send a smaller model, or ask the operator to raise the limit",
             )
-        if size > self.models.most(tenant):
+        if size > self.models.limit_for(tenant):
             raise QuotaExceeded(
                 field,
                 f"{size} bytes are more than the {tenant.memory} of tenant {tenant.name!r}; send a "
@@ -213,7 +213,7 @@ class Scheduler:
         """
         if size < SMALL_BYTES:
             return
-        most = self.other.most(context.tenant)
+        most = self.other.limit_for(context.tenant)
         if size + sum(context.charges) > most:
             raise RequestTooLarge(
                 field,

@@ -105,8 +105,8 @@ class RemoteFile:
     def _info(self) -> dict[str, Any]:
         try:
             self._system.invalidate_cache()
-            asked = self._requests.start(self._context, self._system, "info", self._path)
-            found: dict[str, Any] = self._requests.result(self._context, asked)
+            request = self._requests.start(self._context, self._system, "info", self._path)
+            found: dict[str, Any] = self._requests.result(self._context, request)
         except FileNotFoundError as error:
             raise _not_found(self._field, self.uri, error) from None
         except Exception as error:  # fsspec's libraries raise errors of many kinds
@@ -120,25 +120,25 @@ class RemoteFile:
 
     def _ranges(self, size: int) -> Iterator[bytes]:
         """The file in ranges, of which CONCURRENT_RANGES are requested at once."""
-        coming: deque[tuple[int, Future[bytes]]] = deque()
+        pending: deque[tuple[int, Future[bytes]]] = deque()
         try:
             for start in range(0, size, RANGE_BYTES):
                 end = min(start + RANGE_BYTES, size)
-                asked = partial(
+                start_request = partial(
                     self._requests.start, self._context, self._system, "cat_file", self._path
                 )
-                coming.append((end - start, asked(start=start, end=end)))
-                if len(coming) == CONCURRENT_RANGES:
-                    yield self._range(*coming.popleft())
-            while coming:
-                yield self._range(*coming.popleft())
+                pending.append((end - start, start_request(start=start, end=end)))
+                if len(pending) == CONCURRENT_RANGES:
+                    yield self._range(*pending.popleft())
+            while pending:
+                yield self._range(*pending.popleft())
         finally:
-            for _, request in coming:
+            for _, request in pending:
                 request.cancel()
 
-    def _range(self, length: int, coming: Future[bytes]) -> bytes:
+    def _range(self, length: int, request: Future[bytes]) -> bytes:
         try:
-            data = self._requests.result(self._context, coming)
+            data = self._requests.result(self._context, request)
         except Exception as error:
             raise _failed(self._field, self.uri, "read", error) from None
         if len(data) != length:

@@ -83,13 +83,13 @@ class Requests:
         return self._run(function)
 
     def result(
-        self, context: RequestContext, coming: Future[Found], is_cancellable: bool = True
+        self, context: RequestContext, future: Future[Found], is_cancellable: bool = True
     ) -> Found:
         """Waits for the answer of a store, and cancels the request if its call is cancelled.
 
         Args:
             context: The call.
-            coming: The request to the store.
+            future: The request to the store.
             is_cancellable: Whether to give up if the call is cancelled.
 
         Raises:
@@ -98,15 +98,15 @@ class Requests:
         """
         end = time.monotonic() + self._timeout
         try:
-            while not wait([coming], timeout=min(CHECK_SECONDS, self._timeout)).done:
+            while not wait([future], timeout=min(CHECK_SECONDS, self._timeout)).done:
                 if is_cancellable:
                     context.check()
                 if time.monotonic() > end:
                     raise TimeoutError(f"no answer for {self._timeout:g} seconds (--idle-timeout)")
         except BaseException:
-            coming.cancel()
+            future.cancel()
             raise
-        return coming.result()
+        return future.result()
 
     def finish(self, function: Callable[[], None]) -> None:
         """Runs cleanup in a thread, even after cancellation, and waits for it up to the timeout."""
@@ -116,14 +116,14 @@ class Requests:
             function()
 
     def _run(self, function: Callable[[], Found]) -> Future[Found]:
-        coming: Future[Found] = Future()
-        coming.set_running_or_notify_cancel()  # a running thread cannot be cancelled
+        future: Future[Found] = Future()
+        future.set_running_or_notify_cancel()  # a running thread cannot be cancelled
 
         def call() -> None:
             try:
-                coming.set_result(function())
+                future.set_result(function())
             except BaseException as error:
-                coming.set_exception(error)
+                future.set_exception(error)
             finally:
                 self._free.release()
 
@@ -132,4 +132,4 @@ class Requests:
         except BaseException:
             self._free.release()
             raise
-        return coming
+        return future

@@ -45,7 +45,7 @@ class Scratch:
             StoreFull: They would never fit.
             QueueFull: They do not fit beside fetched files of other calls.
         """
-        most = self._budget.most(context.tenant)
+        most = self._budget.limit_for(context.tenant)
         if size > most:
             raise StoreFull(
                 field,
