@@ -7,11 +7,10 @@ parts/                      staged files, which are removed at the start
 
 import logging
 import math
-import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -31,6 +30,7 @@ from secateur_server.storage.blobs import Blob
 from secateur_server.storage.clock import Clock
 from secateur_server.storage.eviction import EvictionPolicy, Victim
 from secateur_server.storage.folders import FolderLock
+from secateur_server.storage.last_uses import LastUses
 from secateur_server.storage.records import (
     PREFIX,
     Record,
@@ -104,16 +104,18 @@ class Store:
         self._folder_lock = FolderLock(folder)
         self._blobs = BlobFolder(folder / "blobs", self._lock, self._folder_lock.check)
         self._accounts = Accounts()
-        records = folder / "checkpoints"
-        self._removal = Removal(records, self._blobs, self._accounts, self._folder_lock, self._lock)
+        self._records = folder / "checkpoints"
+        index = self._blobs, self._accounts
+        self._removal = Removal(self._records, *index, self._folder_lock, self._lock)
+        self._last_uses = LastUses(self._records, self._accounts, self._lock, self._clock)
         policy = EvictionPolicy(max_bytes, self._accounts, self._blobs.references)
-        shared = self._blobs, self._accounts, self._removal, self._lock
+        shared = *index, self._removal, self._lock
         self._space = Space(policy, *shared, evicted)
         self.uploads = Uploads(*shared, self._space, self.scratch, self._clock)
         self._unreadable: set[Key] = set()  # damaged records
         self._owner_folders: set[Path] = set()  # folders that have been synced
         try:
-            for path in (self._blobs.folder, self.scratch, folder / "checkpoints"):
+            for path in (self._blobs.folder, self.scratch, self._records):
                 path.mkdir(exist_ok=True, mode=0o700)
             self._load()
         except BaseException:
@@ -125,8 +127,7 @@ class Store:
 
     def _load(self) -> None:
         """Reads the records, and removes unfinished files."""
-        checkpoints = self._folder / "checkpoints"
-        self._owner_folders = {folder for folder in checkpoints.iterdir() if folder.is_dir()}
+        self._owner_folders = {folder for folder in self._records.iterdir() if folder.is_dir()}
         records: list[tuple[float, str, Record]] = []
         unfinished = list(self.scratch.iterdir())
         for folder in self._owner_folders:
@@ -135,7 +136,7 @@ class Store:
             self._unreadable |= {(folder.name, ident) for ident in found.unreadable}
             unfinished += found.unfinished
         # An earlier server may have been killed before its sync. A crash now must not lose a name.
-        folders = (self._folder.parent, self._folder, self._blobs.folder, checkpoints)
+        folders = (self._folder.parent, self._folder, self._blobs.folder, self._records)
         for folder in (*folders, *self._owner_folders):
             sync_folder(folder)
         now = self._clock.wall(self._clock.now())
@@ -143,7 +144,7 @@ class Store:
             entry = Entry(owner, record, self._clock.moment(used))
             self._add(entry)
             if used > now:  # the system's clock has been set back
-                self._write_use(entry)
+                self._last_uses.write(entry)
         if not self._unreadable:  # the blobs of damaged records are unknown
             unfinished += self._blobs.unknown()
         count = sum(path.stat().st_size for path in unfinished)
@@ -238,7 +239,7 @@ class Store:
             self._blobs.acquire(entry.files())
         record = entry.record
         try:
-            self._touch(entry)
+            self._last_uses.touch(entry)
             files = self.open_files(record.name, record.files)
             masks = self._blobs.open(record.name, record.masks) if record.masks else None
             yield OpenCheckpoint(record, files, masks)
@@ -246,7 +247,7 @@ class Store:
             with self._lock:
                 entry.pins -= 1
                 unused = self._blobs.release(entry.files())
-            self._touch(entry)  # a call may take longer than the ttl
+            self._last_uses.touch(entry)  # a call may take longer than the ttl
             self._blobs.remove(Trash(blobs=unused))
 
     def open_files(self, name: str, files: Sequence[StoredFile]) -> list[Blob]:
@@ -261,25 +262,6 @@ class Store:
             StoreFailed: The store's folder was replaced.
         """
         return [self._blobs.open(name, file) for file in files]
-
-    def _touch(self, entry: Entry) -> None:
-        now = self._clock.now()
-        with self._lock:
-            account = self._accounts.get(entry.owner)
-            if entry.record.id not in account.entries:
-                return
-            account.touch(entry, now)
-        self._write_use(entry)
-
-    def _write_use(self, entry: Entry) -> None:
-        """Writes the time of the last use to disk, for the next start."""
-        used = self._clock.wall(entry.used)
-        with suppress(OSError):  # the disk may be full, or the record removed
-            # Not the kernel's own time of now, which is coarser.
-            os.utime(self._record_path(entry.owner, entry.record.id), (used, used))
-
-    def _record_path(self, owner: str, ident: str) -> Path:
-        return record_path(self._folder / "checkpoints" / owner, ident)
 
     def create(
         self,
@@ -305,7 +287,7 @@ class Store:
         """
         self._folder_lock.check()
         entry = Entry(owner, new_record(files, masks), self._clock.now())
-        path = self._record_path(owner, entry.record.id)
+        path = record_path(self._records / owner, entry.record.id)
         with self._lock:
             evicted = self._space.reserve(owner, entry.own_bytes, quota)
             self._blobs.acquire(entry.files())
@@ -317,7 +299,7 @@ class Store:
         except BaseException:
             self._undo(entry, is_written=path.exists())
             raise
-        self._write_use(entry)
+        self._last_uses.write(entry)
         with self._lock:
             self._accounts.get_or_create(owner).add(entry)
         return entry.record
@@ -383,7 +365,7 @@ class Store:
             StoreFailed, StoreFull: The disk did not remove the records of some checkpoints.
         """
         self._folder_lock.check()
-        self._follow_clock()
+        self._last_uses.follow_clock()
         self.uploads.expire()
         with self._lock:
             oldest = self._clock.now() - self.ttl if self.ttl else -math.inf
@@ -395,20 +377,6 @@ class Store:
             ]
             evicted = self._space.evict(old)
         self._space.remove(evicted)
-
-    def _follow_clock(self) -> None:
-        """If the system's clock was set, writes the times of last uses by the new one."""
-        step = self._clock.follow()
-        if not step:
-            return
-        log.warning(
-            "the system's clock was set by %+.0f seconds; ages of checkpoints are unchanged", step
-        )
-        with self._lock:
-            accounts = self._accounts.by_owner.values()
-            entries = [entry for account in accounts for entry in account.entries.values()]
-        for entry in entries:
-            self._write_use(entry)
 
     def check_size(self, size: int) -> None:
         """Refuses `size` bytes if they would never fit.
