@@ -12,10 +12,10 @@ import secateur
     ("device", "message"),
     [
         ("cuda:999", r"'cuda:999': torch \S+ sees \d+ CUDA devices"),
-        ("gpu", "'gpu' is none of auto, cpu, cuda, cuda:N"),
-        ("", "'' is none of"),
-        ("--help", "'--help' is none of"),
-        (5, "'5' is none of"),
+        ("gpu", "'gpu' is not one of auto, cpu, cuda, cuda:N"),
+        ("", "'' is not one of"),
+        ("--help", "'--help' is not one of"),
+        (5, "'5' is not one of"),
     ],
 )
 def test_a_missing_device_is_one_error_and_nothing_is_printed(

@@ -24,7 +24,7 @@ from secateur_server.cut.energy import energies
 from secateur_server.cut.lamp import divide_by_lamp
 from secateur_server.cut.score import Ranking
 from secateur_server.cut.select import NOTHING, score_dtype, select
-from secateur_server.errors import Stopped
+from secateur_server.errors import Cancelled
 from secateur_server.runtime.context import RequestContext
 from tests.conftest import examples
 from tests.pruning.bits import packed
@@ -284,7 +284,7 @@ def test_what_is_found_is_the_same_bits_without_numba_and_threads(
 def test_a_call_that_is_stopped_divides_no_further(large: list[Ranking]) -> None:
     call = RequestContext()
     call.cancel()
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         divide(
             call,
             large[:1],

@@ -23,7 +23,7 @@ from secateur_server.backends.scan import Scan
 from secateur_server.cut.choice import ChoiceTable
 from secateur_server.cut.plan import plan
 from secateur_server.cut.prune import prune
-from secateur_server.errors import AmountOutOfRange, NanScores, Stopped
+from secateur_server.errors import AmountOutOfRange, Cancelled, NanScores
 from secateur_server.importance.random import Random
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.parameter import Parameter
@@ -180,7 +180,7 @@ def test_a_caller_that_leaves_ends_it() -> None:
     context = RequestContext()
     context.cancel()
     model = {f"w{i}": Parameter(torch.ones(3, 4)) for i in range(40)}
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         prune(context, model, [rule(list(model), 0.5, scope="tensor")], {})
 
 

@@ -1,4 +1,4 @@
-"""Reads a safetensors file as it arrives, cut anywhere, straight into the tensors' memory."""
+"""Reads a safetensors file from a stream of chunks, directly into the memory of its tensors."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,19 +18,22 @@ from secateur_server.runtime.context import RequestContext
 from secateur_server.wire.header import Entry, Header, header_length, parse_header
 from secateur_server.wire.tensors import WireTensor, wire_tensor
 
-# Tensors that are read at once have up to so many bytes, each and together. To look at the values
-# of larger ones, one by one, takes less time.
+# The largest bytes of a tensor, and of a run of tensors, that are read together. The values of
+# larger tensors are scanned faster one by one.
 TINY_BYTES, RUN_BYTES = 1 << 13, 1 << 18
-# So few are read one by one.
+# Runs of up to so many tensors are read one by one.
 FEW = 8
 
 _CPU = torch.device("cpu")
 
 
 class ByteStream:
-    """The bytes of `chunks` as one stream that holds exactly `announced` bytes.
+    """Chunks as one stream of bytes, which must have exactly the announced length.
 
-    is_hashed: whether `digest` will be asked for.
+    Args:
+        chunks: The stream, cut anywhere.
+        announced: Its length in bytes.
+        is_hashed: Whether `digest` will be called.
     """
 
     def __init__(
@@ -43,33 +46,37 @@ class ByteStream:
         self._digest = blake3() if is_hashed else None
 
     def take(self, count: int) -> bytearray:
-        """The next `count` bytes. Memory grows as they arrive, not by the word of `count`."""
+        """The next `count` bytes. Memory is allocated as they arrive, not up front."""
         taken = bytearray()
         while len(taken) < count:
             taken += self._next(count - len(taken))
         return taken
 
     def at_hand(self, count: int) -> memoryview | None:
-        """The next `count` bytes, if they have arrived in one piece."""
+        """The next `count` bytes, if they have arrived in one chunk; else None."""
         if not 0 < count <= len(self._rest):
             return None
         return self._next(count)
 
     def pieces(self, count: int) -> Iterator[memoryview]:
-        """The next `count` bytes, as they come."""
+        """The next `count` bytes, as they arrive."""
         while count:
             piece = self._next(count)
             yield piece
             count -= len(piece)
 
     def finish(self) -> None:
-        """Checks that nothing is left.  Errors: WrongLength."""
+        """Checks that the stream has ended.
+
+        Raises:
+            WrongLength: More bytes arrive than announced.
+        """
         for chunk in self._chunks:
             self._count(chunk)
 
     def digest(self) -> str:
-        """The hex BLAKE3 of what has arrived."""
-        assert self._digest is not None, "it was not to be hashed"
+        """The hex BLAKE3 of the bytes that have arrived."""
+        assert self._digest is not None, "is_hashed was set"
         return self._digest.hexdigest()
 
     def _next(self, most: int) -> memoryview:
@@ -95,16 +102,30 @@ class ByteStream:
 
 
 def read_header(context: RequestContext, stream: ByteStream) -> Header:
-    """Reads the head of a safetensors file.  Errors: MalformedFile, WrongLength."""
+    """Reads the header of a safetensors file.
+
+    Raises:
+        MalformedFile: The stream is not a safetensors file.
+        WrongLength: The stream has another length than announced.
+        RequestTooLarge, QueueFull: The header would take too much memory.
+    """
     length = header_length(context, bytes(stream.take(8)), stream.announced)
     return parse_header(context, bytes(stream.take(length)), stream.announced - 8 - length)
 
 
 def read_tensors(stream: ByteStream, header: Header, device: torch.device) -> dict[str, WireTensor]:
-    """Reads the rest of the file to `device`.
+    """Reads the tensors of a file. The memory of a tensor is allocated when its data arrives.
 
-    A tensor's memory is allocated when its turn comes.
-    Returns: the tensors in the header's order.  Errors: WrongLength.
+    Args:
+        stream: At the end of the header.
+        header: Of the file.
+        device: Where the tensors are allocated.
+
+    Returns:
+        The tensors, in the header's order.
+
+    Raises:
+        WrongLength: The stream has another length than announced.
     """
     backend = backend_for(device)
     in_order = sorted(header.entries, key=attrgetter("begin", "end"))
@@ -119,7 +140,7 @@ def read_tensors(stream: ByteStream, header: Header, device: torch.device) -> di
 
 
 def _runs(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
-    """Entries in their order: those of one dtype that are small, and not empty, many at once."""
+    """Groups entries, in their order, into runs of small tensors of one dtype."""
     run: list[Entry] = []
     size = 0
     for entry in entries:
@@ -130,13 +151,13 @@ def _runs(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
             yield run
             run, size = [], 0
         run.append(entry)
-        size += small if is_tiny else RUN_BYTES  # which is read by itself
+        size += small if is_tiny else RUN_BYTES  # a large tensor is a run of its own
     if run:
         yield run
 
 
 def _read_run(stream: ByteStream, run: Sequence[Entry]) -> list[WireTensor]:
-    """Reads tensors of one dtype, none of them empty, into memory that they share."""
+    """Reads tensors of one dtype, none of them empty, into shared memory."""
     backend, size, begin = backend_for(_CPU), run[-1].end - run[0].begin, 0
     memory = backend.allocate(size)
     for piece in stream.pieces(size):
