@@ -88,7 +88,7 @@ def _sides(millions: int) -> dict[str, Any]:
     found = {
         "parameters": sum(weight.numel() for weight in model.values()),
         "gpu": torch.cuda.get_device_name(),
-        "passes are": type(backends.backend_for(torch.device("cuda"))).__name__,
+        "backend": type(backends.backend_for(torch.device("cuda"))).__name__,
         "bound": PASSES * size / _bandwidth(),
         "secateur": _measured(lambda: _prune(model)),
         "torch": _measured(lambda: prune_by_torch(model)[1], rounds=3),

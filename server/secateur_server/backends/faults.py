@@ -1,6 +1,7 @@
-"""Mapped files that become shorter: for a page that is gone the system ends a process.
+"""Mapped files that are truncated while they are read.
 
-A handler puts zeros there and remembers it, so that the call that reads them fails, and no other.
+The system would end the process at the first page that no longer exists. A handler puts zeros there
+and remembers it, so that only the call that reads them fails.
 """
 
 import ctypes
@@ -15,27 +16,27 @@ _SA_SIGINFO = 4
 _ADDRESS_OFFSET = 16  # of si_addr in siginfo_t, on 64 bits
 
 
-class Torn:
-    """Where a mapped file lies, and whether pages of it were gone when somebody read them."""
+class TruncationGuard:
+    """Where a mapped file lies, and whether it was truncated when somebody read it."""
 
     def __init__(self, mapped: mmap.mmap) -> None:
         held = (ctypes.c_char * len(mapped)).from_buffer(mapped)
         self.begin = ctypes.addressof(held)
         self.end = self.begin + -(-len(mapped) // _PAGE) * _PAGE
-        self.is_torn = False
+        self.is_truncated = False
         _guarded.add(self)
         weakref.finalize(mapped, _guarded.discard, self)
         _install()
 
     def patch(self, address: int) -> None:
         """Puts zeros in the page at `address` and in all behind it."""
-        self.is_torn = True
+        self.is_truncated = True
         page = address & -_PAGE
         flags = _MAP_FIXED | mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         _libc.mmap(page, self.end - page, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
 
 
-_guarded: set[Torn] = set()
+_guarded: set[TruncationGuard] = set()
 _lock = threading.Lock()
 _is_installed = False
 
@@ -64,9 +65,9 @@ _before = _Action()
 def _on_fault(number: int, info: int, context: int) -> None:
     """Runs on the thread that read, which then reads again."""
     address = ctypes.c_void_p.from_address(info + _ADDRESS_OFFSET).value or 0
-    for torn in tuple(_guarded):
-        if torn.begin <= address < torn.end:
-            torn.patch(address)
+    for guard in tuple(_guarded):
+        if guard.begin <= address < guard.end:
+            guard.patch(address)
             return
     _libc.sigaction(number, ctypes.byref(_before), None)  # not ours: it ends as it always did
 

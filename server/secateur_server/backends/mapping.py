@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from secateur_server.backends.faults import Torn
+from secateur_server.backends.faults import TruncationGuard
 from secateur_server.runtime.disk import full_disk
 
 
-def map_file(file: int) -> tuple[memoryview, Torn | None]:
-    """A whole file, and what tells whether it became shorter, or its disk failed, since.
+def map_file(file: int) -> tuple[memoryview, TruncationGuard | None]:
+    """Maps a whole file; the guard knows whether it was truncated, or its disk failed, since.
 
     file: an open descriptor, of which Python keeps a copy for as long as the memory is used. What
     is written to the memory stays in this process.
@@ -24,7 +24,7 @@ def map_file(file: int) -> tuple[memoryview, Torn | None]:
     # Nothing is set aside for pages that will not be written to: the file may exceed the memory.
     flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
     mapped = mmap.mmap(file, size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    return memoryview(mapped), Torn(mapped)
+    return memoryview(mapped), TruncationGuard(mapped)
 
 
 def allocate_on_disk(folder: Path, size: int) -> Tensor:

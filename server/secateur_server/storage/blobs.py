@@ -12,7 +12,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from secateur_server.backends.faults import Torn
+from secateur_server.backends.faults import TruncationGuard
 from secateur_server.backends.mapping import map_file
 from secateur_server.errors import DataLoss, quote
 from secateur_server.runtime.disk import (
@@ -63,7 +63,7 @@ class Blob:
         filename: As the caller knows the file.
         digest: Hex BLAKE3.
         data: The file in mapped memory, copy-on-write.
-        torn: Whether a page of it could not be read; None if it is not mapped.
+        guard: Knows whether the file was truncated; None if it is not mapped.
         sums: The BLAKE3 of each block, one after another.
         damaged: Called if the blob differs from what was stored.
     """
@@ -72,7 +72,7 @@ class Blob:
     filename: str
     digest: str
     data: memoryview
-    torn: Torn | None
+    guard: TruncationGuard | None
     sums: bytes
     damaged: Callable[[], None]
 
@@ -99,7 +99,7 @@ class Blob:
         Raises:
             DataLoss: The file is truncated, or its disk failed.
         """
-        if self.torn and self.torn.is_torn:
+        if self.guard and self.guard.is_truncated:
             self.damaged()
             raise _lost(self.checkpoint, self.filename, "is truncated or unreadable")
 
@@ -129,7 +129,7 @@ def open_blob(
     """
     try:
         with path.open("rb") as file:
-            data, torn = map_file(file.fileno())
+            data, guard = map_file(file.fileno())
         sums = sums_path(path).read_bytes()
     except OSError as error:
         if error.errno in NO_RESOURCES:
@@ -139,7 +139,7 @@ def open_blob(
     if len(data) != size or len(sums) != sums_bytes(size):
         damaged()
         raise _lost(checkpoint, filename, f"has {len(data)} bytes, expected {size}")
-    return Blob(checkpoint, filename, path.name, data, torn, sums, damaged)
+    return Blob(checkpoint, filename, path.name, data, guard, sums, damaged)
 
 
 def _lost(checkpoint: str, filename: str, what: str) -> DataLoss:

@@ -54,7 +54,7 @@ class LocalFile:
             if not stat.S_ISREG(self.opened.st_mode):
                 raise UriFailed(field, f"{quote(uri)} is not a file")
             _wait_until_writes_show(self.opened.st_mtime_ns)
-            self.data, self._torn = map_file(self._fd)
+            self.data, self._guard = map_file(self._fd)
             self.size = len(self.data)
         except BaseException:
             self.close()
@@ -68,7 +68,7 @@ class LocalFile:
         """
         now, before = os.fstat(self._fd), self.opened
         is_same = (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
-        if not is_same or (self._torn and self._torn.is_torn):
+        if not is_same or (self._guard and self._guard.is_truncated):
             raise UriChanged(
                 self._field, f"{quote(self.uri)} changed while it was read; send the request again"
             )
