@@ -1,5 +1,6 @@
 """A real server, in a process of its own on a free port, for all tests of a run."""
 
+import gc
 import logging
 import os
 import re
@@ -26,6 +27,10 @@ import secateur
 from secateur_server.app import App
 from secateur_server.config import read_config
 from tests.forked import ForkedProcess
+
+# By default Python looks for cycles after each 700 objects: a quarter of the time that the
+# collection of thousands of tests takes.
+gc.set_threshold(10_000)
 
 # The GPU's kernels run here too: interpreted, where no GPU can compile them. Triton reads this when
 # it is imported, which some modules of torch do.
