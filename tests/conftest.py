@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -184,9 +185,21 @@ def caught(begin: Callable[[], Begun], is_there: Callable[[], bool]) -> Begun:
     raise AssertionError("20 calls ended, and it was never there")
 
 
+@contextmanager
+def half_of_the_files() -> Iterator[None]:
+    """Processes that start in the block may open half of the files that the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard // 2, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[RunningServer]:
-    running = start_command("--max-model-bytes", "1GiB")
+    with half_of_the_files():
+        running = start_command("--max-model-bytes", "1GiB")
     yield running
     logged = stop_server(running)
     assert "Traceback" not in logged, logged  # no request may find a defect

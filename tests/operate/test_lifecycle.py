@@ -32,7 +32,6 @@ from tests.conftest import (
     eventually,
     inner_server,
     run_server,
-    start_command,
     start_server,
     stop_server,
 )
@@ -230,16 +229,10 @@ def running_calls(server: RunningServer) -> bool:
     return sample(server, "secateur_requests_in_flight") == 1
 
 
-def test_a_server_may_open_all_files_that_the_system_allows_it() -> None:
-    """A shell often allows a part of them."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard // 2, hard))
-    try:
-        server = start_command()
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+def test_a_server_may_open_all_files_that_the_system_allows_it(server: RunningServer) -> None:
+    """It started with a limit of half of them."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
-    stop_server(server)
 
 
 def test_a_second_server_at_the_same_address_says_so(server: RunningServer) -> None:
