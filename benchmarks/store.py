@@ -22,7 +22,7 @@ from safetensors.torch import save
 
 import secateur
 from common import running_server, timed
-from secateur_server.operate.callers import read_tokens
+from secateur_server.operate.tokens_file import read_tokens
 from secateur_server.storage.blobs import disk_bytes
 from secateur_server.storage.records import StoredFile, new_record, write_record
 from secateur_server.storage.store import Store

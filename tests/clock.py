@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from secateur_server.operate import idle
-from secateur_server.wire import ahead
+from secateur_server.operate import send_timeout
+from secateur_server.wire import prefetch
 from tests.conftest import eventually
 
 
@@ -52,7 +52,7 @@ def install(clock: Clock, patch: pytest.MonkeyPatch) -> None:
                     if is_over:
                         raise
 
-    patch.setattr(idle, "time", clock)
-    patch.setattr(idle, "LOOK_SECONDS", 0.005)
-    patch.setattr(ahead, "SimpleQueue", Queue)
-    patch.setattr(ahead, "time", clock)
+    patch.setattr(send_timeout, "time", clock)
+    patch.setattr(send_timeout, "CHECK_SECONDS", 0.005)
+    patch.setattr(prefetch, "SimpleQueue", Queue)
+    patch.setattr(prefetch, "time", clock)

@@ -1,4 +1,4 @@
-"""The command secateur-server."""
+"""The command `secateur-server`."""
 
 import ctypes
 import gc
@@ -10,30 +10,31 @@ import sys
 from contextlib import suppress
 from typing import NoReturn
 
-# What grpc writes to stderr itself, as of a stranger's failed handshake, is no JSON. It is read
-# once, when grpc is imported.
+# gRPC's own messages on stderr, such as failed handshakes of strangers, are not JSON. gRPC reads
+# this variable once, when it is imported.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
-# By default glibc makes eight heaps for each core, of which each keeps room for the messages that
-# once came by it. It is told before a library starts threads; an operator may want others.
+# By default glibc creates up to eight heaps for each core, and each keeps memory of past messages.
+# Two are set before a library starts threads, unless the operator has set another number.
 M_ARENA_MAX = -8  # of malloc.h
 if not {"MALLOC_ARENA_MAX", "GLIBC_TUNABLES"} & os.environ.keys():
-    with suppress(AttributeError):  # another C library has no heaps to count
+    with suppress(AttributeError):  # another C library has no mallopt
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
 try:
     from prometheus_client import disable_created_metrics
 
-    from secateur_server.app import App, CannotStart
+    from secateur_server.app import App
     from secateur_server.check import check
     from secateur_server.config import read_config, unknown_variables
     from secateur_server.operate.logs import set_up
-except ImportError as error:  # installed as the client alone
+    from secateur_server.startup import CannotStart
+except ImportError as error:  # installed without the extra [server]
     sys.exit(
         f"secateur-server: {error}; install the server's packages: pip install 'secateur[server]'"
     )
 
-# The exit status if the server can answer no calls any more: EX_SOFTWARE of sysexits.h.
+# The exit status if the server cannot answer calls any more: EX_SOFTWARE of sysexits.h.
 DEAD_STATUS = 70
 
 
@@ -43,16 +44,16 @@ def main() -> int:
     if config.check:
         return check(config)
     set_up(config.log_format)
-    # Nobody reads the `_created` series of each counter and histogram. This is for all registries
-    # of the process, so an embedded server does not do it.
+    # The `_created` series of counters and histograms are unused. This setting affects all
+    # registries of the process, so an embedded server does not change it.
     disable_created_metrics()  # type: ignore[no-untyped-call]
     log = logging.getLogger("secateur_server")
     for line in unknown_variables():
         log.warning("%s", line)
-    # A connection, and each mapped shard, is an open file; of those a shell often allows 1024.
+    # Each connection and each mapped shard is an open file. A shell often allows only 1024.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    asked = _signals()
+    stop_signals = _signals()
     try:
         app = App(config, died=_died)
     except CannotStart as error:
@@ -61,11 +62,11 @@ def main() -> int:
     log.info("serving gRPC at %s on %s", app.address, config.device)
     if app.metrics_address is not None:
         log.info("serving metrics at http://%s/metrics", app.metrics_address)
-    gc.freeze()  # the modules stay: to look through them again and again takes tens of ms
-    # By default Python looks for cycles after each 700 objects. A request of many tensors makes
-    # tens of thousands, which are no cycles.
+    gc.freeze()  # the modules are never freed, and scanning them takes tens of ms
+    # By default Python searches for cycles after each 700 new objects. A request of many tensors
+    # creates tens of thousands of objects without cycles.
     gc.set_threshold(10_000)
-    os.read(asked, 1)
+    os.read(stop_signals, 1)
     log.info("shutting down: running requests get %g seconds", config.drain_timeout)
     app.stop()
     log.info("stopped")
@@ -73,10 +74,10 @@ def main() -> int:
 
 
 def run() -> NoReturn:
-    """The process: ends at once when `main` has stopped the server.
+    """Runs the process, and ends it at once when `main` has stopped the server.
 
-    Threads of gRPC, torch and the metrics may still be at work when the interpreter is taken down,
-    and have been seen to abort the process then: it would have failed after it ended well.
+    Threads of gRPC, torch and the metrics may still run while the interpreter shuts down, and have
+    aborted the process then, so that a successful stop looked like a crash.
     """
     status = main()
     sys.stdout.flush()
@@ -85,16 +86,16 @@ def run() -> NoReturn:
 
 
 def _died() -> None:
-    """Ends the process at once: there is no caller left whom a drain would serve."""
+    """Ends the process at once: a drain would not help, since no call can be answered."""
     sys.stderr.flush()
     os._exit(DEAD_STATUS)
 
 
 def _signals() -> int:
-    """The end of a pipe that has a byte once SIGTERM or SIGINT came.
+    """A descriptor from which a byte can be read after SIGTERM or SIGINT.
 
-    The system may give a signal to any thread. Python's handlers run in the main thread alone, and
-    only once it wakes by itself: an Event that it waits for may never be set.
+    The system may deliver a signal to any thread, but Python runs handlers in the main thread only,
+    once it wakes up. So a handler that sets an Event might never run.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)

@@ -1,4 +1,4 @@
-"""secateur-server --check: what the server would do, without doing it."""
+"""secateur-server --check: prints what a server with these options would do."""
 
 import os
 import shutil
@@ -11,30 +11,36 @@ from pathlib import Path
 import grpc
 import torch
 
-from secateur_server.app import (
-    OPTIONS,
-    CannotStart,
-    callers_of,
-    credentials_of,
-    listen,
-    listen_for_scrapes,
-    traces_of,
-)
-from secateur_server.backends import kernels, passes_of
+from secateur_server.backends import backend_for, kernels
 from secateur_server.backends.cgroups import cpu_limits
-from secateur_server.backends.cpu import CORES
-from secateur_server.backends.cuda import Cuda
+from secateur_server.backends.cores import CORES
 from secateur_server.backends.memory import least_limit, machine_memory, memory_of, total_memory
+from secateur_server.backends.torch_backend import TorchBackend
 from secateur_server.config import Config, is_public, unknown_variables
 from secateur_server.operate.metrics import Metrics
+from secateur_server.startup import (
+    OPTIONS,
+    CannotStart,
+    listen,
+    make_authenticator,
+    make_credentials,
+    make_traces,
+    serve_metrics,
+)
 from secateur_server.storage.folders import FolderLock, StoreInUse
 from secateur_server.uris.remote import missing
 
 
 def check(config: Config) -> int:
-    """Prints what a server of this configuration would do, and what keeps it from that.
+    """Prints what a server with these options would do, and each problem on stderr.
 
-    A server that runs meanwhile is not disturbed.  Returns: the exit status, 1 for any problem.
+    It does not disturb a running server.
+
+    Args:
+        config: The options.
+
+    Returns:
+        The exit status: 1 if there is a problem, else 0.
     """
     problems = unknown_variables()
     for part in (_grpc, _scrapes, _device, _limits, _store, _uris, _traces, _machine):
@@ -52,7 +58,7 @@ def _grpc(config: Config) -> Iterator[str]:
     metrics = Metrics(config.device)
     yield f"serves gRPC at {config.address}, {_protected(config, metrics)}"
     if config.address.startswith("unix:"):
-        return  # gRPC takes the place of a socket that is there
+        return  # listening here would replace the socket of a running server
     with ThreadPoolExecutor(1) as nobody:
         server = grpc.server(nobody, options=OPTIONS)
         listen(server, config, metrics)
@@ -63,48 +69,48 @@ def _scrapes(config: Config) -> Iterator[str]:
     if config.metrics_address is None:
         yield "serves no metrics"
         return
-    token = ", to who sends its token" if config.metrics_token_file else ""
+    token = ", to scrapers with its token" if config.metrics_token_file else ""
     yield f"serves metrics at http://{config.metrics_address}/metrics{token}"
     with ExitStack() as opened:
-        listen_for_scrapes(config, Metrics(config.device), opened)
+        serve_metrics(config, Metrics(config.device), opened)
 
 
 def _protected(config: Config, metrics: Metrics) -> str:
     parts = ["without TLS"]
-    if credentials_of(config, metrics):
+    if make_credentials(config, metrics):
         parts = ["with TLS, to callers with a certificate" if config.tls_client_ca else "with TLS"]
-    callers = callers_of(config, metrics)
+    callers = make_authenticator(config, metrics)
     names = sorted({tenant.name for tenant in callers.tenants})
     parts.append(f"to the tenants {', '.join(names)}" if names else "without tokens")
     if is_public(config.address) and config.insecure:
-        parts.append("which other machines may reach (--insecure)")
+        parts.append("for other machines too (--insecure)")
     return ", ".join(parts)
 
 
 def _device(config: Config) -> Iterator[str]:
     device = config.device
     try:
-        passes = passes_of(device)
-        passes.room(1 << 20)
+        backend = backend_for(device)
+        backend.allocate(1 << 20)
         _, free = memory_of(device)
     except RuntimeError as error:
         raise CannotStart(f"{device} does not work: {error}") from None
     if device.type == "cuda":
-        is_compiled = type(passes) is not Cuda
+        is_compiled = type(backend) is not TorchBackend
         how = "compiled by Triton" if is_compiled else "without Triton, which would be faster"
         name = torch.cuda.get_device_name(device)
         yield f"prunes on {device}, {name}, {how}, {_size(free)} free"
         return
-    how = "compiled by numba" if kernels.enabled else "without numba, which would be faster"
+    how = "compiled by numba" if kernels.enabled else "not compiled (NUMBA_DISABLE_JIT)"
     yield f"prunes on cpu, threads: {CORES}, {how}, {_size(free)} free"
 
 
 def _limits(config: Config) -> Iterator[str]:
     yield (
-        f"takes models of up to {_size(config.max_model_bytes)}, at once up to "
+        f"accepts models of up to {_size(config.max_model_bytes)}, at once up to "
         f"{_size(config.memory_limit)}; {config.queue_size} requests may wait"
     )
-    # Models lie in the memory of the device, or of the host.
+    # Models are in the memory of the device, or of the host.
     most = max(total_memory(config.device), total_memory(torch.device("cpu")))
     for option in ("memory_limit", "max_model_bytes"):
         if (size := getattr(config, option)) > most:
@@ -114,40 +120,41 @@ def _limits(config: Config) -> Iterator[str]:
 
 def _store(config: Config) -> Iterator[str]:
     if config.store_dir is None:
-        yield "keeps checkpoints in a temporary folder, until it ends"
+        yield "stores checkpoints in a temporary folder, which is removed with the server"
         return
     most = config.store_max_bytes
-    shown = _size(most) if most else "3/4 of what is free there"
-    yield f"keeps checkpoints in {config.store_dir}, up to {shown}"
+    shown = _size(most) if most else "3/4 of the free space"
+    yield f"stores checkpoints in {config.store_dir}, up to {shown}"
     nearest = next(path for path in (config.store_dir, *config.store_dir.parents) if path.exists())
-    cannot = f"cannot keep checkpoints in {config.store_dir}"
+    cannot = f"cannot store checkpoints in {config.store_dir}"
     if not nearest.is_dir() or not os.access(nearest, os.R_OK | os.W_OK | os.X_OK):
-        raise CannotStart(f"{cannot}: {nearest} is closed")
+        raise CannotStart(f"{cannot}: {nearest} is not a folder that it may write to")
     if most and most > (size := shutil.disk_usage(nearest).total):
         raise CannotStart(f"{cannot}: --store-max-bytes is {shown}, the disk has {_size(size)}")
     if config.store_dir.exists():
         try:
             FolderLock(config.store_dir).close()
         except StoreInUse:
-            raise CannotStart(f"{cannot}: another server does") from None
+            raise CannotStart(f"{cannot}: another server uses it") from None
 
 
 def _uris(config: Config) -> Iterator[str]:
     paths: tuple[Path | str, ...] = config.allow_path
-    yield f"opens URIs under {', '.join(map(str, (*paths, *config.allow_uri))) or 'no address'}"
+    prefixes = ", ".join(map(str, (*paths, *config.allow_uri)))
+    yield f"opens URIs under {prefixes}" if prefixes else "opens no URIs"
     for prefix in config.allow_uri:
         if problem := missing(prefix):
             raise CannotStart(f"URIs under {prefix} cannot be opened: {problem}")
 
 
 def _traces(config: Config) -> Iterator[str]:
-    if traces := traces_of(config):
+    if traces := make_traces(config):
         traces.close()
         yield f"sends traces to {config.otlp_endpoint}"
 
 
 def _machine(config: Config) -> Iterator[str]:
-    """What the process may use, and what sets the limit."""
+    """The memory and CPUs that the process may use, with the group that limits them."""
     memory = least_limit()
     whole = machine_memory()
     shown = f"may use {_size(whole)} of memory, all of the machine's"

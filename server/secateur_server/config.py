@@ -1,11 +1,10 @@
-"""What the operator sets: options, each also an environment variable."""
+"""The options of secateur-server. Each is also an environment variable."""
 
 import argparse
 import difflib
 import ipaddress
 import os
 import re
-import stat
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,21 +14,37 @@ from typing import NoReturn
 
 import torch
 
-from secateur_proto import sizes
 from secateur_server.backends.memory import total_memory
+from secateur_server.option_types import (
+    byte_count,
+    device,
+    file,
+    folders,
+    log_format,
+    positive_seconds,
+    prefixes,
+    seconds,
+    switch,
+    whole_number,
+)
 
 
 @dataclass(frozen=True)
 class Config:
-    """The options of secateur-server.
+    """The options of secateur-server. docs/operations.md describes each.
 
-    metrics_address: None serves none.  memory_limit: bytes of models in service.
-    idle_timeout, drain_timeout: seconds.  min_throughput: bytes a second.
-    max_connection_age, max_connection_age_grace: seconds, 0 is no bound.
-    store_dir: None is a private temporary folder.  store_max_bytes: None is 3/4 of what is free
-    or used.
-    store_ttl: seconds, 0 is for ever.  work_memory: bytes.
-    allow_path: folders.  allow_uri: prefixes.
+    Attributes:
+        metrics_address: None: metrics are not served.
+        memory_limit: Bytes of the models that are served at once.
+        idle_timeout, drain_timeout: Seconds.
+        min_throughput: Bytes a second.
+        max_connection_age, max_connection_age_grace: Seconds; 0: no limit.
+        store_dir: None: a private temporary folder.
+        store_max_bytes: None: 3/4 of the disk's free space and the store's size together.
+        store_ttl: Seconds; 0: for ever.
+        work_memory: Bytes.
+        allow_path: Folders.
+        allow_uri: Prefixes of URIs.
     """
 
     address: str
@@ -61,18 +76,23 @@ class Config:
 
 
 class BadConfig(ValueError):
-    """The options are wrong; the message is one line."""
+    """An option is unknown or wrong. The message is one line."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises BadConfig where argparse would print its usage and exit."""
+    """Raises BadConfig instead of printing the usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise BadConfig(message)
 
 
 def read_config(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> Config:
-    """As parse_config; wrong options are one line on stderr, and exit status 2."""
+    """Reads the options; prints a line on stderr and exits with 2 if one is wrong.
+
+    Args:
+        arguments: Of the command line.
+        environment: Variables SECATEUR_*.
+    """
     try:
         return parse_config(arguments, environment)
     except BadConfig as error:
@@ -81,7 +101,11 @@ def read_config(arguments: Sequence[str], environment: Mapping[str, str] = os.en
 
 
 def parse_config(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
-    """The configuration from the command line, then SECATEUR_* variables, then defaults.
+    """Reads each option from the command line, a SECATEUR_* variable, or its default.
+
+    Args:
+        arguments: Of the command line.
+        environment: Variables SECATEUR_*.
 
     Raises:
         BadConfig: An option is unknown or wrong, or does not fit the others.
@@ -99,7 +123,7 @@ def parse_config(arguments: Sequence[str], environment: Mapping[str, str]) -> Co
         parser.add_argument(
             f"--{name}",
             type=kind,
-            # A string default goes through `kind` as an argument does, with the same errors.
+            # argparse converts a string default as it does an argument, with the same errors.
             default=environment.get(variable, default),
             nargs="?" if is_switch else None,
             const=True if is_switch else None,
@@ -109,7 +133,7 @@ def parse_config(arguments: Sequence[str], environment: Mapping[str, str]) -> Co
     options = vars(parser.parse_args(arguments))
     for name in ("max_model_bytes", "memory_limit"):
         if options[name] is None:
-            # What comes by handle or URI, and small models, are not on the GPU: see sources.
+            # Checkpoints, files of URIs and small models are in host memory, others on the device.
             both = total_memory(options["device"]), total_memory(torch.device("cpu"))
             options[name] = min(both) * 3 // 4
     config = Config(**{**options, "metrics_address": options["metrics_address"] or None})
@@ -119,7 +143,11 @@ def parse_config(arguments: Sequence[str], environment: Mapping[str, str]) -> Co
 
 
 def unknown_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """A line about each SECATEUR_* variable that is no option of the server, and none of others."""
+    """Describes each SECATEUR_* variable that neither the server nor another program reads.
+
+    Args:
+        environment: To search.
+    """
     options = [_variable(name) for name, *_ in _OPTIONS]
     return [
         _unknown(name, options)
@@ -137,13 +165,13 @@ def _variable(option: str) -> str:
 
 def _unknown(name: str, options: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, options, 1, 0.0)
-    return f"{name} is set, and is not an option of the server; the nearest is {near[0]}"
+    return f"{name} is set, but is not an option of the server; the nearest is {near[0]}"
 
 
 def _problem(config: Config) -> str | None:
-    """What is wrong with options that are right one by one."""
+    """What is wrong with the combination of options."""
     if (config.tls_cert is None) != (config.tls_key is None):
-        return "--tls-cert and --tls-key go together"
+        return "--tls-cert and --tls-key need each other: give both or neither"
     if config.tls_client_ca and not config.tls_cert:
         return "--tls-client-ca needs --tls-cert and --tls-key"
     if config.insecure:
@@ -161,7 +189,7 @@ def _open_calls(config: Config) -> str | None:
         return None
     return (
         f"--address {config.address} can be reached from other machines: give "
-        f"{' and '.join(missing)}, or say --insecure where something else keeps strangers out"
+        f"{' and '.join(missing)}, or --insecure if something else protects the server"
     )
 
 
@@ -171,12 +199,16 @@ def _open_metrics(config: Config) -> str | None:
         return None
     return (
         f"--metrics-address {address} can be reached from other machines: give "
-        "--metrics-token-file, or say --insecure where something else keeps strangers out"
+        "--metrics-token-file, or --insecure if something else protects the server"
     )
 
 
 def is_public(address: str) -> bool:
-    """Whether other machines may reach an address."""
+    """Whether other machines may reach an address.
+
+    Args:
+        address: Of gRPC or metrics.
+    """
     if address.startswith(("unix:", "unix-abstract:")):
         return False
     host = address.removeprefix("dns:///").rpartition(":")[0].strip("[]")
@@ -184,103 +216,8 @@ def is_public(address: str) -> bool:
         return False
     try:
         return not ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name: nobody knows what it will stand for
+    except ValueError:  # a name, which may resolve to anything
         return True
-
-
-def device(name: str) -> torch.device:
-    """The device of `name`: auto, cpu, cuda or cuda:N."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
-        raise argparse.ArgumentTypeError(f"{name!r} is none of auto, cpu, cuda, cuda:N")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(
-            f"{name!r}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
-        )
-    return torch.device("cuda:0" if name == "cuda" else name)  # as its tensors have it
-
-
-def byte_count(text: str) -> int:
-    """A number of bytes: 1048576, 512MiB, 16GB."""
-    try:
-        return sizes.byte_count(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def whole(text: str) -> int:
-    """A whole number, not negative."""
-    if text.isdecimal():
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
-
-
-def switch(text: str) -> bool:
-    """What a variable says that stands for an option without a value."""
-    if text.lower() in ("1", "true", "yes"):
-        return True
-    if text.lower() in ("0", "false", "no"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither 1 nor 0")
-
-
-def file(text: str) -> Path:
-    """The path of a file that can be read, again and again: no pipe."""
-    path = Path(text)
-    try:
-        if stat.S_ISREG(path.stat().st_mode):  # to open a pipe waits for somebody to write to it
-            with path.open("rb"):
-                return path
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from None
-    raise argparse.ArgumentTypeError(f"{text}: is no file")
-
-
-def log_format(text: str) -> str:
-    """How lines are logged."""
-    if text not in ("auto", "json", "text"):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, json, text")
-    return text
-
-
-def seconds(text: str) -> float:
-    """A time in seconds, not negative."""
-    try:
-        if (value := float(text)) >= 0:
-            return value
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is no time in seconds")
-
-
-def some_seconds(text: str) -> float:
-    """A time in seconds, more than none."""
-    if (value := seconds(text)) > 0:
-        return value
-    raise argparse.ArgumentTypeError(f"{text!r} is no time to wait")
-
-
-def folders(text: str) -> tuple[Path, ...]:
-    """Absolute folders, parted by commas."""
-    paths = tuple(Path(part.strip()) for part in text.split(",") if part.strip())
-    for path in paths:
-        if not path.is_absolute() or not path.is_dir():
-            raise argparse.ArgumentTypeError(f"{str(path)!r} is no absolute path of a folder")
-    return paths
-
-
-def prefixes(text: str) -> tuple[str, ...]:
-    """Beginnings of URIs, parted by commas."""
-    found = tuple(part.strip() for part in text.split(",") if part.strip())
-    for prefix in found:
-        scheme, separator, rest = prefix.partition("://")
-        if not separator or not rest.strip("/") or scheme in ("file", "local"):
-            raise argparse.ArgumentTypeError(
-                f"{prefix!r} is no scheme://place (for folders there is --allow-path)"
-            )
-    return found
 
 
 # Variables of the client, of compose and of the tests.
@@ -291,59 +228,89 @@ _OTHERS_VARIABLES = {
     "SECATEUR_MEMORY",
     "SECATEUR_FUZZ_SECONDS",
 }
-# Kubernetes tells containers where a Service of the name `secateur` is.
+# Kubernetes sets these for a Service named `secateur`.
 _KUBERNETES_LINK = re.compile(r"SECATEUR_(SERVICE_(HOST|PORT.*)|PORT(_\d+_.*)?)")
 
 _OPTIONS = (
-    ("address", str, "127.0.0.1:50051", "where to serve gRPC; port 0 takes a free one"),
-    ("metrics-address", str, "127.0.0.1:9464", "where to serve /metrics; empty serves none"),
+    ("address", str, "127.0.0.1:50051", "where to serve gRPC; port 0 is a free port"),
+    ("metrics-address", str, "127.0.0.1:9464", "where to serve /metrics; empty: nowhere"),
     ("device", device, "auto", "where to prune: auto, cpu, cuda or cuda:N"),
     (
         "max-model-bytes",
         byte_count,
         None,
-        "the largest model, by default 3/4 of the memory, or of the GPU's if that is less",
+        "bytes of the largest model; default: 3/4 of the memory, or of the GPU's if less",
     ),
-    ("memory-limit", byte_count, None, "of all models in service, by default the same"),
-    ("queue-size", whole, "64", "requests that may wait for memory"),
-    ("idle-timeout", some_seconds, "60", "seconds in which a message has to come, or be taken"),
+    (
+        "memory-limit",
+        byte_count,
+        None,
+        "bytes of all models that are served at once; default: the same",
+    ),
+    ("queue-size", whole_number, "64", "requests that may wait for memory"),
+    (
+        "idle-timeout",
+        positive_seconds,
+        "60",
+        "seconds within which a caller must send, or take, each message",
+    ),
     (
         "min-throughput",
         byte_count,
         "32KiB",
-        "bytes a second that a caller has to send while it is waited for, after --idle-timeout",
+        "bytes a second that a caller must send while the server waits, after --idle-timeout",
     ),
     ("drain-timeout", seconds, "30", "seconds that running requests get at SIGTERM"),
     (
         "max-connection-age",
         seconds,
         "3600",
-        "seconds after which callers must connect again; 0 is never",
+        "seconds after which clients are asked to reconnect; 0 is never",
     ),
     (
         "max-connection-age-grace",
         seconds,
         "86400",
-        "seconds that calls on such a connection get to end; 0 is no bound",
+        "seconds that calls on such a connection get to end; 0 is no limit",
     ),
-    ("store-dir", Path, None, "where checkpoints are kept; else a temporary folder"),
+    ("store-dir", Path, None, "where to store checkpoints; default: a temporary folder"),
     (
         "store-max-bytes",
         byte_count,
         None,
-        "how much of them, by default 3/4 of what is free or used",
+        "bytes of all checkpoints; default: 3/4 of the disk's free space and the store's size",
     ),
-    ("store-ttl", seconds, "0", "seconds from its last use that one is kept; 0 is for ever"),
-    ("work-memory", byte_count, "1GiB", "for one request on a checkpoint, beside mapped files"),
-    ("allow-path", folders, "", "folders of file:// URIs that requests may name, parted by ','"),
-    ("allow-uri", prefixes, "", "beginnings of other URIs, such as s3://bucket/models, likewise"),
-    ("tls-cert", file, None, "the certificate to serve with, and its chain: PEM"),
-    ("tls-key", file, None, "its private key: PEM, without a password"),
-    ("tls-client-ca", file, None, "authorities; callers then need a certificate of theirs: PEM"),
-    ("tokens-file", file, None, "tenants and their tokens: TOML; callers then need a token"),
-    ("metrics-token-file", file, None, "the token that scrapers have to send"),
+    (
+        "store-ttl",
+        seconds,
+        "0",
+        "seconds from its last use that a checkpoint is kept; 0 is for ever",
+    ),
+    (
+        "work-memory",
+        byte_count,
+        "1GiB",
+        "bytes for one request on a checkpoint or a URI, beside mapped files",
+    ),
+    (
+        "allow-path",
+        folders,
+        "",
+        "folders of file:// URIs that requests may name, separated by commas",
+    ),
+    (
+        "allow-uri",
+        prefixes,
+        "",
+        "prefixes of other URIs that requests may name, such as s3://bucket/models",
+    ),
+    ("tls-cert", file, None, "the server's certificate and its intermediate certificates, PEM"),
+    ("tls-key", file, None, "its private key, PEM, without a password"),
+    ("tls-client-ca", file, None, "the CA of client certificates, PEM: callers then need one"),
+    ("tokens-file", file, None, "tenants and their tokens, TOML: callers then need one"),
+    ("metrics-token-file", file, None, "a file with the token that /metrics requires"),
     ("insecure", switch, False, "serve other machines without TLS and tokens"),
     ("log-format", log_format, "auto", "json, text, or auto: text on a terminal"),
-    ("otlp-endpoint", str, None, "where traces go: http://HOST:PORT, needs secateur[otel]"),
-    ("check", switch, False, "say what the server would do, and end"),
+    ("otlp-endpoint", str, None, "where to send traces, http://HOST:PORT; needs secateur[otel]"),
+    ("check", switch, False, "print what the server would do, and exit"),
 )

@@ -1,43 +1,43 @@
 """Every failure that a caller can cause, each with its own gRPC status.
 
 RequestError
-    InvalidRequest          INVALID_ARGUMENT    the messages of the call are out of order
-        NoMessage                               there is none
-        UnknownField                            from a client that is newer than the server
+    InvalidRequest          INVALID_ARGUMENT    the messages of the call are wrong or misordered
+        NoMessage                               the call ended before its first message
+        UnknownField                            the client is newer than the server
     InvalidSpec             INVALID_ARGUMENT    the spec is wrong, or does not fit the tensors
-        UnknownTensor                           a rule names a tensor that is not there
-        NotPrunable                             a rule names a tensor of a dtype that has no pruning
+        UnknownTensor                           a rule names a tensor that does not exist
+        NotPrunable                             a rule names a tensor of a dtype without pruning
         AmountOutOfRange
         DimOutOfRange
-        NotStructured                           a slice of a tensor that has no slices
-        InvalidMask                             not 0 and 1, or of another shape
-        InvalidScores                           of another shape or dtype
-        NanScores                               NaN has no rank
-    InvalidStateDict        INVALID_ARGUMENT    the data is not what it says
-        MalformedFile                           not the safetensors format
+        NotStructured                           a slice of a tensor without slices
+        InvalidMask                             values other than 0 and 1, or another shape
+        InvalidScores                           another shape or dtype
+        NanScores                               an importance is NaN
+    InvalidStateDict        INVALID_ARGUMENT    the data differs from its header
+        MalformedFile                           the data is not in the safetensors format
         WrongLength                             more bytes than announced
             TooShort                            fewer bytes than announced
-        InvalidPair                             X_orig and X_mask do not make a pruned X
+        InvalidPair                             X_orig and X_mask do not fit together
     ModelTooLarge           RESOURCE_EXHAUSTED  above --max-model-bytes
-    RequestTooLarge         RESOURCE_EXHAUSTED  a header, spec or plan takes too much memory
-    OutOfMemory             RESOURCE_EXHAUSTED  no memory for it now
-    StoreFull               RESOURCE_EXHAUSTED  no room on the store's disk
-    StoreFailed             UNAVAILABLE         the store's disk failed; nothing has changed there
-    CheckpointNotFound      NOT_FOUND           the caller has none of that name
-    DataLoss                DATA_LOSS           a checkpoint is not what was stored
-    TakenOver               ABORTED             the same upload began anew
-    UriNotAllowed           PERMISSION_DENIED   the operator has not listed it
-    UriNotFound             NOT_FOUND           there is nothing
-    UriFailed               FAILED_PRECONDITION cannot be read, or written
-    UriChanged              ABORTED             while it was read
-    QueueFull               RESOURCE_EXHAUSTED  too many wait; RetryInfo says when to come again
-    QuotaExceeded           RESOURCE_EXHAUSTED  above what the tenant may have
+    RequestTooLarge         RESOURCE_EXHAUSTED  a header, spec or plan needs too much memory
+    OutOfMemory             RESOURCE_EXHAUSTED  an allocation failed
+    StoreFull               RESOURCE_EXHAUSTED  no space in the store
+    StoreFailed             UNAVAILABLE         the store's disk failed; the store is unchanged
+    CheckpointNotFound      NOT_FOUND           the caller has no checkpoint of that name
+    DataLoss                DATA_LOSS           a checkpoint differs from what was stored
+    TakenOver               ABORTED             a newer call has taken over the upload
+    UriNotAllowed           PERMISSION_DENIED   the operator has not allowed the URI
+    UriNotFound             NOT_FOUND           the URI does not exist
+    UriFailed               FAILED_PRECONDITION the URI cannot be read or written
+    UriChanged              ABORTED             the file changed while it was read
+    QueueFull               RESOURCE_EXHAUSTED  too many calls; RetryInfo has the delay for a retry
+    QuotaExceeded           RESOURCE_EXHAUSTED  above the tenant's quota
     Unauthenticated         UNAUTHENTICATED     no token, or an unknown one
-    IdleTimeout             DEADLINE_EXCEEDED   nothing, or too little, came or was taken
-    Stopped                 CANCELLED           the caller has left
+    IdleTimeout             DEADLINE_EXCEEDED   the caller sends or takes nothing, or too little
+    Cancelled               CANCELLED           the caller has cancelled the call
         ShuttingDown        UNAVAILABLE         the server shuts down
-    Late                    DEADLINE_EXCEEDED   its time is up
-    Defect                  INTERNAL            a defect of the server
+    DeadlineExceeded        DEADLINE_EXCEEDED   the caller's deadline has passed
+    InternalError           INTERNAL            an internal error of the server
 """
 
 from collections.abc import Mapping
@@ -46,14 +46,23 @@ from typing import ClassVar
 
 
 def quote(value: object) -> str:
-    """`value` as Python writes it, short enough to stand in a message."""
-    if isinstance(value, str) and len(value) > 1000:  # what is left out need not be written first
+    """The repr of a value, shortened for a message.
+
+    Args:
+        value: Any value.
+    """
+    if isinstance(value, str) and len(value) > 1000:  # so that no long repr is built first
         value = f"{value[:500]}{value[-500:]}"
     return shorten(repr(value), 120)
 
 
 def shorten(text: str, limit: int) -> str:
-    """`text`, without its middle where it has more than `limit` bytes as UTF-8."""
+    """Cuts out the middle of a long text.
+
+    Args:
+        text: To shorten.
+        limit: Bytes in UTF-8.
+    """
     encoded = text.encode()
     if len(encoded) <= limit:
         return text
@@ -64,9 +73,15 @@ def shorten(text: str, limit: int) -> str:
 class RequestError(Exception):
     """A request that cannot be served.
 
-    field: the path of the request's field at fault, as google.rpc.BadRequest has it.
-    retry_after: seconds after which the same call may be served; None where it never is.
-    metadata: more for programs to read, as google.rpc.ErrorInfo has it.
+    Args:
+        field: The path of the request's field at fault, as in google.rpc.BadRequest.
+        message: The fact with the value, and the advice.
+
+    Attributes:
+        status: The gRPC status.
+        reason: As in google.rpc.ErrorInfo.
+        retry_after: Seconds after which the same call may succeed; None: retrying does not help.
+        metadata: More for programs, as in google.rpc.ErrorInfo.
     """
 
     status: ClassVar[str] = "INVALID_ARGUMENT"
@@ -75,14 +90,14 @@ class RequestError(Exception):
     metadata: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, field: str, message: str) -> None:
-        # HTTP/2 peers take 8 KiB of trailers, where all this stands three times, once in hex.
+        # HTTP/2 peers accept 8 KiB of trailers, which contain this three times, once in hex.
         self.field = shorten(field, 250)
         self.description = shorten(message, 900)
         super().__init__(f"{self.field}: {self.description}")
 
 
 class InvalidRequest(RequestError):
-    """The messages of the call are out of order."""
+    """The messages of the call are wrong or misordered."""
 
     reason = "INVALID_REQUEST"
 
@@ -92,10 +107,16 @@ class NoMessage(InvalidRequest):
 
 
 class UnknownField(InvalidRequest):
-    """A message has a field that this server does not know: its client is newer."""
+    """A message has a field that this server does not know, since the client is newer.
+
+    Args:
+        field: The path of the message in the request.
+        message: The type of the message.
+        unknown: The field.
+        version: Of this server.
+    """
 
     def __init__(self, field: str, message: str, unknown: str, version: str) -> None:
-        """message: its type.  unknown: the field.  version: of this server."""
         super().__init__(
             field,
             f"{message} has {unknown} that this server does not know: the server (secateur "
@@ -111,39 +132,39 @@ class InvalidSpec(RequestError):
 
 
 class UnknownTensor(InvalidSpec):
-    """A rule names a tensor that the state_dict does not have."""
+    """A rule names a tensor that does not exist in the state_dict."""
 
 
 class NotPrunable(InvalidSpec):
-    """A rule names a tensor of a dtype that has no pruning."""
+    """A rule names a tensor of a dtype that cannot be pruned."""
 
 
 class AmountOutOfRange(InvalidSpec):
-    """A fraction outside [0, 1], or a count above what is left."""
+    """A fraction is outside [0, 1], or a count is above the number of candidates."""
 
 
 class DimOutOfRange(InvalidSpec):
-    """The tensor does not have that dimension."""
+    """The tensor does not have the dimension."""
 
 
 class NotStructured(InvalidSpec):
-    """A structured rule on a tensor of fewer than 2 dimensions, or of no matrices."""
+    """A structured rule does not apply to a tensor of this shape."""
 
 
 class InvalidMask(InvalidSpec):
-    """A custom mask of another shape, or with values other than 0 and 1."""
+    """A custom mask has another shape, or values other than 0 and 1."""
 
 
 class InvalidScores(InvalidSpec):
-    """Importance scores of another shape, or of a dtype that is not floating."""
+    """Importance scores have another shape, or a dtype that is not floating."""
 
 
 class NanScores(InvalidSpec):
-    """An importance that is NaN has no rank."""
+    """An importance is NaN."""
 
 
 class InvalidStateDict(RequestError):
-    """The data is not what it says."""
+    """The data differs from its header or its announcement."""
 
     reason = "INVALID_STATE_DICT"
 
@@ -153,15 +174,15 @@ class MalformedFile(InvalidStateDict):
 
 
 class WrongLength(InvalidStateDict):
-    """More bytes than announced, or fewer."""
+    """The data has more or fewer bytes than announced."""
 
 
 class TooShort(WrongLength):
-    """The data ended before all that was announced had arrived."""
+    """The data ended before all announced bytes arrived."""
 
 
 class InvalidPair(InvalidStateDict):
-    """X_orig and X_mask do not make a pruned X."""
+    """X_orig and X_mask do not fit together."""
 
 
 class ModelTooLarge(RequestError):
@@ -172,14 +193,14 @@ class ModelTooLarge(RequestError):
 
 
 class RequestTooLarge(RequestError):
-    """What the request asks for takes more memory than the server ever has for it."""
+    """The request needs more memory than the server's limit for it."""
 
     status = "RESOURCE_EXHAUSTED"
     reason = "REQUEST_TOO_LARGE"
 
 
 class OutOfMemory(RequestError):
-    """There is no memory for the request now."""
+    """An allocation failed."""
 
     status = "RESOURCE_EXHAUSTED"
     reason = "OUT_OF_MEMORY"
@@ -187,14 +208,14 @@ class OutOfMemory(RequestError):
 
 
 class StoreFull(RequestError):
-    """The store's disk, or its limit, has no room for it."""
+    """The store's disk is full, or its limit is reached."""
 
     status = "RESOURCE_EXHAUSTED"
     reason = "STORE_FULL"
 
 
 class StoreFailed(RequestError):
-    """The store's disk failed. Nothing of what the call sent is kept, and nothing is deleted."""
+    """The store's disk failed. Nothing that the call sent is kept, and nothing is deleted."""
 
     status = "UNAVAILABLE"
     reason = "STORE_FAILED"
@@ -208,49 +229,55 @@ class CheckpointNotFound(RequestError):
 
 
 class DataLoss(RequestError):
-    """A checkpoint is not what was stored. field: its name."""
+    """A checkpoint differs from what was stored. The field is its name."""
 
     status = "DATA_LOSS"
     reason = "DATA_LOSS"
 
 
 class TakenOver(RequestError):
-    """The same caller began the same upload anew."""
+    """A newer call of the same caller has taken over the upload."""
 
     status = "ABORTED"
     reason = "UPLOAD_TAKEN_OVER"
 
 
 class UriNotAllowed(RequestError):
-    """The operator has not listed that URI."""
+    """The operator has not allowed the URI."""
 
     status = "PERMISSION_DENIED"
     reason = "URI_NOT_ALLOWED"
 
 
 class UriNotFound(RequestError):
-    """There is nothing at that URI."""
+    """The URI does not exist."""
 
     status = "NOT_FOUND"
     reason = "URI_NOT_FOUND"
 
 
 class UriFailed(RequestError):
-    """What a URI names cannot be read, or written."""
+    """The URI cannot be read or written."""
 
     status = "FAILED_PRECONDITION"
     reason = "URI_FAILED"
 
 
 class UriChanged(RequestError):
-    """What a URI names changed while it was read."""
+    """The file changed while it was read."""
 
     status = "ABORTED"
     reason = "URI_CHANGED"
 
 
 class QueueFull(RequestError):
-    """Too many calls wait already."""
+    """Too many calls run or wait.
+
+    Args:
+        field: As in RequestError.
+        message: As in RequestError.
+        retry_after: Seconds after which the same call may succeed.
+    """
 
     status = "RESOURCE_EXHAUSTED"
     reason = "QUEUE_FULL"
@@ -261,50 +288,50 @@ class QueueFull(RequestError):
 
 
 class QuotaExceeded(RequestError):
-    """The call needs more than its tenant may ever have."""
+    """The call needs more than the tenant's quota."""
 
     status = "RESOURCE_EXHAUSTED"
     reason = "QUOTA_EXCEEDED"
 
 
 class Unauthenticated(RequestError):
-    """The call has no token, or one that is not known."""
+    """The call has no token, or an unknown one."""
 
     status = "UNAUTHENTICATED"
     reason = "UNAUTHENTICATED"
 
 
 class IdleTimeout(RequestError):
-    """For too long the caller sent nothing, sent too little, or took nothing."""
+    """The caller sent nothing, sent too little, or took nothing for too long."""
 
     status = "DEADLINE_EXCEEDED"
     reason = "IDLE_TIMEOUT"
 
 
-class Stopped(RequestError):
-    """The caller has left."""
+class Cancelled(RequestError):
+    """The caller has cancelled the call, or its connection is lost."""
 
     status = "CANCELLED"
     reason = "CANCELLED"
 
 
-class ShuttingDown(Stopped):
-    """The server shuts down: it refuses the call, or ends it after --drain-timeout."""
+class ShuttingDown(Cancelled):
+    """The server shuts down. It refuses the call, or ends it after --drain-timeout."""
 
     status = "UNAVAILABLE"
     reason = "SHUTTING_DOWN"
     retry_after = 1.0
 
 
-class Late(RequestError):
-    """The caller's time is up."""
+class DeadlineExceeded(RequestError):
+    """The caller's deadline has passed."""
 
     status = "DEADLINE_EXCEEDED"
     reason = "DEADLINE_EXCEEDED"
 
 
-class Defect(RequestError):
-    """The server has a defect."""
+class InternalError(RequestError):
+    """An internal error of the server."""
 
     status = "INTERNAL"
     reason = "INTERNAL"

@@ -1,4 +1,4 @@
-"""Fields of a request, checked as they are read."""
+"""Checks of the fields of a request."""
 
 from collections.abc import Sized
 
@@ -8,12 +8,12 @@ from secateur_server.errors import AmountOutOfRange, InvalidSpec
 
 
 def chosen(message: Message, oneof: str, path: str) -> str:
-    """The name of the field that a caller has chosen.
+    """The name of the field of a oneof that is set.
 
     Args:
-        message: Has the oneof.
+        message: With the oneof.
         oneof: Its name.
-        path: Of the message in the request.
+        path: The path of the message in the request.
 
     Raises:
         InvalidSpec: None of its fields is set.

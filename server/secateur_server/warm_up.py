@@ -1,4 +1,4 @@
-"""Warm-up: what only the first calls of a process do is done before a caller waits for it."""
+"""Warm-up: prunes made-up models, so that no caller waits for imports and compilation."""
 
 import logging
 import time
@@ -13,7 +13,7 @@ from secateur_proto import spec_pb2
 from secateur_proto.framing import file_header
 from secateur_proto.plan_pb2 import Amount
 from secateur_server.api.pruner import Pruner
-from secateur_server.backends.cpu import one_thread
+from secateur_server.backends.cores import one_thread
 from secateur_server.operate.metrics import Metrics
 from secateur_server.runtime.context import RequestContext
 from secateur_server.runtime.scheduler import Scheduler
@@ -24,36 +24,36 @@ from secateur_server.uris.requests import Requests
 from secateur_server.uris.scratch import Scratch
 from secateur_server.uris.uris import Uris
 
-# Kernels are compiled for the bits of an element: F16 stands for BF16 too.
+# Kernels are compiled for each size of an element, so F16 also covers BF16.
 _DTYPES = (("F32", torch.float32), ("F16", torch.float16), ("F64", torch.float64))
-# Sides of tensors: small and large ones, and those of more than a million elements, have kernels of
-# their own. As F32 the large model is above ONE_CORE_BYTES: the server's device prunes it.
+# Sides of tensors. Small tensors, large ones, and those of more than a million elements use
+# different kernels. As F32 the large model is above ONE_CORE_BYTES, so the server's device prunes
+# it.
 _SMALL, _LARGE = (64, 64), (520, 1200)
-_MOST_BYTES = 1 << 30
+_MAX_BYTES = 1 << 30
 
 _log = logging.getLogger("secateur_server")
 
 
 def warm_up(device: torch.device, store: Store, prefixes: Sequence[str]) -> None:
-    """Prunes made-up models by all kinds of rules that have kernels, as callers' requests do.
+    """Prunes made-up models by all kinds of rules that have kernels.
 
     The first call of a process imports numba's compiler, and compiles kernels or loads them from
-    numba's cache. To compile takes seconds, in which a call does not see that its caller has left;
-    so no kernel may be left for a later call. These calls are in no metric, and one log line says
-    how long they took.
+    numba's cache. Compilation takes seconds, during which a call cannot be cancelled, so every
+    kernel is compiled here. These calls are not counted in metrics. One log line has their time.
 
     Args:
-        device: Prunes large models.
+        device: Where large models are pruned.
         store: Has the folder for files of calls.
-        prefixes: Of URIs that callers may name; the libraries that open them are imported.
+        prefixes: Prefixes of allowed URIs. The libraries that open them are imported.
     """
     begun = time.perf_counter()
     for prefix in prefixes:
         if problem := missing(prefix):
             _log.warning("URIs under %s cannot be opened: %s", prefix, problem)
-    metrics, scheduler = Metrics(device), Scheduler(_MOST_BYTES, 0)
+    metrics, scheduler = Metrics(device), Scheduler(_MAX_BYTES, 0)
     uris = Uris((), (), Scratch(store.scratch, 0, metrics.fetched), Requests(1.0))
-    limits = _MOST_BYTES, _MOST_BYTES
+    limits = _MAX_BYTES, _MAX_BYTES
     pruner = Pruner(Sources(store, uris, device, *limits, scheduler, metrics), 1)
     with ThreadPoolExecutor(1, initializer=one_thread) as thread:
         thread.submit(_warm_up, pruner).result()
@@ -92,13 +92,13 @@ def _plan(pruner: Pruner, data: bytes, rule: spec_pb2.Rule) -> None:
 
 
 def _sides(side: int, first_side: int) -> dict[str, int]:
-    """Tensors for the rules of _RULES."""
+    """The tensors that _RULES prune, with their sides."""
     others = ("rows", "columns", "n_m", "random", "g.0", "g.1", "lamp.0", "lamp.1")
     return {"l1": first_side, **dict.fromkeys(others, side)}
 
 
 def _file(name: str, dtype: torch.dtype, sides: Mapping[str, int]) -> bytes:
-    """A model of square tensors, each with a zero in it."""
+    """A model of square tensors, each with one zero."""
     parts = [file_header([(tensor, name, (side, side)) for tensor, side in sides.items()])]
     generator = torch.Generator().manual_seed(0)
     for side in sides.values():

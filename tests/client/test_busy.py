@@ -19,7 +19,7 @@ import secateur
 from secateur.patience import MOST_RESENDS
 from secateur_proto.pruner_pb2_grpc import PrunerStub
 from secateur_server.errors import OutOfMemory
-from secateur_server.operate.callers import Callers
+from secateur_server.operate.authentication import Authenticator
 from tests.conftest import PATIENCE, RunningServer, eventually, inner_server
 from tests.contract.raw import header, message, series
 
@@ -131,17 +131,17 @@ def test_every_method_is_served_when_a_place_is_free_again(
 def delay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float | None:
     """Every call to the server finds no memory. Returns the delay that callers are told."""
 
-    def fail(self: Callers, metadata: Any) -> Any:
+    def fail(self: Authenticator, metadata: Any) -> Any:
         raise MemoryError
 
     monkeypatch.setattr(OutOfMemory, "retry_after", request.param)
-    monkeypatch.setattr(Callers, "caller", fail)
+    monkeypatch.setattr(Authenticator, "authenticate", fail)
     told: float | None = request.param
     return told
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_no_model_is_sent_for_ever_to_a_server_without_memory(
+def test_resends_to_a_server_without_memory_end(
     server: RunningServer, given: Given, delay: float | None, name: str
 ) -> None:
     method, call = CALLS[name]

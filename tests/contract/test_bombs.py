@@ -190,7 +190,7 @@ def test_a_key_that_stands_twice_is_refused(channel: grpc.Channel, text: bytes) 
     found = send_chunks(channel, "Report", file(text, ONE))
     assert found is not None
     assert found.reason == INVALID_STATE_DICT
-    assert "stands twice" in found.message
+    assert "occurs twice" in found.message
 
 
 # Many tensors, long names -------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from secateur_proto.sizes import byte_count
-from secateur_server.operate.callers import read_tokens
+from secateur_server.operate.tokens_file import read_tokens
 from tests.deploy.options import variables
 
 FOLDER = Path("deploy/kubernetes")

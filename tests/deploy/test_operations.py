@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from secateur_server import errors
-from secateur_server.operate.callers import read_tokens
+from secateur_server.operate.tokens_file import read_tokens
 from tests.conftest import RunningServer
 from tests.deploy.options import options
 from tests.deploy.promql import alerts, families

@@ -54,9 +54,9 @@ STRICTER = re.compile(
     "the header begins with"  # the format wants {; the library takes blanks before it
     "|needs dtype, shape and data_offsets"  # and nothing else
     "|is not a list of sizes"  # more than 64 dimensions, or a size of 2^63 and more
-    "|is larger than any tensor's"  # 2^62 elements, were no size 0
+    "|has 2\\^62 elements or more"  # counting each size 0 as 1
     "|None is not a map"  # metadata that is null
-    "|has more than|is too long"  # 100,000 texts; 16 KiB of what describes a tensor
+    "|has more than|is too long"  # 100,000 entries of metadata; 16 KiB for one tensor
 )
 
 
@@ -131,7 +131,11 @@ def _has_twins(file: bytes) -> bool:
 def plain(tensors: Mapping[str, WireTensor]) -> Plain:
     """Tensors as `in_library` returns them."""
     return {
-        name: (tensor.dtype, list(tensor.shape), tensor.data.numpy().tobytes())
+        name: (
+            tensor.dtype,
+            list(tensor.shape),
+            tensor.data.reshape(-1).view(torch.uint8).numpy().tobytes(),
+        )
         for name, tensor in tensors.items()
     }
 

@@ -1,4 +1,4 @@
-"""Certificate authorities of a test's own, and what they sign."""
+"""Certificate authorities for tests, and certificates that they sign."""
 
 import datetime
 import ipaddress

@@ -1,4 +1,4 @@
-"""A server of a test's own, whose counts begin at zero and whose log is of its calls alone."""
+"""A server for one test, whose counts begin at zero and whose log has its own calls only."""
 
 from collections.abc import Iterator
 

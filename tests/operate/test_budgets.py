@@ -1,4 +1,4 @@
-"""What requests share beside the memory of their state_dicts: calls, messages, headers, cores."""
+"""Shared resources beside state_dicts: calls, messages, headers, cores."""
 
 import threading
 from collections.abc import Callable
@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateur_server.errors import QueueFull, RequestTooLarge, Stopped
+from secateur_server.errors import Cancelled, QueueFull, RequestTooLarge
 from secateur_server.runtime import budget
 from secateur_server.runtime.budget import Budget, Full, Quota
 from secateur_server.runtime.context import RequestContext, Tenant
 from secateur_server.runtime.scheduler import (
-    LEAST_OTHER_BYTES,
-    MOST_MESSAGE_BYTES,
-    MOST_PROBES,
+    MAX_MESSAGE_BYTES,
+    MAX_PROBES,
+    MIN_OTHER_BYTES,
     ONE_CORE_BYTES,
     WORKERS,
     Scheduler,
@@ -53,37 +53,37 @@ def test_charges_count_until_the_call_ends(scheduler: Scheduler) -> None:
     assert scheduler.other.held == 0
 
 
-def test_a_call_that_fails_gives_its_charges_back(scheduler: Scheduler) -> None:
+def test_failed_call_returns_its_charges(scheduler: Scheduler) -> None:
     context = request(scheduler)
     with suppress(RequestTooLarge), scheduler.call(context):
         context.charge("header", 3 * MIB, "decoding it")
-        context.charge("header", LEAST_OTHER_BYTES + 1, "decoding more")
+        context.charge("header", MIN_OTHER_BYTES + 1, "decoding more")
     assert scheduler.other.held == 0
 
 
-def test_what_never_fits_is_refused_with_what_it_would_have_taken(scheduler: Scheduler) -> None:
+def test_charge_that_never_fits_is_refused_with_its_size(scheduler: Scheduler) -> None:
     with pytest.raises(RequestTooLarge) as caught:
-        request(scheduler).charge("header.amounts", LEAST_OTHER_BYTES + 1, "the plan")
+        request(scheduler).charge("header.amounts", MIN_OTHER_BYTES + 1, "the plan")
     assert str(caught.value) == (
-        f"header.amounts: the plan takes up to {LEAST_OTHER_BYTES + 1} bytes of memory, and this "
-        f"server has {LEAST_OTHER_BYTES} for it: ask for less at once, or ask the operator to "
+        f"header.amounts: the plan takes up to {MIN_OTHER_BYTES + 1} bytes of memory, and this "
+        f"server has {MIN_OTHER_BYTES} for it: split the request, or ask the operator to "
         "raise --memory-limit"
     )
     assert caught.value.retry_after is None
     assert scheduler.other.held == 0
 
 
-def test_what_does_not_fit_beside_others_may_be_sent_again(scheduler: Scheduler) -> None:
+def test_charge_that_does_not_fit_beside_others_may_be_retried(scheduler: Scheduler) -> None:
     first, second = request(scheduler), request(scheduler)
     with scheduler.call(first), scheduler.call(second):
-        first.charge("header", LEAST_OTHER_BYTES - MIB, "decoding it")
-        with pytest.raises(QueueFull, match=f"{LEAST_OTHER_BYTES - MIB} of") as caught:
+        first.charge("header", MIN_OTHER_BYTES - MIB, "decoding it")
+        with pytest.raises(QueueFull, match=f"{MIN_OTHER_BYTES - MIB} of") as caught:
             second.charge("data", MIB + 1, "reading it")
         assert caught.value.retry_after
         second.charge("data", MIB, "reading it")
 
 
-def test_a_named_tenant_has_half_of_everything(scheduler: Scheduler) -> None:
+def test_named_tenant_gets_half_of_everything(scheduler: Scheduler) -> None:
     with ExitStack() as held:
         contexts = [request(scheduler, ALICE) for _ in range(WORKERS // 2)]
         for context in contexts:
@@ -91,13 +91,13 @@ def test_a_named_tenant_has_half_of_everything(scheduler: Scheduler) -> None:
         with pytest.raises(QueueFull, match="32 of 64, 32 from this tenant"):
             held.enter_context(scheduler.call(request(scheduler, ALICE)))
         contexts[0].charge("header", MIB, "decoding it")
-        half = LEAST_OTHER_BYTES // 2
+        half = MIN_OTHER_BYTES // 2
         with pytest.raises(QueueFull, match=f"requests of this tenant hold {MIB} of its {half}"):
             contexts[1].charge("header", half, "decoding it")
         held.enter_context(scheduler.call(request(scheduler, BOB)))
         with pytest.raises(RequestTooLarge):
-            contexts[0].charge("header", LEAST_OTHER_BYTES // 2 + 1, "decoding it")
-        for _ in range(LEAST_OTHER_BYTES // MOST_MESSAGE_BYTES // 2):
+            contexts[0].charge("header", MIN_OTHER_BYTES // 2 + 1, "decoding it")
+        for _ in range(MIN_OTHER_BYTES // MAX_MESSAGE_BYTES // 2):
             held.enter_context(scheduler.first_message(request(scheduler, ALICE)))
         waiting = Waiting(scheduler.first_message, request(scheduler, ALICE))
         eventually(lambda: scheduler.messages.waiting, 1)
@@ -123,7 +123,7 @@ class Waiting:
         try:
             with self._enter(self._context):
                 self.has_entered = True
-        except Stopped as error:
+        except Cancelled as error:
             self.error = error
 
     def join(self) -> None:
@@ -135,9 +135,9 @@ class Waiting:
         assert self.error is not None
 
 
-def test_a_received_message_makes_place_for_the_next_one(scheduler: Scheduler) -> None:
+def test_received_message_frees_memory_for_the_next_one(scheduler: Scheduler) -> None:
     with ExitStack() as held:
-        count = LEAST_OTHER_BYTES // MOST_MESSAGE_BYTES
+        count = MIN_OTHER_BYTES // MAX_MESSAGE_BYTES
         messages = [
             held.enter_context(scheduler.first_message(request(scheduler))) for _ in range(count)
         ]
@@ -173,7 +173,7 @@ def test_one_large_state_dict_has_the_cores_and_small_ones_do_not_wait(
 def test_a_new_probe_ends_the_oldest_one(scheduler: Scheduler) -> None:
     ended: list[int] = []
     with ExitStack() as held:
-        for number in range(MOST_PROBES + 2):
+        for number in range(MAX_PROBES + 2):
             held.enter_context(scheduler.probe(lambda number=number: ended.append(number)))  # type: ignore[misc]
     assert ended == [0, 1]
 

@@ -1,4 +1,4 @@
-"""The limits of control groups: folders as kernels show them, and real groups of root's."""
+"""Limits of control groups: recorded folders of kernels, and real groups if the user is root."""
 
 import os
 import subprocess
@@ -44,7 +44,7 @@ def found(root: Path) -> dict[str, tuple[float, int]]:
     }
 
 
-def test_version_2_its_own_group_and_all_parents(tmp_path: Path) -> None:
+def test_version_2_uses_the_own_group_and_all_parents(tmp_path: Path) -> None:
     root = machine(
         tmp_path,
         "0::/pods/server\n",
@@ -89,7 +89,7 @@ def test_a_container_has_its_own_group_mounted(tmp_path: Path, path: str) -> Non
     assert found(root) == {"memory": (GIB, 1)}
 
 
-def test_a_group_outside_of_what_is_mounted_has_the_limits_of_the_top(tmp_path: Path) -> None:
+def test_group_outside_the_mount_has_the_limits_of_the_root(tmp_path: Path) -> None:
     files = {"memory.max": GIB, "memory.current": 1}
     assert found(machine(tmp_path, "0::/../../other\n", V2, files)) == {".": (GIB, 1)}
 
@@ -107,9 +107,7 @@ def test_threads_follow_the_quota(tmp_path: Path, quota: str, threads: int) -> N
     assert cores(8, machine(tmp_path, "0::/a/b\n", V2, files)) == threads
 
 
-def test_the_tightest_group_is_what_metrics_show(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_metrics_show_the_tightest_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {
         **{"a/memory.max": 4000, "a/memory.current": 3900},
         **{"a/b/memory.max": 3000, "a/b/memory.current": 1000},
@@ -160,7 +158,7 @@ def test_check_shows_the_limits_of_a_real_nested_group() -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
     said = ended.stdout.splitlines()
     assert said[2].startswith("prunes on cpu, threads: 1, ")
-    assert said[3].startswith("takes models of up to 1.5 GiB, at once up to 1.5 GiB;")
+    assert said[3].startswith("accepts models of up to 1.5 GiB, at once up to 1.5 GiB;")
     assert said[-1] == (
         f"may use 2.0 GiB of memory, the limit of {memory_group.parent}; "
         f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} CPUs, "

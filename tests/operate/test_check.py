@@ -38,7 +38,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> Check:
     return run
 
 
-def test_it_says_what_the_server_would_do(tmp_path: Path) -> None:
+def test_check_prints_what_the_server_would_do(tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.toml"
     tokens.write_text('[tenants.vision]\ntokens = ["sixteen letters or more"]\n')
     ended = run_command(
@@ -53,13 +53,13 @@ def test_it_says_what_the_server_would_do(tmp_path: Path) -> None:
     assert said[0] == "serves gRPC at 127.0.0.1:0, without TLS, to the tenants vision"
     assert said[1] == "serves no metrics"
     assert said[2].startswith("prunes on cpu, ")
-    assert said[3] == "takes models of up to 2.0 GiB, at once up to 3.0 GiB; 5 requests may wait"
-    assert said[4] == f"keeps checkpoints in {tmp_path}/new/store, up to 1.0 GiB"
+    assert said[3] == "accepts models of up to 2.0 GiB, at once up to 3.0 GiB; 5 requests may wait"
+    assert said[4] == f"stores checkpoints in {tmp_path}/new/store, up to 1.0 GiB"
     assert said[5] == f"opens URIs under {tmp_path}, s3://bucket/models"
-    assert not (tmp_path / "new").exists()  # it says, and does nothing
+    assert not (tmp_path / "new").exists()  # it prints, and changes nothing
 
 
-def test_it_disturbs_no_server_that_runs_and_says_what_that_one_has(
+def test_check_reports_resources_of_a_running_server_undisturbed(
     said: Check, tmp_path: Path
 ) -> None:
     with inner_server("--store-dir", str(tmp_path)) as running:
@@ -74,7 +74,7 @@ def test_it_disturbs_no_server_that_runs_and_says_what_that_one_has(
         assert found.errors[0] == f"secateur-server: {listen}"
         metrics = f"cannot serve metrics at {running.metrics_address}: Address already in use"
         assert found.errors[1] == f"secateur-server: {metrics}"
-        store = f"cannot keep checkpoints in {tmp_path}: another server does"
+        store = f"cannot store checkpoints in {tmp_path}: another server uses it"
         assert found.errors[2] == f"secateur-server: {store}"
         with socket.create_connection(running.address.split(":")):  # type: ignore[arg-type]
             pass
@@ -84,15 +84,24 @@ def test_it_disturbs_no_server_that_runs_and_says_what_that_one_has(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tokens-file", "{bad}"], "cannot read the tokens: {bad} is no TOML"),
-        (["--tls-cert", "{bad}", "--tls-key", "{bad}"], "cannot serve TLS: {bad}: is not PEM"),
-        (["--store-dir", "{bad}/store"], "cannot keep checkpoints in {bad}/store: {bad} is closed"),
-        (["--metrics-address", "nowhere"], "cannot serve metrics at 'nowhere': it is no HOST:PORT"),
+        (["--tokens-file", "{bad}"], "cannot read the tokens: {bad} is not TOML"),
+        (
+            ["--tls-cert", "{bad}", "--tls-key", "{bad}"],
+            "cannot serve TLS: {bad}: does not contain a certificate",
+        ),
+        (
+            ["--store-dir", "{bad}/store"],
+            "cannot store checkpoints in {bad}/store: {bad} is not a folder",
+        ),
+        (
+            ["--metrics-address", "nowhere"],
+            "cannot serve metrics at 'nowhere': it is not HOST:PORT",
+        ),
         (["--memory-limit", "900TiB"], "--memory-limit is 921600.0 GiB: this machine has "),
         (["--max-model-bytes", "900TiB"], "--max-model-bytes is 921600.0 GiB: this machine has "),
         (
             ["--store-dir", "{folder}", "--store-max-bytes", "90000TiB"],
-            "cannot keep checkpoints in {folder}: --store-max-bytes is 92160000.0 GiB, the disk",
+            "cannot store checkpoints in {folder}: --store-max-bytes is 92160000.0 GiB, the disk",
         ),
         (
             ["--allow-uri", "teapot://bucket/models"],
@@ -100,7 +109,7 @@ def test_it_disturbs_no_server_that_runs_and_says_what_that_one_has(
         ),
     ],
 )
-def test_what_would_fail_is_said_in_one_line(
+def test_each_problem_is_one_line(
     said: Check, tmp_path: Path, options: list[str], message: str
 ) -> None:
     bad = tmp_path / "bad"
@@ -111,7 +120,7 @@ def test_what_would_fail_is_said_in_one_line(
     assert line.startswith(f"secateur-server: {message.format(bad=bad, folder=tmp_path)}")
 
 
-def test_every_problem_is_said(said: Check) -> None:
+def test_every_problem_is_reported(said: Check) -> None:
     found = said("--memory-limit", "900TiB", "--metrics-address", "nowhere")
     assert found.status == 1
     assert len(found.errors) == 2
@@ -119,7 +128,7 @@ def test_every_problem_is_said(said: Check) -> None:
 
 
 @pytest.mark.parametrize("package", ["fsspec", "s3fs"])
-def test_a_package_that_is_missing_is_said(
+def test_missing_package_is_reported(
     said: Check, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
     opened_before = import_module("fsspec.registry")._registry
@@ -132,7 +141,7 @@ def test_a_package_that_is_missing_is_said(
     assert "pip install 'secateur[remote]'" in line
 
 
-def test_a_package_that_no_extra_has_is_named(said: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_package_without_an_extra_is_named(said: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     (line,) = said("--allow-uri", "gs://bucket/models").errors
     assert line.endswith("; on the server: pip install gcsfs")
@@ -146,7 +155,7 @@ VARIABLES = {
 
 
 @pytest.mark.parametrize(("variable", "nearest"), VARIABLES.items())
-def test_a_variable_that_is_no_option_is_named_with_the_nearest(
+def test_unknown_variable_is_named_with_the_nearest_option(
     said: Check, monkeypatch: pytest.MonkeyPatch, variable: str, nearest: str
 ) -> None:
     monkeypatch.setenv(variable, "x")
@@ -165,14 +174,14 @@ def test_a_variable_that_is_no_option_is_named_with_the_nearest(
         *("SECATEUR_PORT", "SECATEUR_PORT_50051_TCP_ADDR", "SECATEUR_SERVICE_PORT_GRPC"),
     ],
 )
-def test_variables_of_others_are_no_news(
+def test_variables_of_other_programs_are_ignored(
     said: Check, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     monkeypatch.setenv(variable, "x")
     assert said().errors == []
 
 
-def test_a_server_that_starts_names_such_a_variable_in_its_log(
+def test_server_logs_unknown_variables_at_its_start(
     server: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It goes no further: its port is taken."""

@@ -1,7 +1,7 @@
-"""Who cancels, and whose time is up, ends the work soon, wherever it is.
+"""Cancellation and deadlines end the work soon, in every phase.
 
-How soon is told in seconds of the CPUs that the server goes on to use: those of the clock tell what
-else the machine has to do.
+Soon is measured in seconds of CPU time that the server still uses, since wall time depends on the
+load of the machine.
 """
 
 import os
@@ -176,21 +176,21 @@ def check_all_moments(
 
 
 @pytest.mark.parametrize("name", ["unstructured", "random", "structured", "sent unstructured"])
-def test_who_cancels_ends_the_work(line: Line, name: str) -> None:
+def test_cancellation_ends_the_work(line: Line, name: str) -> None:
     check_all_moments(line, lambda: line.begin(name), 3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("output", [pb.OUTPUT_MASKS, pb.OUTPUT_DENSE, pb.OUTPUT_REPARAMETRIZED])
 @pytest.mark.parametrize("name", [*SPECS, *(f"sent {name}" for name in SPECS)])
-def test_who_cancels_at_any_moment_ends_the_work(line: Line, name: str, output: Any) -> None:
+def test_cancellation_at_any_moment_ends_the_work(line: Line, name: str, output: Any) -> None:
     check_all_moments(line, lambda: line.begin(name, output=output), 12)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rpc", ["Report", "Finalize"])
 @pytest.mark.parametrize("name", ["kept", "sent "])
-def test_who_cancels_another_call_at_any_moment_ends_the_work(
+def test_cancellation_of_other_calls_at_any_moment_ends_the_work(
     line: Line, name: str, rpc: str
 ) -> None:
     check_all_moments(line, lambda: line.begin(name, rpc), 6, rpc == "Report")
@@ -198,7 +198,7 @@ def test_who_cancels_another_call_at_any_moment_ends_the_work(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SPECS)
-def test_who_cancels_a_plan_at_any_moment_ends_the_work(line: Line, name: str) -> None:
+def test_cancellation_of_a_plan_at_any_moment_ends_the_work(line: Line, name: str) -> None:
     amounts = [Amount(fraction=0.1 * tenths) for tenths in range(1, 10)]
     check_all_moments(line, lambda: line.begin(name, "Plan", amounts=amounts), 6, True)
 
@@ -223,7 +223,7 @@ def test_a_deadline_ends_a_call_that_receives(line: Line) -> None:
 
 
 class Held:
-    """A call that has announced its model and does not send it."""
+    """A call that has announced its model but does not send it."""
 
     def __init__(self, line: Line, size: int, timeout: float = 300) -> None:
         self._ended = threading.Event()
@@ -239,7 +239,7 @@ class Held:
 
 @pytest.mark.parametrize("how", ["cancel", "deadline"])
 @pytest.mark.parametrize("name", ["unstructured", "sent unstructured"])
-def test_who_leaves_the_queue_is_gone_at_once(line: Line, name: str, how: str) -> None:
+def test_cancelled_request_leaves_the_queue_at_once(line: Line, name: str, how: str) -> None:
     holder = Held(line, ROOM)
     eventually(lambda: line.series("model_bytes"), float(ROOM))
     for seconds in (1, 10, 100):  # a busy machine may need the first one to let it in at all
@@ -258,8 +258,8 @@ def test_who_leaves_the_queue_is_gone_at_once(line: Line, name: str, how: str) -
     line.check_ends(holder.call.cancel)
 
 
-def test_who_waits_for_its_turn_may_leave(line: Line) -> None:
-    """One large model is worked on at a time."""
+def test_request_that_waits_for_the_cores_can_be_cancelled(line: Line) -> None:
+    """One large model is processed at a time."""
     long = PruningSpec(rules=[*SPECS["structured"].rules] * 100)
     first = header("Prune", 0, checkpoint=line.checkpoint, spec=long)
     stub = PrunerStub(line.channel)
@@ -276,7 +276,7 @@ def test_who_waits_for_its_turn_may_leave(line: Line) -> None:
     line.check_ends(working.cancel)
 
 
-def test_who_leaves_during_the_answer_ends_it(line: Line) -> None:
+def test_cancellation_during_the_answer_ends_the_work(line: Line) -> None:
     for name in ("unstructured", "sent unstructured"):
         call: Any = line.begin(name, output=pb.OUTPUT_DENSE)
         result = next(answer for answer in call if answer.HasField("result"))
@@ -285,8 +285,8 @@ def test_who_leaves_during_the_answer_ends_it(line: Line) -> None:
         line.check_ends(call.cancel)
 
 
-def test_a_file_is_mapped_no_longer_than_its_call(line: Line) -> None:
-    """Not until Python looks for cycles: that may be many calls later."""
+def test_mapped_file_is_released_with_its_call(line: Line) -> None:
+    """Not only when the garbage collector runs, which may be many calls later."""
     for moment in moments(line, lambda: line.begin("unstructured"), 8)[0]:
         call = line.begin("unstructured")
         time.sleep(moment)
@@ -297,7 +297,7 @@ def test_a_file_is_mapped_no_longer_than_its_call(line: Line) -> None:
 MANY = 40
 
 
-def test_many_calls_on_what_the_server_has_wait_where_all_see_them(line: Line) -> None:
+def test_many_calls_on_checkpoints_wait_in_the_visible_queue(line: Line) -> None:
     holder = Held(line, ROOM)
     eventually(lambda: line.series("model_bytes"), float(ROOM))
     waiting = [line.begin("unstructured") for _ in range(MANY)]

@@ -1,4 +1,4 @@
-"""Starting, health, reflection, and ending of a real server."""
+"""Start, health, reflection and shutdown of a real server."""
 
 import ctypes
 import platform
@@ -24,9 +24,10 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 import secateur
 from secateur_proto import pruner_pb2, pruner_pb2_grpc
 from secateur_proto.framing import file_header
-from secateur_server.app import App, CannotStart
+from secateur_server.app import App
 from secateur_server.config import read_config
-from secateur_server.operate.probes import Health
+from secateur_server.operate.health import Health
+from secateur_server.startup import CannotStart
 from tests.conftest import (
     RunningServer,
     eventually,
@@ -62,7 +63,7 @@ def test_reflection_shows_the_service_and_its_messages(channel: grpc.Channel) ->
     ]
 
 
-def test_sigterm_lets_a_running_request_end_and_takes_no_new_one() -> None:
+def test_sigterm_finishes_running_requests_and_refuses_new_ones() -> None:
     server = start_server("--drain-timeout", "300")
     file = file_header([("w", "F32", (2,))]) + np.array([0, 1], np.float32).tobytes()
     rest = threading.Event()
@@ -81,7 +82,7 @@ def test_sigterm_lets_a_running_request_end_and_takes_no_new_one() -> None:
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         server.process.send_signal(signal.SIGTERM)
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
-        assert list(watch) == []  # who watches is let go: it would hold up the end
+        assert list(watch) == []  # a watch would delay the end, so it is ended
         with secateur.Client(server.address) as late:
             eventually(lambda: is_refused(late), True)
         rest.set()
@@ -89,7 +90,7 @@ def test_sigterm_lets_a_running_request_end_and_takes_no_new_one() -> None:
     stop_server(server)
 
 
-def test_who_watches_is_told_of_a_drain_that_comes_between_two_answers() -> None:
+def test_watcher_is_told_of_a_drain_between_two_answers() -> None:
     health = Health([SERVICE])
     health.serve()
     answers = health.Watch(health_pb2.HealthCheckRequest(), Mock(grpc.ServicerContext))
@@ -98,8 +99,8 @@ def test_who_watches_is_told_of_a_drain_that_comes_between_two_answers() -> None
     assert [answer.status for answer in answers] == [health_pb2.HealthCheckResponse.NOT_SERVING]
 
 
-def test_a_server_that_drains_lives_and_is_not_ready() -> None:
-    """Who asks for its liveness while it drains must not end it."""
+def test_draining_server_is_alive_and_not_ready() -> None:
+    """A liveness probe during the drain must not make anybody kill the server."""
     server = start_server()
     ended = threading.Event()
 
@@ -198,7 +199,7 @@ def test_a_call_that_outlasts_the_drain_timeout_ends_with_the_reason(
     assert endings(caplog) == {("Unavailable", "SHUTTING_DOWN", WHY)}
 
 
-def test_a_call_that_grpc_cancels_because_its_handler_does_not_end_is_cut_off_too(
+def test_call_that_grpc_cancels_at_shutdown_counts_as_cut_off(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("secateur_server.app.CUT_OFF_SECONDS", 0.05)
@@ -208,7 +209,7 @@ def test_a_call_that_grpc_cancels_because_its_handler_does_not_end_is_cut_off_to
     eventually(lambda: endings(caplog), {("Unavailable", "SHUTTING_DOWN", WHY)})
 
 
-def test_an_answer_that_is_not_taken_until_the_end_is_logged_as_cut_off(
+def test_untaken_answer_at_shutdown_is_logged_as_cut_off(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """gRPC holds up its handler, and brings no status behind data that nobody takes."""
@@ -229,13 +230,13 @@ def running_calls(server: RunningServer) -> bool:
     return sample(server, "secateur_requests_in_flight") == 1
 
 
-def test_a_server_may_open_all_files_that_the_system_allows_it(server: RunningServer) -> None:
-    """It started with a limit of half of them."""
+def test_server_raises_its_limit_of_open_files(server: RunningServer) -> None:
+    """The fixture starts it with half of what the system allows."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
 
 
-def test_a_second_server_at_the_same_address_says_so(server: RunningServer) -> None:
+def test_second_server_at_the_same_address_reports_it(server: RunningServer) -> None:
     ended = run_server("--address", server.address, "--metrics-address", "")
     assert ended.returncode == 1
     line = f"secateur-server: cannot listen at {server.address}: Address already in use\n"
@@ -248,7 +249,7 @@ def test_a_second_server_at_the_same_address_says_so(server: RunningServer) -> N
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--device", "gpu", "'gpu' is none of auto, cpu, cuda, cuda:N"),
+        ("--device", "gpu", "'gpu' is not one of auto, cpu, cuda, cuda:N"),
         ("--device", "cuda:99", "'cuda:99': torch"),
         (
             "--max-model-bytes",
@@ -256,8 +257,8 @@ def test_a_second_server_at_the_same_address_says_so(server: RunningServer) -> N
             "'1XB' is not a number of bytes, such as 1048576, 512MiB or 5GB",
         ),
         ("--max-model-bytes", "0", "'0' is not a number of bytes"),
-        ("--drain-timeout", "-1", "'-1' is no time in seconds"),
-        ("--drain-timeout", "nan", "'nan' is no time in seconds"),
+        ("--drain-timeout", "-1", "'-1' is not a time in seconds"),
+        ("--drain-timeout", "nan", "'nan' is not a time in seconds"),
     ],
 )
 def test_a_wrong_option_is_named(
@@ -268,10 +269,10 @@ def test_a_wrong_option_is_named(
     assert f"argument {option}: {message}" in capsys.readouterr().err
 
 
-def test_a_variable_is_an_option_and_the_command_line_goes_first() -> None:
+def test_command_line_overrides_variables() -> None:
     ended = run_server(SECATEUR_DEVICE="gpu")
     assert ended.returncode == 2
-    assert "argument --device: 'gpu' is none of" in ended.stderr
+    assert "argument --device: 'gpu' is not one of" in ended.stderr
     config = read_config(["--device", "cpu"], {"SECATEUR_DEVICE": "gpu"})
     assert config.device.type == "cpu"
 
@@ -285,8 +286,8 @@ def test_sizes_have_binary_and_decimal_units(text: str, size: int) -> None:
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the number of tgkill is x86-64's")
-def test_a_signal_that_another_thread_gets_ends_the_server() -> None:
-    """The system may choose any thread, and the main one sleeps."""
+def test_signal_to_any_thread_stops_the_server() -> None:
+    """The system may deliver a signal to any thread while the main one sleeps."""
     running = start_server()
     tgkill = 234
     threads = [int(path.name) for path in Path(f"/proc/{running.process.pid}/task").iterdir()]
@@ -297,7 +298,7 @@ def test_a_signal_that_another_thread_gets_ends_the_server() -> None:
     shutil.rmtree(running.log.parent)
 
 
-def test_a_connection_ends_at_its_age_and_the_call_that_runs_does_not() -> None:
+def test_connection_ends_at_its_age_and_running_calls_do_not() -> None:
     """Later calls of the same channel get a new connection."""
     states: list[grpc.ChannelConnectivity] = []
     with (

@@ -1,4 +1,4 @@
-"""What a server says of each request, to its log and to the caller."""
+"""The log lines and request ids of a server."""
 
 import json
 import logging
@@ -43,7 +43,7 @@ def report(address: str, metadata: tuple[tuple[str, str], ...] = ()) -> grpc.Cal
     return call
 
 
-def test_a_request_is_one_line_that_a_program_can_read(own_server: RunningServer) -> None:
+def test_request_is_logged_as_one_line_of_json(own_server: RunningServer) -> None:
     with secateur.Client(own_server.address) as client:
         client.prune(MODEL, HALF)
     (line,) = requests(stop_server(own_server))
@@ -62,7 +62,7 @@ def test_a_request_is_one_line_that_a_program_can_read(own_server: RunningServer
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+\+00:00", str(line["time"]))
 
 
-def test_the_peer_of_ipv6_is_as_people_write_it(caplog: pytest.LogCaptureFixture) -> None:
+def test_ipv6_peer_is_logged_with_brackets(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "secateur_server")
     with inner_server("--address", "[::1]:0") as running:
         report(running.address)
@@ -70,7 +70,7 @@ def test_the_peer_of_ipv6_is_as_people_write_it(caplog: pytest.LogCaptureFixture
     assert peer.startswith("ipv6:[::1]:")
 
 
-def test_a_request_that_fails_says_why_and_neither_weights_nor_tokens(
+def test_failed_request_is_logged_without_weights_and_tokens(
     own_server: RunningServer,
 ) -> None:
     secret = "a-token-that-is-told-nobody"
@@ -89,20 +89,20 @@ def test_a_request_that_fails_says_why_and_neither_weights_nor_tokens(
     assert "123.45" not in logged
 
 
-def test_a_call_has_the_id_that_its_caller_gave_it(own_server: RunningServer) -> None:
+def test_call_has_the_request_id_of_its_caller(own_server: RunningServer) -> None:
     call = report(own_server.address, (("x-request-id", "job-7/step.3"),))
     assert dict(call.trailing_metadata())["x-request-id"] == "job-7/step.3"
     assert [line["id"] for line in requests(stop_server(own_server))] == ["job-7/step.3"]
 
 
 @pytest.mark.parametrize("given", ["", "x" * 129, 'a" level="ERROR', "two words"])
-def test_an_id_that_would_spoil_a_log_is_replaced(server: RunningServer, given: str) -> None:
+def test_invalid_request_id_is_replaced(server: RunningServer, given: str) -> None:
     call = report(server.address, (("x-request-id", given),))
     found = dict(call.trailing_metadata())["x-request-id"]
     assert re.fullmatch("[0-9a-f]{16}", str(found))
 
 
-def test_an_error_tells_the_id_in_its_details_and_its_metadata(channel: grpc.Channel) -> None:
+def test_error_has_the_request_id_in_details_and_metadata(channel: grpc.Channel) -> None:
     stub = pruner_pb2_grpc.PrunerStub(channel)
     with pytest.raises(grpc.RpcError) as raised:
         stub.Report(iter([pruner_pb2.ReportRequest()]), metadata=(("x-request-id", "mine"),))
@@ -116,7 +116,7 @@ def test_an_error_tells_the_id_in_its_details_and_its_metadata(channel: grpc.Cha
     assert dict(call.trailing_metadata())["x-request-id"] == "mine"
 
 
-def test_probes_are_no_news(own_server: RunningServer) -> None:
+def test_probes_are_not_logged(own_server: RunningServer) -> None:
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     with grpc.insecure_channel(own_server.address) as channel:
@@ -124,7 +124,7 @@ def test_probes_are_no_news(own_server: RunningServer) -> None:
     assert requests(stop_server(own_server)) == []
 
 
-def test_a_terminal_gets_lines_for_people() -> None:
+def test_terminal_gets_text_lines() -> None:
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "secateur_server", "--address", "127.0.0.1:0"]
     server = subprocess.Popen([*command, "--metrics-address", ""], stderr=theirs)

@@ -1,4 +1,4 @@
-"""More calls than the server takes: each is served, or told when to try again."""
+"""More calls than the server accepts: each is served, or gets a retry delay."""
 
 import threading
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from grpc_status import rpc_status
 
 import secateur
 from secateur_proto.pruner_pb2_grpc import PrunerStub
-from secateur_server.operate.callers import Callers
+from secateur_server.operate.authentication import Authenticator
 from tests.conftest import PATIENCE, RunningServer, eventually, inner_server
 from tests.contract.raw import entry, file, header, message, series
 
@@ -60,17 +60,17 @@ def test_all_calls_of_one_connection_are_served(busy: RunningServer) -> None:
         assert {call.exception(PATIENCE) for call in calls} == {None}
 
 
-def test_calls_that_have_no_thread_yet_are_told_when_to_try_again(
+def test_calls_without_a_thread_get_a_retry_delay(
     busy: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More calls come than the server has threads, before the first of them is let in."""
-    all_are_here, caller = threading.Event(), Callers.caller
+    all_are_here, caller = threading.Event(), Authenticator.authenticate
 
-    def slow_caller(self: Callers, metadata: Any) -> Any:
+    def slow_caller(self: Authenticator, metadata: Any) -> Any:
         all_are_here.wait(PATIENCE)
         return caller(self, metadata)
 
-    monkeypatch.setattr(Callers, "caller", slow_caller)
+    monkeypatch.setattr(Authenticator, "authenticate", slow_caller)
     with ExitStack() as opened:
         opened.callback(all_are_here.set)
         channels = two_connections(busy, opened)
@@ -83,7 +83,7 @@ def test_calls_that_have_no_thread_yet_are_told_when_to_try_again(
         assert {call.details() for call in failed if not is_told_when(call)} == set()
 
 
-def test_the_client_is_served_after_the_server_had_no_place_for_it(busy: RunningServer) -> None:
+def test_client_retries_after_a_full_server(busy: RunningServer) -> None:
     ended = threading.Event()
 
     def silent_messages() -> Iterator[Any]:

@@ -17,7 +17,7 @@ def memory(pid: int, field: str) -> int:
 
 
 def test_a_prune_needs_the_model_and_a_seventh_of_it() -> None:
-    """In one tensor: nothing may be as large as a tensor but the weights themselves."""
+    """With one tensor: no buffer but the weights may be as large as a tensor."""
     weights = torch.randn(50_000_000, generator=torch.Generator().manual_seed(0))
     server = start_server()
     try:
@@ -34,7 +34,7 @@ def test_a_prune_needs_the_model_and_a_seventh_of_it() -> None:
 
 
 def test_threads_keep_no_memory_of_the_calls_that_they_served() -> None:
-    """A server has some hundred threads, and each of them serves a call now and then."""
+    """A server has some hundred threads, and each serves a call from time to time."""
     weights = torch.randn(250_000, generator=torch.Generator().manual_seed(0))
     specs = [
         secateur.l1_unstructured("w", 0.5),

@@ -1,4 +1,4 @@
-"""What Prometheus sees of a real server."""
+"""The metrics of a real server."""
 
 import threading
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ def sample(server: RunningServer, name: str, **labels: str) -> float:
     return values[0]
 
 
-def test_a_call_is_counted_timed_and_weighed(own_server: RunningServer) -> None:
+def test_call_is_counted_with_its_time_and_bytes(own_server: RunningServer) -> None:
     with secateur.Client(own_server.address) as client:
         client.prune(MODEL, HALF)
     method = {"grpc_service": "secateur.v1.Pruner", "grpc_method": "Prune"}
@@ -46,7 +46,7 @@ def test_a_call_is_counted_timed_and_weighed(own_server: RunningServer) -> None:
 
 
 def test_all_codes_of_all_methods_exist_before_the_first_call(own_server: RunningServer) -> None:
-    """Else Prometheus sees no increase when the first call fails."""
+    """Otherwise Prometheus would miss the increase when the first call fails."""
     service = "secateur.v1.Pruner"
     for method in ("Prune", "Report", "Plan", "Finalize"):
         labels = {"grpc_service": service, "grpc_method": method}
@@ -65,14 +65,14 @@ def test_messages_are_counted_both_ways(own_server: RunningServer) -> None:
     assert sample(own_server, "grpc_server_msg_sent_total", **method) == 1
 
 
-def test_what_was_pruned_before_is_not_counted_again(own_server: RunningServer) -> None:
+def test_elements_pruned_before_are_not_counted_again(own_server: RunningServer) -> None:
     with secateur.Client(own_server.address) as client:
         pairs = client.prune(MODEL, HALF).state_dict("reparametrized")
         client.prune(pairs, HALF)
     assert sample(own_server, "secateur_pruned_elements_total") == 4 + 2
 
 
-def test_an_error_is_counted_by_its_code_as_go_spells_it(own_server: RunningServer) -> None:
+def test_error_is_counted_by_its_code_in_gos_spelling(own_server: RunningServer) -> None:
     with secateur.Client(own_server.address) as client, pytest.raises(secateur.InvalidSpec):
         client.prune(MODEL, secateur.l1_unstructured("v", 0.5))
     labels = {"grpc_code": "InvalidArgument", "grpc_method": "Prune"}

@@ -1,4 +1,4 @@
-"""What libraries raise where memory is short is told from their other errors."""
+"""Out-of-memory errors of libraries are recognized among their other errors."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from secateur_server.operate.statuses import _is_out_of_memory
     ],
     ids=str,
 )
-def test_memory_is_short(error: Exception) -> None:
+def test_out_of_memory_errors_are_recognized(error: Exception) -> None:
     assert _is_out_of_memory(error)
 
 
@@ -27,5 +27,5 @@ def test_memory_is_short(error: Exception) -> None:
     [RuntimeError("CUDA error: an illegal memory access was encountered"), ValueError("memory")],
     ids=str,
 )
-def test_something_else_is_wrong(error: Exception) -> None:
+def test_other_errors_are_not_out_of_memory(error: Exception) -> None:
     assert not _is_out_of_memory(error)

@@ -1,4 +1,4 @@
-"""A real Prometheus, with the rules that compose gives it, scrapes a real server under load."""
+"""A real Prometheus, with the rules of the compose file, scrapes a real server under load."""
 
 import shutil
 import subprocess
@@ -79,14 +79,14 @@ def asked(loaded: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 @needs_promtool
-def test_promtool_finds_nothing_to_say(loaded: RunningServer) -> None:
+def test_promtool_accepts_the_rules(loaded: RunningServer) -> None:
     text = metrics_of(loaded).encode()
     checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True)
     assert (checked.returncode, checked.stdout + checked.stderr) == (0, b"")
 
 
 @needs_prometheus
-def test_it_sees_what_the_server_counts(asked: str, loaded: RunningServer) -> None:
+def test_prometheus_sees_the_servers_counts(asked: str, loaded: RunningServer) -> None:
     eventually(lambda: ask(asked, f"{PRUNED_OK % loaded.metrics_address} > 1") != [], True)
     (wrong,) = ask(asked, 'secateur_rejected_requests_total{reason="INVALID_SPEC"}') or []
     assert wrong > 0
@@ -100,13 +100,13 @@ def test_a_recording_rule_has_a_value(asked: str, name: str) -> None:
 
 
 @needs_prometheus
-def test_what_callers_do_wrong_is_no_failure_and_nothing_is_slow(asked: str) -> None:
+def test_errors_of_callers_do_not_count_as_failures(asked: str) -> None:
     eventually(lambda: ask(asked, "secateur:calls_failed:ratio_rate5m"), [0.0])
     eventually(lambda: ask(asked, "secateur:reports_slow:ratio_rate5m"), [0.0])
 
 
 @needs_prometheus
-def test_no_alert_fires_under_ordinary_load_and_all_rules_are_well(asked: str) -> None:
+def test_no_alert_fires_under_ordinary_load(asked: str) -> None:
     eventually(lambda: len(ask(asked, "secateur:store:ratio") or []), 1)
     found = get(asked, "rules")
     assert found is not None

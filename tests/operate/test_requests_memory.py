@@ -1,4 +1,4 @@
-"""Whatever callers send, the memory of a server stays within its limits, and is given back."""
+"""Whatever callers send, the memory of a server keeps within its limits, and is returned."""
 
 import threading
 from collections.abc import Iterator
@@ -63,7 +63,7 @@ def many_calls(server: RunningServer, count: int, begin: Any) -> Iterator[list[A
 
 
 @pytest.mark.parametrize("compression", [grpc.Compression.NoCompression, grpc.Compression.Gzip])
-def test_first_messages_that_wait_are_not_received(
+def test_waiting_first_messages_are_not_received(
     running: RunningServer, before: int, compression: grpc.Compression
 ) -> None:
     """One call has the memory of all state_dicts; 64 others have sent, or try to send, 15 MiB."""
@@ -91,7 +91,7 @@ def test_first_messages_that_wait_are_not_received(
     eventually(lambda: anonymous(running) - before < SLACK, True)
 
 
-def test_downloads_that_nobody_takes_wait_for_memory(running: RunningServer) -> None:
+def test_downloads_wait_for_memory(running: RunningServer) -> None:
     generator = np.random.default_rng(0)
     model = {f"w{i}": generator.standard_normal((1000, 1000), np.float32) for i in range(12)}
     spec = secateur.global_unstructured("*", 0.5)
@@ -113,9 +113,7 @@ def test_downloads_that_nobody_takes_wait_for_memory(running: RunningServer) -> 
     eventually(lambda: anonymous(running) - before < SLACK, True)
 
 
-def test_a_header_that_takes_too_much_memory_is_refused_before_it_comes(
-    running: RunningServer, before: int
-) -> None:
+def test_too_large_header_is_refused_before_it_arrives(running: RunningServer, before: int) -> None:
     length = 50_000_000
     header = pruner_pb2.ReportHeader(data_bytes=length + 8)
     first = pruner_pb2.ReportRequest(header=header, data=length.to_bytes(8, "little"))
@@ -127,9 +125,7 @@ def test_a_header_that_takes_too_much_memory_is_refused_before_it_comes(
     assert anonymous(running) - before < SLACK
 
 
-def test_as_many_tensors_as_take_too_much_memory_are_refused(
-    running: RunningServer, before: int
-) -> None:
+def test_too_many_tensors_are_refused(running: RunningServer, before: int) -> None:
     model = {f"w{number}": np.zeros(1, np.float32) for number in range(20_000)}
     with (
         secateur.Client(running.address) as client,
@@ -145,7 +141,7 @@ def test_as_many_tensors_as_take_too_much_memory_are_refused(
     [secateur.l1_unstructured("*", 0.5), secateur.ln_structured("*", 0.5, n=2, dim=0)],
     ids=["elements", "slices"],
 )
-def test_a_plan_that_takes_too_much_memory_is_refused_before_its_data_comes(
+def test_too_large_plan_is_refused_before_its_data_arrives(
     running: RunningServer, before: int, spec: secateur.Spec
 ) -> None:
     model = {f"w{number}": np.ones((2, 2), np.float32) for number in range(2000)}
@@ -205,16 +201,16 @@ def test_many_empty_digests_are_refused_before_they_are_decoded(
     assert anonymous(running) - before < OTHER + SLACK
 
 
-def test_a_request_whose_own_parts_do_not_fit_together_is_never_told_to_retry() -> None:
+def test_request_whose_own_charges_never_fit_has_no_retry() -> None:
     scheduler = Scheduler(MIB, 0)
     context = RequestContext(charge=scheduler.charge)
     with scheduler.call(context):
         context.charge("header", OTHER // 2, "decoding it")
-        with pytest.raises(RequestTooLarge, match="beside 33554432 that the request has"):
+        with pytest.raises(RequestTooLarge, match="beside 33554432 that the request already holds"):
             context.charge("data", OTHER // 2 + 1, "reading it")
 
 
-def test_silent_calls_give_their_places_up_when_others_wait(running: RunningServer) -> None:
+def test_silent_calls_end_when_others_wait(running: RunningServer) -> None:
     over = threading.Event()
 
     def nothing() -> Iterator[pruner_pb2.ReportRequest]:
@@ -230,7 +226,7 @@ def test_silent_calls_give_their_places_up_when_others_wait(running: RunningServ
             assert client.server_info().version
         eventually(lambda: any(call.done() for call in calls), True)
         refused = next(call for call in calls if call.done())
-        assert "its first message has not come for" in refused.details()
+        assert "no first message for" in refused.details()
         assert refused.code().name == "RESOURCE_EXHAUSTED"
     over.set()
 

@@ -1,4 +1,4 @@
-"""Models are let in by their bytes, in a fair order, and those that have to wait are bounded."""
+"""Models are admitted by their bytes, in a fair order, and a limited number of them waits."""
 
 import contextlib
 import random
@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 import secateur
 from secateur import errors
 from secateur_proto.pruner_pb2_grpc import PrunerStub
-from secateur_server.errors import ModelTooLarge, QueueFull, QuotaExceeded, Stopped
+from secateur_server.errors import Cancelled, ModelTooLarge, QueueFull, QuotaExceeded
 from secateur_server.runtime import budget
 from secateur_server.runtime.context import RequestContext, Tenant
-from secateur_server.runtime.scheduler import MOST_PROBES, WORKERS, Scheduler
+from secateur_server.runtime.scheduler import MAX_PROBES, WORKERS, Scheduler
 from tests.conftest import RunningServer, eventually, inner_server, start_server, stop_server
 from tests.contract.raw import (
     Failure,
@@ -67,7 +67,7 @@ class Caller:
                 self.state = "served"
                 self._leaves.wait()
             self.state = "left"
-        except (QueueFull, Stopped, ModelTooLarge, QuotaExceeded) as error:
+        except (QueueFull, Cancelled, ModelTooLarge, QuotaExceeded) as error:
             self.error = error
             self.state = "refused" if isinstance(error, QueueFull) else "stopped"
 
@@ -94,7 +94,7 @@ class Rule:
     """The documented rule, by brute force over all requests in the order of their coming."""
 
     limit: int
-    most_waiting: int
+    max_waiting: int
     requests: list[Modelled] = field(default_factory=list)
     let_in: list[str] = field(default_factory=list)  # owners, in the order of their turns
 
@@ -111,7 +111,7 @@ class Rule:
         self.requests.append(one)
         self.settle()
         waiting = self.all("waiting")
-        if one in waiting and len(waiting) > self.most_waiting:
+        if one in waiting and len(waiting) > self.max_waiting:
             most = max(len(self.all("waiting", other.tenant.owner)) for other in waiting)
             full = [w for w in waiting if len(self.all("waiting", w.tenant.owner)) == most]
             full[-1].state = "refused"
@@ -170,14 +170,14 @@ ENDS = st.tuples(st.sampled_from(["leave", "stop"]), st.integers(0, 9), st.just(
 
 
 @unhurried
-@given(most_waiting=st.integers(0, 6), steps=st.lists(ARRIVALS | ARRIVALS | ENDS, max_size=30))
+@given(max_waiting=st.integers(0, 6), steps=st.lists(ARRIVALS | ARRIVALS | ENDS, max_size=30))
 # One tenant floods with models that fill the limit; the other one comes in between.
 @example(6, [("arrive", 0, LIMIT)] * 5 + [("arrive", 1, LIMIT)] + [("leave", 0, 0)] * 6)
 @example(2, [("arrive", 0, LIMIT)] * 3 + [("arrive", 1, 1), ("stop", 0, 0), ("leave", 0, 0)])
-def test_every_order_of_comings_and_goings_is_served_by_the_rule(
-    most_waiting: int, steps: list[Step]
+def test_every_order_of_arrivals_and_ends_follows_the_rule(
+    max_waiting: int, steps: list[Step]
 ) -> None:
-    scheduler, rule = Scheduler(LIMIT, most_waiting), Rule(LIMIT, most_waiting)
+    scheduler, rule = Scheduler(LIMIT, max_waiting), Rule(LIMIT, max_waiting)
     callers: list[Caller] = []
 
     def end(kind: str, which: int) -> None:
@@ -195,7 +195,7 @@ def test_every_order_of_comings_and_goings_is_served_by_the_rule(
             lambda: (scheduler.models.held, scheduler.models.waiting, states(callers)), expected
         )
         assert rule.held() <= LIMIT
-        assert len(rule.all("waiting")) <= most_waiting
+        assert len(rule.all("waiting")) <= max_waiting
 
     for kind, which, size in steps:
         if kind == "arrive":
@@ -227,8 +227,8 @@ def arrived(
 A, B, OF_MEMORY, OF_REQUESTS = TENANTS
 
 
-def test_one_who_floods_is_served_in_turn_with_the_other() -> None:
-    """Each model fills the limit, so that nobody has any bytes when the next one is chosen."""
+def test_flooding_tenant_is_served_in_turn_with_others() -> None:
+    """Each model fills the limit, so that no tenant holds bytes when the next one is chosen."""
     scheduler = Scheduler(LIMIT, 10)
     flood = arrived(scheduler, *[(A, LIMIT)] * 4)
     (other,) = arrived(scheduler, (B, LIMIT), after=flood)
@@ -241,7 +241,7 @@ def test_one_who_floods_is_served_in_turn_with_the_other() -> None:
     assert scheduler.models.held == 0
 
 
-def test_nobody_goes_ahead_of_a_large_model_because_it_is_smaller() -> None:
+def test_small_models_do_not_overtake_a_large_one() -> None:
     scheduler = Scheduler(LIMIT, 10)
     held, large, small = arrived(scheduler, (A, 5), (B, 8), (A, 1))
     assert states([held, large, small]) == ["served", "waiting", "waiting"]
@@ -251,7 +251,7 @@ def test_nobody_goes_ahead_of_a_large_model_because_it_is_smaller() -> None:
     small.leave()
 
 
-def test_a_full_queue_refuses_the_last_of_the_tenant_that_has_the_most_in_it() -> None:
+def test_full_queue_refuses_the_newest_request_of_the_largest_tenant() -> None:
     scheduler = Scheduler(LIMIT, 3)
     callers = arrived(scheduler, (A, LIMIT), (A, 1), (A, 2), (A, 3), (B, 4))
     eventually(lambda: states(callers), ["served", "waiting", "waiting", "refused", "waiting"])
@@ -266,18 +266,18 @@ def test_a_full_queue_refuses_the_last_of_the_tenant_that_has_the_most_in_it() -
     assert scheduler.models.held == scheduler.models.waiting == 0
 
 
-def test_who_stops_waiting_makes_room_for_those_behind() -> None:
+def test_cancelled_waiter_unblocks_those_behind_it() -> None:
     scheduler = Scheduler(LIMIT, 2)
     held, large, small = arrived(scheduler, (A, 5), (B, 8), (B, 5))
     large.stop()
-    assert isinstance(large.error, Stopped)
+    assert isinstance(large.error, Cancelled)
     eventually(lambda: states([held, small]), ["served", "served"])
     assert scheduler.models.waiting == 0
     held.leave()
     small.leave()
 
 
-def test_a_tenant_that_waits_for_its_own_quota_holds_up_nobody() -> None:
+def test_tenant_that_waits_for_its_quota_blocks_nobody() -> None:
     scheduler = Scheduler(LIMIT, 10)
     callers = arrived(
         scheduler,
@@ -308,7 +308,7 @@ def test_a_tenant_that_waits_for_its_own_quota_holds_up_nobody() -> None:
         ([(A, 8), (OF_REQUESTS, 3), (OF_REQUESTS, 3)], "8 of 10 bytes are in service"),
     ],
 )
-def test_a_refused_request_is_told_what_it_waited_for(
+def test_refusal_says_what_blocked_the_request(
     requests: list[tuple[Tenant, int]], waits_for: str
 ) -> None:
     scheduler = Scheduler(LIMIT, 1)
@@ -320,7 +320,7 @@ def test_a_refused_request_is_told_what_it_waited_for(
     holder.leave()
 
 
-def test_requests_that_wait_for_memory_are_told_from_those_that_wait_for_a_quota() -> None:
+def test_waits_for_memory_and_for_a_quota_are_counted_apart() -> None:
     scheduler = Scheduler(LIMIT, 10)
     callers = arrived(scheduler, (OF_REQUESTS, 1), (A, 9), (OF_REQUESTS, 1), (OF_MEMORY, 2), (B, 1))
     assert states(callers) == ["served", "served", "waiting", "waiting", "waiting"]
@@ -330,7 +330,7 @@ def test_requests_that_wait_for_memory_are_told_from_those_that_wait_for_a_quota
         caller.leave()
 
 
-def test_what_never_fits_is_refused_at_once_and_holds_nothing() -> None:
+def test_request_that_never_fits_is_refused_at_once_and_holds_nothing() -> None:
     scheduler = Scheduler(LIMIT, 10)
     large, above_quota = arrived(scheduler, (A, LIMIT + 1), (OF_MEMORY, 7))
     eventually(lambda: states([large, above_quota]), ["stopped", "stopped"])
@@ -339,8 +339,8 @@ def test_what_never_fits_is_refused_at_once_and_holds_nothing() -> None:
     assert scheduler.models.held == scheduler.models.waiting == 0
 
 
-def test_threads_that_race_never_hold_more_than_the_limit_and_all_come_out() -> None:
-    """Counted by the callers themselves, who leave the queue now and then."""
+def test_racing_threads_keep_within_the_limit_and_all_finish() -> None:
+    """The callers count, and some of them cancel while they wait."""
     scheduler, lock = Scheduler(100, 1000), threading.Lock()
     held, most = 0, 0
     ended: list[str] = []
@@ -354,7 +354,7 @@ def test_threads_that_race_never_hold_more_than_the_limit_and_all_come_out() -> 
                 threading.Timer(chance.uniform(0, 0.02), context.cancel).start()
             context.tenant = chance.choice(TENANTS[:2])
             how = "stopped"
-            with contextlib.suppress(Stopped), scheduler.model(context, "", size):
+            with contextlib.suppress(Cancelled), scheduler.model(context, "", size):
                 with lock:
                     held += size
                     most = max(most, held)
@@ -482,7 +482,7 @@ def client_of(server: RunningServer, who: str, timeout: float) -> secateur.Clien
 MODEL = {"w": np.ones(100, np.float32)}
 
 
-def test_what_does_not_fit_waits_and_is_served_when_there_is_room(calls: Calls) -> None:
+def test_request_that_does_not_fit_waits_for_memory(calls: Calls) -> None:
     holder = calls.begin(FLOOD, ROOM - len(SMALL_FILE))
     assert ending(calls.report(POLITE, SMALL_FILE)) is None  # it fits to the byte
     calls.begin(FLOOD, len(SMALL_FILE))
@@ -495,7 +495,7 @@ def test_what_does_not_fit_waits_and_is_served_when_there_is_room(calls: Calls) 
     assert [ending(call) for call in waiting] == [None] * PLACES
 
 
-def test_one_more_than_may_wait_is_told_when_to_come_again(calls: Calls) -> None:
+def test_request_beyond_the_queue_gets_a_retry_delay(calls: Calls) -> None:
     calls.fill()
     before = calls.refused()
     call = calls.report(FLOOD, SMALL_FILE)
@@ -510,7 +510,7 @@ def test_one_more_than_may_wait_is_told_when_to_come_again(calls: Calls) -> None
     assert calls.refused() == before + 1
 
 
-def test_the_client_comes_again_by_itself(small_server: RunningServer, calls: Calls) -> None:
+def test_client_retries_by_itself(small_server: RunningServer, calls: Calls) -> None:
     calls.fill()
     before = calls.refused()
     with client_of(small_server, FLOOD, 60) as client, ThreadPoolExecutor() as pool:
@@ -520,7 +520,7 @@ def test_the_client_comes_again_by_itself(small_server: RunningServer, calls: Ca
         assert answer.result(timeout=300).report.zeros == 50
 
 
-def test_the_client_gives_up_where_its_time_does_not_last(
+def test_client_gives_up_at_its_deadline(
     small_server: RunningServer, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server says 1 s or more: there is nothing to wait for."""
@@ -546,9 +546,7 @@ def busy_error(client: secateur.Client) -> secateur.ServerBusy:
     raise AssertionError("a minute without an answer")
 
 
-def test_one_who_floods_does_not_keep_the_other_out(
-    small_server: RunningServer, calls: Calls
-) -> None:
+def test_flooding_tenant_does_not_block_others(small_server: RunningServer, calls: Calls) -> None:
     """The flood fills the room and the queue; each of its models fills all the room."""
     holder, *waiting = (calls.begin(FLOOD, ROOM) for _ in range(1 + PLACES))
     with client_of(small_server, POLITE, 30) as polite, ThreadPoolExecutor() as pool:
@@ -563,7 +561,7 @@ def test_one_who_floods_does_not_keep_the_other_out(
     assert not any(call.done() for call in waiting[:-1])
 
 
-def test_a_quota_holds_up_its_own_tenant_alone(small_server: RunningServer, calls: Calls) -> None:
+def test_quota_blocks_its_own_tenant_only(small_server: RunningServer, calls: Calls) -> None:
     calls.begin(SMALL, 1000)
     second = calls.begin(SMALL, 1000)
     assert calls.series("requests_waiting") == calls.series("requests_waiting_for_quota") == 1
@@ -577,7 +575,7 @@ def test_a_quota_holds_up_its_own_tenant_alone(small_server: RunningServer, call
         small.report(large)
 
 
-def test_what_never_fits_is_refused_at_once_even_where_many_wait(
+def test_request_that_never_fits_is_refused_at_once_behind_a_queue(
     small_server: RunningServer, calls: Calls
 ) -> None:
     calls.fill()
@@ -591,9 +589,7 @@ def test_what_never_fits_is_refused_at_once_even_where_many_wait(
         polite.prune(large, secateur.l1_unstructured("w", 0.5))
 
 
-def test_under_load_the_limits_hold_at_every_look(
-    small_server: RunningServer, calls: Calls
-) -> None:
+def test_limits_hold_under_load(small_server: RunningServer, calls: Calls) -> None:
     spec = secateur.l1_unstructured("w", 0.5)
     is_seen = threading.Event()  # that there is a load
 
@@ -606,18 +602,18 @@ def test_under_load_the_limits_hold_at_every_look(
                 assert report.total == elements
                 count += 1
 
-    most_held = most_waiting = 0.0
+    most_held = max_waiting = 0.0
     with ThreadPoolExecutor() as pool:
         workers = [pool.submit(work, seed) for seed in range(10)]
         while not all(worker.done() for worker in workers):
             most_held = max(most_held, calls.series("model_bytes"))
-            most_waiting = max(most_waiting, calls.series("requests_waiting"))
-            if most_held > ROOM / 4 and most_waiting > 0:
+            max_waiting = max(max_waiting, calls.series("requests_waiting"))
+            if most_held > ROOM / 4 and max_waiting > 0:
                 is_seen.set()
         for worker in workers:
             worker.result()
     assert ROOM / 4 < most_held <= ROOM
-    assert 0 < most_waiting <= PLACES
+    assert 0 < max_waiting <= PLACES
 
 
 # Storms -------------------------------------------------------------------------------------------
@@ -687,7 +683,7 @@ def storm(server: RunningServer, callers: int, calls: int) -> None:
 @pytest.mark.parametrize(
     ("callers", "calls"), [(30, 6), pytest.param(200, 60, marks=pytest.mark.slow)]
 )
-def test_nothing_is_left_of_a_storm(callers: int, calls: int) -> None:
+def test_budgets_are_empty_after_a_burst(callers: int, calls: int) -> None:
     server = start_server("--memory-limit", str(ROOM), "--queue-size", "16")
     with grpc.insecure_channel(server.address) as channel:
         storm(server, callers, calls)
@@ -695,7 +691,7 @@ def test_nothing_is_left_of_a_storm(callers: int, calls: int) -> None:
         check_serves(server, channel)
         assert series(server, "secateur_requests_waiting") == 0
         # The pools' threads: of calls, of what receives and works for them; and gRPC's own.
-        calls, extra = WORKERS + 16, 2 * MOST_PROBES
+        calls, extra = WORKERS + 16, 2 * MAX_PROBES
         assert threads(server) <= 2 * (calls + extra) + calls + 40
         check_takes_as_many_as_ever(server, channel)
     logged = stop_server(server)

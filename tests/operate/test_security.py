@@ -1,4 +1,4 @@
-"""The door: what is asked of every call, and what a server refuses to start with."""
+"""Authentication, and configurations with which a server refuses to start."""
 
 import hashlib
 import json
@@ -23,10 +23,11 @@ from grpc_status import rpc_status
 
 import secateur
 from secateur_proto.codec import SINGLE
-from secateur_server.app import App, CannotStart
+from secateur_server.app import App
 from secateur_server.check import check
 from secateur_server.config import is_public, read_config
-from secateur_server.operate.callers import BadTokens, read_tokens
+from secateur_server.operate.tokens_file import BadTokens, read_tokens
+from secateur_server.startup import CannotStart
 from tests.conftest import RunningServer, eventually, run_server, start_server, stop_server
 from tests.contract.raw import TIMEOUT, failure
 
@@ -148,7 +149,7 @@ def check_unauthenticated(error: Any) -> None:
     assert error.details().startswith("authorization: "), error
 
 
-def test_every_method_that_reflection_shows_asks_for_a_token(guarded: Guarded) -> None:
+def test_every_listed_method_needs_a_token(guarded: Guarded) -> None:
     with guarded.client(TOKEN) as client:
         kept = client.upload(MODEL)
     found = methods(guarded.channel)
@@ -175,8 +176,8 @@ def test_every_method_that_reflection_shows_asks_for_a_token(guarded: Guarded) -
     assert rejected >= 2 * 3 * len(found)
 
 
-def test_what_reflection_shows_is_all_that_there_is() -> None:
-    """A service that is served and not listed would be in no test."""
+def test_reflection_lists_every_method() -> None:
+    """No test would cover a service that reflection does not list."""
     config = read_config(["--address", "127.0.0.1:0", "--metrics-address", ""], {})
     with App(config) as app:
         handlers = app._server._state.generic_handlers  # type: ignore[attr-defined]
@@ -207,9 +208,7 @@ def test_what_reflection_shows_is_all_that_there_is() -> None:
         "/",
     ],
 )
-def test_a_path_that_is_no_method_is_unimplemented_and_nothing_more(
-    guarded: Guarded, path: str, metadata: Metadata
-) -> None:
+def test_unknown_method_is_unimplemented(guarded: Guarded, path: str, metadata: Metadata) -> None:
     with pytest.raises(grpc.RpcError) as refused:
         call(guarded.channel, path, "unary_unary", metadata, b"")
     error: Any = refused.value
@@ -217,15 +216,15 @@ def test_a_path_that_is_no_method_is_unimplemented_and_nothing_more(
     assert error.details() in ("Method not found!", "Bad path")
 
 
-def test_a_probe_needs_no_token_and_hears_whether_it_serves(guarded: Guarded) -> None:
+def test_probe_needs_no_token(guarded: Guarded) -> None:
     stub = health_pb2_grpc.HealthStub(guarded.channel)
     for metadata in ((), bearer("a wrong token of mine")):
         answer = stub.Check(health_pb2.HealthCheckRequest(), metadata=metadata, timeout=TIMEOUT)
         assert answer == health_pb2.HealthCheckResponse(status="SERVING")
 
 
-def test_silent_callers_without_a_token_keep_no_worker(guarded: Guarded) -> None:
-    """More of them than there are workers: calls, and probes, whose message never comes."""
+def test_silent_callers_without_a_token_occupy_no_worker(guarded: Guarded) -> None:
+    """More calls and probes than workers, and their messages never arrive."""
     ended = threading.Event()
 
     def nothing() -> Iterator[Any]:
@@ -267,7 +266,7 @@ def test_silent_callers_without_a_token_keep_no_worker(guarded: Guarded) -> None
         f"Bearer {HASHED}",
     ],
 )
-def test_a_token_of_the_file_lets_in(guarded: Guarded, value: str) -> None:
+def test_token_of_the_file_is_accepted(guarded: Guarded, value: str) -> None:
     assert listed(guarded, (("authorization", value),)) is None
 
 
@@ -296,13 +295,13 @@ def test_a_token_of_the_file_lets_in(guarded: Guarded, value: str) -> None:
         (*bearer(TOKEN), *bearer("a wrong token of mine")),
     ],
 )
-def test_everything_else_does_not(guarded: Guarded, metadata: Metadata) -> None:
+def test_every_other_token_is_refused(guarded: Guarded, metadata: Metadata) -> None:
     with pytest.raises(grpc.RpcError) as refused:
         call(guarded.channel, "/secateur.v1.Checkpoints/List", "unary_unary", metadata, b"")
     check_unauthenticated(refused.value)
 
 
-def test_a_client_without_a_token_is_told_how_to_give_one(guarded: Guarded) -> None:
+def test_error_without_a_token_says_how_to_give_one(guarded: Guarded) -> None:
     with (
         guarded.client(None) as stranger,
         pytest.raises(secateur.Unauthenticated, match=r"--token, SECATEUR_TOKEN, .*token="),
@@ -315,7 +314,7 @@ def listed(guarded: Guarded, metadata: Metadata) -> object:
     return failure(call, guarded.channel, path, "unary_unary", metadata, b"")
 
 
-def test_metadata_of_any_size_and_bytes_is_refused_and_the_server_lives(guarded: Guarded) -> None:
+def test_invalid_metadata_is_refused_and_harmless(guarded: Guarded) -> None:
     found = [
         listed(guarded, (("authorization", "Bearer " + "x" * size),)) for size in (7_000, 1_000_000)
     ]
@@ -327,7 +326,7 @@ def test_metadata_of_any_size_and_bytes_is_refused_and_the_server_lives(guarded:
     assert listed(guarded, (*bearer(TOKEN), ("x-bin", bytes(range(256))))) is None
 
 
-def test_a_client_with_a_token_is_served_and_one_without_is_told_why(guarded: Guarded) -> None:
+def test_client_with_a_token_is_served_and_one_without_gets_the_reason(guarded: Guarded) -> None:
     with guarded.client(HASHED) as client:
         assert client.prune(MODEL, secateur.l1_unstructured("w", 2)).report.zeros == 2
     for token in (None, "a wrong token of mine"):
@@ -340,7 +339,7 @@ def test_a_client_with_a_token_is_served_and_one_without_is_told_why(guarded: Gu
 # The file of tokens ---------------------------------------------------------------------------
 
 
-def test_tokens_change_with_their_file_and_what_is_broken_changes_nothing(guarded: Guarded) -> None:
+def test_changed_tokens_are_reloaded_and_a_broken_file_is_ignored(guarded: Guarded) -> None:
     new = "a token that comes later"
     _SENT.append(new)
     good = guarded.reloads("ok")
@@ -374,27 +373,30 @@ _LISTED = f'tokens = ["{SECRET}"]\n'
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "has tables [tenants.NAME], at least one"),
-        (_LISTED, "has tables [tenants.NAME]"),
-        (f"[tenants]\n{SECRET} = 'ours'\n", "has tables [tenants.NAME]"),
-        (f"[tenants.ours]\n{_LISTED}[other]\n", "has tables [tenants.NAME]"),
-        (f"tenants = ['{SECRET}']\n", "has tables [tenants.NAME]"),
-        (f"{SECRET}\n", "is no TOML"),
-        (f'[tenants.ours]\ntokens = ["{SECRET}\n', "is no TOML"),
-        (f"[tenants.ours]\ntokens = [{SECRET}]\n", "is no TOML"),
-        (f"[tenants.ours]\n{_LISTED}{_LISTED}", "is no TOML"),
-        (f"a = {'[' * 5000}", "is no TOML"),
-        (f"a = {'9' * 5000}", "is no TOML"),
-        ("[tenants.ours]\n", "tenants.ours.tokens: there is none"),
-        ("[tenants.ours]\ntokens = []\n", "tenants.ours.tokens: there is none"),
-        (f"[tenants.ours]\ntokens = '{SECRET}'\n", "tenants.ours.tokens: is no list"),
-        (f"[tenants.ours]\ntokens = ['{SECRET}', 1]\n", "tenants.ours.tokens: is no list"),
+        ("", "must have tables [tenants.NAME], at least one"),
+        (_LISTED, "must have tables [tenants.NAME]"),
+        (f"[tenants]\n{SECRET} = 'ours'\n", "must have tables [tenants.NAME]"),
+        (f"[tenants.ours]\n{_LISTED}[other]\n", "must have tables [tenants.NAME]"),
+        (f"tenants = ['{SECRET}']\n", "must have tables [tenants.NAME]"),
+        (f"{SECRET}\n", "is not TOML"),
+        (f'[tenants.ours]\ntokens = ["{SECRET}\n', "is not TOML"),
+        (f"[tenants.ours]\ntokens = [{SECRET}]\n", "is not TOML"),
+        (f"[tenants.ours]\n{_LISTED}{_LISTED}", "is not TOML"),
+        (f"a = {'[' * 5000}", "is not TOML"),
+        (f"a = {'9' * 5000}", "is not TOML"),
+        ("[tenants.ours]\n", "tenants.ours.tokens: the list is empty"),
+        ("[tenants.ours]\ntokens = []\n", "tenants.ours.tokens: the list is empty"),
+        (f"[tenants.ours]\ntokens = '{SECRET}'\n", "tenants.ours.tokens: is not a list"),
+        (f"[tenants.ours]\ntokens = ['{SECRET}', 1]\n", "tenants.ours.tokens: is not a list"),
         (f"[tenants.ours]\ntokens = ['{SECRET[:15]}']\n", "less than 16 characters"),
-        (f"[tenants.ours]\ntokens = ['{SECRET}é']\n", "one cannot be sent"),
-        (f"[tenants.ours]\ntokens = ['{SECRET} ']\n", "one cannot be sent"),
-        (f'[tenants.ours]\ntokens = ["{SECRET}\\n"]\n', "one cannot be sent"),
-        (f"[tenants.ours]\ntokens = ['sha256:{SECRET}']\n", "is no hex SHA-256"),
-        (f"[tenants.ours]\n{_LISTED}[tenants.b]\n{_LISTED}", "tenants.b: a token is another"),
+        (f"[tenants.ours]\ntokens = ['{SECRET}é']\n", "a token cannot be sent"),
+        (f"[tenants.ours]\ntokens = ['{SECRET} ']\n", "a token cannot be sent"),
+        (f'[tenants.ours]\ntokens = ["{SECRET}\\n"]\n', "a token cannot be sent"),
+        (f"[tenants.ours]\ntokens = ['sha256:{SECRET}']\n", "is not followed by 64 hex digits"),
+        (
+            f"[tenants.ours]\n{_LISTED}[tenants.b]\n{_LISTED}",
+            "tenants.b: a token belongs to another",
+        ),
         (f"[tenants.ours]\n{_LISTED}[tenants.b]\ntokens = ['{hashed(SECRET)}']\n", "another"),
         (f"[tenants.ours]\n{_LISTED}requests = 0\n", "tenants.ours.requests"),
         (f"[tenants.ours]\n{_LISTED}requests = true\n", "tenants.ours.requests"),
@@ -402,9 +404,9 @@ _LISTED = f'tokens = ["{SECRET}"]\n'
         (f"[tenants.ours]\n{_LISTED}memory = '1 apple'\n", "tenants.ours.memory"),
         (f"[tenants.ours]\n{_LISTED}store = -1\n", "tenants.ours.store"),
         (f"[tenants.ours]\n{_LISTED}allow = '/models'\n", "tenants.ours.allow"),
-        (f"[tenants.ours]\n{_LISTED}allow = ['/models']\n", "'/models' is no scheme://place"),
-        (f"[tenants.ours]\n{_LISTED}allow = ['file://models']\n", "is no scheme://place"),
-        (f"[tenants.ours]\n{_LISTED}allow = ['file:///models/..']\n", "is no scheme://place"),
+        (f"[tenants.ours]\n{_LISTED}allow = ['/models']\n", "'/models' is not scheme://place"),
+        (f"[tenants.ours]\n{_LISTED}allow = ['file://models']\n", "is not scheme://place"),
+        (f"[tenants.ours]\n{_LISTED}allow = ['file:///models/..']\n", "is not scheme://place"),
         (
             f"[tenants.ours]\n{_LISTED}quota = 1\n",
             "'quota' is unknown; the keys are",
@@ -417,7 +419,7 @@ _LISTED = f'tokens = ["{SECRET}"]\n'
         ),
     ],
 )
-def test_a_file_of_tokens_that_is_wrong_is_told_without_its_tokens(
+def test_error_of_a_wrong_tokens_file_contains_no_token(
     tmp_path: Path, text: str, message: str
 ) -> None:
     path = tmp_path / "tokens.toml"
@@ -432,18 +434,18 @@ def test_a_file_of_tokens_that_is_wrong_is_told_without_its_tokens(
     assert len(told) < 400
 
 
-def test_a_server_with_a_wrong_file_of_tokens_starts_not_and_says_so_in_one_line(
+def test_wrong_tokens_file_prevents_the_start_with_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "tokens.toml"
     path.write_bytes(b"\xff\xfe")
     options = ["--address", "127.0.0.1:0", "--metrics-address", "", "--tokens-file", str(path)]
     config = read_config(options, {})
-    with pytest.raises(CannotStart, match=r"cannot read the tokens: .* is no TOML"):
+    with pytest.raises(CannotStart, match=r"cannot read the tokens: .* is not TOML"):
         App(config)
     assert check(config) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"secateur-server: cannot read the tokens: {path} is no TOML")
+    assert line.startswith(f"secateur-server: cannot read the tokens: {path} is not TOML")
 
 
 # Addresses ------------------------------------------------------------------------------------
@@ -462,7 +464,7 @@ PRIVATE = (
 
 
 @pytest.mark.parametrize("address", PUBLIC)
-def test_an_address_that_others_reach_needs_tls_and_tokens(
+def test_public_address_needs_tls_and_tokens(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], address: str
 ) -> None:
     for name in ("cert", "key", "ca", "tokens"):
@@ -485,14 +487,14 @@ def test_an_address_that_others_reach_needs_tls_and_tokens(
     assert read_config(["--address", address, *mutual], {}).address == address
 
 
-def test_insecure_says_that_other_machines_may_reach_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_reports_insecure_public_addresses(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--address", "0.0.0.0:0", "--insecure", "--metrics-address", ""]
     assert check(read_config(options, {})) == 0
     assert "other machines may reach (--insecure)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("address", PUBLIC[:6])
-def test_insecure_serves_others_all_the_same(address: str) -> None:
+def test_insecure_allows_a_public_address(address: str) -> None:
     config = read_config(["--address", address, "--insecure", "--metrics-address", ""], {})
     assert (config.address, is_public(config.address)) == (address, True)
     environment = {"SECATEUR_ADDRESS": address}
@@ -503,7 +505,7 @@ def test_insecure_serves_others_all_the_same(address: str) -> None:
 
 
 @pytest.mark.parametrize("address", PRIVATE)
-def test_an_address_of_this_machine_needs_neither(address: str) -> None:
+def test_local_address_needs_neither_tls_nor_tokens(address: str) -> None:
     assert read_config(["--address", address], {}).address == address
 
 
@@ -521,11 +523,11 @@ def test_metrics_at_a_public_address_need_a_token(
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:9464", "[::1]:9464", "localhost:9464", ""])
-def test_metrics_at_an_address_of_this_machine_need_no_token(address: str) -> None:
+def test_metrics_at_a_local_address_need_no_token(address: str) -> None:
     assert not read_config(["--metrics-address", address], {}).insecure
 
 
-def test_a_server_starts_at_a_public_address_only_where_told_to() -> None:
+def test_server_starts_at_a_public_address_only_if_allowed() -> None:
     ended = run_server("--address", "0.0.0.0:0")
     assert ended.returncode == 2
     assert "--address 0.0.0.0:0 can be reached from other machines: give --tls-cert" in ended.stderr
@@ -565,7 +567,7 @@ def sample(guarded: Guarded, name: str, **labels: str) -> float:
     )
 
 
-def test_metrics_are_for_who_has_their_token(guarded: Guarded) -> None:
+def test_metrics_need_their_token(guarded: Guarded) -> None:
     status, text = scrape(guarded, f"Bearer {SCRAPER}")
     assert (status, "secateur_build_info" in text) == (200, True)
     assert scrape(guarded, f"bearer {SCRAPER}")[0] == 200
@@ -584,7 +586,7 @@ def test_metrics_are_for_who_has_their_token(guarded: Guarded) -> None:
         assert (status, text) == (404, "metrics are at /metrics\n"), path
 
 
-def test_silent_and_broken_scrapers_are_in_nobodys_way_and_no_news(guarded: Guarded) -> None:
+def test_silent_and_broken_scrapers_block_nobody_and_are_not_logged(guarded: Guarded) -> None:
     host, _, port = guarded.server.metrics_address.rpartition(":")
     before = guarded.server.log.read_text()
     sockets = [socket.create_connection((host, int(port)), timeout=300) for _ in range(20)]
@@ -605,7 +607,7 @@ def test_silent_and_broken_scrapers_are_in_nobodys_way_and_no_news(guarded: Guar
     assert "Exception" not in added, added
 
 
-def test_a_token_of_the_metrics_that_is_lost_lets_nobody_in(guarded: Guarded) -> None:
+def test_missing_metrics_token_file_refuses_everybody(guarded: Guarded) -> None:
     for spoil in (
         lambda: guarded.scraper.write_text(""),
         lambda: guarded.scraper.write_text(" \n"),

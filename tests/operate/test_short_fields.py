@@ -1,4 +1,4 @@
-"""Messages that protobuf would decode for long, while no other thread of the server runs."""
+"""Messages with so many short fields that decoding would block other threads."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from secateur_proto import checkpoints_pb2, spec_pb2
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
 from secateur_proto.pruner_pb2 import PruneRequest
-from secateur_server.errors import InvalidRequest, Stopped, UnknownField
-from secateur_server.operate import decode, unknown
-from secateur_server.operate.decode import MOST_SHORT_FIELDS, SHORT_BYTES, decoded
+from secateur_server.errors import Cancelled, InvalidRequest, UnknownField
+from secateur_server.operate import decode, unknown_fields
+from secateur_server.operate.decode import MAX_SHORT_FIELDS, SHORT_BYTES, decoded
 from secateur_server.runtime.context import RequestContext
-from secateur_server.runtime.scheduler import MOST_MESSAGE_BYTES
+from secateur_server.runtime.scheduler import MAX_MESSAGE_BYTES
 from secateur_server.spec.decode import MOST_ENTRIES, MOST_GROUPS
 from tests.conftest import RunningServer
 from tests.contract.raw import TIMEOUT, check_serves, failure
@@ -108,23 +108,23 @@ def request_of(fill: Callable[[spec_pb2.Rule], None], data: bytes = b"") -> Prun
 
 
 @pytest.mark.parametrize("fill", [masks, scores, table, groups, indices])
-def test_specs_as_long_as_they_may_be_are_taken(fill: Callable[[spec_pb2.Rule], None]) -> None:
+def test_specs_at_the_limits_are_accepted(fill: Callable[[spec_pb2.Rule], None]) -> None:
     request = request_of(fill)
     raw = request.SerializeToString()
-    assert len(raw) < MOST_MESSAGE_BYTES
+    assert len(raw) < MAX_MESSAGE_BYTES
     assert taken(raw) == request
 
 
 def test_data_beside_a_long_spec_is_not_counted() -> None:
-    """Bytes of 2 look like the shortest fields."""
+    """Bytes with the value 2 look like short fields."""
     request = request_of(groups, b"\x02" * (12 << 20))
     request.header.spec.rules.extend(2 * [request.header.spec.rules[0]])
-    assert request.header.ByteSize() > 2 * MOST_SHORT_FIELDS
+    assert request.header.ByteSize() > 2 * MAX_SHORT_FIELDS
     assert taken(request.SerializeToString()) == request
 
 
 # The last one of each part of a message is not counted.
-TOO_MANY = MOST_SHORT_FIELDS + 10
+TOO_MANY = MAX_SHORT_FIELDS + 10
 SMALLEST = {
     "rules": field(1, field(2, field(1, b"") * TOO_MANY)),
     "padded lengths": field(1, field(2, b"\x0a\x80\x00" * TOO_MANY)),
@@ -134,23 +134,25 @@ SMALLEST = {
 
 
 @pytest.mark.parametrize("name", SMALLEST)
-def test_too_many_are_refused_before_they_are_decoded(name: str) -> None:
+def test_too_many_short_fields_are_refused_before_decoding(name: str) -> None:
     def not_called(raw: bytes) -> None:
         raise AssertionError("decoded")
 
     received = iter([SMALLEST[name]])
-    with pytest.raises(InvalidRequest, match=f"more than {MOST_SHORT_FIELDS} names"):
+    with pytest.raises(InvalidRequest, match=f"more than {MAX_SHORT_FIELDS} names"):
         next(decoded(RequestContext(), received, not_called, lambda size: None))
 
 
-def test_a_caller_who_leaves_ends_the_count() -> None:
+def test_cancellation_ends_the_count() -> None:
     context = RequestContext()
     context.cancel()
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         taken(SMALLEST["rules"], context)
 
 
-def test_a_server_refuses_them_and_serves_on(server: RunningServer, channel: grpc.Channel) -> None:
+def test_server_refuses_short_fields_and_keeps_serving(
+    server: RunningServer, channel: grpc.Channel
+) -> None:
     call: Any = channel.stream_stream("/secateur.v1.Pruner/Prune")
     found = failure(lambda: list(call(iter([SMALLEST["rules"]]), timeout=TIMEOUT)))
     assert found is not None
@@ -160,7 +162,7 @@ def test_a_server_refuses_them_and_serves_on(server: RunningServer, channel: grp
 
 
 def test_the_limit_is_documented() -> None:
-    assert f"{MOST_SHORT_FIELDS:,}" in (ROOT / "docs/operations.md").read_text()
+    assert f"{MAX_SHORT_FIELDS:,}" in (ROOT / "docs/operations.md").read_text()
 
 
 # Unknown fields ------------------------------------------------------------------------------
@@ -176,7 +178,7 @@ def listed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         sizes.append(len(made))
         return made
 
-    monkeypatch.setattr(unknown, "UnknownFieldSet", counted)
+    monkeypatch.setattr(unknown_fields, "UnknownFieldSet", counted)
     return sizes
 
 
@@ -199,7 +201,7 @@ def test_many_unknown_fields_are_refused_and_not_listed(
     with pytest.raises(UnknownField, match="has a field that this server") as caught:
         taken(wrap(UNKNOWN * 100_000))
     assert caught.value.field == path
-    assert sum(listed) <= unknown._MOST_UNKNOWN_BYTES
+    assert sum(listed) <= unknown_fields._MAX_UNKNOWN_BYTES
 
 
 def test_a_long_message_with_an_unknown_field_is_not_decoded_again(listed: list[int]) -> None:

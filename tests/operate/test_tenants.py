@@ -1,4 +1,4 @@
-"""Tenants: what is theirs, how much of it, and where they may go."""
+"""Tenants: their checkpoints, quotas and URIs."""
 
 import json
 import threading
@@ -124,7 +124,7 @@ def emptied(house: House, *names: str) -> Iterator[list[secateur.Client]]:
 # Whose checkpoints ----------------------------------------------------------------------------
 
 
-def test_what_one_tenant_keeps_is_not_there_for_another(house: House, tmp_path: Path) -> None:
+def test_checkpoints_of_a_tenant_are_invisible_to_others(house: House, tmp_path: Path) -> None:
     with emptied(house, "speech", "small") as (owner, other):
         kept = owner.upload(model(1))
         for use in (
@@ -152,7 +152,7 @@ def test_what_one_tenant_keeps_is_not_there_for_another(house: House, tmp_path: 
         assert owner.report(kept).total == 256
 
 
-def test_who_knows_the_digest_of_anothers_file_has_to_send_it(house: House) -> None:
+def test_known_digest_of_another_tenants_file_must_be_sent(house: House) -> None:
     data = save(model(1))
     message = file_message(data)
     with emptied(house, "speech", "small") as (owner, other):
@@ -175,7 +175,7 @@ def test_who_knows_the_digest_of_anothers_file_has_to_send_it(house: House) -> N
 
 
 def test_another_token_of_a_tenant_has_the_same_checkpoints(house: House) -> None:
-    """Also one that comes in the place of the one that they were made with."""
+    """Also a token that replaces the one with which they were created."""
     with emptied(house, "small") as (first,), house.client("small2") as second:
         kept = first.upload(model(1))
         assert list(second.checkpoints()) == [kept]
@@ -210,7 +210,7 @@ def sizes(client: secateur.Client) -> int:
     return sum(found.values())
 
 
-def test_what_a_tenant_used_least_recently_makes_room_for_its_own(house: House) -> None:
+def test_least_recently_used_checkpoint_of_a_tenant_is_evicted_for_its_quota(house: House) -> None:
     with emptied(house, "speech", "small") as (other, small):
         older = other.upload(model(0, 20 * KIB))
         first = small.upload(model(1, 20 * KIB))
@@ -227,10 +227,10 @@ def test_what_a_tenant_used_least_recently_makes_room_for_its_own(house: House) 
         assert list(other.checkpoints()) == [older]
 
 
-def test_what_cannot_fit_a_tenants_quota_is_refused_and_nothing_goes(house: House) -> None:
+def test_upload_above_a_quota_is_refused_and_evicts_nothing(house: House) -> None:
     with emptied(house, "speech", "small") as (other, small):
         kept = small.upload(model(1, 20 * KIB))
-        with pytest.raises(QuotaExceeded, match=f"the {STORE} that you may keep"):
+        with pytest.raises(QuotaExceeded, match=f"quota of {STORE}; delete checkpoints"):
             small.upload(model(2, STORE))
         with pytest.raises(QuotaExceeded):
             small.prune(model(3, STORE), HALF, keep=True)
@@ -239,7 +239,7 @@ def test_what_cannot_fit_a_tenants_quota_is_refused_and_nothing_goes(house: Hous
         assert small.prune(model(3, STORE), HALF).report.total == STORE // 4
 
 
-def test_uploads_at_once_do_not_get_past_a_quota(house: House) -> None:
+def test_concurrent_uploads_keep_within_a_quota(house: House) -> None:
     def upload(seed: int) -> bool:
         try:
             small.upload(model(seed, 20 * KIB))
@@ -254,7 +254,7 @@ def test_uploads_at_once_do_not_get_past_a_quota(house: House) -> None:
         assert 0 < sizes(small) <= STORE
 
 
-def test_shards_together_do_not_get_past_a_quota(house: House) -> None:
+def test_shards_together_keep_within_a_quota(house: House) -> None:
     shards = [save({f"w{i}": model(i, 20 * KIB)["w"]}) for i in range(6)]
     index = index_of(shards)
     data = [*shards, index]
@@ -273,8 +273,8 @@ def index_of(shards: list[bytes]) -> bytes:
     return json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
 
 
-def test_an_upload_that_broke_does_not_hold_a_tenants_quota(house: House) -> None:
-    """What has come of it is held for an hour, as long as nothing else wants the room."""
+def test_broken_upload_does_not_block_a_quota(house: House) -> None:
+    """Its bytes are kept for an hour, unless other data needs the space."""
     data = save(model(7, 50 * KIB))
     message = file_message(data)
 
@@ -303,7 +303,7 @@ def asked(stub: CheckpointsStub, query: pb.QueryUploadRequest) -> int:
 
 
 def idle_again(client: secateur.Client) -> bool:
-    """The server has seen that the caller has left, and takes another model."""
+    """The server has seen the cancellation, and accepts another model."""
     try:
         client.upload(model(8, 30 * KIB))
     except QuotaExceeded:
@@ -332,9 +332,7 @@ def being_served(house: House, name: str, data: bytes) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("name", "size"), [("light", 40 * KIB), ("single", KIB)])
-def test_what_a_tenant_may_have_in_service_is_waited_for_by_itself_alone(
-    house: House, name: str, size: int
-) -> None:
+def test_quota_in_service_blocks_its_own_tenant_only(house: House, name: str, size: int) -> None:
     data = save(model(1, size))
     with (
         house.client(name) as mine,
@@ -395,7 +393,7 @@ def denied(client: secateur.Client, uri: str) -> None:
 
 
 @pytest.mark.parametrize("uri", REFUSED)
-def test_a_tenant_goes_where_its_allow_lets_it_and_nowhere_else(house: House, uri: str) -> None:
+def test_tenant_opens_only_uris_of_its_allow(house: House, uri: str) -> None:
     # To write in the place of a link replaces the link: that stays inside.
     with house.client("vision") as vision:
         if "link" in uri:
@@ -441,7 +439,7 @@ def test_allow_narrows_what_the_server_allows_and_never_widens_it(house: House) 
         ([], set()),
     ],
 )
-def test_remote_places_are_those_in_both_lists(allow: list[str], allowed: set[str]) -> None:
+def test_remote_uris_must_be_in_both_lists(allow: list[str], allowed: set[str]) -> None:
     scratch = Scratch(Path("/nowhere"), 0, lambda count: None)
     uris = Uris((), ("s3://bucket/models", "s3://bucket/more/"), scratch, Requests(1)).among(allow)
     found = set()
@@ -452,8 +450,8 @@ def test_remote_places_are_those_in_both_lists(allow: list[str], allowed: set[st
     assert found == allowed
 
 
-def test_a_tenants_silent_calls_keep_neither_others_nor_probes_out(house: House) -> None:
-    """Of 128 calls at once half are one tenant's at most; who is turned away is told when."""
+def test_silent_calls_of_a_tenant_block_neither_others_nor_probes(house: House) -> None:
+    """One tenant gets half of the 128 calls at most; a refusal has a retry delay."""
     ended = threading.Event()
 
     def silent() -> Iterator[ReportRequest]:

@@ -1,4 +1,4 @@
-"""Pools of threads that exist before there is work."""
+"""Thread pools, which start all threads in advance."""
 
 import gc
 import threading
@@ -10,7 +10,7 @@ import pytest
 from secateur_server.backends.threads import Pool
 
 
-def test_all_work_is_done_by_as_many_threads_as_there_are() -> None:
+def test_pool_uses_all_its_threads() -> None:
     pool, together = Pool(4, "worker"), threading.Barrier(4)
     try:
         done = [pool.submit(together.wait, 60) for _ in range(4)]
@@ -20,7 +20,7 @@ def test_all_work_is_done_by_as_many_threads_as_there_are() -> None:
         pool.shutdown()
 
 
-def test_one_after_another_one_thread_does_it() -> None:
+def test_sequential_work_uses_one_thread() -> None:
     pool = Pool(8, "worker")
     try:
         names = set()
@@ -38,7 +38,7 @@ def wait_until_idle(pool: Pool, count: int) -> None:
     eventually(lambda: len(pool._idle), count)
 
 
-def test_an_error_is_the_callers_and_keeps_nothing_alive() -> None:
+def test_error_is_raised_in_the_caller_and_keeps_nothing_alive() -> None:
     class Model:
         pass
 
@@ -60,7 +60,7 @@ def test_an_error_is_the_callers_and_keeps_nothing_alive() -> None:
         pool.shutdown()
 
 
-def test_a_shut_down_pool_ends_its_work_and_takes_none() -> None:
+def test_closed_pool_finishes_its_work_and_accepts_no_more() -> None:
     pool, is_free = Pool(2, "ending"), threading.Event()
     done = [pool.submit(is_free.wait, 60) for _ in range(6)]
     pool.shutdown()
@@ -76,7 +76,7 @@ def test_a_shut_down_pool_ends_its_work_and_takes_none() -> None:
     assert done[0].result() is True
 
 
-def test_work_that_was_cancelled_is_not_done() -> None:
+def test_cancelled_work_is_not_run() -> None:
     pool, is_free = Pool(1, "worker"), threading.Event()
     try:
         pool.submit(is_free.wait, 60)

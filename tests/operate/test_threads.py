@@ -1,4 +1,4 @@
-"""A server that the system gives no further threads or files: real limits, set while it runs."""
+"""A server that gets no more threads or files from the system: real limits, set while it runs."""
 
 import errno
 import os
@@ -25,7 +25,7 @@ from secateur_proto import pruner_pb2, pruner_pb2_grpc
 from secateur_server.__main__ import DEAD_STATUS
 from secateur_server.app import App
 from secateur_server.config import read_config
-from secateur_server.operate.scrape import MOST_CONNECTIONS
+from secateur_server.operate.metrics_server import MAX_CONNECTIONS
 from tests.conftest import (
     PATIENCE,
     RunningServer,
@@ -155,10 +155,10 @@ def few_files(server: RunningServer, more: int) -> Iterator[None]:
     resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
 
 
-def test_scrapers_take_no_files_from_grpc_and_a_lack_of_files_no_time(
+def test_scrapers_take_no_descriptors_from_grpc(
     running: RunningServer,
 ) -> None:
-    with few_files(running, MOST_CONNECTIONS + 8):
+    with few_files(running, MAX_CONNECTIONS + 8):
         with silent_sockets(running.metrics_address, 100):
             assert is_serving(running)
         with silent_sockets(running.address, 100), silent_sockets(running.metrics_address, 100):
@@ -189,7 +189,7 @@ def test_a_server_serves_and_ends_without_a_new_thread(running: RunningServer) -
 
 
 @needs_a_limit
-def test_a_server_that_gets_too_few_threads_says_so_at_its_start() -> None:
+def test_server_reports_too_few_threads_at_its_start() -> None:
     command = [sys.executable, "-m", "secateur_server", "--address", "127.0.0.1:0"]
     command += ["--metrics-address", ""]
     with ExitStack() as opened:
@@ -207,14 +207,14 @@ def test_a_server_that_gets_too_few_threads_says_so_at_its_start() -> None:
     )
 
 
-def test_silent_scrapers_have_a_bounded_number_of_connections() -> None:
-    """Each new one takes the place of the oldest, and a scraper among them is answered."""
+def test_silent_scrapers_have_a_limited_number_of_connections() -> None:
+    """Each new connection replaces the oldest one, and a scraper is answered."""
     with inner_server() as running:
         before = len(os.listdir("/proc/self/fd"))
         with silent_sockets(running.metrics_address, 200):
             eventually(lambda: is_scraped(running), True)
             eventually(
-                lambda: len(os.listdir("/proc/self/fd")) - before - 200 <= MOST_CONNECTIONS, True
+                lambda: len(os.listdir("/proc/self/fd")) - before - 200 <= MAX_CONNECTIONS, True
             )
 
 
@@ -228,7 +228,7 @@ runpy.run_module("secateur_server", run_name="__main__")
 """
 
 
-def test_a_process_whose_serving_loop_ends_does_so_too() -> None:
+def test_process_exits_when_its_serving_loop_ends() -> None:
     command = [sys.executable, "-c", _DYING, "--address", "127.0.0.1:0", "--metrics-address", ""]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert ended.returncode == DEAD_STATUS

@@ -1,4 +1,4 @@
-"""TLS: who is served over it, and certificates that change under a server that runs."""
+"""TLS: accepted clients, and certificates that change while the server runs."""
 
 import os
 import re
@@ -100,7 +100,7 @@ def refusal(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.S
 
 
 @pytest.mark.parametrize("as_what", [str, Path, Path.read_bytes])
-def test_a_client_that_trusts_the_authority_is_served(
+def test_client_that_trusts_the_ca_is_served(
     tls: Served, as_what: Callable[[Path], str | Path | bytes]
 ) -> None:
     """The path of the authority's certificate, in either form, and credentials of grpc's."""
@@ -115,7 +115,7 @@ def test_a_client_that_trusts_the_authority_is_served(
         assert client.prune(MODEL, secateur.l1_unstructured("w", 2)).report.zeros == 2
 
 
-def test_plaintext_and_other_authorities_are_not_served(tls: Served) -> None:
+def test_plaintext_and_other_cas_are_not_served(tls: Served) -> None:
     assert refusal(tls.address, _OURS.credentials()) is None
     assert refusal(tls.address, None) == grpc.StatusCode.UNAVAILABLE
     assert refusal(tls.address, _THEIRS.credentials()) == grpc.StatusCode.UNAVAILABLE
@@ -135,7 +135,7 @@ def test_over_tls_a_token_is_needed_as_well(tls: Served) -> None:
             client.report(MODEL)
 
 
-def test_of_mutual_tls_only_certificates_of_the_authority_are_served(mutual: Served) -> None:
+def test_mutual_tls_accepts_certificates_of_the_ca_only(mutual: Served) -> None:
     assert refusal(mutual.address, _OURS.credentials(_OURS.pair("caller"))) is None
     for credentials in (
         None,
@@ -181,7 +181,7 @@ def test_the_command_line_speaks_mutual_tls(mutual: Served, tmp_path: Path) -> N
 # Files that change ----------------------------------------------------------------------------
 
 
-def test_a_new_certificate_is_served_to_new_connections_and_old_ones_go_on(tls: Served) -> None:
+def test_new_certificate_is_used_for_new_connections_only(tls: Served) -> None:
     before, second = tls.reloads("ok"), _OURS.pair("second")
 
     def messages() -> Iterator[ReportRequest]:
@@ -200,7 +200,7 @@ def test_a_new_certificate_is_served_to_new_connections_and_old_ones_go_on(tls: 
         assert refusal(tls.address, _OURS.credentials()) is None
 
 
-def test_a_pair_that_does_not_fit_leaves_the_old_one_served_and_counts(tls: Served) -> None:
+def test_mismatched_pair_keeps_the_old_one_and_is_counted(tls: Served) -> None:
     good = _OURS.pair("good")
     good.put(tls.cert, tls.key)
     eventually(lambda: serial_at(tls.address), good.serial)
@@ -216,12 +216,12 @@ def test_a_pair_that_does_not_fit_leaves_the_old_one_served_and_counts(tls: Serv
             lambda: (serial_at(tls.address), tls.reloads("failed")), (good.serial, failed + 1)
         )
         assert refusal(tls.address, _OURS.credentials()) is None
-    assert tls.server.log.read_text().count(f"the certificate {tls.cert} stays as it was") == 3
+    assert tls.server.log.read_text().count(f"cannot reread the certificate {tls.cert}") == 3
     other.put(tls.cert, tls.key)
     eventually(lambda: serial_at(tls.address), other.serial)
 
 
-def test_another_authority_for_callers_is_asked_for_once_its_file_changes(mutual: Served) -> None:
+def test_changed_client_ca_is_reloaded(mutual: Served) -> None:
     ours, theirs = _OURS.pair("caller"), _THEIRS.pair("caller")
     with grpc.secure_channel(mutual.address, _OURS.credentials(ours)) as old:
         stub = health_pb2_grpc.HealthStub(old)
@@ -265,7 +265,7 @@ SPOILED: dict[str, tuple[Callable[[Path, Path, Path], object], str]] = {
 
 
 @pytest.mark.parametrize("what", SPOILED)
-def test_files_that_tls_cannot_be_served_with_are_one_line(
+def test_unusable_tls_files_are_reported_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
 ) -> None:
     cert, key, ca = files_of(tmp_path, _OURS.pair("server"))
@@ -281,7 +281,7 @@ def test_files_that_tls_cannot_be_served_with_are_one_line(
     assert "BEGIN" not in line, line
 
 
-def test_a_server_that_cannot_serve_tls_ends_with_one_line(tmp_path: Path) -> None:
+def test_server_without_usable_tls_files_exits_with_one_line(tmp_path: Path) -> None:
     cert, key, _ = files_of(tmp_path, _OURS.pair("server"))
     key.write_bytes(_OURS.pair("other").key)
     options = ["--address", "127.0.0.1:0", "--metrics-address", "", "--tls-cert", str(cert)]
@@ -295,16 +295,16 @@ def test_a_server_that_cannot_serve_tls_ends_with_one_line(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tls-cert", "{cert}"], "--tls-cert and --tls-key go together"),
-        (["--tls-key", "{key}"], "--tls-cert and --tls-key go together"),
+        (["--tls-cert", "{cert}"], "--tls-cert and --tls-key need each other"),
+        (["--tls-key", "{key}"], "--tls-cert and --tls-key need each other"),
         (["--tls-client-ca", "{ca}"], "--tls-client-ca needs --tls-cert and --tls-key"),
         (["--tls-cert", "{cert}.none"], "argument --tls-cert: {cert}.none: No such file"),
-        (["--tls-cert", "{folder}"], "argument --tls-cert: {folder}: is no file"),
-        (["--tls-key", "{pipe}"], "argument --tls-key: {pipe}: is no file"),
-        (["--tls-key", "/dev/null"], "argument --tls-key: /dev/null: is no file"),
+        (["--tls-cert", "{folder}"], "argument --tls-cert: {folder}: is not a file"),
+        (["--tls-key", "{pipe}"], "argument --tls-key: {pipe}: is not a file"),
+        (["--tls-key", "/dev/null"], "argument --tls-key: /dev/null: is not a file"),
     ],
 )
-def test_options_of_tls_that_do_not_fit_are_named(
+def test_wrong_tls_options_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     cert, key, ca = files_of(tmp_path, _OURS.pair("server"))

@@ -1,4 +1,4 @@
-"""Traces, as a collector gets them."""
+"""Traces, as a collector receives them."""
 
 import threading
 from collections.abc import Iterator
@@ -77,7 +77,7 @@ def test_a_call_is_a_span_of_its_callers_trace_and_its_stages_lie_within(
     assert names["service.name"] == "secateur"
 
 
-def test_a_collector_that_is_not_there_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_collector_blocks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")  # for what is left when the server ends
     with (
         inner_server("--otlp-endpoint", "http://127.0.0.1:1") as server,
@@ -86,7 +86,7 @@ def test_a_collector_that_is_not_there_holds_up_nobody(monkeypatch: pytest.Monke
         assert client.prune(MODEL, secateur.l1_unstructured("w", 0.5)).report.zeros == 4
 
 
-def test_without_the_packages_it_says_what_to_install(tmp_path: Any) -> None:
+def test_missing_packages_error_says_what_to_install(tmp_path: Any) -> None:
     hidden = tmp_path / "opentelemetry"
     hidden.mkdir()
     (hidden / "__init__.py").write_text("raise ImportError('hidden', name='opentelemetry')")

@@ -1,4 +1,4 @@
-"""Answers that a caller does not take count until they are taken, or the caller is cut off."""
+"""Untaken answers count until they are taken or their calls are cut off."""
 
 import socket
 import struct
@@ -74,7 +74,7 @@ def impatient() -> Iterator[RunningServer]:
     stop_server(started)
 
 
-def test_an_answer_that_nobody_takes_counts_until_its_caller_is_cut_off(
+def test_untaken_answer_counts_until_its_call_is_cut_off(
     impatient: RunningServer,
 ) -> None:
     """A request of 45 KB, with an answer of 27 MB; a second answer does not fit beside it."""

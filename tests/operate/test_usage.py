@@ -1,4 +1,4 @@
-"""Options of secateur-server: a wrong one is one line; sizes are as people write them."""
+"""Options of secateur-server: a wrong one is one line; sizes have units."""
 
 import pytest
 
@@ -9,14 +9,14 @@ from secateur_server.config import parse_config, read_config
     ("options", "said"),
     [
         (["--nope"], "unrecognized arguments: --nope"),
-        (["--queue-size", "many"], "argument --queue-size: 'many' is no whole number"),
+        (["--queue-size", "many"], "argument --queue-size: 'many' is not a whole number"),
         (["--max-model-bytes", "5 apples"], "'5 apples' is not a number of bytes, such as"),
         (["--max-model-bytes", "0"], "'0' is not a number of bytes"),
         (["--max-model-bytes", "0.5B"], "'0.5B' is not a number of bytes"),
         (["--max-model-bytes", "5gb"], "'5gb' is not a number of bytes"),
         (["--device", "cuda:999"], "CUDA devices"),
-        (["--tls-key", "/"], "argument --tls-key: /: is no file"),
-        (["--address", "0.0.0.0:1"], "or say --insecure"),
+        (["--tls-key", "/"], "argument --tls-key: /: is not a file"),
+        (["--address", "0.0.0.0:1"], "or --insecure if"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exits_2(

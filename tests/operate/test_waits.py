@@ -1,4 +1,4 @@
-"""What is said of a call that is stopped while it waits for its turn."""
+"""Messages and logs of calls that are cancelled while they wait."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from secateur.progress import noting_waits
 from secateur_proto.checkpoint_pb2 import PHASE_READ, PHASE_WAIT, Progress
 from secateur_proto.pruner_pb2_grpc import PrunerStub
 from secateur_server.api.convert.checkpoint import progress_message
-from secateur_server.errors import Stopped
+from secateur_server.errors import Cancelled
 from secateur_server.runtime.context import RequestContext, Tenant
 from secateur_server.runtime.scheduler import ONE_CORE_BYTES, Scheduler
 from tests.conftest import RunningServer, eventually, inner_server
@@ -48,7 +48,7 @@ LIMITS: dict[str, tuple[Tenant, Callable[[Scheduler, RequestContext], Any], str]
     "cores": (
         TENANT,
         lambda scheduler, context: scheduler.cores(context, ONE_CORE_BYTES + 1),
-        "the cores: another large model has them",
+        "the cores: another large model is using them",
     ),
     "first messages": (
         TENANT,
@@ -59,7 +59,7 @@ LIMITS: dict[str, tuple[Tenant, Callable[[Scheduler, RequestContext], Any], str]
 
 
 @pytest.mark.parametrize("name", LIMITS)
-def test_a_request_says_what_it_waited_for(name: str) -> None:
+def test_cancelled_request_says_what_it_waited_for(name: str) -> None:
     tenant, enter, what = LIMITS[name]
     scheduler, holder = Scheduler(100 if "tenant" not in name else 1000, 5), RequestContext()
     holder.tenant = tenant
@@ -81,15 +81,15 @@ def test_a_request_says_what_it_waited_for(name: str) -> None:
 
 
 def _enter(enter: Any, scheduler: Scheduler, context: RequestContext) -> None:
-    with pytest.raises(Stopped), enter(scheduler, context):
+    with pytest.raises(Cancelled), enter(scheduler, context):
         pass
 
 
-def test_a_request_that_has_its_turn_waited_for_nothing() -> None:
+def test_running_request_waited_for_nothing() -> None:
     scheduler, context = Scheduler(100, 5), RequestContext()
     with model(scheduler, context):
         context.cancel()
-        with pytest.raises(Stopped):
+        with pytest.raises(Cancelled):
             context.check()
     assert context.waited_for == ""
 
@@ -123,7 +123,7 @@ def held(server: RunningServer, channel: grpc.Channel) -> Iterator[None]:
 
 
 def until_queued(server: RunningServer, begin: Callable[[float], Any]) -> Any:
-    """A call that waits, whose time is up soon: a busy machine may need longer to let it in."""
+    """A waiting call with a short deadline; a busy machine may need longer to admit it."""
     for seconds in (1, 10, 100):
         eventually(lambda: queued(server), False)
         call = begin(seconds)
@@ -162,13 +162,13 @@ def test_the_log_says_that_a_call_waited_until_its_deadline(
         (line,) = lines(caplog, code="DeadlineExceeded", id=ids[-1])
     what = f"memory: {ROOM} of {ROOM} bytes are in service"
     assert line["waited_for"].endswith(f" s for {what}")
-    assert line["error"] == f"call: its time is up; it waited {line['waited_for']}"
+    assert line["error"] == f"call: deadline exceeded; it waited {line['waited_for']}"
     assert line["queue_seconds"] > 0
     eventually(lambda: len(lines(caplog, code="Canceled")), 1)  # the holder
     assert "waited_for" not in lines(caplog, code="Canceled")[0]
 
 
-def test_the_log_says_that_a_call_waited_until_its_caller_left(
+def test_log_says_that_a_call_waited_until_it_was_cancelled(
     small: RunningServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The caller of a checkpoint's call is told on the way that it waits."""
@@ -189,7 +189,7 @@ def test_the_log_says_that_a_call_waited_until_its_caller_left(
 
 
 def test_the_client_says_that_a_call_waited(small: RunningServer) -> None:
-    """In its own words, or in the server's, whichever comes first."""
+    """By its own error, or the server's, whichever arrives first."""
     found: list[Exception] = []
 
     def prune(seconds: float) -> Any:
@@ -216,7 +216,7 @@ def test_the_client_says_that_a_call_waited(small: RunningServer) -> None:
     assert " memory" in str(found[-1])
 
 
-def test_the_client_tells_what_it_heard_last() -> None:
+def test_client_reports_the_last_state_that_it_received() -> None:
     def fails_after(*phases: Any, error: Exception) -> str:
         seen: list[Any] = []
 
@@ -231,11 +231,11 @@ def test_the_client_tells_what_it_heard_last() -> None:
         assert [progress.phase for progress in seen] == list(phases)
         return str(caught.value)
 
-    late, of_server = DeadlineExceeded("late"), DeadlineExceeded("call: its time is up")
+    late, of_server = DeadlineExceeded("late"), DeadlineExceeded("call: deadline exceeded")
     of_server.request_id = "1"
     assert fails_after(PHASE_READ, PHASE_WAIT, error=late).startswith(
         "late; until then the call wa"
     )
     assert fails_after(PHASE_WAIT, PHASE_READ, error=late) == "late"
     assert fails_after(error=late) == "late"
-    assert fails_after(PHASE_WAIT, error=of_server) == "call: its time is up"
+    assert fails_after(PHASE_WAIT, error=of_server) == "call: deadline exceeded"

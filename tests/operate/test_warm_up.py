@@ -1,4 +1,4 @@
-"""A server takes calls once it has done what only first calls do."""
+"""A server accepts calls after its warm-up."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ import secateur
 from secateur_server import app
 from secateur_server.app import App
 from secateur_server.config import read_config
-from secateur_server.operate.probes import Health
+from secateur_server.operate.health import Health
 from tests.conftest import RunningServer
 
 # Runs in an interpreter of its own: in this one other tests have imported and compiled all of it.
@@ -99,7 +99,7 @@ def test_a_server_is_ready_after_its_warm_up(
         assert happened == ["warm-up", "ready"]
 
 
-def test_an_embedded_server_leaves_the_warm_up_to_its_first_call(
+def test_embedded_server_does_not_warm_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(app, "warm_up", lambda *arguments: pytest.fail("it warms up"))
@@ -107,6 +107,6 @@ def test_an_embedded_server_leaves_the_warm_up_to_its_first_call(
         assert client.report({"w": np.zeros(3)}).zeros == 3
 
 
-def test_the_log_says_that_it_is_warm_before_it_says_that_it_serves(server: RunningServer) -> None:
+def test_warm_up_is_logged_before_serving(server: RunningServer) -> None:
     logged = server.log.read_text()
     assert 0 <= logged.find("warmed up in ") < logged.find("serving gRPC at ")

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateur_server.errors import InvalidSpec, Stopped
+from secateur_server.errors import Cancelled, InvalidSpec
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.globs import (
     MOST_GLOB_CHARACTERS,
@@ -119,5 +119,5 @@ def test_globs_that_take_too_long_to_match_are_an_error(monkeypatch: pytest.Monk
 def test_a_caller_who_leaves_ends_the_matching() -> None:
     context = RequestContext()
     context.cancel()
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         matches(context, "tensors", ["*.weight"], names_of(1))

@@ -12,7 +12,7 @@ import torch
 
 import secateur
 from secateur_proto import spec_pb2 as pb
-from secateur_server.errors import InvalidSpec, Stopped
+from secateur_server.errors import Cancelled, InvalidSpec
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec import resolve as resolve_module
 from secateur_server.spec.decode import (
@@ -136,7 +136,7 @@ def test_indices_that_are_no_slices_are_an_error(
 def test_a_caller_who_leaves_ends_the_decoding(given: pb.PruningSpec) -> None:
     context = RequestContext()
     context.cancel()
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         decode_spec(context, given)
 
 

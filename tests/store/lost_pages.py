@@ -1,4 +1,4 @@
-"""A disk that loses what was not synced when its server is killed, as when the power goes."""
+"""A disk that loses unsynced data when its server is killed, as in a power failure."""
 
 import random
 import shutil

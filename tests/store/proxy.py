@@ -1,4 +1,4 @@
-"""A network that fails: a proxy in front of a server that cuts connections as a test says."""
+"""A network that fails: a proxy in front of a server, which cuts connections on request."""
 
 import socket
 import threading

@@ -1,4 +1,4 @@
-"""A server with a store of its own, what lies on its disk, and calls that no client makes."""
+"""A server with its own store, the content of its disk, and calls that the client never makes."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager

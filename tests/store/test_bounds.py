@@ -1,4 +1,4 @@
-"""The store keeps within its bounds: bytes, time, one server; and what it says of itself is so."""
+"""The store keeps within its limits of bytes and time, and its metrics are right."""
 
 import shutil
 import signal
@@ -83,7 +83,7 @@ def names(store: Kept) -> set[str]:
 
 
 def evictions(server: RunningServer, reason: str) -> tuple[int, int]:
-    """How many checkpoints were let go, and their bytes."""
+    """The number of evicted checkpoints, and their bytes."""
     bytes_ = int(series(server, "secateur_evicted_bytes_total"))
     return int(series(server, "secateur_evictions_total", reason=reason)), bytes_
 
@@ -117,7 +117,7 @@ def size_on_disk(checkpoint: secateur.Checkpoint) -> int:
     return sum(map(in_blocks, sizes + sums)) + DISK_BLOCK
 
 
-def test_ten_rounds_cost_the_model_once_and_ten_masks(store: Kept) -> None:
+def test_ten_kept_prunes_store_the_model_once_and_ten_masks(store: Kept) -> None:
     tensors = LARGE[0]
     checkpoint = store.client.upload(tensors)
     before, sent = counted(store.folder), received(store.server)
@@ -133,7 +133,7 @@ def test_ten_rounds_cost_the_model_once_and_ten_masks(store: Kept) -> None:
     assert received(store.server) == sent
 
 
-def test_the_least_recently_used_goes_first(store: Kept) -> None:
+def test_least_recently_used_checkpoint_is_evicted_first(store: Kept) -> None:
     first, second = (store.client.upload(tensors) for tensors in LARGE[:2])
     count, freed = evictions(store.server, "room")
     store.client.report(first)  # a use
@@ -144,8 +144,8 @@ def test_the_least_recently_used_goes_first(store: Kept) -> None:
         store.client.report(second)
 
 
-def test_who_asks_for_all_gets_what_is_in_nobodys_use(store: Kept) -> None:
-    """One that is in use stays, though it is the least recently used."""
+def test_large_upload_evicts_everything_but_checkpoints_in_use(store: Kept) -> None:
+    """A checkpoint in use is kept, though it is the least recently used."""
     first, second = (store.client.upload(tensors) for tensors in LARGE[:2])
     with unread(store, first):
         store.client.report(second)
@@ -153,7 +153,7 @@ def test_who_asks_for_all_gets_what_is_in_nobodys_use(store: Kept) -> None:
         assert names(store) == {first.name, third.name}
 
 
-def test_where_nothing_can_go_the_store_is_full(store: Kept) -> None:
+def test_store_is_full_if_nothing_can_be_evicted(store: Kept) -> None:
     first, second = (store.client.upload(tensors) for tensors in LARGE[:2])
     count, _ = evictions(store.server, "room")
     with unread(store, first), unread(store, second):
@@ -166,8 +166,8 @@ def test_where_nothing_can_go_the_store_is_full(store: Kept) -> None:
     assert third.name in names(store)
 
 
-def test_who_cannot_be_served_drives_nobody_out(store: Kept) -> None:
-    """The one that could go is not enough."""
+def test_upload_that_cannot_fit_evicts_nothing(store: Kept) -> None:
+    """Evicting the only candidate would not free enough."""
     first, second = store.client.upload(LARGE[0]), store.client.upload(model(1000))
     larger = model(2 * MIB)
     with unread(store, first), pytest.raises(secateur.StoreFull):
@@ -175,7 +175,7 @@ def test_who_cannot_be_served_drives_nobody_out(store: Kept) -> None:
     assert names(store) == {first.name, second.name}
 
 
-def test_a_model_above_all_is_refused_at_once(store: Kept) -> None:
+def test_model_above_the_limit_is_refused_before_its_data(store: Kept) -> None:
     first, before = store.client.upload(LARGE[0]), received(store.server)
     message = file_message(b"", size_bytes=LIMIT + 1, blake3="0" * 64)
     with kept_open(upload_requests([upload_file(message)])) as messages:
@@ -186,7 +186,7 @@ def test_a_model_above_all_is_refused_at_once(store: Kept) -> None:
     assert received(store.server) == before
 
 
-def test_what_has_come_counts_and_goes_when_it_is_left(store: Kept) -> None:
+def test_broken_upload_counts_until_it_is_abandoned(store: Kept) -> None:
     data, come = file_of(LARGE[0]), 3 * MIB
     requests = upload_requests([upload_file(file_message(data))], data[:come])
     with kept_open(requests) as messages:
@@ -203,8 +203,8 @@ def test_what_has_come_counts_and_goes_when_it_is_left(store: Kept) -> None:
     assert len(names(store)) == 2
 
 
-def test_names_for_one_model_are_bounded_too(store: Kept) -> None:
-    """Nothing is sent for the second one, but it has a record."""
+def test_records_of_one_model_count_too(store: Kept) -> None:
+    """The second checkpoint needs no upload, but its record takes space."""
     tensors = model(LIMIT // 4 - 10 * DISK_BLOCK // 4)
     made = [store.client.upload(tensors).name for _ in range(15)]
     assert names(store) < set(made)
@@ -212,7 +212,7 @@ def test_names_for_one_model_are_bounded_too(store: Kept) -> None:
     check_tidy(store.folder, len(names(store)), blobs(store.folder))
 
 
-def test_two_kept_prunes_of_the_same_at_once_are_both_kept(store: Kept) -> None:
+def test_concurrent_kept_prunes_of_one_checkpoint_are_both_kept(store: Kept) -> None:
     uploaded = store.client.upload(LARGE[0])
     spec = secateur.l1_unstructured("*", 0.5)
     results: list[secateur.PruneResult] = []
@@ -231,7 +231,7 @@ def test_two_kept_prunes_of_the_same_at_once_are_both_kept(store: Kept) -> None:
     assert len(blobs(store.folder)) == 2
 
 
-def test_a_checkpoint_that_is_deleted_in_use_goes_when_the_use_ends(store: Kept) -> None:
+def test_deleted_checkpoint_in_use_is_removed_when_the_use_ends(store: Kept) -> None:
     uploaded = store.client.upload(LARGE[0])
     with unread(store, uploaded):
         store.client.delete(uploaded)
@@ -240,7 +240,7 @@ def test_a_checkpoint_that_is_deleted_in_use_goes_when_the_use_ends(store: Kept)
     eventually(lambda: on_disk(store.folder), {})
 
 
-def test_uses_are_remembered_over_a_restart(tmp_path: Path) -> None:
+def test_last_uses_survive_a_restart(tmp_path: Path) -> None:
     folder, options = tmp_path / "store", ("--store-max-bytes", str(LIMIT))
     with kept(folder, *options) as store:
         first, second = (store.client.upload(tensors) for tensors in LARGE[:2])
@@ -256,7 +256,7 @@ def temporary(folder: Path) -> list[Path]:
     return sorted(folder.glob("secateur-store-*"))
 
 
-def test_without_a_folder_the_store_ends_with_its_server(
+def test_temporary_store_is_removed_with_its_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is private; and what a killed server left goes when another one starts."""
@@ -278,7 +278,7 @@ def test_without_a_folder_the_store_ends_with_its_server(
     assert temporary(tmp_path) == []
 
 
-def test_a_store_may_take_as_much_after_a_restart(
+def test_default_limit_is_the_same_after_a_restart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By default its limit comes of the free disk, of which what it keeps is no part."""

@@ -1,4 +1,4 @@
-"""While files are being removed nobody waits who does not need their room."""
+"""While files are being removed, only calls that need their space wait."""
 
 import os
 import stat
@@ -12,7 +12,7 @@ import torch
 
 import secateur
 from secateur_server.runtime.context import RequestContext
-from secateur_server.storage.holdings import Entry
+from secateur_server.storage.accounts import Entry
 from secateur_server.storage.store import Store
 from tests.conftest import PATIENCE, eventually
 from tests.pruning.torch_side import assert_same_tensors
@@ -68,7 +68,7 @@ def store(tmp_path: Path) -> Iterator[Kept]:
     [("unlink", unlinks_blob), ("fsync", syncs_folder)],
     ids=["unlink", "fsync"],
 )
-def test_calls_are_served_while_the_disk_removes(
+def test_calls_are_served_while_the_disk_removes_files(
     store: Kept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, is_held: Any
 ) -> None:
     going, others = store.client.upload(MODEL), {"other": torch.ones(9)}
@@ -92,7 +92,7 @@ def test_calls_are_served_while_the_disk_removes(
         deleting.join(PATIENCE)
 
 
-def test_a_blob_that_is_being_removed_is_written_anew_when_it_is_gone(
+def test_blob_being_removed_is_written_again_after_its_removal(
     store: Kept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = store.client.upload(MODEL)
@@ -121,7 +121,7 @@ def send(store: Store, owner: str, data: bytes) -> None:
     store.uploads.leave(upload)
 
 
-def test_what_makes_room_is_off_the_disk_before_the_room_is_used(
+def test_evicted_files_are_off_the_disk_before_the_space_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That holds for a call, too, which finds room that another one is making."""
@@ -151,7 +151,7 @@ def test_what_makes_room_is_off_the_disk_before_the_room_is_used(
 
 
 def test_victims_are_chosen_in_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of many checkpoints a quota makes some go: no others are looked at, and each a few times."""
+    """A quota evicts some of many checkpoints: only those are read, each a few times."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     owner, count, going = "a" * 32, 600, 200
     store = Store(tmp_path / "store", 1 << 30, ttl=0)

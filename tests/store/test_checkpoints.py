@@ -1,4 +1,4 @@
-"""A checkpoint is as good as its data: every call gives the same bits on either."""
+"""Calls on a checkpoint give the same bits as calls with its data."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -102,7 +102,7 @@ property_based = settings(
 
 @property_based
 @given(data=st.data())
-def test_a_prune_of_a_checkpoint_is_that_of_its_data(
+def test_prune_of_a_checkpoint_equals_that_of_its_data(
     client: secateur.Client, tmp_path: Path, data: st.DataObject
 ) -> None:
     tensors = data.draw(models())
@@ -143,7 +143,7 @@ def check_is(
 
 @property_based
 @given(data=st.data())
-def test_a_second_step_on_a_checkpoint_is_that_on_the_pairs(
+def test_second_prune_of_a_checkpoint_equals_that_of_the_pairs(
     client: secateur.Client, data: st.DataObject
 ) -> None:
     tensors = data.draw(models())
@@ -164,7 +164,7 @@ STEPS = [
 ]
 
 
-def test_ten_rounds_by_handle_are_torchs_ten_rounds(
+def test_ten_prunes_of_a_checkpoint_equal_torchs_ten_prunes(
     client: secateur.Client, tmp_path: Path
 ) -> None:
     """Torch's own functions, one after another on one module, against names of checkpoints."""
@@ -183,9 +183,7 @@ def test_ten_rounds_by_handle_are_torchs_ten_rounds(
     assert_same_tensors(downloaded(client, checkpoint, tmp_path), folded)
 
 
-def test_a_kept_prune_of_a_module_is_what_apply_to_makes(
-    client: secateur.Client, tmp_path: Path
-) -> None:
+def test_kept_prune_of_a_module_equals_apply_to(client: secateur.Client, tmp_path: Path) -> None:
     """Its buffers are not sent; a second call on the module starts from its masks."""
     module = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4))
     spec = secateur.l1_unstructured("0.weight", 0.5)
@@ -204,7 +202,7 @@ def test_a_kept_prune_of_a_module_is_what_apply_to_makes(
 
 @pytest.mark.parametrize("shift", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.int64], ids=str)
-def test_a_tensor_may_lie_anywhere_in_the_file(
+def test_tensors_are_read_at_any_offset_of_the_file(
     client: secateur.Client, tmp_path: Path, shift: int, dtype: torch.dtype
 ) -> None:
     """The header is padded or not, as who writes the file likes."""
@@ -231,8 +229,8 @@ def test_a_tensor_may_lie_anywhere_in_the_file(
     assert (tmp_path / "back.safetensors").read_bytes() == path.read_bytes()
 
 
-def test_a_model_of_many_blocks_is_the_same(client: secateur.Client, tmp_path: Path) -> None:
-    """Tensors that begin and end within blocks of the store, and span several."""
+def test_model_of_many_blocks_is_read_correctly(client: secateur.Client, tmp_path: Path) -> None:
+    """Tensors begin and end within blocks of the store, and span several."""
     tensors = {f"w{i}": values((n,), torch.float32, i) for i, n in enumerate((300_001, 3, 777_777))}
     spec = secateur.global_unstructured("*", 0.7)
     result = client.prune(client.upload(tensors), spec, keep=True)
@@ -242,9 +240,7 @@ def test_a_model_of_many_blocks_is_the_same(client: secateur.Client, tmp_path: P
     assert_same_tensors(downloaded(client, result.checkpoint, tmp_path), expected)
 
 
-def test_what_was_uploaded_comes_back_byte_for_byte(
-    client: secateur.Client, tmp_path: Path
-) -> None:
+def test_download_equals_the_upload_byte_for_byte(client: secateur.Client, tmp_path: Path) -> None:
     path, back = tmp_path / "model.safetensors", tmp_path / "back"
     back.mkdir()
     path.write_bytes(safetensors.torch.save({"w": torch.ones(3)}, {"by": "hand"}))
@@ -255,7 +251,7 @@ def test_what_was_uploaded_comes_back_byte_for_byte(
     assert (uploaded.mask_bytes, uploaded.expire_time) == (0, None)
 
 
-def test_names_of_scores_beside_a_checkpoint_meet_none_of_its_tensors(
+def test_names_of_scores_do_not_collide_with_tensors_of_the_checkpoint(
     client: secateur.Client,
 ) -> None:
     """The client cannot see what the tensors on the server are called."""
@@ -276,7 +272,7 @@ def test_names_of_scores_beside_a_checkpoint_meet_none_of_its_tensors(
     ],
     ids=["name", "count", "report", "upload"],
 )
-def test_what_is_wrong_about_data_is_wrong_about_a_checkpoint(
+def test_errors_of_data_are_errors_of_a_checkpoint_too(
     client: secateur.Client, call: Callable[[Any, Any], Any], error: type[Exception]
 ) -> None:
     uploaded = client.upload({"w": torch.ones(3)})
@@ -286,7 +282,7 @@ def test_what_is_wrong_about_data_is_wrong_about_a_checkpoint(
     assert [checkpoint.name for checkpoint in client.checkpoints()] == before
 
 
-def test_the_same_file_is_the_same_digest(client: secateur.Client) -> None:
+def test_same_file_has_the_same_digest(client: secateur.Client) -> None:
     tensors = {"w": torch.arange(5.0)}
     first, second = client.upload(tensors), client.upload(tensors)
     assert first.name != second.name

@@ -1,4 +1,4 @@
-"""Ages pass evenly, whatever is done to the system's clock: nothing expires early, or late."""
+"""Setting the system's clock changes no age: nothing expires early or late."""
 
 import threading
 from collections.abc import Iterator
@@ -90,7 +90,7 @@ def names(store: Kept) -> set[str]:
     return {checkpoint.name for checkpoint in store.client.checkpoints()}
 
 
-def test_what_nobody_uses_expires(tmp_path: Path, machine: Machine) -> None:
+def test_unused_checkpoints_expire(tmp_path: Path, machine: Machine) -> None:
     with serving(tmp_path / "store") as store:
         used, unused = (store.client.upload(small(i)) for i in (1, 2))
         assert machine.seconds_to(unused) == TTL
@@ -118,9 +118,7 @@ def leave_unfinished(store: Kept, data: bytes, come: int) -> None:
 
 
 @pytest.mark.parametrize("jump", [HOURS, -HOURS, 10 * UPLOAD_SECONDS])
-def test_a_clock_that_is_set_neither_expires_nor_keeps_anything(
-    tmp_path: Path, machine: Machine, jump: float
-) -> None:
+def test_setting_the_clock_changes_no_age(tmp_path: Path, machine: Machine, jump: float) -> None:
     """A checkpoint that was uploaded, one that was pruned, one in use, and an unfinished upload."""
     data = file_of(model(1000))
     with serving(tmp_path / "store") as store:
@@ -145,7 +143,7 @@ def test_a_clock_that_is_set_neither_expires_nor_keeps_anything(
 
 
 @pytest.mark.parametrize("jump", [HOURS, -HOURS])
-def test_a_clock_that_is_set_before_a_restart_changes_no_age(
+def test_setting_the_clock_before_a_restart_changes_no_age(
     tmp_path: Path, machine: Machine, jump: float
 ) -> None:
     with serving(tmp_path / "store") as store:
@@ -163,7 +161,7 @@ def test_a_clock_that_is_set_before_a_restart_changes_no_age(
         eventually(lambda: names(store), set())
 
 
-def test_while_no_server_runs_the_systems_clock_counts(tmp_path: Path, machine: Machine) -> None:
+def test_system_clock_counts_while_no_server_runs(tmp_path: Path, machine: Machine) -> None:
     with serving(tmp_path / "store") as store:
         uploaded = store.client.upload(small(1))
     machine.step(0.8 * TTL)
@@ -171,8 +169,8 @@ def test_while_no_server_runs_the_systems_clock_counts(tmp_path: Path, machine: 
         assert machine.seconds_to(store.client.checkpoint(uploaded.name)) == 0.2 * TTL
 
 
-def test_a_last_use_that_is_still_to_come_counts_as_now(tmp_path: Path, machine: Machine) -> None:
-    """The clock was set back while no server ran: a checkpoint is kept for no more than a TTL."""
+def test_last_use_in_the_future_counts_as_now(tmp_path: Path, machine: Machine) -> None:
+    """The clock was set back while no server ran: a checkpoint is kept for one TTL at most."""
     with serving(tmp_path / "store") as store:
         first, second = (store.client.upload(small(i)) for i in (1, 2))
         machine.step(1.0)

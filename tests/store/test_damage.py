@@ -1,4 +1,4 @@
-"""A disk that fails, or is full, costs what was on it and no more; nobody is sent what is wrong."""
+"""A failing or full disk affects only the data on it, and damaged data is never sent."""
 
 import os
 import resource
@@ -114,7 +114,7 @@ def check_lost(store: Kept, checkpoint: secateur.Checkpoint, folder: Path) -> No
 
 
 @every_damage
-def test_what_is_damaged_is_never_given_and_an_upload_heals_it(
+def test_damaged_data_is_never_returned_and_an_upload_repairs_it(
     store: Kept, sound: secateur.Checkpoint, tmp_path: Path, damage: str
 ) -> None:
     uploaded = store.client.upload(MODEL)
@@ -126,7 +126,7 @@ def test_what_is_damaged_is_never_given_and_an_upload_heals_it(
         assert_same_tensors(downloaded(store.client, checkpoint, tmp_path), MODEL)
 
 
-def test_who_has_no_room_for_one_more_open_file_has_lost_no_data(store: Kept) -> None:
+def test_lack_of_file_descriptors_is_not_data_loss(store: Kept) -> None:
     uploaded = store.client.upload(MODEL)
     store.client.report(uploaded)
     pid, kind = store.server.process.pid, resource.RLIMIT_NOFILE
@@ -143,7 +143,7 @@ def test_who_has_no_room_for_one_more_open_file_has_lost_no_data(store: Kept) ->
 
 
 @every_damage
-def test_an_upload_finds_damage_that_nobody_has_seen(
+def test_upload_detects_undetected_damage(
     store: Kept, sound: secateur.Checkpoint, tmp_path: Path, damage: str
 ) -> None:
     """Who is told that a model is kept may throw his own away."""
@@ -176,7 +176,7 @@ def test_damaged_masks_are_never_applied(
         assert_same_tensors(downloaded(store.client, checkpoint, tmp_path), expected)
 
 
-def test_a_status_says_what_is_lost(store: Kept, sound: secateur.Checkpoint) -> None:
+def test_status_names_the_damaged_file_and_offset(store: Kept, sound: secateur.Checkpoint) -> None:
     uploaded = store.client.upload(MODEL)
     flip(blob_of(store, uploaded), -1)
     stub = CheckpointsStub(store.channel)
@@ -185,7 +185,7 @@ def test_a_status_says_what_is_lost(store: Kept, sound: secateur.Checkpoint) -> 
     assert found is not None
     assert (found.code, found.reason) == (grpc.StatusCode.DATA_LOSS, "DATA_LOSS")
     assert uploaded.name in found.message
-    assert f"from {2 * MIB} on" in found.message
+    assert f"from byte {2 * MIB} on" in found.message
 
 
 RECORDS: dict[str, Callable[[Path], object]] = {
@@ -200,7 +200,7 @@ RECORDS: dict[str, Callable[[Path], object]] = {
 }
 
 
-def test_a_record_that_differs_is_data_loss_and_the_others_are_there(tmp_path: Path) -> None:
+def test_damaged_record_is_data_loss_and_others_are_served(tmp_path: Path) -> None:
     folder = tmp_path / "store"
     with kept(folder) as store:
         sound = store.client.upload(OTHER)
@@ -225,7 +225,7 @@ def test_a_record_that_differs_is_data_loss_and_the_others_are_there(tmp_path: P
         assert lost[name].name in store.server.log.read_text()
 
 
-def test_what_was_not_finished_is_swept_at_the_start(tmp_path: Path) -> None:
+def test_unfinished_files_are_removed_at_the_start(tmp_path: Path) -> None:
     folder = tmp_path / "store"
     with kept(folder) as store:
         uploaded = store.client.upload(MODEL)
@@ -241,7 +241,7 @@ def test_what_was_not_finished_is_swept_at_the_start(tmp_path: Path) -> None:
         path.write_bytes(bytes(size))
     with kept(folder) as store:
         check_tidy(folder, 1, [uploaded.files[0].blake3])
-        assert f"swept 5 unfinished files of {sum(left.values())} bytes" in (
+        assert f"removed 5 unfinished files of {sum(left.values())} bytes" in (
             store.server.log.read_text()
         )
         assert_same_tensors(downloaded(store.client, uploaded, tmp_path), MODEL)
@@ -286,9 +286,7 @@ def stored_files(disk: Kept) -> dict[str, int]:
 
 # Of the upload fits: nothing, a part, all but its last page, all but its sums, all but the record.
 @pytest.mark.parametrize("left", [0, MIB, 585 * PAGE, 586 * PAGE, 587 * PAGE])
-def test_where_the_disk_is_full_an_upload_leaves_nothing(
-    disk: Kept, tmp_path: Path, left: int
-) -> None:
+def test_upload_to_a_full_disk_leaves_nothing(disk: Kept, tmp_path: Path, left: int) -> None:
     sound = disk.client.upload(OTHER)
     before = stored_files(disk)
     fill(disk.folder, left)
@@ -305,7 +303,7 @@ def test_where_the_disk_is_full_an_upload_leaves_nothing(
     assert stored_files(disk) == {}
 
 
-def test_where_the_disk_is_full_a_kept_prune_leaves_nothing(disk: Kept, tmp_path: Path) -> None:
+def test_kept_prune_on_a_full_disk_leaves_nothing(disk: Kept, tmp_path: Path) -> None:
     uploaded = disk.client.upload(MODEL)
     before = stored_files(disk)
     for left in (0, 10 * PAGE, 19 * PAGE, 20 * PAGE):
@@ -324,7 +322,7 @@ def test_where_the_disk_is_full_a_kept_prune_leaves_nothing(disk: Kept, tmp_path
     assert stored_files(disk) == {}
 
 
-def test_an_owners_first_checkpoint_needs_a_folder(disk: Kept) -> None:
+def test_first_checkpoint_of_an_owner_needs_a_folder(disk: Kept) -> None:
     fill(disk.folder, 0)
     with secateur.Client(disk.server.address, token="new", timeout=300) as client:
         with pytest.raises(secateur.StoreFull):
@@ -335,7 +333,7 @@ def test_an_owners_first_checkpoint_needs_a_folder(disk: Kept) -> None:
     assert "Traceback" not in disk.server.log.read_text()
 
 
-def test_a_blob_that_is_cut_off_while_it_is_read_ends_that_call_alone(
+def test_blob_truncated_while_reading_ends_that_call_only(
     store: Kept, sound: secateur.Checkpoint, tmp_path: Path
 ) -> None:
     """The system ends a process that reads a mapped page which is gone; the server lives on."""
@@ -357,7 +355,7 @@ def test_a_blob_that_is_cut_off_while_it_is_read_ends_that_call_alone(
     assert store.server.process.poll() is None
 
 
-def test_a_checkpoint_whose_record_differs_is_deleted_by_its_name(tmp_path: Path) -> None:
+def test_checkpoint_with_a_damaged_record_is_deleted_by_name(tmp_path: Path) -> None:
     folder = tmp_path / "store"
     with kept(folder) as store:
         name = store.client.upload(MODEL).name

@@ -1,4 +1,4 @@
-"""Downloads that break go on from where they were."""
+"""Broken downloads resume."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,7 +48,7 @@ def pruned(store: Kept, uploaded: secateur.Checkpoint) -> secateur.Checkpoint:
 
 
 @pytest.mark.parametrize("which", ["uploaded", "pruned"])
-def test_a_connection_that_is_cut_again_and_again_costs_little(
+def test_connection_that_breaks_repeatedly_resends_little(
     store: Kept, request: pytest.FixtureRequest, tmp_path: Path, which: str
 ) -> None:
     checkpoint = request.getfixturevalue(which)
@@ -70,7 +70,7 @@ def test_a_connection_that_is_cut_again_and_again_costs_little(
     assert shown == sorted(shown)
 
 
-def test_shards_go_on_too(store: Kept, tmp_path: Path) -> None:
+def test_shards_are_resumed_too(store: Kept, tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
     target.mkdir()
@@ -87,7 +87,7 @@ def test_shards_go_on_too(store: Kept, tmp_path: Path) -> None:
         assert (target / path.name).read_bytes() == path.read_bytes()
 
 
-def test_a_checkpoint_that_goes_while_a_download_is_broken_leaves_no_file(
+def test_checkpoint_deleted_during_a_broken_download_leaves_no_file(
     store: Kept, tmp_path: Path
 ) -> None:
     checkpoint = store.client.upload({"w": BIG["b"] + 1})
@@ -106,7 +106,7 @@ def test_a_checkpoint_that_goes_while_a_download_is_broken_leaves_no_file(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_a_server_a_download_ends(uploaded: secateur.Checkpoint, tmp_path: Path) -> None:
+def test_download_ends_without_a_server(uploaded: secateur.Checkpoint, tmp_path: Path) -> None:
     with (
         secateur.Client("127.0.0.1:1", timeout=300) as client,
         pytest.raises(secateur.Unavailable),
@@ -122,8 +122,8 @@ def received(store: Kept, name: str, output: str, offset: int) -> tuple[Download
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
-def test_an_offset_leaves_out_the_begin_and_no_more(store: Kept, output: str) -> None:
-    """Within a block of the store, at its ends, and in a file that is made for the answer."""
+def test_offset_skips_exactly_the_bytes_before_it(store: Kept, output: str) -> None:
+    """Within a block, at its ends, and in a file that is made for the answer."""
     tensors = model(600_000, 7)  # 2.3 MiB
     checkpoint = store.client.prune(tensors, HALF, keep=True).checkpoint
     assert checkpoint is not None
@@ -139,7 +139,7 @@ def test_an_offset_leaves_out_the_begin_and_no_more(store: Kept, output: str) ->
             assert_same_tensors(safetensors.torch.load(whole), expected)
 
 
-def test_an_offset_behind_the_end_is_refused(store: Kept, uploaded: secateur.Checkpoint) -> None:
+def test_offset_after_the_end_is_refused(store: Kept, uploaded: secateur.Checkpoint) -> None:
     size = uploaded.size_bytes
     request = DownloadRequest(name=uploaded.name, offset=size + 1)
     stub = CheckpointsStub(store.channel)

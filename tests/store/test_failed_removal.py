@@ -1,4 +1,4 @@
-"""A checkpoint whose record the disk does not remove still exists, whatever was to remove it."""
+"""A checkpoint still exists if the disk does not remove its record."""
 
 import errno
 import os
@@ -155,7 +155,7 @@ REMOVALS: Mapping[Callable[[Store, Record, Machine], None], list[str]] = {
 @pytest.mark.parametrize("is_restarted", [False, True], ids=["same", "restarted"])
 @pytest.mark.parametrize("failure_of", ["stuck", "not_syncing", "moved"])
 @pytest.mark.parametrize("remove", REMOVALS)
-def test_a_checkpoint_is_removed_as_a_whole_or_not_at_all(
+def test_checkpoint_is_removed_entirely_or_not_at_all(
     disk: FailingDisk,
     opened: Callable[[], Store],
     machine: Machine,
@@ -187,7 +187,7 @@ def test_a_checkpoint_is_removed_as_a_whole_or_not_at_all(
     assert store.used_bytes == counted(disk.folder)
 
 
-def test_one_record_that_cannot_be_removed_holds_up_no_other(
+def test_failed_removal_of_one_record_does_not_block_others(
     disk: FailingDisk, opened: Callable[[], Store], machine: Machine, evicted: list[str]
 ) -> None:
     """All have the same blob, which only the last one of them may take along."""
@@ -205,7 +205,7 @@ def test_one_record_that_cannot_be_removed_holds_up_no_other(
     assert store.used_bytes == 0
 
 
-def test_a_checkpoint_that_was_not_removed_is_still_the_least_recently_used(
+def test_checkpoint_after_a_failed_removal_is_still_the_least_recently_used(
     disk: FailingDisk, opened: Callable[[], Store], machine: Machine
 ) -> None:
     store, made = opened(), []
@@ -218,7 +218,7 @@ def test_a_checkpoint_that_was_not_removed_is_still_the_least_recently_used(
     assert store.page(OWNER, "", 9) == [newest, made[1]]
 
 
-def test_a_checkpoint_that_could_neither_be_created_nor_undone_exists(
+def test_checkpoint_that_could_be_neither_created_nor_removed_exists(
     disk: FailingDisk, opened: Callable[[], Store]
 ) -> None:
     """The next start would find its record, which is on disk."""
@@ -235,7 +235,7 @@ def test_a_checkpoint_that_could_neither_be_created_nor_undone_exists(
     assert on_disk(disk.folder) == {}
 
 
-def test_a_blob_that_cannot_be_removed_is_swept_at_the_next_start(
+def test_blob_that_cannot_be_removed_is_removed_at_the_next_start(
     disk: FailingDisk, opened: Callable[[], Store]
 ) -> None:
     """Its checkpoint has been deleted: the record is what counts."""
@@ -251,10 +251,10 @@ def test_a_blob_that_cannot_be_removed_is_swept_at_the_next_start(
 
 
 @pytest.mark.parametrize("is_damaged", [False, True], ids=["sound", "damaged"])
-def test_a_caller_is_told_that_nothing_was_deleted(
+def test_failed_deletion_is_reported_to_the_caller(
     disk: FailingDisk, tmp_path: Path, is_damaged: bool
 ) -> None:
-    """Also of a checkpoint whose record cannot be read."""
+    """Also for a checkpoint with a damaged record."""
     tensors = model(1000)
     with kept(disk.folder) as store:
         made = store.client.upload(tensors)

@@ -1,4 +1,4 @@
-"""A disk that fails to sync has dropped what it was to write: nobody is told that it is kept."""
+"""After a failed sync the kernel may have dropped data: no call reports such data as stored."""
 
 import errno
 import os
@@ -74,7 +74,7 @@ def store(tmp_path: Path, disk: FailingDisk) -> Iterator[Kept]:
         yield running
 
 
-def test_whichever_sync_fails_the_model_is_sent_again_and_is_whole(
+def test_after_any_failed_sync_the_model_is_sent_again_and_complete(
     store: Kept, disk: FailingDisk, tmp_path: Path
 ) -> None:
     tensors = {"w": MODEL["b"]}
@@ -92,7 +92,7 @@ def test_whichever_sync_fails_the_model_is_sent_again_and_is_whole(
     assert store.server.log.read_text().count("the store's disk failed") == syncs - 1
 
 
-def test_a_kept_prune_whose_sync_fails_leaves_nothing(store: Kept, disk: FailingDisk) -> None:
+def test_kept_prune_with_a_failed_sync_leaves_nothing(store: Kept, disk: FailingDisk) -> None:
     uploaded = store.client.upload(MODEL)
     before, syncs = on_disk(store.folder), disk.count
     pruned = store.client.prune(uploaded, HALF, keep=True).checkpoint
@@ -106,7 +106,7 @@ def test_a_kept_prune_whose_sync_fails_leaves_nothing(store: Kept, disk: Failing
         assert on_disk(store.folder) == before
 
 
-def test_a_part_whose_sync_failed_is_dropped(store: Kept, disk: FailingDisk) -> None:
+def test_staged_file_with_a_failed_sync_is_dropped(store: Kept, disk: FailingDisk) -> None:
     data = file_of(MODEL)
     message = file_message(data)
     disk.failing = 1
@@ -118,8 +118,10 @@ def test_a_part_whose_sync_failed_is_dropped(store: Kept, disk: FailingDisk) -> 
     assert on_disk(store.folder) == {}
 
 
-def test_a_part_that_is_left_is_synced_or_dropped(store: Kept, disk: FailingDisk) -> None:
-    """A later call opens it anew, and may not be told of what failed before that."""
+def test_staged_file_of_a_broken_upload_is_synced_or_dropped(
+    store: Kept, disk: FailingDisk
+) -> None:
+    """A later call opens the file again, and the kernel may not report earlier failures."""
     data = file_of(MODEL)
     message, come = file_message(data), MIB // 2
     with kept_open(upload_requests([upload_file(message)], data[:come])) as messages:
@@ -131,7 +133,9 @@ def test_a_part_that_is_left_is_synced_or_dropped(store: Kept, disk: FailingDisk
     assert committed(store.channel, message) == 0
 
 
-def test_what_was_answered_for_is_whole_after_a_restart(tmp_path: Path, disk: FailingDisk) -> None:
+def test_acknowledged_checkpoints_are_complete_after_a_restart(
+    tmp_path: Path, disk: FailingDisk
+) -> None:
     folder, expected = tmp_path / "store", {}
     with kept(folder) as store:
         for failing in range(8):

@@ -1,4 +1,4 @@
-"""Which checkpoints make room: the uploading tenant's own first, and never another's fair share."""
+"""Evictions: the uploading tenant's own checkpoints first, and never others' fair share."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -67,7 +67,7 @@ def evictions(store: Kept) -> float:
     return series(store.server, "secateur_evictions_total", reason="room")
 
 
-def test_a_tenants_own_go_before_others_that_are_older(tenants: list[Tenant]) -> None:
+def test_own_checkpoints_are_evicted_before_older_ones_of_others(tenants: list[Tenant]) -> None:
     alice, bob, _ = tenants
     bob.upload(80)
     bob.upload(60)
@@ -76,7 +76,7 @@ def test_a_tenants_own_go_before_others_that_are_older(tenants: list[Tenant]) ->
     assert (alice.kept(), bob.kept()) == ([0, 1, 2, 3], [0, 2])
 
 
-def test_what_others_have_above_their_share_goes_next(tenants: list[Tenant]) -> None:
+def test_checkpoints_above_other_tenants_share_are_evicted_next(tenants: list[Tenant]) -> None:
     alice, bob, _ = tenants
     alice.client.report(alice.made[0])
     bob.upload(100)
@@ -86,8 +86,8 @@ def test_what_others_have_above_their_share_goes_next(tenants: list[Tenant]) -> 
     assert (alice.kept(), bob.kept()) == ([0, 2, 3], [2])
 
 
-def test_nobody_is_left_with_less_than_its_share(store: Kept, tenants: list[Tenant]) -> None:
-    """Of 1232 KiB two tenants have 616 each, and three 410."""
+def test_eviction_leaves_each_tenant_its_share(store: Kept, tenants: list[Tenant]) -> None:
+    """The limit is 1232 KiB: a share is 616 KiB for two tenants, 410 for three."""
     alice, bob, carol = tenants
     bob.upload(400)
     assert alice.kept() == [1, 2, 3]
@@ -117,9 +117,7 @@ def sending(store: Kept, name: str, data: bytes, count: int) -> Iterator[grpc.Ca
             call.cancel()
 
 
-def test_a_header_evicts_nothing_and_each_byte_only_what_it_needs(
-    store: Kept, tenants: list[Tenant]
-) -> None:
+def test_eviction_waits_for_the_bytes_that_need_it(store: Kept, tenants: list[Tenant]) -> None:
     alice, _, carol = tenants
     data, before = file_of(model(580 * KIB // 4)), evictions(store)
     with sending(store, "bob", data, 1000):
@@ -131,7 +129,7 @@ def test_a_header_evicts_nothing_and_each_byte_only_what_it_needs(
         assert evictions(store) == before + 1
 
 
-def test_a_header_that_would_take_others_share_is_refused_at_once(
+def test_upload_that_needs_other_tenants_share_is_refused_at_once(
     store: Kept, tenants: list[Tenant]
 ) -> None:
     alice, bob, _ = tenants

@@ -1,4 +1,4 @@
-"""One server at a time has a store's folder, and no server touches another's."""
+"""One server at a time uses a store's folder."""
 
 import fcntl
 import tempfile
@@ -9,7 +9,7 @@ import pytest
 
 import secateur
 from secateur import patience
-from secateur_server.app import CannotStart
+from secateur_server.startup import CannotStart
 from secateur_server.storage import clock
 from secateur_server.storage import store as store_module
 from secateur_server.storage.folders import temporary_folder
@@ -23,12 +23,12 @@ HALF = secateur.l1_unstructured("*", 0.5)
 
 
 def assert_refused(folder: Path) -> None:
-    with pytest.raises(CannotStart, match="another server keeps its checkpoints in") as raised:
+    with pytest.raises(CannotStart, match="another server uses") as raised:
         inner_server("--store-dir", str(folder)).__enter__()
     assert str(folder) in str(raised.value)
 
 
-def test_whatever_is_removed_or_renamed_two_servers_never_share_a_folder(tmp_path: Path) -> None:
+def test_two_servers_never_share_a_folder(tmp_path: Path) -> None:
     folder, linked = tmp_path / "store", tmp_path / "linked"
     linked.symlink_to(folder)
     with kept(folder) as store:
@@ -46,8 +46,8 @@ def test_whatever_is_removed_or_renamed_two_servers_never_share_a_folder(tmp_pat
         assert len(list(store.client.checkpoints())) == 1
 
 
-def test_a_server_of_an_earlier_version_keeps_its_folder(tmp_path: Path) -> None:
-    """It has locked a file alone."""
+def test_lock_of_an_earlier_version_is_respected(tmp_path: Path) -> None:
+    """It locks the file only, not the folder."""
     with (tmp_path / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert_refused(tmp_path)
@@ -68,9 +68,7 @@ def uses(
     ]
 
 
-def test_a_folder_that_was_replaced_is_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_replaced_folder_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other folder has the same blob, and a server of its own."""
     monkeypatch.setattr(patience, "TRIES", 1)
     folder, moved = tmp_path / "store", tmp_path / "moved"
@@ -88,7 +86,7 @@ def test_a_folder_that_was_replaced_is_left_alone(
         assert f"{folder} is not the folder" in store.server.log.read_text()
 
 
-def test_a_folder_that_is_put_back_serves_again(
+def test_folder_that_is_moved_back_serves_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where no call comes the server notices, and what is too old expires afterwards."""
@@ -109,7 +107,7 @@ def test_a_folder_that_is_put_back_serves_again(
         assert store.client.upload(model(1000, seed=1)) != old
 
 
-def test_a_new_temporary_folder_is_not_swept(
+def test_new_temporary_folder_is_not_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its server is about to lock it."""

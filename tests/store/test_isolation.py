@@ -1,4 +1,4 @@
-"""A caller cannot tell what other tenants have stored, nor keep the server busy with questions."""
+"""A caller can neither tell what other tenants have stored, nor block the server with queries."""
 
 import sys
 import threading
@@ -12,7 +12,7 @@ import pytest
 
 from secateur_proto import checkpoints_pb2 as pb
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
-from secateur_server.errors import InvalidRequest, Stopped
+from secateur_server.errors import Cancelled, InvalidRequest
 from secateur_server.runtime.context import RequestContext
 from secateur_server.storage.records import StoredFile
 from secateur_server.storage.store import Store
@@ -67,7 +67,7 @@ class Lines:
 
 
 def query(store: Store, digest: str, size: int) -> int:
-    return store.uploads.held(BOB, digest, size)
+    return store.uploads.received(BOB, digest, size)
 
 
 def resume(store: Store, digest: str, size: int) -> object:
@@ -76,24 +76,24 @@ def resume(store: Store, digest: str, size: int) -> object:
 
 @pytest.mark.parametrize("call", [query, resume])
 @pytest.mark.parametrize("theirs", [STORED, PART], ids=["stored", "part"])
-def test_another_tenants_digest_takes_the_steps_of_nobodys(
+def test_digest_of_another_tenant_takes_the_steps_of_an_unknown_one(
     store: Store, call: Any, theirs: StoredFile
 ) -> None:
-    """No clock is asked: the same answer comes from the same lines of code."""
+    """Compares executed lines, not times: the same answer comes from the same lines of code."""
     answer, steps = Lines().of(call, store, theirs.blake3, theirs.size)
     expected, expected_steps = Lines().of(call, store, NOBODYS, theirs.size)
     assert answer == expected
     assert len(steps) > 5
     assert steps == expected_steps
-    assert store.uploads.held(ALICE, theirs.blake3, theirs.size) > 0
+    assert store.uploads.received(ALICE, theirs.blake3, theirs.size) > 0
 
 
-def test_another_tenants_name_takes_the_steps_of_nobodys(store: Store) -> None:
+def test_name_of_another_tenant_takes_the_steps_of_an_unknown_one(store: Store) -> None:
     (theirs,) = store.page(ALICE, "", 10)
     found = []
     for name in (theirs.name, f"checkpoints/{'0' * 32}"):
         lines = Lines()
-        with pytest.raises(Exception, match="there is no"):
+        with pytest.raises(Exception, match="does not exist"):
             lines.of(store.get, BOB, name)
         found.append(lines.seen)
     assert found[0] == found[1]
@@ -120,8 +120,8 @@ def test_an_upload_has_a_limit_of_files(server: Kept) -> None:
     check_invalid(found, "INVALID_REQUEST", "header.files", ["10001", "10000"])
 
 
-def test_a_query_ends_when_its_caller_leaves(server: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
-    held, check, looked, count = Uploads.held, RequestContext.check, threading.Event(), 0
+def test_query_ends_when_it_is_cancelled(server: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, check, looked, count = Uploads.received, RequestContext.check, threading.Event(), 0
     contexts: list[RequestContext] = []
 
     def noting(context: RequestContext) -> None:
@@ -130,18 +130,18 @@ def test_a_query_ends_when_its_caller_leaves(server: Kept, monkeypatch: pytest.M
         check(context)
 
     def slow(uploads: Uploads, owner: str, digest: str, size: int) -> int:
-        """Lasts until the server knows that the caller has left."""
+        """Lasts until the server knows that the call was cancelled."""
         nonlocal count
         count += 1
         looked.set()
-        with suppress(Stopped):
+        with suppress(Cancelled):
             while True:
                 check(contexts[-1])
                 threading.Event().wait(0.01)
         return held(uploads, owner, digest, size)
 
     monkeypatch.setattr(RequestContext, "check", noting)
-    monkeypatch.setattr(Uploads, "held", slow)
+    monkeypatch.setattr(Uploads, "received", slow)
     request = pb.QueryUploadRequest(files=[file_message(b"x")] * 1000)
     call = CheckpointsStub(server.channel).QueryUpload.future(request, timeout=TIMEOUT)
     assert looked.wait(TIMEOUT)

@@ -1,4 +1,4 @@
-"""A server that is killed at any moment loses nothing that it had answered for."""
+"""A server that is killed at any moment loses no acknowledged checkpoint."""
 
 import json
 import random
@@ -180,7 +180,7 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(100, marks=SLOW)])
-def test_a_server_that_is_killed_loses_nothing(tmp_path: Path, kills: int) -> None:
+def test_killed_server_loses_no_acknowledged_checkpoint(tmp_path: Path, kills: int) -> None:
     made, deleted = survive(kills, tmp_path / "store", tmp_path)
     print(f"{kills} kills, {made} checkpoints made, {deleted} of them deleted")
     assert made > kills
@@ -188,7 +188,7 @@ def test_a_server_that_is_killed_loses_nothing(tmp_path: Path, kills: int) -> No
 
 
 @pytest.mark.parametrize("crashes", [4, pytest.param(500, marks=SLOW)])
-def test_a_server_whose_disk_loses_what_was_not_synced_loses_nothing(
+def test_loss_of_unsynced_data_loses_no_acknowledged_checkpoint(
     tmp_path: Path, crashes: int
 ) -> None:
     disk, draws, kills, lost = losing_disk(tmp_path), random.Random(crashes), count(), list[int]()

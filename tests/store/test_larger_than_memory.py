@@ -88,7 +88,9 @@ def check_global(weights: list[Array], masks: list[npt.NDArray[np.bool_]], count
 
 
 @pytest.mark.slow
-def test_a_model_of_four_times_the_memory(folder: Path, small_server: RunningServer) -> None:
+def test_model_of_four_times_the_memory_is_served(
+    folder: Path, small_server: RunningServer
+) -> None:
     source, out = folder / "model.safetensors", folder / "out.safetensors"
     weights = write_model(source)
     total = TENSORS * SHAPE[0] * SHAPE[1]

@@ -1,4 +1,4 @@
-"""The disk of the crash tests loses what was not synced, and nothing else."""
+"""The disk of the crash tests loses unsynced data, and nothing else."""
 
 import random
 import subprocess
@@ -37,7 +37,7 @@ write("unnamed", pages)
 """
 
 
-def test_each_crash_leaves_what_was_synced_and_any_part_of_the_rest(tmp_path: Path) -> None:
+def test_crash_leaves_all_synced_data_and_any_subset_of_the_rest(tmp_path: Path) -> None:
     disk = losing_disk(tmp_path)
     with disk.preloaded():
         subprocess.run([sys.executable, "-c", WRITER, str(disk.store)], check=True)

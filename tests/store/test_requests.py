@@ -1,4 +1,4 @@
-"""What the calls on checkpoints take, whom they answer, and how they refuse."""
+"""The calls on checkpoints: arguments, access and errors."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,7 +56,7 @@ def page(store: Kept, **fields: Any) -> pb.ListResponse:
     return CheckpointsStub(store.channel).List(pb.ListRequest(**fields), timeout=TIMEOUT)
 
 
-def test_pages_have_the_newest_first_and_each_once(store: Kept) -> None:
+def test_pages_list_each_checkpoint_once_newest_first(store: Kept) -> None:
     made = [store.client.upload({"w": torch.full((2,), i)}).name for i in range(7)]
     found: list[list[str]] = []
     following = ""
@@ -72,7 +72,7 @@ def test_pages_have_the_newest_first_and_each_once(store: Kept) -> None:
     assert times == sorted(times, reverse=True)
 
 
-def test_a_full_last_page_has_no_further_one(store: Kept) -> None:
+def test_full_last_page_has_no_next_page(store: Kept) -> None:
     for index in range(2):
         store.client.upload({"w": torch.full((2,), index)})
     assert page(store, page_size=2).next_page_token == ""
@@ -81,7 +81,7 @@ def test_a_full_last_page_has_no_further_one(store: Kept) -> None:
     assert len(page(store).checkpoints) == 2
 
 
-def test_pages_go_on_where_a_checkpoint_is_gone_or_new(store: Kept) -> None:
+def test_pages_continue_after_deletions_and_additions(store: Kept) -> None:
     first, second, third = (store.client.upload({"w": torch.full((2,), i)}) for i in range(3))
     answer = page(store, page_size=2)
     store.client.delete(second)
@@ -100,7 +100,7 @@ def test_pages_go_on_where_a_checkpoint_is_gone_or_new(store: Kept) -> None:
         ({"page_token": "0" * 31}, "page_token"),
     ],
 )
-def test_a_page_that_is_none_is_refused(store: Kept, fields: dict[str, Any], field: str) -> None:
+def test_invalid_page_token_is_refused(store: Kept, fields: dict[str, Any], field: str) -> None:
     found = failure(page, store, **fields)
     check_invalid(found, "INVALID_REQUEST", field, [str(next(iter(fields.values())))])
 
@@ -136,7 +136,7 @@ FILE = "header.files[0].file"
         ([GOOD, upload_file(named("b/"))], "header.files[1].file.filename", "'b/'"),
     ],
 )
-def test_a_header_that_is_wrong_is_refused_by_its_field(
+def test_wrong_header_is_refused_with_its_field(
     store: Kept, files: list[pb.UploadFile], field: str, part: str
 ) -> None:
     found = failure(send_upload, store.channel, upload_requests(files, DATA))
@@ -144,7 +144,7 @@ def test_a_header_that_is_wrong_is_refused_by_its_field(
     assert on_disk(store.folder) == {}
 
 
-def test_an_offset_is_refused_by_the_file_that_has_it(store: Kept) -> None:
+def test_wrong_offset_is_refused_with_the_field_of_its_file(store: Kept) -> None:
     files = [GOOD, upload_file(named("b.safetensors"), SIZE), upload_file(named("c"), SIZE + 1)]
     found = failure(send_upload, store.channel, upload_requests(files, DATA))
     check_invalid(found, "INVALID_REQUEST", "header.files[2].offset", [str(SIZE + 1)])
@@ -163,9 +163,7 @@ NOT_FILES = {
 
 @pytest.mark.parametrize("is_announced", [True, False])
 @pytest.mark.parametrize("kind", NOT_FILES)
-def test_what_is_no_model_is_refused_and_nothing_of_it_stays(
-    store: Kept, kind: str, is_announced: bool
-) -> None:
+def test_invalid_model_is_refused_and_not_kept(store: Kept, kind: str, is_announced: bool) -> None:
     data = NOT_FILES[kind]
     message = file_message(data, blake3=digest_of(data) if is_announced else "")
     requests = upload_requests([upload_file(message)], data)
@@ -179,7 +177,7 @@ def test_what_is_no_model_is_refused_and_nothing_of_it_stays(
 
 
 @pytest.mark.parametrize("kind", NOT_FILES)
-def test_what_is_no_model_is_not_kept_by_a_prune(store: Kept, kind: str) -> None:
+def test_invalid_model_is_not_kept_by_a_prune(store: Kept, kind: str) -> None:
     found = kept_prune(store, NOT_FILES[kind])
     assert found is not None
     assert found.code == grpc.StatusCode.INVALID_ARGUMENT
@@ -196,7 +194,7 @@ def kept_prune(store: Kept, data: bytes, more: bytes = b"", tensors: str = "*") 
     return failure(lambda: list(stub.Prune(iter(requests), timeout=TIMEOUT)))
 
 
-def test_a_kept_prune_that_fails_keeps_nothing(store: Kept) -> None:
+def test_failed_kept_prune_keeps_nothing(store: Kept) -> None:
     found = kept_prune(store, DATA, tensors="x")
     check_invalid(found, "INVALID_SPEC", "spec.rules[0].selection.tensors[0]", ["'x'"])
     assert on_disk(store.folder) == {}
@@ -207,7 +205,7 @@ def test_a_kept_prune_that_fails_keeps_nothing(store: Kept) -> None:
     assert series(store.server, "secateur_checkpoints") == 1
 
 
-def test_files_that_make_no_model_are_refused(store: Kept) -> None:
+def test_files_that_do_not_form_a_model_are_refused(store: Kept) -> None:
     other = file_of({"v": torch.ones(3)})
     files = [GOOD, upload_file(file_message(other, "b.safetensors"))]
     found = failure(send_upload, store.channel, upload_requests(files, DATA + other))
@@ -243,7 +241,7 @@ def of_alice(store: Kept) -> Iterator[secateur.Checkpoint]:
 
 
 @pytest.mark.parametrize("rpc", NAMED)
-def test_the_name_of_anothers_checkpoint_is_nobodys(
+def test_name_of_another_owners_checkpoint_is_not_found(
     store: Kept, of_alice: secateur.Checkpoint, rpc: str
 ) -> None:
     missing = f"checkpoints/{'0' * 32}"
@@ -254,12 +252,14 @@ def test_the_name_of_anothers_checkpoint_is_nobodys(
         assert found is not None
         assert (found.code, found.reason) == (grpc.StatusCode.NOT_FOUND, "CHECKPOINT_NOT_FOUND")
         assert found.message == (
-            f"checkpoint: there is no {name!r}: it may have been deleted, evicted or expired, or "
-            "belong to another token"
+            f"checkpoint: {name!r} does not exist: it may have been deleted, evicted or expired, "
+            "or belong to another token"
         )
 
 
-def test_anothers_checkpoint_cannot_be_pruned(store: Kept, of_alice: secateur.Checkpoint) -> None:
+def test_checkpoint_of_another_owner_cannot_be_pruned(
+    store: Kept, of_alice: secateur.Checkpoint
+) -> None:
     with secateur.Client(store.server.address, token="bob", timeout=300) as bob:
         assert list(bob.checkpoints()) == []
         for call in (bob.report, bob.finalize):
@@ -269,7 +269,7 @@ def test_anothers_checkpoint_cannot_be_pruned(store: Kept, of_alice: secateur.Ch
             bob.prune(of_alice, secateur.l1_unstructured("w", 1), keep=True)
 
 
-def test_who_knows_a_digest_alone_gets_nothing(store: Kept, of_alice: secateur.Checkpoint) -> None:
+def test_digest_alone_gives_no_access(store: Kept, of_alice: secateur.Checkpoint) -> None:
     message = File(
         filename="model.safetensors",
         size_bytes=of_alice.size_bytes,
@@ -283,7 +283,7 @@ def test_who_knows_a_digest_alone_gets_nothing(store: Kept, of_alice: secateur.C
     assert committed(store.channel, message, "alice") == message.size_bytes
 
 
-def test_the_same_model_of_two_callers_is_one_blob_and_each_ones_own(
+def test_same_model_of_two_owners_is_one_blob_with_separate_checkpoints(
     store: Kept, of_alice: secateur.Checkpoint, tmp_path: Path
 ) -> None:
     with secateur.Client(store.server.address, token="bob", timeout=300) as bob:
@@ -294,7 +294,7 @@ def test_the_same_model_of_two_callers_is_one_blob_and_each_ones_own(
             bob.delete(of_bob)
 
 
-def test_the_name_of_a_checkpoint_is_its_whole_name(store: Kept) -> None:
+def test_checkpoint_is_found_by_its_full_name_only(store: Kept) -> None:
     uploaded = store.client.upload({"w": torch.ones(2)})
     ident = uploaded.name.removeprefix("checkpoints/")
     stub = CheckpointsStub(store.channel)
@@ -304,14 +304,14 @@ def test_the_name_of_a_checkpoint_is_its_whole_name(store: Kept) -> None:
         assert (found.code, found.reason) == (grpc.StatusCode.NOT_FOUND, "CHECKPOINT_NOT_FOUND")
 
 
-def test_to_delete_what_is_missing_may_be_allowed(store: Kept) -> None:
+def test_deletion_of_a_missing_checkpoint_may_be_allowed(store: Kept) -> None:
     stub = CheckpointsStub(store.channel)
     request = pb.DeleteRequest(name="checkpoints/none", allow_missing=True)
     assert failure(stub.Delete, request, timeout=TIMEOUT) is None
 
 
 @pytest.mark.parametrize("output", [pruner_pb2.OUTPUT_NONE, 77])
-def test_an_output_that_is_none_is_nothing_to_download(store: Kept, output: Any) -> None:
+def test_invalid_output_of_a_download_is_refused(store: Kept, output: Any) -> None:
     uploaded = store.client.upload({"w": torch.ones(2)})
     request = pb.DownloadRequest(name=uploaded.name, output=output)
     stub = CheckpointsStub(store.channel)

@@ -1,4 +1,4 @@
-"""Uploads that break go on from where they were."""
+"""Broken uploads resume."""
 
 import shutil
 import signal
@@ -64,7 +64,7 @@ def part_bytes(folder: Path) -> int:
     return sum(size for name, size in on_disk(folder).items() if name.startswith("parts/"))
 
 
-def test_a_connection_that_is_cut_again_and_again_costs_little(store: Kept, tmp_path: Path) -> None:
+def test_connection_that_breaks_repeatedly_resends_little(store: Kept, tmp_path: Path) -> None:
     tensors = model(16 * MIB)  # 64 MiB
     size = len(file_of(tensors))
     shown: list[tuple[int, int]] = []
@@ -84,8 +84,8 @@ def test_a_connection_that_is_cut_again_and_again_costs_little(store: Kept, tmp_
     assert shown == sorted(shown)
 
 
-def test_a_server_that_is_restarted_half_way_is_waited_for(tmp_path: Path) -> None:
-    """What it had is gone with it: the upload begins anew, and succeeds."""
+def test_upload_survives_a_restart_of_the_server(tmp_path: Path) -> None:
+    """The server loses the received bytes, so the upload begins again, and succeeds."""
     folder = tmp_path / "store"
     for end in (signal.SIGKILL, signal.SIGTERM):
         restarted_half_way(folder, tmp_path, end)
@@ -118,8 +118,8 @@ def restarted_half_way(folder: Path, tmp_path: Path, end: signal.Signals) -> Non
             client.delete(uploaded)
 
 
-def test_callers_of_one_model_at_once_all_have_it(store: Kept, tmp_path: Path) -> None:
-    """Calls of one owner take one upload over from each other."""
+def test_concurrent_uploads_of_one_model_all_succeed(store: Kept, tmp_path: Path) -> None:
+    """Calls of one owner take over the upload from each other."""
     done: list[secateur.Checkpoint] = []
     errors: list[Exception] = []
 
@@ -142,9 +142,7 @@ def test_callers_of_one_model_at_once_all_have_it(store: Kept, tmp_path: Path) -
         assert_same_tensors(downloaded(store.client, checkpoint, tmp_path), BIG)
 
 
-def test_a_deadline_that_is_too_short_is_told_and_a_later_upload_goes_on(
-    store: Kept, tmp_path: Path
-) -> None:
+def test_short_deadline_is_reported_and_a_later_upload_resumes(store: Kept, tmp_path: Path) -> None:
     size, is_half = len(file_of(BIG)), False
 
     def slow(done: int, total: int) -> None:
@@ -162,7 +160,7 @@ def test_a_deadline_that_is_too_short_is_told_and_a_later_upload_goes_on(
     assert received(store.server) - before < size // 2 + LOST
 
 
-def test_no_server_at_all_is_no_upload_that_broke() -> None:
+def test_missing_server_does_not_count_as_a_broken_upload() -> None:
     with (
         secateur.Client("127.0.0.1:1", timeout=300) as client,
         pytest.raises(secateur.Unavailable),
@@ -184,7 +182,7 @@ def resumed(store: Kept, data: bytes, offset: int, sent: bytes, name: str = "") 
     return failure(send_upload, store.channel, requests, name)
 
 
-def test_what_a_broken_upload_left_is_not_sent_again(store: Kept, tmp_path: Path) -> None:
+def test_bytes_of_a_broken_upload_are_not_sent_again(store: Kept, tmp_path: Path) -> None:
     data, half = file_of(SMALL), 2 * MIB + 123
     begun(store, data, half)
     assert resumed(store, data, half, data[half:]) is None
@@ -192,8 +190,8 @@ def test_what_a_broken_upload_left_is_not_sent_again(store: Kept, tmp_path: Path
     assert_same_tensors(downloaded(store.client, checkpoint, tmp_path), SMALL)
 
 
-def test_what_broken_uploads_left_is_no_open_file(store: Kept, tmp_path: Path) -> None:
-    """Of those a process has a number: many callers that leave would take them from all others."""
+def test_broken_uploads_keep_no_file_open(store: Kept, tmp_path: Path) -> None:
+    """File descriptors are limited: many broken uploads would take them from other calls."""
     data, half = file_of(SMALL), 2 * MIB + 123
     open_files = Path(f"/proc/{store.server.process.pid}/fd")
     before = len(list(open_files.iterdir()))
@@ -209,8 +207,8 @@ def test_what_broken_uploads_left_is_no_open_file(store: Kept, tmp_path: Path) -
     assert_same_tensors(downloaded(store.client, newest, tmp_path), SMALL)
 
 
-def test_who_sends_more_than_is_missing_is_served(store: Kept, tmp_path: Path) -> None:
-    """More may have arrived than a QueryUpload saw."""
+def test_upload_of_more_than_the_missing_bytes_succeeds(store: Kept, tmp_path: Path) -> None:
+    """More bytes may have arrived after the answer of QueryUpload."""
     data, half = file_of(SMALL), 2 * MIB + 123
     begun(store, data, half)
     assert resumed(store, data, half - 77_777, data[half - 77_777 :]) is None
@@ -218,7 +216,7 @@ def test_who_sends_more_than_is_missing_is_served(store: Kept, tmp_path: Path) -
     assert_same_tensors(downloaded(store.client, checkpoint, tmp_path), SMALL)
 
 
-def test_an_offset_behind_what_is_here_is_refused_and_disturbs_nobody(store: Kept) -> None:
+def test_offset_after_the_received_bytes_is_refused_and_harmless(store: Kept) -> None:
     data, half = file_of(SMALL), 2 * MIB
     requests = upload_requests([upload_file(file_message(data))], data[:half])
     with kept_open(requests) as messages:
@@ -230,7 +228,7 @@ def test_an_offset_behind_what_is_here_is_refused_and_disturbs_nobody(store: Kep
     assert resumed(store, data, half, data[half:]) is None
 
 
-def test_a_digest_that_is_wrong_is_refused_and_nothing_is_kept(store: Kept) -> None:
+def test_wrong_digest_is_refused_and_nothing_is_kept(store: Kept) -> None:
     data = file_of(SMALL)
     announced = file_message(data, blake3="0" * 64)
     found = failure(send_upload, store.channel, upload_requests([upload_file(announced)], data))
@@ -239,7 +237,7 @@ def test_a_digest_that_is_wrong_is_refused_and_nothing_is_kept(store: Kept) -> N
     assert on_disk(store.folder) == {}
 
 
-def test_bytes_that_are_not_those_of_the_digest_are_found_where_an_upload_goes_on(
+def test_wrong_bytes_are_detected_in_a_resumed_upload(
     store: Kept,
 ) -> None:
     data, half = file_of(SMALL), 2 * MIB
@@ -250,7 +248,7 @@ def test_bytes_that_are_not_those_of_the_digest_are_found_where_an_upload_goes_o
     assert on_disk(store.folder) == {}
 
 
-def test_without_a_digest_what_breaks_is_gone(store: Kept) -> None:
+def test_broken_upload_without_a_digest_is_not_kept(store: Kept) -> None:
     data = file_of(SMALL)
     announced = file_message(data, blake3="")
     with kept_open(upload_requests([upload_file(announced)], data[: 2 * MIB])) as messages:
@@ -260,7 +258,7 @@ def test_without_a_digest_what_breaks_is_gone(store: Kept) -> None:
     eventually(lambda: on_disk(store.folder), {})
 
 
-def test_a_call_that_ends_too_early_says_so_and_goes_on(store: Kept) -> None:
+def test_call_that_ends_too_early_fails_and_can_be_resumed(store: Kept) -> None:
     data = file_of(SMALL)
     found = resumed(store, data, 0, data[: 3 * MIB])
     check_invalid(found, "INVALID_STATE_DICT", "data", [str(len(data)), str(3 * MIB)])
@@ -268,7 +266,7 @@ def test_a_call_that_ends_too_early_says_so_and_goes_on(store: Kept) -> None:
     assert resumed(store, data, 3 * MIB, data[3 * MIB :]) is None
 
 
-def test_a_call_that_has_too_much_to_say_is_refused(store: Kept) -> None:
+def test_call_with_too_many_bytes_is_refused(store: Kept) -> None:
     data = file_of(SMALL)
     found = resumed(store, data, 0, data + b"!")
     check_invalid(found, "INVALID_STATE_DICT", "data", [str(len(data))])
@@ -276,7 +274,7 @@ def test_a_call_that_has_too_much_to_say_is_refused(store: Kept) -> None:
     assert resumed(store, data, 0, data) is None
 
 
-def test_a_newer_call_takes_an_upload_over(store: Kept) -> None:
+def test_newer_call_takes_over_an_upload(store: Kept) -> None:
     data, half = file_of(SMALL), 2 * MIB
     first = upload_requests([upload_file(file_message(data))], data[:half])
     ending = threading.Event()
@@ -300,7 +298,7 @@ def test_a_newer_call_takes_an_upload_over(store: Kept) -> None:
     assert resumed(store, data, len(data) - 5, data[-5:]) is None
 
 
-def test_what_another_caller_sends_is_nobodys_business(store: Kept) -> None:
+def test_upload_of_another_caller_is_invisible(store: Kept) -> None:
     data, half = file_of(SMALL), 2 * MIB
     begun(store, data, half, "alice")
     assert committed(store.channel, file_message(data), "bob") == 0
@@ -315,7 +313,7 @@ def test_what_another_caller_sends_is_nobodys_business(store: Kept) -> None:
             client.delete(checkpoint)
 
 
-def test_a_model_that_is_there_is_not_sent(store: Kept, tmp_path: Path) -> None:
+def test_stored_model_is_not_sent_again(store: Kept, tmp_path: Path) -> None:
     store.client.upload(BIG)
     before = received(store.server)
     again = store.client.upload(BIG)
@@ -327,7 +325,7 @@ def gone_on(server: RunningServer) -> float:
     return series(server, "secateur_uploads_resumed_total")
 
 
-def test_an_upload_that_went_on_is_counted(store: Kept) -> None:
+def test_resumed_upload_is_counted(store: Kept) -> None:
     data, half = file_of(SMALL), 2 * MIB
     before = gone_on(store.server)
     begun(store, data, half)

@@ -1,4 +1,4 @@
-"""Checkpoints of small files count as what they take on disk, which is whole blocks."""
+"""Checkpoints of small files count with their whole blocks on disk."""
 
 from pathlib import Path
 
@@ -39,8 +39,8 @@ def taken(folder: Path) -> int:
     return sum(path.stat().st_blocks * 512 for path in paths)
 
 
-def test_tiny_checkpoints_stay_within_the_disk_that_they_may_take(tmp_path: Path) -> None:
-    """Of 3 blocks each, 13 fit into 40."""
+def test_tiny_checkpoints_keep_within_the_limit_on_disk(tmp_path: Path) -> None:
+    """Checkpoints of 3 blocks: 13 of them fit into 40 blocks."""
     folder = tmp_path / "store"
     store = Store(folder, LIMIT, ttl=0)
     for index in range(30):
@@ -51,7 +51,9 @@ def test_tiny_checkpoints_stay_within_the_disk_that_they_may_take(tmp_path: Path
 
 
 @pytest.mark.parametrize("is_restarted", [False, True], ids=["same", "restarted"])
-def test_a_record_of_many_files_counts_in_full(tmp_path: Path, is_restarted: bool) -> None:
+def test_record_of_many_files_counts_with_all_its_blocks(
+    tmp_path: Path, is_restarted: bool
+) -> None:
     folder = tmp_path / "store"
     store = Store(folder, 1 << 20, ttl=0)
     record = send(store, b"data", 100)
@@ -65,8 +67,8 @@ def test_a_record_of_many_files_counts_in_full(tmp_path: Path, is_restarted: boo
     store.close()
 
 
-def test_records_of_many_files_stay_within_the_disk_that_they_may_take(tmp_path: Path) -> None:
-    """The files are the same ones, so that only the records take room."""
+def test_records_of_many_files_keep_within_the_limit_on_disk(tmp_path: Path) -> None:
+    """All records have the same files, so that only the records take space."""
     folder = tmp_path / "store"
     store = Store(folder, LIMIT, ttl=0)
     for _ in range(10):
@@ -75,7 +77,7 @@ def test_records_of_many_files_stay_within_the_disk_that_they_may_take(tmp_path:
     store.close()
 
 
-def test_metrics_and_evictions_tell_whole_blocks(tmp_path: Path) -> None:
+def test_metrics_and_evictions_count_whole_blocks(tmp_path: Path) -> None:
     with kept(tmp_path / "store", "--store-max-bytes", str(LIMIT)) as store:
         for index in range(14):
             data = file({"w": entry("F32", [1], 0, 4)}, index.to_bytes(4, "little"))

@@ -1,4 +1,4 @@
-"""moto's server of S3, in this process, and a bucket in it."""
+"""moto's S3 server in this process, with a bucket."""
 
 import urllib.request
 from collections.abc import Iterator

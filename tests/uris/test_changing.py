@@ -1,4 +1,4 @@
-"""Files that somebody writes to while they are read."""
+"""Files that change while they are read."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ def served(root: Path) -> Iterator[Served]:
         yield running
 
 
-def test_a_change_is_seen(root: Path) -> None:
+def test_change_is_detected(root: Path) -> None:
     path = saved(root / "written.safetensors", MODEL)
     for change in (lambda: path.write_bytes(path.read_bytes()), lambda: os.truncate(path, 8192)):
         file = LocalFile("uri", path.as_uri(), [root])
@@ -39,7 +39,7 @@ def test_a_change_is_seen(root: Path) -> None:
         file.close()
 
 
-def test_a_file_that_is_replaced_is_read_as_it_was(root: Path) -> None:
+def test_replaced_file_is_read_in_its_old_state(root: Path) -> None:
     path = saved(root / "replaced.safetensors", MODEL)
     file, before = LocalFile("uri", path.as_uri(), [root]), path.read_bytes()
     os.replace(saved(root / "new.safetensors", weights((1,))), path)
@@ -49,8 +49,8 @@ def test_a_file_that_is_replaced_is_read_as_it_was(root: Path) -> None:
 
 
 @pytest.mark.parametrize("left", [0, 100, 4096, 99_999])
-def test_what_is_cut_off_is_read_as_zeros_and_seen(root: Path, left: int) -> None:
-    """The system would end a process that reads mapped pages that are gone."""
+def test_truncated_file_is_read_as_zeros_and_detected(root: Path, left: int) -> None:
+    """Without a handler, reading a truncated mapping would kill the process."""
     path = root / "cut.safetensors"
     path.write_bytes(b"\1" * 100_000)
     file = LocalFile("uri", path.as_uri(), [root])
@@ -82,7 +82,7 @@ def cut_off(path: Path) -> None:
         pytest.param(False, grow, marks=pytest.mark.slow),
     ],
 )
-def test_a_change_ends_its_call_and_no_other(
+def test_change_while_reading_ends_that_call_only(
     served: Served, root: Path, is_written: bool, change: Callable[[Path], None]
 ) -> None:
     """Of the model here are only holes, which take no disk.  is_written: the result, by then."""

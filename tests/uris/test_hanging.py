@@ -1,4 +1,4 @@
-"""Remote stores that do not answer: a call ends in time, and leaves no thread without bound."""
+"""Remote stores that do not answer: calls end in time, and the number of threads is limited."""
 
 import asyncio
 import socket
@@ -11,13 +11,13 @@ import pytest
 
 from secateur_server.errors import QueueFull
 from secateur_server.runtime.context import RequestContext
-from secateur_server.uris.requests import MOST_THREADS, Requests
+from secateur_server.uris.requests import MAX_THREADS, Requests
 from tests.conftest import eventually
 from tests.contract.raw import check_serves
 from tests.uris.conftest import environment_of
 from tests.uris.served import MODEL, Served, check, serving_here
 
-CALLS = MOST_THREADS + 8
+CALLS = MAX_THREADS + 8
 
 
 def place(listening: socket.socket) -> str:
@@ -71,7 +71,7 @@ def test_a_request_on_an_event_loop_is_cancelled(served: Served, silent: str, ki
     eventually(tasks, 0)
 
 
-def test_what_cannot_be_cancelled_takes_a_bounded_number_of_threads(
+def test_uncancellable_requests_use_a_limited_number_of_threads(
     served: Served, silent: str, silent_ftp: socket.socket
 ) -> None:
     """As of ftp, where a connection waits for half a minute."""
@@ -82,16 +82,16 @@ def test_what_cannot_be_cancelled_takes_a_bounded_number_of_threads(
         ("URI_FAILED", "FAILED_PRECONDITION"),
         ("QUEUE_FULL", "RESOURCE_EXHAUSTED"),
     }
-    assert remote_threads() == MOST_THREADS
+    assert remote_threads() == MAX_THREADS
     check(served.read(f"http://{silent}/models/x"), "FAILED_PRECONDITION", "URI_FAILED")
     check_serves(served.server, served.channel)
     silent_ftp.close()
     eventually(remote_threads, 0)
 
 
-def test_threads_are_given_back() -> None:
+def test_threads_are_reused_after_requests() -> None:
     requests, ends = Requests(0.05), threading.Event()
-    waiting = [requests.in_thread(RequestContext(), ends.wait) for _ in range(MOST_THREADS)]
+    waiting = [requests.in_thread(RequestContext(), ends.wait) for _ in range(MAX_THREADS)]
     with pytest.raises(TimeoutError):
         requests.result(RequestContext(), waiting[0])
     with pytest.raises(QueueFull):
@@ -102,7 +102,7 @@ def test_threads_are_given_back() -> None:
     assert requests.result(RequestContext(), again) == "again"
 
 
-def test_a_write_ends_in_time(served: Served) -> None:
+def test_write_ends_at_the_timeout(served: Served) -> None:
     checkpoint = served.client.upload(MODEL)
     found = served.write("", "s3://bucket/models/out", uri=None, checkpoint=checkpoint.name)
     check(found, "FAILED_PRECONDITION", "URI_FAILED", "models/out", "(--idle-timeout)")

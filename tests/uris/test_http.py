@@ -117,14 +117,14 @@ def test_a_model_is_read(served: Served, site: Site) -> None:
     assert_same_tensors(of_uri.masks, served.client.prune(MODEL, HALF).masks)
 
 
-def test_a_remote_that_does_not_tell_its_size_is_an_error(served: Served, site: Site) -> None:
+def test_remote_without_a_size_is_an_error(served: Served, site: Site) -> None:
     site.pages["/models/x"] = lambda request: answer(request, 200, DATA)
     uri = f"{site.root}/models/x"
     check(served.read(uri), "FAILED_PRECONDITION", "URI_FAILED", uri, "Content-Length")
 
 
 @pytest.mark.parametrize("status", [403, 404, 500])
-def test_a_status_that_is_an_error_is_told(served: Served, site: Site, status: int) -> None:
+def test_http_error_is_reported(served: Served, site: Site, status: int) -> None:
     site.pages["/models/x"] = lambda request: answer(request, status, b"secret")
     uri = f"{site.root}/models/x"
     if status == 404:
@@ -133,7 +133,7 @@ def test_a_status_that_is_an_error_is_told(served: Served, site: Site, status: i
         check(served.read(uri), "FAILED_PRECONDITION", "URI_FAILED", uri, str(status))
 
 
-def test_a_page_that_is_replaced_while_it_is_read_is_seen(served: Served, site: Site) -> None:
+def test_change_while_reading_is_detected(served: Served, site: Site) -> None:
     dates = iter(("Mon, 01 Jan 2024 00:00:00 GMT", "Mon, 01 Jan 2024 00:00:01 GMT"))
 
     def changing(request: BaseHTTPRequestHandler) -> None:
@@ -149,7 +149,7 @@ def test_a_page_that_is_replaced_while_it_is_read_is_seen(served: Served, site: 
 # Bounds --------------------------------------------------------------------------------------
 
 
-def test_what_is_too_large_is_refused_before_it_is_fetched(served: Served, site: Site) -> None:
+def test_too_large_model_is_refused_before_it_is_fetched(served: Served, site: Site) -> None:
     site.pages["/models/large"] = page(zeros(5 << 20))
     site.pages["/models/huge"] = page(zeros(9 << 20))
     large, huge = f"{site.root}/models/large", f"{site.root}/models/huge"
@@ -162,7 +162,7 @@ def test_what_is_too_large_is_refused_before_it_is_fetched(served: Served, site:
     served.client.delete(served.client.upload(large))
 
 
-def test_of_shards_the_sum_counts(served: Served, site: Site) -> None:
+def test_sum_of_shards_counts(served: Served, site: Site) -> None:
     index = {"metadata": {}, "weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
     site.pages["/models/x.index.json"] = page(json.dumps(index).encode())
     for name in ("1", "2"):
@@ -182,8 +182,8 @@ def test_a_model_is_admitted_to_memory_before_it_is_fetched(site: Site) -> None:
     assert site.asked == ["HEAD /models/x"]
 
 
-def test_fetched_files_have_so_much_disk_and_no_more(served: Served, site: Site) -> None:
-    """Of three calls of 3 MiB two fit in the 8 MiB, however slow their remote is."""
+def test_fetched_files_keep_within_their_disk_limit(served: Served, site: Site) -> None:
+    """Two of three calls with 3 MiB fit in the 8 MiB, however slow their remote is."""
     data, ready = zeros(3 << 20), threading.Event()
 
     def slow(request: BaseHTTPRequestHandler) -> None:
@@ -231,7 +231,7 @@ def tenants(site: Site, tmp_path: Path) -> Iterator[list[secateur.Client]]:
         yield [alice, bob]
 
 
-def test_one_tenants_fetches_leave_half_of_the_disk_to_others(
+def test_fetches_of_one_tenant_leave_half_of_the_disk_to_others(
     site: Site, tenants: list[secateur.Client], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alice, bob = tenants
@@ -259,7 +259,7 @@ def test_one_tenants_fetches_leave_half_of_the_disk_to_others(
     assert alice.report(f"{site.root}/models/x").zeros == 3 << 18
 
 
-def test_what_a_tenant_can_never_fetch_is_refused_at_once(
+def test_fetch_above_a_tenants_limit_is_refused_at_once(
     site: Site, tenants: list[secateur.Client]
 ) -> None:
     site.pages["/models/x"] = page(zeros(5 << 20))
@@ -285,9 +285,7 @@ def elsewhere() -> Iterator[Site]:
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_a_redirect_is_followed_within_what_is_listed(
-    served: Served, site: Site, status: int
-) -> None:
+def test_redirect_within_allowed_uris_is_followed(served: Served, site: Site, status: int) -> None:
     site.pages["/models/a"] = redirect("/models/b", status)
     site.pages["/models/b"] = redirect(f"{site.root}/models/model?signature=x", status)
     site.pages["/models/model?signature=x"] = page(DATA)
@@ -331,7 +329,7 @@ def test_a_redirect_elsewhere_is_refused(
     assert not [asked for asked in site.asked if "secret" in asked]
 
 
-def test_a_redirect_of_a_range_alone_is_refused_too(
+def test_redirect_of_a_range_request_is_refused_too(
     served: Served, site: Site, elsewhere: Site
 ) -> None:
     """The size came from where it is allowed."""
@@ -347,8 +345,8 @@ def test_a_redirect_of_a_range_alone_is_refused_too(
     assert not elsewhere.asked
 
 
-def test_a_redirect_goes_where_the_tenant_may_and_no_further(site: Site, tmp_path: Path) -> None:
-    """What the server allows beside it is for others."""
+def test_redirect_is_followed_within_the_tenants_uris_only(site: Site, tmp_path: Path) -> None:
+    """Other URIs that the server allows are for other tenants."""
     scratch = Scratch(tmp_path, 1 << 20, lambda count: None)
     everywhere = Uris((), (f"{site.root}/models",), scratch, Requests(300))
     tenants = everywhere.among([f"{site.root}/models/mine"])
@@ -362,8 +360,8 @@ def test_a_redirect_goes_where_the_tenant_may_and_no_further(site: Site, tmp_pat
             tenants.open(RequestContext(), "uri", uri, held, lambda size, fetched: None)
 
 
-def test_a_remote_without_ranges_fills_no_memory(served: Served, site: Site) -> None:
-    """Whatever it said of its size."""
+def test_remote_without_ranges_does_not_fill_memory(served: Served, site: Site) -> None:
+    """Whatever size it reported."""
     data = zeros(9 << 20)
 
     def whole(request: BaseHTTPRequestHandler) -> None:

@@ -1,4 +1,4 @@
-"""file:// URIs: what the operator listed, the same bits as with the data itself, and no more."""
+"""file:// URIs: allowed folders only, and the same bits as with the data itself."""
 
 import os
 import socket
@@ -63,7 +63,7 @@ def source(root: Path) -> str:
 
 
 @pytest.mark.parametrize("output", FORMS)
-def test_a_source_gives_what_its_data_gives(
+def test_result_of_a_source_equals_that_of_its_data(
     served: Served, root: Path, source: str, output: str
 ) -> None:
     data = root / "model.safetensors"
@@ -85,7 +85,7 @@ def test_zeros_of_a_source_count_as_pruned(served: Served, root: Path) -> None:
 
 
 @pytest.mark.parametrize("output", FORMS)
-def test_a_destination_has_what_would_be_sent(
+def test_destination_has_the_bytes_that_would_be_sent(
     served: Served, source: str, root: Path, tmp_path: Path, output: str
 ) -> None:
     written, sent = root / f"{output}.safetensors", tmp_path / "sent.safetensors"
@@ -96,7 +96,7 @@ def test_a_destination_has_what_would_be_sent(
     assert os.stat(written).st_mode & 0o777 == 0o666 & ~_umask()
 
 
-def test_data_and_checkpoints_go_to_a_destination_too(served: Served, root: Path) -> None:
+def test_data_and_checkpoints_are_written_to_a_destination_too(served: Served, root: Path) -> None:
     written = root / "of data.safetensors"
     assert "%20" in written.as_uri()
     expected = served.client.prune(MODEL, HALF, "dense").state_dict()
@@ -115,7 +115,7 @@ def test_finalize_reads_and_writes(served: Served, source: str, root: Path) -> N
     assert_same_tensors(load_file(final), expected.state_dict())
 
 
-def test_upload_and_keep_make_checkpoints_of_it(served: Served, source: str) -> None:
+def test_upload_and_keep_create_checkpoints_of_a_source(served: Served, source: str) -> None:
     uploaded = served.client.upload(source)
     assert [file.filename for file in uploaded.files] == ["model.safetensors"]
     kept = served.client.prune(source, HALF, keep=True).checkpoint
@@ -132,7 +132,7 @@ def test_a_source_can_be_its_own_destination(served: Served, root: Path) -> None
     assert_same_tensors(load_file(model), served.client.prune(MODEL, HALF).state_dict())
 
 
-def test_scores_come_beside_a_source(served: Served, source: str) -> None:
+def test_scores_are_sent_beside_a_source(served: Served, source: str) -> None:
     scores = {"w0": torch.rand(64, 32)}
     ranked = secateur.l1_unstructured("w0", 0.3, importance_scores=scores)
     masks = served.client.prune(source, ranked).masks
@@ -180,7 +180,7 @@ def places_outside(root: Path) -> list[str]:
     ]
 
 
-def test_what_is_not_listed_is_neither_read_nor_written(
+def test_uris_that_are_not_allowed_are_neither_read_nor_written(
     served: Served, root: Path, source: str
 ) -> None:
     before = (root.parent / "outside.safetensors").read_bytes()
@@ -194,7 +194,7 @@ def test_what_is_not_listed_is_neither_read_nor_written(
     assert sorted(p.name for p in root.parent.iterdir()) == ["outside.safetensors", root.name]
 
 
-def test_what_is_outside_cannot_be_asked_about(served: Served, root: Path) -> None:
+def test_error_does_not_tell_whether_an_outside_path_exists(served: Served, root: Path) -> None:
     (root / "up").symlink_to(root.parent)
     for name in ("up/there is none", "up/there/is/none", "up/outside.safetensors"):
         check_refused(served.read(f"{root.as_uri()}/{quote(name)}"))
@@ -210,7 +210,7 @@ def test_a_destination_that_links_outside_is_replaced_itself(
     assert not (root / "ends-outside").is_symlink()
 
 
-def test_a_server_without_folders_opens_none(client: secateur.Client, source: str) -> None:
+def test_server_without_allow_path_opens_no_file(client: secateur.Client, source: str) -> None:
     with pytest.raises(secateur.PermissionDenied, match="--allow-path"):
         client.report(source)
     with pytest.raises(secateur.PermissionDenied, match="--allow-path"):
@@ -220,7 +220,7 @@ def test_a_server_without_folders_opens_none(client: secateur.Client, source: st
 # What is no model ----------------------------------------------------------------------------
 
 
-def test_what_is_no_file_is_an_error_at_once(
+def test_non_regular_file_is_an_error_at_once(
     served: Served, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     os.mkfifo(root / "pipe")
@@ -232,7 +232,7 @@ def test_what_is_no_file_is_an_error_at_once(
             check(served.read(f"{root.as_uri()}/{name}"), "FAILED_PRECONDITION", "URI_FAILED")
 
 
-def test_what_is_not_there_is_not_found(served: Served, root: Path, source: str) -> None:
+def test_missing_file_is_not_found(served: Served, root: Path, source: str) -> None:
     missing = f"{root.as_uri()}/none.safetensors"
     check(served.read(missing), "NOT_FOUND", "URI_NOT_FOUND", missing)
     in_missing = f"{root.as_uri()}/none/out.safetensors"
@@ -249,7 +249,7 @@ def test_what_is_not_there_is_not_found(served: Served, root: Path, source: str)
         pytest.param(save(MODEL)[:99], id="truncated"),
     ],
 )
-def test_files_that_are_no_models_are_invalid(served: Served, root: Path, data: bytes) -> None:
+def test_files_that_are_not_models_are_invalid(served: Served, root: Path, data: bytes) -> None:
     (root / "broken.safetensors").write_bytes(data)
     found = served.read((root / "broken.safetensors").as_uri())
     said = "'broken.safetensors': is not a safetensors file"
@@ -259,9 +259,7 @@ def test_files_that_are_no_models_are_invalid(served: Served, root: Path, data: 
 
 
 @pytest.mark.parametrize("is_zip", [True, False])
-def test_a_torch_file_is_told_that_the_client_reads_it(
-    served: Served, root: Path, is_zip: bool
-) -> None:
+def test_error_of_a_torch_file_names_the_client(served: Served, root: Path, is_zip: bool) -> None:
     file = root / "net.pt"
     torch.save(MODEL, file, _use_new_zipfile_serialization=is_zip)
     said = r"'net\.pt': is not a safetensors file: .* torch\.save; .* local path of a torch file"
@@ -271,7 +269,7 @@ def test_a_torch_file_is_told_that_the_client_reads_it(
     assert served.client.report(file).total == sum(map(torch.numel, MODEL.values()))
 
 
-def test_an_index_of_any_length_takes_no_memory(served: Served, root: Path) -> None:
+def test_long_index_takes_no_memory(served: Served, root: Path) -> None:
     with (root / "model.safetensors.index.json").open("wb") as index:
         index.truncate(1 << 40)
     found = served.read((root / "model.safetensors.index.json").as_uri())
@@ -279,7 +277,7 @@ def test_an_index_of_any_length_takes_no_memory(served: Served, root: Path) -> N
     (root / "model.safetensors.index.json").unlink()
 
 
-def test_what_may_not_be_read_fails(root: Path, source: str) -> None:
+def test_unreadable_file_fails(root: Path, source: str) -> None:
     (root / "closed.safetensors").touch(mode=0)
     with _nobody(root), pytest.raises(UriFailed, match="Permission denied"):
         LocalFile("uri", (root / "closed.safetensors").as_uri(), [root])
@@ -288,7 +286,7 @@ def test_what_may_not_be_read_fails(root: Path, source: str) -> None:
 # Whole or not at all -------------------------------------------------------------------------
 
 
-def test_what_fails_leaves_what_was_there(served: Served, root: Path, source: str) -> None:
+def test_failed_write_leaves_the_old_file(served: Served, root: Path, source: str) -> None:
     target = root / "kept"
     target.write_bytes(b"before")
     invalid = "INVALID_ARGUMENT"
@@ -299,8 +297,8 @@ def test_what_fails_leaves_what_was_there(served: Served, root: Path, source: st
     assert not (root / "kept.index.json").exists()
 
 
-def test_what_fails_keeps_no_checkpoint(served: Served, root: Path, source: str) -> None:
-    """Nobody would know its name."""
+def test_failed_write_keeps_no_checkpoint(served: Served, root: Path, source: str) -> None:
+    """The caller would not learn its name."""
     before = list(served.client.checkpoints())
     for place in ("none/out.safetensors", "sub", "out.index.json"):
         assert served.write(source, f"{root.as_uri()}/{place}", keep=True) is not None
@@ -310,7 +308,7 @@ def test_what_fails_keeps_no_checkpoint(served: Served, root: Path, source: str)
     served.client.delete(kept)
 
 
-def test_a_folder_is_no_destination(served: Served, root: Path, source: str) -> None:
+def test_folder_is_refused_as_a_destination(served: Served, root: Path, source: str) -> None:
     found = served.write(source, (root / "sub").as_uri())
     check(found, "FAILED_PRECONDITION", "URI_FAILED", "is a folder")
 
@@ -327,7 +325,7 @@ def _small_disk(folder: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_a_full_disk_leaves_what_was_there(served: Served, root: Path) -> None:
+def test_full_disk_leaves_the_old_file(served: Served, root: Path) -> None:
     large = saved(root / "large.safetensors", weights((3 << 20,)))
     with _small_disk(root / "disk") as disk:
         (disk / "out.safetensors").write_bytes(b"before")

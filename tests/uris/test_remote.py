@@ -1,4 +1,4 @@
-"""s3:// URIs, against moto's server of S3: what the operator listed, whole or not at all."""
+"""s3:// URIs, against moto's S3 server: allowed prefixes only, and whole objects or none."""
 
 import os
 import socket
@@ -75,7 +75,7 @@ def test_a_model_is_read_and_written(served: Served, bucket: Bucket) -> None:
     assert served.client.report(f"{MODELS}/new/dense").zeros == of_data.report.zeros
 
 
-def test_large_models_go_in_ranges_and_parts(
+def test_large_models_are_read_in_ranges_and_written_in_parts(
     served: Served, bucket: Bucket, large: str, tmp_path: Path
 ) -> None:
     served.client.prune(large, HALF, "dense", destination=f"{MODELS}/out")
@@ -85,7 +85,7 @@ def test_large_models_go_in_ranges_and_parts(
     assert "-" in etag, "written in one part"
 
 
-def test_what_is_uploaded_is_the_object(
+def test_uploaded_bytes_are_the_object(
     served: Served, bucket: Bucket, large: str, tmp_path: Path
 ) -> None:
     checkpoint = served.client.upload(large)
@@ -98,7 +98,7 @@ def test_what_is_uploaded_is_the_object(
         served.client.delete(name)
 
 
-def test_shards_lie_beside_their_index(
+def test_shards_are_written_beside_their_index(
     served: Served, bucket: Bucket, crepe: Path, tmp_path: Path
 ) -> None:
     index, model = write_shards(tmp_path / "in", real_weights(crepe)), real_weights(crepe)
@@ -142,7 +142,7 @@ ELSEWHERE = [
 
 
 @pytest.mark.parametrize("uri", ELSEWHERE)
-def test_what_is_not_listed_is_neither_read_nor_written(
+def test_uris_that_are_not_allowed_are_neither_read_nor_written(
     served: Served, bucket: Bucket, uri: str
 ) -> None:
     before = bucket.keys()
@@ -151,7 +151,7 @@ def test_what_is_not_listed_is_neither_read_nor_written(
     assert bucket.keys() == before
 
 
-def test_nothing_is_listed_by_itself(client: secateur.Client) -> None:
+def test_nothing_is_allowed_by_default(client: secateur.Client) -> None:
     for uri in (f"{MODELS}/model.safetensors", "memory://x/y", "https://example.com/x"):
         with pytest.raises(secateur.PermissionDenied, match="--allow-uri"):
             client.report(uri)
@@ -160,22 +160,22 @@ def test_nothing_is_listed_by_itself(client: secateur.Client) -> None:
 # What cannot be read or written --------------------------------------------------------------
 
 
-def test_what_is_not_there_is_not_found(served: Served, bucket: Bucket) -> None:
+def test_missing_file_is_not_found(served: Served, bucket: Bucket) -> None:
     for uri in (f"{MODELS}/none", "s3://nowhere/x/none"):
         check(served.read(uri), "NOT_FOUND", "URI_NOT_FOUND", uri)
     found = served.write(f"{MODELS}/model.safetensors", "s3://nowhere/x/out")
     check(found, "FAILED_PRECONDITION", "URI_FAILED", "s3://nowhere/x/out", "bucket")
 
 
-def test_what_is_no_model_is_an_error(served: Served, bucket: Bucket) -> None:
+def test_invalid_model_is_an_error(served: Served, bucket: Bucket) -> None:
     for data in (b"", b"no model at all"):
         bucket.s3.put_object(Bucket="bucket", Key="models/broken/file", Body=data)
         found = served.read(f"{MODELS}/broken/file")
         check(found, "INVALID_ARGUMENT", "INVALID_STATE_DICT", "file")
-    check(served.read(f"{MODELS}/broken"), "FAILED_PRECONDITION", "URI_FAILED", "is no file")
+    check(served.read(f"{MODELS}/broken"), "FAILED_PRECONDITION", "URI_FAILED", "is not a file")
 
 
-def test_credentials_that_are_wrong_are_said_to_be_and_not_told(
+def test_wrong_credentials_are_reported_without_their_values(
     bucket: Bucket, served: Served
 ) -> None:
     bucket.need_credentials("0")
@@ -191,9 +191,7 @@ def test_credentials_that_are_wrong_are_said_to_be_and_not_told(
         bucket.need_credentials("inf")
 
 
-def test_an_endpoint_that_is_away_is_an_error(
-    served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreachable_endpoint_is_an_error(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         place = f"http://127.0.0.1:{closed.getsockname()[1]}"
     monkeypatch.setenv("AWS_ENDPOINT_URL", place)
@@ -202,7 +200,7 @@ def test_an_endpoint_that_is_away_is_an_error(
         check(alone.read(f"{MODELS}/x"), "FAILED_PRECONDITION", "URI_FAILED", "cannot be read")
 
 
-def test_who_waits_for_an_endpoint_that_is_silent_can_leave(
+def test_call_to_a_silent_endpoint_can_be_cancelled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     in_flight = "secateur_requests_in_flight"
@@ -218,7 +216,7 @@ def test_who_waits_for_an_endpoint_that_is_silent_can_leave(
 
 
 @pytest.mark.parametrize("hidden", ["fsspec", pytest.param("s3fs", marks=pytest.mark.slow)])
-def test_a_server_without_the_packages_says_what_to_install(
+def test_missing_package_error_says_what_to_install(
     bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hidden: str
 ) -> None:
     (tmp_path / f"{hidden}.py").write_text("raise ImportError")

@@ -1,4 +1,4 @@
-"""An object is there whole, or not at all, and no part of it stays."""
+"""An object is written completely or not at all, and leaves no unfinished parts."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -64,7 +64,7 @@ def in_flight(served: Served) -> Callable[[], float]:
     return lambda: series(served.server, "secateur_requests_in_flight")
 
 
-def test_a_call_that_is_cancelled_leaves_nothing(
+def test_cancelled_call_leaves_nothing(
     served: Served, large: secateur.Checkpoint, bucket: Bucket
 ) -> None:
     call = begin_to_write(served, large, bucket)
@@ -73,14 +73,14 @@ def test_a_call_that_is_cancelled_leaves_nothing(
     assert call.code() == grpc.StatusCode.CANCELLED
 
 
-def test_a_call_whose_time_is_up_leaves_nothing(served: Served, large: secateur.Checkpoint) -> None:
+def test_call_past_its_deadline_leaves_nothing(served: Served, large: secateur.Checkpoint) -> None:
     hurried = secateur.Client(channel=served.channel, timeout=1.0)
     with pytest.raises(secateur.DeadlineExceeded):
         hurried.prune(large, HALF, "dense", destination=OUT)
     eventually(in_flight(served), 0.0)
 
 
-def test_an_upload_that_fails_leaves_nothing(
+def test_failed_upload_leaves_nothing(
     served: Served, large: secateur.Checkpoint, bucket: Bucket
 ) -> None:
     call = begin_to_write(served, large, bucket)
@@ -89,7 +89,7 @@ def test_an_upload_that_fails_leaves_nothing(
     check(failure(list, call), "FAILED_PRECONDITION", "URI_FAILED", OUT, "cannot be written")
 
 
-def test_what_fails_leaves_the_object_that_was_there(
+def test_failed_write_leaves_the_old_object(
     served: Served, large: secateur.Checkpoint, bucket: Bucket
 ) -> None:
     bucket.s3.put_object(Bucket="bucket", Key="models/out.safetensors", Body=b"before")
@@ -101,9 +101,7 @@ def test_what_fails_leaves_the_object_that_was_there(
     bucket.s3.delete_object(Bucket="bucket", Key="models/out.safetensors")
 
 
-def test_an_object_that_is_replaced_while_it_is_read_is_seen(
-    bucket: Bucket, tmp_path: Path
-) -> None:
+def test_replaced_object_is_detected(bucket: Bucket, tmp_path: Path) -> None:
     source = f"{MODELS}/model.safetensors"
     file = RemoteFile(RequestContext(), "uri", source, Requests(300), (MODELS,))
     file.fetch(Scratch(tmp_path, file.size, lambda count: None))

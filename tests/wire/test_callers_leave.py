@@ -1,4 +1,4 @@
-"""Callers who go away in the middle of a call leave nothing behind."""
+"""Calls that end in the middle leave nothing behind."""
 
 from collections.abc import Iterator
 
@@ -40,9 +40,7 @@ def canceled(server: RunningServer) -> float:
     return series(server, "grpc_server_handled_total", **labels)
 
 
-def test_a_caller_who_cancels_half_way_leaves_nothing(
-    server: RunningServer, channel: grpc.Channel
-) -> None:
+def test_cancelled_upload_leaves_nothing(server: RunningServer, channel: grpc.Channel) -> None:
     before = canceled(server)
     with kept_open(half_of_an_upload()) as messages:
         call = PrunerStub(channel).Prune(messages, timeout=300)
@@ -52,7 +50,7 @@ def test_a_caller_who_cancels_half_way_leaves_nothing(
     eventually(lambda: canceled(server), before + 1)
 
 
-def test_a_caller_who_disconnects_half_way_leaves_nothing(server: RunningServer) -> None:
+def test_disconnected_upload_leaves_nothing(server: RunningServer) -> None:
     before = canceled(server)
     with kept_open(half_of_an_upload()) as messages:
         channel = grpc.insecure_channel(server.address, OWN_CONNECTION)
@@ -64,7 +62,7 @@ def test_a_caller_who_disconnects_half_way_leaves_nothing(server: RunningServer)
     eventually(lambda: canceled(server), before + 1)
 
 
-def test_a_caller_who_cancels_half_way_through_the_answer_leaves_nothing(
+def test_call_cancelled_during_its_answer_leaves_nothing(
     server: RunningServer, channel: grpc.Channel
 ) -> None:
     before = canceled(server)
@@ -77,7 +75,7 @@ def test_a_caller_who_cancels_half_way_through_the_answer_leaves_nothing(
     eventually(lambda: canceled(server), before + 1)
 
 
-def test_a_deadline_that_passes_during_the_upload_is_told_to_the_caller(
+def test_deadline_during_the_upload_is_reported(
     server: RunningServer, channel: grpc.Channel
 ) -> None:
     started = series(server, "grpc_server_started_total", grpc_method="Prune")

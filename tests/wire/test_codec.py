@@ -1,4 +1,4 @@
-"""The codec against protobuf itself: what other clients write and read."""
+"""The codec against protobuf itself, which other clients use."""
 
 import pytest
 from google.protobuf.message import DecodeError, Message

@@ -1,4 +1,4 @@
-"""What `file_header` and `cut` write is a safetensors file, in messages of 1 MiB."""
+"""`file_header` and `cut` write a safetensors file in messages of 1 MiB."""
 
 from functools import partial
 
@@ -75,7 +75,7 @@ def test_the_library_reads_what_was_written(
 
 
 def test_every_dtype_of_the_library_is_known() -> None:
-    """safetensors names them in the message with which it refuses one."""
+    """safetensors lists them in its error for an unknown dtype."""
     unknown = file({"w": entry("F31", [0], 0, 0)})
     with pytest.raises(safetensors.SafetensorError) as refused:
         safetensors.deserialize(unknown)  # type: ignore[no-untyped-call]
@@ -109,7 +109,7 @@ def test_a_tensor_has_the_bytes_of_its_elements(dtype: str, shape: list[int]) ->
     assert tensor_bytes(dtype, shape) * 8 == bits
 
 
-def test_the_writer_says_the_length_and_the_digest_of_what_it_writes() -> None:
+def test_writer_announces_the_size_and_digest_of_its_bytes() -> None:
     model = {"a": torch.randn(700, 900), "b": torch.zeros(0, 3), "c": torch.tensor(2.5)}
     outgoing = {
         name: Outgoing("F32", tuple(tensor.shape), partial(torch.split, tensor.view(-1), 100_000))

@@ -1,4 +1,4 @@
-"""Bad headers: what the reader takes, the safetensors library takes too."""
+"""Damaged headers: the safetensors library accepts every header that the reader accepts."""
 
 import json
 from typing import Any
@@ -8,7 +8,7 @@ import safetensors
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from secateur_server.errors import MalformedFile, Stopped
+from secateur_server.errors import Cancelled, MalformedFile
 from secateur_server.runtime.context import RequestContext
 from secateur_server.wire.header import Header, header_length, parse_header
 from tests.contract.raw import entry, file, unhurried
@@ -45,11 +45,11 @@ def check(data: bytes) -> None:
         assert found == in_library(data)
 
 
-def test_a_header_is_left_with_its_caller() -> None:
-    """Of hundreds of thousands of tensors it takes seconds."""
+def test_parsing_of_a_header_ends_with_its_call() -> None:
+    """A header of hundreds of thousands of tensors takes seconds."""
     context = RequestContext()
     context.cancel()
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         parse(GOOD, context)
 
 
@@ -82,7 +82,7 @@ ENTRIES = st.fixed_dictionaries(
 )
 
 
-def test_the_library_takes_the_file_that_is_spoilt_here() -> None:
+def test_library_accepts_the_file_that_these_tests_damage() -> None:
     check(GOOD)
     assert parse(GOOD).metadata == {"k": "v"}
 
@@ -138,16 +138,16 @@ def outcome(data: bytes) -> Header | str:
     )
 )
 def test_the_spelling_of_a_header_does_not_matter(table: dict[str, Any]) -> None:
-    """Entries as the library spells them are read by another way than all others."""
+    """Entries as the library spells them are parsed by a faster way than others."""
     usual = spelled({**table, "last": entry("U8", [48], 0, 48)}, separators=(",", ":"))
     assert outcome(usual) == outcome(spelled({**table, "last": entry("U8", [48], 0, 48)}))
 
 
-def test_a_name_that_stands_twice_is_refused_in_any_spelling() -> None:
+def test_duplicate_name_is_refused_in_any_spelling() -> None:
     for blank in ("", " "):
         empty = f'{{"dtype":"U8","shape":[0],"data_offsets":[0,{blank}0]}}'
         text = f'{{"a":{empty},"b":{empty},"a":{empty},"c":{empty}}}'.encode()
-        with pytest.raises(MalformedFile, match=r"data\['a'\]: the name stands twice"):
+        with pytest.raises(MalformedFile, match=r"data\['a'\]: the name occurs twice"):
             parse(len(text).to_bytes(8, "little") + text)
 
 
@@ -156,7 +156,7 @@ def test_a_name_that_stands_twice_is_refused_in_any_spelling() -> None:
     [("F4", [3], 2), ("F4", [1], 1), ("F6_E2M3", [3], 3), ("F6_E3M2", [1, 1], 1)],
 )
 def test_a_tensor_of_broken_bytes_is_refused(dtype: str, shape: list[int], size: int) -> None:
-    """The format has no half bytes: the library refuses such a tensor, and so its results."""
+    """The format has no half bytes: the library would refuse a result with such a tensor."""
     data = file({"w": entry(dtype, shape, 0, size)}, bytes(size))
     with pytest.raises(safetensors.SafetensorError):
         in_library(data)
@@ -166,7 +166,7 @@ def test_a_tensor_of_broken_bytes_is_refused(dtype: str, shape: list[int], size:
 
 @unhurried
 @given(st.binary(max_size=60))
-def test_bytes_that_are_no_file_are_refused(data: bytes) -> None:
+def test_random_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(MalformedFile):
         parse(data.ljust(10, b"\xff"))
 

@@ -1,4 +1,4 @@
-"""Calls on what the server opens say how far they are, and end when their caller leaves."""
+"""Calls on checkpoints and URIs report their progress, and end when they are cancelled."""
 
 import os
 import random
@@ -88,7 +88,7 @@ def check_progress(progress: list[Progress], size: int) -> None:
 
 
 @pytest.mark.parametrize("source", ["uri", "checkpoint"])
-def test_a_prune_says_how_far_it_is(served: Served, root: Path, source: str) -> None:
+def test_prune_reports_its_progress(served: Served, root: Path, source: str) -> None:
     path = root / "model.safetensors"
     fields: dict[str, Any] = {}
     if source == "checkpoint":
@@ -104,7 +104,7 @@ def test_a_prune_says_how_far_it_is(served: Served, root: Path, source: str) -> 
     (root / "out.safetensors").unlink()
 
 
-def test_a_call_that_carries_its_model_says_nothing(served: Served) -> None:
+def test_call_with_its_model_reports_no_progress(served: Served) -> None:
     data = {"w": torch.randn(4 << 20)}
     seen: list[tuple[int, int]] = []
     served.client.prune(data, secateur.l1_unstructured("w", 0.5), progress=_into(seen))
@@ -155,7 +155,7 @@ def check_idle(served: Served) -> None:
 
 @pytest.mark.parametrize("rpc", ["Prune", "Report", "Finalize"])
 @pytest.mark.parametrize("moment", range(3))
-def test_who_cancels_ends_the_work(served: Served, root: Path, rpc: str, moment: int) -> None:
+def test_cancellation_ends_the_work(served: Served, root: Path, rpc: str, moment: int) -> None:
     after = random.Random(f"{rpc}{moment}").uniform(0, 0.3 if rpc != "Prune" else 1.0)
     before = started(served, rpc)
     call = begin(served, root, rpc)
@@ -174,7 +174,7 @@ def test_a_deadline_ends_the_work(served: Served, root: Path, seconds: float) ->
     check_idle(served)
 
 
-def test_who_cancels_many_globs_and_tensors_ends_the_work(served: Served) -> None:
+def test_cancellation_ends_the_matching_of_globs(served: Served) -> None:
     uploaded = served.client.upload({f"w{i}": torch.ones(1) for i in range(20_000)})
     (rule,) = spec("*").rules
     rule.selection.tensors[:] = [f"w{i}*" for i in range(2000)]
@@ -186,7 +186,7 @@ def test_who_cancels_many_globs_and_tensors_ends_the_work(served: Served) -> Non
     served.client.delete(uploaded)
 
 
-def test_who_disconnects_ends_the_work(served: Served, root: Path) -> None:
+def test_disconnection_ends_the_work(served: Served, root: Path) -> None:
     own = [("grpc.use_local_subchannel_pool", 1)]
     with grpc.insecure_channel(served.server.address, own) as channel:
         call = begin(Served(served.server, channel, served.client), root, "Prune")
@@ -194,7 +194,7 @@ def test_who_disconnects_ends_the_work(served: Served, root: Path) -> None:
     check_idle(served)
 
 
-def test_who_cancels_while_it_is_written_leaves_what_was_there(served: Served, root: Path) -> None:
+def test_cancelled_write_leaves_the_old_file(served: Served, root: Path) -> None:
     target = root / "out.safetensors"
 
     def begun() -> Any:
@@ -208,9 +208,7 @@ def test_who_cancels_while_it_is_written_leaves_what_was_there(served: Served, r
     target.unlink()
 
 
-def test_who_cancels_what_is_to_be_kept_leaves_no_checkpoint(
-    served: Served, root: Path, store: Path
-) -> None:
+def test_cancelled_kept_prune_leaves_no_checkpoint(served: Served, root: Path, store: Path) -> None:
     before = list(served.client.checkpoints())
 
     def begun() -> Any:
@@ -225,7 +223,7 @@ def test_who_cancels_what_is_to_be_kept_leaves_no_checkpoint(
     assert list(served.client.checkpoints()) == before
 
 
-def test_one_who_leaves_takes_nobody_along(served: Served, root: Path) -> None:
+def test_cancellation_does_not_affect_other_calls(served: Served, root: Path) -> None:
     calls = [
         begin(served, root, "Prune", destination_uri=place)
         for place in ((root / "out.safetensors").as_uri(), (root / "other.safetensors").as_uri())

@@ -1,4 +1,4 @@
-"""A file that the safetensors library wrote is read the same however it is cut."""
+"""A file of the safetensors library is read the same for any chunks."""
 
 from collections.abc import Iterable
 from itertools import pairwise
@@ -88,7 +88,7 @@ def check(found: Read, data: bytes, model: dict[str, torch.Tensor], texts: dict[
 
 @unhurried
 @given(models(), st.dictionaries(st.text(max_size=9), st.text(max_size=9), max_size=3), st.data())
-def test_a_file_is_read_the_same_however_it_is_cut(
+def test_file_is_read_the_same_for_any_chunks(
     model: dict[str, torch.Tensor], texts: dict[str, str], draw: st.DataObject
 ) -> None:
     data = safetensors.torch.save(model, texts or None)  # {} spoils the header of no tensors
@@ -118,7 +118,7 @@ def test_values_have_the_dtype_and_the_bits_that_were_sent(model: dict[str, torc
             assert raw(values) == raw(model[name])
 
 
-def test_tensors_stand_in_the_order_of_the_header_not_of_the_data() -> None:
+def test_tensors_have_the_order_of_the_header_not_of_the_data() -> None:
     table = {
         "last": entry("U8", [2], 3, 5),
         "none": entry("U8", [0], 3, 3),

@@ -1,4 +1,4 @@
-"""When a caller leaves, the work that its spec asked for ends soon, whatever stage it is in."""
+"""When a call is cancelled, its work ends soon, whatever its spec asks for."""
 
 import sys
 from collections.abc import Iterator
@@ -16,10 +16,10 @@ from secateur_proto import pruner_pb2 as pb
 from secateur_proto.pruner_pb2_grpc import PrunerStub
 from secateur_server.api.convert.plan import encode_plan
 from secateur_server.api.convert.report import encode_report
-from secateur_server.backends import cpu
+from secateur_server.backends import cores
 from secateur_server.cut.plan import plan
 from secateur_server.cut.prune import prune
-from secateur_server.errors import Stopped
+from secateur_server.errors import Cancelled
 from secateur_server.report.warnings import changes_of, warnings_of
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.decode import decode_spec
@@ -84,15 +84,15 @@ def work(context: RequestContext, name: str, is_plan: bool) -> None:
 
 @pytest.fixture
 def _in_one_thread() -> Iterator[None]:
-    cpu._thread.in_pool = True
+    cores._thread.in_pool = True
     yield
-    cpu._thread.in_pool = False
+    cores._thread.in_pool = False
 
 
 @pytest.mark.usefixtures("_in_one_thread")
 @pytest.mark.parametrize("is_plan", [False, True])
 @pytest.mark.parametrize("name", SPECS)
-def test_no_stage_works_on_for_long_without_a_check(name: str, is_plan: bool) -> None:
+def test_every_stage_checks_for_cancellation_often(name: str, is_plan: bool) -> None:
     work(RequestContext(), name, is_plan)  # compiles what is not compiled yet
     watch = CountedWatch()
     before = sys.gettrace()
@@ -105,12 +105,12 @@ def test_no_stage_works_on_for_long_without_a_check(name: str, is_plan: bool) ->
     assert watch.longest <= 60 * TENSORS
     for last in {1, watch.checks // 4, watch.checks // 2, watch.checks - 1}:
         stopped = CountedWatch(last)
-        with pytest.raises(Stopped):
+        with pytest.raises(Cancelled):
             work(stopped, name, is_plan)
         assert stopped.checks == last
 
 
-def test_work_whose_caller_leaves_ends(server: RunningServer, channel: grpc.Channel) -> None:
+def test_cancelled_work_ends(server: RunningServer, channel: grpc.Channel) -> None:
     names = [f"layers.{i}.weight" for i in range(4000)]
     data = safetensors.torch.save({name: torch.randn(4, 4) for name in names})
     given, _ = secateur.lamp("*", 0.5).encode(dict.fromkeys(names, torch.zeros(4, 4)))

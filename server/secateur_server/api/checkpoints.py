@@ -16,11 +16,11 @@ from secateur_server.api.convert.checkpoint import checkpoint_message, file_mess
 from secateur_server.api.convert.files import check_count, decode_file, decode_files, page_token
 from secateur_server.api.stream import open_request, responses
 from secateur_server.errors import (
+    Cancelled,
     CheckpointNotFound,
     IdleTimeout,
     InvalidRequest,
     InvalidStateDict,
-    Stopped,
     TooShort,
 )
 from secateur_server.outputs import OUTPUTS
@@ -87,7 +87,7 @@ class Checkpoints:
                 )
                 received.append(receive(field, is_resumable=digest is not None))
             stream.finish()
-        except (Stopped, TooShort, IdleTimeout):
+        except (Cancelled, TooShort, IdleTimeout):
             self._sources.metrics.broken()
             raise
         return tuple(received)
@@ -101,7 +101,7 @@ class Checkpoints:
         for index, described in enumerate(message.files):
             context.check()
             file = decode_file(described, f"files[{index}]", is_digest_required=True)
-            sizes.append(self._store.uploads.held(owner, file.blake3, file.size))
+            sizes.append(self._store.uploads.received(owner, file.blake3, file.size))
         return pb.QueryUploadResponse(committed_sizes=sizes)
 
     def Download(
@@ -134,7 +134,7 @@ class Checkpoints:
         if output != pruner_pb2.OUTPUT_MASKS and not is_changed:
             return [_as_stored(blob) for blob in blobs]
         size, scheduler = sum(len(file.data) for file in files), self._sources.scheduler
-        memory = min(size, MADE_BYTES, scheduler.models.most(context.tenant))
+        memory = min(size, MADE_BYTES, scheduler.models.limit_for(context.tenant))
         held.enter_context(scheduler.model(context, "name", memory))
         with scheduler.cores(context, size):
             read(None)

@@ -1,1 +1,1 @@
-"""What an operator sees and sets: metrics, statuses, health."""
+"""What surrounds each call: tokens, TLS, statuses, logs, metrics, traces and health."""

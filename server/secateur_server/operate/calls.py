@@ -1,4 +1,4 @@
-"""The context of a request, made from what gRPC says about its call."""
+"""Creates the context of a request from the call of gRPC."""
 
 import re
 import secrets
@@ -10,9 +10,10 @@ import grpc
 
 from secateur_server.runtime.context import Method, RequestContext
 
-# Metadata both ways: a caller may name a request, and is told its name.
+# Metadata of request and answer: the caller may choose the id of a request.
 REQUEST_ID = "x-request-id"
-# A caller whose deadline passes cancels its call, which may be seen before the server's own one.
+# Seconds. A client cancels its call at the deadline, which may reach the server slightly before the
+# server's own deadline. A cancellation so close to the deadline counts as DEADLINE_EXCEEDED.
 DEADLINE_SLACK = 0.25
 _MAY_BE_ID = re.compile(r"[\w.:/@+=-]{1,128}", re.ASCII)
 
@@ -20,8 +21,14 @@ _MAY_BE_ID = re.compile(r"[\w.:/@+=-]{1,128}", re.ASCII)
 def begin_request(
     method: Method, call: grpc.ServicerContext, make: Callable[..., RequestContext]
 ) -> RequestContext:
-    """A new request, which is cancelled when its caller leaves."""
-    peer = unquote(call.peer())  # gRPC encodes the brackets of IPv6
+    """Creates the context of a request, which is cancelled with its call.
+
+    Args:
+        method: The RPC.
+        call: The call of gRPC.
+        make: Creates the context.
+    """
+    peer = unquote(call.peer())  # gRPC percent-encodes the brackets of IPv6
     left = call.time_remaining()
     deadline = None if left is None else time.monotonic() + left
     context = make(method, _id_of(call), peer, deadline=deadline)

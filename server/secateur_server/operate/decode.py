@@ -1,7 +1,7 @@
-"""The messages of a call, decoded in steps that keep no other thread waiting.
+"""Decodes the messages of a call, and refuses those that would block other threads for too long.
 
-protobuf decodes a message in one call of C, in which no other thread of Python runs: health checks
-and all other calls wait. Bytes are fast, about 10 ms a MB; fields of few bytes each are not.
+protobuf decodes a message in one call of C, which holds the GIL: health checks and all other calls
+wait. Bytes are fast, about 10 ms a MB; many fields of few bytes each are slow.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,15 +12,15 @@ from google.protobuf.message import DecodeError, Message
 
 from secateur_proto.codec import beside_data
 from secateur_server.errors import InvalidRequest
-from secateur_server.operate.unknown import check_known
+from secateur_server.operate.unknown_fields import check_known
 from secateur_server.runtime.context import RequestContext
 
-# Bytes of memory for a byte of a header: 20 as protobuf's objects, if it has the smallest messages.
+# Bytes of memory of protobuf's objects for each byte of a header, if its messages are the smallest.
 _DECODED = 20
-# Names, messages and entries of maps below SHORT_BYTES in one message. That many take 0.25 s.
-MOST_SHORT_FIELDS = 1_350_000
+# Names, messages and map entries shorter than SHORT_BYTES in one message. So many take 0.25 s.
+MAX_SHORT_FIELDS = 1_350_000
 SHORT_BYTES = 32
-# What is counted at once.
+# Bytes that are counted at once.
 _PIECE = 1 << 20
 
 Receive = Callable[[int], None]
@@ -32,18 +32,21 @@ def decoded(
     decode: Callable[[bytes], Any],
     receive_first: Receive,
 ) -> Iterator[Any]:
-    """The messages, each of which is decoded when it is asked for.
+    """Decodes messages one at a time.
 
     Args:
         context: The request.
         received: Its messages.
-        decode: Decodes one.
-        receive_first: Is called with the bytes of the first message.
+        decode: Decodes a message.
+        receive_first: Called with the size of the first message.
+
+    Yields:
+        The decoded messages.
 
     Raises:
         InvalidRequest: A message cannot be decoded, or has too many short fields.
         UnknownField: A message has a field that this server does not know.
-        RequestTooLarge: What a message has beside data takes more memory than there is for it.
+        RequestTooLarge, QueueFull: Decoding a header would take too much memory.
     """
     for number, raw in enumerate(received):
         if not number:
@@ -55,7 +58,7 @@ def decoded(
             message = decode(raw)
         except DecodeError as error:
             raise InvalidRequest(
-                "message", f"its bytes are no message of this call: {error}"
+                "message", f"the bytes are not a message of this method: {error}"
             ) from None
         if isinstance(message, Message):
             check_known(message, has_other_fields=bool(rest))
@@ -67,32 +70,33 @@ def check_short_fields(context: RequestContext, parts: Sequence[memoryview]) -> 
 
     Args:
         context: The request.
-        parts: Of the encoded message, but for its data.
+        parts: The encoded message without its data.
 
     Raises:
-        InvalidRequest: It may have more than MOST_SHORT_FIELDS.
+        InvalidRequest: It may have more than MAX_SHORT_FIELDS short fields.
     """
-    if sum(map(len, parts)) < 2 * MOST_SHORT_FIELDS:  # it cannot have so many
+    if sum(map(len, parts)) < 2 * MAX_SHORT_FIELDS:  # too short for so many
         return
     count, begins = 0, [(part, at) for part in parts for at in range(0, len(part), _PIECE)]
     for part, begin in context.each(begins):
         count += _short_fields(np.frombuffer(part[begin : begin + _PIECE + 2], np.uint8))
-        if count > MOST_SHORT_FIELDS:
+        if count > MAX_SHORT_FIELDS:
             raise InvalidRequest(
                 "message",
-                f"it has more than {MOST_SHORT_FIELDS} names, messages and entries of less than "
+                f"more than {MAX_SHORT_FIELDS} names, messages and map entries of less than "
                 f"{SHORT_BYTES} bytes; send several requests, or fewer rules",
             )
 
 
 def _short_fields(values: np.ndarray[Any, np.dtype[np.uint8]]) -> int:
-    """At least the number of length-delimited fields below SHORT_BYTES, at any depth.
+    """An upper bound on the length-delimited fields shorter than SHORT_BYTES, at any depth.
 
-    Those that begin with one of the last two bytes are not counted.
+    Fields that begin in the last two bytes are not counted.
 
     In protobuf's wire format such a field is a tag, whose lowest three bits are 2, and a length.
     Both are varints: 7 bits a byte, the lowest first, and the highest bit set in all but the last
-    byte. A sender may pad one: then its last byte is 0. Tags of known fields have one or two bytes.
+    byte. A sender may pad a varint, whose last byte is then 0. Tags of known fields have one or two
+    bytes.
     """
     first, second, third = values[:-2], values[1:-1], values[2:]
     kind = first & 0x87

@@ -1,4 +1,4 @@
-"""One line a request, for people on a terminal and for programs elsewhere."""
+"""One log line for each request: text on a terminal, JSON elsewhere."""
 
 import json
 import logging
@@ -10,12 +10,16 @@ from secateur_server.runtime.context import RequestContext
 
 log = logging.getLogger(__name__)
 
-# Probes ask every few seconds: their calls are of no interest.
+# Health probes call every few seconds and are not logged.
 _OURS = "secateur."
 
 
 def set_up(form: str) -> None:
-    """Logs to stderr.  form: json, text, or auto: text where stderr is a terminal."""
+    """Sets up logging to stderr.
+
+    Args:
+        form: `json`, `text`, or `auto`: text if stderr is a terminal.
+    """
     handler = logging.StreamHandler(sys.stderr)
     is_text = form == "text" or (form == "auto" and sys.stderr.isatty())
     handler.setFormatter(_Text() if is_text else _Json())
@@ -23,13 +27,13 @@ def set_up(form: str) -> None:
 
 
 def log_call(call: RequestContext) -> None:
-    """One line of what a call was: never weights, never tokens."""
+    """Logs a finished call, without weights and tokens."""
     if call.method.service.startswith(_OURS) or call.reason:
         log.info("%s %s", call.method, call.code, extra={"call": fields_of(call)})
 
 
 def fields_of(call: RequestContext) -> dict[str, Any]:
-    """What is told of a call.  Times are in seconds."""
+    """The fields of a finished call, without empty ones. Times are in seconds."""
     fields: dict[str, Any] = {
         "id": call.id,
         "rpc": str(call.method),
@@ -70,7 +74,7 @@ class _Text(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         call = dict(getattr(record, "call", {}))
-        for shown in ("rpc", "code"):  # they are the message
+        for shown in ("rpc", "code"):  # the message has them
             call.pop(shown, None)
         rest = " ".join(f"{name}={json.dumps(value)}" for name, value in call.items())
         return f"{super().format(record)} {rest}".rstrip()

@@ -1,4 +1,4 @@
-"""Files that are read again when they change."""
+"""Files that are reread when they change."""
 
 import logging
 import threading
@@ -10,20 +10,25 @@ log = logging.getLogger(__name__)
 
 Loaded = TypeVar("Loaded")
 
-# How often it is looked whether they have changed: whoever needs what is in them does it.
-LOOK_SECONDS = 1.0
+# The shortest interval between checks for changes. The thread that needs the value checks.
+CHECK_SECONDS = 1.0
 
 
 class Unusable(Exception):
-    """Files that the server cannot work with."""
+    """A file that the server cannot use."""
 
 
 class Reloaded(Generic[Loaded]):
-    """What was in files when they last could be used: what cannot be used changes nothing.
+    """The value of files, which is replaced when they change. Unusable files change nothing.
 
-    what: their name in the log.  version: changes when they do.  load: reads them; raises Unusable.
-    reloaded: is called with whether they could be used, each time that they have changed.
-    Errors: Unusable, at first.
+    Args:
+        what: The name of the files in the log.
+        version: Returns a value that changes when the files do.
+        load: Reads the files. Raises Unusable.
+        reloaded: Called each time that the files have changed, with whether they could be used.
+
+    Raises:
+        Unusable: The files cannot be used at the start.
     """
 
     def __init__(
@@ -35,26 +40,26 @@ class Reloaded(Generic[Loaded]):
     ) -> None:
         self._what, self._version, self._load, self._reloaded = what, version, load, reloaded
         self._lock = threading.Lock()
-        self._seen = version()  # before they are loaded: they may change meanwhile
-        self._value, self._looked = load(), time.monotonic()
+        self._seen = version()  # before loading, since the files may change meanwhile
+        self._value, self._checked = load(), time.monotonic()
 
     def value(self) -> Loaded:
-        """What is in them, as of a moment ago."""
+        """The current value, at most CHECK_SECONDS old."""
         with self._lock:
-            if time.monotonic() - self._looked >= LOOK_SECONDS:
-                self._looked = time.monotonic()
-                self._look()
+            if time.monotonic() - self._checked >= CHECK_SECONDS:
+                self._checked = time.monotonic()
+                self._check()
             return self._value
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         if (version := self._version()) == self._seen:
             return
         self._seen = version
         try:
             self._value = self._load()
         except Unusable as error:
-            log.error("the %s stays as it was: %s", self._what, error)
+            log.error("cannot reread the %s, keeping the previous one: %s", self._what, error)
             self._reloaded(False)
         else:
-            log.info("read the %s again", self._what)
+            log.info("reread the %s", self._what)
             self._reloaded(True)

@@ -1,4 +1,4 @@
-"""A gRPC server from its start to its end, and what happens if its serving loop ends by itself."""
+"""Starts and stops a gRPC server, and detects the death of its serving loop."""
 
 import logging
 import threading
@@ -9,17 +9,17 @@ import grpc
 
 log = logging.getLogger(__name__)
 
-_starting = threading.Lock()  # so that two servers of one process find their own loops
+_starting = threading.Lock()  # so that each of two servers finds its own loop
 
 
 class Serving:
-    """Starts a server, and watches the thread in which gRPC takes all its events.
+    """Starts a server, and watches the thread in which gRPC handles all its events.
 
     If an exception ends that thread, gRPC keeps every connection open and answers nothing.
 
     Args:
-        server: Has not been started yet.
-        died: Is called if the loop ends before the server has stopped.
+        server: Must not be started yet.
+        died: Called if the thread ends before the server has stopped.
     """
 
     def __init__(self, server: grpc.Server, died: Callable[[], None]) -> None:
@@ -33,32 +33,39 @@ class Serving:
         Args:
             timeout: Seconds after which running calls are cancelled.
         """
-        with suppress(RuntimeError):  # gRPC starts a thread here, which the system may refuse
+        with suppress(RuntimeError):  # gRPC starts a thread here, which may fail
             self._server.stop(timeout)
 
     def has_stopped(self, timeout: float) -> bool:
-        """Whether all calls have ended, within so many seconds."""
+        """Waits for all calls to end.
+
+        Args:
+            timeout: Seconds to wait.
+
+        Returns:
+            Whether they have ended.
+        """
         return not self._server.wait_for_termination(timeout)
 
     def end(self) -> None:
-        """Cancels running calls, and returns when they have ended."""
+        """Cancels running calls, and waits for their end."""
         if self.is_alive:
             self._server.stop(None)
 
     @property
     def is_alive(self) -> bool:
-        """Whether gRPC still takes events."""
+        """Whether gRPC still handles events."""
         return self._loop.is_alive()
 
     def _watch(self) -> None:
         self._loop.join()
         if not self.has_stopped(0):
-            log.critical("gRPC's serving loop has ended: the server answers no calls any more")
+            log.critical("gRPC's serving loop has ended: the server cannot answer calls any more")
             self._died()
 
 
 def _start(server: grpc.Server) -> threading.Thread:
-    """Starts the server. Returns the thread of its serving loop, which gRPC has no name for."""
+    """Starts the server. Returns the thread of its serving loop, which gRPC does not expose."""
     with _starting:
         before = set(threading.enumerate())
         server.start()

@@ -1,4 +1,4 @@
-"""What went wrong, as a gRPC status with details that a program can read."""
+"""Turns errors into gRPC statuses with details for programs."""
 
 import logging
 import threading
@@ -17,59 +17,69 @@ from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
 from secateur_server.errors import (
-    Defect,
-    Late,
+    Cancelled,
+    DeadlineExceeded,
+    InternalError,
     NoMessage,
     OutOfMemory,
     RequestError,
     ShuttingDown,
-    Stopped,
     TooShort,
 )
 from secateur_server.operate.calls import REQUEST_ID
-from secateur_server.runtime.context import RequestContext, caller_left
-from secateur_server.runtime.disk import NO_MORE
+from secateur_server.runtime.context import RequestContext, cancelled_by_caller
+from secateur_server.runtime.disk import NO_RESOURCES
 
 log = logging.getLogger(__name__)
 
-# How torch, and Triton, say that an allocation failed that they have no exception of its own for.
+# Messages of torch and Triton for failed allocations without an exception class of their own.
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 
 
 @contextmanager
 def statuses(context: RequestContext, call: grpc.ServicerContext) -> Iterator[None]:
-    """Ends a call that raises with the status that the exception carries."""
+    """Ends a call whose block raises an error with the status of that error.
+
+    Args:
+        context: The request.
+        call: Its call.
+    """
     try:
         yield
     except RequestError as error:
-        is_cut_off = isinstance(error, NoMessage | TooShort) and _has_left(call)
-        if is_cut_off or isinstance(error, Stopped):
+        is_cut_off = isinstance(error, NoMessage | TooShort) and _is_cancelled(call)
+        if is_cut_off or isinstance(error, Cancelled):
             error = _interruption(context, call)
         _end(context, call, error)
     except Exception as error:
-        if not call.is_active():  # cancelled, or past its deadline: nobody is there to tell
+        if not call.is_active():  # cancelled, or past its deadline: nobody gets the status
             raise
         if _is_out_of_memory(error):
             log.warning("%s %s: no memory: %s", context.id, context.method, error)
-            none_left = OutOfMemory("data", "the server has no memory for this model now")
+            none_left = OutOfMemory("data", "the server is out of memory; retry later")
             _end(context, call, none_left)
         log.exception("%s %s failed", context.id, context.method)
-        _end(context, call, Defect("server", "it has a defect; its log has the details"))
+        what = f"internal error; the server's log has the details (request id {context.id})"
+        _end(context, call, InternalError("server", what))
 
 
 def note_shutdown(context: RequestContext) -> None:
-    """Records the shutdown as the reason of a call that gRPC ended before its handler did."""
+    """Records the shutdown as the reason of a call that gRPC ended before its handler returned.
+
+    Args:
+        context: The request.
+    """
     error = context.interruption() if context.interruption else None
     if isinstance(error, ShuttingDown):
         context.reason, context.error = error.reason, str(error)
 
 
 def _interruption(context: RequestContext, call: grpc.ServicerContext) -> RequestError:
-    """Why a call ended from outside."""
-    if context.is_late:
+    """The error of a call that its deadline, its caller or the shutdown ended."""
+    if context.is_past_deadline:
         waited = f"; it waited {context.waited_for}" if context.waited_for else ""
-        return Late("call", f"its time is up{waited}")
-    return (context.interruption or caller_left)()
+        return DeadlineExceeded("call", f"deadline exceeded{waited}")
+    return (context.interruption or cancelled_by_caller)()
 
 
 def _end(context: RequestContext, call: grpc.ServicerContext, error: RequestError) -> NoReturn:
@@ -80,7 +90,7 @@ def _end(context: RequestContext, call: grpc.ServicerContext, error: RequestErro
 
 
 class _Ending(grpc.Status):
-    """A status, which tells the call's id as those of calls that succeed."""
+    """A status with the request's id in its metadata, as successful calls have it."""
 
     def __init__(self, status: Any, request_id: str) -> None:
         self.code, self.details = status.code, status.details
@@ -88,7 +98,12 @@ class _Ending(grpc.Status):
 
 
 def to_status(error: RequestError, request_id: str) -> Status:
-    """google.rpc.Status of an error: its reason, and the path of the field at fault."""
+    """Converts an error to google.rpc.Status, with its reason and the path of its field.
+
+    Args:
+        error: To convert.
+        request_id: Of the request.
+    """
     details: list[Message] = [
         ErrorInfo(reason=error.reason, domain="secateur", metadata=error.metadata),
         RequestInfo(request_id=request_id),
@@ -107,11 +122,11 @@ def to_status(error: RequestError, request_id: str) -> Status:
     return status
 
 
-def _has_left(call: grpc.ServicerContext) -> bool:
-    """Whether the messages of a call ended because its caller is gone.
+def _is_cancelled(call: grpc.ServicerContext) -> bool:
+    """Whether the messages of a call ended because it was cancelled.
 
-    gRPC ends them alike where a caller has sent all and where it is lost, and tells which a moment
-    later.
+    gRPC ends the messages of a complete and of a cancelled call in the same way, and reports the
+    cancellation a moment later.
     """
     ended = threading.Event()
     return not call.add_callback(ended.set) or ended.wait(0.1)
@@ -120,6 +135,6 @@ def _has_left(call: grpc.ServicerContext) -> bool:
 def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    if isinstance(error, OSError) and error.errno in NO_MORE:
+    if isinstance(error, OSError) and error.errno in NO_RESOURCES:
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)

@@ -1,4 +1,4 @@
-"""Certificates, read again when their files change."""
+"""TLS certificates, which are reread when their files change."""
 
 import re
 import ssl
@@ -15,30 +15,40 @@ from secateur_server.operate.reload import Reloaded, Unusable
 
 
 class BadCertificate(Unusable):
-    """Files that TLS cannot be served with."""
+    """The files of TLS cannot be read, or do not match."""
 
 
 @dataclass(frozen=True)
 class TlsFiles:
-    """PEM files.  client_ca: of the authorities that clients' certificates need; None asks none."""
+    """PEM files.
+
+    Attributes:
+        cert: The server's certificate, and its intermediate certificates.
+        key: Its private key.
+        client_ca: The CA of client certificates; None: clients need none.
+    """
 
     cert: Path
     key: Path
     client_ca: Path | None = None
 
     def version(self) -> tuple[bytes | None, ...]:
-        """Changes with what is in the files."""
+        """The content of the files, to detect changes."""
         paths = (self.cert, self.key, self.client_ca)
         return tuple(path.read_bytes() if path else None for path in paths)
 
     def load(self) -> Any:
-        """What gRPC serves with.  Errors: BadCertificate."""
+        """Loads the files for gRPC.
+
+        Raises:
+            BadCertificate: A file cannot be read, or the files do not match.
+        """
         at = f"{self.cert} and {self.key}"
         try:
             _check_pem(self.cert, b"CERTIFICATE")
             _check_pem(self.key, b"PRIVATE KEY")
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            # Without a password openssl would ask the terminal for one.
+            # Without this callback, OpenSSL would ask for a password on the terminal.
             context.load_cert_chain(self.cert, self.key, password=_no_password)
             if self.client_ca:
                 at = f"{self.client_ca}"
@@ -49,37 +59,42 @@ class TlsFiles:
             raise BadCertificate(f"{at}: {error.reason or error}") from None
         except OSError as error:
             raise BadCertificate(f"{error.filename or at}: {error.strerror}") from None
-        assert cert is not None, "it is not optional"
-        assert key is not None, "nor is this"
+        assert cert is not None, "required"
+        assert key is not None, "required"
         return grpc.ssl_server_certificate_configuration([(key, cert)], client_ca)
 
 
 def _check_pem(path: Path, kind: bytes) -> None:
-    """Errors: BadCertificate, naming the file, which OpenSSL does not."""
+    """Raises BadCertificate with the name of the file, which OpenSSL's error lacks."""
     if not re.search(rb"-----BEGIN [A-Z ]*" + kind, path.read_bytes()):
-        raise BadCertificate(f"{path}: is not PEM with a {kind.decode().lower()}")
+        raise BadCertificate(f"{path}: does not contain a {kind.decode().lower()} in PEM")
 
 
 def _no_password() -> bytes:
-    raise BadCertificate("the private key has a password; it is to have none")
+    raise BadCertificate("the private key has a password; remove it")
 
 
 def _seen(files: TlsFiles) -> tuple[bytes | None, ...] | None:
-    """Their version; None where one cannot be read."""
+    """The content of the files; None if one cannot be read."""
     try:
         return files.version()
-    except OSError:  # to load them says what is wrong
+    except OSError:  # `load` reports it
         return None
 
 
 def server_credentials(files: TlsFiles, reloaded: Callable[[bool], None]) -> grpc.ServerCredentials:
-    """Credentials that follow their files: at the start of each connection they are looked at.
+    """Credentials that are reloaded, if their files have changed, when a connection begins.
 
-    reloaded: as of Reloaded.  Errors: BadCertificate.
+    Args:
+        files: Of the certificate.
+        reloaded: Called each time that the files have changed, with whether they could be used.
+
+    Raises:
+        BadCertificate: A file cannot be read, or the files do not match.
     """
     loaded = Reloaded(f"certificate {files.cert}", partial(_seen, files), files.load, reloaded)
     first = served = loaded.value()
-    lock = threading.Lock()  # of connections that begin at once, none is to bring back an older one
+    lock = threading.Lock()  # or a concurrent connection could restore an older one
 
     def fetch() -> Any:
         nonlocal served

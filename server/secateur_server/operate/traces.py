@@ -1,4 +1,4 @@
-"""Traces of calls and of their stages, for OpenTelemetry. Needs secateur[otel]."""
+"""OpenTelemetry traces of calls and their stages. Needs secateur[otel]."""
 
 from importlib.metadata import version
 from typing import Any
@@ -9,14 +9,20 @@ from secateur_server.runtime.context import RequestContext
 
 
 class NoTraces(Exception):
-    """The packages of OpenTelemetry are not there."""
+    """The packages of OpenTelemetry are not installed."""
 
 
 class Traces:
-    """Sends spans to a collector.  endpoint: http://HOST:PORT or https://, of OTLP over gRPC.
+    """Sends spans to a collector by OTLP over gRPC.
 
-    interceptor: makes a span of each call, in the trace of the caller (W3C's traceparent).
-    Errors: NoTraces.
+    Args:
+        endpoint: http://HOST:PORT or https://HOST:PORT.
+
+    Attributes:
+        interceptor: Creates a span for each call, in the caller's trace (W3C traceparent).
+
+    Raises:
+        NoTraces: The packages of OpenTelemetry are not installed.
     """
 
     def __init__(self, endpoint: str) -> None:
@@ -38,8 +44,8 @@ class Traces:
             self._provider
         )
 
-    def of_call(self, call: RequestContext) -> None:
-        """The spans of a call that has ended, within the call's own."""
+    def record_call(self, call: RequestContext) -> None:
+        """Creates the spans of the stages of a finished call, below the call's own span."""
         from opentelemetry.trace import get_current_span
 
         get_current_span().set_attributes(_attributes(call))
@@ -49,7 +55,7 @@ class Traces:
             span.end(stage.ended)
 
     def close(self) -> None:
-        """Sends what is left."""
+        """Sends the remaining spans."""
         self._provider.shutdown()
 
 

@@ -1,1 +1,1 @@
-"""What serves a request whatever it asks for: its context, and what decides which request runs."""
+"""The context of a request, the scheduler of all requests, and the resources that they share."""

@@ -1,4 +1,4 @@
-"""An amount that requests share: what does not fit waits, and is served in a fair order."""
+"""An amount that requests share. Requests that do not fit wait in a fair order."""
 
 import threading
 import time
@@ -7,20 +7,25 @@ from dataclasses import dataclass, field, replace
 
 from secateur_server.runtime.context import RequestContext, Tenant
 
-# How soon a waiting request sees that its caller has left.
+# The interval between checks for cancellation while a request waits.
 CHECK_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class Quota:
-    """What a tenant may hold. None: no quota."""
+    """What a tenant may hold. None: no quota.
+
+    Attributes:
+        amount: Of the budget.
+        requests: The number of requests.
+    """
 
     amount: int | None = None
     requests: int | None = None
 
 
 def half_of(limit: int) -> Callable[[Tenant], Quota]:
-    """The quota by which a named tenant holds at most half of a limit, and keeps nobody out."""
+    """Quotas that give each named tenant at most half of a limit, so that it blocks nobody."""
 
     def quota(tenant: Tenant) -> Quota:
         return Quota(limit // 2) if tenant.name else Quota()
@@ -30,20 +35,25 @@ def half_of(limit: int) -> Callable[[Tenant], Quota]:
 
 @dataclass
 class Held:
-    """What a tenant holds."""
+    """What a tenant holds.
+
+    Attributes:
+        amount: Of the budget.
+        requests: The number of requests.
+    """
 
     amount: int = 0
     requests: int = 0
 
 
 class Full(Exception):
-    """A request has to go: too many wait.
+    """The state of a budget that refuses a request because too many wait.
 
     Attributes:
-        held: What requests hold, of the limit.
-        mine: What the tenant holds.
-        quota: The tenant's quota that kept the request waiting: `amount`, `requests`, or empty.
-        waiting: How many requests wait.
+        held: What all requests hold.
+        mine: What the tenant of the request holds.
+        quota: The tenant's quota that blocks the request: `amount`, `requests`, or empty.
+        waiting: The number of requests that wait.
         longest: Seconds that the first one of them has waited.
     """
 
@@ -63,30 +73,30 @@ class _Waiting:
 
 
 class Budget:
-    """Grants amounts while they fit, and keeps a bounded queue of other requests.
+    """Grants amounts while they fit, and queues other requests.
 
-    The next request is the one that has waited longest of the tenant that holds least; among such
-    tenants, of the one that was served longest ago. A small request never overtakes it, so large
-    ones are served too. A request that waits for its tenant's quota holds up no other tenant. If
-    the queue is full, the tenant with most requests in it loses its last one: one tenant cannot
-    keep others out.
+    The next request is the oldest one of the tenant that holds the least; among such tenants, of
+    the one that was served longest ago. No smaller request overtakes it, so that large requests are
+    served too. A request that is blocked by its tenant's quota does not block other tenants. If the
+    queue is full, the tenant with the most requests in it loses its newest one, so that one tenant
+    cannot block others.
 
     Args:
-        limit: The amount that all requests may hold.
-        most_waiting: Requests; 0: nobody waits.
-        quota: What a tenant may hold.
+        limit: The amount that all requests together may hold.
+        max_waiting: The length of the queue; 0: no request waits.
+        quota: The quota of each tenant.
     """
 
     def __init__(
-        self, limit: int, most_waiting: int, quota: Callable[[Tenant], Quota] = lambda _: Quota()
+        self, limit: int, max_waiting: int, quota: Callable[[Tenant], Quota] = lambda _: Quota()
     ) -> None:
-        self.limit, self.most_waiting, self._quota = limit, most_waiting, quota
+        self.limit, self.max_waiting, self._quota = limit, max_waiting, quota
         self._lock = threading.Lock()
         self._total = 0
         self._held: dict[str, Held] = {}  # by owner
         self._queue: list[_Waiting] = []
         self._turns = 0
-        self._last_turn: dict[str, int] = {}  # of owners that hold something or wait
+        self._last_turn: dict[str, int] = {}  # by owner, if it holds something or waits
 
     @property
     def held(self) -> int:
@@ -95,31 +105,40 @@ class Budget:
 
     @property
     def waiting(self) -> int:
-        """Requests in the queue."""
+        """The number of requests in the queue."""
         return len(self._queue)
 
     @property
     def waiting_for_quota(self) -> int:
-        """Requests in the queue that a quota of their own tenant holds up."""
+        """The number of requests in the queue that a quota of their own tenant blocks."""
         with self._lock:
-            return sum(bool(self._quota_in_way(one.tenant, one.amount)) for one in self._queue)
+            return sum(bool(self._blocking_quota(one.tenant, one.amount)) for one in self._queue)
 
-    def most(self, tenant: Tenant) -> int:
-        """What a tenant may hold if nobody else holds anything."""
+    def limit_for(self, tenant: Tenant) -> int:
+        """The amount that a tenant may hold if no other tenant holds anything."""
         quota = self._quota(tenant).amount
         return self.limit if quota is None else min(quota, self.limit)
 
     def state(self, tenant: Tenant, amount: int) -> Full:
-        """What is in the way of `amount` more for a tenant."""
+        """The state of the budget for a tenant that asks for `amount` more.
+
+        Args:
+            tenant: Who asks.
+            amount: How much.
+        """
         with self._lock:
             return self._state(tenant, amount)
 
     def acquire(self, context: RequestContext, amount: int) -> None:
-        """Waits until the request's tenant may hold `amount` more. The caller releases it.
+        """Waits until the request's tenant may hold `amount` more. The caller releases it later.
+
+        Args:
+            context: The request.
+            amount: How much.
 
         Raises:
             Full: Too many requests wait.
-            Stopped: The request has been cancelled.
+            Cancelled: The request has been cancelled.
         """
         tenant = context.tenant
         with self._lock:
@@ -129,17 +148,17 @@ class Budget:
             me = _Waiting(tenant, amount)
             self._queue.append(me)
             self._call_next()
-            if not me.called.is_set() and len(self._queue) > self.most_waiting:
+            if not me.called.is_set() and len(self._queue) > self.max_waiting:
                 self._refuse_one()
         self._wait(context, me)
 
     def release(self, tenant: Tenant, amount: int, requests: int = 1) -> None:
-        """Gives back what was acquired.
+        """Returns an amount to the budget.
 
         Args:
-            tenant: That of the request that acquired it.
-            amount: A part of what was acquired, or the rest of it.
-            requests: 0: a part.
+            tenant: The tenant of the request that acquired it.
+            amount: A part of the acquired amount, or the rest of it.
+            requests: 1 for the rest, 0 for a part.
         """
         with self._lock:
             held = self._held[tenant.owner]
@@ -160,7 +179,7 @@ class Budget:
             with self._lock:
                 if me in self._queue:
                     self._queue.remove(me)
-                    self._call_next()  # others may have waited behind it
+                    self._call_next()  # it may have blocked others
                     raise
             if me.refusal is None:
                 self.release(me.tenant, me.amount)
@@ -179,11 +198,11 @@ class Budget:
         self._last_turn = {o: turn for o, turn in self._last_turn.items() if o in here}
 
     def _next(self) -> _Waiting | None:
-        """The request to serve next, of those that their quota lets in."""
+        """The next request to serve, among those that their quota allows."""
         heads: dict[str, _Waiting] = {}
         for waiting in self._queue:
             heads.setdefault(waiting.tenant.owner, waiting)
-        able = [one for one in heads.values() if not self._quota_in_way(one.tenant, one.amount)]
+        able = [one for one in heads.values() if not self._blocking_quota(one.tenant, one.amount)]
         return min(able, key=lambda one: self._precedence(one.tenant), default=None)
 
     def _precedence(self, tenant: Tenant) -> tuple[int, int]:
@@ -193,10 +212,10 @@ class Budget:
         return self._held.get(tenant.owner, Held())
 
     def _fits(self, tenant: Tenant, amount: int) -> bool:
-        return self._total + amount <= self.limit and not self._quota_in_way(tenant, amount)
+        return self._total + amount <= self.limit and not self._blocking_quota(tenant, amount)
 
-    def _quota_in_way(self, tenant: Tenant, amount: int) -> str:
-        """The name of the tenant's quota that does not allow `amount` more now; empty: none."""
+    def _blocking_quota(self, tenant: Tenant, amount: int) -> str:
+        """The name of the tenant's quota that does not allow `amount` more; empty: none."""
         quota, held = self._quota(tenant), self._of(tenant)
         if quota.requests is not None and held.requests >= quota.requests:
             return "requests"
@@ -212,7 +231,7 @@ class Budget:
         self._last_turn[tenant.owner] = self._turns
 
     def _refuse_one(self) -> None:
-        """The last one of the tenant that has the most in the queue."""
+        """Refuses the newest request of the tenant with the most requests in the queue."""
         counts: dict[str, int] = {}
         for waiting in self._queue:
             counts[waiting.tenant.owner] = counts.get(waiting.tenant.owner, 0) + 1
@@ -223,5 +242,5 @@ class Budget:
 
     def _state(self, tenant: Tenant, amount: int) -> Full:
         longest = time.monotonic() - self._queue[0].since if self._queue else 0.0
-        quota, mine = self._quota_in_way(tenant, amount), self._of(tenant)
+        quota, mine = self._blocking_quota(tenant, amount), self._of(tenant)
         return Full(self._total, replace(mine), quota, len(self._queue), longest)

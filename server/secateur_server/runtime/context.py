@@ -1,4 +1,4 @@
-"""One request: who sent it, what it may use, how far it is, and whether it has to end."""
+"""The context of one request: id, tenant, deadline, limits, progress, stages and cancellation."""
 
 import threading
 import time
@@ -8,35 +8,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from secateur_server.errors import Stopped
+from secateur_server.errors import Cancelled
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
-# Makes the error of a cancelled request anew each time: a raised one keeps its frames, and a model.
-Interruption = Callable[[], Stopped]
+# Creates the error of a cancelled request at each raise: an error keeps its frames, and the model.
+Interruption = Callable[[], Cancelled]
 
-# Loops over so few items check for cancellation once: a generator around each loop of a small
-# state_dict costs more than the loop. Work on one large item checks by itself, for each piece.
+# Loops over up to so many items check for cancellation once: a generator around each loop of a
+# small state_dict costs more than the loop. Work on a large item checks by itself, for each piece.
 FEW = 16
 
 
-def caller_left() -> Stopped:
-    """The error of a request whose caller cancelled it, or is gone."""
-    return Stopped("call", "the caller has left")
+def cancelled_by_caller() -> Cancelled:
+    """The error of a request that its caller has cancelled, or whose connection is lost."""
+    return Cancelled("call", "cancelled by the caller")
 
 
 @dataclass(frozen=True)
 class Tenant:
-    """Who sends a request, and that tenant's quotas. None: no quota.
+    """The sender of a request, with its quotas. None: no quota.
 
     Attributes:
-        name: Of the tokens file; empty for a caller whom it does not name.
-        owner: Whose checkpoints the tenant sees.
-        memory: Bytes of models served at once.
-        requests: Served at once.
+        name: From the tokens file; empty without one.
+        owner: The owner of the checkpoints that the tenant sees.
+        memory: Bytes of models that are served at once.
+        requests: Requests that are served at once.
         store: Bytes of checkpoints.
-        allow: Prefixes of URIs, among those that the server allows; None is all of them.
+        allow: Prefixes of URIs, among those that the server allows; None: all of them.
     """
 
     name: str
@@ -47,12 +47,12 @@ class Tenant:
     allow: tuple[str, ...] | None = None
 
 
-ANYBODY = Tenant("", "0" * 32)
+ANONYMOUS = Tenant("", "0" * 32)
 
 
 @dataclass(frozen=True)
 class Method:
-    """An RPC as metrics name it.
+    """An RPC, as it is named in metrics.
 
     Attributes:
         service: `secateur.v1.Pruner`.
@@ -70,7 +70,13 @@ class Method:
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a request: begun and ended in ns since 1970, seconds of all threads together."""
+    """The time that a request spent in one stage.
+
+    Attributes:
+        begun: Nanoseconds since 1970.
+        ended: Nanoseconds since 1970.
+        seconds: The sum over all threads.
+    """
 
     begun: int
     ended: int
@@ -78,31 +84,35 @@ class Stage:
 
 
 class RequestContext:
-    """One request, from its first moment to its last. All its threads share it.
+    """One request. All its threads share the context.
 
-    Attributes:
+    Args:
         method: The RPC.
         id: The caller's x-request-id, or one made by the server.
         peer: The caller's address.
-        tenant: The caller.
-        deadline: By time.monotonic(); None: the caller waits for ever.
+        deadline: By time.monotonic(); None: no deadline.
         work_memory: Bytes that the request may take beside its state_dict; None: no limit.
-        scratch: The folder for what does not fit in `work_memory`.
-        now: What the request does (fetch, read, prune or write), the bytes that this takes (0:
-            unknown), and `done` when it began. One tuple, so that a reader sees no half of two.
+        scratch: The folder for data that does not fit in `work_memory`.
+        charge: The scheduler's, for `charge`.
+
+    Attributes:
+        tenant: Who sends the request.
+        now: The phase (fetch, read, prune or write), the bytes that it takes (0: unknown), and
+            `done` when it began. One tuple, so that other threads read a consistent value.
         done: Bytes processed in all phases.
-        read: Bytes of the state_dict read so far.
-        share: Progress in [0, 1], as last told.
+        read: Bytes of the state_dict that have been read.
+        share: The progress in [0, 1] that was last reported.
         stages: receive, score, select, encode and send, as far as they have run.
         received, sent: Bytes of data.
-        elements, pruned: Of the tensors in the report, and those that this request pruned.
+        elements, pruned: Elements of the tensors in the report, and those that this request pruned.
         charges: Bytes that the request holds beside its state_dict, as the scheduler counts them.
-        queued, time_to_report: Seconds; None: the request has not come so far.
+        queued, time_to_report: Seconds; None: the request has not reached that point.
         is_waiting: Whether the request waits for memory, or for the cores.
-        waited_for: For how long and for what the request waited when it was stopped; empty: it did
-            not wait then.
-        reason: Of a failure, as google.rpc.ErrorInfo has it.  error: What the caller was told.
-        interruption: Makes the error of a cancelled request.  None: it is not cancelled.
+        waited_for: How long and for what the request waited when it was cancelled; empty: it did
+            not wait.
+        reason: The reason of a failure, as google.rpc.ErrorInfo has it.
+        error: The message of a failure.
+        interruption: Creates the error of a cancelled request; None: it is not cancelled.
         code: The final status.
     """
 
@@ -117,7 +127,7 @@ class RequestContext:
         scratch: Path | None = None,
         charge: "Charge" = lambda context, field, size, what: None,
     ) -> None:
-        self.method, self.id, self.peer, self.tenant = method, id, peer, ANYBODY
+        self.method, self.id, self.peer, self.tenant = method, id, peer, ANONYMOUS
         self.deadline, self.work_memory, self.scratch = deadline, work_memory, scratch
         self.now = "", 0, 0
         self.done = self.read = 0
@@ -138,39 +148,46 @@ class RequestContext:
 
     @property
     def seconds(self) -> float:
-        """Since the request began."""
+        """Seconds since the request began."""
         return time.perf_counter() - self._started
 
     @property
-    def is_late(self) -> bool:
+    def is_past_deadline(self) -> bool:
         """Whether the deadline has passed."""
         return self.deadline is not None and time.monotonic() >= self.deadline
 
-    def cancel(self, reason: Interruption = caller_left) -> None:
-        """Makes the request end at the next check in any of its threads.
+    def cancel(self, reason: Interruption = cancelled_by_caller) -> None:
+        """Cancels the request: the next check in any of its threads raises an error.
 
         Args:
-            reason: Makes the error that the request ends with. The first one counts.
+            reason: Creates that error. The first cancellation counts.
         """
         with self._lock:
             self.interruption = self.interruption or reason
 
     def check(self) -> None:
-        """Ends the work of a request that nobody waits for.
+        """Ends the work of a cancelled request.
 
         Raises:
-            Stopped: The request has been cancelled, or its deadline has passed.
+            Cancelled: The request has been cancelled, or its deadline has passed.
         """
-        # As `is_late`, which as a call would double the time that each of many tensors takes here.
+        # The property above, inlined: this check runs for each of many tensors, and the call would
+        # double its time.
         is_late = self.deadline is not None and time.monotonic() >= self.deadline
         if is_late or self.interruption is not None:
-            raise (self.interruption or caller_left)()
+            raise (self.interruption or cancelled_by_caller)()
 
     def each(self, items: Iterable[Item]) -> Iterable[Item]:
-        """The items, for a loop whose length the caller chooses: checks before each, or once.
+        """Checks for cancellation in a loop: before each item, or once if there are few.
+
+        Args:
+            items: To loop over.
+
+        Returns:
+            The same items.
 
         Raises:
-            Stopped: As `check`.
+            Cancelled: The request has been cancelled.
         """
         self.check()
         length = getattr(items, "__len__", None)  # isinstance(items, Sized) takes ten times as long
@@ -184,16 +201,23 @@ class RequestContext:
             yield item
 
     def map(self, function: Callable[[Item], Found], pieces: Iterable[Item]) -> list[Found]:
-        """The results of `function` for pieces of tensors, in order, with a check before each.
+        """Maps a function over pieces of tensors, with a check for cancellation before each.
+
+        Args:
+            function: To call.
+            pieces: Its arguments.
+
+        Returns:
+            Its results, in order.
 
         Raises:
-            Stopped: As `check`.
+            Cancelled: The request has been cancelled.
         """
         return [function(piece) for piece in self._checked(pieces)]
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Times the block as a part of a stage. Several threads may be in one stage."""
+        """Adds the time of the block to a stage. Several threads may be in one stage."""
         now, begun = time.time_ns(), time.perf_counter()
         try:
             yield
@@ -208,7 +232,7 @@ class RequestContext:
 
     @contextmanager
     def queueing(self) -> Iterator[None]:
-        """Times the block as a wait for memory."""
+        """Measures the time of the block as `queued`."""
         begun = time.perf_counter()
         try:
             yield
@@ -217,15 +241,15 @@ class RequestContext:
 
     @contextmanager
     def waiting(self, what: Callable[[], str]) -> Iterator[None]:
-        """Records that the request is stopped while it waits in the block.
+        """Records what the request waited for if it is cancelled within the block.
 
         Args:
-            what: Says what it waits for.
+            what: Describes what it waits for.
         """
         begun = time.perf_counter()
         try:
             yield
-        except Stopped:
+        except Cancelled:
             self.waited_for = f"{time.perf_counter() - begun:.1f} s for {what()}"
             raise
 
@@ -233,29 +257,34 @@ class RequestContext:
         """Counts `size` bytes against the server's limits before they are allocated.
 
         Args:
-            field: Of the request, which causes them.
-            size: An upper estimate. They count until the request ends.
-            what: Takes that memory; for the error.
+            field: The field of the request that needs them.
+            size: An upper bound. The bytes count until the request ends.
+            what: Describes the work that needs them, for the error.
 
         Raises:
-            RequestTooLarge: The server never has so much.
-            QueueFull: Other requests hold too much of it.
+            RequestTooLarge: They are more than the server's limit.
+            QueueFull: They do not fit beside those of other requests.
         """
         self._charge(self, field, size, what)
 
     def begin(self, phase: str, total: int = 0) -> None:
-        """Begins a phase of `total` bytes; 0: unknown."""
+        """Begins a phase.
+
+        Args:
+            phase: fetch, read, prune or write.
+            total: Bytes to process; 0: unknown.
+        """
         self.now = phase, total, self.done
 
     def advance(self, count: int) -> None:
         """Adds `count` bytes to the progress.
 
         Raises:
-            Stopped: As `check`.
+            Cancelled: The request has been cancelled.
         """
         self.check()
         self.done += count
-        if self.now[0] in ("fetch", "read"):  # a fetched file is then read from the disk
+        if self.now[0] in ("fetch", "read"):  # a fetched file is read again from the disk
             self.read = max(self.read, self.done - self.now[2])
 
 

@@ -1,4 +1,4 @@
-"""Files that are on disk when a function returns, and disks that are full."""
+"""Writes files durably, and turns disk errors into errors of the request."""
 
 import errno
 import logging
@@ -13,60 +13,65 @@ log = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-# Of most file systems: a file takes whole ones.
+# Bytes of a block of most file systems: a file takes whole blocks.
 DISK_BLOCK = 4096
 
-# What says nothing about a file: the process, or the system, has no room to open one more.
-NO_MORE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+# Errors that say nothing about a file: the process or the system has no descriptor or memory left.
+NO_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def blocks_of(size: int) -> int:
-    """The bytes that a file of `size` bytes takes on disk."""
+    """Bytes that a file of `size` bytes takes on disk."""
     return -(-size // DISK_BLOCK) * DISK_BLOCK
 
 
 @contextmanager
 def full_disk() -> Iterator[None]:
-    """Raises StoreFull where the disk has no room."""
+    """Raises StoreFull if the block fails because the disk is full."""
     try:
         yield
     except OSError as error:
         if error.errno not in _FULL:
             raise
-        raise StoreFull("data", f"the store's disk is full: {error.strerror}") from None
+        raise StoreFull(
+            "data", f"the store's disk is full: {error.strerror}; delete checkpoints"
+        ) from None
 
 
 @contextmanager
 def disk_errors(advice: str = "send it again") -> Iterator[None]:
-    """Raises StoreFull where the disk has no room, and StoreFailed where it fails otherwise.
+    """Raises StoreFull if the block fails because the disk is full, StoreFailed for other failures.
 
     Args:
-        advice: What the caller of a request can do after a StoreFailed.
+        advice: What the caller can do after a StoreFailed.
     """
     try:
         with full_disk():
             yield
     except OSError as error:
-        if error.errno in NO_MORE:
+        if error.errno in NO_RESOURCES:
             raise
         log.error("the store's disk failed: %s", error)
         raise StoreFailed("data", f"the store's disk failed: {error.strerror}; {advice}") from None
 
 
-# How much is written at most before the disk is waited for: no wait takes long, and a call that is
-# to stop does.
+# Bytes that are written before a sync, so that no sync takes long and cancellation is seen soon.
 _SYNC_BYTES = 128 << 20
 
 
 class DurableFile:
-    """Writes a file that is on disk once `sync` returns."""
+    """Writes a file, which is on disk once `sync` returns.
+
+    Args:
+        descriptor: Of the open file.
+    """
 
     def __init__(self, descriptor: int) -> None:
         self._fd = descriptor
         self._waiting = 0
 
     def write(self, data: memoryview) -> int:
-        """Writes some of `data`.  Returns: how many bytes."""
+        """Writes some of `data`, and returns how many bytes."""
         count = os.write(self._fd, data)
         self._waiting += count
         if self._waiting >= _SYNC_BYTES:
@@ -74,15 +79,20 @@ class DurableFile:
         return count
 
     def sync(self) -> None:
-        """Waits for the disk."""
+        """Waits until all written bytes are on disk."""
         os.fsync(self._fd)
         self._waiting = 0
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Puts a file in its place: after a crash the new one is there, or what was there before.
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replaces a file atomically and durably: after a crash it is the new one or the old one.
 
-    Errors: StoreFull, StoreFailed.
+    Args:
+        path: Of the file.
+        data: Its content.
+
+    Raises:
+        StoreFull, StoreFailed: The disk failed.
     """
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
@@ -99,7 +109,11 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Waits until the names in a folder are on disk."""
+    """Waits until the names in a folder are on disk.
+
+    Args:
+        path: Of the folder.
+    """
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(folder)

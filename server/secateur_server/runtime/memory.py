@@ -1,16 +1,16 @@
-"""Memory that the C library keeps when requests have freed it, given back to the system."""
+"""Returns memory that requests have freed from the C library to the system."""
 
 import ctypes
 import threading
 
-# How long after the end of a request; the requests that end meanwhile are looked at together.
+# Seconds after the end of a request. Requests that end meanwhile are handled together.
 DELAY_SECONDS = 1.0
-# Less is kept for the next requests: to give it back and to get it again takes time.
+# So much is kept for the next requests, since returning and allocating memory takes time.
 KEPT_BYTES = 64 << 20
 
 
 class Trimmer:
-    """Gives free memory back, from a thread of its own, when requests have ended."""
+    """Returns free memory to the system after requests, in a thread of its own."""
 
     def __init__(self) -> None:
         self._has_ended, self._is_closed = threading.Event(), threading.Event()
@@ -18,7 +18,7 @@ class Trimmer:
         self._thread.start()
 
     def request_ended(self) -> None:
-        """Makes the thread look at what is free, in a moment."""
+        """Wakes the thread, which waits DELAY_SECONDS."""
         self._has_ended.set()
 
     def close(self) -> None:
@@ -56,5 +56,5 @@ if _CAN_TRIM:
 
 
 def _free_bytes() -> int:
-    """What the C library keeps, given back or not; 0 where it cannot be asked."""
+    """Free bytes that the C library keeps; 0 if it cannot report them."""
     return int(_LIBC.mallinfo2().fordblks) if _CAN_TRIM else 0

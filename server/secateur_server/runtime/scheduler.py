@@ -1,21 +1,21 @@
-"""Which request runs when: everything that requests share, and its limits.
+"""Decides which request runs when: all shared resources, with their limits.
 
-A request passes these in this order. Health probes pass the second one only, and scrapes none: they
-have a thread and connections of their own.
+A request acquires these in this order. Health probes need only the second one. Scrapes of metrics
+need none: they have a thread and connections of their own.
 
 | shared | limit | a request that does not fit |
 | --- | --- | --- |
 | calls | WORKERS and --queue-size; a named tenant: half of them | is refused, and may retry |
-| probes | MOST_PROBES | ends the oldest one, which does nothing but wait |
+| probes | MAX_PROBES | ends the oldest one, which is only waiting |
 | first messages | FIRST_MESSAGES; a named tenant: half | waits, and is not received |
 | state_dicts | --memory-limit; the tenant's `memory`, `requests` | waits, --queue-size at most |
 | headers, specs, plans | OTHER; a named tenant: half | is refused, and may retry |
 | fetched files | --store-max-bytes; a named tenant: half | is refused, and may retry |
 | cores | one state_dict above ONE_CORE_BYTES | waits |
 
-Requests that wait are served in the order that Budget describes. A request that could never fit is
-refused at once. A request holds a part of one budget while it waits for another one, but only ever
-waits for those further down, so that no two requests wait for each other.
+Waiting requests are served in the order that Budget describes. A request that could never fit is
+refused at once. A request may hold a part of one resource while it waits for another one, but only
+for those further down, so that two requests never wait for each other.
 """
 
 import threading
@@ -26,22 +26,22 @@ from secateur_server.errors import ModelTooLarge, QueueFull, QuotaExceeded, Requ
 from secateur_server.runtime.budget import Budget, Full, Quota, half_of
 from secateur_server.runtime.context import RequestContext, Tenant
 
-# Calls that run at once, beside those that wait for memory. Each has a thread, and one that
-# receives; torch's operators and gRPC's waits release the GIL.
+# Calls that run at once, beside those that wait for memory. Each has one thread that works and one
+# that receives; torch's operators and gRPC's waits release the GIL.
 WORKERS = 64
-# Silent probes would otherwise hold all threads, and a probe needs no token.
-MOST_PROBES = 16
-# gRPC does not say how long a message is before it has received all of it.
-MOST_MESSAGE_BYTES = 16 << 20
-# Shares of --memory-limit; they come on top of it.
+# A probe needs no token, so silent probes could otherwise occupy all threads.
+MAX_PROBES = 16
+# gRPC reports the length of a message only after it has received all of it.
+MAX_MESSAGE_BYTES = 16 << 20
+# Shares of --memory-limit, on top of it.
 FIRST_MESSAGES, OTHER = 1 / 16, 1 / 8
-LEAST_OTHER_BYTES = 64 << 20
-# Less is not counted: it is a part of what each call takes anyway.
+MIN_OTHER_BYTES = 64 << 20
+# Smaller charges are not counted: each call takes so much anyway.
 SMALL_BYTES = 64 << 10
 # State_dicts up to this size are processed by one core each.
 ONE_CORE_BYTES = 4 << 20
 # Bounds of the delay after which a refused caller may retry.
-LEAST_RETRY_SECONDS, MOST_RETRY_SECONDS = 1.0, 30.0
+MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 1.0, 30.0
 
 
 class Scheduler:
@@ -49,39 +49,46 @@ class Scheduler:
 
     Args:
         memory_limit: Bytes of the state_dicts that are served at once.
-        queue_size: Requests that may wait for them.
+        queue_size: Requests that may wait for memory.
+
+    Attributes:
+        max_calls: Calls that run or wait.
+        threads: Threads that gRPC needs.
+        messages: The budget of first messages.
+        models: The budget of state_dicts.
+        other: The budget of headers, specs and plans.
     """
 
     def __init__(self, memory_limit: int, queue_size: int) -> None:
-        self.most_calls = WORKERS + queue_size
-        # Extra threads, so that rejected calls and probes never wait for one.
-        self.threads = self.most_calls + 2 * MOST_PROBES
-        self._calls = Budget(self.most_calls, 0, half_of(self.most_calls))
+        self.max_calls = WORKERS + queue_size
+        # Extra threads, so that rejected calls and probes never wait for a worker.
+        self.threads = self.max_calls + 2 * MAX_PROBES
+        self._calls = Budget(self.max_calls, 0, half_of(self.max_calls))
         self._probes = _Probes()
-        messages = max(int(memory_limit * FIRST_MESSAGES), LEAST_OTHER_BYTES)
-        self.messages = Budget(messages, self.most_calls, half_of(messages))
+        messages = max(int(memory_limit * FIRST_MESSAGES), MIN_OTHER_BYTES)
+        self.messages = Budget(messages, self.max_calls, half_of(messages))
         self.models = Budget(memory_limit, queue_size, _quota_of)
-        other = max(int(memory_limit * OTHER), LEAST_OTHER_BYTES)
+        other = max(int(memory_limit * OTHER), MIN_OTHER_BYTES)
         self.other = Budget(other, 0, half_of(other))
-        self._cores = Budget(1, self.most_calls)
+        self._cores = Budget(1, self.max_calls)
 
     @contextmanager
     def call(self, context: RequestContext) -> Iterator[None]:
-        """One of the calls that are served at once: each has threads.
+        """Admits a call for the block, in which it occupies threads.
 
-        A named tenant has at most half of them, so that its silent calls keep nobody out.
+        A named tenant gets at most half of the calls, so that its silent calls block nobody.
 
         Raises:
-            QueueFull: There are too many calls.
+            QueueFull: Too many calls run or wait.
         """
         try:
             self._calls.acquire(context, 1)
         except Full as full:
             raise QueueFull(
                 "call",
-                f"too many concurrent calls: {full.held} of {self.most_calls}, "
-                f"{full.mine.amount} from this tenant",
-                LEAST_RETRY_SECONDS,
+                f"too many concurrent calls: {full.held} of {self.max_calls}, "
+                f"{full.mine.amount} from this tenant; retry in {MIN_RETRY_SECONDS:g} s",
+                MIN_RETRY_SECONDS,
             ) from None
         try:
             yield
@@ -92,10 +99,10 @@ class Scheduler:
 
     @contextmanager
     def probe(self, cancel: Callable[[], object]) -> Iterator[None]:
-        """A health probe, which never waits.
+        """Admits a health probe, which never waits.
 
         Args:
-            cancel: Ends the probe. It is called if MOST_PROBES others come before its end.
+            cancel: Ends the probe. It is called if MAX_PROBES other probes arrive before its end.
         """
         self._probes.add(cancel)
         try:
@@ -105,17 +112,17 @@ class Scheduler:
 
     @contextmanager
     def first_message(self, context: RequestContext) -> Iterator[Callable[[int], None]]:
-        """The memory of a request's first message. Until then gRPC holds at most 1 MiB of it.
+        """Reserves the memory of a request's first message. gRPC receives at most 1 MiB before.
 
         Yields:
-            A function to call with the bytes of the message, once it is received.
+            A function to call with the size of the message, once it is received.
 
         Raises:
-            Stopped: The request was cancelled while it waited.
+            Cancelled: The request was cancelled while it waited.
         """
-        with context.waiting(self._in_way_of_messages):
-            self.messages.acquire(context, MOST_MESSAGE_BYTES)
-        held = MOST_MESSAGE_BYTES
+        with context.waiting(self._describe_messages):
+            self.messages.acquire(context, MAX_MESSAGE_BYTES)
+        held = MAX_MESSAGE_BYTES
 
         def shrink(size: int) -> None:
             nonlocal held
@@ -129,45 +136,45 @@ class Scheduler:
 
     @contextmanager
     def model(self, context: RequestContext, field: str, size: int) -> Iterator[None]:
-        """The memory of a request's state_dict.
+        """Reserves the memory of a request's state_dict for the block.
 
         Args:
             context: The request.
-            field: Of its header, which announces the bytes.
+            field: The field of its header that announces the bytes.
             size: Bytes.
 
         Raises:
-            ModelTooLarge: They never fit.
-            QuotaExceeded: They never fit the tenant's quota.
+            ModelTooLarge: They would never fit.
+            QuotaExceeded: They would never fit the tenant's quota.
             QueueFull: Too many requests wait.
-            Stopped: The request was cancelled while it waited.
+            Cancelled: The request was cancelled while it waited.
         """
         tenant = context.tenant
         self._check_model(tenant, field, size)
 
-        def in_way() -> str:
-            return f"memory: {self._in_way(tenant, self.models.state(tenant, size))}"
+        def describe() -> str:
+            return f"memory: {self._describe(tenant, self.models.state(tenant, size))}"
 
-        with context.queueing(), context.waiting(in_way):
+        with context.queueing(), context.waiting(describe):
             try:
                 self.models.acquire(context, size)
             except Full as full:
                 raise QueueFull(
                     "call",
-                    f"{self._in_way(tenant, full)}, and {full.waiting} requests wait",
-                    min(max(full.longest, LEAST_RETRY_SECONDS), MOST_RETRY_SECONDS),
+                    f"{self._describe(tenant, full)}, and {full.waiting} requests wait",
+                    min(max(full.longest, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS),
                 ) from None
         try:
             yield
         finally:
             self.models.release(tenant, size)
 
-    def _in_way_of_messages(self) -> str:
+    def _describe_messages(self) -> str:
         held = f"those of other calls may take {self.messages.held} of {self.messages.limit}"
         return f"memory of its first message: {held} bytes"
 
-    def _in_way(self, tenant: Tenant, full: Full) -> str:
-        """What a request waited for."""
+    def _describe(self, tenant: Tenant, full: Full) -> str:
+        """Describes what blocks a request."""
         who, mine = f"tenant {tenant.name!r} has", full.mine
         if full.quota == "requests":
             served = f"{mine.requests} of {tenant.requests} requests in service"
@@ -181,37 +188,38 @@ class Scheduler:
         if size > self.models.limit:
             raise ModelTooLarge(
                 field,
-                f"{size} bytes; this server has room for {self.models.limit} (--memory-limit)",
+                f"{size} bytes are more than this server's {self.models.limit} (--memory-limit); "
+                "send a smaller model, or ask the operator to raise the limit",
             )
-        if size > self.models.most(tenant):
+        if size > self.models.limit_for(tenant):
             raise QuotaExceeded(
                 field,
-                f"{size} bytes; {tenant.name} may have {tenant.memory} in service: send less, or "
-                "ask the operator to raise `memory` in the tokens file",
+                f"{size} bytes are more than the {tenant.memory} of tenant {tenant.name!r}; send a "
+                "smaller model, or ask the operator to raise `memory` in the tokens file",
             )
 
     def charge(self, context: RequestContext, field: str, size: int, what: str) -> None:
-        """The memory of anything else that a request causes, until the request ends.
+        """Counts the memory of headers, specs and plans, until the request ends.
 
         Args:
             context: The request.
-            field: The field that causes it.
-            size: Bytes, an upper estimate.
-            what: Takes that memory; for the error.
+            field: The field that needs the memory.
+            size: Bytes, an upper bound.
+            what: Describes the work that needs the memory, for the error.
 
         Raises:
-            RequestTooLarge: They never fit.
+            RequestTooLarge: They would never fit.
             QueueFull: They do not fit beside those of other requests.
         """
         if size < SMALL_BYTES:
             return
-        most = self.other.most(context.tenant)
+        most = self.other.limit_for(context.tenant)
         if size + sum(context.charges) > most:
             raise RequestTooLarge(
                 field,
                 f"{what} takes up to {size} bytes of memory"
                 f"{_beside(context)}, and this server has {most} for it: "
-                "ask for less at once, or ask the operator to raise --memory-limit",
+                "split the request, or ask the operator to raise --memory-limit",
             )
         try:
             self.other.acquire(context, size)
@@ -221,24 +229,28 @@ class Scheduler:
                 others = f"other requests of this tenant hold {full.mine.amount} of its {most}"
             raise QueueFull(
                 field,
-                f"{what} takes up to {size} bytes of memory, and {others}",
-                LEAST_RETRY_SECONDS,
+                f"{what} takes up to {size} bytes of memory, and {others}; retry later",
+                MIN_RETRY_SECONDS,
             ) from None
         context.charges.append(size)
 
     @contextmanager
     def cores(self, context: RequestContext, size: int) -> Iterator[None]:
-        """The cores, for a state_dict of `size` bytes: a large one has all of them to itself.
+        """Reserves the cores for the block. A large state_dict gets all of them to itself.
 
-        Several at once would each take longer, in colder caches, and fewer would be done.
+        Several at once would share the caches, and fewer would be finished in the same time.
+
+        Args:
+            context: The request.
+            size: Bytes of its state_dict.
 
         Raises:
-            Stopped: The request was cancelled while it waited.
+            Cancelled: The request was cancelled while it waited.
         """
         if size <= ONE_CORE_BYTES:
             yield
             return
-        with context.waiting(lambda: "the cores: another large model has them"):
+        with context.waiting(lambda: "the cores: another large model is using them"):
             self._cores.acquire(context, 1)
         try:
             yield
@@ -247,7 +259,7 @@ class Scheduler:
 
 
 class _Probes:
-    """The probes that are served now, the oldest first."""
+    """The running probes, the oldest first."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -256,7 +268,7 @@ class _Probes:
     def add(self, cancel: Callable[[], object]) -> None:
         with self._lock:
             self._cancels.append(cancel)
-            oldest = self._cancels.pop(0) if len(self._cancels) > MOST_PROBES else None
+            oldest = self._cancels.pop(0) if len(self._cancels) > MAX_PROBES else None
         if oldest is not None:
             oldest()
 
@@ -267,7 +279,9 @@ class _Probes:
 
 
 def _beside(context: RequestContext) -> str:
-    return f" beside {sum(context.charges)} that the request has" if context.charges else ""
+    return (
+        f" beside {sum(context.charges)} that the request already holds" if context.charges else ""
+    )
 
 
 def _quota_of(tenant: Tenant) -> Quota:

@@ -1,1 +1,1 @@
-"""Checkpoints on the server's disk: files under their digests, and records of who owns what."""
+"""Checkpoints on the server's disk: blobs under their digests, and a record for each checkpoint."""

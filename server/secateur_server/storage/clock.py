@@ -1,14 +1,14 @@
-"""Time for ages: it passes evenly, also when somebody sets the system's clock."""
+"""A clock for the ages of checkpoints, which setting the system's clock does not change."""
 
 import time
 
-# The system's clock is corrected by less than this all the time; by more where it is set. Times
-# that callers see follow only the latter: else they would differ at each look.
+# NTP corrects the system's clock by less than this all the time. Times shown to callers follow
+# only larger steps, or each call would show slightly different times.
 STEP_SECONDS = 1.0
 
 
 class Clock:
-    """Moments, in seconds that only grow, and what they are as seconds since 1970."""
+    """Monotonic moments in seconds, and their conversion to seconds since 1970."""
 
     def __init__(self) -> None:
         self._begin = _begin()
@@ -18,10 +18,10 @@ class Clock:
         return time.monotonic()
 
     def follow(self) -> float:
-        """Follows the system's clock, if it was set.
+        """Adopts the system's clock if it was set.
 
         Returns:
-            The seconds by which it was set; 0 if it was not.
+            The seconds by which it was set; 0 if it was not set.
         """
         step = _begin() - self._begin
         if abs(step) < STEP_SECONDS:
@@ -30,14 +30,14 @@ class Clock:
         return step
 
     def wall(self, moment: float) -> float:
-        """Seconds since 1970 of a moment."""
+        """Converts a moment to seconds since 1970."""
         return moment + self._begin
 
     def moment(self, wall: float) -> float:
-        """The moment of a time in the past; the present one for a time that is still to come."""
+        """Converts seconds since 1970 to a moment; a future time becomes the present moment."""
         return min(wall - self._begin, self.now())
 
 
 def _begin() -> float:
-    """Seconds since 1970 of the moment 0."""
+    """The moment 0, in seconds since 1970."""
     return time.time() - time.monotonic()

@@ -1,4 +1,4 @@
-"""The folder of a store: whose it is, how much it may hold, and where it is if nobody says."""
+"""The folder of a store: its lock, its default size, and its default place."""
 
 import fcntl
 import logging
@@ -14,18 +14,23 @@ log = logging.getLogger(__name__)
 
 
 class StoreInUse(Exception):
-    """Another server has the folder."""
+    """Another server uses the folder."""
 
 
 class FolderLock:
-    """Keeps other servers away from a folder until it is closed.
+    """An exclusive lock on the folder of a store, until it is closed.
 
-    The folder itself is locked. A lock on a file in it ends when somebody removes the file; but
-    servers of earlier versions know only that lock, so it is taken too.
+    The folder itself is locked, since a lock on a file in it is lost if somebody removes the file.
+    Servers of earlier versions know only the lock on the file `lock`, so it is taken too.
+
+    Args:
+        folder: Must exist.
+
+    Raises:
+        StoreInUse: Another server has locked it.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Raises StoreInUse."""
         self._folder = folder
         try:
             with ExitStack() as opened:
@@ -33,18 +38,18 @@ class FolderLock:
                 _locked(folder / "lock", os.O_RDWR | os.O_CREAT, opened)
                 self._opened = opened.pop_all()
         except BlockingIOError:
-            raise StoreInUse(f"another server keeps its checkpoints in {folder}") from None
+            raise StoreInUse(f"another server uses {folder}") from None
 
     @property
     def is_in_place(self) -> bool:
-        """Whether the folder's path still leads to the folder that is locked."""
+        """Whether the folder's path still refers to the locked folder."""
         try:
             return os.path.samestat(os.stat(self._folder), os.fstat(self._fd))
         except OSError:
             return False
 
     def check(self) -> None:
-        """Refuses to use another folder, which another server may have.
+        """Checks that the path still refers to the locked folder: another one may be in use.
 
         Raises:
             StoreFailed: The folder was moved, removed or replaced.
@@ -52,22 +57,22 @@ class FolderLock:
         if not self.is_in_place:
             log.error(
                 "%s is not the folder that the server opened: it was moved, removed or replaced; "
-                "put it back, or restart the server",
+                "move it back, or restart the server",
                 self._folder,
             )
             raise StoreFailed(
                 "data",
-                "the store's folder was moved or replaced; the operator has to put it back, or to "
+                "the store's folder was moved or replaced; ask the operator to move it back, or to "
                 "restart the server",
             )
 
     def close(self) -> None:
-        """Lets other servers in."""
+        """Releases the lock."""
         self._opened.close()
 
 
 def _locked(path: Path, flags: int, opened: ExitStack) -> int:
-    """The descriptor of a file or folder that this process has locked.  Raises BlockingIOError."""
+    """Locks a file or folder. Returns its descriptor. Raises BlockingIOError."""
     descriptor = os.open(path, flags, 0o600)
     opened.callback(os.close, descriptor)
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -75,9 +80,9 @@ def _locked(path: Path, flags: int, opened: ExitStack) -> int:
 
 
 def default_max_bytes(folder: Path) -> int:
-    """Three quarters of what is free on the disk of a store, and of what it has there already.
+    """Three quarters of the disk's free space and the store's current size together.
 
-    Of what is free alone it would be less with each start, and drive out what was kept.
+    Three quarters of the free space alone would shrink with each start, and evict checkpoints.
     """
     held = 0
     with suppress(FileNotFoundError), os.scandir(folder / "blobs") as blobs:
@@ -86,9 +91,12 @@ def default_max_bytes(folder: Path) -> int:
 
 
 def temporary_folder() -> Path:
-    """A private folder for a store that ends with its server. Removes those left behind."""
+    """Creates a private folder for a store that is removed with its server.
+
+    Removes folders of earlier servers that no server uses any more.
+    """
     for path in Path(tempfile.gettempdir()).glob("secateur-store-*"):
-        # A folder without blobs is new: its server is about to lock it.
+        # A folder without blobs is new, and its server is about to lock it.
         if (path / "blobs").exists():
             with suppress(OSError, StoreInUse), closing(FolderLock(path)):
                 shutil.rmtree(path)

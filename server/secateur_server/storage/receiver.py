@@ -1,4 +1,4 @@
-"""Files on their way into the store, for one call."""
+"""Files that one call sends to the store."""
 
 from collections.abc import Iterable
 from types import TracebackType
@@ -6,16 +6,23 @@ from typing import Self
 
 from secateur_server.errors import QuotaExceeded, StoreFull
 from secateur_server.runtime.context import RequestContext
-from secateur_server.storage.holdings import Upload
+from secateur_server.storage.accounts import Upload
 from secateur_server.storage.records import Record, StoredFile
 from secateur_server.storage.store import Store
-from secateur_server.wire.writer import Bytes, OutgoingFile, watched_parts
+from secateur_server.wire.writer import Bytes, OutgoingFile, track_progress
 
 
 class Receiver:
-    """What a call brings is held until it ends; what it could not end, so that it may go on.
+    """Receives the files of one call.
 
-    quota: bytes that the owner may have in the store; None is no bound.
+    When the call ends without a checkpoint, resumable uploads are kept for a while so that a later
+    call can resume them. All others are removed.
+
+    Args:
+        context: The request.
+        store: Where the files are stored.
+        owner: Whose files they are.
+        quota: Bytes that the owner may have in the store; None: no limit.
     """
 
     def __init__(
@@ -37,31 +44,50 @@ class Receiver:
     ) -> StoredFile:
         """Stores a file.
 
-        parts: its bytes from `offset` on.  digest: hex BLAKE3, where it is known.
-        field: the one of the request that has the offset.
-        is_resumable: whether what has come of it is held, when the call breaks.
-        Errors: InvalidRequest, InvalidStateDict, StoreFull, TakenOver, DataLoss, Stopped.
+        Args:
+            filename: As the caller knows it.
+            size: Bytes, as announced.
+            parts: The bytes of the file from `offset` on.
+            digest: Hex BLAKE3, if the caller announced it.
+            offset: The first byte that is sent.
+            field: The field of the request that has the offset, for errors.
+            is_resumable: Whether the received bytes are kept if the call breaks.
+
+        Returns:
+            The file, with its digest.
+
+        Raises:
+            RequestError: InvalidRequest, InvalidStateDict, StoreFull, StoreFailed, QuotaExceeded,
+                TakenOver, DataLoss or Cancelled.
         """
         upload = self._store.uploads.begin(
             self._owner, size, digest, offset, field, is_resumable, self._quota
         )
         self._uploads.append(upload)
-        for part in watched_parts(self._context, parts):
+        for part in track_progress(self._context, parts):
             self._store.uploads.write(upload, part)
         return self._store.uploads.finish(self._context, upload, filename)
 
     def receive_file(self, file: OutgoingFile) -> StoredFile:
-        """Stores a file that the server has made.  Errors: StoreFull, DataLoss, Stopped."""
+        """Stores a file that the server has made.
+
+        Raises:
+            RequestError: StoreFull, StoreFailed, QuotaExceeded, DataLoss or Cancelled.
+        """
         return self.receive(file.filename, file.size, file.parts(), file.blake3)
 
     def create(self, files: tuple[StoredFile, ...], masks: StoredFile | None = None) -> Record:
-        """Makes a checkpoint of files that are here.  Errors: StoreFull, QuotaExceeded."""
+        """Creates a checkpoint of files that this call has received.
+
+        Raises:
+            StoreFull, StoreFailed, QuotaExceeded: The record does not fit, or the disk failed.
+        """
         record = self._store.create(self._owner, files, masks, self._quota)
-        self.abandon()  # the checkpoint holds the files now
+        self.abandon()  # the checkpoint refers to the files now
         return record
 
     def abandon(self) -> None:
-        """Leaves nothing of what came."""
+        """Removes all uploads of this call."""
         for upload in self._uploads:
             self._store.uploads.abandon(upload)
 
@@ -75,6 +101,6 @@ class Receiver:
         at: TracebackType | None,
     ) -> None:
         if isinstance(error, StoreFull | QuotaExceeded):
-            self.abandon()  # what does not fit gives back the room that it took
+            self.abandon()  # an upload that does not fit gives back its space
         for upload in self._uploads:
             self._store.uploads.leave(upload)

@@ -1,4 +1,4 @@
-"""What a checkpoint is, as a file of JSON that holds its own digest."""
+"""Records of checkpoints: files of JSON, each with its own digest."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from secateur_server.errors import DataLoss
-from secateur_server.runtime.disk import blocks_of, write_whole
+from secateur_server.runtime.disk import blocks_of, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,13 @@ PREFIX = "checkpoints/"
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file of a checkpoint.  blake3: hexadecimal, the name of its blob."""
+    """A file of a checkpoint.
+
+    Attributes:
+        filename: As the caller knows it.
+        size: Bytes.
+        blake3: Hexadecimal, the name of its blob.
+    """
 
     filename: str
     size: int
@@ -34,8 +40,11 @@ class StoredFile:
 class Record:
     """A checkpoint.
 
-    create_time: nanoseconds since 1970.  files: the weights, in the order of the upload.
-    masks: a safetensors file of bits, for each tensor that was pruned here.
+    Attributes:
+        id: Its name without the prefix `checkpoints/`.
+        create_time: Nanoseconds since 1970.
+        files: The weights, in the order of the upload.
+        masks: A safetensors file of bits, for each tensor that the server has pruned.
     """
 
     id: str
@@ -45,20 +54,20 @@ class Record:
 
     @property
     def name(self) -> str:
-        """Its name, as callers know it."""
+        """The name that callers use."""
         return PREFIX + self.id
 
     @cached_property
     def disk_bytes(self) -> int:
-        """What it takes on disk, without its files."""
+        """Bytes that the record takes on disk, without the checkpoint's files."""
         return blocks_of(len(self.encoded()))
 
     def blobs(self) -> list[StoredFile]:
-        """All that it needs."""
+        """All files of the checkpoint: weights and masks."""
         return [*self.files, *([self.masks] if self.masks else [])]
 
     def encoded(self) -> bytes:
-        """What its file has: a digest, and JSON."""
+        """The content of its file: a line with the digest, and a line of JSON."""
         fields = {
             "id": self.id,
             "create_time": self.create_time,
@@ -70,29 +79,37 @@ class Record:
 
 
 def new_record(files: tuple[StoredFile, ...], masks: StoredFile | None) -> Record:
-    """A record of a name that nobody can guess; later ones sort behind."""
+    """Creates a record with a random id. Ids sort by creation time."""
     now = time.time_ns()
     return Record(f"{now:016x}{secrets.token_hex(8)}", now, files, masks)
 
 
 def write_record(folder: Path, record: Record) -> None:
-    """Puts a record on disk.  Errors: StoreFull, StoreFailed."""
-    write_whole(record_path(folder, record.id), record.encoded())
+    """Writes a record, and syncs it.
+
+    Raises:
+        StoreFull, StoreFailed: The disk failed.
+    """
+    write_atomically(record_path(folder, record.id), record.encoded())
 
 
 def record_path(folder: Path, ident: str) -> Path:
-    """The record of a checkpoint, in the folder of its owner."""
+    """The path of a record in its owner's folder."""
     return folder / f"{ident}.json"
 
 
 def remove_records(folder: Path, idents: Sequence[str]) -> dict[str, OSError]:
-    """Removes records of an owner. They stay removed after a crash.
+    """Removes records of an owner, and syncs the removal.
+
+    Args:
+        folder: The owner's.
+        idents: Ids of the records.
 
     Returns:
-        The ids of records that may still be on disk, or back there after a crash, and why.
+        The ids of records that may still be on disk, or return after a crash, with the error.
     """
     try:
-        # First: a process that has no descriptor left could not sync what it has removed.
+        # Opened first: without a free descriptor the removal could not be synced.
         opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         return dict.fromkeys(idents, error)
@@ -114,12 +131,12 @@ def remove_records(folder: Path, idents: Sequence[str]) -> dict[str, OSError]:
 
 @dataclass
 class Found:
-    """What the folder of an owner holds.
+    """The content of an owner's folder.
 
     Attributes:
         records: Each with the time of its last use, in seconds since 1970.
-        unreadable: Ids of records that differ from what was written.
-        unfinished: What a crash left.
+        unreadable: Ids of damaged records.
+        unfinished: Files that a crash left behind.
     """
 
     records: list[tuple[Record, float]] = field(default_factory=list)
@@ -145,7 +162,11 @@ def read_records(folder: Path) -> Found:
 
 
 def read_record(path: Path) -> Record:
-    """Reads a record.  Errors: DataLoss."""
+    """Reads a record.
+
+    Raises:
+        DataLoss: The record is damaged.
+    """
     try:
         digest, text, _ = path.read_bytes().split(b"\n")
         if blake3(text).hexdigest().encode() != digest:
@@ -157,4 +178,9 @@ def read_record(path: Path) -> Record:
         files = tuple(StoredFile(**file) for file in fields["files"])
         return Record(fields["id"], fields["create_time"], files, masks)
     except (OSError, ValueError, KeyError, TypeError):
-        raise DataLoss(PREFIX + path.stem, "is not what was stored: its record differs") from None
+        raise damaged_record(PREFIX + path.stem) from None
+
+
+def damaged_record(name: str) -> DataLoss:
+    """The error for a checkpoint whose record is damaged."""
+    return DataLoss(name, "differs from what was stored: its record is damaged")

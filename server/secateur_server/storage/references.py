@@ -1,4 +1,4 @@
-"""Reference counts of files, by their digests."""
+"""Reference counts of files by digest."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -9,10 +9,10 @@ from secateur_server.storage.records import StoredFile
 
 
 class References:
-    """Files by digest, each with the number of its users. The store's lock guards it.
+    """Reference counts of files by digest. The store's lock guards them.
 
     Attributes:
-        bytes: What the files take on disk, each once.
+        bytes: Bytes that the files take on disk, each counted once.
     """
 
     def __init__(self) -> None:
@@ -27,15 +27,15 @@ class References:
         return digest in self._sizes
 
     def has(self, digest: str, size: int) -> bool:
-        """Whether a file of this digest and size has a user."""
+        """Whether a file of this digest and size has a reference."""
         return self._sizes.get(digest) == size
 
     def count(self, digest: str) -> int:
-        """The number of users of a file."""
+        """The number of references to a file."""
         return self._counts[digest]
 
     def acquire(self, files: Iterable[StoredFile]) -> None:
-        """Adds a user to each file."""
+        """Adds a reference to each file."""
         for file in files:
             self._counts[file.blake3] += 1
             if file.blake3 not in self._sizes:
@@ -43,10 +43,10 @@ class References:
                 self.bytes += disk_bytes(file.size)
 
     def release(self, files: Iterable[StoredFile]) -> list[StoredFile]:
-        """Removes a user of each file.
+        """Removes a reference from each file.
 
         Returns:
-            The files that have no user left.
+            The files that have no reference left.
         """
         unused = []
         for file in files:
@@ -58,22 +58,25 @@ class References:
         return unused
 
 
-class User(Protocol):
-    """What uses files: a checkpoint or an upload."""
+class Holder(Protocol):
+    """A holder of references: a checkpoint or an upload."""
 
     @property
     def own_bytes(self) -> int:
-        """What it takes on disk beside its files."""
+        """Bytes that it takes on disk beside its files."""
 
     def files(self) -> list[StoredFile]:
-        """The files that it uses; one may occur twice."""
+        """The files that it refers to; one may occur twice."""
 
 
-class Release:
-    """References that would be released.
+class PlannedRelease:
+    """The effect of releasing references, computed without releasing them.
+
+    Args:
+        references: Of which some would be released.
 
     Attributes:
-        freed: Bytes on disk that this frees.
+        freed: Bytes on disk that the release of all added holders frees.
     """
 
     def __init__(self, references: References) -> None:
@@ -81,17 +84,17 @@ class Release:
         self._references = references
         self._released = Counter[str]()
 
-    def frees(self, user: User) -> int:
-        """Bytes that the release of one more user frees."""
-        files = {file.blake3: file.size for file in user.files()}
-        counts = Counter(file.blake3 for file in user.files())
-        return user.own_bytes + sum(
+    def frees(self, holder: Holder) -> int:
+        """Bytes that the release of one more holder frees."""
+        files = {file.blake3: file.size for file in holder.files()}
+        counts = Counter(file.blake3 for file in holder.files())
+        return holder.own_bytes + sum(
             disk_bytes(files[digest])
             for digest, count in counts.items()
             if self._released[digest] + count == self._references.count(digest)
         )
 
-    def add(self, user: User) -> None:
-        """Releases one more user."""
-        self.freed += self.frees(user)
-        self._released.update(file.blake3 for file in user.files())
+    def add(self, holder: Holder) -> None:
+        """Adds a holder to the release."""
+        self.freed += self.frees(holder)
+        self._released.update(file.blake3 for file in holder.files())

@@ -1,7 +1,7 @@
-"""Removal of checkpoints: from the index first, then from the disk, where the store's lock is free.
+"""Removes checkpoints and uploads: from the index with the store's lock, then from the disk.
 
-A checkpoint whose record the disk does not remove is put back into the index: the next start would
-find it, so it is listed, readable and counted until then.
+If the disk does not remove a record, its checkpoint is put back into the index. The next start
+would find it, so it is listed, readable and counted until then.
 """
 
 from collections.abc import Collection, Iterable
@@ -12,60 +12,74 @@ from threading import Condition
 
 from secateur_server.errors import RequestError, StoreFailed
 from secateur_server.runtime.disk import disk_errors
+from secateur_server.storage.accounts import Accounts, Entry, Upload
+from secateur_server.storage.blob_folder import BlobFolder, Trash
 from secateur_server.storage.folders import FolderLock
-from secateur_server.storage.holdings import Entry, Holdings
 from secateur_server.storage.records import (
     record_path,
     remove_records,
     write_record,
 )
-from secateur_server.storage.shelf import Shelf, Trash
 
-_ADVICE = "retry when the operator has repaired it"
+_ADVICE = "retry after the operator has repaired it"
 
 
 class Removal:
-    """Removes checkpoints of a store.
+    """Removes checkpoints and uploads of a store.
 
     Args:
         folder: Of all records.
+        blobs: Of the store.
+        accounts: Of all owners.
+        folder_lock: Checked before each removal.
         lock: The store's.
     """
 
     def __init__(
         self,
         folder: Path,
-        shelf: Shelf,
-        holdings: Holdings,
+        blobs: BlobFolder,
+        accounts: Accounts,
         folder_lock: FolderLock,
         lock: Condition,
     ) -> None:
-        self._folder, self._shelf, self._holdings = folder, shelf, holdings
+        self._folder, self._blobs, self._accounts = folder, blobs, accounts
         self._folder_lock, self._lock = folder_lock, lock
 
     def count(self, entry: Entry) -> None:
-        """Counts a checkpoint, and keeps its blobs. The caller has the lock."""
-        self._shelf.acquire(entry.files())
-        self._holdings.count(entry.owner, entry.own_bytes)
-        self._holdings.acquire(entry.owner, entry.files())
+        """Counts a checkpoint, and adds references to its blobs. The caller has the lock."""
+        self._blobs.acquire(entry.files())
+        self._accounts.count(entry.owner, entry.own_bytes)
+        self._accounts.acquire(entry.owner, entry.files())
 
     def drop(self, entry: Entry, trash: Trash) -> None:
         """Takes a checkpoint out of the index. The caller has the lock, and must `finish`."""
-        self._holdings.remove(entry)
+        self._accounts.remove(entry)
         trash.entries.append(entry)
         self.forget(entry, trash)
 
     def forget(self, entry: Entry, trash: Trash) -> None:
-        """Takes back `count`. The caller has the lock, and must `finish`."""
-        trash.blobs += self._shelf.release(entry.files())
-        self._holdings.release(entry.owner, entry.files())
-        self._holdings.count(entry.owner, -entry.own_bytes)
+        """Reverses `count`. The caller has the lock, and must `finish`."""
+        trash.blobs += self._blobs.release(entry.files())
+        self._accounts.release(entry.owner, entry.files())
+        self._accounts.count(entry.owner, -entry.own_bytes)
+
+    def drop_upload(self, upload: Upload, trash: Trash) -> None:
+        """Takes an upload out of the index. The caller has the lock, and removes `trash` later."""
+        if not self._accounts.discard(upload):
+            return
+        if upload.staged:
+            trash.staged.append(upload.staged)
+            self._accounts.reserve(upload.owner, upload.staged, -upload.staged.reserved)
+        else:
+            self._accounts.release(upload.owner, upload.files())
+            trash.blobs += self._blobs.release(upload.files())
 
     def finish(self, trash: Trash) -> None:
         """Removes files from the disk. The caller must not have the lock.
 
         Args:
-            trash: Afterwards `entries` are the checkpoints that have been removed.
+            trash: Afterwards `entries` has the checkpoints that have been removed.
 
         Raises:
             StoreFailed, StoreFull: The disk did not remove the records of some checkpoints. These
@@ -74,11 +88,11 @@ class Removal:
         failed = self._remove_records(trash.entries)
         if failed:
             self._restore(failed, trash)
-        self._shelf.remove(trash)
+        self._blobs.remove(trash)
         _raise_first(failed.values())
 
     def remove_unreadable(self, owner: str, ident: str) -> None:
-        """Removes a record that cannot be read.
+        """Removes a damaged record.
 
         Raises:
             StoreFailed, StoreFull: The disk did not remove it.
@@ -108,15 +122,15 @@ class Removal:
             for entry in failed:
                 self.count(entry)
             for owner, entries in groupby(failed, _owner):
-                self._holdings.opened(owner).restore(entries)
-            self._shelf.rescue(trash)
+                self._accounts.get_or_create(owner).restore(entries)
+            self._blobs.rescue(trash)
 
     def _rewrite(self, entry: Entry) -> None:
-        """Writes a record again if it was removed, and only the sync failed."""
+        """Writes a record again if the disk removed it, but failed to sync the removal."""
         folder = self._folder / entry.owner
         path = record_path(folder, entry.record.id)
         if self._folder_lock.is_in_place and not path.exists():
-            with suppress(RequestError, OSError):  # a disk that does not write either
+            with suppress(RequestError, OSError):  # the disk may fail to write, too
                 write_record(folder, entry.record)
 
 

@@ -1,18 +1,17 @@
-"""The checkpoints of all callers, on one folder, within a number of bytes.
+"""The checkpoints of all callers, in one folder on disk.
 
-checkpoints/OWNER/ID.json   records: written last, so that what they name is there
-blobs/DIGEST, .sums         files, each once, whoever has stored it
-parts/                      unfinished; swept at start
+checkpoints/OWNER/ID.json   records: written last, so that the blobs that they name exist
+blobs/DIGEST, .sums         files: each content once, for all owners
+parts/                      staged files, which are removed at the start
 """
 
 import logging
 import math
-import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
@@ -22,31 +21,33 @@ from secateur_server.errors import (
     RequestError,
     StoreFailed,
     StoreFull,
-    TakenOver,
     quote,
 )
 from secateur_server.runtime.disk import disk_errors, sync_folder
+from secateur_server.storage.accounts import Accounts, Entry
+from secateur_server.storage.blob_folder import BlobFolder, Trash
 from secateur_server.storage.blobs import Blob
 from secateur_server.storage.clock import Clock
+from secateur_server.storage.eviction import EvictionPolicy, Victim
 from secateur_server.storage.folders import FolderLock
-from secateur_server.storage.holdings import Entry, Holding, Holdings, Upload
+from secateur_server.storage.last_uses import LastUses
 from secateur_server.storage.records import (
     PREFIX,
     Record,
     StoredFile,
+    damaged_record,
     new_record,
     read_records,
     record_path,
     write_record,
 )
 from secateur_server.storage.removal import Removal
-from secateur_server.storage.room import Room, Victim
-from secateur_server.storage.shelf import Shelf, Trash
+from secateur_server.storage.space import Space
 from secateur_server.storage.uploads import Uploads
 
 log = logging.getLogger(__name__)
 
-# How often what is too old is looked for.
+# The interval between searches for expired checkpoints.
 EXPIRE_SECONDS = 10.0
 
 Key = tuple[str, str]  # an owner, and an id or a digest
@@ -54,32 +55,35 @@ Key = tuple[str, str]  # an owner, and an id or a digest
 
 @dataclass(frozen=True)
 class OpenCheckpoint:
-    """A checkpoint in use.  files: in the record's order, without the masks."""
+    """A checkpoint in use.
+
+    Attributes:
+        record: Its record.
+        files: The weights, in the record's order.
+        masks: The file of masks, if the server has pruned the checkpoint.
+    """
 
     record: Record
     files: list[Blob]
     masks: Blob | None
 
 
-@dataclass
-class Evicted:
-    """What was taken out of the index to make room.
+class Store:
+    """The checkpoints of all callers.
+
+    Args:
+        folder: Created if it does not exist.
+        max_bytes: The limit of everything in the folder.
+        ttl: Seconds from its last use that a checkpoint is kept; 0: for ever.
+        evicted: Called with the reason of each eviction and the bytes that it freed.
+        is_temporary: Whether `close` removes the folder.
 
     Attributes:
-        checkpoints: Each, why it was evicted, and the bytes that this frees.
-    """
+        uploads: The uploads of all callers.
+        scratch: A folder for files of calls, which is emptied at the start.
 
-    checkpoints: list[tuple[Entry, str, int]] = field(default_factory=list)
-    trash: Trash = field(default_factory=Trash)
-
-
-class Store:
-    """The checkpoints of all callers.  Errors of its making: StoreInUse.
-
-    max_bytes: of everything on its disk.  ttl: seconds that a checkpoint is kept from its last use;
-    0 is for ever.  evicted: is called with the reason and the bytes of what had to go.
-    is_temporary: the folder goes when the store is closed.
-    scratch: a folder for files of calls, which is swept at start.
+    Raises:
+        StoreInUse: Another server uses the folder.
     """
 
     def __init__(
@@ -91,7 +95,6 @@ class Store:
         is_temporary: bool = False,
     ) -> None:
         self.ttl = ttl
-        self._evicted = evicted
         self._folder = folder
         self._is_temporary = is_temporary
         self.scratch = folder / "parts"
@@ -99,22 +102,20 @@ class Store:
         self._lock = threading.Condition(threading.RLock())
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._folder_lock = FolderLock(folder)
-        self._shelf = Shelf(folder / "blobs", self._lock, self._folder_lock.check)
-        self._holdings = Holdings()
-        records = folder / "checkpoints"
-        self._removal = Removal(records, self._shelf, self._holdings, self._folder_lock, self._lock)
-        self._room = Room(max_bytes, self._holdings, self._shelf.references)
-        self.uploads = Uploads(
-            *(self._shelf, self._holdings, self._room),
-            self.scratch,
-            self._lock,
-            self._clock,
-            self._reserve_part,
-        )
-        self._unreadable: set[Key] = set()  # records that differ from what was written
-        self._owner_folders: set[Path] = set()  # which exist after a crash
+        self._blobs = BlobFolder(folder / "blobs", self._lock, self._folder_lock.check)
+        self._accounts = Accounts()
+        self._records = folder / "checkpoints"
+        index = self._blobs, self._accounts
+        self._removal = Removal(self._records, *index, self._folder_lock, self._lock)
+        self._last_uses = LastUses(self._records, self._accounts, self._lock, self._clock)
+        policy = EvictionPolicy(max_bytes, self._accounts, self._blobs.references)
+        shared = *index, self._removal, self._lock
+        self._space = Space(policy, *shared, evicted)
+        self.uploads = Uploads(*shared, self._space, self.scratch, self._clock)
+        self._unreadable: set[Key] = set()  # damaged records
+        self._owner_folders: set[Path] = set()  # folders that have been synced
         try:
-            for path in (self._shelf.folder, self.scratch, folder / "checkpoints"):
+            for path in (self._blobs.folder, self.scratch, self._records):
                 path.mkdir(exist_ok=True, mode=0o700)
             self._load()
         except BaseException:
@@ -125,9 +126,8 @@ class Store:
         self._expiring.start()
 
     def _load(self) -> None:
-        """Reads the records, and sweeps what was not finished."""
-        checkpoints = self._folder / "checkpoints"
-        self._owner_folders = {folder for folder in checkpoints.iterdir() if folder.is_dir()}
+        """Reads the records, and removes unfinished files."""
+        self._owner_folders = {folder for folder in self._records.iterdir() if folder.is_dir()}
         records: list[tuple[float, str, Record]] = []
         unfinished = list(self.scratch.iterdir())
         for folder in self._owner_folders:
@@ -135,131 +135,133 @@ class Store:
             records += [(used, folder.name, record) for record, used in found.records]
             self._unreadable |= {(folder.name, ident) for ident in found.unreadable}
             unfinished += found.unfinished
-        # A server before may have been killed ahead of its sync: what is seen now is to stay.
-        folders = (self._folder.parent, self._folder, self._shelf.folder, checkpoints)
+        # An earlier server may have been killed before its sync. A crash now must not lose a name.
+        folders = (self._folder.parent, self._folder, self._blobs.folder, self._records)
         for folder in (*folders, *self._owner_folders):
             sync_folder(folder)
         now = self._clock.wall(self._clock.now())
         for used, owner, record in sorted(records, key=lambda each: each[0]):
             entry = Entry(owner, record, self._clock.moment(used))
             self._add(entry)
-            if used > now:  # the system's clock was set back
-                self._write_use(entry)
-        if not self._unreadable:  # what those need is unknown
-            unfinished += self._shelf.unknown()
+            if used > now:  # the system's clock has been set back
+                self._last_uses.write(entry)
+        if not self._unreadable:  # the blobs of damaged records are unknown
+            unfinished += self._blobs.unknown()
         count = sum(path.stat().st_size for path in unfinished)
         for path in unfinished:
             path.unlink()
         log.info(
-            "store %s: %d checkpoints, %d bytes; swept %d unfinished files of %d bytes",
+            "store %s: %d checkpoints, %d bytes; removed %d unfinished files of %d bytes",
             *(self._folder, len(records), self.used_bytes, len(unfinished), count),
         )
 
     def _add(self, entry: Entry) -> None:
         self._removal.count(entry)
-        self._holdings.opened(entry.owner).add(entry)
+        self._accounts.get_or_create(entry.owner).add(entry)
 
     def close(self) -> None:
-        """Gives the folder to whoever wants it next."""
+        """Stops all background work, and releases the folder for another server."""
         self._is_closed.set()
         self._expiring.join()
         self.uploads.close()
         if self._is_temporary and self._folder_lock.is_in_place:
-            shutil.rmtree(self._folder, ignore_errors=True)  # a cleaner of /tmp may be first
+            shutil.rmtree(self._folder, ignore_errors=True)  # a cleaner of /tmp may have removed it
         self._folder_lock.close()
 
     @property
     def max_bytes(self) -> int:
-        """Bytes that everything on its disk may take."""
-        return self._room.max_bytes
+        """The limit of everything in the folder."""
+        return self._space.max_bytes
 
     @property
     def used_bytes(self) -> int:
-        """Bytes on disk, with those of parts that are about to be written."""
-        with self._lock:
-            return self._room.used_bytes + self._shelf.removing_bytes
+        """Bytes on disk, with those of staged files that are about to be written."""
+        return self._space.used_bytes
 
     @property
     def count(self) -> int:
-        """How many checkpoints there are."""
+        """The number of checkpoints."""
         with self._lock:
-            return sum(len(account.entries) for account in self._holdings.accounts.values())
+            return sum(len(account.entries) for account in self._accounts.by_owner.values())
 
     def get(self, owner: str, name: str) -> Record:
-        """The record of a checkpoint.  Errors: CheckpointNotFound, DataLoss."""
+        """The record of a checkpoint.
+
+        Raises:
+            CheckpointNotFound: The owner has no checkpoint of that name.
+            DataLoss: Its record is damaged.
+        """
         with self._lock:
             return self._entry(owner, name).record
 
     def expire_time(self, owner: str, record: Record) -> float | None:
-        """When a checkpoint goes, in seconds since 1970; None is never."""
+        """The time at which a checkpoint expires, in seconds since 1970; None: never."""
         with self._lock:
-            entry = self._holdings.get(owner).entries.get(record.id)
+            entry = self._accounts.get(owner).entries.get(record.id)
         return self._clock.wall(entry.used + self.ttl) if self.ttl and entry else None
 
     def page(self, owner: str, before: str, most: int) -> Sequence[Record]:
-        """Up to `most` checkpoints, the newest first.  before: those older than this id."""
+        """Up to `most` checkpoints of an owner, the newest first.
+
+        Args:
+            owner: Whose checkpoints.
+            before: Only checkpoints older than this id; empty: all.
+            most: The length of the page.
+        """
         with self._lock:
-            return self._holdings.get(owner).page(before, most)
+            return self._accounts.get(owner).page(before, most)
 
     def _entry(self, owner: str, name: str) -> Entry:
-        """Errors: CheckpointNotFound, DataLoss."""
         ident = name.removeprefix(PREFIX)
         if name.startswith(PREFIX):
-            if entry := self._holdings.get(owner).entries.get(ident):
+            if entry := self._accounts.get(owner).entries.get(ident):
                 return entry
             if (owner, ident) in self._unreadable:
-                raise DataLoss(name, "is not what was stored: its record differs")
+                raise damaged_record(name)
         raise CheckpointNotFound(
             "checkpoint",
-            f"there is no {quote(name)}: it may have been deleted, evicted or expired, or belong "
-            "to another token",
+            f"{quote(name)} does not exist: it may have been deleted, evicted or expired, or "
+            "belong to another token",
         )
 
     @contextmanager
     def open(self, owner: str, name: str) -> Iterator[OpenCheckpoint]:
-        """Opens a checkpoint, which is neither evicted nor lost while the block runs.
+        """Opens a checkpoint. It is not evicted, and its files are not removed, within the block.
 
-        Errors: CheckpointNotFound, DataLoss, StoreFailed.
+        Raises:
+            CheckpointNotFound: The owner has no checkpoint of that name.
+            DataLoss: A file is missing, or its record is damaged.
+            StoreFailed: The store's folder was replaced.
         """
         with self._lock:
             entry = self._entry(owner, name)
             entry.pins += 1
-            self._shelf.acquire(entry.files())
+            self._blobs.acquire(entry.files())
         record = entry.record
         try:
-            self._touch(entry)
+            self._last_uses.touch(entry)
             files = self.open_files(record.name, record.files)
-            masks = self._shelf.open(record.name, record.masks) if record.masks else None
+            masks = self._blobs.open(record.name, record.masks) if record.masks else None
             yield OpenCheckpoint(record, files, masks)
         finally:
             with self._lock:
                 entry.pins -= 1
-                unused = self._shelf.release(entry.files())
-            self._touch(entry)  # a call may take longer than the ttl
-            self._shelf.remove(Trash(blobs=unused))
+                unused = self._blobs.release(entry.files())
+            self._last_uses.touch(entry)  # a call may take longer than the ttl
+            self._blobs.remove(Trash(blobs=unused))
 
     def open_files(self, name: str, files: Sequence[StoredFile]) -> list[Blob]:
-        """Opens files that an upload of the caller holds.  Errors: DataLoss, StoreFailed."""
-        return [self._shelf.open(name, file) for file in files]
+        """Opens files of the caller's uploads.
 
-    def _touch(self, entry: Entry) -> None:
-        now = self._clock.now()
-        with self._lock:
-            account = self._holdings.get(entry.owner)
-            if entry.record.id not in account.entries:
-                return
-            account.touch(entry, now)
-        self._write_use(entry)
+        Args:
+            name: Of the checkpoint, for errors.
+            files: Which files.
 
-    def _write_use(self, entry: Entry) -> None:
-        """Keeps the time of the last use for the next start."""
-        used = self._clock.wall(entry.used)
-        with suppress(OSError):  # of a full disk, or a record that somebody took away
-            # The system's own clock is coarser.
-            os.utime(self._record_path(entry.owner, entry.record.id), (used, used))
-
-    def _record_path(self, owner: str, ident: str) -> Path:
-        return record_path(self._folder / "checkpoints" / owner, ident)
+        Raises:
+            DataLoss: A file is missing.
+            StoreFailed: The store's folder was replaced.
+        """
+        return [self._blobs.open(name, file) for file in files]
 
     def create(
         self,
@@ -268,32 +270,42 @@ class Store:
         masks: StoredFile | None = None,
         quota: int | None = None,
     ) -> Record:
-        """Makes a checkpoint of files that are here. It is on disk when this returns.
+        """Creates a checkpoint of uploaded files. It is synced to disk when this returns.
 
-        quota: bytes that the owner may have here; None is no bound.
-        Errors: StoreFull, StoreFailed, QuotaExceeded.
+        Args:
+            owner: Whose checkpoint it is.
+            files: The weights.
+            masks: A file of masks, if the server has pruned the checkpoint.
+            quota: Bytes that the owner may have; None: no limit.
+
+        Returns:
+            Its record.
+
+        Raises:
+            StoreFull, QuotaExceeded: The record does not fit.
+            StoreFailed: The disk failed.
         """
         self._folder_lock.check()
         entry = Entry(owner, new_record(files, masks), self._clock.now())
-        path = self._record_path(owner, entry.record.id)
+        path = record_path(self._records / owner, entry.record.id)
         with self._lock:
-            evicted = self._make_room(owner, entry.own_bytes, quota)
-            self._shelf.acquire(entry.files())
-            self._holdings.acquire(owner, entry.files())
+            evicted = self._space.reserve(owner, entry.own_bytes, quota)
+            self._blobs.acquire(entry.files())
+            self._accounts.acquire(owner, entry.files())
         try:
-            self._remove(evicted)
+            self._space.remove(evicted)
             self._make_folder(path.parent)
             write_record(path.parent, entry.record)
         except BaseException:
             self._undo(entry, is_written=path.exists())
             raise
-        self._write_use(entry)
+        self._last_uses.write(entry)
         with self._lock:
-            self._holdings.opened(owner).add(entry)
+            self._accounts.get_or_create(owner).add(entry)
         return entry.record
 
     def _make_folder(self, folder: Path) -> None:
-        """A folder of an owner, which exists after a crash.  Errors: StoreFull."""
+        """Creates the folder of an owner, and syncs it."""
         if folder not in self._owner_folders:
             with disk_errors():
                 folder.mkdir(mode=0o700, exist_ok=True)
@@ -301,10 +313,12 @@ class Store:
             self._owner_folders.add(folder)
 
     def _undo(self, entry: Entry, is_written: bool) -> None:
-        """Leaves nothing of a checkpoint that could not be created.
+        """Removes a checkpoint that could not be created.
 
-        is_written: whether its record was, and only the sync failed. If the disk does not remove
-        it either, the checkpoint exists.
+        Args:
+            entry: The checkpoint.
+            is_written: Whether its record was written, and only the sync failed. If the disk does
+                not remove the record either, the checkpoint exists.
         """
         trash = Trash(entries=[entry] if is_written else [])
         with self._lock:
@@ -312,11 +326,11 @@ class Store:
         self._removal.finish(trash)
 
     def delete(self, owner: str, name: str) -> None:
-        """Deletes a checkpoint, and what is left of a damaged one: all of it, or nothing.
+        """Deletes a checkpoint, which may be damaged: all of it, or nothing.
 
         Raises:
-            CheckpointNotFound: It does not exist.
-            StoreFailed, StoreFull: The disk does not remove its record.
+            CheckpointNotFound: The owner has no checkpoint of that name.
+            StoreFailed, StoreFull: The disk did not remove its record.
         """
         try:
             self._delete(owner, name)
@@ -330,122 +344,47 @@ class Store:
         try:
             with self._lock:
                 self._removal.drop(self._entry(owner, name), trash)
-        except DataLoss:  # what it needed is unknown, and swept at the next start
+        except DataLoss:  # its blobs are unknown; the next start removes them
             ident = name.removeprefix(PREFIX)
             self._removal.remove_unreadable(owner, ident)
             self._unreadable.discard((owner, ident))
         else:
             self._removal.finish(trash)
 
-    def _drop(self, holding: Holding, trash: Trash) -> int:
-        """Takes something out of the index. Its files go to `trash`.
-
-        Returns:
-            The bytes that this frees on disk.
-        """
-        before = self._room.used_bytes
-        if isinstance(holding, Upload):
-            self.uploads.drop(holding, trash)
-        else:
-            self._removal.drop(holding, trash)
-        return before - self._room.used_bytes
-
     def _expire(self) -> None:
         while not self._is_closed.wait(EXPIRE_SECONDS):
             try:
                 self.expire()
-            except (RequestError, OSError) as error:  # the disk may serve again
-                log.error("checkpoints do not expire: %s", error)
+            except (RequestError, OSError) as error:  # the disk may work again later
+                log.error("cannot remove expired checkpoints: %s", error)
 
     def expire(self) -> None:
-        """Lets go what nobody has used for too long.  Errors: StoreFailed, StoreFull."""
+        """Removes checkpoints that have not been used for `ttl` seconds, and old uploads.
+
+        Raises:
+            StoreFailed, StoreFull: The disk did not remove the records of some checkpoints.
+        """
         self._folder_lock.check()
-        self._follow_clock()
+        self._last_uses.follow_clock()
         self.uploads.expire()
         with self._lock:
             oldest = self._clock.now() - self.ttl if self.ttl else -math.inf
             old: list[Victim] = [
                 (entry, "ttl")
-                for account in self._holdings.accounts.values()
+                for account in self._accounts.by_owner.values()
                 for entry in takewhile(lambda e: e.used < oldest, account.entries.values())
                 if not entry.pins
             ]
-            evicted = self._evict(old)
-        self._remove(evicted)
-
-    def _follow_clock(self) -> None:
-        """Where the system's clock was set, writes the times of last uses by the new one."""
-        step = self._clock.follow()
-        if not step:
-            return
-        log.warning("the system's clock was set by %+.0f seconds: no age has changed", step)
-        with self._lock:
-            accounts = self._holdings.accounts.values()
-            entries = [entry for account in accounts for entry in account.entries.values()]
-        for entry in entries:
-            self._write_use(entry)
+            evicted = self._space.evict(old)
+        self._space.remove(evicted)
 
     def check_size(self, size: int) -> None:
-        """Errors: StoreFull, where `size` bytes never fit."""
-        if size > self._room.max_bytes:
+        """Refuses `size` bytes if they would never fit.
+
+        Raises:
+            StoreFull: They are more than the store's limit.
+        """
+        if size > self.max_bytes:
             raise StoreFull(
-                "data", f"{size} bytes are more than the store's {self._room.max_bytes}"
-            )
-
-    def _reserve_part(self, upload: Upload, size: int) -> None:
-        """Makes room for the part of an upload to take `size` bytes on disk.
-
-        Errors: StoreFull, StoreFailed, QuotaExceeded, TakenOver.
-        """
-        self._folder_lock.check()
-        part = upload.part
-        with self._lock:
-            if part is None or upload not in self._holdings.get(upload.owner).uploads:
-                raise TakenOver("header", "another call of the same caller sends this file")
-            count = size - part.reserved
-            evicted = self._make_room(upload.owner, count, upload.quota)
-            part.reserved = size
-        try:
-            self._remove(evicted)
-        except BaseException:
-            with self._lock:  # where the upload was dropped meanwhile, nothing is reserved
-                self._holdings.reserve(upload.owner, part, -min(count, part.reserved))
-            raise
-
-    def _make_room(self, owner: str, count: int, quota: int | None) -> Evicted:
-        """Counts `count` bytes more of an owner's, and evicts what must make room for them.
-
-        The caller has the lock, and must pass what is returned to `_remove`.
-        quota: of the owner, of whom enough goes first; None is no bound.
-        Errors: StoreFull, QuotaExceeded: then nothing goes.
-        """
-        evicted = self._evict(self._room.victims(owner, count, quota))
-        self._holdings.count(owner, count)
-        return evicted
-
-    def _evict(self, victims: Iterable[Victim]) -> Evicted:
-        """Takes victims out of the index. The caller has the lock."""
-        evicted = Evicted()
-        for victim, reason in victims:
-            freed = self._drop(victim, evicted.trash)
-            if isinstance(victim, Entry):
-                evicted.checkpoints.append((victim, reason, freed))
-        return evicted
-
-    def _remove(self, evicted: Evicted) -> None:
-        """Removes what was evicted from the disk. The caller does not have the lock.
-
-        Errors: StoreFailed, StoreFull.
-        """
-        try:
-            self._removal.finish(evicted.trash)
-        finally:
-            removed = set(evicted.trash.entries)
-            for entry, reason, freed in evicted.checkpoints:
-                if entry in removed:
-                    log.info("evicted %s (%s): %d bytes", entry.record.name, reason, freed)
-                    self._evicted(reason, freed)
-        with self._lock:  # what other calls remove may still be on disk
-            self._lock.wait_for(
-                lambda: not self._shelf.removing_bytes or self.used_bytes <= self._room.max_bytes
+                "data", f"{size} bytes are more than the store's limit of {self.max_bytes}"
             )

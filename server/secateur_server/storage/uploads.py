@@ -1,14 +1,13 @@
-"""Files on their way into the store: sent by callers in several calls, or made by the server."""
+"""Uploads: files that callers send, in one call or several, or that the server makes."""
 
 import secrets
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from threading import Condition
 
 import torch
 
-from secateur_server.backends import passes_of
+from secateur_server.backends import backend_for
 from secateur_server.errors import (
     DataLoss,
     InvalidRequest,
@@ -20,73 +19,84 @@ from secateur_server.errors import (
 )
 from secateur_server.runtime.context import RequestContext
 from secateur_server.runtime.disk import DISK_BLOCK
-from secateur_server.storage.blobs import Part, disk_bytes
+from secateur_server.storage.accounts import Accounts, Upload
+from secateur_server.storage.blob_folder import BlobFolder, Trash
+from secateur_server.storage.blobs import disk_bytes
 from secateur_server.storage.clock import Clock
-from secateur_server.storage.holdings import Holdings, Upload
 from secateur_server.storage.records import StoredFile
-from secateur_server.storage.room import Room
-from secateur_server.storage.shelf import Shelf, Trash
+from secateur_server.storage.removal import Removal
+from secateur_server.storage.space import Space
+from secateur_server.storage.staged_file import StagedFile
 
-# How long what an upload left behind is held, from the last byte on.
+# Seconds that a broken upload is kept after its last byte.
 UPLOAD_SECONDS = 3600.0
 
-# The most files of one model, and the most of one tenant that wait for a call to go on with them.
-MOST_FILES = 10_000
+# Limits the files of one model, and the broken uploads of one tenant.
+MAX_FILES = 10_000
 
 
 class Uploads:
     """The uploads of all callers.
 
     Args:
-        scratch: A folder for what is not whole.
-        reserve: Makes room for an upload to take so many bytes on disk; raises StoreFull,
-            QuotaExceeded and TakenOver.
+        blobs: Of the store.
+        accounts: Of all owners.
+        removal: Removes abandoned uploads.
+        lock: The store's.
+        space: Of the store.
+        scratch: The folder of staged files.
+        clock: The store's.
     """
 
     def __init__(
         self,
-        shelf: Shelf,
-        holdings: Holdings,
-        room: Room,
-        scratch: Path,
+        blobs: BlobFolder,
+        accounts: Accounts,
+        removal: Removal,
         lock: Condition,
+        space: Space,
+        scratch: Path,
         clock: Clock,
-        reserve: Callable[[Upload, int], None],
     ) -> None:
-        self._shelf, self._holdings, self._room = shelf, holdings, room
-        self._scratch, self._lock, self._clock, self._reserve = scratch, lock, clock, reserve
+        self._blobs, self._accounts, self._removal = blobs, accounts, removal
+        self._lock, self._space, self._scratch, self._clock = lock, space, scratch, clock
 
     def expire(self) -> None:
-        """Lets go what nobody has gone on with for too long."""
+        """Removes broken uploads that nobody has resumed for UPLOAD_SECONDS."""
         with self._lock:
             oldest = self._clock.now() - UPLOAD_SECONDS
-            uploads = [u for a in self._holdings.accounts.values() for u in a.uploads]
+            uploads = [u for a in self._accounts.by_owner.values() for u in a.uploads]
             old = [u for u in uploads if not u.is_active and u.used < oldest]
         for upload in old:
             self.abandon(upload)
 
     def close(self) -> None:
-        """Leaves nothing of any."""
-        for account in list(self._holdings.accounts.values()):
+        """Removes all uploads."""
+        for account in list(self._accounts.by_owner.values()):
             for upload in list(account.uploads):
                 self.abandon(upload)
 
-    def held(self, owner: str, digest: str, size: int) -> int:
-        """How many bytes there are of a file that `owner` has sent, or has stored.
+    def received(self, owner: str, digest: str, size: int) -> int:
+        """The number of bytes of a file that `owner` has uploaded already.
 
-        It looks at nothing but what is this owner's: what others have cannot be told from nothing.
+        Reads the data of this owner alone, so that its time tells nothing about other owners.
+
+        Args:
+            owner: Whose file it is.
+            digest: Hex BLAKE3 of the file.
+            size: Bytes of the file.
         """
         if self._has_whole(owner, digest, size):
             return size
         with self._lock:
-            upload = self._holdings.get(owner).unfinished.get((digest, size))
-            return upload.held if upload else 0
+            upload = self._accounts.get(owner).unfinished.get((digest, size))
+            return upload.received if upload else 0
 
     def _has_whole(self, owner: str, digest: str, size: int) -> bool:
-        """Whether a checkpoint or an upload of `owner` has a file, and nothing is against it."""
+        """Whether a checkpoint or an upload of `owner` has the complete, undamaged file."""
         with self._lock:
-            is_used = self._holdings.get(owner).references.has(digest, size)
-        return is_used and self._shelf.has(digest, size)  # which reads the disk
+            is_used = self._accounts.get(owner).references.has(digest, size)
+        return is_used and self._blobs.has(digest, size)  # without the lock: it reads the disk
 
     def begin(
         self,
@@ -98,166 +108,194 @@ class Uploads:
         is_resumable: bool = False,
         quota: int | None = None,
     ) -> Upload:
-        """Takes a file, or what is missing of it. Nothing is removed for it before its bytes come.
+        """Begins to receive a file, or the rest of it. Evicts nothing before its bytes arrive.
 
-        offset: what the caller does not send.  field: of the request, which has it.
-        is_resumable: whether what has come outlasts the call.
-        quota: bytes that the owner may have here; None is no bound.
-        Errors: InvalidRequest, StoreFull, QuotaExceeded.
+        Args:
+            owner: Whose file it is.
+            size: Bytes of the whole file.
+            digest: Hex BLAKE3, if the caller announced it.
+            offset: The first byte that the caller sends.
+            field: The field of the request that has the offset, for errors.
+            is_resumable: Whether the received bytes are kept if the call breaks.
+            quota: Bytes that the owner may have; None: no limit.
+
+        Returns:
+            The upload, for the other methods.
+
+        Raises:
+            InvalidRequest: The store has fewer bytes than `offset`.
+            StoreFull, QuotaExceeded: The file would not fit.
         """
         now = self._clock.now()
         upload = Upload(owner, size, digest, None, offset, is_resumable, quota, now)
         while True:
             is_whole = digest is not None and self._has_whole(owner, digest, size)
             with self._lock:
-                unfinished = self._holdings.get(owner).unfinished
+                unfinished = self._accounts.get(owner).unfinished
                 before = unfinished.get((digest, size)) if is_resumable else None
                 if before is None or not before.is_finishing:
                     self._begin(upload, before, is_whole, field)
                     return upload
-            with before.writing:  # until it is whole
+            with before.writing:  # wait until it is complete
                 pass
 
     def _begin(self, upload: Upload, before: Upload | None, is_whole: bool, field: str) -> None:
-        """before: an upload of the same file.  is_whole: whether all of it was here just now."""
-        references = self._holdings.get(upload.owner).references
+        """Registers an upload. The caller has the lock.
+
+        Args:
+            upload: The new one.
+            before: An unfinished upload of the same file.
+            is_whole: Whether the owner had the complete file before the lock was taken.
+            field: The field of the request that has the offset.
+        """
+        references = self._accounts.get(upload.owner).references
         is_whole = is_whole and references.has(upload.digest or "", upload.size)
-        held = upload.size if is_whole else before.held if before else 0
-        if upload.at > held:
-            raise InvalidRequest(field, f"{upload.at} is more than the {held} bytes that are here")
+        received = upload.size if is_whole else before.received if before else 0
+        if upload.position > received:
+            raise InvalidRequest(
+                field,
+                f"{upload.position} is larger than the {received} bytes that the server has; send "
+                "the file from there on",
+            )
         if is_whole:
             self._acquire(upload)
         elif before:
-            before.is_stale = True  # the call that may still be at it ends with its next byte
-            self._holdings.discard(before)
-            upload.part, upload.writing = before.part, before.writing
+            before.is_taken_over = True  # the older call ends with its next byte
+            self._accounts.discard(before)
+            upload.staged, upload.writing = before.staged, before.writing
         else:
-            missing = disk_bytes(upload.size) + DISK_BLOCK  # a record has one or more
-            self._room.check(upload.owner, missing, upload.quota)
-            upload.part = Part(self._scratch / secrets.token_hex(8))
-        self._holdings.add(upload)
+            needed = disk_bytes(upload.size) + DISK_BLOCK  # of a record, which has one or more
+            self._space.check(upload.owner, needed, upload.quota)
+            upload.staged = StagedFile(self._scratch / secrets.token_hex(8))
+        self._accounts.add(upload)
 
     def _acquire(self, upload: Upload, file: StoredFile | None = None) -> None:
         files = [file] if file else upload.files()
-        self._shelf.acquire(files)
-        self._holdings.acquire(upload.owner, files)
+        self._blobs.acquire(files)
+        self._accounts.acquire(upload.owner, files)
 
     def write(self, upload: Upload, data: bytes | memoryview) -> None:
-        """The next bytes of a file.  Errors: StoreFull, StoreFailed, QuotaExceeded, TakenOver."""
-        with upload.writing:  # two calls at one upload never mix their bytes
-            self._check_mine(upload)
-            known = min(upload.held - upload.at, len(data))
-            upload.at += len(data)
+        """Writes the next bytes of a file, but for those that the store has.
+
+        Raises:
+            StoreFull, QuotaExceeded: They do not fit.
+            StoreFailed: The disk failed.
+            TakenOver: A newer call has taken over the upload.
+        """
+        with upload.writing:  # two calls never mix their bytes
+            _check_not_taken_over(upload)
+            known = min(upload.received - upload.position, len(data))
+            upload.position += len(data)
             upload.used = self._clock.now()
             if known == len(data):
                 return
-            assert upload.part is not None, "what is whole takes no more"
+            assert upload.staged is not None, "a complete file has no missing bytes"
             new = memoryview(data)[known:]
-            self._reserve(upload, disk_bytes(upload.part.size + len(new)))
+            self._space.reserve_staged(upload, disk_bytes(upload.staged.size + len(new)))
             try:
-                upload.part.write(new)
-            except BaseException:  # what is in the part now is not known
+                upload.staged.write(new)
+            except BaseException:  # the content of the staged file is unknown now
                 self.abandon(upload)
                 raise
 
-    def _check_mine(self, upload: Upload) -> None:
-        if upload.is_stale:
-            raise TakenOver("header", "another call of the same caller sends this file")
-
     def finish(self, context: RequestContext, upload: Upload, filename: str) -> StoredFile:
-        """Makes a file whole, on disk.
+        """Completes a file, and syncs it to disk.
 
-        Errors: InvalidStateDict, StoreFull, StoreFailed, TakenOver; DataLoss, where what was there
-        has changed.
+        Args:
+            context: The request.
+            upload: The upload of the file.
+            filename: As the caller knows it.
+
+        Returns:
+            The file, with its digest.
+
+        Raises:
+            InvalidStateDict: The file does not have the announced digest.
+            StoreFull, StoreFailed: The disk failed.
+            TakenOver: A newer call has taken over the upload.
+            DataLoss: The store had the file already, and it is damaged.
         """
         try:
-            with upload.writing:  # whom it was taken from may still be at a last byte
-                self._check_mine(upload)
-                file = _becomes(upload, filename)
-                if upload.part:
-                    self._finish_part(upload, upload.part, file)
+            with upload.writing:  # an older call may still write a last byte
+                _check_not_taken_over(upload)
+                file = _stored_file(upload, filename)
+                if upload.staged:
+                    self._finish_staged(upload, upload.staged, file)
                     return file
-            self._check_whole(context, file)  # the caller may throw away what it has
+            self._check_whole(context, file)  # the caller may delete its own copy now
         except (InvalidStateDict, DataLoss):
             self.abandon(upload)
             raise
         return file
 
-    def _finish_part(self, upload: Upload, part: Part, file: StoredFile) -> None:
+    def _finish_staged(self, upload: Upload, staged: StagedFile, file: StoredFile) -> None:
         with self._lock:
-            self._shelf.wait_until_removed(file.blake3)
-            self._check_mine(upload)
+            self._blobs.wait_until_removed(file.blake3)
+            _check_not_taken_over(upload)
             upload.is_finishing = True
-            self._acquire(upload, file)  # first: nobody may remove the blob once it is there
-            self._holdings.reserve(upload.owner, part, -part.reserved)
+            self._acquire(upload, file)  # before the blob exists, so that nobody removes it
+            self._accounts.reserve(upload.owner, staged, -staged.reserved)
         try:
-            self._shelf.put(part)
+            self._blobs.put(staged)
         except BaseException:
             self.abandon(upload)
             self._release(upload.owner, file)
             raise
         with self._lock:
-            self._holdings.finished(upload)
-            upload.digest, upload.part, upload.is_finishing = file.blake3, None, False
-            self._shelf.renewed(file.blake3)
+            self._accounts.finished(upload)
+            upload.digest, upload.staged, upload.is_finishing = file.blake3, None, False
+            self._blobs.mark_repaired(file.blake3)
 
     def _release(self, owner: str, file: StoredFile) -> None:
         with self._lock:
-            self._holdings.release(owner, [file])
-            unused = self._shelf.release([file])
-        self._shelf.remove(Trash(blobs=unused))
+            self._accounts.release(owner, [file])
+            unused = self._blobs.release([file])
+        self._blobs.remove(Trash(blobs=unused))
 
     def _check_whole(self, context: RequestContext, file: StoredFile) -> None:
-        """Errors: DataLoss."""
-        blob = self._shelf.open("data", file)
-        passes_of(torch.device("cpu")).map(context, blob.check, range(blob.block_count))
+        blob = self._blobs.open("data", file)
+        backend_for(torch.device("cpu")).map(context, blob.check, range(blob.block_count))
 
     def leave(self, upload: Upload) -> None:
-        """The call that sent a file has ended: what can go on later is held for a while."""
-        if not upload.is_resumable or not upload.held:
+        """Ends a call's use of an upload. A resumable one is kept for a later call."""
+        if not upload.is_resumable or not upload.received:
             self.abandon(upload)
-        elif upload.part:
+        elif upload.staged:
             try:
-                with upload.writing:  # whoever has taken it over opens it again
-                    upload.part.rest()
+                with upload.writing:  # a newer call opens the file again
+                    upload.staged.suspend()
             except (StoreFailed, StoreFull, TakenOver):
                 self.abandon(upload)
         upload.is_active = False
-        self._bound(upload.owner)
+        self._remove_excess(upload.owner)
 
-    def _bound(self, owner: str) -> None:
-        """Keeps what waits to go on within MOST_FILES of a tenant."""
+    def _remove_excess(self, owner: str) -> None:
+        """Removes the oldest broken uploads of a tenant with more than MAX_FILES."""
         with self._lock:
-            uploads = self._holdings.get(owner).uploads
-            too_many = list(islice(uploads, max(0, len(uploads) - MOST_FILES)))
+            uploads = self._accounts.get(owner).uploads
+            too_many = list(islice(uploads, max(0, len(uploads) - MAX_FILES)))
         for upload in too_many:
             if not upload.is_active:
                 self.abandon(upload)
 
     def abandon(self, upload: Upload) -> None:
-        """Leaves nothing of an upload."""
+        """Removes an upload."""
         trash = Trash()
         with self._lock:
-            self.drop(upload, trash)
-        self._shelf.remove(trash)
-
-    def drop(self, upload: Upload, trash: Trash) -> None:
-        """Takes an upload out of the index, with the lock."""
-        if not self._holdings.discard(upload):
-            return
-        if upload.part:
-            trash.parts.append(upload.part)
-            self._holdings.reserve(upload.owner, upload.part, -upload.part.reserved)
-        else:
-            self._holdings.release(upload.owner, upload.files())
-            trash.blobs += self._shelf.release(upload.files())
+            self._removal.drop_upload(upload, trash)
+        self._blobs.remove(trash)
 
 
-def _becomes(upload: Upload, filename: str) -> StoredFile:
-    """Errors: InvalidStateDict, where the file is not what was announced."""
-    found = upload.part.digest() if upload.part else upload.digest or ""
+def _check_not_taken_over(upload: Upload) -> None:
+    if upload.is_taken_over:
+        raise TakenOver("header", "another call of this caller has taken over the upload")
+
+
+def _stored_file(upload: Upload, filename: str) -> StoredFile:
+    """The file that an upload becomes. Raises InvalidStateDict if its digest is wrong."""
+    found = upload.staged.digest() if upload.staged else upload.digest or ""
     if upload.digest not in (None, found):
         raise InvalidStateDict(
-            "data", f"{quote(filename)} has the BLAKE3 {found}, announced {upload.digest}"
+            "data", f"{quote(filename)} has the BLAKE3 {found}, announced was {upload.digest}"
         )
     return StoredFile(filename, upload.size, found)

@@ -1,1 +1,1 @@
-"""Opens and writes what callers name by URI, where the operator has listed it."""
+"""Sources and destinations that callers name by URI, if the operator has allowed them."""

@@ -1,7 +1,7 @@
-"""file:// URIs, under folders that the operator listed.
+"""file:// URIs under folders of --allow-path.
 
-What counts is where an open file is, as the kernel says, not what its path looked like before: a
-symbolic link that leads out is refused, also one that somebody puts there in between.
+A file is checked after it is opened, by the path that the kernel reports. So a symbolic link to a
+place outside is refused, even if somebody creates it between a check and the opening.
 """
 
 import os
@@ -20,25 +20,40 @@ from secateur_server.runtime.disk import DurableFile
 Bytes = bytes | memoryview
 
 
-# File systems keep times in steps of a few milliseconds.
-TICK_NS = 20_000_000
+# File systems store times in steps of a few milliseconds.
+TIMESTAMP_STEP_NS = 20_000_000
 
 
 class LocalFile:
-    """A file that is open to be read.  size: in bytes."""
+    """A local file that is open for reading.
+
+    Args:
+        field: Of the request, for errors.
+        uri: Of the file.
+        roots: Folders under which it must be.
+
+    Attributes:
+        uri: As given.
+        data: The file in mapped memory.
+        size: Bytes.
+
+    Raises:
+        UriNotAllowed: It is outside the roots.
+        UriNotFound: It does not exist.
+        UriFailed: It cannot be opened, or is not a regular file.
+    """
 
     def __init__(self, field: str, uri: str, roots: Sequence[Path]) -> None:
-        """Errors: UriNotAllowed, UriNotFound, UriFailed."""
         self._field, self.uri = field, uri
         path = _path(field, uri, roots)
-        # Not to block: to open a pipe waits for somebody to write to it.
+        # O_NONBLOCK, since opening a pipe waits for a writer.
         self._fd = _open(field, uri, path, roots, os.O_RDONLY | os.O_NONBLOCK)
         try:
             _check_inside(field, uri, self._fd, roots)
             self.opened = os.fstat(self._fd)
             if not stat.S_ISREG(self.opened.st_mode):
-                raise UriFailed(field, f"{quote(uri)} is no file")
-            _wait_a_tick(self.opened.st_mtime_ns)
+                raise UriFailed(field, f"{quote(uri)} is not a file")
+            _wait_until_writes_show(self.opened.st_mtime_ns)
             self.data, self._torn = map_file(self._fd)
             self.size = len(self.data)
         except BaseException:
@@ -46,22 +61,38 @@ class LocalFile:
             raise
 
     def check_unchanged(self) -> None:
-        """Errors: UriChanged, where it was written to since it was opened."""
+        """Checks that nobody has written to the file since it was opened.
+
+        Raises:
+            UriChanged: Somebody has, or has truncated it.
+        """
         now, before = os.fstat(self._fd), self.opened
         is_same = (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
         if not is_same or (self._torn and self._torn.is_torn):
-            raise UriChanged(self._field, f"{quote(self.uri)} changed while it was read")
+            raise UriChanged(
+                self._field, f"{quote(self.uri)} changed while it was read; send the request again"
+            )
 
     def close(self) -> None:
-        """Its memory stays until nobody uses it."""
+        """Closes the file. Its mapped memory is valid as long as anything refers to it."""
         os.close(self._fd)
 
 
 class LocalTarget:
-    """A file that is there whole once `commit` returns, and leaves nothing before."""
+    """A local file to write, which `commit` puts in place as a whole.
+
+    Args:
+        field: Of the request, for errors.
+        uri: Of the file.
+        roots: Folders under which it must be.
+
+    Raises:
+        UriNotAllowed: It is outside the roots.
+        UriNotFound: Its folder does not exist.
+        UriFailed: It cannot be written, or is a folder.
+    """
 
     def __init__(self, field: str, uri: str, roots: Sequence[Path]) -> None:
-        """Errors: UriNotAllowed, UriNotFound, UriFailed."""
         self._field, self._uri = field, uri
         path = _path(field, uri, roots)
         self._name = path.name
@@ -81,15 +112,19 @@ class LocalTarget:
             raise
 
     def _check_place(self) -> None:
-        """Finds early what no file can replace.  Errors: UriFailed."""
+        """Refuses a folder early, which no file can replace."""
         with suppress(FileNotFoundError):
             found = os.stat(self._name, dir_fd=self._folder, follow_symlinks=False)
             if stat.S_ISDIR(found.st_mode):
                 raise UriFailed(self._field, f"{quote(self._uri)} is a folder")
 
     def write(self, parts: Iterable[Bytes]) -> None:
-        """Writes all of it.  Errors: UriFailed."""
-        assert self._fd is not None, "it is open"
+        """Writes the whole file, and syncs it.
+
+        Raises:
+            UriFailed: The disk failed, or is full.
+        """
+        assert self._fd is not None, "the file is open"
         disk = DurableFile(self._fd)
         try:
             for part in parts:
@@ -101,7 +136,11 @@ class LocalTarget:
             raise self._failed(error) from None
 
     def commit(self) -> None:
-        """Puts it in its place.  Errors: UriFailed."""
+        """Puts the file in place.
+
+        Raises:
+            UriFailed: The disk failed.
+        """
         try:
             folder = self._folder
             os.replace(self._unfinished, self._name, src_dir_fd=folder, dst_dir_fd=folder)
@@ -110,7 +149,7 @@ class LocalTarget:
             raise self._failed(error) from None
 
     def discard(self) -> None:
-        """Leaves nothing of what was not committed, and closes it."""
+        """Closes the file, and removes it if it was not committed."""
         if self._fd is not None:
             os.close(self._fd)
         with suppress(OSError):
@@ -123,41 +162,38 @@ class LocalTarget:
         )
 
 
-def _wait_a_tick(written: int) -> None:
-    """Waits until a further write would show in a file's time.  written: when it was, in ns."""
-    age = time.time_ns() - written
-    if 0 <= age < TICK_NS:
-        time.sleep((TICK_NS - age) / 1e9)
+def _wait_until_writes_show(mtime_ns: int) -> None:
+    """Waits until a further write would change the modification time of a file."""
+    age = time.time_ns() - mtime_ns
+    if 0 <= age < TIMESTAMP_STEP_NS:
+        time.sleep((TIMESTAMP_STEP_NS - age) / 1e9)
 
 
 def _path(field: str, uri: str, roots: Sequence[Path]) -> Path:
-    """Errors: UriNotAllowed."""
     host, slash, rest = uri.removeprefix("file://").partition("/")
     path = Path(unquote(slash + rest))
     is_local = host in ("", "localhost") and path.is_absolute() and "\0" not in str(path)
-    # In a name a slash cannot be; what `?` and `#` part off has no meaning here.
+    # A file name has no slash, so %2F is refused. file:// URIs have no query and no fragment.
     if not is_local or ".." in path.parts or {"?", "#"} & set(rest) or "%2f" in rest.lower():
-        raise UriNotAllowed(field, f"{quote(uri)} is not file:// and an absolute path")
+        raise UriNotAllowed(field, f"{quote(uri)} is not file:// with an absolute path")
     if not any(path.is_relative_to(r) or path.is_relative_to(r.resolve()) for r in roots):
         raise _outside(field, uri)
     return path
 
 
 def _open(field: str, uri: str, path: Path, roots: Sequence[Path], flags: int) -> int:
-    """Errors: UriNotAllowed, UriNotFound, UriFailed."""
     try:
         return os.open(path, flags)
     except OSError as error:
-        # What is there outside, and what is not, is nobody's business either.
+        # The error must not tell whether a path outside the roots exists.
         if not _is_inside(Path(os.path.realpath(path)), roots):
             raise _outside(field, uri) from None
         if isinstance(error, FileNotFoundError):
-            raise UriNotFound(field, f"there is no {quote(uri)}") from None
+            raise UriNotFound(field, f"{quote(uri)} does not exist") from None
         raise UriFailed(field, f"{quote(uri)} cannot be opened: {error.strerror}") from None
 
 
 def _check_inside(field: str, uri: str, fd: int, roots: Sequence[Path]) -> None:
-    """Errors: UriNotAllowed, where an open file or folder is not under any root."""
     if not _is_inside(Path(os.readlink(f"/proc/self/fd/{fd}")), roots):
         raise _outside(field, uri)
 
@@ -167,4 +203,4 @@ def _is_inside(path: Path, roots: Sequence[Path]) -> bool:
 
 
 def _outside(field: str, uri: str) -> UriNotAllowed:
-    return UriNotAllowed(field, f"{quote(uri)} is under no folder of the server's --allow-path")
+    return UriNotAllowed(field, f"{quote(uri)} is not under a folder of the server's --allow-path")

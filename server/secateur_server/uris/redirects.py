@@ -1,6 +1,6 @@
-"""What a web server may answer: redirects within what the operator listed, and no more than asked.
+"""Limits what a web server may answer: redirects within --allow-uri, and ranges as requested.
 
-aiohttp calls a middleware for each request that it sends, those after a redirect among them.
+aiohttp calls a middleware for each request that it sends, also for those after a redirect.
 """
 
 from collections.abc import Awaitable, Callable
@@ -10,12 +10,16 @@ from urllib.parse import unquote
 
 Handler = Callable[[Any], Awaitable[Any]]
 
-# The schemes that this is for.
+# The schemes that use the middleware.
 HTTP = ("http", "https")
 
 
 class NotListed(Exception):
-    """A request was to go where no prefix allows it.  target: its URL, without its query."""
+    """A redirect leads to a URL that no prefix allows.
+
+    Args:
+        target: The URL, without its query.
+    """
 
     def __init__(self, target: str) -> None:
         super().__init__(target)
@@ -26,27 +30,46 @@ class NotListed(Exception):
 class Guard:
     """A middleware of aiohttp.
 
-    prefixes: of the URLs that requests may go to.  most: bytes of an answer to a range.
+    Attributes:
+        prefixes: Prefixes of allowed URLs.
+        max_range_bytes: The largest answer to a request for a range.
     """
 
     prefixes: tuple[str, ...]
-    most: int
+    max_range_bytes: int
 
     async def __call__(self, request: Any, handler: Handler) -> Any:
-        """As aiohttp calls it.  Errors: NotListed, ValueError."""
+        """Sends a request.
+
+        Args:
+            request: The request of aiohttp.
+            handler: Sends it.
+
+        Raises:
+            NotListed: No prefix allows the URL.
+            ValueError: The answer is larger than the requested range.
+        """
         if not any(_is_in(request.url, prefix) for prefix in self.prefixes):
             raise NotListed(f"{request.url.origin()}{request.url.raw_path}")
         answer = await handler(request)
         if "Range" in request.headers and answer.status in (200, 206):
             length = answer.headers.get("Content-Length", "")
-            if not length.isdecimal() or int(length) > self.most:
-                answer.close()  # it would be read whole, to memory
-                raise ValueError("the remote does not answer a request for a range with that range")
+            if not length.isdecimal() or int(length) > self.max_range_bytes:
+                answer.close()  # fsspec would read all of it to memory
+                raise ValueError(
+                    "the remote ignores the requested range; use a server that supports Range"
+                )
         return answer
 
 
-def options(kind: Any, prefixes: tuple[str, ...], most: int) -> dict[str, Any]:
-    """The options of fsspec's file system `kind` of HTTP: the operator's, and a guard."""
+def options(kind: Any, prefixes: tuple[str, ...], max_range_bytes: int) -> dict[str, Any]:
+    """The options of fsspec's HTTP file system: those of the operator, and a guard.
+
+    Args:
+        kind: The class of the file system.
+        prefixes: Prefixes of allowed URLs.
+        max_range_bytes: The largest answer to a request for a range.
+    """
     from fsspec.config import apply_config
 
     configured = apply_config(kind, {}).get("client_kwargs", {})
@@ -54,7 +77,7 @@ def options(kind: Any, prefixes: tuple[str, ...], most: int) -> dict[str, Any]:
     guarded = {
         "headers": headers,
         "auto_decompress": False,
-        "middlewares": (Guard(prefixes, most),),
+        "middlewares": (Guard(prefixes, max_range_bytes),),
     }
     return {"client_kwargs": {**configured, **guarded}}
 

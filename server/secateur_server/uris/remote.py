@@ -1,7 +1,7 @@
-"""What fsspec opens: s3:// and the like.
+"""URIs that fsspec opens: s3://, http:// and others.
 
-Read in ranges to a file without a name on the store's disk, which is then mapped; written as a
-multipart upload, which leaves nothing where it does not end.
+A file is fetched in ranges to an unnamed file on the store's disk, which is then mapped. It is
+written as a multipart upload, which leaves nothing behind unless it is completed.
 """
 
 import tempfile
@@ -33,16 +33,36 @@ _OF_EXTRA = ("fsspec", "s3fs")
 Bytes = bytes | memoryview
 Prefixes = Sequence[str]
 
-# What one request asks for, and how many are on their way: 32 MiB hide 50 ms at 600 MB/s.
+# Bytes of one request, and concurrent requests: 32 MiB hide a latency of 50 ms at 600 MB/s.
 RANGE_BYTES = 8 << 20
-AT_ONCE = 4
+CONCURRENT_RANGES = 4
 
-# S3 takes up to 10,000 parts of a multipart upload.
-MOST_PARTS = 9_000
+# S3 allows 10,000 parts in a multipart upload.
+MAX_PARTS = 9_000
 
 
 class RemoteFile:
-    """A file that can be read once it is fetched.  size: in bytes."""
+    """A remote file, which can be read once it is fetched.
+
+    Args:
+        context: The request.
+        field: Of the request, for errors.
+        uri: Of the file.
+        requests: Makes the requests.
+        prefixes: Prefixes of allowed URIs.
+
+    Attributes:
+        uri: As given.
+        size: Bytes.
+        data: The fetched file in mapped memory.
+
+    Raises:
+        UriNotFound: It does not exist.
+        UriFailed: It cannot be read.
+        UriNotAllowed: It redirects to a URL that no prefix allows.
+        QueueFull: Too many requests wait.
+        Cancelled: The request has been cancelled.
+    """
 
     data: memoryview
 
@@ -54,7 +74,6 @@ class RemoteFile:
         requests: Requests,
         prefixes: Prefixes,
     ) -> None:
-        """prefixes: that are allowed.  Errors: UriNotFound, UriFailed, UriNotAllowed, QueueFull."""
         self._context, self._requests = context, requests
         self._field, self.uri = field, uri
         self._system, self._path = _system(context, field, uri, requests, prefixes)
@@ -62,7 +81,16 @@ class RemoteFile:
         self.size = int(self._before["size"])
 
     def fetch(self, scratch: Scratch) -> None:
-        """Reads it to the disk.  Errors: UriNotFound, UriFailed, UriChanged, StoreFull."""
+        """Fetches the file to the disk.
+
+        Args:
+            scratch: Where to.
+
+        Raises:
+            UriNotFound, UriFailed: It cannot be read any more.
+            UriChanged: It changed while it was read.
+            StoreFull: The disk is full.
+        """
         with tempfile.TemporaryFile(dir=scratch.folder) as file:
             self._context.begin("fetch", self.size)
             with full_disk():
@@ -77,61 +105,83 @@ class RemoteFile:
     def _info(self) -> dict[str, Any]:
         try:
             self._system.invalidate_cache()
-            asked = self._requests.start(self._context, self._system, "info", self._path)
-            found: dict[str, Any] = self._requests.result(self._context, asked)
+            request = self._requests.start(self._context, self._system, "info", self._path)
+            found: dict[str, Any] = self._requests.result(self._context, request)
         except FileNotFoundError as error:
             raise _not_found(self._field, self.uri, error) from None
-        except Exception as error:  # of a library for any kind of store
+        except Exception as error:  # fsspec's libraries raise errors of many kinds
             raise _failed(self._field, self.uri, "read", error) from None
         if found.get("type") != "file":
-            raise UriFailed(self._field, f"{quote(self.uri)} is no file")
+            raise UriFailed(self._field, f"{quote(self.uri)} is not a file")
         if found.get("size") is None:
-            unknown = ValueError("the remote does not tell its size (over HTTP: no Content-Length)")
+            unknown = ValueError("the remote does not send its size (over HTTP: no Content-Length)")
             raise _failed(self._field, self.uri, "read", unknown)
         return found
 
     def _ranges(self, size: int) -> Iterator[bytes]:
-        """The file, in ranges of which some are on their way."""
-        coming: deque[tuple[int, Future[bytes]]] = deque()
+        """The file in ranges, of which CONCURRENT_RANGES are requested at once."""
+        pending: deque[tuple[int, Future[bytes]]] = deque()
         try:
             for start in range(0, size, RANGE_BYTES):
                 end = min(start + RANGE_BYTES, size)
-                asked = partial(
+                start_request = partial(
                     self._requests.start, self._context, self._system, "cat_file", self._path
                 )
-                coming.append((end - start, asked(start=start, end=end)))
-                if len(coming) == AT_ONCE:
-                    yield self._range(*coming.popleft())
-            while coming:
-                yield self._range(*coming.popleft())
+                pending.append((end - start, start_request(start=start, end=end)))
+                if len(pending) == CONCURRENT_RANGES:
+                    yield self._range(*pending.popleft())
+            while pending:
+                yield self._range(*pending.popleft())
         finally:
-            for _, request in coming:
+            for _, request in pending:
                 request.cancel()
 
-    def _range(self, length: int, coming: Future[bytes]) -> bytes:
+    def _range(self, length: int, request: Future[bytes]) -> bytes:
         try:
-            data = self._requests.result(self._context, coming)
+            data = self._requests.result(self._context, request)
         except Exception as error:
             raise _failed(self._field, self.uri, "read", error) from None
         if len(data) != length:
-            raise UriChanged(self._field, f"{quote(self.uri)} changed while it was read")
+            raise UriChanged(
+                self._field, f"{quote(self.uri)} changed while it was read; send the request again"
+            )
         return data
 
     def check_unchanged(self) -> None:
-        """Errors: UriChanged, where it was written to since it was opened."""
+        """Checks that nobody has written to the file since it was opened.
+
+        Raises:
+            UriChanged: Its size, time or ETag differs.
+        """
         now = self._info()
         for key in ("size", "ETag", "LastModified", "Last-Modified", "mtime"):
             if now.get(key) != self._before.get(key):
-                raise UriChanged(self._field, f"{quote(self.uri)} changed while it was read")
+                raise UriChanged(
+                    self._field,
+                    f"{quote(self.uri)} changed while it was read; send the request again",
+                )
 
     def close(self) -> None:
-        """Its memory stays until nobody uses it."""
+        """Does nothing: the fetched file has no name, and its memory is freed with its last use."""
 
 
 class RemoteTarget:
-    """A file that is there whole once `commit` returns, and leaves nothing before.
+    """A remote file to write, which `commit` puts in place as a whole.
 
-    Each step runs in a thread of its own, which is left when the store hangs.
+    Each step runs in a thread of its own, which is abandoned if the store hangs.
+
+    Args:
+        context: The request.
+        field: Of the request, for errors.
+        uri: Of the file.
+        size: Bytes that will be written.
+        requests: Makes the requests.
+        prefixes: Prefixes of allowed URIs.
+
+    Raises:
+        UriFailed: It cannot be written.
+        QueueFull: Too many requests wait.
+        Cancelled: The request has been cancelled.
     """
 
     def __init__(
@@ -143,14 +193,10 @@ class RemoteTarget:
         requests: Requests,
         prefixes: Prefixes,
     ) -> None:
-        """size: of what is to be written.  prefixes: that are allowed.
-
-        Errors: UriFailed, QueueFull.
-        """
         self._context, self._requests = context, requests
         self._field, self._uri = field, uri
         self._system, self._path = _system(context, field, uri, requests, prefixes)
-        self._part = max(RANGE_BYTES, -(-size // MOST_PARTS))
+        self._part = max(RANGE_BYTES, -(-size // MAX_PARTS))
         self._file: Any = None
         self._is_open = True
         self._last: Future[None] | None = None
@@ -163,34 +209,41 @@ class RemoteTarget:
     def _open(self) -> None:
         self._file = self._system.open(self._path, "wb", block_size=self._part)
 
-    def _run(self, step: Callable[[], Any], can_leave: bool = True) -> None:
-        """Errors: UriFailed, QueueFull, Stopped."""
+    def _run(self, step: Callable[[], Any], is_cancellable: bool = True) -> None:
         try:
-            self._last = self._requests.in_thread(self._context, step, can_leave)
-            self._requests.result(self._context, self._last, can_leave)
+            self._last = self._requests.in_thread(self._context, step, is_cancellable)
+            self._requests.result(self._context, self._last, is_cancellable)
         except Exception as error:
             raise _failed(self._field, self._uri, "written", error) from None
 
     def write(self, parts: Iterable[Bytes]) -> None:
-        """Writes all of it.  Errors: UriFailed, QueueFull, Stopped."""
+        """Writes the whole file.
+
+        Raises:
+            UriFailed: The store failed.
+            QueueFull: Too many requests wait.
+            Cancelled: The request has been cancelled.
+        """
         for part in parts:
             self._run(partial(self._file.write, part))
 
     def commit(self) -> None:
-        """Puts it in its place, also where the caller leaves now: other files may be in theirs.
+        """Puts the file in place, even after cancellation, since other files may be in place.
 
-        Errors: UriFailed, QueueFull.
+        Raises:
+            UriFailed: The store failed.
+            QueueFull: Too many requests wait.
         """
-        self._run(self._file.close, can_leave=False)
+        self._run(self._file.close, is_cancellable=False)
         self._is_open = False
 
     def discard(self) -> None:
-        """Leaves nothing of what was not committed."""
+        """Aborts the upload if it was not committed."""
         if not self._is_open:
             return
         if self._last is None or self._last.done():
             self._requests.finish(self._abandon)
-        else:  # the store hangs in the last step: its thread goes on with this
+        else:  # the last step still blocks its thread, which then runs this
             self._last.add_done_callback(lambda _: self._abandon())
 
     def _abandon(self) -> None:
@@ -198,11 +251,15 @@ class RemoteTarget:
             return
         with suppress(Exception):
             self._file.discard()
-        self._file.closed = True  # else it would be written when it is collected
+        self._file.closed = True  # or the garbage collector would complete the upload
 
 
 def missing(prefix: str) -> str:
-    """What has to be installed before URIs of a prefix can be opened; empty where nothing has."""
+    """The package that is missing to open URIs of a prefix, and how to install it; empty: none.
+
+    Args:
+        prefix: Of URIs, with the scheme.
+    """
     try:
         import fsspec
 
@@ -213,7 +270,7 @@ def missing(prefix: str) -> str:
 
 
 def _installer(uri: str) -> str:
-    """The command that installs what opens a URI."""
+    """The command that installs the package for a URI."""
     try:
         from fsspec.registry import known_implementations
     except ImportError:
@@ -226,10 +283,10 @@ def _installer(uri: str) -> str:
 def _system(
     context: RequestContext, field: str, uri: str, requests: Requests, prefixes: Prefixes
 ) -> tuple[Any, str]:
-    """The file system of a URI, and the path in it.  Errors: UriFailed, QueueFull, Stopped."""
+    """The file system of a URI, and the path in it."""
     try:
         return _open_system(context, uri, requests, prefixes)
-    except ImportError as error:  # of fsspec, or of what it opens this kind of URI with
+    except ImportError as error:  # of fsspec, or of its package for this scheme
         needed = ValueError(f"{error}; on the server: {_installer(uri)}")
         raise _failed(field, uri, "opened", needed) from None
     except Exception as error:
@@ -248,19 +305,19 @@ def _open_system(
         opened = fsspec.core.url_to_fs(uri, **options(kind, tuple(prefixes), RANGE_BYTES))
     elif kind.async_impl:
         opened = fsspec.core.url_to_fs(uri)
-    else:  # it may connect at once; in its cache there would be one for each thread
+    else:  # it may connect, so in a thread; fsspec caches an instance for each thread
         connect = partial(fsspec.core.url_to_fs, uri, skip_instance_cache=True)
         opened = requests.result(context, requests.in_thread(context, connect))
     return opened
 
 
 def _not_found(field: str, uri: str, error: FileNotFoundError) -> RequestError:
-    """Of HTTP, fsspec says that nothing is there whatever has gone wrong."""
+    """The error for a missing file. Over HTTP, fsspec reports every failure as a missing file."""
     cause = error.__cause__
     is_hidden = isinstance(cause, OSError | NotListed | ValueError)
     if isinstance(cause, Exception) and (is_hidden or getattr(cause, "status", 404) != 404):
         return _failed(field, uri, "read", cause)
-    return UriNotFound(field, f"there is no {quote(uri)}")
+    return UriNotFound(field, f"{quote(uri)} does not exist")
 
 
 def _failed(field: str, uri: str, what: str, error: Exception) -> RequestError:
@@ -270,7 +327,7 @@ def _failed(field: str, uri: str, what: str, error: Exception) -> RequestError:
         target = quote(error.target)
         return UriNotAllowed(
             field,
-            f"{quote(uri)} redirects to {target}, which begins with no --allow-uri of the server",
+            f"{quote(uri)} redirects to {target}, which is not under an --allow-uri of the server",
         )
     reason = " ".join(str(error).split()) or type(error).__name__
     return UriFailed(field, f"{quote(uri)} cannot be {what}: {reason}")

@@ -1,4 +1,4 @@
-"""Requests to remote stores: each ends in time, and the threads that they take are bounded."""
+"""Requests to remote stores, with a time limit each and a limited number of threads."""
 
 import asyncio
 import threading
@@ -13,101 +13,117 @@ from secateur_server.runtime.context import RequestContext
 
 Found = TypeVar("Found")
 
-# Requests at once that need a thread. A library may wait in one for longer than any call does.
-MOST_THREADS = 32
-# How soon a request notices that its caller has left.
-LOOK_SECONDS = 0.2
+# Requests that need a thread at once. A library may block a thread longer than any call lasts.
+MAX_THREADS = 32
+# The interval between checks for cancellation.
+CHECK_SECONDS = 0.2
 RETRY_SECONDS = 1.0
 
 
 class Requests:
     """Makes requests with fsspec's file systems.
 
-    A request on an event loop, as of s3:// and http://, takes no thread and is cancelled when
-    nobody waits for it any more. Any other request takes one of a bounded number of threads until
-    the library gives up. These are daemon threads: a server that ends does not wait for them.
+    A request on an event loop, as for s3:// and http://, needs no thread, and is cancelled with its
+    call. Any other request occupies one of MAX_THREADS threads until the library gives up. These
+    are daemon threads, so that a server can stop without waiting for them.
+
+    Args:
+        timeout: Seconds that a store has for each request.
     """
 
     def __init__(self, timeout: float) -> None:
-        """timeout: seconds that a store has for each request."""
         self._timeout = timeout
-        self._free = threading.Semaphore(MOST_THREADS)
+        self._free = threading.Semaphore(MAX_THREADS)
 
     def start(
         self, context: RequestContext, system: Any, name: str, *arguments: Any, **options: Any
     ) -> Future[Any]:
-        """Starts a method of a file system."""
+        """Starts a method of a file system.
+
+        Args:
+            context: The request.
+            system: A file system of fsspec.
+            name: Of the method.
+            arguments: Of the method.
+            options: Keyword arguments of the method.
+
+        Raises:
+            QueueFull: All threads wait for stores that do not answer.
+            Cancelled: The request has been cancelled.
+        """
         if system.async_impl and hasattr(system, f"_{name}"):
             coroutine = getattr(system, f"_{name}")(*arguments, **options)
             return asyncio.run_coroutine_threadsafe(coroutine, system.loop)
         return self.in_thread(context, partial(getattr(system, name), *arguments, **options))
 
     def in_thread(
-        self, context: RequestContext, function: Callable[[], Found], can_leave: bool = True
+        self, context: RequestContext, function: Callable[[], Found], is_cancellable: bool = True
     ) -> Future[Found]:
         """Starts a function in a thread.
 
         Args:
             context: The request.
             function: What to run.
-            can_leave: Whether to give up when the caller has left.
+            is_cancellable: Whether to give up if the call is cancelled.
 
         Raises:
             QueueFull: All threads wait for stores that do not answer.
-            Stopped: The caller has left.
+            Cancelled: The request has been cancelled.
         """
         end = time.monotonic() + self._timeout
-        while not self._free.acquire(timeout=min(LOOK_SECONDS, self._timeout)):
-            if can_leave:
+        while not self._free.acquire(timeout=min(CHECK_SECONDS, self._timeout)):
+            if is_cancellable:
                 context.check()
             if time.monotonic() > end:
                 raise QueueFull(
-                    "call", f"{MOST_THREADS} requests to remote stores wait already", RETRY_SECONDS
+                    "call",
+                    f"{MAX_THREADS} requests to remote stores are waiting already; retry later",
+                    RETRY_SECONDS,
                 )
         return self._run(function)
 
     def result(
-        self, context: RequestContext, coming: Future[Found], can_leave: bool = True
+        self, context: RequestContext, future: Future[Found], is_cancellable: bool = True
     ) -> Found:
-        """Waits for a request, and cancels it when nobody waits for it any more.
+        """Waits for the answer of a store, and cancels the request if its call is cancelled.
 
         Args:
-            context: The request.
-            coming: The request.
-            can_leave: Whether to give up when the caller has left.
+            context: The call.
+            future: The request to the store.
+            is_cancellable: Whether to give up if the call is cancelled.
 
         Raises:
             TimeoutError: The store has not answered.
-            Stopped: The caller has left.
+            Cancelled: The call has been cancelled.
         """
         end = time.monotonic() + self._timeout
         try:
-            while not wait([coming], timeout=min(LOOK_SECONDS, self._timeout)).done:
-                if can_leave:
+            while not wait([future], timeout=min(CHECK_SECONDS, self._timeout)).done:
+                if is_cancellable:
                     context.check()
                 if time.monotonic() > end:
                     raise TimeoutError(f"no answer for {self._timeout:g} seconds (--idle-timeout)")
         except BaseException:
-            coming.cancel()
+            future.cancel()
             raise
-        return coming.result()
+        return future.result()
 
     def finish(self, function: Callable[[], None]) -> None:
-        """Runs what has to be done even when the caller has left, and waits only so long for it."""
+        """Runs cleanup in a thread, even after cancellation, and waits for it up to the timeout."""
         if self._free.acquire(timeout=self._timeout):
             wait([self._run(function)], timeout=self._timeout)
         else:
             function()
 
     def _run(self, function: Callable[[], Found]) -> Future[Found]:
-        coming: Future[Found] = Future()
-        coming.set_running_or_notify_cancel()  # from here on nobody can cancel it
+        future: Future[Found] = Future()
+        future.set_running_or_notify_cancel()  # a running thread cannot be cancelled
 
         def call() -> None:
             try:
-                coming.set_result(function())
+                future.set_result(function())
             except BaseException as error:
-                coming.set_exception(error)
+                future.set_exception(error)
             finally:
                 self._free.release()
 
@@ -116,4 +132,4 @@ class Requests:
         except BaseException:
             self._free.release()
             raise
-        return coming
+        return future

@@ -1,4 +1,4 @@
-"""The disk for fetched files."""
+"""Disk space for fetched files."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,14 +12,14 @@ RETRY_SECONDS = 1.0
 
 
 class Scratch:
-    """A folder for fetched files, which calls hold until they end.
+    """A folder for fetched files, which exist until their calls end.
 
-    A named tenant has at most half of it, so that its fetches keep nobody out.
+    A named tenant may use at most half of it, so that it cannot block other tenants.
 
     Args:
         folder: On the store's disk.
         limit: Bytes of all fetched files at once.
-        count: Is called with the bytes that are fetched.
+        count: Called with the number of bytes that have been fetched.
     """
 
     def __init__(self, folder: Path, limit: int, count: Callable[[int], None]) -> None:
@@ -28,22 +28,28 @@ class Scratch:
 
     @property
     def held(self) -> int:
-        """Bytes of files that are here, or on their way."""
+        """Bytes of fetched files, and of files that are being fetched."""
         return self._budget.held
 
     @contextmanager
     def reserved(self, context: RequestContext, field: str, uri: str, size: int) -> Iterator[None]:
-        """Reserves `size` bytes of disk for the block, in which they are fetched and used.
+        """Reserves disk space for the block, in which files are fetched and used.
+
+        Args:
+            context: The request.
+            field: Of the request, for errors.
+            uri: Of the files, for errors.
+            size: Bytes on disk.
 
         Raises:
             StoreFull: They would never fit.
-            QueueFull: They do not fit beside those of other calls.
+            QueueFull: They do not fit beside fetched files of other calls.
         """
-        most = self._budget.most(context.tenant)
+        most = self._budget.limit_for(context.tenant)
         if size > most:
             raise StoreFull(
                 field,
-                f"{quote(uri)} takes {size} bytes of disk; this server fetches up to {most} for "
+                f"{quote(uri)} needs {size} bytes of disk; this server fetches up to {most} for "
                 "one tenant (--store-max-bytes)",
             )
         try:
@@ -51,9 +57,9 @@ class Scratch:
         except Full as full:
             raise QueueFull(
                 field,
-                f"{quote(uri)} takes {size} bytes of disk, and fetched files of other calls have "
+                f"{quote(uri)} needs {size} bytes of disk, and fetched files of other calls use "
                 f"{full.held} of {self._budget.limit} (--store-max-bytes), {full.mine.amount} of "
-                f"the {most} for this tenant",
+                f"the {most} for this tenant; retry later",
                 RETRY_SECONDS,
             ) from None
         try:

@@ -1,4 +1,4 @@
-"""Which URIs are allowed, and what each kind of them is."""
+"""The URIs that callers may name: reading models from them, and writing models to them."""
 
 import posixpath
 from collections.abc import Callable, Sequence
@@ -18,16 +18,19 @@ from secateur_server.uris.requests import Requests
 from secateur_server.uris.scratch import Scratch
 from secateur_server.wire.index import weight_map_of
 from secateur_server.wire.mapped import MappedFile
-from secateur_server.wire.writer import OutgoingFile, watched_parts
+from secateur_server.wire.writer import OutgoingFile, track_progress
 
 LOCAL = "file://"
 
 
 class Uris:
-    """What callers may name.
+    """The URIs that callers may name.
 
-    paths: folders, absolute.  prefixes: of other URIs.  scratch: the disk for fetched files.
-    requests: makes those to remote stores.
+    Args:
+        paths: Absolute folders of file:// URIs.
+        prefixes: Prefixes of other URIs.
+        scratch: Disk space for fetched files.
+        requests: Makes requests to remote stores.
     """
 
     def __init__(
@@ -37,19 +40,23 @@ class Uris:
         self._scratch, self._requests = scratch, requests
 
     def among(self, allow: Sequence[str] | None) -> "Uris":
-        """Those of them that begin with one of `allow`; all, where it is None."""
+        """Narrows the allowed URIs to those of a tenant.
+
+        Args:
+            allow: Prefixes of the tenant's URIs; None: all.
+        """
         if allow is None:
             return self
         paths = [Path(unquote(uri.removeprefix(LOCAL))) for uri in allow if uri.startswith(LOCAL)]
         others = [uri for uri in allow if not uri.startswith(LOCAL)]
         return Uris(
             _in_both(self._paths, [path for path in paths if path.is_absolute()], _is_under),
-            _in_both(self._prefixes, others, _continues),
+            _in_both(self._prefixes, others, _is_below),
             self._scratch,
             self._requests,
         )
 
-    def _begins(self, uri: str) -> bool:
+    def _is_allowed(self, uri: str) -> bool:
         return any(uri.startswith(prefix.rstrip("/") + "/") for prefix in self._prefixes)
 
     def open(
@@ -67,12 +74,12 @@ class Uris:
             field: Of the request, for errors.
             uri: Of the file or the index.
             held: Closes the files.
-            admit: Is called before the model is fetched, with its bytes, and with those of them
-                that have to be fetched; raises where that is too much.
+            admit: Called before the model is fetched, with its bytes, and with the number of them
+                that have to be fetched. Raises an error if they do not fit.
 
         Raises:
             RequestError: UriNotAllowed, UriNotFound, UriFailed, UriChanged, InvalidStateDict,
-                StoreFull, QueueFull, or what `admit` raises.
+                StoreFull, QueueFull, or an error of `admit`.
         """
         model = [self._open(context, field, uri, held)]
         index = []
@@ -107,7 +114,7 @@ class Uris:
         files: Sequence[LocalFile | RemoteFile],
         held: ExitStack,
     ) -> list[MappedFile]:
-        """Fetches those files that are not local.  uri: of the whole, for errors."""
+        """Fetches the remote ones of `files`. `uri` is that of the model, for errors."""
         remote = [file for file in files if isinstance(file, RemoteFile)]
         size = sum(blocks_of(file.size) for file in remote)
         held.enter_context(self._scratch.reserved(context, field, uri, size))
@@ -119,13 +126,21 @@ class Uris:
         ]
 
     def check(self, field: str, uri: str) -> None:
-        """Errors: UriNotAllowed."""
+        """Refuses a URI that the operator has not allowed. LocalFile checks file:// URIs itself.
+
+        Args:
+            field: Of the request, for errors.
+            uri: To check.
+
+        Raises:
+            UriNotAllowed: No prefix allows it.
+        """
         if uri.startswith(LOCAL):
-            return  # paths are checked where they are opened
+            return
         is_plain = "://" in uri and "::" not in uri and not {"..", "."} & set(uri.split("/"))
         is_plain = is_plain and unquote(uri) == uri and not {"?", "#", "\\"} & set(uri)
-        if not is_plain or not self._begins(uri):
-            raise UriNotAllowed(field, f"{quote(uri)} begins with no --allow-uri of the server")
+        if not is_plain or not self._is_allowed(uri):
+            raise UriNotAllowed(field, f"{quote(uri)} is not under an --allow-uri of the server")
 
     def write(
         self,
@@ -135,16 +150,24 @@ class Uris:
         files: Sequence[OutgoingFile],
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        """Writes files to a URI: all of them are there whole, or none is.
+        """Writes files to a URI: all of them, or none.
 
-        check: is called once they are written, and raises where they are not to be there.
-        Errors: UriNotAllowed, UriNotFound, UriFailed, InvalidRequest, Stopped.
+        Args:
+            context: The request.
+            field: Of the request, for errors.
+            uri: Of the file, or of the index, which is the last of `files`.
+            files: To write.
+            check: Called before the files are put in place. Raises an error to discard them.
+
+        Raises:
+            RequestError: UriNotAllowed, UriNotFound, UriFailed, InvalidRequest, QueueFull,
+                Cancelled, or an error of `check`.
         """
         if files[-1].filename.endswith(SUFFIX) != uri.endswith(SUFFIX):
             raise InvalidRequest(
                 field,
-                f"{quote(uri)}: shards are written beside an index, which ends in {SUFFIX}, "
-                "and one file is not",
+                f"{quote(uri)} must end in {SUFFIX} if the model has shards, and must not if it is "
+                "one file",
             )
         # The index comes last, under the name that the caller gave it.
         places = [*(_beside(field, uri, file.filename) for file in files[:-1]), uri]
@@ -155,9 +178,9 @@ class Uris:
                 targets.callback(target.discard)
                 opened.append(target)
             for target, file in zip(opened, files, strict=True):
-                target.write(watched_parts(context, file.parts()))
+                target.write(track_progress(context, file.parts()))
             check()
-            context.check()  # it was written to disk meanwhile, which took its time
+            context.check()  # writing and syncing took time
             for target in opened:
                 target.commit()
 
@@ -176,22 +199,22 @@ Place = TypeVar("Place", Path, str)
 def _in_both(
     ours: Sequence[Place], theirs: Sequence[Place], is_in: Callable[[Place, Place], bool]
 ) -> list[Place]:
-    """Places that are in one of `ours` and in one of `theirs`."""
+    """The intersection of two lists of folders or prefixes."""
     narrower = [place for place in theirs if any(is_in(place, our) for our in ours)]
     return narrower + [our for our in ours if any(is_in(our, place) for place in theirs)]
 
 
 def _is_under(path: Path, root: Path) -> bool:
-    """Where they lead to: a link, or `..`, may lead out."""
+    """Whether a path is under a root, after links and `..` are resolved."""
     return path.resolve().is_relative_to(root.resolve())
 
 
-def _continues(uri: str, prefix: str) -> bool:
+def _is_below(uri: str, prefix: str) -> bool:
     return f"{uri.rstrip('/')}/".startswith(f"{prefix.rstrip('/')}/")
 
 
 def _closing(file: LocalFile | RemoteFile) -> Callable[[Any, Any, Any], None]:
-    """What ends the use of a file: of one that changed, no other error is worth telling."""
+    """A context's exit that closes a file. If the file has changed, that replaces other errors."""
 
     def close(kind: Any, error: BaseException | None, at: Any) -> None:
         try:
@@ -209,8 +232,10 @@ def _name(uri: str) -> str:
 
 
 def _beside(field: str, uri: str, filename: str) -> str:
-    """The URI of a shard, which must lie beside its index.  Errors: UriNotAllowed."""
+    """The URI of a shard. Raises UriNotAllowed if it is not beside its index."""
     if "/" in filename or filename in ("", ".", ".."):
-        raise UriNotAllowed(field, f"the index names {quote(filename)}, which is not beside it")
+        raise UriNotAllowed(
+            field, f"the index names {quote(filename)}, which is not in the same folder"
+        )
     name = urlquote(filename) if uri.startswith(LOCAL) else filename
     return f"{uri.rpartition('/')[0]}/{name}"

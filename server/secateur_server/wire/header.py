@@ -1,4 +1,4 @@
-"""The head of a safetensors file, and everything that can be wrong with it."""
+"""Parses the header of a safetensors file, and checks everything in it."""
 
 import json
 import math
@@ -18,23 +18,23 @@ MAX_HEADER_BYTES = 100_000_000
 
 # The length in 8 bytes, and {}.
 MIN_FILE_BYTES = 10
-# Bytes of memory for a byte of a header while it is read, and for all that a request makes of a
-# tensor beside its values.
+# Bytes of memory for each byte of a header while it is parsed, and for the objects that a request
+# creates for each tensor.
 MEMORY_PER_BYTE, MEMORY_PER_TENSOR = 9, 7000
 
 _METADATA = "__metadata__"
 _ADVICE = "the server reads only safetensors files, also from URIs"
-# Each is an object or two, whatever its length.
-_MOST_METADATA = 100_000
+# Each entry takes memory for one or two objects, whatever its length.
+_MAX_METADATA = 100_000
 
-# An entry as safetensors itself writes it, with no escape in its name, and the comma behind it.
+# An entry as safetensors itself writes it, without escapes in its name, and the comma behind it.
 _SIZE = r"(?:0|[1-9]\d{0,17})"
 _USUAL = re.compile(
     r'"(?!__metadata__")([^"\\\x00-\x1f]*)":\{"dtype":"(\w{1,16})",'
     rf'"shape":\[((?:{_SIZE}(?:,{_SIZE}){{0,63}})?)\],"data_offsets":\[({_SIZE}),({_SIZE})\]\}},',
     re.ASCII,
 )
-# Of these one in so many checks whether the request is to end.
+# The request is checked for cancellation once for so many entries.
 _CHECKED = 256
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell a lone one, which UTF-8 cannot
@@ -42,14 +42,19 @@ _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell a lone one, which U
 
 @dataclass(frozen=True)
 class Header:
-    """What a file announces: its tensors in the header's order, and the caller's own texts."""
+    """A parsed header.
+
+    Attributes:
+        entries: The tensors, in the header's order.
+        metadata: The caller's own strings, `__metadata__`.
+    """
 
     entries: "list[Entry]"
     metadata: dict[str, str]
 
 
 class Entry(NamedTuple):
-    """A tensor that the header announces; its data is at [begin, end) behind the header."""
+    """A tensor in the header. Its data is at [begin, end), counted from the end of the header."""
 
     name: str
     dtype: str
@@ -59,12 +64,17 @@ class Entry(NamedTuple):
 
 
 def header_length(context: RequestContext, prefix: bytes, file_bytes: int) -> int:
-    """The length of the JSON text, from the first 8 bytes of a file of `file_bytes` bytes.
+    """The length of the header's JSON text.
+
+    Args:
+        context: The request.
+        prefix: The first 8 bytes of the file.
+        file_bytes: The size of the file.
 
     Raises:
-        MalformedFile: It cannot be the length of that file's header.
-        RequestTooLarge: The tensors that it names take more memory than there is for it.
-        QueueFull: As much, beside other requests.
+        MalformedFile: The length does not fit the file.
+        RequestTooLarge: Parsing the header would take more memory than its limit.
+        QueueFull: Parsing the header would take more memory than other requests leave.
     """
     length = int.from_bytes(prefix, "little")
     limit = min(MAX_HEADER_BYTES, file_bytes - 8)
@@ -84,25 +94,31 @@ def _not_safetensors(prefix: bytes, length: int, file_bytes: int) -> str:
     if length > MAX_HEADER_BYTES:
         return (
             f"is not a safetensors file: it begins with {quote(prefix)}, so the header's length is "
-            f"{length}, and at most {MAX_HEADER_BYTES} is read; {_ADVICE}"
+            f"{length}, more than the limit of {MAX_HEADER_BYTES}; {_ADVICE}"
         )
     return (
         f"is not a safetensors file, or is truncated: the header's length is {length}; "
-        f"in {file_bytes} bytes it is from 2 to {file_bytes - 8}"
+        f"in a file of {file_bytes} bytes it must be from 2 to {file_bytes - 8}"
     )
 
 
 def _is_torch(prefix: bytes) -> bool:
-    """A zip archive, or a pickle of protocol 2 to 5, which torch wrote before 1.6."""
+    """Whether a file begins as a zip or a pickle of protocol 2 to 5, which torch.save writes."""
     return prefix.startswith(b"PK\3\4") or (prefix[:1] == b"\x80" and prefix[1:2] in b"\2\3\4\5")
 
 
 def parse_header(context: RequestContext, text: bytes, data_bytes: int) -> Header:
-    """What the header `text` of a file announces.
+    """Parses the header of a file.
 
-    data_bytes: what is left of the file behind the header.
-    Errors: MalformedFile, unless the tensors cover the data from 0 to its end without gap or
-    overlap, each with a known dtype, and as many bytes as its shape has.
+    Args:
+        context: The request.
+        text: The JSON text.
+        data_bytes: The bytes of the file behind the header.
+
+    Raises:
+        MalformedFile: The text is not a header; or the tensors do not cover the data without gaps
+            and overlaps, each with a known dtype and the bytes of its shape.
+        RequestTooLarge, QueueFull: The tensors would take too much memory.
     """
     if not text.startswith(b"{"):
         raise MalformedFile(
@@ -140,7 +156,7 @@ def _field(name: str) -> str:
 
 
 def _tables(context: RequestContext, reader: Text) -> tuple[list[Entry], dict[str, str]]:
-    """Errors: MalformedFile, ValueError, RecursionError."""
+    """Entries and metadata. Raises MalformedFile, ValueError and RecursionError."""
     entries: dict[str, Entry] = {}
     metadata: dict[str, str] | None = None
 
@@ -159,8 +175,8 @@ def _tables(context: RequestContext, reader: Text) -> tuple[list[Entry], dict[st
 
 
 def _take_usual(context: RequestContext, reader: Text, entries: dict[str, Entry]) -> None:
-    """Takes entries that are spelled as usual: in a quarter of the time of any others."""
-    kinds: dict[tuple[str, str], Entry] = {}  # the first one of each dtype and shape
+    """Parses entries that are spelled as safetensors writes them, four times as fast as others."""
+    kinds: dict[tuple[str, str], Entry] = {}  # the first entry of each dtype and shape
     for number, found in enumerate(reader.take_all(_USUAL)):
         if number % _CHECKED == 0:
             context.check()
@@ -178,7 +194,7 @@ def _take_usual(context: RequestContext, reader: Text, entries: dict[str, Entry]
 
 
 def _metadata(reader: Text) -> dict[str, str]:
-    """Errors: MalformedFile, ValueError, RecursionError."""
+    """The metadata. Raises MalformedFile, ValueError and RecursionError."""
     if reader.next() != "{":
         raise MalformedFile(_field(_METADATA), f"{quote(reader.value())} is not a map")
     metadata: dict[str, str] = {}
@@ -186,12 +202,12 @@ def _metadata(reader: Text) -> dict[str, str]:
         value = reader.string() if reader.next() == '"' else reader.value()
         if not isinstance(value, str) or not (_is_text(key) and _is_text(value)):
             field = f"{_field(_METADATA)}[{quote(key)}]"
-            raise MalformedFile(field, f"{quote(value)} is no text")
+            raise MalformedFile(field, f"{quote(value)} is not a string")
         if key in metadata:
             raise _twice(key)
         metadata[key] = value
-        if len(metadata) > _MOST_METADATA:
-            raise MalformedFile(_field(_METADATA), f"has more than {_MOST_METADATA} texts")
+        if len(metadata) > _MAX_METADATA:
+            raise MalformedFile(_field(_METADATA), f"has more than {_MAX_METADATA} entries")
     return metadata
 
 
@@ -211,13 +227,13 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_distinct)
 
 
 def _twice(name: str) -> MalformedFile:
-    return MalformedFile(_field(name), "the name stands twice in the header")
+    return MalformedFile(_field(name), "the name occurs twice in the header")
 
 
 def _entry(context: RequestContext, name: str, fields: Any) -> Entry:
-    context.check()  # of hundreds of thousands the header alone takes seconds
+    context.check()  # a header of hundreds of thousands of tensors takes seconds
     if not _is_text(name):
-        raise MalformedFile(_field(name), "the name is no text")
+        raise MalformedFile(_field(name), "the name is not valid Unicode")
     if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
         raise MalformedFile(
             _field(name), f"needs dtype, shape and data_offsets, has {quote(fields)}"
@@ -228,7 +244,7 @@ def _entry(context: RequestContext, name: str, fields: Any) -> Entry:
     if not _sizes(shape):
         raise MalformedFile(_field(name), f"shape {quote(shape)} is not a list of sizes")
     if math.prod(max(1, size) for size in shape) >= 1 << 62:
-        raise MalformedFile(_field(name), f"shape {quote(shape)} is larger than any tensor's")
+        raise MalformedFile(_field(name), f"shape {quote(shape)} has 2^62 elements or more")
     if math.prod(shape) * DTYPES[dtype].bits % 8:
         raise MalformedFile(_field(name), f"shape {quote(shape)} of {dtype} ends within a byte")
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
@@ -244,7 +260,7 @@ def _entry(context: RequestContext, name: str, fields: Any) -> Entry:
 
 
 def _sizes(values: Any) -> bool:
-    """Whether `values` are integers in [0, 2^63), as many as a tensor has dimensions."""
+    """Whether `values` are up to 64 integers in [0, 2^63)."""
     if not isinstance(values, list) or len(values) > 64:
         return False
     for value in values:  # noqa: SIM110 (several times as fast as all())

@@ -1,4 +1,4 @@
-"""The index of a model in shards, and whether its files are as it says."""
+"""The index of a sharded model, and the check that its files match it."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -14,8 +14,10 @@ from secateur_server.wire.writer import Outgoing
 class Index:
     """An index.
 
-    tied: names of tensors that are stored under another name, and the file of that one.
-    rest: what else the index says.
+    Attributes:
+        filename: Of the index.
+        tied: Names of tensors that are stored under another name, with the file of that one.
+        rest: The keys of the index beside its weight_map.
     """
 
     filename: str
@@ -23,7 +25,11 @@ class Index:
     rest: Mapping[str, Any]
 
     def rewritten(self, written: Mapping[str, Mapping[str, Outgoing]]) -> bytes:
-        """The index of a model that has become other tensors.  written: by file and by name."""
+        """The text of an index for other tensors in the same files.
+
+        Args:
+            written: The new tensors, by file and by name.
+        """
         weight_map = {name: file for file, tensors in written.items() for name in tensors}
         weight_map |= {name: file for name, file in self.tied.items() if file in written}
         all_written = (tensor for tensors in written.values() for tensor in tensors.values())
@@ -32,17 +38,35 @@ class Index:
 
 
 def check_length(filename: str, length: int) -> None:
-    """To be called before an index is read: the whole of it is taken to memory.
+    """Refuses an index that is too long to be read into memory.
 
-    Errors: InvalidStateDict.
+    Args:
+        filename: Of the index, for errors.
+        length: Bytes.
+
+    Raises:
+        InvalidStateDict: It is longer than MAX_HEADER_BYTES.
     """
     if length > MAX_HEADER_BYTES:
         field = f"data[{quote(filename)}]"
-        raise InvalidStateDict(field, f"{length} bytes are too many for an index")
+        raise InvalidStateDict(
+            field, f"an index of {length} bytes is larger than the limit of {MAX_HEADER_BYTES}"
+        )
 
 
 def weight_map_of(filename: str, data: memoryview) -> tuple[dict[str, str], dict[str, Any]]:
-    """The weight_map of an index, and the rest of it.  Errors: InvalidStateDict."""
+    """Parses an index.
+
+    Args:
+        filename: Of the index, for errors.
+        data: Its bytes.
+
+    Returns:
+        The weight_map, and the other keys.
+
+    Raises:
+        InvalidStateDict: It is not an index, or too long.
+    """
     check_length(filename, len(data))
     try:
         return parse_index(bytes(data))
@@ -56,19 +80,27 @@ def read_index(
     shards: Mapping[str, Collection[str]],
     tied: Mapping[str, str],
 ) -> Index:
-    """The index of files that are here.
+    """Parses an index, and checks that it matches its files.
 
-    shards: from each file to the tensors in it.  tied: names that the files' metadata has for a
-    tensor that is stored under another, as safetensors.torch.save_model leaves them.
-    Errors: InvalidStateDict, where index and files differ.
+    Args:
+        filename: Of the index.
+        data: Its bytes.
+        shards: The names of the tensors in each file.
+        tied: Names in the files' metadata of tensors that are stored under another name, as
+            safetensors.torch.save_model writes them.
+
+    Raises:
+        InvalidStateDict: The index and the files differ.
     """
     weight_map, rest = weight_map_of(filename, data)
     field = f"data[{quote(filename)}]"
     for name, file in weight_map.items():
         if file not in shards:
-            raise InvalidStateDict(field, f"{quote(name)} is in {quote(file)}, which is not here")
+            raise InvalidStateDict(field, f"{quote(name)} is in {quote(file)}, which was not sent")
         if name not in shards[file] and name not in tied:
-            raise InvalidStateDict(field, f"{quote(name)} is not in {quote(file)}, as it says")
+            raise InvalidStateDict(
+                field, f"{quote(name)} is not in {quote(file)}, as the index says"
+            )
     unnamed = shards.keys() - weight_map.values()
     if unnamed:
         raise InvalidStateDict(field, f"does not name the file {quote(min(unnamed))}")

@@ -1,4 +1,4 @@
-"""Reads a safetensors file that lies in mapped memory: its tensors stay where they are."""
+"""Reads a safetensors file in mapped memory, without copying its tensors."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
@@ -6,11 +6,18 @@ from dataclasses import dataclass
 
 import torch
 
-from secateur_server.backends import passes_of, room_to_work
+from secateur_server.backends import allocate, backend_for
 from secateur_server.backends.dtypes import TORCH_DTYPES
 from secateur_server.backends.keys import BITS
-from secateur_server.backends.looks import SPACING, Look, Sample, Seen, sample_places, seen_of
-from secateur_server.backends.passes import BYTES_OF_FEW
+from secateur_server.backends.pieces import BYTES_OF_FEW
+from secateur_server.backends.scan import (
+    SPACING,
+    PartScan,
+    Sample,
+    Scan,
+    joined_scan,
+    sample_places,
+)
 from secateur_server.errors import MalformedFile, quote
 from secateur_server.runtime.context import RequestContext
 from secateur_server.wire.header import (
@@ -22,18 +29,20 @@ from secateur_server.wire.header import (
 )
 from secateur_server.wire.tensors import WireTensor, wire_tensor
 
-# What is read at once; an element of an aligned tensor is in one block.
+# Bytes that are read at once. An element of an aligned tensor is in one block.
 BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
 class MappedFile:
-    """A file.
+    """A file in mapped memory.
 
-    filename: without a folder.  data: all of it, in mapped memory.
-    check: raises where a block of BLOCK bytes, by its number, is not what it should be.
-    check_unchanged: raises where the file is not what it was when it was opened; to be called when
-    the data has been used.
+    Attributes:
+        filename: Without a folder.
+        data: The whole file.
+        check: Raises an error if a block of BLOCK bytes, by its number, is damaged.
+        check_unchanged: Raises an error if the file has changed since it was opened. It is called
+            after the data has been used.
     """
 
     filename: str
@@ -43,12 +52,20 @@ class MappedFile:
 
     @property
     def blocks(self) -> int:
-        """How many blocks it has."""
+        """The number of blocks."""
         return -(-len(self.data) // BLOCK)
 
 
 def map_header(context: RequestContext, file: MappedFile) -> tuple[Header, int]:
-    """The head of a file, and where the data behind it begins.  Errors: MalformedFile."""
+    """Parses the header of a file.
+
+    Returns:
+        The header, and the offset of the data behind it.
+
+    Raises:
+        MalformedFile: The file is not a safetensors file.
+        RequestTooLarge, QueueFull: The header would take too much memory.
+    """
     try:
         return _map_header(context, file)
     except MalformedFile as error:
@@ -72,18 +89,24 @@ def _map_header(context: RequestContext, file: MappedFile) -> tuple[Header, int]
 def map_tensors(
     context: RequestContext, file: MappedFile, entries: Iterable[Entry], base: int
 ) -> dict[str, WireTensor]:
-    """The tensors of `entries`, on the file's own memory: a GPU's may be less than the file.
+    """The tensors of `entries`, in the file's own memory. They are never copied to a GPU.
 
-    base: where the data begins.  One pass over their blocks checks them, and takes a first look.
-    Of a file that is larger than the call's memory to work in it takes a sample as well: it is
-    read from disk each time.
+    One scan over their blocks checks them, and finds the extremes of their values. If the file is
+    larger than the request's work memory, so that later scans read it from disk again, this scan
+    also takes a sample of the values.
+
+    Args:
+        context: The request.
+        file: The file.
+        entries: Of the header: which tensors.
+        base: The offset of the data in the file.
     """
     spans = _Spans([entry for entry in entries if entry.end > entry.begin], base)
-    passes = passes_of(torch.device("cpu"))
+    backend = backend_for(torch.device("cpu"))
     data = torch.frombuffer(file.data, dtype=torch.uint8)
     work_memory = context.work_memory
 
-    def scan(block: int) -> list[tuple[str, Look]]:
+    def scan(block: int) -> list[tuple[str, PartScan]]:
         file.check(block)
         begin, end = block * BLOCK, min((block + 1) * BLOCK, len(data))
         found = []
@@ -91,36 +114,36 @@ def map_tensors(
             part = data[first:last].view(dtype)
             spacing = _spacing(len(data), work_memory, dtype)
             sample = _sample(part, end_of_part, spacing) if spacing else None
-            found.append((name, Look(end_of_part, *passes.extremes(part), sample)))
+            found.append((name, PartScan(end_of_part, *backend.extremes(part), sample)))
         context.advance(end - begin)
         return found
 
-    looks: dict[str, list[Look]] = {}
-    for of_block in passes.map(context, scan, spans.blocks()):
-        for name, look in of_block:
-            looks.setdefault(name, []).append(look)
+    scans: dict[str, list[PartScan]] = {}
+    for of_block in backend.map(context, scan, spans.blocks()):
+        for name, part in of_block:
+            scans.setdefault(name, []).append(part)
     return {
-        entry.name: _tensor(context, entry, data, base, seen_of(looks.get(entry.name, [])))
+        entry.name: _tensor(context, entry, data, base, joined_scan(scans.get(entry.name, [])))
         for entry in entries
     }
 
 
 def _spacing(size: int, work_memory: int | None, dtype: torch.dtype) -> int | None:
-    """How far the elements of a sample are apart; None where none is taken."""
+    """The distance between the elements of a sample; None: no sample is taken."""
     if work_memory is None or size <= work_memory:
         return None
-    # The same for all but fp8, as if there were 2 bytes to an element: more are fewer elements.
+    # The spacing for elements of 2 bytes, also for wider dtypes; twice that for fp8.
     return max(SPACING, size * BYTES_OF_FEW // work_memory // min(dtype.itemsize, 2))
 
 
 def _sample(part: torch.Tensor, end: int, spacing: int) -> Sample:
-    """Some elements of the part of a tensor that ends at `end`."""
+    """A sample of the part of a tensor that ends at element `end`."""
     places = sample_places(len(part), spacing, part.device)
     return Sample(places + (end - len(part)), part[places])
 
 
 class _Spans:
-    """Where tensors lie in a file."""
+    """The positions of tensors in a file."""
 
     def __init__(self, entries: list[Entry], base: int) -> None:
         self._entries = sorted(entries, key=lambda entry: entry.begin)
@@ -128,16 +151,17 @@ class _Spans:
         self._base = base
 
     def blocks(self) -> list[int]:
-        """The blocks that have a part of any tensor."""
+        """The blocks that contain a part of a tensor."""
         found: set[int] = set()
         for begin, entry in zip(self._begins, self._entries, strict=True):
             found.update(range(begin // BLOCK, -(-(self._base + entry.end) // BLOCK)))
         return sorted(found)
 
     def within(self, begin: int, end: int) -> Iterable[tuple[str, torch.dtype, int, int, int]]:
-        """The floating tensors in [begin, end).
+        """The parts of floating tensors in the bytes [begin, end) of the file.
 
-        Yields: name, dtype, the bytes of the part, and the element of the tensor where it ends.
+        Yields:
+            Name, dtype, the first and last byte of the part, and the element where it ends.
         """
         index = max(0, bisect_right(self._begins, begin) - 1)
         while index < len(self._entries) and self._begins[index] < end:
@@ -151,11 +175,11 @@ class _Spans:
 
 
 def _tensor(
-    context: RequestContext, entry: Entry, data: torch.Tensor, base: int, seen: Seen | None
+    context: RequestContext, entry: Entry, data: torch.Tensor, base: int, scan: Scan | None
 ) -> WireTensor:
     part = data[base + entry.begin : base + entry.end]
     dtype = TORCH_DTYPES.get(entry.dtype)
     if dtype is not None and (base + entry.begin) % dtype.itemsize:
-        # torch has no tensor whose elements are not aligned.
-        part = room_to_work(context, len(part), passes_of(part.device)).copy_(part)
-    return wire_tensor(entry.dtype, entry.shape, part, seen)
+        # torch does not support unaligned elements.
+        part = allocate(context, len(part), backend_for(part.device)).copy_(part)
+    return wire_tensor(entry.dtype, entry.shape, part, scan)

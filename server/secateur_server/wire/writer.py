@@ -1,4 +1,4 @@
-"""Writes tensors as safetensors files, piece by piece."""
+"""Writes tensors as safetensors files, one part at a time."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,8 +18,11 @@ Bytes = bytes | memoryview
 class Outgoing:
     """A tensor to write.
 
-    parts: gives its values in their order, flat; called once for the digest and once to send, so
-        that what a result adds to the model is in memory one part at a time.
+    Attributes:
+        dtype: As safetensors spells it.
+        shape: Of the tensor.
+        parts: Returns its values in order, as flat parts. It is called once for the digest and once
+            to send, so that only one part of a computed result is in memory at a time.
     """
 
     dtype: str
@@ -31,8 +34,12 @@ class Outgoing:
 class OutgoingFile:
     """A file to write.
 
-    blake3: hexadecimal.  parts: gives its bytes.  seek: gives those from an offset on, where that
-    takes less than to make all.
+    Attributes:
+        filename: Without a folder.
+        size: Bytes.
+        blake3: Hexadecimal.
+        parts: Returns its bytes.
+        seek: Returns its bytes from an offset on; None: they must be made from the beginning.
     """
 
     filename: str
@@ -42,14 +49,14 @@ class OutgoingFile:
     seek: Callable[[int], Iterable[Bytes]] | None = None
 
     def parts_from(self, context: RequestContext, offset: int) -> Iterable[Bytes]:
-        """Its bytes from `offset` on."""
+        """The bytes of the file from `offset` on."""
         if offset and self.seek:
             return self.seek(offset)
         return _without_begin(context, self.parts(), offset)
 
 
 def _without_begin(context: RequestContext, parts: Iterable[Bytes], offset: int) -> Iterator[Bytes]:
-    for part in watched_parts(context, parts) if offset else parts:
+    for part in track_progress(context, parts) if offset else parts:
         skipped = min(offset, len(part))
         offset -= skipped
         yield memoryview(part)[skipped:]
@@ -61,9 +68,15 @@ def state_dict_file(
     tensors: Mapping[str, Outgoing],
     metadata: Mapping[str, str],
 ) -> OutgoingFile:
-    """A safetensors file of `tensors`, in their order.
+    """A safetensors file of tensors.
 
-    The parts of a large one are made twice: here, for the digest, and to be sent.
+    The parts of a large file are made twice: here for the digest, and again to be sent.
+
+    Args:
+        context: The request.
+        filename: Without a folder.
+        tensors: By name, in the order of the file.
+        metadata: The file's `__metadata__`.
     """
     header, size = state_dict_head(tensors, metadata)
 
@@ -77,13 +90,19 @@ def state_dict_file(
 def flat_file(
     context: RequestContext, filename: str, tensors: Mapping[str, torch.Tensor]
 ) -> OutgoingFile:
-    """A safetensors file of tensors of bytes, 1-D."""
+    """A safetensors file of 1-D uint8 tensors.
+
+    Args:
+        context: The request.
+        filename: Without a folder.
+        tensors: By name, in the order of the file.
+    """
     described = ((name, "U8", (tensor.numel(),)) for name, tensor in tensors.items())
     return _file(context, filename, *file_head(described), lambda: _joined(tensors.values()))
 
 
 def _joined(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The same bytes; small tensors on the CPU that follow each other are one part."""
+    """The same bytes, with adjacent small tensors on the CPU joined to one part."""
     small: list[torch.Tensor] = []
     size = 0
     for tensor in tensors:
@@ -111,13 +130,13 @@ def _file(
         for part in data():
             yield from _on_host(part.view(torch.uint8))
 
-    if size <= CHUNK_BYTES:  # of what is small the parts are made once
+    if size <= CHUNK_BYTES:  # the parts of a small file are made once
         return bytes_file(context, filename, b"".join(parts()))
     return OutgoingFile(filename, size, _digest(context, parts()), parts)
 
 
 def _on_host(data: torch.Tensor) -> Iterator[memoryview]:
-    """Bytes from any device, of which no more than a part is held here."""
+    """Copies bytes of any device to the host, one part at a time."""
     if data.device.type == "cpu":
         yield data.numpy().data
     else:
@@ -127,20 +146,26 @@ def _on_host(data: torch.Tensor) -> Iterator[memoryview]:
 def state_dict_head(
     tensors: Mapping[str, Outgoing], metadata: Mapping[str, str]
 ) -> tuple[bytes, int]:
-    """The head of a file of `tensors`, and the length of the whole file."""
+    """The header of a file of `tensors`, and the size of the whole file."""
     described = ((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items())
     return file_head(described, metadata)
 
 
 def bytes_file(context: RequestContext, filename: str, data: bytes) -> OutgoingFile:
-    """A file of bytes."""
+    """A file of `data`."""
     return OutgoingFile(filename, len(data), _digest(context, [data]), lambda: [data])
 
 
 def chunks(
     context: RequestContext, files: Iterable[OutgoingFile], offset: int = 0
 ) -> Iterator[Bytes]:
-    """The files, one behind another, in chunks of CHUNK_BYTES.  offset: where to begin."""
+    """Concatenates files, in chunks of CHUNK_BYTES.
+
+    Args:
+        context: The request.
+        files: In order.
+        offset: The first byte of the concatenation to send.
+    """
     return cut(chain.from_iterable(_files_from(context, files, offset)))
 
 
@@ -153,8 +178,12 @@ def _files_from(
         offset = max(0, offset - file.size)
 
 
-def watched_parts(context: RequestContext, parts: Iterable[Bytes]) -> Iterator[Bytes]:
-    """The same bytes, in parts of which each takes well under a second.  Errors: Stopped."""
+def track_progress(context: RequestContext, parts: Iterable[Bytes]) -> Iterator[Bytes]:
+    """Yields the same bytes in parts that each take well under a second, and counts the progress.
+
+    Raises:
+        Cancelled: The request has been cancelled.
+    """
     for part in parts:
         view = memoryview(part)
         for begin in range(0, len(view), _PART_BYTES):
@@ -168,6 +197,6 @@ _JOINED_BYTES = 1 << 16
 
 def _digest(context: RequestContext, parts: Iterable[Bytes]) -> str:
     digest = blake3()
-    for part in watched_parts(context, parts):
+    for part in track_progress(context, parts):
         digest.update(part)
     return digest.hexdigest()

@@ -7,7 +7,7 @@ from secateur_proto.checkpoint_pb2 import File
 from secateur_proto.checkpoints_pb2 import UploadFile
 from secateur_server.errors import InvalidRequest, quote
 from secateur_server.storage.records import StoredFile
-from secateur_server.storage.uploads import MOST_FILES
+from secateur_server.storage.uploads import MAX_FILES
 
 _DIGEST = re.compile("[0-9a-f]{64}")
 _TOKEN = re.compile("[0-9a-f]{32}")
@@ -17,7 +17,7 @@ def decode_files(files: Sequence[UploadFile]) -> list[tuple[StoredFile, int]]:
     """The files of an upload, and from where on each comes.  Errors: InvalidRequest."""
     if not files:
         raise InvalidRequest("header.files", "at least one file is needed, or a uri")
-    check_count("header.files", len(files), MOST_FILES)
+    check_count("header.files", len(files), MAX_FILES)
     decoded, names = [], set()
     for index, message in enumerate(files):
         field = f"header.files[{index}]"

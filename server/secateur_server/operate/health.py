@@ -1,16 +1,20 @@
-"""grpc.health.v1: whether the server takes requests, and whether it lives."""
+"""grpc.health.v1: readiness and liveness."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from grpc_health.v1 import health, health_pb2
 
-# Serves until the process ends; the other names are about taking requests.
+# SERVING until the process ends. The other names show whether the server accepts requests.
 LIVENESS = "liveness"
 
 
 class Health(health.HealthServicer):  # type: ignore[misc]  # it has no types
-    """Readiness under "" and the services' names, liveness under its own."""
+    """Readiness under "" and the names of the services, liveness under LIVENESS.
+
+    Args:
+        services: Names of the services.
+    """
 
     def __init__(self, services: Iterable[str]) -> None:
         super().__init__()
@@ -20,11 +24,11 @@ class Health(health.HealthServicer):  # type: ignore[misc]  # it has no types
         self.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
 
     def serve(self) -> None:
-        """Requests are taken."""
+        """Reports that the server accepts requests."""
         self._set(health_pb2.HealthCheckResponse.SERVING)
 
     def drain(self) -> None:
-        """Takes no more requests. Who watches is told so and let go, not to hold up the end."""
+        """Reports that the server accepts no more requests, and ends all watches after that."""
         self._is_draining = True
         self._set(health_pb2.HealthCheckResponse.NOT_SERVING)
         self.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
@@ -36,9 +40,15 @@ class Health(health.HealthServicer):  # type: ignore[misc]  # it has no types
     def Watch(  # noqa: N802 (the rpc's name)
         self, request: Any, context: Any, send_response_callback: Any = None
     ) -> Iterator[Any]:
-        """As health.HealthServicer.Watch, until who watches knows that the server drains.
+        """Streams the status, and ends once the watcher has been told that the server drains.
 
-        The drain may come between two answers: who has only seen SERVING is not let go yet.
+        The drain may begin between two answers, so a watcher that has only seen SERVING waits for
+        the next one.
+
+        Args:
+            request: Names a service.
+            context: The call.
+            send_response_callback: As in the base class.
         """
         for response in super().Watch(request, context, send_response_callback):
             yield response

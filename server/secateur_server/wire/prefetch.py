@@ -1,4 +1,4 @@
-"""Receives in a thread of its own, while what came before is worked on."""
+"""Receives messages in another thread while earlier ones are processed."""
 
 import math
 import threading
@@ -14,61 +14,75 @@ from secateur_server.errors import IdleTimeout
 
 Item = TypeVar("Item")
 
-# How many items wait at most: they are memory.
+# The largest number of items received ahead, since they take memory.
 DEPTH = 2
-# How soon a request that waits for an item sees that it has been cancelled.
+# The interval between checks for cancellation while no item arrives.
 CHECK_SECONDS = 0.2
 
 
-class Pace:
-    """The least throughput of a sender, over the time that the server waits for it.
+class MinThroughput:
+    """The lowest throughput allowed of a sender, over the time that the server waits for it.
 
     Args:
-        least: Bytes a second.
-        grace: Seconds that the sender may be behind. It is never ahead: bytes that came fast do
-            not excuse silence later.
+        limit: Bytes a second.
+        grace: Seconds that the sender may fall behind. It never gains a lead: bytes that arrived
+            fast do not excuse later silence.
     """
 
-    def __init__(self, least: int, grace: float) -> None:
-        self._least, self._grace, self._left = least, grace, grace
+    def __init__(self, limit: int, grace: float) -> None:
+        self._limit, self._grace, self._left = limit, grace, grace
 
     def count(self, waited: float, size: int) -> None:
-        """Counts a message of `size` bytes that the server waited for.
+        """Counts a message.
+
+        Args:
+            waited: Seconds that the server waited for it.
+            size: Bytes.
 
         Raises:
             IdleTimeout: The sender is too slow.
         """
-        self._left = min(self._grace, self._left - waited + size / self._least)
+        self._left = min(self._grace, self._left - waited + size / self._limit)
         if self._left < 0:
             raise IdleTimeout(
                 "call",
-                f"the data comes more slowly than {self._least} bytes a second "
-                f"(--min-throughput), for more than {self._grace:g} seconds",
+                f"the data has arrived at less than {self._limit} bytes a second "
+                f"(--min-throughput) for more than {self._grace:g} seconds",
             )
 
 
-def ahead(
+def prefetch(
     items: Iterable[Item],
     receivers: Executor,
     timeout: float | None = None,
     count: Callable[[float, Item], None] = lambda waited, item: None,
     check: Callable[[], None] = lambda: None,
 ) -> Generator[Item, None, None]:
-    """The same items; from the second one on, up to DEPTH are there before they are asked for.
+    """Yields the same items, and receives up to DEPTH of them ahead.
 
-    Of who has asked for no second one there is no more: it may have to wait for its turn.
-    receivers: has a thread for it.  timeout: seconds to wait for each item.
-    count: is called with the seconds that each item was waited for, and the item.
-    check: is called now and then while no item comes, and may raise.
-    What raises in the iteration of `items` raises here, in its turn.  Errors: IdleTimeout.
+    Receiving ahead begins when the second item is asked for: before that the request may have to
+    wait in a queue, and must not hold more memory there.
+
+    Args:
+        items: The source, which may block. Its errors are raised here, in their order.
+        receivers: Has a thread that iterates over `items`.
+        timeout: Seconds to wait for each item; None: no limit.
+        count: Called with the seconds that the server waited for each item, and the item.
+        check: Called every CHECK_SECONDS while no item arrives. May raise an error.
+
+    Yields:
+        The items.
+
+    Raises:
+        IdleTimeout: No item has arrived within `timeout`.
     """
     source = iter(items)
     waiting: SimpleQueue[tuple[Item] | Exception | None] = SimpleQueue()
     asked = threading.Semaphore(DEPTH)
-    is_left = threading.Event()
+    is_closed = threading.Event()
 
     def receive_one() -> bool:
-        """Returns whether another item may come."""
+        """Returns whether another item may follow."""
         try:
             for item in source:
                 waiting.put((item,))
@@ -81,10 +95,10 @@ def ahead(
     def receive_rest() -> None:
         while receive_one():
             asked.acquire()
-            if is_left.is_set():
+            if is_closed.is_set():
                 return
 
-    # Most requests are one item: its thread is free again when it has come.
+    # Most requests are one item. Its thread is free again when the item has arrived.
     receivers.submit(receive_one)
     go_on: Callable[[], object] = partial(receivers.submit, receive_rest)
     try:
@@ -96,7 +110,7 @@ def ahead(
             go_on = asked.release
             begun = time.monotonic()
     finally:
-        is_left.set()
+        is_closed.set()
         asked.release()
 
 
@@ -110,7 +124,7 @@ def _next(
         try:
             raise item
         finally:
-            del item  # else it and this frame keep each other, and the caller's model with them
+            del item  # or the error and this frame form a cycle that keeps the model alive
     return item
 
 
@@ -119,10 +133,10 @@ def _wait(
     timeout: float | None,
     check: Callable[[], None],
 ) -> tuple[Item] | Exception | None:
-    """The next entry of the queue.  Errors: IdleTimeout, and those of `check`."""
+    """The next entry of the queue. Raises IdleTimeout, and the errors of `check`."""
     end = math.inf if timeout is None else time.monotonic() + timeout
     while (remaining := end - time.monotonic()) > 0:
         with suppress(Empty):
             return waiting.get(timeout=min(CHECK_SECONDS, remaining))
         check()
-    raise IdleTimeout("call", f"no message has come for {timeout:g} seconds")
+    raise IdleTimeout("call", f"no message has arrived for {timeout:g} seconds (--idle-timeout)")

@@ -1,4 +1,4 @@
-"""Callers who do not take their answers."""
+"""Cancels calls whose callers do not take their answers."""
 
 import threading
 import time
@@ -10,31 +10,34 @@ import grpc
 from secateur_server.errors import IdleTimeout
 from secateur_server.runtime.context import RequestContext
 
-# How often it is looked at who waits.
-LOOK_SECONDS = 1.0
+# The interval between checks of the waiting calls.
+CHECK_SECONDS = 1.0
 
 
-class Readers:
-    """Cuts off calls whose message is not taken in `timeout` seconds.
+class SendTimeout:
+    """Cancels calls whose caller does not take a message in time.
 
-    grpc waits for a slow reader without an end, inside of its own code.
+    gRPC itself waits for a slow reader without a limit.
+
+    Args:
+        timeout: Seconds that a caller has for each message.
     """
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
         self._waiting: dict[RequestContext, tuple[float, grpc.ServicerContext]] = {}
         self._is_closed = threading.Event()
-        self._looking = threading.Thread(target=self._look, name="idle", daemon=True)
-        self._looking.start()
+        self._checking = threading.Thread(target=self._check, name="idle", daemon=True)
+        self._checking.start()
 
     def close(self) -> None:
-        """No calls come any more."""
+        """Stops the thread."""
         self._is_closed.set()
-        self._looking.join()
+        self._checking.join()
 
     @contextmanager
-    def taking(self, context: RequestContext, call: grpc.ServicerContext) -> Iterator[None]:
-        """The caller has to take a message in the block."""
+    def sending(self, context: RequestContext, call: grpc.ServicerContext) -> Iterator[None]:
+        """Cancels the call if the block, in which gRPC sends a message, takes too long."""
         self._waiting[context] = time.monotonic(), call
         try:
             with context.stage("send"):
@@ -42,15 +45,15 @@ class Readers:
         finally:
             del self._waiting[context]
 
-    def until_ended(
+    def sending_answer(
         self, context: RequestContext, call: grpc.ServicerContext, then: Callable[[], object]
     ) -> None:
-        """The caller has to take the one answer, which gRPC sends when the handler has returned.
+        """Cancels the call if its one answer, sent after the handler returns, takes too long.
 
         Args:
             context: The request.
             call: Its call.
-            then: Is called when the call has ended, in gRPC's serving thread.
+            then: Called in gRPC's serving thread when the call has ended.
         """
         self._waiting[context] = time.monotonic(), call
 
@@ -61,8 +64,8 @@ class Readers:
         if not call.add_callback(ended):
             ended()
 
-    def _look(self) -> None:
-        while not self._is_closed.wait(min(LOOK_SECONDS, self._timeout / 2)):
+    def _check(self) -> None:
+        while not self._is_closed.wait(min(CHECK_SECONDS, self._timeout / 2)):
             now = time.monotonic()
             for context, (since, call) in list(self._waiting.items()):
                 if now - since > self._timeout:

@@ -1,8 +1,8 @@
-"""The address that Prometheus scrapes.
+"""The HTTP server of /metrics, which Prometheus scrapes.
 
-One thread serves all connections. At most MOST_CONNECTIONS are open: a further one takes the place
-of the oldest, once that one has had GRACE_SECONDS to send its request. So strangers' connections
-take neither threads nor files from gRPC, and a burst of them does not cut off a scraper.
+One thread serves all connections. At most MAX_CONNECTIONS are open: a new one replaces the oldest,
+once that one has had GRACE_SECONDS to send its request. So connections of strangers take neither
+threads nor file descriptors from gRPC, and a burst of them does not cut off a scraper.
 """
 
 import asyncio
@@ -22,14 +22,14 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 
 log = logging.getLogger(__name__)
 
-# Of a scraper that sends or takes nothing.
+# Seconds after which a scraper that sends or takes nothing is cut off.
 TIMEOUT_SECONDS = 10.0
-# How long to wait for a file descriptor when the process has none left for a new connection.
+# Seconds to wait when the process has no free file descriptor for a new connection.
 RETRY_SECONDS = 1.0
 
-MOST_CONNECTIONS = 32
+MAX_CONNECTIONS = 32
 GRACE_SECONDS = 0.5
-MOST_HEAD_BYTES = 16 << 10
+MAX_HEAD_BYTES = 16 << 10
 
 _BAD_REQUEST = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n"
 _FAILED = b"HTTP/1.1 500 Internal Server Error\r\nConnection: close\r\n\r\n"
@@ -37,14 +37,18 @@ _FAILED = b"HTTP/1.1 500 Internal Server Error\r\nConnection: close\r\n\r\n"
 App = Callable[[Any, Any], Iterable[bytes]]
 
 
-class Scrapes:
+class MetricsServer:
     """Serves /metrics from a thread of its own.
 
     Args:
         host: An address or a name of this machine.
-        port: 0 takes a free one.
-        registry: What is shown.
-        token: A file with the bearer token that scrapers must send, read each time; None asks none.
+        port: 0: a free port.
+        registry: The metrics.
+        token: A file with the bearer token that scrapers must send, which is read for each scrape;
+            None: no token is needed.
+
+    Attributes:
+        port: The port in use.
 
     Raises:
         OSError: The address cannot be used.
@@ -56,7 +60,7 @@ class Scrapes:
         self._app = _only_metrics(make_wsgi_app(registry), token)
         self._listening = _listen(host, port)
         self.port: int = self._listening.getsockname()[1]
-        # With the time of the event loop at which each was accepted, the oldest first.
+        # Each with the time of the event loop at which it was accepted, the oldest first.
         self._connections: dict[asyncio.Task[None], float] = {}
         self._loop = asyncio.new_event_loop()
         self._accepting = self._loop.create_task(self._accept())
@@ -64,7 +68,7 @@ class Scrapes:
         self._thread.start()
 
     def close(self) -> None:
-        """Ends all connections, and frees the address."""
+        """Closes all connections and the port."""
         self._loop.call_soon_threadsafe(self._accepting.cancel)
         self._thread.join()
 
@@ -79,18 +83,18 @@ class Scrapes:
         while True:
             try:
                 connection, _ = await self._loop.sock_accept(self._listening)
-            except OSError:  # no file descriptor left, or the peer has already gone
+            except OSError:  # no free file descriptor, or the peer has disconnected
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
             connection.setblocking(False)
             task = self._loop.create_task(self._serve(connection))
             self._connections[task] = self._loop.time()
             task.add_done_callback(lambda ended: self._connections.pop(ended, None))
-            while len(self._connections) >= MOST_CONNECTIONS:
-                await self._make_place()
-            await asyncio.sleep(0)  # others have their turn, however many connections arrive
+            while len(self._connections) >= MAX_CONNECTIONS:
+                await self._wait_for_place()
+            await asyncio.sleep(0)  # lets other connections run, however many arrive
 
-    async def _make_place(self) -> None:
+    async def _wait_for_place(self) -> None:
         """Waits until a connection ends. Ends the oldest one when its grace is over."""
         left = next(iter(self._connections.values())) + GRACE_SECONDS - self._loop.time()
         if left <= 0:
@@ -98,7 +102,7 @@ class Scrapes:
         else:
             first = asyncio.FIRST_COMPLETED
             await asyncio.wait(self._connections, timeout=left, return_when=first)
-            await asyncio.sleep(0)  # the callbacks of what has ended run
+            await asyncio.sleep(0)  # lets the callbacks of ended connections run
 
     async def _end_oldest(self) -> None:
         oldest = next(iter(self._connections))
@@ -112,19 +116,19 @@ class Scrapes:
                 head = await self._head(connection)
                 await self._loop.sock_sendall(connection, self._answer(head))
                 connection.shutdown(socket.SHUT_WR)
-                # To close before the peer has would reset the connection if data still arrives.
-                while await self._loop.sock_recv(connection, MOST_HEAD_BYTES):
+                # Closing before the peer does would reset the connection if more data arrives.
+                while await self._loop.sock_recv(connection, MAX_HEAD_BYTES):
                     pass
 
     async def _head(self, connection: socket.socket) -> bytes:
-        """The request line and the headers, or as much of them as there may be."""
+        """The request line and the headers, up to MAX_HEAD_BYTES."""
         head = b""
-        while b"\r\n\r\n" not in head and len(head) < MOST_HEAD_BYTES:
-            data = await self._loop.sock_recv(connection, MOST_HEAD_BYTES)
+        while b"\r\n\r\n" not in head and len(head) < MAX_HEAD_BYTES:
+            data = await self._loop.sock_recv(connection, MAX_HEAD_BYTES)
             if not data:
                 break
             head += data
-            if not head[:1].isalpha():  # a TLS client, which would wait for an answer in TLS
+            if not head[:1].isalpha():  # a TLS client, which waits for an answer in TLS
                 break
         return head
 
@@ -192,7 +196,7 @@ def _only_metrics(metrics: App, token: Path | None) -> App:
 def _is_known(authorization: str, token: Path) -> bool:
     try:
         wanted = token.read_bytes().strip()
-    except OSError:  # a scraper that is let in by a lost file would be a hole
+    except OSError:  # without the file, nobody is let in
         return False
     scheme, _, given = authorization.partition(" ")
     sent = given.strip().encode("latin-1")  # as WSGI has the bytes of headers

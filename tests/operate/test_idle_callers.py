@@ -1,4 +1,4 @@
-"""Who sends nothing, or takes nothing, is cut off; who is merely slow, or waits, is not."""
+"""Callers that send or take nothing are cut off; slow and waiting ones are not."""
 
 import logging
 import math
@@ -102,16 +102,16 @@ def silent(channel: grpc.Channel, method: str, messages: Iterable[Any], **option
 def check_idle(found: Failure | None) -> None:
     assert found is not None, "the call succeeded"
     assert (found.code.name, found.reason) == ("DEADLINE_EXCEEDED", "IDLE_TIMEOUT"), found
-    assert f"no message has come for {IDLE:g} seconds" in found.message
+    assert f"no message has arrived for {IDLE:g} seconds" in found.message
 
 
-def test_seconds_of_the_option_are_those_of_the_world() -> None:
+def test_idle_timeout_is_in_real_seconds() -> None:
     server = start_server("--idle-timeout", "0.3")
     with grpc.insecure_channel(server.address) as channel:
         found = silent(channel, GET, [])
         assert found is not None
         assert found.reason == "IDLE_TIMEOUT"
-        assert "no message has come for 0.3 seconds" in found.message
+        assert "no message has arrived for 0.3 seconds" in found.message
     stop_server(server)
 
 
@@ -153,7 +153,7 @@ SLOW: dict[str, tuple[str, Callable[[], list[Any]], dict[str, Any]]] = {
 }
 
 
-def test_a_sender_that_stops_anywhere_is_cut_off_and_holds_nothing(
+def test_sender_that_stops_is_cut_off_and_holds_nothing(
     impatient: App, clock: Clock, line: grpc.Channel
 ) -> None:
     before = rejected(impatient)
@@ -190,13 +190,13 @@ def received(server: App) -> float:
     return series(server, "secateur_received_bytes_total")
 
 
-def test_a_call_of_one_message_needs_no_end_behind_it(line: grpc.Channel) -> None:
+def test_call_of_one_message_needs_no_half_close(line: grpc.Channel) -> None:
     found = silent(line, GET, [checkpoints_pb2.GetRequest(name="checkpoints/none")])
     assert found is not None
     assert found.code == grpc.StatusCode.NOT_FOUND
 
 
-def test_a_phone_line_of_64_kib_a_second_is_served(
+def test_sender_of_64_kib_a_second_is_served(
     impatient: App, clock: Clock, line: grpc.Channel
 ) -> None:
     begun, before = clock.now, received(impatient)
@@ -218,7 +218,7 @@ LARGE = safetensors.torch.save({"w": torch.randn(16 << 20)})
 
 
 @pytest.mark.parametrize("begin", [0, 4, 1000, len(LARGE) // 8])
-def test_a_sender_that_trickles_is_cut_off_and_holds_nothing(
+def test_too_slow_sender_is_cut_off_and_holds_nothing(
     impatient: App, clock: Clock, line: grpc.Channel, begin: int
 ) -> None:
     """Wherever it is in its model, and however fast the beginning came."""
@@ -248,7 +248,7 @@ def test_a_sender_that_trickles_is_cut_off_and_holds_nothing(
     assert "--min-throughput" in found.message
 
 
-def test_who_waits_for_room_is_not_cut_off(
+def test_caller_that_waits_for_memory_is_not_cut_off(
     impatient: App, clock: Clock, line: grpc.Channel
 ) -> None:
     """One caller holds all the room, slow but steady, while others wait for it."""
@@ -280,7 +280,7 @@ def test_who_waits_for_room_is_not_cut_off(
             assert answer.result().report.zeros == 1 << 19
 
 
-def test_what_is_worked_on_for_longer_is_not_cut_off(
+def test_long_work_is_not_cut_off(
     clock: Clock, line: grpc.Channel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun = clock.now
@@ -302,7 +302,7 @@ def dense(line: grpc.Channel) -> Any:
     return PrunerStub(line).Prune(iter(requests), timeout=PATIENCE)
 
 
-def test_a_reader_that_takes_nothing_is_cut_off_and_holds_nothing(
+def test_reader_that_takes_nothing_is_cut_off_and_holds_nothing(
     impatient: App, clock: Clock, line: grpc.Channel
 ) -> None:
     def ended() -> tuple[float, float]:
@@ -344,7 +344,7 @@ def test_a_reader_that_is_slow_but_steady_is_served(
     assert clock.now - begun > 2 * IDLE
 
 
-def test_a_reader_of_progress_that_takes_nothing_is_served_or_cut_off(
+def test_reader_that_takes_no_progress_is_served_or_cut_off(
     impatient: App, line: grpc.Channel
 ) -> None:
     """Messages of progress are small: they wait in gRPC's buffers, and stop nobody."""

@@ -1,4 +1,4 @@
-"""Fields that a newer client knows and this server does not."""
+"""Refuses requests with fields of a newer client that this server does not know."""
 
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -11,22 +11,22 @@ from secateur_proto import pruner_pb2
 from secateur_server.errors import UnknownField
 
 _PACKAGE = pruner_pb2.DESCRIPTOR.package
-# The search for the field at fault is bounded in messages, and in bytes of unknown fields: protobuf
-# lists 1.5 million of these a second, and lets no other thread run meanwhile. Beyond the bounds the
-# error names the outermost message. So it does for a long message, which would be decoded again: a
-# map, whose entries now come in the order of their hashes, takes seconds then.
-_MOST_SEARCHED, _MOST_UNKNOWN_BYTES, _MOST_BYTES = 10_000, 64 << 10, 1 << 20
+# The search for the unknown field is limited in messages, and in bytes of unknown fields: protobuf
+# lists 1.5 million of them a second, and holds the GIL meanwhile. Beyond these limits the error
+# names the outermost message. Messages above _MAX_BYTES are not searched, since they would be
+# decoded again: that takes seconds for a map, whose entries are then in the order of their hashes.
+_MAX_SEARCHED, _MAX_UNKNOWN_BYTES, _MAX_BYTES = 10_000, 64 << 10, 1 << 20
 
 
 def check_known(message: Message, has_other_fields: bool) -> None:
     """Refuses a request with a field that this server does not know.
 
-    It may be a choice of the caller, which must not be ignored. Messages of other packages, such as
-    those of health checks, are not checked.
+    The field may be a choice of the caller, which must not be ignored. Messages of other packages,
+    such as health checks, are not checked.
 
     Args:
         message: The request.
-        has_other_fields: Whether it may have others than `header` and `data`.
+        has_other_fields: Whether it may have fields beside `header` and `data`.
 
     Raises:
         UnknownField: It names the message that has the field.
@@ -35,24 +35,24 @@ def check_known(message: Message, has_other_fields: bool) -> None:
         return
     if has_other_fields or "header" not in message.DESCRIPTOR.fields_by_name:
         _check_parts(message, "")
-    else:
-        # Only the header: copies of the data, which has no fields, would take time.
+    elif message.HasField("header"):  # discarding fields of an unset header would set it
+        # Only the header, since copying the data, which has no fields, would take time.
         _check_parts(message.header, "header")  # type: ignore[attr-defined]
 
 
 def _check_parts(message: Message, path: str) -> None:
-    """Compares sizes, since protobuf discards unknown fields much faster than it lists them."""
+    """Compares sizes: protobuf discards unknown fields much faster than it lists them."""
     before = message.SerializeToString()
     message.DiscardUnknownFields()
     if unknown := len(before) - message.ByteSize():
-        if unknown > _MOST_UNKNOWN_BYTES or len(before) > _MOST_BYTES:
+        if unknown > _MAX_UNKNOWN_BYTES or len(before) > _MAX_BYTES:
             raise _error(message, path, "a field")
         raise _found(type(message).FromString(before), path)
 
 
 def _found(message: Message, path: str) -> UnknownField:
     """The error for a message with unknown fields, in it or in its parts."""
-    for at, part in islice(_parts(message, path), _MOST_SEARCHED):
+    for at, part in islice(_parts(message, path), _MAX_SEARCHED):
         if len(fields := UnknownFieldSet(part)):
             return _error(part, at, f"field {fields[0].field_number}")
     return _error(message, path, "a field")
