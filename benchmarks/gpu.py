@@ -25,7 +25,7 @@ from common import (
     timed,
 )
 from secateur_server import backends
-from secateur_server.backends.cuda import Cuda
+from secateur_server.backends.torch_backend import TorchBackend
 from secateur_server.cut.prune import prune
 from secateur_server.granularity.element import Element
 from secateur_server.importance.magnitude import Magnitude
@@ -88,7 +88,7 @@ def _sides(millions: int) -> dict[str, Any]:
     found = {
         "parameters": sum(weight.numel() for weight in model.values()),
         "gpu": torch.cuda.get_device_name(),
-        "passes are": type(backends.passes_of(torch.device("cuda"))).__name__,
+        "passes are": type(backends.backend_for(torch.device("cuda"))).__name__,
         "bound": PASSES * size / _bandwidth(),
         "secateur": _measured(lambda: _prune(model)),
         "torch": _measured(lambda: prune_by_torch(model)[1], rounds=3),
@@ -98,7 +98,7 @@ def _sides(millions: int) -> dict[str, Any]:
         kept = ours[name].mask
         assert kept is not None
         assert torch.equal(mask != 0, kept.whole(RequestContext(), mask.shape)), name
-    backends._kind_of = cache(lambda device: Cuda)
+    backends._kind_of = cache(lambda device: TorchBackend)
     return found | {"operations": _measured(lambda: _prune(model))}
 
 

@@ -19,7 +19,7 @@ import public
 import secateur
 from bounds import raw_upload
 from common import AMOUNT, Model, Server, in_fresh_process, make_model, running_server, timed
-from secateur_server.backends.cpu import one_thread
+from secateur_server.backends.cores import one_thread
 from secateur_server.cut.prune import prune
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.decode import decode_spec

@@ -1,8 +1,10 @@
 """A real server, in a process of its own on a free port, for all tests of a run."""
 
+import gc
 import logging
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -26,6 +28,10 @@ import secateur
 from secateur_server.app import App
 from secateur_server.config import read_config
 from tests.forked import ForkedProcess
+
+# By default Python looks for cycles after each 700 objects: a quarter of the time that the
+# collection of thousands of tests takes.
+gc.set_threshold(10_000)
 
 # The GPU's kernels run here too: interpreted, where no GPU can compile them. Triton reads this when
 # it is imported, which some modules of torch do.
@@ -79,6 +85,27 @@ def start_command(*options: str) -> RunningServer:
         command = [sys.executable, "-m", "secateur_server", *SERVER_OPTIONS, *options]
         process = subprocess.Popen(command, stderr=stderr)
     return started(process, log)
+
+
+def run_server(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A forked server that is expected to end by itself, and what it wrote to stderr."""
+    log = new_log()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        process = ForkedProcess([*options], log)
+    return subprocess.CompletedProcess(options, process.wait(), stderr=log.read_text())
+
+
+def run_command(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command secateur-server, expected to end by itself, and all that it wrote."""
+    return subprocess.run(
+        [sys.executable, "-m", "secateur_server", *options],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env={**os.environ, **environment},
+    )
 
 
 def new_log() -> Path:
@@ -158,9 +185,21 @@ def caught(begin: Callable[[], Begun], is_there: Callable[[], bool]) -> Begun:
     raise AssertionError("20 calls ended, and it was never there")
 
 
+@contextmanager
+def half_of_the_files() -> Iterator[None]:
+    """Processes that start in the block may open half of the files that the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard // 2, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[RunningServer]:
-    running = start_command("--max-model-bytes", "1GiB")
+    with half_of_the_files():
+        running = start_command("--max-model-bytes", "1GiB")
     yield running
     logged = stop_server(running)
     assert "Traceback" not in logged, logged  # no request may find a defect

@@ -5,14 +5,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 import secateur
-from examples import accuracy
-from examples.demo import LeNet, read_digits, train
 from tests.conftest import asset
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "iterative.py"
@@ -39,6 +38,14 @@ def test_ten_rounds_by_handle_are_those_of_ten_uploads(weights: str, options: li
 
 
 @pytest.fixture
+def accuracy() -> ModuleType:
+    """The module, imported late: it imports scikit-learn, which takes a second."""
+    from examples import accuracy
+
+    return accuracy
+
+
+@pytest.fixture
 def one_thread() -> Iterator[None]:
     """More would wait for each other, and long where other tests take a core."""
     before = torch.get_num_threads()
@@ -49,12 +56,12 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_network_that_lost_its_accuracy_finds_it_again_by_both_ways(
-    monkeypatch: pytest.MonkeyPatch,
+    accuracy: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(accuracy, "ROUNDS", 3)
     torch.manual_seed(2)  # others end closer to the bounds below
-    digits, model = read_digits(), LeNet()
-    train(model, digits, epochs=2)
+    digits, model = accuracy.read_digits(), accuracy.LeNet()
+    accuracy.train(model, digits, epochs=2)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     with secateur.embedded(device="cpu") as client:
         calls = recorded(client, monkeypatch)
@@ -74,7 +81,7 @@ def recorded(client: secateur.Client, monkeypatch: pytest.MonkeyPatch) -> list[t
     calls: list[tuple[bool, int]] = []
     prune = client.prune
 
-    def recording(module: LeNet, *arguments: Any, **options: Any) -> secateur.PruneResult:
+    def recording(module: torch.nn.Module, *arguments: Any, **options: Any) -> secateur.PruneResult:
         was_pruned = secateur.is_pruned(module)
         result = prune(module, *arguments, **options)
         calls.append((was_pruned, result.report.zeros))
@@ -84,8 +91,8 @@ def recorded(client: secateur.Client, monkeypatch: pytest.MonkeyPatch) -> list[t
     return calls
 
 
-def test_what_accuracy_prunes_and_the_table_that_it_prints() -> None:
-    weights = LeNet().state_dict()
+def test_what_accuracy_prunes_and_the_table_that_it_prints(accuracy: ModuleType) -> None:
+    weights = accuracy.LeNet().state_dict()
     rows = {}
     with secateur.embedded(device="cpu") as client:
         for name, spec in accuracy.METHODS.items():
@@ -103,8 +110,8 @@ def test_what_accuracy_prunes_and_the_table_that_it_prints() -> None:
     assert lines.count("|  | one-shot, then trained | 50.0 | 50.0 | 50.0 | 50.0 |") == 6
 
 
-def test_the_mean_of_seeds_is_taken_level_by_level() -> None:
-    def outcome(sparsity: float, value: float) -> accuracy.Outcome:
+def test_the_mean_of_seeds_is_taken_level_by_level(accuracy: ModuleType) -> None:
+    def outcome(sparsity: float, value: float) -> Any:
         return accuracy.Outcome(sparsity, value, value, value)
 
     seeds = [[outcome(0.5, 0.25), outcome(0.75, 1.0)], [outcome(0.5, 0.75), outcome(0.75, 0.0)]]

@@ -14,8 +14,8 @@ from grpc_reflection.v1alpha import reflection
 
 from secateur_server.api.checkpoints import Checkpoints, add_checkpoints
 from secateur_server.api.pruner import Pruner, add_pruner
-from secateur_server.backends import passes_of
-from secateur_server.backends.cpu import one_thread, start_threads
+from secateur_server.backends import backend_for
+from secateur_server.backends.cores import one_thread, start_threads
 from secateur_server.backends.threads import Pool
 from secateur_server.config import Config
 from secateur_server.operate.health import Health
@@ -89,7 +89,7 @@ class App:
     def _start(self, opened: ExitStack) -> None:
         """Starts all parts. `opened` closes them in reverse order, after the server has stopped."""
         config = self._config
-        passes_of(config.device)  # compiles the kernels of a GPU now, not in the first call
+        backend_for(config.device)  # compiles the kernels of a GPU now, not in the first call
         start_threads()
         self._metrics = metrics = Metrics(config.device)
         store = open_store(config, metrics)

@@ -11,11 +11,11 @@ from pathlib import Path
 import grpc
 import torch
 
-from secateur_server.backends import kernels, passes_of
+from secateur_server.backends import backend_for, kernels
 from secateur_server.backends.cgroups import cpu_limits
-from secateur_server.backends.cpu import CORES
-from secateur_server.backends.cuda import Cuda
+from secateur_server.backends.cores import CORES
 from secateur_server.backends.memory import least_limit, machine_memory, memory_of, total_memory
+from secateur_server.backends.torch_backend import TorchBackend
 from secateur_server.config import Config, is_public, unknown_variables
 from secateur_server.operate.metrics import Metrics
 from secateur_server.startup import (
@@ -90,18 +90,18 @@ def _protected(config: Config, metrics: Metrics) -> str:
 def _device(config: Config) -> Iterator[str]:
     device = config.device
     try:
-        passes = passes_of(device)
-        passes.room(1 << 20)
+        backend = backend_for(device)
+        backend.allocate(1 << 20)
         _, free = memory_of(device)
     except RuntimeError as error:
         raise CannotStart(f"{device} does not work: {error}") from None
     if device.type == "cuda":
-        is_compiled = type(passes) is not Cuda
+        is_compiled = type(backend) is not TorchBackend
         how = "compiled by Triton" if is_compiled else "without Triton, which would be faster"
         name = torch.cuda.get_device_name(device)
         yield f"prunes on {device}, {name}, {how}, {_size(free)} free"
         return
-    how = "compiled by numba" if kernels.enabled else "without numba, which would be faster"
+    how = "compiled by numba" if kernels.enabled else "not compiled (NUMBA_DISABLE_JIT)"
     yield f"prunes on cpu, threads: {CORES}, {how}, {_size(free)} free"
 
 

@@ -13,7 +13,7 @@ from secateur_proto import spec_pb2
 from secateur_proto.framing import file_header
 from secateur_proto.plan_pb2 import Amount
 from secateur_server.api.pruner import Pruner
-from secateur_server.backends.cpu import one_thread
+from secateur_server.backends.cores import one_thread
 from secateur_server.operate.metrics import Metrics
 from secateur_server.runtime.context import RequestContext
 from secateur_server.runtime.scheduler import Scheduler

@@ -7,7 +7,7 @@ writes the file anew, and its commit says which cases changed and why:
 
 `golden.json` maps each family to its cases, and each case to digests of what comes of it:
 golden_digests.py says of what. No figure is rounded. Norms, sums of squares and LAMP scores are
-added up in an order that depends on the request alone (see norms.py and passes.py in backends):
+added up in an order that depends on the request alone (see norms.py and pieces.py in backends):
 they are the same with and without numba, and with any number of threads.
 """
 

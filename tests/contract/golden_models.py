@@ -17,7 +17,7 @@ from torch import Tensor
 
 Tensors = dict[str, Tensor]
 
-# Above these sizes the server takes other paths (see select.py, batches.py and passes.py).
+# Above these sizes the server takes other paths (see select.py, batches.py and torch_backend.py).
 ABOVE_SMALL = (256, 300)
 ABOVE_FEW = (300, 700)
 ABOVE_PIECE = (1030, 1031)

@@ -115,26 +115,28 @@ def in_shape(value: str) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "text",
+    "make",
     [
-        pytest.param(in_shape("[]"), id="lists"),
-        pytest.param(in_shape("{}"), id="maps"),
-        pytest.param(in_shape("1e9"), id="numbers"),
-        pytest.param(b'{"w":' + b"[" * (12 * MIB), id="deep lists"),
-        pytest.param(b'{"w":' * (2 * MIB), id="deep maps"),
+        pytest.param(lambda: in_shape("[]"), id="lists"),
+        pytest.param(lambda: in_shape("{}"), id="maps"),
+        pytest.param(lambda: in_shape("1e9"), id="numbers"),
+        pytest.param(lambda: b'{"w":' + b"[" * (12 * MIB), id="deep lists"),
+        pytest.param(lambda: b'{"w":' * (2 * MIB), id="deep maps"),
         pytest.param(
-            b"{" + b",".join(b'"%x":0' % n for n in range(MIB)) + b"}", id="entries of nothing"
+            lambda: b"{" + b",".join(b'"%x":0' % n for n in range(MIB)) + b"}",
+            id="entries of nothing",
         ),
         pytest.param(
-            b'{"__metadata__":{' + b",".join(b'"%x":""' % n for n in range(MIB)) + b"}}",
+            lambda: b'{"__metadata__":{' + b",".join(b'"%x":""' % n for n in range(MIB)) + b"}}",
             id="texts",
         ),
     ],
 )
 def test_a_header_that_would_be_many_objects_is_refused_before_they_are_made(
-    channel: grpc.Channel, grown: Measured, text: bytes
+    channel: grpc.Channel, grown: Measured, make: Callable[[], bytes]
 ) -> None:
     """As a whole json made 27 times its size of it, in seconds in which no call was served."""
+    text = make()
 
     def call() -> None:
         found = send_chunks(channel, "Report", file(text))
@@ -318,19 +320,19 @@ def test_the_files_that_an_index_names_are_looked_for_among_those_that_came(
 
 
 @pytest.mark.parametrize(
-    "more",
+    "make_more",
     [
-        pytest.param("[" + ",".join(["[]"] * (4 * MIB)) + "]", id="lists"),
-        pytest.param("[" + ",".join(["1e9"] * (3 * MIB)) + "]", id="numbers"),
-        pytest.param(",".join(["0", *(f'"{n:x}":0' for n in range(MIB))]), id="keys"),
-        pytest.param("[" * 900 + "]" * 900, id="deep"),
+        pytest.param(lambda: "[" + ",".join(["[]"] * (4 * MIB)) + "]", id="lists"),
+        pytest.param(lambda: "[" + ",".join(["1e9"] * (3 * MIB)) + "]", id="numbers"),
+        pytest.param(lambda: ",".join(["0", *(f'"{n:x}":0' for n in range(MIB))]), id="keys"),
+        pytest.param(lambda: "[" * 900 + "]" * 900, id="deep"),
     ],
 )
 def test_an_index_that_would_be_many_objects_is_refused_before_they_are_made(
-    channel: grpc.Channel, grown: Measured, more: str
+    channel: grpc.Channel, grown: Measured, make_more: Callable[[], str]
 ) -> None:
     data = file({"w": entry("F32", [1], 0, 4)}, ONE)
-    index = f'{{"weight_map":{{"w":"a.safetensors"}},"more":{more}}}'.encode()
+    index = f'{{"weight_map":{{"w":"a.safetensors"}},"more":{make_more()}}}'.encode()
     files = [
         upload_file(file_message(data, "a.safetensors")),
         upload_file(file_message(index, "model.safetensors.index.json")),

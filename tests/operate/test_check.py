@@ -11,8 +11,7 @@ import pytest
 
 from secateur_server.check import check
 from secateur_server.config import read_config
-from tests.conftest import RunningServer, inner_server
-from tests.operate.test_lifecycle import run_server
+from tests.conftest import RunningServer, inner_server, run_command, run_server
 
 # What no server has and no other program asks for.
 FREE = ("--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0")
@@ -42,7 +41,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> Check:
 def test_check_prints_what_the_server_would_do(tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.toml"
     tokens.write_text('[tenants.vision]\ntokens = ["sixteen letters or more"]\n')
-    ended = run_server(
+    ended = run_command(
         *("--check", "--address", "127.0.0.1:0", "--metrics-address", "", "--device", "cpu"),
         *("--memory-limit", "3GiB", "--max-model-bytes", "2GiB", "--queue-size", "5"),
         *("--store-dir", str(tmp_path / "new" / "store"), "--store-max-bytes", "1GiB"),

@@ -1,13 +1,10 @@
 """Start, health, reflection and shutdown of a real server."""
 
 import ctypes
-import os
 import platform
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +32,7 @@ from tests.conftest import (
     RunningServer,
     eventually,
     inner_server,
-    start_command,
+    run_server,
     start_server,
     stop_server,
 )
@@ -44,17 +41,6 @@ from tests.operate.test_metrics import sample
 
 SERVICE = "secateur.v1.Pruner"
 MIB = 1 << 20
-
-
-def run_server(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A server that is expected to end by itself."""
-    return subprocess.run(
-        [sys.executable, "-m", "secateur_server", *options],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, **environment},
-    )
 
 
 @pytest.mark.parametrize("service", ["", SERVICE, "secateur.v1.Checkpoints", "liveness"])
@@ -78,7 +64,7 @@ def test_reflection_shows_the_service_and_its_messages(channel: grpc.Channel) ->
 
 
 def test_sigterm_finishes_running_requests_and_refuses_new_ones() -> None:
-    server = start_command("--drain-timeout", "300")
+    server = start_server("--drain-timeout", "300")
     file = file_header([("w", "F32", (2,))]) + np.array([0, 1], np.float32).tobytes()
     rest = threading.Event()
 
@@ -244,16 +230,10 @@ def running_calls(server: RunningServer) -> bool:
     return sample(server, "secateur_requests_in_flight") == 1
 
 
-def test_server_raises_its_limit_of_open_files() -> None:
-    """A shell often sets a lower soft limit."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard // 2, hard))
-    try:
-        server = start_command()
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+def test_server_raises_its_limit_of_open_files(server: RunningServer) -> None:
+    """The fixture starts it with half of what the system allows."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
-    stop_server(server)
 
 
 def test_second_server_at_the_same_address_reports_it(server: RunningServer) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import secateur
-from tests.conftest import start_command, start_server, stop_server
+from tests.conftest import start_server, stop_server
 
 
 def memory(pid: int, field: str) -> int:
@@ -19,7 +19,7 @@ def memory(pid: int, field: str) -> int:
 def test_a_prune_needs_the_model_and_a_seventh_of_it() -> None:
     """With one tensor: no buffer but the weights may be as large as a tensor."""
     weights = torch.randn(50_000_000, generator=torch.Generator().manual_seed(0))
-    server = start_command()
+    server = start_server()
     try:
         with secateur.Client(server.address, timeout=300) as client:
             spec = secateur.l1_unstructured("w", 0.5)

@@ -28,9 +28,8 @@ from secateur_server.check import check
 from secateur_server.config import is_public, read_config
 from secateur_server.operate.tokens_file import BadTokens, read_tokens
 from secateur_server.startup import CannotStart
-from tests.conftest import RunningServer, eventually, start_server, stop_server
+from tests.conftest import RunningServer, eventually, run_server, start_server, stop_server
 from tests.contract.raw import TIMEOUT, failure
-from tests.operate.test_lifecycle import run_server
 
 TOKEN, HASHED = "the first token of ours", "the second token, which is hashed"
 SCRAPER = "the scraper's own token"

@@ -21,7 +21,7 @@ from secateur_proto.pruner_pb2 import ReportHeader, ReportRequest
 from secateur_proto.pruner_pb2_grpc import PrunerStub
 from secateur_server.check import check
 from secateur_server.config import Config, read_config
-from tests.conftest import RunningServer, eventually, start_server, stop_server
+from tests.conftest import RunningServer, eventually, run_server, start_server, stop_server
 from tests.contract.raw import entry, failure, file, series
 from tests.operate.certificates import Authority, Pair, serial_at
 
@@ -285,13 +285,7 @@ def test_server_without_usable_tls_files_exits_with_one_line(tmp_path: Path) -> 
     cert, key, _ = files_of(tmp_path, _OURS.pair("server"))
     key.write_bytes(_OURS.pair("other").key)
     options = ["--address", "127.0.0.1:0", "--metrics-address", "", "--tls-cert", str(cert)]
-    ended = subprocess.run(
-        [sys.executable, "-m", "secateur_server", *options, "--tls-key", str(key)],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=300,
-    )
+    ended = run_server(*options, "--tls-key", str(key))
     assert ended.returncode == 1
     lines = [line for line in ended.stderr.splitlines() if not line.startswith("{")]
     assert len(lines) == 1, ended.stderr

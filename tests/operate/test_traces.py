@@ -13,8 +13,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 import secateur
 from secateur_proto import pruner_pb2, pruner_pb2_grpc
 from secateur_proto.framing import file_header
-from tests.conftest import inner_server, start_server, stop_server
-from tests.operate.test_lifecycle import run_server
+from tests.conftest import inner_server, run_command, start_server, stop_server
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 MODEL = {"w": np.arange(1, 9, dtype=np.float32).reshape(2, 4)}
@@ -91,6 +90,6 @@ def test_missing_packages_error_says_what_to_install(tmp_path: Any) -> None:
     hidden = tmp_path / "opentelemetry"
     hidden.mkdir()
     (hidden / "__init__.py").write_text("raise ImportError('hidden', name='opentelemetry')")
-    ended = run_server("--otlp-endpoint", "http://127.0.0.1:1", PYTHONPATH=str(tmp_path))
+    ended = run_command("--otlp-endpoint", "http://127.0.0.1:1", PYTHONPATH=str(tmp_path))
     assert ended.returncode == 1
     assert "--otlp-endpoint needs opentelemetry: pip install 'secateur[otel]'" in ended.stderr

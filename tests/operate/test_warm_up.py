@@ -21,6 +21,7 @@ FIRST_CALLS = """
 import json
 import sys
 from collections import Counter
+from itertools import cycle
 
 import torch
 from numba.core.dispatcher import Dispatcher
@@ -51,9 +52,8 @@ with App(read_config(["--address", "127.0.0.1:0", "--metrics-address", ""], {}))
         for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
             for side in (50, 1100):
                 model = {name: torch.randn(side, side).to(dtype) for name in "ab"}
-                for spec in SPECS:
-                    for output in ("masks", "dense", "reparametrized"):
-                        client.prune(model, spec, output)
+                for spec, output in zip(SPECS, cycle(("masks", "dense", "reparametrized"))):
+                    client.prune(model, spec, output)
                 pairs = client.prune(model, SPECS[0], "reparametrized")
                 client.finalize(pairs.state_dict("reparametrized"))
                 client.report(model)

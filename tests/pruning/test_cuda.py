@@ -25,8 +25,8 @@ from secateur_server.state_dict.parameter import Parameter
 from tests.pruning.bits import unpacked
 
 pytest.importorskip("triton", reason="there is no Triton for this platform")
-from secateur_server.backends import fused, kernels_cuda
-from secateur_server.backends.cuda import Cuda
+from secateur_server.backends import kernels_triton, triton_backend
+from secateur_server.backends.torch_backend import TorchBackend
 
 IS_HERE = torch.cuda.is_available()
 GPU = pytest.mark.skipif(not IS_HERE, reason="torch sees no CUDA device")
@@ -45,7 +45,7 @@ def to_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> C
     def start() -> str:
         if request.param == "cuda":
             return "cuda"
-        monkeypatch.setattr(backends, "_COMPILED", fused.Fused(CPU))
+        monkeypatch.setattr(backends, "_NUMBA", triton_backend.TritonBackend(CPU))
         return "cpu"
 
     return start
@@ -93,7 +93,9 @@ def test_so_many_units_that_not_all_are_ranked_at_once(
     to_gpu: Callable[[], str], monkeypatch: pytest.MonkeyPatch, fraction: float
 ) -> None:
     """With ties; and of the second rule a part is pruned already."""
-    monkeypatch.setattr(fused.Fused, "ranked", 1 << 16)  # a tensor is more than a piece
+    monkeypatch.setattr(
+        triton_backend.TritonBackend, "ranked", 1 << 16
+    )  # a tensor is more than a piece
     torch.manual_seed(0)
     weights = {name: torch.randn(150, 700).mul(50).round().div(50) for name in "ab"}
     rules = [
@@ -169,23 +171,23 @@ class Kernel:
 
 
 @INTERPRETED
-def test_where_triton_works_it_does_the_passes() -> None:
-    assert fused.passes_on(CPU) is fused.Fused
+def test_where_triton_works_it_is_the_backend() -> None:
+    assert triton_backend.triton_or_torch(CPU) is triton_backend.TritonBackend
 
 
 @INTERPRETED
-@pytest.mark.parametrize("name", ["split", "add_digits", "extremes", "count_ones"])
+@pytest.mark.parametrize("name", ["split", "count_digits", "extremes", "count_ones"])
 @pytest.mark.parametrize("run", [broken, idle])
-def test_where_triton_fails_torch_does_the_passes(
+def test_where_triton_fails_torch_is_the_backend(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     name: str,
     run: Callable[..., None],
 ) -> None:
-    monkeypatch.setattr(kernels_cuda, name, Kernel(run))
-    assert fused.passes_on(CPU) is Cuda
+    monkeypatch.setattr(kernels_triton, name, Kernel(run))
+    assert triton_backend.triton_or_torch(CPU) is TorchBackend
     (told,) = caplog.messages
-    assert told.startswith("cpu: passes are not compiled, which would be faster: ")
+    assert told.startswith("cpu: kernels are not compiled, which would be faster: ")
     assert run is idle or told.endswith("Failed to find C compiler.")
 
 
@@ -194,10 +196,10 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from secateur_server.backends import kernels_cuda as kernels
+from secateur_server.backends import kernels_triton as kernels
 
 OF_BYTES = {"counts": "*i64", "found": "*i64", "count": "*i64", "state": "i64", "begin": "i64"}
-OF_BYTES |= dict.fromkeys(("alive", "kept", "within"), "*u8")
+OF_BYTES |= dict.fromkeys(("unpruned", "kept", "within"), "*u8")
 
 def compiled(kernel, bits, **switches):
     number = "i64" if bits == "*i64" else "i32"
@@ -210,7 +212,7 @@ def compiled(kernel, bits, **switches):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
 
 for bits in ("*i8", "*i16", "*i32", "*i64"):
-    for kernel in (kernels.split, kernels.add_digits):
+    for kernel in (kernels.split, kernels.count_digits):
         for are_all in (True, False):
             asm = compiled(kernel, bits, is_random=False, are_all=are_all)
             assert len(asm["cubin"]) > 0
@@ -218,7 +220,7 @@ for bits in ("*i8", "*i16", "*i32", "*i64"):
     asm = compiled(kernels.extremes, bits)
     assert bits != "*i32" or "ld.global.v4.b32" in asm["ptx"]
 compiled(kernels.split, "*i32", is_random=True, are_all=True)
-compiled(kernels.add_digits, "*i32", is_random=True, are_all=False)
+compiled(kernels.count_digits, "*i32", is_random=True, are_all=False)
 compiled(kernels.count_ones, "*u8")
 print("compiled")
 """

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from secateur_server.backends import kernels
-from secateur_server.backends.cpu import Compiled, Cpu
 from secateur_server.backends.keys import BITS
-from secateur_server.backends.passes import Cut, Passes
+from secateur_server.backends.numba_backend import NumbaBackend
+from secateur_server.backends.pieces import Cut
+from secateur_server.backends.protocol import Backend
 from secateur_server.backends.randomness import RandomScores, random_keys, random_scores
+from secateur_server.backends.torch_backend import TorchBackend
 from secateur_server.cut import divide as of_divide
 from secateur_server.cut import divide_small
 from secateur_server.cut import energy as of_energy
@@ -28,7 +30,7 @@ from tests.conftest import examples
 from tests.pruning.bits import packed
 
 CPU = torch.device("cpu")
-KINDS = st.sampled_from([Passes(CPU), Cpu(CPU), Compiled(CPU)])
+KINDS = st.sampled_from([TorchBackend(CPU), NumbaBackend(CPU)])
 DTYPES = st.sampled_from(
     [*(torch.float64, torch.float32, torch.float16, torch.bfloat16), torch.float8_e5m2, torch.int8]
 )
@@ -118,22 +120,22 @@ def brute(keys: Keys, query: Query) -> Division:
     return Division(tuple(counts), cut, below, tuple(of_one.count(cut) for of_one in of))
 
 
-def of_kind(patch: pytest.MonkeyPatch, passes: Passes) -> None:
-    patch.setattr(of_divide, "passes_of", lambda _: passes)
-    patch.setattr(of_energy, "passes_of", lambda _: passes)
+def of_kind(patch: pytest.MonkeyPatch, backend: Backend) -> None:
+    patch.setattr(of_divide, "backend_for", lambda _: backend)
+    patch.setattr(of_energy, "backend_for", lambda _: backend)
 
 
 @many
 @given(KINDS, drawn_rankings(), st.data())
 def test_divisions_are_as_defined(
-    passes: Passes, rankings: list[Ranking], data: st.DataObject
+    backend: Backend, rankings: list[Ranking], data: st.DataObject
 ) -> None:
     dtype = score_dtype(rankings)
     keys = alive_keys(rankings, dtype)
     queries = data.draw(st.lists(drawn_query(keys), min_size=1, max_size=5))
     with pytest.MonkeyPatch.context() as patch:
-        of_kind(patch, passes)
-        patch.setattr(Passes, "piece", data.draw(st.sampled_from([8, 16, 1 << 20])))
+        of_kind(patch, backend)
+        patch.setattr(TorchBackend, "piece", data.draw(st.sampled_from([8, 16, 1 << 20])))
         patch.setattr(of_divide, "LEAST_BITS", data.draw(st.sampled_from([1, 5, 8, 16])))
         patch.setattr(of_divide, "TABLES", data.draw(st.sampled_from([1, 100, 1 << 24])))
         patch.setattr(of_divide, "FEW", data.draw(st.sampled_from([0, 1 << 17])))
@@ -145,14 +147,14 @@ def test_divisions_are_as_defined(
 @many
 @given(KINDS, drawn_rankings(), st.data())
 def test_units_below_a_key_are_counted(
-    passes: Passes, rankings: list[Ranking], data: st.DataObject
+    backend: Backend, rankings: list[Ranking], data: st.DataObject
 ) -> None:
     dtype = score_dtype(rankings)
     keys = alive_keys(rankings, dtype)
     key = data.draw(st.sampled_from([0, 1 << 14, *(key for of in keys for key in of)]))
     with pytest.MonkeyPatch.context() as patch:
-        of_kind(patch, passes)
-        patch.setattr(Passes, "piece", data.draw(st.sampled_from([8, 1 << 20])))
+        of_kind(patch, backend)
+        patch.setattr(TorchBackend, "piece", data.draw(st.sampled_from([8, 1 << 20])))
         found = count_below(RequestContext(), rankings, key)
     assert found == [(sum(k < key for k in of), of.count(key)) for of in keys]
 
@@ -183,7 +185,7 @@ def test_without_bounds_as_many_go_as_are_selected(
 @many
 @given(KINDS, drawn_rankings(), st.data())
 def test_energies_are_sums_of_squares_of_what_goes(
-    passes: Passes, rankings: list[Ranking], data: st.DataObject
+    backend: Backend, rankings: list[Ranking], data: st.DataObject
 ) -> None:
     ranking, dtype = rankings[0], score_dtype(rankings)
     weight = torch.randn(ranking.units, generator=torch.Generator().manual_seed(0))
@@ -193,7 +195,7 @@ def test_energies_are_sums_of_squares_of_what_goes(
     counts = data.draw(st.lists(st.integers(0, len(order)), max_size=6))
     squares = [value**2 for value in weight.double().tolist()]
     with pytest.MonkeyPatch.context() as patch:
-        of_kind(patch, passes)
+        of_kind(patch, backend)
         patch.setattr(of_energy, "PART", data.draw(st.sampled_from([8, 24, 1 << 20])))
         cuts = [cut_of([keys[i] for i in order], count) for count in counts]
         found, whole = energies(RequestContext(), ranking, weight, cuts, dtype)
@@ -262,9 +264,8 @@ def test_energies_of_large_tensors_are_those_of_a_sort(large: list[Ranking]) -> 
     assert found[-1] == whole
 
 
-@pytest.mark.parametrize("passes", [Passes(CPU), Cpu(CPU)], ids=["torch", "numpy"])
 def test_what_is_found_is_the_same_bits_without_numba_and_threads(
-    large: list[Ranking], passes: Passes, monkeypatch: pytest.MonkeyPatch
+    large: list[Ranking], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert kernels.enabled
     dtype = score_dtype(large)
@@ -275,7 +276,7 @@ def test_what_is_found_is_the_same_bits_without_numba_and_threads(
     cuts = [Cut(d.key, d.counts[1] - d.below[1], d.equal[1]) for d in expected]
     weight = torch.randn(large[0].units, generator=torch.Generator().manual_seed(1))
     of_cuts = energies(RequestContext(), large[0], weight, cuts, dtype)
-    of_kind(monkeypatch, passes)
+    of_kind(monkeypatch, TorchBackend(CPU))
     assert divide(RequestContext(), large, queries, dtype) == expected
     assert energies(RequestContext(), large[0], weight, cuts, dtype) == of_cuts
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 import secateur
 from secateur_server.backends import kernels
-from secateur_server.backends.cpu import Compiled, Cpu
-from secateur_server.backends.passes import Passes
+from secateur_server.backends.numba_backend import NumbaBackend
+from secateur_server.backends.protocol import Backend
+from secateur_server.backends.torch_backend import TorchBackend
 from secateur_server.cut.prune import prune
 from secateur_server.granularity.element import Element
 from secateur_server.importance.magnitude import Magnitude
@@ -433,27 +434,29 @@ def test_a_module_is_pruned_as_torch_does(client: secateur.Client, dtype: torch.
 
 
 KINDS = pytest.mark.parametrize(
-    "passes", [Passes(CPU), Cpu(CPU), Compiled(CPU)], ids=lambda passes: type(passes).__name__
+    "backend",
+    [TorchBackend(CPU), NumbaBackend(CPU)],
+    ids=lambda backend: type(backend).__name__,
 )
 
 
 @KINDS
 @examples(100)
 @given(weight=weights(), data=st.data())
-def test_zeros_are_counted_and_folds_made_by_every_kind_of_passes(
-    passes: Passes, weight: Tensor, data: st.DataObject
+def test_zeros_are_counted_and_folds_made_by_every_backend(
+    backend: Backend, weight: Tensor, data: st.DataObject
 ) -> None:
     flat, size = weight.view(-1), weight.numel()
     kept = torch.tensor(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)))
     zero = flat.double() == 0
-    assert passes.count_zeros(flat, None) == int(zero.sum())
-    assert passes.count_zeros(flat, packed(kept).bits) == int((zero | ~kept).sum())
+    assert backend.count_zeros(flat, None) == int(zero.sum())
+    assert backend.count_zeros(flat, packed(kept).bits) == int((zero | ~kept).sum())
     found = flat.clone()
-    passes.fold(found, packed(kept).bits)
+    backend.fold(found, packed(kept).bits)
     assert same_bits(found, folded(flat, kept))
     if weight.dtype in FP8:
         keys = [byte & 0x7F for byte in flat.view(torch.uint8).tolist()]
-        assert passes.extremes(flat) == (min(keys), max(keys))
+        assert backend.extremes(flat) == (min(keys), max(keys))
 
 
 FEW = [(dtype, 1 << 18) for dtype in SPELLED]

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.ao.pruning.sparsifier.weight_norm_sparsifier import WeightNormSparsifier
 
 from secateur_server.backends import kernels
-from secateur_server.backends.cpu import Compiled
 from secateur_server.backends.kernels_units import COUNTED, KEYS
 from secateur_server.backends.masks import Mask
-from secateur_server.backends.passes import Passes
+from secateur_server.backends.numba_backend import NumbaBackend
+from secateur_server.backends.torch_backend import TorchBackend
 from secateur_server.cut.score import Ranking
 from secateur_server.cut.select import select
 from secateur_server.errors import DimOutOfRange, NotStructured
@@ -129,7 +129,7 @@ def flags_of(mask: Mask) -> list[bool]:
 def small_pieces(request: pytest.FixtureRequest) -> Iterator[None]:
     """They cut a tensor into many boxes, or into one."""
     with pytest.MonkeyPatch.context() as small:
-        small.setattr(Passes, "piece", request.param)
+        small.setattr(TorchBackend, "piece", request.param)
         yield
 
 
@@ -290,8 +290,8 @@ def test_the_largest_keys_of_groups(m: int, inner: int, dtype: torch.dtype) -> N
     order = (keys.to(torch.int64) * m + place).argsort(1, descending=True)  # of different numbers
     for n in (1, m // 2, m - 1, m):
         expected = torch.zeros(keys.shape, dtype=torch.bool).scatter_(1, order[:, :n], True)
-        for passes in (Passes(CPU), Compiled(CPU)):
-            assert torch.equal(passes.largest(keys, n), expected)
+        for backend in (TorchBackend(CPU), NumbaBackend(CPU)):
+            assert torch.equal(backend.largest(keys, n), expected)
 
 
 def test_two_of_four_is_what_torch_prunes() -> None:

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur_server.backends.looks import SPACING
-from secateur_server.backends.passes import Passes
+from secateur_server.backends.scan import SPACING
+from secateur_server.backends.torch_backend import TorchBackend
 from secateur_server.cut import select
 from secateur_server.cut.choice import Choice
 from secateur_server.cut.prune import prune as apply_rules
@@ -160,8 +160,8 @@ def test_neither_pieces_nor_the_way_to_the_cut_show(
 
 def cut_into(monkeypatch: pytest.MonkeyPatch, piece: int, way: str) -> None:
     """Does to few units what is done to millions."""
-    monkeypatch.setattr(Passes, "piece", piece)
-    monkeypatch.setattr(Passes, "ranked", piece)
+    monkeypatch.setattr(TorchBackend, "piece", piece)
+    monkeypatch.setattr(TorchBackend, "ranked", piece)
     monkeypatch.setattr(select, "FEW", 0)  # few units are ranked at once
     if way == "histograms":
         monkeypatch.setattr(select, "FEW_OF", 1 << 40)

@@ -19,7 +19,7 @@ from secateur_server.api.convert import columns
 from secateur_server.api.convert.report import encode_report
 from secateur_server.backends import batches, kernels
 from secateur_server.backends.batches import SMALL
-from secateur_server.backends.looks import Seen
+from secateur_server.backends.scan import Scan
 from secateur_server.cut.choice import ChoiceTable
 from secateur_server.cut.plan import plan
 from secateur_server.cut.prune import prune
@@ -205,8 +205,8 @@ def shaped(draw: st.DrawFn) -> dict[str, Parameter]:
         if len(weight) == count:
             mask = None if kept is None else packed(kept)
             is_seen = draw(st.booleans()) and weight.dtype.is_floating_point
-            seen = Seen(1, ((0, -(-count // 8) * 8),) if bool((weight == 0).any()) else (), None)
-            model[name] = Parameter(weight.view(shape), mask, seen if is_seen else None)
+            scan = Scan(1, ((0, -(-count // 8) * 8),) if bool((weight == 0).any()) else (), None)
+            model[name] = Parameter(weight.view(shape), mask, scan if is_seen else None)
     return model
 
 

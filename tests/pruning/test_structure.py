@@ -13,8 +13,8 @@ from secateur.report import ZeroBlocks, decode_report
 from secateur_proto import report_pb2 as pb
 from secateur_server.api.convert.tables import encode_choice
 from secateur_server.backends import kernels
-from secateur_server.backends.looks import Seen
-from secateur_server.backends.passes import Passes
+from secateur_server.backends.scan import Scan
+from secateur_server.backends.torch_backend import TorchBackend
 from secateur_server.cut.choice import Bound, Choice
 from secateur_server.report.measure import measure
 from secateur_server.runtime.context import RequestContext
@@ -57,10 +57,10 @@ def blocks_of(zero: Tensor) -> Blocks:
 
 
 def measured(
-    weight: Tensor, kept: Tensor | None, seen: Seen | None = None
+    weight: Tensor, kept: Tensor | None, scan: Scan | None = None
 ) -> tuple[Patterns, Blocks]:
     mask = None if kept is None else packed(kept)
-    structure = measure(RequestContext(), Parameter(weight, mask, seen)).structure
+    structure = measure(RequestContext(), Parameter(weight, mask, scan)).structure
     blocks = tuple((b.side, b.zero, b.total) for b in structure.zero_blocks)
     return structure.patterns, blocks
 
@@ -94,7 +94,7 @@ def test_structure_is_that_of_every_group_and_block(
     weight, kept = drawn
     zero = weight == 0 if kept is None else (weight == 0) | ~kept
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Passes, "piece", piece)
+        patch.setattr(TorchBackend, "piece", piece)
         patch.setattr(kernels, "enabled", is_compiled)
         assert measured(weight, kept) == (patterns_of(zero), blocks_of(zero))
 
@@ -109,7 +109,7 @@ def test_the_last_group_of_a_large_tensor_counts(shape: tuple[int, ...]) -> None
     begin = max(0, (shape[1] - 1) // 16 * 16 - 16)  # all groups before are zeros
     expected = patterns_of(~kept[-1:, begin:])
     assert measured(torch.zeros(shape) + 1, kept)[0] == expected
-    known = Seen(1, (), None)  # no zero in the weight: the mask alone is looked at
+    known = Scan(1, (), None)  # no zero in the weight: the mask alone is looked at
     assert measured(torch.zeros(shape), kept, known)[0] == expected
 
 

@@ -4,7 +4,7 @@ import threading
 
 import torch
 
-from secateur_server.backends import passes_of
+from secateur_server.backends import backend_for
 from secateur_server.backends.masks import Mask
 from secateur_server.runtime.context import RequestContext
 
@@ -18,7 +18,7 @@ def masks(count: int) -> list[Mask]:
 
 def test_masks_that_the_pool_and_its_callers_count_at_once_are_all_counted() -> None:
     """A lock that counters of all masks share would have each wait for the other, for ever."""
-    passes, context = passes_of(torch.device("cpu")), RequestContext()
+    backend, context = backend_for(torch.device("cpu")), RequestContext()
     found: list[int] = []
 
     def of_callers() -> None:
@@ -26,7 +26,7 @@ def test_masks_that_the_pool_and_its_callers_count_at_once_are_all_counted() -> 
 
     def of_pool() -> None:
         for _ in range(10):
-            found.extend(passes.map(context, lambda mask: mask.kept(context), masks(4)))
+            found.extend(backend.map(context, lambda mask: mask.kept(context), masks(4)))
 
     threads = [threading.Thread(target=work, daemon=True) for work in (of_callers, of_pool)]
     for thread in threads:

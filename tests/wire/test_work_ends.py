@@ -16,7 +16,7 @@ from secateur_proto import pruner_pb2 as pb
 from secateur_proto.pruner_pb2_grpc import PrunerStub
 from secateur_server.api.convert.plan import encode_plan
 from secateur_server.api.convert.report import encode_report
-from secateur_server.backends import cpu
+from secateur_server.backends import cores
 from secateur_server.cut.plan import plan
 from secateur_server.cut.prune import prune
 from secateur_server.errors import Cancelled
@@ -84,9 +84,9 @@ def work(context: RequestContext, name: str, is_plan: bool) -> None:
 
 @pytest.fixture
 def _in_one_thread() -> Iterator[None]:
-    cpu._thread.in_pool = True
+    cores._thread.in_pool = True
     yield
-    cpu._thread.in_pool = False
+    cores._thread.in_pool = False
 
 
 @pytest.mark.usefixtures("_in_one_thread")

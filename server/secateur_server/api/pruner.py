@@ -21,7 +21,7 @@ from secateur_server.api.convert.plan import charge_plan, decode_amounts, encode
 from secateur_server.api.convert.report import encode_report
 from secateur_server.api.convert.server_info import encode_server_info
 from secateur_server.api.stream import open_request, responses
-from secateur_server.backends.cpu import one_thread
+from secateur_server.backends.cores import one_thread
 from secateur_server.backends.threads import Pool
 from secateur_server.cut.plan import plan
 from secateur_server.cut.prior import prune_zeros

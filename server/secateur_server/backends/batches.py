@@ -1,27 +1,22 @@
 """Many small tensors side by side on the CPU: one operation works on all of them.
 
-Each begins with a new byte of the masks' bits. What lies between two tensors is not alive.
+Each begins with a new byte of the masks' bits. What lies between two tensors counts as pruned.
 """
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from secateur_server.backends import kernels, kernels_many, passes_of
+from secateur_server.backends import backend_for
 from secateur_server.backends.keys import BITS
-from secateur_server.backends.passes import Layout, Piece
-from secateur_server.backends.randomness import RandomScores, random_keys
+from secateur_server.backends.pieces import Batch, Ints, Layouts, Piece
+from secateur_server.backends.randomness import RandomScores
 from secateur_server.runtime.context import RequestContext
 
-Ints = npt.NDArray[np.int64]
-
-# A tensor of more elements is not small: its own passes take longer than to call them.
+# A tensor of more elements is not small: its own operations take longer than to call them.
 SMALL = 1 << 16
 # So few tensors are sooner taken one by one: an operation on arrays takes as long as some loops.
 FEW = 48
@@ -31,30 +26,6 @@ MOST = 1 << 20
 CHECKED = 1 << 11
 
 _CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Units of small tensors.
-
-    Attributes:
-        bits: The integers that have the bits of their scores, or random ones; 1-D.
-        dtype: What the scores are compared as.
-        alive: uint8: a bit for each unit, 0 is pruned already.
-        begins: Where each tensor begins in `bits`, a multiple of 8.
-        units: Of each tensor.
-    """
-
-    bits: Tensor
-    dtype: torch.dtype
-    alive: Tensor
-    begins: Ints
-    units: Ints
-
-    def spans(self) -> Iterator[slice]:
-        """The tensors, as many at once as take a moment."""
-        for begin in range(0, len(self.units), CHECKED):
-            yield slice(begin, begin + CHECKED)
 
 
 def are_many(tensors: Sequence[object]) -> bool:
@@ -77,7 +48,7 @@ def batched(sizes: Sequence[int]) -> Iterator[slice]:
 def side_by_side(
     scores: Sequence[Tensor | RandomScores],
     units: Sequence[int],
-    alive: Sequence[Tensor | None],
+    unpruned: Sequence[Tensor | None],
     dtype: torch.dtype,
 ) -> Batch:
     """A batch.
@@ -85,7 +56,7 @@ def side_by_side(
     Args:
         scores: Of each tensor, 1-D, with a unit or more.
         units: Of each tensor.
-        alive: Of each tensor bits; None is all alive.
+        unpruned: Of each tensor bits; None: nothing of it is pruned.
         dtype: As of score_dtype.
     """
     sizes = np.array(units, np.int64)
@@ -93,17 +64,13 @@ def side_by_side(
     begins = ends - (sizes + 7) // 8 * 8
     parts = [_bits(of, count, dtype) for of, count in zip(scores, units, strict=True)]
     bits = padded(parts, units).view(BITS[dtype])
-    return Batch(bits, dtype, bits_of(alive, units), begins, sizes)
+    return Batch(bits, dtype, bits_of(unpruned, units), begins, sizes)
 
 
 def _bits(scores: Tensor | RandomScores, units: int, dtype: torch.dtype) -> Tensor:
     if isinstance(scores, Tensor):
         return scores if scores.dtype == dtype else scores.to(dtype)
-    if not kernels.enabled:
-        return random_keys(scores, torch.arange(units)).view(dtype)
-    bits = torch.empty(units, dtype=BITS[dtype])
-    kernels.random_bits(scores.state, scores.begin, bits.numpy())
-    return bits.view(dtype)
+    return backend_for(_CPU).keys(Piece(units, scores, dtype, None)).view(dtype)
 
 
 def padded(parts: Sequence[Tensor], units: Sequence[int]) -> Tensor:
@@ -136,107 +103,33 @@ def _ones(count: int) -> Tensor:
     return bits
 
 
-def cut_each(
-    context: RequestContext, batch: Batch, counts: Ints
-) -> tuple[Tensor, npt.NDArray[np.int64]]:
-    """Takes the lowest `counts` units of each tensor, ties by their order.
-
-    Returns:
-        The bits of what stays; and of each tensor the key of the cut, how many units at it are
-        pruned, and of how many: -1, 0, 0 where none is.
-    """
-    kept, cuts = torch.empty_like(batch.alive), np.empty((len(counts), 3), np.int64)
-
-    def cut(part: slice) -> None:
-        if kernels.enabled:
-            of = batch.begins[part], batch.units[part], counts[part]
-            bits: Any = batch.bits.numpy()
-            largest = bits.dtype.type(np.iinfo(bits.dtype).max)
-            into = kept.numpy(), cuts[part]
-            kernels_many.cut_each(bits, batch.alive.numpy(), largest, *of, *into)
-        else:
-            for index in range(*part.indices(len(counts))):
-                cuts[index] = _cut(context, batch, index, int(counts[index]), kept)
-
-    passes_of(_CPU).map(context, cut, list(batch.spans()))
-    return kept, cuts
+def cut_each(context: RequestContext, batch: Batch, counts: Ints) -> tuple[Tensor, Ints]:
+    """As Backend.cut_each, with checks whether the request is cancelled."""
+    backend = backend_for(_CPU)
+    parts = [(part, counts[span]) for part, span in _parts(batch)]
+    found = backend.map(context, lambda part: backend.cut_each(*part), parts)
+    kept, cuts = zip(*found, strict=True)
+    return torch.cat(kept), np.concatenate(cuts)
 
 
-def _cut(
-    context: RequestContext, batch: Batch, index: int, count: int, kept: Tensor
-) -> tuple[int, int, int]:
-    begin, units = int(batch.begins[index]), int(batch.units[index])
-    within = slice(begin // 8, (begin + units + 7) // 8)
-    if not count:
-        kept[within] = batch.alive[within]
-        return -1, 0, 0
-    scores = batch.bits[begin : begin + units].view(batch.dtype)
-    piece = Piece(units, scores, batch.dtype, batch.alive[within])
-    cut = passes_of(_CPU).cut_few(context, [piece], count, [kept[within]])
-    return cut.key, cut.ties, cut.equal
-
-
-@dataclass(frozen=True)
-class Layouts:
-    """Where the ones of masks lie.
-
-    Attributes:
-        ones: How many each mask has.
-        nonzero_slices: As of Layout, of all masks, one behind another.
-        most_ones, nonzero_blocks: As of Layout, (masks, 4); all blocks are 0 under 2 dimensions.
-    """
-
-    ones: Ints
-    nonzero_slices: Ints
-    most_ones: npt.NDArray[np.uint8]
-    nonzero_blocks: Ints
+def _parts(batch: Batch) -> Iterator[tuple[Batch, slice]]:
+    """Batches of CHECKED tensors, and which of all tensors they have."""
+    for begin in range(0, len(batch.units), CHECKED):
+        span = slice(begin, begin + CHECKED)
+        begins = batch.begins[span]
+        first, last = int(begins[0]), int(begins[-1] + (batch.units[span][-1] + 7) // 8 * 8)
+        bits, unpruned = batch.bits[first:last], batch.unpruned[first // 8 : last // 8]
+        yield Batch(bits, batch.dtype, unpruned, begins - first, batch.units[span]), span
 
 
 def layout_each(
     context: RequestContext, bits: Tensor, begins: Ints, shapes: Sequence[Sequence[int]]
 ) -> Layouts:
-    """The layouts of masks of one dimension or more, with elements.
-
-    Args:
-        context: Of the request.
-        bits: Of all masks.
-        begins: The element at which each begins, a multiple of 8.
-        shapes: Of each mask.
-    """
-    dims = np.array([len(shape) for shape in shapes], np.int64)
-    ends = np.cumsum(dims)
-    sizes = np.array(list(itertools.chain.from_iterable(shapes)), np.int64)
-    found = Layouts(
-        np.empty(len(shapes), np.int64),
-        np.empty(len(sizes), np.int64),
-        np.empty((len(shapes), 4), np.uint8),
-        np.zeros((len(shapes), 4), np.int64),
-    )
-
-    def look(part: slice) -> None:
-        of = slice(int(ends[part.start] - dims[part.start]), int(ends[part][-1]))
-        if kernels.enabled:
-            into = found.ones[part], found.nonzero_slices[of], found.most_ones[part]
-            kernels_many.layout_each(
-                bits.numpy(), begins[part], sizes[of], dims[part], *into, found.nonzero_blocks[part]
-            )
-        else:
-            for index in range(*part.indices(len(shapes))):
-                _look(bits, int(begins[index]), shapes[index], found, index, int(ends[index]))
-
+    """As Backend.layouts, with checks whether the request is cancelled."""
+    backend = backend_for(bits.device)
     parts = [slice(begin, begin + CHECKED) for begin in range(0, len(shapes), CHECKED)]
-    passes_of(_CPU).map(context, look, parts)
-    return found
-
-
-def _look(
-    bits: Tensor, begin: int, shape: Sequence[int], found: Layouts, index: int, end: int
-) -> None:
-    passes, size = passes_of(_CPU), (int(np.prod(shape)) + 7) // 8
-    part = bits[begin // 8 : begin // 8 + size]
-    layout: Layout = passes.layout(part, shape)
-    found.ones[index] = passes.count_ones(part)
-    found.nonzero_slices[end - len(shape) : end] = layout.nonzero_slices
-    found.most_ones[index] = layout.most_ones
-    if layout.nonzero_blocks:
-        found.nonzero_blocks[index] = layout.nonzero_blocks
+    found = backend.map(
+        context, lambda part: backend.layouts(bits, begins[part], shapes[part]), parts
+    )
+    fields = ("ones", "nonzero_slices", "most_ones", "nonzero_blocks")
+    return Layouts(*(np.concatenate([getattr(of, name) for of in found]) for name in fields))

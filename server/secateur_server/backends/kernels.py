@@ -1,19 +1,18 @@
-"""The passes over a piece on a CPU, compiled: each reads its piece once, and stores no keys.
+"""The kernels of NumbaBackend: each reads its piece once, and stores no keys.
 
-They need numba (secateur[fast]); without it torch's operations do the same, bit for bit.
-
-bits: the integers that have the bits of floating scores, 1-D.  alive, kept: a bit for each of them,
-lowest first; alive may be None for all.
+bits: the integers that have the bits of floating scores, 1-D.  unpruned, kept: a bit for each
+of them, lowest first; unpruned may be None for all.
 largest: the largest integer of the bits' dtype, which `and` takes the sign with. numba makes int64
 of it, and several times slower loops, where the result is not turned back to the bits' dtype.
 count_zeros and fold take integers as well, which have no bit that is a sign.
 """
 
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, TypeVar, cast
 
 import numpy as np
+from numba import carray, config, njit, types  # type: ignore[attr-defined]
+from numba.extending import intrinsic
 
 from secateur_server.backends.randomness import GAMMA, MIX_1, MIX_2
 
@@ -29,11 +28,8 @@ VERY_FEW_BITS = 8
 BLOCK = 1024
 TO_BITS = np.uint64(0x0102040810204080)
 
-njit: Any = None
-carray: Any = None
-config: Any = None
-types: Any = None
-_pointer: Any = None
+# NUMBA_DISABLE_JIT=1: TorchBackend serves, with the same bits.
+enabled = not config.DISABLE_JIT  # type: ignore[attr-defined]
 
 
 def _pointed(context: Any, address: Any) -> Any:
@@ -45,32 +41,25 @@ def _pointed(context: Any, address: Any) -> Any:
     return types.voidptr(types.int64), generated
 
 
-with suppress(ImportError):
-    from numba import carray, config, njit, types  # type: ignore[attr-defined]
-    from numba.extending import intrinsic
-
-    _pointer = intrinsic(_pointed)
-
-enabled = njit is not None and not config.DISABLE_JIT
+_pointer: Any = intrinsic(_pointed)
 
 
-def _compiled(function: F) -> F:
-    if njit is None:
-        return function
+def compiled(function: F) -> F:
+    """Compiles a function when it is first called; its loops run beside other threads."""
     try:
-        compiled: Any = njit(nogil=True, cache=True)(function)
+        made: Any = njit(nogil=True, cache=True)(function)
     except RuntimeError:  # there is no folder to keep what was compiled
-        compiled = njit(nogil=True)(function)
-    return cast(F, compiled)
+        made = njit(nogil=True)(function)
+    return cast(F, made)
 
 
-@_compiled
-def is_alive(alive: Any, i: int) -> bool:
-    """Whether the unit `i` is."""
-    return alive is None or bool((alive[i >> 3] >> (i & 7)) & 1)
+@compiled
+def is_unpruned(unpruned: Any, i: int) -> bool:
+    """Whether the unit `i` is not pruned already."""
+    return unpruned is None or bool((unpruned[i >> 3] >> (i & 7)) & 1)
 
 
-@_compiled
+@compiled
 def extremes(bits: Any, largest: int) -> tuple[int, int]:
     """The smallest and the largest of the keys."""
     low, high = largest, bits.dtype.type(0)
@@ -81,41 +70,44 @@ def extremes(bits: Any, largest: int) -> tuple[int, int]:
     return int(low), int(high)
 
 
-@_compiled
-def count_top_digits(bits: Any, alive: Any, largest: int, shift: int, counts: Any) -> None:
+@compiled
+def count_top_digits(bits: Any, unpruned: Any, largest: int, shift: int, counts: Any) -> None:
     """Adds to `counts` the digits at `shift`, the highest, of the keys."""
     for i in range(len(bits)):
-        if is_alive(alive, i):
+        if is_unpruned(unpruned, i):
             counts[(bits[i] & largest) >> shift] += 1
 
 
-@_compiled
-def count_digits(bits: Any, alive: Any, largest: int, prefix: int, shift: int, counts: Any) -> None:
-    """Adds to `counts` the digits at `shift` of the keys whose higher digits are `prefix`."""
+@compiled
+def count_digits(
+    bits: Any, unpruned: Any, largest: int, prefix: int, shift: int, width: int, counts: Any
+) -> None:
+    """Adds to `counts` the digits at `shift` of the keys whose higher bits are `prefix`."""
+    low = (1 << width) - 1
     for i in range(len(bits)):
         key = bits[i] & largest
-        if key >> (shift + 16) == prefix and is_alive(alive, i):
-            counts[(key >> shift) & 0xFFFF] += 1
+        if key >> (shift + width) == prefix and is_unpruned(unpruned, i):
+            counts[(key >> shift) & low] += 1
 
 
-@_compiled
-def sample(bits: Any, alive: Any, largest: int, index: Any, found: Any) -> int:
-    """Writes to `found` the keys that are alive at `index`, ascending.  Returns: how many."""
+@compiled
+def sample(bits: Any, unpruned: Any, largest: int, index: Any, found: Any) -> int:
+    """Writes to `found` the unpruned keys at `index`, ascending.  Returns: how many."""
     count = 0
     for i in index:
-        if i < len(bits) and is_alive(alive, i):
+        if i < len(bits) and is_unpruned(unpruned, i):
             found[count] = bits[i] & largest
             count += 1
     return count
 
 
-@_compiled
+@compiled
 def split(
-    bits: Any, alive: Any, largest: int, low: int, high: int, kept: Any, found: Any, at: Any
+    bits: Any, unpruned: Any, largest: int, low: int, high: int, kept: Any, found: Any, at: Any
 ) -> int:
-    """Writes to `kept` what is alive and at `high` or above, in bits.
+    """Writes to `kept` which units are unpruned and at `high` or above, in bits.
 
-    Writes the keys in [low, high) that are alive to `found`, their places to `at`.
+    Writes the unpruned keys in [low, high) to `found`, their places to `at`.
     Returns: how many.
     """
     count = 0
@@ -130,7 +122,7 @@ def split(
             above[i] = key >= high
             within[i] = (key >= low) & (key < high)
         for j in range((len(block) + 7) // 8):
-            living = 0xFF if alive is None else alive[begin // 8 + j]
+            living = 0xFF if unpruned is None else unpruned[begin // 8 + j]
             # Eight flags of a byte each to eight bits: the product has them in its highest byte.
             eight = (above_by_8[j] * TO_BITS) >> np.uint64(56)
             kept[begin // 8 + j] = np.uint8(eight) & living
@@ -143,15 +135,15 @@ def split(
     return count
 
 
-@_compiled
+@compiled
 def split_many(
     pieces: Any, largest: int, low: int, high: int, found: Any, at: Any, counts: Any
 ) -> int:
     """As split, of pieces one after the other: a call from Python takes as long as many units do.
 
-    pieces: int64, a row each: the addresses of its bits, of alive, 0 for None, and of kept; units.
+    pieces: int64, a row each: the addresses of bits, of unpruned, 0 for None, and of kept; units.
     found, at: of all pieces, `at` within each.
-    counts: of each piece, how many of the units stay, and how many of them are found.
+    counts: of each piece, how many units are kept, and how many are found.
     """
     count = 0
     for p in range(len(pieces)):
@@ -163,35 +155,35 @@ def split_many(
         if pieces[p, 1] == 0:
             within = split(bits, None, largest, low, high, *into)
         else:
-            alive = carray(_pointer(pieces[p, 1]), size, np.uint8)
-            within = split(bits, alive, largest, low, high, *into)
+            unpruned = carray(_pointer(pieces[p, 1]), size, np.uint8)
+            within = split(bits, unpruned, largest, low, high, *into)
         counts[p, 0] = count_ones(kept)
         counts[p, 1] = within
         count += within
     return count
 
 
-@_compiled
-def rank(keys: Any, cut: int, largest: int, place: int, stays: Any) -> tuple[int, int]:
-    """Writes which keys stay when the lowest `place`, up to the cut, go, ties by their order.
+@compiled
+def rank(keys: Any, cut: int, largest: int, place: int, kept: Any) -> tuple[int, int]:
+    """Writes which keys are kept when the lowest `place`, up to the cut, are pruned in order.
 
-    Returns: how many at the cut go, and of how many.
+    Returns: how many at the cut are pruned, and of how many.
     """
     below, equal = 0, 0
     for i in range(len(keys)):
-        stays[i] = (keys[i] > cut) & (keys[i] < largest)
+        kept[i] = (keys[i] > cut) & (keys[i] < largest)
         below += keys[i] < cut
         equal += keys[i] == cut
     ties, seen = place - below, 0
     if ties < equal:
         for i in range(len(keys)):
             if keys[i] == cut:
-                stays[i] = seen >= ties
+                kept[i] = seen >= ties
                 seen += 1
     return ties, equal
 
 
-@_compiled
+@compiled
 def find_digit(counts: Any, place: int) -> tuple[int, int]:
     """The digit of the place-th that was counted, from 1; its place among those of the digit."""
     digit = 0
@@ -201,27 +193,27 @@ def find_digit(counts: Any, place: int) -> tuple[int, int]:
     return digit, place
 
 
-@_compiled
+@compiled
 def cut_few(
-    bits: Any, alive: Any, largest: int, place: int, kept: Any, found: Any, at: Any
+    bits: Any, unpruned: Any, largest: int, place: int, kept: Any, found: Any, at: Any
 ) -> tuple[int, int, int]:
-    """Writes to `kept` what stays when the lowest `place` go, ties by their order.
+    """Writes to `kept` which units are kept when the lowest `place` are pruned, ties in order.
 
     found, at: as of split, to work in.
-    Returns: the key at the place, how many at it go, and of how many.
+    Returns: the key at the place, how many at it are pruned, and of how many.
     """
     width = FEW_BITS if len(bits) >= VERY_FEW else VERY_FEW_BITS
     counts = np.zeros(1 << width, np.int64)
     shift = 8 * bits.itemsize - 1 - width
     for i in range(len(bits)):
-        if is_alive(alive, i):
+        if is_unpruned(unpruned, i):
             counts[(bits[i] & largest) >> shift] += 1
     cut, place = find_digit(counts, place)
     equal = counts[cut]
     low, high = bits.dtype.type(cut << shift), bits.dtype.type(largest)
     if cut + 1 < 1 << width:  # else it is beyond the largest integer
         high = bits.dtype.type((cut + 1) << shift)
-    within = split(bits, alive, largest, low, high, kept, found, at)
+    within = split(bits, unpruned, largest, low, high, kept, found, at)
     while shift > 0:  # the digits of the cut above `shift` are known
         step = min(width, shift)
         counts[:] = 0
@@ -238,15 +230,15 @@ def cut_few(
     return cut, place, equal
 
 
-@_compiled
-def keep(kept: Any, at: Any, stays: Any) -> None:
-    """Sets the bits at those of the places `at` that stay."""
+@compiled
+def keep(kept: Any, at: Any, flags: Any) -> None:
+    """Sets the bits at those of the places `at` that are flagged."""
     for i in range(len(at)):
-        if stays[i]:
+        if flags[i]:
             kept[at[i] >> 3] |= 1 << (at[i] & 7)
 
 
-@_compiled
+@compiled
 def count_zeros(bits: Any, kept: Any, largest: int) -> int:
     """How many scores are zero, or not kept.  largest: -1 for integers."""
     count = 0
@@ -261,7 +253,7 @@ def count_zeros(bits: Any, kept: Any, largest: int) -> int:
     return count
 
 
-@_compiled
+@compiled
 def count_ones(bits: Any) -> int:
     """How many bits of bytes are 1."""
     count = 0
@@ -272,7 +264,7 @@ def count_ones(bits: Any) -> int:
     return count
 
 
-@_compiled
+@compiled
 def fold(bits: Any, kept: Any, sign: int) -> None:
     """Leaves of what is not kept the sign alone.  sign: its bit; 0 for integers."""
     for i in range(len(bits)):
@@ -280,7 +272,7 @@ def fold(bits: Any, kept: Any, sign: int) -> None:
             bits[i] &= sign
 
 
-@_compiled
+@compiled
 def random_bits(state: int, begin: int, bits: Any) -> None:
     """Writes the keys of random scores, as randomness.random_keys, from the unit `begin` on."""
     for i in range(len(bits)):
@@ -291,7 +283,7 @@ def random_bits(state: int, begin: int, bits: Any) -> None:
         bits[i] = (z >> 34) & ((1 << 30) - 1)
 
 
-@_compiled
+@compiled
 def raise_to(values: Any, p: float) -> None:
     """Replaces float64 values by |x|^p.  p: 0.5, 1, 2 or 3."""
     for i in range(len(values)):
@@ -305,9 +297,9 @@ def raise_to(values: Any, p: float) -> None:
             values[i] = square if p == 2 else square * values[i]
 
 
-@_compiled
+@compiled
 def sum_rows(rows: Any, p: float, halves: Any, sums: Any) -> None:
-    """Writes the sums of |x|^p of each row, added by halves as score._row_sums adds.
+    """Writes the sums of |x|^p of each row, added by halves as pieces.row_sums adds.
 
     halves: float64, as long as a row, to work in.
     """
@@ -326,7 +318,7 @@ def sum_rows(rows: Any, p: float, halves: Any, sums: Any) -> None:
         sums[r] = halves[0]
 
 
-@_compiled
+@compiled
 def sum_columns(values: Any, first: int, p: float, halves: Any, sums: Any) -> None:
     """As sum_rows, of slices from `first` on along the second dimension of three.
 

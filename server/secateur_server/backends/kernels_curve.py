@@ -1,10 +1,10 @@
-"""The passes over a piece that look for many cuts at once, compiled as those of kernels.py.
+"""Kernels that look for many cuts at once, as those of kernels.py.
 
 Where a key belongs among the sorted prefixes, or cuts, is looked up by its highest bits, its head:
 first[head] is the first one with that head, and few share it; where none has it, it is ~j of the
 first one above. So many cost little more than one.
 
-wanted: ascending; behind them one more that no key goes beyond.
+wanted: ascending; behind them one more that no key exceeds.
 head: the place of the lowest bit of a head.
 """
 
@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from secateur_server.backends.kernels import _compiled, is_alive
+from secateur_server.backends.kernels import compiled, is_unpruned
 
 
-@_compiled
+@compiled
 def count_many_digits(
     bits: Any,
-    alive: Any,
+    unpruned: Any,
     largest: int,
     wanted: Any,
     first: Any,
@@ -35,7 +35,7 @@ def count_many_digits(
     for i in range(len(bits)):
         key = bits.dtype.type(bits[i] & largest)
         row = first[key >> head]
-        if row >= 0 and is_alive(alive, i):
+        if row >= 0 and is_unpruned(unpruned, i):
             prefix = key >> (shift + width)
             while wanted[row] < prefix:
                 row += 1
@@ -43,21 +43,21 @@ def count_many_digits(
                 counts[row, (key >> shift) & low] += 1
 
 
-@_compiled
-def count_below(bits: Any, alive: Any, largest: int, cut: int) -> tuple[int, int]:
+@compiled
+def count_below(bits: Any, unpruned: Any, largest: int, cut: int) -> tuple[int, int]:
     """How many keys are below the cut, and how many are the cut."""
     below, equal = 0, 0
     for i in range(len(bits)):
-        key, living = bits.dtype.type(bits[i] & largest), is_alive(alive, i)
+        key, living = bits.dtype.type(bits[i] & largest), is_unpruned(unpruned, i)
         below += (key < cut) & living
         equal += (key == cut) & living
     return below, equal
 
 
-@_compiled
+@compiled
 def sum_squares(
     bits: Any,
-    alive: Any,
+    unpruned: Any,
     largest: int,
     values: Any,
     wanted: Any,
@@ -72,7 +72,7 @@ def sum_squares(
     sums: at 2j of what has a key between cut j - 1 and cut j, at 2j + 1 of what is at cut j.
     """
     for i in range(len(bits)):
-        if is_alive(alive, i):
+        if is_unpruned(unpruned, i):
             key = bits.dtype.type(bits[i] & largest)
             at, value = first[key >> head], np.float64(values[i])
             if at < 0:

@@ -1,8 +1,8 @@
-"""The passes over many small tensors on a CPU, compiled as those of kernels.py.
+"""Kernels for many small tensors at once, as those of kernels.py.
 
 A call from Python takes as long as hundreds of units do: one call works on all of them.
 
-bits, alive, kept: of all tensors side by side, each from a new byte of a mask on.
+bits, unpruned, kept: of all tensors side by side, each from a new byte of a mask on.
 begins, units: int64, of each tensor; begins are multiples of 8.
 """
 
@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from secateur_server.backends.kernels import _compiled, count_ones, cut_few
+from secateur_server.backends.kernels import compiled, count_ones, cut_few
 from secateur_server.backends.kernels_units import layout
 
 
-@_compiled
+@compiled
 def cut_each(
     bits: Any,
-    alive: Any,
+    unpruned: Any,
     largest: int,
     begins: Any,
     units: Any,
@@ -34,7 +34,7 @@ def cut_each(
     for t in range(len(units)):
         begin, end = begins[t], begins[t] + units[t]
         first, last = begin >> 3, (end + 7) >> 3
-        living, into = alive[first:last], kept[first:last]
+        living, into = unpruned[first:last], kept[first:last]
         if counts[t] > 0:
             cut = cut_few(bits[begin:end], living, largest, counts[t], into, found, at)
             cuts[t, 0], cuts[t, 1], cuts[t, 2] = cut
@@ -43,7 +43,7 @@ def cut_each(
             cuts[t, 0], cuts[t, 1], cuts[t, 2] = -1, 0, 0
 
 
-@_compiled
+@compiled
 def layout_each(
     bits: Any, begins: Any, shapes: Any, dims: Any, ones: Any, slices: Any, most: Any, blocks: Any
 ) -> None:

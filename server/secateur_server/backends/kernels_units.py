@@ -1,10 +1,10 @@
-"""The passes over groups of elements on a CPU, compiled as those of kernels.py."""
+"""Kernels for groups of elements, as those of kernels.py."""
 
 from typing import Any
 
 import numpy as np
 
-from secateur_server.backends.kernels import _compiled
+from secateur_server.backends.kernels import compiled
 
 # Up to so many keys a group it is sooner to compare them all than to sort them.
 COUNTED = 128
@@ -13,7 +13,7 @@ COUNTED = 128
 KEYS = 4096
 
 
-@_compiled
+@compiled
 def largest(keys: Any, n: int, found: Any) -> None:
     """Writes which keys of each group are its `n` largest, of equal ones those further on.
 
@@ -42,7 +42,7 @@ def largest(keys: Any, n: int, found: Any) -> None:
                 flags[at[i] + j * inner] = above[j, i] < n
 
 
-@_compiled
+@compiled
 def count_above(columns: Any, count: int, above: Any) -> None:
     """Writes how many keys of each of `count` columns are above each, or equal and further on."""
     above[:] = 0
@@ -54,7 +54,7 @@ def count_above(columns: Any, count: int, above: Any) -> None:
                 above[j, i] += not is_larger
 
 
-@_compiled
+@compiled
 def most_ones(lines: Any, most: Any) -> None:
     """Writes to `most` how many bits are 1 at most, of 2, 4, 8 and 16 side by side.
 
@@ -81,7 +81,7 @@ def most_ones(lines: Any, most: Any) -> None:
     most[1], most[2], most[3] = four, eight, sixteen
 
 
-@_compiled
+@compiled
 def nonzero_blocks(lines: Any, counts: Any) -> None:
     """Adds to `counts` how many blocks, as high and as wide as 4, 8, 16 and 32 bits, have a 1.
 
@@ -108,14 +108,14 @@ def nonzero_blocks(lines: Any, counts: Any) -> None:
                 joined[3, :] = 0
 
 
-@_compiled
+@compiled
 def join(line: Any, into: Any) -> None:
     """Adds the bits of a line to another."""
     for i in range(len(line)):
         into[i] |= line[i]
 
 
-@_compiled
+@compiled
 def layout(bits: Any, shape: Any, slices: Any, most: Any, blocks: Any) -> None:
     """Writes the layout of a mask of few elements.
 
@@ -138,7 +138,7 @@ def layout(bits: Any, shape: Any, slices: Any, most: Any, blocks: Any) -> None:
         outer *= size
 
 
-@_compiled
+@compiled
 def count_slices(flags: Any, outer: int, size: int, inner: int) -> int:
     """How many slices along the second of three dimensions have a flag."""
     found = np.zeros(size, np.uint8)
@@ -155,7 +155,7 @@ def count_slices(flags: Any, outer: int, size: int, inner: int) -> int:
     return int(np.count_nonzero(found))
 
 
-@_compiled
+@compiled
 def flags_of(bits: Any) -> Any:
     """A byte, 0 or 1, for each bit."""
     flags = np.empty((len(bits), 8), np.uint8)
@@ -165,9 +165,9 @@ def flags_of(bits: Any) -> Any:
     return flags.reshape(flags.size)
 
 
-@_compiled
+@compiled
 def lines_of(bits: Any, flags: Any, outer: int, size: int, inner: int) -> Any:
-    """As Passes.lines.  flags: as of flags_of."""
+    """As TorchBackend.lines.  flags: as of flags_of."""
     if inner == 1 and size % 8 == 0:
         return bits.reshape((outer, size // 8))
     lines = np.empty((outer * inner, (size + 7) // 8), np.uint8)

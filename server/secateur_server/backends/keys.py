@@ -73,4 +73,4 @@ _FORMATS = {torch.float64: ("=q", "=d"), torch.float32: ("=i", "=f")}
 def as_keys(scores: Tensor, dtype: torch.dtype) -> Tensor:
     """The keys of scores, compared as `dtype`, floating and not fp8."""
     bits = scores.to(dtype).view(BITS[dtype])
-    return bits & torch.iinfo(bits.dtype).max  # the sign goes
+    return bits & torch.iinfo(bits.dtype).max  # without the sign

@@ -27,7 +27,7 @@ def map_file(file: int) -> tuple[memoryview, Torn | None]:
     return memoryview(mapped), Torn(mapped)
 
 
-def room_on_disk(folder: Path, size: int) -> Tensor:
+def allocate_on_disk(folder: Path, size: int) -> Tensor:
     """Memory that is a file without a name, and goes with the tensor.
 
     Returns: uint8, flat.  Errors: StoreFull.

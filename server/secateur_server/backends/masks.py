@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from secateur_server.backends import passes_of, room_to_work, spans
-from secateur_server.backends.passes import around, bits_at
+from secateur_server.backends import allocate, backend_for, spans
+from secateur_server.backends.pieces import around, bits_at
 from secateur_server.runtime.context import RequestContext
 
 Flags = Callable[[int, int], Tensor]
@@ -38,12 +38,12 @@ class Mask:
         return self._kept
 
     def _count(self, context: RequestContext) -> int:
-        passes = passes_of(self.bits.device)
-        if self.bits.numel() <= passes.piece:
-            return passes.count_ones(self.bits)
-        parts = spans(self.bits.numel(), passes.piece)
+        backend = backend_for(self.bits.device)
+        if self.bits.numel() <= backend.piece:
+            return backend.count_ones(self.bits)
+        parts = spans(self.bits.numel(), backend.piece)
         return sum(
-            passes.map(context, lambda span: passes.count_ones(self.bits[slice(*span)]), parts)
+            backend.map(context, lambda span: backend.count_ones(self.bits[slice(*span)]), parts)
         )
 
     def part(self, begin: int, end: int) -> Tensor:
@@ -54,7 +54,7 @@ class Mask:
         """The elements [begin, end) as bool."""
         before = begin % 8
         bits = self.part(begin - before, end)
-        return passes_of(bits.device).unpack(bits, end - begin + before)[before:]
+        return backend_for(bits.device).unpack(bits, end - begin + before)[before:]
 
     def at(self, index: Tensor) -> Tensor:
         """The elements at flat indices as bool, in the shape of `index`."""
@@ -62,31 +62,31 @@ class Mask:
 
     def whole(self, context: RequestContext, shape: Sequence[int]) -> Tensor:
         """All elements as bool, of a shape."""
-        passes = passes_of(self.bits.device)
-        flags = room_to_work(context, self.elements, passes).view(torch.bool)
+        backend = backend_for(self.bits.device)
+        flags = allocate(context, self.elements, backend).view(torch.bool)
 
         def unpack(span: tuple[int, int]) -> None:
             flags[slice(*span)] = self.flags(*span)
 
-        passes.map(context, unpack, spans(self.elements, passes.piece))
+        backend.map(context, unpack, spans(self.elements, backend.piece))
         return flags.view(tuple(shape))
 
     def both(self, context: RequestContext, other: "Mask") -> "Mask":
         """The elements that both masks keep."""
-        both = room_to_work(context, self.bits.numel(), passes_of(self.bits.device))
+        both = allocate(context, self.bits.numel(), backend_for(self.bits.device))
         return Mask(torch.bitwise_and(self.bits, other.bits, out=both), self.elements)
 
 
 def mask_of(context: RequestContext, flags: Flags, elements: int, device: torch.device) -> Mask:
     """The mask that `flags` gives in pieces [begin, end), as bool."""
-    passes = passes_of(device)
-    bits = room_to_work(context, (elements + 7) // 8, passes)
+    backend = backend_for(device)
+    bits = allocate(context, (elements + 7) // 8, backend)
 
     def pack(span: tuple[int, int]) -> None:
         begin, end = span
-        bits[begin // 8 : (end + 7) // 8] = passes.pack(flags(begin, end))
+        bits[begin // 8 : (end + 7) // 8] = backend.pack(flags(begin, end))
 
-    passes.map(context, pack, spans(elements, passes.piece))
+    backend.map(context, pack, spans(elements, backend.piece))
     return Mask(bits, elements)
 
 
@@ -97,14 +97,14 @@ def mask_of_flags(context: RequestContext, flags: Tensor) -> Mask:
 
 def masks_of(flags: Tensor) -> list[Mask]:
     """The mask of each line.  flags: bool, (masks, elements)."""
-    lines = passes_of(flags.device).pack_lines(flags)
+    lines = backend_for(flags.device).pack(flags)
     return [Mask(bits, flags.shape[1]) for bits in lines.unbind()]
 
 
 def flags_of(masks: Sequence[Mask]) -> Tensor:
     """Masks of as many elements as bool.  Returns: (masks, elements)."""
     bits = torch.cat([mask.bits for mask in masks])
-    flags = passes_of(bits.device).unpack(bits, 8 * len(bits))
+    flags = backend_for(bits.device).unpack(bits, 8 * len(bits))
     return flags.view(len(masks), -1)[:, : masks[0].elements]
 
 
@@ -113,7 +113,7 @@ def expand(context: RequestContext, kept: Tensor, shape: Sequence[int], dim: int
     outer, size, inner = around(shape, dim)
     # Of the runs of `inner` elements every size-th belongs to one slice: where a piece begins
     # within the pattern is all that there is to know.
-    most = min(passes_of(kept.device).piece, outer * size * inner) // inner + 2
+    most = min(backend_for(kept.device).piece, outer * size * inner) // inner + 2
     pattern = kept.repeat(-(-(size + most) // size))
 
     def flags(begin: int, end: int) -> Tensor:
@@ -133,18 +133,18 @@ def any_of_slices(
     flags: of the elements [begin, end).  shape: with an element or more.
     Returns: bool, as long as the dimension.
     """
-    passes = passes_of(device)
+    backend = backend_for(device)
     outer, size, inner = around(shape, dim)
-    boxes = _boxes(outer, size, inner, passes.piece)
+    boxes = _boxes(outer, size, inner, backend.piece)
 
     def found_in(box: Box) -> Tensor:
         begin, end, first, last = box
         box_flags = flags(begin, end).view(-1, last - first, min(inner, end - begin))
-        return passes.any_along(box_flags)
+        return backend.any_along(box_flags)
 
     found = torch.zeros(size, dtype=torch.bool, device=device)
     for (_, _, first, last), flagged in zip(
-        boxes, passes.map(context, found_in, boxes), strict=True
+        boxes, backend.map(context, found_in, boxes), strict=True
     ):
         found[first:last] |= flagged
     return found

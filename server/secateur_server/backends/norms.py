@@ -6,10 +6,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from secateur_server.backends import passes_of, spans
+from secateur_server.backends import backend_for, spans
 from secateur_server.backends.keys import ranked_as
 from secateur_server.backends.masks import Mask
-from secateur_server.backends.passes import EXACT_POWERS, Passes, around
+from secateur_server.backends.pieces import around
+from secateur_server.backends.protocol import Backend
 from secateur_server.runtime.context import RequestContext
 
 
@@ -30,20 +31,20 @@ def slice_norms(
     shape = around(values.shape, dim)
     by_slice = values.reshape(shape)
     kept = None if mask is None else mask.whole(context, shape)
-    passes, dtype = passes_of(values.device), ranked_as(values.dtype)
+    backend, dtype = backend_for(values.device), ranked_as(values.dtype)
 
     elements = shape[0] * shape[2] if is_mean else None
 
     def norms_of(span: tuple[int, int]) -> Tensor:
         first, last = span
         if kept is None:
-            return vector_norms(by_slice, first, last, p, passes, elements)
+            return vector_norms(by_slice, first, last, p, backend, elements)
         block = torch.where(kept[:, first:last], by_slice[:, first:last].to(dtype), 0.0)
-        return vector_norms(block, 0, last - first, p, passes, elements)
+        return vector_norms(block, 0, last - first, p, backend, elements)
 
     # Smaller pieces than elsewhere: as float64 they are to stay in the second-level cache.
-    size = max(1, passes.piece // 8 // (shape[0] * shape[2]))
-    joined = torch.cat(passes.map(context, norms_of, spans(shape[1], size)))
+    size = max(1, backend.piece // 8 // (shape[0] * shape[2]))
+    joined = torch.cat(backend.map(context, norms_of, spans(shape[1], size)))
     return joined.to(rounded_to(dtype))
 
 
@@ -52,7 +53,7 @@ def vector_norms(
     first: int,
     last: int,
     p: float,
-    passes: Passes,
+    backend: Backend,
     elements: Tensor | int | None = None,
 ) -> Tensor:
     """Norms of the slices [first, last) along the second of three dimensions, in float64.
@@ -62,18 +63,13 @@ def vector_norms(
     """
     if (dtype := ranked_as(values.dtype)) != values.dtype:
         values, first, last = values[:, first:last].to(dtype), 0, last - first
-    if (sums := passes.power_sums(values, first, last, p)) is not None:
-        return _root(sums, elements, p)
     block = values[:, first:last]
     if math.isinf(p):
         extreme = block.abs().amax((0, 2)) if p > 0 else block.abs().amin((0, 2))
         return extreme.to(torch.float64)
     if p == 0:
         return _root(block.count_nonzero((0, 2)).to(torch.float64), elements, 1.0)
-    rows = block.transpose(0, 1).flatten(1).to(torch.float64)
-    if p not in EXACT_POWERS:  # others differ from device to device
-        rows = rows.cpu()
-    return _root(row_sums(rows.abs().pow(p)).to(values.device), elements, p)
+    return _root(backend.power_sums(values, first, last, p), elements, p)
 
 
 def _root(sums: Tensor, elements: Tensor | int | None, p: float) -> Tensor:
@@ -93,16 +89,3 @@ def total(values: Iterable[float]) -> float:
         return math.fsum(values)
     except OverflowError:
         return math.inf
-
-
-def row_sums(rows: Tensor) -> Tensor:
-    """Sums of rows by halves, in an order that depends on their length alone.
-
-    torch's own sum adds in an order of its threads, its vectors and its device.
-    """
-    while rows.shape[1] > 1:
-        half = rows.shape[1] // 2
-        odd = rows[:, 2 * half :]
-        rows = rows[:, :half] + rows[:, half : 2 * half]
-        rows[:, :1] += odd if odd.shape[1] else 0.0
-    return rows[:, 0]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from secateur_server.backends.keys import BITS, score_at
-from secateur_server.backends.passes import Cut
+from secateur_server.backends.pieces import Cut
 from secateur_server.cut.allocate import shared_out
 from secateur_server.cut.choice import Bound
 from secateur_server.cut.divide import Division, Query, count_below, divide

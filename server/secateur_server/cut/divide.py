@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur_server.backends import passes_of, spans
+from secateur_server.backends import backend_for, spans
 from secateur_server.backends.keys import BITS
-from secateur_server.backends.passes import DIGIT_BITS, Passes, Piece
+from secateur_server.backends.pieces import DIGIT_BITS, Piece
+from secateur_server.backends.protocol import Backend
 from secateur_server.cut.divide_small import SortedKeys, are_small
 from secateur_server.cut.score import Ranking
 from secateur_server.cut.select import FEW, piece_of, score_dtype
@@ -122,11 +123,11 @@ def _divide_few(
     context: RequestContext, ranking: Ranking, queries: Sequence[Query], dtype: torch.dtype
 ) -> list[Division]:
     """As divide, of one small ranking: its keys are sorted once."""
-    passes = passes_of(ranking.device)
-    keys = passes.keys(piece_of(ranking, dtype, 0, ranking.units))
+    backend = backend_for(ranking.device)
+    keys = backend.keys(piece_of(ranking, dtype, 0, ranking.units))
     if ranking.alive is not None:
         keys = keys[keys < torch.iinfo(keys.dtype).max]
-    array: Any = passes.ascending(keys).cpu().numpy()
+    array: Any = backend.ascending(keys).cpu().numpy()
     ascending = memoryview(array)
     found = []
     for query in context.each(queries):
@@ -257,21 +258,21 @@ def _count(
     left: how many bits of the keys are behind the prefixes.
     Returns: the table of each ranking that something is wanted of; and the bits of the digit.
     """
-    passes = passes_of(rankings[0].device)
-    shares = _shares(context, rankings, wanted, dtype, passes)
+    backend = backend_for(rankings[0].device)
+    shares = _shares(context, rankings, wanted, dtype, backend)
     width = _width(sum(ranking.units for ranking in rankings), shares, left)
 
     def up_to(share: _Share) -> Tensor:
-        prefixes = torch.tensor(share.prefixes, dtype=BITS[dtype], device=passes.device)
+        prefixes = torch.tensor(share.prefixes, dtype=BITS[dtype])
         size = len(prefixes), 1 << width
-        counts = torch.zeros(size, dtype=torch.int64, device=passes.device)
+        counts = torch.zeros(size, dtype=torch.int64, device=backend.device)
         for piece in share.pieces:
             context.check()
-            passes.count_many_digits(piece, prefixes, left - width, width, counts)
+            backend.count_digits(piece, prefixes, left - width, width, counts)
         return torch.cumsum(counts, 1, out=counts).cpu()
 
     tables: dict[int, _Table] = {}
-    for share, part in zip(shares, passes.map(context, up_to, shares), strict=True):
+    for share, part in zip(shares, backend.map(context, up_to, shares), strict=True):
         if share.ranking in tables:
             tables[share.ranking].up_to.add_(part)
         else:
@@ -285,13 +286,13 @@ def _shares(
     rankings: Sequence[Ranking],
     wanted: Sequence[set[int]],
     dtype: torch.dtype,
-    passes: Passes,
+    backend: Backend,
 ) -> list[_Share]:
     """The pieces of each ranking that something is wanted of, some for each thread."""
     pieces = {
-        i: _pieces(rankings[i], dtype, passes) for i, of in enumerate(context.each(wanted)) if of
+        i: _pieces(rankings[i], dtype, backend) for i, of in enumerate(context.each(wanted)) if of
     }
-    size = -(-sum(map(len, pieces.values())) // (4 * passes.threads))
+    size = -(-sum(map(len, pieces.values())) // (4 * backend.threads))
     return [
         _Share(i, sorted(wanted[i]), of[begin:end])
         for i, of in pieces.items()
@@ -307,8 +308,8 @@ def _width(units: int, shares: Sequence[_Share], left: int) -> int:
     return -(-left // -(-left // most))
 
 
-def _pieces(ranking: Ranking, dtype: torch.dtype, passes: Passes) -> list[Piece]:
-    return [piece_of(ranking, dtype, *span) for span in spans(ranking.units, passes.piece)]
+def _pieces(ranking: Ranking, dtype: torch.dtype, backend: Backend) -> list[Piece]:
+    return [piece_of(ranking, dtype, *span) for span in spans(ranking.units, backend.piece)]
 
 
 def count_below(
@@ -318,9 +319,9 @@ def count_below(
 
     key: in the common dtype, as of score_dtype.
     """
-    passes, dtype = passes_of(rankings[0].device), score_dtype(rankings)
-    pieces = [_pieces(ranking, dtype, passes) for ranking in context.each(rankings)]
+    backend, dtype = backend_for(rankings[0].device), score_dtype(rankings)
+    pieces = [_pieces(ranking, dtype, backend) for ranking in context.each(rankings)]
     flat = [piece for of in pieces for piece in of]
-    found = iter(passes.map(context, lambda piece: passes.count_below(piece, key), flat))
+    found = iter(backend.map(context, lambda piece: backend.count_below(piece, key), flat))
     counts = [[next(found) for _ in of] for of in pieces]
     return [(sum(b for b, _ in of), sum(e for _, e in of)) for of in counts]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from secateur_server.backends import passes_of
+from secateur_server.backends import backend_for
 from secateur_server.backends.keys import BITS, as_keys
 from secateur_server.cut.score import Ranking
 from secateur_server.cut.select import piece_of
@@ -30,13 +30,13 @@ class SortedKeys:
         self, context: RequestContext, rankings: Sequence[Ranking], dtype: torch.dtype
     ) -> None:
         """dtype: In which the scores of all rankings compare."""
-        passes = passes_of(rankings[0].device)
+        backend = backend_for(rankings[0].device)
         self._keys = _keys(context, rankings, dtype)
         units = torch.tensor([ranking.units for ranking in rankings])
-        self._ends = units.cumsum(0).to(passes.device)
-        self._begins = self._ends - units.to(passes.device)
+        self._ends = units.cumsum(0).to(backend.device)
+        self._begins = self._ends - units.to(backend.device)
         alive = sum(ranking.count_alive(context) for ranking in rankings)
-        self.ascending = passes.ascending(self._keys)[:alive]
+        self.ascending = backend.ascending(self._keys)[:alive]
 
     def up_to(self, key: int) -> Tensor:
         """How many alive units of each ranking have a key up to `key`.  Returns: int64, CPU."""
@@ -55,9 +55,9 @@ def _keys(context: RequestContext, rankings: Sequence[Ranking], dtype: torch.dty
     """The keys of all units in their order; of pruned ones the largest integer."""
     scores = [r.scores for r in rankings if isinstance(r.scores, Tensor)]
     if len(scores) < len(rankings) or len({of.dtype for of in scores}) > 1:
-        passes = passes_of(rankings[0].device)
+        backend = backend_for(rankings[0].device)
         pieces = (piece_of(r, dtype, 0, r.units) for r in context.each(rankings))
-        return torch.cat([passes.keys(piece) for piece in pieces])
+        return torch.cat([backend.keys(piece) for piece in pieces])
     keys = as_keys(torch.cat(scores), dtype)
     end = 0
     for ranking in context.each(rankings):

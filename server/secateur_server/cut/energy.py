@@ -6,10 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from secateur_server.backends import Span, passes_of, spans
+from secateur_server.backends import Span, backend_for, spans
 from secateur_server.backends.keys import BITS
-from secateur_server.backends.norms import row_sums
-from secateur_server.backends.passes import PART, Cut
+from secateur_server.backends.pieces import PART, Cut, row_sums
 from secateur_server.cut.score import Ranking
 from secateur_server.cut.select import piece_of
 from secateur_server.runtime.context import RequestContext
@@ -27,14 +26,14 @@ def energies(
     weight: flat, an element for each unit.
     cuts: in any order, in the keys of `dtype`; by a negative key nothing goes.
     """
-    passes, parts = passes_of(ranking.device), spans(ranking.units, PART)
+    backend, parts = backend_for(ranking.device), spans(ranking.units, PART)
     distinct = sorted({cut.key for cut in cuts if cut.key >= 0})
-    keys = torch.tensor(distinct, dtype=BITS[dtype], device=passes.device)
+    keys = torch.tensor(distinct, dtype=BITS[dtype], device=backend.device)
 
     def sums_of(span: Span) -> tuple[Tensor, Tensor]:
-        return passes.sum_squares(piece_of(ranking, dtype, *span), weight[slice(*span)], keys)
+        return backend.sum_squares(piece_of(ranking, dtype, *span), weight[slice(*span)], keys)
 
-    found = passes.map(context, sums_of, parts)
+    found = backend.map(context, sums_of, parts)
     sums = _running([of for of, _ in found], 2 * len(distinct) + 1, torch.float64)
     equal = _running([of[1::2] for _, of in found], len(distinct), torch.int64)
     up_to: list[float] = sums[-1].cumsum(0).tolist()
@@ -53,7 +52,7 @@ def energies(
             of_ties += float(_first_ties(ranking, weight, cut.key, rest, parts[whole], dtype))
         return up_to[2 * j] + of_ties
 
-    return passes.map(context, energy, cuts), up_to[-1]
+    return backend.map(context, energy, cuts), up_to[-1]
 
 
 def _running(of_parts: Sequence[Tensor], size: int, dtype: torch.dtype) -> Tensor:
@@ -65,7 +64,7 @@ def _first_ties(
     ranking: Ranking, weight: Tensor, key: int, count: int, span: Span, dtype: torch.dtype
 ) -> Tensor:
     """The sum of squares of the first `count` units of a part with a key."""
-    keys = passes_of(ranking.device).keys(piece_of(ranking, dtype, *span))
+    keys = backend_for(ranking.device).keys(piece_of(ranking, dtype, *span))
     at = (keys == key).nonzero().view(-1)[:count]
     squares = weight[slice(*span)][at].to(torch.float64).square()
     return row_sums(squares.view(1, -1))[0].cpu()

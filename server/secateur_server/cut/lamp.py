@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur_server.backends import passes_of, spans
+from secateur_server.backends import backend_for, spans
 from secateur_server.backends.keys import BITS
-from secateur_server.backends.looks import SPACING, sample_places
-from secateur_server.backends.passes import PART, Passes, Piece
+from secateur_server.backends.pieces import PART, Piece
+from secateur_server.backends.protocol import Backend
+from secateur_server.backends.scan import SPACING, sample_places
 from secateur_server.cut.divide import Division, Query, divide
 from secateur_server.cut.divide_small import are_small
 from secateur_server.cut.score import Ranking
@@ -172,32 +173,33 @@ def _falling(
 
     There, as a GPU adds sums that run on in an order of its own.
     """
-    passes, of_score = passes_of(ranking.device), score_dtype([ranking])
+    backend, of_score = backend_for(ranking.device), score_dtype([ranking])
     beyond = torch.iinfo(BITS[of_score]).max  # the key of what is pruned already
     low = int(buckets.cuts[first - 1]) if first else 0
     high = int(buckets.cuts[end - 1]) if end <= len(buckets.cuts) else beyond
 
     def within(piece: Piece) -> Tensor:
-        kept = torch.empty((piece.units + 7) // 8, dtype=torch.uint8, device=passes.device)
-        return passes.split(piece, low, high, kept)[0]  # what lies above is of no interest
+        kept = backend.allocate((piece.units + 7) // 8)  # what lies above is not used
+        (found,) = backend.split(context, [piece], low, high, [kept])
+        return found.keys
 
-    keys = torch.cat(passes.map(context, within, buckets.pieces))
-    return passes.ascending(keys).cpu().view(of_score).flip(0).to(torch.float64)
+    keys = torch.cat(backend.map(context, within, buckets.pieces))
+    return backend.ascending(keys).cpu().view(of_score).flip(0).to(torch.float64)
 
 
 def _buckets(context: RequestContext, ranking: Ranking) -> Buckets:
-    passes, dtype = passes_of(ranking.device), score_dtype([ranking])
+    backend, dtype = backend_for(ranking.device), score_dtype([ranking])
     assert isinstance(ranking.scores, Tensor), "random scores have no LAMP"
     scores = ranking.scores
     parts = spans(ranking.units, PART)
     pieces = [piece_of(ranking, dtype, *span) for span in parts]
-    cuts = _sampled_cuts(context, passes, pieces, ranking.units)
+    cuts = _sampled_cuts(context, backend, pieces, ranking.units)
 
     def sums_of(part: tuple[Piece, tuple[int, int]]) -> tuple[Tensor, Tensor]:
         piece, span = part
-        return passes.sum_squares(piece, scores[slice(*span)], cuts)
+        return backend.sum_squares(piece, scores[slice(*span)], cuts)
 
-    found = passes.map(context, sums_of, list(zip(pieces, parts, strict=True)))
+    found = backend.map(context, sums_of, list(zip(pieces, parts, strict=True)))
     # A cut's own units are in the bucket behind it.
     sums, counts = (sum(of[1:], start=of[0]) for of in zip(*found, strict=True))
     energy, units = (torch.cat([of[:1], of[1::2] + of[2::2]]) for of in (sums, counts))
@@ -217,12 +219,12 @@ def _bounds(edges: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sampled_cuts(
-    context: RequestContext, passes: Passes, pieces: Sequence[Piece], units: int
+    context: RequestContext, backend: Backend, pieces: Sequence[Piece], units: int
 ) -> Tensor:
     """Keys that cut a large tensor in buckets of about as many units each; none, of a small one."""
     if units <= FEW:
-        return torch.empty(0, dtype=BITS[pieces[0].dtype], device=passes.device)
-    index = sample_places(PART, min(SPACING, max(1, units // FEW)), passes.device)
-    keys = torch.cat(passes.map(context, lambda piece: passes.sample(piece, index), list(pieces)))
-    some = passes.ascending(keys)[:: max(1, len(keys) // BUCKETS)].tolist()
-    return torch.tensor(sorted(set(some)), dtype=keys.dtype, device=passes.device)
+        return torch.empty(0, dtype=BITS[pieces[0].dtype], device=backend.device)
+    index = sample_places(PART, min(SPACING, max(1, units // FEW)), backend.device)
+    keys = torch.cat(backend.map(context, lambda piece: backend.sample(piece, index), list(pieces)))
+    some = backend.ascending(keys)[:: max(1, len(keys) // BUCKETS)].tolist()
+    return torch.tensor(sorted(set(some)), dtype=keys.dtype, device=backend.device)

@@ -13,11 +13,11 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from secateur_server.backends import Span, passes_of, room_to_work, spans
+from secateur_server.backends import Span, allocate, backend_for, spans
 from secateur_server.backends.keys import picked, ranked_as
 from secateur_server.backends.masks import Mask
-from secateur_server.backends.norms import rounded_to, row_sums, total, vector_norms
-from secateur_server.backends.passes import PART
+from secateur_server.backends.norms import rounded_to, total, vector_norms
+from secateur_server.backends.pieces import PART, row_sums
 from secateur_server.cut.score import Ranking
 from secateur_server.errors import InvalidSpec, quote
 from secateur_server.runtime.context import RequestContext
@@ -224,8 +224,8 @@ def _of_parts(
         for span in spans(len(parts), AT_ONCE // size)
     ]
     found: list[list[Found]] = [[] for _ in scores]
-    passes = passes_of(scores[0].device)
-    for place, of_part in chain.from_iterable(passes.map(context, work, batches)):
+    backend = backend_for(scores[0].device)
+    for place, of_part in chain.from_iterable(backend.map(context, work, batches)):
         found[place].append(of_part)
     return found
 
@@ -240,22 +240,22 @@ def _sums(rows: Tensor, p: float) -> list[float]:
     """The sum of |x|^p of each row.  p: 1 or 2."""
     if not rows.shape[1]:
         return [0.0] * len(rows)
-    norms = vector_norms(rows[None], 0, len(rows), p, passes_of(rows.device))
+    norms = vector_norms(rows[None], 0, len(rows), p, backend_for(rows.device))
     return [math.pow(norm, p) for norm in norms.tolist()]
 
 
 def _scaled(context: RequestContext, scores: Tensor, scale: Scale, floor: float) -> Tensor:
     """Returns: float64 for float64, else float32, computed in float64 and rounded once."""
     dtype = rounded_to(scores.dtype)
-    passes = passes_of(scores.device)
-    into = room_to_work(context, len(scores) * dtype.itemsize, passes).view(dtype)
+    backend = backend_for(scores.device)
+    into = allocate(context, len(scores) * dtype.itemsize, backend).view(dtype)
 
     def fill(span: tuple[int, int]) -> None:
         part = scores[slice(*span)].to(torch.float64).abs()
         # What is pruned already may lie below the floor, and has no rank.
         into[slice(*span)] = (((part - scale.shift) / scale.spread) - floor).clamp_(min=0.0)
 
-    passes.map(context, fill, spans(len(scores), AT_ONCE))
+    backend.map(context, fill, spans(len(scores), AT_ONCE))
     return into
 
 

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur_server.backends import passes_of, spans
+from secateur_server.backends import backend_for, spans
 from secateur_server.backends.batches import are_many
 from secateur_server.backends.keys import score_at
 from secateur_server.backends.masks import Mask
-from secateur_server.backends.norms import row_sums, total
-from secateur_server.backends.passes import PART, Cut
+from secateur_server.backends.norms import total
+from secateur_server.backends.pieces import PART, Cut, row_sums
 from secateur_server.cut.amounts import Decision, decide
 from secateur_server.cut.choice import Choice
 from secateur_server.cut.divide import Query, divide
@@ -269,7 +269,7 @@ def _energy(
 
     after: None keeps nothing.
     """
-    values, passes = weight.reshape(-1), passes_of(weight.device)
+    values, backend = weight.reshape(-1), backend_for(weight.device)
 
     def energy(span: tuple[int, int]) -> float:
         squares = values[slice(*span)].to(torch.float64).square()
@@ -279,4 +279,4 @@ def _energy(
             squares = torch.where(after.flags(*span), 0.0, squares)
         return float(row_sums(squares.unsqueeze(0)))
 
-    return total(passes.map(context, energy, spans(len(values), PART)))
+    return total(backend.map(context, energy, spans(len(values), PART)))

@@ -7,9 +7,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from secateur_server.backends import passes_of
+from secateur_server.backends import backend_for
 from secateur_server.backends.masks import Mask
-from secateur_server.backends.passes import Cut
+from secateur_server.backends.pieces import Cut
 from secateur_server.cut.amounts import Decision, decide, first_key, is_plain, wanted
 from secateur_server.cut.choice import Choice, ChoiceTable
 from secateur_server.cut.divide import count_below
@@ -66,7 +66,7 @@ def prune(
         else:
             masks, choices = apply_selection(context, rule, state, extras)
         for name, mask in masks.items():
-            state[name] = Parameter(state[name].weight, mask, state[name].seen)
+            state[name] = Parameter(state[name].weight, mask, state[name].scan)
         touched.update(masks)
         outcomes.append(choices)
     return {name: state[name] for name in parameters if name in touched}, outcomes
@@ -164,9 +164,9 @@ def small_at_once(
 
     One core takes a small one whole; a large one, all cores one by one.
     """
-    passes = passes_of(device)
-    is_small = [elements(item) <= passes.piece for item in items]
-    small = iter(passes.map(context, work, [i for i, s in zip(items, is_small, strict=True) if s]))
+    backend = backend_for(device)
+    is_small = [elements(item) <= backend.piece for item in items]
+    small = iter(backend.map(context, work, [i for i, s in zip(items, is_small, strict=True) if s]))
     return [next(small) if s else work(item) for item, s in zip(items, is_small, strict=True)]
 
 
@@ -299,7 +299,7 @@ def _select(
 
 def _none(ranking: Ranking) -> Mask:
     size = (ranking.units + 7) // 8
-    return Mask(passes_of(ranking.device).room(size).zero_(), ranking.units)
+    return Mask(backend_for(ranking.device).allocate(size).zero_(), ranking.units)
 
 
 def cut_value(subjects: Sequence[Subject], cut: Cut) -> float | None:

@@ -7,7 +7,7 @@ lose as much lose less than a tensor that loses as much in all.
 import torch
 from torch import Tensor
 
-from secateur_server.backends import passes_of, room_to_work, spans
+from secateur_server.backends import allocate, backend_for, spans
 from secateur_server.backends.keys import as_keys
 from secateur_server.backends.masks import Mask, mask_of_flags
 from secateur_server.backends.randomness import RandomScores, random_keys
@@ -35,8 +35,8 @@ def select_in_rows(
     Raises:
         AmountOutOfRange: A row has fewer candidates than the count.
     """
-    passes, width = passes_of(ranking.device), ranking.units // rows
-    flags = room_to_work(context, ranking.units, passes).view(torch.bool).view(rows, width)
+    backend, width = backend_for(ranking.device), ranking.units // rows
+    flags = allocate(context, ranking.units, backend).view(torch.bool).view(rows, width)
 
     def select(span: tuple[int, int]) -> int:
         keys = _keys(ranking, span[0] * width, span[1] * width).view(-1, width)
@@ -45,8 +45,8 @@ def select_in_rows(
         flags[slice(*span)] = _largest(keys, candidates - pruned)
         return int(pruned.sum())
 
-    parts = spans(rows, max(1, passes.piece // width))
-    pruned = sum(passes.map(context, select, parts))
+    parts = spans(rows, max(1, backend.piece // width))
+    pruned = sum(backend.map(context, select, parts))
     return mask_of_flags(context, flags.view(-1)), pruned
 
 

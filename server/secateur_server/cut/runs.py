@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from secateur_server.backends.batches import Batch
+from secateur_server.backends.pieces import Batch
 from secateur_server.cut.choice import Floats, Ints
 from secateur_server.runtime.context import RequestContext
 
@@ -61,7 +61,7 @@ class Runs:
 def runs_of(batch: Batch) -> Runs:
     """The runs of a batch."""
     bits: Any = batch.bits.numpy()
-    alive = np.unpackbits(batch.alive.numpy(), bitorder="little").view(np.bool_)
+    alive = np.unpackbits(batch.unpruned.numpy(), bitorder="little").view(np.bool_)
     keys = (bits & np.iinfo(bits.dtype).max)[alive]
     up_to = np.concatenate([[0], np.cumsum(alive)])
     starts = np.append(up_to[batch.begins], len(keys))
@@ -157,7 +157,7 @@ def _running(bucket: Ints, sums: Floats, starts: Ints) -> tuple[Floats, Ints]:
 
 
 def halved(counts: Ints, values: Floats) -> Floats:
-    """The sums of `counts` times the same value, as norms.row_sums adds them: by halves."""
+    """The sums of `counts` times the same value, as pieces.row_sums adds them: by halves."""
     left, first, other = counts.copy(), np.where(counts > 0, values, 0.0), values.copy()
     while (more := left > 1).any():
         first = np.where(more, first + other, first)

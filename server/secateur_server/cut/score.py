@@ -6,11 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from secateur_server.backends import passes_of, spans
+from secateur_server.backends import backend_for, spans
 from secateur_server.backends.keys import INFINITY, ranked_as
-from secateur_server.backends.looks import Sample, Seen
 from secateur_server.backends.masks import Mask
 from secateur_server.backends.randomness import RandomScores, random_scores
+from secateur_server.backends.scan import Sample, Scan
 from secateur_server.errors import NanScores
 from secateur_server.granularity import Granularity
 from secateur_server.importance import Importance
@@ -74,36 +74,36 @@ def rank(
     if scores is not None and not of_elements:
         refuse_nan(context, scores, alive, field)
         return Ranking(name, units, scores.reshape(-1), alive, weight.device)
-    seen = parameter.seen if scores is None else None
+    scan = parameter.scan if scores is None else None
     if scores is not None and alive is not None and not granularity.is_part:
         mask = granularity.expand(context, alive, values, mask)  # what of the scores is read
-    refuse_nan(context, values, mask, field, seen)
+    refuse_nan(context, values, mask, field, scan)
     if is_all:
         return Ranking(name, units, random_scores(0, name), alive, weight.device)
     # As in torch: what is pruned counts as 0 in a weight's norm, and as it is in a caller's scores.
     # But of an N:M group only what is unpruned can go.
     masked = mask if scores is None or granularity.is_part else None
     of_units = importance.scores(context, values, masked, granularity, is_mean)
-    sample = seen.sample if seen and granularity.is_element and importance.is_value else None
+    sample = scan.sample if scan and granularity.is_element and importance.is_value else None
     return Ranking(name, units, of_units, alive, weight.device, sample)
 
 
 def refuse_nan(
-    context: RequestContext, values: Tensor, mask: Mask | None, field: str, seen: Seen | None = None
+    context: RequestContext, values: Tensor, mask: Mask | None, field: str, scan: Scan | None = None
 ) -> None:
     """Refuses a NaN that is not pruned yet: it has no rank.
 
-    seen: what a first look at `values` told.  Errors: NanScores.
+    scan: of `values`, where they were scanned as they arrived.  Errors: NanScores.
     """
     if not values.dtype.is_floating_point:
         return
-    passes, flat = passes_of(values.device), values.reshape(-1)
-    if seen is None:
-        parts = spans(len(flat), passes.ranked)
-        found = passes.map(context, lambda s: passes.extremes(flat[slice(*s)]), parts)
+    backend, flat = backend_for(values.device), values.reshape(-1)
+    if scan is None:
+        parts = spans(len(flat), backend.ranked)
+        found = backend.map(context, lambda s: backend.extremes(flat[slice(*s)]), parts)
         largest = max((most for _, most in found), default=0)
     else:
-        largest = seen.largest
+        largest = scan.largest
     if largest <= INFINITY[values.dtype]:
         return
     nan = values.isnan() if mask is None else values.isnan() & mask.whole(context, values.shape)

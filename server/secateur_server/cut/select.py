@@ -15,12 +15,13 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from secateur_server.backends import passes_of, room_to_work, spans
+from secateur_server.backends import allocate, backend_for, spans
 from secateur_server.backends.keys import BITS, as_keys, score_at
-from secateur_server.backends.looks import SPACING, sample_places
 from secateur_server.backends.masks import Mask
-from secateur_server.backends.passes import BYTES_OF_FEW, DIGIT_BITS, Cut, Passes, Piece
+from secateur_server.backends.pieces import BYTES_OF_FEW, DIGIT_BITS, Cut, Piece
+from secateur_server.backends.protocol import Backend
 from secateur_server.backends.randomness import RandomScores
+from secateur_server.backends.scan import SPACING, sample_places
 from secateur_server.cut.score import Ranking
 from secateur_server.runtime.context import RequestContext
 
@@ -45,7 +46,7 @@ class Units:
     """
 
     context: RequestContext
-    passes: Passes
+    backend: Backend
     pieces: Sequence[Piece]
     kept: Sequence[Tensor]
     alive: int
@@ -77,17 +78,17 @@ def select(
 
     Returns: for each ranking the units that are alive and stay so.
     """
-    passes, dtype = passes_of(rankings[0].device), score_dtype(rankings)
+    backend, dtype = backend_for(rankings[0].device), score_dtype(rankings)
     sizes = [(r.units + 7) // 8 for r in rankings]
-    room = torch.split(room_to_work(context, sum(sizes), passes), sizes)
+    room = torch.split(allocate(context, sum(sizes), backend), sizes)
     masks = [Mask(bits, r.units) for bits, r in zip(room, rankings, strict=True)]
     parts = [
         (piece_of(ranking, dtype, *span), mask.part(*span))
         for ranking, mask in zip(context.each(rankings), masks, strict=True)
-        for span in spans(ranking.units, passes.ranked)
+        for span in spans(ranking.units, backend.ranked)
     ]
     pieces, kept = [piece for piece, _ in parts], [kept for _, kept in parts]
-    units = Units(context, passes, pieces, kept, alive, _sampled(rankings, dtype))
+    units = Units(context, backend, pieces, kept, alive, _sampled(rankings, dtype))
     return masks, _apply(units, count)
 
 
@@ -116,10 +117,10 @@ def _sampled(rankings: Sequence[Ranking], dtype: torch.dtype) -> list[Tensor]:
 def _apply(units: Units, count: int) -> Cut:
     """Marks what stays when `count` units go.  Returns: the cut."""
     if count == 0:
-        units.passes.split_all(units.context, units.pieces, 0, 0, units.kept)
+        units.backend.split(units.context, units.pieces, 0, 0, units.kept)
         return NOTHING
     if units.total <= FEW:
-        return units.passes.cut_few(units.context, units.pieces, count, units.kept)
+        return units.backend.cut_few(units.context, units.pieces, count, units.kept)
     return _cut_by_sample(units, count) or _cut_by_digits(units, count)
 
 
@@ -134,15 +135,15 @@ def _cut_by_sample(units: Units, count: int) -> Cut | None:
 
 def _cut_within(units: Units, count: int, low: int, high: int) -> Cut | None:
     """Marks what stays, if the cut is in [low, high).  Returns: the cut; None where it is not."""
-    found = units.passes.split_all(units.context, units.pieces, low, high, units.kept)
+    found = units.backend.split(units.context, units.pieces, low, high, units.kept)
     sizes = [len(part.keys) for part in found]
     place = count - (units.alive - sum(part.above for part in found) - sum(sizes))
     if not 1 <= place <= sum(sizes):  # of the cut among those within
         return None
     keys = torch.cat([part.keys for part in found])
-    cut, stays = units.passes.rank(keys, place)
+    cut, stays = units.backend.rank(keys, place)
     for kept, part, stay in zip(units.kept, found, torch.split(stays, sizes), strict=True):
-        units.passes.keep(kept, part.at, stay)
+        units.backend.keep(kept, part.at, stay)
     return cut
 
 
@@ -155,15 +156,15 @@ def _sampled_bounds(units: Units, count: int) -> tuple[int, int] | None:
     keys = _sample(units)
     if keys is None:
         return None
-    passes, share = units.passes, count / units.alive
+    backend, share = units.backend, count / units.alive
     spread = 4 * math.sqrt(len(keys) * share * (1 - share)) + 1  # 4 standard deviations
     first, last = math.floor(len(keys) * share - spread), math.ceil(len(keys) * share + spread)
-    low = passes.kth(keys, first) if first >= 1 else 0
-    high = passes.kth(keys, last) + 1 if last <= len(keys) else torch.iinfo(keys.dtype).max
+    low = backend.kth(keys, first) if first >= 1 else 0
+    high = backend.kth(keys, last) + 1 if last <= len(keys) else torch.iinfo(keys.dtype).max
     within = int(((keys >= low) & (keys < high)).count_nonzero())
     if within * FEW_OF <= len(keys):
         return low, high
-    likely = passes.kth(keys, max(1, round(len(keys) * share)))
+    likely = backend.kth(keys, max(1, round(len(keys) * share)))
     are_ties = 2 * int((keys == likely).count_nonzero()) > within
     return (likely, likely) if are_ties else None
 
@@ -172,13 +173,13 @@ def _sample(units: Units) -> Tensor | None:
     """The keys of some of the units that are alive; None where there are too few."""
     if units.total < LARGE:
         return None
-    passes, spacing = units.passes, min(SPACING, units.total // SAMPLE)
+    backend, spacing = units.backend, min(SPACING, units.total // SAMPLE)
     if (memory := units.context.work_memory) is not None:
         spacing = max(spacing, units.total * BYTES_OF_FEW // memory)
-    index = sample_places(passes.ranked, spacing, passes.device)
+    index = sample_places(backend.ranked, spacing, backend.device)
     # In one thread: many small pieces would have threads wait for each other.
     sampled = units.sampled or [
-        passes.sample(piece, index) for piece in units.context.each(units.pieces)
+        backend.sample(piece, index) for piece in units.context.each(units.pieces)
     ]
     keys = torch.cat(list(sampled))
     # Of many small tensors there may be fewer, and where most are pruned.
@@ -187,8 +188,8 @@ def _sample(units: Units) -> Tensor | None:
 
 def _cut_at(units: Units, count: int, key: int) -> Cut | None:
     """As _cut_within, of one key, which too many units have to collect them."""
-    passes = units.passes
-    found = passes.map(units.context, lambda piece: passes.count_below(piece, key), units.pieces)
+    backend = units.backend
+    found = backend.map(units.context, lambda piece: backend.count_below(piece, key), units.pieces)
     below, equal = (list(of) for of in zip(*found, strict=True))
     cut = Cut(key, count - sum(below), sum(equal))
     return _mark_ties(units, cut, equal) if 1 <= cut.ties <= cut.equal else None
@@ -203,13 +204,14 @@ def _cut_by_digits(units: Units, count: int) -> Cut:
     place, equal = count, units.alive
     few = units.few
     while shift > 0 and equal > few:
-        shift = (shift - 1) // DIGIT_BITS * DIGIT_BITS
-        counts = _count_digits(units, prefix, shift)
+        width = (shift - 1) % DIGIT_BITS + 1
+        shift -= width
+        counts = _count_digits(units, prefix, shift, width)
         up_to = counts.cumsum(0)
         digit = int(torch.searchsorted(up_to, place))
         equal = int(counts[digit])
         place -= int(up_to[digit]) - equal
-        prefix = (prefix << DIGIT_BITS) | digit
+        prefix = (prefix << width) | digit
     low, high = prefix << shift, min((prefix + 1) << shift, integers.max)
     are_ties = equal > few
     cut = _cut_at(units, count, low) if are_ties else _cut_within(units, count, low, high)
@@ -217,25 +219,26 @@ def _cut_by_digits(units: Units, count: int) -> Cut:
     return cut
 
 
-def _count_digits(units: Units, prefix: int, shift: int) -> Tensor:
+def _count_digits(units: Units, prefix: int, shift: int, width: int) -> Tensor:
     """The counts of all pieces, added up in as few histograms as there are threads."""
-    passes, pieces = units.passes, units.pieces
+    backend, pieces = units.backend, units.pieces
+    prefixes = torch.tensor([prefix], dtype=BITS[pieces[0].dtype])
 
     def counts_of(share: Sequence[Piece]) -> Tensor:
-        counts = torch.zeros(1 << DIGIT_BITS, dtype=torch.int64, device=passes.device)
+        counts = torch.zeros(1, 1 << width, dtype=torch.int64, device=backend.device)
         for piece in share:
             units.context.check()
-            passes.add_digits(piece, prefix, shift, counts)
-        return counts
+            backend.count_digits(piece, prefixes, shift, width, counts)
+        return counts[0]
 
-    size = -(-len(pieces) // passes.threads)
+    size = -(-len(pieces) // backend.threads)
     shares = [pieces[begin:end] for begin, end in spans(len(pieces), size)]
-    return reduce(torch.add, passes.map(units.context, counts_of, shares))
+    return reduce(torch.add, backend.map(units.context, counts_of, shares))
 
 
 def _mark_ties(units: Units, cut: Cut, equal: Sequence[int]) -> Cut:
     """Marks what stays.  equal: how many units of each piece are at the cut."""
-    passes = units.passes
+    backend = units.backend
     before = itertools.accumulate(equal, initial=0)
 
     def mark(part: tuple[Piece, Tensor, int, int]) -> None:
@@ -243,10 +246,11 @@ def _mark_ties(units: Units, cut: Cut, equal: Sequence[int]) -> Cut:
         going = min(max(cut.ties - before, 0), equal)
         # All of a piece's ties go, or none do, but for one piece in which the first ones go.
         low, high = cut.key + (going == equal), cut.key + (going > 0)
-        _, at = passes.split(piece, low, high, kept)
-        passes.keep(kept, at, torch.arange(len(at), device=at.device) >= going)
+        (found,) = backend.split(units.context, [piece], low, high, [kept])
+        places = torch.arange(len(found.at), device=found.at.device)
+        backend.keep(kept, found.at, places >= going)
 
-    passes.map(
+    backend.map(
         units.context, mark, list(zip(units.pieces, units.kept, equal, before, strict=False))
     )
     return cut

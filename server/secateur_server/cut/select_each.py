@@ -9,7 +9,7 @@ from torch import Tensor
 from secateur_server.backends import spans
 from secateur_server.backends.keys import BITS, as_keys
 from secateur_server.backends.masks import Mask, flags_of, masks_of
-from secateur_server.backends.passes import Cut
+from secateur_server.backends.pieces import Cut
 from secateur_server.cut.score import Ranking
 from secateur_server.cut.select import NOTHING, select
 from secateur_server.runtime.context import RequestContext

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from secateur_server.backends.batches import (
     SMALL,
-    Batch,
     are_many,
     batched,
     cut_each,
@@ -18,6 +17,7 @@ from secateur_server.backends.batches import (
 )
 from secateur_server.backends.keys import BITS, INFINITY
 from secateur_server.backends.masks import Mask
+from secateur_server.backends.pieces import Batch
 from secateur_server.cut.amounts import is_plain, number_of
 from secateur_server.cut.choice import Choice, ChoiceTable, Floats, Ints
 from secateur_server.cut.score import Ranking, rank, refuse_nan
@@ -94,14 +94,14 @@ def ranking_of(
 ) -> Ranking:
     """The ranking of a tensor whose units are its elements.  Errors: NanScores."""
     parameter = state[name]
-    weight, mask, seen = parameter.weight, parameter.mask, parameter.seen
+    weight, mask, scan = parameter.weight, parameter.mask, parameter.scan
     if rule.scores or rule.scales or not rule.importance.is_value:
         scores, field = scores_of(rule, name, state, extras)
         by = rule.importance, Element()
         return rank(context, name, parameter, scores, *by, True, False, field)
-    if seen is None or seen.largest > INFINITY.get(weight.dtype, 0):
-        refuse_nan(context, weight, mask, f"data[{quote(name)}]", seen)
-    sample = seen.sample if seen else None
+    if scan is None or scan.largest > INFINITY.get(weight.dtype, 0):
+        refuse_nan(context, weight, mask, f"data[{quote(name)}]", scan)
+    sample = scan.sample if scan else None
     return Ranking(name, weight.numel(), weight.reshape(-1), mask, weight.device, sample)
 
 
@@ -187,7 +187,7 @@ def prune_together(
         dtype = score_dtype(rankings)
         batch = batch_of(rankings, dtype)
         # One tensor of all of them: what lies between them is as if it were pruned already.
-        living, scores = Mask(batch.alive, batch.bits.numel()), batch.bits.view(dtype)
+        living, scores = Mask(batch.unpruned, batch.bits.numel()), batch.bits.view(dtype)
         whole = Ranking("", living.elements, scores, living, rankings[0].device)
         (kept,), cut = select(context, [whole], alive, count)
         value = threshold(cut, dtype) if rule.importance.is_measured else None

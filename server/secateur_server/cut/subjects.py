@@ -199,7 +199,7 @@ def _member_scores(
     scored = (member.tensor for group in own for member in group.members if member.is_scored)
     for name in context.each(dict.fromkeys(scored)):
         parameter, field = parameters[name], f"data[{quote(name)}]"
-        refuse_nan(context, parameter.weight, parameter.mask, field, parameter.seen)
+        refuse_nan(context, parameter.weight, parameter.mask, field, parameter.scan)
     of_members = iter(scores_of_members(context, own, parameters, rule.importance.order))
     return [
         [extras[rule.scores[group.name]].to(torch.float64).abs()]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from secateur_proto import spec_pb2 as pb
-from secateur_server.backends import passes_of, room_to_work
+from secateur_server.backends import allocate, backend_for
 from secateur_server.backends.masks import Mask, mask_of_flags
 from secateur_server.backends.norms import rounded_to
 from secateur_server.errors import InvalidSpec, NotStructured, quote
@@ -66,19 +66,19 @@ class Block:
     def candidates(self, context: RequestContext, values: Tensor, mask: Mask | None) -> Mask | None:
         if mask is None:
             return None
-        tiles, passes = self._tiles(values.shape), passes_of(values.device)
+        tiles, backend = self._tiles(values.shape), backend_for(values.device)
         kept = mask.whole(context, tiles.sizes)
 
         def candidates_of(box: Box) -> Sequence[Tensor]:
-            return [passes.any_along(tiles.rows(tiles.part(kept, box), box, False))]
+            return [backend.any_along(tiles.rows(tiles.part(kept, box), box, False))]
 
-        (found,) = of_units(context, tiles, passes, [torch.bool], candidates_of)
+        (found,) = of_units(context, tiles, backend, [torch.bool], candidates_of)
         return mask_of_flags(context, found)
 
     def scores(
         self, context: RequestContext, values: Tensor, mask: Mask | None, p: float, is_mean: bool
     ) -> Tensor:
-        tiles, passes = self._tiles(values.shape), passes_of(values.device)
+        tiles, backend = self._tiles(values.shape), backend_for(values.device)
         by_tiles = values.reshape(tiles.sizes)
         kept = None if mask is None else mask.whole(context, tiles.sizes)
 
@@ -88,21 +88,21 @@ class Block:
                 part = torch.where(tiles.part(kept, box), part, 0.0)
             rows = tiles.rows(part, box, neutral(p))
             counts = tiles.counts(box, rows.device) if is_mean else None
-            return [row_norms(rows, counts, p, passes)]
+            return [row_norms(rows, counts, p, backend)]
 
-        return of_units(context, tiles, passes, [rounded_to(values.dtype)], scores_of)[0]
+        return of_units(context, tiles, backend, [rounded_to(values.dtype)], scores_of)[0]
 
     def expand(
         self, context: RequestContext, kept: Mask, values: Tensor, mask: Mask | None
     ) -> Mask:
-        tiles, passes = self._tiles(values.shape), passes_of(values.device)
+        tiles, backend = self._tiles(values.shape), backend_for(values.device)
         units = kept.whole(context, tiles.grid)
-        flags = room_to_work(context, values.numel(), passes).view(torch.bool)
+        flags = allocate(context, values.numel(), backend).view(torch.bool)
 
         def expand_box(box: Box) -> None:
             tiles.fill(flags.view(tiles.sizes), box, units)
 
-        passes.map(context, expand_box, boxes_of(tiles, passes))
+        backend.map(context, expand_box, boxes_of(tiles, backend))
         return mask_of_flags(context, flags)
 
     def unit_elements(self, shape: Sequence[int]) -> int | None:

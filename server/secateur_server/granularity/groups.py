@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from secateur_server.backends import passes_of, spans
+from secateur_server.backends import backend_for, spans
 from secateur_server.backends.keys import signed_bits
 from secateur_server.backends.masks import Mask, any_of_slices, expand, mask_of_flags
 from secateur_server.backends.norms import vector_norms
-from secateur_server.backends.passes import around
+from secateur_server.backends.pieces import around
 from secateur_server.errors import DimOutOfRange, InvalidSpec, quote
 from secateur_server.granularity.group import Group, Member
 from secateur_server.runtime.context import RequestContext
@@ -123,7 +123,7 @@ def member_scores(
     outer, size, inner = around(weight.shape, member.dim)
     by_slice = weight.reshape(outer, size, inner)
     kept = None if mask is None else mask.whole(context, (outer, size, inner))
-    passes, elements = passes_of(weight.device), outer * inner * slices.shape[1]
+    backend, elements = backend_for(weight.device), outer * inner * slices.shape[1]
 
     def scores_of(span: tuple[int, int]) -> Tensor:
         index = slices[slice(*span)].reshape(-1)
@@ -131,10 +131,10 @@ def member_scores(
         if kept is not None:
             part = torch.where(kept.index_select(1, index), part, torch.zeros_like(part))
         rows = part.transpose(0, 1).reshape(1, -1, elements).contiguous()
-        return vector_norms(rows, 0, rows.shape[1], p, passes, elements)
+        return vector_norms(rows, 0, rows.shape[1], p, backend, elements)
 
-    parts = spans(member.units, max(1, passes.piece // 8 // max(1, elements)))
-    return torch.cat(passes.map(context, scores_of, parts))
+    parts = spans(member.units, max(1, backend.piece // 8 // max(1, elements)))
+    return torch.cat(backend.map(context, scores_of, parts))
 
 
 def expand_group(

@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from secateur_server.backends import passes_of, spans
+from secateur_server.backends import backend_for, spans
 from secateur_server.backends.keys import signed_bits
 from secateur_server.backends.masks import Mask, flags_of, masks_of
 from secateur_server.backends.norms import vector_norms
-from secateur_server.backends.passes import around
+from secateur_server.backends.pieces import around
 from secateur_server.granularity.group import Group, Member
 from secateur_server.granularity.groups import alive_units, expand_group, member_scores, slices_of
 from secateur_server.runtime.context import RequestContext
@@ -117,8 +117,8 @@ def _each(
             done |= {place: one(place) for place in context.each(places)}
         else:
             batches += [places[slice(*span)] for span in spans(len(places), AT_ONCE // size)]
-    passes = passes_of(parameters[groups[0].members[0].tensor].weight.device)
-    for places, found in zip(batches, passes.map(context, many, batches), strict=True):
+    backend = backend_for(parameters[groups[0].members[0].tensor].weight.device)
+    for places, found in zip(batches, backend.map(context, many, batches), strict=True):
         done |= zip(places, found, strict=True)
     return [done[place] for place in range(len(groups))]
 
@@ -162,7 +162,7 @@ def _scores(members: Sequence[Member], parameters: Parameters, p: float) -> Tens
     elements = outer * inner * slices.shape[2]
     lines = bits.transpose(1, 2).reshape(-1, outer * inner).index_select(0, slices.reshape(-1))
     rows = lines.view(weight.dtype).view(1, -1, elements)
-    norms = vector_norms(rows, 0, rows.shape[1], p, passes_of(weight.device), elements)
+    norms = vector_norms(rows, 0, rows.shape[1], p, backend_for(weight.device), elements)
     return norms.view(len(members), -1)
 
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from secateur_proto import spec_pb2 as pb
-from secateur_server.backends import passes_of, room_to_work
+from secateur_server.backends import allocate, backend_for
 from secateur_server.backends.keys import as_keys, ranked_as
 from secateur_server.backends.masks import Mask, mask_of_flags
 from secateur_server.backends.norms import rounded_to
-from secateur_server.backends.passes import around
+from secateur_server.backends.pieces import around
 from secateur_server.errors import InvalidSpec, NotStructured, quote
 from secateur_server.granularity.tiled import (
     COSTS,
@@ -77,7 +77,7 @@ class NM:
         return (*shape[:dim], -(-shape[dim] // self.m), *shape[dim + 1 :])
 
     def candidates(self, context: RequestContext, values: Tensor, mask: Mask | None) -> Mask | None:
-        tiles, passes = self._tiles(values.shape), passes_of(values.device)
+        tiles, backend = self._tiles(values.shape), backend_for(values.device)
         shorter = tiles.sizes[1] % self.m
         if mask is None and not 0 < shorter <= self.n:
             return None
@@ -88,13 +88,13 @@ class NM:
                 return [tiles.counts(box, values.device) > self.n]
             return [tiles.rows(tiles.part(kept, box), box, False).sum((0, 2)) > self.n]
 
-        (found,) = of_units(context, tiles, passes, [torch.bool], candidates_of)
+        (found,) = of_units(context, tiles, backend, [torch.bool], candidates_of)
         return mask_of_flags(context, found)
 
     def scores(
         self, context: RequestContext, values: Tensor, mask: Mask | None, p: float, is_mean: bool
     ) -> Tensor:
-        tiles, passes = self._tiles(values.shape), passes_of(values.device)
+        tiles, backend = self._tiles(values.shape), backend_for(values.device)
         by_tiles = values.reshape(tiles.sizes)
         kept = None if mask is None else mask.whole(context, tiles.sizes)
 
@@ -104,18 +104,18 @@ class NM:
             rows = torch.where(pruned, rows, neutral(p))
             # A unit without elements is not a candidate, but its score must not be NaN.
             counts = pruned.sum((0, 2)).clamp(min=1) if is_mean else None
-            return [row_norms(rows, counts, p, passes)]
+            return [row_norms(rows, counts, p, backend)]
 
-        return of_units(context, tiles, passes, [rounded_to(values.dtype)], scores_of)[0]
+        return of_units(context, tiles, backend, [rounded_to(values.dtype)], scores_of)[0]
 
     def expand(
         self, context: RequestContext, kept: Mask, values: Tensor, mask: Mask | None
     ) -> Mask:
-        tiles, passes = self._tiles(values.shape), passes_of(values.device)
+        tiles, backend = self._tiles(values.shape), backend_for(values.device)
         by_tiles = values.reshape(tiles.sizes)
         before = None if mask is None else mask.whole(context, tiles.sizes)
         units = kept.whole(context, tiles.grid) if kept.kept(context) else None
-        flags = room_to_work(context, values.numel(), passes).view(torch.bool)
+        flags = allocate(context, values.numel(), backend).view(torch.bool)
 
         def expand_box(box: Box) -> None:
             kept_of_group = self._largest(self._keys(tiles, by_tiles, before, box))
@@ -123,7 +123,7 @@ class NM:
                 kept_of_group |= tiles.in_grid(units, box).reshape(len(kept_of_group), 1, -1)
             tiles.paste(flags.view(tiles.sizes), box, kept_of_group)
 
-        passes.map(context, expand_box, boxes_of(tiles, passes))
+        backend.map(context, expand_box, boxes_of(tiles, backend))
         return mask_of_flags(context, flags)
 
     def unit_elements(self, shape: Sequence[int]) -> int | None:
@@ -132,16 +132,16 @@ class NM:
     def costs(
         self, context: RequestContext, weight: Tensor, values: Tensor, mask: Mask | None
     ) -> tuple[Tensor, Tensor]:
-        tiles, passes = self._tiles(values.shape), passes_of(values.device)
+        tiles, backend = self._tiles(values.shape), backend_for(values.device)
         by_tiles, weights = values.reshape(tiles.sizes), weight.reshape(tiles.sizes)
         kept = None if mask is None else mask.whole(context, tiles.sizes)
 
         def costs_of(box: Box) -> tuple[Tensor, Tensor]:
             pruned = self._pruned(tiles, by_tiles, kept, box)
             rows = tiles.rows(ranked(tiles.part(weights, box)), box, 0.0)
-            return pruned.sum((0, 2)), square_sums(torch.where(pruned, rows, 0.0), passes)
+            return pruned.sum((0, 2)), square_sums(torch.where(pruned, rows, 0.0), backend)
 
-        counts, squares = of_units(context, tiles, passes, COSTS, costs_of)
+        counts, squares = of_units(context, tiles, backend, COSTS, costs_of)
         return counts, squares
 
     def _tiles(self, shape: Sequence[int]) -> Tiles:
@@ -166,4 +166,4 @@ class NM:
 
     def _largest(self, keys: Tensor) -> Tensor:
         """The n most important elements of each group.  keys: (groups, elements, inner)."""
-        return passes_of(keys.device).largest(keys, min(self.n, keys.shape[1]))
+        return backend_for(keys.device).largest(keys, min(self.n, keys.shape[1]))

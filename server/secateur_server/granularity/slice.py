@@ -8,7 +8,7 @@ from torch import Tensor
 from secateur_proto import spec_pb2 as pb
 from secateur_server.backends.masks import Mask, any_of_slices, expand, mask_of_flags
 from secateur_server.backends.norms import slice_norms
-from secateur_server.backends.passes import around
+from secateur_server.backends.pieces import around
 from secateur_server.errors import DimOutOfRange, NotStructured, quote
 from secateur_server.granularity.tiled import tile_costs
 from secateur_server.granularity.tiles import Tiles

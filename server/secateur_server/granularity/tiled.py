@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from secateur_server.backends import passes_of, room_to_work
+from secateur_server.backends import allocate, backend_for
 from secateur_server.backends.keys import ranked_as
 from secateur_server.backends.masks import Mask
-from secateur_server.backends.norms import rounded_to, row_sums, vector_norms
-from secateur_server.backends.passes import Passes
+from secateur_server.backends.norms import rounded_to, vector_norms
+from secateur_server.backends.protocol import Backend
 from secateur_server.granularity.tiles import Box, Tiles
 from secateur_server.runtime.context import RequestContext
 
@@ -19,9 +19,9 @@ from secateur_server.runtime.context import RequestContext
 COSTS = (torch.int64, torch.float64)
 
 
-def boxes_of(tiles: Tiles, passes: Passes) -> list[Box]:
+def boxes_of(tiles: Tiles, backend: Backend) -> list[Box]:
     """All tiles in boxes whose elements fit in the second-level cache as float64."""
-    return tiles.boxes(passes.piece // 8)
+    return tiles.boxes(backend.piece // 8)
 
 
 def ranked(part: Tensor) -> Tensor:
@@ -34,19 +34,19 @@ def neutral(p: float) -> float:
     return math.inf if p < 0 else 0.0
 
 
-def row_norms(rows: Tensor, counts: Tensor | None, p: float, passes: Passes) -> Tensor:
+def row_norms(rows: Tensor, counts: Tensor | None, p: float, backend: Backend) -> Tensor:
     """The norm of each row, rounded once, or its power mean over `counts` elements.
 
     Args:
         rows: (1, units, elements), floating.
         counts: Of each unit; None: a norm.
         p: The order.
-        passes: Of the device.
+        backend: Of the device.
 
     Returns:
         As slice_norms.
     """
-    norms = vector_norms(rows, 0, rows.shape[1], p, passes, counts)
+    norms = vector_norms(rows, 0, rows.shape[1], p, backend, counts)
     return norms.to(rounded_to(rows.dtype))
 
 
@@ -54,32 +54,31 @@ def tile_costs(
     context: RequestContext, tiles: Tiles, weight: Tensor, mask: Mask | None
 ) -> tuple[Tensor, Tensor]:
     """Granularity.costs of units that are whole tiles."""
-    passes, by_tiles = passes_of(weight.device), weight.reshape(tiles.sizes)
+    backend, by_tiles = backend_for(weight.device), weight.reshape(tiles.sizes)
     kept = None if mask is None else mask.whole(context, tiles.sizes)
 
     def costs_of(box: Box) -> tuple[Tensor, Tensor]:
         part = ranked(tiles.part(by_tiles, box))
         if kept is None:
-            return tiles.counts(box, part.device), square_sums(tiles.rows(part, box, 0.0), passes)
+            return tiles.counts(box, part.device), square_sums(tiles.rows(part, box, 0.0), backend)
         flags = tiles.part(kept, box)
         part = torch.where(flags, part, 0.0)
         counts = tiles.rows(flags, box, False).sum((0, 2))
-        return counts, square_sums(tiles.rows(part, box, 0.0), passes)
+        return counts, square_sums(tiles.rows(part, box, 0.0), backend)
 
-    counts, squares = of_units(context, tiles, passes, COSTS, costs_of)
+    counts, squares = of_units(context, tiles, backend, COSTS, costs_of)
     return counts, squares
 
 
-def square_sums(rows: Tensor, passes: Passes) -> Tensor:
+def square_sums(rows: Tensor, backend: Backend) -> Tensor:
     """The sum of squares of each row.  rows: (1, units, elements).  Returns: float64."""
-    sums = passes.power_sums(rows, 0, rows.shape[1], 2)
-    return row_sums(rows[0].to(torch.float64).square()) if sums is None else sums
+    return backend.power_sums(rows, 0, rows.shape[1], 2)
 
 
 def of_units(
     context: RequestContext,
     tiles: Tiles,
-    passes: Passes,
+    backend: Backend,
     dtypes: Sequence[torch.dtype],
     of_box: Callable[[Box], Sequence[Tensor]],
 ) -> list[Tensor]:
@@ -87,16 +86,16 @@ def of_units(
 
     Each box is written to its place: parts that wait to be joined leave holes in the heap.
     """
-    boxes = boxes_of(tiles, passes)
+    boxes = boxes_of(tiles, backend)
     ends = list(itertools.accumulate(_units(box) for box in boxes))
-    found = [room_to_work(context, ends[-1] * d.itemsize, passes).view(d) for d in dtypes]
+    found = [allocate(context, ends[-1] * d.itemsize, backend).view(d) for d in dtypes]
 
     def write(part: tuple[Box, int]) -> None:
         box, end = part
         for into, values in zip(found, of_box(box), strict=True):
             into[end - _units(box) : end] = values
 
-    passes.map(context, write, list(zip(boxes, ends, strict=True)))
+    backend.map(context, write, list(zip(boxes, ends, strict=True)))
     return found
 
 

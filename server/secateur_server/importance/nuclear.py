@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur_server.backends import passes_of, spans
+from secateur_server.backends import backend_for, spans
 from secateur_server.backends.masks import Mask
 from secateur_server.backends.norms import rounded_to
 from secateur_server.backends.randomness import RandomScores
@@ -57,7 +57,7 @@ class Nuclear:
         is_mean: bool,
     ) -> Tensor:
         kept = None if mask is None else mask.whole(context, values.shape).movedim(self.dim, 0)
-        passes, slices = passes_of(values.device), values.movedim(self.dim, 0)
+        backend, slices = backend_for(values.device), values.movedim(self.dim, 0)
 
         def norms_of(span: tuple[int, int]) -> Tensor:
             matrices = slices[slice(*span)].to(torch.float64)
@@ -66,8 +66,8 @@ class Nuclear:
             # On the CPU: singular values differ from device to device.
             return _nuclear_norms(matrices.cpu()).to(values.device)
 
-        size = max(1, passes.piece // 8 // max(1, math.prod(slices.shape[1:])))
-        parts = passes.map(context, norms_of, spans(len(slices), size))
+        size = max(1, backend.piece // 8 // max(1, math.prod(slices.shape[1:])))
+        parts = backend.map(context, norms_of, spans(len(slices), size))
         return torch.cat(parts).to(rounded_to(values.dtype))
 
 

@@ -4,13 +4,14 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from secateur_server.backends import passes_of, spans
+from secateur_server.backends import backend_for, spans
 from secateur_server.backends.keys import picked
 from secateur_server.backends.masks import Mask, any_of_slices, mask_of
-from secateur_server.backends.passes import around
+from secateur_server.backends.pieces import around
 from secateur_server.report.structure import Structure, structure_of, structure_of_few
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.parameter import Parameter
@@ -43,10 +44,11 @@ def measure(context: RequestContext, parameter: Parameter) -> Sparsity:
     nonzero = _Nonzero(parameter, mask if zeros == pruned else None)
     shape = parameter.weight.shape
     if shape and zeros > 0 and total <= AT_ONCE:
-        layout = passes_of(parameter.weight.device).layout(nonzero.whole(context).bits, shape)
-        along = zip(shape, layout.nonzero_slices, strict=True) if len(shape) > 1 else ()
+        bits = nonzero.whole(context).bits
+        layouts = backend_for(bits.device).layouts(bits, np.zeros(1, np.int64), [shape])
+        along = zip(shape, layouts.nonzero_slices.tolist(), strict=True) if len(shape) > 1 else ()
         zero_slices = tuple(size - count for size, count in along)
-        return Sparsity(zeros, total, pruned, zero_slices, structure_of_few(shape, layout))
+        return Sparsity(zeros, total, pruned, zero_slices, structure_of_few(shape, layouts))
     structure = structure_of(context, shape, zeros, partial(nonzero.whole, context))
     return Sparsity(zeros, total, pruned, _zero_slices(context, nonzero, zeros), structure)
 
@@ -66,7 +68,7 @@ class _Nonzero:
         if self.known is not None:
             return self.known.flags(begin, end)
         weight, mask = self.parameter.weight, self.parameter.mask
-        flags = passes_of(weight.device).nonzero(weight.reshape(-1)[begin:end])
+        flags = backend_for(weight.device).nonzero(weight.reshape(-1)[begin:end])
         return flags if mask is None else flags & mask.flags(begin, end)
 
     def at(self, index: Tensor) -> Tensor:
@@ -90,24 +92,24 @@ def nonzero_mask(context: RequestContext, parameter: Parameter) -> Mask:
 def _zeros_kept(context: RequestContext, parameter: Parameter) -> int:
     """How many elements are 0 that the mask keeps."""
     values, mask = parameter.weight.reshape(-1), parameter.mask
-    passes = passes_of(values.device)
-    within = [(0, len(values))] if parameter.seen is None else parameter.seen.zeros
+    backend = backend_for(values.device)
+    within = [(0, len(values))] if parameter.scan is None else parameter.scan.zeros
 
     def count(span: tuple[int, int]) -> int:
         begin, end = span
         part = values[begin:end]
         if mask is None:
-            return passes.count_zeros(part, None)
+            return backend.count_zeros(part, None)
         kept = mask.part(begin, end)
         # What is pruned counts as zero as well.
-        return passes.count_zeros(part, kept) - (len(part) - passes.count_ones(kept))
+        return backend.count_zeros(part, kept) - (len(part) - backend.count_ones(kept))
 
     pieces = [
         (begin + first, begin + last)
         for begin, end in within
-        for first, last in spans(min(end, len(values)) - begin, passes.piece)
+        for first, last in spans(min(end, len(values)) - begin, backend.piece)
     ]
-    return sum(passes.map(context, count, pieces))
+    return sum(backend.map(context, count, pieces))
 
 
 def _zero_slices(context: RequestContext, nonzero: _Nonzero, zeros: int) -> tuple[int, ...]:
@@ -163,4 +165,4 @@ def _any_nonzero(nonzero: _Nonzero, dim: int, slices: Tensor, most: int) -> Tens
         along = slices if other == dim else torch.arange(min(size, side), device=weight.device)
         index = index.unsqueeze(-1) + along * stride
     flags = nonzero.at(index).movedim(dim, 0).flatten(1)
-    return passes_of(weight.device).any_along(flags.unsqueeze(0))
+    return backend_for(weight.device).any_along(flags.unsqueeze(0))

@@ -11,8 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from secateur_server.backends.batches import Layouts, bits_of, layout_each, padded
+from secateur_server.backends.batches import bits_of, layout_each, padded
 from secateur_server.backends.keys import signed_bits
+from secateur_server.backends.pieces import Layouts
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.parameter import Parameter
 

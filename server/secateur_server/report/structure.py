@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur_server.backends import passes_of
+from secateur_server.backends import backend_for
 from secateur_server.backends.masks import Mask
-from secateur_server.backends.passes import Layout, around
+from secateur_server.backends.pieces import Layouts, around
 from secateur_server.granularity.tiles import Box, Tiles
 from secateur_server.runtime.context import RequestContext
 
@@ -46,14 +46,14 @@ class Structure:
     zero_blocks: tuple[ZeroBlocks, ...]
 
 
-def structure_of_few(shape: Sequence[int], layout: Layout) -> Structure:
+def structure_of_few(shape: Sequence[int], layouts: Layouts) -> Structure:
     """The structure of a tensor of one dimension or more, with elements.
 
-    layout: of the mask of what is not zero.
+    layouts: of the one mask of what is not zero.
     """
-    most = zip(layout.most_ones, GROUPS, strict=True)
+    most = zip(layouts.most_ones[0].tolist(), GROUPS, strict=True)
     matrix = (shape[0], math.prod(shape[1:]))
-    blocks = _zero_of(matrix, layout.nonzero_blocks) if len(shape) > 1 else ()
+    blocks = _zero_of(matrix, layouts.nonzero_blocks[0].tolist()) if len(shape) > 1 else ()
     return Structure(tuple((n, m) for n, m in most if n < m), blocks)
 
 
@@ -97,18 +97,18 @@ def _most_nonzero(
     """
     if not limits:
         return {}
-    passes = passes_of(mask.bits.device)
+    backend = backend_for(mask.bits.device)
     tiles = Tiles(sizes, (1, GROUPS[-1], 1))
     met: set[int] = set()
 
     def most_in(box: Box) -> dict[int, int]:
         if len(met) == len(limits):  # nothing is left to be found out
             return limits
-        found = dict(zip(GROUPS, passes.most_ones(_lines(mask, tiles, box)), strict=True))
+        found = dict(zip(GROUPS, backend.most_ones(_lines(mask, tiles, box)), strict=True))
         met.update(m for m in limits if found[m] == limits[m])
         return found
 
-    found = passes.map(context, most_in, tiles.boxes(passes.piece))
+    found = backend.map(context, most_in, tiles.boxes(backend.piece))
     return {m: max(most[m] for most in found) for m in limits}
 
 
@@ -116,15 +116,15 @@ def _zero_blocks(
     context: RequestContext, mask: Mask, matrix: tuple[int, int]
 ) -> tuple[ZeroBlocks, ...]:
     """The blocks of a matrix, for each side up to the last that has any."""
-    passes = passes_of(mask.bits.device)
+    backend = backend_for(mask.bits.device)
     rows, columns = matrix
     tiles = Tiles((rows, columns, 1), (min(rows, SIDES[-1]), SIDES[-1], 1))
 
     def nonzero_in(box: Box) -> list[int]:
-        return passes.nonzero_blocks(_lines(mask, tiles, box))
+        return backend.nonzero_blocks(_lines(mask, tiles, box))
 
     nonzero = map(
-        sum, zip(*passes.map(context, nonzero_in, tiles.boxes(passes.piece)), strict=True)
+        sum, zip(*backend.map(context, nonzero_in, tiles.boxes(backend.piece)), strict=True)
     )
     return _zero_of(matrix, nonzero)
 
@@ -151,7 +151,7 @@ def _lines(mask: Mask, tiles: Tiles, box: Box) -> Tensor:
     if inner == 1 and size % 8 == 0:
         return mask.bits.view(outer, size // 8)[first:last, begin // 8 : end // 8]
     flags = _flags(mask, tiles.sizes, spans).movedim(1, 2).flatten(0, 1)
-    return passes_of(flags.device).pack_lines(flags)
+    return backend_for(flags.device).pack(flags)
 
 
 def _elements(tiles: Tiles, box: Box) -> Box:

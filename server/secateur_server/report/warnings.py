@@ -114,10 +114,10 @@ def changes_of(
     changes = []
     for tensor in context.each(report.tensors):
         name, pruned = tensor.name, tensor.pruned
-        _, mask, seen = before[name]
+        _, mask, scan = before[name]
         if mask is not None:
             pruned -= mask.elements - mask.kept(context)
-        was_zero = pruned == 0 or (seen is not None and seen.largest == 0)
+        was_zero = pruned == 0 or (scan is not None and scan.largest == 0)
         is_wholly_zero = not was_zero and tensor.zeros == tensor.total
         changes.append(Change(name, catalog.prunable[name], pruned, is_wholly_zero))
     return changes

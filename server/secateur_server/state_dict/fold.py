@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from secateur_server.backends import passes_of, spans
+from secateur_server.backends import backend_for, spans
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.parameter import Parameter
 
@@ -13,10 +13,10 @@ def folded(parameter: Parameter) -> Iterator[Tensor]:
     """As `fold`, in parts that are copies: the weight stays."""
     values, mask = parameter.weight.reshape(-1), parameter.mask
     assert mask is not None, "what is folded has a mask"
-    passes = passes_of(values.device)
-    for begin, end in spans(values.numel(), passes.piece):
+    backend = backend_for(values.device)
+    for begin, end in spans(values.numel(), backend.piece):
         part = values[begin:end].clone()
-        passes.fold(part, mask.part(begin, end))
+        backend.fold(part, mask.part(begin, end))
         yield part
 
 
@@ -29,9 +29,9 @@ def fold(context: RequestContext, parameter: Parameter) -> None:
     values, mask = parameter.weight.view(-1), parameter.mask
     if mask is None:
         return
-    passes = passes_of(values.device)
+    backend = backend_for(values.device)
 
     def fold_piece(span: tuple[int, int]) -> None:
-        passes.fold(values[slice(*span)], mask.part(*span))
+        backend.fold(values[slice(*span)], mask.part(*span))
 
-    passes.map(context, fold_piece, spans(values.numel(), passes.piece))
+    backend.map(context, fold_piece, spans(values.numel(), backend.piece))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from secateur_proto.ties import read_ties, write_ties
-from secateur_server.backends import passes_of, spans
+from secateur_server.backends import backend_for, spans
 from secateur_server.backends.dtypes import TORCH_DTYPES
 from secateur_server.backends.masks import Mask
 from secateur_server.errors import InvalidPair, InvalidStateDict, quote
@@ -97,7 +97,7 @@ class Model:
             priors = [(mask, tensors.pop(mask)) for mask in stored]
             if priors and kept is None:
                 kept = _prior_mask(context, priors)
-            self.parameters[name] = Parameter(values_of(tensor), kept, tensor.seen)
+            self.parameters[name] = Parameter(values_of(tensor), kept, tensor.scan)
 
     def files(self, context: RequestContext, are_folded: Container[str]) -> list[OutgoingFile]:
         """All tensors, in the files that they came in, and in their order.
@@ -231,5 +231,5 @@ def _prior_mask(context: RequestContext, priors: Sequence[tuple[str, WireTensor]
 
 def _as_numbers(mask: Mask, dtype: torch.dtype | None) -> Iterator[Tensor]:
     """A mask of 0 and 1 in a dtype, in parts."""
-    for begin, end in spans(mask.elements, passes_of(mask.bits.device).piece):
+    for begin, end in spans(mask.elements, backend_for(mask.bits.device).piece):
         yield mask.flags(begin, end).to(dtype)

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from secateur_server.backends.looks import Seen
 from secateur_server.backends.masks import Mask
+from secateur_server.backends.scan import Scan
 
 
 class Parameter(NamedTuple):
@@ -13,14 +13,14 @@ class Parameter(NamedTuple):
 
     weight: of a dtype of backends.dtypes.PRUNABLE; only fold writes to it.
     mask: of its elements; None where the tensor was never pruned.
-    seen: what a first look at its elements told, where there was one.
+    scan: of its elements, where they were scanned as they arrived.
     """
 
     weight: Tensor
     mask: Mask | None = None
-    seen: Seen | None = None
+    scan: Scan | None = None
 
     @property
     def is_nonzero(self) -> bool:
         """Whether it is known that no element of the weight itself is zero."""
-        return self.seen is not None and not self.seen.zeros
+        return self.scan is not None and not self.scan.zeros

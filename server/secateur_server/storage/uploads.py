@@ -7,7 +7,7 @@ from threading import Condition
 
 import torch
 
-from secateur_server.backends import passes_of
+from secateur_server.backends import backend_for
 from secateur_server.errors import (
     DataLoss,
     InvalidRequest,
@@ -254,7 +254,7 @@ class Uploads:
 
     def _check_whole(self, context: RequestContext, file: StoredFile) -> None:
         blob = self._blobs.open("data", file)
-        passes_of(torch.device("cpu")).map(context, blob.check, range(blob.block_count))
+        backend_for(torch.device("cpu")).map(context, blob.check, range(blob.block_count))
 
     def leave(self, upload: Upload) -> None:
         """Ends a call's use of an upload. A resumable one is kept for a later call."""

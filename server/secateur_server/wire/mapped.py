@@ -6,11 +6,18 @@ from dataclasses import dataclass
 
 import torch
 
-from secateur_server.backends import passes_of, room_to_work
+from secateur_server.backends import allocate, backend_for
 from secateur_server.backends.dtypes import TORCH_DTYPES
 from secateur_server.backends.keys import BITS
-from secateur_server.backends.looks import SPACING, Look, Sample, Seen, sample_places, seen_of
-from secateur_server.backends.passes import BYTES_OF_FEW
+from secateur_server.backends.pieces import BYTES_OF_FEW
+from secateur_server.backends.scan import (
+    SPACING,
+    PartScan,
+    Sample,
+    Scan,
+    joined_scan,
+    sample_places,
+)
 from secateur_server.errors import MalformedFile, quote
 from secateur_server.runtime.context import RequestContext
 from secateur_server.wire.header import (
@@ -95,11 +102,11 @@ def map_tensors(
         base: The offset of the data in the file.
     """
     spans = _Spans([entry for entry in entries if entry.end > entry.begin], base)
-    passes = passes_of(torch.device("cpu"))
+    backend = backend_for(torch.device("cpu"))
     data = torch.frombuffer(file.data, dtype=torch.uint8)
     work_memory = context.work_memory
 
-    def scan(block: int) -> list[tuple[str, Look]]:
+    def scan(block: int) -> list[tuple[str, PartScan]]:
         file.check(block)
         begin, end = block * BLOCK, min((block + 1) * BLOCK, len(data))
         found = []
@@ -107,16 +114,16 @@ def map_tensors(
             part = data[first:last].view(dtype)
             spacing = _spacing(len(data), work_memory, dtype)
             sample = _sample(part, end_of_part, spacing) if spacing else None
-            found.append((name, Look(end_of_part, *passes.extremes(part), sample)))
+            found.append((name, PartScan(end_of_part, *backend.extremes(part), sample)))
         context.advance(end - begin)
         return found
 
-    looks: dict[str, list[Look]] = {}
-    for of_block in passes.map(context, scan, spans.blocks()):
-        for name, look in of_block:
-            looks.setdefault(name, []).append(look)
+    scans: dict[str, list[PartScan]] = {}
+    for of_block in backend.map(context, scan, spans.blocks()):
+        for name, part in of_block:
+            scans.setdefault(name, []).append(part)
     return {
-        entry.name: _tensor(context, entry, data, base, seen_of(looks.get(entry.name, [])))
+        entry.name: _tensor(context, entry, data, base, joined_scan(scans.get(entry.name, [])))
         for entry in entries
     }
 
@@ -168,11 +175,11 @@ class _Spans:
 
 
 def _tensor(
-    context: RequestContext, entry: Entry, data: torch.Tensor, base: int, seen: Seen | None
+    context: RequestContext, entry: Entry, data: torch.Tensor, base: int, scan: Scan | None
 ) -> WireTensor:
     part = data[base + entry.begin : base + entry.end]
     dtype = TORCH_DTYPES.get(entry.dtype)
     if dtype is not None and (base + entry.begin) % dtype.itemsize:
         # torch does not support unaligned elements.
-        part = room_to_work(context, len(part), passes_of(part.device)).copy_(part)
-    return wire_tensor(entry.dtype, entry.shape, part, seen)
+        part = allocate(context, len(part), backend_for(part.device)).copy_(part)
+    return wire_tensor(entry.dtype, entry.shape, part, scan)

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from blake3 import blake3
 
-from secateur_server.backends import passes_of
+from secateur_server.backends import backend_for
 from secateur_server.backends.dtypes import TORCH_DTYPES
 from secateur_server.backends.keys import BITS
-from secateur_server.backends.looks import Look, Seen, seen_each, seen_of
-from secateur_server.backends.passes import Passes
+from secateur_server.backends.protocol import Backend
+from secateur_server.backends.scan import PartScan, Scan, joined_scan, scan_each
 from secateur_server.errors import TooShort, WrongLength
 from secateur_server.runtime.context import RequestContext
 from secateur_server.wire.header import Entry, Header, header_length, parse_header
@@ -127,14 +127,14 @@ def read_tensors(stream: ByteStream, header: Header, device: torch.device) -> di
     Raises:
         WrongLength: The stream has another length than announced.
     """
-    passes = passes_of(device)
+    backend = backend_for(device)
     in_order = sorted(header.entries, key=attrgetter("begin", "end"))
     read: dict[str, WireTensor] = {}
     for run in _runs(in_order) if device.type == "cpu" else ([entry] for entry in in_order):
         if len(run) > FEW:
             read.update(zip((entry.name for entry in run), _read_run(stream, run), strict=True))
         else:
-            read |= {entry.name: _read_tensor(stream, entry, passes) for entry in run}
+            read |= {entry.name: _read_tensor(stream, entry, backend) for entry in run}
     stream.finish()
     return {entry.name: read[entry.name] for entry in header.entries}
 
@@ -158,36 +158,41 @@ def _runs(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
 
 def _read_run(stream: ByteStream, run: Sequence[Entry]) -> list[WireTensor]:
     """Reads tensors of one dtype, none of them empty, into shared memory."""
-    data = passes_of(_CPU).landed_all(stream.pieces(run[-1].end - run[0].begin))
-    data = data.view(TORCH_DTYPES.get(run[0].dtype, torch.uint8))
+    backend, size, begin = backend_for(_CPU), run[-1].end - run[0].begin, 0
+    memory = backend.allocate(size)
+    for piece in stream.pieces(size):
+        backend.receive(piece, memory[begin : begin + len(piece)])
+        begin += len(piece)
+    data = memory.view(TORCH_DTYPES.get(run[0].dtype, torch.uint8))
     begins = np.array([entry.begin - run[0].begin for entry in run]) // data.itemsize
-    seen: Iterable[Seen | None] = itertools.repeat(None)
+    scans: Iterable[Scan | None] = itertools.repeat(None)
     if data.dtype in BITS:
-        seen = seen_each(data, begins)
+        scans = scan_each(data, begins)
     parts = torch.split(data, np.diff(begins, append=len(data)).tolist())
-    found = zip(run, parts, seen, strict=False)
-    return [WireTensor(entry.dtype, entry.shape, part, look) for entry, part, look in found]
+    found = zip(run, parts, scans, strict=False)
+    return [WireTensor(entry.dtype, entry.shape, part, scan) for entry, part, scan in found]
 
 
-def _read_tensor(stream: ByteStream, entry: Entry, passes: Passes) -> WireTensor:
+def _read_tensor(stream: ByteStream, entry: Entry, backend: Backend) -> WireTensor:
     size, dtype = entry.end - entry.begin, TORCH_DTYPES.get(entry.dtype)
     if (at_hand := stream.at_hand(size)) is not None:
-        data = passes.landed(at_hand)
+        data = backend.allocate(size)
+        backend.receive(at_hand, data)
         if dtype not in BITS:
             return wire_tensor(entry.dtype, entry.shape, data)
-        look = Look(size // dtype.itemsize, *passes.extremes(data.view(dtype)))
-        return wire_tensor(entry.dtype, entry.shape, data, seen_of([look]))
-    data = passes.room(size)
-    looks: list[Look] = []
-    begin = seen = 0
+        scan = PartScan(size // dtype.itemsize, *backend.extremes(data.view(dtype)))
+        return wire_tensor(entry.dtype, entry.shape, data, joined_scan([scan]))
+    data = backend.allocate(size)
+    scans: list[PartScan] = []
+    begin = scanned = 0
     for piece in stream.pieces(len(data)):
-        passes.land(piece, data[begin : begin + len(piece)])
+        backend.receive(piece, data[begin : begin + len(piece)])
         begin += len(piece)
         # A piece may end within an element.
-        is_due = begin - seen >= passes.look_bytes or begin == len(data)
-        if dtype in BITS and is_due and begin - seen >= dtype.itemsize:
+        is_due = begin - scanned >= backend.scanned or begin == len(data)
+        if dtype in BITS and is_due and begin - scanned >= dtype.itemsize:
             whole = begin // dtype.itemsize * dtype.itemsize
-            found = passes.extremes(data[seen:whole].view(dtype))
-            looks.append(Look(whole // dtype.itemsize, *found))
-            seen = whole
-    return wire_tensor(entry.dtype, entry.shape, data, seen_of(looks))
+            found = backend.extremes(data[scanned:whole].view(dtype))
+            scans.append(PartScan(whole // dtype.itemsize, *found))
+            scanned = whole
+    return wire_tensor(entry.dtype, entry.shape, data, joined_scan(scans))

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from secateur_server.backends.dtypes import TORCH_DTYPES
-from secateur_server.backends.looks import Seen
+from secateur_server.backends.scan import Scan
 
 
 class WireTensor(NamedTuple):
@@ -15,13 +15,13 @@ class WireTensor(NamedTuple):
         dtype: As safetensors spells it.
         shape: Of the tensor.
         data: Row-major, flat, of torch's dtype; uint8 bytes if torch does not have the dtype.
-        seen: Facts about a floating tensor's values that were found while it was read.
+        scan: Facts about a floating tensor's values that were found while it was read.
     """
 
     dtype: str
     shape: tuple[int, ...]
     data: Tensor
-    seen: Seen | None = None
+    scan: Scan | None = None
 
     def values(self) -> Tensor | None:
         """A view with dtype and shape; None if torch does not have the dtype."""
@@ -32,7 +32,7 @@ class WireTensor(NamedTuple):
 
 
 def wire_tensor(
-    dtype: str, shape: tuple[int, ...], data: Tensor, seen: Seen | None = None
+    dtype: str, shape: tuple[int, ...], data: Tensor, scan: Scan | None = None
 ) -> WireTensor:
     """Makes a tensor of bytes.
 
@@ -40,7 +40,7 @@ def wire_tensor(
         dtype: As safetensors spells it.
         shape: Of the tensor.
         data: Its bytes, flat uint8.
-        seen: Facts about its values that were found while it was read.
+        scan: Facts about its values that were found while it was read.
     """
     known = TORCH_DTYPES.get(dtype)
-    return WireTensor(dtype, shape, data if known is None else data.view(known), seen)
+    return WireTensor(dtype, shape, data if known is None else data.view(known), scan)

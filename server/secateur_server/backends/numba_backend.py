@@ -1,15 +1,10 @@
-"""The passes on a CPU: on all cores, and compiled where numba is there.
+"""The backend of CPUs: kernels compiled by numba, on all cores.
 
-torch's own threads meet at the end of every operation, and so wait long where other work takes a
-core from one of them; threads that each take whole pieces do not. Nothing that a piece yields may
-depend on the others, so no number of threads shows in a result.
+torch needs an operation for every step of a loop, and each reads and writes memory.
 """
 
 import itertools
-import os
-import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -17,211 +12,131 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur_server.backends import kernels, kernels_curve, kernels_units
-from secateur_server.backends.blocks import Blocks
-from secateur_server.backends.cgroups import cores
+from secateur_server.backends import kernels, kernels_curve, kernels_many, kernels_units
+from secateur_server.backends.buffers import BUFFERS
+from secateur_server.backends.cores import CORES, map_on_cores
 from secateur_server.backends.keys import BITS, signed_bits
-from secateur_server.backends.passes import (
-    DIGIT_BITS,
-    EXACT_POWERS,
-    Cut,
-    Layout,
-    Passes,
-    Piece,
-    Split,
-)
+from secateur_server.backends.pieces import EXACT_POWERS, Batch, Cut, Ints, Layouts, Piece, Split
 from secateur_server.backends.randomness import RandomScores
-from secateur_server.backends.threads import start_all
+from secateur_server.backends.torch_backend import TorchBackend
 from secateur_server.runtime.context import Found, Item, RequestContext
-
-CORES = cores(len(os.sched_getaffinity(0)))
-
-_thread = threading.local()
-
-
-def one_thread() -> None:
-    """Keeps torch to the calling thread."""
-    torch.set_num_threads(1)
-
-
-def _start_in_pool() -> None:
-    one_thread()
-    _thread.in_pool = True
-
 
 # Of a split: a piece, and the bits of what is kept of it.
 Part = tuple[Piece, Tensor]
 
-_BLOCKS = Blocks()
 
-_POOL = ThreadPoolExecutor(CORES, thread_name_prefix="pieces", initializer=_start_in_pool)
+class NumbaBackend(TorchBackend):
+    """The kernels of kernels.py; numpy, where it is faster than torch."""
 
-
-def start_threads() -> None:
-    """Starts all threads that calls need. Raises RuntimeError if the system refuses one."""
-    start_all(_POOL, CORES)
-    _BLOCKS.start()
-
-
-class Cpu(Passes):
-    """Operations of torch and numpy on pieces whose temporaries stay in the caches."""
-
-    look_bytes = 1  # what has just landed is in a cache
-    threads = CORES
+    @property
+    def threads(self) -> int:
+        return CORES
 
     def map(
         self, context: RequestContext, function: Callable[[Item], Found], pieces: Iterable[Item]
     ) -> list[Found]:
-        """As Passes.map, on all cores."""
-        pieces = list(pieces)
-        # One piece waits for no other thread; a thread of the pool must not wait for the pool.
-        if len(pieces) == 1 or getattr(_thread, "in_pool", False):
-            return super().map(context, function, pieces)
-        # Many small ones are sooner done than handed over one by one.
-        size = max(1, len(pieces) // (8 * CORES))
-        shares = [pieces[begin : begin + size] for begin in range(0, len(pieces), size)]
+        return map_on_cores(context, function, pieces)
 
-        found = _POOL.map(lambda share: context.map(function, share), shares)
-        return list(itertools.chain.from_iterable(found))
-
-    def room(self, size: int) -> Tensor:
-        """As Passes.room."""
+    def allocate(self, size: int) -> Tensor:
         if size == 0:  # of numpy's torch makes a tensor that has no view as another dtype
             return torch.empty(0, dtype=torch.uint8)
-        return torch.from_numpy(_BLOCKS.take(size))
+        return torch.from_numpy(BUFFERS.take(size))
 
-    def land(self, data: memoryview, target: Tensor) -> None:
-        """As Passes.land."""
-        np.copyto(target.numpy(), np.frombuffer(data, np.uint8))
-
-    def landed(self, data: memoryview) -> Tensor:
-        """As Passes.landed."""
-        return torch.frombuffer(bytearray(data), dtype=torch.uint8)
-
-    def pack(self, mask: Tensor) -> Tensor:
-        """As Passes.pack."""
-        return torch.from_numpy(np.packbits(mask.numpy(), bitorder="little"))
+    def pack(self, flags: Tensor) -> Tensor:
+        return torch.from_numpy(np.packbits(flags.numpy(), axis=-1, bitorder="little"))
 
     def unpack(self, bits: Tensor, count: int) -> Tensor:
-        """As Passes.unpack."""
         flags = np.unpackbits(bits.numpy(), count=count, bitorder="little")
         return torch.from_numpy(flags.view(np.bool_))
 
-    def pack_lines(self, flags: Tensor) -> Tensor:
-        """As Passes.pack_lines."""
-        return torch.from_numpy(np.packbits(flags.numpy(), axis=1, bitorder="little"))
-
     def any_along(self, flags: Tensor) -> Tensor:
-        """As Passes.any_along."""
         found: Any = flags.numpy().any(0)  # 30 times as fast as torch
         return torch.from_numpy(found.any(1))
 
-    def count_along(self, flags: Tensor) -> int:
-        """As Passes.count_along."""
-        return int(np.count_nonzero(flags.numpy().any((0, 2))))
-
     def ascending(self, keys: Tensor) -> Tensor:
-        """As Passes.ascending."""
         return torch.from_numpy(np.sort(keys.numpy()))  # with vectors: 20 times as fast as torch
 
+    def kth(self, keys: Tensor, place: int) -> int:
+        return int(np.partition(keys.numpy(), place - 1)[place - 1])
+
     def nonzero(self, values: Tensor) -> Tensor:
-        """As Passes.nonzero."""
         bits, sign = signed_bits(values)  # numpy has no bfloat16, and is slow at float16
         is_wide = values.dtype in (torch.float32, torch.float64)
         found: Any = (values.numpy() if is_wide else bits.numpy() & ~sign) != 0
         return torch.from_numpy(found)
 
-    def kth(self, keys: Tensor, place: int) -> int:
-        """As Passes.kth."""
-        return int(np.partition(keys.numpy(), place - 1)[place - 1])
-
-
-class Compiled(Cpu):
-    """The compiled passes of kernels.py: torch needs an operation for every step of a pass."""
-
     def count_ones(self, bits: Tensor) -> int:
-        """As Passes.count_ones."""
         return int(kernels.count_ones(bits.numpy()))
 
-    def layout(self, bits: Tensor, shape: Sequence[int]) -> Layout:
-        """As Passes.layout."""
-        slices, most = np.empty(len(shape), np.int64), np.empty(4, np.uint8)
-        blocks = np.zeros(4 if len(shape) > 1 else 0, np.int64)
-        kernels_units.layout(bits.numpy(), np.array(shape), slices, most, blocks)
-        return Layout(slices.tolist(), most.tolist(), blocks.tolist())
+    def layouts(self, bits: Tensor, begins: Ints, shapes: Sequence[Sequence[int]]) -> Layouts:
+        dims = np.array([len(shape) for shape in shapes])
+        sizes = np.array(list(itertools.chain.from_iterable(shapes)))
+        ones, slices = np.empty(len(shapes), np.int64), np.empty(len(sizes), np.int64)
+        most, blocks = np.zeros((2, len(shapes), 4), np.int64)
+        kernels_many.layout_each(bits.numpy(), begins, sizes, dims, ones, slices, most, blocks)
+        return Layouts(ones, slices, most, blocks)
 
     def most_ones(self, lines: Tensor) -> list[int]:
-        """As Passes.most_ones."""
         most = np.empty(4, np.uint8)
         kernels_units.most_ones(lines.numpy(), most)
         return list(map(int, most))
 
     def nonzero_blocks(self, lines: Tensor) -> list[int]:
-        """As Passes.nonzero_blocks."""
         counts = np.zeros(4, np.int64)
         kernels_units.nonzero_blocks(lines.numpy(), counts)
         return list(map(int, counts))
 
+    def _random_keys(self, scores: RandomScores, units: int) -> Tensor:
+        return _random_bits(scores, units)
+
     def extremes(self, values: Tensor) -> tuple[int, int]:
-        """As Passes.extremes."""
         bits = values.view(BITS[values.dtype]).numpy()
         smallest, largest = kernels.extremes(bits, _largest(bits))
         return int(smallest), int(largest)
 
-    def add_digits(self, piece: Piece, prefix: int, shift: int, counts: Tensor) -> None:
-        """As Passes.add_digits."""
-        bits = _bits(piece).numpy()
-        if shift + DIGIT_BITS == 8 * bits.itemsize:
-            kernels.count_top_digits(bits, _alive(piece), _largest(bits), shift, counts.numpy())
-        else:
-            kernels.count_digits(bits, _alive(piece), _largest(bits), prefix, shift, counts.numpy())
-
     def rank(self, keys: Tensor, place: int) -> tuple[Cut, Tensor]:
-        """As Passes.rank."""
-        key, stays = self.kth(keys, place), torch.empty(len(keys), dtype=torch.bool)
+        key, kept = self.kth(keys, place), torch.empty(len(keys), dtype=torch.bool)
         of_keys = keys.numpy()
         cut, largest = of_keys.dtype.type(key), _largest(of_keys)
-        ties, equal = kernels.rank(of_keys, cut, largest, place, stays.numpy())
-        return Cut(key, int(ties), int(equal)), stays
+        ties, equal = kernels.rank(of_keys, cut, largest, place, kept.numpy())
+        return Cut(key, int(ties), int(equal)), kept
 
-    def count_many_digits(
+    def count_digits(
         self, piece: Piece, prefixes: Tensor, shift: int, width: int, counts: Tensor
     ) -> None:
-        """As Passes.count_many_digits."""
         bits, into = _bits(piece).numpy(), counts.numpy()
-        of = bits, _alive(piece), _largest(bits)
+        of_piece = bits, _unpruned(piece), _largest(bits)
         if shift + width == 8 * bits.itemsize - 1:
-            kernels.count_top_digits(*of, shift, into[0])
+            kernels.count_top_digits(*of_piece, shift, into[0])
+        elif len(prefixes) == 1:
+            kernels.count_digits(*of_piece, int(prefixes), shift, width, into[0])
         else:
-            look = _looked_up(prefixes.numpy(), shift + width)
-            kernels_curve.count_many_digits(*of, *look, shift, width, into)
+            lookup = _lookup(prefixes.numpy(), shift + width)
+            kernels_curve.count_many_digits(*of_piece, *lookup, shift, width, into)
 
     def count_below(self, piece: Piece, key: int) -> tuple[int, int]:
-        """As Passes.count_below."""
         bits = _bits(piece).numpy()
         cut = bits.dtype.type(key)
-        below, equal = kernels_curve.count_below(bits, _alive(piece), _largest(bits), cut)
+        below, equal = kernels_curve.count_below(bits, _unpruned(piece), _largest(bits), cut)
         return int(below), int(equal)
 
     def sum_squares(self, piece: Piece, values: Tensor, cuts: Tensor) -> tuple[Tensor, Tensor]:
-        """As Passes.sum_squares."""
         if values.dtype not in (torch.float32, torch.float64):  # numba has no half precision
             values = _scratch(len(values), torch.float64).copy_(values)
         bits, size = _bits(piece).numpy(), 2 * len(cuts) + 1
         sums, counts = np.zeros(size), np.zeros(size, int)
-        look = values.contiguous().numpy(), *_looked_up(cuts.numpy(), 0)
-        kernels_curve.sum_squares(bits, _alive(piece), _largest(bits), *look, sums, counts)
+        lookup = values.contiguous().numpy(), *_lookup(cuts.numpy(), 0)
+        kernels_curve.sum_squares(bits, _unpruned(piece), _largest(bits), *lookup, sums, counts)
         return torch.from_numpy(sums), torch.from_numpy(counts)
 
     def sample(self, piece: Piece, index: Tensor) -> Tensor:
-        """As Passes.sample."""
         # Of random scores no others are made, of other dtypes no others converted.
         if isinstance(piece.scores, RandomScores) or piece.scores.dtype != piece.dtype:
             return super().sample(piece, index)
         bits = _bits(piece).numpy()
         found = torch.empty(len(index), dtype=BITS[piece.dtype])
         into = index.numpy(), found.numpy()
-        return found[: kernels.sample(bits, _alive(piece), _largest(bits), *into)]
+        return found[: kernels.sample(bits, _unpruned(piece), _largest(bits), *into)]
 
     def cut_few(
         self,
@@ -230,25 +145,27 @@ class Compiled(Cpu):
         place: int,
         kept: Sequence[Tensor],
     ) -> Cut:
-        """As Passes.cut_few."""
         if len(pieces) == 1:
-            of_piece = _bits(pieces[0]).numpy(), _alive(pieces[0])
+            of_piece = _bits(pieces[0]).numpy(), _unpruned(pieces[0])
             return _cut_few(*of_piece, pieces[0].dtype, place, kept[0].numpy())
-        bits, alive = _side_by_side(context, pieces)
-        stays = np.empty_like(alive)
-        cut = _cut_few(bits, alive, pieces[0].dtype, place, stays)
+        bits, unpruned = _side_by_side(context, pieces)
+        found = np.empty_like(unpruned)
+        cut = _cut_few(bits, unpruned, pieces[0].dtype, place, found)
         begin = 0
         for part in context.each(kept):
-            part.numpy()[:] = stays[begin : begin + len(part)]
+            part.numpy()[:] = found[begin : begin + len(part)]
             begin += len(part)
         return cut
 
-    def split(self, piece: Piece, low: int, high: int, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """As Passes.split."""
-        (found,) = self._split_together([(piece, kept)], low, high)
-        return found.keys, found.at
+    def cut_each(self, batch: Batch, counts: Ints) -> tuple[Tensor, Ints]:
+        kept, cuts = torch.empty_like(batch.unpruned), np.empty((len(counts), 3), np.int64)
+        bits: Any = batch.bits.numpy()
+        spans = batch.begins, batch.units, counts
+        unpruned, into = batch.unpruned.numpy(), kept.numpy()
+        kernels_many.cut_each(bits, unpruned, _largest(bits), *spans, into, cuts)
+        return kept, cuts
 
-    def split_all(
+    def split(
         self,
         context: RequestContext,
         pieces: Sequence[Piece],
@@ -256,20 +173,19 @@ class Compiled(Cpu):
         high: int,
         kept: Sequence[Tensor],
     ) -> list[Split]:
-        """As Passes.split_all: small pieces go together."""
         batches: list[list[Part]] = []
-        room = 0
+        left = 0
         for piece, bits in zip(context.each(pieces), kept, strict=True):
-            if piece.units > room:
+            if piece.units > left:
                 batches.append([])
-                room = max(piece.units, self.piece)
+                left = max(piece.units, self.piece)
             batches[-1].append((piece, bits))
             # Random scores are made in a place that the next ones take.
-            room = 0 if isinstance(piece.scores, RandomScores) else room - piece.units
-        found = self.map(context, lambda batch: self._split_together(batch, low, high), batches)
+            left = 0 if isinstance(piece.scores, RandomScores) else left - piece.units
+        found = self.map(context, lambda batch: self._split_batch(batch, low, high), batches)
         return list(itertools.chain.from_iterable(found))
 
-    def _split_together(self, batch: Sequence[Part], low: int, high: int) -> list[Split]:
+    def _split_batch(self, batch: Sequence[Part], low: int, high: int) -> list[Split]:
         units, dtype = sum(piece.units for piece, _ in batch), BITS[batch[0][0].dtype]
         found, at = _scratch(units, dtype), _scratch(units, torch.int32)
         held = [_bits(piece) for piece, _ in batch]
@@ -277,7 +193,7 @@ class Compiled(Cpu):
         addresses = [
             (
                 bits.data_ptr(),
-                0 if piece.alive is None else piece.alive.data_ptr(),
+                0 if piece.unpruned is None else piece.unpruned.data_ptr(),
                 kept.data_ptr(),
                 piece.units,
             )
@@ -292,25 +208,21 @@ class Compiled(Cpu):
         keys, places = (torch.split(part[:count].clone(), within) for part in (found, at))
         return list(map(Split, above, keys, places))
 
-    def keep(self, kept: Tensor, at: Tensor, stays: Tensor) -> None:
-        """As Passes.keep."""
-        kernels.keep(kept.numpy(), at.numpy(), stays.numpy())
+    def keep(self, kept: Tensor, at: Tensor, flags: Tensor) -> None:
+        kernels.keep(kept.numpy(), at.numpy(), flags.numpy())
 
     def count_zeros(self, values: Tensor, kept: Tensor | None) -> int:
-        """As Passes.count_zeros."""
         of_values, sign = signed_bits(values)
         bits, flags = of_values.numpy(), None if kept is None else kept.numpy()
         return int(kernels.count_zeros(bits, flags, bits.dtype.type(~sign)))
 
     def fold(self, values: Tensor, kept: Tensor) -> None:
-        """As Passes.fold."""
         bits, sign = signed_bits(values)
         kernels.fold(bits.numpy(), kept.numpy(), sign)
 
-    def power_sums(self, values: Tensor, first: int, last: int, p: float) -> Tensor | None:
-        """As Passes.power_sums."""
+    def power_sums(self, values: Tensor, first: int, last: int, p: float) -> Tensor:
         if p not in EXACT_POWERS:
-            return None
+            return super().power_sums(values, first, last, p)
         if values.dtype not in (torch.float32, torch.float64):  # numba has no half precision
             values, first, last = values[:, first:last].to(torch.float32), 0, last - first
         outer, _, inner = values.shape
@@ -324,7 +236,6 @@ class Compiled(Cpu):
         return torch.from_numpy(sums)
 
     def largest(self, keys: Tensor, n: int) -> Tensor:
-        """As Passes.largest."""
         if keys.shape[1] > kernels_units.COUNTED:
             return super().largest(keys, n)
         found = torch.empty(keys.shape, dtype=torch.bool)
@@ -338,52 +249,56 @@ def _scratch(count: int, dtype: torch.dtype) -> Tensor:
     Not one of each thread: a server has some hundred threads, and each would keep its largest.
     """
     size = 1 << (count * dtype.itemsize - 1).bit_length() if count else 1  # few sizes, used again
-    return torch.from_numpy(_BLOCKS.take(size))[: count * dtype.itemsize].view(dtype)
+    return torch.from_numpy(BUFFERS.take(size))[: count * dtype.itemsize].view(dtype)
 
 
 def _bits(piece: Piece) -> Tensor:
     """The integers that have the bits of a piece's scores."""
     if isinstance(piece.scores, RandomScores):
-        bits = _scratch(piece.units, torch.int32)
-        kernels.random_bits(piece.scores.state, piece.scores.begin, bits.numpy())
-        return bits
+        return _random_bits(piece.scores, piece.units)
     return piece.scores.to(piece.dtype).contiguous().view(BITS[piece.dtype])
 
 
-def _alive(piece: Piece) -> Any:
-    return None if piece.alive is None else piece.alive.numpy()
+def _random_bits(scores: RandomScores, units: int) -> Tensor:
+    bits = _scratch(units, torch.int32)
+    kernels.random_bits(scores.state, scores.begin, bits.numpy())
+    return bits
 
 
-def _cut_few(bits: Any, alive: Any, dtype: torch.dtype, place: int, kept: Any) -> Cut:
+def _unpruned(piece: Piece) -> Any:
+    return None if piece.unpruned is None else piece.unpruned.numpy()
+
+
+def _cut_few(bits: Any, unpruned: Any, dtype: torch.dtype, place: int, kept: Any) -> Cut:
     found = _scratch(len(bits), BITS[dtype]).numpy()
     at = _scratch(len(bits), torch.int32).numpy()
-    return Cut(*map(int, kernels.cut_few(bits, alive, _largest(bits), place, kept, found, at)))
+    return Cut(*map(int, kernels.cut_few(bits, unpruned, _largest(bits), place, kept, found, at)))
 
 
 def _side_by_side(context: RequestContext, pieces: Sequence[Piece]) -> tuple[Any, Any]:
-    """The bits of pieces, each from a new byte of the mask on, and which of them are alive.
+    """The bits of pieces, each from a new byte of the mask on, and which of them are unpruned.
 
-    What lies between them is not: of a mask the last byte is padded with 0.
+    What lies between them is not: the last byte of a mask is padded with 0.
     """
     sizes = [(piece.units + 7) // 8 for piece in pieces]
     bits = _scratch(8 * sum(sizes), BITS[pieces[0].dtype]).numpy()
-    alive = np.full(sum(sizes), 0xFF, np.uint8)
+    unpruned = np.full(sum(sizes), 0xFF, np.uint8)
     begin = 0
     for piece, size in zip(context.each(pieces), sizes, strict=True):
         bits[8 * begin : 8 * begin + piece.units] = _bits(piece).numpy()
-        if piece.alive is not None:
-            alive[begin : begin + size] = piece.alive.numpy()
+        if piece.unpruned is not None:
+            unpruned[begin : begin + size] = piece.unpruned.numpy()
         elif piece.units % 8:
-            alive[begin + size - 1] = (1 << piece.units % 8) - 1
+            unpruned[begin + size - 1] = (1 << piece.units % 8) - 1
         begin += size
-    return bits, alive
+    return bits, unpruned
 
 
 def _largest(bits: Any) -> Any:
     return _largest_of(bits.dtype)
 
 
-@cache  # numpy looks for it anew each time
+@cache  # numpy computes it anew each time
 def _largest_of(dtype: Any) -> Any:
     return dtype.type(np.iinfo(dtype).max)
 
@@ -392,7 +307,7 @@ def _largest_of(dtype: Any) -> Any:
 HEAD_BITS = 16
 
 
-def _looked_up(wanted: Any, low: int) -> tuple[Any, Any, int]:
+def _lookup(wanted: Any, low: int) -> tuple[Any, Any, int]:
     """What kernels_curve looks keys without their `low` bits up in: wanted, first, head."""
     bits = 8 * wanted.itemsize - 1
     head = max(low, bits - HEAD_BITS)

@@ -1,4 +1,4 @@
-"""The passes of each kind of device beside their definition."""
+"""The operations of each backend beside their definition."""
 
 import math
 import os
@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from secateur_server.backends import kernels
-from secateur_server.backends.cpu import Compiled, Cpu
 from secateur_server.backends.keys import BITS
 from secateur_server.backends.masks import any_of_slices, expand
 from secateur_server.backends.norms import slice_norms
-from secateur_server.backends.passes import Passes, Piece
+from secateur_server.backends.numba_backend import NumbaBackend
+from secateur_server.backends.pieces import DIGIT_BITS, Piece
 from secateur_server.backends.randomness import RandomScores
+from secateur_server.backends.torch_backend import TorchBackend
 from secateur_server.cut.prune import prune
 from secateur_server.granularity.element import Element
 from secateur_server.importance.magnitude import Magnitude
@@ -28,13 +29,13 @@ from tests.conftest import examples
 from tests.pruning.bits import packed, unpacked
 
 CPU = torch.device("cpu")
-# What the torch operations of every device give, what numpy gives, and the compiled passes.
-ALL = [Passes(CPU), Cpu(CPU), Compiled(CPU)]
-if os.environ.get("TRITON_INTERPRET") == "1":  # and those of a GPU
-    from secateur_server.backends.fused import Fused
+CONTEXT = RequestContext()
+ALL: list[TorchBackend] = [TorchBackend(CPU), NumbaBackend(CPU)]
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from secateur_server.backends.triton_backend import TritonBackend
 
-    ALL.append(Fused(CPU))
-KINDS = pytest.mark.parametrize("passes", ALL, ids=lambda passes: type(passes).__name__)
+    ALL.append(TritonBackend(CPU))
+KINDS = pytest.mark.parametrize("backend", ALL, ids=lambda backend: type(backend).__name__)
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16])
 VALUES = st.lists(
     st.sampled_from([0.0, -0.0, 1.0, -1.0, 1.5, -2.5, 1e-7, float("inf")]) | st.floats(-9, 9),
@@ -44,7 +45,7 @@ VALUES = st.lists(
 many = examples(60)
 
 
-def test_numba_is_there_so_that_these_tests_mean_something() -> None:
+def test_kernels_are_compiled_so_that_these_tests_mean_something() -> None:
     assert kernels.enabled
 
 
@@ -70,20 +71,22 @@ def key_of(magnitude: float, dtype: torch.dtype) -> int:
 @many
 @given(drawn=pieces(), data=st.data())
 def test_a_split_keeps_what_is_above_and_finds_what_is_within(
-    passes: Passes, drawn: tuple[Piece, list[float], Tensor], data: st.DataObject
+    backend: TorchBackend, drawn: tuple[Piece, list[float], Tensor], data: st.DataObject
 ) -> None:
     piece, magnitudes, alive = drawn
     low, high = sorted(data.draw(st.lists(st.sampled_from(magnitudes), min_size=2, max_size=2)))
     kept = torch.full(((piece.units + 7) // 8,), 0xFF, dtype=torch.uint8)
-    keys, at = passes.split(piece, key_of(low, piece.dtype), key_of(high, piece.dtype), kept)
+    bounds = key_of(low, piece.dtype), key_of(high, piece.dtype)
+    (found,) = backend.split(CONTEXT, [piece], *bounds, [kept])
     expected = torch.tensor([m >= high for m in magnitudes]) & alive
     within = [i for i, m in enumerate(magnitudes) if low <= m < high and alive[i]]
     assert torch.equal(kept, packed(expected).bits)
-    assert at.tolist() == within
-    assert keys.tolist() == [key_of(magnitudes[i], piece.dtype) for i in within]
-    assert passes.count_ones(kept) == int(expected.sum())
-    stays = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(at), max_size=len(at))))
-    passes.keep(kept, at, stays.to(torch.bool))
+    assert found.at.tolist() == within
+    assert found.keys.tolist() == [key_of(magnitudes[i], piece.dtype) for i in within]
+    assert backend.count_ones(kept) == found.above == int(expected.sum())
+    size = len(within)
+    stays = torch.tensor(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)))
+    backend.keep(kept, found.at, stays.to(torch.bool))
     for place, stay in zip(within, stays.tolist(), strict=True):
         expected[place] |= bool(stay)
     assert torch.equal(kept, packed(expected).bits)
@@ -93,7 +96,7 @@ def test_a_split_keeps_what_is_above_and_finds_what_is_within(
 @many
 @given(dtype=DTYPES, data=st.data(), bounds=st.lists(st.floats(0, 9), min_size=2, max_size=2))
 def test_pieces_are_split_together_as_one_by_one(
-    passes: Passes, dtype: torch.dtype, data: st.DataObject, bounds: list[float]
+    backend: TorchBackend, dtype: torch.dtype, data: st.DataObject, bounds: list[float]
 ) -> None:
     together = [drawn[0] for drawn in data.draw(st.lists(pieces(st.just(dtype)), max_size=5))]
     if dtype == torch.float32:
@@ -102,21 +105,21 @@ def test_pieces_are_split_together_as_one_by_one(
         together += [Piece(50, scores, dtype, alive), *together[:1], Piece(50, scores, dtype, None)]
     low, high = sorted(key_of(bound, dtype) for bound in bounds)
     kept = [torch.empty((piece.units + 7) // 8, dtype=torch.uint8) for piece in together]
-    found = passes.split_all(RequestContext(), together, low, high, kept)
+    found = backend.split(CONTEXT, together, low, high, kept)
     for piece, part, bits in zip(together, found, kept, strict=True):
         by_itself = torch.empty_like(bits)
-        keys, at = Passes(CPU).split(piece, low, high, by_itself)
+        (expected,) = TorchBackend(CPU).split(CONTEXT, [piece], low, high, [by_itself])
         assert torch.equal(bits, by_itself)
-        assert torch.equal(part.keys, keys)
-        assert torch.equal(part.at, at)
-        assert part.above == passes.count_ones(bits)
+        assert torch.equal(part.keys, expected.keys)
+        assert torch.equal(part.at, expected.at)
+        assert part.above == backend.count_ones(bits)
 
 
 @KINDS
 @many
 @given(drawn=pieces(), data=st.data())
 def test_counts_and_extremes_are_what_they_are_defined_as(
-    passes: Passes, drawn: tuple[Piece, list[float], Tensor], data: st.DataObject
+    backend: TorchBackend, drawn: tuple[Piece, list[float], Tensor], data: st.DataObject
 ) -> None:
     piece, magnitudes, alive = drawn
     scores = piece.scores
@@ -124,36 +127,36 @@ def test_counts_and_extremes_are_what_they_are_defined_as(
     living = [m for m, lives in zip(magnitudes, alive.tolist(), strict=True) if lives]
     cut = data.draw(st.sampled_from(magnitudes))
     counts = sum(m < cut for m in living), living.count(cut)
-    assert passes.count_below(piece, key_of(cut, piece.dtype)) == counts
+    assert backend.count_below(piece, key_of(cut, piece.dtype)) == counts
     expected = key_of(min(magnitudes), piece.dtype), key_of(max(magnitudes), piece.dtype)
-    assert passes.extremes(scores) == expected
+    assert backend.extremes(scores) == expected
     zeros = len(magnitudes) - sum(m != 0 for m in living)
-    assert passes.count_zeros(scores, piece.alive) == zeros
+    assert backend.count_zeros(scores, piece.unpruned) == zeros
     index = torch.tensor(sorted(data.draw(st.sets(st.integers(0, 60)))), dtype=torch.int64)
     sampled = [i for i in index.tolist() if i < len(magnitudes) and alive[i]]
-    assert passes.sample(piece, index).tolist() == [
+    assert backend.sample(piece, index).tolist() == [
         key_of(magnitudes[i], piece.dtype) for i in sampled
     ]
     if living:
         place = data.draw(st.integers(1, len(living)))
         keys = torch.tensor([key_of(m, piece.dtype) for m in living], dtype=BITS[piece.dtype])
-        assert passes.kth(keys, place) == key_of(sorted(living)[place - 1], piece.dtype)
-        assert_ranked(passes, piece, magnitudes, alive, place)
+        assert backend.kth(keys, place) == key_of(sorted(living)[place - 1], piece.dtype)
+        assert_ranked(backend, piece, magnitudes, alive, place)
 
 
 def assert_ranked(
-    passes: Passes, piece: Piece, magnitudes: list[float], alive: Tensor, place: int
+    backend: TorchBackend, piece: Piece, magnitudes: list[float], alive: Tensor, place: int
 ) -> None:
     """What stays, by a sort that is stable; of what is pruned already nothing does."""
     living = [i for i, lives in enumerate(alive.tolist()) if lives]
     order = sorted(living, key=lambda i: magnitudes[i])
-    cut, stays = passes.rank(passes.keys(piece), place)
+    cut, stays = backend.rank(backend.keys(piece), place)
     at_cut = [i for i in living if magnitudes[i] == magnitudes[order[place - 1]]]
     assert stays.nonzero().view(-1).tolist() == sorted(order[place:])
     assert cut.key == key_of(magnitudes[order[place - 1]], piece.dtype)
     assert (cut.ties, cut.equal) == (len({*order[:place]} & {*at_cut}), len(at_cut))
     kept = torch.full(((piece.units + 7) // 8,), 0xFF, dtype=torch.uint8)
-    assert passes.cut_few(RequestContext(), [piece], place, [kept]) == cut
+    assert backend.cut_few(RequestContext(), [piece], place, [kept]) == cut
     assert torch.equal(kept, packed(stays).bits)
 
 
@@ -161,7 +164,7 @@ def assert_ranked(
 @many
 @given(dtype=DTYPES, data=st.data())
 def test_few_pieces_are_cut_together(
-    passes: Passes, dtype: torch.dtype, data: st.DataObject
+    backend: TorchBackend, dtype: torch.dtype, data: st.DataObject
 ) -> None:
     drawn = data.draw(st.lists(pieces(st.just(dtype)), min_size=2, max_size=5))
     magnitudes = [m for _, of_piece, _ in drawn for m in of_piece]
@@ -173,7 +176,7 @@ def test_few_pieces_are_cut_together(
     stays = torch.zeros(len(magnitudes), dtype=torch.bool)
     stays[order[place:]] = True
     kept = [torch.full(((p.units + 7) // 8,), 0xFF, dtype=torch.uint8) for p, *_ in drawn]
-    cut = passes.cut_few(RequestContext(), [piece for piece, *_ in drawn], place, kept)
+    cut = backend.cut_few(RequestContext(), [piece for piece, *_ in drawn], place, kept)
     at_cut = [i for i in living if magnitudes[i] == magnitudes[order[place - 1]]]
     assert cut.key == key_of(magnitudes[order[place - 1]], dtype)
     assert (cut.ties, cut.equal) == (len({*order[:place]} & {*at_cut}), len(at_cut))
@@ -185,31 +188,35 @@ def test_few_pieces_are_cut_together(
 @many
 @given(drawn=pieces(), data=st.data())
 def test_digits_are_counted(
-    passes: Passes, drawn: tuple[Piece, list[float], Tensor], data: st.DataObject
+    backend: TorchBackend, drawn: tuple[Piece, list[float], Tensor], data: st.DataObject
 ) -> None:
     piece, magnitudes, alive = drawn
     keys = [key_of(m, piece.dtype) for m in magnitudes]
     bits = torch.iinfo(BITS[piece.dtype]).bits
-    shift = data.draw(st.sampled_from(range(0, bits, 16)))
-    prefix = data.draw(st.sampled_from([key >> (shift + 16) for key in keys]))
-    counts = torch.zeros(1 << 16, dtype=torch.int64)
-    passes.add_digits(piece, prefix, shift, counts)
+    left = data.draw(st.sampled_from(range(1, bits)))
+    width = data.draw(st.integers(1, min(left, DIGIT_BITS)))
+    some = data.draw(st.sets(st.sampled_from(keys), min_size=1, max_size=3))
+    prefixes = sorted({key >> left for key in some})
+    counts = torch.zeros(len(prefixes), 1 << width, dtype=torch.int64)
+    wanted = torch.tensor(prefixes, dtype=BITS[piece.dtype])
+    backend.count_digits(piece, wanted, left - width, width, counts)
     living = [key for key, lives in zip(keys, alive.tolist(), strict=True) if lives]
-    expected = [key >> shift & 0xFFFF for key in living if key >> (shift + 16) == prefix]
-    counted = torch.bincount(torch.tensor(expected, dtype=torch.int64), minlength=1 << 16)
-    assert torch.equal(counts, counted)
+    for prefix, found in zip(prefixes, counts, strict=True):
+        digits = [(key >> left - width) % (1 << width) for key in living if key >> left == prefix]
+        expected = torch.bincount(torch.tensor(digits, dtype=torch.int64), minlength=1 << width)
+        assert torch.equal(found, expected)
 
 
 @KINDS
 @many
 @given(drawn=pieces())
 def test_a_fold_is_the_product_with_the_mask(
-    passes: Passes, drawn: tuple[Piece, list[float], Tensor]
+    backend: TorchBackend, drawn: tuple[Piece, list[float], Tensor]
 ) -> None:
     piece, _, alive = drawn
     assert isinstance(piece.scores, Tensor)
     folded = piece.scores.clone()
-    passes.fold(folded, packed(alive).bits)
+    backend.fold(folded, packed(alive).bits)
     zeros = torch.copysign(torch.zeros_like(piece.scores), piece.scores)
     product = torch.where(alive, piece.scores, zeros)
     assert torch.equal(folded.view(BITS[piece.dtype]), product.view(BITS[piece.dtype]))
@@ -223,19 +230,19 @@ def test_a_fold_is_the_product_with_the_mask(
     st.integers(0, 1 << 30),
 )
 def test_runs_and_blocks_of_lines_of_bits(
-    passes: Passes, sizes: tuple[int, int, int], density: float, seed: int
+    backend: TorchBackend, sizes: tuple[int, int, int], density: float, seed: int
 ) -> None:
     whole = torch.rand(sizes, generator=torch.Generator().manual_seed(seed)) < density
-    lines = passes.lines(packed(whole.view(-1)).bits, sizes)
+    lines = backend.lines(packed(whole.view(-1)).bits, sizes)
     flags = whole.movedim(1, 2).reshape(-1, sizes[1])
     assert torch.equal(lines, torch.stack([packed(line).bits for line in flags]))
     most = [
         max(int(line[i : i + m].sum()) for line in flags for i in range(0, sizes[1], m))
         for m in (2, 4, 8, 16)
     ]
-    assert passes.most_ones(lines) == most
+    assert backend.most_ones(lines) == most
     wider = torch.cat([lines, lines], 1)[:, : lines.shape[1]]  # its lines lie apart
-    assert passes.most_ones(wider) == most
+    assert backend.most_ones(wider) == most
     blocks = [
         sum(
             bool(flags[row : row + side, column : column + side].any())
@@ -244,7 +251,7 @@ def test_runs_and_blocks_of_lines_of_bits(
         )
         for side in (4, 8, 16, 32)
     ]
-    assert passes.nonzero_blocks(lines) == passes.nonzero_blocks(wider) == blocks
+    assert backend.nonzero_blocks(lines) == backend.nonzero_blocks(wider) == blocks
 
 
 @many
@@ -252,10 +259,13 @@ def test_runs_and_blocks_of_lines_of_bits(
 def test_random_keys_are_the_same_of_every_kind(state: int, begin: int) -> None:
     piece = Piece(50, RandomScores(state, begin), torch.float32, None)
     kept = [torch.empty(7, dtype=torch.uint8) for _ in ALL]
-    found = [p.split(piece, 1 << 28, 1 << 29, k) for p, k in zip(ALL, kept, strict=True)]
-    for (keys, at), bits in zip(found[1:], kept[1:], strict=True):
-        assert torch.equal(keys, found[0][0])
-        assert torch.equal(at, found[0][1])
+    found = [
+        backend.split(CONTEXT, [piece], 1 << 28, 1 << 29, [bits])[0]
+        for backend, bits in zip(ALL, kept, strict=True)
+    ]
+    for part, bits in zip(found[1:], kept[1:], strict=True):
+        assert torch.equal(part.keys, found[0].keys)
+        assert torch.equal(part.at, found[0].at)
         assert torch.equal(bits, kept[0])
 
 
@@ -273,7 +283,7 @@ def test_slices_and_their_elements(shape: list[int], data: st.DataObject, piece:
     noise = torch.rand(shape, generator=torch.Generator().manual_seed(size)) > 0.8
     flags = noise.reshape(-1)
     with pytest.MonkeyPatch.context() as small:
-        small.setattr(Passes, "piece", piece)
+        small.setattr(TorchBackend, "piece", piece)
         mask = expand(RequestContext(), kept, shape, dim)
         found = any_of_slices(
             RequestContext(), lambda begin, end: flags[begin:end], shape, dim, CPU

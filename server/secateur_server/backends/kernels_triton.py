@@ -1,10 +1,10 @@
-"""The passes over a piece on a GPU, compiled by Triton: each reads its piece once.
+"""The kernels of TritonBackend: each reads its piece once.
 
-torch has an operation for every step of a pass, and each reads and writes the GPU's memory. Triton
+torch has an operation for every step of a loop, and each reads and writes the GPU's memory. Triton
 comes with torch's builds for CUDA; what needs it is imported where there is a GPU.
 
-bits: the integers that have the bits of scores, 1-D; not looked at where the scores are random.
-alive, kept: bits, lowest first; `alive` is not looked at where all units are.
+bits: the integers that have the bits of scores, 1-D; not read where the scores are random.
+unpruned, kept: bits, lowest first; `unpruned` is not read where all units are.
 largest: the largest integer of the bits' dtype, which `and` takes the sign with.
 state, begin: of random scores.
 """
@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 
 from secateur_server.backends import randomness
-from secateur_server.backends.passes import DIGIT_BITS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -24,8 +23,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 BYTES = tl.constexpr(512)
 UNITS = tl.constexpr(8 * BYTES.value)
 
-_DIGIT_BITS = tl.constexpr(DIGIT_BITS)
-_DIGIT = tl.constexpr((1 << DIGIT_BITS) - 1)
 _GAMMA = tl.constexpr(randomness.GAMMA)
 _MIX_1 = tl.constexpr(randomness.MIX_1)
 _MIX_2 = tl.constexpr(randomness.MIX_2)
@@ -34,9 +31,11 @@ _MIX_2 = tl.constexpr(randomness.MIX_2)
 def _compiled(function: F) -> F:
     # Nothing is compiled anew because a number happens to be 1, or a multiple of 16, or because a
     # mask begins at one.
-    names = {"units", "largest", "low", "high", "state", "begin", "prefix", "shift"}
+    names = {"units", "largest", "low", "high", "state", "begin", "prefix", "shift", "width"}
     numbers = [name for name in function.__code__.co_varnames if name in names]
-    masks = [name for name in ("alive", "kept", "within") if name in function.__code__.co_varnames]
+    masks = [
+        name for name in ("unpruned", "kept", "within") if name in function.__code__.co_varnames
+    ]
     switches = {"do_not_specialize": numbers, "do_not_specialize_on_alignment": masks}
     return cast(F, triton.jit(function, **switches))
 
@@ -71,7 +70,7 @@ def _ones(words):
 @_compiled
 def split(
     bits,
-    alive,
+    unpruned,
     kept,
     within,
     counts,
@@ -84,7 +83,7 @@ def split(
     is_random: tl.constexpr,
     are_all: tl.constexpr,
 ):
-    """Writes in bits what is alive and at `high` or above to `kept`, in [low, high) to `within`.
+    """Writes which unpruned units are at `high` or above to `kept`, in [low, high) to `within`.
 
     counts: int64, 2: how many those are is added.
     """
@@ -100,7 +99,7 @@ def split(
     of_byte = tl.minimum(tl.maximum(left - byte * 8, 0), 8)
     living = (1 << of_byte) - 1
     if not are_all:
-        living = living & tl.load(alive + first + byte, mask=of_byte > 0, other=0).to(tl.int32)
+        living = living & tl.load(unpruned + first + byte, mask=of_byte > 0, other=0).to(tl.int32)
     both = both & (living | (living << 8))
     tl.store(kept + first + byte, both.to(tl.uint8), mask=of_byte > 0)
     tl.store(within + first + byte, (both >> 8).to(tl.uint8), mask=of_byte > 0)
@@ -111,31 +110,32 @@ def split(
 
 
 @_compiled
-def add_digits(
+def count_digits(
     bits,
-    alive,
+    unpruned,
     counts,
     units,
     largest,
     prefix,
     shift,
+    width,
     state,
     begin,
     is_random: tl.constexpr,
     are_all: tl.constexpr,
 ):
-    """Adds to `counts` the digits at `shift` of the keys whose higher digits are `prefix`."""
+    """Adds to `counts` the digits at `shift` of the keys whose higher bits are `prefix`."""
     first = tl.program_id(0).to(tl.int64) * UNITS
     unit = first + tl.arange(0, UNITS)
     is_whole = first + UNITS <= units
     keys = _keys(bits, unit, units, is_whole, largest, state, begin, is_random)
     is_counted = unit < units
     if not are_all:
-        byte = tl.load(alive + (unit >> 3), mask=is_counted, other=0).to(tl.int32)
+        byte = tl.load(unpruned + (unit >> 3), mask=is_counted, other=0).to(tl.int32)
         is_counted = is_counted & (((byte >> (unit & 7).to(tl.int32)) & 1) == 1)
     digits = keys >> shift
-    is_counted = is_counted & ((digits >> _DIGIT_BITS) == prefix)
-    place = digits & _DIGIT
+    is_counted = is_counted & ((digits >> width) == prefix)
+    place = digits & ((1 << width) - 1)
     tl.atomic_add(counts + place, tl.full([UNITS], 1, tl.int64), mask=is_counted, sem="relaxed")
 
 

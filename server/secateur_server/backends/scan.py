@@ -1,4 +1,4 @@
-"""What a first look at a tensor tells, taken while its bytes arrive or are read."""
+"""Scans of tensors while their bytes arrive or are read: extremes, zeros and a sample."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,8 +37,8 @@ def sample_places(count: int, spacing: int, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Look:
-    """A look at a part of a flat tensor: where it ends, its smallest and its largest key."""
+class PartScan:
+    """A part of a flat tensor: where it ends, its smallest and its largest key."""
 
     end: int
     smallest: int
@@ -46,12 +46,13 @@ class Look:
     sample: Sample | None = None
 
 
-class Seen(NamedTuple):
-    """What a first look at a flat tensor told.
+class Scan(NamedTuple):
+    """What is known of a flat tensor from its arrival.
 
-    largest: the largest key of its elements.
-    zeros: [begin, end), multiples of 8, in their order, in which all elements are that are 0.
-    sample: of its elements, where to read them once more takes long.
+    Attributes:
+        largest: The largest key of its elements.
+        zeros: [begin, end), multiples of 8, ascending: all elements that are 0 lie in them.
+        sample: Of its elements, where to read them once more takes long.
     """
 
     largest: int
@@ -59,10 +60,12 @@ class Seen(NamedTuple):
     sample: Sample | None
 
 
-def seen_each(values: Tensor, begins: npt.NDArray[np.int64]) -> list[Seen]:
-    """What a look at all of many tensors, none of them empty, tells.
+def scan_each(values: Tensor, begins: npt.NDArray[np.int64]) -> list[Scan]:
+    """Scans many tensors at once.
 
-    values: of all of them, floating, 1-D, on the CPU.  begins: where each begins.
+    Args:
+        values: Of all tensors, floating, 1-D, on the CPU.
+        begins: Where each tensor begins; none is empty.
     """
     bits: Any = values.view(BITS[values.dtype]).numpy()
     keys = bits & np.iinfo(bits.dtype).max
@@ -70,27 +73,27 @@ def seen_each(values: Tensor, begins: npt.NDArray[np.int64]) -> list[Seen]:
     most = np.maximum.reduceat(keys, begins).tolist()
     sizes = np.diff(begins, append=len(keys)).tolist()
     return [
-        Seen(largest, () if smallest else ((0, -(-size // 8) * 8),), None)
+        Scan(largest, () if smallest else ((0, -(-size // 8) * 8),), None)
         for smallest, largest, size in zip(least, most, sizes, strict=True)
     ]
 
 
-def seen_of(looks: Sequence[Look]) -> Seen | None:
-    """What looks at all parts of a tensor, in their order, come to; None where there are none."""
-    if not looks:
+def joined_scan(parts: Sequence[PartScan]) -> Scan | None:
+    """The scan of a tensor from those of its parts, in their order; None without parts."""
+    if not parts:
         return None
     zeros: list[tuple[int, int]] = []
     begin = 0
-    for look in looks:
-        if look.smallest == 0:
-            first, last = begin // 8 * 8, -(-look.end // 8) * 8
+    for part in parts:
+        if part.smallest == 0:
+            first, last = begin // 8 * 8, -(-part.end // 8) * 8
             if zeros and zeros[-1][1] >= first:
                 first, _ = zeros.pop()
             zeros.append((first, last))
-        begin = look.end
-    samples = [look.sample for look in looks if look.sample]
+        begin = part.end
+    samples = [part.sample for part in parts if part.sample]
     sample = None
     if samples:
         places = torch.cat([sample.at for sample in samples])
         sample = Sample(places, torch.cat([sample.values for sample in samples]))
-    return Seen(max(look.largest for look in looks), tuple(zeros), sample)
+    return Scan(max(part.largest for part in parts), tuple(zeros), sample)

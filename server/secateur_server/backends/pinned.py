@@ -1,30 +1,24 @@
-"""The passes on a GPU: torch's operations, fed from pinned memory on a side stream."""
+"""Copies from the host to a GPU by way of pinned memory, while the host receives the next bytes."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from secateur_server.backends.passes import Passes
-
 # Bytes of a staging buffer, and how many: what is copied while the next bytes arrive.
 STAGE_BYTES, STAGES = 4 << 20, 4
 
 
-class Cuda(Passes):
-    """Selection, masks and their bits stay on the device; what it sends back are bits."""
-
-    # A launch takes as long as millions of elements do; the temporaries of a piece are up to 32
-    # bytes for each.
-    piece = ranked = 1 << 24
+class PinnedCopies:
+    """The staging buffers of a GPU, and the stream that copies from them."""
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
+        self._device = device
         self._side: torch.cuda.Stream | None = None
         self._stages: list[tuple[Tensor, torch.cuda.Event]] = []
 
-    def land(self, data: memoryview, target: Tensor) -> None:
-        """As Passes.land: by way of pinned memory, while the host goes on."""
-        with torch.cuda.device(self.device):
+    def copy(self, data: memoryview, target: Tensor) -> None:
+        """As Backend.receive."""
+        with torch.cuda.device(self._device):
             if self._side is None:
                 self._side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             # What used the memory of `target` before has to have ended.
@@ -46,7 +40,3 @@ class Cuda(Passes):
             target.copy_(stage[: len(data)], non_blocking=True)
             done.record(side)
         self._stages.append((stage, done))
-
-    def kth(self, keys: Tensor, place: int) -> int:
-        """As Passes.kth: torch's own looks for it on one of a hundred multiprocessors."""
-        return int(self.ascending(keys)[place - 1])

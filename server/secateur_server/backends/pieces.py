@@ -1,0 +1,132 @@
+"""What backends work on: pieces of tensors, batches of small ones, cuts and layouts.
+
+A mask is bits: uint8, row-major, lowest bit first, 1 is kept, the last byte padded with 0.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from secateur_server.backends.randomness import RandomScores
+
+Ints = npt.NDArray[np.int64]
+
+DIGIT_BITS = 16
+
+# Numbers are added up in parts of so many, whatever a device's pieces are, and the parts in their
+# order: so neither device nor threads show.
+PART = 1 << 20
+
+# Powers that are products, and whose roots too, which all devices compute alike.
+EXACT_POWERS = (0.5, 1, 2, 3)
+
+# Bytes that each unit takes of those ranked at once: keys, places, their copies, and a flag.
+BYTES_OF_FEW = 48
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Units of a tensor in their order, to be ranked by the absolute value of their scores.
+
+    Attributes:
+        units: How many.
+        scores: Of any dtype that can be pruned, 1-D; or random ones.
+        dtype: What they are compared as, as of ranked_as; random ones are integers of its bits.
+        unpruned: Bits, 0 is pruned already; None: no unit is.
+    """
+
+    units: int
+    scores: Tensor | RandomScores
+    dtype: torch.dtype
+    unpruned: Tensor | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Units of small tensors side by side on the CPU, each from a new byte of the mask on.
+
+    Attributes:
+        bits: The integers that have the bits of their scores, or random ones; 1-D.
+        dtype: What the scores are compared as.
+        unpruned: uint8: a bit for each unit; 0 is pruned already, or between two tensors.
+        begins: Where each tensor begins in `bits`, a multiple of 8.
+        units: Of each tensor.
+    """
+
+    bits: Tensor
+    dtype: torch.dtype
+    unpruned: Tensor
+    begins: Ints
+    units: Ints
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Prune the units with keys below `key`, and the first `ties` of the `equal` ones at it."""
+
+    key: int
+    ties: int
+    equal: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """A piece between two bounds.
+
+    Attributes:
+        above: How many units are at the upper bound or above.
+        keys: Of the units between the bounds.
+        at: Their places, int32.
+    """
+
+    above: int
+    keys: Tensor
+    at: Tensor
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """Where the ones of masks lie.
+
+    Attributes:
+        ones: How many each mask has.
+        nonzero_slices: For each dimension how many slices have one; of all masks, one behind
+            another.
+        most_ones: (masks, 4), as of Backend.most_ones along the second dimension, or the only one.
+        nonzero_blocks: (masks, 4), as of Backend.nonzero_blocks of the matrix of the first
+            dimension and all others; 0 under 2 dimensions.
+    """
+
+    ones: Ints
+    nonzero_slices: Ints
+    most_ones: Ints
+    nonzero_blocks: Ints
+
+
+def around(shape: Sequence[int], dim: int) -> tuple[int, int, int]:
+    """The elements before, along and behind a dimension."""
+    dim %= len(shape)
+    return math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :])
+
+
+def bits_at(bits: Tensor, index: Tensor) -> Tensor:
+    """The bits at `index` as bool, in its shape."""
+    return ((bits[index >> 3] >> (index & 7)) & 1).to(torch.bool)
+
+
+def row_sums(rows: Tensor) -> Tensor:
+    """Sums of rows by halves, in an order that depends on their length alone.
+
+    torch's own sum adds in an order of its threads, its vectors and its device.
+    """
+    while rows.shape[1] > 1:
+        half = rows.shape[1] // 2
+        odd = rows[:, 2 * half :]
+        rows = rows[:, :half] + rows[:, half : 2 * half]
+        rows[:, :1] += odd if odd.shape[1] else 0.0
+    return rows[:, 0]
