@@ -148,7 +148,7 @@ def test_resends_to_a_server_without_memory_end(
     before = refused(server, method)
     with (
         secateur.Client(server.address) as client,
-        pytest.raises(secateur.ServerBusy, match="no memory") as error,
+        pytest.raises(secateur.ServerBusy, match="out of memory") as error,
     ):
         call(client, given)
     assert (error.value.reason, error.value.retry_after) == ("OUT_OF_MEMORY", delay)

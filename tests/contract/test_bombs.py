@@ -312,7 +312,9 @@ def test_the_files_that_an_index_names_are_looked_for_among_those_that_came(
         upload_file(file_message(index, "model.safetensors.index.json")),
     ]
     found = failure(send_upload, channel, upload_requests(files, data + index))
-    check_invalid(found, INVALID_STATE_DICT, "data['model.safetensors.index.json']", ["not here"])
+    check_invalid(
+        found, INVALID_STATE_DICT, "data['model.safetensors.index.json']", ["not among the files"]
+    )
     assert found is not None
     assert not set("\0\r\n\x1b") & set(found.message)
 

@@ -490,7 +490,7 @@ def test_public_address_needs_tls_and_tokens(
 def test_check_reports_insecure_public_addresses(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--address", "0.0.0.0:0", "--insecure", "--metrics-address", ""]
     assert check(read_config(options, {})) == 0
-    assert "other machines may reach (--insecure)" in capsys.readouterr().out
+    assert "for other machines too (--insecure)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("address", PUBLIC[:6])

@@ -232,7 +232,7 @@ def test_process_exits_when_its_serving_loop_ends() -> None:
     command = [sys.executable, "-c", _DYING, "--address", "127.0.0.1:0", "--metrics-address", ""]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert ended.returncode == DEAD_STATUS
-    assert "gRPC's serving loop has ended: the server answers no calls any more" in ended.stderr
+    assert "gRPC's serving loop has ended: the server cannot answer calls any more" in ended.stderr
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

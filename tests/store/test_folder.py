@@ -100,7 +100,7 @@ def test_folder_that_is_moved_back_serves_again(
         checkpoint = store.client.upload(MODEL)
         folder.rename(moved)
         machine.step(600)
-        eventually(lambda: "put it back" in store.server.log.read_text(), True)
+        eventually(lambda: "move it back" in store.server.log.read_text(), True)
         moved.rename(folder)
         eventually(lambda: list(store.client.checkpoints()), [checkpoint])
         assert_same_tensors(downloaded(store.client, checkpoint, tmp_path), MODEL)

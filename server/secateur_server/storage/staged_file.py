@@ -56,7 +56,7 @@ class StagedFile:
         if self._is_discarded:
             raise TakenOver("data", "another call of this caller has ended the upload")
         if self._is_lost:
-            raise StoreFailed("data", "the store's disk has failed before; send it again")
+            raise StoreFailed("data", "the store's disk failed earlier; send it again")
         try:
             with disk_errors():
                 yield

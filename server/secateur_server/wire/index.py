@@ -96,7 +96,9 @@ def read_index(
     field = f"data[{quote(filename)}]"
     for name, file in weight_map.items():
         if file not in shards:
-            raise InvalidStateDict(field, f"{quote(name)} is in {quote(file)}, which was not sent")
+            raise InvalidStateDict(
+                field, f"{quote(name)} is in {quote(file)}, which is not among the files"
+            )
         if name not in shards[file] and name not in tied:
             raise InvalidStateDict(
                 field, f"{quote(name)} is not in {quote(file)}, as the index says"
