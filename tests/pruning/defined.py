@@ -39,12 +39,12 @@ class Ranked:
     """The units of a tensor: their importances, and which of them are unpruned."""
 
     scores: Sequence[Fraction]
-    alive: Sequence[bool]
+    candidates: Sequence[bool]
 
     @property
     def order(self) -> list[int]:
         """The unpruned ones, the least important first."""
-        living = [i for i, lives in enumerate(self.alive) if lives]
+        living = [i for i, lives in enumerate(self.candidates) if lives]
         return sorted(living, key=lambda i: (self.scores[i], i))
 
 
@@ -103,7 +103,7 @@ def at_cut(ranked: Sequence[Ranked], chosen: Chosen) -> tuple[float | None, int,
 
 def sizes(ranked: Sequence[Ranked]) -> tuple[int, int]:
     """Units in all, and those of them that are unpruned."""
-    return sum(len(r.alive) for r in ranked), sum(len(r.order) for r in ranked)
+    return sum(len(r.candidates) for r in ranked), sum(len(r.order) for r in ranked)
 
 
 def elements(parameter: Parameter) -> Ranked:

@@ -60,11 +60,13 @@ def test_of_all_that_is_ranked_together_the_lowest_go(
     assert [choice.tensors for choice in choices] == [tuple(names) for names in kinds]
     for names, choice in zip(kinds, choices, strict=True):
         ranked = [elements(model[name]) for name in names]
-        units, alive = sizes(ranked)
-        count = round(amount * units) - (units - alive) if of_all else round(amount * alive)
+        units, candidates = sizes(ranked)
+        count = (
+            round(amount * units) - (units - candidates) if of_all else round(amount * candidates)
+        )
         chosen = choose(ranked, at_least(count))
         assert_lost(model, masks, names, chosen)
-        assert (choice.candidates, choice.requested) == (alive, max(0, count))
+        assert (choice.candidates, choice.requested) == (candidates, max(0, count))
         assert choice.pruned == sum(chosen.counts)
         assert (choice.threshold, choice.ties, choice.ties_pruned) == at_cut(ranked, chosen)
 
@@ -206,13 +208,13 @@ def slices(parameter: Parameter, dim: int, p: int) -> Ranked:
 def units_of(parameter: Parameter, unit: Flat, p: int) -> Ranked:
     """Units by the mean of |w|^p, what is pruned counts as 0.  unit: of each element."""
     flat, kept = unit.reshape(-1).tolist(), kept_of(parameter).flatten().tolist()
-    sums, sizes, alive = ([0] * (max(flat) + 1) for _ in range(3))
+    sums, sizes, candidates = ([0] * (max(flat) + 1) for _ in range(3))
     for at, size, keep in zip(flat, elements(parameter).scores, kept, strict=True):
         sums[at] += size**p if keep else Fraction(0)
         sizes[at] += 1
-        alive[at] |= keep
+        candidates[at] |= keep
     means = [Fraction(total) / size for total, size in zip(sums, sizes, strict=True)]
-    return Ranked(means, [bool(lives) for lives in alive])
+    return Ranked(means, [bool(lives) for lives in candidates])
 
 
 # Their means are rounded alike: between float64 and the others a third is not a tie.
@@ -302,7 +304,7 @@ def surplus_of(parameter: Parameter, n: int, m: int, dim: int) -> list[tuple[lis
     for line in np.ndindex(moved.shape[:-1]):
         for first in range(0, shape[dim], m):
             group = moved[line][first : first + m].tolist()
-            living = sorted((ranked.scores[i], i) for i in group if ranked.alive[i])
+            living = sorted((ranked.scores[i], i) for i in group if ranked.candidates[i])
             goes = living[: max(0, len(living) - n)]
             mean = sum((s for s, _ in goes), Fraction(0)) / max(1, len(goes))
             # Units are in the order of the grid, in which the groups lie along dim.

@@ -56,15 +56,15 @@ def rails(draw: st.DrawFn) -> tuple[Rail, ...]:
 
 def limits(given_rails: Sequence[Rail], name: str, ranked: Ranked) -> tuple[int, int]:
     """How many units a tensor loses at least, and at most."""
-    units, alive = len(ranked.alive), len(ranked.order)
+    units, candidates = len(ranked.candidates), len(ranked.order)
     for bounds in given_rails:
         if name in bounds.tensors:
             low = math.ceil(Fraction(str(bounds.min_sparsity)) * units)
             high = math.floor(Fraction(str(bounds.max_sparsity)) * units)
             high = min(high, units - min(bounds.keep_at_least, units))
             assume(low <= high)
-            return max(0, low - (units - alive)), max(0, high - (units - alive))
-    return 0, alive
+            return max(0, low - (units - candidates)), max(0, high - (units - candidates))
+    return 0, candidates
 
 
 def bounded(
@@ -162,7 +162,7 @@ def binding_rail(bounds: Sequence[Rail], name: str, ranked: Ranked, found: str) 
     of_tensor = next(bound for bound in bounds if name in bound.tensors)
     if found == "min_sparsity":
         return found
-    units = len(ranked.alive)
+    units = len(ranked.candidates)
     by_share = math.floor(Fraction(str(of_tensor.max_sparsity)) * units)
     by_count = units - min(of_tensor.keep_at_least, units)
     return "keep_at_least" if by_count < by_share else "max_sparsity"
@@ -198,8 +198,8 @@ def test_as_few_elements_go_within_the_bounds_as_leave_so_many_bytes(
     costs = [parameter.weight.element_size() for parameter in model.values()]
 
     def kept(counts: Sequence[int]) -> int:
-        alive = [len(r.order) for r in ranked]
-        return sum(c * (a - n) for c, a, n in zip(costs, alive, counts, strict=True))
+        candidates = [len(r.order) for r in ranked]
+        return sum(c * (a - n) for c, a, n in zip(costs, candidates, counts, strict=True))
 
     target = data.draw(st.integers(kept(highs), kept(lows)))
     masks, choice = guarded(model, Budget(target), bounds)
@@ -216,18 +216,18 @@ def test_what_is_shared_out_stays_within_the_bounds(
     ranked, lows, highs = bounded(model, bounds)
     count = data.draw(st.integers(sum(lows), sum(highs)))
     masks, choice = guarded(model, count, bounds, allocation=allocation)
-    alive = [len(r.order) for r in ranked]
-    counts = [a - int(masks[name].sum()) for a, name in zip(alive, model, strict=True)]
+    candidates = [len(r.order) for r in ranked]
+    counts = [a - int(masks[name].sum()) for a, name in zip(candidates, model, strict=True)]
     assert choice.requested == choice.pruned == sum(counts) == count
     assert all(a <= c <= b for a, c, b in zip(lows, counts, highs, strict=True))
     gone = [sorted(r.order[:c]) for r, c in zip(ranked, counts, strict=True)]
     assert_lost(model, masks, list(model), Chosen(counts, gone, None))
     # Who is not at a bound keeps its share: one and the same factor fits all, but for rounding.
-    shares = [float(a) for a in alive]
+    shares = [float(a) for a in candidates]
     if allocation == "erk":
         shares = [float(sum(parameter.weight.shape)) for parameter in model.values()]
     floor, ceiling = 0.0, math.inf
-    for share, a, c, low, high in zip(shares, alive, counts, lows, highs, strict=True):
+    for share, a, c, low, high in zip(shares, candidates, counts, lows, highs, strict=True):
         if share and c > low:  # it could keep more, so its share is no larger than that
             ceiling = min(ceiling, (a - c + 1) / share)
         if share and c < high:

@@ -67,7 +67,7 @@ def models(draw: st.DrawFn) -> dict[str, Parameter]:
     return model
 
 
-def alive_of(parameter: Parameter) -> Tensor:
+def candidates_of(parameter: Parameter) -> Tensor:
     if parameter.mask is None:
         return torch.ones(parameter.weight.shape, dtype=torch.bool)
     return unpacked(parameter)
@@ -75,30 +75,30 @@ def alive_of(parameter: Parameter) -> Tensor:
 
 def lowest(weight: Tensor, kept: Tensor, amount: float) -> Tensor:
     """What stays when an amount of the least important goes, ties by the lowest index."""
-    alive = kept.nonzero().view(-1)
-    count = round(amount * len(alive)) if isinstance(amount, float) else amount
-    order = weight[alive].to(torch.float64).abs().sort(stable=True).indices
+    candidates = kept.nonzero().view(-1)
+    count = round(amount * len(candidates)) if isinstance(amount, float) else amount
+    order = weight[candidates].to(torch.float64).abs().sort(stable=True).indices
     left = kept.clone()
-    left[alive[order[:count]]] = False
+    left[candidates[order[:count]]] = False
     return left
 
 
 @examples(40)
 @given(models(), AMOUNTS)
 def test_each_tensor_loses_its_least_important(model: dict[str, Parameter], amount: float) -> None:
-    alive = {name: alive_of(parameter) for name, parameter in model.items()}
+    candidates = {name: candidates_of(parameter) for name, parameter in model.items()}
     if isinstance(amount, int):
-        model = {n: p for n, p in model.items() if int(alive[n].sum()) >= amount}
+        model = {n: p for n, p in model.items() if int(candidates[n].sum()) >= amount}
     if not model:
         return
     masks, choices = applied(model, rule(list(model), amount, scope="tensor"))
     assert isinstance(choices, ChoiceTable)
     for name, parameter in model.items():
-        left = lowest(parameter.weight, alive[name], amount)
+        left = lowest(parameter.weight, candidates[name], amount)
         assert torch.equal(masks[name], left), name
-        gone = alive[name] & ~left
+        gone = candidates[name] & ~left
         (choice,) = (choice for choice in choices if choice.tensors == (name,))
-        assert (choice.candidates, choice.pruned) == (int(alive[name].sum()), int(gone.sum()))
+        assert (choice.candidates, choice.pruned) == (int(candidates[name].sum()), int(gone.sum()))
         assert choice.requested == choice.pruned
         if not choice.pruned:
             assert (choice.threshold, choice.ties, choice.ties_pruned) == (None, 0, 0)
@@ -106,7 +106,7 @@ def test_each_tensor_loses_its_least_important(model: dict[str, Parameter], amou
         magnitudes = parameter.weight.to(torch.float64).abs()
         assert choice.threshold == float(magnitudes[gone].max())
         at_cut = torch.eq(magnitudes, choice.threshold)
-        assert choice.ties == int(at_cut[alive[name]].sum())
+        assert choice.ties == int(at_cut[candidates[name]].sum())
         assert choice.ties_pruned == int(at_cut[gone].sum())
 
 

@@ -23,19 +23,19 @@ def shared_out(
     dense, and the others share the rest).
     Returns: also what each would lose without limits but its own size, not rounded.
     """
-    alive = [subject.alive for subject in subjects]
-    sizes = [s.ranking.units if rule.of_all else s.alive for s in subjects]
+    candidates = [subject.candidates for subject in subjects]
+    sizes = [s.ranking.units if rule.of_all else s.candidates for s in subjects]
     shares = [float(size) for size in sizes]
     if rule.allocation == "erk":
         shares = [s.sparse_share * s.ranking.units for s in subjects]
-    kept = sum(alive) - count
-    lows = [a - limit.highest for a, limit in zip(alive, limits, strict=True)]
-    highs = [a - limit.lowest for a, limit in zip(alive, limits, strict=True)]
+    kept = sum(candidates) - count
+    lows = [a - limit.highest for a, limit in zip(candidates, limits, strict=True)]
+    highs = [a - limit.lowest for a, limit in zip(candidates, limits, strict=True)]
     stay = _rounded(context, _filled(context, shares, lows, highs, kept), lows, highs, kept)
-    free = _filled(context, shares, [0] * len(alive), alive, kept)
+    free = _filled(context, shares, [0] * len(candidates), candidates, kept)
     return (
-        [a - s for a, s in zip(alive, stay, strict=True)],
-        [a - f for a, f in zip(alive, free, strict=True)],
+        [a - s for a, s in zip(candidates, stay, strict=True)],
+        [a - f for a, f in zip(candidates, free, strict=True)],
     )
 
 

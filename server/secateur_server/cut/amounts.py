@@ -79,16 +79,20 @@ def wanted(rule: Selection, subjects: Sequence[Subject], amount: Amount) -> floa
 
     Errors: AmountOutOfRange.
     """
-    alive = sum(subject.alive for subject in subjects)
+    candidates = sum(subject.candidates for subject in subjects)
     units = sum(subject.ranking.units for subject in subjects)
     if isinstance(amount, Budget):
         costs = _costs(rule, subjects)
-        there = sum(cost * subject.alive for cost, subject in zip(costs, subjects, strict=True))
+        there = sum(
+            cost * subject.candidates for cost, subject in zip(costs, subjects, strict=True)
+        )
         return max(0, there - amount.target)
-    return number_of(rule, amount, [subject.name for subject in subjects], units, alive)
+    return number_of(rule, amount, [subject.name for subject in subjects], units, candidates)
 
 
-def number_of(rule: Selection, amount: Amount, names: Sequence[str], units: int, alive: int) -> int:
+def number_of(
+    rule: Selection, amount: Amount, names: Sequence[str], units: int, candidates: int
+) -> int:
     """How many units a share or a number of them is; rounded as torch does.
 
     names: of the tensors, or groups, that are ranked together.  units, alive: of all of them.
@@ -97,7 +101,7 @@ def number_of(rule: Selection, amount: Amount, names: Sequence[str], units: int,
     if isinstance(amount, Table):
         (name,) = names  # a table has a fraction for each tensor
         amount = amount.fractions.get(name, 0.0)
-    base, gone = (units, units - alive) if rule.of_all else (alive, 0)
+    base, gone = (units, units - candidates) if rule.of_all else (candidates, 0)
     assert isinstance(amount, float | int), "a threshold has no number"
     count = round(amount * base) if isinstance(amount, float) else amount
     if count > base:
@@ -161,7 +165,9 @@ def _by_rank(
     if any(lowest) and costs is None:  # up to where the cut could rise without one unit more
         more = [replace(query, target=query.target + 1) for query in queries]
         beyond = [
-            [s.alive for s in subjects] if query.target > sum(highest) else _passed(after, limits)
+            [s.candidates for s in subjects]
+            if query.target > sum(highest)
+            else _passed(after, limits)
             for query, after in zip(context.each(more), divided(more), strict=True)
         ]
     return [
@@ -215,7 +221,7 @@ def _bounds(
     """The limits that bound.  least, most: of what would have gone without them."""
     found = []
     for subject, limit, count, low, high in zip(subjects, limits, counts, least, most, strict=True):
-        if count == limit.highest < high and limit.highest < subject.alive:
+        if count == limit.highest < high and limit.highest < subject.candidates:
             found.append(Bound(subject.name, limit.highest_by, count))
         elif count == limit.lowest > max(0, low):
             found.append(Bound(subject.name, "min_sparsity", count))

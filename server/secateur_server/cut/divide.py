@@ -124,7 +124,7 @@ def _divide_few(
     """As divide, of one small ranking: its keys are sorted once."""
     passes = passes_of(ranking.device)
     keys = passes.keys(piece_of(ranking, dtype, 0, ranking.units))
-    if ranking.alive is not None:
+    if ranking.candidates is not None:
         keys = keys[keys < torch.iinfo(keys.dtype).max]
     array: Any = passes.ascending(keys).cpu().numpy()
     ascending = memoryview(array)

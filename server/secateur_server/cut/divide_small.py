@@ -35,8 +35,8 @@ class SortedKeys:
         units = torch.tensor([ranking.units for ranking in rankings])
         self._ends = units.cumsum(0).to(passes.device)
         self._begins = self._ends - units.to(passes.device)
-        alive = sum(ranking.count_alive(context) for ranking in rankings)
-        self.ascending = passes.ascending(self._keys)[:alive]
+        candidates = sum(ranking.count_candidates(context) for ranking in rankings)
+        self.ascending = passes.ascending(self._keys)[:candidates]
 
     def up_to(self, key: int) -> Tensor:
         """How many alive units of each ranking have a key up to `key`.  Returns: int64, CPU."""
@@ -62,7 +62,7 @@ def _keys(context: RequestContext, rankings: Sequence[Ranking], dtype: torch.dty
     end = 0
     for ranking in context.each(rankings):
         begin, end = end, end + ranking.units
-        if ranking.alive is not None:
-            pruned = ~ranking.alive.flags(0, ranking.units)
+        if ranking.candidates is not None:
+            pruned = ~ranking.candidates.flags(0, ranking.units)
             keys[begin:end].masked_fill_(pruned, torch.iinfo(BITS[dtype]).max)
     return keys

@@ -33,9 +33,9 @@ def limits_of(
 
 def _limits(rail: Rail | None, subject: Subject) -> Limits:
     if rail is None:
-        return Limits(0, subject.alive)
+        return Limits(0, subject.candidates)
     units = subject.ranking.units
-    gone = units - subject.alive
+    gone = units - subject.candidates
     # 0.29 means 29 hundredths, and not the double that is a little less.
     least = math.ceil(Fraction(repr(rail.min_sparsity)) * units)
     most = math.floor(Fraction(repr(rail.max_sparsity)) * units)
@@ -74,9 +74,9 @@ def check_total(
     most = sum(c * limit.highest for c, limit in zip(costs, limits, strict=True))
     if total > most:
         binding = [
-            f"{quote(s.name)} {limit.highest} of {s.alive} ({limit.highest_by})"
+            f"{quote(s.name)} {limit.highest} of {s.candidates} ({limit.highest_by})"
             for s, limit in zip(subjects, limits, strict=True)
-            if limit.highest < s.alive
+            if limit.highest < s.candidates
         ]
         raise AmountOutOfRange(
             field,
@@ -85,7 +85,7 @@ def check_total(
         )
     if total < least:
         binding = [
-            f"{quote(s.name)} {limit.lowest} of {s.alive} (min_sparsity)"
+            f"{quote(s.name)} {limit.lowest} of {s.candidates} (min_sparsity)"
             for s, limit in zip(subjects, limits, strict=True)
             if limit.lowest
         ]

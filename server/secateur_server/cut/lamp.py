@@ -162,7 +162,9 @@ def _scored(context: RequestContext, rankings: Sequence[Ranking]) -> list[Rankin
 def _living(ranking: Ranking) -> Tensor:
     assert isinstance(ranking.scores, Tensor), "random scores have no LAMP"
     scores = ranking.scores.to(score_dtype([ranking]))
-    return scores if ranking.alive is None else scores[ranking.alive.flags(0, ranking.units)]
+    return (
+        scores if ranking.candidates is None else scores[ranking.candidates.flags(0, ranking.units)]
+    )
 
 
 def _falling(

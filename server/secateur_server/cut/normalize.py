@@ -63,8 +63,8 @@ def normalized(
 
     Errors: InvalidSpec, of infinite scores.
     """
-    names, alive = [ranking.name for ranking in rankings], [r.alive for r in rankings]
-    scales = _scales(context, rule, names, list(map(_tensor_of, rankings)), alive)
+    names, candidates = [ranking.name for ranking in rankings], [r.candidates for r in rankings]
+    scales = _scales(context, rule, names, list(map(_tensor_of, rankings)), candidates)
     floor = min([0.0, *(scale.least for scale in scales)])
     return [
         ranking._replace(
@@ -80,7 +80,7 @@ def combined(
     context: RequestContext,
     rule: Selection,
     members: Sequence[Sequence[Tensor]],
-    alive: Sequence[Mask | None],
+    candidates: Sequence[Mask | None],
     names: Sequence[str],
     sizes: Sequence[int],
 ) -> list[tuple[Tensor, float]]:
@@ -94,7 +94,7 @@ def combined(
         return [(scores, 0.0) for scores in _combined(context, rule, members)]
     every = [
         (name, of_member, mask)
-        for scores, mask, name in zip(context.each(members), alive, names, strict=True)
+        for scores, mask, name in zip(context.each(members), candidates, names, strict=True)
         for of_member in scores
     ]
     scales = _scales(context, rule, *map(list, zip(*every, strict=True)))
@@ -139,10 +139,10 @@ def _scales(
     rule: Selection,
     names: Sequence[str],
     scores: Sequence[Tensor],
-    alive: Sequence[Mask | None],
+    candidates: Sequence[Mask | None],
 ) -> list[Scale]:
     """The scale of the scores of each tensor, over those that are alive."""
-    every = [_joined(parts) for parts in _of_parts(context, scores, alive, _moments)]
+    every = [_joined(parts) for parts in _of_parts(context, scores, candidates, _moments)]
     for name, of in zip(names, every, strict=True):
         if not math.isfinite(of.most) or not math.isfinite(of.squares):
             raise InvalidSpec(
@@ -152,7 +152,7 @@ def _scales(
     if rule.normalization == "norm":
         spreads = [math.sqrt(of.squares) for of in every]
     elif rule.normalization == "z_score":
-        shifts, spreads = spreads, _deviations(context, scores, alive, every)
+        shifts, spreads = spreads, _deviations(context, scores, candidates, every)
     spreads = [spread or 1.0 for spread in spreads]  # 0: all are equal
     return [
         Scale(shift, spread, (of.least - shift) / spread if of.units else 0.0)
@@ -163,7 +163,7 @@ def _scales(
 def _deviations(
     context: RequestContext,
     scores: Sequence[Tensor],
-    alive: Sequence[Mask | None],
+    candidates: Sequence[Mask | None],
     every: Sequence[Moments],
 ) -> list[float]:
     """The standard deviations of populations, in a pass of their own: it cancels nothing."""
@@ -172,7 +172,7 @@ def _deviations(
         means = torch.tensor([every[place].mean for place in places], dtype=torch.float64)
         return _sums(rows.to(torch.float64).abs() - means.to(rows.device).view(-1, 1), 2.0)
 
-    found = _of_parts(context, scores, alive, squares)
+    found = _of_parts(context, scores, candidates, squares)
     return [math.sqrt(total(p) / max(1, of.units)) for of, p in zip(every, found, strict=True)]
 
 
@@ -194,7 +194,7 @@ def _joined(parts: Sequence[Moments]) -> Moments:
 def _of_parts(
     context: RequestContext,
     scores: Sequence[Tensor],
-    alive: Sequence[Mask | None],
+    candidates: Sequence[Mask | None],
     of_rows: Callable[[Tensor, Sequence[int]], Sequence[Found]],
 ) -> list[list[Found]]:
     """What `of_rows` makes of each part of each tensor: of those of one length at once.
@@ -209,7 +209,7 @@ def _of_parts(
     def work(parts: Sequence[tuple[int, Span]]) -> list[tuple[int, Found]]:
         living: dict[int, list[tuple[int, Tensor]]] = defaultdict(list)
         for place, span in parts:
-            part = _living(scores[place], alive[place], *span)
+            part = _living(scores[place], candidates[place], *span)
             living[len(part)].append((place, part))
         found: list[tuple[int, Found]] = []
         for places, rows in (zip(*of_length, strict=True) for of_length in living.values()):
@@ -230,9 +230,9 @@ def _of_parts(
     return found
 
 
-def _living(scores: Tensor, alive: Mask | None, begin: int, end: int) -> Tensor:
+def _living(scores: Tensor, candidates: Mask | None, begin: int, end: int) -> Tensor:
     part = scores[begin:end]
-    living = part if alive is None else picked(part, alive.flags(begin, end))
+    living = part if candidates is None else picked(part, candidates.flags(begin, end))
     return living.to(ranked_as(living.dtype))
 
 

@@ -177,7 +177,7 @@ def _planned(
         )
         for i, subject in enumerate(context.each(subjects))
     ]
-    alive = sum(subject.alive for subject in subjects)
+    candidates = sum(subject.candidates for subject in subjects)
     planned = []
     for index, decision in enumerate(context.each(decisions)):
         if isinstance(rule.amount, Threshold):
@@ -185,7 +185,7 @@ def _planned(
             decision = with_cut(
                 context, decision, [subject.ranking for subject in subjects], scores
             )
-        choice = choice_of(rule, names, alive, sum(decision.counts), decision)
+        choice = choice_of(rule, names, candidates, sum(decision.counts), decision)
         planned.append((choice, {n: of[index] for n, of in zip(names, removed, strict=True)}))
     return planned
 
@@ -208,7 +208,9 @@ def _cuts(
     ]
     # Those that limits or shares took elsewhere than at the cut of all.
     missing = [(d, s) for d, of in enumerate(cuts) for s, cut in enumerate(of) if cut is None]
-    queries = [Query((s,), (0,), (subjects[s].alive,), decisions[d].counts[s]) for d, s in missing]
+    queries = [
+        Query((s,), (0,), (subjects[s].candidates,), decisions[d].counts[s]) for d, s in missing
+    ]
     rankings = [subject.ranking for subject in subjects]
     found = divide(context, rankings, queries, dtype) if queries else []
     for (d, s), division in zip(context.each(missing), found, strict=True):

@@ -65,7 +65,7 @@ class PlannedEach(Planned):
             pruned; how many units have it; and how many of them are pruned.
     """
 
-    alive: Ints
+    candidates: Ints
     thresholds: Floats
     equal: Ints
     ties: Ints
@@ -86,10 +86,10 @@ def plan_each(
     kinds: dict[torch.dtype, list[Ranking]] = defaultdict(list)
     for name in context.each(names):
         ranking = ranking_of(context, rules[0], name, parameters, {})
-        alive = ranking.count_alive(context)
+        candidates = ranking.count_candidates(context)
         for rule in context.each(rules):  # refuses what is too much
             if not isinstance(rule.amount, float):
-                number_of(rule, rule.amount, (name,), ranking.units, alive)
+                number_of(rule, rule.amount, (name,), ranking.units, candidates)
         kinds[ranking.dtype].append(ranking)
     return [
         _plan_each(context, rules, alike[part], dtype)
@@ -105,12 +105,14 @@ def _plan_each(
     dtype: torch.dtype,
 ) -> PlannedEach:
     runs = runs_of(batch_of(rankings, dtype))
-    alive, units = runs.sizes, np.array([ranking.units for ranking in rankings])
+    candidates, units = runs.sizes, np.array([ranking.units for ranking in rankings])
     shape = len(rules), len(rankings)
     counts, below, equal = (np.empty(shape, np.int32) for _ in range(3))
     thresholds = np.empty(shape)
     for index, rule in enumerate(context.each(rules)):
-        base, gone = (units, units - alive) if rule.of_all else (alive, np.zeros_like(alive))
+        base, gone = (
+            (units, units - candidates) if rule.of_all else (candidates, np.zeros_like(candidates))
+        )
         share: Any = np.rint(rule.amount * base) if isinstance(rule.amount, float) else rule.amount
         counts[index] = np.maximum(0, share - gone)
         below[index], equal[index] = runs.cut_at(counts[index])
@@ -119,7 +121,7 @@ def _plan_each(
         thresholds[index] = values_of(np.where(counts[index] > 0, keys, -1).astype(np.int64), dtype)
     energy, whole = energies(context, runs, counts, below, equal)
     names = [ranking.name for ranking in rankings]
-    cut = alive, thresholds, equal, counts - below
+    cut = candidates, thresholds, equal, counts - below
     return PlannedEach(names, counts, energy, whole, *cut)
 
 
@@ -236,7 +238,10 @@ class EachOutcome:
         """As Outcome has them."""
         table = ChoiceTable.of_nothing(self.tensors)
         for of, rows in self._rows():
-            table.candidates[rows], table.thresholds[rows] = of.alive, of.thresholds[self.index]
+            table.candidates[rows], table.thresholds[rows] = (
+                of.candidates,
+                of.thresholds[self.index],
+            )
             table.requested[rows] = table.pruned[rows] = of.counts[self.index]
             table.ties[rows], table.ties_pruned[rows] = of.equal[self.index], of.ties[self.index]
         for choice, _ in self.others.values():

@@ -247,7 +247,7 @@ def _select_each(
         elif isinstance(rule.amount, Threshold):
             at = threshold(cut, score_dtype([subject.ranking]))
             decision = with_cut(context, decision, [subject.ranking], [at])
-        choice = choice_of(rule, (subject.name,), subject.alive, count, decision)
+        choice = choice_of(rule, (subject.name,), subject.candidates, count, decision)
         found.append(([kept], choice))
     return found
 
@@ -266,24 +266,24 @@ def _select(
 ) -> tuple[list[Mask], Choice]:
     """Which units stay."""
     names = tuple(subject.name for subject in subjects)
-    alive = sum(subject.alive for subject in subjects)
+    candidates = sum(subject.candidates for subject in subjects)
     if rule.scope == "row":
         (subject,) = subjects
         units, pruned = select_in_rows(context, rule, subject.ranking, subject.rows)
-        return [units], Choice(names, alive, pruned, pruned)
+        return [units], Choice(names, candidates, pruned, pruned)
     if is_plain(rule):
         count = int(wanted(rule, subjects, rule.amount))
-        if rule.is_of_parts and count == alive:
+        if rule.is_of_parts and count == candidates:
             kept = [_none(subject.ranking) for subject in subjects]
-            return kept, choice_of(rule, names, alive, alive, Decision((), count))
-        kept, cut = select(context, [subject.ranking for subject in subjects], alive, count)
-        pruned = alive - sum(units.kept(context) for units in kept)
+            return kept, choice_of(rule, names, candidates, candidates, Decision((), count))
+        kept, cut = select(context, [subject.ranking for subject in subjects], candidates, count)
+        pruned = candidates - sum(units.kept(context) for units in kept)
         decision = Decision((), count, (), cut_value(subjects, cut), cut.equal, cut.ties)
-        return kept, choice_of(rule, names, alive, pruned, decision)
+        return kept, choice_of(rule, names, candidates, pruned, decision)
     (decision,) = decide(context, rule, subjects, [rule.amount])
     parts = small_at_once(
         context,
-        lambda part: select(context, [part[0].ranking], part[0].alive, part[1]),
+        lambda part: select(context, [part[0].ranking], part[0].candidates, part[1]),
         list(zip(subjects, decision.counts, strict=True)),
         lambda part: part[0].ranking.units,
         subjects[0].ranking.device,
@@ -293,8 +293,8 @@ def _select(
         at = [threshold(cut, score_dtype([r])) for r, (_, cut) in zip(rankings, parts, strict=True)]
         decision = with_cut(context, decision, rankings, at)
     kept = [units for (units,), _ in parts]
-    pruned = alive - sum(units.kept(context) for units in kept)
-    return kept, choice_of(rule, names, alive, pruned, decision)
+    pruned = candidates - sum(units.kept(context) for units in kept)
+    return kept, choice_of(rule, names, candidates, pruned, decision)
 
 
 def _none(ranking: Ranking) -> Mask:
@@ -329,12 +329,12 @@ def with_cut(
 
 
 def choice_of(
-    rule: Selection, names: tuple[str, ...], alive: int, pruned: int, decision: Decision
+    rule: Selection, names: tuple[str, ...], candidates: int, pruned: int, decision: Decision
 ) -> Choice:
     """What is reported of a decision."""
     value = decision.threshold if rule.importance.is_measured else None
     ties, ties_pruned = decision.ties, decision.ties_pruned
-    if rule.is_of_parts and pruned == alive:  # no group was ranked
+    if rule.is_of_parts and pruned == candidates:  # no group was ranked
         value, ties, ties_pruned = None, 0, 0
     requested, bounds = decision.requested, decision.bounds
-    return Choice(names, alive, requested, pruned, value, ties, ties_pruned, bounds)
+    return Choice(names, candidates, requested, pruned, value, ties, ties_pruned, bounds)

@@ -56,7 +56,11 @@ def _keys(ranking: Ranking, begin: int, end: int) -> Tensor:
         keys = random_keys(ranking.scores, torch.arange(begin, end, device=ranking.device))
     else:
         keys = as_keys(ranking.scores[begin:end], score_dtype([ranking]))
-    return keys if ranking.alive is None else keys.masked_fill(~ranking.alive.flags(begin, end), -1)
+    return (
+        keys
+        if ranking.candidates is None
+        else keys.masked_fill(~ranking.candidates.flags(begin, end), -1)
+    )
 
 
 def _numbers(rule: Selection, name: str, candidates: Tensor, width: int, first: int) -> Tensor:

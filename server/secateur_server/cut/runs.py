@@ -61,9 +61,9 @@ class Runs:
 def runs_of(batch: Batch) -> Runs:
     """The runs of a batch."""
     bits: Any = batch.bits.numpy()
-    alive = np.unpackbits(batch.alive.numpy(), bitorder="little").view(np.bool_)
-    keys = (bits & np.iinfo(bits.dtype).max)[alive]
-    up_to = np.concatenate([[0], np.cumsum(alive)])
+    candidates = np.unpackbits(batch.alive.numpy(), bitorder="little").view(np.bool_)
+    keys = (bits & np.iinfo(bits.dtype).max)[candidates]
+    up_to = np.concatenate([[0], np.cumsum(candidates)])
     starts = np.append(up_to[batch.begins], len(keys))
     order = _order(keys, np.diff(starts))
     ascending = keys[order]

@@ -30,7 +30,7 @@ class Ranking(NamedTuple):
     name: str
     units: int
     scores: Tensor | RandomScores
-    alive: Mask | None
+    candidates: Mask | None
     device: torch.device
     sample: Sample | None = None
     offset: float = 0.0
@@ -40,9 +40,9 @@ class Ranking(NamedTuple):
         """In which the scores compare without loss; random ones have keys of 32 bits anyway."""
         return ranked_as(self.scores.dtype) if isinstance(self.scores, Tensor) else torch.float32
 
-    def count_alive(self, context: RequestContext) -> int:
+    def count_candidates(self, context: RequestContext) -> int:
         """Units that are still unpruned."""
-        return self.units if self.alive is None else self.alive.kept(context)
+        return self.units if self.candidates is None else self.candidates.kept(context)
 
 
 def rank(
@@ -68,24 +68,24 @@ def rank(
     of_elements = scores is not None and scores.shape == weight.shape
     values = scores if scores is not None and of_elements else weight
     units = math.prod(granularity.grid(weight.shape))
-    alive = granularity.candidates(context, values, mask)
+    candidates = granularity.candidates(context, values, mask)
     if by_name := importance.by_name(name):
-        return Ranking(name, units, by_name, alive, weight.device)
+        return Ranking(name, units, by_name, candidates, weight.device)
     if scores is not None and not of_elements:
-        refuse_nan(context, scores, alive, field)
-        return Ranking(name, units, scores.reshape(-1), alive, weight.device)
+        refuse_nan(context, scores, candidates, field)
+        return Ranking(name, units, scores.reshape(-1), candidates, weight.device)
     seen = parameter.seen if scores is None else None
-    if scores is not None and alive is not None and not granularity.is_part:
-        mask = granularity.expand(context, alive, values, mask)  # what of the scores is read
+    if scores is not None and candidates is not None and not granularity.is_part:
+        mask = granularity.expand(context, candidates, values, mask)  # what of the scores is read
     refuse_nan(context, values, mask, field, seen)
     if is_all:
-        return Ranking(name, units, random_scores(0, name), alive, weight.device)
+        return Ranking(name, units, random_scores(0, name), candidates, weight.device)
     # As in torch: what is pruned counts as 0 in a weight's norm, and as it is in a caller's scores.
     # But of an N:M group only what is unpruned can go.
     masked = mask if scores is None or granularity.is_part else None
     of_units = importance.scores(context, values, masked, granularity, is_mean)
     sample = seen.sample if seen and granularity.is_element and importance.is_value else None
-    return Ranking(name, units, of_units, alive, weight.device, sample)
+    return Ranking(name, units, of_units, candidates, weight.device, sample)
 
 
 def refuse_nan(

@@ -48,7 +48,7 @@ class Units:
     passes: Passes
     pieces: Sequence[Piece]
     kept: Sequence[Tensor]
-    alive: int
+    candidates: int
     sampled: Sequence[Tensor] = ()
 
     @property
@@ -71,7 +71,7 @@ def score_dtype(rankings: Sequence[Ranking]) -> torch.dtype:
 
 
 def select(
-    context: RequestContext, rankings: Sequence[Ranking], alive: int, count: int
+    context: RequestContext, rankings: Sequence[Ranking], candidates: int, count: int
 ) -> tuple[list[Mask], Cut]:
     """Prunes `count` of the `alive` units of all `rankings`.
 
@@ -87,18 +87,18 @@ def select(
         for span in spans(ranking.units, passes.ranked)
     ]
     pieces, kept = [piece for piece, _ in parts], [kept for _, kept in parts]
-    units = Units(context, passes, pieces, kept, alive, _sampled(rankings, dtype))
+    units = Units(context, passes, pieces, kept, candidates, _sampled(rankings, dtype))
     return masks, _apply(units, count)
 
 
 def piece_of(ranking: Ranking, dtype: torch.dtype, begin: int, end: int) -> Piece:
     """The units [begin, end) of a ranking, to be compared as `dtype`.  begin: a multiple of 8."""
-    alive = None if ranking.alive is None else ranking.alive.part(begin, end)
+    candidates = None if ranking.candidates is None else ranking.candidates.part(begin, end)
     if isinstance(ranking.scores, RandomScores):
         scores: Tensor | RandomScores = RandomScores(ranking.scores.state, begin)
     else:
         scores = ranking.scores[begin:end]
-    return Piece(end - begin, scores, dtype, alive)
+    return Piece(end - begin, scores, dtype, candidates)
 
 
 def _sampled(rankings: Sequence[Ranking], dtype: torch.dtype) -> list[Tensor]:
@@ -108,7 +108,7 @@ def _sampled(rankings: Sequence[Ranking], dtype: torch.dtype) -> list[Tensor]:
         if ranking.sample is None:
             return []
         at, values = ranking.sample.at, ranking.sample.values
-        values = values if ranking.alive is None else values[ranking.alive.at(at)]
+        values = values if ranking.candidates is None else values[ranking.candidates.at(at)]
         found.append(as_keys(values, dtype))
     return found
 
@@ -136,7 +136,7 @@ def _cut_within(units: Units, count: int, low: int, high: int) -> Cut | None:
     """Marks what stays, if the cut is in [low, high).  Returns: the cut; None where it is not."""
     found = units.passes.split_all(units.context, units.pieces, low, high, units.kept)
     sizes = [len(part.keys) for part in found]
-    place = count - (units.alive - sum(part.above for part in found) - sum(sizes))
+    place = count - (units.candidates - sum(part.above for part in found) - sum(sizes))
     if not 1 <= place <= sum(sizes):  # of the cut among those within
         return None
     keys = torch.cat([part.keys for part in found])
@@ -155,7 +155,7 @@ def _sampled_bounds(units: Units, count: int) -> tuple[int, int] | None:
     keys = _sample(units)
     if keys is None:
         return None
-    passes, share = units.passes, count / units.alive
+    passes, share = units.passes, count / units.candidates
     spread = 4 * math.sqrt(len(keys) * share * (1 - share)) + 1  # 4 standard deviations
     first, last = math.floor(len(keys) * share - spread), math.ceil(len(keys) * share + spread)
     low = passes.kth(keys, first) if first >= 1 else 0
@@ -200,7 +200,7 @@ def _cut_by_digits(units: Units, count: int) -> Cut:
     # `shift`: at first, of all, as the sign is gone.
     integers = torch.iinfo(BITS[units.pieces[0].dtype])
     prefix, shift = 0, integers.bits - 1
-    place, equal = count, units.alive
+    place, equal = count, units.candidates
     few = units.few
     while shift > 0 and equal > few:
         shift = (shift - 1) // DIGIT_BITS * DIGIT_BITS

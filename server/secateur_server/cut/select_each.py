@@ -32,10 +32,10 @@ def select_each(
     done: dict[int, tuple[Mask, Cut]] = {}
     for place, (ranking, count) in enumerate(zip(context.each(rankings), counts, strict=True)):
         if isinstance(ranking.scores, Tensor) and 0 < ranking.units <= AT_ONCE:
-            kind = ranking.units, count, ranking.dtype, ranking.alive is None
+            kind = ranking.units, count, ranking.dtype, ranking.candidates is None
             alike[kind].append(place)
         else:
-            (kept,), cut = select(context, [ranking], ranking.count_alive(context), count)
+            (kept,), cut = select(context, [ranking], ranking.count_candidates(context), count)
             done[place] = kept, cut
     for (units, count, dtype, _), places in alike.items():
         for begin, end in context.each(spans(len(places), AT_ONCE // units)):
@@ -49,8 +49,8 @@ def _select_alike(
 ) -> list[tuple[Mask, Cut]]:
     """Of rankings with as many units, of all of which some are pruned already, or of none."""
     keys = as_keys(torch.stack([_scores(ranking) for ranking in rankings]), dtype)
-    alive = [ranking.alive for ranking in rankings if ranking.alive is not None]
-    kept = flags_of(alive) if alive else torch.ones_like(keys, dtype=torch.bool)
+    candidates = [ranking.candidates for ranking in rankings if ranking.candidates is not None]
+    kept = flags_of(candidates) if candidates else torch.ones_like(keys, dtype=torch.bool)
     if count == 0:
         return [(mask, NOTHING) for mask in masks_of(kept)]
     keys.masked_fill_(~kept, torch.iinfo(BITS[dtype]).max)

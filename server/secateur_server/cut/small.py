@@ -68,9 +68,9 @@ def prune_small(
     with context.stage("score"):
         for name in context.each(names):
             ranking = ranking_of(context, rule, name, state, extras)
-            alive = ranking.count_alive(context)
-            count = number_of(rule, rule.amount, (name,), ranking.units, alive)
-            kinds[ranking.dtype].append((ranking, alive, count))
+            candidates = ranking.count_candidates(context)
+            count = number_of(rule, rule.amount, (name,), ranking.units, candidates)
+            kinds[ranking.dtype].append((ranking, candidates, count))
     masks: Masks = {}
     with context.stage("select"):
         for dtype, alike in kinds.items():
@@ -121,12 +121,12 @@ def _prune(
         dtype: As of score_dtype.
         table: Written to.
     """
-    rankings, alive, counts = zip(*parts, strict=True)
+    rankings, candidates, counts = zip(*parts, strict=True)
     batch = batch_of(rankings, dtype)
     going = np.array(counts, np.int64)
     kept, cuts = cut_each(context, batch, going)
     rows = [table.places[ranking.name] for ranking in rankings]
-    table.candidates[rows] = alive
+    table.candidates[rows] = candidates
     table.requested[rows] = table.pruned[rows] = going
     table.ties_pruned[rows], table.ties[rows] = cuts[:, 1], cuts[:, 2]
     if rule.importance.is_measured:
@@ -139,7 +139,7 @@ def batch_of(rankings: Sequence[Ranking], dtype: torch.dtype) -> Batch:
     return side_by_side(
         [ranking.scores for ranking in rankings],
         [ranking.units for ranking in rankings],
-        [None if ranking.alive is None else ranking.alive.bits for ranking in rankings],
+        [None if ranking.candidates is None else ranking.candidates.bits for ranking in rankings],
         dtype,
     )
 
@@ -182,16 +182,16 @@ def prune_together(
         rankings = [ranking_of(context, rule, name, state, extras) for name in context.each(names)]
     with context.stage("select"):
         units = sum(ranking.units for ranking in rankings)
-        alive = sum(ranking.count_alive(context) for ranking in rankings)
-        count = number_of(rule, rule.amount, names, units, alive)
+        candidates = sum(ranking.count_candidates(context) for ranking in rankings)
+        count = number_of(rule, rule.amount, names, units, candidates)
         dtype = score_dtype(rankings)
         batch = batch_of(rankings, dtype)
         # One tensor of all of them: what lies between them is as if it were pruned already.
         living, scores = Mask(batch.alive, batch.bits.numel()), batch.bits.view(dtype)
         whole = Ranking("", living.elements, scores, living, rankings[0].device)
-        (kept,), cut = select(context, [whole], alive, count)
+        (kept,), cut = select(context, [whole], candidates, count)
         value = threshold(cut, dtype) if rule.importance.is_measured else None
-    choice = Choice(tuple(names), alive, count, count, value, cut.equal, cut.ties)
+    choice = Choice(tuple(names), candidates, count, count, value, cut.equal, cut.ties)
     return masks_of(rankings, kept.bits), choice
 
 

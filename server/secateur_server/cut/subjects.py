@@ -15,7 +15,7 @@ from secateur_server.cut.score import Ranking, rank, refuse_nan
 from secateur_server.errors import quote
 from secateur_server.granularity.group import Group
 from secateur_server.granularity.groups import expand_group
-from secateur_server.granularity.groups_at_once import alive_of, scores_of_members
+from secateur_server.granularity.groups_at_once import candidates_of, scores_of_members
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.rules import Amount, Selection
 from secateur_server.state_dict.parameter import Parameter
@@ -38,7 +38,7 @@ class Subject:
 
     name: str
     ranking: Ranking
-    alive: int
+    candidates: int
     expand: Callable[[RequestContext, Mask], Masks]
     costs: Callable[[RequestContext], tuple[Tensor, Tensor]] | None = None
     unit_bytes: int | None = None
@@ -110,7 +110,7 @@ def _tensor(
     return Subject(
         name,
         ranking,
-        ranking.count_alive(context),
+        ranking.count_candidates(context),
         lambda context, kept: {name: granularity.expand(context, kept, values, mask)},
         None
         if granularity.is_element
@@ -152,18 +152,18 @@ def subjects_of_groups(
     ranked: the names that are ranked together; scores are normalized among these.
     """
     groups = [rule.groups_by_name[name] for names in ranked for name in names]
-    alive = alive_of(context, groups, parameters)
+    candidates = candidates_of(context, groups, parameters)
     scores: list[tuple[Tensor | RandomScores, float]]
     by_name = [rule.importance.by_name(group.name) for group in context.each(groups)]
     if all(by_name):
         scores = [(of_group, 0.0) for of_group in by_name if of_group]
     else:
-        members = _member_scores(context, rule, groups, parameters, extras, alive)
+        members = _member_scores(context, rule, groups, parameters, extras, candidates)
         names, sizes = [group.name for group in groups], list(map(len, ranked))
-        scores = [*combined(context, rule, members, alive, names, sizes)]
+        scores = [*combined(context, rule, members, candidates, names, sizes)]
     subjects = (
         _group_subject(context, group, of_units, living, floor, parameters)
-        for group, (of_units, floor), living in zip(groups, scores, alive, strict=True)
+        for group, (of_units, floor), living in zip(groups, scores, candidates, strict=True)
     )
     return [[next(subjects) for _ in context.each(names)] for names in ranked]
 
@@ -172,15 +172,15 @@ def _group_subject(
     context: RequestContext,
     group: Group,
     scores: Tensor | RandomScores,
-    alive: Mask | None,
+    candidates: Mask | None,
     floor: float,
     parameters: Mapping[str, Parameter],
 ) -> Subject:
     first = group.members[0]
     device = parameters[first.tensor].weight.device
-    ranking = Ranking(group.name, first.units, scores, alive, device, offset=floor)
+    ranking = Ranking(group.name, first.units, scores, candidates, device, offset=floor)
     expand = partial(expand_group, group=group, parameters=parameters)
-    return Subject(group.name, ranking, ranking.count_alive(context), expand)
+    return Subject(group.name, ranking, ranking.count_candidates(context), expand)
 
 
 def _member_scores(
@@ -189,10 +189,10 @@ def _member_scores(
     groups: Sequence[Group],
     parameters: Mapping[str, Parameter],
     extras: Mapping[str, Tensor],
-    alive: Sequence[Mask | None],
+    candidates: Sequence[Mask | None],
 ) -> list[list[Tensor]]:
     """The scores of those of each group's members that are scored: each float64, flat."""
-    for group, living in zip(context.each(groups), alive, strict=True):
+    for group, living in zip(context.each(groups), candidates, strict=True):
         if holder := rule.scores.get(group.name):  # in the place of all its members'
             refuse_nan(context, extras[holder], living, f"data[{quote(holder)}]")
     own = [group for group in groups if group.name not in rule.scores]

@@ -94,11 +94,11 @@ def slices_of(member: Member, device: torch.device) -> Tensor:
     return every.view(member.units, member.stride)
 
 
-def alive_units(
+def candidate_units(
     context: RequestContext, group: Group, parameters: Mapping[str, Parameter]
 ) -> Mask | None:
     """Which units have an unpruned element in any of their tensors; None is all of them."""
-    alive: Tensor | None = None
+    candidates: Tensor | None = None
     for member in context.each(group.members):
         parameter = parameters[member.tensor]
         mask, shape = parameter.mask, parameter.weight.shape
@@ -106,9 +106,9 @@ def alive_units(
             return None
         found = any_of_slices(context, mask.flags, shape, member.dim, mask.bits.device)
         of_units = found[slices_of(member, found.device)].any(1)
-        alive = of_units if alive is None else alive | of_units
-    assert alive is not None, "a group has a member"
-    return mask_of_flags(context, alive)
+        candidates = of_units if candidates is None else candidates | of_units
+    assert candidates is not None, "a group has a member"
+    return mask_of_flags(context, candidates)
 
 
 def member_scores(

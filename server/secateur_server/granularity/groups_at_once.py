@@ -17,7 +17,12 @@ from secateur_server.backends.masks import Mask, flags_of, masks_of
 from secateur_server.backends.norms import vector_norms
 from secateur_server.backends.passes import around
 from secateur_server.granularity.group import Group, Member
-from secateur_server.granularity.groups import alive_units, expand_group, member_scores, slices_of
+from secateur_server.granularity.groups import (
+    candidate_units,
+    expand_group,
+    member_scores,
+    slices_of,
+)
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.parameter import Parameter
 
@@ -28,7 +33,7 @@ Parameters = Mapping[str, Parameter]
 AT_ONCE = 1 << 17
 
 
-def alive_of(
+def candidates_of(
     context: RequestContext, groups: Sequence[Group], parameters: Parameters
 ) -> list[Mask | None]:
     """For each group, as alive_units."""
@@ -47,7 +52,7 @@ def alive_of(
         return masks_of(torch.stack(found).any(0))
 
     def one(place: int) -> Mask | None:
-        return alive_units(context, groups[place], parameters)
+        return candidate_units(context, groups[place], parameters)
 
     return _each(context, groups, parameters, many, one)
 
