@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from secateur_server.cut.guard_rails import Limits
-from secateur_server.cut.subjects import Subject
+from secateur_server.cut.scored import ScoredTensor
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.rules import Selection
 
@@ -12,7 +12,7 @@ from secateur_server.spec.rules import Selection
 def shared_out(
     context: RequestContext,
     rule: Selection,
-    subjects: Sequence[Subject],
+    tensors: Sequence[ScoredTensor],
     limits: Sequence[Limits],
     count: int,
 ) -> tuple[list[int], list[float]]:
@@ -23,11 +23,11 @@ def shared_out(
     dense, and the others share the rest).
     Returns: also what each would lose without limits but its own size, not rounded.
     """
-    candidates = [subject.candidates for subject in subjects]
-    sizes = [s.ranking.units if rule.of_all else s.candidates for s in subjects]
+    candidates = [tensor.candidates for tensor in tensors]
+    sizes = [s.ranking.units if rule.of_all else s.candidates for s in tensors]
     shares = [float(size) for size in sizes]
     if rule.allocation == "erk":
-        shares = [s.sparse_share * s.ranking.units for s in subjects]
+        shares = [s.sparse_share * s.ranking.units for s in tensors]
     kept = sum(candidates) - count
     lows = [a - limit.highest for a, limit in zip(candidates, limits, strict=True)]
     highs = [a - limit.lowest for a, limit in zip(candidates, limits, strict=True)]

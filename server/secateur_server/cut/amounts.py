@@ -13,8 +13,8 @@ from secateur_server.cut.choice import Bound
 from secateur_server.cut.divide import Division, Query, count_below, divide
 from secateur_server.cut.guard_rails import Limits, check_total, limits_of
 from secateur_server.cut.lamp import divide_by_lamp
+from secateur_server.cut.scored import ScoredTensor
 from secateur_server.cut.select import score_dtype
-from secateur_server.cut.subjects import Subject
 from secateur_server.errors import AmountOutOfRange, quote
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.rules import Amount, Budget, Selection, Table, Threshold
@@ -42,7 +42,7 @@ class Decision:
 def decide(
     context: RequestContext,
     rule: Selection,
-    subjects: Sequence[Subject],
+    tensors: Sequence[ScoredTensor],
     amounts: Sequence[Amount],
     at: str = "",
 ) -> list[Decision]:
@@ -50,22 +50,22 @@ def decide(
 
     at: the path of `amounts`, where they are not the rule's own.  Errors: AmountOutOfRange.
     """
-    limits = limits_of(context, rule, subjects)
+    limits = limits_of(context, rule, tensors)
     if isinstance(amounts[0], Threshold):
-        return [_by_threshold(context, subjects, limits, amounts[0])]
+        return [_by_threshold(context, tensors, limits, amounts[0])]
     asked = [
         replace(rule, amount=amount, path=f"{at}[{index}]" if at else rule.path)
         for index, amount in enumerate(amounts)
     ]
-    counts = [wanted(one, subjects, one.amount) for one in context.each(asked)]
-    costs = _costs(rule, subjects)
+    counts = [wanted(one, tensors, one.amount) for one in context.each(asked)]
+    costs = _costs(rule, tensors)
     for one, count in zip(context.each(asked), counts, strict=True):
-        check_total(_field(one), _counted(one), count, subjects, limits, costs)
+        check_total(_field(one), _counted(one), count, tensors, limits, costs)
     if rule.allocation in ("uniform", "erk"):
         return [
-            _shared(context, rule, subjects, limits, int(count)) for count in context.each(counts)
+            _shared(context, rule, tensors, limits, int(count)) for count in context.each(counts)
         ]
-    return _by_rank(context, rule, subjects, limits, counts)
+    return _by_rank(context, rule, tensors, limits, counts)
 
 
 def is_plain(rule: Selection) -> bool:
@@ -74,20 +74,18 @@ def is_plain(rule: Selection) -> bool:
     return is_share and rule.allocation == "rank" and not rule.guard_rails.rails
 
 
-def wanted(rule: Selection, subjects: Sequence[Subject], amount: Amount) -> float:
+def wanted(rule: Selection, tensors: Sequence[ScoredTensor], amount: Amount) -> float:
     """How much is to go of all subjects: units, or what they cost; rounded as torch does.
 
     Errors: AmountOutOfRange.
     """
-    candidates = sum(subject.candidates for subject in subjects)
-    units = sum(subject.ranking.units for subject in subjects)
+    candidates = sum(tensor.candidates for tensor in tensors)
+    units = sum(tensor.ranking.units for tensor in tensors)
     if isinstance(amount, Budget):
-        costs = _costs(rule, subjects)
-        there = sum(
-            cost * subject.candidates for cost, subject in zip(costs, subjects, strict=True)
-        )
+        costs = _costs(rule, tensors)
+        there = sum(cost * tensor.candidates for cost, tensor in zip(costs, tensors, strict=True))
         return max(0, there - amount.target)
-    return number_of(rule, amount, [subject.name for subject in subjects], units, candidates)
+    return number_of(rule, amount, [tensor.name for tensor in tensors], units, candidates)
 
 
 def number_of(
@@ -113,13 +111,13 @@ def number_of(
     return max(0, count - gone)
 
 
-def _costs(rule: Selection, subjects: Sequence[Subject]) -> list[float]:
+def _costs(rule: Selection, tensors: Sequence[ScoredTensor]) -> list[float]:
     """What a unit of each subject counts for."""
     if not isinstance(rule.amount, Budget):
-        return [1] * len(subjects)
+        return [1] * len(tensors)
     if rule.amount.per_unit is not None:
-        return [rule.amount.per_unit[subject.name] for subject in subjects]
-    return [subject.unit_bytes or 0 for subject in subjects]
+        return [rule.amount.per_unit[tensor.name] for tensor in tensors]
+    return [tensor.unit_bytes or 0 for tensor in tensors]
 
 
 def _counted(rule: Selection) -> str:
@@ -140,15 +138,15 @@ def _field(rule: Selection) -> str:
 def _by_rank(
     context: RequestContext,
     rule: Selection,
-    subjects: Sequence[Subject],
+    tensors: Sequence[ScoredTensor],
     limits: Sequence[Limits],
     targets: Sequence[float],
 ) -> list[Decision]:
     """The least important go, wherever they are, within the limits."""
     is_lamp = rule.allocation == "lamp"
-    rankings = [subject.ranking for subject in subjects]
-    costs = None if not isinstance(rule.amount, Budget) else tuple(_costs(rule, subjects))
-    members = tuple(range(len(subjects)))
+    rankings = [tensor.ranking for tensor in tensors]
+    costs = None if not isinstance(rule.amount, Budget) else tuple(_costs(rule, tensors))
+    members = tuple(range(len(tensors)))
     lowest = tuple(limit.lowest for limit in limits)
     highest = tuple(limit.highest for limit in limits)
     queries = [Query(members, lowest, highest, target, costs) for target in targets]
@@ -165,13 +163,13 @@ def _by_rank(
     if any(lowest) and costs is None:  # up to where the cut could rise without one unit more
         more = [replace(query, target=query.target + 1) for query in queries]
         beyond = [
-            [s.candidates for s in subjects]
+            [s.candidates for s in tensors]
             if query.target > sum(highest)
             else _passed(after, limits)
             for query, after in zip(context.each(more), divided(more), strict=True)
         ]
     return [
-        _decision(subjects, limits, division, least, most, dtype, is_lamp)
+        _decision(tensors, limits, division, least, most, dtype, is_lamp)
         for division, least, most in zip(context.each(divisions), beyond, passed, strict=True)
     ]
 
@@ -185,7 +183,7 @@ def _passed(division: Division, limits: Sequence[Limits]) -> list[int]:
 
 
 def _decision(
-    subjects: Sequence[Subject],
+    tensors: Sequence[ScoredTensor],
     limits: Sequence[Limits],
     division: Division,
     least: Sequence[int],
@@ -198,12 +196,12 @@ def _decision(
         Cut(division.key, c - b, e) if division.key >= 0 and b <= c <= b + e else None
         for c, b, e in parts
     ]
-    offset = 0.0 if is_lamp else subjects[0].ranking.offset
+    offset = 0.0 if is_lamp else tensors[0].ranking.offset
     value = None if division.key < 0 else score_at(division.key, dtype) + offset
     return Decision(
         division.counts,
         sum(division.counts),
-        _bounds(subjects, limits, division.counts, least, most),
+        _bounds(tensors, limits, division.counts, least, most),
         value,
         sum(division.equal),
         sum(min(max(0, c - b), e) for c, b, e in parts),
@@ -212,7 +210,7 @@ def _decision(
 
 
 def _bounds(
-    subjects: Sequence[Subject],
+    tensors: Sequence[ScoredTensor],
     limits: Sequence[Limits],
     counts: Sequence[int],
     least: Sequence[float],
@@ -220,36 +218,36 @@ def _bounds(
 ) -> tuple[Bound, ...]:
     """The limits that bound.  least, most: of what would have gone without them."""
     found = []
-    for subject, limit, count, low, high in zip(subjects, limits, counts, least, most, strict=True):
-        if count == limit.highest < high and limit.highest < subject.candidates:
-            found.append(Bound(subject.name, limit.highest_by, count))
+    for tensor, limit, count, low, high in zip(tensors, limits, counts, least, most, strict=True):
+        if count == limit.highest < high and limit.highest < tensor.candidates:
+            found.append(Bound(tensor.name, limit.highest_by, count))
         elif count == limit.lowest > max(0, low):
-            found.append(Bound(subject.name, "min_sparsity", count))
+            found.append(Bound(tensor.name, "min_sparsity", count))
     return tuple(found)
 
 
 def _shared(
     context: RequestContext,
     rule: Selection,
-    subjects: Sequence[Subject],
+    tensors: Sequence[ScoredTensor],
     limits: Sequence[Limits],
     count: int,
 ) -> Decision:
-    counts, free = shared_out(context, rule, subjects, limits, count)
+    counts, free = shared_out(context, rule, tensors, limits, count)
     # A count is off from its share by less than 1 for the rounding alone.
     least, most = [share - 1 for share in free], [share + 1 for share in free]
     nearly = [math.floor(x) for x in least], [math.ceil(x) for x in most]
-    return Decision(tuple(counts), count, _bounds(subjects, limits, counts, nearly[0], nearly[1]))
+    return Decision(tuple(counts), count, _bounds(tensors, limits, counts, nearly[0], nearly[1]))
 
 
 def _by_threshold(
     context: RequestContext,
-    subjects: Sequence[Subject],
+    tensors: Sequence[ScoredTensor],
     limits: Sequence[Limits],
     threshold: Threshold,
 ) -> Decision:
     """All below the threshold go, as far as the limits allow."""
-    rankings = [subject.ranking for subject in subjects]
+    rankings = [tensor.ranking for tensor in tensors]
     dtype = score_dtype(rankings)
     key = first_key(threshold.value - rankings[0].offset, dtype)
     below = [found for found, _ in count_below(context, rankings, key)]
@@ -257,7 +255,7 @@ def _by_threshold(
         min(max(found, limit.lowest), limit.highest)
         for found, limit in zip(below, limits, strict=True)
     ]
-    bounds = _bounds(subjects, limits, counts, below, below)
+    bounds = _bounds(tensors, limits, counts, below, below)
     return Decision(tuple(counts), sum(below), bounds)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from secateur_server.cut.subjects import Subject
+from secateur_server.cut.scored import ScoredTensor
 from secateur_server.errors import AmountOutOfRange, quote
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.rules import Rail, Selection
@@ -24,18 +24,18 @@ class Limits:
 
 
 def limits_of(
-    context: RequestContext, rule: Selection, subjects: Sequence[Subject]
+    context: RequestContext, rule: Selection, tensors: Sequence[ScoredTensor]
 ) -> list[Limits]:
     """The limits of each.  Errors: AmountOutOfRange, of rails that contradict one another."""
     rails = rule.guard_rails.by_tensor
-    return [_limits(rails.get(subject.name), subject) for subject in context.each(subjects)]
+    return [_limits(rails.get(tensor.name), tensor) for tensor in context.each(tensors)]
 
 
-def _limits(rail: Rail | None, subject: Subject) -> Limits:
+def _limits(rail: Rail | None, tensor: ScoredTensor) -> Limits:
     if rail is None:
-        return Limits(0, subject.candidates)
-    units = subject.ranking.units
-    gone = units - subject.candidates
+        return Limits(0, tensor.candidates)
+    units = tensor.ranking.units
+    gone = units - tensor.candidates
     # 0.29 means 29 hundredths, and not the double that is a little less.
     least = math.ceil(Fraction(repr(rail.min_sparsity)) * units)
     most = math.floor(Fraction(repr(rail.max_sparsity)) * units)
@@ -44,13 +44,13 @@ def _limits(rail: Rail | None, subject: Subject) -> Limits:
     if least > by_count:
         raise AmountOutOfRange(
             f"{rail.path}.keep_at_least",
-            f"{rail.keep_at_least} of the {units} units of {quote(subject.name)} are to be kept, "
+            f"{rail.keep_at_least} of the {units} units of {quote(tensor.name)} are to be kept, "
             f"and {least} pruned by min_sparsity {rail.min_sparsity}: {least - by_count} too many",
         )
     if least > most:
         raise AmountOutOfRange(
             f"{rail.path}.min_sparsity",
-            f"no number of the {units} units of {quote(subject.name)} lies between "
+            f"no number of the {units} units of {quote(tensor.name)} lies between "
             f"{rail.min_sparsity} and {rail.max_sparsity}",
         )
     highest = min(most, by_count)
@@ -62,7 +62,7 @@ def check_total(
     field: str,
     what: str,
     total: float,
-    subjects: Sequence[Subject],
+    tensors: Sequence[ScoredTensor],
     limits: Sequence[Limits],
     costs: Sequence[float],
 ) -> None:
@@ -75,7 +75,7 @@ def check_total(
     if total > most:
         binding = [
             f"{quote(s.name)} {limit.highest} of {s.candidates} ({limit.highest_by})"
-            for s, limit in zip(subjects, limits, strict=True)
+            for s, limit in zip(tensors, limits, strict=True)
             if limit.highest < s.candidates
         ]
         raise AmountOutOfRange(
@@ -86,7 +86,7 @@ def check_total(
     if total < least:
         binding = [
             f"{quote(s.name)} {limit.lowest} of {s.candidates} (min_sparsity)"
-            for s, limit in zip(subjects, limits, strict=True)
+            for s, limit in zip(tensors, limits, strict=True)
             if limit.lowest
         ]
         raise AmountOutOfRange(

@@ -26,9 +26,9 @@ from secateur_server.cut.plan_small import (
 )
 from secateur_server.cut.prune import apply_selection, choice_of, small_at_once, with_cut
 from secateur_server.cut.removed import Made, Outcome, Removed, RemovedTable
+from secateur_server.cut.scored import ScoredTensor, is_everything, score_tensors, together
 from secateur_server.cut.select import NOTHING, score_dtype
 from secateur_server.cut.small import are_small, is_small
-from secateur_server.cut.subjects import Subject, is_everything, subjects_of, together
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.rules import Amount, Selection, Threshold
 from secateur_server.state_dict.parameter import Parameter
@@ -162,29 +162,27 @@ def _planned(
     """For each amount the choice among tensors that are ranked together, and what goes of them."""
     # Where one amount takes less than all, there have to be scores.
     rule = replace(rule, amount=next((a for a in amounts if not is_everything(a)), amounts[0]))
-    subjects = subjects_of(context, rule, names, parameters, extras)
-    dtype = score_dtype([subject.ranking for subject in subjects])
-    decisions = decide(context, rule, subjects, amounts, at)
-    cuts = _cuts(context, subjects, decisions, dtype)
+    tensors = score_tensors(context, rule, names, parameters, extras)
+    dtype = score_dtype([tensor.ranking for tensor in tensors])
+    decisions = decide(context, rule, tensors, amounts, at)
+    cuts = _cuts(context, tensors, decisions, dtype)
     removed = [
         _removed(
             context,
-            subject,
-            parameters[subject.name],
+            tensor,
+            parameters[tensor.name],
             [decision.counts[i] for decision in decisions],
             [of[i] for of in cuts],
             dtype,
         )
-        for i, subject in enumerate(context.each(subjects))
+        for i, tensor in enumerate(context.each(tensors))
     ]
-    candidates = sum(subject.candidates for subject in subjects)
+    candidates = sum(tensor.candidates for tensor in tensors)
     planned = []
     for index, decision in enumerate(context.each(decisions)):
         if isinstance(rule.amount, Threshold):
             scores = [None if c == NOTHING else score_at(c.key, dtype) for c in cuts[index]]
-            decision = with_cut(
-                context, decision, [subject.ranking for subject in subjects], scores
-            )
+            decision = with_cut(context, decision, [tensor.ranking for tensor in tensors], scores)
         choice = choice_of(rule, names, candidates, sum(decision.counts), decision)
         planned.append((choice, {n: of[index] for n, of in zip(names, removed, strict=True)}))
     return planned
@@ -192,7 +190,7 @@ def _planned(
 
 def _cuts(
     context: RequestContext,
-    subjects: Sequence[Subject],
+    tensors: Sequence[ScoredTensor],
     decisions: Sequence[Decision],
     dtype: torch.dtype,
 ) -> list[list[Cut]]:
@@ -201,7 +199,7 @@ def _cuts(
         [
             NOTHING if count == 0 else known
             for count, known in zip(
-                decision.counts, decision.cuts or [None] * len(subjects), strict=True
+                decision.counts, decision.cuts or [None] * len(tensors), strict=True
             )
         ]
         for decision in context.each(decisions)
@@ -209,9 +207,9 @@ def _cuts(
     # Those that limits or shares took elsewhere than at the cut of all.
     missing = [(d, s) for d, of in enumerate(cuts) for s, cut in enumerate(of) if cut is None]
     queries = [
-        Query((s,), (0,), (subjects[s].candidates,), decisions[d].counts[s]) for d, s in missing
+        Query((s,), (0,), (tensors[s].candidates,), decisions[d].counts[s]) for d, s in missing
     ]
-    rankings = [subject.ranking for subject in subjects]
+    rankings = [tensor.ranking for tensor in tensors]
     found = divide(context, rankings, queries, dtype) if queries else []
     for (d, s), division in zip(context.each(missing), found, strict=True):
         ties = division.counts[0] - division.below[0]
@@ -221,23 +219,23 @@ def _cuts(
 
 def _removed(
     context: RequestContext,
-    subject: Subject,
+    tensor: ScoredTensor,
     parameter: Parameter,
     counts: Sequence[int],
     cuts: Sequence[Cut],
     dtype: torch.dtype,
 ) -> list[Removed]:
     """What goes of one tensor by each of its cuts.  counts: of units."""
-    if subject.costs is None:
-        found, whole = energies(context, subject.ranking, parameter.weight.reshape(-1), cuts, dtype)
+    if tensor.costs is None:
+        found, whole = energies(context, tensor.ranking, parameter.weight.reshape(-1), cuts, dtype)
         return [Removed(count, energy, whole) for count, energy in zip(counts, found, strict=True)]
-    elements, energy = subject.costs(context)
+    elements, energy = tensor.costs(context)
     whole = _energy(context, parameter.weight, parameter.mask)
     # Their squares are what is added up; rounding is far from a whole element.
     of_elements, _ = energies(
-        context, subject.ranking, elements.to(torch.float64).sqrt_(), cuts, dtype
+        context, tensor.ranking, elements.to(torch.float64).sqrt_(), cuts, dtype
     )
-    of_energy, _ = energies(context, subject.ranking, energy.sqrt_(), cuts, dtype)
+    of_energy, _ = energies(context, tensor.ranking, energy.sqrt_(), cuts, dtype)
     return [
         Removed(round(gone), lost, whole) for gone, lost in zip(of_elements, of_energy, strict=True)
     ]

@@ -17,6 +17,13 @@ from secateur_server.cut.lamp_small import prune_by_lamp
 from secateur_server.cut.plan_small import is_planned_by_runs
 from secateur_server.cut.rows import select_in_rows
 from secateur_server.cut.score import Ranking
+from secateur_server.cut.scored import (
+    Masks,
+    ScoredTensor,
+    score_groups,
+    score_tensors,
+    together,
+)
 from secateur_server.cut.select import score_dtype, select, threshold
 from secateur_server.cut.select_each import select_each
 from secateur_server.cut.small import (
@@ -24,13 +31,6 @@ from secateur_server.cut.small import (
     is_each_by_itself,
     prune_small,
     prune_together,
-)
-from secateur_server.cut.subjects import (
-    Masks,
-    Subject,
-    subjects_of,
-    subjects_of_groups,
-    together,
 )
 from secateur_server.errors import InvalidMask, quote
 from secateur_server.granularity.groups_at_once import masks_of_groups
@@ -184,12 +184,12 @@ def _choose(
         if rule.allocation == "lamp" and is_planned_by_runs(rule, [rule.amount]):
             return prune_by_lamp(context, rule, names, state)
     with context.stage("score"):
-        subjects = subjects_of(context, rule, names, state, extras)
+        tensors = score_tensors(context, rule, names, state, extras)
     with context.stage("select"):
-        kept, choice = _select(context, rule, subjects)
+        kept, choice = _select(context, rule, tensors)
     masks: Masks = {}
-    for subject, units in zip(context.each(subjects), kept, strict=True):
-        _add(context, masks, subject.expand(context, units), state)
+    for tensor, units in zip(context.each(tensors), kept, strict=True):
+        _add(context, masks, tensor.expand(context, units), state)
     return masks, choice
 
 
@@ -202,10 +202,10 @@ def _choose_groups(
     """Selects among the units of the groups that are ranked together: small groups at once."""
     ranked = together(context, rule, [group.name for group in rule.groups])
     with context.stage("score"):
-        subjects = subjects_of_groups(context, rule, ranked, state, extras)
+        tensors = score_groups(context, rule, ranked, state, extras)
     with context.stage("select"):
-        selected = _select_each(context, rule, subjects)
-    every = [subject.name for those in subjects for subject in those]
+        selected = _select_each(context, rule, tensors)
+    every = [tensor.name for those in tensors for tensor in those]
     kept = [units for those, _ in selected for units in those]
     groups = [rule.groups_by_name[name] for name in every]
     expanded = iter(masks_of_groups(context, groups, kept, state))
@@ -228,68 +228,68 @@ def _add(
 
 
 def _select_each(
-    context: RequestContext, rule: Selection, ranked: Sequence[Sequence[Subject]]
+    context: RequestContext, rule: Selection, ranked: Sequence[Sequence[ScoredTensor]]
 ) -> list[tuple[list[Mask], Choice]]:
     """As _select, of all that are ranked together; of what is ranked by itself, at once."""
-    if any(len(subjects) > 1 for subjects in ranked):
-        return [_select(context, rule, subjects) for subjects in context.each(ranked)]
-    decisions = [_decided(context, rule, subjects) for subjects in context.each(ranked)]
-    rankings = [subject.ranking for (subject,) in ranked]
+    if any(len(tensors) > 1 for tensors in ranked):
+        return [_select(context, rule, tensors) for tensors in context.each(ranked)]
+    decisions = [_decided(context, rule, tensors) for tensors in context.each(ranked)]
+    rankings = [tensor.ranking for (tensor,) in ranked]
     selected = select_each(context, rankings, [decision.counts[0] for decision in decisions])
     found = []
-    for subjects, decision, (kept, cut) in zip(
+    for tensors, decision, (kept, cut) in zip(
         context.each(ranked), decisions, selected, strict=True
     ):
-        (subject,), (count,) = subjects, decision.counts
+        (tensor,), (count,) = tensors, decision.counts
         if is_plain(rule):
-            value = cut_value(subjects, cut)
+            value = cut_value(tensors, cut)
             decision = replace(decision, threshold=value, ties=cut.equal, ties_pruned=cut.ties)
         elif isinstance(rule.amount, Threshold):
-            at = threshold(cut, score_dtype([subject.ranking]))
-            decision = with_cut(context, decision, [subject.ranking], [at])
-        choice = choice_of(rule, (subject.name,), subject.candidates, count, decision)
+            at = threshold(cut, score_dtype([tensor.ranking]))
+            decision = with_cut(context, decision, [tensor.ranking], [at])
+        choice = choice_of(rule, (tensor.name,), tensor.candidates, count, decision)
         found.append(([kept], choice))
     return found
 
 
-def _decided(context: RequestContext, rule: Selection, subjects: Sequence[Subject]) -> Decision:
+def _decided(context: RequestContext, rule: Selection, tensors: Sequence[ScoredTensor]) -> Decision:
     """How many units go of a subject that is ranked by itself."""
     if is_plain(rule):
-        count = int(wanted(rule, subjects, rule.amount))
+        count = int(wanted(rule, tensors, rule.amount))
         return Decision((count,), count)
-    (decision,) = decide(context, rule, subjects, [rule.amount])
+    (decision,) = decide(context, rule, tensors, [rule.amount])
     return decision
 
 
 def _select(
-    context: RequestContext, rule: Selection, subjects: Sequence[Subject]
+    context: RequestContext, rule: Selection, tensors: Sequence[ScoredTensor]
 ) -> tuple[list[Mask], Choice]:
     """Which units stay."""
-    names = tuple(subject.name for subject in subjects)
-    candidates = sum(subject.candidates for subject in subjects)
+    names = tuple(tensor.name for tensor in tensors)
+    candidates = sum(tensor.candidates for tensor in tensors)
     if rule.scope == "row":
-        (subject,) = subjects
-        units, pruned = select_in_rows(context, rule, subject.ranking, subject.rows)
+        (tensor,) = tensors
+        units, pruned = select_in_rows(context, rule, tensor.ranking, tensor.rows)
         return [units], Choice(names, candidates, pruned, pruned)
     if is_plain(rule):
-        count = int(wanted(rule, subjects, rule.amount))
+        count = int(wanted(rule, tensors, rule.amount))
         if rule.is_of_parts and count == candidates:
-            kept = [_none(subject.ranking) for subject in subjects]
+            kept = [_none(tensor.ranking) for tensor in tensors]
             return kept, choice_of(rule, names, candidates, candidates, Decision((), count))
-        kept, cut = select(context, [subject.ranking for subject in subjects], candidates, count)
+        kept, cut = select(context, [tensor.ranking for tensor in tensors], candidates, count)
         pruned = candidates - sum(units.kept(context) for units in kept)
-        decision = Decision((), count, (), cut_value(subjects, cut), cut.equal, cut.ties)
+        decision = Decision((), count, (), cut_value(tensors, cut), cut.equal, cut.ties)
         return kept, choice_of(rule, names, candidates, pruned, decision)
-    (decision,) = decide(context, rule, subjects, [rule.amount])
+    (decision,) = decide(context, rule, tensors, [rule.amount])
     parts = small_at_once(
         context,
         lambda part: select(context, [part[0].ranking], part[0].candidates, part[1]),
-        list(zip(subjects, decision.counts, strict=True)),
+        list(zip(tensors, decision.counts, strict=True)),
         lambda part: part[0].ranking.units,
-        subjects[0].ranking.device,
+        tensors[0].ranking.device,
     )
     if isinstance(rule.amount, Threshold):
-        rankings = [subject.ranking for subject in subjects]
+        rankings = [tensor.ranking for tensor in tensors]
         at = [threshold(cut, score_dtype([r])) for r, (_, cut) in zip(rankings, parts, strict=True)]
         decision = with_cut(context, decision, rankings, at)
     kept = [units for (units,), _ in parts]
@@ -302,9 +302,9 @@ def _none(ranking: Ranking) -> Mask:
     return Mask(passes_of(ranking.device).room(size).zero_(), ranking.units)
 
 
-def cut_value(subjects: Sequence[Subject], cut: Cut) -> float | None:
+def cut_value(tensors: Sequence[ScoredTensor], cut: Cut) -> float | None:
     """The importance at a cut; None where nothing is pruned."""
-    rankings = [subject.ranking for subject in subjects]
+    rankings = [tensor.ranking for tensor in tensors]
     value = threshold(cut, score_dtype(rankings))
     return None if value is None else value + rankings[0].offset
 

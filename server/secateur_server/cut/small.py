@@ -21,8 +21,8 @@ from secateur_server.backends.masks import Mask
 from secateur_server.cut.amounts import is_plain, number_of
 from secateur_server.cut.choice import Choice, ChoiceTable, Floats, Ints
 from secateur_server.cut.score import Ranking, rank, refuse_nan
+from secateur_server.cut.scored import Masks, scores_of
 from secateur_server.cut.select import score_dtype, select, threshold
-from secateur_server.cut.subjects import Masks, scores_of
 from secateur_server.errors import quote
 from secateur_server.granularity.element import Element
 from secateur_server.runtime.context import RequestContext

@@ -70,8 +70,8 @@ def _resolve_selection(context: RequestContext, rule: Selection, catalog: Catalo
             resolve_group(context, group, catalog) for group in context.each(rule.groups)
         )
         every = {group.name: group.name for group in groups}
-        subjects = _not_spared(context, rule, list(every), every)
-        known = {name: name for name in subjects}
+        targets = _not_spared(context, rule, list(every), every)
+        known = {name: name for name in targets}
         groups = tuple(group for group in groups if group.name in known)
         names = catalog.in_order({m.tensor for group in groups for m in group.members})
         _check_group_scores(context, rule, groups, catalog)
@@ -80,7 +80,7 @@ def _resolve_selection(context: RequestContext, rule: Selection, catalog: Catalo
         names = match(context, f"{rule.path}.tensors", rule.tensors, catalog)
         for name in context.each(names):
             _check_units(rule, name, catalog.prunable[name])
-        names = subjects = _not_spared(context, rule, names, catalog.all_names(names))
+        names = targets = _not_spared(context, rule, names, catalog.all_names(names))
         known = catalog.all_names(names)
         scales = {name: catalog.name_of(holder) for name, holder in rule.scales.items()}
         rule = replace(
@@ -92,8 +92,8 @@ def _resolve_selection(context: RequestContext, rule: Selection, catalog: Catalo
     return replace(
         rule,
         tensors=tuple(names),
-        amount=_resolve_amount(context, rule, subjects, known),
-        guard_rails=GuardRails(_resolve_rails(context, rule, subjects, known)),
+        amount=_resolve_amount(context, rule, targets, known),
+        guard_rails=GuardRails(_resolve_rails(context, rule, targets, known)),
     )
 
 

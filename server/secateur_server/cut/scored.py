@@ -24,7 +24,7 @@ Masks = dict[str, Mask]
 
 
 @dataclass(frozen=True)
-class Subject:
+class ScoredTensor:
     """A tensor, or a group.
 
     alive: units that are still unpruned.
@@ -61,37 +61,39 @@ def together(
     return [tuple(kind) for kind in kinds.values()]
 
 
-def subjects_of(
+def score_tensors(
     context: RequestContext,
     rule: Selection,
     names: Sequence[str],
     parameters: Mapping[str, Parameter],
     extras: Mapping[str, Tensor],
-) -> list[Subject]:
+) -> list[ScoredTensor]:
     """What is ranked together.
 
     names: of tensors or groups.  parameters: all that the rule reads.  extras: uploaded scores.
     Errors: NanScores, InvalidSpec.
     """
     if rule.groups:
-        (of_groups,) = subjects_of_groups(context, rule, [names], parameters, extras)
+        (of_groups,) = score_groups(context, rule, [names], parameters, extras)
         return of_groups
-    subjects = [_tensor(context, rule, name, parameters, extras) for name in context.each(names)]
+    tensors = [
+        _scored_tensor(context, rule, name, parameters, extras) for name in context.each(names)
+    ]
     if rule.normalization is None or any(
-        isinstance(s.ranking.scores, RandomScores) for s in subjects
+        isinstance(s.ranking.scores, RandomScores) for s in tensors
     ):
-        return subjects
-    rankings = normalized(context, rule, [subject.ranking for subject in subjects])
-    return [replace(s, ranking=r) for s, r in zip(context.each(subjects), rankings, strict=True)]
+        return tensors
+    rankings = normalized(context, rule, [tensor.ranking for tensor in tensors])
+    return [replace(s, ranking=r) for s, r in zip(context.each(tensors), rankings, strict=True)]
 
 
-def _tensor(
+def _scored_tensor(
     context: RequestContext,
     rule: Selection,
     name: str,
     parameters: Mapping[str, Parameter],
     extras: Mapping[str, Tensor],
-) -> Subject:
+) -> ScoredTensor:
     granularity, parameter = rule.granularity, parameters[name]
     assert granularity is not None, "the rule has no groups"
     weight, mask = parameter.weight, parameter.mask
@@ -107,7 +109,7 @@ def _tensor(
     values = scores if scores is not None and scores.shape == weight.shape else weight
     sizes, shape = granularity.unit_elements(weight.shape), weight.shape
     grid = granularity.grid(shape)
-    return Subject(
+    return ScoredTensor(
         name,
         ranking,
         ranking.count_candidates(context),
@@ -140,13 +142,13 @@ def scores_of(
     return None, f"data[{quote(name)}]"
 
 
-def subjects_of_groups(
+def score_groups(
     context: RequestContext,
     rule: Selection,
     ranked: Sequence[Sequence[str]],
     parameters: Mapping[str, Parameter],
     extras: Mapping[str, Tensor],
-) -> list[list[Subject]]:
+) -> list[list[ScoredTensor]]:
     """As subjects_of, of all groups of a rule: the small ones at once.
 
     ranked: the names that are ranked together; scores are normalized among these.
@@ -161,26 +163,26 @@ def subjects_of_groups(
         members = _member_scores(context, rule, groups, parameters, extras, candidates)
         names, sizes = [group.name for group in groups], list(map(len, ranked))
         scores = [*combined(context, rule, members, candidates, names, sizes)]
-    subjects = (
-        _group_subject(context, group, of_units, living, floor, parameters)
+    tensors = (
+        _scored_group(context, group, of_units, living, floor, parameters)
         for group, (of_units, floor), living in zip(groups, scores, candidates, strict=True)
     )
-    return [[next(subjects) for _ in context.each(names)] for names in ranked]
+    return [[next(tensors) for _ in context.each(names)] for names in ranked]
 
 
-def _group_subject(
+def _scored_group(
     context: RequestContext,
     group: Group,
     scores: Tensor | RandomScores,
     candidates: Mask | None,
     floor: float,
     parameters: Mapping[str, Parameter],
-) -> Subject:
+) -> ScoredTensor:
     first = group.members[0]
     device = parameters[first.tensor].weight.device
     ranking = Ranking(group.name, first.units, scores, candidates, device, offset=floor)
     expand = partial(expand_group, group=group, parameters=parameters)
-    return Subject(group.name, ranking, ranking.count_candidates(context), expand)
+    return ScoredTensor(group.name, ranking, ranking.count_candidates(context), expand)
 
 
 def _member_scores(
