@@ -253,7 +253,7 @@ def test_columns_have_the_bytes_of_protobuf(choices: list[pb.Choice]) -> None:
         for field in ("requested", "candidates")
     )
     thresholds = np.array([choice.threshold for choice in choices], np.float64)
-    encoded = columns.together(
+    encoded = columns.concatenated(
         columns.texts(1, [choice.tensors[0] for choice in choices]),
         columns.numbers(2, candidates),
         columns.numbers(3, asked),
@@ -263,7 +263,7 @@ def test_columns_have_the_bytes_of_protobuf(choices: list[pb.Choice]) -> None:
     assert columns.nested(1, encoded).data.tobytes() == expected
     shapes = pb.TensorReport(shape=[int(number) for number in asked], sparsity=1.0)
     packed_numbers = columns.packed(2, asked, np.array([len(asked)]))
-    found = columns.together(packed_numbers, columns.doubles(7, np.array([1.0])))
+    found = columns.concatenated(packed_numbers, columns.doubles(7, np.array([1.0])))
     assert found.data.tobytes() == shapes.SerializeToString()
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from secateur_server.backends.batches import cut_each
 from secateur_server.cut.choice import Choice
-from secateur_server.cut.plan_small import cut_together
+from secateur_server.cut.plan_small import cut_jointly
 from secateur_server.cut.runs import runs_of
 from secateur_server.cut.scored import Masks
 from secateur_server.cut.select import score_dtype
@@ -30,6 +30,6 @@ def prune_by_lamp(
         rankings = [ranking_of(context, rule, name, state, {}) for name in context.each(names)]
     with context.stage("select"):
         batch = batch_of(rankings, score_dtype(rankings))
-        (counts, _, _), (choice,) = cut_together(context, [rule], rankings, runs_of(batch))
+        (counts, _, _), (choice,) = cut_jointly(context, [rule], rankings, runs_of(batch))
         kept, _ = cut_each(context, batch, counts[0])
     return masks_of(rankings, kept), choice

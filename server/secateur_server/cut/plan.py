@@ -21,12 +21,12 @@ from secateur_server.cut.plan_small import (
     EachOutcome,
     is_planned_by_runs,
     plan_each,
-    plan_together,
+    plan_jointly,
     with_amounts,
 )
 from secateur_server.cut.prune import apply_selection, choice_of, small_at_once, with_cut
 from secateur_server.cut.removed import Made, Outcome, Removed, RemovedTable
-from secateur_server.cut.scored import ScoredTensor, is_everything, score_tensors, together
+from secateur_server.cut.scored import ScoredTensor, is_everything, score_tensors, split_by_scope
 from secateur_server.cut.select import NOTHING, score_dtype
 from secateur_server.cut.small import are_small, is_small
 from secateur_server.runtime.context import RequestContext
@@ -66,7 +66,7 @@ def plan(
         for index in range(len(amounts)):
             choices[index].append(Choice((name,), 0, 0, 0))
             removed[index][name] = Removed(0, 0.0, 0.0)
-    ranked = together(context, rule, [name for name in rule.tensors if name not in empty])
+    ranked = split_by_scope(context, rule, [name for name in rule.tensors if name not in empty])
     parts = _all_planned(context, rule, amounts, ranked, parameters, extras, at)
     for found in context.each(parts):
         for index, (choice, gone) in enumerate(found):
@@ -91,7 +91,7 @@ def _plan_each(
     large = [name for name in rule.tensors if name not in known]
     rules = with_amounts(rule, amounts, at)
     planned = plan_each(context, rules, small, parameters) if small else []
-    ranked = together(context, rule, large)
+    ranked = split_by_scope(context, rule, large)
     parts = _all_planned(context, rule, amounts, ranked, parameters, extras, at)
     others: list[dict[str, tuple[Choice, Removed]]] = [{} for _ in amounts]
     for name, found in zip(large, parts, strict=True):
@@ -112,11 +112,11 @@ def _plan_small(
     """A plan of a rule that ranks small tensors together; None where they are not all small."""
     empty = [name for name in rule.tensors if parameters[name].weight.numel() == 0]
     gone = set(empty)
-    ranked = together(context, rule, [name for name in rule.tensors if name not in gone])
+    ranked = split_by_scope(context, rule, [name for name in rule.tensors if name not in gone])
     if not all(are_small(names, parameters) for names in ranked):
         return None
     rules = with_amounts(rule, amounts, at)
-    parts = [plan_together(context, rules, names, parameters) for names in context.each(ranked)]
+    parts = [plan_jointly(context, rules, names, parameters) for names in context.each(ranked)]
     names = [*empty, *(name for planned, _ in parts for name in planned.names)]
     places = {name: place for place, name in enumerate(names)}
     none = np.zeros(len(empty))

@@ -125,7 +125,7 @@ def _plan_each(
     return PlannedEach(names, counts, energy, whole, *cut)
 
 
-def plan_together(
+def plan_jointly(
     context: RequestContext,
     rules: Sequence[Selection],
     names: Sequence[str],
@@ -141,12 +141,12 @@ def plan_together(
     """
     rankings = [ranking_of(context, rules[0], name, parameters, {}) for name in context.each(names)]
     runs = runs_of(batch_of(rankings, score_dtype(rankings)))
-    found, choices = cut_together(context, rules, rankings, runs)
+    found, choices = cut_jointly(context, rules, rankings, runs)
     energy, whole = energies(context, runs, *found)
     return Planned(names, found[0], energy, whole), choices
 
 
-def cut_together(
+def cut_jointly(
     context: RequestContext, rules: Sequence[Selection], rankings: Sequence[Ranking], runs: Runs
 ) -> tuple[tuple[Ints, Ints, Ints], list[Choice]]:
     """Cuts small tensors that are ranked together by several amounts.

@@ -22,15 +22,15 @@ from secateur_server.cut.scored import (
     ScoredTensor,
     score_groups,
     score_tensors,
-    together,
+    split_by_scope,
 )
 from secateur_server.cut.select import score_dtype, select, threshold
 from secateur_server.cut.select_each import select_each
 from secateur_server.cut.small import (
     are_small,
     is_each_by_itself,
+    prune_jointly,
     prune_small,
-    prune_together,
 )
 from secateur_server.errors import InvalidMask, quote
 from secateur_server.granularity.groups_at_once import masks_of_groups
@@ -147,7 +147,7 @@ def _chosen(
     return small_at_once(
         context,
         lambda names: _choose(context, rule, names, state, extras),
-        together(context, rule, names),
+        split_by_scope(context, rule, names),
         lambda names: sum(state[n].weight.numel() for n in names),
         device,
     )
@@ -180,7 +180,7 @@ def _choose(
     """Selects among the units of all tensors, or groups, that are ranked together."""
     if rule.is_of_elements and rule.scope != "row" and are_small(names, state):
         if is_plain(rule) and rule.normalization is None:
-            return prune_together(context, rule, names, state, extras)
+            return prune_jointly(context, rule, names, state, extras)
         if rule.allocation == "lamp" and is_planned_by_runs(rule, [rule.amount]):
             return prune_by_lamp(context, rule, names, state)
     with context.stage("score"):
@@ -200,7 +200,7 @@ def _choose_groups(
     extras: Mapping[str, Tensor],
 ) -> list[tuple[Masks, Choice]]:
     """Selects among the units of the groups that are ranked together: small groups at once."""
-    ranked = together(context, rule, [group.name for group in rule.groups])
+    ranked = split_by_scope(context, rule, [group.name for group in rule.groups])
     with context.stage("score"):
         tensors = score_groups(context, rule, ranked, state, extras)
     with context.stage("select"):

@@ -46,7 +46,7 @@ class ScoredTensor:
     sparse_share: float = 0.0
 
 
-def together(
+def split_by_scope(
     context: RequestContext, rule: Selection, names: Sequence[str]
 ) -> list[tuple[str, ...]]:
     """Which of the rule's tensors, or groups, are ranked together."""

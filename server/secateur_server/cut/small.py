@@ -165,7 +165,7 @@ def are_small(names: Sequence[str], parameters: Mapping[str, Parameter]) -> bool
     return units <= MOST_UNITS and all(n in parameters and is_small(parameters[n]) for n in names)
 
 
-def prune_together(
+def prune_jointly(
     context: RequestContext,
     rule: Selection,
     names: Sequence[str],

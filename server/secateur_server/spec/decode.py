@@ -110,11 +110,11 @@ def _selection(context: RequestContext, selection: pb.Selection, path: str) -> S
         allocation=_one_of(ALLOCATIONS, selection, "allocation", path),
         guard_rails=decode_rails(context, selection.guard_rails, f"{path}.guard_rails"),
     )
-    _check_together(decoded)
+    _check_combination(decoded)
     return decoded
 
 
-def _check_together(rule: Selection) -> None:
+def _check_combination(rule: Selection) -> None:
     """Refuses choices that do not go together."""
     is_random = not rule.importance.is_measured
     is_share = isinstance(rule.amount, float | int)

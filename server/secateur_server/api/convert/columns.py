@@ -61,7 +61,7 @@ def joined(parts: Sequence[bytes]) -> Column:
 def nested(field: int, *columns: Column) -> Column:
     """A field whose value is the bytes of columns: a message, a text, or packed numbers."""
     head = _dense(*_tagged(field, _BYTES, *_varints(_lengths(columns))))
-    return together(head, *columns)
+    return concatenated(head, *columns)
 
 
 def packed(field: int, values: Array, counts: Array) -> Column:
@@ -73,7 +73,7 @@ def packed(field: int, values: Array, counts: Array) -> Column:
     return picked(nested(field, Column(every.data, lengths)), counts > 0)
 
 
-def together(*columns: Column) -> Column:
+def concatenated(*columns: Column) -> Column:
     """The bytes of all columns, message by message."""
     lengths = _lengths(columns)
     starts = np.cumsum(lengths) - lengths
