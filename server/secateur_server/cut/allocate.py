@@ -9,7 +9,7 @@ from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.rules import Selection
 
 
-def shared_out(
+def divide_by_shares(
     context: RequestContext,
     rule: Selection,
     tensors: Sequence[ScoredTensor],
@@ -31,15 +31,15 @@ def shared_out(
     kept = sum(candidates) - count
     lows = [a - limit.highest for a, limit in zip(candidates, limits, strict=True)]
     highs = [a - limit.lowest for a, limit in zip(candidates, limits, strict=True)]
-    stay = _rounded(context, _filled(context, shares, lows, highs, kept), lows, highs, kept)
-    free = _filled(context, shares, [0] * len(candidates), candidates, kept)
+    stay = _round_within(context, _fill(context, shares, lows, highs, kept), lows, highs, kept)
+    free = _fill(context, shares, [0] * len(candidates), candidates, kept)
     return (
         [a - s for a, s in zip(candidates, stay, strict=True)],
         [a - f for a, f in zip(candidates, free, strict=True)],
     )
 
 
-def _filled(
+def _fill(
     context: RequestContext,
     shares: Sequence[float],
     lows: Sequence[int],
@@ -56,8 +56,8 @@ def _filled(
     left = float(total)
     while free:
         context.check()
-        of_free = sum(shares[i] for i in free)
-        scale = left / of_free if of_free else 0.0
+        free_shares = sum(shares[i] for i in free)
+        scale = left / free_shares if free_shares else 0.0
         above = [i for i in free if shares[i] * scale > highs[i]]
         below = [i for i in free if shares[i] * scale < lows[i]]
         excess = sum(shares[i] * scale - highs[i] for i in above)
@@ -75,7 +75,7 @@ def _filled(
     return found
 
 
-def _rounded(
+def _round_within(
     context: RequestContext,
     values: Sequence[float],
     lows: Sequence[int],

@@ -8,7 +8,7 @@ import torch
 
 from secateur_server.backends.keys import BITS, score_at
 from secateur_server.backends.passes import Cut
-from secateur_server.cut.allocate import shared_out
+from secateur_server.cut.allocate import divide_by_shares
 from secateur_server.cut.choice import Bound
 from secateur_server.cut.divide import Division, Query, count_below, divide
 from secateur_server.cut.guard_rails import Limits, check_total, limits_of
@@ -52,20 +52,21 @@ def decide(
     """
     limits = limits_of(context, rule, tensors)
     if isinstance(amounts[0], Threshold):
-        return [_by_threshold(context, tensors, limits, amounts[0])]
+        return [_decide_by_threshold(context, tensors, limits, amounts[0])]
     asked = [
         replace(rule, amount=amount, path=f"{at}[{index}]" if at else rule.path)
         for index, amount in enumerate(amounts)
     ]
-    counts = [wanted(one, tensors, one.amount) for one in context.each(asked)]
+    counts = [amount_to_prune(one, tensors, one.amount) for one in context.each(asked)]
     costs = _costs(rule, tensors)
     for one, count in zip(context.each(asked), counts, strict=True):
         check_total(_field(one), _counted(one), count, tensors, limits, costs)
     if rule.allocation in ("uniform", "erk"):
         return [
-            _shared(context, rule, tensors, limits, int(count)) for count in context.each(counts)
+            _decide_by_shares(context, rule, tensors, limits, int(count))
+            for count in context.each(counts)
         ]
-    return _by_rank(context, rule, tensors, limits, counts)
+    return _decide_by_score(context, rule, tensors, limits, counts)
 
 
 def is_plain(rule: Selection) -> bool:
@@ -74,7 +75,7 @@ def is_plain(rule: Selection) -> bool:
     return is_share and rule.allocation == "rank" and not rule.guard_rails.rails
 
 
-def wanted(rule: Selection, tensors: Sequence[ScoredTensor], amount: Amount) -> float:
+def amount_to_prune(rule: Selection, tensors: Sequence[ScoredTensor], amount: Amount) -> float:
     """How much is to go of all subjects: units, or what they cost; rounded as torch does.
 
     Errors: AmountOutOfRange.
@@ -85,10 +86,10 @@ def wanted(rule: Selection, tensors: Sequence[ScoredTensor], amount: Amount) -> 
         costs = _costs(rule, tensors)
         there = sum(cost * tensor.candidates for cost, tensor in zip(costs, tensors, strict=True))
         return max(0, there - amount.target)
-    return number_of(rule, amount, [tensor.name for tensor in tensors], units, candidates)
+    return units_to_prune(rule, amount, [tensor.name for tensor in tensors], units, candidates)
 
 
-def number_of(
+def units_to_prune(
     rule: Selection, amount: Amount, names: Sequence[str], units: int, candidates: int
 ) -> int:
     """How many units a share or a number of them is; rounded as torch does.
@@ -135,7 +136,7 @@ def _field(rule: Selection) -> str:
     return f"{rule.path}.{'fraction' if isinstance(rule.amount, float) else 'count'}"
 
 
-def _by_rank(
+def _decide_by_score(
     context: RequestContext,
     rule: Selection,
     tensors: Sequence[ScoredTensor],
@@ -226,21 +227,21 @@ def _bounds(
     return tuple(found)
 
 
-def _shared(
+def _decide_by_shares(
     context: RequestContext,
     rule: Selection,
     tensors: Sequence[ScoredTensor],
     limits: Sequence[Limits],
     count: int,
 ) -> Decision:
-    counts, free = shared_out(context, rule, tensors, limits, count)
+    counts, free = divide_by_shares(context, rule, tensors, limits, count)
     # A count is off from its share by less than 1 for the rounding alone.
     least, most = [share - 1 for share in free], [share + 1 for share in free]
     nearly = [math.floor(x) for x in least], [math.ceil(x) for x in most]
     return Decision(tuple(counts), count, _bounds(tensors, limits, counts, nearly[0], nearly[1]))
 
 
-def _by_threshold(
+def _decide_by_threshold(
     context: RequestContext,
     tensors: Sequence[ScoredTensor],
     limits: Sequence[Limits],

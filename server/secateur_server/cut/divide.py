@@ -24,7 +24,7 @@ from secateur_server.runtime.context import RequestContext
 
 # Counts in the tables of a pass, 8 bytes each: at most so many; and one for so many units, for the
 # tables not to take longer than the pass, but there they may be of LEAST_BITS.
-TABLES = 1 << 24
+MOST_COUNTS = 1 << 24
 UNITS_OF_COUNT = 16
 LEAST_BITS = 8
 
@@ -88,14 +88,14 @@ def divide(
         return [search.division() for search in context.each(searches)]
     left = torch.iinfo(BITS[dtype]).bits - 1  # bits whose digits are not known yet
     while left and (open_ := [search for search in searches if not search.is_met]):
-        wanted: list[set[int]] = [set() for _ in rankings]
+        prefixes: list[set[int]] = [set() for _ in rankings]
         for search in context.each(open_):
             for member in search.query.members:
-                wanted[member].add(search.prefix)
-        tables, width = _count(context, rankings, wanted, left, dtype)
+                prefixes[member].add(search.prefix)
+        histograms, width = _count_digits(context, rankings, prefixes, left, dtype)
         left -= width
         for search in context.each(open_):
-            search.narrow(tables, width)
+            search.narrow(histograms, width)
     return [search.division() for search in context.each(searches)]
 
 
@@ -111,10 +111,10 @@ def _divide_each(
         by_ranking.setdefault(query.members[0], []).append(index)
     found: dict[int, Division] = {}
     for member, indices in context.each(by_ranking.items()):
-        of_ranking = _divide_few(
+        divisions = _divide_few(
             context, rankings[member], [queries[index] for index in indices], dtype
         )
-        found.update(zip(indices, of_ranking, strict=True))
+        found.update(zip(indices, divisions, strict=True))
     return [found[index] for index in range(len(queries))]
 
 
@@ -168,9 +168,9 @@ class _Search:
     def _within(self, counts: Tensor) -> Tensor:
         return counts.clamp(self.lowest, self.highest)
 
-    def narrow(self, tables: Mapping[int, "_Table"], width: int) -> None:
+    def narrow(self, histograms: Mapping[int, "_Table"], width: int) -> None:
         """Finds the next digit."""
-        parts = [tables[member] for member in self.query.members]
+        parts = [histograms[member] for member in self.query.members]
         counts = torch.stack([part.up_to[part.rows[self.prefix]] for part in parts])
 
         def up_to(digit: int) -> Tensor:
@@ -189,10 +189,10 @@ class _Search:
         """Finds the cut among keys that are sorted."""
         if self.is_met:
             return
-        of_query = torch.tensor(self.query.members)
+        members = torch.tensor(self.query.members)
 
         def up_to(key: int) -> Tensor:
-            return keys.up_to(key)[of_query]
+            return keys.up_to(key)[members]
 
         def is_enough(place: int) -> bool:
             return self._is_enough(self._within(up_to(int(keys.ascending[place]))))
@@ -226,7 +226,7 @@ def _first(count: int, is_true: Callable[[int], bool]) -> int:
 
 
 @dataclass(frozen=True)
-class _Table:
+class _Histogram:
     """Of a ranking for each prefix the units up to each digit.
 
     rows: of the prefixes, ascending.  up_to: int64, (prefixes, digits).
@@ -237,7 +237,7 @@ class _Table:
 
 
 @dataclass(frozen=True)
-class _Share:
+class _Chunk:
     """Pieces of a ranking that one thread counts.  prefixes: ascending."""
 
     ranking: int
@@ -245,64 +245,66 @@ class _Share:
     pieces: Sequence[Piece]
 
 
-def _count(
+def _count_digits(
     context: RequestContext,
     rankings: Sequence[Ranking],
-    wanted: Sequence[set[int]],
+    prefixes: Sequence[set[int]],
     left: int,
     dtype: torch.dtype,
-) -> tuple[dict[int, _Table], int]:
+) -> tuple[dict[int, _Histogram], int]:
     """Counts the next digit behind the prefixes that are wanted of each ranking, in one pass.
 
     left: how many bits of the keys are behind the prefixes.
     Returns: the table of each ranking that something is wanted of; and the bits of the digit.
     """
     passes = passes_of(rankings[0].device)
-    shares = _shares(context, rankings, wanted, dtype, passes)
-    width = _width(sum(ranking.units for ranking in rankings), shares, left)
+    chunks = _chunks(context, rankings, prefixes, dtype, passes)
+    width = _width(sum(ranking.units for ranking in rankings), chunks, left)
 
-    def up_to(share: _Share) -> Tensor:
-        prefixes = torch.tensor(share.prefixes, dtype=BITS[dtype], device=passes.device)
+    def up_to(chunk: _Chunk) -> Tensor:
+        prefixes = torch.tensor(chunk.prefixes, dtype=BITS[dtype], device=passes.device)
         size = len(prefixes), 1 << width
         counts = torch.zeros(size, dtype=torch.int64, device=passes.device)
-        for piece in share.pieces:
+        for piece in chunk.pieces:
             context.check()
             passes.count_many_digits(piece, prefixes, left - width, width, counts)
         return torch.cumsum(counts, 1, out=counts).cpu()
 
-    tables: dict[int, _Table] = {}
-    for share, part in zip(shares, passes.map(context, up_to, shares), strict=True):
-        if share.ranking in tables:
-            tables[share.ranking].up_to.add_(part)
+    histograms: dict[int, _Histogram] = {}
+    for chunk, part in zip(chunks, passes.map(context, up_to, chunks), strict=True):
+        if chunk.ranking in histograms:
+            histograms[chunk.ranking].up_to.add_(part)
         else:
-            rows = {prefix: row for row, prefix in enumerate(share.prefixes)}
-            tables[share.ranking] = _Table(rows, part)
-    return tables, width
+            rows = {prefix: row for row, prefix in enumerate(chunk.prefixes)}
+            histograms[chunk.ranking] = _Histogram(rows, part)
+    return histograms, width
 
 
-def _shares(
+def _chunks(
     context: RequestContext,
     rankings: Sequence[Ranking],
-    wanted: Sequence[set[int]],
+    prefixes: Sequence[set[int]],
     dtype: torch.dtype,
     passes: Passes,
-) -> list[_Share]:
+) -> list[_Chunk]:
     """The pieces of each ranking that something is wanted of, some for each thread."""
     pieces = {
-        i: _pieces(rankings[i], dtype, passes) for i, of in enumerate(context.each(wanted)) if of
+        i: _pieces(rankings[i], dtype, passes)
+        for i, part in enumerate(context.each(prefixes))
+        if part
     }
     size = -(-sum(map(len, pieces.values())) // (4 * passes.threads))
     return [
-        _Share(i, sorted(wanted[i]), of[begin:end])
-        for i, of in pieces.items()
-        for begin, end in spans(len(of) or 1, size)  # of no units there is a table of zeros
+        _Chunk(i, sorted(prefixes[i]), part[begin:end])
+        for i, part in pieces.items()
+        for begin, end in spans(len(part) or 1, size)  # of no units there is a table of zeros
     ]
 
 
-def _width(units: int, shares: Sequence[_Share], left: int) -> int:
+def _width(units: int, chunks: Sequence[_Chunk], left: int) -> int:
     """The bits of the next digit: as many as tables have room for, or fewer in as many passes."""
-    rows = sum(len(share.prefixes) for share in shares)
-    room = min(TABLES // rows, max(units // UNITS_OF_COUNT // rows, 1 << LEAST_BITS))
+    rows = sum(len(chunk.prefixes) for chunk in chunks)
+    room = min(MOST_COUNTS // rows, max(units // UNITS_OF_COUNT // rows, 1 << LEAST_BITS))
     most = min(left, DIGIT_BITS, max(1, room.bit_length() - 1))
     return -(-left // -(-left // most))
 
@@ -320,7 +322,7 @@ def count_below(
     """
     passes, dtype = passes_of(rankings[0].device), score_dtype(rankings)
     pieces = [_pieces(ranking, dtype, passes) for ranking in context.each(rankings)]
-    flat = [piece for of in pieces for piece in of]
+    flat = [piece for part in pieces for piece in part]
     found = iter(passes.map(context, lambda piece: passes.count_below(piece, key), flat))
-    counts = [[next(found) for _ in of] for of in pieces]
-    return [(sum(b for b, _ in of), sum(e for _, e in of)) for of in counts]
+    counts = [[next(found) for _ in part] for part in pieces]
+    return [(sum(b for b, _ in part), sum(e for _, e in part)) for part in counts]

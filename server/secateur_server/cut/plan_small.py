@@ -11,7 +11,7 @@ import torch
 
 from secateur_server.backends.batches import batched
 from secateur_server.backends.keys import BITS, score_at
-from secateur_server.cut.amounts import number_of
+from secateur_server.cut.amounts import units_to_prune
 from secateur_server.cut.choice import Choice, ChoiceTable, Floats, Ints
 from secateur_server.cut.lamp import lamp_scores
 from secateur_server.cut.removed import Removed, RemovedTable
@@ -89,7 +89,7 @@ def plan_each(
         candidates = ranking.count_candidates(context)
         for rule in context.each(rules):  # refuses what is too much
             if not isinstance(rule.amount, float):
-                number_of(rule, rule.amount, (name,), ranking.units, candidates)
+                units_to_prune(rule, rule.amount, (name,), ranking.units, candidates)
         kinds[ranking.dtype].append(ranking)
     return [
         _plan_each(context, rules, alike[part], dtype)
@@ -165,7 +165,7 @@ def cut_jointly(
     counts, below, equal = (np.zeros(shape, np.int32) for _ in range(3))
     choices = []
     for index, rule in enumerate(context.each(rules)):
-        count = number_of(rule, rule.amount, names, units, len(runs.keys))
+        count = units_to_prune(rule, rule.amount, names, units, len(runs.keys))
         value, ties, ties_pruned = None, 0, 0
         if count:
             key, before, at = order.cut(count)
@@ -209,9 +209,9 @@ class _Order:
     def cut(self, count: int) -> tuple[int, Ints, Ints]:
         """The key of the unit at `count`, from 1, and how many of each are below and at it."""
         key = self._keys[count - 1]
-        wanted = self._first + np.searchsorted(self._keys, key)
-        begins = np.searchsorted(self._places, wanted)
-        ends = np.searchsorted(self._places, wanted, "right")
+        amount_to_prune = self._first + np.searchsorted(self._keys, key)
+        begins = np.searchsorted(self._places, amount_to_prune)
+        ends = np.searchsorted(self._places, amount_to_prune, "right")
         return int(key), begins - self._starts[:-1], ends - begins
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from secateur_server.backends import passes_of
 from secateur_server.backends.masks import Mask
 from secateur_server.backends.passes import Cut
-from secateur_server.cut.amounts import Decision, decide, first_key, is_plain, wanted
+from secateur_server.cut.amounts import Decision, amount_to_prune, decide, first_key, is_plain
 from secateur_server.cut.choice import Choice, ChoiceTable
 from secateur_server.cut.divide import count_below
 from secateur_server.cut.lamp_small import prune_by_lamp
@@ -255,7 +255,7 @@ def _select_each(
 def _decided(context: RequestContext, rule: Selection, tensors: Sequence[ScoredTensor]) -> Decision:
     """How many units go of a subject that is ranked by itself."""
     if is_plain(rule):
-        count = int(wanted(rule, tensors, rule.amount))
+        count = int(amount_to_prune(rule, tensors, rule.amount))
         return Decision((count,), count)
     (decision,) = decide(context, rule, tensors, [rule.amount])
     return decision
@@ -272,7 +272,7 @@ def _select(
         units, pruned = select_in_rows(context, rule, tensor.ranking, tensor.rows)
         return [units], Choice(names, candidates, pruned, pruned)
     if is_plain(rule):
-        count = int(wanted(rule, tensors, rule.amount))
+        count = int(amount_to_prune(rule, tensors, rule.amount))
         if rule.is_of_parts and count == candidates:
             kept = [_none(tensor.ranking) for tensor in tensors]
             return kept, choice_of(rule, names, candidates, candidates, Decision((), count))

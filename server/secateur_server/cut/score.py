@@ -45,7 +45,7 @@ class Ranking(NamedTuple):
         return self.units if self.candidates is None else self.candidates.kept(context)
 
 
-def rank(
+def score_units(
     context: RequestContext,
     name: str,
     parameter: Parameter,
@@ -65,13 +65,13 @@ def rank(
     Errors: NanScores.
     """
     weight, mask = parameter.weight, parameter.mask
-    of_elements = scores is not None and scores.shape == weight.shape
-    values = scores if scores is not None and of_elements else weight
+    are_elementwise = scores is not None and scores.shape == weight.shape
+    values = scores if scores is not None and are_elementwise else weight
     units = math.prod(granularity.grid(weight.shape))
     candidates = granularity.candidates(context, values, mask)
     if by_name := importance.by_name(name):
         return Ranking(name, units, by_name, candidates, weight.device)
-    if scores is not None and not of_elements:
+    if scores is not None and not are_elementwise:
         refuse_nan(context, scores, candidates, field)
         return Ranking(name, units, scores.reshape(-1), candidates, weight.device)
     seen = parameter.seen if scores is None else None
@@ -83,9 +83,9 @@ def rank(
     # As in torch: what is pruned counts as 0 in a weight's norm, and as it is in a caller's scores.
     # But of an N:M group only what is unpruned can go.
     masked = mask if scores is None or granularity.is_part else None
-    of_units = importance.scores(context, values, masked, granularity, is_mean)
+    unit_scores = importance.scores(context, values, masked, granularity, is_mean)
     sample = seen.sample if seen and granularity.is_element and importance.is_value else None
-    return Ranking(name, units, of_units, candidates, weight.device, sample)
+    return Ranking(name, units, unit_scores, candidates, weight.device, sample)
 
 
 def refuse_nan(

@@ -11,7 +11,7 @@ from torch import Tensor
 from secateur_server.backends.masks import Mask
 from secateur_server.backends.randomness import RandomScores
 from secateur_server.cut.normalize import combined, normalized
-from secateur_server.cut.score import Ranking, rank, refuse_nan
+from secateur_server.cut.score import Ranking, refuse_nan, score_units
 from secateur_server.errors import quote
 from secateur_server.granularity.group import Group
 from secateur_server.granularity.groups import expand_group
@@ -103,7 +103,7 @@ def _scored_tensor(
     # The scores of N:M groups take longer than all else, and are not asked for where all groups go.
     is_whole = is_everything(rule.amount) and not rule.guard_rails.rails
     is_all = is_whole and granularity.is_part and rule.allocation != "lamp"
-    ranking = rank(
+    ranking = score_units(
         context, name, parameter, scores, rule.importance, granularity, is_mean, is_all, field
     )
     values = scores if scores is not None and scores.shape == weight.shape else weight
@@ -164,8 +164,8 @@ def score_groups(
         names, sizes = [group.name for group in groups], list(map(len, ranked))
         scores = [*combined(context, rule, members, candidates, names, sizes)]
     tensors = (
-        _scored_group(context, group, of_units, living, floor, parameters)
-        for group, (of_units, floor), living in zip(groups, scores, candidates, strict=True)
+        _scored_group(context, group, unit_scores, living, floor, parameters)
+        for group, (unit_scores, floor), living in zip(groups, scores, candidates, strict=True)
     )
     return [[next(tensors) for _ in context.each(names)] for names in ranked]
 

@@ -18,9 +18,9 @@ from secateur_server.backends.batches import (
 )
 from secateur_server.backends.keys import BITS, INFINITY
 from secateur_server.backends.masks import Mask
-from secateur_server.cut.amounts import is_plain, number_of
+from secateur_server.cut.amounts import is_plain, units_to_prune
 from secateur_server.cut.choice import Choice, ChoiceTable, Floats, Ints
-from secateur_server.cut.score import Ranking, rank, refuse_nan
+from secateur_server.cut.score import Ranking, refuse_nan, score_units
 from secateur_server.cut.scored import Masks, scores_of
 from secateur_server.cut.select import score_dtype, select, threshold
 from secateur_server.errors import quote
@@ -69,7 +69,7 @@ def prune_small(
         for name in context.each(names):
             ranking = ranking_of(context, rule, name, state, extras)
             candidates = ranking.count_candidates(context)
-            count = number_of(rule, rule.amount, (name,), ranking.units, candidates)
+            count = units_to_prune(rule, rule.amount, (name,), ranking.units, candidates)
             kinds[ranking.dtype].append((ranking, candidates, count))
     masks: Masks = {}
     with context.stage("select"):
@@ -98,7 +98,7 @@ def ranking_of(
     if rule.scores or rule.scales or not rule.importance.is_value:
         scores, field = scores_of(rule, name, state, extras)
         by = rule.importance, Element()
-        return rank(context, name, parameter, scores, *by, True, False, field)
+        return score_units(context, name, parameter, scores, *by, True, False, field)
     if seen is None or seen.largest > INFINITY.get(weight.dtype, 0):
         refuse_nan(context, weight, mask, f"data[{quote(name)}]", seen)
     sample = seen.sample if seen else None
@@ -183,7 +183,7 @@ def prune_jointly(
     with context.stage("select"):
         units = sum(ranking.units for ranking in rankings)
         candidates = sum(ranking.count_candidates(context) for ranking in rankings)
-        count = number_of(rule, rule.amount, names, units, candidates)
+        count = units_to_prune(rule, rule.amount, names, units, candidates)
         dtype = score_dtype(rankings)
         batch = batch_of(rankings, dtype)
         # One tensor of all of them: what lies between them is as if it were pruned already.
