@@ -21,7 +21,7 @@ from secateur_server.cut.divide import Division, Query, count_below, divide
 from secateur_server.cut.energy import energies
 from secateur_server.cut.lamp import divide_by_lamp
 from secateur_server.cut.score import Ranking
-from secateur_server.cut.select import NOTHING, score_dtype, select
+from secateur_server.cut.select import NO_CUT, score_dtype, select
 from secateur_server.errors import Stopped
 from secateur_server.runtime.context import RequestContext
 from tests.conftest import examples
@@ -182,7 +182,7 @@ def test_without_bounds_as_many_go_as_are_selected(
         ties = sum(division.counts) - sum(division.below)
         assert cut == Cut(division.key, ties, sum(division.equal))
     else:
-        assert (cut, division.key) == (NOTHING, -1)
+        assert (cut, division.key) == (NO_CUT, -1)
 
 
 @many
@@ -210,7 +210,7 @@ def test_energies_are_sums_of_squares_of_what_goes(
 def cut_of(ordered: Sequence[int], count: int) -> Cut:
     """The cut by which the first `count` of sorted keys go."""
     if count == 0:
-        return NOTHING
+        return NO_CUT
     key = ordered[count - 1]
     return Cut(key, count - ordered.index(key), ordered.count(key))
 

@@ -25,7 +25,7 @@ from secateur_server.errors import (
 )
 from secateur_server.outputs import OUTPUTS
 from secateur_server.runtime.context import RequestContext
-from secateur_server.state_dict.mapped import map_model, of_blob
+from secateur_server.state_dict.mapped import map_blob, map_model
 from secateur_server.state_dict.sources import Sources
 from secateur_server.storage.blobs import Blob
 from secateur_server.storage.receiver import Receiver
@@ -58,16 +58,16 @@ class Checkpoints:
                     raise InvalidRequest("header.uri", "stands in place of files, not beside them")
                 files = self._sources.fetch(context, receiver, header.uri)
             else:
-                files = self._land(receiver, header.files, data)
+                files = self._receive(receiver, header.files, data)
             try:
-                blobs = [of_blob(blob) for blob in self._store.open_files("data", files)]
+                blobs = [map_blob(blob) for blob in self._store.open_files("data", files)]
                 map_model(context, blobs, None, ({}, {}))
             except InvalidStateDict:
                 receiver.abandon()
                 raise
             return self._message(context.tenant.owner, receiver.create(files))
 
-    def _land(
+    def _receive(
         self, receiver: Receiver, files: Sequence[pb.UploadFile], data: Iterator[Bytes]
     ) -> tuple[StoredFile, ...]:
         """The files of an upload, which come one behind another."""
@@ -127,8 +127,8 @@ class Checkpoints:
         self, context: RequestContext, opened: OpenCheckpoint, output: int, held: ExitStack
     ) -> list[OutgoingFile]:
         blobs, masks = opened.files, opened.masks
-        files = [of_blob(blob) for blob in blobs]
-        mapped_masks = of_blob(masks) if masks else None
+        files = [map_blob(blob) for blob in blobs]
+        mapped_masks = map_blob(masks) if masks else None
         model, read = map_model(context, files, mapped_masks, ({}, {}))
         is_changed = masks or (output == pruner_pb2.OUTPUT_DENSE and model.catalog.pairs)
         if output != pruner_pb2.OUTPUT_MASKS and not is_changed:

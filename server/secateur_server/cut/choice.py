@@ -54,7 +54,7 @@ class ChoiceTable(Sequence[Choice]):
     ties_pruned: Ints
 
     @classmethod
-    def of_nothing(cls, tensors: Sequence[str]) -> "ChoiceTable":
+    def empty(cls, tensors: Sequence[str]) -> "ChoiceTable":
         """A table of choices by which nothing is pruned, to be written to."""
         candidates, requested, pruned, ties, ties_pruned = np.zeros((5, len(tensors)), np.int64)
         none = np.full(len(tensors), np.nan)

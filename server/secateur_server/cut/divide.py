@@ -168,7 +168,7 @@ class _Search:
     def _within(self, counts: Tensor) -> Tensor:
         return counts.clamp(self.lowest, self.highest)
 
-    def narrow(self, histograms: Mapping[int, "_Table"], width: int) -> None:
+    def narrow(self, histograms: Mapping[int, "_Histogram"], width: int) -> None:
         """Finds the next digit."""
         parts = [histograms[member] for member in self.query.members]
         counts = torch.stack([part.up_to[part.rows[self.prefix]] for part in parts])

@@ -25,9 +25,9 @@ from secateur_server.cut.plan_small import (
     with_amounts,
 )
 from secateur_server.cut.prune import apply_selection, choice_of, small_at_once, with_cut
-from secateur_server.cut.removed import Made, Outcome, Removed, RemovedTable
+from secateur_server.cut.removed import ListedOutcome, Outcome, Removed, RemovedTable
 from secateur_server.cut.scored import ScoredTensor, is_everything, score_tensors, split_by_scope
-from secateur_server.cut.select import NOTHING, score_dtype
+from secateur_server.cut.select import NO_CUT, score_dtype
 from secateur_server.cut.small import are_small, is_small
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.rules import Amount, Selection, Threshold
@@ -50,7 +50,7 @@ def plan(
     # Groups overlap: what is left of a tensor only its mask tells. Rows have a cut each.
     if rule.groups or rule.scope == "row":
         return [
-            _tried(context, replace(rule, amount=a), parameters, extras)
+            _outcome_by_pruning(context, replace(rule, amount=a), parameters, extras)
             for a in context.each(amounts)
         ]
     if is_planned_by_runs(rule, amounts):
@@ -72,7 +72,7 @@ def plan(
         for index, (choice, gone) in enumerate(found):
             choices[index].append(choice)
             removed[index].update(gone)
-    return [Made(*of) for of in zip(choices, removed, strict=True)]
+    return [ListedOutcome(*of) for of in zip(choices, removed, strict=True)]
 
 
 def _plan_each(
@@ -127,7 +127,7 @@ def _plan_small(
         choices += [of_part[index] for _, of_part in parts]
         elements = np.concatenate([none.astype(int), *(of.counts[index] for of, _ in parts)])
         energy = np.concatenate([none, *(planned.energy[index] for planned, _ in parts)])
-        outcomes.append(Made(choices, RemovedTable(places, elements, energy, whole)))
+        outcomes.append(ListedOutcome(choices, RemovedTable(places, elements, energy, whole)))
     return outcomes
 
 
@@ -181,7 +181,7 @@ def _planned(
     planned = []
     for index, decision in enumerate(context.each(decisions)):
         if isinstance(rule.amount, Threshold):
-            scores = [None if c == NOTHING else score_at(c.key, dtype) for c in cuts[index]]
+            scores = [None if c == NO_CUT else score_at(c.key, dtype) for c in cuts[index]]
             decision = with_cut(context, decision, [tensor.ranking for tensor in tensors], scores)
         choice = choice_of(rule, names, candidates, sum(decision.counts), decision)
         planned.append((choice, {n: of[index] for n, of in zip(names, removed, strict=True)}))
@@ -197,7 +197,7 @@ def _cuts(
     """For each decision the cut of each subject, in the common dtype."""
     cuts: list[list[Cut | None]] = [
         [
-            NOTHING if count == 0 else known
+            NO_CUT if count == 0 else known
             for count, known in zip(
                 decision.counts, decision.cuts or [None] * len(tensors), strict=True
             )
@@ -241,7 +241,7 @@ def _removed(
     ]
 
 
-def _tried(
+def _outcome_by_pruning(
     context: RequestContext,
     rule: Selection,
     parameters: Mapping[str, Parameter],
@@ -255,7 +255,7 @@ def _tried(
         whole = _energy(context, parameter.weight, parameter.mask)
         lost = _energy(context, parameter.weight, parameter.mask, mask)
         removed[name] = Removed(_unpruned(context, parameter) - mask.kept(context), lost, whole)
-    return Made(choices, removed)
+    return ListedOutcome(choices, removed)
 
 
 def _unpruned(context: RequestContext, parameter: Parameter) -> int:

@@ -29,7 +29,7 @@ def is_planned_by_runs(rule: Selection, amounts: Sequence[Amount]) -> bool:
     is_of_weights = rule.importance.is_value and not (rule.scores or rule.scales)
     is_plain = rule.allocation in ("rank", "lamp") and not rule.guard_rails.rails
     return (
-        rule.is_of_elements
+        rule.has_element_units
         and rule.scope != "row"
         and is_of_weights
         and is_plain
@@ -236,7 +236,7 @@ class EachOutcome:
     @property
     def choices(self) -> ChoiceTable:
         """As Outcome has them."""
-        table = ChoiceTable.of_nothing(self.tensors)
+        table = ChoiceTable.empty(self.tensors)
         for of, rows in self._rows():
             table.candidates[rows], table.thresholds[rows] = (
                 of.candidates,

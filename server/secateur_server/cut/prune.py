@@ -28,12 +28,12 @@ from secateur_server.cut.select import score_dtype, select, threshold
 from secateur_server.cut.select_each import select_each
 from secateur_server.cut.small import (
     are_small,
-    is_each_by_itself,
+    is_count_per_tensor,
     prune_jointly,
     prune_small,
 )
 from secateur_server.errors import InvalidMask, quote
-from secateur_server.granularity.groups_at_once import masks_of_groups
+from secateur_server.granularity.groups_at_once import expand_groups
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.rules import CustomMasks, Rule, Selection, Threshold
 from secateur_server.state_dict.given_masks import to_mask
@@ -117,8 +117,8 @@ def apply_selection(
     device = state[rule.tensors[0]].weight.device
     nothing = torch.empty(0, dtype=torch.uint8, device=device)
     masks: Masks = {name: Mask(nothing, 0) for name in empty}
-    if is_each_by_itself(rule):
-        table = ChoiceTable.of_nothing([*empty, *names])
+    if is_count_per_tensor(rule):
+        table = ChoiceTable.empty([*empty, *names])
         masks |= prune_small(context, rule, state, extras, table)
         names = [name for name in names if name not in masks]
         for found, choice in context.each(_chosen(context, rule, names, state, extras, device)):
@@ -178,7 +178,7 @@ def _choose(
     extras: Mapping[str, Tensor],
 ) -> tuple[Masks, Choice]:
     """Selects among the units of all tensors, or groups, that are ranked together."""
-    if rule.is_of_elements and rule.scope != "row" and are_small(names, state):
+    if rule.has_element_units and rule.scope != "row" and are_small(names, state):
         if is_plain(rule) and rule.normalization is None:
             return prune_jointly(context, rule, names, state, extras)
         if rule.allocation == "lamp" and is_planned_by_runs(rule, [rule.amount]):
@@ -208,7 +208,7 @@ def _choose_groups(
     every = [tensor.name for those in tensors for tensor in those]
     kept = [units for those, _ in selected for units in those]
     groups = [rule.groups_by_name[name] for name in every]
-    expanded = iter(masks_of_groups(context, groups, kept, state))
+    expanded = iter(expand_groups(context, groups, kept, state))
     chosen = []
     for those, choice in selected:
         masks: Masks = {}
@@ -273,7 +273,7 @@ def _select(
         return [units], Choice(names, candidates, pruned, pruned)
     if is_plain(rule):
         count = int(amount_to_prune(rule, tensors, rule.amount))
-        if rule.is_of_parts and count == candidates:
+        if rule.has_partial_units and count == candidates:
             kept = [_none(tensor.ranking) for tensor in tensors]
             return kept, choice_of(rule, names, candidates, candidates, Decision((), count))
         kept, cut = select(context, [tensor.ranking for tensor in tensors], candidates, count)
@@ -334,7 +334,7 @@ def choice_of(
     """What is reported of a decision."""
     value = decision.threshold if rule.importance.is_measured else None
     ties, ties_pruned = decision.ties, decision.ties_pruned
-    if rule.is_of_parts and pruned == candidates:  # no group was ranked
+    if rule.has_partial_units and pruned == candidates:  # no group was ranked
         value, ties, ties_pruned = None, 0, 0
     requested, bounds = decision.requested, decision.bounds
     return Choice(names, candidates, requested, pruned, value, ties, ties_pruned, bounds)

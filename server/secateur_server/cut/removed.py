@@ -60,7 +60,7 @@ class Outcome(Protocol):
 
 
 @dataclass(frozen=True)
-class Made:
+class ListedOutcome:
     """An outcome."""
 
     choices: Sequence[Choice]

@@ -15,7 +15,7 @@ from secateur_server.cut.score import Ranking, refuse_nan, score_units
 from secateur_server.errors import quote
 from secateur_server.granularity.group import Group
 from secateur_server.granularity.groups import expand_group
-from secateur_server.granularity.groups_at_once import candidates_of, scores_of_members
+from secateur_server.granularity.groups_at_once import candidates_of, score_members
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.rules import Amount, Selection
 from secateur_server.state_dict.parameter import Parameter
@@ -202,7 +202,7 @@ def _member_scores(
     for name in context.each(dict.fromkeys(scored)):
         parameter, field = parameters[name], f"data[{quote(name)}]"
         refuse_nan(context, parameter.weight, parameter.mask, field, parameter.seen)
-    of_members = iter(scores_of_members(context, own, parameters, rule.importance.order))
+    of_members = iter(score_members(context, own, parameters, rule.importance.order))
     return [
         [extras[rule.scores[group.name]].to(torch.float64).abs()]
         if group.name in rule.scores

@@ -33,7 +33,7 @@ LARGE = 1 << 22
 SAMPLE = 1 << 17
 
 
-NOTHING = Cut(key=-1, ties=0, equal=0)
+NO_CUT = Cut(key=-1, ties=0, equal=0)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _apply(units: Units, count: int) -> Cut:
     """Marks what stays when `count` units go.  Returns: the cut."""
     if count == 0:
         units.passes.split_all(units.context, units.pieces, 0, 0, units.kept)
-        return NOTHING
+        return NO_CUT
     if units.total <= FEW:
         return units.passes.cut_few(units.context, units.pieces, count, units.kept)
     return _cut_by_sample(units, count) or _cut_by_digits(units, count)
@@ -254,6 +254,6 @@ def _mark_ties(units: Units, cut: Cut, equal: Sequence[int]) -> Cut:
 
 def threshold(cut: Cut, dtype: torch.dtype) -> float | None:
     """The score at the cut; None where nothing is pruned."""
-    if cut == NOTHING:
+    if cut == NO_CUT:
         return None
     return score_at(cut.key, dtype)

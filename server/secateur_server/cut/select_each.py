@@ -11,7 +11,7 @@ from secateur_server.backends.keys import BITS, as_keys
 from secateur_server.backends.masks import Mask, flags_of, masks_of
 from secateur_server.backends.passes import Cut
 from secateur_server.cut.score import Ranking
-from secateur_server.cut.select import NOTHING, select
+from secateur_server.cut.select import NO_CUT, select
 from secateur_server.runtime.context import RequestContext
 
 # Units that are sorted at once: their keys stay in a second-level cache.
@@ -52,7 +52,7 @@ def _select_alike(
     candidates = [ranking.candidates for ranking in rankings if ranking.candidates is not None]
     kept = flags_of(candidates) if candidates else torch.ones_like(keys, dtype=torch.bool)
     if count == 0:
-        return [(mask, NOTHING) for mask in masks_of(kept)]
+        return [(mask, NO_CUT) for mask in masks_of(kept)]
     keys.masked_fill_(~kept, torch.iinfo(BITS[dtype]).max)
     ascending, order = keys.sort(dim=1, stable=True)  # so ties go by their index
     kept = kept.scatter(1, order[:, :count], False)

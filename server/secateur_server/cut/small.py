@@ -33,9 +33,9 @@ from secateur_server.state_dict.parameter import Parameter
 MOST_UNITS = 1 << 22
 
 
-def is_each_by_itself(rule: Selection) -> bool:
+def is_count_per_tensor(rule: Selection) -> bool:
     """Whether a number of elements of each tensor is pruned, whatever is pruned of others."""
-    return rule.is_of_elements and rule.scope == "tensor" and is_plain(rule)
+    return rule.has_element_units and rule.scope == "tensor" and is_plain(rule)
 
 
 def prune_small(

@@ -14,9 +14,9 @@ from secateur_server.backends.norms import rounded_to
 from secateur_server.errors import InvalidSpec, NotStructured, quote
 from secateur_server.granularity.tiled import (
     boxes_of,
+    comparable,
+    map_tiles,
     neutral,
-    of_units,
-    ranked,
     row_norms,
     tile_costs,
 )
@@ -72,7 +72,7 @@ class Block:
         def candidates_of(box: Box) -> Sequence[Tensor]:
             return [passes.any_along(tiles.rows(tiles.part(kept, box), box, False))]
 
-        (found,) = of_units(context, tiles, passes, [torch.bool], candidates_of)
+        (found,) = map_tiles(context, tiles, passes, [torch.bool], candidates_of)
         return mask_of_flags(context, found)
 
     def scores(
@@ -83,14 +83,14 @@ class Block:
         kept = None if mask is None else mask.whole(context, tiles.sizes)
 
         def scores_of(box: Box) -> Sequence[Tensor]:
-            part = ranked(tiles.part(by_tiles, box))
+            part = comparable(tiles.part(by_tiles, box))
             if kept is not None:
                 part = torch.where(tiles.part(kept, box), part, 0.0)
             rows = tiles.rows(part, box, neutral(p))
             counts = tiles.counts(box, rows.device) if is_mean else None
             return [row_norms(rows, counts, p, passes)]
 
-        return of_units(context, tiles, passes, [rounded_to(values.dtype)], scores_of)[0]
+        return map_tiles(context, tiles, passes, [rounded_to(values.dtype)], scores_of)[0]
 
     def expand(
         self, context: RequestContext, kept: Mask, values: Tensor, mask: Mask | None

@@ -57,7 +57,7 @@ def candidates_of(
     return _each(context, groups, parameters, many, one)
 
 
-def scores_of_members(
+def score_members(
     context: RequestContext, groups: Sequence[Group], parameters: Parameters, p: float
 ) -> list[list[Tensor]]:
     """For each group, as member_scores of those of its members that are scored."""
@@ -74,7 +74,7 @@ def scores_of_members(
     return _each(context, groups, parameters, many, one)
 
 
-def masks_of_groups(
+def expand_groups(
     context: RequestContext, groups: Sequence[Group], kept: Sequence[Mask], parameters: Parameters
 ) -> list[dict[str, Mask]]:
     """For each group, as expand_group.  kept: the units that stay, of each group."""

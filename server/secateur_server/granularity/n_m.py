@@ -16,9 +16,9 @@ from secateur_server.errors import InvalidSpec, NotStructured, quote
 from secateur_server.granularity.tiled import (
     COSTS,
     boxes_of,
+    comparable,
+    map_tiles,
     neutral,
-    of_units,
-    ranked,
     row_norms,
     square_sums,
 )
@@ -88,7 +88,7 @@ class NM:
                 return [tiles.counts(box, values.device) > self.n]
             return [tiles.rows(tiles.part(kept, box), box, False).sum((0, 2)) > self.n]
 
-        (found,) = of_units(context, tiles, passes, [torch.bool], candidates_of)
+        (found,) = map_tiles(context, tiles, passes, [torch.bool], candidates_of)
         return mask_of_flags(context, found)
 
     def scores(
@@ -100,13 +100,13 @@ class NM:
 
         def scores_of(box: Box) -> Sequence[Tensor]:
             pruned = self._pruned(tiles, by_tiles, kept, box)
-            rows = tiles.rows(ranked(tiles.part(by_tiles, box)), box, 0.0)
+            rows = tiles.rows(comparable(tiles.part(by_tiles, box)), box, 0.0)
             rows = torch.where(pruned, rows, neutral(p))
             # A unit without elements is not a candidate, but its score must not be NaN.
             counts = pruned.sum((0, 2)).clamp(min=1) if is_mean else None
             return [row_norms(rows, counts, p, passes)]
 
-        return of_units(context, tiles, passes, [rounded_to(values.dtype)], scores_of)[0]
+        return map_tiles(context, tiles, passes, [rounded_to(values.dtype)], scores_of)[0]
 
     def expand(
         self, context: RequestContext, kept: Mask, values: Tensor, mask: Mask | None
@@ -138,10 +138,10 @@ class NM:
 
         def costs_of(box: Box) -> tuple[Tensor, Tensor]:
             pruned = self._pruned(tiles, by_tiles, kept, box)
-            rows = tiles.rows(ranked(tiles.part(weights, box)), box, 0.0)
+            rows = tiles.rows(comparable(tiles.part(weights, box)), box, 0.0)
             return pruned.sum((0, 2)), square_sums(torch.where(pruned, rows, 0.0), passes)
 
-        counts, squares = of_units(context, tiles, passes, COSTS, costs_of)
+        counts, squares = map_tiles(context, tiles, passes, COSTS, costs_of)
         return counts, squares
 
     def _tiles(self, shape: Sequence[int]) -> Tiles:

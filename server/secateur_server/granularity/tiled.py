@@ -24,7 +24,7 @@ def boxes_of(tiles: Tiles, passes: Passes) -> list[Box]:
     return tiles.boxes(passes.piece // 8)
 
 
-def ranked(part: Tensor) -> Tensor:
+def comparable(part: Tensor) -> Tensor:
     """A part in the dtype that its values are compared in."""
     return part.to(ranked_as(part.dtype))
 
@@ -58,7 +58,7 @@ def tile_costs(
     kept = None if mask is None else mask.whole(context, tiles.sizes)
 
     def costs_of(box: Box) -> tuple[Tensor, Tensor]:
-        part = ranked(tiles.part(by_tiles, box))
+        part = comparable(tiles.part(by_tiles, box))
         if kept is None:
             return tiles.counts(box, part.device), square_sums(tiles.rows(part, box, 0.0), passes)
         flags = tiles.part(kept, box)
@@ -66,7 +66,7 @@ def tile_costs(
         counts = tiles.rows(flags, box, False).sum((0, 2))
         return counts, square_sums(tiles.rows(part, box, 0.0), passes)
 
-    counts, squares = of_units(context, tiles, passes, COSTS, costs_of)
+    counts, squares = map_tiles(context, tiles, passes, COSTS, costs_of)
     return counts, squares
 
 
@@ -76,12 +76,12 @@ def square_sums(rows: Tensor, passes: Passes) -> Tensor:
     return row_sums(rows[0].to(torch.float64).square()) if sums is None else sums
 
 
-def of_units(
+def map_tiles(
     context: RequestContext,
     tiles: Tiles,
     passes: Passes,
     dtypes: Sequence[torch.dtype],
-    of_box: Callable[[Box], Sequence[Tensor]],
+    work: Callable[[Box], Sequence[Tensor]],
 ) -> list[Tensor]:
     """What `of_box` gives for the units of each box, for all of them.  Returns: flat ones.
 
@@ -93,7 +93,7 @@ def of_units(
 
     def write(part: tuple[Box, int]) -> None:
         box, end = part
-        for into, values in zip(found, of_box(box), strict=True):
+        for into, values in zip(found, work(box), strict=True):
             into[end - _units(box) : end] = values
 
     passes.map(context, write, list(zip(boxes, ends, strict=True)))

@@ -10,7 +10,7 @@ from secateur_server.state_dict.model import Model
 from secateur_server.state_dict.parameter import Parameter
 from secateur_server.wire.tensors import WireTensor
 
-NOTHING = torch.empty(0, dtype=torch.uint8)
+NO_DATA = torch.empty(0, dtype=torch.uint8)
 
 
 def hollow_model(model: Model, pruned: Sequence[str]) -> Model:
@@ -19,14 +19,14 @@ def hollow_model(model: Model, pruned: Sequence[str]) -> Model:
     pairs = model.catalog.pairs
     of_pairs = {mask for _, *masks in pairs.values() for mask in masks}
     hollow.tensors = {
-        entry.name: WireTensor(entry.dtype, entry.shape, NOTHING)
+        entry.name: WireTensor(entry.dtype, entry.shape, NO_DATA)
         for shard in model.shards
         for entry in shard.entries
         if entry.name not in of_pairs
     }
     has_mask = {*pruned, *pairs, *model.masks}
     hollow.parameters = {
-        name: Parameter(NOTHING, Mask(NOTHING, math.prod(shape)))
+        name: Parameter(NO_DATA, Mask(NO_DATA, math.prod(shape)))
         for name, shape in model.catalog.prunable.items()
         if name in has_mask
     }

@@ -70,7 +70,7 @@ def _resolve_selection(context: RequestContext, rule: Selection, catalog: Catalo
             resolve_group(context, group, catalog) for group in context.each(rule.groups)
         )
         every = {group.name: group.name for group in groups}
-        targets = _not_spared(context, rule, list(every), every)
+        targets = _not_excluded(context, rule, list(every), every)
         known = {name: name for name in targets}
         groups = tuple(group for group in groups if group.name in known)
         names = catalog.in_order({m.tensor for group in groups for m in group.members})
@@ -80,7 +80,7 @@ def _resolve_selection(context: RequestContext, rule: Selection, catalog: Catalo
         names = match(context, f"{rule.path}.tensors", rule.tensors, catalog)
         for name in context.each(names):
             _check_units(rule, name, catalog.prunable[name])
-        names = targets = _not_spared(context, rule, names, catalog.all_names(names))
+        names = targets = _not_excluded(context, rule, names, catalog.all_names(names))
         known = catalog.all_names(names)
         scales = {name: catalog.name_of(holder) for name, holder in rule.scales.items()}
         rule = replace(
@@ -116,16 +116,18 @@ def _by_tensor(
     return found
 
 
-def _not_spared(
+def _not_excluded(
     context: RequestContext, rule: Selection, names: list[str], known: Mapping[str, str]
 ) -> list[str]:
     """Without the tensors, or groups, that the guard rails leave as they are."""
     rails, path = rule.guard_rails, f"{rule.path}.guard_rails"
-    spared = {*names[:1]} if rails.keep_first else set()
-    spared |= {*names[-1:]} if rails.keep_last else set()
+    excluded = {*names[:1]} if rails.keep_first else set()
+    excluded |= {*names[-1:]} if rails.keep_last else set()
     field = f"{path}.exclude"
-    spared.update(_meant(context, field, rails.exclude, known, lambda index: f"{field}[{index}]"))
-    left = [name for name in names if name not in spared]
+    excluded.update(
+        _first_matches(context, field, rails.exclude, known, lambda index: f"{field}[{index}]")
+    )
+    left = [name for name in names if name not in excluded]
     if not left:
         raise InvalidSpec(path, f"leaves nothing to prune of {len(names)} tensors")
     return left
@@ -142,10 +144,10 @@ def _resolve_rails(
     patterns = [rails[place].tensors[index] for place, index in places]
 
     def field(index: int) -> str:
-        place, of_rail = places[index]
-        return f"{rails[place].path}.tensors[{of_rail}]"
+        place, index_in_rail = places[index]
+        return f"{rails[place].path}.tensors[{index_in_rail}]"
 
-    first = _meant(context, f"{rule.path}.guard_rails.rails", patterns, known, field)
+    first = _first_matches(context, f"{rule.path}.guard_rails.rails", patterns, known, field)
     of_all = next((place for place, rail in enumerate(rails) if not rail.tensors), len(rails))
     tensors: dict[int, list[str]] = defaultdict(list)
     for name in names:
@@ -157,7 +159,7 @@ def _resolve_rails(
     )
 
 
-def _meant(
+def _first_matches(
     context: RequestContext,
     path: str,
     patterns: Sequence[str],
@@ -203,7 +205,7 @@ def _resolve_table(
     context: RequestContext, rule: Selection, table: Table, known: Mapping[str, str]
 ) -> Table:
     path, fractions = f"{rule.path}.table.entries", list(table.fractions.values())
-    first = _meant(
+    first = _first_matches(
         context, path, list(table.fractions), known, lambda index: f"{path}[{index}].tensors"
     )
     return Table({name: fractions[index] for name, index in first.items()})
@@ -266,10 +268,10 @@ def _check_group_scores(
 def _check_floating(field: str, holder: str, shapes: Sequence[Shape], catalog: Catalog) -> None:
     """Refuses scores of another dtype, or of none of some shapes; an error shows the first."""
     scores = _extra(field, holder, catalog)
-    if scores.dtype not in _OF_SCORES:
-        raise InvalidScores(field, _of_another_dtype(scores, "floating scores", _OF_SCORES))
+    if scores.dtype not in _SCORE_DTYPES:
+        raise InvalidScores(field, _wrong_dtype(scores, "floating scores", _SCORE_DTYPES))
     if scores.shape not in shapes:
-        raise InvalidScores(field, _of_another_shape(scores, shapes[0], "scores"))
+        raise InvalidScores(field, _wrong_shape(scores, shapes[0], "scores"))
 
 
 def _resolve_masks(context: RequestContext, rule: CustomMasks, catalog: Catalog) -> CustomMasks:
@@ -279,12 +281,12 @@ def _resolve_masks(context: RequestContext, rule: CustomMasks, catalog: Catalog)
         if name not in catalog.prunable:
             raise unmatched(context, field, name, catalog)
         mask = _extra(field, holder, catalog)
-        if mask.dtype not in _OF_MASKS:
-            raise InvalidMask(field, _of_another_dtype(mask, "a mask", _OF_MASKS))
+        if mask.dtype not in _MASK_DTYPES:
+            raise InvalidMask(field, _wrong_dtype(mask, "a mask", _MASK_DTYPES))
         shape = catalog.prunable[name]
         is_packed = mask.dtype == torch.uint8 and mask.shape == ((math.prod(shape) + 7) // 8,)
         if mask.shape != shape and not is_packed:
-            raise InvalidMask(field, _of_another_shape(mask, shape, "a mask"))
+            raise InvalidMask(field, _wrong_shape(mask, shape, "a mask"))
         masks.append((name, holder))
     # A map has no order on the wire.
     places = {name: place for place, name in enumerate(catalog.prunable)}
@@ -297,15 +299,15 @@ def _extra(field: str, holder: str, catalog: Catalog) -> Stored:
     return catalog.extras[holder]
 
 
-def _of_another_dtype(extra: Stored, what: str, dtypes: Iterable[torch.dtype]) -> str:
+def _wrong_dtype(extra: Stored, what: str, dtypes: Iterable[torch.dtype]) -> str:
     allowed = ", ".join(WIRE_DTYPES[dtype] for dtype in dtypes)
-    return f"dtype {extra.calls} is not allowed; {what} may be {allowed}"
+    return f"dtype {extra.dtype_name} is not allowed; {what} may be {allowed}"
 
 
-def _of_another_shape(extra: Stored, shape: Shape, what: str) -> str:
+def _wrong_shape(extra: Stored, shape: Shape, what: str) -> str:
     return f"{what} of shape {list(shape)} needed, got shape {list(extra.shape)}"
 
 
 # As CustomMasks in spec.proto lists them.
-_OF_MASKS = tuple(dtype for dtype in WIRE_DTYPES if dtype not in FP8)
-_OF_SCORES = tuple(dtype for dtype in PRUNABLE if dtype.is_floating_point)
+_MASK_DTYPES = tuple(dtype for dtype in WIRE_DTYPES if dtype not in FP8)
+_SCORE_DTYPES = tuple(dtype for dtype in PRUNABLE if dtype.is_floating_point)

@@ -105,12 +105,12 @@ class Selection:
     guard_rails: GuardRails = GuardRails()
 
     @property
-    def is_of_elements(self) -> bool:
+    def has_element_units(self) -> bool:
         """Whether each unit is one element."""
         return self.granularity is not None and self.granularity.is_element
 
     @property
-    def is_of_parts(self) -> bool:
+    def has_partial_units(self) -> bool:
         """As Granularity.is_part."""
         return self.granularity is not None and self.granularity.is_part
 

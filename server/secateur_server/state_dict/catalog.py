@@ -24,7 +24,7 @@ Shape = tuple[int, ...]
 class Stored:
     """A tensor of the file. dtype: None where torch has none for what the file `calls` it."""
 
-    calls: str
+    dtype_name: str
     dtype: torch.dtype | None
     shape: Shape
 
@@ -107,11 +107,11 @@ def read_catalog(
                 _check_mask(mask, pair[0], stored)
             pairs[name] = pair
     whole = {pair[0]: base for base, pair in pairs.items()}
-    of_pairs = {mask for _, *masks in pairs.values() for mask in masks}
+    pair_masks = {mask for _, *masks in pairs.values() for mask in masks}
     prunable = {
         whole.get(name, name): stored[name].shape
         for name in stored
-        if stored[name].dtype in PRUNABLE and name not in of_pairs
+        if stored[name].dtype in PRUNABLE and name not in pair_masks
     }
     origs = {name: pairs.get(name, (name,))[0] for name in prunable}
     floating = [name for name, orig in origs.items() if _is_floating(stored[orig])]
@@ -139,7 +139,7 @@ def _check_mask(name: str, orig: str, stored: Mapping[str, Stored]) -> None:
     if mask.shape != shape:
         raise InvalidPair(field, f"has shape {list(mask.shape)}, its _orig has {list(shape)}")
     if mask.dtype is None:
-        raise InvalidPair(field, f"has dtype {mask.calls}, which no mask has")
+        raise InvalidPair(field, f"has dtype {mask.dtype_name}, which no mask has")
 
 
 def match(
@@ -162,9 +162,11 @@ def unmatched(
 ) -> NotPrunable | UnknownTensor:
     """The error that says why a name means nothing that can be pruned."""
     if name in {**catalog.stored, **catalog.extras} and name not in catalog.pairs:
-        return NotPrunable(field, f"{quote(name)} cannot be pruned: {_nature(name, catalog)}")
+        return NotPrunable(
+            field, f"{quote(name)} cannot be pruned: {_why_not_prunable(name, catalog)}"
+        )
     candidates = catalog.floating if is_glob(name) else list(catalog.prunable)
-    advice = _integers(context, field, name, catalog) or _nearest(name, candidates)
+    advice = _integer_advice(context, field, name, catalog) or _nearest(name, candidates)
     return UnknownTensor(field, f"{quote(name)} matches no floating tensor; {advice}")
 
 
@@ -179,7 +181,7 @@ def _nearest(name: str, names: Sequence[str]) -> str:
     return f"there are: {', '.join(map(quote, names[:3]))}{more}"
 
 
-def _integers(context: RequestContext, field: str, glob: str, catalog: Catalog) -> str | None:
+def _integer_advice(context: RequestContext, field: str, glob: str, catalog: Catalog) -> str | None:
     """What to do about a glob that matches integers; None where it matches none."""
     found = catalog.in_order(matches(context, field, [glob], catalog.names_of_prunable).first)
     if not found:
@@ -187,14 +189,14 @@ def _integers(context: RequestContext, field: str, glob: str, catalog: Catalog) 
     orig = catalog.pairs.get(found[0], found)[0]
     more = f" (and {len(found) - 1:,} more)" if len(found) > 1 else ""
     return (
-        f"{quote(found[0])}{more} is {catalog.stored[orig].calls}: a tensor of integers must be "
-        "named exactly"
+        f"{quote(found[0])}{more} is {catalog.stored[orig].dtype_name}: "
+        "a tensor of integers must be named exactly"
     )
 
 
-def _nature(name: str, catalog: Catalog) -> str:
+def _why_not_prunable(name: str, catalog: Catalog) -> str:
     if any(name in pair for pair in catalog.pairs.values()):
         return f"it is half of the pair of {quote(name.rsplit('_', 1)[0])}"
     if name in catalog.extras:
         return "it holds scores or a mask"
-    return f"its dtype is {catalog.stored[name].calls}"
+    return f"its dtype is {catalog.stored[name].dtype_name}"

@@ -21,7 +21,7 @@ Extras = tuple[Mapping[str, Stored], Mapping[str, Tensor]]
 Read = Callable[[Collection[str] | None], None]
 
 
-def of_blob(blob: Blob) -> MappedFile:
+def map_blob(blob: Blob) -> MappedFile:
     """A blob of the store, which is checked as it is read."""
     return MappedFile(blob.filename, blob.data, blob.check, blob.check_whole)
 

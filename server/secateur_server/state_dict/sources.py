@@ -11,7 +11,7 @@ from secateur_server.errors import InvalidRequest, InvalidStateDict, ModelTooLar
 from secateur_server.operate.metrics import Metrics
 from secateur_server.runtime.context import RequestContext
 from secateur_server.runtime.scheduler import ONE_CORE_BYTES, Scheduler
-from secateur_server.state_dict.mapped import Extras, map_model, of_blob
+from secateur_server.state_dict.mapped import Extras, map_blob, map_model
 from secateur_server.state_dict.model import Model, stored_of, values_of, without_extras
 from secateur_server.storage.receiver import Receiver
 from secateur_server.storage.records import StoredFile
@@ -99,11 +99,11 @@ class Sources:
             assert keep is not None, "what is not kept came above"
             stream = self.stream(data, header.data_bytes, is_hashed=False)
             size = header.data_bytes
-            landed = keep.receive("", size, stream.pieces(size))
+            received = keep.receive("", size, stream.pieces(size))
             stream.finish()
             room = self.scheduler.model(context, "header.data_bytes", min(size, self.work_memory))
             held.enter_context(room)
-            return self._mapped(context, self._stored((landed,)), None, ({}, {}), (landed,))
+            return self._mapped(context, self._stored((received,)), None, ({}, {}), (received,))
 
         def admit(size: int) -> None:
             in_memory = min(size, self.work_memory) + header.data_bytes
@@ -112,8 +112,8 @@ class Sources:
         if source == "checkpoint":
             owner = context.tenant.owner
             opened = held.enter_context(self.store.open(owner, header.checkpoint))
-            masks = of_blob(opened.masks) if opened.masks else None
-            files = [of_blob(blob) for blob in opened.files]
+            masks = map_blob(opened.masks) if opened.masks else None
+            files = [map_blob(blob) for blob in opened.files]
             stored = opened.record.files
             admit(sum(len(file.data) for file in files))
         elif keep is not None:
@@ -123,7 +123,11 @@ class Sources:
             masks, stored = None, ()
             files = self._opened(context, header.uri, held, admit)
         return self._mapped(
-            context, files, masks, self._beside(context, header.data_bytes, data, extras), stored
+            context,
+            files,
+            masks,
+            self._receive_extras(context, header.data_bytes, data, extras),
+            stored,
         )
 
     def stream(self, data: Iterator[Bytes], file_bytes: int, is_hashed: bool = True) -> ByteStream:
@@ -210,12 +214,12 @@ class Sources:
 
         def read(names: Collection[str] | None) -> None:
             tensors = read_tensors(stream, header, device)
-            beside = {name: values_of(tensors.pop(name)) for name in model.catalog.extras}
-            model.fill(context, tensors, beside, {})
+            extra_tensors = {name: values_of(tensors.pop(name)) for name in model.catalog.extras}
+            model.fill(context, tensors, extra_tensors, {})
 
         return Incoming(model, file_bytes, read, stream.digest)
 
-    def _beside(
+    def _receive_extras(
         self,
         context: RequestContext,
         file_bytes: int,
@@ -239,14 +243,14 @@ class Sources:
 
     def _stored(self, files: tuple[StoredFile, ...]) -> list[MappedFile]:
         """Files that have just come into the store."""
-        return [of_blob(blob) for blob in self.store.open_files("data", files)]
+        return [map_blob(blob) for blob in self.store.open_files("data", files)]
 
     def _mapped(
         self,
         context: RequestContext,
         files: Sequence[MappedFile],
         masks: MappedFile | None,
-        beside: Extras,
+        extra_tensors: Extras,
         stored: tuple[StoredFile, ...],
     ) -> Incoming:
         """A model in mapped memory."""
@@ -255,7 +259,7 @@ class Sources:
             for file in files:
                 file.check_unchanged()
 
-        model, read = map_model(context, files, masks, beside)
+        model, read = map_model(context, files, masks, extra_tensors)
         digest = stored[0].blake3 if len(stored) == 1 else ""
         size = sum(len(file.data) for file in files)
         return Incoming(model, size, read, lambda: digest, check_unchanged, stored)
