@@ -30,7 +30,7 @@ from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.decode import decode_spec
 from secateur_server.spec.resolve import resolve
 from secateur_server.spec.rules import Selection
-from secateur_server.state_dict.model import values_of, without_extras
+from secateur_server.state_dict.state_dict import values_of, without_extras
 from secateur_server.wire.header import Header
 from secateur_server.wire.index import read_index
 from secateur_server.wire.mapped import MappedFile, map_header, map_tensors

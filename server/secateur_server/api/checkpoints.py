@@ -25,7 +25,7 @@ from secateur_server.errors import (
 )
 from secateur_server.outputs import OUTPUTS
 from secateur_server.runtime.context import RequestContext
-from secateur_server.state_dict.mapped import map_blob, map_model
+from secateur_server.state_dict.mapped import map_blob, map_state_dict
 from secateur_server.state_dict.sources import Sources
 from secateur_server.storage.blobs import Blob
 from secateur_server.storage.receiver import Receiver
@@ -61,7 +61,7 @@ class Checkpoints:
                 files = self._receive(receiver, header.files, data)
             try:
                 blobs = [map_blob(blob) for blob in self._store.open_files("data", files)]
-                map_model(context, blobs, None, ({}, {}))
+                map_state_dict(context, blobs, None, ({}, {}))
             except InvalidStateDict:
                 receiver.abandon()
                 raise
@@ -129,8 +129,8 @@ class Checkpoints:
         blobs, masks = opened.files, opened.masks
         files = [map_blob(blob) for blob in blobs]
         mapped_masks = map_blob(masks) if masks else None
-        model, read = map_model(context, files, mapped_masks, ({}, {}))
-        is_changed = masks or (output == pruner_pb2.OUTPUT_DENSE and model.catalog.pairs)
+        state_dict, read = map_state_dict(context, files, mapped_masks, ({}, {}))
+        is_changed = masks or (output == pruner_pb2.OUTPUT_DENSE and state_dict.catalog.pairs)
         if output != pruner_pb2.OUTPUT_MASKS and not is_changed:
             return [_as_stored(blob) for blob in blobs]
         size, scheduler = sum(len(file.data) for file in files), self._sources.scheduler
@@ -138,7 +138,7 @@ class Checkpoints:
         held.enter_context(scheduler.model(context, "name", memory))
         with scheduler.cores(context, size):
             read(None)
-            made = OUTPUTS[output].files(context, model, model.parameters)
+            made = OUTPUTS[output].files(context, state_dict, state_dict.parameters)
         for file in files:
             file.check_unchanged()
         return made

@@ -29,15 +29,15 @@ from secateur_server.cut.prune import prune
 from secateur_server.errors import CheckpointNotFound, InvalidRequest
 from secateur_server.outputs import OUTPUTS
 from secateur_server.outputs.dense import folded_files
-from secateur_server.outputs.hollow import hollow_model
+from secateur_server.outputs.hollow import hollow_state_dict
 from secateur_server.report.warnings import changes_of, warnings_of
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.decode import decode_spec
 from secateur_server.spec.resolve import resolve
 from secateur_server.spec.rules import Rule
-from secateur_server.state_dict.model import Model, masks_of, packed_masks
 from secateur_server.state_dict.parameter import Parameter
 from secateur_server.state_dict.sources import Incoming, Sources
+from secateur_server.state_dict.state_dict import StateDict, masks_of, packed_masks
 from secateur_server.storage.receiver import Receiver
 from secateur_server.wire.writer import Bytes, OutgoingFile, chunks
 
@@ -109,25 +109,27 @@ class Pruner:
         receiver = held.enter_context(self._sources.receiver(context)) if header.keep else None
         extras = {name for rule in asked for name in rule.extras()}
         incoming = self._sources.open(context, header, data, extras, held, receiver)
-        model = incoming.model
-        rules = resolve(context, asked, model.catalog)
+        state_dict = incoming.state_dict
+        rules = resolve(context, asked, state_dict.catalog)
         output = OUTPUTS[header.output]
-        needed = None if output.needs_model else {name for rule in rules for name in rule.reads()}
+        needed = (
+            None if output.needs_all_tensors else {name for rule in rules for name in rule.reads()}
+        )
         with context.stage("receive"):
             incoming.read(needed)
         with self._cores(context, incoming):
             context.begin("prune")
-            before = _before(context, header, model, rules)
-            pruned, outcomes = prune(context, before, rules, model.extras)
+            before = _before(context, header, state_dict, rules)
+            pruned, outcomes = prune(context, before, rules, state_dict.extras)
             with context.stage("encode"):
-                files = output.files(context, model, pruned)
+                files = output.files(context, state_dict, pruned)
                 digest = files[0].blake3 if len(files) == 1 else ""
                 report = encode_report(
-                    context, pruned.items(), model.catalog, incoming.digest(), digest, outcomes
+                    context, pruned.items(), state_dict.catalog, incoming.digest(), digest, outcomes
                 )
-                changes = changes_of(context, report, model.catalog, before)
+                changes = changes_of(context, report, state_dict.catalog, before)
                 report.warnings.extend(
-                    warnings_of(context, report, asked, rules, model.catalog, changes)
+                    warnings_of(context, report, asked, rules, state_dict.catalog, changes)
                 )
         result = pb.PruneResult()
         result.report.CopyFrom(report)  # which takes less time than to construct it with a report
@@ -150,7 +152,7 @@ class Pruner:
     ) -> Iterator[None]:
         """Keeps what was pruned; where the block fails it goes: nobody was told its name."""
         masks = receiver.receive_file(
-            packed_masks(context, {**incoming.model.masks, **masks_of(pruned)})
+            packed_masks(context, {**incoming.state_dict.masks, **masks_of(pruned)})
         )
         record, store = receiver.create(incoming.files, masks), self._sources.store
         owner = context.tenant.owner
@@ -171,12 +173,14 @@ class Pruner:
         header = first.header
         with ExitStack() as held:
             incoming = self._sources.open(context, header, data, (), held)
-            names = incoming.model.named(context, "header.tensors", header.tensors)
+            names = incoming.state_dict.named(context, "header.tensors", header.tensors)
             with context.stage("receive"):
                 incoming.read(names)
-            covered = ((name, incoming.model.parameters[name]) for name in names)
+            covered = ((name, incoming.state_dict.parameters[name]) for name in names)
             with self._cores(context, incoming), context.stage("encode"):
-                report = encode_report(context, covered, incoming.model.catalog, incoming.digest())
+                report = encode_report(
+                    context, covered, incoming.state_dict.catalog, incoming.digest()
+                )
             incoming.check_unchanged()
             self._sources.metrics.reported(context, report)
             return pb.ReportResponse(report=report)
@@ -190,20 +194,20 @@ class Pruner:
         extras = {name for rule in rules for name in rule.extras()}
         with ExitStack() as held:
             incoming = self._sources.open(context, header, data, extras, held)
-            model = incoming.model
-            rules = resolve(context, rules, model.catalog)
+            state_dict = incoming.state_dict
+            rules = resolve(context, rules, state_dict.catalog)
             planned, amounts = decode_amounts(header, rules)
             charge_plan(context, planned, amounts)
             with context.stage("receive"):
                 incoming.read({name for rule in rules for name in rule.reads()})
             with self._cores(context, incoming):
-                before = _before(context, header, model, rules)
-                state = {**before, **prune(context, before, rules[:-1], model.extras)[0]}
+                before = _before(context, header, state_dict, rules)
+                state = {**before, **prune(context, before, rules[:-1], state_dict.extras)[0]}
                 at = "header.amounts" if header.amounts else ""
-                outcomes = plan(context, planned, amounts, state, model.extras, at)
+                outcomes = plan(context, planned, amounts, state, state_dict.extras, at)
             named = {name for rule in rules for name in rule.names()}
             pruned = [name for name in state if name in named]
-            hollow = hollow_model(model, pruned)
+            hollow = hollow_state_dict(state_dict, pruned)
             rest = PruningPlan(
                 masks_bytes=OUTPUTS[pb.OUTPUT_MASKS].size(hollow, pruned),
                 reparametrized_bytes=OUTPUTS[pb.OUTPUT_REPARAMETRIZED].size(hollow, pruned),
@@ -241,18 +245,22 @@ class Pruner:
         held: ExitStack,
     ) -> tuple[pb.FinalizeResult, Files]:
         incoming = self._sources.open(context, header, data, (), held)
-        model = incoming.model
-        names = model.named(context, "header.tensors", header.tensors)
+        state_dict = incoming.state_dict
+        names = state_dict.named(context, "header.tensors", header.tensors)
         with context.stage("receive"):
             incoming.read(None)
         with self._cores(context, incoming), context.stage("encode"):
             context.begin("prune")
-            folded = names if header.tensors else list(model.parameters)  # pairs of integers too
-            files = folded_files(context, model, {name: model.parameters[name] for name in folded})
+            folded = (
+                names if header.tensors else list(state_dict.parameters)
+            )  # pairs of integers too
+            files = folded_files(
+                context, state_dict, {name: state_dict.parameters[name] for name in folded}
+            )
             digest = files[0].blake3 if len(files) == 1 else ""
-            covered = ((name, model.parameters[name]) for name in names)
+            covered = ((name, state_dict.parameters[name]) for name in names)
             report = encode_report(
-                context, covered, model.catalog, incoming.digest(), digest, are_folded=True
+                context, covered, state_dict.catalog, incoming.digest(), digest, are_folded=True
             )
         incoming.check_unchanged()
         self._sources.metrics.reported(context, report)
@@ -323,11 +331,11 @@ def _check_prior(header: pb.PruneHeader | pb.PlanHeader) -> None:
 def _before(
     context: RequestContext,
     header: pb.PruneHeader | pb.PlanHeader,
-    model: Model,
+    state_dict: StateDict,
     rules: Sequence[Rule],
 ) -> dict[str, Parameter]:
     """The parameters before the first of `rules`, which are resolved."""
-    parameters = dict(model.parameters)
+    parameters = dict(state_dict.parameters)
     return prune_zeros(context, parameters, rules) if header.prior == pb.PRIOR_ZEROS else parameters
 
 

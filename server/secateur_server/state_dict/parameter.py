@@ -11,9 +11,10 @@ from secateur_server.backends.masks import Mask
 class Parameter(NamedTuple):
     """A tensor that can be pruned.
 
-    weight: of a dtype of backends.dtypes.PRUNABLE; only fold writes to it.
-    mask: of its elements; None where the tensor was never pruned.
-    seen: what a first look at its elements told, where there was one.
+    Attributes:
+        weight: Has a dtype of backends.dtypes.PRUNABLE. Only `fold` writes to it.
+        mask: Of its elements; None if the tensor was never pruned.
+        seen: Statistics gathered while the tensor arrived; None if there are none.
     """
 
     weight: Tensor
