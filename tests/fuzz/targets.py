@@ -26,6 +26,7 @@ from secateur_server.api.stream import open_request
 from secateur_server.cut.plan import plan
 from secateur_server.cut.prune import prune
 from secateur_server.errors import MalformedFile, RequestError
+from secateur_server.report.tensors import measure_tensors
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.decode import decode_spec
 from secateur_server.spec.resolve import resolve
@@ -269,7 +270,14 @@ def spec(data: bytes) -> None:
         model.fill(RequestContext(), tensors, beside, {})
         pruned, outcomes = prune(RequestContext(), dict(model.parameters), resolved, model.extras)
         _check_counts(
-            encode_report(RequestContext(), pruned.items(), model.catalog, "", "", outcomes)
+            encode_report(
+                RequestContext(),
+                measure_tensors(RequestContext(), pruned),
+                model.catalog,
+                "",
+                "",
+                outcomes,
+            )
         )
         if isinstance(last := resolved[-1], Selection):
             before, _ = prune(RequestContext(), dict(model.parameters), resolved[:-1], model.extras)

@@ -137,7 +137,7 @@ def test_divisions_are_as_defined(
         of_kind(patch, passes)
         patch.setattr(Passes, "piece", data.draw(st.sampled_from([8, 16, 1 << 20])))
         patch.setattr(of_divide, "LEAST_BITS", data.draw(st.sampled_from([1, 5, 8, 16])))
-        patch.setattr(of_divide, "TABLES", data.draw(st.sampled_from([1, 100, 1 << 24])))
+        patch.setattr(of_divide, "MOST_COUNTS", data.draw(st.sampled_from([1, 100, 1 << 24])))
         patch.setattr(of_divide, "FEW", data.draw(st.sampled_from([0, 1 << 17])))
         patch.setattr(divide_small, "MOST_UNITS", data.draw(st.sampled_from([0, 1 << 22])))
         found = divide(RequestContext(), rankings, queries, dtype)

@@ -25,6 +25,7 @@ from secateur_server.cut.plan import plan
 from secateur_server.cut.prune import prune
 from secateur_server.errors import AmountOutOfRange, NanScores, Stopped
 from secateur_server.importance.random import Random
+from secateur_server.report.tensors import measure_tensors
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
@@ -154,7 +155,7 @@ def test_no_batch_size_and_no_compiler_shows(
         patch.setattr(batches, "CHECKED", 2)
         assert_same(expected, applied(model, selection))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("secateur_server.cut.small.SMALL", 0)
+        patch.setattr("secateur_server.state_dict.parameter.SMALL", 0)
         assert_same(expected, applied(model, selection))
 
 
@@ -217,7 +218,11 @@ def test_small_tensors_are_reported_as_by_themselves(
 ) -> None:
     def reported() -> SparsityReport:
         return encode_report(
-            RequestContext(), model.items(), catalog_of(model), "", are_folded=is_folded
+            RequestContext(),
+            measure_tensors(RequestContext(), model),
+            catalog_of(model),
+            "",
+            are_folded=is_folded,
         )
 
     report = reported()
@@ -294,5 +299,5 @@ def test_a_plan_of_small_tensors_is_that_of_large_ones(
         patch.setattr("secateur_server.cut.runs._CELLS", 3)
         assert planned() == found
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("secateur_server.cut.small.SMALL", 0)
+        patch.setattr("secateur_server.state_dict.parameter.SMALL", 0)
         assert planned() == found

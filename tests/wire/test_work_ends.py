@@ -20,6 +20,7 @@ from secateur_server.backends import cpu
 from secateur_server.cut.plan import plan
 from secateur_server.cut.prune import prune
 from secateur_server.errors import Stopped
+from secateur_server.report.tensors import measure_tensors
 from secateur_server.report.warnings import changes_of, warnings_of
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.decode import decode_spec
@@ -74,10 +75,13 @@ def work(context: RequestContext, name: str, is_plan: bool) -> None:
     if is_plan:
         assert isinstance(rules[0], Selection)
         outcomes = plan(context, rules[0], AMOUNTS, PARAMETERS, {})
-        encode_plan(context, outcomes, PARAMETERS, rules[0].tensors)
+        covered = [PARAMETERS[name] for name in rules[0].tensors]
+        weights = [parameter.weight for parameter in covered]
+        pruned_before = [parameter.count_pruned(context) for parameter in covered]
+        encode_plan(context, outcomes, rules[0].tensors, weights, pruned_before)
         return
     pruned, choices = prune(context, PARAMETERS, rules, {})
-    report = encode_report(context, pruned.items(), CATALOG, "", "", choices)
+    report = encode_report(context, measure_tensors(context, pruned), CATALOG, "", "", choices)
     changes = changes_of(context, report, CATALOG, PARAMETERS)
     warnings_of(context, report, asked, rules, CATALOG, changes)
 

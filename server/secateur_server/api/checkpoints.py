@@ -3,15 +3,13 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
 
-import grpc
 from google.protobuf.empty_pb2 import Empty
 
 from secateur_proto import checkpoints_pb2 as pb
 from secateur_proto import pruner_pb2
 from secateur_proto.checkpoint_pb2 import Checkpoint
-from secateur_proto.codec import Data, Decoder, encode
+from secateur_proto.codec import Data
 from secateur_server.api.convert.checkpoint import checkpoint_message, file_message
 from secateur_server.api.convert.files import check_count, decode_file, decode_files, page_token
 from secateur_server.api.stream import open_request, responses
@@ -176,23 +174,3 @@ class Checkpoints:
 
 def _as_stored(blob: Blob) -> OutgoingFile:
     return OutgoingFile(blob.filename, len(blob.data), blob.digest, blob.blocks, blob.blocks)
-
-
-def add_checkpoints(checkpoints: Checkpoints, server: grpc.Server) -> str:
-    """Adds the service to a server, with the codec that copies no data.  Returns: its name."""
-    name = pb.DESCRIPTOR.services_by_name["Checkpoints"].full_name
-    unary = grpc.unary_unary_rpc_method_handler
-    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-        "Upload": grpc.stream_unary_rpc_method_handler(
-            checkpoints.Upload, Decoder(pb.UploadRequest.FromString), encode
-        ),
-        "QueryUpload": unary(checkpoints.QueryUpload, pb.QueryUploadRequest.FromString, encode),
-        "Download": grpc.unary_stream_rpc_method_handler(
-            checkpoints.Download, pb.DownloadRequest.FromString, encode
-        ),
-        "Get": unary(checkpoints.Get, pb.GetRequest.FromString, encode),
-        "List": unary(checkpoints.List, pb.ListRequest.FromString, encode),
-        "Delete": unary(checkpoints.Delete, pb.DeleteRequest.FromString, encode),
-    }
-    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(name, handlers)])
-    return name

@@ -6,10 +6,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from functools import partial
 from typing import Any, TypeVar
 
-import grpc
-
 from secateur_proto import pruner_pb2 as pb
-from secateur_proto.codec import SINGLE, Data, Decoder, encode
+from secateur_proto.codec import Data
 from secateur_proto.plan_pb2 import PruningPlan
 from secateur_server.api.convert.checkpoint import (
     checkpoint_message,
@@ -17,24 +15,26 @@ from secateur_server.api.convert.checkpoint import (
     progress_message,
 )
 from secateur_server.api.convert.columns import field_head
-from secateur_server.api.convert.plan import charge_plan, decode_amounts, encode_plan
+from secateur_server.api.convert.plan import decode_amounts, encode_plan
 from secateur_server.api.convert.report import encode_report
 from secateur_server.api.convert.server_info import encode_server_info
 from secateur_server.api.stream import open_request, responses
 from secateur_server.backends.cpu import one_thread
 from secateur_server.backends.threads import Pool
 from secateur_server.cut.plan import plan
+from secateur_server.cut.plan_small import is_planned_by_runs
 from secateur_server.cut.prior import prune_zeros
 from secateur_server.cut.prune import prune
 from secateur_server.errors import CheckpointNotFound, InvalidRequest
 from secateur_server.outputs import OUTPUTS
 from secateur_server.outputs.dense import folded_files
 from secateur_server.outputs.hollow import hollow_state_dict
+from secateur_server.report.tensors import measure_tensors
 from secateur_server.report.warnings import changes_of, warnings_of
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.decode import decode_spec
 from secateur_server.spec.resolve import resolve
-from secateur_server.spec.rules import Rule
+from secateur_server.spec.rules import Amount, Rule, Selection
 from secateur_server.state_dict.parameter import Parameter
 from secateur_server.state_dict.sources import Incoming, Sources
 from secateur_server.state_dict.state_dict import StateDict, masks_of, packed_masks
@@ -43,6 +43,11 @@ from secateur_server.wire.writer import Bytes, OutgoingFile, chunks
 
 # How often a caller hears how far its call is, and how soon it is seen that it has left.
 PROGRESS_SECONDS = 0.2
+
+# Bytes of a plan for each amount: for a character of a name, and for a tensor. The answer is in
+# memory in parts and as a whole, and has each name and number twice, for the tensor and for its
+# choice. A plan without arrays has a Python object for each number.
+NAME_BYTES, ARRAY_BYTES, OBJECT_BYTES = 4, 250, 700
 
 Done = TypeVar("Done")
 Files = list[OutgoingFile]
@@ -124,8 +129,9 @@ class Pruner:
             with context.stage("encode"):
                 files = output.files(context, state_dict, pruned)
                 digest = files[0].blake3 if len(files) == 1 else ""
+                measured = measure_tensors(context, pruned)
                 report = encode_report(
-                    context, pruned.items(), state_dict.catalog, incoming.digest(), digest, outcomes
+                    context, measured, state_dict.catalog, incoming.digest(), digest, outcomes
                 )
                 changes = changes_of(context, report, state_dict.catalog, before)
                 report.warnings.extend(
@@ -176,10 +182,11 @@ class Pruner:
             names = incoming.state_dict.named(context, "header.tensors", header.tensors)
             with context.stage("receive"):
                 incoming.read(names)
-            covered = ((name, incoming.state_dict.parameters[name]) for name in names)
+            covered = {name: incoming.state_dict.parameters[name] for name in names}
             with self._cores(context, incoming), context.stage("encode"):
+                measured = measure_tensors(context, covered)
                 report = encode_report(
-                    context, covered, incoming.state_dict.catalog, incoming.digest()
+                    context, measured, incoming.state_dict.catalog, incoming.digest()
                 )
             incoming.check_unchanged()
             self._sources.metrics.reported(context, report)
@@ -197,7 +204,7 @@ class Pruner:
             state_dict = incoming.state_dict
             rules = resolve(context, rules, state_dict.catalog)
             planned, amounts = decode_amounts(header, rules)
-            charge_plan(context, planned, amounts)
+            _charge_plan(context, planned, amounts)
             with context.stage("receive"):
                 incoming.read({name for rule in rules for name in rule.reads()})
             with self._cores(context, incoming):
@@ -214,7 +221,13 @@ class Pruner:
                 dense_bytes=OUTPUTS[pb.OUTPUT_DENSE].size(hollow, pruned),
                 input_blake3=incoming.digest(),
             )
-            amounts_bytes = encode_plan(context, outcomes, state, planned.tensors)
+            amounts_bytes = encode_plan(
+                context,
+                outcomes,
+                planned.tensors,
+                [state[name].weight for name in planned.tensors],
+                [state[name].count_pruned(context) for name in context.each(planned.tensors)],
+            )
             parts = [*amounts_bytes, rest.SerializeToString()]
             incoming.check_unchanged()
             return b"".join([field_head(1, sum(map(len, parts))), *parts])
@@ -258,9 +271,10 @@ class Pruner:
                 context, state_dict, {name: state_dict.parameters[name] for name in folded}
             )
             digest = files[0].blake3 if len(files) == 1 else ""
-            covered = ((name, state_dict.parameters[name]) for name in names)
+            covered = {name: state_dict.parameters[name] for name in names}
+            measured = measure_tensors(context, covered)
             report = encode_report(
-                context, covered, state_dict.catalog, incoming.digest(), digest, are_folded=True
+                context, measured, state_dict.catalog, incoming.digest(), digest, are_folded=True
             )
         incoming.check_unchanged()
         self._sources.metrics.reported(context, report)
@@ -339,42 +353,11 @@ def _before(
     return prune_zeros(context, parameters, rules) if header.prior == pb.PRIOR_ZEROS else parameters
 
 
-def add_pruner(pruner: Pruner, server: grpc.Server) -> str:
-    """Adds the service to a server, with the codec that copies no data.  Returns: its name."""
-    name = pb.DESCRIPTOR.services_by_name["Pruner"].full_name
-    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-        "Prune": grpc.stream_stream_rpc_method_handler(
-            pruner.Prune, Decoder(pb.PruneRequest.FromString), encode
-        ),
-        "Report": grpc.stream_unary_rpc_method_handler(
-            pruner.Report, Decoder(pb.ReportRequest.FromString), encode
-        ),
-        "Plan": grpc.stream_unary_rpc_method_handler(
-            pruner.Plan, Decoder(pb.PlanRequest.FromString), encode
-        ),
-        "Finalize": grpc.stream_stream_rpc_method_handler(
-            pruner.Finalize, Decoder(pb.FinalizeRequest.FromString), encode
-        ),
-        "GetServerInfo": grpc.unary_unary_rpc_method_handler(
-            pruner.GetServerInfo, pb.GetServerInfoRequest.FromString, encode
-        ),
-    }
-    single = grpc.unary_unary_rpc_method_handler(
-        pruner.prune_single, Decoder(pb.PruneRequest.FromString), encode
-    )
-    server.add_generic_rpc_handlers([_Handlers(name, handlers, single)])
-    return name
-
-
-class _Handlers(grpc.GenericRpcHandler):
-    """The methods of a service; `single` in place of Prune where a call says that it is one."""
-
-    def __init__(self, service: str, handlers: Mapping[str, Any], single: Any) -> None:
-        self._handlers = {f"/{service}/{name}": handler for name, handler in handlers.items()}
-        self._prune, self._single = f"/{service}/Prune", single
-
-    def service(self, handler_call_details: Any) -> Any:
-        """As grpc.GenericRpcHandler.service."""
-        method, metadata = handler_call_details.method, handler_call_details.invocation_metadata
-        is_single = method == self._prune and SINGLE in (metadata or ())
-        return self._single if is_single else self._handlers.get(method)
+def _charge_plan(context: RequestContext, rule: Selection, amounts: Sequence[Amount]) -> None:
+    """Reserves the memory of a plan of a resolved rule.  Raises RequestTooLarge, QueueFull."""
+    names = rule.names()
+    of_tensor = ARRAY_BYTES if is_planned_by_runs(rule, amounts) else OBJECT_BYTES
+    parts = len(names) + len(rule.groups)
+    size = len(amounts) * (NAME_BYTES * sum(map(len, names)) + of_tensor * parts)
+    what = f"a plan of {len(amounts)} amounts of {len(names)} tensors"
+    context.charge("header.amounts", size, what)

@@ -28,7 +28,7 @@ from secateur_server.cut.prune import apply_selection, choice_of, small_at_once,
 from secateur_server.cut.removed import ListedOutcome, Outcome, Removed, RemovedTable
 from secateur_server.cut.scored import ScoredTensor, is_everything, score_tensors, split_by_scope
 from secateur_server.cut.select import NO_CUT, score_dtype
-from secateur_server.cut.small import are_small, is_small
+from secateur_server.cut.small import are_small
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.rules import Amount, Selection, Threshold
 from secateur_server.state_dict.parameter import Parameter
@@ -85,7 +85,7 @@ def _plan_each(
 ) -> Sequence[Outcome]:
     """A plan of a rule that prunes each tensor by itself: small tensors are planned together."""
     empty = [name for name in rule.tensors if parameters[name].weight.numel() == 0]
-    small = [name for name in rule.tensors if is_small(parameters[name])]
+    small = [name for name in rule.tensors if parameters[name].is_small]
     small = small if are_many(small) else []
     known = {*empty, *small}
     large = [name for name in rule.tensors if name not in known]
@@ -254,12 +254,9 @@ def _outcome_by_pruning(
         parameter = parameters[name]
         whole = _energy(context, parameter.weight, parameter.mask)
         lost = _energy(context, parameter.weight, parameter.mask, mask)
-        removed[name] = Removed(_unpruned(context, parameter) - mask.kept(context), lost, whole)
+        elements = mask.elements - mask.kept(context) - parameter.count_pruned(context)
+        removed[name] = Removed(elements, lost, whole)
     return ListedOutcome(choices, removed)
-
-
-def _unpruned(context: RequestContext, parameter: Parameter) -> int:
-    return parameter.weight.numel() if parameter.mask is None else parameter.mask.kept(context)
 
 
 def _energy(

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from secateur_server.backends.batches import (
-    SMALL,
     Batch,
     are_many,
     batched,
@@ -61,7 +60,7 @@ def prune_small(
         NanScores: A score is NaN.
         AmountOutOfRange: A tensor has too few units.
     """
-    names = [] if rule.normalization else [n for n in table.tensors if is_small(state[n])]
+    names = [] if rule.normalization else [n for n in table.tensors if state[n].is_small]
     if not are_many(names):
         return {}
     kinds: dict[torch.dtype, list[tuple[Ranking, int, int]]] = defaultdict(list)
@@ -77,12 +76,6 @@ def prune_small(
             for part in batched([ranking.units for ranking, _, _ in alike]):
                 masks |= _prune(context, rule, alike[part], dtype, table)
     return masks
-
-
-def is_small(parameter: Parameter) -> bool:
-    """Whether a tensor is on the CPU and has few elements, but one or more."""
-    weight = parameter.weight
-    return 0 < weight.numel() <= SMALL and weight.is_cpu
 
 
 def ranking_of(
@@ -162,7 +155,7 @@ def are_small(names: Sequence[str], parameters: Mapping[str, Parameter]) -> bool
     if not are_many(names):
         return False
     units = sum(parameters[name].weight.numel() for name in names if name in parameters)
-    return units <= MOST_UNITS and all(n in parameters and is_small(parameters[n]) for n in names)
+    return units <= MOST_UNITS and all(n in parameters and parameters[n].is_small for n in names)
 
 
 def prune_jointly(

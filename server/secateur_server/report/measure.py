@@ -38,7 +38,7 @@ class Sparsity:
 def measure(context: RequestContext, parameter: Parameter) -> Sparsity:
     """Counts the zeros of a parameter, -0.0 among them."""
     mask, total = parameter.mask, parameter.weight.numel()
-    pruned = 0 if mask is None else total - mask.kept(context)
+    pruned = parameter.count_pruned(context)
     zeros = pruned if parameter.is_nonzero else pruned + _zeros_kept(context, parameter)
     nonzero = _Nonzero(parameter, mask if zeros == pruned else None)
     shape = parameter.weight.shape

@@ -113,10 +113,8 @@ def changes_of(
     """What a Prune did to each tensor of its report.  before: the parameters before it."""
     changes = []
     for tensor in context.each(report.tensors):
-        name, pruned = tensor.name, tensor.pruned
-        _, mask, seen = before[name]
-        if mask is not None:
-            pruned -= mask.elements - mask.kept(context)
+        name, seen = tensor.name, before[tensor.name].seen
+        pruned = tensor.pruned - before[name].count_pruned(context)
         was_zero = pruned == 0 or (seen is not None and seen.largest == 0)
         is_wholly_zero = not was_zero and tensor.zeros == tensor.total
         changes.append(Change(name, catalog.prunable[name], pruned, is_wholly_zero))

@@ -4,8 +4,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from secateur_server.backends.batches import SMALL
 from secateur_server.backends.looks import Seen
 from secateur_server.backends.masks import Mask
+from secateur_server.runtime.context import RequestContext
 
 
 class Parameter(NamedTuple):
@@ -25,3 +27,12 @@ class Parameter(NamedTuple):
     def is_nonzero(self) -> bool:
         """Whether it is known that no element of the weight itself is zero."""
         return self.seen is not None and not self.seen.zeros
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the tensor is on the CPU and has few elements, but at least one."""
+        return 0 < self.weight.numel() <= SMALL and self.weight.is_cpu
+
+    def count_pruned(self, context: RequestContext) -> int:
+        """Counts the elements that the mask prunes."""
+        return 0 if self.mask is None else self.mask.elements - self.mask.kept(context)

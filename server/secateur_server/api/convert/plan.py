@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from secateur_proto import plan_pb2 as pb
 from secateur_proto.pruner_pb2 import PlanHeader
@@ -19,13 +20,11 @@ from secateur_server.api.convert.columns import (
 from secateur_server.api.convert.tables import encode_choices
 from secateur_server.backends.norms import total
 from secateur_server.cut.choice import ChoiceTable
-from secateur_server.cut.plan_small import is_planned_by_runs
 from secateur_server.cut.removed import Outcome, Removed, RemovedTable
 from secateur_server.errors import InvalidRequest, InvalidSpec
 from secateur_server.fields import fraction_of
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.rules import Amount, Rule, Selection
-from secateur_server.state_dict.parameter import Parameter
 
 MOST_AMOUNTS = 1000
 
@@ -52,42 +51,29 @@ def _amount(amount: pb.Amount, path: str) -> Amount:
     return int(amount.count)
 
 
-def charge_plan(context: RequestContext, rule: Selection, amounts: Sequence[Amount]) -> None:
-    """Counts the memory of a plan of `rule`, which is resolved, by so many amounts.
-
-    Raises:
-        RequestTooLarge: The server never has so much.
-        QueueFull: Other requests hold too much of it.
-    """
-    names = rule.names()
-    of_tensor = _IN_ARRAYS if is_planned_by_runs(rule, amounts) else _IN_OBJECTS
-    parts = len(names) + len(rule.groups)
-    size = len(amounts) * (_NAMED * sum(map(len, names)) + of_tensor * parts)
-    what = f"a plan of {len(amounts)} amounts of {len(names)} tensors"
-    context.charge("header.amounts", size, what)
-
-
-# Bytes for a name's character, for a tensor and an amount: each name is in the answer twice, as a
-# planned tensor and in a choice, and so is each number; the answer is in memory in parts, and as a
-# whole. What is planned without arrays has an object of Python for each number.
-_NAMED, _IN_ARRAYS, _IN_OBJECTS = 4, 250, 700
-
-
 def encode_plan(
     context: RequestContext,
     outcomes: Sequence[Outcome],
-    parameters: Mapping[str, Parameter],
     names: Sequence[str],
+    weights: Sequence[Tensor],
+    pruned: Sequence[int],
 ) -> Iterator[bytes]:
-    """The bytes of the amounts of a PruningPlan for the tensors `names`, in their order.
+    """Encodes the amounts of a PruningPlan, one by one: they may hold millions of tensors.
 
-    They are made amount by amount: there may be millions of tensors in all of them.
+    Args:
+        context: The request.
+        outcomes: One for each amount.
+        names: The tensors that are planned.
+        weights: Of each tensor.
+        pruned: Elements of each tensor that are pruned already.
+
+    Yields:
+        Parts of the field `amounts`.
     """
-    weights = [parameters[name].weight for name in names]
     planned = PlannedTensors(
         texts(1, names),
         np.array([weight.numel() for weight in weights], np.int64),
-        np.array([_pruned(context, parameters[name]) for name in context.each(names)], np.int64),
+        np.array(pruned, np.int64),
         np.array([weight.element_size() for weight in weights], np.int64),
     )
     of_choices = _Names()
@@ -162,11 +148,6 @@ def _table(removed: Mapping[str, Removed], names: Sequence[str]) -> RemovedTable
     energy = np.array([of.energy for of in found], np.float64)
     whole = np.array([of.whole for of in found], np.float64)
     return RemovedTable({}, elements, energy, whole)
-
-
-def _pruned(context: RequestContext, parameter: Parameter) -> int:
-    mask = parameter.mask
-    return 0 if mask is None else parameter.weight.numel() - mask.kept(context)
 
 
 def _norm_shares(energy: Array, whole: Array) -> Array:
