@@ -1,4 +1,4 @@
-"""Totals divided among tensors by shares: every tensor the same, or ERK."""
+"""Divides a total among tensors by shares: uniform, or ERK."""
 
 import math
 from collections.abc import Sequence
@@ -16,12 +16,23 @@ def divide_by_shares(
     limits: Sequence[Limits],
     count: int,
 ) -> tuple[list[int], list[float]]:
-    """How many units go of each, `count` in all, so that what is kept is in proportion to shares.
+    """Divides `count` pruned units among tensors, so that kept units are in proportion to shares.
 
-    uniform: a share is the number of units.  erk: times the sum of the tensor's dimensions over
-    their product (Evci et al. 2020, Rigging the Lottery, ERK; what would be more than dense is
-    dense, and the others share the rest).
-    Returns: also what each would lose without limits but its own size, not rounded.
+    With uniform allocation, the share of a tensor is the number of its units. With ERK, it is that
+    number times the sum of the tensor's dimensions over their product (Evci et al. 2020, Rigging
+    the Lottery). A tensor that would keep more than all its units is dense, and the others share
+    the rest.
+
+    Args:
+        context: The request.
+        rule: The selection.
+        tensors: The tensors whose units are compared.
+        limits: How many units of each may be pruned.
+        count: Units to prune in all.
+
+    Returns:
+        The units to prune of each tensor; and how many they would be without guard rails, not
+        rounded.
     """
     candidates = [tensor.candidates for tensor in tensors]
     sizes = [s.ranking.units if rule.of_all else s.candidates for s in tensors]
@@ -31,10 +42,10 @@ def divide_by_shares(
     kept = sum(candidates) - count
     lows = [a - limit.highest for a, limit in zip(candidates, limits, strict=True)]
     highs = [a - limit.lowest for a, limit in zip(candidates, limits, strict=True)]
-    stay = _round_within(context, _fill(context, shares, lows, highs, kept), lows, highs, kept)
+    rounded = _round_within(context, _fill(context, shares, lows, highs, kept), lows, highs, kept)
     free = _fill(context, shares, [0] * len(candidates), candidates, kept)
     return (
-        [a - s for a, s in zip(candidates, stay, strict=True)],
+        [a - s for a, s in zip(candidates, rounded, strict=True)],
         [a - f for a, f in zip(candidates, free, strict=True)],
     )
 
@@ -48,8 +59,8 @@ def _fill(
 ) -> list[float]:
     """Numbers with the sum `total`, in proportion to shares as far as lows and highs allow.
 
-    In each round those beyond their bounds on the side that is off by more are fixed there, as the
-    others can only move the other way (Bitran and Hax 1981).
+    Each round fixes the numbers that are outside their bounds, on the side that is off by more:
+    the others can only move the other way (Bitran and Hax 1981).
     """
     found = [0.0] * len(shares)
     free = list(range(len(shares)))
@@ -70,8 +81,7 @@ def _fill(
         for i in fixed:
             found[i] = float(bounds[i])
             left -= bounds[i]
-        gone = set(fixed)
-        free = [i for i in free if i not in gone]
+        free = sorted(set(free) - set(fixed))
     return found
 
 
@@ -82,7 +92,7 @@ def _round_within(
     highs: Sequence[int],
     total: int,
 ) -> list[int]:
-    """Integers with the sum `total` within bounds: the largest remainders are rounded up."""
+    """Integers with the sum `total`, within bounds. The largest remainders are rounded up."""
     whole = [
         min(max(math.floor(v), low), high) for v, low, high in zip(values, lows, highs, strict=True)
     ]

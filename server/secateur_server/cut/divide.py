@@ -1,8 +1,8 @@
-"""How many units go of each tensor, where tensors are ranked together under bounds.
+"""Divides pruned units among tensors whose units are compared, within bounds.
 
-Many cuts are looked for at once, by digits of the keys from the highest down (radix select): each
-pass counts, in all rankings, the next digit of what lies where a cut may be. The wider a digit, the
-fewer passes and the larger the tables of counts.
+A radix select finds the thresholds of all queries at once, digit by digit from the highest. Each
+pass over the keys makes histograms of the next digit, for the prefixes that a threshold may have.
+Wider digits need fewer passes and larger histograms.
 """
 
 import math
@@ -22,8 +22,8 @@ from secateur_server.cut.score import Ranking
 from secateur_server.cut.select import FEW, piece_of, score_dtype
 from secateur_server.runtime.context import RequestContext
 
-# Counts in the tables of a pass, 8 bytes each: at most so many; and one for so many units, for the
-# tables not to take longer than the pass, but there they may be of LEAST_BITS.
+# Counts in all histograms of a pass, 8 bytes each: the most, and units of the pass for each count,
+# so that histograms do not take longer than the pass. Digits of LEAST_BITS are always allowed.
 MOST_COUNTS = 1 << 24
 UNITS_OF_COUNT = 16
 LEAST_BITS = 8
@@ -31,13 +31,15 @@ LEAST_BITS = 8
 
 @dataclass(frozen=True)
 class Query:
-    """Units go in the order of their scores until enough have.
+    """Prune units in the order of their scores until a target is reached.
 
-    members: indices of rankings, in the order in which equal scores go.
-    lowest, highest: for each member how many go at least, and at most; no more than are alive.
-    target: the sum of costs, over all units that go, that is to be reached by as few as do; no more
-    than that of the highest.
-    costs: for each member of a unit, 0 or more; None is 1 each: then the target is met exactly.
+    Attributes:
+        members: Indices of rankings. Equal scores are pruned in this order.
+        lowest, highest: Bounds on how many units of each member are pruned; at most its candidates.
+        target: The sum of the costs of all pruned units, to be reached with as few units as
+            possible. At most the cost of `highest`.
+        costs: The cost of a unit of each member, 0 or more. None: 1 each, and the target is met
+            exactly.
     """
 
     members: tuple[int, ...]
@@ -49,11 +51,13 @@ class Query:
 
 @dataclass(frozen=True)
 class Division:
-    """What goes.
+    """How many units are pruned of each member of a query.
 
-    counts: for each member how many units.
-    key: of the cut, in the common dtype; -1 where no unit goes by its rank.
-    below, equal: for each member how many alive units have a key below the cut's, and that key.
+    Attributes:
+        counts: Pruned units of each member.
+        key: The key of the threshold; -1 if no unit is pruned for its score.
+        below, equal: Candidates of each member with a lower key than the threshold's, and with that
+            key.
     """
 
     counts: tuple[int, ...]
@@ -68,12 +72,20 @@ def divide(
     queries: Sequence[Query],
     dtype: torch.dtype,
 ) -> list[Division]:
-    """The division of each query.
+    """Finds the division of each query.
 
-    The cut is the smallest key by which, with each member's units up to it, within the bounds, the
-    target is reached. All below the cut go, then of those at it as many as it takes, member by
-    member; but of each member within its bounds.
-    dtype: in which the scores of all rankings compare, as of score_dtype.
+    The threshold is the smallest key for which the units of all members up to it, within the
+    bounds, reach the target. All units below the threshold are pruned, and then ties, member by
+    member, until the target is reached; of each member within its bounds.
+
+    Args:
+        context: The request.
+        rankings: The units of each tensor.
+        queries: At least one.
+        dtype: In which the scores of all rankings are compared, as of score_dtype.
+
+    Returns:
+        One division for each query.
     """
     if all(len(query.members) == 1 and query.costs is None for query in queries) and all(
         ranking.units <= FEW for ranking in rankings
@@ -105,7 +117,7 @@ def _divide_each(
     queries: Sequence[Query],
     dtype: torch.dtype,
 ) -> list[Division]:
-    """As divide, of queries about one small ranking each."""
+    """Does `divide` for queries with one small ranking each."""
     by_ranking: dict[int, list[int]] = {}
     for index, query in enumerate(queries):
         by_ranking.setdefault(query.members[0], []).append(index)
@@ -121,7 +133,7 @@ def _divide_each(
 def _divide_few(
     context: RequestContext, ranking: Ranking, queries: Sequence[Query], dtype: torch.dtype
 ) -> list[Division]:
-    """As divide, of one small ranking: its keys are sorted once."""
+    """Does `divide` for one small ranking, whose keys are sorted once."""
     passes = passes_of(ranking.device)
     keys = passes.keys(piece_of(ranking, dtype, 0, ranking.units))
     if ranking.candidates is not None:
@@ -141,17 +153,19 @@ def _divide_few(
 
 
 class _Search:
-    """How far the cut of a query is known.
+    """The state of the search for a query's threshold.
 
-    prefix: its highest digits.  below: of each member the units with a key below all of that
-    prefix.  equal: those with the prefix.
+    Attributes:
+        prefix: The highest digits of the threshold.
+        below: Units of each member whose key is lower than all keys with that prefix.
+        equal: Units of each member that have the prefix.
     """
 
     def __init__(self, query: Query) -> None:
         self.query, self.prefix = query, 0
         self.lowest, self.highest = torch.tensor(query.lowest), torch.tensor(query.highest)
         self.costs = query.costs or (1,) * len(query.members)
-        # Where the caller has added the same costs in another order, all is still enough.
+        # The caller may have added the same costs in another order, and rounded otherwise.
         self.target = min(query.target, self._cost(self.highest))
         self.below = self.equal = torch.zeros(len(query.members), dtype=torch.int64)
         self.is_met = self._is_enough(self.lowest)
@@ -159,7 +173,7 @@ class _Search:
     def _cost(self, counts: Tensor) -> float:
         if self.query.costs is None:
             return int(counts.sum())
-        # Rounded once: no order of the members or of vectors shows.
+        # Rounded once, so that the order of the members does not matter.
         return math.fsum(c * n for c, n in zip(self.costs, counts.tolist(), strict=True))
 
     def _is_enough(self, counts: Tensor) -> bool:
@@ -186,7 +200,7 @@ class _Search:
         self.prefix = self.prefix << width | digit
 
     def find(self, keys: SortedKeys) -> None:
-        """Finds the cut among keys that are sorted."""
+        """Finds the threshold among sorted keys."""
         if self.is_met:
             return
         members = torch.tensor(self.query.members)
@@ -203,7 +217,7 @@ class _Search:
         self.equal = up_to(self.prefix) - self.below
 
     def division(self) -> Division:
-        """What goes, now that the cut is known."""
+        """The division, once the threshold is known."""
         below, equal = tuple(self.below.tolist()), tuple(self.equal.tolist())
         if self.is_met:
             return Division(self.query.lowest, -1, below, equal)
@@ -215,21 +229,23 @@ class _Search:
         last = _first(len(most), lambda i: self._is_enough(with_first(i + 1)))
         counts = with_first(last)
         one = torch.arange(len(most)) == last
-        room = int(most[last] - counts[last])
-        counts[last] += _first(room, lambda more: self._is_enough(counts + more * one))
+        ties = int(most[last] - counts[last])
+        counts[last] += _first(ties, lambda more: self._is_enough(counts + more * one))
         return Division(tuple(counts.tolist()), self.prefix, below, equal)
 
 
 def _first(count: int, is_true: Callable[[int], bool]) -> int:
-    """The first of so many numbers, from 0, from which on it is true; `count` where it never is."""
+    """The first number in [0, count) from which on `is_true` holds; `count` if it never does."""
     return bisect_left(range(count), True, key=is_true)
 
 
 @dataclass(frozen=True)
 class _Histogram:
-    """Of a ranking for each prefix the units up to each digit.
+    """For each prefix the units of a ranking up to each digit.
 
-    rows: of the prefixes, ascending.  up_to: int64, (prefixes, digits).
+    Attributes:
+        rows: The row of each prefix, ascending.
+        up_to: int64, (prefixes, digits).
     """
 
     rows: dict[int, int]
@@ -238,7 +254,7 @@ class _Histogram:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Pieces of a ranking that one thread counts.  prefixes: ascending."""
+    """Pieces of a ranking that one thread counts. `prefixes` are ascending."""
 
     ranking: int
     prefixes: Sequence[int]
@@ -252,10 +268,17 @@ def _count_digits(
     left: int,
     dtype: torch.dtype,
 ) -> tuple[dict[int, _Histogram], int]:
-    """Counts the next digit behind the prefixes that are wanted of each ranking, in one pass.
+    """Makes histograms of the next digit after the prefixes of each ranking, in one pass.
 
-    left: how many bits of the keys are behind the prefixes.
-    Returns: the table of each ranking that something is wanted of; and the bits of the digit.
+    Args:
+        context: The request.
+        rankings: The units of each tensor.
+        prefixes: The prefixes that are counted in each ranking.
+        left: Bits of the keys after the prefixes.
+        dtype: As for divide.
+
+    Returns:
+        The histogram of each ranking with prefixes, and the bits of the digit.
     """
     passes = passes_of(rankings[0].device)
     chunks = _chunks(context, rankings, prefixes, dtype, passes)
@@ -287,7 +310,7 @@ def _chunks(
     dtype: torch.dtype,
     passes: Passes,
 ) -> list[_Chunk]:
-    """The pieces of each ranking that something is wanted of, some for each thread."""
+    """The pieces of each ranking that has prefixes, in chunks for the threads."""
     pieces = {
         i: _pieces(rankings[i], dtype, passes)
         for i, part in enumerate(context.each(prefixes))
@@ -297,15 +320,15 @@ def _chunks(
     return [
         _Chunk(i, sorted(prefixes[i]), part[begin:end])
         for i, part in pieces.items()
-        for begin, end in spans(len(part) or 1, size)  # of no units there is a table of zeros
+        for begin, end in spans(len(part) or 1, size)  # without units: a histogram of zeros
     ]
 
 
 def _width(units: int, chunks: Sequence[_Chunk], left: int) -> int:
-    """The bits of the next digit: as many as tables have room for, or fewer in as many passes."""
+    """The bits of the next digit: as many as fit, or fewer if that takes as many passes."""
     rows = sum(len(chunk.prefixes) for chunk in chunks)
-    room = min(MOST_COUNTS // rows, max(units // UNITS_OF_COUNT // rows, 1 << LEAST_BITS))
-    most = min(left, DIGIT_BITS, max(1, room.bit_length() - 1))
+    digits = min(MOST_COUNTS // rows, max(units // UNITS_OF_COUNT // rows, 1 << LEAST_BITS))
+    most = min(left, DIGIT_BITS, max(1, digits.bit_length() - 1))
     return -(-left // -(-left // most))
 
 
@@ -316,9 +339,15 @@ def _pieces(ranking: Ranking, dtype: torch.dtype, passes: Passes) -> list[Piece]
 def count_below(
     context: RequestContext, rankings: Sequence[Ranking], key: int
 ) -> list[tuple[int, int]]:
-    """How many alive units of each ranking have a key below `key`, and how many have that key.
+    """Counts the candidates of each ranking with a key below `key`, and with that key.
 
-    key: in the common dtype, as of score_dtype.
+    Args:
+        context: The request.
+        rankings: The units of each tensor.
+        key: In the dtype of score_dtype.
+
+    Returns:
+        Both counts of each ranking.
     """
     passes, dtype = passes_of(rankings[0].device), score_dtype(rankings)
     pieces = [_pieces(ranking, dtype, passes) for ranking in context.each(rankings)]

@@ -1,4 +1,4 @@
-"""LAMP among small tensors, whose units are their elements."""
+"""LAMP among small tensors whose units are their elements."""
 
 from collections.abc import Mapping, Sequence
 
@@ -20,7 +20,7 @@ def prune_by_lamp(
     names: Sequence[str],
     state: Mapping[str, Parameter],
 ) -> tuple[Masks, Choice]:
-    """Prunes small tensors together by LAMP scores of their weights.
+    """Prunes small tensors, compared by LAMP scores of their weights.
 
     Raises:
         NanScores: A score is NaN.
