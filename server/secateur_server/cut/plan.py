@@ -1,4 +1,4 @@
-"""What a rule would do by each of many amounts, from one look at the scores."""
+"""Predicts the outcome of a rule for many amounts, and scores the units once."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -42,12 +42,23 @@ def plan(
     extras: Mapping[str, Tensor],
     at: str = "",
 ) -> Sequence[Outcome]:
-    """The outcome of `rule` with each of `amounts` in its amount's place.
+    """Predicts the outcome of a rule for each of several amounts.
 
-    rule: resolved.  parameters, extras: as of prune.
-    at: the path of `amounts`, for errors, where they are not the rule's own.  Errors: InvalidSpec.
+    Args:
+        context: The request.
+        rule: Resolved.
+        amounts: Each takes the place of the rule's amount.
+        parameters: As for prune.
+        extras: As for prune.
+        at: The path of `amounts` in the request, if they are not the rule's own.
+
+    Returns:
+        One outcome for each amount.
+
+    Raises:
+        InvalidSpec: As prune does.
     """
-    # Groups overlap: what is left of a tensor only its mask tells. Rows have a cut each.
+    # Groups overlap, so only masks tell what is kept. Rows have a threshold each.
     if rule.groups or rule.scope == "row":
         return [
             _outcome_by_pruning(context, replace(rule, amount=a), parameters, extras)
@@ -68,11 +79,11 @@ def plan(
             removed[index][name] = Removed(0, 0.0, 0.0)
     ranked = split_by_scope(context, rule, [name for name in rule.tensors if name not in empty])
     parts = _all_planned(context, rule, amounts, ranked, parameters, extras, at)
-    for found in context.each(parts):
-        for index, (choice, gone) in enumerate(found):
+    for result in context.each(parts):
+        for index, (choice, by_tensor) in enumerate(result):
             choices[index].append(choice)
-            removed[index].update(gone)
-    return [ListedOutcome(*of) for of in zip(choices, removed, strict=True)]
+            removed[index].update(by_tensor)
+    return [ListedOutcome(*row) for row in zip(choices, removed, strict=True)]
 
 
 def _plan_each(
@@ -83,7 +94,7 @@ def _plan_each(
     extras: Mapping[str, Tensor],
     at: str,
 ) -> Sequence[Outcome]:
-    """A plan of a rule that prunes each tensor by itself: small tensors are planned together."""
+    """A plan of a rule that prunes each tensor separately. Small tensors are planned in batches."""
     empty = [name for name in rule.tensors if parameters[name].weight.numel() == 0]
     small = [name for name in rule.tensors if parameters[name].is_small]
     small = small if are_many(small) else []
@@ -94,12 +105,12 @@ def _plan_each(
     ranked = split_by_scope(context, rule, large)
     parts = _all_planned(context, rule, amounts, ranked, parameters, extras, at)
     others: list[dict[str, tuple[Choice, Removed]]] = [{} for _ in amounts]
-    for name, found in zip(large, parts, strict=True):
-        for of_amount, (choice, removed) in zip(others, found, strict=True):
+    for name, result in zip(large, parts, strict=True):
+        for of_amount, (choice, removed) in zip(others, result, strict=True):
             of_amount[name] = choice, removed[name]
     names = list(dict.fromkeys([*empty, *rule.tensors]))
     places = {name: place for place, name in enumerate(names)}
-    return [EachOutcome(index, names, places, planned, of) for index, of in enumerate(others)]
+    return [EachOutcome(index, names, places, planned, row) for index, row in enumerate(others)]
 
 
 def _plan_small(
@@ -109,10 +120,10 @@ def _plan_small(
     parameters: Mapping[str, Parameter],
     at: str,
 ) -> Sequence[Outcome] | None:
-    """A plan of a rule that ranks small tensors together; None where they are not all small."""
+    """A plan of a rule that compares small tensors; None if they are not all small."""
     empty = [name for name in rule.tensors if parameters[name].weight.numel() == 0]
-    gone = set(empty)
-    ranked = split_by_scope(context, rule, [name for name in rule.tensors if name not in gone])
+    filled = [name for name in rule.tensors if parameters[name].weight.numel()]
+    ranked = split_by_scope(context, rule, filled)
     if not all(are_small(names, parameters) for names in ranked):
         return None
     rules = with_amounts(rule, amounts, at)
@@ -125,7 +136,7 @@ def _plan_small(
     for index in range(len(amounts)):
         choices = [Choice((name,), 0, 0, 0) for name in empty]
         choices += [of_part[index] for _, of_part in parts]
-        elements = np.concatenate([none.astype(int), *(of.counts[index] for of, _ in parts)])
+        elements = np.concatenate([none.astype(int), *(row.counts[index] for row, _ in parts)])
         energy = np.concatenate([none, *(planned.energy[index] for planned, _ in parts)])
         outcomes.append(ListedOutcome(choices, RemovedTable(places, elements, energy, whole)))
     return outcomes
@@ -140,7 +151,7 @@ def _all_planned(
     extras: Mapping[str, Tensor],
     at: str,
 ) -> list[list[tuple[Choice, dict[str, Removed]]]]:
-    """As _planned, of all tensors, by those that are ranked together."""
+    """Does `_planned` for each set of tensors that are compared."""
     return small_at_once(
         context,
         lambda names: _planned(context, rule, amounts, names, parameters, extras, at),
@@ -159,8 +170,8 @@ def _planned(
     extras: Mapping[str, Tensor],
     at: str,
 ) -> list[tuple[Choice, dict[str, Removed]]]:
-    """For each amount the choice among tensors that are ranked together, and what goes of them."""
-    # Where one amount takes less than all, there have to be scores.
+    """For each amount the choice among tensors that are compared, and what is pruned of each."""
+    # Scores are needed if any amount prunes less than all units.
     rule = replace(rule, amount=next((a for a in amounts if not is_everything(a)), amounts[0]))
     tensors = score_tensors(context, rule, names, parameters, extras)
     dtype = score_dtype([tensor.ranking for tensor in tensors])
@@ -172,7 +183,7 @@ def _planned(
             tensor,
             parameters[tensor.name],
             [decision.counts[i] for decision in decisions],
-            [of[i] for of in cuts],
+            [row[i] for row in cuts],
             dtype,
         )
         for i, tensor in enumerate(context.each(tensors))
@@ -184,7 +195,7 @@ def _planned(
             scores = [None if c == NO_CUT else score_at(c.key, dtype) for c in cuts[index]]
             decision = with_cut(context, decision, [tensor.ranking for tensor in tensors], scores)
         choice = choice_of(rule, names, candidates, sum(decision.counts), decision)
-        planned.append((choice, {n: of[index] for n, of in zip(names, removed, strict=True)}))
+        planned.append((choice, {n: row[index] for n, row in zip(names, removed, strict=True)}))
     return planned
 
 
@@ -194,7 +205,7 @@ def _cuts(
     decisions: Sequence[Decision],
     dtype: torch.dtype,
 ) -> list[list[Cut]]:
-    """For each decision the cut of each subject, in the common dtype."""
+    """For each decision the cut of each tensor, in the common dtype."""
     cuts: list[list[Cut | None]] = [
         [
             NO_CUT if count == 0 else known
@@ -204,17 +215,17 @@ def _cuts(
         ]
         for decision in context.each(decisions)
     ]
-    # Those that limits or shares took elsewhere than at the cut of all.
-    missing = [(d, s) for d, of in enumerate(cuts) for s, cut in enumerate(of) if cut is None]
+    # Tensors that guard rails or shares cut elsewhere than at the common threshold.
+    missing = [(d, s) for d, row in enumerate(cuts) for s, cut in enumerate(row) if cut is None]
     queries = [
         Query((s,), (0,), (tensors[s].candidates,), decisions[d].counts[s]) for d, s in missing
     ]
     rankings = [tensor.ranking for tensor in tensors]
-    found = divide(context, rankings, queries, dtype) if queries else []
-    for (d, s), division in zip(context.each(missing), found, strict=True):
+    result = divide(context, rankings, queries, dtype) if queries else []
+    for (d, s), division in zip(context.each(missing), result, strict=True):
         ties = division.counts[0] - division.below[0]
         cuts[d][s] = Cut(division.key, ties, division.equal[0])
-    return [[cut for cut in of if cut is not None] for of in cuts]
+    return [[cut for cut in row if cut is not None] for row in cuts]
 
 
 def _removed(
@@ -225,19 +236,20 @@ def _removed(
     cuts: Sequence[Cut],
     dtype: torch.dtype,
 ) -> list[Removed]:
-    """What goes of one tensor by each of its cuts.  counts: of units."""
+    """What each of the cuts of a tensor prunes. `counts` are of units."""
     if tensor.costs is None:
-        found, whole = energies(context, tensor.ranking, parameter.weight.reshape(-1), cuts, dtype)
-        return [Removed(count, energy, whole) for count, energy in zip(counts, found, strict=True)]
+        result, whole = energies(context, tensor.ranking, parameter.weight.reshape(-1), cuts, dtype)
+        return [Removed(count, energy, whole) for count, energy in zip(counts, result, strict=True)]
     elements, energy = tensor.costs(context)
     whole = _energy(context, parameter.weight, parameter.mask)
-    # Their squares are what is added up; rounding is far from a whole element.
-    of_elements, _ = energies(
+    # `energies` adds up squares. The error is far less than one element.
+    pruned_elements, _ = energies(
         context, tensor.ranking, elements.to(torch.float64).sqrt_(), cuts, dtype
     )
-    of_energy, _ = energies(context, tensor.ranking, energy.sqrt_(), cuts, dtype)
+    pruned_energy, _ = energies(context, tensor.ranking, energy.sqrt_(), cuts, dtype)
     return [
-        Removed(round(gone), lost, whole) for gone, lost in zip(of_elements, of_energy, strict=True)
+        Removed(round(pruned), energy, whole)
+        for pruned, energy in zip(pruned_elements, pruned_energy, strict=True)
     ]
 
 
@@ -247,24 +259,24 @@ def _outcome_by_pruning(
     parameters: Mapping[str, Parameter],
     extras: Mapping[str, Tensor],
 ) -> Outcome:
-    """The outcome of really choosing, without keeping what was chosen."""
+    """The outcome of pruning without keeping the masks."""
     masks, choices = apply_selection(context, rule, parameters, extras)
     removed = {}
     for name, mask in context.each(masks.items()):
         parameter = parameters[name]
         whole = _energy(context, parameter.weight, parameter.mask)
-        lost = _energy(context, parameter.weight, parameter.mask, mask)
+        energy = _energy(context, parameter.weight, parameter.mask, mask)
         elements = mask.elements - mask.kept(context) - parameter.count_pruned(context)
-        removed[name] = Removed(elements, lost, whole)
+        removed[name] = Removed(elements, energy, whole)
     return ListedOutcome(choices, removed)
 
 
 def _energy(
     context: RequestContext, weight: Tensor, mask: Mask | None, after: Mask | None = None
 ) -> float:
-    """The sum of squares of what a mask keeps, and another one does not; None keeps all.
+    """The sum of squares of the elements that `mask` keeps and `after` prunes.
 
-    after: None keeps nothing.
+    A mask of None keeps all elements; `after` of None prunes all.
     """
     values, passes = weight.reshape(-1), passes_of(weight.device)
 

@@ -1,4 +1,4 @@
-"""Plans for many small tensors, whose units are their elements: arrays of what amounts do."""
+"""Plans for many small tensors whose units are their elements, as arrays."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ from secateur_server.state_dict.parameter import Parameter
 
 
 def is_planned_by_runs(rule: Selection, amounts: Sequence[Amount]) -> bool:
-    """Whether shares or numbers of elements go, by the magnitude of the weights alone."""
+    """Whether the rule prunes fractions or counts of elements by the magnitude of weights alone."""
     is_of_weights = rule.importance.is_value and not (rule.scores or rule.scales)
     is_plain = rule.allocation in ("rank", "lamp") and not rule.guard_rails.rails
     return (
@@ -40,13 +40,13 @@ def is_planned_by_runs(rule: Selection, amounts: Sequence[Amount]) -> bool:
 
 @dataclass(frozen=True)
 class Planned:
-    """What amounts do to tensors.
+    """Predicted outcomes for tensors.
 
     Attributes:
         names: Of the tensors.
-        counts: How many units of each tensor each amount prunes, (amounts, tensors).
-        energy: As RemovedTable has it, (amounts, tensors).
-        whole: As RemovedTable has it.
+        counts: Units of each tensor that each amount prunes, (amounts, tensors).
+        energy: As in RemovedTable, (amounts, tensors).
+        whole: As in RemovedTable.
     """
 
     names: Sequence[str]
@@ -57,12 +57,12 @@ class Planned:
 
 @dataclass(frozen=True)
 class PlannedEach(Planned):
-    """What amounts do to tensors, each by itself.
+    """Predicted outcomes for tensors that are pruned separately.
 
     Attributes:
-        alive: Units of each tensor that are unpruned before.
-        thresholds, equal, ties: Of each cut, (amounts, tensors): the score, NaN where nothing is
-            pruned; how many units have it; and how many of them are pruned.
+        candidates: Units of each tensor that are unpruned before.
+        thresholds, equal, ties: Of each cut, (amounts, tensors): the score, NaN if nothing is
+            pruned; the units that have it; and how many of them are pruned.
     """
 
     candidates: Ints
@@ -77,7 +77,16 @@ def plan_each(
     names: Sequence[str],
     parameters: Mapping[str, Parameter],
 ) -> list[PlannedEach]:
-    """What rules with several amounts do to small tensors, each of which is pruned by itself.
+    """Predicts what several amounts prune of small tensors, each separately.
+
+    Args:
+        context: The request.
+        rules: The same rule with each amount.
+        names: Of the tensors.
+        parameters: By name.
+
+    Returns:
+        The outcomes of all amounts, for batches of tensors.
 
     Raises:
         NanScores: A score is NaN.
@@ -110,11 +119,11 @@ def _plan_each(
     counts, below, equal = (np.empty(shape, np.int32) for _ in range(3))
     thresholds = np.empty(shape)
     for index, rule in enumerate(context.each(rules)):
-        base, gone = (
+        bases, pruned = (
             (units, units - candidates) if rule.of_all else (candidates, np.zeros_like(candidates))
         )
-        share: Any = np.rint(rule.amount * base) if isinstance(rule.amount, float) else rule.amount
-        counts[index] = np.maximum(0, share - gone)
+        share: Any = np.rint(rule.amount * bases) if isinstance(rule.amount, float) else rule.amount
+        counts[index] = np.maximum(0, share - pruned)
         below[index], equal[index] = runs.cut_at(counts[index])
         last = runs.starts[:-1] + np.maximum(counts[index] - 1, 0)
         keys = np.append(runs.keys, 0)[np.minimum(last, len(runs.keys))]
@@ -131,9 +140,16 @@ def plan_jointly(
     names: Sequence[str],
     parameters: Mapping[str, Parameter],
 ) -> tuple[Planned, list[Choice]]:
-    """What rules with several amounts do to small tensors that are ranked together.
+    """Predicts what several amounts prune of small tensors whose units are compared.
 
-    Returns: also the choice of each amount.
+    Args:
+        context: The request.
+        rules: The same rule with each amount.
+        names: Of the tensors.
+        parameters: By name.
+
+    Returns:
+        The outcomes of all amounts, and the choice of each.
 
     Raises:
         NanScores: A score is NaN.
@@ -149,10 +165,17 @@ def plan_jointly(
 def cut_jointly(
     context: RequestContext, rules: Sequence[Selection], rankings: Sequence[Ranking], runs: Runs
 ) -> tuple[tuple[Ints, Ints, Ints], list[Choice]]:
-    """Cuts small tensors that are ranked together by several amounts.
+    """Cuts small tensors whose units are compared, by several amounts.
 
-    Returns: how many units each loses, and of its cut how many are below it and at it, each
-        (amounts, tensors); and the choice of each amount.
+    Args:
+        context: The request.
+        rules: The same rule with each amount.
+        rankings: Of the tensors.
+        runs: Of the same tensors.
+
+    Returns:
+        The units pruned of each tensor, and those below and at its cut, each (amounts, tensors);
+        and the choice of each amount.
 
     Raises:
         AmountOutOfRange: The tensors have too few units.
@@ -173,8 +196,7 @@ def cut_jointly(
             ties, ties_pruned = int(at.sum()), count - int(before.sum())
             counts[index] = before + np.clip(ties_pruned - (np.cumsum(at) - at), 0, at)
             below[index], equal[index] = runs.cut_at(counts[index]) if is_lamp else (before, at)
-        said = count, count, value, ties, ties_pruned
-        choices.append(Choice(names, len(runs.keys), *said))
+        choices.append(Choice(names, len(runs.keys), count, count, value, ties, ties_pruned))
     return (counts, below, equal), choices
 
 
@@ -195,19 +217,19 @@ class _Order:
     """The units of all tensors in one order.
 
     Args:
-        starts: As Runs has them.
-        keys: Of each tensor ascending.
+        starts: As in Runs.
+        keys: Ascending for each tensor.
     """
 
     def __init__(self, starts: Ints, keys: npt.NDArray[Any]) -> None:
         self._starts, self._keys = starts, np.sort(keys)
-        # One ascending list for all tensors: the tensor, then the place of the key among all keys.
+        # One ascending list for all tensors: each has its own range of numbers for its keys.
         self._first = np.arange(len(starts) - 1) * (len(keys) + 1)
         places = np.searchsorted(self._keys, keys)
         self._places = np.repeat(self._first, np.diff(starts)) + places
 
     def cut(self, count: int) -> tuple[int, Ints, Ints]:
-        """The key of the unit at `count`, from 1, and how many of each are below and at it."""
+        """The key of the `count`-th unit, from 1, and the units of each tensor below and at it."""
         key = self._keys[count - 1]
         amount_to_prune = self._first + np.searchsorted(self._keys, key)
         begins = np.searchsorted(self._places, amount_to_prune)
@@ -217,14 +239,14 @@ class _Order:
 
 @dataclass(frozen=True)
 class EachOutcome:
-    """What an amount does to tensors of which each is pruned by itself, made when it is asked for.
+    """The outcome of an amount for tensors that are pruned separately. Tables are made on request.
 
     Attributes:
         index: Of the amount.
         tensors: The names of all tensors; one list for all amounts.
-        places: Of each of them.
-        planned: Of the small ones.
-        others: Of the others: the choice, and what it removes.
+        places: The index of each name.
+        planned: Outcomes for small tensors.
+        others: For each other tensor the choice, and what it prunes.
     """
 
     index: int
@@ -235,39 +257,42 @@ class EachOutcome:
 
     @property
     def choices(self) -> ChoiceTable:
-        """As Outcome has them."""
+        """The choices of all tensors."""
         table = ChoiceTable.empty(self.tensors)
-        for of, rows in self._rows():
+        for planned, rows in self._rows():
             table.candidates[rows], table.thresholds[rows] = (
-                of.candidates,
-                of.thresholds[self.index],
+                planned.candidates,
+                planned.thresholds[self.index],
             )
-            table.requested[rows] = table.pruned[rows] = of.counts[self.index]
-            table.ties[rows], table.ties_pruned[rows] = of.equal[self.index], of.ties[self.index]
+            table.requested[rows] = table.pruned[rows] = planned.counts[self.index]
+            table.ties[rows], table.ties_pruned[rows] = (
+                planned.equal[self.index],
+                planned.ties[self.index],
+            )
         for choice, _ in self.others.values():
             table.set(choice)
         return table
 
     @property
     def removed(self) -> RemovedTable:
-        """As Outcome has it."""
+        """What is pruned of each tensor."""
         elements = np.zeros(len(self.places), np.int64)
         energy, whole = np.zeros((2, len(self.places)))
-        for of, rows in self._rows():
-            elements[rows], energy[rows] = of.counts[self.index], of.energy[self.index]
-            whole[rows] = of.whole
+        for planned, rows in self._rows():
+            elements[rows], energy[rows] = planned.counts[self.index], planned.energy[self.index]
+            whole[rows] = planned.whole
         for name, (_, removed) in self.others.items():
             row = self.places[name]
             elements[row], energy[row], whole[row] = removed.elements, removed.energy, removed.whole
         return RemovedTable(self.places, elements, energy, whole)
 
     def _rows(self) -> Iterator[tuple[PlannedEach, list[int]]]:
-        for of in self.planned:
-            yield of, [self.places[name] for name in of.names]
+        for planned in self.planned:
+            yield planned, [self.places[name] for name in planned.names]
 
 
 def with_amounts(rule: Selection, amounts: Sequence[Amount], at: str) -> list[Selection]:
-    """The rule with each of some amounts, with the path that errors name."""
+    """Makes a copy of the rule for each amount, with the path that errors name."""
     return [
         replace(rule, amount=amount, path=f"{at}[{index}]" if at else rule.path)
         for index, amount in enumerate(amounts)
