@@ -6,9 +6,9 @@ from secateur_server.backends.batches import cut_each
 from secateur_server.cut.choice import Choice
 from secateur_server.cut.plan_small import cut_jointly
 from secateur_server.cut.runs import runs_of
-from secateur_server.cut.scored import Masks
+from secateur_server.cut.scored import Masks, score_tensor
 from secateur_server.cut.select import score_dtype
-from secateur_server.cut.small import batch_of, masks_of, ranking_of
+from secateur_server.cut.small import batch_of, masks_of
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.rules import Selection
 from secateur_server.state_dict.parameter import Parameter
@@ -27,7 +27,7 @@ def prune_by_lamp(
         AmountOutOfRange: The tensors have too few units.
     """
     with context.stage("score"):
-        rankings = [ranking_of(context, rule, name, state, {}) for name in context.each(names)]
+        rankings = [score_tensor(context, rule, name, state, {}) for name in context.each(names)]
     with context.stage("select"):
         batch = batch_of(rankings, score_dtype(rankings))
         (counts, _, _), (choice,) = cut_jointly(context, [rule], rankings, runs_of(batch))

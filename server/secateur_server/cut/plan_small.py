@@ -17,8 +17,9 @@ from secateur_server.cut.lamp import lamp_scores
 from secateur_server.cut.removed import Removed, RemovedTable
 from secateur_server.cut.runs import Runs, energies, runs_of
 from secateur_server.cut.score import Ranking
+from secateur_server.cut.scored import score_tensor
 from secateur_server.cut.select import score_dtype
-from secateur_server.cut.small import batch_of, ranking_of, values_of
+from secateur_server.cut.small import batch_of, values_of
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.rules import Amount, Selection
 from secateur_server.state_dict.parameter import Parameter
@@ -94,7 +95,7 @@ def plan_each(
     """
     kinds: dict[torch.dtype, list[Ranking]] = defaultdict(list)
     for name in context.each(names):
-        ranking = ranking_of(context, rules[0], name, parameters, {})
+        ranking = score_tensor(context, rules[0], name, parameters, {})
         candidates = ranking.count_candidates(context)
         for rule in context.each(rules):  # refuses what is too much
             if not isinstance(rule.amount, float):
@@ -155,7 +156,9 @@ def plan_jointly(
         NanScores: A score is NaN.
         AmountOutOfRange: The tensors have too few units.
     """
-    rankings = [ranking_of(context, rules[0], name, parameters, {}) for name in context.each(names)]
+    rankings = [
+        score_tensor(context, rules[0], name, parameters, {}) for name in context.each(names)
+    ]
     runs = runs_of(batch_of(rankings, score_dtype(rankings)))
     found, choices = cut_jointly(context, rules, rankings, runs)
     energy, whole = energies(context, runs, *found)

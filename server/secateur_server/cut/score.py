@@ -1,4 +1,4 @@
-"""How important is each unit of a tensor."""
+"""Scores the units of a tensor."""
 
 import math
 from typing import NamedTuple
@@ -19,12 +19,16 @@ from secateur_server.state_dict.parameter import Parameter
 
 
 class Ranking(NamedTuple):
-    """The units of one tensor, to be ranked by the absolute value of their scores.
+    """The units of one tensor with their scores. The absolute value of a score counts.
 
-    scores: flat, floating, without NaN where alive; or random ones.
-    alive: of the units; None is all.
-    sample: of the scores, where there is one already.
-    offset: what was taken off from the scores, for none to be negative; 0 or less.
+    Attributes:
+        name: Of the tensor, or group.
+        units: How many there are.
+        scores: Flat and floating, without NaN for candidates; or random scores.
+        candidates: A mask of units; None if all are candidates.
+        device: Of the scores.
+        sample: Of the scores, if there is one already.
+        offset: What was subtracted from the scores so that none is negative; 0 or less.
     """
 
     name: str
@@ -37,11 +41,11 @@ class Ranking(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which the scores compare without loss; random ones have keys of 32 bits anyway."""
+        """The dtype in which scores compare without loss. Random scores have keys of 32 bits."""
         return ranked_as(self.scores.dtype) if isinstance(self.scores, Tensor) else torch.float32
 
     def count_candidates(self, context: RequestContext) -> int:
-        """Units that are still unpruned."""
+        """Counts the units that are still unpruned."""
         return self.units if self.candidates is None else self.candidates.kept(context)
 
 
@@ -58,11 +62,22 @@ def score_units(
 ) -> Ranking:
     """Scores the units of one tensor.
 
-    scores: of its elements, or of its units; they take the weight's place.
-    is_mean: units rank by power means, for units of several sizes to compare.
-    is_all: all of them go, so any scores will do.
-    field: the path of what is scored, for errors.
-    Errors: NanScores.
+    Args:
+        context: The request.
+        name: Of the tensor.
+        parameter: The tensor and its prior mask.
+        scores: Scores of its elements or of its units, which replace the weight; or None.
+        importance: Computes scores of units from those of elements.
+        granularity: Says what the units are.
+        is_mean: Whether to use power means, which compare units of several sizes.
+        is_all: Whether all units are pruned, so that any scores will do.
+        field: The path of the scored tensor, for errors.
+
+    Returns:
+        The units with their scores.
+
+    Raises:
+        NanScores: A score is NaN.
     """
     weight, mask = parameter.weight, parameter.mask
     are_elementwise = scores is not None and scores.shape == weight.shape
@@ -76,12 +91,12 @@ def score_units(
         return Ranking(name, units, scores.reshape(-1), candidates, weight.device)
     seen = parameter.seen if scores is None else None
     if scores is not None and candidates is not None and not granularity.is_part:
-        mask = granularity.expand(context, candidates, values, mask)  # what of the scores is read
+        mask = granularity.expand(context, candidates, values, mask)  # the scores that are read
     refuse_nan(context, values, mask, field, seen)
     if is_all:
         return Ranking(name, units, random_scores(0, name), candidates, weight.device)
-    # As in torch: what is pruned counts as 0 in a weight's norm, and as it is in a caller's scores.
-    # But of an N:M group only what is unpruned can go.
+    # As in torch, pruned elements count as 0 in the norm of a weight, and as they are in uploaded
+    # scores. But only unpruned elements of an N:M group can be pruned.
     masked = mask if scores is None or granularity.is_part else None
     unit_scores = importance.scores(context, values, masked, granularity, is_mean)
     sample = seen.sample if seen and granularity.is_element and importance.is_value else None
@@ -91,9 +106,17 @@ def score_units(
 def refuse_nan(
     context: RequestContext, values: Tensor, mask: Mask | None, field: str, seen: Seen | None = None
 ) -> None:
-    """Refuses a NaN that is not pruned yet: it has no rank.
+    """Refuses NaN among unpruned values.
 
-    seen: what a first look at `values` told.  Errors: NanScores.
+    Args:
+        context: The request.
+        values: In any shape.
+        mask: Elements that are kept; None if all are.
+        field: The path of the values, for errors.
+        seen: Statistics of `values` that were gathered while they arrived.
+
+    Raises:
+        NanScores: An unpruned value is NaN.
     """
     if not values.dtype.is_floating_point:
         return

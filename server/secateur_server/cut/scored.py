@@ -1,4 +1,4 @@
-"""What has units to be ranked: a tensor, or a group of slices of several."""
+"""Tensors and groups with the scores of their units."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from secateur_server.backends.keys import INFINITY
 from secateur_server.backends.masks import Mask
 from secateur_server.backends.randomness import RandomScores
 from secateur_server.cut.normalize import combined, normalized
@@ -25,15 +26,19 @@ Masks = dict[str, Mask]
 
 @dataclass(frozen=True)
 class ScoredTensor:
-    """A tensor, or a group.
+    """A tensor, or a group of slices of several tensors, with the scores of its units.
 
-    alive: units that are still unpruned.
-    expand: the masks of its tensors when only the units of a mask stay, prior pruning not in them.
-    costs: for each unit the elements that go with it, and the sum of their squares; None where a
-        unit is an element.
-    unit_bytes: of a unit; None where they differ.
-    rows: of the grid of its units; 0 of a group.
-    sparse_share: what its density is in proportion to, by ERK; 0 of a group.
+    Attributes:
+        name: Of the tensor or group.
+        ranking: The scores.
+        candidates: How many units are still unpruned.
+        expand: Makes the masks of its tensors from a mask of kept units. Prior masks are not
+            included.
+        costs: Returns for each unit the elements that are pruned with it, and the sum of their
+            squares. None if units are elements.
+        unit_bytes: Bytes of a unit; None if units differ.
+        rows: Rows of the grid of units; 0 for a group.
+        sparse_share: By ERK, the density is in proportion to this; 0 for a group.
     """
 
     name: str
@@ -49,13 +54,13 @@ class ScoredTensor:
 def split_by_scope(
     context: RequestContext, rule: Selection, names: Sequence[str]
 ) -> list[tuple[str, ...]]:
-    """Which of the rule's tensors, or groups, are ranked together."""
+    """Splits the tensors, or groups, of a rule into the sets whose units are compared."""
     if rule.scope in ("row", "tensor"):
         return [(name,) for name in names]
     if rule.scope == "global":
         return [tuple(names)] if names else []
     kinds: dict[str, list[str]] = {}
-    # Fang et al. 2024, Isomorphic Pruning: with what has the same structure.
+    # Fang et al. 2024, Isomorphic Pruning: tensors of the same structure are compared.
     for name in context.each(names):
         kinds.setdefault(re.sub(r"\d+", "#", name), []).append(name)
     return [tuple(kind) for kind in kinds.values()]
@@ -68,14 +73,25 @@ def score_tensors(
     parameters: Mapping[str, Parameter],
     extras: Mapping[str, Tensor],
 ) -> list[ScoredTensor]:
-    """What is ranked together.
+    """Scores the units of tensors, or groups, that are compared.
 
-    names: of tensors or groups.  parameters: all that the rule reads.  extras: uploaded scores.
-    Errors: NanScores, InvalidSpec.
+    Args:
+        context: The request.
+        rule: Resolved.
+        names: Of the tensors or groups.
+        parameters: All that the rule reads.
+        extras: Uploaded scores.
+
+    Returns:
+        The scored tensors, in the order of `names`.
+
+    Raises:
+        NanScores: A score is NaN.
+        InvalidSpec: The scores cannot be normalized.
     """
     if rule.groups:
-        (of_groups,) = score_groups(context, rule, [names], parameters, extras)
-        return of_groups
+        (groups,) = score_groups(context, rule, [names], parameters, extras)
+        return groups
     tensors = [
         _scored_tensor(context, rule, name, parameters, extras) for name in context.each(names)
     ]
@@ -94,18 +110,10 @@ def _scored_tensor(
     parameters: Mapping[str, Parameter],
     extras: Mapping[str, Tensor],
 ) -> ScoredTensor:
-    granularity, parameter = rule.granularity, parameters[name]
+    granularity, (weight, mask, _) = rule.granularity, parameters[name]
     assert granularity is not None, "the rule has no groups"
-    weight, mask = parameter.weight, parameter.mask
-    scores, field = scores_of(rule, name, parameters, extras)
-    # Slices of one tensor rank by their norm, bit for bit as torch has it.
-    is_mean = rule.scope != "tensor" or not granularity.is_normed
-    # The scores of N:M groups take longer than all else, and are not asked for where all groups go.
-    is_whole = is_everything(rule.amount) and not rule.guard_rails.rails
-    is_all = is_whole and granularity.is_part and rule.allocation != "lamp"
-    ranking = score_units(
-        context, name, parameter, scores, rule.importance, granularity, is_mean, is_all, field
-    )
+    ranking = score_tensor(context, rule, name, parameters, extras)
+    scores, _ = _replacement(rule, name, parameters, extras)
     values = scores if scores is not None and scores.shape == weight.shape else weight
     sizes, shape = granularity.unit_elements(weight.shape), weight.shape
     grid = granularity.grid(shape)
@@ -123,18 +131,64 @@ def _scored_tensor(
     )
 
 
+def score_tensor(
+    context: RequestContext,
+    rule: Selection,
+    name: str,
+    parameters: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
+) -> Ranking:
+    """Scores the units of one tensor.
+
+    Args:
+        context: The request.
+        rule: Resolved, and without groups.
+        name: Of the tensor.
+        parameters: All that the rule reads.
+        extras: Uploaded scores.
+
+    Returns:
+        The units with their scores.
+
+    Raises:
+        NanScores: A score is NaN.
+    """
+    granularity, parameter = rule.granularity, parameters[name]
+    assert granularity is not None, "the rule has no groups"
+    if rule.has_element_units and rule.importance.is_value and not (rule.scores or rule.scales):
+        return _score_elements(context, name, parameter)
+    scores, field = _replacement(rule, name, parameters, extras)
+    # Slices of one tensor are compared by their norms, with the bits of torch.
+    is_mean = rule.scope != "tensor" or not granularity.is_normed
+    # Scoring N:M groups takes longer than all else. It is not needed if all groups are pruned.
+    is_whole = is_everything(rule.amount) and not rule.guard_rails.rails
+    is_all = is_whole and granularity.is_part and rule.allocation != "lamp"
+    return score_units(
+        context, name, parameter, scores, rule.importance, granularity, is_mean, is_all, field
+    )
+
+
+def _score_elements(context: RequestContext, name: str, parameter: Parameter) -> Ranking:
+    """The elements of a weight, scored by their values. Fast, for thousands of small tensors."""
+    weight, mask, seen = parameter
+    if seen is None or seen.largest > INFINITY.get(weight.dtype, 0):
+        refuse_nan(context, weight, mask, f"data[{quote(name)}]", seen)
+    sample = seen.sample if seen else None
+    return Ranking(name, weight.numel(), weight.reshape(-1), mask, weight.device, sample)
+
+
 def is_everything(amount: Amount) -> bool:
-    """Whether all units go: by the fraction 1.0, where the int 1 is one unit."""
+    """Whether the amount is the fraction 1.0: all units. The int 1 is one unit."""
     return isinstance(amount, float) and amount == 1.0
 
 
-def scores_of(
+def _replacement(
     rule: Selection,
     name: str,
     parameters: Mapping[str, Parameter],
     extras: Mapping[str, Tensor],
 ) -> tuple[Tensor | None, str]:
-    """What ranks in a weight's place, and what errors call that which ranks."""
+    """The scores that replace a weight, and the path in errors of the tensor that is scored."""
     if name in rule.scores:
         return extras[rule.scores[name]], f"data[{quote(rule.scores[name])}]"
     if name in rule.scales:
@@ -149,25 +203,37 @@ def score_groups(
     parameters: Mapping[str, Parameter],
     extras: Mapping[str, Tensor],
 ) -> list[list[ScoredTensor]]:
-    """As subjects_of, of all groups of a rule: the small ones at once.
+    """Scores all groups of a rule; small groups are scored at once.
 
-    ranked: the names that are ranked together; scores are normalized among these.
+    Args:
+        context: The request.
+        rule: Resolved.
+        ranked: Sets of names. The groups of a set are compared, and normalized jointly.
+        parameters: All that the rule reads.
+        extras: Uploaded scores.
+
+    Returns:
+        The scored groups of each set.
+
+    Raises:
+        NanScores: A score is NaN.
+        InvalidSpec: The scores cannot be normalized.
     """
     groups = [rule.groups_by_name[name] for names in ranked for name in names]
     candidates = candidates_of(context, groups, parameters)
     scores: list[tuple[Tensor | RandomScores, float]]
     by_name = [rule.importance.by_name(group.name) for group in context.each(groups)]
     if all(by_name):
-        scores = [(of_group, 0.0) for of_group in by_name if of_group]
+        scores = [(random, 0.0) for random in by_name if random]
     else:
         members = _member_scores(context, rule, groups, parameters, extras, candidates)
         names, sizes = [group.name for group in groups], list(map(len, ranked))
         scores = [*combined(context, rule, members, candidates, names, sizes)]
-    tensors = (
+    scored = (
         _scored_group(context, group, unit_scores, living, floor, parameters)
         for group, (unit_scores, floor), living in zip(groups, scores, candidates, strict=True)
     )
-    return [[next(tensors) for _ in context.each(names)] for names in ranked]
+    return [[next(scored) for _ in context.each(names)] for names in ranked]
 
 
 def _scored_group(
@@ -193,19 +259,19 @@ def _member_scores(
     extras: Mapping[str, Tensor],
     candidates: Sequence[Mask | None],
 ) -> list[list[Tensor]]:
-    """The scores of those of each group's members that are scored: each float64, flat."""
-    for group, living in zip(context.each(groups), candidates, strict=True):
-        if holder := rule.scores.get(group.name):  # in the place of all its members'
-            refuse_nan(context, extras[holder], living, f"data[{quote(holder)}]")
+    """The scores of the scored members of each group: float64, flat."""
+    for group, mask in zip(context.each(groups), candidates, strict=True):
+        if holder := rule.scores.get(group.name):  # these replace the scores of all members
+            refuse_nan(context, extras[holder], mask, f"data[{quote(holder)}]")
     own = [group for group in groups if group.name not in rule.scores]
     scored = (member.tensor for group in own for member in group.members if member.is_scored)
     for name in context.each(dict.fromkeys(scored)):
         parameter, field = parameters[name], f"data[{quote(name)}]"
         refuse_nan(context, parameter.weight, parameter.mask, field, parameter.seen)
-    of_members = iter(score_members(context, own, parameters, rule.importance.order))
+    members = iter(score_members(context, own, parameters, rule.importance.order))
     return [
         [extras[rule.scores[group.name]].to(torch.float64).abs()]
         if group.name in rule.scores
-        else next(of_members)
+        else next(members)
         for group in groups
     ]

@@ -1,4 +1,4 @@
-"""Many small tensors, each of which is pruned by itself: they are handled together."""
+"""Prunes many small tensors in batches."""
 
 import itertools
 from collections import defaultdict
@@ -15,20 +15,18 @@ from secateur_server.backends.batches import (
     cut_each,
     side_by_side,
 )
-from secateur_server.backends.keys import BITS, INFINITY
+from secateur_server.backends.keys import BITS
 from secateur_server.backends.masks import Mask
 from secateur_server.cut.amounts import is_plain, units_to_prune
 from secateur_server.cut.choice import Choice, ChoiceTable, Floats, Ints
-from secateur_server.cut.score import Ranking, refuse_nan, score_units
-from secateur_server.cut.scored import Masks, scores_of
+from secateur_server.cut.score import Ranking
+from secateur_server.cut.scored import Masks, score_tensor
 from secateur_server.cut.select import score_dtype, select, threshold
-from secateur_server.errors import quote
-from secateur_server.granularity.element import Element
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.rules import Selection
 from secateur_server.state_dict.parameter import Parameter
 
-# Units of small tensors that are ranked together.
+# Units of small tensors that are compared.
 MOST_UNITS = 1 << 22
 
 
@@ -44,17 +42,17 @@ def prune_small(
     extras: Mapping[str, Tensor],
     table: ChoiceTable,
 ) -> Masks:
-    """Prunes the small tensors of a rule of which each is pruned by itself.
+    """Prunes the small tensors of a rule that prunes each tensor separately.
 
     Args:
-        context: Of the request.
+        context: The request.
         rule: Resolved.
         state: The parameters.
         extras: Uploaded scores.
-        table: Of the rule's tensors: the choices of the small ones are written to it.
+        table: Of the rule's tensors. The choices of the small ones are written to it.
 
     Returns:
-        Their masks, prior pruning in them.
+        The masks of the small tensors, prior masks included.
 
     Raises:
         NanScores: A score is NaN.
@@ -66,7 +64,7 @@ def prune_small(
     kinds: dict[torch.dtype, list[tuple[Ranking, int, int]]] = defaultdict(list)
     with context.stage("score"):
         for name in context.each(names):
-            ranking = ranking_of(context, rule, name, state, extras)
+            ranking = score_tensor(context, rule, name, state, extras)
             candidates = ranking.count_candidates(context)
             count = units_to_prune(rule, rule.amount, (name,), ranking.units, candidates)
             kinds[ranking.dtype].append((ranking, candidates, count))
@@ -78,26 +76,6 @@ def prune_small(
     return masks
 
 
-def ranking_of(
-    context: RequestContext,
-    rule: Selection,
-    name: str,
-    state: Mapping[str, Parameter],
-    extras: Mapping[str, Tensor],
-) -> Ranking:
-    """The ranking of a tensor whose units are its elements.  Errors: NanScores."""
-    parameter = state[name]
-    weight, mask, seen = parameter.weight, parameter.mask, parameter.seen
-    if rule.scores or rule.scales or not rule.importance.is_value:
-        scores, field = scores_of(rule, name, state, extras)
-        by = rule.importance, Element()
-        return score_units(context, name, parameter, scores, *by, True, False, field)
-    if seen is None or seen.largest > INFINITY.get(weight.dtype, 0):
-        refuse_nan(context, weight, mask, f"data[{quote(name)}]", seen)
-    sample = seen.sample if seen else None
-    return Ranking(name, weight.numel(), weight.reshape(-1), mask, weight.device, sample)
-
-
 def _prune(
     context: RequestContext,
     rule: Selection,
@@ -105,22 +83,17 @@ def _prune(
     dtype: torch.dtype,
     table: ChoiceTable,
 ) -> Masks:
-    """Prunes a number of units of each ranking.
+    """Prunes a number of units of each ranking, and writes the choices to the table.
 
-    Args:
-        context: Of the request.
-        rule: The rule.
-        parts: Rankings that compare as `dtype`, with how many units are alive, and how many go.
-        dtype: As of score_dtype.
-        table: Written to.
+    `parts` are rankings that compare as `dtype`, with their candidates, and the units to prune.
     """
     rankings, candidates, counts = zip(*parts, strict=True)
     batch = batch_of(rankings, dtype)
-    going = np.array(counts, np.int64)
-    kept, cuts = cut_each(context, batch, going)
+    pruned = np.array(counts, np.int64)
+    kept, cuts = cut_each(context, batch, pruned)
     rows = [table.places[ranking.name] for ranking in rankings]
     table.candidates[rows] = candidates
-    table.requested[rows] = table.pruned[rows] = going
+    table.requested[rows] = table.pruned[rows] = pruned
     table.ties_pruned[rows], table.ties[rows] = cuts[:, 1], cuts[:, 2]
     if rule.importance.is_measured:
         table.thresholds[rows] = values_of(cuts[:, 0], dtype)
@@ -128,7 +101,7 @@ def _prune(
 
 
 def batch_of(rankings: Sequence[Ranking], dtype: torch.dtype) -> Batch:
-    """Small rankings side by side."""
+    """Puts small rankings side by side."""
     return side_by_side(
         [ranking.scores for ranking in rankings],
         [ranking.units for ranking in rankings],
@@ -138,7 +111,7 @@ def batch_of(rankings: Sequence[Ranking], dtype: torch.dtype) -> Batch:
 
 
 def masks_of(rankings: Sequence[Ranking], kept: Tensor) -> Masks:
-    """The masks of tensors whose units are their elements.  kept: bits of what stays of all."""
+    """Splits the kept bits of a batch into the masks of tensors whose units are their elements."""
     sizes = [(ranking.units + 7) // 8 for ranking in rankings]
     begins = list(itertools.accumulate(sizes, initial=0))[:-1]
     counts = np.add.reduceat(_ONES[kept.numpy()], begins, dtype=np.int64).tolist()
@@ -146,12 +119,12 @@ def masks_of(rankings: Sequence[Ranking], kept: Tensor) -> Masks:
     return {ranking.name: Mask(bits, ranking.units, n) for ranking, bits, n in parts}
 
 
-# How many bits of a byte are 1.
+# The number of 1 bits in each byte.
 _ONES = np.array([byte.bit_count() for byte in range(256)], np.uint8)
 
 
 def are_small(names: Sequence[str], parameters: Mapping[str, Parameter]) -> bool:
-    """Whether tensors that are ranked together are small: many, but not too many."""
+    """Whether tensors whose units are compared are many, small, and not too large together."""
     if not are_many(names):
         return False
     units = sum(parameters[name].weight.numel() for name in names if name in parameters)
@@ -165,23 +138,25 @@ def prune_jointly(
     state: Mapping[str, Parameter],
     extras: Mapping[str, Tensor],
 ) -> tuple[Masks, Choice]:
-    """Prunes a number of elements of small tensors by rank alone, whatever tensors they are of.
+    """Prunes a number of elements of small tensors, compared by their scores alone.
 
     Raises:
         NanScores: A score is NaN.
         AmountOutOfRange: The tensors have too few units.
     """
     with context.stage("score"):
-        rankings = [ranking_of(context, rule, name, state, extras) for name in context.each(names)]
+        rankings = [
+            score_tensor(context, rule, name, state, extras) for name in context.each(names)
+        ]
     with context.stage("select"):
         units = sum(ranking.units for ranking in rankings)
         candidates = sum(ranking.count_candidates(context) for ranking in rankings)
         count = units_to_prune(rule, rule.amount, names, units, candidates)
         dtype = score_dtype(rankings)
         batch = batch_of(rankings, dtype)
-        # One tensor of all of them: what lies between them is as if it were pruned already.
-        living, scores = Mask(batch.alive, batch.bits.numel()), batch.bits.view(dtype)
-        whole = Ranking("", living.elements, scores, living, rankings[0].device)
+        # All tensors as one. The padding between them counts as pruned.
+        unpadded, scores = Mask(batch.alive, batch.bits.numel()), batch.bits.view(dtype)
+        whole = Ranking("", unpadded.elements, scores, unpadded, rankings[0].device)
         (kept,), cut = select(context, [whole], candidates, count)
         value = threshold(cut, dtype) if rule.importance.is_measured else None
     choice = Choice(tuple(names), candidates, count, count, value, cut.equal, cut.ties)
@@ -189,6 +164,6 @@ def prune_jointly(
 
 
 def values_of(keys: Ints, dtype: torch.dtype) -> Floats:
-    """The scores that have some keys; NaN for a negative one, which is that of no score."""
+    """Returns the scores that have some keys; NaN for a negative key, which no score has."""
     values = torch.from_numpy(keys).to(BITS[dtype]).view(dtype).to(torch.float64)
     return np.where(keys < 0, np.nan, values.numpy())
