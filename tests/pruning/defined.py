@@ -16,6 +16,7 @@ from secateur_server.granularity.element import Element
 from secateur_server.granularity.group import Group, Member
 from secateur_server.importance.magnitude import Magnitude
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec import amounts
 from secateur_server.spec.resolve import resolve
 from secateur_server.spec.rules import Selection
 from secateur_server.state_dict.catalog import Catalog, Stored, read_catalog
@@ -153,10 +154,17 @@ def models(
     }
 
 
+def amount_of(given: Any) -> amounts.Amount:
+    """The amount that a client's float or int is; other amounts as they are."""
+    if isinstance(given, float):
+        return amounts.Fraction(given)
+    return amounts.Count(given) if isinstance(given, int) else given
+
+
 def rule(names: Sequence[str], amount: Any = 0.5, **choices: Any) -> Selection:
     """A resolved rule: elements of all tensors together, but for what `choices` say."""
     given = {"importance": Magnitude(), "granularity": Element(), "scope": "global", **choices}
-    return Selection("rule", tuple(names), amount=amount, **given)
+    return Selection("rule", tuple(names), amount=amount_of(amount), **given)
 
 
 def applied(

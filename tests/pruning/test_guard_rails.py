@@ -16,8 +16,9 @@ from torch import Tensor
 from secateur_server.cut.choice import Choice
 from secateur_server.errors import AmountOutOfRange, InvalidSpec, UnknownTensor
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.amounts import Bytes, Threshold
 from secateur_server.spec.resolve import resolve
-from secateur_server.spec.rules import Budget, GuardRails, Rail, Selection, Threshold
+from secateur_server.spec.rules import GuardRails, Rail, Selection
 from secateur_server.state_dict.catalog import Stored, read_catalog
 from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
@@ -202,7 +203,7 @@ def test_as_few_elements_go_within_the_bounds_as_leave_so_many_bytes(
         return sum(c * (a - n) for c, a, n in zip(costs, candidates, counts, strict=True))
 
     target = data.draw(st.integers(kept(highs), kept(lows)))
-    masks, choice = guarded(model, Budget(target), bounds)
+    masks, choice = guarded(model, Bytes(target), bounds)
     chosen = choose(ranked, lambda counts: kept(counts) <= target, lows, highs)
     assert_lost(model, masks, list(model), chosen)
     assert choice.requested == choice.pruned == sum(chosen.counts)
@@ -272,7 +273,7 @@ def test_a_total_below_what_rails_make_go_says_which_and_by_how_much() -> None:
 
 def test_bytes_that_rails_forbid_are_named() -> None:
     with pytest.raises(AmountOutOfRange, match=r"40 bytes .*\b20 at most, 20 too few") as caught:
-        guarded(of_shape((10,)), Budget(0), (Rail("a", (NAMES[0],), max_sparsity=0.5),))
+        guarded(of_shape((10,)), Bytes(0), (Rail("a", (NAMES[0],), max_sparsity=0.5),))
     assert caught.value.field == "rule.bytes"
 
 

@@ -30,7 +30,7 @@ from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
 from tests.pruning.bits import packed, unpacked
-from tests.pruning.defined import applied, catalog_of, rule
+from tests.pruning.defined import amount_of, applied, catalog_of, rule
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int64)
 SIZES = st.sampled_from([0, 1, 2, 7, 8, 9, 63, 64, 65, 1000, 5000])
@@ -288,7 +288,14 @@ def test_a_plan_of_small_tensors_is_that_of_large_ones(
 
     def planned() -> Any:
         try:
-            outcomes = plan(RequestContext(), selection, amounts, model, {}, "amounts")
+            outcomes = plan(
+                RequestContext(),
+                selection,
+                [amount_of(amount) for amount in amounts],
+                model,
+                {},
+                "amounts",
+            )
         except AmountOutOfRange as error:
             return str(error)
         return [(list(outcome.choices), dict(outcome.removed)) for outcome in outcomes]

@@ -23,6 +23,7 @@ from secateur_server.errors import Stopped
 from secateur_server.report.tensors import measure_tensors
 from secateur_server.report.warnings import changes_of, warnings_of
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.amounts import Fraction
 from secateur_server.spec.decode import decode_spec
 from secateur_server.spec.resolve import resolve
 from secateur_server.spec.rules import Selection
@@ -44,7 +45,7 @@ SPECS = {
 MESSAGES = {name: spec.encode(MODEL)[0] for name, spec in SPECS.items()}
 PARAMETERS = {key: Parameter(weight) for key, weight in MODEL.items()}
 CATALOG = catalog_of(PARAMETERS)
-AMOUNTS = [0.25, 0.5, 0.75]
+AMOUNTS = [Fraction(0.25), Fraction(0.5), Fraction(0.75)]
 
 
 class CountedWatch(RequestContext):

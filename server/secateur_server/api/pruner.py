@@ -32,9 +32,10 @@ from secateur_server.outputs.hollow import hollow_state_dict
 from secateur_server.report.tensors import measure_tensors
 from secateur_server.report.warnings import changes_of, warnings_of
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.amounts import Amount
 from secateur_server.spec.decode import decode_spec
 from secateur_server.spec.resolve import resolve
-from secateur_server.spec.rules import Amount, Rule, Selection
+from secateur_server.spec.rules import Rule, Selection
 from secateur_server.state_dict.parameter import Parameter
 from secateur_server.state_dict.sources import Incoming, Sources
 from secateur_server.state_dict.state_dict import StateDict, masks_of, packed_masks
@@ -203,7 +204,7 @@ class Pruner:
             incoming = self._sources.open(context, header, data, extras, held)
             state_dict = incoming.state_dict
             rules = resolve(context, rules, state_dict.catalog)
-            planned, amounts = decode_amounts(header, rules)
+            planned, amounts = decode_amounts(context, header, rules)
             _charge_plan(context, planned, amounts)
             with context.stage("receive"):
                 incoming.read({name for rule in rules for name in rule.reads()})

@@ -17,7 +17,8 @@ from secateur_server.cut.scored import ScoredTensor
 from secateur_server.cut.select import score_dtype
 from secateur_server.errors import AmountOutOfRange, quote
 from secateur_server.runtime.context import RequestContext
-from secateur_server.spec.rules import Amount, Budget, Selection, Table, Threshold
+from secateur_server.spec.amounts import Amount
+from secateur_server.spec.rules import Selection
 
 
 @dataclass(frozen=True)
@@ -51,16 +52,18 @@ def decide(
     at: the path of `amounts`, where they are not the rule's own.  Errors: AmountOutOfRange.
     """
     limits = limits_of(context, rule, tensors)
-    if isinstance(amounts[0], Threshold):
-        return [_decide_by_threshold(context, tensors, limits, amounts[0])]
+    if (threshold := amounts[0].threshold) is not None:
+        return [_decide_by_threshold(context, tensors, limits, threshold)]
     asked = [
         replace(rule, amount=amount, path=f"{at}[{index}]" if at else rule.path)
         for index, amount in enumerate(amounts)
     ]
-    counts = [amount_to_prune(one, tensors, one.amount) for one in context.each(asked)]
+    counts = [amount_to_prune(one, tensors) for one in context.each(asked)]
     costs = _costs(rule, tensors)
     for one, count in zip(context.each(asked), counts, strict=True):
-        check_total(_field(one), _counted(one), count, tensors, limits, costs)
+        check_total(
+            f"{one.path}.{one.amount.field}", one.amount.counted, count, tensors, limits, costs
+        )
     if rule.allocation in ("uniform", "erk"):
         return [
             _decide_by_shares(context, rule, tensors, limits, int(count))
@@ -70,70 +73,58 @@ def decide(
 
 
 def is_plain(rule: Selection) -> bool:
-    """Whether a number of units goes by rank alone, whatever tensors they are of."""
-    is_share = isinstance(rule.amount, float | int | Table)
-    return is_share and rule.allocation == "rank" and not rule.guard_rails.rails
+    """Whether a number of units is pruned by score alone, whatever tensors they are of."""
+    amount = rule.amount
+    is_number = amount.is_share or amount.is_per_tensor
+    return is_number and rule.allocation == "rank" and not rule.guard_rails.rails
 
 
-def amount_to_prune(rule: Selection, tensors: Sequence[ScoredTensor], amount: Amount) -> float:
-    """How much is to go of all subjects: units, or what they cost; rounded as torch does.
+def amount_to_prune(rule: Selection, tensors: Sequence[ScoredTensor]) -> float:
+    """How much to prune of all tensors: units, or what they cost; rounded as torch does.
 
-    Errors: AmountOutOfRange.
+    Raises:
+        AmountOutOfRange: The tensors have fewer units.
     """
+    if (budget := rule.amount.budget) is not None:
+        costs = _costs(rule, tensors)
+        before = sum(cost * tensor.candidates for cost, tensor in zip(costs, tensors, strict=True))
+        return max(0, before - budget)
     candidates = sum(tensor.candidates for tensor in tensors)
     units = sum(tensor.ranking.units for tensor in tensors)
-    if isinstance(amount, Budget):
-        costs = _costs(rule, tensors)
-        there = sum(cost * tensor.candidates for cost, tensor in zip(costs, tensors, strict=True))
-        return max(0, there - amount.target)
-    return units_to_prune(rule, amount, [tensor.name for tensor in tensors], units, candidates)
+    return units_to_prune(rule, [tensor.name for tensor in tensors], units, candidates)
 
 
-def units_to_prune(
-    rule: Selection, amount: Amount, names: Sequence[str], units: int, candidates: int
-) -> int:
-    """How many units a share or a number of them is; rounded as torch does.
+def units_to_prune(rule: Selection, names: Sequence[str], units: int, candidates: int) -> int:
+    """Returns how many units a fraction or a count of them is; rounded as torch does.
 
-    names: of the tensors, or groups, that are ranked together.  units, alive: of all of them.
-    Errors: AmountOutOfRange.
+    Args:
+        rule: Its amount is not a threshold or a budget.
+        names: The tensors, or groups, that are compared; only one for a table.
+        units: Of all tensors.
+        candidates: Units that are still unpruned.
+
+    Returns:
+        Units to prune now.
+
+    Raises:
+        AmountOutOfRange: There are fewer units.
     """
-    if isinstance(amount, Table):
-        (name,) = names  # a table has a fraction for each tensor
-        amount = amount.fractions.get(name, 0.0)
-    base, gone = (units, units - candidates) if rule.of_all else (candidates, 0)
-    assert isinstance(amount, float | int), "a threshold has no number"
-    count = round(amount * base) if isinstance(amount, float) else amount
+    share = rule.amount.share(names[0])
+    assert share is not None, "a threshold or a budget is not a number of units"
+    base, pruned = (units, units - candidates) if rule.of_all else (candidates, 0)
+    count = share.units(base)
     if count > base:
         where = quote(names[0]) if len(names) == 1 else f"{len(names)} tensors"
-        left = "of" if rule.of_all else "left in"
+        kind = "units" if rule.of_all else "unpruned units"
         raise AmountOutOfRange(
-            f"{rule.path}.count", f"{count} is more than the {base} units {left} {where}"
+            f"{rule.path}.count", f"{count} is more than the {base} {kind} of {where}; prune fewer"
         )
-    return max(0, count - gone)
+    return max(0, count - pruned)
 
 
 def _costs(rule: Selection, tensors: Sequence[ScoredTensor]) -> list[float]:
-    """What a unit of each subject counts for."""
-    if not isinstance(rule.amount, Budget):
-        return [1] * len(tensors)
-    if rule.amount.per_unit is not None:
-        return [rule.amount.per_unit[tensor.name] for tensor in tensors]
-    return [tensor.unit_bytes or 0 for tensor in tensors]
-
-
-def _counted(rule: Selection) -> str:
-    if not isinstance(rule.amount, Budget):
-        return "units"
-    return "bytes" if rule.amount.per_unit is None else "operations"
-
-
-def _field(rule: Selection) -> str:
-    """The path of the amount."""
-    if isinstance(rule.amount, Budget):
-        return f"{rule.path}.{'bytes' if rule.amount.per_unit is None else 'macs.target'}"
-    if isinstance(rule.amount, Table):
-        return f"{rule.path}.table"
-    return f"{rule.path}.{'fraction' if isinstance(rule.amount, float) else 'count'}"
+    """The cost of a unit of each tensor."""
+    return [rule.amount.unit_cost(tensor.name, tensor.unit_bytes) for tensor in tensors]
 
 
 def _decide_by_score(
@@ -146,7 +137,7 @@ def _decide_by_score(
     """The least important go, wherever they are, within the limits."""
     is_lamp = rule.allocation == "lamp"
     rankings = [tensor.ranking for tensor in tensors]
-    costs = None if not isinstance(rule.amount, Budget) else tuple(_costs(rule, tensors))
+    costs = None if rule.amount.budget is None else tuple(_costs(rule, tensors))
     members = tuple(range(len(tensors)))
     lowest = tuple(limit.lowest for limit in limits)
     highest = tuple(limit.highest for limit in limits)
@@ -245,12 +236,12 @@ def _decide_by_threshold(
     context: RequestContext,
     tensors: Sequence[ScoredTensor],
     limits: Sequence[Limits],
-    threshold: Threshold,
+    threshold: float,
 ) -> Decision:
     """All below the threshold go, as far as the limits allow."""
     rankings = [tensor.ranking for tensor in tensors]
     dtype = score_dtype(rankings)
-    key = first_key(threshold.value - rankings[0].offset, dtype)
+    key = first_key(threshold - rankings[0].offset, dtype)
     below = [found for found, _ in count_below(context, rankings, key)]
     counts = [
         min(max(found, limit.lowest), limit.highest)

@@ -26,11 +26,12 @@ from secateur_server.cut.plan_small import (
 )
 from secateur_server.cut.prune import apply_selection, choice_of, small_at_once, with_cut
 from secateur_server.cut.removed import ListedOutcome, Outcome, Removed, RemovedTable
-from secateur_server.cut.scored import ScoredTensor, is_everything, score_tensors, split_by_scope
+from secateur_server.cut.scored import ScoredTensor, score_tensors, split_by_scope
 from secateur_server.cut.select import NO_CUT, score_dtype
 from secateur_server.cut.small import are_small
 from secateur_server.runtime.context import RequestContext
-from secateur_server.spec.rules import Amount, Selection, Threshold
+from secateur_server.spec.amounts import Amount
+from secateur_server.spec.rules import Selection
 from secateur_server.state_dict.parameter import Parameter
 
 
@@ -172,7 +173,7 @@ def _planned(
 ) -> list[tuple[Choice, dict[str, Removed]]]:
     """For each amount the choice among tensors that are compared, and what is pruned of each."""
     # Scores are needed if any amount prunes less than all units.
-    rule = replace(rule, amount=next((a for a in amounts if not is_everything(a)), amounts[0]))
+    rule = replace(rule, amount=next((a for a in amounts if not a.is_everything), amounts[0]))
     tensors = score_tensors(context, rule, names, parameters, extras)
     dtype = score_dtype([tensor.ranking for tensor in tensors])
     decisions = decide(context, rule, tensors, amounts, at)
@@ -191,7 +192,7 @@ def _planned(
     candidates = sum(tensor.candidates for tensor in tensors)
     planned = []
     for index, decision in enumerate(context.each(decisions)):
-        if isinstance(rule.amount, Threshold):
+        if rule.amount.threshold is not None:
             scores = [None if c == NO_CUT else score_at(c.key, dtype) for c in cuts[index]]
             decision = with_cut(context, decision, [tensor.ranking for tensor in tensors], scores)
         choice = choice_of(rule, names, candidates, sum(decision.counts), decision)

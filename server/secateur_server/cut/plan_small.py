@@ -21,7 +21,8 @@ from secateur_server.cut.scored import score_tensor
 from secateur_server.cut.select import score_dtype
 from secateur_server.cut.small import batch_of, values_of
 from secateur_server.runtime.context import RequestContext
-from secateur_server.spec.rules import Amount, Selection
+from secateur_server.spec.amounts import Amount
+from secateur_server.spec.rules import Selection
 from secateur_server.state_dict.parameter import Parameter
 
 
@@ -35,7 +36,7 @@ def is_planned_by_runs(rule: Selection, amounts: Sequence[Amount]) -> bool:
         and is_of_weights
         and is_plain
         and rule.normalization is None
-        and all(isinstance(amount, float | int) for amount in amounts)
+        and all(amount.is_share for amount in amounts)
     )
 
 
@@ -94,12 +95,15 @@ def plan_each(
         AmountOutOfRange: A tensor has too few units.
     """
     kinds: dict[torch.dtype, list[Ranking]] = defaultdict(list)
+    shares = [rule.amount.share("") for rule in rules]
+    counts = [
+        rule for rule, share in zip(rules, shares, strict=True) if share and share.fraction is None
+    ]
     for name in context.each(names):
         ranking = score_tensor(context, rules[0], name, parameters, {})
         candidates = ranking.count_candidates(context)
-        for rule in context.each(rules):  # refuses what is too much
-            if not isinstance(rule.amount, float):
-                units_to_prune(rule, rule.amount, (name,), ranking.units, candidates)
+        for rule in context.each(counts):  # refuses counts that are too large
+            units_to_prune(rule, (name,), ranking.units, candidates)
         kinds[ranking.dtype].append(ranking)
     return [
         _plan_each(context, rules, alike[part], dtype)
@@ -123,8 +127,9 @@ def _plan_each(
         bases, pruned = (
             (units, units - candidates) if rule.of_all else (candidates, np.zeros_like(candidates))
         )
-        share: Any = np.rint(rule.amount * bases) if isinstance(rule.amount, float) else rule.amount
-        counts[index] = np.maximum(0, share - pruned)
+        share = rule.amount.share("")
+        assert share is not None, "plans by runs have fractions and counts"
+        counts[index] = np.maximum(0, share.units_of_each(bases) - pruned)
         below[index], equal[index] = runs.cut_at(counts[index])
         last = runs.starts[:-1] + np.maximum(counts[index] - 1, 0)
         keys = np.append(runs.keys, 0)[np.minimum(last, len(runs.keys))]
@@ -191,7 +196,7 @@ def cut_jointly(
     counts, below, equal = (np.zeros(shape, np.int32) for _ in range(3))
     choices = []
     for index, rule in enumerate(context.each(rules)):
-        count = units_to_prune(rule, rule.amount, names, units, len(runs.keys))
+        count = units_to_prune(rule, names, units, len(runs.keys))
         value, ties, ties_pruned = None, 0, 0
         if count:
             key, before, at = order.cut(count)

@@ -35,7 +35,7 @@ from secateur_server.cut.small import (
 from secateur_server.errors import InvalidMask, quote
 from secateur_server.granularity.groups_at_once import expand_groups
 from secateur_server.runtime.context import RequestContext
-from secateur_server.spec.rules import CustomMasks, Rule, Selection, Threshold
+from secateur_server.spec.rules import CustomMasks, Rule, Selection
 from secateur_server.state_dict.given_masks import to_mask
 from secateur_server.state_dict.parameter import Parameter
 
@@ -244,7 +244,7 @@ def _select_each(
         if is_plain(rule):
             value = cut_value(tensors, cut)
             decision = replace(decision, threshold=value, ties=cut.equal, ties_pruned=cut.ties)
-        elif isinstance(rule.amount, Threshold):
+        elif rule.amount.threshold is not None:
             at = threshold(cut, score_dtype([tensor.ranking]))
             decision = with_cut(context, decision, [tensor.ranking], [at])
         choice = choice_of(rule, (tensor.name,), tensor.candidates, count, decision)
@@ -255,7 +255,7 @@ def _select_each(
 def _decided(context: RequestContext, rule: Selection, tensors: Sequence[ScoredTensor]) -> Decision:
     """How many units go of a subject that is ranked by itself."""
     if is_plain(rule):
-        count = int(amount_to_prune(rule, tensors, rule.amount))
+        count = int(amount_to_prune(rule, tensors))
         return Decision((count,), count)
     (decision,) = decide(context, rule, tensors, [rule.amount])
     return decision
@@ -272,7 +272,7 @@ def _select(
         units, pruned = select_in_rows(context, rule, tensor.ranking, tensor.rows)
         return [units], Choice(names, candidates, pruned, pruned)
     if is_plain(rule):
-        count = int(amount_to_prune(rule, tensors, rule.amount))
+        count = int(amount_to_prune(rule, tensors))
         if rule.has_partial_units and count == candidates:
             kept = [_none(tensor.ranking) for tensor in tensors]
             return kept, choice_of(rule, names, candidates, candidates, Decision((), count))
@@ -288,7 +288,7 @@ def _select(
         lambda part: part[0].ranking.units,
         tensors[0].ranking.device,
     )
-    if isinstance(rule.amount, Threshold):
+    if rule.amount.threshold is not None:
         rankings = [tensor.ranking for tensor in tensors]
         at = [threshold(cut, score_dtype([r])) for r, (_, cut) in zip(rankings, parts, strict=True)]
         decision = with_cut(context, decision, rankings, at)

@@ -15,7 +15,7 @@ from secateur_server.cut.score import Ranking
 from secateur_server.cut.select import score_dtype
 from secateur_server.errors import AmountOutOfRange, quote
 from secateur_server.runtime.context import RequestContext
-from secateur_server.spec.rules import Selection, Table
+from secateur_server.spec.rules import Selection
 
 
 def select_in_rows(
@@ -65,20 +65,17 @@ def _keys(ranking: Ranking, begin: int, end: int) -> Tensor:
 
 def _numbers(rule: Selection, name: str, candidates: Tensor, width: int, first: int) -> Tensor:
     """How many units of each row are pruned. `first` is the index of the first row, for errors."""
-    amount = rule.amount.fractions.get(name, 0.0) if isinstance(rule.amount, Table) else rule.amount
-    assert isinstance(amount, float | int), "rows have a fraction or a count"
+    share = rule.amount.share(name)
+    assert share is not None, "rows have a fraction or a count"
     base = torch.full_like(candidates, width) if rule.of_all else candidates
-    if isinstance(amount, float):
-        counts = (base.to(torch.float64) * amount).round().to(torch.int64)
-    else:
-        counts = torch.full_like(base, amount)
-        if bool((short := counts > base).any()):
-            row = int(short.nonzero()[0])
-            raise AmountOutOfRange(
-                f"{rule.path}.count",
-                f"{amount} is more than the {int(base[row])} unpruned units of row {first + row} "
-                f"of {quote(name)}; prune fewer",
-            )
+    counts = torch.from_numpy(share.units_of_each(base.cpu().numpy())).to(base.device)
+    if bool((short := counts > base).any()):
+        row, kind = int(short.nonzero()[0]), "units" if rule.of_all else "unpruned units"
+        raise AmountOutOfRange(
+            f"{rule.path}.count",
+            f"{int(counts[row])} is more than the {int(base[row])} {kind} of row {first + row} of "
+            f"{quote(name)}; prune fewer",
+        )
     return (counts - (base - candidates)).clamp(min=0)
 
 

@@ -18,7 +18,7 @@ from secateur_server.granularity.group import Group
 from secateur_server.granularity.groups import expand_group
 from secateur_server.granularity.groups_at_once import candidates_of, score_members
 from secateur_server.runtime.context import RequestContext
-from secateur_server.spec.rules import Amount, Selection
+from secateur_server.spec.rules import Selection
 from secateur_server.state_dict.parameter import Parameter
 
 Masks = dict[str, Mask]
@@ -161,7 +161,7 @@ def score_tensor(
     # Slices of one tensor are compared by their norms, with the bits of torch.
     is_mean = rule.scope != "tensor" or not granularity.is_normed
     # Scoring N:M groups takes longer than all else. It is not needed if all groups are pruned.
-    is_whole = is_everything(rule.amount) and not rule.guard_rails.rails
+    is_whole = rule.amount.is_everything and not rule.guard_rails.rails
     is_all = is_whole and granularity.is_part and rule.allocation != "lamp"
     return score_units(
         context, name, parameter, scores, rule.importance, granularity, is_mean, is_all, field
@@ -175,11 +175,6 @@ def _score_elements(context: RequestContext, name: str, parameter: Parameter) ->
         refuse_nan(context, weight, mask, f"data[{quote(name)}]", seen)
     sample = seen.sample if seen else None
     return Ranking(name, weight.numel(), weight.reshape(-1), mask, weight.device, sample)
-
-
-def is_everything(amount: Amount) -> bool:
-    """Whether the amount is the fraction 1.0: all units. The int 1 is one unit."""
-    return isinstance(amount, float) and amount == 1.0
 
 
 def _replacement(
@@ -230,8 +225,8 @@ def score_groups(
         names, sizes = [group.name for group in groups], list(map(len, ranked))
         scores = [*combined(context, rule, members, candidates, names, sizes)]
     scored = (
-        _scored_group(context, group, unit_scores, living, floor, parameters)
-        for group, (unit_scores, floor), living in zip(groups, scores, candidates, strict=True)
+        _scored_group(context, group, values, mask, floor, parameters)
+        for group, (values, floor), mask in zip(groups, scores, candidates, strict=True)
     )
     return [[next(scored) for _ in context.each(names)] for names in ranked]
 

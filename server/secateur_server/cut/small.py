@@ -66,7 +66,7 @@ def prune_small(
         for name in context.each(names):
             ranking = score_tensor(context, rule, name, state, extras)
             candidates = ranking.count_candidates(context)
-            count = units_to_prune(rule, rule.amount, (name,), ranking.units, candidates)
+            count = units_to_prune(rule, (name,), ranking.units, candidates)
             kinds[ranking.dtype].append((ranking, candidates, count))
     masks: Masks = {}
     with context.stage("select"):
@@ -151,7 +151,7 @@ def prune_jointly(
     with context.stage("select"):
         units = sum(ranking.units for ranking in rankings)
         candidates = sum(ranking.count_candidates(context) for ranking in rankings)
-        count = units_to_prune(rule, rule.amount, names, units, candidates)
+        count = units_to_prune(rule, names, units, candidates)
         dtype = score_dtype(rankings)
         batch = batch_of(rankings, dtype)
         # All tensors as one. The padding between them counts as pruned.

@@ -13,7 +13,7 @@ from secateur_server.errors import quote
 from secateur_server.report.measure import MOST_NAMED
 from secateur_server.report.missed import missed_weights
 from secateur_server.runtime.context import RequestContext
-from secateur_server.spec.rules import CustomMasks, Rule, Selection, Table
+from secateur_server.spec.rules import CustomMasks, Rule, Selection
 from secateur_server.state_dict.catalog import Catalog, Shape
 from secateur_server.state_dict.parameter import Parameter
 
@@ -164,9 +164,8 @@ def _meant_whole(context: RequestContext, rule: Rule) -> list[str]:
 
 def _fraction(rule: Selection, name: str) -> float | None:
     """The fraction that is asked for of a tensor; None for other amounts."""
-    if isinstance(rule.amount, Table):
-        return rule.amount.fractions.get(name, 0.0)
-    return rule.amount if isinstance(rule.amount, float) else None
+    share = rule.amount.share(name)
+    return None if share is None else share.fraction
 
 
 def _zero_before(pruning: Pruning) -> pb.Warning | None:

@@ -1,30 +1,26 @@
 """A pruning spec from the wire: every field checked that can be without the tensors."""
 
-import math
 from array import array
 from collections.abc import Sequence
 from typing import TypeVar
 
 from secateur_proto import spec_pb2 as pb
-from secateur_server.errors import AmountOutOfRange, InvalidSpec, quote
-from secateur_server.fields import check_length, chosen, fraction_of
+from secateur_server.errors import InvalidSpec, quote
+from secateur_server.fields import check_length, chosen
 from secateur_server.granularity import GRANULARITIES, Granularity
 from secateur_server.granularity.group import Group, Member
 from secateur_server.importance import IMPORTANCES
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.amounts import AMOUNTS
 from secateur_server.spec.decode_rails import decode_rails
 from secateur_server.spec.rules import (
     Allocation,
-    Amount,
-    Budget,
     Combination,
     CustomMasks,
     Normalization,
     Rule,
     Scope,
     Selection,
-    Table,
-    Threshold,
 )
 
 Choice = TypeVar("Choice")
@@ -56,12 +52,8 @@ COMBINATIONS: dict[int, Combination] = {
     pb.COMBINATION_MAX: "max",
 }
 
-# Of one unit: sums of them stay within the doubles, and whole numbers exact for most models.
-MOST_OPERATIONS = 1e15
-
 # As PruningSpec in spec.proto lists them.
 MOST_RULES = 10_000
-MOST_ENTRIES = 100_000
 MOST_GROUPS = 20_000
 MOST_MEMBERS = 100_000
 
@@ -100,7 +92,7 @@ def _selection(context: RequestContext, selection: pb.Selection, path: str) -> S
         importance=IMPORTANCES[chosen(selection, "importance", path)](selection, granularity, path),
         granularity=granularity,
         scope=_one_of(SCOPES, selection, "scope", path),
-        amount=_amount(context, selection, path),
+        amount=AMOUNTS[chosen(selection, "amount", path)](context, selection, path),
         scores=dict(context.each(selection.importance_scores.items())),
         scales=dict(context.each(selection.scales.items())),
         of_all=selection.of_all,
@@ -117,9 +109,7 @@ def _selection(context: RequestContext, selection: pb.Selection, path: str) -> S
 def _check_combination(rule: Selection) -> None:
     """Refuses choices that do not go together."""
     is_random = not rule.importance.is_measured
-    is_share = isinstance(rule.amount, float | int)
-    is_table = isinstance(rule.amount, Table)
-    is_bytes = isinstance(rule.amount, Budget) and rule.amount.per_unit is None
+    amount, is_share = rule.amount, rule.amount.is_share
     refused = {
         "importance_scores": (is_random and rule.scores, "random importance takes no scores"),
         "scales": (
@@ -128,7 +118,7 @@ def _check_combination(rule: Selection) -> None:
         ),
         "normalization": (is_random and rule.normalization, "random importance has none"),
         "threshold": (
-            is_random and isinstance(rule.amount, Threshold),
+            is_random and amount.threshold is not None,
             "random importance has no threshold",
         ),
         "allocation": (
@@ -136,19 +126,23 @@ def _check_combination(rule: Selection) -> None:
             "divides a fraction or a count among tensors that are ranked together",
         ),
         "table": (
-            is_table and rule.scope not in ("row", "tensor"),
+            amount.is_per_tensor and rule.scope not in ("row", "tensor"),
             "SCOPE_PER_TENSOR or SCOPE_PER_ROW only",
         ),
         "scope": (
-            rule.scope == "row" and (rule.granularity is None or not (is_share or is_table)),
+            rule.scope == "row"
+            and (rule.granularity is None or not (is_share or amount.is_per_tensor)),
             "rows of units take a fraction or a count of each row, and groups have no rows",
         ),
         "guard_rails.rails": (
             rule.scope == "row" and rule.guard_rails.rails,
             "bound what is ranked together, and each row is ranked by itself",
         ),
-        "bytes": (is_bytes and rule.granularity is None, "groups have units of several sizes"),
-        "of_all": (rule.of_all and not is_share and not is_table, "no count"),
+        "bytes": (
+            amount.field == "bytes" and rule.granularity is None,
+            "groups have units of several sizes",
+        ),
+        "of_all": (rule.of_all and not is_share and not amount.is_per_tensor, "no count"),
     }
     for field, (is_wrong, why) in refused.items():
         if is_wrong:
@@ -238,43 +232,3 @@ def _indices(context: RequestContext, indices: Sequence[int]) -> Sequence[int]:
     for begin in context.each(range(0, len(indices), INDICES_AT_ONCE)):
         found.extend(indices[begin : begin + INDICES_AT_ONCE])
     return found
-
-
-def _amount(context: RequestContext, selection: pb.Selection, path: str) -> Amount:
-    amount = chosen(selection, "amount", path)
-    if amount == "fraction":
-        return fraction_of(selection.fraction, f"{path}.fraction")
-    if amount == "threshold":
-        if math.isnan(selection.threshold):
-            raise AmountOutOfRange(f"{path}.threshold", "NaN is no threshold")
-        return Threshold(selection.threshold)
-    if amount == "bytes":
-        return Budget(selection.bytes)
-    if amount == "macs":
-        return _macs(context, selection.macs, f"{path}.macs")
-    if amount == "table":
-        return _table(context, selection.table, f"{path}.table.entries")
-    return int(selection.count)
-
-
-def _macs(context: RequestContext, macs: pb.Macs, path: str) -> Budget:
-    if not macs.target >= 0:
-        raise AmountOutOfRange(f"{path}.target", f"{macs.target} is no number of operations")
-    for name, cost in context.each(macs.per_unit.items()):
-        if not 0 < cost <= MOST_OPERATIONS:
-            raise AmountOutOfRange(
-                f"{path}.per_unit[{quote(name)}]", f"{cost} is not in (0, {MOST_OPERATIONS:g}]"
-            )
-    return Budget(macs.target, dict(context.each(macs.per_unit.items())))
-
-
-def _table(context: RequestContext, table: pb.Table, path: str) -> Table:
-    if not table.entries:
-        raise InvalidSpec(path, "at least one entry is needed")
-    check_length(path, table.entries, MOST_ENTRIES, "entries")
-    fractions: dict[str, float] = {}
-    for index, entry in enumerate(context.each(table.entries)):
-        if entry.tensors in fractions:
-            raise InvalidSpec(f"{path}[{index}].tensors", f"{quote(entry.tensors)} is there twice")
-        fractions[entry.tensors] = fraction_of(entry.fraction, f"{path}[{index}].fraction")
-    return Table(fractions)

@@ -2,15 +2,13 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 
 from secateur_server.backends.dtypes import FP8, PRUNABLE, WIRE_DTYPES
 from secateur_server.errors import (
-    AmountOutOfRange,
     InvalidMask,
     InvalidScores,
     InvalidSpec,
@@ -21,20 +19,15 @@ from secateur_server.errors import (
 from secateur_server.granularity.group import Group
 from secateur_server.granularity.groups import resolve_group
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.matching import by_tensor, first_matches
 from secateur_server.spec.rules import (
-    Amount,
-    Budget,
     CustomMasks,
     GuardRails,
     Rail,
     Rule,
     Selection,
-    Table,
 )
 from secateur_server.state_dict.catalog import Catalog, Shape, Stored, match, unmatched
-from secateur_server.state_dict.globs import matches
-
-Value = TypeVar("Value")
 
 # Tensors of all rules: the work of a request is their number.
 MOST_PRUNED = 300_000
@@ -85,35 +78,16 @@ def _resolve_selection(context: RequestContext, rule: Selection, catalog: Catalo
         scales = {name: catalog.name_of(holder) for name, holder in rule.scales.items()}
         rule = replace(
             rule,
-            scores=_by_tensor(context, rule.scores, f"{rule.path}.importance_scores", known),
-            scales=_by_tensor(context, scales, f"{rule.path}.scales", known),
+            scores=by_tensor(context, rule.scores, f"{rule.path}.importance_scores", known),
+            scales=by_tensor(context, scales, f"{rule.path}.scales", known),
         )
         _check_scores(context, rule, set(names), catalog)
     return replace(
         rule,
         tensors=tuple(names),
-        amount=_resolve_amount(context, rule, targets, known),
+        amount=rule.amount.resolve(context, rule.path, targets, known),
         guard_rails=GuardRails(_resolve_rails(context, rule, targets, known)),
     )
-
-
-def _by_tensor(
-    context: RequestContext, given: Mapping[str, Value], field: str, known: Mapping[str, str]
-) -> dict[str, Value]:
-    """What is given by any name of each tensor, by the tensors' names here.
-
-    known: from every name of the rule's tensors to those.
-    Errors: InvalidSpec, where a tensor has two values under two of its names.
-    """
-    found: dict[str, Value] = {}
-    for name, value in context.each(given.items()):
-        tensor = known.get(name, name)
-        if found.setdefault(tensor, value) != value:
-            raise InvalidSpec(
-                f"{field}[{quote(name)}]",
-                f"{quote(name)} is another name of {quote(tensor)}, which has its own; give one",
-            )
-    return found
 
 
 def _not_excluded(
@@ -125,7 +99,7 @@ def _not_excluded(
     excluded |= {*names[-1:]} if rails.keep_last else set()
     field = f"{path}.exclude"
     excluded.update(
-        _first_matches(context, field, rails.exclude, known, lambda index: f"{field}[{index}]")
+        first_matches(context, field, rails.exclude, known, lambda index: f"{field}[{index}]")
     )
     left = [name for name in names if name not in excluded]
     if not left:
@@ -147,7 +121,7 @@ def _resolve_rails(
         place, index_in_rail = places[index]
         return f"{rails[place].path}.tensors[{index_in_rail}]"
 
-    first = _first_matches(context, f"{rule.path}.guard_rails.rails", patterns, known, field)
+    first = first_matches(context, f"{rule.path}.guard_rails.rails", patterns, known, field)
     of_all = next((place for place, rail in enumerate(rails) if not rail.tensors), len(rails))
     tensors: dict[int, list[str]] = defaultdict(list)
     for name in names:
@@ -157,58 +131,6 @@ def _resolve_rails(
         replace(rail, tensors=tuple(tensors[place]))
         for place, rail in enumerate(context.each(rails))
     )
-
-
-def _first_matches(
-    context: RequestContext,
-    path: str,
-    patterns: Sequence[str],
-    known: Mapping[str, str],
-    field: Callable[[int], str],
-) -> dict[str, int]:
-    """For each tensor that is meant, the index of the first name or glob that means it.
-
-    Args:
-        context: The request.
-        path: Of the patterns, for errors of all.
-        patterns: Names and globs; each has to mean a tensor.
-        known: From every name of the rule's tensors to the tensor.
-        field: The path of a pattern, by its index.
-    """
-    found = matches(context, path, patterns, known)
-    if found.unmatched is not None:
-        pattern = patterns[found.unmatched]
-        raise UnknownTensor(field(found.unmatched), f"{quote(pattern)} matches none of the rule's")
-    return found.first
-
-
-def _resolve_amount(
-    context: RequestContext, rule: Selection, names: Sequence[str], known: Mapping[str, str]
-) -> Amount:
-    if isinstance(rule.amount, Table):
-        return _resolve_table(context, rule, rule.amount, known)
-    if isinstance(rule.amount, Budget) and rule.amount.per_unit is not None:
-        field = f"{rule.path}.macs.per_unit"
-        given = _by_tensor(context, rule.amount.per_unit, field, known)
-        pruned = set(names)
-        for name in context.each(given):
-            if name not in pruned:
-                raise UnknownTensor(f"{field}[{quote(name)}]", "the rule prunes no such tensor")
-        for name in names:
-            if name not in given:
-                raise InvalidSpec(field, f"{quote(name)} has none")
-        return replace(rule.amount, per_unit=given)
-    return rule.amount
-
-
-def _resolve_table(
-    context: RequestContext, rule: Selection, table: Table, known: Mapping[str, str]
-) -> Table:
-    path, fractions = f"{rule.path}.table.entries", list(table.fractions.values())
-    first = _first_matches(
-        context, path, list(table.fractions), known, lambda index: f"{path}[{index}].tensors"
-    )
-    return Table({name: fractions[index] for name, index in first.items()})
 
 
 def _check_units(rule: Selection, name: str, shape: Shape) -> None:
@@ -223,11 +145,7 @@ def _check_units(rule: Selection, name: str, shape: Shape) -> None:
             "dimensions or more",
         )
     rule.importance.check(rule.path, name, shape)
-    is_bytes = isinstance(rule.amount, Budget) and rule.amount.per_unit is None
-    if is_bytes and granularity.unit_elements(shape) is None:
-        raise AmountOutOfRange(
-            f"{rule.path}.bytes", f"{quote(name)} {list(shape)} has units of several sizes"
-        )
+    rule.amount.check(rule.path, name, shape, granularity.unit_elements(shape))
 
 
 def _check_scores(

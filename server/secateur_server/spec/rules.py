@@ -8,34 +8,7 @@ from typing import Literal
 from secateur_server.granularity import Granularity
 from secateur_server.granularity.group import Group
 from secateur_server.importance import Importance
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """The units go whose importance is below `value`."""
-
-    value: float
-
-
-@dataclass(frozen=True)
-class Budget:
-    """As few units go as leave no more than `target` of what units cost.
-
-    per_unit: by the name of a tensor, or group; None: a unit costs the bytes of its elements.
-    """
-
-    target: float
-    per_unit: Mapping[str, float] | None = None
-
-
-@dataclass(frozen=True)
-class Table:
-    """Fractions by name or glob, of which the first that matches counts; resolved: by name."""
-
-    fractions: Mapping[str, float]
-
-
-Amount = float | int | Threshold | Budget | Table
+from secateur_server.spec.amounts import Amount
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,16 @@ from secateur_server.backends.norms import total
 from secateur_server.cut.choice import ChoiceTable
 from secateur_server.cut.removed import Outcome, Removed, RemovedTable
 from secateur_server.errors import InvalidRequest, InvalidSpec
-from secateur_server.fields import fraction_of
 from secateur_server.runtime.context import RequestContext
-from secateur_server.spec.rules import Amount, Rule, Selection
+from secateur_server.spec.amounts import AMOUNTS, Amount
+from secateur_server.spec.rules import Rule, Selection
 
 MOST_AMOUNTS = 1000
 
 
-def decode_amounts(header: PlanHeader, rules: Sequence[Rule]) -> tuple[Selection, list[Amount]]:
+def decode_amounts(
+    context: RequestContext, header: PlanHeader, rules: Sequence[Rule]
+) -> tuple[Selection, list[Amount]]:
     """The rule that is planned, and by what amounts.  Errors: InvalidRequest, InvalidSpec."""
     planned = rules[-1]
     if not isinstance(planned, Selection):
@@ -38,17 +40,13 @@ def decode_amounts(header: PlanHeader, rules: Sequence[Rule]) -> tuple[Selection
         raise InvalidRequest(
             "header.amounts", f"{len(header.amounts)} are more than {MOST_AMOUNTS}"
         )
-    amounts = [_amount(a, f"header.amounts[{i}]") for i, a in enumerate(header.amounts)]
+    amounts: list[Amount] = []
+    for index, amount in enumerate(header.amounts):
+        path, kind = f"header.amounts[{index}]", amount.WhichOneof("amount")
+        if kind is None:
+            raise InvalidRequest(f"{path}.amount", "fraction or count is needed")
+        amounts.append(AMOUNTS[kind](context, amount, path))
     return planned, amounts or [planned.amount]
-
-
-def _amount(amount: pb.Amount, path: str) -> Amount:
-    chosen = amount.WhichOneof("amount")
-    if chosen is None:
-        raise InvalidRequest(f"{path}.amount", "fraction or count is needed")
-    if chosen == "fraction":
-        return fraction_of(amount.fraction, f"{path}.fraction")
-    return int(amount.count)
 
 
 def encode_plan(
