@@ -1,4 +1,4 @@
-"""How many units go of each tensor that is ranked together with others."""
+"""How many units are pruned of each tensor, where units of several tensors are compared."""
 
 import math
 from collections.abc import Sequence
@@ -23,12 +23,15 @@ from secateur_server.spec.rules import Selection
 
 @dataclass(frozen=True)
 class Decision:
-    """How many units go.
+    """How many units are pruned.
 
-    counts: of each subject.  requested: in all, before guard rails.
-    threshold: the importance at the one cut of all; None where each subject has its own.
-    ties, ties_pruned: how many units have that importance, and how many of them go.
-    cuts: in the common dtype, of each subject; None where it is not known yet.
+    Attributes:
+        counts: Of each tensor.
+        requested: In all, before guard rails.
+        bounds: The guard rails that changed a count.
+        threshold: The score at the common threshold; None if each tensor has its own.
+        ties, ties_pruned: Units with that score, and how many of them are pruned.
+        cuts: The cut of each tensor in the common dtype; None where it is not known yet.
     """
 
     counts: tuple[int, ...]
@@ -47,9 +50,20 @@ def decide(
     amounts: Sequence[Amount],
     at: str = "",
 ) -> list[Decision]:
-    """A decision for each of `amounts`, of what is ranked together.
+    """Decides for each amount how many units of each tensor are pruned.
 
-    at: the path of `amounts`, where they are not the rule's own.  Errors: AmountOutOfRange.
+    Args:
+        context: The request.
+        rule: Resolved.
+        tensors: The tensors, or groups, whose units are compared.
+        amounts: Each takes the place of the rule's amount.
+        at: The path of `amounts` in the request, if they are not the rule's own.
+
+    Returns:
+        One decision for each amount.
+
+    Raises:
+        AmountOutOfRange: Guard rails forbid an amount, or there are fewer units.
     """
     limits = limits_of(context, rule, tensors)
     if (threshold := amounts[0].threshold) is not None:
@@ -134,7 +148,7 @@ def _decide_by_score(
     limits: Sequence[Limits],
     targets: Sequence[float],
 ) -> list[Decision]:
-    """The least important go, wherever they are, within the limits."""
+    """Prunes the lowest scores, whatever tensors they are of, within the limits."""
     is_lamp = rule.allocation == "lamp"
     rankings = [tensor.ranking for tensor in tensors]
     costs = None if rule.amount.budget is None else tuple(_costs(rule, tensors))
@@ -152,7 +166,7 @@ def _decide_by_score(
     divisions = divided(queries)
     passed = [_passed(division, limits) for division in context.each(divisions)]
     beyond = passed
-    if any(lowest) and costs is None:  # up to where the cut could rise without one unit more
+    if any(lowest) and costs is None:  # the highest cut that prunes no more units
         more = [replace(query, target=query.target + 1) for query in queries]
         beyond = [
             [s.candidates for s in tensors]
@@ -167,7 +181,7 @@ def _decide_by_score(
 
 
 def _passed(division: Division, limits: Sequence[Limits]) -> list[int]:
-    """How many units of each subject lie before the last one that the division took by its rank."""
+    """The units of each tensor up to the last unit that the division pruned for its score."""
     parts = list(zip(division.counts, division.below, division.equal, limits, strict=True))
     by_ties = [i for i, (c, b, _, of) in enumerate(parts) if c > min(max(b, of.lowest), of.highest)]
     last = max(by_ties, default=-1)
@@ -208,7 +222,7 @@ def _bounds(
     least: Sequence[float],
     most: Sequence[float],
 ) -> tuple[Bound, ...]:
-    """The limits that bound.  least, most: of what would have gone without them."""
+    """The limits that changed a count. `least` and `most` are the counts without limits."""
     found = []
     for tensor, limit, count, low, high in zip(tensors, limits, counts, least, most, strict=True):
         if count == limit.highest < high and limit.highest < tensor.candidates:
@@ -226,7 +240,7 @@ def _decide_by_shares(
     count: int,
 ) -> Decision:
     counts, free = divide_by_shares(context, rule, tensors, limits, count)
-    # A count is off from its share by less than 1 for the rounding alone.
+    # Rounding alone moves a count by less than 1 from its share.
     least, most = [share - 1 for share in free], [share + 1 for share in free]
     nearly = [math.floor(x) for x in least], [math.ceil(x) for x in most]
     return Decision(tuple(counts), count, _bounds(tensors, limits, counts, nearly[0], nearly[1]))
@@ -238,7 +252,7 @@ def _decide_by_threshold(
     limits: Sequence[Limits],
     threshold: float,
 ) -> Decision:
-    """All below the threshold go, as far as the limits allow."""
+    """Prunes all units below the threshold, within the limits."""
     rankings = [tensor.ranking for tensor in tensors]
     dtype = score_dtype(rankings)
     key = first_key(threshold - rankings[0].offset, dtype)
@@ -252,7 +266,7 @@ def _decide_by_threshold(
 
 
 def first_key(value: float, dtype: torch.dtype) -> int:
-    """The least key of a score that is not below `value`."""
+    """Returns the smallest key of a score that is not below `value`."""
     if value <= 0:
         return 0
     nearest = torch.tensor(value, dtype=torch.float64).to(dtype)

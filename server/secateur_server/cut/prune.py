@@ -1,4 +1,4 @@
-"""Applies a spec: rule after rule, each among what the ones before left."""
+"""Applies a spec, rule by rule. Each rule sees the masks of the rules before it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -49,13 +49,20 @@ def prune(
     rules: Sequence[Rule],
     extras: Mapping[str, Tensor],
 ) -> tuple[dict[str, Parameter], list[Sequence[Choice]]]:
-    """Applies `rules` in order, with the semantics of torch.nn.utils.prune.PruningContainer.
+    """Applies rules in order, with the semantics of torch.nn.utils.prune.PruningContainer.
 
-    parameters: in the state_dict's order, never changed.  rules: resolved.
-    extras: uploaded scores and masks, by the names of the tensors that hold them.
-    Returns: the parameters that a rule named, with their new masks, in the same order; and for
-        each rule its choices.
-    Errors: InvalidSpec.
+    Args:
+        context: The request.
+        parameters: In the order of the state_dict. Not changed.
+        rules: Resolved.
+        extras: Uploaded scores and masks, by the names of the tensors that hold them.
+
+    Returns:
+        The parameters that a rule named, with their new masks, in the same order; and the choices
+        of each rule.
+
+    Raises:
+        InvalidSpec: A rule does not fit the tensors or their values.
     """
     state = dict(parameters)
     outcomes: list[Sequence[Choice]] = []
@@ -98,9 +105,12 @@ def _apply_masks(
 
 
 def _packed_mask(bits: Tensor, elements: int, field: str) -> Mask:
-    """A mask of bits, as results have them.  Errors: InvalidMask."""
+    """A mask of bits, as results have them. Raises InvalidMask."""
     if elements % 8 and int(bits[-1]) >> elements % 8:
-        raise InvalidMask(field, f"has bits behind the last of {elements} elements that are not 0")
+        raise InvalidMask(
+            field,
+            f"bits after the last of {elements} elements are not 0; fill the last byte with 0",
+        )
     return Mask(bits, elements)
 
 
@@ -110,8 +120,21 @@ def apply_selection(
     state: Mapping[str, Parameter],
     extras: Mapping[str, Tensor],
 ) -> tuple[Masks, Sequence[Choice]]:
-    """The masks of what a rule names, prior pruning in them, and the rule's choices."""
-    # Of a tensor without elements there is nothing to choose, however many slices it has.
+    """Makes the masks of the tensors that a rule names.
+
+    Args:
+        context: The request.
+        rule: Resolved.
+        state: All parameters.
+        extras: Uploaded scores.
+
+    Returns:
+        The masks, prior masks included, and the rule's choices.
+
+    Raises:
+        InvalidSpec: The rule does not fit the tensors or their values.
+    """
+    # Tensors without elements may have slices, but no choice among them matters.
     empty = dict.fromkeys(name for name in rule.tensors if state[name].weight.numel() == 0)
     names = [group.name for group in rule.groups] or [n for n in rule.tensors if n not in empty]
     device = state[rule.tensors[0]].weight.device
@@ -141,7 +164,7 @@ def _chosen(
     extras: Mapping[str, Tensor],
     device: torch.device,
 ) -> list[tuple[Masks, Choice]]:
-    """What is chosen among the units of tensors, or groups, by those that are ranked together."""
+    """Masks and choices for each set of tensors, or groups, whose units are compared."""
     if rule.groups:
         return _choose_groups(context, rule, state, extras)
     return small_at_once(
@@ -160,9 +183,17 @@ def small_at_once(
     elements: Callable[[Item], int],
     device: torch.device,
 ) -> list[Done]:
-    """What `work` makes of each item, in their order.
+    """Calls `work` on each item: small ones in parallel, large ones one by one on all cores.
 
-    One core takes a small one whole; a large one, all cores one by one.
+    Args:
+        context: The request.
+        work: Makes a result from an item.
+        items: To work on.
+        elements: Returns the size of an item.
+        device: Of the tensors.
+
+    Returns:
+        The results in the order of the items.
     """
     passes = passes_of(device)
     is_small = [elements(item) <= passes.piece for item in items]
@@ -177,7 +208,7 @@ def _choose(
     state: Mapping[str, Parameter],
     extras: Mapping[str, Tensor],
 ) -> tuple[Masks, Choice]:
-    """Selects among the units of all tensors, or groups, that are ranked together."""
+    """Selects among the units of tensors that are compared."""
     if rule.has_element_units and rule.scope != "row" and are_small(names, state):
         if is_plain(rule) and rule.normalization is None:
             return prune_jointly(context, rule, names, state, extras)
@@ -199,7 +230,7 @@ def _choose_groups(
     state: Mapping[str, Parameter],
     extras: Mapping[str, Tensor],
 ) -> list[tuple[Masks, Choice]]:
-    """Selects among the units of the groups that are ranked together: small groups at once."""
+    """Selects among the units of groups; small groups at once."""
     ranked = split_by_scope(context, rule, [group.name for group in rule.groups])
     with context.stage("score"):
         tensors = score_groups(context, rule, ranked, state, extras)
@@ -221,7 +252,7 @@ def _choose_groups(
 def _add(
     context: RequestContext, masks: Masks, more: Masks, state: Mapping[str, Parameter]
 ) -> None:
-    """Adds to masks what is pruned of some tensors, prior pruning included."""
+    """Adds masks of some tensors to `masks`, with prior masks."""
     for name, mask in more.items():
         before = masks.get(name, state[name].mask)
         masks[name] = mask if before is None else mask.both(context, before)
@@ -230,7 +261,7 @@ def _add(
 def _select_each(
     context: RequestContext, rule: Selection, ranked: Sequence[Sequence[ScoredTensor]]
 ) -> list[tuple[list[Mask], Choice]]:
-    """As _select, of all that are ranked together; of what is ranked by itself, at once."""
+    """Does `_select` for each set of compared tensors; for sets of one tensor, at once."""
     if any(len(tensors) > 1 for tensors in ranked):
         return [_select(context, rule, tensors) for tensors in context.each(ranked)]
     decisions = [_decided(context, rule, tensors) for tensors in context.each(ranked)]
@@ -253,7 +284,7 @@ def _select_each(
 
 
 def _decided(context: RequestContext, rule: Selection, tensors: Sequence[ScoredTensor]) -> Decision:
-    """How many units go of a subject that is ranked by itself."""
+    """How many units are pruned of a tensor that is compared with no other."""
     if is_plain(rule):
         count = int(amount_to_prune(rule, tensors))
         return Decision((count,), count)
@@ -264,7 +295,7 @@ def _decided(context: RequestContext, rule: Selection, tensors: Sequence[ScoredT
 def _select(
     context: RequestContext, rule: Selection, tensors: Sequence[ScoredTensor]
 ) -> tuple[list[Mask], Choice]:
-    """Which units stay."""
+    """The units of each tensor that are kept."""
     names = tuple(tensor.name for tensor in tensors)
     candidates = sum(tensor.candidates for tensor in tensors)
     if rule.scope == "row":
@@ -303,7 +334,7 @@ def _none(ranking: Ranking) -> Mask:
 
 
 def cut_value(tensors: Sequence[ScoredTensor], cut: Cut) -> float | None:
-    """The importance at a cut; None where nothing is pruned."""
+    """Returns the score at a cut; None if nothing is pruned."""
     rankings = [tensor.ranking for tensor in tensors]
     value = threshold(cut, score_dtype(rankings))
     return None if value is None else value + rankings[0].offset
@@ -315,26 +346,33 @@ def with_cut(
     rankings: Sequence[Ranking],
     cuts: Sequence[float | None],
 ) -> Decision:
-    """The decision with the highest of the cuts that subjects have of their own.
+    """Adds the highest of the tensors' own thresholds to a decision.
 
-    cuts: the scores at them; None where nothing goes.
+    Args:
+        context: The request.
+        decision: Without a threshold.
+        rankings: Of the tensors.
+        cuts: The scores at the thresholds; None if nothing is pruned.
+
+    Returns:
+        The decision with the threshold and its ties.
     """
     highest = max((cut for cut in cuts if cut is not None), default=None)
     if highest is None:
         return decision
     at = count_below(context, rankings, first_key(highest, score_dtype(rankings)))
-    going = [min(max(0, c - b), e) for c, (b, e) in zip(decision.counts, at, strict=True)]
+    pruned = [min(max(0, c - b), e) for c, (b, e) in zip(decision.counts, at, strict=True)]
     value, ties = highest + rankings[0].offset, sum(equal for _, equal in at)
-    return replace(decision, threshold=value, ties=ties, ties_pruned=sum(going))
+    return replace(decision, threshold=value, ties=ties, ties_pruned=sum(pruned))
 
 
 def choice_of(
     rule: Selection, names: tuple[str, ...], candidates: int, pruned: int, decision: Decision
 ) -> Choice:
-    """What is reported of a decision."""
+    """Makes the reported choice of a decision."""
     value = decision.threshold if rule.importance.is_measured else None
     ties, ties_pruned = decision.ties, decision.ties_pruned
-    if rule.has_partial_units and pruned == candidates:  # no group was ranked
+    if rule.has_partial_units and pruned == candidates:  # no group was scored
         value, ties, ties_pruned = None, 0, 0
     requested, bounds = decision.requested, decision.bounds
     return Choice(names, candidates, requested, pruned, value, ties, ties_pruned, bounds)
