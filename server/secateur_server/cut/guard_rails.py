@@ -49,7 +49,7 @@ def _limits(rail: Rail | None, tensor: ScoredTensor) -> Limits:
         raise AmountOutOfRange(
             f"{rail.path}.keep_at_least",
             f"{rail.keep_at_least} of the {units} units of {quote(tensor.name)} must be kept, but "
-            f"min_sparsity {rail.min_sparsity} prunes {least}, which is {least - by_count} too many",
+            f"min_sparsity {rail.min_sparsity} prunes {least}, {least - by_count} too many",
         )
     if least > most:
         raise AmountOutOfRange(

@@ -1,4 +1,4 @@
-"""A pruning spec from the wire: every field checked that can be without the tensors."""
+"""Decodes a spec, and checks all that can be checked without the tensors."""
 
 from array import array
 from collections.abc import Sequence
@@ -57,14 +57,18 @@ MOST_RULES = 10_000
 MOST_GROUPS = 20_000
 MOST_MEMBERS = 100_000
 
-# Indices that are copied between two checks of the call.
+# Indices that are copied between two checks of the deadline.
 INDICES_AT_ONCE = 1 << 16
 
 
 def decode_spec(context: RequestContext, spec: pb.PruningSpec) -> list[Rule]:
-    """The rules of a spec.  Errors: InvalidSpec, naming the field by its path."""
+    """Decodes the rules of a spec.
+
+    Raises:
+        InvalidSpec: A field is wrong; the error has its path.
+    """
     if not spec.rules:
-        raise InvalidSpec("spec.rules", "a spec needs at least one rule")
+        raise InvalidSpec("spec.rules", "is empty; send at least one rule")
     check_length("spec.rules", spec.rules, MOST_RULES, "rules")
     return [
         _rule(context, rule, f"spec.rules[{index}]")
@@ -77,14 +81,14 @@ def _rule(context: RequestContext, rule: pb.Rule, path: str) -> Rule:
         return _selection(context, rule.selection, f"{path}.selection")
     path = f"{path}.custom_masks"
     if not rule.custom_masks.masks:
-        raise InvalidSpec(f"{path}.masks", "at least one mask is needed")
+        raise InvalidSpec(f"{path}.masks", "is empty; send at least one mask")
     return CustomMasks(path, list(rule.custom_masks.masks.items()))
 
 
 def _selection(context: RequestContext, selection: pb.Selection, path: str) -> Selection:
     groups = _groups(context, selection, path)
     if not groups and not selection.tensors:
-        raise InvalidSpec(f"{path}.tensors", "at least one name or glob is needed")
+        raise InvalidSpec(f"{path}.tensors", "is empty; send at least one name or glob")
     granularity = _granularity(selection, path)
     decoded = Selection(
         path=path,
@@ -107,61 +111,74 @@ def _selection(context: RequestContext, selection: pb.Selection, path: str) -> S
 
 
 def _check_combination(rule: Selection) -> None:
-    """Refuses choices that do not go together."""
+    """Refuses choices that contradict each other."""
     is_random = not rule.importance.is_measured
     amount, is_share = rule.amount, rule.amount.is_share
     refused = {
-        "importance_scores": (is_random and rule.scores, "random importance takes no scores"),
+        "importance_scores": (
+            is_random and rule.scores,
+            "cannot be used with random importance; leave them out",
+        ),
         "scales": (
             rule.scales and (is_random or rule.groups),
-            "neither random importance nor groups take any",
+            "cannot be used with random importance or groups; leave them out",
         ),
-        "normalization": (is_random and rule.normalization, "random importance has none"),
+        "normalization": (
+            is_random and rule.normalization,
+            "cannot be used with random importance; leave it out",
+        ),
         "threshold": (
             is_random and amount.threshold is not None,
-            "random importance has no threshold",
+            "cannot be used with random importance; use a fraction or a count",
         ),
         "allocation": (
             rule.allocation != "rank" and (not is_share or rule.scope in ("row", "tensor")),
-            "divides a fraction or a count among tensors that are ranked together",
+            "needs a fraction or a count, and SCOPE_GLOBAL or SCOPE_ISOMORPHIC",
         ),
         "table": (
             amount.is_per_tensor and rule.scope not in ("row", "tensor"),
-            "SCOPE_PER_TENSOR or SCOPE_PER_ROW only",
+            "needs SCOPE_PER_TENSOR or SCOPE_PER_ROW",
         ),
         "scope": (
             rule.scope == "row"
             and (rule.granularity is None or not (is_share or amount.is_per_tensor)),
-            "rows of units take a fraction or a count of each row, and groups have no rows",
+            "SCOPE_PER_ROW needs a fraction, a count or a table, and cannot be used with groups",
         ),
         "guard_rails.rails": (
             rule.scope == "row" and rule.guard_rails.rails,
-            "bound what is ranked together, and each row is ranked by itself",
+            "cannot be used with SCOPE_PER_ROW, which compares units within each row only",
         ),
         "bytes": (
             amount.field == "bytes" and rule.granularity is None,
-            "groups have units of several sizes",
+            "cannot be used with groups, whose units differ in size; use macs",
         ),
-        "of_all": (rule.of_all and not is_share and not amount.is_per_tensor, "no count"),
+        "of_all": (
+            rule.of_all and not is_share and not amount.is_per_tensor,
+            "needs a fraction, a count or a table",
+        ),
     }
     for field, (is_wrong, why) in refused.items():
         if is_wrong:
             raise InvalidSpec(f"{rule.path}.{field}", why)
     if rule.allocation == "erk" and rule.groups:
-        raise InvalidSpec(f"{rule.path}.allocation", "groups have no dimensions for ERK")
+        raise InvalidSpec(
+            f"{rule.path}.allocation", "ERK cannot be used with groups, which have no dimensions"
+        )
     if rule.allocation == "lamp" and is_random:
-        raise InvalidSpec(f"{rule.path}.allocation", "random importance has no LAMP")
+        raise InvalidSpec(
+            f"{rule.path}.allocation", "LAMP cannot be used with random importance; use another"
+        )
 
 
 def _one_of(choices: dict[int, Choice], selection: pb.Selection, field: str, path: str) -> Choice:
     value = getattr(selection, field)
     if value not in choices:
-        raise InvalidSpec(f"{path}.{field}", f"{value} is no {field}")
+        raise InvalidSpec(f"{path}.{field}", f"{value} is not a {field} that this server knows")
     return choices[value]
 
 
 def _granularity(selection: pb.Selection, path: str) -> Granularity | None:
-    """None for groups."""
+    """The granularity; None for groups."""
     if selection.granularity == pb.GRANULARITY_GROUP:
         return None
     decode = GRANULARITIES.get(selection.granularity)
@@ -173,16 +190,18 @@ def _granularity(selection: pb.Selection, path: str) -> Granularity | None:
 def _groups(context: RequestContext, selection: pb.Selection, path: str) -> tuple[Group, ...]:
     is_grouped = selection.granularity == pb.GRANULARITY_GROUP
     if is_grouped != bool(selection.groups):
-        why = "at least one group is needed" if is_grouped else "are for GRANULARITY_GROUP"
+        why = "is empty; send at least one group" if is_grouped else "needs GRANULARITY_GROUP"
         raise InvalidSpec(f"{path}.groups", why)
     if is_grouped and selection.tensors:
-        raise InvalidSpec(f"{path}.tensors", "the groups name their tensors")
+        raise InvalidSpec(
+            f"{path}.tensors", "cannot be used with groups, which name their tensors; leave it out"
+        )
     check_length(f"{path}.groups", selection.groups, MOST_GROUPS, "groups")
     members = sum(len(group.members) for group in context.each(selection.groups))
     if members > MOST_MEMBERS:
         raise InvalidSpec(
             f"{path}.groups",
-            f"{members} members in all groups are more than {MOST_MEMBERS}; split the rule",
+            f"{members} members of all groups are more than {MOST_MEMBERS}; split the rule",
         )
     groups = tuple(
         _group(context, group, index, f"{path}.groups[{index}]")
@@ -192,16 +211,18 @@ def _groups(context: RequestContext, selection: pb.Selection, path: str) -> tupl
     seen: set[str] = set()
     for index, name in enumerate(names):
         if name in seen:
-            raise InvalidSpec(f"{path}.groups[{index}].name", f"{quote(name)} is there twice")
+            raise InvalidSpec(
+                f"{path}.groups[{index}].name", f"two groups are named {quote(name)}; rename one"
+            )
         seen.add(name)
     return groups
 
 
 def _group(context: RequestContext, group: pb.Group, index: int, path: str) -> Group:
     if not group.members:
-        raise InvalidSpec(f"{path}.members", "at least one member is needed")
+        raise InvalidSpec(f"{path}.members", "is empty; send at least one member")
     if all(member.unscored for member in context.each(group.members)):
-        raise InvalidSpec(f"{path}.members", "at least one must be scored")
+        raise InvalidSpec(f"{path}.members", "all are unscored; at least one must be scored")
     members = tuple(
         _member(context, member, f"{path}.members[{place}]")
         for place, member in enumerate(context.each(group.members))
@@ -211,7 +232,9 @@ def _group(context: RequestContext, group: pb.Group, index: int, path: str) -> G
 
 def _member(context: RequestContext, member: pb.Member, path: str) -> Member:
     if member.indices and (member.offset or member.stride):
-        raise InvalidSpec(f"{path}.indices", "take the place of offset and stride")
+        raise InvalidSpec(
+            f"{path}.indices", "cannot be used with offset or stride; send one or the other"
+        )
     return Member(
         path=path,
         tensor=member.tensor,
@@ -225,7 +248,7 @@ def _member(context: RequestContext, member: pb.Member, path: str) -> Member:
 
 
 def _indices(context: RequestContext, indices: Sequence[int]) -> Sequence[int]:
-    """The same numbers, as uint64 in one block: no object for each is kept."""
+    """The same numbers as uint64 in one array, without a Python object for each."""
     if not indices:
         return ()
     found = array("Q")

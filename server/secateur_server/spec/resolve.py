@@ -1,4 +1,4 @@
-"""Rules that fit the tensors: globs become names, and what is wrong is said before data is read."""
+"""Fits rules to the tensors of a state_dict: globs become names, before any data is read."""
 
 import math
 from collections import defaultdict
@@ -29,14 +29,23 @@ from secateur_server.spec.rules import (
 )
 from secateur_server.state_dict.catalog import Catalog, Shape, Stored, match, unmatched
 
-# Tensors of all rules: the work of a request is their number.
+# Tensors of all rules. The work of a request grows with their number.
 MOST_PRUNED = 300_000
 
 
 def resolve(context: RequestContext, rules: Sequence[Rule], catalog: Catalog) -> list[Rule]:
-    """The rules with their globs replaced by names, once they are found to fit the tensors.
+    """Replaces the globs of rules by names, and checks that the rules fit the tensors.
 
-    Errors: InvalidSpec.
+    Args:
+        context: The request.
+        rules: Decoded.
+        catalog: Of the state_dict.
+
+    Returns:
+        The resolved rules.
+
+    Raises:
+        InvalidSpec: A rule does not fit.
     """
     resolved: list[Rule] = []
     pruned = 0
@@ -50,8 +59,8 @@ def resolve(context: RequestContext, rules: Sequence[Rule], catalog: Catalog) ->
         if pruned > MOST_PRUNED:
             raise InvalidSpec(
                 rule.path,
-                f"the rules up to this one prune {pruned} tensors, one tensor by several rules "
-                f"counted for each; at most {MOST_PRUNED} in one request: send fewer rules",
+                f"the rules up to this one prune {pruned} tensors, and a tensor counts once for "
+                f"each rule; at most {MOST_PRUNED} in one request: send fewer rules",
             )
         resolved.append(found)
     return resolved
@@ -93,7 +102,7 @@ def _resolve_selection(context: RequestContext, rule: Selection, catalog: Catalo
 def _not_excluded(
     context: RequestContext, rule: Selection, names: list[str], known: Mapping[str, str]
 ) -> list[str]:
-    """Without the tensors, or groups, that the guard rails leave as they are."""
+    """The names without the tensors, or groups, that guard rails exclude."""
     rails, path = rule.guard_rails, f"{rule.path}.guard_rails"
     excluded = {*names[:1]} if rails.keep_first else set()
     excluded |= {*names[-1:]} if rails.keep_last else set()
@@ -101,16 +110,16 @@ def _not_excluded(
     excluded.update(
         first_matches(context, field, rails.exclude, known, lambda index: f"{field}[{index}]")
     )
-    left = [name for name in names if name not in excluded]
-    if not left:
-        raise InvalidSpec(path, f"leaves nothing to prune of {len(names)} tensors")
-    return left
+    found = [name for name in names if name not in excluded]
+    if not found:
+        raise InvalidSpec(path, f"excludes all {len(names)} tensors of the rule; exclude fewer")
+    return found
 
 
 def _resolve_rails(
     context: RequestContext, rule: Selection, names: Sequence[str], known: Mapping[str, str]
 ) -> tuple[Rail, ...]:
-    """The rails, each with those of `names` that it is the first to name, or to take with all."""
+    """The rails, each with the tensors that it is the first to match."""
     rails = rule.guard_rails.rails
     places = [
         (p, i) for p, rail in enumerate(context.each(rails)) for i in range(len(rail.tensors))
@@ -134,15 +143,15 @@ def _resolve_rails(
 
 
 def _check_units(rule: Selection, name: str, shape: Shape) -> None:
-    """Refuses a tensor that has no units of the rule's granularity."""
+    """Refuses a tensor that does not have units of the rule's granularity."""
     granularity = rule.granularity
     assert granularity is not None, "groups name their tensors"
     granularity.check(rule.path, name, shape)
     if rule.scope == "row" and len(granularity.grid(shape)) < 2:
         raise NotStructured(
             f"{rule.path}.scope",
-            f"{quote(name)} has shape {list(shape)}: its units have no rows; they need 2 "
-            "dimensions or more",
+            f"{quote(name)} has shape {list(shape)}: rows need units in 2 dimensions or more; "
+            "use SCOPE_PER_TENSOR",
         )
     rule.importance.check(rule.path, name, shape)
     rule.amount.check(rule.path, name, shape, granularity.unit_elements(shape))
@@ -155,21 +164,25 @@ def _check_scores(
     for name, holder in context.each(rule.scores.items()):
         field = f"{rule.path}.importance_scores[{quote(name)}]"
         if name not in names:
-            raise UnknownTensor(field, "the rule prunes no such tensor")
+            raise UnknownTensor(field, "the rule does not prune this tensor")
         shape = catalog.prunable[name]
         _check_floating(field, holder, (shape, rule.granularity.grid(shape)), catalog)
     for name, holder in context.each(rule.scales.items()):
         field = f"{rule.path}.scales[{quote(name)}]"
         if name not in names:
-            raise UnknownTensor(field, "the rule prunes no such tensor")
+            raise UnknownTensor(field, "the rule does not prune this tensor")
         if name in rule.scores:
-            raise InvalidScores(field, f"{quote(name)} has importance_scores as well")
+            raise InvalidScores(
+                field, f"{quote(name)} has importance_scores as well; send one or the other"
+            )
         if holder not in catalog.prunable:
             raise unmatched(context, field, holder, catalog)
         units = math.prod(rule.granularity.grid(catalog.prunable[name]))
         if catalog.prunable[holder] != (units,):
             found = list(catalog.prunable[holder])
-            raise InvalidScores(field, f"a scale for each of {units} units needed, got {found}")
+            raise InvalidScores(
+                field, f"has shape {found}; it must have a scale for each of {units} units"
+            )
 
 
 def _check_group_scores(
@@ -179,12 +192,12 @@ def _check_group_scores(
     for name, holder in context.each(rule.scores.items()):
         field = f"{rule.path}.importance_scores[{quote(name)}]"
         if name not in units:
-            raise UnknownTensor(field, "the rule has no such group")
+            raise UnknownTensor(field, "the rule does not have this group")
         _check_floating(field, holder, ((units[name],),), catalog)
 
 
 def _check_floating(field: str, holder: str, shapes: Sequence[Shape], catalog: Catalog) -> None:
-    """Refuses scores of another dtype, or of none of some shapes; an error shows the first."""
+    """Refuses scores of another dtype, or of none of some shapes. Errors show the first shape."""
     scores = _extra(field, holder, catalog)
     if scores.dtype not in _SCORE_DTYPES:
         raise InvalidScores(field, _wrong_dtype(scores, "floating scores", _SCORE_DTYPES))
@@ -206,24 +219,24 @@ def _resolve_masks(context: RequestContext, rule: CustomMasks, catalog: Catalog)
         if mask.shape != shape and not is_packed:
             raise InvalidMask(field, _wrong_shape(mask, shape, "a mask"))
         masks.append((name, holder))
-    # A map has no order on the wire.
+    # Maps do not have an order on the wire.
     places = {name: place for place, name in enumerate(catalog.prunable)}
     return replace(rule, masks=sorted(set(masks), key=lambda of: (places[of[0]], of[1])))
 
 
 def _extra(field: str, holder: str, catalog: Catalog) -> Stored:
     if holder not in catalog.extras:
-        raise UnknownTensor(field, f"the data has no tensor {quote(holder)}")
+        raise UnknownTensor(field, f"the data does not have the tensor {quote(holder)}; send it")
     return catalog.extras[holder]
 
 
 def _wrong_dtype(extra: Stored, what: str, dtypes: Iterable[torch.dtype]) -> str:
     allowed = ", ".join(WIRE_DTYPES[dtype] for dtype in dtypes)
-    return f"dtype {extra.dtype_name} is not allowed; {what} may be {allowed}"
+    return f"has dtype {extra.dtype_name}; {what} may be {allowed}"
 
 
 def _wrong_shape(extra: Stored, shape: Shape, what: str) -> str:
-    return f"{what} of shape {list(shape)} needed, got shape {list(extra.shape)}"
+    return f"has shape {list(extra.shape)}; {what} must have shape {list(shape)}"
 
 
 # As CustomMasks in spec.proto lists them.
