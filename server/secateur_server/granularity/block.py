@@ -26,11 +26,11 @@ from secateur_server.runtime.context import RequestContext
 
 @dataclass(frozen=True)
 class Block:
-    """A block of elements is a unit; at the end of a dimension it may be smaller.
+    """A unit is a block of elements, which may be smaller at the end of a dimension.
 
     Attributes:
         shape: The lengths of a block; 0 is the whole dimension.
-        as_matrix: A tensor counts as a matrix: its first dimension, and all others as one.
+        as_matrix: Whether a tensor counts as a matrix of its first dimension and all others.
     """
 
     shape: tuple[int, ...]
@@ -47,7 +47,7 @@ class Block:
         """
         shape = tuple(selection.block.shape)
         if not any(shape):
-            raise InvalidSpec(f"{path}.block.shape", "at least one length that is not 0 is needed")
+            raise InvalidSpec(f"{path}.block.shape", "at least one length must not be 0")
         return cls(shape, selection.block.as_matrix)
 
     def check(self, path: str, name: str, shape: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""Work on units that are tiles of a tensor, or parts of tiles: a few tiles at a time."""
+"""Work on units that are tiles of a tensor, or parts of tiles, some tiles at a time."""
 
 import itertools
 import math
@@ -15,31 +15,31 @@ from secateur_server.backends.passes import Passes
 from secateur_server.granularity.tiles import Box, Tiles
 from secateur_server.runtime.context import RequestContext
 
-# The dtypes of what Granularity.costs returns.
+# The dtypes of the results of Granularity.costs.
 COSTS = (torch.int64, torch.float64)
 
 
 def boxes_of(tiles: Tiles, passes: Passes) -> list[Box]:
-    """All tiles in boxes whose elements fit in the second-level cache as float64."""
+    """Splits all tiles into boxes whose elements fit in the second-level cache as float64."""
     return tiles.boxes(passes.piece // 8)
 
 
 def comparable(part: Tensor) -> Tensor:
-    """A part in the dtype that its values are compared in."""
+    """Converts a part to the dtype in which its values are compared."""
     return part.to(ranked_as(part.dtype))
 
 
 def neutral(p: float) -> float:
-    """What adds nothing to a norm of order p."""
+    """Returns the value that adds nothing to a norm of order p."""
     return math.inf if p < 0 else 0.0
 
 
 def row_norms(rows: Tensor, counts: Tensor | None, p: float, passes: Passes) -> Tensor:
-    """The norm of each row, rounded once, or its power mean over `counts` elements.
+    """Computes the norm of each row, rounded once, or its power mean over `counts` elements.
 
     Args:
         rows: (1, units, elements), floating.
-        counts: Of each unit; None: a norm.
+        counts: Of each unit. None: a norm.
         p: The order.
         passes: Of the device.
 
@@ -53,7 +53,7 @@ def row_norms(rows: Tensor, counts: Tensor | None, p: float, passes: Passes) -> 
 def tile_costs(
     context: RequestContext, tiles: Tiles, weight: Tensor, mask: Mask | None
 ) -> tuple[Tensor, Tensor]:
-    """Granularity.costs of units that are whole tiles."""
+    """Does Granularity.costs for units that are whole tiles."""
     passes, by_tiles = passes_of(weight.device), weight.reshape(tiles.sizes)
     kept = None if mask is None else mask.whole(context, tiles.sizes)
 
@@ -71,7 +71,7 @@ def tile_costs(
 
 
 def square_sums(rows: Tensor, passes: Passes) -> Tensor:
-    """The sum of squares of each row.  rows: (1, units, elements).  Returns: float64."""
+    """Sums the squares of each row of (1, units, elements), as float64."""
     sums = passes.power_sums(rows, 0, rows.shape[1], 2)
     return row_sums(rows[0].to(torch.float64).square()) if sums is None else sums
 
@@ -83,9 +83,19 @@ def map_tiles(
     dtypes: Sequence[torch.dtype],
     work: Callable[[Box], Sequence[Tensor]],
 ) -> list[Tensor]:
-    """What `of_box` gives for the units of each box, for all of them.  Returns: flat ones.
+    """Calls `work` with each box, and joins the results for its units.
 
-    Each box is written to its place: parts that wait to be joined leave holes in the heap.
+    Each box is written to its place: parts that wait to be joined fragment the heap.
+
+    Args:
+        context: The request.
+        tiles: Of the tensor.
+        passes: Of the device.
+        dtypes: Of the results.
+        work: Returns flat results for the units of a box.
+
+    Returns:
+        Flat results for all units.
     """
     boxes = boxes_of(tiles, passes)
     ends = list(itertools.accumulate(_units(box) for box in boxes))
