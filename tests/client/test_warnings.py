@@ -122,7 +122,7 @@ def test_globs_that_miss_layers(
     assert not found
     assert warning.tensors[0] == largest
     assert repr(largest) in warning.message
-    (wider,) = re.findall(r"the glob '(.*?)' takes them too", warning.message)
+    (wider,) = re.findall(r"the glob '(.*?)' matches them too", warning.message)
     assert said(client, net, secateur.l1_unstructured(wider, 0.5)).keys() <= {"NORMS_PRUNED"}
 
 

@@ -39,7 +39,7 @@ class Tiles:
         return not any(s % length for s, length in zip(self.sizes, self.lengths, strict=True))
 
     def boxes(self, most: int) -> list[Box]:
-        """Splits all tiles, in row-major order, into boxes of up to `most` elements, or one tile."""
+        """Splits all tiles, in row-major order, into boxes of one tile or up to `most` elements."""
         grid, tiles = self.grid, max(1, most // self.elements)
         axis = next(a for a in range(len(grid)) if math.prod(grid[a + 1 :]) <= tiles)
         step = tiles // math.prod(grid[axis + 1 :])
