@@ -1,4 +1,4 @@
-"""The service that keeps models."""
+"""The service that stores checkpoints."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -34,7 +34,7 @@ from secateur_server.wire.writer import Bytes, OutgoingFile, chunks
 
 MOST_PER_PAGE = 1000
 MOST_QUERIED = 100_000
-# What an output that is made piece by piece, as it is sent, takes of memory.
+# The memory of an output that is made piece by piece while it is sent.
 MADE_BYTES = 24 << 20
 
 
@@ -47,13 +47,15 @@ class Checkpoints:
     def Upload(
         self, messages: Iterator[pb.UploadRequest | Data], context: RequestContext
     ) -> Checkpoint:
-        """Stores a model."""
+        """Stores the files of a checkpoint."""
         first, data = open_request(messages, partial(self._sources.metrics.received, context))
         header = first.header
         with self._sources.receiver(context) as receiver:
             if header.uri:
                 if header.files:
-                    raise InvalidRequest("header.uri", "stands in place of files, not beside them")
+                    raise InvalidRequest(
+                        "header.uri", "cannot be used with files; send one or the other"
+                    )
                 files = self._sources.fetch(context, receiver, header.uri)
             else:
                 files = self._receive(receiver, header.files, data)
@@ -68,7 +70,7 @@ class Checkpoints:
     def _receive(
         self, receiver: Receiver, files: Sequence[pb.UploadFile], data: Iterator[Bytes]
     ) -> tuple[StoredFile, ...]:
-        """The files of an upload, which come one behind another."""
+        """Receives the files of an upload, one after another."""
         wanted = decode_files(files)
         missing = sum(file.size - offset for file, offset in wanted)
         self._store.check_size(sum(file.size for file, _ in wanted))
@@ -93,7 +95,7 @@ class Checkpoints:
     def QueryUpload(
         self, message: pb.QueryUploadRequest, context: RequestContext
     ) -> pb.QueryUploadResponse:
-        """Says how much of some files is here."""
+        """Says how much of each file the server already has."""
         check_count("files", len(message.files), MOST_QUERIED)
         owner, sizes = context.tenant.owner, []
         for index, described in enumerate(message.files):
@@ -105,16 +107,20 @@ class Checkpoints:
     def Download(
         self, message: pb.DownloadRequest, context: RequestContext
     ) -> Iterator[pb.DownloadResponse | Data]:
-        """Returns a checkpoint's model."""
+        """Returns the files of a checkpoint."""
         output = message.output or pruner_pb2.OUTPUT_DENSE
         if output not in OUTPUTS or output == pruner_pb2.OUTPUT_NONE:
-            raise InvalidRequest("output", f"{message.output} is nothing to download")
+            raise InvalidRequest(
+                "output", f"{message.output} cannot be downloaded; ask for masks or tensors"
+            )
         with ExitStack() as held:
             opened = held.enter_context(self._store.open(context.tenant.owner, message.name))
             files = self._files(context, opened, output, held)
             size = sum(file.size for file in files)
             if message.offset > size:
-                raise InvalidRequest("offset", f"{message.offset} is more than the {size} bytes")
+                raise InvalidRequest(
+                    "offset", f"{message.offset} is more than the {size} bytes of data"
+                )
             result = pb.DownloadResult(files=map(file_message, files), data_bytes=size)
             sent = partial(self._sources.metrics.sent, context)
             yield from responses(
@@ -142,14 +148,14 @@ class Checkpoints:
         return made
 
     def Get(self, message: pb.GetRequest, context: RequestContext) -> Checkpoint:
-        """Returns a checkpoint, without its data."""
+        """Returns the description of a checkpoint."""
         owner = context.tenant.owner
         return self._message(owner, self._store.get(owner, message.name))
 
     def List(self, message: pb.ListRequest, context: RequestContext) -> pb.ListResponse:
         """Returns a page of the caller's checkpoints."""
         if message.page_size < 0:
-            raise InvalidRequest("page_size", f"{message.page_size} is negative")
+            raise InvalidRequest("page_size", f"{message.page_size} is negative; send 0 or more")
         owner, before = context.tenant.owner, page_token(message.page_token)
         most = min(message.page_size or MOST_PER_PAGE, MOST_PER_PAGE)
         found = self._store.page(owner, before, most + 1)

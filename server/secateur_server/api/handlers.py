@@ -12,7 +12,7 @@ from secateur_server.api.pruner import Pruner
 
 
 def add_pruner(pruner: Pruner, server: grpc.Server) -> str:
-    """Adds the service to a server, with the codec that copies no data.  Returns: its name."""
+    """Adds the service Pruner to a server, and returns its name."""
     name = pruner_pb2.DESCRIPTOR.services_by_name["Pruner"].full_name
     handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
         "Prune": grpc.stream_stream_rpc_method_handler(
@@ -39,7 +39,7 @@ def add_pruner(pruner: Pruner, server: grpc.Server) -> str:
 
 
 def add_checkpoints(checkpoints: Checkpoints, server: grpc.Server) -> str:
-    """Adds the service to a server, with the codec that copies no data.  Returns: its name."""
+    """Adds the service Checkpoints to a server, and returns its name."""
     name = checkpoints_pb2.DESCRIPTOR.services_by_name["Checkpoints"].full_name
     unary = grpc.unary_unary_rpc_method_handler
     handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
@@ -61,7 +61,7 @@ def add_checkpoints(checkpoints: Checkpoints, server: grpc.Server) -> str:
 
 
 class _Handlers(grpc.GenericRpcHandler):
-    """The methods of a service; `single` in place of Prune where a call says that it is one."""
+    """The methods of a service. `single` replaces Prune for calls that declare to be unary."""
 
     def __init__(self, service: str, handlers: Mapping[str, Any], single: Any) -> None:
         self._handlers = {f"/{service}/{name}": handler for name, handler in handlers.items()}

@@ -1,4 +1,4 @@
-"""The RPCs: read, prune, write."""
+"""The service that prunes: read, prune, write."""
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import wait
@@ -42,7 +42,7 @@ from secateur_server.state_dict.state_dict import StateDict, masks_of, packed_ma
 from secateur_server.storage.receiver import Receiver
 from secateur_server.wire.writer import Bytes, OutgoingFile, chunks
 
-# How often a caller hears how far its call is, and how soon it is seen that it has left.
+# Seconds between messages of progress, and until a cancelled call is noticed.
 PROGRESS_SECONDS = 0.2
 
 # Bytes of a plan for each amount: for a character of a name, and for a tensor. The answer is in
@@ -58,20 +58,20 @@ class Pruner:
     """The service secateur.v1.Pruner."""
 
     def __init__(self, sources: Sources, calls: int) -> None:
-        """calls: at once."""
+        """Starts the workers of up to `calls` concurrent calls."""
         self._sources = sources
-        # For calls that tell how far they are: one for each, or they would wait for a worker where
-        # nobody sees them, behind those of others that wait for memory.
+        # One worker for each call that reports progress. With fewer, a call could wait for a worker
+        # where the scheduler does not see it, behind calls that wait for memory.
         self._workers = Pool(calls, "work", one_thread)
 
     def close(self) -> None:
-        """No calls come any more."""
+        """Ends the workers, when no more calls come."""
         self._workers.shutdown(wait=False)
 
     def Prune(
         self, messages: Iterator[pb.PruneRequest | Data], context: RequestContext
     ) -> Iterator[pb.PruneResponse | Data]:
-        """Decides masks, and answers with them or with what they are applied to."""
+        """Prunes, and returns masks or pruned tensors."""
         first, data = open_request(messages, self._count_received(context))
         header = first.header
         rules = decode_spec(context, header.spec)
@@ -88,13 +88,20 @@ class Pruner:
     def prune_single(
         self, message: pb.PruneRequest | Data, context: RequestContext
     ) -> pb.PruneResponse:
-        """As Prune, of one message each way: grpc is faster where it knows that.
+        """Does Prune with one message each way, for which gRPC is faster.
+
+        Args:
+            message: With all data.
+            context: The request.
+
+        Returns:
+            The result and all data.
 
         Raises:
-            InvalidRequest: The answer may be larger than the message: the model is elsewhere.
+            InvalidRequest: The header names a source, so the answer may be large.
         """
         if isinstance(message, pb.PruneRequest) and message.header.WhichOneof("source"):
-            raise InvalidRequest("header", "names its model, so that its answer is a stream")
+            raise InvalidRequest("header", "names a source, so that its answer must be a stream")
         answer = self.Prune(iter([message]), context)
         first, *others = (part for part in answer if not part.HasField("progress"))
         assert isinstance(first, pb.PruneResponse), "the first message has the result"
@@ -111,7 +118,7 @@ class Pruner:
         data: Iterator[Bytes],
         held: ExitStack,
     ) -> tuple[pb.PruneResult, Files]:
-        """What to answer. Weights that are no part of it are given back before it is sent."""
+        """Makes the result. Weights that are not part of it are freed before it is sent."""
         receiver = held.enter_context(self._sources.receiver(context)) if header.keep else None
         extras = {name for rule in asked for name in rule.extras()}
         incoming = self._sources.open(context, header, data, extras, held, receiver)
@@ -157,7 +164,7 @@ class Pruner:
         pruned: Mapping[str, Parameter],
         result: pb.PruneResult,
     ) -> Iterator[None]:
-        """Keeps what was pruned; where the block fails it goes: nobody was told its name."""
+        """Stores the pruned tensors. Deletes them if the body fails, as no caller has the name."""
         masks = receiver.receive_file(
             packed_masks(context, {**incoming.state_dict.masks, **masks_of(pruned)})
         )
@@ -168,14 +175,14 @@ class Pruner:
             result.checkpoint.CopyFrom(checkpoint_message(record, expire_time))
             yield
         except BaseException:
-            with suppress(CheckpointNotFound):  # it may have made room for another
+            with suppress(CheckpointNotFound):  # it may have been removed for another one
                 store.delete(owner, record.name)
             raise
 
     def Report(
         self, messages: Iterator[pb.ReportRequest | Data], context: RequestContext
     ) -> pb.ReportResponse:
-        """Measures a model."""
+        """Measures tensors."""
         first, data = open_request(messages, self._count_received(context))
         header = first.header
         with ExitStack() as held:
@@ -194,7 +201,7 @@ class Pruner:
             return pb.ReportResponse(report=report)
 
     def Plan(self, messages: Iterator[pb.PlanRequest | Data], context: RequestContext) -> bytes:
-        """Foretells what a Prune would do by many amounts. Returns a PlanResponse, encoded."""
+        """Predicts a Prune for many amounts. Returns a PlanResponse, encoded."""
         first, data = open_request(messages, self._count_received(context))
         header = first.header
         rules = decode_spec(context, header.spec)
@@ -236,7 +243,7 @@ class Pruner:
     def Finalize(
         self, messages: Iterator[pb.FinalizeRequest | Data], context: RequestContext
     ) -> Iterator[pb.FinalizeResponse | Data]:
-        """Folds masks into their weights."""
+        """Applies masks to their weights."""
         first, data = open_request(messages, self._count_received(context))
         header = first.header
         with ExitStack() as held:
@@ -289,7 +296,7 @@ class Pruner:
         header: pb.PruneHeader | pb.FinalizeHeader,
         make: Callable[..., Any],
     ) -> Generator[Any, None, Done]:
-        """What `work` returns; meanwhile tells how far it is, where no data comes with the call."""
+        """Returns what `work` returns. Yields progress, unless the data comes with the call."""
         if not header.WhichOneof("source"):
             return work()
         future = self._workers.submit(work)
@@ -297,14 +304,14 @@ class Pruner:
             while not wait([future], PROGRESS_SECONDS).done:
                 yield make(progress=progress_message(context))
         finally:
-            if not future.cancel():  # no worker has begun it: there is nothing to wait for
+            if not future.cancel():  # if a worker has begun it
                 if not future.done():
                     context.cancel()
                 wait([future])
         try:
             return future.result()
         finally:
-            del future  # its error has this frame: they would keep each other, and the model
+            del future  # its error refers to this frame: the cycle would keep the tensors
 
     def _written(
         self,
@@ -314,13 +321,13 @@ class Pruner:
         files: Files,
         incoming: Incoming,
     ) -> tuple[Any, Files]:
-        """The result and the files to answer with: none, where they went to a URI."""
+        """Writes the files to a URI. Returns the result, and the files that remain to be sent."""
         result.files.extend(map(file_message, files))
         if not uri:
             result.data_bytes = sum(file.size for file in files)
             return result, files
         context.begin("write", sum(file.size for file in files))
-        check = incoming.check_unchanged  # dense files are read once more as they are written
+        check = incoming.check_unchanged  # dense files are read again while they are written
         self._sources.write(context, uri, files, check)
         return result, []
 
@@ -338,7 +345,7 @@ class Pruner:
 
 
 def _check_prior(header: pb.PruneHeader | pb.PlanHeader) -> None:
-    """Errors: InvalidRequest."""
+    """Raises InvalidRequest for an unknown value."""
     if header.prior not in pb.Prior.values():
         raise InvalidRequest("header.prior", f"{header.prior} is not a value of Prior")
 
@@ -349,7 +356,7 @@ def _before(
     state_dict: StateDict,
     rules: Sequence[Rule],
 ) -> dict[str, Parameter]:
-    """The parameters before the first of `rules`, which are resolved."""
+    """The parameters before the first of the resolved rules."""
     parameters = dict(state_dict.parameters)
     return prune_zeros(context, parameters, rules) if header.prior == pb.PRIOR_ZEROS else parameters
 

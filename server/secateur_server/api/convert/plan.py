@@ -1,4 +1,4 @@
-"""Amounts from the wire, and a plan to it."""
+"""Decodes the amounts of a plan, and encodes the plan."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,19 +32,34 @@ MOST_AMOUNTS = 1000
 def decode_amounts(
     context: RequestContext, header: PlanHeader, rules: Sequence[Rule]
 ) -> tuple[Selection, list[Amount]]:
-    """The rule that is planned, and by what amounts.  Errors: InvalidRequest, InvalidSpec."""
+    """Decodes the amounts of a plan.
+
+    Args:
+        context: The request.
+        header: Of the call.
+        rules: Resolved. The last one is planned.
+
+    Returns:
+        The planned rule, and its amounts.
+
+    Raises:
+        InvalidRequest: An amount is wrong, or there are too many.
+        InvalidSpec: The last rule is not a selection.
+    """
     planned = rules[-1]
     if not isinstance(planned, Selection):
-        raise InvalidSpec(f"spec.rules[{len(rules) - 1}]", "the last one must be a selection")
+        raise InvalidSpec(
+            f"spec.rules[{len(rules) - 1}]", "the last rule of a plan must be a selection"
+        )
     if len(header.amounts) > MOST_AMOUNTS:
         raise InvalidRequest(
-            "header.amounts", f"{len(header.amounts)} are more than {MOST_AMOUNTS}"
+            "header.amounts", f"{len(header.amounts)} are more than {MOST_AMOUNTS}; send fewer"
         )
     amounts: list[Amount] = []
     for index, amount in enumerate(header.amounts):
         path, kind = f"header.amounts[{index}]", amount.WhichOneof("amount")
         if kind is None:
-            raise InvalidRequest(f"{path}.amount", "fraction or count is needed")
+            raise InvalidRequest(f"{path}.amount", "is not set; set fraction or count")
         amounts.append(AMOUNTS[kind](context, amount, path))
     return planned, amounts or [planned.amount]
 
@@ -83,13 +98,13 @@ def encode_plan(
 
 
 class _Names:
-    """The names of the tables of a plan, which are mostly one list: they are encoded once."""
+    """Encodes the names of a plan's tables once, as most tables have the same list."""
 
     def __init__(self) -> None:
         self._names: Sequence[str] | None = None
 
     def encoded(self, names: Sequence[str]) -> Column:
-        """The names as the field 1 of messages."""
+        """Returns the names as the field 1 of messages."""
         if names is not self._names:
             self._names, self._column = names, texts(1, names)
         return self._column
@@ -97,12 +112,12 @@ class _Names:
 
 @dataclass(frozen=True)
 class PlannedTensors:
-    """What all amounts have in common.
+    """The values that are the same for all amounts.
 
     Attributes:
         names: As the field 1 of messages.
         totals: Elements of each tensor.
-        before: Elements that are pruned before.
+        before: Elements of each tensor that are pruned already.
         itemsizes: Bytes of an element.
     """
 
@@ -137,7 +152,7 @@ def _planned(outcome: Outcome, planned: PlannedTensors, names: Sequence[str]) ->
 
 
 def _table(removed: Mapping[str, Removed], names: Sequence[str]) -> RemovedTable:
-    """The same in the order of `names`."""
+    """The same values in the order of `names`."""
     if isinstance(removed, RemovedTable):
         at = np.array([removed.places[name] for name in names], np.int64)
         return RemovedTable({}, removed.elements[at], removed.energy[at], removed.whole[at])
@@ -149,7 +164,7 @@ def _table(removed: Mapping[str, Removed], names: Sequence[str]) -> RemovedTable
 
 
 def _norm_shares(energy: Array, whole: Array) -> Array:
-    """The share of the norm that is removed; 1 where that is not a finite number."""
+    """The share of the norm that is removed; 1 if it is not finite."""
     with np.errstate(divide="ignore", invalid="ignore"):
         share = np.where(whole != 0, energy / np.where(whole != 0, whole, 1.0), 0.0)
     is_finite = np.isfinite(share)
