@@ -7,31 +7,26 @@
         print(result.report)
         result.apply_to(model)
 
-What is pruned and how is a spec: the functions named as those of torch.nn.utils.prune make one,
-`select` and `grouped` make every other, and `+` puts one behind another. torch is needed for
-modules and files of torch.save only.
+A spec says what to prune and how. The functions with the names of torch.nn.utils.prune make specs,
+`select` and `grouped` make all others, and `a + b` applies a, then b. torch is needed for modules
+and files of torch.save only.
 """
 
 import secateur.grpc_logs  # noqa: F401  # before anything imports grpc
+from secateur.amounts import table, target_bytes, target_macs, threshold
 from secateur.checkpoint import Checkpoint, File
 from secateur.choices import (
     blocks,
     blocks_of,
     columns,
     filters,
-    guard_rails,
     heads,
     kernels,
     magnitude,
     n_m,
-    rail,
     random,
     rows,
     slices,
-    table,
-    target_bytes,
-    target_macs,
-    threshold,
 )
 from secateur.client import Client
 from secateur.embedded import embedded
@@ -57,13 +52,7 @@ from secateur.errors import (
     UriError,
 )
 from secateur.groups import group, head_groups, member, query_head_groups
-from secateur.plan import Plan, PlannedAmount, PlannedTensor, Sensitivity
-from secateur.report import Bound, Choice, Coverage, Report, ReportWarning, TensorReport, ZeroBlocks
-from secateur.result import FinalizeResult, PruneResult
-from secateur.server_info import ServerInfo
-from secateur.source import is_pruned
-from secateur.spec import (
-    Spec,
+from secateur.methods import (
     block_structured,
     custom_from_mask,
     erk,
@@ -79,6 +68,13 @@ from secateur.spec import (
     random_unstructured,
     select,
 )
+from secateur.plan import Plan, PlannedAmount, PlannedTensor, Sensitivity
+from secateur.rails import guard_rails, rail
+from secateur.report import Bound, Choice, Coverage, Report, ReportWarning, TensorReport, ZeroBlocks
+from secateur.result import FinalizeResult, PruneResult
+from secateur.server_info import ServerInfo
+from secateur.source import is_pruned
+from secateur.spec import Spec
 from secateur.versions import VERSION
 
 __version__ = VERSION

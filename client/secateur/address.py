@@ -1,4 +1,4 @@
-"""The address of a server, as gRPC takes it."""
+"""Parses the address of a server."""
 
 import ipaddress
 import re
@@ -9,7 +9,7 @@ from secateur.errors import SecateurError
 from secateur.tensors import is_text
 
 DEFAULT_PORT = 50051
-GRPC_PORT = 443  # gRPC takes it where an address has none
+GRPC_PORT = 443  # of an address without a port, by gRPC
 
 _OTHER_SCHEMES = ("unix-abstract", "vsock", "xds", "google-c2p")
 
@@ -18,10 +18,11 @@ _OTHER_SCHEMES = ("unix-abstract", "vsock", "xds", "google-c2p")
 class Address:
     """The address of a server.
 
-    text: As the caller gave it.
-    host: Empty where it is not one host: a socket, or a scheme such as xds.
-    port: None where the address has none.
-    path: Of a Unix socket.
+    Attributes:
+        text: As the caller gave it.
+        host: Empty for addresses that are not of one host: a socket, or a scheme such as xds.
+        port: None if the address has none.
+        path: Of a Unix socket.
     """
 
     text: str
@@ -31,26 +32,26 @@ class Address:
 
     @property
     def is_local(self) -> bool:
-        """Whether what is sent there stays on this machine."""
+        """Whether data sent there does not leave this machine."""
         if self.path or self.text.startswith("unix-abstract:"):
             return True
         if self.host == "localhost":
             return True
         try:
             found = ipaddress.ip_address(self.host)
-        except ValueError:  # a name: nobody knows what it stands for
+        except ValueError:  # a host name may resolve to any address
             return False
         return found.is_loopback or found.is_unspecified
 
 
 def parse_address(text: Any) -> Address:
-    """Checks an address and takes it apart.
+    """Parses an address.
 
     Args:
-        text: HOST:PORT, unix:PATH, or what else gRPC takes, such as dns:///HOST:PORT.
+        text: HOST:PORT, unix:PATH, or another address of gRPC's, such as dns:///HOST:PORT.
 
     Raises:
-        SecateurError: It is not an address of gRPC's.
+        SecateurError: gRPC has no such address.
     """
     if not is_text(text) or not re.fullmatch(r"[!-~]+|unix:[^\0]+", text):
         raise SecateurError(f"address: {text!r} is not HOST:PORT or unix:PATH")
@@ -66,7 +67,7 @@ def parse_address(text: Any) -> Address:
 
 
 def _split_scheme(text: str) -> tuple[str, str]:
-    """The scheme, empty for none, and what it is of."""
+    """The scheme, empty for none, and the rest."""
     if found := re.match(r"([a-z][a-z0-9+.-]*)://(.*)", text, re.IGNORECASE):
         scheme, rest = found[1].lower(), found[2]
         if scheme == "dns":

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole, or not at all."""
+"""Writes files and folders whole, or not at all."""
 
 import os
 import secrets
@@ -14,9 +14,9 @@ from secateur_proto.index import SUFFIX
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file beside `path` that takes its place when the block ends without an error.
+    """Opens a new file, and moves it to `path` when the block ends without an error.
 
-    A file that is replaced passes on its mode; a new one has what the umask allows.
+    A file that replaces another has its mode; else the umask decides.
     """
     mode = _mode_of(path)
     part = path.absolute().with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -35,16 +35,16 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def filling(path: Path) -> Iterator[Path]:
-    """An empty folder whose files are those of `path` when the block ends without an error.
+    """Makes an empty folder, and moves its files to `path` when the block ends without an error.
 
-    A folder that does not exist is there whole or not at all. In one that exists each file is, and
-    replaces one of its name; an index is there last.
+    A new `path` appears whole. In an existing one, each file appears whole and replaces one of its
+    name; an index is the last.
     """
     is_new = not path.exists()
-    beside = path.absolute().parent if is_new else path  # which may be a file system of its own
+    beside = path.absolute().parent if is_new else path  # it may be a file system of its own
     with tempfile.TemporaryDirectory(dir=beside, prefix=f".{path.name}.") as temporary:
         made = Path(temporary) / "made"
-        made.mkdir()  # a temporary folder itself is closed to others
+        made.mkdir()  # the temporary folder itself has mode 0700
         yield made
         if is_new:
             made.rename(path)

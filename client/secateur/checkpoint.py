@@ -1,9 +1,10 @@
-"""Models that the server keeps, and those that it opens by itself."""
+"""Models on the server: checkpoints, and those at URIs that the server opens."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from secateur.decoding import decoded
 from secateur.errors import SecateurError
 from secateur.tensors import is_text
 from secateur_proto import checkpoint_pb2 as pb
@@ -11,7 +12,13 @@ from secateur_proto import checkpoint_pb2 as pb
 
 @dataclass(frozen=True)
 class File:
-    """A file of a checkpoint.  blake3: of its content, in hexadecimal."""
+    """A file of a checkpoint.
+
+    Attributes:
+        filename: As it was uploaded.
+        size_bytes: Of its content.
+        blake3: Digest of its content, in hexadecimal.
+    """
 
     filename: str
     size_bytes: int
@@ -22,8 +29,13 @@ class File:
 class Checkpoint:
     """A model that the server keeps, with the masks of its pruning. It never changes.
 
-    expire_time: when it goes unless it is used; None is never.  files: the weights as they were
-    uploaded.  size_bytes: of them.  mask_bytes: of the masks beside them.
+    Attributes:
+        name: "checkpoints/...".
+        create_time: When it was made.
+        expire_time: When the server deletes it unless it is used; None is never.
+        files: The weights as they were uploaded.
+        size_bytes: Of all files.
+        mask_bytes: Of the masks beside them.
     """
 
     name: str
@@ -35,21 +47,23 @@ class Checkpoint:
 
 
 def decode_checkpoint(message: pb.Checkpoint) -> Checkpoint:
-    """A checkpoint from the wire."""
-    return Checkpoint(
-        name=message.name,
+    """Decodes a checkpoint."""
+    expires = message.HasField("expire_time")
+    return decoded(
+        Checkpoint,
+        message,
         create_time=message.create_time.ToDatetime(UTC),
-        expire_time=message.expire_time.ToDatetime(UTC)
-        if message.HasField("expire_time")
-        else None,
-        files=tuple(File(f.filename, f.size_bytes, f.blake3) for f in message.files),
-        size_bytes=message.size_bytes,
-        mask_bytes=message.mask_bytes,
+        expire_time=message.expire_time.ToDatetime(UTC) if expires else None,
+        files=tuple(decoded(File, file) for file in message.files),
     )
 
 
 def name_of(checkpoint: Any) -> str:
-    """The name of a checkpoint, which may be given by its name.  Errors: SecateurError."""
+    """Returns the name of a checkpoint, which may be given by its name.
+
+    Raises:
+        SecateurError: It is neither.
+    """
     if isinstance(checkpoint, Checkpoint):
         return checkpoint.name
     if is_text(checkpoint):
@@ -59,19 +73,23 @@ def name_of(checkpoint: Any) -> str:
 
 
 def uri_of(destination: Any) -> str:
-    """Where the server is to write; empty for None.  Errors: SecateurError."""
+    """Returns the URI to which the server writes; empty for None.
+
+    Raises:
+        SecateurError: It is not a URI.
+    """
     if destination is None:
         return ""
     if isinstance(destination, str) and "://" in destination:
         return destination
     raise SecateurError(
-        f"destination={destination!r} is no URI, as file:///models/out.safetensors is; "
-        "to write a file here there is the result's save()"
+        f"destination={destination!r} is not a URI such as file:///models/out.safetensors; "
+        "to write a local file, call the result's save()"
     )
 
 
 def place_of(source: Any) -> dict[str, str]:
-    """The field of a header that names a source on the server; none for one in this process."""
+    """Returns the field of a header that names a source on the server; empty for one here."""
     if isinstance(source, Checkpoint):
         return {"checkpoint": source.name}
     if isinstance(source, str) and "://" in source:

@@ -1,4 +1,10 @@
-"""What an argument of a spec has to be.  Errors: InvalidSpec, which begins with its name."""
+"""Puts a caller's arguments into the fields of messages.
+
+Refused here is only what a field cannot carry: the server checks everything else before it receives
+the model. Fractions are the exception: `Spec.at` computes with them.
+
+Every function raises InvalidSpec, with a message that begins with the argument's name.
+"""
 
 import math
 import re
@@ -10,19 +16,18 @@ from typing import Any, TypeVar
 
 from secateur.errors import InvalidSpec, SecateurError
 from secateur.tensors import is_text
-from secateur_proto import spec_pb2 as pb
 from secateur_proto.sizes import byte_count
 
 Made = TypeVar("Made")
 Value = TypeVar("Value")
 
-UINT64 = 1 << 64
+UINT32, UINT64 = 1 << 32, 1 << 64
 _MOST_SHOWN = 60
-_LONGEST_SECONDS = 1e9  # clocks of threads and of gRPC end somewhere beyond
+_LONGEST_SECONDS = 1e9  # the clocks of threads and of gRPC overflow somewhere above
 
 
 def shown(value: Any) -> str:
-    """A value in an error: its repr, or the beginning of a long one and the value's type."""
+    """Returns the repr of a value for an error, or the beginning of a long one and its type."""
     text = " ".join(repr(value).split())
     if len(text) <= _MOST_SHOWN:
         return text
@@ -30,15 +35,15 @@ def shown(value: Any) -> str:
 
 
 def patterns(names: Any, field: str = "tensors") -> list[str]:
-    """A name, a glob, or a list of them."""
+    """Returns a name, a glob, or a list of them as a list."""
     listed = [names] if isinstance(names, str) else names
     if not isinstance(listed, Sequence) or not listed or not all(map(is_text, listed)):
         advice = (
-            "; give names such as 'fc.weight'; the model goes to client.prune"
+            "; give names such as 'fc.weight'; pass the model to client.prune"
             if _has_module(names)
             else ""
         )
-        raise InvalidSpec(f"{field}: {shown(names)} is no name, glob, or list of them{advice}")
+        raise InvalidSpec(f"{field}: {shown(names)} is not a name, a glob, or a list{advice}")
     return list(listed)
 
 
@@ -49,38 +54,54 @@ def _has_module(names: Any) -> bool:
     return any(hasattr(part, "named_parameters") for pair in pairs for part in pair)
 
 
-def integer(field: str, value: Any, low: int, end: int) -> int:
-    """An int in [low, end)."""
+def text(field: str, value: Any) -> str:
+    """Returns a str that UTF-8 can spell."""
+    if not is_text(value):
+        raise InvalidSpec(f"{field}: {shown(value)} is not text")
+    return str(value)
+
+
+def text_keys(field: str, value: Any, of: str) -> Mapping[str, Any]:
+    """Returns a mapping whose keys are text.
+
+    Args:
+        field: The argument's name.
+        value: The argument.
+        of: What the mapping has, for the error: "names to arrays".
+    """
+    if not isinstance(value, Mapping) or not all(map(is_text, value)):
+        raise InvalidSpec(f"{field}: {shown(value)} is not a mapping from {of}")
+    return value
+
+
+def integer(field: str, value: Any, low: int = 0, end: int = UINT64) -> int:
+    """Returns an int in [low, end)."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) < end:
-        raise InvalidSpec(f"{field}: {shown(value)} is no int in [{low}, {end})")
+        raise InvalidSpec(f"{field}: {shown(value)} is not an int in [{low}, {end})")
     return int(value)
 
 
 def integers(field: str, values: Any) -> list[int]:
-    """Ints in [0, 2^64), at least one."""
+    """Returns ints in [0, 2^64) as a list."""
     if isinstance(values, str) or not isinstance(values, Iterable):
-        raise InvalidSpec(f"{field}: {shown(values)} is no list of ints")
-    found = [integer(f"{field}[{i}]", value, 0, UINT64) for i, value in enumerate(values)]
-    if not found:
-        raise InvalidSpec(f"{field}: at least one is needed")
-    return found
+        raise InvalidSpec(f"{field}: {shown(values)} is not a list of ints")
+    return [integer(f"{field}[{index}]", value) for index, value in enumerate(values)]
 
 
 def dimension(dim: Any) -> int:
-    """A dimension; which there are, only the tensor tells."""
+    """Returns a dimension as an int of 32 bits."""
     return integer("dim", dim, -(1 << 31), 1 << 31)
 
 
-def real(field: str, value: Any) -> float:
-    """A number, which may be infinite."""
+def number(field: str, value: Any) -> float:
+    """Returns a number as a double; infinities and NaN are doubles too."""
     found = _double(value)
-    if found is None or math.isnan(found):
-        raise InvalidSpec(f"{field}: {shown(value)} is no number")
+    if found is None:
+        raise InvalidSpec(f"{field}: {shown(value)} is not a number")
     return found
 
 
 def _double(value: Any) -> float | None:
-    """A number as the wire has it; None where it is none, or beyond the doubles."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
     try:
@@ -90,32 +111,36 @@ def _double(value: Any) -> float | None:
 
 
 def fraction(field: str, value: Any) -> float:
-    """A number in [0, 1], or a text such as "50%"."""
+    """Returns a number in [0, 1]; a text such as "50%" is 0.5."""
     share = percentage(value) if isinstance(value, str) else None
-    found = real(field, value) if share is None else share
+    found = number(field, value) if share is None else share
     if not 0.0 <= found <= 1.0:
-        raise InvalidSpec(f"{field}: {value} is no fraction in [0, 1]")
+        raise InvalidSpec(f"{field}: {value} is outside [0, 1]")
     return found
 
 
 def percentage(text: str) -> float | None:
-    """The number that a text such as "50%" stands for, here 0.5; None for any other text."""
+    """Returns 0.5 for the text "50%", and None for text that is not a percentage."""
     found = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?) ?%", text, re.ASCII)
     return float(Decimal(found[1]) / 100) if found else None
 
 
 def size(field: str, value: Any) -> int:
-    """A number of bytes, or a text such as "5GB" or "512MiB"."""
+    """Returns a number of bytes; it may be text such as "5GB" or "512MiB"."""
     if not isinstance(value, str):
-        return integer(field, value, 0, UINT64)
+        return integer(field, value)
     try:
-        return integer(field, byte_count(value), 0, UINT64)
+        return integer(field, byte_count(value))
     except ValueError as error:
         raise InvalidSpec(f"{field}: {error}") from None
 
 
 def timeout_of(value: Any) -> float | None:
-    """A number of seconds, or None for no end.  Errors: SecateurError."""
+    """Returns a number of seconds, or None for no limit.
+
+    Raises:
+        SecateurError: It is neither.
+    """
     if value is None:
         return None
     found = _double(value)
@@ -125,35 +150,25 @@ def timeout_of(value: Any) -> float | None:
 
 
 def flag(field: str, value: Any) -> bool:
-    """A bool."""
+    """Returns a bool."""
     if not isinstance(value, bool):
         raise InvalidSpec(f"{field}: {shown(value)} is neither True nor False")
     return value
 
 
 def one_of(field: str, value: Any, known: Mapping[str, Value]) -> Value:
-    """What a string stands for."""
+    """Returns the entry of `known` that a name stands for."""
     if not isinstance(value, str) or value not in known:
         raise InvalidSpec(f"{field}: {shown(value)} is none of {', '.join(known)}")
     return known[value]
 
 
-def norm(field: str, n: Any) -> pb.Magnitude:
-    """A number, "fro" or "nuc", as the wire has it."""
-    if isinstance(n, str) and n in ("fro", "nuc"):
-        kinds = {"fro": pb.MATRIX_NORM_FROBENIUS, "nuc": pb.MATRIX_NORM_NUCLEAR}
-        return pb.Magnitude(matrix_norm=kinds[n])
-    if (p := _double(n)) is not None:
-        return pb.Magnitude(p=p)
-    raise InvalidSpec(f"{field}: {shown(n)} is no number, 'fro' or 'nuc'")
-
-
 def made(field: str, value: Any, kind: type[Made], make: Callable[..., Made]) -> Made:
-    """One of a kind by itself, or what `make` makes of a map of its arguments."""
+    """Returns `value` if it is a `kind`, or calls `make` with a mapping of its arguments."""
     if isinstance(value, kind):
         return value
     if not isinstance(value, Mapping):
-        raise InvalidSpec(f"{field}: {shown(value)} is no map of arguments")
+        raise InvalidSpec(f"{field}: {shown(value)} is not a mapping of arguments")
     if problem := mismatch(make, value):
         raise InvalidSpec(f"{field}: {problem}")
     try:
@@ -163,20 +178,23 @@ def made(field: str, value: Any, kind: type[Made], make: Callable[..., Made]) ->
 
 
 def mismatch(make: Callable[..., Any], given: Collection[Any]) -> str | None:
-    """What is wrong with the names of a function's arguments; None where nothing is."""
+    """Says which arguments of a function are unknown or missing; None if they fit."""
     known = signature(make).parameters
-    needed = [name for name, known_as in known.items() if known_as.default is Parameter.empty]
     for name in given:
         if name not in known:
             return f"{name!r} is not an argument; there are {', '.join(known) or 'none'}"
-    missing = [name for name in needed if name not in given]
-    return f"{', '.join(map(repr, missing))} is missing" if missing else None
+    missing = [
+        repr(name)
+        for name, parameter in known.items()
+        if parameter.default is Parameter.empty and name not in given
+    ]
+    return f"{', '.join(missing)} is missing" if missing else None
 
 
 def chosen(
     field: str, value: Any, kind: type[Made], functions: Mapping[str, Callable[..., Made]]
 ) -> Made:
-    """One of a kind by itself, by a function's name, or by a map from that to its arguments."""
+    """Returns a `kind`, given itself, by a function's name, or as {name: arguments}."""
     if isinstance(value, kind):
         return value
     is_map = isinstance(value, Mapping) and len(value) == 1

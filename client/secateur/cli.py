@@ -1,4 +1,4 @@
-"""The command secateur: plan, prune, report and finalize files, and what a server keeps."""
+"""The command secateur: prunes, reports, plans and finalizes files, and manages checkpoints."""
 
 import argparse
 import json
@@ -12,8 +12,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from secateur import __version__
-from secateur.checkpoint import place_of
-from secateur.cli_checkpoints import add_checkpoints, is_checkpoint, key_option, source_of
+from secateur.cli_checkpoints import (
+    add_checkpoints,
+    is_checkpoint,
+    key_option,
+    output_option,
+    source_of,
+)
 from secateur.cli_parser import Parser, parse
 from secateur.cli_server import client_of, server_options
 from secateur.cli_spec import (
@@ -29,15 +34,22 @@ from secateur.embedded import embedded
 from secateur.errors import NotSaved, SecateurError
 from secateur.files import check_holds, check_writable
 from secateur.folders import check_no_other_weights, find_folder
+from secateur.model import Source
 from secateur.paths import path_of
 from secateur.plan import Plan, Sensitivity
 from secateur.report import Report
-from secateur.source import Source, read_source
 from secateur_proto.index import SUFFIX
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command. Returns the exit status: 0, or 1 with a line on stderr; usage exits 2."""
+    """Runs the command.
+
+    Args:
+        arguments: Of the command; None is those of the process.
+
+    Returns:
+        The exit status: 0, or 1 with a line on stderr. Wrong usage exits with 2.
+    """
     try:
         options = parse(_parser(), arguments)
         with _warnings_in_lines():
@@ -45,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(end="", flush=True)
     except SecateurError as error:
         return _failed(str(error))
-    except BrokenPipeError:  # the reader has seen enough
+    except BrokenPipeError:  # the reader of a pipe has closed it
         _drop_output()
         return 1
     except OSError as error:  # such as a full disk
@@ -62,7 +74,7 @@ def _failed(reason: str) -> int:
 
 
 def _drop_output() -> None:
-    """Sends standard output nowhere, with what is left in its buffer."""
+    """Discards standard output, and the content of its buffer."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -84,13 +96,13 @@ def _warnings_in_lines() -> Iterator[None]:
 
 
 def run() -> NoReturn:
-    """The command's process: ends at once when the command has.
+    """Runs the command, and ends the process without the interpreter's shutdown.
 
-    Threads of gRPC and torch may still be at work when the interpreter is taken down, and have been
-    seen to abort the process then: a command that did its work would have failed.
+    During the shutdown, threads of gRPC and torch may still run, and sometimes abort the process: a
+    successful command would fail.
     """
     status = main()
-    with suppress(OSError):  # of a command that failed
+    with suppress(OSError):  # the command reported it already
         print(end="", flush=True)
     os._exit(status)
 
@@ -101,17 +113,18 @@ def _prune(options: argparse.Namespace) -> None:
     check_arguments(options)
     path, uri = _out(options)
     if options.keep and not options.server:
-        raise SecateurError("--keep needs a server that stays: --server or SECATEUR_SERVER")
+        raise SecateurError("--keep needs a lasting server: give --server, or set SECATEUR_SERVER")
     with _client(options) as client:
         source = source_of(client, options)
         if path and options.output != "masks":
-            _check_holds(path, read_source(source))
+            _check_holds(path, source)
         spec = spec_of(options, client, source)
-        output = options.output if uri or (path and place_of(source)) else "masks"
+        place, path, uri = _placed(options, source, path, uri)
+        output = options.output if uri or (path and not source.is_here) else "masks"
         if options.out is None:
             output = "none"
         result = client.prune(
-            source,
+            place,
             spec,
             output,
             _progress(options),
@@ -132,7 +145,7 @@ def _progress(options: argparse.Namespace) -> bool | None:
 
 
 def _show(report: Report, options: argparse.Namespace, more: dict[str, str]) -> None:
-    """Prints what a command that writes something reports; warnings go to stderr, a line each."""
+    """Prints the report of a command that writes a file; warnings are lines on stderr."""
     notes = []
     for warning in report.warnings:
         if warning.severity == "note":
@@ -151,8 +164,8 @@ def _report(options: argparse.Namespace) -> None:
     _print(report, options)
     if not report.tensors:
         print(
-            f"secateur: warning: {options.model} has no floating-point tensors, which are what a "
-            "report measures",
+            f"secateur: warning: {options.model} has no floating-point tensors, and a report "
+            "measures no others",
             file=sys.stderr,
         )
 
@@ -183,8 +196,9 @@ def _finalize(options: argparse.Namespace) -> None:
     with _client(options) as client:
         source = source_of(client, options)
         if path:
-            _check_holds(path, read_source(source))
-        final = client.finalize(source, options.tensors, _progress(options), uri)
+            _check_holds(path, source)
+        place, path, uri = _placed(options, source, path, uri)
+        final = client.finalize(place, options.tensors, _progress(options), uri)
         if path:
             final.save(path)
     _show(final.report, options, {})
@@ -193,7 +207,7 @@ def _finalize(options: argparse.Namespace) -> None:
 def _client(options: argparse.Namespace) -> AbstractContextManager[Client]:
     if is_checkpoint(options.model) and not options.server:
         raise SecateurError(
-            f"{options.model}: there is no such file; if it is a checkpoint, name its server with "
+            f"{options.model}: no such file exists; if it is a checkpoint, name its server with "
             "--server or SECATEUR_SERVER"
         )
     if options.server:
@@ -207,12 +221,29 @@ def _client(options: argparse.Namespace) -> AbstractContextManager[Client]:
     return embedded(timeout=options.timeout)
 
 
+def _placed(
+    options: argparse.Namespace, source: Source, path: Path | None, uri: str | None
+) -> tuple[Source | str, Path | None, str | None]:
+    """The source, and the path or URI of the result, as the call has them.
+
+    An embedded server reads and writes single .safetensors files itself: nothing is copied through
+    a connection.
+    """
+    model = Path(options.model)
+    is_embedded = not options.server and getattr(options, "output", "dense") != "masks"
+    if path is None or not is_embedded or not model.is_file() or path.is_dir():
+        return source, path, uri
+    if {model.suffix, path.suffix} != {".safetensors"}:
+        return source, path, uri
+    return model.absolute().as_uri(), None, path.absolute().as_uri()
+
+
 def _check_holds(path: Path, source: Source) -> None:
     check_holds(path, source.others, source.index, source.folder)
 
 
 def _out(options: argparse.Namespace) -> tuple[Path | None, str | None]:
-    """Where the result goes: to a file here, or to a URI.  Errors: SecateurError."""
+    """The local path, or the URI, of the result, once it is found to be writable."""
     if options.out is None:
         return None, None
     if "://" in options.out:
@@ -228,7 +259,7 @@ def _out(options: argparse.Namespace) -> tuple[Path | None, str | None]:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="secateur",
-        description="Prunes neural networks: what torch.nn.utils.prune does, on a server.",
+        description="Prunes neural networks on a server, as torch.nn.utils.prune does.",
         epilog="IN and OUT are files (.safetensors; .pt, .pth, .bin, .ckpt or .tar of torch.save), "
         "folders with one model, or URIs (file:///..., s3://...) that the server opens. IN "
         "may also be a checkpoint, as `secateur checkpoints ls` names it.",
@@ -239,11 +270,11 @@ def _parser() -> argparse.ArgumentParser:
     report = _command(commands, "report", "show how sparse a model is, and where", _report)
     tensors_option(report, "default: every floating tensor")
     _json_option(report)
-    plan = _command(commands, "plan", "foretell what a prune would do, by many amounts", _plan)
+    plan = _command(commands, "plan", "show what a prune by many amounts would do", _plan)
     spec_options(plan, "global_unstructured")
     amounts_option(plan, "default: --amount, that of the spec's last rule, or 0.1 to 0.9")
     _json_option(plan)
-    text = "show what each tensor loses of its norm, by many amounts"
+    text = "show how much of its norm each tensor would lose by many amounts"
     sensitivity = _command(commands, "sensitivity", text, _sensitivity)
     tensors_option(sensitivity, "default: every floating tensor of 2 or more dimensions")
     amounts_option(sensitivity, "default: 0.1 to 0.9")
@@ -271,12 +302,7 @@ def _prune_options(command: argparse.ArgumentParser) -> None:
         "--keep", action="store_true", help="keep the result on the server, as a checkpoint"
     )
     spec_options(command)
-    command.add_argument(
-        "--output",
-        choices=("dense", "reparametrized", "masks"),
-        default="dense",
-        help="what OUT holds: tensors with zeros (default), X_orig and X_mask, or bits",
-    )
+    output_option(command)
     _shown_options(command)
 
 

@@ -1,4 +1,4 @@
-"""The command secateur checkpoints: what a server keeps."""
+"""The command secateur checkpoints: lists, uploads, downloads and deletes checkpoints."""
 
 import argparse
 import json
@@ -8,17 +8,20 @@ from datetime import datetime
 from typing import Any
 
 from secateur.checkpoint import Checkpoint
+from secateur.checkpoint_calls import OUTPUTS
 from secateur.cli_server import client_of, server_options
 from secateur.client import Client
 from secateur.errors import DataLoss
+from secateur.model import Source
 from secateur.paths import path_of
 from secateur.source import read_source
+from secateur.tables import text_table
 from secateur_proto.index import SUFFIX
 
 
 def add_checkpoints(commands: Any) -> None:
-    """Adds the command, and those under it."""
-    text = "what the server keeps: ls, put, get, rm"
+    """Adds the command, and its own commands."""
+    text = "manage checkpoints on a server: ls, put, get, rm"
     checkpoints: argparse.ArgumentParser = commands.add_parser(
         "checkpoints", help=text, description=text
     )
@@ -31,12 +34,7 @@ def add_checkpoints(commands: Any) -> None:
     get = _command(under, "get", "download a checkpoint", _get)
     get.add_argument("name", metavar="NAME", help="checkpoints/...")
     get.add_argument("-o", "--out", metavar="OUT", required=True, help="a file, or a folder")
-    get.add_argument(
-        "--output",
-        choices=("dense", "reparametrized", "masks"),
-        default="dense",
-        help="what OUT holds: tensors with zeros (default), X_orig and X_mask, or bits",
-    )
+    output_option(get)
     rm = _command(under, "rm", "delete checkpoints", _rm)
     rm.add_argument("names", metavar="NAME", nargs="+", help="checkpoints/...")
 
@@ -44,31 +42,36 @@ def add_checkpoints(commands: Any) -> None:
 def _command(under: Any, name: str, text: str, run: Any) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = under.add_parser(name, help=text, description=text)
     command.set_defaults(run=run, wrong_usage=command.error)
-    server_options(command, "which is needed")
+    server_options(command, "one is required")
     return command
 
 
 def is_checkpoint(model: str) -> bool:
-    """Whether IN names a checkpoint. A file goes first: many keep theirs in such a folder."""
+    """Returns whether IN names a checkpoint. If a local file has that path, the file wins."""
     return model.startswith("checkpoints/") and not path_of(model).exists()
+
+
+def output_option(command: argparse.ArgumentParser) -> None:
+    """Adds --output."""
+    command.add_argument(
+        "--output",
+        choices=[output for output in OUTPUTS if output != "none"],
+        default="dense",
+        help="content of OUT: tensors with zeros (dense, the default), X_orig and X_mask, or bits",
+    )
 
 
 def key_option(command: argparse.ArgumentParser) -> None:
     """Adds --key."""
-    text = "where the state_dict is in a torch file, as ema.model (default: the only one in it)"
+    text = "place of the state_dict in a torch file, as ema.model (default: the only one)"
     command.add_argument("--key", metavar="PATH", help=text)
 
 
-def source_of(client: Client, options: argparse.Namespace) -> Any:
-    """What IN means: a checkpoint by its name, a URI, or a file here that is read once."""
-    if is_checkpoint(options.model):
-        found: Any = client.checkpoint(options.model)
-    elif "://" in options.model:
-        found = options.model
-    else:
-        return read_source(options.model, options.key)
-    read_source(found, options.key)  # refuses a key
-    return found
+def source_of(client: Client, options: argparse.Namespace) -> Source:
+    """Reads IN: a checkpoint's name, a URI, or a local file."""
+    is_named = is_checkpoint(options.model)
+    source = client.checkpoint(options.model) if is_named else options.model
+    return read_source(source, options.key)
 
 
 def _ls(options: argparse.Namespace) -> None:
@@ -77,11 +80,8 @@ def _ls(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps([asdict(checkpoint) for checkpoint in found], indent=2, default=_plain))
         return
-    lines = [("name", "model", "created", "size", "masks", "expires"), *map(_row, found)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
-        print("  ".join(cells).rstrip())
+    head = ("name", "model", "created", "size", "masks", "expires")
+    print(text_table([head, *map(_row, found)], left=len(head)))
 
 
 def _row(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -97,7 +97,7 @@ def _row(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def _model(checkpoint: Checkpoint) -> str:
-    """What the model was called: its file, or the index of its shards."""
+    """The name of the model's file, or of the index of its shards."""
     names = [file.filename for file in checkpoint.files]
     return next((name for name in names if name.endswith(SUFFIX)), names[0]) or "-"
 
@@ -111,7 +111,7 @@ def _plain(time: datetime) -> str:
 
 
 def _size(count: float) -> str:
-    """Bytes, with as many digits as a person reads."""
+    """Bytes, rounded for a person."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -132,8 +132,8 @@ def _get(options: argparse.Namespace) -> None:
 def _rm(options: argparse.Namespace) -> None:
     with client_of(options) as client:
         names = dict.fromkeys(options.names)
-        for name in names:  # all are there: a wrong name deletes none
-            with suppress(DataLoss):  # what is damaged may go
+        for name in names:  # a wrong name must delete none of the others
+            with suppress(DataLoss):  # damaged checkpoints may be deleted
                 client.checkpoint(name)
         for name in names:
             client.delete(name)

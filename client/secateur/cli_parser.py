@@ -1,4 +1,4 @@
-"""The parser of the command: a wrong option is one line."""
+"""The parser of the command; a usage error is one line."""
 
 import argparse
 import sys
@@ -12,20 +12,20 @@ _HOW_TO_REPEAT = {
 
 
 class Parser(argparse.ArgumentParser):
-    """Ends with one line and exit status 2 where argparse would print its usage first."""
+    """Prints one line for a usage error; argparse prints its usage before it."""
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        """Writes the help that is printed, so that a full disk is an error, and exits."""
+        """Flushes standard output, so that a full disk is an error, and exits."""
         print(end="", flush=True)
         super().exit(status, message)
 
     def error(self, message: str) -> NoReturn:
-        """Prints the line and exits."""
+        """Prints the line and exits with status 2."""
         line = " ".join(message.split())
         self.exit(2, f"secateur: error: {line} (try {self.prog} --help)\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Refuses an option of a command that is in front of the command's name."""
+        """Refuses an option of a command before the command's name."""
         given = sys.argv[1:] if args is None else list(args)
         if self._subparsers is not None and given and given[0].startswith("-"):
             self._check_first(given)
@@ -44,10 +44,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options of a command; what is left over is an error of that command.
+    """Parses arguments; the command that they name reports the ones that it does not know.
 
     Args:
-        parser: Its commands have the default `wrong_usage`, their own `error`.
+        parser: Each of its commands has a default `wrong_usage`, which is its own `error`.
         arguments: As of argparse.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)

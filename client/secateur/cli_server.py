@@ -1,4 +1,4 @@
-"""The options by which commands find a server."""
+"""The options that name a server."""
 
 import argparse
 import math
@@ -20,7 +20,7 @@ def server_options(command: argparse.ArgumentParser, default: str) -> None:
     command.add_argument(
         "--token",
         default=os.environ.get("SECATEUR_TOKEN"),
-        help="who you are, for the server (default: $SECATEUR_TOKEN)",
+        help="authenticates you to the server (default: $SECATEUR_TOKEN)",
     )
     command.add_argument(
         "--tls",
@@ -39,12 +39,16 @@ def server_options(command: argparse.ArgumentParser, default: str) -> None:
         "--insecure", action="store_true", help="send the token to another machine without TLS"
     )
     command.add_argument(
-        "--timeout", metavar="SECONDS", type=seconds, help="end each call after so long"
+        "--timeout", metavar="SECONDS", type=seconds, help="fail after so many seconds"
     )
 
 
 def seconds(text: str) -> float:
-    """A time as the user types it."""
+    """Parses a time.
+
+    Raises:
+        argparse.ArgumentTypeError: It is not a number above 0.
+    """
     try:
         if 0 < (value := float(text)) < math.inf:
             return value
@@ -54,7 +58,11 @@ def seconds(text: str) -> float:
 
 
 def client_of(options: argparse.Namespace) -> Client:
-    """A client of the server that the options name.  Errors: SecateurError."""
+    """Connects to the server that the options name.
+
+    Raises:
+        SecateurError: They name none, or are wrong.
+    """
     if not options.server:
         raise SecateurError("checkpoints are on a server: give --server, or set SECATEUR_SERVER")
     return Client(

@@ -1,4 +1,4 @@
-"""The options that say what to prune, and the spec that they make."""
+"""The options that make a spec."""
 
 import argparse
 import json
@@ -7,53 +7,61 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
+from secateur.amounts import units_of
 from secateur.checks import percentage
-from secateur.choices import units_of
 from secateur.client import Client
 from secateur.defaults import SOME_AMOUNTS, matrices
 from secateur.errors import InvalidSpec
+from secateur.model import Source
 from secateur.paths import source_path
 from secateur.spec import METHODS, Spec
+from secateur_proto.enums import values_by_name
+from secateur_proto.pruner_pb2 import Prior
 
-# The others need what only a spec file can say.
+# The other methods have arguments that only a spec file can express.
 _METHODS = [n for n in METHODS if n not in ("custom_from_mask", "select", "grouped")]
 _ARGUMENTS = ("amount", "n", "m", "dim", "rows", "cols", "seed", "importance")
 
 
 def spec_options(command: argparse.ArgumentParser, default: str | None = None) -> None:
-    """Adds --method, its arguments, and --spec.  default: the method, where none is needed."""
+    """Adds --method, its arguments, and --spec.
+
+    Args:
+        command: The command.
+        default: A method; None requires --method or --spec.
+    """
     which = command.add_mutually_exclusive_group(required=default is None)
     shown = "" if default is None else f" (default: {default})"
     which.add_argument(
         "--method",
         choices=_METHODS,
-        help=f"as torch.nn.utils.prune has it, or beyond{shown}",
+        help=f"a function of torch.nn.utils.prune, or another{shown}",
     )
     command.set_defaults(default_method=default)
     which.add_argument(
-        "--spec", metavar="FILE", type=Path, help="a spec of several rules, YAML or JSON"
+        "--spec", metavar="FILE", type=Path, help="a spec of several rules: YAML or JSON"
     )
     command.add_argument(
-        "--amount", type=number, help="how much: an int is a number, 0.5 or 50%% a fraction"
+        "--amount", type=number, help="an int is a number of units, 0.5 or 50%% a fraction"
     )
     tensors_option(command, "default: every floating tensor of 2 or more dimensions")
     command.add_argument(
-        "--n", type=_norm, help="structured: 1, 2, inf, fro, nuc; --n=-inf; of n_m: elements kept"
+        "--n", type=_norm, help="structured: 1, 2, inf, fro, nuc or --n=-inf; n_m: elements kept"
     )
-    command.add_argument("--m", type=_whole, help="n_m_structured: of how many (default 4)")
+    command.add_argument("--m", type=_whole, help="n_m_structured: elements of a group (default 4)")
     command.add_argument("--dim", type=_whole, help="structured: the dimension of the slices")
-    command.add_argument("--rows", type=_whole, help="block_structured: of a block; 0 is all")
-    command.add_argument("--cols", type=_whole, help="block_structured: of a block; 0 is all")
-    command.add_argument("--seed", type=_whole, help="random: the same seed prunes the same")
+    command.add_argument("--rows", type=_whole, help="block_structured: rows of a block; 0: all")
+    command.add_argument("--cols", type=_whole, help="block_structured: columns of a block; 0: all")
+    command.add_argument("--seed", type=_whole, help="random: the same seed prunes the same units")
     command.add_argument(
         "--importance", choices=("l1", "random"), help="global_unstructured: default l1"
     )
     command.add_argument(
         "--prior",
-        choices=("masks", "zeros"),
+        choices=list(values_by_name(Prior.DESCRIPTOR)),
         default="masks",
-        help="what counts as pruned before: masks (default), or also zeros, for a model that was "
-        "pruned and stored dense",
+        help="what counts as pruned before: what masks prune (default), or also zeros, for a model "
+        "that was pruned and stored dense",
     )
 
 
@@ -75,7 +83,7 @@ def tensors_option(command: argparse.ArgumentParser, default: str) -> None:
 
 
 def check_arguments(options: argparse.Namespace) -> None:
-    """Ends the command where --method and its arguments do not fit each other."""
+    """Ends the command if --method and its arguments do not fit together."""
     given = _given(options)
     if options.spec is not None:
         if given or options.tensors:
@@ -91,14 +99,18 @@ def check_arguments(options: argparse.Namespace) -> None:
             options.wrong_usage(f"--method {options.method} needs --{name}")
 
 
-def spec_of(options: argparse.Namespace, client: Client, source: Any) -> Spec:
-    """The spec that the options name.  Errors: InvalidSpec."""
+def spec_of(options: argparse.Namespace, client: Client, source: Source) -> Spec:
+    """Makes the spec that the options name.
+
+    Raises:
+        InvalidSpec: A file or an argument is wrong.
+    """
     if options.spec is not None:
         try:
             return Spec.from_dict(_read_spec(options.spec))
         except InvalidSpec as error:
             raise InvalidSpec(f"{options.spec}: {error}") from None
-    tensors = options.tensors or matrices(client.report, source)
+    tensors = options.tensors or matrices(source, client.report)
     rule = {"method": options.method, "tensors": tensors, **_given(options)}
     return Spec.from_dict({"rules": [rule]})
 
@@ -109,9 +121,10 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def fill_amounts(options: argparse.Namespace) -> None:
-    """Where nothing says how much, some amounts are planned; checks the arguments.
+    """Completes --amount and --amounts for a plan, and checks the arguments.
 
-    Where --amounts do, a method that asks for one amount has the first of them.
+    Without either, default amounts are planned. With --amounts alone, a method that needs one
+    amount gets the first.
     """
     if options.method is None and options.spec is None:
         options.method = options.default_method
@@ -123,7 +136,7 @@ def fill_amounts(options: argparse.Namespace) -> None:
 
 
 def _read_spec(path: Path) -> Any:
-    """The plain data of a spec file.  Errors: InvalidSpec, which does not name the file."""
+    """The plain data of a spec file. Errors do not name the file."""
     try:
         text = source_path(path, InvalidSpec).read_text()
         if path.suffix == ".json":
@@ -146,12 +159,16 @@ def _one_line(error: Exception) -> str:
 
 
 def amounts(text: str) -> list[float]:
-    """Amounts as the user types them, with commas between."""
+    """Parses amounts with commas between."""
     return [number(part) for part in text.split(",")]
 
 
 def number(text: str) -> float:
-    """An amount as the user types it: an int, a float, or a percentage."""
+    """Parses an amount: an int, a float, or a percentage.
+
+    Raises:
+        argparse.ArgumentTypeError: It is none of them.
+    """
     try:
         value = _number(text)
         units_of("amount", value)

@@ -1,4 +1,4 @@
-"""Python's search for reference cycles, paused while many objects are made that are in none."""
+"""Pauses Python's search for reference cycles while many objects without cycles are made."""
 
 import gc
 from collections.abc import Iterator

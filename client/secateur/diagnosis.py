@@ -1,4 +1,4 @@
-"""Why a server could not be reached: found by a short probe of its address, after a call failed."""
+"""Explains why a call reached no server, after a short probe of the address."""
 
 import socket
 import ssl
@@ -11,20 +11,25 @@ from dataclasses import dataclass
 from secateur.address import DEFAULT_PORT, GRPC_PORT, Address
 from secateur.errors import DeadlineExceeded, Unavailable
 
-# How long a probe may take, and behind a call that used up its time.
+# The most seconds of a probe, and of one after a deadline was exceeded.
 _SECONDS, _SECONDS_IF_LATE = 2.0, 0.5
 
-# What gRPC says of a call that it ended because the server did.
+# In gRPC's message for a call that ended with the server.
 _SHUT_DOWN = ("Cancelling all calls", "Server shutdown")
 
-# What an HTTP/2 client sends first: the preface, and an empty SETTINGS frame.
+# The first bytes of an HTTP/2 client: the preface, and an empty SETTINGS frame.
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 _SETTINGS = 4
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a client connects to, and whether over TLS."""
+    """A server to connect to.
+
+    Attributes:
+        address: Of the server.
+        has_tls: Whether the connection is over TLS.
+    """
 
     address: Address
     has_tls: bool = False
@@ -32,17 +37,17 @@ class Target:
 
 @contextmanager
 def diagnosing(target: Target | None, timeout: float | None, is_known: bool) -> Iterator[None]:
-    """Says in plain words why a call in the block found no server.
+    """Adds advice to the error of a call in the block that reached no server.
 
     Args:
-        target: None where the caller gave a channel.
+        target: The server; None if the caller gave a channel.
         timeout: Of the call, in seconds; the probe takes 0.5 s more at most.
-        is_known: Whether the server answered an earlier call: a deadline needs no probe then.
+        is_known: Whether the server answered an earlier call: then a deadline needs no probe.
     """
     try:
         yield
     except (Unavailable, DeadlineExceeded) as error:
-        if error.request_id is not None:  # the server's own words
+        if error.request_id is not None:  # a server answered
             raise
         is_late = isinstance(error, DeadlineExceeded)
         advice = None
@@ -61,16 +66,19 @@ def diagnosing(target: Target | None, timeout: float | None, is_known: bool) -> 
 
 
 def advice_on(target: Target, seconds: float, said: str = "") -> str | None:
-    """What is probably wrong with an address, and what to do; None where nothing seems wrong.
+    """Returns what is probably wrong with an address, and what to do.
 
     Args:
-        target: What the client connects to, and how.
+        target: The server.
         seconds: The most that the probe may take.
-        said: gRPC's own words.
+        said: gRPC's error message.
+
+    Returns:
+        None if nothing seems wrong.
     """
     found: list[str | None] = []
     probe = _Probe(target, time.monotonic() + seconds, said)
-    # A thread, since a look-up in the DNS has no time limit of its own.
+    # A thread, since DNS look-ups have no time limit of their own.
     thread = threading.Thread(target=lambda: found.append(probe.advice()), daemon=True)
     thread.start()
     thread.join(seconds + 0.1)
@@ -78,7 +86,7 @@ def advice_on(target: Target, seconds: float, said: str = "") -> str | None:
 
 
 class _Probe:
-    """Connects once or twice, and looks at what the other side says first."""
+    """Connects once or twice, and reads the first bytes of the other side."""
 
     def __init__(self, target: Target, end: float, said: str) -> None:
         self._target, self._end, self._said = target, end, said
@@ -106,8 +114,8 @@ class _Probe:
             return f"no server listens at {address.text}: {error.strerror}"
         if address.port is None:
             return (
-                f"{address.text!r} has no port, and at {GRPC_PORT}, gRPC's default, there is no "
-                f"server ({error.strerror}): give HOST:PORT, as {address.text}:{DEFAULT_PORT}"
+                f"{address.text!r} has no port, and no server listens at {GRPC_PORT}, gRPC's "
+                f"default ({error.strerror}): give HOST:PORT, as {address.text}:{DEFAULT_PORT}"
             )
         reason = error.strerror or type(error).__name__
         return f"no server listens at {self._text} ({reason}): start one, or check host and port"
@@ -136,12 +144,12 @@ class _Probe:
                 connection.sendall(_PREFACE)
                 if connection.recv(1):
                     return None
-                return f"{self._text} {_MUTUAL}"  # TLS 1.3 refuses a caller only now
+                return f"{self._text} {_MUTUAL}"  # TLS 1.3 refuses a client only now
         except (ssl.SSLError, ConnectionError):
             return self._without_tls()
 
     def _without_tls(self) -> str | None:
-        """The advice where TLS failed."""
+        """The advice after TLS failed."""
         first = self._greeting()
         if first is None:
             return f"{self._target.address.text} takes connections, but does not answer"
@@ -165,7 +173,7 @@ class _Probe:
         return connection
 
     def _greeting(self) -> bytes | None:
-        """The first bytes that the other side sends to a client of HTTP/2; None for silence."""
+        """The first bytes that the other side sends to an HTTP/2 client; None if it is silent."""
         try:
             return self._answer(_PREFACE)
         except TimeoutError:
@@ -175,7 +183,7 @@ class _Probe:
         return self._answer(b"GET / HTTP/1.0\r\n\r\n").startswith(b"HTTP/1")
 
     def _answer(self, request: bytes) -> bytes:
-        """The first bytes of an answer; empty where the other side hangs up."""
+        """The first bytes of an answer; empty if the other side closes the connection."""
         with self._connect() as connection:
             try:
                 connection.sendall(request)
@@ -210,7 +218,7 @@ _MUTUAL = (
     "takes only callers with a certificate that it trusts: give one (--tls-cert and --tls-key; in "
     "Python tls=grpc.ssl_channel_credentials(...))"
 )
-# By what gRPC says of a handshake; the first that fits counts.
+# Keys are parts of gRPC's messages on handshakes; the first that fits counts.
 _CERTIFICATES = {
     "certificate has expired": "it has expired: renew it on the server",
     "Hostname Verification": "it is for another name: connect by a name that it has",
@@ -221,5 +229,5 @@ _CERTIFICATES = {
 
 
 def _is_http2(first: bytes) -> bool:
-    """Whether an answer begins with a SETTINGS frame, as every server of HTTP/2 sends it first."""
+    """Whether an answer begins with a SETTINGS frame, as that of every HTTP/2 server."""
     return len(first) > 3 and first[3] == _SETTINGS

@@ -1,14 +1,15 @@
-"""Brings a checkpoint to this machine, straight to disk."""
+"""Downloads a checkpoint to disk; a download that breaks is resumed."""
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from blake3 import blake3
 
 from secateur.atomic import replacing
+from secateur.channel import Rpc
 from secateur.errors import Cancelled, DataLoss, SecateurError, ServerError, Unavailable
 from secateur.patience import Patience
 from secateur.progress import Progress, show_progress
@@ -19,19 +20,19 @@ from secateur_proto.index import SUFFIX
 
 
 class Receiving:
-    """One download, in as many calls as it takes: what has come is not sent again.
+    """One download, in as many calls as it takes.
 
     Args:
-        download: The rpc, called with a request and grpc's options.
+        download: The rpc Download.
         request: Of the whole download.
-        path: Where it is written: all of its files are there whole, or none is.
-        timeout: Seconds for all of it; None waits as long as there is progress.
-        is_known: Whether the server was there before.
+        path: A file, or a folder; all files are written whole, or none is.
+        timeout: Seconds for all calls; None continues while there is progress.
+        is_known: Whether the server has ever answered.
     """
 
     def __init__(
         self,
-        download: Callable[..., Any],
+        download: Rpc,
         request: checkpoints_pb2.DownloadRequest,
         path: Path,
         timeout: float | None,
@@ -45,34 +46,25 @@ class Receiving:
         self._show: Callable[[int], None] = lambda count: None
 
     def save(self, progress: Progress) -> None:
-        """Brings the files.  Errors: SecateurError."""
+        """Downloads the files.
+
+        Raises:
+            SecateurError: The last one, or a file cannot be written.
+        """
         try:
             with ExitStack() as held:
-                self._receive(held, progress)
+                self._patience.repeat(lambda: self._attempt(held, progress), self._is_resumable)
                 for target in self._targets:
                     target.check(self._path)
         except OSError as error:
             raise SecateurError(f"{self._path}: cannot write it: {error.strerror}") from None
 
-    def _receive(self, held: ExitStack, progress: Progress) -> None:
-        tries = 0
-        while True:
-            before = self._received
-            try:
-                # Busy servers are asked again there, and broken connections here.
-                self._patience.until_served(
-                    lambda left: self._attempt(left, held, progress), is_known=False, is_safe=True
-                )
-                return
-            except (Unavailable, Cancelled):
-                tries = 1 if self._received > before else tries + 1
-                is_over = not self._is_known or self._patience.is_over(tries)
-                if is_over or not self._patience.pause(tries):
-                    raise
+    def _is_resumable(self, error: SecateurError) -> bool:
+        return self._is_known and isinstance(error, Unavailable | Cancelled)
 
-    def _attempt(self, left: float | None, held: ExitStack, progress: Progress) -> None:
+    def _attempt(self, held: ExitStack, progress: Progress) -> None:
         self._request.offset = self._received
-        call = self._download(self._request, timeout=left)
+        call = self._download(self._request, timeout=self._patience.left())
         with errors_of(None, call):
             answer = iter(call)
             first = next(answer, None)
@@ -82,9 +74,9 @@ class Receiving:
             self._begin(first.result, held, progress)
             for message in chain([first], answer):
                 self._write(memoryview(message.data))
-        assert self._result is not None, "it was set by the first message"
+        assert self._result is not None, "the first message has it"
         if self._received < self._result.data_bytes:
-            raise ServerError("the answer ended before all that was announced had come")
+            raise ServerError("the answer ended before all announced bytes arrived")
 
     def _begin(
         self, result: checkpoints_pb2.DownloadResult, held: ExitStack, progress: Progress
@@ -111,6 +103,8 @@ class Receiving:
             data = data[taken:]
             self._received += taken
             self._show(taken)
+            if taken:
+                self._patience.tries = 0
         if data:
             raise ServerError("the answer is longer than announced")
 
@@ -123,7 +117,7 @@ class _Target:
         self._digest, self._left = blake3(), file.size_bytes
 
     def write(self, data: memoryview) -> int:
-        """Writes what of `data` belongs to it.  Returns: how many bytes."""
+        """Writes the beginning of `data` that belongs to the file, and returns its length."""
         data = data[: self._left]
         self._target.write(data)
         self._digest.update(data)
@@ -131,7 +125,11 @@ class _Target:
         return len(data)
 
     def check(self, path: Path) -> None:
-        """Errors: DataLoss."""
+        """Compares the digest.
+
+        Raises:
+            DataLoss: It is another one.
+        """
         if self._digest.hexdigest() != self._file.blake3:
             raise DataLoss(f"{path}: {self._file.filename} did not arrive as it was sent")
 
@@ -139,10 +137,10 @@ class _Target:
 def _places(
     path: Path, files: Iterable[checkpoint_pb2.File]
 ) -> list[tuple[Path, checkpoint_pb2.File]]:
-    """Where each file goes.  Errors: SecateurError."""
+    """The path at which each file is written."""
     files = list(files)
     if any(Path(file.filename).name != file.filename for file in files):
-        raise ServerError("the server names files that are none")
+        raise ServerError("the server names files outside the folder")
     if len(files) == 1:
         if path.is_dir():
             path /= files[0].filename or "model.safetensors"
@@ -151,5 +149,5 @@ def _places(
         return [(path, files[0])]
     folder = path.parent if path.name.endswith(SUFFIX) else path
     if not folder.is_dir():
-        raise SecateurError(f"{path}: the model is in shards; name a folder, which must be there")
+        raise SecateurError(f"{path}: the model is in shards; name a folder that exists")
     return [(folder / file.filename, file) for file in files]

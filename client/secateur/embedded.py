@@ -1,4 +1,4 @@
-"""A server of this process's own."""
+"""A private server in this process."""
 
 import tempfile
 from collections.abc import Iterator
@@ -11,11 +11,21 @@ from secateur.errors import SecateurError
 
 @contextmanager
 def embedded(device: str = "auto", timeout: float | None = None) -> Iterator[Client]:
-    """A client of a private server, which ends with the block. Needs secateur[server].
+    """Starts a private server, and stops it when the block ends. Needs secateur[server].
 
-    device: auto, cpu, cuda or cuda:N.  The server listens at a Unix socket that only this user can
-    reach, serves no metrics, opens every file:// URI that this user can, keeps checkpoints until
-    the block ends, and has the limits of secateur-server's defaults.
+    The server listens at a Unix socket that only this user can reach, and serves no metrics. It
+    opens every file:// URI that this user can, keeps checkpoints until the block ends, and has the
+    default limits of secateur-server.
+
+    Args:
+        device: auto, cpu, cuda or cuda:N.
+        timeout: As of `Client`.
+
+    Yields:
+        A client of the server.
+
+    Raises:
+        SecateurError: The server does not start.
     """
     try:
         from secateur_server.app import App
@@ -28,12 +38,12 @@ def embedded(device: str = "auto", timeout: float | None = None) -> Iterator[Cli
     with _private_folder() as folder:
         address = f"unix:{folder}/socket"
         arguments = ["--address", address, "--metrics-address", "", f"--device={device}"]
-        arguments += ["--allow-path", "/"]  # what this user may read and write, and nobody else
+        arguments += ["--allow-path", "/"]  # only this user reaches the server
         try:
             app = App(parse_config(arguments, {}), is_warm=False)
         except BadConfig as error:
             raise SecateurError(f"the embedded server does not start: {error}") from None
-        except Exception as error:  # CannotStart, and what torch raises of a device
+        except Exception as error:  # CannotStart, or an error of torch's on the device
             raise SecateurError(f"the embedded server does not start: {error}") from error
         with app, Client(address, timeout=seconds) as client:
             yield client
@@ -41,7 +51,7 @@ def embedded(device: str = "auto", timeout: float | None = None) -> Iterator[Cli
 
 @contextmanager
 def _private_folder() -> Iterator[str]:
-    """A temporary folder of mode 0700.  Errors: SecateurError."""
+    """A temporary folder of mode 0700."""
     try:
         folder = tempfile.TemporaryDirectory(prefix="secateur-")
     except OSError as error:

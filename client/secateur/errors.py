@@ -2,24 +2,24 @@
 
 SecateurError
     InvalidSpec             also a ValueError: the spec is wrong, or does not fit the tensors
-    InvalidStateDict        also a ValueError: the source is no state_dict, or a broken one
+    InvalidStateDict        also a ValueError: the source is not a state_dict, or is broken
     InvalidRequest          also a ValueError: server and client do not understand each other
-    ModelTooLarge           the model, or what it takes to serve it, is above the server's limit
-    ServerBusy              the server has no room for the request now; worth a retry
-    QuotaExceeded           the request needs more than the token's owner may have
+    ModelTooLarge           the model, or the memory to serve it, is above the server's limit
+    ServerBusy              too many requests, or too little memory, for the call now; worth a retry
+    QuotaExceeded           the request needs more than the token's tenant may have
     Unavailable             no server, one that shuts down, or whose disk failed; worth a retry
     DeadlineExceeded        also a TimeoutError: not done within `timeout`
     Cancelled               the call was cancelled
     Unauthenticated         no token, or a wrong one
-    PermissionDenied        the token's owner may not do that
+    PermissionDenied        the token's tenant may not do that
     CheckpointNotFound      the server has no such checkpoint
-    StoreFull               the server has no room for another checkpoint
-    DataLoss                a checkpoint is not what was stored, or data did not arrive as sent
-    Aborted                 somebody else was at it; worth a retry
+    StoreFull               the server has no disk space for another checkpoint
+    DataLoss                a checkpoint is damaged, or data did not arrive as sent
+    Aborted                 another call changed the same upload, or the file; worth a retry
     UriError                the server cannot open, read or write a URI
-    ServerError             a defect of the server; its log has the details
+    ServerError             an internal error of the server; its log has the details
 
-NotSaved is a warning: what was written lacks something that the source has.
+NotSaved is a warning: the written file lacks something that the source has.
 """
 
 import re
@@ -35,9 +35,10 @@ from secateur.versions import VERSION
 class SecateurError(Exception):
     """Root of every error.
 
-    field: the path of the request's field at fault, where there is one.
-    reason: why the server failed the call, such as "QUEUE_FULL"; None where it does not say.
-    request_id: of the call, as the server's log has it; None where no server answered.
+    Attributes:
+        field: The path of the request's field at fault; None if the error has no field.
+        reason: Why the server failed the call, such as "QUEUE_FULL"; None if it did not say.
+        request_id: Of the call, as in the server's log; None if no server answered.
     """
 
     field: str | None = None
@@ -45,7 +46,7 @@ class SecateurError(Exception):
     request_id: str | None = None
 
     def __str__(self) -> str:
-        """One line, whatever a value in it looks like."""
+        """Returns one line, also if a value in the message has several."""
         return re.sub(r"\s*\n\s*", " ", super().__str__())
 
 
@@ -54,7 +55,7 @@ class InvalidSpec(SecateurError, ValueError):
 
 
 class InvalidStateDict(SecateurError, ValueError):
-    """The source is no state_dict, or a broken one."""
+    """The source is not a state_dict, or is broken."""
 
 
 class InvalidRequest(SecateurError, ValueError):
@@ -66,20 +67,21 @@ class ModelTooLarge(SecateurError):
 
 
 class ServerBusy(SecateurError):
-    """The server has no room for the request now.
+    """The server has too many requests, or too little memory, for the call now.
 
-    retry_after: seconds after which it asks to be called again; None where it does not.
+    Attributes:
+        retry_after: Seconds after which the server asks for a retry; None if it does not.
     """
 
     retry_after: float | None = None
 
 
 class QuotaExceeded(SecateurError):
-    """The request needs more than the token's owner may have."""
+    """The request needs more than the token's tenant may have."""
 
 
 class Unavailable(SecateurError):
-    """There is no server at the address, it shuts down, or its store's disk failed."""
+    """No server listens at the address, it shuts down, or its store's disk failed."""
 
 
 class DeadlineExceeded(SecateurError, TimeoutError):
@@ -95,7 +97,7 @@ class Unauthenticated(SecateurError):
 
 
 class PermissionDenied(SecateurError):
-    """The token's owner may not do that."""
+    """The token's tenant may not do that."""
 
 
 class CheckpointNotFound(SecateurError):
@@ -103,15 +105,15 @@ class CheckpointNotFound(SecateurError):
 
 
 class StoreFull(SecateurError):
-    """The server has no room for another checkpoint."""
+    """The server has no disk space for another checkpoint."""
 
 
 class DataLoss(SecateurError):
-    """A checkpoint is not what was stored, or data did not arrive as it was sent."""
+    """A checkpoint is damaged, or data did not arrive as it was sent."""
 
 
 class Aborted(SecateurError):
-    """Somebody else was at the same thing: the same upload, or the file while it was read."""
+    """Another call changed the same upload, or the file while it was read."""
 
 
 class UriError(SecateurError):
@@ -119,11 +121,11 @@ class UriError(SecateurError):
 
 
 class ServerError(SecateurError):
-    """A defect of the server; its log has the details."""
+    """An internal error of the server; its log has the details."""
 
 
 class NotSaved(UserWarning):
-    """What was written lacks something that the source has; the message names it."""
+    """The written file lacks something that the source has; the message names it."""
 
 
 _BY_REASON = {
@@ -152,12 +154,12 @@ _BY_STATUS = {
 
 
 def from_rpc(error: grpc.RpcError) -> SecateurError:
-    """The error that a failed call means."""
+    """Returns a failed call's error as a SecateurError."""
     call = cast(grpc.Call, error)
     info, bad_request, request, retry = ErrorInfo(), BadRequest(), RequestInfo(), RetryInfo()
     try:
         status = rpc_status.from_call(call)
-    except ValueError:  # details of another status: not this server's
+    except ValueError:  # the details are of another status, so not from this server
         status = None
     for detail in status.details if status else ():
         for kind_of in (info, bad_request, request, retry):
@@ -174,7 +176,7 @@ def from_rpc(error: grpc.RpcError) -> SecateurError:
 
 
 def _words(call: grpc.Call, info: ErrorInfo) -> str:
-    """What the server says, with this client's version where the server is older."""
+    """The server's message, with this client's version if the server is older."""
     if "server_version" in info.metadata:
         return f"{call.details()} (this client is secateur {VERSION})"
     if call.code() == grpc.StatusCode.UNIMPLEMENTED:

@@ -1,4 +1,4 @@
-"""What a file holds that is not the format that its suffix promises: told by its first bytes."""
+"""Explains, by a file's first bytes, why it does not have the format of its suffix."""
 
 from pathlib import Path
 
@@ -16,9 +16,9 @@ _DAMAGED = "is damaged or cut short; copy, download or save it again"
 
 
 def open_reason(path: Path) -> str | None:
-    """Why the system does not open a file; None where it does.
+    """Returns why a file cannot be opened; None if it can.
 
-    Libraries take every failure for a missing file.
+    Libraries report every failure as a missing file.
     """
     try:
         with path.open("rb"):
@@ -28,7 +28,7 @@ def open_reason(path: Path) -> str | None:
 
 
 def torch_reason(path: Path) -> str:
-    """What is wrong with a file that torch cannot read, and what to do."""
+    """Returns why torch cannot read a file, and what to do."""
     first = _first_bytes(path)
     if _is_torch(first):
         return _DAMAGED
@@ -36,11 +36,11 @@ def torch_reason(path: Path) -> str:
 
 
 def safetensors_reason(path: Path, library: object) -> str:
-    """What is wrong with a file that safetensors cannot read, and what to do.
+    """Returns why safetensors cannot read a file, and what to do.
 
     Args:
         path: The file.
-        library: What the library says of it: shown where the file has a header.
+        library: The library's error; shown if the file has a header.
     """
     first = _first_bytes(path)
     if _is_safetensors(first):
@@ -49,7 +49,7 @@ def safetensors_reason(path: Path, library: object) -> str:
 
 
 def npz_reason(path: Path, library: object) -> str:
-    """As safetensors_reason, of a file of numpy.savez."""
+    """As safetensors_reason, for a file of numpy.savez."""
     first = _first_bytes(path)
     if first.startswith(_ZIP):
         return f"numpy cannot read it: {library}"
@@ -57,7 +57,7 @@ def npz_reason(path: Path, library: object) -> str:
 
 
 def is_torch(path: Path) -> bool:
-    """Whether a file begins as those of torch.save do."""
+    """Returns whether a file begins as those of torch.save."""
     return _is_torch(_first_bytes(path))
 
 

@@ -1,4 +1,4 @@
-"""A model as files: one file, or a folder."""
+"""Writes a model as one file, or to a folder."""
 
 import importlib.util
 import warnings
@@ -15,10 +15,10 @@ from secateur.errors import NotSaved, SecateurError
 from secateur.folders import Folder, check_no_other_weights
 from secateur.others import check_storable
 from secateur.shards import Index
+from secateur.tensor_file import TensorFile
 from secateur.tensors import LocalTensor, dtype_of, is_extra_state, to_value
 from secateur.ties import each_once, once
 from secateur.torch_files import KNOWN_SUFFIXES, TORCH_SUFFIXES, TorchFile
-from secateur_proto.framing import file_header
 from secateur_proto.index import SUFFIX
 from secateur_proto.ties import read_ties, write_ties
 
@@ -40,13 +40,13 @@ def save(
 
     Args:
         path: A file, a folder, or the index of shards.
-        entries: What the model has become: each a LocalTensor, which stands under several names
-            where it is tied, or a value that only a torch file can hold.
+        entries: Of the model: each a LocalTensor, under several names if it is tied, or a value
+            that only a torch file can hold.
         metadata: Of a .safetensors file.
-        index: Of the shards that it came in.
-        before: The tensors that `index` tells of; None is `entries`.
-        torch_file: What it was read from; a torch file keeps all of that but the tensors.
-        folder: What it was read from; a folder has a copy of the files beside the weights.
+        index: Of the shards of the source.
+        before: The tensors of `index`; None is `entries`.
+        torch_file: The source; a torch file keeps all of its content but the tensors.
+        folder: The source; a folder gets a copy of its files beside the weights.
 
     Raises:
         SecateurError: It cannot be written.
@@ -75,15 +75,15 @@ def save(
 
 
 class _CannotWrite(Exception):
-    """An entry that torch.save refuses; it does not know the file."""
+    """An entry that torch.save refuses; the message does not name the file."""
 
 
 def check_writable(path: Path, has_folder: bool = False) -> None:
-    """Refuses early what `save` would refuse.
+    """Refuses early a path that `save` would refuse.
 
     Args:
         path: As of `save`.
-        has_folder: Whether the model came in a folder, so that `path` may be a new one.
+        has_folder: Whether the source is a folder, so that `path` may be a new one.
 
     Raises:
         SecateurError: It cannot be written.
@@ -98,13 +98,13 @@ def check_writable(path: Path, has_folder: bool = False) -> None:
     if path.suffix in TORCH_SUFFIXES and importlib.util.find_spec("torch") is None:
         raise SecateurError(f"{path}: to write {path.suffix} install torch")
     if not path.absolute().parent.is_dir():
-        raise SecateurError(f"{path}: there is no such folder")
+        raise SecateurError(f"{path}: no such folder exists")
 
 
 def check_holds(
     path: Path, entries: Entries, index: Index | None = None, folder: Folder | None = None
 ) -> None:
-    """Refuses entries that only a torch file can hold, for other files.
+    """Refuses early entries that only a torch file can hold, for other files.
 
     Args:
         path: As of `save`.
@@ -113,7 +113,7 @@ def check_holds(
         folder: As of `save`.
 
     Raises:
-        InvalidStateDict: It names them.
+        InvalidStateDict: Naming the entries.
     """
     if not _is_file(path):
         shards = () if index is None else index.files.values()
@@ -132,7 +132,7 @@ def _is_file(path: Path) -> bool:
 def _save_shards(
     path: Path, entries: Entries, index: Index, before: Tensors, folder: Folder | None
 ) -> None:
-    """Writes the same shards that a model came in, and their index."""
+    """Writes the shards of the source, and their index."""
     shards = index.shards(entries if index.is_torch else once(entries))
     is_index = path.name.endswith(SUFFIX)
     name = path.name if is_index else index.filename
@@ -147,7 +147,7 @@ def _save_shards(
 
 @contextmanager
 def _filling(path: Path, written: Collection[str], folder: Folder | None) -> Iterator[Path]:
-    """As `filling`, with a copy of what the source's folder has beside the weights."""
+    """As `filling`, with a copy of the files beside the weights in the source's folder."""
     if path.is_dir():
         check_no_other_weights(path, written)
     rest = None if folder is None else folder.rest(path)
@@ -176,20 +176,14 @@ def _write(
     if suffix in TORCH_SUFFIXES:
         _write_torch(file, entries, torch_file)
     else:
-        _write_safetensors(file, once(entries), metadata)
-
-
-def _write_safetensors(file: BinaryIO, tensors: Tensors, metadata: Metadata) -> None:
-    file.write(file_header(((name, t.dtype, t.shape) for name, t in tensors.items()), metadata))
-    for tensor in tensors.values():
-        file.write(tensor.read().data)
+        file.writelines(TensorFile(once(entries), metadata).parts())
 
 
 def warn_of_rest(place: Any, torch_file: TorchFile | None) -> None:
-    """Warns of what a torch file holds beside its tensors, which .safetensors cannot."""
+    """Warns of the entries of a torch file beside its tensors, which .safetensors cannot hold."""
     rest = torch_file.rest if torch_file is not None else ()
     if rest:
-        text = f"{place}: without {', '.join(rest)}; a torch file (.pt) keeps what is no tensor"
+        text = f"{place}: without {', '.join(rest)}; a torch file (.pt) keeps these too"
         warnings.warn(text, NotSaved, stacklevel=5)
 
 
@@ -202,7 +196,7 @@ def _write_torch(file: BinaryIO, entries: Entries, torch_file: TorchFile | None)
         torch.save(content, file)
     except OSError:
         raise
-    except Exception as error:  # an entry that is not sent may be any object
+    except Exception as error:  # entries that are not sent may be any objects
         raise _CannotWrite(f"torch cannot write it: {error}") from None
 
 

@@ -13,7 +13,7 @@ from secateur.errors import InvalidStateDict, NotSaved, SecateurError
 from secateur.shards import read_index
 from secateur_proto.index import SUFFIX
 
-# Where the weights are, in the order of from_pretrained of transformers.
+# The files of weights, in the order in which transformers' from_pretrained tries them.
 _CANDIDATES = (
     "model.safetensors",
     f"*.safetensors{SUFFIX}",
@@ -21,14 +21,14 @@ _CANDIDATES = (
     f"pytorch_model.bin{SUFFIX}",
     "*.safetensors",
 )
-# The weights of a model in any format. Those of the first line belong to another part of the model
-# when they are in a subfolder, as 2_Dense/model.safetensors of sentence-transformers.
+# The weights of a model in any format. In a subfolder, files of the first line belong to another
+# part of the model, as 2_Dense/model.safetensors of sentence-transformers.
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "consolidated*.pth", f"*{SUFFIX}")
 _EXPORTS = (
     *("*.onnx", "*.onnx_data", "*.gguf", "*.h5", "*.msgpack", "*.ot", "*.tflite"),
     *("openvino_model*.bin", "openvino_model*.xml"),
 )
-# What tools for versions and downloads keep there for themselves.
+# Folders of tools for versions and downloads.
 _NOT_COPIED = (".git", ".cache")
 
 
@@ -39,7 +39,7 @@ class Folder:
     Attributes:
         path: The folder.
         model: The file of the weights, or the index of its shards.
-        weights: The names of all files that the model is in.
+        weights: The names of all files of the model.
     """
 
     path: Path
@@ -47,7 +47,7 @@ class Folder:
     weights: frozenset[str]
 
     def rest(self, out: Path) -> "Rest":
-        """The files beside the weights that `out` lacks; none if `out` is the folder itself."""
+        """Finds the files beside the weights that `out` lacks; none if `out` is the folder."""
         copied: list[Path] = []
         left: list[Path] = []
         for file in self._walk(out.resolve()):
@@ -57,7 +57,7 @@ class Folder:
         return Rest(self.path, out, copied, left)
 
     def _walk(self, out: Path) -> Iterator[Path]:
-        """The paths of all other files, and of links to folders; nothing of `out`."""
+        """The paths of all other files, and of links to folders; without those in `out`."""
         for at, folders, files in os.walk(self.path, onerror=_refuse):
             place = Path(at)
             links = [name for name in folders if (place / name).is_symlink()]
@@ -76,9 +76,9 @@ class Rest:
 
     Attributes:
         path: The folder.
-        out: Where they are copied to.
-        copied: Those that are copied.
-        left: Those that are not: the same weights in other formats, and links to folders.
+        out: The folder to which they are copied.
+        copied: Files to copy.
+        left: Other files: the same weights in other formats, and links to folders.
     """
 
     path: Path
@@ -87,13 +87,13 @@ class Rest:
     left: Sequence[Path]
 
     def copy_to(self, made: Path) -> None:
-        """Copies them to a folder that becomes `out`."""
+        """Copies the files to a folder that becomes `out`."""
         for file in self.copied:
             (made / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.path / file, made / file)
 
     def warn(self) -> None:
-        """Names those that were not copied."""
+        """Warns of the files that are not copied."""
         weights = [file for file in self.left if _is_weights(file)]
         kinds = {
             "other weights, which were not pruned": weights,
@@ -106,22 +106,22 @@ class Rest:
 
 
 def _refuse(error: OSError) -> NoReturn:
-    """Ends a walk at a folder that cannot be read: its files would be left out."""
+    """Ends a walk at a folder that cannot be read; os.walk would skip it."""
     raise SecateurError(f"{error.filename}: {error.strerror}")
 
 
 def _files_in(path: Path, kind: type[SecateurError]) -> list[Path]:
     try:
         return sorted(path.iterdir())
-    except OSError as error:  # which glob takes for an empty folder
+    except OSError as error:  # glob would take it for an empty folder
         raise kind(f"{path}: {error.strerror}") from None
 
 
 def find_folder(path: Path) -> Folder:
-    """The model in a folder.
+    """Finds the model in a folder.
 
     Raises:
-        InvalidStateDict: The folder has no model, or several that could be meant.
+        InvalidStateDict: The folder has no model, or several.
     """
     files = _files_in(path, InvalidStateDict)
     for pattern in _CANDIDATES:
@@ -147,10 +147,10 @@ def _is_weights(file: Path) -> bool:
 
 
 def check_no_other_weights(path: Path, written: Collection[str]) -> None:
-    """Refuses a folder with weights that would not be of the model written to it.
+    """Refuses to write a model to a folder with the weights of another.
 
     Raises:
-        SecateurError: It has some; a reader of the folder might take them.
+        SecateurError: A reader of the folder might take the other weights.
     """
     names = {file.name for file in _files_in(path, SecateurError) if _is_weights(Path(file.name))}
     others = sorted(names.difference(written))

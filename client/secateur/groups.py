@@ -1,37 +1,30 @@
-"""Groups: slices of several tensors that live and die together."""
+"""Groups: slices of several tensors that are pruned together."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from secateur.checks import UINT64, dimension, flag, integer, integers, made, shown
+from secateur.checks import dimension, flag, integer, integers, made, shown, text
 from secateur.choices import Plain
 from secateur.errors import InvalidSpec
-from secateur.tensors import is_text
 from secateur_proto import spec_pb2 as pb
 
 
 @dataclass(frozen=True)
 class Member:
-    """The part that a tensor has in a group: what `member` makes."""
+    """The slices of one tensor in a group, as `member` makes them."""
 
     message: pb.Member
 
 
 @dataclass(frozen=True)
 class Group:
-    """Slices of several tensors that live and die together: what `group` makes."""
+    """Slices of several tensors that are pruned together, as `group` makes them."""
 
     message: pb.Group
 
 
 Groups = Sequence[Group | Plain]
-
-COMBINATIONS = {
-    "mean": pb.COMBINATION_MEAN,
-    "sum": pb.COMBINATION_SUM,
-    "max": pb.COMBINATION_MAX,
-}
 
 
 def member(
@@ -43,41 +36,47 @@ def member(
     indices: Iterable[int] | None = None,
     scored: bool = True,
 ) -> Member:
-    """The part that a tensor has in a group: unit i has `stride` slices from offset + i * stride.
+    """Describes the slices of a tensor in a group: unit i has `stride` of them.
 
-    dim: of the slices; negative counts from the end.  units: None is as many as fit.
-    indices: in place of offset and stride: the slices of unit 0, of unit 1 and so on, as many for
-        each; needs `units` where that is not one slice for each.
-    scored: False where it goes with its unit without a say in how important that is.
+    Args:
+        tensor: The tensor's name.
+        dim: The dimension of the slices; negative counts from the end.
+        offset: The first slice of unit 0; that of unit i is offset + i * stride.
+        stride: Slices of a unit, 1 or more.
+        units: How many units there are; None is as many as fit.
+        indices: In place of offset and stride: the slices of unit 0, then of unit 1 and so on, as
+            many for each. Needs `units` if a unit has more than one slice.
+        scored: False if the tensor has no influence on how important a unit is.
     """
+    stride = integer("stride", stride, 1)
     message = pb.Member(
-        tensor=_name("tensor", tensor), dim=dimension(dim), unscored=not flag("scored", scored)
+        tensor=text("tensor", tensor),
+        dim=dimension(dim),
+        offset=integer("offset", offset),
+        stride=0 if stride == 1 and indices is not None else stride,  # 0 is the default
+        unscored=not flag("scored", scored),
     )
     if units is not None:
-        message.units = integer("units", units, 1, UINT64)
-    offset, stride = integer("offset", offset, 0, UINT64), integer("stride", stride, 1, UINT64)
-    if indices is None:
-        message.offset, message.stride = offset, stride
-    elif (offset, stride) == (0, 1):
+        message.units = integer("units", units, 1)
+    if indices is not None:
         message.indices.extend(integers("indices", indices))
-    else:
-        raise InvalidSpec("indices: they take the place of offset and stride")
+        if not message.indices:  # an empty list is no list on the wire
+            raise InvalidSpec("indices: at least one is needed")
     return Member(message)
 
 
 def group(name: str, *members: Member | Plain) -> Group:
-    """Slices of several tensors that live and die together, unit by unit.
+    """Makes a group of slices of several tensors, which are pruned together, unit by unit.
 
-    name: for reports, guard rails and errors; each only once in a rule.
-    members: each what `member` makes, or its arguments.  All have the same number of units.
+    Args:
+        name: For reports, guard rails and errors; different for each group of a rule.
+        members: Each is what `member` returns, or its arguments. All have the same number of units.
     """
-    if not members:
-        raise InvalidSpec("members: at least one is needed")
-    found = [
+    messages = [
         made(f"members[{index}]", given, Member, member).message
         for index, given in enumerate(members)
     ]
-    return Group(pb.Group(name=_name("name", name), members=found))
+    return Group(pb.Group(name=text("name", name), members=messages))
 
 
 def head_groups(
@@ -89,27 +88,34 @@ def head_groups(
     heads: int,
     kv_heads: int | None = None,
 ) -> list[Group]:
-    """The heads of an attention layer, as the units of one group.
+    """Makes the heads of an attention layer the units of one group.
 
-    q, k, v, o: the names of its projections' weights, as torch.nn.Linear has them.
-    heads: of queries.  kv_heads: of keys and values, which divides `heads`; None is `heads`.
     Unit i is KV head i: its rows in k and v, the rows of its heads // kv_heads query heads in q,
-    and their columns in o. With few KV heads that is coarse, with one all or nothing: see
-    query_head_groups.
+    and their columns in o. With few KV heads such units are coarse, and a layer with one KV head is
+    pruned whole or not at all: see query_head_groups.
+
+    Args:
+        q: The name of the query projection's weight, as torch.nn.Linear has it.
+        k: Of the key projection's; None keeps the keys.
+        v: Of the value projection's; None keeps the values.
+        o: Of the output projection's.
+        head_dim: Rows of a head.
+        heads: Heads of queries.
+        kv_heads: Heads of keys and values, which divides `heads`; None is `heads`.
     """
-    heads = integer("heads", heads, 1, UINT64)
-    units = heads if kv_heads is None else integer("kv_heads", kv_heads, 1, UINT64)
+    heads = integer("heads", heads, 1)
+    units = heads if kv_heads is None else integer("kv_heads", kv_heads, 1)
     if heads % units:
         raise InvalidSpec(f"kv_heads: {units} does not divide {heads} heads")
-    of_kv = integer("head_dim", head_dim, 1, UINT64)
-    of_q = of_kv * (heads // units)
-    members = [member(q, stride=of_q, units=units)]
-    members += [member(name, stride=of_kv, units=units) for name in (k, v) if name is not None]
-    return [group(f"heads of {q}", *members, member(o, dim=1, stride=of_q, units=units))]
+    kv_rows = integer("head_dim", head_dim, 1)
+    q_rows = kv_rows * (heads // units)
+    members = [member(q, stride=q_rows, units=units)]
+    members += [member(name, stride=kv_rows, units=units) for name in (k, v) if name is not None]
+    return [group(f"heads of {q}", *members, member(o, dim=1, stride=q_rows, units=units))]
 
 
 def query_head_groups(q: str, o: str, head_dim: int, heads: int) -> list[Group]:
-    """The query heads of an attention layer, as the units of one group; keys and values are kept.
+    """Makes the query heads of an attention layer the units of one group; keys and values are kept.
 
     Unit i is query head i: its rows in q, and its columns in o. For layers in which several query
     heads share a key and a value. The mask may keep more query heads of one KV head than of
@@ -119,15 +125,15 @@ def query_head_groups(q: str, o: str, head_dim: int, heads: int) -> list[Group]:
         q: The name of the query projection's weight, as torch.nn.Linear has it.
         o: The name of the output projection's weight.
         head_dim: Rows of a head.
-        heads: Of queries.
+        heads: Heads of queries.
     """
     return head_groups(q, None, None, o, head_dim, heads)
 
 
 def groups_of(value: Any) -> list[pb.Group]:
-    """Groups, each by itself, or from a map of its name and its members.  Errors: InvalidSpec."""
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise InvalidSpec(f"groups: {shown(value)} is no list of groups, with at least one")
+    """Returns groups, each given itself or as a mapping of its name and members."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise InvalidSpec(f"groups: {shown(value)} is not a list of groups")
     return [
         made(f"groups[{index}]", given, Group, _plain_group).message
         for index, given in enumerate(value)
@@ -136,11 +142,5 @@ def groups_of(value: Any) -> list[pb.Group]:
 
 def _plain_group(name: str, members: Any) -> Group:
     if not isinstance(members, Sequence) or isinstance(members, str):
-        raise InvalidSpec(f"members: {shown(members)} is no list")
+        raise InvalidSpec(f"members: {shown(members)} is not a list")
     return group(name, *members)
-
-
-def _name(field: str, value: Any) -> str:
-    if not is_text(value) or not value:
-        raise InvalidSpec(f"{field}: {shown(value)} is no name")
-    return str(value)

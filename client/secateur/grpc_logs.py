@@ -1,7 +1,7 @@
-"""Keeps gRPC's notes on failed handshakes off stderr: the errors of this package say as much.
+"""Keeps gRPC's log lines on failed handshakes off stderr: errors of this package have the facts.
 
-gRPC reads the variable once, when it is imported. Where somebody has set it, or has imported grpc
-before, nothing changes, and no process that this one starts sees it.
+gRPC reads the variable once, when it is imported. If the variable is set, or grpc was imported
+before, nothing changes. Child processes never see the variable.
 """
 
 import os

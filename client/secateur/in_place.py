@@ -1,4 +1,4 @@
-"""Changes of a torch module that happen whole, or not at all. Imported with torch only."""
+"""Changes a torch module whole, or not at all. Imported with torch only."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +12,11 @@ from secateur.errors import InvalidStateDict
 
 
 def check_module(module: Any) -> None:
-    """Refuses what cannot be pruned in place.  Errors: InvalidStateDict."""
+    """Refuses a module that cannot be pruned in place.
+
+    Raises:
+        InvalidStateDict: It is not a module, or has a part of TorchScript.
+    """
     if not isinstance(module, Module):
         raise InvalidStateDict(f"a torch.nn.Module is needed, not {type(module).__name__}")
     for path, part in module.named_modules():
@@ -24,14 +28,14 @@ def check_module(module: Any) -> None:
 
 
 def pruning_hooks(part: Module) -> list[prune.BasePruningMethod]:
-    """The hooks of torch.nn.utils.prune, one for each pruned parameter of a submodule."""
+    """Returns the hooks of torch.nn.utils.prune: one for each pruned parameter of a submodule."""
     hooks = part._forward_pre_hooks.values()
     return [hook for hook in hooks if isinstance(hook, prune.BasePruningMethod)]
 
 
 @contextmanager
 def all_or_nothing(parts: Iterable[Module]) -> Iterator[None]:
-    """Brings submodules back to what they were when the block fails.
+    """Restores submodules if the block fails.
 
     The values of the parameters are not copied: the block may replace them, not write into them.
     """
@@ -48,7 +52,7 @@ def all_or_nothing(parts: Iterable[Module]) -> Iterator[None]:
 
 
 class _Saved:
-    """The attributes of an object, and what is in those of them that are containers."""
+    """The attributes of an object, and the content of those that are containers."""
 
     def __init__(self, holder: Any) -> None:
         self._holder = holder
@@ -71,11 +75,11 @@ def remove_masks(module: Module, values: Mapping[str, torch.Tensor]) -> None:
     """Finalizes pruned parameters as torch.nn.utils.prune.remove does.
 
     Args:
-        module: Each of `values` has a pruning hook in it.
-        values: By parameter name, what each is to be: X_orig where it is kept, and zeros.
+        module: It has a pruning hook for each of `values`.
+        values: The new values by parameter name: X_orig where it is kept, and zeros.
 
     Raises:
-        InvalidStateDict: The module is not what was finalized. It is unchanged.
+        InvalidStateDict: The module changed since it was finalized. It is left as it is.
     """
     found = []
     for name, value in values.items():
@@ -112,6 +116,6 @@ def _check_same(part: Module, leaf: str, name: str, value: torch.Tensor) -> None
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
-    """The bytes of each element, in a row for each: NaN is equal to itself."""
+    """The bytes of each element, one row each: NaN equals itself."""
     flat = values.contiguous().reshape(-1)
     return flat.view(torch.uint8).reshape(flat.numel(), -1) if flat.numel() else flat

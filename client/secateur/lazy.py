@@ -1,4 +1,4 @@
-"""Parts of an answer that are decoded when somebody reads them: there may be very many."""
+"""Collections that decode parts of an answer when they are read: an answer may have very many."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -8,10 +8,10 @@ Value = TypeVar("Value")
 
 
 class LazyMapping(Mapping[str, Value]):
-    """What messages say, by their names, in their order.
+    """Decoded messages by their names, in their order.
 
     Args:
-        messages: Each has a `name` of its own.
+        messages: Each has a different `name`.
         decode: Makes a value of a message.
     """
 
@@ -38,12 +38,12 @@ class LazyMapping(Mapping[str, Value]):
         return repr(dict(self))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy is a plain dict."""
+        """Makes a copy a plain dict."""
         return dict, (dict(self),)
 
 
 class LazySequence(Sequence[Value], Generic[Value]):
-    """What messages say, in their order; equal to a tuple of it.
+    """Decoded messages, in their order; equal to a tuple of the same values.
 
     Args:
         messages: Of any type.
@@ -84,5 +84,5 @@ class LazySequence(Sequence[Value], Generic[Value]):
         return repr(self._values)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy is a plain tuple."""
+        """Makes a copy a plain tuple."""
         return tuple, (self._values,)

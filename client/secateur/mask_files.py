@@ -1,4 +1,4 @@
-"""Files of masks: a bit for each element, as the wire has them, with the shapes beside them."""
+"""Files of masks: a bit for each element, as the server sends them, and the shapes."""
 
 import itertools
 import json
@@ -11,7 +11,8 @@ import numpy as np
 
 from secateur.errors import InvalidStateDict
 from secateur.file_kinds import npz_reason
-from secateur.source import MASK_SHAPES, Mask, read_file
+from secateur.model import Mask
+from secateur.model_files import MASK_SHAPES, read_path
 from secateur.tensors import Bytes, LocalTensor, from_value
 from secateur.torch_files import TORCH_SUFFIXES
 from secateur_proto.framing import mask_bytes
@@ -24,22 +25,22 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 def pack(mask: Mask) -> LocalTensor:
-    """A mask as bits, the lowest first."""
+    """Packs a mask into bits, the lowest first."""
     bits = np.packbits(mask, bitorder="little")
     return LocalTensor("U8", bits.shape, lambda: bits)
 
 
 def unpack(packed: LocalTensor, count: int) -> Mask:
-    """The mask of `count` elements, flat."""
+    """Unpacks a mask of `count` elements; it is flat."""
     return np.unpackbits(packed.read(), count=count, bitorder="little").view(np.bool_)
 
 
 def unpack_all(packed: Tensors, counts: Mapping[str, int]) -> dict[str, Mask]:
-    """As `unpack`, of each mask; small masks that follow each other are parts of one array.
+    """As `unpack`, for each mask; consecutive small masks are parts of one array.
 
     Args:
         packed: The bits of each mask.
-        counts: Of the elements of each mask, by the same names.
+        counts: The elements of each mask, by the same names.
     """
     found: dict[str, Mask] = {}
     names: list[str] = []
@@ -68,15 +69,12 @@ def _unpack_parts(
 
 
 def entries_of(path: Path, packed: Tensors, shapes: Shapes) -> tuple[Tensors, dict[str, str]]:
-    """What a file of masks holds: bits in a .safetensors file, bools in a torch file.
+    """Returns the tensors and the metadata of a file of masks.
 
     Args:
-        path: The file.
+        path: A .safetensors file, which gets bits, or a torch file, which gets bools.
         packed: The bits of each mask.
         shapes: Of the masks, by the same names.
-
-    Returns:
-        The tensors, and the metadata.
     """
     if path.suffix in TORCH_SUFFIXES:
         return {name: _whole(mask, shapes[name]) for name, mask in packed.items()}, {}
@@ -85,7 +83,7 @@ def entries_of(path: Path, packed: Tensors, shapes: Shapes) -> tuple[Tensors, di
 
 
 def read_masks(path: Path) -> dict[str, LocalTensor]:
-    """The masks of a file: what `entries_of` gives, or tensors that are masks as they are.
+    """Reads the masks of a file: that of `entries_of`, or one with a tensor for each mask.
 
     Args:
         path: .safetensors, a torch file, or .npz.
@@ -95,7 +93,7 @@ def read_masks(path: Path) -> dict[str, LocalTensor]:
     """
     if path.suffix == ".npz":
         return _read_npz(path)
-    source = read_file(path)
+    source = read_path(path)
     tensors = {name: source.tensors[stored] for name, stored in source.other_names.items()}
     tensors = {**source.tensors, **tensors}
     if text := source.metadata.get(MASK_SHAPES):
@@ -113,7 +111,7 @@ def _whole(packed: LocalTensor, shape: Sequence[int]) -> LocalTensor:
 
 
 def _parse_shapes(path: Path, text: str, tensors: Tensors) -> dict[str, list[int]]:
-    """The shapes in a file's metadata, once they are found to fit its tensors."""
+    """The shapes in a file's metadata; they must fit its tensors."""
     try:
         shapes: dict[str, list[int]] = json.loads(text)
         for name, tensor in tensors.items():
@@ -134,7 +132,7 @@ def _read_npz(path: Path) -> dict[str, LocalTensor]:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             read: dict[str, Any] = {name: arrays[name] for name in arrays.files}
-    except Exception as error:  # of a broken file numpy and zipfile raise whatever comes
+    except Exception as error:  # numpy and zipfile raise errors of any kind for a broken file
         reason = getattr(error, "strerror", None) or npz_reason(path, error)
         raise InvalidStateDict(f"{path}: {reason}") from None
     return {name: from_value(name, array) for name, array in read.items()}

@@ -1,4 +1,4 @@
-"""torch modules: what is read from them, and masks put on them. Imported with torch only."""
+"""Reads torch modules, and installs masks in them. Imported with torch only."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -14,10 +14,7 @@ from secateur.places import tensor_place
 
 
 def entries_of(module: Module) -> tuple[dict[str, Any], frozenset[str]]:
-    """A module's state_dict, and the names of its tensors that can be pruned.
-
-    The latter are its parameters, and the masks of those that are pruned.
-    """
+    """Returns a module's state_dict, and the names of its parameters and of their masks."""
     entries = module.state_dict()
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     masks = {f"{name.removesuffix('_orig')}_mask" for name in parameters if name.endswith("_orig")}
@@ -25,13 +22,13 @@ def entries_of(module: Module) -> tuple[dict[str, Any], frozenset[str]]:
 
 
 def check_hooks(module: Module) -> list[str]:
-    """Refuses a module in which pruning hooks and pairs do not belong together one to one.
+    """Checks that each pruning hook of a module has one pair.
 
     Returns:
         The names of the pruned parameters.
 
     Raises:
-        InvalidStateDict: They do not.
+        InvalidStateDict: A hook has no pair, or a pair has several hooks.
     """
     pruned = []
     for path, part in module.named_modules():
@@ -76,15 +73,15 @@ def apply_masks(module: Module, masks: Mapping[str, torch.Tensor], model: Collec
 def finalize(
     module: Module, values: Mapping[str, torch.Tensor], finalized: Collection[str]
 ) -> None:
-    """Finalizes the pruned parameters of a module that were finalized elsewhere.
+    """Finalizes the parameters of a module that the server finalized.
 
     Args:
         module: Its names may have other prefixes than those of `values`: see secateur.names.
-        values: The state_dict of the result; a parameter that it has as a pair stays pruned.
-        finalized: The names in `values` of what was a pair, as far as they are known.
+        values: The state_dict of the result; a pair in it is not finalized.
+        finalized: The names in `values` of former pairs, as far as they are known.
 
     Raises:
-        InvalidStateDict: The result is not of this module as it is. The module is unchanged.
+        InvalidStateDict: The result is not of this module. The module is unchanged.
     """
     check_module(module)
     pruned = check_hooks(module)
@@ -94,7 +91,7 @@ def finalize(
         if places[name] not in {*values, *still}:
             raise InvalidStateDict(f"{name}: the result has no such tensor")
     folded = {name: values[places[name]] for name in pruned if places[name] in values}
-    found = {id(value) for value in folded.values()}  # a tied one is found by any name
+    found = {id(value) for value in folded.values()}  # a tied tensor has several names
     missing = [name for name in finalized if id(values[name]) not in found]
     if missing or not folded:
         raise InvalidStateDict(
@@ -105,7 +102,7 @@ def finalize(
 
 
 def _parameter_names(module: Module) -> list[str]:
-    """The name of each parameter, every name of those that have several; a pair is its X."""
+    """All names of all parameters; a pair is its X."""
     names = []
     for name, _ in module.named_parameters(remove_duplicate=False):
         path, _, leaf = name.rpartition(".")
@@ -119,7 +116,7 @@ def _parameter_names(module: Module) -> list[str]:
 def _targets(
     module: Module, masks: Mapping[str, torch.Tensor]
 ) -> list[tuple[str, Module, str, torch.Tensor]]:
-    """Each name, submodule and parameter to install a mask at.  Errors: InvalidStateDict."""
+    """The name, submodule, parameter and mask of each installation."""
     parts = dict(module.named_modules(remove_duplicate=False))
     names = _names_by_parameter(module)
     buffers = _tied_buffers(module, masks, names)
@@ -142,9 +139,12 @@ def _targets(
 def _tied_buffers(
     module: Module, masked: Collection[str], names: Mapping[int, list[str]]
 ) -> dict[str, str]:
-    """From each masked buffer on the memory of a parameter to that parameter's name.
+    """Maps each masked buffer on the memory of a parameter to that parameter's name.
 
-    names: As _names_by_parameter returns them.
+    Args:
+        module: The module.
+        masked: Names with a mask.
+        names: As _names_by_parameter returns them.
     """
     buffers = {n: b for n, b in module.named_buffers(remove_duplicate=False) if n in masked}
     if not buffers:
@@ -155,7 +155,7 @@ def _tied_buffers(
 
 
 def _names_by_parameter(module: Module) -> dict[int, list[str]]:
-    """From the id of each parameter to its names; one name for a submodule that has several."""
+    """Maps the id of each parameter to its names; a submodule with several names counts once."""
     names: dict[int, list[str]] = {}
     for path, part in module.named_modules():
         for stored, parameter in part._parameters.items():
@@ -173,10 +173,10 @@ def _weight(part: Module, leaf: str) -> torch.Tensor:
 
 
 def _target(parts: Mapping[str, Module], name: str, mask: torch.Tensor) -> tuple[Module, str]:
-    """The submodule and the parameter that a mask is for, once they are found to fit it.
+    """The submodule and the parameter of a mask; they must fit the mask.
 
     Args:
-        parts: The submodules by their names, of which one may have several.
+        parts: The submodules by their names; one may have several.
         name: Of the parameter.
         mask: Bool.
 
@@ -200,6 +200,6 @@ def _target(parts: Mapping[str, Module], name: str, mask: torch.Tensor) -> tuple
         before = part._buffers[f"{leaf}_mask"]
         if before is not None and bool((mask & (before.cpu() == 0)).any()):
             raise InvalidStateDict(
-                f"{name}: the module was pruned otherwise since the result was made"
+                f"{name}: the module was pruned in another way since the result was made"
             )
     return part, leaf

@@ -1,4 +1,4 @@
-"""Names of one model's parameters, with and without the prefixes that torch's wrappers add."""
+"""Matches names of parameters with and without the prefixes that torch's wrappers add."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
@@ -10,12 +10,12 @@ def _as_is(name: str) -> str:
 
 
 def _uncompiled(name: str) -> str:
-    """Without what torch.compile adds, for a module and for parts of one."""
+    """Without the prefixes of torch.compile, which wraps a module or parts of one."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _unwrapped(name: str) -> str:
-    """Without what DataParallel and DistributedDataParallel add as well."""
+    """Without the prefix of DataParallel and DistributedDataParallel too."""
     return _uncompiled(name).removeprefix("module.")
 
 
@@ -27,17 +27,16 @@ def matched(
 ) -> dict[str, str]:
     """Finds the names of a result in a module that may have other prefixes.
 
-    One way of leaving out prefixes is taken for all names: the one by which most of the model's
-    names are found, and of several the one that leaves out least. So a model whose own layer is
-    called `module` is not taken for a wrapped one.
+    All names lose the same prefixes: those with which most of the model's names are found, and as
+    few as possible. So a layer with the name `module` is not taken for a wrapper.
 
     Args:
-        names: To find.
-        known: Of the module.
+        names: The names to find.
+        known: The names in the module.
         model: All names of the model that the result is of, `names` among them.
 
     Returns:
-        From each name to the one in `known`; a name that is not found stands for itself.
+        From each name to the one in `known`; a name that is not found is mapped to itself.
     """
     if all(name in known for name in model):
         return {name: name for name in names}
@@ -52,7 +51,7 @@ def _way(
     form: Callable[[str], str],
     known_form: Callable[[str], str],
 ) -> dict[str, str]:
-    """The names that are found by one way of leaving out prefixes, each in one place."""
+    """The names that are found in exactly one place after prefixes are removed."""
     counts = Counter(map(form, model))
     places: dict[str, list[str]] = {}
     for name in known:

@@ -1,4 +1,4 @@
-"""Paths that a caller gives."""
+"""Checks the paths that callers give."""
 
 import os
 import stat
@@ -9,7 +9,7 @@ from secateur.errors import SecateurError
 
 
 def path_of(value: Any, kind: type[SecateurError] = SecateurError) -> Path:
-    """The path that a caller gives.
+    """Returns the path that a caller gives.
 
     Args:
         value: A str or an os.PathLike.
@@ -20,20 +20,24 @@ def path_of(value: Any, kind: type[SecateurError] = SecateurError) -> Path:
     """
     if not isinstance(value, str | os.PathLike):
         raise kind(f"a path is a str or an os.PathLike, not {type(value).__name__}")
-    if not str(value):  # which Path takes for the current folder
+    if not str(value):  # Path takes it for the current folder
         raise kind("a path is empty")
     try:
         path = Path(value)
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return path
-    except (OSError, ValueError, TypeError) as error:  # such as a name that is too long
+    except (OSError, ValueError, TypeError) as error:  # for example, a name that is too long
         raise kind(f"{value}: {getattr(error, 'strerror', None) or error}") from None
     return path
 
 
 def source_path(value: Any, kind: type[SecateurError]) -> Path:
-    """As path_of, of a file or a folder to read: to open a pipe could wait for ever."""
+    """As path_of, for a file or a folder to read: opening a pipe could block for ever.
+
+    Raises:
+        SecateurError: As path_of, or it is neither a file nor a folder.
+    """
     path = path_of(value, kind)
     if path.exists() and stat.S_IFMT(path.stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
         raise kind(f"{path}: is neither a file nor a folder")

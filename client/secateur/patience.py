@@ -1,58 +1,65 @@
-"""How long, and how often, a call that failed is made again."""
+"""How long, and how often, the client repeats a call that failed."""
 
 import random
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from secateur.errors import ServerBusy, Unavailable
+from secateur.errors import SecateurError, ServerBusy, Unavailable
 
 Answer = TypeVar("Answer")
 
-# Tries that brought nothing before a caller without a timeout is told, and the pause behind the
-# first: about 45 s in all, in which a server that was killed is there again.
+# Without a timeout, a call fails after so many tries in a row without progress. The pauses between
+# them take about 45 s, in which a server that was killed has started again.
 TRIES = 16
 PAUSE_SECONDS = 0.1
 MOST_PAUSE_SECONDS = 5.0
-# How often a caller without a timeout sends its model again to a server that has no memory for it:
+# Without a timeout, the client sends a model so many times again to a server without memory for it:
 # such a server receives the model before it fails, and may never have enough.
 MOST_RESENDS = 5
 
 
 class Patience:
-    """The time of one call of a method, of however many calls to the server it is made.
+    """The time of one call of a method, which may make several calls to the server.
 
-    timeout: seconds; None has no end.
+    Attributes:
+        tries: Calls that failed since there was progress.
     """
 
     def __init__(self, timeout: float | None) -> None:
+        """Starts the time.
+
+        Args:
+            timeout: Seconds; None is no limit.
+        """
         self._end = None if timeout is None else time.monotonic() + timeout
         self._resends = 0
+        self.tries = 0
 
     def left(self) -> float | None:
-        """Seconds that are left."""
+        """Returns the seconds that are left."""
         return None if self._end is None else max(0.0, self._end - time.monotonic())
 
     def at_least(self, seconds: float) -> "Patience":
-        """The time that is left, or so many seconds if that is more."""
+        """Returns a Patience with the time that is left, but at least so many seconds."""
         left = self.left()
         return Patience(None if left is None else max(left, seconds))
 
-    def is_over(self, tries: int) -> bool:
-        """Whether so many tries are enough: where there is a timeout it says so itself."""
-        return self._end is None and tries >= TRIES
-
     def pause(self, tries: int) -> bool:
-        """Waits, the longer the more often; False where no time is left."""
-        most = min(MOST_PAUSE_SECONDS, PAUSE_SECONDS * 2.0 ** (tries - 1))
-        return self._sleep(most * random.uniform(0.5, 1.0))  # not all callers at once
-
-    def wait_for(self, busy: ServerBusy) -> bool:
-        """Waits until a busy server wants the call again.
+        """Waits, longer after more tries.
 
         Returns:
-            False, without a wait, where the server does not say when, where no time is left, or
-            where the server was out of memory too often.
+            False, without a wait, if no time is left.
+        """
+        most = min(MOST_PAUSE_SECONDS, PAUSE_SECONDS * 2.0 ** (tries - 1))
+        return self._sleep(most * random.uniform(0.5, 1.0))  # clients must not come all at once
+
+    def wait_for(self, busy: ServerBusy) -> bool:
+        """Waits as long as a busy server asks.
+
+        Returns:
+            False, without a wait, if the server does not ask for a time, if no time is left, or if
+            the server was out of memory too often.
         """
         if busy.retry_after is None:
             return False
@@ -60,30 +67,51 @@ class Patience:
             self._resends += 1
             if self._end is None and self._resends > MOST_RESENDS:
                 return False
-        # The server's word, and up to a half more: not all callers at once.
-        return self._sleep(busy.retry_after * random.uniform(1.0, 1.5))
+        return self._sleep(busy.retry_after * random.uniform(1.0, 1.5))  # not all at once
+
+    def repeat(
+        self, attempt: Callable[[], Answer], is_passing: Callable[[SecateurError], bool]
+    ) -> Answer:
+        """Repeats an attempt until it succeeds, or until it is time to give up.
+
+        Args:
+            attempt: Makes the calls. It sets `tries` to 0 when there is progress.
+            is_passing: Whether the attempt may succeed after an error. After ServerBusy it is
+                repeated in any case.
+
+        Raises:
+            SecateurError: The last one.
+        """
+        self.tries = 0
+        while True:
+            try:
+                return attempt()
+            except ServerBusy as error:
+                if not self.wait_for(error):
+                    raise
+            except SecateurError as error:
+                self.tries += 1
+                is_over = self._end is None and self.tries >= TRIES
+                if not is_passing(error) or is_over or not self.pause(self.tries):
+                    raise
 
     def until_served(
         self, attempt: Callable[[float | None], Answer], is_known: bool, is_safe: bool
     ) -> Answer:
-        """What `attempt` returns, which is called with the seconds that are left.
+        """Repeats a call while the server is busy, and after the connection broke.
 
-        It is called again when a busy server says so, and after the pause that it asks for; and
-        when the connection breaks, where `is_known`: a server that was never there is no
-        connection that broke, and where `is_safe`: it may have been served without our knowing.
-        Errors: SecateurError, the last one.
+        Args:
+            attempt: Makes the call; its argument is the seconds that are left.
+            is_known: Whether the server has ever answered: else no connection broke.
+            is_safe: Whether the call may be repeated if it may have been served.
+
+        Raises:
+            SecateurError: The last one.
         """
-        tries = 0
-        while True:
-            try:
-                return attempt(self.left())
-            except ServerBusy as error:
-                if not self.wait_for(error):
-                    raise
-            except Unavailable:
-                tries += 1
-                if not (is_known and is_safe) or self.is_over(tries) or not self.pause(tries):
-                    raise
+        return self.repeat(
+            lambda: attempt(self.left()),
+            lambda error: is_known and is_safe and isinstance(error, Unavailable),
+        )
 
     def _sleep(self, seconds: float) -> bool:
         left = self.left()

@@ -1,4 +1,4 @@
-"""Where the tensors and arrays of a caller lie in memory."""
+"""The places of tensors and arrays in memory, to find tied ones."""
 
 import math
 from functools import cache, lru_cache
@@ -12,12 +12,14 @@ class Place(NamedTuple):
     """A view of memory. Equal places are one tensor.
 
     Attributes:
-        device: Of torch; "" is this process's memory.
-        begin: Address of the first byte of any element; `end` is behind the last one.
+        device: As torch names it; "" is this process's memory.
+        begin: Address of the first byte of any element.
+        end: Address after the last byte of any element.
         pointer: Address of the element at index 0.
+        shape: Of the view.
         strides: In bytes.
-        values: What the bytes are read as: the dtype, as numpy and torch both name it, and the
-            flags that torch keeps beside them.
+        itemsize: Bytes of an element.
+        values: The dtype, as numpy and torch both name it, and torch's flags beside it.
     """
 
     device: str
@@ -32,12 +34,12 @@ class Place(NamedTuple):
 
 @cache
 def dtype_name(dtype: Any) -> str:
-    """The name of a dtype of torch, which torch makes anew each time."""
+    """Returns the name of a dtype of torch; torch makes a new str for each call."""
     return str(dtype).removeprefix("torch.")
 
 
 def tensor_place(value: Any) -> Place | None:
-    """The place of a dense tensor of torch; None for one without elements."""
+    """Returns the place of a dense tensor of torch; None for one without elements."""
     size, shape = value.element_size(), tuple(value.shape)
     device = "" if value.is_cpu else str(value.device)
     values = dtype_name(value.dtype)
@@ -50,9 +52,9 @@ def tensor_place(value: Any) -> Place | None:
 
 
 def array_place(array: npt.NDArray[Any], dtype: str) -> Place | None:
-    """The place of an array, whose dtype has this name; None for one without elements."""
+    """Returns the place of an array with a dtype of this name; None for one without elements."""
     values = dtype if array.dtype.isnative else f"{array.dtype.byteorder}{dtype}"
-    pointer = array.__array_interface__["data"][0]  # array.ctypes is an object, made anew
+    pointer = array.__array_interface__["data"][0]  # array.ctypes makes an object
     if array.flags.c_contiguous:
         return _contiguous_place("", pointer, array.shape, array.itemsize, values)
     return _place("", pointer, array.shape, array.strides, array.itemsize, values)
@@ -70,7 +72,7 @@ def _contiguous_place(
 
 @lru_cache(1024)
 def _contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """As `_place` gives them, for a row-major view."""
+    """The strides of a row-major view, as `_place` has them."""
     behind = (math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
     return tuple(
         0 if size == 1 else count * itemsize for size, count in zip(shape, behind, strict=True)
@@ -90,13 +92,13 @@ def _place(
     reach = [(size - 1) * stride for size, stride in zip(shape, strides, strict=True)]
     begin = pointer + sum(step for step in reach if step < 0)
     end = pointer + sum(step for step in reach if step > 0) + itemsize
-    # The stride of a dimension with one index means nothing, and may be any number.
+    # A dimension with one index may have any stride.
     strides = tuple(0 if size == 1 else s for size, s in zip(shape, strides, strict=True))
     return Place(device, begin, end, pointer, shape, strides, itemsize, values)
 
 
 class _View:
-    """An array for numpy to compare, of which it reads no element."""
+    """An array whose place numpy compares; it reads no element."""
 
     def __init__(self, place: Place) -> None:
         self.__array_interface__ = {
@@ -108,12 +110,12 @@ class _View:
         }
 
 
-# How hard numpy tries to prove that two views with overlapping bounds share no element.
+# A limit on numpy's search for a shared element of two views with overlapping bounds.
 _MAX_WORK = 10_000
 
 
 def overlap(one: Place, other: Place) -> bool:
-    """Whether two views of one device share an element; True where that takes too long to tell."""
+    """Returns whether two views on one device share an element; True if the search is too long."""
     views = np.asarray(_View(one)), np.asarray(_View(other))
     try:
         return np.shares_memory(*views, max_work=_MAX_WORK)  # type: ignore[arg-type]

@@ -1,26 +1,31 @@
-"""What pruning by many amounts would do."""
+"""What a prune by many amounts would do."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
-from secateur.choices import units_of
-from secateur.errors import InvalidSpec
+from secateur.decoding import decoded
 from secateur.lazy import LazyMapping, LazySequence
 from secateur.report import Choice, decode_choice
 from secateur.tables import html_table, text_table
 from secateur_proto import plan_pb2 as pb
 from secateur_proto import spec_pb2
+from secateur_proto.enums import plain_name
 from secateur_proto.pruner_pb2 import PlanHeader
 from secateur_proto.spec_pb2 import Selection
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """What would be left of a tensor.
+    """What one amount would do to a tensor.
 
-    pruned, total: elements; prior pruning is among them.  norm_removed: the Euclidean norm of what
-    would be pruned, over that of all that is unpruned before it.
+    Attributes:
+        pruned: Elements that would be pruned in all, prior pruning included.
+        total: All elements.
+        sparsity: pruned / total.
+        norm_removed: The Euclidean norm of what the amount would prune, over the norm of all that
+            is unpruned before.
     """
 
     pruned: int
@@ -33,11 +38,16 @@ class PlannedTensor:
 class PlannedAmount:
     """What one amount would do.
 
-    amount: as it was asked for; None for one that is neither a fraction nor a count.
-    choices: as of a report's rule.  tensors: by name, in the state_dict's order.
-    pruned, total, sparsity, norm_removed: as of a tensor, over all.
-    kept_bytes: of the values that would be kept, without masks. No file has this size: a dense file
-        keeps its own, `Plan.dense_bytes`.
+    Attributes:
+        amount: As requested; None for an amount that is neither a fraction nor a count.
+        choices: As of a report's rule.
+        tensors: By name, in the state_dict's order.
+        pruned: As of PlannedTensor, over all tensors.
+        total: As of PlannedTensor, over all tensors.
+        sparsity: As of PlannedTensor, over all tensors.
+        norm_removed: As of PlannedTensor, over all tensors.
+        kept_bytes: Of the values that would be kept, without masks. No file has this size: that of
+            a dense file, `Plan.dense_bytes`, does not change.
     """
 
     amount: float | None
@@ -52,11 +62,15 @@ class PlannedAmount:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a prune by each of some amounts does, exactly.
+    """What a prune by each of several amounts does, exactly.
 
-    masks_bytes, reparametrized_bytes, dense_bytes: of its answer in each form.
-    input_blake3: of the safetensors file that went up.
-    method: how units are ranked, for a person.
+    Attributes:
+        amounts: One for each amount.
+        masks_bytes: Of a prune's answer with output="masks".
+        reparametrized_bytes: Of a prune's answer with output="reparametrized".
+        dense_bytes: Of a prune's answer with output="dense".
+        input_blake3: Digest of the safetensors file that was sent.
+        method: How units are ranked, for a person.
     """
 
     amounts: tuple[PlannedAmount, ...]
@@ -67,7 +81,7 @@ class Plan:
     method: str
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain data, for JSON."""
+        """Returns the plan as plain data, for JSON."""
         amounts = (
             replace(of, tensors=dict(of.tensors), choices=tuple(of.choices)) for of in self.amounts
         )
@@ -98,10 +112,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """How much each tensor loses by each amount, pruned by itself.
+    """How much each tensor would lose, pruned by itself.
 
-    norm_removed: by the tensors' names, for each of `amounts` what PlannedTensor says.
-    method: as of a plan.
+    Attributes:
+        amounts: As of PlannedAmount.
+        norm_removed: As of PlannedTensor, for each amount, by the tensors' names.
+        method: As of Plan.
     """
 
     amounts: tuple[float | None, ...]
@@ -109,7 +125,7 @@ class Sensitivity:
     method: str
 
     def to_dict(self) -> dict[str, Any]:
-        """As Plan.to_dict."""
+        """Returns the sensitivity as plain data, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -132,7 +148,7 @@ class Sensitivity:
 
 
 def sensitivity_of(plan: Plan) -> Sensitivity:
-    """A plan, tensor by tensor."""
+    """Turns a plan into a table of tensors and amounts."""
     return Sensitivity(
         amounts=tuple(planned.amount for planned in plan.amounts),
         norm_removed={
@@ -143,26 +159,17 @@ def sensitivity_of(plan: Plan) -> Sensitivity:
     )
 
 
-def encode_amounts(amounts: Any) -> list[pb.Amount]:
-    """Ints and floats for the wire.  Errors: InvalidSpec."""
-    if isinstance(amounts, str) or not isinstance(amounts, Iterable):
-        raise InvalidSpec(f"amounts: {amounts!r} is no list of ints and floats")
-    found = [pb.Amount(**units_of(f"amounts[{i}]", amount)) for i, amount in enumerate(amounts)]
-    if not found:
-        raise InvalidSpec("amounts: at least one is needed")
-    return found
-
-
 def decode_plan(message: pb.PruningPlan, header: PlanHeader) -> Plan:
-    """A plan from the wire.  header: what was asked."""
-    asked = header.amounts or [header.spec.rules[-1].selection]
-    return Plan(
-        amounts=tuple(map(_planned, asked, message.amounts)),
-        masks_bytes=message.masks_bytes,
-        reparametrized_bytes=message.reparametrized_bytes,
-        dense_bytes=message.dense_bytes,
-        input_blake3=message.input_blake3,
-        method=_method(header.spec.rules[-1].selection),
+    """Decodes a plan.
+
+    Args:
+        message: The answer.
+        header: Of the request.
+    """
+    rule = header.spec.rules[-1].selection
+    asked = header.amounts or [rule]
+    return decoded(
+        Plan, message, amounts=tuple(map(_planned, asked, message.amounts)), method=_method(rule)
     )
 
 
@@ -175,42 +182,31 @@ _SCOPES = {
 
 
 def _method(selection: Selection) -> str:
-    """How a rule ranks units."""
+    """How a rule ranks units, for a person."""
     importance = str(selection.WhichOneof("importance"))
     for other in ("scales", "importance_scores"):
         importance = other if getattr(selection, other) else importance
-    unit = spec_pb2.Granularity.Name(selection.granularity).removeprefix("GRANULARITY_").lower()
-    allocation = spec_pb2.Allocation.Name(selection.allocation).removeprefix("ALLOCATION_").lower()
+    unit = plain_name(spec_pb2.Granularity.DESCRIPTOR, selection.granularity)
+    allocation = plain_name(spec_pb2.Allocation.DESCRIPTOR, selection.allocation)
     by = f", allocation {allocation}" if selection.allocation else ""
     return f"{importance}, {_SCOPES[selection.scope]}{by}; a unit is 1 {unit}"
 
 
 def _planned(asked: pb.Amount | Selection, message: pb.PlannedAmount) -> PlannedAmount:
     kind = asked.WhichOneof("amount")
-    return PlannedAmount(
+    return decoded(
+        PlannedAmount,
+        message,
         amount=getattr(asked, kind) if kind in ("fraction", "count") else None,
         choices=LazySequence(message.choices, decode_choice),
-        tensors=LazyMapping(message.tensors, _tensor),
-        pruned=message.pruned,
-        total=message.total,
-        sparsity=message.sparsity,
-        norm_removed=message.norm_removed,
-        kept_bytes=message.kept_bytes,
-    )
-
-
-def _tensor(message: pb.PlannedTensor) -> PlannedTensor:
-    return PlannedTensor(
-        pruned=message.pruned,
-        total=message.total,
-        sparsity=message.sparsity,
-        norm_removed=message.norm_removed,
+        tensors=LazyMapping(message.tensors, partial(decoded, PlannedTensor)),
     )
 
 
 def _row(planned: PlannedAmount) -> tuple[str, ...]:
     thresholds = [choice.threshold for choice in planned.choices]
-    is_one = len(thresholds) == 1 and thresholds[0] is not None  # else each tensor has its own
+    # Tensors that are ranked one by one have thresholds of their own.
+    is_one = len(thresholds) == 1 and thresholds[0] is not None
     return (
         _shown(planned.amount),
         f"{planned.pruned:,}",

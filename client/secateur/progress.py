@@ -1,4 +1,4 @@
-"""A bar for uploads, and for what a server works on."""
+"""Shows how far an upload, a download or the server is."""
 
 import importlib.util
 import sys
@@ -9,7 +9,7 @@ from typing import Any, cast
 from secateur.errors import DeadlineExceeded, SecateurError
 from secateur_proto.checkpoint_pb2 import PHASE_WAIT
 
-# None: a bar where stderr is a terminal and tqdm is installed. A function gets bytes sent, total.
+# None: a bar if stderr is a terminal and tqdm is installed. A function gets done and total.
 Progress = bool | None | Callable[[int, int], None]
 
 
@@ -17,7 +17,17 @@ Progress = bool | None | Callable[[int, int], None]
 def show_progress(
     progress: Progress, total: int, what: str = "upload", unit: str = "B"
 ) -> Iterator[Callable[[int], None]]:
-    """Shows `what`, of `total` bytes. Yields what to call with the bytes of each step."""
+    """Shows progress.
+
+    Args:
+        progress: As of `Client`.
+        total: The size of all work.
+        what: Is done, for the bar.
+        unit: Of the sizes.
+
+    Yields:
+        A function to call with the size of each step.
+    """
     if not (progress is None or isinstance(progress, bool) or callable(progress)):
         raise SecateurError(f"progress={progress!r} is not True, False, None or a function")
     if callable(progress):
@@ -35,13 +45,17 @@ def show_progress(
         yield lambda count: None
 
 
-# What a server works on is shown in parts of all that there is to do.
+# The server's work is shown in so many parts.
 PARTS = 1000
 
 
 @contextmanager
 def show_work(progress: Progress) -> Iterator[Callable[[Any], None]]:
-    """Shows how far a server is. Yields what to call with each progress message."""
+    """Shows how far the server is.
+
+    Yields:
+        A function to call with each progress message.
+    """
     shown = 0
     with show_progress(progress, PARTS, "server", "") as advance:
 
@@ -59,10 +73,13 @@ def show_work(progress: Progress) -> Iterator[Callable[[Any], None]]:
 
 @contextmanager
 def noting_waits(working: Callable[[Any], None]) -> Iterator[Callable[[Any], None]]:
-    """Says of a call that runs out of time in the block that it waited, if the server told so last.
+    """Adds to the error of a call whose deadline is exceeded that it waited, if it did to the end.
 
     Args:
-        working: Is called with each progress message, as what the block yields.
+        working: Called with each progress message.
+
+    Yields:
+        A function to call with each progress message.
     """
     is_waiting = False
 
@@ -74,7 +91,7 @@ def noting_waits(working: Callable[[Any], None]) -> Iterator[Callable[[Any], Non
     try:
         yield told
     except DeadlineExceeded as error:
-        if not is_waiting or error.request_id is not None:  # the server's own words
+        if not is_waiting or error.request_id is not None:  # the server answered
             raise
         raise DeadlineExceeded(f"{error}; {_WAITED}") from error
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
+from secateur.decoding import decoded
 from secateur.lazy import LazyMapping, LazySequence
 from secateur.tables import html_table, text_table
 from secateur_proto import report_pb2 as pb
@@ -15,7 +16,13 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class ZeroBlocks:
-    """How many blocks of side x side elements are wholly zero.  total: of how many."""
+    """How many blocks of side x side elements are wholly zero.
+
+    Attributes:
+        side: Rows and columns of a block.
+        zero: Blocks that are wholly zero.
+        total: All blocks.
+    """
 
     side: int
     zero: int
@@ -24,16 +31,24 @@ class ZeroBlocks:
 
 @dataclass(frozen=True)
 class TensorReport:
-    """One tensor.
+    """The sparsity of one tensor.
 
-    zeros, total: elements.  bytes: of its values.  pruned: elements that its mask prunes.
-    is_pruned: it has a mask.  zero_slices: for each dimension, how many slices are wholly zero.
-    patterns: "2:4" where of 4 elements side by side along the second dimension (of tensors of one,
-        the first) 2 at most are not zero, and one group has 2; for 2, 4, 8 and 16, tails filled up
-        with zeros.
-    zero_blocks: of the tensor as a matrix of its first dimension and all others, for sides of 4, 8,
-        16 and 32 up to the last that has any; empty under 2 dimensions.
-    aliases: other names of the tensor, where weights are tied.
+    Attributes:
+        shape: Of the tensor.
+        dtype: As safetensors spells it.
+        bytes: Of its values.
+        zeros: Elements that are zero.
+        total: All elements.
+        sparsity: zeros / total.
+        pruned: Elements that its mask prunes.
+        is_pruned: Whether it has a mask.
+        zero_slices: For each dimension, how many slices are wholly zero.
+        patterns: "2:4" if of each 4 adjacent elements along the second dimension (the first of
+            tensors with one) at most 2 are not zero, and one group has 2; for 2, 4, 8 and 16. The
+            last group is filled with zeros.
+        zero_blocks: Of the tensor as a matrix of its first dimension and all others, for sides of
+            4, 8, 16 and 32 up to the last with a zero block; empty below 2 dimensions.
+        aliases: Other names of a tied tensor.
     """
 
     shape: tuple[int, ...]
@@ -54,7 +69,10 @@ class TensorReport:
 class Bound:
     """A guard rail that changed how much of a tensor, or group, was pruned.
 
-    rail: min_sparsity, max_sparsity or keep_at_least.  pruned: units that the rule pruned there.
+    Attributes:
+        tensor: The name of the tensor or group.
+        rail: min_sparsity, max_sparsity or keep_at_least.
+        pruned: Units that the rule pruned of the tensor.
     """
 
     tensor: str
@@ -66,9 +84,15 @@ class Bound:
 class Choice:
     """What a rule did to tensors, or groups, that were ranked together; counts are of units.
 
-    requested: what the amount asks for.  threshold: importance of the most important unit pruned,
-    or None.  ties: candidates at it, of which ties_pruned were pruned.
-    bounds: guard rails that changed what was pruned.
+    Attributes:
+        tensors: The names of the tensors or groups.
+        candidates: Units that were unpruned before.
+        requested: Units that the amount asks for.
+        pruned: Units that the rule pruned.
+        threshold: The importance of the most important unit pruned; None if no unit was ranked.
+        ties: Candidates whose importance is the threshold.
+        ties_pruned: Ties that were pruned.
+        bounds: Guard rails that changed what was pruned.
     """
 
     tensors: tuple[str, ...]
@@ -86,8 +110,8 @@ class ReportWarning:
     """Something about a result that the caller may not have meant.
 
     Attributes:
-        code: What it is; report.proto lists the codes.
-        severity: "warning" where it is likely a mistake, "note" where it is true of most results.
+        code: What happened; report.proto lists the codes.
+        severity: "warning" for a likely mistake, "note" for what is true of most results.
         tensors: Names of at most 10 tensors, or groups, that it is about.
         message: One line: what happened, and what to do about it.
     """
@@ -129,10 +153,16 @@ class Coverage:
 class Report:
     """A sparsity report, measured by the server on what it returned.
 
-    tensors: by name, in the state_dict's order.  rules: for each rule of the spec its choices.
-    input_blake3, output_blake3: of the safetensors files that went up and came down.
-    coverage: how much of the model `tensors` are.
-    warnings: of a prune, what the caller may not have meant.
+    Attributes:
+        tensors: By name, in the state_dict's order.
+        zeros: Elements of all tensors that are zero.
+        total: Elements of all tensors.
+        sparsity: zeros / total.
+        rules: The choices of each rule of the spec.
+        input_blake3: Digest of the safetensors file that was sent.
+        output_blake3: Digest of the safetensors file that was received.
+        coverage: The part of the model that `tensors` are.
+        warnings: What the caller of a prune may not have meant.
     """
 
     tensors: Mapping[str, TensorReport]
@@ -147,11 +177,11 @@ class Report:
 
     @property
     def is_pruned(self) -> bool:
-        """Whether any tensor has a mask."""
+        """Whether a tensor has a mask."""
         return any(tensor.is_pruned for tensor in self.tensors.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data, for JSON."""
+        """Returns the report as plain data, for JSON."""
         rules = tuple(map(tuple, self.rules))
         return asdict(replace(self, tensors=dict(self.tensors), rules=rules))
 
@@ -188,7 +218,7 @@ def _telling_patterns(tensor: TensorReport) -> str:
     """The patterns of two whole groups that keep at most half, and do not follow from others.
 
     3:4 of 3 input channels says nothing, 13:16 is chance, 0:16 is a tensor of zeros, and a tensor
-    with 2:4 has 4:8.
+    with 2:4 has 4:8 too.
     """
     size = tensor.shape[:2][-1] if tensor.shape else 0
     pairs = [tuple(map(int, pattern.split(":"))) for pattern in tensor.patterns]
@@ -203,7 +233,7 @@ def _telling_patterns(tensor: TensorReport) -> str:
 
 
 def _outcomes(choices: Sequence[Choice]) -> list[str]:
-    """What came of a rule, in lines; the choices that were met exactly share the first."""
+    """Lines on a rule; the choices whose amount was met exactly share the first."""
     if len(choices) == 1:
         return [f": {_outcome(choices[0])}"]
     met = [c for c in choices if c.requested == c.pruned and not c.bounds]
@@ -214,7 +244,7 @@ def _outcomes(choices: Sequence[Choice]) -> list[str]:
 
 
 def _total(choices: list[Choice]) -> str:
-    """The totals of choices that were met exactly."""
+    """A line on choices whose amount was met exactly."""
     tensors = sum(len(choice.tensors) for choice in choices)
     sets = f" in {len(choices):,} sets" if tensors > len(choices) else ""
     counts = (sum(choice.requested for choice in choices), sum(c.candidates for c in choices))
@@ -228,7 +258,7 @@ def _names(choice: Choice) -> str:
 
 
 def _outcome(choice: Choice) -> str:
-    """What was asked of a choice, and what came of it."""
+    """A line on one choice."""
     parts = [
         f"{choice.requested:,} of {choice.candidates:,} units asked for",
         f"{choice.pruned:,} pruned",
@@ -255,7 +285,7 @@ class Extent(NamedTuple):
 
 
 def decode_extents(message: pb.SparsityReport) -> dict[str, Extent]:
-    """The extents of the tensors of a report: to decode all of the report takes longer."""
+    """Decodes the extents of a report's tensors alone: all of the report takes longer."""
     return {
         tensor.name: Extent(tuple(tensor.shape), tensor.total, tuple(tensor.aliases))
         for tensor in message.tensors
@@ -263,60 +293,36 @@ def decode_extents(message: pb.SparsityReport) -> dict[str, Extent]:
 
 
 def decode_report(message: pb.SparsityReport) -> Report:
-    """A report from the wire."""
-    return Report(
+    """Decodes a report."""
+    return decoded(
+        Report,
+        message,
         tensors=LazyMapping(message.tensors, _tensor),
-        zeros=message.zeros,
-        total=message.total,
-        sparsity=message.sparsity,
         rules=tuple(LazySequence(rule.choices, decode_choice) for rule in message.rules),
-        input_blake3=message.input_blake3,
-        output_blake3=message.output_blake3,
-        coverage=_coverage(message.coverage),
+        coverage=decoded(Coverage, message.coverage),
         warnings=tuple(map(_warning, message.warnings)),
     )
 
 
 def _warning(message: pb.Warning) -> ReportWarning:
     severity = "note" if message.severity == pb.SEVERITY_NOTE else "warning"
-    return ReportWarning(message.code, severity, tuple(message.tensors), message.message)
-
-
-def _coverage(message: pb.Coverage) -> Coverage:
-    return Coverage(
-        covered=message.covered,
-        uncovered=message.uncovered,
-        uncovered_tensors=message.uncovered_tensors,
-        largest_uncovered=tuple(message.largest_uncovered),
-    )
+    return decoded(ReportWarning, message, severity=severity)
 
 
 def _tensor(message: pb.TensorReport) -> TensorReport:
-    return TensorReport(
-        shape=tuple(message.shape),
-        dtype=message.dtype,
-        bytes=message.bytes,
-        zeros=message.zeros,
-        total=message.total,
-        sparsity=message.sparsity,
-        pruned=message.pruned,
-        is_pruned=message.is_pruned,
-        zero_slices=tuple(message.zero_slices),
+    return decoded(
+        TensorReport,
+        message,
         patterns=tuple(f"{pattern.n}:{pattern.m}" for pattern in message.patterns),
-        zero_blocks=tuple(ZeroBlocks(b.side, b.zero, b.total) for b in message.zero_blocks),
-        aliases=tuple(message.aliases),
+        zero_blocks=tuple(decoded(ZeroBlocks, blocks) for blocks in message.zero_blocks),
     )
 
 
 def decode_choice(message: pb.Choice) -> Choice:
-    """What a rule did to tensors that were ranked together, from the wire."""
-    return Choice(
-        tensors=tuple(message.tensors),
-        candidates=message.candidates,
-        requested=message.requested,
-        pruned=message.pruned,
+    """Decodes what a rule did to tensors that were ranked together."""
+    return decoded(
+        Choice,
+        message,
         threshold=message.threshold if message.HasField("threshold") else None,
-        ties=message.ties,
-        ties_pruned=message.ties_pruned,
-        bounds=tuple(Bound(b.tensor, b.rail, b.pruned) for b in message.bounds),
+        bounds=tuple(decoded(Bound, bound) for bound in message.bounds),
     )

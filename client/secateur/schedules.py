@@ -1,7 +1,7 @@
 """Schedules: the share of the final amount that is pruned at a time.
 
-Each is a pure function of t in [0, 1], the part of the steps that are done, and of the final
-sparsity in [0, 1]; it gives a share in [0, 1], which is 1 at t = 1.
+Each schedule is a pure function of t in [0, 1], the part of the steps that are done, and of the
+final sparsity in [0, 1]. It returns a share in [0, 1], which is 1 at t = 1.
 """
 
 import math
@@ -11,17 +11,17 @@ Share = Callable[[float, float], float]
 
 
 def one_shot(t: float, final: float) -> float:
-    """All at the first step."""
+    """Prunes all at the first step."""
     return 1.0 if t > 0 else 0.0
 
 
 def linear(t: float, final: float) -> float:
-    """As much at each step."""
+    """Prunes as much at each step."""
     return t
 
 
 def cubic(t: float, final: float) -> float:
-    """Much at first, and less and less: 1 - (1 - t)^3.
+    """Prunes much at first, then less and less: 1 - (1 - t)^3.
 
     Zhu & Gupta 2017, "To prune, or not to prune", with an initial sparsity of 0.
     """
@@ -29,15 +29,14 @@ def cubic(t: float, final: float) -> float:
 
 
 def exponential(t: float, final: float) -> float:
-    """At each step the same fraction of what is left: (1 - (1 - final)^t) / final.
+    """Prunes at each step the same fraction of the unpruned units: (1 - (1 - final)^t) / final.
 
-    Of the fraction that the last step prunes at once, where `final` is 1, that is all at the first
-    step; where it is 0, in the limit, t.  As torch.nn.utils.prune called with one amount again and
-    again.
+    As torch.nn.utils.prune called with one amount at each step. With `final` 1 that is all at the
+    first step, and with 0, in the limit, t.
     """
     if final >= 1.0:
         return one_shot(t, final)
-    if final <= 0.0 or t == 1.0:  # which is 1 - 2^-53 by the formula, for some
+    if final <= 0.0 or t == 1.0:  # the formula gives 1 - 2^-53 for some
         return t
     return min(1.0, -math.expm1(t * math.log1p(-final)) / final)
 

@@ -1,8 +1,9 @@
-"""What a server is, and what it can do."""
+"""The version, features and limits of a server."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from secateur.decoding import decoded
 from secateur_proto import pruner_pb2 as pb
 
 
@@ -16,9 +17,9 @@ class ServerInfo:
     Attributes:
         version: Of the package secateur.
         outputs: What a result may be sent as.
-        importances: By what units may be ranked.
+        importances: What may rank units.
         granularities: What may be pruned as one unit.
-        scopes: Over what units may be ranked.
+        scopes: Which units may be ranked together.
         amounts: How an amount may be given.
         allocations: How a total may be divided among tensors.
         max_model_bytes: The most bytes of a model that a call may send.
@@ -35,18 +36,17 @@ class ServerInfo:
 
 
 def decode_server_info(message: pb.GetServerInfoResponse) -> ServerInfo:
-    """A server's answer from the wire."""
-    return ServerInfo(
-        version=message.version,
+    """Decodes a server's answer."""
+    return decoded(
+        ServerInfo,
+        message,
         outputs=_plain("OUTPUT_", message.outputs),
-        importances=tuple(message.importances),
         granularities=_plain("GRANULARITY_", message.granularities),
         scopes=_plain("SCOPE_", message.scopes),
-        amounts=tuple(message.amounts),
         allocations=_plain("ALLOCATION_", message.allocations),
-        max_model_bytes=message.max_model_bytes,
     )
 
 
 def _plain(prefix: str, names: Iterable[str]) -> tuple[str, ...]:
+    """As secateur_proto.enums.plain_name, of names that may be newer than this client."""
     return tuple(name.removeprefix(prefix).lower() for name in names)

@@ -1,4 +1,4 @@
-"""A model in shards, as Hugging Face keeps large ones: files, and an index that names them."""
+"""Models in shards, as Hugging Face stores large ones: files, and an index of them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,10 +14,13 @@ from secateur_proto.ties import read_ties
 
 @dataclass(frozen=True)
 class Index:
-    """Which tensor is in which file.
+    """The index of a model in shards.
 
-    files: of all tensors, with those that are stored under another name.  rest: what else it says.
-    metadata: of each file.  filename: its own.
+    Attributes:
+        files: The file of each tensor, and of each other name of a tied tensor.
+        rest: All other content of the index.
+        metadata: Of each file.
+        filename: Of the index.
     """
 
     files: Mapping[str, str]
@@ -31,7 +34,11 @@ class Index:
         return any(Path(file).suffix in TORCH_SUFFIXES for file in self.files.values())
 
     def file_of(self, name: str) -> str:
-        """Where a tensor is written: half of a pair, or its X, as what it is of."""
+        """Returns the file of a tensor; half of a pair has that of its X, and X that of X_orig.
+
+        Raises:
+            InvalidStateDict: The index has no file for it.
+        """
         base = name.removesuffix("_orig").removesuffix("_mask")
         for known in (name, base, f"{base}_orig"):
             if known in self.files:
@@ -39,7 +46,7 @@ class Index:
         raise InvalidStateDict(f"{name}: the index names no file for it")
 
     def of_one_file(self) -> dict[str, str]:
-        """The metadata of one file made of all shards: that of the first, and all ties."""
+        """Returns the metadata of one file made of all shards: that of the first, and all ties."""
         ties = {
             other: name
             for of_file in self.metadata.values()
@@ -49,7 +56,7 @@ class Index:
         return {**ties, **next(iter(self.metadata.values()), {})}
 
     def shards(self, tensors: Mapping[str, LocalTensor]) -> dict[str, dict[str, LocalTensor]]:
-        """Tensors by file, in the order of the files' names."""
+        """Divides tensors by file, in the order of the files' names."""
         shards: dict[str, dict[str, LocalTensor]] = {
             name: {} for name in sorted(set(self.files.values()))
         }
@@ -58,7 +65,12 @@ class Index:
         return shards
 
     def text(self, tensors: Mapping[str, LocalTensor], before: Mapping[str, LocalTensor]) -> str:
-        """The index of what a model has become.  before: the tensors that it was."""
+        """Returns the text of a new index.
+
+        Args:
+            tensors: The new model.
+            before: The tensors of this index.
+        """
         weight_map = {n: f for n, f in self.files.items() if n not in before}  # tied ones
         weight_map |= {name: self.file_of(name) for name in tensors}
         described = ((tensor.dtype, tensor.shape) for tensor in tensors.values())
@@ -69,7 +81,15 @@ MapFile = Callable[[Path], tuple[Mapping[str, LocalTensor], dict[str, str]]]
 
 
 def read_shards(path: Path, map_file: MapFile) -> tuple[dict[str, LocalTensor], Index]:
-    """The tensors of all shards, file by file, and their index.  Errors: InvalidStateDict."""
+    """Reads the tensors of all shards, file by file, and their index.
+
+    Args:
+        path: The index.
+        map_file: Reads the tensors and the metadata of a shard.
+
+    Raises:
+        InvalidStateDict: A file cannot be read, or the index is wrong.
+    """
     weight_map, rest = read_index(path)
     tensors: dict[str, LocalTensor] = {}
     files: dict[str, str] = {}
@@ -77,19 +97,23 @@ def read_shards(path: Path, map_file: MapFile) -> tuple[dict[str, LocalTensor], 
     for name in dict.fromkeys(weight_map.values()):
         of_file, metadata[name] = map_file(path.with_name(name))
         for twice in of_file.keys() & tensors.keys():
-            raise InvalidStateDict(f"{path}: {twice} stands in {files[twice]} and in {name}")
+            raise InvalidStateDict(f"{path}: {twice} is in both {files[twice]} and {name}")
         files |= dict.fromkeys(of_file, name)
         tensors |= of_file
     index = Index({**weight_map, **files}, rest, metadata, path.name)
     tied = read_ties(index.of_one_file(), tensors).names
     for name, file in weight_map.items():
         if files.get(name) != file and (name in files or name not in tied):
-            raise InvalidStateDict(f"{path}: {name} is not in {file}, as it says")
+            raise InvalidStateDict(f"{path}: {name} is not in {file}")
     return tensors, index
 
 
 def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """The weight_map of an index, and the rest of it.  Errors: InvalidStateDict."""
+    """Reads the weight_map of an index, and the rest of it.
+
+    Raises:
+        InvalidStateDict: It cannot be read, or is not an index.
+    """
     try:
         weight_map, rest = parse_index(path.read_bytes())
     except OSError as error:

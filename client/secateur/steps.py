@@ -1,4 +1,4 @@
-"""A step of iterative pruning: how much of an amount is due at it."""
+"""The part of an amount that is due at a step of iterative pruning."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,28 +13,40 @@ Schedule = str | Callable[[float], float]
 
 @dataclass(frozen=True)
 class Step:
-    """One of several.  t: the part of them that is done with it, in (0, 1]."""
+    """A step.
+
+    Attributes:
+        schedule: The share of the amount at a time.
+        t: The part of all steps that is done with this one, in (0, 1].
+    """
 
     schedule: Share
     t: float
 
-    def of_fraction(self, amount: float) -> float:
-        """What is due of a fraction."""
+    def due_fraction(self, amount: float) -> float:
+        """Returns the part of a fraction that is due."""
         return amount * self._share(amount)
 
-    def of_count(self, amount: int) -> int:
-        """What is due of a number of units.  Errors: InvalidSpec."""
+    def due_count(self, amount: int) -> int:
+        """Returns the part of a number of units that is due.
+
+        Raises:
+            InvalidSpec: The schedule needs a fraction.
+        """
         if self.schedule is exponential and amount:
             raise InvalidSpec("amount: a count has no exponential schedule; give a fraction")
         return round(amount * self._share(1.0))
 
     def _share(self, final: float) -> float:
-        """At the last step all is due, whatever the schedule says."""
         return 1.0 if self.t == 1.0 else self.schedule(self.t, final)
 
 
 def step_of(step: int, steps: int, schedule: Schedule) -> Step:
-    """A step in [1, steps].  Errors: InvalidSpec."""
+    """Returns a step in [1, steps].
+
+    Raises:
+        InvalidSpec: An argument is wrong.
+    """
     steps = integer("steps", steps, 1, 1 << 53)
     t = integer("step", step, 1, steps + 1) / steps
     if not callable(schedule):
@@ -44,15 +56,19 @@ def step_of(step: int, steps: int, schedule: Schedule) -> Step:
 
 
 def scale(selection: pb.Selection, step: Step) -> None:
-    """Makes a selection's amount what is due of it, of all units.  Errors: InvalidSpec."""
+    """Replaces a selection's amount by the part that is due, of all units.
+
+    Raises:
+        InvalidSpec: The amount has no parts.
+    """
     amount = selection.WhichOneof("amount")
     if amount == "fraction":
-        selection.fraction = step.of_fraction(selection.fraction)
+        selection.fraction = step.due_fraction(selection.fraction)
     elif amount == "count":
-        selection.count = step.of_count(selection.count)
+        selection.count = step.due_count(selection.count)
     elif amount == "table":
         for entry in selection.table.entries:
-            entry.fraction = step.of_fraction(entry.fraction)
+            entry.fraction = step.due_fraction(entry.fraction)
     else:
-        raise InvalidSpec(f"amount: {amount} has no steps; a fraction, a count and a table have")
+        raise InvalidSpec(f"amount: {amount} has no steps; give a fraction, a count or a table")
     selection.of_all = True

@@ -1,4 +1,4 @@
-"""Tables that a person reads, as text and as HTML. The first row is the head."""
+"""Tables for people, as text and as HTML. The first row is the head."""
 
 import html
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ Rows = Sequence[Sequence[str]]
 
 
 def text_table(rows: Rows, left: int = 1) -> str:
-    """Columns side by side; the first `left` of them begin at the left, the others end right."""
+    """Returns a table as text; the first `left` columns are aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -20,7 +20,7 @@ def text_table(rows: Rows, left: int = 1) -> str:
 
 
 def html_table(rows: Rows) -> str:
-    """A table element."""
+    """Returns a table element."""
     lines = []
     for index, row in enumerate(rows):
         tag = "td" if index else "th"

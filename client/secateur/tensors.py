@@ -1,10 +1,9 @@
-"""Tensors as bytes, so that numpy, torch and files are one; torch is imported by nobody here."""
+"""Tensors as bytes: the common form of numpy's, torch's and files'. Nothing here needs torch."""
 
 import importlib
-import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,9 +25,12 @@ WIRE_DTYPES = {dtype.name: wire for wire, dtype in DTYPES.items() if dtype.name}
 class LocalTensor(NamedTuple):
     """A tensor in this process.
 
-    dtype: as safetensors spells it.  read: gives its bytes, row-major, little-endian, flat; called
-        when they are needed, so that what is not contiguous is copied one tensor at a time.
-    place: of a caller's tensor or array that has elements.
+    Attributes:
+        dtype: As safetensors spells it.
+        shape: As safetensors counts it.
+        read: Returns its bytes, row-major, little-endian and flat. It is called when they are
+            needed, so that tensors that are not contiguous are copied one at a time.
+        place: Of a caller's tensor or array with elements.
     """
 
     dtype: str
@@ -46,12 +48,12 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def is_text(name: Any) -> bool:
-    """Whether `name` can go over the wire: Python has lone surrogates, which UTF-8 cannot spell."""
+    """Returns whether a name can be sent: UTF-8 cannot spell Python's lone surrogates."""
     return isinstance(name, str) and (name.isascii() or not _SURROGATE.search(name))
 
 
 def is_extra_state(name: str) -> bool:
-    """Whether an entry of a state_dict is what Module.get_extra_state gave: any object."""
+    """Returns whether an entry of a state_dict is from Module.get_extra_state: any object."""
     return name.endswith("_extra_state") and f".{name}".endswith("._extra_state")
 
 
@@ -64,7 +66,7 @@ class NotATensor(InvalidStateDict):
 
 
 def is_array(value: Any) -> bool:
-    """Whether a value is an array of numbers or bools, and not of texts or objects."""
+    """Returns whether a value is an array of numbers or bools, and not of texts or objects."""
     if not hasattr(value, "__array__"):
         return False
     try:
@@ -75,7 +77,7 @@ def is_array(value: Any) -> bool:
 
 
 def from_value(name: str, value: Any) -> LocalTensor:
-    """A LocalTensor of a torch tensor or an array.
+    """Makes a LocalTensor of a torch tensor or an array.
 
     Raises:
         NoWireDtype: The safetensors format has no dtype for it.
@@ -93,7 +95,7 @@ def from_value(name: str, value: Any) -> LocalTensor:
     if not hasattr(value, "__array__"):
         raise NotATensor(f"{name}: {type(value).__name__} is not a tensor or an array")
     array = as_array(name, value)
-    dtype = array.dtype.name  # numpy makes the name anew each time
+    dtype = array.dtype.name  # numpy makes a new str for each access
     if not is_array(array):
         raise InvalidStateDict(f"{name}: dtype {dtype} is not a dtype of numbers")
     read, place = partial(_read, name, _array_bytes, array), array_place(array, dtype)
@@ -117,7 +119,7 @@ def _no_dtype(name: str, dtype: str) -> NoWireDtype:
 
 
 def dtype_of(value: Any) -> str:
-    """The dtype of a tensor, behind the layout of a sparse one; of another value its type."""
+    """Returns the dtype of a tensor, after the layout of a sparse one; else a value's type."""
     if not hasattr(value, "dtype"):
         return type(value).__name__
     layout = str(getattr(value, "layout", "torch.strided"))
@@ -126,10 +128,10 @@ def dtype_of(value: Any) -> str:
 
 
 def _read(name: str, bytes_of: Callable[[Any], Bytes], value: Any) -> Bytes:
-    """The bytes of a value; what fails is an InvalidStateDict that names the tensor."""
+    """The bytes of a value; every error is an InvalidStateDict that names the tensor."""
     try:
         return bytes_of(value)
-    except Exception as error:  # torch raises whatever comes
+    except Exception as error:  # torch raises errors of any kind
         raise InvalidStateDict(f"{name}: cannot read its values: {_brief(error)}") from error
 
 
@@ -138,7 +140,11 @@ def _brief(error: Exception) -> str:
 
 
 def as_array(name: str, value: Any) -> npt.NDArray[Any]:
-    """The array that a value says it is.  Errors: InvalidStateDict."""
+    """Returns the array that a value's __array__ makes.
+
+    Raises:
+        InvalidStateDict: It fails.
+    """
     try:
         return np.asarray(value)
     except Exception as error:  # of the caller's own __array__
@@ -146,13 +152,13 @@ def as_array(name: str, value: Any) -> npt.NDArray[Any]:
 
 
 def _torch_bytes(value: Any) -> Bytes:
-    """The bytes of a tensor of torch; its own memory if it is contiguous and on the CPU."""
+    """The bytes of a tensor of torch; a view if it is contiguous and on the CPU."""
     torch = sys.modules["torch"]
     value = value.detach() if value.requires_grad else value
     if type(value) is not torch.Tensor or not value.is_cpu or value.is_conj() or value.is_neg():
         value = value.detach().cpu().resolve_conj().resolve_neg()
     value = value.contiguous()
-    if dtype_name(value.dtype) in _OF_NUMPY:  # whose views are made sooner than those of torch
+    if dtype_name(value.dtype) in _NUMPY_DTYPES:  # a view of numpy is faster to make than torch's
         array: npt.NDArray[Any] = value.numpy()
         return array.reshape(-1).view(np.uint8)
     read: Bytes = value.view(-1).view(torch.uint8).numpy()
@@ -160,7 +166,7 @@ def _torch_bytes(value: Any) -> Bytes:
 
 
 # Names of dtypes that torch and numpy have in common.
-_OF_NUMPY = {name for name in WIRE_DTYPES if name in np.sctypeDict}
+_NUMPY_DTYPES = {name for name in WIRE_DTYPES if name in np.sctypeDict}
 
 
 def _array_bytes(array: npt.NDArray[Any]) -> Bytes:
@@ -170,7 +176,11 @@ def _array_bytes(array: npt.NDArray[Any]) -> Bytes:
 
 
 def torch_for(what: str) -> Any:
-    """The module torch.  Errors: SecateurError, where it is not installed."""
+    """Imports torch.
+
+    Raises:
+        SecateurError: It is not installed.
+    """
     try:
         return importlib.import_module("torch")
     except ImportError as error:
@@ -178,7 +188,7 @@ def torch_for(what: str) -> Any:
 
 
 def to_value(name: str, tensor: LocalTensor, as_torch: bool) -> Any:
-    """The tensor as one of torch, or as an array. It may share the memory of its bytes.
+    """Makes a tensor of torch, or an array; it may share the memory of the tensor's bytes.
 
     Raises:
         SecateurError: The installed torch, or numpy, has no such dtype.
@@ -198,14 +208,14 @@ def _to_torch(name: str, tensor: LocalTensor) -> Any:
     if dtype is None:
         raise _without_equal(name, tensor, f"torch {torch.__version__}")
     data = tensor.read()
-    if not data.size:  # torch has no view of it
+    if not data.size:  # torch cannot view it
         return torch.empty(shape, dtype=dtype)
     return torch.from_numpy(_aligned(data, dtype.itemsize)).view(dtype).reshape(shape)
 
 
 def _to_array(name: str, tensor: LocalTensor) -> Any:
     known, data = DTYPES[tensor.dtype], tensor.read()
-    if known.name is None or known.packed > 1:  # ml_dtypes has a byte for each element
+    if known.name is None or known.packed > 1:  # ml_dtypes uses a byte for each element
         raise _without_equal(name, tensor, "numpy")
     dtype = _numpy_dtype(name, known.name)
     return _aligned(data, dtype.itemsize).view(dtype).reshape(tensor.shape)
@@ -231,36 +241,8 @@ def _aligned(data: Bytes, itemsize: int) -> Bytes:
     return data if writable else data.copy()
 
 
-def parse_file(data: memoryview) -> tuple[dict[str, LocalTensor], dict[str, str]]:
-    """The tensors of a valid safetensors file, as views of `data`, and its metadata."""
-    begin = 8 + int.from_bytes(data[:8], "little")
-    table = json.loads(bytes(data[8:begin]), object_pairs_hook=_distinct)
-    metadata = table.pop("__metadata__", {})
-    body = np.frombuffer(data, np.uint8)[begin:]
-    return {name: _entry(name, body, fields) for name, fields in table.items()}, metadata
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        raise InvalidStateDict("a name stands twice in the header")
-    return table
-
-
-_FIELDS = {"dtype", "shape", "data_offsets"}
-
-
-def _entry(name: str, body: Bytes, fields: Mapping[str, Any]) -> LocalTensor:
-    if fields.keys() != _FIELDS:
-        raise InvalidStateDict(f"the header has {sorted(fields)} of a tensor")
-    if fields["dtype"] not in DTYPES:
-        raise InvalidStateDict(f"{name}: dtype {fields['dtype']} is unknown; update secateur")
-    read = partial(body.__getitem__, slice(*fields["data_offsets"]))
-    return LocalTensor(fields["dtype"], tuple(fields["shape"]), read)
-
-
 def prior_mask(tensor: LocalTensor) -> npt.NDArray[np.bool_]:
-    """The X_mask of a pair as bool, flat; its values are 0 and 1 of any dtype."""
+    """Returns the X_mask of a pair as bool, flat; its values are 0 and 1 of any dtype."""
     data = tensor.read()
     itemsize = len(data) // max(1, int(np.prod(tensor.shape)))
     bits = data.view(f"u{max(1, itemsize)}")

@@ -1,4 +1,4 @@
-"""Tied weights of a state_dict: tensors that are the same memory under several names."""
+"""Tied weights of a state_dict: the same memory under several names."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeVar
@@ -26,8 +26,8 @@ def shared_names(tensors: Mapping[str, LocalTensor]) -> dict[str, str]:
         From each other name to the first one.
 
     Raises:
-        InvalidStateDict: A floating tensor shares some elements with another tensor, and is not
-            the same one: what is pruned of one would be pruned of a part of the other.
+        InvalidStateDict: A floating tensor shares some elements with another tensor, but not all:
+            pruning one would prune a part of the other.
     """
     first: dict[Place, str] = {}
     shared = {}
@@ -57,20 +57,20 @@ def _refuse_overlaps(first: Mapping[Place, str], tensors: Mapping[str, LocalTens
 def untie(
     tensors: Mapping[str, LocalTensor], shared: Mapping[str, str]
 ) -> tuple[dict[str, LocalTensor], Ties]:
-    """Keeps one tensor of each that has several names, under the first of them.
+    """Keeps each tensor with several names once, under the first of them.
 
-    A weight that is pruned under several of its names has several masks: they hold together.
+    A weight that is pruned under several names has several masks; they are merged.
 
     Args:
         tensors: In the state_dict's order.
         shared: From each other name, as the state_dict has it, to the name to keep.
 
     Returns:
-        The tensors in their order, and the other names, where a pair X_orig, X_mask is X.
+        The tensors in their order, and the other names; a pair X_orig, X_mask is X.
 
     Raises:
-        InvalidStateDict: Masks of one weight have several shapes, or there is another tensor of
-            the name that its mask gets.
+        InvalidStateDict: Masks of one weight have several shapes, or another tensor has the name
+            that the weight's mask needs.
     """
     shared = {
         other: name for other, name in shared.items() if not _is_lone_mask(other, shared, tensors)
@@ -79,7 +79,7 @@ def untie(
     merged = {mask for masks in ties.masks.values() for mask in masks}
     untied: dict[str, LocalTensor] = {}
     for name, tensor in kept.items():
-        if name in ties.masks:  # not a pair, but pruned under another name
+        if name in ties.masks:  # pruned under another name alone
             _check_free(name, kept)
             untied[name + _ORIG] = tensor
             untied[name + _MASK] = _merged([kept[mask] for mask in ties.masks[name]], name)
@@ -93,7 +93,7 @@ def untie(
 
 
 def _is_lone_mask(name: str, shared: Mapping[str, str], tensors: Mapping[str, LocalTensor]) -> bool:
-    """Whether a mask is the memory of another mask, but their weights are two."""
+    """Whether a mask shares memory with another mask, but their weights do not."""
     orig = name.removesuffix(_MASK) + _ORIG
     if not name.endswith(_MASK) or orig not in tensors:
         return False
@@ -103,7 +103,7 @@ def _is_lone_mask(name: str, shared: Mapping[str, str], tensors: Mapping[str, Lo
 def _kept(
     tensors: Mapping[str, LocalTensor], shared: Mapping[str, str]
 ) -> tuple[dict[str, LocalTensor], Ties]:
-    """The tensors without those that are ties, and the ties. What is neither would be lost."""
+    """The tensors without the other names, and the ties; no tensor is lost between them."""
     while True:
         kept = {name: tensor for name, tensor in tensors.items() if name not in shared}
         ties = read_ties(shared, kept)
@@ -114,7 +114,7 @@ def _kept(
 
 
 def _is_tie(name: str, ties: Ties, shared: Mapping[str, str]) -> bool:
-    """Whether the ties tell of a name: as it is, or as half of a pair X_orig, X_mask by X."""
+    """Whether the ties have a name: itself, or the X of which it is X_orig or X_mask."""
     if name in ties.names:
         return True
     base = name.removesuffix(_ORIG if name.endswith(_ORIG) else _MASK)
@@ -125,13 +125,13 @@ def _check_free(name: str, kept: Collection[str]) -> None:
     for half in (name + _ORIG, name + _MASK):
         if half in kept:
             raise InvalidStateDict(
-                f"{half}: {name} is pruned under another name, so that this would be half of its "
-                "pair; rename it"
+                f"{half}: {name} is pruned under another name, and its pair needs this name; "
+                "rename the tensor"
             )
 
 
 def _merged(masks: Sequence[LocalTensor], name: str) -> LocalTensor:
-    """One mask that keeps what all masks of a weight keep."""
+    """One mask that keeps the elements that all masks of a weight keep."""
     shapes = {mask.shape for mask in masks}
     if len(shapes) > 1:
         raise InvalidStateDict(f"{name}: its masks have the shapes {sorted(map(list, shapes))}")
@@ -146,7 +146,7 @@ def _merged(masks: Sequence[LocalTensor], name: str) -> LocalTensor:
 
 
 def tied(tensors: Mapping[str, Value], other_names: Mapping[str, str]) -> dict[str, Value]:
-    """The tensors under all their names, the other ones last; of a pair both of its halves."""
+    """Returns tensors under all their names, the other names last; also both halves of a pair."""
     found = dict(tensors)
     for other, name in other_names.items():
         for part in ("",) if name in tensors else (_ORIG, _MASK):
@@ -156,12 +156,12 @@ def tied(tensors: Mapping[str, Value], other_names: Mapping[str, str]) -> dict[s
 
 
 def once(entries: Mapping[str, Value]) -> dict[str, Value]:
-    """Each entry under the first of its names: without the names that `tied` has added."""
+    """Returns each entry under the first of its names: without those that `tied` added."""
     return {name: entry for entry, name in _first_names(entries)}
 
 
 def each_once(make: Callable[[str, Value], Made], entries: Mapping[str, Value]) -> dict[str, Made]:
-    """What `make` makes of each entry; a tied one is made once, and is one object."""
+    """Calls `make` for each entry; for a tied one once, and the result is one object."""
     made = {id(entry): make(name, entry) for entry, name in _first_names(entries)}
     return {name: made[id(entry)] for name, entry in entries.items()}
 

@@ -1,4 +1,4 @@
-"""Files of torch.save: where the state_dict is in one, and what else the file holds."""
+"""Files of torch.save: finds the state_dict in one, and keeps the other content."""
 
 import copy
 import importlib.util
@@ -14,13 +14,13 @@ from typing import Any
 from secateur.errors import InvalidStateDict
 from secateur.file_kinds import is_torch, open_reason, torch_reason
 
-# The last part of a file's name: model.pth.tar has the suffix .tar.
+# model.pth.tar has the suffix .tar.
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 KNOWN_SUFFIXES = ", ".join((".safetensors", *TORCH_SUFFIXES))
 
 Keys = tuple[str, ...]
 
-# Deeper mappings are not searched; a pickle may even hold a mapping that contains itself.
+# Deeper mappings are not searched: a pickle may hold a mapping that contains itself.
 _MOST_LEVELS = 8
 _MOST_SHOWN = 8
 
@@ -47,7 +47,7 @@ class TorchFile:
 
     @property
     def rest(self) -> list[str]:
-        """The dotted keys of everything beside the state_dict."""
+        """The dotted keys of all other content."""
         names, level = [], self.content
         for depth, key in enumerate(self.keys):
             names += [".".join((*self.keys[:depth], str(k))) for k in level if k != key]
@@ -55,12 +55,12 @@ class TorchFile:
         return names
 
     def with_values(self, values: Mapping[str, Any]) -> Any:
-        """The file's content with `values` as its state_dict; all else is as it was."""
+        """Returns the file's content with `values` as its state_dict."""
         return _replaced(self.content, self.keys, values)
 
 
 def _replaced(content: Any, keys: Keys, values: Mapping[str, Any]) -> Any:
-    changed = copy.copy(content)  # of an OrderedDict with its _metadata
+    changed = copy.copy(content)  # it keeps the _metadata of an OrderedDict
     if keys:
         changed[keys[0]] = _replaced(content[keys[0]], keys[1:], values)
     else:
@@ -70,7 +70,7 @@ def _replaced(content: Any, keys: Keys, values: Mapping[str, Any]) -> Any:
 
 
 def read_torch_file(path: Path, key: str | None = None) -> TorchFile:
-    """Reads a file of torch.save, and never runs code from it.
+    """Reads a file of torch.save without running code from it.
 
     Args:
         path: The file.
@@ -111,7 +111,7 @@ def _load(path: Path) -> Any:
 
 
 def _pickle_reason(path: Path, error: pickle.UnpicklingError) -> str:
-    """What a file holds that torch.load refuses with weights_only=True, and what to do."""
+    """Why torch.load refuses a file with weights_only=True, and what to do."""
     if not is_torch(path):
         return torch_reason(path)
     found = re.search(r"GLOBAL (\S+)", str(error))
@@ -126,7 +126,7 @@ def _pickle_reason(path: Path, error: pickle.UnpicklingError) -> str:
 
 
 def _is_torchscript(path: Path) -> bool:
-    """Whether it is an archive of torch.jit.save, which torch.save never puts constants in."""
+    """Whether it is an archive of torch.jit.save: torch.save writes no constants."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
@@ -135,7 +135,7 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def _find(path: Path, content: Mapping[Any, Any]) -> Keys:
-    """The path to the only state_dict.  Errors: InvalidStateDict, if there are none or several."""
+    """The path to the only state_dict."""
     if _is_state_dict(content):
         return ()
     found = list(_nests(content, ()))
@@ -154,7 +154,7 @@ def _find(path: Path, content: Mapping[Any, Any]) -> Keys:
 
 
 def state_dict_advice(content: Mapping[Any, Any]) -> str:
-    """What to pass instead of a mapping that holds more than tensors.
+    """Returns what to pass in place of a mapping that holds more than tensors.
 
     Args:
         content: Often what torch.load returns of a training checkpoint.
@@ -189,7 +189,7 @@ def _nests(value: Any, keys: Keys) -> Iterator[Keys]:
 
 
 def _is_state_dict(value: Mapping[Any, Any]) -> bool:
-    """Whether all values are tensors, apart from what get_extra_state of modules returns."""
+    """Whether all values are tensors, apart from those of get_extra_state."""
     import torch
 
     return all(
@@ -203,7 +203,7 @@ def _has_names(value: Mapping[Any, Any]) -> bool:
 
 
 def _is_weight(value: Any) -> bool:
-    """Whether it may be a weight: metrics have no dimensions, states of random generators bytes."""
+    """Whether it may be a weight: metrics have no dimensions, and random states have bytes."""
     import torch
 
     is_tensor = isinstance(value, torch.Tensor)
@@ -211,12 +211,12 @@ def _is_weight(value: Any) -> bool:
 
 
 def _is_optimizer(value: Mapping[Any, Any]) -> bool:
-    """Whether it is what state_dict() of a torch.optim.Optimizer returns."""
+    """Whether it is the state_dict() of a torch.optim.Optimizer."""
     return {"state", "param_groups"} <= value.keys()
 
 
 def _named(path: Path, content: Mapping[Any, Any], key: str) -> Keys:
-    """The path that a user names.  Errors: InvalidStateDict."""
+    """The path that a user names."""
     keys = _resolved(content, key)
     if keys is None:
         raise InvalidStateDict(f"{path}: has no key {key!r}; it holds {_listed(content)}")
@@ -233,7 +233,7 @@ def _named(path: Path, content: Mapping[Any, Any], key: str) -> Keys:
 
 
 def _resolved(content: Any, key: str) -> Keys | None:
-    """The keys that a dotted path means; a key may have dots itself."""
+    """The keys of a dotted path; a key may have dots itself."""
     for name in content if isinstance(content, Mapping) else ():
         if name == key:
             return (name,)
@@ -245,7 +245,7 @@ def _resolved(content: Any, key: str) -> Keys | None:
 
 
 def _listed(content: Mapping[Any, Any]) -> str:
-    """The keys with what they hold, in one line."""
+    """The keys and their content, in one line."""
     shown = [f"{name} ({_described(content[name])})" for name in list(content)[:_MOST_SHOWN]]
     more = len(content) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")

@@ -1,4 +1,4 @@
-"""One call: a file up in messages, files down."""
+"""The data of a call: a file is sent in messages, and files are received."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,20 +12,23 @@ from blake3 import blake3
 from secateur.cycles import no_search_for_cycles
 from secateur.errors import DataLoss, ServerError, from_rpc
 from secateur.shards import Index
-from secateur.tensors import LocalTensor, parse_file
+from secateur.tensor_file import TensorFile, parse_file
+from secateur.tensors import LocalTensor
 from secateur_proto.codec import Data
-from secateur_proto.framing import cut, file_head
+from secateur_proto.framing import cut
 from secateur_proto.index import SUFFIX, parse_index
 from secateur_proto.ties import read_ties
 
 Request = TypeVar("Request")
-Bytes = bytes | memoryview
 
 
 class Upload:
     """A safetensors file made of tensors in this process, one at a time.
 
-    Of no tensors there is no file, but with `is_file`.
+    Attributes:
+        file_bytes: The length of the file.
+        error: What making a message raised. gRPC pulls messages in a thread of its own, and hides
+            what they raise.
     """
 
     def __init__(
@@ -34,22 +37,29 @@ class Upload:
         metadata: Mapping[str, str],
         is_file: bool = True,
     ) -> None:
-        self._tensors = tensors
-        described = ((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items())
-        self._header, self.file_bytes = (
-            file_head(described, metadata) if tensors or is_file else (b"", 0)
-        )
+        """Describes the file.
+
+        Args:
+            tensors: In their order.
+            metadata: Of the file.
+            is_file: False if a file without tensors is not sent at all.
+        """
+        self._file = TensorFile(tensors, metadata) if tensors or is_file else None
+        self.file_bytes = self._file.size if self._file else 0
         self.error: Exception | None = None
 
     def messages(
         self, make: Callable[..., Request], header: Any, sending: Callable[[int], None]
     ) -> Iterator[Request | Data]:
-        """The messages of a call.
+        """Yields the messages of a call.
 
-        grpc pulls them in a thread of its own and hides what raises there: `error` keeps it.
+        Args:
+            make: Makes a request of a header and data.
+            header: Of the first request.
+            sending: Called with the bytes of each message.
         """
         try:
-            pieces = cut(parts_of(self._header, self._tensors))
+            pieces = cut(self._file.parts() if self._file else ())
             first = next(pieces, b"")
             yield make(header=header, data=bytes(first))
             sending(len(first))
@@ -61,22 +71,15 @@ class Upload:
             raise
 
 
-def parts_of(header: bytes, tensors: Mapping[str, LocalTensor]) -> Iterator[Bytes]:
-    """A file of tensors, one at a time."""
-    yield header
-    for tensor in tensors.values():
-        yield tensor.read().data
-
-
 class Sender(Protocol):
-    """Keeps what raised while grpc pulled its messages."""
+    """Keeps what was raised while gRPC pulled its messages."""
 
     error: Exception | None
 
 
 @contextmanager
 def errors_of(sender: Sender | None, call: grpc.RpcContext | None = None) -> Iterator[None]:
-    """Raises what a failed call means, and ends a call that is left early."""
+    """Raises a failed call's error as a SecateurError, and cancels a call that is not finished."""
     try:
         yield
     except grpc.RpcError as error:
@@ -88,9 +91,12 @@ def errors_of(sender: Sender | None, call: grpc.RpcContext | None = None) -> Ite
 
 @dataclass(frozen=True)
 class Received:
-    """The tensors of an answer, the index of those that came in shards, and the metadata.
+    """The files of an answer.
 
-    metadata: Of the file, or of one file that is made of all shards.
+    Attributes:
+        tensors: Of all files.
+        index: Of a model in shards.
+        metadata: Of the file, or of one file that is made of all shards.
     """
 
     tensors: dict[str, LocalTensor] = field(default_factory=dict)
@@ -98,16 +104,24 @@ class Received:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def other_names(self) -> Mapping[str, str]:
-        """From each other name of a tied tensor to its name in `tensors`; a pair is its X."""
+        """Maps each other name of a tied tensor to its name in `tensors`; a pair is its X."""
         return read_ties(self.metadata, self.tensors).names
 
 
 def receive(
     responses: Iterable[Any], working: Callable[[Any], None] = lambda progress: None
 ) -> tuple[Any, Received]:
-    """The result of an answer, and the files behind it.
+    """Receives an answer.
 
-    working: is called with what the server says of how far it is.
+    Args:
+        responses: The messages of the answer.
+        working: Called with each progress message.
+
+    Returns:
+        The result, and the files behind it.
+
+    Raises:
+        SecateurError: The answer is not what the server announced.
     """
     result, data, filled = None, np.empty(0, np.uint8), 0
     for message in responses:
@@ -128,7 +142,7 @@ def receive(
 
 @no_search_for_cycles()
 def _parse(result: Any, data: memoryview) -> Received:
-    """The tensors of one file, or of shards and their index.  Errors: DataLoss."""
+    """The tensors of one file, or of shards and their index."""
     tensors: dict[str, LocalTensor] = {}
     files: dict[str, str] = {}
     metadata = {}

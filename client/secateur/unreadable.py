@@ -1,13 +1,13 @@
-"""Tensors of torch that are not plain values in memory: what they are, and what to give instead.
+"""Explains why tensors of torch without plain values in memory cannot be sent.
 
-Nothing here imports torch: there are no such tensors where the caller has not.
+Nothing here imports torch: only a caller that imported it has such tensors.
 """
 
 from typing import Any
 
 
 def problem_of(torch: Any, tensor: Any) -> str | None:
-    """Why a tensor cannot be sent, and what to do; None where it can.
+    """Returns why a tensor cannot be sent, and what to do; None if it can.
 
     Args:
         torch: The module.
@@ -22,7 +22,7 @@ def problem_of(torch: Any, tensor: Any) -> str | None:
 
 
 def _is_plain(torch: Any, tensor: Any) -> bool:
-    """Whether a tensor is surely of none of the kinds below, which take longer to tell apart."""
+    """Whether a tensor is of none of the kinds below; this is faster than to test each."""
     return (
         type(tensor) in (torch.Tensor, torch.nn.Parameter)
         and tensor.is_cpu
@@ -48,11 +48,11 @@ def _is_fake(torch: Any, tensor: Any) -> bool:
 
 
 def _has_own_dispatch(torch: Any, tensor: Any) -> bool:
-    """Whether a subclass of Tensor handles operators itself; its storage is not its values then."""
+    """Whether a subclass of Tensor handles operators itself: then its storage is not its values."""
     return type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
 
 
-# The first that fits counts: what comes later may fail on the kinds before it.
+# The first that fits counts: later tests may fail on the kinds before them.
 _KINDS: tuple[tuple[Any, str], ...] = (
     (_is_lazy, "has no shape yet: run the lazy module on a batch first"),
     (_is_transformed, "is inside vmap, grad or another transform of torch.func: call outside it"),
@@ -62,7 +62,7 @@ _KINDS: tuple[tuple[Any, str], ...] = (
     ),
     (
         _is_distributed,
-        "is a KIND, of which each process may have a part: give tensor.full_tensor()",
+        "is a KIND, and each process may have a part of it: give tensor.full_tensor()",
     ),
     (_is_fake, "is a KIND and has no values: call outside FakeTensorMode"),
     (

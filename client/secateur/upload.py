@@ -1,12 +1,12 @@
-"""Sends a model to be kept: what the server has already is not sent, and what breaks goes on."""
+"""Uploads a model; an upload that breaks is resumed."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from blake3 import blake3
 
+from secateur.channel import Rpc
 from secateur.checkpoint import Checkpoint, decode_checkpoint
 from secateur.errors import (
     Aborted,
@@ -15,30 +15,35 @@ from secateur.errors import (
     DeadlineExceeded,
     InvalidRequest,
     SecateurError,
-    ServerBusy,
     Unavailable,
 )
+from secateur.model import Source
+from secateur.model_files import map_bytes
 from secateur.patience import MOST_PAUSE_SECONDS, Patience
-from secateur.source import Source, map_bytes
-from secateur.tensors import LocalTensor
-from secateur.transfer import Bytes, errors_of, parts_of
-from secateur_proto import checkpoint_pb2, checkpoints_pb2
+from secateur.tensor_file import TensorFile
+from secateur.transfer import errors_of
+from secateur_proto import checkpoint_pb2
+from secateur_proto import checkpoints_pb2 as pb
 from secateur_proto.codec import Data
-from secateur_proto.framing import cut, file_header, tensor_bytes
-
-Rpc = Any
+from secateur_proto.framing import cut
 
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file to send.  parts: gives its bytes."""
+    """A file to upload.
+
+    Attributes:
+        filename: Its name in the checkpoint.
+        size: In bytes.
+        parts: Returns its bytes.
+    """
 
     filename: str
     size: int
-    parts: Callable[[], Iterator[Bytes]]
+    parts: Callable[[], Iterator[bytes | memoryview]]
 
     def message(self) -> checkpoint_pb2.File:
-        """The file as the wire has it, with its digest."""
+        """Describes the file; this reads and hashes it."""
         digest = blake3(max_threads=blake3.AUTO)
         for part in self.parts():
             digest.update(part)
@@ -46,8 +51,8 @@ class LocalFile:
             filename=self.filename, size_bytes=self.size, blake3=digest.hexdigest()
         )
 
-    def rest(self, offset: int) -> Iterator[Bytes]:
-        """Its bytes from `offset` on."""
+    def rest(self, offset: int) -> Iterator[bytes | memoryview]:
+        """Yields the bytes from an offset on."""
         for part in self.parts():
             view = memoryview(part)
             yield view[min(offset, len(view)) :]
@@ -55,64 +60,63 @@ class LocalFile:
 
 
 def files_of(model: Source) -> list[LocalFile]:
-    """A model as files: those that it is read from, or one that is made of its tensors."""
+    """Returns the files that a model was read from, or one that is made of its tensors."""
     if model.paths:
-        return [_file(path) for path in model.paths]
-    return [_made(model.tensors, model.metadata)]
+        return [_mapped(path) for path in model.paths]
+    file = TensorFile(model.tensors, model.metadata)
+    return [LocalFile("model.safetensors", file.size, file.parts)]
 
 
-def _file(path: Path) -> LocalFile:
+def _mapped(path: Path) -> LocalFile:
     data = map_bytes(path)
     return LocalFile(path.name, len(data), lambda: iter([data]))
-
-
-def _made(tensors: Mapping[str, LocalTensor], metadata: Mapping[str, str]) -> LocalFile:
-    described = [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
-    header = file_header(described, metadata)
-    size = len(header) + sum(tensor_bytes(dtype, shape) for _, dtype, shape in described)
-    return LocalFile("model.safetensors", size, lambda: parts_of(header, tensors))
 
 
 class Sending:
     """One upload, in as many calls as it takes.
 
-    query, upload: the rpcs, called with a request, or an iterator of them, and grpc's options.
-    patience: the time for all of it; without an end it waits as long as there is progress.
-    is_known: whether the server was there before.
+    Args:
+        query: The rpc QueryUpload.
+        upload: The rpc Upload.
+        patience: The time for all calls; without a limit, the upload continues while there is
+            progress.
+        is_known: Whether the server has ever answered.
     """
 
     def __init__(self, query: Rpc, upload: Rpc, patience: Patience, is_known: bool) -> None:
         self._query, self._upload, self._is_known = query, upload, is_known
         self._patience = patience
         self._shown = 0
+        self._most_held = -1
         self.error: Exception | None = None
 
     def send(self, files: Sequence[LocalFile], sending: Callable[[int], None]) -> Checkpoint:
-        """Sends what the server does not have.  sending: is called with the bytes of each step."""
-        messages = [file.message() for file in files]
-        most, tries = -1, 0
-        while True:
-            try:
-                held = self._held(messages, is_again=tries > 0)
-                self._is_known = True
-                tries, most = (0, sum(held)) if sum(held) > most else (tries, most)
-                return self._send(files, messages, held, sending)
-            except ServerBusy as error:
-                if not self._patience.wait_for(error):
-                    raise
-            except SecateurError as error:
-                tries += 1
-                # A server that was never there is no upload that broke.
-                if not self._is_known or not _is_passing(error) or self._patience.is_over(tries):
-                    raise error from None
-                if not self._patience.pause(tries):
-                    raise error from None
+        """Sends what the server does not have.
 
-    def _held(self, messages: Sequence[checkpoint_pb2.File], is_again: bool) -> list[int]:
-        """How much of each file the server has."""
-        request = checkpoints_pb2.QueryUploadRequest(files=messages)
-        left = self._patience.left()
-        # Of a connection that broke grpc makes a new one, which takes a moment.
+        Args:
+            files: The files of the model.
+            sending: Called with the bytes of each step.
+
+        Raises:
+            SecateurError: The last one.
+        """
+        messages = [file.message() for file in files]
+
+        def attempt() -> Checkpoint:
+            held = self._held(messages)
+            self._is_known = True
+            if sum(held) > self._most_held:
+                self._most_held, self._patience.tries = sum(held), 0
+            return self._send(files, messages, held, sending)
+
+        # If the server never answered, no upload broke.
+        return self._patience.repeat(attempt, lambda error: self._is_known and _is_resumable(error))
+
+    def _held(self, messages: Sequence[checkpoint_pb2.File]) -> list[int]:
+        """The bytes of each file that the server has."""
+        request = pb.QueryUploadRequest(files=messages)
+        is_again, left = self._patience.tries > 0, self._patience.left()
+        # gRPC needs a moment to replace a connection that broke.
         timeout = MOST_PAUSE_SECONDS if is_again and (left is None or left > 5) else left
         with errors_of(self):
             answer = self._query(request, timeout=timeout, wait_for_ready=is_again)
@@ -125,9 +129,9 @@ class Sending:
         held: Sequence[int],
         sending: Callable[[int], None],
     ) -> Checkpoint:
-        header = checkpoints_pb2.UploadHeader(
+        header = pb.UploadHeader(
             files=[
-                checkpoints_pb2.UploadFile(file=message, offset=offset)
+                pb.UploadFile(file=message, offset=offset)
                 for message, offset in zip(messages, held, strict=True)
             ]
         )
@@ -138,14 +142,14 @@ class Sending:
 
     def _requests(
         self,
-        header: checkpoints_pb2.UploadHeader,
+        header: pb.UploadHeader,
         files: Sequence[LocalFile],
         held: Sequence[int],
         sending: Callable[[int], None],
-    ) -> Iterator[checkpoints_pb2.UploadRequest | Data]:
-        """Grpc pulls them in a thread of its own and hides what raises there: `error` keeps it."""
+    ) -> Iterator[pb.UploadRequest | Data]:
+        """The messages of a call. As Upload.messages, it keeps its `error`."""
         try:
-            yield checkpoints_pb2.UploadRequest(header=header)
+            yield self._upload.request(header=header)
             sent = sum(held)
             self._show(sent, sending)
             missing = zip(files, held, strict=True)
@@ -159,20 +163,19 @@ class Sending:
             raise
 
     def _show(self, sent: int, sending: Callable[[int], None]) -> None:
-        """What is sent again is not shown again."""
+        """Bytes that are sent again are not shown again."""
         if sent > self._shown:
             sending(sent - self._shown)
             self._shown = sent
 
 
-def _is_passing(error: SecateurError) -> bool:
-    """Whether an upload may go on where it broke by this error.
+def _is_resumable(error: SecateurError) -> bool:
+    """Whether an upload that failed may be resumed.
 
-    A server that shuts down cancels calls. What it held when it was asked may be gone since: it
-    was restarted, or needed the room. What it finds damaged it does not hold any more.
+    A server that shuts down cancels calls. Bytes that it had may be gone: it restarted, or needed
+    the space; then the offset is wrong. It deletes bytes that it finds damaged.
     """
     is_gone = isinstance(error, InvalidRequest) and (error.field or "").endswith(".offset")
-    return is_gone or isinstance(error, _PASSING)
-
-
-_PASSING = (Unavailable, Aborted, DeadlineExceeded, Cancelled, DataLoss)
+    return is_gone or isinstance(
+        error, Unavailable | Aborted | DeadlineExceeded | Cancelled | DataLoss
+    )

@@ -4,5 +4,5 @@ from importlib.metadata import PackageNotFoundError, version
 
 try:
     VERSION = version("secateur")
-except PackageNotFoundError:  # the files of a checkout, put on the path
+except PackageNotFoundError:  # a checkout on the path is not installed
     VERSION = "unknown"

@@ -60,7 +60,7 @@ def read_shards(folder: Path, index: str = INDEX) -> dict[str, Tensor]:
 
 
 def with_ties(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a result has of them: the tied tensor under both of its names, whatever became of it."""
+    """The entries of a result: the tied tensor under both of its names, as itself or as a pair."""
     found = dict(tensors)
     for other, name in TIED.items():
         for end in ("", "_orig", "_mask"):

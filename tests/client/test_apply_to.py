@@ -107,7 +107,7 @@ def test_a_module_is_pruned_again(client: secateur.Client, first: Step, second: 
 
 
 @every_step
-def test_a_module_that_torch_pruned_is_pruned_on(client: secateur.Client, step: Step) -> None:
+def test_a_module_that_torch_pruned_is_pruned_again(client: secateur.Client, step: Step) -> None:
     ours, theirs = net(), net()
     for module in (ours, theirs):
         STEPS["l1"].on(module)
@@ -162,7 +162,7 @@ def test_torch_prunes_it_further(client: secateur.Client) -> None:
     assert_same_modules(ours, theirs)
 
 
-def test_the_same_parameters_stay_with_their_values(client: secateur.Client) -> None:
+def test_parameters_and_their_values_are_kept(client: secateur.Client) -> None:
     module = net()
     before = dict(module.named_parameters())
     values = {name: parameter.detach().clone() for name, parameter in before.items()}
@@ -171,12 +171,12 @@ def test_the_same_parameters_stay_with_their_values(client: secateur.Client) -> 
     pruned = ["conv.weight", "fc.weight", "fc.bias"]
     for name, parameter in before.items():
         now = module.get_parameter(f"{name}_orig" if name in pruned else name)
-        assert now is parameter  # an optimizer that has it goes on
+        assert now is parameter  # optimizers refer to it
         assert same_bits(now.detach(), values[name])
         assert now.requires_grad == (name != "conv.weight")
 
 
-def test_pruning_alone_leaves_the_source_as_it_is(client: secateur.Client) -> None:
+def test_prune_does_not_change_the_source(client: secateur.Client) -> None:
     module = net()
     client.prune(module, STEPS["global"].spec).state_dict("dense")
     assert_same_modules(module, net())
@@ -219,7 +219,7 @@ def test_a_reparametrized_result_can_be_applied(client: secateur.Client) -> None
     assert_same_modules(ours, theirs)
 
 
-def test_other_hooks_stay(client: secateur.Client) -> None:
+def test_other_hooks_are_kept(client: secateur.Client) -> None:
     module, seen = net(), []
     module.get_submodule("fc").register_forward_pre_hook(lambda part, _: seen.append(part))
     client.prune(module, STEPS["global"].spec).apply_to(module)
@@ -342,7 +342,7 @@ def taken_orig(module: nn.Module) -> None:
         (buffer, "fc.bias: the module has no such parameter"),
         (other_shape, r"fc.bias: .*\[11\].*\[10\]"),
         (same_count_other_shape, r"fc.bias: .*\[5, 2\].*\[10\]"),
-        (pruned_otherwise, "fc.bias: .*pruned otherwise"),
+        (pruned_otherwise, "fc.bias: .*pruned in another way"),
         (two_hooks, "fc.bias: has 2 pruning hooks"),
         (hook_without_mask, "fc.bias: has a pruning hook, but not both"),
         (pair_without_hook, "fc.bias: is a pair without a pruning hook"),
@@ -350,11 +350,11 @@ def taken_orig(module: nn.Module) -> None:
         (taken_orig, "bias_orig"),
     ],
 )
-def test_what_does_not_fit_changes_nothing(
+def test_masks_that_do_not_fit_change_nothing(
     client: secateur.Client, change: Callable[[nn.Module], None], message: str
 ) -> None:
     module = net()
-    result = client.prune(module, STEPS["l1"].spec)  # the bias comes last
+    result = client.prune(module, STEPS["l1"].spec)  # the bias is the last
     change(module)
     assert_refused(module, result, message)
 
@@ -370,7 +370,7 @@ def test_a_module_with_broken_hooks_is_not_sent(
             call(module)
 
 
-def test_what_was_pruned_since_within_the_result_is_no_harm(client: secateur.Client) -> None:
+def test_later_pruning_within_the_result_is_accepted(client: secateur.Client) -> None:
     ours, theirs = net(), net()
     result = client.prune(ours, all_l1(WEIGHTS, 0.5).spec)
     for module in (ours, theirs):

@@ -1,4 +1,4 @@
-"""Shards that do not fit their index: what is wrong is named, by the client and by the server."""
+"""Shards that do not fit their index: errors of the client and the server name the fault."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -131,7 +131,7 @@ BROKEN: list[tuple[Callable[[Path], None], list[str]]] = [
 
 
 @pytest.mark.parametrize(("change", "parts"), BROKEN, ids=[c.__name__ for c, _ in BROKEN])
-def test_what_is_broken_is_named(
+def test_the_error_names_the_broken_file(
     served: Served,
     out: Path,
     model: dict[str, Tensor],
@@ -153,7 +153,7 @@ def test_what_is_broken_is_named(
 @pytest.mark.parametrize(
     "place", ["../outside.safetensors", "/etc/passwd", "..", ".", "", "a/b"], ids=range(6)
 )
-def test_shards_lie_beside_their_index(
+def test_shards_are_beside_their_index(
     served: Served, out: Path, model: dict[str, Tensor], place: str
 ) -> None:
     index = write_shards(out, model)

@@ -141,7 +141,7 @@ def delay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> fl
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_no_model_is_sent_for_ever_to_a_server_without_memory(
+def test_resends_to_a_server_without_memory_end(
     server: RunningServer, given: Given, delay: float | None, name: str
 ) -> None:
     method, call = CALLS[name]

@@ -367,3 +367,28 @@ def test_without_a_server_one_is_embedded(model: Path) -> None:
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "0.00%" in ended.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("form", ["dense", "reparametrized"])
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_an_embedded_server_writes_the_file_that_the_client_would_write(
+    server: RunningServer, tmp_path: Path, form: str, is_tied: bool
+) -> None:
+    """It opens and writes both files itself, and sends no weights."""
+    model, names = tmp_path / "a model.safetensors", ["embed.weight", "head.weight"]
+    tensors = {
+        names[0]: np.random.default_rng(0).standard_normal((8, 6), np.float32),
+        "norm.bias": np.arange(1, 7, dtype=np.float32),
+        "steps": np.array(3),
+    }
+    ties = {"format": "pt", names[1]: names[0]} if is_tied else {"format": "pt"}
+    save_file(tensors, model, metadata=ties)
+    arguments = ["--method", "l1_unstructured", "--amount", "0.5", "--output", form, "--quiet"]
+    written = []
+    for index, more in enumerate([[], ["--server", server.address]]):
+        out = tmp_path / f"out {index}.safetensors"
+        assert cli.main(["prune", str(model), "-o", str(out), *arguments, *more]) == 0
+        final = tmp_path / f"final {index}.safetensors"
+        assert cli.main(["finalize", str(out), "-o", str(final), "--quiet", *more]) == 0
+        written.append([out.read_bytes(), final.read_bytes()])
+    assert written[0] == written[1]

@@ -1,4 +1,4 @@
-"""The command on what a server keeps, and on what it opens."""
+"""The command on checkpoints and URIs."""
 
 import json
 import os
@@ -79,7 +79,7 @@ def test_put_keep_get_and_rm(
     assert name in failure(capsys, "checkpoints", "rm", name)
 
 
-def test_a_checkpoint_that_is_not_there_is_told_why_it_may_not_be(
+def test_the_error_for_a_missing_checkpoint_has_possible_reasons(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name, out = "checkpoints/nope", tmp_path / "o.safetensors"
@@ -93,7 +93,7 @@ def test_a_checkpoint_that_is_not_there_is_told_why_it_may_not_be(
         assert "may have been deleted, evicted or expired, or belong to another token" in said
 
 
-def test_a_quiet_prune_prints_the_name_of_what_it_keeps(
+def test_a_quiet_prune_prints_the_name_of_its_checkpoint(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (kept,) = shown(capsys, "prune", model, "--keep", "--quiet", *HALF).splitlines()
@@ -102,7 +102,7 @@ def test_a_quiet_prune_prints_the_name_of_what_it_keeps(
     assert "fc.weight" in load_file(tmp_path / "masks.safetensors")
 
 
-def test_a_checkpoint_without_masks_has_none_to_get(
+def test_masks_of_an_unpruned_checkpoint_are_an_error(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = shown(capsys, "checkpoints", "put", model).strip()
@@ -159,7 +159,7 @@ def test_a_token_has_checkpoints_of_its_own(
     assert "conv.weight" in shown(capsys, "report", name)
 
 
-def test_what_needs_a_server_says_so(
+def test_commands_that_need_a_server_say_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("SECATEUR_SERVER", raising=False)
@@ -209,9 +209,7 @@ def test_a_terminal_shows_how_far_the_server_is(folder: Path, own_server: Runnin
     assert "upload" not in text
 
 
-def test_a_report_of_what_the_server_opens_shows_no_upload(
-    model: Path, own_server: RunningServer
-) -> None:
+def test_a_report_of_a_uri_shows_no_upload(model: Path, own_server: RunningServer) -> None:
     assert on_a_terminal(own_server, "report", f"file://{model}") == ""
     assert "upload" in on_a_terminal(own_server, "report", str(model))
 
@@ -223,7 +221,7 @@ def on_a_terminal(server: RunningServer, *arguments: str) -> str:
     command = [str(Path(sys.executable).with_name("secateur")), *arguments]
     command += ["--server", server.address]
     ended = subprocess.run(command, stderr=terminal, stdout=subprocess.PIPE, timeout=300)
-    os.write(terminal, b".")  # so that there is something to read
+    os.write(terminal, b".")  # the read below must not block
     text = os.read(shell, 1 << 16).decode()
     os.close(terminal)
     os.close(shell)

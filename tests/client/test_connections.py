@@ -1,4 +1,4 @@
-"""What is said where no server can be reached: advice, and gRPC's own words behind it."""
+"""Errors of calls that reach no server: advice, followed by gRPC's own message."""
 
 import contextlib
 import socket
@@ -55,7 +55,7 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TlsServers]:
 def said(
     address: str, tls: object = None, timeout: float = 20
 ) -> tuple[type[secateur.SecateurError], str]:
-    """The kind of the error, and what it says."""
+    """The kind and the message of the error."""
     with (
         pytest.raises(secateur.SecateurError) as raised,
         secateur.Client(address, tls=tls, timeout=timeout) as client,  # type: ignore[arg-type]
@@ -80,7 +80,7 @@ def test_a_server_without_tls_called_with_it(server: RunningServer, tls: TlsServ
 
 
 @pytest.mark.parametrize("by", ["path", "credentials", "system"])
-def test_an_authority_that_is_not_trusted(tls: TlsServers, by: str) -> None:
+def test_an_untrusted_authority(tls: TlsServers, by: str) -> None:
     trusted = {
         "path": tls.other_ca,
         "credentials": grpc.ssl_channel_credentials(THEIRS.cert),
@@ -105,7 +105,7 @@ def test_a_server_that_wants_a_certificate(tls: TlsServers) -> None:
         assert "--tls-cert and --tls-key" in text
 
 
-def test_a_file_of_authorities_that_is_none(tls: TlsServers, tmp_path: Path) -> None:
+def test_a_wrong_file_of_authorities(tls: TlsServers, tmp_path: Path) -> None:
     (tmp_path / "broken.crt").write_bytes(OURS.cert[:60] + b"\n-----END CERTIFICATE-----\n")
     _, text = said(f"127.0.0.1:{tls.plain}", tmp_path / "broken.crt")
     assert "not valid PEM" in text
@@ -161,7 +161,7 @@ def test_a_listener_that_never_answers(tls: TlsServers, has_tls: bool) -> None:
 
 
 def test_a_listener_whose_queue_is_full_is_a_black_hole() -> None:
-    """The system drops what it cannot queue: as a firewall does, no connection is ever made."""
+    """The system drops connections that it cannot queue, as a firewall does."""
     with socket.socket() as hole, contextlib.ExitStack() as waiting:
         hole.bind(("127.0.0.1", 0))
         hole.listen(0)
@@ -234,7 +234,7 @@ def test_a_token_is_not_sent_to_another_machine_in_plaintext(address: str) -> No
     "address",
     ["localhost:1", "127.0.0.1:1", "127.9.9.9:1", "[::1]:1", "dns:///localhost:1", "unix:/s"],
 )
-def test_a_token_may_stay_on_this_machine_in_plaintext(address: str) -> None:
+def test_a_token_is_sent_in_plaintext_on_this_machine(address: str) -> None:
     secateur.Client(address, token="secret").close()
 
 
@@ -325,12 +325,12 @@ def test_every_method_of_a_closed_client_says_so(
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), "5", True, 1j])
-def test_a_timeout_that_is_no_time_is_refused(timeout: float) -> None:
+def test_a_wrong_timeout_is_refused(timeout: float) -> None:
     with pytest.raises(secateur.SecateurError, match="timeout="):
         secateur.Client("localhost:1", timeout=timeout)
 
 
-def test_a_server_that_is_not_there_in_time(server: RunningServer) -> None:
+def test_a_server_that_is_not_ready_in_time(server: RunningServer) -> None:
     with secateur.Client(server.address) as client:
         client.wait_until_ready(20)
     with socket.socket() as taken:

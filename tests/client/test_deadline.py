@@ -67,7 +67,7 @@ def square(server: RunningServer) -> secateur.Checkpoint:
         return other.upload({"w": np.ones((4, 4), np.float32)})
 
 
-# Beside "delete", of which each needs a checkpoint.
+# All but "delete", since each deletion needs a checkpoint of its own.
 METHODS: dict[str, Call] = {
     **{name: call for name, (_, call) in CALLS.items() if name != "delete"},
     "prune a file, keep": lambda client, given: client.prune(given.file, HALF, keep=True),

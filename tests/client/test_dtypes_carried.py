@@ -174,7 +174,7 @@ def test_a_pruned_module_keeps_the_order_of_its_state_dict(client: secateur.Clie
     module.load_state_dict(more, strict=True)
 
 
-def test_a_file_of_torch_gives_every_entry_back(client: secateur.Client, tmp_path: Path) -> None:
+def test_a_torch_file_keeps_every_entry(client: secateur.Client, tmp_path: Path) -> None:
     torch.save(scaled().state_dict(), tmp_path / "in.pt")
     client.prune(tmp_path / "in.pt", EVERY).save(tmp_path / "out.pt")
     client.finalize(tmp_path / "out.pt").save(tmp_path / "final.pth")
@@ -199,7 +199,7 @@ OTHERS: dict[str, Any] = {
 
 
 @every_output
-def test_what_safetensors_has_no_dtype_for_stays_with_the_client(
+def test_entries_without_a_safetensors_dtype_are_kept_by_the_client(
     client: secateur.Client, output: str
 ) -> None:
     source = {"a": torch.ones(2), **OTHERS, "w": torch.arange(1.0, 7)}
@@ -340,7 +340,7 @@ def test_an_object_that_torch_cannot_write_is_an_error(
     assert not list(tmp_path.iterdir())
 
 
-def test_names_of_pairs_that_stand_on_unsent_entries_are_refused(client: secateur.Client) -> None:
+def test_pairs_with_the_names_of_unsent_entries_are_refused(client: secateur.Client) -> None:
     """A buffer, or an entry without a dtype, is not replaced by half of a pair."""
     module = nn.Module()
     module.w = nn.Parameter(torch.arange(1.0, 7))
@@ -353,7 +353,7 @@ def test_names_of_pairs_that_stand_on_unsent_entries_are_refused(client: secateu
                 result.state_dict("reparametrized")
 
 
-def test_a_mask_that_is_not_sent_is_no_half_of_a_pair(client: secateur.Client) -> None:
+def test_a_mask_that_is_not_sent_is_not_half_of_a_pair(client: secateur.Client) -> None:
     pair = {"w_orig": torch.ones(2), "w_mask": torch.ones(2, dtype=torch.complex128)}
     with pytest.raises(secateur.InvalidStateDict, match="w_mask: has dtype complex128"):
         client.report(pair)

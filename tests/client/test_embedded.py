@@ -1,4 +1,4 @@
-"""A server of this process's own: what is said where it cannot start."""
+"""The embedded server: its errors if it cannot start."""
 
 import tempfile
 from pathlib import Path
@@ -18,7 +18,7 @@ import secateur
         (5, "'5' is none of"),
     ],
 )
-def test_a_device_that_is_not_there_is_one_error_and_nothing_is_printed(
+def test_a_missing_device_is_one_error_and_nothing_is_printed(
     capfd: pytest.CaptureFixture[str], device: str, message: str
 ) -> None:
     with (
@@ -45,6 +45,6 @@ def test_a_socket_that_cannot_be_made_is_one_error(
         pass
 
 
-def test_a_timeout_that_is_no_time_is_refused() -> None:
+def test_a_wrong_timeout_is_refused() -> None:
     with pytest.raises(secateur.SecateurError, match="timeout="), secateur.embedded(timeout=-1):
         pass

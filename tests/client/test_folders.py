@@ -123,7 +123,7 @@ def tensors_in(path: Path) -> dict[str, Tensor]:
 
 
 def assert_pruned(out: Path, source: Path) -> None:
-    """Whether `out` is `source` with half of its weights 0, and all else as it is there."""
+    """Whether `out` is `source` with half of its weights 0, and nothing else changed."""
     assert names_in(out) == names_in(source)
     for name, text in REST.items():
         assert (out / name).read_text() == text
@@ -268,7 +268,7 @@ def test_a_subfolder_that_may_not_be_read_is_not_left_out_silently(
         assert not (place / "out").exists()
 
 
-def test_a_folder_that_cannot_be_written_whole_is_not_there(
+def test_a_folder_that_cannot_be_written_whole_is_not_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = make(tmp_path / "in", "single"), tmp_path / "out"
@@ -280,7 +280,7 @@ def test_a_folder_that_cannot_be_written_whole_is_not_there(
     assert not os.listdir(out)
 
 
-def test_what_is_no_place_for_a_folder_is_refused(
+def test_wrong_paths_for_a_folder_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, file = make(tmp_path / "in", "single"), tmp_path / "file"

@@ -119,7 +119,7 @@ def test_a_name_that_could_be_two_is_refused(client: secateur.Client) -> None:
         (lambda: nn.Linear, "not type"),
     ],
 )
-def test_what_is_no_module_of_python_is_refused(
+def test_script_modules_are_refused(
     client: secateur.Client, make: Callable[[], Any], message: str
 ) -> None:
     module = nn.Sequential(nn.Linear(2, 2))
@@ -141,7 +141,7 @@ class Stubborn(nn.Linear):
 
 
 @pytest.mark.parametrize("before", [None, "l1"])
-def test_where_torch_fails_at_a_later_tensor_nothing_has_changed(
+def test_a_failure_at_a_later_tensor_changes_nothing(
     client: secateur.Client, before: str | None
 ) -> None:
     lstm = nn.LSTM(3, 4)
@@ -156,7 +156,7 @@ def test_where_torch_fails_at_a_later_tensor_nothing_has_changed(
     assert_refused(module, result, r"last\.weight: torch cannot prune it: no masks here")
     assert all(one is other for one, other in zip(lstm._flat_weights, flat, strict=True))
     assert torch.equal(lstm(torch.ones(2, 3))[0], computed)
-    del module["last"]  # and goes on as if nothing had been
+    del module["last"]  # without an error
     client.prune(module, secateur.l1_unstructured(names[:-1], 0.9)).apply_to(module)
 
 
@@ -204,7 +204,7 @@ def test_a_module_that_we_pruned_trains_and_keeps_its_zeros(client: secateur.Cli
     assert report.zeros == round(report.total / 2)
 
 
-def test_only_what_was_finalized_changes(client: secateur.Client) -> None:
+def test_only_finalized_parameters_change(client: secateur.Client) -> None:
     ours, theirs = net(), net()
     for module in (ours, theirs):
         all_l1(WEIGHTS, 0.5).on(module)
@@ -284,7 +284,7 @@ def not_pruned(module: nn.Module) -> None:
         (more_pruned, r"more\.weight: the result has no such tensor"),
     ],
 )
-def test_a_module_that_is_not_what_was_finalized_is_unchanged(
+def test_a_module_that_changed_since_is_refused_and_unchanged(
     client: secateur.Client, change: Callable[[nn.Module], None], message: str
 ) -> None:
     module = net()
@@ -294,7 +294,7 @@ def test_a_module_that_is_not_what_was_finalized_is_unchanged(
     assert_unchanged(module, final, message)
 
 
-def test_where_torch_fails_to_finalize_a_later_tensor_nothing_has_changed(
+def test_a_failure_to_finalize_a_later_tensor_changes_nothing(
     client: secateur.Client,
 ) -> None:
     class Kept(nn.Linear):

@@ -1,4 +1,4 @@
-"""Pruning what is pruned: rule after rule, call after call, as PruningContainer does."""
+"""Repeated pruning: rule after rule, call after call, as PruningContainer does."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -33,7 +33,7 @@ BOTH = list(SHAPES)
 
 
 def model(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
-    """No magnitude is there twice."""
+    """No two elements have the same magnitude."""
     whole = distinct((120 + 56,), dtype, seed)
     return {"a.weight": whole[:120].view(6, 5, 4), "b": whole[120:].view(8, 7)}
 
@@ -113,7 +113,7 @@ def left(mask: Tensor, dim: int | None) -> int:
 
 @pytest.mark.parametrize("first", SPECS)
 @pytest.mark.parametrize(("second", "dim"), [("random", None), ("random rows", 0)])
-def test_a_random_second_step_counts_what_is_left(
+def test_a_random_second_step_counts_unpruned_units(
     client: secateur.Client, first: str, second: str, dim: int | None
 ) -> None:
     before = client.prune(model(), SPECS[first]).masks
@@ -178,7 +178,7 @@ def test_half_and_half_again_of_ten_is_seven(
         assert result.report.rules[-1][0].candidates == 5
 
 
-def test_slices_that_are_gone_do_not_count(client: secateur.Client) -> None:
+def test_pruned_slices_do_not_count(client: secateur.Client) -> None:
     mask = torch.ones(10, 3)
     mask[4] = 0  # an unstructured mask may take a whole row
     mask[7, :2] = 0
@@ -190,7 +190,7 @@ def test_slices_that_are_gone_do_not_count(client: secateur.Client) -> None:
 
 
 @pytest.mark.parametrize(("n", "first"), [(1, 2), (2, 1), (0, 3), (-math.inf, 0)])
-def test_what_is_pruned_is_zero_in_the_norm_of_a_slice(
+def test_pruned_elements_are_zero_in_the_norm_of_a_slice(
     client: secateur.Client, n: float, first: int
 ) -> None:
     weight = torch.tensor([[9.0, 9, 9, 9], [4, 4, 4, 4], [1, 1, 1, 8], [1, 7, 7, 7]])
@@ -205,7 +205,7 @@ def test_what_is_pruned_is_zero_in_the_norm_of_a_slice(
     assert_same_masks(masks, torch_masks({"w": weight}, steps))
 
 
-def test_scores_of_what_is_pruned_count_in_the_norm_of_a_slice(client: secateur.Client) -> None:
+def test_scores_of_pruned_elements_count_in_the_norm_of_a_slice(client: secateur.Client) -> None:
     """As in torch, which takes the scores as they are."""
     mask, scores = torch.ones(2, 3), torch.ones(2, 3)
     mask[0, 0], scores[0, 0] = 0, 100
@@ -235,7 +235,7 @@ def test_a_prior_mask_may_have_any_dtype(client: secateur.Client, kind: torch.dt
     )
 
 
-def test_what_no_rule_names_keeps_its_mask(client: secateur.Client) -> None:
+def test_tensors_that_no_rule_names_keep_their_masks(client: secateur.Client) -> None:
     first = client.prune(model(), SPECS["l1"])
     result = client.prune(first.state_dict("reparametrized"), secateur.l1_unstructured("b", 0.5))
     assert result.masks.keys() == {"b"}
@@ -243,7 +243,7 @@ def test_what_no_rule_names_keeps_its_mask(client: secateur.Client) -> None:
     assert torch.equal(state["a.weight_mask"] == 1, first.masks["a.weight"])
 
 
-def test_torch_goes_on_where_the_server_stopped(client: secateur.Client) -> None:
+def test_torch_prunes_the_servers_result_further(client: secateur.Client) -> None:
     module = module_of(model())
     client.prune(module, SPECS["l2 rows"]).apply_to(module)
     prune.l1_unstructured(*place(module, "b"), 0.3)
@@ -251,7 +251,7 @@ def test_torch_goes_on_where_the_server_stopped(client: secateur.Client) -> None
     assert_same_masks(masks_of(module), expected)
 
 
-def test_pruning_goes_on_until_nothing_is_left(client: secateur.Client) -> None:
+def test_pruning_again_and_again_prunes_everything(client: secateur.Client) -> None:
     state = model()
     for _ in range(4):
         state = client.prune(state, secateur.global_unstructured("*", 1.0)).state_dict(

@@ -38,7 +38,7 @@ def assert_same_masks(ours: secateur.PruneResult, theirs: secateur.PruneResult) 
 @pytest.mark.parametrize("as_what", [str, Path])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth"])
 @pytest.mark.parametrize("output", ["masks", "reparametrized"])
-def test_what_a_result_wrote_prunes_the_same(
+def test_saved_masks_prune_the_same(
     client: secateur.Client,
     tmp_path: Path,
     suffix: str,
@@ -226,7 +226,7 @@ def test_a_wrong_file_of_numpy_says_what_it_is(
         secateur.custom_from_mask(tmp_path / "m.npz")
 
 
-def test_masks_of_other_shapes_are_told_so(client: secateur.Client, tmp_path: Path) -> None:
+def test_masks_of_other_shapes_are_refused(client: secateur.Client, tmp_path: Path) -> None:
     save_file({"fc": np.ones((8, 5), np.bool_)}, tmp_path / "m.safetensors")
     with pytest.raises(secateur.InvalidSpec, match=r"\[5, 8\].*\[8, 5\]"):
         client.prune(MODEL, secateur.custom_from_mask(tmp_path / "m.safetensors"))
@@ -250,7 +250,7 @@ def test_masks_that_a_server_wrote_are_read_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("elements", [1, 7, 8, 9, 15, 16])
-def test_bits_behind_the_last_element_are_refused(client: secateur.Client, elements: int) -> None:
+def test_bits_after_the_last_element_are_refused(client: secateur.Client, elements: int) -> None:
     model = {"w": np.arange(1.0, elements + 1, dtype=np.float32).reshape(1, elements)}
     kept = np.arange(elements) % 3 == 0
     bits = np.packbits(kept, bitorder="little")

@@ -1,4 +1,4 @@
-"""The client comes again as it is told, goes on where a connection broke, and knows when to end."""
+"""The client retries as the server asks, resumes broken calls, and gives up in the end."""
 
 import contextlib
 import os
@@ -27,7 +27,7 @@ from tests.store.stored import Kept, kept
 
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds of each sleep, of which a thousandth is slept."""
+    """The seconds of each sleep; a thousandth of them is slept."""
     slept: list[float] = []
     sleep = time.sleep
 
@@ -41,7 +41,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 class Clock:
-    """Time that passes only where somebody sleeps."""
+    """Time that passes in `sleep` alone."""
 
     now = 0.0
 
@@ -70,7 +70,7 @@ def failing(*errors: Exception) -> Callable[[float | None], str]:
     return attempt
 
 
-def test_a_busy_server_is_asked_again_when_it_says_and_not_before(pauses: list[float]) -> None:
+def test_the_client_retries_after_the_delay_that_the_server_asks_for(pauses: list[float]) -> None:
     attempt = failing(busy(3), busy(0.5), *[busy(2)] * 20)
     assert Patience(None).until_served(attempt, is_known=False, is_safe=False) == "served"
     assert len(pauses) == 22
@@ -78,7 +78,7 @@ def test_a_busy_server_is_asked_again_when_it_says_and_not_before(pauses: list[f
     assert 0.5 <= pauses[1] <= 0.75
 
 
-def test_not_all_come_again_at_once(pauses: list[float]) -> None:
+def test_retries_are_spread_over_time(pauses: list[float]) -> None:
     attempt = failing(*[busy(10)] * 200)
     Patience(None).until_served(attempt, is_known=False, is_safe=False)
     assert 10 <= min(pauses) < 11
@@ -91,14 +91,14 @@ def test_not_all_come_again_at_once(pauses: list[float]) -> None:
     assert 0.35 < max(pauses) <= 0.4
 
 
-def test_who_is_told_to_come_after_its_time_does_not_wait_for_it(pauses: list[float]) -> None:
+def test_a_delay_beyond_the_timeout_is_not_waited_for(pauses: list[float]) -> None:
     with pytest.raises(secateur.ServerBusy) as error:
         Patience(2).until_served(failing(busy(2)), is_known=True, is_safe=True)
     assert error.value.retry_after == 2
     assert pauses == []
 
 
-def test_a_server_that_does_not_say_when_is_not_asked_again(pauses: list[float]) -> None:
+def test_without_a_delay_from_the_server_there_is_no_retry(pauses: list[float]) -> None:
     with pytest.raises(secateur.ServerBusy):
         Patience(None).until_served(failing(busy(None)), is_known=True, is_safe=True)
     assert pauses == []
@@ -130,10 +130,10 @@ def test_a_connection_that_breaks_is_tried_again_with_longer_pauses(pauses: list
     for index, pause in enumerate(pauses):
         most = min(0.1 * 2**index, 5)
         assert most / 2 <= pause <= most
-    assert 25 < sum(pauses) < 60  # a server that is started again is there by then
+    assert 25 < sum(pauses) < 60  # long enough for a server to restart
 
 
-def test_a_connection_that_stays_broken_is_given_up(pauses: list[float]) -> None:
+def test_a_connection_that_breaks_too_often_is_an_error(pauses: list[float]) -> None:
     last = secateur.Unavailable("last")
     broken = [secateur.Unavailable("gone")] * (TRIES - 1)
     with pytest.raises(secateur.Unavailable, match="last"):
@@ -142,7 +142,7 @@ def test_a_connection_that_stays_broken_is_given_up(pauses: list[float]) -> None
 
 
 @pytest.mark.parametrize(("is_known", "is_safe"), [(False, True), (True, False), (False, False)])
-def test_who_may_have_been_served_or_was_never_there_is_not_tried_again(
+def test_unsafe_calls_and_unknown_servers_are_not_retried(
     pauses: list[float], is_known: bool, is_safe: bool
 ) -> None:
     with pytest.raises(secateur.Unavailable):
@@ -162,7 +162,7 @@ def test_who_may_have_been_served_or_was_never_there_is_not_tried_again(
         KeyError("a defect"),
     ],
 )
-def test_what_does_not_pass_is_told_at_once(pauses: list[float], error: Exception) -> None:
+def test_lasting_errors_are_raised_at_once(pauses: list[float], error: Exception) -> None:
     with pytest.raises(type(error)):
         Patience(None).until_served(failing(error), is_known=True, is_safe=True)
     assert pauses == []
@@ -205,7 +205,7 @@ def restarted(tmp_path: Path) -> Iterator[Restarted]:
     server.kill()
 
 
-def test_a_client_goes_on_while_its_server_is_killed_and_started_again(
+def test_calls_survive_a_restart_of_the_server(
     restarted: Restarted,
 ) -> None:
     large = {"w": np.random.default_rng(0).standard_normal(1 << 20, np.float32)}
@@ -237,14 +237,14 @@ def test_a_client_goes_on_while_its_server_is_killed_and_started_again(
             running.result()
 
 
-def test_who_waits_until_ready_finds_a_server_that_starts_later(restarted: Restarted) -> None:
+def test_wait_until_ready_finds_a_server_that_starts_later(restarted: Restarted) -> None:
     with secateur.Client(restarted.address, timeout=300) as client:
         threading.Timer(0.5, restarted.start).start()
         client.wait_until_ready(60)
         assert client.prune(MODEL, HALF).report.zeros == 50
 
 
-def test_a_server_that_was_never_there_is_told_at_once(pauses: list[float]) -> None:
+def test_a_server_that_never_answered_is_an_error_at_once(pauses: list[float]) -> None:
     with secateur.Client(free_address(), timeout=300) as client:
         for call in (
             lambda: client.prune(MODEL, HALF),
@@ -256,7 +256,7 @@ def test_a_server_that_was_never_there_is_told_at_once(pauses: list[float]) -> N
                 call()
         assert pauses == []
         begun = time.monotonic()
-        with pytest.raises(secateur.Unavailable, match=r"no server after 0\.3 seconds"):
+        with pytest.raises(secateur.Unavailable, match=r"no server answers after 0\.3 seconds"):
             client.wait_until_ready(0.3)
         assert time.monotonic() - begun >= 0.3
 
@@ -329,7 +329,7 @@ def served(store: Kept) -> float:
     return series(store.server, "grpc_server_handled_total", grpc_method="Prune", grpc_code="OK")
 
 
-def test_what_is_kept_is_not_kept_twice_where_its_answer_is_lost(store: Kept) -> None:
+def test_a_lost_answer_does_not_keep_a_result_twice(store: Kept) -> None:
     """Nobody but the server knows that it was done."""
     uploaded = store.client.upload(MODEL)
     with (
@@ -349,7 +349,7 @@ def test_what_is_kept_is_not_kept_twice_where_its_answer_is_lost(store: Kept) ->
 
 
 @pytest.mark.parametrize("output", ["masks", "dense"])
-def test_what_changes_nothing_is_done_again_where_its_answer_is_lost(
+def test_calls_that_change_nothing_are_repeated_after_a_lost_answer(
     store: Kept, output: str
 ) -> None:
     with (
@@ -371,7 +371,7 @@ SILENT_SECONDS = 50
 
 
 @pytest.mark.slow
-def test_a_server_that_falls_silent_is_noticed(store: Kept) -> None:
+def test_a_silent_server_is_detected(store: Kept) -> None:
     with line_to(store.server.address) as line, secateur.Client(line.address) as client:
         client.wait_until_ready()
         line.up = line.down = False
@@ -385,7 +385,7 @@ def test_a_server_that_falls_silent_is_noticed(store: Kept) -> None:
 
 
 @pytest.mark.slow
-def test_a_caller_that_falls_silent_is_noticed_and_holds_nothing(store: Kept) -> None:
+def test_a_silent_caller_is_detected_and_holds_nothing(store: Kept) -> None:
     """Its connection is never closed."""
     size = 1 << 20
     own = [("grpc.use_local_subchannel_pool", 1)]

@@ -111,7 +111,7 @@ def test_of_a_module_the_parameters_are_planned(client: secateur.Client) -> None
     assert list(planned.tensors) == ["weight", "bias"]  # and not running_mean
 
 
-def test_scores_go_with_it(client: secateur.Client) -> None:
+def test_scores_are_sent_with_a_plan(client: secateur.Client) -> None:
     scores = np.arange(40.0).reshape(5, 8)
     spec = secateur.l1_unstructured("fc.weight", 0, importance_scores={"fc.weight": scores})
     (planned,) = client.plan(MODEL, spec, [4]).amounts
@@ -130,7 +130,7 @@ def test_scores_go_with_it(client: secateur.Client) -> None:
         (0.5, r"^amounts: 0\.5 "),
     ],
 )
-def test_amounts_that_are_none(client: secateur.Client, amounts: Any, said: str) -> None:
+def test_wrong_amounts(client: secateur.Client, amounts: Any, said: str) -> None:
     with pytest.raises(InvalidSpec, match=said):
         client.plan(MODEL, SPEC, amounts)
 
@@ -195,7 +195,7 @@ def test_sensitivity_of_larger_units(client: secateur.Client) -> None:
     assert len(client.sensitivity(MODEL, "fc.*").amounts) == 9
 
 
-def test_nothing_to_be_sensitive(client: secateur.Client) -> None:
+def test_sensitivity_without_matrices(client: secateur.Client) -> None:
     with pytest.raises(InvalidSpec, match="no floating tensor"):
         client.sensitivity({"bias": np.ones(3)})
     many = {f"b{i}": np.ones(3) for i in range(5)}

@@ -55,7 +55,7 @@ def test_a_pair_is_reported_with_its_mask(client: secateur.Client) -> None:
     assert not secateur.is_pruned(final.state_dict())
 
 
-def test_finalize_folds_what_it_is_told_to(client: secateur.Client) -> None:
+def test_finalize_folds_the_named_tensors(client: secateur.Client) -> None:
     ones = {"a_orig": np.ones(2), "a_mask": np.array([0.0, 1.0])}
     ones |= {"b_orig": np.ones(2), "b_mask": np.array([1.0, 0.0])}
     final = client.finalize(ones, tensors="a")

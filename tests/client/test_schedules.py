@@ -46,7 +46,7 @@ def test_cubic_is_zhu_and_guptas(steps: int, final: float) -> None:
 
 @given(steps=st.integers(1, 50), final=st.floats(0, 0.999999))
 @example(steps=3, final=5e-324)
-def test_exponential_takes_the_same_fraction_of_what_is_left(steps: int, final: float) -> None:
+def test_exponential_takes_the_same_fraction_of_unpruned_units(steps: int, final: float) -> None:
     left = [1.0 - final * exponential(step / steps, final) for step in range(steps + 1)]
     each = [after / before for before, after in pairwise(left)]
     assert each == pytest.approx([(1.0 - final) ** (1.0 / steps)] * steps, rel=1e-9)
@@ -56,7 +56,7 @@ def test_the_others_by_hand() -> None:
     assert [one_shot(t, 0.5) for t in (0.0, 0.25, 1.0)] == [0.0, 1.0, 1.0]
     assert [linear(t, 0.5) for t in (0.0, 0.25, 1.0)] == [0.0, 0.25, 1.0]
     assert [exponential(t, 1.0) for t in (0.0, 0.25, 1.0)] == [0.0, 1.0, 1.0]
-    assert exponential(0.5, 0.75) == pytest.approx(2 / 3)  # of 0.75: 0.5, and 0.5 of what is left
+    assert exponential(0.5, 0.75) == pytest.approx(2 / 3)  # of 0.75: 0.5, then 0.5 of the rest
 
 
 def selection(spec: Spec, index: int = 0) -> pb.Selection:
@@ -82,7 +82,7 @@ def test_the_last_step_is_the_whole_amount(
     assert selection(secateur.l1_unstructured("*", amount).at(7, 7, schedule)).fraction == amount
 
 
-def test_counts_and_tables_are_scaled_and_masks_stay() -> None:
+def test_counts_and_tables_are_scaled_and_masks_are_not() -> None:
     mask = {"w": np.ones(3)}
     spec = (
         secateur.custom_from_mask(mask)
@@ -110,7 +110,7 @@ def test_counts_and_tables_are_scaled_and_masks_stay() -> None:
         (1, 2, lambda t: float("nan"), r"^schedule: nan "),
     ],
 )
-def test_steps_and_schedules_that_are_none(
+def test_wrong_steps_and_schedules(
     step: int, steps: int, schedule: str | Callable[[float], float], said: str
 ) -> None:
     with pytest.raises(InvalidSpec, match=said):
@@ -125,7 +125,7 @@ def test_steps_and_schedules_that_are_none(
         (secateur.target_macs(9, {"a": 1}), "macs"),
     ],
 )
-def test_amounts_without_steps(amount: secateur.choices.Amount, said: str) -> None:
+def test_amounts_without_steps(amount: secateur.amounts.Amount, said: str) -> None:
     spec = secateur.identity("*") + secateur.select("*", amount)
     with pytest.raises(InvalidSpec, match=rf"^rules\[1\]\.amount: {said} "):
         spec.at(1, 2)
@@ -175,7 +175,7 @@ def test_exponential_steps_are_torchs_repeated_ones(client: secateur.Client) -> 
         state = result.state_dict("reparametrized")
 
 
-def test_a_model_that_is_pruned_further_stays(client: secateur.Client) -> None:
+def test_a_model_that_is_pruned_further_is_kept(client: secateur.Client) -> None:
     """A step that asks for less than is pruned prunes nothing more."""
     state = client.prune(MODEL, secateur.l1_unstructured("b", 40)).state_dict("reparametrized")
     step = secateur.l1_unstructured("b", 50).at(1, 2, "linear")

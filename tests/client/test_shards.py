@@ -1,4 +1,4 @@
-"""A model in shards is one model, wherever it comes from and goes to."""
+"""A model in shards is one model, as a source and as a result."""
 
 import os
 from collections.abc import Iterator
@@ -89,7 +89,7 @@ def test_all_shards_are_pruned_as_one_as_torch_does(
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_what_comes_back_is_the_whole_model(
+def test_the_result_is_the_whole_model(
     served: Served, folder: Path, model: dict[str, Tensor], form: Form
 ) -> None:
     want = expected(served.client, model, form)
@@ -110,7 +110,7 @@ def test_an_upload_has_the_files_as_they_are(served: Served, folder: Path) -> No
         ]
 
 
-def test_the_tied_name_has_an_own_line_nowhere(served: Served, folder: Path) -> None:
+def test_a_tied_name_has_no_line_of_its_own(served: Served, folder: Path) -> None:
     assert not TIED.keys() & served.client.report(folder).tensors.keys()
 
 
@@ -160,7 +160,7 @@ def test_a_pruned_checkpoint_is_downloaded_as_shards(
     assert_same_tensors(read_shards(out), expected(served.client, model, form))
 
 
-def test_what_was_never_pruned_is_downloaded_as_it_came(
+def test_an_unpruned_checkpoint_is_downloaded_as_it_was_uploaded(
     served: Served, folder: Path, out: Path
 ) -> None:
     served.client.download(served.client.upload(folder), out)
@@ -171,7 +171,7 @@ def test_what_was_never_pruned_is_downloaded_as_it_came(
 def test_finalize_takes_pairs_in_shards(
     served: Served, folder: Path, model: dict[str, Tensor], out: Path
 ) -> None:
-    """The tied tensor is a pair then, and its other name stays."""
+    """The tied tensor is a pair then, and keeps its other name."""
     served.client.prune(folder, HALF).save(out, "reparametrized")
     want = expected(served.client, model, "dense")
     final = out / "final"
@@ -209,7 +209,7 @@ def test_an_index_of_another_name_keeps_it(
     assert not (out / INDEX).exists()
 
 
-def test_one_file_is_no_place_for_shards_and_an_index_none_for_one(
+def test_shards_to_one_file_and_one_file_to_shards_are_refused(
     served: Served, folder: Path, out: Path, root: Path
 ) -> None:
     single = root / "single.safetensors"

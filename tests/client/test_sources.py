@@ -1,4 +1,4 @@
-"""What is taken for a model, and what is not."""
+"""Sources that are read as a model, and sources that are refused."""
 
 import argparse
 import os
@@ -93,7 +93,7 @@ for zipped in (True, False):
     deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(st.data(), st.booleans())
-def test_a_spoilt_file_of_torch_is_read_or_refused(
+def test_a_damaged_torch_file_is_read_or_refused(
     tmp_path: Path, data: st.DataObject, zipped: bool
 ) -> None:
     content = bytearray(BYTES[zipped])
@@ -146,7 +146,7 @@ def test_a_bad_safetensors_file_is_refused(
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pt", "pth.tar", "index.json", "5"])
-def test_a_file_that_is_not_there_or_a_folder_is_refused(
+def test_missing_files_and_folders_are_refused(
     client: secateur.Client, tmp_path: Path, kind: str
 ) -> None:
     path = tmp_path / f"model.{kind}"
@@ -226,7 +226,7 @@ def without_permission(path: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", ["m.safetensors", "m.pt", "m.safetensors.index.json", "folder"])
-def test_what_may_not_be_read_says_so(name: str) -> None:
+def test_files_without_permission_are_refused(name: str) -> None:
     with tempfile.TemporaryDirectory() as place:  # which any user may enter
         Path(place).chmod(0o755)
         path = Path(place) / name
@@ -258,9 +258,7 @@ def test_what_may_not_be_read_says_so(name: str) -> None:
         pytest.param({"__metadata__": WEIGHT}, "__metadata__", id="a name that is taken"),
     ],
 )
-def test_a_source_that_is_no_model_is_refused(
-    client: secateur.Client, source: Any, said: str
-) -> None:
+def test_wrong_sources_are_refused(client: secateur.Client, source: Any, said: str) -> None:
     with pytest.raises(secateur.InvalidStateDict, match=said):
         client.report(source)
 
@@ -301,7 +299,7 @@ STATE_DICT = torch.nn.Linear(3, 4).state_dict()
         pytest.param({"g": STATE_DICT, "d": MODEL}, ["g", "d"], id="several"),
     ],
 )
-def test_a_mapping_of_mappings_is_told_which_part_is_the_state_dict(
+def test_the_error_for_a_mapping_of_mappings_names_the_state_dict(
     tmp_path: Path, state: dict[str, Any], keys: list[str]
 ) -> None:
     """The advice works: of the part itself, and of the key of the file."""
@@ -328,7 +326,7 @@ def test_a_mapping_of_mappings_is_told_which_part_is_the_state_dict(
         (torch.optim.Adam([torch.nn.Parameter(WEIGHT)]).state_dict(), "state: dict is"),
     ],
 )
-def test_a_mapping_of_more_than_tensors_is_told_what_to_pass(
+def test_the_error_for_a_mapping_of_more_than_tensors_has_advice(
     state: dict[str, Any], said: str
 ) -> None:
     advice = "not a tensor or an array; pass a mapping of tensors or arrays alone, such as module"

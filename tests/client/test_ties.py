@@ -316,7 +316,7 @@ def test_finalize_is_as_prune_remove(served: Served, root: Path, names: tuple[st
         assert_same_models(loaded(final.state_dict()), want)
 
 
-def test_what_torch_pruned_is_pruned_further_as_one(served: Served) -> None:
+def test_a_tied_tensor_that_torch_pruned_is_pruned_further_as_one(served: Served) -> None:
     model = Language()
     served.client.prune(model, secateur.l1_unstructured(HEAD, 0.5)).apply_to(model)
     result = served.client.prune(model, secateur.l1_unstructured(EMBED, 0.5))
@@ -395,7 +395,7 @@ def test_the_pair_of_a_tied_tensor_is_read_again(served: Served, source: Any, ro
     assert_same_models(loaded(final.state_dict()), pruned_by_torch(0.5, EMBED))
 
 
-def test_a_name_that_is_absent_from_an_index_stays_absent(served: Served, root: Path) -> None:
+def test_a_name_that_an_index_lacks_is_not_added(served: Served, root: Path) -> None:
     folder = root / "untied"
     folder.mkdir()
     save_file({EMBED: distinct((40, 8))}, folder / "a.safetensors", metadata={"format": "pt"})
@@ -411,7 +411,7 @@ def test_a_name_that_is_absent_from_an_index_stays_absent(served: Served, root: 
         assert file.metadata() == {"format": "pt"}
 
 
-# What is a tie, and what is not ----------------------------------------------------------------
+# Ties, and what looks like one ------------------------------------------------------------------
 
 WEIGHT = distinct((6, 8))
 OVERLAPS: dict[str, tuple[Any, Any]] = {
@@ -473,14 +473,14 @@ def test_an_array_on_the_memory_of_a_tensor_is_the_same_tensor(client: secateur.
         assert torch.equal(found["b"], tensor)
 
 
-def test_buffers_that_are_one_stay_one(client: secateur.Client) -> None:
+def test_tied_buffers_are_one_object_in_the_result(client: secateur.Client) -> None:
     positions = torch.arange(4)
     found = client.finalize({"a": positions, "w": WEIGHT, "b": positions}).state_dict()
     assert found["a"] is found["b"]
     assert torch.equal(found["b"], positions)
 
 
-def test_one_mask_of_two_weights_is_no_tie(client: secateur.Client) -> None:
+def test_one_mask_of_two_weights_is_not_a_tie(client: secateur.Client) -> None:
     mask = (distinct((6, 8)) > 0).float()
     weights = {"a": distinct((6, 8), seed=1), "b": distinct((6, 8), seed=2)}
     pairs = {f"{n}_orig": w for n, w in weights.items()} | {f"{n}_mask": mask for n in weights}
@@ -526,7 +526,7 @@ BESIDE_PAIRS: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {
 
 
 @pytest.mark.parametrize(("model", "want"), BESIDE_PAIRS.values(), ids=BESIDE_PAIRS)
-def test_what_shares_memory_with_a_pair_is_not_lost(
+def test_tensors_that_share_memory_with_a_pair_are_not_lost(
     client: secateur.Client, model: dict[str, Tensor], want: dict[str, Tensor]
 ) -> None:
     found = client.finalize(model).state_dict()
@@ -551,7 +551,7 @@ def test_a_name_that_the_pair_of_a_tied_weight_needs_is_refused(
         client.finalize(model)
 
 
-def test_a_buffer_is_no_half_of_a_tied_pair(client: secateur.Client) -> None:
+def test_a_buffer_is_not_half_of_a_tied_pair(client: secateur.Client) -> None:
     model = nn.Module()
     model.register_parameter("attn", nn.Parameter(WEIGHT.clone()))
     model.register_parameter("again", model.get_parameter("attn"))
@@ -580,7 +580,9 @@ def test_a_mask_of_another_buffer_is_refused(client: secateur.Client) -> None:
         result.apply_to(model)
 
 
-def test_metadata_that_names_no_tensor_is_no_tie(client: secateur.Client, tmp_path: Path) -> None:
+def test_metadata_without_the_name_of_a_tensor_is_not_a_tie(
+    client: secateur.Client, tmp_path: Path
+) -> None:
     path = tmp_path / "model.safetensors"
     metadata = {"format": "pt", "w": "v", "note": "w2"}
     save_file({"w": WEIGHT, "v": distinct((3, 3))}, path, metadata=metadata)

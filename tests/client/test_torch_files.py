@@ -1,4 +1,4 @@
-"""Files of torch.save: the state_dict is found, and everything else comes back as it was."""
+"""Files of torch.save: the state_dict is found, and all other content is kept."""
 
 import re
 import warnings
@@ -106,7 +106,7 @@ def expected_of(layout: Layout, state_dict: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_the_state_dict_is_found_and_the_rest_comes_back(
+def test_the_state_dict_is_found_and_the_rest_is_kept(
     client: secateur.Client, tmp_path: Path, name: str
 ) -> None:
     layout, (model, _) = LAYOUTS[name], trained()
@@ -168,7 +168,7 @@ NESTED = {"encoder": {"weight": SD["w"]}, "decoder": {"weight": SD["w"] + 1}}
         pytest.param(module(), ["torch.nn", "torch.save(model.state_dict()"], id="module"),
     ],
 )
-def test_what_has_no_single_state_dict_says_what_it_holds(
+def test_the_error_for_a_file_without_a_single_state_dict_lists_its_content(
     client: secateur.Client, tmp_path: Path, content: Any, said: list[str]
 ) -> None:
     path = tmp_path / "model.pt"
@@ -200,7 +200,7 @@ def test_a_torchscript_file_is_refused_with_advice(
 
 
 @pytest.mark.parametrize("key", ["ema", "encoder.part"])
-def test_a_key_chooses_and_the_other_stays_as_it_was(
+def test_a_key_chooses_and_the_other_is_kept_as_it_was(
     client: secateur.Client, tmp_path: Path, key: str
 ) -> None:
     content = {**EMA, "encoder": {"part": {"w": SD["w"] + 2}, "layers": 2}}
@@ -266,7 +266,7 @@ def test_every_command_takes_a_key(
         ("in.safetensors", "model", "only a torch file has keys"),
         (SD, "model", "only a local torch file has keys, not dict"),
         (torch.nn.Linear(2, 2), "model", "not Linear"),
-        ("file:///in.pt", "model", "not what a server has"),
+        ("file:///in.pt", "model", "not a model on the server"),
     ],
 )
 def test_a_key_that_names_no_state_dict_is_refused(
@@ -279,7 +279,9 @@ def test_a_key_that_names_no_state_dict_is_refused(
         client.report(tmp_path / source if is_name else source, key=key)
 
 
-def test_what_safetensors_cannot_hold_is_named(client: secateur.Client, tmp_path: Path) -> None:
+def test_entries_that_safetensors_cannot_hold_are_named(
+    client: secateur.Client, tmp_path: Path
+) -> None:
     path, out = tmp_path / "in.ckpt", tmp_path / "out.safetensors"
     torch.save({"run": {"net": SD, "step": 7}, "optimizer": {"state": {}}}, path)
     result = client.prune(path, secateur.l1_unstructured("w", 2))

@@ -163,9 +163,7 @@ def test_coverage_is_of_weights_and_counted(client: secateur.Client) -> None:
         secateur.select("*weight*", 0.5, guard_rails=RAILS(keep_last=True, exclude="lstm.*ih*")),
     ],
 )
-def test_what_the_caller_left_out_is_not_missed(
-    client: secateur.Client, spec: secateur.Spec
-) -> None:
+def test_excluded_tensors_are_not_missed(client: secateur.Client, spec: secateur.Spec) -> None:
     net = Net(fc=nn.Linear(30, 2), lstm=nn.LSTM(20, 30))
     assert "SMALL_COVERAGE" not in said(client, net, spec)
 
@@ -217,13 +215,13 @@ def test_many_layers_are_counted(client: secateur.Client) -> None:
         ),
     ],
 )
-def test_what_was_asked_to_be_zero_or_was(
+def test_tensors_that_were_zero_or_were_meant_to_be(
     client: secateur.Client, model: Mapping[str, Tensor], spec: secateur.Spec
 ) -> None:
     assert "WHOLLY_ZERO" not in said(client, model, spec)
 
 
-def test_what_was_wholly_pruned_before_is_not_said_again(client: secateur.Client) -> None:
+def test_tensors_that_were_wholly_pruned_before_have_no_warning(client: secateur.Client) -> None:
     spec = secateur.global_structured("*.weight", 8, n=2, dim=0)
     pairs = client.prune(uneven(), spec).state_dict("reparametrized")
     assert "WHOLLY_ZERO" not in said(client, pairs, secateur.l1_unstructured("*", 0.5))
@@ -307,7 +305,7 @@ def test_scales_of_quantized_layers(client: secateur.Client, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["upscale.weight", "scaler.weight", "scale_proj", "q.rescale_w"])
-def test_other_names_are_no_scales(client: secateur.Client, name: str) -> None:
+def test_other_names_are_not_scales(client: secateur.Client, name: str) -> None:
     assert said(client, {name: distinct((8, 8))}, secateur.l1_unstructured("*", 0.5)) == {}
 
 
@@ -343,7 +341,7 @@ def test_statistics_of_norms_that_a_glob_takes(client: secateur.Client) -> None:
     assert not {"bn.bias", "conv.weight", "conv.bias"} & set(warning.tensors)
 
 
-def test_norms_that_are_meant(client: secateur.Client) -> None:
+def test_norms_that_are_named(client: secateur.Client) -> None:
     net = with_norms(1e-3)
     channels = secateur.group("c", secateur.member("conv.weight"), secateur.member("bn.weight"))
     for spec in (

@@ -1,4 +1,4 @@
-"""Whatever a caller gives as any argument, what is raised is a SecateurError.
+"""Every wrong argument raises a SecateurError.
 
 TypeError is left to calls that no signature takes.
 """
@@ -130,7 +130,7 @@ FUNCTIONS: dict[Callable[..., Any], dict[str, Any]] = {
 
 
 def problem_of(call: Callable[[], object]) -> str | None:
-    """What is wrong with what is raised: it is not ours, or not a line that a person can read."""
+    """Says why a raised error is wrong: not a SecateurError, or not one line."""
     try:
         call()
     except secateur.SecateurError as error:
@@ -142,7 +142,7 @@ def problem_of(call: Callable[[], object]) -> str | None:
 
 
 def problems(call: Callable[[Any], object], what: str) -> dict[str, str]:
-    """What is wrong with what is raised for each wrong value."""
+    """As `problem_of`, for each wrong value."""
     found = {f"{what}: {kind}": problem_of(lambda: call(wrong)) for kind, wrong in WRONG.items()}  # noqa: B023
     return {kind: problem for kind, problem in found.items() if problem}
 
@@ -164,14 +164,16 @@ def test_functions(function: Callable[..., Any], valid: dict[str, Any]) -> None:
     assert problems_of(function, valid) == {}
 
 
-def test_what_torch_takes_is_one_short_line() -> None:
+def test_torchs_own_arguments_are_one_short_line() -> None:
     model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(20)))
     calls: list[Callable[[], object]] = [
         lambda: secateur.l1_unstructured(model, "weight", 0.5),  # type: ignore[arg-type]
         lambda: secateur.global_unstructured([(model, "weight")], 0.5),  # type: ignore[list-item]
     ]
     for call in calls:
-        with pytest.raises(secateur.InvalidSpec, match=r"model goes to client\.prune$") as raised:
+        with pytest.raises(
+            secateur.InvalidSpec, match=r"pass the model to client\.prune$"
+        ) as raised:
             call()
         assert len(str(raised.value)) < 200
         assert "give names such as 'fc.weight'" in str(raised.value)
@@ -329,7 +331,7 @@ def test_commands(
     capsys: pytest.CaptureFixture[str],
     command: list[str],
 ) -> None:
-    """Each fails with one line, and leaves nothing behind."""
+    """Each fails with one line, and writes no file."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SECATEUR_SERVER", server.address)
     save_file(MODEL, "model.safetensors")

@@ -132,7 +132,11 @@ def _has_twins(file: bytes) -> bool:
 def plain(tensors: Mapping[str, WireTensor]) -> Plain:
     """Tensors as `in_library` returns them."""
     return {
-        name: (tensor.dtype, list(tensor.shape), tensor.data.numpy().tobytes())
+        name: (
+            tensor.dtype,
+            list(tensor.shape),
+            tensor.data.reshape(-1).view(torch.uint8).numpy().tobytes(),
+        )
         for name, tensor in tensors.items()
     }
 

@@ -35,7 +35,7 @@ def check_known(message: Message, has_other_fields: bool) -> None:
         return
     if has_other_fields or "header" not in message.DESCRIPTOR.fields_by_name:
         _check_parts(message, "")
-    else:
+    elif message.HasField("header"):  # to discard fields of one that is not set would set it
         # Only the header: copies of the data, which has no fields, would take time.
         _check_parts(message.header, "header")  # type: ignore[attr-defined]
 

@@ -1,0 +1,91 @@
+"""Fits a spec to the model that it is to prune, and encodes it."""
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+
+from secateur.errors import InvalidSpec
+from secateur.model import Source
+from secateur.others import check_names
+from secateur.spec import Arrays, Rule, Spec, local_array
+from secateur.tensors import LocalTensor
+from secateur_proto import spec_pb2 as pb
+
+
+def encode_spec(given: Any, model: Source) -> tuple[pb.PruningSpec, dict[str, LocalTensor]]:
+    """Encodes a spec as Spec.encode does.
+
+    Args:
+        given: A caller's spec.
+        model: What it is to prune.
+
+    Raises:
+        InvalidSpec: It is not a spec, names an entry that is not sent, or has an array that cannot
+            be sent.
+    """
+    if not isinstance(given, Spec):
+        raise InvalidSpec(f"a spec is what secateur's methods make, not {type(given).__name__}")
+    spec = given
+    for index, rule in enumerate(spec.rules):
+        check_names(f"rules[{index}]", _names(rule), model.others)
+    if model.other_names:
+        spec = Spec(tuple(_fitted(rule, model) for rule in spec.rules))
+    return spec.encode(model.tensors)
+
+
+def _names(rule: Rule) -> set[str]:
+    """The names and globs of the tensors that a rule prunes, or ranks by."""
+    selection = rule.message.selection
+    members = {member.tensor for group in selection.groups for member in group.members}
+    scales = {*selection.scales, *selection.scales.values()}
+    return {*rule.arrays, *selection.tensors, *scales, *members}
+
+
+def _fitted(rule: Rule, model: Source) -> Rule:
+    """The rule for a model with tied tensors: the server knows one by its first name alone."""
+    message = pb.Rule()
+    message.CopyFrom(rule.message)
+    if message.selection.guard_rails.keep_first or message.selection.guard_rails.keep_last:
+        _name_ends(message.selection, model.tied_names())
+    return Rule(message, _shared(rule.arrays, model.other_names))
+
+
+def _name_ends(selection: pb.Selection, names: Mapping[str, str]) -> None:
+    """Replaces `keep_first` and `keep_last` by the names of the tensors that they keep.
+
+    The last layer of a model may share the weight of the first one.
+
+    Args:
+        selection: Of a rule.
+        names: From every name of a tensor, in the state_dict's order, to the tensor's.
+    """
+    rails = selection.guard_rails
+    matched = {known for pattern in selection.tensors for known in _known(pattern, names)}
+    if ordered := [name for known, name in names.items() if known in matched]:
+        rails.exclude.extend(ordered[:1] * rails.keep_first + ordered[-1:] * rails.keep_last)
+        rails.keep_first = rails.keep_last = False
+
+
+def _known(pattern: str, names: Mapping[str, str]) -> list[str]:
+    """The names that a name or a glob matches."""
+    return [pattern] if pattern in names else [n for n in names if fnmatchcase(n, pattern)]
+
+
+def _shared(arrays: Arrays, other_names: Mapping[str, str]) -> Arrays:
+    """Makes equal arrays under several names of a tied tensor one array.
+
+    The server compares arrays by their names alone, and would refuse two for one tensor.
+    """
+    first: dict[str, Any] = {}
+    shared = {}
+    for name, array in arrays.items():
+        known = first.setdefault(other_names.get(name, name), array)
+        shared[name] = known if known is array or _are_equal(name, known, array) else array
+    return shared
+
+
+def _are_equal(name: str, one: Any, other: Any) -> bool:
+    a, b = local_array(name, one), local_array(name, other)
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and np.array_equal(a.read(), b.read())

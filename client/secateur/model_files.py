@@ -1,0 +1,121 @@
+"""Reads a model, or masks, from a file, a folder, or an index of shards."""
+
+import mmap
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from secateur.entries import from_mapping
+from secateur.errors import InvalidStateDict
+from secateur.file_kinds import open_reason, safetensors_reason
+from secateur.folders import find_folder
+from secateur.model import Source, has_torch
+from secateur.shards import Index, read_shards
+from secateur.tensor_file import parse_file
+from secateur.tensors import LocalTensor, dtype_of
+from secateur.ties import untie
+from secateur.torch_files import KNOWN_SUFFIXES, TORCH_SUFFIXES, read_torch_file
+from secateur_proto.index import SUFFIX
+from secateur_proto.ties import write_ties
+
+# In the metadata of a file of masks: JSON, from names to shapes.
+MASK_SHAPES = "secateur.mask_shapes"
+
+
+def read_path(path: Path, key: str | None = None) -> Source:
+    """Reads a file, a folder, or an index of shards.
+
+    Args:
+        path: It exists, or does not.
+        key: The dotted path to the state_dict in a file of torch.save.
+
+    Raises:
+        InvalidStateDict: It cannot be read.
+    """
+    if path.is_dir():
+        folder = find_folder(path)
+        return replace(read_path(folder.model, key), folder=folder)
+    if path.suffix in TORCH_SUFFIXES:
+        file = read_torch_file(path, key)
+        return replace(from_mapping(file.state_dict), torch_file=file)
+    if key is not None:
+        raise InvalidStateDict(f"key={key!r}: only a torch file has keys, not {path}")
+    if path.name.endswith(SUFFIX):
+        return _from_index(path)
+    if path.suffix != ".safetensors":
+        hint = f"; of a checkpoint give what client.checkpoint({str(path)!r}) returns"
+        known = f"unknown suffix {path.suffix!r}; known are {KNOWN_SUFFIXES}, {SUFFIX} and folders"
+        reason = known if path.exists() else "No such file or directory"
+        raise InvalidStateDict(
+            f"{path}: {reason}{hint if str(path).startswith('checkpoints/') else ''}"
+        )
+    return _from_files(*_untied(*_map_file(path)), (path,))
+
+
+def _from_files(
+    tensors: Mapping[str, LocalTensor],
+    metadata: Mapping[str, str],
+    paths: tuple[Path, ...],
+    index: Index | None = None,
+) -> Source:
+    order = tuple(tensors)
+    return Source(tensors, frozenset(order), has_torch(), metadata, paths, index=index, order=order)
+
+
+def _untied(
+    tensors: dict[str, LocalTensor], metadata: dict[str, str]
+) -> tuple[dict[str, LocalTensor], dict[str, str]]:
+    """The tensors of a file, each under one name, and its metadata, with the other names."""
+    tensors, ties = untie(tensors, {k: v for k, v in metadata.items() if k not in tensors})
+    return tensors, write_ties(metadata, ties)
+
+
+def _from_index(path: Path) -> Source:
+    tensors, index = read_shards(path, _shard)
+    names = dict.fromkeys(index.files.values())
+    paths = () if index.is_torch else (*(path.with_name(name) for name in names), path)
+    return _from_files(*_untied(tensors, index.of_one_file()), paths, index)
+
+
+def _shard(path: Path) -> tuple[dict[str, LocalTensor], dict[str, str]]:
+    if path.suffix not in TORCH_SUFFIXES:
+        return _map_file(path)
+    source = from_mapping(read_torch_file(path).state_dict)
+    for name, value in source.others.items():
+        raise InvalidStateDict(
+            f"{path}: {name} is {dtype_of(value)}, for which safetensors has no dtype; "
+            "give the model as one file"
+        )
+    return dict(source.tensors), dict(source.metadata)
+
+
+def map_bytes(path: Path) -> memoryview:
+    """Maps a file into memory.
+
+    Raises:
+        InvalidStateDict: It cannot be mapped.
+    """
+    try:
+        with path.open("rb") as file:
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except (OSError, ValueError) as error:  # ValueError: an empty file
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidStateDict(f"{path}: {reason}") from None
+
+
+def _map_file(path: Path) -> tuple[dict[str, LocalTensor], dict[str, str]]:
+    """Maps the tensors of a file that the safetensors library finds valid."""
+    from safetensors import SafetensorError, safe_open
+
+    if reason := open_reason(path):
+        raise InvalidStateDict(f"{path}: {reason}")
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or safetensors_reason(path, error)
+        raise InvalidStateDict(f"{path}: {reason}") from None
+    try:
+        return parse_file(map_bytes(path))
+    except InvalidStateDict as error:
+        raise InvalidStateDict(f"{path}: {error}") from None
