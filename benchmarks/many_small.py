@@ -34,9 +34,9 @@ def measure(server: Server) -> dict[str, float]:
 def calls(client: secateur.Client, model: Model) -> dict[str, Callable[[], Any]]:
     """What is measured, by its name in the table."""
     each = secateur.l1_unstructured("*", AMOUNT)
-    split_by_scope = secateur.global_unstructured("*", AMOUNT)
+    together = secateur.global_unstructured("*", AMOUNT)
     lamp = secateur.lamp("*", AMOUNT)
-    specs = {"each tensor": each, "global": split_by_scope, "LAMP": lamp}
+    specs = {"each tensor": each, "global": together, "LAMP": lamp}
     prunes = {
         f"prune, {name}": lambda spec=spec: client.prune(model, spec, progress=False).masks
         for name, spec in specs.items()

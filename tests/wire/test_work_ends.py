@@ -79,7 +79,8 @@ def work(context: RequestContext, name: str, is_plan: bool) -> None:
         covered = [PARAMETERS[name] for name in rules[0].tensors]
         weights = [parameter.weight for parameter in covered]
         pruned_before = [parameter.count_pruned(context) for parameter in covered]
-        encode_plan(context, outcomes, rules[0].tensors, weights, pruned_before)
+        for _ in encode_plan(context, outcomes, rules[0].tensors, weights, pruned_before):
+            pass
         return
     pruned, choices = prune(context, PARAMETERS, rules, {})
     report = encode_report(context, measure_tensors(context, pruned), CATALOG, "", "", choices)
