@@ -256,7 +256,7 @@ def test_a_total_above_what_rails_let_go_says_which_and_by_how_much() -> None:
     message = str(caught.value)
     assert caught.value.field == "rule.count"
     assert all(part in message for part in (NAMES[0], NAMES[1], "max_sparsity", "keep_at_least"))
-    assert re.search(r"\b9 units .*\b7 at most, 2 too few", message)
+    assert re.search(r"\b9 units: .*\b7 at most, 2 too few", message)
 
 
 def test_a_total_below_what_rails_make_go_says_which_and_by_how_much() -> None:
@@ -268,11 +268,11 @@ def test_a_total_below_what_rails_make_go_says_which_and_by_how_much() -> None:
     assert caught.value.field == "rule.fraction"
     assert NAMES[1] in message
     assert NAMES[0] not in message
-    assert re.search(r"\b2 units .*\b5 at least, 3 too many.*min_sparsity", message)
+    assert re.search(r"\b2 units: .*\b5 at least, 3 too many.*min_sparsity", message)
 
 
 def test_bytes_that_rails_forbid_are_named() -> None:
-    with pytest.raises(AmountOutOfRange, match=r"40 bytes .*\b20 at most, 20 too few") as caught:
+    with pytest.raises(AmountOutOfRange, match=r"40 bytes: .*\b20 at most, 20 too few") as caught:
         guarded(of_shape((10,)), Bytes(0), (Rail("a", (NAMES[0],), max_sparsity=0.5),))
     assert caught.value.field == "rule.bytes"
 
