@@ -47,7 +47,9 @@ class Block:
         """
         shape = tuple(selection.block.shape)
         if not any(shape):
-            raise InvalidSpec(f"{path}.block.shape", "at least one length must not be 0")
+            raise InvalidSpec(
+                f"{path}.block.shape", "all lengths are 0; give at least one that is not 0"
+            )
         return cls(shape, selection.block.as_matrix)
 
     def check(self, path: str, name: str, shape: Sequence[int]) -> None:

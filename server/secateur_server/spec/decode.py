@@ -233,7 +233,7 @@ def _group(context: RequestContext, group: pb.Group, index: int, path: str) -> G
 def _member(context: RequestContext, member: pb.Member, path: str) -> Member:
     if member.indices and (member.offset or member.stride):
         raise InvalidSpec(
-            f"{path}.indices", "cannot be used with offset or stride; send one or the other"
+            f"{path}.indices", "cannot be used with offset and stride; send one or the other"
         )
     return Member(
         path=path,
