@@ -30,6 +30,7 @@ from secateur_server.cut.prune import prune
 from secateur_server.granularity.element import Element
 from secateur_server.importance.magnitude import Magnitude
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.amounts import Fraction
 from secateur_server.spec.rules import Selection
 from secateur_server.state_dict.parameter import Parameter
 
@@ -104,7 +105,7 @@ def _sides(millions: int) -> dict[str, Any]:
 
 def _prune(model: Model) -> dict[str, Parameter]:
     parameters = {name: Parameter(weight) for name, weight in model.items()}
-    rule = Selection("rule", tuple(model), Magnitude(), Element(), "global", AMOUNT, {})
+    rule = Selection("rule", tuple(model), Magnitude(), Element(), "global", Fraction(AMOUNT), {})
     return prune(RequestContext(), parameters, [rule], {})[0]
 
 

@@ -12,8 +12,9 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from secateur_server.api.checkpoints import Checkpoints, add_checkpoints
-from secateur_server.api.pruner import Pruner, add_pruner
+from secateur_server.api.checkpoints import Checkpoints
+from secateur_server.api.handlers import add_checkpoints, add_pruner
+from secateur_server.api.pruner import Pruner
 from secateur_server.backends import backend_for
 from secateur_server.backends.cores import one_thread, start_threads
 from secateur_server.backends.threads import Pool

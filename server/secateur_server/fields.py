@@ -1,4 +1,4 @@
-"""Checks of the fields of a request."""
+"""Checks fields of a request as they are read."""
 
 from collections.abc import Sized
 
@@ -8,40 +8,49 @@ from secateur_server.errors import AmountOutOfRange, InvalidSpec
 
 
 def chosen(message: Message, oneof: str, path: str) -> str:
-    """The name of the field of a oneof that is set.
+    """Returns the name of the field that is set in a oneof.
 
     Args:
         message: With the oneof.
         oneof: Its name.
         path: The path of the message in the request.
 
+    Returns:
+        The name of the field.
+
     Raises:
-        InvalidSpec: None of its fields is set.
+        InvalidSpec: No field is set.
     """
     name: str | None = message.WhichOneof(oneof)
     if name is None:
         fields = message.DESCRIPTOR.oneofs_by_name[oneof].fields
         choices = " or ".join(field.name for field in fields)
-        raise InvalidSpec(f"{path}.{oneof}", f"{choices} is needed")
+        raise InvalidSpec(f"{path}.{oneof}", f"is not set; set {choices}")
     return name
 
 
 def check_length(field: str, items: Sized, most: int, what: str) -> None:
     """Refuses a list that is longer than a documented limit, before any work on it.
 
+    Args:
+        field: The path of the list.
+        items: The list.
+        most: The limit.
+        what: The name of the items.
+
     Raises:
-        InvalidSpec: It names the field and the limit.
+        InvalidSpec: The list is longer.
     """
     if len(items) > most:
-        raise InvalidSpec(field, f"{len(items)} {what} are more than {most}; give fewer")
+        raise InvalidSpec(field, f"{len(items)} {what} are more than {most}; send fewer")
 
 
 def fraction_of(value: float, field: str) -> float:
-    """A fraction.
+    """Returns a fraction.
 
     Raises:
         AmountOutOfRange: It is outside [0, 1].
     """
     if not 0.0 <= value <= 1.0:
-        raise AmountOutOfRange(field, f"{value} is not in [0, 1]")
+        raise AmountOutOfRange(field, f"{value} is outside [0, 1]")
     return value

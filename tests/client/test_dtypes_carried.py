@@ -384,7 +384,7 @@ def test_a_mask_or_scores_of_another_dtype_are_told_their_dtype(
             continue
         wire = as_safetensors_writes(given)
         assert wire is not None
-        said = f"dtype {wire['dtype']} is not allowed; {what} may be .*F64"
+        said = f"has dtype {wire['dtype']}; {what} may be .*F64"
         with pytest.raises(secateur.InvalidSpec, match=said):
             client.prune(SHAPED, spec)
 

@@ -201,7 +201,9 @@ def test_sensitivity_without_matrices(client: secateur.Client) -> None:
     many = {f"b{i}": np.ones(3) for i in range(5)}
     with pytest.raises(InvalidSpec, match=r"there are: b0, b1, b2 and 2 more$"):
         client.sensitivity(many)
-    with pytest.raises(InvalidSpec, match=r"'xyz' .*; there are: 'b0', 'b1', 'b2' and 2 more$"):
+    with pytest.raises(
+        InvalidSpec, match=r"'xyz' .*; the tensors are: 'b0', 'b1', 'b2' and 2 more$"
+    ):
         client.sensitivity(many, "xyz")
     with pytest.raises(InvalidSpec, match="integers by their exact names; no floating tensor"):
         client.sensitivity({"steps": np.array([[1, 2]])})

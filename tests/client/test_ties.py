@@ -538,7 +538,7 @@ def test_a_weight_that_is_tied_to_its_own_pair_is_refused(
     client: secateur.Client, names: tuple[str, ...]
 ) -> None:
     model = {**dict.fromkeys(names, WEIGHT), "w_mask": MASK}
-    with pytest.raises(secateur.InvalidStateDict, match="beside its pair"):
+    with pytest.raises(secateur.InvalidStateDict, match="also has its pair"):
         client.finalize(model)
 
 

@@ -293,7 +293,7 @@ def test_the_name_of_a_file_is_no_path_anywhere(
     found = failure(lambda: made.append(send_upload(channel, requests)))
     if "/" in name or "\0" in name or name in (".", "..") or len(name.encode()) > 255:
         check_invalid(
-            found, INVALID_REQUEST, "header.files[0].file.filename", ["no name of a file"]
+            found, INVALID_REQUEST, "header.files[0].file.filename", ["not the name of a file"]
         )
         return
     assert found is None

@@ -26,11 +26,12 @@ from secateur_server.api.stream import open_request
 from secateur_server.cut.plan import plan
 from secateur_server.cut.prune import prune
 from secateur_server.errors import MalformedFile, RequestError
+from secateur_server.report.tensors import measure_tensors
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.decode import decode_spec
 from secateur_server.spec.resolve import resolve
 from secateur_server.spec.rules import Selection
-from secateur_server.state_dict.model import values_of, without_extras
+from secateur_server.state_dict.state_dict import values_of, without_extras
 from secateur_server.wire.header import Header
 from secateur_server.wire.index import read_index
 from secateur_server.wire.mapped import MappedFile, map_header, map_tensors
@@ -273,7 +274,14 @@ def spec(data: bytes) -> None:
         model.fill(RequestContext(), tensors, beside, {})
         pruned, outcomes = prune(RequestContext(), dict(model.parameters), resolved, model.extras)
         _check_counts(
-            encode_report(RequestContext(), pruned.items(), model.catalog, "", "", outcomes)
+            encode_report(
+                RequestContext(),
+                measure_tensors(RequestContext(), pruned),
+                model.catalog,
+                "",
+                "",
+                outcomes,
+            )
         )
         if isinstance(last := resolved[-1], Selection):
             before, _ = prune(RequestContext(), dict(model.parameters), resolved[:-1], model.extras)

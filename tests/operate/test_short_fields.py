@@ -19,7 +19,8 @@ from secateur_server.operate import decode, unknown_fields
 from secateur_server.operate.decode import MAX_SHORT_FIELDS, SHORT_BYTES, decoded
 from secateur_server.runtime.context import RequestContext
 from secateur_server.runtime.scheduler import MAX_MESSAGE_BYTES
-from secateur_server.spec.decode import MOST_ENTRIES, MOST_GROUPS
+from secateur_server.spec.amounts import MOST_ENTRIES
+from secateur_server.spec.decode import MOST_GROUPS
 from tests.conftest import RunningServer
 from tests.contract.raw import TIMEOUT, check_serves, failure
 

@@ -16,6 +16,7 @@ from secateur_server.granularity.element import Element
 from secateur_server.granularity.group import Group, Member
 from secateur_server.importance.magnitude import Magnitude
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec import amounts
 from secateur_server.spec.resolve import resolve
 from secateur_server.spec.rules import Selection
 from secateur_server.state_dict.catalog import Catalog, Stored, read_catalog
@@ -39,12 +40,12 @@ class Ranked:
     """The units of a tensor: their importances, and which of them are unpruned."""
 
     scores: Sequence[Fraction]
-    alive: Sequence[bool]
+    candidates: Sequence[bool]
 
     @property
     def order(self) -> list[int]:
         """The unpruned ones, the least important first."""
-        living = [i for i, lives in enumerate(self.alive) if lives]
+        living = [i for i, lives in enumerate(self.candidates) if lives]
         return sorted(living, key=lambda i: (self.scores[i], i))
 
 
@@ -103,7 +104,7 @@ def at_cut(ranked: Sequence[Ranked], chosen: Chosen) -> tuple[float | None, int,
 
 def sizes(ranked: Sequence[Ranked]) -> tuple[int, int]:
     """Units in all, and those of them that are unpruned."""
-    return sum(len(r.alive) for r in ranked), sum(len(r.order) for r in ranked)
+    return sum(len(r.candidates) for r in ranked), sum(len(r.order) for r in ranked)
 
 
 def elements(parameter: Parameter) -> Ranked:
@@ -153,10 +154,17 @@ def models(
     }
 
 
+def amount_of(given: Any) -> amounts.Amount:
+    """The amount that a client's float or int is; other amounts as they are."""
+    if isinstance(given, float):
+        return amounts.Fraction(given)
+    return amounts.Count(given) if isinstance(given, int) else given
+
+
 def rule(names: Sequence[str], amount: Any = 0.5, **choices: Any) -> Selection:
     """A resolved rule: elements of all tensors together, but for what `choices` say."""
     given = {"importance": Magnitude(), "granularity": Element(), "scope": "global", **choices}
-    return Selection("rule", tuple(names), amount=amount, **given)
+    return Selection("rule", tuple(names), amount=amount_of(amount), **given)
 
 
 def applied(

@@ -75,15 +75,17 @@ def test_totals_are_shared_out_exactly(
     selection = rule(list(model), amount, of_all=of_all, allocation=allocation)
     masks, (choice,) = applied(model, selection)
     ranked = [elements(parameter) for parameter in model.values()]
-    units, alive = sizes(ranked)
-    count = max(0, round(amount * units) - (units - alive) if of_all else round(amount * alive))
+    units, candidates = sizes(ranked)
+    count = max(
+        0, round(amount * units) - (units - candidates) if of_all else round(amount * candidates)
+    )
     assert choice.requested == choice.pruned == count
     stay = [int(masks[name].sum()) for name in model]
-    assert sum(stay) == alive - count
-    shares = [float(len(r.alive if of_all else r.order)) for r in ranked]
+    assert sum(stay) == candidates - count
+    shares = [float(len(r.candidates if of_all else r.order)) for r in ranked]
     if allocation == "erk":
         shares = [float(sum(parameter.weight.shape)) for parameter in model.values()]
-    assert_rounded(stay, shared(shares, [len(r.order) for r in ranked], alive - count))
+    assert_rounded(stay, shared(shares, [len(r.order) for r in ranked], candidates - count))
     for (name, parameter), of_one in zip(model.items(), ranked, strict=True):
         gone = of_one.order[: len(of_one.order) - int(masks[name].sum())]
         assert torch.equal(masks[name], without(parameter, gone)), name
@@ -123,11 +125,11 @@ def rigl_densities(shapes: list[list[int]], sparsity: float) -> list[float]:
 
 def lamp(ranked: Ranked) -> Ranked:
     """Lee et al. 2021: w_u^2 over the sum of w_v^2 of all v from u on, in ascending order."""
-    scores = [Fraction(0)] * len(ranked.alive)
+    scores = [Fraction(0)] * len(ranked.candidates)
     for place, unit in enumerate(ranked.order):
         rest = sum((ranked.scores[v] ** 2 for v in ranked.order[place:]), Fraction(0))
         scores[unit] = ranked.scores[unit] ** 2 / rest if rest else Fraction(0)
-    return Ranked(scores, ranked.alive)
+    return Ranked(scores, ranked.candidates)
 
 
 @many
@@ -155,8 +157,8 @@ def test_normalized_importances_rank_as_numpy_has_them(
     weights = [p.weight.flatten().double().abs().numpy() for p in model.values()]
     kept = [kept_of(parameter).flatten().numpy() for parameter in model.values()]
     scores = [normalized(w, k, kind) for w, k in zip(weights, kept, strict=True)]
-    alive = np.concatenate([s[k] for s, k in zip(scores, kept, strict=True)])
-    count = data.draw(st.integers(0, len(alive)))
+    candidates = np.concatenate([s[k] for s, k in zip(scores, kept, strict=True)])
+    count = data.draw(st.integers(0, len(candidates)))
     masks, (choice,) = applied(model, rule(list(model), count, normalization=kind))
     going, staying = [], []
     for mask, score, keep in zip(masks.values(), scores, kept, strict=True):
@@ -165,16 +167,20 @@ def test_normalized_importances_rank_as_numpy_has_them(
         staying += score[keep & stays].tolist()
     assert len(going) == choice.pruned == count
     # float32 scores are rounded to float32.
-    slack = 1e-6 * max(1.0, *np.abs(alive)) if len(alive) else 0.0
+    slack = 1e-6 * max(1.0, *np.abs(candidates)) if len(candidates) else 0.0
     assert not going or not staying or max(going) <= min(staying) + slack
     if going:
         assert choice.threshold == pytest.approx(max(going), abs=slack)
 
 
 def normalized(values: Flat, kept: Flat, kind: str) -> Flat:
-    alive = values[kept] if kept.any() else np.zeros(1)
-    shift = alive.mean() if kind == "z_score" else 0.0
-    spreads = {"mean": alive.mean(), "norm": np.linalg.norm(alive), "z_score": alive.std()}
+    candidates = values[kept] if kept.any() else np.zeros(1)
+    shift = candidates.mean() if kind == "z_score" else 0.0
+    spreads = {
+        "mean": candidates.mean(),
+        "norm": np.linalg.norm(candidates),
+        "z_score": candidates.std(),
+    }
     return (values - shift) / (float(spreads[kind]) or 1.0)
 
 

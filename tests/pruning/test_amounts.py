@@ -20,8 +20,9 @@ from secateur_server.granularity.n_m import NM
 from secateur_server.granularity.slice import Slice
 from secateur_server.importance.magnitude import Magnitude
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.amounts import Bytes, Macs, Table, Threshold
 from secateur_server.spec.resolve import resolve
-from secateur_server.spec.rules import Budget, Selection, Table, Threshold
+from secateur_server.spec.rules import Selection
 from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
 from tests.contract import raw
@@ -60,11 +61,13 @@ def test_of_all_that_is_ranked_together_the_lowest_go(
     assert [choice.tensors for choice in choices] == [tuple(names) for names in kinds]
     for names, choice in zip(kinds, choices, strict=True):
         ranked = [elements(model[name]) for name in names]
-        units, alive = sizes(ranked)
-        count = round(amount * units) - (units - alive) if of_all else round(amount * alive)
+        units, candidates = sizes(ranked)
+        count = (
+            round(amount * units) - (units - candidates) if of_all else round(amount * candidates)
+        )
         chosen = choose(ranked, at_least(count))
         assert_lost(model, masks, names, chosen)
-        assert (choice.candidates, choice.requested) == (alive, max(0, count))
+        assert (choice.candidates, choice.requested) == (candidates, max(0, count))
         assert choice.pruned == sum(chosen.counts)
         assert (choice.threshold, choice.ties, choice.ties_pruned) == at_cut(ranked, chosen)
 
@@ -77,7 +80,8 @@ def test_more_units_than_there_are_is_an_error(scope: str, of_all: bool) -> None
     there = (1 if scope == "tensor" else 2) * (4 if of_all else 2)
     masks, _ = applied(model, rule(list(model), there, scope=scope, of_all=of_all))
     assert not any(mask.any() for mask in masks.values())
-    with pytest.raises(AmountOutOfRange, match=rf"{there + 1} is more than the {there} units"):
+    what = rf"{there + 1} is more than the {there} {'' if of_all else 'unpruned '}units"
+    with pytest.raises(AmountOutOfRange, match=what):
         applied(model, rule(list(model), there + 1, scope=scope, of_all=of_all))
 
 
@@ -160,7 +164,7 @@ def test_as_few_elements_go_as_leave_so_many_bytes(
     def fits(counts: list[int]) -> bool:
         return there - sum(c * n for c, n in zip(costs, counts, strict=True)) <= target
 
-    masks, (choice,) = applied(model, rule(list(model), Budget(target)))
+    masks, (choice,) = applied(model, rule(list(model), Bytes(target)))
     chosen = choose(ranked, fits)
     assert_lost(model, masks, list(model), chosen)
     assert choice.requested == choice.pruned == sum(chosen.counts)
@@ -185,7 +189,7 @@ def test_as_few_slices_go_as_leave_so_many_operations(
 
     per_unit = {name: float(cost) for name, cost in zip(model, costs, strict=False)}
     masks, (choice,) = applied(
-        model, rule(list(model), Budget(target, per_unit), granularity=Slice(0), importance=L1)
+        model, rule(list(model), Macs(target, per_unit), granularity=Slice(0), importance=L1)
     )
     chosen = choose(ranked, fits)
     assert choice.requested == choice.pruned == sum(chosen.counts)
@@ -206,13 +210,13 @@ def slices(parameter: Parameter, dim: int, p: int) -> Ranked:
 def units_of(parameter: Parameter, unit: Flat, p: int) -> Ranked:
     """Units by the mean of |w|^p, what is pruned counts as 0.  unit: of each element."""
     flat, kept = unit.reshape(-1).tolist(), kept_of(parameter).flatten().tolist()
-    sums, sizes, alive = ([0] * (max(flat) + 1) for _ in range(3))
+    sums, sizes, candidates = ([0] * (max(flat) + 1) for _ in range(3))
     for at, size, keep in zip(flat, elements(parameter).scores, kept, strict=True):
         sums[at] += size**p if keep else Fraction(0)
         sizes[at] += 1
-        alive[at] |= keep
+        candidates[at] |= keep
     means = [Fraction(total) / size for total, size in zip(sums, sizes, strict=True)]
-    return Ranked(means, [bool(lives) for lives in alive])
+    return Ranked(means, [bool(lives) for lives in candidates])
 
 
 # Their means are rounded alike: between float64 and the others a third is not a tie.
@@ -302,7 +306,7 @@ def surplus_of(parameter: Parameter, n: int, m: int, dim: int) -> list[tuple[lis
     for line in np.ndindex(moved.shape[:-1]):
         for first in range(0, shape[dim], m):
             group = moved[line][first : first + m].tolist()
-            living = sorted((ranked.scores[i], i) for i in group if ranked.alive[i])
+            living = sorted((ranked.scores[i], i) for i in group if ranked.candidates[i])
             goes = living[: max(0, len(living) - n)]
             mean = sum((s for s, _ in goes), Fraction(0)) / max(1, len(goes))
             # Units are in the order of the grid, in which the groups lie along dim.
@@ -341,15 +345,15 @@ def test_the_first_entry_of_a_table_that_matches_counts() -> None:
             "table.entries[1].tensors",
             UnknownTensor,
         ),
-        (Budget(1, {"conv1.weight": 1.0}), {}, "macs.per_unit", InvalidSpec),
+        (Macs(1, {"conv1.weight": 1.0}), {}, "macs.per_unit", InvalidSpec),
         (
-            Budget(1, {**dict.fromkeys(NAMED, 1.0), "x": 1.0}),
+            Macs(1, {**dict.fromkeys(NAMED, 1.0), "x": 1.0}),
             {},
             "macs.per_unit['x']",
             UnknownTensor,
         ),
-        (Budget(1), {"granularity": NM(2, 4, 1)}, "bytes", AmountOutOfRange),
-        (Budget(1), {"granularity": Block((2, 4), as_matrix=True)}, "bytes", AmountOutOfRange),
+        (Bytes(1), {"granularity": NM(2, 4, 1)}, "bytes", AmountOutOfRange),
+        (Bytes(1), {"granularity": Block((2, 4), as_matrix=True)}, "bytes", AmountOutOfRange),
     ],
 )
 def test_amounts_that_do_not_fit_the_tensors_are_an_error(
@@ -361,7 +365,7 @@ def test_amounts_that_do_not_fit_the_tensors_are_an_error(
 
 
 def test_blocks_that_divide_their_tensors_have_bytes() -> None:
-    found = resolved_rule(Budget(100), granularity=Block((3, 2), as_matrix=True))
+    found = resolved_rule(Bytes(100), granularity=Block((3, 2), as_matrix=True))
     masks, (choice,) = applied(NAMED, found)
     assert choice.pruned == 2  # of 6 blocks of 24 bytes
     assert sum(int(mask.sum()) for mask in masks.values()) * 4 == 96

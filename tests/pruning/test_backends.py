@@ -23,6 +23,7 @@ from secateur_server.importance.magnitude import Magnitude
 from secateur_server.importance.random import Random
 from secateur_server.report.measure import measure
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.amounts import Fraction
 from secateur_server.spec.rules import Scope, Selection
 from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
@@ -307,7 +308,7 @@ def test_masks_and_measures_are_the_same_without_numba(
     }
     scope: Scope = "global" if is_global else "tensor"
     rules = [
-        Selection("r", ("a", "b"), importance, Element(), scope, fraction, {})
+        Selection("r", ("a", "b"), importance, Element(), scope, Fraction(fraction), {})
         for importance in (Magnitude(), Random(5))
     ]
     expected, outcomes = prune(RequestContext(), parameters, rules, {})

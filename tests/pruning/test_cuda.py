@@ -19,6 +19,7 @@ from secateur_server.importance.magnitude import Magnitude
 from secateur_server.importance.random import Random
 from secateur_server.report.measure import measure
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.amounts import Count, Fraction
 from secateur_server.spec.rules import CustomMasks, Rule, Selection
 from secateur_server.state_dict.fold import fold
 from secateur_server.state_dict.parameter import Parameter
@@ -52,13 +53,13 @@ def to_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> C
 
 
 RULES: dict[str, Rule] = {
-    "l1": Selection("r", ("a", "b"), Magnitude(), Element(), "tensor", 0.3, {}),
-    "global": Selection("r", ("a", "b"), Magnitude(), Element(), "global", 0.5, {}),
-    "scores": Selection("r", ("a",), Magnitude(), Element(), "global", 0.5, {"a": "s"}),
-    "random": Selection("r", ("a", "b"), Random(7), Element(), "global", 0.5, {}),
-    "l2": Selection("r", ("a", "b"), Magnitude(2.0), Slice(0), "tensor", 0.4, {}),
-    "inf": Selection("r", ("b",), Magnitude(float("inf")), Slice(-1), "tensor", 5, {}),
-    "random slices": Selection("r", ("a", "b"), Random(1), Slice(1), "tensor", 3, {}),
+    "l1": Selection("r", ("a", "b"), Magnitude(), Element(), "tensor", Fraction(0.3), {}),
+    "global": Selection("r", ("a", "b"), Magnitude(), Element(), "global", Fraction(0.5), {}),
+    "scores": Selection("r", ("a",), Magnitude(), Element(), "global", Fraction(0.5), {"a": "s"}),
+    "random": Selection("r", ("a", "b"), Random(7), Element(), "global", Fraction(0.5), {}),
+    "l2": Selection("r", ("a", "b"), Magnitude(2.0), Slice(0), "tensor", Fraction(0.4), {}),
+    "inf": Selection("r", ("b",), Magnitude(float("inf")), Slice(-1), "tensor", Count(5), {}),
+    "random slices": Selection("r", ("a", "b"), Random(1), Slice(1), "tensor", Count(3), {}),
     "custom": CustomMasks("r", [("a", "m")]),
 }
 
@@ -99,7 +100,7 @@ def test_so_many_units_that_not_all_are_ranked_at_once(
     torch.manual_seed(0)
     weights = {name: torch.randn(150, 700).mul(50).round().div(50) for name in "ab"}
     rules = [
-        Selection("r", ("a", "b"), importance, Element(), "global", fraction, {})
+        Selection("r", ("a", "b"), importance, Element(), "global", Fraction(fraction), {})
         for importance in (Magnitude(), Random(5))
     ]
     assert_same(to_gpu, weights, rules, {})
@@ -119,7 +120,7 @@ def test_a_sample_bounds_the_cut(
     weight = torch.randn(select.LARGE + 1001)
     if values != "normal":
         weight = weight.sign() * (0 if values == "zeros" else (torch.rand_like(weight) > 0.4))
-    rule = Selection("r", ("w",), Magnitude(), Element(), "global", 0.5, {})
+    rule = Selection("r", ("w",), Magnitude(), Element(), "global", Fraction(0.5), {})
     assert_same(to_gpu, {"w": weight}, [rule], {})
 
 

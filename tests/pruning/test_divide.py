@@ -23,7 +23,7 @@ from secateur_server.cut.divide import Division, Query, count_below, divide
 from secateur_server.cut.energy import energies
 from secateur_server.cut.lamp import divide_by_lamp
 from secateur_server.cut.score import Ranking
-from secateur_server.cut.select import NOTHING, score_dtype, select
+from secateur_server.cut.select import NO_CUT, score_dtype, select
 from secateur_server.errors import Cancelled
 from secateur_server.runtime.context import RequestContext
 from tests.conftest import examples
@@ -54,15 +54,17 @@ def drawn_ranking(draw: st.DrawFn, i: int, is_random: bool, dtype: torch.dtype) 
     numbers = [*NUMBERS] if dtype == torch.int8 else [*NUMBERS, float("inf")]
     values = draw(st.lists(st.sampled_from(numbers) | st.floats(-9, 9), max_size=40))
     flags = st.lists(st.booleans(), min_size=len(values), max_size=len(values))
-    alive = draw(st.none() | flags.map(torch.tensor))
+    candidates = draw(st.none() | flags.map(torch.tensor))
     scores: Tensor | RandomScores = torch.tensor(values, dtype=torch.float64).to(dtype)
     scores = random_scores(i, "w") if is_random else scores
-    return Ranking(f"{i}", len(values), scores, None if alive is None else packed(alive), CPU)
+    return Ranking(
+        f"{i}", len(values), scores, None if candidates is None else packed(candidates), CPU
+    )
 
 
 def living(ranking: Ranking) -> Tensor:
     every = torch.ones(ranking.units, dtype=torch.bool)
-    return every if ranking.alive is None else ranking.alive.flags(0, ranking.units)
+    return every if ranking.candidates is None else ranking.candidates.flags(0, ranking.units)
 
 
 def all_keys(ranking: Ranking, dtype: torch.dtype) -> Tensor:
@@ -137,7 +139,7 @@ def test_divisions_are_as_defined(
         of_kind(patch, backend)
         patch.setattr(TorchBackend, "piece", data.draw(st.sampled_from([8, 16, 1 << 20])))
         patch.setattr(of_divide, "LEAST_BITS", data.draw(st.sampled_from([1, 5, 8, 16])))
-        patch.setattr(of_divide, "TABLES", data.draw(st.sampled_from([1, 100, 1 << 24])))
+        patch.setattr(of_divide, "MOST_COUNTS", data.draw(st.sampled_from([1, 100, 1 << 24])))
         patch.setattr(of_divide, "FEW", data.draw(st.sampled_from([0, 1 << 17])))
         patch.setattr(divide_small, "MOST_UNITS", data.draw(st.sampled_from([0, 1 << 22])))
         found = divide(RequestContext(), rankings, queries, dtype)
@@ -165,21 +167,24 @@ def test_without_bounds_as_many_go_as_are_selected(
     rankings: list[Ranking], data: st.DataObject
 ) -> None:
     dtype = score_dtype(rankings)
-    alive = tuple(int(living(ranking).sum()) for ranking in rankings)
-    count = data.draw(st.integers(0, sum(alive)))
+    candidates = tuple(int(living(ranking).sum()) for ranking in rankings)
+    count = data.draw(st.integers(0, sum(candidates)))
     members = tuple(range(len(rankings)))
     (division,) = divide(
-        RequestContext(), rankings, [Query(members, (0,) * len(alive), alive, count)], dtype
+        RequestContext(),
+        rankings,
+        [Query(members, (0,) * len(candidates), candidates, count)],
+        dtype,
     )
-    masks, cut = select(RequestContext(), rankings, sum(alive), count)
+    masks, cut = select(RequestContext(), rankings, sum(candidates), count)
     assert division.counts == tuple(
-        n - mask.kept(RequestContext()) for n, mask in zip(alive, masks, strict=True)
+        n - mask.kept(RequestContext()) for n, mask in zip(candidates, masks, strict=True)
     )
     if count:
         ties = sum(division.counts) - sum(division.below)
         assert cut == Cut(division.key, ties, sum(division.equal))
     else:
-        assert (cut, division.key) == (NOTHING, -1)
+        assert (cut, division.key) == (NO_CUT, -1)
 
 
 @many
@@ -190,8 +195,8 @@ def test_energies_are_sums_of_squares_of_what_goes(
     ranking, dtype = rankings[0], score_dtype(rankings)
     weight = torch.randn(ranking.units, generator=torch.Generator().manual_seed(0))
     weight = (weight * 50).to(data.draw(DTYPES))
-    keys, alive = all_keys(ranking, dtype).tolist(), living(ranking).tolist()
-    order = sorted((i for i, lives in enumerate(alive) if lives), key=lambda i: keys[i])
+    keys, candidates = all_keys(ranking, dtype).tolist(), living(ranking).tolist()
+    order = sorted((i for i, lives in enumerate(candidates) if lives), key=lambda i: keys[i])
     counts = data.draw(st.lists(st.integers(0, len(order)), max_size=6))
     squares = [value**2 for value in weight.double().tolist()]
     with pytest.MonkeyPatch.context() as patch:
@@ -207,7 +212,7 @@ def test_energies_are_sums_of_squares_of_what_goes(
 def cut_of(ordered: Sequence[int], count: int) -> Cut:
     """The cut by which the first `count` of sorted keys go."""
     if count == 0:
-        return NOTHING
+        return NO_CUT
     key = ordered[count - 1]
     return Cut(key, count - ordered.index(key), ordered.count(key))
 
@@ -220,8 +225,8 @@ def large(request: pytest.FixtureRequest) -> list[Ranking]:
     for i, units in enumerate([1_100_001, 1_050_003]):
         values = torch.randn(units, generator=generator, dtype=torch.float64).to(request.param)
         values[: units // 2] = values[: units // 2].mul(50).round().div(50)
-        alive = None if i == 0 else packed(torch.rand(units, generator=generator) > 0.2)
-        rankings.append(Ranking(f"{i}", units, values, alive, CPU))
+        candidates = None if i == 0 else packed(torch.rand(units, generator=generator) > 0.2)
+        rankings.append(Ranking(f"{i}", units, values, candidates, CPU))
     return rankings
 
 
@@ -234,10 +239,12 @@ def test_many_cuts_of_large_tensors_are_those_of_a_sort(large: list[Ranking]) ->
     owner = torch.cat([torch.full_like(of, i) for i, of in enumerate(keys)])
     joined = torch.cat(keys)
     ordered, index = joined.sort(stable=True)
-    alive = tuple(map(len, keys))
+    candidates = tuple(map(len, keys))
     counts = [round(share * len(joined)) for share in FRACTIONS]
     for division, count in zip(
-        divide(RequestContext(), large, [Query((0, 1), (0, 0), alive, n) for n in counts], dtype),
+        divide(
+            RequestContext(), large, [Query((0, 1), (0, 0), candidates, n) for n in counts], dtype
+        ),
         counts,
         strict=True,
     ):
@@ -269,9 +276,9 @@ def test_what_is_found_is_the_same_bits_without_numba_and_threads(
 ) -> None:
     assert kernels.enabled
     dtype = score_dtype(large)
-    alive = tuple(int(living(ranking).sum()) for ranking in large)
-    targets = [share * (alive[0] + 3 * alive[1]) for share in FRACTIONS]
-    queries = [Query((1, 0), (9, 100), alive[::-1], t, (3, 1)) for t in targets]
+    candidates = tuple(int(living(ranking).sum()) for ranking in large)
+    targets = [share * (candidates[0] + 3 * candidates[1]) for share in FRACTIONS]
+    queries = [Query((1, 0), (9, 100), candidates[::-1], t, (3, 1)) for t in targets]
     expected = divide(RequestContext(), large, queries, dtype)
     cuts = [Cut(d.key, d.counts[1] - d.below[1], d.equal[1]) for d in expected]
     weight = torch.randn(large[0].units, generator=torch.Generator().manual_seed(1))

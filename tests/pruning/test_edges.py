@@ -118,7 +118,10 @@ def test_a_caller_may_score_the_units_of_a_group(client: secateur.Client) -> Non
     masks = client.prune(model, spec).masks
     assert masks["conv.weight"].all(1).tolist() == [True, False, True, False]
     assert masks["next.weight"].all(0).tolist() == [True, False, True, False]
-    for wrong, said in (({"h": scores}, "no such group"), ({"g": scores[:3]}, r"\[4\] needed")):
+    for wrong, said in (
+        ({"h": scores}, "does not have this group"),
+        ({"g": scores[:3]}, r"must have shape \[4\]"),
+    ):
         with pytest.raises(secateur.InvalidSpec, match=said):
             client.prune(model, secateur.grouped([group], 2, importance_scores=wrong))
 

@@ -330,7 +330,7 @@ def test_large_tensors_lie_in_many_boxes(units: NM | Block, dtype: torch.dtype) 
         (Block((2, 2), False), (4, 4, 4), "3 lengths, not 2"),
         (Block((2, 2, 2), True), (4, 4, 4), "2 lengths, not 3"),
         (Block((2, 2), True), (4,), "2 dimensions or more"),
-        (NM(2, 4, 0), (), "no dimension"),
+        (NM(2, 4, 0), (), "a pattern needs a dimension"),
         (NM(2, 4, 2), (4, 4), r"2 is not in [-2, 2)"),
         (NM(2, 4, -3), (4, 4), r"-3 is not in [-2, 2)"),
         (Slice(0), (4,), "2 dimensions or more"),

@@ -52,18 +52,18 @@ def definition(model: Mapping[str, Parameter], group: Group, combination: str) -
     """The units of a group by the mean, sum or largest of their members' means of |w|."""
     units = group.members[0].units
     scores: list[list[Fraction]] = [[] for _ in range(units)]
-    alive = [False] * units
+    candidates = [False] * units
     for part in group.members:
         ranked = elements(model[part.tensor])
         for unit, at in enumerate(units_of(part, model[part.tensor].weight.shape, units)):
-            alive[unit] |= any(ranked.alive[i] for i in at)
+            candidates[unit] |= any(ranked.candidates[i] for i in at)
             if part.is_scored:
-                total = sum((ranked.scores[i] for i in at if ranked.alive[i]), Fraction(0))
+                total = sum((ranked.scores[i] for i in at if ranked.candidates[i]), Fraction(0))
                 scores[unit].append(total / len(at))
     found: dict[str, Iterable[Fraction | int]]
     found = {"sum": map(sum, scores), "max": map(max, scores)}
     found["mean"] = (Fraction(sum(s)) / len(s) for s in scores)
-    return Ranked([Fraction(score) for score in found[combination]], alive)
+    return Ranked([Fraction(score) for score in found[combination]], candidates)
 
 
 def assert_lost(
@@ -243,12 +243,12 @@ def test_normalization_is_member_by_member(
     group = Group("g", (member("conv"), member("bn"), member("next", 1)))
     masks = [kept_of(model["conv"]), kept_of(model["bn"])[:, None], kept_of(model["next"]).T]
     weights = [model["conv"].weight, model["bn"].weight[:, None], model["next"].weight.T]
-    alive = torch.cat(masks, 1).any(1).numpy()
-    count = min(count, int(alive.sum()))
+    candidates = torch.cat(masks, 1).any(1).numpy()
+    count = min(count, int(candidates.sum()))
     scores = []
     for weight, mask in zip(weights, masks, strict=True):
         means = (weight.abs() * mask).mean(1).numpy()
-        living = means[alive] if alive.any() else np.zeros(1)
+        living = means[candidates] if candidates.any() else np.zeros(1)
         shift = living.mean() if kind == "z_score" else 0.0
         spread = {"mean": living.mean(), "norm": np.linalg.norm(living), "z_score": living.std()}
         scores.append((means - shift) / (float(spread[kind]) or 1.0))
@@ -259,7 +259,7 @@ def test_normalization_is_member_by_member(
         model, [group], amount=count, combination=combination, normalization=kind
     )
     stays = (torch.cat([pruned["conv"], pruned["bn"][:, None], pruned["next"].T], 1)).any(1).numpy()
-    going, staying = total[alive & ~stays], total[alive & stays]
+    going, staying = total[candidates & ~stays], total[candidates & stays]
     assert len(going) == choice.pruned == count
     if count:
         assert choice.threshold == pytest.approx(going.max(), rel=1e-9, abs=1e-9)

@@ -16,8 +16,9 @@ from torch import Tensor
 from secateur_server.cut.choice import Choice
 from secateur_server.errors import AmountOutOfRange, InvalidSpec, UnknownTensor
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.amounts import Bytes, Threshold
 from secateur_server.spec.resolve import resolve
-from secateur_server.spec.rules import Budget, GuardRails, Rail, Selection, Threshold
+from secateur_server.spec.rules import GuardRails, Rail, Selection
 from secateur_server.state_dict.catalog import Stored, read_catalog
 from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
@@ -56,15 +57,15 @@ def rails(draw: st.DrawFn) -> tuple[Rail, ...]:
 
 def limits(given_rails: Sequence[Rail], name: str, ranked: Ranked) -> tuple[int, int]:
     """How many units a tensor loses at least, and at most."""
-    units, alive = len(ranked.alive), len(ranked.order)
+    units, candidates = len(ranked.candidates), len(ranked.order)
     for bounds in given_rails:
         if name in bounds.tensors:
             low = math.ceil(Fraction(str(bounds.min_sparsity)) * units)
             high = math.floor(Fraction(str(bounds.max_sparsity)) * units)
             high = min(high, units - min(bounds.keep_at_least, units))
             assume(low <= high)
-            return max(0, low - (units - alive)), max(0, high - (units - alive))
-    return 0, alive
+            return max(0, low - (units - candidates)), max(0, high - (units - candidates))
+    return 0, candidates
 
 
 def bounded(
@@ -162,7 +163,7 @@ def binding_rail(bounds: Sequence[Rail], name: str, ranked: Ranked, found: str) 
     of_tensor = next(bound for bound in bounds if name in bound.tensors)
     if found == "min_sparsity":
         return found
-    units = len(ranked.alive)
+    units = len(ranked.candidates)
     by_share = math.floor(Fraction(str(of_tensor.max_sparsity)) * units)
     by_count = units - min(of_tensor.keep_at_least, units)
     return "keep_at_least" if by_count < by_share else "max_sparsity"
@@ -198,11 +199,11 @@ def test_as_few_elements_go_within_the_bounds_as_leave_so_many_bytes(
     costs = [parameter.weight.element_size() for parameter in model.values()]
 
     def kept(counts: Sequence[int]) -> int:
-        alive = [len(r.order) for r in ranked]
-        return sum(c * (a - n) for c, a, n in zip(costs, alive, counts, strict=True))
+        candidates = [len(r.order) for r in ranked]
+        return sum(c * (a - n) for c, a, n in zip(costs, candidates, counts, strict=True))
 
     target = data.draw(st.integers(kept(highs), kept(lows)))
-    masks, choice = guarded(model, Budget(target), bounds)
+    masks, choice = guarded(model, Bytes(target), bounds)
     chosen = choose(ranked, lambda counts: kept(counts) <= target, lows, highs)
     assert_lost(model, masks, list(model), chosen)
     assert choice.requested == choice.pruned == sum(chosen.counts)
@@ -216,18 +217,18 @@ def test_what_is_shared_out_stays_within_the_bounds(
     ranked, lows, highs = bounded(model, bounds)
     count = data.draw(st.integers(sum(lows), sum(highs)))
     masks, choice = guarded(model, count, bounds, allocation=allocation)
-    alive = [len(r.order) for r in ranked]
-    counts = [a - int(masks[name].sum()) for a, name in zip(alive, model, strict=True)]
+    candidates = [len(r.order) for r in ranked]
+    counts = [a - int(masks[name].sum()) for a, name in zip(candidates, model, strict=True)]
     assert choice.requested == choice.pruned == sum(counts) == count
     assert all(a <= c <= b for a, c, b in zip(lows, counts, highs, strict=True))
     gone = [sorted(r.order[:c]) for r, c in zip(ranked, counts, strict=True)]
     assert_lost(model, masks, list(model), Chosen(counts, gone, None))
     # Who is not at a bound keeps its share: one and the same factor fits all, but for rounding.
-    shares = [float(a) for a in alive]
+    shares = [float(a) for a in candidates]
     if allocation == "erk":
         shares = [float(sum(parameter.weight.shape)) for parameter in model.values()]
     floor, ceiling = 0.0, math.inf
-    for share, a, c, low, high in zip(shares, alive, counts, lows, highs, strict=True):
+    for share, a, c, low, high in zip(shares, candidates, counts, lows, highs, strict=True):
         if share and c > low:  # it could keep more, so its share is no larger than that
             ceiling = min(ceiling, (a - c + 1) / share)
         if share and c < high:
@@ -255,7 +256,7 @@ def test_a_total_above_what_rails_let_go_says_which_and_by_how_much() -> None:
     message = str(caught.value)
     assert caught.value.field == "rule.count"
     assert all(part in message for part in (NAMES[0], NAMES[1], "max_sparsity", "keep_at_least"))
-    assert re.search(r"\b9 units .*\b7 at most, 2 too few", message)
+    assert re.search(r"\b9 units: .*\b7 at most, 2 too few", message)
 
 
 def test_a_total_below_what_rails_make_go_says_which_and_by_how_much() -> None:
@@ -267,12 +268,12 @@ def test_a_total_below_what_rails_make_go_says_which_and_by_how_much() -> None:
     assert caught.value.field == "rule.fraction"
     assert NAMES[1] in message
     assert NAMES[0] not in message
-    assert re.search(r"\b2 units .*\b5 at least, 3 too many.*min_sparsity", message)
+    assert re.search(r"\b2 units: .*\b5 at least, 3 too many.*min_sparsity", message)
 
 
 def test_bytes_that_rails_forbid_are_named() -> None:
-    with pytest.raises(AmountOutOfRange, match=r"40 bytes .*\b20 at most, 20 too few") as caught:
-        guarded(of_shape((10,)), Budget(0), (Rail("a", (NAMES[0],), max_sparsity=0.5),))
+    with pytest.raises(AmountOutOfRange, match=r"40 bytes: .*\b20 at most, 20 too few") as caught:
+        guarded(of_shape((10,)), Bytes(0), (Rail("a", (NAMES[0],), max_sparsity=0.5),))
     assert caught.value.field == "rule.bytes"
 
 

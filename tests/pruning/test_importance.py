@@ -15,6 +15,7 @@ from secateur_server.granularity import Granularity
 from secateur_server.granularity.n_m import NM
 from secateur_server.granularity.slice import Slice
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.amounts import Fraction
 from secateur_server.state_dict.parameter import Parameter
 from tests.pruning.defined import applied, rule
 
@@ -61,7 +62,7 @@ def test_elements_are_ranked_by_it_and_not_by_their_values(
     masks, _ = applied(model, rule(list(model), 0.5, **choices))
     for name, mask in masks.items():
         assert torch.equal(mask, model[name].weight > 0), name
-    (outcome,) = plan(RequestContext(), rule(list(model), **choices), [0.5], model, {})
+    (outcome,) = plan(RequestContext(), rule(list(model), **choices), [Fraction(0.5)], model, {})
     lost = sum(float(p.weight.double().clamp(max=0).square().sum()) for p in model.values())
     found = sum(outcome.removed[name].energy for name in model)
     assert found == pytest.approx(lost, rel=1e-9)

@@ -15,8 +15,8 @@ from secateur_proto import spec_pb2 as pb
 from secateur_server.errors import Cancelled, InvalidSpec
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec import resolve as resolve_module
+from secateur_server.spec.amounts import MOST_ENTRIES
 from secateur_server.spec.decode import (
-    MOST_ENTRIES,
     MOST_GROUPS,
     MOST_MEMBERS,
     MOST_RULES,

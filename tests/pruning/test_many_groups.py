@@ -19,9 +19,10 @@ from secateur_server.granularity.group import Group
 from secateur_server.importance.magnitude import Magnitude
 from secateur_server.importance.random import Random
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.amounts import Table, Threshold
 from secateur_server.spec.decode import decode_spec
 from secateur_server.spec.resolve import resolve
-from secateur_server.spec.rules import GuardRails, Rail, Selection, Table, Threshold
+from secateur_server.spec.rules import GuardRails, Rail, Selection
 from secateur_server.state_dict.parameter import Parameter
 from tests.pruning.defined import applied, catalog_of, member, parameter, resolved
 from tests.pruning.test_groups import many, networks

@@ -29,12 +29,22 @@ from secateur_server.granularity.slice import Slice
 from secateur_server.importance.magnitude import Magnitude
 from secateur_server.importance.random import Random
 from secateur_server.runtime.context import RequestContext
-from secateur_server.spec.rules import Amount, Budget, GuardRails, Rail, Selection, Table, Threshold
+from secateur_server.spec.amounts import Amount, Macs, Table, Threshold
+from secateur_server.spec.rules import GuardRails, Rail, Selection
 from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
 from tests.contract import raw
 from tests.pruning.bits import packed
-from tests.pruning.defined import DTYPES, NAMES, applied, kept_of, models, parameter, rule
+from tests.pruning.defined import (
+    DTYPES,
+    NAMES,
+    amount_of,
+    applied,
+    kept_of,
+    models,
+    parameter,
+    rule,
+)
 
 many = examples(100)
 EVERY = (*DTYPES, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.int64)
@@ -93,14 +103,14 @@ def tried(
 
 
 def assert_foretold(
-    selection: Selection, amounts: Sequence[Amount], model: dict[str, Parameter]
+    selection: Selection, given: Sequence[Any], model: dict[str, Parameter]
 ) -> Sequence[Outcome]:
     """A plan and as many prunes have the same choices, and the same effect on every tensor.
 
     An amount that a prune refuses is refused by the plan, and left out then.
     """
     possible = []
-    for amount in amounts:
+    for amount in map(amount_of, given):
         found = tried(replace(selection, amount=amount), model)
         if isinstance(found, str):
             with pytest.raises(AmountOutOfRange, match=re.escape(found)):
@@ -146,7 +156,7 @@ def test_so_do_the_amounts_that_a_rule_has_of_its_own(
     model: dict[str, Parameter], selection: Selection, share: float, data: st.DataObject
 ) -> None:
     selection = replace(fitted(selection, model), allocation="rank", of_all=False)
-    amounts: list[Amount] = [Threshold(share * 2), Budget(share * 50, dict.fromkeys(model, 1.5))]
+    amounts: list[Amount] = [Threshold(share * 2), Macs(share * 50, dict.fromkeys(model, 1.5))]
     if selection.scope == "tensor":
         amounts.append(Table(dict.fromkeys(list(model)[:2], share)))
     amount = data.draw(st.sampled_from(amounts))

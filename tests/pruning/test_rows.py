@@ -18,7 +18,7 @@ from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
 from tests.pruning.bits import packed
-from tests.pruning.defined import DTYPES, applied, rule
+from tests.pruning.defined import DTYPES, amount_of, applied, rule
 
 some = examples(40)
 
@@ -71,7 +71,9 @@ def test_each_row_loses_a_count_or_none_does(drawn: tuple[Tensor, Tensor], count
     selection = rule(["w"], count, scope="row")
     if (short := (living.sum(1) < count).nonzero()).numel():
         row = int(short[0])
-        what = f"{count} is more than the {int(living[row].sum())} units of row {row} of 'w'"
+        what = (
+            f"{count} is more than the {int(living[row].sum())} unpruned units of row {row} of 'w'"
+        )
         with pytest.raises(Exception, match=what):
             applied(model, selection)
         return
@@ -115,7 +117,13 @@ def test_random_rows_differ_and_lose_as_many() -> None:
 def test_a_plan_foretells_what_rows_lose() -> None:
     weight = torch.randn(6, 10, generator=torch.Generator().manual_seed(2))
     model, amounts = {"w": Parameter(weight)}, [0.1, 0.5, 1.0]
-    outcomes = plan(RequestContext(), rule(["w"], scope="row"), amounts, model, {})
+    outcomes = plan(
+        RequestContext(),
+        rule(["w"], scope="row"),
+        [amount_of(amount) for amount in amounts],
+        model,
+        {},
+    )
     for amount, outcome in zip(amounts, outcomes, strict=True):
         masks, choices = applied(model, rule(["w"], amount, scope="row"))
         assert list(outcome.choices) == list(choices)

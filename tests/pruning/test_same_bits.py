@@ -20,6 +20,7 @@ from secateur_server.granularity.slice import Slice
 from secateur_server.importance.magnitude import Magnitude
 from secateur_server.importance.random import Random
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.amounts import Fraction
 from secateur_server.spec.rules import Scope, Selection
 from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
@@ -38,7 +39,9 @@ def rule(
     scores: Mapping[str, str] | None = None,
 ) -> Selection:
     scope: Scope = "global" if is_global else "tensor"
-    return Selection("rule", tuple(names), importance, granularity, scope, amount, scores or {})
+    return Selection(
+        "rule", tuple(names), importance, granularity, scope, Fraction(amount), scores or {}
+    )
 
 
 def answer(

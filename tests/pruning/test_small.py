@@ -25,11 +25,12 @@ from secateur_server.cut.plan import plan
 from secateur_server.cut.prune import prune
 from secateur_server.errors import AmountOutOfRange, Cancelled, NanScores
 from secateur_server.importance.random import Random
+from secateur_server.report.tensors import measure_tensors
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
 from tests.pruning.bits import packed, unpacked
-from tests.pruning.defined import applied, catalog_of, rule
+from tests.pruning.defined import amount_of, applied, catalog_of, rule
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int64)
 SIZES = st.sampled_from([0, 1, 2, 7, 8, 9, 63, 64, 65, 1000, 5000])
@@ -67,7 +68,7 @@ def models(draw: st.DrawFn) -> dict[str, Parameter]:
     return model
 
 
-def alive_of(parameter: Parameter) -> Tensor:
+def candidates_of(parameter: Parameter) -> Tensor:
     if parameter.mask is None:
         return torch.ones(parameter.weight.shape, dtype=torch.bool)
     return unpacked(parameter)
@@ -75,30 +76,30 @@ def alive_of(parameter: Parameter) -> Tensor:
 
 def lowest(weight: Tensor, kept: Tensor, amount: float) -> Tensor:
     """What stays when an amount of the least important goes, ties by the lowest index."""
-    alive = kept.nonzero().view(-1)
-    count = round(amount * len(alive)) if isinstance(amount, float) else amount
-    order = weight[alive].to(torch.float64).abs().sort(stable=True).indices
+    candidates = kept.nonzero().view(-1)
+    count = round(amount * len(candidates)) if isinstance(amount, float) else amount
+    order = weight[candidates].to(torch.float64).abs().sort(stable=True).indices
     left = kept.clone()
-    left[alive[order[:count]]] = False
+    left[candidates[order[:count]]] = False
     return left
 
 
 @examples(40)
 @given(models(), AMOUNTS)
 def test_each_tensor_loses_its_least_important(model: dict[str, Parameter], amount: float) -> None:
-    alive = {name: alive_of(parameter) for name, parameter in model.items()}
+    candidates = {name: candidates_of(parameter) for name, parameter in model.items()}
     if isinstance(amount, int):
-        model = {n: p for n, p in model.items() if int(alive[n].sum()) >= amount}
+        model = {n: p for n, p in model.items() if int(candidates[n].sum()) >= amount}
     if not model:
         return
     masks, choices = applied(model, rule(list(model), amount, scope="tensor"))
     assert isinstance(choices, ChoiceTable)
     for name, parameter in model.items():
-        left = lowest(parameter.weight, alive[name], amount)
+        left = lowest(parameter.weight, candidates[name], amount)
         assert torch.equal(masks[name], left), name
-        gone = alive[name] & ~left
+        gone = candidates[name] & ~left
         (choice,) = (choice for choice in choices if choice.tensors == (name,))
-        assert (choice.candidates, choice.pruned) == (int(alive[name].sum()), int(gone.sum()))
+        assert (choice.candidates, choice.pruned) == (int(candidates[name].sum()), int(gone.sum()))
         assert choice.requested == choice.pruned
         if not choice.pruned:
             assert (choice.threshold, choice.ties, choice.ties_pruned) == (None, 0, 0)
@@ -106,7 +107,7 @@ def test_each_tensor_loses_its_least_important(model: dict[str, Parameter], amou
         magnitudes = parameter.weight.to(torch.float64).abs()
         assert choice.threshold == float(magnitudes[gone].max())
         at_cut = torch.eq(magnitudes, choice.threshold)
-        assert choice.ties == int(at_cut[alive[name]].sum())
+        assert choice.ties == int(at_cut[candidates[name]].sum())
         assert choice.ties_pruned == int(at_cut[gone].sum())
 
 
@@ -154,7 +155,7 @@ def test_no_batch_size_and_no_compiler_shows(
         patch.setattr(batches, "CHECKED", 2)
         assert_same(expected, applied(model, selection))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("secateur_server.cut.small.SMALL", 0)
+        patch.setattr("secateur_server.state_dict.parameter.SMALL", 0)
         assert_same(expected, applied(model, selection))
 
 
@@ -217,7 +218,11 @@ def test_small_tensors_are_reported_as_by_themselves(
 ) -> None:
     def reported() -> SparsityReport:
         return encode_report(
-            RequestContext(), model.items(), catalog_of(model), "", are_folded=is_folded
+            RequestContext(),
+            measure_tensors(RequestContext(), model),
+            catalog_of(model),
+            "",
+            are_folded=is_folded,
         )
 
     report = reported()
@@ -253,7 +258,7 @@ def test_columns_have_the_bytes_of_protobuf(choices: list[pb.Choice]) -> None:
         for field in ("requested", "candidates")
     )
     thresholds = np.array([choice.threshold for choice in choices], np.float64)
-    encoded = columns.together(
+    encoded = columns.concatenated(
         columns.texts(1, [choice.tensors[0] for choice in choices]),
         columns.numbers(2, candidates),
         columns.numbers(3, asked),
@@ -263,7 +268,7 @@ def test_columns_have_the_bytes_of_protobuf(choices: list[pb.Choice]) -> None:
     assert columns.nested(1, encoded).data.tobytes() == expected
     shapes = pb.TensorReport(shape=[int(number) for number in asked], sparsity=1.0)
     packed_numbers = columns.packed(2, asked, np.array([len(asked)]))
-    found = columns.together(packed_numbers, columns.doubles(7, np.array([1.0])))
+    found = columns.concatenated(packed_numbers, columns.doubles(7, np.array([1.0])))
     assert found.data.tobytes() == shapes.SerializeToString()
 
 
@@ -283,7 +288,14 @@ def test_a_plan_of_small_tensors_is_that_of_large_ones(
 
     def planned() -> Any:
         try:
-            outcomes = plan(RequestContext(), selection, amounts, model, {}, "amounts")
+            outcomes = plan(
+                RequestContext(),
+                selection,
+                [amount_of(amount) for amount in amounts],
+                model,
+                {},
+                "amounts",
+            )
         except AmountOutOfRange as error:
             return str(error)
         return [(list(outcome.choices), dict(outcome.removed)) for outcome in outcomes]
@@ -294,5 +306,5 @@ def test_a_plan_of_small_tensors_is_that_of_large_ones(
         patch.setattr("secateur_server.cut.runs._CELLS", 3)
         assert planned() == found
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("secateur_server.cut.small.SMALL", 0)
+        patch.setattr("secateur_server.state_dict.parameter.SMALL", 0)
         assert planned() == found

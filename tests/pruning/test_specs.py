@@ -17,8 +17,9 @@ from secateur_server.importance.magnitude import Magnitude
 from secateur_server.importance.nuclear import Nuclear
 from secateur_server.importance.random import Random
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.amounts import Bytes, Count, Fraction, Macs, Table, Threshold
 from secateur_server.spec.decode import decode_spec
-from secateur_server.spec.rules import Budget, GuardRails, Rail, Selection, Table, Threshold
+from secateur_server.spec.rules import GuardRails, Rail, Selection
 from tests.contract import raw
 
 PATH = "spec.rules[0].selection"
@@ -175,7 +176,7 @@ def test_a_spec_without_rules_methods_tensors_or_masks_is_an_error() -> None:
 
 
 def test_what_is_left_out_has_its_default() -> None:
-    assert decode() == Selection(PATH, ("w",), Magnitude(), Element(), "tensor", 0.5)
+    assert decode() == Selection(PATH, ("w",), Magnitude(), Element(), "tensor", Fraction(0.5))
     rail = decode(guard_rails=pb.GuardRails(rails=[pb.Rail()])).guard_rails.rails[0]
     assert rail == Rail(f"{PATH}.guard_rails.rails[0]", (), 0.0, 1.0, 0)
     group = decode(**grouped(pb.Group(members=[MEMBER])))
@@ -190,12 +191,12 @@ def test_what_is_left_out_has_its_default() -> None:
 @pytest.mark.parametrize(
     ("fields", "attribute", "expected"),
     [
-        ({"fraction": 0.0}, "amount", 0.0),
-        ({"fraction": 1.0}, "amount", 1.0),
-        ({"count": 0}, "amount", 0),
+        ({"fraction": 0.0}, "amount", Fraction(0.0)),
+        ({"fraction": 1.0}, "amount", Fraction(1.0)),
+        ({"count": 0}, "amount", Count(0)),
         ({"threshold": -math.inf}, "amount", Threshold(-math.inf)),
-        ({"bytes": 0}, "amount", Budget(0)),
-        ({"macs": macs(math.inf, w=2)}, "amount", Budget(math.inf, {"w": 2.0})),
+        ({"bytes": 0}, "amount", Bytes(0)),
+        ({"macs": macs(math.inf, w=2)}, "amount", Macs(math.inf, {"w": 2.0})),
         (
             {"table": entries(("b*", 0.0), ("a", 1.0))},
             "amount",

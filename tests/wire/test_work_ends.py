@@ -20,8 +20,10 @@ from secateur_server.backends import cores
 from secateur_server.cut.plan import plan
 from secateur_server.cut.prune import prune
 from secateur_server.errors import Cancelled
+from secateur_server.report.tensors import measure_tensors
 from secateur_server.report.warnings import changes_of, warnings_of
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.amounts import Fraction
 from secateur_server.spec.decode import decode_spec
 from secateur_server.spec.resolve import resolve
 from secateur_server.spec.rules import Selection
@@ -43,7 +45,7 @@ SPECS = {
 MESSAGES = {name: spec.encode(MODEL)[0] for name, spec in SPECS.items()}
 PARAMETERS = {key: Parameter(weight) for key, weight in MODEL.items()}
 CATALOG = catalog_of(PARAMETERS)
-AMOUNTS = [0.25, 0.5, 0.75]
+AMOUNTS = [Fraction(0.25), Fraction(0.5), Fraction(0.75)]
 
 
 class CountedWatch(RequestContext):
@@ -74,10 +76,14 @@ def work(context: RequestContext, name: str, is_plan: bool) -> None:
     if is_plan:
         assert isinstance(rules[0], Selection)
         outcomes = plan(context, rules[0], AMOUNTS, PARAMETERS, {})
-        encode_plan(context, outcomes, PARAMETERS, rules[0].tensors)
+        covered = [PARAMETERS[name] for name in rules[0].tensors]
+        weights = [parameter.weight for parameter in covered]
+        pruned_before = [parameter.count_pruned(context) for parameter in covered]
+        for _ in encode_plan(context, outcomes, rules[0].tensors, weights, pruned_before):
+            pass
         return
     pruned, choices = prune(context, PARAMETERS, rules, {})
-    report = encode_report(context, pruned.items(), CATALOG, "", "", choices)
+    report = encode_report(context, measure_tensors(context, pruned), CATALOG, "", "", choices)
     changes = changes_of(context, report, CATALOG, PARAMETERS)
     warnings_of(context, report, asked, rules, CATALOG, changes)
 

@@ -1,1 +1,1 @@
-"""The servicers: a few lines for each RPC."""
+"""The services: a few lines for each RPC."""

@@ -1,17 +1,15 @@
-"""The service that keeps models."""
+"""The service that stores checkpoints."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
 
-import grpc
 from google.protobuf.empty_pb2 import Empty
 
 from secateur_proto import checkpoints_pb2 as pb
 from secateur_proto import pruner_pb2
 from secateur_proto.checkpoint_pb2 import Checkpoint
-from secateur_proto.codec import Data, Decoder, encode
+from secateur_proto.codec import Data
 from secateur_server.api.convert.checkpoint import checkpoint_message, file_message
 from secateur_server.api.convert.files import check_count, decode_file, decode_files, page_token
 from secateur_server.api.stream import open_request, responses
@@ -25,7 +23,7 @@ from secateur_server.errors import (
 )
 from secateur_server.outputs import OUTPUTS
 from secateur_server.runtime.context import RequestContext
-from secateur_server.state_dict.mapped import map_model, of_blob
+from secateur_server.state_dict.mapped import map_blob, map_state_dict
 from secateur_server.state_dict.sources import Sources
 from secateur_server.storage.blobs import Blob
 from secateur_server.storage.receiver import Receiver
@@ -36,7 +34,7 @@ from secateur_server.wire.writer import Bytes, OutgoingFile, chunks
 
 MOST_PER_PAGE = 1000
 MOST_QUERIED = 100_000
-# What an output that is made piece by piece, as it is sent, takes of memory.
+# The memory of an output that is made piece by piece while it is sent.
 MADE_BYTES = 24 << 20
 
 
@@ -49,28 +47,30 @@ class Checkpoints:
     def Upload(
         self, messages: Iterator[pb.UploadRequest | Data], context: RequestContext
     ) -> Checkpoint:
-        """Stores a model."""
+        """Stores the files of a checkpoint."""
         first, data = open_request(messages, partial(self._sources.metrics.received, context))
         header = first.header
         with self._sources.receiver(context) as receiver:
             if header.uri:
                 if header.files:
-                    raise InvalidRequest("header.uri", "stands in place of files, not beside them")
+                    raise InvalidRequest(
+                        "header.uri", "cannot be used with files; send one or the other"
+                    )
                 files = self._sources.fetch(context, receiver, header.uri)
             else:
-                files = self._land(receiver, header.files, data)
+                files = self._receive(receiver, header.files, data)
             try:
-                blobs = [of_blob(blob) for blob in self._store.open_files("data", files)]
-                map_model(context, blobs, None, ({}, {}))
+                blobs = [map_blob(blob) for blob in self._store.open_files("data", files)]
+                map_state_dict(context, blobs, None, ({}, {}))
             except InvalidStateDict:
                 receiver.abandon()
                 raise
             return self._message(context.tenant.owner, receiver.create(files))
 
-    def _land(
+    def _receive(
         self, receiver: Receiver, files: Sequence[pb.UploadFile], data: Iterator[Bytes]
     ) -> tuple[StoredFile, ...]:
-        """The files of an upload, which come one behind another."""
+        """Receives the files of an upload, one after another."""
         wanted = decode_files(files)
         missing = sum(file.size - offset for file, offset in wanted)
         self._store.check_size(sum(file.size for file, _ in wanted))
@@ -95,7 +95,7 @@ class Checkpoints:
     def QueryUpload(
         self, message: pb.QueryUploadRequest, context: RequestContext
     ) -> pb.QueryUploadResponse:
-        """Says how much of some files is here."""
+        """Says how much of each file the server already has."""
         check_count("files", len(message.files), MOST_QUERIED)
         owner, sizes = context.tenant.owner, []
         for index, described in enumerate(message.files):
@@ -107,16 +107,20 @@ class Checkpoints:
     def Download(
         self, message: pb.DownloadRequest, context: RequestContext
     ) -> Iterator[pb.DownloadResponse | Data]:
-        """Returns a checkpoint's model."""
+        """Returns the files of a checkpoint."""
         output = message.output or pruner_pb2.OUTPUT_DENSE
         if output not in OUTPUTS or output == pruner_pb2.OUTPUT_NONE:
-            raise InvalidRequest("output", f"{message.output} is nothing to download")
+            raise InvalidRequest(
+                "output", f"{message.output} cannot be downloaded; ask for masks or tensors"
+            )
         with ExitStack() as held:
             opened = held.enter_context(self._store.open(context.tenant.owner, message.name))
             files = self._files(context, opened, output, held)
             size = sum(file.size for file in files)
             if message.offset > size:
-                raise InvalidRequest("offset", f"{message.offset} is more than the {size} bytes")
+                raise InvalidRequest(
+                    "offset", f"{message.offset} is more than the {size} bytes of data"
+                )
             result = pb.DownloadResult(files=map(file_message, files), data_bytes=size)
             sent = partial(self._sources.metrics.sent, context)
             yield from responses(
@@ -127,10 +131,10 @@ class Checkpoints:
         self, context: RequestContext, opened: OpenCheckpoint, output: int, held: ExitStack
     ) -> list[OutgoingFile]:
         blobs, masks = opened.files, opened.masks
-        files = [of_blob(blob) for blob in blobs]
-        mapped_masks = of_blob(masks) if masks else None
-        model, read = map_model(context, files, mapped_masks, ({}, {}))
-        is_changed = masks or (output == pruner_pb2.OUTPUT_DENSE and model.catalog.pairs)
+        files = [map_blob(blob) for blob in blobs]
+        mapped_masks = map_blob(masks) if masks else None
+        state_dict, read = map_state_dict(context, files, mapped_masks, ({}, {}))
+        is_changed = masks or (output == pruner_pb2.OUTPUT_DENSE and state_dict.catalog.pairs)
         if output != pruner_pb2.OUTPUT_MASKS and not is_changed:
             return [_as_stored(blob) for blob in blobs]
         size, scheduler = sum(len(file.data) for file in files), self._sources.scheduler
@@ -138,20 +142,20 @@ class Checkpoints:
         held.enter_context(scheduler.model(context, "name", memory))
         with scheduler.cores(context, size):
             read(None)
-            made = OUTPUTS[output].files(context, model, model.parameters)
+            made = OUTPUTS[output].files(context, state_dict, state_dict.parameters)
         for file in files:
             file.check_unchanged()
         return made
 
     def Get(self, message: pb.GetRequest, context: RequestContext) -> Checkpoint:
-        """Returns a checkpoint, without its data."""
+        """Returns the description of a checkpoint."""
         owner = context.tenant.owner
         return self._message(owner, self._store.get(owner, message.name))
 
     def List(self, message: pb.ListRequest, context: RequestContext) -> pb.ListResponse:
         """Returns a page of the caller's checkpoints."""
         if message.page_size < 0:
-            raise InvalidRequest("page_size", f"{message.page_size} is negative")
+            raise InvalidRequest("page_size", f"{message.page_size} is negative; send 0 or more")
         owner, before = context.tenant.owner, page_token(message.page_token)
         most = min(message.page_size or MOST_PER_PAGE, MOST_PER_PAGE)
         found = self._store.page(owner, before, most + 1)
@@ -176,23 +180,3 @@ class Checkpoints:
 
 def _as_stored(blob: Blob) -> OutgoingFile:
     return OutgoingFile(blob.filename, len(blob.data), blob.digest, blob.blocks, blob.blocks)
-
-
-def add_checkpoints(checkpoints: Checkpoints, server: grpc.Server) -> str:
-    """Adds the service to a server, with the codec that copies no data.  Returns: its name."""
-    name = pb.DESCRIPTOR.services_by_name["Checkpoints"].full_name
-    unary = grpc.unary_unary_rpc_method_handler
-    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-        "Upload": grpc.stream_unary_rpc_method_handler(
-            checkpoints.Upload, Decoder(pb.UploadRequest.FromString), encode
-        ),
-        "QueryUpload": unary(checkpoints.QueryUpload, pb.QueryUploadRequest.FromString, encode),
-        "Download": grpc.unary_stream_rpc_method_handler(
-            checkpoints.Download, pb.DownloadRequest.FromString, encode
-        ),
-        "Get": unary(checkpoints.Get, pb.GetRequest.FromString, encode),
-        "List": unary(checkpoints.List, pb.ListRequest.FromString, encode),
-        "Delete": unary(checkpoints.Delete, pb.DeleteRequest.FromString, encode),
-    }
-    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(name, handlers)])
-    return name

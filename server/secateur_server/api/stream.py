@@ -1,4 +1,4 @@
-"""The order of messages in a call: a header and data, then data."""
+"""The order of messages in a call: first a header with data, then data."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -22,15 +22,23 @@ Count = Callable[[int], None]
 def open_request(
     messages: Iterator[Request | Data], count: Count
 ) -> tuple[Request, Iterator[Bytes]]:
-    """The first message of a call, which has the header, and the data of all its messages.
+    """Reads the first message of a call, which has the header.
 
-    count: called with the bytes of each message's data.  Errors: InvalidRequest.
+    Args:
+        messages: Of the call.
+        count: Called with the bytes of data in each message.
+
+    Returns:
+        The first message, and the data of all messages.
+
+    Raises:
+        InvalidRequest: The first message does not have a header.
     """
     first = next(messages, None)
     if first is None:
         raise NoMessage("header", "the call ended before its first message")
     if isinstance(first, Data) or not first.HasField("header"):
-        raise InvalidRequest("header", "the first message has none")
+        raise InvalidRequest("header", "is not set; the first message must have it")
     return first, _data(first, messages, count)
 
 
@@ -40,7 +48,7 @@ def _data(first: Request, later: Iterator[Request | Data], count: Count) -> Iter
     yield data
     for message in later:
         if message.HasField("header"):
-            raise InvalidRequest("header", "only the first message has one")
+            raise InvalidRequest("header", "is set again; only the first message may have it")
         data = message.data
         count(len(data))
         yield data
@@ -49,7 +57,7 @@ def _data(first: Request, later: Iterator[Request | Data], count: Count) -> Iter
 def responses(
     make: Callable[..., Response], result: Message, chunks: Iterator[Bytes], count: Count
 ) -> Iterator[Response | Data]:
-    """The messages of an answer: the result comes first, with the first chunk if there is one."""
+    """Makes the messages of an answer. The first has the result, and the first chunk, if any."""
     data = next(chunks, b"")
     count(len(data))
     first: Any = make(data=bytes(data))

@@ -1,1 +1,1 @@
-"""Which units are pruned: observe, decide, mark."""
+"""Decides which units are pruned: scores, thresholds, allocation, guard rails, masks and plans."""

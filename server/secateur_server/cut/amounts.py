@@ -1,4 +1,4 @@
-"""How many units go of each tensor that is ranked together with others."""
+"""How many units are pruned of each tensor, where units of several tensors are compared."""
 
 import math
 from collections.abc import Sequence
@@ -8,26 +8,30 @@ import torch
 
 from secateur_server.backends.keys import BITS, score_at
 from secateur_server.backends.pieces import Cut
-from secateur_server.cut.allocate import shared_out
+from secateur_server.cut.allocate import divide_by_shares
 from secateur_server.cut.choice import Bound
 from secateur_server.cut.divide import Division, Query, count_below, divide
 from secateur_server.cut.guard_rails import Limits, check_total, limits_of
 from secateur_server.cut.lamp import divide_by_lamp
+from secateur_server.cut.scored import ScoredTensor
 from secateur_server.cut.select import score_dtype
-from secateur_server.cut.subjects import Subject
 from secateur_server.errors import AmountOutOfRange, quote
 from secateur_server.runtime.context import RequestContext
-from secateur_server.spec.rules import Amount, Budget, Selection, Table, Threshold
+from secateur_server.spec.amounts import Amount
+from secateur_server.spec.rules import Selection
 
 
 @dataclass(frozen=True)
 class Decision:
-    """How many units go.
+    """How many units are pruned.
 
-    counts: of each subject.  requested: in all, before guard rails.
-    threshold: the importance at the one cut of all; None where each subject has its own.
-    ties, ties_pruned: how many units have that importance, and how many of them go.
-    cuts: in the common dtype, of each subject; None where it is not known yet.
+    Attributes:
+        counts: Of each tensor.
+        requested: In all, before guard rails.
+        bounds: The guard rails that changed a count.
+        threshold: The score at the common threshold; None if each tensor has its own.
+        ties, ties_pruned: Units with that score, and how many of them are pruned.
+        cuts: The cut of each tensor in the common dtype; None where it is not known yet.
     """
 
     counts: tuple[int, ...]
@@ -42,109 +46,113 @@ class Decision:
 def decide(
     context: RequestContext,
     rule: Selection,
-    subjects: Sequence[Subject],
+    tensors: Sequence[ScoredTensor],
     amounts: Sequence[Amount],
     at: str = "",
 ) -> list[Decision]:
-    """A decision for each of `amounts`, of what is ranked together.
+    """Decides for each amount how many units of each tensor are pruned.
 
-    at: the path of `amounts`, where they are not the rule's own.  Errors: AmountOutOfRange.
+    Args:
+        context: The request.
+        rule: Resolved.
+        tensors: The tensors, or groups, whose units are compared.
+        amounts: Each takes the place of the rule's amount.
+        at: The path of `amounts` in the request, if they are not the rule's own.
+
+    Returns:
+        One decision for each amount.
+
+    Raises:
+        AmountOutOfRange: Guard rails forbid an amount, or there are fewer units.
     """
-    limits = limits_of(context, rule, subjects)
-    if isinstance(amounts[0], Threshold):
-        return [_by_threshold(context, subjects, limits, amounts[0])]
+    limits = limits_of(context, rule, tensors)
+    if (threshold := amounts[0].threshold) is not None:
+        return [_decide_by_threshold(context, tensors, limits, threshold)]
     asked = [
         replace(rule, amount=amount, path=f"{at}[{index}]" if at else rule.path)
         for index, amount in enumerate(amounts)
     ]
-    counts = [wanted(one, subjects, one.amount) for one in context.each(asked)]
-    costs = _costs(rule, subjects)
+    counts = [amount_to_prune(one, tensors) for one in context.each(asked)]
+    costs = _costs(rule, tensors)
     for one, count in zip(context.each(asked), counts, strict=True):
-        check_total(_field(one), _counted(one), count, subjects, limits, costs)
+        check_total(
+            f"{one.path}.{one.amount.field}", one.amount.counted, count, tensors, limits, costs
+        )
     if rule.allocation in ("uniform", "erk"):
         return [
-            _shared(context, rule, subjects, limits, int(count)) for count in context.each(counts)
+            _decide_by_shares(context, rule, tensors, limits, int(count))
+            for count in context.each(counts)
         ]
-    return _by_rank(context, rule, subjects, limits, counts)
+    return _decide_by_score(context, rule, tensors, limits, counts)
 
 
 def is_plain(rule: Selection) -> bool:
-    """Whether a number of units goes by rank alone, whatever tensors they are of."""
-    is_share = isinstance(rule.amount, float | int | Table)
-    return is_share and rule.allocation == "rank" and not rule.guard_rails.rails
+    """Whether a number of units is pruned by score alone, whatever tensors they are of."""
+    amount = rule.amount
+    is_number = amount.is_share or amount.is_per_tensor
+    return is_number and rule.allocation == "rank" and not rule.guard_rails.rails
 
 
-def wanted(rule: Selection, subjects: Sequence[Subject], amount: Amount) -> float:
-    """How much is to go of all subjects: units, or what they cost; rounded as torch does.
+def amount_to_prune(rule: Selection, tensors: Sequence[ScoredTensor]) -> float:
+    """How much to prune of all tensors: units, or what they cost; rounded as torch does.
 
-    Errors: AmountOutOfRange.
+    Raises:
+        AmountOutOfRange: The tensors have fewer units.
     """
-    alive = sum(subject.alive for subject in subjects)
-    units = sum(subject.ranking.units for subject in subjects)
-    if isinstance(amount, Budget):
-        costs = _costs(rule, subjects)
-        there = sum(cost * subject.alive for cost, subject in zip(costs, subjects, strict=True))
-        return max(0, there - amount.target)
-    return number_of(rule, amount, [subject.name for subject in subjects], units, alive)
+    if (budget := rule.amount.budget) is not None:
+        costs = _costs(rule, tensors)
+        before = sum(cost * tensor.candidates for cost, tensor in zip(costs, tensors, strict=True))
+        return max(0, before - budget)
+    candidates = sum(tensor.candidates for tensor in tensors)
+    units = sum(tensor.ranking.units for tensor in tensors)
+    return units_to_prune(rule, [tensor.name for tensor in tensors], units, candidates)
 
 
-def number_of(rule: Selection, amount: Amount, names: Sequence[str], units: int, alive: int) -> int:
-    """How many units a share or a number of them is; rounded as torch does.
+def units_to_prune(rule: Selection, names: Sequence[str], units: int, candidates: int) -> int:
+    """Returns how many units a fraction or a count of them is; rounded as torch does.
 
-    names: of the tensors, or groups, that are ranked together.  units, alive: of all of them.
-    Errors: AmountOutOfRange.
+    Args:
+        rule: Its amount is not a threshold or a budget.
+        names: The tensors, or groups, that are compared; only one for a table.
+        units: Of all tensors.
+        candidates: Units that are still unpruned.
+
+    Returns:
+        Units to prune now.
+
+    Raises:
+        AmountOutOfRange: There are fewer units.
     """
-    if isinstance(amount, Table):
-        (name,) = names  # a table has a fraction for each tensor
-        amount = amount.fractions.get(name, 0.0)
-    base, gone = (units, units - alive) if rule.of_all else (alive, 0)
-    assert isinstance(amount, float | int), "a threshold has no number"
-    count = round(amount * base) if isinstance(amount, float) else amount
+    share = rule.amount.share(names[0])
+    assert share is not None, "a threshold or a budget is not a number of units"
+    base, pruned = (units, units - candidates) if rule.of_all else (candidates, 0)
+    count = share.units(base)
     if count > base:
         where = quote(names[0]) if len(names) == 1 else f"{len(names)} tensors"
-        left = "of" if rule.of_all else "left in"
+        kind = "units" if rule.of_all else "unpruned units"
         raise AmountOutOfRange(
-            f"{rule.path}.count", f"{count} is more than the {base} units {left} {where}"
+            f"{rule.path}.count", f"{count} is more than the {base} {kind} of {where}; prune fewer"
         )
-    return max(0, count - gone)
+    return max(0, count - pruned)
 
 
-def _costs(rule: Selection, subjects: Sequence[Subject]) -> list[float]:
-    """What a unit of each subject counts for."""
-    if not isinstance(rule.amount, Budget):
-        return [1] * len(subjects)
-    if rule.amount.per_unit is not None:
-        return [rule.amount.per_unit[subject.name] for subject in subjects]
-    return [subject.unit_bytes or 0 for subject in subjects]
+def _costs(rule: Selection, tensors: Sequence[ScoredTensor]) -> list[float]:
+    """The cost of a unit of each tensor."""
+    return [rule.amount.unit_cost(tensor.name, tensor.unit_bytes) for tensor in tensors]
 
 
-def _counted(rule: Selection) -> str:
-    if not isinstance(rule.amount, Budget):
-        return "units"
-    return "bytes" if rule.amount.per_unit is None else "operations"
-
-
-def _field(rule: Selection) -> str:
-    """The path of the amount."""
-    if isinstance(rule.amount, Budget):
-        return f"{rule.path}.{'bytes' if rule.amount.per_unit is None else 'macs.target'}"
-    if isinstance(rule.amount, Table):
-        return f"{rule.path}.table"
-    return f"{rule.path}.{'fraction' if isinstance(rule.amount, float) else 'count'}"
-
-
-def _by_rank(
+def _decide_by_score(
     context: RequestContext,
     rule: Selection,
-    subjects: Sequence[Subject],
+    tensors: Sequence[ScoredTensor],
     limits: Sequence[Limits],
     targets: Sequence[float],
 ) -> list[Decision]:
-    """The least important go, wherever they are, within the limits."""
+    """Prunes the lowest scores, whatever tensors they are of, within the limits."""
     is_lamp = rule.allocation == "lamp"
-    rankings = [subject.ranking for subject in subjects]
-    costs = None if not isinstance(rule.amount, Budget) else tuple(_costs(rule, subjects))
-    members = tuple(range(len(subjects)))
+    rankings = [tensor.ranking for tensor in tensors]
+    costs = None if rule.amount.budget is None else tuple(_costs(rule, tensors))
+    members = tuple(range(len(tensors)))
     lowest = tuple(limit.lowest for limit in limits)
     highest = tuple(limit.highest for limit in limits)
     queries = [Query(members, lowest, highest, target, costs) for target in targets]
@@ -158,20 +166,22 @@ def _by_rank(
     divisions = divided(queries)
     passed = [_passed(division, limits) for division in context.each(divisions)]
     beyond = passed
-    if any(lowest) and costs is None:  # up to where the cut could rise without one unit more
+    if any(lowest) and costs is None:  # the highest cut that prunes no more units
         more = [replace(query, target=query.target + 1) for query in queries]
         beyond = [
-            [s.alive for s in subjects] if query.target > sum(highest) else _passed(after, limits)
+            [s.candidates for s in tensors]
+            if query.target > sum(highest)
+            else _passed(after, limits)
             for query, after in zip(context.each(more), divided(more), strict=True)
         ]
     return [
-        _decision(subjects, limits, division, least, most, dtype, is_lamp)
+        _decision(tensors, limits, division, least, most, dtype, is_lamp)
         for division, least, most in zip(context.each(divisions), beyond, passed, strict=True)
     ]
 
 
 def _passed(division: Division, limits: Sequence[Limits]) -> list[int]:
-    """How many units of each subject lie before the last one that the division took by its rank."""
+    """The units of each tensor up to the last unit that the division pruned for its score."""
     parts = list(zip(division.counts, division.below, division.equal, limits, strict=True))
     by_ties = [i for i, (c, b, _, of) in enumerate(parts) if c > min(max(b, of.lowest), of.highest)]
     last = max(by_ties, default=-1)
@@ -179,7 +189,7 @@ def _passed(division: Division, limits: Sequence[Limits]) -> list[int]:
 
 
 def _decision(
-    subjects: Sequence[Subject],
+    tensors: Sequence[ScoredTensor],
     limits: Sequence[Limits],
     division: Division,
     least: Sequence[int],
@@ -192,12 +202,12 @@ def _decision(
         Cut(division.key, c - b, e) if division.key >= 0 and b <= c <= b + e else None
         for c, b, e in parts
     ]
-    offset = 0.0 if is_lamp else subjects[0].ranking.offset
+    offset = 0.0 if is_lamp else tensors[0].ranking.offset
     value = None if division.key < 0 else score_at(division.key, dtype) + offset
     return Decision(
         division.counts,
         sum(division.counts),
-        _bounds(subjects, limits, division.counts, least, most),
+        _bounds(tensors, limits, division.counts, least, most),
         value,
         sum(division.equal),
         sum(min(max(0, c - b), e) for c, b, e in parts),
@@ -206,57 +216,57 @@ def _decision(
 
 
 def _bounds(
-    subjects: Sequence[Subject],
+    tensors: Sequence[ScoredTensor],
     limits: Sequence[Limits],
     counts: Sequence[int],
     least: Sequence[float],
     most: Sequence[float],
 ) -> tuple[Bound, ...]:
-    """The limits that bound.  least, most: of what would have gone without them."""
+    """The limits that changed a count. `least` and `most` are the counts without limits."""
     found = []
-    for subject, limit, count, low, high in zip(subjects, limits, counts, least, most, strict=True):
-        if count == limit.highest < high and limit.highest < subject.alive:
-            found.append(Bound(subject.name, limit.highest_by, count))
+    for tensor, limit, count, low, high in zip(tensors, limits, counts, least, most, strict=True):
+        if count == limit.highest < high and limit.highest < tensor.candidates:
+            found.append(Bound(tensor.name, limit.highest_by, count))
         elif count == limit.lowest > max(0, low):
-            found.append(Bound(subject.name, "min_sparsity", count))
+            found.append(Bound(tensor.name, "min_sparsity", count))
     return tuple(found)
 
 
-def _shared(
+def _decide_by_shares(
     context: RequestContext,
     rule: Selection,
-    subjects: Sequence[Subject],
+    tensors: Sequence[ScoredTensor],
     limits: Sequence[Limits],
     count: int,
 ) -> Decision:
-    counts, free = shared_out(context, rule, subjects, limits, count)
-    # A count is off from its share by less than 1 for the rounding alone.
+    counts, free = divide_by_shares(context, rule, tensors, limits, count)
+    # Rounding alone moves a count by less than 1 from its share.
     least, most = [share - 1 for share in free], [share + 1 for share in free]
     nearly = [math.floor(x) for x in least], [math.ceil(x) for x in most]
-    return Decision(tuple(counts), count, _bounds(subjects, limits, counts, nearly[0], nearly[1]))
+    return Decision(tuple(counts), count, _bounds(tensors, limits, counts, nearly[0], nearly[1]))
 
 
-def _by_threshold(
+def _decide_by_threshold(
     context: RequestContext,
-    subjects: Sequence[Subject],
+    tensors: Sequence[ScoredTensor],
     limits: Sequence[Limits],
-    threshold: Threshold,
+    threshold: float,
 ) -> Decision:
-    """All below the threshold go, as far as the limits allow."""
-    rankings = [subject.ranking for subject in subjects]
+    """Prunes all units below the threshold, within the limits."""
+    rankings = [tensor.ranking for tensor in tensors]
     dtype = score_dtype(rankings)
-    key = first_key(threshold.value - rankings[0].offset, dtype)
+    key = first_key(threshold - rankings[0].offset, dtype)
     below = [found for found, _ in count_below(context, rankings, key)]
     counts = [
         min(max(found, limit.lowest), limit.highest)
         for found, limit in zip(below, limits, strict=True)
     ]
-    bounds = _bounds(subjects, limits, counts, below, below)
+    bounds = _bounds(tensors, limits, counts, below, below)
     return Decision(tuple(counts), sum(below), bounds)
 
 
 def first_key(value: float, dtype: torch.dtype) -> int:
-    """The least key of a score that is not below `value`."""
+    """Returns the smallest key of a score that is not below `value`."""
     if value <= 0:
         return 0
     nearest = torch.tensor(value, dtype=torch.float64).to(dtype)

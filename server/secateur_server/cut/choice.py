@@ -1,4 +1,4 @@
-"""What a rule's choices among units came to."""
+"""Outcomes of a rule's choices among units."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Choice:
-    """What one choice among `candidates` units came to. The fields are the report's."""
+    """The outcome of one choice among `candidates` units. The fields are those of the report."""
 
     tensors: tuple[str, ...]
     candidates: int
@@ -37,12 +37,12 @@ class Choice:
 
 @dataclass(eq=False)
 class ChoiceTable(Sequence[Choice]):
-    """The choices of many tensors, each by itself and without guard rails.
+    """The choices of many tensors, each pruned separately and without guard rails.
 
     Attributes:
-        tensors: Of each choice.
-        candidates, requested, pruned, ties, ties_pruned: Of each choice, as of Choice.
-        thresholds: NaN where a choice has none.
+        tensors: The tensor of each choice.
+        candidates, requested, pruned, ties, ties_pruned: As in Choice, one for each choice.
+        thresholds: NaN for a choice without a threshold.
     """
 
     tensors: Sequence[str]
@@ -54,19 +54,19 @@ class ChoiceTable(Sequence[Choice]):
     ties_pruned: Ints
 
     @classmethod
-    def of_nothing(cls, tensors: Sequence[str]) -> "ChoiceTable":
-        """A table of choices by which nothing is pruned, to be written to."""
+    def empty(cls, tensors: Sequence[str]) -> "ChoiceTable":
+        """Makes a table to be written to, by which nothing is pruned yet."""
         candidates, requested, pruned, ties, ties_pruned = np.zeros((5, len(tensors)), np.int64)
         none = np.full(len(tensors), np.nan)
         return cls(tensors, candidates, requested, pruned, none, ties, ties_pruned)
 
     @cached_property
     def places(self) -> Mapping[str, int]:
-        """Of each tensor, by its name."""
+        """The index of each tensor, by its name."""
         return {name: place for place, name in enumerate(self.tensors)}
 
     def set(self, choice: Choice) -> None:
-        """Writes a choice of one of the tensors."""
+        """Writes the choice of one of the tensors."""
         index = self.places[choice.tensors[0]]
         self.candidates[index], self.requested[index] = choice.candidates, choice.requested
         self.pruned[index] = choice.pruned

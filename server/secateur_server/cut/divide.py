@@ -1,8 +1,8 @@
-"""How many units go of each tensor, where tensors are ranked together under bounds.
+"""Divides pruned units among tensors whose units are compared, within bounds.
 
-Many cuts are looked for at once, by digits of the keys from the highest down (radix select): each
-pass counts, in all rankings, the next digit of what lies where a cut may be. The wider a digit, the
-fewer passes and the larger the tables of counts.
+A radix select finds the thresholds of all queries at once, digit by digit from the highest. Each
+pass over the keys makes histograms of the next digit, for the prefixes that a threshold may have.
+Wider digits need fewer passes and larger histograms.
 """
 
 import math
@@ -23,22 +23,24 @@ from secateur_server.cut.score import Ranking
 from secateur_server.cut.select import FEW, piece_of, score_dtype
 from secateur_server.runtime.context import RequestContext
 
-# Counts in the tables of a pass, 8 bytes each: at most so many; and one for so many units, for the
-# tables not to take longer than the pass, but there they may be of LEAST_BITS.
-TABLES = 1 << 24
+# Counts in all histograms of a pass, 8 bytes each: the most, and units of the pass for each count,
+# so that histograms do not take longer than the pass. Digits of LEAST_BITS are always allowed.
+MOST_COUNTS = 1 << 24
 UNITS_OF_COUNT = 16
 LEAST_BITS = 8
 
 
 @dataclass(frozen=True)
 class Query:
-    """Units go in the order of their scores until enough have.
+    """Prune units in the order of their scores until a target is reached.
 
-    members: indices of rankings, in the order in which equal scores go.
-    lowest, highest: for each member how many go at least, and at most; no more than are alive.
-    target: the sum of costs, over all units that go, that is to be reached by as few as do; no more
-    than that of the highest.
-    costs: for each member of a unit, 0 or more; None is 1 each: then the target is met exactly.
+    Attributes:
+        members: Indices of rankings. Equal scores are pruned in this order.
+        lowest, highest: Bounds on how many units of each member are pruned; at most its candidates.
+        target: The sum of the costs of all pruned units, to be reached with as few units as
+            possible. At most the cost of `highest`.
+        costs: The cost of a unit of each member, 0 or more. None: 1 each, and the target is met
+            exactly.
     """
 
     members: tuple[int, ...]
@@ -50,11 +52,13 @@ class Query:
 
 @dataclass(frozen=True)
 class Division:
-    """What goes.
+    """How many units are pruned of each member of a query.
 
-    counts: for each member how many units.
-    key: of the cut, in the common dtype; -1 where no unit goes by its rank.
-    below, equal: for each member how many alive units have a key below the cut's, and that key.
+    Attributes:
+        counts: Pruned units of each member.
+        key: The key of the threshold; -1 if no unit is pruned for its score.
+        below, equal: Candidates of each member with a lower key than the threshold's, and with that
+            key.
     """
 
     counts: tuple[int, ...]
@@ -69,12 +73,20 @@ def divide(
     queries: Sequence[Query],
     dtype: torch.dtype,
 ) -> list[Division]:
-    """The division of each query.
+    """Finds the division of each query.
 
-    The cut is the smallest key by which, with each member's units up to it, within the bounds, the
-    target is reached. All below the cut go, then of those at it as many as it takes, member by
-    member; but of each member within its bounds.
-    dtype: in which the scores of all rankings compare, as of score_dtype.
+    The threshold is the smallest key for which the units of all members up to it, within the
+    bounds, reach the target. All units below the threshold are pruned, and then ties, member by
+    member, until the target is reached; of each member within its bounds.
+
+    Args:
+        context: The request.
+        rankings: The units of each tensor.
+        queries: At least one.
+        dtype: In which the scores of all rankings are compared, as of score_dtype.
+
+    Returns:
+        One division for each query.
     """
     if all(len(query.members) == 1 and query.costs is None for query in queries) and all(
         ranking.units <= FEW for ranking in rankings
@@ -89,14 +101,14 @@ def divide(
         return [search.division() for search in context.each(searches)]
     left = torch.iinfo(BITS[dtype]).bits - 1  # bits whose digits are not known yet
     while left and (open_ := [search for search in searches if not search.is_met]):
-        wanted: list[set[int]] = [set() for _ in rankings]
+        prefixes: list[set[int]] = [set() for _ in rankings]
         for search in context.each(open_):
             for member in search.query.members:
-                wanted[member].add(search.prefix)
-        tables, width = _count(context, rankings, wanted, left, dtype)
+                prefixes[member].add(search.prefix)
+        histograms, width = _count_digits(context, rankings, prefixes, left, dtype)
         left -= width
         for search in context.each(open_):
-            search.narrow(tables, width)
+            search.narrow(histograms, width)
     return [search.division() for search in context.each(searches)]
 
 
@@ -106,26 +118,26 @@ def _divide_each(
     queries: Sequence[Query],
     dtype: torch.dtype,
 ) -> list[Division]:
-    """As divide, of queries about one small ranking each."""
+    """Does `divide` for queries with one small ranking each."""
     by_ranking: dict[int, list[int]] = {}
     for index, query in enumerate(queries):
         by_ranking.setdefault(query.members[0], []).append(index)
     found: dict[int, Division] = {}
     for member, indices in context.each(by_ranking.items()):
-        of_ranking = _divide_few(
+        divisions = _divide_few(
             context, rankings[member], [queries[index] for index in indices], dtype
         )
-        found.update(zip(indices, of_ranking, strict=True))
+        found.update(zip(indices, divisions, strict=True))
     return [found[index] for index in range(len(queries))]
 
 
 def _divide_few(
     context: RequestContext, ranking: Ranking, queries: Sequence[Query], dtype: torch.dtype
 ) -> list[Division]:
-    """As divide, of one small ranking: its keys are sorted once."""
+    """Does `divide` for one small ranking, whose keys are sorted once."""
     backend = backend_for(ranking.device)
     keys = backend.keys(piece_of(ranking, dtype, 0, ranking.units))
-    if ranking.alive is not None:
+    if ranking.candidates is not None:
         keys = keys[keys < torch.iinfo(keys.dtype).max]
     array: Any = backend.ascending(keys).cpu().numpy()
     ascending = memoryview(array)
@@ -142,17 +154,19 @@ def _divide_few(
 
 
 class _Search:
-    """How far the cut of a query is known.
+    """The state of the search for a query's threshold.
 
-    prefix: its highest digits.  below: of each member the units with a key below all of that
-    prefix.  equal: those with the prefix.
+    Attributes:
+        prefix: The highest digits of the threshold.
+        below: Units of each member whose key is lower than all keys with that prefix.
+        equal: Units of each member that have the prefix.
     """
 
     def __init__(self, query: Query) -> None:
         self.query, self.prefix = query, 0
         self.lowest, self.highest = torch.tensor(query.lowest), torch.tensor(query.highest)
         self.costs = query.costs or (1,) * len(query.members)
-        # Where the caller has added the same costs in another order, all is still enough.
+        # The caller may have added the same costs in another order, and rounded otherwise.
         self.target = min(query.target, self._cost(self.highest))
         self.below = self.equal = torch.zeros(len(query.members), dtype=torch.int64)
         self.is_met = self._is_enough(self.lowest)
@@ -160,7 +174,7 @@ class _Search:
     def _cost(self, counts: Tensor) -> float:
         if self.query.costs is None:
             return int(counts.sum())
-        # Rounded once: no order of the members or of vectors shows.
+        # Rounded once, so that the order of the members does not matter.
         return math.fsum(c * n for c, n in zip(self.costs, counts.tolist(), strict=True))
 
     def _is_enough(self, counts: Tensor) -> bool:
@@ -169,9 +183,9 @@ class _Search:
     def _within(self, counts: Tensor) -> Tensor:
         return counts.clamp(self.lowest, self.highest)
 
-    def narrow(self, tables: Mapping[int, "_Table"], width: int) -> None:
+    def narrow(self, histograms: Mapping[int, "_Histogram"], width: int) -> None:
         """Finds the next digit."""
-        parts = [tables[member] for member in self.query.members]
+        parts = [histograms[member] for member in self.query.members]
         counts = torch.stack([part.up_to[part.rows[self.prefix]] for part in parts])
 
         def up_to(digit: int) -> Tensor:
@@ -187,13 +201,13 @@ class _Search:
         self.prefix = self.prefix << width | digit
 
     def find(self, keys: SortedKeys) -> None:
-        """Finds the cut among keys that are sorted."""
+        """Finds the threshold among sorted keys."""
         if self.is_met:
             return
-        of_query = torch.tensor(self.query.members)
+        members = torch.tensor(self.query.members)
 
         def up_to(key: int) -> Tensor:
-            return keys.up_to(key)[of_query]
+            return keys.up_to(key)[members]
 
         def is_enough(place: int) -> bool:
             return self._is_enough(self._within(up_to(int(keys.ascending[place]))))
@@ -204,7 +218,7 @@ class _Search:
         self.equal = up_to(self.prefix) - self.below
 
     def division(self) -> Division:
-        """What goes, now that the cut is known."""
+        """The division, once the threshold is known."""
         below, equal = tuple(self.below.tolist()), tuple(self.equal.tolist())
         if self.is_met:
             return Division(self.query.lowest, -1, below, equal)
@@ -216,21 +230,23 @@ class _Search:
         last = _first(len(most), lambda i: self._is_enough(with_first(i + 1)))
         counts = with_first(last)
         one = torch.arange(len(most)) == last
-        room = int(most[last] - counts[last])
-        counts[last] += _first(room, lambda more: self._is_enough(counts + more * one))
+        ties = int(most[last] - counts[last])
+        counts[last] += _first(ties, lambda more: self._is_enough(counts + more * one))
         return Division(tuple(counts.tolist()), self.prefix, below, equal)
 
 
 def _first(count: int, is_true: Callable[[int], bool]) -> int:
-    """The first of so many numbers, from 0, from which on it is true; `count` where it never is."""
+    """The first number in [0, count) from which on `is_true` holds; `count` if it never does."""
     return bisect_left(range(count), True, key=is_true)
 
 
 @dataclass(frozen=True)
-class _Table:
-    """Of a ranking for each prefix the units up to each digit.
+class _Histogram:
+    """For each prefix the units of a ranking up to each digit.
 
-    rows: of the prefixes, ascending.  up_to: int64, (prefixes, digits).
+    Attributes:
+        rows: The row of each prefix, ascending.
+        up_to: int64, (prefixes, digits).
     """
 
     rows: dict[int, int]
@@ -238,73 +254,82 @@ class _Table:
 
 
 @dataclass(frozen=True)
-class _Share:
-    """Pieces of a ranking that one thread counts.  prefixes: ascending."""
+class _Chunk:
+    """Pieces of a ranking that one thread counts. `prefixes` are ascending."""
 
     ranking: int
     prefixes: Sequence[int]
     pieces: Sequence[Piece]
 
 
-def _count(
+def _count_digits(
     context: RequestContext,
     rankings: Sequence[Ranking],
-    wanted: Sequence[set[int]],
+    prefixes: Sequence[set[int]],
     left: int,
     dtype: torch.dtype,
-) -> tuple[dict[int, _Table], int]:
-    """Counts the next digit behind the prefixes that are wanted of each ranking, in one pass.
+) -> tuple[dict[int, _Histogram], int]:
+    """Makes histograms of the next digit after the prefixes of each ranking, in one pass.
 
-    left: how many bits of the keys are behind the prefixes.
-    Returns: the table of each ranking that something is wanted of; and the bits of the digit.
+    Args:
+        context: The request.
+        rankings: The units of each tensor.
+        prefixes: The prefixes that are counted in each ranking.
+        left: Bits of the keys after the prefixes.
+        dtype: As for divide.
+
+    Returns:
+        The histogram of each ranking with prefixes, and the bits of the digit.
     """
     backend = backend_for(rankings[0].device)
-    shares = _shares(context, rankings, wanted, dtype, backend)
-    width = _width(sum(ranking.units for ranking in rankings), shares, left)
+    chunks = _chunks(context, rankings, prefixes, dtype, backend)
+    width = _width(sum(ranking.units for ranking in rankings), chunks, left)
 
-    def up_to(share: _Share) -> Tensor:
-        prefixes = torch.tensor(share.prefixes, dtype=BITS[dtype])
+    def up_to(chunk: _Chunk) -> Tensor:
+        prefixes = torch.tensor(chunk.prefixes, dtype=BITS[dtype], device=backend.device)
         size = len(prefixes), 1 << width
         counts = torch.zeros(size, dtype=torch.int64, device=backend.device)
-        for piece in share.pieces:
+        for piece in chunk.pieces:
             context.check()
             backend.count_digits(piece, prefixes, left - width, width, counts)
         return torch.cumsum(counts, 1, out=counts).cpu()
 
-    tables: dict[int, _Table] = {}
-    for share, part in zip(shares, backend.map(context, up_to, shares), strict=True):
-        if share.ranking in tables:
-            tables[share.ranking].up_to.add_(part)
+    histograms: dict[int, _Histogram] = {}
+    for chunk, part in zip(chunks, backend.map(context, up_to, chunks), strict=True):
+        if chunk.ranking in histograms:
+            histograms[chunk.ranking].up_to.add_(part)
         else:
-            rows = {prefix: row for row, prefix in enumerate(share.prefixes)}
-            tables[share.ranking] = _Table(rows, part)
-    return tables, width
+            rows = {prefix: row for row, prefix in enumerate(chunk.prefixes)}
+            histograms[chunk.ranking] = _Histogram(rows, part)
+    return histograms, width
 
 
-def _shares(
+def _chunks(
     context: RequestContext,
     rankings: Sequence[Ranking],
-    wanted: Sequence[set[int]],
+    prefixes: Sequence[set[int]],
     dtype: torch.dtype,
     backend: Backend,
-) -> list[_Share]:
-    """The pieces of each ranking that something is wanted of, some for each thread."""
+) -> list[_Chunk]:
+    """The pieces of each ranking that has prefixes, in chunks for the threads."""
     pieces = {
-        i: _pieces(rankings[i], dtype, backend) for i, of in enumerate(context.each(wanted)) if of
+        i: _pieces(rankings[i], dtype, backend)
+        for i, part in enumerate(context.each(prefixes))
+        if part
     }
     size = -(-sum(map(len, pieces.values())) // (4 * backend.threads))
     return [
-        _Share(i, sorted(wanted[i]), of[begin:end])
-        for i, of in pieces.items()
-        for begin, end in spans(len(of) or 1, size)  # of no units there is a table of zeros
+        _Chunk(i, sorted(prefixes[i]), part[begin:end])
+        for i, part in pieces.items()
+        for begin, end in spans(len(part) or 1, size)  # without units: a histogram of zeros
     ]
 
 
-def _width(units: int, shares: Sequence[_Share], left: int) -> int:
-    """The bits of the next digit: as many as tables have room for, or fewer in as many passes."""
-    rows = sum(len(share.prefixes) for share in shares)
-    room = min(TABLES // rows, max(units // UNITS_OF_COUNT // rows, 1 << LEAST_BITS))
-    most = min(left, DIGIT_BITS, max(1, room.bit_length() - 1))
+def _width(units: int, chunks: Sequence[_Chunk], left: int) -> int:
+    """The bits of the next digit: as many as fit, or fewer if that takes as many passes."""
+    rows = sum(len(chunk.prefixes) for chunk in chunks)
+    digits = min(MOST_COUNTS // rows, max(units // UNITS_OF_COUNT // rows, 1 << LEAST_BITS))
+    most = min(left, DIGIT_BITS, max(1, digits.bit_length() - 1))
     return -(-left // -(-left // most))
 
 
@@ -315,13 +340,19 @@ def _pieces(ranking: Ranking, dtype: torch.dtype, backend: Backend) -> list[Piec
 def count_below(
     context: RequestContext, rankings: Sequence[Ranking], key: int
 ) -> list[tuple[int, int]]:
-    """How many alive units of each ranking have a key below `key`, and how many have that key.
+    """Counts the candidates of each ranking with a key below `key`, and with that key.
 
-    key: in the common dtype, as of score_dtype.
+    Args:
+        context: The request.
+        rankings: The units of each tensor.
+        key: In the dtype of score_dtype.
+
+    Returns:
+        Both counts of each ranking.
     """
     backend, dtype = backend_for(rankings[0].device), score_dtype(rankings)
     pieces = [_pieces(ranking, dtype, backend) for ranking in context.each(rankings)]
-    flat = [piece for of in pieces for piece in of]
+    flat = [piece for part in pieces for piece in part]
     found = iter(backend.map(context, lambda piece: backend.count_below(piece, key), flat))
-    counts = [[next(found) for _ in of] for of in pieces]
-    return [(sum(b for b, _ in of), sum(e for _, e in of)) for of in counts]
+    counts = [[next(found) for _ in part] for part in pieces]
+    return [(sum(b for b, _ in part), sum(e for _, e in part)) for part in counts]

@@ -1,6 +1,6 @@
-"""Divisions among many small rankings: all keys are sorted at once; divide.py counts digits.
+"""Divisions among many small rankings: sorts all keys at once, where divide.py makes histograms.
 
-One operation on the keys of all rankings takes the place of some operations on each of them.
+One operation on the keys of all rankings replaces several operations on each of them.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from secateur_server.cut.score import Ranking
 from secateur_server.cut.select import piece_of
 from secateur_server.runtime.context import RequestContext
 
-# Rankings of so many units on average are small, up to so many units in all.
+# Rankings are small up to so many units on average, and so many in all.
 MEAN_UNITS = 1 << 12
 MOST_UNITS = 1 << 22
 
@@ -23,36 +23,36 @@ class SortedKeys:
     """The keys of all units of small rankings.
 
     Attributes:
-        ascending: Of the units that are alive, all rankings together.
+        ascending: The keys of the candidates of all rankings.
     """
 
     def __init__(
         self, context: RequestContext, rankings: Sequence[Ranking], dtype: torch.dtype
     ) -> None:
-        """dtype: In which the scores of all rankings compare."""
+        """Sorts the keys. `dtype` is that in which the scores of all rankings are compared."""
         backend = backend_for(rankings[0].device)
         self._keys = _keys(context, rankings, dtype)
         units = torch.tensor([ranking.units for ranking in rankings])
         self._ends = units.cumsum(0).to(backend.device)
         self._begins = self._ends - units.to(backend.device)
-        alive = sum(ranking.count_alive(context) for ranking in rankings)
-        self.ascending = backend.ascending(self._keys)[:alive]
+        candidates = sum(ranking.count_candidates(context) for ranking in rankings)
+        self.ascending = backend.ascending(self._keys)[:candidates]
 
     def up_to(self, key: int) -> Tensor:
-        """How many alive units of each ranking have a key up to `key`.  Returns: int64, CPU."""
+        """Counts the candidates of each ranking with a key up to `key`: int64, on the CPU."""
         running = (self._keys <= key).cumsum(0)
         running = torch.cat([running.new_zeros(1), running])
         return (running[self._ends] - running[self._begins]).cpu()
 
 
 def are_small(rankings: Sequence[Ranking]) -> bool:
-    """Whether it is faster to sort the keys of rankings at once."""
+    """Whether it is faster to sort the keys of all rankings at once."""
     units = sum(ranking.units for ranking in rankings)
     return len(rankings) > 1 and units <= min(MOST_UNITS, MEAN_UNITS * len(rankings))
 
 
 def _keys(context: RequestContext, rankings: Sequence[Ranking], dtype: torch.dtype) -> Tensor:
-    """The keys of all units in their order; of pruned ones the largest integer."""
+    """The keys of all units in their order. Pruned units have the largest integer."""
     scores = [r.scores for r in rankings if isinstance(r.scores, Tensor)]
     if len(scores) < len(rankings) or len({of.dtype for of in scores}) > 1:
         backend = backend_for(rankings[0].device)
@@ -62,7 +62,7 @@ def _keys(context: RequestContext, rankings: Sequence[Ranking], dtype: torch.dty
     end = 0
     for ranking in context.each(rankings):
         begin, end = end, end + ranking.units
-        if ranking.alive is not None:
-            pruned = ~ranking.alive.flags(0, ranking.units)
+        if ranking.candidates is not None:
+            pruned = ~ranking.candidates.flags(0, ranking.units)
             keys[begin:end].masked_fill_(pruned, torch.iinfo(BITS[dtype]).max)
     return keys

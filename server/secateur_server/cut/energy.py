@@ -1,4 +1,4 @@
-"""How much of a tensor goes by each of many cuts: sums of squares, from one pass."""
+"""The sums of squares that each of many cuts prunes, from one pass over a tensor."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -21,10 +21,17 @@ def energies(
     cuts: Sequence[Cut],
     dtype: torch.dtype,
 ) -> tuple[list[float], float]:
-    """The sum of squares of what goes of a weight by each cut; and of all that is alive.
+    """Sums the squares of the weights that each cut prunes.
 
-    weight: flat, an element for each unit.
-    cuts: in any order, in the keys of `dtype`; by a negative key nothing goes.
+    Args:
+        context: The request.
+        ranking: The units of a tensor.
+        weight: Flat, one element for each unit.
+        cuts: In any order, with keys of `dtype`. A cut with a negative key prunes nothing.
+        dtype: In which the scores are compared.
+
+    Returns:
+        The sum of each cut, and that of all candidates.
     """
     backend, parts = backend_for(ranking.device), spans(ranking.units, PART)
     distinct = sorted({cut.key for cut in cuts if cut.key >= 0})
@@ -37,7 +44,7 @@ def energies(
     sums = _running([of for of, _ in found], 2 * len(distinct) + 1, torch.float64)
     equal = _running([of[1::2] for _, of in found], len(distinct), torch.int64)
     up_to: list[float] = sums[-1].cumsum(0).tolist()
-    # As lists: there may be many cuts, and of a tensor an element takes 20 times as long to read.
+    # Lists, as reading an element of a tensor takes 20 times as long, and there may be many cuts.
     running, counts = sums.T.tolist(), equal.T.tolist()
     places = {key: place for place, key in enumerate(distinct)}
 
@@ -45,12 +52,12 @@ def energies(
         if cut.key < 0:
             return 0.0
         j = places[cut.key]
-        # All ties of the first parts go; of the next one only its first ones, which are looked for.
+        # All ties of the first parts are pruned, and then the first ties of the next part.
         whole = bisect_right(counts[j], cut.ties, 1) - 1
-        of_ties: float = running[2 * j + 1][whole]
+        ties: float = running[2 * j + 1][whole]
         if rest := cut.ties - counts[j][whole]:
-            of_ties += float(_first_ties(ranking, weight, cut.key, rest, parts[whole], dtype))
-        return up_to[2 * j] + of_ties
+            ties += float(_first_ties(ranking, weight, cut.key, rest, parts[whole], dtype))
+        return up_to[2 * j] + ties
 
     return backend.map(context, energy, cuts), up_to[-1]
 
@@ -63,7 +70,7 @@ def _running(of_parts: Sequence[Tensor], size: int, dtype: torch.dtype) -> Tenso
 def _first_ties(
     ranking: Ranking, weight: Tensor, key: int, count: int, span: Span, dtype: torch.dtype
 ) -> Tensor:
-    """The sum of squares of the first `count` units of a part with a key."""
+    """The sum of squares of the first `count` units with a key in a part."""
     keys = backend_for(ranking.device).keys(piece_of(ranking, dtype, *span))
     at = (keys == key).nonzero().view(-1)[:count]
     squares = weight[slice(*span)][at].to(torch.float64).square()

@@ -1,22 +1,22 @@
-"""Guard rails: between what numbers of units a tensor may lose."""
+"""Guard rails: how many units of a tensor may be pruned."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from secateur_server.cut.subjects import Subject
+from secateur_server.cut.scored import ScoredTensor
 from secateur_server.errors import AmountOutOfRange, quote
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.rules import Rail, Selection
 
-# Of errors: more names than this are not read.
+# Names that an error shows: people do not read more.
 SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How many units a tensor, or a group, may lose by a rule, and by which rail no more."""
+    """How many units of a tensor, or group, a rule may prune, and the rail that sets the most."""
 
     lowest: int
     highest: int
@@ -24,19 +24,23 @@ class Limits:
 
 
 def limits_of(
-    context: RequestContext, rule: Selection, subjects: Sequence[Subject]
+    context: RequestContext, rule: Selection, tensors: Sequence[ScoredTensor]
 ) -> list[Limits]:
-    """The limits of each.  Errors: AmountOutOfRange, of rails that contradict one another."""
+    """Computes the limits of each tensor.
+
+    Raises:
+        AmountOutOfRange: Rails contradict one another.
+    """
     rails = rule.guard_rails.by_tensor
-    return [_limits(rails.get(subject.name), subject) for subject in context.each(subjects)]
+    return [_limits(rails.get(tensor.name), tensor) for tensor in context.each(tensors)]
 
 
-def _limits(rail: Rail | None, subject: Subject) -> Limits:
+def _limits(rail: Rail | None, tensor: ScoredTensor) -> Limits:
     if rail is None:
-        return Limits(0, subject.alive)
-    units = subject.ranking.units
-    gone = units - subject.alive
-    # 0.29 means 29 hundredths, and not the double that is a little less.
+        return Limits(0, tensor.candidates)
+    units = tensor.ranking.units
+    pruned = units - tensor.candidates
+    # As decimals: 0.29 is 29 hundredths, and not the double that is a little less.
     least = math.ceil(Fraction(repr(rail.min_sparsity)) * units)
     most = math.floor(Fraction(repr(rail.max_sparsity)) * units)
     least = min(least, most) if rail.min_sparsity == rail.max_sparsity else least
@@ -44,55 +48,64 @@ def _limits(rail: Rail | None, subject: Subject) -> Limits:
     if least > by_count:
         raise AmountOutOfRange(
             f"{rail.path}.keep_at_least",
-            f"{rail.keep_at_least} of the {units} units of {quote(subject.name)} are to be kept, "
-            f"and {least} pruned by min_sparsity {rail.min_sparsity}: {least - by_count} too many",
+            f"{rail.keep_at_least} of the {units} units of {quote(tensor.name)} must be kept, but "
+            f"min_sparsity {rail.min_sparsity} prunes {least}, {least - by_count} too many",
         )
     if least > most:
         raise AmountOutOfRange(
             f"{rail.path}.min_sparsity",
-            f"no number of the {units} units of {quote(subject.name)} lies between "
-            f"{rail.min_sparsity} and {rail.max_sparsity}",
+            f"{quote(tensor.name)} has {units} units, and no whole number of them is between "
+            f"min_sparsity {rail.min_sparsity} and max_sparsity {rail.max_sparsity}",
         )
     highest = min(most, by_count)
     by = "keep_at_least" if by_count < most else "max_sparsity"
-    return Limits(max(0, least - gone), max(0, min(highest, units) - gone), by)
+    return Limits(max(0, least - pruned), max(0, min(highest, units) - pruned), by)
 
 
 def check_total(
     field: str,
     what: str,
     total: float,
-    subjects: Sequence[Subject],
+    tensors: Sequence[ScoredTensor],
     limits: Sequence[Limits],
     costs: Sequence[float],
 ) -> None:
     """Refuses a total that the limits forbid.
 
-    total, costs: in what is counted, which is called `what`.  Errors: AmountOutOfRange.
+    Args:
+        field: The path of the amount.
+        what: The name of what is counted.
+        total: To prune, in what is counted.
+        tensors: Whose units are compared.
+        limits: Of each tensor.
+        costs: Of a unit of each tensor, in what is counted.
+
+    Raises:
+        AmountOutOfRange: The limits allow less, or demand more.
     """
     least = sum(c * limit.lowest for c, limit in zip(costs, limits, strict=True))
     most = sum(c * limit.highest for c, limit in zip(costs, limits, strict=True))
     if total > most:
         binding = [
-            f"{quote(s.name)} {limit.highest} of {s.alive} ({limit.highest_by})"
-            for s, limit in zip(subjects, limits, strict=True)
-            if limit.highest < s.alive
+            f"{quote(s.name)} {limit.highest} of {s.candidates} ({limit.highest_by})"
+            for s, limit in zip(tensors, limits, strict=True)
+            if limit.highest < s.candidates
         ]
         raise AmountOutOfRange(
             field,
-            f"{_number(total)} {what} are to go, and the guard rails let go {_number(most)} at "
-            f"most, {_number(total - most)} too few: {_listed(binding)}",
+            f"cannot prune {_number(total)} {what}: guard rails allow {_number(most)} at most, "
+            f"{_number(total - most)} too few: {_listed(binding)}; prune less",
         )
     if total < least:
         binding = [
-            f"{quote(s.name)} {limit.lowest} of {s.alive} (min_sparsity)"
-            for s, limit in zip(subjects, limits, strict=True)
+            f"{quote(s.name)} {limit.lowest} of {s.candidates} (min_sparsity)"
+            for s, limit in zip(tensors, limits, strict=True)
             if limit.lowest
         ]
         raise AmountOutOfRange(
             field,
-            f"{_number(total)} {what} are to go, and the guard rails make go {_number(least)} at "
-            f"least, {_number(least - total)} too many: {_listed(binding)}",
+            f"cannot prune only {_number(total)} {what}: guard rails prune {_number(least)} at "
+            f"least, {_number(least - total)} too many: {_listed(binding)}; prune more",
         )
 
 

@@ -1,8 +1,9 @@
 """Divisions by layer-adaptive magnitude: Lee et al. 2021, Layer-adaptive Sparsity.
 
-A LAMP score is s_u^2 / the sum of s_v^2 over all v of the tensor that rank no lower; of equal
-scores each counts as lower than the next. It rises with s, so only how many units go of each tensor
-is asked for. Sums over buckets of scores bound the cut; what lies between the bounds is sorted.
+The LAMP score of a unit is s_u^2 / the sum of s_v^2 over all units v of the tensor that score no
+lower. Of equal scores, each counts as lower than the next. LAMP scores rise with s, so it is enough
+to find how many units of each tensor are pruned. Sums over buckets of scores bound the threshold,
+and the units between the bounds are sorted.
 """
 
 from bisect import bisect_left
@@ -23,10 +24,10 @@ from secateur_server.cut.score import Ranking
 from secateur_server.cut.select import FEW, piece_of, score_dtype
 from secateur_server.runtime.context import RequestContext
 
-# Of a large tensor. More take longer to look up, and fewer leave more to sort.
+# For a large tensor. More buckets take longer to search, and fewer leave more units to sort.
 BUCKETS = 256
 
-# Sums are rounded, in whatever order they are made: bounds are a little wider.
+# Relative. Bounds are a little wider, as sums are rounded in an unknown order.
 SLACK = 1e-9
 
 
@@ -34,10 +35,12 @@ SLACK = 1e-9
 class Buckets:
     """The units of a ranking, by their scores.
 
-    cuts: keys, ascending; bucket j has the keys from cut j - 1 on and below cut j.
-    up_to: int64, how many units are in the first j buckets.
-    above: the sum of squares of all from bucket j on.
-    least, most: bounds of the LAMP scores of each bucket, ascending.
+    Attributes:
+        pieces: All units.
+        cuts: Ascending keys. Bucket j has the keys from cut j - 1 on and below cut j.
+        up_to: int64, how many units are in the first j buckets.
+        above: The sum of squares of all units from bucket j on.
+        least, most: Bounds of the LAMP scores of each bucket, ascending.
     """
 
     pieces: Sequence[Piece]
@@ -50,7 +53,7 @@ class Buckets:
 
 @dataclass(frozen=True)
 class Window:
-    """The units of a ranking that may be at the cut, and how many surely go before them."""
+    """The units of a ranking that may be at the threshold. `before` units are surely below it."""
 
     before: int
     ranking: Ranking
@@ -59,7 +62,16 @@ class Window:
 def divide_by_lamp(
     context: RequestContext, rankings: Sequence[Ranking], queries: Sequence[Query]
 ) -> list[Division]:
-    """As divide, by LAMP scores, in float64; no query has costs."""
+    """Does `divide` by LAMP scores, in float64.
+
+    Args:
+        context: The request.
+        rankings: The units of each tensor, by magnitude.
+        queries: Without costs.
+
+    Returns:
+        One division for each query.
+    """
     if all(ranking.units <= FEW for ranking in rankings) and are_small(rankings):
         return divide(context, _scored(context, rankings), queries, torch.float64)
     buckets = [_buckets(context, ranking) for ranking in context.each(rankings)]
@@ -69,7 +81,7 @@ def divide_by_lamp(
 def _divide(
     context: RequestContext, rankings: Sequence[Ranking], buckets: Sequence[Buckets], query: Query
 ) -> Division:
-    # Each unit may be as low as its bucket's least, or as high as its most: so may the cut.
+    # The threshold is lowest if each unit has its bucket's least score, and highest with the most.
     low = _cut(context, query, [(of.least, of.up_to) for of in buckets])
     high = _cut(context, query, [(of.most, of.up_to) for of in buckets])
     members = zip(context.each(rankings), buckets, strict=True)
@@ -90,7 +102,7 @@ def _divide(
 
 
 def _within(window: Window, least: int, most: int) -> tuple[int, int, int]:
-    """How many go for sure, and how many of the window at least and at most, within bounds."""
+    """Units that are surely pruned, and the least and most of the window, within the bounds."""
     before, units = window.before, window.ranking.units
     if most <= before:
         return most, 0, 0
@@ -102,7 +114,10 @@ def _within(window: Window, least: int, most: int) -> tuple[int, int, int]:
 def _cut(context: RequestContext, query: Query, scores: Sequence[tuple[Tensor, Tensor]]) -> float:
     """The score by which the target is reached.
 
-    scores: for each member those of its buckets, ascending, and how many units are up to each.
+    Args:
+        context: The request.
+        query: The bounds and the target.
+        scores: For each member the ascending scores of its buckets, and the units up to each.
     """
     every = sorted({score for of, _ in scores for score in of.tolist()})
 
@@ -118,7 +133,7 @@ def _cut(context: RequestContext, query: Query, scores: Sequence[tuple[Tensor, T
 def _window(
     context: RequestContext, ranking: Ranking, buckets: Buckets, low: float, high: float
 ) -> Window:
-    """The units of the buckets whose scores may lie in [low, high], by their LAMP scores."""
+    """The units of the buckets whose scores may be in [low, high], with their LAMP scores."""
     first = int(torch.searchsorted(buckets.most, low))
     end = int(torch.searchsorted(buckets.least, high, right=True))
     before, units = int(buckets.up_to[first]), 0
@@ -131,27 +146,32 @@ def _window(
 
 
 def lamp_scores(falling: Tensor, above: Tensor | float) -> Tensor:
-    """The LAMP scores of units along the last dimension.
+    """Computes LAMP scores along the last dimension.
 
-    falling: scores, the largest first, written to.  above: the sum of squares of those before them.
+    Args:
+        falling: Scores, the largest first. Written to.
+        above: The sum of squares of the units before them.
+
+    Returns:
+        The scores in the same order.
     """
     squares = falling.square_()
     scores = squares / (squares.cumsum(-1) + above)
-    scores[squares == 0] = 0.0  # of 0
-    scores[squares.isinf()] = torch.inf  # of infinity
-    # Rounding is not to turn two around.
+    scores[squares == 0] = 0.0  # also where the sum is 0
+    scores[squares.isinf()] = torch.inf
+    # Rounding must not change the order of two scores.
     return scores.cummin(-1).values if scores.numel() else scores
 
 
 def _scored(context: RequestContext, rankings: Sequence[Ranking]) -> list[Ranking]:
-    """Small rankings by the LAMP scores of their alive units; those of one length at once."""
-    living = [_living(ranking) for ranking in context.each(rankings)]
+    """Small rankings by LAMP scores of their candidates; those of one length at once."""
+    candidates = [_candidate_scores(ranking) for ranking in context.each(rankings)]
     alike: dict[tuple[int, torch.dtype], list[int]] = {}
-    for index, scores in enumerate(living):
+    for index, scores in enumerate(candidates):
         alike.setdefault((len(scores), scores.dtype), []).append(index)
     found: dict[int, Tensor] = {}
     for indices in context.each(alike.values()):
-        stacked = torch.stack([living[index] for index in indices]).cpu()
+        stacked = torch.stack([candidates[index] for index in indices]).cpu()
         falling = stacked.to(torch.float64).abs().sort(1, descending=True).values
         found.update(zip(indices, lamp_scores(falling, 0.0), strict=True))
     return [
@@ -160,31 +180,33 @@ def _scored(context: RequestContext, rankings: Sequence[Ranking]) -> list[Rankin
     ]
 
 
-def _living(ranking: Ranking) -> Tensor:
+def _candidate_scores(ranking: Ranking) -> Tensor:
     assert isinstance(ranking.scores, Tensor), "random scores have no LAMP"
     scores = ranking.scores.to(score_dtype([ranking]))
-    return scores if ranking.alive is None else scores[ranking.alive.flags(0, ranking.units)]
+    return (
+        scores if ranking.candidates is None else scores[ranking.candidates.flags(0, ranking.units)]
+    )
 
 
 def _falling(
     context: RequestContext, ranking: Ranking, buckets: Buckets, first: int, end: int
 ) -> Tensor:
-    """The scores in the buckets [first, end), the largest first.  Returns: float64, on the CPU.
+    """The scores in the buckets [first, end), the largest first, as float64 on the CPU.
 
-    There, as a GPU adds sums that run on in an order of its own.
+    On the CPU, as a GPU makes running sums in an order of its own.
     """
-    backend, of_score = backend_for(ranking.device), score_dtype([ranking])
-    beyond = torch.iinfo(BITS[of_score]).max  # the key of what is pruned already
+    backend, dtype = backend_for(ranking.device), score_dtype([ranking])
+    beyond = torch.iinfo(BITS[dtype]).max  # the key of units that are pruned already
     low = int(buckets.cuts[first - 1]) if first else 0
     high = int(buckets.cuts[end - 1]) if end <= len(buckets.cuts) else beyond
 
     def within(piece: Piece) -> Tensor:
-        kept = backend.allocate((piece.units + 7) // 8)  # what lies above is not used
+        kept = backend.allocate((piece.units + 7) // 8)  # the units above, which are not used
         (found,) = backend.split(context, [piece], low, high, [kept])
         return found.keys
 
     keys = torch.cat(backend.map(context, within, buckets.pieces))
-    return backend.ascending(keys).cpu().view(of_score).flip(0).to(torch.float64)
+    return backend.ascending(keys).cpu().view(dtype).flip(0).to(torch.float64)
 
 
 def _buckets(context: RequestContext, ranking: Ranking) -> Buckets:
@@ -200,7 +222,7 @@ def _buckets(context: RequestContext, ranking: Ranking) -> Buckets:
         return backend.sum_squares(piece, scores[slice(*span)], cuts)
 
     found = backend.map(context, sums_of, list(zip(pieces, parts, strict=True)))
-    # A cut's own units are in the bucket behind it.
+    # Units with the key of a cut are in the bucket after it.
     sums, counts = (sum(of[1:], start=of[0]) for of in zip(*found, strict=True))
     energy, units = (torch.cat([of[:1], of[1::2] + of[2::2]]) for of in (sums, counts))
     up_to = torch.cat([torch.zeros(1, dtype=torch.int64), units.cumsum(0)])
@@ -210,7 +232,7 @@ def _buckets(context: RequestContext, ranking: Ranking) -> Buckets:
 
 
 def _bounds(edges: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the most that LAMP scores in a bucket can be.  edges: squares at the cuts."""
+    """Bounds of the LAMP scores in each bucket. `edges` are squares at the cuts."""
     least = torch.cat([torch.zeros(1, dtype=torch.float64), edges]) / above[:-1]
     most = torch.cat([edges / (above[1:-1] + edges), torch.full((1,), torch.inf)])
     least = least.nan_to_num(0.0, posinf=torch.inf) * (1 - SLACK)
@@ -221,7 +243,7 @@ def _bounds(edges: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
 def _sampled_cuts(
     context: RequestContext, backend: Backend, pieces: Sequence[Piece], units: int
 ) -> Tensor:
-    """Keys that cut a large tensor in buckets of about as many units each; none, of a small one."""
+    """Keys that divide a large tensor into buckets of about equal size; none for a small one."""
     if units <= FEW:
         return torch.empty(0, dtype=BITS[pieces[0].dtype], device=backend.device)
     index = sample_places(PART, min(SPACING, max(1, units // FEW)), backend.device)

@@ -1,6 +1,6 @@
-"""Importances of several tensors brought to one scale.
+"""Brings the scores of several tensors to one scale.
 
-Each is made of exact sums by halves, so that neither the machine nor the threads show.
+Statistics are sums by halves, so that they do not depend on the machine or the threads.
 """
 
 import math
@@ -25,13 +25,13 @@ from secateur_server.spec.rules import Selection
 
 Found = TypeVar("Found")
 
-# Scores that are looked at at once: as float64 they are to stay in the second-level cache.
+# Scores that are read at once: as float64 they fit in the second-level cache.
 AT_ONCE = PART // 8
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A score |x| becomes (|x| - shift) / spread.  least: of the scaled ones."""
+    """A score |x| becomes (|x| - shift) / spread. `least` is the smallest scaled score."""
 
     shift: float
     spread: float
@@ -39,7 +39,7 @@ class Scale:
 
 
 class Moments(NamedTuple):
-    """Of the absolute scores that are alive, of a tensor or of a part of it."""
+    """Statistics of the absolute scores of the candidates of a tensor, or of a part of it."""
 
     units: int
     total: float
@@ -49,7 +49,7 @@ class Moments(NamedTuple):
 
     @property
     def mean(self) -> float:
-        """0 of no scores."""
+        """The mean; 0 without scores."""
         return self.total / self.units if self.units else 0.0
 
 
@@ -59,12 +59,13 @@ NONE = Moments(0, 0.0, 0.0, math.inf, 0.0)
 def normalized(
     context: RequestContext, rule: Selection, rankings: Sequence[Ranking]
 ) -> list[Ranking]:
-    """The rankings with scores on one scale; z-scores are moved up until none is negative.
+    """Scales the scores of tensors. Z-scores are shifted so that none is negative.
 
-    Errors: InvalidSpec, of infinite scores.
+    Raises:
+        InvalidSpec: A score is infinite.
     """
-    names, alive = [ranking.name for ranking in rankings], [r.alive for r in rankings]
-    scales = _scales(context, rule, names, list(map(_tensor_of, rankings)), alive)
+    names, candidates = [ranking.name for ranking in rankings], [r.candidates for r in rankings]
+    scales = _scales(context, rule, names, list(map(_tensor_of, rankings)), candidates)
     floor = min([0.0, *(scale.least for scale in scales)])
     return [
         ranking._replace(
@@ -80,22 +81,33 @@ def combined(
     context: RequestContext,
     rule: Selection,
     members: Sequence[Sequence[Tensor]],
-    alive: Sequence[Mask | None],
+    candidates: Sequence[Mask | None],
     names: Sequence[str],
     sizes: Sequence[int],
 ) -> list[tuple[Tensor, float]]:
-    """The scores of groups from those of their members, normalized member by member.
+    """Combines the scores of the members of groups, which are normalized member by member.
 
-    members: for each group those of its members, float64, flat.
-    sizes: of the sets of groups that are ranked together.
-    Returns: also what was taken off from all scores of a set, so that none is negative.
+    Args:
+        context: The request.
+        rule: Says how to normalize and combine.
+        members: For each group the scores of its members, float64, flat.
+        candidates: The candidates of each group.
+        names: Of the groups, for errors.
+        sizes: How many groups are in each set of groups that are compared.
+
+    Returns:
+        The scores of each group, and what was subtracted from all scores of its set, so that none
+        is negative.
+
+    Raises:
+        InvalidSpec: A score is infinite.
     """
     if rule.normalization is None:  # no score is negative
         return [(scores, 0.0) for scores in _combined(context, rule, members)]
     every = [
-        (name, of_member, mask)
-        for scores, mask, name in zip(context.each(members), alive, names, strict=True)
-        for of_member in scores
+        (name, member_scores, mask)
+        for scores, mask, name in zip(context.each(members), candidates, names, strict=True)
+        for member_scores in scores
     ]
     scales = _scales(context, rule, *map(list, zip(*every, strict=True)))
     scaled = (
@@ -105,16 +117,16 @@ def combined(
     groups = iter(_combined(context, rule, [[next(scaled) for _ in of] for of in members]))
     found = []
     for size in context.each(sizes):
-        of_set = [next(groups) for _ in range(size)]
-        floor = min([0.0, *(float(scores.min()) for scores in of_set if scores.numel())])
-        found += [(scores - floor, floor) for scores in of_set]
+        scores_of_set = [next(groups) for _ in range(size)]
+        floor = min([0.0, *(float(scores.min()) for scores in scores_of_set if scores.numel())])
+        found += [(scores - floor, floor) for scores in scores_of_set]
     return found
 
 
 def _combined(
     context: RequestContext, rule: Selection, members: Sequence[Sequence[Tensor]]
 ) -> list[Tensor]:
-    """One score for each unit of each group: groups of as many members and units at once."""
+    """One score for each unit of each group. Groups of equal sizes are combined at once."""
     alike: dict[tuple[int, int], list[int]] = defaultdict(list)
     for place, scores in enumerate(context.each(members)):
         alike[len(scores), len(scores[0])].append(place)
@@ -139,21 +151,22 @@ def _scales(
     rule: Selection,
     names: Sequence[str],
     scores: Sequence[Tensor],
-    alive: Sequence[Mask | None],
+    candidates: Sequence[Mask | None],
 ) -> list[Scale]:
-    """The scale of the scores of each tensor, over those that are alive."""
-    every = [_joined(parts) for parts in _of_parts(context, scores, alive, _moments)]
+    """The scale of each tensor, over the scores of its candidates."""
+    every = [_joined(parts) for parts in _measure_parts(context, scores, candidates, _moments)]
     for name, of in zip(names, every, strict=True):
         if not math.isfinite(of.most) or not math.isfinite(of.squares):
             raise InvalidSpec(
-                f"{rule.path}.normalization", f"{quote(name)} has scores too large to be normalized"
+                f"{rule.path}.normalization",
+                f"{quote(name)} has scores that are too large to normalize; use NORMALIZATION_NONE",
             )
     shifts, spreads = [0.0] * len(every), [of.mean for of in every]
     if rule.normalization == "norm":
         spreads = [math.sqrt(of.squares) for of in every]
     elif rule.normalization == "z_score":
-        shifts, spreads = spreads, _deviations(context, scores, alive, every)
-    spreads = [spread or 1.0 for spread in spreads]  # 0: all are equal
+        shifts, spreads = spreads, _deviations(context, scores, candidates, every)
+    spreads = [spread or 1.0 for spread in spreads]  # 0: all scores are equal
     return [
         Scale(shift, spread, (of.least - shift) / spread if of.units else 0.0)
         for of, shift, spread in zip(every, shifts, spreads, strict=True)
@@ -163,59 +176,59 @@ def _scales(
 def _deviations(
     context: RequestContext,
     scores: Sequence[Tensor],
-    alive: Sequence[Mask | None],
+    candidates: Sequence[Mask | None],
     every: Sequence[Moments],
 ) -> list[float]:
-    """The standard deviations of populations, in a pass of their own: it cancels nothing."""
+    """Standard deviations of populations, in a separate pass, so that no digits cancel."""
 
     def squares(rows: Tensor, places: Sequence[int]) -> list[float]:
         means = torch.tensor([every[place].mean for place in places], dtype=torch.float64)
         return _sums(rows.to(torch.float64).abs() - means.to(rows.device).view(-1, 1), 2.0)
 
-    found = _of_parts(context, scores, alive, squares)
+    found = _measure_parts(context, scores, candidates, squares)
     return [math.sqrt(total(p) / max(1, of.units)) for of, p in zip(every, found, strict=True)]
 
 
 def _moments(rows: Tensor, places: Sequence[int]) -> list[Moments]:
     if not rows.shape[1]:
         return [NONE] * len(rows)
-    absolute = rows.abs()  # of which aminmax takes ten times as long along rows
+    absolute = rows.abs()  # aminmax takes ten times as long along rows
     extremes = absolute.amin(1).tolist(), absolute.amax(1).tolist()
     found = _sums(rows, 1.0), _sums(rows, 2.0), *extremes
     return [Moments(rows.shape[1], *of) for of in zip(*found, strict=True)]
 
 
 def _joined(parts: Sequence[Moments]) -> Moments:
-    """The moments of all parts of a tensor."""
+    """The moments of a tensor from those of its parts."""
     counts, totals, squares, lows, highs = zip(NONE, *parts, strict=True)
     return Moments(sum(counts), total(totals), total(squares), min(lows), max(highs))
 
 
-def _of_parts(
+def _measure_parts(
     context: RequestContext,
     scores: Sequence[Tensor],
-    alive: Sequence[Mask | None],
-    of_rows: Callable[[Tensor, Sequence[int]], Sequence[Found]],
+    candidates: Sequence[Mask | None],
+    measure_rows: Callable[[Tensor, Sequence[int]], Sequence[Found]],
 ) -> list[list[Found]]:
-    """What `of_rows` makes of each part of each tensor: of those of one length at once.
+    """What `measure_rows` returns for each part of each tensor. Parts of one length are stacked.
 
-    of_rows: Is given rows of scores that are alive, and the places of their tensors.
+    `measure_rows` is given rows with the scores of candidates, and the indices of their tensors.
     """
     alike: dict[tuple[int, torch.dtype], list[tuple[int, Span]]] = defaultdict(list)
-    for place, of_tensor in enumerate(context.each(scores)):
-        for begin, end in spans(len(of_tensor), AT_ONCE):
-            alike[end - begin, of_tensor.dtype].append((place, (begin, end)))
+    for place, values in enumerate(context.each(scores)):
+        for begin, end in spans(len(values), AT_ONCE):
+            alike[end - begin, values.dtype].append((place, (begin, end)))
 
     def work(parts: Sequence[tuple[int, Span]]) -> list[tuple[int, Found]]:
-        living: dict[int, list[tuple[int, Tensor]]] = defaultdict(list)
+        by_length: dict[int, list[tuple[int, Tensor]]] = defaultdict(list)
         for place, span in parts:
-            part = _living(scores[place], alive[place], *span)
-            living[len(part)].append((place, part))
+            part = _candidate_scores(scores[place], candidates[place], *span)
+            by_length[len(part)].append((place, part))
         found: list[tuple[int, Found]] = []
-        for places, rows in (zip(*of_length, strict=True) for of_length in living.values()):
-            # A large part is taken where it is.
+        for places, rows in (zip(*same_length, strict=True) for same_length in by_length.values()):
+            # A single part is not copied.
             joined = torch.stack(rows) if len(rows) > 1 else rows[0].view(1, -1)
-            found += zip(places, of_rows(joined, places), strict=True)
+            found += zip(places, measure_rows(joined, places), strict=True)
         return found
 
     batches = [
@@ -225,19 +238,19 @@ def _of_parts(
     ]
     found: list[list[Found]] = [[] for _ in scores]
     backend = backend_for(scores[0].device)
-    for place, of_part in chain.from_iterable(backend.map(context, work, batches)):
-        found[place].append(of_part)
+    for place, result in chain.from_iterable(backend.map(context, work, batches)):
+        found[place].append(result)
     return found
 
 
-def _living(scores: Tensor, alive: Mask | None, begin: int, end: int) -> Tensor:
+def _candidate_scores(scores: Tensor, candidates: Mask | None, begin: int, end: int) -> Tensor:
     part = scores[begin:end]
-    living = part if alive is None else picked(part, alive.flags(begin, end))
-    return living.to(ranked_as(living.dtype))
+    part = part if candidates is None else picked(part, candidates.flags(begin, end))
+    return part.to(ranked_as(part.dtype))
 
 
 def _sums(rows: Tensor, p: float) -> list[float]:
-    """The sum of |x|^p of each row.  p: 1 or 2."""
+    """The sum of |x|^p of each row. `p` is 1 or 2."""
     if not rows.shape[1]:
         return [0.0] * len(rows)
     norms = vector_norms(rows[None], 0, len(rows), p, backend_for(rows.device))
@@ -245,14 +258,14 @@ def _sums(rows: Tensor, p: float) -> list[float]:
 
 
 def _scaled(context: RequestContext, scores: Tensor, scale: Scale, floor: float) -> Tensor:
-    """Returns: float64 for float64, else float32, computed in float64 and rounded once."""
+    """Scaled scores: float64 for float64, else float32; computed in float64 and rounded once."""
     dtype = rounded_to(scores.dtype)
     backend = backend_for(scores.device)
     into = allocate(context, len(scores) * dtype.itemsize, backend).view(dtype)
 
     def fill(span: tuple[int, int]) -> None:
         part = scores[slice(*span)].to(torch.float64).abs()
-        # What is pruned already may lie below the floor, and has no rank.
+        # The scores of pruned units may be below the floor. They are not used.
         into[slice(*span)] = (((part - scale.shift) / scale.spread) - floor).clamp_(min=0.0)
 
     backend.map(context, fill, spans(len(scores), AT_ONCE))

@@ -1,4 +1,4 @@
-"""What a rule would do by each of many amounts, from one look at the scores."""
+"""Predicts the outcome of a rule for many amounts, and scores the units once."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,16 +21,17 @@ from secateur_server.cut.plan_small import (
     EachOutcome,
     is_planned_by_runs,
     plan_each,
-    plan_together,
+    plan_jointly,
     with_amounts,
 )
 from secateur_server.cut.prune import apply_selection, choice_of, small_at_once, with_cut
-from secateur_server.cut.removed import Made, Outcome, Removed, RemovedTable
-from secateur_server.cut.select import NOTHING, score_dtype
-from secateur_server.cut.small import are_small, is_small
-from secateur_server.cut.subjects import Subject, is_everything, subjects_of, together
+from secateur_server.cut.removed import ListedOutcome, Outcome, Removed, RemovedTable
+from secateur_server.cut.scored import ScoredTensor, score_tensors, split_by_scope
+from secateur_server.cut.select import NO_CUT, score_dtype
+from secateur_server.cut.small import are_small
 from secateur_server.runtime.context import RequestContext
-from secateur_server.spec.rules import Amount, Selection, Threshold
+from secateur_server.spec.amounts import Amount
+from secateur_server.spec.rules import Selection
 from secateur_server.state_dict.parameter import Parameter
 
 
@@ -42,15 +43,26 @@ def plan(
     extras: Mapping[str, Tensor],
     at: str = "",
 ) -> Sequence[Outcome]:
-    """The outcome of `rule` with each of `amounts` in its amount's place.
+    """Predicts the outcome of a rule for each of several amounts.
 
-    rule: resolved.  parameters, extras: as of prune.
-    at: the path of `amounts`, for errors, where they are not the rule's own.  Errors: InvalidSpec.
+    Args:
+        context: The request.
+        rule: Resolved.
+        amounts: Each takes the place of the rule's amount.
+        parameters: As for prune.
+        extras: As for prune.
+        at: The path of `amounts` in the request, if they are not the rule's own.
+
+    Returns:
+        One outcome for each amount.
+
+    Raises:
+        InvalidSpec: As prune does.
     """
-    # Groups overlap: what is left of a tensor only its mask tells. Rows have a cut each.
+    # Groups overlap, so only masks tell what is kept. Rows have a threshold each.
     if rule.groups or rule.scope == "row":
         return [
-            _tried(context, replace(rule, amount=a), parameters, extras)
+            _outcome_by_pruning(context, replace(rule, amount=a), parameters, extras)
             for a in context.each(amounts)
         ]
     if is_planned_by_runs(rule, amounts):
@@ -66,13 +78,13 @@ def plan(
         for index in range(len(amounts)):
             choices[index].append(Choice((name,), 0, 0, 0))
             removed[index][name] = Removed(0, 0.0, 0.0)
-    ranked = together(context, rule, [name for name in rule.tensors if name not in empty])
+    ranked = split_by_scope(context, rule, [name for name in rule.tensors if name not in empty])
     parts = _all_planned(context, rule, amounts, ranked, parameters, extras, at)
-    for found in context.each(parts):
-        for index, (choice, gone) in enumerate(found):
+    for result in context.each(parts):
+        for index, (choice, by_tensor) in enumerate(result):
             choices[index].append(choice)
-            removed[index].update(gone)
-    return [Made(*of) for of in zip(choices, removed, strict=True)]
+            removed[index].update(by_tensor)
+    return [ListedOutcome(*row) for row in zip(choices, removed, strict=True)]
 
 
 def _plan_each(
@@ -83,23 +95,23 @@ def _plan_each(
     extras: Mapping[str, Tensor],
     at: str,
 ) -> Sequence[Outcome]:
-    """A plan of a rule that prunes each tensor by itself: small tensors are planned together."""
+    """A plan of a rule that prunes each tensor separately. Small tensors are planned in batches."""
     empty = [name for name in rule.tensors if parameters[name].weight.numel() == 0]
-    small = [name for name in rule.tensors if is_small(parameters[name])]
+    small = [name for name in rule.tensors if parameters[name].is_small]
     small = small if are_many(small) else []
     known = {*empty, *small}
     large = [name for name in rule.tensors if name not in known]
     rules = with_amounts(rule, amounts, at)
     planned = plan_each(context, rules, small, parameters) if small else []
-    ranked = together(context, rule, large)
+    ranked = split_by_scope(context, rule, large)
     parts = _all_planned(context, rule, amounts, ranked, parameters, extras, at)
     others: list[dict[str, tuple[Choice, Removed]]] = [{} for _ in amounts]
-    for name, found in zip(large, parts, strict=True):
-        for of_amount, (choice, removed) in zip(others, found, strict=True):
+    for name, result in zip(large, parts, strict=True):
+        for of_amount, (choice, removed) in zip(others, result, strict=True):
             of_amount[name] = choice, removed[name]
     names = list(dict.fromkeys([*empty, *rule.tensors]))
     places = {name: place for place, name in enumerate(names)}
-    return [EachOutcome(index, names, places, planned, of) for index, of in enumerate(others)]
+    return [EachOutcome(index, names, places, planned, row) for index, row in enumerate(others)]
 
 
 def _plan_small(
@@ -109,14 +121,14 @@ def _plan_small(
     parameters: Mapping[str, Parameter],
     at: str,
 ) -> Sequence[Outcome] | None:
-    """A plan of a rule that ranks small tensors together; None where they are not all small."""
+    """A plan of a rule that compares small tensors; None if they are not all small."""
     empty = [name for name in rule.tensors if parameters[name].weight.numel() == 0]
-    gone = set(empty)
-    ranked = together(context, rule, [name for name in rule.tensors if name not in gone])
+    filled = [name for name in rule.tensors if parameters[name].weight.numel()]
+    ranked = split_by_scope(context, rule, filled)
     if not all(are_small(names, parameters) for names in ranked):
         return None
     rules = with_amounts(rule, amounts, at)
-    parts = [plan_together(context, rules, names, parameters) for names in context.each(ranked)]
+    parts = [plan_jointly(context, rules, names, parameters) for names in context.each(ranked)]
     names = [*empty, *(name for planned, _ in parts for name in planned.names)]
     places = {name: place for place, name in enumerate(names)}
     none = np.zeros(len(empty))
@@ -125,9 +137,9 @@ def _plan_small(
     for index in range(len(amounts)):
         choices = [Choice((name,), 0, 0, 0) for name in empty]
         choices += [of_part[index] for _, of_part in parts]
-        elements = np.concatenate([none.astype(int), *(of.counts[index] for of, _ in parts)])
+        elements = np.concatenate([none.astype(int), *(row.counts[index] for row, _ in parts)])
         energy = np.concatenate([none, *(planned.energy[index] for planned, _ in parts)])
-        outcomes.append(Made(choices, RemovedTable(places, elements, energy, whole)))
+        outcomes.append(ListedOutcome(choices, RemovedTable(places, elements, energy, whole)))
     return outcomes
 
 
@@ -140,7 +152,7 @@ def _all_planned(
     extras: Mapping[str, Tensor],
     at: str,
 ) -> list[list[tuple[Choice, dict[str, Removed]]]]:
-    """As _planned, of all tensors, by those that are ranked together."""
+    """Does `_planned` for each set of tensors that are compared."""
     return small_at_once(
         context,
         lambda names: _planned(context, rule, amounts, names, parameters, extras, at),
@@ -159,115 +171,113 @@ def _planned(
     extras: Mapping[str, Tensor],
     at: str,
 ) -> list[tuple[Choice, dict[str, Removed]]]:
-    """For each amount the choice among tensors that are ranked together, and what goes of them."""
-    # Where one amount takes less than all, there have to be scores.
-    rule = replace(rule, amount=next((a for a in amounts if not is_everything(a)), amounts[0]))
-    subjects = subjects_of(context, rule, names, parameters, extras)
-    dtype = score_dtype([subject.ranking for subject in subjects])
-    decisions = decide(context, rule, subjects, amounts, at)
-    cuts = _cuts(context, subjects, decisions, dtype)
+    """For each amount the choice among tensors that are compared, and what is pruned of each."""
+    # Scores are needed if any amount prunes less than all units.
+    rule = replace(rule, amount=next((a for a in amounts if not a.is_everything), amounts[0]))
+    tensors = score_tensors(context, rule, names, parameters, extras)
+    dtype = score_dtype([tensor.ranking for tensor in tensors])
+    decisions = decide(context, rule, tensors, amounts, at)
+    cuts = _cuts(context, tensors, decisions, dtype)
     removed = [
         _removed(
             context,
-            subject,
-            parameters[subject.name],
+            tensor,
+            parameters[tensor.name],
             [decision.counts[i] for decision in decisions],
-            [of[i] for of in cuts],
+            [row[i] for row in cuts],
             dtype,
         )
-        for i, subject in enumerate(context.each(subjects))
+        for i, tensor in enumerate(context.each(tensors))
     ]
-    alive = sum(subject.alive for subject in subjects)
+    candidates = sum(tensor.candidates for tensor in tensors)
     planned = []
     for index, decision in enumerate(context.each(decisions)):
-        if isinstance(rule.amount, Threshold):
-            scores = [None if c == NOTHING else score_at(c.key, dtype) for c in cuts[index]]
-            decision = with_cut(
-                context, decision, [subject.ranking for subject in subjects], scores
-            )
-        choice = choice_of(rule, names, alive, sum(decision.counts), decision)
-        planned.append((choice, {n: of[index] for n, of in zip(names, removed, strict=True)}))
+        if rule.amount.threshold is not None:
+            scores = [None if c == NO_CUT else score_at(c.key, dtype) for c in cuts[index]]
+            decision = with_cut(context, decision, [tensor.ranking for tensor in tensors], scores)
+        choice = choice_of(rule, names, candidates, sum(decision.counts), decision)
+        planned.append((choice, {n: row[index] for n, row in zip(names, removed, strict=True)}))
     return planned
 
 
 def _cuts(
     context: RequestContext,
-    subjects: Sequence[Subject],
+    tensors: Sequence[ScoredTensor],
     decisions: Sequence[Decision],
     dtype: torch.dtype,
 ) -> list[list[Cut]]:
-    """For each decision the cut of each subject, in the common dtype."""
+    """For each decision the cut of each tensor, in the common dtype."""
     cuts: list[list[Cut | None]] = [
         [
-            NOTHING if count == 0 else known
+            NO_CUT if count == 0 else known
             for count, known in zip(
-                decision.counts, decision.cuts or [None] * len(subjects), strict=True
+                decision.counts, decision.cuts or [None] * len(tensors), strict=True
             )
         ]
         for decision in context.each(decisions)
     ]
-    # Those that limits or shares took elsewhere than at the cut of all.
-    missing = [(d, s) for d, of in enumerate(cuts) for s, cut in enumerate(of) if cut is None]
-    queries = [Query((s,), (0,), (subjects[s].alive,), decisions[d].counts[s]) for d, s in missing]
-    rankings = [subject.ranking for subject in subjects]
-    found = divide(context, rankings, queries, dtype) if queries else []
-    for (d, s), division in zip(context.each(missing), found, strict=True):
+    # Tensors that guard rails or shares cut elsewhere than at the common threshold.
+    missing = [(d, s) for d, row in enumerate(cuts) for s, cut in enumerate(row) if cut is None]
+    queries = [
+        Query((s,), (0,), (tensors[s].candidates,), decisions[d].counts[s]) for d, s in missing
+    ]
+    rankings = [tensor.ranking for tensor in tensors]
+    result = divide(context, rankings, queries, dtype) if queries else []
+    for (d, s), division in zip(context.each(missing), result, strict=True):
         ties = division.counts[0] - division.below[0]
         cuts[d][s] = Cut(division.key, ties, division.equal[0])
-    return [[cut for cut in of if cut is not None] for of in cuts]
+    return [[cut for cut in row if cut is not None] for row in cuts]
 
 
 def _removed(
     context: RequestContext,
-    subject: Subject,
+    tensor: ScoredTensor,
     parameter: Parameter,
     counts: Sequence[int],
     cuts: Sequence[Cut],
     dtype: torch.dtype,
 ) -> list[Removed]:
-    """What goes of one tensor by each of its cuts.  counts: of units."""
-    if subject.costs is None:
-        found, whole = energies(context, subject.ranking, parameter.weight.reshape(-1), cuts, dtype)
-        return [Removed(count, energy, whole) for count, energy in zip(counts, found, strict=True)]
-    elements, energy = subject.costs(context)
+    """What each of the cuts of a tensor prunes. `counts` are of units."""
+    if tensor.costs is None:
+        result, whole = energies(context, tensor.ranking, parameter.weight.reshape(-1), cuts, dtype)
+        return [Removed(count, energy, whole) for count, energy in zip(counts, result, strict=True)]
+    elements, energy = tensor.costs(context)
     whole = _energy(context, parameter.weight, parameter.mask)
-    # Their squares are what is added up; rounding is far from a whole element.
-    of_elements, _ = energies(
-        context, subject.ranking, elements.to(torch.float64).sqrt_(), cuts, dtype
+    # `energies` adds up squares. The error is far less than one element.
+    pruned_elements, _ = energies(
+        context, tensor.ranking, elements.to(torch.float64).sqrt_(), cuts, dtype
     )
-    of_energy, _ = energies(context, subject.ranking, energy.sqrt_(), cuts, dtype)
+    pruned_energy, _ = energies(context, tensor.ranking, energy.sqrt_(), cuts, dtype)
     return [
-        Removed(round(gone), lost, whole) for gone, lost in zip(of_elements, of_energy, strict=True)
+        Removed(round(pruned), energy, whole)
+        for pruned, energy in zip(pruned_elements, pruned_energy, strict=True)
     ]
 
 
-def _tried(
+def _outcome_by_pruning(
     context: RequestContext,
     rule: Selection,
     parameters: Mapping[str, Parameter],
     extras: Mapping[str, Tensor],
 ) -> Outcome:
-    """The outcome of really choosing, without keeping what was chosen."""
+    """The outcome of pruning without keeping the masks."""
     masks, choices = apply_selection(context, rule, parameters, extras)
     removed = {}
     for name, mask in context.each(masks.items()):
         parameter = parameters[name]
         whole = _energy(context, parameter.weight, parameter.mask)
-        lost = _energy(context, parameter.weight, parameter.mask, mask)
-        removed[name] = Removed(_unpruned(context, parameter) - mask.kept(context), lost, whole)
-    return Made(choices, removed)
-
-
-def _unpruned(context: RequestContext, parameter: Parameter) -> int:
-    return parameter.weight.numel() if parameter.mask is None else parameter.mask.kept(context)
+        energy = _energy(context, parameter.weight, parameter.mask, mask)
+        elements = mask.elements - mask.kept(context) - parameter.count_pruned(context)
+        removed[name] = Removed(elements, energy, whole)
+    return ListedOutcome(choices, removed)
 
 
 def _energy(
     context: RequestContext, weight: Tensor, mask: Mask | None, after: Mask | None = None
 ) -> float:
-    """The sum of squares of what a mask keeps, and another one does not; None keeps all.
+    """The sum of squares of the elements that `mask` keeps and `after` prunes.
 
-    after: None keeps nothing.
+    A mask of None keeps all elements; `after` of None prunes all.
     """
     values, backend = weight.reshape(-1), backend_for(weight.device)
 

@@ -1,4 +1,4 @@
-"""Plans for many small tensors, whose units are their elements: arrays of what amounts do."""
+"""Plans for many small tensors whose units are their elements, as arrays."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,42 +11,44 @@ import torch
 
 from secateur_server.backends.batches import batched
 from secateur_server.backends.keys import BITS, score_at
-from secateur_server.cut.amounts import number_of
+from secateur_server.cut.amounts import units_to_prune
 from secateur_server.cut.choice import Choice, ChoiceTable, Floats, Ints
 from secateur_server.cut.lamp import lamp_scores
 from secateur_server.cut.removed import Removed, RemovedTable
 from secateur_server.cut.runs import Runs, energies, runs_of
 from secateur_server.cut.score import Ranking
+from secateur_server.cut.scored import score_tensor
 from secateur_server.cut.select import score_dtype
-from secateur_server.cut.small import batch_of, ranking_of, values_of
+from secateur_server.cut.small import batch_of, values_of
 from secateur_server.runtime.context import RequestContext
-from secateur_server.spec.rules import Amount, Selection
+from secateur_server.spec.amounts import Amount
+from secateur_server.spec.rules import Selection
 from secateur_server.state_dict.parameter import Parameter
 
 
 def is_planned_by_runs(rule: Selection, amounts: Sequence[Amount]) -> bool:
-    """Whether shares or numbers of elements go, by the magnitude of the weights alone."""
+    """Whether the rule prunes fractions or counts of elements by the magnitude of weights alone."""
     is_of_weights = rule.importance.is_value and not (rule.scores or rule.scales)
     is_plain = rule.allocation in ("rank", "lamp") and not rule.guard_rails.rails
     return (
-        rule.is_of_elements
+        rule.has_element_units
         and rule.scope != "row"
         and is_of_weights
         and is_plain
         and rule.normalization is None
-        and all(isinstance(amount, float | int) for amount in amounts)
+        and all(amount.is_share for amount in amounts)
     )
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What amounts do to tensors.
+    """Predicted outcomes for tensors.
 
     Attributes:
         names: Of the tensors.
-        counts: How many units of each tensor each amount prunes, (amounts, tensors).
-        energy: As RemovedTable has it, (amounts, tensors).
-        whole: As RemovedTable has it.
+        counts: Units of each tensor that each amount prunes, (amounts, tensors).
+        energy: As in RemovedTable, (amounts, tensors).
+        whole: As in RemovedTable.
     """
 
     names: Sequence[str]
@@ -57,15 +59,15 @@ class Planned:
 
 @dataclass(frozen=True)
 class PlannedEach(Planned):
-    """What amounts do to tensors, each by itself.
+    """Predicted outcomes for tensors that are pruned separately.
 
     Attributes:
-        alive: Units of each tensor that are unpruned before.
-        thresholds, equal, ties: Of each cut, (amounts, tensors): the score, NaN where nothing is
-            pruned; how many units have it; and how many of them are pruned.
+        candidates: Units of each tensor that are unpruned before.
+        thresholds, equal, ties: Of each cut, (amounts, tensors): the score, NaN if nothing is
+            pruned; the units that have it; and how many of them are pruned.
     """
 
-    alive: Ints
+    candidates: Ints
     thresholds: Floats
     equal: Ints
     ties: Ints
@@ -77,19 +79,31 @@ def plan_each(
     names: Sequence[str],
     parameters: Mapping[str, Parameter],
 ) -> list[PlannedEach]:
-    """What rules with several amounts do to small tensors, each of which is pruned by itself.
+    """Predicts what several amounts prune of small tensors, each separately.
+
+    Args:
+        context: The request.
+        rules: The same rule with each amount.
+        names: Of the tensors.
+        parameters: By name.
+
+    Returns:
+        The outcomes of all amounts, for batches of tensors.
 
     Raises:
         NanScores: A score is NaN.
         AmountOutOfRange: A tensor has too few units.
     """
     kinds: dict[torch.dtype, list[Ranking]] = defaultdict(list)
+    shares = [rule.amount.share("") for rule in rules]
+    counts = [
+        rule for rule, share in zip(rules, shares, strict=True) if share and share.fraction is None
+    ]
     for name in context.each(names):
-        ranking = ranking_of(context, rules[0], name, parameters, {})
-        alive = ranking.count_alive(context)
-        for rule in context.each(rules):  # refuses what is too much
-            if not isinstance(rule.amount, float):
-                number_of(rule, rule.amount, (name,), ranking.units, alive)
+        ranking = score_tensor(context, rules[0], name, parameters, {})
+        candidates = ranking.count_candidates(context)
+        for rule in context.each(counts):  # refuses counts that are too large
+            units_to_prune(rule, (name,), ranking.units, candidates)
         kinds[ranking.dtype].append(ranking)
     return [
         _plan_each(context, rules, alike[part], dtype)
@@ -105,52 +119,71 @@ def _plan_each(
     dtype: torch.dtype,
 ) -> PlannedEach:
     runs = runs_of(batch_of(rankings, dtype))
-    alive, units = runs.sizes, np.array([ranking.units for ranking in rankings])
+    candidates, units = runs.sizes, np.array([ranking.units for ranking in rankings])
     shape = len(rules), len(rankings)
     counts, below, equal = (np.empty(shape, np.int32) for _ in range(3))
     thresholds = np.empty(shape)
     for index, rule in enumerate(context.each(rules)):
-        base, gone = (units, units - alive) if rule.of_all else (alive, np.zeros_like(alive))
-        share: Any = np.rint(rule.amount * base) if isinstance(rule.amount, float) else rule.amount
-        counts[index] = np.maximum(0, share - gone)
+        bases, pruned = (
+            (units, units - candidates) if rule.of_all else (candidates, np.zeros_like(candidates))
+        )
+        share = rule.amount.share("")
+        assert share is not None, "plans by runs have fractions and counts"
+        counts[index] = np.maximum(0, share.units_of_each(bases) - pruned)
         below[index], equal[index] = runs.cut_at(counts[index])
         last = runs.starts[:-1] + np.maximum(counts[index] - 1, 0)
         keys = np.append(runs.keys, 0)[np.minimum(last, len(runs.keys))]
         thresholds[index] = values_of(np.where(counts[index] > 0, keys, -1).astype(np.int64), dtype)
     energy, whole = energies(context, runs, counts, below, equal)
     names = [ranking.name for ranking in rankings]
-    cut = alive, thresholds, equal, counts - below
+    cut = candidates, thresholds, equal, counts - below
     return PlannedEach(names, counts, energy, whole, *cut)
 
 
-def plan_together(
+def plan_jointly(
     context: RequestContext,
     rules: Sequence[Selection],
     names: Sequence[str],
     parameters: Mapping[str, Parameter],
 ) -> tuple[Planned, list[Choice]]:
-    """What rules with several amounts do to small tensors that are ranked together.
+    """Predicts what several amounts prune of small tensors whose units are compared.
 
-    Returns: also the choice of each amount.
+    Args:
+        context: The request.
+        rules: The same rule with each amount.
+        names: Of the tensors.
+        parameters: By name.
+
+    Returns:
+        The outcomes of all amounts, and the choice of each.
 
     Raises:
         NanScores: A score is NaN.
         AmountOutOfRange: The tensors have too few units.
     """
-    rankings = [ranking_of(context, rules[0], name, parameters, {}) for name in context.each(names)]
+    rankings = [
+        score_tensor(context, rules[0], name, parameters, {}) for name in context.each(names)
+    ]
     runs = runs_of(batch_of(rankings, score_dtype(rankings)))
-    found, choices = cut_together(context, rules, rankings, runs)
+    found, choices = cut_jointly(context, rules, rankings, runs)
     energy, whole = energies(context, runs, *found)
     return Planned(names, found[0], energy, whole), choices
 
 
-def cut_together(
+def cut_jointly(
     context: RequestContext, rules: Sequence[Selection], rankings: Sequence[Ranking], runs: Runs
 ) -> tuple[tuple[Ints, Ints, Ints], list[Choice]]:
-    """Cuts small tensors that are ranked together by several amounts.
+    """Cuts small tensors whose units are compared, by several amounts.
 
-    Returns: how many units each loses, and of its cut how many are below it and at it, each
-        (amounts, tensors); and the choice of each amount.
+    Args:
+        context: The request.
+        rules: The same rule with each amount.
+        rankings: Of the tensors.
+        runs: Of the same tensors.
+
+    Returns:
+        The units pruned of each tensor, and those below and at its cut, each (amounts, tensors);
+        and the choice of each amount.
 
     Raises:
         AmountOutOfRange: The tensors have too few units.
@@ -163,7 +196,7 @@ def cut_together(
     counts, below, equal = (np.zeros(shape, np.int32) for _ in range(3))
     choices = []
     for index, rule in enumerate(context.each(rules)):
-        count = number_of(rule, rule.amount, names, units, len(runs.keys))
+        count = units_to_prune(rule, names, units, len(runs.keys))
         value, ties, ties_pruned = None, 0, 0
         if count:
             key, before, at = order.cut(count)
@@ -171,8 +204,7 @@ def cut_together(
             ties, ties_pruned = int(at.sum()), count - int(before.sum())
             counts[index] = before + np.clip(ties_pruned - (np.cumsum(at) - at), 0, at)
             below[index], equal[index] = runs.cut_at(counts[index]) if is_lamp else (before, at)
-        said = count, count, value, ties, ties_pruned
-        choices.append(Choice(names, len(runs.keys), *said))
+        choices.append(Choice(names, len(runs.keys), count, count, value, ties, ties_pruned))
     return (counts, below, equal), choices
 
 
@@ -193,36 +225,36 @@ class _Order:
     """The units of all tensors in one order.
 
     Args:
-        starts: As Runs has them.
-        keys: Of each tensor ascending.
+        starts: As in Runs.
+        keys: Ascending for each tensor.
     """
 
     def __init__(self, starts: Ints, keys: npt.NDArray[Any]) -> None:
         self._starts, self._keys = starts, np.sort(keys)
-        # One ascending list for all tensors: the tensor, then the place of the key among all keys.
+        # One ascending list for all tensors: each has its own range of numbers for its keys.
         self._first = np.arange(len(starts) - 1) * (len(keys) + 1)
         places = np.searchsorted(self._keys, keys)
         self._places = np.repeat(self._first, np.diff(starts)) + places
 
     def cut(self, count: int) -> tuple[int, Ints, Ints]:
-        """The key of the unit at `count`, from 1, and how many of each are below and at it."""
+        """The key of the `count`-th unit, from 1, and the units of each tensor below and at it."""
         key = self._keys[count - 1]
-        wanted = self._first + np.searchsorted(self._keys, key)
-        begins = np.searchsorted(self._places, wanted)
-        ends = np.searchsorted(self._places, wanted, "right")
+        amount_to_prune = self._first + np.searchsorted(self._keys, key)
+        begins = np.searchsorted(self._places, amount_to_prune)
+        ends = np.searchsorted(self._places, amount_to_prune, "right")
         return int(key), begins - self._starts[:-1], ends - begins
 
 
 @dataclass(frozen=True)
 class EachOutcome:
-    """What an amount does to tensors of which each is pruned by itself, made when it is asked for.
+    """The outcome of an amount for tensors that are pruned separately. Tables are made on request.
 
     Attributes:
         index: Of the amount.
         tensors: The names of all tensors; one list for all amounts.
-        places: Of each of them.
-        planned: Of the small ones.
-        others: Of the others: the choice, and what it removes.
+        places: The index of each name.
+        planned: Outcomes for small tensors.
+        others: For each other tensor the choice, and what it prunes.
     """
 
     index: int
@@ -233,36 +265,42 @@ class EachOutcome:
 
     @property
     def choices(self) -> ChoiceTable:
-        """As Outcome has them."""
-        table = ChoiceTable.of_nothing(self.tensors)
-        for of, rows in self._rows():
-            table.candidates[rows], table.thresholds[rows] = of.alive, of.thresholds[self.index]
-            table.requested[rows] = table.pruned[rows] = of.counts[self.index]
-            table.ties[rows], table.ties_pruned[rows] = of.equal[self.index], of.ties[self.index]
+        """The choices of all tensors."""
+        table = ChoiceTable.empty(self.tensors)
+        for planned, rows in self._rows():
+            table.candidates[rows], table.thresholds[rows] = (
+                planned.candidates,
+                planned.thresholds[self.index],
+            )
+            table.requested[rows] = table.pruned[rows] = planned.counts[self.index]
+            table.ties[rows], table.ties_pruned[rows] = (
+                planned.equal[self.index],
+                planned.ties[self.index],
+            )
         for choice, _ in self.others.values():
             table.set(choice)
         return table
 
     @property
     def removed(self) -> RemovedTable:
-        """As Outcome has it."""
+        """What is pruned of each tensor."""
         elements = np.zeros(len(self.places), np.int64)
         energy, whole = np.zeros((2, len(self.places)))
-        for of, rows in self._rows():
-            elements[rows], energy[rows] = of.counts[self.index], of.energy[self.index]
-            whole[rows] = of.whole
+        for planned, rows in self._rows():
+            elements[rows], energy[rows] = planned.counts[self.index], planned.energy[self.index]
+            whole[rows] = planned.whole
         for name, (_, removed) in self.others.items():
             row = self.places[name]
             elements[row], energy[row], whole[row] = removed.elements, removed.energy, removed.whole
         return RemovedTable(self.places, elements, energy, whole)
 
     def _rows(self) -> Iterator[tuple[PlannedEach, list[int]]]:
-        for of in self.planned:
-            yield of, [self.places[name] for name in of.names]
+        for planned in self.planned:
+            yield planned, [self.places[name] for name in planned.names]
 
 
 def with_amounts(rule: Selection, amounts: Sequence[Amount], at: str) -> list[Selection]:
-    """The rule with each of some amounts, with the path that errors name."""
+    """Makes a copy of the rule for each amount, with the path that errors name."""
     return [
         replace(rule, amount=amount, path=f"{at}[{index}]" if at else rule.path)
         for index, amount in enumerate(amounts)

@@ -1,4 +1,4 @@
-"""What counts as pruned before the rules of a call."""
+"""Elements that count as pruned before the rules of a call."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,11 +13,11 @@ def prune_zeros(
 ) -> dict[str, Parameter]:
     """Masks the zeros of every tensor that a rule names.
 
-    This is what torch.nn.utils.prune.custom_from_mask does with the mask `weight != 0`.
+    This is torch.nn.utils.prune.custom_from_mask with the mask `weight != 0`.
 
     Args:
         context: The request.
-        parameters: In the order of the state_dict, not changed.
+        parameters: In the order of the state_dict. Not changed.
         rules: Resolved.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Applies a spec: rule after rule, each among what the ones before left."""
+"""Applies a spec, rule by rule. Each rule sees the masks of the rules before it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -10,32 +10,32 @@ from torch import Tensor
 from secateur_server.backends import backend_for
 from secateur_server.backends.masks import Mask
 from secateur_server.backends.pieces import Cut
-from secateur_server.cut.amounts import Decision, decide, first_key, is_plain, wanted
+from secateur_server.cut.amounts import Decision, amount_to_prune, decide, first_key, is_plain
 from secateur_server.cut.choice import Choice, ChoiceTable
 from secateur_server.cut.divide import count_below
 from secateur_server.cut.lamp_small import prune_by_lamp
 from secateur_server.cut.plan_small import is_planned_by_runs
 from secateur_server.cut.rows import select_in_rows
 from secateur_server.cut.score import Ranking
+from secateur_server.cut.scored import (
+    Masks,
+    ScoredTensor,
+    score_groups,
+    score_tensors,
+    split_by_scope,
+)
 from secateur_server.cut.select import score_dtype, select, threshold
 from secateur_server.cut.select_each import select_each
 from secateur_server.cut.small import (
     are_small,
-    is_each_by_itself,
+    is_count_per_tensor,
+    prune_jointly,
     prune_small,
-    prune_together,
-)
-from secateur_server.cut.subjects import (
-    Masks,
-    Subject,
-    subjects_of,
-    subjects_of_groups,
-    together,
 )
 from secateur_server.errors import InvalidMask, quote
-from secateur_server.granularity.groups_at_once import masks_of_groups
+from secateur_server.granularity.groups_at_once import expand_groups
 from secateur_server.runtime.context import RequestContext
-from secateur_server.spec.rules import CustomMasks, Rule, Selection, Threshold
+from secateur_server.spec.rules import CustomMasks, Rule, Selection
 from secateur_server.state_dict.given_masks import to_mask
 from secateur_server.state_dict.parameter import Parameter
 
@@ -49,13 +49,20 @@ def prune(
     rules: Sequence[Rule],
     extras: Mapping[str, Tensor],
 ) -> tuple[dict[str, Parameter], list[Sequence[Choice]]]:
-    """Applies `rules` in order, with the semantics of torch.nn.utils.prune.PruningContainer.
+    """Applies rules in order, with the semantics of torch.nn.utils.prune.PruningContainer.
 
-    parameters: in the state_dict's order, never changed.  rules: resolved.
-    extras: uploaded scores and masks, by the names of the tensors that hold them.
-    Returns: the parameters that a rule named, with their new masks, in the same order; and for
-        each rule its choices.
-    Errors: InvalidSpec.
+    Args:
+        context: The request.
+        parameters: In the order of the state_dict. Not changed.
+        rules: Resolved.
+        extras: Uploaded scores and masks, by the names of the tensors that hold them.
+
+    Returns:
+        The parameters that a rule named, with their new masks, in the same order; and the choices
+        of each rule.
+
+    Raises:
+        InvalidSpec: A rule does not fit the tensors or their values.
     """
     state = dict(parameters)
     outcomes: list[Sequence[Choice]] = []
@@ -98,9 +105,12 @@ def _apply_masks(
 
 
 def _packed_mask(bits: Tensor, elements: int, field: str) -> Mask:
-    """A mask of bits, as results have them.  Errors: InvalidMask."""
+    """A mask of bits, as results have them. Raises InvalidMask."""
     if elements % 8 and int(bits[-1]) >> elements % 8:
-        raise InvalidMask(field, f"has bits behind the last of {elements} elements that are not 0")
+        raise InvalidMask(
+            field,
+            f"bits after the last of {elements} elements are not 0; fill the last byte with 0",
+        )
     return Mask(bits, elements)
 
 
@@ -110,15 +120,28 @@ def apply_selection(
     state: Mapping[str, Parameter],
     extras: Mapping[str, Tensor],
 ) -> tuple[Masks, Sequence[Choice]]:
-    """The masks of what a rule names, prior pruning in them, and the rule's choices."""
-    # Of a tensor without elements there is nothing to choose, however many slices it has.
+    """Makes the masks of the tensors that a rule names.
+
+    Args:
+        context: The request.
+        rule: Resolved.
+        state: All parameters.
+        extras: Uploaded scores.
+
+    Returns:
+        The masks, prior masks included, and the rule's choices.
+
+    Raises:
+        InvalidSpec: The rule does not fit the tensors or their values.
+    """
+    # Tensors without elements may have slices, but no choice among them matters.
     empty = dict.fromkeys(name for name in rule.tensors if state[name].weight.numel() == 0)
     names = [group.name for group in rule.groups] or [n for n in rule.tensors if n not in empty]
     device = state[rule.tensors[0]].weight.device
     nothing = torch.empty(0, dtype=torch.uint8, device=device)
     masks: Masks = {name: Mask(nothing, 0) for name in empty}
-    if is_each_by_itself(rule):
-        table = ChoiceTable.of_nothing([*empty, *names])
+    if is_count_per_tensor(rule):
+        table = ChoiceTable.empty([*empty, *names])
         masks |= prune_small(context, rule, state, extras, table)
         names = [name for name in names if name not in masks]
         for found, choice in context.each(_chosen(context, rule, names, state, extras, device)):
@@ -141,13 +164,13 @@ def _chosen(
     extras: Mapping[str, Tensor],
     device: torch.device,
 ) -> list[tuple[Masks, Choice]]:
-    """What is chosen among the units of tensors, or groups, by those that are ranked together."""
+    """Masks and choices for each set of tensors, or groups, whose units are compared."""
     if rule.groups:
         return _choose_groups(context, rule, state, extras)
     return small_at_once(
         context,
         lambda names: _choose(context, rule, names, state, extras),
-        together(context, rule, names),
+        split_by_scope(context, rule, names),
         lambda names: sum(state[n].weight.numel() for n in names),
         device,
     )
@@ -160,9 +183,17 @@ def small_at_once(
     elements: Callable[[Item], int],
     device: torch.device,
 ) -> list[Done]:
-    """What `work` makes of each item, in their order.
+    """Calls `work` on each item: small ones in parallel, large ones one by one on all cores.
 
-    One core takes a small one whole; a large one, all cores one by one.
+    Args:
+        context: The request.
+        work: Makes a result from an item.
+        items: To work on.
+        elements: Returns the size of an item.
+        device: Of the tensors.
+
+    Returns:
+        The results in the order of the items.
     """
     backend = backend_for(device)
     is_small = [elements(item) <= backend.piece for item in items]
@@ -177,19 +208,19 @@ def _choose(
     state: Mapping[str, Parameter],
     extras: Mapping[str, Tensor],
 ) -> tuple[Masks, Choice]:
-    """Selects among the units of all tensors, or groups, that are ranked together."""
-    if rule.is_of_elements and rule.scope != "row" and are_small(names, state):
+    """Selects among the units of tensors that are compared."""
+    if rule.has_element_units and rule.scope != "row" and are_small(names, state):
         if is_plain(rule) and rule.normalization is None:
-            return prune_together(context, rule, names, state, extras)
+            return prune_jointly(context, rule, names, state, extras)
         if rule.allocation == "lamp" and is_planned_by_runs(rule, [rule.amount]):
             return prune_by_lamp(context, rule, names, state)
     with context.stage("score"):
-        subjects = subjects_of(context, rule, names, state, extras)
+        tensors = score_tensors(context, rule, names, state, extras)
     with context.stage("select"):
-        kept, choice = _select(context, rule, subjects)
+        kept, choice = _select(context, rule, tensors)
     masks: Masks = {}
-    for subject, units in zip(context.each(subjects), kept, strict=True):
-        _add(context, masks, subject.expand(context, units), state)
+    for tensor, units in zip(context.each(tensors), kept, strict=True):
+        _add(context, masks, tensor.expand(context, units), state)
     return masks, choice
 
 
@@ -199,16 +230,16 @@ def _choose_groups(
     state: Mapping[str, Parameter],
     extras: Mapping[str, Tensor],
 ) -> list[tuple[Masks, Choice]]:
-    """Selects among the units of the groups that are ranked together: small groups at once."""
-    ranked = together(context, rule, [group.name for group in rule.groups])
+    """Selects among the units of groups; small groups at once."""
+    ranked = split_by_scope(context, rule, [group.name for group in rule.groups])
     with context.stage("score"):
-        subjects = subjects_of_groups(context, rule, ranked, state, extras)
+        tensors = score_groups(context, rule, ranked, state, extras)
     with context.stage("select"):
-        selected = _select_each(context, rule, subjects)
-    every = [subject.name for those in subjects for subject in those]
+        selected = _select_each(context, rule, tensors)
+    every = [tensor.name for those in tensors for tensor in those]
     kept = [units for those, _ in selected for units in those]
     groups = [rule.groups_by_name[name] for name in every]
-    expanded = iter(masks_of_groups(context, groups, kept, state))
+    expanded = iter(expand_groups(context, groups, kept, state))
     chosen = []
     for those, choice in selected:
         masks: Masks = {}
@@ -221,80 +252,80 @@ def _choose_groups(
 def _add(
     context: RequestContext, masks: Masks, more: Masks, state: Mapping[str, Parameter]
 ) -> None:
-    """Adds to masks what is pruned of some tensors, prior pruning included."""
+    """Adds masks of some tensors to `masks`, with prior masks."""
     for name, mask in more.items():
         before = masks.get(name, state[name].mask)
         masks[name] = mask if before is None else mask.both(context, before)
 
 
 def _select_each(
-    context: RequestContext, rule: Selection, ranked: Sequence[Sequence[Subject]]
+    context: RequestContext, rule: Selection, ranked: Sequence[Sequence[ScoredTensor]]
 ) -> list[tuple[list[Mask], Choice]]:
-    """As _select, of all that are ranked together; of what is ranked by itself, at once."""
-    if any(len(subjects) > 1 for subjects in ranked):
-        return [_select(context, rule, subjects) for subjects in context.each(ranked)]
-    decisions = [_decided(context, rule, subjects) for subjects in context.each(ranked)]
-    rankings = [subject.ranking for (subject,) in ranked]
+    """Does `_select` for each set of compared tensors; for sets of one tensor, at once."""
+    if any(len(tensors) > 1 for tensors in ranked):
+        return [_select(context, rule, tensors) for tensors in context.each(ranked)]
+    decisions = [_decided(context, rule, tensors) for tensors in context.each(ranked)]
+    rankings = [tensor.ranking for (tensor,) in ranked]
     selected = select_each(context, rankings, [decision.counts[0] for decision in decisions])
     found = []
-    for subjects, decision, (kept, cut) in zip(
+    for tensors, decision, (kept, cut) in zip(
         context.each(ranked), decisions, selected, strict=True
     ):
-        (subject,), (count,) = subjects, decision.counts
+        (tensor,), (count,) = tensors, decision.counts
         if is_plain(rule):
-            value = cut_value(subjects, cut)
+            value = cut_value(tensors, cut)
             decision = replace(decision, threshold=value, ties=cut.equal, ties_pruned=cut.ties)
-        elif isinstance(rule.amount, Threshold):
-            at = threshold(cut, score_dtype([subject.ranking]))
-            decision = with_cut(context, decision, [subject.ranking], [at])
-        choice = choice_of(rule, (subject.name,), subject.alive, count, decision)
+        elif rule.amount.threshold is not None:
+            at = threshold(cut, score_dtype([tensor.ranking]))
+            decision = with_cut(context, decision, [tensor.ranking], [at])
+        choice = choice_of(rule, (tensor.name,), tensor.candidates, count, decision)
         found.append(([kept], choice))
     return found
 
 
-def _decided(context: RequestContext, rule: Selection, subjects: Sequence[Subject]) -> Decision:
-    """How many units go of a subject that is ranked by itself."""
+def _decided(context: RequestContext, rule: Selection, tensors: Sequence[ScoredTensor]) -> Decision:
+    """How many units are pruned of a tensor that is compared with no other."""
     if is_plain(rule):
-        count = int(wanted(rule, subjects, rule.amount))
+        count = int(amount_to_prune(rule, tensors))
         return Decision((count,), count)
-    (decision,) = decide(context, rule, subjects, [rule.amount])
+    (decision,) = decide(context, rule, tensors, [rule.amount])
     return decision
 
 
 def _select(
-    context: RequestContext, rule: Selection, subjects: Sequence[Subject]
+    context: RequestContext, rule: Selection, tensors: Sequence[ScoredTensor]
 ) -> tuple[list[Mask], Choice]:
-    """Which units stay."""
-    names = tuple(subject.name for subject in subjects)
-    alive = sum(subject.alive for subject in subjects)
+    """The units of each tensor that are kept."""
+    names = tuple(tensor.name for tensor in tensors)
+    candidates = sum(tensor.candidates for tensor in tensors)
     if rule.scope == "row":
-        (subject,) = subjects
-        units, pruned = select_in_rows(context, rule, subject.ranking, subject.rows)
-        return [units], Choice(names, alive, pruned, pruned)
+        (tensor,) = tensors
+        units, pruned = select_in_rows(context, rule, tensor.ranking, tensor.rows)
+        return [units], Choice(names, candidates, pruned, pruned)
     if is_plain(rule):
-        count = int(wanted(rule, subjects, rule.amount))
-        if rule.is_of_parts and count == alive:
-            kept = [_none(subject.ranking) for subject in subjects]
-            return kept, choice_of(rule, names, alive, alive, Decision((), count))
-        kept, cut = select(context, [subject.ranking for subject in subjects], alive, count)
-        pruned = alive - sum(units.kept(context) for units in kept)
-        decision = Decision((), count, (), cut_value(subjects, cut), cut.equal, cut.ties)
-        return kept, choice_of(rule, names, alive, pruned, decision)
-    (decision,) = decide(context, rule, subjects, [rule.amount])
+        count = int(amount_to_prune(rule, tensors))
+        if rule.has_partial_units and count == candidates:
+            kept = [_none(tensor.ranking) for tensor in tensors]
+            return kept, choice_of(rule, names, candidates, candidates, Decision((), count))
+        kept, cut = select(context, [tensor.ranking for tensor in tensors], candidates, count)
+        pruned = candidates - sum(units.kept(context) for units in kept)
+        decision = Decision((), count, (), cut_value(tensors, cut), cut.equal, cut.ties)
+        return kept, choice_of(rule, names, candidates, pruned, decision)
+    (decision,) = decide(context, rule, tensors, [rule.amount])
     parts = small_at_once(
         context,
-        lambda part: select(context, [part[0].ranking], part[0].alive, part[1]),
-        list(zip(subjects, decision.counts, strict=True)),
+        lambda part: select(context, [part[0].ranking], part[0].candidates, part[1]),
+        list(zip(tensors, decision.counts, strict=True)),
         lambda part: part[0].ranking.units,
-        subjects[0].ranking.device,
+        tensors[0].ranking.device,
     )
-    if isinstance(rule.amount, Threshold):
-        rankings = [subject.ranking for subject in subjects]
+    if rule.amount.threshold is not None:
+        rankings = [tensor.ranking for tensor in tensors]
         at = [threshold(cut, score_dtype([r])) for r, (_, cut) in zip(rankings, parts, strict=True)]
         decision = with_cut(context, decision, rankings, at)
     kept = [units for (units,), _ in parts]
-    pruned = alive - sum(units.kept(context) for units in kept)
-    return kept, choice_of(rule, names, alive, pruned, decision)
+    pruned = candidates - sum(units.kept(context) for units in kept)
+    return kept, choice_of(rule, names, candidates, pruned, decision)
 
 
 def _none(ranking: Ranking) -> Mask:
@@ -302,9 +333,9 @@ def _none(ranking: Ranking) -> Mask:
     return Mask(backend_for(ranking.device).allocate(size).zero_(), ranking.units)
 
 
-def cut_value(subjects: Sequence[Subject], cut: Cut) -> float | None:
-    """The importance at a cut; None where nothing is pruned."""
-    rankings = [subject.ranking for subject in subjects]
+def cut_value(tensors: Sequence[ScoredTensor], cut: Cut) -> float | None:
+    """Returns the score at a cut; None if nothing is pruned."""
+    rankings = [tensor.ranking for tensor in tensors]
     value = threshold(cut, score_dtype(rankings))
     return None if value is None else value + rankings[0].offset
 
@@ -315,26 +346,33 @@ def with_cut(
     rankings: Sequence[Ranking],
     cuts: Sequence[float | None],
 ) -> Decision:
-    """The decision with the highest of the cuts that subjects have of their own.
+    """Adds the highest of the tensors' own thresholds to a decision.
 
-    cuts: the scores at them; None where nothing goes.
+    Args:
+        context: The request.
+        decision: Without a threshold.
+        rankings: Of the tensors.
+        cuts: The scores at the thresholds; None if nothing is pruned.
+
+    Returns:
+        The decision with the threshold and its ties.
     """
     highest = max((cut for cut in cuts if cut is not None), default=None)
     if highest is None:
         return decision
     at = count_below(context, rankings, first_key(highest, score_dtype(rankings)))
-    going = [min(max(0, c - b), e) for c, (b, e) in zip(decision.counts, at, strict=True)]
+    pruned = [min(max(0, c - b), e) for c, (b, e) in zip(decision.counts, at, strict=True)]
     value, ties = highest + rankings[0].offset, sum(equal for _, equal in at)
-    return replace(decision, threshold=value, ties=ties, ties_pruned=sum(going))
+    return replace(decision, threshold=value, ties=ties, ties_pruned=sum(pruned))
 
 
 def choice_of(
-    rule: Selection, names: tuple[str, ...], alive: int, pruned: int, decision: Decision
+    rule: Selection, names: tuple[str, ...], candidates: int, pruned: int, decision: Decision
 ) -> Choice:
-    """What is reported of a decision."""
+    """Makes the reported choice of a decision."""
     value = decision.threshold if rule.importance.is_measured else None
     ties, ties_pruned = decision.ties, decision.ties_pruned
-    if rule.is_of_parts and pruned == alive:  # no group was ranked
+    if rule.has_partial_units and pruned == candidates:  # no group was scored
         value, ties, ties_pruned = None, 0, 0
     requested, bounds = decision.requested, decision.bounds
-    return Choice(names, alive, requested, pruned, value, ties, ties_pruned, bounds)
+    return Choice(names, candidates, requested, pruned, value, ties, ties_pruned, bounds)

@@ -1,4 +1,4 @@
-"""What amounts would do: the outcomes of a plan."""
+"""Predicted outcomes of amounts, which make up a plan."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,10 +9,12 @@ from secateur_server.cut.choice import Choice, Floats, Ints
 
 @dataclass(frozen=True)
 class Removed:
-    """What would go of a tensor.
+    """What an amount prunes of a tensor.
 
-    elements: unpruned ones that go.  energy: the sum of their squares.
-    whole: the sum of squares of all that are unpruned before.
+    Attributes:
+        elements: Elements that it prunes and that were unpruned before.
+        energy: The sum of their squares.
+        whole: The sum of squares of all elements that were unpruned before.
     """
 
     elements: int
@@ -22,11 +24,11 @@ class Removed:
 
 @dataclass(frozen=True, eq=False)
 class RemovedTable(Mapping[str, Removed]):
-    """What would go of many tensors.
+    """What an amount prunes of many tensors.
 
     Attributes:
-        places: Of each tensor, by its name, where it is in the others.
-        elements, energy, whole: As of Removed.
+        places: The index of each tensor, by its name.
+        elements, energy, whole: As in Removed, one for each tensor.
     """
 
     places: Mapping[str, int]
@@ -48,20 +50,20 @@ class RemovedTable(Mapping[str, Removed]):
 
 
 class Outcome(Protocol):
-    """What one amount would do."""
+    """The predicted outcome of one amount."""
 
     @property
     def choices(self) -> Sequence[Choice]:
-        """The rule's choices."""
+        """The choices of the rule."""
 
     @property
     def removed(self) -> Mapping[str, Removed]:
-        """What would go of each tensor."""
+        """What is pruned of each tensor."""
 
 
 @dataclass(frozen=True)
-class Made:
-    """An outcome."""
+class ListedOutcome:
+    """An outcome with its choices listed."""
 
     choices: Sequence[Choice]
     removed: Mapping[str, Removed]

@@ -1,7 +1,7 @@
-"""Units compared within each output row: what SCOPE_PER_ROW means.
+"""Units compared within each output row: SCOPE_PER_ROW.
 
-Sun et al. 2023, A Simple and Effective Pruning Approach for Large Language Models: rows that each
-lose as much lose less than a tensor that loses as much in all.
+Sun et al. 2023, A Simple and Effective Pruning Approach for Large Language Models: pruning the same
+share of each row harms a model less than pruning that share of the whole tensor.
 """
 
 import torch
@@ -15,7 +15,7 @@ from secateur_server.cut.score import Ranking
 from secateur_server.cut.select import score_dtype
 from secateur_server.errors import AmountOutOfRange, quote
 from secateur_server.runtime.context import RequestContext
-from secateur_server.spec.rules import Selection, Table
+from secateur_server.spec.rules import Selection
 
 
 def select_in_rows(
@@ -51,35 +51,36 @@ def select_in_rows(
 
 
 def _keys(ranking: Ranking, begin: int, end: int) -> Tensor:
-    """The keys of the units [begin, end); -1 of those that are pruned already."""
+    """The keys of the units [begin, end); -1 for pruned units."""
     if isinstance(ranking.scores, RandomScores):
         keys = random_keys(ranking.scores, torch.arange(begin, end, device=ranking.device))
     else:
         keys = as_keys(ranking.scores[begin:end], score_dtype([ranking]))
-    return keys if ranking.alive is None else keys.masked_fill(~ranking.alive.flags(begin, end), -1)
+    return (
+        keys
+        if ranking.candidates is None
+        else keys.masked_fill(~ranking.candidates.flags(begin, end), -1)
+    )
 
 
 def _numbers(rule: Selection, name: str, candidates: Tensor, width: int, first: int) -> Tensor:
-    """How many units of each row are pruned.  first: the index of the first row, for errors."""
-    amount = rule.amount.fractions.get(name, 0.0) if isinstance(rule.amount, Table) else rule.amount
-    assert isinstance(amount, float | int), "rows have a fraction or a count"
+    """How many units of each row are pruned. `first` is the index of the first row, for errors."""
+    share = rule.amount.share(name)
+    assert share is not None, "rows have a fraction or a count"
     base = torch.full_like(candidates, width) if rule.of_all else candidates
-    if isinstance(amount, float):
-        counts = (base.to(torch.float64) * amount).round().to(torch.int64)
-    else:
-        counts = torch.full_like(base, amount)
-        if bool((short := counts > base).any()):
-            row = int(short.nonzero()[0])
-            raise AmountOutOfRange(
-                f"{rule.path}.count",
-                f"{amount} is more than the {int(base[row])} units of row {first + row} of "
-                f"{quote(name)}",
-            )
+    counts = torch.from_numpy(share.units_of_each(base.cpu().numpy())).to(base.device)
+    if bool((short := counts > base).any()):
+        row, kind = int(short.nonzero()[0]), "units" if rule.of_all else "unpruned units"
+        raise AmountOutOfRange(
+            f"{rule.path}.count",
+            f"{int(counts[row])} is more than the {int(base[row])} {kind} of row {first + row} of "
+            f"{quote(name)}; prune fewer",
+        )
     return (counts - (base - candidates)).clamp(min=0)
 
 
 def _largest(keys: Tensor, counts: Tensor) -> Tensor:
-    """The `counts[i]` largest keys of each row i, of equal ones those further on, as bool."""
+    """Bool: the `counts[i]` largest keys of each row i. Of equal keys, the last ones are kept."""
     kept = torch.empty(keys.shape, dtype=torch.bool, device=keys.device)
     for count in sorted(set(counts.tolist())):
         rows = counts == count
@@ -93,7 +94,7 @@ def _largest_of_each(keys: Tensor, count: int) -> Tensor:
         return torch.ones_like(keys, dtype=torch.bool)
     cut = keys.kthvalue(place, dim=1, keepdim=True).values
     kept, ties = keys > cut, keys == cut
-    of_ties = count - kept.sum(1)
-    for row in (of_ties > 0).nonzero().flatten().tolist():
-        kept[row, ties[row].nonzero().flatten()[-of_ties[row] :]] = True
+    kept_ties = count - kept.sum(1)
+    for row in (kept_ties > 0).nonzero().flatten().tolist():
+        kept[row, ties[row].nonzero().flatten()[-kept_ties[row] :]] = True
     return kept

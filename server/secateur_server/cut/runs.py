@@ -1,7 +1,7 @@
 """Units of many small tensors in the order of their keys, and sums of squares up to any cut.
 
-Units of one tensor that have the same key are a run. A cut is in a tensor's order where a run
-begins: `below` units lie before it, and `equal` units have its key.
+A run is the units of one tensor that have the same key. A cut is where a run begins in the order of
+a tensor: `below` units are before it, and `equal` units have its key.
 """
 
 from dataclasses import dataclass
@@ -16,20 +16,20 @@ from secateur_server.backends.pieces import Batch
 from secateur_server.cut.choice import Floats, Ints
 from secateur_server.runtime.context import RequestContext
 
-# Cells of a table, of amounts and tensors, that are worked on at once.
+# Cells of an array (amounts, tensors) that are computed at once.
 _CELLS = 1 << 20
 
 
 @dataclass(frozen=True)
 class Runs:
-    """The units of tensors that are alive.
+    """The candidates of tensors.
 
     Attributes:
-        keys: Of each tensor ascending, the tensors one behind another.
-        starts: Where in `keys` each tensor begins, and at last the end.
-        place: The run of each unit in the order of keys.
-        begins: Where in `keys` each run begins, and at last the end.
-        run: The run of each unit in the tensors' own order.
+        keys: Ascending for each tensor, one tensor after another.
+        starts: Where each tensor begins in `keys`, and the end.
+        place: The run of each unit, in the order of keys.
+        begins: Where each run begins in `keys`, and the end.
+        run: The run of each unit, in the order of the tensors' elements.
         square: The square of the score of each run.
     """
 
@@ -42,11 +42,11 @@ class Runs:
 
     @property
     def sizes(self) -> Ints:
-        """How many units of each tensor are alive."""
+        """The number of candidates of each tensor."""
         return np.diff(self.starts)
 
     def cut_at(self, counts: Ints) -> tuple[Ints, Ints]:
-        """`below` and `equal` of the cut by which each tensor loses as many units as `counts`."""
+        """Finds the cuts that prune `counts` units of each tensor, as `below` and `equal`."""
         has_cut = counts > 0
         at = np.where(has_cut, self.starts[:-1] + counts - 1, 0)
         run = self.place[at] if len(self.place) else at
@@ -59,11 +59,11 @@ class Runs:
 
 
 def runs_of(batch: Batch) -> Runs:
-    """The runs of a batch."""
+    """Sorts a batch into runs."""
     bits: Any = batch.bits.numpy()
-    alive = np.unpackbits(batch.unpruned.numpy(), bitorder="little").view(np.bool_)
-    keys = (bits & np.iinfo(bits.dtype).max)[alive]
-    up_to = np.concatenate([[0], np.cumsum(alive)])
+    candidates = np.unpackbits(batch.unpruned.numpy(), bitorder="little").view(np.bool_)
+    keys = (bits & np.iinfo(bits.dtype).max)[candidates]
+    up_to = np.concatenate([[0], np.cumsum(candidates)])
     starts = np.append(up_to[batch.begins], len(keys))
     order = _order(keys, np.diff(starts))
     ascending = keys[order]
@@ -79,7 +79,7 @@ def runs_of(batch: Batch) -> Runs:
 
 
 def _order(keys: npt.NDArray[Any], sizes: Ints) -> Ints:
-    """The units of each tensor in the order of their keys."""
+    """Indices that sort the units of each tensor by their keys."""
     if len(keys) and (sizes == sizes[0]).all():
         rows = keys.reshape(len(sizes), -1).argsort(1)
         places: Ints = (rows + np.arange(len(sizes))[:, np.newaxis] * sizes[0]).reshape(-1)
@@ -91,58 +91,64 @@ def _order(keys: npt.NDArray[Any], sizes: Ints) -> Ints:
 def energies(
     context: RequestContext, runs: Runs, counts: Ints, below: Ints, equal: Ints
 ) -> tuple[Floats, Floats]:
-    """The sum of squares of what each tensor loses; and of all of it that is alive.
+    """Sums the squares that each amount prunes of each tensor, with the bits of energy.energies.
 
-    Bit for bit as energy.energies has it.
+    Args:
+        context: The request.
+        runs: Of the tensors.
+        counts: Units to prune, (amounts, tensors).
+        below: Of the cuts, (amounts, tensors).
+        equal: Of the cuts, (amounts, tensors).
 
-    counts: (amounts, tensors).  below, equal: of the cut, as `counts`.
+    Returns:
+        The sums, (amounts, tensors); and the sum over all candidates of each tensor.
     """
     energy, whole = np.zeros(counts.shape), np.zeros(counts.shape[1])
     step = max(1, _CELLS // len(counts))
     for first in range(0, counts.shape[1], step):
         context.check()
         part = slice(first, first + step)
-        of_part = counts[:, part], below[:, part], equal[:, part]
+        cuts_of_part = counts[:, part], below[:, part], equal[:, part]
         with np.errstate(over="ignore", invalid="ignore"):
-            energy[:, part], whole[part] = _energies(runs, part, *of_part)
+            energy[:, part], whole[part] = _energies(runs, part, *cuts_of_part)
     return energy, whole
 
 
 def _energies(
     runs: Runs, part: slice, counts: Ints, below: Ints, equal: Ints
 ) -> tuple[Floats, Floats]:
-    """As energies, of some tensors that follow each other."""
+    """Does `energies` for consecutive tensors."""
     starts = runs.starts[part.start : part.stop + 1]
     base, end = int(starts[0]), int(starts[-1])
     starts = starts - base
-    goes = counts > 0
-    at = starts[:-1] + np.where(goes, below, 0)
-    bucket, sums = _sums(runs, base, end, starts, [at[goes], (at + equal)[goes]])
+    has_cut = counts > 0
+    at = starts[:-1] + np.where(has_cut, below, 0)
+    bucket, sums = _sums(runs, base, end, starts, [at[has_cut], (at + equal)[has_cut]])
     up_to, firsts = _running(bucket, sums, starts)
     tensors = np.arange(len(starts) - 1)
     whole = up_to[tensors, bucket[starts[1:]] - firsts]
     energy = up_to[tensors, bucket[at] - firsts]
     ties = counts - below
-    has_run = goes & (equal > 0)
+    has_run = has_cut & (equal > 0)
     run = runs.place[np.where(has_run, base + at, 0)] if end else np.zeros_like(at)
     all_ties = np.append(sums, 0.0)[np.where(has_run, bucket[at], len(sums))]
     some_ties = halved(np.where(has_run, ties, 0), runs.square[run] if end else np.zeros(at.shape))
     energy = energy + np.where(ties >= equal, all_ties, some_ties)
-    return np.where(goes, energy, 0.0), whole
+    return np.where(has_cut, energy, 0.0), whole
 
 
 def _sums(runs: Runs, base: int, end: int, starts: Ints, cuts: list[Ints]) -> tuple[Ints, Floats]:
-    """The sums of squares of what lies between cuts, added in the tensors' own order.
+    """The sums of squares between cuts, added in the order of the tensors' elements.
 
-    Returns: also the bucket of each place of the order of keys, and of its end.
+    Returns: also the bucket of each place in the order of keys, and of its end.
     """
     is_cut = np.zeros(end - base + 1, np.int64)
     for places in (starts, *cuts):
         is_cut[places] = 1
     bucket = np.cumsum(is_cut) - 1
-    of_units = runs.run[base:end]
-    at = runs.begins[of_units] - base
-    sums: Any = np.bincount(bucket[at], runs.square[of_units], int(bucket[-1]))
+    units = runs.run[base:end]
+    at = runs.begins[units] - base
+    sums: Any = np.bincount(bucket[at], runs.square[units], int(bucket[-1]))
     return bucket, sums
 
 
@@ -157,7 +163,7 @@ def _running(bucket: Ints, sums: Floats, starts: Ints) -> tuple[Floats, Ints]:
 
 
 def halved(counts: Ints, values: Floats) -> Floats:
-    """The sums of `counts` times the same value, as pieces.row_sums adds them: by halves."""
+    """Sums `counts` times the same value with the bits of norms.row_sums, which adds by halves."""
     left, first, other = counts.copy(), np.where(counts > 0, values, 0.0), values.copy()
     while (more := left > 1).any():
         first = np.where(more, first + other, first)

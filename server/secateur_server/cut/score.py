@@ -1,4 +1,4 @@
-"""How important is each unit of a tensor."""
+"""Scores the units of a tensor."""
 
 import math
 from typing import NamedTuple
@@ -19,33 +19,37 @@ from secateur_server.state_dict.parameter import Parameter
 
 
 class Ranking(NamedTuple):
-    """The units of one tensor, to be ranked by the absolute value of their scores.
+    """The units of one tensor with their scores. The absolute value of a score counts.
 
-    scores: flat, floating, without NaN where alive; or random ones.
-    alive: of the units; None is all.
-    sample: of the scores, where there is one already.
-    offset: what was taken off from the scores, for none to be negative; 0 or less.
+    Attributes:
+        name: Of the tensor, or group.
+        units: How many there are.
+        scores: Flat and floating, without NaN for candidates; or random scores.
+        candidates: A mask of units; None if all are candidates.
+        device: Of the scores.
+        sample: Of the scores, if there is one already.
+        offset: What was subtracted from the scores so that none is negative; 0 or less.
     """
 
     name: str
     units: int
     scores: Tensor | RandomScores
-    alive: Mask | None
+    candidates: Mask | None
     device: torch.device
     sample: Sample | None = None
     offset: float = 0.0
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which the scores compare without loss; random ones have keys of 32 bits anyway."""
+        """The dtype in which scores compare without loss. Random scores have keys of 32 bits."""
         return ranked_as(self.scores.dtype) if isinstance(self.scores, Tensor) else torch.float32
 
-    def count_alive(self, context: RequestContext) -> int:
-        """Units that are still unpruned."""
-        return self.units if self.alive is None else self.alive.kept(context)
+    def count_candidates(self, context: RequestContext) -> int:
+        """Counts the units that are still unpruned."""
+        return self.units if self.candidates is None else self.candidates.kept(context)
 
 
-def rank(
+def score_units(
     context: RequestContext,
     name: str,
     parameter: Parameter,
@@ -58,42 +62,61 @@ def rank(
 ) -> Ranking:
     """Scores the units of one tensor.
 
-    scores: of its elements, or of its units; they take the weight's place.
-    is_mean: units rank by power means, for units of several sizes to compare.
-    is_all: all of them go, so any scores will do.
-    field: the path of what is scored, for errors.
-    Errors: NanScores.
+    Args:
+        context: The request.
+        name: Of the tensor.
+        parameter: The tensor and its prior mask.
+        scores: Scores of its elements or of its units, which replace the weight; or None.
+        importance: Computes scores of units from those of elements.
+        granularity: Says what the units are.
+        is_mean: Whether to use power means, which compare units of several sizes.
+        is_all: Whether all units are pruned, so that any scores will do.
+        field: The path of the scored tensor, for errors.
+
+    Returns:
+        The units with their scores.
+
+    Raises:
+        NanScores: A score is NaN.
     """
     weight, mask = parameter.weight, parameter.mask
-    of_elements = scores is not None and scores.shape == weight.shape
-    values = scores if scores is not None and of_elements else weight
+    are_elementwise = scores is not None and scores.shape == weight.shape
+    values = scores if scores is not None and are_elementwise else weight
     units = math.prod(granularity.grid(weight.shape))
-    alive = granularity.candidates(context, values, mask)
+    candidates = granularity.candidates(context, values, mask)
     if by_name := importance.by_name(name):
-        return Ranking(name, units, by_name, alive, weight.device)
-    if scores is not None and not of_elements:
-        refuse_nan(context, scores, alive, field)
-        return Ranking(name, units, scores.reshape(-1), alive, weight.device)
-    scan = parameter.scan if scores is None else None
-    if scores is not None and alive is not None and not granularity.is_part:
-        mask = granularity.expand(context, alive, values, mask)  # what of the scores is read
-    refuse_nan(context, values, mask, field, scan)
+        return Ranking(name, units, by_name, candidates, weight.device)
+    if scores is not None and not are_elementwise:
+        refuse_nan(context, scores, candidates, field)
+        return Ranking(name, units, scores.reshape(-1), candidates, weight.device)
+    seen = parameter.scan if scores is None else None
+    if scores is not None and candidates is not None and not granularity.is_part:
+        mask = granularity.expand(context, candidates, values, mask)  # the scores that are read
+    refuse_nan(context, values, mask, field, seen)
     if is_all:
-        return Ranking(name, units, random_scores(0, name), alive, weight.device)
-    # As in torch: what is pruned counts as 0 in a weight's norm, and as it is in a caller's scores.
-    # But of an N:M group only what is unpruned can go.
+        return Ranking(name, units, random_scores(0, name), candidates, weight.device)
+    # As in torch, pruned elements count as 0 in the norm of a weight, and as they are in uploaded
+    # scores. But only unpruned elements of an N:M group can be pruned.
     masked = mask if scores is None or granularity.is_part else None
-    of_units = importance.scores(context, values, masked, granularity, is_mean)
-    sample = scan.sample if scan and granularity.is_element and importance.is_value else None
-    return Ranking(name, units, of_units, alive, weight.device, sample)
+    unit_scores = importance.scores(context, values, masked, granularity, is_mean)
+    sample = seen.sample if seen and granularity.is_element and importance.is_value else None
+    return Ranking(name, units, unit_scores, candidates, weight.device, sample)
 
 
 def refuse_nan(
     context: RequestContext, values: Tensor, mask: Mask | None, field: str, scan: Scan | None = None
 ) -> None:
-    """Refuses a NaN that is not pruned yet: it has no rank.
+    """Refuses NaN among unpruned values.
 
-    scan: of `values`, where they were scanned as they arrived.  Errors: NanScores.
+    Args:
+        context: The request.
+        values: In any shape.
+        mask: Elements that are kept; None if all are.
+        field: The path of the values, for errors.
+        scan: Statistics of `values` that were gathered while they arrived.
+
+    Raises:
+        NanScores: An unpruned value is NaN.
     """
     if not values.dtype.is_floating_point:
         return

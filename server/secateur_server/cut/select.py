@@ -1,9 +1,9 @@
-"""Which units go: exactly so many of the least important, ties by the lowest index.
+"""Selects exactly `count` units with the lowest scores. Ties go to the lowest index.
 
-The cut is the key below which the units go. Bounds between which it lies come from a sample, or
-from histograms of 16 bits a pass, which add up over pieces (radix select); then one pass over all
-units settles what is outside of the bounds, and collects the few inside, which are ranked at once.
-No sort and no copy of the scores; what a sample misses costs time, never a unit.
+The key of the threshold is bounded by a sample, or by a radix select over histograms of 16 bits,
+which add up over pieces. Then one pass marks all units outside the bounds, and collects the few
+inside, which are sorted. The scores are neither sorted nor copied. A poor sample costs time, but
+does not change the result.
 """
 
 import itertools
@@ -25,41 +25,46 @@ from secateur_server.backends.scan import SPACING, sample_places
 from secateur_server.cut.score import Ranking
 from secateur_server.runtime.context import RequestContext
 
-# Up to so many units, or this share of all, are ranked at once.
+# So many units, or all units divided by FEW_OF, are sorted at once.
 FEW = 1 << 17
 FEW_OF = 64
 
-# Of more units a sample is taken: of at least SAMPLE, and of one unit in SPACING.
+# More units are sampled: at least SAMPLE, and one unit in SPACING.
 LARGE = 1 << 22
 SAMPLE = 1 << 17
 
 
-NOTHING = Cut(key=-1, ties=0, equal=0)
+NO_CUT = Cut(key=-1, ties=0, equal=0)
 
 
 @dataclass(frozen=True)
 class Units:
-    """All units that are ranked together, in pieces, in their order.
+    """All units that are compared, in pieces, in their order.
 
-    kept: for each piece the bits of what is alive and stays so, written to.
-    sampled: keys of some of those that are alive, where there are some already.
+    Attributes:
+        context: The request.
+        passes: Of the device.
+        pieces: The units.
+        kept: The bits of the candidates of each piece that are kept. Written to.
+        candidates: How many units can be pruned.
+        sampled: Keys of some candidates, if there is a sample already.
     """
 
     context: RequestContext
     backend: Backend
     pieces: Sequence[Piece]
     kept: Sequence[Tensor]
-    alive: int
+    candidates: int
     sampled: Sequence[Tensor] = ()
 
     @property
     def total(self) -> int:
-        """How many there are, with those that are pruned already."""
+        """The number of units, including pruned ones."""
         return sum(piece.units for piece in self.pieces)
 
     @property
     def few(self) -> int:
-        """How many can be ranked at once."""
+        """The number of units that can be sorted at once."""
         share = self.total // FEW_OF
         if (memory := self.context.work_memory) is not None:
             share = min(share, memory // BYTES_OF_FEW)
@@ -67,16 +72,23 @@ class Units:
 
 
 def score_dtype(rankings: Sequence[Ranking]) -> torch.dtype:
-    """The dtype in which all scores compare without loss."""
+    """Returns the dtype in which all scores compare without loss."""
     return reduce(torch.promote_types, {ranking.dtype for ranking in rankings})
 
 
 def select(
-    context: RequestContext, rankings: Sequence[Ranking], alive: int, count: int
+    context: RequestContext, rankings: Sequence[Ranking], candidates: int, count: int
 ) -> tuple[list[Mask], Cut]:
-    """Prunes `count` of the `alive` units of all `rankings`.
+    """Prunes `count` of the candidates of all rankings.
 
-    Returns: for each ranking the units that are alive and stay so.
+    Args:
+        context: The request.
+        rankings: On one device.
+        candidates: How many candidates all rankings have.
+        count: Units to prune, at most `candidates`.
+
+    Returns:
+        The candidates of each ranking that are kept, and the cut.
     """
     backend, dtype = backend_for(rankings[0].device), score_dtype(rankings)
     sizes = [(r.units + 7) // 8 for r in rankings]
@@ -88,44 +100,47 @@ def select(
         for span in spans(ranking.units, backend.ranked)
     ]
     pieces, kept = [piece for piece, _ in parts], [kept for _, kept in parts]
-    units = Units(context, backend, pieces, kept, alive, _sampled(rankings, dtype))
+    units = Units(context, backend, pieces, kept, candidates, _sampled(rankings, dtype))
     return masks, _apply(units, count)
 
 
 def piece_of(ranking: Ranking, dtype: torch.dtype, begin: int, end: int) -> Piece:
-    """The units [begin, end) of a ranking, to be compared as `dtype`.  begin: a multiple of 8."""
-    alive = None if ranking.alive is None else ranking.alive.part(begin, end)
+    """Returns the units [begin, end) of a ranking, to be compared as `dtype`.
+
+    `begin` is a multiple of 8.
+    """
+    candidates = None if ranking.candidates is None else ranking.candidates.part(begin, end)
     if isinstance(ranking.scores, RandomScores):
         scores: Tensor | RandomScores = RandomScores(ranking.scores.state, begin)
     else:
         scores = ranking.scores[begin:end]
-    return Piece(end - begin, scores, dtype, alive)
+    return Piece(end - begin, scores, dtype, candidates)
 
 
 def _sampled(rankings: Sequence[Ranking], dtype: torch.dtype) -> list[Tensor]:
-    """The keys of a sample of what is alive; none, where one of the tensors has no sample."""
+    """The keys of sampled candidates; none if a tensor has no sample."""
     found = []
     for ranking in rankings:
         if ranking.sample is None:
             return []
         at, values = ranking.sample.at, ranking.sample.values
-        values = values if ranking.alive is None else values[ranking.alive.at(at)]
+        values = values if ranking.candidates is None else values[ranking.candidates.at(at)]
         found.append(as_keys(values, dtype))
     return found
 
 
 def _apply(units: Units, count: int) -> Cut:
-    """Marks what stays when `count` units go.  Returns: the cut."""
+    """Marks the units that are kept, and returns the cut."""
     if count == 0:
         units.backend.split(units.context, units.pieces, 0, 0, units.kept)
-        return NOTHING
+        return NO_CUT
     if units.total <= FEW:
         return units.backend.cut_few(units.context, units.pieces, count, units.kept)
     return _cut_by_sample(units, count) or _cut_by_digits(units, count)
 
 
 def _cut_by_sample(units: Units, count: int) -> Cut | None:
-    """Marks what stays, if a sample shows where the cut is.  Returns: the cut; None if not."""
+    """Marks the units that are kept and returns the cut, if a sample can bound it; else None."""
     bounds = _sampled_bounds(units, count)
     if bounds is None:
         return None
@@ -134,31 +149,31 @@ def _cut_by_sample(units: Units, count: int) -> Cut | None:
 
 
 def _cut_within(units: Units, count: int, low: int, high: int) -> Cut | None:
-    """Marks what stays, if the cut is in [low, high).  Returns: the cut; None where it is not."""
+    """Marks the units that are kept and returns the cut, if it is in [low, high); else None."""
     found = units.backend.split(units.context, units.pieces, low, high, units.kept)
     sizes = [len(part.keys) for part in found]
-    place = count - (units.alive - sum(part.above for part in found) - sum(sizes))
+    place = count - (units.candidates - sum(part.above for part in found) - sum(sizes))
     if not 1 <= place <= sum(sizes):  # of the cut among those within
         return None
     keys = torch.cat([part.keys for part in found])
-    cut, stays = units.backend.rank(keys, place)
-    for kept, part, stay in zip(units.kept, found, torch.split(stays, sizes), strict=True):
-        units.backend.keep(kept, part.at, stay)
+    cut, is_kept = units.backend.rank(keys, place)
+    for kept, part, within in zip(units.kept, found, torch.split(is_kept, sizes), strict=True):
+        units.backend.keep(kept, part.at, within)
     return cut
 
 
 def _sampled_bounds(units: Units, count: int) -> tuple[int, int] | None:
-    """Bounds [low, high) of the cut that are all but certain.
+    """Bounds [low, high) that almost certainly contain the threshold.
 
-    Where many units have the key that it is likely to be: that key, as both. None where there are
-    few units, or the sample tells too little.
+    If the likely threshold is heavily tied, it is returned as both bounds. None if there are few
+    units, or the bounds would be too wide.
     """
     keys = _sample(units)
     if keys is None:
         return None
-    backend, share = units.backend, count / units.alive
-    spread = 4 * math.sqrt(len(keys) * share * (1 - share)) + 1  # 4 standard deviations
-    first, last = math.floor(len(keys) * share - spread), math.ceil(len(keys) * share + spread)
+    backend, share = units.backend, count / units.candidates
+    margin = 4 * math.sqrt(len(keys) * share * (1 - share)) + 1  # 4 standard deviations
+    first, last = math.floor(len(keys) * share - margin), math.ceil(len(keys) * share + margin)
     low = backend.kth(keys, first) if first >= 1 else 0
     high = backend.kth(keys, last) + 1 if last <= len(keys) else torch.iinfo(keys.dtype).max
     within = int(((keys >= low) & (keys < high)).count_nonzero())
@@ -170,24 +185,24 @@ def _sampled_bounds(units: Units, count: int) -> tuple[int, int] | None:
 
 
 def _sample(units: Units) -> Tensor | None:
-    """The keys of some of the units that are alive; None where there are too few."""
+    """The keys of some candidates; None if there are too few."""
     if units.total < LARGE:
         return None
     backend, spacing = units.backend, min(SPACING, units.total // SAMPLE)
     if (memory := units.context.work_memory) is not None:
         spacing = max(spacing, units.total * BYTES_OF_FEW // memory)
     index = sample_places(backend.ranked, spacing, backend.device)
-    # In one thread: many small pieces would have threads wait for each other.
+    # In one thread, as threads would wait for each other over many small pieces.
     sampled = units.sampled or [
         backend.sample(piece, index) for piece in units.context.each(units.pieces)
     ]
     keys = torch.cat(list(sampled))
-    # Of many small tensors there may be fewer, and where most are pruned.
+    # There may be fewer keys if tensors are small, or if most units are pruned.
     return keys if len(keys) >= SAMPLE // 2 else None
 
 
 def _cut_at(units: Units, count: int, key: int) -> Cut | None:
-    """As _cut_within, of one key, which too many units have to collect them."""
+    """Does `_cut_within` for a key with too many ties to collect them."""
     backend = units.backend
     found = backend.map(units.context, lambda piece: backend.count_below(piece, key), units.pieces)
     below, equal = (list(of) for of in zip(*found, strict=True))
@@ -196,12 +211,12 @@ def _cut_at(units: Units, count: int, key: int) -> Cut | None:
 
 
 def _cut_by_digits(units: Units, count: int) -> Cut:
-    """As _cut_within, without bounds: they are found from histograms."""
-    # The cut is the place-th, from 1, of the `equal` keys that have the digits `prefix` above
-    # `shift`: at first, of all, as the sign is gone.
+    """Marks the units that are kept and returns the cut, which a radix select bounds."""
+    # The cut is the place-th key, from 1, of the `equal` keys that have the digits `prefix` above
+    # the lowest `shift` bits. At first these are all keys, as keys have no sign.
     integers = torch.iinfo(BITS[units.pieces[0].dtype])
     prefix, shift = 0, integers.bits - 1
-    place, equal = count, units.alive
+    place, equal = count, units.candidates
     few = units.few
     while shift > 0 and equal > few:
         width = (shift - 1) % DIGIT_BITS + 1
@@ -220,7 +235,7 @@ def _cut_by_digits(units: Units, count: int) -> Cut:
 
 
 def _count_digits(units: Units, prefix: int, shift: int, width: int) -> Tensor:
-    """The counts of all pieces, added up in as few histograms as there are threads."""
+    """The histogram of all pieces, added up from one for each thread."""
     backend, pieces = units.backend, units.pieces
     prefixes = torch.tensor([prefix], dtype=BITS[pieces[0].dtype])
 
@@ -237,18 +252,18 @@ def _count_digits(units: Units, prefix: int, shift: int, width: int) -> Tensor:
 
 
 def _mark_ties(units: Units, cut: Cut, equal: Sequence[int]) -> Cut:
-    """Marks what stays.  equal: how many units of each piece are at the cut."""
+    """Marks the units that are kept. `equal` are the ties of each piece."""
     backend = units.backend
     before = itertools.accumulate(equal, initial=0)
 
     def mark(part: tuple[Piece, Tensor, int, int]) -> None:
         piece, kept, equal, before = part
-        going = min(max(cut.ties - before, 0), equal)
-        # All of a piece's ties go, or none do, but for one piece in which the first ones go.
-        low, high = cut.key + (going == equal), cut.key + (going > 0)
+        pruned = min(max(cut.ties - before, 0), equal)
+        # All or no ties of a piece are pruned, except in one piece, where the first ones are.
+        low, high = cut.key + (pruned == equal), cut.key + (pruned > 0)
         (found,) = backend.split(units.context, [piece], low, high, [kept])
         places = torch.arange(len(found.at), device=found.at.device)
-        backend.keep(kept, found.at, places >= going)
+        backend.keep(kept, found.at, places >= pruned)
 
     backend.map(
         units.context, mark, list(zip(units.pieces, units.kept, equal, before, strict=False))
@@ -257,7 +272,7 @@ def _mark_ties(units: Units, cut: Cut, equal: Sequence[int]) -> Cut:
 
 
 def threshold(cut: Cut, dtype: torch.dtype) -> float | None:
-    """The score at the cut; None where nothing is pruned."""
-    if cut == NOTHING:
+    """Returns the score at a cut; None if nothing is pruned."""
+    if cut == NO_CUT:
         return None
     return score_at(cut.key, dtype)

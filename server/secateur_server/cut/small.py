@@ -1,4 +1,4 @@
-"""Many small tensors, each of which is pruned by itself: they are handled together."""
+"""Prunes many small tensors in batches."""
 
 import itertools
 from collections import defaultdict
@@ -9,33 +9,30 @@ import torch
 from torch import Tensor
 
 from secateur_server.backends.batches import (
-    SMALL,
     are_many,
     batched,
     cut_each,
     side_by_side,
 )
-from secateur_server.backends.keys import BITS, INFINITY
+from secateur_server.backends.keys import BITS
 from secateur_server.backends.masks import Mask
 from secateur_server.backends.pieces import Batch
-from secateur_server.cut.amounts import is_plain, number_of
+from secateur_server.cut.amounts import is_plain, units_to_prune
 from secateur_server.cut.choice import Choice, ChoiceTable, Floats, Ints
-from secateur_server.cut.score import Ranking, rank, refuse_nan
+from secateur_server.cut.score import Ranking
+from secateur_server.cut.scored import Masks, score_tensor
 from secateur_server.cut.select import score_dtype, select, threshold
-from secateur_server.cut.subjects import Masks, scores_of
-from secateur_server.errors import quote
-from secateur_server.granularity.element import Element
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.rules import Selection
 from secateur_server.state_dict.parameter import Parameter
 
-# Units of small tensors that are ranked together.
+# Units of small tensors that are compared.
 MOST_UNITS = 1 << 22
 
 
-def is_each_by_itself(rule: Selection) -> bool:
+def is_count_per_tensor(rule: Selection) -> bool:
     """Whether a number of elements of each tensor is pruned, whatever is pruned of others."""
-    return rule.is_of_elements and rule.scope == "tensor" and is_plain(rule)
+    return rule.has_element_units and rule.scope == "tensor" and is_plain(rule)
 
 
 def prune_small(
@@ -45,64 +42,38 @@ def prune_small(
     extras: Mapping[str, Tensor],
     table: ChoiceTable,
 ) -> Masks:
-    """Prunes the small tensors of a rule of which each is pruned by itself.
+    """Prunes the small tensors of a rule that prunes each tensor separately.
 
     Args:
-        context: Of the request.
+        context: The request.
         rule: Resolved.
         state: The parameters.
         extras: Uploaded scores.
-        table: Of the rule's tensors: the choices of the small ones are written to it.
+        table: Of the rule's tensors. The choices of the small ones are written to it.
 
     Returns:
-        Their masks, prior pruning in them.
+        The masks of the small tensors, prior masks included.
 
     Raises:
         NanScores: A score is NaN.
         AmountOutOfRange: A tensor has too few units.
     """
-    names = [] if rule.normalization else [n for n in table.tensors if is_small(state[n])]
+    names = [] if rule.normalization else [n for n in table.tensors if state[n].is_small]
     if not are_many(names):
         return {}
     kinds: dict[torch.dtype, list[tuple[Ranking, int, int]]] = defaultdict(list)
     with context.stage("score"):
         for name in context.each(names):
-            ranking = ranking_of(context, rule, name, state, extras)
-            alive = ranking.count_alive(context)
-            count = number_of(rule, rule.amount, (name,), ranking.units, alive)
-            kinds[ranking.dtype].append((ranking, alive, count))
+            ranking = score_tensor(context, rule, name, state, extras)
+            candidates = ranking.count_candidates(context)
+            count = units_to_prune(rule, (name,), ranking.units, candidates)
+            kinds[ranking.dtype].append((ranking, candidates, count))
     masks: Masks = {}
     with context.stage("select"):
         for dtype, alike in kinds.items():
             for part in batched([ranking.units for ranking, _, _ in alike]):
                 masks |= _prune(context, rule, alike[part], dtype, table)
     return masks
-
-
-def is_small(parameter: Parameter) -> bool:
-    """Whether a tensor is on the CPU and has few elements, but one or more."""
-    weight = parameter.weight
-    return 0 < weight.numel() <= SMALL and weight.is_cpu
-
-
-def ranking_of(
-    context: RequestContext,
-    rule: Selection,
-    name: str,
-    state: Mapping[str, Parameter],
-    extras: Mapping[str, Tensor],
-) -> Ranking:
-    """The ranking of a tensor whose units are its elements.  Errors: NanScores."""
-    parameter = state[name]
-    weight, mask, scan = parameter.weight, parameter.mask, parameter.scan
-    if rule.scores or rule.scales or not rule.importance.is_value:
-        scores, field = scores_of(rule, name, state, extras)
-        by = rule.importance, Element()
-        return rank(context, name, parameter, scores, *by, True, False, field)
-    if scan is None or scan.largest > INFINITY.get(weight.dtype, 0):
-        refuse_nan(context, weight, mask, f"data[{quote(name)}]", scan)
-    sample = scan.sample if scan else None
-    return Ranking(name, weight.numel(), weight.reshape(-1), mask, weight.device, sample)
 
 
 def _prune(
@@ -112,22 +83,17 @@ def _prune(
     dtype: torch.dtype,
     table: ChoiceTable,
 ) -> Masks:
-    """Prunes a number of units of each ranking.
+    """Prunes a number of units of each ranking, and writes the choices to the table.
 
-    Args:
-        context: Of the request.
-        rule: The rule.
-        parts: Rankings that compare as `dtype`, with how many units are alive, and how many go.
-        dtype: As of score_dtype.
-        table: Written to.
+    `parts` are rankings that compare as `dtype`, with their candidates, and the units to prune.
     """
-    rankings, alive, counts = zip(*parts, strict=True)
+    rankings, candidates, counts = zip(*parts, strict=True)
     batch = batch_of(rankings, dtype)
-    going = np.array(counts, np.int64)
-    kept, cuts = cut_each(context, batch, going)
+    pruned = np.array(counts, np.int64)
+    kept, cuts = cut_each(context, batch, pruned)
     rows = [table.places[ranking.name] for ranking in rankings]
-    table.candidates[rows] = alive
-    table.requested[rows] = table.pruned[rows] = going
+    table.candidates[rows] = candidates
+    table.requested[rows] = table.pruned[rows] = pruned
     table.ties_pruned[rows], table.ties[rows] = cuts[:, 1], cuts[:, 2]
     if rule.importance.is_measured:
         table.thresholds[rows] = values_of(cuts[:, 0], dtype)
@@ -135,17 +101,17 @@ def _prune(
 
 
 def batch_of(rankings: Sequence[Ranking], dtype: torch.dtype) -> Batch:
-    """Small rankings side by side."""
+    """Puts small rankings side by side."""
     return side_by_side(
         [ranking.scores for ranking in rankings],
         [ranking.units for ranking in rankings],
-        [None if ranking.alive is None else ranking.alive.bits for ranking in rankings],
+        [None if ranking.candidates is None else ranking.candidates.bits for ranking in rankings],
         dtype,
     )
 
 
 def masks_of(rankings: Sequence[Ranking], kept: Tensor) -> Masks:
-    """The masks of tensors whose units are their elements.  kept: bits of what stays of all."""
+    """Splits the kept bits of a batch into the masks of tensors whose units are their elements."""
     sizes = [(ranking.units + 7) // 8 for ranking in rankings]
     begins = list(itertools.accumulate(sizes, initial=0))[:-1]
     counts = np.add.reduceat(_ONES[kept.numpy()], begins, dtype=np.int64).tolist()
@@ -153,49 +119,51 @@ def masks_of(rankings: Sequence[Ranking], kept: Tensor) -> Masks:
     return {ranking.name: Mask(bits, ranking.units, n) for ranking, bits, n in parts}
 
 
-# How many bits of a byte are 1.
+# The number of 1 bits in each byte.
 _ONES = np.array([byte.bit_count() for byte in range(256)], np.uint8)
 
 
 def are_small(names: Sequence[str], parameters: Mapping[str, Parameter]) -> bool:
-    """Whether tensors that are ranked together are small: many, but not too many."""
+    """Whether tensors whose units are compared are many, small, and not too large together."""
     if not are_many(names):
         return False
     units = sum(parameters[name].weight.numel() for name in names if name in parameters)
-    return units <= MOST_UNITS and all(n in parameters and is_small(parameters[n]) for n in names)
+    return units <= MOST_UNITS and all(n in parameters and parameters[n].is_small for n in names)
 
 
-def prune_together(
+def prune_jointly(
     context: RequestContext,
     rule: Selection,
     names: Sequence[str],
     state: Mapping[str, Parameter],
     extras: Mapping[str, Tensor],
 ) -> tuple[Masks, Choice]:
-    """Prunes a number of elements of small tensors by rank alone, whatever tensors they are of.
+    """Prunes a number of elements of small tensors, compared by their scores alone.
 
     Raises:
         NanScores: A score is NaN.
         AmountOutOfRange: The tensors have too few units.
     """
     with context.stage("score"):
-        rankings = [ranking_of(context, rule, name, state, extras) for name in context.each(names)]
+        rankings = [
+            score_tensor(context, rule, name, state, extras) for name in context.each(names)
+        ]
     with context.stage("select"):
         units = sum(ranking.units for ranking in rankings)
-        alive = sum(ranking.count_alive(context) for ranking in rankings)
-        count = number_of(rule, rule.amount, names, units, alive)
+        candidates = sum(ranking.count_candidates(context) for ranking in rankings)
+        count = units_to_prune(rule, names, units, candidates)
         dtype = score_dtype(rankings)
         batch = batch_of(rankings, dtype)
-        # One tensor of all of them: what lies between them is as if it were pruned already.
-        living, scores = Mask(batch.unpruned, batch.bits.numel()), batch.bits.view(dtype)
-        whole = Ranking("", living.elements, scores, living, rankings[0].device)
-        (kept,), cut = select(context, [whole], alive, count)
+        # All tensors as one. The padding between them counts as pruned.
+        unpadded, scores = Mask(batch.unpruned, batch.bits.numel()), batch.bits.view(dtype)
+        whole = Ranking("", unpadded.elements, scores, unpadded, rankings[0].device)
+        (kept,), cut = select(context, [whole], candidates, count)
         value = threshold(cut, dtype) if rule.importance.is_measured else None
-    choice = Choice(tuple(names), alive, count, count, value, cut.equal, cut.ties)
+    choice = Choice(tuple(names), candidates, count, count, value, cut.equal, cut.ties)
     return masks_of(rankings, kept.bits), choice
 
 
 def values_of(keys: Ints, dtype: torch.dtype) -> Floats:
-    """The scores that have some keys; NaN for a negative one, which is that of no score."""
+    """Returns the scores that have some keys; NaN for a negative key, which no score has."""
     values = torch.from_numpy(keys).to(BITS[dtype]).view(dtype).to(torch.float64)
     return np.where(keys < 0, np.nan, values.numpy())

@@ -1,4 +1,4 @@
-"""What is pruned as one: a unit, and how the elements of a tensor make up its units.
+"""Units: the elements that are pruned as one.
 
 One file for each kind. A new kind is a file here, and a line in GRANULARITIES.
 """
@@ -20,8 +20,8 @@ from secateur_server.runtime.context import RequestContext
 class Granularity(Protocol):
     """The units of one tensor.
 
-    In all methods `values` are what the elements are scored by, in the tensor's shape: the weight,
-    or uploaded scores; `mask` is the prior mask of the elements, None if there is none.
+    In all methods, `values` are the scores of the elements, in the tensor's shape: the weight, or
+    uploaded scores. `mask` is the prior mask of the elements, or None.
     """
 
     @property
@@ -43,7 +43,7 @@ class Granularity(Protocol):
         """
 
     def check(self, path: str, name: str, shape: Sequence[int]) -> None:
-        """Refuses a tensor that has no such units.
+        """Refuses a tensor that does not have such units.
 
         Args:
             path: Of the selection in the request.
@@ -51,48 +51,47 @@ class Granularity(Protocol):
             shape: Of the tensor.
 
         Raises:
-            NotStructured: It has too few dimensions, or they do not fit.
+            NotStructured: It has too few dimensions, or their sizes do not fit.
             DimOutOfRange: It does not have the dimension.
         """
 
     def grid(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape that the units of a tensor have."""
+        """Returns the shape of the units of a tensor."""
 
     def candidates(self, context: RequestContext, values: Tensor, mask: Mask | None) -> Mask | None:
-        """The units that can be pruned: those with an unpruned element. None: all of them."""
+        """Returns the units that have an unpruned element; None if all have."""
 
     def scores(
         self, context: RequestContext, values: Tensor, mask: Mask | None, p: float, is_mean: bool
     ) -> Tensor:
-        """The importance of each unit: the absolute value counts.
+        """Computes the importance of each unit. Its absolute value counts.
 
         Args:
             context: The request.
             values: As above.
-            mask: As above; pruned elements count as 0.
+            mask: As above. Pruned elements count as 0.
             p: The order of the norm.
-            is_mean: A power mean in place of the norm: divided by the unit's elements to 1/p.
+            is_mean: Whether to compute a power mean: the norm / the unit's elements ** (1/p).
 
         Returns:
-            Flat. Of elements the values; else float64 for values that rank as float64, or float32.
+            Flat. For elements, the values; else float32, or float64 for values of float64.
         """
 
     def expand(
         self, context: RequestContext, kept: Mask, values: Tensor, mask: Mask | None
     ) -> Mask:
-        """The elements that are kept if the units `kept` are. It may keep what `mask` prunes."""
+        """Expands a mask of units to one of elements. It may keep elements that `mask` prunes."""
 
     def unit_elements(self, shape: Sequence[int]) -> int | None:
-        """Elements of a unit. None: units differ, or not all of their elements are pruned."""
+        """Returns the elements of a unit; None if units differ, or are pruned in part."""
 
     def costs(
         self, context: RequestContext, weight: Tensor, values: Tensor, mask: Mask | None
     ) -> tuple[Tensor, Tensor]:
-        """What is pruned with each unit, and is not pruned yet.
+        """Computes what is pruned with each unit, and is not pruned yet. Not called for elements.
 
         Returns:
-            The number of elements, int64, and the sum of their weights' squares, float64; both
-            flat. Never called for elements.
+            The number of elements, int64, and the sum of their weights' squares, float64. Flat.
         """
 
 

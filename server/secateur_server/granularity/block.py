@@ -14,9 +14,9 @@ from secateur_server.backends.norms import rounded_to
 from secateur_server.errors import InvalidSpec, NotStructured, quote
 from secateur_server.granularity.tiled import (
     boxes_of,
+    comparable,
+    map_tiles,
     neutral,
-    of_units,
-    ranked,
     row_norms,
     tile_costs,
 )
@@ -26,11 +26,11 @@ from secateur_server.runtime.context import RequestContext
 
 @dataclass(frozen=True)
 class Block:
-    """A block of elements is a unit; at the end of a dimension it may be smaller.
+    """A unit is a block of elements, which may be smaller at the end of a dimension.
 
     Attributes:
         shape: The lengths of a block; 0 is the whole dimension.
-        as_matrix: A tensor counts as a matrix: its first dimension, and all others as one.
+        as_matrix: Whether a tensor counts as a matrix of its first dimension and all others.
     """
 
     shape: tuple[int, ...]
@@ -47,7 +47,9 @@ class Block:
         """
         shape = tuple(selection.block.shape)
         if not any(shape):
-            raise InvalidSpec(f"{path}.block.shape", "at least one length that is not 0 is needed")
+            raise InvalidSpec(
+                f"{path}.block.shape", "all lengths are 0; give at least one that is not 0"
+            )
         return cls(shape, selection.block.as_matrix)
 
     def check(self, path: str, name: str, shape: Sequence[int]) -> None:
@@ -72,7 +74,7 @@ class Block:
         def candidates_of(box: Box) -> Sequence[Tensor]:
             return [backend.any_along(tiles.rows(tiles.part(kept, box), box, False))]
 
-        (found,) = of_units(context, tiles, backend, [torch.bool], candidates_of)
+        (found,) = map_tiles(context, tiles, backend, [torch.bool], candidates_of)
         return mask_of_flags(context, found)
 
     def scores(
@@ -83,14 +85,14 @@ class Block:
         kept = None if mask is None else mask.whole(context, tiles.sizes)
 
         def scores_of(box: Box) -> Sequence[Tensor]:
-            part = ranked(tiles.part(by_tiles, box))
+            part = comparable(tiles.part(by_tiles, box))
             if kept is not None:
                 part = torch.where(tiles.part(kept, box), part, 0.0)
             rows = tiles.rows(part, box, neutral(p))
             counts = tiles.counts(box, rows.device) if is_mean else None
             return [row_norms(rows, counts, p, backend)]
 
-        return of_units(context, tiles, backend, [rounded_to(values.dtype)], scores_of)[0]
+        return map_tiles(context, tiles, backend, [rounded_to(values.dtype)], scores_of)[0]
 
     def expand(
         self, context: RequestContext, kept: Mask, values: Tensor, mask: Mask | None

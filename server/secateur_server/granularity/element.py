@@ -12,7 +12,7 @@ from secateur_server.runtime.context import RequestContext
 
 @dataclass(frozen=True)
 class Element:
-    """Every element is a unit."""
+    """A unit is one element."""
 
     is_element, is_normed, is_part = True, False, False
 

@@ -6,9 +6,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Member:
-    """The part of a tensor in a group: `units` times some slices along a dimension.
+    """The part of a tensor in a group: some slices along a dimension for each unit.
 
-    indices: of the slices, units x slices of one; an array where a caller chose how many.
+    Attributes:
+        path: In the request.
+        tensor: Its name.
+        dim: The dimension of the slices.
+        offset: The index of the first slice.
+        stride: Slices of one unit.
+        units: How many units there are.
+        indices: Of the slices of all units, instead of offset and stride; an array if not empty.
+        is_scored: Whether it counts in the scores of the units.
     """
 
     path: str
@@ -23,7 +31,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """Slices of several tensors that live and die together."""
+    """Slices of several tensors that are pruned together."""
 
     name: str
     members: tuple[Member, ...]

@@ -1,4 +1,4 @@
-"""Slices of several tensors that live and die together, as a filter and what reads its channel."""
+"""Slices of several tensors that are pruned together, as a filter and the channel that reads it."""
 
 from array import array
 from collections.abc import Mapping
@@ -20,7 +20,11 @@ from secateur_server.state_dict.parameter import Parameter
 
 
 def resolve_group(context: RequestContext, group: Group, catalog: Catalog) -> Group:
-    """The group with its members' units known.  Errors: InvalidSpec."""
+    """Finds the units of a group's members.
+
+    Raises:
+        InvalidSpec: Members do not fit their tensors, or each other.
+    """
     members = tuple(
         _resolve_member(context, member, catalog) for member in context.each(group.members)
     )
@@ -36,7 +40,7 @@ def resolve_group(context: RequestContext, group: Group, catalog: Catalog) -> Gr
 
 
 def _resolve_member(context: RequestContext, member: Member, catalog: Catalog) -> Member:
-    """A member with a dimension from 0 on, and all its units' slices within it."""
+    """The member with a dimension of 0 or more, and with its units."""
     tensor = catalog.name_of(member.tensor)
     if tensor not in catalog.prunable:
         raise unmatched(context, f"{member.path}.tensor", tensor, catalog)
@@ -49,7 +53,7 @@ def _resolve_member(context: RequestContext, member: Member, catalog: Catalog) -
         )
     if 0 in shape:
         raise InvalidSpec(
-            f"{member.path}.tensor", f"{quote(member.tensor)} {list(shape)} has no elements"
+            f"{member.path}.tensor", f"{quote(member.tensor)} {list(shape)} does not have elements"
         )
     dim = member.dim % len(shape)
     size, units = shape[dim], member.units
@@ -61,7 +65,7 @@ def _resolve_member(context: RequestContext, member: Member, catalog: Catalog) -
             shown = f", {beyond[0] % (1 << 64)} among them," if beyond else ""
             raise InvalidSpec(
                 f"{member.path}.indices",
-                f"{count} indices{shown} are not those of {units} units in {size} slices of "
+                f"{count} indices{shown} do not fit {units} units in the {size} slices of "
                 f"{quote(member.tensor)}",
             )
         if count > size or int(torch.bincount(indices).max()) > 1:
@@ -75,30 +79,30 @@ def _resolve_member(context: RequestContext, member: Member, catalog: Catalog) -
         if units == 0 or member.offset + units * member.stride > size:
             raise InvalidSpec(
                 f"{member.path}.units",
-                f"{units} units of {member.stride} slices from {member.offset} on are not in the "
-                f"{size} slices of {quote(member.tensor)}",
+                f"{units} units of {member.stride} slices from {member.offset} on do not fit in "
+                f"the {size} slices of {quote(member.tensor)}",
             )
     return replace(member, tensor=tensor, dim=dim, units=units)
 
 
 def _indices(member: Member) -> Tensor:
-    """The indices as int64; those of 2^63 and more are negative."""
+    """The indices as int64. Those of 2^63 and more are negative."""
     return torch.frombuffer(array("Q", member.indices), dtype=torch.int64)
 
 
 def slices_of(member: Member, device: torch.device) -> Tensor:
-    """The slices of each unit.  Returns: int64, (units, slices of one)."""
+    """Returns the indices of the slices of each unit: int64, (units, slices of a unit)."""
     if len(member.indices):
         return _indices(member).to(device).view(member.units, -1)
     every = torch.arange(member.units * member.stride, device=device) + member.offset
     return every.view(member.units, member.stride)
 
 
-def alive_units(
+def candidate_units(
     context: RequestContext, group: Group, parameters: Mapping[str, Parameter]
 ) -> Mask | None:
-    """Which units have an unpruned element in any of their tensors; None is all of them."""
-    alive: Tensor | None = None
+    """Returns the units with an unpruned element in any of their tensors; None if all are."""
+    candidates: Tensor | None = None
     for member in context.each(group.members):
         parameter = parameters[member.tensor]
         mask, shape = parameter.mask, parameter.weight.shape
@@ -106,17 +110,18 @@ def alive_units(
             return None
         found = any_of_slices(context, mask.flags, shape, member.dim, mask.bits.device)
         of_units = found[slices_of(member, found.device)].any(1)
-        alive = of_units if alive is None else alive | of_units
-    assert alive is not None, "a group has a member"
-    return mask_of_flags(context, alive)
+        candidates = of_units if candidates is None else candidates | of_units
+    assert candidates is not None, "a group has a member"
+    return mask_of_flags(context, candidates)
 
 
 def member_scores(
     context: RequestContext, member: Member, parameter: Parameter, p: float
 ) -> Tensor:
-    """The power mean of |w|^p over each unit's elements; pruned ones count as 0.
+    """Computes the power mean of |w|^p over the elements of each unit. Pruned elements count as 0.
 
-    Returns: float64, as long as there are units.
+    Returns:
+        Float64, one for each unit.
     """
     weight, mask = parameter.weight, parameter.mask
     slices = slices_of(member, weight.device)
@@ -140,15 +145,15 @@ def member_scores(
 def expand_group(
     context: RequestContext, kept: Mask, group: Group, parameters: Mapping[str, Parameter]
 ) -> dict[str, Mask]:
-    """The masks of a group's tensors when the units `kept` stay."""
+    """Expands a mask of a group's units to masks of its tensors."""
     units = kept.flags(0, kept.elements)
     masks: dict[str, Mask] = {}
     for member in context.each(group.members):
         shape = parameters[member.tensor].weight.shape
-        stays = torch.ones(shape[member.dim], dtype=torch.bool, device=units.device)
-        going = slices_of(member, units.device)[~units]
-        stays[going.reshape(-1)] = False
-        mask = expand(context, stays, shape, member.dim)
+        slices = torch.ones(shape[member.dim], dtype=torch.bool, device=units.device)
+        pruned = slices_of(member, units.device)[~units]
+        slices[pruned.reshape(-1)] = False
+        mask = expand(context, slices, shape, member.dim)
         before = masks.get(member.tensor)
         masks[member.tensor] = mask if before is None else mask.both(context, before)
     return masks

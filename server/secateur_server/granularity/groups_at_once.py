@@ -1,7 +1,7 @@
-"""Many small groups at once, and the large ones one by one, as groups.py takes them.
+"""Does the work of groups.py for many small groups at once.
 
-Groups of a model are alike, as its layers are. One operation on the tensors of many groups takes
-the place of some operations on those of each; the bits are the same.
+The groups of a model are alike, as its layers are. One operation on the tensors of many groups
+replaces several operations on each. The bits are the same. Large groups are taken one by one.
 """
 
 from collections import defaultdict
@@ -17,21 +17,26 @@ from secateur_server.backends.masks import Mask, flags_of, masks_of
 from secateur_server.backends.norms import vector_norms
 from secateur_server.backends.pieces import around
 from secateur_server.granularity.group import Group, Member
-from secateur_server.granularity.groups import alive_units, expand_group, member_scores, slices_of
+from secateur_server.granularity.groups import (
+    candidate_units,
+    expand_group,
+    member_scores,
+    slices_of,
+)
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.parameter import Parameter
 
 Done = TypeVar("Done")
 Parameters = Mapping[str, Parameter]
 
-# Elements of groups that are taken at once: as float64 they stay in a second-level cache.
+# Elements of groups that are taken at once. As float64 they fit in the second-level cache.
 AT_ONCE = 1 << 17
 
 
-def alive_of(
+def candidates_of(
     context: RequestContext, groups: Sequence[Group], parameters: Parameters
 ) -> list[Mask | None]:
-    """For each group, as alive_units."""
+    """Does candidate_units for each group."""
 
     def many(places: Sequence[int]) -> Sequence[Mask | None]:
         found: list[Tensor] = []
@@ -47,15 +52,15 @@ def alive_of(
         return masks_of(torch.stack(found).any(0))
 
     def one(place: int) -> Mask | None:
-        return alive_units(context, groups[place], parameters)
+        return candidate_units(context, groups[place], parameters)
 
     return _each(context, groups, parameters, many, one)
 
 
-def scores_of_members(
+def score_members(
     context: RequestContext, groups: Sequence[Group], parameters: Parameters, p: float
 ) -> list[list[Tensor]]:
-    """For each group, as member_scores of those of its members that are scored."""
+    """Does member_scores for the scored members of each group."""
 
     def many(places: Sequence[int]) -> Sequence[list[Tensor]]:
         scored = (members for members in _slots(groups, places) if members[0].is_scored)
@@ -69,16 +74,16 @@ def scores_of_members(
     return _each(context, groups, parameters, many, one)
 
 
-def masks_of_groups(
+def expand_groups(
     context: RequestContext, groups: Sequence[Group], kept: Sequence[Mask], parameters: Parameters
 ) -> list[dict[str, Mask]]:
-    """For each group, as expand_group.  kept: the units that stay, of each group."""
+    """Does expand_group for each group. `kept` are the kept units of each."""
 
     def many(places: Sequence[int]) -> Sequence[dict[str, Mask]]:
-        going = ~flags_of([kept[place] for place in places])
+        pruned = ~flags_of([kept[place] for place in places])
         found: list[dict[str, Mask]] = [{} for _ in places]
         for members in _slots(groups, places):
-            expanded = _expanded(members, going, parameters)
+            expanded = _expanded(members, pruned, parameters)
             for masks, member, mask in zip(found, members, expanded, strict=True):
                 before = masks.get(member.tensor)
                 masks[member.tensor] = mask if before is None else mask.both(context, before)
@@ -91,7 +96,7 @@ def masks_of_groups(
 
 
 def elements_of(group: Group, parameters: Parameters) -> int:
-    """Elements of the tensors of a group."""
+    """Counts the elements of the tensors of a group."""
     return sum(parameters[member.tensor].weight.numel() for member in group.members)
 
 
@@ -102,7 +107,7 @@ def _each(
     many: Callable[[Sequence[int]], Sequence[Done]],
     one: Callable[[int], Done],
 ) -> list[Done]:
-    """What `many` makes of the places of small groups that are alike, `one` of a large group's."""
+    """Calls `many` with the indices of small groups that are alike, or `one` with a large one's."""
     if not groups:
         return []
     alike: dict[Any, list[int]] = defaultdict(list)
@@ -124,7 +129,7 @@ def _each(
 
 
 def _layout(member: Member, parameters: Parameters) -> Any:
-    """The same for members of which one operation takes the slices."""
+    """A key that is equal for members whose slices one operation can take."""
     parameter = parameters[member.tensor]
     weight, count = parameter.weight, len(member.indices)
     where = (member.units, count) if count else (member.units, 0, member.offset, member.stride)
@@ -137,9 +142,9 @@ def _slots(groups: Sequence[Group], places: Sequence[int]) -> Iterator[tuple[Mem
 
 
 def _slices(members: Sequence[Member], size: int, device: torch.device) -> Tensor:
-    """The slices of each unit, of tensors of `size` slices that lie one behind another.
+    """The slices of each unit, for tensors of `size` slices that are concatenated.
 
-    Returns: int64, (members, units, slices of one).
+    Returns: int64, (members, units, slices of a unit).
     """
     if len(members[0].indices):
         slices = torch.stack([slices_of(member, device) for member in members])
@@ -149,7 +154,7 @@ def _slices(members: Sequence[Member], size: int, device: torch.device) -> Tenso
 
 
 def _scores(members: Sequence[Member], parameters: Parameters, p: float) -> Tensor:
-    """As member_scores, of each member.  Returns: (members, units)."""
+    """Does member_scores for each member.  Returns: (members, units)."""
     of_members = [parameters[member.tensor] for member in members]
     weight, first = of_members[0].weight, members[0]
     outer, size, inner = shape = around(weight.shape, first.dim)
@@ -166,10 +171,10 @@ def _scores(members: Sequence[Member], parameters: Parameters, p: float) -> Tens
     return norms.view(len(members), -1)
 
 
-def _expanded(members: Sequence[Member], going: Tensor, parameters: Parameters) -> list[Mask]:
-    """The masks of the members' tensors.  going: bool, (members, units)."""
+def _expanded(members: Sequence[Member], pruned: Tensor, parameters: Parameters) -> list[Mask]:
+    """The masks of the members' tensors. `pruned` is bool, (members, units)."""
     outer, size, inner = around(parameters[members[0].tensor].weight.shape, members[0].dim)
-    stays = torch.ones(len(members) * size, dtype=torch.bool, device=going.device)
-    stays[_slices(members, size, going.device)[going].reshape(-1)] = False
-    lines = stays.view(-1, 1, size, 1).expand(-1, outer, -1, inner)
+    kept = torch.ones(len(members) * size, dtype=torch.bool, device=pruned.device)
+    kept[_slices(members, size, pruned.device)[pruned].reshape(-1)] = False
+    lines = kept.view(-1, 1, size, 1).expand(-1, outer, -1, inner)
     return masks_of(lines.reshape(len(members), -1))

@@ -1,4 +1,4 @@
-"""N:M sparsity: at most n of m elements side by side are kept."""
+"""N:M sparsity: at most n of m consecutive elements are kept."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ from secateur_server.errors import InvalidSpec, NotStructured, quote
 from secateur_server.granularity.tiled import (
     COSTS,
     boxes_of,
+    comparable,
+    map_tiles,
     neutral,
-    of_units,
-    ranked,
     row_norms,
     square_sums,
 )
 from secateur_server.granularity.tiles import Box, Tiles
 from secateur_server.runtime.context import RequestContext
 
-# A longer one is not a pattern that hardware has, and takes long to rank.
+# No hardware has longer patterns, and they take long to sort.
 LONGEST_PATTERN = 1024
 
 
@@ -34,11 +34,11 @@ class NM:
     """A unit is the `m - n` least important elements of a group of `m`.
 
     Units are candidates if their group has more than n unpruned elements. The last group of a line
-    may be shorter: as if it were filled up with pruned elements.
+    may be shorter; it is padded with pruned elements.
 
     Attributes:
         n: Elements of a group that are kept.
-        m: Elements of a group, side by side along `dim`.
+        m: Consecutive elements along `dim` that make up a group.
         dim: The dimension; negative counts from the end.
     """
 
@@ -53,21 +53,21 @@ class NM:
         """Reads GRANULARITY_N_M, `pattern` and `dim`.
 
         Raises:
-            InvalidSpec: The pattern is not one.
+            InvalidSpec: The pattern is impossible.
         """
         n, m = selection.pattern.n, selection.pattern.m
         if not 1 <= n < m <= LONGEST_PATTERN:
             raise InvalidSpec(
                 f"{path}.pattern",
-                f"{n}:{m} is not a pattern with 1 <= n < m <= {LONGEST_PATTERN}",
+                f"{n}:{m} is not a pattern; 1 <= n < m <= {LONGEST_PATTERN} is needed",
             )
         return cls(n, m, selection.dim)
 
     def check(self, path: str, name: str, shape: Sequence[int]) -> None:
         if not shape:
-            why = "it has no dimension"
+            why = "a pattern needs a dimension"
         elif not -len(shape) <= self.dim < len(shape):
-            why = f"{self.dim} is not in [{-len(shape)}, {len(shape)})"
+            why = f"dim {self.dim} is not in [{-len(shape)}, {len(shape)})"
         else:
             return
         raise NotStructured(f"{path}.granularity", f"{quote(name)} has shape {list(shape)}: {why}")
@@ -88,7 +88,7 @@ class NM:
                 return [tiles.counts(box, values.device) > self.n]
             return [tiles.rows(tiles.part(kept, box), box, False).sum((0, 2)) > self.n]
 
-        (found,) = of_units(context, tiles, backend, [torch.bool], candidates_of)
+        (found,) = map_tiles(context, tiles, backend, [torch.bool], candidates_of)
         return mask_of_flags(context, found)
 
     def scores(
@@ -100,13 +100,13 @@ class NM:
 
         def scores_of(box: Box) -> Sequence[Tensor]:
             pruned = self._pruned(tiles, by_tiles, kept, box)
-            rows = tiles.rows(ranked(tiles.part(by_tiles, box)), box, 0.0)
+            rows = tiles.rows(comparable(tiles.part(by_tiles, box)), box, 0.0)
             rows = torch.where(pruned, rows, neutral(p))
             # A unit without elements is not a candidate, but its score must not be NaN.
             counts = pruned.sum((0, 2)).clamp(min=1) if is_mean else None
             return [row_norms(rows, counts, p, backend)]
 
-        return of_units(context, tiles, backend, [rounded_to(values.dtype)], scores_of)[0]
+        return map_tiles(context, tiles, backend, [rounded_to(values.dtype)], scores_of)[0]
 
     def expand(
         self, context: RequestContext, kept: Mask, values: Tensor, mask: Mask | None
@@ -138,19 +138,19 @@ class NM:
 
         def costs_of(box: Box) -> tuple[Tensor, Tensor]:
             pruned = self._pruned(tiles, by_tiles, kept, box)
-            rows = tiles.rows(ranked(tiles.part(weights, box)), box, 0.0)
+            rows = tiles.rows(comparable(tiles.part(weights, box)), box, 0.0)
             return pruned.sum((0, 2)), square_sums(torch.where(pruned, rows, 0.0), backend)
 
-        counts, squares = of_units(context, tiles, backend, COSTS, costs_of)
+        counts, squares = map_tiles(context, tiles, backend, COSTS, costs_of)
         return counts, squares
 
     def _tiles(self, shape: Sequence[int]) -> Tiles:
-        # A longer group than a line would be filled up with what is pruned.
+        # A group that is longer than a line would only get padding.
         outer, size, inner = around(shape, self.dim)
         return Tiles((outer, size, inner), (1, max(1, min(self.m, size)), 1))
 
     def _keys(self, tiles: Tiles, values: Tensor, kept: Tensor | None, box: Box) -> Tensor:
-        """The keys of a box; -1 of pruned elements.  Returns: (groups, m, inner)."""
+        """The keys of a box; -1 for pruned elements.  Returns: (groups, m, inner)."""
         part = tiles.part(values, box)
         keys = as_keys(part, ranked_as(part.dtype))
         if kept is not None:
@@ -159,11 +159,11 @@ class NM:
         return tiles.padded(keys, box, -1).reshape(-1, tiles.lengths[1], last - first)
 
     def _pruned(self, tiles: Tiles, values: Tensor, kept: Tensor | None, box: Box) -> Tensor:
-        """The elements of the units of a box.  Returns: bool, as Tiles.rows."""
+        """The elements of the units of a box: bool, in the shape of Tiles.rows."""
         keys = self._keys(tiles, values, kept, box)
         pruned = ~self._largest(keys) & (keys >= 0)
         return pruned.transpose(1, 2).reshape(1, -1, keys.shape[1])
 
     def _largest(self, keys: Tensor) -> Tensor:
-        """The n most important elements of each group.  keys: (groups, elements, inner)."""
+        """The n most important elements of each group. `keys` are (groups, elements, inner)."""
         return backend_for(keys.device).largest(keys, min(self.n, keys.shape[1]))

@@ -17,7 +17,7 @@ from secateur_server.runtime.context import RequestContext
 
 @dataclass(frozen=True)
 class Slice:
-    """All elements with one index in a dimension are a unit.
+    """A unit is all elements with one index in a dimension.
 
     Attributes:
         dim: The dimension; negative counts from the end.

@@ -1,4 +1,4 @@
-"""A tensor in tiles, some of them at a time."""
+"""A tensor in tiles."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ Box = tuple[Span, ...]
 class Tiles:
     """A tensor of shape `sizes`, in tiles of `lengths`, each 1 or more.
 
-    At the end of a dimension that a length does not divide, tiles are smaller.
+    Tiles are smaller at the end of a dimension that their length does not divide.
     """
 
     sizes: tuple[int, ...]
@@ -25,21 +25,21 @@ class Tiles:
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """How many tiles there are in each dimension."""
+        """The number of tiles in each dimension."""
         return tuple(-(-s // length) for s, length in zip(self.sizes, self.lengths, strict=True))
 
     @property
     def elements(self) -> int:
-        """Elements of a tile that is not smaller."""
+        """Elements of a full tile."""
         return math.prod(self.lengths)
 
     @property
     def divide(self) -> bool:
-        """Whether no tile is smaller."""
+        """Whether all tiles are full."""
         return not any(s % length for s, length in zip(self.sizes, self.lengths, strict=True))
 
     def boxes(self, most: int) -> list[Box]:
-        """All tiles in row-major order, in boxes of one or more, of up to `most` elements."""
+        """Splits all tiles, in row-major order, into boxes of one tile or up to `most` elements."""
         grid, tiles = self.grid, max(1, most // self.elements)
         axis = next(a for a in range(len(grid)) if math.prod(grid[a + 1 :]) <= tiles)
         step = tiles // math.prod(grid[axis + 1 :])
@@ -49,23 +49,23 @@ class Tiles:
         return [(*first, span, *behind) for first in before for span in along]
 
     def part(self, tensor: Tensor, box: Box) -> Tensor:
-        """The elements of a box; a view.  tensor: of shape `sizes`."""
+        """Returns a view of the elements of a box. `tensor` has the shape `sizes`."""
         along = zip(box, self.lengths, strict=True)
         return tensor[tuple(slice(first * n, last * n) for (first, last), n in along)]
 
     def in_grid(self, units: Tensor, box: Box) -> Tensor:
-        """The tiles of a box; a view.  units: of the grid's shape."""
+        """Returns a view of the tiles of a box. `units` has the grid's shape."""
         return units[tuple(slice(*span) for span in box)]
 
     def padded(self, part: Tensor, box: Box, fill: float) -> Tensor:
-        """A part, with its smaller tiles filled up."""
+        """Pads a part, so that all its tiles are full."""
         missing: list[int] = []
         for (first, last), length, size in zip(box, self.lengths, part.shape, strict=True):
             missing = [0, (last - first) * length - size, *missing]
         return torch.nn.functional.pad(part, missing, value=fill) if any(missing) else part
 
     def rows(self, part: Tensor, box: Box, fill: float) -> Tensor:
-        """A part with each of its tiles as a row.  Returns: (1, tiles, elements)."""
+        """Makes a row of each tile of a part: (1, tiles, elements)."""
         dims = len(box)
         split = itertools.chain.from_iterable(
             (last - first, length) for (first, last), length in zip(box, self.lengths, strict=True)
@@ -75,7 +75,7 @@ class Tiles:
         return by_tile.reshape(1, -1, self.elements)
 
     def counts(self, box: Box, device: torch.device) -> Tensor:
-        """How many elements each tile of a box has.  Returns: int64, flat."""
+        """Counts the elements of each tile of a box: int64, flat."""
         counts = torch.ones((), dtype=torch.int64, device=device)
         for (first, last), length, size in zip(box, self.lengths, self.sizes, strict=True):
             left = size - torch.arange(first, last, device=device) * length
@@ -83,9 +83,12 @@ class Tiles:
         return counts.reshape(-1)
 
     def fill(self, tensor: Tensor, box: Box, units: Tensor) -> None:
-        """Writes to each element of a box what its tile has.
+        """Writes the value of each tile of a box to its elements.
 
-        tensor: of shape `sizes`.  units: of the grid's shape.
+        Args:
+            tensor: Of shape `sizes`.
+            box: The tiles.
+            units: The values, in the grid's shape.
         """
         tiles = self.in_grid(units, box)
         for dim, length in enumerate(self.lengths):
@@ -93,9 +96,12 @@ class Tiles:
         self.paste(tensor, box, tiles)
 
     def paste(self, tensor: Tensor, box: Box, padded: Tensor) -> None:
-        """Writes a box, but for what fills up its smaller tiles.
+        """Writes a box without its padding.
 
-        tensor: of shape `sizes`.  padded: as of Tiles.padded, in any shape.
+        Args:
+            tensor: Of shape `sizes`.
+            box: The tiles.
+            padded: As Tiles.padded returns it, in any shape.
         """
         along = zip(box, self.lengths, strict=True)
         whole = padded.reshape(tuple((last - first) * n for (first, last), n in along))

@@ -1,4 +1,4 @@
-"""How much a unit matters.
+"""Scores: how much a unit matters.
 
 One file for each kind. A new kind is a file here, and a line in IMPORTANCES.
 """
@@ -18,29 +18,29 @@ from secateur_server.runtime.context import RequestContext
 
 
 class Importance(Protocol):
-    """Scores units. What is pruned first has the lowest absolute score."""
+    """Scores units. Units with the lowest absolute scores are pruned first."""
 
     @property
     def is_measured(self) -> bool:
-        """Whether scores come from values. Others have no threshold, and are not normalized."""
+        """Whether scores come from values. Others have no threshold and are not normalized."""
 
     @property
     def is_value(self) -> bool:
-        """Whether the score of a single element is its value itself, which need not be computed."""
+        """Whether the score of a single element is its value, so that it need not be computed."""
 
     @property
     def ranks_zeros_lowest(self) -> bool:
-        """Whether the score is 0 where all values of a unit are 0, and nowhere else."""
+        """Whether the score is 0 if all values of a unit are 0, and only then."""
 
     @property
     def order(self) -> float:
-        """The order of the norm that a member of a group has. 0: groups are not measured."""
+        """The order of the norm for members of a group; 0 if groups are not measured."""
 
     def by_name(self, name: str) -> RandomScores | None:
-        """The scores of a tensor, or group, if its name is enough to tell them."""
+        """Returns the scores of a tensor, or group, if they depend on its name alone."""
 
     def check(self, path: str, name: str, shape: Sequence[int]) -> None:
-        """Refuses a tensor that cannot be scored so.
+        """Refuses a tensor that cannot be scored.
 
         Args:
             path: Of the selection in the request.
@@ -48,7 +48,7 @@ class Importance(Protocol):
             shape: Of the tensor, which has units of the rule's granularity.
 
         Raises:
-            InvalidSpec: It cannot.
+            InvalidSpec: It cannot be scored.
         """
 
     def scores(
@@ -59,12 +59,12 @@ class Importance(Protocol):
         granularity: Granularity,
         is_mean: bool,
     ) -> Tensor:
-        """The scores of a tensor's units.
+        """Scores a tensor's units.
 
         Args:
             context: The request.
             values: The weight, or uploaded scores of its elements.
-            mask: Pruned elements, which count as 0; None: all count.
+            mask: Pruned elements count as 0; None if all elements are kept.
             granularity: Of the rule.
             is_mean: Whether units are compared with units of other sizes.
 

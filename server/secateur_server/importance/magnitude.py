@@ -1,4 +1,4 @@
-"""The size of the values: their absolute value, or a norm of a unit's values."""
+"""The magnitude of values: their absolute value, or a norm of a unit's values."""
 
 import math
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class Magnitude:
     """The norm of a unit's values, or their power mean.
 
     Attributes:
-        order: p of the norm. Elements are scored by their absolute value, whatever it is.
+        order: p of the norm. Not used for elements, whose score is the absolute value.
     """
 
     order: float = 1.0
@@ -52,10 +52,10 @@ class Magnitude:
 def decode_magnitude(
     selection: pb.Selection, granularity: Granularity | None, path: str
 ) -> Magnitude | Nuclear:
-    """Reads `magnitude`, which has no fields for elements.
+    """Reads `magnitude`, whose fields are not used for elements.
 
     Raises:
-        InvalidSpec: It has no norm, or a matrix norm that the units do not have.
+        InvalidSpec: The norm is missing, or the units do not have it.
     """
     if granularity is not None and granularity.is_element:
         return Magnitude()
@@ -66,7 +66,9 @@ def decode_magnitude(
         return Magnitude(magnitude.p)
     is_sliced = selection.granularity == pb.GRANULARITY_SLICE
     if selection.scope != pb.SCOPE_PER_TENSOR or not is_sliced:
-        raise InvalidSpec(f"{path}.matrix_norm", "is of slices of one tensor only")
+        raise InvalidSpec(
+            f"{path}.matrix_norm", "needs GRANULARITY_SLICE and SCOPE_PER_TENSOR; or use p"
+        )
     if magnitude.matrix_norm == pb.MATRIX_NORM_FROBENIUS:
         return Magnitude(2.0)
     if magnitude.matrix_norm == pb.MATRIX_NORM_NUCLEAR:

@@ -1,4 +1,4 @@
-"""The nuclear norm of a slice: the sum of its singular values, as torch.norm(p="nuc")."""
+"""The nuclear norm of a slice: the sum of its singular values, as in torch.norm(p="nuc")."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from secateur_server.errors import InvalidSpec, NotStructured, quote
 from secateur_server.granularity import Granularity
 from secateur_server.runtime.context import RequestContext
 
-# Steps of a singular value decomposition, which cannot be interrupted: about a second.
+# Steps of a singular value decomposition: about a second. It cannot be interrupted.
 MOST_OF_SVD = 1 << 30
 
 
@@ -38,7 +38,7 @@ class Nuclear:
         field = f"{path}.magnitude.matrix_norm"
         if len(shape) != 3:
             raise NotStructured(
-                field, f"the nuclear norm needs 3 dimensions, {quote(name)} has shape {list(shape)}"
+                field, f"{quote(name)} has shape {list(shape)}; the nuclear norm needs 3 dimensions"
             )
         rows, columns = (size for index, size in enumerate(shape) if index != self.dim % 3)
         if rows * columns * min(rows, columns) > MOST_OF_SVD:
@@ -63,7 +63,7 @@ class Nuclear:
             matrices = slices[slice(*span)].to(torch.float64)
             if kept is not None:
                 matrices = torch.where(kept[slice(*span)], matrices, 0.0)
-            # On the CPU: singular values differ from device to device.
+            # On the CPU, as singular values differ between devices.
             return _nuclear_norms(matrices.cpu()).to(values.device)
 
         size = max(1, backend.piece // 8 // max(1, math.prod(slices.shape[1:])))

@@ -1,4 +1,4 @@
-"""Random numbers in the place of scores."""
+"""Random numbers as scores."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,4 +45,4 @@ class Random:
         granularity: Granularity,
         is_mean: bool,
     ) -> Tensor:
-        raise AssertionError("the name is enough to tell random scores")
+        raise AssertionError("random scores depend on the name alone")

@@ -12,8 +12,8 @@ from secateur_server.outputs.masks import Masks
 from secateur_server.outputs.nothing import Nothing
 from secateur_server.outputs.reparametrized import Reparametrized
 from secateur_server.runtime.context import RequestContext
-from secateur_server.state_dict.model import Model
 from secateur_server.state_dict.parameter import Parameter
+from secateur_server.state_dict.state_dict import StateDict
 from secateur_server.wire.writer import OutgoingFile
 
 
@@ -21,32 +21,35 @@ class Output(Protocol):
     """A form of a result."""
 
     @property
-    def needs_model(self) -> bool:
-        """Whether it has tensors that the spec does not name, so that all of them are read."""
+    def needs_all_tensors(self) -> bool:
+        """Whether the output has tensors that the spec does not name, so that all are read."""
 
     def files(
-        self, context: RequestContext, model: Model, pruned: Mapping[str, Parameter]
+        self, context: RequestContext, state_dict: StateDict, pruned: Mapping[str, Parameter]
     ) -> list[OutgoingFile]:
-        """The files to send.
+        """Makes the files to send.
 
         Args:
             context: The request.
-            model: As it came. Its parameters become the pruned ones.
+            state_dict: As it came. Its parameters become the pruned ones.
             pruned: The parameters that the spec names, with their new masks.
+
+        Returns:
+            The files in the order in which they are sent.
 
         Raises:
             InvalidStateDict: A tensor has a name that the output needs.
         """
 
-    def size(self, model: Model, pruned: Sequence[str]) -> int:
-        """Bytes of all files, foretold.
+    def size(self, state_dict: StateDict, pruned: Sequence[str]) -> int:
+        """Predicts the size of all files.
 
         Args:
-            model: Without data, and with masks for all that is pruned.
+            state_dict: Without data, and with masks for all that is pruned.
             pruned: The names of the parameters that the spec names.
 
         Returns:
-            0 if `files` would raise.
+            Bytes; 0 if `files` would raise.
         """
 
 

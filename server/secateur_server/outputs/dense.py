@@ -4,31 +4,40 @@ from collections.abc import Mapping, Sequence
 
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.fold import fold
-from secateur_server.state_dict.model import Model
 from secateur_server.state_dict.parameter import Parameter
+from secateur_server.state_dict.state_dict import StateDict
 from secateur_server.wire.writer import OutgoingFile
 
 
 class Dense:
     """OUTPUT_DENSE."""
 
-    needs_model = True
+    needs_all_tensors = True
 
     def files(
-        self, context: RequestContext, model: Model, pruned: Mapping[str, Parameter]
+        self, context: RequestContext, state_dict: StateDict, pruned: Mapping[str, Parameter]
     ) -> list[OutgoingFile]:
-        model.parameters |= pruned
-        return folded_files(context, model, model.parameters)
+        state_dict.parameters |= pruned
+        return folded_files(context, state_dict, state_dict.parameters)
 
-    def size(self, model: Model, pruned: Sequence[str]) -> int:
-        return model.size(model.parameters)
+    def size(self, state_dict: StateDict, pruned: Sequence[str]) -> int:
+        return state_dict.size(state_dict.parameters)
 
 
 def folded_files(
-    context: RequestContext, model: Model, parameters: Mapping[str, Parameter]
+    context: RequestContext, state_dict: StateDict, parameters: Mapping[str, Parameter]
 ) -> list[OutgoingFile]:
-    """A model's files with the masks of some parameters applied to their weights."""
-    if not model.is_mapped:
+    """Makes the files of a state_dict, with masks applied to weights.
+
+    Args:
+        context: The request.
+        state_dict: The weights of `parameters` are written to, unless they are mapped files.
+        parameters: The parameters whose masks are applied. Others are sent as pairs.
+
+    Returns:
+        The files, as StateDict.files makes them.
+    """
+    if not state_dict.is_mapped:
         for parameter in parameters.values():
             fold(context, parameter)
-    return model.files(context, parameters)
+    return state_dict.files(context, parameters)

@@ -3,20 +3,20 @@
 from collections.abc import Mapping, Sequence
 
 from secateur_server.runtime.context import RequestContext
-from secateur_server.state_dict.model import Model
 from secateur_server.state_dict.parameter import Parameter
+from secateur_server.state_dict.state_dict import StateDict
 from secateur_server.wire.writer import OutgoingFile
 
 
 class Nothing:
     """OUTPUT_NONE."""
 
-    needs_model = False
+    needs_all_tensors = False
 
     def files(
-        self, context: RequestContext, model: Model, pruned: Mapping[str, Parameter]
+        self, context: RequestContext, state_dict: StateDict, pruned: Mapping[str, Parameter]
     ) -> list[OutgoingFile]:
         return []
 
-    def size(self, model: Model, pruned: Sequence[str]) -> int:
+    def size(self, state_dict: StateDict, pruned: Sequence[str]) -> int:
         return 0

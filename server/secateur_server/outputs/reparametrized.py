@@ -4,24 +4,24 @@ from collections.abc import Mapping, Sequence
 
 from secateur_server.errors import InvalidStateDict
 from secateur_server.runtime.context import RequestContext
-from secateur_server.state_dict.model import Model
 from secateur_server.state_dict.parameter import Parameter
+from secateur_server.state_dict.state_dict import StateDict
 from secateur_server.wire.writer import OutgoingFile
 
 
 class Reparametrized:
     """OUTPUT_REPARAMETRIZED."""
 
-    needs_model = True
+    needs_all_tensors = True
 
     def files(
-        self, context: RequestContext, model: Model, pruned: Mapping[str, Parameter]
+        self, context: RequestContext, state_dict: StateDict, pruned: Mapping[str, Parameter]
     ) -> list[OutgoingFile]:
-        model.parameters |= pruned
-        return model.files(context, ())
+        state_dict.parameters |= pruned
+        return state_dict.files(context, ())
 
-    def size(self, model: Model, pruned: Sequence[str]) -> int:
+    def size(self, state_dict: StateDict, pruned: Sequence[str]) -> int:
         try:
-            return model.size(())
+            return state_dict.size(())
         except InvalidStateDict:
             return 0

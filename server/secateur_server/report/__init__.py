@@ -1,1 +1,1 @@
-"""What is measured on what is sent back."""
+"""Measures the tensors that are sent back, and finds what to warn of."""

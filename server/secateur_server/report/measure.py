@@ -1,4 +1,4 @@
-"""How sparse is a tensor, and where."""
+"""Counts the zeros of a tensor, and where they are."""
 
 import math
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from secateur_server.report.structure import Structure, structure_of, structure_
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.parameter import Parameter
 
-# Of tensors that a message lists; there may be tens of thousands.
+# The most tensors that a message lists; there may be tens of thousands.
 MOST_NAMED = 10
 
 
@@ -24,9 +24,12 @@ MOST_NAMED = 10
 class Sparsity:
     """Counts of one tensor.
 
-    zeros: elements that are 0 with the mask applied.  pruned: elements that the mask prunes.
-    zero_slices: for each dimension, how many slices are wholly zero; empty under 2 dimensions.
-    structure: patterns and blocks of zeros.
+    Attributes:
+        zeros: Elements that are 0 with the mask applied.
+        total: All elements.
+        pruned: Elements that the mask prunes.
+        zero_slices: For each dimension the slices that are wholly zero; empty under 2 dimensions.
+        structure: N:M patterns, and blocks of zeros.
     """
 
     zeros: int
@@ -37,9 +40,9 @@ class Sparsity:
 
 
 def measure(context: RequestContext, parameter: Parameter) -> Sparsity:
-    """Counts the zeros of a parameter, -0.0 among them."""
+    """Measures a parameter. -0.0 counts as zero."""
     mask, total = parameter.mask, parameter.weight.numel()
-    pruned = 0 if mask is None else total - mask.kept(context)
+    pruned = parameter.count_pruned(context)
     zeros = pruned if parameter.is_nonzero else pruned + _zeros_kept(context, parameter)
     nonzero = _Nonzero(parameter, mask if zeros == pruned else None)
     shape = parameter.weight.shape
@@ -55,16 +58,18 @@ def measure(context: RequestContext, parameter: Parameter) -> Sparsity:
 
 @dataclass(frozen=True)
 class _Nonzero:
-    """Which elements of a parameter are not zero with its mask applied.
+    """Tells which elements of a parameter are not zero with its mask applied.
 
-    known: the mask of them, where it is the parameter's own: nothing that it keeps is zero.
+    Attributes:
+        parameter: The tensor and its mask.
+        known: The parameter's mask, if it keeps no zeros; else None.
     """
 
     parameter: Parameter
     known: Mask | None
 
     def flags(self, begin: int, end: int) -> Tensor:
-        """Of the elements [begin, end).  Returns: bool, 1-D."""
+        """Returns whether each element of [begin, end) is not zero: bool, 1-D."""
         if self.known is not None:
             return self.known.flags(begin, end)
         weight, mask = self.parameter.weight, self.parameter.mask
@@ -72,25 +77,25 @@ class _Nonzero:
         return flags if mask is None else flags & mask.flags(begin, end)
 
     def at(self, index: Tensor) -> Tensor:
-        """Of the elements at flat indices.  Returns: bool, in the shape of `index`."""
+        """Returns whether elements at flat indices are not zero: bool, in the shape of `index`."""
         if self.known is not None:
             return self.known.at(index)
         nonzero = picked(self.parameter.weight.reshape(-1), index) != 0
         return nonzero if self.parameter.mask is None else nonzero & self.parameter.mask.at(index)
 
     def whole(self, context: RequestContext) -> Mask:
-        """Of all elements."""
+        """Returns the mask of all elements that are not zero."""
         weight = self.parameter.weight
         return self.known or mask_of(context, self.flags, weight.numel(), weight.device)
 
 
 def nonzero_mask(context: RequestContext, parameter: Parameter) -> Mask:
-    """The elements that are not zero with the parameter's mask applied."""
+    """Returns the mask of elements that are not zero with the parameter's mask applied."""
     return _Nonzero(parameter, None).whole(context)
 
 
 def _zeros_kept(context: RequestContext, parameter: Parameter) -> int:
-    """How many elements are 0 that the mask keeps."""
+    """Counts the elements that are 0 and that the mask keeps."""
     values, mask = parameter.weight.reshape(-1), parameter.mask
     backend = backend_for(values.device)
     within = [(0, len(values))] if parameter.scan is None else parameter.scan.zeros
@@ -101,7 +106,7 @@ def _zeros_kept(context: RequestContext, parameter: Parameter) -> int:
         if mask is None:
             return backend.count_zeros(part, None)
         kept = mask.part(begin, end)
-        # What is pruned counts as zero as well.
+        # `count_zeros` also counts pruned elements.
         return backend.count_zeros(part, kept) - (len(part) - backend.count_ones(kept))
 
     pieces = [
@@ -113,11 +118,11 @@ def _zeros_kept(context: RequestContext, parameter: Parameter) -> int:
 
 
 def _zero_slices(context: RequestContext, nonzero: _Nonzero, zeros: int) -> tuple[int, ...]:
-    """For each dimension how many slices are wholly zero."""
+    """For each dimension the number of slices that are wholly zero."""
     shape = nonzero.parameter.weight.shape
     if len(shape) < 2:
         return ()
-    # Of the other dimensions there is not even one slice's worth of zeros.
+    # In other dimensions there are fewer zeros than elements in a slice.
     least = [math.prod(shape) / size if size else 1 for size in shape]
     return tuple(
         _zero_slices_along(context, nonzero, dim) if 0 < zeros >= least[dim] else 0
@@ -126,14 +131,14 @@ def _zero_slices(context: RequestContext, nonzero: _Nonzero, zeros: int) -> tupl
 
 
 def _zero_slices_along(context: RequestContext, nonzero: _Nonzero, dim: int) -> int:
-    """How many slices along `dim` are wholly zero, in a large tensor."""
+    """The number of slices along `dim` that are wholly zero, in a large tensor."""
     shape, device = nonzero.parameter.weight.shape, nonzero.parameter.weight.device
     outer, size, inner = around(shape, dim)
     left = torch.arange(size, device=device)
-    if inner <= SHORT:  # where slices lie close together their begins are looked at in one go
+    if inner <= SHORT:  # slices are close together, so their beginnings are read in one pass
         begins = (min(outer, CORNERS[0]), size, inner)
         left = left[~any_of_slices(context, nonzero.flags, begins, 1, device)]
-    for corner in CORNERS:  # of what is not pruned by slices they settle most, and often all
+    for corner in CORNERS:  # without slice pruning they exclude most slices, and often all
         left = left[~_any_nonzero(nonzero, dim, left, corner)]
         if not len(left):
             return 0
@@ -143,20 +148,20 @@ def _zero_slices_along(context: RequestContext, nonzero: _Nonzero, dim: int) -> 
     return shape[dim] - int(found.count_nonzero())
 
 
-# Up to so many elements are looked at in one pass.
+# So many elements are read in one pass.
 AT_ONCE = 1 << 20
 
-# So many of each slice are looked at before all are.
+# Elements of each slice that are read before all are.
 CORNERS = (8, 64)
 
-# Elements of a slice that lie side by side.
+# The most consecutive elements of slices that are close together.
 SHORT = 16
 
 
 def _any_nonzero(nonzero: _Nonzero, dim: int, slices: Tensor, most: int) -> Tensor:
     """Which of some slices along `dim` have an element in a corner that is not zero.
 
-    slices: their indices.  most: about so many elements of each are looked at.
+    `slices` are indices. About `most` elements of each are read.
     """
     weight = nonzero.parameter.weight
     side = math.ceil(most ** (1 / (weight.dim() - 1)))

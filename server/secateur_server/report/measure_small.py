@@ -1,4 +1,4 @@
-"""How sparse many small tensors are, and where: as measure.py, of all of them at once."""
+"""Counts the zeros of many small tensors at once, as measure.py does for one."""
 
 import itertools
 from collections import defaultdict
@@ -25,10 +25,11 @@ class Measured:
     """Counts of tensors.
 
     Attributes:
-        zeros, totals, pruned: As Sparsity has them.
-        sizes: The shapes, one behind another, of `dims` numbers each.
+        zeros, totals, pruned: As in Sparsity.
+        sizes: The shapes of all tensors, one after another, with `dims` numbers each.
+        dims: Dimensions of each tensor.
         rows, columns: Of each as a matrix of its first dimension and all others.
-        layouts: Of what is not zero.
+        layouts: Of the elements that are not zero.
     """
 
     zeros: Ints
@@ -42,7 +43,7 @@ class Measured:
 
 
 def measure_small(context: RequestContext, parameters: Sequence[Parameter]) -> Measured:
-    """Measures small tensors, of one dimension or more."""
+    """Measures small tensors of one dimension or more."""
     shapes = [parameter.weight.shape for parameter in parameters]
     units = [parameter.weight.numel() for parameter in parameters]
     masks = [parameter.mask for parameter in parameters]
@@ -69,7 +70,7 @@ def measure_small(context: RequestContext, parameters: Sequence[Parameter]) -> M
 
 
 def _nonzero(parameters: Sequence[Parameter]) -> list[Tensor | None]:
-    """The bits of the elements that are not 0; None where it is known that all are not."""
+    """The bits of the elements that are not 0; None for tensors known to have no zeros."""
     found: list[Tensor | None] = [None] * len(parameters)
     alike: dict[torch.dtype, list[int]] = defaultdict(list)
     for index, parameter in enumerate(parameters):

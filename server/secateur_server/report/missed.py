@@ -1,7 +1,7 @@
-"""What the globs of a spec miss of the modules that they name.
+"""Finds weights that the globs of a spec miss in the modules that they name.
 
-`*.weight` misses the `weight_ih_l0` of an LSTM, the `in_proj_weight` of an attention layer, and
-what torch.nn.utils.parametrize made of a weight.
+`*.weight` misses the `weight_ih_l0` of an LSTM, the `in_proj_weight` of an attention layer, and the
+names that torch.nn.utils.parametrize gives to a weight.
 """
 
 import math
@@ -15,22 +15,22 @@ from secateur_server.spec.rules import Rule, Selection
 from secateur_server.state_dict.catalog import Catalog, match
 from secateur_server.state_dict.globs import matches
 
-# Globs may miss this share of the weights: position embeddings and the like.
+# Globs may miss this share of the weights, such as position embeddings.
 MISSED_SHARE = 0.1
 
-# Globs that are tried for the advice, of so many modules.
+# The most globs that are tried for the advice.
 MOST_TRIED = 16
 
 
 @dataclass(frozen=True)
 class Missed:
-    """Weights, which are floating tensors of 2 or more dimensions, that globs miss.
+    """Weights that globs miss: floating tensors of 2 or more dimensions.
 
     Attributes:
         names: The largest tensor first.
         covered: Elements of the weights that the spec covers.
         elements: Elements of the weights that the globs miss.
-        glob: Takes them all; None where no simple one does.
+        glob: Matches all of them; None if no simple glob does.
     """
 
     names: list[str]
@@ -42,13 +42,16 @@ class Missed:
 def missed_weights(
     context: RequestContext, rules: Sequence[Rule], catalog: Catalog, covered: Collection[str]
 ) -> Missed | None:
-    """Weights in the modules that globs name, if a spec misses more than a few.
+    """Finds weights in the modules that globs name, if a spec misses more than a few.
 
     Args:
         context: The request.
-        rules: As the request has them.
-        catalog: Of the whole model.
+        rules: As in the request.
+        catalog: Of the whole state_dict.
         covered: The names of the tensors that the spec prunes.
+
+    Returns:
+        The weights; None if the spec misses few.
     """
     shapes = catalog.prunable
     if not any(name not in covered and len(shapes[name]) >= 2 for name in catalog.floating):
@@ -81,14 +84,14 @@ def _globs(rules: Sequence[Rule], catalog: Catalog) -> list[str]:
 
 
 def _scope(glob: str) -> str:
-    """Everything in the modules that a glob names: `conv**` for `conv*.weight`; empty for `fc?`."""
+    """The glob for the modules that a glob names: `conv**` for `conv*.weight`; empty for `fc?`."""
     end = max(glob.rfind("*"), glob.rfind(".")) + 1
     modules = glob[:end]
     return f"{modules.removesuffix('.') if modules.endswith('*.') else modules}*" if end else ""
 
 
 def _named(context: RequestContext, rules: Sequence[Rule], catalog: Catalog) -> set[str]:
-    """What the rules name, also what their guard rails leave out."""
+    """The tensors that the rules name, also those that guard rails exclude."""
     selections = [rule for rule in rules if isinstance(rule, Selection) and rule.tensors]
     return {
         name for rule in selections for name in match(context, rule.path, rule.tensors, catalog)

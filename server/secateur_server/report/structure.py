@@ -1,7 +1,7 @@
-"""Which N:M patterns a tensor has, and how many blocks of it are wholly zero.
+"""Finds N:M patterns, and counts blocks that are wholly zero.
 
-All is read off masks of what is not zero, where a line of elements is bytes: a group of 16 is two
-of them, a block of 4 x 4 the halves of bytes of four lines.
+All of this is read from masks of the elements that are not zero, in which a line of elements is
+bytes: a group of 16 is two bytes, and a block of 4 x 4 is half a byte of each of four lines.
 """
 
 import math
@@ -23,7 +23,7 @@ SIDES = (4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class ZeroBlocks:
-    """How many blocks of side x side elements are wholly zero.  total: of how many."""
+    """The blocks of side x side elements that are wholly zero, and how many blocks there are."""
 
     side: int
     zero: int
@@ -32,14 +32,13 @@ class ZeroBlocks:
 
 @dataclass(frozen=True)
 class Structure:
-    """Where the zeros of a tensor lie.
+    """The arrangement of the zeros of a tensor. Elements beyond an edge count as zero.
 
-    patterns: for each m of GROUPS the least n, so that of m elements side by side along the second
-        dimension (of tensors of one, the first) at most n are not zero; (n, m) where n < m.
-    zero_blocks: of the tensor as a matrix of its first dimension and all others, for SIDES up to
-        the last that has any; empty under 2 dimensions.
-
-    What goes beyond an edge counts as zero. A tensor without elements has neither.
+    Attributes:
+        patterns: (n, m) with n < m, for each m of GROUPS: at most n of m consecutive elements along
+            the second dimension are not zero. Tensors of one dimension use the first.
+        zero_blocks: Of the tensor as a matrix of its first dimension and all others, for SIDES up
+            to the last that has any. Empty under 2 dimensions.
     """
 
     patterns: tuple[tuple[int, int], ...]
@@ -47,9 +46,14 @@ class Structure:
 
 
 def structure_of_few(shape: Sequence[int], layouts: Layouts) -> Structure:
-    """The structure of a tensor of one dimension or more, with elements.
+    """Returns the structure of a tensor of one dimension or more, with elements.
 
-    layouts: of the one mask of what is not zero.
+    Args:
+        shape: Of the tensor.
+        layouts: Of the one mask of the elements that are not zero.
+
+    Returns:
+        The structure.
     """
     most = zip(layouts.most_ones[0].tolist(), GROUPS, strict=True)
     matrix = (shape[0], math.prod(shape[1:]))
@@ -60,10 +64,16 @@ def structure_of_few(shape: Sequence[int], layouts: Layouts) -> Structure:
 def structure_of(
     context: RequestContext, shape: Sequence[int], zeros: int, nonzero: Callable[[], Mask]
 ) -> Structure:
-    """The structure of a tensor.
+    """Returns the structure of a tensor.
 
-    zeros: how many of its elements are.  nonzero: makes the mask of the others, where numbers do
-    not settle everything.
+    Args:
+        context: The request.
+        shape: Of the tensor.
+        zeros: How many elements are zero.
+        nonzero: Makes the mask of the others. Called only if counts do not settle everything.
+
+    Returns:
+        The structure. A tensor without elements has neither patterns nor blocks.
     """
     total = math.prod(shape)
     if not shape or not total:
@@ -83,7 +93,7 @@ def structure_of(
 
 
 def _whole_groups(sizes: tuple[int, int, int], m: int) -> int:
-    """How many groups have as many elements as any: with fewer zeros, one of them has none."""
+    """The number of groups of full size. With fewer zeros, one of them has none."""
     outer, size, inner = sizes
     return outer * max(1, size // m) * inner
 
@@ -91,9 +101,9 @@ def _whole_groups(sizes: tuple[int, int, int], m: int) -> int:
 def _most_nonzero(
     context: RequestContext, mask: Mask, sizes: tuple[int, int, int], limits: dict[int, int]
 ) -> dict[int, int]:
-    """How many elements of a group are not zero, at most, for each m of `limits`.
+    """The most elements of a group that are not zero, for each m of `limits`.
 
-    sizes: the elements before, along and behind the dimension.  limits: as many as can be.
+    `sizes` are the elements before, along and after the dimension, and `limits` the upper bounds.
     """
     if not limits:
         return {}
@@ -102,7 +112,7 @@ def _most_nonzero(
     met: set[int] = set()
 
     def most_in(box: Box) -> dict[int, int]:
-        if len(met) == len(limits):  # nothing is left to be found out
+        if len(met) == len(limits):  # all limits are reached
             return limits
         found = dict(zip(GROUPS, backend.most_ones(_lines(mask, tiles, box)), strict=True))
         met.update(m for m in limits if found[m] == limits[m])
@@ -130,7 +140,7 @@ def _zero_blocks(
 
 
 def _zero_of(matrix: tuple[int, int], nonzero: Iterable[int]) -> tuple[ZeroBlocks, ...]:
-    """The blocks of a matrix, of which so many of each side are not zero."""
+    """The blocks of a matrix, from the number of blocks of each side that are not zero."""
     rows, columns = matrix
     found = []
     for side, count in zip(SIDES, nonzero, strict=True):
@@ -142,9 +152,9 @@ def _zero_of(matrix: tuple[int, int], nonzero: Iterable[int]) -> tuple[ZeroBlock
 
 
 def _lines(mask: Mask, tiles: Tiles, box: Box) -> Tensor:
-    """A box of a mask, each line along the second of three dimensions in bytes of its own.
+    """A box of a mask, with bytes of its own for each line along the second of three dimensions.
 
-    Returns: uint8, (lines, bytes), what is no element is 0.
+    Returns: uint8, (lines, bytes), with 0 for padding.
     """
     outer, size, inner = tiles.sizes
     (first, last), (begin, end), _ = spans = _elements(tiles, box)
@@ -161,8 +171,8 @@ def _elements(tiles: Tiles, box: Box) -> Box:
 
 
 def _flags(mask: Mask, sizes: tuple[int, ...], spans: Box) -> Tensor:
-    """The elements of a box as bool, of its shape."""
-    runs, block = [(0, 1)], 1  # that make up the box in a block of the dimensions seen so far
+    """The elements of a box as bool, in its shape."""
+    runs, block = [(0, 1)], 1  # of the box, in a block of the dimensions so far
     for size, (first, last) in zip(reversed(sizes), reversed(spans), strict=True):
         if runs == [(0, block)]:
             runs = [(first * block, last * block)]

@@ -1,6 +1,6 @@
-"""What the caller of a Prune may not have meant.
+"""Warns the caller of a Prune of results that may not be meant.
 
-Every check reads the request and the report alone: no check reads a weight.
+Checks read the request and the report. No check reads a weight.
 """
 
 import re
@@ -13,14 +13,14 @@ from secateur_server.errors import quote
 from secateur_server.report.measure import MOST_NAMED
 from secateur_server.report.missed import missed_weights
 from secateur_server.runtime.context import RequestContext
-from secateur_server.spec.rules import CustomMasks, Rule, Selection, Table
+from secateur_server.spec.rules import CustomMasks, Rule, Selection
 from secateur_server.state_dict.catalog import Catalog, Shape
 from secateur_server.state_dict.parameter import Parameter
 
-# Names in a line for people.
+# The most names in a message.
 SHOWN = 3
 
-# Of the candidates, from which on zeros are likely those of an earlier pruning: few are natural.
+# From this share of the candidates on, zeros are likely those of an earlier pruning.
 _MANY_ZEROS = 0.2
 
 # The last parts of names. GPTQ and AWQ have scales, bitsandbytes absmax and quant_map, fp8 models
@@ -31,11 +31,13 @@ _NORM_MODULES = re.compile(r"norm|(^|[._])(ln|bn)\d*([._]|$)", re.IGNORECASE)
 
 
 class Change(NamedTuple):
-    """What a Prune did to a tensor.
+    """The change that a Prune made to a tensor.
 
     Attributes:
+        name: Of the tensor.
+        shape: Of the tensor.
         pruned: Elements that no mask pruned before.
-        is_wholly_zero: Every element is zero, and was not before.
+        is_wholly_zero: Whether every element is zero, and was not before.
     """
 
     name: str
@@ -57,9 +59,9 @@ class Pruning:
         context: The request.
         asked: The rules of the request.
         rules: The same rules, resolved.
-        catalog: Of the whole model.
-        choices: What each of the rules did.
-        changes: What all of them did to each tensor of the report.
+        catalog: Of the whole state_dict.
+        choices: Of each rule.
+        changes: Of each tensor of the report, by all rules.
     """
 
     context: RequestContext
@@ -70,13 +72,13 @@ class Pruning:
     changes: Sequence[Change]
 
     def selections(self) -> Iterator[tuple[Selection, Sequence[pb.Choice]]]:
-        """The resolved rules that rank units, and what they did."""
+        """Yields the resolved rules that score units, with their choices."""
         for rule, choices in zip(self.rules, self.choices, strict=True):
             if isinstance(rule, Selection):
                 yield rule, choices
 
     def has_weight(self, choice: pb.Choice) -> bool:
-        """Whether a weight, or a group, is among what a choice ranked."""
+        """Whether a choice is among the units of a weight or a group."""
         return any(len(self.catalog.prunable.get(n, (0, 0))) >= 2 for n in choice.tensors)
 
 
@@ -88,15 +90,18 @@ def warnings_of(
     catalog: Catalog,
     changes: Sequence[Change],
 ) -> list[pb.Warning]:
-    """The warnings of a Prune.
+    """Finds the warnings of a Prune.
 
     Args:
         context: The request.
         report: Without warnings.
         asked: The rules of the request.
         rules: The same rules, resolved.
-        catalog: Of the whole model.
-        changes: As `changes_of` finds them.
+        catalog: Of the whole state_dict.
+        changes: As from `changes_of`.
+
+    Returns:
+        The warnings.
     """
     pruning = Pruning(
         context, asked, rules, catalog, [rule.choices for rule in report.rules], changes
@@ -110,14 +115,12 @@ def changes_of(
     catalog: Catalog,
     before: Mapping[str, Parameter],
 ) -> list[Change]:
-    """What a Prune did to each tensor of its report.  before: the parameters before it."""
+    """Compares each tensor of a report with the parameters before the Prune."""
     changes = []
     for tensor in context.each(report.tensors):
-        name, pruned = tensor.name, tensor.pruned
-        _, mask, scan = before[name]
-        if mask is not None:
-            pruned -= mask.elements - mask.kept(context)
-        was_zero = pruned == 0 or (scan is not None and scan.largest == 0)
+        name, seen = tensor.name, before[tensor.name].scan
+        pruned = tensor.pruned - before[name].count_pruned(context)
+        was_zero = pruned == 0 or (seen is not None and seen.largest == 0)
         is_wholly_zero = not was_zero and tensor.zeros == tensor.total
         changes.append(Change(name, catalog.prunable[name], pruned, is_wholly_zero))
     return changes
@@ -129,10 +132,10 @@ def _small_coverage(pruning: Pruning) -> pb.Warning | None:
     if missed is None:
         return None
     whole = missed.covered + missed.elements
-    way = f"the glob {quote(missed.glob)} takes them" if missed.glob else "to prune them, name them"
+    advice = f"the glob {quote(missed.glob)} matches" if missed.glob else "to prune them, name"
     text = (
         f"the spec covers {missed.covered:,} of {whole:,} weights (of tensors of 2 or more "
-        f"dimensions): its globs miss {_listed(missed.names)}; {way} too"
+        f"dimensions): its globs miss {_listed(missed.names)}; {advice} them too"
     )
     return _warning("SMALL_COVERAGE", missed.names, text)
 
@@ -150,7 +153,7 @@ def _wholly_zero(pruning: Pruning) -> pb.Warning | None:
         return None
     length = found[0].shape[0]
     text = (
-        f"every element is zero now of {_listed([change.name for change in found])} ({length:,} of "
+        f"every element of {_listed([change.name for change in found])} is zero now ({length:,} of "
         f"{length:,} slices of dimension 0{' of the first' if len(found) > 1 else ''}); keep some "
         "with a guard rail: keep_at_least or max_sparsity"
     )
@@ -158,17 +161,16 @@ def _wholly_zero(pruning: Pruning) -> pb.Warning | None:
 
 
 def _meant_whole(context: RequestContext, rule: Rule) -> list[str]:
-    """The tensors that a rule is asked to prune whole, or by a mask of the caller."""
+    """The tensors that a rule prunes whole on request, or by a mask of the caller."""
     if isinstance(rule, CustomMasks):
         return list(rule.names())
     return [name for name in context.each(rule.names()) if _fraction(rule, name) == 1.0]
 
 
 def _fraction(rule: Selection, name: str) -> float | None:
-    """The fraction that is asked for of a tensor; None for other amounts."""
-    if isinstance(rule.amount, Table):
-        return rule.amount.fractions.get(name, 0.0)
-    return rule.amount if isinstance(rule.amount, float) else None
+    """The requested fraction of a tensor; None for other amounts."""
+    share = rule.amount.share(name)
+    return None if share is None else share.fraction
 
 
 def _zero_before(pruning: Pruning) -> pb.Warning | None:
@@ -178,19 +180,19 @@ def _zero_before(pruning: Pruning) -> pb.Warning | None:
         if _ranks_zeros_lowest(rule)
         for choice in pruning.context.each(choices)
         if choice.HasField("threshold") and choice.threshold == 0
-        if choice.ties >= _MANY_ZEROS * choice.candidates  # ties at 0 are the units of zeros
+        if choice.ties >= _MANY_ZEROS * choice.candidates  # the ties at 0 are units of zeros
         if pruning.has_weight(choice)
         for name in choice.tensors
     ]
     text = (
-        f"all that was pruned of {_listed(found)} was zero before; where the zeros are of an "
+        f"all pruned units of {_listed(found)} were zero before; if the zeros are from an "
         'earlier pruning, count them as pruned: prior="zeros" (--prior zeros, PRIOR_ZEROS)'
     )
     return _warning("ZERO_BEFORE", found, text) if found else None
 
 
 def _ranks_zeros_lowest(rule: Selection) -> bool:
-    """Whether a unit has the importance 0 where all of its weights are 0, and nowhere else."""
+    """Whether units have the score 0 if all of their weights are 0, and only then."""
     return (
         rule.importance.ranks_zeros_lowest
         and not rule.scores
@@ -231,7 +233,7 @@ def _norms_pruned(pruning: Pruning) -> pb.Warning | None:
 
 
 def _is_norm(change: Change) -> bool:
-    """Whether it is of a batch norm or a layer norm, and no bias: other weights are no vectors."""
+    """Whether it is a vector of a batch norm or a layer norm, and not a bias."""
     if len(change.shape) != 1:
         return False
     module, _, leaf = change.name.rpartition(".")
@@ -250,7 +252,7 @@ def _rounded_to_all(pruning: Pruning) -> pb.Warning | None:
 
 
 def _of_fractions(pruning: Pruning, is_wanted: Callable[[pb.Choice], bool]) -> Iterator[pb.Choice]:
-    """The wanted choices by a fraction above 0 and below 1 of the units that were unpruned."""
+    """The wanted choices whose fraction of the unpruned units is above 0 and below 1."""
     for rule, choices in pruning.selections():
         for choice in pruning.context.each(choices):
             if not is_wanted(choice):
@@ -267,8 +269,8 @@ def _rounded(code: str, to: str, choices: Sequence[pb.Choice]) -> pb.Warning | N
     names = [name for choice in choices for name in choice.tensors]
     units, first = choices[0].candidates, " of the first" if len(choices) > 1 else ""
     text = (
-        f"the fraction comes to {to} of the units of {_listed(names)}, as there are so few "
-        f"({units:,}{first}); give a number of units (an int) in its place"
+        f"the fraction rounds to {to} of the units of {_listed(names)}, as there are so few "
+        f"({units:,}{first}); give a number of units (an int) instead"
     )
     return _warning(code, names, text)
 
@@ -277,8 +279,8 @@ def _not_smaller(pruning: Pruning) -> pb.Warning | None:
     if not any(change.pruned for change in pruning.changes):
         return None
     text = (
-        "zeros alone make a model neither smaller nor faster: cut wholly zero slices out of its "
-        "layers, run 2:4 patterns by kernels that know them, or compress the file to store it"
+        "zeros alone make a model neither smaller nor faster: remove wholly zero slices from its "
+        "layers, run 2:4 patterns with kernels for them, or compress the file to store it"
     )
     return pb.Warning(code="NOT_SMALLER", severity=pb.SEVERITY_NOTE, message=text)
 

@@ -1,1 +1,1 @@
-"""Pruning specs: decoded, checked, and fitted to the tensors of a state_dict."""
+"""Specs of a request: decoded, checked, and fitted to the tensors of a state_dict."""

@@ -1,30 +1,26 @@
-"""A pruning spec from the wire: every field checked that can be without the tensors."""
+"""Decodes a spec, and checks all that can be checked without the tensors."""
 
-import math
 from array import array
 from collections.abc import Sequence
 from typing import TypeVar
 
 from secateur_proto import spec_pb2 as pb
-from secateur_server.errors import AmountOutOfRange, InvalidSpec, quote
-from secateur_server.fields import check_length, chosen, fraction_of
+from secateur_server.errors import InvalidSpec, quote
+from secateur_server.fields import check_length, chosen
 from secateur_server.granularity import GRANULARITIES, Granularity
 from secateur_server.granularity.group import Group, Member
 from secateur_server.importance import IMPORTANCES
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.amounts import AMOUNTS
 from secateur_server.spec.decode_rails import decode_rails
 from secateur_server.spec.rules import (
     Allocation,
-    Amount,
-    Budget,
     Combination,
     CustomMasks,
     Normalization,
     Rule,
     Scope,
     Selection,
-    Table,
-    Threshold,
 )
 
 Choice = TypeVar("Choice")
@@ -56,23 +52,23 @@ COMBINATIONS: dict[int, Combination] = {
     pb.COMBINATION_MAX: "max",
 }
 
-# Of one unit: sums of them stay within the doubles, and whole numbers exact for most models.
-MOST_OPERATIONS = 1e15
-
 # As PruningSpec in spec.proto lists them.
 MOST_RULES = 10_000
-MOST_ENTRIES = 100_000
 MOST_GROUPS = 20_000
 MOST_MEMBERS = 100_000
 
-# Indices that are copied between two checks of the call.
+# Indices that are copied between two checks of the deadline.
 INDICES_AT_ONCE = 1 << 16
 
 
 def decode_spec(context: RequestContext, spec: pb.PruningSpec) -> list[Rule]:
-    """The rules of a spec.  Errors: InvalidSpec, naming the field by its path."""
+    """Decodes the rules of a spec.
+
+    Raises:
+        InvalidSpec: A field is wrong; the error has its path.
+    """
     if not spec.rules:
-        raise InvalidSpec("spec.rules", "a spec needs at least one rule")
+        raise InvalidSpec("spec.rules", "is empty; send at least one rule")
     check_length("spec.rules", spec.rules, MOST_RULES, "rules")
     return [
         _rule(context, rule, f"spec.rules[{index}]")
@@ -85,14 +81,14 @@ def _rule(context: RequestContext, rule: pb.Rule, path: str) -> Rule:
         return _selection(context, rule.selection, f"{path}.selection")
     path = f"{path}.custom_masks"
     if not rule.custom_masks.masks:
-        raise InvalidSpec(f"{path}.masks", "at least one mask is needed")
+        raise InvalidSpec(f"{path}.masks", "is empty; send at least one mask")
     return CustomMasks(path, list(rule.custom_masks.masks.items()))
 
 
 def _selection(context: RequestContext, selection: pb.Selection, path: str) -> Selection:
     groups = _groups(context, selection, path)
     if not groups and not selection.tensors:
-        raise InvalidSpec(f"{path}.tensors", "at least one name or glob is needed")
+        raise InvalidSpec(f"{path}.tensors", "is empty; send at least one name or glob")
     granularity = _granularity(selection, path)
     decoded = Selection(
         path=path,
@@ -100,7 +96,7 @@ def _selection(context: RequestContext, selection: pb.Selection, path: str) -> S
         importance=IMPORTANCES[chosen(selection, "importance", path)](selection, granularity, path),
         granularity=granularity,
         scope=_one_of(SCOPES, selection, "scope", path),
-        amount=_amount(context, selection, path),
+        amount=AMOUNTS[chosen(selection, "amount", path)](context, selection, path),
         scores=dict(context.each(selection.importance_scores.items())),
         scales=dict(context.each(selection.scales.items())),
         of_all=selection.of_all,
@@ -110,64 +106,79 @@ def _selection(context: RequestContext, selection: pb.Selection, path: str) -> S
         allocation=_one_of(ALLOCATIONS, selection, "allocation", path),
         guard_rails=decode_rails(context, selection.guard_rails, f"{path}.guard_rails"),
     )
-    _check_together(decoded)
+    _check_combination(decoded)
     return decoded
 
 
-def _check_together(rule: Selection) -> None:
-    """Refuses choices that do not go together."""
+def _check_combination(rule: Selection) -> None:
+    """Refuses choices that contradict each other."""
     is_random = not rule.importance.is_measured
-    is_share = isinstance(rule.amount, float | int)
-    is_table = isinstance(rule.amount, Table)
-    is_bytes = isinstance(rule.amount, Budget) and rule.amount.per_unit is None
+    amount, is_share = rule.amount, rule.amount.is_share
     refused = {
-        "importance_scores": (is_random and rule.scores, "random importance takes no scores"),
+        "importance_scores": (
+            is_random and rule.scores,
+            "cannot be used with random importance; leave them out",
+        ),
         "scales": (
             rule.scales and (is_random or rule.groups),
-            "neither random importance nor groups take any",
+            "cannot be used with random importance or groups; leave them out",
         ),
-        "normalization": (is_random and rule.normalization, "random importance has none"),
+        "normalization": (
+            is_random and rule.normalization,
+            "cannot be used with random importance; leave it out",
+        ),
         "threshold": (
-            is_random and isinstance(rule.amount, Threshold),
-            "random importance has no threshold",
+            is_random and amount.threshold is not None,
+            "cannot be used with random importance; use a fraction or a count",
         ),
         "allocation": (
             rule.allocation != "rank" and (not is_share or rule.scope in ("row", "tensor")),
-            "divides a fraction or a count among tensors that are ranked together",
+            "needs a fraction or a count, and SCOPE_GLOBAL or SCOPE_ISOMORPHIC",
         ),
         "table": (
-            is_table and rule.scope not in ("row", "tensor"),
-            "SCOPE_PER_TENSOR or SCOPE_PER_ROW only",
+            amount.is_per_tensor and rule.scope not in ("row", "tensor"),
+            "needs SCOPE_PER_TENSOR or SCOPE_PER_ROW",
         ),
         "scope": (
-            rule.scope == "row" and (rule.granularity is None or not (is_share or is_table)),
-            "rows of units take a fraction or a count of each row, and groups have no rows",
+            rule.scope == "row"
+            and (rule.granularity is None or not (is_share or amount.is_per_tensor)),
+            "SCOPE_PER_ROW needs a fraction, a count or a table, and cannot be used with groups",
         ),
         "guard_rails.rails": (
             rule.scope == "row" and rule.guard_rails.rails,
-            "bound what is ranked together, and each row is ranked by itself",
+            "cannot be used with SCOPE_PER_ROW, which compares units within each row only",
         ),
-        "bytes": (is_bytes and rule.granularity is None, "groups have units of several sizes"),
-        "of_all": (rule.of_all and not is_share and not is_table, "no count"),
+        "bytes": (
+            amount.field == "bytes" and rule.granularity is None,
+            "cannot be used with groups, whose units differ in size; use macs",
+        ),
+        "of_all": (
+            rule.of_all and not is_share and not amount.is_per_tensor,
+            "needs a fraction, a count or a table",
+        ),
     }
     for field, (is_wrong, why) in refused.items():
         if is_wrong:
             raise InvalidSpec(f"{rule.path}.{field}", why)
     if rule.allocation == "erk" and rule.groups:
-        raise InvalidSpec(f"{rule.path}.allocation", "groups have no dimensions for ERK")
+        raise InvalidSpec(
+            f"{rule.path}.allocation", "ERK cannot be used with groups, which have no dimensions"
+        )
     if rule.allocation == "lamp" and is_random:
-        raise InvalidSpec(f"{rule.path}.allocation", "random importance has no LAMP")
+        raise InvalidSpec(
+            f"{rule.path}.allocation", "LAMP cannot be used with random importance; use another"
+        )
 
 
 def _one_of(choices: dict[int, Choice], selection: pb.Selection, field: str, path: str) -> Choice:
     value = getattr(selection, field)
     if value not in choices:
-        raise InvalidSpec(f"{path}.{field}", f"{value} is no {field}")
+        raise InvalidSpec(f"{path}.{field}", f"{value} is not a {field} that this server knows")
     return choices[value]
 
 
 def _granularity(selection: pb.Selection, path: str) -> Granularity | None:
-    """None for groups."""
+    """The granularity; None for groups."""
     if selection.granularity == pb.GRANULARITY_GROUP:
         return None
     decode = GRANULARITIES.get(selection.granularity)
@@ -179,16 +190,18 @@ def _granularity(selection: pb.Selection, path: str) -> Granularity | None:
 def _groups(context: RequestContext, selection: pb.Selection, path: str) -> tuple[Group, ...]:
     is_grouped = selection.granularity == pb.GRANULARITY_GROUP
     if is_grouped != bool(selection.groups):
-        why = "at least one group is needed" if is_grouped else "are for GRANULARITY_GROUP"
+        why = "is empty; send at least one group" if is_grouped else "needs GRANULARITY_GROUP"
         raise InvalidSpec(f"{path}.groups", why)
     if is_grouped and selection.tensors:
-        raise InvalidSpec(f"{path}.tensors", "the groups name their tensors")
+        raise InvalidSpec(
+            f"{path}.tensors", "cannot be used with groups, which name their tensors; leave it out"
+        )
     check_length(f"{path}.groups", selection.groups, MOST_GROUPS, "groups")
     members = sum(len(group.members) for group in context.each(selection.groups))
     if members > MOST_MEMBERS:
         raise InvalidSpec(
             f"{path}.groups",
-            f"{members} members in all groups are more than {MOST_MEMBERS}; split the rule",
+            f"{members} members of all groups are more than {MOST_MEMBERS}; split the rule",
         )
     groups = tuple(
         _group(context, group, index, f"{path}.groups[{index}]")
@@ -198,16 +211,18 @@ def _groups(context: RequestContext, selection: pb.Selection, path: str) -> tupl
     seen: set[str] = set()
     for index, name in enumerate(names):
         if name in seen:
-            raise InvalidSpec(f"{path}.groups[{index}].name", f"{quote(name)} is there twice")
+            raise InvalidSpec(
+                f"{path}.groups[{index}].name", f"two groups are named {quote(name)}; rename one"
+            )
         seen.add(name)
     return groups
 
 
 def _group(context: RequestContext, group: pb.Group, index: int, path: str) -> Group:
     if not group.members:
-        raise InvalidSpec(f"{path}.members", "at least one member is needed")
+        raise InvalidSpec(f"{path}.members", "is empty; send at least one member")
     if all(member.unscored for member in context.each(group.members)):
-        raise InvalidSpec(f"{path}.members", "at least one must be scored")
+        raise InvalidSpec(f"{path}.members", "all are unscored; at least one must be scored")
     members = tuple(
         _member(context, member, f"{path}.members[{place}]")
         for place, member in enumerate(context.each(group.members))
@@ -217,7 +232,9 @@ def _group(context: RequestContext, group: pb.Group, index: int, path: str) -> G
 
 def _member(context: RequestContext, member: pb.Member, path: str) -> Member:
     if member.indices and (member.offset or member.stride):
-        raise InvalidSpec(f"{path}.indices", "take the place of offset and stride")
+        raise InvalidSpec(
+            f"{path}.indices", "cannot be used with offset and stride; send one or the other"
+        )
     return Member(
         path=path,
         tensor=member.tensor,
@@ -231,50 +248,10 @@ def _member(context: RequestContext, member: pb.Member, path: str) -> Member:
 
 
 def _indices(context: RequestContext, indices: Sequence[int]) -> Sequence[int]:
-    """The same numbers, as uint64 in one block: no object for each is kept."""
+    """The same numbers as uint64 in one array, without a Python object for each."""
     if not indices:
         return ()
     found = array("Q")
     for begin in context.each(range(0, len(indices), INDICES_AT_ONCE)):
         found.extend(indices[begin : begin + INDICES_AT_ONCE])
     return found
-
-
-def _amount(context: RequestContext, selection: pb.Selection, path: str) -> Amount:
-    amount = chosen(selection, "amount", path)
-    if amount == "fraction":
-        return fraction_of(selection.fraction, f"{path}.fraction")
-    if amount == "threshold":
-        if math.isnan(selection.threshold):
-            raise AmountOutOfRange(f"{path}.threshold", "NaN is no threshold")
-        return Threshold(selection.threshold)
-    if amount == "bytes":
-        return Budget(selection.bytes)
-    if amount == "macs":
-        return _macs(context, selection.macs, f"{path}.macs")
-    if amount == "table":
-        return _table(context, selection.table, f"{path}.table.entries")
-    return int(selection.count)
-
-
-def _macs(context: RequestContext, macs: pb.Macs, path: str) -> Budget:
-    if not macs.target >= 0:
-        raise AmountOutOfRange(f"{path}.target", f"{macs.target} is no number of operations")
-    for name, cost in context.each(macs.per_unit.items()):
-        if not 0 < cost <= MOST_OPERATIONS:
-            raise AmountOutOfRange(
-                f"{path}.per_unit[{quote(name)}]", f"{cost} is not in (0, {MOST_OPERATIONS:g}]"
-            )
-    return Budget(macs.target, dict(context.each(macs.per_unit.items())))
-
-
-def _table(context: RequestContext, table: pb.Table, path: str) -> Table:
-    if not table.entries:
-        raise InvalidSpec(path, "at least one entry is needed")
-    check_length(path, table.entries, MOST_ENTRIES, "entries")
-    fractions: dict[str, float] = {}
-    for index, entry in enumerate(context.each(table.entries)):
-        if entry.tensors in fractions:
-            raise InvalidSpec(f"{path}[{index}].tensors", f"{quote(entry.tensors)} is there twice")
-        fractions[entry.tensors] = fraction_of(entry.fraction, f"{path}[{index}].fraction")
-    return Table(fractions)

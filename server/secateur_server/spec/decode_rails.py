@@ -1,4 +1,4 @@
-"""Guard rails from the wire."""
+"""Decodes guard rails."""
 
 from secateur_proto import spec_pb2 as pb
 from secateur_server.errors import AmountOutOfRange
@@ -11,7 +11,19 @@ MOST_RAILS = 100_000
 
 
 def decode_rails(context: RequestContext, rails: pb.GuardRails, path: str) -> GuardRails:
-    """Errors: AmountOutOfRange, naming the field by its path."""
+    """Decodes guard rails.
+
+    Args:
+        context: The request.
+        rails: The message.
+        path: Of the message in the request.
+
+    Returns:
+        The guard rails, not resolved.
+
+    Raises:
+        AmountOutOfRange: A rail has an impossible bound.
+    """
     check_length(f"{path}.rails", rails.rails, MOST_RAILS, "rails")
     found = (_rail(rail, f"{path}.rails[{i}]") for i, rail in enumerate(context.each(rails.rails)))
     return GuardRails(
@@ -26,10 +38,10 @@ def _rail(rail: pb.Rail, path: str) -> Rail:
     least, most = rail.min_sparsity, rail.max_sparsity if rail.HasField("max_sparsity") else 1.0
     for field, value in (("min_sparsity", least), ("max_sparsity", most)):
         if not 0.0 <= value <= 1.0:
-            raise AmountOutOfRange(f"{path}.{field}", f"{value} is not in [0, 1]")
+            raise AmountOutOfRange(f"{path}.{field}", f"{value} is outside [0, 1]")
     if least > most:
         raise AmountOutOfRange(
             f"{path}.min_sparsity",
-            f"{least} is more than max_sparsity, {most}: by {least - most:g}",
+            f"{least} is more than max_sparsity, {most}, by {least - most:g}",
         )
     return Rail(path, tuple(rail.tensors), least, most, rail.keep_at_least)

@@ -1,16 +1,14 @@
-"""Rules that fit the tensors: globs become names, and what is wrong is said before data is read."""
+"""Fits rules to the tensors of a state_dict: globs become names, before any data is read."""
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 
 from secateur_server.backends.dtypes import FP8, PRUNABLE, WIRE_DTYPES
 from secateur_server.errors import (
-    AmountOutOfRange,
     InvalidMask,
     InvalidScores,
     InvalidSpec,
@@ -21,29 +19,33 @@ from secateur_server.errors import (
 from secateur_server.granularity.group import Group
 from secateur_server.granularity.groups import resolve_group
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.matching import by_tensor, first_matches
 from secateur_server.spec.rules import (
-    Amount,
-    Budget,
     CustomMasks,
     GuardRails,
     Rail,
     Rule,
     Selection,
-    Table,
 )
 from secateur_server.state_dict.catalog import Catalog, Shape, Stored, match, unmatched
-from secateur_server.state_dict.globs import matches
 
-Value = TypeVar("Value")
-
-# Tensors of all rules: the work of a request is their number.
+# Tensors of all rules. The work of a request grows with their number.
 MOST_PRUNED = 300_000
 
 
 def resolve(context: RequestContext, rules: Sequence[Rule], catalog: Catalog) -> list[Rule]:
-    """The rules with their globs replaced by names, once they are found to fit the tensors.
+    """Replaces the globs of rules by names, and checks that the rules fit the tensors.
 
-    Errors: InvalidSpec.
+    Args:
+        context: The request.
+        rules: Decoded.
+        catalog: Of the state_dict.
+
+    Returns:
+        The resolved rules.
+
+    Raises:
+        InvalidSpec: A rule does not fit.
     """
     resolved: list[Rule] = []
     pruned = 0
@@ -57,8 +59,8 @@ def resolve(context: RequestContext, rules: Sequence[Rule], catalog: Catalog) ->
         if pruned > MOST_PRUNED:
             raise InvalidSpec(
                 rule.path,
-                f"the rules up to this one prune {pruned} tensors, one tensor by several rules "
-                f"counted for each; at most {MOST_PRUNED} in one request: send fewer rules",
+                f"the rules up to this one prune {pruned} tensors, and a tensor counts once for "
+                f"each rule; at most {MOST_PRUNED} in one request: send fewer rules",
             )
         resolved.append(found)
     return resolved
@@ -70,8 +72,8 @@ def _resolve_selection(context: RequestContext, rule: Selection, catalog: Catalo
             resolve_group(context, group, catalog) for group in context.each(rule.groups)
         )
         every = {group.name: group.name for group in groups}
-        subjects = _not_spared(context, rule, list(every), every)
-        known = {name: name for name in subjects}
+        targets = _not_excluded(context, rule, list(every), every)
+        known = {name: name for name in targets}
         groups = tuple(group for group in groups if group.name in known)
         names = catalog.in_order({m.tensor for group in groups for m in group.members})
         _check_group_scores(context, rule, groups, catalog)
@@ -80,61 +82,44 @@ def _resolve_selection(context: RequestContext, rule: Selection, catalog: Catalo
         names = match(context, f"{rule.path}.tensors", rule.tensors, catalog)
         for name in context.each(names):
             _check_units(rule, name, catalog.prunable[name])
-        names = subjects = _not_spared(context, rule, names, catalog.all_names(names))
+        names = targets = _not_excluded(context, rule, names, catalog.all_names(names))
         known = catalog.all_names(names)
         scales = {name: catalog.name_of(holder) for name, holder in rule.scales.items()}
         rule = replace(
             rule,
-            scores=_by_tensor(context, rule.scores, f"{rule.path}.importance_scores", known),
-            scales=_by_tensor(context, scales, f"{rule.path}.scales", known),
+            scores=by_tensor(context, rule.scores, f"{rule.path}.importance_scores", known),
+            scales=by_tensor(context, scales, f"{rule.path}.scales", known),
         )
         _check_scores(context, rule, set(names), catalog)
     return replace(
         rule,
         tensors=tuple(names),
-        amount=_resolve_amount(context, rule, subjects, known),
-        guard_rails=GuardRails(_resolve_rails(context, rule, subjects, known)),
+        amount=rule.amount.resolve(context, rule.path, targets, known),
+        guard_rails=GuardRails(_resolve_rails(context, rule, targets, known)),
     )
 
 
-def _by_tensor(
-    context: RequestContext, given: Mapping[str, Value], field: str, known: Mapping[str, str]
-) -> dict[str, Value]:
-    """What is given by any name of each tensor, by the tensors' names here.
-
-    known: from every name of the rule's tensors to those.
-    Errors: InvalidSpec, where a tensor has two values under two of its names.
-    """
-    found: dict[str, Value] = {}
-    for name, value in context.each(given.items()):
-        tensor = known.get(name, name)
-        if found.setdefault(tensor, value) != value:
-            raise InvalidSpec(
-                f"{field}[{quote(name)}]",
-                f"{quote(name)} is another name of {quote(tensor)}, which has its own; give one",
-            )
-    return found
-
-
-def _not_spared(
+def _not_excluded(
     context: RequestContext, rule: Selection, names: list[str], known: Mapping[str, str]
 ) -> list[str]:
-    """Without the tensors, or groups, that the guard rails leave as they are."""
+    """The names without the tensors, or groups, that guard rails exclude."""
     rails, path = rule.guard_rails, f"{rule.path}.guard_rails"
-    spared = {*names[:1]} if rails.keep_first else set()
-    spared |= {*names[-1:]} if rails.keep_last else set()
+    excluded = {*names[:1]} if rails.keep_first else set()
+    excluded |= {*names[-1:]} if rails.keep_last else set()
     field = f"{path}.exclude"
-    spared.update(_meant(context, field, rails.exclude, known, lambda index: f"{field}[{index}]"))
-    left = [name for name in names if name not in spared]
-    if not left:
-        raise InvalidSpec(path, f"leaves nothing to prune of {len(names)} tensors")
-    return left
+    excluded.update(
+        first_matches(context, field, rails.exclude, known, lambda index: f"{field}[{index}]")
+    )
+    found = [name for name in names if name not in excluded]
+    if not found:
+        raise InvalidSpec(path, f"excludes all {len(names)} tensors of the rule; exclude fewer")
+    return found
 
 
 def _resolve_rails(
     context: RequestContext, rule: Selection, names: Sequence[str], known: Mapping[str, str]
 ) -> tuple[Rail, ...]:
-    """The rails, each with those of `names` that it is the first to name, or to take with all."""
+    """The rails, each with the tensors that it is the first to match."""
     rails = rule.guard_rails.rails
     places = [
         (p, i) for p, rail in enumerate(context.each(rails)) for i in range(len(rail.tensors))
@@ -142,10 +127,10 @@ def _resolve_rails(
     patterns = [rails[place].tensors[index] for place, index in places]
 
     def field(index: int) -> str:
-        place, of_rail = places[index]
-        return f"{rails[place].path}.tensors[{of_rail}]"
+        place, index_in_rail = places[index]
+        return f"{rails[place].path}.tensors[{index_in_rail}]"
 
-    first = _meant(context, f"{rule.path}.guard_rails.rails", patterns, known, field)
+    first = first_matches(context, f"{rule.path}.guard_rails.rails", patterns, known, field)
     of_all = next((place for place, rail in enumerate(rails) if not rail.tensors), len(rails))
     tensors: dict[int, list[str]] = defaultdict(list)
     for name in names:
@@ -157,75 +142,19 @@ def _resolve_rails(
     )
 
 
-def _meant(
-    context: RequestContext,
-    path: str,
-    patterns: Sequence[str],
-    known: Mapping[str, str],
-    field: Callable[[int], str],
-) -> dict[str, int]:
-    """For each tensor that is meant, the index of the first name or glob that means it.
-
-    Args:
-        context: The request.
-        path: Of the patterns, for errors of all.
-        patterns: Names and globs; each has to mean a tensor.
-        known: From every name of the rule's tensors to the tensor.
-        field: The path of a pattern, by its index.
-    """
-    found = matches(context, path, patterns, known)
-    if found.unmatched is not None:
-        pattern = patterns[found.unmatched]
-        raise UnknownTensor(field(found.unmatched), f"{quote(pattern)} matches none of the rule's")
-    return found.first
-
-
-def _resolve_amount(
-    context: RequestContext, rule: Selection, names: Sequence[str], known: Mapping[str, str]
-) -> Amount:
-    if isinstance(rule.amount, Table):
-        return _resolve_table(context, rule, rule.amount, known)
-    if isinstance(rule.amount, Budget) and rule.amount.per_unit is not None:
-        field = f"{rule.path}.macs.per_unit"
-        given = _by_tensor(context, rule.amount.per_unit, field, known)
-        pruned = set(names)
-        for name in context.each(given):
-            if name not in pruned:
-                raise UnknownTensor(f"{field}[{quote(name)}]", "the rule prunes no such tensor")
-        for name in names:
-            if name not in given:
-                raise InvalidSpec(field, f"{quote(name)} has none")
-        return replace(rule.amount, per_unit=given)
-    return rule.amount
-
-
-def _resolve_table(
-    context: RequestContext, rule: Selection, table: Table, known: Mapping[str, str]
-) -> Table:
-    path, fractions = f"{rule.path}.table.entries", list(table.fractions.values())
-    first = _meant(
-        context, path, list(table.fractions), known, lambda index: f"{path}[{index}].tensors"
-    )
-    return Table({name: fractions[index] for name, index in first.items()})
-
-
 def _check_units(rule: Selection, name: str, shape: Shape) -> None:
-    """Refuses a tensor that has no units of the rule's granularity."""
+    """Refuses a tensor that does not have units of the rule's granularity."""
     granularity = rule.granularity
     assert granularity is not None, "groups name their tensors"
     granularity.check(rule.path, name, shape)
     if rule.scope == "row" and len(granularity.grid(shape)) < 2:
         raise NotStructured(
             f"{rule.path}.scope",
-            f"{quote(name)} has shape {list(shape)}: its units have no rows; they need 2 "
-            "dimensions or more",
+            f"{quote(name)} has shape {list(shape)}: rows need units in 2 dimensions or more; "
+            "use SCOPE_PER_TENSOR",
         )
     rule.importance.check(rule.path, name, shape)
-    is_bytes = isinstance(rule.amount, Budget) and rule.amount.per_unit is None
-    if is_bytes and granularity.unit_elements(shape) is None:
-        raise AmountOutOfRange(
-            f"{rule.path}.bytes", f"{quote(name)} {list(shape)} has units of several sizes"
-        )
+    rule.amount.check(rule.path, name, shape, granularity.unit_elements(shape))
 
 
 def _check_scores(
@@ -235,21 +164,25 @@ def _check_scores(
     for name, holder in context.each(rule.scores.items()):
         field = f"{rule.path}.importance_scores[{quote(name)}]"
         if name not in names:
-            raise UnknownTensor(field, "the rule prunes no such tensor")
+            raise UnknownTensor(field, "the rule does not prune this tensor")
         shape = catalog.prunable[name]
         _check_floating(field, holder, (shape, rule.granularity.grid(shape)), catalog)
     for name, holder in context.each(rule.scales.items()):
         field = f"{rule.path}.scales[{quote(name)}]"
         if name not in names:
-            raise UnknownTensor(field, "the rule prunes no such tensor")
+            raise UnknownTensor(field, "the rule does not prune this tensor")
         if name in rule.scores:
-            raise InvalidScores(field, f"{quote(name)} has importance_scores as well")
+            raise InvalidScores(
+                field, f"{quote(name)} has importance_scores as well; send one or the other"
+            )
         if holder not in catalog.prunable:
             raise unmatched(context, field, holder, catalog)
         units = math.prod(rule.granularity.grid(catalog.prunable[name]))
         if catalog.prunable[holder] != (units,):
             found = list(catalog.prunable[holder])
-            raise InvalidScores(field, f"a scale for each of {units} units needed, got {found}")
+            raise InvalidScores(
+                field, f"has shape {found}; it must have a scale for each of {units} units"
+            )
 
 
 def _check_group_scores(
@@ -259,17 +192,17 @@ def _check_group_scores(
     for name, holder in context.each(rule.scores.items()):
         field = f"{rule.path}.importance_scores[{quote(name)}]"
         if name not in units:
-            raise UnknownTensor(field, "the rule has no such group")
+            raise UnknownTensor(field, "the rule does not have this group")
         _check_floating(field, holder, ((units[name],),), catalog)
 
 
 def _check_floating(field: str, holder: str, shapes: Sequence[Shape], catalog: Catalog) -> None:
-    """Refuses scores of another dtype, or of none of some shapes; an error shows the first."""
+    """Refuses scores of another dtype, or of none of some shapes. Errors show the first shape."""
     scores = _extra(field, holder, catalog)
-    if scores.dtype not in _OF_SCORES:
-        raise InvalidScores(field, _of_another_dtype(scores, "floating scores", _OF_SCORES))
+    if scores.dtype not in _SCORE_DTYPES:
+        raise InvalidScores(field, _wrong_dtype(scores, "floating scores", _SCORE_DTYPES))
     if scores.shape not in shapes:
-        raise InvalidScores(field, _of_another_shape(scores, shapes[0], "scores"))
+        raise InvalidScores(field, _wrong_shape(scores, shapes[0], "scores"))
 
 
 def _resolve_masks(context: RequestContext, rule: CustomMasks, catalog: Catalog) -> CustomMasks:
@@ -279,33 +212,33 @@ def _resolve_masks(context: RequestContext, rule: CustomMasks, catalog: Catalog)
         if name not in catalog.prunable:
             raise unmatched(context, field, name, catalog)
         mask = _extra(field, holder, catalog)
-        if mask.dtype not in _OF_MASKS:
-            raise InvalidMask(field, _of_another_dtype(mask, "a mask", _OF_MASKS))
+        if mask.dtype not in _MASK_DTYPES:
+            raise InvalidMask(field, _wrong_dtype(mask, "a mask", _MASK_DTYPES))
         shape = catalog.prunable[name]
         is_packed = mask.dtype == torch.uint8 and mask.shape == ((math.prod(shape) + 7) // 8,)
         if mask.shape != shape and not is_packed:
-            raise InvalidMask(field, _of_another_shape(mask, shape, "a mask"))
+            raise InvalidMask(field, _wrong_shape(mask, shape, "a mask"))
         masks.append((name, holder))
-    # A map has no order on the wire.
+    # Maps do not have an order on the wire.
     places = {name: place for place, name in enumerate(catalog.prunable)}
     return replace(rule, masks=sorted(set(masks), key=lambda of: (places[of[0]], of[1])))
 
 
 def _extra(field: str, holder: str, catalog: Catalog) -> Stored:
     if holder not in catalog.extras:
-        raise UnknownTensor(field, f"the data has no tensor {quote(holder)}")
+        raise UnknownTensor(field, f"the data does not have the tensor {quote(holder)}; send it")
     return catalog.extras[holder]
 
 
-def _of_another_dtype(extra: Stored, what: str, dtypes: Iterable[torch.dtype]) -> str:
+def _wrong_dtype(extra: Stored, what: str, dtypes: Iterable[torch.dtype]) -> str:
     allowed = ", ".join(WIRE_DTYPES[dtype] for dtype in dtypes)
-    return f"dtype {extra.calls} is not allowed; {what} may be {allowed}"
+    return f"has dtype {extra.dtype_name}; {what} may be {allowed}"
 
 
-def _of_another_shape(extra: Stored, shape: Shape, what: str) -> str:
-    return f"{what} of shape {list(shape)} needed, got shape {list(extra.shape)}"
+def _wrong_shape(extra: Stored, shape: Shape, what: str) -> str:
+    return f"has shape {list(extra.shape)}; {what} must have shape {list(shape)}"
 
 
 # As CustomMasks in spec.proto lists them.
-_OF_MASKS = tuple(dtype for dtype in WIRE_DTYPES if dtype not in FP8)
-_OF_SCORES = tuple(dtype for dtype in PRUNABLE if dtype.is_floating_point)
+_MASK_DTYPES = tuple(dtype for dtype in WIRE_DTYPES if dtype not in FP8)
+_SCORE_DTYPES = tuple(dtype for dtype in PRUNABLE if dtype.is_floating_point)

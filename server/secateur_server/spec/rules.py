@@ -1,4 +1,4 @@
-"""A pruning spec: four independent choices, and every method a point in their product."""
+"""Rules of a spec. A method is a point in the product of independent choices."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,41 +8,19 @@ from typing import Literal
 from secateur_server.granularity import Granularity
 from secateur_server.granularity.group import Group
 from secateur_server.importance import Importance
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """The units go whose importance is below `value`."""
-
-    value: float
-
-
-@dataclass(frozen=True)
-class Budget:
-    """As few units go as leave no more than `target` of what units cost.
-
-    per_unit: by the name of a tensor, or group; None: a unit costs the bytes of its elements.
-    """
-
-    target: float
-    per_unit: Mapping[str, float] | None = None
-
-
-@dataclass(frozen=True)
-class Table:
-    """Fractions by name or glob, of which the first that matches counts; resolved: by name."""
-
-    fractions: Mapping[str, float]
-
-
-Amount = float | int | Threshold | Budget | Table
+from secateur_server.spec.amounts import Amount
 
 
 @dataclass(frozen=True)
 class Rail:
-    """Bounds on the units of a tensor that are pruned in the end.
+    """Bounds on the pruned units of a tensor, after all rules.
 
-    path: in the request.  tensors: names and globs; of a resolved rail names.
+    Attributes:
+        path: In the request.
+        tensors: Names and globs; in a resolved rail, names.
+        min_sparsity: At least this fraction of the units is pruned.
+        max_sparsity: At most this fraction of the units is pruned.
+        keep_at_least: So many units are kept.
     """
 
     path: str
@@ -54,10 +32,13 @@ class Rail:
 
 @dataclass(frozen=True)
 class GuardRails:
-    """The first rail that names a tensor is its only one.
+    """Bounds on what a rule prunes.
 
-    keep_first, keep_last: of the rule's tensors, in the state_dict's order; and exclude: those that
-    stay as they are.
+    Attributes:
+        rails: The first rail that matches a tensor is its only one.
+        keep_first, keep_last: Whether the first and last of the rule's tensors, in the order of
+            the state_dict, are not pruned.
+        exclude: Names and globs of tensors that are not pruned.
     """
 
     rails: tuple[Rail, ...] = ()
@@ -67,7 +48,7 @@ class GuardRails:
 
     @cached_property
     def by_tensor(self) -> Mapping[str, Rail]:
-        """The rail of each tensor that has one; of resolved rails only."""
+        """The rail of each tensor that has one. Only for resolved rails."""
         return {name: rail for rail in self.rails for name in rail.tensors}
 
 
@@ -79,14 +60,23 @@ Allocation = Literal["rank", "uniform", "erk", "lamp"]
 
 @dataclass(frozen=True)
 class Selection:
-    """Prune the least important units.
+    """Prunes the least important units.
 
-    path: of this rule in the request, for errors.  tensors: names and globs.
-    granularity: None where the units are those of `groups`.
-    amount: a float is a fraction, an int a number.
-    of_all: the amount is of all units, and not of those that are still unpruned.
-    scores: from a tensor's name to that of the tensor that holds its scores.
-    scales: the same, of tensors of the model.
+    Attributes:
+        path: Of this rule in the request.
+        tensors: Names and globs; in a resolved rule, names.
+        importance: Scores units.
+        granularity: What a unit is; None if units are those of `groups`.
+        scope: Which units are compared.
+        amount: How much is pruned.
+        scores: From a tensor's name to that of the tensor with its scores.
+        scales: From a tensor's name to that of a tensor of the state_dict with its scores.
+        of_all: Whether the amount is of all units, instead of those that are still unpruned.
+        groups: Slices of several tensors that are pruned together.
+        combination: Makes the score of a group's unit from those of its members.
+        normalization: Brings the scores of several tensors to one scale.
+        allocation: Divides the amount among tensors whose units are compared.
+        guard_rails: Bounds on what is pruned.
     """
 
     path: str
@@ -105,13 +95,13 @@ class Selection:
     guard_rails: GuardRails = GuardRails()
 
     @property
-    def is_of_elements(self) -> bool:
+    def has_element_units(self) -> bool:
         """Whether each unit is one element."""
         return self.granularity is not None and self.granularity.is_element
 
     @property
-    def is_of_parts(self) -> bool:
-        """As Granularity.is_part."""
+    def has_partial_units(self) -> bool:
+        """Whether a unit is part of a larger group, as Granularity.is_part says."""
         return self.granularity is not None and self.granularity.is_part
 
     @cached_property
@@ -120,39 +110,41 @@ class Selection:
         return {group.name: group for group in self.groups}
 
     def extras(self) -> Collection[str]:
-        """Names of uploaded tensors that are not part of the model."""
+        """Returns the names of uploaded tensors that are not part of the state_dict."""
         return self.scores.values()
 
     def names(self) -> Collection[str]:
-        """What it prunes: of a resolved rule names, not globs."""
+        """Returns the tensors that a resolved rule prunes."""
         return self.tensors
 
     def reads(self) -> Collection[str]:
-        """What of the model it needs: what it prunes, and what that is ranked by."""
+        """Returns the tensors that the rule reads: those that it prunes, and their scales."""
         return {*self.names(), *self.scales.values()}
 
 
 @dataclass(frozen=True)
 class CustomMasks:
-    """Prune by masks.
+    """Prunes by masks.
 
-    masks: names of tensors, each with that of the tensor that holds its mask. A tied tensor may
-        have a mask for each of its names: they hold together.
+    Attributes:
+        path: Of this rule in the request.
+        masks: Names of tensors, each with that of the tensor that holds its mask. A tied tensor
+            may have a mask for each of its names; an element is kept if all of them keep it.
     """
 
     path: str
     masks: Sequence[tuple[str, str]]
 
     def extras(self) -> Collection[str]:
-        """As Selection.extras."""
+        """Returns the names of uploaded tensors that are not part of the state_dict."""
         return [holder for _, holder in self.masks]
 
     def names(self) -> Collection[str]:
-        """As Selection.names."""
+        """Returns the tensors that a resolved rule prunes."""
         return [name for name, _ in self.masks]
 
     def reads(self) -> Collection[str]:
-        """As Selection.reads."""
+        """Returns the tensors that the rule reads."""
         return self.names()
 
 

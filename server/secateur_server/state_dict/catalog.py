@@ -1,4 +1,4 @@
-"""Which tensors there are, and which of them a request means; known before their data is here."""
+"""The tensors of a state_dict, known from headers, and those that names and globs mean."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,9 +22,15 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of the file. dtype: None where torch has none for what the file `calls` it."""
+    """A tensor of a file.
 
-    calls: str
+    Attributes:
+        dtype_name: As the file has it.
+        dtype: None if torch does not have it.
+        shape: Of the tensor.
+    """
+
+    dtype_name: str
     dtype: torch.dtype | None
     shape: Shape
 
@@ -33,12 +39,15 @@ class Stored:
 class Catalog:
     """The tensors of a state_dict.
 
-    stored: what the model has.  extras: tensors with scores and masks, which are no part of it.
-    prunable: the shapes of what can be pruned, a pair as one, in the
-    file's order.  floating: those of them that globs mean, which are no integers.
-    pairs: those of them that arrived as (X_orig, X_mask); of tied ones every name's mask may be
-    there, and they hold together.
-    other_names: from each other name of a tied tensor to its name here. A request may use either.
+    Attributes:
+        stored: All tensors, by their names in the files.
+        extras: Uploaded scores and masks, which are not part of the state_dict.
+        prunable: The shapes of the tensors that can be pruned, in the order of the files. A pair is
+            one tensor.
+        floating: The prunable tensors that globs may mean: those without integers.
+        pairs: The names of the weight and the masks of each prunable tensor that came as a pair. A
+            tied tensor may have a mask for each of its names; an element is kept if all keep it.
+        other_names: From each other name of a tied tensor to its name here. A request may use any.
     """
 
     stored: Mapping[str, Stored]
@@ -49,17 +58,17 @@ class Catalog:
     other_names: Mapping[str, str] = field(default_factory=dict)
 
     def name_of(self, name: str) -> str:
-        """The tensor's name here, of any of its names; an unknown name as it is."""
+        """Returns a tensor's name here for any of its names. An unknown name is unchanged."""
         return self.other_names.get(name, name)
 
     def all_names(self, names: Sequence[str]) -> dict[str, str]:
-        """From every name of some tensors to their names here."""
+        """Maps every name of some tensors to their names here."""
         known = {name: name for name in names}
         tied = {other: name for other, name in self.other_names.items() if name in known}
         return known | tied
 
     def in_order(self, names: Iterable[str]) -> list[str]:
-        """Prunable tensors in the order of the file."""
+        """Sorts prunable tensors in the order of the files."""
         return sorted(names, key=self._places.__getitem__)
 
     @cached_property
@@ -69,7 +78,7 @@ class Catalog:
 
     @cached_property
     def names_of_floating(self) -> Mapping[str, str]:
-        """From every name of a tensor that globs mean to its name here."""
+        """From every name of a tensor that globs may mean to its name here."""
         return self.all_names(self.floating)
 
     @cached_property
@@ -83,10 +92,19 @@ def read_catalog(
     other_names: Mapping[str, str] | None = None,
     other_masks: Mapping[str, Sequence[str]] | None = None,
 ) -> Catalog:
-    """Finds the pairs that torch.nn.utils.prune writes, and what can be pruned.
+    """Finds pairs as torch.nn.utils.prune writes them, and the tensors that can be pruned.
 
-    other_names: as Catalog.other_names.  other_masks: by a tied tensor's name, the masks that are
-    stored under its other names.  Errors: InvalidPair.
+    Args:
+        stored: The tensors of the files.
+        extras: Uploaded scores and masks.
+        other_names: As Catalog.other_names.
+        other_masks: Masks that are stored under other names of a tied tensor, by its name here.
+
+    Returns:
+        The catalog.
+
+    Raises:
+        InvalidPair: A mask does not fit its weight.
     """
     pairs: dict[str, tuple[str, ...]] = {}
     for name in stored:
@@ -96,7 +114,7 @@ def read_catalog(
             try:
                 _check_pair(base, stored)
             except InvalidPair:
-                if dtype.is_floating_point:  # integers have such names for other reasons, too
+                if dtype.is_floating_point:  # integers may have such names for other reasons
                     raise
             else:
                 pairs[base] = (name, mask)
@@ -107,11 +125,11 @@ def read_catalog(
                 _check_mask(mask, pair[0], stored)
             pairs[name] = pair
     whole = {pair[0]: base for base, pair in pairs.items()}
-    of_pairs = {mask for _, *masks in pairs.values() for mask in masks}
+    pair_masks = {mask for _, *masks in pairs.values() for mask in masks}
     prunable = {
         whole.get(name, name): stored[name].shape
         for name in stored
-        if stored[name].dtype in PRUNABLE and name not in of_pairs
+        if stored[name].dtype in PRUNABLE and name not in pair_masks
     }
     origs = {name: pairs.get(name, (name,))[0] for name in prunable}
     floating = [name for name, orig in origs.items() if _is_floating(stored[orig])]
@@ -124,31 +142,45 @@ def _is_floating(tensor: Stored) -> bool:
 
 
 def _check_pair(base: str, stored: Mapping[str, Stored]) -> None:
-    """Errors: InvalidPair, where X_orig and X_mask are not a pair."""
+    """Raises InvalidPair if X_orig and X_mask are not a pair."""
     mask = f"{base}_mask"
-    if base == "__metadata__":  # in a safetensors file that is no tensor
-        raise InvalidPair(f"data[{quote(mask)}]", "is half of a pair whose name no tensor can have")
+    if base == "__metadata__":  # a reserved key of safetensors headers
+        raise InvalidPair(f"data[{quote(mask)}]", "its tensor would be '__metadata__'; rename it")
     if base in stored:
-        raise InvalidPair(f"data[{quote(base)}]", "is there beside its pair of _orig and _mask")
+        raise InvalidPair(
+            f"data[{quote(base)}]", "the data also has its pair of _orig and _mask; send only one"
+        )
     _check_mask(mask, f"{base}_orig", stored)
 
 
 def _check_mask(name: str, orig: str, stored: Mapping[str, Stored]) -> None:
-    """Errors: InvalidPair, where a mask does not fit its weight."""
+    """Raises InvalidPair if a mask does not fit its weight."""
     mask, shape, field = stored[name], stored[orig].shape, f"data[{quote(name)}]"
     if mask.shape != shape:
         raise InvalidPair(field, f"has shape {list(mask.shape)}, its _orig has {list(shape)}")
     if mask.dtype is None:
-        raise InvalidPair(field, f"has dtype {mask.calls}, which no mask has")
+        raise InvalidPair(field, f"has dtype {mask.dtype_name}, which is not one of a mask")
 
 
 def match(
     context: RequestContext, field: str, patterns: Sequence[str], catalog: Catalog
 ) -> list[str]:
-    """The prunable tensors that any of `patterns` means, in their order.
+    """Finds the prunable tensors that names and globs mean.
 
-    A name means a tensor of any dtype that can be pruned, a glob floating ones.
-    field: the path of the field with the patterns.  Errors: UnknownTensor, NotPrunable.
+    A name means a tensor of any dtype that can be pruned. A glob means floating tensors only.
+
+    Args:
+        context: The request.
+        field: The path of `patterns` in the request.
+        patterns: Names and globs.
+        catalog: Of the state_dict.
+
+    Returns:
+        Names in the order of the files.
+
+    Raises:
+        UnknownTensor: A pattern matches no tensor.
+        NotPrunable: A name is of a tensor that cannot be pruned.
     """
     found = matches(context, field, patterns, catalog.names_of_prunable, catalog.names_of_floating)
     if found.unmatched is not None:
@@ -160,41 +192,53 @@ def match(
 def unmatched(
     context: RequestContext, field: str, name: str, catalog: Catalog
 ) -> NotPrunable | UnknownTensor:
-    """The error that says why a name means nothing that can be pruned."""
+    """Makes the error that says why a name matches no tensor that can be pruned.
+
+    Args:
+        context: The request.
+        field: The path of the name.
+        name: A name or a glob.
+        catalog: Of the state_dict.
+
+    Returns:
+        The error, with advice.
+    """
     if name in {**catalog.stored, **catalog.extras} and name not in catalog.pairs:
-        return NotPrunable(field, f"{quote(name)} cannot be pruned: {_nature(name, catalog)}")
+        return NotPrunable(
+            field, f"{quote(name)} cannot be pruned: {_why_not_prunable(name, catalog)}"
+        )
     candidates = catalog.floating if is_glob(name) else list(catalog.prunable)
-    advice = _integers(context, field, name, catalog) or _nearest(name, candidates)
+    advice = _integer_advice(context, field, name, catalog) or _nearest(name, candidates)
     return UnknownTensor(field, f"{quote(name)} matches no floating tensor; {advice}")
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:
-    """The names that are most like `name`, else the first ones."""
+    """Advice: the names that are most like `name`, or else the first ones."""
     if not names:
-        return "there is none"
-    some = [known for known in names[:1000] if len(known) <= 80]  # comparing takes long
+        return "the data has no floating tensor"
+    some = [known for known in names[:1000] if len(known) <= 80]  # long names take long to compare
     if close := get_close_matches(name[:80], some, n=3, cutoff=0.4):
         return f"nearest: {', '.join(map(quote, close))}"
     more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
-    return f"there are: {', '.join(map(quote, names[:3]))}{more}"
+    return f"the tensors are: {', '.join(map(quote, names[:3]))}{more}"
 
 
-def _integers(context: RequestContext, field: str, glob: str, catalog: Catalog) -> str | None:
-    """What to do about a glob that matches integers; None where it matches none."""
+def _integer_advice(context: RequestContext, field: str, glob: str, catalog: Catalog) -> str | None:
+    """Advice for a glob that matches integers; None if it matches none."""
     found = catalog.in_order(matches(context, field, [glob], catalog.names_of_prunable).first)
     if not found:
         return None
     orig = catalog.pairs.get(found[0], found)[0]
     more = f" (and {len(found) - 1:,} more)" if len(found) > 1 else ""
     return (
-        f"{quote(found[0])}{more} is {catalog.stored[orig].calls}: a tensor of integers must be "
-        "named exactly"
+        f"{quote(found[0])}{more} is {catalog.stored[orig].dtype_name}: "
+        "a tensor of integers must be named exactly"
     )
 
 
-def _nature(name: str, catalog: Catalog) -> str:
+def _why_not_prunable(name: str, catalog: Catalog) -> str:
     if any(name in pair for pair in catalog.pairs.values()):
         return f"it is half of the pair of {quote(name.rsplit('_', 1)[0])}"
     if name in catalog.extras:
         return "it holds scores or a mask"
-    return f"its dtype is {catalog.stored[name].calls}"
+    return f"its dtype is {catalog.stored[name].dtype_name}"

@@ -10,9 +10,9 @@ from secateur_server.state_dict.parameter import Parameter
 
 
 def folded(parameter: Parameter) -> Iterator[Tensor]:
-    """As `fold`, in parts that are copies: the weight stays."""
+    """Yields a weight with its mask applied, as copies of its parts. The weight is not changed."""
     values, mask = parameter.weight.reshape(-1), parameter.mask
-    assert mask is not None, "what is folded has a mask"
+    assert mask is not None, "only parameters with a mask are folded"
     backend = backend_for(values.device)
     for begin, end in spans(values.numel(), backend.piece):
         part = values[begin:end].clone()
@@ -21,10 +21,14 @@ def folded(parameter: Parameter) -> Iterator[Tensor]:
 
 
 def fold(context: RequestContext, parameter: Parameter) -> None:
-    """Sets what is pruned to zero in the weight itself, as torch.nn.utils.prune.remove leaves it.
+    """Sets pruned elements of the weight itself to zero, as torch.nn.utils.prune.remove does.
 
-    A zero keeps its element's sign, as weight * mask does: -0.5 becomes -0.0. An infinity or a
-    NaN that is pruned becomes zero too, where torch's product is NaN.
+    A zero keeps its element's sign, as in weight * mask: -0.5 becomes -0.0. A pruned infinity or
+    NaN becomes zero too, where torch's product is NaN.
+
+    Args:
+        context: The request.
+        parameter: Its weight is written to. Nothing happens if it has no mask.
     """
     values, mask = parameter.weight.view(-1), parameter.mask
     if mask is None:

@@ -1,4 +1,4 @@
-"""Masks as callers give them: 0 and 1."""
+"""Masks that callers upload: 0 is pruned, 1 is kept."""
 
 import torch
 from torch import Tensor
@@ -8,13 +8,20 @@ from secateur_server.runtime.context import RequestContext
 
 
 def to_mask(context: RequestContext, values: Tensor, error: type[Exception], field: str) -> Mask:
-    """A mask of 0 and 1.
+    """Packs a mask of 0 and 1.
 
-    error: what to raise, with the field and a message, for any other value.
+    Args:
+        context: The request.
+        values: The mask in any dtype and shape.
+        error: Raised with the field and a message for a value other than 0 and 1.
+        field: The path of the mask in the request.
+
+    Returns:
+        The mask, one bit for each element.
     """
     shape = values.shape
     values = values.reshape(-1)
-    if values.dtype == torch.bool:  # torch takes any byte for one
+    if values.dtype == torch.bool:  # torch lets a bool hold a byte other than 0 and 1
         values = values.view(torch.uint8)
 
     def flags(begin: int, end: int) -> Tensor:

@@ -1,8 +1,8 @@
-"""Names and globs, matched with the names of tensors as fnmatch.fnmatchcase matches them.
+"""Names and globs, matched with the names of tensors as fnmatch.fnmatchcase does.
 
-Many globs of a list become one automaton, which reads each name once. Globs that begin alike share
-its nodes, so the work grows with the names, and hardly with the globs. No call keeps anything for
-the next one.
+Many globs of a list become one automaton, which reads each name once. Globs with the same beginning
+share its nodes, so the work grows with the names, and hardly with the globs. Nothing is kept
+between calls.
 """
 
 import re
@@ -13,20 +13,20 @@ from fnmatch import translate
 from secateur_server.errors import InvalidSpec
 from secateur_server.runtime.context import RequestContext
 
-# Of one list. Each character of a glob takes about 200 bytes while the list is matched.
+# In one list. Each character of a glob takes about 200 bytes while the list is matched.
 MOST_GLOBS = 10_000
 MOST_GLOB_CHARACTERS = 1 << 19
 
-# A longer glob matches nothing: no person wrote it.
+# Longer globs match nothing. People do not write them.
 LONGEST_GLOB = 1000
 
-# Up to so many globs are tried one by one with each name.
+# So few globs are tried one by one with each name.
 FEW_GLOBS = 4
 
 # Visits of nodes, about 2 s of work. Only many globs of several stars each take so many.
 MOST_VISITS = 5_000_000
 
-# Nodes in all states together. With more, the states are dropped and made anew where needed.
+# Nodes of all states. With more, the states are dropped, and made again when needed.
 KEPT_NODES = 500_000
 
 Test = Callable[[str], object]
@@ -34,11 +34,11 @@ Test = Callable[[str], object]
 
 @dataclass(frozen=True)
 class Matches:
-    """What a list of names and globs means.
+    """The tensors that a list of names and globs means.
 
     Attributes:
-        first: For each tensor that is meant, the index of the first item of the list that means it.
-        unmatched: The index of the first item that means nothing; None if there is none.
+        first: For each of these tensors, the index of the first item that matches it.
+        unmatched: The index of the first item that matches no tensor; None if all match.
     """
 
     first: dict[str, int]
@@ -58,8 +58,11 @@ def matches(
         context: The request.
         field: The path of `patterns` in the request, for errors.
         patterns: An item that is a key of `exact` is a name, even one with brackets.
-        exact: From each name that a tensor has to the tensor.
-        globbed: The same, of the tensors that globs may mean. Default `exact`.
+        exact: From each name of a tensor to the tensor.
+        globbed: The same for tensors that globs may mean. Default: `exact`.
+
+    Returns:
+        The matches.
 
     Raises:
         InvalidSpec: The list has too many globs, or they take too long to match.
@@ -90,7 +93,7 @@ def _match_globs(
     names: Mapping[str, str],
     first: dict[str, int],
 ) -> set[int]:
-    """Adds what the globs mean to `first`.  Returns: the indices of those that mean something."""
+    """Adds the matches of globs to `first`, and returns the indices of the globs that match."""
     characters = sum(map(len, globs))
     if len(globs) > MOST_GLOBS or characters > MOST_GLOB_CHARACTERS:
         raise InvalidSpec(
@@ -113,24 +116,24 @@ def _match_few(
     names: Mapping[str, str],
     first: dict[str, int],
 ) -> set[int]:
-    """As _match_globs, of few globs without sets: to make states would take longer."""
+    """Does `_match_globs` for few globs without sets, for which states take longer to make."""
     parts = [(glob.split("*"), index) for glob, index in globs.items()]
     found: set[int] = set()
     for name, tensor in context.each(names.items()):
-        for of_glob, index in parts:
-            if _fits(of_glob, name):
+        for glob_parts, index in parts:
+            if _fits(glob_parts, name):
                 found.add(index)
                 first[tensor] = min(first.get(tensor, index), index)
     return found
 
 
 def _fits(parts: Sequence[str], name: str) -> bool:
-    """Whether a name begins and ends with the first and the last part, the others between them."""
+    """Whether a name begins with the first part, ends with the last, and has the others between."""
     begin, *inner, end = parts
     if not name.startswith(begin) or not name.endswith(end):
         return False
     at, last = len(begin), len(name) - len(end)
-    for part in inner:  # where each comes first leaves the most for the others
+    for part in inner:  # the first place of each leaves the most for the others
         at = name.find(part, at, last)
         if at < 0:
             return False
@@ -140,13 +143,13 @@ def _fits(parts: Sequence[str], name: str) -> bool:
 
 @dataclass
 class _State:
-    """Where the globs may be after the beginning of a name.
+    """The possible positions in the globs after the beginning of a name.
 
     Attributes:
-        nodes: Those from which a glob can go on, and those at which one ends.
+        nodes: Nodes from which a glob can go on, and at which one ends.
         first: The lowest index of a glob that matches whatever follows; None if there is none.
         ends: The lowest index of a glob that matches if the name ends here; None if there is none.
-        next: The states after one more character, as far as they are known.
+        next: The known states after one more character.
     """
 
     nodes: frozenset[int]
@@ -156,7 +159,7 @@ class _State:
 
 
 class _Automaton:
-    """A trie of globs. Its nodes are numbers; all globs begin at 0. Its edges are their tokens."""
+    """A trie of globs. Nodes are numbers, and all globs begin at 0. Edges are their tokens."""
 
     def __init__(self, context: RequestContext, field: str, globs: Mapping[str, int]) -> None:
         """field: For errors.  globs: Each with its index in the list, ascending."""
@@ -211,14 +214,14 @@ class _Automaton:
         return state.ends if state.first is None else min(state.first, state.ends)
 
     def _match(self, nodes: Iterable[int]) -> None:
-        """The globs that end at some nodes have matched."""
+        """Records that the globs that end at some nodes have matched."""
         for node in nodes if self._unmatched else ():
             self.matched.update(self._unmatched.pop(node, ()))
 
     def _step(self, state: _State, character: str) -> _State:
         """The state after one more character."""
         edges, ahead = self._edges, [*(state.nodes & self._stars)]
-        if character not in "*?":  # the edges of these are no characters
+        if character not in "*?":  # edges with these names are wildcards
             found = [edges.get((node, character)) for node in state.nodes]
             ahead += [child for child in found if child is not None]
         for node in state.nodes & self._sets.keys():
@@ -236,13 +239,13 @@ class _Automaton:
         return state.next[character]
 
     def _reached(self, nodes: Iterable[int]) -> set[int]:
-        """Nodes, and those behind a star after them, which may stand for no character."""
+        """The nodes, and those after a star that follows them, as it may match no character."""
         found = set(nodes)
         found.update([self._star_after[node] for node in found if node in self._star_after])
         return found
 
     def _state(self, nodes: set[int], first: int | None) -> _State:
-        """The state of some nodes.  first: as of the state before."""
+        """The state with some nodes. `first` is that of the state before."""
         whatever = nodes & self._tails
         self._match(whatever)
         before = [] if first is None else [first]

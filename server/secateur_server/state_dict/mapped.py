@@ -1,4 +1,4 @@
-"""A model in files that lie in mapped memory: of the store, or of a URI."""
+"""State_dicts in mapped files: of the store, or of a URI."""
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -10,7 +10,7 @@ from secateur_server.backends.masks import Mask
 from secateur_server.errors import InvalidStateDict
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.catalog import Stored
-from secateur_server.state_dict.model import Model, Shard
+from secateur_server.state_dict.state_dict import Shard, StateDict
 from secateur_server.storage.blobs import Blob
 from secateur_server.wire.header import Header
 from secateur_server.wire.index import Index, check_length, read_index
@@ -21,36 +21,47 @@ Extras = tuple[Mapping[str, Stored], Mapping[str, Tensor]]
 Read = Callable[[Collection[str] | None], None]
 
 
-def of_blob(blob: Blob) -> MappedFile:
-    """A blob of the store, which is checked as it is read."""
+def map_blob(blob: Blob) -> MappedFile:
+    """Maps a blob of the store. Its blocks are verified as they are read."""
     return MappedFile(blob.filename, blob.data, blob.check, blob.check_whole)
 
 
-def map_model(
+def map_state_dict(
     context: RequestContext,
     files: Sequence[MappedFile],
     masks: MappedFile | None,
     extras: Extras,
-) -> tuple[Model, Read]:
-    """A model of which the headers are known, and a function that reads the rest, on the CPU.
+) -> tuple[StateDict, Read]:
+    """Reads the headers of mapped files.
 
-    files: one, or shards and their index.  masks: of parameters that were pruned since, as bits.
-    extras: what the catalog has of uploaded scores and masks, and themselves.
-    The function takes the names of the parameters that are needed, or None for all.
-    Errors: MalformedFile, InvalidStateDict, InvalidPair, DataLoss.
+    Args:
+        context: The request.
+        files: One file, or shards and their index.
+        masks: Packed masks of the parameters that were pruned after the files were stored.
+        extras: Uploaded scores and masks: their descriptions, and themselves.
+
+    Returns:
+        The state_dict, and a function that reads its data. The function takes the names of the
+        parameters that are needed, or None for all.
+
+    Raises:
+        MalformedFile: A header is not one of safetensors.
+        InvalidStateDict: The files do not make up one state_dict.
+        InvalidPair: A weight and its mask do not fit.
+        DataLoss: The store's files are damaged.
     """
     shards = [file for file in files if not file.filename.endswith(SUFFIX)]
     heads = [map_header(context, file) for file in shards]
     index = _index([f for f in files if f not in shards], shards, [head for head, _ in heads])
-    of_shards = [
+    described = [
         Shard(file.filename, head.entries, head.metadata)
         for file, (head, _) in zip(shards, heads, strict=True)
     ]
     known, values = extras
-    model = Model(of_shards, known, index, is_mapped=True)
+    state_dict = StateDict(described, known, index, is_mapped=True)
 
     def read(names: Collection[str] | None) -> None:
-        wanted = None if names is None else model.files_of(names)
+        wanted = None if names is None else state_dict.files_of(names)
         parts = [
             (file, [e for e in head.entries if wanted is None or e.name in wanted], base)
             for file, (head, base) in zip(shards, heads, strict=True)
@@ -59,22 +70,24 @@ def map_model(
         tensors: dict[str, WireTensor] = {}
         for file, entries, base in parts:
             tensors |= map_tensors(context, file, entries, base)
-        model.fill(context, tensors, values, _masks(context, masks, model) if masks else {})
+        state_dict.fill(
+            context, tensors, values, _masks(context, masks, state_dict) if masks else {}
+        )
 
-    return model, read
+    return state_dict, read
 
 
 def _index(
     indices: Sequence[MappedFile], shards: Sequence[MappedFile], heads: Sequence[Header]
 ) -> Index | None:
-    """The index of a model's shards.  Errors: InvalidStateDict."""
+    """The index of shards; None for a single file. Raises InvalidStateDict."""
     if len(shards) == 1 and not indices:
         return None
     if len(indices) != 1 or not shards:
         raise InvalidStateDict(
             "data",
-            f"{len(shards)} files and {len(indices)} indices are no model: one file is, "
-            f"or shards and one *{SUFFIX}",
+            f"got {len(shards)} files and {len(indices)} indices; send one file, or shards and "
+            f"one *{SUFFIX}",
         )
     (index,) = indices
     check_length(index.filename, len(index.data))
@@ -94,10 +107,10 @@ def _index(
     return read_index(index.filename, index.data, names, tied)
 
 
-def _masks(context: RequestContext, file: MappedFile, model: Model) -> dict[str, Mask]:
-    """The masks that a checkpoint has beside its weights."""
+def _masks(context: RequestContext, file: MappedFile, state_dict: StateDict) -> dict[str, Mask]:
+    """The masks that a checkpoint stores beside its weights."""
     head, base = map_header(context, file)
     return {
-        name: Mask(tensor.data, math.prod(model.catalog.prunable[name]))
+        name: Mask(tensor.data, math.prod(state_dict.catalog.prunable[name]))
         for name, tensor in map_tensors(context, file, head.entries, base).items()
     }

@@ -1,4 +1,4 @@
-"""Where the model of a call comes from: its data, a checkpoint, or a URI."""
+"""Sources of a call's tensors: its data, a checkpoint, or a URI."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
@@ -11,8 +11,8 @@ from secateur_server.errors import InvalidRequest, InvalidStateDict, ModelTooLar
 from secateur_server.operate.metrics import Metrics
 from secateur_server.runtime.context import RequestContext
 from secateur_server.runtime.scheduler import ONE_CORE_BYTES, Scheduler
-from secateur_server.state_dict.mapped import Extras, map_model, of_blob
-from secateur_server.state_dict.model import Model, stored_of, values_of, without_extras
+from secateur_server.state_dict.mapped import Extras, map_blob, map_state_dict
+from secateur_server.state_dict.state_dict import StateDict, stored_of, values_of, without_extras
 from secateur_server.storage.receiver import Receiver
 from secateur_server.storage.records import StoredFile
 from secateur_server.storage.store import Store
@@ -24,27 +24,30 @@ from secateur_server.wire.writer import Bytes, OutgoingFile
 
 
 class HasSource(Protocol):
-    """A header of any of the rpcs."""
+    """The header of an RPC that has a source."""
 
     data_bytes: int
     checkpoint: str
     uri: str
 
     def WhichOneof(self, name: Any) -> Any:  # noqa: N802 (protobuf's name)
-        """The source that is set."""
+        """Returns the name of the source that is set."""
 
 
 @dataclass(frozen=True)
 class Incoming:
-    """What a call works on.
+    """The tensors that a call works on.
 
-    read: brings the data of the parameters of some names, or of all.
-    digest: gives the hex BLAKE3 of the one file, once it is read; empty where there is none.
-    check_unchanged: to be called when the data has been used.
-    files: what a checkpoint of it is made of.
+    Attributes:
+        state_dict: Its headers are known; `read` fills in the data.
+        size: Bytes of all files.
+        read: Reads the data of the parameters of some names; None reads all.
+        digest: Returns the hex BLAKE3 of a single file once it is read, or an empty text.
+        check_unchanged: To be called after the data was used. Raises if a file has changed.
+        files: The stored files, of which a new checkpoint can be made.
     """
 
-    model: Model
+    state_dict: StateDict
     size: int
     read: Callable[[Collection[str] | None], None]
     digest: Callable[[], str]
@@ -54,9 +57,16 @@ class Incoming:
 
 @dataclass(frozen=True)
 class Sources:
-    """Opens what the headers of calls name.
+    """Opens the sources that headers name.
 
-    work_memory: bytes for one call beside its model.
+    Attributes:
+        store: Has the checkpoints.
+        uris: Reads and writes URIs.
+        device: Works on data that a call carries.
+        max_model_bytes: The largest file that is taken into memory.
+        work_memory: Bytes for one call beside its tensors.
+        scheduler: Admits calls to memory.
+        metrics: Counts what is sent and received.
     """
 
     store: Store
@@ -68,7 +78,7 @@ class Sources:
     metrics: Metrics
 
     def receiver(self, context: RequestContext) -> Receiver:
-        """Takes files into the store for the request's tenant, within their quota."""
+        """Makes a receiver that stores files for the request's tenant, within its quota."""
         tenant = context.tenant
         return Receiver(context, self.store, tenant.owner, tenant.store)
 
@@ -81,10 +91,21 @@ class Sources:
         held: ExitStack,
         keep: Receiver | None = None,
     ) -> Incoming:
-        """The model of a call, of which the headers are known.
+        """Opens the source of a call and reads the headers of its files.
 
-        extras: names of the tensors that hold scores and masks.  held: what ends with the call.
-        keep: takes the model where it is to be in the store.
+        Args:
+            context: The request.
+            header: Of the call.
+            data: The call's data.
+            extras: Names of the tensors that hold scores and masks.
+            held: Receives the resources to release when the call ends.
+            keep: Stores the files, if the call keeps them; else None.
+
+        Returns:
+            The state_dict, whose data is not read yet.
+
+        Raises:
+            InvalidRequest: The data holds scores or masks, and is to be kept.
         """
         source = header.WhichOneof("source")
         if source is None and keep is None:
@@ -92,18 +113,18 @@ class Sources:
         if source is None and extras:
             raise InvalidRequest(
                 "header.keep",
-                "the data holds scores or masks, which are not to be kept; upload the model first, "
+                "the data holds scores or masks, which cannot be kept; upload the model first, "
                 "and send them beside its checkpoint",
             )
         if source is None:
-            assert keep is not None, "what is not kept came above"
+            assert keep is not None, "data that is not kept returned above"
             stream = self.stream(data, header.data_bytes, is_hashed=False)
             size = header.data_bytes
-            landed = keep.receive("", size, stream.pieces(size))
+            received = keep.receive("", size, stream.pieces(size))
             stream.finish()
             room = self.scheduler.model(context, "header.data_bytes", min(size, self.work_memory))
             held.enter_context(room)
-            return self._mapped(context, self._stored((landed,)), None, ({}, {}), (landed,))
+            return self._mapped(context, self._stored((received,)), None, ({}, {}), (received,))
 
         def admit(size: int) -> None:
             in_memory = min(size, self.work_memory) + header.data_bytes
@@ -112,8 +133,8 @@ class Sources:
         if source == "checkpoint":
             owner = context.tenant.owner
             opened = held.enter_context(self.store.open(owner, header.checkpoint))
-            masks = of_blob(opened.masks) if opened.masks else None
-            files = [of_blob(blob) for blob in opened.files]
+            masks = map_blob(opened.masks) if opened.masks else None
+            files = [map_blob(blob) for blob in opened.files]
             stored = opened.record.files
             admit(sum(len(file.data) for file in files))
         elif keep is not None:
@@ -123,19 +144,38 @@ class Sources:
             masks, stored = None, ()
             files = self._opened(context, header.uri, held, admit)
         return self._mapped(
-            context, files, masks, self._beside(context, header.data_bytes, data, extras), stored
+            context,
+            files,
+            masks,
+            self._receive_extras(context, header.data_bytes, data, extras),
+            stored,
         )
 
     def stream(self, data: Iterator[Bytes], file_bytes: int, is_hashed: bool = True) -> ByteStream:
-        """The file of a call's data.  Errors: InvalidRequest, ModelTooLarge."""
+        """Makes a stream of the file in a call's data.
+
+        Args:
+            data: The call's data.
+            file_bytes: The size that the header declares.
+            is_hashed: Whether to hash the file. Only such a file is taken into memory.
+
+        Returns:
+            The stream.
+
+        Raises:
+            InvalidRequest: The size is less than that of any file.
+            ModelTooLarge: The size is more than the server takes into memory.
+        """
         if file_bytes < MIN_FILE_BYTES:
             raise InvalidRequest(
-                "header.data_bytes", f"{file_bytes} is less than the {MIN_FILE_BYTES} of any file"
+                "header.data_bytes",
+                f"{file_bytes} is less than {MIN_FILE_BYTES}, the smallest size of a file",
             )
         if is_hashed and file_bytes > self.max_model_bytes:
             raise ModelTooLarge(
                 "header.data_bytes",
-                f"{file_bytes} bytes; this server takes up to {self.max_model_bytes}",
+                f"{file_bytes} bytes are more than this server takes into memory, "
+                f"{self.max_model_bytes}; upload the model first",
             )
         return ByteStream(data, file_bytes, is_hashed)
 
@@ -146,14 +186,14 @@ class Sources:
         held: ExitStack,
         admit: Callable[[int], None],
     ) -> list[MappedFile]:
-        """What a URI names.  admit: is called with its bytes before they are fetched."""
+        """Opens the files of a URI. Calls `admit` with their bytes before it fetches them."""
 
         def check(size: int, fetched: int) -> None:
             if fetched > self.max_model_bytes:
                 raise ModelTooLarge(
                     "header.uri",
                     f"{quote(uri)} has {fetched} bytes; this server fetches up to "
-                    f"{self.max_model_bytes} (--max-model-bytes): upload it first",
+                    f"{self.max_model_bytes} (--max-model-bytes); upload it first",
                 )
             admit(size)
 
@@ -166,7 +206,17 @@ class Sources:
         uri: str,
         admit: Callable[[int], None] = lambda size: None,
     ) -> tuple[StoredFile, ...]:
-        """Stores what a URI names.  admit: is called with its bytes before they are fetched."""
+        """Stores the files of a URI.
+
+        Args:
+            context: The request.
+            receiver: Stores the files.
+            uri: Names a file or a folder.
+            admit: Called with the bytes of all files before they are fetched.
+
+        Returns:
+            The stored files.
+        """
 
         def check(size: int, fetched: int) -> None:
             self.store.check_size(size)
@@ -190,7 +240,14 @@ class Sources:
         files: Sequence[OutgoingFile],
         check: Callable[[], None],
     ) -> None:
-        """Writes files to a destination, as Uris.write."""
+        """Writes files to a destination.
+
+        Args:
+            context: The request.
+            uri: The destination.
+            files: To write.
+            check: Called after the files are written and before they are visible, as in Uris.write.
+        """
         self._uris(context).write(context, "header.destination_uri", uri, files, check)
 
     def _received(
@@ -201,28 +258,30 @@ class Sources:
         extras: Collection[str],
         held: ExitStack,
     ) -> Incoming:
-        """A model that the call itself carries."""
+        """The state_dict that the call itself carries."""
         stream = self.stream(data, file_bytes)
         device = self.device if file_bytes > ONE_CORE_BYTES else torch.device("cpu")
         held.enter_context(self.scheduler.model(context, "header.data_bytes", file_bytes))
         header = read_header(context, stream)
-        model = without_extras(header, extras)
+        state_dict = without_extras(header, extras)
 
         def read(names: Collection[str] | None) -> None:
             tensors = read_tensors(stream, header, device)
-            beside = {name: values_of(tensors.pop(name)) for name in model.catalog.extras}
-            model.fill(context, tensors, beside, {})
+            extra_tensors = {
+                name: values_of(tensors.pop(name)) for name in state_dict.catalog.extras
+            }
+            state_dict.fill(context, tensors, extra_tensors, {})
 
-        return Incoming(model, file_bytes, read, stream.digest)
+        return Incoming(state_dict, file_bytes, read, stream.digest)
 
-    def _beside(
+    def _receive_extras(
         self,
         context: RequestContext,
         file_bytes: int,
         data: Iterator[Bytes],
         extras: Collection[str],
     ) -> Extras:
-        """The scores and masks that come beside a checkpoint or a URI."""
+        """The scores and masks that a call sends beside a checkpoint or a URI."""
         if file_bytes == 0:
             ByteStream(data, 0).finish()
             return {}, {}
@@ -231,31 +290,32 @@ class Sources:
         for entry in header.entries:
             if entry.name not in extras:
                 raise InvalidStateDict(
-                    f"data[{quote(entry.name)}]", "holds no scores and no mask of the spec"
+                    f"data[{quote(entry.name)}]",
+                    "the spec does not use it as scores or a mask; send only tensors that it names",
                 )
         read = read_tensors(stream, header, torch.device("cpu")).items()
         values = {name: tensor.values() for name, tensor in read}
         return stored_of(header.entries), {n: v for n, v in values.items() if v is not None}
 
     def _stored(self, files: tuple[StoredFile, ...]) -> list[MappedFile]:
-        """Files that have just come into the store."""
-        return [of_blob(blob) for blob in self.store.open_files("data", files)]
+        """Maps files that were just stored."""
+        return [map_blob(blob) for blob in self.store.open_files("data", files)]
 
     def _mapped(
         self,
         context: RequestContext,
         files: Sequence[MappedFile],
         masks: MappedFile | None,
-        beside: Extras,
+        extra_tensors: Extras,
         stored: tuple[StoredFile, ...],
     ) -> Incoming:
-        """A model in mapped memory."""
+        """A state_dict in mapped files."""
 
         def check_unchanged() -> None:
             for file in files:
                 file.check_unchanged()
 
-        model, read = map_model(context, files, masks, beside)
+        state_dict, read = map_state_dict(context, files, masks, extra_tensors)
         digest = stored[0].blake3 if len(stored) == 1 else ""
         size = sum(len(file.data) for file in files)
-        return Incoming(model, size, read, lambda: digest, check_unchanged, stored)
+        return Incoming(state_dict, size, read, lambda: digest, check_unchanged, stored)

@@ -1,1 +1,1 @@
-"""Values to and from protobuf messages; nothing is measured here."""
+"""Converts values to and from protobuf messages. Nothing is measured here."""

@@ -1,4 +1,4 @@
-"""Checkpoints, files and progress to the wire."""
+"""Makes the messages of checkpoints, files and progress."""
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -10,8 +10,8 @@ from secateur_server.runtime.context import RequestContext
 from secateur_server.storage.records import Record, StoredFile
 from secateur_server.wire.writer import OutgoingFile
 
-# For each phase of a call: as the wire has it, and the share of the whole that lies before it and
-# behind it. Reading is what takes the time.
+# For each phase of a call: its enum, and the shares of the whole at its beginning and end. Reading
+# takes most of the time.
 _PHASES = {
     "": (PHASE_READ, 0.0, 0.0),
     "fetch": (PHASE_READ, 0.0, 0.4),
@@ -22,7 +22,7 @@ _PHASES = {
 
 
 def checkpoint_message(record: Record, expire_time: float | None) -> CheckpointMessage:
-    """A checkpoint.  expire_time: seconds since 1970."""
+    """Makes the message of a checkpoint. `expire_time` is in seconds since 1970."""
     message = CheckpointMessage(
         name=record.name,
         create_time=_timestamp(record.create_time),
@@ -36,18 +36,18 @@ def checkpoint_message(record: Record, expire_time: float | None) -> CheckpointM
 
 
 def file_message(file: StoredFile | OutgoingFile) -> FileMessage:
-    """A file of a model."""
+    """Makes the message of a file."""
     return FileMessage(filename=file.filename, size_bytes=file.size, blake3=file.blake3)
 
 
-def progress_message(watch: RequestContext) -> ProgressMessage:
-    """How far a call is."""
-    name, total, begin = watch.now
-    phase, before, behind = _PHASES[name]
-    within = min(1.0, (watch.done - begin) / total) if total else 0.0
-    phase = PHASE_WAIT if watch.is_waiting else phase
-    watch.share = max(watch.share, before + (behind - before) * within)
-    return ProgressMessage(phase=phase, read_bytes=watch.read, share=watch.share)
+def progress_message(context: RequestContext) -> ProgressMessage:
+    """Makes the message that says how far a call is."""
+    name, total, begin = context.now
+    phase, before, after = _PHASES[name]
+    within = min(1.0, (context.done - begin) / total) if total else 0.0
+    phase = PHASE_WAIT if context.is_waiting else phase
+    context.share = max(context.share, before + (after - before) * within)
+    return ProgressMessage(phase=phase, read_bytes=context.read, share=context.share)
 
 
 def _timestamp(nanoseconds: int) -> Timestamp:

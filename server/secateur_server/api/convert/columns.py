@@ -1,8 +1,8 @@
-"""Many messages of one type, encoded from columns.
+"""Encodes many messages of one type from columns.
 
-Of tens of thousands of tensors, or millions in a plan, a protobuf object for each takes longer than
-all the rest. What is encoded here has the bytes that protobuf gives: fields in the order of their
-numbers, and none that has its default.
+A protobuf object for each of tens of thousands of tensors, or of millions in a plan, takes longer
+than everything else. The bytes are those of protobuf: fields in the order of their numbers, without
+fields that have their default.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 _VARINT, _DOUBLE, _BYTES = 0, 1, 2
-# A varint has 7 bits in each byte, so 64 bits have up to 10.
+# A varint has 7 bits in each byte, so 64 bits take up to 10 bytes.
 _MOST_BYTES = 10
 
 
@@ -25,8 +25,8 @@ class Column:
     """Some bytes of each of many messages.
 
     Attributes:
-        data: uint8, of all messages, one behind another.
-        lengths: int64, how many bytes each message has.
+        data: uint8, all messages one after another.
+        lengths: int64, the bytes of each message.
     """
 
     data: Array
@@ -34,12 +34,12 @@ class Column:
 
 
 def numbers(field: int, values: Array) -> Column:
-    """A field of an integer type."""
+    """Encodes a field of an integer type."""
     return _only(values != 0, *_tagged(field, _VARINT, *_varints(values)))
 
 
 def doubles(field: int, values: Array, is_set: Array | None = None) -> Column:
-    """A field of type double; `is_set` says which messages have an optional one."""
+    """Encodes a field of type double. `is_set` says which messages have an optional one."""
     little = np.ascontiguousarray(values, "<f8")
     is_set = little.view(np.int64) != 0 if is_set is None else is_set
     parts = little.view(np.uint8).reshape(-1, 8)
@@ -47,25 +47,25 @@ def doubles(field: int, values: Array, is_set: Array | None = None) -> Column:
 
 
 def texts(field: int, values: Sequence[str]) -> Column:
-    """A field of type string, also where it is repeated and has one value."""
+    """Encodes a field of type string. A repeated field gets one value."""
     encoded = [value.encode() for value in values]
     return nested(field, joined(encoded))
 
 
 def joined(parts: Sequence[bytes]) -> Column:
-    """Bytes that are encoded already."""
+    """Makes a column of encoded bytes."""
     lengths = np.fromiter(map(len, parts), np.int64, len(parts))
     return Column(np.frombuffer(b"".join(parts), np.uint8), lengths)
 
 
 def nested(field: int, *columns: Column) -> Column:
-    """A field whose value is the bytes of columns: a message, a text, or packed numbers."""
+    """Encodes a field whose value is columns: a message, a text, or packed numbers."""
     head = _dense(*_tagged(field, _BYTES, *_varints(_lengths(columns))))
-    return together(head, *columns)
+    return concatenated(head, *columns)
 
 
 def packed(field: int, values: Array, counts: Array) -> Column:
-    """A repeated field of an integer type: of each message the next `counts` values."""
+    """Encodes a repeated field of an integer type. Each message has the next `counts` values."""
     every = _dense(*_varints(values))
     ends = np.cumsum(counts)
     up_to = np.concatenate([[0], np.cumsum(every.lengths)])
@@ -73,8 +73,8 @@ def packed(field: int, values: Array, counts: Array) -> Column:
     return picked(nested(field, Column(every.data, lengths)), counts > 0)
 
 
-def together(*columns: Column) -> Column:
-    """The bytes of all columns, message by message."""
+def concatenated(*columns: Column) -> Column:
+    """Joins the bytes of all columns, message by message."""
     lengths = _lengths(columns)
     starts = np.cumsum(lengths) - lengths
     data = np.empty(int(lengths.sum()), np.uint8)
@@ -88,31 +88,31 @@ def together(*columns: Column) -> Column:
 
 
 def _lengths(columns: Sequence[Column]) -> Array:
-    """How many bytes each message has of all columns."""
+    """The bytes of each message in all columns."""
     lengths: Array = np.sum([column.lengths for column in columns], 0)
     return lengths
 
 
 def parted(column: Column) -> list[bytes]:
-    """The bytes of each message."""
+    """Returns the bytes of each message."""
     data, ends = column.data.tobytes(), np.cumsum(column.lengths).tolist()
     return [data[begin:end] for begin, end in pairwise([0, *ends])]
 
 
 def field_head(field: int, length: int) -> bytes:
-    """What stands before a field of `length` bytes: a message or a text."""
+    """Returns the bytes before a field of `length` bytes: a message or a text."""
     rows, _ = _tagged(field, _BYTES, *_varints(np.array([length])))
     return rows.tobytes()
 
 
 def picked(column: Column, is_set: Array) -> Column:
-    """The column with the bytes of some messages alone."""
+    """Keeps the bytes of the messages that `is_set` selects."""
     data = column.data[np.repeat(is_set, column.lengths)]
     return Column(data, np.where(is_set, column.lengths, 0))
 
 
 def _varints(values: Array) -> tuple[Array, Array]:
-    """Varints in rows as long as the longest, and how many bytes each has."""
+    """Varints in rows as long as the longest, and the bytes of each."""
     left = np.asarray(values).astype(np.uint64)
     lengths = np.ones(len(left), np.int64)
     columns = []
@@ -127,7 +127,7 @@ def _varints(values: Array) -> tuple[Array, Array]:
 
 
 def _tagged(field: int, kind: int, rows: Array, lengths: Array) -> tuple[Array, Array]:
-    """Rows of bytes behind the tag of a field."""
+    """Rows of bytes after the tag of a field."""
     tag = _varints(np.array([field << 3 | kind]))[0]
     return np.hstack([np.repeat(tag, len(rows), 0), rows]), lengths + tag.shape[1]
 
@@ -137,5 +137,5 @@ def _only(is_set: Array, rows: Array, lengths: Array) -> Column:
 
 
 def _dense(rows: Array, lengths: Array) -> Column:
-    """The first `lengths` bytes of rows."""
+    """A column of the first `lengths` bytes of each row."""
     return Column(rows[np.arange(rows.shape[1]) < lengths[:, np.newaxis]], lengths)

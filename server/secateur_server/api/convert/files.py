@@ -1,4 +1,4 @@
-"""The files of an upload from the wire, and the page of a list."""
+"""Decodes the files of an upload, and the page token of a list."""
 
 import re
 from collections.abc import Sequence
@@ -14,46 +14,58 @@ _TOKEN = re.compile("[0-9a-f]{32}")
 
 
 def decode_files(files: Sequence[UploadFile]) -> list[tuple[StoredFile, int]]:
-    """The files of an upload, and from where on each comes.  Errors: InvalidRequest."""
+    """Decodes the files of an upload, each with the offset from which it is sent.
+
+    Raises:
+        InvalidRequest: A file is wrong.
+    """
     if not files:
-        raise InvalidRequest("header.files", "at least one file is needed, or a uri")
+        raise InvalidRequest("header.files", "is empty; send files or a uri")
     check_count("header.files", len(files), MAX_FILES)
     decoded, names = [], set()
     for index, message in enumerate(files):
         field = f"header.files[{index}]"
         file = decode_file(message.file, f"{field}.file")
         if not file.filename:
-            raise InvalidRequest(f"{field}.file.filename", "a name is needed")
+            raise InvalidRequest(f"{field}.file.filename", "is empty; send a name")
         if message.offset > file.size:
-            raise InvalidRequest(f"{field}.offset", f"{message.offset} is behind {file.size}")
+            raise InvalidRequest(
+                f"{field}.offset", f"{message.offset} is after the end, {file.size}"
+            )
         if file.filename in names:
-            raise InvalidRequest(f"{field}.file.filename", f"{quote(file.filename)} stands twice")
+            raise InvalidRequest(
+                f"{field}.file.filename", f"{quote(file.filename)} is listed twice"
+            )
         names.add(file.filename)
         decoded.append((file, message.offset))
     return decoded
 
 
 def check_count(field: str, count: int, most: int) -> None:
-    """Errors: InvalidRequest, where there are more entries than `most`."""
+    """Raises InvalidRequest if there are more entries than `most`."""
     if count > most:
         raise InvalidRequest(field, f"{count} entries; send at most {most} in one call")
 
 
 def decode_file(message: File, field: str, is_digest_required: bool = False) -> StoredFile:
-    """A file by its name, size and digest.  Errors: InvalidRequest."""
+    """Decodes a file's name, size and digest.
+
+    Raises:
+        InvalidRequest: One of them is wrong.
+    """
     name, digest = message.filename, message.blake3
     is_plain = "/" not in name and "\0" not in name and name not in (".", "..")
     if not is_plain or len(name.encode()) > 255:
-        raise InvalidRequest(f"{field}.filename", f"{quote(name)} is no name of a file")
+        raise InvalidRequest(f"{field}.filename", f"{quote(name)} is not the name of a file")
     if message.size_bytes == 0:
-        raise InvalidRequest(f"{field}.size_bytes", "a size is needed")
+        raise InvalidRequest(f"{field}.size_bytes", "is 0; send the size")
     if (digest or is_digest_required) and not _DIGEST.fullmatch(digest):
-        raise InvalidRequest(f"{field}.blake3", f"{quote(digest)} is no BLAKE3 in hexadecimal")
+        raise InvalidRequest(f"{field}.blake3", f"{quote(digest)} is not a hex BLAKE3")
     return StoredFile(name, message.size_bytes, digest)
 
 
 def page_token(text: str) -> str:
-    """Where a page begins.  Errors: InvalidRequest."""
+    """Checks a page token. Raises InvalidRequest."""
     if text and not _TOKEN.fullmatch(text):
-        raise InvalidRequest("page_token", f"{quote(text)} is no token of this server")
+        raise InvalidRequest("page_token", f"{quote(text)} is not a token of this server")
     return text

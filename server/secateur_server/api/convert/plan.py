@@ -1,9 +1,10 @@
-"""Amounts from the wire, and a plan to it."""
+"""Decodes the amounts of a plan, and encodes the plan."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from secateur_proto import plan_pb2 as pb
 from secateur_proto.pruner_pb2 import PlanHeader
@@ -19,75 +20,73 @@ from secateur_server.api.convert.columns import (
 from secateur_server.api.convert.tables import encode_choices
 from secateur_server.backends.norms import total
 from secateur_server.cut.choice import ChoiceTable
-from secateur_server.cut.plan_small import is_planned_by_runs
 from secateur_server.cut.removed import Outcome, Removed, RemovedTable
 from secateur_server.errors import InvalidRequest, InvalidSpec
-from secateur_server.fields import fraction_of
 from secateur_server.runtime.context import RequestContext
-from secateur_server.spec.rules import Amount, Rule, Selection
-from secateur_server.state_dict.parameter import Parameter
+from secateur_server.spec.amounts import AMOUNTS, Amount
+from secateur_server.spec.rules import Rule, Selection
 
 MOST_AMOUNTS = 1000
 
 
-def decode_amounts(header: PlanHeader, rules: Sequence[Rule]) -> tuple[Selection, list[Amount]]:
-    """The rule that is planned, and by what amounts.  Errors: InvalidRequest, InvalidSpec."""
-    planned = rules[-1]
-    if not isinstance(planned, Selection):
-        raise InvalidSpec(f"spec.rules[{len(rules) - 1}]", "the last one must be a selection")
-    if len(header.amounts) > MOST_AMOUNTS:
-        raise InvalidRequest(
-            "header.amounts", f"{len(header.amounts)} are more than {MOST_AMOUNTS}"
-        )
-    amounts = [_amount(a, f"header.amounts[{i}]") for i, a in enumerate(header.amounts)]
-    return planned, amounts or [planned.amount]
+def decode_amounts(
+    context: RequestContext, header: PlanHeader, rules: Sequence[Rule]
+) -> tuple[Selection, list[Amount]]:
+    """Decodes the amounts of a plan.
 
+    Args:
+        context: The request.
+        header: Of the call.
+        rules: Resolved. The last one is planned.
 
-def _amount(amount: pb.Amount, path: str) -> Amount:
-    chosen = amount.WhichOneof("amount")
-    if chosen is None:
-        raise InvalidRequest(f"{path}.amount", "fraction or count is needed")
-    if chosen == "fraction":
-        return fraction_of(amount.fraction, f"{path}.fraction")
-    return int(amount.count)
-
-
-def charge_plan(context: RequestContext, rule: Selection, amounts: Sequence[Amount]) -> None:
-    """Counts the memory of a plan of `rule`, which is resolved, by so many amounts.
+    Returns:
+        The planned rule, and its amounts.
 
     Raises:
-        RequestTooLarge: The server never has so much.
-        QueueFull: Other requests hold too much of it.
+        InvalidRequest: An amount is wrong, or there are too many.
+        InvalidSpec: The last rule is not a selection.
     """
-    names = rule.names()
-    of_tensor = _IN_ARRAYS if is_planned_by_runs(rule, amounts) else _IN_OBJECTS
-    parts = len(names) + len(rule.groups)
-    size = len(amounts) * (_NAMED * sum(map(len, names)) + of_tensor * parts)
-    what = f"a plan of {len(amounts)} amounts of {len(names)} tensors"
-    context.charge("header.amounts", size, what)
-
-
-# Bytes for a name's character, for a tensor and an amount: each name is in the answer twice, as a
-# planned tensor and in a choice, and so is each number; the answer is in memory in parts, and as a
-# whole. What is planned without arrays has an object of Python for each number.
-_NAMED, _IN_ARRAYS, _IN_OBJECTS = 4, 250, 700
+    planned = rules[-1]
+    if not isinstance(planned, Selection):
+        raise InvalidSpec(
+            f"spec.rules[{len(rules) - 1}]", "the last rule of a plan must be a selection"
+        )
+    if len(header.amounts) > MOST_AMOUNTS:
+        raise InvalidRequest(
+            "header.amounts", f"{len(header.amounts)} are more than {MOST_AMOUNTS}; send fewer"
+        )
+    amounts: list[Amount] = []
+    for index, amount in enumerate(header.amounts):
+        path, kind = f"header.amounts[{index}]", amount.WhichOneof("amount")
+        if kind is None:
+            raise InvalidRequest(f"{path}.amount", "is not set; set fraction or count")
+        amounts.append(AMOUNTS[kind](context, amount, path))
+    return planned, amounts or [planned.amount]
 
 
 def encode_plan(
     context: RequestContext,
     outcomes: Sequence[Outcome],
-    parameters: Mapping[str, Parameter],
     names: Sequence[str],
+    weights: Sequence[Tensor],
+    pruned: Sequence[int],
 ) -> Iterator[bytes]:
-    """The bytes of the amounts of a PruningPlan for the tensors `names`, in their order.
+    """Encodes the amounts of a PruningPlan, one by one: they may hold millions of tensors.
 
-    They are made amount by amount: there may be millions of tensors in all of them.
+    Args:
+        context: The request.
+        outcomes: One for each amount.
+        names: The tensors that are planned.
+        weights: Of each tensor.
+        pruned: Elements of each tensor that are pruned already.
+
+    Yields:
+        Parts of the field `amounts`.
     """
-    weights = [parameters[name].weight for name in names]
     planned = PlannedTensors(
         texts(1, names),
         np.array([weight.numel() for weight in weights], np.int64),
-        np.array([_pruned(context, parameters[name]) for name in context.each(names)], np.int64),
+        np.array(pruned, np.int64),
         np.array([weight.element_size() for weight in weights], np.int64),
     )
     of_choices = _Names()
@@ -99,13 +98,13 @@ def encode_plan(
 
 
 class _Names:
-    """The names of the tables of a plan, which are mostly one list: they are encoded once."""
+    """Encodes the names of a plan's tables once, as most tables have the same list."""
 
     def __init__(self) -> None:
         self._names: Sequence[str] | None = None
 
     def encoded(self, names: Sequence[str]) -> Column:
-        """The names as the field 1 of messages."""
+        """Returns the names as the field 1 of messages."""
         if names is not self._names:
             self._names, self._column = names, texts(1, names)
         return self._column
@@ -113,12 +112,12 @@ class _Names:
 
 @dataclass(frozen=True)
 class PlannedTensors:
-    """What all amounts have in common.
+    """The values that are the same for all amounts.
 
     Attributes:
         names: As the field 1 of messages.
         totals: Elements of each tensor.
-        before: Elements that are pruned before.
+        before: Elements of each tensor that are pruned already.
         itemsizes: Bytes of an element.
     """
 
@@ -153,7 +152,7 @@ def _planned(outcome: Outcome, planned: PlannedTensors, names: Sequence[str]) ->
 
 
 def _table(removed: Mapping[str, Removed], names: Sequence[str]) -> RemovedTable:
-    """The same in the order of `names`."""
+    """The same values in the order of `names`."""
     if isinstance(removed, RemovedTable):
         at = np.array([removed.places[name] for name in names], np.int64)
         return RemovedTable({}, removed.elements[at], removed.energy[at], removed.whole[at])
@@ -164,13 +163,8 @@ def _table(removed: Mapping[str, Removed], names: Sequence[str]) -> RemovedTable
     return RemovedTable({}, elements, energy, whole)
 
 
-def _pruned(context: RequestContext, parameter: Parameter) -> int:
-    mask = parameter.mask
-    return 0 if mask is None else parameter.weight.numel() - mask.kept(context)
-
-
 def _norm_shares(energy: Array, whole: Array) -> Array:
-    """The share of the norm that is removed; 1 where that is not a finite number."""
+    """The share of the norm that is removed; 1 if it is not finite."""
     with np.errstate(divide="ignore", invalid="ignore"):
         share = np.where(whole != 0, energy / np.where(whole != 0, whole, 1.0), 0.0)
     is_finite = np.isfinite(share)

@@ -1,7 +1,7 @@
 """A report to the wire."""
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from heapq import nlargest
 
 from secateur_proto.report_pb2 import (
@@ -12,12 +12,10 @@ from secateur_proto.report_pb2 import (
 )
 from secateur_proto.spec_pb2 import Pattern
 from secateur_server.api.convert.tables import encode_choices, tensor_reports
-from secateur_server.backends.batches import are_many, batched
 from secateur_server.backends.dtypes import WIRE_DTYPES
 from secateur_server.cut.choice import Choice
-from secateur_server.cut.small import is_small
-from secateur_server.report.measure import MOST_NAMED, measure
-from secateur_server.report.measure_small import measure_small
+from secateur_server.report.measure import MOST_NAMED, Sparsity
+from secateur_server.report.tensors import MeasuredTensors
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.catalog import Catalog
 from secateur_server.state_dict.parameter import Parameter
@@ -25,21 +23,28 @@ from secateur_server.state_dict.parameter import Parameter
 
 def encode_report(
     context: RequestContext,
-    parameters: Iterable[tuple[str, Parameter]],
+    measured: MeasuredTensors,
     catalog: Catalog,
     input_blake3: str,
     output_blake3: str = "",
-    outcomes: Sequence[Sequence[Choice]] = (),
+    choices: Sequence[Sequence[Choice]] = (),
     are_folded: bool = False,
 ) -> SparsityReport:
-    """Measures `parameters`, in their order.
+    """Makes the message of a report, without warnings.
 
-    catalog: of the whole model.
-    outcomes: for each rule of a spec its choices.
-    are_folded: the parameters are sent with their masks applied, and without masks.
+    Args:
+        context: The request.
+        measured: The counts of the tensors that the report covers.
+        catalog: Of the whole state_dict.
+        input_blake3: The digest of the file that came; empty if it is not known.
+        output_blake3: The digest of the file that is sent; empty if it is not known.
+        choices: The choices of each rule of a spec.
+        are_folded: Whether the tensors are sent with their masks applied, and without masks.
+
+    Returns:
+        The message.
     """
-    covered = dict(parameters)
-    report = SparsityReport.FromString(_tensors(context, covered.items(), are_folded))
+    report = SparsityReport.FromString(_tensors(measured, are_folded))
     tensors = list(report.tensors)
     by_name = {tensor.name: tensor for tensor in tensors} if catalog.other_names else {}
     for other, name in catalog.other_names.items():
@@ -48,28 +53,23 @@ def encode_report(
     report.zeros = sum(tensor.zeros for tensor in tensors)
     report.total = sum(tensor.total for tensor in tensors)
     report.sparsity = _share(report.zeros, report.total)
-    for choices in outcomes:
-        report.rules.add().MergeFromString(encode_choices(context, choices))
+    for of_rule in choices:
+        report.rules.add().MergeFromString(encode_choices(context, of_rule))
     report.input_blake3, report.output_blake3 = input_blake3, output_blake3
-    report.coverage.CopyFrom(_coverage(catalog, covered))
+    report.coverage.CopyFrom(_coverage(catalog, measured.parameters.keys()))
     return report
 
 
-def _tensors(
-    context: RequestContext, parameters: Collection[tuple[str, Parameter]], is_folded: bool
-) -> bytes:
-    """The field `tensors` of a report, encoded; small tensors are measured together."""
-    small = [of for of in parameters if is_small(of[1]) and of[1].weight.dim()]
-    small = small if are_many(small) else []
-    found: dict[str, bytes] = {}
-    for part in batched([parameter.weight.numel() for _, parameter in small]):
-        context.check()
-        names, of_names = zip(*small[part], strict=True)
-        measured = measure_small(context, of_names)
-        found.update(zip(names, tensor_reports(names, of_names, measured, is_folded), strict=True))
+def _tensors(measured: MeasuredTensors, is_folded: bool) -> bytes:
+    """The field `tensors` of a report, encoded."""
+    parameters, others = measured.parameters, measured.others
+    encoded: dict[str, bytes] = {}
+    for names, counts in measured.batches:
+        covered = [parameters[name] for name in names]
+        encoded.update(zip(names, tensor_reports(names, covered, counts, is_folded), strict=True))
     return b"".join(
-        found[name] if name in found else _tensor(context, name, parameter, is_folded)
-        for name, parameter in parameters
+        encoded[name] if name in encoded else _tensor(name, parameter, others[name], is_folded)
+        for name, parameter in parameters.items()
     )
 
 
@@ -85,9 +85,8 @@ def _coverage(catalog: Catalog, names: Collection[str]) -> Coverage:
     )
 
 
-def _tensor(context: RequestContext, name: str, parameter: Parameter, is_folded: bool) -> bytes:
+def _tensor(name: str, parameter: Parameter, found: Sparsity, is_folded: bool) -> bytes:
     weight = parameter.weight
-    found = measure(context, parameter)
     report = TensorReport(
         name=name,
         shape=weight.shape,

@@ -1,4 +1,4 @@
-"""The server's version, features and limits to the wire."""
+"""Encodes the server's version, features and limits."""
 
 from importlib.metadata import version
 
@@ -9,7 +9,7 @@ from secateur_proto import spec_pb2
 
 
 def encode_server_info(max_model_bytes: int) -> pb.GetServerInfoResponse:
-    """The answer of GetServerInfo; the contract itself says what this server can do."""
+    """Makes the answer of GetServerInfo. Features are read from the contract's descriptors."""
     return pb.GetServerInfoResponse(
         version=version("secateur"),
         outputs=_values(pb.Output.DESCRIPTOR),
@@ -23,10 +23,10 @@ def encode_server_info(max_model_bytes: int) -> pb.GetServerInfoResponse:
 
 
 def _values(enum: EnumDescriptor) -> list[str]:
-    """The names of an enum's values, without the one that stands for no value."""
+    """The names of an enum's values, without the unspecified one."""
     return [value.name for value in enum.values if value.number]
 
 
 def _fields(oneof: str) -> list[str]:
-    """The names of the fields of one of Selection's choices."""
+    """The names of the fields of a oneof of Selection."""
     return [field.name for field in spec_pb2.Selection.DESCRIPTOR.oneofs_by_name[oneof].fields]

@@ -1,4 +1,4 @@
-"""Reports and choices of many small tensors to the wire."""
+"""Encodes reports and choices of many small tensors."""
 
 from collections.abc import Sequence
 
@@ -30,12 +30,15 @@ from secateur_server.state_dict.parameter import Parameter
 def encode_choices(
     context: RequestContext, choices: Sequence[Choice], names: Column | None = None
 ) -> bytes:
-    """The bytes of choices as the field 1, as RuleReport and PlannedAmount have them.
+    """Encodes choices as the field 1 of RuleReport and PlannedAmount.
 
     Args:
-        context: Of the request.
+        context: The request.
         choices: Of one rule.
         names: The field `tensors` of a table, if it is encoded already.
+
+    Returns:
+        The bytes.
     """
     if isinstance(choices, ChoiceTable) and are_many(choices):
         return _encode_table(choices, names or texts(1, choices.tensors))
@@ -43,7 +46,7 @@ def encode_choices(
 
 
 def encode_choice(choice: Choice) -> ChoiceMessage:
-    """What one choice came to."""
+    """Makes the message of a choice."""
     return ChoiceMessage(
         tensors=choice.tensors,
         candidates=choice.candidates,
@@ -76,7 +79,17 @@ def _encode_table(table: ChoiceTable, names: Column) -> bytes:
 def tensor_reports(
     names: Sequence[str], parameters: Sequence[Parameter], measured: Measured, is_folded: bool
 ) -> list[bytes]:
-    """The reports of small tensors, each as the field `tensors` of a SparsityReport."""
+    """Encodes the reports of small tensors.
+
+    Args:
+        names: Of the tensors.
+        parameters: Of each name.
+        measured: The counts of all of them.
+        is_folded: Whether they are sent with their masks applied, and without masks.
+
+    Returns:
+        For each tensor the bytes of the field `tensors` of a SparsityReport.
+    """
     has_mask = np.array([p.mask is not None and not is_folded for p in parameters])
     reports = nested(
         1,
@@ -95,7 +108,7 @@ def tensor_reports(
 
 
 def _kinds(parameters: Sequence[Parameter]) -> Column:
-    """The fields that tensors of one shape and dtype have in common."""
+    """The fields that are the same for tensors of one shape and dtype."""
     kinds: dict[object, bytes] = {}
     parts = []
     for parameter in parameters:
@@ -116,7 +129,7 @@ def _zero_slices(measured: Measured) -> Column:
 
 
 def _patterns(measured: Measured) -> list[Column]:
-    """Patterns, of each m those tensors' that have one."""
+    """For each m, the patterns of the tensors that have one."""
     found = []
     for m, most in zip(GROUPS, measured.layouts.most_ones.T, strict=True):
         pattern = nested(11, numbers(1, most), numbers(2, np.full(len(most), m)))
@@ -125,7 +138,7 @@ def _patterns(measured: Measured) -> list[Column]:
 
 
 def _zero_blocks(measured: Measured) -> list[Column]:
-    """Blocks, for each side up to the last of which a tensor has any."""
+    """Blocks for each side, up to the last side that a tensor has any of."""
     found = []
     is_set = measured.dims > 1
     for side, nonzero in zip(SIDES, measured.layouts.nonzero_blocks.T, strict=True):

@@ -1,4 +1,4 @@
-"""A model between its files and the pruning: one file or shards, and the parameters in them."""
+"""A state_dict between its files and the pruning: files or shards, and parameters in them."""
 
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,22 +31,26 @@ from secateur_server.wire.writer import (
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of a model, of which it may be the only one."""
+    """A file of a state_dict, which may be its only one."""
 
     filename: str
     entries: Sequence[Entry]
     metadata: Mapping[str, str]
 
 
-class Model:
-    """A state_dict.
+class StateDict:
+    """The tensors of one or more files. The catalog is known before the data is read.
 
-    catalog is known once the headers are; the rest once `fill` has returned:
-    tensors: what the files have, without the masks of pairs.
-    parameters: what can be pruned, on the tensors' memory.
-    extras: uploaded scores and masks.
-    masks: of parameters that were pruned since the files were stored; they have prior ones in them.
-    is_mapped: whether the weights are files, which are not to be written to.
+    Attributes:
+        shards: The files.
+        index: The index of several shards; None for a single file.
+        is_mapped: Whether the weights are mapped files, which must not be written to.
+        catalog: Names, shapes and dtypes. All attributes below are empty until `fill` returns.
+        tensors: The tensors of the files, without the masks of pairs.
+        parameters: The tensors that can be pruned, in the memory of `tensors`.
+        extras: Uploaded scores and masks.
+        masks: Masks of the parameters that were pruned after the files were stored. They include
+            prior masks.
     """
 
     def __init__(
@@ -56,7 +60,18 @@ class Model:
         index: Index | None = None,
         is_mapped: bool = False,
     ) -> None:
-        """Errors: InvalidPair, InvalidStateDict."""
+        """Reads the catalog.
+
+        Args:
+            shards: The files, with the entries of their headers.
+            extras: Uploaded scores and masks, which are not part of the state_dict.
+            index: The index of several shards.
+            is_mapped: Whether the weights are mapped files.
+
+        Raises:
+            InvalidPair: A weight and its mask do not fit.
+            InvalidStateDict: A tensor is in two files.
+        """
         self.shards = shards
         self.index = index
         self.is_mapped = is_mapped
@@ -72,11 +87,24 @@ class Model:
         self.masks: Mapping[str, Mask] = {}
 
     def named(self, context: RequestContext, field: str, patterns: Sequence[str]) -> list[str]:
-        """The prunable tensors that `patterns` mean; the floating ones, where there are none."""
+        """Finds the parameters that names and globs mean.
+
+        Args:
+            context: The request.
+            field: The path of `patterns` in the request.
+            patterns: Names and globs. If empty, all floating tensors are meant.
+
+        Returns:
+            Names in the order of the files.
+
+        Raises:
+            UnknownTensor: A pattern matches no tensor.
+            NotPrunable: A name is of a tensor that cannot be pruned.
+        """
         return match(context, field, patterns, self.catalog) if patterns else self.catalog.floating
 
     def files_of(self, names: Collection[str]) -> set[str]:
-        """What the files call the tensors that make up some parameters."""
+        """Returns the names that the files have for the tensors of some parameters."""
         return {stored for name in names for stored in self.catalog.pairs.get(name, (name,))}
 
     def fill(
@@ -86,24 +114,42 @@ class Model:
         extras: Mapping[str, Tensor],
         masks: Mapping[str, Mask],
     ) -> None:
-        """The data has come: all of it, or that of some parameters.  Errors: InvalidPair."""
+        """Takes the data, of all tensors or of those of some parameters.
+
+        Args:
+            context: The request.
+            tensors: The tensors of the files, by their names there. Masks of pairs are removed.
+            extras: Uploaded scores and masks.
+            masks: As the attribute `masks`.
+
+        Raises:
+            InvalidPair: A mask has a value other than 0 and 1.
+        """
         self.tensors, self.extras, self.masks = tensors, extras, masks
         for name in self.catalog.prunable:
             orig, *stored = self.catalog.pairs.get(name, (name,))
             tensor, kept = tensors.get(orig), masks.get(name)
             if tensor is None:
                 continue
-            # As bits a mask is a small part of what it is in the weight's dtype.
+            # Packed at once: in the weight's dtype a mask takes 16 or 32 times the memory.
             priors = [(mask, tensors.pop(mask)) for mask in stored]
             if priors and kept is None:
                 kept = _prior_mask(context, priors)
             self.parameters[name] = Parameter(values_of(tensor), kept, tensor.scan)
 
     def files(self, context: RequestContext, are_folded: Container[str]) -> list[OutgoingFile]:
-        """All tensors, in the files that they came in, and in their order.
+        """Makes files like those that the tensors came in, in the same order.
 
-        are_folded: of these the masks are applied to the weights; other pruned ones are pairs.
-        Errors: InvalidStateDict, where a pair's names are taken.
+        Args:
+            context: The request.
+            are_folded: The names of the parameters whose masks are applied. Other pruned parameters
+                are written as pairs.
+
+        Returns:
+            The files, and the index of several shards.
+
+        Raises:
+            InvalidStateDict: Another tensor has a name that is to be written.
         """
         written = self._layout(are_folded)
         files = [
@@ -115,27 +161,37 @@ class Model:
         return files
 
     def size(self, are_folded: Container[str]) -> int:
-        """Bytes of what `files` gives, without a look at the data."""
+        """Predicts the bytes of what `files` makes, without reading the data.
+
+        Args:
+            are_folded: As for `files`.
+
+        Returns:
+            Bytes of all files.
+
+        Raises:
+            InvalidStateDict: As `files` does.
+        """
         written = self._layout(are_folded)
-        of_shards = [
+        sizes = [
             state_dict_head(written[shard.filename], self._metadata(shard))[1]
             for shard in self.shards
         ]
-        return sum(of_shards) + (len(self.index.rewritten(written)) if self.index else 0)
+        return sum(sizes) + (len(self.index.rewritten(written)) if self.index else 0)
 
     def _metadata(self, shard: Shard) -> dict[str, str]:
-        """What a file says beside its tensors, with the ties of those that it has."""
+        """Metadata of a file, with the ties of the tensors in it."""
         return write_ties(shard.metadata, read_ties(shard.metadata, self.catalog.stored))
 
     def _layout(self, are_folded: Container[str]) -> dict[str, dict[str, Outgoing]]:
-        """What is written to each file, by the tensors' names."""
+        """The tensors that are written to each file, by their names."""
         written: dict[str, dict[str, Outgoing]] = {shard.filename: {} for shard in self.shards}
         for stored, name, outgoing in self._written(are_folded):
             written[self._shard_of[stored]][name] = outgoing
         return written
 
     def _written(self, are_folded: Container[str]) -> Iterator[tuple[str, str, Outgoing]]:
-        """What each tensor of the files becomes: as it was called, as it is called, itself."""
+        """For each written tensor its name in the files that came, its new name, and its data."""
         names = {orig: name for name, (orig, *_) in self.catalog.pairs.items()}
         seen: set[str] = set()
         for stored, tensor in self.tensors.items():
@@ -144,7 +200,7 @@ class Model:
                 if key in seen or (key in self.tensors and key != stored):
                     raise InvalidStateDict(
                         f"data[{quote(key)}]",
-                        f"stands where the pruned {quote(name)} is to be written",
+                        f"has a name that the pruned {quote(name)} needs; rename one of them",
                     )
                 seen.add(key)
                 yield stored, key, outgoing
@@ -152,40 +208,40 @@ class Model:
     def _becomes(
         self, name: str, stored: str, tensor: WireTensor, are_folded: Container[str]
     ) -> Iterator[tuple[str, Outgoing]]:
-        """What one tensor becomes, under its new names."""
+        """The tensors that one tensor is written as, under their new names."""
         parameter = self.parameters.get(name)
-        as_it_is = Outgoing(tensor.dtype, tensor.shape, lambda: [tensor.data])
+        unchanged = Outgoing(tensor.dtype, tensor.shape, lambda: [tensor.data])
         mask = parameter.mask if parameter else None
         if parameter is None or mask is None:
-            yield stored, as_it_is
+            yield stored, unchanged
         elif name in are_folded and self.is_mapped:
             yield name, Outgoing(tensor.dtype, tensor.shape, lambda: folded(parameter))
-        elif name in are_folded:  # in its own memory
-            yield name, as_it_is
+        elif name in are_folded:  # `fold` has written to the weight itself
+            yield name, unchanged
         else:
             dtype = TORCH_DTYPES[tensor.dtype]
-            yield f"{name}_orig", as_it_is
+            yield f"{name}_orig", unchanged
             numbers = Outgoing(tensor.dtype, tensor.shape, lambda: _as_numbers(mask, dtype))
             yield f"{name}_mask", numbers
 
 
 def _shards_of(shards: Sequence[Shard]) -> dict[str, str]:
-    """From each tensor's name to the name of its file.  Errors: InvalidStateDict."""
+    """Maps each tensor's name to its file's. Raises InvalidStateDict if two files have it."""
     found: dict[str, str] = {}
     for shard in shards:
         for entry in shard.entries:
             if entry.name in found:
                 raise InvalidStateDict(
                     f"data[{quote(entry.name)}]",
-                    f"stands in {quote(found[entry.name])} and in {quote(shard.filename)}",
+                    f"is in two files, {quote(found[entry.name])} and {quote(shard.filename)}",
                 )
             found[entry.name] = shard.filename
     return found
 
 
 def stored_of(entries: Iterable[Entry]) -> dict[str, Stored]:
-    """Tensors of a file, as a catalog has them."""
-    kinds: dict[tuple[str, Shape], Stored] = {}  # of many tensors there are few
+    """Describes the tensors of a file, by their names."""
+    kinds: dict[tuple[str, Shape], Stored] = {}  # many tensors share few kinds
     stored = {}
     for entry in entries:
         kind = entry.dtype, entry.shape
@@ -195,33 +251,33 @@ def stored_of(entries: Iterable[Entry]) -> dict[str, Stored]:
     return stored
 
 
-def without_extras(header: Header, extras: Collection[str]) -> Model:
-    """The model of a file that holds scores and masks as well, named `extras`."""
-    model = [entry for entry in header.entries if entry.name not in extras]
-    beside = [entry for entry in header.entries if entry.name in extras]
-    return Model([Shard("", model, header.metadata)], stored_of(beside))
+def without_extras(header: Header, extras: Collection[str]) -> StateDict:
+    """Makes the state_dict of a file that also holds the uploaded scores and masks `extras`."""
+    own = [entry for entry in header.entries if entry.name not in extras]
+    others = [entry for entry in header.entries if entry.name in extras]
+    return StateDict([Shard("", own, header.metadata)], stored_of(others))
 
 
 def values_of(tensor: WireTensor) -> Tensor:
-    """The values of a tensor that a catalog let through."""
+    """Returns the values of a tensor that the catalog lists as prunable, or of a mask."""
     values = tensor.values()
     assert values is not None, "the catalog lets no other dtype through"
     return values
 
 
 def masks_of(parameters: Mapping[str, Parameter]) -> dict[str, Mask]:
-    """The masks of those parameters that have one."""
+    """Returns the masks of the parameters that have one."""
     masks = ((name, parameter.mask) for name, parameter in parameters.items())
     return {name: mask for name, mask in masks if mask is not None}
 
 
 def packed_masks(context: RequestContext, masks: Mapping[str, Mask]) -> OutgoingFile:
-    """A file of masks, as bits."""
+    """Makes a file of masks, one bit for each element."""
     return flat_file(context, "", {name: mask.bits for name, mask in masks.items()})
 
 
 def _prior_mask(context: RequestContext, priors: Sequence[tuple[str, WireTensor]]) -> Mask | None:
-    """What all of some masks, by name, keep.  Errors: InvalidPair."""
+    """Combines the masks of the names of a tensor: an element is kept if all masks keep it."""
     kept: Mask | None = None
     for name, tensor in priors:
         mask = to_mask(context, values_of(tensor), InvalidPair, f"data[{quote(name)}]")
@@ -230,6 +286,6 @@ def _prior_mask(context: RequestContext, priors: Sequence[tuple[str, WireTensor]
 
 
 def _as_numbers(mask: Mask, dtype: torch.dtype | None) -> Iterator[Tensor]:
-    """A mask of 0 and 1 in a dtype, in parts."""
+    """Yields a mask as 0 and 1 in `dtype`, part by part."""
     for begin, end in spans(mask.elements, backend_for(mask.bits.device).piece):
         yield mask.flags(begin, end).to(dtype)

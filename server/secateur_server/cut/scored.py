@@ -1,0 +1,272 @@
+"""Tensors and groups with the scores of their units."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from secateur_server.backends.keys import INFINITY
+from secateur_server.backends.masks import Mask
+from secateur_server.backends.randomness import RandomScores
+from secateur_server.cut.normalize import combined, normalized
+from secateur_server.cut.score import Ranking, refuse_nan, score_units
+from secateur_server.errors import quote
+from secateur_server.granularity.group import Group
+from secateur_server.granularity.groups import expand_group
+from secateur_server.granularity.groups_at_once import candidates_of, score_members
+from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.rules import Selection
+from secateur_server.state_dict.parameter import Parameter
+
+Masks = dict[str, Mask]
+
+
+@dataclass(frozen=True)
+class ScoredTensor:
+    """A tensor, or a group of slices of several tensors, with the scores of its units.
+
+    Attributes:
+        name: Of the tensor or group.
+        ranking: The scores.
+        candidates: How many units are still unpruned.
+        expand: Makes the masks of its tensors from a mask of kept units. Prior masks are not
+            included.
+        costs: Returns for each unit the elements that are pruned with it, and the sum of their
+            squares. None if units are elements.
+        unit_bytes: Bytes of a unit; None if units differ.
+        rows: Rows of the grid of units; 0 for a group.
+        sparse_share: By ERK, the density is in proportion to this; 0 for a group.
+    """
+
+    name: str
+    ranking: Ranking
+    candidates: int
+    expand: Callable[[RequestContext, Mask], Masks]
+    costs: Callable[[RequestContext], tuple[Tensor, Tensor]] | None = None
+    unit_bytes: int | None = None
+    rows: int = 0
+    sparse_share: float = 0.0
+
+
+def split_by_scope(
+    context: RequestContext, rule: Selection, names: Sequence[str]
+) -> list[tuple[str, ...]]:
+    """Splits the tensors, or groups, of a rule into the sets whose units are compared."""
+    if rule.scope in ("row", "tensor"):
+        return [(name,) for name in names]
+    if rule.scope == "global":
+        return [tuple(names)] if names else []
+    kinds: dict[str, list[str]] = {}
+    # Fang et al. 2024, Isomorphic Pruning: tensors of the same structure are compared.
+    for name in context.each(names):
+        kinds.setdefault(re.sub(r"\d+", "#", name), []).append(name)
+    return [tuple(kind) for kind in kinds.values()]
+
+
+def score_tensors(
+    context: RequestContext,
+    rule: Selection,
+    names: Sequence[str],
+    parameters: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
+) -> list[ScoredTensor]:
+    """Scores the units of tensors, or groups, that are compared.
+
+    Args:
+        context: The request.
+        rule: Resolved.
+        names: Of the tensors or groups.
+        parameters: All that the rule reads.
+        extras: Uploaded scores.
+
+    Returns:
+        The scored tensors, in the order of `names`.
+
+    Raises:
+        NanScores: A score is NaN.
+        InvalidSpec: The scores cannot be normalized.
+    """
+    if rule.groups:
+        (groups,) = score_groups(context, rule, [names], parameters, extras)
+        return groups
+    tensors = [
+        _scored_tensor(context, rule, name, parameters, extras) for name in context.each(names)
+    ]
+    if rule.normalization is None or any(
+        isinstance(s.ranking.scores, RandomScores) for s in tensors
+    ):
+        return tensors
+    rankings = normalized(context, rule, [tensor.ranking for tensor in tensors])
+    return [replace(s, ranking=r) for s, r in zip(context.each(tensors), rankings, strict=True)]
+
+
+def _scored_tensor(
+    context: RequestContext,
+    rule: Selection,
+    name: str,
+    parameters: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
+) -> ScoredTensor:
+    granularity, (weight, mask, _) = rule.granularity, parameters[name]
+    assert granularity is not None, "the rule has no groups"
+    ranking = score_tensor(context, rule, name, parameters, extras)
+    scores, _ = _replacement(rule, name, parameters, extras)
+    values = scores if scores is not None and scores.shape == weight.shape else weight
+    sizes, shape = granularity.unit_elements(weight.shape), weight.shape
+    grid = granularity.grid(shape)
+    return ScoredTensor(
+        name,
+        ranking,
+        ranking.count_candidates(context),
+        lambda context, kept: {name: granularity.expand(context, kept, values, mask)},
+        None
+        if granularity.is_element
+        else lambda context: granularity.costs(context, weight, values, mask),
+        None if sizes is None else sizes * weight.element_size(),
+        grid[0] if grid else 1,
+        sum(shape) / weight.numel() if shape else 1.0,
+    )
+
+
+def score_tensor(
+    context: RequestContext,
+    rule: Selection,
+    name: str,
+    parameters: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
+) -> Ranking:
+    """Scores the units of one tensor.
+
+    Args:
+        context: The request.
+        rule: Resolved, and without groups.
+        name: Of the tensor.
+        parameters: All that the rule reads.
+        extras: Uploaded scores.
+
+    Returns:
+        The units with their scores.
+
+    Raises:
+        NanScores: A score is NaN.
+    """
+    granularity, parameter = rule.granularity, parameters[name]
+    assert granularity is not None, "the rule has no groups"
+    if rule.has_element_units and rule.importance.is_value and not (rule.scores or rule.scales):
+        return _score_elements(context, name, parameter)
+    scores, field = _replacement(rule, name, parameters, extras)
+    # Slices of one tensor are compared by their norms, with the bits of torch.
+    is_mean = rule.scope != "tensor" or not granularity.is_normed
+    # Scoring N:M groups takes longer than all else. It is not needed if all groups are pruned.
+    is_whole = rule.amount.is_everything and not rule.guard_rails.rails
+    is_all = is_whole and granularity.is_part and rule.allocation != "lamp"
+    return score_units(
+        context, name, parameter, scores, rule.importance, granularity, is_mean, is_all, field
+    )
+
+
+def _score_elements(context: RequestContext, name: str, parameter: Parameter) -> Ranking:
+    """The elements of a weight, scored by their values. Fast, for thousands of small tensors."""
+    weight, mask, seen = parameter
+    if seen is None or seen.largest > INFINITY.get(weight.dtype, 0):
+        refuse_nan(context, weight, mask, f"data[{quote(name)}]", seen)
+    sample = seen.sample if seen else None
+    return Ranking(name, weight.numel(), weight.reshape(-1), mask, weight.device, sample)
+
+
+def _replacement(
+    rule: Selection,
+    name: str,
+    parameters: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
+) -> tuple[Tensor | None, str]:
+    """The scores that replace a weight, and the path in errors of the tensor that is scored."""
+    if name in rule.scores:
+        return extras[rule.scores[name]], f"data[{quote(rule.scores[name])}]"
+    if name in rule.scales:
+        return parameters[rule.scales[name]].weight, f"data[{quote(rule.scales[name])}]"
+    return None, f"data[{quote(name)}]"
+
+
+def score_groups(
+    context: RequestContext,
+    rule: Selection,
+    ranked: Sequence[Sequence[str]],
+    parameters: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
+) -> list[list[ScoredTensor]]:
+    """Scores all groups of a rule; small groups are scored at once.
+
+    Args:
+        context: The request.
+        rule: Resolved.
+        ranked: Sets of names. The groups of a set are compared, and normalized jointly.
+        parameters: All that the rule reads.
+        extras: Uploaded scores.
+
+    Returns:
+        The scored groups of each set.
+
+    Raises:
+        NanScores: A score is NaN.
+        InvalidSpec: The scores cannot be normalized.
+    """
+    groups = [rule.groups_by_name[name] for names in ranked for name in names]
+    candidates = candidates_of(context, groups, parameters)
+    scores: list[tuple[Tensor | RandomScores, float]]
+    by_name = [rule.importance.by_name(group.name) for group in context.each(groups)]
+    if all(by_name):
+        scores = [(random, 0.0) for random in by_name if random]
+    else:
+        members = _member_scores(context, rule, groups, parameters, extras, candidates)
+        names, sizes = [group.name for group in groups], list(map(len, ranked))
+        scores = [*combined(context, rule, members, candidates, names, sizes)]
+    scored = (
+        _scored_group(context, group, values, mask, floor, parameters)
+        for group, (values, floor), mask in zip(groups, scores, candidates, strict=True)
+    )
+    return [[next(scored) for _ in context.each(names)] for names in ranked]
+
+
+def _scored_group(
+    context: RequestContext,
+    group: Group,
+    scores: Tensor | RandomScores,
+    candidates: Mask | None,
+    floor: float,
+    parameters: Mapping[str, Parameter],
+) -> ScoredTensor:
+    first = group.members[0]
+    device = parameters[first.tensor].weight.device
+    ranking = Ranking(group.name, first.units, scores, candidates, device, offset=floor)
+    expand = partial(expand_group, group=group, parameters=parameters)
+    return ScoredTensor(group.name, ranking, ranking.count_candidates(context), expand)
+
+
+def _member_scores(
+    context: RequestContext,
+    rule: Selection,
+    groups: Sequence[Group],
+    parameters: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
+    candidates: Sequence[Mask | None],
+) -> list[list[Tensor]]:
+    """The scores of the scored members of each group: float64, flat."""
+    for group, mask in zip(context.each(groups), candidates, strict=True):
+        if holder := rule.scores.get(group.name):  # these replace the scores of all members
+            refuse_nan(context, extras[holder], mask, f"data[{quote(holder)}]")
+    own = [group for group in groups if group.name not in rule.scores]
+    scored = (member.tensor for group in own for member in group.members if member.is_scored)
+    for name in context.each(dict.fromkeys(scored)):
+        parameter, field = parameters[name], f"data[{quote(name)}]"
+        refuse_nan(context, parameter.weight, parameter.mask, field, parameter.scan)
+    members = iter(score_members(context, own, parameters, rule.importance.order))
+    return [
+        [extras[rule.scores[group.name]].to(torch.float64).abs()]
+        if group.name in rule.scores
+        else next(members)
+        for group in groups
+    ]
