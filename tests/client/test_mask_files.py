@@ -228,12 +228,12 @@ def test_a_wrong_file_of_numpy_says_what_it_is(
 
 def test_masks_of_other_shapes_are_refused(client: secateur.Client, tmp_path: Path) -> None:
     save_file({"fc": np.ones((8, 5), np.bool_)}, tmp_path / "m.safetensors")
-    with pytest.raises(secateur.InvalidSpec, match=r"\[5, 8\].*\[8, 5\]"):
+    with pytest.raises(secateur.InvalidSpec, match=r"\[8, 5\].*\[5, 8\]"):
         client.prune(MODEL, secateur.custom_from_mask(tmp_path / "m.safetensors"))
     header = b'{"fc":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}'
     data = struct.pack("<Q", len(header)) + header + b"\1\1"
     (tmp_path / "bits.safetensors").write_bytes(data)
-    with pytest.raises(secateur.InvalidSpec, match=r"\[5, 8\].*\[2\]"):
+    with pytest.raises(secateur.InvalidSpec, match=r"\[2\].*\[5, 8\]"):
         client.prune(MODEL, secateur.custom_from_mask(tmp_path / "bits.safetensors"))
 
 
@@ -258,7 +258,7 @@ def test_bits_after_the_last_element_are_refused(client: secateur.Client, elemen
     assert (np.asarray(result.masks["w"]) == kept).all()
     if elements % 8:
         bits[-1] |= 1 << elements % 8
-        with pytest.raises(secateur.InvalidSpec, match=f"behind the last of {elements}"):
+        with pytest.raises(secateur.InvalidSpec, match=f"bits after the last of {elements} "):
             client.prune(model, secateur.custom_from_mask({"w": bits}))
-    with pytest.raises(secateur.InvalidSpec, match="a mask of shape"):
+    with pytest.raises(secateur.InvalidSpec, match="a mask must have shape"):
         client.prune(model, secateur.custom_from_mask({"w": np.append(bits, bits)}))

@@ -354,7 +354,7 @@ def test_quota_in_service_blocks_its_own_tenant_only(house: House, name: str, si
 
 def test_a_model_above_a_tenants_memory_is_refused_at_once(house: House) -> None:
     with house.client("light") as light:
-        with pytest.raises(QuotaExceeded, match=f"light may have {MEMORY} in .* raise `memory`"):
+        with pytest.raises(QuotaExceeded, match=f"{MEMORY} of tenant 'light'.* raise `memory`"):
             light.report(model(1, MEMORY))
         assert light.report(model(1, MEMORY // 2)).total == MEMORY // 8
 

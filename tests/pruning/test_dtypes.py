@@ -21,7 +21,7 @@ from secateur_server.granularity.element import Element
 from secateur_server.importance.magnitude import Magnitude
 from secateur_server.report.measure import measure
 from secateur_server.runtime.context import RequestContext
-from secateur_server.spec.amounts import Fraction
+from secateur_server.spec.amounts import Count
 from secateur_server.spec.rules import Selection
 from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
@@ -472,7 +472,7 @@ def test_many_units_are_cut_as_few_are(
     weight = numbers((count,), dtype)
     gone = count // 3
     (kept,) = lowest([weight], gone)
-    rule = Selection("r", ("w",), Magnitude(), Element(), "tensor", Fraction(gone))
+    rule = Selection("r", ("w",), Magnitude(), Element(), "tensor", Count(gone))
     zeros = int(((weight.double() == 0) | ~kept).sum())
     for enabled in (True, False):
         monkeypatch.setattr(kernels, "enabled", enabled)

@@ -20,11 +20,11 @@ from secateur_server.granularity.slice import Slice
 from secateur_server.importance.magnitude import Magnitude
 from secateur_server.importance.random import Random
 from secateur_server.runtime.context import RequestContext
-from secateur_server.spec.amounts import Fraction
 from secateur_server.spec.rules import Scope, Selection
 from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
 from tests.pruning.bits import packed, unpacked
+from tests.pruning.defined import amount_of
 from tests.pruning.torch_side import EXACT, HALF, distinct, lowest_slices
 
 Answer = tuple[dict[str, Tensor], list[Sequence[Choice]]]
@@ -40,7 +40,7 @@ def rule(
 ) -> Selection:
     scope: Scope = "global" if is_global else "tensor"
     return Selection(
-        "rule", tuple(names), importance, granularity, scope, Fraction(amount), scores or {}
+        "rule", tuple(names), importance, granularity, scope, amount_of(amount), scores or {}
     )
 
 

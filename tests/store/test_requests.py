@@ -119,7 +119,7 @@ FILE = "header.files[0].file"
 @pytest.mark.parametrize(
     ("files", "field", "part"),
     [
-        ([], "header.files", "at least one"),
+        ([], "header.files", "is empty"),
         ([upload_file(named("a/b"))], f"{FILE}.filename", "'a/b'"),
         ([upload_file(named(".."))], f"{FILE}.filename", "'..'"),
         ([upload_file(named("."))], f"{FILE}.filename", "'.'"),
