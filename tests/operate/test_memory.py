@@ -1,11 +1,14 @@
 """The memory of a server: the model, its masks as bits, and little more."""
 
 import re
+import threading
 from pathlib import Path
 
+import pytest
 import torch
 
 import secateur
+from secateur_server.runtime import memory as runtime_memory
 from tests.conftest import start_server, stop_server
 
 
@@ -55,3 +58,24 @@ def test_threads_keep_no_memory_of_the_calls_that_they_served() -> None:
             assert grown(240) < 40 * weights.nbytes  # of 240 calls in as many threads
     finally:
         stop_server(server)
+
+
+def test_the_thread_that_returns_memory_ends_whenever_it_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also in the moment in which it has just found that it is not closed."""
+    monkeypatch.setattr(runtime_memory, "DELAY_SECONDS", 0.0)
+    trimmer = runtime_memory.Trimmer()
+
+    class Closed(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            is_closed = super().wait(timeout)
+            if not is_closed:
+                self.set()
+                trimmer._has_ended.set()
+            return is_closed
+
+    trimmer._is_closed = Closed()
+    trimmer.request_ended()
+    trimmer._thread.join(60)
+    assert not trimmer._thread.is_alive()

@@ -30,9 +30,10 @@ class Trimmer:
     def _run(self) -> None:
         while True:
             self._has_ended.wait()
+            # Before the check, as `close` may set both events at any time after it.
+            self._has_ended.clear()
             if self._is_closed.wait(DELAY_SECONDS):
                 return
-            self._has_ended.clear()
             if _free_bytes() > KEPT_BYTES:
                 _LIBC.malloc_trim(0)
 
