@@ -81,20 +81,9 @@ def _numbers(rule: Selection, name: str, candidates: Tensor, width: int, first: 
 
 def _largest(keys: Tensor, counts: Tensor) -> Tensor:
     """Bool: the `counts[i]` largest keys of each row i. Of equal keys, the last ones are kept."""
+    backend = backend_for(keys.device)
     kept = torch.empty(keys.shape, dtype=torch.bool, device=keys.device)
     for count in sorted(set(counts.tolist())):
         rows = counts == count
-        kept[rows] = _largest_of_each(keys[rows], count)
-    return kept
-
-
-def _largest_of_each(keys: Tensor, count: int) -> Tensor:
-    place = keys.shape[1] - count
-    if place == 0:
-        return torch.ones_like(keys, dtype=torch.bool)
-    cut = keys.kthvalue(place, dim=1, keepdim=True).values
-    kept, ties = keys > cut, keys == cut
-    kept_ties = count - kept.sum(1)
-    for row in (kept_ties > 0).nonzero().flatten().tolist():
-        kept[row, ties[row].nonzero().flatten()[-kept_ties[row] :]] = True
+        kept[rows] = backend.largest(keys[rows].unsqueeze(2), count).squeeze(2)
     return kept
