@@ -9,13 +9,13 @@ import itertools
 import os
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import torch
 
 from secateur_server.backends.buffers import BUFFERS
 from secateur_server.backends.cgroups import cores
-from secateur_server.backends.threads import start_all
+from secateur_server.backends.threads import Pool
 from secateur_server.runtime.context import Found, Item, RequestContext
 
 CORES = cores(len(os.sched_getaffinity(0)))
@@ -33,7 +33,9 @@ def _start_in_pool() -> None:
     _thread.in_pool = True
 
 
-_POOL = ThreadPoolExecutor(CORES, thread_name_prefix="pieces", initializer=_start_in_pool)
+@cache
+def _pool() -> Pool:
+    return Pool(CORES, "pieces", _start_in_pool)
 
 
 def start_threads() -> None:
@@ -42,7 +44,7 @@ def start_threads() -> None:
     Raises:
         RuntimeError: The system refuses to start one.
     """
-    start_all(_POOL, CORES)
+    _pool()
     BUFFERS.start()
 
 
@@ -58,5 +60,5 @@ def map_on_cores(
     size = max(1, len(pieces) // (8 * CORES))
     shares = [pieces[begin : begin + size] for begin in range(0, len(pieces), size)]
 
-    found = _POOL.map(lambda share: context.map(function, share), shares)
+    found = _pool().map(lambda share: context.map(function, share), shares)
     return list(itertools.chain.from_iterable(found))

@@ -7,7 +7,7 @@ work fails; in gRPC's serving loop it would end the loop.
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -96,17 +96,3 @@ def _do(future: "Future[Any] | None", work: Callable[[], Any]) -> None:
     except BaseException as error:
         future.set_exception(error)
         future = None  # the error has this frame: they would keep each other, and the model
-
-
-def start_all(pool: ThreadPoolExecutor, count: int) -> None:
-    """Starts the `count` threads that a pool may have.
-
-    Raises:
-        RuntimeError: The system refuses to start so many threads.
-    """
-    are_started = threading.Event()  # each thread waits for it, so that none takes two tasks
-    try:
-        for _ in range(count):
-            pool.submit(are_started.wait)
-    finally:
-        are_started.set()
