@@ -1,6 +1,6 @@
 """Writes tensors as safetensors files, one part at a time."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -154,6 +154,11 @@ def state_dict_head(
 def bytes_file(context: RequestContext, filename: str, data: bytes) -> OutgoingFile:
     """A file of `data`."""
     return OutgoingFile(filename, len(data), _digest(context, [data]), lambda: [data])
+
+
+def digest_of(files: Sequence[OutgoingFile]) -> str:
+    """Returns the digest of a single file; empty for several files or none."""
+    return files[0].blake3 if len(files) == 1 else ""
 
 
 def chunks(
