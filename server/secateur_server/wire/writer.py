@@ -201,7 +201,7 @@ _JOINED_BYTES = 1 << 16
 
 
 def _digest(context: RequestContext, parts: Iterable[Bytes]) -> str:
-    digest = blake3()
+    digest = blake3(max_threads=blake3.AUTO)  # large parts are hashed by all cores
     for part in track_progress(context, parts):
         digest.update(part)
     return digest.hexdigest()
