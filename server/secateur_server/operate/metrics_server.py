@@ -1,7 +1,7 @@
 """The HTTP server of /metrics, which Prometheus scrapes.
 
 One thread serves all connections. At most MAX_CONNECTIONS are open: a new one replaces the oldest,
-once that one has had GRACE_SECONDS to send its request. So connections of strangers take neither
+once the oldest has had GRACE_SECONDS to send its request. So connections of strangers take neither
 threads nor file descriptors from gRPC, and a burst of them does not cut off a scraper.
 """
 

@@ -38,12 +38,7 @@ _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "AL
 
 @contextmanager
 def statuses(context: RequestContext, call: grpc.ServicerContext) -> Iterator[None]:
-    """Ends a call whose block raises an error with the status of that error.
-
-    Args:
-        context: The request.
-        call: Its call.
-    """
+    """Ends a call whose block raises an error with the status of that error."""
     try:
         yield
     except RequestError as error:
@@ -64,11 +59,7 @@ def statuses(context: RequestContext, call: grpc.ServicerContext) -> Iterator[No
 
 
 def note_shutdown(context: RequestContext) -> None:
-    """Records the shutdown as the reason of a call that gRPC ended before its handler returned.
-
-    Args:
-        context: The request.
-    """
+    """Records the shutdown as the reason of a call that gRPC ended before its handler returned."""
     error = context.interruption() if context.interruption else None
     if isinstance(error, ShuttingDown):
         context.reason, context.error = error.reason, str(error)
@@ -98,12 +89,7 @@ class _Ending(grpc.Status):
 
 
 def to_status(error: RequestError, request_id: str) -> Status:
-    """Converts an error to google.rpc.Status, with its reason and the path of its field.
-
-    Args:
-        error: To convert.
-        request_id: Of the request.
-    """
+    """Converts an error to google.rpc.Status, with its reason and the path of its field."""
     details: list[Message] = [
         ErrorInfo(reason=error.reason, domain="secateur", metadata=error.metadata),
         RequestInfo(request_id=request_id),

@@ -42,9 +42,6 @@ def read_tokens(path: Path) -> dict[bytes, Tenant]:
         store = "100GiB"                 # of checkpoints
         allow = ["file:///models/vision", "s3://bucket/vision"]
 
-    Args:
-        path: Of the file.
-
     Returns:
         The tenants, by the SHA-256 of each of their tokens.
 
