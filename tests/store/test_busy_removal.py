@@ -168,7 +168,8 @@ def test_victims_are_chosen_in_one_pass(tmp_path: Path, monkeypatch: pytest.Monk
         return files(entry)
 
     monkeypatch.setattr(Entry, "files", looked_at)
-    quota = (count - going + 2 * 2) * DISK_BLOCK  # records, and two files with their sums
+    # Records, their folder, and two files with their sums.
+    quota = (count - going + 1 + 2 * 2) * DISK_BLOCK
     newest = store.uploads.begin(owner, 100, quota=quota)
     store.uploads.write(newest, bytes(range(100)))
     assert store.count == count - going

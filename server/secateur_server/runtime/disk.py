@@ -40,7 +40,7 @@ def full_disk() -> Iterator[None]:
 
 @contextmanager
 def disk_errors(advice: str = "send it again") -> Iterator[None]:
-    """Raises StoreFull if the block fails because the disk is full, else StoreFailed with advice."""
+    """Raises StoreFull if the block fails because the disk is full, else StoreFailed."""
     try:
         with full_disk():
             yield

@@ -41,11 +41,10 @@ class Trimmer:
 class _MallInfo(ctypes.Structure):
     """struct mallinfo2 of glibc; fordblks: free bytes of all arenas."""
 
-    _fields_ = tuple(
-        (name, ctypes.c_size_t)
-        for name in (
-            "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
-        ).split()
+    _fields_ = (
+        ("others", ctypes.c_size_t * 8),
+        ("fordblks", ctypes.c_size_t),
+        ("keepcost", ctypes.c_size_t),
     )
 
 

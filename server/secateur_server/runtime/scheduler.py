@@ -251,4 +251,3 @@ class Scheduler:
             yield
         finally:
             self._cores.release(context.tenant, 1)
-

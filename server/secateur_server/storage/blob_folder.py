@@ -12,13 +12,7 @@ from threading import Condition
 from secateur_server.errors import RequestError
 from secateur_server.runtime.disk import disk_errors
 from secateur_server.storage.accounts import Entry
-from secateur_server.storage.blobs import (
-    Blob,
-    disk_bytes,
-    has_blob,
-    open_blob,
-    remove_blob,
-)
+from secateur_server.storage.blobs import Blob, disk_bytes, has_blob, open_blob, remove_blob
 from secateur_server.storage.records import StoredFile
 from secateur_server.storage.references import References
 from secateur_server.storage.staged_file import StagedFile
@@ -42,11 +36,11 @@ class Trash:
 
 
 class BlobFolder:
-    """A folder of blobs with their reference counts.
+    """A folder of blobs with their reference counts, which the store's lock guards.
 
     Args:
-        folder: Of the blobs.
-        lock: The store's.
+        folder: The folder.
+        lock: The store's lock.
         check_folder: Raises StoreFailed if the folder is not the store's any more.
 
     Attributes:
@@ -76,7 +70,7 @@ class BlobFolder:
         """Removes references to blobs.
 
         Returns:
-            The digests of blobs without references. The caller must pass them to `remove`.
+            The digests of blobs without references, which the caller must pass to `remove`.
         """
         with self._lock:
             unused = {file.blake3: disk_bytes(file.size) for file in self.references.release(files)}
@@ -136,11 +130,7 @@ class BlobFolder:
         self._damaged.discard(digest)
 
     def open(self, checkpoint: str, file: StoredFile) -> Blob:
-        """Opens a blob.
-
-        Args:
-            checkpoint: The name of its checkpoint, for errors.
-            file: Which blob.
+        """Opens a blob of a checkpoint.
 
         Raises:
             DataLoss: The blob is missing, or has another size.

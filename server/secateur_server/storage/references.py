@@ -43,11 +43,7 @@ class References:
                 self.bytes += disk_bytes(file.size)
 
     def release(self, files: Iterable[StoredFile]) -> list[StoredFile]:
-        """Removes a reference from each file.
-
-        Returns:
-            The files that have no reference left.
-        """
+        """Removes a reference from each file. Returns the files that have no reference left."""
         unused = []
         for file in files:
             self._counts[file.blake3] -= 1
@@ -71,9 +67,6 @@ class Holder(Protocol):
 
 class PlannedRelease:
     """The effect of releasing references, computed without releasing them.
-
-    Args:
-        references: Of which some would be released.
 
     Attributes:
         freed: Bytes on disk that the release of all added holders frees.

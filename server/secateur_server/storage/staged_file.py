@@ -23,9 +23,6 @@ class StagedFile:
     Several calls may have a staged file, since a newer call takes it over from an older one. A lock
     keeps two threads from using it at once.
 
-    Args:
-        path: Of the file, in the folder of staged files.
-
     Attributes:
         size: Bytes that have been written.
         reserved: Bytes that it may take on disk; the store counts them.
@@ -104,14 +101,8 @@ class StagedFile:
         """The hex BLAKE3 of the bytes written so far."""
         return self._whole.hexdigest()
 
-    def finish(self, blobs: Path) -> str:
-        """Makes the file a blob, synced to disk.
-
-        Args:
-            blobs: The folder of blobs.
-
-        Returns:
-            The digest of the blob.
+    def finish(self, blobs: Path) -> None:
+        """Makes the file a blob in the folder `blobs`, synced to disk.
 
         Raises:
             StoreFull, StoreFailed: The disk failed.
@@ -119,9 +110,9 @@ class StagedFile:
         """
         with self._busy, self._lost_on_error():
             self._open()
-            return self._finish(blobs)
+            self._finish(blobs)
 
-    def _finish(self, blobs: Path) -> str:
+    def _finish(self, blobs: Path) -> None:
         if self.size % BLOCK:
             self._end_block()
         target = blobs / self.digest()
@@ -138,7 +129,6 @@ class StagedFile:
         finally:
             sums.unlink(missing_ok=True)
             self._discard()
-        return target.name
 
     def discard(self) -> None:
         """Removes the file."""
