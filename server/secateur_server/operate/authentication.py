@@ -23,7 +23,7 @@ class Authenticator:
     """Identifies the tenant of a call. Without a tokens file, each token is a tenant of its own.
 
     Args:
-        path: Of the tokens file; None: everybody may call.
+        path: The tokens file; None: everybody may call.
         reloaded: Called each time that the file has changed, with whether it could be read.
 
     Raises:

@@ -71,7 +71,7 @@ def server_credentials(files: TlsFiles, reloaded: Callable[[bool], None]) -> grp
     """Credentials that are reloaded, if their files have changed, when a connection begins.
 
     Args:
-        files: Of the certificate.
+        files: The certificate and its key.
         reloaded: Called each time that the files have changed, with whether they could be used.
 
     Raises:

@@ -46,8 +46,8 @@ def missed_weights(
 
     Args:
         context: The request.
-        rules: As in the request.
-        catalog: Of the whole state_dict.
+        rules: The rules of the request, not resolved.
+        catalog: The catalog of the whole state_dict.
         covered: The names of the tensors that the spec prunes.
     """
     shapes = catalog.prunable
@@ -84,7 +84,7 @@ def _scope(glob: str) -> str:
 def _named(context: RequestContext, rules: Sequence[Rule], catalog: Catalog) -> set[str]:
     """The tensors that the rules name, also those that guard rails exclude."""
     matched = (
-        match(context, rule.path, [*rule.patterns()], catalog) for rule in rules if rule.patterns()
+        match(context, rule.path, rule.patterns(), catalog) for rule in rules if rule.patterns()
     )
     return set(chain.from_iterable(matched))
 

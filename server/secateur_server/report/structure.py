@@ -37,8 +37,8 @@ class Structure:
     Attributes:
         patterns: (n, m) with n < m, for each m of GROUPS: at most n of m consecutive elements along
             the second dimension are not zero. Tensors of one dimension use the first.
-        zero_blocks: Of the tensor as a matrix of its first dimension and all others, for SIDES up
-            to the last that has any. Empty under 2 dimensions.
+        zero_blocks: The zero blocks of the tensor as a matrix of its first dimension and all
+            others, for SIDES up to the last that has any. Empty under 2 dimensions.
     """
 
     patterns: tuple[tuple[int, int], ...]

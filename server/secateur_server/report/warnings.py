@@ -1,4 +1,4 @@
-"""Warns the caller of a Prune of results that may not be meant.
+"""Warns the caller of a Prune about results that may not be meant.
 
 Checks read the request and the report. No check reads a weight.
 """

@@ -93,7 +93,7 @@ class Budget:
 
     @property
     def held(self) -> int:
-        """What requests hold now."""
+        """The amount that all requests hold now."""
         return self._total
 
     @property

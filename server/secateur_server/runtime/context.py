@@ -16,8 +16,8 @@ Found = TypeVar("Found")
 # Creates a new error each time: an error keeps the frames that it passed, and with them the model.
 Interruption = Callable[[], Cancelled]
 
-# Loops over up to so many items check for cancellation once: a generator around each loop of a
-# small state_dict costs more than the loop. Work on a large item checks by itself, for each piece.
+# Loops over up to FEW items check for cancellation once: a generator around each loop of a small
+# state_dict costs more than the loop. Work on a large item checks by itself, for each piece.
 FEW = 16
 
 
@@ -31,7 +31,7 @@ class Tenant:
     """The sender of a request, with its quotas. None: no quota.
 
     Attributes:
-        name: From the tokens file; empty without one.
+        name: The name in the tokens file; empty without a tokens file.
         owner: The owner of the checkpoints that the tenant sees.
         memory: Bytes of models that are served at once.
         requests: Requests that are served at once.
@@ -89,13 +89,13 @@ class RequestContext:
         method: The RPC.
         id: The caller's x-request-id, or one made by the server.
         peer: The caller's address.
-        deadline: By time.monotonic(); None: no deadline.
+        deadline: A time of time.monotonic(); None: no deadline.
         work_memory: Bytes that the request may take beside its state_dict; None: no limit.
         scratch: The folder for data that does not fit in `work_memory`.
         charge: The scheduler's, for `charge`.
 
     Attributes:
-        tenant: Who sends the request.
+        tenant: The sender of the request.
         now: The phase (fetch, read, prune or write), the bytes that it takes (0: unknown), and
             `done` when it began. One tuple, so that other threads read a consistent value.
         done: Bytes processed in all phases.

@@ -5,7 +5,7 @@ import threading
 
 # Seconds after the end of a request. Requests that end meanwhile are handled together.
 DELAY_SECONDS = 1.0
-# So much is kept for the next requests, since returning and allocating memory takes time.
+# Kept for the next requests, since returning and allocating memory takes time.
 KEPT_BYTES = 64 << 20
 
 

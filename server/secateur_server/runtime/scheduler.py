@@ -36,7 +36,7 @@ MAX_MESSAGE_BYTES = 16 << 20
 # Shares of --memory-limit, on top of it.
 FIRST_MESSAGES, OTHER = 1 / 16, 1 / 8
 MIN_OTHER_BYTES = 64 << 20
-# Smaller charges are not counted: each call takes so much anyway.
+# Smaller charges are not counted: each call takes as much anyway.
 SMALL_BYTES = 64 << 10
 # State_dicts up to this size are processed by one core each.
 ONE_CORE_BYTES = 4 << 20

@@ -1,4 +1,4 @@
-"""How much a selection prunes of the units that are compared.
+"""Amounts: how much a selection prunes of the units that are compared.
 
 One class for each kind. A new kind is a class here, and a line in AMOUNTS.
 """
@@ -19,7 +19,7 @@ from secateur_server.spec.matching import by_tensor, first_matches, not_pruned
 
 Ints = npt.NDArray[np.integer[Any]]
 
-# The most for one unit: their sums stay finite, and whole numbers exact for most models.
+# The most operations of one unit: so their sums are finite, and exact for most models.
 MOST_OPERATIONS = 1e15
 
 # As PruningSpec in spec.proto lists it.
@@ -93,7 +93,7 @@ class Amount(Protocol):
             context: The request.
             path: The path of the selection in the request.
             names: The tensors, or groups, that the rule prunes.
-            known: From every name of these to the tensor.
+            known: Maps every name of these to the tensor.
 
         Raises:
             InvalidSpec: The names do not fit the tensors.

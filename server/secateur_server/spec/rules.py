@@ -113,7 +113,7 @@ class Selection:
         """The names of uploaded tensors that are not part of the state_dict."""
         return self.scores.values()
 
-    def patterns(self) -> Collection[str]:
+    def patterns(self) -> Sequence[str]:
         """The names and globs by which a rule of the request selects tensors."""
         return self.tensors
 
@@ -147,7 +147,7 @@ class CustomMasks:
     def extras(self) -> Collection[str]:
         return [holder for _, holder in self.masks]
 
-    def patterns(self) -> Collection[str]:
+    def patterns(self) -> Sequence[str]:
         return ()
 
     def names(self) -> Collection[str]:

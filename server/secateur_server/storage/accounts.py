@@ -95,7 +95,7 @@ class Account:
     Attributes:
         entries: Checkpoints by id, the least recently used first.
         ids: Ids of the checkpoints, the oldest first.
-        uploads: In the order in which they began.
+        uploads: The uploads, in the order in which they began.
         unfinished: Uploads that a later call may resume, by digest and size.
         references: The references to the files of all checkpoints and uploads.
         records: The number of records, including those that are about to be written or removed.

@@ -116,12 +116,7 @@ class BlobFolder:
         return digest not in self._damaged and has_blob(self.folder / digest, size)
 
     def put(self, staged: StagedFile) -> None:
-        """Makes a staged file a blob.
-
-        Raises:
-            StoreFull, StoreFailed: The disk failed.
-            TakenOver: The staged file has been discarded.
-        """
+        """Makes a staged file a blob. Raises the errors of StagedFile."""
         self.check_folder()
         staged.finish(self.folder)
 

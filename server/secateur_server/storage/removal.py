@@ -15,7 +15,12 @@ from secateur_server.runtime.disk import disk_errors
 from secateur_server.storage.accounts import Accounts, Entry, Upload
 from secateur_server.storage.blob_folder import BlobFolder, Trash
 from secateur_server.storage.folders import FolderLock
-from secateur_server.storage.records import record_path, remove_records, write_record
+from secateur_server.storage.records import (
+    StoredFile,
+    record_path,
+    remove_records,
+    write_record,
+)
 
 _ADVICE = "retry after the operator has repaired it"
 _owner = attrgetter("owner")
@@ -32,9 +37,18 @@ class Removal:
 
     def count(self, entry: Entry) -> None:
         """Counts a checkpoint, and adds references to its blobs. The caller has the lock."""
-        self._blobs.acquire(entry.files())
+        self.acquire(entry.owner, entry.files())
         self._accounts.count_record(entry)
-        self._accounts.acquire(entry.owner, entry.files())
+
+    def acquire(self, owner: str, files: list[StoredFile]) -> None:
+        """Adds references of an owner to blobs. The caller has the lock."""
+        self._blobs.acquire(files)
+        self._accounts.acquire(owner, files)
+
+    def release(self, owner: str, files: list[StoredFile], trash: Trash) -> None:
+        """Reverses `acquire`. The caller has the lock, and removes `trash` later."""
+        self._accounts.release(owner, files)
+        trash.blobs += self._blobs.release(files)
 
     def drop(self, entry: Entry, trash: Trash) -> None:
         """Takes a checkpoint out of the index. The caller has the lock, and must `finish`."""
@@ -44,8 +58,7 @@ class Removal:
 
     def forget(self, entry: Entry, trash: Trash) -> None:
         """Reverses `count`. The caller has the lock, and must `finish`."""
-        trash.blobs += self._blobs.release(entry.files())
-        self._accounts.release(entry.owner, entry.files())
+        self.release(entry.owner, entry.files(), trash)
         self._accounts.forget_record(entry)
 
     def drop_upload(self, upload: Upload, trash: Trash) -> None:
@@ -56,8 +69,7 @@ class Removal:
             trash.staged.append(upload.staged)
             self._accounts.reserve(upload.owner, upload.staged, -upload.staged.reserved)
         else:
-            self._accounts.release(upload.owner, upload.files())
-            trash.blobs += self._blobs.release(upload.files())
+            self.release(upload.owner, upload.files(), trash)
 
     def finish(self, trash: Trash) -> None:
         """Removes files from the disk. The caller must not have the lock.
@@ -75,11 +87,7 @@ class Removal:
         _raise_first(failed.values())
 
     def remove_unreadable(self, owner: str, ident: str) -> None:
-        """Removes a damaged record.
-
-        Raises:
-            StoreFailed, StoreFull: The disk did not remove it.
-        """
+        """Removes a damaged record. Raises StoreFailed or StoreFull if the disk does not."""
         _raise_first(self._remove_from(owner, [ident]).values())
 
     def _remove_records(self, entries: list[Entry]) -> dict[Entry, Exception]:

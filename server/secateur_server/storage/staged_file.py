@@ -18,7 +18,8 @@ class StagedFile:
     """A file that is being received. Its file on disk is created with the first byte.
 
     After a disk error the staged file is lost: the kernel may have dropped the data that it could
-    not write, and reports this only once.
+    not write, and reports this only once. So methods raise StoreFull or StoreFailed from the first
+    failure of the disk on, and TakenOver once the file has been discarded.
 
     Several calls may have a staged file, since a newer call takes it over from an older one. A lock
     keeps two threads from using it at once.
@@ -37,12 +38,7 @@ class StagedFile:
         self._file: FileIO | None = None
 
     def suspend(self) -> None:
-        """Closes the file until the next write, since a process has few file descriptors.
-
-        Raises:
-            StoreFull, StoreFailed: The disk failed.
-            TakenOver: The file has been discarded.
-        """
+        """Closes the file until the next write, since a process has few file descriptors."""
         with self._busy, self._lost_on_error():
             if self._file:
                 self._disk.sync()  # a later descriptor would not report an earlier write error
@@ -73,12 +69,7 @@ class StagedFile:
             self._disk = DurableFile(self._file.fileno())
 
     def write(self, data: bytes | memoryview) -> None:
-        """Appends `data`.
-
-        Raises:
-            StoreFull, StoreFailed: The disk failed.
-            TakenOver: The file has been discarded.
-        """
+        """Appends `data`."""
         with self._busy, self._lost_on_error():
             self._open()
             self._write(memoryview(data))
@@ -102,12 +93,7 @@ class StagedFile:
         return self._whole.hexdigest()
 
     def finish(self, blobs: Path) -> None:
-        """Makes the file a blob in the folder `blobs`, synced to disk.
-
-        Raises:
-            StoreFull, StoreFailed: The disk failed.
-            TakenOver: The file has been discarded.
-        """
+        """Makes the file a blob in the folder `blobs`, synced to disk."""
         with self._busy, self._lost_on_error():
             self._open()
             self._finish(blobs)

@@ -138,7 +138,7 @@ class Uploads:
                 "the file from there on",
             )
         if is_whole:
-            self._acquire(upload)
+            self._removal.acquire(upload.owner, upload.files())
         elif before:
             before.is_taken_over = True  # the older call ends with its next byte
             self._accounts.discard(before)
@@ -148,11 +148,6 @@ class Uploads:
             self._space.policy.check(upload.owner, needed, upload.quota)
             upload.staged = StagedFile(self._scratch / secrets.token_hex(8))
         self._accounts.add(upload)
-
-    def _acquire(self, upload: Upload, file: StoredFile | None = None) -> None:
-        files = [file] if file else upload.files()
-        self._blobs.acquire(files)
-        self._accounts.acquire(upload.owner, files)
 
     def write(self, upload: Upload, data: bytes | memoryview) -> None:
         """Writes the next bytes of a file, but for those that the store has.
@@ -205,24 +200,22 @@ class Uploads:
             self._blobs.wait_until_removed(file.blake3)
             _check_not_taken_over(upload)
             upload.is_finishing = True
-            self._acquire(upload, file)  # before the blob exists, so that nobody removes it
+            # Before the blob exists, so that nobody removes it.
+            self._removal.acquire(upload.owner, [file])
             self._accounts.reserve(upload.owner, staged, -staged.reserved)
         try:
             self._blobs.put(staged)
         except BaseException:
             self.abandon(upload)
-            self._release(upload.owner, file)
+            trash = Trash()
+            with self._lock:
+                self._removal.release(upload.owner, [file], trash)
+            self._blobs.remove(trash)
             raise
         with self._lock:
             self._accounts.finished(upload)
             upload.digest, upload.staged, upload.is_finishing = file.blake3, None, False
             self._blobs.mark_repaired(file.blake3)
-
-    def _release(self, owner: str, file: StoredFile) -> None:
-        with self._lock:
-            self._accounts.release(owner, [file])
-            unused = self._blobs.release([file])
-        self._blobs.remove(Trash(blobs=unused))
 
     def _check_whole(self, context: RequestContext, file: StoredFile) -> None:
         blob = self._blobs.open("data", file)
