@@ -83,6 +83,7 @@ class Amount(Protocol):
         Raises:
             AmountOutOfRange: The units cannot have this amount.
         """
+        return
 
     def resolve(
         self, context: RequestContext, path: str, names: Sequence[str], known: Mapping[str, str]
