@@ -4,6 +4,7 @@ import platform
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
+from typing import NamedTuple
 
 import torch
 from grpc import StatusCode
@@ -54,6 +55,7 @@ class Metrics:
     def __init__(self, device: torch.device) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
+        self._series: dict[Method, _Series] = {}
         self._counter = partial(Counter, registry=self.registry)
         self._gauge = partial(Gauge, registry=self.registry)
         self._histogram = partial(Histogram, registry=self.registry)
@@ -103,12 +105,13 @@ class Metrics:
         self._pruned = self._counter(
             "secateur_pruned_elements_total", "Elements that became pruned."
         )
-        self._stages = self._histogram(
+        stages = self._histogram(
             "secateur_stage_seconds",
             "Time of a call in each stage, summed over threads.",
             ("stage",),
             buckets=SECONDS,
         )
+        self._stages = {name: stages.labels(name) for name in STAGES}
         self._queue = self._histogram(
             "secateur_queue_seconds", "Time that a call waited for memory.", buckets=SECONDS
         )
@@ -169,16 +172,11 @@ class Metrics:
     def _create_series(self) -> None:
         """Creates all series at the start: Prometheus misses the first increase of a new one."""
         for method in _METHODS.values():
-            labels = _labels(method)
-            self._started.labels(*labels)
-            self._handling.labels(*labels)
-            self.messages(method)
             for code in StatusCode:
-                self._handled.labels(*labels, go_code_name(code.name))
+                self._handled.labels(*_labels(method), go_code_name(code.name))
+            self._series_of(method)
         for reason in _reasons():
             self._rejected.labels(reason)
-        for stage in STAGES:
-            self._stages.labels(stage)
         for reason in EVICTION_REASONS:
             self._evictions.labels(reason)
 
@@ -233,19 +231,18 @@ class Metrics:
 
     def began(self, call: RequestContext) -> None:
         """Counts a call that begins."""
-        self._started.labels(*_labels(call.method)).inc()
+        self._series_of(call.method).started.inc()
         self._in_flight.inc()
 
     def ended(self, call: RequestContext) -> None:
         """Counts a call that has ended, with its times."""
-        labels = _labels(call.method)
         self._in_flight.dec()
-        self._handling.labels(*labels).observe(call.seconds)
-        self._handled.labels(*labels, call.code).inc()
+        self._series_of(call.method).handling.observe(call.seconds)
+        self._handled.labels(*_labels(call.method), call.code).inc()
         if call.reason:
             self._rejected.labels(call.reason).inc()
         for name, stage in call.stages.items():
-            self._stages.labels(name).observe(stage.seconds)
+            self._stages[name].observe(stage.seconds)
         if call.queued is not None:
             self._queue.observe(call.queued)
         if call.time_to_report is not None:
@@ -253,8 +250,20 @@ class Metrics:
 
     def messages(self, method: Method) -> tuple[Counter, Counter]:
         """The counters of a method's messages, received and sent."""
-        labels = _labels(method)
-        return self._messages_received.labels(*labels), self._messages_sent.labels(*labels)
+        series = self._series_of(method)
+        return series.received, series.sent
+
+    def _series_of(self, method: Method) -> "_Series":
+        """The series of a method, cached, since their labels take longer than counting."""
+        if method not in self._series:
+            labels = _labels(method)
+            self._series[method] = _Series(
+                self._started.labels(*labels),
+                self._handling.labels(*labels),
+                self._messages_received.labels(*labels),
+                self._messages_sent.labels(*labels),
+            )
+        return self._series[method]
 
     def reloaded(self, file: str, is_good: bool) -> None:
         """Counts a file that has changed, with whether it could be used."""
@@ -286,6 +295,13 @@ class Metrics:
         self._pruned.inc(count)
         self._sparsity.observe(sparsity)
         context.pruned = count
+
+
+class _Series(NamedTuple):
+    started: Counter
+    handling: Histogram
+    received: Counter
+    sent: Counter
 
 
 def go_code_name(code: str) -> str:
