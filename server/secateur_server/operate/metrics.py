@@ -2,7 +2,6 @@
 
 import platform
 from collections.abc import Callable
-from functools import partial
 from importlib.metadata import version
 from typing import NamedTuple
 
@@ -16,6 +15,44 @@ from secateur_server.backends.memory import memory_of
 from secateur_server.errors import RequestError
 from secateur_server.runtime.context import Method, RequestContext
 from secateur_server.runtime.scheduler import Scheduler
+
+HELP = {
+    "grpc_server_started_total": "RPCs started on the server.",
+    "grpc_server_handled_total": "RPCs completed on the server, regardless of success or failure.",
+    "grpc_server_handling_seconds": "Response latency of RPCs that the server handled, in seconds.",
+    "grpc_server_msg_received_total": "RPC stream messages received on the server.",
+    "grpc_server_msg_sent_total": "RPC stream messages sent by the server.",
+    "secateur_requests_in_flight": "RPCs that have begun and not ended, including waiting ones.",
+    "secateur_rejected_requests_total": "RPCs that failed, by the reason in google.rpc.ErrorInfo.",
+    "secateur_received_bytes_total": "Bytes of models received.",
+    "secateur_sent_bytes_total": "Bytes of masks and models sent.",
+    "secateur_elements_total": "Elements of tensors that were reported.",
+    "secateur_pruned_elements_total": "Elements that became pruned.",
+    "secateur_stage_seconds": "Time of a call in each stage, summed over threads.",
+    "secateur_queue_seconds": "Time that a call waited for memory.",
+    "secateur_time_to_report_seconds": "Time from the start of a call to its report.",
+    "secateur_result_sparsity_ratio": "Share of zeros in the tensors that were pruned.",
+    "secateur_reloads_total": "Reloads of changed files, by result.",
+    "secateur_store_bytes": "Bytes of checkpoints on disk.",
+    "secateur_store_limit_bytes": "Bytes that checkpoints may take.",
+    "secateur_checkpoints": "Checkpoints kept.",
+    "secateur_evictions_total": "Evicted checkpoints, by reason: room (for others), quota, or ttl.",
+    "secateur_evicted_bytes_total": "Bytes on disk that evictions freed.",
+    "secateur_fetched_bytes_total": "Bytes fetched from URIs.",
+    "secateur_fetched_disk_bytes": "Bytes on disk of fetched files of running calls.",
+    "secateur_uploads_broken_total": "Uploads whose connection broke.",
+    "secateur_uploads_resumed_total": "Uploads that were resumed.",
+    "secateur_model_bytes": "Bytes of memory of the models that are being served.",
+    "secateur_memory_limit_bytes": "The limit of secateur_model_bytes.",
+    "secateur_requests_waiting": "RPCs that wait for memory, or for a quota of their tenant.",
+    "secateur_requests_waiting_for_quota": "RPCs that wait for a quota of their tenant.",
+    "secateur_messages_waiting": "RPCs whose first message waits to be received.",
+    "secateur_queue_limit": "RPCs that may wait.",
+    "secateur_request_bytes": "Bytes of memory of first messages, headers, specs and plans.",
+    "secateur_request_limit_bytes": "The limit of secateur_request_bytes.",
+    "secateur_device_memory_used_bytes": "Memory of the device in use by any process.",
+    "secateur_device_memory_free_bytes": "Free memory of the device.",
+}
 
 # From a LeNet, about 1 ms, to tens of GB, which take minutes.
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180, 600)
@@ -41,6 +78,13 @@ _METHODS = {
 }
 
 
+class _Series(NamedTuple):
+    started: Counter
+    handling: Histogram
+    received: Counter
+    sent: Counter
+
+
 class Metrics:
     """The metrics of one server, in a registry of their own.
 
@@ -49,116 +93,65 @@ class Metrics:
         fetched: Counts bytes fetched from URIs.
         broken: Counts an upload whose connection broke.
         resumed: Counts an upload that was resumed.
-        show_fetched: Shows what a function returns: the bytes on disk of fetched files.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        self._series: dict[Method, _Series] = {}
-        self._counter = partial(Counter, registry=self.registry)
-        self._gauge = partial(Gauge, registry=self.registry)
-        self._histogram = partial(Histogram, registry=self.registry)
         self._add_call_metrics()
         self._add_work_metrics()
         self._add_store_metrics()
         self._add_device_metrics(device)
         self._create_series()
 
+    def _counter(self, name: str, *labels: str) -> Counter:
+        return Counter(name, HELP[name], labels, registry=self.registry)
+
+    def _histogram(self, name: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(name, HELP[name], labels, buckets=buckets, registry=self.registry)
+
+    def _gauge(self, name: str) -> Gauge:
+        return Gauge(name, HELP[name], registry=self.registry)
+
+    def _show(self, values: dict[str, Callable[[], float]]) -> None:
+        for name, value in values.items():
+            self._gauge(name).set_function(value)
+
     def _add_call_metrics(self) -> None:
-        self._started = self._counter(
-            "grpc_server_started_total", "RPCs started on the server.", _METHOD
-        )
-        self._handled = self._counter(
-            "grpc_server_handled_total",
-            "RPCs completed on the server, regardless of success or failure.",
-            (*_METHOD, "grpc_code"),
-        )
-        self._handling = self._histogram(
-            "grpc_server_handling_seconds",
-            "Response latency of RPCs that the server handled, in seconds.",
-            _METHOD,
-            buckets=SECONDS,
-        )
-        self._messages_received = self._counter(
-            "grpc_server_msg_received_total", "RPC stream messages received on the server.", _METHOD
-        )
-        self._messages_sent = self._counter(
-            "grpc_server_msg_sent_total", "RPC stream messages sent by the server.", _METHOD
-        )
-        self._in_flight = self._gauge(
-            "secateur_requests_in_flight",
-            "RPCs that have begun and not ended, including waiting ones.",
-        )
-        self._rejected = self._counter(
-            "secateur_rejected_requests_total",
-            "RPCs that failed, by the reason in google.rpc.ErrorInfo.",
-            ("reason",),
-        )
+        self._started = self._counter("grpc_server_started_total", *_METHOD)
+        self._handled = self._counter("grpc_server_handled_total", *_METHOD, "grpc_code")
+        self._handling = self._histogram("grpc_server_handling_seconds", SECONDS, *_METHOD)
+        self._messages_received = self._counter("grpc_server_msg_received_total", *_METHOD)
+        self._messages_sent = self._counter("grpc_server_msg_sent_total", *_METHOD)
+        self._in_flight = self._gauge("secateur_requests_in_flight")
+        self._rejected = self._counter("secateur_rejected_requests_total", "reason")
+        self._series: dict[Method, _Series] = {}
 
     def _add_work_metrics(self) -> None:
-        self._received = self._counter("secateur_received_bytes_total", "Bytes of models received.")
-        self._sent = self._counter("secateur_sent_bytes_total", "Bytes of masks and models sent.")
-        self._elements = self._counter(
-            "secateur_elements_total", "Elements of tensors that were reported."
-        )
-        self._pruned = self._counter(
-            "secateur_pruned_elements_total", "Elements that became pruned."
-        )
-        stages = self._histogram(
-            "secateur_stage_seconds",
-            "Time of a call in each stage, summed over threads.",
-            ("stage",),
-            buckets=SECONDS,
-        )
+        self._received = self._counter("secateur_received_bytes_total")
+        self._sent = self._counter("secateur_sent_bytes_total")
+        self._elements = self._counter("secateur_elements_total")
+        self._pruned = self._counter("secateur_pruned_elements_total")
+        stages = self._histogram("secateur_stage_seconds", SECONDS, "stage")
         self._stages = {name: stages.labels(name) for name in STAGES}
-        self._queue = self._histogram(
-            "secateur_queue_seconds", "Time that a call waited for memory.", buckets=SECONDS
-        )
-        self._time_to_report = self._histogram(
-            "secateur_time_to_report_seconds",
-            "Time from the start of a call to its report.",
-            buckets=SECONDS,
-        )
-        self._sparsity = self._histogram(
-            "secateur_result_sparsity_ratio",
-            "Share of zeros in the tensors that were pruned.",
-            buckets=SHARES,
-        )
-        self._reloads = self._counter(
-            "secateur_reloads_total", "Reloads of changed files, by result.", ("file", "result")
-        )
+        self._queue = self._histogram("secateur_queue_seconds", SECONDS)
+        self._time_to_report = self._histogram("secateur_time_to_report_seconds", SECONDS)
+        self._sparsity = self._histogram("secateur_result_sparsity_ratio", SHARES)
+        self._reloads = self._counter("secateur_reloads_total", "file", "result")
 
     def _add_store_metrics(self) -> None:
-        self._evictions = self._counter(
-            "secateur_evictions_total",
-            "Evicted checkpoints, by reason: room (for others), quota, or ttl.",
-            ("reason",),
-        )
-        self._evicted = self._counter(
-            "secateur_evicted_bytes_total", "Bytes on disk that evictions freed."
-        )
-        self.fetched = self._counter("secateur_fetched_bytes_total", "Bytes fetched from URIs.").inc
-        self.show_fetched = self._gauge(
-            "secateur_fetched_disk_bytes", "Bytes on disk of fetched files of running calls."
-        ).set_function
-        self.broken = self._counter(
-            "secateur_uploads_broken_total", "Uploads whose connection broke."
-        ).inc
-        self.resumed = self._counter(
-            "secateur_uploads_resumed_total", "Uploads that were resumed."
-        ).inc
+        self._evictions = self._counter("secateur_evictions_total", "reason")
+        self._evicted = self._counter("secateur_evicted_bytes_total")
+        self.fetched = self._counter("secateur_fetched_bytes_total").inc
+        self.broken = self._counter("secateur_uploads_broken_total").inc
+        self.resumed = self._counter("secateur_uploads_resumed_total").inc
 
     def _add_device_metrics(self, device: torch.device) -> None:
         self._show(
-            "secateur_device_memory_used_bytes",
-            "Memory of the device in use by any process.",
-            lambda: memory_of(device)[0],
-        )
-        self._show(
-            "secateur_device_memory_free_bytes",
-            "Free memory of the device.",
-            lambda: memory_of(device)[1],
+            {
+                "secateur_device_memory_used_bytes": lambda: memory_of(device)[0],
+                "secateur_device_memory_free_bytes": lambda: memory_of(device)[1],
+            }
         )
         Info("secateur_build", "Versions and the device.", registry=self.registry).info(
             {
@@ -180,54 +173,30 @@ class Metrics:
         for reason in EVICTION_REASONS:
             self._evictions.labels(reason)
 
-    def _show(self, name: str, text: str, value: Callable[[], float]) -> None:
-        self._gauge(name, text).set_function(value)
-
     def show_scheduler(self, scheduler: Scheduler) -> None:
         """Shows the budgets of a scheduler, and its queues."""
         models, messages, other = scheduler.models, scheduler.messages, scheduler.other
         self._show(
-            "secateur_model_bytes",
-            "Bytes of memory of the models that are being served.",
-            lambda: models.held,
-        )
-        self._show(
-            "secateur_memory_limit_bytes",
-            "The limit of secateur_model_bytes.",
-            lambda: models.limit,
-        )
-        self._show(
-            "secateur_requests_waiting",
-            "RPCs that wait for memory, or for a quota of their tenant.",
-            lambda: models.waiting,
-        )
-        self._show(
-            "secateur_requests_waiting_for_quota",
-            "RPCs that wait for a quota of their tenant.",
-            lambda: models.waiting_for_quota,
-        )
-        self._show(
-            "secateur_messages_waiting",
-            "RPCs whose first message waits to be received.",
-            lambda: messages.waiting,
-        )
-        self._show("secateur_queue_limit", "RPCs that may wait.", lambda: models.max_waiting)
-        self._show(
-            "secateur_request_bytes",
-            "Bytes of memory of first messages, headers, specs and plans.",
-            lambda: messages.held + other.held,
-        )
-        self._show(
-            "secateur_request_limit_bytes",
-            "The limit of secateur_request_bytes.",
-            lambda: messages.limit + other.limit,
+            {
+                "secateur_model_bytes": lambda: models.held,
+                "secateur_memory_limit_bytes": lambda: models.limit,
+                "secateur_requests_waiting": lambda: models.waiting,
+                "secateur_requests_waiting_for_quota": lambda: models.waiting_for_quota,
+                "secateur_queue_limit": lambda: models.max_waiting,
+                "secateur_messages_waiting": lambda: messages.waiting,
+                "secateur_request_bytes": lambda: messages.held + other.held,
+                "secateur_request_limit_bytes": lambda: messages.limit + other.limit,
+            }
         )
 
     def show_store(self, used: Callable[[], int], count: Callable[[], int], limit: int) -> None:
         """Shows a store: the bytes of its checkpoints, their number, and its limit in bytes."""
-        self._show("secateur_store_bytes", "Bytes of checkpoints on disk.", used)
-        self._show("secateur_checkpoints", "Checkpoints kept.", count)
-        self._show("secateur_store_limit_bytes", "Bytes that checkpoints may take.", lambda: limit)
+        self._show({"secateur_store_bytes": used, "secateur_checkpoints": count})
+        self._gauge("secateur_store_limit_bytes").set(limit)
+
+    def show_fetched(self, held: Callable[[], int]) -> None:
+        """Shows the bytes on disk of fetched files."""
+        self._show({"secateur_fetched_disk_bytes": held})
 
     def began(self, call: RequestContext) -> None:
         """Counts a call that begins."""
@@ -253,7 +222,7 @@ class Metrics:
         series = self._series_of(method)
         return series.received, series.sent
 
-    def _series_of(self, method: Method) -> "_Series":
+    def _series_of(self, method: Method) -> _Series:
         """The series of a method, cached, since their labels take longer than counting."""
         if method not in self._series:
             labels = _labels(method)
@@ -295,13 +264,6 @@ class Metrics:
         self._pruned.inc(count)
         self._sparsity.observe(sparsity)
         context.pruned = count
-
-
-class _Series(NamedTuple):
-    started: Counter
-    handling: Histogram
-    received: Counter
-    sent: Counter
 
 
 def go_code_name(code: str) -> str:

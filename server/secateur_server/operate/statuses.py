@@ -76,16 +76,10 @@ def _interruption(context: RequestContext, call: grpc.ServicerContext) -> Reques
 def _end(context: RequestContext, call: grpc.ServicerContext, error: RequestError) -> NoReturn:
     context.reason = context.reason or error.reason
     context.error = str(error)
-    status = rpc_status.to_status(to_status(error, context.id))
-    call.abort_with_status(_Ending(status, context.id))
-
-
-class _Ending(grpc.Status):
-    """A status with the request's id in its metadata, as successful calls have it."""
-
-    def __init__(self, status: Any, request_id: str) -> None:
-        self.code, self.details = status.code, status.details
-        self.trailing_metadata = (*status.trailing_metadata, (REQUEST_ID, request_id))
+    status: Any = rpc_status.to_status(to_status(error, context.id))
+    # The request's id too, as in the metadata of successful calls.
+    metadata = (*status.trailing_metadata, (REQUEST_ID, context.id))
+    call.abort_with_status(status._replace(trailing_metadata=metadata))
 
 
 def to_status(error: RequestError, request_id: str) -> Status:

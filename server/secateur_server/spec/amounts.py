@@ -6,7 +6,7 @@ One class for each kind. A new kind is a class here, and a line in AMOUNTS.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,21 +27,19 @@ MOST_ENTRIES = 100_000
 
 
 class Amount(Protocol):
-    """How much is pruned."""
+    """How much is pruned.
 
-    @property
-    def field(self) -> str:
-        """The path of the amount in its selection."""
+    Attributes:
+        field: The path of the amount in its selection.
+        is_share: Whether it is a fraction or a count of the units, the same for all tensors.
+        is_per_tensor: Whether it differs from tensor to tensor, so that tensors cannot be compared.
+        counted: The name of what a budget counts, for errors.
+    """
 
-    @property
-    def is_share(self) -> bool:
-        """Whether it is a fraction or a count of the units, the same for all tensors."""
-        return False
-
-    @property
-    def is_per_tensor(self) -> bool:
-        """Whether it differs from tensor to tensor, so that tensors cannot be compared."""
-        return False
+    field: ClassVar[str]
+    is_share: ClassVar[bool] = False
+    is_per_tensor: ClassVar[bool] = False
+    counted: ClassVar[str] = "units"
 
     @property
     def is_everything(self) -> bool:
@@ -57,11 +55,6 @@ class Amount(Protocol):
     def budget(self) -> float | None:
         """What all kept units may cost. None: units are counted, and cost 1 each."""
         return None
-
-    @property
-    def counted(self) -> str:
-        """The name of what a budget counts, for errors."""
-        return "units"
 
     def share(self, name: str) -> "Fraction | Count | None":
         """The fraction or count of the units of a tensor; None for other kinds."""
