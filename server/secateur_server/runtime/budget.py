@@ -78,6 +78,9 @@ class Budget:
         limit: The amount that all requests together may hold.
         max_waiting: The length of the queue; 0: no request waits.
         quota: The quota of each tenant.
+
+    Attributes:
+        held: The amount that all requests hold now.
     """
 
     def __init__(
@@ -85,16 +88,11 @@ class Budget:
     ) -> None:
         self.limit, self.max_waiting, self._quota = limit, max_waiting, quota
         self._lock = threading.Lock()
-        self._total = 0
-        self._held: dict[str, Held] = {}  # by owner
+        self.held = 0
+        self._by_owner: dict[str, Held] = {}
         self._queue: list[_Waiting] = []
         self._turns = 0
         self._last_turn: dict[str, int] = {}  # by owner, if it holds something or waits
-
-    @property
-    def held(self) -> int:
-        """The amount that all requests hold now."""
-        return self._total
 
     @property
     def waiting(self) -> int:
@@ -142,12 +140,12 @@ class Budget:
         `tenant` is the one of the request that acquired it.
         """
         with self._lock:
-            held = self._held[tenant.owner]
-            self._total -= amount
+            held = self._by_owner[tenant.owner]
+            self.held -= amount
             held.amount -= amount
             held.requests -= requests
             if not held.requests:
-                del self._held[tenant.owner]
+                del self._by_owner[tenant.owner]
             if self._queue or not held.requests:
                 self._call_next()
 
@@ -171,11 +169,11 @@ class Budget:
             raise me.refusal
 
     def _call_next(self) -> None:
-        while (one := self._next()) is not None and self._total + one.amount <= self.limit:
+        while (one := self._next()) is not None and self.held + one.amount <= self.limit:
             self._queue.remove(one)
             self._grant(one.tenant, one.amount)
             one.called.set()
-        here = self._held.keys() | {waiting.tenant.owner for waiting in self._queue}
+        here = self._by_owner.keys() | {waiting.tenant.owner for waiting in self._queue}
         self._last_turn = {o: turn for o, turn in self._last_turn.items() if o in here}
 
     def _next(self) -> _Waiting | None:
@@ -190,10 +188,10 @@ class Budget:
         return self._held_by(tenant).amount, self._last_turn.get(tenant.owner, 0)
 
     def _held_by(self, tenant: Tenant) -> Held:
-        return self._held.get(tenant.owner, Held())
+        return self._by_owner.get(tenant.owner, Held())
 
     def _fits(self, tenant: Tenant, amount: int) -> bool:
-        return self._total + amount <= self.limit and not self._blocking_quota(tenant, amount)
+        return self.held + amount <= self.limit and not self._blocking_quota(tenant, amount)
 
     def _blocking_quota(self, tenant: Tenant, amount: int) -> str:
         """The name of the tenant's quota that does not allow `amount` more; empty: none."""
@@ -204,8 +202,8 @@ class Budget:
         return "" if is_within else "amount"
 
     def _grant(self, tenant: Tenant, amount: int) -> None:
-        held = self._held.setdefault(tenant.owner, Held())
-        self._total += amount
+        held = self._by_owner.setdefault(tenant.owner, Held())
+        self.held += amount
         held.amount += amount
         held.requests += 1
         self._turns += 1
@@ -222,4 +220,4 @@ class Budget:
     def _state(self, tenant: Tenant, amount: int) -> Full:
         longest = time.monotonic() - self._queue[0].since if self._queue else 0.0
         quota, mine = self._blocking_quota(tenant, amount), self._held_by(tenant)
-        return Full(self._total, replace(mine), quota, len(self._queue), longest)
+        return Full(self.held, replace(mine), quota, len(self._queue), longest)

@@ -28,11 +28,13 @@ class Trash:
         entries: Checkpoints whose records are to be removed.
         blobs: Digests, as `BlobFolder.release` returned them.
         staged: Staged files of abandoned uploads.
+        evicted: The evicted ones of `entries`, with the reason and the bytes that this frees.
     """
 
     entries: list[Entry] = field(default_factory=list)
     blobs: list[str] = field(default_factory=list)
     staged: list[StagedFile] = field(default_factory=list)
+    evicted: list[tuple[Entry, str, int]] = field(default_factory=list)
 
 
 class BlobFolder:

@@ -1,12 +1,14 @@
 """Chooses the checkpoints to evict when the store needs space."""
 
 import heapq
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 
 from secateur_server.errors import QuotaExceeded, StoreFull
 from secateur_server.storage.accounts import Account, Accounts, Evictable
-from secateur_server.storage.references import PlannedRelease, References
+from secateur_server.storage.blobs import disk_bytes
+from secateur_server.storage.references import References
 
 Victim = tuple[Evictable, str]  # with the reason of its eviction: "quota", "room" or "ttl"
 
@@ -102,8 +104,8 @@ class _Plan:
     def __init__(self, accounts: Accounts, references: References) -> None:
         self.victims: list[Victim] = []
         self._accounts = accounts
-        self.store = PlannedRelease(references)
-        self._owners: dict[str, PlannedRelease] = {}
+        self.store = _Release(references)
+        self._owners: dict[str, _Release] = {}
 
     def lost(self, account: Account, item: Evictable | None = None) -> int:
         """Bytes that an owner loses, if `item` is evicted as well."""
@@ -116,8 +118,36 @@ class _Plan:
         self.store.add(item)
         self.victims.append((item, reason))
 
-    def _release_of(self, account: Account) -> PlannedRelease:
-        return self._owners.setdefault(account.owner, PlannedRelease(account.references))
+    def _release_of(self, account: Account) -> "_Release":
+        return self._owners.setdefault(account.owner, _Release(account.references))
+
+
+class _Release:
+    """The effect of releasing references, computed without releasing them.
+
+    Attributes:
+        freed: Bytes on disk that the release of all added items frees.
+    """
+
+    def __init__(self, references: References) -> None:
+        self.freed = 0
+        self._references = references
+        self._released = Counter[str]()
+
+    def frees(self, item: Evictable) -> int:
+        """Bytes that the release of one more item frees."""
+        files = {file.blake3: file.size for file in item.files()}
+        counts = Counter(file.blake3 for file in item.files())  # it may have a file twice
+        return item.own_bytes + sum(
+            disk_bytes(files[digest])
+            for digest, count in counts.items()
+            if self._released[digest] + count == self._references.count(digest)
+        )
+
+    def add(self, item: Evictable) -> None:
+        """Adds an item to the release."""
+        self.freed += self.frees(item)
+        self._released.update(file.blake3 for file in item.files())
 
 
 def _above_quota(count: int, quota: int) -> QuotaExceeded:

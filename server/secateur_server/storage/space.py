@@ -2,28 +2,14 @@
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 from secateur_server.errors import TakenOver
-from secateur_server.storage.accounts import Accounts, Entry, Upload
+from secateur_server.storage.accounts import Accounts, Upload
 from secateur_server.storage.blob_folder import BlobFolder, Trash
 from secateur_server.storage.eviction import EvictionPolicy, Victim
 from secateur_server.storage.removal import Removal
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Evicted:
-    """Checkpoints and uploads that have been taken out of the index.
-
-    Attributes:
-        checkpoints: Each with the reason of its eviction, and the bytes that this frees.
-        trash: Their files, to be removed from the disk.
-    """
-
-    checkpoints: list[tuple[Entry, str, int]] = field(default_factory=list)
-    trash: Trash = field(default_factory=Trash)
 
 
 class Space:
@@ -54,12 +40,12 @@ class Space:
         with self._lock:
             return self.policy.used_bytes + self._blobs.removing_bytes
 
-    def make_way(self, owner: str, count: int, quota: int | None) -> Evicted:
+    def make_way(self, owner: str, count: int, quota: int | None) -> Trash:
         """Evicts until `count` more bytes of an owner fit. The caller has the lock.
 
         Returns:
-            What was evicted. The caller counts the bytes, and passes this to `remove` without the
-            lock.
+            The files of what was evicted. The caller counts the bytes, and passes this to `remove`
+            without the lock.
 
         Raises:
             StoreFull, QuotaExceeded: The bytes do not fit; nothing is evicted.
@@ -80,39 +66,38 @@ class Space:
             if staged is None or upload not in self._accounts.get(upload.owner).uploads:
                 raise TakenOver("header", "another call of this caller has taken over the upload")
             count = size - staged.reserved
-            evicted = self.make_way(upload.owner, count, upload.quota)
+            trash = self.make_way(upload.owner, count, upload.quota)
             self._accounts.reserve(upload.owner, staged, count)
         try:
-            self.remove(evicted)
+            self.remove(trash)
         except BaseException:
             with self._lock:  # a concurrent removal of the upload has already reset `reserved`
                 self._accounts.reserve(upload.owner, staged, -min(count, staged.reserved))
             raise
 
-    def evict(self, victims: Iterable[Victim]) -> Evicted:
+    def evict(self, victims: Iterable[Victim]) -> Trash:
         """Takes victims out of the index. The caller has the lock, and calls `remove` later."""
-        evicted = Evicted()
+        trash = Trash()
         for victim, reason in victims:
             before = self.policy.used_bytes
             if isinstance(victim, Upload):
-                self._removal.drop_upload(victim, evicted.trash)
+                self._removal.drop_upload(victim, trash)
             else:
-                self._removal.drop(victim, evicted.trash)
-                freed = before - self.policy.used_bytes
-                evicted.checkpoints.append((victim, reason, freed))
-        return evicted
+                self._removal.drop(victim, trash)
+                trash.evicted.append((victim, reason, before - self.policy.used_bytes))
+        return trash
 
-    def remove(self, evicted: Evicted) -> None:
+    def remove(self, trash: Trash) -> None:
         """Removes evicted files from the disk. The caller must not have the lock.
 
         Raises:
             StoreFailed, StoreFull: The disk did not remove the records of some checkpoints.
         """
         try:
-            self._removal.finish(evicted.trash)
+            self._removal.finish(trash)
         finally:
-            removed = set(evicted.trash.entries)
-            for entry, reason, freed in evicted.checkpoints:
+            removed = set(trash.entries)
+            for entry, reason, freed in trash.evicted:
                 if entry in removed:
                     log.info("evicted %s (%s): %d bytes", entry.record.name, reason, freed)
                     self._evicted(reason, freed)

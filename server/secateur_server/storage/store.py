@@ -265,11 +265,11 @@ class Store:
         path = record_path(self._records / owner, entry.record.id)
         with self._lock:
             count = self._accounts.record_bytes(entry)
-            evicted = self._space.make_way(owner, count, quota)
+            trash = self._space.make_way(owner, count, quota)
             self._removal.count(entry)
             account = self._accounts.get(owner)
         try:
-            self._space.remove(evicted)
+            self._space.remove(trash)
             self._make_folder(path.parent, account)
             write_record(path.parent, entry.record)
         except BaseException:
@@ -350,8 +350,8 @@ class Store:
                 for entry in takewhile(lambda e: e.used < oldest, account.entries.values())
                 if not entry.pins
             ]
-            evicted = self._space.evict(old)
-        self._space.remove(evicted)
+            trash = self._space.evict(old)
+        self._space.remove(trash)
 
     def check_size(self, size: int) -> None:
         """Refuses `size` bytes if they would never fit.
