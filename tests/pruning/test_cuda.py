@@ -115,7 +115,7 @@ def test_a_sample_bounds_the_cut(
     for name, value in constants.items():
         monkeypatch.setattr(select, name, value)
     # Histograms are for samples that tell too little.
-    monkeypatch.delattr(select, "_cut_by_digits")
+    monkeypatch.delattr(select, "_searched_bounds")
     torch.manual_seed(0)
     weight = torch.randn(select.LARGE + 1001)
     if values != "normal":
