@@ -151,14 +151,7 @@ class Interceptor(grpc.ServerInterceptor):
 
     @contextmanager
     def _admit(self, context: RequestContext, call: grpc.ServicerContext) -> Iterator[Receive]:
-        """Admits a call. Yields a function to call with the size of the first message.
-
-        Raises:
-            Unauthenticated: The caller has no valid token.
-            QueueFull: Too many calls run or wait.
-            Cancelled: The call was cancelled while it waited.
-            ShuttingDown: The server drains.
-        """
+        """Admits a call. Yields a function to call with the size of the first message."""
         if (context.method.service, context.method.name) == _PROBE:
             with self._scheduler.probe(call.cancel):
                 yield lambda size: None
@@ -193,11 +186,7 @@ class Interceptor(grpc.ServerInterceptor):
         )
 
     def _refuse_silent(self) -> None:
-        """Ends a call whose first message has not arrived, if other calls wait for its memory.
-
-        Raises:
-            QueueFull: Other calls wait.
-        """
+        """Ends a call whose first message has not arrived, if other calls wait for its memory."""
         if waiting := self._scheduler.messages.waiting:
             raise QueueFull(
                 "call",

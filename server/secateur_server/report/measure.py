@@ -159,10 +159,7 @@ SHORT = 16
 
 
 def _any_nonzero(nonzero: _Nonzero, dim: int, slices: Tensor, most: int) -> Tensor:
-    """Whether each of some slices along `dim` has an element in a corner that is not zero.
-
-    `slices` are indices. About `most` elements of each are read.
-    """
+    """Whether each of some slices along `dim` has one of about `most` elements that is not zero."""
     weight = nonzero.parameter.weight
     side = math.ceil(most ** (1 / (weight.dim() - 1)))
     index = torch.zeros((), dtype=torch.int64, device=weight.device)
