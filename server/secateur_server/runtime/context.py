@@ -140,7 +140,6 @@ class RequestContext:
         self.reason = self.error = self.code = self.waited_for = ""
         self.charges: list[int] = []
         self._charge = charge
-        self.begun = time.time_ns()
         self._started = time.perf_counter()
         self._lock = threading.Lock()
         self.interruption: Interruption | None = None

@@ -84,15 +84,21 @@ def write_atomically(path: Path, data: bytes) -> None:
     """
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
-        with disk_errors(), unfinished.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        with disk_errors():
+            write_synced(unfinished, data)
             os.replace(unfinished, path)
             sync_folder(path.parent)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def write_synced(path: Path, data: bytes | bytearray) -> None:
+    """Writes a file, and waits until it is on disk. Its name may not be yet."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:

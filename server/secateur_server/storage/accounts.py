@@ -209,12 +209,6 @@ class Accounts:
         account.references.release(files)
         self._remove_if_empty(account)
 
-    def remove(self, entry: Entry) -> None:
-        """Removes a checkpoint."""
-        account = self.by_owner[entry.owner]
-        account.remove(entry)
-        self._remove_if_empty(account)
-
     def add(self, upload: Upload) -> None:
         """Adds an upload."""
         account = self.get_or_create(upload.owner)

@@ -52,7 +52,7 @@ class Removal:
 
     def drop(self, entry: Entry, trash: Trash) -> None:
         """Takes a checkpoint out of the index. The caller has the lock, and must `finish`."""
-        self._accounts.remove(entry)
+        self._accounts.get(entry.owner).remove(entry)
         trash.entries.append(entry)
         self.forget(entry, trash)
 

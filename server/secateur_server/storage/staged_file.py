@@ -10,7 +10,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from secateur_server.errors import StoreFailed, TakenOver
-from secateur_server.runtime.disk import DurableFile, disk_errors, sync_folder
+from secateur_server.runtime.disk import DurableFile, disk_errors, sync_folder, write_synced
 from secateur_server.storage.blobs import BLOCK, sums_path
 
 
@@ -104,10 +104,7 @@ class StagedFile:
         target = blobs / self.digest()
         sums = self._path.with_suffix(".sums")
         try:
-            with sums.open("wb") as file:
-                file.write(self._sums)
-                file.flush()
-                os.fsync(file.fileno())
+            write_synced(sums, self._sums)
             self._disk.sync()
             os.replace(sums, sums_path(target))
             os.replace(self._path, target)
