@@ -27,7 +27,7 @@ class Target:
     """A server to connect to.
 
     Attributes:
-        address: Of the server.
+        address: The server's address.
         has_tls: Whether the connection is over TLS.
     """
 
@@ -41,7 +41,7 @@ def diagnosing(target: Target | None, timeout: float | None, is_known: bool) -> 
 
     Args:
         target: The server; None if the caller gave a channel.
-        timeout: Of the call, in seconds; the probe takes 0.5 s more at most.
+        timeout: The call's timeout in seconds; the probe takes 0.5 s more at most.
         is_known: Whether the server answered an earlier call: then a deadline needs no probe.
     """
     try:

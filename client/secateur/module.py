@@ -139,13 +139,7 @@ def _targets(
 def _tied_buffers(
     module: Module, masked: Collection[str], names: Mapping[int, list[str]]
 ) -> dict[str, str]:
-    """Maps each masked buffer on the memory of a parameter to that parameter's name.
-
-    Args:
-        module: The module.
-        masked: Names with a mask.
-        names: As _names_by_parameter returns them.
-    """
+    """Maps each masked buffer on the memory of a parameter to that parameter's name."""
     buffers = {n: b for n, b in module.named_buffers(remove_duplicate=False) if n in masked}
     if not buffers:
         return {}
@@ -173,16 +167,7 @@ def _weight(part: Module, leaf: str) -> torch.Tensor:
 
 
 def _target(parts: Mapping[str, Module], name: str, mask: torch.Tensor) -> tuple[Module, str]:
-    """The submodule and the parameter of a mask; they must fit the mask.
-
-    Args:
-        parts: The submodules by their names; one may have several.
-        name: Of the parameter.
-        mask: Bool.
-
-    Raises:
-        InvalidStateDict: The mask cannot be installed there.
-    """
+    """The submodule and the parameter of a mask; they must fit the mask."""
     path, _, leaf = name.rpartition(".")
     part = parts.get(path)
     if part is None or not {leaf, f"{leaf}_orig"} & part._parameters.keys():

@@ -16,7 +16,7 @@ class Place(NamedTuple):
         begin: Address of the first byte of any element.
         end: Address after the last byte of any element.
         pointer: Address of the element at index 0.
-        shape: Of the view.
+        shape: The view's shape.
         strides: In bytes.
         itemsize: Bytes of an element.
         values: The dtype, as numpy and torch both name it, and torch's flags beside it.
