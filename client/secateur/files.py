@@ -81,7 +81,7 @@ def check_writable(path: Path, has_folder: bool = False) -> None:
     """Refuses early a path that `save` would refuse.
 
     Args:
-        path: See `save`.
+        path: The file, folder or index to write.
         has_folder: Whether the source is a folder, so that `path` may be a new one.
 
     Raises:
@@ -103,16 +103,10 @@ def check_writable(path: Path, has_folder: bool = False) -> None:
 def check_holds(
     path: Path, entries: Entries, index: Index | None = None, folder: Folder | None = None
 ) -> None:
-    """Refuses early entries that only a torch file can hold, for other files.
-
-    Args:
-        path: See `save`.
-        entries: See `save`; those that are known.
-        index: See `save`.
-        folder: See `save`.
+    """Refuses early, for other files, entries that only a torch file can hold: see `save`.
 
     Raises:
-        InvalidStateDict: Naming the entries.
+        InvalidStateDict: The message names the entries.
     """
     if not _is_file(path):
         shards = () if index is None else index.files.values()
