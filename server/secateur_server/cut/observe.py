@@ -8,6 +8,7 @@ first pass over a large tensor.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from secateur_server.backends import Span, spans
 from secateur_server.backends.keys import BITS
 from secateur_server.backends.pieces import DIGIT_BITS, Piece
 from secateur_server.backends.scan import sample_places
+from secateur_server.cut.choice import Ints
 from secateur_server.cut.drivers import Driver
 from secateur_server.cut.score import Ranking
 from secateur_server.runtime.context import RequestContext
@@ -32,11 +34,11 @@ class Histogram:
 
     Attributes:
         rows: The row of each prefix, ascending.
-        up_to: int64, (prefixes, digits).
+        up_to: (prefixes, digits).
     """
 
     rows: dict[int, int]
-    up_to: Tensor
+    up_to: Ints
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ def observe_digits(
     prefixes: Sequence[set[int]],
     left: int,
     dtype: torch.dtype,
+    is_last: bool,
 ) -> tuple[dict[int, Histogram], int]:
     """Makes histograms of the next digit after the prefixes of each member, in one pass.
 
@@ -67,26 +70,28 @@ def observe_digits(
         prefixes: The prefixes that are counted in each member.
         left: Bits of the keys after the prefixes.
         dtype: In which all scores are compared.
+        is_last: Whether the other digits are probably not needed, so that this one is to be wide.
 
     Returns:
         The histogram of each member with prefixes, and the bits of the digit.
     """
     backend, units = driver.backend, sum(piece.units for member in members for piece in member)
     chunks = _chunks(context, members, prefixes, 4 * backend.threads)
-    width = _width(units, sum(len(chunk.prefixes) for chunk in chunks), left)
+    width = _width(units, sum(len(chunk.prefixes) for chunk in chunks), left, is_last)
 
-    def up_to(chunk: _Chunk) -> Tensor:
+    def up_to(chunk: _Chunk) -> Ints:
         wanted = torch.tensor(chunk.prefixes, dtype=BITS[dtype])
         size = len(wanted), 1 << width
         counts = torch.zeros(size, dtype=torch.int64, device=backend.device)
         for piece in context.each(chunk.pieces):
             backend.count_digits(piece, wanted, left - width, width, counts)
-        return torch.cumsum(counts, 1, out=counts).cpu()
+        running: Ints = torch.cumsum(counts, 1, out=counts).cpu().numpy()
+        return running
 
     histograms: dict[int, Histogram] = {}
     for chunk, part in zip(chunks, driver.map(context, up_to, chunks), strict=True):
         if chunk.member in histograms:
-            histograms[chunk.member].up_to.add_(part)
+            np.add(histograms[chunk.member].up_to, part, histograms[chunk.member].up_to)
         else:
             rows = {prefix: row for row, prefix in enumerate(chunk.prefixes)}
             histograms[chunk.member] = Histogram(rows, part)
@@ -109,8 +114,10 @@ def _chunks(
     ]
 
 
-def _width(units: int, rows: int, left: int) -> int:
+def _width(units: int, rows: int, left: int, is_last: bool) -> int:
     """The bits of the next digit: as many as fit, or fewer if that takes as many passes."""
+    if is_last:
+        return (left - 1) % DIGIT_BITS + 1
     digits = min(MOST_COUNTS // rows, max(units // UNITS_OF_COUNT // rows, 1 << LEAST_BITS))
     most = min(left, DIGIT_BITS, max(1, digits.bit_length() - 1))
     return -(-left // -(-left // most))

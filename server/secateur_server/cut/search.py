@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from secateur_server.backends.keys import BITS
 from secateur_server.backends.pieces import Piece
+from secateur_server.cut.choice import Ints
 from secateur_server.cut.drivers import Driver
 from secateur_server.cut.observe import Histogram, observe_digits
 from secateur_server.cut.score import Ranking
@@ -145,37 +145,48 @@ class Search:
     def __init__(self, query: Query) -> None:
         """Starts the search: at first all keys may be at the threshold."""
         self.query, self.prefix = query, 0
-        self.lowest, self.highest = torch.tensor(query.lowest), torch.tensor(query.highest)
+        self.lowest, self.highest = np.array(query.lowest), np.array(query.highest)
         self.costs = query.costs or (1,) * len(query.members)
         # The caller may have added the same costs in another order, and rounded otherwise.
         self.target = min(query.target, self._cost(self.highest))
-        self.below = self.equal = torch.zeros(len(query.members), dtype=torch.int64)
+        self.below: Ints = np.zeros(len(query.members), np.int64)
+        self.equal = self.below
         self.is_met = self._is_enough(self.lowest)
 
-    def _cost(self, counts: Tensor) -> float:
+    def _cost(self, counts: Ints) -> float:
         if self.query.costs is None:
             return int(counts.sum())
         # Rounded once, so that the order of the members does not matter.
         return math.fsum(c * n for c, n in zip(self.costs, counts.tolist(), strict=True))
 
-    def _is_enough(self, counts: Tensor) -> bool:
+    def _is_enough(self, counts: Ints) -> bool:
         return self._cost(counts) >= self.target
 
-    def _within(self, counts: Tensor) -> Tensor:
-        return counts.clamp(self.lowest, self.highest)
+    def _within(self, counts: Ints) -> Ints:
+        within: Ints = np.minimum(np.maximum(counts, self.lowest), self.highest)
+        return within
+
+    def _is_unbound(self, most: Ints) -> bool:
+        """Whether the bounds change no count between `below` and `most`."""
+        return bool((self.below >= self.lowest).all() and (most <= self.highest).all())
 
     def narrow(self, histograms: Mapping[int, Histogram], width: int) -> None:
         """Finds the next digit."""
         parts = [histograms[member] for member in self.query.members]
-        counts = torch.stack([part.up_to[part.rows[self.prefix]] for part in parts])
+        counts = np.stack([part.up_to[part.rows[self.prefix]] for part in parts])
 
-        def up_to(digit: int) -> Tensor:
-            return self.below + counts[:, digit]
+        def up_to(digit: int) -> Ints:
+            through: Ints = self.below + counts[:, digit]
+            return through
 
         def is_enough(digit: int) -> bool:
             return self._is_enough(self._within(up_to(digit)))
 
-        digit = _first(1 << width, is_enough)
+        if self.query.costs is None and self._is_unbound(up_to(-1)):
+            place = math.ceil(self.target) - int(self.below.sum())
+            digit = int(np.searchsorted(counts.sum(0), place))
+        else:
+            digit = _first(1 << width, is_enough)
         through = up_to(digit)
         self.below = up_to(digit - 1) if digit else self.below
         self.equal = through - self.below
@@ -185,10 +196,11 @@ class Search:
         """Finds the threshold among sorted keys."""
         if self.is_met:
             return
-        members = torch.tensor(self.query.members)
+        members = np.array(self.query.members)
 
-        def up_to(key: int) -> Tensor:
-            return keys.up_to(key)[members]
+        def up_to(key: int) -> Ints:
+            counts: Ints = keys.up_to(key)[members]
+            return counts
 
         def is_enough(place: int) -> bool:
             return self._is_enough(self._within(up_to(int(keys.ascending[place]))))
@@ -205,12 +217,12 @@ class Search:
             return Division(self.query.lowest, -1, below, equal)
         counts, most = self._within(self.below), self._within(self.below + self.equal)
 
-        def with_first(members: int) -> Tensor:
-            return torch.cat([most[:members], counts[members:]])
+        def with_first(members: int) -> Ints:
+            return np.concatenate([most[:members], counts[members:]])
 
         last = _first(len(most), lambda i: self._is_enough(with_first(i + 1)))
         counts = with_first(last)
-        one = torch.arange(len(most)) == last
+        one = np.arange(len(most)) == last
         ties = int(most[last] - counts[last])
         counts[last] += _first(ties, lambda more: self._is_enough(counts + more * one))
         return Division(tuple(counts.tolist()), self.prefix, below, equal)
@@ -249,7 +261,9 @@ def narrow(
         for one in context.each(open_):
             for member in one.query.members:
                 prefixes[member].add(one.prefix)
-        histograms, width = observe_digits(context, driver, members, prefixes, left, dtype)
+        histograms, width = observe_digits(
+            context, driver, members, prefixes, left, dtype, is_last=few > 0
+        )
         left -= width
         for one in context.each(open_):
             one.narrow(histograms, width)

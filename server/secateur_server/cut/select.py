@@ -204,7 +204,7 @@ def _searched_bounds(units: Units, count: int) -> tuple[int, int]:
     search = Search(Query((0,), (0,), (units.candidates,), count))
     left = narrow(units.context, units.driver, [units.pieces], [search], units.dtype, units.few)
     low, largest = search.prefix << left, torch.iinfo(BITS[units.dtype]).max
-    if int(search.equal) > units.few:
+    if search.equal[0] > units.few:
         return low, low
     return low, min((search.prefix + 1) << left, largest)
 

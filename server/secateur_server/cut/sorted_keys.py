@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from secateur_server.backends.keys import BITS, as_keys
+from secateur_server.cut.choice import Ints
 from secateur_server.cut.drivers import Driver
 from secateur_server.cut.score import Ranking
 from secateur_server.runtime.context import RequestContext
@@ -46,11 +47,12 @@ class SortedKeys:
         candidates = sum(ranking.count_candidates(context) for ranking in rankings)
         self.ascending = driver.backend.ascending(self._keys)[:candidates]
 
-    def up_to(self, key: int) -> Tensor:
-        """Counts the candidates of each tensor with a key up to `key`: int64, on the CPU."""
+    def up_to(self, key: int) -> Ints:
+        """Counts the candidates of each tensor with a key up to `key`."""
         running = (self._keys <= key).cumsum(0)
         running = torch.cat([running.new_zeros(1), running])
-        return (running[self._ends] - running[self._begins]).cpu()
+        counts: Ints = (running[self._ends] - running[self._begins]).cpu().numpy()
+        return counts
 
 
 def are_small(rankings: Sequence[Ranking]) -> bool:
