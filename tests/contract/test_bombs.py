@@ -34,7 +34,7 @@ from tests.contract.raw import (
     send_file,
     spec,
 )
-from tests.store.stored import file_message, send_upload, upload_file, upload_requests
+from tests.storage.stored import file_message, send_upload, upload_file, upload_requests
 
 MIB = 1 << 20
 ONE = torch.ones(1).numpy().tobytes()

@@ -16,7 +16,7 @@ from secateur_proto.dtypes import DTYPES
 from secateur_proto.framing import tensor_bytes
 from secateur_server.backends.dtypes import FP8, PRUNABLE, TORCH_DTYPES
 from secateur_server.backends.keys import BITS, ranked_as
-from tests.pruning.torch_side import same_bits
+from tests.reference import same_bits
 
 DTYPES_OF_TORCH = sorted({v for v in vars(torch).values() if isinstance(v, torch.dtype)}, key=str)
 every_dtype_of_torch = pytest.mark.parametrize("dtype", DTYPES_OF_TORCH, ids=str)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from tests.conftest import RunningServer
-from tests.pruning.torch_side import all_l1, assert_same_tensors, by_torch, masks_of, place
+from tests.reference import all_l1, assert_same_tensors, by_torch, masks_of, place
 
 HERE = Path(__file__).parent
 LANGUAGES = ("node", "cpp")

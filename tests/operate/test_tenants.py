@@ -27,7 +27,7 @@ from secateur_server.uris.scratch import Scratch
 from secateur_server.uris.uris import Uris
 from tests.conftest import RunningServer, eventually, inner_server
 from tests.contract.raw import TIMEOUT, failure, series
-from tests.store.stored import (
+from tests.storage.stored import (
     file_message,
     upload_file,
     upload_requests,

@@ -13,7 +13,7 @@ from secateur_proto import plan_pb2, pruner_pb2
 from tests.conftest import RunningServer, eventually, start_server, stop_server
 from tests.contract.raw import file, header, message
 from tests.operate.test_metrics import sample
-from tests.operate.test_requests_memory import MIB, SLACK, anonymous
+from tests.runtime.test_requests_memory import MIB, SLACK, anonymous
 
 # HTTP/2's frames.
 DATA, HEADERS, SETTINGS, PING = 0, 1, 4, 6

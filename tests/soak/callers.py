@@ -30,7 +30,7 @@ from tests.contract.raw import header, message
 from tests.soak import checked
 from tests.soak.models import Case, read_cases
 from tests.soak.wrong import Door, wrong
-from tests.store.stored import file_message, token, upload_file
+from tests.storage.stored import file_message, token, upload_file
 
 # How often each model is taken, of 100.
 SHARES = {

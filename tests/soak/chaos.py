@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from tests.store.proxy import READ_BYTES
+from tests.storage.proxy import READ_BYTES
 
 # Between two faults of one direction lie so many bytes, on the average.
 MEAN_BYTES = 4 << 20

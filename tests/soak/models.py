@@ -17,7 +17,7 @@ from blake3 import blake3
 from torch import Tensor
 
 import secateur
-from tests.pruning.torch_side import (
+from tests.reference import (
     Step,
     Tensors,
     all_l1,

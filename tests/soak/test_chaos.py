@@ -14,7 +14,7 @@ from tests.contract.raw import check_serves
 from tests.soak.chaos import MEAN_BYTES, Chaos, chaos
 from tests.soak.load import Caller, at_work, check_kept, check_right
 from tests.soak.models import Case, read_cases, write_models
-from tests.store.stored import store_server
+from tests.storage.stored import store_server
 
 CALLERS = 4
 # All that a network can do to a call: what it carried did not arrive, or not in time.

@@ -13,8 +13,8 @@ from secateur_proto import checkpoints_pb2
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
 from secateur_proto.pruner_pb2_grpc import PrunerStub
 from tests.contract.raw import Failure, entry, failure, file, header, message, spec
-from tests.pruning.torch_side import Tensors
-from tests.store.stored import file_message, token, upload_file, upload_requests
+from tests.reference import Tensors
+from tests.storage.stored import file_message, token, upload_file, upload_requests
 
 Error = type[secateur.SecateurError]
 

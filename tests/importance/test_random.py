@@ -1,0 +1,152 @@
+"""Random pruning: exact counts, masks that the seed alone decides, and no favourites."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import secateur
+from tests.reference import count_of, distinct
+
+AMOUNTS = [0, 0.0, 0.137, 0.5, 1, 1.0]
+SEEDS = [0, 1, 2, 1 << 32, (1 << 64) - 1]
+
+amounts = pytest.mark.parametrize("amount", AMOUNTS)
+seeds = pytest.mark.parametrize("seed", SEEDS)
+
+
+def model() -> dict[str, Tensor]:
+    return {"conv.weight": distinct((12, 5, 3, 3)), "fc.weight": distinct((20, 27), seed=1)}
+
+
+def masks_of(client: secateur.Client, spec: secateur.Spec) -> dict[str, Tensor]:
+    masks: dict[str, Tensor] = client.prune(model(), spec).masks
+    return masks
+
+
+def pruned(mask: Tensor) -> int:
+    return int((~mask).sum())
+
+
+@amounts
+@seeds
+def test_random_unstructured_prunes_the_exact_count(
+    client: secateur.Client, amount: float, seed: int
+) -> None:
+    masks = masks_of(client, secateur.random_unstructured("*", amount, seed=seed))
+    assert {n: pruned(mask) for n, mask in masks.items()} == {
+        n: count_of(amount, t.numel()) for n, t in model().items()
+    }
+
+
+@amounts
+@seeds
+def test_global_random_prunes_the_exact_count_over_all(
+    client: secateur.Client, amount: float, seed: int
+) -> None:
+    spec = secateur.global_unstructured("*", amount, importance="random", seed=seed)
+    masks = masks_of(client, spec)
+    assert sum(map(pruned, masks.values())) == count_of(amount, 540 + 540)
+    if amount == 0.5:  # neither tensor bears it alone
+        assert all(200 < pruned(mask) < 340 for mask in masks.values())
+
+
+@amounts
+@pytest.mark.parametrize("dim", [0, 1, -1, -2])
+def test_random_structured_prunes_whole_slices_of_the_exact_count(
+    client: secateur.Client, amount: float, dim: int
+) -> None:
+    masks = masks_of(client, secateur.random_structured("*", amount, dim=dim, seed=3))
+    for name, weight in model().items():
+        rows = masks[name].movedim(dim, 0).flatten(1)
+        assert torch.equal(rows.any(1), rows.all(1))
+        assert pruned(rows.any(1)) == count_of(amount, weight.shape[dim])
+
+
+def every_method(seed: int) -> list[secateur.Spec]:
+    return [
+        secateur.random_unstructured("*", 0.5, seed=seed),
+        secateur.random_structured("*", 0.5, dim=0, seed=seed),
+        secateur.global_unstructured("*", 0.5, importance="random", seed=seed),
+    ]
+
+
+@pytest.mark.parametrize("method", range(3))
+def test_the_seed_decides_the_masks(client: secateur.Client, method: int) -> None:
+    found = [masks_of(client, every_method(seed)[method])["fc.weight"] for seed in SEEDS]
+    again = [masks_of(client, every_method(seed)[method])["fc.weight"] for seed in SEEDS]
+    assert all(map(torch.equal, found, again))
+    assert len({tuple(mask.flatten().tolist()) for mask in found}) == len(SEEDS)
+
+
+def test_the_values_do_not_matter(client: secateur.Client) -> None:
+    spec = secateur.random_unstructured("*", 0.5, seed=5)
+    masks = masks_of(client, spec)
+    others = {n: torch.full_like(t, math.nan).bfloat16() for n, t in model().items()}
+    for name, mask in client.prune(others, spec).masks.items():
+        assert torch.equal(mask, masks[name])
+
+
+def test_the_other_tensors_of_the_request_do_not_matter(client: secateur.Client) -> None:
+    spec = secateur.random_unstructured("fc.weight", 0.5, seed=5)
+    alone = client.prune({"fc.weight": model()["fc.weight"]}, spec).masks["fc.weight"]
+    assert torch.equal(alone, masks_of(client, spec)["fc.weight"])
+
+
+def test_tensors_of_one_shape_get_masks_of_their_own(client: secateur.Client) -> None:
+    tensors = {"a": torch.ones(100), "b": torch.ones(100)}
+    masks = client.prune(tensors, secateur.random_unstructured("*", 50, seed=0)).masks
+    assert 10 < pruned(masks["a"] | masks["b"]) < 40  # 25 of 100 if they are unrelated
+
+
+def test_the_masks_of_a_seed_are_these(client: secateur.Client) -> None:
+    """Written down once: another answer on another machine or version breaks its users' runs."""
+    spec = secateur.random_unstructured("w", 8, seed=7)
+    mask = client.prune({"w": torch.ones(32)}, spec).masks["w"]
+    assert (~mask).nonzero().flatten().tolist() == [3, 6, 9, 10, 13, 14, 21, 23]
+
+
+POSITIONS, PRUNED = 64, 16
+
+
+@pytest.fixture(scope="module", params=["seeds", "names"])
+def gone(client: secateur.Client, request: pytest.FixtureRequest) -> Tensor:
+    """What many draws of 16 of 64 prune, by seed or by the tensor's name: 0 or 1, [draw, position].
+
+    The seeds are fixed, so a bound of 5 standard deviations holds always or never.
+    """
+    if request.param == "seeds":
+        weight = {"w": torch.ones(POSITIONS)}
+        specs = [secateur.random_unstructured("w", PRUNED, seed=seed) for seed in range(400)]
+        masks = [client.prune(weight, spec).masks["w"] for spec in specs]
+    else:
+        tensors = {f"layers.{i}.weight": torch.ones(POSITIONS) for i in range(1000)}
+        spec = secateur.random_unstructured("*", PRUNED, seed=0)
+        masks = list(client.prune(tensors, spec).masks.values())
+    return 1 - torch.stack(masks).double()
+
+
+def test_no_position_is_favoured(gone: Tensor) -> None:
+    p = PRUNED / POSITIONS
+    spread = math.sqrt(p * (1 - p) / len(gone))
+    assert bool(((gone.mean(0) - p).abs() < 5 * spread).all())
+
+
+def test_neighbours_in_a_mask_know_nothing_of_each_other(gone: Tensor) -> None:
+    chance = PRUNED * (PRUNED - 1) / (POSITIONS * (POSITIONS - 1))
+    together = (gone[:, 1:] * gone[:, :-1]).mean(0)
+    assert bool(((together - chance).abs() < 5 * math.sqrt(chance / len(gone))).all())
+
+
+def test_neighbouring_draws_know_nothing_of_each_other(gone: Tensor) -> None:
+    expected = PRUNED * PRUNED / POSITIONS
+    overlap = float((gone[1:] * gone[:-1]).sum(1).mean())
+    assert abs(overlap - expected) < 5 * math.sqrt(expected / len(gone))
+
+
+def test_no_slice_is_favoured(client: secateur.Client) -> None:
+    tensors = {f"layers.{i}.weight": torch.ones(16, 2) for i in range(1000)}
+    masks = client.prune(tensors, secateur.random_structured("*", 4, dim=0)).masks
+    gone = 1 - torch.stack(list(masks.values()))[:, :, 0].double().mean(0)
+    assert bool(((gone - 0.25).abs() < 5 * math.sqrt(0.25 * 0.75 / 1000)).all())
