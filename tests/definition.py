@@ -1,4 +1,7 @@
-"""Which units go, by plain sorting with exact importances, and small models with many ties."""
+"""The definition of a selection, by plain sorting of exact scores; and small models with many ties.
+
+Tests compare the masks and choices of the server with these.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,10 +28,10 @@ from tests.masks import packed, unpacked
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SHAPES = st.lists(st.integers(1, 4), min_size=1, max_size=3)
-# The first two differ in their numbers alone.
+# The first two are isomorphic: they differ only in their numbers.
 NAMES = ("layer1.0.weight", "layer2.1.weight", "head.weight", "layer3.0.bias2")
-# Which of some first NAMES are ranked together.
-KINDS: dict[str, Callable[[list[str]], list[list[str]]]] = {
+# By scope: the sets of tensors whose units are compared, for the first few of NAMES.
+SCOPES: dict[str, Callable[[list[str]], list[list[str]]]] = {
     "tensor": lambda names: [[name] for name in names],
     "global": lambda names: [names],
     "isomorphic": lambda names: [names[:2], *([name] for name in names[2:])],
@@ -37,24 +40,30 @@ KINDS: dict[str, Callable[[list[str]], list[list[str]]]] = {
 
 @dataclass(frozen=True)
 class Ranked:
-    """The units of a tensor: their importances, and which of them are unpruned."""
+    """The units of a tensor: their scores, and which of them are unpruned."""
 
     scores: Sequence[Fraction]
     candidates: Sequence[bool]
 
     @property
     def order(self) -> list[int]:
-        """The unpruned ones, the least important first."""
-        living = [i for i, lives in enumerate(self.candidates) if lives]
-        return sorted(living, key=lambda i: (self.scores[i], i))
+        """The unpruned units, least important first."""
+        unpruned = [i for i, is_candidate in enumerate(self.candidates) if is_candidate]
+        return sorted(unpruned, key=lambda i: (self.scores[i], i))
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """Which units go.  last: the importance of the last one that the walk took; None of none."""
+    """The units that are pruned.
+
+    Attributes:
+        counts: How many of each tensor.
+        pruned: The units of each tensor, by index.
+        last: The score of the last unit that the walk passed, or None.
+    """
 
     counts: list[int]
-    gone: list[list[int]]
+    pruned: list[list[int]]
     last: Fraction | None
 
 
@@ -64,23 +73,23 @@ def choose(
     lows: Sequence[int] | None = None,
     highs: Sequence[int] | None = None,
 ) -> Chosen:
-    """Walks along all units in the order of importance, tensor and index, until enough go.
+    """Walks along all units, by score, tensor and index, until enough are pruned.
 
-    What goes of a tensor are those that the walk has passed, but never fewer than its low nor more
-    than its high.
+    A tensor loses the units that the walk has passed, but at least its number in `lows`, and at
+    most its number in `highs`.
     """
     lows = lows or [0] * len(ranked)
     highs = highs or [len(r.order) for r in ranked]
     for passed, last in positions(ranked):
         counts = [min(max(p, a), b) for p, a, b in zip(passed, lows, highs, strict=True)]
         if reached(counts):
-            gone = [sorted(r.order[:c]) for r, c in zip(ranked, counts, strict=True)]
-            return Chosen(counts, gone, last)
+            pruned = [sorted(r.order[:c]) for r, c in zip(ranked, counts, strict=True)]
+            return Chosen(counts, pruned, last)
     raise AssertionError("no position of the walk is enough")
 
 
 def positions(ranked: Sequence[Ranked]) -> Iterator[tuple[list[int], Fraction | None]]:
-    """How many units of each tensor the walk has passed, and the importance of the last one."""
+    """Yields how many units of each tensor the walk has passed, and the score of the last one."""
     passed = [0] * len(ranked)
     yield list(passed), None
     units = [(r.scores[i], tensor, i) for tensor, r in enumerate(ranked) for i in r.order]
@@ -90,25 +99,25 @@ def positions(ranked: Sequence[Ranked]) -> Iterator[tuple[list[int], Fraction | 
 
 
 def at_least(count: float) -> Callable[[list[int]], bool]:
-    """What `choose` is to reach: so many units in all."""
+    """A condition for `choose`: at least `count` units in all."""
     return lambda counts: sum(counts) >= count
 
 
 def at_cut(ranked: Sequence[Ranked], chosen: Chosen) -> tuple[float | None, int, int]:
-    """The threshold, how many unpruned units have it, and how many of them go."""
+    """Returns the threshold, how many unpruned units have it, and how many of them are pruned."""
     if chosen.last is None:
         return None, 0, 0
     units = [(t, i) for t, r in enumerate(ranked) for i in r.order if r.scores[i] == chosen.last]
-    return float(chosen.last), len(units), sum(i in chosen.gone[t] for t, i in units)
+    return float(chosen.last), len(units), sum(i in chosen.pruned[t] for t, i in units)
 
 
 def sizes(ranked: Sequence[Ranked]) -> tuple[int, int]:
-    """Units in all, and those of them that are unpruned."""
+    """Returns the number of all units, and of the unpruned ones."""
     return sum(len(r.candidates) for r in ranked), sum(len(r.order) for r in ranked)
 
 
 def elements(parameter: Parameter) -> Ranked:
-    """The elements of a tensor, by their magnitudes."""
+    """Returns the elements of a tensor, scored by magnitude."""
     return Ranked([abs(w) for w in exact(parameter.weight)], kept_of(parameter).flatten().tolist())
 
 
@@ -122,15 +131,22 @@ def kept_of(parameter: Parameter) -> Tensor:
     return unpacked(parameter)
 
 
-def without(parameter: Parameter, gone: Sequence[int]) -> Tensor:
-    """The mask of a tensor that has lost elements, by their flat indices."""
+def without(parameter: Parameter, pruned: Sequence[int]) -> Tensor:
+    """Returns the mask of a tensor after more elements were pruned, given their flat indices."""
     kept = kept_of(parameter).flatten()
-    kept[list(gone)] = False
+    kept[list(pruned)] = False
     return kept.view(parameter.weight.shape)
 
 
 def parameter(seed: int, shape: Sequence[int], dtype: torch.dtype, kept: float | None) -> Parameter:
-    """Few values, which every dtype has exactly.  kept: about that share is unpruned."""
+    """Makes a tensor of few values that every dtype represents exactly.
+
+    Args:
+        seed: Of the values and the mask.
+        shape: Its shape.
+        dtype: Its dtype.
+        kept: About which share is unpruned; None for no mask.
+    """
     numbers = np.random.default_rng(seed)
     weight = torch.from_numpy(numbers.integers(-6, 7, tuple(shape)) / 4).to(dtype)
     if kept is None:
@@ -145,7 +161,7 @@ def models(
     dtypes: Sequence[torch.dtype] = DTYPES,
     most: int = 4,
 ) -> dict[str, Parameter]:
-    """Up to four tensors."""
+    """Draws up to `most` tensors, some of them partly pruned."""
     names = NAMES[: draw(st.integers(1, most))]
     seed, kept = draw(st.integers(0, 1 << 32)), st.sampled_from([None, 0.0, 0.2, 0.8])
     return {
@@ -155,14 +171,14 @@ def models(
 
 
 def amount_of(given: Any) -> amounts.Amount:
-    """The amount that a client's float or int is; other amounts as they are."""
+    """Converts a client's float or int; returns other amounts unchanged."""
     if isinstance(given, float):
         return amounts.Fraction(given)
     return amounts.Count(given) if isinstance(given, int) else given
 
 
 def rule(names: Sequence[str], amount: Any = 0.5, **choices: Any) -> Selection:
-    """A resolved rule: elements of all tensors together, but for what `choices` say."""
+    """Makes a resolved rule. By default it compares the elements of all tensors."""
     given = {"importance": Magnitude(), "granularity": Element(), "scope": "global", **choices}
     return Selection("rule", tuple(names), amount=amount_of(amount), **given)
 
@@ -170,23 +186,23 @@ def rule(names: Sequence[str], amount: Any = 0.5, **choices: Any) -> Selection:
 def applied(
     model: dict[str, Parameter], selection: Selection, **extras: Tensor
 ) -> tuple[dict[str, Tensor], Sequence[Choice]]:
-    """The masks of a rule, as bool, and its choices."""
+    """Applies a rule. Returns the masks as bool, and its choices."""
     pruned, (choices,) = prune(RequestContext(), model, [selection], extras)
     return {name: unpacked(parameter) for name, parameter in pruned.items()}, choices
 
 
 def member(tensor: str, dim: int = 0, **choices: Any) -> Member:
-    """A member as a spec has it, with its defaults."""
+    """Makes a member with the defaults of a spec."""
     given = {"offset": 0, "stride": 1, "units": 0, "indices": (), "is_scored": True, **choices}
     return Member("member", tensor, dim, **given)
 
 
-def assert_lost(
+def assert_pruned(
     model: dict[str, Parameter], masks: dict[str, Tensor], names: Sequence[str], chosen: Chosen
 ) -> None:
-    """The units, which are elements, that went are those and no others."""
-    for name, gone in zip(names, chosen.gone, strict=True):
-        assert torch.equal(masks[name], without(model[name], gone)), name
+    """Checks that exactly the chosen elements were pruned."""
+    for name, pruned in zip(names, chosen.pruned, strict=True):
+        assert torch.equal(masks[name], without(model[name], pruned)), name
 
 
 def catalog_of(model: Mapping[str, Parameter]) -> Catalog:
@@ -195,7 +211,7 @@ def catalog_of(model: Mapping[str, Parameter]) -> Catalog:
 
 
 def resolved(model: Mapping[str, Parameter], groups: Sequence[Group], **choices: Any) -> Selection:
-    """A rule of groups, by the mean of |w|, but for what `choices` say."""
+    """Makes and resolves a rule of groups. By default it scores by the mean of |w|."""
     given = {"granularity": None, "groups": tuple(groups), "importance": Magnitude(1.0), **choices}
     (found,) = resolve(RequestContext(), [rule([], **given)], catalog_of(model))
     assert isinstance(found, Selection)

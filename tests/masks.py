@@ -1,4 +1,4 @@
-"""Masks of bits beside masks of bool."""
+"""Conversion between packed masks and masks of bool."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ def packed(mask: Tensor) -> Mask:
 
 
 def unpacked(parameter: Parameter) -> Tensor:
-    """The mask of a parameter, on the CPU. The bits of the last byte that none needs are 0."""
+    """Returns the mask of a parameter, and checks that the unused bits of the last byte are 0."""
     mask = parameter.mask
     assert mask is not None
     flags = [byte >> place & 1 for byte in mask.bits.tolist() for place in range(8)]

@@ -1,4 +1,4 @@
-"""torch.nn.utils.prune itself on a module made of tensors, and a definition by plain sorting."""
+"""Reference results: torch.nn.utils.prune itself, and plain sorting."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def module_of(tensors: Tensors) -> Module:
-    """A module whose parameters have these names and values; it has no forward."""
+    """Makes a module, without a forward, whose parameters have these names and values."""
     root = Module()
     for name, tensor in tensors.items():
         *path, leaf = name.split(".")
@@ -37,34 +37,34 @@ def module_of(tensors: Tensors) -> Module:
 
 
 def place(module: Module, name: str) -> tuple[Module, str]:
-    """The submodule and the name in it, as torch's functions take them."""
+    """Returns the submodule of a parameter and its name in it, as torch's functions take them."""
     path, _, leaf = name.rpartition(".")
     return module.get_submodule(path), leaf
 
 
 def masks_of(module: Module) -> dict[str, Tensor]:
-    """The masks that torch put on a module: bool, True is kept."""
+    """Returns the masks of a pruned module: bool, True is kept."""
     buffers = module.named_buffers()
     return {n.removesuffix("_mask"): b == 1 for n, b in buffers if n.endswith("_mask")}
 
 
 @dataclass(frozen=True)
 class Step:
-    """One pruning in two languages: a spec, and the calls of torch's functions."""
+    """One pruning, as a spec and as calls of torch's functions."""
 
     spec: secateur.Spec
     on: Callable[[Module], None]
 
-    def __add__(self, behind: "Step") -> "Step":
+    def __add__(self, other: "Step") -> "Step":
         def on(module: Module) -> None:
             self.on(module)
-            behind.on(module)
+            other.on(module)
 
-        return Step(self.spec + behind.spec, on)
+        return Step(self.spec + other.spec, on)
 
 
 def by_torch(tensors: Tensors, *steps: Step) -> Module:
-    """A module that torch pruned by these steps."""
+    """Makes a module, and prunes it with torch."""
     module = module_of(tensors)
     for step in steps:
         step.on(module)
@@ -72,7 +72,7 @@ def by_torch(tensors: Tensors, *steps: Step) -> Module:
 
 
 def torch_masks(tensors: Tensors, *steps: Step) -> dict[str, Tensor]:
-    """The masks that torch comes to."""
+    """Returns the masks that torch computes."""
     return masks_of(by_torch(tensors, *steps))
 
 
@@ -128,7 +128,7 @@ def custom(masks: Tensors) -> Step:
 
 
 def assert_same_masks(ours: Tensors, theirs: Tensors) -> None:
-    """ours: of a result.  theirs: bool, in any order."""
+    """Compares the masks of a result with expected ones, in any order."""
     assert ours.keys() == theirs.keys()
     for name, mask in theirs.items():
         assert ours[name].dtype == torch.bool, name
@@ -137,7 +137,7 @@ def assert_same_masks(ours: Tensors, theirs: Tensors) -> None:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same in dtype, shape and every bit: -0.0 is not 0.0."""
+    """Whether two tensors have the same dtype, shape and bits: -0.0 differs from 0.0."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     bits = BITS[a.element_size()]
@@ -151,7 +151,7 @@ def assert_same_tensors(ours: Tensors, theirs: Tensors) -> None:
 
 
 def distinct(shape: Sequence[int], dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Random weights of both signs, no two of one magnitude (up to 10^5 of them)."""
+    """Random weights of both signs with distinct magnitudes, for up to 10^5 elements."""
     generator = torch.Generator().manual_seed(seed)
     count = math.prod(shape)
     steps = torch.randperm(count, generator=generator) + 1
@@ -161,14 +161,14 @@ def distinct(shape: Sequence[int], dtype: torch.dtype = torch.float32, seed: int
 
 
 def count_of(amount: float, units: int) -> int:
-    """How many of `units` an amount means."""
+    """Converts an amount to a number of units."""
     return amount if isinstance(amount, int) else round(amount * units)
 
 
 def lowest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Masks without the `count` lowest |scores|: of equal ones the first, tensor after tensor.
+    """Returns masks that prune the `count` lowest |scores|; ties go to the first tensor and index.
 
-    In float64, which holds every other floating dtype exactly.
+    Compares as float64, which represents every other floating dtype exactly.
     """
     ranked = torch.cat([values.double().abs().reshape(-1) for values in scores])
     kept = torch.ones(len(ranked), dtype=torch.bool)
@@ -178,7 +178,7 @@ def lowest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
 
 
 def lowest_slices(norms: Tensor, count: int, shape: Sequence[int], dim: int) -> Tensor:
-    """The mask of a tensor of `shape` without the `count` slices of the lowest norms."""
+    """Returns the mask of a tensor of `shape` that prunes the `count` slices of lowest norms."""
     (kept,) = lowest([norms], count)
     along = [1] * len(shape)
     along[dim] = -1

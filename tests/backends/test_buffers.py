@@ -1,4 +1,4 @@
-"""Buffers of calls that ended serve later calls."""
+"""Buffers of ended calls are reused by later calls."""
 
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -19,23 +19,27 @@ def address(buffer: Any) -> int:
     return int(buffer.ctypes.data)
 
 
-def test_a_buffer_that_is_not_used_any_more_serves_a_size_like_its_own() -> None:
+def test_an_unused_buffer_is_reused_for_a_similar_size() -> None:
     buffers = Buffers()
     first = buffers.take(9 * LEAST_BYTES)
-    where, part = address(first), first[5:7]
+    begin, part = address(first), first[5:7]
     del first
     second = buffers.take(9 * LEAST_BYTES)
-    assert address(second) != where  # a part of the first is still in use
+    assert address(second) != begin  # a part of the first is still in use
     del part
     smaller = buffers.take(9 * LEAST_BYTES - LEAST_BYTES // SLACK)
-    assert address(smaller) == where
+    assert address(smaller) == begin
     assert len(smaller) == 9 * LEAST_BYTES - LEAST_BYTES // SLACK
 
 
 @examples(60)
 @given(st.lists(st.integers(1, 40) | st.none(), max_size=30))
-def test_no_buffer_is_in_use_twice(wanted: list[int | None]) -> None:
-    """Each buffer keeps what was written to it, whatever comes and goes.  None: the oldest goes."""
+def test_no_buffer_is_handed_out_twice(wanted: list[int | None]) -> None:
+    """Each buffer keeps its content while others are taken and released.
+
+    Args:
+        wanted: Sizes of buffers to take; None releases the oldest one.
+    """
     buffers, held = Buffers(), list[Any]()
     for number, size in enumerate(wanted):
         if size is None:
@@ -49,19 +53,19 @@ def test_no_buffer_is_in_use_twice(wanted: list[int | None]) -> None:
 
 
 def test_idle_buffers_are_freed() -> None:
-    """In a process whose memory nobody else changes."""
+    """Runs in its own process, whose memory no other test changes."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        pool.submit(_take_and_let_go).result()
+        pool.submit(_check_idle_buffers_are_freed).result()
 
 
-def _take_and_let_go() -> None:
+def _check_idle_buffers_are_freed() -> None:
     buffers, before = Buffers(), resident()
-    for size in (128, 200, 150, 220):  # none fits in for the next
+    for size in (128, 200, 150, 220):  # none can be reused for the next
         buffer = buffers.take(size * MIB)
         buffer[:] = 1
         assert (size - 50) * MIB < resident() - before < (size + 50) * MIB
         del buffer
-    later = buffers.take(2 * MIB)  # somebody still works: it is no end that gives memory back
+    later = buffers.take(2 * MIB)  # memory is released although a buffer is in use
     eventually(lambda: resident() < before + 50 * MIB, True)
     assert len(later) == 2 * MIB
 

@@ -1,4 +1,4 @@
-"""The same masks on a GPU as on the CPU; where there is none, its kernels are interpreted."""
+"""Masks on a GPU are those of the CPU. Without a GPU the kernels are interpreted."""
 
 import os
 import subprocess
@@ -29,9 +29,9 @@ pytest.importorskip("triton", reason="there is no Triton for this platform")
 from secateur_server.backends import kernels_triton, triton_backend
 from secateur_server.backends.torch_backend import TorchBackend
 
-IS_HERE = torch.cuda.is_available()
-GPU = pytest.mark.skipif(not IS_HERE, reason="torch sees no CUDA device")
-INTERPRETED = pytest.mark.skipif(IS_HERE, reason="the GPU's own kernels are compiled")
+HAS_GPU = torch.cuda.is_available()
+GPU = pytest.mark.skipif(not HAS_GPU, reason="torch sees no CUDA device")
+INTERPRETED = pytest.mark.skipif(HAS_GPU, reason="the GPU's own kernels are compiled")
 WHERE = [
     pytest.param("cuda", marks=[pytest.mark.gpu, GPU]),
     pytest.param("interpreted", marks=INTERPRETED),
@@ -41,7 +41,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(params=WHERE)
 def to_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
-    """From its call on tensors on the device that it returns are worked on as on a GPU."""
+    """A function that selects the GPU's kernels from then on, and returns the device to use."""
 
     def start() -> str:
         if request.param == "cuda":
@@ -64,8 +64,9 @@ RULES: dict[str, Rule] = {
 }
 
 
-# Of the dtypes but float32 each rule comes first once, and with each dtype in the slow suite: all
-# three go on with the same rules, so that each dtype meets elements, slices and random choices.
+# With float32 each rule comes first once. The others share that: each rule comes first with one of
+# them, and with all of them in the slow suite. All continue with rules of elements, slices and
+# random choices.
 OTHERS = [torch.float64, torch.float16, torch.bfloat16]
 FIRST = [
     pytest.param(dtype, rule, marks=[] if index % 3 == place else pytest.mark.slow)
@@ -75,7 +76,7 @@ FIRST = [
 
 
 @pytest.mark.parametrize(("dtype", "first"), [*((torch.float32, rule) for rule in RULES), *FIRST])
-def test_masks_and_measures_are_those_of_the_cpu(
+def test_masks_and_reports_are_those_of_the_cpu(
     to_gpu: Callable[[], str], dtype: torch.dtype, first: str
 ) -> None:
     torch.manual_seed(0)
@@ -83,17 +84,17 @@ def test_masks_and_measures_are_those_of_the_cpu(
     weights = {"a": torch.randn(shape).to(dtype), "b": torch.randn(33, 151).to(dtype)}
     extras = {"s": torch.randn(shape), "m": torch.rand(shape) > 0.5}
     after = RULES if dtype == torch.float32 else ("l1", "random", "l2")
-    rules = [RULES[name] for name in (first, *after)]  # each among what the ones before left
+    rules = [RULES[name] for name in (first, *after)]  # each prunes what the earlier ones kept
     assert_same(to_gpu, weights, rules, extras)
 
 
 @pytest.mark.parametrize(
     "fraction", [0.3, *(pytest.param(f, marks=pytest.mark.slow) for f in (0.0, 1.0))]
 )
-def test_so_many_units_that_not_all_are_ranked_at_once(
+def test_more_units_than_are_sorted_at_once(
     to_gpu: Callable[[], str], monkeypatch: pytest.MonkeyPatch, fraction: float
 ) -> None:
-    """With ties; and of the second rule a part is pruned already."""
+    """With ties; for the second rule some units are pruned already."""
     monkeypatch.setattr(
         triton_backend.TritonBackend, "ranked", 1 << 16
     )  # a tensor is more than a piece
@@ -107,14 +108,14 @@ def test_so_many_units_that_not_all_are_ranked_at_once(
 
 
 @pytest.mark.parametrize("values", ["normal", "three values", "zeros"])
-def test_a_sample_bounds_the_cut(
+def test_a_sample_bounds_the_threshold(
     to_gpu: Callable[[], str], monkeypatch: pytest.MonkeyPatch, values: str
 ) -> None:
-    """Of 65,536 units as of millions."""
+    """Lowers the limits, so that 65,536 units are sampled as millions are."""
     constants = {"LARGE": 1 << 16, "SAMPLE": 1 << 10, "FEW": 1 << 10, "FEW_OF": 4}
     for name, value in constants.items():
         monkeypatch.setattr(select, name, value)
-    # Histograms are for samples that tell too little.
+    # Histograms are only for samples that do not bound the threshold well.
     monkeypatch.delattr(select, "_cut_by_digits")
     torch.manual_seed(0)
     weight = torch.randn(select.LARGE + 1001)
@@ -130,7 +131,7 @@ def assert_same(
     rules: Sequence[Rule],
     extras: dict[str, Tensor],
 ) -> None:
-    """What a GPU makes of rules is what the CPU does."""
+    """Checks that a GPU gives the masks, choices, reports and weights of the CPU."""
     expected, choices = prune(
         RequestContext(), {n: Parameter(w.clone()) for n, w in weights.items()}, rules, extras
     )
@@ -157,12 +158,12 @@ def broken(*args: object, **switches: object) -> None:
     raise RuntimeError("Failed to find C compiler.")
 
 
-def idle(*args: object, **switches: object) -> None:
+def does_nothing(*args: object, **switches: object) -> None:
     pass
 
 
 class Kernel:
-    """Runs as a function instead of a kernel."""
+    """Runs a function instead of a kernel."""
 
     def __init__(self, run: Callable[..., None]) -> None:
         self.run = run
@@ -172,14 +173,14 @@ class Kernel:
 
 
 @INTERPRETED
-def test_where_triton_works_it_is_the_backend() -> None:
+def test_triton_is_the_backend_if_it_works() -> None:
     assert triton_backend.triton_or_torch(CPU) is triton_backend.TritonBackend
 
 
 @INTERPRETED
 @pytest.mark.parametrize("name", ["split", "count_digits", "extremes", "count_ones"])
-@pytest.mark.parametrize("run", [broken, idle])
-def test_where_triton_fails_torch_is_the_backend(
+@pytest.mark.parametrize("run", [broken, does_nothing])
+def test_torch_is_the_backend_if_triton_fails(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     name: str,
@@ -187,12 +188,12 @@ def test_where_triton_fails_torch_is_the_backend(
 ) -> None:
     monkeypatch.setattr(kernels_triton, name, Kernel(run))
     assert triton_backend.triton_or_torch(CPU) is TorchBackend
-    (told,) = caplog.messages
-    assert told.startswith("cpu: kernels are not compiled, which would be faster: ")
-    assert run is idle or told.endswith("Failed to find C compiler.")
+    (message,) = caplog.messages
+    assert message.startswith("cpu: kernels are not compiled, which would be faster: ")
+    assert run is does_nothing or message.endswith("Failed to find C compiler.")
 
 
-# Compiles every kernel for Hopper, and looks at how wide the loads of 4-byte scores are.
+# Compiles every kernel for Hopper, and checks that loads of 4-byte scores are vectorized.
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
@@ -228,7 +229,7 @@ print("compiled")
 
 
 @pytest.mark.slow
-def test_the_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
+def test_the_kernels_compile_for_hopper_without_a_gpu(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-c", COMPILE]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

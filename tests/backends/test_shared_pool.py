@@ -1,4 +1,4 @@
-"""Work that many calls share a pool for never waits for itself."""
+"""Work in the pool that calls share never waits for itself."""
 
 import threading
 
@@ -8,7 +8,7 @@ from secateur_server.backends import backend_for
 from secateur_server.backends.masks import Mask
 from secateur_server.runtime.context import RequestContext
 
-# Larger than a piece, so that it is counted by the pool.
+# Larger than a piece, so that the pool counts it.
 BYTES = 8 << 20
 
 
@@ -16,8 +16,8 @@ def masks(count: int) -> list[Mask]:
     return [Mask(torch.full((BYTES,), 255, dtype=torch.uint8), BYTES * 8) for _ in range(count)]
 
 
-def test_masks_that_the_pool_and_its_callers_count_at_once_are_all_counted() -> None:
-    """A lock that counters of all masks share would have each wait for the other, for ever."""
+def test_counting_in_the_pool_and_in_its_callers_does_not_deadlock() -> None:
+    """With one lock for all masks, each counter would wait for the other."""
     backend, context = backend_for(torch.device("cpu")), RequestContext()
     found: list[int] = []
 

@@ -1,4 +1,4 @@
-"""Totals divided among tensors: by equal shares, by ERK, by LAMP, by normalized importances."""
+"""Allocation of a total to tensors: uniform, ERK, LAMP, and normalized scores."""
 
 import itertools
 import math
@@ -16,12 +16,12 @@ from secateur_server.importance.random import Random
 from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
 from tests.definition import (
-    KINDS,
+    SCOPES,
     NAMES,
     SHAPES,
     Ranked,
     applied,
-    assert_lost,
+    assert_pruned,
     at_least,
     choose,
     elements,
@@ -38,22 +38,25 @@ Flat = np.ndarray[Any, np.dtype[Any]]
 
 
 def shared(shares: Sequence[float], highs: Sequence[int], total: int) -> list[float]:
-    """Numbers of a sum, in proportion to shares but for those at their highest: by every case."""
+    """Divides a total in proportion to shares, where no number exceeds its maximum.
+
+    Tries which numbers are at their maximum.
+    """
     for full in itertools.product([False, True], repeat=len(shares)):
-        left = total - sum(high for high, at in zip(highs, full, strict=True) if at)
+        rest = total - sum(high for high, at in zip(highs, full, strict=True) if at)
         free = sum(share for share, at in zip(shares, full, strict=True) if not at)
-        scale = left / free if free else 0.0
+        scale = rest / free if free else 0.0
         fits = all(
             (share * scale >= high - 1e-9) if at else (share * scale <= high + 1e-9)
             for share, high, at in zip(shares, highs, full, strict=True)
         )
-        if left >= -1e-9 and fits and (free or abs(left) < 1e-9):
+        if rest >= -1e-9 and fits and (free or abs(rest) < 1e-9):
             return [h if at else s * scale for s, h, at in zip(shares, highs, full, strict=True)]
-    raise AssertionError("one case fits")
+    raise AssertionError("no case fits")
 
 
 def assert_rounded(counts: Sequence[int], numbers: Sequence[float]) -> None:
-    """By the largest remainder: those that are rounded up have no smaller one than the others."""
+    """Checks largest-remainder rounding: no number rounded down has a larger remainder."""
     assert all(abs(c - x) < 1 + 1e-9 for c, x in zip(counts, numbers, strict=True))
     whole = [round(x) for x in numbers]
     parts = [
@@ -68,7 +71,7 @@ def assert_rounded(counts: Sequence[int], numbers: Sequence[float]) -> None:
 
 @many
 @given(model=models(), allocation=st.sampled_from(["uniform", "erk"]), data=st.data())
-def test_totals_are_shared_out_exactly(
+def test_allocated_totals_are_exact(
     model: dict[str, Parameter], allocation: str, data: st.DataObject
 ) -> None:
     of_all, amount = data.draw(st.booleans()), data.draw(st.floats(0, 1))
@@ -80,20 +83,20 @@ def test_totals_are_shared_out_exactly(
         0, round(amount * units) - (units - candidates) if of_all else round(amount * candidates)
     )
     assert choice.requested == choice.pruned == count
-    stay = [int(masks[name].sum()) for name in model]
-    assert sum(stay) == candidates - count
+    kept = [int(masks[name].sum()) for name in model]
+    assert sum(kept) == candidates - count
     shares = [float(len(r.candidates if of_all else r.order)) for r in ranked]
     if allocation == "erk":
         shares = [float(sum(parameter.weight.shape)) for parameter in model.values()]
-    assert_rounded(stay, shared(shares, [len(r.order) for r in ranked], candidates - count))
-    for (name, parameter), of_one in zip(model.items(), ranked, strict=True):
-        gone = of_one.order[: len(of_one.order) - int(masks[name].sum())]
-        assert torch.equal(masks[name], without(parameter, gone)), name
+    assert_rounded(kept, shared(shares, [len(r.order) for r in ranked], candidates - count))
+    for (name, parameter), units_of_one in zip(model.items(), ranked, strict=True):
+        pruned = units_of_one.order[: len(units_of_one.order) - int(masks[name].sum())]
+        assert torch.equal(masks[name], without(parameter, pruned)), name
 
 
 @examples(50)
 @given(shapes=st.lists(SHAPES, min_size=2, max_size=4), sparsity=st.floats(0, 1))
-def test_erk_has_the_densities_of_rigl(shapes: list[list[int]], sparsity: float) -> None:
+def test_erk_densities_are_those_of_rigl(shapes: list[list[int]], sparsity: float) -> None:
     model = {name: Parameter(torch.rand(shape)) for name, shape in zip(NAMES, shapes, strict=False)}
     total = sum(math.prod(shape) for shape in shapes)
     count = round(sparsity * total)
@@ -134,15 +137,15 @@ def lamp(ranked: Ranked) -> Ranked:
 
 @many
 @given(model=MODELS, amount=st.floats(0, 1), scope=st.sampled_from(["global", "isomorphic"]))
-def test_lamp_ranks_by_the_papers_scores(
+def test_lamp_selects_by_the_scores_of_the_paper(
     model: dict[str, Parameter], amount: float, scope: str
 ) -> None:
     masks, choices = applied(model, rule(list(model), amount, scope=scope, allocation="lamp"))
-    for names, choice in zip(KINDS[scope](list(model)), choices, strict=True):
+    for names, choice in zip(SCOPES[scope](list(model)), choices, strict=True):
         ranked = [lamp(elements(model[name])) for name in names]
         count = round(amount * sizes(ranked)[1])
         assert choice.requested == choice.pruned == count
-        assert_lost(model, masks, names, choose(ranked, at_least(count)))
+        assert_pruned(model, masks, names, choose(ranked, at_least(count)))
 
 
 @many
@@ -151,7 +154,7 @@ def test_lamp_ranks_by_the_papers_scores(
     kind=st.sampled_from(["mean", "norm", "z_score"]),
     data=st.data(),
 )
-def test_normalized_importances_rank_as_numpy_has_them(
+def test_normalized_scores_are_those_of_numpy(
     model: dict[str, Parameter], kind: str, data: st.DataObject
 ) -> None:
     weights = [p.weight.flatten().double().abs().numpy() for p in model.values()]
@@ -160,17 +163,17 @@ def test_normalized_importances_rank_as_numpy_has_them(
     candidates = np.concatenate([s[k] for s, k in zip(scores, kept, strict=True)])
     count = data.draw(st.integers(0, len(candidates)))
     masks, (choice,) = applied(model, rule(list(model), count, normalization=kind))
-    going, staying = [], []
-    for mask, score, keep in zip(masks.values(), scores, kept, strict=True):
-        stays = mask.flatten().numpy()
-        going += score[keep & ~stays].tolist()
-        staying += score[keep & stays].tolist()
-    assert len(going) == choice.pruned == count
-    # float32 scores are rounded to float32.
+    lost, left = [], []
+    for mask, score, was_kept in zip(masks.values(), scores, kept, strict=True):
+        is_kept = mask.flatten().numpy()
+        lost += score[was_kept & ~is_kept].tolist()
+        left += score[was_kept & is_kept].tolist()
+    assert len(lost) == choice.pruned == count
+    # Scores of float32 weights are rounded to float32.
     slack = 1e-6 * max(1.0, *np.abs(candidates)) if len(candidates) else 0.0
-    assert not going or not staying or max(going) <= min(staying) + slack
-    if going:
-        assert choice.threshold == pytest.approx(max(going), abs=slack)
+    assert max(lost, default=-math.inf) <= min(left, default=math.inf) + slack
+    if lost:
+        assert choice.threshold == pytest.approx(max(lost), abs=slack)
 
 
 def normalized(values: Flat, kept: Flat, kind: str) -> Flat:
@@ -184,8 +187,7 @@ def normalized(values: Flat, kept: Flat, kind: str) -> Flat:
     return (values - shift) / (float(spreads[kind]) or 1.0)
 
 
-def test_a_random_importance_is_of_no_tensor_alone() -> None:
-    """Fractions of random units come from all tensors, and the totals are exact."""
+def test_random_units_come_from_all_tensors() -> None:
     model = {name: Parameter(torch.rand(40, 50)) for name in NAMES[:3]}
     masks, (choice,) = applied(model, rule(list(model), 0.3, importance=Random(1)))
     assert choice.pruned == sum(int((~mask).sum()) for mask in masks.values()) == 1800

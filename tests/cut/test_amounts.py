@@ -1,4 +1,4 @@
-"""How many units go, and which: beside definitions by plain sorting."""
+"""How many units each kind of amount prunes, and which ones, compared with plain sorting."""
 
 import math
 from fractions import Fraction
@@ -28,11 +28,11 @@ from tests.conftest import examples
 from tests.contract import raw
 from tests.masks import packed
 from tests.definition import (
-    KINDS,
+    SCOPES,
     NAMES,
     Ranked,
     applied,
-    assert_lost,
+    assert_pruned,
     at_cut,
     at_least,
     catalog_of,
@@ -51,62 +51,62 @@ Flat = np.ndarray[Any, np.dtype[Any]]
 
 
 @many
-@given(model=MODELS, scope=st.sampled_from(list(KINDS)), amount=st.floats(0, 1), data=st.data())
-def test_of_all_that_is_ranked_together_the_lowest_go(
+@given(model=MODELS, scope=st.sampled_from(list(SCOPES)), amount=st.floats(0, 1), data=st.data())
+def test_the_lowest_units_of_a_scope_are_pruned(
     model: dict[str, Parameter], scope: str, amount: float, data: st.DataObject
 ) -> None:
     of_all = data.draw(st.booleans())
     masks, choices = applied(model, rule(list(model), amount, scope=scope, of_all=of_all))
-    kinds = KINDS[scope](list(model))
-    assert [choice.tensors for choice in choices] == [tuple(names) for names in kinds]
-    for names, choice in zip(kinds, choices, strict=True):
+    sets = SCOPES[scope](list(model))
+    assert [choice.tensors for choice in choices] == [tuple(names) for names in sets]
+    for names, choice in zip(sets, choices, strict=True):
         ranked = [elements(model[name]) for name in names]
         units, candidates = sizes(ranked)
         count = (
             round(amount * units) - (units - candidates) if of_all else round(amount * candidates)
         )
         chosen = choose(ranked, at_least(count))
-        assert_lost(model, masks, names, chosen)
+        assert_pruned(model, masks, names, chosen)
         assert (choice.candidates, choice.requested) == (candidates, max(0, count))
         assert choice.pruned == sum(chosen.counts)
         assert (choice.threshold, choice.ties, choice.ties_pruned) == at_cut(ranked, chosen)
 
 
 @pytest.mark.parametrize("of_all", [False, True])
-@pytest.mark.parametrize("scope", list(KINDS))
-def test_more_units_than_there_are_is_an_error(scope: str, of_all: bool) -> None:
+@pytest.mark.parametrize("scope", list(SCOPES))
+def test_an_amount_above_the_number_of_units_is_an_error(scope: str, of_all: bool) -> None:
     half = packed(torch.tensor([True, False, True, False]))
     model = {name: Parameter(torch.ones(4), half) for name in NAMES[:2]}
-    there = (1 if scope == "tensor" else 2) * (4 if of_all else 2)
-    masks, _ = applied(model, rule(list(model), there, scope=scope, of_all=of_all))
+    units = (1 if scope == "tensor" else 2) * (4 if of_all else 2)
+    masks, _ = applied(model, rule(list(model), units, scope=scope, of_all=of_all))
     assert not any(mask.any() for mask in masks.values())
-    what = rf"{there + 1} is more than the {there} {'' if of_all else 'unpruned '}units"
-    with pytest.raises(AmountOutOfRange, match=what):
-        applied(model, rule(list(model), there + 1, scope=scope, of_all=of_all))
+    message = rf"{units + 1} is more than the {units} {'' if of_all else 'unpruned '}units"
+    with pytest.raises(AmountOutOfRange, match=message):
+        applied(model, rule(list(model), units + 1, scope=scope, of_all=of_all))
 
 
 @many
 @given(model=MODELS, fractions=st.lists(st.floats(0, 1), min_size=1, max_size=4), data=st.data())
-def test_steps_of_a_schedule_meet_their_totals(
+def test_steps_of_a_schedule_reach_their_totals(
     model: dict[str, Parameter], fractions: list[float], data: st.DataObject
 ) -> None:
-    """What is pruned stays so, whatever the step asks for."""
+    """Pruned elements stay pruned, also if a later step has a lower total."""
     allocation = data.draw(st.sampled_from(["rank", "uniform", "erk", "lamp"]))
     units, state = sum(p.weight.numel() for p in model.values()), dict(model)
     for fraction in fractions:
         selection = rule(list(model), fraction, of_all=True, allocation=allocation)
         before = {name: kept_of(parameter) for name, parameter in state.items()}
         masks, (choice,) = applied(state, selection)
-        gone = units - sum(int(kept.sum()) for kept in before.values())
-        assert choice.requested == choice.pruned == max(0, round(fraction * units) - gone)
-        assert sum(int((~m).sum()) for m in masks.values()) == max(gone, round(fraction * units))
+        pruned = units - sum(int(kept.sum()) for kept in before.values())
+        assert choice.requested == choice.pruned == max(0, round(fraction * units) - pruned)
+        assert sum(int((~m).sum()) for m in masks.values()) == max(pruned, round(fraction * units))
         assert all(not (mask & ~before[name]).any() for name, mask in masks.items())
         state = {name: Parameter(p.weight, packed(masks[name])) for name, p in state.items()}
 
 
 @many
 @given(model=MODELS, fractions=st.lists(st.floats(0, 1), min_size=4, max_size=4))
-def test_each_tensor_of_a_table_loses_its_own_fraction(
+def test_each_tensor_of_a_table_has_its_own_fraction(
     model: dict[str, Parameter], fractions: list[float]
 ) -> None:
     table = dict(zip(list(model)[:3], fractions, strict=False))
@@ -115,7 +115,7 @@ def test_each_tensor_of_a_table_loses_its_own_fraction(
         ranked = elements(parameter)
         count = round(table.get(name, 0.0) * len(ranked.order))
         assert (choice.requested, choice.pruned) == (count, count)
-        assert_lost(model, masks, [name], choose([ranked], at_least(count)))
+        assert_pruned(model, masks, [name], choose([ranked], at_least(count)))
 
 
 THRESHOLDS = st.integers(-1, 7).map(lambda quarters: quarters / 4) | st.sampled_from(
@@ -124,26 +124,26 @@ THRESHOLDS = st.integers(-1, 7).map(lambda quarters: quarters / 4) | st.sampled_
 
 
 @many
-@given(model=MODELS, scope=st.sampled_from(list(KINDS)), threshold=THRESHOLDS)
-def test_what_is_strictly_below_a_threshold_goes(
+@given(model=MODELS, scope=st.sampled_from(list(SCOPES)), threshold=THRESHOLDS)
+def test_units_strictly_below_a_threshold_are_pruned(
     model: dict[str, Parameter], scope: str, threshold: float
 ) -> None:
     masks, choices = applied(model, rule(list(model), Threshold(threshold), scope=scope))
-    for names, choice in zip(KINDS[scope](list(model)), choices, strict=True):
-        going = []
+    for names, choice in zip(SCOPES[scope](list(model)), choices, strict=True):
+        lost = []
         for name in names:
-            kept, size = kept_of(model[name]), model[name].weight.double().abs()
-            assert torch.equal(masks[name], kept & (size >= threshold)), name
-            going += size[kept & (size < threshold)].tolist()
-        assert choice.requested == choice.pruned == len(going)
-        assert choice.threshold == max(going, default=None)
-        ties = going.count(max(going)) if going else 0
+            kept, magnitude = kept_of(model[name]), model[name].weight.double().abs()
+            assert torch.equal(masks[name], kept & (magnitude >= threshold)), name
+            lost += magnitude[kept & (magnitude < threshold)].tolist()
+        assert choice.requested == choice.pruned == len(lost)
+        assert choice.threshold == max(lost, default=None)
+        ties = lost.count(max(lost)) if lost else 0
         assert (choice.ties, choice.ties_pruned) == (ties, ties)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_a_threshold_is_compared_as_the_number_it_is(dtype: torch.dtype) -> None:
-    """0.1 is none of these dtypes' numbers, and lies on one side of the nearest."""
+def test_a_threshold_is_not_rounded_to_the_dtype(dtype: torch.dtype) -> None:
+    """None of these dtypes has 0.1: it is below or above the nearest number."""
     nearest = torch.tensor(0.1, dtype=dtype)
     for threshold in (0.1, math.nextafter(float(nearest), 0), math.nextafter(float(nearest), 1)):
         model = {"w": Parameter(nearest.reshape(1))}
@@ -153,20 +153,20 @@ def test_a_threshold_is_compared_as_the_number_it_is(dtype: torch.dtype) -> None
 
 @many
 @given(model=MODELS, share=st.floats(0, 1.1))
-def test_as_few_elements_go_as_leave_so_many_bytes(
+def test_the_fewest_elements_are_pruned_to_reach_a_number_of_bytes(
     model: dict[str, Parameter], share: float
 ) -> None:
     ranked = [elements(parameter) for parameter in model.values()]
     costs = [parameter.weight.element_size() for parameter in model.values()]
-    there = sum(cost * len(r.order) for cost, r in zip(costs, ranked, strict=True))
-    target = int(share * there)
+    size = sum(cost * len(r.order) for cost, r in zip(costs, ranked, strict=True))
+    target = int(share * size)
 
     def fits(counts: list[int]) -> bool:
-        return there - sum(c * n for c, n in zip(costs, counts, strict=True)) <= target
+        return size - sum(c * n for c, n in zip(costs, counts, strict=True)) <= target
 
     masks, (choice,) = applied(model, rule(list(model), Bytes(target)))
     chosen = choose(ranked, fits)
-    assert_lost(model, masks, list(model), chosen)
+    assert_pruned(model, masks, list(model), chosen)
     assert choice.requested == choice.pruned == sum(chosen.counts)
     assert (choice.threshold, choice.ties, choice.ties_pruned) == at_cut(ranked, chosen)
 
@@ -177,15 +177,15 @@ def test_as_few_elements_go_as_leave_so_many_bytes(
     costs=st.lists(st.integers(1, 9), min_size=4, max_size=4),
     share=st.floats(0, 1.1),
 )
-def test_as_few_slices_go_as_leave_so_many_operations(
+def test_the_fewest_slices_are_pruned_to_reach_a_number_of_macs(
     model: dict[str, Parameter], costs: list[int], share: float
 ) -> None:
     ranked = [slices(parameter, 0, 1) for parameter in model.values()]
-    there = sum(cost * len(r.order) for cost, r in zip(costs, ranked, strict=False))
-    target = share * there
+    operations = sum(cost * len(r.order) for cost, r in zip(costs, ranked, strict=False))
+    target = share * operations
 
     def fits(counts: list[int]) -> bool:
-        return there - sum(c * n for c, n in zip(costs, counts, strict=False)) <= target
+        return operations - sum(c * n for c, n in zip(costs, counts, strict=False)) <= target
 
     per_unit = {name: float(cost) for name, cost in zip(model, costs, strict=False)}
     masks, (choice,) = applied(
@@ -193,9 +193,9 @@ def test_as_few_slices_go_as_leave_so_many_operations(
     )
     chosen = choose(ranked, fits)
     assert choice.requested == choice.pruned == sum(chosen.counts)
-    for (name, parameter), gone in zip(model.items(), chosen.gone, strict=True):
+    for (name, parameter), pruned in zip(model.items(), chosen.pruned, strict=True):
         expected = kept_of(parameter)
-        expected[gone] = False
+        expected[pruned] = False
         assert torch.equal(masks[name], expected), name
 
 
@@ -203,30 +203,36 @@ L1 = Magnitude(1.0)
 
 
 def slices(parameter: Parameter, dim: int, p: int) -> Ranked:
-    """The slices of a tensor by the mean of |w|^p: in the order of its root."""
+    """Returns the slices of a tensor, scored by the mean of |w|^p, whose root has the same order."""
     return units_of(parameter, np.indices(parameter.weight.shape)[dim], p)
 
 
 def units_of(parameter: Parameter, unit: Flat, p: int) -> Ranked:
-    """Units by the mean of |w|^p, what is pruned counts as 0.  unit: of each element."""
+    """Returns units, scored by the mean of |w|^p, where pruned elements count as 0.
+
+    Args:
+        parameter: The tensor.
+        unit: The unit of each element, in the shape of the tensor.
+        p: The order.
+    """
     flat, kept = unit.reshape(-1).tolist(), kept_of(parameter).flatten().tolist()
     sums, sizes, candidates = ([0] * (max(flat) + 1) for _ in range(3))
-    for at, size, keep in zip(flat, elements(parameter).scores, kept, strict=True):
-        sums[at] += size**p if keep else Fraction(0)
+    for at, magnitude, is_kept in zip(flat, elements(parameter).scores, kept, strict=True):
+        sums[at] += magnitude**p if is_kept else Fraction(0)
         sizes[at] += 1
-        candidates[at] |= keep
+        candidates[at] |= is_kept
     means = [Fraction(total) / size for total, size in zip(sums, sizes, strict=True)]
-    return Ranked(means, [bool(lives) for lives in candidates])
+    return Ranked(means, [bool(is_candidate) for is_candidate in candidates])
 
 
-# Their means are rounded alike: between float64 and the others a third is not a tie.
+# Their means are float32. Means of float64 would break ties, because a third is rounded otherwise.
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
 MATRICES = models(st.lists(st.integers(1, 6), min_size=2, max_size=3), NARROW)
 
 
 @many
 @given(model=MATRICES, dim=st.sampled_from([0, 1, -1]), amount=st.floats(0, 1))
-def test_slices_of_several_tensors_rank_by_their_mean(
+def test_slices_of_several_tensors_are_compared_by_their_mean(
     model: dict[str, Parameter], dim: int, amount: float
 ) -> None:
     choices = {"importance": L1, "granularity": Slice(dim)}
@@ -236,9 +242,9 @@ def test_slices_of_several_tensors_rank_by_their_mean(
     chosen = choose(ranked, at_least(count))
     assert choice.candidates == sizes(ranked)[1]
     assert choice.requested == choice.pruned == count
-    for (name, parameter), gone in zip(model.items(), chosen.gone, strict=True):
+    for (name, parameter), pruned in zip(model.items(), chosen.pruned, strict=True):
         expected = kept_of(parameter).movedim(dim, 0)
-        expected[gone] = False
+        expected[pruned] = False
         assert torch.equal(masks[name].movedim(dim, 0), expected), name
 
 
@@ -249,7 +255,7 @@ def test_slices_of_several_tensors_rank_by_their_mean(
     p=st.sampled_from([1, 2]),
     amount=st.floats(0, 1),
 )
-def test_blocks_of_several_tensors_rank_by_their_power_mean(
+def test_blocks_of_several_tensors_are_compared_by_their_power_mean(
     model: dict[str, Parameter], shape: tuple[int, int], p: int, amount: float
 ) -> None:
     granularity = Block(shape, as_matrix=True)
@@ -260,13 +266,13 @@ def test_blocks_of_several_tensors_rank_by_their_power_mean(
     count = round(amount * sizes(ranked)[1])
     chosen = choose(ranked, at_least(count))
     assert choice.requested == choice.pruned == count
-    for (name, parameter), gone in zip(model.items(), chosen.gone, strict=True):
-        stays = torch.from_numpy(~np.isin(units[name], gone)).view(parameter.weight.shape)
-        assert torch.equal(masks[name], kept_of(parameter) & stays), name
+    for (name, parameter), pruned in zip(model.items(), chosen.pruned, strict=True):
+        is_kept = torch.from_numpy(~np.isin(units[name], pruned)).view(parameter.weight.shape)
+        assert torch.equal(masks[name], kept_of(parameter) & is_kept), name
 
 
 def block_of(weight: Tensor, shape: tuple[int, int]) -> Flat:
-    """The block that each element of a tensor as a matrix is in."""
+    """Returns the block of each element of a tensor, viewed as a matrix."""
     matrix = weight.flatten(1).shape
     rows, columns = shape[0] or matrix[0], shape[1]
     of_row, of_column = np.indices(tuple(matrix))
@@ -281,24 +287,29 @@ def block_of(weight: Tensor, shape: tuple[int, int]) -> Flat:
     dim=st.sampled_from([0, 1, -1]),
     amount=st.floats(0, 1),
 )
-def test_groups_of_n_m_go_where_least_is_lost(
+def test_n_m_groups_with_the_lowest_surplus_are_pruned(
     model: dict[str, Parameter], pattern: tuple[int, int], dim: int, amount: float
 ) -> None:
     choices = {"importance": L1, "granularity": NM(*pattern, dim)}
     masks, (choice,) = applied(model, rule(list(model), amount, **choices))
     surplus = [surplus_of(parameter, *pattern, dim) for parameter in model.values()]
-    ranked = [Ranked([s for _, s in of], [bool(goes) for goes, _ in of]) for of in surplus]
+    ranked = [
+        Ranked([score for _, score in groups], [bool(extra) for extra, _ in groups])
+        for groups in surplus
+    ]
     count = round(amount * sizes(ranked)[1])
     chosen = choose(ranked, at_least(count))
     assert (choice.candidates, choice.requested) == (sizes(ranked)[1], count)
     assert choice.pruned == count
-    for (name, parameter), groups, gone in zip(model.items(), surplus, chosen.gone, strict=True):
-        lost = [at for group in gone for at in groups[group][0]]
-        assert torch.equal(masks[name], without(parameter, lost)), name
+    for (name, parameter), groups, pruned in zip(
+        model.items(), surplus, chosen.pruned, strict=True
+    ):
+        elements_of_groups = [at for group in pruned for at in groups[group][0]]
+        assert torch.equal(masks[name], without(parameter, elements_of_groups)), name
 
 
 def surplus_of(parameter: Parameter, n: int, m: int, dim: int) -> list[tuple[list[int], Fraction]]:
-    """Of each group which elements are too many, by their flat indices, and their mean."""
+    """Returns for each group the elements beyond `n`, by flat index, and the mean of them."""
     shape, ranked = parameter.weight.shape, elements(parameter)
     index = np.arange(math.prod(shape)).reshape(tuple(shape))
     moved = np.moveaxis(index, dim, -1)
@@ -306,14 +317,14 @@ def surplus_of(parameter: Parameter, n: int, m: int, dim: int) -> list[tuple[lis
     for line in np.ndindex(moved.shape[:-1]):
         for first in range(0, shape[dim], m):
             group = moved[line][first : first + m].tolist()
-            living = sorted((ranked.scores[i], i) for i in group if ranked.candidates[i])
-            goes = living[: max(0, len(living) - n)]
-            mean = sum((s for s, _ in goes), Fraction(0)) / max(1, len(goes))
-            # Units are in the order of the grid, in which the groups lie along dim.
+            unpruned = sorted((ranked.scores[i], i) for i in group if ranked.candidates[i])
+            extra = unpruned[: max(0, len(unpruned) - n)]
+            mean = sum((s for s, _ in extra), Fraction(0)) / max(1, len(extra))
+            # Units are numbered along a grid that has the groups along `dim`.
             place = list(line)
             place.insert(dim % len(shape), first // m)
-            groups.append((place, [i for _, i in goes], mean))
-    return [(goes, mean) for _, goes, mean in sorted(groups)]
+            groups.append((place, [i for _, i in extra], mean))
+    return [(extra, mean) for _, extra, mean in sorted(groups)]
 
 
 NAMED = {
@@ -328,7 +339,7 @@ def resolved_rule(amount: Any, **choices: Any) -> Selection:
     return found
 
 
-def test_the_first_entry_of_a_table_that_matches_counts() -> None:
+def test_the_first_matching_entry_of_a_table_applies() -> None:
     table = Table({"conv1.*": 0.25, "conv*": 0.5})
     found = resolved_rule(table, scope="tensor")
     masks, choices = applied(NAMED, found)
@@ -364,14 +375,14 @@ def test_amounts_that_do_not_fit_the_tensors_are_an_error(
     assert caught.value.field == f"rule.{field}"
 
 
-def test_blocks_that_divide_their_tensors_have_bytes() -> None:
+def test_blocks_can_be_pruned_to_a_number_of_bytes() -> None:
     found = resolved_rule(Bytes(100), granularity=Block((3, 2), as_matrix=True))
     masks, (choice,) = applied(NAMED, found)
     assert choice.pruned == 2  # of 6 blocks of 24 bytes
     assert sum(int(mask.sum()) for mask in masks.values()) * 4 == 96
 
 
-def test_amounts_and_rails_go_over_the_wire(channel: grpc.Channel) -> None:
+def test_amounts_and_rails_work_over_the_wire(channel: grpc.Channel) -> None:
     tensors = {name: parameter.weight for name, parameter in NAMED.items()}
     data = safetensors.torch.save(tensors)
     bounds = spec_pb2.GuardRails(rails=[spec_pb2.Rail(tensors=["conv*"], max_sparsity=0.25)])

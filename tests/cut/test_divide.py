@@ -1,4 +1,4 @@
-"""How many units go of each tensor, and how much with them, beside sorting and counting."""
+"""Division of a total among tensors, and the energy that it removes, against plain sorting."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ DTYPES = st.sampled_from(
 NUMBERS = [0.0, -0.0, 1.0, -1.0, 1.5, -2.5, 2.0**-14]
 many = examples(100)
 
-# Of each ranking the keys of what is alive, in their order.
+# The keys of the unpruned units of each ranking.
 Keys = list[list[int]]
 
 
@@ -62,20 +62,20 @@ def drawn_ranking(draw: st.DrawFn, i: int, is_random: bool, dtype: torch.dtype) 
     )
 
 
-def living(ranking: Ranking) -> Tensor:
+def unpruned_of(ranking: Ranking) -> Tensor:
     every = torch.ones(ranking.units, dtype=torch.bool)
     return every if ranking.candidates is None else ranking.candidates.flags(0, ranking.units)
 
 
 def all_keys(ranking: Ranking, dtype: torch.dtype) -> Tensor:
-    """The keys of a ranking, what is pruned among them."""
+    """Returns the keys of all units of a ranking, pruned ones too."""
     if isinstance(ranking.scores, RandomScores):
         return random_keys(ranking.scores, torch.arange(ranking.units))
     return ranking.scores.to(dtype).abs().view(BITS[dtype])
 
 
-def alive_keys(rankings: Sequence[Ranking], dtype: torch.dtype) -> Keys:
-    return [all_keys(ranking, dtype)[living(ranking)].tolist() for ranking in rankings]
+def unpruned_keys(rankings: Sequence[Ranking], dtype: torch.dtype) -> Keys:
+    return [all_keys(ranking, dtype)[unpruned_of(ranking)].tolist() for ranking in rankings]
 
 
 @st.composite
@@ -92,22 +92,22 @@ def drawn_query(draw: st.DrawFn, keys: Keys) -> Query:
     prices = st.lists(st.sampled_from([0, 0.5, 1, 3, 7.25]), min_size=size, max_size=size)
     costs = draw(st.none() | prices.map(tuple))
     most = sum(c * h for c, h in zip(costs or (1,) * size, highest, strict=True))
-    # All that may go is the target that every bound shows in.
+    # The largest possible target is limited by every bound.
     target = draw(st.integers(0, int(most)) | st.just(most))
     return Query(members, lowest, highest, target, costs)
 
 
 def brute(keys: Keys, query: Query) -> Division:
-    """The definition, key by key and unit by unit."""
+    """Divides by the definition, key by key and unit by unit."""
     of = [keys[member] for member in query.members]
     costs = query.costs or (1,) * len(of)
 
     def is_enough(counts: Sequence[int]) -> bool:
         return sum(c * n for c, n in zip(costs, counts, strict=True)) >= query.target
 
-    def within(is_going: Callable[[int], bool]) -> list[int]:
-        going = [sum(map(is_going, of_one)) for of_one in of]
-        bounds = zip(going, query.lowest, query.highest, strict=True)
+    def within(is_pruned: Callable[[int], bool]) -> list[int]:
+        counts = [sum(map(is_pruned, of_one)) for of_one in of]
+        bounds = zip(counts, query.lowest, query.highest, strict=True)
         return [min(max(n, low), high) for n, low, high in bounds]
 
     if is_enough(query.lowest):
@@ -129,11 +129,11 @@ def of_kind(patch: pytest.MonkeyPatch, backend: Backend) -> None:
 
 @many
 @given(KINDS, drawn_rankings(), st.data())
-def test_divisions_are_as_defined(
+def test_divisions_are_those_of_the_definition(
     backend: Backend, rankings: list[Ranking], data: st.DataObject
 ) -> None:
     dtype = score_dtype(rankings)
-    keys = alive_keys(rankings, dtype)
+    keys = unpruned_keys(rankings, dtype)
     queries = data.draw(st.lists(drawn_query(keys), min_size=1, max_size=5))
     with pytest.MonkeyPatch.context() as patch:
         of_kind(patch, backend)
@@ -152,7 +152,7 @@ def test_units_below_a_key_are_counted(
     backend: Backend, rankings: list[Ranking], data: st.DataObject
 ) -> None:
     dtype = score_dtype(rankings)
-    keys = alive_keys(rankings, dtype)
+    keys = unpruned_keys(rankings, dtype)
     key = data.draw(st.sampled_from([0, 1 << 14, *(key for of in keys for key in of)]))
     with pytest.MonkeyPatch.context() as patch:
         of_kind(patch, backend)
@@ -163,11 +163,11 @@ def test_units_below_a_key_are_counted(
 
 @many
 @given(drawn_rankings(), st.data())
-def test_without_bounds_as_many_go_as_are_selected(
+def test_a_division_without_bounds_has_the_counts_of_a_selection(
     rankings: list[Ranking], data: st.DataObject
 ) -> None:
     dtype = score_dtype(rankings)
-    candidates = tuple(int(living(ranking).sum()) for ranking in rankings)
+    candidates = tuple(int(unpruned_of(ranking).sum()) for ranking in rankings)
     count = data.draw(st.integers(0, sum(candidates)))
     members = tuple(range(len(rankings)))
     (division,) = divide(
@@ -189,14 +189,14 @@ def test_without_bounds_as_many_go_as_are_selected(
 
 @many
 @given(KINDS, drawn_rankings(), st.data())
-def test_energies_are_sums_of_squares_of_what_goes(
+def test_energies_are_sums_of_squares_of_the_pruned_weights(
     backend: Backend, rankings: list[Ranking], data: st.DataObject
 ) -> None:
     ranking, dtype = rankings[0], score_dtype(rankings)
     weight = torch.randn(ranking.units, generator=torch.Generator().manual_seed(0))
     weight = (weight * 50).to(data.draw(DTYPES))
-    keys, candidates = all_keys(ranking, dtype).tolist(), living(ranking).tolist()
-    order = sorted((i for i, lives in enumerate(candidates) if lives), key=lambda i: keys[i])
+    keys, candidates = all_keys(ranking, dtype).tolist(), unpruned_of(ranking).tolist()
+    order = sorted((i for i, unpruned in enumerate(candidates) if unpruned), key=keys.__getitem__)
     counts = data.draw(st.lists(st.integers(0, len(order)), max_size=6))
     squares = [value**2 for value in weight.double().tolist()]
     with pytest.MonkeyPatch.context() as patch:
@@ -210,7 +210,7 @@ def test_energies_are_sums_of_squares_of_what_goes(
 
 
 def cut_of(ordered: Sequence[int], count: int) -> Cut:
-    """The cut by which the first `count` of sorted keys go."""
+    """Returns the cut that prunes the first `count` of sorted keys."""
     if count == 0:
         return NO_CUT
     key = ordered[count - 1]
@@ -219,7 +219,7 @@ def cut_of(ordered: Sequence[int], count: int) -> Cut:
 
 @pytest.fixture(scope="module", params=[torch.float64, torch.float32])
 def large(request: pytest.FixtureRequest) -> list[Ranking]:
-    """More than a piece of each, with ties, and a part of them pruned before."""
+    """Tensors larger than a piece, with ties, one of them partly pruned."""
     generator = torch.Generator().manual_seed(0)
     rankings = []
     for i, units in enumerate([1_100_001, 1_050_003]):
@@ -235,7 +235,7 @@ FRACTIONS = [0.001, 0.1, 0.25, 0.5, 0.503, 0.9, 1.0]
 
 def test_many_cuts_of_large_tensors_are_those_of_a_sort(large: list[Ranking]) -> None:
     dtype = score_dtype(large)
-    keys = [all_keys(ranking, dtype)[living(ranking)] for ranking in large]
+    keys = [all_keys(ranking, dtype)[unpruned_of(ranking)] for ranking in large]
     owner = torch.cat([torch.full_like(of, i) for i, of in enumerate(keys)])
     joined = torch.cat(keys)
     ordered, index = joined.sort(stable=True)
@@ -255,10 +255,10 @@ def test_many_cuts_of_large_tensors_are_those_of_a_sort(large: list[Ranking]) ->
 
 
 def test_energies_of_large_tensors_are_those_of_a_sort(large: list[Ranking]) -> None:
-    """Where the scores are not the weight, so that each tie has a square of its own."""
+    """The scores are not the weights, so ties have different squares."""
     ranking, dtype = large[1], score_dtype(large)
     weight = torch.randn(ranking.units, generator=torch.Generator().manual_seed(1))
-    at = living(ranking).nonzero().view(-1)
+    at = unpruned_of(ranking).nonzero().view(-1)
     ordered, index = all_keys(ranking, dtype)[at].sort(stable=True)
     sums = weight[at[index]].double().square().cumsum(0)
     counts = [round(share * len(at)) for share in FRACTIONS]
@@ -271,12 +271,12 @@ def test_energies_of_large_tensors_are_those_of_a_sort(large: list[Ranking]) -> 
     assert found[-1] == whole
 
 
-def test_what_is_found_is_the_same_bits_without_numba_and_threads(
+def test_divisions_and_energies_have_the_same_bits_without_numba(
     large: list[Ranking], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert kernels.enabled
     dtype = score_dtype(large)
-    candidates = tuple(int(living(ranking).sum()) for ranking in large)
+    candidates = tuple(int(unpruned_of(ranking).sum()) for ranking in large)
     targets = [share * (candidates[0] + 3 * candidates[1]) for share in FRACTIONS]
     queries = [Query((1, 0), (9, 100), candidates[::-1], t, (3, 1)) for t in targets]
     expected = divide(RequestContext(), large, queries, dtype)
@@ -288,7 +288,7 @@ def test_what_is_found_is_the_same_bits_without_numba_and_threads(
     assert energies(RequestContext(), large[0], weight, cuts, dtype) == of_cuts
 
 
-def test_a_call_that_is_stopped_divides_no_further(large: list[Ranking]) -> None:
+def test_cancellation_ends_a_division(large: list[Ranking]) -> None:
     call = RequestContext()
     call.cancel()
     with pytest.raises(Cancelled):
@@ -302,7 +302,7 @@ def test_a_call_that_is_stopped_divides_no_further(large: list[Ranking]) -> None
 
 @given(drawn_rankings(), st.data())
 @many
-def test_lamp_of_small_tensors_is_that_of_each(
+def test_lamp_of_a_batch_of_small_tensors_is_that_of_each(
     rankings: list[Ranking], data: st.DataObject
 ) -> None:
     rankings = [r for r in rankings if r.units and isinstance(r.scores, Tensor)]
@@ -310,7 +310,7 @@ def test_lamp_of_small_tensors_is_that_of_each(
     queries = []
     for _ in range(data.draw(st.integers(1, 3))):
         bounds = [
-            data.draw(st.tuples(*[st.integers(0, int(living(r).sum()))] * 2)) for r in rankings
+            data.draw(st.tuples(*[st.integers(0, int(unpruned_of(r).sum()))] * 2)) for r in rankings
         ]
         lowest, highest = zip(*map(sorted, bounds), strict=True)
         target = data.draw(st.integers(0, sum(highest)))

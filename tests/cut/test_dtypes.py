@@ -1,4 +1,4 @@
-"""fp8 and integers: ranked as the numbers they are, and sent back in their own dtype."""
+"""fp8 and integers: compared by their values, and returned in their dtype."""
 
 import math
 from dataclasses import replace
@@ -57,7 +57,7 @@ every_integer = pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 
 
 def numbers(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Any finite numbers, zeros of both signs and the least integer among them."""
+    """Random finite numbers, with zeros of both signs and the lowest integer."""
     generator = torch.Generator().manual_seed(seed)
     bits = torch.randint(-(2**63), 2**63 - 1, shape, generator=generator)
     values = bits.to(BITS[dtype.itemsize]).view(dtype)
@@ -68,7 +68,7 @@ def numbers(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor
 
 
 def folded(weight: Tensor, mask: Tensor) -> Tensor:
-    """What is pruned is zero: a float's keeps its sign, and an integer has but one."""
+    """Sets pruned elements to zero; the zero of a float keeps the sign."""
     if not weight.dtype.is_floating_point:
         return weight * mask
     wide = weight.float()
@@ -77,7 +77,7 @@ def folded(weight: Tensor, mask: Tensor) -> Tensor:
 
 @every_dtype
 @pytest.mark.parametrize("amount", AMOUNTS)
-def test_elements_rank_by_their_magnitude(
+def test_elements_are_compared_by_magnitude(
     client: secateur.Client, dtype: torch.dtype, amount: float
 ) -> None:
     weight = numbers((40, 30), dtype)
@@ -85,13 +85,13 @@ def test_elements_rank_by_their_magnitude(
     result = client.prune({"w": weight}, step.spec)
     (kept,) = lowest([weight], count_of(amount, 1200))
     assert_same_masks(result.masks, {"w": kept})
-    # torch, of the same numbers in float64, breaks ties otherwise, and takes the same magnitudes.
+    # torch breaks ties in another order, but prunes the same magnitudes of the numbers as float64.
     wide = weight.double()
     theirs = torch_masks({"w": wide}, step)["w"]
     assert torch.equal(wide[kept].abs().sort().values, wide[theirs].abs().sort().values)
     ((choice,),) = result.report.rules
-    gone = wide[~kept].abs()
-    assert choice.threshold == (float(gone.max()) if gone.numel() else None)
+    pruned = wide[~kept].abs()
+    assert choice.threshold == (float(pruned.max()) if pruned.numel() else None)
     assert result.report.tensors["w"].dtype == SPELLED[dtype]
 
 
@@ -104,18 +104,18 @@ def weights(draw: st.DrawFn) -> Tensor:
 
 @examples(60)
 @given(weight=weights(), first=st.floats(0, 1), second=st.floats(0, 1))
-def test_a_second_rule_chooses_among_what_is_left(
+def test_a_second_rule_selects_among_the_unpruned_elements(
     client: secateur.Client, weight: Tensor, first: float, second: float
 ) -> None:
     spec = secateur.l1_unstructured("w", first) + secateur.l1_unstructured("w", second)
-    gone = round(first * weight.numel())
-    gone += round(second * (weight.numel() - gone))
-    (kept,) = lowest([weight], gone)
+    pruned = round(first * weight.numel())
+    pruned += round(second * (weight.numel() - pruned))
+    (kept,) = lowest([weight], pruned)
     assert_same_masks(client.prune({"w": weight}, spec).masks, {"w": kept})
 
 
 @every_integer
-def test_the_least_integer_is_the_largest_magnitude(
+def test_the_lowest_integer_has_the_largest_magnitude(
     client: secateur.Client, dtype: torch.dtype
 ) -> None:
     limits = torch.iinfo(dtype)
@@ -127,7 +127,7 @@ def test_the_least_integer_is_the_largest_magnitude(
         assert (~mask).nonzero().view(-1).tolist() == sorted(order[:count])
 
 
-def test_int32_ranks_exactly_and_int64_as_float64(client: secateur.Client) -> None:
+def test_int32_is_compared_exactly_and_int64_as_float64(client: secateur.Client) -> None:
     close = torch.tensor([2**30 + 1, -(2**30), 2**30 + 2])
     equal = torch.tensor([2**53 + 1, 2**53, 2**53 + 4])
     tensors = {"close": close.int(), "equal": equal}
@@ -138,7 +138,7 @@ def test_int32_ranks_exactly_and_int64_as_float64(client: secateur.Client) -> No
 
 @every_dtype
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 0.5, math.inf, -math.inf, "fro"])
-def test_slices_rank_by_their_norms(
+def test_slices_are_compared_by_their_norms(
     client: secateur.Client, dtype: torch.dtype, n: float | str
 ) -> None:
     weight = numbers((12, 7, 10), dtype, seed=3)
@@ -156,7 +156,7 @@ def test_slices_rank_by_their_norms(
 
 
 @every_dtype
-def test_nuclear_norms_and_what_is_pruned_already(
+def test_norms_of_partly_pruned_slices(
     client: secateur.Client, dtype: torch.dtype
 ) -> None:
     weight = numbers((6, 5, 4), dtype, seed=4)
@@ -164,13 +164,13 @@ def test_nuclear_norms_and_what_is_pruned_already(
         step = l1(["w"], 0.5) + ln(["w"], 2, n, 0)
         found = client.prune({"w": weight}, step.spec).masks["w"]
         (first,) = lowest([weight], 60)
-        left = weight.double() * first
-        norms = torch.linalg.matrix_norm(left, "nuc") if n == "nuc" else left.norm(n, dim=(1, 2))
+        rest = weight.double() * first
+        norms = torch.linalg.matrix_norm(rest, "nuc") if n == "nuc" else rest.norm(n, dim=(1, 2))
         assert len(norms.float().unique()) == 6
         assert torch.equal(found, first & lowest_slices(norms, 2, weight.shape, 0))
 
 
-def test_rows_of_int32_whose_norms_float32_cannot_tell_apart(client: secateur.Client) -> None:
+def test_rows_of_int32_with_equal_norms_in_float32_are_distinguished(client: secateur.Client) -> None:
     weight = torch.tensor([[2**30 + 1, 0], [2**30, 0], [2**30 + 2, 0]], dtype=torch.int32)
     for spec in (
         secateur.ln_structured("w", 1, 1, 0),
@@ -182,7 +182,7 @@ def test_rows_of_int32_whose_norms_float32_cannot_tell_apart(client: secateur.Cl
 
 
 @pytest.mark.parametrize("amount", AMOUNTS)
-def test_dtypes_rank_together_without_rounding(client: secateur.Client, amount: float) -> None:
+def test_tensors_of_several_dtypes_are_compared_without_rounding(client: secateur.Client, amount: float) -> None:
     kinds = [FP8[0], torch.float32, FP8[1], torch.bfloat16, torch.int8, torch.uint8, torch.float16]
     for some in ([*FP8], kinds[:4], kinds, [*kinds, *INTEGERS, torch.float64]):
         tensors = {}
@@ -213,10 +213,10 @@ METHODS = {
 
 @every_dtype
 @pytest.mark.parametrize("method", METHODS)
-def test_other_methods_take_them_as_the_same_numbers(
+def test_other_methods_give_the_masks_of_the_same_numbers_as_floats(
     client: secateur.Client, dtype: torch.dtype, method: str
 ) -> None:
-    """What the methods do to float32 and float64 is tested beside each of them."""
+    """The tests of each method cover float32 and float64."""
     tensors = {"a": numbers((12, 8), dtype), "b": numbers((8, 12), dtype, seed=1)}
     holds = torch.float64 if dtype in (torch.int32, torch.int64) else torch.float32
     wide = {name: values.to(holds) for name, values in tensors.items()}
@@ -236,20 +236,20 @@ def test_other_methods_take_them_as_the_same_numbers(
 
 
 @every_dtype
-def test_a_random_choice_is_that_of_any_dtype(client: secateur.Client, dtype: torch.dtype) -> None:
+def test_a_random_selection_does_not_depend_on_the_dtype(client: secateur.Client, dtype: torch.dtype) -> None:
     weight = numbers((20, 30), dtype)
-    for spec, gone in (
+    for spec, pruned in (
         (secateur.random_unstructured("w", 0.3, seed=5), 180),
         (secateur.random_structured("w", 7, dim=1, seed=5), 140),
         (secateur.global_unstructured("w", 0.3, "random", seed=5), 180),
     ):
         masks = client.prune({"w": weight}, spec).masks
-        assert int((~masks["w"]).sum()) == gone
+        assert int((~masks["w"]).sum()) == pruned
         assert_same_masks(masks, client.prune({"w": torch.ones(20, 30)}, spec).masks)
 
 
 @every_fp8
-def test_scores_may_be_fp8_and_masks_of_a_caller_may_not(
+def test_scores_may_be_fp8_and_custom_masks_may_not(
     client: secateur.Client, dtype: torch.dtype
 ) -> None:
     scores = numbers((8, 9), dtype)
@@ -263,7 +263,7 @@ def test_scores_may_be_fp8_and_masks_of_a_caller_may_not(
 
 @every_dtype
 @pytest.mark.parametrize("output", ["masks", "reparametrized", "dense"])
-def test_every_form_has_every_bit(
+def test_kept_elements_have_the_same_bits_in_every_output(
     client: secateur.Client, dtype: torch.dtype, output: str, tmp_path: Path
 ) -> None:
     weight, other = numbers((31, 17), dtype), torch.randn(3)
@@ -285,7 +285,7 @@ def test_every_form_has_every_bit(
 
 
 @every_dtype
-def test_a_pair_is_pruned_further_and_made_permanent(
+def test_a_pair_can_be_pruned_further_and_finalized(
     client: secateur.Client, dtype: torch.dtype
 ) -> None:
     weight = numbers((20, 10), dtype)
@@ -304,7 +304,7 @@ def test_a_pair_is_pruned_further_and_made_permanent(
 
 
 @pytest.mark.parametrize("output", ["masks", "dense"])
-def test_a_pair_of_integers_that_no_rule_names_is_folded_too(
+def test_a_pair_of_integers_is_folded_without_a_rule(
     client: secateur.Client, output: str
 ) -> None:
     pair = {"n_orig": torch.tensor([-5, 6]), "n_mask": torch.tensor([0, 1])}
@@ -320,7 +320,7 @@ def test_a_pair_of_integers_that_no_rule_names_is_folded_too(
 
 
 @every_integer
-def test_integers_that_are_no_pair_are_two_tensors(
+def test_integers_that_do_not_form_a_pair_are_two_tensors(
     client: secateur.Client, dtype: torch.dtype
 ) -> None:
     values = torch.arange(6, dtype=dtype)
@@ -337,7 +337,7 @@ def test_integers_that_are_no_pair_are_two_tensors(
             assert_same_tensors(result.state_dict("dense"), expected)
 
 
-def test_a_nan_of_fp8_is_refused_and_what_is_none_is_not(client: secateur.Client) -> None:
+def test_each_nan_of_fp8_is_refused_and_other_bit_patterns_are_not(client: secateur.Client) -> None:
     spec = secateur.l1_unstructured("w", 1)
     for dtype in FP8:
         for byte in range(256):
@@ -354,22 +354,22 @@ def test_a_nan_of_fp8_is_refused_and_what_is_none_is_not(client: secateur.Client
 
 
 @every_fp8
-def test_a_nan_that_is_pruned_is_legal_and_one_that_is_kept_keeps_its_bits(
+def test_a_pruned_nan_is_legal_and_a_kept_nan_keeps_its_bits(
     client: secateur.Client, dtype: torch.dtype
 ) -> None:
     nan = torch.tensor([0x7F, 0xFF, 0x38, 0x01], dtype=torch.uint8).view(dtype)
-    gone = secateur.custom_from_mask({"w": torch.tensor([0, 0, 1, 1])})
-    masks = client.prune({"w": nan}, gone + secateur.l1_unstructured("w", 1)).masks
+    both = secateur.custom_from_mask({"w": torch.tensor([0, 0, 1, 1])})
+    masks = client.prune({"w": nan}, both + secateur.l1_unstructured("w", 1)).masks
     assert masks["w"].tolist() == [False, False, True, False]
     zeros = torch.tensor([0x00, 0x80, 0x38, 0x01], dtype=torch.uint8).view(dtype)
     for output in ("masks", "dense"):
-        assert same_bits(client.prune({"w": nan}, gone, output=output).state_dict()["w"], zeros)
-        stays = secateur.identity(["v"])
-        result = client.prune({"w": nan, "v": torch.ones(1)}, stays, output=output)
+        assert same_bits(client.prune({"w": nan}, both, output=output).state_dict()["w"], zeros)
+        other = secateur.identity(["v"])
+        result = client.prune({"w": nan, "v": torch.ones(1)}, other, output=output)
         assert same_bits(result.state_dict()["w"], nan)
 
 
-def test_a_glob_means_no_integers(client: secateur.Client) -> None:
+def test_a_glob_does_not_match_integers(client: secateur.Client) -> None:
     model = {
         "bn.weight": torch.tensor([1.0, -2.0]),
         "bn.num_batches_tracked": torch.tensor(7),
@@ -404,7 +404,7 @@ def test_a_glob_means_no_integers(client: secateur.Client) -> None:
 
 
 @every_dtype
-def test_checkpoints_keep_them(client: secateur.Client, dtype: torch.dtype) -> None:
+def test_checkpoints_have_every_dtype(client: secateur.Client, dtype: torch.dtype) -> None:
     weight = numbers((50, 40), dtype)
     half = secateur.l1_unstructured("w", 0.5)
     checkpoint = client.prune({"w": weight}, half, keep=True).checkpoint
@@ -420,7 +420,7 @@ def test_checkpoints_keep_them(client: secateur.Client, dtype: torch.dtype) -> N
 
 
 @every_dtype
-def test_a_module_is_pruned_as_torch_does(client: secateur.Client, dtype: torch.dtype) -> None:
+def test_apply_to_gives_the_module_that_torch_prunes(client: secateur.Client, dtype: torch.dtype) -> None:
     weight = numbers((6, 5), dtype)
     module, twin = by_torch({"a.w": weight}), by_torch({"a.w": weight})
     result = client.prune(module, secateur.l1_unstructured("a.w", 12))
@@ -444,7 +444,7 @@ KINDS = pytest.mark.parametrize(
 @KINDS
 @examples(100)
 @given(weight=weights(), data=st.data())
-def test_zeros_are_counted_and_folds_made_by_every_backend(
+def test_every_backend_counts_zeros_and_folds(
     backend: Backend, weight: Tensor, data: st.DataObject
 ) -> None:
     flat, size = weight.view(-1), weight.numel()
@@ -465,14 +465,13 @@ MANY = [(FP8[0], (1 << 22) + 5), (torch.int32, (1 << 22) + 5)]
 
 
 @pytest.mark.parametrize(("dtype", "count"), FEW + MANY, ids=str)
-def test_many_units_are_cut_as_few_are(
+def test_the_search_for_many_units_gives_the_masks_of_a_sort(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, count: int
 ) -> None:
-    """More than are ranked at once, and than a sample is taken of; with numba and without."""
+    """More units than are sorted at once, and than are sampled; with numba and without."""
     weight = numbers((count,), dtype)
-    gone = count // 3
-    (kept,) = lowest([weight], gone)
-    rule = Selection("r", ("w",), Magnitude(), Element(), "tensor", Count(gone))
+    (kept,) = lowest([weight], count // 3)
+    rule = Selection("r", ("w",), Magnitude(), Element(), "tensor", Count(count // 3))
     zeros = int(((weight.double() == 0) | ~kept).sum())
     for enabled in (True, False):
         monkeypatch.setattr(kernels, "enabled", enabled)

@@ -1,4 +1,4 @@
-"""Edges of the choices beyond torch, each once wrong."""
+"""Edge cases of methods beyond torch's, each of which was once a defect."""
 
 from typing import Any
 
@@ -15,14 +15,14 @@ def normal(*shape: int) -> Any:
     return RNG.standard_normal(shape).astype(np.float32)
 
 
-def foretold_and_done(
+def planned_and_pruned(
     client: secateur.Client, model: Any, spec: secateur.Spec, amount: float
 ) -> tuple[Any, Any]:
     (planned,) = client.plan(model, spec, [amount]).amounts
     return planned, client.prune(model, spec).report
 
 
-def test_every_group_of_n_m_goes_by_any_allocation(client: secateur.Client) -> None:
+def test_an_amount_of_1_prunes_every_n_m_group_by_any_allocation(client: secateur.Client) -> None:
     for allocation in ("lamp", "uniform", "rank"):
         spec = secateur.select("*", 1.0, granularity="n_m", scope="global", allocation=allocation)
         report = client.prune({"w": normal(4, 8), "v": normal(2, 4)}, spec).report
@@ -30,7 +30,7 @@ def test_every_group_of_n_m_goes_by_any_allocation(client: secateur.Client) -> N
         assert all("2:4" in tensor.patterns for tensor in report.tensors.values())
 
 
-def test_one_unit_is_not_all_of_them_in_a_plan(client: secateur.Client) -> None:
+def test_a_plan_distinguishes_one_unit_from_all_units(client: secateur.Client) -> None:
     model, spec = {"w": normal(64, 64)}, secateur.n_m_structured("*", 2, 4)
     every, one = client.plan(model, spec, [1.0, 1]).amounts
     (alone,) = client.plan(model, spec, [1]).amounts
@@ -38,41 +38,41 @@ def test_one_unit_is_not_all_of_them_in_a_plan(client: secateur.Client) -> None:
     assert every.sparsity == 0.5
 
 
-def test_means_of_small_and_negative_orders(client: secateur.Client) -> None:
+def test_means_of_small_and_negative_orders_do_not_overflow(client: secateur.Client) -> None:
     model = {name: normal(8, 4000) for name in "ab"}
     for p in (0.01, -0.01, 0.3):
         spec = secateur.global_structured("*", 4, p, 0)
         masks = client.prune(model, spec).masks
-        # The logarithm of the mean over p: it cannot leave the doubles.
+        # The logarithm of the mean over p: it does not overflow.
         mean = {
             (name, row): np.log(np.mean(np.abs(values[row].astype(float)) ** p)) / p
             for name, values in model.items()
             for row in range(8)
         }
         lowest = sorted(mean, key=lambda unit: mean[unit])[:4]
-        gone = {(name, row) for name in "ab" for row in range(8) if not masks[name][row].any()}
-        assert gone == set(lowest)
+        pruned = {(name, row) for name in "ab" for row in range(8) if not masks[name][row].any()}
+        assert pruned == set(lowest)
 
 
-def test_rails_that_leave_one_number_of_units(client: secateur.Client) -> None:
+def test_rails_may_allow_a_single_count(client: secateur.Client) -> None:
     rails = secateur.guard_rails(max_sparsity=0.5, min_sparsity=0.5, keep_at_least=2)
     report = client.prune({"a": normal(1, 3)}, secateur.select("*", 1, guard_rails=rails)).report
     assert report.rules[0][0].pruned == 1
 
 
-def test_operations_beyond_count_are_refused(client: secateur.Client) -> None:
+def test_macs_beyond_the_range_are_refused(client: secateur.Client) -> None:
     target = secateur.target_macs(0, {"a": 1e300})
     with pytest.raises(secateur.InvalidSpec, match=r"per_unit\['a'\]: 1e\+300 is not in"):
         client.prune({"a": normal(4, 8)}, secateur.select("*", target))
 
 
-def test_norms_beyond_the_doubles_are_no_defect(client: secateur.Client) -> None:
+def test_a_sensitivity_with_overflowing_norms_is_between_0_and_1(client: secateur.Client) -> None:
     found = client.sensitivity({name: np.full((2, 2), 1e154) for name in "ab"})
     assert all(0 <= share <= 1 for shares in found.norm_removed.values() for share in shares)
 
 
-def test_a_pattern_longer_than_its_lines(client: secateur.Client) -> None:
-    """Its groups are the lines; they are not filled up to a thousand elements."""
+def test_a_pattern_longer_than_its_rows(client: secateur.Client) -> None:
+    """Each row is one group; it is not padded to a thousand elements."""
     weights = normal(200_000, 3)
     masks = client.prune({"w": weights}, secateur.n_m_structured("*", 1, 1024)).masks["w"]
     assert np.array_equal(masks.sum(1), np.ones(200_000))
@@ -81,17 +81,17 @@ def test_a_pattern_longer_than_its_lines(client: secateur.Client) -> None:
     assert kept.all()
 
 
-def test_an_infinity_that_stays_does_not_hide_what_goes(client: secateur.Client) -> None:
+def test_norm_removed_is_0_beside_a_kept_infinity(client: secateur.Client) -> None:
     weights = normal(4, 4)
     weights[3, 3] = np.inf
     group = secateur.group("g", secateur.member("w"))
     spec = secateur.grouped([group], 1)
-    planned, report = foretold_and_done(client, {"w": weights}, spec, 1)
+    planned, report = planned_and_pruned(client, {"w": weights}, spec, 1)
     assert planned.tensors["w"].pruned == report.tensors["w"].pruned == 4
     assert planned.norm_removed == 0.0
 
 
-def test_what_the_client_refuses_names_its_field() -> None:
+def test_errors_of_the_client_name_the_field() -> None:
     wrong: Any = {1: "a"}
     zero: Any = 0
     for make, said in (
@@ -105,12 +105,12 @@ def test_what_the_client_refuses_names_its_field() -> None:
             make()
 
 
-def test_an_amount_of_a_plan_that_is_too_much_is_named(client: secateur.Client) -> None:
+def test_an_amount_of_a_plan_that_is_too_large_is_named(client: secateur.Client) -> None:
     with pytest.raises(secateur.InvalidSpec, match=r"header\.amounts\[1\]\.count: 1000 is more"):
         client.plan({"w": normal(4, 4)}, secateur.global_unstructured("*", 0.5), [0.5, 1000])
 
 
-def test_a_caller_may_score_the_units_of_a_group(client: secateur.Client) -> None:
+def test_scores_may_be_given_for_the_units_of_a_group(client: secateur.Client) -> None:
     model = {"conv.weight": normal(4, 3), "next.weight": normal(5, 4)}
     members = [secateur.member("conv.weight"), secateur.member("next.weight", dim=1)]
     group, scores = secateur.group("g", *members), np.array([3, -1, 2, 0.5], np.float32)
@@ -126,7 +126,7 @@ def test_a_caller_may_score_the_units_of_a_group(client: secateur.Client) -> Non
             client.prune(model, secateur.grouped([group], 2, importance_scores=wrong))
 
 
-def test_masked_lines_shorter_than_a_pattern(client: secateur.Client) -> None:
+def test_partly_pruned_rows_shorter_than_a_pattern(client: secateur.Client) -> None:
     model = {"w_orig": torch.tensor([[3.0, -1.0, 2.0]]), "w_mask": torch.tensor([[1.0, 1.0, 0.0]])}
     masks = client.prune(model, secateur.n_m_structured("*", 1, 8)).masks["w"]
     assert masks.tolist() == [[True, False, False]]

@@ -1,4 +1,4 @@
-"""Guard rails: totals are met exactly within the bounds, at the least loss of importance."""
+"""Guard rails: totals are exact within the bounds, at the least loss of importance."""
 
 import itertools
 import math
@@ -28,7 +28,7 @@ from tests.definition import (
     Chosen,
     Ranked,
     applied,
-    assert_lost,
+    assert_pruned,
     at_cut,
     at_least,
     choose,
@@ -44,19 +44,19 @@ HUNDREDTHS = st.integers(0, 100).map(lambda percent: percent / 100)
 
 @st.composite
 def rails(draw: st.DrawFn) -> tuple[Rail, ...]:
-    """A rail for each of some tensors, each with bounds that do not contradict one another."""
+    """Draws at most one rail for each tensor, whose floor and cap do not contradict each other."""
     names = draw(st.lists(st.sampled_from(NAMES), unique=True))
     found = []
     for name in names:
         low, high = sorted((draw(HUNDREDTHS), draw(HUNDREDTHS)))
-        # A floor and a count that is kept may contradict one another.
+        # A floor and `keep_at_least` might contradict each other.
         count = draw(st.integers(0, 5)) if low == 0 else 0
         found.append(Rail(f"rails[{name}]", (name,), low, high, count))
     return tuple(found)
 
 
 def limits(given_rails: Sequence[Rail], name: str, ranked: Ranked) -> tuple[int, int]:
-    """How many units a tensor loses at least, and at most."""
+    """Returns the least and the largest number of units that a tensor may lose."""
     units, candidates = len(ranked.candidates), len(ranked.order)
     for bounds in given_rails:
         if name in bounds.tensors:
@@ -71,7 +71,7 @@ def limits(given_rails: Sequence[Rail], name: str, ranked: Ranked) -> tuple[int,
 def bounded(
     model: dict[str, Parameter], given_rails: Sequence[Rail]
 ) -> tuple[list[Ranked], list[int], list[int]]:
-    """The elements of each tensor, and how many go at least, and at most."""
+    """Returns the elements of each tensor, and the least and largest numbers that it may lose."""
     ranked = [elements(parameter) for parameter in model.values()]
     found = [limits(given_rails, name, r) for name, r in zip(model, ranked, strict=True)]
     return ranked, [low for low, _ in found], [high for _, high in found]
@@ -80,54 +80,54 @@ def bounded(
 def guarded(
     model: dict[str, Parameter], amount: Any, given_rails: Sequence[Rail], **choices: Any
 ) -> tuple[dict[str, Tensor], Choice]:
-    """The masks of a rule with rails, and its only choice."""
-    there = tuple(r for r in given_rails if set(r.tensors) <= set(model))
-    selection = rule(list(model), amount, guard_rails=GuardRails(there), **choices)
+    """Applies a rule with the rails of the model's tensors. Returns the masks and the choice."""
+    fitting = tuple(r for r in given_rails if set(r.tensors) <= set(model))
+    selection = rule(list(model), amount, guard_rails=GuardRails(fitting), **choices)
     masks, (choice,) = applied(model, selection)
     return masks, choice
 
 
 @many
 @given(model=MODELS, bounds=rails(), data=st.data())
-def test_the_lowest_go_within_the_bounds(
+def test_the_lowest_units_within_the_bounds_are_pruned(
     model: dict[str, Parameter], bounds: tuple[Rail, ...], data: st.DataObject
 ) -> None:
     ranked, lows, highs = bounded(model, bounds)
     count = data.draw(st.integers(sum(lows), sum(highs)))
     masks, choice = guarded(model, count, bounds)
     chosen = choose(ranked, at_least(count), lows, highs)
-    assert_lost(model, masks, list(model), chosen)
+    assert_pruned(model, masks, list(model), chosen)
     assert choice.requested == choice.pruned == count
     assert (choice.threshold, choice.ties, choice.ties_pruned) == at_cut(ranked, chosen)
 
 
 @many
 @given(model=models(most=3), bounds=rails(), data=st.data())
-def test_no_other_counts_within_the_bounds_lose_less(
+def test_no_other_counts_within_the_bounds_lose_less_importance(
     model: dict[str, Parameter], bounds: tuple[Rail, ...], data: st.DataObject
 ) -> None:
     ranked, lows, highs = bounded(model, bounds)
     count = data.draw(st.integers(sum(lows), sum(highs)))
     masks, _ = guarded(model, count, bounds)
-    sums = [[Fraction(0)] for _ in ranked]  # of the lowest 0, 1, 2...
-    for of, r in zip(sums, ranked, strict=True):
-        of.extend(itertools.accumulate(r.scores[i] for i in r.order))
+    sums = [[Fraction(0)] for _ in ranked]  # of the lowest 0, 1, 2... units
+    for sums_of_one, r in zip(sums, ranked, strict=True):
+        sums_of_one.extend(itertools.accumulate(r.scores[i] for i in r.order))
     possible = itertools.product(*map(range, lows, [high + 1 for high in highs]))
     least = min(
-        sum(of[c] for of, c in zip(sums, counts, strict=True))
+        sum(sums_of_one[c] for sums_of_one, c in zip(sums, counts, strict=True))
         for counts in possible
         if sum(counts) == count
     )
     kept = [masks[name].flatten().tolist() for name in model]
     lost = sum(
-        r.scores[i] for r, stays in zip(ranked, kept, strict=True) for i in r.order if not stays[i]
+        r.scores[i] for r, flags in zip(ranked, kept, strict=True) for i in r.order if not flags[i]
     )
     assert lost == least
 
 
 @many
 @given(model=MODELS, bounds=rails(), data=st.data())
-def test_a_bound_is_named_where_the_choice_without_it_is_another(
+def test_a_rail_is_reported_if_it_changes_the_choice(
     model: dict[str, Parameter], bounds: tuple[Rail, ...], data: st.DataObject
 ) -> None:
     ranked, lows, highs = bounded(model, bounds)
@@ -159,7 +159,7 @@ def test_a_bound_is_named_where_the_choice_without_it_is_another(
 
 
 def binding_rail(bounds: Sequence[Rail], name: str, ranked: Ranked, found: str) -> str:
-    """The name of the stricter one of the two rails from above."""
+    """Returns the name of the stricter upper bound."""
     of_tensor = next(bound for bound in bounds if name in bound.tensors)
     if found == "min_sparsity":
         return found
@@ -171,28 +171,28 @@ def binding_rail(bounds: Sequence[Rail], name: str, ranked: Ranked, found: str) 
 
 @many
 @given(model=MODELS, bounds=rails(), threshold=st.integers(0, 7).map(lambda x: x / 4))
-def test_what_is_below_a_threshold_goes_within_the_bounds(
+def test_units_below_a_threshold_are_pruned_within_the_bounds(
     model: dict[str, Parameter], bounds: tuple[Rail, ...], threshold: float
 ) -> None:
     ranked, lows, highs = bounded(model, bounds)
     below = [sum(r.scores[i] < threshold for i in r.order) for r in ranked]
     counts = [min(max(b, low), high) for b, low, high in zip(below, lows, highs, strict=True)]
     masks, choice = guarded(model, Threshold(threshold), bounds)
-    gone = [sorted(r.order[:c]) for r, c in zip(ranked, counts, strict=True)]
-    assert_lost(model, masks, list(model), Chosen(counts, gone, None))
+    pruned = [sorted(r.order[:c]) for r, c in zip(ranked, counts, strict=True)]
+    assert_pruned(model, masks, list(model), Chosen(counts, pruned, None))
     assert (choice.requested, choice.pruned) == (sum(below), sum(counts))
     changed = {n: c for n, b, c in zip(model, below, counts, strict=True) if b != c}
     assert {bound.tensor: bound.pruned for bound in choice.bounds} == changed
-    going = [r.scores[i] for r, of in zip(ranked, gone, strict=True) for i in of]
-    highest = max(going, default=None)
+    lost = [r.scores[i] for r, units in zip(ranked, pruned, strict=True) for i in units]
+    highest = max(lost, default=None)
     assert choice.threshold == (None if highest is None else float(highest))
-    at = sum(r.scores[i] == highest for r in ranked for i in r.order)
-    assert (choice.ties, choice.ties_pruned) == (at, sum(score == highest for score in going))
+    ties = sum(r.scores[i] == highest for r in ranked for i in r.order)
+    assert (choice.ties, choice.ties_pruned) == (ties, sum(score == highest for score in lost))
 
 
 @many
 @given(model=MODELS, bounds=rails(), share=st.floats(0, 1), data=st.data())
-def test_as_few_elements_go_within_the_bounds_as_leave_so_many_bytes(
+def test_the_fewest_elements_within_the_bounds_are_pruned_to_reach_a_number_of_bytes(
     model: dict[str, Parameter], bounds: tuple[Rail, ...], share: float, data: st.DataObject
 ) -> None:
     ranked, lows, highs = bounded(model, bounds)
@@ -205,13 +205,13 @@ def test_as_few_elements_go_within_the_bounds_as_leave_so_many_bytes(
     target = data.draw(st.integers(kept(highs), kept(lows)))
     masks, choice = guarded(model, Bytes(target), bounds)
     chosen = choose(ranked, lambda counts: kept(counts) <= target, lows, highs)
-    assert_lost(model, masks, list(model), chosen)
+    assert_pruned(model, masks, list(model), chosen)
     assert choice.requested == choice.pruned == sum(chosen.counts)
 
 
 @many
 @given(model=MODELS, bounds=rails(), allocation=st.sampled_from(["uniform", "erk"]), data=st.data())
-def test_what_is_shared_out_stays_within_the_bounds(
+def test_allocated_counts_are_within_the_bounds(
     model: dict[str, Parameter], bounds: tuple[Rail, ...], allocation: str, data: st.DataObject
 ) -> None:
     ranked, lows, highs = bounded(model, bounds)
@@ -221,15 +221,15 @@ def test_what_is_shared_out_stays_within_the_bounds(
     counts = [a - int(masks[name].sum()) for a, name in zip(candidates, model, strict=True)]
     assert choice.requested == choice.pruned == sum(counts) == count
     assert all(a <= c <= b for a, c, b in zip(lows, counts, highs, strict=True))
-    gone = [sorted(r.order[:c]) for r, c in zip(ranked, counts, strict=True)]
-    assert_lost(model, masks, list(model), Chosen(counts, gone, None))
-    # Who is not at a bound keeps its share: one and the same factor fits all, but for rounding.
+    pruned = [sorted(r.order[:c]) for r, c in zip(ranked, counts, strict=True)]
+    assert_pruned(model, masks, list(model), Chosen(counts, pruned, None))
+    # A tensor that is not at a bound keeps its share: one factor fits all of them, up to rounding.
     shares = [float(a) for a in candidates]
     if allocation == "erk":
         shares = [float(sum(parameter.weight.shape)) for parameter in model.values()]
     floor, ceiling = 0.0, math.inf
     for share, a, c, low, high in zip(shares, candidates, counts, lows, highs, strict=True):
-        if share and c > low:  # it could keep more, so its share is no larger than that
+        if share and c > low:  # it could keep more units
             ceiling = min(ceiling, (a - c + 1) / share)
         if share and c < high:
             floor = max(floor, (a - c - 1) / share)
@@ -237,7 +237,7 @@ def test_what_is_shared_out_stays_within_the_bounds(
 
 
 def of_shape(*shapes: Sequence[int]) -> dict[str, Parameter]:
-    """Tensors whose elements are 1, 2, 3 and so on, one tensor's above the other's."""
+    """Makes tensors of the numbers 1, 2, 3 and so on, across all of them."""
     model, first = {}, 1
     for name, shape in zip(NAMES, shapes, strict=False):
         count = math.prod(shape)
@@ -246,7 +246,7 @@ def of_shape(*shapes: Sequence[int]) -> dict[str, Parameter]:
     return model
 
 
-def test_a_total_above_what_rails_let_go_says_which_and_by_how_much() -> None:
+def test_a_total_above_the_rails_is_an_error_that_names_them() -> None:
     model = of_shape((10,), (10,))
     bounds = (Rail("a", (NAMES[0],), max_sparsity=0.45), Rail("b", (NAMES[1],), keep_at_least=7))
     masks, _ = guarded(model, 7, bounds)
@@ -259,7 +259,7 @@ def test_a_total_above_what_rails_let_go_says_which_and_by_how_much() -> None:
     assert re.search(r"\b9 units: .*\b7 at most, 2 too few", message)
 
 
-def test_a_total_below_what_rails_make_go_says_which_and_by_how_much() -> None:
+def test_a_total_below_the_rails_is_an_error_that_names_them() -> None:
     model = of_shape((10,), (10,))
     bounds = (Rail("a", (NAMES[1],), min_sparsity=0.41),)  # 5, rounded up
     with pytest.raises(AmountOutOfRange) as caught:
@@ -271,7 +271,7 @@ def test_a_total_below_what_rails_make_go_says_which_and_by_how_much() -> None:
     assert re.search(r"\b2 units: .*\b5 at least, 3 too many.*min_sparsity", message)
 
 
-def test_bytes_that_rails_forbid_are_named() -> None:
+def test_bytes_below_the_rails_are_an_error() -> None:
     with pytest.raises(AmountOutOfRange, match=r"40 bytes: .*\b20 at most, 20 too few") as caught:
         guarded(of_shape((10,)), Bytes(0), (Rail("a", (NAMES[0],), max_sparsity=0.5),))
     assert caught.value.field == "rule.bytes"
@@ -284,7 +284,7 @@ def test_bytes_that_rails_forbid_are_named() -> None:
         ({"min_sparsity": 0.51, "max_sparsity": 0.59}, "a.min_sparsity"),
     ],
 )
-def test_rails_of_one_tensor_that_contradict_one_another_are_an_error(
+def test_contradicting_rails_of_one_tensor_are_an_error(
     bounds: dict[str, Any], field: str
 ) -> None:
     with pytest.raises(AmountOutOfRange) as caught:
@@ -293,8 +293,8 @@ def test_rails_of_one_tensor_that_contradict_one_another_are_an_error(
     assert NAMES[0] in str(caught.value)
 
 
-def test_hundredths_are_what_they_say() -> None:
-    """0.29 of 100 are 29, though the double is a little less; and 0.07 are 7, not 8."""
+def test_hundredths_are_decimal_numbers() -> None:
+    """0.29 of 100 is 29, although the double is slightly less; and 0.07 is 7, not 8."""
     model = of_shape((100,), (100,))
     bounds = (
         Rail("a", (NAMES[0],), max_sparsity=0.29),
@@ -304,18 +304,18 @@ def test_hundredths_are_what_they_say() -> None:
     assert [int((~mask).sum()) for mask in masks.values()] == [29, 7]
 
 
-def test_rails_are_about_units_in_the_end_prior_pruning_among_them() -> None:
+def test_rails_count_prior_pruning() -> None:
     weight = torch.arange(1.0, 11)
     model = {NAMES[0]: Parameter(weight, packed(weight > 4)), NAMES[1]: Parameter(weight + 10)}
     masks, choice = guarded(model, 3, (Rail("a", (NAMES[0],), max_sparsity=0.5),))
     assert [int((~mask).sum()) for mask in masks.values()] == [5, 2]
     assert [(b.tensor, b.rail, b.pruned) for b in choice.bounds] == [(NAMES[0], "max_sparsity", 1)]
-    # Of a tensor that is beyond its cap already nothing goes.
+    # A tensor that is already above its cap loses nothing more.
     masks, _ = guarded(model, 3, (Rail("a", (NAMES[0],), max_sparsity=0.2),))
     assert [int((~mask).sum()) for mask in masks.values()] == [4, 3]
 
 
-def test_a_tensor_of_fewer_units_than_are_to_be_kept_stays_whole() -> None:
+def test_a_tensor_with_fewer_units_than_keep_at_least_is_not_pruned() -> None:
     masks, _ = guarded(of_shape((3,), (9,)), 5, (Rail("a", NAMES[:2], keep_at_least=4),))
     assert [int((~mask).sum()) for mask in masks.values()] == [0, 5]
 
@@ -333,8 +333,8 @@ def resolved(guard_rails: GuardRails, *tensors: str) -> Selection:
     return found
 
 
-def test_what_is_spared_is_as_if_the_rule_did_not_name_it() -> None:
-    """First and last are of the rule's tensors; what is excluded besides."""
+def test_excluded_tensors_are_not_part_of_the_rule() -> None:
+    """The first and the last tensor are those of the rule, before `exclude` applies."""
     guard_rails = GuardRails(keep_first=True, keep_last=True, exclude=("fc.w*",))
     assert resolved(guard_rails).tensors == ("conv2.weight",)
     assert resolved(GuardRails(keep_first=True), "fc*").tensors == ("fc.bias",)
@@ -346,7 +346,7 @@ def test_what_is_spared_is_as_if_the_rule_did_not_name_it() -> None:
     assert (choice.candidates, choice.pruned) == (16, 8)
 
 
-def test_the_first_rail_that_names_a_tensor_is_its_only_one() -> None:
+def test_the_first_matching_rail_of_a_tensor_applies() -> None:
     bounds = (
         Rail("a", ("conv1.*",), keep_at_least=3),
         Rail("b", ("conv*", "fc.bias"), max_sparsity=0.25),
@@ -366,7 +366,7 @@ def test_the_first_rail_that_names_a_tensor_is_its_only_one() -> None:
         (GuardRails(exclude=("conv*", "x*")), "rule.guard_rails.exclude[1]", UnknownTensor),
         (GuardRails((Rail("r", ("fc*", "nothing")),)), "r.tensors[1]", UnknownTensor),
         (
-            # A rail of what is spared matches none of what is left.
+            # The only tensor of the rail is excluded.
             GuardRails((Rail("r", ("conv1.weight",)),), keep_first=True),
             "r.tensors[0]",
             UnknownTensor,
@@ -374,7 +374,7 @@ def test_the_first_rail_that_names_a_tensor_is_its_only_one() -> None:
         (GuardRails(exclude=("*",)), "rule.guard_rails", InvalidSpec),
     ],
 )
-def test_rails_that_name_nothing_are_an_error(
+def test_rails_that_match_no_tensor_are_an_error(
     guard_rails: GuardRails, field: str, error: type[InvalidSpec]
 ) -> None:
     with pytest.raises(error) as caught:

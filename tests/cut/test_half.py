@@ -1,4 +1,4 @@
-"""fp16 and bf16: ranked as the numbers they are, where torch ranks rounded ones."""
+"""fp16 and bf16: compared by their values, where torch compares rounded scores."""
 
 import math
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ half = pytest.mark.parametrize("dtype", HALF, ids=str)
 
 @half
 @pytest.mark.parametrize("amount", AMOUNTS)
-def test_elements_rank_by_their_magnitude(
+def test_elements_are_compared_by_magnitude(
     client: secateur.Client, dtype: torch.dtype, amount: float
 ) -> None:
     tensors = {"a": distinct((20, 30), dtype), "b": distinct((500,), dtype, seed=1)}
@@ -42,10 +42,10 @@ def test_elements_rank_by_their_magnitude(
 
 
 @half
-def test_distinct_elements_are_pruned_as_torch_does(
+def test_masks_of_distinct_elements_are_those_of_torch(
     client: secateur.Client, dtype: torch.dtype
 ) -> None:
-    # Every magnitude from 2^-3 to 2^-2 that the dtype has, once, shuffled.
+    # Each magnitude of the dtype from 2^-3 to 2^-2 once, shuffled.
     bits = torch.arange(
         torch.tensor(0.125, dtype=dtype).view(torch.int16).item(),
         torch.tensor(0.25, dtype=dtype).view(torch.int16).item(),
@@ -60,10 +60,10 @@ def test_distinct_elements_are_pruned_as_torch_does(
 
 @half
 @pytest.mark.parametrize("amount", AMOUNTS)
-def test_dtypes_rank_together_without_rounding(
+def test_tensors_of_several_dtypes_are_compared_without_rounding(
     client: secateur.Client, dtype: torch.dtype, amount: float
 ) -> None:
-    """torch rounds the two to one dtype, or ranks the masks in it."""
+    """torch would round all of them to one dtype."""
     kinds = (dtype, torch.float32, torch.float16, torch.float64, torch.bfloat16)
     tensors = {f"w{i}": distinct((9, 11), kind, seed=i) for i, kind in enumerate(kinds)}
     step = all_l1(list(tensors), amount)
@@ -74,7 +74,7 @@ def test_dtypes_rank_together_without_rounding(
 
 
 def exact_norms(weight: Tensor, n: float, dim: int) -> Tensor:
-    """Norms in exact sums of float64 terms, rounded to float32 once."""
+    """Computes norms as exact sums of float64 terms, rounded to float32 once."""
     rows = weight.double().movedim(dim, 0).flatten(1).abs().tolist()
     return torch.tensor([norm(row, n) for row in rows], dtype=torch.float64).float()
 
@@ -90,7 +90,7 @@ def norm(row: Sequence[float], n: float) -> float:
 @half
 @pytest.mark.parametrize("n", NORMS)
 @pytest.mark.parametrize("dim", [0, 1, -1])
-def test_norms_are_those_of_wide_sums(
+def test_norms_are_summed_in_a_wider_dtype(
     client: secateur.Client, dtype: torch.dtype, n: float, dim: int
 ) -> None:
     weight = distinct((16, 12, 10), dtype)
@@ -102,7 +102,7 @@ def test_norms_are_those_of_wide_sums(
         assert torch.equal(mask, lowest_slices(norms, count, weight.shape, dim))
 
 
-def test_bf16_rows_of_close_norms_are_told_apart(client: secateur.Client) -> None:
+def test_bf16_rows_of_close_norms_are_distinguished(client: secateur.Client) -> None:
     weight = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
     norms = exact_norms(weight, 2, 0)
     assert len(set(norms.tolist())) == 64
@@ -126,7 +126,7 @@ def test_fp16_norms_do_not_overflow(client: secateur.Client) -> None:
     elements=st.integers(1, 3000),
     amount=st.floats(0, 1),
 )
-def test_any_half_is_exactly_ranked(
+def test_elements_of_any_half_precision_tensor_are_compared_exactly(
     client: secateur.Client, seed: int, dtype: torch.dtype, elements: int, amount: float
 ) -> None:
     weight = distinct((elements,), dtype, seed)

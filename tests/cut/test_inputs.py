@@ -1,4 +1,4 @@
-"""Unusual values, shapes and layouts of memory."""
+"""Unusual values, shapes and memory layouts."""
 
 import math
 from collections.abc import Callable
@@ -38,7 +38,7 @@ amounts = pytest.mark.parametrize("amount", AMOUNTS)
 
 
 def model(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> dict[str, Tensor]:
-    """No magnitude is twice in it, but for those that a half has to round."""
+    """A model of distinct magnitudes, up to the rounding of half precision."""
     whole = distinct((sum(map(math.prod, shapes)),), dtype)
     parts = torch.split(whole, [math.prod(shape) for shape in shapes])
     return {f"w{i}": part.view(shapes[i]) for i, part in enumerate(parts)}
@@ -68,7 +68,7 @@ def test_custom_masks_of_every_shape_can_be_given(
 @pytest.mark.parametrize("dtype", EXACT, ids=str)
 @pytest.mark.parametrize("shapes", [SHAPES, SHAPES + EMPTY], ids=["filled", "with empty ones"])
 @amounts
-def test_tensors_of_every_shape_are_ranked_together(
+def test_tensors_of_every_shape_are_compared(
     client: secateur.Client, dtype: torch.dtype, shapes: list[tuple[int, ...]], amount: float
 ) -> None:
     tensors = model(shapes, dtype)
@@ -85,7 +85,7 @@ def test_slices_of_every_shape_can_be_pruned(
     for dim in range(-len(shape), len(shape)):
         mask = client.prune({"w": weight}, secateur.ln_structured("w", 0.5, n, dim)).masks["w"]
         rows = weight.movedim(dim, 0).reshape(shape[dim], weight.numel() // max(1, shape[dim]))
-        norms = (  # torch has no maximum of nothing
+        norms = (  # torch refuses the maximum of an empty slice
             torch.linalg.vector_norm(rows, n, dim=1) if rows.numel() else torch.zeros(shape[dim])
         )
         assert torch.equal(mask, lowest_slices(norms, round(0.5 * shape[dim]), shape, dim))
@@ -93,7 +93,7 @@ def test_slices_of_every_shape_can_be_pruned(
 
 @every_dtype
 @pytest.mark.parametrize("amount", [1, 3, 5, 6, 7, 8])
-def test_infinities_rank_last(client: secateur.Client, dtype: torch.dtype, amount: int) -> None:
+def test_infinities_are_pruned_last(client: secateur.Client, dtype: torch.dtype, amount: int) -> None:
     values = [math.inf, 1, -math.inf, torch.finfo(dtype).max, -0.0, math.inf, 2, 0.0]
     weight = torch.tensor(values, dtype=dtype)
     (kept,) = lowest([weight], amount)
@@ -101,13 +101,13 @@ def test_infinities_rank_last(client: secateur.Client, dtype: torch.dtype, amoun
     for spec in specs:
         result = client.prune({"w": weight}, spec)
         assert torch.equal(result.masks["w"], kept)
-        last = weight[~kept].double().abs().max()
-        assert result.report.rules[0][0].threshold == float(last)
+        largest = weight[~kept].double().abs().max()
+        assert result.report.rules[0][0].threshold == float(largest)
 
 
 @every_dtype
 @pytest.mark.parametrize("n", [1, 2, 3, 0.5, math.inf, "fro", "nuc"])
-def test_slices_with_infinities_rank_last(
+def test_slices_with_infinities_are_pruned_last(
     client: secateur.Client, dtype: torch.dtype, n: float | str
 ) -> None:
     weight = distinct((6, 4, 3), dtype)
@@ -121,7 +121,7 @@ def test_slices_with_infinities_rank_last(
 
 
 @every_dtype
-def test_the_smallest_magnitude_and_the_count_of_zeros_take_infinities_too(
+def test_norms_of_order_0_and_below_accept_infinities(
     client: secateur.Client, dtype: torch.dtype
 ) -> None:
     weight = torch.tensor([[math.inf, 0], [3, 4], [-math.inf, math.inf]], dtype=dtype)
@@ -133,14 +133,14 @@ def test_the_smallest_magnitude_and_the_count_of_zeros_take_infinities_too(
 
 
 @every_dtype
-def test_minus_zero_is_a_zero_like_the_other(client: secateur.Client, dtype: torch.dtype) -> None:
+def test_minus_zero_ties_with_zero(client: secateur.Client, dtype: torch.dtype) -> None:
     weight = torch.tensor([1, 0.0, -0.0, 0.0, -0.0, -1], dtype=dtype)
     mask = client.prune({"w": weight}, secateur.l1_unstructured("w", 3)).masks["w"]
     assert mask.tolist() == [True, False, False, False, True, True]
 
 
 @every_dtype
-def test_subnormal_weights_are_no_zeros(client: secateur.Client, dtype: torch.dtype) -> None:
+def test_subnormal_weights_are_above_zero(client: secateur.Client, dtype: torch.dtype) -> None:
     tiny = torch.finfo(dtype).smallest_normal
     weight = torch.tensor([tiny / 2, tiny / 4, 0, -tiny / 8], dtype=dtype)
     assert int(weight.count_nonzero()) == 3
@@ -157,7 +157,7 @@ def nan_where_pruned() -> dict[str, Tensor]:
     }
 
 
-def test_a_nan_that_is_pruned_already_has_no_rank(client: secateur.Client) -> None:
+def test_a_nan_that_is_pruned_already_is_ignored(client: secateur.Client) -> None:
     masks = client.prune(nan_where_pruned(), secateur.l1_unstructured("w", 2)).masks
     assert masks["w"].tolist() == [[False, False], [True, False], [True, True]]
     masks = client.prune(nan_where_pruned(), secateur.ln_structured("w", 1, 2, dim=0)).masks
@@ -165,16 +165,16 @@ def test_a_nan_that_is_pruned_already_has_no_rank(client: secateur.Client) -> No
 
 
 def views(weight: Tensor) -> dict[str, Tensor]:
-    """Tensors of one value each, laid out in memory in many ways."""
+    """Tensors that are equal to `weight` in different memory layouts."""
     wide = torch.zeros(*weight.shape[:-1], 2 * weight.shape[-1])
     wide[..., ::2] = weight
-    turned = weight.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+    permuted = weight.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
     negated = torch.complex(torch.zeros_like(weight), -weight).conj().imag
     assert negated.is_neg(), "a view whose sign is not in its memory"
     return {
         "plain": weight,
         "strided": wide[..., ::2],
-        "permuted": turned,
+        "permuted": permuted,
         "channels_last": weight.to(memory_format=torch.channels_last),
         "offset": torch.cat([torch.zeros(3), weight.flatten()])[3:].view(weight.shape),
         "negated": negated,
@@ -189,7 +189,7 @@ STEPS: list[Callable[[list[str]], Step]] = [
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_any_layout_in_memory_has_the_mask_of_the_contiguous_copy(
+def test_the_mask_does_not_depend_on_the_memory_layout(
     client: secateur.Client, step: Callable[[list[str]], Step]
 ) -> None:
     tensors = views(distinct((6, 4, 3, 5)))
@@ -201,14 +201,14 @@ def test_any_layout_in_memory_has_the_mask_of_the_contiguous_copy(
         assert torch.equal(result.state_dict("dense")[name], tensors["plain"] * mask), name
 
 
-def test_an_expanded_tensor_is_ranked_as_its_copy(client: secateur.Client) -> None:
+def test_an_expanded_tensor_has_the_mask_of_its_copy(client: secateur.Client) -> None:
     weight = distinct((5, 1)).expand(5, 4)
     (kept,) = lowest([weight], 7)
     masks = client.prune({"w": weight}, secateur.l1_unstructured("w", 7)).masks
     assert_same_masks(masks, {"w": kept})
 
 
-def test_scores_and_masks_of_any_layout_are_read_as_their_copies(client: secateur.Client) -> None:
+def test_scores_and_masks_may_have_any_memory_layout(client: secateur.Client) -> None:
     weight, scores = {"w": distinct((6, 4, 3, 5))}, distinct((6, 4, 3, 5), seed=1)
     plain = torch_masks(weight, l1(["w"], 0.5, {"w": scores}))
     for name, view in views(scores).items():
@@ -235,7 +235,7 @@ def arrays(plain: np.ndarray[Any, np.dtype[Any]]) -> dict[str, np.ndarray[Any, n
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
 @pytest.mark.parametrize("step", STEPS)
-def test_any_array_has_the_mask_of_the_contiguous_copy(
+def test_the_mask_of_an_array_does_not_depend_on_its_layout(
     client: secateur.Client, step: Callable[[list[str]], Step], dtype: type
 ) -> None:
     source = arrays(distinct((6, 4, 3, 5)).numpy().astype(dtype))

@@ -1,4 +1,4 @@
-"""Every method of torch.nn.utils.prune, bit for bit, on weights without ties."""
+"""Every method of torch.nn.utils.prune gives torch's masks on weights without ties."""
 
 import math
 from collections.abc import Sequence
@@ -32,14 +32,14 @@ SHAPES = {"conv.weight": (6, 4, 3, 3), "fc.weight": (10, 7), "fc.bias": (10,), "
 NAMES = list(SHAPES)
 AMOUNTS = [0, 0.0, 0.137, 0.5, 1, 1.0]
 NORMS: list[float | str] = [1, 2, 3, 0.5, -1, math.inf, -math.inf]
-MATRIX_NORMS = ["fro", "nuc"]  # torch takes them where a slice has up to 2 dimensions, or 2
+MATRIX_NORMS = ["fro", "nuc"]  # torch accepts "fro" of up to 2 dimensions, "nuc" of exactly 2
 
 exact = pytest.mark.parametrize("dtype", EXACT, ids=str)
 amounts = pytest.mark.parametrize("amount", AMOUNTS)
 
 
 def weights(dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
-    """No magnitude is twice in one tensor, nor in two of them."""
+    """A model of distinct magnitudes."""
     whole = distinct((sum(math.prod(shape) for shape in SHAPES.values()),), dtype, seed)
     parts = torch.split(whole, [math.prod(shape) for shape in SHAPES.values()])
     return {n: part.view(SHAPES[n]) for n, part in zip(NAMES, parts, strict=True)}
@@ -51,7 +51,7 @@ def check(client: secateur.Client, tensors: Tensors, step: Step) -> None:
 
 @exact
 @amounts
-def test_l1_unstructured_is_torchs(
+def test_l1_unstructured_gives_the_masks_of_torch(
     client: secateur.Client, dtype: torch.dtype, amount: float
 ) -> None:
     check(client, weights(dtype), l1(NAMES, amount))
@@ -59,17 +59,17 @@ def test_l1_unstructured_is_torchs(
 
 @exact
 @amounts
-def test_l1_unstructured_ranks_by_scores(
+def test_l1_unstructured_with_scores_gives_the_masks_of_torch(
     client: secateur.Client, dtype: torch.dtype, amount: float
 ) -> None:
     scores = weights(dtype, seed=1)
-    scores.pop("fc.bias")  # this one ranks by its weights
+    scores.pop("fc.bias")  # this one is compared by its weights
     check(client, weights(dtype), l1(NAMES, amount, scores))
 
 
 @exact
 @pytest.mark.parametrize("amount", [*AMOUNTS, 100])
-def test_global_unstructured_is_torchs(
+def test_global_unstructured_gives_the_masks_of_torch(
     client: secateur.Client, dtype: torch.dtype, amount: float
 ) -> None:
     check(client, weights(dtype), all_l1(NAMES, amount))
@@ -77,11 +77,11 @@ def test_global_unstructured_is_torchs(
 
 @exact
 @pytest.mark.parametrize("amount", [*AMOUNTS, 100])
-def test_global_unstructured_ranks_by_scores(
+def test_global_unstructured_with_scores_gives_the_masks_of_torch(
     client: secateur.Client, dtype: torch.dtype, amount: float
 ) -> None:
     scores = {"conv.weight": weights(dtype, seed=1)["conv.weight"]}
-    # Scores of a half of the range: they have no value of the other tensors' weights.
+    # Half of the range, so that no score equals a weight of the other tensors.
     scores["conv.weight"] = scores["conv.weight"] / 2 + 1e-4
     check(client, weights(dtype), all_l1(NAMES, amount, scores))
 
@@ -101,7 +101,7 @@ def test_scores_of_another_dtype_keep_their_precision(
 def every_dim_and_amount(
     shape: Sequence[int], dtype: torch.dtype, n: float | str, scored: bool = False
 ) -> tuple[dict[str, Tensor], Step]:
-    """A tensor for each dim and amount, and one spec with a rule for each: one request for all."""
+    """Makes a tensor for each dim and amount, and one step with a rule for each."""
     dims = range(-len(shape), len(shape))
     cases = {f"w{i}": case for i, case in enumerate(product(dims, AMOUNTS))}
     tensors = {name: distinct(shape, dtype, seed) for seed, name in enumerate(cases)}
@@ -115,7 +115,7 @@ def every_dim_and_amount(
 
 @exact
 @pytest.mark.parametrize("n", NORMS)
-def test_ln_structured_is_torchs(
+def test_ln_structured_gives_the_masks_of_torch(
     client: secateur.Client, dtype: torch.dtype, n: float | str
 ) -> None:
     check(client, *every_dim_and_amount((6, 4, 3, 2), dtype, n))
@@ -125,7 +125,7 @@ def test_ln_structured_is_torchs(
 @exact
 @pytest.mark.parametrize("n", [*NORMS, *MATRIX_NORMS])
 @pytest.mark.parametrize("scored", [False, True])
-def test_ln_structured_ranks_by_scores(
+def test_ln_structured_with_scores_gives_the_masks_of_torch(
     client: secateur.Client, dtype: torch.dtype, n: float | str, scored: bool
 ) -> None:
     check(client, *every_dim_and_amount((5, 4, 6), dtype, n, scored))
@@ -138,12 +138,12 @@ def test_ln_structured_prunes_several_tensors(client: secateur.Client, dtype: to
 
 @exact
 @pytest.mark.parametrize("dim", range(-3, 3))
-def test_the_norm_of_order_0_counts_what_is_not_zero(
+def test_the_norm_of_order_0_counts_nonzero_elements(
     client: secateur.Client, dtype: torch.dtype, dim: int
 ) -> None:
     weight = distinct((5, 4, 6), dtype)
     order = distinct((weight.shape[dim],)).argsort().tolist()
-    for index, zeros in enumerate(order):  # no two slices have as many
+    for index, zeros in enumerate(order):  # each slice has another number of zeros
         chosen = weight.select(dim, index)
         chosen[torch.arange(chosen.numel()).view(chosen.shape) < zeros] = 0
     for amount in (0.137, 0.5, 1):
@@ -151,8 +151,8 @@ def test_the_norm_of_order_0_counts_what_is_not_zero(
 
 
 @pytest.mark.parametrize("dim", range(-4, 4))
-def test_the_frobenius_norm_takes_slices_of_any_shape(client: secateur.Client, dim: int) -> None:
-    # torch raises above 2 dimensions; its 2-norm is the same number.
+def test_the_frobenius_norm_accepts_slices_of_any_shape(client: secateur.Client, dim: int) -> None:
+    # torch raises above 2 dimensions; its 2-norm gives the same numbers.
     tensors = {"w": distinct((6, 4, 3, 3))}
     masks = client.prune(tensors, secateur.ln_structured("w", 0.5, n="fro", dim=dim)).masks
     assert_same_masks(masks, torch_masks(tensors, ln(["w"], 0.5, 2, dim)))
@@ -168,7 +168,7 @@ def test_identity_gives_masks_of_ones(client: secateur.Client, dtype: torch.dtyp
 
 @exact
 @pytest.mark.parametrize("kind", [torch.bool, torch.uint8, torch.int64, torch.float16], ids=str)
-def test_custom_masks_are_taken_as_they_are(
+def test_custom_masks_are_applied_unchanged(
     client: secateur.Client, dtype: torch.dtype, kind: torch.dtype
 ) -> None:
     masks = {n: (values > 0).to(kind) for n, values in weights(dtype, seed=1).items()}
@@ -177,7 +177,7 @@ def test_custom_masks_are_taken_as_they_are(
 
 @st.composite
 def tensors_and_steps(draw: st.DrawFn) -> tuple[dict[str, Tensor], Step]:
-    """One tensor of any shape, and a way to prune it."""
+    """Draws one tensor of any shape, and a way to prune it."""
     shape = draw(st.lists(st.integers(1, 6), min_size=1, max_size=5))
     weight = distinct(shape, draw(st.sampled_from(EXACT)), draw(st.integers(0, 10**6)))
     structured = len(shape) > 1 and draw(st.booleans())
@@ -192,7 +192,7 @@ def tensors_and_steps(draw: st.DrawFn) -> tuple[dict[str, Tensor], Step]:
 
 
 def are_apart(weight: Tensor, n: float | str, dim: int) -> bool:
-    """Whether rounding cannot swap or merge the norms of two slices."""
+    """Whether rounding can neither swap nor merge the norms of two slices."""
     rows = weight.double().movedim(dim, 0)
     if n == "nuc":
         norms = torch.linalg.matrix_norm(rows, "nuc")
@@ -204,14 +204,14 @@ def are_apart(weight: Tensor, n: float | str, dim: int) -> bool:
 
 @examples(200)
 @given(case=tensors_and_steps())
-def test_any_shape_and_amount_is_torchs(
+def test_any_shape_and_amount_gives_the_masks_of_torch(
     client: secateur.Client, case: tuple[dict[str, Tensor], Step]
 ) -> None:
     check(client, *case)
 
 
 @pytest.mark.parametrize(("fraction", "pruned"), [(0.25, 2), (0.75, 8), (0.15, 2), (0.05, 0)])
-def test_a_fraction_is_rounded_behind_the_product(
+def test_the_product_of_fraction_and_units_is_rounded(
     client: secateur.Client, fraction: float, pruned: int
 ) -> None:
     tensors = {"flat": distinct((10,)), "square": distinct((10, 3))}
@@ -225,7 +225,7 @@ def test_a_fraction_is_rounded_behind_the_product(
 
 @examples(60)
 @given(fraction=st.floats(0, 1), elements=st.integers(1, 3000))
-def test_any_fraction_of_any_count_is_pythons_rounding(
+def test_a_fraction_is_rounded_as_python_rounds(
     client: secateur.Client, fraction: float, elements: int
 ) -> None:
     result = client.prune({"w": distinct((elements,))}, secateur.l1_unstructured("w", fraction))
@@ -233,7 +233,7 @@ def test_any_fraction_of_any_count_is_pythons_rounding(
     assert result.report.rules[0][0].requested == round(fraction * elements)
 
 
-def test_one_is_a_unit_and_one_point_zero_is_all(client: secateur.Client) -> None:
+def test_1_is_one_unit_and_1_0_is_all_units(client: secateur.Client) -> None:
     tensors = {"w": distinct((4, 6))}
 
     def pruned(spec: secateur.Spec) -> int:
@@ -245,12 +245,12 @@ def test_one_is_a_unit_and_one_point_zero_is_all(client: secateur.Client) -> Non
     assert pruned(secateur.random_structured("w", 1.0, dim=0)) == 24
 
 
-def test_zeros_that_no_mask_claims_are_ordinary_candidates(client: secateur.Client) -> None:
+def test_zeros_without_a_mask_are_ordinary_candidates(client: secateur.Client) -> None:
     weight = distinct((10,))
     weight[3:8] = 0
     masks = client.prune({"w": weight}, secateur.l1_unstructured("w", 0.5)).masks
     assert (~masks["w"]).nonzero().flatten().tolist() == [3, 4, 5, 6, 7]
-    # A dense model does not know what pruned it: the same zeros go again.
+    # A dense model has no mask, so the same zeros are pruned again.
     dense = client.prune({"w": weight}, secateur.l1_unstructured("w", 0.5)).state_dict("dense")
     again = client.prune(dense, secateur.l1_unstructured("w", 0.5)).masks
     assert torch.equal(again["w"], masks["w"])
@@ -259,7 +259,7 @@ def test_zeros_that_no_mask_claims_are_ordinary_candidates(client: secateur.Clie
 def test_masks_of_one_rule_are_reported_in_the_order_of_the_state_dict(
     client: secateur.Client,
 ) -> None:
-    """The map that carries them has no order, and protobuf's differs from process to process."""
+    """Their protobuf map has no order; it differs from process to process."""
     model = {f"{number * 7 % 20}.weight": torch.ones(2) for number in range(20)}
     spec = secateur.custom_from_mask({name: torch.ones(2) for name in sorted(model)})
     (choices,) = client.prune(model, spec).report.rules

@@ -1,4 +1,4 @@
-"""What a plan foretells is what a prune by each of its amounts does."""
+"""A plan equals the prunes by each of its amounts."""
 
 import math
 import re
@@ -66,7 +66,7 @@ BOUNDS = [
 
 @st.composite
 def rules(draw: st.DrawFn) -> Selection:
-    """A rule of any granularity, scope, importance, allocation and guard rails that go together."""
+    """Draws a rule of compatible granularity, scope, importance, allocation and guard rails."""
     scope = draw(st.sampled_from(["tensor", "global", "isomorphic"]))
     importance = draw(st.sampled_from([Magnitude(1.0), Magnitude(2.0), Random(7)]))
     is_random = isinstance(importance, Random)
@@ -84,7 +84,7 @@ def rules(draw: st.DrawFn) -> Selection:
 
 
 def fitted(selection: Selection, model: dict[str, Parameter]) -> Selection:
-    """The rule with the names of a model's tensors alone."""
+    """Restricts the names in a rule to the tensors of a model."""
     rails = tuple(
         replace(bound, tensors=tuple(name for name in bound.tensors if name in model))
         for bound in selection.guard_rails.rails
@@ -92,26 +92,29 @@ def fitted(selection: Selection, model: dict[str, Parameter]) -> Selection:
     return replace(selection, tensors=tuple(model), guard_rails=GuardRails(rails))
 
 
-def tried(
+def pruned_or_refused(
     selection: Selection, model: dict[str, Parameter]
 ) -> tuple[dict[str, Tensor], Sequence[Choice]] | str:
-    """What a prune does, or why it is refused."""
+    """Prunes. Returns the masks and choices, or the message of the error."""
     try:
         return applied(model, selection)
     except AmountOutOfRange as error:
         return str(error)
 
 
-def assert_foretold(
+def assert_planned(
     selection: Selection, given: Sequence[Any], model: dict[str, Parameter]
 ) -> Sequence[Outcome]:
-    """A plan and as many prunes have the same choices, and the same effect on every tensor.
+    """Checks that a plan has the choices of prunes, and their effect on every tensor.
 
-    An amount that a prune refuses is refused by the plan, and left out then.
+    The plan must refuse an amount that a prune refuses, with the same message.
+
+    Returns:
+        The outcomes of the other amounts.
     """
     possible = []
     for amount in map(amount_of, given):
-        found = tried(replace(selection, amount=amount), model)
+        found = pruned_or_refused(replace(selection, amount=amount), model)
         if isinstance(found, str):
             with pytest.raises(AmountOutOfRange, match=re.escape(found)):
                 plan(RequestContext(), selection, [amount], model, {})
@@ -131,9 +134,9 @@ def assert_foretold(
 
 def assert_removed(removed: Removed, before: Parameter, mask: Tensor) -> None:
     weight, kept = before.weight.double(), kept_of(before)
-    gone = kept & ~mask
-    assert removed.elements == int(gone.sum())
-    norm, whole = (float(torch.linalg.vector_norm(weight[of])) for of in (gone, kept))
+    pruned = kept & ~mask
+    assert removed.elements == int(pruned.sum())
+    norm, whole = (float(torch.linalg.vector_norm(weight[of])) for of in (pruned, kept))
     assert math.sqrt(removed.whole) == pytest.approx(whole, rel=1e-9)
     assert math.sqrt(max(0.0, removed.energy)) == pytest.approx(norm, rel=1e-9, abs=1e-9 * whole)
 
@@ -144,15 +147,15 @@ AMOUNTS, FEW = (st.lists(AMOUNT, min_size=1, max_size=most) for most in (6, 2))
 
 @many
 @given(model=MATRICES, selection=rules(), amounts=AMOUNTS)
-def test_every_amount_does_what_is_foretold(
+def test_a_plan_of_amounts_equals_the_prunes(
     model: dict[str, Parameter], selection: Selection, amounts: list[float | int]
 ) -> None:
-    assert_foretold(fitted(selection, model), amounts, model)
+    assert_planned(fitted(selection, model), amounts, model)
 
 
 @examples(40)
 @given(model=MATRICES, selection=rules(), share=st.floats(0, 1), data=st.data())
-def test_so_do_the_amounts_that_a_rule_has_of_its_own(
+def test_a_plan_of_other_kinds_of_amounts_equals_the_prune(
     model: dict[str, Parameter], selection: Selection, share: float, data: st.DataObject
 ) -> None:
     selection = replace(fitted(selection, model), allocation="rank", of_all=False)
@@ -162,12 +165,12 @@ def test_so_do_the_amounts_that_a_rule_has_of_its_own(
     amount = data.draw(st.sampled_from(amounts))
     if isinstance(selection.importance, Random) and isinstance(amount, Threshold):
         selection = replace(selection, importance=Magnitude(1.0))
-    assert_foretold(replace(selection, amount=amount), [amount], model)
+    assert_planned(replace(selection, amount=amount), [amount], model)
 
 
 @examples(20)
 @given(seed=st.integers(0, 1 << 32), amounts=FEW, kept=st.sampled_from([None, 0.4]))
-def test_groups_that_overlap_are_foretold(
+def test_a_plan_of_overlapping_groups_equals_the_prunes(
     seed: int, amounts: list[float | int], kept: float | None
 ) -> None:
     shapes = {"a": (6, 4), "b": (6,), "c": (4, 6)}
@@ -179,10 +182,10 @@ def test_groups_that_overlap_are_foretold(
     shared = Member("m", "b", 0, 0, 1, 6, (), False)
     groups = tuple(Group(m.tensor, (m, shared)) for m in members)
     selection = rule(list(model), granularity=None, groups=groups, importance=Magnitude(2.0))
-    assert_foretold(selection, amounts, model)
+    assert_planned(selection, amounts, model)
 
 
-def test_ties_across_the_parts_in_which_squares_are_added_up(
+def test_a_plan_with_ties_across_partial_sums_equals_the_prunes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(energy, "PART", 1024)
@@ -192,8 +195,8 @@ def test_ties_across_the_parts_in_which_squares_are_added_up(
     model = {"w": Parameter(weight, packed(kept)), "v": Parameter(torch.randn(1000))}
     amounts = [0.0, 0.001, 0.3, 0.5, 0.50001, 0.9, 1.0]
     selection = rule(["w", "v"], guard_rails=GuardRails((Rail("r", ("v",), max_sparsity=0.7),)))
-    outcomes = assert_foretold(selection, amounts, model)
-    assert len(outcomes) == len(amounts) - 1  # the rail forbids that all go
+    outcomes = assert_planned(selection, amounts, model)
+    assert len(outcomes) == len(amounts) - 1  # the rail forbids the last one
 
 
 def planned(
@@ -222,8 +225,8 @@ TENSORS = {
 }
 
 
-def test_a_plan_over_the_wire_is_what_prunes_do(channel: grpc.Channel) -> None:
-    """The rules before the last are applied first."""
+def test_a_plan_over_the_wire_equals_the_prunes(channel: grpc.Channel) -> None:
+    """The plan is of the last rule; the rules before it are applied."""
     first = raw.spec("a.weight", fraction=0.25).rules[0]
     last = raw.spec("*.weight", scope=spec_pb2.SCOPE_GLOBAL).rules[0]
     fractions = [0.9, 0.1, 0.5]
@@ -258,11 +261,11 @@ def test_a_plan_over_the_wire_is_what_prunes_do(channel: grpc.Channel) -> None:
         assert pruned(channel, TENSORS, spec, output).data_bytes == size
 
 
-def test_norm_removed_is_of_what_was_unpruned_before(channel: grpc.Channel) -> None:
+def test_norm_removed_is_relative_to_the_unpruned_weights(channel: grpc.Channel) -> None:
     weight = torch.tensor([3.0, 0.0, 4.0, 12.0])
     tensors = {"a_orig": weight, "a_mask": torch.tensor([1.0, 1.0, 1.0, 0.0]), "b": weight * 2}
     found = planned(channel, tensors, raw.spec("*", count=2))
-    (of,) = found.amounts  # none are given: by the rule's own
+    (of,) = found.amounts  # the amount of the rule, because the request has none
     assert [t.name for t in of.tensors] == ["a", "b"]
     assert [t.pruned for t in of.tensors] == [3, 2]
     expected = [3 / 5, 6 / 26]
@@ -290,7 +293,7 @@ LAST_MASKS = spec_pb2.PruningSpec(rules=[*raw.spec("*").rules, *raw.masks(v="m")
         (raw.spec(), [], "INVALID_SPEC", "spec.rules[0].selection.tensors"),
     ],
 )
-def test_plans_that_make_no_sense_are_an_error(
+def test_wrong_plans_are_refused_with_the_field(
     channel: grpc.Channel,
     spec: spec_pb2.PruningSpec,
     amounts: list[plan_pb2.Amount],

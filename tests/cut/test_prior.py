@@ -32,7 +32,7 @@ from tests.reference import (
 
 
 def half_zero(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """What an earlier pruning left dense: of what is pruned each zero has its sign."""
+    """A dense tensor after an earlier pruning: half of it are zeros that kept their signs."""
     values = distinct(shape, dtype, seed=len(shape))
     return torch.where(values.abs() < values.abs().median(), values * 0, values)
 
@@ -59,7 +59,7 @@ STEPS = {
 
 
 def zeros_first(step: Step, names: list[str]) -> Step:
-    """The step behind masks of what is not zero, which torch is given."""
+    """Makes a step that masks the zeros first, for torch."""
     return custom({name: MODEL[name] != 0 for name in names}) + step
 
 
@@ -82,7 +82,7 @@ def checkpoint(client: secateur.Client, folder: Path) -> Any:
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
 @pytest.mark.parametrize("source", [mapping, path, checkpoint])
-def test_zeros_are_a_mask_that_was_there_before(
+def test_zeros_count_as_an_earlier_mask(
     client: secateur.Client, tmp_path: Path, step: Step, source: Callable[..., Any]
 ) -> None:
     names = named(step, client)
@@ -100,8 +100,8 @@ def test_masks_alone_are_the_default(client: secateur.Client) -> None:
         assert_same_masks(result.masks, torch_masks(MODEL, step))
 
 
-def test_a_mask_of_its_own_is_added_to_the_zeros(client: secateur.Client) -> None:
-    """A pair, of which the mask prunes what is not zero, and keeps some that is."""
+def test_the_mask_of_a_pair_is_combined_with_its_zeros(client: secateur.Client) -> None:
+    """The mask prunes elements that are not zero, and keeps some that are."""
     mask = distinct((10, 54), seed=5) > 0
     pair = {"w_orig": MODEL["fc.weight"], "w_mask": mask.float()}
     found = client.prune(pair, secateur.l1_unstructured("w", 0.5), prior="zeros").masks["w"]
@@ -110,7 +110,7 @@ def test_a_mask_of_its_own_is_added_to_the_zeros(client: secateur.Client) -> Non
     assert torch.equal(found, expected["w"])
 
 
-def test_a_large_tensor(client: secateur.Client) -> None:
+def test_zeros_of_a_large_tensor_count_as_an_earlier_mask(client: secateur.Client) -> None:
     """More than one piece, on all cores."""
     weight = torch.randn(1100, 1000, generator=torch.Generator().manual_seed(0)).relu()
     step, first = all_l1(["w"], 0.5), custom({"w": weight != 0})
@@ -133,7 +133,7 @@ def test_groups_count_a_unit_of_zeros_as_pruned(client: secateur.Client) -> None
     assert result.report.tensors["a"].zero_slices[0] == 2
 
 
-def test_what_is_not_named_stays_as_it_is(client: secateur.Client) -> None:
+def test_tensors_without_a_rule_are_returned_unchanged(client: secateur.Client) -> None:
     spec = secateur.l1_unstructured("full", 0.5)
     pairs = client.prune(MODEL, spec, output="reparametrized", prior="zeros").state_dict(
         "reparametrized"
@@ -141,7 +141,7 @@ def test_what_is_not_named_stays_as_it_is(client: secateur.Client) -> None:
     assert pairs.keys() == {*MODEL, "full_orig", "full_mask"} - {"full"}
 
 
-def test_a_plan_foretells_it(client: secateur.Client) -> None:
+def test_a_plan_counts_zeros_as_pruned(client: secateur.Client) -> None:
     spec = secateur.l1_unstructured("full", 0.5) + secateur.global_unstructured(MATRICES, 0.5)
     plan = client.plan(MODEL, spec, [0.25, 0.5, 10], prior="zeros")
     result = client.prune(MODEL, spec, prior="zeros")
@@ -163,10 +163,10 @@ def test_a_result_that_is_kept_has_the_zeros_in_its_masks(client: secateur.Clien
     assert again.candidates == nonzero - round(nonzero * 0.5)
 
 
-def test_the_commands_take_it(
+def test_the_commands_have_the_option(
     server: RunningServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A file that is pruned to a half and stored, pruned to a half again."""
+    """Prunes a file, of which half is zero, by half of the rest."""
     model, out = tmp_path / "model.safetensors", tmp_path / "out.safetensors"
     save_file(MODEL, model)
     options = ["--server", server.address, "--tensors", "fc.weight", "--prior", "zeros"]
@@ -181,14 +181,14 @@ def test_the_commands_take_it(
 
 
 @pytest.mark.parametrize("rpc", ["Prune", "Plan"])
-def test_another_value_is_refused(channel: grpc.Channel, rpc: str) -> None:
+def test_an_unknown_value_is_refused(channel: grpc.Channel, rpc: str) -> None:
     data = file({"w": entry("F32", [2], 0, 8)}, b"\0" * 8)
     assert send_file(channel, rpc, data, prior=pb.PRIOR_MASKS) is None
     found = send_file(channel, rpc, data, prior=3)
     check_invalid(found, "INVALID_REQUEST", "header.prior", ["3", "Prior"])
 
 
-def test_the_client_knows_both_values(client: secateur.Client) -> None:
+def test_the_client_names_both_values(client: secateur.Client) -> None:
     spec = secateur.l1_unstructured("full", 0.5)
     for call in (client.prune, client.plan):
         with pytest.raises(secateur.InvalidSpec, match=r"prior: 'none' is none of masks, zeros"):

@@ -1,4 +1,4 @@
-"""What public implementations prune, on random and on real weights."""
+"""Masks are those of public implementations, on random and on real weights."""
 
 import itertools
 import math
@@ -25,7 +25,7 @@ Layers = list[tuple[Tensor, Tensor]]
 
 @pytest.fixture(scope="module")
 def layers(crepe: Path) -> Layers:
-    """Weights of convolutions, one behind the other, and the scales of their batch norms."""
+    """Weights of consecutive convolutions, and the scales of their batch norms."""
     tensors: dict[str, Tensor] = torch.load(crepe, weights_only=True)
     return [(tensors[f"conv{i}.weight"], tensors[f"conv{i}_BN.weight"]) for i in (3, 4, 5, 6)]
 
@@ -51,7 +51,7 @@ def module_of(layers: Layers) -> nn.Sequential:
 
 
 def by_torch_pruning(layers: Layers, importance: str, **choices: Any) -> list[Tensor]:
-    """The importance of the channels behind each convolution but the last."""
+    """Scores the output channels of each convolution but the last with torch-pruning."""
     public = pytest.importorskip("torch_pruning", reason="pip install torch-pruning")
     module = module_of(layers)
     example = torch.zeros(1, layers[0][0].shape[1], 70, 1)
@@ -68,9 +68,18 @@ def by_torch_pruning(layers: Layers, importance: str, **choices: Any) -> list[Te
 def lowest_channels(
     layers: Layers, count: int, scored: Sequence[str], **choices: Any
 ) -> tuple[list[Tensor], float]:
-    """Which channels we keep behind each convolution but the last, and the importance at the cut.
+    """Prunes output channels of all convolutions but the last.
 
-    A channel is a filter, its scale, and the next convolution's input; `scored` have a say.
+    A channel is a filter, its scale, and the input of the next convolution.
+
+    Args:
+        layers: The convolutions.
+        count: How many channels to prune.
+        scored: Which parts of a channel count for its score.
+        choices: Of the rule.
+
+    Returns:
+        Which channels are kept, for each convolution, and the threshold.
     """
     model, groups = {}, []
     for place, (weight, scale) in enumerate(layers):
@@ -91,11 +100,11 @@ def lowest_channels(
 
 
 def assert_lowest(kept: Sequence[Tensor], scores: Sequence[Tensor]) -> None:
-    """The channels that went have the lowest scores of all."""
-    stays, of_all = torch.cat(list(kept)), torch.cat(list(scores))
+    """Checks that the pruned channels have the lowest scores of all."""
+    mask, of_all = torch.cat(list(kept)), torch.cat(list(scores))
     expected = torch.ones(len(of_all), dtype=torch.bool)
-    expected[of_all.argsort()[: int((~stays).sum())]] = False
-    assert torch.equal(stays, expected)
+    expected[of_all.argsort()[: int((~mask).sum())]] = False
+    assert torch.equal(mask, expected)
 
 
 SOURCES = pytest.mark.parametrize("source", ["random", "real"])
@@ -107,8 +116,8 @@ def chosen(source: str, layers: Layers) -> Layers:
 
 @SOURCES
 @pytest.mark.parametrize("p", [1, 2, 3])
-def test_filters_rank_as_torch_pruning_has_them(source: str, layers: Layers, p: int) -> None:
-    """It sums |w|^p, and takes no root and no mean: filters of one size have its order."""
+def test_filters_are_those_of_torch_pruning(source: str, layers: Layers, p: int) -> None:
+    """It sums |w|^p without a root or a mean, which has the same order for filters of one size."""
     pair = chosen(source, layers)[-2:]
     (scores,) = by_torch_pruning(
         pair, "GroupMagnitudeImportance", p=p, group_reduction="first", normalizer=None
@@ -121,10 +130,10 @@ def test_filters_rank_as_torch_pruning_has_them(source: str, layers: Layers, p: 
 
 @SOURCES
 @pytest.mark.parametrize("combination", ["mean", "sum", "max"])
-def test_filters_and_what_reads_them_rank_as_torch_pruning_has_them(
+def test_filters_with_their_consumers_are_those_of_torch_pruning(
     source: str, layers: Layers, combination: str
 ) -> None:
-    """Members of one size; by p = 1, as roots come before means here, or by the largest."""
+    """Members have one size, and p is 1 for sums and means: here the root precedes the mean."""
     pair = layers[:2] if source == "real" else random_layers(12, 20, 12)
     p = 2 if combination == "max" else 1
     (scores,) = by_torch_pruning(
@@ -144,10 +153,10 @@ def test_filters_and_what_reads_them_rank_as_torch_pruning_has_them(
 
 
 @SOURCES
-def test_channels_of_several_layers_rank_as_torch_pruning_normalizes_them(
+def test_normalized_channels_of_several_layers_are_those_of_torch_pruning(
     source: str, layers: Layers
 ) -> None:
-    """By what is divided by its mean over the layer."""
+    """Scores are divided by their mean over the layer."""
     some = chosen(source, layers)
     scores = by_torch_pruning(
         some, "GroupMagnitudeImportance", p=1, group_reduction="first", normalizer="mean"
@@ -158,7 +167,7 @@ def test_channels_of_several_layers_rank_as_torch_pruning_normalizes_them(
 
 
 @SOURCES
-def test_scales_of_batch_norms_rank_as_torch_pruning_has_them(source: str, layers: Layers) -> None:
+def test_channels_by_batch_norm_scales_are_those_of_torch_pruning(source: str, layers: Layers) -> None:
     some = chosen(source, layers)
     scores = by_torch_pruning(some, "BNScaleImportance", normalizer=None)
     kept, threshold = lowest_channels(some, 15, ["bn"])
@@ -167,7 +176,7 @@ def test_scales_of_batch_norms_rank_as_torch_pruning_has_them(source: str, layer
 
 
 @SOURCES
-def test_lamp_ranks_as_torch_pruning_has_it(source: str, layers: Layers) -> None:
+def test_channels_by_lamp_are_those_of_torch_pruning(source: str, layers: Layers) -> None:
     some = chosen(source, layers)
     scores = by_torch_pruning(some, "LAMPImportance", p=2, group_reduction="first")
     kept, _ = lowest_channels(some, 15, ["conv"], importance=Magnitude(2.0), allocation="lamp")
@@ -175,7 +184,7 @@ def test_lamp_ranks_as_torch_pruning_has_it(source: str, layers: Layers) -> None
 
 
 def by_sparsifier(weight: Tensor, level: float, block: tuple[int, int], zeros: int) -> Tensor:
-    """The mask of torch.ao.pruning's WeightNormSparsifier.  weight: 2-D."""
+    """Returns the mask of torch.ao.pruning's WeightNormSparsifier for a 2-D weight."""
     linear: Any = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight.data = weight.clone()
     sparsifier = sparsifiers.WeightNormSparsifier(level, block, zeros)
@@ -194,7 +203,7 @@ def matrix(source: str, layers: Layers) -> Tensor:
 @SOURCES
 @pytest.mark.parametrize("block", [(1, 4), (4, 4), (4, 1), (8, 2)])
 @pytest.mark.parametrize("level", [0.25, 0.61])
-def test_blocks_go_as_torchs_sparsifier_takes_them(
+def test_blocks_are_those_of_torchs_sparsifier(
     source: str, layers: Layers, block: tuple[int, int], level: float
 ) -> None:
     weight = matrix(source, layers)
@@ -206,7 +215,7 @@ def test_blocks_go_as_torchs_sparsifier_takes_them(
 
 @SOURCES
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8)])
-def test_n_m_is_what_torchs_sparsifier_makes(source: str, layers: Layers, n: int, m: int) -> None:
+def test_n_m_masks_are_those_of_torchs_sparsifier(source: str, layers: Layers, n: int, m: int) -> None:
     weight = matrix(source, layers)
     masks, _ = applied({"w": Parameter(weight)}, rule(["w"], 1.0, granularity=NM(n, m, 1)))
     assert torch.equal(masks["w"], by_sparsifier(weight, 1.0, (1, m), m - n))

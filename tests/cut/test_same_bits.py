@@ -1,4 +1,4 @@
-"""One request has one answer, however many threads work at it and in whatever pieces."""
+"""The same request gives the same bits with any number of threads and any size of pieces."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,7 +67,7 @@ def threads() -> Iterator[None]:
 
 
 def every_rule(names: list[str]) -> list[Selection]:
-    """Local and global, elements and slices, one behind the other."""
+    """Local and global rules of elements and slices, one after another."""
     return [
         rule(names, Magnitude(), Element(), 0.137),
         rule(names, Magnitude(2.0), Slice(1), 0.2),
@@ -82,8 +82,8 @@ def every_rule(names: list[str]) -> list[Selection]:
 
 @pytest.mark.parametrize("dtype", [*EXACT, *HALF], ids=str)
 @pytest.mark.usefixtures("threads")
-def test_the_number_of_threads_does_not_show(dtype: torch.dtype) -> None:
-    # Above 32768 elements torch shares a reduction out to its threads.
+def test_masks_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None:
+    # Above 32768 elements torch splits a reduction among its threads.
     shapes = {"a": (40, 60, 50), "b": (400, 310)}
     generator = torch.Generator().manual_seed(0)
     parameters = {
@@ -100,7 +100,7 @@ def test_the_number_of_threads_does_not_show(dtype: torch.dtype) -> None:
 
 
 def shuffled_rows(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Rows of the same values in other orders: their norms differ by rounding errors at most."""
+    """Makes rows of the same values in other orders, so that norms differ only by rounding."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(columns, generator=generator, dtype=torch.float64).to(dtype)
     orders = [torch.randperm(columns, generator=generator) for _ in range(rows)]
@@ -112,7 +112,7 @@ def shuffled_rows(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     "p", [2.0, 0.5, *(pytest.param(p, marks=pytest.mark.slow) for p in (1.0, 3.0))]
 )
 @pytest.mark.usefixtures("threads")
-def test_rounding_in_large_slices_does_not_show(dtype: torch.dtype, p: float) -> None:
+def test_norms_of_large_slices_do_not_depend_on_the_number_of_threads(dtype: torch.dtype, p: float) -> None:
     weight = shuffled_rows(4, 150_000, dtype)
     rules = [rule(["w"], Magnitude(p), Slice(0), 1)] * 3
     answers = []
@@ -123,18 +123,18 @@ def test_rounding_in_large_slices_does_not_show(dtype: torch.dtype, p: float) ->
         assert_same_answers(answers[0], other)
 
 
-def test_slices_of_one_norm_are_ties_where_the_norm_is_rounded_to_float32() -> None:
+def test_slices_with_equal_float32_norms_are_ties() -> None:
     weight = shuffled_rows(6, 100_000, torch.float32)
     masks, _ = answer({"w": Parameter(weight)}, [rule(["w"], Magnitude(2.0), Slice(0), 2)])
     assert torch.equal(masks["w"], lowest_slices(torch.ones(6), 2, weight.shape, 0))
 
 
 PIECES = [8, 64, 1000]
-# How the bounds of the cut are found: see select.
+# How the search finds bounds of the threshold: see select.py.
 WAYS = ["histograms", "a sample", "a sample that misses", "ties in a sample", "ties that are none"]
 
 
-# By default every two of a dtype, a piece and a way meet; all three in the slow suite.
+# Every pair of a dtype, a piece and a way is tested by default, and all triples in the slow suite.
 COMBINATIONS = [
     pytest.param(
         *(dtype, piece, way),
@@ -148,7 +148,7 @@ COMBINATIONS = [
 
 
 @pytest.mark.parametrize(("dtype", "piece", "way"), COMBINATIONS)
-def test_neither_pieces_nor_the_way_to_the_cut_show(
+def test_masks_depend_neither_on_pieces_nor_on_the_search(
     monkeypatch: pytest.MonkeyPatch, piece: int, dtype: torch.dtype, way: str
 ) -> None:
     parameters = {
@@ -162,10 +162,10 @@ def test_neither_pieces_nor_the_way_to_the_cut_show(
 
 
 def cut_into(monkeypatch: pytest.MonkeyPatch, piece: int, way: str) -> None:
-    """Does to few units what is done to millions."""
+    """Lowers the limits, so that few units take the way of millions."""
     monkeypatch.setattr(TorchBackend, "piece", piece)
     monkeypatch.setattr(TorchBackend, "ranked", piece)
-    monkeypatch.setattr(select, "FEW", 0)  # few units are ranked at once
+    monkeypatch.setattr(select, "FEW", 0)  # few units would be sorted at once
     if way == "histograms":
         monkeypatch.setattr(select, "FEW_OF", 1 << 40)
         return
@@ -189,7 +189,7 @@ def cut_into(monkeypatch: pytest.MonkeyPatch, piece: int, way: str) -> None:
     fraction=st.floats(0, 1),
     way=st.sampled_from(WAYS),
 )
-def test_ties_that_lie_across_pieces_go_in_order(
+def test_ties_across_pieces_are_pruned_in_order(
     monkeypatch: pytest.MonkeyPatch,
     values: list[list[int]],
     piece: int,
@@ -211,7 +211,7 @@ def test_ties_that_lie_across_pieces_go_in_order(
 
 @cache
 def millions(kind: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights, as many as a sample is taken of; their magnitudes in order, and where those lie."""
+    """Returns as many weights as are sampled, their sorted magnitudes, and the order."""
     generator = torch.Generator().manual_seed(0)
     count = select.LARGE + 12_345
     weight = {
@@ -235,41 +235,41 @@ KINDS = ["normal", "periodic", "constant", "few values"]
         *(pytest.param(kind, f, marks=pytest.mark.slow) for f in (0.0001, 0.97) for kind in KINDS),
     ],
 )
-def test_millions_of_units_lose_exactly_the_lowest(kind: str, fraction: float) -> None:
+def test_exactly_the_lowest_of_millions_of_units_are_pruned(kind: str, fraction: float) -> None:
     """With ties across the pieces."""
     weight, ordered, order = millions(kind)
     count = len(weight)
-    going = round(fraction * count)
+    pruned = round(fraction * count)
     masks, outcomes = answer(
         {"w": Parameter(weight)}, [rule(["w"], Magnitude(), Element(), fraction)]
     )
     kept = torch.ones(count, dtype=torch.bool)
-    kept[order[:going]] = False
+    kept[order[:pruned]] = False
     assert torch.equal(masks["w"], kept)
-    assert outcomes[0][0].pruned == going
-    threshold = ordered[going - 1]
+    assert outcomes[0][0].pruned == pruned
+    threshold = ordered[pruned - 1]
     choice = outcomes[0][0]
     assert choice.threshold == threshold.item()
     assert choice.ties == int((weight.abs() == threshold).sum())
-    assert choice.ties_pruned == going - int((weight.abs() < threshold).sum())
+    assert choice.ties_pruned == pruned - int((weight.abs() < threshold).sum())
 
 
-def test_what_is_left_of_millions_is_ranked_among_itself() -> None:
-    """So few are left of so many that they are ranked at once."""
+def test_few_unpruned_units_of_millions_are_compared_with_each_other() -> None:
+    """The unpruned units are so few that they are sorted at once."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(5_000_000, generator=generator)
     kept = torch.zeros(len(weight), dtype=torch.bool)
     kept[torch.randperm(len(weight), generator=generator)[: select.FEW + 1000]] = True
     parameters = {"w": Parameter(weight, packed(kept))}
     masks, _ = answer(parameters, [rule(["w"], Magnitude(), Element(), 0.25)])
-    left = kept.nonzero().view(-1)
-    going = left[torch.sort(weight[left].abs(), stable=True).indices[: round(0.25 * len(left))]]
-    kept[going] = False
+    unpruned = kept.nonzero().view(-1)
+    order = torch.sort(weight[unpruned].abs(), stable=True).indices
+    kept[unpruned[order[: round(0.25 * len(unpruned))]]] = False
     assert torch.equal(masks["w"], kept)
 
 
 @pytest.mark.parametrize("dtype", [*EXACT, *HALF], ids=str)
-def test_nothing_that_comes_in_is_written_to(dtype: torch.dtype) -> None:
+def test_inputs_are_not_modified(dtype: torch.dtype) -> None:
     weight, mask = distinct((8, 7), dtype), packed(distinct((8, 7), seed=1) > -0.5)
     scores = distinct((8, 7), seed=2)
     copies = weight.clone(), mask.bits.clone(), scores.clone()

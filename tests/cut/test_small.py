@@ -1,4 +1,4 @@
-"""Many small tensors, which are pruned and measured together, beside torch on each of them."""
+"""Many small tensors are pruned and measured in batches, with the results of each by itself."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
@@ -46,7 +46,7 @@ def is_compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture(autouse=True, scope="module")
 def are_many() -> Iterator[None]:
-    """Few tensors are taken together, too."""
+    """A few tensors also form a batch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batches, "FEW", 0)
         yield
@@ -54,7 +54,7 @@ def are_many() -> Iterator[None]:
 
 @st.composite
 def models(draw: st.DrawFn) -> dict[str, Parameter]:
-    """Tensors of several dtypes with many ties, some of them pruned before."""
+    """Draws tensors of several dtypes with many ties, some of them partly pruned."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 9999)))
     spread = draw(st.sampled_from([2, 5, 1000]))
     model = {}
@@ -75,13 +75,13 @@ def candidates_of(parameter: Parameter) -> Tensor:
 
 
 def lowest(weight: Tensor, kept: Tensor, amount: float) -> Tensor:
-    """What stays when an amount of the least important goes, ties by the lowest index."""
+    """Returns the mask after the least important candidates are pruned."""
     candidates = kept.nonzero().view(-1)
     count = round(amount * len(candidates)) if isinstance(amount, float) else amount
     order = weight[candidates].to(torch.float64).abs().sort(stable=True).indices
-    left = kept.clone()
-    left[candidates[order[:count]]] = False
-    return left
+    mask = kept.clone()
+    mask[candidates[order[:count]]] = False
+    return mask
 
 
 @examples(40)
@@ -90,25 +90,25 @@ def test_each_tensor_loses_its_least_important(model: dict[str, Parameter], amou
     candidates = {name: candidates_of(parameter) for name, parameter in model.items()}
     if isinstance(amount, int):
         model = {n: p for n, p in model.items() if int(candidates[n].sum()) >= amount}
-    if not model:
-        return
+    assume(model)
     masks, choices = applied(model, rule(list(model), amount, scope="tensor"))
     assert isinstance(choices, ChoiceTable)
     for name, parameter in model.items():
-        left = lowest(parameter.weight, candidates[name], amount)
-        assert torch.equal(masks[name], left), name
-        gone = candidates[name] & ~left
+        expected = lowest(parameter.weight, candidates[name], amount)
+        assert torch.equal(masks[name], expected), name
+        pruned = candidates[name] & ~expected
         (choice,) = (choice for choice in choices if choice.tensors == (name,))
-        assert (choice.candidates, choice.pruned) == (int(candidates[name].sum()), int(gone.sum()))
+        assert choice.candidates == int(candidates[name].sum())
+        assert choice.pruned == int(pruned.sum())
         assert choice.requested == choice.pruned
         if not choice.pruned:
             assert (choice.threshold, choice.ties, choice.ties_pruned) == (None, 0, 0)
             continue
         magnitudes = parameter.weight.to(torch.float64).abs()
-        assert choice.threshold == float(magnitudes[gone].max())
+        assert choice.threshold == float(magnitudes[pruned].max())
         at_cut = torch.eq(magnitudes, choice.threshold)
         assert choice.ties == int(at_cut[candidates[name]].sum())
-        assert choice.ties_pruned == int(at_cut[gone].sum())
+        assert choice.ties_pruned == int(at_cut[pruned].sum())
 
 
 @pytest.mark.parametrize("size", [SMALL - 1, SMALL, SMALL + 1])
@@ -144,7 +144,7 @@ HOWS = st.sampled_from(
 
 @examples(30)
 @given(models(), st.sampled_from([0.0, 0.3, 0.7, 1.0]), HOWS)
-def test_no_batch_size_and_no_compiler_shows(
+def test_masks_depend_neither_on_the_batch_size_nor_on_numba(
     model: dict[str, Parameter], amount: float, how: dict[str, Any]
 ) -> None:
     selection = rule(list(model), amount, **how)
@@ -177,7 +177,7 @@ def test_the_first_nan_is_named() -> None:
         applied(model, rule(list(model), 0.5, scope="tensor"))
 
 
-def test_a_caller_that_leaves_ends_it() -> None:
+def test_cancellation_ends_the_prune() -> None:
     context = RequestContext()
     context.cancel()
     model = {f"w{i}": Parameter(torch.ones(3, 4)) for i in range(40)}
@@ -185,18 +185,18 @@ def test_a_caller_that_leaves_ends_it() -> None:
         prune(context, model, [rule(list(model), 0.5, scope="tensor")], {})
 
 
-def test_scores_and_scales_rank_small_tensors(client: secateur.Client) -> None:
+def test_small_tensors_are_compared_by_scores(client: secateur.Client) -> None:
     model = {f"w{i}": torch.randn(4, 6) for i in range(30)}
     scores = {name: torch.randn(4, 6) for name in model}
     masks = client.prune(model, secateur.l1_unstructured("*", 7, importance_scores=scores)).masks
     for name in model:
-        left = lowest(scores[name].flatten(), torch.ones(24, dtype=torch.bool), 7)
-        assert torch.equal(masks[name], left.view(4, 6)), name
+        expected = lowest(scores[name].flatten(), torch.ones(24, dtype=torch.bool), 7)
+        assert torch.equal(masks[name], expected.view(4, 6)), name
 
 
 @st.composite
 def shaped(draw: st.DrawFn) -> dict[str, Parameter]:
-    """Tensors of up to four dimensions, with zeros, masks, or both."""
+    """Draws tensors of up to four dimensions, with zeros, masks, or both."""
     model = {}
     for name, parameter in draw(models()).items():
         shape = draw(st.lists(st.integers(0, 9), max_size=4))
@@ -213,7 +213,7 @@ def shaped(draw: st.DrawFn) -> dict[str, Parameter]:
 
 @examples(60)
 @given(shaped(), st.booleans())
-def test_small_tensors_are_reported_as_by_themselves(
+def test_a_report_does_not_depend_on_the_batch_size(
     model: dict[str, Parameter], is_folded: bool
 ) -> None:
     def reported() -> SparsityReport:
@@ -252,7 +252,7 @@ DOUBLES = st.floats(allow_nan=False) | st.sampled_from([0.0, -0.0])
         max_size=6,
     )
 )
-def test_columns_have_the_bytes_of_protobuf(choices: list[pb.Choice]) -> None:
+def test_encoded_columns_are_the_bytes_of_protobuf(choices: list[pb.Choice]) -> None:
     asked, candidates = (
         np.array([getattr(choice, field) for choice in choices], np.uint64)
         for field in ("requested", "candidates")
@@ -279,10 +279,10 @@ def test_columns_have_the_bytes_of_protobuf(choices: list[pb.Choice]) -> None:
     st.sampled_from([("tensor", "rank"), ("global", "rank"), ("global", "lamp")]),
     st.booleans(),
 )
-def test_a_plan_of_small_tensors_is_that_of_large_ones(
+def test_a_plan_does_not_depend_on_the_batch_size(
     model: dict[str, Parameter], amounts: list[float], how: tuple[Any, Any], of_all: bool
 ) -> None:
-    """Bit for bit, sums of squares too."""
+    """The sums of squares have the same bits, too."""
     scope, allocation = how
     selection = rule(list(model), scope=scope, allocation=allocation, of_all=of_all)
 

@@ -1,4 +1,4 @@
-"""Weights full of ties: torch's count and magnitudes, and the lowest flat index first."""
+"""Weights with many ties: torch's count and magnitudes, but the lowest flat index first."""
 
 import math
 from collections.abc import Callable
@@ -44,14 +44,14 @@ def amount_of(data: st.DataObject, units: int) -> float:
 
 
 def magnitudes(tensors: dict[str, Tensor], masks: dict[str, Tensor]) -> list[float]:
-    """What the masks prune, sorted."""
+    """Returns the pruned magnitudes, sorted."""
     pruned = [tensors[name][~mask].double().abs() for name, mask in masks.items()]
     return torch.cat(pruned).sort().values.tolist()
 
 
 @examples(150)
 @given(weight=small_integers(), data=st.data())
-def test_ties_in_a_tensor_go_by_the_lowest_index(
+def test_ties_in_a_tensor_are_pruned_from_the_lowest_index(
     client: secateur.Client, weight: Tensor, data: st.DataObject
 ) -> None:
     amount = amount_of(data, weight.numel())
@@ -64,21 +64,21 @@ def test_ties_in_a_tensor_go_by_the_lowest_index(
 
 @examples(80)
 @given(weights=st.lists(small_integers(), min_size=2, max_size=4), data=st.data())
-def test_ties_over_tensors_go_in_the_state_dicts_order(
+def test_ties_across_tensors_are_pruned_in_the_order_of_the_state_dict(
     client: secateur.Client, weights: list[Tensor], data: st.DataObject
 ) -> None:
     names = data.draw(st.permutations(["a", "b", "c", "d"]))[: len(weights)]
     tensors = dict(zip(names, weights, strict=True))
     total = sum(weight.numel() for weight in weights)
     amount = amount_of(data, total)
-    step = all_l1(data.draw(st.permutations(names)), amount)  # the spec's order does not count
+    step = all_l1(data.draw(st.permutations(names)), amount)  # the order of the spec is irrelevant
     masks = client.prune(tensors, step.spec).masks
     expected = lowest(weights, count_of(amount, total))
     assert_same_masks(masks, dict(zip(names, expected, strict=True)))
     assert magnitudes(tensors, masks) == magnitudes(tensors, torch_masks(tensors, step))
 
 
-# Norms of small integers that order the slices without rounding.
+# Exact numbers with the order of the norms.
 EXACT_NORMS: dict[float, Callable[[list[int]], float | Fraction]] = {
     0: lambda row: sum(value != 0 for value in row),
     1: lambda row: sum(map(abs, row)),
@@ -91,7 +91,7 @@ EXACT_NORMS: dict[float, Callable[[list[int]], float | Fraction]] = {
 
 
 def ranks(weight: Tensor, n: float, dim: int) -> Tensor:
-    """The place of each slice among the norms; slices of one norm share it."""
+    """Returns the rank of each slice among the distinct norms."""
     rows = weight.double().movedim(dim, 0).flatten(1).to(torch.int64).tolist()
     norms = [EXACT_NORMS[n](row) for row in rows]
     order = sorted(set(norms))
@@ -104,7 +104,7 @@ def ranks(weight: Tensor, n: float, dim: int) -> Tensor:
     n=st.sampled_from(list(EXACT_NORMS)),
     data=st.data(),
 )
-def test_slices_of_one_norm_go_by_the_lowest_index(
+def test_slices_of_equal_norms_are_pruned_from_the_lowest_index(
     client: secateur.Client, weight: Tensor, n: float, data: st.DataObject
 ) -> None:
     assume(n >= 0 or math.isinf(n) or weight.dtype != torch.float64)  # thirds do not add up exactly
@@ -137,10 +137,10 @@ def test_a_constant_tensor_loses_its_first_elements(
     assert (~mask).flatten().nonzero().flatten().tolist() == list(range(count))
 
 
-def test_slices_of_the_same_values_are_ties_in_any_order_of_the_values(
+def test_slices_with_the_same_values_in_any_order_are_ties(
     client: secateur.Client,
 ) -> None:
-    # The sums are taken in another order in each row: a rounding error is no reason to prune.
+    # Each row is summed in another order, but rounding must not decide what is pruned.
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(1000, generator=generator)
     rows = [values[torch.randperm(1000, generator=generator)] for _ in range(20)]
@@ -150,7 +150,7 @@ def test_slices_of_the_same_values_are_ties_in_any_order_of_the_values(
         assert torch.equal(mask, lowest_slices(torch.ones(20), 7, (20, 1000), 0)), n
 
 
-def test_the_report_tells_how_ties_were_broken(client: secateur.Client) -> None:
+def test_the_report_has_the_number_of_ties(client: secateur.Client) -> None:
     weight = torch.tensor([1.0, -2.0, 2.0, 3.0, 2.0, -2.0])
     choice = client.prune({"w": weight}, secateur.l1_unstructured("w", 3)).report.rules[0][0]
     assert (choice.threshold, choice.ties, choice.ties_pruned) == (2.0, 4, 2)

@@ -1,4 +1,7 @@
-"""Prints what reading some files of N bytes took, as JSON: {kind: [N, bytes at the peak]}."""
+"""Measures the memory of reading files. Prints JSON: {kind: [bytes of the file, bytes at the peak]}.
+
+It runs in its own process, whose memory nothing else changes.
+"""
 
 import ctypes
 import gc
@@ -57,23 +60,23 @@ def read(data: bytes) -> None:
 
 
 def resident(name: str) -> int:
-    """VmHWM, the peak, or VmRSS, in bytes."""
+    """Returns VmHWM, the peak, or VmRSS, in bytes."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition(f"{name}:")[2].split()[0]) << 10
 
 
 def peak(data: bytes) -> int:
-    """What reading took at its peak."""
+    """Returns the growth of memory at the peak of reading a file."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what others left is not there to be taken again
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    ctypes.CDLL(None).malloc_trim(0)  # else reading would reuse free memory
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
     read(data)
     return resident("VmHWM") - before
 
 
 if __name__ == "__main__":
-    read(KINDS["a tensor"](1 << 20))  # what is made once is made
+    read(KINDS["a tensor"](1 << 20))  # allocates what is needed only once
     found = {}
     for kind, make in KINDS.items():
         made = make(SIZE)

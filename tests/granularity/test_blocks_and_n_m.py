@@ -1,4 +1,4 @@
-"""Blocks and N:M groups beside their definitions, written here as plain loops."""
+"""Blocks and N:M groups, compared with their definitions as plain loops."""
 
 import itertools
 import math
@@ -43,10 +43,10 @@ some = examples(50)
 
 @dataclass(frozen=True)
 class Drawn:
-    """A tensor with many ties, what of it is unpruned, and units that it has."""
+    """A tensor with many ties, which of its elements are unpruned, and a kind of units."""
 
     values: Tensor
-    alive: Tensor
+    unpruned: Tensor
     mask: Mask | None
     units: Units
 
@@ -84,12 +84,12 @@ def tensors(draw: st.DrawFn, *kinds: object) -> Drawn:
     values = values.mul(2).to(dtype) if not dtype.is_floating_point else values.to(dtype)
     if draw(st.booleans()):
         return Drawn(values, torch.ones(shape, dtype=torch.bool), None, units)
-    alive = torch.rand(shape, generator=generator) < draw(st.sampled_from([0.2, 0.6, 0.9]))
-    return Drawn(values, alive, packed(alive), units)
+    unpruned = torch.rand(shape, generator=generator) < draw(st.sampled_from([0.2, 0.6, 0.9]))
+    return Drawn(values, unpruned, packed(unpruned), units)
 
 
 def members(units: Units, shape: tuple[int, ...]) -> Iterator[list[int]]:
-    """The flat indices of the elements of each unit, row-major, by the definition."""
+    """Yields the flat indices of the elements of each unit, row-major, by the definition."""
     index = np.arange(math.prod(shape)).reshape(shape)
     if isinstance(units, Block):
         index = index.reshape(shape[0], -1) if units.as_matrix else index
@@ -103,22 +103,22 @@ def members(units: Units, shape: tuple[int, ...]) -> Iterator[list[int]]:
         yield unit.reshape(-1).tolist()
 
 
-def going(drawn: Drawn) -> list[list[int]]:
-    """For each unit the unpruned elements that go with it."""
+def lost_with(drawn: Drawn) -> list[list[int]]:
+    """Returns for each unit the unpruned elements that are pruned with it."""
     magnitudes = drawn.values.to(torch.float64).abs().view(-1).tolist()
-    alive = drawn.alive.view(-1).tolist()
+    unpruned = drawn.unpruned.view(-1).tolist()
     found = []
     for unit in members(drawn.units, drawn.values.shape):
-        left = [i for i in unit if alive[i]]
+        lost = [i for i in unit if unpruned[i]]
         if isinstance(drawn.units, NM):
-            left = sorted(left, key=lambda i: (magnitudes[i], i))
-            left = left[: max(0, len(left) - drawn.units.n)]
-        found.append(sorted(left))
+            lost = sorted(lost, key=lambda i: (magnitudes[i], i))
+            lost = lost[: max(0, len(lost) - drawn.units.n)]
+        found.append(sorted(lost))
     return found
 
 
 def candidates(drawn: Drawn) -> list[bool]:
-    return [len(left) > 0 for left in going(drawn)]
+    return [len(lost) > 0 for lost in lost_with(drawn)]
 
 
 def flags_of(mask: Mask) -> list[bool]:
@@ -127,7 +127,7 @@ def flags_of(mask: Mask) -> list[bool]:
 
 @pytest.fixture(scope="module", params=[64, 1 << 20])
 def small_pieces(request: pytest.FixtureRequest) -> Iterator[None]:
-    """They cut a tensor into many boxes, or into one."""
+    """Pieces that split a tensor into many tiles, or that hold it whole."""
     with pytest.MonkeyPatch.context() as small:
         small.setattr(TorchBackend, "piece", request.param)
         yield
@@ -139,21 +139,21 @@ in_pieces = pytest.mark.usefixtures("small_pieces")
 @in_pieces
 @some
 @given(drawn=tensors())
-def test_units_and_which_of_them_can_be_pruned(drawn: Drawn) -> None:
+def test_units_and_candidates_are_those_of_the_definition(drawn: Drawn) -> None:
     units, shape = drawn.units, drawn.values.shape
     expected = candidates(drawn)
     units.check("rule", "w", shape)
     assert math.prod(units.grid(shape)) == len(expected)
-    alive = units.candidates(CONTEXT, drawn.values, drawn.mask)
-    assert (flags_of(alive) if alive else [True] * len(expected)) == expected
+    found = units.candidates(CONTEXT, drawn.values, drawn.mask)
+    assert (flags_of(found) if found else [True] * len(expected)) == expected
     if drawn.mask is None and isinstance(units, Block):
-        assert alive is None
+        assert found is None
     sizes = {len(unit) for unit in members(units, shape)}
     whole = isinstance(units, Block) and len(sizes) == 1
     assert units.unit_elements(shape) == (sizes.pop() if whole else None)
 
 
-def test_grids_have_the_shapes_of_the_contract() -> None:
+def test_grids_have_the_shapes_that_the_contract_defines() -> None:
     shape = (6, 7, 3, 3)
     assert Block((4, 3, 0, 0), False).grid(shape) == (2, 3, 1, 1)
     assert Block((4, 16), True).grid(shape) == (2, 4)
@@ -164,18 +164,18 @@ def test_grids_have_the_shapes_of_the_contract() -> None:
 @in_pieces
 @some
 @given(drawn=tensors(), p=ORDERS, is_mean=st.booleans())
-def test_scores_are_norms_of_what_goes(drawn: Drawn, p: float, is_mean: bool) -> None:
+def test_scores_are_norms_of_the_elements_of_a_unit(drawn: Drawn, p: float, is_mean: bool) -> None:
     found = drawn.units.scores(CONTEXT, drawn.values, drawn.mask, p, is_mean)
     wide = drawn.values.dtype in (torch.float64, torch.int64)
     assert found.dtype == (torch.float64 if wide else torch.float32)
-    masked = torch.where(drawn.alive, drawn.values.to(torch.float64), 0.0).view(-1)
-    whole, leaving = list(members(drawn.units, drawn.values.shape)), going(drawn)
-    of_units = leaving if isinstance(drawn.units, NM) else whole
-    living = candidates(drawn)
-    assert len(found) == len(living)
+    masked = torch.where(drawn.unpruned, drawn.values.to(torch.float64), 0.0).view(-1)
+    whole, lost = list(members(drawn.units, drawn.values.shape)), lost_with(drawn)
+    of_units = lost if isinstance(drawn.units, NM) else whole
+    expected = candidates(drawn)
+    assert len(found) == len(expected)
     assert not found.isnan().any()
-    for unit, score, alive in zip(of_units, found.tolist(), living, strict=True):
-        if not alive:
+    for unit, score, is_candidate in zip(of_units, found.tolist(), expected, strict=True):
+        if not is_candidate:
             continue
         norm = float(torch.linalg.vector_norm(masked[unit], p))
         if is_mean and math.isfinite(p):
@@ -186,13 +186,13 @@ def test_scores_are_norms_of_what_goes(drawn: Drawn, p: float, is_mean: bool) ->
 @in_pieces
 @some
 @given(drawn=tensors(), seed=SEEDS)
-def test_what_stays_when_some_units_do(drawn: Drawn, seed: int) -> None:
-    leaving = going(drawn)
+def test_units_expand_to_their_elements(drawn: Drawn, seed: int) -> None:
+    lost = lost_with(drawn)
     generator = torch.Generator().manual_seed(seed)
-    kept = torch.rand(len(leaving), generator=generator) < seed % 3 / 2  # none, some, all
-    expected = drawn.alive.view(-1).clone()
-    for unit, stays in zip(leaving, kept.tolist(), strict=True):
-        expected[unit] &= stays
+    kept = torch.rand(len(lost), generator=generator) < seed % 3 / 2  # none, some, all
+    expected = drawn.unpruned.view(-1).clone()
+    for unit, is_kept in zip(lost, kept.tolist(), strict=True):
+        expected[unit] &= is_kept
     found = drawn.units.expand(CONTEXT, packed(kept), drawn.values, drawn.mask)
     both = found if drawn.mask is None else found.both(CONTEXT, drawn.mask)
     assert flags_of(both) == expected.tolist()
@@ -202,38 +202,36 @@ def test_what_stays_when_some_units_do(drawn: Drawn, seed: int) -> None:
 @in_pieces
 @some
 @given(drawn=tensors(blocks, groups, slices), seed=SEEDS)
-def test_costs_are_of_the_weights_that_go(drawn: Drawn, seed: int) -> None:
-    """The elements rank by a caller's scores, which are not the weights."""
+def test_costs_are_those_of_the_elements_of_a_unit(drawn: Drawn, seed: int) -> None:
+    """The elements are compared by scores, which differ from the weights."""
     weight = torch.randn(drawn.values.shape, generator=torch.Generator().manual_seed(seed))
     weight = weight.to(drawn.values.dtype)
     counts, squares = drawn.units.costs(CONTEXT, weight, drawn.values, drawn.mask)
     assert (counts.dtype, squares.dtype) == (torch.int64, torch.float64)
     of_elements = weight.to(torch.float64).square().view(-1)
-    leaving = going(drawn)
-    assert counts.tolist() == [len(unit) for unit in leaving]
-    expected = [float(of_elements[unit].sum()) for unit in leaving]
+    lost = lost_with(drawn)
+    assert counts.tolist() == [len(unit) for unit in lost]
+    expected = [float(of_elements[unit].sum()) for unit in lost]
     assert squares.tolist() == pytest.approx(expected, rel=1e-12)
 
 
 @in_pieces
 @some
 @given(drawn=tensors(), p=st.sampled_from([1.0, 2.0, math.inf]), data=st.data())
-def test_a_choice_takes_exactly_so_many_units(drawn: Drawn, p: float, data: st.DataObject) -> None:
+def test_a_selection_prunes_exactly_the_count(drawn: Drawn, p: float, data: st.DataObject) -> None:
     units, values = drawn.units, drawn.values
-    scores, alive = (
-        units.scores(CONTEXT, values, drawn.mask, p, True),
-        units.candidates(CONTEXT, values, drawn.mask),
-    )
-    living = [i for i, lives in enumerate(candidates(drawn)) if lives]
-    count = data.draw(st.integers(0, len(living)))
-    ranking = Ranking("w", len(scores), scores, alive, CPU)
-    (kept,), _ = select(CONTEXT, [ranking], len(living), count)
-    assert kept.kept(CONTEXT) == len(living) - count
-    gone = sorted(living, key=lambda i: (float(scores[i]), i))[:count]
-    leaving = going(drawn)
-    expected = drawn.alive.view(-1).clone()
-    expected[[i for unit in gone for i in leaving[unit]]] = False
-    before = packed(drawn.alive)
+    scores = units.scores(CONTEXT, values, drawn.mask, p, True)
+    mask = units.candidates(CONTEXT, values, drawn.mask)
+    unpruned = [i for i, is_candidate in enumerate(candidates(drawn)) if is_candidate]
+    count = data.draw(st.integers(0, len(unpruned)))
+    ranking = Ranking("w", len(scores), scores, mask, CPU)
+    (kept,), _ = select(CONTEXT, [ranking], len(unpruned), count)
+    assert kept.kept(CONTEXT) == len(unpruned) - count
+    pruned = sorted(unpruned, key=lambda i: (float(scores[i]), i))[:count]
+    lost = lost_with(drawn)
+    expected = drawn.unpruned.view(-1).clone()
+    expected[[i for unit in pruned for i in lost[unit]]] = False
+    before = packed(drawn.unpruned)
     assert (
         flags_of(units.expand(CONTEXT, kept, values, drawn.mask).both(CONTEXT, before))
         == expected.tolist()
@@ -243,24 +241,24 @@ def test_a_choice_takes_exactly_so_many_units(drawn: Drawn, p: float, data: st.D
 @in_pieces
 @some
 @given(drawn=tensors(groups))
-def test_all_units_together_leave_at_most_n_of_m(drawn: Drawn) -> None:
+def test_pruning_all_units_keeps_at_most_n_of_m(drawn: Drawn) -> None:
     assert isinstance(drawn.units, NM)
     none = packed(torch.zeros(drawn.units.grid(drawn.values.shape), dtype=torch.bool))
     found = flags_of(
         drawn.units.expand(CONTEXT, none, drawn.values, drawn.mask).both(
-            CONTEXT, packed(drawn.alive)
+            CONTEXT, packed(drawn.unpruned)
         )
     )
-    alive = drawn.alive.view(-1).tolist()
+    unpruned = drawn.unpruned.view(-1).tolist()
     for unit in members(drawn.units, drawn.values.shape):
-        unpruned = sum(alive[i] for i in unit)
-        assert sum(found[i] for i in unit) == min(unpruned, drawn.units.n)
+        count = sum(unpruned[i] for i in unit)
+        assert sum(found[i] for i in unit) == min(count, drawn.units.n)
 
 
 @in_pieces
 @some
 @given(drawn=tensors(), p=ORDERS.filter(lambda p: p != 0.5), seed=SEEDS)
-def test_the_same_bits_without_numba(drawn: Drawn, p: float, seed: int) -> None:
+def test_scores_masks_and_costs_have_the_same_bits_without_numba(drawn: Drawn, p: float, seed: int) -> None:
     units, mask = drawn.units, drawn.mask
     grid = units.grid(drawn.values.shape)
     kept = packed(torch.rand(grid, generator=torch.Generator().manual_seed(seed)) < 0.5)
@@ -282,19 +280,19 @@ def test_the_same_bits_without_numba(drawn: Drawn, p: float, seed: int) -> None:
 @pytest.mark.parametrize("m", [2, 3, 16, COUNTED, COUNTED + 1, 1024])
 @pytest.mark.parametrize("inner", [1, 7])
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
-def test_the_largest_keys_of_groups(m: int, inner: int, dtype: torch.dtype) -> None:
-    """More groups than are compared at once; of what is pruned already the key is -1."""
+def test_each_backend_finds_the_largest_keys_of_groups(m: int, inner: int, dtype: torch.dtype) -> None:
+    """More groups than are compared at once. The key of a pruned element is -1."""
     torch.manual_seed(m)
     keys = torch.randint(-1, 2 * m, (2 * KEYS // (m * inner) + 3, m, inner), dtype=dtype)
     place = torch.arange(m).view(1, m, 1)
-    order = (keys.to(torch.int64) * m + place).argsort(1, descending=True)  # of different numbers
+    order = (keys.to(torch.int64) * m + place).argsort(1, descending=True)  # without ties
     for n in (1, m // 2, m - 1, m):
         expected = torch.zeros(keys.shape, dtype=torch.bool).scatter_(1, order[:, :n], True)
         for backend in (TorchBackend(CPU), NumbaBackend(CPU)):
             assert torch.equal(backend.largest(keys, n), expected)
 
 
-def test_two_of_four_is_what_torch_prunes() -> None:
+def test_2_of_4_is_the_mask_of_torch() -> None:
     torch.manual_seed(0)
     module: Any = torch.nn.Linear(64, 48)
     sparsifier: Any = WeightNormSparsifier(
@@ -311,7 +309,7 @@ def test_two_of_four_is_what_torch_prunes() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("units", [NM(2, 4, 1), NM(2, 4, 0), Block((16, 16), False)])
-def test_large_tensors_lie_in_many_boxes(units: NM | Block, dtype: torch.dtype) -> None:
+def test_scores_of_large_tensors_in_many_tiles(units: NM | Block, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     values = torch.randn(640, 1200).to(dtype)
     scores = units.scores(CONTEXT, values, None, 1.0, False)
@@ -337,13 +335,23 @@ def test_large_tensors_lie_in_many_boxes(units: NM | Block, dtype: torch.dtype) 
         (Slice(-3), (4, 4), r"-3 is not in [-2, 2)"),
     ],
 )
-def test_why_a_tensor_has_no_such_units(units: Units, shape: tuple[int, ...], why: str) -> None:
+def test_a_tensor_without_such_units_is_refused(units: Units, shape: tuple[int, ...], why: str) -> None:
     with pytest.raises((NotStructured, DimOutOfRange), match=re.escape(why)) as refused:
         units.check("rule", "w", shape)
     assert refused.value.field.startswith("rule.")
     assert "'w'" in refused.value.description
 
 
-def test_every_tensor_has_elements() -> None:
-    Element().check("rule", "w", ())
-    Slice(-1).check("rule", "w", (4, 4))
+@pytest.mark.parametrize(
+    ("units", "shape", "grid"),
+    [
+        (Element(), (), ()),
+        (Element(), (4, 0), (4, 0)),
+        (Slice(-1), (4, 6), (6,)),
+    ],
+)
+def test_the_grid_of_elements_and_slices(
+    units: Element | Slice, shape: tuple[int, ...], grid: tuple[int, ...]
+) -> None:
+    units.check("rule", "w", shape)
+    assert math.prod(units.grid(shape)) == math.prod(grid)

@@ -1,4 +1,4 @@
-"""Many small groups are pruned at once, as each by itself, and in little work."""
+"""Many small groups are pruned in a batch: with the results of each by itself, and in less work."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -29,8 +29,8 @@ from tests.granularity.test_groups import many, networks
 
 
 @st.composite
-def alike(draw: st.DrawFn) -> tuple[dict[str, Parameter], list[Group]]:
-    """Copies of some groups, each on tensors of its own; some are pruned already."""
+def copied_groups(draw: st.DrawFn) -> tuple[dict[str, Parameter], list[Group]]:
+    """Draws copies of some groups, each with its own tensors, some of them partly pruned."""
     model: dict[str, Parameter] = {}
     groups = []
     for kind, copies in enumerate(draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))):
@@ -54,7 +54,7 @@ AMOUNTS = st.one_of(st.floats(0, 1), st.just(1), st.just(Threshold(0.5)))
 
 @many
 @given(
-    network=alike(),
+    network=copied_groups(),
     combination=st.sampled_from(["mean", "sum", "max"]),
     normalization=st.sampled_from([None, None, "mean", "z_score"]),
     importance=st.sampled_from([Magnitude(1.0), Magnitude(2.0), Magnitude(0.5), Random(3)]),
@@ -62,7 +62,7 @@ AMOUNTS = st.one_of(st.floats(0, 1), st.just(1), st.just(Threshold(0.5)))
     scope=st.sampled_from(["tensor", "global", "isomorphic"]),
     guard_rails=st.sampled_from([GuardRails(), GuardRails(), RAILS]),
 )
-def test_groups_at_once_are_pruned_as_each_by_itself(
+def test_groups_in_a_batch_are_pruned_as_each_by_itself(
     network: tuple[dict[str, Parameter], list[Group]], amount: Any, **choices: Any
 ) -> None:
     model, groups = network
@@ -78,7 +78,7 @@ def test_groups_at_once_are_pruned_as_each_by_itself(
 
 
 def _outcome(model: dict[str, Parameter], rule: Selection) -> tuple[dict[str, Any], Any]:
-    """The masks and the choices, or what is wrong with the amount."""
+    """Returns the masks and the choices, or the message of the error."""
     try:
         masks, choices = applied(model, rule)
     except AmountOutOfRange as error:
@@ -97,7 +97,7 @@ def test_each_group_has_its_own_amount_by_a_table() -> None:
 # Work ----------------------------------------------------------------------------------------
 
 MEMBERS = 3
-# Of torch, for each more group of three members; each by itself took 167 to 179.
+# Operations of torch for each more group of three members. One by one it took 167 to 179.
 MOST_OPERATIONS = 30
 
 
@@ -114,7 +114,7 @@ class Operations(TorchDispatchMode):
 
 
 def operations_of(count: int, kept: float | None, choices: Mapping[str, Any]) -> int:
-    """Operations that it takes to prune by a spec of so many groups."""
+    """Counts the operations of a prune by a spec of `count` groups."""
     model = {f"w{i}": parameter(i, (4, 4), torch.float32, kept) for i in range(count)}
     groups = [
         pb.Group(
@@ -143,7 +143,7 @@ def operations_of(count: int, kept: float | None, choices: Mapping[str, Any]) ->
         {"scope": pb.SCOPE_GLOBAL, "threshold": 0.5},
     ],
 )
-def test_the_work_for_groups_is_little_and_grows_with_their_number(
+def test_the_number_of_operations_is_linear_in_the_groups(
     kept: float | None, choices: Mapping[str, Any]
 ) -> None:
     few, more, most = (operations_of(count, kept, choices) for count in (40, 80, 160))

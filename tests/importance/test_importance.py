@@ -1,4 +1,4 @@
-"""An importance of another kind than those that are there serves everywhere."""
+"""A new importance works with every granularity, scope and allocation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,10 +48,10 @@ class Positive:
     ("scope", "allocation"),
     [("row", "rank"), ("tensor", "rank"), ("global", "rank"), ("global", "lamp")],
 )
-def test_elements_are_ranked_by_it_and_not_by_their_values(
+def test_elements_are_compared_by_the_scores_of_an_importance(
     count: int, scope: str, allocation: str
 ) -> None:
-    """Half of all are below 0, and score 0: they are pruned first, and no positive one is."""
+    """Half of the elements are negative and score 0, so exactly those are pruned."""
     numbers = torch.Generator().manual_seed(3)
     signs = torch.tensor([[1.0, -1.0] * 4] * 4)
     model = {
@@ -63,12 +63,12 @@ def test_elements_are_ranked_by_it_and_not_by_their_values(
     for name, mask in masks.items():
         assert torch.equal(mask, model[name].weight > 0), name
     (outcome,) = plan(RequestContext(), rule(list(model), **choices), [Fraction(0.5)], model, {})
-    lost = sum(float(p.weight.double().clamp(max=0).square().sum()) for p in model.values())
+    expected = sum(float(p.weight.double().clamp(max=0).square().sum()) for p in model.values())
     found = sum(outcome.removed[name].energy for name in model)
-    assert found == pytest.approx(lost, rel=1e-9)
+    assert found == pytest.approx(expected, rel=1e-9)
 
 
-def test_slices_and_groups_of_n_m_are_ranked_by_it() -> None:
+def test_slices_and_n_m_groups_are_compared_by_the_scores_of_an_importance() -> None:
     weight = torch.tensor([[3.0, -4.0, 1.0, -9.0], [1.0, 1.0, -7.0, 2.0]])
     model = {"w": Parameter(weight)}
     masks, _ = applied(model, rule(["w"], 1, importance=Positive(), granularity=Slice(1)))

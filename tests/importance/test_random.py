@@ -1,4 +1,4 @@
-"""Random pruning: exact counts, masks that the seed alone decides, and no favourites."""
+"""Random pruning: exact counts, reproducible masks, and uniform choices."""
 
 import math
 
@@ -42,13 +42,13 @@ def test_random_unstructured_prunes_the_exact_count(
 
 @amounts
 @seeds
-def test_global_random_prunes_the_exact_count_over_all(
+def test_global_random_prunes_the_exact_count_of_all_tensors(
     client: secateur.Client, amount: float, seed: int
 ) -> None:
     spec = secateur.global_unstructured("*", amount, importance="random", seed=seed)
     masks = masks_of(client, spec)
     assert sum(map(pruned, masks.values())) == count_of(amount, 540 + 540)
-    if amount == 0.5:  # neither tensor bears it alone
+    if amount == 0.5:  # both tensors have a part of it
         assert all(200 < pruned(mask) < 340 for mask in masks.values())
 
 
@@ -80,7 +80,7 @@ def test_the_seed_decides_the_masks(client: secateur.Client, method: int) -> Non
     assert len({tuple(mask.flatten().tolist()) for mask in found}) == len(SEEDS)
 
 
-def test_the_values_do_not_matter(client: secateur.Client) -> None:
+def test_the_mask_does_not_depend_on_the_values(client: secateur.Client) -> None:
     spec = secateur.random_unstructured("*", 0.5, seed=5)
     masks = masks_of(client, spec)
     others = {n: torch.full_like(t, math.nan).bfloat16() for n, t in model().items()}
@@ -88,20 +88,20 @@ def test_the_values_do_not_matter(client: secateur.Client) -> None:
         assert torch.equal(mask, masks[name])
 
 
-def test_the_other_tensors_of_the_request_do_not_matter(client: secateur.Client) -> None:
+def test_the_mask_does_not_depend_on_other_tensors(client: secateur.Client) -> None:
     spec = secateur.random_unstructured("fc.weight", 0.5, seed=5)
     alone = client.prune({"fc.weight": model()["fc.weight"]}, spec).masks["fc.weight"]
     assert torch.equal(alone, masks_of(client, spec)["fc.weight"])
 
 
-def test_tensors_of_one_shape_get_masks_of_their_own(client: secateur.Client) -> None:
+def test_tensors_of_one_shape_have_different_masks(client: secateur.Client) -> None:
     tensors = {"a": torch.ones(100), "b": torch.ones(100)}
     masks = client.prune(tensors, secateur.random_unstructured("*", 50, seed=0)).masks
     assert 10 < pruned(masks["a"] | masks["b"]) < 40  # 25 of 100 if they are unrelated
 
 
-def test_the_masks_of_a_seed_are_these(client: secateur.Client) -> None:
-    """Written down once: another answer on another machine or version breaks its users' runs."""
+def test_the_mask_of_a_seed_never_changes(client: secateur.Client) -> None:
+    """Another mask on another machine or version would change the runs of users."""
     spec = secateur.random_unstructured("w", 8, seed=7)
     mask = client.prune({"w": torch.ones(32)}, spec).masks["w"]
     assert (~mask).nonzero().flatten().tolist() == [3, 6, 9, 10, 13, 14, 21, 23]
@@ -111,10 +111,13 @@ POSITIONS, PRUNED = 64, 16
 
 
 @pytest.fixture(scope="module", params=["seeds", "names"])
-def gone(client: secateur.Client, request: pytest.FixtureRequest) -> Tensor:
-    """What many draws of 16 of 64 prune, by seed or by the tensor's name: 0 or 1, [draw, position].
+def draws(client: secateur.Client, request: pytest.FixtureRequest) -> Tensor:
+    """Draws 16 of 64 positions with many seeds, or for many names of tensors.
 
     The seeds are fixed, so a bound of 5 standard deviations holds always or never.
+
+    Returns:
+        1 where a position is pruned, else 0, as [draw, position].
     """
     if request.param == "seeds":
         weight = {"w": torch.ones(POSITIONS)}
@@ -127,26 +130,26 @@ def gone(client: secateur.Client, request: pytest.FixtureRequest) -> Tensor:
     return 1 - torch.stack(masks).double()
 
 
-def test_no_position_is_favoured(gone: Tensor) -> None:
+def test_each_position_is_equally_likely(draws: Tensor) -> None:
     p = PRUNED / POSITIONS
-    spread = math.sqrt(p * (1 - p) / len(gone))
-    assert bool(((gone.mean(0) - p).abs() < 5 * spread).all())
+    spread = math.sqrt(p * (1 - p) / len(draws))
+    assert bool(((draws.mean(0) - p).abs() < 5 * spread).all())
 
 
-def test_neighbours_in_a_mask_know_nothing_of_each_other(gone: Tensor) -> None:
+def test_neighbours_in_a_mask_are_independent(draws: Tensor) -> None:
     chance = PRUNED * (PRUNED - 1) / (POSITIONS * (POSITIONS - 1))
-    together = (gone[:, 1:] * gone[:, :-1]).mean(0)
-    assert bool(((together - chance).abs() < 5 * math.sqrt(chance / len(gone))).all())
+    both = (draws[:, 1:] * draws[:, :-1]).mean(0)
+    assert bool(((both - chance).abs() < 5 * math.sqrt(chance / len(draws))).all())
 
 
-def test_neighbouring_draws_know_nothing_of_each_other(gone: Tensor) -> None:
+def test_consecutive_draws_are_independent(draws: Tensor) -> None:
     expected = PRUNED * PRUNED / POSITIONS
-    overlap = float((gone[1:] * gone[:-1]).sum(1).mean())
-    assert abs(overlap - expected) < 5 * math.sqrt(expected / len(gone))
+    overlap = float((draws[1:] * draws[:-1]).sum(1).mean())
+    assert abs(overlap - expected) < 5 * math.sqrt(expected / len(draws))
 
 
-def test_no_slice_is_favoured(client: secateur.Client) -> None:
+def test_each_slice_is_equally_likely(client: secateur.Client) -> None:
     tensors = {f"layers.{i}.weight": torch.ones(16, 2) for i in range(1000)}
     masks = client.prune(tensors, secateur.random_structured("*", 4, dim=0)).masks
-    gone = 1 - torch.stack(list(masks.values()))[:, :, 0].double().mean(0)
-    assert bool(((gone - 0.25).abs() < 5 * math.sqrt(0.25 * 0.75 / 1000)).all())
+    shares = 1 - torch.stack(list(masks.values()))[:, :, 0].double().mean(0)
+    assert bool(((shares - 0.25).abs() < 5 * math.sqrt(0.25 * 0.75 / 1000)).all())

@@ -1,4 +1,4 @@
-"""What comes back: torch's result in every bit, whichever form is asked for."""
+"""Outputs: torch's result in every bit, in every form."""
 
 import math
 from typing import Any
@@ -39,7 +39,7 @@ every_form = pytest.mark.parametrize("form", FORMS)
 
 
 def any_bits(count: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """Every kind of number: subnormal, infinite and of both signs, but no NaN."""
+    """Random bits of every kind of number except NaN."""
     generator = torch.Generator().manual_seed(seed)
     bits = torch.randint(-(2**63), 2**63 - 1, (count,), generator=generator)
     values = bits.to(BITS[dtype.itemsize]).view(dtype)
@@ -53,7 +53,7 @@ def any_bits(count: int, dtype: torch.dtype, seed: int) -> Tensor:
 
 
 def removed_by_torch(tensors: dict[str, Tensor], step: Step) -> dict[str, Tensor]:
-    """The state_dict once torch made the pruning permanent."""
+    """Prunes with torch, makes that permanent, and returns the state_dict."""
     module = by_torch(tensors, step)
     for name in tensors:
         part, leaf = place(module, name)
@@ -67,10 +67,11 @@ def random_masks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @every_dtype
-def test_dense_is_what_remove_leaves(client: secateur.Client, dtype: torch.dtype) -> None:
+def test_dense_is_the_result_of_torchs_remove(client: secateur.Client, dtype: torch.dtype) -> None:
     tensors = {"a.w": any_bits(600, dtype, 0).view(20, 30), "b": any_bits(77, dtype, 1)}
     masks = random_masks(tensors)
-    masks = {n: mask | tensors[n].isinf() for n, mask in masks.items()}  # torch makes these NaN
+    # A pruned infinity is NaN in torch, so infinities are kept.
+    masks = {n: mask | tensors[n].isinf() for n, mask in masks.items()}
     expected = removed_by_torch(tensors, custom(masks))
     for output in ("masks", "reparametrized", "dense"):
         result = client.prune(tensors, custom(masks).spec, output=output)
@@ -78,7 +79,7 @@ def test_dense_is_what_remove_leaves(client: secateur.Client, dtype: torch.dtype
 
 
 @every_dtype
-def test_finalize_is_what_remove_leaves(client: secateur.Client, dtype: torch.dtype) -> None:
+def test_finalize_is_the_result_of_torchs_remove(client: secateur.Client, dtype: torch.dtype) -> None:
     tensors = {"a.w": distinct((20, 30), dtype), "b": distinct((77,), dtype, seed=1)}
     step = ln(["a.w"], 0.5, 2, 1) + l1(["a.w", "b"], 0.5)
     module = by_torch(tensors, step)
@@ -89,7 +90,7 @@ def test_finalize_is_what_remove_leaves(client: secateur.Client, dtype: torch.dt
 
 @every_dtype
 def test_a_pruned_infinity_or_nan_becomes_zero(client: secateur.Client, dtype: torch.dtype) -> None:
-    """A written difference: torch multiplies, and inf * 0 is NaN."""
+    """A documented difference: torch multiplies, and inf * 0 is NaN."""
     weight = torch.tensor([math.inf, -math.inf, math.nan, -1.0, 2.0, math.inf], dtype=dtype)
     mask = torch.tensor([0, 0, 0, 0, 0, 1])
     step = custom({"w": mask})
@@ -103,7 +104,7 @@ def test_a_pruned_infinity_or_nan_becomes_zero(client: secateur.Client, dtype: t
 
 
 @every_dtype
-def test_what_is_kept_keeps_every_bit_even_of_a_nan(
+def test_kept_elements_keep_every_bit_even_of_a_nan(
     client: secateur.Client, dtype: torch.dtype
 ) -> None:
     weight = any_bits(4096, dtype, 0)
@@ -117,7 +118,7 @@ def test_what_is_kept_keeps_every_bit_even_of_a_nan(
 
 
 @every_dtype
-def test_reparametrized_is_the_state_dict_of_a_module_that_torch_pruned(
+def test_reparametrized_is_the_state_dict_of_torchs_module(
     client: secateur.Client, dtype: torch.dtype
 ) -> None:
     tensors = {"a.w": distinct((20, 30), dtype), "a.b": distinct((20,), dtype), "c": torch.ones(3)}
@@ -143,7 +144,7 @@ def others() -> dict[str, Tensor]:
 
 
 @every_form
-def test_other_dtypes_pass_through_untouched(client: secateur.Client, form: str) -> None:
+def test_other_dtypes_are_returned_unchanged(client: secateur.Client, form: str) -> None:
     source = {"w": distinct((4, 4)), **others()}
     for output in ("masks", form):
         result = client.prune(source, secateur.l1_unstructured("w", 0.5), output=output)
@@ -155,23 +156,23 @@ def test_other_dtypes_pass_through_untouched(client: secateur.Client, form: str)
 
 
 @every_form
-def test_a_pair_of_another_dtype_is_no_pair(client: secateur.Client, form: str) -> None:
+def test_a_pair_of_another_dtype_is_two_tensors(client: secateur.Client, form: str) -> None:
     source = {"w": distinct((4, 4))}
     for name, values in others().items():
         if values.dtype in UNPRUNABLE:
             source |= {f"{name}_orig": values, f"{name}_mask": (values == 16).to(values.dtype)}
-    looks = source.keys() - {"w"}
+    others_of = source.keys() - {"w"}
     for output in (form, "masks"):
         result = client.prune(source, secateur.l1_unstructured("w", 0.5), output=output)
         found = result.state_dict(form)
-        assert found.keys() >= looks, output
-        assert_same_tensors({n: found[n] for n in looks}, {n: source[n] for n in looks})
+        assert found.keys() >= others_of, output
+        assert_same_tensors({n: found[n] for n in others_of}, {n: source[n] for n in others_of})
     assert_same_tensors(client.finalize(source).state_dict(), source)
 
 
 @pytest.mark.parametrize("dtype", [*ALL, torch.int64, torch.bool], ids=str)
 @every_form
-def test_empty_tensors_come_back(client: secateur.Client, dtype: torch.dtype, form: str) -> None:
+def test_empty_tensors_are_returned(client: secateur.Client, dtype: torch.dtype, form: str) -> None:
     empty = {"e": torch.zeros(0, dtype=dtype), "f": torch.zeros(3, 0, 2, dtype=dtype)}
     source = {"w": distinct((4,)), **empty}
     for output in ("masks", form):
@@ -184,7 +185,7 @@ def test_empty_tensors_come_back(client: secateur.Client, dtype: torch.dtype, fo
 
 @st.composite
 def sources(draw: st.DrawFn) -> dict[str, Tensor]:
-    """Tensors of all dtypes, some of them pairs."""
+    """Draws tensors of all dtypes, some of them pairs."""
     source: dict[str, Tensor] = {}
     for name in draw(st.lists(st.sampled_from("abcdef"), min_size=1, unique=True)):
         shape = draw(st.lists(st.integers(1, 5), max_size=3))
@@ -204,7 +205,7 @@ def sources(draw: st.DrawFn) -> dict[str, Tensor]:
 
 
 def named(source: dict[str, Tensor]) -> list[str]:
-    """What a spec can name."""
+    """Returns the names that a spec can have."""
     bases = [name.removesuffix("_orig") for name in source if not name.endswith("_mask")]
     return [name for name in bases if name != "count"]
 
@@ -229,7 +230,7 @@ def test_the_outputs_of_one_request_agree(
 
 @examples(50)
 @given(source=sources(), data=st.data())
-def test_masks_are_what_the_tensors_are_multiplied_with(
+def test_outputs_are_the_tensors_times_the_masks(
     client: secateur.Client, source: dict[str, Tensor], data: st.DataObject
 ) -> None:
     names = data.draw(st.lists(st.sampled_from(named(source)), min_size=1, unique=True))
@@ -243,7 +244,7 @@ def test_masks_are_what_the_tensors_are_multiplied_with(
         assert same_bits(pairs[f"{name}_mask"], mask.to(weight.dtype))
         assert same_bits(dense[name], weight * mask)
     unnamed = [name for name in named(source) if name not in names and f"{name}_orig" in source]
-    for name in unnamed:  # what came in as a pair is folded, or stays one
+    for name in unnamed:  # a pair is folded, or is still a pair
         kept = source[f"{name}_mask"] != 0
         assert same_bits(dense[name], source[f"{name}_orig"] * kept)
         assert same_bits(pairs[f"{name}_mask"], kept.to(source[f"{name}_orig"].dtype))
@@ -251,7 +252,7 @@ def test_masks_are_what_the_tensors_are_multiplied_with(
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
 @every_form
-def test_arrays_come_back_as_arrays_with_the_same_bits(
+def test_arrays_are_returned_as_arrays_with_the_same_bits(
     client: secateur.Client, dtype: type, form: str
 ) -> None:
     weights: dict[str, Any] = {
@@ -268,7 +269,7 @@ def test_arrays_come_back_as_arrays_with_the_same_bits(
 
 
 @every_form
-def test_a_modules_buffers_are_in_its_results(client: secateur.Client, form: str) -> None:
+def test_the_buffers_of_a_module_are_in_the_result(client: secateur.Client, form: str) -> None:
     module = module_of({"w": distinct((6, 5)), "b": distinct((6,))})
     module.register_buffer("mean", torch.randn(3))
     module.register_buffer("count", torch.tensor(3))
@@ -280,7 +281,7 @@ def test_a_modules_buffers_are_in_its_results(client: secateur.Client, form: str
 
 
 @every_form
-def test_buffers_that_look_like_a_pair_are_pruned_by_nobody(
+def test_buffers_with_the_names_of_a_pair_are_returned_unchanged(
     client: secateur.Client, form: str
 ) -> None:
     module = module_of({"w": distinct((6, 5))})
@@ -296,7 +297,7 @@ def test_buffers_that_look_like_a_pair_are_pruned_by_nobody(
 
 @pytest.mark.parametrize("taken", ["w_orig", "w_mask"])
 @pytest.mark.parametrize("output", ["masks", "reparametrized"])
-def test_a_name_that_is_taken_is_an_error_and_no_loss(
+def test_a_name_of_a_pair_that_exists_already_is_an_error(
     client: secateur.Client, taken: str, output: str
 ) -> None:
     source = {"w": distinct((4,)), taken: distinct((4,), seed=1)}

@@ -1,4 +1,4 @@
-"""Patterns and blocks of zeros, beside loops over all groups and blocks."""
+"""N:M patterns and zero blocks in reports, compared with loops over all groups and blocks."""
 
 import json
 
@@ -27,7 +27,7 @@ Blocks = tuple[tuple[int, int, int], ...]
 
 
 def patterns_of(zero: Tensor) -> Patterns:
-    """By the definition.  zero: bool."""
+    """Applies the definition to a bool tensor of zeros."""
     if not zero.dim() or not zero.numel():
         return ()
     lines = (
@@ -42,7 +42,7 @@ def patterns_of(zero: Tensor) -> Patterns:
 
 
 def blocks_of(zero: Tensor) -> Blocks:
-    """By the definition.  zero: bool."""
+    """Applies the definition to a bool tensor of zeros."""
     found = []
     for side in (4, 8, 16, 32):
         if zero.dim() < 2 or not zero.numel():
@@ -67,7 +67,7 @@ def measured(
 
 @st.composite
 def sparse(draw: st.DrawFn) -> tuple[Tensor, Tensor | None]:
-    """A tensor with zeros of both signs, alone and in blocks; and what of it is kept."""
+    """Draws a tensor with zeros of both signs, single and in blocks, and a mask."""
     sides = {1: 200, 2: 70, 3: 24, 4: 8}
     dims = draw(st.integers(0, 4))
     least = draw(st.sampled_from([1, 1, 1, 1, 0]))
@@ -88,7 +88,7 @@ def sparse(draw: st.DrawFn) -> tuple[Tensor, Tensor | None]:
 @pytest.mark.parametrize("is_compiled", [True, False])
 @examples(150)
 @given(drawn=sparse(), piece=st.sampled_from([64, 512, 1 << 20]))
-def test_structure_is_that_of_every_group_and_block(
+def test_structure_is_that_of_the_definition(
     is_compiled: bool, drawn: tuple[Tensor, Tensor | None], piece: int
 ) -> None:
     weight, kept = drawn
@@ -109,7 +109,7 @@ def test_the_last_group_of_a_large_tensor_counts(shape: tuple[int, ...]) -> None
     begin = max(0, (shape[1] - 1) // 16 * 16 - 16)  # all groups before are zeros
     expected = patterns_of(~kept[-1:, begin:])
     assert measured(torch.zeros(shape) + 1, kept)[0] == expected
-    known = Scan(1, (), None)  # no zero in the weight: the mask alone is looked at
+    known = Scan(1, (), None)  # the weight has no zeros, so only the mask is scanned
     assert measured(torch.zeros(shape), kept, known)[0] == expected
 
 
@@ -140,7 +140,7 @@ DTYPES = [
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_dtype_has_zeros(dtype: torch.dtype) -> None:
+def test_zeros_of_every_dtype_count(dtype: torch.dtype) -> None:
     weight = torch.tensor([[0.0, -0.0, 1.0, 3.0], [5.0, 0.0, -0.0, 7.0]]).repeat(8, 4)
     assert measured(weight.to(dtype), None) == (((2, 4), (4, 8), (8, 16)), ())
 
@@ -150,18 +150,18 @@ def test_nan_is_not_zero() -> None:
 
 
 def structured() -> dict[str, Tensor]:
-    """2:4 along the second dimension, by a mask; 2 zero blocks of 4 x 4; and neither."""
+    """A tensor for a 2:4 mask along the second dimension, one with zero blocks, and a dense one."""
     torch.manual_seed(0)
     blocks = torch.ones(12, 10)
     blocks[4:8, :4] = 0
-    blocks[8:, 8:] = -0.0  # of 8 x 8 it is one as well: what is left in the corner
+    blocks[8:, 8:] = -0.0  # the corner is an incomplete block of 8 x 8 as well
     return {"two.weight": torch.rand(6, 16, 3) + 1, "blocks": blocks, "dense": torch.ones(9, 9)}
 
 
 MASK = torch.tensor([[True], [True], [False], [False]]).repeat(4, 1).expand(6, 16, 3)
 
 
-def test_a_report_tells_structure(client: secateur.Client) -> None:
+def test_a_report_has_patterns_and_blocks(client: secateur.Client) -> None:
     result = client.prune(structured(), secateur.custom_from_mask({"two.weight": MASK}))
     final = client.finalize(result.state_dict("reparametrized")).report
     assert not final.is_pruned
@@ -180,8 +180,8 @@ def test_a_report_tells_structure(client: secateur.Client) -> None:
     ]
 
 
-def test_the_table_shows_patterns_that_say_something(client: secateur.Client) -> None:
-    """Not 9:16 of 9 columns, nor 4:8 beside 2:4; and no column where no tensor has any."""
+def test_the_table_shows_only_significant_patterns(client: secateur.Client) -> None:
+    """Neither 9:16 of 9 columns nor 4:8 beside 2:4, and no column if no tensor has a pattern."""
     report = client.prune(structured(), secateur.custom_from_mask({"two.weight": MASK})).report
     head, first, total, rule, coverage, note = str(report).splitlines()
     assert head.endswith("  zero slices  patterns")
@@ -220,7 +220,7 @@ def test_patterns_that_follow_from_others_are_not_shown(
     assert first.split("0.00%")[1].split() == shown.split()
 
 
-def test_what_was_asked_for_stands_beside_what_came_of_it(client: secateur.Client) -> None:
+def test_the_table_shows_requested_and_pruned_units(client: secateur.Client) -> None:
     model = {"a": torch.ones(5), "b": torch.arange(2000.0) / 512}
     spec = secateur.l1_unstructured(["a", "b"], 0.6) + secateur.random_unstructured("a", 1)
     lines = str(client.prune(model, spec).report).splitlines()
@@ -236,7 +236,7 @@ def choice(*names: str, requested: int, pruned: int, bounds: tuple[Bound, ...] =
     return encode_choice(Choice(names, 100, requested, pruned, 0.5, 1, 1, bounds))
 
 
-def test_choices_that_were_met_share_a_line() -> None:
+def test_choices_without_differences_share_a_line() -> None:
     bound = (Bound("f", "max_sparsity", 60),)
     rules = [
         [choice(name, requested=60, pruned=60) for name in "abc"]
@@ -260,7 +260,7 @@ def test_choices_that_were_met_share_a_line() -> None:
     ]
 
 
-def test_guard_rails_that_bound_are_told() -> None:
+def test_the_table_names_guard_rails_that_changed_the_choice() -> None:
     rails = Bound("fc1.weight", "max_sparsity", 20), Bound("fc2.weight", "keep_at_least", 30)
     names = "fc1.weight", "fc2.weight"
     choice = encode_choice(Choice(names, 100, 60, 50, 0.0123, 5, 3, rails))

@@ -1,4 +1,4 @@
-"""What a process takes of the machine, over time."""
+"""The resources of a process over time."""
 
 import json
 import re
@@ -12,7 +12,15 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Sample:
-    """At one moment.  seconds: since the first one.  rss, anonymous: bytes."""
+    """The resources at one moment.
+
+    Attributes:
+        seconds: Since the first sample.
+        rss: Resident bytes.
+        anonymous: Resident bytes that are not pages of files.
+        threads: Their number.
+        files: Number of open files.
+    """
 
     seconds: float
     rss: int
@@ -40,7 +48,7 @@ def sample(pid: int, begun: float) -> Sample:
 
 @contextmanager
 def sampled(pid: int, every: float) -> Iterator[list[Sample]]:
-    """Samples of a process, taken while the block runs."""
+    """Takes samples of a process while the block runs."""
     samples, ended, begun = [sample(pid, time.monotonic())], threading.Event(), time.monotonic()
 
     def take() -> None:
@@ -57,7 +65,7 @@ def sampled(pid: int, every: float) -> Iterator[list[Sample]]:
 
 
 def mean(samples: Sequence[Sample], of: Callable[[Sample], float], begin: float) -> float:
-    """Over a tenth of all samples.  begin: the share of them that lies before it."""
+    """Returns the mean over a tenth of the samples, which begins at the fraction `begin`."""
     first = int(begin * len(samples))
     values = [of(each) for each in samples[first : first + max(1, len(samples) // 10)]]
     return sum(values) / len(values)
@@ -68,7 +76,7 @@ def write(samples: Sequence[Sample], path: Path) -> None:
 
 
 def table(samples: Sequence[Sample]) -> str:
-    """The means of the tenths, for a reader."""
+    """Formats the means of the tenths as a table."""
     lines = ["       s    RSS MB   anon MB   threads   files"]
     for tenth in range(10):
         begin = tenth / 10

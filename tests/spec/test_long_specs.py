@@ -1,4 +1,4 @@
-"""Specs with long lists: limits that are checked before any work, and memory in proportion."""
+"""Specs with long lists: limits are checked first, and memory is proportional to the request."""
 
 import tracemalloc
 from collections.abc import Callable
@@ -35,7 +35,7 @@ GROUP = pb.Group(members=[pb.Member(tensor="w")])
 
 
 def selection(**fields: Any) -> pb.PruningSpec:
-    """A spec of one rule with some fields beside those that it needs."""
+    """Makes a spec of one rule with these fields and the required ones."""
     made = pb.Selection(**fields)
     for field, value in SELECTION.ListFields():
         is_set = field.name in fields or (field.name == "tensors" and "groups" in fields)
@@ -75,7 +75,7 @@ TOO_LONG: dict[str, tuple[Callable[[], pb.PruningSpec], str, int]] = {
 
 
 @pytest.mark.parametrize("name", TOO_LONG)
-def test_a_list_that_is_too_long_is_an_error_that_names_the_limit(name: str) -> None:
+def test_a_list_above_its_limit_is_an_error_with_the_limit(name: str) -> None:
     make, field, limit = TOO_LONG[name]
     with pytest.raises(InvalidSpec, match=f"are more than {limit}") as caught:
         decode_spec(RequestContext(), make())
@@ -92,7 +92,7 @@ def test_every_limit_is_documented(page: str) -> None:
     assert [limit for limit in (*LIMITS, *OF_GLOBS) if f"{limit:,}" not in text] == []
 
 
-def test_an_index_of_a_member_is_a_few_bytes_and_no_object() -> None:
+def test_indices_of_members_are_stored_in_a_few_bytes_each() -> None:
     count = 500_000
     given = grouped(pb.Group(members=[pb.Member(tensor="w", indices=range(count))]))
     tracemalloc.start()
@@ -115,7 +115,7 @@ def test_an_index_of_a_member_is_a_few_bytes_and_no_object() -> None:
         ([0, (1 << 64) - 1], f"{(1 << 64) - 1} among them"),
     ],
 )
-def test_indices_that_are_no_slices_are_an_error(
+def test_wrong_indices_of_members_are_an_error(
     channel: grpc.Channel, indices: list[int], part: str
 ) -> None:
     data = safetensors.torch.save({"w": torch.ones(6, 2)})
@@ -133,14 +133,14 @@ def test_indices_that_are_no_slices_are_an_error(
         grouped(GROUP),
     ],
 )
-def test_a_caller_who_leaves_ends_the_decoding(given: pb.PruningSpec) -> None:
+def test_cancellation_ends_the_decoding(given: pb.PruningSpec) -> None:
     context = RequestContext()
     context.cancel()
     with pytest.raises(Cancelled):
         decode_spec(context, given)
 
 
-def test_a_tensor_counts_for_each_rule_that_prunes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tensor_counts_once_for_each_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resolve_module, "MOST_PRUNED", 5)
     parameters = {f"w{number}": Parameter(torch.ones(2, 2)) for number in range(3)}
     rule = secateur.l1_unstructured("*", 1)
@@ -155,7 +155,7 @@ def test_a_tensor_counts_for_each_rule_that_prunes_it(monkeypatch: pytest.Monkey
         resolved(rule + rule)
 
 
-def test_a_slice_whose_singular_values_take_too_long_is_refused() -> None:
+def test_a_nuclear_norm_of_too_large_matrices_is_refused() -> None:
     rule = secateur.ln_structured("w", 1, n="nuc", dim=0)
     for side, is_refused in ((1 << 10, False), ((1 << 10) + 1, True)):
         weight = torch.empty(1, side, side)

@@ -1,4 +1,4 @@
-"""Specs from the wire: what does not go together is an error that names the field by its path."""
+"""Decoding specs: incompatible choices are errors with the path of the field."""
 
 import math
 from collections.abc import Sequence
@@ -32,12 +32,12 @@ MEMBER = pb.Member(tensor="w")
 UNSCORED = pb.Member(tensor="w", unscored=True)
 NUCLEAR = {"magnitude": pb.Magnitude(matrix_norm=pb.MATRIX_NORM_NUCLEAR)}
 FROBENIUS = {"magnitude": pb.Magnitude(matrix_norm=pb.MATRIX_NORM_FROBENIUS)}
-# Longer than any that hardware has.
+# Longer than any pattern of hardware.
 LONG = pb.Pattern(n=2, m=1025)
 
 
 def decode(tensors: Sequence[str] = ("w",), **fields: Any) -> Selection:
-    """The rule of a spec like raw.spec, but with the amount that `fields` have."""
+    """Decodes a spec of one rule, made like raw.spec, with the amount in `fields`."""
     if {"threshold", "bytes", "macs", "table"} & fields.keys():
         fields = {"fraction": None, **fields}
     (decoded,) = decode_spec(RequestContext(), raw.spec(*tensors, **fields))
@@ -62,7 +62,7 @@ def rails(**fields: Any) -> pb.GuardRails:
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    # What is required is there.
+    # Required fields.
     ({"granularity": None}, "granularity"),
     ({"granularity": 99}, "granularity"),
     ({"scope": None}, "scope"),
@@ -93,13 +93,13 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"table": entries(("w", 0.5), ("w", 0.5))}, "table.entries[1].tensors"),
     ({"table": entries(("w", 0.5)), **GLOBAL}, "table"),
     ({"table": entries(("w", 0.5)), "scope": pb.SCOPE_ISOMORPHIC}, "table"),
-    # What random importance has not.
+    # Random importance.
     ({**RANDOM, "threshold": 1.0}, "threshold"),
     ({**RANDOM, "importance_scores": {"w": "s"}}, "importance_scores"),
     ({**RANDOM, "scales": {"w": "s"}}, "scales"),
     ({**RANDOM, "normalization": pb.NORMALIZATION_MEAN}, "normalization"),
     ({**RANDOM, **GLOBAL, "allocation": pb.ALLOCATION_LAMP}, "allocation"),
-    # Matrix norms are of slices of one tensor.
+    # Matrix norms need slices of one tensor.
     ({**NUCLEAR, **SLICE, **GLOBAL}, "magnitude.matrix_norm"),
     ({**NUCLEAR, **BLOCK}, "magnitude.matrix_norm"),
     ({**NUCLEAR, **N_M}, "magnitude.matrix_norm"),
@@ -152,7 +152,7 @@ RANGES = {"fraction", "target", "per_unit['w']", "min_sparsity", "max_sparsity"}
 
 
 @pytest.mark.parametrize(("fields", "field"), WRONG, ids=lambda part: str(part)[:60])
-def test_a_wrong_choice_is_named_by_its_path(fields: dict[str, Any], field: str) -> None:
+def test_a_wrong_choice_is_refused_with_its_path(fields: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidSpec) as caught:
         decode(**fields)
     assert caught.value.field == f"{PATH}.{field}"
@@ -175,7 +175,7 @@ def test_a_spec_without_rules_methods_tensors_or_masks_is_an_error() -> None:
         assert caught.value.field == field
 
 
-def test_what_is_left_out_has_its_default() -> None:
+def test_omitted_fields_have_their_defaults() -> None:
     assert decode() == Selection(PATH, ("w",), Magnitude(), Element(), "tensor", Fraction(0.5))
     rail = decode(guard_rails=pb.GuardRails(rails=[pb.Rail()])).guard_rails.rails[0]
     assert rail == Rail(f"{PATH}.guard_rails.rails[0]", (), 0.0, 1.0, 0)
@@ -229,7 +229,7 @@ def test_what_is_left_out_has_its_default() -> None:
     ],
     ids=str,
 )
-def test_what_goes_together_is_decoded(
+def test_compatible_choices_are_decoded(
     fields: dict[str, Any], attribute: str, expected: object
 ) -> None:
     found = getattr(decode(**fields), attribute)
@@ -237,8 +237,7 @@ def test_what_goes_together_is_decoded(
     assert type(found) is type(expected)
 
 
-def test_a_rail_may_let_nothing_go() -> None:
-    """0 is not the same as nothing said."""
+def test_a_cap_of_0_differs_from_no_cap() -> None:
     guard_rails = pb.GuardRails(rails=[pb.Rail(tensors=["w"], max_sparsity=0.0)])
     (rail,) = decode(guard_rails=guard_rails).guard_rails.rails
     assert (rail.tensors, rail.max_sparsity) == (("w",), 0.0)

@@ -1,4 +1,4 @@
-"""Names and globs: what they match beside fnmatch, and what work and memory many of them take."""
+"""Names and globs: their matches compared with fnmatch, and the work and memory for many of them."""
 
 import sys
 import tracemalloc
@@ -26,7 +26,7 @@ NAMES = st.lists(st.text("ab[]!-*?.^", max_size=6), max_size=6, unique=True)
 
 
 def lines(function: Callable[[], Any]) -> int:
-    """How many lines of Python a function runs: work that no clock measures."""
+    """Counts the lines of Python that a function runs, as a measure of work."""
     count = 0
 
     def trace(frame: FrameType, event: str, argument: object) -> Any:
@@ -43,20 +43,20 @@ def lines(function: Callable[[], Any]) -> int:
     return count
 
 
-def means(pattern: str, name: str, names: Sequence[str]) -> bool:
+def is_match(pattern: str, name: str, names: Sequence[str]) -> bool:
     return name == pattern if pattern in names else fnmatchcase(name, pattern)
 
 
 @given(GLOBS, NAMES)
 @many
-def test_names_and_globs_match_as_fnmatch_has_it(patterns: list[str], names: list[str]) -> None:
+def test_names_and_globs_match_as_in_fnmatch(patterns: list[str], names: list[str]) -> None:
     found = matches(RequestContext(), "tensors", patterns, {name: name for name in names})
-    meant = {
-        name: [index for index, pattern in enumerate(patterns) if means(pattern, name, names)]
+    expected = {
+        name: [index for index, pattern in enumerate(patterns) if is_match(pattern, name, names)]
         for name in names
     }
-    assert found.first == {name: indices[0] for name, indices in meant.items() if indices}
-    matched = {index for indices in meant.values() for index in indices}
+    assert found.first == {name: indices[0] for name, indices in expected.items() if indices}
+    matched = {index for indices in expected.values() for index in indices}
     unmatched = [index for index in range(len(patterns)) if index not in matched]
     assert found.unmatched == (unmatched[0] if unmatched else None)
 
@@ -74,7 +74,7 @@ KINDS: dict[str, Callable[[int], str]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_work_is_linear_in_globs_and_names(kind: str) -> None:
+def test_the_number_of_steps_is_linear_in_globs_and_names(kind: str) -> None:
     def work(count: int) -> int:
         patterns = [KINDS[kind](i) for i in range(count)]
         return lines(lambda: matches(RequestContext(), "tensors", patterns, names_of(count)))
@@ -82,7 +82,7 @@ def test_the_work_is_linear_in_globs_and_names(kind: str) -> None:
     assert work(800) < 2.5 * work(400)
 
 
-def test_what_was_matched_is_kept_by_nobody() -> None:
+def test_matching_keeps_no_memory() -> None:
     names, globs = names_of(100), [f"{i}{'x' * 40}[a-{chr(200 + i % 99)}]*" for i in range(2000)]
     matches(RequestContext(), "tensors", globs[:1000], names)
     tracemalloc.start()
@@ -91,7 +91,7 @@ def test_what_was_matched_is_kept_by_nobody() -> None:
         kept, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak > 1 << 20  # it was measured
+    assert peak > 1 << 20  # so the measurement works
     assert kept < 100 << 10
 
 
@@ -102,12 +102,12 @@ def test_what_was_matched_is_kept_by_nobody() -> None:
         ([f"{i:03}{'x' * 990}*" for i in range(600)], MOST_GLOB_CHARACTERS),
     ],
 )
-def test_more_globs_than_a_limit_are_an_error_that_names_it(globs: list[str], limit: int) -> None:
+def test_more_globs_than_the_limit_are_an_error_with_the_limit(globs: list[str], limit: int) -> None:
     with pytest.raises(InvalidSpec, match=f"^tensors: .*{limit}"):
         matches(RequestContext(), "tensors", globs, names_of(1))
 
 
-def test_globs_that_take_too_long_to_match_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_globs_that_need_too_many_steps_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("secateur_server.state_dict.globs.MOST_VISITS", 50_000)
     stars = ["*".join(["", *f"{i:010b}", ""]) for i in range(1 << 10)]
     names = {name: name for name in (f"{i * 2654435761 % (1 << 64):064b}" for i in range(100))}
@@ -116,7 +116,7 @@ def test_globs_that_take_too_long_to_match_are_an_error(monkeypatch: pytest.Monk
     assert matches(RequestContext(), "tensors", stars[:10], names).unmatched is None
 
 
-def test_a_caller_who_leaves_ends_the_matching() -> None:
+def test_cancellation_ends_the_matching() -> None:
     context = RequestContext()
     context.cancel()
     with pytest.raises(Cancelled):
