@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from secateur_server.backends.buffers import LEAST_BYTES, SLACK, Buffers
 from tests.conftest import eventually, examples
-from tests.runtime.test_memory import memory
+from tests.processes import memory
 
 MIB = 1 << 20
 

@@ -1,4 +1,4 @@
-"""Limits of control groups: recorded folders of kernels, and real groups if the user is root."""
+"""Limits of control groups: in recorded folders, and in real groups if the user is root."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ V1 = (
 
 
 def machine(root: Path, groups: str, mounts: str, files: Mapping[str, object]) -> Path:
-    """A root folder. files: under /sys/fs/cgroup."""
+    """Makes a root folder, with `files` under /sys/fs/cgroup."""
     (root / "proc/self").mkdir(parents=True)
     (root / "proc/self/cgroup").write_text(groups)
     (root / "proc/self/mountinfo").write_text("23 1 0:1 / / rw - ext4 /dev/vda rw\n" + mounts)
@@ -129,7 +129,7 @@ needs_groups = pytest.mark.skipif(
 
 @contextmanager
 def nested(top: Path, limits: dict[str, int]) -> Iterator[Path]:
-    """A group within one that has the limits."""
+    """Makes a group inside another one, which has the limits."""
     outer = top / f"secateur-{uuid.uuid4().hex}"
     inner = outer / "inner"
     inner.mkdir(parents=True)

@@ -26,6 +26,8 @@ TIMEOUT = PATIENCE
 unhurried = settings(deadline=None)
 
 INVALID_ARGUMENT = grpc.StatusCode.INVALID_ARGUMENT
+# An option of channels: by default channels with the same options share a connection.
+OWN_CONNECTION = ("grpc.use_local_subchannel_pool", 1)
 RPCS = ("Prune", "Report", "Plan", "Finalize")
 _REQUESTS: dict[str, Any] = {
     "Prune": (pb.PruneRequest, pb.PruneHeader),
@@ -73,6 +75,13 @@ def read_failure(call: grpc.Call) -> Failure:
     )
 
 
+def check_failed(found: Failure | None, code: grpc.StatusCode, reason: str) -> Failure:
+    """Checks the code and the reason of a failed call, and returns its status."""
+    assert found is not None, "the call succeeded"
+    assert (found.code, found.reason) == (code, reason), found
+    return found
+
+
 def check_invalid(found: Failure | None, reason: str, field: str, parts: Iterable[str]) -> None:
     """Checks the status that the contract demands for every bad request."""
     assert found is not None, "the call succeeded"
@@ -87,6 +96,11 @@ def check_invalid(found: Failure | None, reason: str, field: str, parts: Iterabl
 def is_served(found: Failure | None) -> bool:
     """Whether a call succeeded, or failed with an error that blames the caller."""
     return found is None or (found.code == INVALID_ARGUMENT and found.domain == "secateur")
+
+
+def bearer(token: str) -> tuple[tuple[str, str], ...]:
+    """Returns the metadata of a caller with a token; none for an empty token."""
+    return (("authorization", f"Bearer {token}"),) if token else ()
 
 
 def header(rpc: str, data_bytes: int, **fields: Any) -> Any:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -17,6 +16,7 @@ from secateur_proto import pruner_pb2 as pb
 from secateur_proto import spec_pb2
 from tests.conftest import RunningServer, examples
 from tests.contract.raw import (
+    check_failed,
     RPCS,
     check_invalid,
     check_serves,
@@ -33,6 +33,7 @@ from tests.contract.raw import (
     spec,
     unhurried,
 )
+from tests.processes import memory, reset_peak
 
 MODEL = {
     "a.weight": torch.arange(1.0, 7).reshape(2, 3),
@@ -314,9 +315,7 @@ def test_a_model_above_the_limit_is_refused_before_its_data(
 ) -> None:
     with kept_open([message(rpc, header=header(rpc, size))]) as messages:
         found = failure(send, channel, rpc, messages)
-    assert found is not None
-    assert found.code == grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert (found.domain, found.reason) == ("secateur", "MODEL_TOO_LARGE")
+    found = check_failed(found, grpc.StatusCode.RESOURCE_EXHAUSTED, "MODEL_TOO_LARGE")
     assert "header.data_bytes" in found.message
     assert str(size) in found.message
     assert str(2**30) in found.message
@@ -337,11 +336,6 @@ def test_a_caller_that_continues_sending_gets_the_first_error(
     check_invalid(found, INVALID_STATE_DICT, "data", ["length is 0"])
 
 
-def peak_mib(server: RunningServer) -> int:
-    status = Path(f"/proc/{server.process.pid}/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) >> 10
-
-
 @pytest.mark.parametrize(
     ("data", "announced"),
     [
@@ -356,21 +350,20 @@ def test_no_memory_is_allocated_before_data_arrives(
     confined_process: RunningServer, confined: grpc.Channel, rpc: str, data: bytes, announced: int
 ) -> None:
     check_serves(confined_process, confined)
-    Path(f"/proc/{confined_process.process.pid}/clear_refs").write_text("5")  # resets the peak
-    before = peak_mib(confined_process)
+    pid = confined_process.process.pid
+    reset_peak(pid)
+    before = memory(pid, "VmHWM")
     fields = {"spec": sliced(random=spec_pb2.Random())} if rpc == "Prune" else {}
     found = send_file(confined, rpc, data, len(data) + announced, **fields)
     assert is_served(found), found
     assert found is not None or not announced
-    assert peak_mib(confined_process) < before + 64
+    assert memory(pid, "VmHWM") < before + (64 << 20)
 
 
 def test_a_model_larger_than_any_memory_is_refused(confined: grpc.Channel) -> None:
     data = file({"w": entry("U8", [2**60], 0, 2**60)})
     found = send_file(confined, "Report", data, len(data) + 2**60)
-    assert found is not None
-    assert found.code == grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert (found.domain, found.reason) == ("secateur", "OUT_OF_MEMORY")
+    check_failed(found, grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The unit of systemd, checked by systemd itself."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ import pytest
 
 from tests.conftest import RunningServer
 from tests.deploy.options import variables
+from tests.processes import thread_ids
 
 FOLDER = Path("deploy/systemd")
 UNIT = (FOLDER / "secateur.service").read_text()
@@ -63,7 +63,7 @@ def test_the_unit_stops_the_server_gracefully() -> None:
 
 
 def test_the_unit_allows_twice_the_threads_that_a_server_starts(server: RunningServer) -> None:
-    threads = len(os.listdir(f"/proc/{server.process.pid}/task"))
+    threads = len(thread_ids(server.process.pid))
     assert threads > 400  # the server starts all threads in advance
     assert int(settings()["TasksMax"]) >= 2 * threads
 

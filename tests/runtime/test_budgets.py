@@ -1,4 +1,4 @@
-"""Shared resources beside state_dicts: calls, messages, headers, cores."""
+"""Shared resources other than the memory of state_dicts: calls, messages, headers, cores."""
 
 import threading
 from collections.abc import Callable
@@ -28,7 +28,7 @@ ALICE, BOB = Tenant("alice", "a"), Tenant("bob", "b")
 
 
 @pytest.fixture(autouse=True)
-def _soon_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_check_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "CHECK_SECONDS", 0.01)
 
 
@@ -106,7 +106,7 @@ def test_named_tenant_gets_half_of_everything(scheduler: Scheduler) -> None:
 
 
 class Waiting:
-    """A request in a thread of its own, which waits to enter a block, and leaves it at once."""
+    """A request in its own thread, which waits to enter a block, and leaves it immediately."""
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ def test_received_message_frees_memory_for_the_next_one(scheduler: Scheduler) ->
         ]
         waiting = Waiting(scheduler.first_message, request(scheduler))
         eventually(lambda: scheduler.messages.waiting, 1)
-        messages[0](MIB)  # the next one still does not fit beside it
+        messages[0](MIB)  # the next one still does not fit
         assert not waiting.has_entered
         for message in messages[1:]:
             message(MIB)
@@ -183,7 +183,7 @@ def test_a_new_probe_ends_the_oldest_one(scheduler: Scheduler) -> None:
 def test_a_budget_without_a_queue_grants_what_fits_and_no_more(
     asked: list[tuple[int, int]],
 ) -> None:
-    """Each request is granted or refused at once; beside it, the same by plain sums."""
+    """Each request is granted or refused immediately, compared with plain sums."""
     tenants = [ALICE, BOB, RequestContext().tenant]
     shared = Budget(20, 0, lambda tenant: Quota(10 if tenant.name else None, 3))
     granted: list[tuple[Tenant, int]] = []

@@ -1,8 +1,6 @@
-"""The memory of a server: the model, its masks as bits, and little more."""
+"""The memory of a server: the model, its packed masks, and little more."""
 
-import re
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,34 +8,28 @@ import torch
 import secateur
 from secateur_server.runtime import memory as runtime_memory
 from tests.conftest import start_server, stop_server
-
-
-def memory(pid: int, field: str) -> int:
-    status = Path("/proc", str(pid), "status").read_text()
-    match = re.search(rf"{field}:\s+(\d+) kB", status)
-    assert match is not None
-    return int(match[1]) * 1024
+from tests.processes import memory
 
 
 def test_a_prune_needs_the_model_and_a_seventh_of_it() -> None:
-    """With one tensor: no buffer but the weights may be as large as a tensor."""
+    """With one tensor, so that no other buffer may be as large as a tensor."""
     weights = torch.randn(50_000_000, generator=torch.Generator().manual_seed(0))
     server = start_server()
     try:
         with secateur.Client(server.address, timeout=300) as client:
             spec = secateur.l1_unstructured("w", 0.5)
-            client.prune({"w": weights[:5_000_000]}, spec)  # libraries loaded, kernels compiled
+            client.prune({"w": weights[:5_000_000]}, spec)  # loads libraries, compiles kernels
             before = memory(server.process.pid, "VmRSS")
             report = client.prune({"w": weights}, spec, progress=False).report
         assert report.zeros == 25_000_000
         grown = memory(server.process.pid, "VmHWM") - before
-        assert grown < 1.15 * weights.nbytes + (32 << 20)  # what is on its way, in gRPC
+        assert grown < 1.15 * weights.nbytes + (32 << 20)  # for messages in gRPC
     finally:
         stop_server(server)
 
 
 def test_threads_keep_no_memory_of_the_calls_that_they_served() -> None:
-    """A server has some hundred threads, and each serves a call from time to time."""
+    """A server has hundreds of threads, and each of them serves calls."""
     weights = torch.randn(250_000, generator=torch.Generator().manual_seed(0))
     specs = [
         secateur.l1_unstructured("w", 0.5),
@@ -63,7 +55,7 @@ def test_threads_keep_no_memory_of_the_calls_that_they_served() -> None:
 def test_the_thread_that_returns_memory_ends_whenever_it_is_closed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Also in the moment in which it has just found that it is not closed."""
+    """Also at the moment in which it has just checked whether it is closed."""
     monkeypatch.setattr(runtime_memory, "DELAY_SECONDS", 0.0)
     trimmer = runtime_memory.Trimmer()
 

@@ -1,4 +1,4 @@
-"""Whatever callers send, the memory of a server keeps within its limits, and is returned."""
+"""For any requests, the memory of a server is within its limits, and is released."""
 
 import threading
 from collections.abc import Iterator
@@ -16,14 +16,14 @@ from secateur_server.errors import RequestTooLarge
 from secateur_server.runtime.context import RequestContext
 from secateur_server.runtime.scheduler import Scheduler
 from tests.conftest import PATIENCE, RunningServer, eventually, start_server, stop_server
-from tests.contract.raw import failure, send
-from tests.runtime.test_memory import memory
+from tests.contract.raw import OWN_CONNECTION, failure, send, check_failed
+from tests.processes import memory
 from tests.operate.test_metrics import sample
-from tests.operate.test_threads import OWN_CONNECTION, is_serving
+from tests.operate.test_threads import is_serving
 
 MIB = 1 << 20
 LIMIT = 64 * MIB
-# First messages and headers may take so much each, whatever --memory-limit is.
+# First messages and headers may each take this much, for any --memory-limit.
 OTHER = 64 * MIB
 # The allocator's own, and gRPC's windows of 1 MiB a call.
 SLACK = 160 * MIB
@@ -32,7 +32,7 @@ SLACK = 160 * MIB
 @pytest.fixture(scope="module")
 def running() -> Iterator[RunningServer]:
     started = start_server("--memory-limit", str(LIMIT))
-    with secateur.Client(started.address) as client:  # libraries loaded
+    with secateur.Client(started.address) as client:  # loads libraries
         client.prune({"w": np.ones(1000, np.float32)}, secateur.l1_unstructured("w", 0.5))
     yield started
     stop_server(started)
@@ -44,18 +44,18 @@ def before(running: RunningServer) -> int:
 
 
 def anonymous(server: RunningServer) -> int:
-    """Bytes of memory that are not pages of files."""
+    """Returns the bytes of memory that are not pages of files."""
     return memory(server.process.pid, "RssAnon")
 
 
 @contextmanager
 def many_calls(server: RunningServer, count: int, begin: Any) -> Iterator[list[Any]]:
-    """So many calls, by several connections; they are cancelled at the end."""
+    """Begins calls over several connections, and cancels them after the block."""
     with ExitStack() as opened:
         calls = []
         for number in range(count):
             if number % 16 == 0:
-                channel = grpc.insecure_channel(server.address, OWN_CONNECTION)
+                channel = grpc.insecure_channel(server.address, [OWN_CONNECTION])
                 opened.enter_context(channel)
             calls.append(begin(channel))
             opened.callback(calls[-1].cancel)
@@ -66,7 +66,7 @@ def many_calls(server: RunningServer, count: int, begin: Any) -> Iterator[list[A
 def test_waiting_first_messages_are_not_received(
     running: RunningServer, before: int, compression: grpc.Compression
 ) -> None:
-    """One call has the memory of all state_dicts; 64 others have sent, or try to send, 15 MiB."""
+    """One call holds all memory of state_dicts, while 64 others try to send 15 MiB."""
     ended = threading.Event()
 
     def first(size: int) -> Iterator[pruner_pb2.ReportRequest]:
@@ -84,7 +84,7 @@ def test_waiting_first_messages_are_not_received(
             eventually(lambda: sample(running, "secateur_messages_waiting") >= 52, True)
             assert is_serving(running)
             assert anonymous(running) - before < OTHER + SLACK
-            # On a busy machine a message may take so long that its call gives its place up.
+            # On a busy machine a message may take so long that its call is refused.
             assert sum(call.done() for call in calls) <= 8
         ended.set()
     eventually(lambda: sample(running, "secateur_requests_in_flight"), 0)
@@ -119,8 +119,7 @@ def test_too_large_header_is_refused_before_it_arrives(running: RunningServer, b
     first = pruner_pb2.ReportRequest(header=header, data=length.to_bytes(8, "little"))
     with grpc.insecure_channel(running.address) as channel:
         found = failure(send, channel, "Report", [first])
-    assert found is not None
-    assert (found.code.name, found.reason) == ("RESOURCE_EXHAUSTED", "REQUEST_TOO_LARGE")
+    found = check_failed(found, grpc.StatusCode.RESOURCE_EXHAUSTED, "REQUEST_TOO_LARGE")
     assert found.message.startswith(f"data: reading a header of {length} bytes takes up to ")
     assert anonymous(running) - before < SLACK
 
@@ -156,7 +155,7 @@ def test_too_large_plan_is_refused_before_its_data_arrives(
 
 
 def messages_of(size: int) -> dict[str, list[bytes]]:
-    """Requests whose headers have as many of the smallest messages as fit in `size` bytes."""
+    """Makes requests whose headers have as many of the smallest messages as fit in `size` bytes."""
     rules = b"\x0a\x00" * (size // 2)  # PruningSpec.rules
     field = pruner_pb2.PruneHeader.DESCRIPTOR.fields_by_name["spec"].number
     header = b"".join((bytes((field << 3 | 2,)), encoded(len(rules)), rules))
@@ -169,7 +168,7 @@ def messages_of(size: int) -> dict[str, list[bytes]]:
 
 
 def encoded(length: int) -> bytes:
-    """A varint."""
+    """Encodes a varint."""
     parts = bytearray()
     while length > 0x7F:
         parts.append(length & 0x7F | 0x80)

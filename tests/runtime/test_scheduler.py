@@ -1,4 +1,4 @@
-"""Models are admitted by their bytes, in a fair order, and a limited number of them waits."""
+"""Models are admitted by their size, in a fair order, and the queue is limited."""
 
 import contextlib
 import random
@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +27,10 @@ from secateur_server.runtime.context import RequestContext, Tenant
 from secateur_server.runtime.scheduler import MAX_PROBES, WORKERS, Scheduler
 from tests.conftest import RunningServer, eventually, inner_server, start_server, stop_server
 from tests.contract.raw import (
+    check_failed,
+    OWN_CONNECTION,
     Failure,
+    bearer,
     check_serves,
     failure,
     file,
@@ -37,18 +39,18 @@ from tests.contract.raw import (
     series,
     unhurried,
 )
-from tests.storage.stored import token
+from tests.processes import thread_ids
 
 # The class by itself -----------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
-def _soon_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_check_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "CHECK_SECONDS", 0.01)
 
 
 class Caller:
-    """A call in a thread of its own, which holds its model until it is told to leave."""
+    """A call in its own thread, which holds its model until `leave`."""
 
     def __init__(self, scheduler: Scheduler, tenant: Tenant, size: int) -> None:
         self.tenant, self.size = tenant, size
@@ -82,7 +84,7 @@ class Caller:
 
 @dataclass(eq=False)
 class Modelled:
-    """A request as the documented rule sees it."""
+    """The state of a request by the documented rule."""
 
     tenant: Tenant
     size: int
@@ -91,12 +93,12 @@ class Modelled:
 
 @dataclass
 class Rule:
-    """The documented rule, by brute force over all requests in the order of their coming."""
+    """The documented rule, by brute force over all requests in the order of their arrival."""
 
     limit: int
     max_waiting: int
     requests: list[Modelled] = field(default_factory=list)
-    let_in: list[str] = field(default_factory=list)  # owners, in the order of their turns
+    admitted: list[str] = field(default_factory=list)  # owners, in the order of their turns
 
     def all(self, state: str, owner: str | None = None) -> list[Modelled]:
         return [
@@ -130,7 +132,7 @@ class Rule:
             if self.held() + following.size > self.limit:
                 return
             following.state = "served"
-            self.let_in.append(following.tenant.owner)
+            self.admitted.append(following.tenant.owner)
 
     def is_able(self, one: Modelled) -> bool:
         tenant = one.tenant
@@ -142,14 +144,14 @@ class Rule:
         )
 
     def turn(self, owner: str) -> int:
-        """When a tenant that has been here all the time was last let in; else never."""
-        turns = [index for index, name in enumerate(self.let_in) if name == owner]
+        """Returns when a tenant that has always had requests was last admitted, or -1."""
+        turns = [index for index, name in enumerate(self.admitted) if name == owner]
         return turns[-1] if turns else -1
 
     def forget(self) -> None:
-        """Of who has nothing here nothing is known."""
-        here = {one.tenant.owner for one in self.all("waiting") + self.all("served")}
-        self.let_in = [owner if owner in here else "" for owner in self.let_in]
+        """Forgets the turns of tenants without requests."""
+        present = {one.tenant.owner for one in self.all("waiting") + self.all("served")}
+        self.admitted = [owner if owner in present else "" for owner in self.admitted]
 
 
 def states(requests: Sequence[Caller | Modelled]) -> list[str]:
@@ -171,7 +173,7 @@ ENDS = st.tuples(st.sampled_from(["leave", "stop"]), st.integers(0, 9), st.just(
 
 @unhurried
 @given(max_waiting=st.integers(0, 6), steps=st.lists(ARRIVALS | ARRIVALS | ENDS, max_size=30))
-# One tenant floods with models that fill the limit; the other one comes in between.
+# One tenant floods with models that fill the limit, and another one arrives in between.
 @example(6, [("arrive", 0, LIMIT)] * 5 + [("arrive", 1, LIMIT)] + [("leave", 0, 0)] * 6)
 @example(2, [("arrive", 0, LIMIT)] * 3 + [("arrive", 1, 1), ("stop", 0, 0), ("leave", 0, 0)])
 def test_every_order_of_arrivals_and_ends_follows_the_rule(
@@ -206,7 +208,7 @@ def test_every_order_of_arrivals_and_ends_follows_the_rule(
         else:
             end(kind, which)
         check()
-    while rule.all("served"):  # whoever waits gets in, as holders leave
+    while rule.all("served"):  # waiting requests are admitted as others leave
         end("leave", 0)
         check()
     assert scheduler.models.held == scheduler.models.waiting == 0
@@ -216,7 +218,7 @@ def test_every_order_of_arrivals_and_ends_follows_the_rule(
 def arrived(
     scheduler: Scheduler, *requests: tuple[Tenant, int], after: Sequence[Caller] = ()
 ) -> list[Caller]:
-    """Callers who come one after another, each when it is known what became of all before."""
+    """Starts callers one after another, each when the states of all earlier ones are known."""
     callers = list(after)
     for tenant, size in requests:
         callers.append(Caller(scheduler, tenant, size))
@@ -228,7 +230,7 @@ A, B, OF_MEMORY, OF_REQUESTS = TENANTS
 
 
 def test_flooding_tenant_is_served_in_turn_with_others() -> None:
-    """Each model fills the limit, so that no tenant holds bytes when the next one is chosen."""
+    """Each model fills the limit, so no tenant holds memory when the next one is chosen."""
     scheduler = Scheduler(LIMIT, 10)
     flood = arrived(scheduler, *[(A, LIMIT)] * 4)
     (other,) = arrived(scheduler, (B, LIMIT), after=flood)
@@ -340,7 +342,7 @@ def test_request_that_never_fits_is_refused_at_once_and_holds_nothing() -> None:
 
 
 def test_racing_threads_keep_within_the_limit_and_all_finish() -> None:
-    """The callers count, and some of them cancel while they wait."""
+    """The callers add up what they hold, and some of them cancel while they wait."""
     scheduler, lock = Scheduler(100, 1000), threading.Lock()
     held, most = 0, 0
     ended: list[str] = []
@@ -374,8 +376,8 @@ def test_racing_threads_keep_within_the_limit_and_all_finish() -> None:
 
 # A real server ------------------------------------------------------------------------------------
 
-ROOM = 4 << 20
-PLACES = 3
+LIMIT_BYTES = 4 << 20
+QUEUE_SIZE = 3
 FLOOD, POLITE, SMALL = "flood-0123456789", "polite-0123456789", "small-0123456789"
 TENANTS_FILE = f"""
 [tenants.flood]
@@ -391,10 +393,10 @@ requests = 1
 
 @pytest.fixture(scope="module")
 def small_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """Has room for models of 4 MiB, and for 3 requests that wait."""
+    """A server that admits 4 MiB of models, and has a queue of 3 requests."""
     tokens = tmp_path_factory.mktemp("tokens") / "tokens.toml"
     tokens.write_text(TENANTS_FILE)
-    options = ("--memory-limit", str(ROOM), "--queue-size", str(PLACES))
+    options = ("--memory-limit", str(LIMIT_BYTES), "--queue-size", str(QUEUE_SIZE))
     with inner_server(*options, "--tokens-file", str(tokens)) as running:
         yield running
 
@@ -410,7 +412,7 @@ def calls(small_server: RunningServer) -> Iterator["Calls"]:
 
 
 class Calls:
-    """Calls to a server of which the test says when they end."""
+    """Calls to a server that last until the test ends them."""
 
     def __init__(self, server: RunningServer, channel: grpc.Channel) -> None:
         self._server, self._stub = server, PrunerStub(channel)
@@ -421,7 +423,7 @@ class Calls:
         return series(self._server, f"secateur_{name}", **labels)
 
     def begin(self, who: str, size: int) -> Any:
-        """A call that announces `size` bytes and sends one, which is there when this returns."""
+        """Begins a call that announces `size` bytes and sends one. Returns when that has arrived."""
         before = self._begun()
         first = message("Report", header=header("Report", size), data=b"\x10")
 
@@ -429,7 +431,7 @@ class Calls:
             yield first
             self._ended.wait()
 
-        call = self._stub.Report.future(messages(), metadata=token(who), timeout=300)
+        call = self._stub.Report.future(messages(), metadata=bearer(who), timeout=300)
         self._made.append(call)
         eventually(lambda: call.done() or self._begun() > before, True)
         return call
@@ -438,17 +440,17 @@ class Calls:
         return self.series("model_bytes") + self.series("requests_waiting")
 
     def report(self, who: str, data: bytes) -> Any:
-        """A whole call, which is on its way when this returns."""
+        """Begins a complete call."""
         first = message("Report", header=header("Report", len(data)), data=data)
-        return self._stub.Report.future(iter([first]), metadata=token(who), timeout=300)
+        return self._stub.Report.future(iter([first]), metadata=bearer(who), timeout=300)
 
     def fill(self) -> Any:
-        """No more models fit, and no more callers may wait. Returns: who has the room."""
-        holder = self.begin(FLOOD, ROOM)
-        for _ in range(PLACES):
+        """Fills the memory and the queue. Returns the call that holds the memory."""
+        holder = self.begin(FLOOD, LIMIT_BYTES)
+        for _ in range(QUEUE_SIZE):
             self.begin(FLOOD, 1000)
-        assert self.series("model_bytes") == self.series("memory_limit_bytes") == ROOM
-        assert self.series("requests_waiting") == self.series("queue_limit") == PLACES
+        assert self.series("model_bytes") == self.series("memory_limit_bytes") == LIMIT_BYTES
+        assert self.series("requests_waiting") == self.series("queue_limit") == QUEUE_SIZE
         return holder
 
     def refused(self) -> float:
@@ -461,12 +463,12 @@ class Calls:
 
 
 def ending(call: Any) -> Failure | None:
-    """How a call of the test's ends; None is well."""
+    """Waits for the end of a call. Returns how it failed, or None."""
     return failure(call.result, timeout=300)
 
 
 def retry_delay(call: Any) -> float | None:
-    """What google.rpc.RetryInfo of a failed call says, in seconds."""
+    """Returns the delay of google.rpc.RetryInfo of a failed call, in seconds."""
     retry, status = RetryInfo(), rpc_status.from_call(call)
     found = [detail.Unpack(retry) for detail in (status.details if status else ())]
     return retry.retry_delay.ToTimedelta().total_seconds() if any(found) else None
@@ -483,16 +485,16 @@ MODEL = {"w": np.ones(100, np.float32)}
 
 
 def test_request_that_does_not_fit_waits_for_memory(calls: Calls) -> None:
-    holder = calls.begin(FLOOD, ROOM - len(SMALL_FILE))
+    holder = calls.begin(FLOOD, LIMIT_BYTES - len(SMALL_FILE))
     assert ending(calls.report(POLITE, SMALL_FILE)) is None  # it fits to the byte
     calls.begin(FLOOD, len(SMALL_FILE))
-    waiting = [calls.report(FLOOD, SMALL_FILE) for _ in range(PLACES)]
-    eventually(lambda: calls.series("requests_waiting"), float(PLACES))
-    assert calls.series("model_bytes") == ROOM
+    waiting = [calls.report(FLOOD, SMALL_FILE) for _ in range(QUEUE_SIZE)]
+    eventually(lambda: calls.series("requests_waiting"), float(QUEUE_SIZE))
+    assert calls.series("model_bytes") == LIMIT_BYTES
     assert calls.series("requests_waiting_for_quota") == 0
     assert not any(call.done() for call in waiting)
     holder.cancel()
-    assert [ending(call) for call in waiting] == [None] * PLACES
+    assert [ending(call) for call in waiting] == [None] * QUEUE_SIZE
 
 
 def test_request_beyond_the_queue_gets_a_retry_delay(calls: Calls) -> None:
@@ -500,10 +502,8 @@ def test_request_beyond_the_queue_gets_a_retry_delay(calls: Calls) -> None:
     before = calls.refused()
     call = calls.report(FLOOD, SMALL_FILE)
     found = ending(call)
-    assert found is not None
-    assert found.code == grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert found.reason == "QUEUE_FULL"
-    assert f"{ROOM} of {ROOM} bytes are in service, and 3 requests wait" in found.message
+    found = check_failed(found, grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+    assert f"{LIMIT_BYTES} of {LIMIT_BYTES} bytes are in service, and 3 requests wait" in found.message
     delay = retry_delay(call)
     assert delay is not None
     assert 1 <= delay <= 30
@@ -523,19 +523,19 @@ def test_client_retries_by_itself(small_server: RunningServer, calls: Calls) -> 
 def test_client_gives_up_at_its_deadline(
     small_server: RunningServer, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server says 1 s or more: there is nothing to wait for."""
+    """The server asks for a delay of 1 s or more, which is beyond the deadline."""
     clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: pytest.fail("it waits"))
     monkeypatch.setattr("secateur.patience.time", clock)
     calls.fill()
     with client_of(small_server, FLOOD, 0.9) as client:
-        error = busy_error(client)
+        error = error_of_a_full_server(client)
     assert error.retry_after is not None
     assert error.retry_after >= 1
     assert error.request_id
 
 
-def busy_error(client: secateur.Client) -> secateur.ServerBusy:
-    """What a full server answers, where the machine is not too busy to answer in time."""
+def error_of_a_full_server(client: secateur.Client) -> secateur.ServerBusy:
+    """Calls a full server until it answers within the deadline, and returns the error."""
     for _ in range(60):
         try:
             client.prune(MODEL, secateur.l1_unstructured("w", 0.5))
@@ -547,17 +547,17 @@ def busy_error(client: secateur.Client) -> secateur.ServerBusy:
 
 
 def test_flooding_tenant_does_not_block_others(small_server: RunningServer, calls: Calls) -> None:
-    """The flood fills the room and the queue; each of its models fills all the room."""
-    holder, *waiting = (calls.begin(FLOOD, ROOM) for _ in range(1 + PLACES))
+    """The flood fills the memory and the queue; each of its models fills all memory."""
+    holder, *waiting = (calls.begin(FLOOD, LIMIT_BYTES) for _ in range(1 + QUEUE_SIZE))
     with client_of(small_server, POLITE, 30) as polite, ThreadPoolExecutor() as pool:
         answer = pool.submit(polite.report, MODEL)
-        found = ending(waiting[-1])  # it gives its place up
+        found = ending(waiting[-1])  # it is removed from the queue
         assert found is not None
         assert found.reason == "QUEUE_FULL"
         assert not answer.done()
         holder.cancel()
         assert answer.result(timeout=300).total == 100
-    eventually(lambda: calls.series("requests_waiting"), 1.0)  # and then the flood goes on
+    eventually(lambda: calls.series("requests_waiting"), 1.0)  # then the flood continues
     assert not any(call.done() for call in waiting[:-1])
 
 
@@ -568,8 +568,7 @@ def test_quota_blocks_its_own_tenant_only(small_server: RunningServer, calls: Ca
     assert ending(calls.report(POLITE, SMALL_FILE)) is None
     assert not second.done()
     found = ending(calls.begin(SMALL, (1 << 20) + 1))
-    assert found is not None
-    assert (found.code.name, found.reason) == ("RESOURCE_EXHAUSTED", "QUOTA_EXCEEDED")
+    check_failed(found, grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED")
     large = {"w": np.ones(1 << 19, np.float32)}
     with client_of(small_server, SMALL, 20) as small, pytest.raises(errors.QuotaExceeded):
         small.report(large)
@@ -579,25 +578,24 @@ def test_request_that_never_fits_is_refused_at_once_behind_a_queue(
     small_server: RunningServer, calls: Calls
 ) -> None:
     calls.fill()
-    call = calls.begin(POLITE, ROOM + 1)
+    call = calls.begin(POLITE, LIMIT_BYTES + 1)
     found = ending(call)
-    assert found is not None
-    assert (found.code.name, found.reason) == ("RESOURCE_EXHAUSTED", "MODEL_TOO_LARGE")
+    check_failed(found, grpc.StatusCode.RESOURCE_EXHAUSTED, "MODEL_TOO_LARGE")
     assert retry_delay(call) is None
-    large = {"w": np.ones(ROOM // 4, np.float32)}
+    large = {"w": np.ones(LIMIT_BYTES // 4, np.float32)}
     with client_of(small_server, POLITE, 20) as polite, pytest.raises(secateur.ModelTooLarge):
         polite.prune(large, secateur.l1_unstructured("w", 0.5))
 
 
 def test_limits_hold_under_load(small_server: RunningServer, calls: Calls) -> None:
     spec = secateur.l1_unstructured("w", 0.5)
-    is_seen = threading.Event()  # that there is a load
+    is_seen = threading.Event()  # set once memory and queue have been in use
 
     def work(seed: int) -> None:
         chance, count = random.Random(seed), 0
         with client_of(small_server, chance.choice([FLOOD, POLITE]), 300) as client:
             while count < 4 or not is_seen.is_set():
-                elements = chance.randint(1000, ROOM // 4 - 100)
+                elements = chance.randint(1000, LIMIT_BYTES // 4 - 100)
                 report = client.prune({"w": np.ones(elements, np.float32)}, spec).report
                 assert report.total == elements
                 count += 1
@@ -608,28 +606,24 @@ def test_limits_hold_under_load(small_server: RunningServer, calls: Calls) -> No
         while not all(worker.done() for worker in workers):
             most_held = max(most_held, calls.series("model_bytes"))
             max_waiting = max(max_waiting, calls.series("requests_waiting"))
-            if most_held > ROOM / 4 and max_waiting > 0:
+            if most_held > LIMIT_BYTES / 4 and max_waiting > 0:
                 is_seen.set()
         for worker in workers:
             worker.result()
-    assert ROOM / 4 < most_held <= ROOM
-    assert 0 < max_waiting <= PLACES
+    assert LIMIT_BYTES / 4 < most_held <= LIMIT_BYTES
+    assert 0 < max_waiting <= QUEUE_SIZE
 
 
 # Storms -------------------------------------------------------------------------------------------
-
-
-def threads(server: RunningServer) -> int:
-    return len(list(Path(f"/proc/{server.process.pid}/task").iterdir()))
 
 
 Action = Callable[[grpc.Channel, secateur.Client, random.Random], object]
 
 
 def _cancelled(channel: grpc.Channel, client: secateur.Client, chance: random.Random) -> None:
-    """A call of any size that is cut off at any moment, by its caller or by its deadline."""
+    """Makes a call of any size that ends at any moment, by cancellation or by its deadline."""
     ended = threading.Event()
-    first = header("Prune", chance.randint(100, ROOM))
+    first = header("Prune", chance.randint(100, LIMIT_BYTES))
 
     def messages() -> Iterator[Any]:
         yield message("Prune", header=first, data=b"\x10")
@@ -646,8 +640,8 @@ def _cancelled(channel: grpc.Channel, client: secateur.Client, chance: random.Ra
 
 
 def _hurried(channel: grpc.Channel, client: secateur.Client, chance: random.Random) -> None:
-    """Prunes a model, where there is time for it."""
-    model = {"w": np.ones(chance.randint(1, ROOM // 4 - 100), np.float32)}
+    """Prunes a model, if the deadline allows it."""
+    model = {"w": np.ones(chance.randint(1, LIMIT_BYTES // 4 - 100), np.float32)}
     with contextlib.suppress(secateur.SecateurError):
         output = chance.choice(["masks", "dense", "none"])
         client.prune(model, secateur.l1_unstructured("w", 0.5), output=output)
@@ -655,7 +649,7 @@ def _hurried(channel: grpc.Channel, client: secateur.Client, chance: random.Rand
 
 def _malformed(channel: grpc.Channel, client: secateur.Client, chance: random.Random) -> None:
     data = chance.randbytes(chance.randint(0, 100))
-    first = header("Report", chance.randint(0, 2 * ROOM))
+    first = header("Report", chance.randint(0, 2 * LIMIT_BYTES))
     requests = iter([message("Report", header=first, data=data)])
     failure(PrunerStub(channel).Report, requests, timeout=300)
 
@@ -664,11 +658,11 @@ ACTIONS: tuple[Action, ...] = (_cancelled, _cancelled, _hurried, _malformed)
 
 
 def storm(server: RunningServer, callers: int, calls: int) -> None:
-    """Callers who do anything at once.  calls: of each."""
+    """Runs callers that each make `calls` random calls."""
 
     def rage(seed: int) -> None:
         chance = random.Random(seed)
-        own = [("grpc.use_local_subchannel_pool", 1)] if seed % 4 == 0 else []
+        own = [OWN_CONNECTION] if seed % 4 == 0 else []
         with (
             grpc.insecure_channel(server.address, own) as channel,
             secateur.Client(channel=channel, timeout=chance.uniform(0.1, 2)) as client,
@@ -684,22 +678,22 @@ def storm(server: RunningServer, callers: int, calls: int) -> None:
     ("callers", "calls"), [(30, 6), pytest.param(200, 60, marks=pytest.mark.slow)]
 )
 def test_budgets_are_empty_after_a_burst(callers: int, calls: int) -> None:
-    server = start_server("--memory-limit", str(ROOM), "--queue-size", "16")
+    server = start_server("--memory-limit", str(LIMIT_BYTES), "--queue-size", "16")
     with grpc.insecure_channel(server.address) as channel:
         storm(server, callers, calls)
         assert series(server, "grpc_server_started_total") > callers
         check_serves(server, channel)
         assert series(server, "secateur_requests_waiting") == 0
-        # The pools' threads: of calls, of what receives and works for them; and gRPC's own.
+        # The threads of the pools for calls, for receiving and for work; and gRPC's own.
         calls, extra = WORKERS + 16, 2 * MAX_PROBES
-        assert threads(server) <= 2 * (calls + extra) + calls + 40
-        check_takes_as_many_as_ever(server, channel)
+        assert len(thread_ids(server.process.pid)) <= 2 * (calls + extra) + calls + 40
+        check_all_workers_are_available(server, channel)
     logged = stop_server(server)
     assert "Traceback" not in logged, logged
 
 
-def check_takes_as_many_as_ever(server: RunningServer, channel: grpc.Channel) -> None:
-    """No thread that serves calls, or receives for them, has been lost."""
+def check_all_workers_are_available(server: RunningServer, channel: grpc.Channel) -> None:
+    """Checks that the server still accepts as many calls at once as it has workers."""
     ended = threading.Event()
 
     def messages() -> Iterator[Any]:

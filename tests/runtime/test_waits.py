@@ -23,7 +23,7 @@ from secateur_server.runtime.scheduler import ONE_CORE_BYTES, Scheduler
 from tests.conftest import RunningServer, eventually, inner_server
 from tests.contract.raw import failure, header, message, series
 
-ROOM = 1 << 20
+LIMIT = 1 << 20
 TENANT = Tenant("alice", "a" * 32, memory=100, requests=2)
 
 
@@ -66,7 +66,7 @@ def test_cancelled_request_says_what_it_waited_for(name: str) -> None:
     waiting, phases = another(holder), list[int]()
     with ExitStack() as held:
         held.enter_context(enter(scheduler, holder))
-        if name == "first messages":  # a tenant has room for two
+        if name == "first messages":  # a tenant may send two at once
             held.enter_context(enter(scheduler, another(holder)))
         stopped = threading.Thread(target=_enter, args=(enter, scheduler, waiting))
         stopped.start()
@@ -94,27 +94,27 @@ def test_running_request_waited_for_nothing() -> None:
     assert context.waited_for == ""
 
 
-# Of a server ---------------------------------------------------------------------------------
+# A real server -------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def small() -> Iterator[RunningServer]:
-    """Has room for models of 1 MiB, and waits for a silent call as long as a test may take."""
-    with inner_server("--memory-limit", str(ROOM), "--idle-timeout", "300") as running:
+    """A server that admits 1 MiB of models, and waits for silent calls as long as a test may take."""
+    with inner_server("--memory-limit", str(LIMIT), "--idle-timeout", "300") as running:
         yield running
 
 
 @contextmanager
 def held(server: RunningServer, channel: grpc.Channel) -> Iterator[None]:
-    """In the block a call has all memory for models."""
-    first, ended = message("Report", header=header("Report", ROOM), data=b"\x10"), threading.Event()
+    """In the block one call holds all memory for models."""
+    first, ended = message("Report", header=header("Report", LIMIT), data=b"\x10"), threading.Event()
 
     def messages() -> Iterator[Any]:
         yield first
         ended.wait(300)
 
     call = PrunerStub(channel).Report.future(messages(), timeout=300)
-    eventually(lambda: series(server, "secateur_model_bytes"), float(ROOM))
+    eventually(lambda: series(server, "secateur_model_bytes"), float(LIMIT))
     try:
         yield
     finally:
@@ -123,7 +123,7 @@ def held(server: RunningServer, channel: grpc.Channel) -> Iterator[None]:
 
 
 def until_queued(server: RunningServer, begin: Callable[[float], Any]) -> Any:
-    """A waiting call with a short deadline; a busy machine may need longer to admit it."""
+    """Begins a call with a short deadline that waits. A busy machine may need a longer one."""
     for seconds in (1, 10, 100):
         eventually(lambda: queued(server), False)
         call = begin(seconds)
@@ -160,7 +160,7 @@ def test_the_log_says_that_a_call_waited_until_its_deadline(
         assert found.code == grpc.StatusCode.DEADLINE_EXCEEDED
         eventually(lambda: bool(lines(caplog, code="DeadlineExceeded", id=ids[-1])), True)
         (line,) = lines(caplog, code="DeadlineExceeded", id=ids[-1])
-    what = f"memory: {ROOM} of {ROOM} bytes are in service"
+    what = f"memory: {LIMIT} of {LIMIT} bytes are in service"
     assert line["waited_for"].endswith(f" s for {what}")
     assert line["error"] == f"call: deadline exceeded; it waited {line['waited_for']}"
     assert line["queue_seconds"] > 0
@@ -171,7 +171,7 @@ def test_the_log_says_that_a_call_waited_until_its_deadline(
 def test_log_says_that_a_call_waited_until_it_was_cancelled(
     small: RunningServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The caller of a checkpoint's call is told on the way that it waits."""
+    """A call on a checkpoint reports to the caller that it waits."""
     caplog.set_level("INFO", "secateur_server")
     with (
         secateur.Client(small.address, timeout=300) as client,
@@ -181,7 +181,7 @@ def test_log_says_that_a_call_waited_until_it_was_cancelled(
         with held(small, channel):
             first = message("Prune", header=header("Prune", 0, checkpoint=name))
             call = PrunerStub(channel).Prune(iter([first]), timeout=300)
-            assert next(told.progress.phase for told in call if told.progress.phase == PHASE_WAIT)
+            assert any(answer.progress.phase == PHASE_WAIT for answer in call)
             call.cancel()
             eventually(lambda: len(lines(caplog, code="Canceled")), 1)
             (line,) = lines(caplog, code="Canceled")
@@ -189,7 +189,7 @@ def test_log_says_that_a_call_waited_until_it_was_cancelled(
 
 
 def test_the_client_says_that_a_call_waited(small: RunningServer) -> None:
-    """By its own error, or the server's, whichever arrives first."""
+    """In its own error, or in the server's, whichever arrives first."""
     found: list[Exception] = []
 
     def prune(seconds: float) -> Any:

@@ -26,11 +26,11 @@ from secateur_proto import pruner_pb2 as pb
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
 from secateur_proto.framing import cut
 from secateur_proto.pruner_pb2_grpc import PrunerStub
-from tests.contract.raw import header, message
+from tests.contract.raw import OWN_CONNECTION, bearer, header, message
 from tests.soak import checked
 from tests.soak.models import Case, read_cases
 from tests.soak.wrong import Connection, wrong
-from tests.storage.stored import file_message, token, upload_file
+from tests.storage.stored import file_message, upload_file
 
 # How often each model is used, in percent.
 SHARES = {
@@ -44,10 +44,7 @@ SHARES = {
     "20M": 3,
     "20M bf16": 2,
 }
-OWN_CONNECTION = [
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.max_receive_message_length", -1),
-]
+OPTIONS = [OWN_CONNECTION, ("grpc.max_receive_message_length", -1)]
 # Seconds. A call that takes longer hangs.
 TIMEOUT = 300.0
 MOST_ERRORS = 20
@@ -107,7 +104,7 @@ class Caller:
 
     def _connect(self) -> None:
         address, name = self.plan.address, self.plan.token
-        self.channel = self._opened.enter_context(grpc.insecure_channel(address, OWN_CONNECTION))
+        self.channel = self._opened.enter_context(grpc.insecure_channel(address, OPTIONS))
         own = None if self._shares_connection else self.channel
         self.client = self._opened.enter_context(
             secateur.Client(address, name, timeout=TIMEOUT, channel=own)
@@ -222,8 +219,8 @@ class Caller:
             if at < count:
                 ended.wait(60)
 
-        with grpc.insecure_channel(self.plan.address, OWN_CONNECTION) as channel:
-            call = _call(channel, rpc, messages(), token(self.plan.token))
+        with grpc.insecure_channel(self.plan.address, OPTIONS) as channel:
+            call = _call(channel, rpc, messages(), bearer(self.plan.token))
             try:
                 sent.wait(30)
                 threading.Event().wait(pause)

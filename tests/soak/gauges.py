@@ -1,13 +1,14 @@
 """The resources of a process over time."""
 
 import json
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from tests.processes import memory, open_files, thread_ids
 
 
 @dataclass(frozen=True)
@@ -30,19 +31,12 @@ class Sample:
 
 
 def sample(pid: int, begun: float) -> Sample:
-    status = Path("/proc", str(pid), "status").read_text()
-
-    def field(name: str) -> int:
-        match = re.search(rf"{name}:\s+(\d+)", status)
-        assert match is not None
-        return int(match[1])
-
     return Sample(
         seconds=round(time.monotonic() - begun, 1),
-        rss=field("VmRSS") * 1024,
-        anonymous=field("RssAnon") * 1024,
-        threads=field("Threads"),
-        files=len(list(Path("/proc", str(pid), "fd").iterdir())),
+        rss=memory(pid, "VmRSS"),
+        anonymous=memory(pid, "RssAnon"),
+        threads=len(thread_ids(pid)),
+        files=open_files(pid),
     )
 
 

@@ -12,9 +12,9 @@ import secateur
 from secateur_proto import checkpoints_pb2
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
 from secateur_proto.pruner_pb2_grpc import PrunerStub
-from tests.contract.raw import Failure, entry, failure, file, header, message, spec
+from tests.contract.raw import Failure, bearer, entry, failure, file, header, message, spec
 from tests.reference import Tensors
-from tests.storage.stored import file_message, token, upload_file, upload_requests
+from tests.storage.stored import file_message, upload_file, upload_requests
 
 Error = type[secateur.SecateurError]
 
@@ -148,7 +148,7 @@ def _prune(wanted: object) -> object:
 def _send(connection: Connection, rpc: str, messages: list[object]) -> Failure | None:
     def call() -> None:
         method = getattr(PrunerStub(connection.channel), rpc)
-        answer = method(iter(messages), timeout=60, metadata=token(connection.token))
+        answer = method(iter(messages), timeout=60, metadata=bearer(connection.token))
         list(answer) if rpc != "Report" else answer
 
     return failure(call)
@@ -169,7 +169,7 @@ def _too_large(connection: Connection, rpc: str) -> None:
 
 def _upload(connection: Connection, requests: Iterator[checkpoints_pb2.UploadRequest]) -> Failure | None:
     upload = CheckpointsStub(connection.channel).Upload
-    return failure(upload, requests, timeout=60, metadata=token(connection.token))
+    return failure(upload, requests, timeout=60, metadata=bearer(connection.token))
 
 
 def _wrong_digest(connection: Connection) -> None:

@@ -18,9 +18,9 @@ class LosingDisk:
     """A folder whose unsynced writes are lost in a crash.
 
     Attributes:
-        library: To be preloaded into the process that writes.
+        library: Is preloaded into the process that writes.
         store: The folder.
-        synced: What the library remembers.
+        synced: Where the library records what was synced.
     """
 
     library: Path
@@ -41,7 +41,7 @@ class LosingDisk:
             yield
 
     def begin(self) -> None:
-        """What is in the folder now is on the disk."""
+        """Records the content of the folder as synced."""
         shutil.rmtree(self.synced, ignore_errors=True)
         for name in ("files", "folders"):
             (self.synced / name).mkdir(parents=True)
@@ -54,10 +54,10 @@ class LosingDisk:
                 shutil.copyfile(path, self.synced / "files" / ident)
 
     def crash(self, draws: random.Random) -> int:
-        """Makes the folder what is left of it, as `leave` does.
+        """Replaces the folder by what `leave` leaves of it.
 
         Returns:
-            How many names and files differ from the last ones.
+            How many names and files differ from the last state.
         """
         after = self.store.with_name("after")
         lost = self.leave(after, draws)
@@ -67,20 +67,20 @@ class LosingDisk:
         return lost
 
     def leave(self, target: Path, draws: random.Random) -> int:
-        """Makes `target` what a disk may have: of what was not synced any part, by chance.
+        """Writes to `target` what a disk may have after a crash.
 
-        A name is the synced or the last one, whatever becomes of the others, and so is each page of
-        a file; pages that were never synced may be zeros.
+        Each name and each page of a file is at random in its synced or in its last state. Pages that
+        were never synced may be zeros.
 
         Returns:
-            How many names and files differ from the last ones.
+            How many names and files differ from the last state.
         """
         crash = _Crash(self, draws)
         crash.rebuild(self.store, target)
         return crash.lost
 
     def listed(self, folder: Path) -> dict[str, str]:
-        """What each name in a folder was when that was last synced: a kind and an id."""
+        """Returns the kind and the id of each name in a folder when it was last synced."""
         listing = self._listing(folder)
         lines = listing.read_text().splitlines() if listing.exists() else []
         return {
@@ -93,7 +93,11 @@ class LosingDisk:
 
 
 class _Crash:
-    """One crash.  lost: names and files that differ from the last ones."""
+    """One crash.
+
+    Attributes:
+        lost: How many names and files differ from the last state.
+    """
 
     def __init__(self, disk: LosingDisk, draws: random.Random) -> None:
         self._disk, self._draws, self.lost = disk, draws, 0
@@ -101,7 +105,7 @@ class _Crash:
         self._files = {ident: path for path, ident in self._ids.items()}
 
     def rebuild(self, folder: Path, target: Path) -> None:
-        """Makes `target` what may be left of `folder`."""
+        """Writes to `target` what may be left of `folder`."""
         target.mkdir()
         last = _names(folder, self._ids) if folder.is_dir() else {}
         synced = self._disk.listed(folder)
@@ -117,7 +121,7 @@ class _Crash:
                 (target / name).write_bytes(self._content(ident))
 
     def _content(self, ident: str) -> bytes:
-        """What may be left of a file."""
+        """Returns what may be left of a file."""
         path, copy = self._files.get(ident), self._disk.synced / "files" / ident
         synced = copy.read_bytes() if copy.exists() else b""
         last = path.read_bytes() if path else synced
@@ -138,21 +142,21 @@ def _names(folder: Path, ids: dict[Path, str]) -> dict[str, str]:
 
 
 def _ids(folder: Path) -> dict[Path, str]:
-    """Inode and time of birth of all that is in a folder, and of itself, as the library has it."""
+    """Returns the id of a folder and of all that it contains: inode and time of birth."""
     paths = [folder, *folder.rglob("*")]
-    told = subprocess.run(
+    ended = subprocess.run(
         ["stat", "--printf", "%i %W %w\\n", *paths], check=True, capture_output=True, text=True
     )
     found = {}
-    for path, line in zip(paths, told.stdout.splitlines(), strict=True):
+    for path, line in zip(paths, ended.stdout.splitlines(), strict=True):
         inode, seconds, born = line.split(" ", 2)
-        fraction = born.partition(".")[2][:9]  # Python tells no time of birth on Linux
+        fraction = born.partition(".")[2][:9]  # Python has no time of birth on Linux
         found[path] = f"{inode}-{seconds}-{int(fraction or 0)}"
     return found
 
 
 def losing_disk(folder: Path) -> LosingDisk:
-    """A disk, below `folder`; skips the test where there is no C compiler."""
+    """Makes a disk in `folder`. Skips the test without a C compiler."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("needs a C compiler")

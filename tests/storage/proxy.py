@@ -9,11 +9,15 @@ READ_BYTES = 1 << 16
 
 
 class Proxy:
-    """Carries bytes to and from a server. Each connection is cut after so many bytes of it.
+    """Carries bytes to and from a server, and cuts the first connections.
 
-    cuts: bytes after which the first connection is cut, the second, and so on; the connections
-    behind them last.  is_back: they are of the server's answers, and else from the caller.
-    carried: bytes that way, of all connections.
+    Args:
+        target: The address of the server.
+        cuts: After how many bytes to cut the first connection, the second, and so on.
+        is_back: Whether these are bytes of the answers, or else of the requests.
+
+    Attributes:
+        carried: How many of these bytes all connections have carried.
     """
 
     def __init__(self, target: str, cuts: Sequence[int], is_back: bool) -> None:
@@ -28,7 +32,7 @@ class Proxy:
         self._accepting.start()
 
     def _accept(self) -> None:
-        with suppress(OSError):  # it is closed
+        with suppress(OSError):  # the listener is closed
             while True:
                 caller, _ = self._listener.accept()
                 self.connections += 1
@@ -39,7 +43,7 @@ class Proxy:
         host, _, port = self.target.rpartition(":")
         try:
             server = socket.create_connection((host, int(port)))
-        except OSError:  # it is not there now
+        except OSError:  # the server does not run
             caller.close()
             return
         ways = [(server, caller), (caller, server)]
@@ -60,7 +64,7 @@ class Proxy:
             self.carried += len(data)
 
     def close(self) -> None:
-        """Takes no more connections."""
+        """Accepts no more connections."""
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self._accepting.join()
@@ -75,7 +79,7 @@ def _pump(source: socket.socket, target: socket.socket) -> None:
 
 @contextmanager
 def proxy(target: str, *cuts: int, is_back: bool = False) -> Iterator[Proxy]:
-    """A proxy in front of the server at `target`."""
+    """Runs a proxy in front of the server at `target`."""
     running = Proxy(target, cuts, is_back)
     try:
         yield running

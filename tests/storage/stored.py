@@ -17,12 +17,12 @@ from secateur_proto import checkpoint_pb2, checkpoints_pb2
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
 from secateur_proto.framing import cut
 from tests.conftest import RunningServer, inner_server, start_server, stop_server
-from tests.contract.raw import TIMEOUT, series
+from tests.contract.raw import TIMEOUT, bearer, series
 
-# What a file system gives to a file at once, and the record of a small checkpoint takes.
+# The block of a file system, and the size of the record of a small checkpoint.
 DISK_BLOCK = 4096
 
-# The sums of a blob have 32 bytes for each of these.
+# The sums of a blob have 32 bytes for each block of this size.
 BLOCK = 1 << 20
 
 Message = TypeVar("Message")
@@ -30,7 +30,7 @@ Message = TypeVar("Message")
 
 @contextmanager
 def store_server(folder: Path, *options: str) -> Iterator[RunningServer]:
-    """A server that keeps its checkpoints in `folder`."""
+    """Runs a server in its own process, with its store in `folder`."""
     running = start_server("--store-dir", str(folder), *options)
     try:
         yield running
@@ -40,13 +40,13 @@ def store_server(folder: Path, *options: str) -> Iterator[RunningServer]:
 
 
 def inner_store_server(folder: Path, *options: str) -> AbstractContextManager[RunningServer]:
-    """A server in this process that keeps its checkpoints in `folder`."""
+    """Runs a server in this process, with its store in `folder`."""
     return inner_server("--store-dir", str(folder), *options)
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A running server, its folder, and callers of it."""
+    """A running server, the folder of its store, and connections to it."""
 
     server: RunningServer
     folder: Path
@@ -56,7 +56,13 @@ class Kept:
 
 @contextmanager
 def kept(folder: Path, *options: str, of_its_own: bool = False) -> Iterator[Kept]:
-    """A server with a folder, a client and a channel.  of_its_own: in a process."""
+    """Runs a server with a store in `folder`.
+
+    Args:
+        folder: Of the store.
+        options: Of the server.
+        of_its_own: Whether it runs in its own process.
+    """
     start = store_server if of_its_own else inner_store_server
     with (
         start(folder, *options) as server,
@@ -67,7 +73,7 @@ def kept(folder: Path, *options: str, of_its_own: bool = False) -> Iterator[Kept
 
 
 def model(count: int, seed: int = 0) -> dict[str, Tensor]:
-    """A model of `count` random floats in two tensors."""
+    """Makes a model of `count` random floats in two tensors."""
     generator = torch.Generator().manual_seed(seed)
     return {
         "a.weight": torch.randn(count // 2, generator=generator).view(2, -1),
@@ -76,14 +82,14 @@ def model(count: int, seed: int = 0) -> dict[str, Tensor]:
 
 
 def file_of(tensors: Mapping[str, Tensor]) -> bytes:
-    """The tensors as a safetensors file."""
+    """Writes tensors as a safetensors file."""
     return safetensors.torch.save(dict(tensors))
 
 
 def downloaded(
     client: secateur.Client, checkpoint: secateur.Checkpoint, folder: Path, output: str = "dense"
 ) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, read from the file that a download wrote."""
+    """Downloads a checkpoint to a file, and returns its tensors."""
     path = folder / "downloaded.safetensors"
     client.download(checkpoint, path, output=output)
     tensors = safetensors.torch.load(path.read_bytes())
@@ -92,44 +98,44 @@ def downloaded(
 
 
 def received(server: RunningServer) -> int:
-    """Bytes of models that a server has received."""
+    """Returns the bytes of models that a server has received."""
     return int(series(server, "secateur_received_bytes_total"))
 
 
-# What lies on the disk ------------------------------------------------------------------------
+# Files of a store -----------------------------------------------------------------------------
 
 
 def on_disk(folder: Path) -> dict[str, int]:
-    """The size of each file of a store, but for its lock."""
+    """Returns the size of each file of a store except its lock."""
     files = (path for path in folder.rglob("*") if path.is_file())
     sizes = {}
     for path in files:
         try:
             sizes[str(path.relative_to(folder))] = path.stat().st_size
-        except FileNotFoundError:  # it was on its way
+        except FileNotFoundError:  # it was renamed or removed meanwhile
             continue
     sizes.pop("lock", None)
     return sizes
 
 
 def blobs(folder: Path) -> dict[str, int]:
-    """Digest and size of the blobs of a store."""
+    """Returns the digests and sizes of the blobs of a store."""
     paths = (folder / "blobs").iterdir()
     return {path.name: path.stat().st_size for path in paths if path.suffix != ".sums"}
 
 
 def in_blocks(size: int) -> int:
-    """What a file of `size` bytes takes on disk: whole blocks."""
+    """Returns the bytes of whole blocks for a file of `size` bytes."""
     return (size + DISK_BLOCK - 1) // DISK_BLOCK * DISK_BLOCK
 
 
 def counted(folder: Path) -> int:
-    """The bytes of a store as it counts them: whole blocks of each file."""
+    """Returns the bytes of a store as the server counts them: whole blocks of each file."""
     return sum(in_blocks(size) for size in on_disk(folder).values())
 
 
 def check_tidy(folder: Path, records: int, digests: Iterable[str]) -> None:
-    """There are so many records, these blobs with their sums, and nothing else."""
+    """Checks that a store has `records` records, these blobs with their sums, and nothing else."""
     names = set(on_disk(folder))
     found = {name for name in names if name.startswith("checkpoints/") and name.endswith(".json")}
     assert len(found) == records, found
@@ -140,33 +146,28 @@ def check_tidy(folder: Path, records: int, digests: Iterable[str]) -> None:
 # Raw calls ------------------------------------------------------------------------------------
 
 
-def token(name: str) -> tuple[tuple[str, str], ...]:
-    """The metadata of a caller with a token; empty is none."""
-    return (("authorization", f"Bearer {name}"),) if name else ()
-
-
 def digest_of(data: bytes) -> str:
-    """Hex BLAKE3."""
+    """Returns the BLAKE3 in hex."""
     return blake3(data).hexdigest()
 
 
 def file_message(
     data: bytes, filename: str = "model.safetensors", **fields: Any
 ) -> checkpoint_pb2.File:
-    """What an upload or a query says of a file."""
+    """Describes a file for an upload or a query."""
     known = {"size_bytes": len(data), "blake3": digest_of(data), **fields}
     return checkpoint_pb2.File(filename=filename, **known)
 
 
 def upload_file(file: checkpoint_pb2.File, offset: int = 0) -> checkpoints_pb2.UploadFile:
-    """A file of an upload."""
+    """Describes a file of an upload."""
     return checkpoints_pb2.UploadFile(file=file, offset=offset)
 
 
 def upload_requests(
     files: Iterable[checkpoints_pb2.UploadFile], data: bytes = b""
 ) -> Iterator[checkpoints_pb2.UploadRequest]:
-    """The messages of an Upload."""
+    """Makes the messages of an Upload."""
     header = checkpoints_pb2.UploadHeader(files=files)
     yield checkpoints_pb2.UploadRequest(header=header)
     for piece in cut([data]):
@@ -176,14 +177,14 @@ def upload_requests(
 def send_upload(
     channel: grpc.Channel, requests: Iterable[checkpoints_pb2.UploadRequest], name: str = ""
 ) -> checkpoint_pb2.Checkpoint:
-    """Makes an Upload of any messages.  Errors: grpc.RpcError."""
+    """Makes an Upload of any messages, which may raise grpc.RpcError."""
     stub = CheckpointsStub(channel)
-    return stub.Upload(iter(requests), timeout=TIMEOUT, metadata=token(name))
+    return stub.Upload(iter(requests), timeout=TIMEOUT, metadata=bearer(name))
 
 
 def committed(channel: grpc.Channel, file: checkpoint_pb2.File, name: str = "") -> int:
-    """What a QueryUpload says of a file."""
+    """Returns how many bytes of a file the server has, by QueryUpload."""
     request = checkpoints_pb2.QueryUploadRequest(files=[file])
-    answer = CheckpointsStub(channel).QueryUpload(request, timeout=TIMEOUT, metadata=token(name))
+    answer = CheckpointsStub(channel).QueryUpload(request, timeout=TIMEOUT, metadata=bearer(name))
     (size,) = answer.committed_sizes
     return size

@@ -1,4 +1,4 @@
-"""The store keeps within its limits of bytes and time, and its metrics are right."""
+"""The store keeps its limit of bytes, and its metrics are right."""
 
 import shutil
 import signal
@@ -19,7 +19,7 @@ from secateur_proto.checkpoints_pb2 import DownloadRequest
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
 from secateur_server.storage.folders import default_max_bytes
 from tests.conftest import RunningServer, eventually, inner_server, start_server
-from tests.contract.raw import failure, kept_open, series
+from tests.contract.raw import OWN_CONNECTION, failure, kept_open, series, check_failed
 from tests.storage.stored import (
     DISK_BLOCK,
     Kept,
@@ -41,13 +41,13 @@ from tests.storage.stored import (
 
 MIB = 1 << 20
 LIMIT = 12 * MIB
-# A caller who takes what he reads, and no more: a server soon waits for him.
+# A caller whose gRPC reads hardly ahead, so that the server soon waits for it.
 LITTLE_AHEAD = [
-    ("grpc.use_local_subchannel_pool", 1),
+    OWN_CONNECTION,
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", 1 << 16),
 ]
-# Two fit beside each other, with their records, and three do not.
+# Two of them fit into the store, with their records, and three do not.
 LARGE = [model(MIB + MIB // 4, seed) for seed in range(4)]  # 5 MiB
 
 
@@ -58,7 +58,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
 
 
 @pytest.fixture(autouse=True)
-def _what_is_said_is_so(request: pytest.FixtureRequest) -> Iterator[None]:
+def _metrics_match_the_disk(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "store" not in request.fixturenames:
         return
@@ -71,7 +71,7 @@ def _what_is_said_is_so(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def check_metrics(store: Kept) -> None:
-    """What the metrics tell is what lies on the disk."""
+    """Checks the metrics of the store against the disk."""
     names = [name for name in on_disk(store.folder) if name.startswith("checkpoints/")]
     assert series(store.server, "secateur_checkpoints") == len(names)
     assert series(store.server, "secateur_store_bytes") == counted(store.folder)
@@ -83,14 +83,14 @@ def names(store: Kept) -> set[str]:
 
 
 def evictions(server: RunningServer, reason: str) -> tuple[int, int]:
-    """The number of evicted checkpoints, and their bytes."""
+    """Returns the number of evicted checkpoints, and their bytes."""
     bytes_ = int(series(server, "secateur_evicted_bytes_total"))
     return int(series(server, "secateur_evictions_total", reason=reason)), bytes_
 
 
 @contextmanager
 def unread(store: Kept, checkpoint: secateur.Checkpoint) -> Iterator[None]:
-    """A download that nobody reads while the block runs."""
+    """Begins a download, and does not read it while the block runs."""
     with grpc.insecure_channel(store.server.address, LITTLE_AHEAD) as channel:
         stub = CheckpointsStub(channel)
         call = stub.Download(DownloadRequest(name=checkpoint.name), timeout=300)
@@ -111,7 +111,7 @@ def cancelled(store: Kept, method: str, call: grpc.RpcContext) -> None:
 
 
 def size_on_disk(checkpoint: secateur.Checkpoint) -> int:
-    """Of a checkpoint of few files: the files, their sums, and a record of one block."""
+    """Returns the bytes of a checkpoint of few files: files, sums, and a record of one block."""
     sizes = [file.size_bytes for file in checkpoint.files]
     sums = [-(-size // MIB) * 32 for size in sizes]
     return sum(map(in_blocks, sizes + sums)) + DISK_BLOCK
@@ -180,8 +180,7 @@ def test_model_above_the_limit_is_refused_before_its_data(store: Kept) -> None:
     message = file_message(b"", size_bytes=LIMIT + 1, blake3="0" * 64)
     with kept_open(upload_requests([upload_file(message)])) as messages:
         found = failure(send_upload, store.channel, messages)
-    assert found is not None
-    assert (found.code, found.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_FULL")
+    check_failed(found, grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_FULL")
     assert names(store) == {first.name}
     assert received(store.server) == before
 
@@ -196,9 +195,9 @@ def test_broken_upload_counts_until_it_is_abandoned(store: Kept) -> None:
         store.client.upload(LARGE[1])
         (second,) = store.client.checkpoints()
         with unread(store, second), pytest.raises(secateur.StoreFull):
-            store.client.upload(LARGE[2])  # neither goes: one is sent, one is used
+            store.client.upload(LARGE[2])  # nothing can be evicted
         cancelled(store, "Upload", call)
-    store.client.upload(LARGE[2])  # in place of what was left half way
+    store.client.upload(LARGE[2])  # it replaces the unfinished upload
     assert committed(store.channel, file_message(data)) == 0
     assert len(names(store)) == 2
 
@@ -259,7 +258,7 @@ def temporary(folder: Path) -> list[Path]:
 def test_temporary_store_is_removed_with_its_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is private; and what a killed server left goes when another one starts."""
+    """It is private. The next server to start removes that of a killed server."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
     killed = start_server()
@@ -281,7 +280,7 @@ def test_temporary_store_is_removed_with_its_server(
 def test_default_limit_is_the_same_after_a_restart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By default its limit comes of the free disk, of which what it keeps is no part."""
+    """It is a share of the free disk, where the store's own files count as free."""
     disk, kept_bytes = 8000, 3000
     (tmp_path / "blobs").mkdir()
 

@@ -32,7 +32,7 @@ HALF = secateur.l1_unstructured("*", 0.5)
 
 
 class Gate:
-    """Holds up the first call of a function whose argument is of some kind."""
+    """Blocks the first call of a function for whose argument `is_held` is true."""
 
     def __init__(self, function: Callable[..., Any], is_held: Callable[[Any], bool]) -> None:
         self._function, self._is_held = function, is_held
@@ -71,12 +71,12 @@ def store(tmp_path: Path) -> Iterator[Kept]:
 def test_calls_are_served_while_the_disk_removes_files(
     store: Kept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, is_held: Any
 ) -> None:
-    going, others = store.client.upload(MODEL), {"other": torch.ones(9)}
+    removed, others = store.client.upload(MODEL), {"other": torch.ones(9)}
     gate = Gate(getattr(os, name), is_held)
     with secateur.Client(store.server.address, token="other", timeout=PATIENCE) as other:
         other.delete(other.upload({"first": torch.ones(1)}))  # its folder exists
         monkeypatch.setattr(os, name, gate)
-        deleting = threading.Thread(target=store.client.delete, args=(going,))
+        deleting = threading.Thread(target=store.client.delete, args=(removed,))
         deleting.start()
         assert gate.reached.wait(PATIENCE)
         for client in (store.client, other):
@@ -86,7 +86,7 @@ def test_calls_are_served_while_the_disk_removes_files(
             assert client.prune(made, HALF, keep=True).checkpoint is not None
             assert client.report(made).total == 9
             with pytest.raises(secateur.CheckpointNotFound):
-                client.checkpoint(going.name)
+                client.checkpoint(removed.name)
         assert deleting.is_alive()
         gate.opened.set()
         deleting.join(PATIENCE)
@@ -124,18 +124,18 @@ def send(store: Store, owner: str, data: bytes) -> None:
 def test_evicted_files_are_off_the_disk_before_the_space_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That holds for a call, too, which finds room that another one is making."""
+    """So they are for a call that uses space which another call frees."""
     limit, folder, write = 110_000, tmp_path / "store", os.write
     store, sizes = Store(folder, limit, ttl=0), list[int]()
     send(store, "a" * 32, bytes(60_000))
 
-    def weighed(descriptor: int, data: memoryview) -> int:
+    def counted_write(descriptor: int, data: memoryview) -> int:
         sizes.append(counted(folder) + in_blocks(len(data)))
         return write(descriptor, data)
 
     gate = Gate(os.unlink, unlinks_blob)
     monkeypatch.setattr(os, "unlink", gate)
-    monkeypatch.setattr(os, "write", weighed)
+    monkeypatch.setattr(os, "write", counted_write)
     half = [bytes([value]) * 42_000 for value in (1, 2)]
     sending = [threading.Thread(target=send, args=(store, "a" * 32, data)) for data in half]
     sending[0].start()
@@ -153,25 +153,25 @@ def test_evicted_files_are_off_the_disk_before_the_space_is_used(
 def test_victims_are_chosen_in_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A quota evicts some of many checkpoints: only those are read, each a few times."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    owner, count, going = "a" * 32, 600, 200
+    owner, count, victims = "a" * 32, 600, 200
     store = Store(tmp_path / "store", 1 << 30, ttl=0)
     upload = store.uploads.begin(owner, 100)
     store.uploads.write(upload, bytes(100))
     file = store.uploads.finish(RequestContext(), upload, "a")
     made = [store.create(owner, (file,)) for _ in range(count)]
     store.uploads.leave(upload)
-    looked: dict[Entry, int] = {}
+    reads: dict[Entry, int] = {}
     files = Entry.files
 
-    def looked_at(entry: Entry) -> Any:
-        looked[entry] = looked.get(entry, 0) + 1
+    def counted_files(entry: Entry) -> Any:
+        reads[entry] = reads.get(entry, 0) + 1
         return files(entry)
 
-    monkeypatch.setattr(Entry, "files", looked_at)
-    quota = (count - going + 2 * 2) * DISK_BLOCK  # records, and two files with their sums
+    monkeypatch.setattr(Entry, "files", counted_files)
+    quota = (count - victims + 2 * 2) * DISK_BLOCK  # records, and two files with their sums
     newest = store.uploads.begin(owner, 100, quota=quota)
     store.uploads.write(newest, bytes(range(100)))
-    assert store.count == count - going
-    assert {entry.record.id for entry in looked} == {record.id for record in made[:going]}
-    assert max(looked.values()) <= 10
+    assert store.count == count - victims
+    assert {entry.record.id for entry in reads} == {record.id for record in made[:victims]}
+    assert max(reads.values()) <= 10
     store.close()

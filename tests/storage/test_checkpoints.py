@@ -42,7 +42,7 @@ def values(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
 
 @st.composite
 def models(draw: st.DrawFn) -> dict[str, Tensor]:
-    """Tensors of any dtype and shape, empty ones and scalars among them, and pairs."""
+    """Draws tensors of any dtype and shape, also empty ones and scalars, and pairs."""
     shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
     tensors = {}
     for index in range(draw(st.integers(1, 5))):
@@ -62,7 +62,7 @@ def shape_of(tensors: Mapping[str, Tensor], name: str) -> torch.Size:
 
 @st.composite
 def specs(draw: st.DrawFn, tensors: Mapping[str, Tensor]) -> secateur.Spec:
-    """One to three rules; some have scores or masks of their own."""
+    """Draws one to three rules, some of them with scores or masks."""
     scores = values(shape_of(tensors, "floats"), torch.float32, draw(st.integers(0, 9)))
     fraction = draw(st.floats(0, 1))
     rules: list[Callable[[], secateur.Spec]] = [
@@ -80,7 +80,7 @@ def specs(draw: st.DrawFn, tensors: Mapping[str, Tensor]) -> secateur.Spec:
 
 
 def assert_same_reports(ours: secateur.Report, theirs: secateur.Report) -> None:
-    """But for the digest of what went up, which may be scores and masks alone, or nothing."""
+    """Compares reports without the digest of the input, which a checkpoint does not send."""
     one, other = ours.to_dict(), theirs.to_dict()
     one.pop("input_blake3"), other.pop("input_blake3")
     assert one == other
@@ -115,7 +115,7 @@ def test_prune_of_a_checkpoint_equals_that_of_its_data(
     assert_same_tensors(downloaded(client, uploaded, tmp_path, "reparametrized"), tensors)
     pair = client.prune(tensors, spec, output="reparametrized").state_dict("reparametrized")
     check_is(client, result.checkpoint, pair, tmp_path)
-    client.delete(uploaded)  # the kept one stands on the same weights
+    client.delete(uploaded)  # the kept checkpoint has the same weights
     check_is(client, result.checkpoint, pair, tmp_path)
     client.delete(result.checkpoint)
 
@@ -126,7 +126,7 @@ def check_is(
     pair: Mapping[str, Tensor],
     folder: Path,
 ) -> None:
-    """Every call on a checkpoint gives what it gives on the state_dict with pairs."""
+    """Checks that every call on a checkpoint equals that on the state_dict with pairs."""
     assert_same_reports(client.report(checkpoint), client.report(pair))
     ours, theirs = client.finalize(checkpoint), client.finalize(pair)
     assert_same_reports(ours.report, theirs.report)
@@ -167,7 +167,7 @@ STEPS = [
 def test_ten_prunes_of_a_checkpoint_equal_torchs_ten_prunes(
     client: secateur.Client, tmp_path: Path
 ) -> None:
-    """Torch's own functions, one after another on one module, against names of checkpoints."""
+    """Compares torch's functions on one module with prunes of one checkpoint after another."""
     whole = distinct((600 + 400,))
     tensors = {"a.weight": whole[:600].view(30, 20), "b": whole[600:].view(20, 20)}
     module, checkpoint = module_of(tensors), client.upload(tensors)
@@ -205,7 +205,7 @@ def test_kept_prune_of_a_module_equals_apply_to(client: secateur.Client, tmp_pat
 def test_tensors_are_read_at_any_offset_of_the_file(
     client: secateur.Client, tmp_path: Path, shift: int, dtype: torch.dtype
 ) -> None:
-    """The header is padded or not, as who writes the file likes."""
+    """The format does not demand a padded header."""
     weight = values((9, 5), dtype, 1)
     data = weight.view(torch.uint8).numpy().tobytes()
     names = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16"}
@@ -254,7 +254,7 @@ def test_download_equals_the_upload_byte_for_byte(client: secateur.Client, tmp_p
 def test_names_of_scores_do_not_collide_with_tensors_of_the_checkpoint(
     client: secateur.Client,
 ) -> None:
-    """The client cannot see what the tensors on the server are called."""
+    """The client does not know the names of the tensors on the server."""
     tensors = {"secateur.0": values((6,), torch.float32, 0), "w": values((6,), torch.float32, 1)}
     scores = {"w": values((6,), torch.float32, 2)}
     spec = secateur.l1_unstructured("w", 0.5, scores)

@@ -33,36 +33,36 @@ HALF = secateur.l1_unstructured("*", 0.5)
 
 
 class Machine:
-    """The clocks of a machine. They stand still until a test lets time pass, or sets one.
+    """The clocks of a machine. They stand still until a test advances or sets them.
 
     Attributes:
-        wall: What the system's clock shows.
-        uptime: What no one can set.
-        looks: How often the thread that lets checkpoints expire has read the latter.
+        wall: The system's clock.
+        uptime: The monotonic clock.
+        reads: How often the thread that expires checkpoints has read the monotonic clock.
     """
 
     def __init__(self) -> None:
-        self.wall, self.uptime, self.looks = 1.8e9, 5000.0, 0
+        self.wall, self.uptime, self.reads = 1.8e9, 5000.0, 0
 
     def time(self) -> float:
         return self.wall
 
     def monotonic(self) -> float:
-        self.looks += threading.current_thread().name == "expire"
+        self.reads += threading.current_thread().name == "expire"
         return self.uptime
 
     def step(self, seconds: float) -> None:
-        """Lets time pass."""
+        """Advances both clocks."""
         self.wall += seconds
         self.uptime += seconds
 
     def swept(self) -> None:
-        """Waits until the server has looked for what is too old."""
-        looks = self.looks
-        eventually(lambda: self.looks > looks + 10, True)  # in each sweep it looks a few times
+        """Waits until the server has checked the ages of all checkpoints."""
+        reads = self.reads
+        eventually(lambda: self.reads > reads + 10, True)  # each sweep reads it a few times
 
     def seconds_to(self, checkpoint: secateur.Checkpoint) -> float:
-        """Until a checkpoint expires, as its caller sees it."""
+        """Returns the time until a checkpoint expires, as the caller sees it."""
         assert checkpoint.expire_time is not None
         now = datetime.fromtimestamp(self.wall, UTC)
         return round((checkpoint.expire_time - now).total_seconds(), 3)
@@ -102,18 +102,18 @@ def test_unused_checkpoints_expire(tmp_path: Path, machine: Machine) -> None:
         assert machine.seconds_to(store.client.checkpoint(used.name)) == TTL
         machine.step(0.6 * TTL)
         eventually(lambda: names(store), {used.name})
-        # Counted once it is off the disk.
+        # It is counted when it has been removed from the disk.
         eventually(lambda: series(store.server, "secateur_evictions_total", reason="ttl"), 1.0)
         with pytest.raises(secateur.CheckpointNotFound):
             store.client.report(unused)
 
 
-def leave_unfinished(store: Kept, data: bytes, come: int) -> None:
-    """An upload that breaks after `come` bytes."""
-    requests = upload_requests([upload_file(file_message(data))], data[:come])
+def leave_unfinished(store: Kept, data: bytes, count: int) -> None:
+    """An upload that breaks after `count` bytes."""
+    requests = upload_requests([upload_file(file_message(data))], data[:count])
     with kept_open(requests) as messages:
         call = CheckpointsStub(store.channel).Upload.future(messages)
-        eventually(lambda: committed(store.channel, file_message(data)), come)
+        eventually(lambda: committed(store.channel, file_message(data)), count)
         call.cancel()
 
 
@@ -130,8 +130,8 @@ def test_setting_the_clock_changes_no_age(tmp_path: Path, machine: Machine, jump
         store.client.report(uploaded)
         machine.wall += jump
         machine.swept()
-        left = [machine.seconds_to(store.client.checkpoint(c.name)) for c in (uploaded, pruned)]
-        assert left == [TTL, 0.5 * TTL]
+        rest = [machine.seconds_to(store.client.checkpoint(c.name)) for c in (uploaded, pruned)]
+        assert rest == [TTL, 0.5 * TTL]
         assert committed(store.channel, file_message(data)) == 500
         machine.step(0.6 * TTL)
         eventually(lambda: names(store), {uploaded.name})

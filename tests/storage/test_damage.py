@@ -18,7 +18,7 @@ import secateur
 from secateur_proto.checkpoints_pb2 import DownloadRequest
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
 from tests.conftest import eventually
-from tests.contract.raw import TIMEOUT, failure, header, message, send, series
+from tests.contract.raw import TIMEOUT, failure, header, message, send, series, check_failed
 from tests.reference import assert_same_tensors
 from tests.storage.stored import (
     Kept,
@@ -49,7 +49,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
 
 @pytest.fixture
 def sound(store: Kept, tmp_path: Path) -> Iterator[secateur.Checkpoint]:
-    """A checkpoint that is on the same disk, and stays what it is."""
+    """A checkpoint on the same disk, which the test must not affect."""
     checkpoint = store.client.upload(OTHER)
     yield checkpoint
     assert_same_tensors(downloaded(store.client, checkpoint, tmp_path), OTHER)
@@ -64,7 +64,7 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(data)
 
 
-# What a disk may do to a blob of MODEL.
+# Damage to a blob of MODEL.
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "its length": lambda blob: flip(blob, 0),
     "header": lambda blob: flip(blob, 20),
@@ -91,7 +91,7 @@ def blob_of(store: Kept, checkpoint: secateur.Checkpoint) -> Path:
 
 
 def calls(checkpoint: Any, folder: Path) -> dict[str, Callable[[secateur.Client], object]]:
-    """Every call that reads all of a checkpoint."""
+    """Returns every call that reads all of a checkpoint."""
     path = folder / "out.safetensors"
     return {
         "download": lambda client: client.download(checkpoint, path),
@@ -103,8 +103,8 @@ def calls(checkpoint: Any, folder: Path) -> dict[str, Callable[[secateur.Client]
     }
 
 
-def check_lost(store: Kept, checkpoint: secateur.Checkpoint, folder: Path) -> None:
-    """No call gives anything of it; each says which checkpoint it is."""
+def check_data_loss(store: Kept, checkpoint: secateur.Checkpoint, folder: Path) -> None:
+    """Checks that every call on a checkpoint fails with data loss, and names it."""
     before = set(store.client.checkpoints())
     for call in calls(checkpoint, folder).values():
         with pytest.raises(secateur.DataLoss, match=checkpoint.name):
@@ -119,7 +119,7 @@ def test_damaged_data_is_never_returned_and_an_upload_repairs_it(
 ) -> None:
     uploaded = store.client.upload(MODEL)
     DAMAGES[damage](blob_of(store, uploaded))
-    check_lost(store, uploaded, tmp_path)
+    check_data_loss(store, uploaded, tmp_path)
     assert committed(store.channel, file_message(file_of(MODEL))) == 0
     again = store.client.upload(MODEL)
     for checkpoint in (again, uploaded):
@@ -146,7 +146,7 @@ def test_lack_of_file_descriptors_is_not_data_loss(store: Kept) -> None:
 def test_upload_detects_undetected_damage(
     store: Kept, sound: secateur.Checkpoint, tmp_path: Path, damage: str
 ) -> None:
-    """Who is told that a model is kept may throw his own away."""
+    """After a successful upload the caller may delete its own copy."""
     first = store.client.upload(MODEL)
     DAMAGES[damage](blob_of(store, first))
     again = store.client.upload(MODEL)
@@ -167,9 +167,9 @@ def test_damaged_masks_are_never_applied(
     (masks,) = set(blobs(store.folder)) - before
     assert pruned.checkpoint is not None
     DAMAGES[damage](store.folder / "blobs" / masks)
-    check_lost(store, pruned.checkpoint, tmp_path)
+    check_data_loss(store, pruned.checkpoint, tmp_path)
     assert_same_tensors(downloaded(store.client, uploaded, tmp_path), MODEL)
-    again = store.client.prune(uploaded, HALF, keep=True)  # which makes the same masks
+    again = store.client.prune(uploaded, HALF, keep=True)  # it makes the same masks
     expected = {name: tensor * again.masks[name] for name, tensor in MODEL.items()}
     for checkpoint in (again.checkpoint, pruned.checkpoint):
         assert checkpoint is not None
@@ -182,8 +182,7 @@ def test_status_names_the_damaged_file_and_offset(store: Kept, sound: secateur.C
     stub = CheckpointsStub(store.channel)
     request = DownloadRequest(name=uploaded.name)
     found = failure(lambda: list(stub.Download(request, timeout=TIMEOUT)))
-    assert found is not None
-    assert (found.code, found.reason) == (grpc.StatusCode.DATA_LOSS, "DATA_LOSS")
+    found = check_failed(found, grpc.StatusCode.DATA_LOSS, "DATA_LOSS")
     assert uploaded.name in found.message
     assert f"from byte {2 * MIB} on" in found.message
 
@@ -218,7 +217,7 @@ def test_damaged_record_is_data_loss_and_others_are_served(tmp_path: Path) -> No
                     call(store.client)
         assert [each.name for each in store.client.checkpoints()] == [sound.name]
         assert_same_tensors(downloaded(store.client, sound, tmp_path), OTHER)
-        assert set(blobs(folder)) == left  # what the records named is unknown: nothing is swept
+        assert set(blobs(folder)) == left  # a damaged record may name any of them
         for name in lost:
             store.client.upload({**OTHER, name: OTHER["b"]})
         assert len(list(store.client.checkpoints())) == 1 + len(lost)
@@ -252,7 +251,7 @@ def test_unfinished_files_are_removed_at_the_start(tmp_path: Path) -> None:
 
 @contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[Path]:
-    """A file system of its own, of `size` bytes."""
+    """Mounts a file system of `size` bytes."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
     if subprocess.run(mount, capture_output=True).returncode:
@@ -264,7 +263,7 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
 
 
 def fill(disk: Path, left: int) -> None:
-    """Another program takes all but `left` bytes of a disk."""
+    """Fills a disk except for `left` bytes."""
     (disk / "filler").unlink(missing_ok=True)
     free = shutil.disk_usage(disk).free
     (disk / "filler").write_bytes(bytes(max(0, free - left)))
@@ -272,7 +271,7 @@ def fill(disk: Path, left: int) -> None:
 
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
-    """A server whose bound is above what its disk has."""
+    """A server whose limit is above the size of its disk."""
     with (
         small_disk(tmp_path_factory.mktemp("full") / "disk", 16 * MIB) as folder,
         kept(folder, "--store-max-bytes", "1GiB") as running,
@@ -284,7 +283,7 @@ def stored_files(disk: Kept) -> dict[str, int]:
     return {name: size for name, size in on_disk(disk.folder).items() if name != "filler"}
 
 
-# Of the upload fits: nothing, a part, all but its last page, all but its sums, all but the record.
+# The disk has space for nothing, a part, all but the last page, all but the sums, or the record.
 @pytest.mark.parametrize("left", [0, MIB, 585 * PAGE, 586 * PAGE, 587 * PAGE])
 def test_upload_to_a_full_disk_leaves_nothing(disk: Kept, tmp_path: Path, left: int) -> None:
     sound = disk.client.upload(OTHER)
@@ -311,7 +310,7 @@ def test_kept_prune_on_a_full_disk_leaves_nothing(disk: Kept, tmp_path: Path) ->
         with pytest.raises(secateur.StoreFull, match="disk is full"):
             disk.client.prune(uploaded, HALF, keep=True)
         assert stored_files(disk) == before
-        result = disk.client.prune(uploaded, HALF)  # of which nothing is kept
+        result = disk.client.prune(uploaded, HALF)  # without `keep` it succeeds
         assert result.report.sparsity == 0.5
     fill(disk.folder, 12 * MIB)
     result = disk.client.prune(uploaded, HALF, keep=True)
@@ -336,12 +335,12 @@ def test_first_checkpoint_of_an_owner_needs_a_folder(disk: Kept) -> None:
 def test_blob_truncated_while_reading_ends_that_call_only(
     store: Kept, sound: secateur.Checkpoint, tmp_path: Path
 ) -> None:
-    """The system ends a process that reads a mapped page which is gone; the server lives on."""
+    """The system kills a process that reads a truncated page of a mapped file; not this server."""
     large = model(8 * MIB, 3)
     spec = secateur.global_unstructured("*", 0.5)
     expected = store.client.prune(large, spec, "dense").state_dict()
     for tenth in range(8):
-        checkpoint = store.client.upload(large)  # heals what the round before broke
+        checkpoint = store.client.upload(large)  # repairs the damage of the round before
         blob = store.folder / "blobs" / checkpoint.files[0].blake3
         size = blob.stat().st_size
         with ThreadPoolExecutor(1) as pool:
@@ -350,7 +349,7 @@ def test_blob_truncated_while_reading_ends_that_call_only(
             os.truncate(blob, size // 2)
             error = call.exception()
         assert error is None or isinstance(error, secateur.DataLoss)
-        if error is None:  # it was too late to matter
+        if error is None:  # the truncation was too late
             assert_same_tensors(call.result().state_dict(), expected)
     assert store.server.process.poll() is None
 
@@ -367,5 +366,5 @@ def test_checkpoint_with_a_damaged_record_is_deleted_by_name(tmp_path: Path) -> 
         store.client.delete(name)
         with pytest.raises(secateur.CheckpointNotFound):
             store.client.delete(name)
-    with kept(folder):  # what it needed is swept at the next start
+    with kept(folder):  # the next start removes its blob
         assert on_disk(folder) == {}

@@ -20,7 +20,7 @@ MIB = 1 << 20
 BIG = model(12 * MIB)  # 48 MiB
 SHARD = model(3 * MIB)["b"]  # 6 MiB
 HALF = secateur.l1_unstructured("*", 0.5)
-# Of what is on its way when connections are cut. To begin anew each time would cost 40 MiB.
+# Bytes in transit when connections are cut. A restart each time would cost 40 MiB.
 LOST = 25 * MIB
 OUTPUTS = {
     "dense": pruner_pb2.OUTPUT_DENSE,
@@ -96,7 +96,7 @@ def test_checkpoint_deleted_during_a_broken_download_leaves_no_file(
         store.client._delete(checkpoint, is_there=False)
 
     with (
-        # No connection carries all of it: the client may see nothing of one that is cut.
+        # No connection carries all of it, and the client may receive nothing from one that is cut.
         proxy(store.server.address, *[4 * MIB] * 100, is_back=True) as broken,
         secateur.Client(broken.address, timeout=300) as client,
     ):
@@ -123,7 +123,7 @@ def received(store: Kept, name: str, output: str, offset: int) -> tuple[Download
 
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_offset_skips_exactly_the_bytes_before_it(store: Kept, output: str) -> None:
-    """Within a block, at its ends, and in a file that is made for the answer."""
+    """Within a block, at its ends, and in a file that is computed for the answer."""
     tensors = model(600_000, 7)  # 2.3 MiB
     checkpoint = store.client.prune(tensors, HALF, keep=True).checkpoint
     assert checkpoint is not None

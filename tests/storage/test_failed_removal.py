@@ -18,7 +18,7 @@ from secateur_server.runtime.context import RequestContext
 from secateur_server.storage import clock as clock_module
 from secateur_server.storage.records import Record
 from secateur_server.storage.store import Store
-from tests.contract.raw import TIMEOUT, failure, series
+from tests.contract.raw import TIMEOUT, failure, series, check_failed
 from tests.reference import assert_same_tensors
 from tests.storage.stored import counted, downloaded, kept, model, on_disk
 from tests.storage.test_clock import Machine
@@ -29,7 +29,7 @@ MAX_BYTES, QUOTA, TTL = 100_000, 80_000, 1000.0
 
 
 class FailingDisk:
-    """Removes files as the system does, but for what fails.
+    """Removes files as the system does, except for injected failures.
 
     Attributes:
         is_stuck: Whether the file of a path cannot be removed.
@@ -62,14 +62,14 @@ class FailingDisk:
 
     @contextmanager
     def not_syncing(self) -> Iterator[None]:
-        """Records are removed, but may be back after a crash."""
+        """Records are removed, but may exist again after a crash."""
         self.is_syncing = False
         yield
         self.is_syncing = True
 
     @contextmanager
     def moved(self) -> Iterator[None]:
-        """The folder of the store is somewhere else."""
+        """The folder of the store is moved."""
         away = self.folder.with_name("moved")
         self.folder.rename(away)
         yield
@@ -90,7 +90,7 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FailingDisk:
 
 @pytest.fixture
 def evicted() -> list[str]:
-    """Why the stores of a test have removed checkpoints of their own accord."""
+    """The reasons of evictions by the stores of a test."""
     return []
 
 
@@ -98,7 +98,7 @@ def evicted() -> list[str]:
 def opened(
     disk: FailingDisk, machine: Machine, evicted: list[str]
 ) -> Iterator[Callable[[], Store]]:
-    """Opens the folder, after which no earlier store has it."""
+    """Opens the folder, and closes earlier stores."""
     stores: list[Store] = []
 
     def open_store() -> Store:
@@ -143,7 +143,7 @@ def reach_quota(store: Store, record: Record, machine: Machine) -> None:
     send(store, OWNER, bytes(30_000), QUOTA)
 
 
-# What removes a checkpoint, and the reason that is counted for it.
+# Ways to remove a checkpoint, and the counted reasons.
 REMOVALS: Mapping[Callable[[Store, Record, Machine], None], list[str]] = {
     delete: [],
     expire: ["ttl"],
@@ -190,7 +190,7 @@ def test_checkpoint_is_removed_entirely_or_not_at_all(
 def test_failed_removal_of_one_record_does_not_block_others(
     disk: FailingDisk, opened: Callable[[], Store], machine: Machine, evicted: list[str]
 ) -> None:
-    """All have the same blob, which only the last one of them may take along."""
+    """All have the same blob, which is removed with the last of them."""
     store = opened()
     made = [send(store, OWNER, DATA)]
     made += [store.create(OWNER, made[0].files) for _ in range(2)]
@@ -238,7 +238,7 @@ def test_checkpoint_that_could_be_neither_created_nor_removed_exists(
 def test_blob_that_cannot_be_removed_is_removed_at_the_next_start(
     disk: FailingDisk, opened: Callable[[], Store]
 ) -> None:
-    """Its checkpoint has been deleted: the record is what counts."""
+    """Its checkpoint is deleted, because its record is."""
     store = opened()
     record = send(store, OWNER, DATA)
     disk.is_stuck = lambda path: path.parent.name == "blobs"
@@ -254,7 +254,7 @@ def test_blob_that_cannot_be_removed_is_removed_at_the_next_start(
 def test_failed_deletion_is_reported_to_the_caller(
     disk: FailingDisk, tmp_path: Path, is_damaged: bool
 ) -> None:
-    """Also for a checkpoint with a damaged record."""
+    """So it is for a checkpoint with a damaged record."""
     tensors = model(1000)
     with kept(disk.folder) as store:
         made = store.client.upload(tensors)
@@ -266,8 +266,7 @@ def test_failed_deletion_is_reported_to_the_caller(
         with disk.stuck():
             for _ in range(2):
                 found = failure(stub.Delete, request, timeout=TIMEOUT)
-                assert found is not None
-                assert (found.code, found.reason) == (grpc.StatusCode.UNAVAILABLE, "STORE_FAILED")
+                found = check_failed(found, grpc.StatusCode.UNAVAILABLE, "STORE_FAILED")
                 assert f"name: {made.name!r} was not deleted" in found.message
                 assert os.strerror(errno.EPERM) in found.message
                 assert "send it again" not in found.message

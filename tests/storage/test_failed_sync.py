@@ -13,7 +13,7 @@ import secateur
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
 from secateur_server.runtime import disk as disk_module
 from tests.conftest import eventually
-from tests.contract.raw import failure, kept_open
+from tests.contract.raw import failure, kept_open, check_failed
 from tests.reference import assert_same_tensors
 from tests.storage.stored import (
     Kept,
@@ -37,9 +37,11 @@ HALF = secateur.l1_unstructured("*", 0.5)
 
 
 class FailingDisk:
-    """Syncs as the system does, which has cleared what it could not write.
+    """Syncs like a system that drops the data of a failed sync.
 
-    failing: how many syncs succeed before one fails; negative is none.  count: of all syncs.
+    Attributes:
+        failing: How many syncs succeed before one fails; negative for none.
+        count: The number of all syncs.
     """
 
     def __init__(self) -> None:
@@ -81,7 +83,7 @@ def test_after_any_failed_sync_the_model_is_sent_again_and_complete(
     before = disk.count
     made = [store.client.upload(tensors)]
     syncs = disk.count - before
-    assert syncs >= 8  # in the middle and at the end, of sums, folders and a record
+    assert syncs >= 8  # of parts of the file, its end, sums, folders and a record
     store.client.delete(made.pop())
     for failing in range(syncs):
         tensors["w"] = tensors["w"] + 1
@@ -112,8 +114,7 @@ def test_staged_file_with_a_failed_sync_is_dropped(store: Kept, disk: FailingDis
     disk.failing = 1
     requests = upload_requests([upload_file(message)], data)
     found = failure(send_upload, store.channel, requests)
-    assert found is not None
-    assert (found.code, found.reason) == (grpc.StatusCode.UNAVAILABLE, "STORE_FAILED")
+    check_failed(found, grpc.StatusCode.UNAVAILABLE, "STORE_FAILED")
     assert committed(store.channel, message) == 0
     assert on_disk(store.folder) == {}
 
@@ -123,10 +124,10 @@ def test_staged_file_of_a_broken_upload_is_synced_or_dropped(
 ) -> None:
     """A later call opens the file again, and the kernel may not report earlier failures."""
     data = file_of(MODEL)
-    message, come = file_message(data), MIB // 2
-    with kept_open(upload_requests([upload_file(message)], data[:come])) as messages:
+    message, count = file_message(data), MIB // 2
+    with kept_open(upload_requests([upload_file(message)], data[:count])) as messages:
         call = CheckpointsStub(store.channel).Upload.future(messages)
-        eventually(lambda: committed(store.channel, message), come)
+        eventually(lambda: committed(store.channel, message), count)
         disk.failing = 0
         call.cancel()
         eventually(lambda: on_disk(store.folder), {})

@@ -10,7 +10,7 @@ import pytest
 import secateur
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
 from tests.conftest import eventually
-from tests.contract.raw import failure, kept_open, series
+from tests.contract.raw import bearer, failure, kept_open, series, check_failed
 from tests.storage.stored import (
     Kept,
     committed,
@@ -19,7 +19,6 @@ from tests.storage.stored import (
     kept,
     model,
     send_upload,
-    token,
     upload_file,
     upload_requests,
 )
@@ -35,18 +34,18 @@ def store(tmp_path: Path) -> Iterator[Kept]:
 
 
 class Tenant:
-    """A tenant, by its token, and what it has uploaded, in that order."""
+    """A tenant with its uploads, in their order."""
 
     def __init__(self, store: Kept, name: str) -> None:
         self.client = secateur.Client(store.server.address, token=name, timeout=300)
         self.made: list[secateur.Checkpoint] = []
 
     def upload(self, kib: int) -> None:
-        """Uploads a model of its own, of so many KiB; a header, sums and a record take 10 to 12."""
+        """Uploads a new model of `kib` KiB. The header, sums and a record take 10 to 12 more."""
         self.made.append(self.client.upload(model(kib * KIB // 4, id(self) + len(self.made))))
 
     def kept(self) -> list[int]:
-        """Which of its uploads the server still has."""
+        """Returns which of its uploads the server still has."""
         names = {checkpoint.name for checkpoint in self.client.checkpoints()}
         return [index for index, made in enumerate(self.made) if made.name in names]
 
@@ -72,7 +71,7 @@ def test_own_checkpoints_are_evicted_before_older_ones_of_others(tenants: list[T
     bob.upload(80)
     bob.upload(60)
     bob.client.report(bob.made[0])
-    bob.upload(80)  # in place of the 60, which are used least recently
+    bob.upload(80)  # evicts the 60, which are least recently used
     assert (alice.kept(), bob.kept()) == ([0, 1, 2, 3], [0, 2])
 
 
@@ -80,9 +79,9 @@ def test_checkpoints_above_other_tenants_share_are_evicted_next(tenants: list[Te
     alice, bob, _ = tenants
     alice.client.report(alice.made[0])
     bob.upload(100)
-    bob.upload(200)  # without its own 100 there are 192
+    bob.upload(200)  # after evicting its own 100, 192 are free
     assert (alice.kept(), bob.kept()) == ([0, 2, 3], [1])
-    bob.upload(400)  # without its own 200 there are 452
+    bob.upload(400)  # after evicting its own 200, 452 are free
     assert (alice.kept(), bob.kept()) == ([0, 2, 3], [2])
 
 
@@ -93,23 +92,23 @@ def test_eviction_leaves_each_tenant_its_share(store: Kept, tenants: list[Tenant
     assert alice.kept() == [1, 2, 3]
     before = evictions(store)
     with pytest.raises(secateur.StoreFull, match="fair share"):
-        carol.upload(400)  # 40 are free, and alice's next one has 260
+        carol.upload(400)  # 40 are free, and an eviction from alice would free 260
     assert (alice.kept(), bob.kept()) == ([1, 2, 3], [0])
     carol.upload(20)
-    carol.upload(250)  # alice is left with 520; bob, of whom 412 are here, would be with nothing
+    carol.upload(250)  # alice keeps 520 of 780; bob would lose his only 412
     assert (alice.kept(), bob.kept(), carol.kept()) == ([2, 3], [0], [1])
     with pytest.raises(secateur.StoreFull, match="fair share"):
-        carol.upload(300)  # alice would be left with 260
+        carol.upload(300)  # alice would keep only 260
     assert (alice.kept(), bob.kept(), carol.kept()) == ([2, 3], [0], [1])
     assert evictions(store) == before + 2
 
 
 @contextmanager
 def sending(store: Kept, name: str, data: bytes, count: int) -> Iterator[grpc.Call]:
-    """An upload of which only the first `count` bytes come while the block runs."""
+    """Begins an upload that sends only its first `count` bytes while the block runs."""
     message = file_message(data)
     with kept_open(upload_requests([upload_file(message)], data[:count])) as messages:
-        call = CheckpointsStub(store.channel).Upload.future(messages, metadata=token(name))
+        call = CheckpointsStub(store.channel).Upload.future(messages, metadata=bearer(name))
         eventually(lambda: committed(store.channel, message, name), count)
         try:
             yield call
@@ -121,7 +120,7 @@ def test_eviction_waits_for_the_bytes_that_need_it(store: Kept, tenants: list[Te
     alice, _, carol = tenants
     data, before = file_of(model(580 * KIB // 4)), evictions(store)
     with sending(store, "bob", data, 1000):
-        carol.upload(100)  # of what the header has announced nothing is taken
+        carol.upload(100)  # the announced bytes do not count yet
         assert (alice.kept(), carol.kept()) == ([0, 1, 2, 3], [0])
         assert evictions(store) == before
     with sending(store, "bob", data, 200 * KIB):
@@ -137,7 +136,6 @@ def test_upload_that_needs_other_tenants_share_is_refused_at_once(
     message = file_message(b"", size_bytes=LIMIT - 10 * KIB, blake3="0" * 64)
     with kept_open(upload_requests([upload_file(message)])) as messages:
         found = failure(send_upload, store.channel, messages, "bob")
-    assert found is not None
-    assert (found.code, found.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_FULL")
+    check_failed(found, grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_FULL")
     assert (alice.kept(), evictions(store)) == ([0, 1, 2, 3], before)
     bob.upload(100)

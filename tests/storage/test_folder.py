@@ -47,7 +47,7 @@ def test_two_servers_never_share_a_folder(tmp_path: Path) -> None:
 
 
 def test_lock_of_an_earlier_version_is_respected(tmp_path: Path) -> None:
-    """It locks the file only, not the folder."""
+    """Earlier versions lock only the file, not the folder."""
     with (tmp_path / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert_refused(tmp_path)
@@ -56,7 +56,7 @@ def test_lock_of_an_earlier_version_is_respected(tmp_path: Path) -> None:
 def uses(
     client: secateur.Client, checkpoint: secateur.Checkpoint, path: Path
 ) -> list[Callable[[], object]]:
-    """All that reads or writes the folder."""
+    """Returns every call that reads or writes the folder."""
     return [
         lambda: client.upload(model(1000, seed=1)),
         lambda: client.upload(MODEL),
@@ -89,7 +89,7 @@ def test_replaced_folder_is_not_touched(tmp_path: Path, monkeypatch: pytest.Monk
 def test_folder_that_is_moved_back_serves_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where no call comes the server notices, and what is too old expires afterwards."""
+    """The server notices without a call, and old checkpoints expire afterwards."""
     machine = Machine()
     monkeypatch.setattr(clock, "time", machine)
     monkeypatch.setattr(store_module, "EXPIRE_SECONDS", 0.01)

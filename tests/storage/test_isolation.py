@@ -27,7 +27,7 @@ DATA = b"what alice has stored"
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    """A store in which only alice has something: a checkpoint, and a part of a file."""
+    """A store in which only alice has a checkpoint and a part of a file."""
     opened = Store(tmp_path / "store", 1 << 20, ttl=0)
     upload = opened.uploads.begin(ALICE, len(DATA), digest_of(DATA))
     opened.uploads.write(upload, DATA)
@@ -41,11 +41,11 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 STORED, PART = StoredFile("", len(DATA), digest_of(DATA)), StoredFile("", 100, digest_of(b"part"))
-NOBODYS = digest_of(b"nobody has this")
+UNKNOWN = digest_of(b"nobody has this")
 
 
 class Lines:
-    """Every line of the server that a thread executes, and every event of the interpreter's."""
+    """Records every line that a thread executes, and every event of the interpreter."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, int, str]] = []
@@ -79,9 +79,9 @@ def resume(store: Store, digest: str, size: int) -> object:
 def test_digest_of_another_tenant_takes_the_steps_of_an_unknown_one(
     store: Store, call: Any, theirs: StoredFile
 ) -> None:
-    """Compares executed lines, not times: the same answer comes from the same lines of code."""
+    """Compares executed lines instead of times: both answers come from the same lines of code."""
     answer, steps = Lines().of(call, store, theirs.blake3, theirs.size)
-    expected, expected_steps = Lines().of(call, store, NOBODYS, theirs.size)
+    expected, expected_steps = Lines().of(call, store, UNKNOWN, theirs.size)
     assert answer == expected
     assert len(steps) > 5
     assert steps == expected_steps
@@ -130,7 +130,7 @@ def test_query_ends_when_it_is_cancelled(server: Kept, monkeypatch: pytest.Monke
         check(context)
 
     def slow(uploads: Uploads, owner: str, digest: str, size: int) -> int:
-        """Lasts until the server knows that the call was cancelled."""
+        """Waits until the server knows that the call was cancelled."""
         nonlocal count
         count += 1
         looked.set()

@@ -27,7 +27,7 @@ MODELS = [model(count, seed) for seed, count in enumerate((100, 60_000, 700_000,
 
 @dataclass(frozen=True)
 class Expected:
-    """What a checkpoint is: weights, and the masks on them."""
+    """The expected content of a checkpoint: weights and masks."""
 
     weights: Mapping[str, Tensor]
     masks: Mapping[str, Tensor] = field(default_factory=dict)
@@ -37,17 +37,20 @@ class Expected:
 
 
 class Ledger:
-    """What a server has answered for.
+    """What a server has acknowledged.
 
-    kept: checkpoints that are to be there.  gone: names of those that are not.
-    answers: how often it has answered.
-    What a call was at when the server was killed is in neither.
+    A checkpoint of a call during which the server was killed may exist or not; it is in neither.
+
+    Attributes:
+        kept: Checkpoints that must exist.
+        deleted: Names of checkpoints that must not exist.
+        answers: The number of answers.
     """
 
     def __init__(self) -> None:
         self.answers = 0
         self.kept: dict[secateur.Checkpoint, Expected] = {}
-        self.gone: set[str] = set()
+        self.deleted: set[str] = set()
         self._lock = threading.Lock()
 
     def add(self, checkpoint: secateur.Checkpoint | None, expected: Expected) -> None:
@@ -60,7 +63,7 @@ class Ledger:
             return draws.choice(list(self.kept.items())) if self.kept else None
 
     def take(self, draws: random.Random) -> secateur.Checkpoint | None:
-        """One that is to be deleted: from now on nobody knows whether it is there."""
+        """Removes a checkpoint from the ledger, for a delete of which the outcome is open."""
         with self._lock:
             checkpoint = draws.choice(list(self.kept)) if self.kept else None
             if checkpoint:
@@ -69,7 +72,7 @@ class Ledger:
 
 
 def step(client: secateur.Client, ledger: Ledger, draws: random.Random) -> None:
-    """An upload, a kept prune, or a delete."""
+    """Makes an upload, a kept prune, or a delete."""
     kind = draws.choice(["upload", "prune", "prune", "delete"])
     if len(ledger.kept) >= MOST_KEPT:
         kind = "delete"
@@ -79,7 +82,7 @@ def step(client: secateur.Client, ledger: Ledger, draws: random.Random) -> None:
     elif kind == "delete":
         if taken := ledger.take(draws):
             client.delete(taken)
-            ledger.gone.add(taken.name)
+            ledger.deleted.add(taken.name)
     elif picked := ledger.pick(draws):
         checkpoint, expected = picked
         spec = secateur.l1_unstructured(draws.choice(["*", "b"]), draws.uniform(0.1, 0.5))
@@ -92,9 +95,10 @@ def step(client: secateur.Client, ledger: Ledger, draws: random.Random) -> None:
 
 @contextmanager
 def callers(server: RunningServer, ledger: Ledger, seed: int) -> Iterator[list[Exception]]:
-    """Callers who do one thing after another while the block runs, and until their server dies.
+    """Runs callers while the block runs, and then kills their server.
 
-    Yields: what went wrong before that.
+    Yields:
+        Errors of calls before that.
     """
     dies = threading.Event()
     errors: list[Exception] = []
@@ -121,7 +125,7 @@ def callers(server: RunningServer, ledger: Ledger, seed: int) -> Iterator[list[E
         server.process.wait()
     finally:
         dies.set()
-        client.close()  # whoever would wait for another server sees that there is none
+        client.close()  # else callers would wait for another server
         for thread in threads:
             thread.join(300)
     assert "Traceback" not in server.log.read_text()
@@ -129,7 +133,7 @@ def callers(server: RunningServer, ledger: Ledger, seed: int) -> Iterator[list[E
 
 
 def digests_in_records(folder: Path) -> set[str]:
-    """The blobs that the records on the disk name."""
+    """Returns the blobs in the records on the disk."""
     found = set()
     for path in (folder / "checkpoints").glob("*/*.json"):
         record = json.loads(path.read_text().splitlines()[1])
@@ -137,17 +141,17 @@ def digests_in_records(folder: Path) -> set[str]:
     return found
 
 
-def check_all_there(server: RunningServer, ledger: Ledger, folder: Path, scratch: Path) -> None:
-    """What was answered for is whole; what was not is whole or not there; and no file is stray."""
+def check_all_kept(server: RunningServer, ledger: Ledger, folder: Path, scratch: Path) -> None:
+    """Checks that acknowledged checkpoints are complete, and that no other files exist."""
     with secateur.Client(server.address, timeout=300) as client:
         listed = {checkpoint.name: checkpoint for checkpoint in client.checkpoints()}
         check_tidy(folder, len(listed), digests_in_records(folder))
         assert {checkpoint.name for checkpoint in ledger.kept} <= listed.keys()
-        assert not ledger.gone & listed.keys()
+        assert not ledger.deleted & listed.keys()
         for checkpoint, expected in ledger.kept.items():
             assert listed.pop(checkpoint.name) == checkpoint
             assert_same_tensors(downloaded(client, checkpoint, scratch), expected.dense())
-        for checkpoint in listed.values():  # made or to be deleted when the server was killed
+        for checkpoint in listed.values():  # they were in work when the server was killed
             downloaded(client, checkpoint, scratch)
             client.delete(checkpoint)
     assert blobs(folder).keys() == digests_in_records(folder)
@@ -156,24 +160,31 @@ def check_all_there(server: RunningServer, ledger: Ledger, folder: Path, scratch
 def survive(
     kills: int, folder: Path, scratch: Path, crash: Callable[[], object] = lambda: None
 ) -> tuple[int, int]:
-    """Kills a server so often. Returns: checkpoints made, and those of them that were deleted.
+    """Kills a server repeatedly.
 
-    crash: what becomes of the disk each time.
+    Args:
+        kills: How often.
+        folder: Of the store.
+        scratch: For downloads.
+        crash: Changes the disk after each kill.
+
+    Returns:
+        How many checkpoints were made, and how many of them were deleted.
     """
     ledger, draws, made = Ledger(), random.Random(kills), set()
     for seed in range(kills):
         server = start_server("--store-dir", str(folder))
-        check_all_there(server, ledger, folder, scratch)
+        check_all_kept(server, ledger, folder, scratch)
         with callers(server, ledger, seed) as errors:
             enough = ledger.answers + draws.randint(1, 12)
             eventually(lambda enough=enough: bool(errors) or ledger.answers >= enough, True)  # type: ignore[misc]
             threading.Event().wait(draws.uniform(0, 0.05))
             assert errors == []
         crash()
-        made |= {checkpoint.name for checkpoint in ledger.kept} | ledger.gone
+        made |= {checkpoint.name for checkpoint in ledger.kept} | ledger.deleted
     with inner_server("--store-dir", str(folder)) as server:
-        check_all_there(server, ledger, folder, scratch)
-    return len(made), len(ledger.gone)
+        check_all_kept(server, ledger, folder, scratch)
+    return len(made), len(ledger.deleted)
 
 
 SLOW = pytest.mark.slow
@@ -194,14 +205,14 @@ def test_loss_of_unsynced_data_loses_no_acknowledged_checkpoint(
     disk, draws, kills, lost = losing_disk(tmp_path), random.Random(crashes), count(), list[int]()
 
     def crash() -> None:
-        if next(kills) % 5:  # else the server alone is killed, and the power goes later
+        if next(kills) % 5:  # else only the server is killed, and the power fails later
             lost.append(disk.crash(draws))
 
     with disk.preloaded():
         made, deleted = survive(crashes * 5 // 4, disk.store, tmp_path, crash)
     assert len(lost) == crashes
     print(f"{crashes} crashes, {made} checkpoints made, {deleted} of them deleted")
-    if crashes > 100:  # a few may all come when nothing is being written
-        assert sum(lost) > crashes  # names and files, of what nobody had been told
+    if crashes > 100:  # a few crashes may all happen when nothing is being written
+        assert sum(lost) > crashes  # unacknowledged names and files
     assert made > crashes
     assert deleted > 0

@@ -23,7 +23,7 @@ Array = npt.NDArray[np.float32]
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A folder on a disk: what pytest gives may be in memory."""
+    """A folder on a disk. pytest's folders may be in memory."""
     made = Path(tempfile.mkdtemp(prefix="secateur-large-", dir="/var/tmp"))
     if shutil.disk_usage(made).free < 40 << 30:
         shutil.rmtree(made)
@@ -34,7 +34,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def small_server(folder: Path) -> Iterator[RunningServer]:
-    """A server whose memory, page cache and all, the kernel keeps below LIMIT."""
+    """A server whose memory, including the page cache, the kernel limits to LIMIT."""
     group = memory_group()
     server = start_command("--store-dir", str(folder / "store"), "--allow-path", str(folder))
     (group / "cgroup.procs").write_text(str(server.process.pid))
@@ -44,7 +44,7 @@ def small_server(folder: Path) -> Iterator[RunningServer]:
 
 
 def memory_group() -> Path:
-    """A group of processes with a limit, of version 2 or 1 of the kernel's interface."""
+    """Makes a control group with a limit, of version 2 or 1."""
     root = Path("/sys/fs/cgroup")
     is_new = (root / "cgroup.controllers").exists()
     group = (root if is_new else root / "memory") / "secateur-test"
@@ -57,7 +57,7 @@ def memory_group() -> Path:
 
 
 def write_model(path: Path) -> list[Array]:
-    """Writes normal weights.  Returns: them, in mapped memory."""
+    """Writes normal weights. Returns them as mapped memory."""
     names = [f"layers.{number}.weight" for number in range(TENSORS)]
     header = file_header([(name, "F32", SHAPE) for name in names])
     random, rows = np.random.default_rng(0), SHAPE[0] // 8
@@ -76,7 +76,7 @@ def map_model(path: Path, header_bytes: int) -> list[Array]:
 
 
 def check_global(weights: list[Array], masks: list[npt.NDArray[np.bool_]], count: int) -> None:
-    """The definition: `count` of the lowest magnitudes, and of those at the cut the first ones."""
+    """Checks the definition: the `count` lowest magnitudes, and the first ones at the threshold."""
     assert sum(int(mask.size - mask.sum()) for mask in masks) == count
     magnitudes = [np.abs(weight) for weight in weights]
     cut = max(float(m[~mask].max()) for m, mask in zip(magnitudes, masks, strict=True))
@@ -84,7 +84,7 @@ def check_global(weights: list[Array], masks: list[npt.NDArray[np.bool_]], count
     assert least >= cut
     at_cut = [mask[m == cut] for m, mask in zip(magnitudes, masks, strict=True)]
     kept = np.concatenate(at_cut)
-    assert (np.sort(kept) == kept).all()  # first those that go, then those that stay
+    assert (np.sort(kept) == kept).all()  # all pruned ones precede the kept ones
 
 
 @pytest.mark.slow

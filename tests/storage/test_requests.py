@@ -16,7 +16,18 @@ from secateur_proto.checkpoint_pb2 import File
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
 from secateur_proto.pruner_pb2_grpc import PrunerStub
 from tests.conftest import eventually
-from tests.contract.raw import TIMEOUT, Failure, check_invalid, entry, failure, file, series, spec
+from tests.contract.raw import (
+    check_failed,
+    TIMEOUT,
+    Failure,
+    bearer,
+    check_invalid,
+    entry,
+    failure,
+    file,
+    series,
+    spec,
+)
 from tests.storage.stored import (
     Kept,
     committed,
@@ -26,7 +37,6 @@ from tests.storage.stored import (
     kept,
     on_disk,
     send_upload,
-    token,
     upload_file,
     upload_requests,
 )
@@ -42,7 +52,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_stays(store: Kept) -> Iterator[None]:
+def _store_is_empty_afterwards(store: Kept) -> Iterator[None]:
     yield
     for checkpoint in store.client.checkpoints():
         store.client.delete(checkpoint)
@@ -168,9 +178,7 @@ def test_invalid_model_is_refused_and_not_kept(store: Kept, kind: str, is_announ
     message = file_message(data, blake3=digest_of(data) if is_announced else "")
     requests = upload_requests([upload_file(message)], data)
     found = failure(send_upload, store.channel, requests)
-    assert found is not None
-    assert found.code == grpc.StatusCode.INVALID_ARGUMENT
-    assert found.reason == "INVALID_STATE_DICT"
+    found = check_failed(found, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_STATE_DICT")
     assert found.fields[0].startswith("data")
     assert on_disk(store.folder) == {}
     assert committed(store.channel, file_message(data)) == 0
@@ -219,13 +227,13 @@ def test_a_query_without_a_digest_is_refused(store: Kept) -> None:
     check_invalid(found, "INVALID_REQUEST", "files[1].blake3", [])
 
 
-# Whose checkpoints ----------------------------------------------------------------------------
+# Owners of checkpoints ------------------------------------------------------------------------
 
 NAMED: dict[str, Callable[[CheckpointsStub, str], Any]] = {
-    "get": lambda stub, name: stub.Get(pb.GetRequest(name=name), metadata=token("bob")),
-    "delete": lambda stub, name: stub.Delete(pb.DeleteRequest(name=name), metadata=token("bob")),
+    "get": lambda stub, name: stub.Get(pb.GetRequest(name=name), metadata=bearer("bob")),
+    "delete": lambda stub, name: stub.Delete(pb.DeleteRequest(name=name), metadata=bearer("bob")),
     "download": lambda stub, name: list(
-        stub.Download(pb.DownloadRequest(name=name), metadata=token("bob"))
+        stub.Download(pb.DownloadRequest(name=name), metadata=bearer("bob"))
     ),
 }
 
@@ -249,8 +257,7 @@ def test_name_of_another_owners_checkpoint_is_not_found(
     ident = of_alice.name.removeprefix("checkpoints/")
     for name in (of_alice.name, missing, ident, "", "checkpoints/", f"checkpoints/../{ident}"):
         found = failure(NAMED[rpc], stub, name)
-        assert found is not None
-        assert (found.code, found.reason) == (grpc.StatusCode.NOT_FOUND, "CHECKPOINT_NOT_FOUND")
+        found = check_failed(found, grpc.StatusCode.NOT_FOUND, "CHECKPOINT_NOT_FOUND")
         assert found.message == (
             f"checkpoint: {name!r} does not exist: it may have been deleted, evicted or expired, "
             "or belong to another token"
@@ -300,8 +307,7 @@ def test_checkpoint_is_found_by_its_full_name_only(store: Kept) -> None:
     stub = CheckpointsStub(store.channel)
     for name in (ident, f"checkpoints/checkpoints/{ident}", uploaded.name.upper()):
         found = failure(stub.Get, pb.GetRequest(name=name), timeout=TIMEOUT)
-        assert found is not None
-        assert (found.code, found.reason) == (grpc.StatusCode.NOT_FOUND, "CHECKPOINT_NOT_FOUND")
+        check_failed(found, grpc.StatusCode.NOT_FOUND, "CHECKPOINT_NOT_FOUND")
 
 
 def test_deletion_of_a_missing_checkpoint_may_be_allowed(store: Kept) -> None:

@@ -13,7 +13,7 @@ import secateur
 from secateur_proto.checkpoints_pb2 import UploadRequest
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
 from tests.conftest import RunningServer, eventually, inner_server, start_server
-from tests.contract.raw import Failure, check_invalid, failure, kept_open, series
+from tests.contract.raw import Failure, bearer, check_invalid, failure, kept_open, series, check_failed
 from tests.reference import assert_same_tensors
 from tests.storage.proxy import proxy
 from tests.storage.stored import (
@@ -29,7 +29,6 @@ from tests.storage.stored import (
     on_disk,
     received,
     send_upload,
-    token,
     upload_file,
     upload_requests,
 )
@@ -37,8 +36,8 @@ from tests.storage.stored import (
 MIB = 1 << 20
 BIG = model(6 * MIB)  # 24 MiB
 SMALL = model(1 * MIB)  # 4 MiB
-# What is on its way when a connection is cut is sent again: 4 MiB lie in gRPC before the server
-# reads, and some in the system's buffers. To begin anew each time would cost 60 MiB in all.
+# Bytes in transit when a connection is cut are sent again: 4 MiB in gRPC's buffers, and some in the
+# system's. A restart each time would cost 60 MiB.
 LOST = 10 * MIB
 
 
@@ -49,7 +48,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
 
 
 @pytest.fixture(autouse=True)
-def _only_checkpoints_stay(request: pytest.FixtureRequest) -> Iterator[None]:
+def _store_is_empty_without_checkpoints(request: pytest.FixtureRequest) -> Iterator[None]:
     """When a test has deleted its checkpoints, the disk is empty."""
     yield
     if "store" not in request.fixturenames:
@@ -80,12 +79,12 @@ def test_connection_that_breaks_repeatedly_resends_little(store: Kept, tmp_path:
     assert series(store.server, "secateur_uploads_resumed_total") >= 3
     assert series(store.server, "secateur_uploads_broken_total") >= 3
     assert_same_tensors(downloaded(store.client, uploaded, tmp_path), tensors)
-    assert shown[-1] == (size, size)  # what is sent again is not shown again
+    assert shown[-1] == (size, size)  # progress does not count bytes twice
     assert shown == sorted(shown)
 
 
 def test_upload_survives_a_restart_of_the_server(tmp_path: Path) -> None:
-    """The server loses the received bytes, so the upload begins again, and succeeds."""
+    """The server loses the received bytes, so the upload starts again, and succeeds."""
     folder = tmp_path / "store"
     for end in (signal.SIGKILL, signal.SIGTERM):
         restarted_half_way(folder, tmp_path, end)
@@ -152,7 +151,7 @@ def test_short_deadline_is_reported_and_a_later_upload_resumes(store: Kept, tmp_
             threading.Event().wait(2)
 
     with secateur.Client(store.server.address, timeout=1) as hurried:
-        while not is_half:  # a busy machine takes several
+        while not is_half:  # a busy machine needs several attempts
             with pytest.raises(secateur.DeadlineExceeded):
                 hurried.upload(BIG, slow)
     before = received(store.server)
@@ -172,7 +171,7 @@ def begun(store: Kept, data: bytes, count: int, name: str = "") -> None:
     """An upload that breaks after `count` bytes."""
     requests = upload_requests([upload_file(file_message(data))], data[:count])
     with kept_open(requests) as messages:
-        call = CheckpointsStub(store.channel).Upload.future(messages, metadata=token(name))
+        call = CheckpointsStub(store.channel).Upload.future(messages, metadata=bearer(name))
         eventually(lambda: committed(store.channel, file_message(data), name), count)
         call.cancel()
 
@@ -292,8 +291,7 @@ def test_newer_call_takes_over_an_upload(store: Kept) -> None:
         eventually(lambda: committed(store.channel, file_message(data)), len(data) - 5)
         ending.set()
         found = failure(call.result, timeout=300)
-        assert found is not None
-        assert (found.code, found.reason) == (grpc.StatusCode.ABORTED, "UPLOAD_TAKEN_OVER")
+        check_failed(found, grpc.StatusCode.ABORTED, "UPLOAD_TAKEN_OVER")
         newer.cancel()
     assert resumed(store, data, len(data) - 5, data[-5:]) is None
 
@@ -321,14 +319,14 @@ def test_stored_model_is_not_sent_again(store: Kept, tmp_path: Path) -> None:
     assert_same_tensors(downloaded(store.client, again, tmp_path), BIG)
 
 
-def gone_on(server: RunningServer) -> float:
+def resumed_uploads(server: RunningServer) -> float:
     return series(server, "secateur_uploads_resumed_total")
 
 
 def test_resumed_upload_is_counted(store: Kept) -> None:
     data, half = file_of(SMALL), 2 * MIB
-    before = gone_on(store.server)
+    before = resumed_uploads(store.server)
     begun(store, data, half)
     assert resumed(store, data, half, data[half:]) is None
-    assert resumed(store, data, len(data), b"") is None  # nothing was sent: nothing went on
-    assert gone_on(store.server) == before + 1
+    assert resumed(store, data, len(data), b"") is None  # without bytes it does not count
+    assert resumed_uploads(store.server) == before + 1

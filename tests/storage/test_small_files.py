@@ -34,7 +34,7 @@ def send(store: Store, data: bytes, count: int = 1) -> Record:
 
 
 def taken(folder: Path) -> int:
-    """What the system says that the files of a store take on its disk."""
+    """Returns the bytes that the files of a store take on the disk, from the system."""
     paths = (path for path in folder.rglob("*") if path.is_file() and path.name != "lock")
     return sum(path.stat().st_blocks * 512 for path in paths)
 
