@@ -33,8 +33,8 @@ from tests.forked import ForkedProcess
 # 700 a quarter of its time is spent on searching for cycles.
 gc.set_threshold(10_000)
 
-# Without a GPU Triton interprets the kernels. It reads this variable when it is imported, which some
-# modules of torch do.
+# Without a GPU Triton interprets the kernels. It reads this variable when it is imported, also by
+# modules of torch.
 if find_spec("triton") and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

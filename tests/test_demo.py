@@ -75,7 +75,7 @@ def _section(text: str, begin: str) -> str:
 
 
 def _row(section: str, label: str) -> list[float]:
-    """Returns the numbers of the line that begins with `label`, without commas and percent signs."""
+    """Returns the numbers of the line that begins with `label`."""
     match = re.search(rf"^{re.escape(label)}[ :]+([\d.,% ]+)", section, re.M)
     assert match is not None, f"{label!r} begins no line of:\n{section}"
     return [float(number) for number in re.sub("[,%]", "", match[1]).split()]

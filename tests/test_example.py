@@ -101,7 +101,7 @@ def test_the_methods_and_the_table_of_the_accuracy_example(accuracy: ModuleType)
     exact = round(0.9 * 59_838) / 59_838
     for name in ("uniform", "global", "LAMP", "ERK"):
         assert rows[name][0].sparsity == exact
-    # Of each 8 inputs one is kept, and one of the rest: of the 6, 400, 120 and 84 inputs of the layers.
+    # One of each 8 inputs is kept, and one of the rest. The layers have 6, 400, 120 and 84 inputs.
     kept = 54 + 16 * 9 + 120 * 50 + 84 * 15 + 10 * 11
     assert rows["2:4, 1:4, 1:8, 1:16"][0].sparsity == (59_838 - kept) / 59_838
     lines = accuracy.table(rows).splitlines()

@@ -103,7 +103,11 @@ def test_pieces_are_split_as_one_by_one(
     if dtype == torch.float32:
         scores = RandomScores(data.draw(st.integers(-(1 << 63), (1 << 63) - 1)))
         unpruned = packed(torch.arange(50) % 3 > 0).bits
-        several += [Piece(50, scores, dtype, unpruned), *several[:1], Piece(50, scores, dtype, None)]
+        several += [
+            Piece(50, scores, dtype, unpruned),
+            *several[:1],
+            Piece(50, scores, dtype, None),
+        ]
     low, high = sorted(key_of(bound, dtype) for bound in bounds)
     kept = [torch.empty((piece.units + 7) // 8, dtype=torch.uint8) for piece in several]
     found = backend.split(CONTEXT, several, low, high, kept)
@@ -169,7 +173,9 @@ def test_several_pieces_are_cut_as_one(
 ) -> None:
     drawn = data.draw(st.lists(pieces(st.just(dtype)), min_size=2, max_size=5))
     magnitudes = [m for _, of_piece, _ in drawn for m in of_piece]
-    candidates = [i for i, lives in enumerate(torch.cat([unpruned for *_, unpruned in drawn])) if lives]
+    candidates = [
+        i for i, lives in enumerate(torch.cat([unpruned for *_, unpruned in drawn])) if lives
+    ]
     assume(candidates)
     place = data.draw(st.integers(1, len(candidates)))
     order = sorted(candidates, key=lambda i: magnitudes[i])
@@ -202,7 +208,11 @@ def test_digits_are_counted(
     backend.count_digits(piece, wanted, low_bits - width, width, counts)
     candidates = [key for key, lives in zip(keys, unpruned.tolist(), strict=True) if lives]
     for prefix, found in zip(prefixes, counts, strict=True):
-        digits = [(key >> low_bits - width) % (1 << width) for key in candidates if key >> low_bits == prefix]
+        digits = [
+            (key >> low_bits - width) % (1 << width)
+            for key in candidates
+            if key >> low_bits == prefix
+        ]
         expected = torch.bincount(torch.tensor(digits, dtype=torch.int64), minlength=1 << width)
         assert torch.equal(found, expected)
 

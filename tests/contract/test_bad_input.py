@@ -16,8 +16,8 @@ from secateur_proto import pruner_pb2 as pb
 from secateur_proto import spec_pb2
 from tests.conftest import RunningServer, examples
 from tests.contract.raw import (
-    check_failed,
     RPCS,
+    check_failed,
     check_invalid,
     check_serves,
     confined_server,
@@ -97,9 +97,13 @@ def with_header_length(length: int) -> bytes:
 BAD_FILES = [
     pytest.param(with_header_length(0), "data", ["length is 0"], id="header of 0 bytes"),
     pytest.param(with_header_length(1), "data", ["length is 1;"], id="header of 1 byte"),
-    pytest.param(with_header_length(len(GOOD) - 7), "data", [str(len(GOOD))], id="header past the end"),
+    pytest.param(
+        with_header_length(len(GOOD) - 7), "data", [str(len(GOOD))], id="header past the end"
+    ),
     pytest.param(with_header_length(2**60), "data", [str(2**60)], id="header of 2^60 bytes"),
-    pytest.param(with_header_length(2**64 - 1), "data", [str(2**64 - 1)], id="header of 2^64-1 bytes"),
+    pytest.param(
+        with_header_length(2**64 - 1), "data", [str(2**64 - 1)], id="header of 2^64-1 bytes"
+    ),
     pytest.param(with_header_length(HEADER_BYTES - 1), "data", [], id="header one byte short"),
     pytest.param(with_header_length(HEADER_BYTES + 1), "data", [], id="header one byte long"),
     pytest.param(file(b"[]"), "data", ["["], id="a list"),

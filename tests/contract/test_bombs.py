@@ -297,9 +297,7 @@ def test_the_name_of_a_file_is_never_used_as_a_path(
 
 
 @pytest.mark.parametrize("name", TRICKS)
-def test_an_index_names_only_files_of_the_upload(
-    channel: grpc.Channel, name: str
-) -> None:
+def test_an_index_names_only_files_of_the_upload(channel: grpc.Channel, name: str) -> None:
     data = file({"w": entry("F32", [1], 0, 4)}, ONE)
     index = json.dumps({"weight_map": {"w": name}}).encode()
     files = [
@@ -342,9 +340,7 @@ def test_an_index_of_many_objects_is_refused_before_they_are_created(
 
 
 @pytest.mark.parametrize("name", [*TRICKS, "n" * 10**6])
-def test_the_name_of_a_checkpoint_is_never_used_as_a_path(
-    channel: grpc.Channel, name: str
-) -> None:
+def test_the_name_of_a_checkpoint_is_never_used_as_a_path(channel: grpc.Channel, name: str) -> None:
     for wanted in (name, f"checkpoints/{name}"):
         for call in (get, delete, download, report):
             found = failure(call, channel, wanted)

@@ -175,7 +175,9 @@ def test_a_client_accepts_a_channel_and_leaves_it_open(channel: grpc.Channel) ->
             assert client.report(MODEL).total == 66
 
 
-def test_a_client_without_an_address_or_a_channel_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_without_an_address_or_a_channel_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("SECATEUR_SERVER", raising=False)
     with pytest.raises(secateur.SecateurError, match="an address, or a channel"):
         secateur.Client()

@@ -328,9 +328,7 @@ def test_a_mask_of_bytes_other_than_0_and_1_is_refused(
 
 
 @pytest.mark.parametrize("fields", [{}, {"scope": spec_pb2.SCOPE_GLOBAL}, SLICES, {"fraction": 1}])
-def test_a_pruned_nan_is_legal(
-    channel: grpc.Channel, fields: dict[str, Any]
-) -> None:
+def test_a_pruned_nan_is_legal(channel: grpc.Channel, fields: dict[str, Any]) -> None:
     pair = {"w_orig": MODEL["z.nan"], "w_mask": HALF_OF_FC, "scores": MODEL["z.nan"].clone()}
     data = safetensors.torch.save(pair)
     # As in torch, the norm of a slice covers all scores, so a NaN among them is never legal.

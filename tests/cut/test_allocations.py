@@ -16,8 +16,8 @@ from secateur_server.importance.random import Random
 from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
 from tests.definition import (
-    SCOPES,
     NAMES,
+    SCOPES,
     SHAPES,
     Ranked,
     applied,

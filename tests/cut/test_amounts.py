@@ -26,10 +26,9 @@ from secateur_server.spec.rules import Selection
 from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
 from tests.contract import raw
-from tests.masks import packed
 from tests.definition import (
-    SCOPES,
     NAMES,
+    SCOPES,
     Ranked,
     applied,
     assert_pruned,
@@ -44,6 +43,7 @@ from tests.definition import (
     sizes,
     without,
 )
+from tests.masks import packed
 
 many = examples(50)
 MODELS = models()
@@ -203,7 +203,7 @@ L1 = Magnitude(1.0)
 
 
 def slices(parameter: Parameter, dim: int, p: int) -> Ranked:
-    """Returns the slices of a tensor, scored by the mean of |w|^p, whose root has the same order."""
+    """Returns the slices of a tensor, scored by the mean of |w|^p: its root has the same order."""
     return units_of(parameter, np.indices(parameter.weight.shape)[dim], p)
 
 

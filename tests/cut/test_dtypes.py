@@ -156,9 +156,7 @@ def test_slices_are_compared_by_their_norms(
 
 
 @every_dtype
-def test_norms_of_partly_pruned_slices(
-    client: secateur.Client, dtype: torch.dtype
-) -> None:
+def test_norms_of_partly_pruned_slices(client: secateur.Client, dtype: torch.dtype) -> None:
     weight = numbers((6, 5, 4), dtype, seed=4)
     for n in ("nuc", 1, 2):
         step = l1(["w"], 0.5) + ln(["w"], 2, n, 0)
@@ -170,7 +168,9 @@ def test_norms_of_partly_pruned_slices(
         assert torch.equal(found, first & lowest_slices(norms, 2, weight.shape, 0))
 
 
-def test_rows_of_int32_with_equal_norms_in_float32_are_distinguished(client: secateur.Client) -> None:
+def test_rows_of_int32_with_equal_norms_in_float32_are_distinguished(
+    client: secateur.Client,
+) -> None:
     weight = torch.tensor([[2**30 + 1, 0], [2**30, 0], [2**30 + 2, 0]], dtype=torch.int32)
     for spec in (
         secateur.ln_structured("w", 1, 1, 0),
@@ -182,7 +182,9 @@ def test_rows_of_int32_with_equal_norms_in_float32_are_distinguished(client: sec
 
 
 @pytest.mark.parametrize("amount", AMOUNTS)
-def test_tensors_of_several_dtypes_are_compared_without_rounding(client: secateur.Client, amount: float) -> None:
+def test_tensors_of_several_dtypes_are_compared_without_rounding(
+    client: secateur.Client, amount: float
+) -> None:
     kinds = [FP8[0], torch.float32, FP8[1], torch.bfloat16, torch.int8, torch.uint8, torch.float16]
     for some in ([*FP8], kinds[:4], kinds, [*kinds, *INTEGERS, torch.float64]):
         tensors = {}
@@ -236,7 +238,9 @@ def test_other_methods_give_the_masks_of_the_same_numbers_as_floats(
 
 
 @every_dtype
-def test_a_random_selection_does_not_depend_on_the_dtype(client: secateur.Client, dtype: torch.dtype) -> None:
+def test_a_random_selection_does_not_depend_on_the_dtype(
+    client: secateur.Client, dtype: torch.dtype
+) -> None:
     weight = numbers((20, 30), dtype)
     for spec, pruned in (
         (secateur.random_unstructured("w", 0.3, seed=5), 180),
@@ -304,9 +308,7 @@ def test_a_pair_can_be_pruned_further_and_finalized(
 
 
 @pytest.mark.parametrize("output", ["masks", "dense"])
-def test_a_pair_of_integers_is_folded_without_a_rule(
-    client: secateur.Client, output: str
-) -> None:
+def test_a_pair_of_integers_is_folded_without_a_rule(client: secateur.Client, output: str) -> None:
     pair = {"n_orig": torch.tensor([-5, 6]), "n_mask": torch.tensor([0, 1])}
     source = {**pair, "w": torch.tensor([1.0, -2.0])}
     result = client.prune(source, secateur.l1_unstructured("*", 1), output=output)
@@ -420,7 +422,9 @@ def test_checkpoints_have_every_dtype(client: secateur.Client, dtype: torch.dtyp
 
 
 @every_dtype
-def test_apply_to_gives_the_module_that_torch_prunes(client: secateur.Client, dtype: torch.dtype) -> None:
+def test_apply_to_gives_the_module_that_torch_prunes(
+    client: secateur.Client, dtype: torch.dtype
+) -> None:
     weight = numbers((6, 5), dtype)
     module, twin = by_torch({"a.w": weight}), by_torch({"a.w": weight})
     result = client.prune(module, secateur.l1_unstructured("a.w", 12))

@@ -22,7 +22,6 @@ from secateur_server.spec.rules import GuardRails, Rail, Selection
 from secateur_server.state_dict.catalog import Stored, read_catalog
 from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
-from tests.masks import packed
 from tests.definition import (
     NAMES,
     Chosen,
@@ -36,6 +35,7 @@ from tests.definition import (
     models,
     rule,
 )
+from tests.masks import packed
 
 many = examples(40)
 MODELS = models()
@@ -284,9 +284,7 @@ def test_bytes_below_the_rails_are_an_error() -> None:
         ({"min_sparsity": 0.51, "max_sparsity": 0.59}, "a.min_sparsity"),
     ],
 )
-def test_contradicting_rails_of_one_tensor_are_an_error(
-    bounds: dict[str, Any], field: str
-) -> None:
+def test_contradicting_rails_of_one_tensor_are_an_error(bounds: dict[str, Any], field: str) -> None:
     with pytest.raises(AmountOutOfRange) as caught:
         guarded(of_shape((10,)), 5, (Rail("a", (NAMES[0],), **bounds),))
     assert caught.value.field == field

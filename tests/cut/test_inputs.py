@@ -93,7 +93,9 @@ def test_slices_of_every_shape_can_be_pruned(
 
 @every_dtype
 @pytest.mark.parametrize("amount", [1, 3, 5, 6, 7, 8])
-def test_infinities_are_pruned_last(client: secateur.Client, dtype: torch.dtype, amount: int) -> None:
+def test_infinities_are_pruned_last(
+    client: secateur.Client, dtype: torch.dtype, amount: int
+) -> None:
     values = [math.inf, 1, -math.inf, torch.finfo(dtype).max, -0.0, math.inf, 2, 0.0]
     weight = torch.tensor(values, dtype=dtype)
     (kept,) = lowest([weight], amount)

@@ -34,7 +34,6 @@ from secateur_server.spec.rules import GuardRails, Rail, Selection
 from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
 from tests.contract import raw
-from tests.masks import packed
 from tests.definition import (
     DTYPES,
     NAMES,
@@ -45,6 +44,7 @@ from tests.definition import (
     parameter,
     rule,
 )
+from tests.masks import packed
 
 many = examples(100)
 EVERY = (*DTYPES, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.int64)

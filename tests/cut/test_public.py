@@ -167,7 +167,9 @@ def test_normalized_channels_of_several_layers_are_those_of_torch_pruning(
 
 
 @SOURCES
-def test_channels_by_batch_norm_scales_are_those_of_torch_pruning(source: str, layers: Layers) -> None:
+def test_channels_by_batch_norm_scales_are_those_of_torch_pruning(
+    source: str, layers: Layers
+) -> None:
     some = chosen(source, layers)
     scores = by_torch_pruning(some, "BNScaleImportance", normalizer=None)
     kept, threshold = lowest_channels(some, 15, ["bn"])
@@ -215,7 +217,9 @@ def test_blocks_are_those_of_torchs_sparsifier(
 
 @SOURCES
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8)])
-def test_n_m_masks_are_those_of_torchs_sparsifier(source: str, layers: Layers, n: int, m: int) -> None:
+def test_n_m_masks_are_those_of_torchs_sparsifier(
+    source: str, layers: Layers, n: int, m: int
+) -> None:
     weight = matrix(source, layers)
     masks, _ = applied({"w": Parameter(weight)}, rule(["w"], 1.0, granularity=NM(n, m, 1)))
     assert torch.equal(masks["w"], by_sparsifier(weight, 1.0, (1, m), m - n))

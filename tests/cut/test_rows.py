@@ -18,8 +18,8 @@ from secateur_server.importance.random import Random
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
-from tests.masks import packed
 from tests.definition import DTYPES, amount_of, applied, rule
+from tests.masks import packed
 
 some = examples(40)
 
@@ -65,7 +65,9 @@ def test_each_row_loses_its_fraction(
 
 @some
 @given(drawn=weights(), count=st.integers(0, 3))
-def test_each_row_loses_the_count_or_the_rule_is_refused(drawn: tuple[Tensor, Tensor], count: int) -> None:
+def test_each_row_loses_the_count_or_the_rule_is_refused(
+    drawn: tuple[Tensor, Tensor], count: int
+) -> None:
     weight, unpruned = drawn
     rows = unpruned.view(len(weight), -1)
     model = {"w": Parameter(weight, packed(unpruned))}

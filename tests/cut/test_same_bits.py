@@ -23,8 +23,8 @@ from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.rules import Scope, Selection
 from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
-from tests.masks import packed, unpacked
 from tests.definition import amount_of
+from tests.masks import packed, unpacked
 from tests.reference import EXACT, HALF, distinct, lowest_slices
 
 Answer = tuple[dict[str, Tensor], list[Sequence[Choice]]]
@@ -112,7 +112,9 @@ def shuffled_rows(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     "p", [2.0, 0.5, *(pytest.param(p, marks=pytest.mark.slow) for p in (1.0, 3.0))]
 )
 @pytest.mark.usefixtures("threads")
-def test_norms_of_large_slices_do_not_depend_on_the_number_of_threads(dtype: torch.dtype, p: float) -> None:
+def test_norms_of_large_slices_do_not_depend_on_the_number_of_threads(
+    dtype: torch.dtype, p: float
+) -> None:
     weight = shuffled_rows(4, 150_000, dtype)
     rules = [rule(["w"], Magnitude(p), Slice(0), 1)] * 3
     answers = []

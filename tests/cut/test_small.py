@@ -29,8 +29,8 @@ from secateur_server.report.tensors import measure_tensors
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
-from tests.masks import packed, unpacked
 from tests.definition import amount_of, applied, catalog_of, rule
+from tests.masks import packed, unpacked
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int64)
 SIZES = st.sampled_from([0, 1, 2, 7, 8, 9, 63, 64, 65, 1000, 5000])

@@ -53,7 +53,9 @@ def test_each_alert_has_a_test_that_it_fires_and_one_that_it_does_not() -> None:
 
 
 @pytest.mark.parametrize("alert", alerts(), ids=lambda alert: alert["alert"])
-def test_an_alert_has_a_severity_a_description_and_a_runbook(alert: dict[str, dict[str, str]]) -> None:
+def test_an_alert_has_a_severity_a_description_and_a_runbook(
+    alert: dict[str, dict[str, str]],
+) -> None:
     annotations = alert["annotations"]
     assert alert["labels"]["severity"] in ("page", "ticket")
     assert set(annotations) == {"summary", "description", "runbook_url"}

@@ -1,4 +1,4 @@
-"""Measures the memory of reading files. Prints JSON: {kind: [bytes of the file, bytes at the peak]}.
+"""Measures the memory of reading files. Prints JSON: {kind: [bytes of the file, peak in bytes]}.
 
 It runs in its own process, whose memory nothing else changes.
 """

@@ -1,14 +1,15 @@
 """The targets of fuzzing: functions that give bytes to the server's readers as a call does.
 
-A target returns whether the bytes were accepted; it returns False if they were refused with an error
-of the server. Other exceptions are defects, and so are differences from the libraries with which
-other programs read the same bytes.
+A target returns whether the bytes were accepted, or else were refused with an error of the server.
+Other exceptions are defects, and so are differences from the libraries with which other programs
+read the same bytes.
 """
 
 import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import safetensors

@@ -258,7 +258,9 @@ def test_pruning_all_units_keeps_at_most_n_of_m(drawn: Drawn) -> None:
 @in_pieces
 @some
 @given(drawn=tensors(), p=ORDERS.filter(lambda p: p != 0.5), seed=SEEDS)
-def test_scores_masks_and_costs_have_the_same_bits_without_numba(drawn: Drawn, p: float, seed: int) -> None:
+def test_scores_masks_and_costs_have_the_same_bits_without_numba(
+    drawn: Drawn, p: float, seed: int
+) -> None:
     units, mask = drawn.units, drawn.mask
     grid = units.grid(drawn.values.shape)
     kept = packed(torch.rand(grid, generator=torch.Generator().manual_seed(seed)) < 0.5)
@@ -280,7 +282,9 @@ def test_scores_masks_and_costs_have_the_same_bits_without_numba(drawn: Drawn, p
 @pytest.mark.parametrize("m", [2, 3, 16, COUNTED, COUNTED + 1, 1024])
 @pytest.mark.parametrize("inner", [1, 7])
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
-def test_each_backend_finds_the_largest_keys_of_groups(m: int, inner: int, dtype: torch.dtype) -> None:
+def test_each_backend_finds_the_largest_keys_of_groups(
+    m: int, inner: int, dtype: torch.dtype
+) -> None:
     """More groups than are compared at once. The key of a pruned element is -1."""
     torch.manual_seed(m)
     keys = torch.randint(-1, 2 * m, (2 * KEYS // (m * inner) + 3, m, inner), dtype=dtype)
@@ -335,7 +339,9 @@ def test_scores_of_large_tensors_in_many_tiles(units: NM | Block, dtype: torch.d
         (Slice(-3), (4, 4), r"-3 is not in [-2, 2)"),
     ],
 )
-def test_a_tensor_without_such_units_is_refused(units: Units, shape: tuple[int, ...], why: str) -> None:
+def test_a_tensor_without_such_units_is_refused(
+    units: Units, shape: tuple[int, ...], why: str
+) -> None:
     with pytest.raises((NotStructured, DimOutOfRange), match=re.escape(why)) as refused:
         units.check("rule", "w", shape)
     assert refused.value.field.startswith("rule.")

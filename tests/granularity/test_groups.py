@@ -23,7 +23,6 @@ from secateur_server.spec.rules import GuardRails, Rail
 from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
 from tests.contract import raw
-from tests.masks import packed
 from tests.definition import (
     DTYPES,
     Ranked,
@@ -36,6 +35,7 @@ from tests.definition import (
     parameter,
     resolved,
 )
+from tests.masks import packed
 
 many = examples(25)
 
@@ -344,7 +344,9 @@ def test_the_default_of_units_is_the_most_that_fit() -> None:
         assert resolved(model, [Group("g", (part,))]).groups[0].members[0].units == units
 
 
-def test_channels_are_pruned_with_their_batch_norm_and_the_next_input(channel: grpc.Channel) -> None:
+def test_channels_are_pruned_with_their_batch_norm_and_the_next_input(
+    channel: grpc.Channel,
+) -> None:
     """Over the wire: a channel before a flatten of 4 is 4 columns after it."""
     generator = torch.Generator().manual_seed(0)
     shapes = {

@@ -144,7 +144,9 @@ def test_the_dense_file_is_that_of_torch(
     assert_same_tensors(load_file(pruned(program, server, model, "dense")), {**tensors, **weights})
 
 
-def test_a_report_above_the_default_message_limit_arrives(program: list[str], server: RunningServer, tmp_path: Path) -> None:
+def test_a_report_above_the_default_message_limit_arrives(
+    program: list[str], server: RunningServer, tmp_path: Path
+) -> None:
     """It is one message of more than 4 MiB, gRPC's default limit."""
     model = tmp_path / "model.safetensors"
     save_file({f"{i:01000}": torch.ones(1) for i in range(3_000)}, model)  # long names
@@ -159,7 +161,9 @@ def check_failed(ended: subprocess.CompletedProcess[str], model: Path, *says: st
     assert list(model.parent.iterdir()) == [model]
 
 
-def test_an_unknown_tensor_is_an_error_with_its_name(program: list[str], server: RunningServer, model: Path) -> None:
+def test_an_unknown_tensor_is_an_error_with_its_name(
+    program: list[str], server: RunningServer, model: Path
+) -> None:
     ended = run(program, server.address, model, "--tensors", "conv7.weight")
     check_failed(ended, model, "INVALID_ARGUMENT: ", "conv7.weight", "spec.rules[0].selection")
 

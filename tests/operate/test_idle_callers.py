@@ -26,8 +26,8 @@ from secateur_server.operate import interceptor
 from tests.clock import Clock, install
 from tests.conftest import PATIENCE, eventually, start_server, stop_server
 from tests.contract.raw import (
-    check_failed,
     Failure,
+    check_failed,
     check_serves,
     failure,
     header,

@@ -35,7 +35,16 @@ from tests.conftest import (
     start_server,
     stop_server,
 )
-from tests.contract.raw import OWN_CONNECTION, Failure, entry, failure, file, header, message, check_failed
+from tests.contract.raw import (
+    OWN_CONNECTION,
+    Failure,
+    check_failed,
+    entry,
+    failure,
+    file,
+    header,
+    message,
+)
 from tests.operate.test_metrics import sample
 from tests.processes import thread_ids
 

@@ -22,7 +22,7 @@ from secateur_server.runtime.scheduler import MAX_MESSAGE_BYTES
 from secateur_server.spec.amounts import MOST_ENTRIES
 from secateur_server.spec.decode import MOST_GROUPS
 from tests.conftest import RunningServer
-from tests.contract.raw import TIMEOUT, check_serves, failure, check_failed
+from tests.contract.raw import TIMEOUT, check_failed, check_serves, failure
 
 ROOT = Path(__file__).parents[2]
 

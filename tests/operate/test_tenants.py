@@ -217,7 +217,9 @@ def sizes(client: secateur.Client) -> int:
     return sum(found.values())
 
 
-def test_least_recently_used_checkpoint_of_a_tenant_is_evicted_for_its_quota(service: Service) -> None:
+def test_least_recently_used_checkpoint_of_a_tenant_is_evicted_for_its_quota(
+    service: Service,
+) -> None:
     with emptied(service, "speech", "small") as (other, small):
         older = other.upload(model(0, 20 * KIB))
         first = small.upload(model(1, 20 * KIB))
@@ -328,7 +330,10 @@ def report_in_service(service: Service, name: str, data: bytes) -> Iterator[Any]
         rest.wait(300)
         yield ReportRequest(data=data[-1:])
 
-    stub, before = PrunerStub(service.channel), series(service.server, "secateur_requests_in_flight")
+    stub, before = (
+        PrunerStub(service.channel),
+        series(service.server, "secateur_requests_in_flight"),
+    )
     call = stub.Report.future(messages(), metadata=metadata(name), timeout=300)
     eventually(lambda: series(service.server, "secateur_requests_in_flight"), before + 1)
     try:
@@ -339,7 +344,9 @@ def report_in_service(service: Service, name: str, data: bytes) -> Iterator[Any]
 
 
 @pytest.mark.parametrize(("name", "size"), [("light", 40 * KIB), ("single", KIB)])
-def test_quota_in_service_blocks_its_own_tenant_only(service: Service, name: str, size: int) -> None:
+def test_quota_in_service_blocks_its_own_tenant_only(
+    service: Service, name: str, size: int
+) -> None:
     data = save(model(1, size))
     with (
         service.client(name) as mine,
@@ -465,9 +472,7 @@ def test_silent_calls_of_a_tenant_block_neither_others_nor_probes(service: Servi
         ended.wait()
         yield from ()
 
-    channels = [
-        grpc.insecure_channel(service.server.address, [OWN_CONNECTION]) for _ in range(2)
-    ]
+    channels = [grpc.insecure_channel(service.server.address, [OWN_CONNECTION]) for _ in range(2)]
     with ExitStack() as opened:
         stubs = [PrunerStub(opened.enter_context(channel)) for channel in channels]
         opened.callback(ended.set)

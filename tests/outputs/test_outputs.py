@@ -79,7 +79,9 @@ def test_dense_is_the_result_of_torchs_remove(client: secateur.Client, dtype: to
 
 
 @every_dtype
-def test_finalize_is_the_result_of_torchs_remove(client: secateur.Client, dtype: torch.dtype) -> None:
+def test_finalize_is_the_result_of_torchs_remove(
+    client: secateur.Client, dtype: torch.dtype
+) -> None:
     tensors = {"a.w": distinct((20, 30), dtype), "b": distinct((77,), dtype, seed=1)}
     step = ln(["a.w"], 0.5, 2, 1) + l1(["a.w", "b"], 0.5)
     module = by_torch(tensors, step)

@@ -185,7 +185,9 @@ def test_cancellation_ends_the_work(large: LargeModel, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("output", [pb.OUTPUT_MASKS, pb.OUTPUT_DENSE, pb.OUTPUT_REPARAMETRIZED])
 @pytest.mark.parametrize("name", [*SPECS, *(f"sent {name}" for name in SPECS)])
-def test_cancellation_at_any_moment_ends_the_work(large: LargeModel, name: str, output: Any) -> None:
+def test_cancellation_at_any_moment_ends_the_work(
+    large: LargeModel, name: str, output: Any
+) -> None:
     check_all_moments(large, lambda: large.begin(name, output=output), 12)
 
 

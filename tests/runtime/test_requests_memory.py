@@ -16,10 +16,10 @@ from secateur_server.errors import RequestTooLarge
 from secateur_server.runtime.context import RequestContext
 from secateur_server.runtime.scheduler import Scheduler
 from tests.conftest import PATIENCE, RunningServer, eventually, start_server, stop_server
-from tests.contract.raw import OWN_CONNECTION, failure, send, check_failed
-from tests.processes import memory
+from tests.contract.raw import OWN_CONNECTION, check_failed, failure, send
 from tests.operate.test_metrics import sample
 from tests.operate.test_threads import is_serving
+from tests.processes import memory
 
 MIB = 1 << 20
 LIMIT = 64 * MIB

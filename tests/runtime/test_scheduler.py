@@ -27,10 +27,10 @@ from secateur_server.runtime.context import RequestContext, Tenant
 from secateur_server.runtime.scheduler import MAX_PROBES, WORKERS, Scheduler
 from tests.conftest import RunningServer, eventually, inner_server, start_server, stop_server
 from tests.contract.raw import (
-    check_failed,
     OWN_CONNECTION,
     Failure,
     bearer,
+    check_failed,
     check_serves,
     failure,
     file,
@@ -423,7 +423,7 @@ class Calls:
         return series(self._server, f"secateur_{name}", **labels)
 
     def begin(self, who: str, size: int) -> Any:
-        """Begins a call that announces `size` bytes and sends one. Returns when that has arrived."""
+        """Begins a call that announces `size` bytes and sends one. Returns when it has arrived."""
         before = self._begun()
         first = message("Report", header=header("Report", size), data=b"\x10")
 
@@ -503,7 +503,9 @@ def test_request_beyond_the_queue_gets_a_retry_delay(calls: Calls) -> None:
     call = calls.report(FLOOD, SMALL_FILE)
     found = ending(call)
     found = check_failed(found, grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
-    assert f"{LIMIT_BYTES} of {LIMIT_BYTES} bytes are in service, and 3 requests wait" in found.message
+    assert (
+        f"{LIMIT_BYTES} of {LIMIT_BYTES} bytes are in service, and 3 requests wait" in found.message
+    )
     delay = retry_delay(call)
     assert delay is not None
     assert 1 <= delay <= 30

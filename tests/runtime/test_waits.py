@@ -99,7 +99,7 @@ def test_running_request_waited_for_nothing() -> None:
 
 @pytest.fixture
 def small() -> Iterator[RunningServer]:
-    """A server that admits 1 MiB of models, and waits for silent calls as long as a test may take."""
+    """A server that admits 1 MiB of models, and does not cut silent calls off during a test."""
     with inner_server("--memory-limit", str(LIMIT), "--idle-timeout", "300") as running:
         yield running
 
@@ -107,7 +107,10 @@ def small() -> Iterator[RunningServer]:
 @contextmanager
 def held(server: RunningServer, channel: grpc.Channel) -> Iterator[None]:
     """In the block one call holds all memory for models."""
-    first, ended = message("Report", header=header("Report", LIMIT), data=b"\x10"), threading.Event()
+    first, ended = (
+        message("Report", header=header("Report", LIMIT), data=b"\x10"),
+        threading.Event(),
+    )
 
     def messages() -> Iterator[Any]:
         yield first

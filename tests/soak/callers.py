@@ -232,7 +232,7 @@ class Caller:
         return f"{'cut' if is_cut else 'cancelled'} {rpc} {code.name}"
 
 
-# How a cancelled call may end. A full queue, or another upload of the same model, may end it before.
+# How a cancelled call may end. A full queue or another upload of the same model may end it before.
 _MAY_END = {
     grpc.StatusCode.OK,
     grpc.StatusCode.CANCELLED,

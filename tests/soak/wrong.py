@@ -167,7 +167,9 @@ def _too_large(connection: Connection, rpc: str) -> None:
     assert (found.code, found.reason) == (code, "MODEL_TOO_LARGE"), found
 
 
-def _upload(connection: Connection, requests: Iterator[checkpoints_pb2.UploadRequest]) -> Failure | None:
+def _upload(
+    connection: Connection, requests: Iterator[checkpoints_pb2.UploadRequest]
+) -> Failure | None:
     upload = CheckpointsStub(connection.channel).Upload
     return failure(upload, requests, timeout=60, metadata=bearer(connection.token))
 

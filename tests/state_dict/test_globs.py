@@ -1,4 +1,4 @@
-"""Names and globs: their matches compared with fnmatch, and the work and memory for many of them."""
+"""Names and globs: their matches compared with fnmatch, and the work and memory for many."""
 
 import sys
 import tracemalloc
@@ -102,7 +102,9 @@ def test_matching_keeps_no_memory() -> None:
         ([f"{i:03}{'x' * 990}*" for i in range(600)], MOST_GLOB_CHARACTERS),
     ],
 )
-def test_more_globs_than_the_limit_are_an_error_with_the_limit(globs: list[str], limit: int) -> None:
+def test_more_globs_than_the_limit_are_an_error_with_the_limit(
+    globs: list[str], limit: int
+) -> None:
     with pytest.raises(InvalidSpec, match=f"^tensors: .*{limit}"):
         matches(RequestContext(), "tensors", globs, names_of(1))
 

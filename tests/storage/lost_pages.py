@@ -69,8 +69,8 @@ class LosingDisk:
     def leave(self, target: Path, draws: random.Random) -> int:
         """Writes to `target` what a disk may have after a crash.
 
-        Each name and each page of a file is at random in its synced or in its last state. Pages that
-        were never synced may be zeros.
+        Each name and each page of a file is at random in its synced or in its last state. Pages
+        that were never synced may be zeros.
 
         Returns:
             How many names and files differ from the last state.

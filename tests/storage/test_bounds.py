@@ -19,7 +19,7 @@ from secateur_proto.checkpoints_pb2 import DownloadRequest
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
 from secateur_server.storage.folders import default_max_bytes
 from tests.conftest import RunningServer, eventually, inner_server, start_server
-from tests.contract.raw import OWN_CONNECTION, failure, kept_open, series, check_failed
+from tests.contract.raw import OWN_CONNECTION, check_failed, failure, kept_open, series
 from tests.storage.stored import (
     DISK_BLOCK,
     Kept,

@@ -18,7 +18,7 @@ import secateur
 from secateur_proto.checkpoints_pb2 import DownloadRequest
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
 from tests.conftest import eventually
-from tests.contract.raw import TIMEOUT, failure, header, message, send, series, check_failed
+from tests.contract.raw import TIMEOUT, check_failed, failure, header, message, send, series
 from tests.reference import assert_same_tensors
 from tests.storage.stored import (
     Kept,

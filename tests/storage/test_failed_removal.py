@@ -18,7 +18,7 @@ from secateur_server.runtime.context import RequestContext
 from secateur_server.storage import clock as clock_module
 from secateur_server.storage.records import Record
 from secateur_server.storage.store import Store
-from tests.contract.raw import TIMEOUT, failure, series, check_failed
+from tests.contract.raw import TIMEOUT, check_failed, failure, series
 from tests.reference import assert_same_tensors
 from tests.storage.stored import counted, downloaded, kept, model, on_disk
 from tests.storage.test_clock import Machine

@@ -13,7 +13,7 @@ import secateur
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
 from secateur_server.runtime import disk as disk_module
 from tests.conftest import eventually
-from tests.contract.raw import failure, kept_open, check_failed
+from tests.contract.raw import check_failed, failure, kept_open
 from tests.reference import assert_same_tensors
 from tests.storage.stored import (
     Kept,

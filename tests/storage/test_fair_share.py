@@ -10,7 +10,7 @@ import pytest
 import secateur
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
 from tests.conftest import eventually
-from tests.contract.raw import bearer, failure, kept_open, series, check_failed
+from tests.contract.raw import bearer, check_failed, failure, kept_open, series
 from tests.storage.stored import (
     Kept,
     committed,

@@ -17,10 +17,10 @@ from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
 from secateur_proto.pruner_pb2_grpc import PrunerStub
 from tests.conftest import eventually
 from tests.contract.raw import (
-    check_failed,
     TIMEOUT,
     Failure,
     bearer,
+    check_failed,
     check_invalid,
     entry,
     failure,

@@ -13,7 +13,15 @@ import secateur
 from secateur_proto.checkpoints_pb2 import UploadRequest
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
 from tests.conftest import RunningServer, eventually, inner_server, start_server
-from tests.contract.raw import Failure, bearer, check_invalid, failure, kept_open, series, check_failed
+from tests.contract.raw import (
+    Failure,
+    bearer,
+    check_failed,
+    check_invalid,
+    failure,
+    kept_open,
+    series,
+)
 from tests.reference import assert_same_tensors
 from tests.storage.proxy import proxy
 from tests.storage.stored import (
