@@ -1,5 +1,6 @@
 """Conversion between packed masks and masks of bool."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,6 @@ def unpacked(parameter: Parameter) -> Tensor:
     """Returns the mask of a parameter, and checks that the unused bits of the last byte are 0."""
     mask = parameter.mask
     assert mask is not None
-    flags = [byte >> place & 1 for byte in mask.bits.tolist() for place in range(8)]
-    assert not any(flags[mask.elements :])
-    return torch.tensor(flags[: mask.elements], dtype=torch.bool).view(parameter.weight.shape)
+    flags = torch.from_numpy(np.unpackbits(mask.bits.cpu().numpy(), bitorder="little")).bool()
+    assert not flags[mask.elements :].any()
+    return flags[: mask.elements].view(parameter.weight.shape)
