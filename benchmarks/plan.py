@@ -8,6 +8,7 @@ from common import AMOUNT, Model, Server, in_fresh_process, make_model, running_
 from methods import Core
 from secateur_server.cut.plan import plan
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.amounts import Fraction
 
 CALLS = 5
 AMOUNTS = [number / 20 for number in range(1, 21)]
@@ -60,7 +61,7 @@ def measure(
         wire_plan, planned = timed(lambda: client.plan(model, spec, AMOUNTS, progress=False))
         wire_prune, pruned = timed(lambda: client.prune(model, spec, progress=False))
         core_plan, core_prune = (
-            core.seconds(plan, RequestContext(), rule, AMOUNTS),
+            core.seconds(plan, RequestContext(), rule, [Fraction(amount) for amount in AMOUNTS]),
             core.prune(spec),
         )
         rounds.append((wire_plan, wire_prune, core_plan, core_prune))

@@ -78,7 +78,7 @@ def test_a_split_keeps_keys_above_and_finds_keys_within_the_bounds(
     low, high = sorted(data.draw(st.lists(st.sampled_from(magnitudes), min_size=2, max_size=2)))
     kept = torch.full(((piece.units + 7) // 8,), 0xFF, dtype=torch.uint8)
     bounds = key_of(low, piece.dtype), key_of(high, piece.dtype)
-    (found,) = backend.split(CONTEXT, [piece], *bounds, [kept])
+    (found,) = backend.split([piece], *bounds, [kept])
     expected = torch.tensor([m >= high for m in magnitudes]) & unpruned
     within = [i for i, m in enumerate(magnitudes) if low <= m < high and unpruned[i]]
     assert torch.equal(kept, packed(expected).bits)
@@ -99,7 +99,9 @@ def test_a_split_keeps_keys_above_and_finds_keys_within_the_bounds(
 def test_pieces_are_split_as_one_by_one(
     backend: TorchBackend, dtype: torch.dtype, data: st.DataObject, bounds: list[float]
 ) -> None:
-    several = [drawn[0] for drawn in data.draw(st.lists(pieces(st.just(dtype)), max_size=5))]
+    several = [
+        drawn[0] for drawn in data.draw(st.lists(pieces(st.just(dtype)), min_size=1, max_size=5))
+    ]
     if dtype == torch.float32:
         scores = RandomScores(data.draw(st.integers(-(1 << 63), (1 << 63) - 1)))
         unpruned = packed(torch.arange(50) % 3 > 0).bits
@@ -110,10 +112,10 @@ def test_pieces_are_split_as_one_by_one(
         ]
     low, high = sorted(key_of(bound, dtype) for bound in bounds)
     kept = [torch.empty((piece.units + 7) // 8, dtype=torch.uint8) for piece in several]
-    found = backend.split(CONTEXT, several, low, high, kept)
+    found = backend.split(several, low, high, kept)
     for piece, part, bits in zip(several, found, kept, strict=True):
         by_itself = torch.empty_like(bits)
-        (expected,) = TorchBackend(CPU).split(CONTEXT, [piece], low, high, [by_itself])
+        (expected,) = TorchBackend(CPU).split([piece], low, high, [by_itself])
         assert torch.equal(bits, by_itself)
         assert torch.equal(part.keys, expected.keys)
         assert torch.equal(part.at, expected.at)
@@ -270,7 +272,7 @@ def test_random_keys_are_the_same_in_every_backend(state: int, begin: int) -> No
     piece = Piece(50, RandomScores(state, begin), torch.float32, None)
     kept = [torch.empty(7, dtype=torch.uint8) for _ in ALL]
     found = [
-        backend.split(CONTEXT, [piece], 1 << 28, 1 << 29, [bits])[0]
+        backend.split([piece], 1 << 28, 1 << 29, [bits])[0]
         for backend, bits in zip(ALL, kept, strict=True)
     ]
     for part, bits in zip(found[1:], kept[1:], strict=True):

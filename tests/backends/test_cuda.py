@@ -116,7 +116,7 @@ def test_a_sample_bounds_the_threshold(
     for name, value in constants.items():
         monkeypatch.setattr(select, name, value)
     # Histograms are only for samples that do not bound the threshold well.
-    monkeypatch.delattr(select, "_cut_by_digits")
+    monkeypatch.delattr(select, "_searched_bounds")
     torch.manual_seed(0)
     weight = torch.randn(select.LARGE + 1001)
     if values != "normal":

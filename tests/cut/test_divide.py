@@ -16,14 +16,17 @@ from secateur_server.backends.pieces import Cut
 from secateur_server.backends.protocol import Backend
 from secateur_server.backends.randomness import RandomScores, random_keys, random_scores
 from secateur_server.backends.torch_backend import TorchBackend
-from secateur_server.cut import divide as of_divide
-from secateur_server.cut import divide_small
 from secateur_server.cut import energy as of_energy
-from secateur_server.cut.divide import Division, Query, count_below, divide
+from secateur_server.cut import observe as of_observe
+from secateur_server.cut import search as of_search
+from secateur_server.cut import sorted_keys
+from secateur_server.cut.allocation.lamp import search_by_lamp
+from secateur_server.cut.drivers.local import Local
 from secateur_server.cut.energy import energies
-from secateur_server.cut.lamp import divide_by_lamp
-from secateur_server.cut.score import Ranking
-from secateur_server.cut.select import NO_CUT, score_dtype, select
+from secateur_server.cut.observe import observe_key
+from secateur_server.cut.score import Ranking, score_dtype
+from secateur_server.cut.search import Division, Query, search
+from secateur_server.cut.select import NO_CUT, select
 from secateur_server.errors import Cancelled
 from secateur_server.runtime.context import RequestContext
 from tests.conftest import examples
@@ -35,6 +38,7 @@ DTYPES = st.sampled_from(
     [*(torch.float64, torch.float32, torch.float16, torch.bfloat16), torch.float8_e5m2, torch.int8]
 )
 NUMBERS = [0.0, -0.0, 1.0, -1.0, 1.5, -2.5, 2.0**-14]
+DRIVER = Local(NumbaBackend(CPU))
 many = examples(100)
 
 # The keys of the unpruned units of each ranking.
@@ -122,11 +126,6 @@ def brute(keys: Keys, query: Query) -> Division:
     return Division(tuple(counts), cut, below, tuple(of_one.count(cut) for of_one in of))
 
 
-def of_kind(patch: pytest.MonkeyPatch, backend: Backend) -> None:
-    patch.setattr(of_divide, "backend_for", lambda _: backend)
-    patch.setattr(of_energy, "backend_for", lambda _: backend)
-
-
 @many
 @given(KINDS, drawn_rankings(), st.data())
 def test_divisions_are_those_of_the_definition(
@@ -136,13 +135,12 @@ def test_divisions_are_those_of_the_definition(
     keys = unpruned_keys(rankings, dtype)
     queries = data.draw(st.lists(drawn_query(keys), min_size=1, max_size=5))
     with pytest.MonkeyPatch.context() as patch:
-        of_kind(patch, backend)
         patch.setattr(TorchBackend, "piece", data.draw(st.sampled_from([8, 16, 1 << 20])))
-        patch.setattr(of_divide, "LEAST_BITS", data.draw(st.sampled_from([1, 5, 8, 16])))
-        patch.setattr(of_divide, "MOST_COUNTS", data.draw(st.sampled_from([1, 100, 1 << 24])))
-        patch.setattr(of_divide, "FEW", data.draw(st.sampled_from([0, 1 << 17])))
-        patch.setattr(divide_small, "MOST_UNITS", data.draw(st.sampled_from([0, 1 << 22])))
-        found = divide(RequestContext(), rankings, queries, dtype)
+        patch.setattr(of_observe, "LEAST_BITS", data.draw(st.sampled_from([1, 5, 8, 16])))
+        patch.setattr(of_observe, "MOST_COUNTS", data.draw(st.sampled_from([1, 100, 1 << 24])))
+        patch.setattr(of_search, "FEW", data.draw(st.sampled_from([0, 1 << 17])))
+        patch.setattr(sorted_keys, "MOST_UNITS", data.draw(st.sampled_from([0, 1 << 22])))
+        found = search(RequestContext(), Local(backend), rankings, queries, dtype)
     assert found == [brute(keys, query) for query in queries]
 
 
@@ -155,9 +153,10 @@ def test_units_below_a_key_are_counted(
     keys = unpruned_keys(rankings, dtype)
     key = data.draw(st.sampled_from([0, 1 << 14, *(key for of in keys for key in of)]))
     with pytest.MonkeyPatch.context() as patch:
-        of_kind(patch, backend)
         patch.setattr(TorchBackend, "piece", data.draw(st.sampled_from([8, 1 << 20])))
-        found = count_below(RequestContext(), rankings, key)
+        members = [ranking.pieces(dtype, backend.piece) for ranking in rankings]
+        counts = observe_key(RequestContext(), Local(backend), members, key)
+    found = [(sum(b for b, _ in of), sum(e for _, e in of)) for of in counts]
     assert found == [(sum(k < key for k in of), of.count(key)) for of in keys]
 
 
@@ -170,8 +169,9 @@ def test_a_division_without_bounds_has_the_counts_of_a_selection(
     candidates = tuple(int(unpruned_of(ranking).sum()) for ranking in rankings)
     count = data.draw(st.integers(0, sum(candidates)))
     members = tuple(range(len(rankings)))
-    (division,) = divide(
+    (division,) = search(
         RequestContext(),
+        DRIVER,
         rankings,
         [Query(members, (0,) * len(candidates), candidates, count)],
         dtype,
@@ -200,10 +200,9 @@ def test_energies_are_sums_of_squares_of_the_pruned_weights(
     counts = data.draw(st.lists(st.integers(0, len(order)), max_size=6))
     squares = [value**2 for value in weight.double().tolist()]
     with pytest.MonkeyPatch.context() as patch:
-        of_kind(patch, backend)
         patch.setattr(of_energy, "PART", data.draw(st.sampled_from([8, 24, 1 << 20])))
         cuts = [cut_of([keys[i] for i in order], count) for count in counts]
-        found, whole = energies(RequestContext(), ranking, weight, cuts, dtype)
+        found, whole = energies(RequestContext(), Local(backend), ranking, weight, cuts, dtype)
     expected = [math.fsum(squares[i] for i in order[:count]) for count in counts]
     assert found == pytest.approx(expected, rel=1e-12, abs=0)
     assert whole == pytest.approx(math.fsum(squares[i] for i in order), rel=1e-12, abs=0)
@@ -242,8 +241,12 @@ def test_many_cuts_of_large_tensors_are_those_of_a_sort(large: list[Ranking]) ->
     candidates = tuple(map(len, keys))
     counts = [round(share * len(joined)) for share in FRACTIONS]
     for division, count in zip(
-        divide(
-            RequestContext(), large, [Query((0, 1), (0, 0), candidates, n) for n in counts], dtype
+        search(
+            RequestContext(),
+            DRIVER,
+            large,
+            [Query((0, 1), (0, 0), candidates, n) for n in counts],
+            dtype,
         ),
         counts,
         strict=True,
@@ -266,34 +269,33 @@ def test_energies_of_large_tensors_are_those_of_a_sort(large: list[Ranking]) -> 
     for key, count in zip(ordered[[n - 1 for n in counts]].tolist(), counts, strict=True):
         ties = count - int(torch.searchsorted(ordered, key))
         cuts.append(Cut(key, ties, int((ordered == key).sum())))
-    found, whole = energies(RequestContext(), ranking, weight, cuts, dtype)
+    found, whole = energies(RequestContext(), DRIVER, ranking, weight, cuts, dtype)
     assert found == pytest.approx(sums[[n - 1 for n in counts]].tolist(), rel=1e-9, abs=0)
     assert found[-1] == whole
 
 
-def test_divisions_and_energies_have_the_same_bits_without_numba(
-    large: list[Ranking], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_divisions_and_energies_have_the_same_bits_without_numba(large: list[Ranking]) -> None:
     assert kernels.enabled
     dtype = score_dtype(large)
     candidates = tuple(int(unpruned_of(ranking).sum()) for ranking in large)
     targets = [share * (candidates[0] + 3 * candidates[1]) for share in FRACTIONS]
     queries = [Query((1, 0), (9, 100), candidates[::-1], t, (3, 1)) for t in targets]
-    expected = divide(RequestContext(), large, queries, dtype)
+    expected = search(RequestContext(), DRIVER, large, queries, dtype)
     cuts = [Cut(d.key, d.counts[1] - d.below[1], d.equal[1]) for d in expected]
     weight = torch.randn(large[0].units, generator=torch.Generator().manual_seed(1))
-    of_cuts = energies(RequestContext(), large[0], weight, cuts, dtype)
-    of_kind(monkeypatch, TorchBackend(CPU))
-    assert divide(RequestContext(), large, queries, dtype) == expected
-    assert energies(RequestContext(), large[0], weight, cuts, dtype) == of_cuts
+    of_cuts = energies(RequestContext(), DRIVER, large[0], weight, cuts, dtype)
+    reference = Local(TorchBackend(CPU))
+    assert search(RequestContext(), reference, large, queries, dtype) == expected
+    assert energies(RequestContext(), reference, large[0], weight, cuts, dtype) == of_cuts
 
 
 def test_cancellation_ends_a_division(large: list[Ranking]) -> None:
     call = RequestContext()
     call.cancel()
     with pytest.raises(Cancelled):
-        divide(
+        search(
             call,
+            DRIVER,
             large[:1],
             [Query((0,), (0,), (large[0].units,), 9)],
             score_dtype(large[:1]),
@@ -315,7 +317,7 @@ def test_lamp_of_a_batch_of_small_tensors_is_that_of_each(
         lowest, highest = zip(*map(sorted, bounds), strict=True)
         target = data.draw(st.integers(0, sum(highest)))
         queries.append(Query(tuple(range(len(rankings))), lowest, highest, target))
-    at_once = divide_by_lamp(RequestContext(), rankings, queries)
+    at_once = search_by_lamp(RequestContext(), DRIVER, rankings, queries)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(divide_small, "MOST_UNITS", 0)
-        assert divide_by_lamp(RequestContext(), rankings, queries) == at_once
+        patch.setattr(sorted_keys, "MOST_UNITS", 0)
+        assert search_by_lamp(RequestContext(), DRIVER, rankings, queries) == at_once

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from secateur_server.backends.scan import SPACING
 from secateur_server.backends.torch_backend import TorchBackend
-from secateur_server.cut import select
+from secateur_server.cut import select, sorted_keys
 from secateur_server.cut.choice import Choice
 from secateur_server.cut.prune import prune as apply_rules
 from secateur_server.granularity.element import Element
@@ -261,7 +261,7 @@ def test_few_unpruned_units_of_millions_are_compared_with_each_other() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(5_000_000, generator=generator)
     kept = torch.zeros(len(weight), dtype=torch.bool)
-    kept[torch.randperm(len(weight), generator=generator)[: select.FEW + 1000]] = True
+    kept[torch.randperm(len(weight), generator=generator)[: sorted_keys.FEW + 1000]] = True
     parameters = {"w": Parameter(weight, packed(kept))}
     masks, _ = answer(parameters, [rule(["w"], Magnitude(), Element(), 0.25)])
     unpruned = kept.nonzero().view(-1)

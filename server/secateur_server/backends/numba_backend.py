@@ -21,9 +21,6 @@ from secateur_server.backends.randomness import RandomScores
 from secateur_server.backends.torch_backend import TorchBackend
 from secateur_server.runtime.context import Found, Item, RequestContext
 
-# Of a split: a piece, and the bits of what is kept of it.
-Part = tuple[Piece, Tensor]
-
 
 class NumbaBackend(TorchBackend):
     """The kernels of kernels.py; numpy, where it is faster than torch."""
@@ -166,40 +163,22 @@ class NumbaBackend(TorchBackend):
         return kept, cuts
 
     def split(
-        self,
-        context: RequestContext,
-        pieces: Sequence[Piece],
-        low: int,
-        high: int,
-        kept: Sequence[Tensor],
+        self, pieces: Sequence[Piece], low: int, high: int, kept: Sequence[Tensor]
     ) -> list[Split]:
-        batches: list[list[Part]] = []
-        left = 0
-        for piece, bits in zip(context.each(pieces), kept, strict=True):
-            if piece.units > left:
-                batches.append([])
-                left = max(piece.units, self.piece)
-            batches[-1].append((piece, bits))
-            # Random scores are made in a place that the next ones take.
-            left = 0 if isinstance(piece.scores, RandomScores) else left - piece.units
-        found = self.map(context, lambda batch: self._split_batch(batch, low, high), batches)
-        return list(itertools.chain.from_iterable(found))
-
-    def _split_batch(self, batch: Sequence[Part], low: int, high: int) -> list[Split]:
-        units, dtype = sum(piece.units for piece, _ in batch), BITS[batch[0][0].dtype]
+        units, dtype = sum(piece.units for piece in pieces), BITS[pieces[0].dtype]
         found, at = _scratch(units, dtype), _scratch(units, torch.int32)
-        held = [_bits(piece) for piece, _ in batch]
+        held = [_bits(piece) for piece in pieces]
         assert all(bits.dtype == dtype for bits in held), "addresses do not tell of widths"
         addresses = [
             (
                 bits.data_ptr(),
                 0 if piece.unpruned is None else piece.unpruned.data_ptr(),
-                kept.data_ptr(),
+                into.data_ptr(),
                 piece.units,
             )
-            for bits, (piece, kept) in zip(held, batch, strict=True)
+            for bits, piece, into in zip(held, pieces, kept, strict=True)
         ]
-        counts = np.empty((len(batch), 2), np.int64)
+        counts = np.empty((len(pieces), 2), np.int64)
         of_keys: Any = found.numpy()
         of_bits = of_keys.dtype.type  # of another dtype they would be compared as int64
         bounds = _largest(of_keys), of_bits(low), of_bits(high)

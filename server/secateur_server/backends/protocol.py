@@ -160,27 +160,18 @@ class Backend(Protocol):
         """
 
     def split(
-        self,
-        context: RequestContext,
-        pieces: Sequence[Piece],
-        low: int,
-        high: int,
-        kept: Sequence[Tensor],
+        self, pieces: Sequence[Piece], low: int, high: int, kept: Sequence[Tensor]
     ) -> list[Split]:
         """Keeps the unpruned units at `high` or above, and collects those in [low, high).
 
         Args:
-            context: The request.
-            pieces: All of one dtype.
+            pieces: One or more, of one dtype, to be worked on at once.
             low: A key.
             high: A key.
             kept: The bits of each piece, written to.
 
         Returns:
             Of each piece.
-
-        Raises:
-            Stopped: As `map`.
         """
 
     def keep(self, kept: Tensor, at: Tensor, flags: Tensor) -> None:

@@ -154,21 +154,15 @@ class TorchBackend(Backend):
         return Cut(key, ties, len(equal)), kept
 
     def split(
-        self,
-        context: RequestContext,
-        pieces: Sequence[Piece],
-        low: int,
-        high: int,
-        kept: Sequence[Tensor],
+        self, pieces: Sequence[Piece], low: int, high: int, kept: Sequence[Tensor]
     ) -> list[Split]:
-        def split(part: tuple[Piece, Tensor]) -> Split:
-            piece, bits = part
+        found = []
+        for piece, bits in zip(pieces, kept, strict=True):
             keys = self.keys(piece)
             bits.copy_(self.pack((keys >= high) & (keys < torch.iinfo(keys.dtype).max)))
             at = ((keys >= low) & (keys < high)).nonzero().view(-1)
-            return Split(self.count_ones(bits), keys[at], at.to(torch.int32))
-
-        return self.map(context, split, list(zip(pieces, kept, strict=True)))
+            found.append(Split(self.count_ones(bits), keys[at], at.to(torch.int32)))
+        return found
 
     def keep(self, kept: Tensor, at: Tensor, flags: Tensor) -> None:
         at = at[flags]

@@ -18,7 +18,6 @@ from secateur_server.backends.pieces import DIGIT_BITS, Piece, Split
 from secateur_server.backends.protocol import Backend
 from secateur_server.backends.randomness import RandomScores
 from secateur_server.backends.torch_backend import TorchBackend
-from secateur_server.runtime.context import RequestContext
 
 log = logging.getLogger(__name__)
 
@@ -38,14 +37,8 @@ class TritonBackend(TorchBackend):
         return 1 << 25  # the kernels store no number for each unit
 
     def split(
-        self,
-        context: RequestContext,
-        pieces: Sequence[Piece],
-        low: int,
-        high: int,
-        kept: Sequence[Tensor],
+        self, pieces: Sequence[Piece], low: int, high: int, kept: Sequence[Tensor]
     ) -> list[Split]:
-        context.check()
         sizes = [len(bits) for bits in kept]
         within, counts = self.allocate(sum(sizes)), self._zeros(len(pieces), 2)
         into = zip(pieces, kept, torch.split(within, sizes), counts, strict=True)
@@ -176,7 +169,7 @@ def _results(backend: Backend, piece: Piece, flags: Tensor) -> list[object]:
     keys = backend.keys(piece)
     low, high = (int(key) for key in keys.sort().values[[len(keys) // 4, len(keys) // 2]])
     kept = backend.allocate((piece.units + 7) // 8)
-    (found,) = backend.split(RequestContext(), [piece], low, high, [kept])
+    (found,) = backend.split([piece], low, high, [kept])
     width = DIGIT_BITS - 1  # the sign has no digit
     counts = torch.zeros(1, 1 << width, dtype=torch.int64, device=backend.device)
     highest, shift = torch.zeros(1, dtype=keys.dtype), torch.iinfo(keys.dtype).bits - DIGIT_BITS

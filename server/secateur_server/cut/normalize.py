@@ -65,11 +65,11 @@ def normalized(
         InvalidSpec: A score is infinite.
     """
     names, candidates = [ranking.name for ranking in rankings], [r.candidates for r in rankings]
-    scales = _scales(context, rule, names, list(map(_tensor_of, rankings)), candidates)
+    scales = _scales(context, rule, names, [ranking.values for ranking in rankings], candidates)
     floor = min([0.0, *(scale.least for scale in scales)])
     return [
         ranking._replace(
-            scores=_scaled(context, _tensor_of(ranking), scale, floor),
+            scores=_scaled(context, ranking.values, scale, floor),
             offset=floor,
             sample=None,
         )
@@ -270,8 +270,3 @@ def _scaled(context: RequestContext, scores: Tensor, scale: Scale, floor: float)
 
     backend.map(context, fill, spans(len(scores), AT_ONCE))
     return into
-
-
-def _tensor_of(ranking: Ranking) -> Tensor:
-    assert isinstance(ranking.scores, Tensor), "random scores are not normalized"
-    return ranking.scores

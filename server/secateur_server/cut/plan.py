@@ -13,9 +13,11 @@ from secateur_server.backends.keys import score_at
 from secateur_server.backends.masks import Mask
 from secateur_server.backends.norms import total
 from secateur_server.backends.pieces import PART, Cut, row_sums
-from secateur_server.cut.amounts import Decision, decide
 from secateur_server.cut.choice import Choice
-from secateur_server.cut.divide import Query, divide
+from secateur_server.cut.choose import choice_of, small_at_once, with_cut
+from secateur_server.cut.decide import decide
+from secateur_server.cut.decision import Decision
+from secateur_server.cut.drivers import driver_for
 from secateur_server.cut.energy import energies
 from secateur_server.cut.plan_small import (
     EachOutcome,
@@ -24,10 +26,12 @@ from secateur_server.cut.plan_small import (
     plan_jointly,
     with_amounts,
 )
-from secateur_server.cut.prune import apply_selection, choice_of, small_at_once, with_cut
+from secateur_server.cut.prune import apply_selection
 from secateur_server.cut.removed import ListedOutcome, Outcome, Removed, RemovedTable
+from secateur_server.cut.score import score_dtype
 from secateur_server.cut.scored import ScoredTensor, score_tensors, split_by_scope
-from secateur_server.cut.select import NO_CUT, score_dtype
+from secateur_server.cut.search import Query, search
+from secateur_server.cut.select import NO_CUT
 from secateur_server.cut.small import are_small
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.amounts import Amount
@@ -222,7 +226,8 @@ def _cuts(
         Query((s,), (0,), (tensors[s].candidates,), decisions[d].counts[s]) for d, s in missing
     ]
     rankings = [tensor.ranking for tensor in tensors]
-    result = divide(context, rankings, queries, dtype) if queries else []
+    driver = driver_for(rankings[0].device)
+    result = search(context, driver, rankings, queries, dtype) if queries else []
     for (d, s), division in zip(context.each(missing), result, strict=True):
         ties = division.counts[0] - division.below[0]
         cuts[d][s] = Cut(division.key, ties, division.equal[0])
@@ -238,16 +243,19 @@ def _removed(
     dtype: torch.dtype,
 ) -> list[Removed]:
     """What each of the cuts of a tensor prunes. `counts` are of units."""
+    driver = driver_for(tensor.ranking.device)
     if tensor.costs is None:
-        result, whole = energies(context, tensor.ranking, parameter.weight.reshape(-1), cuts, dtype)
+        result, whole = energies(
+            context, driver, tensor.ranking, parameter.weight.reshape(-1), cuts, dtype
+        )
         return [Removed(count, energy, whole) for count, energy in zip(counts, result, strict=True)]
     elements, energy = tensor.costs(context)
     whole = _energy(context, parameter.weight, parameter.mask)
     # `energies` adds up squares. The error is far less than one element.
     pruned_elements, _ = energies(
-        context, tensor.ranking, elements.to(torch.float64).sqrt_(), cuts, dtype
+        context, driver, tensor.ranking, elements.to(torch.float64).sqrt_(), cuts, dtype
     )
-    pruned_energy, _ = energies(context, tensor.ranking, energy.sqrt_(), cuts, dtype)
+    pruned_energy, _ = energies(context, driver, tensor.ranking, energy.sqrt_(), cuts, dtype)
     return [
         Removed(round(pruned), energy, whole)
         for pruned, energy in zip(pruned_elements, pruned_energy, strict=True)

@@ -1,31 +1,23 @@
 """Applies a spec, rule by rule. Each rule sees the masks of the rules before it."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from secateur_server.backends import backend_for
 from secateur_server.backends.masks import Mask
-from secateur_server.backends.pieces import Cut
-from secateur_server.cut.amounts import Decision, amount_to_prune, decide, first_key, is_plain
 from secateur_server.cut.choice import Choice, ChoiceTable
-from secateur_server.cut.divide import count_below
+from secateur_server.cut.choose import choose, choose_each, small_at_once
+from secateur_server.cut.decide import is_plain
 from secateur_server.cut.lamp_small import prune_by_lamp
 from secateur_server.cut.plan_small import is_planned_by_runs
-from secateur_server.cut.rows import select_in_rows
-from secateur_server.cut.score import Ranking
 from secateur_server.cut.scored import (
     Masks,
-    ScoredTensor,
     score_groups,
     score_tensors,
     split_by_scope,
 )
-from secateur_server.cut.select import score_dtype, select, threshold
-from secateur_server.cut.select_each import select_each
 from secateur_server.cut.small import (
     are_small,
     is_count_per_tensor,
@@ -176,31 +168,6 @@ def _chosen(
     )
 
 
-def small_at_once(
-    context: RequestContext,
-    work: Callable[[Item], Done],
-    items: Sequence[Item],
-    elements: Callable[[Item], int],
-    device: torch.device,
-) -> list[Done]:
-    """Calls `work` on each item: small ones in parallel, large ones one by one on all cores.
-
-    Args:
-        context: The request.
-        work: Makes a result from an item.
-        items: To work on.
-        elements: Returns the size of an item.
-        device: Of the tensors.
-
-    Returns:
-        The results in the order of the items.
-    """
-    backend = backend_for(device)
-    is_small = [elements(item) <= backend.piece for item in items]
-    small = iter(backend.map(context, work, [i for i, s in zip(items, is_small, strict=True) if s]))
-    return [next(small) if s else work(item) for item, s in zip(items, is_small, strict=True)]
-
-
 def _choose(
     context: RequestContext,
     rule: Selection,
@@ -217,7 +184,7 @@ def _choose(
     with context.stage("score"):
         tensors = score_tensors(context, rule, names, state, extras)
     with context.stage("select"):
-        kept, choice = _select(context, rule, tensors)
+        kept, choice = choose(context, rule, tensors)
     masks: Masks = {}
     for tensor, units in zip(context.each(tensors), kept, strict=True):
         _add(context, masks, tensor.expand(context, units), state)
@@ -235,7 +202,7 @@ def _choose_groups(
     with context.stage("score"):
         tensors = score_groups(context, rule, ranked, state, extras)
     with context.stage("select"):
-        selected = _select_each(context, rule, tensors)
+        selected = choose_each(context, rule, tensors)
     every = [tensor.name for those in tensors for tensor in those]
     kept = [units for those, _ in selected for units in those]
     groups = [rule.groups_by_name[name] for name in every]
@@ -256,123 +223,3 @@ def _add(
     for name, mask in more.items():
         before = masks.get(name, state[name].mask)
         masks[name] = mask if before is None else mask.both(context, before)
-
-
-def _select_each(
-    context: RequestContext, rule: Selection, ranked: Sequence[Sequence[ScoredTensor]]
-) -> list[tuple[list[Mask], Choice]]:
-    """Does `_select` for each set of compared tensors; for sets of one tensor, at once."""
-    if any(len(tensors) > 1 for tensors in ranked):
-        return [_select(context, rule, tensors) for tensors in context.each(ranked)]
-    decisions = [_decided(context, rule, tensors) for tensors in context.each(ranked)]
-    rankings = [tensor.ranking for (tensor,) in ranked]
-    selected = select_each(context, rankings, [decision.counts[0] for decision in decisions])
-    found = []
-    for tensors, decision, (kept, cut) in zip(
-        context.each(ranked), decisions, selected, strict=True
-    ):
-        (tensor,), (count,) = tensors, decision.counts
-        if is_plain(rule):
-            value = cut_value(tensors, cut)
-            decision = replace(decision, threshold=value, ties=cut.equal, ties_pruned=cut.ties)
-        elif rule.amount.threshold is not None:
-            at = threshold(cut, score_dtype([tensor.ranking]))
-            decision = with_cut(context, decision, [tensor.ranking], [at])
-        choice = choice_of(rule, (tensor.name,), tensor.candidates, count, decision)
-        found.append(([kept], choice))
-    return found
-
-
-def _decided(context: RequestContext, rule: Selection, tensors: Sequence[ScoredTensor]) -> Decision:
-    """How many units are pruned of a tensor that is compared with no other."""
-    if is_plain(rule):
-        count = int(amount_to_prune(rule, tensors))
-        return Decision((count,), count)
-    (decision,) = decide(context, rule, tensors, [rule.amount])
-    return decision
-
-
-def _select(
-    context: RequestContext, rule: Selection, tensors: Sequence[ScoredTensor]
-) -> tuple[list[Mask], Choice]:
-    """The units of each tensor that are kept."""
-    names = tuple(tensor.name for tensor in tensors)
-    candidates = sum(tensor.candidates for tensor in tensors)
-    if rule.scope == "row":
-        (tensor,) = tensors
-        units, pruned = select_in_rows(context, rule, tensor.ranking, tensor.rows)
-        return [units], Choice(names, candidates, pruned, pruned)
-    if is_plain(rule):
-        count = int(amount_to_prune(rule, tensors))
-        if rule.has_partial_units and count == candidates:
-            kept = [_none(tensor.ranking) for tensor in tensors]
-            return kept, choice_of(rule, names, candidates, candidates, Decision((), count))
-        kept, cut = select(context, [tensor.ranking for tensor in tensors], candidates, count)
-        pruned = candidates - sum(units.kept(context) for units in kept)
-        decision = Decision((), count, (), cut_value(tensors, cut), cut.equal, cut.ties)
-        return kept, choice_of(rule, names, candidates, pruned, decision)
-    (decision,) = decide(context, rule, tensors, [rule.amount])
-    parts = small_at_once(
-        context,
-        lambda part: select(context, [part[0].ranking], part[0].candidates, part[1]),
-        list(zip(tensors, decision.counts, strict=True)),
-        lambda part: part[0].ranking.units,
-        tensors[0].ranking.device,
-    )
-    if rule.amount.threshold is not None:
-        rankings = [tensor.ranking for tensor in tensors]
-        at = [threshold(cut, score_dtype([r])) for r, (_, cut) in zip(rankings, parts, strict=True)]
-        decision = with_cut(context, decision, rankings, at)
-    kept = [units for (units,), _ in parts]
-    pruned = candidates - sum(units.kept(context) for units in kept)
-    return kept, choice_of(rule, names, candidates, pruned, decision)
-
-
-def _none(ranking: Ranking) -> Mask:
-    size = (ranking.units + 7) // 8
-    return Mask(backend_for(ranking.device).allocate(size).zero_(), ranking.units)
-
-
-def cut_value(tensors: Sequence[ScoredTensor], cut: Cut) -> float | None:
-    """Returns the score at a cut; None if nothing is pruned."""
-    rankings = [tensor.ranking for tensor in tensors]
-    value = threshold(cut, score_dtype(rankings))
-    return None if value is None else value + rankings[0].offset
-
-
-def with_cut(
-    context: RequestContext,
-    decision: Decision,
-    rankings: Sequence[Ranking],
-    cuts: Sequence[float | None],
-) -> Decision:
-    """Adds the highest of the tensors' own thresholds to a decision.
-
-    Args:
-        context: The request.
-        decision: Without a threshold.
-        rankings: Of the tensors.
-        cuts: The scores at the thresholds; None if nothing is pruned.
-
-    Returns:
-        The decision with the threshold and its ties.
-    """
-    highest = max((cut for cut in cuts if cut is not None), default=None)
-    if highest is None:
-        return decision
-    at = count_below(context, rankings, first_key(highest, score_dtype(rankings)))
-    pruned = [min(max(0, c - b), e) for c, (b, e) in zip(decision.counts, at, strict=True)]
-    value, ties = highest + rankings[0].offset, sum(equal for _, equal in at)
-    return replace(decision, threshold=value, ties=ties, ties_pruned=sum(pruned))
-
-
-def choice_of(
-    rule: Selection, names: tuple[str, ...], candidates: int, pruned: int, decision: Decision
-) -> Choice:
-    """Makes the reported choice of a decision."""
-    value = decision.threshold if rule.importance.is_measured else None
-    ties, ties_pruned = decision.ties, decision.ties_pruned
-    if rule.has_partial_units and pruned == candidates:  # no group was scored
-        value, ties, ties_pruned = None, 0, 0
-    requested, bounds = decision.requested, decision.bounds
-    return Choice(names, candidates, requested, pruned, value, ties, ties_pruned, bounds)

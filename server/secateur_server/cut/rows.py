@@ -8,11 +8,8 @@ import torch
 from torch import Tensor
 
 from secateur_server.backends import allocate, backend_for, spans
-from secateur_server.backends.keys import as_keys
 from secateur_server.backends.masks import Mask, mask_of_flags
-from secateur_server.backends.randomness import RandomScores, random_keys
 from secateur_server.cut.score import Ranking
-from secateur_server.cut.select import score_dtype
 from secateur_server.errors import AmountOutOfRange, quote
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.rules import Selection
@@ -52,10 +49,8 @@ def select_in_rows(
 
 def _keys(ranking: Ranking, begin: int, end: int) -> Tensor:
     """The keys of the units [begin, end); -1 for pruned units."""
-    if isinstance(ranking.scores, RandomScores):
-        keys = random_keys(ranking.scores, torch.arange(begin, end, device=ranking.device))
-    else:
-        keys = as_keys(ranking.scores[begin:end], score_dtype([ranking]))
+    piece = ranking._replace(candidates=None).piece(ranking.dtype, begin, end)
+    keys = backend_for(ranking.device).keys(piece)
     return (
         keys
         if ranking.candidates is None

@@ -1,6 +1,9 @@
 """Scores the units of a tensor."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -9,6 +12,7 @@ from torch import Tensor
 from secateur_server.backends import backend_for, spans
 from secateur_server.backends.keys import INFINITY, ranked_as
 from secateur_server.backends.masks import Mask
+from secateur_server.backends.pieces import Piece
 from secateur_server.backends.randomness import RandomScores, random_scores
 from secateur_server.backends.scan import Sample, Scan
 from secateur_server.errors import NanScores
@@ -42,11 +46,40 @@ class Ranking(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype in which scores compare without loss. Random scores have keys of 32 bits."""
-        return ranked_as(self.scores.dtype) if isinstance(self.scores, Tensor) else torch.float32
+        return torch.float32 if self.is_random else ranked_as(self.values.dtype)
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the scores are random, and computed where they are needed."""
+        return isinstance(self.scores, RandomScores)
+
+    @property
+    def values(self) -> Tensor:
+        """The scores of units that have no random ones."""
+        assert isinstance(self.scores, Tensor), "random scores are not stored"
+        return self.scores
+
+    def piece(self, dtype: torch.dtype, begin: int, end: int) -> Piece:
+        """Returns the units [begin, end), to be compared as `dtype`. `begin` is a multiple of 8."""
+        candidates = None if self.candidates is None else self.candidates.part(begin, end)
+        if isinstance(self.scores, RandomScores):
+            scores: Tensor | RandomScores = replace(self.scores, begin=begin)
+        else:
+            scores = self.scores[begin:end]
+        return Piece(end - begin, scores, dtype, candidates)
+
+    def pieces(self, dtype: torch.dtype, size: int) -> list[Piece]:
+        """Returns all units in pieces of `size`, to be compared as `dtype`."""
+        return [self.piece(dtype, *span) for span in spans(self.units, size)]
 
     def count_candidates(self, context: RequestContext) -> int:
         """Counts the units that are still unpruned."""
         return self.units if self.candidates is None else self.candidates.kept(context)
+
+
+def score_dtype(rankings: Sequence[Ranking]) -> torch.dtype:
+    """Returns the dtype in which all scores compare without loss."""
+    return reduce(torch.promote_types, {ranking.dtype for ranking in rankings})
 
 
 def score_units(

@@ -95,9 +95,7 @@ def score_tensors(
     tensors = [
         _scored_tensor(context, rule, name, parameters, extras) for name in context.each(names)
     ]
-    if rule.normalization is None or any(
-        isinstance(s.ranking.scores, RandomScores) for s in tensors
-    ):
+    if rule.normalization is None or any(tensor.ranking.is_random for tensor in tensors):
         return tensors
     rankings = normalized(context, rule, [tensor.ranking for tensor in tensors])
     return [replace(s, ranking=r) for s, r in zip(context.each(tensors), rankings, strict=True)]

@@ -1,32 +1,31 @@
 """Selects exactly `count` units with the lowest scores. Ties go to the lowest index.
 
-The key of the threshold is bounded by a sample, or by a radix select over histograms of 16 bits,
-which add up over pieces. Then one pass marks all units outside the bounds, and collects the few
-inside, which are sorted. The scores are neither sorted nor copied. A poor sample costs time, but
-does not change the result.
+The key of the threshold is bounded by a sample, or by the search over histograms. Then one pass
+marks all units outside the bounds, and collects the few inside, which are sorted. The scores are
+neither sorted nor copied. A poor sample costs time, but does not change the result.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 
 import torch
 from torch import Tensor
 
-from secateur_server.backends import allocate, backend_for, spans
+from secateur_server.backends import allocate, spans
 from secateur_server.backends.keys import BITS, as_keys, score_at
 from secateur_server.backends.masks import Mask
-from secateur_server.backends.pieces import BYTES_OF_FEW, DIGIT_BITS, Cut, Piece
-from secateur_server.backends.protocol import Backend
-from secateur_server.backends.randomness import RandomScores
-from secateur_server.backends.scan import SPACING, sample_places
-from secateur_server.cut.score import Ranking
+from secateur_server.backends.pieces import BYTES_OF_FEW, Cut, Piece
+from secateur_server.backends.scan import SPACING
+from secateur_server.cut.drivers import Driver, driver_for
+from secateur_server.cut.mark import Part, mark, mark_ties
+from secateur_server.cut.observe import observe_key, observe_sample
+from secateur_server.cut.score import Ranking, score_dtype
+from secateur_server.cut.search import Query, Search, narrow
+from secateur_server.cut.sorted_keys import FEW
 from secateur_server.runtime.context import RequestContext
 
-# So many units, or all units divided by FEW_OF, are sorted at once.
-FEW = 1 << 17
+# All units divided by FEW_OF, or FEW, are sorted at once.
 FEW_OF = 64
 
 # More units are sampled: at least SAMPLE, and one unit in SPACING.
@@ -39,28 +38,33 @@ NO_CUT = Cut(key=-1, ties=0, equal=0)
 
 @dataclass(frozen=True)
 class Units:
-    """All units that are compared, in pieces, in their order.
+    """All units that are compared.
 
     Attributes:
         context: The request.
-        passes: Of the device.
-        pieces: The units.
-        kept: The bits of the candidates of each piece that are kept. Written to.
+        driver: Of the pieces.
+        parts: The units in pieces, in their order, and the bits of the kept ones, written to.
+        dtype: In which all scores are compared.
         candidates: How many units can be pruned.
         sampled: Keys of some candidates, if there is a sample already.
     """
 
     context: RequestContext
-    backend: Backend
-    pieces: Sequence[Piece]
-    kept: Sequence[Tensor]
+    driver: Driver
+    parts: Sequence[Part]
+    dtype: torch.dtype
     candidates: int
     sampled: Sequence[Tensor] = ()
 
     @property
+    def pieces(self) -> list[Piece]:
+        """The pieces alone."""
+        return [piece for piece, _ in self.parts]
+
+    @property
     def total(self) -> int:
         """The number of units, including pruned ones."""
-        return sum(piece.units for piece in self.pieces)
+        return sum(piece.units for piece, _ in self.parts)
 
     @property
     def few(self) -> int:
@@ -69,11 +73,6 @@ class Units:
         if (memory := self.context.work_memory) is not None:
             share = min(share, memory // BYTES_OF_FEW)
         return max(FEW, share)
-
-
-def score_dtype(rankings: Sequence[Ranking]) -> torch.dtype:
-    """Returns the dtype in which all scores compare without loss."""
-    return reduce(torch.promote_types, {ranking.dtype for ranking in rankings})
 
 
 def select(
@@ -90,31 +89,17 @@ def select(
     Returns:
         The candidates of each ranking that are kept, and the cut.
     """
-    backend, dtype = backend_for(rankings[0].device), score_dtype(rankings)
+    driver, dtype = driver_for(rankings[0].device), score_dtype(rankings)
     sizes = [(r.units + 7) // 8 for r in rankings]
-    room = torch.split(allocate(context, sum(sizes), backend), sizes)
-    masks = [Mask(bits, r.units) for bits, r in zip(room, rankings, strict=True)]
+    buffer = torch.split(allocate(context, sum(sizes), driver.backend), sizes)
+    masks = [Mask(bits, r.units) for bits, r in zip(buffer, rankings, strict=True)]
     parts = [
-        (piece_of(ranking, dtype, *span), mask.part(*span))
+        (ranking.piece(dtype, *span), mask.part(*span))
         for ranking, mask in zip(context.each(rankings), masks, strict=True)
-        for span in spans(ranking.units, backend.ranked)
+        for span in spans(ranking.units, driver.backend.ranked)
     ]
-    pieces, kept = [piece for piece, _ in parts], [kept for _, kept in parts]
-    units = Units(context, backend, pieces, kept, candidates, _sampled(rankings, dtype))
-    return masks, _apply(units, count)
-
-
-def piece_of(ranking: Ranking, dtype: torch.dtype, begin: int, end: int) -> Piece:
-    """Returns the units [begin, end) of a ranking, to be compared as `dtype`.
-
-    `begin` is a multiple of 8.
-    """
-    candidates = None if ranking.candidates is None else ranking.candidates.part(begin, end)
-    if isinstance(ranking.scores, RandomScores):
-        scores: Tensor | RandomScores = RandomScores(ranking.scores.state, begin)
-    else:
-        scores = ranking.scores[begin:end]
-    return Piece(end - begin, scores, dtype, candidates)
+    units = Units(context, driver, parts, dtype, candidates, _sampled(rankings, dtype))
+    return masks, _cut(units, count)
 
 
 def _sampled(rankings: Sequence[Ranking], dtype: torch.dtype) -> list[Tensor]:
@@ -129,36 +114,50 @@ def _sampled(rankings: Sequence[Ranking], dtype: torch.dtype) -> list[Tensor]:
     return found
 
 
-def _apply(units: Units, count: int) -> Cut:
+def _cut(units: Units, count: int) -> Cut:
     """Marks the units that are kept, and returns the cut."""
     if count == 0:
-        units.backend.split(units.context, units.pieces, 0, 0, units.kept)
+        mark(units.context, units.driver, units.parts, 0, 0)
         return NO_CUT
     if units.total <= FEW:
-        return units.backend.cut_few(units.context, units.pieces, count, units.kept)
-    return _cut_by_sample(units, count) or _cut_by_digits(units, count)
-
-
-def _cut_by_sample(units: Units, count: int) -> Cut | None:
-    """Marks the units that are kept and returns the cut, if a sample can bound it; else None."""
+        pieces, kept = zip(*units.parts, strict=True)
+        return units.driver.backend.cut_few(units.context, pieces, count, kept)
     bounds = _sampled_bounds(units, count)
-    if bounds is None:
-        return None
-    low, high = bounds
-    return _cut_at(units, count, low) if low == high else _cut_within(units, count, low, high)
+    found = bounds and _cut_between(units, count, *bounds)
+    if found is None:
+        found = _cut_between(units, count, *_searched_bounds(units, count))
+    assert found is not None, "histograms count every unit"
+    return found
 
 
-def _cut_within(units: Units, count: int, low: int, high: int) -> Cut | None:
-    """Marks the units that are kept and returns the cut, if it is in [low, high); else None."""
-    found = units.backend.split(units.context, units.pieces, low, high, units.kept)
+def _cut_between(units: Units, count: int, low: int, high: int) -> Cut | None:
+    """Marks the units that are kept and returns the cut; None if it is not in [low, high).
+
+    Equal bounds are a key with too many ties to collect them.
+    """
+    if low == high:
+        return _cut_at(units, count, low)
+    backend = units.driver.backend
+    found = mark(units.context, units.driver, units.parts, low, high)
     sizes = [len(part.keys) for part in found]
     place = count - (units.candidates - sum(part.above for part in found) - sum(sizes))
     if not 1 <= place <= sum(sizes):  # of the cut among those within
         return None
     keys = torch.cat([part.keys for part in found])
-    cut, is_kept = units.backend.rank(keys, place)
-    for kept, part, within in zip(units.kept, found, torch.split(is_kept, sizes), strict=True):
-        units.backend.keep(kept, part.at, within)
+    cut, is_kept = backend.rank(keys, place)
+    within = torch.split(is_kept, sizes)
+    for (_, kept), part, flags in zip(units.parts, found, within, strict=True):
+        backend.keep(kept, part.at, flags)
+    return cut
+
+
+def _cut_at(units: Units, count: int, key: int) -> Cut | None:
+    (found,) = observe_key(units.context, units.driver, [units.pieces], key)
+    equal = [at for _, at in found]
+    cut = Cut(key, count - sum(below for below, _ in found), sum(equal))
+    if not 1 <= cut.ties <= cut.equal:
+        return None
+    mark_ties(units.context, units.driver, units.parts, cut, equal)
     return cut
 
 
@@ -171,7 +170,7 @@ def _sampled_bounds(units: Units, count: int) -> tuple[int, int] | None:
     keys = _sample(units)
     if keys is None:
         return None
-    backend, share = units.backend, count / units.candidates
+    backend, share = units.driver.backend, count / units.candidates
     margin = 4 * math.sqrt(len(keys) * share * (1 - share)) + 1  # 4 standard deviations
     first, last = math.floor(len(keys) * share - margin), math.ceil(len(keys) * share + margin)
     low = backend.kth(keys, first) if first >= 1 else 0
@@ -188,87 +187,26 @@ def _sample(units: Units) -> Tensor | None:
     """The keys of some candidates; None if there are too few."""
     if units.total < LARGE:
         return None
-    backend, spacing = units.backend, min(SPACING, units.total // SAMPLE)
+    spacing = min(SPACING, units.total // SAMPLE)
     if (memory := units.context.work_memory) is not None:
         spacing = max(spacing, units.total * BYTES_OF_FEW // memory)
-    index = sample_places(backend.ranked, spacing, backend.device)
-    # In one thread, as threads would wait for each other over many small pieces.
-    sampled = units.sampled or [
-        backend.sample(piece, index) for piece in units.context.each(units.pieces)
-    ]
-    keys = torch.cat(list(sampled))
+    if units.sampled:
+        keys = torch.cat(list(units.sampled))
+    else:
+        size = units.driver.backend.ranked
+        keys = observe_sample(units.context, units.driver, units.pieces, size, spacing)
     # There may be fewer keys if tensors are small, or if most units are pruned.
     return keys if len(keys) >= SAMPLE // 2 else None
 
 
-def _cut_at(units: Units, count: int, key: int) -> Cut | None:
-    """Does `_cut_within` for a key with too many ties to collect them."""
-    backend = units.backend
-    found = backend.map(units.context, lambda piece: backend.count_below(piece, key), units.pieces)
-    below, equal = (list(of) for of in zip(*found, strict=True))
-    cut = Cut(key, count - sum(below), sum(equal))
-    return _mark_ties(units, cut, equal) if 1 <= cut.ties <= cut.equal else None
-
-
-def _cut_by_digits(units: Units, count: int) -> Cut:
-    """Marks the units that are kept and returns the cut, which a radix select bounds."""
-    # The cut is the place-th key, from 1, of the `equal` keys that have the digits `prefix` above
-    # the lowest `shift` bits. At first these are all keys, as keys have no sign.
-    integers = torch.iinfo(BITS[units.pieces[0].dtype])
-    prefix, shift = 0, integers.bits - 1
-    place, equal = count, units.candidates
-    few = units.few
-    while shift > 0 and equal > few:
-        width = (shift - 1) % DIGIT_BITS + 1
-        shift -= width
-        counts = _count_digits(units, prefix, shift, width)
-        up_to = counts.cumsum(0)
-        digit = int(torch.searchsorted(up_to, place))
-        equal = int(counts[digit])
-        place -= int(up_to[digit]) - equal
-        prefix = (prefix << width) | digit
-    low, high = prefix << shift, min((prefix + 1) << shift, integers.max)
-    are_ties = equal > few
-    cut = _cut_at(units, count, low) if are_ties else _cut_within(units, count, low, high)
-    assert cut is not None, "histograms count every unit"
-    return cut
-
-
-def _count_digits(units: Units, prefix: int, shift: int, width: int) -> Tensor:
-    """The histogram of all pieces, added up from one for each thread."""
-    backend, pieces = units.backend, units.pieces
-    prefixes = torch.tensor([prefix], dtype=BITS[pieces[0].dtype])
-
-    def counts_of(share: Sequence[Piece]) -> Tensor:
-        counts = torch.zeros(1, 1 << width, dtype=torch.int64, device=backend.device)
-        for piece in share:
-            units.context.check()
-            backend.count_digits(piece, prefixes, shift, width, counts)
-        return counts[0]
-
-    size = -(-len(pieces) // backend.threads)
-    shares = [pieces[begin:end] for begin, end in spans(len(pieces), size)]
-    return reduce(torch.add, backend.map(units.context, counts_of, shares))
-
-
-def _mark_ties(units: Units, cut: Cut, equal: Sequence[int]) -> Cut:
-    """Marks the units that are kept. `equal` are the ties of each piece."""
-    backend = units.backend
-    before = itertools.accumulate(equal, initial=0)
-
-    def mark(part: tuple[Piece, Tensor, int, int]) -> None:
-        piece, kept, equal, before = part
-        pruned = min(max(cut.ties - before, 0), equal)
-        # All or no ties of a piece are pruned, except in one piece, where the first ones are.
-        low, high = cut.key + (pruned == equal), cut.key + (pruned > 0)
-        (found,) = backend.split(units.context, [piece], low, high, [kept])
-        places = torch.arange(len(found.at), device=found.at.device)
-        backend.keep(kept, found.at, places >= pruned)
-
-    backend.map(
-        units.context, mark, list(zip(units.pieces, units.kept, equal, before, strict=False))
-    )
-    return cut
+def _searched_bounds(units: Units, count: int) -> tuple[int, int]:
+    """As `_sampled_bounds`, and certain: by histograms of all keys."""
+    search = Search(Query((0,), (0,), (units.candidates,), count))
+    left = narrow(units.context, units.driver, [units.pieces], [search], units.dtype, units.few)
+    low, largest = search.prefix << left, torch.iinfo(BITS[units.dtype]).max
+    if search.equal[0] > units.few:
+        return low, low
+    return low, min((search.prefix + 1) << left, largest)
 
 
 def threshold(cut: Cut, dtype: torch.dtype) -> float | None:

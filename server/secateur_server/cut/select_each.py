@@ -4,7 +4,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from secateur_server.backends import spans
 from secateur_server.backends.keys import BITS, as_keys
@@ -34,7 +33,7 @@ def select_each(
     alike: dict[tuple[int, int, torch.dtype, bool], list[int]] = defaultdict(list)
     done: dict[int, tuple[Mask, Cut]] = {}
     for place, (ranking, count) in enumerate(zip(context.each(rankings), counts, strict=True)):
-        if isinstance(ranking.scores, Tensor) and 0 < ranking.units <= AT_ONCE:
+        if not ranking.is_random and 0 < ranking.units <= AT_ONCE:
             kind = ranking.units, count, ranking.dtype, ranking.candidates is None
             alike[kind].append(place)
         else:
@@ -51,7 +50,7 @@ def _select_alike(
     rankings: Sequence[Ranking], count: int, dtype: torch.dtype
 ) -> list[tuple[Mask, Cut]]:
     """Does `select_each` for rankings of one length, which all have masks or all have none."""
-    keys = as_keys(torch.stack([_scores(ranking) for ranking in rankings]), dtype)
+    keys = as_keys(torch.stack([ranking.values for ranking in rankings]), dtype)
     candidates = [ranking.candidates for ranking in rankings if ranking.candidates is not None]
     kept = flags_of(candidates) if candidates else torch.ones_like(keys, dtype=torch.bool)
     if count == 0:
@@ -65,8 +64,3 @@ def _select_alike(
         Cut(key, count - b, e) for key, b, e in zip(at[:, 0].tolist(), below, equal, strict=True)
     ]
     return list(zip(masks_of(kept), cuts, strict=True))
-
-
-def _scores(ranking: Ranking) -> Tensor:
-    assert isinstance(ranking.scores, Tensor), "random scores have no tensor"
-    return ranking.scores

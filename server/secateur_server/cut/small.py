@@ -17,11 +17,11 @@ from secateur_server.backends.batches import (
 from secateur_server.backends.keys import BITS
 from secateur_server.backends.masks import Mask
 from secateur_server.backends.pieces import Batch
-from secateur_server.cut.amounts import is_plain, units_to_prune
 from secateur_server.cut.choice import Choice, ChoiceTable, Floats, Ints
-from secateur_server.cut.score import Ranking
+from secateur_server.cut.decide import is_plain, units_to_prune
+from secateur_server.cut.score import Ranking, score_dtype
 from secateur_server.cut.scored import Masks, score_tensor
-from secateur_server.cut.select import score_dtype, select, threshold
+from secateur_server.cut.select import select, threshold
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.rules import Selection
 from secateur_server.state_dict.parameter import Parameter

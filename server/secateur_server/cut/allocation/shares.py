@@ -1,53 +1,67 @@
-"""Divides a total among tensors by shares: uniform, or ERK."""
+"""Divides a total so that kept units are in proportion to shares: uniform, or ERK."""
 
 import math
 from collections.abc import Sequence
 
+from secateur_server.cut.decision import Decision, changed_by
 from secateur_server.cut.guard_rails import Limits
 from secateur_server.cut.scored import ScoredTensor
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.rules import Selection
 
 
-def divide_by_shares(
+def decide_uniformly(
     context: RequestContext,
     rule: Selection,
     tensors: Sequence[ScoredTensor],
     limits: Sequence[Limits],
-    count: int,
-) -> tuple[list[int], list[float]]:
-    """Divides `count` pruned units among tensors, so that kept units are in proportion to shares.
-
-    With uniform allocation, the share of a tensor is the number of its units. With ERK, it is that
-    number times the sum of the tensor's dimensions over their product (Evci et al. 2020, Rigging
-    the Lottery). A tensor that would keep more than all its units is dense, and the others share
-    the rest.
-
-    Args:
-        context: The request.
-        rule: The selection.
-        tensors: The tensors whose units are compared.
-        limits: How many units of each may be pruned.
-        count: Units to prune in all.
-
-    Returns:
-        The units to prune of each tensor; and how many they would be without guard rails, not
-        rounded.
-    """
-    candidates = [tensor.candidates for tensor in tensors]
+    targets: Sequence[float],
+) -> list[Decision]:
+    """Decides as Allocation says. The share of a tensor is the number of its units."""
     sizes = [s.ranking.units if rule.of_all else s.candidates for s in tensors]
-    shares = [float(size) for size in sizes]
-    if rule.allocation == "erk":
-        shares = [s.sparse_share * s.ranking.units for s in tensors]
-    kept = sum(candidates) - count
+    return _decide(context, tensors, limits, targets, [float(size) for size in sizes])
+
+
+def decide_by_erk(
+    context: RequestContext,
+    rule: Selection,
+    tensors: Sequence[ScoredTensor],
+    limits: Sequence[Limits],
+    targets: Sequence[float],
+) -> list[Decision]:
+    """Decides as Allocation says, by ERK (Evci et al. 2020, Rigging the Lottery).
+
+    The share of a tensor is the number of its units times the sum of its dimensions over their
+    product.
+    """
+    shares = [s.sparse_share * s.ranking.units for s in tensors]
+    return _decide(context, tensors, limits, targets, shares)
+
+
+def _decide(
+    context: RequestContext,
+    tensors: Sequence[ScoredTensor],
+    limits: Sequence[Limits],
+    targets: Sequence[float],
+    shares: Sequence[float],
+) -> list[Decision]:
+    """A tensor that would keep more than all its units is dense, and the others share the rest."""
+    candidates = [tensor.candidates for tensor in tensors]
     lows = [a - limit.highest for a, limit in zip(candidates, limits, strict=True)]
     highs = [a - limit.lowest for a, limit in zip(candidates, limits, strict=True)]
-    rounded = _round_within(context, _fill(context, shares, lows, highs, kept), lows, highs, kept)
-    free = _fill(context, shares, [0] * len(candidates), candidates, kept)
-    return (
-        [a - s for a, s in zip(candidates, rounded, strict=True)],
-        [a - f for a, f in zip(candidates, free, strict=True)],
-    )
+    decisions = []
+    for target in context.each(targets):
+        kept = sum(candidates) - int(target)
+        filled = _fill(context, shares, lows, highs, kept)
+        rounded = _round_within(context, filled, lows, highs, kept)
+        counts = tuple(a - s for a, s in zip(candidates, rounded, strict=True))
+        unlimited = _fill(context, shares, [0] * len(candidates), candidates, kept)
+        free = [a - f for a, f in zip(candidates, unlimited, strict=True)]
+        # Rounding alone moves a count by less than 1 from its share.
+        least, most = [math.floor(x - 1) for x in free], [math.ceil(x + 1) for x in free]
+        bounds = changed_by(tensors, limits, counts, least, most)
+        decisions.append(Decision(counts, int(target), bounds))
+    return decisions
 
 
 def _fill(

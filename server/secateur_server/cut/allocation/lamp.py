@@ -1,4 +1,4 @@
-"""Divisions by layer-adaptive magnitude: Lee et al. 2021, Layer-adaptive Sparsity.
+"""Layer-adaptive magnitude, LAMP: Lee et al. 2021, Layer-adaptive Sparsity.
 
 The LAMP score of a unit is s_u^2 / the sum of s_v^2 over all units v of the tensor that score no
 lower. Of equal scores, each counts as lower than the next. LAMP scores rise with s, so it is enough
@@ -8,21 +8,27 @@ and the units between the bounds are sorted.
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from secateur_server.backends import backend_for, spans
+from secateur_server.backends import spans
 from secateur_server.backends.keys import BITS
 from secateur_server.backends.pieces import PART, Piece
-from secateur_server.backends.protocol import Backend
-from secateur_server.backends.scan import SPACING, sample_places
-from secateur_server.cut.divide import Division, Query, divide
-from secateur_server.cut.divide_small import are_small
+from secateur_server.backends.scan import SPACING
+from secateur_server.cut.allocation.rank import decide_by_score, queries_of
+from secateur_server.cut.decision import Decision
+from secateur_server.cut.drivers import Driver, driver_for
+from secateur_server.cut.guard_rails import Limits
+from secateur_server.cut.observe import observe_sample, observe_squares
 from secateur_server.cut.score import Ranking
-from secateur_server.cut.select import FEW, piece_of, score_dtype
+from secateur_server.cut.scored import ScoredTensor
+from secateur_server.cut.search import Division, Query, search
+from secateur_server.cut.sorted_keys import FEW, are_small
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.rules import Selection
 
 # For a large tensor. More buckets take longer to search, and fewer leave more units to sort.
 BUCKETS = 256
@@ -36,14 +42,12 @@ class Buckets:
     """The units of a ranking, by their scores.
 
     Attributes:
-        pieces: All units.
         cuts: Ascending keys. Bucket j has the keys from cut j - 1 on and below cut j.
         up_to: int64, how many units are in the first j buckets.
         above: The sum of squares of all units from bucket j on.
         least, most: Bounds of the LAMP scores of each bucket, ascending.
     """
 
-    pieces: Sequence[Piece]
     cuts: Tensor
     up_to: Tensor
     above: Tensor
@@ -59,13 +63,33 @@ class Window:
     ranking: Ranking
 
 
-def divide_by_lamp(
-    context: RequestContext, rankings: Sequence[Ranking], queries: Sequence[Query]
+def decide_by_lamp(
+    context: RequestContext,
+    rule: Selection,
+    tensors: Sequence[ScoredTensor],
+    limits: Sequence[Limits],
+    targets: Sequence[float],
+) -> list[Decision]:
+    """Decides as Allocation says, by LAMP scores."""
+    rankings = [tensor.ranking for tensor in tensors]
+    find = partial(search_by_lamp, context, driver_for(rankings[0].device), rankings)
+    queries = queries_of(limits, targets)
+    decisions = decide_by_score(context, tensors, limits, queries, find, torch.float64)
+    # The cuts are not known in the tensors' own scores.
+    return [replace(decision, cuts=()) for decision in decisions]
+
+
+def search_by_lamp(
+    context: RequestContext,
+    driver: Driver,
+    rankings: Sequence[Ranking],
+    queries: Sequence[Query],
 ) -> list[Division]:
-    """Does `divide` by LAMP scores, in float64.
+    """Does `search` by LAMP scores, in float64.
 
     Args:
         context: The request.
+        driver: Of the tensors.
         rankings: The units of each tensor, by magnitude.
         queries: Without costs.
 
@@ -73,26 +97,31 @@ def divide_by_lamp(
         One division for each query.
     """
     if all(ranking.units <= FEW for ranking in rankings) and are_small(rankings):
-        return divide(context, _scored(context, rankings), queries, torch.float64)
-    buckets = [_buckets(context, ranking) for ranking in context.each(rankings)]
-    return [_divide(context, rankings, buckets, query) for query in context.each(queries)]
+        return search(context, driver, _scored(context, rankings), queries, torch.float64)
+    buckets = [_buckets(context, driver, ranking) for ranking in context.each(rankings)]
+    return [_search(context, driver, rankings, buckets, query) for query in context.each(queries)]
 
 
-def _divide(
-    context: RequestContext, rankings: Sequence[Ranking], buckets: Sequence[Buckets], query: Query
+def _search(
+    context: RequestContext,
+    driver: Driver,
+    rankings: Sequence[Ranking],
+    buckets: Sequence[Buckets],
+    query: Query,
 ) -> Division:
     # The threshold is lowest if each unit has its bucket's least score, and highest with the most.
     low = _cut(context, query, [(of.least, of.up_to) for of in buckets])
     high = _cut(context, query, [(of.most, of.up_to) for of in buckets])
     members = zip(context.each(rankings), buckets, strict=True)
-    windows = [_window(context, ranking, of, low, high) for ranking, of in members]
+    windows = [_window(context, driver, ranking, of, low, high) for ranking, of in members]
     inner = [
         _within(window, least, most)
         for window, least, most in zip(windows, query.lowest, query.highest, strict=True)
     ]
     sure, lowest, highest = zip(*inner, strict=True)
     within = Query(query.members, lowest, highest, query.target - sum(sure))
-    (found,) = divide(context, [window.ranking for window in windows], [within], torch.float64)
+    scored = [window.ranking for window in windows]
+    (found,) = search(context, driver, scored, [within], torch.float64)
     return Division(
         tuple(a + b for a, b in zip(sure, found.counts, strict=True)),
         found.key,
@@ -131,7 +160,12 @@ def _cut(context: RequestContext, query: Query, scores: Sequence[tuple[Tensor, T
 
 
 def _window(
-    context: RequestContext, ranking: Ranking, buckets: Buckets, low: float, high: float
+    context: RequestContext,
+    driver: Driver,
+    ranking: Ranking,
+    buckets: Buckets,
+    low: float,
+    high: float,
 ) -> Window:
     """The units of the buckets whose scores may be in [low, high], with their LAMP scores."""
     first = int(torch.searchsorted(buckets.most, low))
@@ -140,7 +174,7 @@ def _window(
     falling = torch.empty(0, dtype=torch.float64)
     if end > first:
         units = int(buckets.up_to[end]) - before
-        falling = _falling(context, ranking, buckets, first, end)
+        falling = _falling(context, driver, ranking, buckets, first, end)
     scores, device = lamp_scores(falling, buckets.above[end]), ranking.device
     return Window(before, Ranking(ranking.name, units, scores.to(device), None, device))
 
@@ -181,54 +215,49 @@ def _scored(context: RequestContext, rankings: Sequence[Ranking]) -> list[Rankin
 
 
 def _candidate_scores(ranking: Ranking) -> Tensor:
-    assert isinstance(ranking.scores, Tensor), "random scores have no LAMP"
-    scores = ranking.scores.to(score_dtype([ranking]))
+    scores = ranking.values.to(ranking.dtype)
     return (
         scores if ranking.candidates is None else scores[ranking.candidates.flags(0, ranking.units)]
     )
 
 
 def _falling(
-    context: RequestContext, ranking: Ranking, buckets: Buckets, first: int, end: int
+    context: RequestContext,
+    driver: Driver,
+    ranking: Ranking,
+    buckets: Buckets,
+    first: int,
+    end: int,
 ) -> Tensor:
     """The scores in the buckets [first, end), the largest first, as float64 on the CPU.
 
     On the CPU, as a GPU makes running sums in an order of its own.
     """
-    backend, dtype = backend_for(ranking.device), score_dtype([ranking])
+    backend, dtype = driver.backend, ranking.dtype
     beyond = torch.iinfo(BITS[dtype]).max  # the key of units that are pruned already
     low = int(buckets.cuts[first - 1]) if first else 0
     high = int(buckets.cuts[end - 1]) if end <= len(buckets.cuts) else beyond
 
     def within(piece: Piece) -> Tensor:
         kept = backend.allocate((piece.units + 7) // 8)  # the units above, which are not used
-        (found,) = backend.split(context, [piece], low, high, [kept])
+        (found,) = backend.split([piece], low, high, [kept])
         return found.keys
 
-    keys = torch.cat(backend.map(context, within, buckets.pieces))
+    keys = torch.cat(driver.map(context, within, ranking.pieces(dtype, PART)))
     return backend.ascending(keys).cpu().view(dtype).flip(0).to(torch.float64)
 
 
-def _buckets(context: RequestContext, ranking: Ranking) -> Buckets:
-    backend, dtype = backend_for(ranking.device), score_dtype([ranking])
-    assert isinstance(ranking.scores, Tensor), "random scores have no LAMP"
-    scores = ranking.scores
+def _buckets(context: RequestContext, driver: Driver, ranking: Ranking) -> Buckets:
+    cuts = _sampled_cuts(context, driver, ranking)
     parts = spans(ranking.units, PART)
-    pieces = [piece_of(ranking, dtype, *span) for span in parts]
-    cuts = _sampled_cuts(context, backend, pieces, ranking.units)
-
-    def sums_of(part: tuple[Piece, tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        piece, span = part
-        return backend.sum_squares(piece, scores[slice(*span)], cuts)
-
-    found = backend.map(context, sums_of, list(zip(pieces, parts, strict=True)))
+    found = observe_squares(context, driver, ranking, ranking.dtype, ranking.values, cuts, parts)
     # Units with the key of a cut are in the bucket after it.
-    sums, counts = (sum(of[1:], start=of[0]) for of in zip(*found, strict=True))
+    sums, counts = (sum(of[1:], start=of[0]) for of in found)
     energy, units = (torch.cat([of[:1], of[1::2] + of[2::2]]) for of in (sums, counts))
     up_to = torch.cat([torch.zeros(1, dtype=torch.int64), units.cumsum(0)])
     above = torch.cat([energy.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
-    edges = cuts.cpu().view(dtype).to(torch.float64).square()
-    return Buckets(pieces, cuts, up_to, above, *_bounds(edges, above))
+    edges = cuts.cpu().view(ranking.dtype).to(torch.float64).square()
+    return Buckets(cuts, up_to, above, *_bounds(edges, above))
 
 
 def _bounds(edges: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,13 +269,12 @@ def _bounds(edges: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
     return least.cummax(0).values, most.flip(0).cummin(0).values.flip(0)
 
 
-def _sampled_cuts(
-    context: RequestContext, backend: Backend, pieces: Sequence[Piece], units: int
-) -> Tensor:
+def _sampled_cuts(context: RequestContext, driver: Driver, ranking: Ranking) -> Tensor:
     """Keys that divide a large tensor into buckets of about equal size; none for a small one."""
-    if units <= FEW:
-        return torch.empty(0, dtype=BITS[pieces[0].dtype], device=backend.device)
-    index = sample_places(PART, min(SPACING, max(1, units // FEW)), backend.device)
-    keys = torch.cat(backend.map(context, lambda piece: backend.sample(piece, index), list(pieces)))
-    some = backend.ascending(keys)[:: max(1, len(keys) // BUCKETS)].tolist()
-    return torch.tensor(sorted(set(some)), dtype=keys.dtype, device=backend.device)
+    if ranking.units <= FEW:
+        return torch.empty(0, dtype=BITS[ranking.dtype], device=ranking.device)
+    spacing = min(SPACING, max(1, ranking.units // FEW))
+    pieces = ranking.pieces(ranking.dtype, PART)
+    keys = observe_sample(context, driver, pieces, PART, spacing)
+    some = driver.backend.ascending(keys)[:: max(1, len(keys) // BUCKETS)].tolist()
+    return torch.tensor(sorted(set(some)), dtype=keys.dtype, device=ranking.device)

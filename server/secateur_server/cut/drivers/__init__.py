@@ -1,0 +1,40 @@
+"""Where the pieces of the tensors live, and how work on them runs.
+
+One file for each kind. The search for a cut (observe.py, search.py, mark.py) needs no more of a
+machine, or of a cluster, than a driver.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import torch
+
+from secateur_server.backends import backend_for
+from secateur_server.backends.protocol import Backend
+from secateur_server.cut.drivers.local import Local
+from secateur_server.runtime.context import Found, Item, RequestContext
+
+
+class Driver(Protocol):
+    """Runs functions where the pieces live."""
+
+    @property
+    def backend(self) -> Backend:
+        """The array operations on the pieces."""
+
+    def map(
+        self, context: RequestContext, function: Callable[[Item], Found], pieces: Iterable[Item]
+    ) -> list[Found]:
+        """Applies a function to each piece.
+
+        Returns:
+            The results, in order: small summaries of the pieces, for whoever decides.
+
+        Raises:
+            Stopped: The request has been cancelled, or its deadline has passed.
+        """
+
+
+def driver_for(device: torch.device) -> Driver:
+    """The driver of the tensors on a device."""
+    return Local(backend_for(device))

@@ -1,0 +1,173 @@
+"""Observes pieces: summaries of their keys, which are small and add up over pieces.
+
+A summary is a histogram: how many candidates have each digit of a key, or lie between given keys,
+and, where it is asked for, the sum of their squares. A sample of the keys bounds the cut before the
+first pass over a large tensor.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from secateur_server.backends import Span, spans
+from secateur_server.backends.keys import BITS
+from secateur_server.backends.pieces import DIGIT_BITS, Piece
+from secateur_server.backends.scan import sample_places
+from secateur_server.cut.choice import Ints
+from secateur_server.cut.drivers import Driver
+from secateur_server.cut.score import Ranking
+from secateur_server.runtime.context import RequestContext
+
+# Counts in all histograms of a pass, 8 bytes each: the most, and units of the pass for each count,
+# so that histograms do not take longer than the pass. Digits of LEAST_BITS are always allowed.
+MOST_COUNTS = 1 << 24
+UNITS_OF_COUNT = 16
+LEAST_BITS = 8
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """For each prefix the candidates of a member up to each digit.
+
+    Attributes:
+        rows: The row of each prefix, ascending.
+        up_to: (prefixes, digits).
+    """
+
+    rows: dict[int, int]
+    up_to: Ints
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Pieces of a member that one thread counts. `prefixes` are ascending."""
+
+    member: int
+    prefixes: Sequence[int]
+    pieces: Sequence[Piece]
+
+
+def observe_digits(
+    context: RequestContext,
+    driver: Driver,
+    members: Sequence[Sequence[Piece]],
+    prefixes: Sequence[set[int]],
+    left: int,
+    dtype: torch.dtype,
+    is_last: bool,
+) -> tuple[dict[int, Histogram], int]:
+    """Makes histograms of the next digit after the prefixes of each member, in one pass.
+
+    Wider digits need fewer passes and larger histograms.
+
+    Args:
+        context: The request.
+        driver: Of the pieces.
+        members: The pieces of each member.
+        prefixes: The prefixes that are counted in each member.
+        left: Bits of the keys after the prefixes.
+        dtype: In which all scores are compared.
+        is_last: Whether the other digits are probably not needed, so that this one is to be wide.
+
+    Returns:
+        The histogram of each member with prefixes, and the bits of the digit.
+    """
+    backend, units = driver.backend, sum(piece.units for member in members for piece in member)
+    chunks = _chunks(context, members, prefixes, 4 * backend.threads)
+    width = _width(units, sum(len(chunk.prefixes) for chunk in chunks), left, is_last)
+
+    def up_to(chunk: _Chunk) -> Ints:
+        wanted = torch.tensor(chunk.prefixes, dtype=BITS[dtype])
+        size = len(wanted), 1 << width
+        counts = torch.zeros(size, dtype=torch.int64, device=backend.device)
+        for piece in context.each(chunk.pieces):
+            backend.count_digits(piece, wanted, left - width, width, counts)
+        running: Ints = torch.cumsum(counts, 1, out=counts).cpu().numpy()
+        return running
+
+    histograms: dict[int, Histogram] = {}
+    for chunk, part in zip(chunks, driver.map(context, up_to, chunks), strict=True):
+        if chunk.member in histograms:
+            np.add(histograms[chunk.member].up_to, part, histograms[chunk.member].up_to)
+        else:
+            rows = {prefix: row for row, prefix in enumerate(chunk.prefixes)}
+            histograms[chunk.member] = Histogram(rows, part)
+    return histograms, width
+
+
+def _chunks(
+    context: RequestContext,
+    members: Sequence[Sequence[Piece]],
+    prefixes: Sequence[set[int]],
+    count: int,
+) -> list[_Chunk]:
+    """The pieces of each member that has prefixes, in about `count` chunks."""
+    observed = [i for i, wanted in enumerate(context.each(prefixes)) if wanted]
+    size = max(1, -(-sum(len(members[i]) for i in observed) // count))
+    return [
+        _Chunk(i, sorted(prefixes[i]), members[i][begin:end])
+        for i in observed
+        for begin, end in spans(len(members[i]) or 1, size)  # without units: counts of 0
+    ]
+
+
+def _width(units: int, rows: int, left: int, is_last: bool) -> int:
+    """The bits of the next digit: as many as fit, or fewer if that takes as many passes."""
+    if is_last:
+        return (left - 1) % DIGIT_BITS + 1
+    digits = min(MOST_COUNTS // rows, max(units // UNITS_OF_COUNT // rows, 1 << LEAST_BITS))
+    most = min(left, DIGIT_BITS, max(1, digits.bit_length() - 1))
+    return -(-left // -(-left // most))
+
+
+def observe_key(
+    context: RequestContext, driver: Driver, members: Sequence[Sequence[Piece]], key: int
+) -> list[list[tuple[int, int]]]:
+    """Counts the candidates of each piece of each member with a key below `key`, and at it."""
+    pieces = [piece for member in members for piece in member]
+    found = iter(driver.map(context, lambda piece: driver.backend.count_below(piece, key), pieces))
+    return [[next(found) for _ in member] for member in members]
+
+
+def observe_squares(
+    context: RequestContext,
+    driver: Driver,
+    ranking: Ranking,
+    dtype: torch.dtype,
+    values: Tensor,
+    keys: Tensor,
+    parts: Sequence[Span],
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Sums squares of the values of a tensor's candidates, by where they lie between keys.
+
+    Args:
+        context: The request.
+        driver: Of the tensor.
+        ranking: The units and their scores.
+        dtype: In which the scores are compared.
+        values: Flat, one for each unit.
+        keys: Ascending, distinct.
+        parts: Of the units, in their order. They must not depend on the device or its threads, as
+            sums are rounded.
+
+    Returns:
+        Of each part, as Backend.sum_squares: the sums, and how many candidates they are of.
+    """
+
+    def sums_of(span: Span) -> tuple[Tensor, Tensor]:
+        return driver.backend.sum_squares(ranking.piece(dtype, *span), values[slice(*span)], keys)
+
+    found = driver.map(context, sums_of, parts)
+    return [sums for sums, _ in found], [counts for _, counts in found]
+
+
+def observe_sample(
+    context: RequestContext, driver: Driver, pieces: Sequence[Piece], size: int, spacing: int
+) -> Tensor:
+    """The keys of about one candidate in `spacing`. A piece has at most `size` units."""
+    index = sample_places(size, spacing, driver.backend.device)
+    sample = driver.backend.sample
+    return torch.cat(driver.map(context, lambda piece: sample(piece, index), pieces))
