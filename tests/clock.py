@@ -1,4 +1,4 @@
-"""Time that passes when a test says so, for a server in the test's own process."""
+"""A clock that a test advances, for a server in the process of the test."""
 
 import threading
 from queue import Empty, SimpleQueue
@@ -14,33 +14,34 @@ from tests.conftest import eventually
 class Clock:
     """Stands still until `advance`.
 
-    looks: how often the thread that looks for callers who take nothing has read it.
+    Attributes:
+        reads: How often the server's thread that finds idle callers has read the clock.
     """
 
     def __init__(self) -> None:
-        self.now, self.looks = 0.0, 0
+        self.now, self.reads = 0.0, 0
 
     def monotonic(self) -> float:
         if threading.current_thread().name == "idle":
-            self.looks += 1
+            self.reads += 1
         return self.now
 
     def step(self, seconds: float) -> None:
-        """Lets time pass."""
+        """Advances the clock."""
         self.now += seconds
 
     def advance(self, seconds: float) -> None:
-        """Lets time pass, and the thread that looks for callers see that it has."""
+        """Advances the clock, and waits until the thread that finds idle callers has read it."""
         self.step(seconds)
-        looks = self.looks
-        eventually(lambda: self.looks > looks + 1, True)
+        reads = self.reads
+        eventually(lambda: self.reads > reads + 1, True)
 
 
 def install(clock: Clock, patch: pytest.MonkeyPatch) -> None:
-    """Makes `clock` the one by which idle callers are cut off."""
+    """Makes the server measure the idle times of callers by `clock`."""
 
     class Queue(SimpleQueue[Any]):
-        """Waits by `clock` for what does not come."""
+        """Its timeouts are measured by `clock`."""
 
         def get(self, block: bool = True, timeout: float | None = None) -> Any:
             end = None if timeout is None else clock.now + timeout

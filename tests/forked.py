@@ -1,7 +1,7 @@
-"""Servers in processes of their own that start in a moment.
+"""Servers in their own processes that start fast.
 
-Each is forked from a process that has imported the server and runs no thread of Python. It does not
-warm up; apart from that it is the command secateur-server.
+Each is forked from a process that has imported the server and runs no threads of Python. It is the
+command secateur-server without the warm-up.
 """
 
 import atexit
@@ -16,12 +16,12 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, NoReturn
 
-# What a process reads as it starts: servers with other values have another parent.
+# Variables that only a new process reads. Each combination of values has its own parent.
 READ_AT_START = ("LD_PRELOAD", "PYTHONPATH")
 
 
 class Parent:
-    """The process that servers are forked from, and that waits for their ends."""
+    """The process that forks servers, and collects their exit statuses."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -34,25 +34,25 @@ class Parent:
         atexit.register(self._process.communicate)
 
     def ask(self, **question: Any) -> Any:
-        """The answer to a question that `_main` knows."""
+        """Sends a question to `_main`, and returns its answer."""
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
         with self._lock:
             print(json.dumps(question), file=stdin, flush=True)
             answer = stdout.readline()
-        assert answer, "the process that servers are forked from has ended"
+        assert answer, "the process that forks servers has ended"
         return json.loads(answer)
 
 
 @cache
 def _parent(*read_at_start: str | None) -> Parent:
-    """It starts when a test first wants a server."""
+    """Starts the parent when a test first needs a server."""
     return Parent()
 
 
 class ForkedProcess:
-    """A forked server, with the methods of subprocess.Popen that tests use."""
+    """A forked server with the methods of subprocess.Popen that tests use."""
 
     def __init__(self, options: list[str], log: Path) -> None:
         self.returncode: int | None = None
@@ -62,22 +62,22 @@ class ForkedProcess:
         )
 
     def poll(self) -> int | None:
-        """The exit status; None while it runs."""
+        """Returns the exit status, or None while the process runs."""
         if self.returncode is None:
             self.returncode = self._parent.ask(ended=self.pid)
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        """Sends a signal, unless it has ended."""
+        """Sends a signal unless the process has ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """Ends it at once."""
+        """Kills the process."""
         self.send_signal(signal.SIGKILL)
 
     def wait(self, timeout: float | None = None) -> int:
-        """Waits for its end. Returns the exit status."""
+        """Waits until the process ends, and returns the exit status."""
         from tests.conftest import PATIENCE, eventually
 
         eventually(lambda: self.poll() is None, False, timeout or PATIENCE)
@@ -95,7 +95,7 @@ def _serve(
     with open(log, "wb") as stderr:
         os.dup2(stderr.fileno(), sys.stderr.fileno())
     nothing = os.open(os.devnull, os.O_RDWR)
-    for pipe in (sys.stdin, sys.stdout):  # the parent's: its questions are not for this process
+    for pipe in (sys.stdin, sys.stdout):  # they belong to the parent
         os.dup2(nothing, pipe.fileno())
     os.environ.update(environment)
     os.chdir(folder)
@@ -104,8 +104,8 @@ def _serve(
 
 
 def _main() -> None:
-    """Answers each line of stdin: forks a server, or tells the exit status of one."""
-    from secateur_server import __main__ as command  # which sets up the whole process
+    """Answers each line of stdin: forks a server, or returns the exit status of one."""
+    from secateur_server import __main__ as command  # its import configures the process
 
     cold = partial(command.App, is_warm=False)  # type: ignore[attr-defined]
     command.App = cold  # type: ignore[attr-defined, assignment]

@@ -1,4 +1,4 @@
-"""examples/demo.py, run as a user runs it; its figures are checked against its files and sums."""
+"""examples/demo.py, run as a user runs it: its figures match its files."""
 
 import os
 import re
@@ -26,7 +26,7 @@ LAYERS = {
 WEIGHTS = 54 + 864 + 48_000 + 10_080 + 840
 
 
-def test_the_demo_shows_true_figures_and_leaves_files_that_torch_loads(tmp_path: Path) -> None:
+def test_the_figures_and_files_of_the_demo_are_right(tmp_path: Path) -> None:
     ran = subprocess.run(
         [sys.executable, str(DEMO)], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
@@ -45,16 +45,16 @@ def test_the_demo_shows_true_figures_and_leaves_files_that_torch_loads(tmp_path:
     _check_finalized(section("Finalize"), section("Iterative"), folder)
     _check_pretrained(section("A pretrained network"), folder)
     _check_names(section("Files"), folder)
-    shutil.rmtree(folder)  # 90 MB, which pytest would keep
+    shutil.rmtree(folder)  # pytest would keep 90 MB
 
 
-def test_make_says_once_what_it_installs_and_that_it_takes_minutes(tmp_path: Path) -> None:
+def test_make_announces_the_installation_once(tmp_path: Path) -> None:
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(DEMO.parents[1] / name, tmp_path)
 
     def printed(*options: str) -> list[str]:
         command = ["make", "PYTHON=false", *options, "demo"]
-        path = {"PATH": os.environ["PATH"]}  # nothing of a make that runs this test
+        path = {"PATH": os.environ["PATH"]}  # without the variables of a make that runs this test
         ran = subprocess.run(command, cwd=tmp_path, env=path, capture_output=True, text=True)
         return ran.stdout.splitlines()
 
@@ -67,7 +67,7 @@ def test_make_says_once_what_it_installs_and_that_it_takes_minutes(tmp_path: Pat
 
 
 def _section(text: str, begin: str) -> str:
-    """The section of the output whose heading begins with `begin`."""
+    """Returns the section of the output whose heading begins with `begin`."""
     _, *parts = re.split(r"^(.+)\n-+\n", text, flags=re.M)
     headings = [heading for heading in parts[::2] if heading.startswith(begin)]
     assert len(headings) == 1, text
@@ -75,7 +75,7 @@ def _section(text: str, begin: str) -> str:
 
 
 def _row(section: str, label: str) -> list[float]:
-    """The numbers of the line that begins with `label`; commas and per cent signs go."""
+    """Returns the numbers of the line that begins with `label`."""
     match = re.search(rf"^{re.escape(label)}[ :]+([\d.,% ]+)", section, re.M)
     assert match is not None, f"{label!r} begins no line of:\n{section}"
     return [float(number) for number in re.sub("[,%]", "", match[1]).split()]

@@ -25,7 +25,7 @@ def blocks(path: str, language: str) -> list[str]:
 
 
 def anchors(path: Path) -> set[str]:
-    """The fragments that GitHub gives to the headings of a page."""
+    """Returns the fragments of the headings of a page, as GitHub makes them."""
     text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
     titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
@@ -35,10 +35,10 @@ WITH_PYTHON = [path for path in PAGES if "```python\n" in Path(path).read_text()
 
 
 @pytest.mark.parametrize("path", WITH_PYTHON)
-def test_the_python_of_a_document_runs(
+def test_the_python_of_a_page_runs(
     path: str, server: RunningServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In this process, where torch is imported already."""
+    """Runs in this process, which has imported torch."""
     code = "\n".join(blocks(path, "python")).replace("localhost:50051", server.address)
     monkeypatch.chdir(tmp_path)
     exec(compile(code, path, "exec"), {"__name__": "__main__"})
@@ -79,15 +79,15 @@ def test_the_commands_on_checkpoints_run(
     assert (load_file(tmp_path / "pruned.safetensors")["fc.weight"] == 1).all()  # by its own name
 
 
-def test_a_uri_of_the_documents_is_pruned(tmp_path: Path) -> None:
-    """With an embedded server, which opens what its user can."""
+def test_the_example_of_a_uri_runs(tmp_path: Path) -> None:
+    """Uses an embedded server, which may open what its user may open."""
     save_file({"fc.weight": np.ones((4, 4), np.float32)}, tmp_path / "in.safetensors")
     command = blocks("docs/checkpoints.md", "console")[1].removeprefix("$ ")
     assert "50.00%" in run(command.replace("/models", str(tmp_path)), tmp_path)
     assert (load_file(tmp_path / "out.safetensors")["fc.weight"] == 0).sum() == 8
 
 
-def test_a_folder_of_the_documents_is_pruned(
+def test_the_example_of_a_folder_runs(
     server: RunningServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SECATEUR_SERVER", server.address)
@@ -99,7 +99,7 @@ def test_a_folder_of_the_documents_is_pruned(
     assert (tmp_path / "pruned/config.json").read_text() == "{}"
 
 
-def test_the_spec_file_of_the_documents_is_a_spec() -> None:
+def test_the_example_of_a_spec_file_is_valid() -> None:
     (text,) = blocks("docs/specs.md", "yaml")
     assert len(Spec.from_dict(yaml.safe_load(text)).rules) == 2
 
@@ -146,7 +146,7 @@ def test_each_package_is_typed_and_licensed() -> None:
 
 
 def test_pages_install_secateur_only_from_a_checkout_or_a_wheel() -> None:
-    """It is not on a package index. An extra of the installed package needs no download of it."""
+    """It is not on a package index."""
     pages = [*map(Path, PAGES), *Path("deploy/systemd").iterdir()]
     found = {
         wanted

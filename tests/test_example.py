@@ -24,7 +24,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "iterative.py"
         pytest.param("88,981,136", [], marks=pytest.mark.slow),  # full.pth
     ],
 )
-def test_ten_rounds_by_handle_are_those_of_ten_uploads(weights: str, options: list[Path]) -> None:
+def test_ten_rounds_on_a_checkpoint_equal_ten_uploads(weights: str, options: list[Path]) -> None:
     command: list[str | Path] = [sys.executable, "-W", "error", EXAMPLE, *options]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
@@ -39,7 +39,7 @@ def test_ten_rounds_by_handle_are_those_of_ten_uploads(weights: str, options: li
 
 @pytest.fixture
 def accuracy() -> ModuleType:
-    """The module, imported late: it imports scikit-learn, which takes a second."""
+    """The module. It is imported late, because scikit-learn takes a second to import."""
     from examples import accuracy
 
     return accuracy
@@ -47,7 +47,7 @@ def accuracy() -> ModuleType:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """More would wait for each other, and long where other tests take a core."""
+    """More threads would wait for each other while other tests use a core."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -55,7 +55,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_network_that_lost_its_accuracy_finds_it_again_by_both_ways(
+def test_training_restores_the_accuracy_in_both_ways(
     accuracy: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(accuracy, "ROUNDS", 3)
@@ -66,7 +66,7 @@ def test_a_network_that_lost_its_accuracy_finds_it_again_by_both_ways(
     with secateur.embedded(device="cpu") as client:
         calls = recorded(client, monkeypatch)
         outcome = accuracy.measure(client, model, digits, accuracy.global_magnitude(0.95))
-    # One prune at once; then three that go on from each other: of 0.95, 1 - (1 - t)^3.
+    # One-shot; then three rounds, of which each continues the one before: 0.95 * (1 - (1 - t)^3).
     assert [was_pruned for was_pruned, _ in calls] == [False, False, True, True]
     shares = [1, 19 / 27, 26 / 27, 1]
     assert [zeros for _, zeros in calls] == [round(0.95 * share * 59_838) for share in shares]
@@ -77,7 +77,7 @@ def test_a_network_that_lost_its_accuracy_finds_it_again_by_both_ways(
 
 
 def recorded(client: secateur.Client, monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int]]:
-    """Of each prune to come: whether its module was pruned before, and the zeros behind it."""
+    """Records for each prune whether the module was pruned before, and the zeros afterwards."""
     calls: list[tuple[bool, int]] = []
     prune = client.prune
 
@@ -91,7 +91,7 @@ def recorded(client: secateur.Client, monkeypatch: pytest.MonkeyPatch) -> list[t
     return calls
 
 
-def test_what_accuracy_prunes_and_the_table_that_it_prints(accuracy: ModuleType) -> None:
+def test_the_methods_and_the_table_of_the_accuracy_example(accuracy: ModuleType) -> None:
     weights = accuracy.LeNet().state_dict()
     rows = {}
     with secateur.embedded(device="cpu") as client:
@@ -101,7 +101,7 @@ def test_what_accuracy_prunes_and_the_table_that_it_prints(accuracy: ModuleType)
     exact = round(0.9 * 59_838) / 59_838
     for name in ("uniform", "global", "LAMP", "ERK"):
         assert rows[name][0].sparsity == exact
-    # Of 6 inputs of conv2, of 400, 120 and 84 one of each 8 stays, and one of the rest.
+    # One of each 8 inputs is kept, and one of the rest. The layers have 6, 400, 120 and 84 inputs.
     kept = 54 + 16 * 9 + 120 * 50 + 84 * 15 + 10 * 11
     assert rows["2:4, 1:4, 1:8, 1:16"][0].sparsity == (59_838 - kept) / 59_838
     lines = accuracy.table(rows).splitlines()
@@ -110,7 +110,7 @@ def test_what_accuracy_prunes_and_the_table_that_it_prints(accuracy: ModuleType)
     assert lines.count("|  | one-shot, then trained | 50.0 | 50.0 | 50.0 | 50.0 |") == 6
 
 
-def test_the_mean_of_seeds_is_taken_level_by_level(accuracy: ModuleType) -> None:
+def test_the_mean_of_seeds_is_computed_for_each_level(accuracy: ModuleType) -> None:
     def outcome(sparsity: float, value: float) -> Any:
         return accuracy.Outcome(sparsity, value, value, value)
 

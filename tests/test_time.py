@@ -1,4 +1,4 @@
-"""No test depends on how fast, or how busy, the machine is; no age on the system's clock."""
+"""Rules about clocks, for the tests and for the server."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 CLOCKS = "monotonic|perf_counter|time_ns|time\\.time"
 
 
-def test_no_test_bounds_the_seconds_of_the_clock() -> None:
+def test_no_test_asserts_wall_clock_time() -> None:
     bounds = [
         f"{path}: {line.strip()}"
         for path in Path("tests").rglob("*.py")
@@ -16,7 +16,7 @@ def test_no_test_bounds_the_seconds_of_the_clock() -> None:
     assert bounds == []
 
 
-def test_the_server_measures_no_age_by_the_systems_clock() -> None:
-    """Somebody may set it; the store's clock alone reads it, for times that callers see."""
+def test_only_the_clock_of_the_store_reads_the_system_clock() -> None:
+    """The system clock may be set, so ages must not depend on it."""
     readers = [p.name for p in Path("server").rglob("*.py") if "time.time()" in p.read_text()]
     assert readers == ["clock.py"]

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import secateur
-from tests.pruning.torch_side import (
+from tests.reference import (
     Step,
     all_l1,
     assert_same_tensors,

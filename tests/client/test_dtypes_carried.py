@@ -15,7 +15,7 @@ import secateur
 from secateur import cli
 from tests.conftest import RunningServer
 from tests.contract.test_dtypes import DTYPES_OF_TORCH, any_bytes, as_safetensors_writes
-from tests.pruning.torch_side import assert_same_tensors
+from tests.reference import assert_same_tensors
 
 HALF = secateur.l1_unstructured("w", 0.5)
 WRITABLE = [dtype for dtype in DTYPES_OF_TORCH if as_safetensors_writes(any_bytes(dtype))]

@@ -20,7 +20,7 @@ from tests.client.test_apply_to import (
     net,
     snapshot,
 )
-from tests.pruning.torch_side import Step, all_l1, assert_same_tensors, l1, place, prune
+from tests.reference import Step, all_l1, assert_same_tensors, l1, place, prune
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 

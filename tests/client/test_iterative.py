@@ -11,7 +11,7 @@ from torch import Tensor
 
 import secateur
 from tests.conftest import examples
-from tests.pruning.torch_side import (
+from tests.reference import (
     Step,
     all_l1,
     assert_same_masks,

@@ -20,7 +20,7 @@ from secateur_proto.pruner_pb2_grpc import PrunerStub
 from tests.conftest import eventually
 from tests.contract.raw import header, kept_open, message, series
 from tests.forked import ForkedProcess
-from tests.store.stored import Kept, kept
+from tests.storage.stored import Kept, kept
 
 # By itself ----------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from tests.client.sharded import (
     write_shards,
 )
 from tests.contract.raw import check_serves
-from tests.pruning.torch_side import all_l1, assert_same_masks, assert_same_tensors, torch_masks
+from tests.reference import all_l1, assert_same_masks, assert_same_tensors, torch_masks
 from tests.uris.served import Served, check, serving_here
 
 FORMS = ("dense", "reparametrized")

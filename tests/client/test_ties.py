@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import secateur
 from secateur_proto.ties import read_ties, write_ties
-from tests.pruning.torch_side import assert_same_tensors, distinct, prune
+from tests.reference import assert_same_tensors, distinct, prune
 from tests.uris.served import Served, serving
 
 EMBED, HEAD, MIDDLE = "embed.weight", "head.weight", "middle.weight"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import secateur
 from secateur import cli
 from tests.conftest import RunningServer
-from tests.pruning.torch_side import distinct
+from tests.reference import distinct
 
 RAILS: Any = secateur.guard_rails
 

@@ -1,14 +1,14 @@
-"""The golden file: what some hundreds of requests gave when it was written.
+"""The golden file: digests of the results of hundreds of requests.
 
-A change that is to keep every result must keep this file. A change that means to change results
-writes the file anew, and its commit says which cases changed and why:
+A change that must keep every result must keep this file. A change that intends other results writes
+the file again, and its commit says which cases changed and why:
 
     python -m tests.contract.golden
 
-`golden.json` maps each family to its cases, and each case to digests of what comes of it:
-golden_digests.py says of what. No figure is rounded. Norms, sums of squares and LAMP scores are
-added up in an order that depends on the request alone (see norms.py and pieces.py in backends):
-they are the same with and without numba, and with any number of threads.
+`golden.json` maps each family to its cases, and each case to digests, which golden_digests.py
+defines. No figure is rounded. Norms, sums of squares and LAMP scores are added up in an order that
+depends only on the request (see norms.py and pieces.py in backends). They are the same with and
+without numba, and with any number of threads.
 """
 
 import json
@@ -61,9 +61,9 @@ def digests_of(family: str, client: secateur.Client, folder: Path) -> Digests:
     """Computes the digests of a family.
 
     Args:
-        family: A name of FAMILIES.
-        client: Of a server that may read and write `folder`, for the family `uris`.
-        folder: Empty.
+        family: A key of FAMILIES.
+        client: For the family `uris` its server must be allowed to read and write `folder`.
+        folder: An empty folder.
     """
     found: Digests = {}
     for number, (name, case) in enumerate(FAMILIES[family]().items()):

@@ -1,9 +1,9 @@
-"""What a case of the golden file does, and the digests of what comes of it.
+"""The cases of the golden file, and the digests of their results.
 
-Digests are of content in one canonical form: of masks the sorted names, shapes and bits; of a
-state_dict the sorted names, dtypes, shapes and bytes; of a file its bytes as they were sent; of
-reports and plans all fields as JSON, floats by repr. Left out are texts for people (the messages
-of warnings, the method of a plan), names of checkpoints and times.
+A digest covers content in a canonical form: the sorted names, shapes and bits of masks; the sorted
+names, dtypes, shapes and bytes of a state_dict; the bytes of a file as sent; all fields of reports
+and plans as JSON. It does not cover texts for people (messages of warnings, the method of a plan),
+names of checkpoints, and times.
 """
 
 import json
@@ -18,19 +18,19 @@ from blake3 import blake3
 import secateur
 
 Parts = dict[str, str]
-# Of a client, and an empty folder, which the server of the family `uris` may read and write.
+# Takes a client and an empty folder, which the server of the family `uris` may read and write.
 Case = Callable[[secateur.Client, Path], Parts]
 Source = Callable[[], Any]
 
 WHOLE = ("masks", "dense")
-# Enough against accidents.
+# Enough to detect accidental changes.
 DIGEST_BYTES = 8
 
 FORMS = (*WHOLE, "reparametrized")
 
 
 def digest(parts: Iterable[bytes]) -> str:
-    """Of parts, each behind its length, so that nothing can move from one to the next."""
+    """Hashes parts with their lengths, so that no byte can move from one part to the next."""
     hashed = blake3()
     for part in parts:
         hashed.update(len(part).to_bytes(8, "little"))
@@ -74,7 +74,7 @@ def of_files(folder: Path) -> str:
 
 
 def plain_report(report: secateur.Report) -> dict[str, Any]:
-    """All of a report but the digest of the answer, which is a part by itself."""
+    """Converts a report to a dict without the digest of the answer, which is a part of its own."""
     table = report.to_dict()
     del table["output_blake3"]
     for warning in table["warnings"]:
@@ -89,7 +89,7 @@ def plain_plan(plan: secateur.Plan) -> dict[str, Any]:
 
 
 def of_result(result: secateur.PruneResult, output: str) -> Parts:
-    """The digests of what came back, without the report."""
+    """Returns the digests of the data of a result."""
     parts: Parts = {}
     if sent := result.report.output_blake3:
         parts[f"{output} file"] = sent[: 2 * DIGEST_BYTES]
@@ -106,7 +106,14 @@ def pruned(
     outputs: Sequence[str] = WHOLE,
     prior: str = "masks",
 ) -> Case:
-    """A prune of a model that the call carries, for each output.  source: makes it."""
+    """Makes a case that prunes a model in the call, with each output.
+
+    Args:
+        source: Makes the model.
+        spec: The spec.
+        outputs: The outputs.
+        prior: Whether zeros count as pruned.
+    """
 
     def case(client: secateur.Client, folder: Path) -> Parts:
         parts: Parts = {}
@@ -123,7 +130,7 @@ def pruned(
 def all_pruned(
     sources: Mapping[str, Source], specs: Mapping[str, secateur.Spec], prior: str = "masks"
 ) -> dict[str, Case]:
-    """Every source with every spec."""
+    """Makes a case for every pair of a source and a spec."""
     return {
         f"{name}, {what}": pruned(source, spec, prior=prior)
         for name, source in sources.items()
@@ -132,7 +139,7 @@ def all_pruned(
 
 
 def from_files(source: Callable[[Path], Any], spec: secateur.Spec) -> Case:
-    """A prune of files that the client reads.  source: writes them to a folder."""
+    """Makes a case that prunes files, which `source` writes to a folder and the client reads."""
 
     def case(client: secateur.Client, folder: Path) -> Parts:
         written = source(folder)
@@ -173,7 +180,7 @@ def finalized(source: Source, tensors: str | list[str] | None = None) -> Case:
 
 
 def measured_each(source: Source, **choices: Any) -> Case:
-    """The sensitivity of a model."""
+    """Makes a case of the sensitivity of a model."""
 
     def case(client: secateur.Client, folder: Path) -> Parts:
         table = client.sensitivity(source(), **choices).to_dict()
@@ -184,9 +191,12 @@ def measured_each(source: Source, **choices: Any) -> Case:
 
 
 def stored(source: Callable[[Path], Any], spec: secateur.Spec, again: secateur.Spec) -> Case:
-    """A prune of a checkpoint whose result is kept, and all that may be done to the result.
+    """Makes a case that prunes a checkpoint, keeps the result, and makes every call on it.
 
-    source: given a folder that it may fill, makes a model.
+    Args:
+        source: Makes a model, and may write it to the folder.
+        spec: Of the first prune.
+        again: Of the second prune, of the result.
     """
 
     def case(client: secateur.Client, folder: Path) -> Parts:
@@ -225,9 +235,12 @@ def _uses(
 
 
 def opened(source: Callable[[Path], Any], spec: secateur.Spec, name: str) -> Case:
-    """A prune of files that the server opens, and writes.
+    """Makes a case that prunes files which the server reads and writes.
 
-    source: fills a folder.  name: of the file, or the index, in it.
+    Args:
+        source: Writes the files to a folder.
+        spec: The spec.
+        name: The name of the file or of the index in the folder.
     """
 
     def case(client: secateur.Client, folder: Path) -> Parts:

@@ -1,7 +1,7 @@
-"""The models of the golden file, the same bits on every machine and with every library.
+"""The models of the golden file: the same bits on every machine and with every library.
 
-All values are whole numbers times a power of two, and the whole numbers are raw bits of PCG64,
-whose stream numpy promises never to change. No function of a mathematical library is called.
+All values are integers times a power of two, and the integers are raw bits of PCG64, whose stream
+numpy promises never to change. No function of a mathematical library is used.
 """
 
 import json
@@ -17,7 +17,7 @@ from torch import Tensor
 
 Tensors = dict[str, Tensor]
 
-# Above these sizes the server takes other paths (see select.py, batches.py and torch_backend.py).
+# Above these sizes the server uses other code paths (see cut, batches.py and torch_backend.py).
 ABOVE_SMALL = (256, 300)
 ABOVE_FEW = (300, 700)
 ABOVE_PIECE = (1030, 1031)
@@ -41,13 +41,13 @@ def bell(
 
 
 def wide(seed: int, shape: Sequence[int]) -> Tensor:
-    """Doubles in [-1, 1) that no float has."""
+    """Doubles in [-1, 1) that float32 cannot represent."""
     whole = (raw_bits(seed, shape) >> np.uint64(11)).astype(np.int64) - (1 << 52)
     return torch.from_numpy(whole * 2.0**-52).view(tuple(shape))
 
 
 def coarse(seed: int, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Quarters in [-1, 1], so nearly all are ties; zeros of both signs."""
+    """Multiples of 0.25 in [-1, 1], so that nearly all are ties, with zeros of both signs."""
     bits = raw_bits(seed, shape)
     values = torch.from_numpy(((bits >> np.uint64(8)) % np.uint64(9)).astype(np.float64) - 4) * 0.25
     is_minus = torch.from_numpy((bits & np.uint64(1)).astype(np.bool_))
@@ -61,7 +61,7 @@ def integers(seed: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def flags(seed: int, shape: Sequence[int], percent: int) -> Tensor:
-    """A mask that prunes about so many percent."""
+    """A mask that prunes about `percent` percent."""
     kept = raw_bits(seed, shape) % np.uint64(100) >= np.uint64(percent)
     return torch.from_numpy(kept).view(tuple(shape))
 
@@ -84,7 +84,7 @@ MATRICES = [*SHAPES]
 
 @cache
 def layers() -> Tensors:
-    """Convolutions with a batch norm, attention, and a head, each on a scale of its own."""
+    """Convolutions with a batch norm, attention, and a head, each with its own scale."""
     tensors = {
         name: bell(seed, shape, 2.0 ** -(seed % 3))
         for seed, (name, shape) in enumerate(SHAPES.items())
@@ -109,7 +109,7 @@ def grid() -> Tensors:
 
 @cache
 def pairs() -> Tensors:
-    """The layers, of which some come as the pairs that torch.nn.utils.prune writes."""
+    """The layers, some of them as the pairs that torch.nn.utils.prune writes."""
     tensors: Tensors = {}
     for seed, (name, tensor) in enumerate(layers().items()):
         if name in ("layer1.0.conv.weight", "attn.q.weight", "head.weight"):
@@ -125,7 +125,7 @@ def pairs() -> Tensors:
 
 @cache
 def zeroed() -> Tensors:
-    """The layers as an earlier pruning left them dense: of most, some elements are 0."""
+    """The layers, dense, after an earlier pruning: most of them have some zeros."""
     return {
         name: tensor * flags(80 + seed, tensor.shape, 35) if seed % 4 else tensor
         for seed, (name, tensor) in enumerate(layers().items())
@@ -134,7 +134,7 @@ def zeroed() -> Tensors:
 
 @cache
 def many(count: int = 180) -> Tensors:
-    """Small tensors of many sizes, enough that the server takes them together."""
+    """Small tensors of many sizes, enough for the server to batch them."""
     tensors: Tensors = {}
     for index in range(count):
         shape = [(1 + index % 13,), (index % 7 + 1, 9), (3, 4, index % 5 + 1), (17, 16)][index % 4]
@@ -145,19 +145,19 @@ def many(count: int = 180) -> Tensors:
 
 @cache
 def crowd() -> Tensors:
-    """More small tensors than the server takes between two checks."""
+    """More small tensors than the server handles between two checks for cancellation."""
     return many(2100)
 
 
 @cache
 def heap() -> Tensors:
-    """Small tensors of more elements than the server lays side by side."""
+    """Small tensors with more elements than fit into one batch."""
     return {f"{i}.weight": bell(700 + i, (140, 150), dtype=torch.float16) for i in range(60)}
 
 
 @cache
 def mixed() -> Tensors:
-    """As many small tensors of several dtypes, some without elements, some pruned before."""
+    """Small tensors of several dtypes, some without elements, some partly pruned."""
     dtypes = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
     tensors: Tensors = {}
     for index, (name, tensor) in enumerate(many(100).items()):
@@ -182,7 +182,7 @@ def alike() -> Tensors:
 
 @cache
 def medium() -> Tensors:
-    """Tensors that are not small, and more than are ranked at once."""
+    """Tensors that are not small, and more units than are sorted at once."""
     return {
         "odd": integers(200, (7,), torch.int8),
         "a.weight": bell(201, ABOVE_FEW),
@@ -204,7 +204,7 @@ def pieces() -> Tensors:
 
 @cache
 def large() -> Tensors:
-    """So many units that the server takes a sample of them first."""
+    """So many units that the server samples them first."""
     return {"w": bell(220, ABOVE_LARGE), "bias": bell(221, (11,))}
 
 
@@ -215,7 +215,7 @@ def large_ties() -> Tensors:
 
 @cache
 def large_pruned() -> Tensors:
-    """All but few are pruned before."""
+    """Most elements are already pruned."""
     weight, mask = bell(224, ABOVE_LARGE, dtype=torch.float16), flags(225, ABOVE_LARGE, 96)
     return {"w_orig": weight, "w_mask": mask.to(torch.float16)}
 
@@ -240,7 +240,7 @@ def edges() -> Tensors:
 
 
 def of_dtype(dtype: torch.dtype) -> Tensors:
-    """Matrices and a convolution, as far as a dtype has their values."""
+    """Matrices and a convolution of a dtype."""
     shapes = {"a": (24, 20), "b": (8, 4, 3, 3), "c": (10,)}
     if not dtype.is_floating_point:
         return {
@@ -255,7 +255,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def write_file(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> Path:
-    """A safetensors file, of the same bytes whatever library is installed."""
+    """Writes a safetensors file whose bytes do not depend on the installed library."""
     names = {torch.float32: "F32", torch.float16: "F16", torch.int64: "I64", torch.int8: "I8"}
     header: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}
     parts, end = [], 0
@@ -271,7 +271,7 @@ def write_file(path: Path, tensors: Tensors, metadata: dict[str, str] | None = N
 
 
 def write_shards(folder: Path, tensors: Tensors) -> Path:
-    """Three files and their index, with a name that is tied to the stem's.  Returns the folder."""
+    """Writes three files and their index, with a name tied to the stem's. Returns the folder."""
     shards: list[Tensors] = [{}, {}, {}]
     for index, (name, tensor) in enumerate(tensors.items()):
         shards[index % 3][name] = tensor

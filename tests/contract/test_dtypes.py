@@ -1,4 +1,4 @@
-"""The one table of dtypes, against what the installed torch and safetensors know."""
+"""The table of dtypes, compared with the installed torch and safetensors."""
 
 import json
 from typing import Any
@@ -16,7 +16,7 @@ from secateur_proto.dtypes import DTYPES
 from secateur_proto.framing import tensor_bytes
 from secateur_server.backends.dtypes import FP8, PRUNABLE, TORCH_DTYPES
 from secateur_server.backends.keys import BITS, ranked_as
-from tests.pruning.torch_side import same_bits
+from tests.reference import same_bits
 
 DTYPES_OF_TORCH = sorted({v for v in vars(torch).values() if isinstance(v, torch.dtype)}, key=str)
 every_dtype_of_torch = pytest.mark.parametrize("dtype", DTYPES_OF_TORCH, ids=str)
@@ -28,7 +28,7 @@ def any_bytes(dtype: torch.dtype) -> Tensor:
 
 
 def as_safetensors_writes(tensor: Tensor) -> dict[str, Any] | None:
-    """The entry of a tensor in the header of a file; None if the library cannot write it."""
+    """Returns the entry of a tensor in a safetensors header, or None if the library refuses it."""
     try:
         written = safetensors.torch.save({"x": tensor})
     except KeyError:
@@ -40,7 +40,7 @@ def as_safetensors_writes(tensor: Tensor) -> dict[str, Any] | None:
 
 
 @every_dtype_of_torch
-def test_a_tensor_is_described_as_safetensors_describes_it(dtype: torch.dtype) -> None:
+def test_a_tensor_is_described_as_in_safetensors(dtype: torch.dtype) -> None:
     tensor = any_bytes(dtype)
     expected = as_safetensors_writes(tensor)
     if expected is None:
@@ -53,8 +53,8 @@ def test_a_tensor_is_described_as_safetensors_describes_it(dtype: torch.dtype) -
     assert same_bits(to_value("x", local, as_torch=True), tensor)
 
 
-def test_the_library_writes_most_of_the_table() -> None:
-    """So that the test above compares more than what both refuse."""
+def test_safetensors_writes_every_dtype_of_torch_in_the_table() -> None:
+    """Else the test above might compare only dtypes that both refuse."""
     written = [as_safetensors_writes(any_bytes(dtype)) for dtype in DTYPES_OF_TORCH]
     assert {entry["dtype"] for entry in written if entry} == {
         wire for wire, dtype in DTYPES.items() if dtype.name
@@ -62,7 +62,7 @@ def test_the_library_writes_most_of_the_table() -> None:
 
 
 @pytest.mark.parametrize("name", sorted({np.dtype(code).name for code in "?bBhHiIlLqQefdFD"}))
-def test_an_array_is_described_as_safetensors_describes_it(name: str) -> None:
+def test_an_array_is_described_as_in_safetensors(name: str) -> None:
     array = np.arange(6).reshape(2, 3).astype(name)
     try:
         read = safetensors.deserialize(safetensors.numpy.save({"x": array}))  # type: ignore[no-untyped-call]
@@ -78,14 +78,14 @@ def test_an_array_is_described_as_safetensors_describes_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("wire", FLOATING)
-def test_the_bits_of_one_are_those_of_torch(wire: str) -> None:
+def test_the_bits_of_1_are_those_of_torch(wire: str) -> None:
     one = torch.ones((), dtype=TORCH_DTYPES[wire])
     bits = bytes(one.view(1).view(torch.uint8).tolist())
     assert int.from_bytes(bits, "little") == DTYPES[wire].one
 
 
 @pytest.mark.parametrize("dtype", PRUNABLE, ids=str)
-def test_what_can_be_pruned_has_a_rank(dtype: torch.dtype) -> None:
+def test_every_prunable_dtype_has_a_dtype_to_compare_in(dtype: torch.dtype) -> None:
     assert (dtype in BITS) == dtype.is_floating_point
     assert ranked_as(dtype) in set(BITS) - set(FP8)
 
@@ -99,7 +99,7 @@ def test_what_can_be_pruned_has_a_rank(dtype: torch.dtype) -> None:
         ("F4", (2, 4), False),  # ml_dtypes has a byte for each
     ],
 )
-def test_a_tensor_that_only_a_file_can_hold_is_named(
+def test_a_dtype_that_only_files_can_have_is_an_error(
     wire: str, shape: tuple[int, ...], as_torch: bool
 ) -> None:
     data = np.zeros(tensor_bytes(wire, shape), np.uint8)

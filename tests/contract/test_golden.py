@@ -1,4 +1,4 @@
-"""Today's results are those of the golden file: see tests/contract/golden.py."""
+"""Results are those of the golden file: see tests/contract/golden.py."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.contract.golden import FAMILIES, Digests, digests_of, read
 
 
 def differences(expected: Digests, found: Digests) -> Iterator[str]:
-    """What differs: cases that only one side has, and parts of a case."""
+    """Yields the differences: cases of only one side, and parts of a case."""
     for name in sorted(expected.keys() ^ found.keys()):
         yield f"{name!r} is only {'expected' if name in expected else 'found'}"
     for name in sorted(expected.keys() & found.keys()):
@@ -23,7 +23,7 @@ def differences(expected: Digests, found: Digests) -> Iterator[str]:
 
 @pytest.fixture
 def opening(tmp_path: Path) -> Iterator[secateur.Client]:
-    """A client of a server that opens files of the test's folder."""
+    """A client of a server that may open files in the folder of the test."""
     with (
         inner_server("--allow-path", str(tmp_path)) as server,
         secateur.Client(server.address, timeout=PATIENCE) as client,
@@ -33,7 +33,7 @@ def opening(tmp_path: Path) -> Iterator[secateur.Client]:
 
 @pytest.fixture(scope="module")
 def without_numba() -> Iterator[secateur.Client]:
-    """A client of a server that works with torch's operations alone."""
+    """A client of a server that uses only torch's operations."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NUMBA_DISABLE_JIT", "1")
         server = start_command("--max-model-bytes", "1GiB")
@@ -59,7 +59,7 @@ def test_results_are_golden(client: secateur.Client, tmp_path: Path, family: str
     check(family, client, tmp_path)
 
 
-def test_results_of_files_that_the_server_opens_are_golden(
+def test_results_of_files_of_the_server_are_golden(
     opening: secateur.Client, tmp_path: Path
 ) -> None:
     check("uris", opening, tmp_path)

@@ -1,4 +1,4 @@
-"""How a model is cut into messages, as every other client sees it."""
+"""How a model is split into messages, for clients in any language."""
 
 from collections.abc import Iterator
 
@@ -61,7 +61,7 @@ def test_a_small_model_is_one_message_each_way(
     assert (len(messages[0].data) == 0) == (output == pruner_pb2.OUTPUT_NONE)
 
 
-def test_a_large_answer_is_cut_into_chunks_behind_its_report(channel: grpc.Channel) -> None:
+def test_a_large_answer_is_its_report_and_then_chunks(channel: grpc.Channel) -> None:
     weights = np.arange(1, 1_000_001, dtype=np.float32)
     messages = answer(channel, weights, pruner_pb2.OUTPUT_DENSE)
     assert [message.HasField("result") for message in messages] == [True, False, False, False]
@@ -74,7 +74,7 @@ def test_a_large_answer_is_cut_into_chunks_behind_its_report(channel: grpc.Chann
 
 @pytest.mark.parametrize("count", [100, 1_000_000])
 @pytest.mark.parametrize("output", [pruner_pb2.OUTPUT_MASKS, pruner_pb2.OUTPUT_DENSE])
-def test_a_call_that_says_so_is_one_message_each_way(
+def test_a_call_with_the_metadata_is_one_message_each_way(
     channel: grpc.Channel, count: int, output: pruner_pb2.Output.ValueType
 ) -> None:
     weights = np.arange(1, count + 1, dtype=np.float32)
@@ -94,7 +94,7 @@ def test_a_call_that_says_so_is_one_message_each_way(
 
 
 def test_a_report_has_its_coverage_and_its_warnings(channel: grpc.Channel) -> None:
-    """What other languages read: half of zeros pruned, and a tensor that no rule names."""
+    """Half of a tensor of zeros is pruned, and another tensor has no rule."""
     header = file_header([("w", "F32", (2, 4)), ("b", "F32", (3,))])
     data = header + bytes(4 * 11)
     head = pruner_pb2.PruneHeader(data_bytes=len(data), spec=SPEC, output=pruner_pb2.OUTPUT_NONE)
@@ -118,7 +118,7 @@ def test_a_report_has_its_coverage_and_its_warnings(channel: grpc.Channel) -> No
 
 
 def test_a_mask_is_bits_lowest_first(channel: grpc.Channel) -> None:
-    """Ten elements of which the 1st, 2nd, 5th, 9th and 10th are the smallest: golden bytes."""
+    """The 1st, 2nd, 5th, 9th and 10th of ten elements are the smallest."""
     weights = np.array([1, 2, 9, 8, 3, 7, 6, 5.5, 4, 0], np.float32)
     (message,) = answer(channel, weights, pruner_pb2.OUTPUT_MASKS)
     assert message.data == (
@@ -129,8 +129,8 @@ def test_a_mask_is_bits_lowest_first(channel: grpc.Channel) -> None:
 
 
 @pytest.mark.slow
-def test_a_model_of_more_than_2_gib_is_carried(channel: grpc.Channel) -> None:
-    """5 GB up, 2.5 GB of masks' worth of elements; the lowest half of the magnitudes goes."""
+def test_a_model_of_more_than_2_gib_is_pruned(channel: grpc.Channel) -> None:
+    """The request has 5 GB; the lower half of the magnitudes is pruned."""
     import secateur
     from tests.conftest import start_command, stop_server
 
@@ -140,7 +140,7 @@ def test_a_model_of_more_than_2_gib_is_carried(channel: grpc.Channel) -> None:
         weights = torch.arange(count, dtype=torch.float32)
         with secateur.Client(server.address, timeout=600) as client:
             result = client.prune({"w": weights}, secateur.global_unstructured("w", 0.5))
-        # float32 has no more than 24 bits: neighbours tie, and the lower index goes first.
+        # float32 has only 24 bits: neighbours tie, and the lower index is pruned first.
         assert result.report.zeros == result.report.rules[0][0].pruned == count // 2
         mask = result.masks["w"]
         assert not mask[: count // 2].any()
@@ -150,8 +150,8 @@ def test_a_model_of_more_than_2_gib_is_carried(channel: grpc.Channel) -> None:
 
 
 @pytest.mark.slow
-def test_a_tensor_of_more_than_2_to_the_31_elements_is_right() -> None:
-    """float16 has few values: among so many ties the lowest index is above 2^31 too."""
+def test_a_tensor_of_more_than_2_to_the_31_elements_is_pruned() -> None:
+    """float16 has few values, so there are ties beyond index 2^31."""
     import secateur
     from tests.conftest import start_command, stop_server
 
@@ -161,21 +161,21 @@ def test_a_tensor_of_more_than_2_to_the_31_elements_is_right() -> None:
         weights = np.full(count, 2.0, np.float16)
         weights[5::7] = -1.0
         ones = (count - 5 + 6) // 7
-        going = ones + (1 << 31) * 6 // 7 + 300_000  # the last of them is above index 2^31
+        count_pruned = ones + (1 << 31) * 6 // 7 + 300_000  # the last is above index 2^31
         with secateur.Client(server.address, timeout=900) as client:
-            spec = secateur.global_unstructured("w", going)
+            spec = secateur.global_unstructured("w", count_pruned)
             result = client.prune({"w": weights}, spec, progress=False)
         choice = result.report.rules[0][0]
-        assert (choice.pruned, choice.threshold) == (going, 2.0)
-        assert (choice.ties, choice.ties_pruned) == (count - ones, going - ones)
+        assert (choice.pruned, choice.threshold) == (count_pruned, 2.0)
+        assert (choice.ties, choice.ties_pruned) == (count - ones, count_pruned - ones)
         kept = result.masks["w"]
         assert not kept[5::7].any()
         pruned = weights == 2.0
         pruned &= ~kept
         last = count - 1 - int(np.argmax(pruned[::-1]))
-        # What goes of the 2.0 are the first ones: none before the last of them stays.
+        # The first elements of 2.0 are pruned: no kept one precedes the last of them.
         assert last > 1 << 31
-        assert int(np.count_nonzero(pruned)) == going - ones
+        assert int(np.count_nonzero(pruned)) == count_pruned - ones
         assert not kept[: last + 1].any()
     finally:
         stop_server(server)

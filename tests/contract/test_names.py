@@ -135,7 +135,7 @@ def test_the_metrics_have_their_names(server: RunningServer) -> None:
     } <= set(found)
 
 
-def test_every_option_of_the_server_is_a_variable_too(tmp_path: Path) -> None:
+def test_every_option_of_the_server_is_an_environment_variable(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     options = {
@@ -169,14 +169,15 @@ def test_every_option_of_the_server_is_a_variable_too(tmp_path: Path) -> None:
     assert {field.name for field in fields(config)} == {n.replace("-", "_") for n in options}
 
 
-def test_a_client_may_bring_its_channel(channel: grpc.Channel) -> None:
-    with secateur.Client(channel=channel) as client:
-        client.report(MODEL)
-    with secateur.Client(channel=channel) as client:  # it was left open
-        assert client.report(MODEL).total == 66
+def test_a_client_accepts_a_channel_and_leaves_it_open(channel: grpc.Channel) -> None:
+    for _ in range(2):
+        with secateur.Client(channel=channel) as client:
+            assert client.report(MODEL).total == 66
 
 
-def test_a_client_needs_an_address_or_a_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_without_an_address_or_a_channel_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("SECATEUR_SERVER", raising=False)
     with pytest.raises(secateur.SecateurError, match="an address, or a channel"):
         secateur.Client()

@@ -1,4 +1,4 @@
-"""Callers whose spec is wrong, or does not fit the tensors."""
+"""Specs that are wrong, or do not fit the tensors."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -60,8 +60,8 @@ MASKS = "spec.rules[0].custom_masks.masks"
 
 
 @pytest.fixture(autouse=True)
-def _the_server_goes_on(server: RunningServer, channel: grpc.Channel) -> Iterator[None]:
-    """Whatever a test sent, the next good request is served and nothing of the bad ones is held."""
+def _server_still_serves(server: RunningServer, channel: grpc.Channel) -> Iterator[None]:
+    """After each test the next good request is served, and nothing of the bad ones is held."""
     yield
     check_serves(server, channel)
 
@@ -86,7 +86,7 @@ def masked(**holders: str) -> spec_pb2.PruningSpec:
     return masks(**{name.replace("_", "."): holder for name, holder in holders.items()})
 
 
-# What is wrong without any tensor: the spec, the field, and what the message must say besides.
+# Specs that are wrong for any tensors: the spec, the field, and other parts of the message.
 WRONG_ALONE = [
     pytest.param(spec_pb2.PruningSpec(), "spec.rules", [], id="no rules"),
     pytest.param(
@@ -144,7 +144,7 @@ WRONG_ALONE = [
     ),
 ]
 
-# What does not fit the tensors that the safetensors header announces.
+# Specs that do not fit the tensors in the safetensors header.
 UNFIT = [
     pytest.param(
         spec("fc.wieght"), f"{AT}.tensors[0]", ["'fc.wieght'", "nearest", "'fc.weight'"], id="typo"
@@ -206,7 +206,7 @@ UNFIT = [
     pytest.param(masks(fcc="z.half"), f"{MASKS}['fcc']", ["'fcc'", "nearest"], id="mask of typo"),
 ]
 
-# What only the values show.
+# Specs that do not fit the values of the tensors.
 UNFIT_VALUES = [
     pytest.param(fc(count=13), f"{AT}.count", ["13", "12", "'fc.weight'"], id="count"),
     pytest.param(fc(count=2**64 - 1), f"{AT}.count", [str(2**64 - 1)], id="count of 2^64-1"),
@@ -264,7 +264,7 @@ def test_a_wrong_spec_is_refused_before_the_data_is_sent(
 
 @pytest.mark.parametrize("rpc", ["Report", "Finalize"])
 @pytest.mark.parametrize(("name", "said"), [("fc.wieght", "'fc.weight'"), ("flags", "BOOL")])
-def test_a_name_that_fits_nothing_is_refused_by_every_rpc_before_the_data_is_sent(
+def test_an_unknown_name_is_refused_before_the_data_is_sent(
     channel: grpc.Channel, rpc: str, name: str, said: str
 ) -> None:
     head = DATA[: 8 + int.from_bytes(DATA[:8], "little")]
@@ -294,7 +294,7 @@ BAD_PAIRS = [
 
 
 @pytest.mark.parametrize(("model", "name", "parts"), BAD_PAIRS)
-def test_a_pair_that_is_none_is_refused_by_every_rpc(
+def test_a_wrong_pair_is_refused_by_every_rpc(
     channel: grpc.Channel, model: dict[str, torch.Tensor], name: str, parts: list[str]
 ) -> None:
     data = safetensors.torch.save(
@@ -306,7 +306,7 @@ def test_a_pair_that_is_none_is_refused_by_every_rpc(
 
 
 @pytest.mark.parametrize("taken", ["w_orig", "w_mask"])
-def test_a_pair_is_not_written_over_a_tensor(channel: grpc.Channel, taken: str) -> None:
+def test_a_pair_does_not_overwrite_a_tensor(channel: grpc.Channel, taken: str) -> None:
     data = safetensors.torch.save({"w": ONES, taken: ONES.clone()})
     found = send_file(channel, "Prune", data, spec=spec("w"), output=pb.OUTPUT_REPARAMETRIZED)
     check_invalid(found, INVALID_STATE_DICT, f"data['{taken}']", ["'w'"])
@@ -314,10 +314,10 @@ def test_a_pair_is_not_written_over_a_tensor(channel: grpc.Channel, taken: str) 
 
 @pytest.mark.parametrize("byte", [2, 128, 255])
 @pytest.mark.parametrize("place", [0, 40])
-def test_a_mask_of_bools_that_are_neither_0_nor_1_is_refused(
+def test_a_mask_of_bytes_other_than_0_and_1_is_refused(
     channel: grpc.Channel, byte: int, place: int
 ) -> None:
-    """safetensors gives a BOOL a byte, and says nothing of its other bits."""
+    """A BOOL of safetensors has a byte, and the format does not define its other bits."""
     mask = bytes(place) + bytes([byte]) + bytes(49 - place)
     table = {"w_orig": entry("F32", [50], 0, 200), "w_mask": entry("BOOL", [50], 200, 250)}
     found = send_file(channel, "Report", file(table, bytes(200) + mask))
@@ -328,23 +328,21 @@ def test_a_mask_of_bools_that_are_neither_0_nor_1_is_refused(
 
 
 @pytest.mark.parametrize("fields", [{}, {"scope": spec_pb2.SCOPE_GLOBAL}, SLICES, {"fraction": 1}])
-def test_nan_is_legal_where_it_is_pruned_already(
-    channel: grpc.Channel, fields: dict[str, Any]
-) -> None:
+def test_a_pruned_nan_is_legal(channel: grpc.Channel, fields: dict[str, Any]) -> None:
     pair = {"w_orig": MODEL["z.nan"], "w_mask": HALF_OF_FC, "scores": MODEL["z.nan"].clone()}
     data = safetensors.torch.save(pair)
-    # The norm of a slice takes all of its scores, as in torch, so there a NaN is never legal.
+    # As in torch, the norm of a slice covers all scores, so a NaN among them is never legal.
     for scores in ({},) if fields is SLICES else ({}, {"w": "scores"}):
         wanted = spec("w", importance_scores=scores, **fields)
         assert send_file(channel, "Prune", data, spec=wanted) is None
 
 
-# gRPC drops a status whose headers have more than 8 KiB: some of those below 16 KiB, by chance.
+# gRPC drops some statuses with headers between 8 and 16 KiB, at random.
 OFTEN = range(30)
 
 
 @pytest.mark.parametrize("wrong", ["😀" * 300, "😀" * 299 + "n", "\U000e0001" * 300])
-def test_messages_about_long_names_arrive_whole(channel: grpc.Channel, wrong: str) -> None:
+def test_errors_with_long_names_arrive_complete(channel: grpc.Channel, wrong: str) -> None:
     names = [f"{'😀' * 300}{number}" for number in range(4)]
     data = file({name: entry("F32", [0], 0, 0) for name in names})
     for _ in OFTEN:
@@ -354,7 +352,7 @@ def test_messages_about_long_names_arrive_whole(channel: grpc.Channel, wrong: st
         assert found.fields[0] in found.message
 
 
-def test_messages_about_long_shapes_arrive_whole(channel: grpc.Channel) -> None:
+def test_errors_with_long_shapes_arrive_complete(channel: grpc.Channel) -> None:
     shape = [2**62] * 63
     table = {"w_orig": entry("F32", [*shape, 0], 0, 0), "w_mask": entry("F32", [0, *shape], 0, 0)}
     for _ in OFTEN:
@@ -392,7 +390,7 @@ def test_any_spec_is_served_or_refused(
 
 @unhurried
 @given(st.text(max_size=12) | st.text("[]*?!-^\\&~|w.", max_size=12))
-def test_any_text_is_a_pattern(channel: grpc.Channel, pattern: str) -> None:
+def test_any_text_as_a_glob_is_served_or_refused(channel: grpc.Channel, pattern: str) -> None:
     assert is_served(send_file(channel, "Report", DATA, tensors=[pattern]))
 
 
@@ -410,7 +408,7 @@ def confined() -> Iterator[grpc.Channel]:
         pytest.param([f"{i:b}".zfill(199) for i in range(5000)], "01" * 99, id="similar names"),
     ],
 )
-def test_a_pattern_that_matches_nothing_is_refused_soon(
+def test_a_glob_that_matches_nothing_is_refused_without_hanging(
     confined: grpc.Channel, names: list[str], pattern: str
 ) -> None:
     data = file({name: entry("F32", [0], 0, 0) for name in names})

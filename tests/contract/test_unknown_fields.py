@@ -1,4 +1,4 @@
-"""A choice of a newer client is refused, and the server says what it can do."""
+"""Choices of a newer client are refused, and the server lists the choices that it supports."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +29,7 @@ Path = tuple[str, ...]
 
 
 def paths(kind: Descriptor, path: Path = ()) -> Iterator[Path]:
-    """The paths to all messages that a message of some type may have in it, itself the first."""
+    """Yields the paths to all messages that a type may contain, its own first."""
     yield path
     for field in kind.fields:
         if field.message_type and not field.message_type.GetOptions().map_entry:
@@ -37,7 +37,7 @@ def paths(kind: Descriptor, path: Path = ()) -> Iterator[Path]:
 
 
 def part(whole: Message, path: Path) -> tuple[Message, str]:
-    """Makes the message at a path in another. Returns it, and the path as errors have it."""
+    """Creates the message at a path in `whole`. Returns it, and the path as errors write it."""
     found, names = whole, []
     for name in path:
         field = getattr(found, name)
@@ -67,7 +67,7 @@ def test_every_message_of_every_request_refuses_an_unknown_field(
         check_invalid(found, "INVALID_REQUEST", field, [*words, secateur.__version__])
 
 
-def test_an_unknown_field_behind_the_header_is_refused(channel: grpc.Channel) -> None:
+def test_an_unknown_field_after_the_header_is_refused(channel: grpc.Channel) -> None:
     head = pruner_pb2.ReportHeader(data_bytes=100)
     requests = [message("Report", header=head), message("Report", data=b"x")]
     requests[1].MergeFromString(UNKNOWN)
@@ -76,7 +76,7 @@ def test_an_unknown_field_behind_the_header_is_refused(channel: grpc.Channel) ->
 
 
 def test_an_entry_of_a_map_with_an_unknown_field_is_refused(channel: grpc.Channel) -> None:
-    """protobuf would drop the entry, and with it a choice of the caller."""
+    """protobuf would drop the entry, and with it a choice of the user."""
     entry = b"\x0a\x01a\x12\x01b" + UNKNOWN
     request = pruner_pb2.PruneRequest(header=pruner_pb2.PruneHeader(data_bytes=100, spec=spec("*")))
     selection = request.header.spec.rules[0].selection
@@ -88,7 +88,7 @@ def test_an_entry_of_a_map_with_an_unknown_field_is_refused(channel: grpc.Channe
 
 
 @pytest.mark.parametrize(("count", "field"), [(3, "groups[2]"), (30_000, None)])
-def test_a_long_spec_is_not_searched_to_its_end(
+def test_a_long_spec_is_searched_only_up_to_a_limit(
     channel: grpc.Channel, count: int, field: str | None
 ) -> None:
     selection = spec_pb2.Selection(tensors=[f"layers.{i}.weight" for i in range(20_000)])
@@ -107,7 +107,7 @@ def test_a_long_spec_is_not_searched_to_its_end(
 # The Python client --------------------------------------------------------------------------------
 
 
-def test_the_client_says_that_the_server_is_older_with_both_versions(
+def test_the_error_of_the_client_has_both_versions(
     client: secateur.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encode = secateur.Spec.encode
@@ -127,7 +127,7 @@ def test_the_client_says_that_the_server_is_older_with_both_versions(
     assert "this client is secateur 98.7.6" in text
 
 
-def test_a_server_says_what_it_is_and_can_do(client: secateur.Client) -> None:
+def test_the_info_of_a_server_lists_its_choices(client: secateur.Client) -> None:
     info = client.server_info()
     assert info.version == secateur.__version__
     assert set(info.outputs) == {"masks", "reparametrized", "dense", "none"}
@@ -143,13 +143,13 @@ def test_a_server_says_what_it_is_and_can_do(client: secateur.Client) -> None:
     assert info.max_model_bytes == 1 << 30
 
 
-def test_the_limit_of_a_model_is_the_lower_one() -> None:
+def test_the_info_of_a_server_has_the_lower_limit_of_a_model() -> None:
     options = ("--max-model-bytes", "4MiB", "--memory-limit", "1MiB")
     with inner_server(*options) as running, secateur.Client(running.address) as client:
         assert client.server_info().max_model_bytes == 1 << 20
 
 
-def test_a_server_without_the_method_is_told_to_be_older() -> None:
+def test_the_client_reports_a_server_without_the_method_as_older() -> None:
     server = grpc.server(ThreadPoolExecutor(1))
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()

@@ -1,4 +1,4 @@
-"""The client where torch is not installed: a process that sees every package but torch."""
+"""The client without torch, in a process that can import every package except torch."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from tests.conftest import RunningServer
 
 @pytest.fixture(scope="module")
 def without_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with links to all that is installed here, but for torch."""
+    """A folder with links to all installed packages except torch."""
     folder = tmp_path_factory.mktemp("site")
     for entry in Path(sysconfig.get_path("purelib")).iterdir():
         if not entry.name.startswith(("torch", "functorch")):
@@ -68,7 +68,7 @@ assert "torch" not in sys.modules
     assert load_file(tmp_path / "out.safetensors")["w"].tolist() == [[3, 0], [0, -4]]
 
 
-def test_an_embedded_server_says_what_it_needs(without_torch: Path) -> None:
+def test_the_error_of_an_embedded_server_names_the_extra(without_torch: Path) -> None:
     code = """
 import secateur
 try:
@@ -81,7 +81,7 @@ except secateur.SecateurError as error:
     assert "pip install 'secateur[server]'" in ended.stdout, ended.stderr
 
 
-def test_the_server_says_what_it_needs(without_torch: Path) -> None:
+def test_the_error_of_the_server_names_the_extra(without_torch: Path) -> None:
     """As the installed command starts it, and as `python -m` does."""
     for code in (
         "from secateur_server.__main__ import run; run()",
@@ -96,7 +96,7 @@ def test_the_server_says_what_it_needs(without_torch: Path) -> None:
 
 
 def test_a_torch_file_is_refused_before_the_call(without_torch: Path, tmp_path: Path) -> None:
-    """No server is at the address: nothing was called."""
+    """There is no server at the address, so the client does not call it."""
     save_file({"w": np.ones((2, 2), np.float32)}, tmp_path / "in.safetensors")
     code = "import sys; from secateur.cli import main; sys.exit(main(sys.argv[1:]))"
     given = [str(tmp_path / "in.safetensors"), "-o", str(tmp_path / "o.pt")]

@@ -1,4 +1,4 @@
-"""What secateur-server itself says of its options."""
+"""The options of secateur-server, from its --help."""
 
 import re
 from contextlib import redirect_stdout, suppress
@@ -10,7 +10,7 @@ from secateur_server.config import read_config
 
 @cache
 def options() -> frozenset[str]:
-    """The options that --help shows, without --help and --version."""
+    """Returns the options in --help, without --help and --version."""
     with redirect_stdout(StringIO()) as out, suppress(SystemExit):
         read_config(["--help"], {})
     shown = out.getvalue()

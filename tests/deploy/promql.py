@@ -1,4 +1,4 @@
-"""What queries ask for, what a server serves, and a real Prometheus to ask."""
+"""Metrics in queries, metrics of a server, and a real Prometheus."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.conftest import RunningServer
 
 RULES = sorted(Path("deploy/prometheus/rules").glob("*.yml"))
-OWN = {"up", "ALERTS"}  # Prometheus's
+OWN = {"up", "ALERTS"}  # Prometheus's own metrics
 
 needs_prometheus = pytest.mark.skipif(
     shutil.which("prometheus") is None, reason="no prometheus: make system"
@@ -35,7 +35,7 @@ _WORDS_AND_NUMBERS = r"[a-z_]+\s*(?=\()|\b(?:and|or|unless|offset)\b|\b[\d.]+(?:
 
 
 def names_in(query: str) -> set[str]:
-    """The metrics that a query names."""
+    """Returns the metrics in a query."""
     for pattern in (_TEXTS, _LABELS_AND_RANGES, _WORDS_AND_NUMBERS):
         query = re.sub(pattern, " ", query)
     return set(re.findall(r"[a-zA-Z_][\w:]*", query))
@@ -61,7 +61,7 @@ def metrics_of(server: RunningServer) -> str:
 
 
 def families(server: RunningServer) -> set[str]:
-    """The metrics of a server; of a histogram the name that its parts begin with."""
+    """Returns the metrics of a server, and histograms without the suffix."""
     return {
         f"{family.name}_total" if family.type == "counter" else family.name
         for family in text_string_to_metric_families(metrics_of(server))
@@ -69,7 +69,7 @@ def families(server: RunningServer) -> set[str]:
 
 
 def served_names(server: RunningServer) -> set[str]:
-    """What queries may name, whether or not there is a sample of it yet."""
+    """Returns the names that queries may have, with or without samples."""
     found = set(families(server))
     for family in text_string_to_metric_families(metrics_of(server)):
         if family.type == "histogram":
@@ -79,7 +79,7 @@ def served_names(server: RunningServer) -> set[str]:
 
 @contextmanager
 def prometheus(folder: Path) -> Iterator[str]:
-    """A Prometheus with the configuration in `folder`. Yields its address."""
+    """Runs a Prometheus with the configuration in `folder`. Yields its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -100,7 +100,7 @@ def prometheus(folder: Path) -> Iterator[str]:
 
 
 def get(address: str, path: str, **parameters: str) -> dict[str, Any] | None:
-    """The data of an answer; None where Prometheus does not answer yet."""
+    """Returns the data of an answer, or None if Prometheus does not answer yet."""
     url = f"http://{address}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
     try:
         with urllib.request.urlopen(url, timeout=300) as answer:
@@ -115,6 +115,6 @@ def get(address: str, path: str, **parameters: str) -> dict[str, Any] | None:
 
 
 def ask(address: str, query: str) -> list[float] | None:
-    """The values of a query; None where Prometheus does not answer yet."""
+    """Returns the values of a query, or None if Prometheus does not answer yet."""
     data = get(address, "query", query=query)
     return None if data is None else [float(series["value"][1]) for series in data["result"]]

@@ -1,4 +1,4 @@
-"""Grafana's dashboard: a person can read its file, and Prometheus its queries."""
+"""Grafana's dashboard: its file, its panels and their queries."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def panels() -> list[dict[str, Any]]:
 
 
 def queries() -> list[str]:
-    """As Grafana sends them, with its variables filled in."""
+    """Returns the queries as Grafana sends them, with its variables filled in."""
     found = [target["expr"] for panel in panels() for target in panel["targets"]]
     found += [annotation["expr"] for annotation in dashboard()["annotations"]["list"]]
     filled = {"$__rate_interval": "1m", "$job": "secateur", "$instance": ".+"}
@@ -44,13 +44,13 @@ def queries() -> list[str]:
     return found
 
 
-def test_its_file_changes_only_where_somebody_changes_it() -> None:
+def test_the_file_is_formatted() -> None:
     text = json.dumps(dashboard(), indent=2, sort_keys=True, ensure_ascii=False)
     assert PATH.read_text() == text + "\n"
 
 
 @pytest.mark.parametrize("panel", panels(), ids=lambda panel: panel["title"])
-def test_a_panel_says_what_it_shows(panel: dict[str, Any]) -> None:
+def test_a_panel_has_a_title_a_description_and_a_unit(panel: dict[str, Any]) -> None:
     assert panel["title"]
     assert panel["description"].endswith(".")
     assert panel["fieldConfig"]["defaults"]["unit"]
@@ -58,7 +58,7 @@ def test_a_panel_says_what_it_shows(panel: dict[str, Any]) -> None:
     assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"])
 
 
-def test_panels_have_their_own_ids_and_places() -> None:
+def test_panels_have_unique_ids_and_do_not_overlap() -> None:
     ids = [panel["id"] for panel in dashboard()["panels"]]
     assert len(set(ids)) == len(ids)
     taken: set[tuple[int, int]] = set()
@@ -71,7 +71,7 @@ def test_panels_have_their_own_ids_and_places() -> None:
         taken |= cells
 
 
-def test_its_source_is_the_provisioned_one() -> None:
+def test_the_data_source_is_the_provisioned_one() -> None:
     (source,) = yaml.safe_load((PROVISIONED / "datasources/prometheus.yml").read_text())[
         "datasources"
     ]
@@ -82,14 +82,13 @@ def test_its_source_is_the_provisioned_one() -> None:
     )
 
 
-def test_what_panels_name_is_served(server: RunningServer) -> None:
+def test_metrics_in_panels_exist(server: RunningServer) -> None:
     named = set().union(*map(names_in, queries()))
     assert "secateur_stage_seconds_bucket" in named
     assert named - served_names(server) - records() - OWN == set()
 
 
-def test_every_metric_of_ours_is_shown(server: RunningServer) -> None:
-    """A metric that nobody looks at tells nobody anything."""
+def test_every_metric_is_in_a_panel(server: RunningServer) -> None:
     named = set().union(*map(names_in, queries()))
     shown = {re.sub(r"_(bucket|sum|count)$", "", name) for name in named}
     alerted = {"grpc_server_started_total"}
@@ -101,7 +100,7 @@ def test_every_metric_of_ours_is_shown(server: RunningServer) -> None:
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Prometheus that has nothing, and reads queries."""
+    """A Prometheus without targets, which parses queries."""
     folder = tmp_path_factory.mktemp("prometheus")
     (folder / "prometheus.yml").write_text("global: {}\n")
     with prometheus(folder) as address:
@@ -110,7 +109,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @needs_prometheus
-def test_prometheus_reads_the_queries_of_panels_and_runbooks(asked: str) -> None:
+def test_prometheus_accepts_the_queries_of_panels_and_runbooks(asked: str) -> None:
     blocks = re.findall(r"```promql\n(.*?)```", Path("docs/operations.md").read_text(), re.DOTALL)
     runbooks = [line for block in blocks for line in block.splitlines()]
     assert runbooks
@@ -118,6 +117,6 @@ def test_prometheus_reads_the_queries_of_panels_and_runbooks(asked: str) -> None
         assert get(asked, "query", query=query) is not None
 
 
-def test_what_runbooks_name_is_served(server: RunningServer) -> None:
+def test_metrics_in_runbooks_exist(server: RunningServer) -> None:
     blocks = re.findall(r"```promql\n(.*?)```", Path("docs/operations.md").read_text(), re.DOTALL)
     assert names_in("\n".join(blocks)) - served_names(server) - records() == set()

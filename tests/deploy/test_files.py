@@ -1,4 +1,4 @@
-"""The files of a deployment, read by the programs that will read them."""
+"""The files of a deployment, checked by the programs that use them."""
 
 import os
 import re
@@ -24,7 +24,7 @@ needs_compose = pytest.mark.skipif(
 
 
 def compose(profile: str) -> dict[str, Any]:
-    """The services of a profile, as compose understands them."""
+    """Returns the services of a profile, parsed by compose."""
     command = ["docker-compose", "--profile", profile, "config"]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
@@ -34,13 +34,13 @@ def compose(profile: str) -> dict[str, Any]:
 
 @needs_compose
 @pytest.mark.parametrize(("profile", "server"), [("cpu", "server"), ("gpu", "server-gpu")])
-def test_compose_takes_the_file(profile: str, server: str) -> None:
+def test_compose_accepts_the_file(profile: str, server: str) -> None:
     assert set(compose(profile)) == {server, "prometheus", "grafana"}
 
 
 @needs_compose
 @pytest.mark.parametrize("profile", ["cpu", "gpu"])
-def test_containers_may_do_little_and_only_this_machine_reaches_them(profile: str) -> None:
+def test_containers_are_restricted_and_listen_only_on_this_machine(profile: str) -> None:
     for name, service in compose(profile).items():
         assert service["read_only"], name
         assert service["cap_drop"] == ["ALL"]
@@ -50,7 +50,7 @@ def test_containers_may_do_little_and_only_this_machine_reaches_them(profile: st
 
 @needs_compose
 @pytest.mark.parametrize(("profile", "name"), [("cpu", "server"), ("gpu", "server-gpu")])
-def test_a_server_has_a_limit_a_probe_and_time_to_end(profile: str, name: str) -> None:
+def test_a_server_has_a_memory_limit_a_probe_and_a_grace_period(profile: str, name: str) -> None:
     server = compose(profile)[name]
     assert server["user"] == "10001:10001"
     assert server["mem_limit"] == "8g"
@@ -63,19 +63,19 @@ def test_a_server_has_a_limit_a_probe_and_time_to_end(profile: str, name: str) -
 def test_the_image_of_each_profile_has_torch_for_its_device() -> None:
     cpu, gpu = compose("cpu")["server"], compose("gpu")["server-gpu"]
     assert cpu["build"]["args"] == {"TORCH_INDEX_URL": "https://download.pytorch.org/whl/cpu"}
-    assert gpu["build"]["args"] == {"TORCH_INDEX_URL": ""}  # PyPI's alone
+    assert gpu["build"]["args"] == {"TORCH_INDEX_URL": ""}  # only PyPI
     assert cpu["image"] != gpu["image"]
     assert "ARG TORCH_INDEX_URL" in DOCKERFILE
 
 
 @needs_promtool
-def test_promtool_takes_the_configuration() -> None:
+def test_promtool_accepts_the_configuration() -> None:
     command = ["promtool", "check", "config", "deploy/prometheus/prometheus.yml"]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
-def test_the_label_that_links_to_runbooks_is_on_no_alert() -> None:
+def test_alerts_do_not_have_the_label_of_the_runbook() -> None:
     text = Path("deploy/prometheus/prometheus.yml").read_text()
     config = yaml.safe_load(
         text.replace("# external_labels:", "external_labels:").replace("#   r", "  r")
@@ -86,19 +86,19 @@ def test_the_label_that_links_to_runbooks_is_on_no_alert() -> None:
     assert relabel == {"action": "labeldrop", "regex": label}
 
 
-def test_hadolint_finds_nothing_to_say() -> None:
+def test_hadolint_finds_no_problem() -> None:
     hadolint = Path(sys.executable).with_name("hadolint")
     ended = subprocess.run([hadolint, "deploy/Dockerfile"], capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (0, "")
 
 
-def test_the_image_runs_as_nobody_in_particular() -> None:
+def test_the_image_runs_as_an_unprivileged_user() -> None:
     final = DOCKERFILE.rpartition("\nFROM ")[2]
     assert re.findall(r"^USER (.+)$", final, re.MULTILINE) == ["10001:10001"]
     assert final.index("USER 10001") < final.index("ENTRYPOINT")
 
 
-def test_an_image_alone_serves_nobody_without_tls_and_tokens() -> None:
+def test_the_image_does_not_set_insecure() -> None:
     instructions = re.sub(r"^#.*$", "", DOCKERFILE, flags=re.MULTILINE)
     baked = set(re.findall(r"SECATEUR_\w+(?==)", instructions))
     assert baked <= variables() - {"SECATEUR_INSECURE"}
@@ -111,7 +111,7 @@ def probe(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
 
 
 @pytest.mark.parametrize("service", [(), ("liveness",)], ids=str)
-def test_the_healthcheck_tells_a_server_from_none(
+def test_the_healthcheck_fails_without_a_server(
     server: RunningServer, service: tuple[str, ...]
 ) -> None:
     ended = probe(*service, SECATEUR_ADDRESS=server.address)
@@ -123,7 +123,7 @@ def test_the_healthcheck_tells_a_server_from_none(
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of an authority's, for a name that no probe uses; beside it are the authority and the key."""
+    """A certificate for a name that no probe uses; its CA and its key are in the same folder."""
     folder = tmp_path_factory.mktemp("tls")
     (folder / "ext").write_text("subjectAltName=DNS:*.pruning.example\n")
     make = ["openssl req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.pem -subj /CN=ca"]
@@ -136,7 +136,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=[False, True], ids=["tls", "mutual tls"])
 def with_tls(certificate: Path, request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
-    """The variables of a server with TLS that asks callers for tokens."""
+    """The environment variables of a server with TLS that needs tokens."""
     files = {"TLS_CERT": certificate, "TLS_KEY": certificate.with_name("key.pem")}
     if request.param:
         files["TLS_CLIENT_CA"] = certificate.with_name("ca.pem")
@@ -149,6 +149,6 @@ def with_tls(certificate: Path, request: pytest.FixtureRequest) -> Iterator[dict
     stop_server(running)
 
 
-def test_the_healthcheck_knows_tls(with_tls: dict[str, str]) -> None:
+def test_the_healthcheck_works_with_tls(with_tls: dict[str, str]) -> None:
     ended = probe(**with_tls)
     assert ended.returncode == 0, ended.stderr

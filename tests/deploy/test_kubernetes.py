@@ -1,4 +1,4 @@
-"""The manifests: of the form that Kubernetes takes, and fit for what the server does."""
+"""The manifests of Kubernetes match its schemas and the server."""
 
 import shutil
 import subprocess
@@ -17,7 +17,7 @@ from tests.deploy.options import variables
 
 FOLDER = Path("deploy/kubernetes")
 BASE = sorted(set((FOLDER / "base").glob("*.yaml")) - {FOLDER / "base/kustomization.yaml"})
-# The oldest one with probes by gRPC, and the newest that there are schemas of.
+# The first version with gRPC probes, and the latest that has schemas.
 VERSIONS = ("1.27", kubernetes_validate.latest_version())
 
 needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl")
@@ -32,7 +32,7 @@ def base() -> list[dict[str, Any]]:
 
 
 def built(name: str) -> list[dict[str, Any]]:
-    """As kubectl apply -k would send them."""
+    """Returns the documents that `kubectl apply -k` would send."""
     command = ["kubectl", "kustomize", str(FOLDER / name)]
     return documents(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
@@ -47,7 +47,7 @@ def pod(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check(found: list[dict[str, Any]]) -> None:
-    """Against Kubernetes' own schemas; there is none of the Operator's ServiceMonitor."""
+    """Validates with Kubernetes' schemas. The Operator's ServiceMonitor has none."""
     for document in found:
         if document["kind"] == "ServiceMonitor":
             check_monitor(document, found)
@@ -72,14 +72,14 @@ def check_monitor(monitor: dict[str, Any], found: list[dict[str, Any]]) -> None:
     assert endpoint["port"] in {port["name"] for port in labelled[0]["spec"]["ports"]}
 
 
-def test_kubernetes_takes_the_manifests() -> None:
+def test_the_manifests_match_the_schemas_of_kubernetes() -> None:
     check(base())
     check(documents((FOLDER / "tls/secrets-example.yaml").read_text()))
 
 
 @needs_kubectl
 @pytest.mark.parametrize("name", ["base", "tls"])
-def test_kubernetes_takes_what_kustomize_makes(name: str) -> None:
+def test_the_output_of_kustomize_matches_the_schemas_of_kubernetes(name: str) -> None:
     found = built(name)
     assert len(found) == len(base())
     check(found)
@@ -90,14 +90,14 @@ def test_all_manifests_are_applied() -> None:
     assert sorted(kustomization["resources"]) == [path.name for path in BASE]
 
 
-def test_the_schema_finds_a_wrong_key() -> None:
+def test_the_schemas_detect_a_wrong_key() -> None:
     found = of_kind(base(), "StatefulSet")
     found["spec"]["template"]["spec"]["containers"][0]["readinessProbe"]["grpcs"] = {}
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(found, VERSIONS[-1], strict=True)
 
 
-def test_a_pod_may_do_nothing_but_serve() -> None:
+def test_a_pod_has_no_privileges() -> None:
     spec = pod(base())
     (server,) = spec["containers"]
     assert spec["securityContext"]["runAsNonRoot"]
@@ -112,12 +112,12 @@ def test_a_pod_may_do_nothing_but_serve() -> None:
     assert server["resources"]["limits"]["memory"] == server["resources"]["requests"]["memory"]
 
 
-def test_a_pod_gets_more_time_to_end_than_its_requests() -> None:
+def test_the_grace_period_is_longer_than_the_drain_timeout() -> None:
     drain = float(of_kind(base(), "ConfigMap")["data"]["SECATEUR_DRAIN_TIMEOUT"])
     assert pod(base())["terminationGracePeriodSeconds"] >= drain + 10
 
 
-def test_the_store_is_a_volume_that_outlives_the_pod_and_has_room() -> None:
+def test_the_store_is_a_persistent_volume_of_sufficient_size() -> None:
     (claim,) = of_kind(base(), "StatefulSet")["spec"]["volumeClaimTemplates"]
     (server,) = pod(base())["containers"]
     mounts = {mount["name"]: mount["mountPath"] for mount in server["volumeMounts"]}
@@ -127,7 +127,7 @@ def test_the_store_is_a_volume_that_outlives_the_pod_and_has_room() -> None:
     assert 1.1 * byte_count(limit) <= byte_count(f"{storage}B")
 
 
-def test_probes_ask_for_what_the_server_answers(channel: grpc.Channel) -> None:
+def test_the_services_of_the_probes_exist(channel: grpc.Channel) -> None:
     (server,) = pod(base())["containers"]
     asked = {
         probe: server[probe]["grpc"].get("service", "") for probe in server if "Probe" in probe
@@ -140,7 +140,7 @@ def test_probes_ask_for_what_the_server_answers(channel: grpc.Channel) -> None:
 
 
 @needs_kubectl
-def test_with_tls_nothing_is_open_and_probes_know_it() -> None:
+def test_with_tls_the_server_is_not_insecure_and_probes_use_tls() -> None:
     found = built("tls")
     data = of_kind(found, "ConfigMap")["data"]
     assert "SECATEUR_INSECURE" not in data
@@ -154,7 +154,9 @@ def test_with_tls_nothing_is_open_and_probes_know_it() -> None:
 
 
 def test_every_variable_is_an_option() -> None:
-    for path in FOLDER.glob("*/configmap.yaml"):
+    files = list(FOLDER.glob("*/configmap.yaml"))
+    assert files
+    for path in files:
         assert set(yaml.safe_load(path.read_text())["data"]) <= variables()
 
 

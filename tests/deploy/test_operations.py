@@ -1,4 +1,4 @@
-"""The operations page lists what the server has: options, metrics, error reasons, alerts."""
+"""The operations page lists all options, metrics, error reasons and alerts."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ TEXT = Path("docs/operations.md").read_text()
 
 
 def section(title: str) -> str:
-    """From a heading to the next one of its level."""
+    """Returns the text from a heading to the next one of its level."""
     level = "#" * re.findall(rf"^(#+) {re.escape(title)}$", TEXT, re.MULTILINE)[0].count("#")
     found = re.search(rf"^{level} {re.escape(title)}$(.*?)(?=^{level} |\Z)", TEXT, re.M | re.S)
     assert found, title
@@ -35,7 +35,7 @@ def test_every_option_is_in_its_table() -> None:
     assert set(listed) == {f"--{name}" for name in options()}
 
 
-def test_options_that_are_named_exist() -> None:
+def test_options_in_the_text_exist() -> None:
     named = set(re.findall(r"--([a-z]+(?:-[a-z]+)*)", re.sub(r"```.*?```", "", TEXT, flags=re.S)))
     assert named - {"profile"} <= options()
 
@@ -48,7 +48,7 @@ def test_every_metric_is_in_its_table(server: RunningServer) -> None:
     assert len(set(listed)) == len(listed)
 
 
-def test_metrics_that_are_named_exist(server: RunningServer) -> None:
+def test_metrics_in_the_text_exist(server: RunningServer) -> None:
     named = set(re.findall(r"\b(?:secateur|grpc_server|process)_[a-z_]+", TEXT))
     parts = {re.sub(r"_(bucket|sum|count)$", "", name) for name in named}
     assert parts - families(server) == set()
@@ -59,14 +59,14 @@ def test_every_reason_of_an_error_is_in_its_table_with_its_status() -> None:
     assert rows == {kind.reason: kind.status for kind in kinds(errors.RequestError)}
 
 
-def test_every_alert_has_a_section_that_says_how_urgent_it_is() -> None:
+def test_every_alert_has_a_section_that_begins_with_its_severity() -> None:
     found = re.findall(r"^### (\w+)\n\n(\w+)", section("Alerts"), re.MULTILINE)
     assert found == [
         (alert["alert"], str(alert["labels"]["severity"]).capitalize()) for alert in alerts()
     ]
 
 
-def test_the_tokens_of_the_document_can_be_used(tmp_path: Path) -> None:
+def test_the_example_of_a_tokens_file_is_valid(tmp_path: Path) -> None:
     (text,) = re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL)
     (tmp_path / "tokens.toml").write_text(text)
     tenants = read_tokens(tmp_path / "tokens.toml").values()

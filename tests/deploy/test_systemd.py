@@ -1,6 +1,5 @@
-"""The unit, read by systemd itself."""
+"""The unit of systemd, checked by systemd itself."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ import pytest
 
 from tests.conftest import RunningServer
 from tests.deploy.options import variables
+from tests.processes import thread_ids
 
 FOLDER = Path("deploy/systemd")
 UNIT = (FOLDER / "secateur.service").read_text()
@@ -27,7 +27,7 @@ def settings() -> Mapping[str, str]:
 
 @pytest.fixture
 def unit(tmp_path: Path) -> str:
-    """The unit of a server that is installed where these tests run."""
+    """The unit with the path of the server that is installed here."""
     program = str(Path(sys.executable).with_name("secateur-server"))
     text = UNIT.replace("/opt/secateur/bin/secateur-server", program)
     (tmp_path / "secateur.service").write_text(text)
@@ -35,27 +35,27 @@ def unit(tmp_path: Path) -> str:
 
 
 @needs_systemd
-def test_systemd_takes_the_unit(unit: str) -> None:
+def test_systemd_accepts_the_unit(unit: str) -> None:
     ended = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True)
     assert (ended.returncode, ended.stdout + ended.stderr) == (0, "")
 
 
 @needs_systemd
-def test_systemd_finds_the_unit_hardly_exposed(unit: str) -> None:
-    """2.5 of 10, where a unit that says nothing has 9.6."""
+def test_systemd_rates_the_unit_as_secure(unit: str) -> None:
+    """The exposure is 2.5 of 10; a unit without restrictions has 9.6."""
     command = ["systemd-analyze", "security", "--offline=yes", "--threshold=25", unit]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
 @needs_systemd
-def test_systemd_takes_the_user() -> None:
+def test_systemd_accepts_the_user() -> None:
     path = str((FOLDER / "secateur.sysusers.conf").resolve())
     ended = subprocess.run(["systemd-sysusers", "--dry-run", path], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
 
 
-def test_the_unit_ends_as_the_server_does() -> None:
+def test_the_unit_stops_the_server_gracefully() -> None:
     found = settings()
     assert found["KillSignal"] == "SIGTERM"
     assert int(found["TimeoutStopSec"]) >= 30 + 10  # --drain-timeout's default
@@ -63,12 +63,12 @@ def test_the_unit_ends_as_the_server_does() -> None:
 
 
 def test_the_unit_allows_twice_the_threads_that_a_server_starts(server: RunningServer) -> None:
-    threads = len(os.listdir(f"/proc/{server.process.pid}/task"))
-    assert threads > 400  # all of them exist
+    threads = len(thread_ids(server.process.pid))
+    assert threads > 400  # the server starts all threads in advance
     assert int(settings()["TasksMax"]) >= 2 * threads
 
 
-def test_its_variables_are_options_and_its_store_is_its_own() -> None:
+def test_the_variables_of_the_unit_are_options() -> None:
     text = (FOLDER / "secateur.env").read_text()
     assert set(re.findall(r"SECATEUR_\w+(?==)", text)) <= variables()
     assert f"SECATEUR_STORE_DIR=/var/lib/{settings()['StateDirectory']}\n" in text

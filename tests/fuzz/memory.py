@@ -1,11 +1,14 @@
-"""Prints what reading some files of N bytes took, as JSON: {kind: [N, bytes at the peak]}."""
+"""Measures the memory of reading files. Prints JSON: {kind: [bytes of the file, peak in bytes]}.
+
+It runs in its own process, whose memory nothing else changes.
+"""
 
 import ctypes
 import gc
 import json
+import os
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 from secateur_proto.framing import file_header
 from secateur_server.errors import RequestError
@@ -13,6 +16,7 @@ from secateur_server.runtime.context import RequestContext
 from secateur_server.wire.reader import ByteStream, read_header, read_tensors
 from tests.contract.raw import entry, file
 from tests.fuzz.targets import CPU
+from tests.processes import memory, reset_peak
 
 SIZE = 2 << 20
 CHUNK = 1 << 20
@@ -56,24 +60,19 @@ def read(data: bytes) -> None:
         read_tensors(stream, read_header(RequestContext(), stream), CPU)
 
 
-def resident(name: str) -> int:
-    """VmHWM, the peak, or VmRSS, in bytes."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition(f"{name}:")[2].split()[0]) << 10
-
-
 def peak(data: bytes) -> int:
-    """What reading took at its peak."""
+    """Returns the growth of memory at the peak of reading a file."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what others left is not there to be taken again
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = resident("VmRSS")
+    ctypes.CDLL(None).malloc_trim(0)  # else reading would reuse free memory
+    pid = os.getpid()
+    reset_peak(pid)
+    before = memory(pid, "VmRSS")
     read(data)
-    return resident("VmHWM") - before
+    return memory(pid, "VmHWM") - before
 
 
 if __name__ == "__main__":
-    read(KINDS["a tensor"](1 << 20))  # what is made once is made
+    read(KINDS["a tensor"](1 << 20))  # allocates what is needed only once
     found = {}
     for kind, make in KINDS.items():
         made = make(SIZE)

@@ -1,4 +1,4 @@
-"""Good inputs of the targets, for a fuzzer to begin with, and words that their formats have."""
+"""Valid inputs of the targets, from which a fuzzer starts, and words of their formats."""
 
 import json
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Good inputs of the targets, spoilt a little: what is all wrong is refused before it gets deep."""
+"""Nearly valid inputs of the targets. Random bytes would be refused too early."""
 
 import json
 import math
@@ -16,7 +16,7 @@ NAMES = st.sampled_from(["w", "w_orig", "w_mask", "v", "__metadata___orig", "../
 ODD: st.SearchStrategy[Any] = st.sampled_from(
     [None, True, -1, 0.0, 2**62, 2**63, 2**64, 10**30, "", "\ud800", [], {}, [[]], "F32", "n" * 300]
 )
-# What is done to bytes: where (in 65536ths), how many are left out, and what comes there.
+# Changes of bytes: a position in 65536ths, how many bytes are removed, and what is inserted.
 EDITS = st.lists(
     st.tuples(st.integers(0, 65535), st.integers(0, 3), st.binary(max_size=3)), max_size=3
 )
@@ -24,16 +24,16 @@ SHORT = st.text(max_size=3)
 
 
 def edited(data: bytes, edits: list[tuple[int, int, bytes]]) -> bytes:
-    """The bytes, spoilt."""
-    for place, left_out, come in edits:
+    """Applies changes to bytes."""
+    for place, removed, inserted in edits:
         at = place * len(data) >> 16
-        data = data[:at] + come + data[at + left_out :]
+        data = data[:at] + inserted + data[at + removed :]
     return data
 
 
 @st.composite
 def tables(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
-    """A good header, and the bytes of its tensors."""
+    """Draws a valid header, and the number of bytes of its tensors."""
     table: dict[str, Any] = {}
     begin = 0
     for name in draw(st.lists(NAMES, max_size=4, unique=True)):
@@ -51,7 +51,7 @@ def tables(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
 
 @st.composite
 def files(draw: st.DrawFn) -> bytes:
-    """Inputs of targets.safetensors_file."""
+    """Draws inputs of targets.safetensors_file."""
     table, size = draw(tables())
     for name in draw(st.lists(st.sampled_from(sorted(table)), max_size=1)) if table else ():
         key = draw(st.sampled_from(sorted(table[name]) or ["k"]))
@@ -62,7 +62,7 @@ def files(draw: st.DrawFn) -> bytes:
 
 
 def _message(kind: Any, **fields: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Messages, each field set or not."""
+    """Makes messages in which each field is set or not."""
     return st.fixed_dictionaries({}, optional=fields).map(lambda values: kind(**values))
 
 
@@ -86,7 +86,7 @@ _HEADERS: tuple[Callable[[], st.SearchStrategy[Any]], ...] = (
 
 @st.composite
 def calls(draw: st.DrawFn) -> bytes:
-    """Inputs of targets.messages."""
+    """Draws inputs of targets.messages."""
     from tests.fuzz.targets import KINDS
 
     which = draw(st.integers(0, len(KINDS) - 1))
@@ -99,7 +99,7 @@ def calls(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def indices(draw: st.DrawFn) -> bytes:
-    """Inputs of targets.index."""
+    """Draws inputs of targets.index."""
     table: dict[str, Any] = {
         "metadata": {"total_size": 3},
         "weight_map": {"w": "a.safetensors", "v": "a.safetensors", "u": "b.safetensors"},
@@ -190,7 +190,7 @@ _RANDOM = st.integers(0, 2**64 - 1).map(lambda seed: spec_pb2.Random(seed=seed))
 
 @st.composite
 def specs(draw: st.DrawFn) -> bytes:
-    """Inputs of targets.spec."""
+    """Draws inputs of targets.spec."""
     rules = []
     for _ in range(draw(st.integers(1, 3))):
         selection = draw(_SELECTIONS)

@@ -1,8 +1,8 @@
-"""What is fuzzed: bytes, given to the server's readers as a call gives them.
+"""The targets of fuzzing: functions that give bytes to the server's readers as a call does.
 
-Each target returns where the bytes are read, or are refused with an error of our own. Whatever
-else comes out of it is a defect: other exceptions, and what differs from the library that other
-programs read the same bytes with.
+A target returns whether the bytes were accepted, or else were refused with an error of the server.
+Other exceptions are defects, and so are differences from the libraries with which other programs
+read the same bytes.
 """
 
 import itertools
@@ -47,24 +47,26 @@ Plain = dict[str, tuple[str, list[int], bytes]]
 
 # A safetensors file -----------------------------------------------------------------------------
 
-# What a file's length is announced as, beside what it is.
+# Differences between the announced and the actual length of a file.
 _OFF = (0, 0, 0, 0, 0, 1, -1, 5 << 20)
 
-# What the library takes and we refuse, each by what our error says.
+# Errors of the server for files that the library accepts.
 STRICTER = re.compile(
-    "the header begins with"  # the format wants {; the library takes blanks before it
+    "the header begins with"  # the format demands {; the library accepts blanks before it
     "|needs dtype, shape and data_offsets"  # and nothing else
     "|is not a list of sizes"  # more than 64 dimensions, or a size of 2^63 and more
-    "|has 2\\^62 elements or more"  # counting each size 0 as 1
+    "|has 2\\^62 elements or more"  # where each size 0 counts as 1
     "|None is not a map"  # metadata that is null
     "|has more than|is too long"  # 100,000 entries of metadata; 16 KiB for one tensor
 )
 
 
-def safetensors_file(data: bytes) -> None:
-    """The first byte says how the file is cut, the second how its length is announced wrongly.
+def safetensors_file(data: bytes) -> bool:
+    """Reads a file from a stream and from memory, and compares with the library.
 
-    The third one: whether a file follows, or a header without its length, a NUL, and the tensors.
+    The first byte of `data` is the size of chunks, and the second selects a wrong announced length.
+    The third one tells whether the rest is a file, or a header without its length, a NUL, and the
+    tensors.
     """
     (size, off, is_parted), file = data[:3].ljust(3, b"\0"), data[3:]
     off = _OFF[off % len(_OFF)]
@@ -78,13 +80,16 @@ def safetensors_file(data: bytes) -> None:
     except RequestError as error:
         if not off and isinstance(error, MalformedFile):
             _check_refused(file, error)
-        return
-    assert not off, "a file of another length than announced was read"
-    if not re.search(rb"-0\b", file):  # JSON's -0 is 0 to us, and no integer to the library
+        return False
+    assert not off, "a file with a wrong announced length was read"
+    if not re.search(rb"-0\b", file):  # the server reads -0 as 0, and the library refuses it
         assert plain(tensors) == in_library(file)
     assert plain(_mapped(file)) == plain(tensors)
-    with suppress(RequestError):  # a pair that is none
+    try:
         _check_written(header, tensors)
+    except RequestError:  # a wrong pair
+        return False
+    return True
 
 
 def _streamed(chunks: Iterator[bytes], announced: int) -> tuple[Header, Tensors]:
@@ -94,13 +99,13 @@ def _streamed(chunks: Iterator[bytes], announced: int) -> tuple[Header, Tensors]
 
 
 def _mapped(data: bytes) -> Tensors:
-    file = MappedFile("", memoryview(bytearray(data)))  # torch warns of memory that is read-only
+    file = MappedFile("", memoryview(bytearray(data)))  # torch warns about read-only memory
     header, base = map_header(RequestContext(), file)
     return map_tensors(RequestContext(), file, header.entries, base)
 
 
 def _check_written(header: Header, tensors: Tensors) -> None:
-    """What we write of a model is a file to the library."""
+    """Checks that the library can read what the server writes."""
     model = without_extras(header, ())
     model.fill(RequestContext(), dict(tensors), {}, {})
     (file,) = model.files(RequestContext(), ())
@@ -109,17 +114,17 @@ def _check_written(header: Header, tensors: Tensors) -> None:
 
 
 def _check_refused(file: bytes, error: MalformedFile) -> None:
-    """What we refuse the library refuses as well, but for what stands in STRICTER."""
+    """Checks that the library also refuses a file, except for the reasons in STRICTER."""
     try:
         in_library(file)
     except safetensors.SafetensorError:
         return
-    is_known = STRICTER.search(str(error)) or _has_twins(file)
-    assert is_known, f"the library takes it: {error}"
+    is_known = STRICTER.search(str(error)) or _has_duplicate_keys(file)
+    assert is_known, f"the library accepts it: {error}"
 
 
-def _has_twins(file: bytes) -> bool:
-    """Whether a key stands twice, of which the library sees the last alone."""
+def _has_duplicate_keys(file: bytes) -> bool:
+    """Whether the header has a key twice. The library reads only the last one."""
     found: list[bool] = []
 
     def look(pairs: list[tuple[str, Any]]) -> None:
@@ -130,7 +135,7 @@ def _has_twins(file: bytes) -> bool:
 
 
 def plain(tensors: Mapping[str, WireTensor]) -> Plain:
-    """Tensors as `in_library` returns them."""
+    """Converts tensors to the form that `in_library` returns."""
     return {
         name: (
             tensor.dtype,
@@ -142,7 +147,7 @@ def plain(tensors: Mapping[str, WireTensor]) -> Plain:
 
 
 def in_library(file: bytes) -> Plain:
-    """The tensors that the safetensors library finds.  Errors: SafetensorError."""
+    """Reads tensors with the safetensors library, which may raise SafetensorError."""
     found: Any = safetensors.deserialize(file)  # type: ignore[no-untyped-call]
     return {name: (t["dtype"], t["shape"], bytes(t["data"])) for name, t in found}
 
@@ -157,21 +162,27 @@ KINDS: tuple[Any, ...] = (
 )
 
 
-def messages(data: bytes) -> None:
-    """The first byte says of which call; then come messages, each behind its length in 2 bytes."""
+def messages(data: bytes) -> bool:
+    """Opens a request, and compares with protobuf.
+
+    The first byte of `data` selects the call. Messages follow, each after its length in 2 bytes.
+    """
     kind = KINDS[(data[0] if data else 0) % len(KINDS)]
     raws = list(_split(data[1:]))
     counted: list[int] = []
-    with suppress(RequestError, DecodeError):
+    try:
         first, parts = open_request(map(_decoder(kind), raws), counted.append)
         joined = b"".join(parts)
         expected = [kind.FromString(raw) for raw in raws]
-        assert first == expected[0]
-        assert joined == b"".join(message.data for message in expected)
-        assert sum(counted) == len(joined)
-        assert not any(message.HasField("header") for message in expected[1:])
         if kind is checkpoints_pb2.UploadRequest:
             _check_names(first)
+    except (RequestError, DecodeError):
+        return False
+    assert first == expected[0]
+    assert joined == b"".join(message.data for message in expected)
+    assert sum(counted) == len(joined)
+    assert not any(message.HasField("header") for message in expected[1:])
+    return True
 
 
 def _split(data: bytes) -> Iterator[bytes]:
@@ -182,7 +193,7 @@ def _split(data: bytes) -> Iterator[bytes]:
 
 
 def _decoder(kind: Any) -> Callable[[bytes], Any]:
-    """Decodes as the server does, and compares with protobuf."""
+    """Makes a decoder that compares the server's with protobuf."""
     decode = Decoder(kind.FromString)
 
     def decoded(raw: bytes) -> Any:
@@ -203,7 +214,7 @@ def _decoder(kind: Any) -> Callable[[bytes], Any]:
 
 
 def _check_names(first: Any) -> None:
-    """What is taken for the name of a file is one, and not that of a folder or of another's."""
+    """Checks that accepted names of files cannot be paths."""
     for file, offset in decode_files(first.header.files):
         assert file.filename not in ("", ".", "..")
         assert not set("/\0") & set(file.filename)
@@ -216,18 +227,21 @@ _SHARDS = {"a.safetensors": {"w", "v"}, "b.safetensors": {"u"}}
 _TIED = {"t": "w"}
 
 
-def index(data: bytes) -> None:
-    """An index of two files with three tensors, and one that is stored under another name."""
-    with suppress(RequestError):
+def index(data: bytes) -> bool:
+    """Reads an index of two files with three tensors and one tied name, and writes it again."""
+    try:
         found = read_index("model.index.json", memoryview(data), _SHARDS, _TIED)
         nothing = Outgoing("U8", (), lambda: ())
         written = {file: dict.fromkeys(names, nothing) for file, names in _SHARDS.items()}
         weight_map, rest = parse_index(found.rewritten(written))
-        named = {name: file for file, names in _SHARDS.items() for name in names}
-        assert weight_map == named | dict(found.tied)
-        assert found.tied.keys() <= _TIED.keys()
-        metadata = {**found.rest.get("metadata", {}), "total_size": 3}
-        assert json.dumps(rest) == json.dumps({**found.rest, "metadata": metadata})  # it has NaN
+    except RequestError:
+        return False
+    named = {name: file for file, names in _SHARDS.items() for name in names}
+    assert weight_map == named | dict(found.tied)
+    assert found.tied.keys() <= _TIED.keys()
+    metadata = {**found.rest.get("metadata", {}), "total_size": 3}
+    assert json.dumps(rest) == json.dumps({**found.rest, "metadata": metadata})  # NaN is not NaN
+    return True
 
 
 # A spec -------------------------------------------------------------------------------------------
@@ -260,9 +274,9 @@ _FILE = b"".join(
 )
 
 
-def spec(data: bytes) -> None:
-    """The header of a Prune, of which the spec is applied to a small model."""
-    with suppress(RequestError, DecodeError):
+def spec(data: bytes) -> bool:
+    """Applies the spec in the header of a Prune to a small model."""
+    try:
         rules = decode_spec(RequestContext(), pruner_pb2.PruneHeader.FromString(data).spec)
         extras = {name for rule in rules for name in rule.extras()}
         stream = ByteStream(iter([_FILE]), len(_FILE))
@@ -287,17 +301,20 @@ def spec(data: bytes) -> None:
             before, _ = prune(RequestContext(), dict(model.parameters), resolved[:-1], model.extras)
             state = {**model.parameters, **before}
             (planned,) = plan(RequestContext(), last, [last.amount], state, model.extras)
-            assert planned.choices == outcomes[-1], "a plan foretells what a prune does"
+            assert planned.choices == outcomes[-1], "a plan differs from the prune"
+    except (RequestError, DecodeError):
+        return False
+    return True
 
 
 def _check_counts(report: Any) -> None:
-    """A rule prunes what it was asked for; a mask, what it says of what was left."""
+    """Checks that no count in a report exceeds what it is a part of."""
     for choice in itertools.chain.from_iterable(rule.choices for rule in report.rules):
         assert choice.pruned <= choice.candidates
         assert 0 <= choice.ties_pruned <= choice.ties
     assert all(tensor.pruned <= tensor.zeros <= tensor.total for tensor in report.tensors)
 
 
-TARGETS: dict[str, Callable[[bytes], None]] = {
+TARGETS: dict[str, Callable[[bytes], bool]] = {
     target.__name__: target for target in (safetensors_file, messages, index, spec)
 }

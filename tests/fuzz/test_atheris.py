@@ -1,4 +1,4 @@
-"""Bytes as atheris finds them, led by the code that they reach. `make fuzz` looks for long."""
+"""Inputs that atheris generates, guided by coverage. `make fuzz` runs it for longer."""
 
 import importlib.util
 import os
@@ -12,21 +12,21 @@ import pytest
 from tests.fuzz.targets import TARGETS
 
 SECONDS = int(os.environ.get("SECATEUR_FUZZ_SECONDS", "60"))
-# A call of 4 KiB that takes this is a defect as well.
+# An input of 4 KiB that takes more memory or time than this is a defect, too.
 MOST_MIB, MOST_SECONDS = 2048, 10
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="atheris is not installed")
 @pytest.mark.parametrize("target", TARGETS)
-def test_no_bytes_are_found_that_are_neither_read_nor_refused(target: str, tmp_path: Path) -> None:
+def test_atheris_finds_no_defect(target: str, tmp_path: Path) -> None:
     options = (
         *(f"-max_total_time={SECONDS}", "-max_len=4096", "-print_final_stats=1"),
         *(f"-rss_limit_mb={MOST_MIB}", f"-timeout={MOST_SECONDS}", f"-artifact_prefix={tmp_path}/"),
     )
     command = [sys.executable, "-m", "tests.fuzz.run", target, str(tmp_path / "corpus"), *options]
     ran = subprocess.run(command, stderr=subprocess.PIPE, timeout=SECONDS + 300, text=True)
-    assert ran.returncode == 0, ran.stderr[-5000:]  # the input is there, as Base64
+    assert ran.returncode == 0, ran.stderr[-5000:]  # it has the input as Base64
     executions = re.search(r"number_of_executed_units: (\d+)", ran.stderr)
     assert executions
     print(f"\n{target}: {executions[1]} executions in {SECONDS} s")

@@ -1,4 +1,4 @@
-"""Programs in other languages prune real weights, by what the .proto files say alone."""
+"""Programs in other languages prune real weights, with nothing but the .proto files."""
 
 import fcntl
 import json
@@ -22,18 +22,18 @@ from torch import Tensor
 from torch.nn import Module
 
 from tests.conftest import RunningServer
-from tests.pruning.torch_side import all_l1, assert_same_tensors, by_torch, masks_of, place
+from tests.reference import all_l1, assert_same_tensors, by_torch, masks_of, place
 
 HERE = Path(__file__).parent
 LANGUAGES = ("node", "cpp")
 
-# No two magnitudes around this threshold are the same, so torch has no choice among ties.
+# The magnitudes around this threshold are distinct, so torch has no ties to break.
 FRACTION = 0.5
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One process at a time: the workers of pytest-xdist share what is built."""
+    """Holds a lock, because the workers of pytest-xdist share the built programs."""
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -41,7 +41,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for what is built, of this run and of all its workers."""
+    """A folder for the programs, which all workers of a run share."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "languages"
     folder.mkdir(exist_ok=True)
@@ -60,7 +60,7 @@ def check(*command: str | Path, cwd: Path | None = None) -> None:
 
 
 def build_node(folder: Path) -> list[str]:
-    """Returns the command that runs the program."""
+    """Builds the program, and returns the command that runs it."""
     need("node", "npm")
     folder.mkdir(exist_ok=True)
     if not (folder / "node_modules").exists():
@@ -71,7 +71,7 @@ def build_node(folder: Path) -> list[str]:
 
 
 def build_cpp(folder: Path) -> list[str]:
-    """Returns the command that runs the program."""
+    """Builds the program, and returns the command that runs it."""
     need("make", "g++", "pkg-config", "protoc", "grpc_cpp_plugin")
     if subprocess.run(["pkg-config", "grpc++", "protobuf"]).returncode != 0:
         pytest.skip("no libgrpc++-dev, libprotobuf-dev: make system")
@@ -81,7 +81,7 @@ def build_cpp(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="session", params=LANGUAGES)
 def program(request: pytest.FixtureRequest, built: Path) -> list[str]:
-    """The command that runs a program, which is built where it is not yet."""
+    """The command that runs a program. The first test that needs it builds it."""
     build = {"node": build_node, "cpp": build_cpp}[request.param]
     with locked(built):
         return build(built / request.param)
@@ -95,7 +95,7 @@ def tensors(crepe: Path) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="session")
 def theirs(tensors: dict[str, Tensor]) -> Module:
-    """What torch.nn.utils.prune.global_unstructured makes of the convolutions."""
+    """A module with the convolutions, pruned by torch.nn.utils.prune.global_unstructured."""
     weights = {name: tensor for name, tensor in tensors.items() if tensor.dim() == 4}
     return by_torch(weights, all_l1(list(weights), FRACTION))
 
@@ -109,21 +109,21 @@ def model(tensors: dict[str, Tensor], tmp_path: Path) -> Path:
 def run(
     program: list[str], address: str, model: Path, *options: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a program; what comes back lies beside the model, as `result`."""
+    """Runs a program, which writes the answer to `result` beside the model."""
     rest = [address, str(model), str(FRACTION), str(model.with_name("result"))]
     command = [*program, "--tensors", "conv?.weight", *options, *rest]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def pruned(program: list[str], server: RunningServer, model: Path, output: str) -> Path:
-    """The file that a program wrote, of half of the weights pruned."""
+    """Prunes half of the weights with a program, and returns the file that it wrote."""
     ended = run(program, server.address, model, "--output", output)
     assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout) == {"zeros": 196_608, "total": 393_216}
     return model.with_name("result")
 
 
-def test_the_masks_are_torchs(
+def test_the_masks_are_those_of_torch(
     program: list[str], server: RunningServer, model: Path, theirs: Module
 ) -> None:
     masks = load_file(pruned(program, server, model, "masks"))
@@ -133,7 +133,7 @@ def test_the_masks_are_torchs(
         assert masks[name].numpy().tobytes() == packed.tobytes(), name
 
 
-def test_the_dense_file_is_torchs(
+def test_the_dense_file_is_that_of_torch(
     program: list[str],
     server: RunningServer,
     model: Path,
@@ -144,10 +144,12 @@ def test_the_dense_file_is_torchs(
     assert_same_tensors(load_file(pruned(program, server, model, "dense")), {**tensors, **weights})
 
 
-def test_a_long_report_arrives(program: list[str], server: RunningServer, tmp_path: Path) -> None:
-    """As one message, of more than the 4 MiB that gRPC takes where nobody says otherwise."""
+def test_a_report_above_the_default_message_limit_arrives(
+    program: list[str], server: RunningServer, tmp_path: Path
+) -> None:
+    """It is one message of more than 4 MiB, gRPC's default limit."""
     model = tmp_path / "model.safetensors"
-    save_file({f"{i:01000}": torch.ones(1) for i in range(3_000)}, model)  # by their names
+    save_file({f"{i:01000}": torch.ones(1) for i in range(3_000)}, model)  # long names
     ended = run(program, server.address, model, "--tensors", "*")
     assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout) == {"zeros": 1_500, "total": 3_000}
@@ -159,12 +161,14 @@ def check_failed(ended: subprocess.CompletedProcess[str], model: Path, *says: st
     assert list(model.parent.iterdir()) == [model]
 
 
-def test_an_unknown_tensor_is_named(program: list[str], server: RunningServer, model: Path) -> None:
+def test_an_unknown_tensor_is_an_error_with_its_name(
+    program: list[str], server: RunningServer, model: Path
+) -> None:
     ended = run(program, server.address, model, "--tensors", "conv7.weight")
     check_failed(ended, model, "INVALID_ARGUMENT: ", "conv7.weight", "spec.rules[0].selection")
 
 
-def test_a_deadline_that_is_too_short_ends_the_call(
+def test_a_short_deadline_ends_the_call(
     program: list[str], server: RunningServer, model: Path
 ) -> None:
     ended = run(program, server.address, model, "--deadline", "0.001")
@@ -172,8 +176,8 @@ def test_a_deadline_that_is_too_short_ends_the_call(
 
 
 @dataclass
-class Doorkeeper(grpc.GenericRpcHandler):
-    """Lets nobody in, and remembers what each caller said of itself."""
+class RefusingHandler(grpc.GenericRpcHandler):
+    """Refuses every call, and records its metadata and deadline."""
 
     seen: list[tuple[str, dict[str, Any], float]] = field(default_factory=list)
 
@@ -186,39 +190,39 @@ class Doorkeeper(grpc.GenericRpcHandler):
         return grpc.stream_stream_rpc_method_handler(refuse)
 
 
-def test_token_and_deadline_go_with_the_call(program: list[str], model: Path) -> None:
-    keeper = Doorkeeper()
-    server = grpc.server(ThreadPoolExecutor(1), handlers=[keeper])
+def test_a_call_has_the_token_and_the_deadline(program: list[str], model: Path) -> None:
+    handler = RefusingHandler()
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[handler])
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()
     ended = run(program, address, model, "--token", "sesame", "--deadline", "50")
     server.stop(None).wait()
     check_failed(ended, model, "UNAUTHENTICATED: who are you?")
-    ((method, metadata, remaining),) = keeper.seen
+    ((method, metadata, remaining),) = handler.seen
     assert method == "/secateur.v1.Pruner/Prune"
     assert metadata["authorization"] == "Bearer sesame"
     assert 0 < remaining <= 50
 
 
-def shown(language: str) -> list[str]:
+def excerpts_of(language: str) -> list[str]:
     text = Path("docs/languages.md").read_text()
     found = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
     assert found
     return found
 
 
-def test_the_document_shows_the_program_in_cpp() -> None:
+def test_the_excerpts_of_the_document_are_in_the_cpp_program() -> None:
     program = (HERE / "cpp/client.cc").read_text()
-    assert [excerpt for excerpt in shown("cpp") if excerpt not in program] == []
+    assert [excerpt for excerpt in excerpts_of("cpp") if excerpt not in program] == []
 
 
-def test_the_javascript_of_the_document_runs_as_it_is_pasted(
+def test_the_javascript_of_the_document_runs(
     built: Path, server: RunningServer, model: Path, tensors: dict[str, Tensor]
 ) -> None:
     with locked(built):
         build_node(built / "node")
     folder = model.parent
-    (folder / "prune.js").write_text("".join(shown("js")))
+    (folder / "prune.js").write_text("".join(excerpts_of("js")))
     shutil.copytree("protos/secateur", folder / "protos/secateur")
     (folder / "node_modules").symlink_to(built / "node/node_modules")
     command = ["node", "prune.js", server.address, model.name, str(FRACTION), "result"]
@@ -239,8 +243,7 @@ def test_the_javascript_of_the_document_runs_as_it_is_pasted(
     assert ended.stderr.startswith("UNAVAILABLE: ")
 
 
-def test_the_lock_file_names_no_registry() -> None:
-    """Whoever installs has its own."""
+def test_the_lock_file_does_not_name_a_registry() -> None:
     lock = json.loads((HERE / "node/package-lock.json").read_text())
     assert len(lock["packages"]) > 2
     assert not [name for name, package in lock["packages"].items() if "resolved" in package]

@@ -29,7 +29,7 @@ def _name(text: str) -> x509.Name:
 def _certificate(
     subject: str, key: ec.EllipticCurvePrivateKey, issuer: str, signer: ec.EllipticCurvePrivateKey
 ) -> x509.Certificate:
-    """One for localhost, that is an authority where it signs itself."""
+    """Makes a certificate for localhost. A self-signed one is an authority."""
     now = datetime.datetime.now(datetime.UTC)
     names: list[x509.GeneralName] = [x509.DNSName("localhost")]
     names.append(x509.IPAddress(ipaddress.ip_address("127.0.0.1")))
@@ -56,7 +56,7 @@ class Pair:
     serial: int
 
     def put(self, cert: Path, key: Path) -> None:
-        """Writes both, as a tool that renews certificates does: each is there whole."""
+        """Replaces both files atomically, as a tool that renews certificates does."""
         for path, data in ((cert, self.cert), (key, self.key)):
             unfinished = path.with_suffix(".unfinished")
             unfinished.write_bytes(data)
@@ -72,7 +72,7 @@ class Authority:
         self.cert = made.public_bytes(_PEM)
 
     def pair(self, name: str, password: bytes = b"") -> Pair:
-        """A new key, and a certificate for it."""
+        """Makes a key and a certificate for it."""
         key = ec.generate_private_key(ec.SECP256R1())
         made = _certificate(name, key, self._subject, self._key)
         hidden: KeySerializationEncryption = NoEncryption()
@@ -82,13 +82,13 @@ class Authority:
         return Pair(made.public_bytes(_PEM), text, made.serial_number)
 
     def credentials(self, pair: Pair | None = None) -> grpc.ChannelCredentials:
-        """Of a caller that trusts this authority.  pair: what it shows."""
+        """Makes credentials of a client that trusts this authority, and presents `pair`."""
         key, cert = (pair.key, pair.cert) if pair else (None, None)
         return grpc.ssl_channel_credentials(self.cert, key, cert)
 
 
 def serial_at(address: str) -> int:
-    """The serial number of the certificate that a new connection is shown."""
+    """Returns the serial number of the certificate that a server presents to a new connection."""
     host, _, port = address.rpartition(":")
-    shown = ssl.get_server_certificate((host, int(port)), timeout=300)
-    return x509.load_pem_x509_certificate(shown.encode()).serial_number
+    certificate = ssl.get_server_certificate((host, int(port)), timeout=300)
+    return x509.load_pem_x509_certificate(certificate.encode()).serial_number

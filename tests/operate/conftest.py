@@ -1,4 +1,4 @@
-"""A server for one test, whose counts begin at zero and whose log has its own calls only."""
+"""A server for one test, whose metrics begin at zero and whose log has only its own calls."""
 
 from collections.abc import Iterator
 

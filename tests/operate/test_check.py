@@ -13,7 +13,7 @@ from secateur_server.check import check
 from secateur_server.config import read_config
 from tests.conftest import RunningServer, inner_server, run_command, run_server
 
-# What no server has and no other program asks for.
+# Ports that no other program uses.
 FREE = ("--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0")
 
 
@@ -184,7 +184,7 @@ def test_variables_of_other_programs_are_ignored(
 def test_server_logs_unknown_variables_at_its_start(
     server: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It goes no further: its port is taken."""
+    """Its port is in use, so that it ends after the check."""
     monkeypatch.setenv("SECATEUR_TOKEN_FILE", "tokens.toml")
     ended = run_server("--address", server.address, "--metrics-address", "")
     warning, *_ = ended.stderr.splitlines()

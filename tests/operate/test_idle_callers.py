@@ -1,4 +1,4 @@
-"""Callers that send or take nothing are cut off; slow and waiting ones are not."""
+"""Callers that neither send nor receive are cut off. Slow callers and waiting ones are not."""
 
 import logging
 import math
@@ -27,6 +27,7 @@ from tests.clock import Clock, install
 from tests.conftest import PATIENCE, eventually, start_server, stop_server
 from tests.contract.raw import (
     Failure,
+    check_failed,
     check_serves,
     failure,
     header,
@@ -44,7 +45,7 @@ FILE = safetensors.torch.save({"w": torch.arange(1.0, 1001)})
 
 
 class Errors(logging.Handler):
-    """Keeps what is logged with a traceback."""
+    """Collects log records with a traceback."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,14 +61,14 @@ def clock() -> Iterator[Clock]:
     with pytest.MonkeyPatch.context() as patch:
         made = Clock()
         install(made, patch)
-        # The clock jumps: else silent calls that hold up others would be refused before.
+        # The clock jumps, so that silent calls that block others would be refused before.
         patch.setattr(interceptor, "SILENT_SECONDS", math.inf)
         yield made
 
 
 @pytest.fixture(scope="module")
 def impatient(clock: Clock) -> Iterator[App]:
-    """A server in this process, which cuts callers off by the tests' clock."""
+    """A server in this process, which measures idle times by the clock of the tests."""
     addresses = ("--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0")
     options = ("--idle-timeout", str(IDLE), "--memory-limit", str(ROOM))
     errors = Errors()
@@ -80,28 +81,27 @@ def impatient(clock: Clock) -> Iterator[App]:
 
 @pytest.fixture
 def line(impatient: App) -> Iterator[grpc.Channel]:
-    """A connection; nothing is left of what the test does with it."""
+    """A connection. After the test the server must hold nothing of its calls."""
     with grpc.insecure_channel(impatient.address) as channel:
         yield channel
         check_serves(impatient, channel)
 
 
 def raw(channel: grpc.Channel, method: str) -> Any:
-    """A method as one that takes a stream of any bytes."""
+    """Makes a method that sends and receives streams of bytes."""
     made: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(method)
     return made
 
 
 def silent(channel: grpc.Channel, method: str, messages: Iterable[Any], **options: Any) -> Any:
-    """How a call ends whose caller sends nothing more, and does not end its stream."""
+    """Makes a call whose stream neither continues nor ends. Returns how it fails."""
     sent = [item if isinstance(item, bytes) else item.SerializeToString() for item in messages]
     with kept_open(sent) as stream:
         return failure(list, raw(channel, method)(stream, timeout=PATIENCE, **options))
 
 
 def check_idle(found: Failure | None) -> None:
-    assert found is not None, "the call succeeded"
-    assert (found.code.name, found.reason) == ("DEADLINE_EXCEEDED", "IDLE_TIMEOUT"), found
+    found = check_failed(found, grpc.StatusCode.DEADLINE_EXCEEDED, "IDLE_TIMEOUT")
     assert f"no message has arrived for {IDLE:g} seconds" in found.message
 
 
@@ -167,7 +167,7 @@ def test_sender_that_stops_is_cut_off_and_holds_nothing(
         clock.advance(0.9 * IDLE)
         assert [place for place, call in calls.items() if call.done()] == []
 
-        def are_over() -> bool:  # one whose message came late is waited for from then on
+        def are_over() -> bool:  # the idle time of a call begins with its last message
             clock.advance(0.2 * IDLE)
             return all(call.done() for call in calls.values())
 
@@ -221,7 +221,7 @@ LARGE = safetensors.torch.save({"w": torch.randn(16 << 20)})
 def test_too_slow_sender_is_cut_off_and_holds_nothing(
     impatient: App, clock: Clock, line: grpc.Channel, begin: int
 ) -> None:
-    """Wherever it is in its model, and however fast the beginning came."""
+    """At any position of the model, also after a fast beginning."""
     before, pieces = received(impatient), SimpleQueue[bytes]()
 
     def trickle() -> Iterator[pb.PruneRequest]:
@@ -232,26 +232,25 @@ def test_too_slow_sender_is_cut_off_and_holds_nothing(
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(failure, list, PrunerStub(line).Prune(trickle(), timeout=PATIENCE))
 
-        def has_come() -> bool:
+        def has_arrived() -> bool:
             return call.done() or received(impatient) - before == sent
 
         sent = begin
         while not call.done() and sent < begin + 20:
-            eventually(has_come, True)
+            eventually(has_arrived, True)
             clock.advance(0.6 * IDLE)
             pieces.put(LARGE[sent : sent + 1])
             sent += 1
         found = call.result()
         pieces.put(b"")
-    assert found is not None
-    assert (found.code.name, found.reason) == ("DEADLINE_EXCEEDED", "IDLE_TIMEOUT"), found
+    found = check_failed(found, grpc.StatusCode.DEADLINE_EXCEEDED, "IDLE_TIMEOUT")
     assert "--min-throughput" in found.message
 
 
 def test_caller_that_waits_for_memory_is_not_cut_off(
     impatient: App, clock: Clock, line: grpc.Channel
 ) -> None:
-    """One caller holds all the room, slow but steady, while others wait for it."""
+    """One slow but steady caller holds all memory, while others wait for it."""
     pieces: SimpleQueue[bytes] = SimpleQueue()
 
     def steady() -> Iterator[pb.PruneRequest]:
@@ -314,13 +313,13 @@ def test_reader_that_takes_nothing_is_cut_off_and_holds_nothing(
     clock.advance(0.9 * IDLE)
     assert series(impatient, "secateur_model_bytes") == len(LARGE)
 
-    def held() -> float:  # a message that was given away late is waited for from then on
+    def held() -> float:  # the idle time begins with the last message that gRPC accepted
         clock.advance(0.2 * IDLE)
         return series(impatient, "secateur_model_bytes")
 
     eventually(held, 0.0)
     eventually(ended, (before[0] + 1, before[1] + 1))
-    found = failure(list, call)  # HTTP/2 brings no status behind data that nobody takes
+    found = failure(list, call)  # HTTP/2 delivers no status after data that was not read
     assert found is not None
     assert found.code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
 
@@ -336,7 +335,7 @@ def test_a_reader_that_is_slow_but_steady_is_served(
     call, size, before = dense(line), 0, 0.0
     for answer in call:
         size += len(answer.data)
-        # What the server gives away now it began to give after the clock's last step.
+        # The server began to send these messages after the last step of the clock.
         if before < len(LARGE) and sent() > before:
             clock.advance(0.6 * IDLE)
             before = sent()
@@ -347,7 +346,7 @@ def test_a_reader_that_is_slow_but_steady_is_served(
 def test_reader_that_takes_no_progress_is_served_or_cut_off(
     impatient: App, line: grpc.Channel
 ) -> None:
-    """Messages of progress are small: they wait in gRPC's buffers, and stop nobody."""
+    """Messages of progress are small: gRPC buffers them, and the server continues."""
     with secateur.Client(channel=line, timeout=PATIENCE) as client:
         uploaded = client.upload({"w": torch.randn(1 << 20)})
         first = pruning(0, checkpoint=uploaded.name)

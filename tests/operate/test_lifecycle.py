@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -36,8 +35,18 @@ from tests.conftest import (
     start_server,
     stop_server,
 )
-from tests.contract.raw import Failure, entry, failure, file, header, message
+from tests.contract.raw import (
+    OWN_CONNECTION,
+    Failure,
+    check_failed,
+    entry,
+    failure,
+    file,
+    header,
+    message,
+)
 from tests.operate.test_metrics import sample
+from tests.processes import thread_ids
 
 SERVICE = "secateur.v1.Pruner"
 MIB = 1 << 20
@@ -82,7 +91,7 @@ def test_sigterm_finishes_running_requests_and_refuses_new_ones() -> None:
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         server.process.send_signal(signal.SIGTERM)
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
-        assert list(watch) == []  # a watch would delay the end, so it is ended
+        assert list(watch) == []  # the server ends a watch, which would delay its own end
         with secateur.Client(server.address) as late:
             eventually(lambda: is_refused(late), True)
         rest.set()
@@ -100,7 +109,7 @@ def test_watcher_is_told_of_a_drain_between_two_answers() -> None:
 
 
 def test_draining_server_is_alive_and_not_ready() -> None:
-    """A liveness probe during the drain must not make anybody kill the server."""
+    """A liveness probe must not fail during the drain, or an orchestrator would kill the server."""
     server = start_server()
     ended = threading.Event()
 
@@ -123,22 +132,20 @@ def test_draining_server_is_alive_and_not_ready() -> None:
         assert asked_anew(server, "") == health_pb2.HealthCheckResponse.NOT_SERVING
         for refused in (channel, opened.enter_context(grpc.insecure_channel(server.address))):
             found = failure(pruner_pb2_grpc.PrunerStub(refused).Report, silent(), timeout=300)
-            assert found is not None
-            assert (found.code.name, found.reason) == ("UNAVAILABLE", "SHUTTING_DOWN")
+            check_failed(found, grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
         late = opened.enter_context(secateur.Client(server.address, timeout=300))
         with pytest.raises(secateur.Unavailable, match="the server is shutting down") as refusal:
             late.report({"w": np.zeros(1)})
         assert sample(server, "secateur_rejected_requests_total", reason="SHUTTING_DOWN") >= 3
         assert server.process.poll() is None
         ended.set()
-        assert running.exception(timeout=300) is not None  # it sent nothing
+        assert running.exception(timeout=300) is not None  # an empty stream is refused
     assert str(refusal.value.request_id) in stop_server(server)
 
 
 def asked_anew(server: RunningServer, service: str) -> Any:
-    """The health of a service, over a new connection."""
-    options = [("grpc.use_local_subchannel_pool", 1)]
-    with grpc.insecure_channel(server.address, options) as channel:
+    """Returns the health of a service, over a new connection."""
+    with grpc.insecure_channel(server.address, [OWN_CONNECTION]) as channel:
         request = health_pb2.HealthCheckRequest(service=service)
         stub = health_pb2_grpc.HealthStub(channel)
         return stub.Check(request, timeout=300, wait_for_ready=True).status
@@ -156,9 +163,9 @@ WHY = "call: the server shut down after --drain-timeout, 0.2 seconds; send it ag
 
 
 def cut_off() -> tuple[Failure | None, BaseException | None]:
-    """How two calls end that outlast the drain timeout.
+    """Makes two calls that outlast the drain timeout. Returns how they end.
 
-    The first one waits for messages; the other one, of a client, waits for memory.
+    The first one waits for messages. The second one, of a client, waits for memory.
     """
     never = threading.Event()
 
@@ -183,7 +190,7 @@ def cut_off() -> tuple[Failure | None, BaseException | None]:
 
 
 def endings(caplog: pytest.LogCaptureFixture) -> set[tuple[str, str, str]]:
-    """Code, reason and error of the calls that a server in this process has logged."""
+    """Returns code, reason and error of the calls that a server in this process has logged."""
     calls = [record.__dict__["call"] for record in caplog.records if "call" in record.__dict__]
     return {(call["code"], call["reason"], call["error"]) for call in calls}
 
@@ -212,7 +219,7 @@ def test_call_that_grpc_cancels_at_shutdown_counts_as_cut_off(
 def test_untaken_answer_at_shutdown_is_logged_as_cut_off(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """gRPC holds up its handler, and brings no status behind data that nobody takes."""
+    """gRPC blocks its handler, and delivers no status after data that was not read."""
     monkeypatch.setattr("secateur_server.app.CUT_OFF_SECONDS", 0.1)
     data = file({"w": entry("F32", [16 * MIB], 0, 64 * MIB)}, bytes(64 * MIB))
     requests = [message("Finalize", header=header("Finalize", len(data)))]
@@ -231,7 +238,7 @@ def running_calls(server: RunningServer) -> bool:
 
 
 def test_server_raises_its_limit_of_open_files(server: RunningServer) -> None:
-    """The fixture starts it with half of what the system allows."""
+    """The fixture starts it with half of the hard limit."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
 
@@ -287,13 +294,13 @@ def test_sizes_have_binary_and_decimal_units(text: str, size: int) -> None:
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the number of tgkill is x86-64's")
 def test_signal_to_any_thread_stops_the_server() -> None:
-    """The system may deliver a signal to any thread while the main one sleeps."""
+    """The system may deliver a signal to any thread."""
     running = start_server()
     tgkill = 234
-    threads = [int(path.name) for path in Path(f"/proc/{running.process.pid}/task").iterdir()]
-    other = next(thread for thread in threads if thread != running.process.pid)
+    pid = running.process.pid
+    other = next(thread for thread in thread_ids(pid) if thread != pid)
     libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.syscall(tgkill, running.process.pid, other, signal.SIGTERM) == 0
+    assert libc.syscall(tgkill, pid, other, signal.SIGTERM) == 0
     assert running.process.wait(timeout=300) == 0
     shutil.rmtree(running.log.parent)
 

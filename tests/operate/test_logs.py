@@ -25,13 +25,13 @@ HALF = secateur.l1_unstructured("w", 0.5)
 
 
 def requests(logged: str) -> list[dict[str, object]]:
-    """The lines of requests. Every line is JSON."""
+    """Parses the lines of a log, all of them JSON, and returns those of requests."""
     lines = [json.loads(line) for line in logged.splitlines()]
     return [line for line in lines if "rpc" in line]
 
 
 def report(address: str, metadata: tuple[tuple[str, str], ...] = ()) -> grpc.Call:
-    """A report of MODEL's one tensor, whose call has ended well."""
+    """Makes a Report, and returns the call, which has succeeded."""
     data = file_header([("w", "F32", (8,))]) + MODEL["w"].tobytes()
     header = pruner_pb2.ReportHeader(data_bytes=len(data))
     with grpc.insecure_channel(address) as channel:
@@ -73,7 +73,7 @@ def test_ipv6_peer_is_logged_with_brackets(caplog: pytest.LogCaptureFixture) -> 
 def test_failed_request_is_logged_without_weights_and_tokens(
     own_server: RunningServer,
 ) -> None:
-    secret = "a-token-that-is-told-nobody"
+    secret = "a-token-that-is-never-logged"
     weights = {"w": np.full((2, 4), 123.456789, np.float32)}
     with secateur.Client(own_server.address, token=secret) as client:
         client.prune(weights, HALF)

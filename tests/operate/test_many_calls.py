@@ -15,7 +15,7 @@ import secateur
 from secateur_proto.pruner_pb2_grpc import PrunerStub
 from secateur_server.operate.authentication import Authenticator
 from tests.conftest import PATIENCE, RunningServer, eventually, inner_server
-from tests.contract.raw import entry, file, header, message, series
+from tests.contract.raw import OWN_CONNECTION, entry, file, header, message, series
 
 DATA = file({"w": entry("F32", [2], 0, 8)}, b"\0" * 8)
 
@@ -27,9 +27,8 @@ def busy() -> Iterator[RunningServer]:
 
 
 def two_connections(server: RunningServer, opened: ExitStack) -> list[grpc.Channel]:
-    """Two channels that share no connection, as channels with the same options otherwise do."""
-    own = [("grpc.use_local_subchannel_pool", 1)]
-    made = (grpc.insecure_channel(server.address, own) for _ in range(2))
+    """Opens two channels with their own connections."""
+    made = (grpc.insecure_channel(server.address, [OWN_CONNECTION]) for _ in range(2))
     return [opened.enter_context(channel) for channel in made]
 
 
@@ -38,8 +37,8 @@ def whole_call(channel: grpc.Channel) -> Any:
     return PrunerStub(channel).Report.future(iter([request]), timeout=PATIENCE)
 
 
-def is_told_when(call: Any) -> bool:
-    """Whether a call failed with RESOURCE_EXHAUSTED and a time after which to try again."""
+def has_retry_delay(call: Any) -> bool:
+    """Whether a call failed with RESOURCE_EXHAUSTED and a retry delay."""
     status, retry = rpc_status.from_call(call), RetryInfo()
     details = status.details if status else ()
     is_exhausted = call.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -47,7 +46,7 @@ def is_told_when(call: Any) -> bool:
 
 
 def wait_until_accepted(channel: grpc.Channel) -> None:
-    """Returns when gRPC has dealt with all calls before: it answers an unknown method itself."""
+    """Waits until gRPC has accepted all earlier calls: it answers an unknown method itself."""
     unknown: Any = channel.unary_unary("/no.Service/Method")
     call = unknown.future(b"", timeout=PATIENCE)
     assert call.exception() is not None
@@ -63,24 +62,24 @@ def test_all_calls_of_one_connection_are_served(busy: RunningServer) -> None:
 def test_calls_without_a_thread_get_a_retry_delay(
     busy: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More calls come than the server has threads, before the first of them is let in."""
-    all_are_here, caller = threading.Event(), Authenticator.authenticate
+    """More calls arrive than the server has threads, before the first of them is authenticated."""
+    all_have_arrived, authenticate = threading.Event(), Authenticator.authenticate
 
-    def slow_caller(self: Authenticator, metadata: Any) -> Any:
-        all_are_here.wait(PATIENCE)
-        return caller(self, metadata)
+    def slow_authenticate(self: Authenticator, metadata: Any) -> Any:
+        all_have_arrived.wait(PATIENCE)
+        return authenticate(self, metadata)
 
-    monkeypatch.setattr(Authenticator, "authenticate", slow_caller)
+    monkeypatch.setattr(Authenticator, "authenticate", slow_authenticate)
     with ExitStack() as opened:
-        opened.callback(all_are_here.set)
+        opened.callback(all_have_arrived.set)
         channels = two_connections(busy, opened)
         calls = [whole_call(channel) for channel in channels for _ in range(120)]
         for channel in channels:
             wait_until_accepted(channel)
-        all_are_here.set()
+        all_have_arrived.set()
         failed = [call for call in calls if call.exception(PATIENCE)]
-        assert len(failed) < len(calls)
-        assert {call.details() for call in failed if not is_told_when(call)} == set()
+        assert 0 < len(failed) < len(calls)
+        assert {call.details() for call in failed if not has_retry_delay(call)} == set()
 
 
 def test_client_retries_after_a_full_server(busy: RunningServer) -> None:

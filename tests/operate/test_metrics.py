@@ -18,13 +18,13 @@ HALF = secateur.l1_unstructured("w", 0.5)
 
 @pytest.fixture
 def own_server() -> Iterator[RunningServer]:
-    """A server whose counts begin at zero."""
+    """A server whose metrics begin at zero."""
     with inner_server() as running:
         yield running
 
 
 def sample(server: RunningServer, name: str, **labels: str) -> float:
-    """The value of one series."""
+    """Returns the value of the only series with these labels."""
     values = samples(server, name, **labels)
     assert len(values) == 1, f"{name} {labels}: {values}"
     return values[0]
@@ -56,7 +56,7 @@ def test_all_codes_of_all_methods_exist_before_the_first_call(own_server: Runnin
 
 
 def test_messages_are_counted_both_ways(own_server: RunningServer) -> None:
-    """Three chunks of 1 MiB after the first message; the answer is one."""
+    """The request has three chunks of 1 MiB after the first message, and the answer one message."""
     model = {"w": np.ones((3 << 20) // 4, np.float32)}
     with secateur.Client(own_server.address) as client:
         client.report(model)
@@ -80,7 +80,7 @@ def test_error_is_counted_by_its_code_in_gos_spelling(own_server: RunningServer)
 
 
 def test_a_model_is_held_while_its_call_runs(own_server: RunningServer) -> None:
-    """The call sends the first bytes of a file, and then nothing."""
+    """The call sends only the first bytes of a file."""
     header = pruner_pb2.ReportHeader(data_bytes=12345)
     request = pruner_pb2.ReportRequest(header=header, data=b"\x64")
     ended = threading.Event()

@@ -31,7 +31,7 @@ PRUNED_OK = (
 
 @pytest.fixture(scope="module")
 def loaded() -> Iterator[RunningServer]:
-    """A server that is asked again and again, rightly and wrongly."""
+    """A server under a load of good and bad calls."""
     running = start_server()
     with secateur.Client(running.address) as client, load(client):
         yield running
@@ -66,7 +66,7 @@ def load(client: secateur.Client) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def asked(loaded: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The configuration is the one that compose mounts, with this test's address in it."""
+    """A Prometheus with the configuration that compose mounts, but the address of this server."""
     folder = tmp_path_factory.mktemp("prometheus")
     config = Path("deploy/prometheus/prometheus.yml").read_text()
     config = config.replace("secateur:9464", loaded.metrics_address).replace("15s", "1s")
@@ -79,7 +79,7 @@ def asked(loaded: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 @needs_promtool
-def test_promtool_accepts_the_rules(loaded: RunningServer) -> None:
+def test_promtool_accepts_the_metrics(loaded: RunningServer) -> None:
     text = metrics_of(loaded).encode()
     checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True)
     assert (checked.returncode, checked.stdout + checked.stderr) == (0, b"")

@@ -29,7 +29,7 @@ from secateur_server.config import is_public, read_config
 from secateur_server.operate.tokens_file import BadTokens, read_tokens
 from secateur_server.startup import CannotStart
 from tests.conftest import RunningServer, eventually, run_server, start_server, stop_server
-from tests.contract.raw import TIMEOUT, failure
+from tests.contract.raw import OWN_CONNECTION, TIMEOUT, bearer, failure
 
 TOKEN, HASHED = "the first token of ours", "the second token, which is hashed"
 SCRAPER = "the scraper's own token"
@@ -37,10 +37,6 @@ UNAUTHENTICATED = grpc.StatusCode.UNAUTHENTICATED
 MODEL = {"w": np.arange(4, dtype=np.float32)}
 
 Metadata = tuple[tuple[str, str | bytes], ...]
-
-
-def bearer(token: str) -> Metadata:
-    return (("authorization", f"Bearer {token}"),)
 
 
 def table(name: str, *tokens: str) -> str:
@@ -53,7 +49,7 @@ def hashed(token: str) -> str:
 
 @dataclass(frozen=True)
 class Guarded:
-    """A server that asks for tokens, and a channel to it."""
+    """A server that needs tokens, and a channel to it."""
 
     server: RunningServer
     channel: grpc.Channel
@@ -96,7 +92,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     assert hashed(HASHED).removeprefix("sha256:") not in logged
 
 
-# Tokens that were sent, or stood in a file: no line of the log may have them.
+# Tokens that were sent, or were in a file. No line of the log may have them.
 _SENT: list[str] = ["a wrong token of mine"]
 
 
@@ -111,7 +107,7 @@ _KINDS = {
 
 
 def methods(channel: grpc.Channel) -> dict[str, str]:
-    """Each method of each service, and its kind, as reflection tells who has a token."""
+    """Returns each method of each service and its kind, by reflection with a token."""
     with_token = grpc.intercept_channel(channel, _WithToken())
     database = ProtoReflectionDescriptorDatabase(with_token)
     found = {}
@@ -130,7 +126,7 @@ class _WithToken(grpc.StreamStreamClientInterceptor):
 
 
 def call(channel: grpc.Channel, path: str, kind: str, metadata: Metadata, data: bytes) -> Any:
-    """Calls a method of some kind with bytes.  Errors: grpc.RpcError."""
+    """Calls a method of any kind with bytes, which may raise grpc.RpcError."""
     sends_many, gets_many = kind.startswith("stream"), kind.endswith("stream")
     method = getattr(channel, kind)(path)
     answer = method(iter([data]) if sends_many else data, metadata=metadata, timeout=TIMEOUT)
@@ -138,7 +134,7 @@ def call(channel: grpc.Channel, path: str, kind: str, metadata: Metadata, data: 
 
 
 def check_unauthenticated(error: Any) -> None:
-    """The status says why, names the call, and nothing else."""
+    """Checks that the status has the reason and the request id, and no other details."""
     assert error.code() == UNAUTHENTICATED, error
     info, request = ErrorInfo(), RequestInfo()
     status = rpc_status.from_call(error)
@@ -159,7 +155,7 @@ def test_every_listed_method_needs_a_token(guarded: Guarded) -> None:
     assert len(found) >= 12
     assert found.pop("/grpc.health.v1.Health/Check") == "unary_unary"
     before = sample(guarded, "secateur_received_bytes_total")
-    # The data is what each would take: a name to delete, or bytes that are no message at all.
+    # An empty message, a name, which Delete would accept, and bytes that are not a message.
     for path, kind in [*found.items(), ("/secateur.v1.Pruner/Prune", "unary_unary")]:
         for metadata in ((), bearer("a wrong token of mine")):
             for data in (b"", b"\n" + bytes([len(kept.name)]) + kept.name.encode(), b"\xff" * 9):
@@ -232,8 +228,8 @@ def test_silent_callers_without_a_token_occupy_no_worker(guarded: Guarded) -> No
         yield from ()
 
     paths = ["/secateur.v1.Checkpoints/List"] * 10 + ["/grpc.health.v1.Health/Check"] * 150
-    options = [("grpc.use_local_subchannel_pool", 1)]
-    channels = [grpc.insecure_channel(guarded.server.address, options) for _ in range(2)]
+    address = guarded.server.address
+    channels = [grpc.insecure_channel(address, [OWN_CONNECTION]) for _ in range(2)]
     calls: list[Any] = [
         channels[index % 2].stream_unary(path).future(nothing()) for index, path in enumerate(paths)
     ]
@@ -254,7 +250,7 @@ def test_silent_callers_without_a_token_occupy_no_worker(guarded: Guarded) -> No
     eventually(lambda: sample(guarded, "secateur_requests_in_flight"), 0.0)
 
 
-# What is a token ------------------------------------------------------------------------------
+# Valid and invalid tokens ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -283,14 +279,14 @@ def test_token_of_the_file_is_accepted(guarded: Guarded, value: str) -> None:
         bearer(TOKEN[:-1]),
         bearer(TOKEN + "x"),
         bearer(TOKEN.upper()),
-        bearer(hashed(HASHED)),  # the file is no password
+        bearer(hashed(HASHED)),  # a hash is not a token
         bearer(hashed(HASHED).removeprefix("sha256:")),
         bearer(f"{TOKEN},{HASHED}"),
         bearer(f"Bearer {TOKEN}"),
         (("authorization-bin", f"Bearer {TOKEN}".encode()),),
         (("x-authorization", f"Bearer {TOKEN}"),),
         (("proxy-authorization", f"Bearer {TOKEN}"),),
-        (*bearer(TOKEN), *bearer(TOKEN)),  # of two, somebody else may have looked at the other
+        (*bearer(TOKEN), *bearer(TOKEN)),  # a proxy may have checked the other one
         (*bearer("a wrong token of mine"), *bearer(TOKEN)),
         (*bearer(TOKEN), *bearer("a wrong token of mine")),
     ],
@@ -353,7 +349,7 @@ def test_changed_tokens_are_reloaded_and_a_broken_file_is_ignored(guarded: Guard
         eventually(lambda: guarded.knows(new), True)
         assert not guarded.knows(HASHED)
         assert guarded.knows(TOKEN)
-        assert watch.is_active()  # calls that run are let end
+        assert watch.is_active()  # running calls continue
         watch.cancel()
     assert guarded.reloads("ok") == good + 1
     for text in (f'[tenants.ours]\ntokens = ["{new}', "", None):
@@ -524,7 +520,7 @@ def test_metrics_at_a_public_address_need_a_token(
 
 @pytest.mark.parametrize("address", ["127.0.0.1:9464", "[::1]:9464", "localhost:9464", ""])
 def test_metrics_at_a_local_address_need_no_token(address: str) -> None:
-    assert not read_config(["--metrics-address", address], {}).insecure
+    assert read_config(["--metrics-address", address], {}).metrics_address == (address or None)
 
 
 def test_server_starts_at_a_public_address_only_if_allowed() -> None:
@@ -542,7 +538,7 @@ def test_server_starts_at_a_public_address_only_if_allowed() -> None:
 
 
 def scrape(guarded: Guarded, authorization: str | None, path: str = "/metrics") -> tuple[int, str]:
-    """The status and the text of a scrape."""
+    """Returns the status and the text of a scrape."""
     request = urllib.request.Request(f"http://{guarded.server.metrics_address}{path}")
     if authorization is not None:
         request.add_header("Authorization", authorization)
@@ -555,7 +551,7 @@ def scrape(guarded: Guarded, authorization: str | None, path: str = "/metrics") 
 
 
 def sample(guarded: Guarded, name: str, **labels: str) -> float:
-    """As raw.series, with the token."""
+    """Like raw.series, with the token."""
     from prometheus_client.parser import text_string_to_metric_families
 
     _, text = scrape(guarded, f"Bearer {SCRAPER}")
@@ -581,7 +577,7 @@ def test_metrics_need_their_token(guarded: Guarded) -> None:
         assert scrape(guarded, None, path)[0] == 401
         assert scrape(guarded, f"Bearer {SCRAPER}", path)[0] == 200
     for path in ("/", "/metrics/", "/metricsx", "/Metrics", "/../metrics", "/favicon.ico"):
-        assert scrape(guarded, None, path)[0] == 401  # strangers learn nothing
+        assert scrape(guarded, None, path)[0] == 401  # without a token the path is not revealed
         status, text = scrape(guarded, f"Bearer {SCRAPER}", path)
         assert (status, text) == (404, "metrics are at /metrics\n"), path
 

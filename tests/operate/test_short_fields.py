@@ -22,13 +22,13 @@ from secateur_server.runtime.scheduler import MAX_MESSAGE_BYTES
 from secateur_server.spec.amounts import MOST_ENTRIES
 from secateur_server.spec.decode import MOST_GROUPS
 from tests.conftest import RunningServer
-from tests.contract.raw import TIMEOUT, check_serves, failure
+from tests.contract.raw import TIMEOUT, check_failed, check_serves, failure
 
 ROOT = Path(__file__).parents[2]
 
 
 def varint(value: int, padding: int = 0) -> bytes:
-    """A varint, with so many bytes more than it needs."""
+    """Encodes a varint with `padding` more bytes than it needs."""
     groups = [value & 0x7F]
     while value := value >> 7:
         groups.append(value & 0x7F)
@@ -37,13 +37,13 @@ def varint(value: int, padding: int = 0) -> bytes:
 
 
 def field(number: int, value: bytes, padding: tuple[int, int] = (0, 0)) -> bytes:
-    """A length-delimited field, with bytes that pad its tag and its length."""
+    """Encodes a length-delimited field, with padding of its tag and its length."""
     return b"".join((varint(number << 3 | 2, padding[0]), varint(len(value), padding[1]), value))
 
 
 @st.composite
 def messages(draw: st.DrawFn, depth: int = 3) -> tuple[bytes, int]:
-    """An encoded message, and how many fields below SHORT_BYTES it has at all depths."""
+    """Draws an encoded message, and counts its fields below SHORT_BYTES at all depths."""
     parts, count = [], 0
     for _ in range(draw(st.integers(0, 4))):
         number = draw(st.integers(1, 2047))
@@ -66,7 +66,7 @@ def test_no_short_field_is_missed(made: tuple[bytes, int]) -> None:
 
 
 def taken(raw: bytes, context: RequestContext | None = None) -> Any:
-    """What the server makes of a request's first message."""
+    """Decodes the first message of a request as the server does."""
     received = iter([raw])
     found = decoded(
         context or RequestContext(), received, PruneRequest.FromString, lambda size: None
@@ -124,7 +124,7 @@ def test_data_beside_a_long_spec_is_not_counted() -> None:
     assert taken(request.SerializeToString()) == request
 
 
-# The last one of each part of a message is not counted.
+# The decoder does not count the last field of each part of a message.
 TOO_MANY = MAX_SHORT_FIELDS + 10
 SMALLEST = {
     "rules": field(1, field(2, field(1, b"") * TOO_MANY)),
@@ -156,8 +156,7 @@ def test_server_refuses_short_fields_and_keeps_serving(
 ) -> None:
     call: Any = channel.stream_stream("/secateur.v1.Pruner/Prune")
     found = failure(lambda: list(call(iter([SMALLEST["rules"]]), timeout=TIMEOUT)))
-    assert found is not None
-    assert (found.code, found.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
+    found = check_failed(found, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
     assert found.message.startswith("message: ")
     check_serves(server, channel)
 
@@ -171,7 +170,7 @@ def test_the_limit_is_documented() -> None:
 
 @pytest.fixture
 def listed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of unknown fields in each list of them that is made."""
+    """The lengths of all lists of unknown fields that the server makes."""
     sizes: list[int] = []
 
     def counted(message: Any) -> Any:
@@ -216,6 +215,5 @@ def test_many_unknown_fields_of_a_unary_call_are_refused(channel: grpc.Channel) 
     request = checkpoints_pb2.QueryUploadRequest()
     request.MergeFromString(UNKNOWN * 100_000)
     found = failure(CheckpointsStub(channel).QueryUpload, request, timeout=TIMEOUT)
-    assert found is not None
-    assert (found.code, found.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
+    found = check_failed(found, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
     assert "has a field that this server" in found.message

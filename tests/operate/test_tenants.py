@@ -26,8 +26,8 @@ from secateur_server.uris.requests import Requests
 from secateur_server.uris.scratch import Scratch
 from secateur_server.uris.uris import Uris
 from tests.conftest import RunningServer, eventually, inner_server
-from tests.contract.raw import TIMEOUT, failure, series
-from tests.store.stored import (
+from tests.contract.raw import OWN_CONNECTION, TIMEOUT, bearer, failure, series
+from tests.storage.stored import (
     file_message,
     upload_file,
     upload_requests,
@@ -36,8 +36,7 @@ from tests.store.stored import (
 KIB = 1 << 10
 HALF = secateur.l1_unstructured("*", 0.5)
 
-# What there is of each, in bytes; a model of ours is a little more than its floats.
-# Two checkpoints of 32 KiB on disk, and a block for their folder.
+# Quotas in bytes. A model is slightly larger than its floats; the folder of its owner is a block.
 STORE, MEMORY = 68 * KIB, 64 * KIB
 
 TOKENS = {
@@ -69,8 +68,15 @@ allow = ["file://{root}/out", "file://{root}2", "file://{outside}", "s3://bucket
 
 
 @dataclass(frozen=True)
-class House:
-    """A server of tenants.  root: what it allows.  tokens: their file."""
+class Service:
+    """A server with tenants.
+
+    Attributes:
+        server: The server.
+        channel: A channel to it.
+        root: The folder that it may open.
+        tokens: The tokens file.
+    """
 
     server: RunningServer
     channel: grpc.Channel
@@ -85,8 +91,8 @@ class House:
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    folder = tmp_path_factory.mktemp("house")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("service")
     root, outside, tokens = folder / "models", folder / "outside", folder / "tokens.toml"
     for path in (root / "vision", root / "vision2", root / "speech", folder / "models2", outside):
         path.mkdir(parents=True)
@@ -99,34 +105,34 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         inner_server("--tokens-file", str(tokens), "--allow-path", str(root)) as running,
         grpc.insecure_channel(running.address) as channel,
     ):
-        yield House(running, channel, root, tokens)
+        yield Service(running, channel, root, tokens)
 
 
 def model(seed: int, size: int = KIB) -> dict[str, Any]:
-    """One of about `size` bytes."""
+    """Makes a model of about `size` bytes."""
     return {"w": np.random.default_rng(seed).standard_normal(size // 4, np.float32)}
 
 
 def metadata(name: str) -> tuple[tuple[str, str], ...]:
-    return (("authorization", f"Bearer {TOKENS[name]}"),)
+    return bearer(TOKENS[name])
 
 
 @contextmanager
-def emptied(house: House, *names: str) -> Iterator[list[secateur.Client]]:
-    """Clients of tenants, of which nothing stays."""
+def emptied(service: Service, *names: str) -> Iterator[list[secateur.Client]]:
+    """Yields clients of tenants, and deletes their checkpoints after the block."""
     with ExitStack() as opened:
-        clients = [opened.enter_context(house.client(name)) for name in names]
+        clients = [opened.enter_context(service.client(name)) for name in names]
         yield clients
         for client in clients:
             for checkpoint in list(client.checkpoints()):
                 client.delete(checkpoint)
 
 
-# Whose checkpoints ----------------------------------------------------------------------------
+# Owners of checkpoints ------------------------------------------------------------------------
 
 
-def test_checkpoints_of_a_tenant_are_invisible_to_others(house: House, tmp_path: Path) -> None:
-    with emptied(house, "speech", "small") as (owner, other):
+def test_checkpoints_of_a_tenant_are_invisible_to_others(service: Service, tmp_path: Path) -> None:
+    with emptied(service, "speech", "small") as (owner, other):
         kept = owner.upload(model(1))
         for use in (
             lambda: other.checkpoint(kept.name),
@@ -143,7 +149,7 @@ def test_checkpoints_of_a_tenant_are_invisible_to_others(house: House, tmp_path:
         assert list(tmp_path.iterdir()) == []
         assert list(other.checkpoints()) == []
         request = pb.DeleteRequest(name=kept.name, allow_missing=True)
-        stub = CheckpointsStub(house.channel)
+        stub = CheckpointsStub(service.channel)
         stub.Delete(request, metadata=metadata("small"), timeout=TIMEOUT)
         newest = owner.upload(model(2))
         page = pb.ListRequest(page_token=newest.name.removeprefix("checkpoints/"))
@@ -153,19 +159,19 @@ def test_checkpoints_of_a_tenant_are_invisible_to_others(house: House, tmp_path:
         assert owner.report(kept).total == 256
 
 
-def test_known_digest_of_another_tenants_file_must_be_sent(house: House) -> None:
+def test_known_digest_of_another_tenants_file_must_be_sent(service: Service) -> None:
     data = save(model(1))
     message = file_message(data)
-    with emptied(house, "speech", "small") as (owner, other):
+    with emptied(service, "speech", "small") as (owner, other):
         owner.upload(model(1))
         for name, size in (("speech", len(data)), ("small", 0), ("vision", 0)):
             query = pb.QueryUploadRequest(files=[message])
-            stub = CheckpointsStub(house.channel)
+            stub = CheckpointsStub(service.channel)
             answer = stub.QueryUpload(query, metadata=metadata(name), timeout=TIMEOUT)
             assert list(answer.committed_sizes) == [size], name
         requests = upload_requests([upload_file(message, len(data))])
         found = failure(
-            CheckpointsStub(house.channel).Upload,
+            CheckpointsStub(service.channel).Upload,
             requests,
             metadata=metadata("small"),
             timeout=TIMEOUT,
@@ -175,26 +181,26 @@ def test_known_digest_of_another_tenants_file_must_be_sent(house: House) -> None
         assert list(other.checkpoints()) == []
 
 
-def test_another_token_of_a_tenant_has_the_same_checkpoints(house: House) -> None:
-    """Also a token that replaces the one with which they were created."""
-    with emptied(house, "small") as (first,), house.client("small2") as second:
+def test_another_token_of_a_tenant_has_the_same_checkpoints(service: Service) -> None:
+    """So has a token that replaces the one with which they were created."""
+    with emptied(service, "small") as (first,), service.client("small2") as second:
         kept = first.upload(model(1))
         assert list(second.checkpoints()) == [kept]
-        before = house.tokens.read_text()
+        before = service.tokens.read_text()
         new = "the token that comes after it"
-        house.tokens.write_text(before.replace(TOKENS["small"], new))
+        service.tokens.write_text(before.replace(TOKENS["small"], new))
         try:
-            with secateur.Client(house.server.address, token=new, timeout=300) as third:
-                eventually(lambda: knows(third), True)
+            with secateur.Client(service.server.address, token=new, timeout=300) as third:
+                eventually(lambda: is_authenticated(third), True)
                 assert list(third.checkpoints()) == [kept]
                 assert third.report(kept).total == 256
-                assert not knows(first)
+                assert not is_authenticated(first)
         finally:
-            house.tokens.write_text(before)
-        eventually(lambda: knows(first), True)
+            service.tokens.write_text(before)
+        eventually(lambda: is_authenticated(first), True)
 
 
-def knows(client: secateur.Client) -> bool:
+def is_authenticated(client: secateur.Client) -> bool:
     try:
         list(client.checkpoints())
     except secateur.Unauthenticated:
@@ -202,34 +208,36 @@ def knows(client: secateur.Client) -> bool:
     return True
 
 
-# How much -------------------------------------------------------------------------------------
+# Quotas ---------------------------------------------------------------------------------------
 
 
 def sizes(client: secateur.Client) -> int:
-    """Bytes of a tenant's checkpoints, each file once."""
+    """Returns the bytes of a tenant's checkpoints, where each file counts once."""
     found = {file.blake3: file.size_bytes for c in client.checkpoints() for file in c.files}
     return sum(found.values())
 
 
-def test_least_recently_used_checkpoint_of_a_tenant_is_evicted_for_its_quota(house: House) -> None:
-    with emptied(house, "speech", "small") as (other, small):
+def test_least_recently_used_checkpoint_of_a_tenant_is_evicted_for_its_quota(
+    service: Service,
+) -> None:
+    with emptied(service, "speech", "small") as (other, small):
         older = other.upload(model(0, 20 * KIB))
         first = small.upload(model(1, 20 * KIB))
-        small.upload(model(2, 20 * KIB))  # nobody uses it afterwards, and the first one is
-        small.report(first)
-        before = house.evicted()
+        small.upload(model(2, 20 * KIB))
+        small.report(first)  # now the second one is the least recently used
+        before = service.evicted()
         third = small.upload(model(3, 20 * KIB))
         assert list(small.checkpoints()) == [third, first]
-        assert house.evicted() == before + 1
-        assert series(house.server, "secateur_evictions_total", reason="room") == 0
+        assert service.evicted() == before + 1
+        assert series(service.server, "secateur_evictions_total", reason="room") == 0
         result = small.prune(third, HALF, keep=True)  # masks, and no second copy of the weights
         assert result.checkpoint is not None
         assert {c.name for c in small.checkpoints()} >= {third.name, result.checkpoint.name}
         assert list(other.checkpoints()) == [older]
 
 
-def test_upload_above_a_quota_is_refused_and_evicts_nothing(house: House) -> None:
-    with emptied(house, "speech", "small") as (other, small):
+def test_upload_above_a_quota_is_refused_and_evicts_nothing(service: Service) -> None:
+    with emptied(service, "speech", "small") as (other, small):
         kept = small.upload(model(1, 20 * KIB))
         with pytest.raises(QuotaExceeded, match=f"quota of {STORE}; delete checkpoints"):
             small.upload(model(2, STORE))
@@ -240,7 +248,7 @@ def test_upload_above_a_quota_is_refused_and_evicts_nothing(house: House) -> Non
         assert small.prune(model(3, STORE), HALF).report.total == STORE // 4
 
 
-def test_concurrent_uploads_keep_within_a_quota(house: House) -> None:
+def test_concurrent_uploads_keep_within_a_quota(service: Service) -> None:
     def upload(seed: int) -> bool:
         try:
             small.upload(model(seed, 20 * KIB))
@@ -248,21 +256,21 @@ def test_concurrent_uploads_keep_within_a_quota(house: House) -> None:
             return False
         return True
 
-    with emptied(house, "small") as (small,):
+    with emptied(service, "small") as (small,):
         with ThreadPoolExecutor(8) as threads:
-            came = list(threads.map(upload, range(16)))
-        assert any(came)
+            succeeded = list(threads.map(upload, range(16)))
+        assert any(succeeded)
         assert 0 < sizes(small) <= STORE
 
 
-def test_shards_together_keep_within_a_quota(house: House) -> None:
+def test_shards_together_keep_within_a_quota(service: Service) -> None:
     shards = [save({f"w{i}": model(i, 20 * KIB)["w"]}) for i in range(6)]
     index = index_of(shards)
     data = [*shards, index]
     names = [*(f"{i}.safetensors" for i in range(6)), "m.safetensors.index.json"]
     files = [upload_file(file_message(d, n)) for d, n in zip(data, names, strict=True)]
-    with emptied(house, "small") as (small,):
-        stub, requests = CheckpointsStub(house.channel), upload_requests(files, b"".join(data))
+    with emptied(service, "small") as (small,):
+        stub, requests = CheckpointsStub(service.channel), upload_requests(files, b"".join(data))
         found = failure(stub.Upload, requests, metadata=metadata("small"), timeout=TIMEOUT)
         assert sizes(small) <= STORE
         assert found is not None
@@ -274,7 +282,7 @@ def index_of(shards: list[bytes]) -> bytes:
     return json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
 
 
-def test_broken_upload_does_not_block_a_quota(house: House) -> None:
+def test_broken_upload_does_not_block_a_quota(service: Service) -> None:
     """Its bytes are kept for an hour, unless other data needs the space."""
     data = save(model(7, 50 * KIB))
     message = file_message(data)
@@ -285,26 +293,26 @@ def test_broken_upload_does_not_block_a_quota(house: House) -> None:
         never.wait(300)
 
     sent, never = threading.Event(), threading.Event()
-    with emptied(house, "small") as (small,):
-        stub = CheckpointsStub(house.channel)
+    with emptied(service, "small") as (small,):
+        stub = CheckpointsStub(service.channel)
         call = stub.Upload.future(broken(), metadata=metadata("small"))
         query = pb.QueryUploadRequest(files=[message])
         sent.wait(300)
-        eventually(lambda: asked(stub, query), 30 * KIB)
+        eventually(lambda: committed_bytes(stub, query), 30 * KIB)
         call.cancel()
         never.set()
-        eventually(lambda: idle_again(small), True)
-        assert asked(stub, query) == 0
-    eventually(lambda: series(house.server, "secateur_requests_in_flight"), 0.0)
+        eventually(lambda: has_been_cancelled(small), True)
+        assert committed_bytes(stub, query) == 0
+    eventually(lambda: series(service.server, "secateur_requests_in_flight"), 0.0)
 
 
-def asked(stub: CheckpointsStub, query: pb.QueryUploadRequest) -> int:
+def committed_bytes(stub: CheckpointsStub, query: pb.QueryUploadRequest) -> int:
     answer = stub.QueryUpload(query, metadata=metadata("small"), timeout=TIMEOUT)
     return answer.committed_sizes[0]
 
 
-def idle_again(client: secateur.Client) -> bool:
-    """The server has seen the cancellation, and accepts another model."""
+def has_been_cancelled(client: secateur.Client) -> bool:
+    """Whether the server has seen the cancellation, so that it accepts another model."""
     try:
         client.upload(model(8, 30 * KIB))
     except QuotaExceeded:
@@ -313,8 +321,8 @@ def idle_again(client: secateur.Client) -> bool:
 
 
 @contextmanager
-def being_served(house: House, name: str, data: bytes) -> Iterator[Any]:
-    """A Report of which the last byte comes when the block ends."""
+def report_in_service(service: Service, name: str, data: bytes) -> Iterator[Any]:
+    """Runs a Report whose last byte is sent when the block ends."""
     rest = threading.Event()
 
     def messages() -> Iterator[ReportRequest]:
@@ -322,9 +330,12 @@ def being_served(house: House, name: str, data: bytes) -> Iterator[Any]:
         rest.wait(300)
         yield ReportRequest(data=data[-1:])
 
-    stub, before = PrunerStub(house.channel), series(house.server, "secateur_requests_in_flight")
+    stub, before = (
+        PrunerStub(service.channel),
+        series(service.server, "secateur_requests_in_flight"),
+    )
     call = stub.Report.future(messages(), metadata=metadata(name), timeout=300)
-    eventually(lambda: series(house.server, "secateur_requests_in_flight"), before + 1)
+    eventually(lambda: series(service.server, "secateur_requests_in_flight"), before + 1)
     try:
         yield call
     finally:
@@ -333,34 +344,36 @@ def being_served(house: House, name: str, data: bytes) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("name", "size"), [("light", 40 * KIB), ("single", KIB)])
-def test_quota_in_service_blocks_its_own_tenant_only(house: House, name: str, size: int) -> None:
+def test_quota_in_service_blocks_its_own_tenant_only(
+    service: Service, name: str, size: int
+) -> None:
     data = save(model(1, size))
     with (
-        house.client(name) as mine,
-        house.client("speech") as others,
+        service.client(name) as mine,
+        service.client("speech") as others,
         ThreadPoolExecutor(1) as thread,
     ):
-        with being_served(house, name, data):
-            eventually(lambda: series(house.server, "secateur_model_bytes"), float(len(data)))
+        with report_in_service(service, name, data):
+            eventually(lambda: series(service.server, "secateur_model_bytes"), float(len(data)))
             second = thread.submit(mine.report, model(2, size))
-            eventually(lambda: series(house.server, "secateur_requests_waiting"), 1.0)
+            eventually(lambda: series(service.server, "secateur_requests_waiting"), 1.0)
             for seed in range(3):
                 assert others.report(model(seed, 2 * MEMORY)).total == 2 * MEMORY // 4
             assert not second.done()
-            if name == "light":  # what fits beside waits behind nobody of another tenant
-                assert series(house.server, "secateur_model_bytes") == len(data)
+            if name == "light":  # the others were served beside the first call
+                assert series(service.server, "secateur_model_bytes") == len(data)
         assert second.result(300).total == size // 4
-    eventually(lambda: series(house.server, "secateur_model_bytes"), 0.0)
+    eventually(lambda: series(service.server, "secateur_model_bytes"), 0.0)
 
 
-def test_a_model_above_a_tenants_memory_is_refused_at_once(house: House) -> None:
-    with house.client("light") as light:
+def test_a_model_above_a_tenants_memory_is_refused_at_once(service: Service) -> None:
+    with service.client("light") as light:
         with pytest.raises(QuotaExceeded, match=f"{MEMORY} of tenant 'light'.* raise `memory`"):
             light.report(model(1, MEMORY))
         assert light.report(model(1, MEMORY // 2)).total == MEMORY // 8
 
 
-# Where ----------------------------------------------------------------------------------------
+# URIs -----------------------------------------------------------------------------------------
 
 REFUSED = (
     "file://{root}/speech/m.safetensors",
@@ -394,31 +407,31 @@ def denied(client: secateur.Client, uri: str) -> None:
 
 
 @pytest.mark.parametrize("uri", REFUSED)
-def test_tenant_opens_only_uris_of_its_allow(house: House, uri: str) -> None:
-    # To write in the place of a link replaces the link: that stays inside.
-    with house.client("vision") as vision:
+def test_tenant_opens_only_uris_of_its_allow(service: Service, uri: str) -> None:
+    # A write to a link replaces the link itself, inside the folder.
+    with service.client("vision") as vision:
         if "link" in uri:
             with pytest.raises(secateur.PermissionDenied):
-                vision.report(uri.format(root=house.root))
+                vision.report(uri.format(root=service.root))
         else:
-            denied(vision, uri.format(root=house.root))
-        assert vision.report(f"file://{house.root}/vision/m.safetensors").total == 256
+            denied(vision, uri.format(root=service.root))
+        assert vision.report(f"file://{service.root}/vision/m.safetensors").total == 256
 
 
-def test_allow_narrows_what_the_server_allows_and_never_widens_it(house: House) -> None:
-    places = [f"file://{house.root}/{name}/m.safetensors" for name in ("vision", "speech")]
-    outside = house.root.parent / "outside"
-    with house.client("speech") as every, house.client("wide") as wide:
+def test_allow_narrows_what_the_server_allows_and_never_widens_it(service: Service) -> None:
+    places = [f"file://{service.root}/{name}/m.safetensors" for name in ("vision", "speech")]
+    outside = service.root.parent / "outside"
+    with service.client("speech") as every, service.client("wide") as wide:
         for uri in places:
             assert every.report(uri).total == wide.report(uri).total == 256
         denied(wide, f"file://{outside}/m.safetensors")
         denied(wide, "file:///etc/passwd")
-    with house.client("astray") as astray:
+    with service.client("astray") as astray:
         for uri in (
             *places,
-            f"file://{house.root}/out/m.safetensors",
+            f"file://{service.root}/out/m.safetensors",
             f"file://{outside}/m.safetensors",
-            f"file://{house.root}2/m.safetensors",
+            f"file://{service.root}2/m.safetensors",
             "s3://bucket/x/m.safetensors",
         ):
             denied(astray, uri)
@@ -451,7 +464,7 @@ def test_remote_uris_must_be_in_both_lists(allow: list[str], allowed: set[str]) 
     assert found == allowed
 
 
-def test_silent_calls_of_a_tenant_block_neither_others_nor_probes(house: House) -> None:
+def test_silent_calls_of_a_tenant_block_neither_others_nor_probes(service: Service) -> None:
     """One tenant gets half of the 128 calls at most; a refusal has a retry delay."""
     ended = threading.Event()
 
@@ -459,10 +472,7 @@ def test_silent_calls_of_a_tenant_block_neither_others_nor_probes(house: House) 
         ended.wait()
         yield from ()
 
-    channels = [
-        grpc.insecure_channel(house.server.address, [("grpc.use_local_subchannel_pool", 1)])
-        for _ in range(2)
-    ]
+    channels = [grpc.insecure_channel(service.server.address, [OWN_CONNECTION]) for _ in range(2)]
     with ExitStack() as opened:
         stubs = [PrunerStub(opened.enter_context(channel)) for channel in channels]
         opened.callback(ended.set)
@@ -478,8 +488,8 @@ def test_silent_calls_of_a_tenant_block_neither_others_nor_probes(house: House) 
                 busy = from_rpc(error)
                 assert isinstance(busy, secateur.ServerBusy)
                 assert busy.retry_after == 1.0
-        with house.client("vision") as other:
+        with service.client("vision") as other:
             assert other.prune(model(1), HALF).report.total == KIB // 4
-        probe = health_pb2_grpc.HealthStub(house.channel)
+        probe = health_pb2_grpc.HealthStub(service.channel)
         answer = probe.Check(health_pb2.HealthCheckRequest(), timeout=300)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING

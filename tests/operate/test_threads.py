@@ -1,4 +1,4 @@
-"""A server that gets no more threads or files from the system: real limits, set while it runs."""
+"""A server without further threads or files: real limits of the system, set while it runs."""
 
 import errno
 import os
@@ -34,15 +34,15 @@ from tests.conftest import (
     start_command,
     stop_server,
 )
-from tests.contract.raw import series
+from tests.contract.raw import OWN_CONNECTION, series
 from tests.operate.test_metrics import sample
+from tests.processes import cpu_seconds, open_files, thread_ids
 
 PIDS = Path("/sys/fs/cgroup/pids")
-OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
 IS_ROOT = os.geteuid() == 0
 needs_a_limit = pytest.mark.skipif(
     IS_ROOT and not os.access(PIDS / "cgroup.procs", os.W_OK),
-    reason="root has no limit of threads here but that of a control group, version 1",
+    reason="for root only a control group of version 1 limits threads",
 )
 
 
@@ -60,7 +60,7 @@ def control_group() -> Iterator[Path]:
 
 @contextmanager
 def no_more_threads(pid: int) -> Iterator[None]:
-    """In the block the system refuses each thread that the process starts."""
+    """In the block the process cannot start threads."""
     if not IS_ROOT:
         before = resource.prlimit(pid, resource.RLIMIT_NPROC, (1, -1))
         yield
@@ -72,13 +72,9 @@ def no_more_threads(pid: int) -> Iterator[None]:
         yield
 
 
-def threads_of(server: RunningServer) -> int:
-    return len(os.listdir(f"/proc/{server.process.pid}/task"))
-
-
 def is_serving(server: RunningServer) -> bool:
-    """Of a new connection."""
-    with grpc.insecure_channel(server.address, OWN_CONNECTION) as channel:
+    """Whether the server answers a health check over a new connection."""
+    with grpc.insecure_channel(server.address, [OWN_CONNECTION]) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE)
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
@@ -86,7 +82,7 @@ def is_serving(server: RunningServer) -> bool:
 
 @contextmanager
 def silent_sockets(address: str, count: int) -> Iterator[None]:
-    """Connections, some of which may still wait for a server that accepts no more."""
+    """Opens connections, some of which the server may not accept."""
     host, _, port = address.rpartition(":")
     with ExitStack() as opened:
         for _ in range(count):
@@ -98,7 +94,7 @@ def silent_sockets(address: str, count: int) -> Iterator[None]:
 
 @contextmanager
 def silent_calls(address: str, count: int) -> Iterator[None]:
-    """Some of them the server refuses."""
+    """Makes calls that send nothing. The server refuses some of them."""
     over = threading.Event()
 
     def nothing() -> Iterator[pruner_pb2.ReportRequest]:
@@ -107,7 +103,7 @@ def silent_calls(address: str, count: int) -> Iterator[None]:
 
     with ExitStack() as opened:
         channels = [
-            opened.enter_context(grpc.insecure_channel(address, OWN_CONNECTION))
+            opened.enter_context(grpc.insecure_channel(address, [OWN_CONNECTION]))
             for _ in range(count // 20)
         ]
         opened.callback(over.set)
@@ -119,7 +115,7 @@ def silent_calls(address: str, count: int) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[RunningServer]:
-    """A server for the tests that starve one; the last of them ends it."""
+    """A server that tests deprive of threads and files. The last of them stops it."""
     started = start_command()
     yield started
     if started.process.poll() is None:
@@ -131,7 +127,7 @@ def refused(server: RunningServer) -> float:
 
 
 def is_scraped(server: RunningServer) -> bool:
-    """Whether one scrape is answered. On a busy machine its request may come after its grace."""
+    """Whether a scrape is answered. On a busy machine the server may close the connection first."""
     try:
         with urllib.request.urlopen(f"http://{server.metrics_address}/metrics") as answer:
             return bool(answer.status == 200)
@@ -139,18 +135,12 @@ def is_scraped(server: RunningServer) -> bool:
         return False
 
 
-def cpu_seconds(server: RunningServer) -> float:
-    fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 @contextmanager
 def few_files(server: RunningServer, more: int) -> Iterator[None]:
-    """In the block the process may open so many files more."""
+    """In the block the process may open only `more` further files."""
     pid = server.process.pid
-    now = len(os.listdir(f"/proc/{pid}/fd"))
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (now + more, before[1]))
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (open_files(pid) + more, before[1]))
     yield
     resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
 
@@ -162,16 +152,17 @@ def test_scrapers_take_no_descriptors_from_grpc(
         with silent_sockets(running.metrics_address, 100):
             assert is_serving(running)
         with silent_sockets(running.address, 100), silent_sockets(running.metrics_address, 100):
-            begun = cpu_seconds(running)
+            begin = cpu_seconds(running.process.pid)
             threading.Event().wait(1)
-            assert cpu_seconds(running) - begun < 0.3  # a loop that spins takes all of it
+            # A busy loop would use all of the second.
+            assert cpu_seconds(running.process.pid) - begin < 0.3
     assert is_serving(running)
     assert sample(running, "secateur_requests_in_flight") == 0
 
 
 @needs_a_limit
 def test_a_server_serves_and_ends_without_a_new_thread(running: RunningServer) -> None:
-    before = threads_of(running)
+    before = len(thread_ids(running.process.pid))
     large = {"w": np.random.default_rng(0).standard_normal((1500, 1500), np.float32)}
     with no_more_threads(running.process.pid):
         assert all(is_serving(running) for _ in range(4))
@@ -182,7 +173,7 @@ def test_a_server_serves_and_ends_without_a_new_thread(running: RunningServer) -
             with secateur.Client(running.address, timeout=PATIENCE) as client:
                 report = client.prune(large, secateur.l1_unstructured("w", 0.5)).report
             assert report.zeros == 1500 * 750
-        assert threads_of(running) <= before
+        assert len(thread_ids(running.process.pid)) <= before
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(PATIENCE) == 0
     assert "Traceback" not in running.log.read_text()
@@ -210,12 +201,10 @@ def test_server_reports_too_few_threads_at_its_start() -> None:
 def test_silent_scrapers_have_a_limited_number_of_connections() -> None:
     """Each new connection replaces the oldest one, and a scraper is answered."""
     with inner_server() as running:
-        before = len(os.listdir("/proc/self/fd"))
+        before = open_files(os.getpid())
         with silent_sockets(running.metrics_address, 200):
             eventually(lambda: is_scraped(running), True)
-            eventually(
-                lambda: len(os.listdir("/proc/self/fd")) - before - 200 <= MAX_CONNECTIONS, True
-            )
+            eventually(lambda: open_files(os.getpid()) - before - 200 <= MAX_CONNECTIONS, True)
 
 
 _DYING = """

@@ -22,7 +22,7 @@ from secateur_proto.pruner_pb2_grpc import PrunerStub
 from secateur_server.check import check
 from secateur_server.config import Config, read_config
 from tests.conftest import RunningServer, eventually, run_server, start_server, stop_server
-from tests.contract.raw import entry, failure, file, series
+from tests.contract.raw import OWN_CONNECTION, bearer, entry, failure, file, series
 from tests.operate.certificates import Authority, Pair, serial_at
 
 TOKEN = "a token of 23 characters"
@@ -34,7 +34,7 @@ _OURS, _THEIRS = Authority("ours"), Authority("theirs")
 
 @dataclass(frozen=True)
 class Served:
-    """A server over TLS, its files, and what it was first served with."""
+    """A server with TLS, its files, and its first certificate."""
 
     server: RunningServer
     cert: Path
@@ -51,7 +51,7 @@ class Served:
 
 
 def files_of(folder: Path, pair: Pair) -> tuple[Path, Path, Path]:
-    """Puts a pair, and our authority, in a folder."""
+    """Writes a pair and our authority to a folder."""
     cert, key, ca = (folder / name for name in ("server.crt", "server.key", "ca.crt"))
     pair.put(cert, key)
     ca.write_bytes(_OURS.cert)
@@ -83,12 +83,11 @@ def mutual(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 def refusal(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.StatusCode | None:
-    """How a new connection's call fails; None where it is served."""
-    options = [("grpc.use_local_subchannel_pool", 1)]
+    """Makes a call over a new connection. Returns the code of its failure, or None."""
     channel = (
-        grpc.secure_channel(address, credentials, options)
+        grpc.secure_channel(address, credentials, [OWN_CONNECTION])
         if credentials
-        else grpc.insecure_channel(address, options)
+        else grpc.insecure_channel(address, [OWN_CONNECTION])
     )
     with channel:
         check = health_pb2_grpc.HealthStub(channel).Check
@@ -96,14 +95,14 @@ def refusal(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.S
     return found.code if found else None
 
 
-# Who is served --------------------------------------------------------------------------------
+# Accepted clients -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("as_what", [str, Path, Path.read_bytes])
 def test_client_that_trusts_the_ca_is_served(
     tls: Served, as_what: Callable[[Path], str | Path | bytes]
 ) -> None:
-    """The path of the authority's certificate, in either form, and credentials of grpc's."""
+    """The client accepts the path of the CA, as str or Path, and credentials of grpc."""
     trust = as_what(tls.ca)
     with secateur.Client(
         tls.address,
@@ -141,7 +140,7 @@ def test_mutual_tls_accepts_certificates_of_the_ca_only(mutual: Served) -> None:
         None,
         _OURS.credentials(),
         _OURS.credentials(_THEIRS.pair("caller")),
-        _OURS.credentials(_THEIRS.pair("ours")),  # the name alone is nothing
+        _OURS.credentials(_THEIRS.pair("ours")),  # the name does not matter
     ):
         assert refusal(mutual.address, credentials) == grpc.StatusCode.UNAVAILABLE
 
@@ -191,10 +190,9 @@ def test_new_certificate_is_used_for_new_connections_only(tls: Served) -> None:
         yield ReportRequest(data=FILE[9:])
 
     with grpc.secure_channel(tls.address, _OURS.credentials()) as channel:
-        metadata = (("authorization", f"Bearer {TOKEN}"),)
-        answer = PrunerStub(channel).Report(messages(), metadata=metadata, timeout=300)
+        answer = PrunerStub(channel).Report(messages(), metadata=bearer(TOKEN), timeout=300)
         assert answer.report.total == 4
-        threading.Event().wait(1.1)  # it looks again, and what has not changed is not read
+        threading.Event().wait(1.1)  # the server checks again, and does not reload the same files
         assert serial_at(tls.address) == second.serial
         assert tls.reloads("ok") == before + 1
         assert refusal(tls.address, _OURS.credentials()) is None
@@ -232,7 +230,7 @@ def test_changed_client_ca_is_reloaded(mutual: Served) -> None:
         assert refusal(mutual.address, _OURS.credentials(ours)) == refused
         stub.Check(health_pb2.HealthCheckRequest(), timeout=300)
     failed = mutual.reloads("failed")
-    mutual.ca.write_bytes(b"")  # not everybody, and not nobody
+    mutual.ca.write_bytes(b"")  # it must accept neither everybody nor nobody
     eventually(
         lambda: (refusal(mutual.address, _OURS.credentials(theirs)), mutual.reloads("failed")),
         (None, failed + 1),
@@ -242,7 +240,7 @@ def test_changed_client_ca_is_reloaded(mutual: Served) -> None:
     eventually(lambda: refusal(mutual.address, _OURS.credentials(ours)), None)
 
 
-# Files that are wrong from the start ----------------------------------------------------------
+# Wrong files at the start ---------------------------------------------------------------------
 
 
 def config_of(cert: Path, key: Path, *options: str) -> Config:
@@ -308,7 +306,7 @@ def test_wrong_tls_options_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     cert, key, ca = files_of(tmp_path, _OURS.pair("server"))
-    os.mkfifo(pipe := tmp_path / "pipe")  # to open it would wait for somebody to write
+    os.mkfifo(pipe := tmp_path / "pipe")  # opening it would wait for a writer
     names = {"cert": cert, "key": key, "ca": ca, "folder": tmp_path, "pipe": pipe}
     with pytest.raises(SystemExit) as ended:
         read_config([option.format(**names) for option in options], {})

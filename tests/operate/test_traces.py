@@ -60,7 +60,7 @@ def test_a_call_is_a_span_of_its_callers_trace_and_its_stages_lie_within(
         )
     with secateur.Client(server.address) as client:
         client.prune(MODEL, secateur.l1_unstructured("w", 0.5))
-    stop_server(server)  # what is left is sent
+    stop_server(server)  # it sends the remaining spans
 
     rpc = {span.name.strip("/"): span for span in found.spans}
     called = rpc["secateur.v1.Pruner/Report"]
@@ -78,7 +78,7 @@ def test_a_call_is_a_span_of_its_callers_trace_and_its_stages_lie_within(
 
 
 def test_missing_collector_blocks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")  # for what is left when the server ends
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")  # for the spans that it sends at its end
     with (
         inner_server("--otlp-endpoint", "http://127.0.0.1:1") as server,
         secateur.Client(server.address, timeout=300) as client,

@@ -1,4 +1,4 @@
-"""Untaken answers count until they are taken or their calls are cut off."""
+"""Answers that the caller does not receive count until their calls are cut off."""
 
 import socket
 import struct
@@ -13,7 +13,7 @@ from secateur_proto import plan_pb2, pruner_pb2
 from tests.conftest import RunningServer, eventually, start_server, stop_server
 from tests.contract.raw import file, header, message
 from tests.operate.test_metrics import sample
-from tests.operate.test_requests_memory import MIB, SLACK, anonymous
+from tests.runtime.test_requests_memory import MIB, SLACK, anonymous
 
 # HTTP/2's frames.
 DATA, HEADERS, SETTINGS, PING = 0, 1, 4, 6
@@ -22,7 +22,7 @@ END_HEADERS = 4
 
 
 class NoWindow:
-    """An HTTP/2 client of one call, whose window for the answer is 0 bytes."""
+    """An HTTP/2 client that makes one call, and whose window for the answer is 0 bytes."""
 
     def __init__(self, address: str, path: str, request: bytes) -> None:
         host, port = address.split(":")
@@ -43,7 +43,7 @@ class NoWindow:
             self._socket.sendall(_frame(DATA, flags, 1, body[begin : begin + 16_000]))
 
     def _answer(self) -> None:
-        """Acknowledges settings and pings: the connection is alive."""
+        """Acknowledges settings and pings, so that the connection stays open."""
         received = self._socket.makefile("rb")
         try:
             while head := received.read(9):
@@ -63,7 +63,7 @@ def _frame(kind: int, flags: int, stream: int, data: bytes) -> bytes:
 
 
 def _field(field: tuple[str, str]) -> bytes:
-    """A header field, literally, as HPACK has it."""
+    """Encodes a header field as a literal of HPACK."""
     return b"\0" + b"".join(bytes((len(text),)) + text.encode() for text in field)
 
 
@@ -77,7 +77,7 @@ def impatient() -> Iterator[RunningServer]:
 def test_untaken_answer_counts_until_its_call_is_cut_off(
     impatient: RunningServer,
 ) -> None:
-    """A request of 45 KB, with an answer of 27 MB; a second answer does not fit beside it."""
+    """A request of 45 KB has an answer of 27 MB. The memory is not enough for two of them."""
     names = [f"{number:05}" + "n" * 2000 for number in range(20)]
     entries = {
         name: {"dtype": "F32", "shape": [1], "data_offsets": [4 * index, 4 * index + 4]}

@@ -16,7 +16,7 @@ from secateur_server.config import read_config
 from secateur_server.operate.health import Health
 from tests.conftest import RunningServer
 
-# Runs in an interpreter of its own: in this one other tests have imported and compiled all of it.
+# It runs in its own interpreter: in this one other tests have imported and compiled everything.
 FIRST_CALLS = """
 import json
 import sys
@@ -91,7 +91,7 @@ def test_a_server_is_ready_after_its_warm_up(
     def warming(*arguments: object) -> None:
         happened.append("warm-up")
         with grpc.insecure_channel(address) as channel, pytest.raises(grpc.FutureTimeoutError):
-            grpc.channel_ready_future(channel).result(timeout=0.2)  # nobody is let in yet
+            grpc.channel_ready_future(channel).result(timeout=0.2)  # the server does not listen yet
 
     monkeypatch.setattr(app, "warm_up", warming)
     monkeypatch.setattr(Health, "serve", lambda health: happened.append("ready"))

@@ -1,6 +1,6 @@
-"""One process of callers, of whom each does one thing after another: a part of the soak's load.
+"""One process of callers of the soak test. Each of them makes one call after another.
 
-Run as a module: with one interpreter for all 32 the lock of Python would be the load's limit.
+The test runs this module in several processes, because Python's lock would limit the load of one.
 """
 
 import json
@@ -26,13 +26,13 @@ from secateur_proto import pruner_pb2 as pb
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
 from secateur_proto.framing import cut
 from secateur_proto.pruner_pb2_grpc import PrunerStub
-from tests.contract.raw import header, message
+from tests.contract.raw import OWN_CONNECTION, bearer, header, message
 from tests.soak import checked
 from tests.soak.models import Case, read_cases
-from tests.soak.wrong import Door, wrong
-from tests.store.stored import file_message, token, upload_file
+from tests.soak.wrong import Connection, wrong
+from tests.storage.stored import file_message, upload_file
 
-# How often each model is taken, of 100.
+# How often each model is used, in percent.
 SHARES = {
     "lenet": 30,
     "pruned lenet": 16,
@@ -44,18 +44,24 @@ SHARES = {
     "20M": 3,
     "20M bf16": 2,
 }
-OWN_CONNECTION = [
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.max_receive_message_length", -1),
-]
-# Nobody waits longer: what takes so long hangs.
+OPTIONS = [OWN_CONNECTION, ("grpc.max_receive_message_length", -1)]
+# Seconds. A call that takes longer hangs.
 TIMEOUT = 300.0
 MOST_ERRORS = 20
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a process of callers is told.  folder: has the models.  token: of all its callers."""
+    """The task of a process of callers.
+
+    Attributes:
+        address: Of the server.
+        token: Of all callers of the process.
+        folder: Of the models.
+        seconds: How long they work.
+        seed: Of the process.
+        callers: Their number.
+    """
 
     address: str
     token: str
@@ -66,7 +72,7 @@ class Plan:
 
 
 class Tally:
-    """What has come of all calls of a process."""
+    """The outcomes of all calls of a process."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -81,12 +87,12 @@ class Tally:
         self.add(what, f"UNEXPLAINED {type(error).__name__}")
         with self._lock:
             if len(self.errors) < MOST_ERRORS:
-                told = "".join(traceback.format_exception(error))
-                self.errors.append(f"{time.strftime('%H:%M:%S')} {what}: {told}")
+                text = "".join(traceback.format_exception(error))
+                self.errors.append(f"{time.strftime('%H:%M:%S')} {what}: {text}")
 
 
 class Caller:
-    """One of them, with a connection of its own or one that it shares."""
+    """One caller, with its own connection or a shared one."""
 
     def __init__(self, plan: Plan, index: int, cases: dict[str, list[Case]], tally: Tally) -> None:
         self.plan, self.cases, self.tally = plan, cases, tally
@@ -98,7 +104,7 @@ class Caller:
 
     def _connect(self) -> None:
         address, name = self.plan.address, self.plan.token
-        self.channel = self._opened.enter_context(grpc.insecure_channel(address, OWN_CONNECTION))
+        self.channel = self._opened.enter_context(grpc.insecure_channel(address, OPTIONS))
         own = None if self._shares_connection else self.channel
         self.client = self._opened.enter_context(
             secateur.Client(address, name, timeout=TIMEOUT, channel=own)
@@ -123,9 +129,9 @@ class Caller:
             ("finalize", 10, partial(checked.finalize, self.client, case)),
             ("checkpoint", 12, partial(self._visit, case)),
             ("prune and keep", 4, partial(self._keep, case)),
-            ("leaves half way", 12, partial(self._leave, case)),
-            ("in a hurry", 5, partial(self._hurry, case)),
-            ("connects anew", 1, self._reconnect),
+            ("cancelled half way", 12, partial(self._leave, case)),
+            ("short deadline", 5, partial(self._hurry, case)),
+            ("new connection", 1, self._reconnect),
         ]
         (chosen,) = draws.choices(kinds, [share for _, share, _ in kinds])
         return chosen[0], chosen[2]
@@ -135,8 +141,8 @@ class Caller:
         return self.draws.choice(self.cases[kind])
 
     def _wrong(self) -> str:
-        door = Door(self.plan.address, self.channel, self.plan.token, self.client)
-        return wrong(door, self.draws, self.scratch.parent)
+        connection = Connection(self.plan.address, self.channel, self.plan.token, self.client)
+        return wrong(connection, self.draws, self.scratch.parent)
 
     def _reconnect(self) -> None:
         self._opened.close()
@@ -145,7 +151,7 @@ class Caller:
     # Checkpoints ------------------------------------------------------------------------------
 
     def _visit(self, case: Case) -> None:
-        """All that can be done with a checkpoint, in a row."""
+        """Makes several kinds of calls on a checkpoint."""
         client, draws = self.client, self.draws
         uploaded = client.upload(draws.choice([case.source, case.path]), False)
         kept = checked.prune_handle(client, uploaded, case, draws, keep=True)
@@ -165,10 +171,10 @@ class Caller:
             client.delete(checkpoint)
         with suppress(secateur.CheckpointNotFound):
             client.report(kept, progress=False)
-            raise AssertionError("a checkpoint is there after it was deleted")
+            raise AssertionError("a checkpoint exists after it was deleted")
 
     def _listed(self, checkpoint: secateur.Checkpoint) -> None:
-        """Without the time when it goes, which every use puts off."""
+        """Checks that a checkpoint is listed. Its expiration time changes with every use."""
         listed = {each.name: each.files for each in self.client.checkpoints()}
         assert listed[checkpoint.name] == checkpoint.files
         assert self.client.checkpoint(checkpoint.name).files == checkpoint.files
@@ -185,10 +191,10 @@ class Caller:
         checked.report_handle(self.client, result.checkpoint, case.pruned, case)
         self.client.delete(result.checkpoint)
 
-    # Callers who leave ------------------------------------------------------------------------
+    # Cancellation -----------------------------------------------------------------------------
 
     def _hurry(self, case: Case) -> str:
-        """A deadline that may be too short."""
+        """Makes a call with a deadline that may be too short."""
         seconds = self.draws.uniform(0.001, 0.3)
         address, name = self.plan.address, self.plan.token
         with secateur.Client(address, name, timeout=seconds) as client:
@@ -199,35 +205,34 @@ class Caller:
         return "ok"
 
     def _leave(self, case: Case) -> str:
-        """Cancels, or cuts the connection, at any moment of a call."""
+        """Cancels a call, or closes its connection, at any moment."""
         data, draws = case.path.read_bytes(), self.draws
         count = -(-len(data) // (1 << 20))
         at = draws.randrange(count + 1)
         is_cut, pause = draws.random() < 0.5, draws.choice([0.0, 0.01, 0.1, 0.5])
         rpc = draws.choice(["Prune", "Report", "Finalize", "Upload"])
-        there, ended = threading.Event(), threading.Event()
+        sent, ended = threading.Event(), threading.Event()
 
         def messages() -> Iterator[Any]:
             yield from _begin(rpc, case, data, at)
-            there.set()
+            sent.set()
             if at < count:
                 ended.wait(60)
 
-        with grpc.insecure_channel(self.plan.address, OWN_CONNECTION) as channel:
-            call = _call(channel, rpc, messages(), token(self.plan.token))
+        with grpc.insecure_channel(self.plan.address, OPTIONS) as channel:
+            call = _call(channel, rpc, messages(), bearer(self.plan.token))
             try:
-                there.wait(30)
+                sent.wait(30)
                 threading.Event().wait(pause)
                 channel.close() if is_cut else call.cancel()
                 code = call.code()
             finally:
                 ended.set()
-        assert code in _MAY_END, f"{rpc}, left half way, ended by {code}: {call.details()}"
+        assert code in _MAY_END, f"{rpc}, cancelled half way, ended with {code}: {call.details()}"
         return f"{'cut' if is_cut else 'cancelled'} {rpc} {code.name}"
 
 
-# How a call may have ended when its caller leaves; a full queue, and an upload that another caller
-# of the same model took over, end it before.
+# How a cancelled call may end. A full queue or another upload of the same model may end it before.
 _MAY_END = {
     grpc.StatusCode.OK,
     grpc.StatusCode.CANCELLED,
@@ -246,7 +251,7 @@ def _begin(rpc: str, case: Case, data: bytes, most: int) -> Iterator[Any]:
         fields: dict[str, Any] = {}
         if rpc == "Prune":
             wanted, arrays = case.spec.encode(case.source)
-            if arrays:  # they would have to be in the data
+            if arrays:  # they would have to be a part of the data
                 wanted, _ = secateur.identity("*.weight").encode(case.source)
             fields = {"spec": wanted, "output": pb.OUTPUT_DENSE}
         yield message(rpc, header=header(rpc, len(data), **fields))
@@ -265,7 +270,7 @@ def _call(channel: grpc.Channel, rpc: str, messages: Iterator[Any], metadata: An
 
 
 def main() -> None:
-    """Reads a plan from the standard input, and writes what came of it."""
+    """Reads a plan from stdin, and writes the outcomes to stdout."""
     torch.set_num_threads(1)
     plan = Plan(**json.load(sys.stdin))
     cases = read_cases(Path(plan.folder), SHARES)
@@ -282,8 +287,8 @@ def main() -> None:
     json.dump({"counts": tally.counts, "errors": tally.errors}, sys.stdout)
 
 
-def told(plan: Plan) -> bytes:
-    """A plan as `main` reads it."""
+def as_json(plan: Plan) -> bytes:
+    """Encodes a plan for `main`."""
     return json.dumps(asdict(plan)).encode()
 
 

@@ -1,4 +1,4 @@
-"""A network that fails at random: cut, delayed and slow, both ways, by a seed."""
+"""A network that fails at random, in both directions: cut, delayed and slow."""
 
 import random
 import socket
@@ -9,20 +9,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from tests.store.proxy import READ_BYTES
+from tests.storage.proxy import READ_BYTES
 
-# Between two faults of one direction lie so many bytes, on the average.
+# The mean number of bytes between two faults of one direction.
 MEAN_BYTES = 4 << 20
-# What the system holds by itself for one direction: a slow network is felt by who sends.
+# The receive buffer of a socket. It is small, so that a slow network slows the sender.
 SOCKET_BYTES = 1 << 18
-# What goes at once where it is slow.
+# How many bytes a slow network carries at once.
 FEW_BYTES = 4096
 ENDS = ("cut", "reset")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """at: bytes of the direction before it.  kind: cut, reset, delay or throttle."""
+    """A fault of one direction.
+
+    Attributes:
+        at: Bytes that the direction has carried before.
+        kind: cut, reset, delay or throttle.
+        seconds: Of a delay or of all pauses.
+        bytes: How many are throttled.
+    """
 
     at: int
     kind: str
@@ -31,10 +38,10 @@ class Fault:
 
 
 def faults(draws: random.Random, mean: int) -> Iterator[Fault]:
-    """What goes wrong with one direction of a connection, by the bytes that it has carried."""
+    """Yields the faults of one direction of a connection, in their order."""
     at = 0
     while True:
-        # Of one in four it is known only after some bytes: while the first messages are on the way.
+        # One in four happens early, during the first messages.
         at += int(draws.expovariate(1 / (mean if draws.random() < 0.75 else 2000)))
         (kind,) = draws.choices(["cut", "reset", "delay", "throttle"], [2, 2, 4, 3])
         yield Fault(at, kind, draws.uniform(0.01, 0.4), draws.randrange(1 << 18))
@@ -42,23 +49,32 @@ def faults(draws: random.Random, mean: int) -> Iterator[Fault]:
 
 @dataclass
 class Slow:
-    """The next bytes of a direction go a few at a time.  pause: seconds behind each few."""
+    """A throttled direction.
+
+    Attributes:
+        left: How many bytes are still throttled.
+        pause: Seconds after each few bytes.
+    """
 
     left: int = 0
     pause: float = 0.0
 
     def most(self, count: int) -> int:
-        """How many of `count` bytes may go at once."""
+        """Returns how many of `count` bytes may be sent at once."""
         return min(count, FEW_BYTES) if self.left > 0 else count
 
     def after(self, count: int) -> float:
-        """Seconds to wait when so many have gone."""
+        """Returns the seconds to wait after `count` bytes were sent."""
         is_slow, self.left = self.left > 0, self.left - count
         return self.pause if is_slow else 0.0
 
 
 class Chaos:
-    """A proxy in front of the server at `target`.  done: how often each kind of fault was."""
+    """A proxy in front of the server at `target`.
+
+    Attributes:
+        done: How often each kind of fault happened.
+    """
 
     def __init__(self, target: str, seed: int, mean: int = MEAN_BYTES) -> None:
         host, _, port = target.rpartition(":")
@@ -73,7 +89,7 @@ class Chaos:
         self._accepting.start()
 
     def _accept(self) -> None:
-        with suppress(OSError):  # it is closed
+        with suppress(OSError):  # the listener is closed
             for index in range(1 << 30):
                 caller, _ = self._listener.accept()
                 threading.Thread(target=self._carry, args=(caller, index), daemon=True).start()
@@ -82,7 +98,7 @@ class Chaos:
         self._count("connection")
         try:
             server = socket.create_connection(self._target)
-        except OSError:  # it is not there now
+        except OSError:  # the server does not run
             caller.close()
             return
         with caller, server, self._known(caller, server):
@@ -109,7 +125,7 @@ class Chaos:
                 self._open.difference_update(sockets)
 
     def _pump(self, source: socket.socket, target: socket.socket, planned: Iterator[Fault]) -> None:
-        """One direction, until it ends or is cut; then the other ends as well."""
+        """Carries one direction until it ends or is cut. Then it ends the other one."""
         carried, fault, slow = 0, next(planned), Slow()
         with suppress(OSError):
             while data := memoryview(source.recv(READ_BYTES)):
@@ -128,7 +144,7 @@ class Chaos:
         _end(source, target)
 
     def _fail(self, fault: Fault, slow: "Slow") -> "Slow":
-        """What is slow from now on."""
+        """Applies a fault. Returns the throttling from then on."""
         self._count(fault.kind)
         if fault.kind == "delay":
             self._ended.wait(fault.seconds)
@@ -139,7 +155,7 @@ class Chaos:
             self.done[kind] += 1
 
     def close(self) -> None:
-        """Takes no more connections, and ends those that there are."""
+        """Accepts no more connections, and ends the open ones."""
         self._ended.set()
         _end(self._listener)
         self._listener.close()
@@ -151,14 +167,14 @@ class Chaos:
 def _end(*sockets: socket.socket, is_reset: bool = False) -> None:
     for each in sockets:
         with suppress(OSError):
-            if is_reset:  # what is on its way is thrown away, and the peer told
+            if is_reset:  # discards bytes in transit, and notifies the peer
                 each.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             each.shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager
 def chaos(target: str, seed: int, mean: int = MEAN_BYTES) -> Iterator[Chaos]:
-    """A failing network in front of the server at `target`."""
+    """Runs a failing network in front of the server at `target`."""
     running = Chaos(target, seed, mean)
     try:
         yield running

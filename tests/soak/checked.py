@@ -1,4 +1,4 @@
-"""Calls whose every answer is compared with torch's."""
+"""Calls whose answers are compared with torch."""
 
 import random
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ def check_same(found: Digests, expected: Digests, what: str) -> None:
 
 
 def check_report(report: secateur.Report, zeros: Mapping[str, int], what: str) -> None:
-    """A report over tensors of a model, with the zeros of all of them."""
+    """Checks the zeros in a report."""
     found = {name: tensor.zeros for name, tensor in report.tensors.items()}
     assert found == {name: zeros[name] for name in found}, what
     assert report.zeros == sum(found.values()), what
@@ -32,7 +32,7 @@ def check_result(result: secateur.PruneResult, output: str, expected: Expected, 
     check_report(result.report, expected.zeros, case.name)
     if output == "masks":
         masks = {name: packed(torch.as_tensor(mask)) for name, mask in result.masks.items()}
-        # Of a checkpoint, or a source with pairs, a mask may be there that the spec did not name.
+        # A checkpoint, or a source with pairs, may have masks that the spec does not name.
         named = {name: expected.masks[name] for name in masks}
         assert masks.keys() == result.report.tensors.keys(), case.name
         check_same(digests(masks), named, f"masks, {case.name}")
@@ -44,7 +44,7 @@ def check_result(result: secateur.PruneResult, output: str, expected: Expected, 
 
 
 def prune(client: secateur.Client, case: Case, draws: random.Random) -> None:
-    """With data: tensors, or a file."""
+    """Prunes tensors or a file."""
     output, is_file = draws.choice(OUTPUTS), draws.random() < 0.3
     source = case.path if is_file else case.source
     check_result(client.prune(source, case.spec, output, False), output, case.pruned, case)
@@ -68,7 +68,7 @@ def prune_handle(
     draws: random.Random,
     keep: bool = False,
 ) -> secateur.Checkpoint | None:
-    """By a checkpoint of the case's source."""
+    """Prunes a checkpoint of the source of a case."""
     output = draws.choice(OUTPUTS)
     result = client.prune(checkpoint, case.spec, output, False, keep)
     check_result(result, output, case.pruned, case)
@@ -78,7 +78,7 @@ def prune_handle(
 def prune_again(
     client: secateur.Client, kept: secateur.Checkpoint, case: Case, draws: random.Random
 ) -> None:
-    """By the checkpoint that the first pruning left."""
+    """Prunes the checkpoint of the first prune."""
     if case.again:
         output = draws.choice(OUTPUTS)
         result = client.prune(kept, case.spec, output, False)
@@ -104,7 +104,7 @@ def download(
     output: str,
     path: Path,
 ) -> None:
-    """path: of a file that is written, and gone behind it."""
+    """Downloads a checkpoint to `path`, compares it, and removes the file."""
     try:
         client.download(checkpoint, path, output, False)
         found = digests(safetensors.torch.load(path.read_bytes()))

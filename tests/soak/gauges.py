@@ -1,7 +1,6 @@
-"""What a process takes of the machine, over time."""
+"""The resources of a process over time."""
 
 import json
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,10 +8,20 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tests.processes import memory, open_files, thread_ids
+
 
 @dataclass(frozen=True)
 class Sample:
-    """At one moment.  seconds: since the first one.  rss, anonymous: bytes."""
+    """The resources at one moment.
+
+    Attributes:
+        seconds: Since the first sample.
+        rss: Resident bytes.
+        anonymous: Resident bytes that are not pages of files.
+        threads: Their number.
+        files: Number of open files.
+    """
 
     seconds: float
     rss: int
@@ -22,25 +31,18 @@ class Sample:
 
 
 def sample(pid: int, begun: float) -> Sample:
-    status = Path("/proc", str(pid), "status").read_text()
-
-    def field(name: str) -> int:
-        match = re.search(rf"{name}:\s+(\d+)", status)
-        assert match is not None
-        return int(match[1])
-
     return Sample(
         seconds=round(time.monotonic() - begun, 1),
-        rss=field("VmRSS") * 1024,
-        anonymous=field("RssAnon") * 1024,
-        threads=field("Threads"),
-        files=len(list(Path("/proc", str(pid), "fd").iterdir())),
+        rss=memory(pid, "VmRSS"),
+        anonymous=memory(pid, "RssAnon"),
+        threads=len(thread_ids(pid)),
+        files=open_files(pid),
     )
 
 
 @contextmanager
 def sampled(pid: int, every: float) -> Iterator[list[Sample]]:
-    """Samples of a process, taken while the block runs."""
+    """Takes samples of a process while the block runs."""
     samples, ended, begun = [sample(pid, time.monotonic())], threading.Event(), time.monotonic()
 
     def take() -> None:
@@ -57,7 +59,7 @@ def sampled(pid: int, every: float) -> Iterator[list[Sample]]:
 
 
 def mean(samples: Sequence[Sample], of: Callable[[Sample], float], begin: float) -> float:
-    """Over a tenth of all samples.  begin: the share of them that lies before it."""
+    """Returns the mean over a tenth of the samples, which begins at the fraction `begin`."""
     first = int(begin * len(samples))
     values = [of(each) for each in samples[first : first + max(1, len(samples) // 10)]]
     return sum(values) / len(values)
@@ -68,7 +70,7 @@ def write(samples: Sequence[Sample], path: Path) -> None:
 
 
 def table(samples: Sequence[Sample]) -> str:
-    """The means of the tenths, for a reader."""
+    """Formats the means of the tenths as a table."""
     lines = ["       s    RSS MB   anon MB   threads   files"]
     for tenth in range(10):
         begin = tenth / 10

@@ -1,4 +1,4 @@
-"""Callers in this process, who do one call after another on models and checkpoints of theirs."""
+"""Callers in this process, each of which makes one call after another on its own checkpoints."""
 
 import random
 import threading
@@ -18,13 +18,20 @@ MOST_KEPT = 4
 
 @dataclass(eq=False)
 class Caller:
-    """One of them.
+    """One caller.
 
-    expected: errors that a call of its may end with; after_delete: and those of a delete besides.
-    kept: the checkpoints that it was told of, and what they are of; lost: names of those of which
-    nobody told it whether they were deleted.
-    counts: outcomes of its calls.  wrong: errors that were none of the expected.
-    longest: seconds of a call.
+    Attributes:
+        client: Its client.
+        cases: The models that it prunes.
+        expected: Errors with which any call may end.
+        after_delete: Further errors with which a delete may end.
+        scratch: A file for downloads.
+        draws: Its random numbers.
+        kept: The checkpoints that exist, and their cases.
+        lost: Names of checkpoints that it has deleted, or tried to.
+        counts: The outcomes of its calls.
+        wrong: Unexpected errors.
+        longest: The longest call, in seconds.
     """
 
     client: secateur.Client
@@ -98,12 +105,12 @@ class Caller:
 
 
 def _none(value: object) -> None:
-    """What a lambda returns that returns nothing."""
+    """Makes a lambda that returns nothing."""
 
 
 @contextmanager
 def at_work(callers: Sequence[Caller]) -> Iterator[None]:
-    """All of them work while the block runs; behind it their last calls have ended."""
+    """Lets callers work while the block runs, and then waits for their last calls."""
     over = threading.Event()
     threads = [
         threading.Thread(target=caller.work, args=(over.is_set,), daemon=True) for caller in callers
@@ -120,7 +127,7 @@ def at_work(callers: Sequence[Caller]) -> Iterator[None]:
 
 
 def check_right(callers: Sequence[Caller]) -> Counter[str]:
-    """No answer was wrong, and no error another than those expected. Returns: all outcomes."""
+    """Checks that no answer was wrong and no error unexpected. Returns all outcomes."""
     for caller in callers:
         for error in caller.wrong:
             raise error
@@ -128,7 +135,12 @@ def check_right(callers: Sequence[Caller]) -> Counter[str]:
 
 
 def check_kept(client: secateur.Client, caller: Caller) -> None:
-    """Every checkpoint that the caller was told of is there, whole.  client: of the same owner."""
+    """Checks that every checkpoint of a caller exists and is complete.
+
+    Args:
+        client: Of the same owner.
+        caller: The caller.
+    """
     listed = {checkpoint.name for checkpoint in client.checkpoints()}
     for checkpoint, case in caller.kept.items():
         assert checkpoint.name in listed

@@ -1,6 +1,6 @@
-"""Models of many sizes, ways to prune them, and what torch makes of each: as digests.
+"""Models of many sizes, ways to prune them, and digests of torch's results.
 
-A digest is small where the tensors are large: each of many processes holds those of all.
+Digests are small, so that each of many processes can hold those of all cases.
 """
 
 import json
@@ -17,7 +17,7 @@ from blake3 import blake3
 from torch import Tensor
 
 import secateur
-from tests.pruning.torch_side import (
+from tests.reference import (
     Step,
     Tensors,
     all_l1,
@@ -63,10 +63,12 @@ KINDS: Mapping[str, tuple[Shapes, torch.dtype]] = {
 
 @dataclass(frozen=True)
 class Pruning:
-    """A spec, and the masks that it has to come to.
+    """A spec and the expected masks.
 
-    masks: makes them; None where the server draws them.
-    counts: elements that are drawn, by tensor; "" is all together.
+    Attributes:
+        spec: The spec.
+        masks: Computes the masks; None for random ones.
+        counts: How many elements are pruned at random in each tensor, or in all of them under "".
     """
 
     spec: secateur.Spec
@@ -76,7 +78,7 @@ class Pruning:
 
 @dataclass(frozen=True)
 class Expected:
-    """A pruned model.  masks, dense, reparametrized: digests.  zeros: by floating tensor."""
+    """Digests of the outputs of a prune, and the zeros of each floating tensor."""
 
     masks: Digests
     dense: Digests
@@ -86,10 +88,16 @@ class Expected:
 
 @dataclass(frozen=True)
 class Case:
-    """A model, and one way to prune it.
+    """A model and one way to prune it.
 
-    source: its tensors, as they are sent; path: of a file that has them.
-    folded: the model without further pruning.  pruned: with it.  again: pruned twice.
+    Attributes:
+        name: Of the case.
+        source: The tensors.
+        path: A file with the same tensors.
+        spec: How to prune them.
+        folded: What is expected without pruning.
+        pruned: What is expected after the prune.
+        again: What is expected after a second prune.
     """
 
     name: str
@@ -102,12 +110,12 @@ class Case:
 
 
 def weights(shapes: Shapes, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
-    """Random weights; of float32 no magnitude is there twice, not even in two tensors."""
+    """Makes random weights. The magnitudes of float32 are distinct in the whole model."""
     generator = torch.Generator().manual_seed(seed)
     counts = [math.prod(shape) for shape in shapes.values()]
     total = sum(counts)
     if dtype == torch.float32:
-        # Patterns of bits from 2^-11 to 1, each once, shuffled.
+        # Distinct bit patterns from 2^-11 to 1, shuffled.
         least, step = 0x3A000000, (0x3F800000 - 0x3A000000) // total
         bits = least + step * torch.randperm(total, generator=generator)
         signs = torch.randint(0, 2, (total,), generator=generator) * 2 - 1
@@ -119,21 +127,21 @@ def weights(shapes: Shapes, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
 
 
 def base_of(kind: str) -> dict[str, Tensor]:
-    """The weights of a model, without masks."""
+    """Makes the weights of a model, without masks."""
     shapes, dtype = KINDS[kind]
     tensors = weights(shapes, dtype, seed=1)
-    if "lenet" in kind:  # what no spec names passes through
+    if "lenet" in kind:  # a tensor that no spec names is returned unchanged
         tensors["steps"] = torch.tensor([7, -3], dtype=torch.int64)
     return tensors
 
 
 def prior_of(kind: str) -> list[Step]:
-    """The prunings that a model comes with."""
+    """Returns the earlier prunings of a model."""
     return [l1(["conv1.weight", "fc1.weight"], 0.4)] if kind == "pruned lenet" else []
 
 
 def source_of(kind: str) -> dict[str, Tensor]:
-    """A model as it is sent: pairs where it is pruned."""
+    """Makes the model that is sent, with pairs for pruned tensors."""
     tensors: Mapping[str, Tensor] = by_torch(base_of(kind), *prior_of(kind)).state_dict()
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
@@ -142,14 +150,14 @@ def source_of(kind: str) -> dict[str, Tensor]:
 
 
 def prunings(kind: str) -> dict[str, Pruning]:
-    """All ways to prune a model, by name."""
+    """Returns all ways to prune a model, by name."""
     shapes, dtype = KINDS[kind]
     ways = _halves(kind, shapes) if dtype != torch.float32 else _exact(kind, shapes)
     return ways if kind.startswith(("pruned", "5M", "20M")) else {**ways, **_drawn(shapes)}
 
 
 def _exact(kind: str, shapes: Shapes) -> dict[str, Pruning]:
-    """By torch.nn.utils.prune itself."""
+    """Expects the masks of torch.nn.utils.prune."""
     names = list(shapes)
     matrices = [name for name in names if name.endswith("weight")]
     steps = {"l1": l1(names, 0.3), "global": all_l1(names, 0.5)}
@@ -177,7 +185,7 @@ def _by_torch(kind: str, steps: Sequence[Step]) -> Tensors:
 
 
 def _halves(kind: str, shapes: Shapes) -> dict[str, Pruning]:
-    """By a stable sort: which of equal elements torch takes has no rule."""
+    """Expects the masks of a stable sort, because torch does not define the order of ties."""
     names = list(shapes)
     return {
         "l1": Pruning(secateur.l1_unstructured(names, 0.3), partial(_lowest_each, kind, 0.3)),
@@ -233,7 +241,7 @@ def _drawn(shapes: Shapes) -> dict[str, Pruning]:
 
 
 def digest(tensor: Tensor) -> str:
-    """A tensor's dtype, shape and BLAKE3."""
+    """Returns the dtype, shape and BLAKE3 of a tensor."""
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
     return f"{tensor.dtype} {list(tensor.shape)} {blake3(data.data).hexdigest()}"
 
@@ -243,12 +251,12 @@ def digests(tensors: Tensors) -> Digests:
 
 
 def packed(mask: Tensor) -> Tensor:
-    """A mask as the wire has it."""
+    """Packs a mask as the wire format does."""
     return torch.from_numpy(np.packbits(mask.reshape(-1).numpy(), bitorder="little"))
 
 
 def expected_of(base: Tensors, masks: Tensors) -> Expected:
-    """A model with masks, as torch.nn.utils.prune has it before and behind `remove`."""
+    """Computes what torch.nn.utils.prune gives, before and after `remove`."""
     dense = {n: t * masks[n].to(t.dtype) if n in masks else t for n, t in base.items()}
     pairs: dict[str, Tensor] = {}
     for name, tensor in base.items():
@@ -265,15 +273,18 @@ def expected_of(base: Tensors, masks: Tensors) -> Expected:
 
 
 def check_counts(masks: Tensors, counts: Mapping[str, int]) -> None:
-    """Masks that were drawn prune exactly so many elements."""
+    """Checks how many elements random masks prune."""
     found = {name: int((~mask).sum()) for name, mask in masks.items()}
     assert counts == (found if "" not in counts else {"": sum(found.values())})
 
 
 def write_models(folder: Path, kinds: Iterable[str], client: secateur.Client | None) -> None:
-    """Writes models, and what is expected of them.
+    """Writes models and the expected results.
 
-    client: of a server, which says once what it draws; without one nothing is drawn.
+    Args:
+        folder: Where to write.
+        kinds: Keys of KINDS.
+        client: Its server computes the random masks once; None leaves random cases out.
     """
     for kind in kinds:
         base, source = base_of(kind), source_of(kind)
@@ -297,7 +308,7 @@ AGAIN = " again"
 
 
 def _twice(kind: str, base: Tensors) -> dict[str, dict[str, object]]:
-    """What iterative pruning comes to, where torch says it."""
+    """Returns the expected results of pruning twice, for float32."""
     if KINDS[kind][1] != torch.float32:
         return {}
     names, prior = list(KINDS[kind][0]), prior_of(kind)
@@ -309,7 +320,7 @@ def _twice(kind: str, base: Tensors) -> dict[str, dict[str, object]]:
 
 
 def read_cases(folder: Path, kinds: Iterable[str]) -> dict[str, list[Case]]:
-    """What `write_models` wrote: by model all ways to prune it."""
+    """Reads the cases of each model that `write_models` wrote."""
     return {kind: _cases(folder / f"{kind}.safetensors", kind) for kind in kinds}
 
 

@@ -1,4 +1,4 @@
-"""Callers on a network that fails at random have right answers, or errors of the known kinds."""
+"""On a network that fails at random, calls give right answers or known errors."""
 
 import random
 import threading
@@ -14,12 +14,12 @@ from tests.contract.raw import check_serves
 from tests.soak.chaos import MEAN_BYTES, Chaos, chaos
 from tests.soak.load import Caller, at_work, check_kept, check_right
 from tests.soak.models import Case, read_cases, write_models
-from tests.store.stored import store_server
+from tests.storage.stored import store_server
 
 CALLERS = 4
-# All that a network can do to a call: what it carried did not arrive, or not in time.
+# Errors that a network can cause: data does not arrive, or not in time.
 EXPECTED = (secateur.Unavailable, secateur.DeadlineExceeded)
-# Beside its deadline a call does what it did not send: it reads files and compares answers.
+# A call may take this longer than its deadline, to read files and compare answers.
 MOST_SECONDS_MORE = PATIENCE
 CALLS = ("prune", "report", "upload", "prune by handle", "report by handle")
 FAULTS = ("cut", "reset", "delay", "throttle")
@@ -47,7 +47,7 @@ def callers_of(
 
 
 def check_whole(server: RunningServer, callers: list[Caller]) -> None:
-    """Nothing of a broken call is left in the server, and nothing kept is gone."""
+    """Checks that the server holds nothing of broken calls, and every checkpoint exists."""
     with grpc.insecure_channel(server.address) as channel:
         check_serves(server, channel)
     for index, caller in enumerate(callers):
@@ -58,7 +58,7 @@ def check_whole(server: RunningServer, callers: list[Caller]) -> None:
 def survive(
     folder: Path, cases: list[Case], seconds: float, timeout: float, seed: int, mean: int
 ) -> tuple[Counter[str], Counter[str]]:
-    """Callers at work on a failing network.  Returns: outcomes of calls, and kinds of faults."""
+    """Runs callers on a failing network. Returns the outcomes of calls, and the kinds of faults."""
     with (
         store_server(folder / "store") as server,
         chaos(server.address, seed, mean) as network,
@@ -74,15 +74,15 @@ def survive(
 
 
 def has_all_kinds(callers: list[Caller], faults: Counter[str]) -> bool:
-    """Whether every fault has been there, and some call of every kind came through."""
+    """Whether every kind of fault happened, and a call of every kind succeeded."""
     outcomes = sum((caller.counts for caller in callers), Counter[str]())
-    is_wrong = any(caller.wrong for caller in callers)  # it has ended, and will be told
+    is_wrong = any(caller.wrong for caller in callers)  # check_right raises it
     are_right = all(outcomes[f"{call}: ok"] for call in CALLS)
     return is_wrong or (are_right and all(faults[kind] for kind in FAULTS))
 
 
 @pytest.mark.slow
-def test_a_network_that_fails_at_random_gives_right_answers_or_known_errors(
+def test_a_failing_network_gives_right_answers_or_known_errors(
     tmp_path: Path,
 ) -> None:
     cases = cases_of(tmp_path, "lenet", "1M")
@@ -91,7 +91,7 @@ def test_a_network_that_fails_at_random_gives_right_answers_or_known_errors(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
-def test_a_network_that_fails_for_long_gives_right_answers_or_known_errors(
+def test_a_network_that_fails_for_a_minute_gives_right_answers_or_known_errors(
     tmp_path: Path, seed: int
 ) -> None:
     cases = cases_of(tmp_path, "lenet", "pruned lenet", "half lenet", "1M", "1M bf16", "5M")

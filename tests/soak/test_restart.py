@@ -1,4 +1,4 @@
-"""A server that is killed and started again under load: its callers go on by themselves."""
+"""A server is killed and started again under load: its clients continue by themselves."""
 
 import random
 import shutil
@@ -17,10 +17,10 @@ from tests.soak.models import Case
 from tests.soak.test_chaos import CALLS, cases_of
 
 CALLERS = 4
-# Until a server is there again: what it imports is to be read, by slow machines.
+# Seconds until a server runs again, on slow machines, too.
 TIMEOUT = 120.0
-# Of these ports the system gives none to whoever connects: a caller that tries one on which nobody
-# listens could else be connected to itself.
+# The system does not use these ports for outgoing connections. From another port a client that
+# connects while no server runs could be connected to itself.
 PORTS = range(20_000, 30_000)
 
 
@@ -43,7 +43,7 @@ def kill(server: RunningServer) -> None:
 
 
 def callers_of(address: str, cases: list[Case], folder: Path) -> list[Caller]:
-    """Callers whose every call has to succeed; of a delete nobody knows whether it was served."""
+    """Makes callers whose calls must all succeed, except that a delete may end as Unavailable."""
     return [
         Caller(
             secateur.Client(address, f"caller {index}", timeout=TIMEOUT),
@@ -58,15 +58,22 @@ def callers_of(address: str, cases: list[Case], folder: Path) -> list[Caller]:
 
 
 def survive(folder: Path, cases: list[Case], kills: int, seconds: float) -> Counter[str]:
-    """Kills a server so often under load, after so many seconds on the average, and starts it.
+    """Kills a server under load, and starts it again.
 
-    Returns: the outcomes of all calls.
+    Args:
+        folder: Of the models and the store.
+        cases: What the callers prune.
+        kills: How often.
+        seconds: The mean time between kills.
+
+    Returns:
+        The outcomes of all calls.
     """
     address, draws = free_address(), random.Random(kills)
     server = served(address, folder)
     try:
         callers = callers_of(address, cases, folder)
-        for caller in callers:  # a server that was never there is no connection that broke
+        for caller in callers:  # a client retries only after its first connection
             caller.client.report(cases[0].source, progress=False)
         with at_work(callers):
             for _ in range(kills):
@@ -77,35 +84,35 @@ def survive(folder: Path, cases: list[Case], kills: int, seconds: float) -> Coun
             threading.Event().wait(seconds)
             eventually(lambda: min((succeeded(callers) - before)[call] for call in CALLS) > 0, True)
         outcomes = check_right(callers)
-        check_all_there(server, callers)
+        check_all_kept(server, callers)
         assert "Traceback" not in stop_server(server)
     finally:
         server.process.kill()
     return outcomes
 
 
-def check_all_there(server: RunningServer, callers: list[Caller]) -> None:
-    """Every checkpoint that was answered for is whole, and what is not known is there or not."""
+def check_all_kept(server: RunningServer, callers: list[Caller]) -> None:
+    """Checks that every acknowledged checkpoint is complete."""
     for index, caller in enumerate(callers):
         with secateur.Client(server.address, f"caller {index}", timeout=60) as client:
             check_kept(client, caller)
 
 
 def succeeded(callers: list[Caller]) -> Counter[str]:
-    """Calls that were served, by their kind."""
+    """Counts the successful calls of each kind."""
     outcomes = sum((caller.counts for caller in callers), Counter[str]())
     return Counter({call: outcomes[f"{call}: ok"] for call in CALLS})
 
 
 @pytest.mark.slow
-def test_calls_outlast_a_server_that_is_killed_and_started_again(tmp_path: Path) -> None:
+def test_calls_survive_a_restart_of_the_server(tmp_path: Path) -> None:
     cases = cases_of(tmp_path, "lenet", "1M")
     outcomes = survive(tmp_path, cases, kills=1, seconds=0.5)
     assert min(outcomes[f"{call}: ok"] for call in CALLS) > 0, outcomes
 
 
 @pytest.mark.slow
-def test_calls_outlast_a_server_that_is_killed_many_times(tmp_path: Path) -> None:
+def test_calls_survive_many_restarts_of_the_server(tmp_path: Path) -> None:
     cases = cases_of(tmp_path, "lenet", "pruned lenet", "half lenet", "1M", "1M bf16", "5M", "20M")
     outcomes = survive(tmp_path, cases, kills=20, seconds=5)
     print(f"\n{dict(sorted(outcomes.items()))}")

@@ -1,4 +1,4 @@
-"""Half an hour of all kinds of calls by many callers, of whom some fail and some leave."""
+"""Half an hour of all kinds of calls by many callers, some of them wrong or cancelled."""
 
 import json
 import os
@@ -16,7 +16,7 @@ import pytest
 import secateur
 from tests.conftest import RunningServer, eventually, start_server, stop_server
 from tests.contract.raw import series
-from tests.soak.callers import SHARES, Plan, told
+from tests.soak.callers import SHARES, Plan, as_json
 from tests.soak.gauges import Sample, mean, sampled, table, write
 from tests.soak.models import write_models
 
@@ -24,17 +24,17 @@ SECONDS = float(os.environ.get("SOAK_SECONDS", "1800"))
 PROCESSES, CALLERS_EACH = 4, 8
 ROOT = Path(__file__).parents[2]
 
-# Of the end over the middle. In a short run what calls have in hand at a moment weighs more.
+# The end of the run divided by the middle. In a short run single calls have more weight.
 MOST_GROWTH = 1.05 if SECONDS >= 600 else 1.25
 
 TOKENS = [f"the token of caller {index}" for index in range(PROCESSES)]
-# The last one comes to its quotas, so that its calls wait for them.
+# The last tenant reaches its quotas, so that its calls wait.
 QUOTAS = ["", "", 'store = "2GiB"', 'memory = "200MiB"\nrequests = 4']
 
 
 @contextmanager
 def soaked_server(folder: Path) -> Iterator[RunningServer]:
-    """A server whose limits are reached.  At its end it stops as it should, and had no defect."""
+    """Runs a server whose limits are reached, and checks that it logs no traceback."""
     tokens = folder / "tokens.toml"
     tables = zip(TOKENS, QUOTAS, strict=True)
     tokens.write_text(
@@ -66,16 +66,19 @@ def start_callers(server: RunningServer, folder: Path) -> list[subprocess.Popen[
             stdout=subprocess.PIPE,
         )
         assert process.stdin is not None
-        process.stdin.write(told(plan))
+        process.stdin.write(as_json(plan))
         process.stdin.close()
-        process.stdin = None  # `communicate` would close it once more
+        process.stdin = None  # `communicate` would close it again
         started.append(process)
     return started
 
 
 def soak(server: RunningServer, folder: Path) -> tuple[Counter[str], list[str], list[Sample]]:
-    """All callers until their time is up. Returns: what came of calls, errors, and the server's
-    memory meanwhile."""
+    """Runs all callers.
+
+    Returns:
+        The outcomes of calls, unexpected errors, and samples of the server under load.
+    """
     with sampled(server.process.pid, max(0.5, SECONDS / 900)) as samples:
         processes = start_callers(server, folder)
         try:
@@ -89,13 +92,13 @@ def soak(server: RunningServer, folder: Path) -> tuple[Counter[str], list[str], 
     for answer in map(json.loads, answers):
         counts.update(answer["counts"])
         errors += answer["errors"]
-    # While the first models are read, and while the last calls end, there is no load.
+    # There is no load after the last calls have begun.
     loaded = [each for each in samples if each.seconds < SECONDS]
     return counts, errors, loaded
 
 
 def check_empty(server: RunningServer) -> None:
-    """Nothing is left of any call but what a store keeps, and that goes when it is told to."""
+    """Checks that the server holds nothing but checkpoints, and deletes them."""
     for name in ("requests_in_flight", "requests_waiting", "model_bytes"):
         eventually(partial(series, server, f"secateur_{name}"), 0.0)
     for token in TOKENS:
@@ -111,14 +114,14 @@ def check_empty(server: RunningServer) -> None:
 
 
 def check_no_growth(samples: list[Sample]) -> None:
-    """The last tenth of the time is as the one in the middle."""
+    """Compares the last tenth of the time with the one in the middle."""
     for name, slack in (("rss", 0), ("threads", 10), ("files", 10)):
         middle, end = (mean(samples, attrgetter(name), begin) for begin in (0.45, 0.9))
         assert end <= MOST_GROWTH * middle + slack, (name, middle, end)
 
 
 @pytest.mark.slow
-def test_a_server_under_every_load_does_not_grow_nor_err(tmp_path: Path) -> None:
+def test_a_server_under_load_neither_grows_nor_fails(tmp_path: Path) -> None:
     with soaked_server(tmp_path) as server:
         with secateur.Client(server.address, TOKENS[0], timeout=120) as client:
             write_models(tmp_path, SHARES, client)

@@ -1,4 +1,4 @@
-"""Bad input of many kinds, each with the error that it has to give."""
+"""Bad requests of many kinds, each with its expected error."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -12,9 +12,9 @@ import secateur
 from secateur_proto import checkpoints_pb2
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
 from secateur_proto.pruner_pb2_grpc import PrunerStub
-from tests.contract.raw import Failure, entry, failure, file, header, message, spec
-from tests.pruning.torch_side import Tensors
-from tests.store.stored import file_message, token, upload_file, upload_requests
+from tests.contract.raw import Failure, bearer, entry, failure, file, header, message, spec
+from tests.reference import Tensors
+from tests.storage.stored import file_message, upload_file, upload_requests
 
 Error = type[secateur.SecateurError]
 
@@ -24,18 +24,18 @@ GOOD = file({"w": entry("F32", [2], 0, 8)}, bytes(8))
 
 
 @dataclass(frozen=True)
-class Door:
-    """Where a caller comes in.  name: of its token."""
+class Connection:
+    """A connection of a caller, with its token."""
 
     address: str
     channel: grpc.Channel
-    name: str
+    token: str
     client: secateur.Client
 
 
-def wrong(door: Door, draws: random.Random, folder: Path) -> str:
-    """Makes one bad call. Returns its kind."""
-    kinds = {**_of_client(door, folder), **_raw(door, draws)}
+def wrong(connection: Connection, draws: random.Random, folder: Path) -> str:
+    """Makes one bad call, and checks its error. Returns its kind."""
+    kinds = {**_of_client(connection, folder), **_raw(connection, draws)}
     name = draws.choice(sorted(kinds))
     kinds[name]()
     return name
@@ -44,8 +44,8 @@ def wrong(door: Door, draws: random.Random, folder: Path) -> str:
 # Through the client --------------------------------------------------------------------------
 
 
-def _of_client(door: Door, folder: Path) -> dict[str, Callable[[], None]]:
-    client = door.client
+def _of_client(connection: Connection, folder: Path) -> dict[str, Callable[[], None]]:
+    client = connection.client
 
     def pruned(model: Tensors, spec: secateur.Spec, kind: Error, field: str) -> None:
         _raises(kind, field, lambda: client.prune(model, spec, progress=False))
@@ -81,7 +81,7 @@ def _of_client(door: Door, folder: Path) -> dict[str, Callable[[], None]]:
         "forbidden file": lambda: _raises(
             secateur.PermissionDenied, None, lambda: client.report("file:///etc/passwd")
         ),
-        "wrong token": lambda: _unknown(door.address),
+        "wrong token": lambda: _unknown(connection.address),
     }
 
 
@@ -107,14 +107,14 @@ def _error_of(call: Callable[[], object]) -> secateur.SecateurError | None:
 # Raw -----------------------------------------------------------------------------------------
 
 
-def _raw(door: Door, draws: random.Random) -> dict[str, Callable[[], None]]:
-    """Bytes that the client does not send."""
+def _raw(connection: Connection, draws: random.Random) -> dict[str, Callable[[], None]]:
+    """Returns bad calls that the client cannot make."""
     rpc = draws.choice(("Prune", "Report", "Finalize"))
 
     def sent(reason: str, field: str, announced: int, *pieces: bytes) -> None:
         first = header(rpc, announced)
         messages = [message(rpc, header=first), *(message(rpc, data=piece) for piece in pieces)]
-        _check(_send(door, rpc, messages), reason, field)
+        _check(_send(connection, rpc, messages), reason, field)
 
     noise = draws.randbytes(200)
     broken = "INVALID_STATE_DICT"
@@ -123,21 +123,21 @@ def _raw(door: Door, draws: random.Random) -> dict[str, Callable[[], None]]:
         "too short": lambda: sent(broken, "data", len(GOOD) + 1, GOOD),
         "too long": lambda: sent(broken, "data", len(GOOD), GOOD, b"!"),
         "no header": lambda: _check(
-            _send(door, rpc, [message(rpc, data=GOOD)]), "INVALID_REQUEST", "header"
+            _send(connection, rpc, [message(rpc, data=GOOD)]), "INVALID_REQUEST", "header"
         ),
         "two headers": lambda: _check(
-            _send(door, rpc, [message(rpc, header=header(rpc, len(GOOD)))] * 2),
+            _send(connection, rpc, [message(rpc, header=header(rpc, len(GOOD)))] * 2),
             "INVALID_REQUEST",
             "header",
         ),
         "fraction": lambda: _check(
-            _send(door, "Prune", [_prune(spec("w", fraction=1.5))]),
+            _send(connection, "Prune", [_prune(spec("w", fraction=1.5))]),
             "INVALID_SPEC",
             f"{SELECTION}.fraction",
         ),
-        "no model so large": lambda: _too_large(door, rpc),
-        "wrong digest": lambda: _wrong_digest(door),
-        "offset": lambda: _wrong_offset(door),
+        "no model so large": lambda: _too_large(connection, rpc),
+        "wrong digest": lambda: _wrong_digest(connection),
+        "offset": lambda: _wrong_offset(connection),
     }
 
 
@@ -145,10 +145,10 @@ def _prune(wanted: object) -> object:
     return message("Prune", header=header("Prune", len(GOOD), spec=wanted), data=GOOD)
 
 
-def _send(door: Door, rpc: str, messages: list[object]) -> Failure | None:
+def _send(connection: Connection, rpc: str, messages: list[object]) -> Failure | None:
     def call() -> None:
-        method = getattr(PrunerStub(door.channel), rpc)
-        answer = method(iter(messages), timeout=60, metadata=token(door.name))
+        method = getattr(PrunerStub(connection.channel), rpc)
+        answer = method(iter(messages), timeout=60, metadata=bearer(connection.token))
         list(answer) if rpc != "Report" else answer
 
     return failure(call)
@@ -160,25 +160,27 @@ def _check(found: Failure | None, reason: str, field: str) -> None:
     assert found.fields == (field,), found
 
 
-def _too_large(door: Door, rpc: str) -> None:
-    found = _send(door, rpc, [message(rpc, header=header(rpc, 1 << 40))])
+def _too_large(connection: Connection, rpc: str) -> None:
+    found = _send(connection, rpc, [message(rpc, header=header(rpc, 1 << 40))])
     assert found is not None, "a bad call succeeded"
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     assert (found.code, found.reason) == (code, "MODEL_TOO_LARGE"), found
 
 
-def _upload(door: Door, requests: Iterator[checkpoints_pb2.UploadRequest]) -> Failure | None:
-    upload = CheckpointsStub(door.channel).Upload
-    return failure(upload, requests, timeout=60, metadata=token(door.name))
+def _upload(
+    connection: Connection, requests: Iterator[checkpoints_pb2.UploadRequest]
+) -> Failure | None:
+    upload = CheckpointsStub(connection.channel).Upload
+    return failure(upload, requests, timeout=60, metadata=bearer(connection.token))
 
 
-def _wrong_digest(door: Door) -> None:
+def _wrong_digest(connection: Connection) -> None:
     announced = file_message(GOOD, blake3="0" * 64)
-    found = _upload(door, upload_requests([upload_file(announced)], GOOD))
+    found = _upload(connection, upload_requests([upload_file(announced)], GOOD))
     _check(found, "INVALID_STATE_DICT", "data")
 
 
-def _wrong_offset(door: Door) -> None:
+def _wrong_offset(connection: Connection) -> None:
     nobodys = file_message(GOOD, blake3="1" * 64)
-    found = _upload(door, upload_requests([upload_file(nobodys, 1)], GOOD[1:]))
+    found = _upload(connection, upload_requests([upload_file(nobodys, 1)], GOOD[1:]))
     _check(found, "INVALID_REQUEST", "header.files[0].offset")

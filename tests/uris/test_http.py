@@ -21,8 +21,8 @@ from secateur_server.uris.scratch import Scratch
 from secateur_server.uris.uris import Uris
 from tests.conftest import eventually
 from tests.contract.raw import check_serves, entry, file, series
-from tests.pruning.torch_side import assert_same_tensors
-from tests.store.stored import in_blocks
+from tests.reference import assert_same_tensors
+from tests.storage.stored import in_blocks
 from tests.uris.served import HALF, MODEL, Served, check, serving_here
 
 DATA = save(MODEL)

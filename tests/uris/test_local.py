@@ -17,7 +17,7 @@ import secateur
 from secateur_server.errors import UriFailed
 from secateur_server.uris.local import LocalFile
 from tests.contract.raw import check_serves, spec
-from tests.pruning.torch_side import assert_same_tensors
+from tests.reference import assert_same_tensors
 from tests.uris.served import (
     FORMS,
     HALF,

@@ -13,7 +13,7 @@ from secateur_server.uris.remote import RANGE_BYTES
 from tests.client.sharded import INDEX, SHARDS, read_shards, real_weights, write_shards
 from tests.conftest import eventually
 from tests.contract.raw import check_serves, failure, header, message, send, series
-from tests.pruning.torch_side import assert_same_tensors
+from tests.reference import assert_same_tensors
 from tests.uris.conftest import Bucket
 from tests.uris.served import (
     HALF,

@@ -19,7 +19,7 @@ from secateur_server.uris.requests import Requests
 from secateur_server.uris.scratch import Scratch
 from tests.conftest import caught, eventually
 from tests.contract.raw import check_serves, failure, header, message, series
-from tests.pruning.torch_side import assert_same_tensors
+from tests.reference import assert_same_tensors
 from tests.uris.conftest import Bucket
 from tests.uris.served import HALF, MODEL, Served, check, saved, serving, weights
 

@@ -30,7 +30,7 @@ from secateur_server.spec.rules import Selection
 from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import RunningServer, caught, eventually
 from tests.contract.raw import series
-from tests.pruning.defined import catalog_of
+from tests.definition import catalog_of
 
 TENSORS = 300
 MODEL = {f"layers.{i}.weight": torch.randn(4, 4) for i in range(TENSORS)}
