@@ -14,12 +14,12 @@ from typing import Any, NoReturn
 from secateur import __version__
 from secateur.cli_checkpoints import add_checkpoints
 from secateur.cli_options import (
+    add_command,
     amounts_option,
     json_option,
     key_option,
     out_option,
     output_option,
-    server_options,
     shown_options,
     tensors_option,
 )
@@ -275,11 +275,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(commands: Any, name: str, text: str, run: Any) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    command.set_defaults(run=run, wrong_usage=command.error)
+    command = add_command(commands, name, text, run, "else an embedded server")
     command.add_argument("model", metavar="IN", help="the model")
     key_option(command)
-    server_options(command, "else an embedded server")
     return command
 
 

@@ -9,16 +9,18 @@ from typing import Any
 
 from secateur.checkpoint import Checkpoint
 from secateur.cli_options import (
+    add_command,
     json_option,
     key_option,
     out_option,
     output_option,
-    server_options,
 )
 from secateur.cli_source import client_of, source_of
 from secateur.errors import DataLoss
 from secateur.tables import text_table
 from secateur_proto.index import SUFFIX
+
+_NEEDED = "one is required"  # the default of --server
 
 
 def add_checkpoints(commands: Any) -> None:
@@ -28,24 +30,18 @@ def add_checkpoints(commands: Any) -> None:
         "checkpoints", help=text, description=text
     )
     under = checkpoints.add_subparsers(required=True, metavar="COMMAND")
-    ls = _command(under, "ls", "list the checkpoints, the newest first", _ls)
+    ls = add_command(under, "ls", "list the checkpoints, the newest first", _ls, _NEEDED)
     json_option(ls)
-    put = _command(under, "put", "upload a model, and print the name of its checkpoint", _put)
+    text = "upload a model, and print the name of its checkpoint"
+    put = add_command(under, "put", text, _put, _NEEDED)
     put.add_argument("model", metavar="IN", help="a file, a folder, or a URI")
     key_option(put)
-    get = _command(under, "get", "download a checkpoint", _get)
+    get = add_command(under, "get", "download a checkpoint", _get, _NEEDED)
     get.add_argument("name", metavar="NAME", help="checkpoints/...")
     out_option(get, "a file, or a folder")
     output_option(get)
-    rm = _command(under, "rm", "delete checkpoints", _rm)
+    rm = add_command(under, "rm", "delete checkpoints", _rm, _NEEDED)
     rm.add_argument("names", metavar="NAME", nargs="+", help="checkpoints/...")
-
-
-def _command(under: Any, name: str, text: str, run: Any) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = under.add_parser(name, help=text, description=text)
-    command.set_defaults(run=run, wrong_usage=command.error)
-    server_options(command, "one is required")
-    return command
 
 
 def _ls(options: argparse.Namespace) -> None:

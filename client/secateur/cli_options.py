@@ -3,15 +3,34 @@
 import argparse
 import math
 import os
+from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 from secateur.amounts import units_of
 from secateur.checkpoint_calls import OUTPUTS
 from secateur.checks import percentage
 
 
-def server_options(command: argparse.ArgumentParser, default: str) -> None:
-    """Adds --server, --token, --timeout and those of TLS."""
+def add_command(
+    commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], None], default: str
+) -> argparse.ArgumentParser:
+    """Adds a command with the options that name a server.
+
+    Args:
+        commands: What add_subparsers returned.
+        name: The name of the command.
+        text: What the command does.
+        run: Runs the command.
+        default: What happens without --server.
+    """
+    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(run=run, wrong_usage=command.error)
+    _server_options(command, default)
+    return command
+
+
+def _server_options(command: argparse.ArgumentParser, default: str) -> None:
     command.add_argument(
         "--server",
         metavar="ADDRESS",

@@ -41,7 +41,7 @@ class Receiving:
         """Downloads the files.
 
         Raises:
-            SecateurError: The last one, or a file cannot be written.
+            SecateurError: The error of the last try, or a file cannot be written.
         """
         try:
             with ExitStack() as held:

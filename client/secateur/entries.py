@@ -26,7 +26,7 @@ def from_mapping(source: Mapping[Any, Any]) -> Source:
     """Reads a mapping of tensors or arrays.
 
     Raises:
-        InvalidStateDict: A name or a value is neither.
+        InvalidStateDict: A name is not text, or a value is neither a tensor nor an array.
     """
     for name in source:
         if not is_text(name) or name == "__metadata__":
@@ -100,4 +100,6 @@ def _check_masks(tensors: Mapping[str, LocalTensor], others: Mapping[str, Any]) 
     for name, value in others.items():
         orig = tensors.get(f"{name.removesuffix('_mask')}_orig")
         if name.endswith("_mask") and orig is not None and orig.kind == "floating":
-            raise InvalidStateDict(f"{name}: has dtype {dtype_of(value)}, which no mask has")
+            raise InvalidStateDict(
+                f"{name}: has dtype {dtype_of(value)}, which a mask cannot have; use bools"
+            )

@@ -41,7 +41,9 @@ def pruned_tensors(
         else:
             taken = {f"{name}_orig", f"{name}_mask"} & source.tensors.keys()
             if name not in pairs and taken:
-                raise InvalidStateDict(f"{taken.pop()}: the pruned {name} needs this name")
+                raise InvalidStateDict(
+                    f"{taken.pop()}: the pruned {name} needs this name; rename the tensor"
+                )
             numbers = _as_numbers(tensor.dtype, mask)
             yield f"{name}_orig", tensor
             yield f"{name}_mask", LocalTensor(tensor.dtype, tensor.shape, numbers)

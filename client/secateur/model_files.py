@@ -26,7 +26,7 @@ def read_path(path: Path, key: str | None = None) -> Source:
     """Reads a file, a folder, or an index of shards.
 
     Args:
-        path: It exists, or does not.
+        path: Where the model is, or is expected.
         key: The dotted path to the state_dict in a file of torch.save.
 
     Raises:

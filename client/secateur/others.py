@@ -17,7 +17,7 @@ def check_names(field: str, names: Iterable[str], others: Mapping[str, Any]) -> 
     """Refuses the name of an entry that is not sent.
 
     Raises:
-        InvalidSpec: Naming it.
+        InvalidSpec: The message names the entry.
     """
     for name in names:
         if name in others:

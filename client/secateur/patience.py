@@ -80,7 +80,7 @@ class Patience:
                 repeated in any case.
 
         Raises:
-            SecateurError: The last one.
+            SecateurError: The error of the last try.
         """
         self.tries = 0
         while True:
@@ -106,7 +106,7 @@ class Patience:
             is_safe: Whether the call may be repeated if it may have been served.
 
         Raises:
-            SecateurError: The last one.
+            SecateurError: The error of the last try.
         """
         return self.repeat(
             lambda: attempt(self.left()),

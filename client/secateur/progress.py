@@ -96,7 +96,7 @@ def noting_waits(working: Callable[[Any], None]) -> Iterator[Callable[[Any], Non
         raise DeadlineExceeded(f"{error}; {_WAITED}") from error
 
 
-_WAITED = "until then the call waited for memory or cores of the server, which other calls had"
+_WAITED = "until then the call waited for memory or cores of the server, which other calls held"
 
 
 def _accumulated(progress: Callable[[int, int], None], total: int) -> Callable[[int], None]:

@@ -50,7 +50,9 @@ class _Result:
     def _whole(self, tensors: Tensors, unsent: Mapping[str, Any]) -> dict[str, Any]:
         """All entries of the model, in the order of the source; a tied one is one object."""
         for name in tensors.keys() & unsent.keys():
-            raise InvalidStateDict(f"{name}: half of a pair, or its X, needs this name")
+            raise InvalidStateDict(
+                f"{name}: a pruned tensor needs this name, which another entry has; rename that one"
+            )
         other_names = self._source.other_names or self._answer.other_names()
         entries, places = tied({**tensors, **unsent}, other_names), self._source.places()
         names = sorted(entries, key=lambda name: places.get(name, len(places)))

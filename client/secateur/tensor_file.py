@@ -60,7 +60,7 @@ _FIELDS = {"dtype", "shape", "data_offsets"}
 
 def _entry(name: str, body: Bytes, fields: Mapping[str, Any]) -> LocalTensor:
     if fields.keys() != _FIELDS:
-        raise InvalidStateDict(f"the header has {sorted(fields)} of a tensor")
+        raise InvalidStateDict(f"{name}: the header has {sorted(fields)}, not {sorted(_FIELDS)}")
     if fields["dtype"] not in DTYPES:
         raise InvalidStateDict(f"{name}: dtype {fields['dtype']} is unknown; update secateur")
     read = partial(body.__getitem__, slice(*fields["data_offsets"]))

@@ -143,7 +143,7 @@ def as_array(name: str, value: Any) -> npt.NDArray[Any]:
     """Returns the array that a value's __array__ makes.
 
     Raises:
-        InvalidStateDict: It fails.
+        InvalidStateDict: The value's __array__ fails.
     """
     try:
         return np.asarray(value)

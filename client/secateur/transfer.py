@@ -27,8 +27,8 @@ class Upload:
 
     Attributes:
         file_bytes: The length of the file.
-        error: What making a message raised. gRPC pulls messages in a thread of its own, and hides
-            what they raise.
+        error: The error of making a message. gRPC makes messages in a thread of its own, and hides
+            their errors.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Upload:
 
 
 class Sender(Protocol):
-    """Keeps what was raised while gRPC pulled its messages."""
+    """It keeps the error that its messages raise in a thread of gRPC."""
 
     error: Exception | None
 

@@ -94,7 +94,7 @@ class Sending:
         """Sends what the server does not have of a model's files.
 
         Raises:
-            SecateurError: The last one.
+            SecateurError: The error of the last try.
         """
         messages = [file.message() for file in files]
 

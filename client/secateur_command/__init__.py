@@ -14,6 +14,8 @@ def run() -> NoReturn:
     # By default Python searches for reference cycles after each 700 new objects. The modules of
     # torch alone have 180,000, so that searches would take a fifth of a small command's time.
     gc.set_threshold(100_000)
+    # torch would search all installed packages for plug-ins of devices that secateur does not use.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if is_default:
         signal.signal(signal.SIGINT, _end)

@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from secateur import cli
+from tests.conftest import RunningServer
 
 IMPORTED = """
 import os, sys, secateur_command
@@ -68,6 +69,17 @@ def test_help_and_wrong_usage_import_neither_torch_nor_a_server(
     model: Path, arguments: list[str]
 ) -> None:
     assert imported(*arguments) == []
+
+
+@pytest.mark.parametrize("output", ["dense", "reparametrized", "masks"])
+def test_a_command_with_a_server_imports_no_torch(
+    model: Path, server: RunningServer, output: str
+) -> None:
+    there = ["--server", server.address]
+    assert imported(*PRUNE, *HALF, "--output", output, *there) == []
+    assert Path("out.safetensors").exists()
+    assert imported("report", model.name, *there) == []
+    assert imported("plan", model.name, *there) == []
 
 
 def test_a_small_file_is_pruned_without_numba_to_the_same_bits(model: Path) -> None:
