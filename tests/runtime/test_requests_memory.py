@@ -66,7 +66,7 @@ def many_calls(server: RunningServer, count: int, begin: Any) -> Iterator[list[A
 def test_waiting_first_messages_are_not_received(
     running: RunningServer, before: int, compression: grpc.Compression
 ) -> None:
-    """One call holds all memory of state_dicts, while 64 others try to send 15 MiB."""
+    """One call holds all memory of state_dicts, while 32 others try to send 15 MiB."""
     ended = threading.Event()
 
     def first(size: int) -> Iterator[pruner_pb2.ReportRequest]:
@@ -80,8 +80,8 @@ def test_waiting_first_messages_are_not_received(
 
     with many_calls(running, 1, lambda channel: begin(channel, 0)):
         eventually(lambda: sample(running, "secateur_model_bytes"), LIMIT)
-        with many_calls(running, 64, begin) as calls:
-            eventually(lambda: sample(running, "secateur_messages_waiting") >= 52, True)
+        with many_calls(running, 32, begin) as calls:
+            eventually(lambda: sample(running, "secateur_messages_waiting") >= 20, True)
             assert is_serving(running)
             assert anonymous(running) - before < OTHER + SLACK
             # On a busy machine a message may take so long that its call is refused.
