@@ -58,7 +58,6 @@ from secateur.methods import (
     erk,
     global_structured,
     global_unstructured,
-    grouped,
     identity,
     l1_unstructured,
     lamp,
@@ -66,12 +65,12 @@ from secateur.methods import (
     n_m_structured,
     random_structured,
     random_unstructured,
-    select,
 )
 from secateur.plan import Plan, PlannedAmount, PlannedTensor, Sensitivity
 from secateur.rails import guard_rails, rail
 from secateur.report import Bound, Choice, Coverage, Report, ReportWarning, TensorReport, ZeroBlocks
 from secateur.result import FinalizeResult, PruneResult
+from secateur.selections import grouped, select
 from secateur.server_info import ServerInfo
 from secateur.source import is_pruned
 from secateur.spec import Spec

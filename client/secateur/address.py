@@ -22,7 +22,7 @@ class Address:
         text: As the caller gave it.
         host: Empty for addresses that are not of one host: a socket, or a scheme such as xds.
         port: None if the address has none.
-        path: Of a Unix socket.
+        path: The path of a Unix socket.
     """
 
     text: str

@@ -1,26 +1,18 @@
 """The choices of a rule that say how much is pruned. In plain data they are as in `choices`."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
 from secateur.checks import chosen, fraction, integer, number, shown, size, text_keys
-from secateur.choices import Plain
+from secateur.choices import Chosen, Plain
 from secateur.errors import InvalidSpec
 from secateur_proto import plan_pb2
 from secateur_proto import spec_pb2 as pb
 
 
-@dataclass(frozen=True)
-class Amount:
-    """How much is pruned.
-
-    Attributes:
-        fields: Of the message Selection.
-    """
-
-    fields: Plain
+class Amount(Chosen):
+    """How much is pruned."""
 
 
 AnyAmount = Amount | float | str | Plain

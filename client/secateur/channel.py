@@ -136,7 +136,7 @@ class Rpc:
             return self._call(request, metadata=self._metadata, **options)
 
     def future(self, request: Any, **options: Any) -> Any:
-        """As a call, without waiting for the answer."""
+        """Starts the call, and does not wait for the answer."""
         with _closed_channels():
             return self._call.future(request, metadata=self._metadata, **options)
 

@@ -15,8 +15,8 @@ class File:
     """A file of a checkpoint.
 
     Attributes:
-        filename: As it was uploaded.
-        size_bytes: Of its content.
+        filename: Its name when it was uploaded.
+        size_bytes: The size of its content.
         blake3: Digest of its content, in hexadecimal.
     """
 
@@ -34,8 +34,8 @@ class Checkpoint:
         create_time: When it was made.
         expire_time: When the server deletes it unless it is used; None is never.
         files: The weights as they were uploaded.
-        size_bytes: Of all files.
-        mask_bytes: Of the masks beside them.
+        size_bytes: The size of all files.
+        mask_bytes: The size of the masks beside them.
     """
 
     name: str

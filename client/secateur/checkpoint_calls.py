@@ -55,13 +55,9 @@ class CheckpointCalls:
     def _upload(self, model: Source, progress: Progress, patience: Patience) -> Checkpoint:
         check_storable("a checkpoint", model.others, LEAVE_OUT)
         files = files_of(model)
-        query, upload = self._rpcs["QueryUpload"], self._rpcs["Upload"]
-        sending = Sending(query, upload, patience, self._connection.is_known)
         total = sum(file.size for file in files)
         with show_progress(progress, total) as shown, self._connection.diagnosing():
-            checkpoint = sending.send(files, shown)
-        self._connection.is_known = True
-        return checkpoint
+            return Sending(self._connection, patience, shown).send(files)
 
     def download(
         self,
@@ -77,18 +73,16 @@ class CheckpointCalls:
         Args:
             checkpoint: A checkpoint, or its name.
             path: A .safetensors file, or a folder.
-            output: As of `prune`, but for "none". A model that was never pruned comes as it was
+            output: See `prune`; not "none". A model that was never pruned comes as it was
                 uploaded.
             progress: See `Client`.
         """
         request = checkpoints_pb2.DownloadRequest(
             name=name_of(checkpoint), output=one_of("output", output, OUTPUTS)
         )
-        rpc, connection = self._rpcs["Download"], self._connection
-        receiving = Receiving(rpc, request, path_of(path), connection.timeout, connection.is_known)
-        with connection.diagnosing():
+        receiving = Receiving(self._connection, request, path_of(path))
+        with self._connection.diagnosing():
             receiving.save(progress)
-        connection.is_known = True
 
     def checkpoint(self, name: str) -> Checkpoint:
         """Returns the checkpoint with a name.

@@ -19,25 +19,22 @@ _MATRIX_NORMS = {"fro": pb.MATRIX_NORM_FROBENIUS, "nuc": pb.MATRIX_NORM_NUCLEAR}
 
 
 @dataclass(frozen=True)
-class Importance:
-    """How important a unit is.
+class Chosen:
+    """A choice of a rule.
 
     Attributes:
-        fields: Of the message Selection.
+        fields: The fields of the message Selection that it sets.
     """
 
     fields: Plain
 
 
-@dataclass(frozen=True)
-class Granularity:
-    """What is pruned as one unit.
+class Importance(Chosen):
+    """How important a unit is."""
 
-    Attributes:
-        fields: Of the message Selection.
-    """
 
-    fields: Plain
+class Granularity(Chosen):
+    """What is pruned as one unit."""
 
 
 AnyImportance = Importance | str | Plain
@@ -55,7 +52,7 @@ def magnitude(p: float | str = 1) -> Importance:
 
 
 def norm(field: str, value: Any) -> Importance:
-    """As `magnitude`, for an argument of another name."""
+    """Does what `magnitude` does, for an argument of another name."""
     if isinstance(value, str):
         if value not in _MATRIX_NORMS:
             raise InvalidSpec(f"{field}: {shown(value)} is not a number, 'fro' or 'nuc'")

@@ -6,31 +6,26 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from secateur import __version__
-from secateur.cli_checkpoints import (
-    add_checkpoints,
-    is_checkpoint,
-    key_option,
-    output_option,
-    source_of,
-)
-from secateur.cli_parser import Parser, parse
-from secateur.cli_server import client_of, server_options
-from secateur.cli_spec import (
+from secateur.cli_checkpoints import add_checkpoints
+from secateur.cli_options import (
     amounts_option,
-    check_arguments,
-    fill_amounts,
-    spec_of,
-    spec_options,
+    json_option,
+    key_option,
+    out_option,
+    output_option,
+    server_options,
+    shown_options,
     tensors_option,
 )
-from secateur.client import Client
-from secateur.embedded import embedded
+from secateur.cli_parser import Parser, parse
+from secateur.cli_source import opened
+from secateur.cli_spec import read_planned_spec, read_spec, spec_of, spec_options
 from secateur.errors import NotSaved, SecateurError
 from secateur.files import check_holds, check_writable
 from secateur.folders import check_no_other_weights, find_folder
@@ -40,18 +35,24 @@ from secateur.plan import Plan, Sensitivity
 from secateur.report import Report
 from secateur_proto.index import SUFFIX
 
+# Bytes of a file that torch prunes faster than numba's kernels are loaded, which takes 0.5 s.
+SMALL_BYTES = 4 << 20
 
-def main(arguments: Sequence[str] | None = None) -> int:
+
+def main(arguments: Sequence[str] | None = None, owns_process: bool = False) -> int:
     """Runs the command.
 
     Args:
-        arguments: Of the command; None is those of the process.
+        arguments: The command line; None is that of the process.
+        owns_process: Whether the process does nothing else, so that its environment may change.
 
     Returns:
         The exit status: 0, or 1 with a line on stderr. Wrong usage exits with 2.
     """
     try:
         options = parse(_parser(), arguments)
+        if owns_process:
+            _skip_kernels(options)
         with _warnings_in_lines():
             options.run(options)
         print(end="", flush=True)
@@ -101,21 +102,28 @@ def run() -> NoReturn:
     During the shutdown, threads of gRPC and torch may still run, and sometimes abort the process: a
     successful command would fail.
     """
-    status = main()
+    status = main(owns_process=True)
     with suppress(OSError):  # the command reported it already
         print(end="", flush=True)
     os._exit(status)
 
 
+def _skip_kernels(options: argparse.Namespace) -> None:
+    """Lets an embedded server prune a small file with torch alone, which gives the same bits."""
+    model = Path(getattr(options, "model", ""))
+    with suppress(OSError, ValueError):  # the command reports a wrong path
+        if not options.server and model.is_file() and model.stat().st_size <= SMALL_BYTES:
+            os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
+
+
 def _prune(options: argparse.Namespace) -> None:
     if not options.keep and options.out is None:
         options.wrong_usage("one of the arguments -o/--out --keep is required")
-    check_arguments(options)
+    read_spec(options)
     path, uri = _out(options)
     if options.keep and not options.server:
         raise SecateurError("--keep needs a lasting server: give --server, or set SECATEUR_SERVER")
-    with _client(options) as client:
-        source = source_of(client, options)
+    with opened(options) as (client, source):
         if path and options.output != "masks":
             _check_holds(path, source)
         spec = spec_of(options, client, source)
@@ -159,8 +167,8 @@ def _show(report: Report, options: argparse.Namespace, more: dict[str, str]) -> 
 
 
 def _report(options: argparse.Namespace) -> None:
-    with _client(options) as client:
-        report = client.report(source_of(client, options), options.tensors)
+    with opened(options) as (client, source):
+        report = client.report(source, options.tensors)
     _print(report, options)
     if not report.tensors:
         print(
@@ -171,9 +179,8 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    fill_amounts(options)
-    with _client(options) as client:
-        source = source_of(client, options)
+    read_planned_spec(options)
+    with opened(options) as (client, source):
         spec = spec_of(options, client, source)
         plan = client.plan(source, spec, options.amounts, prior=options.prior)
     _print(plan, options)
@@ -181,8 +188,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _sensitivity(options: argparse.Namespace) -> None:
     given = {} if options.amounts is None else {"amounts": options.amounts}
-    with _client(options) as client:
-        source = source_of(client, options)
+    with opened(options) as (client, source):
         sensitivity = client.sensitivity(source, options.tensors, **given)
     _print(sensitivity, options)
 
@@ -193,8 +199,7 @@ def _print(found: Report | Plan | Sensitivity, options: argparse.Namespace) -> N
 
 def _finalize(options: argparse.Namespace) -> None:
     path, uri = _out(options)
-    with _client(options) as client:
-        source = source_of(client, options)
+    with opened(options) as (client, source):
         if path:
             _check_holds(path, source)
         place, path, uri = _placed(options, source, path, uri)
@@ -204,33 +209,14 @@ def _finalize(options: argparse.Namespace) -> None:
     _show(final.report, options, {})
 
 
-def _client(options: argparse.Namespace) -> AbstractContextManager[Client]:
-    if is_checkpoint(options.model) and not options.server:
-        raise SecateurError(
-            f"{options.model}: no such file exists; if it is a checkpoint, name its server with "
-            "--server or SECATEUR_SERVER"
-        )
-    if options.server:
-        return client_of(options)
-    for place in (options.model, getattr(options, "out", None) or ""):
-        if "://" in place and not place.startswith("file://"):
-            raise SecateurError(
-                f"{place}: without a server only file:// URIs can be opened: give --server, or "
-                "use a local copy of the file"
-            )
-    return embedded(timeout=options.timeout)
-
-
 def _placed(
     options: argparse.Namespace, source: Source, path: Path | None, uri: str | None
 ) -> tuple[Source | str, Path | None, str | None]:
-    """The source, and the path or URI of the result, as the call has them.
-
-    An embedded server reads and writes single .safetensors files itself: nothing is copied through
-    a connection.
-    """
+    """The source, and the path or URI of the result, as the call has them."""
+    # An embedded server reads and writes single .safetensors files itself, so that nothing is
+    # copied through a connection.
     model = Path(options.model)
-    is_embedded = not options.server and getattr(options, "output", "dense") != "masks"
+    is_embedded = not options.server and options.output != "masks"
     if path is None or not is_embedded or not model.is_file() or path.is_dir():
         return source, path, uri
     if {model.suffix, path.suffix} != {".safetensors"}:
@@ -249,7 +235,7 @@ def _out(options: argparse.Namespace) -> tuple[Path | None, str | None]:
     if "://" in options.out:
         return None, options.out
     path, model = path_of(options.out), path_of(options.model)
-    is_model = getattr(options, "output", None) != "masks"
+    is_model = options.output != "masks"
     check_writable(path, is_model and (model.is_dir() or model.name.endswith(SUFFIX)))
     if is_model and model.is_dir() and path.is_dir():
         check_no_other_weights(path, find_folder(model).weights)
@@ -269,20 +255,21 @@ def _parser() -> argparse.ArgumentParser:
     _prune_options(_command(commands, "prune", "decide what to prune, and prune it", _prune))
     report = _command(commands, "report", "show how sparse a model is, and where", _report)
     tensors_option(report, "default: every floating tensor")
-    _json_option(report)
+    json_option(report)
     plan = _command(commands, "plan", "show what a prune by many amounts would do", _plan)
     spec_options(plan, "global_unstructured")
     amounts_option(plan, "default: --amount, that of the spec's last rule, or 0.1 to 0.9")
-    _json_option(plan)
+    json_option(plan)
     text = "show how much of its norm each tensor would lose by many amounts"
     sensitivity = _command(commands, "sensitivity", text, _sensitivity)
     tensors_option(sensitivity, "default: every floating tensor of 2 or more dimensions")
     amounts_option(sensitivity, "default: 0.1 to 0.9")
-    _json_option(sensitivity)
+    json_option(sensitivity)
     finalize = _command(commands, "finalize", "make pruning permanent", _finalize)
-    _out_option(finalize)
+    out_option(finalize, "the file or folder to write")
+    finalize.set_defaults(output="dense")
     tensors_option(finalize, "default: all")
-    _shown_options(finalize)
+    shown_options(finalize)
     add_checkpoints(commands)
     return parser
 
@@ -297,28 +284,13 @@ def _command(commands: Any, name: str, text: str, run: Any) -> argparse.Argument
 
 
 def _prune_options(command: argparse.ArgumentParser) -> None:
-    _out_option(command, is_required=False)
+    out_option(command, "the file or folder to write; not needed with --keep", is_required=False)
     command.add_argument(
         "--keep", action="store_true", help="keep the result on the server, as a checkpoint"
     )
     spec_options(command)
     output_option(command)
-    _shown_options(command)
-
-
-def _shown_options(command: argparse.ArgumentParser) -> None:
-    shown = command.add_mutually_exclusive_group()
-    shown.add_argument("--json", action="store_true", help="print the report as JSON, not a table")
-    shown.add_argument("--quiet", action="store_true", help="print warnings and errors only")
-
-
-def _json_option(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--json", action="store_true", help="print JSON, not a table")
-
-
-def _out_option(command: argparse.ArgumentParser, is_required: bool = True) -> None:
-    text = "the file or folder to write" + ("" if is_required else "; not needed with --keep")
-    command.add_argument("-o", "--out", metavar="OUT", required=is_required, help=text)
+    shown_options(command)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,15 @@ from datetime import datetime
 from typing import Any
 
 from secateur.checkpoint import Checkpoint
-from secateur.checkpoint_calls import OUTPUTS
-from secateur.cli_server import client_of, server_options
-from secateur.client import Client
+from secateur.cli_options import (
+    json_option,
+    key_option,
+    out_option,
+    output_option,
+    server_options,
+)
+from secateur.cli_source import client_of, source_of
 from secateur.errors import DataLoss
-from secateur.model import Source
-from secateur.paths import path_of
-from secateur.source import read_source
 from secateur.tables import text_table
 from secateur_proto.index import SUFFIX
 
@@ -27,13 +29,13 @@ def add_checkpoints(commands: Any) -> None:
     )
     under = checkpoints.add_subparsers(required=True, metavar="COMMAND")
     ls = _command(under, "ls", "list the checkpoints, the newest first", _ls)
-    ls.add_argument("--json", action="store_true", help="print JSON, not a table")
+    json_option(ls)
     put = _command(under, "put", "upload a model, and print the name of its checkpoint", _put)
     put.add_argument("model", metavar="IN", help="a file, a folder, or a URI")
     key_option(put)
     get = _command(under, "get", "download a checkpoint", _get)
     get.add_argument("name", metavar="NAME", help="checkpoints/...")
-    get.add_argument("-o", "--out", metavar="OUT", required=True, help="a file, or a folder")
+    out_option(get, "a file, or a folder")
     output_option(get)
     rm = _command(under, "rm", "delete checkpoints", _rm)
     rm.add_argument("names", metavar="NAME", nargs="+", help="checkpoints/...")
@@ -44,34 +46,6 @@ def _command(under: Any, name: str, text: str, run: Any) -> argparse.ArgumentPar
     command.set_defaults(run=run, wrong_usage=command.error)
     server_options(command, "one is required")
     return command
-
-
-def is_checkpoint(model: str) -> bool:
-    """Returns whether IN names a checkpoint. If a local file has that path, the file wins."""
-    return model.startswith("checkpoints/") and not path_of(model).exists()
-
-
-def output_option(command: argparse.ArgumentParser) -> None:
-    """Adds --output."""
-    command.add_argument(
-        "--output",
-        choices=[output for output in OUTPUTS if output != "none"],
-        default="dense",
-        help="content of OUT: tensors with zeros (dense, the default), X_orig and X_mask, or bits",
-    )
-
-
-def key_option(command: argparse.ArgumentParser) -> None:
-    """Adds --key."""
-    text = "place of the state_dict in a torch file, as ema.model (default: the only one)"
-    command.add_argument("--key", metavar="PATH", help=text)
-
-
-def source_of(client: Client, options: argparse.Namespace) -> Source:
-    """Reads IN: a checkpoint's name, a URI, or a local file."""
-    is_named = is_checkpoint(options.model)
-    source = client.checkpoint(options.model) if is_named else options.model
-    return read_source(source, options.key)
 
 
 def _ls(options: argparse.Namespace) -> None:

@@ -48,7 +48,7 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
 
     Args:
         parser: Each of its commands has a default `wrong_usage`, which is its own `error`.
-        arguments: As of argparse.
+        arguments: See argparse.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     options, left = parser.parse_known_args(given)

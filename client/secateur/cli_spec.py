@@ -7,8 +7,7 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
-from secateur.amounts import units_of
-from secateur.checks import percentage
+from secateur.cli_options import amount, tensors_option
 from secateur.client import Client
 from secateur.defaults import SOME_AMOUNTS, matrices
 from secateur.errors import InvalidSpec
@@ -42,7 +41,7 @@ def spec_options(command: argparse.ArgumentParser, default: str | None = None) -
         "--spec", metavar="FILE", type=Path, help="a spec of several rules: YAML or JSON"
     )
     command.add_argument(
-        "--amount", type=number, help="an int is a number of units, 0.5 or 50%% a fraction"
+        "--amount", type=amount, help="an int is a number of units, 0.5 or 50%% a fraction"
     )
     tensors_option(command, "default: every floating tensor of 2 or more dimensions")
     command.add_argument(
@@ -65,30 +64,18 @@ def spec_options(command: argparse.ArgumentParser, default: str | None = None) -
     )
 
 
-def amounts_option(command: argparse.ArgumentParser, default: str) -> None:
-    """Adds --amounts."""
-    command.add_argument(
-        "--amounts",
-        metavar="AMOUNT,...",
-        type=amounts,
-        help=f"as 0.1,0.5,90%%; {default}",
-    )
+def read_spec(options: argparse.Namespace) -> None:
+    """Reads the file of --spec, and ends the command if --method and its arguments do not fit.
 
-
-def tensors_option(command: argparse.ArgumentParser, default: str) -> None:
-    """Adds --tensors."""
-    command.add_argument(
-        "--tensors", metavar="GLOB", action="append", help=f"name or glob, may repeat; {default}"
-    )
-
-
-def check_arguments(options: argparse.Namespace) -> None:
-    """Ends the command if --method and its arguments do not fit together."""
+    Raises:
+        InvalidSpec: The file is wrong.
+    """
     given = _given(options)
     if options.spec is not None:
         if given or options.tensors:
             name = next(iter(given), "tensors")
             options.wrong_usage(f"--spec has the whole spec: leave out --{name}")
+        options.spec = _spec_in(options.spec)
         return
     known = signature(METHODS[options.method]).parameters
     for name in given:
@@ -99,29 +86,8 @@ def check_arguments(options: argparse.Namespace) -> None:
             options.wrong_usage(f"--method {options.method} needs --{name}")
 
 
-def spec_of(options: argparse.Namespace, client: Client, source: Source) -> Spec:
-    """Makes the spec that the options name.
-
-    Raises:
-        InvalidSpec: A file or an argument is wrong.
-    """
-    if options.spec is not None:
-        try:
-            return Spec.from_dict(_read_spec(options.spec))
-        except InvalidSpec as error:
-            raise InvalidSpec(f"{options.spec}: {error}") from None
-    tensors = options.tensors or matrices(source, client.report)
-    rule = {"method": options.method, "tensors": tensors, **_given(options)}
-    return Spec.from_dict({"rules": [rule]})
-
-
-def _given(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of --method that the user gave."""
-    return {n: getattr(options, n) for n in _ARGUMENTS if getattr(options, n) is not None}
-
-
-def fill_amounts(options: argparse.Namespace) -> None:
-    """Completes --amount and --amounts for a plan, and checks the arguments.
+def read_planned_spec(options: argparse.Namespace) -> None:
+    """Completes --amount and --amounts for a plan, and does `read_spec`.
 
     Without either, default amounts are planned. With --amounts alone, a method that needs one
     amount gets the first.
@@ -132,11 +98,36 @@ def fill_amounts(options: argparse.Namespace) -> None:
     if is_asked and options.amount is None:
         options.amounts = options.amounts or SOME_AMOUNTS
         options.amount = options.amounts[0]
-    check_arguments(options)
+    read_spec(options)
 
 
-def _read_spec(path: Path) -> Any:
-    """The plain data of a spec file. Errors do not name the file."""
+def spec_of(options: argparse.Namespace, client: Client, source: Source) -> Spec:
+    """Makes the spec that the options name, after `read_spec`.
+
+    Raises:
+        InvalidSpec: An argument is wrong.
+    """
+    if options.spec is not None:
+        return options.spec  # type: ignore[no-any-return]
+    tensors = options.tensors or matrices(source, client.report)
+    rule = {"method": options.method, "tensors": tensors, **_given(options)}
+    return Spec.from_dict({"rules": [rule]})
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of --method that the user gave."""
+    return {n: getattr(options, n) for n in _ARGUMENTS if getattr(options, n) is not None}
+
+
+def _spec_in(path: Path) -> Spec:
+    try:
+        return Spec.from_dict(_plain_data(path))
+    except InvalidSpec as error:
+        raise InvalidSpec(f"{path}: {error}") from None
+
+
+def _plain_data(path: Path) -> Any:
+    """The content of a spec file. Errors do not name the file."""
     try:
         text = source_path(path, InvalidSpec).read_text()
         if path.suffix == ".json":
@@ -149,43 +140,9 @@ def _read_spec(path: Path) -> Any:
     except ImportError:
         raise InvalidSpec("YAML needs pip install 'secateur[cli]'") from None
     except ValueError as error:
-        raise InvalidSpec(_one_line(error)) from None
+        raise InvalidSpec(str(error)) from None
     except yaml.YAMLError as error:
-        raise InvalidSpec(_one_line(error)) from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def amounts(text: str) -> list[float]:
-    """Parses amounts with commas between."""
-    return [number(part) for part in text.split(",")]
-
-
-def number(text: str) -> float:
-    """Parses an amount: an int, a float, or a percentage.
-
-    Raises:
-        argparse.ArgumentTypeError: It is none of them.
-    """
-    try:
-        value = _number(text)
-        units_of("amount", value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not an amount, such as 100 (an int is a number of units), 0.5 or 50% (a "
-            "fraction in [0, 1])"
-        ) from None
-    return value
-
-
-def _number(text: str) -> float:
-    if (share := percentage(text)) is not None:
-        return share
-    with suppress(ValueError):
-        return int(text)
-    return float(text)
+        raise InvalidSpec(str(error)) from None
 
 
 def _whole(text: str) -> int:

@@ -1,50 +1,16 @@
 """The client: sends a model to a server, and returns the server's result."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import grpc
 
-from secateur.amounts import encode_amounts
 from secateur.channel import Tls
-from secateur.checkpoint import decode_checkpoint, uri_of
-from secateur.checkpoint_calls import OUTPUTS, CheckpointCalls
-from secateur.checks import flag, one_of, patterns
-from secateur.choices import AnyGranularity, magnitude
-from secateur.connection import Call, connect
-from secateur.defaults import SOME_AMOUNTS, matrices
-from secateur.encoding import encode_spec
-from secateur.errors import SecateurError
-from secateur.files import warn_of_rest
-from secateur.methods import select
-from secateur.model import Source
-from secateur.others import LEAVE_OUT, check_names, check_storable
-from secateur.patience import Patience
-from secateur.plan import Plan, Sensitivity, decode_plan, sensitivity_of
-from secateur.progress import Progress
-from secateur.report import Report, decode_report
-from secateur.result import FinalizeResult, PruneResult
-from secateur.server_info import ServerInfo, decode_server_info
-from secateur.source import read_source
-from secateur.spec import Spec
-from secateur.tensors import LocalTensor
-from secateur.transfer import Upload
-from secateur_proto import pruner_pb2 as pb
-from secateur_proto.enums import plain_name, values_by_name
-from secateur_proto.framing import CHUNK_BYTES
-
-_PRIORS = values_by_name(pb.Prior.DESCRIPTOR)
+from secateur.connection import connect
+from secateur.pruner_calls import PrunerCalls
 
 
-# A prune that runs out of time has these seconds to delete the model that it uploaded.
-TIDY_SECONDS = 1.0
-
-Patterns = str | Sequence[str] | None
-
-
-class Client(CheckpointCalls):
+class Client(PrunerCalls):
     """A connection to a server. Safe to use from several threads.
 
     Within the timeout, the client repeats calls that a busy server rejects, after the delay that
@@ -54,7 +20,7 @@ class Client(CheckpointCalls):
         source: A torch.nn.Module; a mapping of tensors or arrays; the path of a .safetensors or a
             torch file, or of a model in shards: its index, or the folder; a Checkpoint; or a URI,
             which the server opens.
-        key: Where the state_dict is in a torch file that holds several mappings of tensors, as
+        key: Where the state_dict is in a torch file that holds several mappings of tensors, such as
             "ema.model"; None finds the only one.
         progress: None shows a bar on a terminal, True always, False never. A function is called
             with the bytes sent and their total, or, while the server works, with parts of 1000.
@@ -70,7 +36,7 @@ class Client(CheckpointCalls):
         insecure: Whether a token may be sent to another machine without TLS.
 
     Raises:
-        SecateurError: As every method; secateur.errors lists the kinds.
+        SecateurError: As every method does; secateur.errors lists the kinds.
     """
 
     def __init__(
@@ -84,241 +50,14 @@ class Client(CheckpointCalls):
     ) -> None:
         super().__init__(connect(address, token, tls, timeout, channel, insecure))
 
-    def prune(
-        self,
-        source: Any,
-        spec: Spec,
-        output: str = "masks",
-        progress: Progress = None,
-        keep: bool = False,
-        destination: str | None = None,
-        key: str | None = None,
-        prior: str = "masks",
-    ) -> PruneResult:
-        """Prunes a model by a spec.
-
-        Args:
-            source: See the class. Of a Module the parameters are sent, and not the buffers.
-            spec: What to prune.
-            output: What the server sends: "masks" (one bit an element), "reparametrized", "dense",
-                or "none" for the report alone.
-            progress: See the class.
-            keep: Whether the server keeps the result, as the result's checkpoint. What the server
-                already has of the source is not sent again.
-            destination: A URI to which the server writes the output, in place of sending it.
-            key: See the class.
-            prior: What counts as pruned before: what "masks" prune, or also the "zeros" of the
-                tensors that the spec names, for a model that was pruned and stored dense.
-        """
-        header = pb.PruneHeader(
-            output=one_of("output", output, OUTPUTS),
-            keep=flag("keep", keep),
-            destination_uri=uri_of(destination),
-            prior=one_of("prior", prior, _PRIORS),
-        )
-        model = read_source(source, key)
-        message, arrays = encode_spec(spec, model)
-        header.spec.CopyFrom(message)
-        if destination and output in ("dense", "reparametrized"):
-            check_storable(destination, model.only_parameters().others, LEAVE_OUT)
-            warn_of_rest(destination, model.torch_file)
-        patience = self._connection.patience()
-        if keep and model.is_here:
-            return self._prune_kept(model, header, arrays, progress, patience)
-        return self._prune(model, header, arrays, progress, patience, model)
-
-    def _prune(
-        self,
-        sent: Source,
-        header: pb.PruneHeader,
-        arrays: Mapping[str, LocalTensor],
-        progress: Progress,
-        patience: Patience,
-        model: Source,
-    ) -> PruneResult:
-        """Sends a model, or its place on the server; the result is of `model`."""
-        upload = _upload_for(header, sent, {**sent.sent(), **arrays})
-        is_small = header.output in (pb.OUTPUT_MASKS, pb.OUTPUT_NONE)
-        if is_small and sent.is_here and upload.file_bytes <= CHUNK_BYTES:
-            call = Call(self._rpcs.prune_small, header, upload, progress, patience)
-            result, received = self._connection.transform_small(call)
-        else:
-            call = Call(self._rpcs["Prune"], header, upload, progress, patience)
-            result, received = self._connection.transform(call)
-        return PruneResult(
-            message=result.report,
-            source=model,
-            output=plain_name(pb.Output.DESCRIPTOR, header.output),
-            received=received,
-            checkpoint=decode_checkpoint(result.checkpoint) if header.keep else None,
-            destination=header.destination_uri or None,
-        )
-
-    def _prune_kept(
-        self,
-        model: Source,
-        header: pb.PruneHeader,
-        arrays: Mapping[str, LocalTensor],
-        progress: Progress,
-        patience: Patience,
-    ) -> PruneResult:
-        """Sends what the server does not have of a model, and prunes it there."""
-        uploaded = self._upload(model.only_parameters(), progress, patience)
-        sent = read_source(uploaded)
-        try:
-            result = self._prune(sent, header, arrays, progress, patience, model)
-        except BaseException:
-            with suppress(SecateurError):  # the caller sees the first error
-                self._delete(uploaded, False, patience.at_least(TIDY_SECONDS))
-            raise
-        # The result refers to the same weights.
-        self._delete(uploaded, False, patience.at_least(TIDY_SECONDS))
-        return result
-
-    def report(
-        self,
-        source: Any,
-        tensors: Patterns = None,
-        progress: Progress = None,
-        key: str | None = None,
-    ) -> Report:
-        """Measures how sparse a model is, and where.
-
-        Args:
-            source: See the class.
-            tensors: Names and globs; None is every floating tensor.
-            progress: See the class.
-            key: See the class.
-        """
-        model = read_source(source, key)
-        return self._report(model, tensors, progress, self._connection.patience())
-
-    def _report(
-        self, model: Source, tensors: Patterns, progress: Progress, patience: Patience
-    ) -> Report:
-        header = pb.ReportHeader(tensors=_named(tensors, model))
-        upload = _upload_for(header, model, model.tensors)
-        call = Call(self._rpcs["Report"], header, upload, progress, patience)
-        return decode_report(self._connection.measure(call).report)
-
-    def plan(
-        self,
-        source: Any,
-        spec: Spec,
-        amounts: Sequence[float] | None = None,
-        progress: Progress = None,
-        key: str | None = None,
-        prior: str = "masks",
-    ) -> Plan:
-        """Computes what a prune would do, and prunes nothing.
-
-        Args:
-            source: See the class.
-            spec: Its last rule is planned, after the rules before it; not a custom_from_mask.
-            amounts: Ints and floats in place of that rule's own, at most 1000. The server reads the
-                weights once for all of them.
-            progress: See the class.
-            key: See the class.
-            prior: As of `prune`.
-        """
-        model = read_source(source, key)
-        return self._plan(model, spec, amounts, progress, prior, self._connection.patience())
-
-    def _plan(
-        self,
-        model: Source,
-        spec: Spec,
-        amounts: Sequence[float] | None,
-        progress: Progress,
-        prior: str,
-        patience: Patience,
-    ) -> Plan:
-        message, arrays = encode_spec(spec, model)
-        header = pb.PlanHeader(
-            spec=message,
-            amounts=[] if amounts is None else encode_amounts(amounts),
-            prior=one_of("prior", prior, _PRIORS),
-        )
-        upload = _upload_for(header, model, {**model.sent(), **arrays})
-        call = Call(self._rpcs["Plan"], header, upload, progress, patience)
-        return decode_plan(self._connection.measure(call).plan, header)
-
-    def sensitivity(
-        self,
-        source: Any,
-        tensors: Patterns = None,
-        amounts: Sequence[float] = SOME_AMOUNTS,
-        granularity: AnyGranularity = "element",
-        p: float = 1,
-        progress: Progress = None,
-        key: str | None = None,
-    ) -> Sensitivity:
-        """Computes how much of its norm each tensor would lose, pruned alone by magnitude.
-
-        Args:
-            source: See the class.
-            tensors: Names and globs; None is every floating tensor of 2 or more dimensions.
-            amounts: As of `plan`.
-            granularity: As of `select`.
-            p: The order of the norm that ranks units larger than elements.
-            progress: See the class.
-            key: See the class.
-        """
-        model, patience = read_source(source, key), self._connection.patience()
-        names = tensors
-        if names is None:
-            names = matrices(model, lambda model: self._report(model, None, None, patience))
-        spec = select(names, 0, magnitude(p), granularity)
-        return sensitivity_of(self._plan(model, spec, amounts, progress, "masks", patience))
-
-    def finalize(
-        self,
-        source: Any,
-        tensors: Patterns = None,
-        progress: Progress = None,
-        destination: str | None = None,
-        key: str | None = None,
-    ) -> FinalizeResult:
-        """Makes pruning permanent: each pair X_orig, X_mask becomes X.
-
-        As torch.nn.utils.prune.remove.
-
-        Args:
-            source: See the class.
-            tensors: Names and globs of the tensors whose pairs are folded; None is all.
-            progress: See the class.
-            destination: As of `prune`.
-            key: See the class.
-        """
-        header = pb.FinalizeHeader(destination_uri=uri_of(destination))
-        model = read_source(source, key)
-        header.tensors.extend(_named(tensors, model))
-        upload = _upload_for(header, model, model.tensors)
-        if destination:
-            check_storable(destination, model.others, LEAVE_OUT)
-            warn_of_rest(destination, model.torch_file)
-        patience = self._connection.patience()
-        call = Call(self._rpcs["Finalize"], header, upload, progress, patience)
-        result, received = self._connection.transform(call)
-        return FinalizeResult(decode_report(result.report), model, received, destination)
-
-    def server_info(self) -> ServerInfo:
-        """Returns the server's version, features and limits.
-
-        Raises:
-            InvalidRequest: The server is older than this method.
-        """
-        request = pb.GetServerInfoRequest()
-        return decode_server_info(self._connection.ask(self._rpcs["GetServerInfo"], request))
-
     def wait_until_ready(self, timeout: float = 60.0) -> None:
-        """Waits until the server accepts connections, as when both start together.
+        """Waits until the server accepts connections: for a client that starts with the server.
 
         Args:
             timeout: Seconds.
 
         Raises:
-            Unavailable: It does not in that time.
+            Unavailable: The server does not accept connections in that time.
         """
         self._connection.wait_until_ready(timeout)
 
@@ -336,17 +75,3 @@ class Client(CheckpointCalls):
         at: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _named(tensors: Patterns, model: Source) -> list[str]:
-    """Names and globs as a header has them: an empty list is every tensor."""
-    named = [] if tensors is None else patterns(tensors)
-    check_names("tensors", named, model.others)
-    return named
-
-
-def _upload_for(header: Any, model: Source, tensors: Mapping[str, LocalTensor]) -> Upload:
-    """Completes a header, and returns the data of its call."""
-    upload = Upload(tensors, model.metadata, is_file=model.is_here)
-    header.MergeFrom(type(header)(data_bytes=upload.file_bytes, **model.place))
-    return upload

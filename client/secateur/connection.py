@@ -23,10 +23,10 @@ class Call:
     """A call that sends a model, or names one on the server.
 
     Attributes:
-        rpc: Of the server.
-        header: Of the first request.
+        rpc: The server's rpc.
+        header: The header of the first request.
         upload: The data of the requests.
-        progress: As of `Client`.
+        progress: See `Client`.
         patience: The time for the call.
     """
 
@@ -71,7 +71,7 @@ class Connection:
 
         Args:
             channel: It is closed with the connection if `target` is given.
-            metadata: Of every call.
+            metadata: Sent with every call.
             timeout: Seconds.
             target: What the channel connects to; None if the caller gave the channel.
         """
@@ -110,7 +110,7 @@ class Connection:
         return self.until_served(attempt, call.patience, call.is_safe)
 
     def transform_small(self, call: Call) -> tuple[Any, Received]:
-        """As `transform`, with one message each way: gRPC is faster if it knows that."""
+        """Does `transform` with one message each way: gRPC is faster if it knows that."""
 
         def attempt(left: float | None) -> tuple[Any, Received]:
             with (
@@ -131,7 +131,7 @@ class Connection:
             rpc: Called with the request.
             request: A message, or a list of messages.
             patience: The time for the call; None starts it.
-            is_safe: As of `until_served`.
+            is_safe: See `until_served`.
         """
 
         def attempt(left: float | None) -> Any:
@@ -146,7 +146,7 @@ class Connection:
         patience: Patience,
         is_safe: bool = True,
     ) -> Answer:
-        """As Patience.until_served, with failures explained."""
+        """Does Patience.until_served, and explains failures."""
         with self.diagnosing():
             answer = patience.until_served(attempt, self.is_known, is_safe)
         self.is_known = True
@@ -157,7 +157,7 @@ class Connection:
         return diagnosing(self._target, self.timeout, self.is_known)
 
     def wait_until_ready(self, timeout: float) -> None:
-        """As Client.wait_until_ready."""
+        """See Client.wait_until_ready."""
         if self._is_closed:
             raise SecateurError("the client is closed: make a new one")
         seconds = timeout_of(timeout)
@@ -168,7 +168,7 @@ class Connection:
                 raise Unavailable(f"no server answers after {timeout:g} seconds") from None
 
     def close(self) -> None:
-        """As Client.close."""
+        """See Client.close."""
         self._is_closed = True
         if self._target is not None:
             self._channel.close()
@@ -229,11 +229,7 @@ def _check_secrecy(target: Target, token: str | None, insecure: bool) -> None:
 
 @contextmanager
 def _shown(call: Call) -> Iterator[tuple[Callable[[int], None], Callable[[Any], None]]]:
-    """Shows how much of a model is sent, or the work of the server on its own.
-
-    Yields:
-        Functions to call with the bytes of each request, and with each progress message.
-    """
+    """Yields functions to call with the bytes of each request, and with each progress message."""
     if call.is_sent:
         with show_progress(call.progress, call.upload.file_bytes) as sending:
             yield sending, _ignore

@@ -1,10 +1,11 @@
-"""What methods and commands take where the caller names nothing."""
+"""Defaults of methods and commands for what the caller does not name."""
 
 from collections.abc import Callable
 
 from secateur.errors import InvalidSpec
 from secateur.model import Source
 from secateur.report import Report
+from secateur.tables import listed
 
 # Names of tensors in an error.
 _SHOWN = 3
@@ -26,15 +27,10 @@ def matrices(model: Source, report: Callable[[Source], Report]) -> list[str]:
     tensors = model.prunable() if model.is_here else report(model).tensors
     names = [name for name, tensor in tensors.items() if len(tensor.shape) >= 2]
     if not names:
+        known = listed(list(tensors), _SHOWN)
+        there_are = f"there are: {known}" if known else "no floating tensor exists"
         raise InvalidSpec(
             "no floating tensor has 2 or more dimensions; name some as `tensors` (--tensors), "
-            f"integers by their exact names; {_listed(list(tensors))}"
+            f"integers by their exact names; {there_are}"
         )
     return names
-
-
-def _listed(names: list[str]) -> str:
-    if not names:
-        return "no floating tensor exists"
-    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-    return f"there are: {', '.join(names[:_SHOWN])}{more}"

@@ -27,7 +27,7 @@ class Target:
     """A server to connect to.
 
     Attributes:
-        address: Of the server.
+        address: The server's address.
         has_tls: Whether the connection is over TLS.
     """
 
@@ -41,7 +41,7 @@ def diagnosing(target: Target | None, timeout: float | None, is_known: bool) -> 
 
     Args:
         target: The server; None if the caller gave a channel.
-        timeout: Of the call, in seconds; the probe takes 0.5 s more at most.
+        timeout: The call's timeout in seconds; the probe takes 0.5 s more at most.
         is_known: Whether the server answered an earlier call: then a deadline needs no probe.
     """
     try:
@@ -99,7 +99,7 @@ class _Probe:
         if not (address.host or address.path):
             return None
         try:
-            return self._of_tls() if self._target.has_tls else self._of_plaintext()
+            return self._of_tls() if self._target.has_tls else self._of_greeting(None, _TLS)
         except (socket.gaierror, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or error
             return f"{address.host!r} cannot be resolved ({reason}): check the name of the host"
@@ -120,19 +120,6 @@ class _Probe:
         reason = error.strerror or type(error).__name__
         return f"no server listens at {self._text} ({reason}): start one, or check host and port"
 
-    def _of_plaintext(self) -> str | None:
-        first = self._greeting()
-        if first is None:
-            return f"{self._target.address.text} takes connections, but does not answer"
-        if _is_http2(first):
-            return None
-        if self._speaks_tls():
-            return (
-                f"{self._text} speaks TLS, and this client does not: give tls=True or tls=CA_FILE "
-                "(--tls or --tls-ca)"
-            )
-        return f"{self._text} {_HTTP1 if self._speaks_http1() else _NO_GRPC}"
-
     def _of_tls(self) -> str | None:
         if "create security handshaker" in self._said:
             return "a file for TLS is not valid PEM: check tls= (--tls-ca, --tls-cert, --tls-key)"
@@ -146,17 +133,19 @@ class _Probe:
                     return None
                 return f"{self._text} {_MUTUAL}"  # TLS 1.3 refuses a client only now
         except (ssl.SSLError, ConnectionError):
-            return self._without_tls()
+            return self._of_greeting(
+                "does not speak TLS: leave out tls= (--tls, --tls-ca)", _MUTUAL
+            )
 
-    def _without_tls(self) -> str | None:
-        """The advice after TLS failed."""
+    def _of_greeting(self, if_http2: str | None, if_tls: str) -> str | None:
+        """The advice by what the other side answers without TLS."""
         first = self._greeting()
         if first is None:
             return f"{self._target.address.text} takes connections, but does not answer"
         if _is_http2(first):
-            return f"{self._text} does not speak TLS: leave out tls= (--tls, --tls-ca)"
+            return f"{self._text} {if_http2}" if if_http2 else None
         if self._speaks_tls():
-            return f"{self._text} {_MUTUAL}"
+            return f"{self._text} {if_tls}"
         return f"{self._text} {_HTTP1 if self._speaks_http1() else _NO_GRPC}"
 
     def _connect(self) -> socket.socket:
@@ -213,6 +202,8 @@ _HTTP1 = (
     "speaks HTTP/1, and not gRPC: it may be the server's metrics port; its gRPC port is "
     f"{DEFAULT_PORT} by default"
 )
+_TLS = "speaks TLS, and this client does not: give tls=True or tls=CA_FILE (--tls or --tls-ca)"
+_NO_TLS = "does not speak TLS: leave out tls= (--tls, --tls-ca)"
 _NO_GRPC = "is not a gRPC server: check host and port"
 _MUTUAL = (
     "takes only callers with a certificate that it trusts: give one (--tls-cert and --tls-key; in "

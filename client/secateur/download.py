@@ -9,9 +9,8 @@ from typing import BinaryIO
 from blake3 import blake3
 
 from secateur.atomic import replacing
-from secateur.channel import Rpc
+from secateur.connection import Connection
 from secateur.errors import Cancelled, DataLoss, SecateurError, ServerError, Unavailable
-from secateur.patience import Patience
 from secateur.progress import Progress, show_progress
 from secateur.transfer import errors_of
 from secateur_proto import checkpoint_pb2, checkpoints_pb2, pruner_pb2
@@ -23,23 +22,16 @@ class Receiving:
     """One download, in as many calls as it takes.
 
     Args:
-        download: The rpc Download.
-        request: Of the whole download.
+        connection: To the server. Without a timeout, a download continues while data arrives.
+        request: The request for the whole download.
         path: A file, or a folder; all files are written whole, or none is.
-        timeout: Seconds for all calls; None continues while there is progress.
-        is_known: Whether the server has ever answered.
     """
 
     def __init__(
-        self,
-        download: Rpc,
-        request: checkpoints_pb2.DownloadRequest,
-        path: Path,
-        timeout: float | None,
-        is_known: bool,
+        self, connection: Connection, request: checkpoints_pb2.DownloadRequest, path: Path
     ) -> None:
-        self._download, self._request, self._path = download, request, path
-        self._patience, self._is_known = Patience(timeout), is_known
+        self._connection, self._request, self._path = connection, request, path
+        self._patience = connection.patience()
         self._result: checkpoints_pb2.DownloadResult | None = None
         self._received = 0
         self._targets: list[_Target] = []
@@ -60,17 +52,17 @@ class Receiving:
             raise SecateurError(f"{self._path}: cannot write it: {error.strerror}") from None
 
     def _is_resumable(self, error: SecateurError) -> bool:
-        return self._is_known and isinstance(error, Unavailable | Cancelled)
+        return self._connection.is_known and isinstance(error, Unavailable | Cancelled)
 
     def _attempt(self, held: ExitStack, progress: Progress) -> None:
         self._request.offset = self._received
-        call = self._download(self._request, timeout=self._patience.left())
+        call = self._connection.rpcs["Download"](self._request, timeout=self._patience.left())
         with errors_of(None, call):
             answer = iter(call)
             first = next(answer, None)
             if first is None:
                 raise ServerError("the answer ended before it began")
-            self._is_known = True
+            self._connection.is_known = True
             self._begin(first.result, held, progress)
             for message in chain([first], answer):
                 self._write(memoryview(message.data))

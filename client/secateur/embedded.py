@@ -2,10 +2,11 @@
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from secateur.checks import timeout_of
 from secateur.client import Client
+from secateur.cycles import no_search_for_cycles
 from secateur.errors import SecateurError
 
 
@@ -19,7 +20,7 @@ def embedded(device: str = "auto", timeout: float | None = None) -> Iterator[Cli
 
     Args:
         device: auto, cpu, cuda or cuda:N.
-        timeout: As of `Client`.
+        timeout: See `Client`.
 
     Yields:
         A client of the server.
@@ -27,6 +28,16 @@ def embedded(device: str = "auto", timeout: float | None = None) -> Iterator[Cli
     Raises:
         SecateurError: The server does not start.
     """
+    seconds = timeout_of(timeout)
+    with _private_folder() as folder:
+        address = f"unix:{folder}/socket"
+        with _started(address, device), Client(address, timeout=seconds) as client:
+            yield client
+
+
+@no_search_for_cycles()  # importing torch makes 180,000 objects
+def _started(address: str, device: str) -> AbstractContextManager[object]:
+    """Starts a server, which the returned context manager stops."""
     try:
         from secateur_server.app import App
         from secateur_server.config import BadConfig, parse_config
@@ -34,19 +45,14 @@ def embedded(device: str = "auto", timeout: float | None = None) -> Iterator[Cli
         raise SecateurError(
             f"an embedded server needs {error.name}: pip install 'secateur[server]'"
         ) from error
-    seconds = timeout_of(timeout)
-    with _private_folder() as folder:
-        address = f"unix:{folder}/socket"
-        arguments = ["--address", address, "--metrics-address", "", f"--device={device}"]
-        arguments += ["--allow-path", "/"]  # only this user reaches the server
-        try:
-            app = App(parse_config(arguments, {}), is_warm=False)
-        except BadConfig as error:
-            raise SecateurError(f"the embedded server does not start: {error}") from None
-        except Exception as error:  # CannotStart, or an error of torch's on the device
-            raise SecateurError(f"the embedded server does not start: {error}") from error
-        with app, Client(address, timeout=seconds) as client:
-            yield client
+    arguments = ["--address", address, "--metrics-address", "", f"--device={device}"]
+    arguments += ["--allow-path", "/"]  # only this user reaches the server
+    try:
+        return App(parse_config(arguments, {}), is_warm=False)
+    except BadConfig as error:
+        raise SecateurError(f"the embedded server does not start: {error}") from None
+    except Exception as error:  # CannotStart, or an error of torch's on the device
+        raise SecateurError(f"the embedded server does not start: {error}") from error
 
 
 @contextmanager

@@ -53,14 +53,9 @@ def _fitted(rule: Rule, model: Source) -> Rule:
 
 
 def _name_ends(selection: pb.Selection, names: Mapping[str, str]) -> None:
-    """Replaces `keep_first` and `keep_last` by the names of the tensors that they keep.
-
-    The last layer of a model may share the weight of the first one.
-
-    Args:
-        selection: Of a rule.
-        names: From every name of a tensor, in the state_dict's order, to the tensor's.
-    """
+    """Replaces `keep_first` and `keep_last` by the names of the tensors that they keep."""
+    # `names` has every name of a tensor, and the tensor's first name: the last layer of a model may
+    # share the weight of the first layer.
     rails = selection.guard_rails
     matched = {known for pattern in selection.tensors for known in _known(pattern, names)}
     if ordered := [name for known, name in names.items() if known in matched]:
@@ -74,10 +69,8 @@ def _known(pattern: str, names: Mapping[str, str]) -> list[str]:
 
 
 def _shared(arrays: Arrays, other_names: Mapping[str, str]) -> Arrays:
-    """Makes equal arrays under several names of a tied tensor one array.
-
-    The server compares arrays by their names alone, and would refuse two for one tensor.
-    """
+    """Makes equal arrays under several names of a tied tensor one array."""
+    # The server compares arrays by their names alone, and would refuse two for one tensor.
     first: dict[str, Any] = {}
     shared = {}
     for name, array in arrays.items():

@@ -70,14 +70,7 @@ def _divided(
     as_torch: bool,
     is_carried: Callable[[str, Any], bool],
 ) -> Source:
-    """Divides entries into those that safetensors has a dtype for, and the others.
-
-    Args:
-        entries: In the state_dict's order.
-        parameters: As of Source.
-        as_torch: As of Source.
-        is_carried: Whether an entry may be no tensor, and is not sent.
-    """
+    """Divides entries into those that safetensors has a dtype for, and the others."""
     tensors: dict[str, LocalTensor] = {}
     others: dict[str, Any] = {}
     for name, value in entries.items():

@@ -1,26 +1,4 @@
-"""Every error of the client.
-
-SecateurError
-    InvalidSpec             also a ValueError: the spec is wrong, or does not fit the tensors
-    InvalidStateDict        also a ValueError: the source is not a state_dict, or is broken
-    InvalidRequest          also a ValueError: server and client do not understand each other
-    ModelTooLarge           the model, or the memory to serve it, is above the server's limit
-    ServerBusy              too many requests, or too little memory, for the call now; worth a retry
-    QuotaExceeded           the request needs more than the token's tenant may have
-    Unavailable             no server, one that shuts down, or whose disk failed; worth a retry
-    DeadlineExceeded        also a TimeoutError: not done within `timeout`
-    Cancelled               the call was cancelled
-    Unauthenticated         no token, or a wrong one
-    PermissionDenied        the token's tenant may not do that
-    CheckpointNotFound      the server has no such checkpoint
-    StoreFull               the server has no disk space for another checkpoint
-    DataLoss                a checkpoint is damaged, or data did not arrive as sent
-    Aborted                 another call changed the same upload, or the file; worth a retry
-    UriError                the server cannot open, read or write a URI
-    ServerError             an internal error of the server; its log has the details
-
-NotSaved is a warning: the written file lacks something that the source has.
-"""
+"""Every error of the client. SecateurError is the root of all."""
 
 import re
 from typing import cast
@@ -38,7 +16,7 @@ class SecateurError(Exception):
     Attributes:
         field: The path of the request's field at fault; None if the error has no field.
         reason: Why the server failed the call, such as "QUEUE_FULL"; None if it did not say.
-        request_id: Of the call, as in the server's log; None if no server answered.
+        request_id: The call's id, as in the server's log; None if no server answered.
     """
 
     field: str | None = None
@@ -51,15 +29,15 @@ class SecateurError(Exception):
 
 
 class InvalidSpec(SecateurError, ValueError):
-    """The spec is wrong, or does not fit the tensors."""
+    """The spec is wrong, or does not fit the tensors. Also a ValueError."""
 
 
 class InvalidStateDict(SecateurError, ValueError):
-    """The source is not a state_dict, or is broken."""
+    """The source is not a state_dict, or is broken. Also a ValueError."""
 
 
 class InvalidRequest(SecateurError, ValueError):
-    """The server does not understand the request."""
+    """The server does not understand the request. Also a ValueError."""
 
 
 class ModelTooLarge(SecateurError):
@@ -67,7 +45,7 @@ class ModelTooLarge(SecateurError):
 
 
 class ServerBusy(SecateurError):
-    """The server has too many requests, or too little memory, for the call now.
+    """The server has too many requests, or too little memory, for the call now. Worth a retry.
 
     Attributes:
         retry_after: Seconds after which the server asks for a retry; None if it does not.
@@ -81,11 +59,11 @@ class QuotaExceeded(SecateurError):
 
 
 class Unavailable(SecateurError):
-    """No server listens at the address, it shuts down, or its store's disk failed."""
+    """No server listens at the address, it shuts down, or its disk failed. Worth a retry."""
 
 
 class DeadlineExceeded(SecateurError, TimeoutError):
-    """The call was not done within `timeout`."""
+    """The call was not done within `timeout`. Also a TimeoutError."""
 
 
 class Cancelled(SecateurError):
@@ -113,7 +91,7 @@ class DataLoss(SecateurError):
 
 
 class Aborted(SecateurError):
-    """Another call changed the same upload, or the file while it was read."""
+    """Another call changed the same upload, or the file while it was read. Worth a retry."""
 
 
 class UriError(SecateurError):

@@ -49,7 +49,7 @@ def safetensors_reason(path: Path, library: object) -> str:
 
 
 def npz_reason(path: Path, library: object) -> str:
-    """As safetensors_reason, for a file of numpy.savez."""
+    """Returns why numpy cannot read a file of numpy.savez, and what to do."""
     first = _first_bytes(path)
     if first.startswith(_ZIP):
         return f"numpy cannot read it: {library}"

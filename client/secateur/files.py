@@ -1,6 +1,5 @@
 """Writes a model as one file, or to a folder."""
 
-import importlib.util
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from secateur.folders import Folder, check_no_other_weights
 from secateur.others import check_storable
 from secateur.shards import Index
 from secateur.tensor_file import TensorFile
-from secateur.tensors import LocalTensor, dtype_of, is_extra_state, to_value
+from secateur.tensors import LocalTensor, dtype_of, has_torch, is_extra_state, to_value
 from secateur.ties import each_once, once
 from secateur.torch_files import KNOWN_SUFFIXES, TORCH_SUFFIXES, TorchFile
 from secateur_proto.index import SUFFIX
@@ -40,10 +39,10 @@ def save(
 
     Args:
         path: A file, a folder, or the index of shards.
-        entries: Of the model: each a LocalTensor, under several names if it is tied, or a value
-            that only a torch file can hold.
-        metadata: Of a .safetensors file.
-        index: Of the shards of the source.
+        entries: The model's entries: each a LocalTensor, under several names if it is tied, or a
+            value that only a torch file can hold.
+        metadata: The metadata of a .safetensors file.
+        index: The index of the shards of the source.
         before: The tensors of `index`; None is `entries`.
         torch_file: The source; a torch file keeps all of its content but the tensors.
         folder: The source; a folder gets a copy of its files beside the weights.
@@ -82,7 +81,7 @@ def check_writable(path: Path, has_folder: bool = False) -> None:
     """Refuses early a path that `save` would refuse.
 
     Args:
-        path: As of `save`.
+        path: The file, folder or index to write.
         has_folder: Whether the source is a folder, so that `path` may be a new one.
 
     Raises:
@@ -95,7 +94,7 @@ def check_writable(path: Path, has_folder: bool = False) -> None:
             f"{path}: unknown suffix {path.suffix!r}; known are {KNOWN_SUFFIXES}; "
             "a folder (-o NAME) is made only for a model, not masks, read from a folder or an index"
         )
-    if path.suffix in TORCH_SUFFIXES and importlib.util.find_spec("torch") is None:
+    if path.suffix in TORCH_SUFFIXES and not has_torch():
         raise SecateurError(f"{path}: to write {path.suffix} install torch")
     if not path.absolute().parent.is_dir():
         raise SecateurError(f"{path}: no such folder exists")
@@ -104,16 +103,10 @@ def check_writable(path: Path, has_folder: bool = False) -> None:
 def check_holds(
     path: Path, entries: Entries, index: Index | None = None, folder: Folder | None = None
 ) -> None:
-    """Refuses early entries that only a torch file can hold, for other files.
-
-    Args:
-        path: As of `save`.
-        entries: As of `save`; those that are known.
-        index: As of `save`.
-        folder: As of `save`.
+    """Refuses early, for other files, entries that only a torch file can hold: see `save`.
 
     Raises:
-        InvalidStateDict: Naming the entries.
+        InvalidStateDict: The message names the entries.
     """
     if not _is_file(path):
         shards = () if index is None else index.files.values()
@@ -147,7 +140,7 @@ def _save_shards(
 
 @contextmanager
 def _filling(path: Path, written: Collection[str], folder: Folder | None) -> Iterator[Path]:
-    """As `filling`, with a copy of the files beside the weights in the source's folder."""
+    """Does `filling`, with a copy of the files beside the weights in the source's folder."""
     if path.is_dir():
         check_no_other_weights(path, written)
     rest = None if folder is None else folder.rest(path)

@@ -96,9 +96,9 @@ def head_groups(
 
     Args:
         q: The name of the query projection's weight, as torch.nn.Linear has it.
-        k: Of the key projection's; None keeps the keys.
-        v: Of the value projection's; None keeps the values.
-        o: Of the output projection's.
+        k: The name of the key projection's weight; None keeps the keys.
+        v: The name of the value projection's weight; None keeps the values.
+        o: The name of the output projection's weight.
         head_dim: Rows of a head.
         heads: Heads of queries.
         kv_heads: Heads of keys and values, which divides `heads`; None is `heads`.

@@ -46,7 +46,7 @@ class LazySequence(Sequence[Value], Generic[Value]):
     """Decoded messages, in their order; equal to a tuple of the same values.
 
     Args:
-        messages: Of any type.
+        messages: Messages of any type.
         decode: Makes a value of a message.
     """
 

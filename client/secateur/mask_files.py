@@ -36,7 +36,7 @@ def unpack(packed: LocalTensor, count: int) -> Mask:
 
 
 def unpack_all(packed: Tensors, counts: Mapping[str, int]) -> dict[str, Mask]:
-    """As `unpack`, for each mask; consecutive small masks are parts of one array.
+    """Unpacks each mask; consecutive small masks are parts of one array.
 
     Args:
         packed: The bits of each mask.
@@ -74,7 +74,7 @@ def entries_of(path: Path, packed: Tensors, shapes: Shapes) -> tuple[Tensors, di
     Args:
         path: A .safetensors file, which gets bits, or a torch file, which gets bools.
         packed: The bits of each mask.
-        shapes: Of the masks, by the same names.
+        shapes: The shapes of the masks, by the same names.
     """
     if path.suffix in TORCH_SUFFIXES:
         return {name: _whole(mask, shapes[name]) for name, mask in packed.items()}, {}

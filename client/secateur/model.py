@@ -1,6 +1,5 @@
 """A model that a caller gives, as the other modules read it."""
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,9 +27,9 @@ class Source:
         parameters: The names that a Prune sends. Of a Module its buffers are not among them, as
             torch.nn.utils.prune prunes parameters only.
         as_torch: Whether results are tensors of torch, or arrays.
-        metadata: Of a safetensors file of the tensors, with the names of tied ones.
+        metadata: The metadata of a safetensors file of the tensors, with the names of tied ones.
         paths: The safetensors files that it is read from, and their index.
-        index: Of a model in shards.
+        index: The index of a model in shards.
         place: The field of a header that names a model on the server; empty for one here.
         others: Entries that are not sent, as safetensors has no dtype for them.
         order: The names of all entries, `others` included, in the state_dict's order.
@@ -127,11 +126,6 @@ class Source:
         return {n: names[n] for n in sorted(names, key=lambda n: places.get(n, len(places)))}
 
     def tied_names(self) -> dict[str, str]:
-        """As prunable_names, without the names that have no place in the state_dict."""
+        """Returns prunable_names() without the names that have no place in the state_dict."""
         places = self.places()
         return {known: name for known, name in self.prunable_names().items() if known in places}
-
-
-def has_torch() -> bool:
-    """Returns whether torch is installed."""
-    return importlib.util.find_spec("torch") is not None

@@ -9,10 +9,10 @@ from secateur.entries import from_mapping
 from secateur.errors import InvalidStateDict
 from secateur.file_kinds import open_reason, safetensors_reason
 from secateur.folders import find_folder
-from secateur.model import Source, has_torch
+from secateur.model import Source
 from secateur.shards import Index, read_shards
 from secateur.tensor_file import parse_file
-from secateur.tensors import LocalTensor, dtype_of
+from secateur.tensors import LocalTensor, dtype_of, has_torch
 from secateur.ties import untie
 from secateur.torch_files import KNOWN_SUFFIXES, TORCH_SUFFIXES, read_torch_file
 from secateur_proto.index import SUFFIX

@@ -1,6 +1,6 @@
 """Reads torch modules, and installs masks in them. Imported with torch only."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -103,14 +103,17 @@ def finalize(
 
 def _parameter_names(module: Module) -> list[str]:
     """All names of all parameters; a pair is its X."""
-    names = []
-    for name, _ in module.named_parameters(remove_duplicate=False):
-        path, _, leaf = name.rpartition(".")
-        base = leaf.removesuffix("_orig")
-        has_mask = f"{base}_mask" in module.get_submodule(path)._buffers
-        leaf = base if has_mask else leaf
-        names.append(f"{path}.{leaf}" if path else leaf)
-    return names
+    return [name for name, _ in _parameters(module, remove_duplicate=False)]
+
+
+def _parameters(module: Module, remove_duplicate: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters with their names; a pair is its X, with the value of X_orig."""
+    for path, part in module.named_modules(remove_duplicate=remove_duplicate):
+        for stored, parameter in part._parameters.items():
+            leaf = stored.removesuffix("_orig")
+            leaf = leaf if f"{leaf}_mask" in part._buffers else stored
+            if parameter is not None:
+                yield f"{path}.{leaf}" if path else leaf, parameter
 
 
 def _targets(
@@ -139,13 +142,7 @@ def _targets(
 def _tied_buffers(
     module: Module, masked: Collection[str], names: Mapping[int, list[str]]
 ) -> dict[str, str]:
-    """Maps each masked buffer on the memory of a parameter to that parameter's name.
-
-    Args:
-        module: The module.
-        masked: Names with a mask.
-        names: As _names_by_parameter returns them.
-    """
+    """Maps each masked buffer on the memory of a parameter to that parameter's name."""
     buffers = {n: b for n, b in module.named_buffers(remove_duplicate=False) if n in masked}
     if not buffers:
         return {}
@@ -157,11 +154,8 @@ def _tied_buffers(
 def _names_by_parameter(module: Module) -> dict[int, list[str]]:
     """Maps the id of each parameter to its names; a submodule with several names counts once."""
     names: dict[int, list[str]] = {}
-    for path, part in module.named_modules():
-        for stored, parameter in part._parameters.items():
-            leaf = stored.removesuffix("_orig")
-            leaf = leaf if f"{leaf}_mask" in part._buffers else stored
-            names.setdefault(id(parameter), []).append(f"{path}.{leaf}" if path else leaf)
+    for name, parameter in _parameters(module, remove_duplicate=True):
+        names.setdefault(id(parameter), []).append(name)
     return names
 
 
@@ -173,16 +167,7 @@ def _weight(part: Module, leaf: str) -> torch.Tensor:
 
 
 def _target(parts: Mapping[str, Module], name: str, mask: torch.Tensor) -> tuple[Module, str]:
-    """The submodule and the parameter of a mask; they must fit the mask.
-
-    Args:
-        parts: The submodules by their names; one may have several.
-        name: Of the parameter.
-        mask: Bool.
-
-    Raises:
-        InvalidStateDict: The mask cannot be installed there.
-    """
+    """The submodule and the parameter of a mask; they must fit the mask."""
     path, _, leaf = name.rpartition(".")
     part = parts.get(path)
     if part is None or not {leaf, f"{leaf}_orig"} & part._parameters.keys():

@@ -4,8 +4,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from secateur.errors import InvalidSpec, InvalidStateDict
+from secateur.tables import listed
 from secateur.tensors import LocalTensor, dtype_of
 
+# The names that an error lists.
+_SHOWN = 3
 # Advice for check_storable.
 LEAVE_OUT = "leave them out of the source"
 
@@ -36,7 +39,6 @@ def check_storable(where: str, entries: Mapping[str, Any], advice: str) -> None:
         if not isinstance(value, LocalTensor)
     ]
     if left_out:
-        more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
         raise InvalidStateDict(
-            f"{where}: a safetensors file cannot hold {', '.join(left_out[:3])}{more}; {advice}"
+            f"{where}: a safetensors file cannot hold {listed(left_out, _SHOWN)}; {advice}"
         )

@@ -33,10 +33,10 @@ def path_of(value: Any, kind: type[SecateurError] = SecateurError) -> Path:
 
 
 def source_path(value: Any, kind: type[SecateurError]) -> Path:
-    """As path_of, for a file or a folder to read: opening a pipe could block for ever.
+    """Returns the path of a file or a folder to read; opening a pipe could block for ever.
 
     Raises:
-        SecateurError: As path_of, or it is neither a file nor a folder.
+        SecateurError: As path_of does, or it is neither a file nor a folder.
     """
     path = path_of(value, kind)
     if path.exists() and stat.S_IFMT(path.stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):

@@ -9,13 +9,13 @@ from secateur.errors import SecateurError, ServerBusy, Unavailable
 
 Answer = TypeVar("Answer")
 
-# Without a timeout, a call fails after so many tries in a row without progress. The pauses between
+# Tries in a row without progress, after which a call without a timeout fails. The pauses between
 # them take about 45 s, in which a server that was killed has started again.
 TRIES = 16
 PAUSE_SECONDS = 0.1
 MOST_PAUSE_SECONDS = 5.0
-# Without a timeout, the client sends a model so many times again to a server without memory for it:
-# such a server receives the model before it fails, and may never have enough.
+# How often a call without a timeout sends a model again to a server without memory for it: such a
+# server receives the model before it fails, and may never have enough.
 MOST_RESENDS = 5
 
 
@@ -37,11 +37,11 @@ class Patience:
         self.tries = 0
 
     def left(self) -> float | None:
-        """Returns the seconds that are left."""
+        """Returns the remaining seconds."""
         return None if self._end is None else max(0.0, self._end - time.monotonic())
 
     def at_least(self, seconds: float) -> "Patience":
-        """Returns a Patience with the time that is left, but at least so many seconds."""
+        """Returns a Patience with the remaining time, but at least this many seconds."""
         left = self.left()
         return Patience(None if left is None else max(left, seconds))
 
@@ -49,7 +49,7 @@ class Patience:
         """Waits, longer after more tries.
 
         Returns:
-            False, without a wait, if no time is left.
+            False, without a wait, if not enough time remains.
         """
         most = min(MOST_PAUSE_SECONDS, PAUSE_SECONDS * 2.0 ** (tries - 1))
         return self._sleep(most * random.uniform(0.5, 1.0))  # clients must not come all at once
@@ -58,8 +58,8 @@ class Patience:
         """Waits as long as a busy server asks.
 
         Returns:
-            False, without a wait, if the server does not ask for a time, if no time is left, or if
-            the server was out of memory too often.
+            False, without a wait, if the server does not ask for a time, if not enough time
+            remains, or if the server was out of memory too often.
         """
         if busy.retry_after is None:
             return False
@@ -101,7 +101,7 @@ class Patience:
         """Repeats a call while the server is busy, and after the connection broke.
 
         Args:
-            attempt: Makes the call; its argument is the seconds that are left.
+            attempt: Makes the call; its argument is the remaining seconds.
             is_known: Whether the server has ever answered: else no connection broke.
             is_safe: Whether the call may be repeated if it may have been served.
 

@@ -16,7 +16,7 @@ class Place(NamedTuple):
         begin: Address of the first byte of any element.
         end: Address after the last byte of any element.
         pointer: Address of the element at index 0.
-        shape: Of the view.
+        shape: The view's shape.
         strides: In bytes.
         itemsize: Bytes of an element.
         values: The dtype, as numpy and torch both name it, and torch's flags beside it.
@@ -45,9 +45,8 @@ def tensor_place(value: Any) -> Place | None:
     values = dtype_name(value.dtype)
     if value.is_conj() or value.is_neg():
         values = f"{values} {value.is_conj()} {value.is_neg()}"
-    if value.is_contiguous():
-        return _contiguous_place(device, value.data_ptr(), shape, size, values)
-    strides = tuple(stride * size for stride in value.stride())
+    is_contiguous = value.is_contiguous()
+    strides = None if is_contiguous else tuple(stride * size for stride in value.stride())
     return _place(device, value.data_ptr(), shape, strides, size, values)
 
 
@@ -55,19 +54,8 @@ def array_place(array: npt.NDArray[Any], dtype: str) -> Place | None:
     """Returns the place of an array with a dtype of this name; None for one without elements."""
     values = dtype if array.dtype.isnative else f"{array.dtype.byteorder}{dtype}"
     pointer = array.__array_interface__["data"][0]  # array.ctypes makes an object
-    if array.flags.c_contiguous:
-        return _contiguous_place("", pointer, array.shape, array.itemsize, values)
-    return _place("", pointer, array.shape, array.strides, array.itemsize, values)
-
-
-def _contiguous_place(
-    device: str, pointer: int, shape: tuple[int, ...], itemsize: int, values: str
-) -> Place | None:
-    if 0 in shape:
-        return None
-    end = pointer + itemsize * math.prod(shape)
-    strides = _contiguous_strides(shape, itemsize)
-    return Place(device, pointer, end, pointer, shape, strides, itemsize, values)
+    strides = None if array.flags.c_contiguous else array.strides
+    return _place("", pointer, array.shape, strides, array.itemsize, values)
 
 
 @lru_cache(1024)
@@ -83,12 +71,16 @@ def _place(
     device: str,
     pointer: int,
     shape: tuple[int, ...],
-    strides: tuple[int, ...],
+    strides: tuple[int, ...] | None,
     itemsize: int,
     values: str,
 ) -> Place | None:
+    """The place of a view; `strides` is None for a contiguous one."""
     if 0 in shape:
         return None
+    if strides is None:
+        end, strides = pointer + itemsize * math.prod(shape), _contiguous_strides(shape, itemsize)
+        return Place(device, pointer, end, pointer, shape, strides, itemsize, values)
     reach = [(size - 1) * stride for size, stride in zip(shape, strides, strict=True)]
     begin = pointer + sum(step for step in reach if step < 0)
     end = pointer + sum(step for step in reach if step > 0) + itemsize

@@ -7,7 +7,8 @@ from typing import Any
 
 from secateur.decoding import decoded
 from secateur.lazy import LazyMapping, LazySequence
-from secateur.report import Choice, decode_choice
+from secateur.report import Choice
+from secateur.report_decoding import decode_choice
 from secateur.tables import html_table, text_table
 from secateur_proto import plan_pb2 as pb
 from secateur_proto import spec_pb2
@@ -40,14 +41,14 @@ class PlannedAmount:
 
     Attributes:
         amount: As requested; None for an amount that is neither a fraction nor a count.
-        choices: As of a report's rule.
+        choices: Like those of a rule in a report.
         tensors: By name, in the state_dict's order.
-        pruned: As of PlannedTensor, over all tensors.
-        total: As of PlannedTensor, over all tensors.
-        sparsity: As of PlannedTensor, over all tensors.
-        norm_removed: As of PlannedTensor, over all tensors.
-        kept_bytes: Of the values that would be kept, without masks. No file has this size: that of
-            a dense file, `Plan.dense_bytes`, does not change.
+        pruned: See PlannedTensor; over all tensors.
+        total: See PlannedTensor; over all tensors.
+        sparsity: See PlannedTensor; over all tensors.
+        norm_removed: See PlannedTensor; over all tensors.
+        kept_bytes: Bytes of the values that would be kept, without masks. No file has this size: a
+            dense file keeps its own, `Plan.dense_bytes`.
     """
 
     amount: float | None
@@ -66,9 +67,9 @@ class Plan:
 
     Attributes:
         amounts: One for each amount.
-        masks_bytes: Of a prune's answer with output="masks".
-        reparametrized_bytes: Of a prune's answer with output="reparametrized".
-        dense_bytes: Of a prune's answer with output="dense".
+        masks_bytes: The size of a prune's answer with output="masks".
+        reparametrized_bytes: The size of a prune's answer with output="reparametrized".
+        dense_bytes: The size of a prune's answer with output="dense".
         input_blake3: Digest of the safetensors file that was sent.
         method: How units are ranked, for a person.
     """
@@ -115,9 +116,9 @@ class Sensitivity:
     """How much each tensor would lose, pruned by itself.
 
     Attributes:
-        amounts: As of PlannedAmount.
-        norm_removed: As of PlannedTensor, for each amount, by the tensors' names.
-        method: As of Plan.
+        amounts: See PlannedAmount.
+        norm_removed: See PlannedTensor; for each amount, by the tensors' names.
+        method: See Plan.
     """
 
     amounts: tuple[float | None, ...]
@@ -164,7 +165,7 @@ def decode_plan(message: pb.PruningPlan, header: PlanHeader) -> Plan:
 
     Args:
         message: The answer.
-        header: Of the request.
+        header: The header of the request.
     """
     rule = header.spec.rules[-1].selection
     asked = header.amounts or [rule]

@@ -20,10 +20,10 @@ def show_progress(
     """Shows progress.
 
     Args:
-        progress: As of `Client`.
+        progress: See `Client`.
         total: The size of all work.
-        what: Is done, for the bar.
-        unit: Of the sizes.
+        what: The name of the work, for the bar.
+        unit: The unit of the sizes.
 
     Yields:
         A function to call with the size of each step.
@@ -45,7 +45,7 @@ def show_progress(
         yield lambda count: None
 
 
-# The server's work is shown in so many parts.
+# The number of parts in which the server's work is shown.
 PARTS = 1000
 
 
@@ -83,13 +83,13 @@ def noting_waits(working: Callable[[Any], None]) -> Iterator[Callable[[Any], Non
     """
     is_waiting = False
 
-    def told(message: Any) -> None:
+    def note(message: Any) -> None:
         nonlocal is_waiting
         is_waiting = message.phase == PHASE_WAIT
         working(message)
 
     try:
-        yield told
+        yield note
     except DeadlineExceeded as error:
         if not is_waiting or error.request_id is not None:  # the server answered
             raise

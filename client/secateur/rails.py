@@ -59,9 +59,9 @@ def guard_rails(
     """Bounds what a rule prunes: within all of them it meets its amount exactly, or fails.
 
     Args:
-        max_sparsity: Of each tensor, as of `rail`.
-        min_sparsity: Of each tensor, as of `rail`.
-        keep_at_least: Of each tensor, as of `rail`.
+        max_sparsity: For each tensor; see `rail`.
+        min_sparsity: For each tensor; see `rail`.
+        keep_at_least: For each tensor; see `rail`.
         keep_first: Whether the first tensor of the rule is kept as it is.
         keep_last: Whether the last tensor of the rule is kept as it is.
         exclude: Names and globs of tensors that are kept as they are.

@@ -3,12 +3,9 @@
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
-from secateur.decoding import decoded
-from secateur.lazy import LazyMapping, LazySequence
-from secateur.tables import html_table, text_table
-from secateur_proto import report_pb2 as pb
+from secateur.tables import html_table, listed, text_table
 
 # Names of tensors in a line for people.
 _SHOWN = 3
@@ -34,9 +31,9 @@ class TensorReport:
     """The sparsity of one tensor.
 
     Attributes:
-        shape: Of the tensor.
+        shape: The tensor's shape.
         dtype: As safetensors spells it.
-        bytes: Of its values.
+        bytes: The size of its values.
         zeros: Elements that are zero.
         total: All elements.
         sparsity: zeros / total.
@@ -46,8 +43,8 @@ class TensorReport:
         patterns: "2:4" if of each 4 adjacent elements along the second dimension (the first of
             tensors with one) at most 2 are not zero, and one group has 2; for 2, 4, 8 and 16. The
             last group is filled with zeros.
-        zero_blocks: Of the tensor as a matrix of its first dimension and all others, for sides of
-            4, 8, 16 and 32 up to the last with a zero block; empty below 2 dimensions.
+        zero_blocks: Those of the tensor as a matrix of its first dimension and all others, for
+            sides of 4, 8, 16 and 32 up to the last with a zero block; empty below 2 dimensions.
         aliases: Other names of a tied tensor.
     """
 
@@ -143,9 +140,7 @@ class Coverage:
 
     def __str__(self) -> str:
         whole = f"covers {self.covered:,} of {self.covered + self.uncovered:,} floating parameters"
-        shown = self.largest_uncovered[:_SHOWN]
-        more = self.uncovered_tensors - len(shown)
-        others = ", ".join(shown) + (f" and {more:,} more" if more else "")
+        others = listed(self.largest_uncovered, _SHOWN, self.uncovered_tensors)
         return f"{whole}; not {others}" if others else whole
 
 
@@ -215,11 +210,9 @@ class Report:
 
 
 def _telling_patterns(tensor: TensorReport) -> str:
-    """The patterns of two whole groups that keep at most half, and do not follow from others.
-
-    3:4 of 3 input channels says nothing, 13:16 is chance, 0:16 is a tensor of zeros, and a tensor
-    with 2:4 has 4:8 too.
-    """
+    """The patterns of two whole groups that keep at most half, and do not follow from others."""
+    # 3:4 of 3 input channels says nothing, 13:16 is chance, 0:16 is a tensor of zeros, and a tensor
+    # with 2:4 has 4:8 too.
     size = tensor.shape[:2][-1] if tensor.shape else 0
     pairs = [tuple(map(int, pattern.split(":"))) for pattern in tensor.patterns]
     pairs = [(n, m) for n, m in pairs if 0 < 2 * n <= m and 2 * m <= size]
@@ -236,11 +229,12 @@ def _outcomes(choices: Sequence[Choice]) -> list[str]:
     """Lines on a rule; the choices whose amount was met exactly share the first."""
     if len(choices) == 1:
         return [f": {_outcome(choices[0])}"]
+    others = [c for c in choices if c.requested != c.pruned or c.bounds]
     met = [c for c in choices if c.requested == c.pruned and not c.bounds]
     if len(met) < 2:
-        return [f" ({_names(choice)}): {_outcome(choice)}" for choice in choices]
-    others = [c for c in choices if c.requested != c.pruned or c.bounds]
-    return [_total(met), *(f" ({_names(choice)}): {_outcome(choice)}" for choice in others)]
+        others, met = list(choices), []
+    lines = [f" ({listed(choice.tensors, 1)}): {_outcome(choice)}" for choice in others]
+    return [_total(met), *lines] if met else lines
 
 
 def _total(choices: list[Choice]) -> str:
@@ -250,11 +244,6 @@ def _total(choices: list[Choice]) -> str:
     counts = (sum(choice.requested for choice in choices), sum(c.candidates for c in choices))
     asked = "{:,} of {:,} units asked for".format(*counts)
     return f" ({tensors:,} tensors{sets}): {asked}, {counts[0]:,} pruned"
-
-
-def _names(choice: Choice) -> str:
-    first, *others = choice.tensors
-    return f"{first} and {len(others)} more" if others else first
 
 
 def _outcome(choice: Choice) -> str:
@@ -274,55 +263,3 @@ def _outcome(choice: Choice) -> str:
 def _counts(size: int, counted: TensorReport | Report) -> tuple[str, ...]:
     numbers = (f"{number:,}" for number in (size, counted.zeros, counted.total))
     return (*numbers, f"{counted.sparsity:.2%}")
-
-
-class Extent(NamedTuple):
-    """The shape of a tensor, its elements, and its other names."""
-
-    shape: tuple[int, ...]
-    total: int
-    aliases: tuple[str, ...]
-
-
-def decode_extents(message: pb.SparsityReport) -> dict[str, Extent]:
-    """Decodes the extents of a report's tensors alone: all of the report takes longer."""
-    return {
-        tensor.name: Extent(tuple(tensor.shape), tensor.total, tuple(tensor.aliases))
-        for tensor in message.tensors
-    }
-
-
-def decode_report(message: pb.SparsityReport) -> Report:
-    """Decodes a report."""
-    return decoded(
-        Report,
-        message,
-        tensors=LazyMapping(message.tensors, _tensor),
-        rules=tuple(LazySequence(rule.choices, decode_choice) for rule in message.rules),
-        coverage=decoded(Coverage, message.coverage),
-        warnings=tuple(map(_warning, message.warnings)),
-    )
-
-
-def _warning(message: pb.Warning) -> ReportWarning:
-    severity = "note" if message.severity == pb.SEVERITY_NOTE else "warning"
-    return decoded(ReportWarning, message, severity=severity)
-
-
-def _tensor(message: pb.TensorReport) -> TensorReport:
-    return decoded(
-        TensorReport,
-        message,
-        patterns=tuple(f"{pattern.n}:{pattern.m}" for pattern in message.patterns),
-        zero_blocks=tuple(decoded(ZeroBlocks, blocks) for blocks in message.zero_blocks),
-    )
-
-
-def decode_choice(message: pb.Choice) -> Choice:
-    """Decodes what a rule did to tensors that were ranked together."""
-    return decoded(
-        Choice,
-        message,
-        threshold=message.threshold if message.HasField("threshold") else None,
-        bounds=tuple(decoded(Bound, bound) for bound in message.bounds),
-    )

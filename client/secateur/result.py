@@ -14,7 +14,8 @@ from secateur.mask_files import entries_of, pack, unpack_all
 from secateur.masking import pruned_tensors
 from secateur.model import Mask, Source
 from secateur.paths import path_of
-from secateur.report import Extent, Report, decode_extents, decode_report
+from secateur.report import Report
+from secateur.report_decoding import Extent, decode_extents, decode_report
 from secateur.tensors import LocalTensor, prior_mask, to_value, torch_for
 from secateur.ties import each_once, tied
 from secateur.transfer import Received
@@ -47,11 +48,7 @@ class _Result:
         return f"{report.zeros:,} zeros of {report.total:,} elements in {tensors}"
 
     def _whole(self, tensors: Tensors, unsent: Mapping[str, Any]) -> dict[str, Any]:
-        """All entries of the model, in the order of the source; a tied one is one object.
-
-        Raises:
-            InvalidStateDict: A name of a pruned tensor is that of an entry that was not sent.
-        """
+        """All entries of the model, in the order of the source; a tied one is one object."""
         for name in tensors.keys() & unsent.keys():
             raise InvalidStateDict(f"{name}: half of a pair, or its X, needs this name")
         other_names = self._source.other_names or self._answer.other_names()
@@ -197,7 +194,7 @@ class PruneResult(_Result):
 
         Args:
             path: The file or folder.
-            form: As of state_dict; secateur.custom_from_mask reads "masks": bools in a torch file,
+            form: See state_dict; secateur.custom_from_mask reads "masks": bools in a torch file,
                 else bits as the server sends them.
         """
         to = path_of(path)

@@ -31,8 +31,8 @@ def cubic(t: float, final: float) -> float:
 def exponential(t: float, final: float) -> float:
     """Prunes at each step the same fraction of the unpruned units: (1 - (1 - final)^t) / final.
 
-    As torch.nn.utils.prune called with one amount at each step. With `final` 1 that is all at the
-    first step, and with 0, in the limit, t.
+    torch.nn.utils.prune does that, called with one amount at each step. With `final` 1 that is all
+    at the first step, and with 0, in the limit, t.
     """
     if final >= 1.0:
         return one_shot(t, final)

@@ -15,7 +15,7 @@ class ServerInfo:
     "slice". They may be newer than this client.
 
     Attributes:
-        version: Of the package secateur.
+        version: The version of the package secateur.
         outputs: What a result may be sent as.
         importances: What may rank units.
         granularities: What may be pruned as one unit.
@@ -48,5 +48,5 @@ def decode_server_info(message: pb.GetServerInfoResponse) -> ServerInfo:
 
 
 def _plain(prefix: str, names: Iterable[str]) -> tuple[str, ...]:
-    """As secateur_proto.enums.plain_name, of names that may be newer than this client."""
+    """The plain names of enum values, which may be newer than this client."""
     return tuple(name.removeprefix(prefix).lower() for name in names)

@@ -19,8 +19,8 @@ class Index:
     Attributes:
         files: The file of each tensor, and of each other name of a tied tensor.
         rest: All other content of the index.
-        metadata: Of each file.
-        filename: Of the index.
+        metadata: The metadata of each file.
+        filename: The name of the index.
     """
 
     files: Mapping[str, str]

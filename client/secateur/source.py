@@ -8,16 +8,17 @@ from typing import Any
 from secateur.checkpoint import place_of
 from secateur.entries import from_mapping, from_module
 from secateur.errors import InvalidStateDict
-from secateur.model import Source, has_torch
+from secateur.model import Source
 from secateur.model_files import MASK_SHAPES, read_path
 from secateur.paths import source_path
+from secateur.tensors import has_torch
 
 
 def read_source(source: Any, key: str | None = None) -> Source:
     """Reads what a caller gives as a model.
 
     Args:
-        source: As of `Client`; a Source is returned as it is.
+        source: See `Client`; a Source is returned as it is.
         key: The dotted path to the state_dict in a file of torch.save.
 
     Raises:
@@ -61,7 +62,7 @@ def is_pruned(source: Any, key: str | None = None) -> bool:
     """Returns whether a source has a pruned tensor: as torch.nn.utils.prune.is_pruned.
 
     Args:
-        source: As of `Client`.
-        key: As of `Client`.
+        source: See `Client`.
+        key: See `Client`.
     """
     return bool(read_source(source, key).pairs())

@@ -23,7 +23,7 @@ class Rule:
     """One rule.
 
     Attributes:
-        message: As it is sent, without the names of its arrays.
+        message: The rule as it is sent, without the names of its arrays.
         arrays: The scores or masks that are sent with it, by the names of the tensors.
     """
 

@@ -23,21 +23,8 @@ class Step:
     schedule: Share
     t: float
 
-    def due_fraction(self, amount: float) -> float:
-        """Returns the part of a fraction that is due."""
-        return amount * self._share(amount)
-
-    def due_count(self, amount: int) -> int:
-        """Returns the part of a number of units that is due.
-
-        Raises:
-            InvalidSpec: The schedule needs a fraction.
-        """
-        if self.schedule is exponential and amount:
-            raise InvalidSpec("amount: a count has no exponential schedule; give a fraction")
-        return round(amount * self._share(1.0))
-
-    def _share(self, final: float) -> float:
+    def share(self, final: float) -> float:
+        """Returns the share of an amount that is due."""
         return 1.0 if self.t == 1.0 else self.schedule(self.t, final)
 
 
@@ -59,16 +46,18 @@ def scale(selection: pb.Selection, step: Step) -> None:
     """Replaces a selection's amount by the part that is due, of all units.
 
     Raises:
-        InvalidSpec: The amount has no parts.
+        InvalidSpec: The amount has no parts, or the schedule needs a fraction.
     """
     amount = selection.WhichOneof("amount")
     if amount == "fraction":
-        selection.fraction = step.due_fraction(selection.fraction)
+        selection.fraction *= step.share(selection.fraction)
     elif amount == "count":
-        selection.count = step.due_count(selection.count)
+        if step.schedule is exponential and selection.count:
+            raise InvalidSpec("amount: a count has no exponential schedule; give a fraction")
+        selection.count = round(selection.count * step.share(1.0))
     elif amount == "table":
         for entry in selection.table.entries:
-            entry.fraction = step.due_fraction(entry.fraction)
+            entry.fraction *= step.share(entry.fraction)
     else:
         raise InvalidSpec(f"amount: {amount} has no steps; give a fraction, a count or a table")
     selection.of_all = True

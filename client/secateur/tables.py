@@ -1,4 +1,4 @@
-"""Tables for people, as text and as HTML. The first row is the head."""
+"""Tables and lists of names as text, and tables as HTML."""
 
 import html
 from collections.abc import Sequence
@@ -27,3 +27,16 @@ def html_table(rows: Rows) -> str:
         cells = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
         lines.append(f"<tr>{cells}</tr>")
     return "<table>" + "".join(lines) + "</table>"
+
+
+def listed(names: Sequence[str], most: int, count: int | None = None) -> str:
+    """Returns the first names in one line, and how many more there are.
+
+    Args:
+        names: All names, or the first ones.
+        most: How many to show.
+        count: How many names there are; None is the length of `names`.
+    """
+    shown = names[:most]
+    more = (len(names) if count is None else count) - len(shown)
+    return ", ".join(shown) + (f" and {more:,} more" if more else "")

@@ -1,6 +1,6 @@
 """Tensors as bytes: the common form of numpy's, torch's and files'. Nothing here needs torch."""
 
-import importlib
+import importlib.util
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ class LocalTensor(NamedTuple):
         shape: As safetensors counts it.
         read: Returns its bytes, row-major, little-endian and flat. It is called when they are
             needed, so that tensors that are not contiguous are copied one at a time.
-        place: Of a caller's tensor or array with elements.
+        place: Where a caller's tensor or array with elements is in memory.
     """
 
     dtype: str
@@ -40,7 +40,7 @@ class LocalTensor(NamedTuple):
 
     @property
     def kind(self) -> str | None:
-        """As Dtype.kind."""
+        """The kind of the dtype: see secateur_proto.dtypes.Dtype."""
         return DTYPES[self.dtype].kind
 
 
@@ -173,6 +173,11 @@ def _array_bytes(array: npt.NDArray[Any]) -> Bytes:
     if array.dtype.byteorder == ">":
         array = array.astype(array.dtype.newbyteorder("<"))
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def has_torch() -> bool:
+    """Returns whether torch is installed."""
+    return importlib.util.find_spec("torch") is not None
 
 
 def torch_for(what: str) -> Any:

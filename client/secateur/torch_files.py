@@ -1,7 +1,6 @@
 """Files of torch.save: finds the state_dict in one, and keeps the other content."""
 
 import copy
-import importlib.util
 import pickle
 import re
 import sys
@@ -13,6 +12,8 @@ from typing import Any
 
 from secateur.errors import InvalidStateDict
 from secateur.file_kinds import is_torch, open_reason, torch_reason
+from secateur.tables import listed
+from secateur.tensors import has_torch
 
 # model.pth.tar has the suffix .tar.
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
@@ -90,7 +91,7 @@ def read_torch_file(path: Path, key: str | None = None) -> TorchFile:
 
 
 def _load(path: Path) -> Any:
-    if importlib.util.find_spec("torch") is None:
+    if not has_torch():
         raise InvalidStateDict(f"{path}: to read {', '.join(TORCH_SUFFIXES)} install torch")
     import torch
 
@@ -247,8 +248,7 @@ def _resolved(content: Any, key: str) -> Keys | None:
 def _listed(content: Mapping[Any, Any]) -> str:
     """The keys and their content, in one line."""
     shown = [f"{name} ({_described(content[name])})" for name in list(content)[:_MOST_SHOWN]]
-    more = len(content) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more else "")
+    return listed(shown, _MOST_SHOWN, len(content))
 
 
 def _described(value: Any) -> str:

@@ -41,7 +41,7 @@ class Upload:
 
         Args:
             tensors: In their order.
-            metadata: Of the file.
+            metadata: The metadata of the file.
             is_file: False if a file without tensors is not sent at all.
         """
         self._file = TensorFile(tensors, metadata) if tensors or is_file else None
@@ -55,7 +55,7 @@ class Upload:
 
         Args:
             make: Makes a request of a header and data.
-            header: Of the first request.
+            header: The header of the first request.
             sending: Called with the bytes of each message.
         """
         try:
@@ -94,9 +94,9 @@ class Received:
     """The files of an answer.
 
     Attributes:
-        tensors: Of all files.
-        index: Of a model in shards.
-        metadata: Of the file, or of one file that is made of all shards.
+        tensors: The tensors of all files.
+        index: The index of a model in shards.
+        metadata: The metadata of the file, or of one file that is made of all shards.
     """
 
     tensors: dict[str, LocalTensor] = field(default_factory=dict)

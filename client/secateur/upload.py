@@ -6,8 +6,8 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from secateur.channel import Rpc
 from secateur.checkpoint import Checkpoint, decode_checkpoint
+from secateur.connection import Connection
 from secateur.errors import (
     Aborted,
     Cancelled,
@@ -76,26 +76,22 @@ class Sending:
     """One upload, in as many calls as it takes.
 
     Args:
-        query: The rpc QueryUpload.
-        upload: The rpc Upload.
+        connection: To the server.
         patience: The time for all calls; without a limit, the upload continues while there is
             progress.
-        is_known: Whether the server has ever answered.
+        sending: Called with the bytes of each step.
     """
 
-    def __init__(self, query: Rpc, upload: Rpc, patience: Patience, is_known: bool) -> None:
-        self._query, self._upload, self._is_known = query, upload, is_known
-        self._patience = patience
+    def __init__(
+        self, connection: Connection, patience: Patience, sending: Callable[[int], None]
+    ) -> None:
+        self._connection, self._patience, self._sending = connection, patience, sending
         self._shown = 0
         self._most_held = -1
         self.error: Exception | None = None
 
-    def send(self, files: Sequence[LocalFile], sending: Callable[[int], None]) -> Checkpoint:
-        """Sends what the server does not have.
-
-        Args:
-            files: The files of the model.
-            sending: Called with the bytes of each step.
+    def send(self, files: Sequence[LocalFile]) -> Checkpoint:
+        """Sends what the server does not have of a model's files.
 
         Raises:
             SecateurError: The last one.
@@ -104,13 +100,22 @@ class Sending:
 
         def attempt() -> Checkpoint:
             held = self._held(messages)
-            self._is_known = True
+            self._connection.is_known = True
             if sum(held) > self._most_held:
                 self._most_held, self._patience.tries = sum(held), 0
-            return self._send(files, messages, held, sending)
+            return self._send(files, messages, held)
 
-        # If the server never answered, no upload broke.
-        return self._patience.repeat(attempt, lambda error: self._is_known and _is_resumable(error))
+        return self._patience.repeat(attempt, self._is_resumable)
+
+    def _is_resumable(self, error: SecateurError) -> bool:
+        # If the server never answered, no upload broke. A server that shuts down cancels calls. It
+        # loses bytes when it restarts or needs the space, and then the offset is wrong. It deletes
+        # bytes that it finds damaged.
+        is_lost = isinstance(error, InvalidRequest) and (error.field or "").endswith(".offset")
+        is_passing = isinstance(
+            error, Unavailable | Aborted | DeadlineExceeded | Cancelled | DataLoss
+        )
+        return self._connection.is_known and (is_lost or is_passing)
 
     def _held(self, messages: Sequence[checkpoint_pb2.File]) -> list[int]:
         """The bytes of each file that the server has."""
@@ -118,8 +123,9 @@ class Sending:
         is_again, left = self._patience.tries > 0, self._patience.left()
         # gRPC needs a moment to replace a connection that broke.
         timeout = MOST_PAUSE_SECONDS if is_again and (left is None or left > 5) else left
+        query = self._connection.rpcs["QueryUpload"]
         with errors_of(self):
-            answer = self._query(request, timeout=timeout, wait_for_ready=is_again)
+            answer = query(request, timeout=timeout, wait_for_ready=is_again)
         return list(answer.committed_sizes)
 
     def _send(
@@ -127,7 +133,6 @@ class Sending:
         files: Sequence[LocalFile],
         messages: Sequence[checkpoint_pb2.File],
         held: Sequence[int],
-        sending: Callable[[int], None],
     ) -> Checkpoint:
         header = pb.UploadHeader(
             files=[
@@ -135,47 +140,31 @@ class Sending:
                 for message, offset in zip(messages, held, strict=True)
             ]
         )
-        requests = self._requests(header, files, held, sending)
-        call = self._upload.future(requests, timeout=self._patience.left())
+        requests, left = self._requests(header, files, held), self._patience.left()
+        call = self._connection.rpcs["Upload"].future(requests, timeout=left)
         with errors_of(self, call):
             return decode_checkpoint(call.result())
 
     def _requests(
-        self,
-        header: pb.UploadHeader,
-        files: Sequence[LocalFile],
-        held: Sequence[int],
-        sending: Callable[[int], None],
+        self, header: pb.UploadHeader, files: Sequence[LocalFile], held: Sequence[int]
     ) -> Iterator[pb.UploadRequest | Data]:
-        """The messages of a call. As Upload.messages, it keeps its `error`."""
+        """The messages of a call. It keeps its error in `error`, like Upload.messages."""
         try:
-            yield self._upload.request(header=header)
+            yield pb.UploadRequest(header=header)
             sent = sum(held)
-            self._show(sent, sending)
+            self._show(sent)
             missing = zip(files, held, strict=True)
             rest = (part for file, offset in missing for part in file.rest(offset))
             for piece in cut(rest):
                 yield Data(piece)
                 sent += len(piece)
-                self._show(sent, sending)
+                self._show(sent)
         except Exception as error:
             self.error = error
             raise
 
-    def _show(self, sent: int, sending: Callable[[int], None]) -> None:
+    def _show(self, sent: int) -> None:
         """Bytes that are sent again are not shown again."""
         if sent > self._shown:
-            sending(sent - self._shown)
+            self._sending(sent - self._shown)
             self._shown = sent
-
-
-def _is_resumable(error: SecateurError) -> bool:
-    """Whether an upload that failed may be resumed.
-
-    A server that shuts down cancels calls. Bytes that it had may be gone: it restarted, or needed
-    the space; then the offset is wrong. It deletes bytes that it finds damaged.
-    """
-    is_gone = isinstance(error, InvalidRequest) and (error.field or "").endswith(".offset")
-    return is_gone or isinstance(
-        error, Unavailable | Aborted | DeadlineExceeded | Cancelled | DataLoss
-    )

@@ -26,8 +26,9 @@ try:
 
     from secateur_server.app import App
     from secateur_server.check import check
-    from secateur_server.config import read_config, unknown_variables
+    from secateur_server.config import read_config
     from secateur_server.operate.logs import set_up
+    from secateur_server.options import unknown_variables
     from secateur_server.startup import CannotStart
 except ImportError as error:  # installed without the extra [server]
     sys.exit(

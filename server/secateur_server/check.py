@@ -11,13 +11,14 @@ from pathlib import Path
 import grpc
 import torch
 
-from secateur_server.backends import backend_for, kernels
+from secateur_server.backends import backend_for
 from secateur_server.backends.cgroups import cpu_limits
 from secateur_server.backends.cores import CORES
 from secateur_server.backends.memory import least_limit, machine_memory, memory_of, total_memory
 from secateur_server.backends.torch_backend import TorchBackend
-from secateur_server.config import Config, is_public, unknown_variables
+from secateur_server.config import Config, is_public
 from secateur_server.operate.metrics import Metrics
+from secateur_server.options import unknown_variables
 from secateur_server.startup import (
     OPTIONS,
     CannotStart,
@@ -95,13 +96,13 @@ def _device(config: Config) -> Iterator[str]:
         _, free = memory_of(device)
     except RuntimeError as error:
         raise CannotStart(f"{device} does not work: {error}") from None
+    is_compiled = type(backend) is not TorchBackend
     if device.type == "cuda":
-        is_compiled = type(backend) is not TorchBackend
         how = "compiled by Triton" if is_compiled else "without Triton, which would be faster"
         name = torch.cuda.get_device_name(device)
         yield f"prunes on {device}, {name}, {how}, {_size(free)} free"
         return
-    how = "compiled by numba" if kernels.enabled else "not compiled (NUMBA_DISABLE_JIT)"
+    how = "compiled by numba" if is_compiled else "not compiled (NUMBA_DISABLE_JIT)"
     yield f"prunes on cpu, threads: {CORES}, {how}, {_size(free)} free"
 
 

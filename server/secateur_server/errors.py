@@ -1,43 +1,6 @@
-"""Every failure that a caller can cause, each with its own gRPC status.
+"""Every failure that a caller can cause: its gRPC status, and its reason for programs.
 
-RequestError
-    InvalidRequest          INVALID_ARGUMENT    the messages of the call are wrong or misordered
-        NoMessage                               the call ended before its first message
-        UnknownField                            the client is newer than the server
-    InvalidSpec             INVALID_ARGUMENT    the spec is wrong, or does not fit the tensors
-        UnknownTensor                           a rule names a tensor that does not exist
-        NotPrunable                             a rule names a tensor of a dtype without pruning
-        AmountOutOfRange
-        DimOutOfRange
-        NotStructured                           a slice of a tensor without slices
-        InvalidMask                             values other than 0 and 1, or another shape
-        InvalidScores                           another shape or dtype
-        NanScores                               an importance is NaN
-    InvalidStateDict        INVALID_ARGUMENT    the data differs from its header
-        MalformedFile                           the data is not in the safetensors format
-        WrongLength                             more bytes than announced
-            TooShort                            fewer bytes than announced
-        InvalidPair                             X_orig and X_mask do not fit together
-    ModelTooLarge           RESOURCE_EXHAUSTED  above --max-model-bytes
-    RequestTooLarge         RESOURCE_EXHAUSTED  a header, spec or plan needs too much memory
-    OutOfMemory             RESOURCE_EXHAUSTED  an allocation failed
-    StoreFull               RESOURCE_EXHAUSTED  no space in the store
-    StoreFailed             UNAVAILABLE         the store's disk failed; the store is unchanged
-    CheckpointNotFound      NOT_FOUND           the caller has no checkpoint of that name
-    DataLoss                DATA_LOSS           a checkpoint differs from what was stored
-    TakenOver               ABORTED             a newer call has taken over the upload
-    UriNotAllowed           PERMISSION_DENIED   the operator has not allowed the URI
-    UriNotFound             NOT_FOUND           the URI does not exist
-    UriFailed               FAILED_PRECONDITION the URI cannot be read or written
-    UriChanged              ABORTED             the file changed while it was read
-    QueueFull               RESOURCE_EXHAUSTED  too many calls; RetryInfo has the delay for a retry
-    QuotaExceeded           RESOURCE_EXHAUSTED  above the tenant's quota
-    Unauthenticated         UNAUTHENTICATED     no token, or an unknown one
-    IdleTimeout             DEADLINE_EXCEEDED   the caller sends or takes nothing, or too little
-    Cancelled               CANCELLED           the caller has cancelled the call
-        ShuttingDown        UNAVAILABLE         the server shuts down
-    DeadlineExceeded        DEADLINE_EXCEEDED   the caller's deadline has passed
-    InternalError           INTERNAL            an internal error of the server
+docs/operations.md says what to do about each reason.
 """
 
 from collections.abc import Mapping
@@ -46,23 +9,14 @@ from typing import ClassVar
 
 
 def quote(value: object) -> str:
-    """The repr of a value, shortened for a message.
-
-    Args:
-        value: Any value.
-    """
+    """The repr of a value, shortened for a message."""
     if isinstance(value, str) and len(value) > 1000:  # so that no long repr is built first
         value = f"{value[:500]}{value[-500:]}"
     return shorten(repr(value), 120)
 
 
 def shorten(text: str, limit: int) -> str:
-    """Cuts out the middle of a long text.
-
-    Args:
-        text: To shorten.
-        limit: Bytes in UTF-8.
-    """
+    """Cuts out the middle of a text of more than `limit` bytes in UTF-8."""
     encoded = text.encode()
     if len(encoded) <= limit:
         return text
@@ -113,7 +67,7 @@ class UnknownField(InvalidRequest):
         field: The path of the message in the request.
         message: The type of the message.
         unknown: The field.
-        version: Of this server.
+        version: The server's version.
     """
 
     def __init__(self, field: str, message: str, unknown: str, version: str) -> None:
@@ -271,13 +225,7 @@ class UriChanged(RequestError):
 
 
 class QueueFull(RequestError):
-    """Too many calls run or wait.
-
-    Args:
-        field: As in RequestError.
-        message: As in RequestError.
-        retry_after: Seconds after which the same call may succeed.
-    """
+    """Too many calls run or wait."""
 
     status = "RESOURCE_EXHAUSTED"
     reason = "QUEUE_FULL"
@@ -316,7 +264,7 @@ class Cancelled(RequestError):
 
 
 class ShuttingDown(Cancelled):
-    """The server shuts down. It refuses the call, or ends it after --drain-timeout."""
+    """The server shuts down: it refuses the call, or ends it after --drain-timeout."""
 
     status = "UNAVAILABLE"
     reason = "SHUTTING_DOWN"

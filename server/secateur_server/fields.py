@@ -8,15 +8,7 @@ from secateur_server.errors import AmountOutOfRange, InvalidSpec
 
 
 def chosen(message: Message, oneof: str, path: str) -> str:
-    """Returns the name of the field that is set in a oneof.
-
-    Args:
-        message: With the oneof.
-        oneof: Its name.
-        path: The path of the message in the request.
-
-    Returns:
-        The name of the field.
+    """The name of the field that is set in a oneof of a message. `path` is the message's.
 
     Raises:
         InvalidSpec: No field is set.
@@ -30,13 +22,13 @@ def chosen(message: Message, oneof: str, path: str) -> str:
 
 
 def check_length(field: str, items: Sized, most: int, what: str) -> None:
-    """Refuses a list that is longer than a documented limit, before any work on it.
+    """Refuses a list of more than `most` items, before any work on it.
 
     Args:
         field: The path of the list.
         items: The list.
-        most: The limit.
-        what: The name of the items.
+        most: The documented limit.
+        what: The name of the items, for the error.
 
     Raises:
         InvalidSpec: The list is longer.
@@ -46,7 +38,7 @@ def check_length(field: str, items: Sized, most: int, what: str) -> None:
 
 
 def fraction_of(value: float, field: str) -> float:
-    """Returns a fraction.
+    """Returns `value`.
 
     Raises:
         AmountOutOfRange: It is outside [0, 1].

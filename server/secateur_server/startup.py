@@ -53,7 +53,7 @@ def open_store(config: Config, metrics: Metrics) -> Store:
 
     Args:
         config: The options.
-        metrics: Shows the store.
+        metrics: They show the store.
 
     Raises:
         CannotStart: Its folder cannot be used.
@@ -74,7 +74,7 @@ def make_authenticator(config: Config, metrics: Metrics) -> Authenticator:
 
     Args:
         config: The options.
-        metrics: Counts reloads.
+        metrics: They count reloads.
 
     Raises:
         CannotStart: The tokens file is wrong.
@@ -105,7 +105,7 @@ def make_credentials(config: Config, metrics: Metrics) -> grpc.ServerCredentials
 
     Args:
         config: The options.
-        metrics: Counts reloads.
+        metrics: They count reloads.
 
     Raises:
         CannotStart: A file is wrong.
@@ -123,9 +123,9 @@ def listen(server: grpc.Server, config: Config, metrics: Metrics) -> str:
     """Listens at the address for gRPC.
 
     Args:
-        server: That listens.
+        server: The server that listens.
         config: The options.
-        metrics: Counts reloads.
+        metrics: They count reloads.
 
     Returns:
         The address with the actual port.
@@ -140,10 +140,8 @@ def listen(server: grpc.Server, config: Config, metrics: Metrics) -> str:
         else:
             port = server.add_insecure_port(address)
     except RuntimeError as error:
-        is_tcp = not address.startswith("unix:")
-        reason = (_bind_error(address) if is_tcp else None) or str(error).partition("; set GRPC_")[
-            0
-        ]
+        system = None if address.startswith("unix:") else _bind_error(address)
+        reason = system or str(error).partition("; set GRPC_")[0]
         raise CannotStart(f"cannot listen at {address}: {reason}") from None
     if address.startswith("unix:"):
         return address
@@ -177,7 +175,7 @@ def serve_metrics(config: Config, metrics: Metrics, opened: ExitStack) -> str:
 
     Args:
         config: The options.
-        metrics: To serve.
+        metrics: The metrics to serve.
         opened: Closes the server of metrics.
 
     Returns:

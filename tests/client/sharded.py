@@ -74,7 +74,7 @@ def metadata_of(path: Path) -> dict[str, str]:
 
 
 def change_index(path: Path, **weight_map: Any) -> None:
-    """Says of tensors that they are elsewhere; None is nowhere."""
+    """Changes the files that the index names for tensors; None removes the entry."""
     table = json.loads(path.read_text())
     given = {name.replace("__", "."): file for name, file in weight_map.items()}
     table["weight_map"] = {n: f for n, f in (table["weight_map"] | given).items() if f is not None}

@@ -30,7 +30,7 @@ HALF = secateur.l1_unstructured("w", 0.5)
 
 @dataclass(frozen=True)
 class Given:
-    """What calls are about.  file: a model that the server may open."""
+    """Sources of calls.  file: a model that the server may open."""
 
     file: Path
     stored: secateur.Checkpoint

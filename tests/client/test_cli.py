@@ -39,7 +39,7 @@ def run(*arguments: object) -> int:
 
 
 def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """What a command that fails says: one line, with exit status 1, and no half-written file."""
+    """The error of a command that fails: one line, with exit status 1 and no half-written file."""
     out = Path(str(arguments[arguments.index("-o") + 1])) if "-o" in arguments else None
     before = set(out.parent.iterdir()) if out and out.parent.is_dir() else None
     assert run(*arguments) == 1

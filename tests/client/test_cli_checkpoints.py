@@ -215,7 +215,7 @@ def test_a_report_of_a_uri_shows_no_upload(model: Path, own_server: RunningServe
 
 
 def on_a_terminal(server: RunningServer, *arguments: str) -> str:
-    """What a command that ends well shows on stderr, where that is a terminal."""
+    """The output of a successful command on stderr, which is a terminal."""
     shell, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 80))
     command = [str(Path(sys.executable).with_name("secateur")), *arguments]

@@ -14,7 +14,7 @@ import torch
 import secateur
 from tests.conftest import inner_server
 
-# What torch.load says of pickles that torch.save does not write.
+# A warning of torch.load about pickles that torch.save does not write.
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 
 WEIGHT = torch.arange(1.0, 13).reshape(4, 3)
@@ -102,7 +102,7 @@ def test_names_that_fit_nothing_are_an_invalid_spec(
 
 
 @pytest.mark.parametrize("glob", ["zzz*", "flag*?", "step?s", "[!a-z]*"])
-def test_a_glob_that_fits_nothing_is_told_what_globs_may_mean(
+def test_the_error_for_a_glob_without_a_match_says_what_globs_may_mean(
     client: secateur.Client, glob: str
 ) -> None:
     """Tensors of integers and bools match no glob, so none is advised."""

@@ -10,7 +10,7 @@ from secateur.cycles import no_search_for_cycles
 from secateur.source import read_source
 
 
-def test_the_search_goes_on_after_an_error() -> None:
+def test_the_search_continues_after_an_error() -> None:
     @no_search_for_cycles()
     def fail() -> None:
         assert not gc.isenabled()
@@ -21,7 +21,7 @@ def test_the_search_goes_on_after_an_error() -> None:
     assert gc.isenabled()
 
 
-def test_a_search_that_the_caller_has_turned_off_stays_off() -> None:
+def test_a_search_that_the_caller_has_turned_off_is_not_turned_on() -> None:
     gc.disable()
     try:
         with no_search_for_cycles():
@@ -40,7 +40,7 @@ def test_many_tensors_are_read_without_a_search() -> None:
     finally:
         gc.callbacks.pop()
     assert len(source.tensors) == 10_000
-    assert len(searches) <= 2  # when it goes on: begun and ended
+    assert len(searches) <= 2  # after the pause: begin and end of one search
     with pytest.raises(secateur.InvalidStateDict):
         read_source({"w": "no tensor"})
     assert gc.isenabled()

@@ -363,7 +363,7 @@ SHAPED = {"w": torch.ones(2, 3)}
 
 
 @pytest.mark.parametrize("dtype", WRITABLE, ids=str)
-def test_a_mask_or_scores_of_another_dtype_are_told_their_dtype(
+def test_the_error_for_a_mask_or_scores_of_another_dtype_names_it(
     client: secateur.Client, dtype: torch.dtype
 ) -> None:
     if dtype == torch.float4_e2m1fn_x2:

@@ -27,7 +27,7 @@ WEIGHTS = ["encoder.weight", "head.weight"]
 HALF = ("--method", "global_unstructured", "--amount", "0.5")
 BIN_INDEX = "pytorch_model.bin.index.json"
 
-# What stands beside the weights: each is copied as it is.
+# The files beside the weights: each is copied unchanged.
 REST = {
     "config.json": '{"model_type": "tiny"}',
     "tokenizer.json": "{}",

@@ -106,7 +106,7 @@ def test_a_name_that_could_be_two_is_refused(client: secateur.Client) -> None:
     assert not prune.is_pruned(module)
 
 
-# What cannot be pruned in place -------------------------------------------------------------------
+# Modules that cannot be pruned in place ---------------------------------------------------------
 
 
 @pytest.mark.parametrize(

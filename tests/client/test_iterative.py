@@ -180,7 +180,7 @@ def test_half_and_half_again_of_ten_is_seven(
 
 def test_pruned_slices_do_not_count(client: secateur.Client) -> None:
     mask = torch.ones(10, 3)
-    mask[4] = 0  # an unstructured mask may take a whole row
+    mask[4] = 0  # an unstructured mask may prune a whole row
     mask[7, :2] = 0
     steps = custom({"w": mask}) + ln(["w"], 0.5, 2, 0)
     result = client.prune({"w": distinct((10, 3))}, steps.spec)

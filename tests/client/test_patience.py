@@ -262,9 +262,9 @@ def test_a_server_that_never_answered_is_an_error_at_once(pauses: list[float]) -
 
 
 class Line:
-    """Carries bytes to and from a server; may lose those of either way, or of both, unheard.
+    """Carries bytes to and from a server, and can drop those of each direction.
 
-    up, down: whether bytes to the server, and from it, go on.
+    up, down: Whether bytes to the server, and from it, are carried.
     """
 
     def __init__(self, target: str) -> None:
@@ -290,7 +290,7 @@ class Line:
             while data := source.recv(1 << 16):
                 if getattr(self, way):
                     target.sendall(data)
-            if getattr(self, way):  # an end that is lost is not heard of either
+            if getattr(self, way):  # the other side does not see the end either
                 target.shutdown(socket.SHUT_WR)
 
     def refuse(self) -> None:
@@ -300,7 +300,7 @@ class Line:
         self._listener.close()
 
     def cut(self) -> None:
-        """Breaks all connections; new ones are as good as any."""
+        """Breaks all connections; new ones work."""
         ends, self._ends = self._ends, []
         for end in ends:
             with contextlib.suppress(OSError):
@@ -330,7 +330,7 @@ def served(store: Kept) -> float:
 
 
 def test_a_lost_answer_does_not_keep_a_result_twice(store: Kept) -> None:
-    """Nobody but the server knows that it was done."""
+    """Only the server knows that the call succeeded."""
     uploaded = store.client.upload(MODEL)
     with (
         line_to(store.server.address) as line,

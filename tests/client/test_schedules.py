@@ -160,7 +160,7 @@ def test_the_steps_of_a_schedule_meet_their_totals(
         due = 0.77 * (1.0 if step == 4 else SCHEDULES[schedule](step / 4, 0.77))
         assert pruned(state) == round(due * units)
     at_once = client.prune(MODEL, spec).masks
-    for name, mask in at_once.items():  # the weights are what they were, so the order is
+    for name, mask in at_once.items():  # the weights are unchanged, and so is their order
         assert (state[f"{name}_mask"].astype(bool) == mask).all()
 
 

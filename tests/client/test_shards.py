@@ -67,7 +67,7 @@ HALF = secateur.global_unstructured(NAMES, 0.5)
 
 
 def expected(client: secateur.Client, model: dict[str, Tensor], form: Form) -> dict[str, Tensor]:
-    """What the same tensors in one piece give."""
+    """The result for the same tensors in one file."""
     return client.prune(model, HALF).state_dict(form)
 
 

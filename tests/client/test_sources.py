@@ -23,7 +23,7 @@ from torch.nn.utils import prune
 import secateur
 from tests.contract.raw import entry, file
 
-# What torch.load says of pickles that torch.save does not write.
+# A warning of torch.load about pickles that torch.save does not write.
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 
 WEIGHT = torch.arange(1.0, 13).reshape(4, 3)
@@ -254,7 +254,7 @@ def test_files_without_permission_are_refused(name: str) -> None:
             "w: is on the device meta",
             id="meta of complex128",
         ),
-        pytest.param({"\ud800": WEIGHT}, r"\\ud800", id="a name that is no text"),
+        pytest.param({"\ud800": WEIGHT}, r"\\ud800", id="a name that is not text"),
         pytest.param({"__metadata__": WEIGHT}, "__metadata__", id="a name that is taken"),
     ],
 )

@@ -411,7 +411,7 @@ def test_a_name_that_an_index_lacks_is_not_added(served: Served, root: Path) -> 
         assert file.metadata() == {"format": "pt"}
 
 
-# Ties, and what looks like one ------------------------------------------------------------------
+# Ties, and tensors that look tied -----------------------------------------------------------------
 
 WEIGHT = distinct((6, 8))
 OVERLAPS: dict[str, tuple[Any, Any]] = {

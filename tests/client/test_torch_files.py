@@ -74,7 +74,7 @@ LAYOUTS: dict[str, Layout] = {
         "optimizer": {"state": {"0.weight": {"exp_avg": torch.ones(4, 6)}}, "param_groups": []},
     },
     "deep": lambda sd: OrderedDict(run=OrderedDict(last={"module": sd, "step": 7}), seed=1),
-    "a key with dots": lambda sd: {"v1.0": {"model.ema": sd}, 7: "a key that is no text"},
+    "a key with dots": lambda sd: {"v1.0": {"model.ema": sd}, 7: "a key that is not text"},
     "lightning": lightning,
 }
 

@@ -1,4 +1,4 @@
-"""Tensors that are not plain values in memory: each is an InvalidStateDict that names it."""
+"""Tensors without plain values in memory: the error for each names the tensor."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +11,7 @@ from torch import nn
 
 import secateur
 
-# Of torch's, about prototypes and names that it will change.
+# Warnings of torch about prototypes, and about names that it will change.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 
 HALF = secateur.l1_unstructured("ok", 0.5)

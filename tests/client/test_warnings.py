@@ -1,4 +1,4 @@
-"""Warnings: what a caller may not have meant is said, and what they meant is not."""
+"""Warnings name what a caller may not have meant, and nothing that they meant."""
 
 import re
 from collections.abc import Mapping
@@ -408,7 +408,7 @@ def test_rules_that_prune_nothing_on_purpose(client: secateur.Client, spec: seca
     assert not {"ROUNDED_TO_NONE", "ROUNDED_TO_ALL"} & found.keys()
 
 
-# What people see ------------------------------------------------------------------------------
+# How warnings are shown -------------------------------------------------------------------------
 
 
 def test_a_report_shows_its_warnings(client: secateur.Client) -> None:

@@ -37,7 +37,8 @@ KIB = 1 << 10
 HALF = secateur.l1_unstructured("*", 0.5)
 
 # Quotas in bytes. A model is slightly larger than its floats.
-STORE, MEMORY = 64 * KIB, 64 * KIB
+# The store has space for two checkpoints of 32 KiB, and for a block for their folder.
+STORE, MEMORY = 68 * KIB, 64 * KIB
 
 TOKENS = {
     name: f"the token of {name}"
@@ -51,7 +52,7 @@ allow = ["file://{root}/vision"]
 tokens = ["{speech}"]
 [tenants.small]
 tokens = ["{small}", "{small2}"]
-store = "64KiB"
+store = "68KiB"
 [tenants.light]
 tokens = ["{light}"]
 memory = "64KiB"

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import secateur
-from secateur.report import ZeroBlocks, decode_report
+from secateur.report import ZeroBlocks
+from secateur.report_decoding import decode_report
 from secateur_proto import report_pb2 as pb
 from secateur_server.api.convert.tables import encode_choice
 from secateur_server.backends import kernels

@@ -130,8 +130,12 @@ def in_blocks(size: int) -> int:
 
 
 def counted(folder: Path) -> int:
-    """Returns the bytes of a store as the server counts them: whole blocks of each file."""
-    return sum(in_blocks(size) for size in on_disk(folder).values())
+    """Returns the bytes of a store as the server counts them.
+
+    They are whole blocks of each file, and a block of each owner.
+    """
+    owners = len(list((folder / "checkpoints").iterdir()))
+    return sum(in_blocks(size) for size in on_disk(folder).values()) + owners * DISK_BLOCK
 
 
 def check_tidy(folder: Path, records: int, digests: Iterable[str]) -> None:

@@ -125,7 +125,7 @@ def test_evicted_files_are_off_the_disk_before_the_space_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So they are for a call that uses space which another call frees."""
-    limit, folder, write = 110_000, tmp_path / "store", os.write
+    limit, folder, write = 110_000 + DISK_BLOCK, tmp_path / "store", os.write
     store, sizes = Store(folder, limit, ttl=0), list[int]()
     send(store, "a" * 32, bytes(60_000))
 
@@ -168,7 +168,8 @@ def test_victims_are_chosen_in_one_pass(tmp_path: Path, monkeypatch: pytest.Monk
         return files(entry)
 
     monkeypatch.setattr(Entry, "files", counted_files)
-    quota = (count - victims + 2 * 2) * DISK_BLOCK  # records, and two files with their sums
+    # Records, their folder, and two files with their sums.
+    quota = (count - victims + 1 + 2 * 2) * DISK_BLOCK
     newest = store.uploads.begin(owner, 100, quota=quota)
     store.uploads.write(newest, bytes(range(100)))
     assert store.count == count - victims

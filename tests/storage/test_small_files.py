@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from secateur_server.errors import StoreFull
 from secateur_server.runtime.context import RequestContext
 from secateur_server.storage.records import Record
 from secateur_server.storage.store import Store
@@ -22,13 +23,13 @@ OWNER = "a" * 32
 LIMIT = 40 * DISK_BLOCK
 
 
-def send(store: Store, data: bytes, count: int = 1) -> Record:
+def send(store: Store, data: bytes, count: int = 1, owner: str = OWNER) -> Record:
     """Makes a checkpoint of `count` files with the same data."""
-    upload = store.uploads.begin(OWNER, len(data))
+    upload = store.uploads.begin(owner, len(data))
     store.uploads.write(upload, data)
     stored = store.uploads.finish(RequestContext(), upload, "model-" + 200 * "x")
     try:
-        return store.create(OWNER, count * (stored,))
+        return store.create(owner, count * (stored,))
     finally:
         store.uploads.leave(upload)
 
@@ -40,7 +41,7 @@ def taken(folder: Path) -> int:
 
 
 def test_tiny_checkpoints_keep_within_the_limit_on_disk(tmp_path: Path) -> None:
-    """Checkpoints of 3 blocks: 13 of them fit into 40 blocks."""
+    """Checkpoints of 3 blocks: 13 of them and their folder fit into 40 blocks."""
     folder = tmp_path / "store"
     store = Store(folder, LIMIT, ttl=0)
     for index in range(30):
@@ -64,6 +65,41 @@ def test_record_of_many_files_counts_with_all_its_blocks(
     assert store.used_bytes > 8 * DISK_BLOCK
     store.delete(OWNER, record.name)
     assert store.used_bytes == counted(folder) == 0
+    store.close()
+
+
+@pytest.mark.parametrize("is_restarted", [False, True], ids=["same", "restarted"])
+def test_folder_of_each_owner_counts_as_long_as_it_has_checkpoints(
+    tmp_path: Path, is_restarted: bool
+) -> None:
+    """Checkpoints of 3 blocks, each in a folder of its own: 10 of them fit into 40 blocks."""
+    folder = tmp_path / "store"
+    store = Store(folder, LIMIT, ttl=0)
+    owners = [f"{index:032x}" for index in range(10)]
+    made = {owner: send(store, owner.encode(), owner=owner) for owner in owners}
+    if is_restarted:
+        store.close()
+        store = Store(folder, LIMIT, ttl=0)
+    assert store.used_bytes == counted(folder) == LIMIT
+    with pytest.raises(StoreFull):
+        send(store, b"one too many")
+    for owner, record in made.items():
+        store.delete(owner, record.name)
+        assert store.used_bytes == counted(folder)
+    assert list((folder / "checkpoints").iterdir()) == []
+    again = send(store, b"data", owner=owners[0])
+    assert store.get(owners[0], again.name) == again
+    assert store.used_bytes == counted(folder) == 4 * DISK_BLOCK
+    store.close()
+
+
+def test_empty_folder_of_an_owner_is_removed_at_the_start(tmp_path: Path) -> None:
+    """A crash may leave it, between the removal of the last record and that of the folder."""
+    left = tmp_path / "store" / "checkpoints" / OWNER
+    left.mkdir(parents=True)
+    store = Store(tmp_path / "store", LIMIT, ttl=0)
+    assert not left.exists()
+    assert store.used_bytes == 0
     store.close()
 
 

@@ -4,7 +4,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -353,11 +353,13 @@ def test_redirect_is_followed_within_the_tenants_uris_only(site: Site, tmp_path:
     site.pages["/models/mine/x"] = redirect("/models/others/x")
     site.pages["/models/others/x"] = page(DATA)
     uri = f"{site.root}/models/mine/x"
-    with ExitStack() as held:
-        (file,) = everywhere.open(RequestContext(), "uri", uri, held, lambda size, fetched: None)
+    with everywhere.open(RequestContext(), "uri", uri) as model, model.fetched() as (file,):
         assert bytes(file.data) == DATA
-        with pytest.raises(UriNotAllowed, match="/models/others/x"):
-            tenants.open(RequestContext(), "uri", uri, held, lambda size, fetched: None)
+    with (
+        pytest.raises(UriNotAllowed, match="/models/others/x"),
+        tenants.open(RequestContext(), "uri", uri),
+    ):
+        pass
 
 
 def test_remote_without_ranges_does_not_fill_memory(served: Served, site: Site) -> None:

@@ -1,7 +1,7 @@
 """The service that stores checkpoints."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import contextmanager
 from functools import partial
 
 from google.protobuf.empty_pb2 import Empty
@@ -23,7 +23,7 @@ from secateur_server.errors import (
 )
 from secateur_server.outputs import OUTPUTS
 from secateur_server.runtime.context import RequestContext
-from secateur_server.state_dict.mapped import map_blob, map_state_dict
+from secateur_server.state_dict.mapped import map_blob, open_files
 from secateur_server.state_dict.sources import Sources
 from secateur_server.storage.blobs import Blob
 from secateur_server.storage.receiver import Receiver
@@ -56,12 +56,12 @@ class Checkpoints:
                     raise InvalidRequest(
                         "header.uri", "cannot be used with files; send one or the other"
                     )
-                files = self._sources.fetch(context, receiver, header.uri)
+                files = self._sources.fetch(context, header.uri, receiver)
             else:
                 files = self._receive(receiver, header.files, data)
             try:
                 blobs = [map_blob(blob) for blob in self._store.open_files("data", files)]
-                map_state_dict(context, blobs, None, ({}, {}))
+                open_files(context, blobs)
             except InvalidStateDict:
                 receiver.abandon()
                 raise
@@ -113,39 +113,40 @@ class Checkpoints:
             raise InvalidRequest(
                 "output", f"{message.output} cannot be downloaded; ask for masks or tensors"
             )
-        with ExitStack() as held:
-            opened = held.enter_context(self._store.open(context.tenant.owner, message.name))
-            files = self._files(context, opened, output, held)
+        with (
+            self._store.open(context.tenant.owner, message.name) as opened,
+            self._files(context, opened, output) as files,
+        ):
             size = sum(file.size for file in files)
             if message.offset > size:
                 raise InvalidRequest(
                     "offset", f"{message.offset} is more than the {size} bytes of data"
                 )
             result = pb.DownloadResult(files=map(file_message, files), data_bytes=size)
+            parts = chunks(context, files, message.offset)
             sent = partial(self._sources.metrics.sent, context)
-            yield from responses(
-                pb.DownloadResponse, result, chunks(context, files, message.offset), sent
-            )
+            yield from responses(pb.DownloadResponse, result, parts, sent)
 
+    @contextmanager
     def _files(
-        self, context: RequestContext, opened: OpenCheckpoint, output: int, held: ExitStack
-    ) -> list[OutgoingFile]:
-        blobs, masks = opened.files, opened.masks
-        files = [map_blob(blob) for blob in blobs]
-        mapped_masks = map_blob(masks) if masks else None
-        state_dict, read = map_state_dict(context, files, mapped_masks, ({}, {}))
+        self, context: RequestContext, opened: OpenCheckpoint, output: int
+    ) -> Iterator[list[OutgoingFile]]:
+        """The files of a checkpoint in the form of an output."""
+        masks = map_blob(opened.masks) if opened.masks else None
+        incoming = open_files(context, [map_blob(blob) for blob in opened.files], masks)
+        state_dict = incoming.state_dict
         is_changed = masks or (output == pruner_pb2.OUTPUT_DENSE and state_dict.catalog.pairs)
         if output != pruner_pb2.OUTPUT_MASKS and not is_changed:
-            return [_as_stored(blob) for blob in blobs]
-        size, scheduler = sum(len(file.data) for file in files), self._sources.scheduler
-        memory = min(size, MADE_BYTES, scheduler.models.limit_for(context.tenant))
-        held.enter_context(scheduler.model(context, "name", memory))
-        with scheduler.cores(context, size):
-            read(None)
-            made = OUTPUTS[output].files(context, state_dict, state_dict.parameters)
-        for file in files:
-            file.check_unchanged()
-        return made
+            yield [_as_stored(blob) for blob in opened.files]
+            return
+        scheduler = self._sources.scheduler
+        memory = min(incoming.size, MADE_BYTES, scheduler.models.limit_for(context.tenant))
+        with scheduler.model(context, "name", memory):
+            with scheduler.cores(context, incoming.size):
+                incoming.read(None)
+                files = OUTPUTS[output].files(context, state_dict, state_dict.parameters)
+            incoming.check_unchanged()
+            yield files
 
     def Get(self, message: pb.GetRequest, context: RequestContext) -> Checkpoint:
         """Returns the description of a checkpoint."""

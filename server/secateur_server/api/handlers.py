@@ -1,36 +1,29 @@
-"""Registers the services, with a codec that does not copy data."""
+"""Registers the services as the contract describes them, with a codec that does not copy data."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import grpc
+from google.protobuf.descriptor import FileDescriptor, MethodDescriptor
+from google.protobuf.message_factory import GetMessageClass
 
 from secateur_proto import checkpoints_pb2, pruner_pb2
 from secateur_proto.codec import SINGLE, Decoder, encode
 from secateur_server.api.checkpoints import Checkpoints
 from secateur_server.api.pruner import Pruner
 
+# By whether the client and the server send streams of messages.
+_KINDS: Mapping[tuple[bool, bool], Any] = {
+    (False, False): grpc.unary_unary_rpc_method_handler,
+    (True, False): grpc.stream_unary_rpc_method_handler,
+    (False, True): grpc.unary_stream_rpc_method_handler,
+    (True, True): grpc.stream_stream_rpc_method_handler,
+}
+
 
 def add_pruner(pruner: Pruner, server: grpc.Server) -> str:
     """Adds the service Pruner to a server, and returns its name."""
-    name = pruner_pb2.DESCRIPTOR.services_by_name["Pruner"].full_name
-    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-        "Prune": grpc.stream_stream_rpc_method_handler(
-            pruner.Prune, Decoder(pruner_pb2.PruneRequest.FromString), encode
-        ),
-        "Report": grpc.stream_unary_rpc_method_handler(
-            pruner.Report, Decoder(pruner_pb2.ReportRequest.FromString), encode
-        ),
-        "Plan": grpc.stream_unary_rpc_method_handler(
-            pruner.Plan, Decoder(pruner_pb2.PlanRequest.FromString), encode
-        ),
-        "Finalize": grpc.stream_stream_rpc_method_handler(
-            pruner.Finalize, Decoder(pruner_pb2.FinalizeRequest.FromString), encode
-        ),
-        "GetServerInfo": grpc.unary_unary_rpc_method_handler(
-            pruner.GetServerInfo, pruner_pb2.GetServerInfoRequest.FromString, encode
-        ),
-    }
+    name, handlers = _handlers(pruner_pb2.DESCRIPTOR, "Pruner", pruner)
     single = grpc.unary_unary_rpc_method_handler(
         pruner.prune_single, Decoder(pruner_pb2.PruneRequest.FromString), encode
     )
@@ -40,24 +33,25 @@ def add_pruner(pruner: Pruner, server: grpc.Server) -> str:
 
 def add_checkpoints(checkpoints: Checkpoints, server: grpc.Server) -> str:
     """Adds the service Checkpoints to a server, and returns its name."""
-    name = checkpoints_pb2.DESCRIPTOR.services_by_name["Checkpoints"].full_name
-    unary = grpc.unary_unary_rpc_method_handler
-    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-        "Upload": grpc.stream_unary_rpc_method_handler(
-            checkpoints.Upload, Decoder(checkpoints_pb2.UploadRequest.FromString), encode
-        ),
-        "QueryUpload": unary(
-            checkpoints.QueryUpload, checkpoints_pb2.QueryUploadRequest.FromString, encode
-        ),
-        "Download": grpc.unary_stream_rpc_method_handler(
-            checkpoints.Download, checkpoints_pb2.DownloadRequest.FromString, encode
-        ),
-        "Get": unary(checkpoints.Get, checkpoints_pb2.GetRequest.FromString, encode),
-        "List": unary(checkpoints.List, checkpoints_pb2.ListRequest.FromString, encode),
-        "Delete": unary(checkpoints.Delete, checkpoints_pb2.DeleteRequest.FromString, encode),
-    }
+    name, handlers = _handlers(checkpoints_pb2.DESCRIPTOR, "Checkpoints", checkpoints)
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(name, handlers)])
     return name
+
+
+def _handlers(file: FileDescriptor, service: str, servicer: object) -> tuple[str, dict[str, Any]]:
+    """The name of a service of a .proto file, and a handler for each of its methods."""
+    described = file.services_by_name[service]
+    handlers = {
+        method.name: _handler(method, getattr(servicer, method.name))
+        for method in described.methods
+    }
+    return described.full_name, handlers
+
+
+def _handler(method: MethodDescriptor, behavior: Any) -> Any:
+    parse = GetMessageClass(method.input_type).FromString
+    decode = Decoder(parse) if method.client_streaming else parse  # later messages have only data
+    return _KINDS[method.client_streaming, method.server_streaming](behavior, decode, encode)
 
 
 class _Handlers(grpc.GenericRpcHandler):

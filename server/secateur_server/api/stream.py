@@ -39,30 +39,37 @@ def open_request(
         raise NoMessage("header", "the call ended before its first message")
     if isinstance(first, Data) or not first.HasField("header"):
         raise InvalidRequest("header", "is not set; the first message must have it")
-    return first, _data(first, messages, count)
+    return first, _counted(_data(first, messages), count)
 
 
-def _data(first: Request, later: Iterator[Request | Data], count: Count) -> Iterator[Bytes]:
-    data: Bytes = first.data
-    count(len(data))
-    yield data
+def _data(first: Request, later: Iterator[Request | Data]) -> Iterator[Bytes]:
+    yield first.data
     for message in later:
         if message.HasField("header"):
             raise InvalidRequest("header", "is set again; only the first message may have it")
-        data = message.data
-        count(len(data))
-        yield data
+        yield message.data
 
 
 def responses(
     make: Callable[..., Response], result: Message, chunks: Iterator[Bytes], count: Count
 ) -> Iterator[Response | Data]:
-    """Makes the messages of an answer. The first has the result, and the first chunk, if any."""
-    data = next(chunks, b"")
-    count(len(data))
-    first: Any = make(data=bytes(data))
+    """Makes the messages of an answer. The first has the result, and the first chunk, if any.
+
+    Args:
+        make: Makes the first message.
+        result: For the first message.
+        chunks: The data.
+        count: Called with the bytes of data in each message.
+    """
+    counted = _counted(chunks, count)
+    first: Any = make(data=bytes(next(counted, b"")))
     first.result.CopyFrom(result)
     yield first
-    for data in chunks:
-        count(len(data))
+    for data in counted:
         yield Data(data)
+
+
+def _counted(parts: Iterator[Bytes], count: Count) -> Iterator[Bytes]:
+    for part in parts:
+        count(len(part))
+        yield part

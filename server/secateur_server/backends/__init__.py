@@ -1,27 +1,39 @@
 """What each device can do: hold memory, receive bytes, and work on pieces of tensors."""
 
+import os
 from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from secateur_server.backends import kernels
 from secateur_server.backends.mapping import allocate_on_disk
-from secateur_server.backends.numba_backend import NumbaBackend
 from secateur_server.backends.protocol import Backend
 from secateur_server.backends.torch_backend import TorchBackend
 from secateur_server.runtime.context import RequestContext
 
 Span = tuple[int, int]
 
-_TORCH, _NUMBA = TorchBackend(torch.device("cpu")), NumbaBackend(torch.device("cpu"))
+_TORCH = TorchBackend(torch.device("cpu"))
 
 
 def backend_for(device: torch.device) -> Backend:
     """The fastest backend of a device. Without compiled kernels torch's operations serve."""
     if device.type == "cuda":
         return _kind_of(device)(device)
-    return _NUMBA if kernels.enabled else _TORCH
+    compiled = _compiled()
+    return compiled[1] if compiled and compiled[0].enabled else _TORCH
+
+
+@cache
+def _compiled() -> tuple[ModuleType, Backend] | None:
+    """The kernels of the CPU and their backend. None: the environment disables them."""
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") != "0":
+        return None
+    from secateur_server.backends import kernels  # numba takes 0.4 s to import
+    from secateur_server.backends.numba_backend import NumbaBackend
+
+    return kernels, NumbaBackend(torch.device("cpu"))
 
 
 @cache

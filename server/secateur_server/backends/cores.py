@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from functools import cache
 
 import torch
+from blake3 import blake3
 
 from secateur_server.backends.buffers import BUFFERS
 from secateur_server.backends.cgroups import cores
@@ -46,6 +47,7 @@ def start_threads() -> None:
     """
     _pool()
     BUFFERS.start()
+    blake3(bytes(1 << 20), max_threads=blake3.AUTO)  # starts those that hash large files
 
 
 def map_on_cores(

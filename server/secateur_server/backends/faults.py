@@ -2,6 +2,10 @@
 
 The system would end the process at the first page that no longer exists. A handler puts zeros there
 and remembers it, so that only the call that reads them fails.
+
+Files are mapped since that is faster than pread to buffers, which needs no handler: for 400 MB in
+the page cache a report took 0.026 s against 0.050 s, and a Prune 0.156 s against 0.181 s. Buffers
+also take as much memory as the file, which mapped pages do not, and a file may exceed the memory.
 """
 
 import ctypes

@@ -267,9 +267,8 @@ def count_ones(bits: Any) -> int:
 @compiled
 def fold(bits: Any, kept: Any, sign: int) -> None:
     """Leaves of what is not kept the sign alone.  sign: its bit; 0 for integers."""
-    for i in range(len(bits)):
-        if not (kept[i >> 3] >> (i & 7)) & 1:
-            bits[i] &= sign
+    for i in range(len(bits)):  # without a branch, which random masks make slow
+        bits[i] &= bits.dtype.type(-((np.int64(kept[i >> 3]) >> (i & 7)) & 1) | sign)
 
 
 @compiled

@@ -28,6 +28,10 @@ class Backend(Protocol):
         """As `piece`, of operations on a Piece that store no number for each unit."""
 
     @property
+    def batch(self) -> int:
+        """Units of the pieces that `split` is best given at once."""
+
+    @property
     def scanned(self) -> int:
         """Bytes that have arrived which `extremes` is best given at once."""
 

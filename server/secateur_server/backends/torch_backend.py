@@ -47,6 +47,10 @@ class TorchBackend(Backend):
         return _PIECES[self.device.type]
 
     @property
+    def batch(self) -> int:
+        return self.piece
+
+    @property
     def scanned(self) -> int:
         # What has just arrived is in a CPU's cache.
         return 64 << 20 if self.device.type == "cuda" else 1

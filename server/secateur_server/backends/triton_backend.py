@@ -36,6 +36,10 @@ class TritonBackend(TorchBackend):
     def ranked(self) -> int:
         return 1 << 25  # the kernels store no number for each unit
 
+    @property
+    def batch(self) -> int:
+        return 1 << 40  # all pieces: the GPU is waited for once
+
     def split(
         self, pieces: Sequence[Piece], low: int, high: int, kept: Sequence[Tensor]
     ) -> list[Split]:

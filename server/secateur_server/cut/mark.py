@@ -1,7 +1,7 @@
 """Marks pieces by a cut: the bits of the units that are kept."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,11 +23,11 @@ def mark(
         pieces, kept = zip(*some, strict=True)
         return driver.backend.split(pieces, low, high, kept)
 
-    batches = list(_batches(parts, driver.backend.piece))
+    batches = list(_batches(context.each(parts), driver.backend.batch))
     return list(itertools.chain.from_iterable(driver.map(context, split, batches)))
 
 
-def _batches(parts: Sequence[Part], units: int) -> Iterator[list[Part]]:
+def _batches(parts: Iterable[Part], units: int) -> Iterator[list[Part]]:
     """Consecutive parts of at most so many units, or one of more: small ones cost a call each."""
     batch: list[Part] = []
     left = units

@@ -43,9 +43,9 @@ class Importance(Protocol):
         """Refuses a tensor that cannot be scored.
 
         Args:
-            path: Of the selection in the request.
-            name: Of the tensor.
-            shape: Of the tensor, which has units of the rule's granularity.
+            path: The path of the selection in the request.
+            name: The name of the tensor.
+            shape: The shape of the tensor, which has units of the rule's granularity.
 
         Raises:
             InvalidSpec: It cannot be scored.
@@ -65,7 +65,7 @@ class Importance(Protocol):
             context: The request.
             values: The weight, or uploaded scores of its elements.
             mask: Pruned elements count as 0; None if all elements are kept.
-            granularity: Of the rule.
+            granularity: The granularity of the rule.
             is_mean: Whether units are compared with units of other sizes.
 
         Returns:

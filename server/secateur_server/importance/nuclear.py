@@ -24,7 +24,7 @@ class Nuclear:
     """The nuclear norm of each slice, which is a matrix.
 
     Attributes:
-        dim: Of the slices; may be negative.
+        dim: The dimension of the slices; may be negative.
     """
 
     dim: int

@@ -14,11 +14,7 @@ from secateur_server.runtime.context import RequestContext
 
 @dataclass(frozen=True)
 class Random:
-    """Pseudo-random numbers that depend on the seed and the name of the tensor.
-
-    Attributes:
-        seed: In [0, 2^64).
-    """
+    """Pseudo-random numbers that depend on the seed, in [0, 2^64), and the name of the tensor."""
 
     seed: int
 

@@ -1,1 +1,1 @@
-"""What surrounds each call: tokens, TLS, statuses, logs, metrics, traces and health."""
+"""The surroundings of each call: tokens, TLS, statuses, logs, metrics, traces and health."""

@@ -3,7 +3,6 @@
 import hashlib
 import hmac
 import logging
-import os
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ class Authenticator:
     """Identifies the tenant of a call. Without a tokens file, each token is a tenant of its own.
 
     Args:
-        path: Of the tokens file; None: everybody may call.
+        path: The tokens file; None: everybody may call.
         reloaded: Called each time that the file has changed, with whether it could be read.
 
     Raises:
@@ -34,8 +33,8 @@ class Authenticator:
     def __init__(self, path: Path | None, reloaded: Callable[[bool], None]) -> None:
         self._file: Reloaded[dict[bytes, Tenant]] | None = None
         if path:
-            what, version = f"list of tokens {path}", partial(_version, path)
-            self._file = Reloaded(what, version, partial(_read, path), reloaded)
+            read = partial(_read, path)
+            self._file = Reloaded(f"list of tokens {path}", [path], read, reloaded)
 
     @property
     def tenants(self) -> list[Tenant]:
@@ -43,10 +42,7 @@ class Authenticator:
         return list(self._file.value().values()) if self._file else []
 
     def authenticate(self, metadata: Iterable[tuple[str, str | bytes]]) -> Tenant:
-        """Identifies the tenant of a call.
-
-        Args:
-            metadata: Of the call.
+        """Identifies the tenant of a call by its metadata.
 
         Raises:
             Unauthenticated: The call has no valid token.
@@ -73,15 +69,6 @@ class Authenticator:
 
 
 def _read(path: Path) -> dict[bytes, Tenant]:
-    """Reads the tenants, and logs the number of tokens."""
     tenants = read_tokens(path)
     log.info("read %d tokens from %s", len(tenants), path)
     return tenants
-
-
-def _version(path: Path) -> tuple[int, int, int] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino

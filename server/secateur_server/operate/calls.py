@@ -21,13 +21,7 @@ _MAY_BE_ID = re.compile(r"[\w.:/@+=-]{1,128}", re.ASCII)
 def begin_request(
     method: Method, call: grpc.ServicerContext, make: Callable[..., RequestContext]
 ) -> RequestContext:
-    """Creates the context of a request, which is cancelled with its call.
-
-    Args:
-        method: The RPC.
-        call: The call of gRPC.
-        make: Creates the context.
-    """
+    """Makes the context of a request, which is cancelled with its call of gRPC."""
     peer = unquote(call.peer())  # gRPC percent-encodes the brackets of IPv6
     left = call.time_remaining()
     deadline = None if left is None else time.monotonic() + left

@@ -17,7 +17,7 @@ from secateur_server.runtime.context import RequestContext
 
 # Bytes of memory of protobuf's objects for each byte of a header, if its messages are the smallest.
 _DECODED = 20
-# Names, messages and map entries shorter than SHORT_BYTES in one message. So many take 0.25 s.
+# Names, messages and map entries shorter than SHORT_BYTES in one message: they take 0.25 s.
 MAX_SHORT_FIELDS = 1_350_000
 SHORT_BYTES = 32
 # Bytes that are counted at once.
@@ -32,16 +32,7 @@ def decoded(
     decode: Callable[[bytes], Any],
     receive_first: Receive,
 ) -> Iterator[Any]:
-    """Decodes messages one at a time.
-
-    Args:
-        context: The request.
-        received: Its messages.
-        decode: Decodes a message.
-        receive_first: Called with the size of the first message.
-
-    Yields:
-        The decoded messages.
+    """Decodes messages one at a time. Calls `receive_first` with the size of the first one.
 
     Raises:
         InvalidRequest: A message cannot be decoded, or has too many short fields.
@@ -66,11 +57,7 @@ def decoded(
 
 
 def check_short_fields(context: RequestContext, parts: Sequence[memoryview]) -> None:
-    """Refuses a message that would take too long to decode.
-
-    Args:
-        context: The request.
-        parts: The encoded message without its data.
+    """Refuses a message that would take too long to decode. `parts` are its bytes without data.
 
     Raises:
         InvalidRequest: It may have more than MAX_SHORT_FIELDS short fields.

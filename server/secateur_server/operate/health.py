@@ -10,11 +10,7 @@ LIVENESS = "liveness"
 
 
 class Health(health.HealthServicer):  # type: ignore[misc]  # it has no types
-    """Readiness under "" and the names of the services, liveness under LIVENESS.
-
-    Args:
-        services: Names of the services.
-    """
+    """Readiness under "" and the names of the services, liveness under LIVENESS."""
 
     def __init__(self, services: Iterable[str]) -> None:
         super().__init__()
@@ -44,11 +40,6 @@ class Health(health.HealthServicer):  # type: ignore[misc]  # it has no types
 
         The drain may begin between two answers, so a watcher that has only seen SERVING waits for
         the next one.
-
-        Args:
-            request: Names a service.
-            context: The call.
-            send_response_callback: As in the base class.
         """
         for response in super().Watch(request, context, send_response_callback):
             yield response

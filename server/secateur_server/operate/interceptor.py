@@ -2,24 +2,19 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import grpc
 
 from secateur_server.backends.threads import Pool
-from secateur_server.errors import (
-    IdleTimeout,
-    NoMessage,
-    QueueFull,
-    ShuttingDown,
-)
+from secateur_server.errors import IdleTimeout, NoMessage, QueueFull, ShuttingDown
 from secateur_server.operate.authentication import Authenticator
 from secateur_server.operate.calls import begin_request
 from secateur_server.operate.decode import Receive, decoded
 from secateur_server.operate.logs import log_call
-from secateur_server.operate.metrics import Metrics, go_code_name
+from secateur_server.operate.metrics import KINDS, Metrics, go_code_name
 from secateur_server.operate.send_timeout import SendTimeout
 from secateur_server.operate.statuses import note_shutdown, statuses
 from secateur_server.operate.traces import Traces
@@ -28,12 +23,6 @@ from secateur_server.runtime.memory import Trimmer
 from secateur_server.runtime.scheduler import MIN_RETRY_SECONDS, Scheduler
 from secateur_server.wire.prefetch import MinThroughput, prefetch
 
-_KINDS = {
-    (False, False): ("unary_unary", "unary"),
-    (True, False): ("stream_unary", "client_stream"),
-    (False, True): ("unary_stream", "server_stream"),
-    (True, True): ("stream_stream", "bidi_stream"),
-}
 # Health probes need no token.
 _PROBE = ("grpc.health.v1.Health", "Check")
 # Methods of these services take a RequestContext; those of gRPC's own services take its context.
@@ -56,7 +45,7 @@ class Interceptor(grpc.ServerInterceptor):
         scheduler: Decides which calls run.
         make_context: Creates the context of a call.
         idle_timeout: Seconds within which the caller must send, or take, each message.
-        min_throughput: Bytes a second that the caller must send, after that time.
+        min_throughput: Bytes a second that the caller must send after that time.
     """
 
     def __init__(
@@ -78,15 +67,11 @@ class Interceptor(grpc.ServerInterceptor):
         self._is_draining = False
 
     def drain(self) -> None:
-        """Refuses new calls, but for health checks and reflection."""
+        """Refuses new calls, except health checks and reflection."""
         self._is_draining = True
 
     def cut_off(self, drain_timeout: float) -> None:
-        """Ends the calls that still run with ShuttingDown.
-
-        Args:
-            drain_timeout: Seconds that they had, for the message.
-        """
+        """Ends the calls that still run after `drain_timeout` seconds with ShuttingDown."""
         said = f"the server shut down after --drain-timeout, {drain_timeout:g} seconds"
         for context in list(self._running):
             context.cancel(partial(ShuttingDown, "call", f"{said}; send it again"))
@@ -100,27 +85,21 @@ class Interceptor(grpc.ServerInterceptor):
     def intercept_service(
         self, continuation: Callable[[Any], Any], handler_call_details: Any
     ) -> Any:
-        """Wraps the handler of a method, as gRPC asks for it at each call.
-
-        Args:
-            continuation: Finds the handler.
-            handler_call_details: Names the method.
-        """
+        """Wraps the handler of a method, as gRPC asks for it at each call."""
         handler = continuation(handler_call_details)
         if handler is None:  # an unknown method, which gRPC answers with UNIMPLEMENTED
             return None
-        shape, kind = _KINDS[handler.request_streaming, handler.response_streaming]
         _, service, name = handler_call_details.method.split("/")
-        method, behavior = Method(service, name, kind), getattr(handler, shape)
+        method = Method(service, name, KINDS[handler.request_streaming, handler.response_streaming])
+        behaviors = handler.unary_unary, handler.unary_stream, handler.stream_unary
+        behavior = next(filter(None, behaviors), handler.stream_stream)
         decode, is_ours = handler.request_deserializer, service.startswith(_OURS)
         request = iter if handler.request_streaming else _single
         count_sent = self._metrics.messages(method)[1]
 
         def single(messages: Iterator[bytes], call: grpc.ServicerContext) -> Any:
-            with self._serve_call(method, call, messages, decode, is_unary=True) as (
-                context,
-                received,
-            ):
+            served = self._serve_call(method, call, messages, decode, is_unary=True)
+            with served as (context, received):
                 answer = behavior(request(received), context if is_ours else call)
                 count_sent.inc()
                 return answer
@@ -132,11 +111,10 @@ class Interceptor(grpc.ServerInterceptor):
                     with self._send_timeout.sending(context, call):
                         yield message
 
+        encode = handler.response_serializer
         if handler.response_streaming:
-            return grpc.stream_stream_rpc_method_handler(
-                streamed, None, handler.response_serializer
-            )
-        return grpc.stream_unary_rpc_method_handler(single, None, handler.response_serializer)
+            return grpc.stream_stream_rpc_method_handler(streamed, None, encode)
+        return grpc.stream_unary_rpc_method_handler(single, None, encode)
 
     @contextmanager
     def _serve_call(
@@ -173,14 +151,7 @@ class Interceptor(grpc.ServerInterceptor):
 
     @contextmanager
     def _admit(self, context: RequestContext, call: grpc.ServicerContext) -> Iterator[Receive]:
-        """Admits a call. Yields a function to call with the size of the first message.
-
-        Raises:
-            Unauthenticated: The caller has no valid token.
-            QueueFull: Too many calls run or wait.
-            Cancelled: The call was cancelled while it waited.
-            ShuttingDown: The server drains.
-        """
+        """Admits a call. Yields a function to call with the size of the first message."""
         if (context.method.service, context.method.name) == _PROBE:
             with self._scheduler.probe(call.cancel):
                 yield lambda size: None
@@ -194,10 +165,9 @@ class Interceptor(grpc.ServerInterceptor):
             yield receive_first
 
     def _prefetch(self, context: RequestContext, messages: Iterator[bytes]) -> Any:
-        """The messages, received by another thread. To close them frees the thread."""
+        """The messages, received by another thread, which is free once they are closed."""
         pace = MinThroughput(self._min_throughput, self._idle_timeout)
         count_received = self._metrics.messages(context.method)[0]
-
         begun, has_arrived = time.monotonic(), False
 
         def count(waited: float, message: bytes) -> None:
@@ -216,11 +186,7 @@ class Interceptor(grpc.ServerInterceptor):
         )
 
     def _refuse_silent(self) -> None:
-        """Ends a call whose first message has not arrived, if other calls wait for its memory.
-
-        Raises:
-            QueueFull: Other calls wait.
-        """
+        """Ends a call whose first message has not arrived, if other calls wait for its memory."""
         if waiting := self._scheduler.messages.waiting:
             raise QueueFull(
                 "call",
@@ -242,19 +208,13 @@ def _refusal() -> ShuttingDown:
 
 
 def _until_cancelled(messages: Iterator[bytes]) -> Iterator[bytes]:
-    """Yields the same messages.
+    """Yields the same messages. Raises Cancelled if the caller has cancelled the call, or is lost.
 
     gRPC keeps the error that it raises for a lost caller. The error would keep all frames that it
-    passes through, and the model, until the garbage collector runs; so it stops here.
-
-    Raises:
-        Cancelled: The caller has cancelled the call, or is lost.
+    passes through, and the model, until the garbage collector runs; so it ends here.
     """
-    try:
+    with suppress(grpc.RpcError):
         yield from messages
-    except grpc.RpcError:
-        pass
-    else:
         return
     raise cancelled_by_caller()
 
@@ -267,13 +227,7 @@ def _single(received: Iterator[Any]) -> Any:
 
 
 def code_of(context: RequestContext, call: grpc.ServicerContext, has_failed: bool) -> str:
-    """The status of a call that has ended, as Go spells it.
-
-    Args:
-        context: The request.
-        call: Its call.
-        has_failed: Whether an error ended it.
-    """
+    """The status of a call that has ended, as Go spells it."""
     code: grpc.StatusCode | None = call.code()  # type: ignore[attr-defined]
     if code is not None:
         name = code.name

@@ -15,11 +15,7 @@ _OURS = "secateur."
 
 
 def set_up(form: str) -> None:
-    """Sets up logging to stderr.
-
-    Args:
-        form: `json`, `text`, or `auto`: text if stderr is a terminal.
-    """
+    """Sets up logging to stderr as `json`, `text`, or `auto`: text if stderr is a terminal."""
     handler = logging.StreamHandler(sys.stderr)
     is_text = form == "text" or (form == "auto" and sys.stderr.isatty())
     handler.setFormatter(_Text() if is_text else _Json())

@@ -1,7 +1,7 @@
 """The HTTP server of /metrics, which Prometheus scrapes.
 
 One thread serves all connections. At most MAX_CONNECTIONS are open: a new one replaces the oldest,
-once that one has had GRACE_SECONDS to send its request. So connections of strangers take neither
+once the oldest has had GRACE_SECONDS to send its request. So connections of strangers take neither
 threads nor file descriptors from gRPC, and a burst of them does not cut off a scraper.
 """
 
@@ -10,9 +10,7 @@ import hmac
 import logging
 import socket
 import threading
-from collections.abc import Callable, Iterable
 from contextlib import suppress
-from email.message import Message
 from email.parser import HeaderParser
 from pathlib import Path
 from typing import Any
@@ -30,11 +28,6 @@ RETRY_SECONDS = 1.0
 MAX_CONNECTIONS = 32
 GRACE_SECONDS = 0.5
 MAX_HEAD_BYTES = 16 << 10
-
-_BAD_REQUEST = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n"
-_FAILED = b"HTTP/1.1 500 Internal Server Error\r\nConnection: close\r\n\r\n"
-
-App = Callable[[Any, Any], Iterable[bytes]]
 
 
 class MetricsServer:
@@ -57,7 +50,7 @@ class MetricsServer:
     def __init__(
         self, host: str, port: int, registry: CollectorRegistry, token: Path | None
     ) -> None:
-        self._app = _only_metrics(make_wsgi_app(registry), token)
+        self._app, self._token = make_wsgi_app(registry), token
         self._listening = _listen(host, port)
         self.port: int = self._listening.getsockname()[1]
         # Each with the time of the event loop at which it was accepted, the oldest first.
@@ -135,12 +128,24 @@ class MetricsServer:
     def _answer(self, head: bytes) -> bytes:
         request, end, _ = head.partition(b"\r\n\r\n")
         if not end:
-            return _BAD_REQUEST
+            return _response("400 Bad Request", [])
         try:
-            return _called(self._app, request.decode("latin-1"))
+            return self._respond(_environ(request.decode("latin-1")))
         except Exception:
             log.exception("a scrape failed")
-            return _FAILED
+            return _response("500 Internal Server Error", [])
+
+    def _respond(self, environ: dict[str, str]) -> bytes:
+        plain = ("Content-Type", "text/plain")
+        if self._token is not None and not _is_known(environ["HTTP_AUTHORIZATION"], self._token):
+            headers = [plain, ("WWW-Authenticate", "Bearer")]
+            return _response("401 Unauthorized", headers, b"a bearer token is needed\n")
+        if environ["PATH_INFO"] != "/metrics":
+            return _response("404 Not Found", [plain], b"metrics are at /metrics\n")
+        started: list[Any] = []
+        body = b"".join(self._app(environ, lambda *arguments: started.extend(arguments)))
+        status, headers = started
+        return _response(status, headers, body)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -156,22 +161,12 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _called(app: App, head: str) -> bytes:
-    """The response of a WSGI application to a request without a body."""
+def _environ(head: str) -> dict[str, str]:
+    """The request line and the headers as WSGI has them."""
     request, _, lines = head.partition("\r\n")
     method, target, *_ = (*request.split(), "", "")
-    started: list[Any] = []
-    body = b"".join(
-        app(_environ(method, target, HeaderParser().parsestr(lines)), lambda *a: started.extend(a))
-    )
-    status, headers = started
-    headers = [*headers, ("Content-Length", len(body)), ("Connection", "close")]
-    fields = "".join(f"{name}: {value}\r\n" for name, value in headers)
-    return f"HTTP/1.1 {status}\r\n{fields}\r\n".encode() + body
-
-
-def _environ(method: str, target: str, headers: Message) -> dict[str, str]:
     path, _, query = target.partition("?")
+    headers = HeaderParser().parsestr(lines)
     return {
         "REQUEST_METHOD": method,
         "PATH_INFO": unquote(path, "latin-1"),
@@ -182,15 +177,10 @@ def _environ(method: str, target: str, headers: Message) -> dict[str, str]:
     }
 
 
-def _only_metrics(metrics: App, token: Path | None) -> App:
-    def app(environ: Any, start_response: Any) -> Iterable[bytes]:
-        if token is not None and not _is_known(environ["HTTP_AUTHORIZATION"], token):
-            return _refused(start_response, "401 Unauthorized", "a bearer token is needed")
-        if environ["PATH_INFO"] != "/metrics":
-            return _refused(start_response, "404 Not Found", "metrics are at /metrics")
-        return metrics(environ, start_response)
-
-    return app
+def _response(status: str, headers: list[tuple[str, str]], body: bytes = b"") -> bytes:
+    headers = [*headers, ("Content-Length", str(len(body))), ("Connection", "close")]
+    fields = "".join(f"{name}: {value}\r\n" for name, value in headers)
+    return f"HTTP/1.1 {status}\r\n{fields}\r\n".encode() + body
 
 
 def _is_known(authorization: str, token: Path) -> bool:
@@ -201,11 +191,3 @@ def _is_known(authorization: str, token: Path) -> bool:
     scheme, _, given = authorization.partition(" ")
     sent = given.strip().encode("latin-1")  # as WSGI has the bytes of headers
     return bool(wanted) and scheme.lower() == "bearer" and hmac.compare_digest(sent, wanted)
-
-
-def _refused(start_response: Any, status: str, text: str) -> list[bytes]:
-    headers = [("Content-Type", "text/plain")]
-    if status.startswith("401"):
-        headers.append(("WWW-Authenticate", "Bearer"))
-    start_response(status, headers)
-    return [f"{text}\n".encode()]

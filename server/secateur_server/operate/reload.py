@@ -3,8 +3,11 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Generic, TypeVar
+
+from blake3 import blake3
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +26,7 @@ class Reloaded(Generic[Loaded]):
 
     Args:
         what: The name of the files in the log.
-        version: Returns a value that changes when the files do.
+        paths: The files.
         load: Reads the files. Raises Unusable.
         reloaded: Called each time that the files have changed, with whether they could be used.
 
@@ -34,13 +37,13 @@ class Reloaded(Generic[Loaded]):
     def __init__(
         self,
         what: str,
-        version: Callable[[], object],
+        paths: Sequence[Path],
         load: Callable[[], Loaded],
         reloaded: Callable[[bool], None],
     ) -> None:
-        self._what, self._version, self._load, self._reloaded = what, version, load, reloaded
+        self._what, self._paths, self._load, self._reloaded = what, paths, load, reloaded
         self._lock = threading.Lock()
-        self._seen = version()  # before loading, since the files may change meanwhile
+        self._seen = self._digests()  # before loading, since the files may change meanwhile
         self._value, self._checked = load(), time.monotonic()
 
     def value(self) -> Loaded:
@@ -51,10 +54,13 @@ class Reloaded(Generic[Loaded]):
                 self._check()
             return self._value
 
+    def _digests(self) -> list[bytes | None]:
+        return [_digest(path) for path in self._paths]
+
     def _check(self) -> None:
-        if (version := self._version()) == self._seen:
+        if (digests := self._digests()) == self._seen:
             return
-        self._seen = version
+        self._seen = digests
         try:
             self._value = self._load()
         except Unusable as error:
@@ -63,3 +69,11 @@ class Reloaded(Generic[Loaded]):
         else:
             log.info("reread the %s", self._what)
             self._reloaded(True)
+
+
+def _digest(path: Path) -> bytes | None:
+    """The digest of a file, whose content may be secret; None if it cannot be read."""
+    try:
+        return blake3(path.read_bytes()).digest()
+    except OSError:  # `load` reports it
+        return None

@@ -15,12 +15,9 @@ CHECK_SECONDS = 1.0
 
 
 class SendTimeout:
-    """Cancels calls whose caller does not take a message in time.
+    """Cancels calls whose caller does not take each message within `timeout` seconds.
 
     gRPC itself waits for a slow reader without a limit.
-
-    Args:
-        timeout: Seconds that a caller has for each message.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -50,10 +47,7 @@ class SendTimeout:
     ) -> None:
         """Cancels the call if its one answer, sent after the handler returns, takes too long.
 
-        Args:
-            context: The request.
-            call: Its call.
-            then: Called in gRPC's serving thread when the call has ended.
+        gRPC's serving thread calls `then` when the call has ended.
         """
         self._waiting[context] = time.monotonic(), call
 

@@ -15,11 +15,8 @@ _starting = threading.Lock()  # so that each of two servers finds its own loop
 class Serving:
     """Starts a server, and watches the thread in which gRPC handles all its events.
 
-    If an exception ends that thread, gRPC keeps every connection open and answers nothing.
-
-    Args:
-        server: Must not be started yet.
-        died: Called if the thread ends before the server has stopped.
+    If an exception ends that thread, gRPC keeps every connection open and answers nothing. `died`
+    is called if the thread ends before the server has stopped.
     """
 
     def __init__(self, server: grpc.Server, died: Callable[[], None]) -> None:
@@ -28,23 +25,12 @@ class Serving:
         threading.Thread(target=self._watch, name="serving", daemon=True).start()
 
     def begin_stop(self, timeout: float) -> None:
-        """Accepts no more connections and calls.
-
-        Args:
-            timeout: Seconds after which running calls are cancelled.
-        """
+        """Accepts no more connections and calls. Cancels running calls after `timeout` seconds."""
         with suppress(RuntimeError):  # gRPC starts a thread here, which may fail
             self._server.stop(timeout)
 
     def has_stopped(self, timeout: float) -> bool:
-        """Waits for all calls to end.
-
-        Args:
-            timeout: Seconds to wait.
-
-        Returns:
-            Whether they have ended.
-        """
+        """Waits `timeout` seconds for all calls to end. Returns whether they have ended."""
         return not self._server.wait_for_termination(timeout)
 
     def end(self) -> None:

@@ -38,12 +38,7 @@ _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "AL
 
 @contextmanager
 def statuses(context: RequestContext, call: grpc.ServicerContext) -> Iterator[None]:
-    """Ends a call whose block raises an error with the status of that error.
-
-    Args:
-        context: The request.
-        call: Its call.
-    """
+    """Ends a call whose block raises an error with the status of that error."""
     try:
         yield
     except RequestError as error:
@@ -64,11 +59,7 @@ def statuses(context: RequestContext, call: grpc.ServicerContext) -> Iterator[No
 
 
 def note_shutdown(context: RequestContext) -> None:
-    """Records the shutdown as the reason of a call that gRPC ended before its handler returned.
-
-    Args:
-        context: The request.
-    """
+    """Records the shutdown as the reason of a call that gRPC ended before its handler returned."""
     error = context.interruption() if context.interruption else None
     if isinstance(error, ShuttingDown):
         context.reason, context.error = error.reason, str(error)
@@ -85,25 +76,14 @@ def _interruption(context: RequestContext, call: grpc.ServicerContext) -> Reques
 def _end(context: RequestContext, call: grpc.ServicerContext, error: RequestError) -> NoReturn:
     context.reason = context.reason or error.reason
     context.error = str(error)
-    status = rpc_status.to_status(to_status(error, context.id))
-    call.abort_with_status(_Ending(status, context.id))
-
-
-class _Ending(grpc.Status):
-    """A status with the request's id in its metadata, as successful calls have it."""
-
-    def __init__(self, status: Any, request_id: str) -> None:
-        self.code, self.details = status.code, status.details
-        self.trailing_metadata = (*status.trailing_metadata, (REQUEST_ID, request_id))
+    status: Any = rpc_status.to_status(to_status(error, context.id))
+    # The request's id too, as in the metadata of successful calls.
+    metadata = (*status.trailing_metadata, (REQUEST_ID, context.id))
+    call.abort_with_status(status._replace(trailing_metadata=metadata))
 
 
 def to_status(error: RequestError, request_id: str) -> Status:
-    """Converts an error to google.rpc.Status, with its reason and the path of its field.
-
-    Args:
-        error: To convert.
-        request_id: Of the request.
-    """
+    """Converts an error to google.rpc.Status, with its reason and the path of its field."""
     details: list[Message] = [
         ErrorInfo(reason=error.reason, domain="secateur", metadata=error.metadata),
         RequestInfo(request_id=request_id),

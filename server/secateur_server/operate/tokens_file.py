@@ -1,6 +1,7 @@
 """The tokens file: tenants, their tokens and their quotas, in TOML."""
 
 import hashlib
+import re
 import tomllib
 from difflib import get_close_matches
 from pathlib import Path
@@ -42,9 +43,6 @@ def read_tokens(path: Path) -> dict[bytes, Tenant]:
         store = "100GiB"                 # of checkpoints
         allow = ["file:///models/vision", "s3://bucket/vision"]
 
-    Args:
-        path: Of the file.
-
     Returns:
         The tenants, by the SHA-256 of each of their tokens.
 
@@ -72,23 +70,21 @@ def read_tokens(path: Path) -> dict[bytes, Tenant]:
 
 def _tenant(where: str, name: str, table: Any) -> tuple[Tenant, set[bytes]]:
     """A tenant, and the digests of its tokens."""
-    rest = dict(table)
     if unknown := next((key for key in table if key not in _KEYS), None):
         raise BadTokens(f"{where}: {_unknown(unknown)}")
-    tokens = _texts(where, "tokens", rest.pop("tokens", ()))
+    tokens = _texts(where, "tokens", table.get("tokens", ()))
     if not tokens:
         raise BadTokens(f"{where}.tokens: the list is empty; give at least one token")
-    requests = rest.pop("requests", None)
+    requests = table.get("requests")
     if requests is not None and (type(requests) is not int or requests < 1):
         raise BadTokens(f"{where}.requests: is not a whole number of at least 1")
-    allow = rest.pop("allow", None)
     tenant = Tenant(
         name,
         owner_of(b"tenant\n" + name.encode()),
-        _bytes(where, "memory", rest.pop("memory", None)),
+        _bytes(where, table, "memory"),
         requests,
-        _bytes(where, "store", rest.pop("store", None)),
-        None if allow is None else _uris(where, allow),
+        _bytes(where, table, "store"),
+        _uris(where, table["allow"]) if "allow" in table else None,
     )
     return tenant, {_digest(where, token) for token in tokens}
 
@@ -108,9 +104,9 @@ def _texts(where: str, key: str, values: Any) -> tuple[str, ...]:
     raise BadTokens(f"{where}.{key}: is not a list of strings")
 
 
-def _bytes(where: str, key: str, value: Any) -> int | None:
+def _bytes(where: str, table: Any, key: str) -> int | None:
     try:
-        return None if value is None else byte_count(str(value))
+        return byte_count(str(table[key])) if key in table else None
     except ValueError:
         raise BadTokens(
             f"{where}.{key}: is not a number of bytes, such as 512MiB or 16GiB"
@@ -128,16 +124,12 @@ def _uris(where: str, values: Any) -> tuple[str, ...]:
 
 
 def _digest(where: str, token: str) -> bytes:
-    if not token.startswith(_HASHED):
-        if len(token) < MIN_CHARACTERS:
-            raise BadTokens(f"{where}.tokens: a token has less than {MIN_CHARACTERS} characters")
-        if not (token.isascii() and token.isprintable()) or token != token.strip():
-            raise BadTokens(f"{where}.tokens: a token cannot be sent: it is not printable ASCII")
-        return hashlib.sha256(token.encode()).digest()
-    try:
-        digest = bytes.fromhex(token.removeprefix(_HASHED))
-    except ValueError:
-        digest = b""
-    if len(digest) != 32:
-        raise BadTokens(f"{where}.tokens: {_HASHED} is not followed by 64 hex digits")
-    return digest
+    if token.startswith(_HASHED):
+        if not re.fullmatch(f"{_HASHED}[0-9a-fA-F]{{64}}", token):
+            raise BadTokens(f"{where}.tokens: {_HASHED} is not followed by 64 hex digits")
+        return bytes.fromhex(token.removeprefix(_HASHED))
+    if len(token) < MIN_CHARACTERS:
+        raise BadTokens(f"{where}.tokens: a token has less than {MIN_CHARACTERS} characters")
+    if not (token.isascii() and token.isprintable()) or token != token.strip():
+        raise BadTokens(f"{where}.tokens: a token cannot be sent: it is not printable ASCII")
+    return hashlib.sha256(token.encode()).digest()

@@ -13,10 +13,7 @@ class NoTraces(Exception):
 
 
 class Traces:
-    """Sends spans to a collector by OTLP over gRPC.
-
-    Args:
-        endpoint: http://HOST:PORT or https://HOST:PORT.
+    """Sends spans by OTLP over gRPC to a collector, http://HOST:PORT or https://HOST:PORT.
 
     Attributes:
         interceptor: Creates a span for each call, in the caller's trace (W3C traceparent).

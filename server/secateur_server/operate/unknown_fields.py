@@ -22,11 +22,8 @@ def check_known(message: Message, has_other_fields: bool) -> None:
     """Refuses a request with a field that this server does not know.
 
     The field may be a choice of the caller, which must not be ignored. Messages of other packages,
-    such as health checks, are not checked.
-
-    Args:
-        message: The request.
-        has_other_fields: Whether it may have fields beside `header` and `data`.
+    such as health checks, are not checked. `has_other_fields` says whether the request may have
+    fields beside `header` and `data`.
 
     Raises:
         UnknownField: It names the message that has the field.

@@ -62,14 +62,14 @@ class _Nonzero:
 
     Attributes:
         parameter: The tensor and its mask.
-        known: The parameter's mask, if it keeps no zeros; else None.
+        known: The parameter's mask, if it keeps no zeros.
     """
 
     parameter: Parameter
     known: Mask | None
 
     def flags(self, begin: int, end: int) -> Tensor:
-        """Returns whether each element of [begin, end) is not zero: bool, 1-D."""
+        """Whether each element of [begin, end) is not zero: bool, 1-D."""
         if self.known is not None:
             return self.known.flags(begin, end)
         weight, mask = self.parameter.weight, self.parameter.mask
@@ -77,20 +77,20 @@ class _Nonzero:
         return flags if mask is None else flags & mask.flags(begin, end)
 
     def at(self, index: Tensor) -> Tensor:
-        """Returns whether elements at flat indices are not zero: bool, in the shape of `index`."""
+        """Whether elements at flat indices are not zero: bool, in the shape of `index`."""
         if self.known is not None:
             return self.known.at(index)
         nonzero = picked(self.parameter.weight.reshape(-1), index) != 0
         return nonzero if self.parameter.mask is None else nonzero & self.parameter.mask.at(index)
 
     def whole(self, context: RequestContext) -> Mask:
-        """Returns the mask of all elements that are not zero."""
+        """The mask of all elements that are not zero."""
         weight = self.parameter.weight
         return self.known or mask_of(context, self.flags, weight.numel(), weight.device)
 
 
 def nonzero_mask(context: RequestContext, parameter: Parameter) -> Mask:
-    """Returns the mask of elements that are not zero with the parameter's mask applied."""
+    """The mask of the elements that are not zero with the parameter's mask applied."""
     return _Nonzero(parameter, None).whole(context)
 
 
@@ -148,7 +148,7 @@ def _zero_slices_along(context: RequestContext, nonzero: _Nonzero, dim: int) -> 
     return shape[dim] - int(found.count_nonzero())
 
 
-# So many elements are read in one pass.
+# Tensors of at most this many elements are measured in one pass.
 AT_ONCE = 1 << 20
 
 # Elements of each slice that are read before all are.
@@ -159,10 +159,7 @@ SHORT = 16
 
 
 def _any_nonzero(nonzero: _Nonzero, dim: int, slices: Tensor, most: int) -> Tensor:
-    """Which of some slices along `dim` have an element in a corner that is not zero.
-
-    `slices` are indices. About `most` elements of each are read.
-    """
+    """Whether each of some slices along `dim` has one of about `most` elements that is not zero."""
     weight = nonzero.parameter.weight
     side = math.ceil(most ** (1 / (weight.dim() - 1)))
     index = torch.zeros((), dtype=torch.int64, device=weight.device)

@@ -28,8 +28,8 @@ class Measured:
         zeros, totals, pruned: As in Sparsity.
         sizes: The shapes of all tensors, one after another, with `dims` numbers each.
         dims: Dimensions of each tensor.
-        rows, columns: Of each as a matrix of its first dimension and all others.
-        layouts: Of the elements that are not zero.
+        rows, columns: Those of each tensor as a matrix of its first dimension and all others.
+        layouts: The layouts of the elements that are not zero.
     """
 
     zeros: Ints

@@ -7,11 +7,11 @@ names that torch.nn.utils.parametrize gives to a weight.
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 from secateur_server.errors import InvalidSpec
 from secateur_server.runtime.context import RequestContext
-from secateur_server.spec.rules import Rule, Selection
+from secateur_server.spec.rules import Rule
 from secateur_server.state_dict.catalog import Catalog, match
 from secateur_server.state_dict.globs import matches
 
@@ -42,23 +42,21 @@ class Missed:
 def missed_weights(
     context: RequestContext, rules: Sequence[Rule], catalog: Catalog, covered: Collection[str]
 ) -> Missed | None:
-    """Finds weights in the modules that globs name, if a spec misses more than a few.
+    """Finds weights in the modules that globs name; None if the spec misses only a few.
 
     Args:
         context: The request.
-        rules: As in the request.
-        catalog: Of the whole state_dict.
+        rules: The rules of the request, not resolved.
+        catalog: The catalog of the whole state_dict.
         covered: The names of the tensors that the spec prunes.
-
-    Returns:
-        The weights; None if the spec misses few.
     """
     shapes = catalog.prunable
     if not any(name not in covered and len(shapes[name]) >= 2 for name in catalog.floating):
         return None
     sizes = {name: math.prod(shapes[name]) for name in catalog.floating if len(shapes[name]) >= 2}
     others = [name for name in sizes if name not in covered]
-    globs = _globs(rules, catalog)
+    patterns = dict.fromkeys(pattern for rule in rules for pattern in rule.patterns())
+    globs = [pattern for pattern in patterns if pattern not in shapes]
     scopes = [s for glob in context.each(globs) if (s := _scope(glob))]
     try:
         found = matches(context, "spec", scopes, {}, {name: name for name in others}).first
@@ -76,13 +74,6 @@ def missed_weights(
     return Missed(names, kept, lost, _glob_of(context, names, scopes))
 
 
-def _globs(rules: Sequence[Rule], catalog: Catalog) -> list[str]:
-    patterns = dict.fromkeys(
-        pattern for rule in rules if isinstance(rule, Selection) for pattern in rule.tensors
-    )
-    return [pattern for pattern in patterns if pattern not in catalog.prunable]
-
-
 def _scope(glob: str) -> str:
     """The glob for the modules that a glob names: `conv**` for `conv*.weight`; empty for `fc?`."""
     end = max(glob.rfind("*"), glob.rfind(".")) + 1
@@ -92,10 +83,10 @@ def _scope(glob: str) -> str:
 
 def _named(context: RequestContext, rules: Sequence[Rule], catalog: Catalog) -> set[str]:
     """The tensors that the rules name, also those that guard rails exclude."""
-    selections = [rule for rule in rules if isinstance(rule, Selection) and rule.tensors]
-    return {
-        name for rule in selections for name in match(context, rule.path, rule.tensors, catalog)
-    }
+    matched = (
+        match(context, rule.path, rule.patterns(), catalog) for rule in rules if rule.patterns()
+    )
+    return set(chain.from_iterable(matched))
 
 
 def _glob_of(context: RequestContext, names: Sequence[str], scopes: Sequence[str]) -> str | None:

@@ -37,8 +37,8 @@ class Structure:
     Attributes:
         patterns: (n, m) with n < m, for each m of GROUPS: at most n of m consecutive elements along
             the second dimension are not zero. Tensors of one dimension use the first.
-        zero_blocks: Of the tensor as a matrix of its first dimension and all others, for SIDES up
-            to the last that has any. Empty under 2 dimensions.
+        zero_blocks: The zero blocks of the tensor as a matrix of its first dimension and all
+            others, for SIDES up to the last that has any. Empty under 2 dimensions.
     """
 
     patterns: tuple[tuple[int, int], ...]
@@ -46,14 +46,11 @@ class Structure:
 
 
 def structure_of_few(shape: Sequence[int], layouts: Layouts) -> Structure:
-    """Returns the structure of a tensor of one dimension or more, with elements.
+    """The structure of a tensor of one dimension or more, with elements.
 
     Args:
-        shape: Of the tensor.
-        layouts: Of the one mask of the elements that are not zero.
-
-    Returns:
-        The structure.
+        shape: The shape of the tensor.
+        layouts: The layouts of one mask: of the elements that are not zero.
     """
     most = zip(layouts.most_ones[0].tolist(), GROUPS, strict=True)
     matrix = (shape[0], math.prod(shape[1:]))
@@ -64,16 +61,13 @@ def structure_of_few(shape: Sequence[int], layouts: Layouts) -> Structure:
 def structure_of(
     context: RequestContext, shape: Sequence[int], zeros: int, nonzero: Callable[[], Mask]
 ) -> Structure:
-    """Returns the structure of a tensor.
+    """The structure of a tensor. A tensor without elements has neither patterns nor blocks.
 
     Args:
         context: The request.
-        shape: Of the tensor.
-        zeros: How many elements are zero.
+        shape: The shape of the tensor.
+        zeros: The number of elements that are zero.
         nonzero: Makes the mask of the others. Called only if counts do not settle everything.
-
-    Returns:
-        The structure. A tensor without elements has neither patterns nor blocks.
     """
     total = math.prod(shape)
     if not shape or not total:
@@ -133,10 +127,8 @@ def _zero_blocks(
     def nonzero_in(box: Box) -> list[int]:
         return backend.nonzero_blocks(_lines(mask, tiles, box))
 
-    nonzero = map(
-        sum, zip(*backend.map(context, nonzero_in, tiles.boxes(backend.piece)), strict=True)
-    )
-    return _zero_of(matrix, nonzero)
+    counts = backend.map(context, nonzero_in, tiles.boxes(backend.piece))
+    return _zero_of(matrix, map(sum, zip(*counts, strict=True)))
 
 
 def _zero_of(matrix: tuple[int, int], nonzero: Iterable[int]) -> tuple[ZeroBlocks, ...]:
@@ -154,7 +146,7 @@ def _zero_of(matrix: tuple[int, int], nonzero: Iterable[int]) -> tuple[ZeroBlock
 def _lines(mask: Mask, tiles: Tiles, box: Box) -> Tensor:
     """A box of a mask, with bytes of its own for each line along the second of three dimensions.
 
-    Returns: uint8, (lines, bytes), with 0 for padding.
+    The result is uint8, (lines, bytes), with 0 for padding.
     """
     outer, size, inner = tiles.sizes
     (first, last), (begin, end), _ = spans = _elements(tiles, box)

@@ -1,4 +1,4 @@
-"""Warns the caller of a Prune of results that may not be meant.
+"""Warns the caller of a Prune about results that may not be meant.
 
 Checks read the request and the report. No check reads a weight.
 """
@@ -13,7 +13,7 @@ from secateur_server.errors import quote
 from secateur_server.report.measure import MOST_NAMED
 from secateur_server.report.missed import missed_weights
 from secateur_server.runtime.context import RequestContext
-from secateur_server.spec.rules import CustomMasks, Rule, Selection
+from secateur_server.spec.rules import Rule, Selection
 from secateur_server.state_dict.catalog import Catalog, Shape
 from secateur_server.state_dict.parameter import Parameter
 
@@ -34,8 +34,8 @@ class Change(NamedTuple):
     """The change that a Prune made to a tensor.
 
     Attributes:
-        name: Of the tensor.
-        shape: Of the tensor.
+        name: The name of the tensor.
+        shape: The shape of the tensor.
         pruned: Elements that no mask pruned before.
         is_wholly_zero: Whether every element is zero, and was not before.
     """
@@ -59,9 +59,9 @@ class Pruning:
         context: The request.
         asked: The rules of the request.
         rules: The same rules, resolved.
-        catalog: Of the whole state_dict.
-        choices: Of each rule.
-        changes: Of each tensor of the report, by all rules.
+        catalog: The catalog of the whole state_dict.
+        choices: The choices of each rule.
+        changes: The change of each tensor of the report, by all rules.
     """
 
     context: RequestContext
@@ -77,6 +77,11 @@ class Pruning:
             if isinstance(rule, Selection):
                 yield rule, choices
 
+    def pruned_names(self, is_wanted: Callable[[Change], object]) -> list[str]:
+        """The wanted ones of the tensors that this Prune has changed."""
+        changes = self.context.each(self.changes)
+        return [change.name for change in changes if change.pruned and is_wanted(change)]
+
     def has_weight(self, choice: pb.Choice) -> bool:
         """Whether a choice is among the units of a weight or a group."""
         return any(len(self.catalog.prunable.get(n, (0, 0))) >= 2 for n in choice.tensors)
@@ -90,22 +95,9 @@ def warnings_of(
     catalog: Catalog,
     changes: Sequence[Change],
 ) -> list[pb.Warning]:
-    """Finds the warnings of a Prune.
-
-    Args:
-        context: The request.
-        report: Without warnings.
-        asked: The rules of the request.
-        rules: The same rules, resolved.
-        catalog: Of the whole state_dict.
-        changes: As from `changes_of`.
-
-    Returns:
-        The warnings.
-    """
-    pruning = Pruning(
-        context, asked, rules, catalog, [rule.choices for rule in report.rules], changes
-    )
+    """Finds the warnings of a Prune. The arguments are attributes of Pruning."""
+    choices = [rule.choices for rule in report.rules]
+    pruning = Pruning(context, asked, rules, catalog, choices, changes)
     return [warning for check in CHECKS if (warning := check(pruning))]
 
 
@@ -146,31 +138,22 @@ def _wholly_zero(pruning: Pruning) -> pb.Warning | None:
         for change in pruning.context.each(pruning.changes)
         if change.is_wholly_zero and (change.is_weight or _is_norm(change))
     ]
-    rules = pruning.rules if zero else ()
-    meant = {name for rule in rules for name in _meant_whole(pruning.context, rule)}
+    meant = {
+        name
+        for rule in (pruning.rules if zero else ())
+        for name in pruning.context.each(rule.names())
+        if rule.is_meant_whole(name)
+    }
     found = [change for change in zero if change.name not in meant]
     if not found:
         return None
-    length = found[0].shape[0]
+    names, length = [change.name for change in found], found[0].shape[0]
     text = (
-        f"every element of {_listed([change.name for change in found])} is zero now ({length:,} of "
-        f"{length:,} slices of dimension 0{' of the first' if len(found) > 1 else ''}); keep some "
-        "with a guard rail: keep_at_least or max_sparsity"
+        f"every element of {_listed(names)} is zero now ({length:,} of {length:,} slices of "
+        f"dimension 0{' of the first' if len(found) > 1 else ''}); keep some with a guard rail: "
+        "keep_at_least or max_sparsity"
     )
-    return _warning("WHOLLY_ZERO", [change.name for change in found], text)
-
-
-def _meant_whole(context: RequestContext, rule: Rule) -> list[str]:
-    """The tensors that a rule prunes whole on request, or by a mask of the caller."""
-    if isinstance(rule, CustomMasks):
-        return list(rule.names())
-    return [name for name in context.each(rule.names()) if _fraction(rule, name) == 1.0]
-
-
-def _fraction(rule: Selection, name: str) -> float | None:
-    """The requested fraction of a tensor; None for other amounts."""
-    share = rule.amount.share(name)
-    return None if share is None else share.fraction
+    return _warning("WHOLLY_ZERO", names, text)
 
 
 def _zero_before(pruning: Pruning) -> pb.Warning | None:
@@ -188,7 +171,7 @@ def _zero_before(pruning: Pruning) -> pb.Warning | None:
         f"all pruned units of {_listed(found)} were zero before; if the zeros are from an "
         'earlier pruning, count them as pruned: prior="zeros" (--prior zeros, PRIOR_ZEROS)'
     )
-    return _warning("ZERO_BEFORE", found, text) if found else None
+    return _warning("ZERO_BEFORE", found, text)
 
 
 def _ranks_zeros_lowest(rule: Selection) -> bool:
@@ -202,16 +185,12 @@ def _ranks_zeros_lowest(rule: Selection) -> bool:
 
 
 def _scales_pruned(pruning: Pruning) -> pb.Warning | None:
-    found = [
-        change.name
-        for change in pruning.context.each(pruning.changes)
-        if change.pruned and _SCALES.fullmatch(change.name.rpartition(".")[2])
-    ]
+    found = pruning.pruned_names(lambda change: _SCALES.fullmatch(change.name.rpartition(".")[2]))
     text = (
         f"the call pruned scales, which multiply other tensors: {_listed(found)}; leave them out "
         "with the guard rail exclude, or name what to prune"
     )
-    return _warning("SCALES_PRUNED", found, text) if found else None
+    return _warning("SCALES_PRUNED", found, text)
 
 
 def _norms_pruned(pruning: Pruning) -> pb.Warning | None:
@@ -220,16 +199,12 @@ def _norms_pruned(pruning: Pruning) -> pb.Warning | None:
         if isinstance(given, Selection) and not given.groups:
             named = given.tensors if given.scope == "tensor" else ()
             taken |= set(pruning.context.each(rule.names())).difference(named)
-    found = [
-        change.name
-        for change in pruning.context.each(pruning.changes)
-        if change.pruned and change.name in taken and _is_norm(change)
-    ]
+    found = pruning.pruned_names(lambda change: change.name in taken and _is_norm(change))
     text = (
         f"the call pruned weights or statistics of norms: {_listed(found)}; leave them out with "
         "the guard rail exclude, or name what to prune"
     )
-    return _warning("NORMS_PRUNED", found, text) if found else None
+    return _warning("NORMS_PRUNED", found, text)
 
 
 def _is_norm(change: Change) -> bool:
@@ -242,37 +217,41 @@ def _is_norm(change: Change) -> bool:
 
 
 def _rounded_to_none(pruning: Pruning) -> pb.Warning | None:
-    found = list(_of_fractions(pruning, lambda choice: not choice.requested))
-    return _rounded("ROUNDED_TO_NONE", "0", found)
+    return _rounded(pruning, "ROUNDED_TO_NONE", "0", lambda choice: not choice.requested)
 
 
 def _rounded_to_all(pruning: Pruning) -> pb.Warning | None:
-    found = list(_of_fractions(pruning, lambda choice: choice.requested == choice.candidates))
-    return _rounded("ROUNDED_TO_ALL", "all", found)
+    return _rounded(
+        pruning, "ROUNDED_TO_ALL", "all", lambda choice: choice.requested == choice.candidates
+    )
 
 
-def _of_fractions(pruning: Pruning, is_wanted: Callable[[pb.Choice], bool]) -> Iterator[pb.Choice]:
-    """The wanted choices whose fraction of the unpruned units is above 0 and below 1."""
-    for rule, choices in pruning.selections():
-        for choice in pruning.context.each(choices):
-            if not is_wanted(choice):
-                continue
-            fraction = _fraction(rule, choice.tensors[0])
-            is_part = fraction is not None and 0 < fraction < 1 and not rule.of_all
-            if is_part and choice.candidates and pruning.has_weight(choice):
-                yield choice
-
-
-def _rounded(code: str, to: str, choices: Sequence[pb.Choice]) -> pb.Warning | None:
-    if not choices:
+def _rounded(
+    pruning: Pruning, code: str, to: str, is_rounded: Callable[[pb.Choice], bool]
+) -> pb.Warning | None:
+    found = [
+        choice
+        for rule, choices in pruning.selections()
+        for choice in pruning.context.each(choices)
+        if is_rounded(choice) and choice.candidates and _is_of_part(rule, choice.tensors[0])
+        if pruning.has_weight(choice)
+    ]
+    if not found:
         return None
-    names = [name for choice in choices for name in choice.tensors]
-    units, first = choices[0].candidates, " of the first" if len(choices) > 1 else ""
+    names = [name for choice in found for name in choice.tensors]
+    units, first = found[0].candidates, " of the first" if len(found) > 1 else ""
     text = (
         f"the fraction rounds to {to} of the units of {_listed(names)}, as there are so few "
         f"({units:,}{first}); give a number of units (an int) instead"
     )
     return _warning(code, names, text)
+
+
+def _is_of_part(rule: Selection, name: str) -> bool:
+    """Whether the amount is a fraction, above 0 and below 1, of a tensor's unpruned units."""
+    share = rule.amount.share(name)
+    fraction = None if share is None or rule.of_all else share.fraction
+    return fraction is not None and 0 < fraction < 1
 
 
 def _not_smaller(pruning: Pruning) -> pb.Warning | None:
@@ -285,10 +264,12 @@ def _not_smaller(pruning: Pruning) -> pb.Warning | None:
     return pb.Warning(code="NOT_SMALLER", severity=pb.SEVERITY_NOTE, message=text)
 
 
-def _warning(code: str, names: Sequence[str], text: str) -> pb.Warning:
-    return pb.Warning(
-        code=code, severity=pb.SEVERITY_WARNING, tensors=names[:MOST_NAMED], message=text
-    )
+def _warning(code: str, names: Sequence[str], text: str) -> pb.Warning | None:
+    """The warning about some tensors; None if there are none."""
+    if not names:
+        return None
+    severity = pb.SEVERITY_WARNING
+    return pb.Warning(code=code, severity=severity, tensors=names[:MOST_NAMED], message=text)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,7 +1,8 @@
-"""An amount that requests share. Requests that do not fit wait in a fair order."""
+"""Shares a limited amount among requests. Requests that do not fit wait in a fair order."""
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -13,12 +14,7 @@ CHECK_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Quota:
-    """What a tenant may hold. None: no quota.
-
-    Attributes:
-        amount: Of the budget.
-        requests: The number of requests.
-    """
+    """The amount and the number of requests that a tenant may hold. None: no quota."""
 
     amount: int | None = None
     requests: int | None = None
@@ -35,32 +31,29 @@ def half_of(limit: int) -> Callable[[Tenant], Quota]:
 
 @dataclass
 class Held:
-    """What a tenant holds.
-
-    Attributes:
-        amount: Of the budget.
-        requests: The number of requests.
-    """
+    """The amount and the number of requests that a tenant holds."""
 
     amount: int = 0
     requests: int = 0
 
 
+@dataclass(eq=False)
 class Full(Exception):
     """The state of a budget that refuses a request because too many wait.
 
     Attributes:
-        held: What all requests hold.
-        mine: What the tenant of the request holds.
+        held: The amount that all requests hold.
+        mine: The part of it that the tenant of the request holds.
         quota: The tenant's quota that blocks the request: `amount`, `requests`, or empty.
         waiting: The number of requests that wait.
         longest: Seconds that the first one of them has waited.
     """
 
-    def __init__(self, held: int, mine: Held, quota: str, waiting: int, longest: float) -> None:
-        super().__init__(f"{held} held, {mine} by this tenant, {waiting} wait")
-        self.held, self.mine, self.quota = held, mine, quota
-        self.waiting, self.longest = waiting, longest
+    held: int
+    mine: Held
+    quota: str
+    waiting: int
+    longest: float
 
 
 @dataclass(eq=False)
@@ -75,8 +68,8 @@ class _Waiting:
 class Budget:
     """Grants amounts while they fit, and queues other requests.
 
-    The next request is the oldest one of the tenant that holds the least; among such tenants, of
-    the one that was served longest ago. No smaller request overtakes it, so that large requests are
+    The tenant that holds the least comes next; among such tenants, the one that was served longest
+    ago. Its oldest request is served. No smaller request overtakes it, so that large requests are
     served too. A request that is blocked by its tenant's quota does not block other tenants. If the
     queue is full, the tenant with the most requests in it loses its newest one, so that one tenant
     cannot block others.
@@ -85,6 +78,9 @@ class Budget:
         limit: The amount that all requests together may hold.
         max_waiting: The length of the queue; 0: no request waits.
         quota: The quota of each tenant.
+
+    Attributes:
+        held: The amount that all requests hold now.
     """
 
     def __init__(
@@ -92,16 +88,11 @@ class Budget:
     ) -> None:
         self.limit, self.max_waiting, self._quota = limit, max_waiting, quota
         self._lock = threading.Lock()
-        self._total = 0
-        self._held: dict[str, Held] = {}  # by owner
+        self.held = 0
+        self._by_owner: dict[str, Held] = {}
         self._queue: list[_Waiting] = []
         self._turns = 0
         self._last_turn: dict[str, int] = {}  # by owner, if it holds something or waits
-
-    @property
-    def held(self) -> int:
-        """What requests hold now."""
-        return self._total
 
     @property
     def waiting(self) -> int:
@@ -120,21 +111,12 @@ class Budget:
         return self.limit if quota is None else min(quota, self.limit)
 
     def state(self, tenant: Tenant, amount: int) -> Full:
-        """The state of the budget for a tenant that asks for `amount` more.
-
-        Args:
-            tenant: Who asks.
-            amount: How much.
-        """
+        """The state of the budget for a tenant that asks for `amount` more."""
         with self._lock:
             return self._state(tenant, amount)
 
     def acquire(self, context: RequestContext, amount: int) -> None:
         """Waits until the request's tenant may hold `amount` more. The caller releases it later.
-
-        Args:
-            context: The request.
-            amount: How much.
 
         Raises:
             Full: Too many requests wait.
@@ -153,20 +135,17 @@ class Budget:
         self._wait(context, me)
 
     def release(self, tenant: Tenant, amount: int, requests: int = 1) -> None:
-        """Returns an amount to the budget.
+        """Returns an amount to the budget: all that a request holds, or a part if `requests` is 0.
 
-        Args:
-            tenant: The tenant of the request that acquired it.
-            amount: A part of the acquired amount, or the rest of it.
-            requests: 1 for the rest, 0 for a part.
+        `tenant` is the one of the request that acquired it.
         """
         with self._lock:
-            held = self._held[tenant.owner]
-            self._total -= amount
+            held = self._by_owner[tenant.owner]
+            self.held -= amount
             held.amount -= amount
             held.requests -= requests
             if not held.requests:
-                del self._held[tenant.owner]
+                del self._by_owner[tenant.owner]
             if self._queue or not held.requests:
                 self._call_next()
 
@@ -190,11 +169,11 @@ class Budget:
             raise me.refusal
 
     def _call_next(self) -> None:
-        while (one := self._next()) is not None and self._total + one.amount <= self.limit:
+        while (one := self._next()) is not None and self.held + one.amount <= self.limit:
             self._queue.remove(one)
             self._grant(one.tenant, one.amount)
             one.called.set()
-        here = self._held.keys() | {waiting.tenant.owner for waiting in self._queue}
+        here = self._by_owner.keys() | {waiting.tenant.owner for waiting in self._queue}
         self._last_turn = {o: turn for o, turn in self._last_turn.items() if o in here}
 
     def _next(self) -> _Waiting | None:
@@ -206,25 +185,25 @@ class Budget:
         return min(able, key=lambda one: self._precedence(one.tenant), default=None)
 
     def _precedence(self, tenant: Tenant) -> tuple[int, int]:
-        return self._of(tenant).amount, self._last_turn.get(tenant.owner, 0)
+        return self._held_by(tenant).amount, self._last_turn.get(tenant.owner, 0)
 
-    def _of(self, tenant: Tenant) -> Held:
-        return self._held.get(tenant.owner, Held())
+    def _held_by(self, tenant: Tenant) -> Held:
+        return self._by_owner.get(tenant.owner, Held())
 
     def _fits(self, tenant: Tenant, amount: int) -> bool:
-        return self._total + amount <= self.limit and not self._blocking_quota(tenant, amount)
+        return self.held + amount <= self.limit and not self._blocking_quota(tenant, amount)
 
     def _blocking_quota(self, tenant: Tenant, amount: int) -> str:
         """The name of the tenant's quota that does not allow `amount` more; empty: none."""
-        quota, held = self._quota(tenant), self._of(tenant)
+        quota, held = self._quota(tenant), self._held_by(tenant)
         if quota.requests is not None and held.requests >= quota.requests:
             return "requests"
         is_within = quota.amount is None or held.amount + amount <= quota.amount
         return "" if is_within else "amount"
 
     def _grant(self, tenant: Tenant, amount: int) -> None:
-        held = self._held.setdefault(tenant.owner, Held())
-        self._total += amount
+        held = self._by_owner.setdefault(tenant.owner, Held())
+        self.held += amount
         held.amount += amount
         held.requests += 1
         self._turns += 1
@@ -232,9 +211,7 @@ class Budget:
 
     def _refuse_one(self) -> None:
         """Refuses the newest request of the tenant with the most requests in the queue."""
-        counts: dict[str, int] = {}
-        for waiting in self._queue:
-            counts[waiting.tenant.owner] = counts.get(waiting.tenant.owner, 0) + 1
+        counts = Counter(waiting.tenant.owner for waiting in self._queue)
         last = max(reversed(self._queue), key=lambda one: counts[one.tenant.owner])
         self._queue.remove(last)
         last.refusal = self._state(last.tenant, last.amount)
@@ -242,5 +219,5 @@ class Budget:
 
     def _state(self, tenant: Tenant, amount: int) -> Full:
         longest = time.monotonic() - self._queue[0].since if self._queue else 0.0
-        quota, mine = self._blocking_quota(tenant, amount), self._of(tenant)
-        return Full(self._total, replace(mine), quota, len(self._queue), longest)
+        quota, mine = self._blocking_quota(tenant, amount), self._held_by(tenant)
+        return Full(self.held, replace(mine), quota, len(self._queue), longest)

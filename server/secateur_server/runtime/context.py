@@ -13,16 +13,16 @@ from secateur_server.errors import Cancelled
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
-# Creates the error of a cancelled request at each raise: an error keeps its frames, and the model.
+# Creates a new error each time: an error keeps the frames that it passed, and with them the model.
 Interruption = Callable[[], Cancelled]
 
-# Loops over up to so many items check for cancellation once: a generator around each loop of a
-# small state_dict costs more than the loop. Work on a large item checks by itself, for each piece.
+# Loops over up to FEW items check for cancellation once: a generator around each loop of a small
+# state_dict costs more than the loop. Work on a large item checks by itself, for each piece.
 FEW = 16
 
 
 def cancelled_by_caller() -> Cancelled:
-    """The error of a request that its caller has cancelled, or whose connection is lost."""
+    """The error of a request whose caller has cancelled it, or has lost its connection."""
     return Cancelled("call", "cancelled by the caller")
 
 
@@ -31,7 +31,7 @@ class Tenant:
     """The sender of a request, with its quotas. None: no quota.
 
     Attributes:
-        name: From the tokens file; empty without one.
+        name: The name in the tokens file; empty without a tokens file.
         owner: The owner of the checkpoints that the tenant sees.
         memory: Bytes of models that are served at once.
         requests: Requests that are served at once.
@@ -73,8 +73,7 @@ class Stage:
     """The time that a request spent in one stage.
 
     Attributes:
-        begun: Nanoseconds since 1970.
-        ended: Nanoseconds since 1970.
+        begun, ended: Nanoseconds since 1970.
         seconds: The sum over all threads.
     """
 
@@ -90,13 +89,13 @@ class RequestContext:
         method: The RPC.
         id: The caller's x-request-id, or one made by the server.
         peer: The caller's address.
-        deadline: By time.monotonic(); None: no deadline.
+        deadline: A time of time.monotonic(); None: no deadline.
         work_memory: Bytes that the request may take beside its state_dict; None: no limit.
         scratch: The folder for data that does not fit in `work_memory`.
         charge: The scheduler's, for `charge`.
 
     Attributes:
-        tenant: Who sends the request.
+        tenant: The sender of the request.
         now: The phase (fetch, read, prune or write), the bytes that it takes (0: unknown), and
             `done` when it began. One tuple, so that other threads read a consistent value.
         done: Bytes processed in all phases.
@@ -108,8 +107,8 @@ class RequestContext:
         charges: Bytes that the request holds beside its state_dict, as the scheduler counts them.
         queued, time_to_report: Seconds; None: the request has not reached that point.
         is_waiting: Whether the request waits for memory, or for the cores.
-        waited_for: How long and for what the request waited when it was cancelled; empty: it did
-            not wait.
+        waited_for: How long, and for what, the request waited when it was cancelled; empty if it
+            did not wait.
         reason: The reason of a failure, as google.rpc.ErrorInfo has it.
         error: The message of a failure.
         interruption: Creates the error of a cancelled request; None: it is not cancelled.
@@ -141,7 +140,6 @@ class RequestContext:
         self.reason = self.error = self.code = self.waited_for = ""
         self.charges: list[int] = []
         self._charge = charge
-        self.begun = time.time_ns()
         self._started = time.perf_counter()
         self._lock = threading.Lock()
         self.interruption: Interruption | None = None
@@ -159,8 +157,7 @@ class RequestContext:
     def cancel(self, reason: Interruption = cancelled_by_caller) -> None:
         """Cancels the request: the next check in any of its threads raises an error.
 
-        Args:
-            reason: Creates that error. The first cancellation counts.
+        The reason creates the error. The first cancellation counts.
         """
         with self._lock:
             self.interruption = self.interruption or reason
@@ -178,13 +175,7 @@ class RequestContext:
             raise (self.interruption or cancelled_by_caller)()
 
     def each(self, items: Iterable[Item]) -> Iterable[Item]:
-        """Checks for cancellation in a loop: before each item, or once if there are few.
-
-        Args:
-            items: To loop over.
-
-        Returns:
-            The same items.
+        """The same items, with a check for cancellation before each one, or once for a few items.
 
         Raises:
             Cancelled: The request has been cancelled.
@@ -202,13 +193,6 @@ class RequestContext:
 
     def map(self, function: Callable[[Item], Found], pieces: Iterable[Item]) -> list[Found]:
         """Maps a function over pieces of tensors, with a check for cancellation before each.
-
-        Args:
-            function: To call.
-            pieces: Its arguments.
-
-        Returns:
-            Its results, in order.
 
         Raises:
             Cancelled: The request has been cancelled.
@@ -241,11 +225,7 @@ class RequestContext:
 
     @contextmanager
     def waiting(self, what: Callable[[], str]) -> Iterator[None]:
-        """Records what the request waited for if it is cancelled within the block.
-
-        Args:
-            what: Describes what it waits for.
-        """
+        """Records what the request waited for, as `what` describes it, if it is cancelled."""
         begun = time.perf_counter()
         try:
             yield

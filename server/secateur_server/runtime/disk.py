@@ -4,7 +4,7 @@ import errno
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from secateur_server.errors import StoreFailed, StoreFull
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-# Bytes of a block of most file systems: a file takes whole blocks.
+# Bytes of a block of most file systems: a file takes whole blocks, and a folder at least one.
 DISK_BLOCK = 4096
 
 # Errors that say nothing about a file: the process or the system has no descriptor or memory left.
@@ -40,11 +40,7 @@ def full_disk() -> Iterator[None]:
 
 @contextmanager
 def disk_errors(advice: str = "send it again") -> Iterator[None]:
-    """Raises StoreFull if the block fails because the disk is full, StoreFailed for other failures.
-
-    Args:
-        advice: What the caller can do after a StoreFailed.
-    """
+    """Raises StoreFull if the block fails because the disk is full, else StoreFailed."""
     try:
         with full_disk():
             yield
@@ -60,11 +56,7 @@ _SYNC_BYTES = 128 << 20
 
 
 class DurableFile:
-    """Writes a file, which is on disk once `sync` returns.
-
-    Args:
-        descriptor: Of the open file.
-    """
+    """Writes an open file, which is on disk once `sync` returns."""
 
     def __init__(self, descriptor: int) -> None:
         self._fd = descriptor
@@ -87,33 +79,30 @@ class DurableFile:
 def write_atomically(path: Path, data: bytes) -> None:
     """Replaces a file atomically and durably: after a crash it is the new one or the old one.
 
-    Args:
-        path: Of the file.
-        data: Its content.
-
     Raises:
         StoreFull, StoreFailed: The disk failed.
     """
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
-        with disk_errors(), unfinished.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        with disk_errors():
+            write_synced(unfinished, data)
             os.replace(unfinished, path)
             sync_folder(path.parent)
     except BaseException:
-        with suppress(FileNotFoundError):
-            unfinished.unlink()
+        unfinished.unlink(missing_ok=True)
         raise
 
 
-def sync_folder(path: Path) -> None:
-    """Waits until the names in a folder are on disk.
+def write_synced(path: Path, data: bytes | bytearray) -> None:
+    """Writes a file, and waits until it is on disk. Its name may not be yet."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
-    Args:
-        path: Of the folder.
-    """
+
+def sync_folder(path: Path) -> None:
+    """Waits until the names in a folder are on disk."""
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(folder)

@@ -5,7 +5,7 @@ import threading
 
 # Seconds after the end of a request. Requests that end meanwhile are handled together.
 DELAY_SECONDS = 1.0
-# So much is kept for the next requests, since returning and allocating memory takes time.
+# Kept for the next requests, since returning and allocating memory takes time.
 KEPT_BYTES = 64 << 20
 
 
@@ -41,12 +41,10 @@ class Trimmer:
 class _MallInfo(ctypes.Structure):
     """struct mallinfo2 of glibc; fordblks: free bytes of all arenas."""
 
-    _fields_ = tuple(
-        (name, ctypes.c_size_t)
-        for name in (
-            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
-            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
-        )
+    _fields_ = (
+        ("others", ctypes.c_size_t * 8),
+        ("fordblks", ctypes.c_size_t),
+        ("keepcost", ctypes.c_size_t),
     )
 
 

@@ -1,7 +1,7 @@
 """Decides which request runs when: all shared resources, with their limits.
 
-A request acquires these in this order. Health probes need only the second one. Scrapes of metrics
-need none: they have a thread and connections of their own.
+A request acquires these in this order. A health probe needs only the second one. A scrape of the
+metrics needs none, since the server of metrics has a thread and connections of its own.
 
 | shared | limit | a request that does not fit |
 | --- | --- | --- |
@@ -13,14 +13,14 @@ need none: they have a thread and connections of their own.
 | fetched files | --store-max-bytes; a named tenant: half | is refused, and may retry |
 | cores | one state_dict above ONE_CORE_BYTES | waits |
 
-Waiting requests are served in the order that Budget describes. A request that could never fit is
-refused at once. A request may hold a part of one resource while it waits for another one, but only
-for those further down, so that two requests never wait for each other.
+Budget describes the order in which waiting requests are served. A request that could never fit is
+refused at once. A request that holds a part of one resource may wait only for resources further
+down, so that two requests never wait for each other.
 """
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from secateur_server.errors import ModelTooLarge, QueueFull, QuotaExceeded, RequestTooLarge
 from secateur_server.runtime.budget import Budget, Full, Quota, half_of
@@ -36,7 +36,7 @@ MAX_MESSAGE_BYTES = 16 << 20
 # Shares of --memory-limit, on top of it.
 FIRST_MESSAGES, OTHER = 1 / 16, 1 / 8
 MIN_OTHER_BYTES = 64 << 20
-# Smaller charges are not counted: each call takes so much anyway.
+# Smaller charges are not counted: each call takes as much anyway.
 SMALL_BYTES = 64 << 10
 # State_dicts up to this size are processed by one core each.
 ONE_CORE_BYTES = 4 << 20
@@ -54,9 +54,8 @@ class Scheduler:
     Attributes:
         max_calls: Calls that run or wait.
         threads: Threads that gRPC needs.
-        messages: The budget of first messages.
-        models: The budget of state_dicts.
-        other: The budget of headers, specs and plans.
+        messages, models, other: The budgets of first messages; of state_dicts; and of headers,
+            specs and plans.
     """
 
     def __init__(self, memory_limit: int, queue_size: int) -> None:
@@ -64,10 +63,13 @@ class Scheduler:
         # Extra threads, so that rejected calls and probes never wait for a worker.
         self.threads = self.max_calls + 2 * MAX_PROBES
         self._calls = Budget(self.max_calls, 0, half_of(self.max_calls))
-        self._probes = _Probes()
+        self._lock = threading.Lock()
+        self._probes: list[Callable[[], object]] = []  # cancels of running ones, the oldest first
         messages = max(int(memory_limit * FIRST_MESSAGES), MIN_OTHER_BYTES)
         self.messages = Budget(messages, self.max_calls, half_of(messages))
-        self.models = Budget(memory_limit, queue_size, _quota_of)
+        self.models = Budget(
+            memory_limit, queue_size, lambda tenant: Quota(tenant.memory, tenant.requests)
+        )
         other = max(int(memory_limit * OTHER), MIN_OTHER_BYTES)
         self.other = Budget(other, 0, half_of(other))
         self._cores = Budget(1, self.max_calls)
@@ -101,14 +103,18 @@ class Scheduler:
     def probe(self, cancel: Callable[[], object]) -> Iterator[None]:
         """Admits a health probe, which never waits.
 
-        Args:
-            cancel: Ends the probe. It is called if MAX_PROBES other probes arrive before its end.
+        `cancel` ends the probe. It is called if MAX_PROBES other probes arrive before its end.
         """
-        self._probes.add(cancel)
+        with self._lock:
+            self._probes.append(cancel)
+            oldest = self._probes.pop(0) if len(self._probes) > MAX_PROBES else None
+        if oldest is not None:
+            oldest()
         try:
             yield
         finally:
-            self._probes.discard(cancel)
+            with self._lock, suppress(ValueError):  # a later probe may have ended this one
+                self._probes.remove(cancel)
 
     @contextmanager
     def first_message(self, context: RequestContext) -> Iterator[Callable[[int], None]]:
@@ -141,7 +147,7 @@ class Scheduler:
         Args:
             context: The request.
             field: The field of its header that announces the bytes.
-            size: Bytes.
+            size: The bytes of the state_dict.
 
         Raises:
             ModelTooLarge: They would never fit.
@@ -199,27 +205,20 @@ class Scheduler:
             )
 
     def charge(self, context: RequestContext, field: str, size: int, what: str) -> None:
-        """Counts the memory of headers, specs and plans, until the request ends.
+        """Counts the memory of headers, specs and plans until the request ends.
 
-        Args:
-            context: The request.
-            field: The field that needs the memory.
-            size: Bytes, an upper bound.
-            what: Describes the work that needs the memory, for the error.
-
-        Raises:
-            RequestTooLarge: They would never fit.
-            QueueFull: They do not fit beside those of other requests.
+        The arguments and errors are those of RequestContext.charge.
         """
         if size < SMALL_BYTES:
             return
         most = self.other.limit_for(context.tenant)
         if size + sum(context.charges) > most:
+            held = f" beside {sum(context.charges)} that the request already holds"
             raise RequestTooLarge(
                 field,
-                f"{what} takes up to {size} bytes of memory"
-                f"{_beside(context)}, and this server has {most} for it: "
-                "split the request, or ask the operator to raise --memory-limit",
+                f"{what} takes up to {size} bytes of memory{held if context.charges else ''}, and "
+                f"this server has {most} for it: split the request, or ask the operator to raise "
+                "--memory-limit",
             )
         try:
             self.other.acquire(context, size)
@@ -236,13 +235,9 @@ class Scheduler:
 
     @contextmanager
     def cores(self, context: RequestContext, size: int) -> Iterator[None]:
-        """Reserves the cores for the block. A large state_dict gets all of them to itself.
+        """Reserves the cores for a state_dict of `size` bytes. A large one gets all cores.
 
-        Several at once would share the caches, and fewer would be finished in the same time.
-
-        Args:
-            context: The request.
-            size: Bytes of its state_dict.
+        Several large ones at once would share the caches, and all would take longer.
 
         Raises:
             Cancelled: The request was cancelled while it waited.
@@ -256,33 +251,3 @@ class Scheduler:
             yield
         finally:
             self._cores.release(context.tenant, 1)
-
-
-class _Probes:
-    """The running probes, the oldest first."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._cancels: list[Callable[[], object]] = []
-
-    def add(self, cancel: Callable[[], object]) -> None:
-        with self._lock:
-            self._cancels.append(cancel)
-            oldest = self._cancels.pop(0) if len(self._cancels) > MAX_PROBES else None
-        if oldest is not None:
-            oldest()
-
-    def discard(self, cancel: Callable[[], object]) -> None:
-        with self._lock:
-            if cancel in self._cancels:
-                self._cancels.remove(cancel)
-
-
-def _beside(context: RequestContext) -> str:
-    return (
-        f" beside {sum(context.charges)} that the request already holds" if context.charges else ""
-    )
-
-
-def _quota_of(tenant: Tenant) -> Quota:
-    return Quota(tenant.memory, tenant.requests)

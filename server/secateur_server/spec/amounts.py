@@ -1,4 +1,4 @@
-"""How much a selection prunes of the units that are compared.
+"""Amounts: how much a selection prunes of the units that are compared.
 
 One class for each kind. A new kind is a class here, and a line in AMOUNTS.
 """
@@ -6,20 +6,20 @@ One class for each kind. A new kind is a class here, and a line in AMOUNTS.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from secateur_proto import spec_pb2 as pb
-from secateur_server.errors import AmountOutOfRange, InvalidSpec, UnknownTensor, quote
+from secateur_server.errors import AmountOutOfRange, InvalidSpec, quote
 from secateur_server.fields import check_length, fraction_of
 from secateur_server.runtime.context import RequestContext
-from secateur_server.spec.matching import by_tensor, first_matches
+from secateur_server.spec.matching import by_tensor, first_matches, not_pruned
 
 Ints = npt.NDArray[np.integer[Any]]
 
-# The most for one unit: their sums stay finite, and whole numbers exact for most models.
+# The most operations of one unit: so their sums are finite, and exact for most models.
 MOST_OPERATIONS = 1e15
 
 # As PruningSpec in spec.proto lists it.
@@ -27,21 +27,19 @@ MOST_ENTRIES = 100_000
 
 
 class Amount(Protocol):
-    """How much is pruned."""
+    """How much is pruned.
 
-    @property
-    def field(self) -> str:
-        """The path of the amount in its selection."""
+    Attributes:
+        field: The path of the amount in its selection.
+        is_share: Whether it is a fraction or a count of the units, the same for all tensors.
+        is_per_tensor: Whether it differs from tensor to tensor, so that tensors cannot be compared.
+        counted: The name of what a budget counts, for errors.
+    """
 
-    @property
-    def is_share(self) -> bool:
-        """Whether it is a fraction or a count of the units, the same for all tensors."""
-        return False
-
-    @property
-    def is_per_tensor(self) -> bool:
-        """Whether it differs from tensor to tensor, so that tensors cannot be compared."""
-        return False
+    field: ClassVar[str]
+    is_share: ClassVar[bool] = False
+    is_per_tensor: ClassVar[bool] = False
+    counted: ClassVar[str] = "units"
 
     @property
     def is_everything(self) -> bool:
@@ -58,30 +56,25 @@ class Amount(Protocol):
         """What all kept units may cost. None: units are counted, and cost 1 each."""
         return None
 
-    @property
-    def counted(self) -> str:
-        """The name of what a budget counts, for errors."""
-        return "units"
-
     def share(self, name: str) -> "Fraction | Count | None":
-        """Returns the fraction or count of the units of a tensor; None for other kinds."""
+        """The fraction or count of the units of a tensor; None for other kinds."""
         return None
 
     def unit_cost(self, name: str, unit_bytes: int | None) -> float:
-        """Returns the cost of a unit of a tensor. `unit_bytes` is None if its units differ."""
+        """The cost of a unit of a tensor. `unit_bytes` is None if its units differ."""
         return 1
 
     def check(self, path: str, name: str, shape: Sequence[int], unit_elements: int | None) -> None:
-        """Refuses a tensor whose units do not have this amount.
+        """Refuses a tensor whose units cannot have this amount.
 
         Args:
-            path: Of the selection in the request.
-            name: Of the tensor.
-            shape: Of the tensor.
+            path: The path of the selection in the request.
+            name: The name of the tensor.
+            shape: The shape of the tensor.
             unit_elements: Elements of each unit; None if units differ.
 
         Raises:
-            AmountOutOfRange: The units have no such amount.
+            AmountOutOfRange: The units cannot have this amount.
         """
         return
 
@@ -92,12 +85,9 @@ class Amount(Protocol):
 
         Args:
             context: The request.
-            path: Of the selection in the request.
+            path: The path of the selection in the request.
             names: The tensors, or groups, that the rule prunes.
-            known: From every name of these to the tensor.
-
-        Returns:
-            The resolved amount.
+            known: Maps every name of these to the tensor.
 
         Raises:
             InvalidSpec: The names do not fit the tensors.
@@ -126,11 +116,11 @@ class Fraction(Amount):
         return self
 
     def units(self, base: int) -> int:
-        """Returns the number of units, of `base`; rounded as torch does."""
+        """The number of units, of `base`; rounded as torch does."""
         return round(self.value * base)
 
     def units_of_each(self, bases: Ints) -> Ints:
-        """Does `units` for an array."""
+        """The number of units of each base."""
         units: Ints = np.rint(self.value * bases).astype(np.int64)
         return units
 
@@ -141,22 +131,15 @@ class Count(Amount):
 
     value: int
 
-    field, is_share = "count", True
-
-    @property
-    def fraction(self) -> float | None:
-        """The fraction; None for a count."""
-        return None
+    field, is_share, fraction = "count", True, None
 
     def share(self, name: str) -> "Fraction | Count":
         return self
 
     def units(self, base: int) -> int:
-        """Returns the number of units."""
         return self.value
 
     def units_of_each(self, bases: Ints) -> Ints:
-        """Does `units` for an array."""
         return np.full(bases.shape, self.value, np.int64)
 
 
@@ -200,7 +183,7 @@ class Macs(Amount):
     """As few units as leave at most `target` operations.
 
     Attributes:
-        target: For all units.
+        target: Operations of all kept units.
         per_unit: Operations of a unit, by the name of its tensor or group.
     """
 
@@ -220,13 +203,10 @@ class Macs(Amount):
         self, context: RequestContext, path: str, names: Sequence[str], known: Mapping[str, str]
     ) -> "Macs":
         field = f"{path}.macs.per_unit"
-        given = by_tensor(context, self.per_unit, field, known)
-        pruned = set(names)
+        given, pruned = by_tensor(context, self.per_unit, field, known), set(names)
         for name in context.each(given):
             if name not in pruned:
-                raise UnknownTensor(
-                    f"{field}[{quote(name)}]", "the rule does not prune this tensor"
-                )
+                raise not_pruned(f"{field}[{quote(name)}]", "tensor")
         for name in names:
             if name not in given:
                 raise InvalidSpec(field, f"{quote(name)} is missing; give its operations per unit")
@@ -238,7 +218,7 @@ class Table(Amount):
     """A fraction of the units of each tensor.
 
     Attributes:
-        fractions: By name or glob, and the first that matches a tensor counts. Once resolved,
+        fractions: By name or glob, of which the first that matches a tensor counts. Once resolved,
             by name; other tensors have the fraction 0.
     """
 

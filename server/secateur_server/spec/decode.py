@@ -1,10 +1,13 @@
 """Decodes a spec, and checks all that can be checked without the tensors."""
 
 from array import array
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+from google.protobuf.descriptor import EnumDescriptor
 
 from secateur_proto import spec_pb2 as pb
+from secateur_proto.enums import values_by_name
 from secateur_server.errors import InvalidSpec, quote
 from secateur_server.fields import check_length, chosen
 from secateur_server.granularity import GRANULARITIES, Granularity
@@ -25,31 +28,18 @@ from secateur_server.spec.rules import (
 
 Choice = TypeVar("Choice")
 
-SCOPES: dict[int, Scope] = {
-    pb.SCOPE_PER_ROW: "row",
-    pb.SCOPE_PER_TENSOR: "tensor",
-    pb.SCOPE_GLOBAL: "global",
-    pb.SCOPE_ISOMORPHIC: "isomorphic",
-}
-ALLOCATIONS: dict[int, Allocation] = {
-    pb.ALLOCATION_UNSPECIFIED: "rank",
-    pb.ALLOCATION_RANK: "rank",
-    pb.ALLOCATION_UNIFORM: "uniform",
-    pb.ALLOCATION_ERK: "erk",
-    pb.ALLOCATION_LAMP: "lamp",
-}
+
+def _by_number(enum: EnumDescriptor) -> dict[int, Any]:
+    return {n: name.removeprefix("per_") for name, n in values_by_name(enum).items()}
+
+
+# The values of enums as `rules` spells them. 0 is a value that the caller did not set.
+SCOPES: dict[int, Scope] = _by_number(pb.Scope.DESCRIPTOR)
+ALLOCATIONS: dict[int, Allocation] = {0: "rank", **_by_number(pb.Allocation.DESCRIPTOR)}
+COMBINATIONS: dict[int, Combination] = {0: "mean", **_by_number(pb.Combination.DESCRIPTOR)}
 NORMALIZATIONS: dict[int, Normalization | None] = {
-    pb.NORMALIZATION_UNSPECIFIED: None,
-    pb.NORMALIZATION_NONE: None,
-    pb.NORMALIZATION_MEAN: "mean",
-    pb.NORMALIZATION_NORM: "norm",
-    pb.NORMALIZATION_Z_SCORE: "z_score",
-}
-COMBINATIONS: dict[int, Combination] = {
-    pb.COMBINATION_UNSPECIFIED: "mean",
-    pb.COMBINATION_MEAN: "mean",
-    pb.COMBINATION_SUM: "sum",
-    pb.COMBINATION_MAX: "max",
+    **_by_number(pb.Normalization.DESCRIPTOR),
+    **dict.fromkeys((pb.NORMALIZATION_UNSPECIFIED, pb.NORMALIZATION_NONE)),
 }
 
 # As PruningSpec in spec.proto lists them.
@@ -106,68 +96,54 @@ def _selection(context: RequestContext, selection: pb.Selection, path: str) -> S
         allocation=_one_of(ALLOCATIONS, selection, "allocation", path),
         guard_rails=decode_rails(context, selection.guard_rails, f"{path}.guard_rails"),
     )
-    _check_combination(decoded)
+    for field, why in _contradictions(decoded):
+        raise InvalidSpec(f"{path}.{field}", why)
     return decoded
 
 
-def _check_combination(rule: Selection) -> None:
-    """Refuses choices that contradict each other."""
-    is_random = not rule.importance.is_measured
-    amount, is_share = rule.amount, rule.amount.is_share
-    refused = {
-        "importance_scores": (
-            is_random and rule.scores,
-            "cannot be used with random importance; leave them out",
-        ),
-        "scales": (
-            rule.scales and (is_random or rule.groups),
-            "cannot be used with random importance or groups; leave them out",
-        ),
-        "normalization": (
-            is_random and rule.normalization,
-            "cannot be used with random importance; leave it out",
-        ),
-        "threshold": (
-            is_random and amount.threshold is not None,
-            "cannot be used with random importance; use a fraction or a count",
-        ),
-        "allocation": (
-            rule.allocation != "rank" and (not is_share or rule.scope in ("row", "tensor")),
-            "needs a fraction or a count, and SCOPE_GLOBAL or SCOPE_ISOMORPHIC",
-        ),
-        "table": (
-            amount.is_per_tensor and rule.scope not in ("row", "tensor"),
-            "needs SCOPE_PER_TENSOR or SCOPE_PER_ROW",
-        ),
-        "scope": (
-            rule.scope == "row"
-            and (rule.granularity is None or not (is_share or amount.is_per_tensor)),
-            "SCOPE_PER_ROW needs a fraction, a count or a table, and cannot be used with groups",
-        ),
-        "guard_rails.rails": (
-            rule.scope == "row" and rule.guard_rails.rails,
-            "cannot be used with SCOPE_PER_ROW, which compares units within each row only",
-        ),
-        "bytes": (
-            amount.field == "bytes" and rule.granularity is None,
-            "cannot be used with groups, whose units differ in size; use macs",
-        ),
-        "of_all": (
-            rule.of_all and not is_share and not amount.is_per_tensor,
-            "needs a fraction, a count or a table",
-        ),
-    }
-    for field, (is_wrong, why) in refused.items():
-        if is_wrong:
-            raise InvalidSpec(f"{rule.path}.{field}", why)
-    if rule.allocation == "erk" and rule.groups:
-        raise InvalidSpec(
-            f"{rule.path}.allocation", "ERK cannot be used with groups, which have no dimensions"
-        )
-    if rule.allocation == "lamp" and is_random:
-        raise InvalidSpec(
-            f"{rule.path}.allocation", "LAMP cannot be used with random importance; use another"
-        )
+def _contradictions(rule: Selection) -> Iterator[tuple[str, str]]:
+    """The fields that contradict other choices, each with the reason."""
+    if not rule.importance.is_measured:
+        yield from _contradictions_of_random(rule)
+    if rule.groups:
+        yield from _contradictions_of_groups(rule)
+    amount, is_compared = rule.amount, rule.scope in ("global", "isomorphic")
+    has_share = amount.is_share or amount.is_per_tensor
+    if rule.allocation != "rank" and not (amount.is_share and is_compared):
+        yield "allocation", "needs a fraction or a count, and SCOPE_GLOBAL or SCOPE_ISOMORPHIC"
+    if amount.is_per_tensor and is_compared:
+        yield "table", "needs SCOPE_PER_TENSOR or SCOPE_PER_ROW"
+    if rule.scope == "row" and not has_share:
+        yield "scope", "SCOPE_PER_ROW needs a fraction, a count or a table"
+    if rule.scope == "row" and rule.guard_rails.rails:
+        why = "cannot be used with SCOPE_PER_ROW, which compares units within each row only"
+        yield "guard_rails.rails", why
+    if rule.of_all and not has_share:
+        yield "of_all", "needs a fraction, a count or a table"
+
+
+def _contradictions_of_random(rule: Selection) -> Iterator[tuple[str, str]]:
+    if rule.scores:
+        yield "importance_scores", "cannot be used with random importance; leave them out"
+    if rule.scales:
+        yield "scales", "cannot be used with random importance; leave them out"
+    if rule.normalization:
+        yield "normalization", "cannot be used with random importance; leave it out"
+    if rule.amount.threshold is not None:
+        yield "threshold", "cannot be used with random importance; use a fraction or a count"
+    if rule.allocation == "lamp":
+        yield "allocation", "LAMP cannot be used with random importance; use another"
+
+
+def _contradictions_of_groups(rule: Selection) -> Iterator[tuple[str, str]]:
+    if rule.scales:
+        yield "scales", "cannot be used with groups; leave them out"
+    if rule.scope == "row":
+        yield "scope", "SCOPE_PER_ROW cannot be used with groups; use another scope"
+    if rule.amount.field == "bytes":
+        yield "bytes", "cannot be used with groups, whose units differ in size; use macs"
+    if rule.allocation == "erk":
+        yield "allocation", "ERK cannot be used with groups, which have no dimensions"
 
 
 def _one_of(choices: dict[int, Choice], selection: pb.Selection, field: str, path: str) -> Choice:
@@ -188,6 +164,17 @@ def _granularity(selection: pb.Selection, path: str) -> Granularity | None:
 
 
 def _groups(context: RequestContext, selection: pb.Selection, path: str) -> tuple[Group, ...]:
+    _check_groups(context, selection, path)
+    groups: dict[str, Group] = {}
+    for index, message in enumerate(selection.groups):
+        at, name = f"{path}.groups[{index}]", message.name or f"groups[{index}]"
+        if name in groups:
+            raise InvalidSpec(f"{at}.name", f"two groups are named {quote(name)}; rename one")
+        groups[name] = Group(name, _members(context, message, at))
+    return tuple(groups.values())
+
+
+def _check_groups(context: RequestContext, selection: pb.Selection, path: str) -> None:
     is_grouped = selection.granularity == pb.GRANULARITY_GROUP
     if is_grouped != bool(selection.groups):
         why = "is empty; send at least one group" if is_grouped else "needs GRANULARITY_GROUP"
@@ -203,31 +190,17 @@ def _groups(context: RequestContext, selection: pb.Selection, path: str) -> tupl
             f"{path}.groups",
             f"{members} members of all groups are more than {MOST_MEMBERS}; split the rule",
         )
-    groups = tuple(
-        _group(context, group, index, f"{path}.groups[{index}]")
-        for index, group in enumerate(selection.groups)
-    )
-    names = [group.name for group in groups]
-    seen: set[str] = set()
-    for index, name in enumerate(names):
-        if name in seen:
-            raise InvalidSpec(
-                f"{path}.groups[{index}].name", f"two groups are named {quote(name)}; rename one"
-            )
-        seen.add(name)
-    return groups
 
 
-def _group(context: RequestContext, group: pb.Group, index: int, path: str) -> Group:
+def _members(context: RequestContext, group: pb.Group, path: str) -> tuple[Member, ...]:
     if not group.members:
         raise InvalidSpec(f"{path}.members", "is empty; send at least one member")
     if all(member.unscored for member in context.each(group.members)):
         raise InvalidSpec(f"{path}.members", "all are unscored; at least one must be scored")
-    members = tuple(
+    return tuple(
         _member(context, member, f"{path}.members[{place}]")
         for place, member in enumerate(context.each(group.members))
     )
-    return Group(group.name or f"groups[{index}]", members)
 
 
 def _member(context: RequestContext, member: pb.Member, path: str) -> Member:

@@ -1,4 +1,7 @@
-"""Names and globs of a rule's fields, matched with the tensors that the rule prunes."""
+"""Names and globs of a rule's fields, matched with the tensors that the rule prunes.
+
+`known` maps every name of these tensors to the tensor: tied tensors have several.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
@@ -17,17 +20,14 @@ def first_matches(
     known: Mapping[str, str],
     field: Callable[[int], str],
 ) -> dict[str, int]:
-    """Finds for each tensor the first name or glob that matches it.
+    """Finds for each tensor the index of the first name or glob that matches it.
 
     Args:
         context: The request.
         path: The path of the patterns, for errors about all of them.
         patterns: Names and globs.
-        known: From every name of the rule's tensors to the tensor.
+        known: The tensors of the rule.
         field: Returns the path of a pattern, by its index.
-
-    Returns:
-        The index of a pattern for each tensor that has one.
 
     Raises:
         UnknownTensor: A pattern matches no tensor.
@@ -41,22 +41,24 @@ def first_matches(
     return found.first
 
 
+def not_pruned(field: str, what: str) -> UnknownTensor:
+    """The error for a value of a tensor or group that the rule does not prune."""
+    return UnknownTensor(field, f"the rule does not prune this {what}")
+
+
 def by_tensor(
     context: RequestContext, given: Mapping[str, Value], field: str, known: Mapping[str, str]
 ) -> dict[str, Value]:
-    """Replaces any name of a tied tensor by the tensor's name in the state_dict.
+    """Replaces any name of a tied tensor by its name in the state_dict.
 
     Args:
         context: The request.
-        given: Values by any name of a tensor.
+        given: Values by any name of a tensor. Unknown names are kept.
         field: The path of `given`.
-        known: From every name of the rule's tensors to the tensor. Other names are unchanged.
-
-    Returns:
-        The values by the tensors' names.
+        known: The tensors of the rule.
 
     Raises:
-        InvalidSpec: A tensor has two values, under two of its names.
+        InvalidSpec: Two names of one tensor have different values.
     """
     found: dict[str, Value] = {}
     for name, value in context.each(given.items()):

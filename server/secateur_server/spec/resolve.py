@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,17 +16,10 @@ from secateur_server.errors import (
     UnknownTensor,
     quote,
 )
-from secateur_server.granularity.group import Group
 from secateur_server.granularity.groups import resolve_group
 from secateur_server.runtime.context import RequestContext
-from secateur_server.spec.matching import by_tensor, first_matches
-from secateur_server.spec.rules import (
-    CustomMasks,
-    GuardRails,
-    Rail,
-    Rule,
-    Selection,
-)
+from secateur_server.spec.matching import by_tensor, first_matches, not_pruned
+from secateur_server.spec.rules import CustomMasks, GuardRails, Rail, Rule, Selection
 from secateur_server.state_dict.catalog import Catalog, Shape, Stored, match, unmatched
 
 # Tensors of all rules. The work of a request grows with their number.
@@ -35,14 +28,6 @@ MOST_PRUNED = 300_000
 
 def resolve(context: RequestContext, rules: Sequence[Rule], catalog: Catalog) -> list[Rule]:
     """Replaces the globs of rules by names, and checks that the rules fit the tensors.
-
-    Args:
-        context: The request.
-        rules: Decoded.
-        catalog: Of the state_dict.
-
-    Returns:
-        The resolved rules.
 
     Raises:
         InvalidSpec: A rule does not fit.
@@ -68,35 +53,50 @@ def resolve(context: RequestContext, rules: Sequence[Rule], catalog: Catalog) ->
 
 def _resolve_selection(context: RequestContext, rule: Selection, catalog: Catalog) -> Selection:
     if rule.groups:
-        groups = tuple(
-            resolve_group(context, group, catalog) for group in context.each(rule.groups)
-        )
-        every = {group.name: group.name for group in groups}
-        targets = _not_excluded(context, rule, list(every), every)
+        rule = _resolve_groups(context, rule, catalog)
+        targets = [group.name for group in rule.groups]
         known = {name: name for name in targets}
-        groups = tuple(group for group in groups if group.name in known)
-        names = catalog.in_order({m.tensor for group in groups for m in group.members})
-        _check_group_scores(context, rule, groups, catalog)
-        rule = replace(rule, groups=groups)
     else:
-        names = match(context, f"{rule.path}.tensors", rule.tensors, catalog)
-        for name in context.each(names):
-            _check_units(rule, name, catalog.prunable[name])
-        names = targets = _not_excluded(context, rule, names, catalog.all_names(names))
-        known = catalog.all_names(names)
-        scales = {name: catalog.name_of(holder) for name, holder in rule.scales.items()}
-        rule = replace(
-            rule,
-            scores=by_tensor(context, rule.scores, f"{rule.path}.importance_scores", known),
-            scales=by_tensor(context, scales, f"{rule.path}.scales", known),
-        )
-        _check_scores(context, rule, set(names), catalog)
+        rule = _resolve_tensors(context, rule, catalog)
+        targets = list(rule.tensors)
+        known = catalog.all_names(targets)
     return replace(
         rule,
-        tensors=tuple(names),
         amount=rule.amount.resolve(context, rule.path, targets, known),
         guard_rails=GuardRails(_resolve_rails(context, rule, targets, known)),
     )
+
+
+def _resolve_groups(context: RequestContext, rule: Selection, catalog: Catalog) -> Selection:
+    groups = {
+        group.name: resolve_group(context, group, catalog) for group in context.each(rule.groups)
+    }
+    targets = _not_excluded(context, rule, list(groups), {name: name for name in groups})
+    found = tuple(groups[name] for name in targets)
+    shapes = {group.name: [(group.members[0].units,)] for group in found}
+    _check_scores(context, rule, shapes, catalog)
+    names = catalog.in_order({member.tensor for group in found for member in group.members})
+    return replace(rule, groups=found, tensors=tuple(names))
+
+
+def _resolve_tensors(context: RequestContext, rule: Selection, catalog: Catalog) -> Selection:
+    names = match(context, f"{rule.path}.tensors", rule.tensors, catalog)
+    for name in context.each(names):
+        _check_units(rule, name, catalog.prunable[name])
+    names = _not_excluded(context, rule, names, catalog.all_names(names))
+    known = catalog.all_names(names)
+    scales = {name: catalog.name_of(holder) for name, holder in rule.scales.items()}
+    rule = replace(
+        rule,
+        tensors=tuple(names),
+        scores=by_tensor(context, rule.scores, f"{rule.path}.importance_scores", known),
+        scales=by_tensor(context, scales, f"{rule.path}.scales", known),
+    )
+    units = _units_of_scored(rule, catalog)
+    shapes = {name: [catalog.prunable[name], units[name]] for name in units}
+    _check_scores(context, rule, shapes, catalog)
+    _check_scales(context, rule, units, catalog)
+    return rule
 
 
 def _not_excluded(
@@ -104,12 +104,12 @@ def _not_excluded(
 ) -> list[str]:
     """The names without the tensors, or groups, that guard rails exclude."""
     rails, path = rule.guard_rails, f"{rule.path}.guard_rails"
-    excluded = {*names[:1]} if rails.keep_first else set()
-    excluded |= {*names[-1:]} if rails.keep_last else set()
     field = f"{path}.exclude"
-    excluded.update(
-        first_matches(context, field, rails.exclude, known, lambda index: f"{field}[{index}]")
-    )
+    excluded = {
+        *(names[:1] if rails.keep_first else ()),
+        *(names[-1:] if rails.keep_last else ()),
+        *first_matches(context, field, rails.exclude, known, lambda index: f"{field}[{index}]"),
+    }
     found = [name for name in names if name not in excluded]
     if not found:
         raise InvalidSpec(path, f"excludes all {len(names)} tensors of the rule; exclude fewer")
@@ -157,52 +157,49 @@ def _check_units(rule: Selection, name: str, shape: Shape) -> None:
     rule.amount.check(rule.path, name, shape, granularity.unit_elements(shape))
 
 
+def _units_of_scored(rule: Selection, catalog: Catalog) -> dict[str, Shape]:
+    """The grid of units of each tensor of the rule that has scores or scales."""
+    assert rule.granularity is not None, "groups name their tensors"
+    scored = set(rule.tensors) & (rule.scores.keys() | rule.scales.keys())
+    return {name: rule.granularity.grid(catalog.prunable[name]) for name in scored}
+
+
 def _check_scores(
-    context: RequestContext, rule: Selection, names: Collection[str], catalog: Catalog
+    context: RequestContext,
+    rule: Selection,
+    shapes: Mapping[str, Sequence[Shape]],
+    catalog: Catalog,
 ) -> None:
-    assert rule.granularity is not None, "groups have no scores"
+    """Refuses scores of another dtype, or of none of the shapes. Errors show the first shape."""
     for name, holder in context.each(rule.scores.items()):
         field = f"{rule.path}.importance_scores[{quote(name)}]"
-        if name not in names:
-            raise UnknownTensor(field, "the rule does not prune this tensor")
-        shape = catalog.prunable[name]
-        _check_floating(field, holder, (shape, rule.granularity.grid(shape)), catalog)
+        if name not in shapes:
+            raise not_pruned(field, "group" if rule.groups else "tensor")
+        scores = _extra(field, holder, catalog)
+        if scores.dtype not in _SCORE_DTYPES:
+            raise InvalidScores(field, _wrong_dtype(scores, "floating scores", _SCORE_DTYPES))
+        if scores.shape not in shapes[name]:
+            raise InvalidScores(field, _wrong_shape(scores, shapes[name][0], "scores"))
+
+
+def _check_scales(
+    context: RequestContext, rule: Selection, units: Mapping[str, Shape], catalog: Catalog
+) -> None:
     for name, holder in context.each(rule.scales.items()):
         field = f"{rule.path}.scales[{quote(name)}]"
-        if name not in names:
-            raise UnknownTensor(field, "the rule does not prune this tensor")
+        if name not in units:
+            raise not_pruned(field, "tensor")
         if name in rule.scores:
             raise InvalidScores(
                 field, f"{quote(name)} has importance_scores as well; send one or the other"
             )
         if holder not in catalog.prunable:
             raise unmatched(context, field, holder, catalog)
-        units = math.prod(rule.granularity.grid(catalog.prunable[name]))
-        if catalog.prunable[holder] != (units,):
-            found = list(catalog.prunable[holder])
+        count, found = math.prod(units[name]), catalog.prunable[holder]
+        if found != (count,):
             raise InvalidScores(
-                field, f"has shape {found}; it must have a scale for each of {units} units"
+                field, f"has shape {list(found)}; it must have a scale for each of {count} units"
             )
-
-
-def _check_group_scores(
-    context: RequestContext, rule: Selection, groups: Sequence[Group], catalog: Catalog
-) -> None:
-    units = {group.name: group.members[0].units for group in groups}
-    for name, holder in context.each(rule.scores.items()):
-        field = f"{rule.path}.importance_scores[{quote(name)}]"
-        if name not in units:
-            raise UnknownTensor(field, "the rule does not have this group")
-        _check_floating(field, holder, ((units[name],),), catalog)
-
-
-def _check_floating(field: str, holder: str, shapes: Sequence[Shape], catalog: Catalog) -> None:
-    """Refuses scores of another dtype, or of none of some shapes. Errors show the first shape."""
-    scores = _extra(field, holder, catalog)
-    if scores.dtype not in _SCORE_DTYPES:
-        raise InvalidScores(field, _wrong_dtype(scores, "floating scores", _SCORE_DTYPES))
-    if scores.shape not in shapes:
-        raise InvalidScores(field, _wrong_shape(scores, shapes[0], "scores"))
 
 
 def _resolve_masks(context: RequestContext, rule: CustomMasks, catalog: Catalog) -> CustomMasks:

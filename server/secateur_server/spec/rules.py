@@ -16,11 +16,11 @@ class Rail:
     """Bounds on the pruned units of a tensor, after all rules.
 
     Attributes:
-        path: In the request.
+        path: The path of the rail in the request.
         tensors: Names and globs; in a resolved rail, names.
         min_sparsity: At least this fraction of the units is pruned.
         max_sparsity: At most this fraction of the units is pruned.
-        keep_at_least: So many units are kept.
+        keep_at_least: At least this number of units is kept.
     """
 
     path: str
@@ -36,8 +36,8 @@ class GuardRails:
 
     Attributes:
         rails: The first rail that matches a tensor is its only one.
-        keep_first, keep_last: Whether the first and last of the rule's tensors, in the order of
-            the state_dict, are not pruned.
+        keep_first, keep_last: Whether the first and the last of the rule's tensors, in the order
+            of the state_dict, are not pruned.
         exclude: Names and globs of tensors that are not pruned.
     """
 
@@ -63,17 +63,17 @@ class Selection:
     """Prunes the least important units.
 
     Attributes:
-        path: Of this rule in the request.
+        path: The path of this rule in the request.
         tensors: Names and globs; in a resolved rule, names.
         importance: Scores units.
         granularity: What a unit is; None if units are those of `groups`.
         scope: Which units are compared.
         amount: How much is pruned.
-        scores: From a tensor's name to that of the tensor with its scores.
-        scales: From a tensor's name to that of a tensor of the state_dict with its scores.
+        scores: From the name of a tensor to the uploaded tensor with its scores.
+        scales: From the name of a tensor to the tensor of the state_dict with its scores.
         of_all: Whether the amount is of all units, instead of those that are still unpruned.
         groups: Slices of several tensors that are pruned together.
-        combination: Makes the score of a group's unit from those of its members.
+        combination: Makes the score of a group's unit from the scores of its members.
         normalization: Brings the scores of several tensors to one scale.
         allocation: Divides the amount among tensors whose units are compared.
         guard_rails: Bounds on what is pruned.
@@ -110,24 +110,33 @@ class Selection:
         return {group.name: group for group in self.groups}
 
     def extras(self) -> Collection[str]:
-        """Returns the names of uploaded tensors that are not part of the state_dict."""
+        """The names of uploaded tensors that are not part of the state_dict."""
         return self.scores.values()
 
+    def patterns(self) -> Sequence[str]:
+        """The names and globs by which a rule of the request selects tensors."""
+        return self.tensors
+
     def names(self) -> Collection[str]:
-        """Returns the tensors that a resolved rule prunes."""
+        """The tensors that a resolved rule prunes."""
         return self.tensors
 
     def reads(self) -> Collection[str]:
-        """Returns the tensors that the rule reads: those that it prunes, and their scales."""
-        return {*self.names(), *self.scales.values()}
+        """The tensors that a resolved rule reads: those that it prunes, and their scales."""
+        return {*self.tensors, *self.scales.values()}
+
+    def is_meant_whole(self, name: str) -> bool:
+        """Whether the caller asks to prune the whole tensor."""
+        share = self.amount.share(name)
+        return share is not None and share.fraction == 1.0
 
 
 @dataclass(frozen=True)
 class CustomMasks:
-    """Prunes by masks.
+    """Prunes by masks. Its methods are those of Selection.
 
     Attributes:
-        path: Of this rule in the request.
+        path: The path of this rule in the request.
         masks: Names of tensors, each with that of the tensor that holds its mask. A tied tensor
             may have a mask for each of its names; an element is kept if all of them keep it.
     """
@@ -136,16 +145,19 @@ class CustomMasks:
     masks: Sequence[tuple[str, str]]
 
     def extras(self) -> Collection[str]:
-        """Returns the names of uploaded tensors that are not part of the state_dict."""
         return [holder for _, holder in self.masks]
 
+    def patterns(self) -> Sequence[str]:
+        return ()
+
     def names(self) -> Collection[str]:
-        """Returns the tensors that a resolved rule prunes."""
         return [name for name, _ in self.masks]
 
     def reads(self) -> Collection[str]:
-        """Returns the tensors that the rule reads."""
         return self.names()
+
+    def is_meant_whole(self, name: str) -> bool:
+        return True  # the caller made the mask
 
 
 Rule = Selection | CustomMasks

@@ -1,24 +1,20 @@
 """State_dicts in mapped files: of the store, or of a URI."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-
-from torch import Tensor
+from collections.abc import Collection, Sequence
 
 from secateur_proto.index import SUFFIX
 from secateur_server.backends.masks import Mask
 from secateur_server.errors import InvalidStateDict
 from secateur_server.runtime.context import RequestContext
-from secateur_server.state_dict.catalog import Stored
+from secateur_server.state_dict.incoming import NO_EXTRAS, Extras, Incoming
 from secateur_server.state_dict.state_dict import Shard, StateDict
 from secateur_server.storage.blobs import Blob
+from secateur_server.storage.records import StoredFile
 from secateur_server.wire.header import Header
 from secateur_server.wire.index import Index, check_length, read_index
 from secateur_server.wire.mapped import MappedFile, map_header, map_tensors
 from secateur_server.wire.tensors import WireTensor
-
-Extras = tuple[Mapping[str, Stored], Mapping[str, Tensor]]
-Read = Callable[[Collection[str] | None], None]
 
 
 def map_blob(blob: Blob) -> MappedFile:
@@ -26,23 +22,21 @@ def map_blob(blob: Blob) -> MappedFile:
     return MappedFile(blob.filename, blob.data, blob.check, blob.check_whole)
 
 
-def map_state_dict(
+def open_files(
     context: RequestContext,
     files: Sequence[MappedFile],
-    masks: MappedFile | None,
-    extras: Extras,
-) -> tuple[StateDict, Read]:
+    masks: MappedFile | None = None,
+    extras: Extras = NO_EXTRAS,
+    stored: tuple[StoredFile, ...] = (),
+) -> Incoming:
     """Reads the headers of mapped files.
 
     Args:
         context: The request.
         files: One file, or shards and their index.
         masks: Packed masks of the parameters that were pruned after the files were stored.
-        extras: Uploaded scores and masks: their descriptions, and themselves.
-
-    Returns:
-        The state_dict, and a function that reads its data. The function takes the names of the
-        parameters that are needed, or None for all.
+        extras: Uploaded scores and masks.
+        stored: The files of the store that are mapped.
 
     Raises:
         MalformedFile: A header is not one of safetensors.
@@ -57,8 +51,7 @@ def map_state_dict(
         Shard(file.filename, head.entries, head.metadata)
         for file, (head, _) in zip(shards, heads, strict=True)
     ]
-    known, values = extras
-    state_dict = StateDict(described, known, index, is_mapped=True)
+    state_dict = StateDict(described, extras.stored, index, is_mapped=True)
 
     def read(names: Collection[str] | None) -> None:
         wanted = None if names is None else state_dict.files_of(names)
@@ -70,11 +63,16 @@ def map_state_dict(
         tensors: dict[str, WireTensor] = {}
         for file, entries, base in parts:
             tensors |= map_tensors(context, file, entries, base)
-        state_dict.fill(
-            context, tensors, values, _masks(context, masks, state_dict) if masks else {}
-        )
+        kept = _masks(context, masks, state_dict) if masks else {}
+        state_dict.fill(context, tensors, extras.values, kept)
 
-    return state_dict, read
+    def check_unchanged() -> None:
+        for file in files:
+            file.check_unchanged()
+
+    size = sum(len(file.data) for file in files)
+    digest = stored[0].blake3 if len(stored) == 1 else ""
+    return Incoming(state_dict, size, read, lambda: digest, check_unchanged, stored)
 
 
 def _index(

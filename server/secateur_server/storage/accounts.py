@@ -1,12 +1,13 @@
 """The index of the store: what each owner has, so that a call reads its own owner's data only."""
 
 import heapq
-import threading
 from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from threading import Condition, Lock, RLock
 
+from secateur_server.runtime.disk import DISK_BLOCK
 from secateur_server.storage.records import Record, StoredFile
 from secateur_server.storage.references import References
 from secateur_server.storage.staged_file import StagedFile
@@ -17,7 +18,7 @@ class Entry:
     """A checkpoint in the index.
 
     Attributes:
-        owner: Whose checkpoint it is.
+        owner: The owner of the checkpoint.
         record: Its record on disk.
         used: The moment of its last use, by the store's clock.
         pins: The number of calls that are using it.
@@ -43,7 +44,7 @@ class Upload:
     """A file that a caller is uploading, or has uploaded before creating a checkpoint.
 
     Attributes:
-        owner: Whose file it is.
+        owner: The owner of the file.
         size: Bytes, as announced.
         digest: Hex BLAKE3; None: not known before the file is complete.
         staged: The file that is being received; None: it is complete, and a blob.
@@ -68,7 +69,7 @@ class Upload:
     is_active: bool = True
     is_taken_over: bool = False
     is_finishing: bool = False
-    writing: threading.Lock = field(default_factory=threading.Lock)
+    writing: Lock = field(default_factory=Lock)
 
     @property
     def received(self) -> int:
@@ -91,16 +92,15 @@ Evictable = Entry | Upload
 class Account:
     """The checkpoints and uploads of one owner. The store's lock guards it.
 
-    Args:
-        owner: Whose account it is.
-
     Attributes:
         entries: Checkpoints by id, the least recently used first.
         ids: Ids of the checkpoints, the oldest first.
-        uploads: In the order in which they began.
+        uploads: The uploads, in the order in which they began.
         unfinished: Uploads that a later call may resume, by digest and size.
-        references: To the files of all checkpoints and uploads.
-        own_bytes: Bytes of records and staged files.
+        references: The references to the files of all checkpoints and uploads.
+        records: The number of records, including those that are about to be written or removed.
+        is_folder_synced: Whether the folder of the records exists, even after a crash.
+        own_bytes: Bytes of records, their folder, and staged files.
     """
 
     def __init__(self, owner: str) -> None:
@@ -110,7 +110,8 @@ class Account:
         self.uploads: dict[Upload, None] = {}
         self.unfinished: dict[tuple[str | None, int], Upload] = {}
         self.references = References()
-        self.own_bytes = 0
+        self.records = self.own_bytes = 0
+        self.is_folder_synced = False
 
     @property
     def bytes(self) -> int:
@@ -139,12 +140,7 @@ class Account:
         self.entries.move_to_end(entry.record.id)
 
     def page(self, before: str, most: int) -> list[Record]:
-        """Up to `most` checkpoints, the newest first.
-
-        Args:
-            before: Only checkpoints older than this id; empty: all.
-            most: The length of the page.
-        """
+        """Up to `most` checkpoints older than the id `before`, if it is not empty; newest first."""
         end = bisect_left(self.ids, before) if before else len(self.ids)
         return [self.entries[each].record for each in reversed(self.ids[max(0, end - most) : end])]
 
@@ -156,14 +152,16 @@ class Account:
 
 
 class Accounts:
-    """The accounts of all owners. The store's lock guards it.
+    """The accounts of all owners.
 
     Attributes:
+        lock: The store's lock. It guards this object and the reference counts of blobs.
         by_owner: Accounts that are not empty.
-        own_bytes: Bytes of all records and staged files.
+        own_bytes: Bytes of all records, their folders, and staged files.
     """
 
     def __init__(self) -> None:
+        self.lock = Condition(RLock())
         self.by_owner: dict[str, Account] = {}
         self.own_bytes = 0
 
@@ -178,10 +176,24 @@ class Accounts:
     def reserve(self, owner: str, staged: StagedFile, count: int) -> None:
         """Counts `count` more bytes of a staged file."""
         staged.reserved += count
-        self.count(owner, count)
+        self._count(owner, count)
 
-    def count(self, owner: str, count: int) -> None:
-        """Counts `count` more bytes of a record or a staged file."""
+    def record_bytes(self, entry: Entry) -> int:
+        """Bytes that one more record takes on disk. The first one of an owner needs a folder."""
+        return entry.own_bytes + (0 if self.get(entry.owner).records else DISK_BLOCK)
+
+    def count_record(self, entry: Entry) -> None:
+        """Counts the bytes of a record."""
+        count = self.record_bytes(entry)
+        self.get_or_create(entry.owner).records += 1
+        self._count(entry.owner, count)
+
+    def forget_record(self, entry: Entry) -> None:
+        """Reverses `count_record`."""
+        self.by_owner[entry.owner].records -= 1
+        self._count(entry.owner, -self.record_bytes(entry))
+
+    def _count(self, owner: str, count: int) -> None:
         account = self.get_or_create(owner)
         account.own_bytes += count
         self.own_bytes += count
@@ -197,12 +209,6 @@ class Accounts:
         account.references.release(files)
         self._remove_if_empty(account)
 
-    def remove(self, entry: Entry) -> None:
-        """Removes a checkpoint."""
-        account = self.by_owner[entry.owner]
-        account.remove(entry)
-        self._remove_if_empty(account)
-
     def add(self, upload: Upload) -> None:
         """Adds an upload."""
         account = self.get_or_create(upload.owner)
@@ -211,11 +217,7 @@ class Accounts:
             account.unfinished[upload.digest, upload.size] = upload
 
     def discard(self, upload: Upload) -> bool:
-        """Removes an upload.
-
-        Returns:
-            Whether it existed.
-        """
+        """Removes an upload. Returns whether it existed."""
         account = self.get(upload.owner)
         if upload not in account.uploads:
             return False

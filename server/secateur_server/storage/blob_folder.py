@@ -12,13 +12,7 @@ from threading import Condition
 from secateur_server.errors import RequestError
 from secateur_server.runtime.disk import disk_errors
 from secateur_server.storage.accounts import Entry
-from secateur_server.storage.blobs import (
-    Blob,
-    disk_bytes,
-    has_blob,
-    open_blob,
-    remove_blob,
-)
+from secateur_server.storage.blobs import Blob, disk_bytes, has_blob, open_blob, remove_blob
 from secateur_server.storage.records import StoredFile
 from secateur_server.storage.references import References
 from secateur_server.storage.staged_file import StagedFile
@@ -34,19 +28,21 @@ class Trash:
         entries: Checkpoints whose records are to be removed.
         blobs: Digests, as `BlobFolder.release` returned them.
         staged: Staged files of abandoned uploads.
+        evicted: The evicted ones of `entries`, with the reason and the bytes that this frees.
     """
 
     entries: list[Entry] = field(default_factory=list)
     blobs: list[str] = field(default_factory=list)
     staged: list[StagedFile] = field(default_factory=list)
+    evicted: list[tuple[Entry, str, int]] = field(default_factory=list)
 
 
 class BlobFolder:
-    """A folder of blobs with their reference counts.
+    """A folder of blobs with their reference counts, which the store's lock guards.
 
     Args:
-        folder: Of the blobs.
-        lock: The store's.
+        folder: The folder.
+        lock: The store's lock.
         check_folder: Raises StoreFailed if the folder is not the store's any more.
 
     Attributes:
@@ -76,7 +72,7 @@ class BlobFolder:
         """Removes references to blobs.
 
         Returns:
-            The digests of blobs without references. The caller must pass them to `remove`.
+            The digests of blobs without references, which the caller must pass to `remove`.
         """
         with self._lock:
             unused = {file.blake3: disk_bytes(file.size) for file in self.references.release(files)}
@@ -122,12 +118,7 @@ class BlobFolder:
         return digest not in self._damaged and has_blob(self.folder / digest, size)
 
     def put(self, staged: StagedFile) -> None:
-        """Makes a staged file a blob.
-
-        Raises:
-            StoreFull, StoreFailed: The disk failed.
-            TakenOver: The staged file has been discarded.
-        """
+        """Makes a staged file a blob. Raises the errors of StagedFile."""
         self.check_folder()
         staged.finish(self.folder)
 
@@ -136,11 +127,7 @@ class BlobFolder:
         self._damaged.discard(digest)
 
     def open(self, checkpoint: str, file: StoredFile) -> Blob:
-        """Opens a blob.
-
-        Args:
-            checkpoint: The name of its checkpoint, for errors.
-            file: Which blob.
+        """Opens a blob of a checkpoint.
 
         Raises:
             DataLoss: The blob is missing, or has another size.

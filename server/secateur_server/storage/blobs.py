@@ -6,7 +6,6 @@ before a record names them.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +14,7 @@ from blake3 import blake3
 from secateur_server.backends.faults import TruncationGuard
 from secateur_server.backends.mapping import map_file
 from secateur_server.errors import DataLoss, quote
-from secateur_server.runtime.disk import (
-    NO_RESOURCES,
-    blocks_of,
-)
+from secateur_server.runtime.disk import NO_RESOURCES, blocks_of
 
 BLOCK = 1 << 20
 _SUM_BYTES = 32
@@ -50,8 +46,7 @@ def has_blob(blob: Path, size: int) -> bool:
 def remove_blob(blob: Path) -> None:
     """Removes a blob. Open readers can still read it."""
     for path in (blob, sums_path(blob)):
-        with suppress(FileNotFoundError):
-            path.unlink()
+        path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -60,7 +55,7 @@ class Blob:
 
     Attributes:
         checkpoint: The name of its checkpoint, for errors.
-        filename: As the caller knows the file.
+        filename: The caller's name of the file.
         digest: Hex BLAKE3.
         data: The file in mapped memory, copy-on-write.
         guard: Knows whether the file was truncated; None if it is not mapped.
@@ -87,8 +82,13 @@ class Blob:
         Raises:
             DataLoss: The block differs from what was stored.
         """
-        found = blake3(self.data[block * BLOCK : (block + 1) * BLOCK]).digest()
-        if found != self.sums[block * _SUM_BYTES : (block + 1) * _SUM_BYTES]:
+        self._check(block, self._data_of(block))
+
+    def _data_of(self, block: int) -> memoryview:
+        return self.data[block * BLOCK : (block + 1) * BLOCK]
+
+    def _check(self, block: int, data: bytes | memoryview) -> None:
+        if blake3(data).digest() != self.sums[block * _SUM_BYTES : (block + 1) * _SUM_BYTES]:
             self.damaged()
             what = f"differs from byte {block * BLOCK} on"
             raise _lost(self.checkpoint, self.filename, what)
@@ -106,23 +106,15 @@ class Blob:
     def blocks(self, offset: int = 0) -> Iterator[bytes | memoryview]:
         """The checked bytes of the file from `offset` on. Copies, so that they cannot change."""
         for block in range(offset // BLOCK, self.block_count):
-            read = bytes(self.data[block * BLOCK : (block + 1) * BLOCK])
-            if blake3(read).digest() != self.sums[block * _SUM_BYTES :][:_SUM_BYTES]:
-                self.check(block)
-            yield memoryview(read)[max(0, offset - block * BLOCK) :]
+            data = bytes(self._data_of(block))
+            self._check(block, data)
+            yield memoryview(data)[max(0, offset - block * BLOCK) :]
 
 
 def open_blob(
     path: Path, size: int, checkpoint: str, filename: str, damaged: Callable[[], None]
 ) -> Blob:
-    """Opens a blob.
-
-    Args:
-        path: Of the blob.
-        size: Bytes, as recorded.
-        checkpoint: The name of its checkpoint, for errors.
-        filename: As the caller knows the file, for errors.
-        damaged: Called if the blob differs from what was stored.
+    """Opens a blob of `size` bytes. The other arguments are attributes of Blob.
 
     Raises:
         DataLoss: The blob is missing, or has another size.

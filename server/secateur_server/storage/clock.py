@@ -18,11 +18,7 @@ class Clock:
         return time.monotonic()
 
     def follow(self) -> float:
-        """Adopts the system's clock if it was set.
-
-        Returns:
-            The seconds by which it was set; 0 if it was not set.
-        """
+        """Adopts the system's clock if it was set. Returns by how many seconds; 0: it was not."""
         step = _begin() - self._begin
         if abs(step) < STEP_SECONDS:
             return 0.0

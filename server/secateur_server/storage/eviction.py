@@ -1,12 +1,14 @@
 """Chooses the checkpoints to evict when the store needs space."""
 
 import heapq
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 
 from secateur_server.errors import QuotaExceeded, StoreFull
 from secateur_server.storage.accounts import Account, Accounts, Evictable
-from secateur_server.storage.references import PlannedRelease, References
+from secateur_server.storage.blobs import disk_bytes
+from secateur_server.storage.references import References
 
 Victim = tuple[Evictable, str]  # with the reason of its eviction: "quota", "room" or "ttl"
 
@@ -17,12 +19,12 @@ class EvictionPolicy:
     A tenant's own least recently used checkpoints are evicted first, then those of other tenants
     above their fair share, which is `max_bytes` divided by the number of tenants with data. No
     other tenant is left with less than that. Checkpoints in use are never evicted. The store's lock
-    guards this object.
+    guards this object. A quota of None is no limit.
 
     Args:
         max_bytes: The limit of the store.
-        accounts: Of all owners.
-        references: To all blobs.
+        accounts: The accounts of all owners.
+        references: The references to all blobs.
     """
 
     def __init__(self, max_bytes: int, accounts: Accounts, references: References) -> None:
@@ -31,16 +33,11 @@ class EvictionPolicy:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of all blobs, records and staged files."""
+        """Bytes of all blobs, records, their folders, and staged files."""
         return self._references.bytes + self._accounts.own_bytes
 
     def check(self, owner: str, count: int, quota: int | None) -> None:
-        """Refuses bytes that would not fit after any eviction. Evicts nothing, and is cheap.
-
-        Args:
-            owner: Whose bytes they are.
-            count: Bytes.
-            quota: Bytes that the owner may have; None: no limit.
+        """Refuses `count` bytes that would not fit after any eviction. It is cheap.
 
         Raises:
             QuotaExceeded: They are more than the quota.
@@ -56,14 +53,6 @@ class EvictionPolicy:
     def victims(self, owner: str, count: int, quota: int | None) -> list[Victim]:
         """Chooses what to evict so that `count` more bytes of an owner fit.
 
-        Args:
-            owner: Whose bytes they are.
-            count: Bytes.
-            quota: Bytes that the owner may have; None: no limit.
-
-        Returns:
-            Checkpoints and uploads, each with the reason.
-
         Raises:
             QuotaExceeded: The bytes do not fit the quota.
             StoreFull: The bytes do not fit the store.
@@ -76,7 +65,7 @@ class EvictionPolicy:
                 raise _above_quota(count, quota)
             plan.add(victim, "quota")
         candidates = chain(own, self._others(plan, owner))
-        while self.used_bytes - plan.freed + count > self.max_bytes:
+        while self.used_bytes - plan.store.freed + count > self.max_bytes:
             victim = next(candidates, None)
             if victim is None:
                 raise self._full(count)
@@ -115,13 +104,8 @@ class _Plan:
     def __init__(self, accounts: Accounts, references: References) -> None:
         self.victims: list[Victim] = []
         self._accounts = accounts
-        self._store = PlannedRelease(references)
-        self._owners: dict[str, PlannedRelease] = {}
-
-    @property
-    def freed(self) -> int:
-        """Bytes on disk that the victims free."""
-        return self._store.freed
+        self.store = _Release(references)
+        self._owners: dict[str, _Release] = {}
 
     def lost(self, account: Account, item: Evictable | None = None) -> int:
         """Bytes that an owner loses, if `item` is evicted as well."""
@@ -131,11 +115,39 @@ class _Plan:
     def add(self, item: Evictable, reason: str) -> None:
         """Adds a victim."""
         self._release_of(self._accounts.by_owner[item.owner]).add(item)
-        self._store.add(item)
+        self.store.add(item)
         self.victims.append((item, reason))
 
-    def _release_of(self, account: Account) -> PlannedRelease:
-        return self._owners.setdefault(account.owner, PlannedRelease(account.references))
+    def _release_of(self, account: Account) -> "_Release":
+        return self._owners.setdefault(account.owner, _Release(account.references))
+
+
+class _Release:
+    """The effect of releasing references, computed without releasing them.
+
+    Attributes:
+        freed: Bytes on disk that the release of all added items frees.
+    """
+
+    def __init__(self, references: References) -> None:
+        self.freed = 0
+        self._references = references
+        self._released = Counter[str]()
+
+    def frees(self, item: Evictable) -> int:
+        """Bytes that the release of one more item frees."""
+        files = {file.blake3: file.size for file in item.files()}
+        counts = Counter(file.blake3 for file in item.files())  # it may have a file twice
+        return item.own_bytes + sum(
+            disk_bytes(files[digest])
+            for digest, count in counts.items()
+            if self._released[digest] + count == self._references.count(digest)
+        )
+
+    def add(self, item: Evictable) -> None:
+        """Adds an item to the release."""
+        self.freed += self.frees(item)
+        self._released.update(file.blake3 for file in item.files())
 
 
 def _above_quota(count: int, quota: int) -> QuotaExceeded:

@@ -18,13 +18,10 @@ class StoreInUse(Exception):
 
 
 class FolderLock:
-    """An exclusive lock on the folder of a store, until it is closed.
+    """An exclusive lock on the folder of a store, which exists, until the lock is closed.
 
     The folder itself is locked, since a lock on a file in it is lost if somebody removes the file.
     Servers of earlier versions know only the lock on the file `lock`, so it is taken too.
-
-    Args:
-        folder: Must exist.
 
     Raises:
         StoreInUse: Another server has locked it.

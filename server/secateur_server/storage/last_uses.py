@@ -4,7 +4,6 @@ import logging
 import os
 from contextlib import suppress
 from pathlib import Path
-from threading import Condition
 
 from secateur_server.storage.accounts import Accounts, Entry
 from secateur_server.storage.clock import Clock
@@ -14,22 +13,15 @@ log = logging.getLogger(__name__)
 
 
 class LastUses:
-    """Records when checkpoints were last used. On disk it is the modification time of the record.
+    """Records when checkpoints were last used: on disk, as the modification time of the record."""
 
-    Args:
-        folder: Of all records.
-        accounts: Of all owners.
-        lock: The store's.
-        clock: The store's.
-    """
-
-    def __init__(self, folder: Path, accounts: Accounts, lock: Condition, clock: Clock) -> None:
-        self._folder, self._accounts, self._lock, self._clock = folder, accounts, lock, clock
+    def __init__(self, folder: Path, accounts: Accounts, clock: Clock) -> None:
+        self._folder, self._accounts, self._clock = folder, accounts, clock
 
     def touch(self, entry: Entry) -> None:
         """Records that a checkpoint is used now, unless it has been removed."""
         now = self._clock.now()
-        with self._lock:
+        with self._accounts.lock:
             account = self._accounts.get(entry.owner)
             if entry.record.id not in account.entries:
                 return
@@ -49,7 +41,7 @@ class LastUses:
         if not step:
             return
         log.warning("the system's clock was set by %+.0f seconds: no age has changed", step)
-        with self._lock:
+        with self._accounts.lock:
             accounts = self._accounts.by_owner.values()
             entries = [entry for account in accounts for entry in account.entries.values()]
         for entry in entries:

@@ -16,13 +16,7 @@ class Receiver:
     """Receives the files of one call.
 
     When the call ends without a checkpoint, resumable uploads are kept for a while so that a later
-    call can resume them. All others are removed.
-
-    Args:
-        context: The request.
-        store: Where the files are stored.
-        owner: Whose files they are.
-        quota: Bytes that the owner may have in the store; None: no limit.
+    call can resume them. All others are removed. A quota of None is no limit.
     """
 
     def __init__(
@@ -42,23 +36,9 @@ class Receiver:
         field: str = "offset",
         is_resumable: bool = False,
     ) -> StoredFile:
-        """Stores a file.
+        """Stores a file, of which `parts` are the bytes from `offset` on.
 
-        Args:
-            filename: As the caller knows it.
-            size: Bytes, as announced.
-            parts: The bytes of the file from `offset` on.
-            digest: Hex BLAKE3, if the caller announced it.
-            offset: The first byte that is sent.
-            field: The field of the request that has the offset, for errors.
-            is_resumable: Whether the received bytes are kept if the call breaks.
-
-        Returns:
-            The file, with its digest.
-
-        Raises:
-            RequestError: InvalidRequest, InvalidStateDict, StoreFull, StoreFailed, QuotaExceeded,
-                TakenOver, DataLoss or Cancelled.
+        The arguments and errors are those of Uploads.begin, `write` and `finish`.
         """
         upload = self._store.uploads.begin(
             self._owner, size, digest, offset, field, is_resumable, self._quota
@@ -69,19 +49,11 @@ class Receiver:
         return self._store.uploads.finish(self._context, upload, filename)
 
     def receive_file(self, file: OutgoingFile) -> StoredFile:
-        """Stores a file that the server has made.
-
-        Raises:
-            RequestError: StoreFull, StoreFailed, QuotaExceeded, DataLoss or Cancelled.
-        """
+        """Stores a file that the server has made. Errors are those of `receive`."""
         return self.receive(file.filename, file.size, file.parts(), file.blake3)
 
     def create(self, files: tuple[StoredFile, ...], masks: StoredFile | None = None) -> Record:
-        """Creates a checkpoint of files that this call has received.
-
-        Raises:
-            StoreFull, StoreFailed, QuotaExceeded: The record does not fit, or the disk failed.
-        """
+        """Creates a checkpoint of files that this call has received. Errors are Store.create's."""
         record = self._store.create(self._owner, files, masks, self._quota)
         self.abandon()  # the checkpoint refers to the files now
         return record

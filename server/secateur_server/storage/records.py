@@ -6,7 +6,6 @@ import os
 import secrets
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +25,7 @@ class StoredFile:
     """A file of a checkpoint.
 
     Attributes:
-        filename: As the caller knows it.
+        filename: The caller's name of the file.
         size: Bytes.
         blake3: Hexadecimal, the name of its blob.
     """
@@ -99,11 +98,7 @@ def record_path(folder: Path, ident: str) -> Path:
 
 
 def remove_records(folder: Path, idents: Sequence[str]) -> dict[str, OSError]:
-    """Removes records of an owner, and syncs the removal.
-
-    Args:
-        folder: The owner's.
-        idents: Ids of the records.
+    """Removes records from the folder of their owner, and syncs the removal.
 
     Returns:
         The ids of records that may still be on disk, or return after a crash, with the error.
@@ -117,8 +112,7 @@ def remove_records(folder: Path, idents: Sequence[str]) -> dict[str, OSError]:
         failed: dict[str, OSError] = {}
         for ident in idents:
             try:
-                with suppress(FileNotFoundError):
-                    record_path(folder, ident).unlink()
+                record_path(folder, ident).unlink(missing_ok=True)
             except OSError as error:
                 failed[ident] = error
         os.fsync(opened)
@@ -131,42 +125,45 @@ def remove_records(folder: Path, idents: Sequence[str]) -> dict[str, OSError]:
 
 @dataclass
 class Found:
-    """The content of an owner's folder.
+    """The content of the folder of all records.
 
     Attributes:
-        records: Each with the time of its last use, in seconds since 1970.
-        unreadable: Ids of damaged records.
+        owners: The folders of the owners.
+        records: The time of the last use of each, in seconds since 1970, its owner, and the record.
+        unreadable: Owners and ids of damaged records.
         unfinished: Files that a crash left behind.
     """
 
-    records: list[tuple[Record, float]] = field(default_factory=list)
-    unreadable: list[str] = field(default_factory=list)
+    owners: list[Path] = field(default_factory=list)
+    records: list[tuple[float, str, Record]] = field(default_factory=list)
+    unreadable: set[tuple[str, str]] = field(default_factory=set)
     unfinished: list[Path] = field(default_factory=list)
 
 
 def read_records(folder: Path) -> Found:
-    """Reads the records of an owner."""
-    found = Found()
-    with os.scandir(folder) as files:
-        for file in files:
-            path = Path(file.path)
-            if file.name.startswith(".") and file.name.endswith(".unfinished"):
-                found.unfinished.append(path)
-            elif file.name.endswith(".json"):
-                try:
-                    found.records.append((read_record(path), file.stat().st_mtime))
-                except DataLoss as error:
-                    found.unreadable.append(path.stem)
-                    log.error("%s", error)
+    """Reads the records of all owners."""
+    found = Found([path for path in folder.iterdir() if path.is_dir()])
+    for owner in found.owners:
+        with os.scandir(owner) as files:
+            for file in files:
+                _read_file(file, owner.name, found)
     return found
 
 
-def read_record(path: Path) -> Record:
-    """Reads a record.
+def _read_file(file: os.DirEntry[str], owner: str, found: Found) -> None:
+    path = Path(file.path)
+    if file.name.startswith(".") and file.name.endswith(".unfinished"):
+        found.unfinished.append(path)
+    elif file.name.endswith(".json"):
+        try:
+            found.records.append((file.stat().st_mtime, owner, _read_record(path)))
+        except DataLoss as error:
+            found.unreadable.add((owner, path.stem))
+            log.error("%s", error)
 
-    Raises:
-        DataLoss: The record is damaged.
-    """
+
+def _read_record(path: Path) -> Record:
+    """Reads a record. Raises DataLoss if it is damaged."""
     try:
         digest, text, _ = path.read_bytes().split(b"\n")
         if blake3(text).hexdigest().encode() != digest:

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Protocol
 
 from secateur_server.storage.blobs import disk_bytes
 from secateur_server.storage.records import StoredFile
@@ -43,11 +42,7 @@ class References:
                 self.bytes += disk_bytes(file.size)
 
     def release(self, files: Iterable[StoredFile]) -> list[StoredFile]:
-        """Removes a reference from each file.
-
-        Returns:
-            The files that have no reference left.
-        """
+        """Removes a reference from each file. Returns the files that have no reference left."""
         unused = []
         for file in files:
             self._counts[file.blake3] -= 1
@@ -56,45 +51,3 @@ class References:
                 self.bytes -= disk_bytes(self._sizes.pop(file.blake3))
                 unused.append(file)
         return unused
-
-
-class Holder(Protocol):
-    """A holder of references: a checkpoint or an upload."""
-
-    @property
-    def own_bytes(self) -> int:
-        """Bytes that it takes on disk beside its files."""
-
-    def files(self) -> list[StoredFile]:
-        """The files that it refers to; one may occur twice."""
-
-
-class PlannedRelease:
-    """The effect of releasing references, computed without releasing them.
-
-    Args:
-        references: Of which some would be released.
-
-    Attributes:
-        freed: Bytes on disk that the release of all added holders frees.
-    """
-
-    def __init__(self, references: References) -> None:
-        self.freed = 0
-        self._references = references
-        self._released = Counter[str]()
-
-    def frees(self, holder: Holder) -> int:
-        """Bytes that the release of one more holder frees."""
-        files = {file.blake3: file.size for file in holder.files()}
-        counts = Counter(file.blake3 for file in holder.files())
-        return holder.own_bytes + sum(
-            disk_bytes(files[digest])
-            for digest, count in counts.items()
-            if self._released[digest] + count == self._references.count(digest)
-        )
-
-    def add(self, holder: Holder) -> None:
-        """Adds a holder to the release."""
-        self.freed += self.frees(holder)
-        self._released.update(file.blake3 for file in holder.files())

@@ -10,7 +10,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from secateur_server.errors import StoreFailed, TakenOver
-from secateur_server.runtime.disk import DurableFile, disk_errors, sync_folder
+from secateur_server.runtime.disk import DurableFile, disk_errors, sync_folder, write_synced
 from secateur_server.storage.blobs import BLOCK, sums_path
 
 
@@ -18,13 +18,11 @@ class StagedFile:
     """A file that is being received. Its file on disk is created with the first byte.
 
     After a disk error the staged file is lost: the kernel may have dropped the data that it could
-    not write, and reports this only once.
+    not write, and reports this only once. So methods raise StoreFull or StoreFailed from the first
+    failure of the disk on, and TakenOver once the file has been discarded.
 
     Several calls may have a staged file, since a newer call takes it over from an older one. A lock
     keeps two threads from using it at once.
-
-    Args:
-        path: Of the file, in the folder of staged files.
 
     Attributes:
         size: Bytes that have been written.
@@ -40,12 +38,7 @@ class StagedFile:
         self._file: FileIO | None = None
 
     def suspend(self) -> None:
-        """Closes the file until the next write, since a process has few file descriptors.
-
-        Raises:
-            StoreFull, StoreFailed: The disk failed.
-            TakenOver: The file has been discarded.
-        """
+        """Closes the file until the next write, since a process has few file descriptors."""
         with self._busy, self._lost_on_error():
             if self._file:
                 self._disk.sync()  # a later descriptor would not report an earlier write error
@@ -76,12 +69,7 @@ class StagedFile:
             self._disk = DurableFile(self._file.fileno())
 
     def write(self, data: bytes | memoryview) -> None:
-        """Appends `data`.
-
-        Raises:
-            StoreFull, StoreFailed: The disk failed.
-            TakenOver: The file has been discarded.
-        """
+        """Appends `data`."""
         with self._busy, self._lost_on_error():
             self._open()
             self._write(memoryview(data))
@@ -104,33 +92,19 @@ class StagedFile:
         """The hex BLAKE3 of the bytes written so far."""
         return self._whole.hexdigest()
 
-    def finish(self, blobs: Path) -> str:
-        """Makes the file a blob, synced to disk.
-
-        Args:
-            blobs: The folder of blobs.
-
-        Returns:
-            The digest of the blob.
-
-        Raises:
-            StoreFull, StoreFailed: The disk failed.
-            TakenOver: The file has been discarded.
-        """
+    def finish(self, blobs: Path) -> None:
+        """Makes the file a blob in the folder `blobs`, synced to disk."""
         with self._busy, self._lost_on_error():
             self._open()
-            return self._finish(blobs)
+            self._finish(blobs)
 
-    def _finish(self, blobs: Path) -> str:
+    def _finish(self, blobs: Path) -> None:
         if self.size % BLOCK:
             self._end_block()
         target = blobs / self.digest()
         sums = self._path.with_suffix(".sums")
         try:
-            with sums.open("wb") as file:
-                file.write(self._sums)
-                file.flush()
-                os.fsync(file.fileno())
+            write_synced(sums, self._sums)
             self._disk.sync()
             os.replace(sums, sums_path(target))
             os.replace(self._path, target)
@@ -138,7 +112,6 @@ class StagedFile:
         finally:
             sums.unlink(missing_ok=True)
             self._discard()
-        return target.name
 
     def discard(self) -> None:
         """Removes the file."""

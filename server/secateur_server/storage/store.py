@@ -24,15 +24,16 @@ from secateur_server.errors import (
     quote,
 )
 from secateur_server.runtime.disk import disk_errors, sync_folder
-from secateur_server.storage.accounts import Accounts, Entry
+from secateur_server.storage.accounts import Account, Accounts, Entry
 from secateur_server.storage.blob_folder import BlobFolder, Trash
 from secateur_server.storage.blobs import Blob
 from secateur_server.storage.clock import Clock
-from secateur_server.storage.eviction import EvictionPolicy, Victim
+from secateur_server.storage.eviction import EvictionPolicy
 from secateur_server.storage.folders import FolderLock
 from secateur_server.storage.last_uses import LastUses
 from secateur_server.storage.records import (
     PREFIX,
+    Found,
     Record,
     StoredFile,
     damaged_record,
@@ -49,8 +50,6 @@ log = logging.getLogger(__name__)
 
 # The interval between searches for expired checkpoints.
 EXPIRE_SECONDS = 10.0
-
-Key = tuple[str, str]  # an owner, and an id or a digest
 
 
 @dataclass(frozen=True)
@@ -94,26 +93,20 @@ class Store:
         evicted: Callable[[str, int], None] = lambda reason, count: None,
         is_temporary: bool = False,
     ) -> None:
-        self.ttl = ttl
-        self._folder = folder
-        self._is_temporary = is_temporary
-        self.scratch = folder / "parts"
-        self._clock = Clock()
-        self._lock = threading.Condition(threading.RLock())
+        self.ttl, self.max_bytes = ttl, max_bytes
+        self._folder, self._is_temporary = folder, is_temporary
+        self._records, self.scratch = folder / "checkpoints", folder / "parts"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._folder_lock = FolderLock(folder)
+        self._clock, self._accounts = Clock(), Accounts()
+        self._lock = self._accounts.lock
         self._blobs = BlobFolder(folder / "blobs", self._lock, self._folder_lock.check)
-        self._accounts = Accounts()
-        self._records = folder / "checkpoints"
         index = self._blobs, self._accounts
-        self._removal = Removal(self._records, *index, self._folder_lock, self._lock)
-        self._last_uses = LastUses(self._records, self._accounts, self._lock, self._clock)
+        self._removal = Removal(self._records, *index, self._folder_lock)
+        self._last_uses = LastUses(self._records, self._accounts, self._clock)
         policy = EvictionPolicy(max_bytes, self._accounts, self._blobs.references)
-        shared = *index, self._removal, self._lock
-        self._space = Space(policy, *shared, evicted)
-        self.uploads = Uploads(*shared, self._space, self.scratch, self._clock)
-        self._unreadable: set[Key] = set()  # damaged records
-        self._owner_folders: set[Path] = set()  # folders that have been synced
+        self._space = Space(policy, *index, self._removal, evicted)
+        self.uploads = Uploads(*index, self._removal, self._space, self.scratch, self._clock)
         try:
             for path in (self._blobs.folder, self.scratch, self._records):
                 path.mkdir(exist_ok=True, mode=0o700)
@@ -126,38 +119,38 @@ class Store:
         self._expiring.start()
 
     def _load(self) -> None:
-        """Reads the records, and removes unfinished files."""
-        self._owner_folders = {folder for folder in self._records.iterdir() if folder.is_dir()}
-        records: list[tuple[float, str, Record]] = []
-        unfinished = list(self.scratch.iterdir())
-        for folder in self._owner_folders:
-            found = read_records(folder)
-            records += [(used, folder.name, record) for record, used in found.records]
-            self._unreadable |= {(folder.name, ident) for ident in found.unreadable}
-            unfinished += found.unfinished
+        """Reads the records, and removes unfinished files and empty folders."""
+        found = read_records(self._records)
         # An earlier server may have been killed before its sync. A crash now must not lose a name.
         folders = (self._folder.parent, self._folder, self._blobs.folder, self._records)
-        for folder in (*folders, *self._owner_folders):
+        for folder in (*folders, *found.owners):
             sync_folder(folder)
-        now = self._clock.wall(self._clock.now())
-        for used, owner, record in sorted(records, key=lambda each: each[0]):
-            entry = Entry(owner, record, self._clock.moment(used))
-            self._add(entry)
-            if used > now:  # the system's clock has been set back
-                self._last_uses.write(entry)
-        if not self._unreadable:  # the blobs of damaged records are unknown
+        self._add(found)
+        unfinished = [*self.scratch.iterdir(), *found.unfinished]
+        if not found.unreadable:  # the blobs of damaged records are unknown
             unfinished += self._blobs.unknown()
         count = sum(path.stat().st_size for path in unfinished)
         for path in unfinished:
             path.unlink()
+        for folder in found.owners:
+            self._removal.remove_folder(folder.name)
         log.info(
             "store %s: %d checkpoints, %d bytes; removed %d unfinished files of %d bytes",
-            *(self._folder, len(records), self.used_bytes, len(unfinished), count),
+            *(self._folder, len(found.records), self.used_bytes, len(unfinished), count),
         )
 
-    def _add(self, entry: Entry) -> None:
-        self._removal.count(entry)
-        self._accounts.get_or_create(entry.owner).add(entry)
+    def _add(self, found: Found) -> None:
+        """Adds the checkpoints on disk to the index, the least recently used first."""
+        self._unreadable = found.unreadable
+        now = self._clock.wall(self._clock.now())
+        for used, owner, record in sorted(found.records, key=lambda each: each[0]):
+            entry = Entry(owner, record, self._clock.moment(used))
+            self._removal.count(entry)
+            account = self._accounts.get_or_create(owner)
+            account.add(entry)
+            account.is_folder_synced = True
+            if used > now:  # the system's clock has been set back
+                self._last_uses.write(entry)
 
     def close(self) -> None:
         """Stops all background work, and releases the folder for another server."""
@@ -167,11 +160,6 @@ class Store:
         if self._is_temporary and self._folder_lock.is_in_place:
             shutil.rmtree(self._folder, ignore_errors=True)  # a cleaner of /tmp may have removed it
         self._folder_lock.close()
-
-    @property
-    def max_bytes(self) -> int:
-        """The limit of everything in the folder."""
-        return self._space.max_bytes
 
     @property
     def used_bytes(self) -> int:
@@ -201,13 +189,7 @@ class Store:
         return self._clock.wall(entry.used + self.ttl) if self.ttl and entry else None
 
     def page(self, owner: str, before: str, most: int) -> Sequence[Record]:
-        """Up to `most` checkpoints of an owner, the newest first.
-
-        Args:
-            owner: Whose checkpoints.
-            before: Only checkpoints older than this id; empty: all.
-            most: The length of the page.
-        """
+        """Up to `most` checkpoints older than the id `before`, if it is not empty; newest first."""
         with self._lock:
             return self._accounts.get(owner).page(before, most)
 
@@ -251,11 +233,7 @@ class Store:
             self._blobs.remove(Trash(blobs=unused))
 
     def open_files(self, name: str, files: Sequence[StoredFile]) -> list[Blob]:
-        """Opens files of the caller's uploads.
-
-        Args:
-            name: Of the checkpoint, for errors.
-            files: Which files.
+        """Opens files that the caller has uploaded. `name` is the checkpoint's, for errors.
 
         Raises:
             DataLoss: A file is missing.
@@ -273,13 +251,10 @@ class Store:
         """Creates a checkpoint of uploaded files. It is synced to disk when this returns.
 
         Args:
-            owner: Whose checkpoint it is.
+            owner: The owner of the checkpoint.
             files: The weights.
             masks: A file of masks, if the server has pruned the checkpoint.
             quota: Bytes that the owner may have; None: no limit.
-
-        Returns:
-            Its record.
 
         Raises:
             StoreFull, QuotaExceeded: The record does not fit.
@@ -289,41 +264,41 @@ class Store:
         entry = Entry(owner, new_record(files, masks), self._clock.now())
         path = record_path(self._records / owner, entry.record.id)
         with self._lock:
-            evicted = self._space.reserve(owner, entry.own_bytes, quota)
-            self._blobs.acquire(entry.files())
-            self._accounts.acquire(owner, entry.files())
+            count = self._accounts.record_bytes(entry)
+            trash = self._space.make_way(owner, count, quota)
+            self._removal.count(entry)
+            account = self._accounts.get(owner)
         try:
-            self._space.remove(evicted)
-            self._make_folder(path.parent)
+            self._space.remove(trash)
+            self._make_folder(path.parent, account)
             write_record(path.parent, entry.record)
         except BaseException:
             self._undo(entry, is_written=path.exists())
             raise
         self._last_uses.write(entry)
         with self._lock:
-            self._accounts.get_or_create(owner).add(entry)
+            account.add(entry)
         return entry.record
 
-    def _make_folder(self, folder: Path) -> None:
-        """Creates the folder of an owner, and syncs it."""
-        if folder not in self._owner_folders:
+    def _make_folder(self, folder: Path, account: Account) -> None:
+        """Creates the folder of an owner, and syncs its name."""
+        if not account.is_folder_synced:
             with disk_errors():
                 folder.mkdir(mode=0o700, exist_ok=True)
                 sync_folder(folder.parent)
-            self._owner_folders.add(folder)
+            account.is_folder_synced = True
 
     def _undo(self, entry: Entry, is_written: bool) -> None:
         """Removes a checkpoint that could not be created.
 
-        Args:
-            entry: The checkpoint.
-            is_written: Whether its record was written, and only the sync failed. If the disk does
-                not remove the record either, the checkpoint exists.
+        If the record was written, only its sync failed. The checkpoint exists if the disk does not
+        remove the record either.
         """
         trash = Trash(entries=[entry] if is_written else [])
         with self._lock:
             self._removal.forget(entry, trash)
         self._removal.finish(trash)
+        self._removal.remove_folder(entry.owner)
 
     def delete(self, owner: str, name: str) -> None:
         """Deletes a checkpoint, which may be damaged: all of it, or nothing.
@@ -369,14 +344,14 @@ class Store:
         self.uploads.expire()
         with self._lock:
             oldest = self._clock.now() - self.ttl if self.ttl else -math.inf
-            old: list[Victim] = [
+            old = [
                 (entry, "ttl")
                 for account in self._accounts.by_owner.values()
                 for entry in takewhile(lambda e: e.used < oldest, account.entries.values())
                 if not entry.pins
             ]
-            evicted = self._space.evict(old)
-        self._space.remove(evicted)
+            trash = self._space.evict(old)
+        self._space.remove(trash)
 
     def check_size(self, size: int) -> None:
         """Refuses `size` bytes if they would never fit.

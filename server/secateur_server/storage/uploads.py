@@ -3,7 +3,6 @@
 import secrets
 from itertools import islice
 from pathlib import Path
-from threading import Condition
 
 import torch
 
@@ -36,55 +35,42 @@ MAX_FILES = 10_000
 
 
 class Uploads:
-    """The uploads of all callers.
-
-    Args:
-        blobs: Of the store.
-        accounts: Of all owners.
-        removal: Removes abandoned uploads.
-        lock: The store's.
-        space: Of the store.
-        scratch: The folder of staged files.
-        clock: The store's.
-    """
+    """The uploads of all callers, whose staged files are in the folder `scratch`."""
 
     def __init__(
         self,
         blobs: BlobFolder,
         accounts: Accounts,
         removal: Removal,
-        lock: Condition,
         space: Space,
         scratch: Path,
         clock: Clock,
     ) -> None:
         self._blobs, self._accounts, self._removal = blobs, accounts, removal
-        self._lock, self._space, self._scratch, self._clock = lock, space, scratch, clock
+        self._space, self._scratch, self._clock = space, scratch, clock
+        self._lock = accounts.lock
 
     def expire(self) -> None:
         """Removes broken uploads that nobody has resumed for UPLOAD_SECONDS."""
-        with self._lock:
-            oldest = self._clock.now() - UPLOAD_SECONDS
-            uploads = [u for a in self._accounts.by_owner.values() for u in a.uploads]
-            old = [u for u in uploads if not u.is_active and u.used < oldest]
-        for upload in old:
-            self.abandon(upload)
+        oldest = self._clock.now() - UPLOAD_SECONDS
+        for upload in self._all():
+            if not upload.is_active and upload.used < oldest:
+                self.abandon(upload)
 
     def close(self) -> None:
         """Removes all uploads."""
-        for account in list(self._accounts.by_owner.values()):
-            for upload in list(account.uploads):
-                self.abandon(upload)
+        for upload in self._all():
+            self.abandon(upload)
+
+    def _all(self) -> list[Upload]:
+        with self._lock:
+            accounts = self._accounts.by_owner.values()
+            return [upload for account in accounts for upload in account.uploads]
 
     def received(self, owner: str, digest: str, size: int) -> int:
         """The number of bytes of a file that `owner` has uploaded already.
 
         Reads the data of this owner alone, so that its time tells nothing about other owners.
-
-        Args:
-            owner: Whose file it is.
-            digest: Hex BLAKE3 of the file.
-            size: Bytes of the file.
         """
         if self._has_whole(owner, digest, size):
             return size
@@ -111,16 +97,13 @@ class Uploads:
         """Begins to receive a file, or the rest of it. Evicts nothing before its bytes arrive.
 
         Args:
-            owner: Whose file it is.
+            owner: The owner of the file.
             size: Bytes of the whole file.
             digest: Hex BLAKE3, if the caller announced it.
             offset: The first byte that the caller sends.
             field: The field of the request that has the offset, for errors.
             is_resumable: Whether the received bytes are kept if the call breaks.
             quota: Bytes that the owner may have; None: no limit.
-
-        Returns:
-            The upload, for the other methods.
 
         Raises:
             InvalidRequest: The store has fewer bytes than `offset`.
@@ -142,11 +125,8 @@ class Uploads:
     def _begin(self, upload: Upload, before: Upload | None, is_whole: bool, field: str) -> None:
         """Registers an upload. The caller has the lock.
 
-        Args:
-            upload: The new one.
-            before: An unfinished upload of the same file.
-            is_whole: Whether the owner had the complete file before the lock was taken.
-            field: The field of the request that has the offset.
+        `before` is an unfinished upload of the same file. `is_whole` says whether the owner had the
+        complete file before the lock was taken.
         """
         references = self._accounts.get(upload.owner).references
         is_whole = is_whole and references.has(upload.digest or "", upload.size)
@@ -158,21 +138,16 @@ class Uploads:
                 "the file from there on",
             )
         if is_whole:
-            self._acquire(upload)
+            self._removal.acquire(upload.owner, upload.files())
         elif before:
             before.is_taken_over = True  # the older call ends with its next byte
             self._accounts.discard(before)
             upload.staged, upload.writing = before.staged, before.writing
         else:
-            needed = disk_bytes(upload.size) + DISK_BLOCK  # of a record, which has one or more
-            self._space.check(upload.owner, needed, upload.quota)
+            needed = disk_bytes(upload.size) + 2 * DISK_BLOCK  # at least, for a record in a folder
+            self._space.policy.check(upload.owner, needed, upload.quota)
             upload.staged = StagedFile(self._scratch / secrets.token_hex(8))
         self._accounts.add(upload)
-
-    def _acquire(self, upload: Upload, file: StoredFile | None = None) -> None:
-        files = [file] if file else upload.files()
-        self._blobs.acquire(files)
-        self._accounts.acquire(upload.owner, files)
 
     def write(self, upload: Upload, data: bytes | memoryview) -> None:
         """Writes the next bytes of a file, but for those that the store has.
@@ -201,14 +176,6 @@ class Uploads:
     def finish(self, context: RequestContext, upload: Upload, filename: str) -> StoredFile:
         """Completes a file, and syncs it to disk.
 
-        Args:
-            context: The request.
-            upload: The upload of the file.
-            filename: As the caller knows it.
-
-        Returns:
-            The file, with its digest.
-
         Raises:
             InvalidStateDict: The file does not have the announced digest.
             StoreFull, StoreFailed: The disk failed.
@@ -233,24 +200,22 @@ class Uploads:
             self._blobs.wait_until_removed(file.blake3)
             _check_not_taken_over(upload)
             upload.is_finishing = True
-            self._acquire(upload, file)  # before the blob exists, so that nobody removes it
+            # Before the blob exists, so that nobody removes it.
+            self._removal.acquire(upload.owner, [file])
             self._accounts.reserve(upload.owner, staged, -staged.reserved)
         try:
             self._blobs.put(staged)
         except BaseException:
             self.abandon(upload)
-            self._release(upload.owner, file)
+            trash = Trash()
+            with self._lock:
+                self._removal.release(upload.owner, [file], trash)
+            self._blobs.remove(trash)
             raise
         with self._lock:
             self._accounts.finished(upload)
             upload.digest, upload.staged, upload.is_finishing = file.blake3, None, False
             self._blobs.mark_repaired(file.blake3)
-
-    def _release(self, owner: str, file: StoredFile) -> None:
-        with self._lock:
-            self._accounts.release(owner, [file])
-            unused = self._blobs.release([file])
-        self._blobs.remove(Trash(blobs=unused))
 
     def _check_whole(self, context: RequestContext, file: StoredFile) -> None:
         blob = self._blobs.open("data", file)

@@ -161,9 +161,6 @@ class RemoteFile:
                     f"{quote(self.uri)} changed while it was read; send the request again",
                 )
 
-    def close(self) -> None:
-        """Does nothing: the fetched file has no name, and its memory is freed with its last use."""
-
 
 class RemoteTarget:
     """A remote file to write, which `commit` puts in place as a whole.

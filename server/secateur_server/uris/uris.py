@@ -1,10 +1,12 @@
 """The URIs that callers may name: reading models from them, and writing models to them."""
 
 import posixpath
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import quote as urlquote
 from urllib.parse import unquote
 
@@ -21,6 +23,21 @@ from secateur_server.wire.mapped import MappedFile
 from secateur_server.wire.writer import OutgoingFile, track_progress
 
 LOCAL = "file://"
+
+
+@dataclass(frozen=True)
+class UriModel:
+    """A model whose files are open. Those that are remote are not fetched yet.
+
+    Attributes:
+        size: Bytes of the files, without the index.
+        remote_bytes: Bytes of the remote ones among them.
+        fetched: Fetches the remote files for a block, and maps all of them.
+    """
+
+    size: int
+    remote_bytes: int
+    fetched: Callable[[], AbstractContextManager[list[MappedFile]]]
 
 
 class Uris:
@@ -59,71 +76,71 @@ class Uris:
     def _is_allowed(self, uri: str) -> bool:
         return any(uri.startswith(prefix.rstrip("/") + "/") for prefix in self._prefixes)
 
-    def open(
-        self,
-        context: RequestContext,
-        field: str,
-        uri: str,
-        held: ExitStack,
-        admit: Callable[[int, int], None],
-    ) -> list[MappedFile]:
+    @contextmanager
+    def open(self, context: RequestContext, field: str, uri: str) -> Iterator[UriModel]:
         """Opens a model: a file, or an index and the shards that it names, which lie beside it.
 
         Args:
             context: The request.
             field: Of the request, for errors.
             uri: Of the file or the index.
-            held: Closes the files.
-            admit: Called before the model is fetched, with its bytes, and with the number of them
-                that have to be fetched. Raises an error if they do not fit.
 
         Raises:
             RequestError: UriNotAllowed, UriNotFound, UriFailed, UriChanged, InvalidStateDict,
-                StoreFull, QueueFull, or an error of `admit`.
+                StoreFull or QueueFull.
         """
-        model = [self._open(context, field, uri, held)]
-        index = []
-        if uri.endswith(SUFFIX):
-            index = self._mapped(context, field, uri, model, held)
-            weight_map, _ = weight_map_of(index[0].filename, index[0].data)
-            shards = dict.fromkeys(weight_map.values())  # distinct, in their order
-            model = [
-                self._open(context, field, _beside(field, uri, shard), held) for shard in shards
-            ]
-        size = sum(file.size for file in model)
-        admit(size, sum(file.size for file in model if isinstance(file, RemoteFile)))
-        return self._mapped(context, field, uri, model, held) + index
+        with ExitStack() as opened:
+            files = [opened.enter_context(self._open(context, field, uri))]
+            index: list[MappedFile] = []
+            if uri.endswith(SUFFIX):
+                index = opened.enter_context(self._fetched(context, field, uri, files))
+                weight_map, _ = weight_map_of(index[0].filename, index[0].data)
+                shards = dict.fromkeys(weight_map.values())  # distinct, in their order
+                places = (_beside(field, uri, shard) for shard in shards)
+                files = [opened.enter_context(self._open(context, field, at)) for at in places]
+            size = sum(file.size for file in files)
+            remote_bytes = sum(file.size for file in files if isinstance(file, RemoteFile))
+            fetched = partial(self._fetched, context, field, uri, files, index)
+            yield UriModel(size, remote_bytes, fetched)
 
+    @contextmanager
     def _open(
-        self, context: RequestContext, field: str, uri: str, held: ExitStack
-    ) -> LocalFile | RemoteFile:
+        self, context: RequestContext, field: str, uri: str
+    ) -> Iterator[LocalFile | RemoteFile]:
+        """Opens a file. If a local file changes within the block, that error replaces others."""
         self.check(field, uri)
-        file: LocalFile | RemoteFile
-        if uri.startswith(LOCAL):
-            file = LocalFile(field, uri, self._paths)
-        else:
-            file = RemoteFile(context, field, uri, self._requests, self._prefixes)
-        held.push(_closing(file))
-        return file
+        if not uri.startswith(LOCAL):
+            yield RemoteFile(context, field, uri, self._requests, self._prefixes)
+            return
+        file = LocalFile(field, uri, self._paths)
+        try:
+            yield file
+        except Exception:
+            file.check_unchanged()
+            raise
+        finally:
+            file.close()
 
-    def _mapped(
+    @contextmanager
+    def _fetched(
         self,
         context: RequestContext,
         field: str,
         uri: str,
         files: Sequence[LocalFile | RemoteFile],
-        held: ExitStack,
-    ) -> list[MappedFile]:
+        index: Sequence[MappedFile] = (),
+    ) -> Iterator[list[MappedFile]]:
         """Fetches the remote ones of `files`. `uri` is that of the model, for errors."""
         remote = [file for file in files if isinstance(file, RemoteFile)]
         size = sum(blocks_of(file.size) for file in remote)
-        held.enter_context(self._scratch.reserved(context, field, uri, size))
-        for file in remote:
-            file.fetch(self._scratch)
-        return [
-            MappedFile(_name(file.uri), file.data, check_unchanged=file.check_unchanged)
-            for file in files
-        ]
+        with self._scratch.reserved(context, field, uri, size):
+            for file in remote:
+                file.fetch(self._scratch)
+            mapped = [
+                MappedFile(_name(file.uri), file.data, check_unchanged=file.check_unchanged)
+                for file in files
+            ]
+            yield [*mapped, *index]
 
     def check(self, field: str, uri: str) -> None:
         """Refuses a URI that the operator has not allowed. LocalFile checks file:// URIs itself.
@@ -211,19 +228,6 @@ def _is_under(path: Path, root: Path) -> bool:
 
 def _is_below(uri: str, prefix: str) -> bool:
     return f"{uri.rstrip('/')}/".startswith(f"{prefix.rstrip('/')}/")
-
-
-def _closing(file: LocalFile | RemoteFile) -> Callable[[Any, Any, Any], None]:
-    """A context's exit that closes a file. If the file has changed, that replaces other errors."""
-
-    def close(kind: Any, error: BaseException | None, at: Any) -> None:
-        try:
-            if isinstance(file, LocalFile) and isinstance(error, Exception):
-                file.check_unchanged()
-        finally:
-            file.close()
-
-    return close
 
 
 def _name(uri: str) -> str:

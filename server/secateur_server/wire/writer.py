@@ -1,6 +1,6 @@
 """Writes tensors as safetensors files, one part at a time."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -156,6 +156,11 @@ def bytes_file(context: RequestContext, filename: str, data: bytes) -> OutgoingF
     return OutgoingFile(filename, len(data), _digest(context, [data]), lambda: [data])
 
 
+def digest_of(files: Sequence[OutgoingFile]) -> str:
+    """Returns the digest of a single file; empty for several files or none."""
+    return files[0].blake3 if len(files) == 1 else ""
+
+
 def chunks(
     context: RequestContext, files: Iterable[OutgoingFile], offset: int = 0
 ) -> Iterator[Bytes]:
@@ -196,7 +201,7 @@ _JOINED_BYTES = 1 << 16
 
 
 def _digest(context: RequestContext, parts: Iterable[Bytes]) -> str:
-    digest = blake3()
+    digest = blake3(max_threads=blake3.AUTO)  # large parts are hashed by all cores
     for part in track_progress(context, parts):
         digest.update(part)
     return digest.hexdigest()

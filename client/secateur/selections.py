@@ -1,0 +1,147 @@
+"""The two functions that make every rule with an amount: `select` and `grouped`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from secateur.amounts import AnyAmount, amount_of
+from secateur.checks import flag, made, one_of, patterns, shown, text_keys
+from secateur.choices import (
+    AnyGranularity,
+    AnyImportance,
+    granularity_of,
+    importance_of,
+    magnitude,
+)
+from secateur.errors import InvalidSpec
+from secateur.groups import Groups, groups_of
+from secateur.rails import AnyGuardRails, GuardRails, guard_rails
+from secateur.spec import Arrays, Rule, Spec
+from secateur.tensors import is_text
+from secateur_proto import spec_pb2 as pb
+from secateur_proto.enums import values_by_name
+
+Names = str | Sequence[str]
+
+_ALLOCATIONS = values_by_name(pb.Allocation.DESCRIPTOR)
+_COMBINATIONS = values_by_name(pb.Combination.DESCRIPTOR)
+_NORMALIZATIONS = values_by_name(pb.Normalization.DESCRIPTOR)
+# SCOPE_PER_ROW is "row" here, and SCOPE_PER_TENSOR "tensor".
+_SCOPES = {
+    name.removeprefix("per_"): scope for name, scope in values_by_name(pb.Scope.DESCRIPTOR).items()
+}
+
+
+def select(
+    tensors: Names,
+    amount: AnyAmount,
+    importance: AnyImportance = "magnitude",
+    granularity: AnyGranularity = "element",
+    scope: str = "tensor",
+    normalization: str | None = None,
+    allocation: str | None = None,
+    of_all: bool = False,
+    guard_rails: AnyGuardRails | None = None,
+    importance_scores: Arrays | None = None,
+    scales: Mapping[str, str] | None = None,
+) -> Spec:
+    """Prunes the least important units of tensors, with each choice made by itself.
+
+    Args:
+        tensors: See `l1_unstructured`.
+        amount: See `l1_unstructured`; or what `threshold`, `target_bytes`, `target_macs` or
+            `table` returns.
+        importance: What a function of secateur.choices returns, or its name.
+        granularity: What a function of secateur.choices returns, or its name.
+        scope: Which units are ranked together: those of each output "row" of a tensor, of each
+            "tensor", of all tensors ("global"), or of tensors whose names differ in their numbers
+            alone ("isomorphic").
+        normalization: How each tensor's importances are scaled: "mean", "norm" or "z_score".
+        allocation: How a total is divided: by "rank" (None), "uniform", "erk" or "lamp".
+        of_all: Whether the amount is of all units, pruned ones included.
+        guard_rails: Bounds on what is pruned of each tensor.
+        importance_scores: See `l1_unstructured`; or a score for each unit.
+        scales: From a tensor's name to the name of the 1-D tensor of the model that ranks its
+            units.
+    """
+    return _selection(
+        amount,
+        importance,
+        importance_scores,
+        tensors=patterns(tensors),
+        scales=_name_map("scales", scales),
+        allocation=_named("allocation", allocation, _ALLOCATIONS),
+        **granularity_of(granularity).fields,
+        **_ranking(scope, normalization, of_all, guard_rails),
+    )
+
+
+def grouped(
+    groups: Groups,
+    amount: AnyAmount,
+    p: float = 1,
+    combination: str = "mean",
+    normalization: str | None = None,
+    scope: str = "global",
+    of_all: bool = False,
+    guard_rails: AnyGuardRails | None = None,
+    importance: AnyImportance = "magnitude",
+    importance_scores: Arrays | None = None,
+) -> Spec:
+    """Prunes units of groups: slices of several tensors that are pruned together.
+
+    Args:
+        groups: What `group`, `head_groups` or `query_head_groups` returns.
+        amount: See `select`.
+        p: The order of the norm that ranks a member's part of a unit.
+        combination: How the members' norms become the unit's importance: "mean", "sum" or "max".
+        normalization: See `select`.
+        scope: Whether all groups are ranked together ("global") or each by itself ("tensor").
+        of_all: See `select`.
+        guard_rails: See `select`.
+        importance: "magnitude" by p, or "random".
+        importance_scores: Arrays with a score for each unit, by the groups' names.
+    """
+    if isinstance(importance, str) and importance == "magnitude":
+        importance = magnitude(p)
+    return _selection(
+        amount,
+        importance,
+        importance_scores,
+        groups=groups_of(groups),
+        granularity=pb.GRANULARITY_GROUP,
+        combination=one_of("combination", combination, _COMBINATIONS),
+        **_ranking(scope, normalization, of_all, guard_rails),
+    )
+
+
+def _selection(
+    amount: AnyAmount, importance: AnyImportance, scores: Arrays | None, **choices: Any
+) -> Spec:
+    """The spec of one Selection; `choices` are its other fields."""
+    arrays = {} if scores is None else text_keys("importance_scores", scores, "names to arrays")
+    fields = {**choices, **importance_of(importance).fields, **amount_of(amount).fields}
+    return Spec((Rule(pb.Rule(selection=pb.Selection(**fields)), dict(arrays)),))
+
+
+def _ranking(
+    scope: str, normalization: str | None, of_all: bool, rails: AnyGuardRails | None
+) -> dict[str, Any]:
+    """The fields that selections of all granularities have."""
+    bounds = None if rails is None else made("guard_rails", rails, GuardRails, guard_rails).message
+    return {
+        "scope": one_of("scope", scope, _SCOPES),
+        "normalization": _named("normalization", normalization, _NORMALIZATIONS),
+        "of_all": flag("of_all", of_all),
+        "guard_rails": bounds,
+    }
+
+
+def _named(field: str, value: str | None, known: Mapping[str, int]) -> int | None:
+    return None if value is None else one_of(field, value, known)
+
+
+def _name_map(field: str, value: Mapping[str, str] | None) -> dict[str, str]:
+    named = {} if value is None else text_keys(field, value, "names to names")
+    if not all(map(is_text, named.values())):
+        raise InvalidSpec(f"{field}: {shown(value)} is not a mapping from names to names")
+    return dict(named)

@@ -1,0 +1,96 @@
+"""The work of Plan: a Prune is predicted for many amounts."""
+
+from collections.abc import Sequence
+
+from secateur_proto import pruner_pb2 as pb
+from secateur_proto.plan_pb2 import PruningPlan
+from secateur_server.api.convert.columns import field_head
+from secateur_server.api.convert.plan import decode_amounts, encode_plan
+from secateur_server.api.rules import before, check_prior, reads_of
+from secateur_server.cut.plan import plan
+from secateur_server.cut.plan_small import is_planned_by_runs
+from secateur_server.cut.prune import prune
+from secateur_server.outputs import OUTPUTS
+from secateur_server.outputs.hollow import hollow_state_dict
+from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.amounts import Amount
+from secateur_server.spec.decode import decode_spec
+from secateur_server.spec.resolve import resolve
+from secateur_server.spec.rules import Rule, Selection
+from secateur_server.state_dict.incoming import Incoming
+from secateur_server.state_dict.sources import Call, Sources
+
+# Bytes of a plan for each amount: for a character of a name, and for a tensor. The answer is in
+# memory in parts and as a whole, and has each name and number twice, for the tensor and for its
+# choice. A plan without arrays has a Python object for each number.
+NAME_BYTES, ARRAY_BYTES, OBJECT_BYTES = 4, 250, 700
+
+
+def decode_plan(context: RequestContext, header: pb.PlanHeader) -> list[Rule]:
+    """Decodes the rules of a call, the last of which is planned.
+
+    Raises:
+        InvalidSpec, InvalidRequest: A field is wrong.
+    """
+    rules = decode_spec(context, header.spec)
+    check_prior(header)
+    return rules
+
+
+def plan_call(sources: Sources, call: Call[pb.PlanHeader], asked: Sequence[Rule]) -> bytes:
+    """Makes the answer of a call of Plan: a PlanResponse, encoded.
+
+    Args:
+        sources: Opens the source.
+        call: The call.
+        asked: The decoded rules.
+    """
+    context = call.context
+    with sources.open(call) as incoming:
+        rules = resolve(context, asked, incoming.state_dict.catalog)
+        planned, amounts = decode_amounts(context, call.header, rules)
+        _charge(context, planned, amounts)
+        with context.stage("receive"):
+            incoming.read(reads_of(rules))
+        with sources.scheduler.cores(context, incoming.size):
+            state = before(context, call.header, incoming.state_dict, rules)
+            extras = incoming.state_dict.extras
+            state |= prune(context, state, rules[:-1], extras)[0]
+            at = "header.amounts" if call.header.amounts else ""
+            outcomes = plan(context, planned, amounts, state, extras, at)
+        names = planned.tensors
+        weights = [state[name].weight for name in names]
+        pruned = [state[name].count_pruned(context) for name in context.each(names)]
+        encoded = encode_plan(context, outcomes, names, weights, pruned)
+        parts = [*encoded, _sizes(incoming, rules, list(state)).SerializeToString()]
+        incoming.check_unchanged()
+        return b"".join([field_head(1, sum(map(len, parts))), *parts])
+
+
+def _charge(context: RequestContext, rule: Selection, amounts: Sequence[Amount]) -> None:
+    """Reserves the memory of a plan of a resolved rule. Raises RequestTooLarge, QueueFull."""
+    names = rule.names()
+    of_tensor = ARRAY_BYTES if is_planned_by_runs(rule, amounts) else OBJECT_BYTES
+    parts = len(names) + len(rule.groups)
+    size = len(amounts) * (NAME_BYTES * sum(map(len, names)) + of_tensor * parts)
+    what = f"a plan of {len(amounts)} amounts of {len(names)} tensors"
+    context.charge("header.amounts", size, what)
+
+
+def _sizes(incoming: Incoming, rules: Sequence[Rule], names: Sequence[str]) -> PruningPlan:
+    """The fields of a plan that are the same for all amounts.
+
+    Args:
+        incoming: The source.
+        rules: Resolved.
+        names: All parameters that were read.
+    """
+    named = {name for rule in rules for name in rule.names()}
+    pruned = [name for name in names if name in named]
+    hollow = hollow_state_dict(incoming.state_dict, pruned)
+    return PruningPlan(
+        masks_bytes=OUTPUTS[pb.OUTPUT_MASKS].size(hollow, pruned),
+        reparametrized_bytes=OUTPUTS[pb.OUTPUT_REPARAMETRIZED].size(hollow, pruned),
+        dense_bytes=OUTPUTS[pb.OUTPUT_DENSE].size(hollow, pruned),
+        input_blake3=incoming.digest(),
+    )

@@ -1,0 +1,138 @@
+"""The work of Prune: read, prune, measure, write."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+
+from secateur_proto import pruner_pb2 as pb
+from secateur_proto.report_pb2 import SparsityReport
+from secateur_server.api.answers import Made, written
+from secateur_server.api.convert.checkpoint import checkpoint_message
+from secateur_server.api.convert.report import encode_report
+from secateur_server.api.rules import before, check_prior, reads_of
+from secateur_server.cut.prune import prune
+from secateur_server.errors import CheckpointNotFound, InvalidRequest
+from secateur_server.outputs import OUTPUTS
+from secateur_server.report.tensors import measure_tensors
+from secateur_server.report.warnings import changes_of, warnings_of
+from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.decode import decode_spec
+from secateur_server.spec.resolve import resolve
+from secateur_server.spec.rules import Rule
+from secateur_server.state_dict.incoming import Incoming
+from secateur_server.state_dict.parameter import Parameter
+from secateur_server.state_dict.sources import Call, Sources
+from secateur_server.state_dict.state_dict import masks_of, packed_masks
+from secateur_server.storage.receiver import Receiver
+from secateur_server.wire.writer import OutgoingFile, digest_of
+
+
+def decode_prune(context: RequestContext, header: pb.PruneHeader) -> list[Rule]:
+    """Decodes the rules of a call, and checks its other fields.
+
+    Raises:
+        InvalidSpec, InvalidRequest: A field is wrong.
+    """
+    rules = decode_spec(context, header.spec)
+    if header.output not in OUTPUTS:
+        raise InvalidRequest("header.output", f"{header.output} is not an output")
+    if header.destination_uri and header.output == pb.OUTPUT_NONE:
+        raise InvalidRequest("header.destination_uri", "OUTPUT_NONE writes nothing there")
+    check_prior(header)
+    return rules
+
+
+def prune_call(
+    sources: Sources, call: Call[pb.PruneHeader], asked: Sequence[Rule], held: ExitStack
+) -> Made:
+    """Makes the answer of a call of Prune.
+
+    All weights that are not part of the answer are freed when this returns.
+
+    Args:
+        sources: Opens the source.
+        call: The call.
+        asked: The decoded rules.
+        held: Receives the source, which is closed once the files have been sent.
+    """
+    context, header = call.context, call.header
+    receiver = held.enter_context(sources.receiver(context)) if header.keep else None
+    incoming = held.enter_context(sources.open(call, receiver))
+    rules = resolve(context, asked, incoming.state_dict.catalog)
+    with context.stage("receive"):
+        needs_all = OUTPUTS[header.output].needs_all_tensors
+        incoming.read(None if needs_all else reads_of(rules))
+    with sources.scheduler.cores(context, incoming.size):
+        pruned = _prune(call, asked, rules, incoming)
+    incoming.check_unchanged()
+    result = pb.PruneResult()
+    result.report.CopyFrom(pruned.report)  # faster than to construct it with a report
+    with _kept(sources, context, receiver, incoming, pruned, result):
+        made = written(sources, call, result, pruned.files, incoming)
+    sources.metrics.reported(context, pruned.report)
+    sources.metrics.pruned(context, pruned.count, pruned.report.sparsity)
+    return made
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The outcome of a Prune.
+
+    Attributes:
+        parameters: Those that the rules name, with their new masks.
+        files: To send.
+        report: Measured on what is sent.
+        count: Elements that no mask pruned before.
+    """
+
+    parameters: Mapping[str, Parameter]
+    files: list[OutgoingFile]
+    report: SparsityReport
+    count: int
+
+
+def _prune(
+    call: Call[pb.PruneHeader], asked: Sequence[Rule], rules: Sequence[Rule], incoming: Incoming
+) -> Pruned:
+    """Prunes the tensors that were read, and measures them."""
+    context, header, state_dict = call.context, call.header, incoming.state_dict
+    context.begin("prune")
+    prior = before(context, header, state_dict, rules)
+    pruned, outcomes = prune(context, prior, rules, state_dict.extras)
+    with context.stage("encode"):
+        files = OUTPUTS[header.output].files(context, state_dict, pruned)
+        digests = incoming.digest(), digest_of(files)
+        measured, catalog = measure_tensors(context, pruned), state_dict.catalog
+        report = encode_report(context, measured, catalog, *digests, outcomes)
+        changes = changes_of(context, report, catalog, prior)
+        report.warnings.extend(warnings_of(context, report, asked, rules, catalog, changes))
+    return Pruned(pruned, files, report, sum(change.pruned for change in changes))
+
+
+@contextmanager
+def _kept(
+    sources: Sources,
+    context: RequestContext,
+    receiver: Receiver | None,
+    incoming: Incoming,
+    pruned: Pruned,
+    result: pb.PruneResult,
+) -> Iterator[None]:
+    """Creates a checkpoint, if the call asks for one.
+
+    The checkpoint is deleted if the block fails, since no caller has its name.
+    """
+    if receiver is None:
+        yield
+        return
+    masks = {**incoming.state_dict.masks, **masks_of(pruned.parameters)}
+    stored = receiver.receive_file(packed_masks(context, masks))
+    record, owner = receiver.create(incoming.files, stored), context.tenant.owner
+    try:
+        expire_time = sources.store.expire_time(owner, record)
+        result.checkpoint.CopyFrom(checkpoint_message(record, expire_time))
+        yield
+    except BaseException:
+        with suppress(CheckpointNotFound):  # it may have been removed for another one
+            sources.store.delete(owner, record.name)
+        raise

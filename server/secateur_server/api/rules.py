@@ -1,0 +1,38 @@
+"""The rules of Prune and Plan, and the parameters that they begin with."""
+
+from collections.abc import Iterable, Sequence
+
+from secateur_proto import pruner_pb2 as pb
+from secateur_server.cut.prior import prune_zeros
+from secateur_server.errors import InvalidRequest
+from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.rules import Rule
+from secateur_server.state_dict.parameter import Parameter
+from secateur_server.state_dict.state_dict import StateDict
+
+
+def check_prior(header: pb.PruneHeader | pb.PlanHeader) -> None:
+    """Raises InvalidRequest for an unknown value."""
+    if header.prior not in pb.Prior.values():
+        raise InvalidRequest("header.prior", f"{header.prior} is not a value of Prior")
+
+
+def extras_of(rules: Iterable[Rule]) -> set[str]:
+    """Returns the names of the tensors that hold scores and masks."""
+    return {name for rule in rules for name in rule.extras()}
+
+
+def reads_of(rules: Iterable[Rule]) -> set[str]:
+    """Returns the names of the parameters that resolved rules read."""
+    return {name for rule in rules for name in rule.reads()}
+
+
+def before(
+    context: RequestContext,
+    header: pb.PruneHeader | pb.PlanHeader,
+    state_dict: StateDict,
+    rules: Sequence[Rule],
+) -> dict[str, Parameter]:
+    """Returns the parameters before the first of the resolved rules."""
+    parameters = dict(state_dict.parameters)
+    return prune_zeros(context, parameters, rules) if header.prior == pb.PRIOR_ZEROS else parameters
