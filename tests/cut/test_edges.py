@@ -119,7 +119,7 @@ def test_scores_may_be_given_for_the_units_of_a_group(client: secateur.Client) -
     assert masks["conv.weight"].all(1).tolist() == [True, False, True, False]
     assert masks["next.weight"].all(0).tolist() == [True, False, True, False]
     for wrong, said in (
-        ({"h": scores}, "does not have this group"),
+        ({"h": scores}, "does not prune this group"),
         ({"g": scores[:3]}, r"must have shape \[4\]"),
     ):
         with pytest.raises(secateur.InvalidSpec, match=said):

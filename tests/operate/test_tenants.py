@@ -36,8 +36,7 @@ from tests.storage.stored import (
 KIB = 1 << 10
 HALF = secateur.l1_unstructured("*", 0.5)
 
-# Quotas in bytes. A model is slightly larger than its floats.
-# The store has space for two checkpoints of 32 KiB, and for a block for their folder.
+# Quotas in bytes. A model is slightly larger than its floats; the folder of its owner is a block.
 STORE, MEMORY = 68 * KIB, 64 * KIB
 
 TOKENS = {

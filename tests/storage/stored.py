@@ -132,7 +132,7 @@ def in_blocks(size: int) -> int:
 def counted(folder: Path) -> int:
     """Returns the bytes of a store as the server counts them.
 
-    They are whole blocks of each file, and a block of each owner.
+    Those are whole blocks of each file, and a block for the folder of each owner.
     """
     owners = len(list((folder / "checkpoints").iterdir()))
     return sum(in_blocks(size) for size in on_disk(folder).values()) + owners * DISK_BLOCK
