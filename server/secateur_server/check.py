@@ -29,7 +29,7 @@ from secateur_server.startup import (
     serve_metrics,
 )
 from secateur_server.storage.folders import FolderLock, StoreInUse
-from secateur_server.uris.remote import missing
+from secateur_server.uris.systems import missing
 
 
 def check(config: Config) -> int:

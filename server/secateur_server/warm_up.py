@@ -19,9 +19,9 @@ from secateur_server.runtime.context import RequestContext
 from secateur_server.runtime.scheduler import Scheduler
 from secateur_server.state_dict.sources import Sources
 from secateur_server.storage.store import Store
-from secateur_server.uris.remote import missing
 from secateur_server.uris.requests import Requests
 from secateur_server.uris.scratch import Scratch
+from secateur_server.uris.systems import missing
 from secateur_server.uris.uris import Uris
 
 # Kernels are compiled for each size of an element, so F16 also covers BF16.

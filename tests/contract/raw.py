@@ -132,18 +132,25 @@ def send_file(
 
 
 @contextmanager
-def kept_open(messages: Iterable[Message]) -> Iterator[Iterator[Message]]:
-    """Yields a stream of messages that does not end while the block runs."""
+def open_streams() -> Iterator[Callable[..., Iterator[Any]]]:
+    """Yields a function that makes streams of messages, which do not end while the block runs."""
     ended = threading.Event()
 
-    def stream() -> Iterator[Message]:
+    def stream(messages: Iterable[Any] = ()) -> Iterator[Any]:
         yield from messages
         ended.wait(300)
 
     try:
-        yield stream()
+        yield stream
     finally:
         ended.set()
+
+
+@contextmanager
+def kept_open(messages: Iterable[Message]) -> Iterator[Iterator[Message]]:
+    """Yields a stream of messages that does not end while the block runs."""
+    with open_streams() as stream:
+        yield stream(messages)
 
 
 def file(table: Mapping[str, Any] | bytes, data: bytes = b"") -> bytes:

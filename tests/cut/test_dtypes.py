@@ -16,6 +16,7 @@ from secateur_server.backends import kernels
 from secateur_server.backends.numba_backend import NumbaBackend
 from secateur_server.backends.protocol import Backend
 from secateur_server.backends.torch_backend import TorchBackend
+from secateur_server.cut import select, sorted_keys
 from secateur_server.cut.prune import prune
 from secateur_server.granularity.element import Element
 from secateur_server.importance.magnitude import Magnitude
@@ -464,15 +465,30 @@ def test_every_backend_counts_zeros_and_folds(
         assert backend.extremes(flat) == (min(keys), max(keys))
 
 
-FEW = [(dtype, 1 << 18) for dtype in SPELLED]
-MANY = [(FP8[0], (1 << 22) + 5), (torch.int32, (1 << 22) + 5)]
-
-
-@pytest.mark.parametrize(("dtype", "count"), FEW + MANY, ids=str)
+@pytest.mark.parametrize("is_sampled", [False, True])
+@every_dtype
 def test_the_search_for_many_units_gives_the_masks_of_a_sort(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, count: int
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, is_sampled: bool
 ) -> None:
-    """More units than are sorted at once, and than are sampled; with numba and without."""
+    """More units than are sorted at once; with numba and without.
+
+    With lower limits they are sampled as millions are.
+    """
+    if is_sampled:
+        monkeypatch.setattr(select, "LARGE", sorted_keys.FEW)
+        monkeypatch.setattr(select, "SAMPLE", 1 << 12)
+    check_search(monkeypatch, dtype, sorted_keys.FEW + 5)
+
+
+@pytest.mark.slow
+@every_dtype
+def test_the_search_for_millions_of_units_gives_the_masks_of_a_sort(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    check_search(monkeypatch, dtype, select.LARGE + 5)
+
+
+def check_search(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, count: int) -> None:
     weight = numbers((count,), dtype)
     (kept,) = lowest([weight], count // 3)
     rule = Selection("r", ("w",), Magnitude(), Element(), "tensor", Count(count // 3))

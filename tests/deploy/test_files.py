@@ -29,7 +29,9 @@ def compose(profile: str) -> dict[str, Any]:
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     services = yaml.safe_load(ended.stdout)["services"]
-    return {name: found for name, found in services.items() if profile in found["profiles"]}
+    of_profile = {name: each for name, each in services.items() if profile in each["profiles"]}
+    assert of_profile
+    return of_profile
 
 
 @needs_compose

@@ -288,7 +288,7 @@ def test_long_work_is_not_cut_off(
         clock.advance(3 * IDLE)
         return prune(*arguments)
 
-    monkeypatch.setattr("secateur_server.api.pruner.prune", slowly)
+    monkeypatch.setattr("secateur_server.api.prune.prune", slowly)
     requests = iter([pruning(data=FILE)])
     answer = list(PrunerStub(line).Prune(requests, timeout=PATIENCE))
     assert answer[0].result.report.zeros == 500

@@ -5,8 +5,8 @@ import logging
 import os
 import pty
 import re
-import subprocess
-import sys
+import signal
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -19,6 +19,7 @@ from secateur_proto import pruner_pb2, pruner_pb2_grpc
 from secateur_proto.framing import file_header
 from secateur_server.operate.metrics import STAGES
 from tests.conftest import RunningServer, inner_server, stop_server
+from tests.forked import ForkedProcess
 
 MODEL = {"w": np.arange(1, 9, dtype=np.float32).reshape(2, 4)}
 HALF = secateur.l1_unstructured("w", 0.5)
@@ -126,9 +127,8 @@ def test_probes_are_not_logged(own_server: RunningServer) -> None:
 
 def test_terminal_gets_text_lines() -> None:
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "secateur_server", "--address", "127.0.0.1:0"]
-    server = subprocess.Popen([*command, "--metrics-address", ""], stderr=theirs)
-    os.close(theirs)
+    options = ["--address", "127.0.0.1:0", "--metrics-address", ""]
+    server = ForkedProcess(options, log=Path(os.ttyname(theirs)))
     shown = ""
     while not (found := re.search(r"serving gRPC at ([\d.:]+) on", shown)):
         shown += os.read(ours, 4096).decode()
@@ -136,7 +136,9 @@ def test_terminal_gets_text_lines() -> None:
         client.prune(MODEL, HALF)
     while "sparsity" not in shown:
         shown += os.read(ours, 4096).decode()
-    server.terminate()
-    assert server.wait(300) == 0
+    server.send_signal(signal.SIGTERM)
+    assert server.wait() == 0
+    os.close(theirs)
+    os.close(ours)
     assert re.search(r"INFO secateur.v1.Pruner/Prune OK id=\"\w+\" seconds=\d+\.\d+", shown)
     assert "{" not in shown.splitlines()[0]

@@ -15,7 +15,15 @@ import secateur
 from secateur_proto.pruner_pb2_grpc import PrunerStub
 from secateur_server.operate.authentication import Authenticator
 from tests.conftest import PATIENCE, RunningServer, eventually, inner_server
-from tests.contract.raw import OWN_CONNECTION, entry, file, header, message, series
+from tests.contract.raw import (
+    OWN_CONNECTION,
+    entry,
+    file,
+    header,
+    message,
+    open_streams,
+    series,
+)
 
 DATA = file({"w": entry("F32", [2], 0, 8)}, b"\0" * 8)
 
@@ -83,19 +91,15 @@ def test_calls_without_a_thread_get_a_retry_delay(
 
 
 def test_client_retries_after_a_full_server(busy: RunningServer) -> None:
-    ended = threading.Event()
-
-    def silent_messages() -> Iterator[Any]:
-        yield message("Report", header=header("Report", 1000), data=b"\x10")
-        ended.wait(PATIENCE)
+    first = message("Report", header=header("Report", 1000), data=b"\x10")
 
     def rejected() -> float:
         return series(busy, "secateur_rejected_requests_total", reason="QUEUE_FULL")
 
     with ExitStack() as opened, secateur.Client(busy.address, timeout=PATIENCE) as client:
-        opened.callback(ended.set)
+        stream = opened.enter_context(open_streams())
         silent = [
-            PrunerStub(channel).Report.future(silent_messages(), timeout=PATIENCE)
+            PrunerStub(channel).Report.future(stream([first]), timeout=PATIENCE)
             for channel in two_connections(busy, opened)
             for _ in range(80)
         ]

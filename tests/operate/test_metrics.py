@@ -1,6 +1,5 @@
 """The metrics of a real server."""
 
-import threading
 from collections.abc import Iterator
 
 import grpc
@@ -10,7 +9,7 @@ import pytest
 import secateur
 from secateur_proto import pruner_pb2, pruner_pb2_grpc
 from tests.conftest import RunningServer, eventually, inner_server
-from tests.contract.raw import samples
+from tests.contract.raw import kept_open, samples
 
 MODEL = {"w": np.arange(1, 9, dtype=np.float32).reshape(2, 4)}
 HALF = secateur.l1_unstructured("w", 0.5)
@@ -83,18 +82,11 @@ def test_a_model_is_held_while_its_call_runs(own_server: RunningServer) -> None:
     """The call sends only the first bytes of a file."""
     header = pruner_pb2.ReportHeader(data_bytes=12345)
     request = pruner_pb2.ReportRequest(header=header, data=b"\x64")
-    ended = threading.Event()
-
-    def half_a_request() -> Iterator[pruner_pb2.ReportRequest]:
-        yield request
-        ended.wait()
-
-    with grpc.insecure_channel(own_server.address) as channel:
-        call = pruner_pb2_grpc.PrunerStub(channel).Report.future(half_a_request())
+    with grpc.insecure_channel(own_server.address) as channel, kept_open([request]) as messages:
+        call = pruner_pb2_grpc.PrunerStub(channel).Report.future(messages)
         eventually(lambda: sample(own_server, "secateur_model_bytes"), 12345)
         assert sample(own_server, "secateur_requests_in_flight") == 1
         call.cancel()
-        ended.set()
         eventually(lambda: sample(own_server, "secateur_model_bytes"), 0)
     code = {"grpc_code": "Canceled", "grpc_method": "Report"}
     eventually(lambda: sample(own_server, "grpc_server_handled_total", **code), 1)

@@ -3,10 +3,10 @@
 import hashlib
 import json
 import socket
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from secateur_server.config import is_public, read_config
 from secateur_server.operate.tokens_file import BadTokens, read_tokens
 from secateur_server.startup import CannotStart
 from tests.conftest import RunningServer, eventually, run_server, start_server, stop_server
-from tests.contract.raw import OWN_CONNECTION, TIMEOUT, bearer, failure
+from tests.contract.raw import OWN_CONNECTION, TIMEOUT, bearer, failure, open_streams
 
 TOKEN, HASHED = "the first token of ours", "the second token, which is hashed"
 SCRAPER = "the scraper's own token"
@@ -221,19 +221,17 @@ def test_probe_needs_no_token(guarded: Guarded) -> None:
 
 def test_silent_callers_without_a_token_occupy_no_worker(guarded: Guarded) -> None:
     """More calls and probes than workers, and their messages never arrive."""
-    ended = threading.Event()
-
-    def nothing() -> Iterator[Any]:
-        ended.wait(300)
-        yield from ()
-
     paths = ["/secateur.v1.Checkpoints/List"] * 10 + ["/grpc.health.v1.Health/Check"] * 150
     address = guarded.server.address
-    channels = [grpc.insecure_channel(address, [OWN_CONNECTION]) for _ in range(2)]
-    calls: list[Any] = [
-        channels[index % 2].stream_unary(path).future(nothing()) for index, path in enumerate(paths)
-    ]
-    try:
+    with ExitStack() as opened:
+        channels = [
+            opened.enter_context(grpc.insecure_channel(address, [OWN_CONNECTION])) for _ in range(2)
+        ]
+        silent = opened.enter_context(open_streams())
+        calls: list[Any] = [
+            channels[index % 2].stream_unary(path).future(silent())
+            for index, path in enumerate(paths)
+        ]
         eventually(lambda: sum(not call.done() for call in calls), 16)
         assert {call.code() for call in calls[:10]} == {UNAUTHENTICATED}
         stub = health_pb2_grpc.HealthStub(guarded.channel)
@@ -243,10 +241,6 @@ def test_silent_callers_without_a_token_occupy_no_worker(guarded: Guarded) -> No
         with guarded.client(TOKEN) as client:
             assert client.report(MODEL).total == 4
         assert sample(guarded, "secateur_requests_in_flight") <= 16
-    finally:
-        ended.set()
-        for channel in channels:
-            channel.close()
     eventually(lambda: sample(guarded, "secateur_requests_in_flight"), 0.0)
 
 

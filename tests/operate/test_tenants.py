@@ -26,7 +26,7 @@ from secateur_server.uris.requests import Requests
 from secateur_server.uris.scratch import Scratch
 from secateur_server.uris.uris import Uris
 from tests.conftest import RunningServer, eventually, inner_server
-from tests.contract.raw import OWN_CONNECTION, TIMEOUT, bearer, failure, series
+from tests.contract.raw import OWN_CONNECTION, TIMEOUT, bearer, failure, open_streams, series
 from tests.storage.stored import (
     file_message,
     upload_file,
@@ -466,16 +466,10 @@ def test_remote_uris_must_be_in_both_lists(allow: list[str], allowed: set[str]) 
 
 def test_silent_calls_of_a_tenant_block_neither_others_nor_probes(service: Service) -> None:
     """One tenant gets half of the 128 calls at most; a refusal has a retry delay."""
-    ended = threading.Event()
-
-    def silent() -> Iterator[ReportRequest]:
-        ended.wait()
-        yield from ()
-
     channels = [grpc.insecure_channel(service.server.address, [OWN_CONNECTION]) for _ in range(2)]
     with ExitStack() as opened:
         stubs = [PrunerStub(opened.enter_context(channel)) for channel in channels]
-        opened.callback(ended.set)
+        silent = opened.enter_context(open_streams())
         calls = [
             stubs[number % 2].Report.future(silent(), metadata=metadata("speech"), timeout=300)
             for number in range(70)

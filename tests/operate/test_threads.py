@@ -21,7 +21,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import secateur
-from secateur_proto import pruner_pb2, pruner_pb2_grpc
+from secateur_proto import pruner_pb2_grpc
 from secateur_server.__main__ import DEAD_STATUS
 from secateur_server.app import App
 from secateur_server.config import read_config
@@ -34,7 +34,7 @@ from tests.conftest import (
     start_command,
     stop_server,
 )
-from tests.contract.raw import OWN_CONNECTION, series
+from tests.contract.raw import OWN_CONNECTION, open_streams, series
 from tests.operate.test_metrics import sample
 from tests.processes import cpu_seconds, open_files, thread_ids
 
@@ -95,20 +95,14 @@ def silent_sockets(address: str, count: int) -> Iterator[None]:
 @contextmanager
 def silent_calls(address: str, count: int) -> Iterator[None]:
     """Makes calls that send nothing. The server refuses some of them."""
-    over = threading.Event()
-
-    def nothing() -> Iterator[pruner_pb2.ReportRequest]:
-        over.wait()
-        yield from ()
-
     with ExitStack() as opened:
         channels = [
             opened.enter_context(grpc.insecure_channel(address, [OWN_CONNECTION]))
             for _ in range(count // 20)
         ]
-        opened.callback(over.set)
+        silent = opened.enter_context(open_streams())
         stubs = [pruner_pb2_grpc.PrunerStub(channel) for channel in channels]
-        calls = [stub.Report.future(nothing()) for stub in stubs for _ in range(20)]
+        calls = [stub.Report.future(silent()) for stub in stubs for _ in range(20)]
         yield
         del calls
 

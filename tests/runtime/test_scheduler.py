@@ -35,7 +35,9 @@ from tests.contract.raw import (
     failure,
     file,
     header,
+    kept_open,
     message,
+    open_streams,
     series,
     unhurried,
 )
@@ -403,8 +405,8 @@ def small_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSe
 
 @pytest.fixture
 def calls(small_server: RunningServer) -> Iterator["Calls"]:
-    with grpc.insecure_channel(small_server.address) as channel:
-        made = Calls(small_server, channel)
+    with grpc.insecure_channel(small_server.address) as channel, open_streams() as stream:
+        made = Calls(small_server, channel, stream)
         yield made
         made.end()
         for name in ("model_bytes", "requests_waiting", "requests_in_flight"):
@@ -414,10 +416,14 @@ def calls(small_server: RunningServer) -> Iterator["Calls"]:
 class Calls:
     """Calls to a server that last until the test ends them."""
 
-    def __init__(self, server: RunningServer, channel: grpc.Channel) -> None:
-        self._server, self._stub = server, PrunerStub(channel)
+    def __init__(
+        self,
+        server: RunningServer,
+        channel: grpc.Channel,
+        stream: Callable[[Sequence[Any]], Iterator[Any]],
+    ) -> None:
+        self._server, self._stub, self._stream = server, PrunerStub(channel), stream
         self._made: list[Any] = []
-        self._ended = threading.Event()
 
     def series(self, name: str, **labels: str) -> float:
         return series(self._server, f"secateur_{name}", **labels)
@@ -426,12 +432,8 @@ class Calls:
         """Begins a call that announces `size` bytes and sends one. Returns when it has arrived."""
         before = self._begun()
         first = message("Report", header=header("Report", size), data=b"\x10")
-
-        def messages() -> Iterator[Any]:
-            yield first
-            self._ended.wait()
-
-        call = self._stub.Report.future(messages(), metadata=bearer(who), timeout=300)
+        messages = self._stream([first])
+        call = self._stub.Report.future(messages, metadata=bearer(who), timeout=300)
         self._made.append(call)
         eventually(lambda: call.done() or self._begun() > before, True)
         return call
@@ -459,7 +461,6 @@ class Calls:
     def end(self) -> None:
         for call in self._made:
             call.cancel()
-        self._ended.set()
 
 
 def ending(call: Any) -> Failure | None:
@@ -624,21 +625,15 @@ Action = Callable[[grpc.Channel, secateur.Client, random.Random], object]
 
 def _cancelled(channel: grpc.Channel, client: secateur.Client, chance: random.Random) -> None:
     """Makes a call of any size that ends at any moment, by cancellation or by its deadline."""
-    ended = threading.Event()
-    first = header("Prune", chance.randint(100, LIMIT_BYTES))
-
-    def messages() -> Iterator[Any]:
-        yield message("Prune", header=first, data=b"\x10")
-        ended.wait(300)
-
+    head = header("Prune", chance.randint(100, LIMIT_BYTES))
     timeout = chance.uniform(0.001, 0.3)
-    call = PrunerStub(channel).Prune(messages(), timeout=timeout)
-    if chance.random() < 0.5:
-        ended.wait(chance.uniform(0, 0.1))
-        call.cancel()
-    with contextlib.suppress(grpc.RpcError):
-        list(call)
-    ended.set()
+    with kept_open([message("Prune", header=head, data=b"\x10")]) as messages:
+        call = PrunerStub(channel).Prune(messages, timeout=timeout)
+        if chance.random() < 0.5:
+            threading.Event().wait(chance.uniform(0, 0.1))
+            call.cancel()
+        with contextlib.suppress(grpc.RpcError):
+            list(call)
 
 
 def _hurried(channel: grpc.Channel, client: secateur.Client, chance: random.Random) -> None:
@@ -696,17 +691,11 @@ def test_budgets_are_empty_after_a_burst(callers: int, calls: int) -> None:
 
 def check_all_workers_are_available(server: RunningServer, channel: grpc.Channel) -> None:
     """Checks that the server still accepts as many calls at once as it has workers."""
-    ended = threading.Event()
-
-    def messages() -> Iterator[Any]:
-        yield message("Report", header=header("Report", 1000), data=b"\x10")
-        ended.wait()
-
-    calls = [
-        PrunerStub(channel).Report.future(messages(), timeout=300) for _ in range(WORKERS + 16)
-    ]
-    eventually(lambda: series(server, "secateur_model_bytes"), 1000.0 * (WORKERS + 16))
-    for call in calls:
-        call.cancel()
-    ended.set()
+    first = message("Report", header=header("Report", 1000), data=b"\x10")
+    report = PrunerStub(channel).Report
+    with open_streams() as stream:
+        calls = [report.future(stream([first]), timeout=300) for _ in range(WORKERS + 16)]
+        eventually(lambda: series(server, "secateur_model_bytes"), 1000.0 * (WORKERS + 16))
+        for call in calls:
+            call.cancel()
     check_serves(server, channel)

@@ -21,7 +21,7 @@ from secateur_server.errors import Cancelled
 from secateur_server.runtime.context import RequestContext, Tenant
 from secateur_server.runtime.scheduler import ONE_CORE_BYTES, Scheduler
 from tests.conftest import RunningServer, eventually, inner_server
-from tests.contract.raw import failure, header, message, series
+from tests.contract.raw import failure, header, kept_open, message, series
 
 LIMIT = 1 << 20
 TENANT = Tenant("alice", "a" * 32, memory=100, requests=2)
@@ -107,22 +107,14 @@ def small() -> Iterator[RunningServer]:
 @contextmanager
 def held(server: RunningServer, channel: grpc.Channel) -> Iterator[None]:
     """In the block one call holds all memory for models."""
-    first, ended = (
-        message("Report", header=header("Report", LIMIT), data=b"\x10"),
-        threading.Event(),
-    )
-
-    def messages() -> Iterator[Any]:
-        yield first
-        ended.wait(300)
-
-    call = PrunerStub(channel).Report.future(messages(), timeout=300)
-    eventually(lambda: series(server, "secateur_model_bytes"), float(LIMIT))
-    try:
-        yield
-    finally:
-        call.cancel()
-        ended.set()
+    first = message("Report", header=header("Report", LIMIT), data=b"\x10")
+    with kept_open([first]) as messages:
+        call = PrunerStub(channel).Report.future(messages, timeout=300)
+        eventually(lambda: series(server, "secateur_model_bytes"), float(LIMIT))
+        try:
+            yield
+        finally:
+            call.cancel()
 
 
 def until_queued(server: RunningServer, begin: Callable[[float], Any]) -> Any:

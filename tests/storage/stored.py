@@ -16,14 +16,19 @@ import secateur
 from secateur_proto import checkpoint_pb2, checkpoints_pb2
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
 from secateur_proto.framing import cut
-from tests.conftest import RunningServer, inner_server, start_server, stop_server
-from tests.contract.raw import TIMEOUT, bearer, series
+from secateur_server.runtime.context import RequestContext
+from secateur_server.storage.records import Record
+from secateur_server.storage.store import Store
+from tests.conftest import RunningServer, eventually, inner_server, start_server, stop_server
+from tests.contract.raw import TIMEOUT, bearer, kept_open, series
 
 # The block of a file system, and the size of the record of a small checkpoint.
 DISK_BLOCK = 4096
 
 # The sums of a blob have 32 bytes for each block of this size.
 BLOCK = 1 << 20
+
+OWNER = "a" * 32
 
 Message = TypeVar("Message")
 
@@ -192,3 +197,41 @@ def committed(channel: grpc.Channel, file: checkpoint_pb2.File, name: str = "") 
     answer = CheckpointsStub(channel).QueryUpload(request, timeout=TIMEOUT, metadata=bearer(name))
     (size,) = answer.committed_sizes
     return size
+
+
+@contextmanager
+def sending(store: Kept, data: bytes, count: int, name: str = "") -> Iterator[grpc.Call]:
+    """Begins an upload that sends only its first `count` bytes while the block runs."""
+    message = file_message(data)
+    with kept_open(upload_requests([upload_file(message)], data[:count])) as messages:
+        call = CheckpointsStub(store.channel).Upload.future(messages, metadata=bearer(name))
+        eventually(lambda: committed(store.channel, message, name), count)
+        try:
+            yield call
+        finally:
+            call.cancel()
+
+
+def leave_unfinished(store: Kept, data: bytes, count: int, name: str = "") -> None:
+    """Makes an upload that breaks after `count` bytes."""
+    with sending(store, data, count, name):
+        pass
+
+
+def create(
+    store: Store,
+    data: bytes,
+    count: int = 1,
+    *,
+    owner: str = OWNER,
+    name: str = "a",
+    quota: int | None = None,
+) -> Record:
+    """Creates a checkpoint of `count` files with the same data and name."""
+    upload = store.uploads.begin(owner, len(data), quota=quota)
+    try:
+        store.uploads.write(upload, data)
+        file = store.uploads.finish(RequestContext(), upload, name)
+        return store.create(owner, count * (file,), quota=quota)
+    finally:
+        store.uploads.leave(upload)

@@ -18,9 +18,11 @@ from tests.conftest import PATIENCE, eventually
 from tests.reference import assert_same_tensors
 from tests.storage.stored import (
     DISK_BLOCK,
+    OWNER,
     Kept,
     blobs,
     counted,
+    create,
     downloaded,
     in_blocks,
     kept,
@@ -114,20 +116,13 @@ def test_blob_being_removed_is_written_again_after_its_removal(
     assert_same_tensors(downloaded(store.client, made[0], tmp_path), MODEL)
 
 
-def send(store: Store, owner: str, data: bytes) -> None:
-    upload = store.uploads.begin(owner, len(data))
-    store.uploads.write(upload, data)
-    store.create(owner, (store.uploads.finish(RequestContext(), upload, "a"),))
-    store.uploads.leave(upload)
-
-
 def test_evicted_files_are_off_the_disk_before_the_space_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So they are for a call that uses space which another call frees."""
     limit, folder, write = 110_000 + DISK_BLOCK, tmp_path / "store", os.write
     store, sizes = Store(folder, limit, ttl=0), list[int]()
-    send(store, "a" * 32, bytes(60_000))
+    create(store, bytes(60_000))
 
     def counted_write(descriptor: int, data: memoryview) -> int:
         sizes.append(counted(folder) + in_blocks(len(data)))
@@ -137,7 +132,7 @@ def test_evicted_files_are_off_the_disk_before_the_space_is_used(
     monkeypatch.setattr(os, "unlink", gate)
     monkeypatch.setattr(os, "write", counted_write)
     half = [bytes([value]) * 42_000 for value in (1, 2)]
-    sending = [threading.Thread(target=send, args=(store, "a" * 32, data)) for data in half]
+    sending = [threading.Thread(target=create, args=(store, data)) for data in half]
     sending[0].start()
     assert gate.reached.wait(PATIENCE)
     sending[1].start()
@@ -153,7 +148,7 @@ def test_evicted_files_are_off_the_disk_before_the_space_is_used(
 def test_victims_are_chosen_in_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A quota evicts some of many checkpoints: only those are read, each a few times."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    owner, count, victims = "a" * 32, 600, 200
+    owner, count, victims = OWNER, 600, 200
     store = Store(tmp_path / "store", 1 << 30, ttl=0)
     upload = store.uploads.begin(owner, 100)
     store.uploads.write(upload, bytes(100))

@@ -10,21 +10,19 @@ import pytest
 import torch
 
 import secateur
-from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
 from secateur_server.storage import clock as clock_module
 from secateur_server.storage import store as store_module
 from secateur_server.storage.uploads import UPLOAD_SECONDS
 from tests.conftest import eventually
-from tests.contract.raw import kept_open, series
+from tests.contract.raw import series
 from tests.storage.stored import (
     Kept,
     committed,
     file_message,
     file_of,
     kept,
+    leave_unfinished,
     model,
-    upload_file,
-    upload_requests,
 )
 
 TTL = 1000.0
@@ -106,15 +104,6 @@ def test_unused_checkpoints_expire(tmp_path: Path, machine: Machine) -> None:
         eventually(lambda: series(store.server, "secateur_evictions_total", reason="ttl"), 1.0)
         with pytest.raises(secateur.CheckpointNotFound):
             store.client.report(unused)
-
-
-def leave_unfinished(store: Kept, data: bytes, count: int) -> None:
-    """An upload that breaks after `count` bytes."""
-    requests = upload_requests([upload_file(file_message(data))], data[:count])
-    with kept_open(requests) as messages:
-        call = CheckpointsStub(store.channel).Upload.future(messages)
-        eventually(lambda: committed(store.channel, file_message(data)), count)
-        call.cancel()
 
 
 @pytest.mark.parametrize("jump", [HOURS, -HOURS, 10 * UPLOAD_SECONDS])

@@ -14,16 +14,14 @@ import pytest
 from secateur_proto.checkpoints_pb2 import DeleteRequest
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
 from secateur_server.errors import CheckpointNotFound, StoreFailed
-from secateur_server.runtime.context import RequestContext
 from secateur_server.storage import clock as clock_module
 from secateur_server.storage.records import Record
 from secateur_server.storage.store import Store
 from tests.contract.raw import TIMEOUT, check_failed, failure, series
 from tests.reference import assert_same_tensors
-from tests.storage.stored import counted, downloaded, kept, model, on_disk
+from tests.storage.stored import OWNER, counted, create, downloaded, kept, model, on_disk
 from tests.storage.test_clock import Machine
 
-OWNER = "a" * 32
 DATA = bytes(60_000)
 MAX_BYTES, QUOTA, TTL = 100_000, 80_000, 1000.0
 
@@ -111,16 +109,6 @@ def opened(
     stores[-1].close()
 
 
-def send(store: Store, owner: str, data: bytes, quota: int | None = None) -> Record:
-    upload = store.uploads.begin(owner, len(data), quota=quota)
-    try:
-        store.uploads.write(upload, data)
-        file = store.uploads.finish(RequestContext(), upload, "a")
-        return store.create(owner, (file,), quota=quota)
-    finally:
-        store.uploads.leave(upload)
-
-
 def read(store: Store, record: Record) -> bytes:
     with store.open(OWNER, record.name) as found:
         return b"".join(found.files[0].blocks())
@@ -136,11 +124,11 @@ def expire(store: Store, record: Record, machine: Machine) -> None:
 
 
 def need_room(store: Store, record: Record, machine: Machine) -> None:
-    send(store, OWNER, bytes(45_000))
+    create(store, bytes(45_000))
 
 
 def reach_quota(store: Store, record: Record, machine: Machine) -> None:
-    send(store, OWNER, bytes(30_000), QUOTA)
+    create(store, bytes(30_000), quota=QUOTA)
 
 
 # Ways to remove a checkpoint, and the counted reasons.
@@ -165,7 +153,7 @@ def test_checkpoint_is_removed_entirely_or_not_at_all(
     is_restarted: bool,
 ) -> None:
     store = opened()
-    record = send(store, OWNER, DATA)
+    record = create(store, DATA)
     files, used = on_disk(disk.folder), store.used_bytes
     with getattr(disk, failure_of)():
         for _ in range(2):
@@ -192,7 +180,7 @@ def test_failed_removal_of_one_record_does_not_block_others(
 ) -> None:
     """All have the same blob, which is removed with the last of them."""
     store = opened()
-    made = [send(store, OWNER, DATA)]
+    made = [create(store, DATA)]
     made += [store.create(OWNER, made[0].files) for _ in range(2)]
     with disk.stuck(lambda path: path.stem == made[1].id):
         with pytest.raises(StoreFailed):
@@ -211,10 +199,10 @@ def test_checkpoint_after_a_failed_removal_is_still_the_least_recently_used(
     store, made = opened(), []
     for value in range(2):
         machine.step(1)
-        made.append(send(store, OWNER, bytes([value]) * 30_000))
+        made.append(create(store, bytes([value]) * 30_000))
     with disk.stuck(), pytest.raises(StoreFailed):
         store.delete(OWNER, made[0].name)
-    newest = send(store, OWNER, bytes([2]) * 30_000)
+    newest = create(store, bytes([2]) * 30_000)
     assert store.page(OWNER, "", 9) == [newest, made[1]]
 
 
@@ -223,7 +211,7 @@ def test_checkpoint_that_could_be_neither_created_nor_removed_exists(
 ) -> None:
     """The next start would find its record, which is on disk."""
     store = opened()
-    first = send(store, OWNER, DATA)  # its folder exists
+    first = create(store, DATA)  # its folder exists
     with disk.stuck(), disk.not_syncing(), pytest.raises(StoreFailed):
         store.create(OWNER, first.files)
     found = store.page(OWNER, "", 9)
@@ -240,7 +228,7 @@ def test_blob_that_cannot_be_removed_is_removed_at_the_next_start(
 ) -> None:
     """Its checkpoint is deleted, because its record is."""
     store = opened()
-    record = send(store, OWNER, DATA)
+    record = create(store, DATA)
     disk.is_stuck = lambda path: path.parent.name == "blobs"
     store.delete(OWNER, record.name)
     disk.is_stuck = lambda path: False

@@ -1,24 +1,22 @@
 """Evictions: the uploading tenant's own checkpoints first, and never others' fair share."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import grpc
 import pytest
 
 import secateur
-from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
-from tests.conftest import eventually
-from tests.contract.raw import bearer, check_failed, failure, kept_open, series
+from tests.contract.raw import check_failed, failure, kept_open, series
 from tests.storage.stored import (
     Kept,
-    committed,
     file_message,
     file_of,
     kept,
     model,
     send_upload,
+    sending,
     upload_file,
     upload_requests,
 )
@@ -103,27 +101,14 @@ def test_eviction_leaves_each_tenant_its_share(store: Kept, tenants: list[Tenant
     assert evictions(store) == before + 2
 
 
-@contextmanager
-def sending(store: Kept, name: str, data: bytes, count: int) -> Iterator[grpc.Call]:
-    """Begins an upload that sends only its first `count` bytes while the block runs."""
-    message = file_message(data)
-    with kept_open(upload_requests([upload_file(message)], data[:count])) as messages:
-        call = CheckpointsStub(store.channel).Upload.future(messages, metadata=bearer(name))
-        eventually(lambda: committed(store.channel, message, name), count)
-        try:
-            yield call
-        finally:
-            call.cancel()
-
-
 def test_eviction_waits_for_the_bytes_that_need_it(store: Kept, tenants: list[Tenant]) -> None:
     alice, _, carol = tenants
     data, before = file_of(model(580 * KIB // 4)), evictions(store)
-    with sending(store, "bob", data, 1000):
+    with sending(store, data, 1000, "bob"):
         carol.upload(100)  # the announced bytes do not count yet
         assert (alice.kept(), carol.kept()) == ([0, 1, 2, 3], [0])
         assert evictions(store) == before
-    with sending(store, "bob", data, 200 * KIB):
+    with sending(store, data, 200 * KIB, "bob"):
         assert alice.kept() == [1, 2, 3]
         assert evictions(store) == before + 1
 

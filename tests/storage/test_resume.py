@@ -15,7 +15,6 @@ from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
 from tests.conftest import RunningServer, eventually, inner_server, start_server
 from tests.contract.raw import (
     Failure,
-    bearer,
     check_failed,
     check_invalid,
     failure,
@@ -33,6 +32,7 @@ from tests.storage.stored import (
     file_message,
     file_of,
     kept,
+    leave_unfinished,
     model,
     on_disk,
     received,
@@ -175,15 +175,6 @@ def test_missing_server_does_not_count_as_a_broken_upload() -> None:
         client.upload(SMALL)
 
 
-def begun(store: Kept, data: bytes, count: int, name: str = "") -> None:
-    """An upload that breaks after `count` bytes."""
-    requests = upload_requests([upload_file(file_message(data))], data[:count])
-    with kept_open(requests) as messages:
-        call = CheckpointsStub(store.channel).Upload.future(messages, metadata=bearer(name))
-        eventually(lambda: committed(store.channel, file_message(data), name), count)
-        call.cancel()
-
-
 def resumed(store: Kept, data: bytes, offset: int, sent: bytes, name: str = "") -> Failure | None:
     requests = upload_requests([upload_file(file_message(data), offset)], sent)
     return failure(send_upload, store.channel, requests, name)
@@ -191,7 +182,7 @@ def resumed(store: Kept, data: bytes, offset: int, sent: bytes, name: str = "") 
 
 def test_bytes_of_a_broken_upload_are_not_sent_again(store: Kept, tmp_path: Path) -> None:
     data, half = file_of(SMALL), 2 * MIB + 123
-    begun(store, data, half)
+    leave_unfinished(store, data, half)
     assert resumed(store, data, half, data[half:]) is None
     (checkpoint,) = store.client.checkpoints()
     assert_same_tensors(downloaded(store.client, checkpoint, tmp_path), SMALL)
@@ -203,8 +194,8 @@ def test_broken_uploads_keep_no_file_open(store: Kept, tmp_path: Path) -> None:
     open_files = Path(f"/proc/{store.server.process.pid}/fd")
     before = len(list(open_files.iterdir()))
     for index in range(20):
-        begun(store, file_of(model(1000, index)), 100)
-    begun(store, data, half)
+        leave_unfinished(store, file_of(model(1000, index)), 100)
+    leave_unfinished(store, data, half)
     eventually(lambda: len(list(open_files.iterdir())) < before + 10, True)
     for index in range(20):
         other = file_of(model(1000, index))
@@ -217,7 +208,7 @@ def test_broken_uploads_keep_no_file_open(store: Kept, tmp_path: Path) -> None:
 def test_upload_of_more_than_the_missing_bytes_succeeds(store: Kept, tmp_path: Path) -> None:
     """More bytes may have arrived after the answer of QueryUpload."""
     data, half = file_of(SMALL), 2 * MIB + 123
-    begun(store, data, half)
+    leave_unfinished(store, data, half)
     assert resumed(store, data, half - 77_777, data[half - 77_777 :]) is None
     (checkpoint,) = store.client.checkpoints()
     assert_same_tensors(downloaded(store.client, checkpoint, tmp_path), SMALL)
@@ -248,7 +239,7 @@ def test_wrong_bytes_are_detected_in_a_resumed_upload(
     store: Kept,
 ) -> None:
     data, half = file_of(SMALL), 2 * MIB
-    begun(store, data, half)
+    leave_unfinished(store, data, half)
     other = data[half:-1] + bytes([data[-1] ^ 1])
     found = resumed(store, data, half, other)
     check_invalid(found, "INVALID_STATE_DICT", "data", [digest_of(data)])
@@ -306,7 +297,7 @@ def test_newer_call_takes_over_an_upload(store: Kept) -> None:
 
 def test_upload_of_another_caller_is_invisible(store: Kept) -> None:
     data, half = file_of(SMALL), 2 * MIB
-    begun(store, data, half, "alice")
+    leave_unfinished(store, data, half, "alice")
     assert committed(store.channel, file_message(data), "bob") == 0
     found = resumed(store, data, half, data[half:], "bob")
     check_invalid(found, "INVALID_REQUEST", "header.files[0].offset", ["0"])
@@ -334,7 +325,7 @@ def resumed_uploads(server: RunningServer) -> float:
 def test_resumed_upload_is_counted(store: Kept) -> None:
     data, half = file_of(SMALL), 2 * MIB
     before = resumed_uploads(store.server)
-    begun(store, data, half)
+    leave_unfinished(store, data, half)
     assert resumed(store, data, half, data[half:]) is None
     assert resumed(store, data, len(data), b"") is None  # without bytes it does not count
     assert resumed_uploads(store.server) == before + 1

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 from secateur_server.errors import StoreFull
-from secateur_server.runtime.context import RequestContext
-from secateur_server.storage.records import Record
 from secateur_server.storage.store import Store
 from tests.contract.raw import entry, file, series
 from tests.storage.stored import (
     DISK_BLOCK,
+    OWNER,
     counted,
+    create,
     file_message,
     kept,
     send_upload,
@@ -19,19 +19,8 @@ from tests.storage.stored import (
     upload_requests,
 )
 
-OWNER = "a" * 32
+LONG_NAME = "model-" + 200 * "x"
 LIMIT = 40 * DISK_BLOCK
-
-
-def send(store: Store, data: bytes, count: int = 1, owner: str = OWNER) -> Record:
-    """Makes a checkpoint of `count` files with the same data."""
-    upload = store.uploads.begin(owner, len(data))
-    store.uploads.write(upload, data)
-    stored = store.uploads.finish(RequestContext(), upload, "model-" + 200 * "x")
-    try:
-        return store.create(owner, count * (stored,))
-    finally:
-        store.uploads.leave(upload)
 
 
 def taken(folder: Path) -> int:
@@ -45,7 +34,7 @@ def test_tiny_checkpoints_keep_within_the_limit_on_disk(tmp_path: Path) -> None:
     folder = tmp_path / "store"
     store = Store(folder, LIMIT, ttl=0)
     for index in range(30):
-        send(store, index.to_bytes(4, "little"))
+        create(store, index.to_bytes(4, "little"))
         assert taken(folder) <= store.used_bytes == counted(folder) <= LIMIT
     assert store.count == 13
     store.close()
@@ -57,7 +46,7 @@ def test_record_of_many_files_counts_with_all_its_blocks(
 ) -> None:
     folder = tmp_path / "store"
     store = Store(folder, 1 << 20, ttl=0)
-    record = send(store, b"data", 100)
+    record = create(store, b"data", 100, name=LONG_NAME)
     if is_restarted:
         store.close()
         store = Store(folder, 1 << 20, ttl=0)
@@ -76,18 +65,18 @@ def test_folder_of_each_owner_counts_as_long_as_it_has_checkpoints(
     folder = tmp_path / "store"
     store = Store(folder, LIMIT, ttl=0)
     owners = [f"{index:032x}" for index in range(10)]
-    made = {owner: send(store, owner.encode(), owner=owner) for owner in owners}
+    made = {owner: create(store, owner.encode(), owner=owner) for owner in owners}
     if is_restarted:
         store.close()
         store = Store(folder, LIMIT, ttl=0)
     assert store.used_bytes == counted(folder) == LIMIT
     with pytest.raises(StoreFull):
-        send(store, b"one too many")
+        create(store, b"one too many")
     for owner, record in made.items():
         store.delete(owner, record.name)
         assert store.used_bytes == counted(folder)
     assert list((folder / "checkpoints").iterdir()) == []
-    again = send(store, b"data", owner=owners[0])
+    again = create(store, b"data", owner=owners[0])
     assert store.get(owners[0], again.name) == again
     assert store.used_bytes == counted(folder) == 4 * DISK_BLOCK
     store.close()
@@ -108,7 +97,7 @@ def test_records_of_many_files_keep_within_the_limit_on_disk(tmp_path: Path) -> 
     folder = tmp_path / "store"
     store = Store(folder, LIMIT, ttl=0)
     for _ in range(10):
-        send(store, b"data", 100)
+        create(store, b"data", 100, name=LONG_NAME)
         assert taken(folder) <= counted(folder) <= LIMIT
     store.close()
 

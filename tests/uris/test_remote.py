@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load
 
 import secateur
-from secateur_server.uris.remote import RANGE_BYTES
+from secateur_server.uris.systems import RANGE_BYTES
 from tests.client.sharded import INDEX, SHARDS, read_shards, real_weights, write_shards
 from tests.conftest import eventually
 from tests.contract.raw import check_serves, failure, header, message, send, series

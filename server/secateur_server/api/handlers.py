@@ -23,7 +23,7 @@ _KINDS: Mapping[tuple[bool, bool], Any] = {
 
 def add_pruner(pruner: Pruner, server: grpc.Server) -> str:
     """Adds the service Pruner to a server, and returns its name."""
-    name, handlers = _handlers(pruner_pb2.DESCRIPTOR, "Pruner", pruner)
+    name, handlers = _methods(pruner_pb2.DESCRIPTOR, "Pruner", pruner)
     single = grpc.unary_unary_rpc_method_handler(
         pruner.prune_single, Decoder(pruner_pb2.PruneRequest.FromString), encode
     )
@@ -33,12 +33,12 @@ def add_pruner(pruner: Pruner, server: grpc.Server) -> str:
 
 def add_checkpoints(checkpoints: Checkpoints, server: grpc.Server) -> str:
     """Adds the service Checkpoints to a server, and returns its name."""
-    name, handlers = _handlers(checkpoints_pb2.DESCRIPTOR, "Checkpoints", checkpoints)
+    name, handlers = _methods(checkpoints_pb2.DESCRIPTOR, "Checkpoints", checkpoints)
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(name, handlers)])
     return name
 
 
-def _handlers(file: FileDescriptor, service: str, servicer: object) -> tuple[str, dict[str, Any]]:
+def _methods(file: FileDescriptor, service: str, servicer: object) -> tuple[str, dict[str, Any]]:
     """The name of a service of a .proto file, and a handler for each of its methods."""
     described = file.services_by_name[service]
     handlers = {

@@ -106,6 +106,24 @@ def read_catalog(
     Raises:
         InvalidPair: A mask does not fit its weight.
     """
+    pairs = _pairs(stored, other_masks or {})
+    whole = {pair[0]: base for base, pair in pairs.items()}
+    pair_masks = {mask for _, *masks in pairs.values() for mask in masks}
+    prunable = {
+        whole.get(name, name): stored[name].shape
+        for name in stored
+        if stored[name].dtype in PRUNABLE and name not in pair_masks
+    }
+    origs = {name: pairs.get(name, (name,))[0] for name in prunable}
+    floating = [name for name, orig in origs.items() if _is_floating(stored[orig])]
+    known = {other: name for other, name in (other_names or {}).items() if name in prunable}
+    return Catalog(stored, extras, prunable, floating, pairs, known)
+
+
+def _pairs(
+    stored: Mapping[str, Stored], other_masks: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[str, ...]]:
+    """Finds the pairs, as Catalog.pairs. Raises InvalidPair."""
     pairs: dict[str, tuple[str, ...]] = {}
     for name in stored:
         base, dtype = name.removesuffix("_orig"), stored[name].dtype
@@ -118,23 +136,13 @@ def read_catalog(
                     raise
             else:
                 pairs[base] = (name, mask)
-    for name, masks in (other_masks or {}).items():
+    for name, masks in other_masks.items():
         pair = (*pairs.get(name, (name,)), *masks)
         if pair[0] in stored and stored[pair[0]].dtype in PRUNABLE:
             for mask in masks:
                 _check_mask(mask, pair[0], stored)
             pairs[name] = pair
-    whole = {pair[0]: base for base, pair in pairs.items()}
-    pair_masks = {mask for _, *masks in pairs.values() for mask in masks}
-    prunable = {
-        whole.get(name, name): stored[name].shape
-        for name in stored
-        if stored[name].dtype in PRUNABLE and name not in pair_masks
-    }
-    origs = {name: pairs.get(name, (name,))[0] for name in prunable}
-    floating = [name for name, orig in origs.items() if _is_floating(stored[orig])]
-    known = {other: name for other, name in (other_names or {}).items() if name in prunable}
-    return Catalog(stored, extras, prunable, floating, pairs, known)
+    return pairs
 
 
 def _is_floating(tensor: Stored) -> bool:

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Collection, Sequence
+from functools import partial
+from typing import NamedTuple
 
 from secateur_proto.index import SUFFIX
 from secateur_server.backends.masks import Mask
@@ -44,40 +46,62 @@ def open_files(
         InvalidPair: A weight and its mask do not fit.
         DataLoss: The store's files are damaged.
     """
-    shards = [file for file in files if not file.filename.endswith(SUFFIX)]
-    heads = [map_header(context, file) for file in shards]
-    index = _index([f for f in files if f not in shards], shards, [head for head, _ in heads])
-    described = [
-        Shard(file.filename, head.entries, head.metadata)
-        for file, (head, _) in zip(shards, heads, strict=True)
+    shards = [
+        MappedShard(file, *map_header(context, file))
+        for file in files
+        if not file.filename.endswith(SUFFIX)
     ]
+    index = _index([file for file in files if file.filename.endswith(SUFFIX)], shards)
+    described = [Shard(s.file.filename, s.head.entries, s.head.metadata) for s in shards]
     state_dict = StateDict(described, extras.stored, index, is_mapped=True)
-
-    def read(names: Collection[str] | None) -> None:
-        wanted = None if names is None else state_dict.files_of(names)
-        parts = [
-            (file, [e for e in head.entries if wanted is None or e.name in wanted], base)
-            for file, (head, base) in zip(shards, heads, strict=True)
-        ]
-        context.begin("read", sum(e.end - e.begin for _, entries, _ in parts for e in entries))
-        tensors: dict[str, WireTensor] = {}
-        for file, entries, base in parts:
-            tensors |= map_tensors(context, file, entries, base)
-        kept = _masks(context, masks, state_dict) if masks else {}
-        state_dict.fill(context, tensors, extras.values, kept)
 
     def check_unchanged() -> None:
         for file in files:
             file.check_unchanged()
 
     size = sum(len(file.data) for file in files)
+    read = partial(_read, context, shards, masks, extras, state_dict)
     digest = stored[0].blake3 if len(stored) == 1 else ""
     return Incoming(state_dict, size, read, lambda: digest, check_unchanged, stored)
 
 
-def _index(
-    indices: Sequence[MappedFile], shards: Sequence[MappedFile], heads: Sequence[Header]
-) -> Index | None:
+class MappedShard(NamedTuple):
+    """A file of tensors.
+
+    Attributes:
+        file: In mapped memory.
+        head: Its header.
+        base: The offset of the data behind the header.
+    """
+
+    file: MappedFile
+    head: Header
+    base: int
+
+
+def _read(
+    context: RequestContext,
+    shards: Sequence[MappedShard],
+    masks: MappedFile | None,
+    extras: Extras,
+    state_dict: StateDict,
+    names: Collection[str] | None,
+) -> None:
+    """Reads the data, as Incoming.read."""
+    wanted = None if names is None else state_dict.files_of(names)
+    parts = [
+        (file, [e for e in head.entries if wanted is None or e.name in wanted], base)
+        for file, head, base in shards
+    ]
+    context.begin("read", sum(e.end - e.begin for _, entries, _ in parts for e in entries))
+    tensors: dict[str, WireTensor] = {}
+    for file, entries, base in parts:
+        tensors |= map_tensors(context, file, entries, base)
+    kept = _masks(context, masks, state_dict) if masks else {}
+    state_dict.fill(context, tensors, extras.values, kept)
+
+
+def _index(indices: Sequence[MappedFile], shards: Sequence[MappedShard]) -> Index | None:
     """The index of shards; None for a single file. Raises InvalidStateDict."""
     if len(shards) == 1 and not indices:
         return None
@@ -91,14 +115,11 @@ def _index(
     check_length(index.filename, len(index.data))
     for block in range(index.blocks):
         index.check(block)
-    names = {
-        file.filename: {entry.name for entry in head.entries}
-        for file, head in zip(shards, heads, strict=True)
-    }
+    names = {file.filename: {entry.name for entry in head.entries} for file, head, _ in shards}
     known = set().union(*names.values())
     tied = {
         alias: name
-        for head in heads
+        for _, head, _ in shards
         for alias, name in head.metadata.items()
         if name in known or f"{name}_orig" in known
     }

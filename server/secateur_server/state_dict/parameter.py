@@ -16,7 +16,7 @@ class Parameter(NamedTuple):
     Attributes:
         weight: Has a dtype of backends.dtypes.PRUNABLE. Only `fold` writes to it.
         mask: Of its elements; None if the tensor was never pruned.
-        seen: Statistics gathered while the tensor arrived; None if there are none.
+        scan: Facts about its values that were found while it was read; None if there are none.
     """
 
     weight: Tensor

@@ -6,7 +6,7 @@ written as a multipart upload, which leaves nothing behind unless it is complete
 
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -14,27 +14,19 @@ from typing import Any
 
 from secateur_server.backends.mapping import map_file
 from secateur_server.errors import (
-    RequestError,
     UriChanged,
     UriFailed,
-    UriNotAllowed,
-    UriNotFound,
     quote,
 )
 from secateur_server.runtime.context import RequestContext
 from secateur_server.runtime.disk import full_disk
-from secateur_server.uris.redirects import HTTP, NotListed, options
 from secateur_server.uris.requests import Requests
 from secateur_server.uris.scratch import Scratch
-
-_INSTALL = "pip install 'secateur[remote]'"
-_OF_EXTRA = ("fsspec", "s3fs")
+from secateur_server.uris.systems import RANGE_BYTES, Prefixes, failed, not_found, open_system
 
 Bytes = bytes | memoryview
-Prefixes = Sequence[str]
 
-# Bytes of one request, and concurrent requests: 32 MiB hide a latency of 50 ms at 600 MB/s.
-RANGE_BYTES = 8 << 20
+# Requests for ranges at once: 32 MiB hide a latency of 50 ms at 600 MB/s.
 CONCURRENT_RANGES = 4
 
 # S3 allows 10,000 parts in a multipart upload.
@@ -76,7 +68,7 @@ class RemoteFile:
     ) -> None:
         self._context, self._requests = context, requests
         self._field, self.uri = field, uri
-        self._system, self._path = _system(context, field, uri, requests, prefixes)
+        self._system, self._path = open_system(context, field, uri, requests, prefixes)
         self._before = self._info()
         self.size = int(self._before["size"])
 
@@ -108,14 +100,14 @@ class RemoteFile:
             request = self._requests.start(self._context, self._system, "info", self._path)
             found: dict[str, Any] = self._requests.result(self._context, request)
         except FileNotFoundError as error:
-            raise _not_found(self._field, self.uri, error) from None
+            raise not_found(self._field, self.uri, error) from None
         except Exception as error:  # fsspec's libraries raise errors of many kinds
-            raise _failed(self._field, self.uri, "read", error) from None
+            raise failed(self._field, self.uri, "read", error) from None
         if found.get("type") != "file":
             raise UriFailed(self._field, f"{quote(self.uri)} is not a file")
         if found.get("size") is None:
             unknown = ValueError("the remote does not send its size (over HTTP: no Content-Length)")
-            raise _failed(self._field, self.uri, "read", unknown)
+            raise failed(self._field, self.uri, "read", unknown)
         return found
 
     def _ranges(self, size: int) -> Iterator[bytes]:
@@ -140,7 +132,7 @@ class RemoteFile:
         try:
             data = self._requests.result(self._context, request)
         except Exception as error:
-            raise _failed(self._field, self.uri, "read", error) from None
+            raise failed(self._field, self.uri, "read", error) from None
         if len(data) != length:
             raise UriChanged(
                 self._field, f"{quote(self.uri)} changed while it was read; send the request again"
@@ -192,7 +184,7 @@ class RemoteTarget:
     ) -> None:
         self._context, self._requests = context, requests
         self._field, self._uri = field, uri
-        self._system, self._path = _system(context, field, uri, requests, prefixes)
+        self._system, self._path = open_system(context, field, uri, requests, prefixes)
         self._part = max(RANGE_BYTES, -(-size // MAX_PARTS))
         self._file: Any = None
         self._is_open = True
@@ -211,7 +203,7 @@ class RemoteTarget:
             self._last = self._requests.in_thread(self._context, step, is_cancellable)
             self._requests.result(self._context, self._last, is_cancellable)
         except Exception as error:
-            raise _failed(self._field, self._uri, "written", error) from None
+            raise failed(self._field, self._uri, "written", error) from None
 
     def write(self, parts: Iterable[Bytes]) -> None:
         """Writes the whole file.
@@ -249,82 +241,3 @@ class RemoteTarget:
         with suppress(Exception):
             self._file.discard()
         self._file.closed = True  # or the garbage collector would complete the upload
-
-
-def missing(prefix: str) -> str:
-    """The package that is missing to open URIs of a prefix, and how to install it; empty: none.
-
-    Args:
-        prefix: Of URIs, with the scheme.
-    """
-    try:
-        import fsspec
-
-        fsspec.get_filesystem_class(prefix.partition("://")[0])
-    except (ImportError, ValueError) as error:  # ValueError: fsspec does not know the scheme
-        return f"{error}; on the server: {_installer(prefix)}"
-    return ""
-
-
-def _installer(uri: str) -> str:
-    """The command that installs the package for a URI."""
-    try:
-        from fsspec.registry import known_implementations
-    except ImportError:
-        return _INSTALL
-    known = known_implementations.get(uri.partition("://")[0], {})
-    package = known.get("class", "fsspec").partition(".")[0]
-    return _INSTALL if package in _OF_EXTRA else f"pip install {package}"
-
-
-def _system(
-    context: RequestContext, field: str, uri: str, requests: Requests, prefixes: Prefixes
-) -> tuple[Any, str]:
-    """The file system of a URI, and the path in it."""
-    try:
-        return _open_system(context, uri, requests, prefixes)
-    except ImportError as error:  # of fsspec, or of its package for this scheme
-        needed = ValueError(f"{error}; on the server: {_installer(uri)}")
-        raise _failed(field, uri, "opened", needed) from None
-    except Exception as error:
-        raise _failed(field, uri, "opened", error) from None
-
-
-def _open_system(
-    context: RequestContext, uri: str, requests: Requests, prefixes: Prefixes
-) -> tuple[Any, str]:
-    import fsspec
-
-    opened: tuple[Any, str]
-    scheme = uri.partition("://")[0]
-    kind = fsspec.get_filesystem_class(scheme)
-    if scheme in HTTP:
-        opened = fsspec.core.url_to_fs(uri, **options(kind, tuple(prefixes), RANGE_BYTES))
-    elif kind.async_impl:
-        opened = fsspec.core.url_to_fs(uri)
-    else:  # it may connect, so in a thread; fsspec caches an instance for each thread
-        connect = partial(fsspec.core.url_to_fs, uri, skip_instance_cache=True)
-        opened = requests.result(context, requests.in_thread(context, connect))
-    return opened
-
-
-def _not_found(field: str, uri: str, error: FileNotFoundError) -> RequestError:
-    """The error for a missing file. Over HTTP, fsspec reports every failure as a missing file."""
-    cause = error.__cause__
-    is_hidden = isinstance(cause, OSError | NotListed | ValueError)
-    if isinstance(cause, Exception) and (is_hidden or getattr(cause, "status", 404) != 404):
-        return _failed(field, uri, "read", cause)
-    return UriNotFound(field, f"{quote(uri)} does not exist")
-
-
-def _failed(field: str, uri: str, what: str, error: Exception) -> RequestError:
-    if isinstance(error, RequestError):
-        return error
-    if isinstance(error, NotListed):
-        target = quote(error.target)
-        return UriNotAllowed(
-            field,
-            f"{quote(uri)} redirects to {target}, which is not under an --allow-uri of the server",
-        )
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return UriFailed(field, f"{quote(uri)} cannot be {what}: {reason}")

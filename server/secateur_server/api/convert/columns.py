@@ -118,10 +118,10 @@ def _varints(values: Array) -> tuple[Array, Array]:
     columns = []
     for _ in range(_MOST_BYTES):
         low, left = (left & np.uint64(0x7F)).astype(np.uint8), left >> np.uint64(7)
-        goes_on = left != 0
-        columns.append(low | (goes_on.astype(np.uint8) << 7))
-        lengths += goes_on
-        if not goes_on.any():
+        has_more = left != 0
+        columns.append(low | (has_more.astype(np.uint8) << 7))
+        lengths += has_more
+        if not has_more.any():
             break
     return np.stack(columns, 1), lengths
 
