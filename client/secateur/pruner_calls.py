@@ -98,12 +98,11 @@ class PrunerCalls(CheckpointCalls):
     ) -> PruneResult:
         """Sends a model, or its place on the server; the result is of `model`."""
         call = self._call("Prune", header, sent, {**sent.sent(), **arrays}, progress, patience)
-        is_small = header.output in (pb.OUTPUT_MASKS, pb.OUTPUT_NONE)
-        if is_small and sent.is_here and call.upload.file_bytes <= CHUNK_BYTES:
+        has_small_answer = header.output in (pb.OUTPUT_MASKS, pb.OUTPUT_NONE)
+        is_small = has_small_answer and sent.is_here and call.upload.file_bytes <= CHUNK_BYTES
+        if is_small:
             call = replace(call, rpc=self._rpcs.prune_small)
-            result, received = self._connection.transform_small(call)
-        else:
-            result, received = self._connection.transform(call)
+        result, received = self._connection.transform(call, is_small)
         return PruneResult(
             message=result.report,
             source=model,
