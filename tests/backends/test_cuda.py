@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from secateur_server import backends
+from secateur_server.backends import kernels
 from secateur_server.cut import select
 from secateur_server.cut.prune import prune
 from secateur_server.granularity.element import Element
@@ -46,7 +47,8 @@ def to_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> C
     def start() -> str:
         if request.param == "cuda":
             return "cuda"
-        monkeypatch.setattr(backends, "_NUMBA", triton_backend.TritonBackend(CPU))
+        compiled = kernels, triton_backend.TritonBackend(CPU)
+        monkeypatch.setattr(backends, "_compiled", lambda: compiled)
         return "cpu"
 
     return start
