@@ -27,7 +27,7 @@ from secateur_server.state_dict.parameter import Parameter
 from tests.masks import unpacked
 
 pytest.importorskip("triton", reason="there is no Triton for this platform")
-from secateur_server.backends import kernels_triton, triton_backend
+from secateur_server.backends import kernels, kernels_triton, triton_backend
 from secateur_server.backends.torch_backend import TorchBackend
 
 HAS_GPU = torch.cuda.is_available()

@@ -10,8 +10,10 @@ from secateur_server.backends import backend_for
 from secateur_server.backends.masks import Mask
 from secateur_server.backends.pieces import Cut
 from secateur_server.cut.choice import Choice
-from secateur_server.cut.decide import amount_to_prune, count_at, decide, is_plain
+from secateur_server.cut.decide import amount_to_prune, decide, is_plain
 from secateur_server.cut.decision import Decision
+from secateur_server.cut.drivers import driver_for
+from secateur_server.cut.observe import observe_score
 from secateur_server.cut.rows import select_in_rows
 from secateur_server.cut.score import Ranking, score_dtype
 from secateur_server.cut.scored import ScoredTensor
@@ -40,21 +42,36 @@ def choose(
     Raises:
         AmountOutOfRange: Guard rails forbid the amount, or there are fewer units.
     """
-    names = tuple(tensor.name for tensor in tensors)
-    candidates = sum(tensor.candidates for tensor in tensors)
     if rule.scope == "row":
         (tensor,) = tensors
         units, pruned = select_in_rows(context, rule, tensor.ranking, tensor.rows)
-        return [units], Choice(names, candidates, pruned, pruned)
+        return [units], Choice((tensor.name,), tensor.candidates, pruned, pruned)
     if is_plain(rule):
-        count = int(amount_to_prune(rule, tensors))
-        if rule.has_partial_units and count == candidates:
-            kept = [_none(tensor.ranking) for tensor in tensors]
-            return kept, choice_of(rule, names, candidates, candidates, Decision((), count))
-        kept, cut = select(context, [tensor.ranking for tensor in tensors], candidates, count)
-        pruned = candidates - sum(units.kept(context) for units in kept)
-        decision = Decision((), count, (), cut_value(tensors, cut), cut.equal, cut.ties)
-        return kept, choice_of(rule, names, candidates, pruned, decision)
+        kept, decision = _choose_count(context, rule, tensors)
+    else:
+        kept, decision = _choose_decided(context, rule, tensors)
+    names = tuple(tensor.name for tensor in tensors)
+    candidates = sum(tensor.candidates for tensor in tensors)
+    pruned = candidates - sum(units.kept(context) for units in kept)
+    return kept, choice_of(rule, names, candidates, pruned, decision)
+
+
+def _choose_count(
+    context: RequestContext, rule: Selection, tensors: Sequence[ScoredTensor]
+) -> tuple[list[Mask], Decision]:
+    """Prunes a number of units by score alone, whatever tensors they are of."""
+    count = int(amount_to_prune(rule, tensors))
+    candidates = sum(tensor.candidates for tensor in tensors)
+    if rule.has_partial_units and count == candidates:  # no unit was scored
+        return [_none(tensor.ranking) for tensor in tensors], Decision((), count)
+    kept, cut = select(context, [tensor.ranking for tensor in tensors], candidates, count)
+    return kept, Decision((), count, (), cut_value(tensors, cut), cut.equal, cut.ties)
+
+
+def _choose_decided(
+    context: RequestContext, rule: Selection, tensors: Sequence[ScoredTensor]
+) -> tuple[list[Mask], Decision]:
+    """Prunes of each tensor the number of units that is decided for it."""
     (decision,) = decide(context, rule, tensors, [rule.amount])
     parts = small_at_once(
         context,
@@ -67,9 +84,7 @@ def choose(
         rankings = [tensor.ranking for tensor in tensors]
         at = [threshold(cut, score_dtype([r])) for r, (_, cut) in zip(rankings, parts, strict=True)]
         decision = with_cut(context, decision, rankings, at)
-    kept = [units for (units,), _ in parts]
-    pruned = candidates - sum(units.kept(context) for units in kept)
-    return kept, choice_of(rule, names, candidates, pruned, decision)
+    return [units for (units,), _ in parts], decision
 
 
 def choose_each(
@@ -138,7 +153,7 @@ def with_cut(
     highest = max((cut for cut in cuts if cut is not None), default=None)
     if highest is None:
         return decision
-    at = count_at(context, rankings, highest)
+    at = observe_score(context, driver_for(rankings[0].device), rankings, highest)
     pruned = [min(max(0, c - b), e) for c, (b, e) in zip(decision.counts, at, strict=True)]
     value, ties = highest + rankings[0].offset, sum(equal for _, equal in at)
     return replace(decision, threshold=value, ties=ties, ties_pruned=sum(pruned))
