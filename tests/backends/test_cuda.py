@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from secateur_server import backends
-from secateur_server.backends import kernels
 from secateur_server.cut import select
 from secateur_server.cut.prune import prune
 from secateur_server.granularity.element import Element
