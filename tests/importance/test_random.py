@@ -1,5 +1,6 @@
 """Random pruning: exact counts, reproducible masks, and uniform choices."""
 
+import hashlib
 import math
 
 import pytest
@@ -152,3 +153,43 @@ def test_each_slice_is_equally_likely(client: secateur.Client) -> None:
     masks = client.prune(tensors, secateur.random_structured("*", 4, dim=0)).masks
     shares = 1 - torch.stack(list(masks.values()))[:, :, 0].double().mean(0)
     assert bool(((shares - 0.25).abs() < 5 * math.sqrt(0.25 * 0.75 / 1000)).all())
+
+
+def random_key(seed: int, name: str, index: int) -> int:
+    """The top 30 bits of SplitMix64, in Python's integers."""
+    state = int.from_bytes(hashlib.sha256(seed.to_bytes(8, "little") + name.encode()).digest()[:8])
+    state = int.from_bytes(state.to_bytes(8), "little")
+    z = (state + (index + 1) * 0x9E3779B97F4A7C15) % (1 << 64)
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % (1 << 64)
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % (1 << 64)
+    return (z ^ z >> 31) >> 34
+
+
+@seeds
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 8)])
+def test_random_n_m_keeps_random_elements_of_each_group(
+    client: secateur.Client, seed: int, n: int, m: int
+) -> None:
+    spec = secateur.select(
+        "fc.weight", 1.0, importance=secateur.random(seed), granularity=secateur.n_m(n, m)
+    )
+    mask = masks_of(client, spec)["fc.weight"]
+    rows, columns = mask.shape
+    for row in range(rows):
+        keys = [random_key(seed, "fc.weight", row * columns + column) for column in range(columns)]
+        for begin in range(0, columns, m):
+            group = range(begin, min(begin + m, columns))
+            expected = sorted(group, key=lambda column: (keys[column], column))[-n:]
+            assert [c for c in group if mask[row, c]] == sorted(expected)
+
+
+def test_a_plan_of_random_n_m_foretells_the_prune(client: secateur.Client) -> None:
+    spec = secateur.select(
+        "*", 0.5, importance=secateur.random(3), granularity=secateur.n_m(2, 4), scope="global"
+    )
+    planned = client.plan(model(), spec, [0.5]).amounts[0]
+    masks = masks_of(client, spec)
+    assert planned.pruned == sum(map(pruned, masks.values()))
+    removed = sum(float(w[~masks[n]].double().square().sum()) for n, w in model().items())
+    whole = sum(float(w.double().square().sum()) for w in model().values())
+    assert planned.norm_removed == pytest.approx(math.sqrt(removed / whole))

@@ -113,6 +113,8 @@ def _scored_tensor(
     ranking = score_tensor(context, rule, name, parameters, extras)
     scores, _ = _replacement(rule, name, parameters, extras)
     values = scores if scores is not None and scores.shape == weight.shape else weight
+    if granularity.is_part:
+        values = rule.importance.elements(context, name, values)
     sizes, shape = granularity.unit_elements(weight.shape), weight.shape
     grid = granularity.grid(shape)
     return ScoredTensor(
@@ -261,7 +263,9 @@ def _member_scores(
     for name in context.each(dict.fromkeys(scored)):
         parameter, field = parameters[name], f"data[{quote(name)}]"
         refuse_nan(context, parameter.weight, parameter.mask, field, parameter.scan)
-    members = iter(score_members(context, own, parameters, rule.importance.order))
+    order = rule.importance.order
+    assert order is not None, "the spec is refused otherwise"
+    members = iter(score_members(context, own, parameters, order))
     return [
         [extras[rule.scores[group.name]].to(torch.float64).abs()]
         if group.name in rule.scores

@@ -1,23 +1,22 @@
 """The magnitude of values: their absolute value, or a norm of a unit's values."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from secateur_proto import spec_pb2 as pb
 from secateur_server.backends.masks import Mask
-from secateur_server.backends.randomness import RandomScores
 from secateur_server.errors import InvalidSpec
 from secateur_server.fields import chosen
 from secateur_server.granularity import Granularity
 from secateur_server.importance.nuclear import Nuclear
+from secateur_server.importance.protocol import Importance
 from secateur_server.runtime.context import RequestContext
 
 
 @dataclass(frozen=True)
-class Magnitude:
+class Magnitude(Importance):
     """The norm of a unit's values, or their power mean.
 
     Attributes:
@@ -26,17 +25,11 @@ class Magnitude:
 
     order: float = 1.0
 
-    is_measured, is_value = True, True
+    is_value = True
 
     @property
     def ranks_zeros_lowest(self) -> bool:
         return self.order >= 0
-
-    def by_name(self, name: str) -> RandomScores | None:
-        return None
-
-    def check(self, path: str, name: str, shape: Sequence[int]) -> None:
-        pass
 
     def scores(
         self,

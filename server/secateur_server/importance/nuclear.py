@@ -10,9 +10,9 @@ from torch import Tensor
 from secateur_server.backends import backend_for, spans
 from secateur_server.backends.masks import Mask
 from secateur_server.backends.norms import rounded_to
-from secateur_server.backends.randomness import RandomScores
 from secateur_server.errors import InvalidSpec, NotStructured, quote
 from secateur_server.granularity import Granularity
+from secateur_server.importance.protocol import Importance
 from secateur_server.runtime.context import RequestContext
 
 # Steps of a singular value decomposition: about a second. It cannot be interrupted.
@@ -20,7 +20,7 @@ MOST_OF_SVD = 1 << 30
 
 
 @dataclass(frozen=True)
-class Nuclear:
+class Nuclear(Importance):
     """The nuclear norm of each slice, which is a matrix.
 
     Attributes:
@@ -29,10 +29,7 @@ class Nuclear:
 
     dim: int
 
-    is_measured, is_value, ranks_zeros_lowest, order = True, False, True, 0.0
-
-    def by_name(self, name: str) -> RandomScores | None:
-        return None
+    ranks_zeros_lowest = True
 
     def check(self, path: str, name: str, shape: Sequence[int]) -> None:
         field = f"{path}.magnitude.matrix_norm"

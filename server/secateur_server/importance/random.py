@@ -1,6 +1,5 @@
 """Random numbers as scores."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -8,17 +7,19 @@ from torch import Tensor
 from secateur_proto import spec_pb2 as pb
 from secateur_server.backends.masks import Mask
 from secateur_server.backends.randomness import RandomScores, random_scores
+from secateur_server.backends.scores import stored_scores
 from secateur_server.granularity import Granularity
+from secateur_server.importance.protocol import Importance
 from secateur_server.runtime.context import RequestContext
 
 
 @dataclass(frozen=True)
-class Random:
+class Random(Importance):
     """Pseudo-random numbers that depend on the seed, in [0, 2^64), and the name of the tensor."""
 
     seed: int
 
-    is_measured, is_value, ranks_zeros_lowest, order = False, False, False, 0.0
+    is_measured = False
 
     @classmethod
     def decode(
@@ -30,8 +31,8 @@ class Random:
     def by_name(self, name: str) -> RandomScores | None:
         return random_scores(self.seed, name)
 
-    def check(self, path: str, name: str, shape: Sequence[int]) -> None:
-        pass
+    def elements(self, context: RequestContext, name: str, values: Tensor) -> Tensor:
+        return stored_scores(context, random_scores(self.seed, name), values)
 
     def scores(
         self,

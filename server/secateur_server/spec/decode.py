@@ -136,6 +136,8 @@ def _contradictions_of_random(rule: Selection) -> Iterator[tuple[str, str]]:
 
 
 def _contradictions_of_groups(rule: Selection) -> Iterator[tuple[str, str]]:
+    if rule.importance.is_measured and rule.importance.order is None:
+        yield "granularity", "GRANULARITY_GROUP needs magnitude or random importance; use one"
     if rule.scales:
         yield "scales", "cannot be used with groups; leave them out"
     if rule.scope == "row":
