@@ -26,7 +26,7 @@ from secateur_server.state_dict.parameter import Parameter
 from tests.masks import unpacked
 
 pytest.importorskip("triton", reason="there is no Triton for this platform")
-from secateur_server.backends import kernels_triton, triton_backend
+from secateur_server.backends import kernels, kernels_triton, triton_backend
 from secateur_server.backends.torch_backend import TorchBackend
 
 HAS_GPU = torch.cuda.is_available()
@@ -46,7 +46,8 @@ def to_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> C
     def start() -> str:
         if request.param == "cuda":
             return "cuda"
-        monkeypatch.setattr(backends, "_NUMBA", triton_backend.TritonBackend(CPU))
+        compiled = kernels, triton_backend.TritonBackend(CPU)
+        monkeypatch.setattr(backends, "_compiled", lambda: compiled)
         return "cpu"
 
     return start

@@ -122,13 +122,13 @@ def split(
             above[i] = key >= high
             within[i] = (key >= low) & (key < high)
         for j in range((len(block) + 7) // 8):
-            living = 0xFF if unpruned is None else unpruned[begin // 8 + j]
+            candidates = 0xFF if unpruned is None else unpruned[begin // 8 + j]
             # Eight flags of a byte each to eight bits: the product has them in its highest byte.
             eight = (above_by_8[j] * TO_BITS) >> np.uint64(56)
-            kept[begin // 8 + j] = np.uint8(eight) & living
+            kept[begin // 8 + j] = np.uint8(eight) & candidates
             if within_by_8[j]:
                 for i in range(8 * j, 8 * j + 8):
-                    if within[i] and (living >> (i & 7)) & 1:
+                    if within[i] and (candidates >> (i & 7)) & 1:
                         found[count] = block[i] & largest
                         at[count] = begin + i
                         count += 1

@@ -48,9 +48,9 @@ def count_below(bits: Any, unpruned: Any, largest: int, cut: int) -> tuple[int, 
     """How many keys are below the cut, and how many are the cut."""
     below, equal = 0, 0
     for i in range(len(bits)):
-        key, living = bits.dtype.type(bits[i] & largest), is_unpruned(unpruned, i)
-        below += (key < cut) & living
-        equal += (key == cut) & living
+        key, candidates = bits.dtype.type(bits[i] & largest), is_unpruned(unpruned, i)
+        below += (key < cut) & candidates
+        equal += (key == cut) & candidates
     return below, equal
 
 

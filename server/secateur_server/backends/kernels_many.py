@@ -34,12 +34,12 @@ def cut_each(
     for t in range(len(units)):
         begin, end = begins[t], begins[t] + units[t]
         first, last = begin >> 3, (end + 7) >> 3
-        living, into = unpruned[first:last], kept[first:last]
+        candidates, into = unpruned[first:last], kept[first:last]
         if counts[t] > 0:
-            cut = cut_few(bits[begin:end], living, largest, counts[t], into, found, at)
+            cut = cut_few(bits[begin:end], candidates, largest, counts[t], into, found, at)
             cuts[t, 0], cuts[t, 1], cuts[t, 2] = cut
         else:
-            into[:] = living
+            into[:] = candidates
             cuts[t, 0], cuts[t, 1], cuts[t, 2] = -1, 0, 0
 
 

@@ -97,10 +97,12 @@ def split(
     word = tl.where(keys >= high, 1 << place, tl.where(keys >= low, 256 << place, 0))
     both = tl.sum(word, 1)
     of_byte = tl.minimum(tl.maximum(left - byte * 8, 0), 8)
-    living = (1 << of_byte) - 1
+    candidates = (1 << of_byte) - 1
     if not are_all:
-        living = living & tl.load(unpruned + first + byte, mask=of_byte > 0, other=0).to(tl.int32)
-    both = both & (living | (living << 8))
+        candidates = candidates & tl.load(unpruned + first + byte, mask=of_byte > 0, other=0).to(
+            tl.int32
+        )
+    both = both & (candidates | (candidates << 8))
     tl.store(kept + first + byte, both.to(tl.uint8), mask=of_byte > 0)
     tl.store(within + first + byte, (both >> 8).to(tl.uint8), mask=of_byte > 0)
     ones = _ones(both)

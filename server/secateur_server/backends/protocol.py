@@ -48,7 +48,7 @@ class Backend(Protocol):
             The results, in order.
 
         Raises:
-            Stopped: The request has been cancelled, or its deadline has passed.
+            Cancelled, DeadlineExceeded: The request is to end.
         """
 
     def allocate(self, size: int) -> Tensor:
@@ -203,7 +203,7 @@ class Backend(Protocol):
             kept: The bits of each piece, written to.
 
         Raises:
-            Stopped: As `map`.
+            Cancelled, DeadlineExceeded: As `map`.
         """
 
     def cut_each(self, batch: Batch, counts: Ints) -> tuple[Tensor, Ints]:

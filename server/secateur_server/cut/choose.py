@@ -10,8 +10,10 @@ from secateur_server.backends import backend_for
 from secateur_server.backends.masks import Mask
 from secateur_server.backends.pieces import Cut
 from secateur_server.cut.choice import Choice
-from secateur_server.cut.decide import amount_to_prune, count_at, decide, is_plain
+from secateur_server.cut.decide import amount_to_prune, decide, is_plain
 from secateur_server.cut.decision import Decision
+from secateur_server.cut.drivers import driver_for
+from secateur_server.cut.observe import observe_score
 from secateur_server.cut.rows import select_in_rows
 from secateur_server.cut.score import Ranking, score_dtype
 from secateur_server.cut.scored import ScoredTensor
@@ -138,7 +140,7 @@ def with_cut(
     highest = max((cut for cut in cuts if cut is not None), default=None)
     if highest is None:
         return decision
-    at = count_at(context, rankings, highest)
+    at = observe_score(context, driver_for(rankings[0].device), rankings, highest)
     pruned = [min(max(0, c - b), e) for c, (b, e) in zip(decision.counts, at, strict=True)]
     value, ties = highest + rankings[0].offset, sum(equal for _, equal in at)
     return replace(decision, threshold=value, ties=ties, ties_pruned=sum(pruned))

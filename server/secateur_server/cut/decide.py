@@ -3,15 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
-from secateur_server.backends.keys import BITS
 from secateur_server.cut.allocation import ALLOCATIONS
 from secateur_server.cut.decision import Decision, changed_by, unit_costs
 from secateur_server.cut.drivers import driver_for
 from secateur_server.cut.guard_rails import Limits, check_total, limits_of
-from secateur_server.cut.observe import observe_key
-from secateur_server.cut.score import Ranking, score_dtype
+from secateur_server.cut.observe import observe_score
 from secateur_server.cut.scored import ScoredTensor
 from secateur_server.errors import AmountOutOfRange, quote
 from secateur_server.runtime.context import RequestContext
@@ -44,10 +40,7 @@ def decide(
     limits = limits_of(context, rule, tensors)
     if (threshold := amounts[0].threshold) is not None:
         return [_decide_by_threshold(context, tensors, limits, threshold)]
-    asked = [
-        replace(rule, amount=amount, path=f"{at}[{index}]" if at else rule.path)
-        for index, amount in enumerate(amounts)
-    ]
+    asked = with_amounts(rule, amounts, at)
     counts = [amount_to_prune(one, tensors) for one in context.each(asked)]
     costs = unit_costs(rule, tensors)
     for one, count in zip(context.each(asked), counts, strict=True):
@@ -55,6 +48,14 @@ def decide(
             f"{one.path}.{one.amount.field}", one.amount.counted, count, tensors, limits, costs
         )
     return ALLOCATIONS[rule.allocation](context, rule, tensors, limits, counts)
+
+
+def with_amounts(rule: Selection, amounts: Sequence[Amount], at: str) -> list[Selection]:
+    """Makes a copy of the rule for each amount, with the path that errors name."""
+    return [
+        replace(rule, amount=amount, path=f"{at}[{index}]" if at else rule.path)
+        for index, amount in enumerate(amounts)
+    ]
 
 
 def is_plain(rule: Selection) -> bool:
@@ -115,33 +116,12 @@ def _decide_by_threshold(
 ) -> Decision:
     """Prunes all units below the threshold, within the limits."""
     rankings = [tensor.ranking for tensor in tensors]
-    below = [b for b, _ in count_at(context, rankings, threshold - rankings[0].offset)]
+    driver = driver_for(rankings[0].device)
+    counts_at = observe_score(context, driver, rankings, threshold - rankings[0].offset)
+    below = [count for count, _ in counts_at]
     counts = [
         min(max(found, limit.lowest), limit.highest)
         for found, limit in zip(below, limits, strict=True)
     ]
     bounds = changed_by(tensors, limits, counts, below, below)
     return Decision(tuple(counts), sum(below), bounds)
-
-
-def count_at(
-    context: RequestContext, rankings: Sequence[Ranking], value: float
-) -> list[tuple[int, int]]:
-    """Counts the candidates of each tensor with a score below `value`, and at it.
-
-    If `value` is between two scores, the upper one counts as at it.
-    """
-    driver, dtype = driver_for(rankings[0].device), score_dtype(rankings)
-    size = driver.backend.piece
-    members = [ranking.pieces(dtype, size) for ranking in context.each(rankings)]
-    found = observe_key(context, driver, members, first_key(value, dtype))
-    return [(sum(b for b, _ in member), sum(e for _, e in member)) for member in found]
-
-
-def first_key(value: float, dtype: torch.dtype) -> int:
-    """Returns the smallest key of a score that is not below `value`."""
-    if value <= 0:
-        return 0
-    nearest = torch.tensor(value, dtype=torch.float64).to(dtype)
-    key = int(nearest.view(BITS[dtype]))
-    return key + 1 if float(nearest) < value else key

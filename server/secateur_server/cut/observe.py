@@ -14,11 +14,10 @@ from torch import Tensor
 
 from secateur_server.backends import Span, spans
 from secateur_server.backends.keys import BITS
-from secateur_server.backends.pieces import DIGIT_BITS, Piece
+from secateur_server.backends.pieces import DIGIT_BITS, Ints, Piece
 from secateur_server.backends.scan import sample_places
-from secateur_server.cut.choice import Ints
 from secateur_server.cut.drivers import Driver
-from secateur_server.cut.score import Ranking
+from secateur_server.cut.score import Ranking, score_dtype
 from secateur_server.runtime.context import RequestContext
 
 # Counts in all histograms of a pass, 8 bytes each: the most, and units of the pass for each count,
@@ -76,7 +75,8 @@ def observe_digits(
         The histogram of each member with prefixes, and the bits of the digit.
     """
     backend, units = driver.backend, sum(piece.units for member in members for piece in member)
-    chunks = _chunks(context, members, prefixes, 4 * backend.threads)
+    # Several chunks a thread end at about the same time; each has a histogram.
+    chunks = _chunks(context, members, prefixes, backend.threads * (1 if is_last else 4))
     width = _width(units, sum(len(chunk.prefixes) for chunk in chunks), left, is_last)
 
     def up_to(chunk: _Chunk) -> Ints:
@@ -130,6 +130,28 @@ def observe_key(
     pieces = [piece for member in members for piece in member]
     found = iter(driver.map(context, lambda piece: driver.backend.count_below(piece, key), pieces))
     return [[next(found) for _ in member] for member in members]
+
+
+def observe_score(
+    context: RequestContext, driver: Driver, rankings: Sequence[Ranking], value: float
+) -> list[tuple[int, int]]:
+    """Counts the candidates of each tensor with a score below `value`, and at it.
+
+    If `value` is between two scores, the upper one counts as at it.
+    """
+    dtype, size = score_dtype(rankings), driver.backend.piece
+    members = [ranking.pieces(dtype, size) for ranking in context.each(rankings)]
+    found = observe_key(context, driver, members, _first_key(value, dtype))
+    return [(sum(b for b, _ in member), sum(e for _, e in member)) for member in found]
+
+
+def _first_key(value: float, dtype: torch.dtype) -> int:
+    """The smallest key of a score that is not below `value`."""
+    if value <= 0:
+        return 0
+    nearest = torch.tensor(value, dtype=torch.float64).to(dtype)
+    key = int(nearest.view(BITS[dtype]))
+    return key + 1 if float(nearest) < value else key
 
 
 def observe_squares(

@@ -15,7 +15,7 @@ from secateur_server.backends.norms import total
 from secateur_server.backends.pieces import PART, Cut, row_sums
 from secateur_server.cut.choice import Choice
 from secateur_server.cut.choose import choice_of, small_at_once, with_cut
-from secateur_server.cut.decide import decide
+from secateur_server.cut.decide import decide, with_amounts
 from secateur_server.cut.decision import Decision
 from secateur_server.cut.drivers import driver_for
 from secateur_server.cut.energy import energies
@@ -24,7 +24,6 @@ from secateur_server.cut.plan_small import (
     is_planned_by_runs,
     plan_each,
     plan_jointly,
-    with_amounts,
 )
 from secateur_server.cut.prune import apply_selection
 from secateur_server.cut.removed import ListedOutcome, Outcome, Removed, RemovedTable

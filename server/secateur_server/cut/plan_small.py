@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -238,9 +238,9 @@ class _Order:
     def cut(self, count: int) -> tuple[int, Ints, Ints]:
         """The key of the `count`-th unit, from 1, and the units of each tensor below and at it."""
         key = self._keys[count - 1]
-        amount_to_prune = self._first + np.searchsorted(self._keys, key)
-        begins = np.searchsorted(self._places, amount_to_prune)
-        ends = np.searchsorted(self._places, amount_to_prune, "right")
+        wanted = self._first + np.searchsorted(self._keys, key)
+        begins = np.searchsorted(self._places, wanted)
+        ends = np.searchsorted(self._places, wanted, "right")
         return int(key), begins - self._starts[:-1], ends - begins
 
 
@@ -296,11 +296,3 @@ class EachOutcome:
     def _rows(self) -> Iterator[tuple[PlannedEach, list[int]]]:
         for planned in self.planned:
             yield planned, [self.places[name] for name in planned.names]
-
-
-def with_amounts(rule: Selection, amounts: Sequence[Amount], at: str) -> list[Selection]:
-    """Makes a copy of the rule for each amount, with the path that errors name."""
-    return [
-        replace(rule, amount=amount, path=f"{at}[{index}]" if at else rule.path)
-        for index, amount in enumerate(amounts)
-    ]

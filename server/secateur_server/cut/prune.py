@@ -1,7 +1,6 @@
 """Applies a spec, rule by rule. Each rule sees the masks of the rules before it."""
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -30,9 +29,6 @@ from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.rules import CustomMasks, Rule, Selection
 from secateur_server.state_dict.given_masks import to_mask
 from secateur_server.state_dict.parameter import Parameter
-
-Item = TypeVar("Item")
-Done = TypeVar("Done")
 
 
 def prune(

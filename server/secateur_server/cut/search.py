@@ -1,8 +1,12 @@
 """The search for cuts: finds the thresholds of any number of queries at once.
 
-A radix select finds the threshold of each query digit by digit, from the highest. Each pass over
-the keys observes histograms of the next digit, for the prefixes that a threshold may have. The keys
-of few units are sorted instead: see sorted_keys.py.
+A key is a non-negative integer that orders units as their scores do (see backends/keys.py). A radix
+select finds the key of each query's threshold digit by digit, from the highest; the digits that are
+known are its prefix. Each pass over the keys observes histograms of the next digit, for the
+prefixes that a threshold may have. With digits of 4 bits, to prune 2 of the keys 0x3A, 0x3C, 0x71:
+the first histogram has 2 keys at 3 and 1 at 7, so the prefix is 3; the next one, of the keys with
+that prefix, has 1 at A and 1 at C, so the threshold is 0x3C. The keys of few units are sorted
+instead: see sorted_keys.py.
 """
 
 import math
@@ -15,12 +19,11 @@ import numpy as np
 import torch
 
 from secateur_server.backends.keys import BITS
-from secateur_server.backends.pieces import Piece
-from secateur_server.cut.choice import Ints
+from secateur_server.backends.pieces import Ints, Piece
 from secateur_server.cut.drivers import Driver
 from secateur_server.cut.observe import Histogram, observe_digits
 from secateur_server.cut.score import Ranking
-from secateur_server.cut.sorted_keys import FEW, SortedKeys, are_small, candidate_keys
+from secateur_server.cut.sorted_keys import FEW, SortedKeys, candidate_keys, is_sorting_faster
 from secateur_server.runtime.context import RequestContext
 
 
@@ -88,9 +91,9 @@ def search(
         ranking.units <= FEW for ranking in rankings
     ):
         return _search_each(context, driver, rankings, queries, dtype)
-    searches = [Search(query) for query in context.each(queries)]
+    searches = [Search(query, dtype) for query in context.each(queries)]
     are_of_all = all(len(query.members) == len(rankings) for query in queries)
-    if are_of_all and are_small(rankings):
+    if are_of_all and is_sorting_faster(rankings):
         keys = SortedKeys(context, driver, rankings, dtype)
         for one in context.each(searches):
             one.find(keys)
@@ -138,13 +141,15 @@ class Search:
     Attributes:
         query: What is searched for.
         prefix: The highest digits of the threshold.
+        left: The bits of the threshold after the prefix.
         below: Units of each member whose key is lower than all keys with that prefix.
         equal: Units of each member that have the prefix.
     """
 
-    def __init__(self, query: Query) -> None:
-        """Starts the search: at first all keys may be at the threshold."""
+    def __init__(self, query: Query, dtype: torch.dtype) -> None:
+        """Starts the search: at first all keys of `dtype` may be at the threshold."""
         self.query, self.prefix = query, 0
+        self.left = torch.iinfo(BITS[dtype]).bits - 1  # keys have no sign
         self.lowest, self.highest = np.array(query.lowest), np.array(query.highest)
         self.costs = query.costs or (1,) * len(query.members)
         # The caller may have added the same costs in another order, and rounded otherwise.
@@ -190,7 +195,7 @@ class Search:
         through = up_to(digit)
         self.below = up_to(digit - 1) if digit else self.below
         self.equal = through - self.below
-        self.prefix = self.prefix << width | digit
+        self.prefix, self.left = self.prefix << width | digit, self.left - width
 
     def find(self, keys: SortedKeys) -> None:
         """Finds the threshold among sorted keys."""
@@ -240,7 +245,7 @@ def narrow(
     searches: Sequence[Search],
     dtype: torch.dtype,
     few: int = 0,
-) -> int:
+) -> None:
     """Finds digits of the thresholds, until at most `few` units have the prefix of each of them.
 
     Args:
@@ -250,22 +255,17 @@ def narrow(
         searches: Of queries among the members.
         dtype: In which all scores are compared.
         few: So many units need no further digit; 0 finds all digits.
-
-    Returns:
-        The bits of the keys whose digits are not known yet.
     """
-    left = torch.iinfo(BITS[dtype]).bits - 1  # keys have no sign
-    open_ = [one for one in searches if not one.is_met]
-    while left and open_:
+    unfinished = [one for one in searches if not one.is_met]
+    while unfinished:
+        left = unfinished[0].left  # they all have as many digits
         prefixes: list[set[int]] = [set() for _ in members]
-        for one in context.each(open_):
+        for one in context.each(unfinished):
             for member in one.query.members:
                 prefixes[member].add(one.prefix)
         histograms, width = observe_digits(
             context, driver, members, prefixes, left, dtype, is_last=few > 0
         )
-        left -= width
-        for one in context.each(open_):
+        for one in context.each(unfinished):
             one.narrow(histograms, width)
-        open_ = [one for one in open_ if int(one.equal.sum()) > few]
-    return left
+        unfinished = [one for one in unfinished if one.left and int(one.equal.sum()) > few]

@@ -99,7 +99,7 @@ def select(
         for span in spans(ranking.units, driver.backend.ranked)
     ]
     units = Units(context, driver, parts, dtype, candidates, _sampled(rankings, dtype))
-    return masks, _cut(units, count)
+    return masks, _mark_and_cut(units, count)
 
 
 def _sampled(rankings: Sequence[Ranking], dtype: torch.dtype) -> list[Tensor]:
@@ -114,7 +114,7 @@ def _sampled(rankings: Sequence[Ranking], dtype: torch.dtype) -> list[Tensor]:
     return found
 
 
-def _cut(units: Units, count: int) -> Cut:
+def _mark_and_cut(units: Units, count: int) -> Cut:
     """Marks the units that are kept, and returns the cut."""
     if count == 0:
         mark(units.context, units.driver, units.parts, 0, 0)
@@ -146,7 +146,8 @@ def _cut_between(units: Units, count: int, low: int, high: int) -> Cut | None:
     keys = torch.cat([part.keys for part in found])
     cut, is_kept = backend.rank(keys, place)
     within = torch.split(is_kept, sizes)
-    for (_, kept), part, flags in zip(units.parts, found, within, strict=True):
+    parts = zip(units.context.each(units.parts), found, within, strict=True)
+    for (_, kept), part, flags in parts:
         backend.keep(kept, part.at, flags)
     return cut
 
@@ -201,12 +202,15 @@ def _sample(units: Units) -> Tensor | None:
 
 def _searched_bounds(units: Units, count: int) -> tuple[int, int]:
     """As `_sampled_bounds`, and certain: by histograms of all keys."""
-    search = Search(Query((0,), (0,), (units.candidates,), count))
-    left = narrow(units.context, units.driver, [units.pieces], [search], units.dtype, units.few)
-    low, largest = search.prefix << left, torch.iinfo(BITS[units.dtype]).max
+    largest = torch.iinfo(BITS[units.dtype]).max
+    if units.candidates <= units.few:
+        return 0, largest
+    search = Search(Query((0,), (0,), (units.candidates,), count), units.dtype)
+    narrow(units.context, units.driver, [units.pieces], [search], units.dtype, units.few)
+    low = search.prefix << search.left
     if search.equal[0] > units.few:
         return low, low
-    return low, min((search.prefix + 1) << left, largest)
+    return low, min((search.prefix + 1) << search.left, largest)
 
 
 def threshold(cut: Cut, dtype: torch.dtype) -> float | None:

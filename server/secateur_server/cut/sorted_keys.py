@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from secateur_server.backends.keys import BITS, as_keys
-from secateur_server.cut.choice import Ints
+from secateur_server.backends.pieces import Ints
 from secateur_server.cut.drivers import Driver
 from secateur_server.cut.score import Ranking
 from secateur_server.runtime.context import RequestContext
@@ -55,7 +55,7 @@ class SortedKeys:
         return counts
 
 
-def are_small(rankings: Sequence[Ranking]) -> bool:
+def is_sorting_faster(rankings: Sequence[Ranking]) -> bool:
     """Whether it is faster to sort the keys of all tensors at once."""
     units = sum(ranking.units for ranking in rankings)
     return len(rankings) > 1 and units <= min(MOST_UNITS, MEAN_UNITS * len(rankings))

@@ -26,7 +26,7 @@ from secateur_server.cut.observe import observe_sample, observe_squares
 from secateur_server.cut.score import Ranking
 from secateur_server.cut.scored import ScoredTensor
 from secateur_server.cut.search import Division, Query, search
-from secateur_server.cut.sorted_keys import FEW, are_small
+from secateur_server.cut.sorted_keys import FEW, is_sorting_faster
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.rules import Selection
 
@@ -96,7 +96,7 @@ def search_by_lamp(
     Returns:
         One division for each query.
     """
-    if all(ranking.units <= FEW for ranking in rankings) and are_small(rankings):
+    if all(ranking.units <= FEW for ranking in rankings) and is_sorting_faster(rankings):
         return search(context, driver, _scored(context, rankings), queries, torch.float64)
     buckets = [_buckets(context, driver, ranking) for ranking in context.each(rankings)]
     return [_search(context, driver, rankings, buckets, query) for query in context.each(queries)]
@@ -110,8 +110,8 @@ def _search(
     query: Query,
 ) -> Division:
     # The threshold is lowest if each unit has its bucket's least score, and highest with the most.
-    low = _cut(context, query, [(of.least, of.up_to) for of in buckets])
-    high = _cut(context, query, [(of.most, of.up_to) for of in buckets])
+    low = _threshold(context, query, [(of.least, of.up_to) for of in buckets])
+    high = _threshold(context, query, [(of.most, of.up_to) for of in buckets])
     members = zip(context.each(rankings), buckets, strict=True)
     windows = [_window(context, driver, ranking, of, low, high) for ranking, of in members]
     inner = [
@@ -140,7 +140,9 @@ def _within(window: Window, least: int, most: int) -> tuple[int, int, int]:
     return before, max(0, least - before), min(units, most - before)
 
 
-def _cut(context: RequestContext, query: Query, scores: Sequence[tuple[Tensor, Tensor]]) -> float:
+def _threshold(
+    context: RequestContext, query: Query, scores: Sequence[tuple[Tensor, Tensor]]
+) -> float:
     """The score by which the target is reached.
 
     Args:

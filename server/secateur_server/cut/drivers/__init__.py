@@ -1,7 +1,8 @@
 """Where the pieces of the tensors live, and how work on them runs.
 
-One file for each kind. The search for a cut (observe.py, search.py, mark.py) needs no more of a
-machine, or of a cluster, than a driver.
+One file for each kind. The search for a cut (observe.py, search.py, mark.py) reads and marks pieces
+through a driver only. There is no driver but the local one yet: the functions that `map` is given
+refer to the request, and write the bits of masks in place.
 """
 
 from collections.abc import Callable, Iterable
@@ -31,7 +32,7 @@ class Driver(Protocol):
             The results, in order: small summaries of the pieces, for whoever decides.
 
         Raises:
-            Stopped: The request has been cancelled, or its deadline has passed.
+            Cancelled, DeadlineExceeded: The request is to end.
         """
 
 
