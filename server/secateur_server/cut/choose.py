@@ -153,7 +153,7 @@ def with_cut(
     highest = max((cut for cut in cuts if cut is not None), default=None)
     if highest is None:
         return decision
-    at = observe_score(context, driver_for(rankings[0].device), rankings, highest)
+    at = observe_score(context, driver_for(context, rankings[0].device), rankings, highest)
     pruned = [min(max(0, c - b), e) for c, (b, e) in zip(decision.counts, at, strict=True)]
     value, ties = highest + rankings[0].offset, sum(equal for _, equal in at)
     return replace(decision, threshold=value, ties=ties, ties_pruned=sum(pruned))

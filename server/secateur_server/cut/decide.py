@@ -116,7 +116,7 @@ def _decide_by_threshold(
 ) -> Decision:
     """Prunes all units below the threshold, within the limits."""
     rankings = [tensor.ranking for tensor in tensors]
-    driver = driver_for(rankings[0].device)
+    driver = driver_for(context, rankings[0].device)
     counts_at = observe_score(context, driver, rankings, threshold - rankings[0].offset)
     below = [count for count, _ in counts_at]
     counts = [

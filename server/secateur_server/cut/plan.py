@@ -225,7 +225,7 @@ def _cuts(
         Query((s,), (0,), (tensors[s].candidates,), decisions[d].counts[s]) for d, s in missing
     ]
     rankings = [tensor.ranking for tensor in tensors]
-    driver = driver_for(rankings[0].device)
+    driver = driver_for(context, rankings[0].device)
     result = search(context, driver, rankings, queries, dtype) if queries else []
     for (d, s), division in zip(context.each(missing), result, strict=True):
         ties = division.counts[0] - division.below[0]
@@ -242,7 +242,7 @@ def _removed(
     dtype: torch.dtype,
 ) -> list[Removed]:
     """What each of the cuts of a tensor prunes. `counts` are of units."""
-    driver = driver_for(tensor.ranking.device)
+    driver = driver_for(context, tensor.ranking.device)
     if tensor.costs is None:
         result, whole = energies(
             context, driver, tensor.ranking, parameter.weight.reshape(-1), cuts, dtype

@@ -89,7 +89,7 @@ def select(
     Returns:
         The candidates of each ranking that are kept, and the cut.
     """
-    driver, dtype = driver_for(rankings[0].device), score_dtype(rankings)
+    driver, dtype = driver_for(context, rankings[0].device), score_dtype(rankings)
     sizes = [(r.units + 7) // 8 for r in rankings]
     buffer = torch.split(allocate(context, sum(sizes), driver.backend), sizes)
     masks = [Mask(bits, r.units) for bits, r in zip(buffer, rankings, strict=True)]

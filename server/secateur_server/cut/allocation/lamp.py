@@ -72,7 +72,7 @@ def decide_by_lamp(
 ) -> list[Decision]:
     """Decides as Allocation says, by LAMP scores."""
     rankings = [tensor.ranking for tensor in tensors]
-    find = partial(search_by_lamp, context, driver_for(rankings[0].device), rankings)
+    find = partial(search_by_lamp, context, driver_for(context, rankings[0].device), rankings)
     queries = queries_of(limits, targets)
     decisions = decide_by_score(context, tensors, limits, queries, find, torch.float64)
     # The cuts are not known in the tensors' own scores.

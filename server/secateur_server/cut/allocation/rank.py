@@ -27,7 +27,7 @@ def decide_by_rank(
 ) -> list[Decision]:
     """Decides as Allocation says, by the scores themselves."""
     rankings = [tensor.ranking for tensor in tensors]
-    driver, dtype = driver_for(rankings[0].device), score_dtype(rankings)
+    driver, dtype = driver_for(context, rankings[0].device), score_dtype(rankings)
     costs = None if rule.amount.budget is None else tuple(unit_costs(rule, tensors))
     find = partial(search, context, driver, rankings, dtype=dtype)
     queries = queries_of(limits, targets, costs)

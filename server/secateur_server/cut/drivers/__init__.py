@@ -36,6 +36,6 @@ class Driver(Protocol):
         """
 
 
-def driver_for(device: torch.device) -> Driver:
-    """The driver of the tensors on a device."""
+def driver_for(context: RequestContext, device: torch.device) -> Driver:
+    """Returns the driver of a request's tensors on a device."""
     return Local(backend_for(device))
