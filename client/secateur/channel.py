@@ -22,9 +22,10 @@ _SERVICES = (
 )
 
 # gRPC itself repeats calls that could not begin, or were lost before any answer. The others are
-# repeated by secateur.patience: Delete, since a second one finds nothing, and calls with streams as
-# answers, since with a retry policy gRPC 1.85 sometimes waits for ever after the server was killed.
-_AGAIN = {"Report", "Plan", "GetServerInfo", "QueryUpload", "Get", "List"}
+# repeated by secateur.patience: those that change something on the server, since a second Delete
+# finds nothing, and calls with streams as answers, since with a retry policy gRPC 1.85 sometimes
+# waits for ever after the server was killed.
+_CHANGING = {"Upload", "Delete"}
 _SERVICE_CONFIG = {
     "methodConfig": [
         {
@@ -32,7 +33,7 @@ _SERVICE_CONFIG = {
                 {"service": service.full_name, "method": method.name}
                 for service in _SERVICES
                 for method in service.methods
-                if method.name in _AGAIN
+                if not method.server_streaming and method.name not in _CHANGING
             ],
             "retryPolicy": {
                 "maxAttempts": 3,

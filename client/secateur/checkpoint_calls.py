@@ -9,6 +9,7 @@ from secateur.checks import one_of
 from secateur.connection import Connection
 from secateur.download import Receiving
 from secateur.errors import InvalidStateDict
+from secateur.forms import OUTPUTS
 from secateur.model import Source
 from secateur.others import LEAVE_OUT, check_storable
 from secateur.paths import path_of
@@ -16,10 +17,7 @@ from secateur.patience import Patience
 from secateur.progress import Progress, show_progress
 from secateur.source import read_source
 from secateur.upload import Sending, files_of
-from secateur_proto import checkpoints_pb2, pruner_pb2
-from secateur_proto.enums import values_by_name
-
-OUTPUTS = values_by_name(pruner_pb2.Output.DESCRIPTOR)
+from secateur_proto import checkpoints_pb2
 
 
 class CheckpointCalls:

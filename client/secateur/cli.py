@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from secateur import __version__
 from secateur.cli_checkpoints import add_checkpoints
@@ -29,9 +29,9 @@ from secateur.cli_spec import read_planned_spec, read_spec, spec_of, spec_option
 from secateur.errors import NotSaved, SecateurError
 from secateur.files import check_holds, check_writable
 from secateur.folders import check_no_other_weights, find_folder
+from secateur.forms import is_model
 from secateur.model import Source
 from secateur.paths import path_of
-from secateur.plan import Plan, Sensitivity
 from secateur.report import Report
 from secateur_proto.index import SUFFIX
 
@@ -124,7 +124,7 @@ def _prune(options: argparse.Namespace) -> None:
     if options.keep and not options.server:
         raise SecateurError("--keep needs a lasting server: give --server, or set SECATEUR_SERVER")
     with opened(options) as (client, source):
-        if path and options.output != "masks":
+        if path and is_model(options.output):
             _check_holds(path, source)
         spec = spec_of(options, client, source)
         place, path, uri = _placed(options, source, path, uri)
@@ -193,7 +193,13 @@ def _sensitivity(options: argparse.Namespace) -> None:
     _print(sensitivity, options)
 
 
-def _print(found: Report | Plan | Sensitivity, options: argparse.Namespace) -> None:
+class _Printed(Protocol):
+    """An answer that is printed as a table, its `str`, or as JSON."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+def _print(found: _Printed, options: argparse.Namespace) -> None:
     print(json.dumps(found.to_dict(), indent=2) if options.json else found)
 
 
@@ -216,7 +222,7 @@ def _placed(
     # An embedded server reads and writes single .safetensors files itself, so that nothing is
     # copied through a connection.
     model = Path(options.model)
-    is_embedded = not options.server and options.output != "masks"
+    is_embedded = not options.server and is_model(options.output)
     if path is None or not is_embedded or not model.is_file() or path.is_dir():
         return source, path, uri
     if {model.suffix, path.suffix} != {".safetensors"}:
@@ -235,9 +241,9 @@ def _out(options: argparse.Namespace) -> tuple[Path | None, str | None]:
     if "://" in options.out:
         return None, options.out
     path, model = path_of(options.out), path_of(options.model)
-    is_model = options.output != "masks"
-    check_writable(path, is_model and (model.is_dir() or model.name.endswith(SUFFIX)))
-    if is_model and model.is_dir() and path.is_dir():
+    is_whole = is_model(options.output)
+    check_writable(path, is_whole and (model.is_dir() or model.name.endswith(SUFFIX)))
+    if is_whole and model.is_dir() and path.is_dir():
         check_no_other_weights(path, find_folder(model).weights)
     return path, None
 

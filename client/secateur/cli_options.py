@@ -8,8 +8,8 @@ from contextlib import suppress
 from typing import Any
 
 from secateur.amounts import units_of
-from secateur.checkpoint_calls import OUTPUTS
 from secateur.checks import percentage
+from secateur.forms import FORMS
 
 
 def add_command(
@@ -76,11 +76,12 @@ def out_option(command: argparse.ArgumentParser, text: str, is_required: bool = 
 
 def output_option(command: argparse.ArgumentParser) -> None:
     """Adds --output."""
+    contents = ", ".join(f"{form.content} ({name})" for name, form in FORMS.items())
     command.add_argument(
         "--output",
-        choices=[output for output in OUTPUTS if output != "none"],
+        choices=FORMS,
         default="dense",
-        help="content of OUT: tensors with zeros (dense, the default), X_orig and X_mask, or bits",
+        help=f"content of OUT: {contents}; default: dense",
     )
 
 

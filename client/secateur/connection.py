@@ -98,27 +98,23 @@ class Connection:
 
         return self.until_served(attempt, call.patience)
 
-    def transform(self, call: Call) -> tuple[Any, Received]:
-        """Makes a call, and returns the result and the tensors that its answer streams."""
+    def transform(self, call: Call, is_small: bool = False) -> tuple[Any, Received]:
+        """Makes a call, and returns the result and the tensors that its answer streams.
+
+        Args:
+            call: The call.
+            is_small: Whether it has one message each way: gRPC is faster if it knows that.
+        """
 
         def attempt(left: float | None) -> tuple[Any, Received]:
             with _shown(call) as (sending, working):
-                answer = call.rpc(call.messages(sending), timeout=left)
+                messages = call.messages(sending)
+                if is_small:
+                    with errors_of(None):
+                        return receive([call.rpc(next(messages), timeout=left)])
+                answer = call.rpc(messages, timeout=left)
                 with errors_of(call.upload, answer):
                     return receive(answer, working)
-
-        return self.until_served(attempt, call.patience, call.is_safe)
-
-    def transform_small(self, call: Call) -> tuple[Any, Received]:
-        """Does `transform` with one message each way: gRPC is faster if it knows that."""
-
-        def attempt(left: float | None) -> tuple[Any, Received]:
-            with (
-                show_progress(call.progress, call.upload.file_bytes) as sending,
-                errors_of(call.upload),
-            ):
-                message = next(call.messages(sending))
-                return receive([call.rpc(message, timeout=left)])
 
         return self.until_served(attempt, call.patience, call.is_safe)
 

@@ -11,11 +11,14 @@ from blake3 import blake3
 from secateur.atomic import replacing
 from secateur.connection import Connection
 from secateur.errors import Cancelled, DataLoss, SecateurError, ServerError, Unavailable
+from secateur.forms import is_model
 from secateur.progress import Progress, show_progress
 from secateur.transfer import errors_of
-from secateur_proto import checkpoint_pb2, checkpoints_pb2, pruner_pb2
+from secateur_proto import checkpoint_pb2, checkpoints_pb2
+from secateur_proto.enums import plain_name
 from secateur_proto.framing import file_header
 from secateur_proto.index import SUFFIX
+from secateur_proto.pruner_pb2 import Output
 
 
 class Receiving:
@@ -86,7 +89,8 @@ class Receiving:
 
     def _check_masks(self, result: checkpoints_pb2.DownloadResult) -> None:
         is_empty = result.data_bytes == len(file_header(()))
-        if self._request.output == pruner_pb2.OUTPUT_MASKS and is_empty:
+        output = plain_name(Output.DESCRIPTOR, self._request.output)
+        if is_empty and not is_model(output):
             raise SecateurError(f"{self._request.name} has no masks: it was not pruned")
 
     def _write(self, data: memoryview) -> None:

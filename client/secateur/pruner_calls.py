@@ -7,7 +7,7 @@ from typing import Any
 
 from secateur.amounts import encode_amounts
 from secateur.checkpoint import decode_checkpoint, uri_of
-from secateur.checkpoint_calls import OUTPUTS, CheckpointCalls
+from secateur.checkpoint_calls import CheckpointCalls
 from secateur.checks import flag, one_of, patterns
 from secateur.choices import AnyGranularity, magnitude
 from secateur.connection import Call
@@ -15,6 +15,7 @@ from secateur.defaults import SOME_AMOUNTS, matrices
 from secateur.encoding import encode_spec
 from secateur.errors import SecateurError
 from secateur.files import warn_of_rest
+from secateur.forms import OUTPUTS, is_model
 from secateur.model import Source
 from secateur.others import LEAVE_OUT, check_names, check_storable
 from secateur.patience import Patience
@@ -62,7 +63,7 @@ class PrunerCalls(CheckpointCalls):
             source: See `Client`. Of a Module the parameters are sent, and not the buffers.
             spec: What to prune.
             output: What the server sends: "masks" (one bit an element), "reparametrized", "dense",
-                or "none" for the report alone.
+                "none" for the report alone, or another one of `server_info().outputs`.
             progress: See `Client`.
             keep: Whether the server keeps the result, as the result's checkpoint. Data that the
                 server already has of the source is not sent again.
@@ -80,7 +81,7 @@ class PrunerCalls(CheckpointCalls):
         model = read_source(source, key)
         message, arrays = encode_spec(spec, model)
         header.spec.CopyFrom(message)
-        if output in ("dense", "reparametrized"):
+        if is_model(output):
             _check_destination(destination, model.only_parameters())
         patience = self._connection.patience()
         if keep and model.is_here:
@@ -98,16 +99,15 @@ class PrunerCalls(CheckpointCalls):
     ) -> PruneResult:
         """Sends a model, or its place on the server; the result is of `model`."""
         call = self._call("Prune", header, sent, {**sent.sent(), **arrays}, progress, patience)
-        is_small = header.output in (pb.OUTPUT_MASKS, pb.OUTPUT_NONE)
-        if is_small and sent.is_here and call.upload.file_bytes <= CHUNK_BYTES:
+        output = plain_name(pb.Output.DESCRIPTOR, header.output)
+        is_small = not is_model(output) and sent.is_here and call.upload.file_bytes <= CHUNK_BYTES
+        if is_small:
             call = replace(call, rpc=self._rpcs.prune_small)
-            result, received = self._connection.transform_small(call)
-        else:
-            result, received = self._connection.transform(call)
+        result, received = self._connection.transform(call, is_small)
         return PruneResult(
             message=result.report,
             source=model,
-            output=plain_name(pb.Output.DESCRIPTOR, header.output),
+            output=output,
             received=received,
             checkpoint=decode_checkpoint(result.checkpoint) if header.keep else None,
             destination=header.destination_uri or None,

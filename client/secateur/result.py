@@ -10,18 +10,15 @@ from secateur.checkpoint import Checkpoint
 from secateur.cycles import no_search_for_cycles
 from secateur.errors import InvalidStateDict, SecateurError
 from secateur.files import save
-from secateur.mask_files import entries_of, pack, unpack_all
-from secateur.masking import pruned_tensors
+from secateur.forms import FORMS, Tensors, form_of
 from secateur.model import Mask, Source
 from secateur.paths import path_of
 from secateur.report import Report
 from secateur.report_decoding import Extent, decode_extents, decode_report
-from secateur.tensors import LocalTensor, prior_mask, to_value, torch_for
+from secateur.tensors import LocalTensor, to_value, torch_for
 from secateur.ties import each_once, tied
 from secateur.transfer import Received
 from secateur_proto.report_pb2 import SparsityReport
-
-Tensors = Mapping[str, LocalTensor]
 
 
 class _Result:
@@ -165,7 +162,7 @@ class PruneResult(_Result):
         A tied tensor has its mask under each of its names.
 
         Raises:
-            SecateurError: The outputs "dense" and "none" have no masks.
+            SecateurError: The output has no masks, such as "dense" and "none".
         """
         extents = self._extents
         masks = {
@@ -181,7 +178,8 @@ class PruneResult(_Result):
         not pruned may share the source's memory.
 
         Args:
-            form: "dense", "reparametrized" as torch.nn.utils.prune leaves it, or "masks".
+            form: An output that has data: "dense", "reparametrized" as torch.nn.utils.prune
+                leaves it, "masks", or another one.
 
         Raises:
             SecateurError: The form cannot be made from the output that was requested.
@@ -199,13 +197,12 @@ class PruneResult(_Result):
             form: See state_dict; secateur.custom_from_mask reads "masks": bools in a torch file,
                 else bits as the server sends them.
         """
-        to = path_of(path)
-        _check_form(form)
-        if form == "masks":
-            shapes = {name: extent.shape for name, extent in self._extents.items()}
-            save(to, *entries_of(to, self._tensors(form), shapes))
-        else:
+        to, made = path_of(path), form_of(form)
+        if made.is_model:
             self._save(to, self._entries(form))
+        else:
+            shapes = {name: extent.shape for name, extent in self._extents.items()}
+            save(to, *made.file(to, self._tensors(form), shapes))
 
     def apply_to(self, module: Any) -> None:
         """Prunes a torch.nn.Module as torch.nn.utils.prune does, for further work by torch's.
@@ -228,14 +225,10 @@ class PruneResult(_Result):
 
     @cached_property
     def _flat_masks(self) -> dict[str, Mask]:
-        if self._output == "masks":
-            packed = self._received
-            return unpack_all(packed, {name: self._extents[name].total for name in packed})
-        if self._output == "reparametrized":
-            return {
-                name: prior_mask(self._received[f"{name}_mask"]) for name in self.report.tensors
-            }
-        raise SecateurError(f"output={self._output!r} has no masks; ask for output='masks'")
+        form = FORMS.get(self._output)
+        if form is None or form.to_masks is None:
+            raise SecateurError(f"output={self._output!r} has no masks; ask for output='masks'")
+        return form.to_masks(self._received, self._extents)
 
     def _mask_value(self, mask: Mask) -> Any:
         if not self._source.as_torch:
@@ -246,22 +239,15 @@ class PruneResult(_Result):
 
     def _entries(self, form: str) -> Mapping[str, Any]:
         tensors = self._tensors(form)
-        return tensors if form == "masks" else self._whole(tensors, self._source.unsent())
+        return self._whole(tensors, self._source.unsent()) if FORMS[form].is_model else tensors
 
     def _tensors(self, form: str) -> Tensors:
         """The tensors that a Prune with that output sends."""
-        _check_form(form)
+        made = form_of(form)
         if form == self._output:
             return self._received
-        if form == "masks":
-            return {name: pack(mask) for name, mask in self._flat_masks.items()}
-        if not self._source.is_here:
+        if made.is_model and not self._source.is_here:
             raise SecateurError(
                 f"the weights are on the server: ask for output={form!r}, or download them"
             )
-        return dict(pruned_tensors(self._source, self._flat_masks, form == "dense"))
-
-
-def _check_form(form: Any) -> None:
-    if not isinstance(form, str) or form not in ("dense", "reparametrized", "masks"):
-        raise SecateurError(f"form={form!r} is none of 'dense', 'reparametrized', 'masks'")
+        return made.from_masks(self._source, self._flat_masks)

@@ -65,9 +65,8 @@ RULES: dict[str, Rule] = {
 }
 
 
-# With float32 each rule comes first once. The others share that: each rule comes first with one of
-# them, and with all of them in the slow suite. All continue with rules of elements, slices and
-# random choices.
+# Each rule is the first one with float32, and with one of the other dtypes; in the slow suite with
+# all of them. All continue with rules of elements, slices and random choices.
 OTHERS = [torch.float64, torch.float16, torch.bfloat16]
 FIRST = [
     pytest.param(dtype, rule, marks=[] if index % 3 == place else pytest.mark.slow)

@@ -42,7 +42,7 @@ def lowest_magnitudes(tensors: dict[str, Tensor], masks: dict[str, Tensor]) -> T
 def test_global_pruning_prunes_the_magnitudes_of_torch(
     client: secateur.Client, crepe: Path, tensors: dict[str, Tensor], amount: float
 ) -> None:
-    """Half a million floats have ties. The count is torch's; which ties are pruned is ours."""
+    """Half a million floats have ties. The count is torch's; which ties are pruned is not."""
     weights = convolutions(tensors)
     result = client.prune(crepe, secateur.global_unstructured("conv?.weight", amount))
     theirs = torch_masks(weights, all_l1(list(weights), amount))

@@ -1,6 +1,5 @@
 """A new importance works with every granularity, scope and allocation."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +8,11 @@ import torch
 from torch import Tensor
 
 from secateur_server.backends.masks import Mask
-from secateur_server.backends.randomness import RandomScores
 from secateur_server.cut.plan import plan
 from secateur_server.granularity import Granularity
 from secateur_server.granularity.n_m import NM
 from secateur_server.granularity.slice import Slice
+from secateur_server.importance.protocol import Importance
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.amounts import Fraction
 from secateur_server.state_dict.parameter import Parameter
@@ -21,16 +20,11 @@ from tests.definition import applied, rule
 
 
 @dataclass(frozen=True)
-class Positive:
+class Positive(Importance):
     """The sum of a unit's positive values, or their mean."""
 
-    is_measured, is_value, ranks_zeros_lowest, order = True, False, False, 0.0
-
-    def by_name(self, name: str) -> RandomScores | None:
-        return None
-
-    def check(self, path: str, name: str, shape: Sequence[int]) -> None:
-        pass
+    def elements(self, context: RequestContext, name: str, values: Tensor) -> Tensor:
+        return values.clamp(min=0)
 
     def scores(
         self,
@@ -74,4 +68,4 @@ def test_slices_and_n_m_groups_are_compared_by_the_scores_of_an_importance() -> 
     masks, _ = applied(model, rule(["w"], 1, importance=Positive(), granularity=Slice(1)))
     assert masks["w"].tolist() == [[True, False, True, True]] * 2  # sums of 4, 1, 1 and 2
     masks, _ = applied(model, rule(["w"], 1.0, importance=Positive(), granularity=NM(2, 4, 1)))
-    assert masks["w"].sum(1).tolist() == [2, 2]
+    assert masks["w"].tolist() == [[True, False, True, False], [False, True, False, True]]

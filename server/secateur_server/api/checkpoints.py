@@ -21,7 +21,7 @@ from secateur_server.errors import (
     InvalidStateDict,
     TooShort,
 )
-from secateur_server.outputs import OUTPUTS
+from secateur_server.outputs import OUTPUTS, Output
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.mapped import map_blob, open_files
 from secateur_server.state_dict.sources import Sources
@@ -108,8 +108,8 @@ class Checkpoints:
         self, message: pb.DownloadRequest, context: RequestContext
     ) -> Iterator[pb.DownloadResponse | Data]:
         """Returns the files of a checkpoint."""
-        output = message.output or pruner_pb2.OUTPUT_DENSE
-        if output not in OUTPUTS or output == pruner_pb2.OUTPUT_NONE:
+        output = OUTPUTS.get(message.output or pruner_pb2.OUTPUT_DENSE)
+        if output is None or not output.has_data:
             raise InvalidRequest(
                 "output", f"{message.output} cannot be downloaded; ask for masks or tensors"
             )
@@ -129,14 +129,13 @@ class Checkpoints:
 
     @contextmanager
     def _files(
-        self, context: RequestContext, opened: OpenCheckpoint, output: int
+        self, context: RequestContext, opened: OpenCheckpoint, output: Output
     ) -> Iterator[list[OutgoingFile]]:
         """The files of a checkpoint in the form of an output."""
         masks = map_blob(opened.masks) if opened.masks else None
         incoming = open_files(context, [map_blob(blob) for blob in opened.files], masks)
         state_dict = incoming.state_dict
-        is_changed = masks or (output == pruner_pb2.OUTPUT_DENSE and state_dict.catalog.pairs)
-        if output != pruner_pb2.OUTPUT_MASKS and not is_changed:
+        if masks is None and output.is_stored(state_dict.catalog):
             yield [_as_stored(blob) for blob in opened.files]
             return
         scheduler = self._sources.scheduler
@@ -144,7 +143,7 @@ class Checkpoints:
         with scheduler.model(context, "name", memory):
             with scheduler.cores(context, incoming.size):
                 incoming.read(None)
-                files = OUTPUTS[output].files(context, state_dict, state_dict.parameters)
+                files = output.files(context, state_dict, state_dict.parameters)
             incoming.check_unchanged()
             yield files
 

@@ -1,6 +1,6 @@
 """The work of Plan: a Prune is predicted for many amounts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from secateur_proto import pruner_pb2 as pb
 from secateur_proto.plan_pb2 import PruningPlan
@@ -10,8 +10,11 @@ from secateur_server.api.rules import before, check_prior, reads_of
 from secateur_server.cut.plan import plan
 from secateur_server.cut.plan_small import is_planned_by_runs
 from secateur_server.cut.prune import prune
-from secateur_server.outputs import OUTPUTS
+from secateur_server.outputs import PlannedOutput
+from secateur_server.outputs.dense import Dense
 from secateur_server.outputs.hollow import hollow_state_dict
+from secateur_server.outputs.masks import Masks
+from secateur_server.outputs.reparametrized import Reparametrized
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.amounts import Amount
 from secateur_server.spec.decode import decode_spec
@@ -24,6 +27,13 @@ from secateur_server.state_dict.sources import Call, Sources
 # memory in parts and as a whole, and has each name and number twice, for the tensor and for its
 # choice. A plan without arrays has a Python object for each number.
 NAME_BYTES, ARRAY_BYTES, OBJECT_BYTES = 4, 250, 700
+
+# By the fields of a plan that have their sizes.
+PLANNED_OUTPUTS: Mapping[str, PlannedOutput] = {
+    "masks_bytes": Masks(),
+    "reparametrized_bytes": Reparametrized(),
+    "dense_bytes": Dense(),
+}
 
 
 def decode_plan(context: RequestContext, header: pb.PlanHeader) -> list[Rule]:
@@ -88,9 +98,7 @@ def _sizes(incoming: Incoming, rules: Sequence[Rule], names: Sequence[str]) -> P
     named = {name for rule in rules for name in rule.names()}
     pruned = [name for name in names if name in named]
     hollow = hollow_state_dict(incoming.state_dict, pruned)
-    return PruningPlan(
-        masks_bytes=OUTPUTS[pb.OUTPUT_MASKS].size(hollow, pruned),
-        reparametrized_bytes=OUTPUTS[pb.OUTPUT_REPARAMETRIZED].size(hollow, pruned),
-        dense_bytes=OUTPUTS[pb.OUTPUT_DENSE].size(hollow, pruned),
-        input_blake3=incoming.digest(),
-    )
+    planned = PruningPlan(input_blake3=incoming.digest())
+    for field, output in PLANNED_OUTPUTS.items():
+        setattr(planned, field, output.size(hollow, pruned))
+    return planned

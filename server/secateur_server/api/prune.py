@@ -36,8 +36,9 @@ def decode_prune(context: RequestContext, header: pb.PruneHeader) -> list[Rule]:
     rules = decode_spec(context, header.spec)
     if header.output not in OUTPUTS:
         raise InvalidRequest("header.output", f"{header.output} is not an output")
-    if header.destination_uri and header.output == pb.OUTPUT_NONE:
-        raise InvalidRequest("header.destination_uri", "OUTPUT_NONE writes nothing there")
+    if header.destination_uri and not OUTPUTS[header.output].has_data:
+        name = pb.Output.Name(header.output)
+        raise InvalidRequest("header.destination_uri", f"{name} writes nothing there")
     check_prior(header)
     return rules
 

@@ -1,20 +1,25 @@
 """The order of messages in a call: first a header with data, then data."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from google.protobuf.message import Message
 
-from secateur_proto.checkpoints_pb2 import UploadRequest
 from secateur_proto.codec import Data
-from secateur_proto.pruner_pb2 import FinalizeRequest, PlanRequest, PruneRequest, ReportRequest
 from secateur_server.errors import InvalidRequest, NoMessage
 from secateur_server.wire.writer import Bytes
 
-Request = TypeVar(
-    "Request", PruneRequest, ReportRequest, PlanRequest, FinalizeRequest, UploadRequest
-)
 
+class HasHeader(Protocol):
+    """The request of an RPC whose first message has a header."""
+
+    data: bytes
+
+    def HasField(self, name: Any) -> bool:  # noqa: N802 (protobuf's name)
+        """Returns whether a field is set."""
+
+
+Request = TypeVar("Request", bound=HasHeader)
 Response = TypeVar("Response")
 Count = Callable[[int], None]
 

@@ -12,6 +12,7 @@ from secateur_server.outputs.masks import Masks
 from secateur_server.outputs.nothing import Nothing
 from secateur_server.outputs.reparametrized import Reparametrized
 from secateur_server.runtime.context import RequestContext
+from secateur_server.state_dict.catalog import Catalog
 from secateur_server.state_dict.parameter import Parameter
 from secateur_server.state_dict.state_dict import StateDict
 from secateur_server.wire.writer import OutgoingFile
@@ -21,8 +22,19 @@ class Output(Protocol):
     """A form of a result."""
 
     @property
+    def has_data(self) -> bool:
+        """Whether files are sent with the report."""
+
+    @property
     def needs_all_tensors(self) -> bool:
         """Whether the output has tensors that the spec does not name, so that all are read."""
+
+    def is_stored(self, catalog: Catalog) -> bool:
+        """Whether the files of a checkpoint without masks have this form already.
+
+        Args:
+            catalog: Of the checkpoint.
+        """
 
     def files(
         self, context: RequestContext, state_dict: StateDict, pruned: Mapping[str, Parameter]
@@ -40,6 +52,10 @@ class Output(Protocol):
         Raises:
             InvalidStateDict: A tensor has a name that the output needs.
         """
+
+
+class PlannedOutput(Output, Protocol):
+    """An output whose size is known before it is made, so that a Plan has it."""
 
     def size(self, state_dict: StateDict, pruned: Sequence[str]) -> int:
         """Predicts the size of all files.

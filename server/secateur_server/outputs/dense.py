@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from secateur_server.runtime.context import RequestContext
+from secateur_server.state_dict.catalog import Catalog
 from secateur_server.state_dict.fold import fold
 from secateur_server.state_dict.parameter import Parameter
 from secateur_server.state_dict.state_dict import StateDict
@@ -12,7 +13,10 @@ from secateur_server.wire.writer import OutgoingFile
 class Dense:
     """OUTPUT_DENSE."""
 
-    needs_all_tensors = True
+    has_data = needs_all_tensors = True
+
+    def is_stored(self, catalog: Catalog) -> bool:
+        return not catalog.pairs
 
     def files(
         self, context: RequestContext, state_dict: StateDict, pruned: Mapping[str, Parameter]

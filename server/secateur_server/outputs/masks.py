@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from secateur_proto.framing import file_head, mask_bytes
 from secateur_server.runtime.context import RequestContext
+from secateur_server.state_dict.catalog import Catalog
 from secateur_server.state_dict.parameter import Parameter
 from secateur_server.state_dict.state_dict import StateDict, masks_of, packed_masks
 from secateur_server.wire.writer import OutgoingFile
@@ -13,7 +14,10 @@ from secateur_server.wire.writer import OutgoingFile
 class Masks:
     """OUTPUT_MASKS."""
 
-    needs_all_tensors = False
+    has_data, needs_all_tensors = True, False
+
+    def is_stored(self, catalog: Catalog) -> bool:
+        return False
 
     def files(
         self, context: RequestContext, state_dict: StateDict, pruned: Mapping[str, Parameter]

@@ -1,8 +1,9 @@
 """The report alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from secateur_server.runtime.context import RequestContext
+from secateur_server.state_dict.catalog import Catalog
 from secateur_server.state_dict.parameter import Parameter
 from secateur_server.state_dict.state_dict import StateDict
 from secateur_server.wire.writer import OutgoingFile
@@ -11,12 +12,12 @@ from secateur_server.wire.writer import OutgoingFile
 class Nothing:
     """OUTPUT_NONE."""
 
-    needs_all_tensors = False
+    has_data = needs_all_tensors = False
+
+    def is_stored(self, catalog: Catalog) -> bool:
+        return False
 
     def files(
         self, context: RequestContext, state_dict: StateDict, pruned: Mapping[str, Parameter]
     ) -> list[OutgoingFile]:
         return []
-
-    def size(self, state_dict: StateDict, pruned: Sequence[str]) -> int:
-        return 0

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from secateur_server.errors import InvalidStateDict
 from secateur_server.runtime.context import RequestContext
+from secateur_server.state_dict.catalog import Catalog
 from secateur_server.state_dict.parameter import Parameter
 from secateur_server.state_dict.state_dict import StateDict
 from secateur_server.wire.writer import OutgoingFile
@@ -12,7 +13,10 @@ from secateur_server.wire.writer import OutgoingFile
 class Reparametrized:
     """OUTPUT_REPARAMETRIZED."""
 
-    needs_all_tensors = True
+    has_data = needs_all_tensors = True
+
+    def is_stored(self, catalog: Catalog) -> bool:
+        return True
 
     def files(
         self, context: RequestContext, state_dict: StateDict, pruned: Mapping[str, Parameter]

@@ -1,32 +1,37 @@
 """Encodes the server's version, features and limits."""
 
+from collections.abc import Collection
 from importlib.metadata import version
 
 from google.protobuf.descriptor import EnumDescriptor
 
 from secateur_proto import pruner_pb2 as pb
 from secateur_proto import spec_pb2
+from secateur_server.cut import allocation
+from secateur_server.granularity import GRANULARITIES
+from secateur_server.importance import IMPORTANCES
+from secateur_server.outputs import OUTPUTS
+from secateur_server.spec.amounts import AMOUNTS
+from secateur_server.spec.decode import ALLOCATIONS, SCOPES
 
 
 def encode_server_info(max_model_bytes: int) -> pb.GetServerInfoResponse:
-    """Makes the answer of GetServerInfo. Features are read from the contract's descriptors."""
+    """Makes the answer of GetServerInfo. The features are what the registries have."""
+    divided = [number for number, name in ALLOCATIONS.items() if name in allocation.ALLOCATIONS]
     return pb.GetServerInfoResponse(
         version=version("secateur"),
-        outputs=_values(pb.Output.DESCRIPTOR),
-        importances=_fields("importance"),
-        granularities=_values(spec_pb2.Granularity.DESCRIPTOR),
-        scopes=_values(spec_pb2.Scope.DESCRIPTOR),
-        amounts=_fields("amount"),
-        allocations=_values(spec_pb2.Allocation.DESCRIPTOR),
+        outputs=_values(pb.Output.DESCRIPTOR, OUTPUTS),
+        importances=IMPORTANCES,
+        granularities=_values(
+            spec_pb2.Granularity.DESCRIPTOR, {*GRANULARITIES, spec_pb2.GRANULARITY_GROUP}
+        ),
+        scopes=_values(spec_pb2.Scope.DESCRIPTOR, SCOPES),
+        amounts=AMOUNTS,
+        allocations=_values(spec_pb2.Allocation.DESCRIPTOR, divided),
         max_model_bytes=max_model_bytes,
     )
 
 
-def _values(enum: EnumDescriptor) -> list[str]:
-    """The names of an enum's values, without the unspecified one."""
-    return [value.name for value in enum.values if value.number]
-
-
-def _fields(oneof: str) -> list[str]:
-    """The names of the fields of a oneof of Selection."""
-    return [field.name for field in spec_pb2.Selection.DESCRIPTOR.oneofs_by_name[oneof].fields]
+def _values(enum: EnumDescriptor, known: Collection[int]) -> list[str]:
+    """The names of an enum's known values, without the unspecified one."""
+    return [value.name for value in enum.values if value.number and value.number in known]
