@@ -4,7 +4,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import wait
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from secateur_server.api.convert.checkpoint import file_message, progress_message
 from secateur_server.api.stream import responses
@@ -20,16 +20,8 @@ PROGRESS_SECONDS = 0.2
 
 Made = tuple[Any, list[OutgoingFile]]  # a result, and the files that are sent behind it
 
-
-class Work(Protocol):
-    """The work of a call, which makes its answer."""
-
-    def __call__(self, held: ExitStack) -> Made:
-        """Makes the answer.
-
-        Args:
-            held: Receives the source, which is closed once the files have been sent.
-        """
+# Makes the answer of a call. The stack keeps the source open until the files have been sent.
+Work = Callable[[ExitStack], Made]
 
 
 class Answers:
@@ -60,9 +52,8 @@ class Answers:
         """
         with ExitStack() as held:
             result, files = yield from self._run(call, partial(work, held), make)
-            parts = chunks(call.context, files)
             sent = partial(self._metrics.sent, call.context)
-            yield from responses(make, result, parts, sent)
+            yield from responses(make, result, chunks(call.context, files), sent)
 
     def _run(
         self, call: Call[Any], work: Callable[[], Made], make: Callable[..., Any]
