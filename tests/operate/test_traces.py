@@ -90,6 +90,7 @@ def test_missing_packages_error_says_what_to_install(tmp_path: Any) -> None:
     hidden = tmp_path / "opentelemetry"
     hidden.mkdir()
     (hidden / "__init__.py").write_text("raise ImportError('hidden', name='opentelemetry')")
-    ended = run_command("--otlp-endpoint", "http://127.0.0.1:1", PYTHONPATH=str(tmp_path))
+    free = "--address", "127.0.0.1:0", "--metrics-address", ""
+    ended = run_command(*free, "--otlp-endpoint", "http://127.0.0.1:1", PYTHONPATH=str(tmp_path))
     assert ended.returncode == 1
     assert "--otlp-endpoint needs opentelemetry: pip install 'secateur[otel]'" in ended.stderr
