@@ -173,7 +173,8 @@ def is_public(address: str) -> bool:
     """
     if address.startswith(("unix:", "unix-abstract:")):
         return False
-    host = address.removeprefix("dns:///").rpartition(":")[0].strip("[]")
+    host, colon, port = address.removeprefix("dns:///").rpartition(":")
+    host = (host if colon and not port.endswith("]") else host + colon + port).strip("[]")
     if host == "localhost":
         return False
     try:

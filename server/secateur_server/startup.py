@@ -134,6 +134,9 @@ def listen(server: grpc.Server, config: Config, metrics: Metrics) -> str:
         CannotStart: The address cannot be used, or a file of TLS is wrong.
     """
     address, credentials = config.address, make_credentials(config, metrics)
+    is_unix = address.startswith(("unix:", "unix-abstract:"))
+    if not is_unix and not _host_and_port(address):  # gRPC would choose another port
+        raise CannotStart(f"cannot listen at {address!r}: it is not HOST:PORT, as 127.0.0.1:50051")
     try:
         if credentials:
             port = server.add_secure_port(address, credentials)
@@ -162,12 +165,11 @@ def _bind_error(address: str) -> str | None:
     return None
 
 
-def _host_and_port(address: str) -> tuple[str, int]:
-    """Splits the address of metrics. Raises CannotStart."""
-    host, _, port = address.rpartition(":")
-    if not port.isdecimal():
-        raise CannotStart(f"cannot serve metrics at {address!r}: it is not HOST:PORT")
-    return host, int(port)
+def _host_and_port(address: str) -> tuple[str, int] | None:
+    """Splits HOST:PORT. None: it is something else, or the port is above 65535."""
+    host, colon, port = address.rpartition(":")
+    is_port = port.isascii() and port.isdecimal() and int(port) < 1 << 16
+    return (host, int(port)) if colon and is_port else None
 
 
 def serve_metrics(config: Config, metrics: Metrics, opened: ExitStack) -> str:
@@ -185,7 +187,11 @@ def serve_metrics(config: Config, metrics: Metrics, opened: ExitStack) -> str:
         CannotStart: The address cannot be used.
     """
     address = config.metrics_address or ""
-    host, port = _host_and_port(address)
+    if not (place := _host_and_port(address)):
+        raise CannotStart(
+            f"cannot serve metrics at {address!r}: it is not HOST:PORT, as 127.0.0.1:9464"
+        )
+    host, port = place
     token = config.metrics_token_file
     try:
         scrapes = MetricsServer(host.strip("[]"), port, metrics.registry, token)

@@ -93,9 +93,19 @@ def test_check_reports_resources_of_a_running_server_undisturbed(
             ["--store-dir", "{bad}/store"],
             "cannot store checkpoints in {bad}/store: {bad} is not a folder",
         ),
-        (
-            ["--metrics-address", "nowhere"],
-            "cannot serve metrics at 'nowhere': it is not HOST:PORT",
+        *(
+            (
+                ["--metrics-address", address],
+                f"cannot serve metrics at '{address}': it is not HOST:PORT, as 127.0.0.1:9464",
+            )
+            for address in ("nowhere", "51064", "127.0.0.1", "127.0.0.1:65536", "127.0.0.1:-1")
+        ),
+        *(
+            (
+                ["--address", address],
+                f"cannot listen at '{address}': it is not HOST:PORT, as 127.0.0.1:50051",
+            )
+            for address in ("127.0.0.1", "127.0.0.1:", "127.0.0.1:65536", "127.0.0.1:-1", "[::1]")
         ),
         (["--memory-limit", "900TiB"], "--memory-limit is 921600.0 GiB: this machine has "),
         (["--max-model-bytes", "900TiB"], "--max-model-bytes is 921600.0 GiB: this machine has "),
