@@ -1,5 +1,6 @@
 """The metrics of a real server."""
 
+import urllib.request
 from collections.abc import Iterator
 
 import grpc
@@ -90,3 +91,15 @@ def test_a_model_is_held_while_its_call_runs(own_server: RunningServer) -> None:
         eventually(lambda: sample(own_server, "secateur_model_bytes"), 0)
     code = {"grpc_code": "Canceled", "grpc_method": "Report"}
     eventually(lambda: sample(own_server, "grpc_server_handled_total", **code), 1)
+
+
+@pytest.mark.parametrize(
+    "accept", ["application/openmetrics-text; version=abc", "text/plain; version=1..2", ";;=,q=x"]
+)
+def test_scrape_with_an_unreadable_accept_header_is_answered(
+    server: RunningServer, accept: str
+) -> None:
+    address = f"http://{server.metrics_address}/metrics"
+    request = urllib.request.Request(address, headers={"Accept": accept})
+    with urllib.request.urlopen(request) as answer:
+        assert b"secateur_build_info" in answer.read()

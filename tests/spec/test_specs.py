@@ -71,6 +71,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"fraction": None}, "amount"),
     ({**SLICE, "magnitude": pb.Magnitude()}, "magnitude.norm"),
     ({**SLICE, "magnitude": pb.Magnitude(p=math.nan)}, "magnitude.p"),
+    ({"magnitude": pb.Magnitude(p=math.nan)}, "magnitude.p"),
     ({**SLICE, "magnitude": pb.Magnitude(matrix_norm=99)}, "magnitude.matrix_norm"),  # type: ignore[arg-type]
     ({**BLOCK, "block": None}, "block.shape"),
     ({**BLOCK, "block": pb.Block(shape=[0, 0])}, "block.shape"),

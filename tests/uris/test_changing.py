@@ -110,3 +110,21 @@ def test_change_while_reading_ends_that_call_only(
     assert not target.exists()
     assert not list(root.glob(".*.unfinished"))
     check_serves(served.server, served.channel)
+
+
+@pytest.mark.parametrize("change", [cut_off, grow])
+@pytest.mark.parametrize("method", ["Prune", "Finalize"])
+def test_change_while_the_answer_is_sent_is_detected(
+    served: Served, root: Path, method: str, change: Callable[[Path], None]
+) -> None:
+    """The report has been sent by then, so only the status can tell."""
+    path = saved(root / "sent.safetensors", weights((1 << 10, 1 << 12)))
+    fields = {"output": pb.OUTPUT_DENSE, "spec": spec("*")} if method == "Prune" else {}
+    first = message(method, header=header(method, 0, uri=path.as_uri(), **fields))
+    call = getattr(PrunerStub(served.channel), method)(iter([first]), timeout=300)
+    for part in call:
+        if part.HasField("result"):
+            break
+    change(path)
+    check(failure(list, call), "ABORTED", "URI_CHANGED", "sent.safetensors")
+    check_serves(served.server, served.channel)

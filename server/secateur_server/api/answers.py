@@ -18,7 +18,8 @@ from secateur_server.wire.writer import OutgoingFile, chunks
 # Seconds between messages of progress, and until a cancelled call is noticed.
 PROGRESS_SECONDS = 0.2
 
-Made = tuple[Any, list[OutgoingFile]]  # a result, and the files that are sent behind it
+# A result, the files that are sent behind it, and what raises if their source has changed by then.
+Made = tuple[Any, list[OutgoingFile], Callable[[], None]]
 
 # Makes the answer of a call. The stack keeps the source open until the files have been sent.
 Work = Callable[[ExitStack], Made]
@@ -51,9 +52,10 @@ class Answers:
             make: Makes a message.
         """
         with ExitStack() as held:
-            result, files = yield from self._run(call, partial(work, held), make)
+            result, files, check = yield from self._run(call, partial(work, held), make)
             sent = partial(self._metrics.sent, call.context)
             yield from responses(make, result, chunks(call.context, files), sent)
+            check()
 
     def _run(
         self, call: Call[Any], work: Callable[[], Made], make: Callable[..., Any]
@@ -86,16 +88,16 @@ def written(
         call: With a header that has `destination_uri`.
         result: Of the call; the files are added to it.
         files: To write, or to send.
-        incoming: The source of the call, which is read again while files are written.
+        incoming: The source of the call, which is read again while files are written or sent.
 
     Returns:
-        The result, and the files that remain to be sent.
+        The result, the files that remain to be sent, and the check that follows them.
     """
     result.files.extend(map(file_message, files))
     size, uri = sum(file.size for file in files), call.header.destination_uri
     if not uri:
         result.data_bytes = size
-        return result, files
+        return result, files, incoming.check_unchanged
     call.context.begin("write", size)
     sources.write(call.context, uri, files, incoming.check_unchanged)
-    return result, []
+    return result, [], incoming.check_unchanged

@@ -50,12 +50,12 @@ def decode_magnitude(
     Raises:
         InvalidSpec: The norm is missing, or the units do not have it.
     """
+    magnitude, path = selection.magnitude, f"{path}.magnitude"
+    if math.isnan(magnitude.p):
+        raise InvalidSpec(f"{path}.p", "the order of a norm cannot be NaN")
     if granularity is not None and granularity.is_element:
         return Magnitude()
-    magnitude, path = selection.magnitude, f"{path}.magnitude"
     if chosen(magnitude, "norm", path) == "p":
-        if math.isnan(magnitude.p):
-            raise InvalidSpec(f"{path}.p", "the order of a norm cannot be NaN")
         return Magnitude(magnitude.p)
     is_sliced = selection.granularity == pb.GRANULARITY_SLICE
     if selection.scope != pb.SCOPE_PER_TENSOR or not is_sliced:

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client.exposition import choose_encoder
 
 log = logging.getLogger(__name__)
 
@@ -172,9 +173,18 @@ def _environ(head: str) -> dict[str, str]:
         "PATH_INFO": unquote(path, "latin-1"),
         "QUERY_STRING": query,
         "HTTP_AUTHORIZATION": headers.get("Authorization", ""),
-        "HTTP_ACCEPT": headers.get("Accept", ""),
+        "HTTP_ACCEPT": _accepted(headers.get("Accept", "")),
         "HTTP_ACCEPT_ENCODING": headers.get("Accept-Encoding", ""),
     }
+
+
+def _accepted(accept: str) -> str:
+    """The header Accept, or an empty text where prometheus_client cannot read it."""
+    try:
+        choose_encoder(accept)
+    except (TypeError, ValueError):
+        return ""
+    return accept
 
 
 def _response(status: str, headers: list[tuple[str, str]], body: bytes = b"") -> bytes:

@@ -47,7 +47,8 @@ def disk_errors(advice: str = "send it again") -> Iterator[None]:
     except OSError as error:
         if error.errno in NO_RESOURCES:
             raise
-        log.error("the store's disk failed: %s", error)
+        if error.errno != errno.EFAULT:  # that is a source which was truncated while it was read
+            log.error("the store's disk failed: %s", error)
         raise StoreFailed("data", f"the store's disk failed: {error.strerror}; {advice}") from None
 
 
