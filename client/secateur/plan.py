@@ -71,7 +71,8 @@ class Plan:
         reparametrized_bytes: The size of a prune's answer with output="reparametrized".
         dense_bytes: The size of a prune's answer with output="dense".
         input_blake3: Digest of the safetensors file that was sent.
-        method: How units are ranked, for a person.
+        method: How units are ranked, for a person. If the spec has several rules, also that the
+            last is planned, after the others.
     """
 
     amounts: tuple[PlannedAmount, ...]
@@ -167,10 +168,10 @@ def decode_plan(message: pb.PruningPlan, header: PlanHeader) -> Plan:
         message: The answer.
         header: The header of the request.
     """
-    rule = header.spec.rules[-1].selection
-    asked = header.amounts or [rule]
+    rules = header.spec.rules
+    asked = header.amounts or [rules[-1].selection]
     return decoded(
-        Plan, message, amounts=tuple(map(_planned, asked, message.amounts)), method=_method(rule)
+        Plan, message, amounts=tuple(map(_planned, asked, message.amounts)), method=_method(rules)
     )
 
 
@@ -182,15 +183,17 @@ _SCOPES = {
 }
 
 
-def _method(selection: Selection) -> str:
-    """How a rule ranks units, for a person."""
+def _method(rules: Sequence[spec_pb2.Rule]) -> str:
+    """How the planned rule ranks units, for a person."""
+    selection = rules[-1].selection
     importance = str(selection.WhichOneof("importance"))
     for other in ("scales", "importance_scores"):
         importance = other if getattr(selection, other) else importance
     unit = plain_name(spec_pb2.Granularity.DESCRIPTOR, selection.granularity)
     allocation = plain_name(spec_pb2.Allocation.DESCRIPTOR, selection.allocation)
     by = f", allocation {allocation}" if selection.allocation else ""
-    return f"{importance}, {_SCOPES[selection.scope]}{by}; a unit is 1 {unit}"
+    last = f"the last of {len(rules)} rules, after the others: " if len(rules) > 1 else ""
+    return f"{last}{importance}, {_SCOPES[selection.scope]}{by}; a unit is 1 {unit}"
 
 
 def _planned(asked: pb.Amount | Selection, message: pb.PlannedAmount) -> PlannedAmount:

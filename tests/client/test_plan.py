@@ -78,6 +78,9 @@ def test_rules_before_the_last_are_applied(client: secateur.Client) -> None:
     assert [planned.pruned for planned in plan.amounts] == [15, 40]
     own = np.sort(magnitudes(["fc.weight"]))[10:]
     assert plan.amounts[0].norm_removed == pytest.approx(removed(own, 5))
+    assert str(plan).startswith(
+        "Pruning by the last of 2 rules, after the others: magnitude, each tensor by itself; "
+    )
 
 
 def test_its_bytes_are_those_of_the_answers(client: secateur.Client, tmp_path: Path) -> None:
