@@ -107,8 +107,9 @@ def _device(config: Config) -> Iterator[str]:
 
 
 def _limits(config: Config) -> Iterator[str]:
+    largest = min(config.max_model_bytes, config.memory_limit)
     yield (
-        f"accepts models of up to {_size(config.max_model_bytes)}, at once up to "
+        f"accepts models of up to {_size(largest)}, at once up to "
         f"{_size(config.memory_limit)}; {config.queue_size} requests may wait"
     )
     # Models are in the memory of the device, or of the host.

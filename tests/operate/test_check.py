@@ -130,6 +130,12 @@ def test_each_problem_is_one_line(
     assert line.startswith(f"secateur-server: {message.format(bad=bad, folder=tmp_path)}")
 
 
+def test_no_model_above_the_memory_limit_is_accepted(said: Check) -> None:
+    found = said("--memory-limit", "1GiB", "--max-model-bytes", "2GiB")
+    (line,) = (line for line in found.out if line.startswith("accepts"))
+    assert line.startswith("accepts models of up to 1.0 GiB, at once up to 1.0 GiB;")
+
+
 def test_every_problem_is_reported(said: Check) -> None:
     found = said("--memory-limit", "900TiB", "--metrics-address", "nowhere")
     assert found.status == 1
