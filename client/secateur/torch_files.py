@@ -1,6 +1,7 @@
 """Files of torch.save: finds the state_dict in one, and keeps the other content."""
 
 import copy
+import errno
 import pickle
 import re
 import sys
@@ -107,8 +108,15 @@ def _load(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise InvalidStateDict(f"{path}: {_pickle_reason(path, error)}") from None
     except Exception as error:  # torch raises errors of any kind for a broken file
-        reason = getattr(error, "strerror", None) or torch_reason(path)
-        raise InvalidStateDict(f"{path}: {reason}") from None
+        raise InvalidStateDict(f"{path}: {_reason(path, error)}") from None
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Why torch.load cannot read a file."""
+    # In a truncated archive torch seeks a place before its begin, which the system calls EINVAL.
+    if isinstance(error, OSError) and error.errno != errno.EINVAL and error.strerror:
+        return error.strerror
+    return torch_reason(path)
 
 
 def _pickle_reason(path: Path, error: pickle.UnpicklingError) -> str:

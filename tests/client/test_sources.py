@@ -204,6 +204,14 @@ def test_a_file_of_the_wrong_format_says_what_it_is(
     assert "header too" not in str(it.value)
 
 
+def test_the_first_part_of_a_torch_file_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"w": torch.ones(100, 100)}, path)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(secateur.InvalidStateDict, match=r"model\.pt: is damaged or cut short"):
+        secateur.is_pruned(path)
+
+
 def test_an_object_of_another_class_is_named_with_what_to_do(tmp_path: Path) -> None:
     torch.save({"args": argparse.Namespace(), "w": WEIGHT}, tmp_path / "model.pt")
     said = r"class argparse\.Namespace, .*add_safe_globals\(\[argparse\.Namespace\]\)"
