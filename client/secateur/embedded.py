@@ -43,7 +43,8 @@ def _started(address: str, device: str) -> AbstractContextManager[object]:
         from secateur_server.config import BadConfig, parse_config
     except ImportError as error:
         raise SecateurError(
-            f"an embedded server needs {error.name}: pip install 'secateur[server]'"
+            f"an embedded server needs the server's packages, and {error.name} is missing: "
+            "pip install 'secateur[server]', or use a server: --server, secateur.Client(ADDRESS)"
         ) from error
     arguments = ["--address", address, "--metrics-address", "", f"--device={device}"]
     arguments += ["--allow-path", "/"]  # only this user reaches the server

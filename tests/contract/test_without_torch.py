@@ -78,7 +78,8 @@ except secateur.SecateurError as error:
     print(error)
 """
     ended = run(without_torch, code)
-    assert "pip install 'secateur[server]'" in ended.stdout, ended.stderr
+    assert "needs the server's packages, and torch is missing" in ended.stdout, ended.stderr
+    assert "pip install 'secateur[server]', or use a server: --server" in ended.stdout
 
 
 def test_the_error_of_the_server_names_the_extra(without_torch: Path) -> None:
