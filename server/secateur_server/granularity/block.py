@@ -55,12 +55,15 @@ class Block:
     def check(self, path: str, name: str, shape: Sequence[int]) -> None:
         dims = 2 if self.as_matrix else len(shape)
         if self.as_matrix and len(shape) < 2:
-            why = "a matrix needs 2 dimensions or more"
+            why = (
+                "a matrix needs 2 dimensions or more; name only such tensors, as "
+                "[n for n, t in state_dict.items() if t.ndim > 1] does"
+            )
         elif len(self.shape) != dims:
             why = f"a block needs {dims} lengths, not {len(self.shape)}"
         else:
             return
-        raise NotStructured(f"{path}.granularity", f"{quote(name)} has shape {list(shape)}: {why}")
+        raise NotStructured(f"{path}.block", f"{quote(name)} has shape {list(shape)}: {why}")
 
     def grid(self, shape: Sequence[int]) -> tuple[int, ...]:
         return self._tiles(shape).grid

@@ -67,10 +67,14 @@ class NM:
         if not shape:
             why = "a pattern needs a dimension"
         elif not -len(shape) <= self.dim < len(shape):
-            why = f"dim {self.dim} is not in [{-len(shape)}, {len(shape)})"
+            dims = self.dim + 1 if self.dim >= 0 else -self.dim
+            why = (
+                f"dim {self.dim} is not in [{-len(shape)}, {len(shape)}); name only tensors that "
+                f"have it, as [n for n, t in state_dict.items() if t.ndim >= {dims}] does"
+            )
         else:
             return
-        raise NotStructured(f"{path}.granularity", f"{quote(name)} has shape {list(shape)}: {why}")
+        raise NotStructured(f"{path}.dim", f"{quote(name)} has shape {list(shape)}: {why}")
 
     def grid(self, shape: Sequence[int]) -> tuple[int, ...]:
         dim = self.dim % len(shape)
