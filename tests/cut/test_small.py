@@ -172,7 +172,7 @@ def test_the_first_nan_is_named() -> None:
     for index in (7, 30):
         model[f"w{index}"].weight[1, 2] = torch.nan
     with pytest.raises(
-        NanScores, match=r"data\['w7'\]: is NaN at \[1, 2\] and in 1 of 12 elements"
+        NanScores, match=r"data\['w7'\]: is NaN at \[1, 2\] and in 1 of 12 elements; replace NaN "
     ):
         applied(model, rule(list(model), 0.5, scope="tensor"))
 

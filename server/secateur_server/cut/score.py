@@ -166,4 +166,8 @@ def refuse_nan(
     count = int(nan.count_nonzero())
     if count:
         first = nan.nonzero()[0].tolist()
-        raise NanScores(field, f"is NaN at {first} and in {count} of {nan.numel()} elements")
+        raise NanScores(
+            field,
+            f"is NaN at {first} and in {count} of {nan.numel()} elements; replace NaN before "
+            "pruning, or leave the tensor out",
+        )
