@@ -20,6 +20,8 @@ from secateur_server.state_dict.parameter import Parameter
 # The most names in a message.
 SHOWN = 3
 
+_LEAVE_OUT = "name the tensors to prune, or use `select` with guard_rails(exclude=...)"
+
 # From this share of the candidates on, zeros are likely those of an earlier pruning.
 _MANY_ZEROS = 0.2
 
@@ -186,10 +188,7 @@ def _ranks_zeros_lowest(rule: Selection) -> bool:
 
 def _scales_pruned(pruning: Pruning) -> pb.Warning | None:
     found = pruning.pruned_names(lambda change: _SCALES.fullmatch(change.name.rpartition(".")[2]))
-    text = (
-        f"the call pruned scales, which multiply other tensors: {_listed(found)}; leave them out "
-        "with the guard rail exclude, or name what to prune"
-    )
+    text = f"the call pruned scales, which multiply other tensors: {_listed(found)}; {_LEAVE_OUT}"
     return _warning("SCALES_PRUNED", found, text)
 
 
@@ -200,10 +199,7 @@ def _norms_pruned(pruning: Pruning) -> pb.Warning | None:
             named = given.tensors if given.scope == "tensor" else ()
             taken |= set(pruning.context.each(rule.names())).difference(named)
     found = pruning.pruned_names(lambda change: change.name in taken and _is_norm(change))
-    text = (
-        f"the call pruned weights or statistics of norms: {_listed(found)}; leave them out with "
-        "the guard rail exclude, or name what to prune"
-    )
+    text = f"the call pruned weights or statistics of norms: {_listed(found)}; {_LEAVE_OUT}"
     return _warning("NORMS_PRUNED", found, text)
 
 
