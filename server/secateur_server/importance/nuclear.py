@@ -42,7 +42,8 @@ class Nuclear(Importance):
             raise InvalidSpec(
                 field,
                 f"a slice of {quote(name)} is a matrix of {rows} x {columns}: its singular values "
-                "take too long; use a matrix norm of another kind, or smaller slices",
+                "take too long, as rows * columns * the smaller of both is above the limit of 2^30 "
+                "(1024 x 1024); use a matrix norm of another kind, or smaller slices",
             )
 
     def scores(
