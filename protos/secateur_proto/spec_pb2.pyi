@@ -99,7 +99,8 @@ class _AllocationEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enu
     """
     ALLOCATION_LAMP: _Allocation.ValueType  # 4
     """Layer-adaptive magnitude (Lee et al. 2021): units are ranked by their importance squared over
-    the sum of that of all in their tensor that are as important or more. Not with `random`.
+    the sum of that of themselves and of all more important ones in their tensor. Of equal ones,
+    each counts as less important than the next. Not with `random`.
     """
 
 class Allocation(_Allocation, metaclass=_AllocationEnumTypeWrapper):
@@ -117,7 +118,8 @@ its dimensions over their product. Tensors that would be more than dense stay de
 """
 ALLOCATION_LAMP: Allocation.ValueType  # 4
 """Layer-adaptive magnitude (Lee et al. 2021): units are ranked by their importance squared over
-the sum of that of all in their tensor that are as important or more. Not with `random`.
+the sum of that of themselves and of all more important ones in their tensor. Of equal ones,
+each counts as less important than the next. Not with `random`.
 """
 Global___Allocation: typing_extensions.TypeAlias = Allocation
 
