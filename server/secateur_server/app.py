@@ -226,7 +226,7 @@ def _add_services(
     scratch = Scratch(store.scratch, store.max_bytes, metrics.fetched)
     metrics.show_fetched(lambda: scratch.held)
     uris = Uris(config.allow_path, config.allow_uri, scratch, Requests(config.idle_timeout))
-    limits = min(config.max_model_bytes, config.memory_limit), config.work_memory
+    limits = config.max_model_bytes, config.work_memory
     sources = Sources(store, uris, config.device, *limits, scheduler, metrics)
     pruner = Pruner(sources, scheduler.max_calls)
     opened.callback(pruner.close)

@@ -188,10 +188,11 @@ class Sources:
                 f"{size} is less than {MIN_FILE_BYTES}, the smallest size of a file",
             )
         if is_hashed and size > self.max_model_bytes:
+            most = min(self.max_model_bytes, self.scheduler.models.limit)
             raise ModelTooLarge(
                 "header.data_bytes",
-                f"{size} bytes are more than this server takes into memory, "
-                f"{self.max_model_bytes}; upload the model first",
+                f"{size} bytes are more than this server takes into memory, {most}; upload the "
+                "model first",
             )
         return ByteStream(call.data, size, is_hashed)
 
