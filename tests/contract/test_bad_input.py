@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from secateur_proto import pruner_pb2 as pb
 from secateur_proto import spec_pb2
-from tests.conftest import RunningServer, examples
+from tests.conftest import RunningServer, examples, inner_server
 from tests.contract.raw import (
     RPCS,
     check_failed,
@@ -310,6 +310,14 @@ def test_a_second_header_is_refused(channel: grpc.Channel, rpc: str, before: byt
 def test_a_file_that_is_too_short_is_refused(channel: grpc.Channel, rpc: str, size: int) -> None:
     found = send_file(channel, rpc, GOOD, announced=size)
     check_invalid(found, INVALID_REQUEST, "header.data_bytes", [f"{size} "])
+
+
+def test_a_model_above_all_limits_is_told_the_smallest() -> None:
+    options = "--max-model-bytes", "1GiB", "--memory-limit", "64MiB"
+    with inner_server(*options) as running, grpc.insecure_channel(running.address) as channel:
+        found = failure(send, channel, "Prune", [message("Prune", header=header("Prune", 2**31))])
+    found = check_failed(found, grpc.StatusCode.RESOURCE_EXHAUSTED, "MODEL_TOO_LARGE")
+    assert f"takes into memory, {64 << 20};" in found.message
 
 
 @rpcs
