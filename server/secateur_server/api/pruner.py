@@ -97,5 +97,4 @@ class Pruner:
         self, message: pb.GetServerInfoRequest, context: RequestContext
     ) -> pb.GetServerInfoResponse:
         """Says what this server can do."""
-        most = min(self._sources.max_model_bytes, self._sources.scheduler.models.limit)
-        return encode_server_info(most)
+        return encode_server_info(self._sources.largest)

@@ -82,6 +82,11 @@ class Sources:
     scheduler: Scheduler
     metrics: Metrics
 
+    @property
+    def largest(self) -> int:
+        """The bytes of the largest model that a call may carry."""
+        return min(self.max_model_bytes, self.scheduler.models.limit)
+
     def open(
         self, call: Call[Any], keep: Receiver | None = None
     ) -> AbstractContextManager[Incoming]:
@@ -188,11 +193,10 @@ class Sources:
                 f"{size} is less than {MIN_FILE_BYTES}, the smallest size of a file",
             )
         if is_hashed and size > self.max_model_bytes:
-            most = min(self.max_model_bytes, self.scheduler.models.limit)
             raise ModelTooLarge(
                 "header.data_bytes",
-                f"{size} bytes are more than this server takes into memory, {most}; upload the "
-                "model first",
+                f"{size} bytes are more than this server takes into memory, {self.largest}; "
+                "upload the model first",
             )
         return ByteStream(call.data, size, is_hashed)
 

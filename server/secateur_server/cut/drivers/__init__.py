@@ -29,7 +29,7 @@ class Driver(Protocol):
         """Applies a function to each piece.
 
         Returns:
-            The results, in order: small summaries of the pieces, for whoever decides.
+            The results, in order.
 
         Raises:
             Cancelled, DeadlineExceeded: The request is to end.
