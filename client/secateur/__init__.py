@@ -51,7 +51,7 @@ from secateur.errors import (
     Unavailable,
     UriError,
 )
-from secateur.groups import group, head_groups, member, query_head_groups
+from secateur.grouping import group, head_groups, member, query_head_groups
 from secateur.methods import (
     block_structured,
     custom_from_mask,

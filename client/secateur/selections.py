@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from secateur.amounts import AnyAmount, amount_of
-from secateur.checks import flag, made, one_of, patterns, shown, text_keys
+from secateur.checks import flag, integer, made, one_of, patterns, shown, text_keys
 from secateur.choices import (
     AnyGranularity,
     AnyImportance,
@@ -13,7 +13,7 @@ from secateur.choices import (
     magnitude,
 )
 from secateur.errors import InvalidSpec
-from secateur.groups import Groups, groups_of
+from secateur.grouping import Groups, groups_of
 from secateur.rails import AnyGuardRails, GuardRails, guard_rails
 from secateur.spec import Arrays, Rule, Spec
 from secateur.tensors import is_text
@@ -86,6 +86,7 @@ def grouped(
     guard_rails: AnyGuardRails | None = None,
     importance: AnyImportance = "magnitude",
     importance_scores: Arrays | None = None,
+    align: int | None = None,
 ) -> Spec:
     """Prunes units of groups: slices of several tensors that are pruned together.
 
@@ -100,6 +101,8 @@ def grouped(
         guard_rails: See `select`.
         importance: "magnitude" by p, or "random".
         importance_scores: Arrays with a score for each unit, by the groups' names.
+        align: Each group keeps a multiple of this many units; 1 is any number. None is 1, and with
+            output="shrunk" a multiple of up to 16 that suits the group's size.
     """
     if isinstance(importance, str) and importance == "magnitude":
         importance = magnitude(p)
@@ -110,6 +113,7 @@ def grouped(
         groups=groups_of(groups),
         granularity=pb.GRANULARITY_GROUP,
         combination=one_of("combination", combination, _COMBINATIONS),
+        align=0 if align is None else integer("align", align, 1),
         **_ranking(scope, normalization, of_all, guard_rails),
     )
 

@@ -74,6 +74,13 @@ class _OutputEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTyp
     """
     OUTPUT_NONE: _Output.ValueType  # 4
     """No data: the report alone."""
+    OUTPUT_SHRUNK: _Output.ValueType  # 5
+    """All tensors as OUTPUT_DENSE, but smaller: for each group of the spec, units that are wholly
+    pruned in all members are removed from all of them. The report says what was removed. A group
+    keeps at least one unit. At least one rule must have groups. Members that name one slice of a
+    tensor twice, in one group or in two, are INVALID_ARGUMENT, unless several rules have the same
+    group.
+    """
 
 class Output(_Output, metaclass=_OutputEnumTypeWrapper):
     """What a Prune returns beside the report."""
@@ -95,6 +102,13 @@ torch: -0.5 becomes -0.0.
 """
 OUTPUT_NONE: Output.ValueType  # 4
 """No data: the report alone."""
+OUTPUT_SHRUNK: Output.ValueType  # 5
+"""All tensors as OUTPUT_DENSE, but smaller: for each group of the spec, units that are wholly
+pruned in all members are removed from all of them. The report says what was removed. A group
+keeps at least one unit. At least one rule must have groups. Members that name one slice of a
+tensor twice, in one group or in two, are INVALID_ARGUMENT, unless several rules have the same
+group.
+"""
 Global___Output: typing_extensions.TypeAlias = Output
 
 @typing.final
@@ -461,6 +475,9 @@ class FinalizeHeader(google.protobuf.message.Message):
     CHECKPOINT_FIELD_NUMBER: builtins.int
     URI_FIELD_NUMBER: builtins.int
     DESTINATION_URI_FIELD_NUMBER: builtins.int
+    OUTPUT_FIELD_NUMBER: builtins.int
+    GROUPS_FIELD_NUMBER: builtins.int
+    PRIOR_FIELD_NUMBER: builtins.int
     data_bytes: builtins.int
     """As PruneHeader.data_bytes."""
     checkpoint: builtins.str
@@ -469,11 +486,19 @@ class FinalizeHeader(google.protobuf.message.Message):
     """A URI that the server opens."""
     destination_uri: builtins.str
     """As PruneHeader.destination_uri."""
+    output: Global___Output.ValueType
+    """What comes back: OUTPUT_DENSE, the default, or OUTPUT_SHRUNK."""
+    prior: Global___Prior.ValueType
+    """What counts as pruned, in the tensors that `groups` name. For OUTPUT_SHRUNK."""
     @property
     def tensors(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Names or globs, as Selection.tensors, of the tensors whose pair to fold and that the report
         covers; other pairs stay pairs. A tensor without a mask stays as it is. Default: all.
         """
+
+    @property
+    def groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[secateur_proto.spec_pb2.Group]:
+        """For OUTPUT_SHRUNK, as Selection.groups. At least one there."""
 
     def __init__(
         self,
@@ -483,9 +508,12 @@ class FinalizeHeader(google.protobuf.message.Message):
         checkpoint: builtins.str = ...,
         uri: builtins.str = ...,
         destination_uri: builtins.str = ...,
+        output: Global___Output.ValueType = ...,
+        groups: collections.abc.Iterable[secateur_proto.spec_pb2.Group] | None = ...,
+        prior: Global___Prior.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "source", b"source", "uri", b"uri"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "data_bytes", b"data_bytes", "destination_uri", b"destination_uri", "source", b"source", "tensors", b"tensors", "uri", b"uri"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "data_bytes", b"data_bytes", "destination_uri", b"destination_uri", "groups", b"groups", "output", b"output", "prior", b"prior", "source", b"source", "tensors", b"tensors", "uri", b"uri"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["source", b"source"]) -> typing.Literal["checkpoint", "uri"] | None: ...
 
 Global___FinalizeHeader: typing_extensions.TypeAlias = FinalizeHeader

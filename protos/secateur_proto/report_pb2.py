@@ -25,29 +25,37 @@ _sym_db = _symbol_database.Default()
 from secateur_proto import spec_pb2 as secateur_dot_v1_dot_spec__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18secateur/v1/report.proto\x12\x0bsecateur.v1\x1a\x16secateur/v1/spec.proto\"\x92\x02\n\x0eSparsityReport\x12*\n\x07tensors\x18\x01 \x03(\x0b\x32\x19.secateur.v1.TensorReport\x12\r\n\x05zeros\x18\x02 \x01(\x04\x12\r\n\x05total\x18\x03 \x01(\x04\x12\x10\n\x08sparsity\x18\x04 \x01(\x01\x12&\n\x05rules\x18\x05 \x03(\x0b\x32\x17.secateur.v1.RuleReport\x12\x14\n\x0cinput_blake3\x18\x06 \x01(\t\x12\x15\n\routput_blake3\x18\x07 \x01(\t\x12&\n\x08warnings\x18\x08 \x03(\x0b\x32\x14.secateur.v1.Warning\x12\'\n\x08\x63overage\x18\t \x01(\x0b\x32\x15.secateur.v1.Coverage\"d\n\x08\x43overage\x12\x0f\n\x07\x63overed\x18\x01 \x01(\x04\x12\x11\n\tuncovered\x18\x02 \x01(\x04\x12\x19\n\x11uncovered_tensors\x18\x03 \x01(\x04\x12\x19\n\x11largest_uncovered\x18\x04 \x03(\t\"b\n\x07Warning\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\'\n\x08severity\x18\x02 \x01(\x0e\x32\x15.secateur.v1.Severity\x12\x0f\n\x07tensors\x18\x03 \x03(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\"\x98\x02\n\x0cTensorReport\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\x12\r\n\x05zeros\x18\x05 \x01(\x04\x12\r\n\x05total\x18\x06 \x01(\x04\x12\x10\n\x08sparsity\x18\x07 \x01(\x01\x12\x0e\n\x06pruned\x18\x08 \x01(\x04\x12\x11\n\tis_pruned\x18\t \x01(\x08\x12\x13\n\x0bzero_slices\x18\n \x03(\x04\x12&\n\x08patterns\x18\x0b \x03(\x0b\x32\x14.secateur.v1.Pattern\x12,\n\x0bzero_blocks\x18\x0c \x03(\x0b\x32\x17.secateur.v1.ZeroBlocks\x12\x0f\n\x07\x61liases\x18\r \x03(\t\"7\n\nZeroBlocks\x12\x0c\n\x04side\x18\x01 \x01(\x04\x12\x0c\n\x04zero\x18\x02 \x01(\x04\x12\r\n\x05total\x18\x03 \x01(\x04\"2\n\nRuleReport\x12$\n\x07\x63hoices\x18\x01 \x03(\x0b\x32\x13.secateur.v1.Choice\"\xbd\x01\n\x06\x43hoice\x12\x0f\n\x07tensors\x18\x01 \x03(\t\x12\x12\n\ncandidates\x18\x02 \x01(\x04\x12\x11\n\trequested\x18\x03 \x01(\x04\x12\x0e\n\x06pruned\x18\x04 \x01(\x04\x12\x16\n\tthreshold\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x0c\n\x04ties\x18\x06 \x01(\x04\x12\x13\n\x0bties_pruned\x18\x07 \x01(\x04\x12\"\n\x06\x62ounds\x18\x08 \x03(\x0b\x32\x12.secateur.v1.BoundB\x0c\n\n_threshold\"5\n\x05\x42ound\x12\x0e\n\x06tensor\x18\x01 \x01(\t\x12\x0c\n\x04rail\x18\x02 \x01(\t\x12\x0e\n\x06pruned\x18\x03 \x01(\x04*M\n\x08Severity\x12\x18\n\x14SEVERITY_UNSPECIFIED\x10\x00\x12\x11\n\rSEVERITY_NOTE\x10\x01\x12\x14\n\x10SEVERITY_WARNING\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18secateur/v1/report.proto\x12\x0bsecateur.v1\x1a\x16secateur/v1/spec.proto\"\xbd\x02\n\x0eSparsityReport\x12*\n\x07tensors\x18\x01 \x03(\x0b\x32\x19.secateur.v1.TensorReport\x12\r\n\x05zeros\x18\x02 \x01(\x04\x12\r\n\x05total\x18\x03 \x01(\x04\x12\x10\n\x08sparsity\x18\x04 \x01(\x01\x12&\n\x05rules\x18\x05 \x03(\x0b\x32\x17.secateur.v1.RuleReport\x12\x14\n\x0cinput_blake3\x18\x06 \x01(\t\x12\x15\n\routput_blake3\x18\x07 \x01(\t\x12&\n\x08warnings\x18\x08 \x03(\x0b\x32\x14.secateur.v1.Warning\x12\'\n\x08\x63overage\x18\t \x01(\x0b\x32\x15.secateur.v1.Coverage\x12)\n\tshrinkage\x18\n \x01(\x0b\x32\x16.secateur.v1.Shrinkage\"\xd8\x01\n\tShrinkage\x12*\n\x07tensors\x18\x01 \x03(\x0b\x32\x19.secateur.v1.ShrunkTensor\x12(\n\x06groups\x18\x02 \x03(\x0b\x32\x18.secateur.v1.ShrunkGroup\x12\x19\n\x11parameters_before\x18\x03 \x01(\x04\x12\x12\n\nparameters\x18\x04 \x01(\x04\x12\x14\n\x0c\x62ytes_before\x18\x05 \x01(\x04\x12\r\n\x05\x62ytes\x18\x06 \x01(\x04\x12!\n\x05uncut\x18\x07 \x03(\x0b\x32\x12.secateur.v1.Uncut\"f\n\x0cShrunkTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0cshape_before\x18\x02 \x03(\x04\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x14\n\x0c\x62ytes_before\x18\x04 \x01(\x04\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\"F\n\x0bShrunkGroup\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05units\x18\x02 \x01(\x04\x12\x0c\n\x04kept\x18\x03 \x01(\x04\x12\x0c\n\x04mask\x18\x04 \x01(\x0c\"D\n\x05Uncut\x12\x0e\n\x06tensor\x18\x01 \x01(\t\x12\x0b\n\x03\x64im\x18\x02 \x01(\r\x12\x0e\n\x06slices\x18\x03 \x01(\x04\x12\x0e\n\x06reason\x18\x04 \x01(\t\"d\n\x08\x43overage\x12\x0f\n\x07\x63overed\x18\x01 \x01(\x04\x12\x11\n\tuncovered\x18\x02 \x01(\x04\x12\x19\n\x11uncovered_tensors\x18\x03 \x01(\x04\x12\x19\n\x11largest_uncovered\x18\x04 \x03(\t\"b\n\x07Warning\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\'\n\x08severity\x18\x02 \x01(\x0e\x32\x15.secateur.v1.Severity\x12\x0f\n\x07tensors\x18\x03 \x03(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\"\x98\x02\n\x0cTensorReport\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\x12\r\n\x05zeros\x18\x05 \x01(\x04\x12\r\n\x05total\x18\x06 \x01(\x04\x12\x10\n\x08sparsity\x18\x07 \x01(\x01\x12\x0e\n\x06pruned\x18\x08 \x01(\x04\x12\x11\n\tis_pruned\x18\t \x01(\x08\x12\x13\n\x0bzero_slices\x18\n \x03(\x04\x12&\n\x08patterns\x18\x0b \x03(\x0b\x32\x14.secateur.v1.Pattern\x12,\n\x0bzero_blocks\x18\x0c \x03(\x0b\x32\x17.secateur.v1.ZeroBlocks\x12\x0f\n\x07\x61liases\x18\r \x03(\t\"7\n\nZeroBlocks\x12\x0c\n\x04side\x18\x01 \x01(\x04\x12\x0c\n\x04zero\x18\x02 \x01(\x04\x12\r\n\x05total\x18\x03 \x01(\x04\"2\n\nRuleReport\x12$\n\x07\x63hoices\x18\x01 \x03(\x0b\x32\x13.secateur.v1.Choice\"\xbd\x01\n\x06\x43hoice\x12\x0f\n\x07tensors\x18\x01 \x03(\t\x12\x12\n\ncandidates\x18\x02 \x01(\x04\x12\x11\n\trequested\x18\x03 \x01(\x04\x12\x0e\n\x06pruned\x18\x04 \x01(\x04\x12\x16\n\tthreshold\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x0c\n\x04ties\x18\x06 \x01(\x04\x12\x13\n\x0bties_pruned\x18\x07 \x01(\x04\x12\"\n\x06\x62ounds\x18\x08 \x03(\x0b\x32\x12.secateur.v1.BoundB\x0c\n\n_threshold\"5\n\x05\x42ound\x12\x0e\n\x06tensor\x18\x01 \x01(\t\x12\x0c\n\x04rail\x18\x02 \x01(\t\x12\x0e\n\x06pruned\x18\x03 \x01(\x04*M\n\x08Severity\x12\x18\n\x14SEVERITY_UNSPECIFIED\x10\x00\x12\x11\n\rSEVERITY_NOTE\x10\x01\x12\x14\n\x10SEVERITY_WARNING\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'secateur_proto.report_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SEVERITY']._serialized_start=1183
-  _globals['_SEVERITY']._serialized_end=1260
+  _globals['_SEVERITY']._serialized_start=1691
+  _globals['_SEVERITY']._serialized_end=1768
   _globals['_SPARSITYREPORT']._serialized_start=66
-  _globals['_SPARSITYREPORT']._serialized_end=340
-  _globals['_COVERAGE']._serialized_start=342
-  _globals['_COVERAGE']._serialized_end=442
-  _globals['_WARNING']._serialized_start=444
-  _globals['_WARNING']._serialized_end=542
-  _globals['_TENSORREPORT']._serialized_start=545
-  _globals['_TENSORREPORT']._serialized_end=825
-  _globals['_ZEROBLOCKS']._serialized_start=827
-  _globals['_ZEROBLOCKS']._serialized_end=882
-  _globals['_RULEREPORT']._serialized_start=884
-  _globals['_RULEREPORT']._serialized_end=934
-  _globals['_CHOICE']._serialized_start=937
-  _globals['_CHOICE']._serialized_end=1126
-  _globals['_BOUND']._serialized_start=1128
-  _globals['_BOUND']._serialized_end=1181
+  _globals['_SPARSITYREPORT']._serialized_end=383
+  _globals['_SHRINKAGE']._serialized_start=386
+  _globals['_SHRINKAGE']._serialized_end=602
+  _globals['_SHRUNKTENSOR']._serialized_start=604
+  _globals['_SHRUNKTENSOR']._serialized_end=706
+  _globals['_SHRUNKGROUP']._serialized_start=708
+  _globals['_SHRUNKGROUP']._serialized_end=778
+  _globals['_UNCUT']._serialized_start=780
+  _globals['_UNCUT']._serialized_end=848
+  _globals['_COVERAGE']._serialized_start=850
+  _globals['_COVERAGE']._serialized_end=950
+  _globals['_WARNING']._serialized_start=952
+  _globals['_WARNING']._serialized_end=1050
+  _globals['_TENSORREPORT']._serialized_start=1053
+  _globals['_TENSORREPORT']._serialized_end=1333
+  _globals['_ZEROBLOCKS']._serialized_start=1335
+  _globals['_ZEROBLOCKS']._serialized_end=1390
+  _globals['_RULEREPORT']._serialized_start=1392
+  _globals['_RULEREPORT']._serialized_end=1442
+  _globals['_CHOICE']._serialized_start=1445
+  _globals['_CHOICE']._serialized_end=1634
+  _globals['_BOUND']._serialized_start=1636
+  _globals['_BOUND']._serialized_end=1689
 # @@protoc_insertion_point(module_scope)

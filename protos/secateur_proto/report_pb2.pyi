@@ -61,6 +61,7 @@ class SparsityReport(google.protobuf.message.Message):
     OUTPUT_BLAKE3_FIELD_NUMBER: builtins.int
     WARNINGS_FIELD_NUMBER: builtins.int
     COVERAGE_FIELD_NUMBER: builtins.int
+    SHRINKAGE_FIELD_NUMBER: builtins.int
     zeros: builtins.int
     """Elements that are zero, over all entries. -0.0 is zero."""
     total: builtins.int
@@ -92,6 +93,10 @@ class SparsityReport(google.protobuf.message.Message):
     def coverage(self) -> Global___Coverage:
         """How much of the model the report covers."""
 
+    @property
+    def shrinkage(self) -> Global___Shrinkage:
+        """What was removed. Only with OUTPUT_SHRUNK. `tensors` above then describes the smaller tensors."""
+
     def __init__(
         self,
         *,
@@ -104,11 +109,158 @@ class SparsityReport(google.protobuf.message.Message):
         output_blake3: builtins.str = ...,
         warnings: collections.abc.Iterable[Global___Warning] | None = ...,
         coverage: Global___Coverage | None = ...,
+        shrinkage: Global___Shrinkage | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["coverage", b"coverage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["coverage", b"coverage", "input_blake3", b"input_blake3", "output_blake3", b"output_blake3", "rules", b"rules", "sparsity", b"sparsity", "tensors", b"tensors", "total", b"total", "warnings", b"warnings", "zeros", b"zeros"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["coverage", b"coverage", "shrinkage", b"shrinkage"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["coverage", b"coverage", "input_blake3", b"input_blake3", "output_blake3", b"output_blake3", "rules", b"rules", "shrinkage", b"shrinkage", "sparsity", b"sparsity", "tensors", b"tensors", "total", b"total", "warnings", b"warnings", "zeros", b"zeros"]) -> None: ...
 
 Global___SparsityReport: typing_extensions.TypeAlias = SparsityReport
+
+@typing.final
+class Shrinkage(google.protobuf.message.Message):
+    """What OUTPUT_SHRUNK removed from a model."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TENSORS_FIELD_NUMBER: builtins.int
+    GROUPS_FIELD_NUMBER: builtins.int
+    PARAMETERS_BEFORE_FIELD_NUMBER: builtins.int
+    PARAMETERS_FIELD_NUMBER: builtins.int
+    BYTES_BEFORE_FIELD_NUMBER: builtins.int
+    BYTES_FIELD_NUMBER: builtins.int
+    UNCUT_FIELD_NUMBER: builtins.int
+    parameters_before: builtins.int
+    """Elements of all tensors of the model before, a pair X_orig, X_mask as X."""
+    parameters: builtins.int
+    """Elements of all tensors of the result."""
+    bytes_before: builtins.int
+    """Bytes of the values of all tensors of the model before, without masks."""
+    bytes: builtins.int
+    """Bytes of the values of all tensors of the result."""
+    @property
+    def tensors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ShrunkTensor]:
+        """Each tensor that a group names, in the order of the safetensors header."""
+
+    @property
+    def groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ShrunkGroup]:
+        """Each group, in the order of the spec."""
+
+    @property
+    def uncut(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Uncut]:
+        """Pruned slices that are still there, and why."""
+
+    def __init__(
+        self,
+        *,
+        tensors: collections.abc.Iterable[Global___ShrunkTensor] | None = ...,
+        groups: collections.abc.Iterable[Global___ShrunkGroup] | None = ...,
+        parameters_before: builtins.int = ...,
+        parameters: builtins.int = ...,
+        bytes_before: builtins.int = ...,
+        bytes: builtins.int = ...,
+        uncut: collections.abc.Iterable[Global___Uncut] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "bytes_before", b"bytes_before", "groups", b"groups", "parameters", b"parameters", "parameters_before", b"parameters_before", "tensors", b"tensors", "uncut", b"uncut"]) -> None: ...
+
+Global___Shrinkage: typing_extensions.TypeAlias = Shrinkage
+
+@typing.final
+class ShrunkTensor(google.protobuf.message.Message):
+    """The sizes of a tensor before and after."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    SHAPE_BEFORE_FIELD_NUMBER: builtins.int
+    SHAPE_FIELD_NUMBER: builtins.int
+    BYTES_BEFORE_FIELD_NUMBER: builtins.int
+    BYTES_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Its name."""
+    bytes_before: builtins.int
+    """Bytes of its values before, without any mask."""
+    bytes: builtins.int
+    """Bytes of its values now."""
+    @property
+    def shape_before(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Lengths of its dimensions before."""
+
+    @property
+    def shape(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Lengths of its dimensions now."""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        shape_before: collections.abc.Iterable[builtins.int] | None = ...,
+        shape: collections.abc.Iterable[builtins.int] | None = ...,
+        bytes_before: builtins.int = ...,
+        bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "bytes_before", b"bytes_before", "name", b"name", "shape", b"shape", "shape_before", b"shape_before"]) -> None: ...
+
+Global___ShrunkTensor: typing_extensions.TypeAlias = ShrunkTensor
+
+@typing.final
+class ShrunkGroup(google.protobuf.message.Message):
+    """What was removed of a group."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    UNITS_FIELD_NUMBER: builtins.int
+    KEPT_FIELD_NUMBER: builtins.int
+    MASK_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Its name."""
+    units: builtins.int
+    """Units before."""
+    kept: builtins.int
+    """Units now."""
+    mask: builtins.bytes
+    """One bit a unit, 1 is kept: lowest bit first, ceil(units / 8) bytes, the last padded with 0."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        units: builtins.int = ...,
+        kept: builtins.int = ...,
+        mask: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["kept", b"kept", "mask", b"mask", "name", b"name", "units", b"units"]) -> None: ...
+
+Global___ShrunkGroup: typing_extensions.TypeAlias = ShrunkGroup
+
+@typing.final
+class Uncut(google.protobuf.message.Message):
+    """Pruned slices that were not removed."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TENSOR_FIELD_NUMBER: builtins.int
+    DIM_FIELD_NUMBER: builtins.int
+    SLICES_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    tensor: builtins.str
+    """A tensor that has them."""
+    dim: builtins.int
+    """Along which dimension."""
+    slices: builtins.int
+    """How many."""
+    reason: builtins.str
+    """One line for people: why."""
+    def __init__(
+        self,
+        *,
+        tensor: builtins.str = ...,
+        dim: builtins.int = ...,
+        slices: builtins.int = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dim", b"dim", "reason", b"reason", "slices", b"slices", "tensor", b"tensor"]) -> None: ...
+
+Global___Uncut: typing_extensions.TypeAlias = Uncut
 
 @typing.final
 class Coverage(google.protobuf.message.Message):

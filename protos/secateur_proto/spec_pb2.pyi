@@ -362,6 +362,7 @@ class Selection(google.protobuf.message.Message):
     ALLOCATION_FIELD_NUMBER: builtins.int
     GUARD_RAILS_FIELD_NUMBER: builtins.int
     SCALES_FIELD_NUMBER: builtins.int
+    ALIGN_FIELD_NUMBER: builtins.int
     granularity: Global___Granularity.ValueType
     """What is pruned as one. Required."""
     dim: builtins.int
@@ -398,6 +399,18 @@ class Selection(google.protobuf.message.Message):
     allocation: Global___Allocation.ValueType
     """How a total is divided among the tensors that are ranked together. Default ALLOCATION_RANK;
     others take `fraction` and `count` only, and no SCOPE_PER_TENSOR.
+    """
+    align: builtins.int
+    """For GRANULARITY_GROUP: each group keeps a multiple of this many units, since hardware computes
+    such sizes faster. At most 4096; 1 is any number. 0, the default, is 1; with OUTPUT_SHRUNK it
+    is the largest of 16, 8, 4, 2 and 1 that is at most a quarter of the group's units, divided by
+    the power of two that divides the slices of its units.
+    The amount is decided first. Then each group keeps the multiple below or above: those that are
+    nearest to the next one keep more, until all groups that are ranked together keep what was
+    decided, and less than one multiple more; with `macs` as much as the target allows. A group of
+    which something is kept keeps at least one multiple. A group that has fewer unpruned units than
+    one multiple, or of which nothing is pruned, is left as it is. Guard rails hold: a group without
+    a multiple between its bounds is INVALID_ARGUMENT, or with the default is not aligned.
     """
     @property
     def tensors(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
@@ -484,9 +497,10 @@ class Selection(google.protobuf.message.Message):
         allocation: Global___Allocation.ValueType = ...,
         guard_rails: Global___GuardRails | None = ...,
         scales: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        align: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["amount", b"amount", "block", b"block", "bytes", b"bytes", "count", b"count", "fraction", b"fraction", "guard_rails", b"guard_rails", "importance", b"importance", "macs", b"macs", "magnitude", b"magnitude", "pattern", b"pattern", "random", b"random", "table", b"table", "threshold", b"threshold"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["allocation", b"allocation", "amount", b"amount", "block", b"block", "bytes", b"bytes", "combination", b"combination", "count", b"count", "dim", b"dim", "fraction", b"fraction", "granularity", b"granularity", "groups", b"groups", "guard_rails", b"guard_rails", "importance", b"importance", "importance_scores", b"importance_scores", "macs", b"macs", "magnitude", b"magnitude", "normalization", b"normalization", "of_all", b"of_all", "pattern", b"pattern", "random", b"random", "scales", b"scales", "scope", b"scope", "table", b"table", "tensors", b"tensors", "threshold", b"threshold"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["align", b"align", "allocation", b"allocation", "amount", b"amount", "block", b"block", "bytes", b"bytes", "combination", b"combination", "count", b"count", "dim", b"dim", "fraction", b"fraction", "granularity", b"granularity", "groups", b"groups", "guard_rails", b"guard_rails", "importance", b"importance", "importance_scores", b"importance_scores", "macs", b"macs", "magnitude", b"magnitude", "normalization", b"normalization", "of_all", b"of_all", "pattern", b"pattern", "random", b"random", "scales", b"scales", "scope", b"scope", "table", b"table", "tensors", b"tensors", "threshold", b"threshold"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["amount", b"amount"]) -> typing.Literal["fraction", "count", "threshold", "bytes", "macs", "table"] | None: ...
     @typing.overload
@@ -670,6 +684,7 @@ class Member(google.protobuf.message.Message):
     UNITS_FIELD_NUMBER: builtins.int
     INDICES_FIELD_NUMBER: builtins.int
     UNSCORED_FIELD_NUMBER: builtins.int
+    UNMASKED_FIELD_NUMBER: builtins.int
     tensor: builtins.str
     """The name of a tensor that can be pruned."""
     dim: builtins.int
@@ -682,6 +697,10 @@ class Member(google.protobuf.message.Message):
     """Units. Default: as many as fit. All members of a group have the same number."""
     unscored: builtins.bool
     """Whether it goes with its unit without a say in how important that is."""
+    unmasked: builtins.bool
+    """Whether it keeps its values: no mask prunes it, it is not scored, and OUTPUT_SHRUNK removes its
+    slices with their units. For running statistics and tables of positions. Of any dtype.
+    """
     @property
     def indices(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """In place of offset and stride: the slices of unit 0, then those of unit 1 and so on, as many
@@ -699,8 +718,9 @@ class Member(google.protobuf.message.Message):
         units: builtins.int = ...,
         indices: collections.abc.Iterable[builtins.int] | None = ...,
         unscored: builtins.bool = ...,
+        unmasked: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["dim", b"dim", "indices", b"indices", "offset", b"offset", "stride", b"stride", "tensor", b"tensor", "units", b"units", "unscored", b"unscored"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dim", b"dim", "indices", b"indices", "offset", b"offset", "stride", b"stride", "tensor", b"tensor", "units", b"units", "unmasked", b"unmasked", "unscored", b"unscored"]) -> None: ...
 
 Global___Member: typing_extensions.TypeAlias = Member
 

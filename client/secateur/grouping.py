@@ -35,6 +35,7 @@ def member(
     units: int | None = None,
     indices: Iterable[int] | None = None,
     scored: bool = True,
+    masked: bool = True,
 ) -> Member:
     """Describes the slices of a tensor in a group: unit i has `stride` of them.
 
@@ -47,6 +48,8 @@ def member(
         indices: In place of offset and stride: the slices of unit 0, then of unit 1 and so on, as
             many for each. Needs `units` if a unit has more than one slice.
         scored: False if the tensor has no influence on how important a unit is.
+        masked: False if the tensor keeps its values, and is only cut by output="shrunk": running
+            statistics, or a table of positions. It is not scored either.
     """
     stride = integer("stride", stride, 1)
     message = pb.Member(
@@ -55,6 +58,7 @@ def member(
         offset=integer("offset", offset),
         stride=0 if stride == 1 and indices is not None else stride,  # 0 is the default
         unscored=not flag("scored", scored),
+        unmasked=not flag("masked", masked),
     )
     if units is not None:
         message.units = integer("units", units, 1)
