@@ -113,7 +113,7 @@ def grouped(
         groups=groups_of(groups),
         granularity=pb.GRANULARITY_GROUP,
         combination=one_of("combination", combination, _COMBINATIONS),
-        align=0 if align is None else integer("align", align, 1),
+        align=0 if align is None else integer("align", align, 1, 4097),
         **_ranking(scope, normalization, of_all, guard_rails),
     )
 
