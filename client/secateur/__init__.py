@@ -72,7 +72,7 @@ from secateur.report import Bound, Choice, Coverage, Report, ReportWarning, Tens
 from secateur.result import FinalizeResult, PruneResult
 from secateur.selections import grouped, select
 from secateur.server_info import ServerInfo
-from secateur.source import is_pruned
+from secateur.source import is_pruned, load
 from secateur.spec import Spec
 from secateur.versions import VERSION
 
@@ -137,6 +137,7 @@ __all__ = [
     "l1_unstructured",
     "lamp",
     "ln_structured",
+    "load",
     "magnitude",
     "member",
     "n_m",

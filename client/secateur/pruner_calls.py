@@ -18,6 +18,7 @@ from secateur.files import warn_of_rest
 from secateur.forms import OUTPUTS, is_model
 from secateur.model import Source
 from secateur.others import LEAVE_OUT, check_names, check_storable
+from secateur.packed import check_zstandard
 from secateur.patience import Patience
 from secateur.plan import Plan, Sensitivity, decode_plan, sensitivity_of
 from secateur.progress import Progress
@@ -63,7 +64,8 @@ class PrunerCalls(CheckpointCalls):
             source: See `Client`. Of a Module the parameters are sent, and not the buffers.
             spec: What to prune.
             output: What the server sends: "masks" (one bit an element), "reparametrized", "dense",
-                "none" for the report alone, or another one of `server_info().outputs`.
+                "packed" (without zeros, compressed), "none" for the report alone, or another one of
+                `server_info().outputs`.
             progress: See `Client`.
             keep: Whether the server keeps the result, as the result's checkpoint. Data that the
                 server already has of the source is not sent again.
@@ -81,6 +83,8 @@ class PrunerCalls(CheckpointCalls):
         model = read_source(source, key)
         message, arrays = encode_spec(spec, model)
         header.spec.CopyFrom(message)
+        if output == "packed":
+            check_zstandard("output='packed'")
         if is_model(output):
             _check_destination(destination, model.only_parameters())
         patience = self._connection.patience()

@@ -14,7 +14,7 @@ from secateur_server.cut.prune import prune
 from secateur_server.errors import CheckpointNotFound, InvalidRequest
 from secateur_server.outputs import OUTPUTS
 from secateur_server.report.tensors import measure_tensors
-from secateur_server.report.warnings import changes_of, warnings_of
+from secateur_server.report.warnings import NOT_SMALLER, changes_of, warnings_of
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.decode import decode_spec
 from secateur_server.spec.resolve import resolve
@@ -25,6 +25,9 @@ from secateur_server.state_dict.sources import Call, Sources
 from secateur_server.state_dict.state_dict import masks_of, packed_masks
 from secateur_server.storage.receiver import Receiver
 from secateur_server.wire.writer import OutgoingFile, digest_of
+
+# The outputs that make a model with zeros smaller.
+SMALLER = (pb.OUTPUT_SHRUNK, pb.OUTPUT_PACKED)
 
 
 def decode_prune(context: RequestContext, header: pb.PruneHeader) -> list[Rule]:
@@ -106,7 +109,9 @@ def _prune(
         measured, catalog = measure_tensors(context, pruned), state_dict.catalog
         report = encode_report(context, measured, catalog, *digests, outcomes)
         changes = changes_of(context, report, catalog, prior)
-        report.warnings.extend(warnings_of(context, report, asked, rules, catalog, changes))
+        warnings = warnings_of(context, report, asked, rules, catalog, changes)
+        is_smaller = header.output in SMALLER
+        report.warnings.extend(w for w in warnings if not (is_smaller and w.code == NOT_SMALLER))
     return Pruned(pruned, files, report, sum(change.pruned for change in changes))
 
 

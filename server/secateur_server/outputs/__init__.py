@@ -10,6 +10,7 @@ from secateur_proto import pruner_pb2 as pb
 from secateur_server.outputs.dense import Dense
 from secateur_server.outputs.masks import Masks
 from secateur_server.outputs.nothing import Nothing
+from secateur_server.outputs.packed import Packed
 from secateur_server.outputs.reparametrized import Reparametrized
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.catalog import Catalog
@@ -75,4 +76,5 @@ OUTPUTS: dict[int, Output] = {
     pb.OUTPUT_REPARAMETRIZED: Reparametrized(),
     pb.OUTPUT_DENSE: Dense(),
     pb.OUTPUT_NONE: Nothing(),
+    pb.OUTPUT_PACKED: Packed(),
 }
