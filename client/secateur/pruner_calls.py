@@ -12,10 +12,11 @@ from secateur.checks import flag, one_of, patterns
 from secateur.choices import AnyGranularity, magnitude
 from secateur.connection import Call
 from secateur.defaults import SOME_AMOUNTS, matrices
-from secateur.encoding import encode_spec
+from secateur.encoding import encode_spec, unmasked_members
 from secateur.errors import SecateurError
 from secateur.files import warn_of_rest
 from secateur.forms import OUTPUTS, is_model
+from secateur.grouping import Groups, groups_of
 from secateur.model import Source
 from secateur.others import LEAVE_OUT, check_names, check_storable
 from secateur.packed import check_zstandard
@@ -82,6 +83,7 @@ class PrunerCalls(CheckpointCalls):
         )
         model = read_source(source, key)
         message, arrays = encode_spec(spec, model)
+        model = model.sending(unmasked_members(message))
         header.spec.CopyFrom(message)
         if output == "packed":
             check_zstandard("output='packed'")
@@ -196,6 +198,7 @@ class PrunerCalls(CheckpointCalls):
         patience: Patience,
     ) -> Plan:
         message, arrays = encode_spec(spec, model)
+        model = model.sending(unmasked_members(message))
         header = pb.PlanHeader(
             spec=message,
             amounts=[] if amounts is None else encode_amounts(amounts),
@@ -239,10 +242,14 @@ class PrunerCalls(CheckpointCalls):
         progress: Progress = None,
         destination: str | None = None,
         key: str | None = None,
+        output: str = "dense",
+        groups: Groups = (),
+        prior: str = "masks",
     ) -> FinalizeResult:
         """Makes pruning permanent: each pair X_orig, X_mask becomes X.
 
-        Does what torch.nn.utils.prune.remove does.
+        Does what torch.nn.utils.prune.remove does; or, with output="shrunk", also removes the units
+        of groups that are wholly pruned.
 
         Args:
             source: See `Client`.
@@ -250,15 +257,26 @@ class PrunerCalls(CheckpointCalls):
             progress: See `Client`.
             destination: See `prune`.
             key: See `Client`.
+            output: "dense", "shrunk", or "packed".
+            groups: What `group` returns; with "shrunk" only.
+            prior: What counts as pruned in the groups' tensors: see `prune`. With "shrunk" only.
         """
-        header = pb.FinalizeHeader(destination_uri=uri_of(destination))
+        header = pb.FinalizeHeader(
+            destination_uri=uri_of(destination),
+            output=one_of("output", output, OUTPUTS),
+            groups=groups_of(groups),
+            prior=one_of("prior", prior, _PRIORS),
+        )
+        if output == "packed":
+            check_zstandard("output='packed'")
         model = read_source(source, key)
         header.tensors.extend(_named(tensors, model))
         patience = self._connection.patience()
         call = self._call("Finalize", header, model, model.tensors, progress, patience)
         _check_destination(destination, model)
         result, received = self._connection.transform(call)
-        return FinalizeResult(decode_report(result.report), model, received, destination)
+        report = decode_report(result.report)
+        return FinalizeResult(report, model, received, destination, output)
 
     def server_info(self) -> ServerInfo:
         """Returns the server's version, features and limits.

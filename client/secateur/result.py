@@ -24,12 +24,16 @@ from secateur_proto.report_pb2 import SparsityReport
 class _Result:
     """A model that a server sent back, and its source."""
 
-    _output = "dense"
-
     def __init__(
-        self, report: Report, source: Source, received: Received, destination: str | None
+        self,
+        report: Report,
+        source: Source,
+        received: Received,
+        destination: str | None,
+        output: str,
     ) -> None:
         self.report = report
+        self._output = output
         self._source = source
         self._answer = received
         self._destination = destination
@@ -113,10 +117,12 @@ class FinalizeResult(_Result):
         The file is written whole, or not at all. A torch file and a folder keep what the source has
         beside the weights; a NotSaved warning names what is not kept.
 
+        A packed result is written packed.
+
         Args:
             path: The file or folder.
         """
-        self._save(path_of(path), self._entries())
+        self._save(path_of(path), self._entries(), self._output == "packed")
 
     def _entries(self) -> dict[str, Any]:
         return self._whole(self._received, self._source.others)
@@ -139,10 +145,9 @@ class PruneResult(_Result):
         checkpoint: Checkpoint | None = None,
         destination: str | None = None,
     ) -> None:
-        super().__init__(decode_report(message), source, received, destination)
+        super().__init__(decode_report(message), source, received, destination, output)
         self.checkpoint = checkpoint
         self._message = message
-        self._output = output
 
     def __repr__(self) -> str:
         places = [f", checkpoint={self.checkpoint.name!r}"] if self.checkpoint else []

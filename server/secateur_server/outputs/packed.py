@@ -1,6 +1,6 @@
 """All tensors without their zeros, compressed: see docs/packed.md."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from secateur_proto.packing import Bytes, Dense, Item, Made, describe, pack_all
 from secateur_server.backends import allocate_in_scratch, backend_for
+from secateur_server.granularity.group import Group
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.catalog import Catalog
 from secateur_server.state_dict.fold import zeroed
@@ -22,12 +23,17 @@ class Packed:
     """OUTPUT_PACKED."""
 
     has_data = needs_all_tensors = True
+    needs_groups = False
 
     def is_stored(self, catalog: Catalog) -> bool:
         return False
 
     def files(
-        self, context: RequestContext, state_dict: StateDict, pruned: Mapping[str, Parameter]
+        self,
+        context: RequestContext,
+        state_dict: StateDict,
+        pruned: Mapping[str, Parameter],
+        groups: Sequence[Group],
     ) -> list[OutgoingFile]:
         state_dict.parameters |= pruned
         return packed_files(context, state_dict, state_dict.parameters)
@@ -45,7 +51,7 @@ def packed_files(
         state_dict: The state_dict.
         parameters: The parameters whose masks are applied. Others are packed as pairs.
     """
-    layout, sizes = state_dict.layout(parameters), {}
+    layout = state_dict.layout(parameters)
     files = {
         filename: [_dense(name, outgoing, parameters.get(name)) for name, outgoing in file.items()]
         for filename, file in layout.items()
