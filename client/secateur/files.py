@@ -134,7 +134,7 @@ def check_holds(
         suffixes = {Path(name).suffix for name in names}
     else:
         suffixes = {path.suffix}
-    if is_packed and suffixes != {".safetensors"}:
+    if is_packed and suffixes.intersection(TORCH_SUFFIXES):
         raise SecateurError(
             f"{path}: a packed file is .safetensors; name one, such as out.safetensors"
         )
