@@ -1,8 +1,10 @@
 """The methods of a client on models: the service Pruner."""
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from secateur.amounts import encode_amounts
@@ -14,11 +16,12 @@ from secateur.connection import Call
 from secateur.defaults import SOME_AMOUNTS, matrices
 from secateur.encoding import encode_spec, unmasked_members
 from secateur.errors import SecateurError
-from secateur.files import warn_of_rest
+from secateur.files import check_new_folder, warn_of_rest
 from secateur.forms import OUTPUTS, is_model
 from secateur.grouping import Groups, groups_of
 from secateur.model import Source
 from secateur.others import LEAVE_OUT, check_names, check_storable
+from secateur.paths import path_of
 from secateur.patience import Patience
 from secateur.plan import Plan, Sensitivity, decode_plan, sensitivity_of
 from secateur.progress import Progress
@@ -54,7 +57,7 @@ class PrunerCalls(CheckpointCalls):
         output: str = "masks",
         progress: Progress = None,
         keep: bool = False,
-        destination: str | None = None,
+        destination: str | os.PathLike[str] | None = None,
         key: str | None = None,
         prior: str = "masks",
     ) -> PruneResult:
@@ -68,27 +71,39 @@ class PrunerCalls(CheckpointCalls):
             progress: See `Client`.
             keep: Whether the server keeps the result, as the result's checkpoint. Data that the
                 server already has of the source is not sent again.
-            destination: A URI to which the server writes the output, in place of sending it.
+            destination: A URI to which the server writes the output, in place of sending it. With
+                "shrunk" and a model from a Hugging Face folder also a new folder here, which gets
+                a config.json with the new sizes.
             key: See `Client`.
             prior: What counts as pruned before: what "masks" prune, or also the "zeros" of the
                 tensors that the spec names, for a model that was pruned and stored dense.
         """
+        folder = _new_folder(destination) if output == "shrunk" else None
         header = pb.PruneHeader(
             output=one_of("output", output, OUTPUTS),
             keep=flag("keep", keep),
-            destination_uri=uri_of(destination),
+            destination_uri="" if folder else uri_of(destination),
             prior=one_of("prior", prior, _PRIORS),
         )
         model = read_source(source, key)
+        if folder and model.folder is None:
+            raise SecateurError(
+                f"destination={destination!r}: only a model from a local folder is written to a "
+                "folder; call the result's save()"
+            )
         message, arrays = encode_spec(spec, model)
         model = model.sending(unmasked_members(message))
         header.spec.CopyFrom(message)
         if is_model(output):
-            _check_destination(destination, model.only_parameters())
+            _check_destination(header.destination_uri, model.only_parameters())
         patience = self._connection.patience()
         if keep and model.is_here:
-            return self._prune_kept(model, header, arrays, progress, patience)
-        return self._prune(model, header, arrays, progress, patience, model)
+            result = self._prune_kept(model, header, arrays, progress, patience)
+        else:
+            result = self._prune(model, header, arrays, progress, patience, model)
+        if folder:
+            result.save(folder, output)
+        return result
 
     def _prune(
         self,
@@ -300,6 +315,15 @@ def _named(tensors: Patterns, model: Source) -> list[str]:
     named = [] if tensors is None else patterns(tensors)
     check_names("tensors", named, model.others)
     return named
+
+
+def _new_folder(destination: Any) -> Path | None:
+    """The folder here that a caller gives as destination; None for a URI."""
+    if destination is None or (isinstance(destination, str) and "://" in destination):
+        return None
+    path = path_of(destination)
+    check_new_folder(path)
+    return path
 
 
 def _check_destination(destination: str | None, model: Source) -> None:

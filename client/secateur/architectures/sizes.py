@@ -41,8 +41,8 @@ def check_expressible(before: Transformer, after: Transformer) -> None:
     heads, hidden = after.heads, after.size(keys.hidden)
     if heads != before.heads and not architecture.has_head_dim:
         raise InvalidStateDict(
-            f"{CONFIG}: {keys.heads}: cannot be {heads} in place of {before.heads}: in transformers "
-            f"heads of a {architecture.bare} are {keys.hidden} / {keys.heads} wide; {_RESIZE}"
+            f"{CONFIG}: {keys.heads}: cannot be {heads}, and was {before.heads}: in transformers "
+            f"a head is {keys.hidden} / {keys.heads} wide; {_RESIZE}"
         )
     if architecture.heads_divide_hidden and hidden % heads:
         raise InvalidStateDict(
