@@ -79,7 +79,7 @@ def _shrink(options: argparse.Namespace) -> None:
     check_new_folder(out)
     source = _without_layers(options, read_source(options.model))
     folder = _folder(options, source)
-    model = transformer_in(folder, source.tensors)[1]
+    model = transformer_in(folder, source)[1]
     _check_heads(options, model)
     if not given:
         _write(out, source, folder)
@@ -107,7 +107,7 @@ def _without_layers(options: argparse.Namespace, source: Source) -> Source:
     if options.layers is None and options.drop_layers is None:
         return source
     folder = _folder(options, source)
-    config, model = transformer_in(folder, source.tensors)
+    config, model = transformer_in(folder, source)
     removed = options.drop_layers
     if removed is None:
         if not 0 < options.layers < model.layers:
@@ -157,7 +157,7 @@ def _cut(options: argparse.Namespace, client: Client, source: Source, out: Path)
 
 def _spec(options: argparse.Namespace, source: Source) -> Spec | None:
     """The rules of the options; each group loses the same fraction, since a config has one size."""
-    model = transformer_in(_folder(options, source), source.tensors)[1]
+    model = transformer_in(_folder(options, source), source)[1]
     rules = list(_rules(options, model))
     return sum(rules[1:], rules[0]) if rules else None
 
@@ -175,7 +175,7 @@ def _rules(options: argparse.Namespace, model: Transformer) -> Iterator[Spec]:
 def _write(out: Path, source: Source, folder: Folder) -> None:
     """Writes a model whose tensors the server did not cut."""
     entries = tied({**source.tensors, **source.others}, source.other_names)
-    fitted = fitted_folder(folder, source.tensors, source.tensors)
+    fitted = fitted_folder(folder, source.tensors)
     save(out, entries, source.metadata, source.index, source.tensors, source.torch_file, fitted)
 
 

@@ -40,6 +40,7 @@ class Folder:
         path: The folder.
         model: The file of the weights, or the index of its shards.
         weights: The names of all files of the model.
+        parameters: The elements of the model's tensors.
         changed: New texts of files beside the weights, by name, for a copy of the folder.
         notes: What was done to the model so far, for people.
     """
@@ -47,6 +48,7 @@ class Folder:
     path: Path
     model: Path
     weights: frozenset[str]
+    parameters: int = 0
     changed: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 

@@ -4,7 +4,6 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from secateur.amounts import encode_amounts
@@ -14,14 +13,13 @@ from secateur.checks import flag, one_of, patterns
 from secateur.choices import AnyGranularity, magnitude
 from secateur.connection import Call
 from secateur.defaults import SOME_AMOUNTS, matrices
+from secateur.destinations import check_destination, new_folder
 from secateur.encoding import encode_spec, unmasked_members
 from secateur.errors import SecateurError
-from secateur.files import check_new_folder, warn_of_rest
 from secateur.forms import OUTPUTS, is_model
 from secateur.grouping import Groups, groups_of
 from secateur.model import Source
-from secateur.others import LEAVE_OUT, check_names, check_storable
-from secateur.paths import path_of
+from secateur.others import check_names
 from secateur.patience import Patience
 from secateur.plan import Plan, Sensitivity, decode_plan, sensitivity_of
 from secateur.progress import Progress
@@ -78,24 +76,19 @@ class PrunerCalls(CheckpointCalls):
             prior: What counts as pruned before: what "masks" prune, or also the "zeros" of the
                 tensors that the spec names, for a model that was pruned and stored dense.
         """
-        folder = _new_folder(destination) if output == "shrunk" else None
         header = pb.PruneHeader(
             output=one_of("output", output, OUTPUTS),
             keep=flag("keep", keep),
-            destination_uri="" if folder else uri_of(destination),
             prior=one_of("prior", prior, _PRIORS),
         )
         model = read_source(source, key)
-        if folder and model.folder is None:
-            raise SecateurError(
-                f"destination={destination!r}: only a model from a local folder is written to a "
-                "folder; call the result's save()"
-            )
+        folder = new_folder(destination, model) if output == "shrunk" else None
+        header.destination_uri = "" if folder else uri_of(destination)
         message, arrays = encode_spec(spec, model)
         model = model.sending(unmasked_members(message))
         header.spec.CopyFrom(message)
         if is_model(output):
-            _check_destination(header.destination_uri, model.only_parameters())
+            check_destination(header.destination_uri, model.only_parameters())
         patience = self._connection.patience()
         if keep and model.is_here:
             result = self._prune_kept(model, header, arrays, progress, patience)
@@ -282,7 +275,7 @@ class PrunerCalls(CheckpointCalls):
         header.tensors.extend(_named(tensors, model))
         patience = self._connection.patience()
         call = self._call("Finalize", header, model, model.tensors, progress, patience)
-        _check_destination(destination, model)
+        check_destination(destination, model)
         result, received = self._connection.transform(call)
         return FinalizeResult(decode_report(result.report), model, received, destination)
 
@@ -315,19 +308,3 @@ def _named(tensors: Patterns, model: Source) -> list[str]:
     named = [] if tensors is None else patterns(tensors)
     check_names("tensors", named, model.others)
     return named
-
-
-def _new_folder(destination: Any) -> Path | None:
-    """The folder here that a caller gives as destination; None for a URI."""
-    if destination is None or (isinstance(destination, str) and "://" in destination):
-        return None
-    path = path_of(destination)
-    check_new_folder(path)
-    return path
-
-
-def _check_destination(destination: str | None, model: Source) -> None:
-    """Refuses a model that a file at a URI cannot hold, and warns of content that it drops."""
-    if destination:
-        check_storable(destination, model.others, LEAVE_OUT)
-        warn_of_rest(destination, model.torch_file)

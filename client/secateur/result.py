@@ -67,7 +67,7 @@ class _Result:
         source, answer = self._source, self._answer
         folder = source.folder
         if folder is not None and self.report.shrinkage is not None and not is_file(path):
-            folder = fitted_folder(folder, source.tensors, entries)
+            folder = fitted_folder(folder, entries)
         save(
             path,
             entries,

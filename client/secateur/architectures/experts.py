@@ -30,7 +30,7 @@ def without_experts(client: Client, source: Source, folder: Folder, amount: AnyA
     Raises:
         InvalidSpec: The model has no experts with tensors of their own, or would have too few.
     """
-    config, model = transformer_in(folder, source.tensors)
+    config, model = transformer_in(folder, source)
     layers = [layer for layer in range(model.layers) if model.has_experts(layer)]
     if model.layout.experts is None or model.layout.experts.is_stacked or not layers:
         raise InvalidSpec(f"experts: {folder.path}: has no experts with tensors of their own")

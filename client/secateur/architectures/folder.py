@@ -1,9 +1,9 @@
 """The files beside the weights of a shrunk transformer: its config and its model card."""
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from math import prod
 from typing import Any
 
 from secateur.architectures.layout import Config
@@ -17,6 +17,7 @@ from secateur.architectures.transformer import (
 )
 from secateur.errors import InvalidSpec, InvalidStateDict
 from secateur.folders import Folder
+from secateur.model import Source
 from secateur.tensors import LocalTensor
 from secateur.ties import once
 from secateur.versions import VERSION
@@ -26,13 +27,12 @@ CARD = "README.md"
 Entries = Mapping[str, Any]
 
 
-def fitted_folder(folder: Folder, before: Entries, now: Entries) -> Folder:
+def fitted_folder(folder: Folder, entries: Entries) -> Folder:
     """Returns a folder with the config and the model card of a shrunk model.
 
     Args:
         folder: The folder of the model; without a config.json it is returned as it is.
-        before: The tensors of the model before.
-        now: Those that are written.
+        entries: The tensors of the shrunk model.
 
     Raises:
         InvalidStateDict: The config cannot express the sizes of the tensors.
@@ -40,17 +40,16 @@ def fitted_folder(folder: Folder, before: Entries, now: Entries) -> Folder:
     config = _config_of(folder)
     if config is None:
         return folder
-    fitted = _expressed(folder, config, shapes_of(now))
-    notes = [
-        *folder.notes,
-        *changes(config, fitted),
-        f"{parameters(before):,} -> {parameters(now):,} parameters",
-    ]
+    shapes = _shapes(entries)
+    fitted = _expressed(folder, config, shapes)
+    now = sum(math.prod(shapes[name]) for name in once(entries) if name in shapes)
+    size = f"parameters: {folder.parameters:,} -> {now:,}"
+    notes = [*folder.notes, *_changes(config, fitted), size]
     card = _card(folder.text(CARD), notes)
     return replace(folder, changed={**folder.changed, CONFIG: _text(fitted), CARD: card})
 
 
-def transformer_in(folder: Folder, tensors: Entries) -> tuple[dict[str, Any], Transformer]:
+def transformer_in(folder: Folder, model: Source) -> tuple[dict[str, Any], Transformer]:
     """Returns the config of a folder, and the transformer that it describes.
 
     Raises:
@@ -59,7 +58,7 @@ def transformer_in(folder: Folder, tensors: Entries) -> tuple[dict[str, Any], Tr
     config = _config_of(folder)
     if config is None:
         raise InvalidSpec(f"{folder.path}: holds no {CONFIG}")
-    return config, transformer_of(config, shapes_of(tensors))
+    return config, transformer_of(config, model.shapes())
 
 
 def with_inner(
@@ -107,29 +106,16 @@ def folder_without_layers(
     return with_inner(folder, config, model, changed, note)
 
 
-def shapes_of(entries: Entries) -> Shapes:
-    """Returns the shapes of tensors; a pair is its X."""
-    shapes = {n: entry.shape for n, entry in entries.items() if isinstance(entry, LocalTensor)}
-    pairs = [name.removesuffix("_orig") for name in shapes if name.endswith("_orig")]
-    return shapes | {name: shapes[f"{name}_orig"] for name in pairs if f"{name}_mask" in shapes}
+def _shapes(entries: Entries) -> Shapes:
+    return {name: entry.shape for name, entry in entries.items() if isinstance(entry, LocalTensor)}
 
 
-def parameters(entries: Entries) -> int:
-    """Counts the elements of tensors, tied ones once and without masks."""
-    return sum(
-        prod(entry.shape)
-        for name, entry in once(entries).items()
-        if isinstance(entry, LocalTensor)
-        and not (name.endswith("_mask") and f"{name.removesuffix('_mask')}_orig" in entries)
-    )
-
-
-def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Returns a line for each size that differs between two configs."""
     lines = []
     for key, value in after.items():
         if isinstance(value, Mapping):
-            lines += changes(before.get(key) or {}, value)
+            lines += _changes(before.get(key) or {}, value)
         elif before.get(key) != value:
             lines.append(f"{key}: {before.get(key)} -> {value}")
     return lines

@@ -58,7 +58,7 @@ def _shapes_of(source: Any, folder: Any) -> Shapes | None:
     model = read_source(source)
     if not model.is_here:
         raise InvalidSpec("source: the names of a model on the server are not known here")
-    return {name: tensor.shape for name, tensor in model.prunable().items()}
+    return model.shapes()
 
 
 def groups_of_parts(model: Transformer, parts: Sequence[str]) -> list[Group]:
