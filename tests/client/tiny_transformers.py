@@ -2,6 +2,8 @@
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +117,7 @@ def saved(name: str, path: Path, **options: Any) -> Any:
     model = tiny(name)
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     model.save_pretrained(path, **options)
     return model
 
@@ -124,12 +126,7 @@ def loaded(path: Path, kind: Any = None, dtype: torch.dtype = torch.float64) -> 
     """Loads a folder by `kind`, else AutoModel: no warning is logged, and every tensor fits."""
     import transformers
 
-    logged: list[logging.LogRecord] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = logged.append  # type: ignore[method-assign]
-    logger = logging.getLogger("transformers")
-    logger.addHandler(handler)
-    try:
+    with _warnings() as logged:
         model, found = (kind or transformers.AutoModel).from_pretrained(
             path,
             dtype=dtype,
@@ -137,11 +134,26 @@ def loaded(path: Path, kind: Any = None, dtype: torch.dtype = torch.float64) -> 
             experts_implementation="eager",
             output_loading_info=True,
         )
-    finally:
-        logger.removeHandler(handler)
-    assert [record.getMessage() for record in logged] == []
+    assert logged == []
     assert not any(found.values()), found
     return model.eval()
+
+
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """Yields the warnings that transformers logs in the block."""
+    logged: list[str] = []
+
+    class Recorder(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            logged.append(record.getMessage())
+
+    handler, logger = Recorder(logging.WARNING), logging.getLogger("transformers")
+    logger.addHandler(handler)
+    try:
+        yield logged
+    finally:
+        logger.removeHandler(handler)
 
 
 def outputs(model: Any) -> torch.Tensor:
