@@ -127,7 +127,7 @@ def _numbering(names: list[str], layers: Iterable[int], stack: str | None) -> _N
     at = _only_stack(names) if stack is None else f"{text('stack', stack)}."
     found = {number for number in (layer_of(name, at) for name in names) if number is not None}
     if not found:
-        raise InvalidSpec(f"stack: {shown(stack)}: no tensor is named {at}0 and so on")
+        raise InvalidSpec(f"stack: no tensor has a name such as {shown(at + '0.weight')}")
     count, removed = max(found) + 1, set(integers("layers", layers))
     if removed and max(removed) >= count:
         raise InvalidSpec(

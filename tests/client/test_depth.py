@@ -94,7 +94,7 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no such stack": (
         Stack(2),
         {"layers": [0], "stack": "inside.layer"},
-        "no tensor is named inside.layer.0",
+        "no tensor has a name such as 'inside.layer.0.weight'",
     ),
     "no such layer": (Stack(2), {"layers": [2]}, r"layers: 2 is outside \[0, 2\)"),
     "all layers": (Stack(2), {"layers": [0, 1]}, "layers: all 2 layers of inside.layers"),

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 import secateur
 from secateur.grouping import Group
+from tests.client.test_wrong_arguments import problem_of
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -123,8 +124,16 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "no type": ({}, {}, "config.json: model_type: None is not a known architecture"),
     "no class": ({**LLAMA, "architectures": None}, {}, "pass source=, the model"),
-    "no size": ({**LLAMA, "hidden_size": None}, {"parts": ["heads"]}, "hidden_size: None is not"),
-    "a wrong size": ({**LLAMA, "num_hidden_layers": "2"}, {}, "num_hidden_layers: '2' is not a"),
+    "no size": (
+        {**LLAMA, "hidden_size": None},
+        {"parts": ["heads"]},
+        "hidden_size: None is not",
+    ),
+    "a wrong size": (
+        {**LLAMA, "num_hidden_layers": "2"},
+        {},
+        "num_hidden_layers: '2' is",
+    ),
     "heads": (
         {**LLAMA, "num_key_value_heads": 3},
         {"parts": ["heads"]},
@@ -168,6 +177,26 @@ def test_wrong_arguments(case: str) -> None:
     with pytest.raises(secateur.InvalidSpec) as raised:
         secateur.transformer_groups(config, **arguments)
     assert message in str(raised.value)
+
+
+MOE = {
+    **LLAMA,
+    **{"model_type": "qwen3_moe", "head_dim": 2, "num_experts": 2, "moe_intermediate_size": 4},
+    **{"decoder_sparse_step": 2, "mlp_only_layers": [0], "attention_bias": False},
+}
+IMAGES = {"model_type": "gemma3", "architectures": ["G"], "text_config": {**LLAMA, "head_dim": 2}}
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2, MOE, IMAGES], ids=lambda c: str(c["model_type"]))
+def test_a_config_with_a_wrong_value_is_an_error_or_has_groups(config: dict[str, Any]) -> None:
+    wrong = [None, True, -1, 0, 1 << 70, 0.5, "x", [], [None], [[1]], {}, {"a": 1}]
+    assert secateur.transformer_groups(config)
+    for key in config:
+        for value in wrong:
+            found = problem_of(
+                lambda: secateur.transformer_groups({**config, key: value})  # noqa: B023
+            )
+            assert found is None, (key, value)
 
 
 @pytest.mark.parametrize("text", ["[]", "{", "\xff"])

@@ -15,6 +15,7 @@ from secateur.architectures.transformer import (
     parse_config,
     transformer_of,
 )
+from secateur.checks import shown
 from secateur.errors import InvalidSpec, InvalidStateDict
 from secateur.folders import Folder
 from secateur.model import Source
@@ -96,7 +97,11 @@ def folder_without_layers(
     kept = [layer for layer in range(model.layers) if layer not in removed]
     changed: dict[str, Any] = {architecture.keys.layers: len(kept)}
     if architecture.layer_types is not None:
-        types = inner.get("layer_types") or architecture.layer_types(inner)
+        types = inner.get("layer_types") or architecture.layer_types(inner, model.layers)
+        if not isinstance(types, list) or len(types) != model.layers:
+            raise InvalidStateDict(
+                f"{CONFIG}: layer_types: {shown(types)} is not a list of {model.layers} types"
+            )
         changed["layer_types"] = [types[layer] for layer in kept]
     if model.layout.experts is not None and model.layout.mlp is not None:
         dense = [new for new, layer in enumerate(kept) if not model.has_experts(layer)]

@@ -128,8 +128,8 @@ class Architecture:
             size / heads, and a model with fewer heads cannot be described.
         heads_divide_hidden: Whether the config must have a number of heads that divides the hidden
             size, whatever the width of a head.
-        layer_types: Computes the list `layer_types` of a config that lacks it; None if the
-            architecture has no such list.
+        layer_types: Computes the list `layer_types` of a config that lacks it, by the number of
+            layers; None if the architecture has no such list.
     """
 
     bare: str
@@ -144,4 +144,4 @@ class Architecture:
     outputs: tuple[str, ...] = ("lm_head",)
     has_head_dim: bool = True
     heads_divide_hidden: bool = False
-    layer_types: Callable[[Config], list[str]] | None = None
+    layer_types: Callable[[Config, int], list[str]] | None = None

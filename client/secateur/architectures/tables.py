@@ -17,27 +17,25 @@ from secateur.architectures.layout import (
     Layout,
     Mlp,
 )
+from secateur.checks import integer
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
-def _types(config: Config, is_sliding: list[bool]) -> list[str]:
-    return [_SLIDING if sliding else _FULL for sliding in is_sliding]
-
-
-def _qwen_types(config: Config) -> list[str]:
+def _qwen_types(config: Config, layers: int) -> list[str]:
     slides = config.get("use_sliding_window", False) and config.get("sliding_window", 4096)
-    first = config.get("max_window_layers", 28) if slides else config["num_hidden_layers"]
-    return _types(config, [i >= first for i in range(config["num_hidden_layers"])])
+    first = integer("config.json: max_window_layers", config.get("max_window_layers", 28))
+    return [_SLIDING if slides and layer >= first else _FULL for layer in range(layers)]
 
 
-def _gemma2_types(config: Config) -> list[str]:
-    return _types(config, [i % 2 == 0 for i in range(config["num_hidden_layers"])])
+def _gemma2_types(config: Config, layers: int) -> list[str]:
+    return [_FULL if layer % 2 else _SLIDING for layer in range(layers)]
 
 
-def _gemma3_types(config: Config) -> list[str]:
-    period = config.get("sliding_window_pattern", 6)
-    return _types(config, [(i + 1) % period != 0 for i in range(config["num_hidden_layers"])])
+def _gemma3_types(config: Config, layers: int) -> list[str]:
+    key = "sliding_window_pattern"
+    period = integer(f"config.json: {key}", config.get(key, 6), 1)
+    return [_SLIDING if (layer + 1) % period else _FULL for layer in range(layers)]
 
 
 _ENCODER = Layout(
@@ -162,7 +160,12 @@ _QWEN3_MOE = Architecture(
         replace(_DECODER, experts=Experts("mlp.gate", _SEPARATE)),
         replace(_DECODER, experts=Experts("mlp.gate", _STACKED)),
     ),
-    defaults={"num_key_value_heads": 4, "num_experts": 128, "moe_intermediate_size": 768},
+    defaults={
+        "num_key_value_heads": 4,
+        "num_experts": 128,
+        "moe_intermediate_size": 768,
+        "decoder_sparse_step": 1,
+    },
     attention_bias=("attention_bias", False),
 )
 _MIXTRAL = Architecture(

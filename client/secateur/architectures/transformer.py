@@ -1,18 +1,19 @@
 """A transformer: its architecture, its config, and the names of its tensors."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from secateur.architectures.layout import Architecture, Config, HasBias, Kind, Layout, Mlp
 from secateur.architectures.tables import ARCHITECTURES
-from secateur.checks import shown
+from secateur.checks import integer, integers, shown
 from secateur.errors import InvalidSpec
 from secateur.paths import source_path
 
 CONFIG = "config.json"
+_END = 1 << 24  # of sizes: no model has more layers, channels or tokens
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -91,10 +92,7 @@ class Transformer:
         Raises:
             InvalidSpec: It is missing, or is not a size.
         """
-        value = self._value(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InvalidSpec(f"{CONFIG}: {key}: {shown(value)} is not a size, an int of 1 or more")
-        return value
+        return integer(f"{CONFIG}: {key}", self._value(key), 1, _END)
 
     def _value(self, key: str) -> Any:
         value = self.config.get(key)
@@ -111,8 +109,8 @@ class Transformer:
             return experts is not None
         if self.shapes is not None:
             return f"{self.layer(layer)}{experts.router}.weight" in self.shapes
-        step = self.config.get("decoder_sparse_step") or 1
-        return layer not in (self.config.get("mlp_only_layers") or ()) and (layer + 1) % step == 0
+        dense = integers(f"{CONFIG}: mlp_only_layers", self.config.get("mlp_only_layers") or ())
+        return layer not in dense and (layer + 1) % self.size("decoder_sparse_step") == 0
 
     def networks(self, layer: int) -> Iterator[tuple[Mlp, bool]]:
         """Yields the feed-forward networks of a layer, and whether each is that of experts."""
@@ -201,7 +199,9 @@ def transformer_of(config: Config, shapes: Shapes | None) -> Transformer:
             f"{CONFIG}: model_type: {shown(kind)} is not a known architecture; known are "
             f"{', '.join(ARCHITECTURES)}; write other groups with secateur.group"
         )
-    inner = config.get(architecture.inside, {}) if architecture.inside else config
+    inner = config.get(architecture.inside) if architecture.inside else config
+    if not isinstance(inner, Mapping):
+        raise InvalidSpec(f"{CONFIG}: {architecture.inside}: {shown(inner)} is not an object")
     if shapes is None:
         return Transformer(
             architecture, inner, architecture.layouts[0], _default_prefix(config), None
@@ -214,10 +214,10 @@ def _default_prefix(config: Config) -> str:
     """The prefix by the class of the model that was saved."""
     architecture = ARCHITECTURES[config["model_type"]]
     classes = config.get("architectures")
-    if not classes:
+    if not isinstance(classes, Sequence) or not classes:
         raise InvalidSpec(
-            f"{CONFIG}: architectures: it is missing, so that the names of the tensors are not "
-            "known; pass source=, the model"
+            f"{CONFIG}: architectures: {shown(classes)} is not a list of a class, so that the "
+            "names of the tensors are not known; pass source=, the model"
         )
     return "" if classes[0] == architecture.bare else f"{architecture.base}."
 
