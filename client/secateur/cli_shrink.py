@@ -75,6 +75,8 @@ def _shrink(options: argparse.Namespace) -> None:
     given = [name for name in _AMOUNTS if getattr(options, name) is not None]
     if not given and options.layers is None and options.drop_layers is None:
         options.wrong_usage("an amount is required, such as --intermediate 0.3 or --layers 2")
+    if options.align is not None and options.intermediate is None:
+        options.wrong_usage("--align is for channels: give --intermediate")
     out = path_of(options.out)
     check_new_folder(out)
     source = _without_layers(options, read_source(options.model))

@@ -163,7 +163,7 @@ def _filling(path: Path, written: Collection[str], folder: Folder | None) -> Ite
         if rest is not None:
             rest.copy_to(made)
         for name, text in folder.changed.items() if folder is not None else ():
-            (made / name).write_text(text)
+            (made / name).write_text(text, "utf-8")
         yield made
     if rest is not None:
         rest.warn()

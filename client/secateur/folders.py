@@ -61,7 +61,7 @@ class Folder:
         if name in self.changed:
             return self.changed[name]
         try:
-            return (self.path / name).read_text()
+            return (self.path / name).read_text("utf-8")
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:  # ValueError: not UTF-8

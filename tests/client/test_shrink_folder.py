@@ -263,7 +263,7 @@ WRONG = {
     ("--heads", "1", "--kv-heads", "1"): "heads and kv_heads share tensors",
     ("--drop-layers", "3"): "layers: 3 is outside [0, 3)",
     ("--layers", "3"): "layers: 3 is outside [1, 2]",
-    ("--experts", "0.9"): "keeps 0 of 4, but 2 compute each token",
+    ("--experts", "3"): "num_experts_per_tok: 2 experts compute each token",
     ("--intermediate", "0.5", "--server", "127.0.0.1:1", "--timeout", "0.1"): "127.0.0.1:1",
 }
 
@@ -293,8 +293,9 @@ def test_places_that_are_refused(folder: Folder, tmp_path: Path, capsys: Capsys)
     assert "model_type: 't5' is not a known architecture; known are bert, " in message
     file = str(tmp_path / "model.safetensors")
     assert "is not a folder" in failure(capsys, "shrink", file, "-o", new, *cut)
-    with pytest.raises(SystemExit):
-        cli.main(["shrink", str(path), "-o", new])
+    for options in ((), ("--heads", "1", "--align", "4")):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["shrink", str(path), "-o", new, *options])
 
 
 def test_only_a_folder_is_written_to_a_folder(client: secateur.Client, tmp_path: Path) -> None:
@@ -304,6 +305,26 @@ def test_only_a_folder_is_written_to_a_folder(client: secateur.Client, tmp_path:
         client.prune(source, spec, output="shrunk", destination=tmp_path / "out")
     with pytest.raises(secateur.SecateurError, match="is not a URI"):
         client.prune(source, spec, output="dense", destination=str(tmp_path / "out"))
+
+
+def test_a_folder_of_a_torch_file_with_pairs(
+    folder: Folder, client: secateur.Client, tmp_path: Path
+) -> None:
+    path, kind = folder("llama")
+    spec = half(path, "intermediate")
+    pairs = client.prune(path, spec, output="reparametrized").state_dict("reparametrized")
+    (tmp_path / "in").mkdir()
+    torch.save(pairs, tmp_path / "in/pytorch_model.bin")
+    (tmp_path / "in/config.json").write_text((path / "config.json").read_text())
+    shrink(tmp_path / "in", tmp_path / "layers", "--layers", "1")
+    assert "- parameters: " in (tmp_path / "layers/README.md").read_text()
+    groups = secateur.transformer_groups(tmp_path / "layers", ["intermediate"])
+    final = client.finalize(tmp_path / "layers", output="shrunk", groups=groups)
+    final.save(tmp_path / "out")
+    model = loaded(tmp_path / "out", kind)
+    assert (model.config.num_hidden_layers, model.config.intermediate_size) == (2, 24)
+    shrink(path, tmp_path / "other", "--layers", "1", "--intermediate", "0.5", "--align", "1")
+    assert torch.equal(outputs(loaded(tmp_path / "other", kind)), outputs(model))
 
 
 def test_minilm(tmp_path: Path, client: secateur.Client) -> None:

@@ -7,7 +7,8 @@ import numpy as np
 
 from secateur.amounts import AnyAmount
 from secateur.architectures.folder import transformer_in, with_inner
-from secateur.architectures.transformer import CONFIG, Transformer
+from secateur.architectures.sizes import check_expressible
+from secateur.architectures.transformer import Transformer
 from secateur.client import Client
 from secateur.depth import without_layers
 from secateur.errors import InvalidSpec
@@ -28,26 +29,20 @@ def without_experts(client: Client, source: Source, folder: Folder, amount: AnyA
         amount: Of the experts of each layer.
 
     Raises:
-        InvalidSpec: The model has no experts with tensors of their own, or would have too few.
+        InvalidSpec: The model has no experts with tensors of their own.
+        InvalidStateDict: It would have fewer experts than compute a token.
     """
     config, model = transformer_in(folder, source)
     layers = [layer for layer in range(model.layers) if model.has_experts(layer)]
     if model.layout.experts is None or model.layout.experts.is_stacked or not layers:
         raise InvalidSpec(f"experts: {folder.path}: has no experts with tensors of their own")
     kept = [_kept(client, source, model, layer, amount) for layer in layers]
-    used = model.size("num_experts_per_tok")
-    count = len(kept[0])
-    if count < used:
-        raise InvalidSpec(
-            f"experts: {amount} keeps {count} of {model.experts}, but {used} compute each token "
-            f"({CONFIG}: num_experts_per_tok); prune fewer"
-        )
+    count = {model.experts_key: len(kept[0])}
+    check_expressible(model, replace(model, config={**model.config, **count}))
     for layer, of_layer in zip(layers, kept, strict=True):
         source = _cut(source, model, layer, of_layer)
-    note = f"{model.experts_key}: {model.experts} -> {count}"
-    return replace(
-        source, folder=with_inner(folder, config, model, {model.experts_key: count}, note)
-    )
+    note = f"{model.experts_key}: {model.experts} -> {len(kept[0])}"
+    return replace(source, folder=with_inner(folder, config, model, count, note))
 
 
 def _kept(

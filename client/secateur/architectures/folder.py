@@ -41,9 +41,9 @@ def fitted_folder(folder: Folder, entries: Entries) -> Folder:
     config = _config_of(folder)
     if config is None:
         return folder
-    shapes = _shapes(entries)
+    shapes = _shapes(once(entries))
     fitted = _expressed(folder, config, shapes)
-    now = sum(math.prod(shapes[name]) for name in once(entries) if name in shapes)
+    now = sum(map(math.prod, shapes.values()))
     size = f"parameters: {folder.parameters:,} -> {now:,}"
     notes = [*folder.notes, *_changes(config, fitted), size]
     card = _card(folder.text(CARD), notes)
@@ -112,7 +112,16 @@ def folder_without_layers(
 
 
 def _shapes(entries: Entries) -> Shapes:
-    return {name: entry.shape for name, entry in entries.items() if isinstance(entry, LocalTensor)}
+    """The shapes of tensors; a pair is its X."""
+    found = {name: entry.shape for name, entry in entries.items() if isinstance(entry, LocalTensor)}
+    bases = {name.removesuffix("_mask") for name in found if name.endswith("_mask")}
+    pairs = {base for base in bases if f"{base}_orig" in found}
+    shapes = {name: shape for name, shape in found.items() if _base(name) not in pairs}
+    return shapes | {base: found[f"{base}_orig"] for base in pairs}
+
+
+def _base(name: str) -> str:
+    return name.removesuffix("_orig").removesuffix("_mask")
 
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

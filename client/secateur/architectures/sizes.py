@@ -37,9 +37,21 @@ def check_expressible(before: Transformer, after: Transformer) -> None:
     Raises:
         InvalidStateDict: The message says why, and what can be done.
     """
+    if after.heads != before.heads:
+        _check_heads(before, after)
+    if after.layout.experts is not None and after.experts != before.experts:
+        used = after.size("num_experts_per_tok")
+        if after.experts < used:
+            raise InvalidStateDict(
+                f"{CONFIG}: num_experts_per_tok: {used} experts compute each token, and "
+                f"{after.experts} of {before.experts} are left; keep at least {used}"
+            )
+
+
+def _check_heads(before: Transformer, after: Transformer) -> None:
     architecture, keys = after.architecture, after.architecture.keys
     heads, hidden = after.heads, after.size(keys.hidden)
-    if heads != before.heads and not architecture.has_head_dim:
+    if not architecture.has_head_dim:
         raise InvalidStateDict(
             f"{CONFIG}: {keys.heads}: cannot be {heads}, and was {before.heads}: in transformers "
             f"a head is {keys.hidden} / {keys.heads} wide; {_RESIZE}"
@@ -48,11 +60,6 @@ def check_expressible(before: Transformer, after: Transformer) -> None:
         raise InvalidStateDict(
             f"{CONFIG}: {keys.heads}: {heads} does not divide {keys.hidden}={hidden}, as "
             f"transformers demands; keep {_divisors(hidden, before.heads)}"
-        )
-    if after.layout.experts and after.experts < (used := after.size("num_experts_per_tok")):
-        raise InvalidStateDict(
-            f"{CONFIG}: num_experts_per_tok: {used} experts compute each token, and the model has "
-            f"{after.experts}; keep at least {used}"
         )
 
 

@@ -165,6 +165,7 @@ _QWEN3_MOE = Architecture(
         "num_experts": 128,
         "moe_intermediate_size": 768,
         "decoder_sparse_step": 1,
+        "num_experts_per_tok": 8,
     },
     attention_bias=("attention_bias", False),
 )
@@ -186,7 +187,7 @@ _MIXTRAL = Architecture(
         replace(_DECODER, mlp=None, experts=Experts("mlp.gate", _STACKED)),
     ),
     keys=Keys(expert_intermediate="intermediate_size", experts=("num_local_experts",)),
-    defaults={"num_key_value_heads": 8, "num_local_experts": 8},
+    defaults={"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2},
 )
 _GEMMA2 = Architecture(
     bare="Gemma2Model",

@@ -163,7 +163,7 @@ def read_config(config: Any) -> tuple[dict[str, Any], Path | None]:
     path = source_path(config, InvalidSpec)
     file = path / CONFIG if path.is_dir() else path
     try:
-        return parse_config(file.read_text()), file.parent
+        return parse_config(file.read_text("utf-8")), file.parent
     except OSError as error:
         raise InvalidSpec(f"{file}: {error.strerror}") from None
     except ValueError as error:
