@@ -1,0 +1,108 @@
+"""Smaller modules compute what the masked ones compute."""
+
+import copy
+import json
+import pickle
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+import secateur
+from secateur.grouping import Group
+from secateur.removal import Removed, removed_slices
+from secateur.resizing import shrunk
+from tests.client.nets_resizing import NETS, Net, inputs, outputs, randomized
+
+
+class Cut(NamedTuple):
+    masked: nn.Module
+    tensors: dict[str, Tensor]
+    removed: Removed
+
+
+def cut(module: nn.Module, groups: Sequence[Group], kept: Mapping[str, Sequence[bool]]) -> Cut:
+    """Masks and cuts a module slice by slice."""
+    masked = copy.deepcopy(module)
+    whole = masked.state_dict()
+    lost: dict[tuple[str, int], set[int]] = {}
+    for group in (group.message for group in groups):
+        for member in group.members:
+            dim = member.dim % whole[member.tensor].ndim
+            size = (len(member.indices) // len(kept[group.name])) or member.stride
+            for unit, stays in enumerate(kept[group.name]):
+                for step in range(0 if stays else size):
+                    at = unit * size + step
+                    slice_ = member.indices[at] if member.indices else member.offset + at
+                    lost.setdefault((member.tensor, dim), set()).add(slice_)
+                    if not member.unmasked:
+                        whole[member.tensor].select(dim, slice_).zero_()
+    tensors = {name: tensor.clone() for name, tensor in whole.items()}
+    for (name, dim), slices in lost.items():
+        tensors[name] = torch.from_numpy(np.delete(tensors[name].numpy(), list(slices), dim))
+    dims = {name: tensor.ndim for name, tensor in whole.items()}
+    return Cut(masked, tensors, removed_slices([g.message for g in groups], kept, dims))
+
+
+def some_units(module: nn.Module, groups: Sequence[Group], seed: int) -> dict[str, list[bool]]:
+    """About half of the units of each group, at least one."""
+    chance, tensors, found = random.Random(seed), module.state_dict(), {}
+    for group in (group.message for group in groups):
+        first = group.members[0]
+        length = tensors[first.tensor].shape[first.dim]
+        units = first.units or (len(first.indices) or length - first.offset) // (first.stride or 1)
+        kept = [chance.random() < 0.5 for _ in range(units)]
+        kept[chance.randrange(units)] = True
+        kept[chance.randrange(units)] &= sum(kept) == 1
+        found[group.name] = kept
+    return found
+
+
+def run(module: nn.Module, given: Any) -> Tensor:
+    with torch.no_grad():
+        out = module(**given) if isinstance(given, dict) else module(given)
+    found: Tensor = out if isinstance(out, Tensor) else out[0]
+    return found
+
+
+def assert_same(one: Tensor, other: Tensor) -> None:
+    assert one.shape == other.shape
+    assert float((one - other).abs().max()) <= 1e-12 * float(one.abs().max())
+
+
+def made(name: str, seed: int) -> tuple[Net, Any]:
+    torch.manual_seed(seed)
+    net = NETS[name]()
+    randomized(net.module)
+    floats = isinstance(net.inputs, Tensor) and net.inputs.is_floating_point()
+    return net, net.inputs.double() if floats else net.inputs
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_shrunk_module_computes_what_the_masked_one_computes(name: str, seed: int) -> None:
+    net, given = made(name, seed)
+    before = {name: tensor.clone() for name, tensor in net.module.state_dict().items()}
+    masked, tensors, removed = cut(net.module, net.groups, some_units(net.module, net.groups, seed))
+    small = shrunk(net.module, tensors, removed, net.inputs)
+    assert_same(run(masked, given), run(small, given))
+    assert not torch.equal(run(masked, given), run(net.module, given))
+    assert sum(p.numel() for p in small.parameters()) < sum(t.numel() for t in before.values())
+    for name, tensor in net.module.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_module_is_made_again_from_its_state_dict_and_json(name: str) -> None:
+    net, given = made(name, 0)
+    kept = some_units(net.module, net.groups, 0)
+    small = shrunk(net.module, *cut(net.module, net.groups, kept)[1:])
+    again = secateur.resize(net.module, json.loads(json.dumps(secateur.sizes(small))))
+    again.load_state_dict(small.state_dict())
+    assert str(again) == str(small)
+    assert_same(run(again, given), run(small, given))
