@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from secateur.errors import InvalidStateDict
-from secateur.tensors import Bytes
+from secateur.shrinkage import ShrunkGroup
 from secateur_proto import spec_pb2 as pb
 
 if TYPE_CHECKING:
@@ -31,20 +31,20 @@ Removed = Mapping[str, Sequence[RemovedSlices]]
 
 
 def removed_slices(
-    groups: Iterable[pb.Group], kept: Mapping[str, Sequence[bool]], dims: Mapping[str, int]
+    groups: Iterable[pb.Group], units: Mapping[str, ShrunkGroup], dims: Mapping[str, int]
 ) -> dict[str, list[RemovedSlices]]:
     """Returns what was removed of each tensor.
 
     Args:
         groups: As they were sent.
-        kept: Which units are kept, by the groups' names.
+        units: Which units were removed, by the groups' names.
         dims: How many dimensions each tensor has.
     """
     found: dict[str, list[RemovedSlices]] = {}
-    for group in {group.name: group for group in groups}.values():
-        gone = [unit for unit, stays in enumerate(kept[group.name]) if not stays]
-        for member in group.members if gone else ():
-            slices = _slices(member, gone, len(kept[group.name]))
+    for group in {group.name: group for group in groups}.values():  # several rules may have one
+        of = units[group.name]
+        for member in group.members if of.removed else ():
+            slices = _slices(member, of)
             dim = member.dim % dims[member.tensor]
             found.setdefault(member.tensor, []).append(
                 RemovedSlices(dim, slices, not member.unmasked)
@@ -104,11 +104,12 @@ def groups_kept(layers: Mapping[str, Any], removed: Removed) -> dict[str, int]:
     return found
 
 
-def _slices(member: pb.Member, units: Sequence[int], count: int) -> list[int]:
-    """The slices of some units of a member that has `count` units."""
+def _slices(member: pb.Member, units: ShrunkGroup) -> list[int]:
+    """The slices that a member lost."""
     if member.indices:
-        each = len(member.indices) // count
-        return [i for unit in units for i in member.indices[unit * each : (unit + 1) * each]]
+        each = len(member.indices) // units.units
+        chosen = (member.indices[unit * each : (unit + 1) * each] for unit in units.removed)
+        return [index for indices in chosen for index in indices]
     stride = member.stride or 1
-    begins = [member.offset + unit * stride for unit in units]
+    begins = (member.offset + unit * stride for unit in units.removed)
     return [begin + step for begin in begins for step in range(stride)]

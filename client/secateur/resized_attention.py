@@ -41,7 +41,10 @@ def fit_attention(new: Module, old: Module) -> str | None:
     unknown = [name for name in numbers if "head" in name and name not in {*known, *_TOTAL}]
     if unknown or not known & numbers.keys():
         named = f"its attribute {unknown[0]}" if unknown else "how many heads it has"
-        return f"its projections lost rows, and secateur does not know {named}"
+        return (
+            f"its projections lost rows, and secateur does not know {named}; give example_inputs, "
+            "to compare the shrunk module with the masked one"
+        )
     size = _head_size(numbers, before[0])
     heads, kv_heads = _whole(after[0], size, "queries"), _whole(after[1], size, "keys")
     if heads % kv_heads:

@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from secateur.errors import InvalidStateDict
+from secateur.misfit import Misfit
 
 
 class Width(NamedTuple):
@@ -34,12 +34,21 @@ class Width(NamedTuple):
     maker: str
 
 
-def fit_flow(module: nn.Module, made: nn.Module) -> None:
+def fit_flow(module: nn.Module, made: nn.Module) -> list[str]:
     """Fits layers without tensors to what comes before them, and checks the others.
 
-    Raises:
-        InvalidStateDict: A layer does not fit; the message names it.
+    Returns:
+        The first layer that does not fit, and why; or nothing.
     """
+    try:
+        _follow(module, made)
+    except Misfit as error:
+        return [str(error)]
+    return []
+
+
+def _follow(module: nn.Module, made: nn.Module) -> None:
+    """Follows the graph in its order.  Raises: Misfit."""
     graph = _graph(module)
     widths: dict[fx.Node, Width | None] = {}
     for node in graph.nodes if graph else ():
@@ -70,12 +79,18 @@ def _layer(path: str, old: nn.Module, new: nn.Module, given: Width | None) -> Wi
         if isinstance(old, kind):
             before, now = counts(old), counts(new)
             if given and given.kind in reads and before and not _fits(given, before, now):
-                raise InvalidStateDict(
-                    f"{path}: takes {now} inputs, and {given.maker} makes {_expected(given, before)}"
-                    f" of {before} for it; add {path} to the group of {given.maker}"
+                raise Misfit(
+                    f"{path}: takes {now} inputs, and {given.maker} makes "
+                    f"{_expected(given, before)}; put both in one group"
                 )
             return makes(path, old, new, given)
-    return None
+    return _kept(type(old).__name__, given)
+
+
+def _kept(name: str, given: Width | None) -> Width | None:
+    """What a layer or a function of a name makes of what it is given, if it keeps its size."""
+    is_kept = name in _KEEPING or (name in _KEEPING_CHANNELS and given and given.kind == "channels")
+    return given if is_kept else None
 
 
 def _fits(given: Width, before: int, now: int) -> bool:
@@ -86,7 +101,7 @@ def _fits(given: Width, before: int, now: int) -> bool:
 
 
 def _expected(given: Width, before: int) -> int:
-    return before // given.before * given.now
+    return before // given.before * given.now if given.kind == "flat" else given.now
 
 
 def _unflattened(path: str, old: Any, new: Any, given: Width | None) -> Width | None:
@@ -97,7 +112,7 @@ def _unflattened(path: str, old: Any, new: Any, given: Width | None) -> Width | 
         return None
     each = given.before // sizes[0]
     if given.now % each:
-        raise InvalidStateDict(
+        raise Misfit(
             f"{path}: {given.maker} makes {given.now} features, which are not whole channels of "
             f"{each}"
         )
@@ -112,17 +127,15 @@ def _function(
         return _joined(node, widths)
     if name in ("add", "iadd", "mul", "imul", "sub"):
         return _added(node, widths)
-    if name in _KEEPING:
-        return first
     if first and first.kind == "channels":
         shape = node.args[1:]
         if name == "flatten" and shape == (1,):
             return first._replace(kind="flat")
         if name in ("view", "reshape") and len(shape) == 2 and shape[1] == -1:
             return first._replace(kind="flat")
-        if name == "mean" and shape and tuple(shape[0]) in ((2, 3), (-2, -1), (-1, -2)):
+        if name == "mean" and shape and shape[0] in ((2, 3), (-2, -1), [2, 3], [-2, -1]):
             return first._replace(kind="features")
-    return None
+    return _kept(name, first)
 
 
 def _joined(node: fx.Node, widths: dict[fx.Node, Width | None]) -> Width | None:
@@ -147,7 +160,7 @@ def _added(node: fx.Node, widths: dict[fx.Node, Width | None]) -> Width | None:
     if one[:2] != other[:2]:
         return None
     if one.now != other.now:
-        raise InvalidStateDict(
+        raise Misfit(
             f"{other.maker}: makes {other.now} of {other.before} {other.kind}, and {one.maker}, "
             f"with which they are added, {one.now}; put both in one group"
         )
@@ -187,6 +200,69 @@ _Layer = tuple[
     Callable[[str, Any, Any, Width | None], Width | None],
 ]
 
+# Layers and functions that keep channels and features, and those that keep channels alone.
+_KEEPING = frozenset(
+    [
+        "Dropout",
+        "Dropout1d",
+        "Dropout2d",
+        "ELU",
+        "GELU",
+        "Hardsigmoid",
+        "Hardswish",
+        "Identity",
+        "LeakyReLU",
+        "Mish",
+        "PReLU",
+        "ReLU",
+        "ReLU6",
+        "SELU",
+        "SiLU",
+        "Sigmoid",
+        "Softplus",
+        "Tanh",
+        "contiguous",
+        "dropout",
+        "dropout2d",
+        "elu",
+        "gelu",
+        "hardsigmoid",
+        "hardswish",
+        "leaky_relu",
+        "mish",
+        "relu",
+        "relu6",
+        "relu_",
+        "selu",
+        "sigmoid",
+        "silu",
+        "softplus",
+        "tanh",
+    ]
+)
+_KEEPING_CHANNELS = frozenset(
+    [
+        "AdaptiveAvgPool1d",
+        "AdaptiveAvgPool2d",
+        "AdaptiveMaxPool1d",
+        "AdaptiveMaxPool2d",
+        "AvgPool1d",
+        "AvgPool2d",
+        "MaxPool1d",
+        "MaxPool2d",
+        "Upsample",
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "adaptive_max_pool1d",
+        "adaptive_max_pool2d",
+        "avg_pool1d",
+        "avg_pool2d",
+        "interpolate",
+        "max_pool1d",
+        "max_pool2d",
+    ]
+)
+
 # The class, the kinds of widths it reads and how many, and what it makes.
 _LAYERS: list[_Layer] = [
     (
@@ -195,7 +271,12 @@ _LAYERS: list[_Layer] = [
         lambda layer: int(layer.in_features),
         _made("features", "out_features"),
     ),
-    (_ConvNd, ("channels",), lambda layer: int(layer.in_channels), _made("channels", "out_channels")),
+    (
+        _ConvNd,
+        ("channels",),
+        lambda layer: int(layer.in_channels),
+        _made("channels", "out_channels"),
+    ),
     (_NormBase, ("channels",), _normalized, _same),
     (nn.GroupNorm, ("channels",), lambda layer: int(layer.num_channels), _same),
     (nn.LayerNorm, ("features",), lambda layer: int(layer.normalized_shape[-1]), _same),

@@ -46,7 +46,10 @@ def fit_layers(module: Module, made: Module, groups: Mapping[str, int]) -> list[
 def _fit_of(layer: Module) -> Callable[[Any, Any], None] | None:
     """The function of the nearest class that has one."""
     for kind in type(layer).__mro__:
-        if kind.__module__.partition(".")[0] in ("torch", "transformers") and kind.__name__ in _FITS:
+        if (
+            kind.__module__.partition(".")[0] in ("torch", "transformers")
+            and kind.__name__ in _FITS
+        ):
             return _FITS[kind.__name__]
     return None
 

@@ -16,6 +16,7 @@ from secateur.in_place import check_module, pruning_hooks
 from secateur.module import check_hooks
 from secateur.names import matched
 from secateur.removal import Removed, groups_kept, masked_tensor
+from secateur.resized_flow import fit_flow
 from secateur.resized_layers import fit_layers
 from secateur.self_check import check_same
 
@@ -49,6 +50,8 @@ def resized(module: Module, sizes: Sizes) -> Module:
             values[name] = tensors[name].new_zeros(shape)
     made = copied(module, values)
     fit_layers(module, made, groups)
+    if problems := fit_flow(module, made):
+        raise InvalidStateDict(problems[0])
     return made
 
 
@@ -79,6 +82,7 @@ def shrunk(
     _check_tensors(originals, tensors, removed, {name for name, _ in module.named_parameters()})
     made = copied(module, tensors)
     doubts = fit_layers(module, made, groups_kept(dict(module.named_modules()), removed))
+    doubts += fit_flow(module, made)
     if example_inputs is not None:
         masked = {
             name: masked_tensor(originals[name], tensor, removed[name])
@@ -86,7 +90,7 @@ def shrunk(
         }
         check_same(copied(module, masked), made, example_inputs)
     elif doubts:
-        raise InvalidStateDict(f"{doubts[0]}; give example_inputs, to compare the two modules")
+        raise InvalidStateDict(doubts[0])
     return made
 
 

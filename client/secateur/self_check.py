@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Mapping
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -119,9 +118,9 @@ def _first_difference(
 ) -> tuple[str, str] | None:
     """The path of the first submodule whose outputs have the same shapes and other values."""
     for (path, expected), (_, found) in zip(masked, shrunk, strict=False):
-        if [one.shape for one in expected] == [one.shape for one in found]:
-            if path and (problem := _differences(expected, found)):
-                return path, problem
+        same_shapes = [one.shape for one in expected] == [one.shape for one in found]
+        if path and same_shapes and (problem := _differences(expected, found)):
+            return path, problem
     return None
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from secateur.grouping import Group
 from secateur.removal import Removed, removed_slices
+from secateur.shrinkage import ShrunkGroup
 
 
 class Cut(NamedTuple):
@@ -39,7 +40,14 @@ def cut(module: nn.Module, groups: Sequence[Group], kept: Mapping[str, Sequence[
     for (name, dim), slices in lost.items():
         tensors[name] = torch.from_numpy(np.delete(tensors[name].numpy(), list(slices), dim))
     dims = {name: tensor.ndim for name, tensor in whole.items()}
-    return Cut(masked, tensors, removed_slices([g.message for g in groups], kept, dims))
+    units = {name: _shrunk_group(stays) for name, stays in kept.items()}
+    return Cut(masked, tensors, removed_slices([g.message for g in groups], units, dims))
+
+
+def _shrunk_group(stays: Sequence[bool]) -> ShrunkGroup:
+    kept = tuple(unit for unit, stay in enumerate(stays) if stay)
+    removed = tuple(unit for unit, stay in enumerate(stays) if not stay)
+    return ShrunkGroup(len(stays), kept, removed)
 
 
 def some_units(module: nn.Module, groups: Sequence[Group], seed: int) -> dict[str, list[bool]]:

@@ -1,6 +1,7 @@
 """Networks by hand, with the groups of their units."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -82,7 +83,7 @@ class ResNet18(nn.Module):
         self.stem = conv_bn(3, width, 3)
         widths = [width, width, 2 * width, 4 * width, 8 * width]
         self.blocks = nn.Sequential()
-        for stage, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+        for stage, (before, after) in enumerate(pairwise(widths)):
             self.blocks.append(Block(before, after, 1 if stage == 0 else 2))
             self.blocks.append(Block(after, after, 1))
         self.head = nn.Linear(widths[-1], 10)
@@ -120,8 +121,8 @@ class Inverted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = functional.relu6(self.depth(functional.relu6(self.expand(x))))
-        y = self.project(y)
-        return x + y if self.adds else y
+        out: Tensor = self.project(y)
+        return x + out if self.adds else out
 
 
 class MobileNetV2(nn.Module):

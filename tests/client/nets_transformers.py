@@ -10,7 +10,7 @@ import secateur
 from secateur.grouping import Group
 from tests.client.nets_resizing import Net, inputs, outputs, weights
 
-_SMALL = {
+_SMALL: dict[str, Any] = {
     "vocab_size": 50,
     "hidden_size": 16,
     "num_hidden_layers": 2,
@@ -56,8 +56,11 @@ def bert() -> Net:
 
 
 def distilbert() -> Net:
-    config = transformers.DistilBertConfig(vocab_size=50, dim=16, n_layers=1, n_heads=4, hidden_dim=8)
-    layer, rows = "transformer.layer.0", {"stride": 4, "units": 4}
+    config = transformers.DistilBertConfig(
+        vocab_size=50, dim=16, n_layers=1, n_heads=4, hidden_dim=8
+    )
+    layer = "transformer.layer.0"
+    rows: dict[str, Any] = {"stride": 4, "units": 4}
     attention = [
         secateur.member(f"{layer}.attention.{part}.{leaf}", **rows)
         for part in ("q_lin", "k_lin", "v_lin")
@@ -80,7 +83,7 @@ def vit() -> Net:
         image_size=16,
         patch_size=8,
     )
-    model = transformers.ViTModel._from_config(config)
+    model = transformers.ViTModel(config)
     names = [name for name, _ in model.named_parameters()]
     layer = next(name for name in names if "q_proj" in name).partition(".attention.")[0]
     up, down = (name[: -len(".weight")] for name in names if "fc" in name and "weight" in name)
@@ -103,7 +106,9 @@ def gpt2() -> Net:
     config = transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=4, n_positions=16)
     groups = []
     for layer in ("transformer.h.0", "transformer.h.1"):
-        rows = [16 * part + 4 * head + i for head in range(4) for part in range(3) for i in range(4)]
+        rows = [
+            16 * part + 4 * head + i for head in range(4) for part in range(3) for i in range(4)
+        ]
         groups.append(
             secateur.group(
                 f"{layer}.attn",
@@ -142,7 +147,10 @@ def llama_queries() -> Net:
     for layer in ("model.layers.0", "model.layers.1"):
         rows = [8 * kv + 4 * head + i for head in range(2) for kv in range(2) for i in range(4)]
         q, o = (f"{layer}.self_attn.{part}_proj.weight" for part in "qo")
-        both = [secateur.member(q, indices=rows, units=2), secateur.member(o, 1, indices=rows, units=2)]
+        both = [
+            secateur.member(q, indices=rows, units=2),
+            secateur.member(o, 1, indices=rows, units=2),
+        ]
         groups.append(secateur.group(q, *both))
     return net._replace(groups=groups)
 
@@ -163,7 +171,10 @@ def phi3() -> Net:
         halves = [row for unit in range(24) for row in (unit, 24 + unit)]
         both = secateur.member(f"{layer}.mlp.gate_up_proj.weight", indices=halves, units=24)
         down = secateur.member(f"{layer}.mlp.down_proj.weight", 1)
-        groups += [secateur.group(f"{layer} kv", qkv, o), secateur.group(f"{layer} mlp", both, down)]
+        groups += [
+            secateur.group(f"{layer} kv", qkv, o),
+            secateur.group(f"{layer} mlp", both, down),
+        ]
     return _made(config, transformers.Phi3ForCausalLM, groups)
 
 
@@ -172,7 +183,6 @@ def qwen3_moe() -> Net:
     config = transformers.Qwen3MoeConfig(
         **_SMALL,
         num_key_value_heads=2,
-        head_dim=4,
         num_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=6,
