@@ -201,67 +201,18 @@ _Layer = tuple[
 ]
 
 # Layers and functions that keep channels and features, and those that keep channels alone.
-_KEEPING = frozenset(
-    [
-        "Dropout",
-        "Dropout1d",
-        "Dropout2d",
-        "ELU",
-        "GELU",
-        "Hardsigmoid",
-        "Hardswish",
-        "Identity",
-        "LeakyReLU",
-        "Mish",
-        "PReLU",
-        "ReLU",
-        "ReLU6",
-        "SELU",
-        "SiLU",
-        "Sigmoid",
-        "Softplus",
-        "Tanh",
-        "contiguous",
-        "dropout",
-        "dropout2d",
-        "elu",
-        "gelu",
-        "hardsigmoid",
-        "hardswish",
-        "leaky_relu",
-        "mish",
-        "relu",
-        "relu6",
-        "relu_",
-        "selu",
-        "sigmoid",
-        "silu",
-        "softplus",
-        "tanh",
-    ]
-)
-_KEEPING_CHANNELS = frozenset(
-    [
-        "AdaptiveAvgPool1d",
-        "AdaptiveAvgPool2d",
-        "AdaptiveMaxPool1d",
-        "AdaptiveMaxPool2d",
-        "AvgPool1d",
-        "AvgPool2d",
-        "MaxPool1d",
-        "MaxPool2d",
-        "Upsample",
-        "adaptive_avg_pool1d",
-        "adaptive_avg_pool2d",
-        "adaptive_max_pool1d",
-        "adaptive_max_pool2d",
-        "avg_pool1d",
-        "avg_pool2d",
-        "interpolate",
-        "max_pool1d",
-        "max_pool2d",
-    ]
-)
+_NAMES = """
+Dropout Dropout1d Dropout2d ELU GELU Hardsigmoid Hardswish Identity LeakyReLU Mish PReLU ReLU ReLU6
+SELU SiLU Sigmoid Softplus Tanh contiguous dropout dropout2d elu gelu hardsigmoid hardswish
+leaky_relu mish relu relu6 relu_ selu sigmoid silu softplus tanh
+"""
+_NAMES_FOR_CHANNELS = """
+AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveMaxPool1d AdaptiveMaxPool2d AvgPool1d AvgPool2d
+MaxPool1d MaxPool2d Upsample adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool1d
+adaptive_max_pool2d avg_pool1d avg_pool2d interpolate max_pool1d max_pool2d
+"""
+_KEEPING = frozenset(_NAMES.split())
+_KEEPING_CHANNELS = frozenset(_NAMES_FOR_CHANNELS.split())
 
 # The class, the kinds of widths it reads and how many, and what it makes.
 _LAYERS: list[_Layer] = [

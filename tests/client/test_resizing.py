@@ -1,18 +1,16 @@
 """Smaller modules compute what the masked ones compute."""
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import secateur
 from secateur.errors import InvalidStateDict
 from secateur.grouping import Group
 from secateur.resizing import shrunk
-from tests.client.cutting import assert_same, cut, doubles, run, some_units
+from tests.client.cutting import assert_same, cut, doubles, run, shrink, some_units
 from tests.client.nets_resizing import NETS, Net, randomized
 
 
@@ -21,11 +19,6 @@ def made(name: str, seed: int) -> tuple[Net, Any]:
     net = NETS[name]()
     randomized(net.module)
     return net, doubles(net.inputs)
-
-
-def shrink(module: nn.Module, groups: Sequence[Group], example_inputs: Any = None) -> nn.Module:
-    kept = some_units(module, groups, 0)
-    return shrunk(module, *cut(module, groups, kept)[1:], example_inputs)
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -88,7 +81,7 @@ def test_the_first_layer_that_does_not_fit_is_named(
 
 def test_two_layers_that_are_added_are_named() -> None:
     net, _ = made("resnet18", 0)
-    stage = [group.message for group in net.groups if group.message.name == "stage 0"][0]
+    stage = next(group.message for group in net.groups if group.message.name == "stage 0")
     readers = ("blocks.0.two.0.weight", "blocks.0.two.1.")
     members = [one for one in stage.members if not one.tensor.startswith(readers)]
     with pytest.raises(InvalidStateDict, match=r"^stem.0: makes \d of 8 .*, and blocks.0.two.0, "):
