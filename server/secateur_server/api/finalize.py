@@ -40,7 +40,7 @@ def decode_finalize(context: RequestContext, header: pb.FinalizeHeader) -> Seque
     if needs_groups != bool(header.groups):
         why = "is empty; send at least one group" if needs_groups else "needs OUTPUT_SHRUNK"
         raise InvalidRequest("header.groups", why)
-    if header.prior and not needs_groups:
+    if header.prior == pb.PRIOR_ZEROS and not needs_groups:
         raise InvalidRequest("header.prior", "needs OUTPUT_SHRUNK")
     if header.tensors and needs_groups:
         raise InvalidRequest(

@@ -35,10 +35,10 @@ def decode_prune(context: RequestContext, header: pb.PruneHeader) -> list[Rule]:
     Raises:
         InvalidSpec, InvalidRequest: A field is wrong.
     """
+    needs_groups = header.output in OUTPUTS and OUTPUTS[header.output].needs_groups
+    rules = decode_spec(context, header.spec, default_align=0 if needs_groups else 1)
     if header.output not in OUTPUTS:
         raise InvalidRequest("header.output", f"{header.output} is not an output")
-    needs_groups = OUTPUTS[header.output].needs_groups
-    rules = decode_spec(context, header.spec, default_align=0 if needs_groups else 1)
     if needs_groups and not any(rule.units_together() for rule in rules):
         name = pb.Output.Name(header.output)
         raise InvalidRequest(
