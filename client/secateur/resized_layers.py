@@ -34,6 +34,7 @@ def fit_layers(module: Module, made: Module, groups: Mapping[str, int]) -> list[
                 new.groups = _groups(new, old, known.pop(f"{path}.groups" if path else "groups", 0))
             if fit := _fit_of(new):
                 fit(new, old)
+            _fit_experts(new, old)
             if doubt := fit_attention(new, old):
                 doubts.append(f"{path or 'the module'}: {doubt}")
         except Misfit as error:
@@ -52,6 +53,23 @@ def _fit_of(layer: Module) -> Callable[[Any, Any], None] | None:
         ):
             return _FITS[kind.__name__]
     return None
+
+
+def _fit_experts(new: Any, old: Any) -> None:
+    """Fits the count of experts of a layer with one parameter for all, or of its router."""
+    if not isinstance(getattr(old, "num_experts", None), int):
+        return
+    found = {
+        tensor.shape[0]
+        for name, tensor in new._parameters.items()
+        if tensor is not None and old._parameters[name].shape[:1] == (old.num_experts,)
+    }
+    if len(found) > 1:
+        raise Misfit(f"its parameters are for {min(found)} and for {max(found)} experts")
+    if found:
+        new.num_experts = found.pop()
+        if getattr(new, "top_k", 0) > new.num_experts:
+            raise Misfit(f"keeps {new.num_experts} experts, and chooses {new.top_k} for a token")
 
 
 def _linear(new: Any, old: Any) -> None:

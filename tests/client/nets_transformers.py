@@ -8,7 +8,7 @@ import transformers
 
 import secateur
 from secateur.grouping import Group
-from tests.client.nets_resizing import Net, inputs, outputs, weights
+from tests.client.net import Net, inputs, outputs, weights
 
 _SMALL: dict[str, Any] = {
     "vocab_size": 50,

@@ -13,7 +13,7 @@ from secateur.errors import InvalidSpec, InvalidStateDict
 from secateur.grouping import Group
 from secateur.resizing import shrunk
 from tests.client.cutting import assert_same, cut, run, shrink
-from tests.client.nets_resizing import inputs, outputs, randomized
+from tests.client.net import inputs, outputs, randomized
 
 
 def grouped_conv(groups: int, each: int) -> tuple[nn.Module, list[Group]]:
@@ -115,11 +115,12 @@ def attention_groups() -> list[Group]:
 
 
 def test_attention_by_hand() -> None:
-    module, example = randomized(Attention()), torch.randn(2, 5, 8)
+    module: Any = randomized(Attention())
+    example = torch.randn(2, 5, 8)
     masked, tensors, removed = cut(module, attention_groups(), {"heads": [False, True, True, True]})
-    small = shrunk(module, tensors, removed)
+    small: Any = shrunk(module, tensors, removed)
     assert_same(run(masked, example.double()), run(small, example.double()))
-    assert (small.heads, small.head_dim, module.get_submodule("").heads) == (3, 2, 4)
+    assert (small.heads, small.head_dim, module.heads) == (3, 2, 4)
 
 
 def test_attention_with_unknown_attributes_needs_a_comparison() -> None:

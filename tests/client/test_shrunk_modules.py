@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune
 
 import secateur
 from secateur.errors import InvalidStateDict
 from secateur.grouping import Group
 from secateur.resizing import shrunk
 from tests.client.cutting import assert_same, cut, run, shrink, some_units
-from tests.client.nets_resizing import inputs, outputs, randomized
+from tests.client.net import inputs, outputs, randomized
 
 
 class Tied(nn.Module):
@@ -32,7 +32,7 @@ def test_tied_parameters_are_one_parameter_of_the_copy() -> None:
     groups = [secateur.group("width", secateur.member("embed.weight", 1))]
     masked, tensors, removed = cut(module, groups, {"width": [True, False] * 3})
     tensors["head.weight"] = tensors["embed.weight"]
-    small = shrunk(module, tensors, removed, torch.arange(7))
+    small: Any = shrunk(module, tensors, removed, torch.arange(7))
     assert small.head.weight is small.embed.weight
     assert_same(run(masked, torch.arange(7)), run(small, torch.arange(7)))
     again = secateur.resize(module, secateur.sizes(small))
@@ -62,10 +62,11 @@ def test_flags_dtypes_and_hooks_are_kept() -> None:
 
 
 def test_masks_of_torch_are_gone_and_the_original_has_them() -> None:
+    module: Any
     module, groups = two_layers()
     module.append(nn.LSTM(2, 3))
     for part, name in ((module[0], "weight"), (module[2], "weight"), (module[3], "weight_hh_l0")):
-        prune.random_unstructured(part, name, 0.5)
+        prune.random_unstructured(part, name, 0.5)  # type: ignore[no-untyped-call]
     before = copy.deepcopy(list(module.state_dict().items()))
     plain = copy.deepcopy({k: v.detach().clone() for k, v in module.state_dict().items()})
     folded = nn.Sequential(*two_layers()[0], nn.LSTM(2, 3))
@@ -75,7 +76,7 @@ def test_masks_of_torch_are_gone_and_the_original_has_them() -> None:
     folded.load_state_dict({name: plain[name] for name in folded.state_dict()})
     kept = some_units(folded, groups, 0)
     masked, tensors, removed = cut(folded, groups, kept)
-    small = shrunk(module, tensors, removed, torch.randn(3, 4))
+    small: Any = shrunk(module, tensors, removed, torch.randn(3, 4))
     assert set(small.state_dict()) == set(folded.state_dict())
     assert not any(hooks._forward_pre_hooks for hooks in small.modules())
     example = torch.randn(3, 4)
@@ -168,3 +169,17 @@ def test_a_module_that_was_not_pruned() -> None:
         shrunk(module, tensors, removed)
     with pytest.raises(InvalidStateDict, match=r"a torch.nn.Module is needed, not dict"):
         shrunk({}, tensors, removed)  # type: ignore[arg-type]
+
+
+def test_parametrized_weights() -> None:
+    """The weight of such a layer is not a parameter: it is computed from others."""
+    module = nn.Sequential(
+        parametrizations.weight_norm(nn.Linear(4, 6)), nn.ReLU(), nn.Linear(6, 2)
+    )
+    names = ("bias", "parametrizations.weight.original0", "parametrizations.weight.original1")
+    members = [secateur.member(f"0.{name}") for name in names]
+    # The norm of a row of zeros is zero, and 0 / 0 is NaN: the directions keep their values.
+    members[-1] = secateur.member(f"0.{names[-1]}", masked=False)
+    groups = [secateur.group("hidden", *members, *inputs("2"))]
+    small: Any = shrink(module, groups, torch.randn(3, 4))
+    assert small[0].out_features == len(small[0].bias) < 6
