@@ -19,6 +19,7 @@ from secateur_server.backends import backend_for
 from secateur_server.backends.cores import one_thread, start_threads
 from secateur_server.backends.threads import Pool
 from secateur_server.config import Config
+from secateur_server.cut.drivers import Local
 from secateur_server.operate.health import Health
 from secateur_server.operate.interceptor import Interceptor
 from secateur_server.operate.metrics import Metrics
@@ -175,6 +176,7 @@ def _interceptor(
         work_memory=config.work_memory,
         scratch=store.scratch,
         charge=scheduler.charge,
+        driver=Local,
     )
     interceptor = Interceptor(
         make_authenticator(config, metrics),
