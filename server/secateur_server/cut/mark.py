@@ -35,9 +35,12 @@ def mark(
         `kept` are views of these bits.
     """
     batches = list(_batches(context.each(pieces), driver.backend.batch, _units))
+    task = partial(_split, low=low, high=high)
+    if len(batches) == 1:
+        (split,) = driver.map(context, task, batches)
+        return split.kept, [split]
     kept, found = _kept(context, driver, pieces), []
     end = 0
-    task = partial(_split, low=low, high=high)
     for split in _mapped(context, driver, task, batches, _units_of_all):
         begin, end = end, end + len(split.kept)
         found.append(replace(split, kept=kept[begin:end].copy_(split.kept)))
