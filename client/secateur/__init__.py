@@ -74,6 +74,7 @@ from secateur.report import Bound, Choice, Coverage, Report, ReportWarning, Tens
 from secateur.result import FinalizeResult, PruneResult
 from secateur.selections import grouped, select
 from secateur.server_info import ServerInfo
+from secateur.shrinking import resize, sizes
 from secateur.source import is_pruned
 from secateur.spec import Spec
 from secateur.versions import VERSION
@@ -149,8 +150,10 @@ __all__ = [
     "random",
     "random_structured",
     "random_unstructured",
+    "resize",
     "rows",
     "select",
+    "sizes",
     "slices",
     "table",
     "target_bytes",

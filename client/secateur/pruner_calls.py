@@ -17,7 +17,7 @@ from secateur.destinations import check_destination, new_folder
 from secateur.encoding import encode_spec, unmasked_members
 from secateur.errors import SecateurError
 from secateur.forms import OUTPUTS, is_model
-from secateur.grouping import Groups, groups_of
+from secateur.grouping import Groups, example_inputs_of, groups_of
 from secateur.model import Source
 from secateur.others import check_names
 from secateur.patience import Patience
@@ -91,9 +91,9 @@ class PrunerCalls(CheckpointCalls):
             check_destination(header.destination_uri, model.only_parameters())
         patience = self._connection.patience()
         if keep and model.is_here:
-            result = self._prune_kept(model, header, arrays, progress, patience)
+            result = self._prune_kept(model, header, arrays, progress, patience, spec)
         else:
-            result = self._prune(model, header, arrays, progress, patience, model)
+            result = self._prune(model, header, arrays, progress, patience, model, spec)
         if folder:
             result.save(folder, output)
         return result
@@ -106,6 +106,7 @@ class PrunerCalls(CheckpointCalls):
         progress: Progress,
         patience: Patience,
         model: Source,
+        spec: Spec,
     ) -> PruneResult:
         """Sends a model, or its place on the server; the result is of `model`."""
         call = self._call("Prune", header, sent, {**sent.sent(), **arrays}, progress, patience)
@@ -121,6 +122,8 @@ class PrunerCalls(CheckpointCalls):
             received=received,
             checkpoint=decode_checkpoint(result.checkpoint) if header.keep else None,
             destination=header.destination_uri or None,
+            groups=[group for rule in header.spec.rules for group in rule.selection.groups],
+            example_inputs=spec.example_inputs,
         )
 
     def _prune_kept(
@@ -130,12 +133,13 @@ class PrunerCalls(CheckpointCalls):
         arrays: Tensors,
         progress: Progress,
         patience: Patience,
+        spec: Spec,
     ) -> PruneResult:
         """Sends what the server does not have of a model, and prunes it there."""
         uploaded = self._upload(model.only_parameters(), progress, patience)
         sent = read_source(uploaded)
         try:
-            result = self._prune(sent, header, arrays, progress, patience, model)
+            result = self._prune(sent, header, arrays, progress, patience, model, spec)
         except BaseException:
             with suppress(SecateurError):  # the caller sees the first error
                 self._delete(uploaded, False, patience.at_least(TIDY_SECONDS))
@@ -277,7 +281,14 @@ class PrunerCalls(CheckpointCalls):
         call = self._call("Finalize", header, model, model.tensors, progress, patience)
         check_destination(destination, model)
         result, received = self._connection.transform(call)
-        return FinalizeResult(decode_report(result.report), model, received, destination)
+        return FinalizeResult(
+            report=decode_report(result.report),
+            source=model,
+            received=received,
+            destination=destination,
+            groups=header.groups,
+            example_inputs=example_inputs_of(groups),
+        )
 
     def server_info(self) -> ServerInfo:
         """Returns the server's version, features and limits.

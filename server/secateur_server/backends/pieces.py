@@ -76,14 +76,16 @@ class Cut:
 
 @dataclass(frozen=True)
 class Split:
-    """A piece between two bounds.
+    """Pieces between two bounds.
 
     Attributes:
-        above: How many units are at the upper bound or above.
+        kept: Bits: the units at the upper bound or above. Each piece begins with a new byte.
+        above: How many they are.
         keys: Of the units between the bounds.
-        at: Their places, int32.
+        at: Their places in `kept`, int32 or int64.
     """
 
+    kept: Tensor
     above: int
     keys: Tensor
     at: Tensor

@@ -157,34 +157,28 @@ class TorchBackend(Backend):
         kept[equal[ties:]] = True
         return Cut(key, ties, len(equal)), kept
 
-    def split(
-        self, pieces: Sequence[Piece], low: int, high: int, kept: Sequence[Tensor]
-    ) -> list[Split]:
-        found = []
-        for piece, bits in zip(pieces, kept, strict=True):
+    def split(self, pieces: Sequence[Piece], low: int, high: int) -> Split:
+        parts, begin = [], 0
+        for piece in pieces:
             keys = self.keys(piece)
-            bits.copy_(self.pack((keys >= high) & (keys < torch.iinfo(keys.dtype).max)))
+            bits = self.pack((keys >= high) & (keys < torch.iinfo(keys.dtype).max))
             at = ((keys >= low) & (keys < high)).nonzero().view(-1)
-            found.append(Split(self.count_ones(bits), keys[at], at.to(torch.int32)))
-        return found
+            parts.append((bits, keys[at], at + 8 * begin))
+            begin += len(bits)
+        kept, found, places = map(torch.cat, zip(*parts, strict=True))
+        return Split(kept, self.count_ones(kept), found, places)
 
     def keep(self, kept: Tensor, at: Tensor, flags: Tensor) -> None:
         at = at[flags]
         kept.index_add_(0, at >> 3, (1 << (at & 7)).to(torch.uint8))
 
     def cut_few(
-        self,
-        context: RequestContext,
-        pieces: Sequence[Piece],
-        place: int,
-        kept: Sequence[Tensor],
-    ) -> Cut:
+        self, context: RequestContext, pieces: Sequence[Piece], place: int
+    ) -> tuple[Cut, Tensor]:
         keys = torch.cat([self.keys(piece) for piece in context.each(pieces)])
         cut, flags = self.rank(keys, place)
         parts = torch.split(flags, [piece.units for piece in pieces])
-        for bits, part in zip(kept, parts, strict=True):
-            bits.copy_(self.pack(part))
-        return cut
+        return cut, torch.cat([self.pack(part) for part in parts])
 
     def cut_each(self, batch: Batch, counts: Ints) -> tuple[Tensor, Ints]:
         kept, cuts = batch.unpruned.clone(), np.full((len(counts), 3), (-1, 0, 0))

@@ -40,22 +40,21 @@ class TritonBackend(TorchBackend):
     def batch(self) -> int:
         return 1 << 40  # all pieces: the GPU is waited for once
 
-    def split(
-        self, pieces: Sequence[Piece], low: int, high: int, kept: Sequence[Tensor]
-    ) -> list[Split]:
-        sizes = [len(bits) for bits in kept]
-        within, counts = self.allocate(sum(sizes)), self._zeros(len(pieces), 2)
-        into = zip(pieces, kept, torch.split(within, sizes), counts, strict=True)
-        for piece, above_bits, within_bits, count in into:  # the GPU is not waited for in between
-            self._split(piece, low, high, (above_bits, within_bits, count))
+    def split(self, pieces: Sequence[Piece], low: int, high: int) -> Split:
+        sizes = [(piece.units + 7) // 8 for piece in pieces]
+        kept, within = self.allocate(sum(sizes)), self.allocate(sum(sizes))
+        counts = self._zeros(len(pieces), 2)
+        parts = zip(*(torch.split(bits, sizes) for bits in (kept, within)), counts, strict=True)
+        for piece, into in zip(pieces, parts, strict=True):  # the GPU is not waited for in between
+            self._split(piece, low, high, into)
         above, inside = counts.t().tolist()
+        at = self._ones_at(within)
         begins = itertools.accumulate(sizes, initial=0)
-        found = []
-        parts = zip(pieces, above, torch.split(self._ones_at(within), inside), begins, strict=False)
-        for piece, count, places, begin in parts:
-            at = places - 8 * begin
-            found.append(Split(count, self._keys_at(piece, at), at.to(torch.int32)))
-        return found
+        keys = [
+            self._keys_at(piece, places - 8 * begin)
+            for piece, places, begin in zip(pieces, torch.split(at, inside), begins, strict=False)
+        ]
+        return Split(kept, sum(above), torch.cat(keys), at)
 
     def count_below(self, piece: Piece, key: int) -> tuple[int, int]:
         above, equal = self._counts(piece, key, key + 1)
@@ -172,13 +171,17 @@ def _try_out(device: torch.device) -> None:
 def _results(backend: Backend, piece: Piece, flags: Tensor) -> list[object]:
     keys = backend.keys(piece)
     low, high = (int(key) for key in keys.sort().values[[len(keys) // 4, len(keys) // 2]])
-    kept = backend.allocate((piece.units + 7) // 8)
-    (found,) = backend.split([piece], low, high, [kept])
+    found = backend.split([piece], low, high)
     width = DIGIT_BITS - 1  # the sign has no digit
     counts = torch.zeros(1, 1 << width, dtype=torch.int64, device=backend.device)
     highest, shift = torch.zeros(1, dtype=keys.dtype), torch.iinfo(keys.dtype).bits - DIGIT_BITS
     backend.count_digits(piece, highest, shift, width, counts)
-    results = kept, found.keys, found.at, counts, backend.pack(flags)
+    results = found.kept, found.keys, found.at, counts, backend.pack(flags)
     extremes = None if isinstance(piece.scores, RandomScores) else backend.extremes(piece.scores)
-    numbers = found.above, backend.count_ones(kept), backend.count_below(piece, high), extremes
+    numbers = (
+        found.above,
+        backend.count_ones(found.kept),
+        backend.count_below(piece, high),
+        extremes,
+    )
     return [*(result.tolist() for result in results), *numbers]

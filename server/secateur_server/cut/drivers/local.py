@@ -1,19 +1,30 @@
 """Pieces in the memory of this process, or of its GPU."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 
-from secateur_server.backends.protocol import Backend
+import torch
+
+from secateur_server.backends import backend_for
+from secateur_server.cut.drivers.protocol import Task
 from secateur_server.runtime.context import Found, Item, RequestContext
 
 
-@dataclass(frozen=True)
 class Local:
-    """Works in the threads of a backend."""
+    """Works in the threads of a backend.
 
-    backend: Backend
+    Args:
+        device: Of the tensors.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.backend = backend_for(device)
+
+    @property
+    def threads(self) -> int:
+        return self.backend.threads
 
     def map(
-        self, context: RequestContext, function: Callable[[Item], Found], pieces: Iterable[Item]
+        self, context: RequestContext, task: Task[Item, Found], pieces: Iterable[Item]
     ) -> list[Found]:
-        return self.backend.map(context, function, pieces)
+        backend = self.backend
+        return backend.map(context, lambda piece: task(context, backend, piece), pieces)
