@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.nn import Module
 from torch.utils import _pytree as pytree
 
 from secateur.errors import InvalidStateDict
+from secateur.example_inputs import arguments_of
 
 _ADVICE = "check that its groups have every tensor that makes or reads their units"
 
@@ -74,18 +74,12 @@ def _ready(module: Module, dtype: torch.dtype | None) -> Module:
 
 def _run(module: Module, inputs: Any, dtype: torch.dtype | None) -> list[Tensor]:
     """The tensors that a module returns; random numbers are the same in each run."""
-    args, kwargs = _arguments(inputs)
+    args, kwargs = arguments_of(inputs)
     args, kwargs = pytree.tree_map_only(Tensor, partial(_own, dtype=dtype), (args, kwargs))
     devices = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
     with torch.no_grad(), torch.random.fork_rng(sorted(devices)):
         torch.manual_seed(0)
         return _tensors(module(*args, **kwargs))
-
-
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,), {}
 
 
 def _own(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

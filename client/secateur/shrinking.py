@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from secateur.checks import text_keys
 from secateur.tensors import torch_for
 
 
@@ -45,4 +46,4 @@ def resize(module: Any, sizes: Mapping[str, Any]) -> Any:
     torch_for("resize")
     from secateur.resizing import resized
 
-    return resized(module, sizes)
+    return resized(module, text_keys("sizes", sizes, "names to sizes"))
