@@ -14,6 +14,7 @@ and files of torch.save only.
 
 import secateur.grpc_logs  # noqa: F401  # before anything imports grpc
 from secateur.amounts import table, target_bytes, target_macs, threshold
+from secateur.architectures.parts import transformer_groups
 from secateur.checkpoint import Checkpoint, File
 from secateur.choices import (
     blocks,
@@ -29,6 +30,7 @@ from secateur.choices import (
     slices,
 )
 from secateur.client import Client
+from secateur.depth import depth
 from secateur.embedded import embedded
 from secateur.errors import (
     Aborted,
@@ -122,6 +124,7 @@ __all__ = [
     "blocks_of",
     "columns",
     "custom_from_mask",
+    "depth",
     "embedded",
     "erk",
     "filters",
@@ -156,4 +159,5 @@ __all__ = [
     "target_bytes",
     "target_macs",
     "threshold",
+    "transformer_groups",
 ]

@@ -6,10 +6,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from secateur.architectures.folder import fitted_folder
 from secateur.checkpoint import Checkpoint
 from secateur.cycles import no_search_for_cycles
 from secateur.errors import InvalidStateDict, SecateurError
-from secateur.files import save
+from secateur.files import is_file, save
 from secateur.forms import FORMS, Tensors, form_of
 from secateur.model import Mask, Source
 from secateur.paths import path_of
@@ -109,6 +110,9 @@ class _Result:
     def _save(self, path: Path, entries: Mapping[str, Any]) -> None:
         """Writes entries in the format of the source."""
         source, answer = self._source, self._answer
+        folder = source.folder
+        if folder is not None and self.report.shrinkage is not None and not is_file(path):
+            folder = fitted_folder(folder, entries)
         save(
             path,
             entries,
@@ -116,7 +120,7 @@ class _Result:
             source.index or answer.index,
             source.tensors,
             source.torch_file,
-            source.folder,
+            folder,
         )
 
 
@@ -238,7 +242,8 @@ class PruneResult(_Result):
         """Writes the pruned model as .safetensors or a torch file, or a folder if it came from one.
 
         The file is written whole, or not at all. A torch file and a folder keep what the source has
-        beside the weights; a NotSaved warning names what is not kept.
+        beside the weights; a NotSaved warning names what is not kept. The folder of a shrunk model
+        gets a config.json with the new sizes.
 
         Args:
             path: The file or folder.

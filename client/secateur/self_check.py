@@ -75,9 +75,10 @@ def _ready(module: Module, dtype: torch.dtype | None) -> Module:
 
 def _run(module: Module, inputs: Any, dtype: torch.dtype | None) -> list[Tensor]:
     """The tensors that a module returns; random numbers are the same in each run."""
-    args, kwargs = _arguments(inputs)
+    args, kwargs = arguments(inputs)
     args, kwargs = pytree.tree_map_only(Tensor, partial(_own, dtype=dtype), (args, kwargs))
-    devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+    is_on_cuda = any(parameter.is_cuda for parameter in module.parameters())
+    devices = range(torch.cuda.device_count() if is_on_cuda else 0)
     with torch.no_grad(), torch.random.fork_rng(devices):
         torch.default_generator.manual_seed(0)
         if devices:
@@ -85,7 +86,8 @@ def _run(module: Module, inputs: Any, dtype: torch.dtype | None) -> list[Tensor]
         return _tensors(module(*args, **kwargs))
 
 
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the positional and the keyword arguments of example inputs."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,), {}
