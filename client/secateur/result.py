@@ -46,18 +46,16 @@ class _Result:
     def shrink(self, module: Any, example_inputs: Any = None) -> Any:
         """Returns a smaller copy of a torch.nn.Module, with the shrunk tensors in its layers.
 
-        torch's masks are removed; hooks, flags and tied parameters are kept. secateur.resize makes
-        the copy again from its state_dict.
+        torch's masks are removed; hooks, flags and tied parameters are kept. See secateur.resize.
 
         Args:
             module: The one that was pruned, which is unchanged, or one with the same tensors.
-            example_inputs: A tensor, a tuple of arguments, or a mapping of keywords. The copy must
-                compute on them, in float64, what the masked module computes. None are those with
-                which secateur.groups traced the groups; if it did not, only sizes are checked.
+            example_inputs: A tensor, a tuple of arguments, or a mapping of keywords, on which the
+                copy must compute what the masked module computes. None are those with which
+                secateur.groups traced the groups; if it did not, only sizes are checked.
 
         Raises:
-            InvalidStateDict: A layer has tensors that do not fit, or computes something else; the
-                message names it.
+            InvalidStateDict: A layer does not fit, or computes something else; it is named.
             SecateurError: The result is not of output="shrunk".
         """
         shrinkage = self.report.shrinkage
@@ -69,7 +67,6 @@ class _Result:
         return shrink(module, entries, self._groups, shrinkage, inputs)
 
     def _model_entries(self) -> Mapping[str, Any]:
-        """The model as it was sent."""
         raise NotImplementedError
 
     @property

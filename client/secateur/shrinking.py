@@ -67,7 +67,8 @@ def shrink(
         shrinkage: What was removed.
         example_inputs: To compare with the masked module, or None.
     """
-    torch = torch_for("shrink")
+    import torch
+
     from secateur.resizing import shrunk
 
     tensors = {name: value for name, value in entries.items() if isinstance(value, torch.Tensor)}

@@ -91,7 +91,8 @@ class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.heads, self.head_dim = 4, 2
-        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.qkv: nn.Module = nn.Linear(8, 24)
+        self.proj: nn.Module = nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim)).transpose(1, 3).unbind(2)
