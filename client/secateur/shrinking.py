@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from secateur.checks import text_keys
 from secateur.removal import removed_slices
 from secateur.shrinkage import Shrinkage
 from secateur.tensors import torch_for
@@ -49,7 +48,7 @@ def resize(module: Any, sizes: Mapping[str, Any]) -> Any:
     torch_for("resize")
     from secateur.resizing import resized
 
-    return resized(module, text_keys("sizes", sizes, "names to sizes"))
+    return resized(module, sizes)
 
 
 def shrink(
