@@ -7,7 +7,7 @@ sparse-24-bitmask each 4 consecutive elements keep exactly 2. The sign of -0.0 i
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from secateur.atomic import filling
 from secateur.errors import SecateurError
 from secateur.files import save
+from secateur.folders import Folder
 from secateur.model import Source
 from secateur.tensors import Bytes, LocalTensor
 from secateur_proto.framing import mask_bytes, tensor_bytes
@@ -98,13 +98,8 @@ def save_bitmasks(path: Path, source: Source, layout: Layout) -> None:
     if index is not None:
         files = {name: index.file_of(stored.get(name, name)) for name in tensors}
         index = replace(index, files={**index.files, **files})
-    rest = tensors, source.metadata, index, source.tensors, source.torch_file, source.folder
-    if source.folder is None or path.suffix:
-        save(path, *rest)
-        return
-    with filling(path) as made:
-        save(made, *rest)
-        _configure(made / "config.json", source, set(stored.values()), layout)
+    folder = source.folder and _configured(source.folder, source, set(stored.values()), layout)
+    save(path, tensors, source.metadata, index, source.tensors, source.torch_file, folder)
 
 
 def _compressed(tensors: Tensors, layout: Layout) -> tuple[dict[str, LocalTensor], dict[str, str]]:
@@ -174,23 +169,21 @@ def _bits(tensor: LocalTensor, layout: Layout) -> Bytes:
     return np.packbits(kept, axis=1, bitorder="little").reshape(-1)
 
 
-def _configure(config: Path, source: Source, stored: Iterable[str], layout: Layout) -> None:
-    """Adds the layout to a config.json, if there is one."""
-    if not config.exists():
-        return
-    compressed = set(stored)
-    dense = [n for n, t in source.tensors.items() if _is_linear(n, t) and n not in compressed]
+def _configured(folder: Folder, source: Source, stored: set[str], layout: Layout) -> Folder:
+    """The folder, with the layout in its config.json, if there is one."""
+    text = folder.text("config.json")
+    if text is None:
+        return folder
+    dense = [n for n, t in source.tensors.items() if _is_linear(n, t) and n not in stored]
+    sparsity = {
+        "format": layout.name,
+        "sparsity_structure": layout.structure,
+        "targets": ["Linear"],
+        "ignore": [name.removesuffix(".weight") for name in dense],
+    }
+    config = {"quant_method": "compressed-tensors", "sparsity_config": sparsity}
     try:
-        table = json.loads(config.read_text())
-        table["quantization_config"] = {
-            "quant_method": "compressed-tensors",
-            "sparsity_config": {
-                "format": layout.name,
-                "sparsity_structure": layout.structure,
-                "targets": ["Linear"],
-                "ignore": [name.removesuffix(".weight") for name in dense],
-            },
-        }
+        table = {**json.loads(text), "quantization_config": config}
     except (ValueError, TypeError) as error:
-        raise SecateurError(f"{config.name}: is not a JSON object: {error}") from None
-    config.write_text(json.dumps(table, indent=2) + "\n")
+        raise SecateurError(f"{folder.path / 'config.json'}: is not JSON: {error}") from None
+    return replace(folder, changed={**folder.changed, "config.json": json.dumps(table, indent=2)})

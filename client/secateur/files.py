@@ -47,7 +47,8 @@ def save(
         index: The index of the shards of the source.
         before: The tensors of `index`; None is `entries`.
         torch_file: The source; a torch file keeps all of its content but the tensors.
-        folder: The source; a folder gets a copy of its files beside the weights.
+        folder: The source; a folder gets a copy of its files beside the weights, changed ones
+            among them.
         is_packed: Whether the files are packed.
 
     Raises:
@@ -56,7 +57,7 @@ def save(
     check_writable(path, has_folder=index is not None or folder is not None)
     check_holds(path, entries, index, folder, is_packed)
     try:
-        if _is_file(path):
+        if is_file(path):
             with replacing(path) as file:
                 if path.suffix == ".safetensors":
                     warn_of_rest(path, torch_file)
@@ -93,7 +94,7 @@ def check_writable(path: Path, has_folder: bool = False) -> None:
     """
     if path.is_dir() or path.name.endswith(SUFFIX):
         return
-    if not _is_file(path) and (path.exists() or not has_folder):
+    if not is_file(path) and (path.exists() or not has_folder):
         raise SecateurError(
             f"{path}: unknown suffix {path.suffix!r}; known are {KNOWN_SUFFIXES}; "
             "a folder (-o NAME) is made only for a model, not masks, read from a folder or an index"
@@ -115,6 +116,19 @@ def check_out(path: Path, model: Path) -> None:
         check_no_other_weights(path, find_folder(model).weights)
 
 
+def check_new_folder(path: Path) -> None:
+    """Refuses early a folder that cannot appear whole, for the folder of a shrunk model.
+
+    Raises:
+        SecateurError: It exists, or cannot be made.
+    """
+    if path.exists() or path.is_symlink():
+        raise SecateurError(f"{path}: exists; name a new folder, which is written whole")
+    if is_file(path) or path.name.endswith(SUFFIX):
+        raise SecateurError(f"{path}: names a file; name a new folder")
+    check_writable(path, has_folder=True)
+
+
 def check_holds(
     path: Path,
     entries: Entries,
@@ -128,7 +142,7 @@ def check_holds(
         InvalidStateDict: The message names the entries.
         SecateurError: A torch file cannot be packed.
     """
-    if not _is_file(path):
+    if not is_file(path):
         shards = () if index is None else index.files.values()
         names = shards or () if folder is None else folder.weights
         suffixes = {Path(name).suffix for name in names}
@@ -142,7 +156,8 @@ def check_holds(
         check_storable(str(path), entries, "write .pt instead")
 
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path) -> bool:
+    """Whether `save` writes one file there."""
     return path.suffix in (".safetensors", *TORCH_SUFFIXES) and not path.is_dir()
 
 
@@ -176,6 +191,8 @@ def _filling(path: Path, written: Collection[str], folder: Folder | None) -> Ite
     with filling(path) as made:
         if rest is not None:
             rest.copy_to(made)
+        for name, text in folder.changed.items() if folder is not None else ():
+            (made / name).write_text(text, "utf-8")
         yield made
     if rest is not None:
         rest.warn()

@@ -1,23 +1,26 @@
 """The results of `prune` and `finalize`."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from secateur.architectures.folder import fitted_folder
 from secateur.checkpoint import Checkpoint
 from secateur.cycles import no_search_for_cycles
 from secateur.errors import InvalidStateDict, SecateurError
-from secateur.files import save
+from secateur.files import is_file, save
 from secateur.forms import FORMS, Tensors, form_of, has_tensors_of, not_smaller
 from secateur.model import Mask, Source
 from secateur.paths import path_of
 from secateur.report import Report
 from secateur.report_decoding import Extent, decode_extents, decode_report
+from secateur.shrinking import shrink
 from secateur.tensors import torch_for
 from secateur.ties import tied, values_of
 from secateur.transfer import Received
+from secateur_proto import spec_pb2 as pb
 from secateur_proto.report_pb2 import SparsityReport
 
 
@@ -31,12 +34,42 @@ class _Result:
         received: Received,
         destination: str | None,
         output: str,
+        groups: Sequence[pb.Group],
+        example_inputs: Any,
     ) -> None:
         self.report = report
         self._output = output
         self._source = source
         self._answer = received
         self._destination = destination
+        self._groups = groups
+        self._example_inputs = example_inputs
+
+    def shrink(self, module: Any, example_inputs: Any = None) -> Any:
+        """Returns a smaller copy of a torch.nn.Module, with the shrunk tensors in its layers.
+
+        torch's masks are removed; hooks, flags and tied parameters are kept. See secateur.resize.
+
+        Args:
+            module: The one that was pruned, which is unchanged, or one with the same tensors.
+            example_inputs: A tensor, a tuple of arguments, or a mapping of keywords, on which the
+                copy must compute what the masked module computes. None are those with which
+                secateur.groups traced the groups; if it did not, only sizes are checked.
+
+        Raises:
+            InvalidStateDict: A layer does not fit, or computes something else; it is named.
+            SecateurError: The result is not of output="shrunk".
+        """
+        shrinkage = self.report.shrinkage
+        if shrinkage is None:
+            raise SecateurError("shrink: nothing was removed; ask for output='shrunk'")
+        torch_for("shrink")
+        entries = values_of(self._model_entries(), as_torch=True)
+        inputs = self._example_inputs if example_inputs is None else example_inputs
+        return shrink(module, entries, self._groups, shrinkage, inputs)
+
+    def _model_entries(self) -> Mapping[str, Any]:
+        raise NotImplementedError
 
     @property
     def _received(self) -> Tensors:
@@ -66,6 +99,9 @@ class _Result:
     def _save(self, path: Path, entries: Mapping[str, Any], is_packed: bool = False) -> None:
         """Writes entries in the format of the source."""
         source, answer = self._source, self._answer
+        folder = source.folder
+        if folder is not None and self.report.shrinkage is not None and not is_file(path):
+            folder = fitted_folder(folder, entries)
         save(
             path,
             entries,
@@ -73,7 +109,7 @@ class _Result:
             source.index or answer.index,
             source.tensors,
             source.torch_file,
-            source.folder,
+            folder,
             is_packed,
         )
 
@@ -90,7 +126,7 @@ class FinalizeResult(_Result):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the tensors, torch's or arrays as in the source; tied ones are one object."""
-        return values_of(self._entries(), self._source.as_torch)
+        return values_of(self._model_entries(), self._source.as_torch)
 
     def apply_to(self, module: Any) -> None:
         """Finalizes a pruned torch.nn.Module in place, as torch.nn.utils.prune.remove does.
@@ -108,7 +144,7 @@ class FinalizeResult(_Result):
         torch_for("apply_to")
         from secateur.module import finalize
 
-        values = values_of(self._entries(), as_torch=True)
+        values = values_of(self._model_entries(), as_torch=True)
         finalize(module, values, self._source.pairs().keys() & received.keys())
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -122,9 +158,9 @@ class FinalizeResult(_Result):
         Args:
             path: The file or folder.
         """
-        self._save(path_of(path), self._entries(), self._output == "packed")
+        self._save(path_of(path), self._model_entries(), self._output == "packed")
 
-    def _entries(self) -> dict[str, Any]:
+    def _model_entries(self) -> Mapping[str, Any]:
         return self._whole(self._received, self._source.others)
 
 
@@ -142,10 +178,13 @@ class PruneResult(_Result):
         source: Source,
         output: str,
         received: Received,
-        checkpoint: Checkpoint | None = None,
-        destination: str | None = None,
+        checkpoint: Checkpoint | None,
+        destination: str | None,
+        groups: Sequence[pb.Group],
+        example_inputs: Any,
     ) -> None:
-        super().__init__(decode_report(message), source, received, destination, output)
+        report = decode_report(message)
+        super().__init__(report, source, received, destination, output, groups, example_inputs)
         self.checkpoint = checkpoint
         self._message = message
 
@@ -194,7 +233,8 @@ class PruneResult(_Result):
         """Writes the pruned model as .safetensors or a torch file, or a folder if it came from one.
 
         The file is written whole, or not at all. A torch file and a folder keep what the source has
-        beside the weights; a NotSaved warning names what is not kept.
+        beside the weights; a NotSaved warning names what is not kept. The folder of a shrunk model
+        gets a config.json with the new sizes.
 
         Args:
             path: The file or folder.
@@ -240,6 +280,9 @@ class PruneResult(_Result):
         import torch
 
         return torch.from_numpy(mask)
+
+    def _model_entries(self) -> Mapping[str, Any]:
+        return self._entries(self._output)
 
     def _entries(self, form: str) -> Mapping[str, Any]:
         tensors = self._tensors(form)

@@ -42,7 +42,8 @@ def decode_prune(context: RequestContext, header: pb.PruneHeader) -> list[Rule]:
     if needs_groups and not any(rule.units_together() for rule in rules):
         name = pb.Output.Name(header.output)
         raise InvalidRequest(
-            "header.output", f"{name} removes units of groups, and no rule of the spec has groups"
+            "header.output",
+            f"{name} removes units of groups, and no rule has any; use GRANULARITY_GROUP",
         )
     if header.destination_uri and not OUTPUTS[header.output].has_data:
         name = pb.Output.Name(header.output)
