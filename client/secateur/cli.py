@@ -143,7 +143,11 @@ def _prune(options: argparse.Namespace) -> None:
         if path:
             result.save(path, options.output)
     kept = {"checkpoint": result.checkpoint.name} if result.checkpoint else {}
-    _show(result.report, options, kept)
+    report = result.report
+    if options.output in SMALLER:  # the client may have made it of masks
+        others = tuple(w for w in report.warnings if w.code != "NOT_SMALLER")
+        report = replace(report, warnings=others)
+    _show(report, options, kept)
     if kept and not options.json:
         print(f"{'' if options.quiet else 'kept as '}{kept['checkpoint']}")
 
@@ -154,9 +158,6 @@ def _progress(options: argparse.Namespace) -> bool | None:
 
 def _show(report: Report, options: argparse.Namespace, more: dict[str, Any]) -> None:
     """Prints the report of a command that writes a file; warnings are lines on stderr."""
-    if options.output in SMALLER:  # the client may have made it of masks
-        kept = tuple(w for w in report.warnings if w.code != "NOT_SMALLER")
-        report = replace(report, warnings=kept)
     notes = []
     for warning in report.warnings:
         if warning.severity == "note":
