@@ -89,6 +89,16 @@ def test_masks_of_torch_are_gone_and_the_original_has_them() -> None:
     assert small[3]._flat_weights[1] is small[3].weight_hh_l0
 
 
+def test_layers_of_a_module_with_masks_are_checked_against_each_other() -> None:
+    module: Any
+    module, _ = two_layers()
+    forgetful = [secateur.group("hidden", *outputs("0"))]
+    _, tensors, removed = cut(module, forgetful, {"hidden": [True, False] * 3})
+    prune.identity(module[0], "weight")  # type: ignore[no-untyped-call]
+    with pytest.raises(InvalidStateDict, match=r"^2: takes 6 inputs, and 0 makes 3; put both in"):
+        shrunk(module, tensors, removed)
+
+
 class Float32(nn.Module):
     """It makes a tensor of float32, so it does not run in float64."""
 
