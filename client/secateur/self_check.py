@@ -12,6 +12,7 @@ from torch.nn import Module
 from torch.utils import _pytree as pytree
 
 from secateur.errors import InvalidStateDict
+from secateur.example_inputs import arguments_of
 
 _CACHES = ("past_key_values", "cache")
 _ADVICE = "check that its groups have every tensor that makes or reads their units"
@@ -75,7 +76,7 @@ def _ready(module: Module, dtype: torch.dtype | None) -> Module:
 
 def _run(module: Module, inputs: Any, dtype: torch.dtype | None) -> list[Tensor]:
     """The tensors that a module returns; random numbers are the same in each run."""
-    args, kwargs = arguments(inputs)
+    args, kwargs = arguments_of(inputs)
     args, kwargs = pytree.tree_map_only(Tensor, partial(_own, dtype=dtype), (args, kwargs))
     is_on_cuda = any(parameter.is_cuda for parameter in module.parameters())
     devices = range(torch.cuda.device_count() if is_on_cuda else 0)
@@ -84,13 +85,6 @@ def _run(module: Module, inputs: Any, dtype: torch.dtype | None) -> list[Tensor]
         if devices:
             torch.cuda.manual_seed_all(0)
         return _tensors(module(*args, **kwargs))
-
-
-def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Returns the positional and the keyword arguments of example inputs."""
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,), {}
 
 
 def _own(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
