@@ -177,7 +177,7 @@ def _rules(options: argparse.Namespace, model: Transformer) -> Iterator[Spec]:
 def _write(out: Path, source: Source, folder: Folder) -> None:
     """Writes a model whose tensors the server did not cut."""
     entries = tied({**source.tensors, **source.others}, source.other_names)
-    fitted = fitted_folder(folder, source.tensors)
+    fitted = fitted_folder(folder, source.tensors, {})
     save(out, entries, source.metadata, source.index, source.tensors, source.torch_file, fitted)
 
 

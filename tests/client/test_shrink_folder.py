@@ -122,6 +122,21 @@ def test_heads_that_a_config_cannot_express_are_refused(
     assert "cannot be 2" in message
 
 
+@pytest.mark.parametrize("name", marked(["bert", "gpt2", "roberta", "distilbert"]))
+def test_a_module_can_have_what_a_config_cannot(name: str, client: secateur.Client) -> None:
+    """Heads of any number, and layers of unequal widths; names and prefix by the module."""
+    module = tiny(name)
+    config = {**module.config.to_dict(), "architectures": [type(module).__name__]}
+    groups = secateur.transformer_groups(config, source=module)
+    spec = secateur.grouped(groups, 0.4, align=1)
+    smaller = client.prune(module, spec, output="shrunk").shrink(module)
+    client.prune(module, spec).apply_to(module)
+    assert (outputs(smaller) - outputs(module)).abs().max() < 1e-12
+    assert sum(p.numel() for p in smaller.parameters()) < 0.9 * sum(
+        p.numel() for p in module.parameters()
+    )
+
+
 def test_heads_of_llama_divide_the_hidden_size(
     folder: Folder, tmp_path: Path, capsys: Capsys
 ) -> None:
@@ -141,6 +156,21 @@ def test_layers_of_other_widths_are_refused(client: secateur.Client, folder: Fol
         secateur.InvalidStateDict,
         match=r"intermediate_size: model.layers.0\S+ has 24, and model.layers.1\S+ has 48, .*scope",
     ):
+        client.prune(path, spec, output="shrunk", destination=out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("name", "kept"), [("llama", "1, 2"), ("phi3", "2, 4")])
+def test_kv_heads_with_other_numbers_of_query_heads_are_refused(
+    name: str, kept: str, client: secateur.Client, folder: Folder
+) -> None:
+    """The shapes alone may look right: phi3 keeps 6 query heads for 2 KV heads."""
+    path, _ = folder(name)
+    groups = secateur.transformer_groups(path, ["heads"])[::2]
+    spec = secateur.grouped(groups, 0.5, scope="tensor", align=1)
+    out = path.with_name("wrong heads")
+    message = f"layers.0.self_attn.o_proj: its 2 KV heads kept {kept} query heads; .*scope="
+    with pytest.raises(secateur.InvalidStateDict, match=message):
         client.prune(path, spec, output="shrunk", destination=out)
     assert not out.exists()
 
