@@ -240,9 +240,14 @@ def test_dropped_layers(name: str, stack: str, folder: Folder, tmp_path: Path) -
     assert (shorter - outputs(model)).abs().max() < 1e-12
 
 
-def test_layers_before_the_last_are_dropped_by_count(folder: Folder, tmp_path: Path) -> None:
+def test_layers_before_the_last_are_dropped_by_count(
+    folder: Folder, tmp_path: Path, capsys: Capsys
+) -> None:
     path, _ = folder("llama")
     shrink(path, tmp_path / "out", "--layers", "2")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "2 of 3 layers removed: 0, 1"
+    assert lines[1].startswith("parameters: ")
     before, after = (load_file(f / "model.safetensors") for f in (path, tmp_path / "out"))
     name = "model.layers.{}.mlp.up_proj.weight"
     assert torch.equal(after[name.format(0)], before[name.format(2)])
@@ -290,7 +295,6 @@ def test_every_option_together(folder: Folder, tmp_path: Path, capsys: Capsys) -
 
 WRONG = {
     ("--heads", "0.1"): "--heads: 0.1 of 2 is none; give at least 1",
-    ("--heads", "1", "--kv-heads", "1"): "heads and kv_heads share tensors",
     ("--drop-layers", "3"): "layers: 3 is outside [0, 3)",
     ("--layers", "3"): "layers: 3 is outside [1, 2]",
     ("--experts", "3"): "num_experts_per_tok: 2 experts compute each token",
@@ -323,7 +327,7 @@ def test_places_that_are_refused(folder: Folder, tmp_path: Path, capsys: Capsys)
     assert "model_type: 't5' is not a known architecture; known are bert, " in message
     file = str(tmp_path / "model.safetensors")
     assert "is not a folder" in failure(capsys, "shrink", file, "-o", new, *cut)
-    for options in ((), ("--heads", "1", "--align", "4")):
+    for options in ((), ("--heads", "1", "--align", "4"), ("--heads", "1", "--kv-heads", "1")):
         with pytest.raises(SystemExit, match="2"):
             cli.main(["shrink", str(path), "-o", new, *options])
 

@@ -47,9 +47,9 @@ def fitted_folder(folder: Folder, entries: Entries, removed: Removed) -> Folder:
     fitted = _expressed(folder, config, shapes, removed)
     now = sum(map(math.prod, shapes.values()))
     size = f"parameters: {folder.parameters:,} -> {now:,}"
-    notes = [*folder.notes, *_changes(config, fitted), size]
-    card = _card(folder.text(CARD), notes)
-    return replace(folder, changed={**folder.changed, CONFIG: _text(fitted), CARD: card})
+    notes = (*folder.notes, *_changes(config, fitted), size)
+    changed = {CONFIG: _text(fitted), CARD: _card(folder.text(CARD), notes)}
+    return replace(folder, changed={**folder.changed, **changed}, notes=notes)
 
 
 def transformer_in(folder: Folder, model: Source) -> tuple[dict[str, Any], Transformer]:
