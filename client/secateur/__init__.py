@@ -53,6 +53,7 @@ from secateur.errors import (
     Unavailable,
     UriError,
 )
+from secateur.gain import Gain, gain
 from secateur.grouping import group, head_groups, member, query_head_groups
 from secateur.methods import (
     block_structured,
@@ -94,6 +95,7 @@ __all__ = [
     "DeadlineExceeded",
     "File",
     "FinalizeResult",
+    "Gain",
     "InvalidRequest",
     "InvalidSpec",
     "InvalidStateDict",
@@ -128,6 +130,7 @@ __all__ = [
     "embedded",
     "erk",
     "filters",
+    "gain",
     "global_structured",
     "global_unstructured",
     "group",

@@ -14,9 +14,9 @@ from secateur.files import is_file, save
 from secateur.forms import FORMS, Tensors, form_of
 from secateur.model import Mask, Source
 from secateur.paths import path_of
-from secateur.removal import removed_slices
 from secateur.report import Report
 from secateur.report_decoding import Extent, decode_extents, decode_report
+from secateur.shrinking import shrink
 from secateur.tensors import LocalTensor, to_value, torch_for
 from secateur.ties import each_once, tied
 from secateur.transfer import Received
@@ -46,36 +46,27 @@ class _Result:
     def shrink(self, module: Any, example_inputs: Any = None) -> Any:
         """Returns a smaller copy of a torch.nn.Module, with the shrunk tensors in its layers.
 
-        Sizes such as in_features and num_heads are those of the tensors. torch's masks are
-        removed; hooks, flags and tied parameters are kept. See secateur.resize to make the copy
-        again from its state_dict.
+        torch's masks are removed; hooks, flags and tied parameters are kept. See secateur.resize.
 
         Args:
             module: The one that was pruned, which is unchanged, or one with the same tensors.
-            example_inputs: A tensor, a tuple of arguments, or a mapping of keywords. The copy must
-                compute on them, in float64, what the masked module computes. None are those with
-                which secateur.groups traced the groups; if it did not, only sizes are checked.
+            example_inputs: A tensor, a tuple of arguments, or a mapping of keywords, on which the
+                copy must compute what the masked module computes. None are those with which
+                secateur.groups traced the groups; if it did not, only sizes are checked.
 
         Raises:
-            InvalidStateDict: A layer has tensors that do not fit, or computes something else; the
-                message names it.
+            InvalidStateDict: A layer does not fit, or computes something else; it is named.
             SecateurError: The result is not of output="shrunk".
         """
         shrinkage = self.report.shrinkage
         if shrinkage is None:
             raise SecateurError("shrink: nothing was removed; ask for output='shrunk'")
-        torch = torch_for("shrink")
-        from secateur.resizing import shrunk
-
+        torch_for("shrink")
         entries = self._values(self._model_entries(), as_torch=True)
-        tensors = {n: value for n, value in entries.items() if isinstance(value, torch.Tensor)}
-        dims = {name: tensor.ndim for name, tensor in tensors.items()}
-        removed = removed_slices(self._groups, shrinkage.groups, dims)
         inputs = self._example_inputs if example_inputs is None else example_inputs
-        return shrunk(module, tensors, removed, inputs)
+        return shrink(module, entries, self._groups, shrinkage, inputs)
 
     def _model_entries(self) -> Mapping[str, Any]:
-        """The model as it was sent."""
         raise NotImplementedError
 
     @property

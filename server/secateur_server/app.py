@@ -176,7 +176,7 @@ def _interceptor(
         work_memory=config.work_memory,
         scratch=store.scratch,
         charge=scheduler.charge,
-        driver=Local,
+        driver=Local.on,
     )
     interceptor = Interceptor(
         make_authenticator(config, metrics),

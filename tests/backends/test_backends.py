@@ -16,7 +16,7 @@ from secateur_server.backends.keys import BITS
 from secateur_server.backends.masks import any_of_slices, expand
 from secateur_server.backends.norms import slice_norms
 from secateur_server.backends.numba_backend import NumbaBackend
-from secateur_server.backends.pieces import DIGIT_BITS, Piece
+from secateur_server.backends.pieces import DIGIT_BITS, Piece, Stored
 from secateur_server.backends.randomness import RandomScores
 from secateur_server.backends.torch_backend import TorchBackend
 from secateur_server.cut.prune import prune
@@ -63,7 +63,7 @@ def pieces(
     mask = draw(st.none() | flags.map(torch.tensor))
     unpruned = torch.ones(len(values), dtype=torch.bool) if mask is None else mask
     bits = None if mask is None else packed(mask).bits
-    return Piece(len(values), scores, dtype, bits), scores.abs().double().tolist(), unpruned
+    return Piece(len(values), Stored(scores), dtype, bits), scores.abs().double().tolist(), unpruned
 
 
 def key_of(magnitude: float, dtype: torch.dtype) -> int:
@@ -132,8 +132,8 @@ def test_counts_and_extremes_are_those_of_the_definition(
     backend: TorchBackend, drawn: tuple[Piece, list[float], Tensor], data: st.DataObject
 ) -> None:
     piece, magnitudes, unpruned = drawn
-    scores = piece.scores
-    assert isinstance(scores, Tensor)
+    scores = piece.scores.stored
+    assert scores is not None
     candidates = [m for m, lives in zip(magnitudes, unpruned.tolist(), strict=True) if lives]
     cut = data.draw(st.sampled_from(magnitudes))
     counts = sum(m < cut for m in candidates), candidates.count(cut)
@@ -228,11 +228,12 @@ def test_a_fold_is_the_product_with_the_mask(
     backend: TorchBackend, drawn: tuple[Piece, list[float], Tensor]
 ) -> None:
     piece, _, unpruned = drawn
-    assert isinstance(piece.scores, Tensor)
-    folded = piece.scores.clone()
+    scores = piece.scores.stored
+    assert scores is not None
+    folded = scores.clone()
     backend.fold(folded, packed(unpruned).bits)
-    zeros = torch.copysign(torch.zeros_like(piece.scores), piece.scores)
-    product = torch.where(unpruned, piece.scores, zeros)
+    zeros = torch.copysign(torch.zeros_like(scores), scores)
+    product = torch.where(unpruned, scores, zeros)
     assert torch.equal(folded.view(BITS[piece.dtype]), product.view(BITS[piece.dtype]))
 
 

@@ -146,6 +146,21 @@ def test_a_comparison_uses_evaluation_and_the_same_random_numbers() -> None:
     assert small.get_submodule("drop").training
 
 
+def test_cached_keys_are_not_compared() -> None:
+    """The models of transformers return them, and fewer of them with fewer heads."""
+
+    class Caching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = two_layers()[0]
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.net(x), "past_key_values": self.net[0](x)}
+
+    groups = [secateur.group("hidden", *outputs("net.0"), *inputs("net.2"))]
+    assert shrink(Caching(), groups, torch.randn(3, 4))(torch.randn(3, 4))["logits"].shape == (3, 2)
+
+
 def test_an_output_of_the_module_must_not_be_cut() -> None:
     module, _ = two_layers()
     groups = [secateur.group("out", *outputs("2"))]

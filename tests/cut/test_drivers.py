@@ -18,11 +18,10 @@ from torch import Tensor
 
 import secateur
 import secateur_server.cut
-from secateur_server import app
 from secateur_server.backends import backend_for
 from secateur_server.backends.torch_backend import TorchBackend
 from secateur_server.cut.allocation import lamp
-from secateur_server.cut.drivers import Driver, Task
+from secateur_server.cut.drivers import Driver, Local, Task
 from secateur_server.cut.plan import plan
 from secateur_server.cut.prune import prune
 from secateur_server.importance.random import Random
@@ -173,7 +172,7 @@ def test_bits_in_parts_are_those_of_one_part(monkeypatch: pytest.MonkeyPatch) ->
 def client() -> Iterator[secateur.Client]:
     """A client of a server whose driver sends everything."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(app, "Local", Remote)
+        patch.setattr(Local, "on", Remote)
         with inner_server() as server, secateur.Client(server.address, timeout=PATIENCE) as client:
             yield client
 

@@ -128,7 +128,7 @@ class NumbaBackend(TorchBackend):
 
     def sample(self, piece: Piece, index: Tensor) -> Tensor:
         # Of random scores no others are made, of other dtypes no others converted.
-        if isinstance(piece.scores, RandomScores) or piece.scores.dtype != piece.dtype:
+        if (stored := piece.scores.stored) is None or stored.dtype != piece.dtype:
             return super().sample(piece, index)
         bits = _bits(piece).numpy()
         found = torch.empty(len(index), dtype=BITS[piece.dtype])
@@ -223,9 +223,7 @@ def _scratch(count: int, dtype: torch.dtype) -> Tensor:
 
 def _bits(piece: Piece) -> Tensor:
     """The integers that have the bits of a piece's scores."""
-    if isinstance(piece.scores, RandomScores):
-        return _random_bits(piece.scores, piece.units)
-    return piece.scores.to(piece.dtype).contiguous().view(BITS[piece.dtype])
+    return piece.scores.bits(piece.dtype, piece.units, _random_bits)
 
 
 def _random_bits(scores: RandomScores, units: int) -> Tensor:

@@ -59,7 +59,7 @@ def is_sorting_faster(rankings: Sequence[Ranking]) -> bool:
 
 def _keys(context: RequestContext, backend: Backend, pieces: Sequence[Piece]) -> Tensor:
     """The keys of all units in their order. Pruned units have the largest integer."""
-    stored = [piece.scores for piece in pieces if isinstance(piece.scores, Tensor)]
+    stored = [scores for piece in pieces if (scores := piece.scores.stored) is not None]
     if len(stored) < len(pieces) or len({scores.dtype for scores in stored}) > 1:
         return torch.cat([backend.keys(piece) for piece in context.each(pieces)])
     keys = as_keys(torch.cat(stored), pieces[0].dtype)  # one operation

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from secateur_server.backends import spans
 from secateur_server.backends.keys import BITS
-from secateur_server.backends.pieces import PART, Piece
+from secateur_server.backends.pieces import PART, Piece, Stored
 from secateur_server.backends.protocol import Backend
 from secateur_server.backends.scan import SPACING
 from secateur_server.cut.allocation.rank import decide_by_score, queries_of
@@ -179,7 +179,7 @@ def _window(
         units = int(buckets.up_to[end]) - before
         falling = _falling(context, driver, ranking, buckets, first, end)
     scores, device = lamp_scores(falling, buckets.above[end]), ranking.device
-    return Window(before, Ranking(ranking.name, units, scores.to(device), None, device))
+    return Window(before, Ranking(ranking.name, units, Stored(scores.to(device)), None, device))
 
 
 def lamp_scores(falling: Tensor, above: Tensor | float) -> Tensor:
@@ -212,7 +212,7 @@ def _scored(context: RequestContext, rankings: Sequence[Ranking]) -> list[Rankin
         falling = stacked.to(torch.float64).abs().sort(1, descending=True).values
         found.update(zip(indices, lamp_scores(falling, 0.0), strict=True))
     return [
-        Ranking(r.name, len(found[i]), found[i].to(r.device), None, r.device)
+        Ranking(r.name, len(found[i]), Stored(found[i].to(r.device)), None, r.device)
         for i, r in enumerate(rankings)
     ]
 

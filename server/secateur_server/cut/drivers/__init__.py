@@ -16,4 +16,4 @@ __all__ = ["Driver", "Local", "Task", "driver_for"]
 
 def driver_for(context: RequestContext, device: torch.device) -> Driver:
     """Returns the driver of a request's tensors on a device."""
-    return (context.driver or Local)(device)
+    return (context.driver or Local.on)(device)
