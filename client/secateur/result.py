@@ -101,9 +101,11 @@ class _Result:
     def _save(self, path: Path, entries: Mapping[str, Any]) -> None:
         """Writes entries in the format of the source."""
         source, answer = self._source, self._answer
-        folder = source.folder
-        if folder is not None and self.report.shrinkage is not None and not is_file(path):
-            folder = fitted_folder(folder, entries)
+        folder, shrinkage = source.folder, self.report.shrinkage
+        if folder is not None and shrinkage is not None and not is_file(path):
+            dims = {n: len(e.shape) for n, e in entries.items() if isinstance(e, LocalTensor)}
+            removed = removed_slices(self._groups, shrinkage.groups, dims)
+            folder = fitted_folder(folder, entries, removed)
         save(
             path,
             entries,

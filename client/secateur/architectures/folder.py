@@ -19,6 +19,7 @@ from secateur.checks import shown
 from secateur.errors import InvalidSpec, InvalidStateDict
 from secateur.folders import Folder
 from secateur.model import Source
+from secateur.removal import Removed
 from secateur.tensors import LocalTensor
 from secateur.ties import once
 from secateur.versions import VERSION
@@ -28,12 +29,13 @@ CARD = "README.md"
 Entries = Mapping[str, Any]
 
 
-def fitted_folder(folder: Folder, entries: Entries) -> Folder:
+def fitted_folder(folder: Folder, entries: Entries, removed: Removed) -> Folder:
     """Returns a folder with the config and the model card of a shrunk model.
 
     Args:
         folder: The folder of the model; without a config.json it is returned as it is.
         entries: The tensors of the shrunk model.
+        removed: What was removed of each tensor.
 
     Raises:
         InvalidStateDict: The config cannot express the sizes of the tensors.
@@ -42,12 +44,12 @@ def fitted_folder(folder: Folder, entries: Entries) -> Folder:
     if config is None:
         return folder
     shapes = _shapes(once(entries))
-    fitted = _expressed(folder, config, shapes)
+    fitted = _expressed(folder, config, shapes, removed)
     now = sum(map(math.prod, shapes.values()))
     size = f"parameters: {folder.parameters:,} -> {now:,}"
-    notes = [*folder.notes, *_changes(config, fitted), size]
-    card = _card(folder.text(CARD), notes)
-    return replace(folder, changed={**folder.changed, CONFIG: _text(fitted), CARD: card})
+    notes = (*folder.notes, *_changes(config, fitted), size)
+    changed = {CONFIG: _text(fitted), CARD: _card(folder.text(CARD), notes)}
+    return replace(folder, changed={**folder.changed, **changed}, notes=notes)
 
 
 def transformer_in(folder: Folder, model: Source) -> tuple[dict[str, Any], Transformer]:
@@ -143,9 +145,9 @@ def _config_of(folder: Folder) -> dict[str, Any] | None:
         raise InvalidStateDict(f"{folder.path / CONFIG}: {error}") from None
 
 
-def _expressed(folder: Folder, config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
+def _expressed(folder: Folder, config: Config, shapes: Shapes, removed: Removed) -> dict[str, Any]:
     try:
-        return fitted_config(config, shapes)
+        return fitted_config(config, shapes, removed)
     except InvalidSpec as error:
         raise InvalidStateDict(
             f"{folder.path}: {error}; no {CONFIG} can be written for the new sizes: save a "
