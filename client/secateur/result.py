@@ -72,6 +72,7 @@ class _Result:
             source.tensors,
             source.torch_file,
             source.folder,
+            source.onnx_file,
         )
 
 
