@@ -51,6 +51,7 @@ from secateur.errors import (
     Unavailable,
     UriError,
 )
+from secateur.exporting import export
 from secateur.grouping import group, head_groups, member, query_head_groups
 from secateur.methods import (
     block_structured,
@@ -123,6 +124,7 @@ __all__ = [
     "custom_from_mask",
     "embedded",
     "erk",
+    "export",
     "filters",
     "global_structured",
     "global_unstructured",

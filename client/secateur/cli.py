@@ -13,6 +13,7 @@ from typing import Any, NoReturn, Protocol
 
 from secateur import __version__
 from secateur.cli_checkpoints import add_checkpoints
+from secateur.cli_export import add_export
 from secateur.cli_options import (
     add_command,
     amounts_option,
@@ -280,6 +281,7 @@ def _parser() -> argparse.ArgumentParser:
     finalize.set_defaults(output="dense")
     tensors_option(finalize, "default: all")
     shown_options(finalize)
+    add_export(commands)
     add_checkpoints(commands)
     return parser
 

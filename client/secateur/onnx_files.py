@@ -157,15 +157,13 @@ def read_onnx(path: Path, map_bytes: MapBytes) -> OnnxFile:
     Raises:
         InvalidStateDict: It cannot be read.
     """
-    if reason := open_reason(path):
-        raise InvalidStateDict(f"{path}: {reason}")
-    data = map_bytes(path) if path.stat().st_size else memoryview(b"")
+    data = _mapped(path, map_bytes)
     files: dict[str, memoryview] = {}
 
     def read_external(extent: Extent) -> memoryview:
         if extent.location not in files:
             place = source_path(path.parent / extent.location, InvalidStateDict)
-            files[extent.location] = map_bytes(place)
+            files[extent.location] = _mapped(place, map_bytes)
         return _part(files[extent.location], extent)
 
     found: dict[str, Initializer] = {}
@@ -202,6 +200,13 @@ def no_graph(source: object) -> str:
         f"{source} has no ONNX graph; only a model that is read from .onnx is written to it; "
         "write .safetensors instead, or export a module: secateur export"
     )
+
+
+def _mapped(path: Path, map_bytes: MapBytes) -> memoryview:
+    """The bytes of a file, which may be empty."""
+    if reason := open_reason(path):
+        raise InvalidStateDict(f"{path}: {reason}")
+    return map_bytes(path) if path.stat().st_size else memoryview(b"")
 
 
 def _part(file: memoryview, extent: Extent) -> memoryview:

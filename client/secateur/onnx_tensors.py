@@ -1,4 +1,4 @@
-"""The initializers of an ONNX model: tensors as views of the file, read without the onnx package."""
+"""The initializers of an ONNX model, as views of its file."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -125,7 +125,7 @@ def _text(message: Message, number: int) -> str:
 
 def _numbers(message: Message, number: int) -> list[int]:
     """The varints of a field, each of its own or packed."""
-    return decode_varints(_joined(message.get(number, ()))).tolist()
+    return [int(value) for value in decode_varints(_joined(message.get(number, ())))]
 
 
 def _joined(values: Sequence[memoryview]) -> Bytes:
