@@ -35,6 +35,12 @@ def encode_spec(given: Any, model: Source) -> tuple[pb.PruningSpec, dict[str, Lo
     return spec.encode(model.tensors)
 
 
+def unmasked_members(spec: pb.PruningSpec) -> set[str]:
+    """Returns the names of the tensors that groups cut, and do not mask."""
+    groups = (group for rule in spec.rules for group in rule.selection.groups)
+    return {member.tensor for group in groups for member in group.members if member.unmasked}
+
+
 def _names(rule: Rule) -> set[str]:
     """The names and globs of the tensors that a rule prunes, or ranks by."""
     selection = rule.message.selection

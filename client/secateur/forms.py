@@ -68,10 +68,15 @@ def _dense(source: Source, masks: Masks) -> Tensors:
     return dict(pruned_tensors(source, masks, dense=True))
 
 
+def _not_here(source: Source, masks: Masks) -> Tensors:
+    raise SecateurError("only the server makes this form: ask for it with output=")
+
+
 FORMS: Mapping[str, Form] = {
     "masks": Form("bits of masks", False, _packed, _unpacked, entries_of),
     "reparametrized": Form("X_orig and X_mask", True, _paired, _unpaired),
     "dense": Form("tensors with zeros", True, _dense),
+    "shrunk": Form("smaller tensors, without the pruned units of groups", True, _not_here),
 }
 
 

@@ -1,6 +1,6 @@
 """A model that a caller gives, as the other modules read it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -83,6 +83,10 @@ class Source:
     def sent(self) -> dict[str, LocalTensor]:
         """Returns the tensors that a Prune sends."""
         return {name: t for name, t in self.tensors.items() if name in self.parameters}
+
+    def sending(self, names: Set[str]) -> "Source":
+        """Returns the source with more entries that a Prune sends, such as buffers of a Module."""
+        return replace(self, parameters=self.parameters.union(names & self.tensors.keys()))
 
     def only_parameters(self) -> "Source":
         """Returns the source without the entries that a Prune does not send."""

@@ -12,10 +12,11 @@ from secateur.checks import flag, one_of, patterns
 from secateur.choices import AnyGranularity, magnitude
 from secateur.connection import Call
 from secateur.defaults import SOME_AMOUNTS, matrices
-from secateur.encoding import encode_spec
+from secateur.encoding import encode_spec, unmasked_members
 from secateur.errors import SecateurError
 from secateur.files import warn_of_rest
 from secateur.forms import OUTPUTS, is_model
+from secateur.grouping import Groups, groups_of
 from secateur.model import Source
 from secateur.others import LEAVE_OUT, check_names, check_storable
 from secateur.patience import Patience
@@ -80,6 +81,7 @@ class PrunerCalls(CheckpointCalls):
         )
         model = read_source(source, key)
         message, arrays = encode_spec(spec, model)
+        model = model.sending(unmasked_members(message))
         header.spec.CopyFrom(message)
         if is_model(output):
             _check_destination(destination, model.only_parameters())
@@ -192,6 +194,7 @@ class PrunerCalls(CheckpointCalls):
         patience: Patience,
     ) -> Plan:
         message, arrays = encode_spec(spec, model)
+        model = model.sending(unmasked_members(message))
         header = pb.PlanHeader(
             spec=message,
             amounts=[] if amounts is None else encode_amounts(amounts),
@@ -235,10 +238,14 @@ class PrunerCalls(CheckpointCalls):
         progress: Progress = None,
         destination: str | None = None,
         key: str | None = None,
+        output: str = "dense",
+        groups: Groups = (),
+        prior: str = "masks",
     ) -> FinalizeResult:
         """Makes pruning permanent: each pair X_orig, X_mask becomes X.
 
-        Does what torch.nn.utils.prune.remove does.
+        Does what torch.nn.utils.prune.remove does; or, with output="shrunk", also removes the units
+        of groups that are wholly pruned.
 
         Args:
             source: See `Client`.
@@ -246,8 +253,16 @@ class PrunerCalls(CheckpointCalls):
             progress: See `Client`.
             destination: See `prune`.
             key: See `Client`.
+            output: "dense", or "shrunk".
+            groups: What `group` returns; with "shrunk" only.
+            prior: What counts as pruned in the groups' tensors: see `prune`. With "shrunk" only.
         """
-        header = pb.FinalizeHeader(destination_uri=uri_of(destination))
+        header = pb.FinalizeHeader(
+            destination_uri=uri_of(destination),
+            output=one_of("output", output, OUTPUTS),
+            groups=groups_of(groups),
+            prior=one_of("prior", prior, _PRIORS),
+        )
         model = read_source(source, key)
         header.tensors.extend(_named(tensors, model))
         patience = self._connection.patience()

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from secateur.shrinkage import Shrinkage
 from secateur.tables import html_table, listed, text_table
 
 # Names of tensors in a line for people.
@@ -158,6 +159,7 @@ class Report:
         output_blake3: Digest of the safetensors file that was received.
         coverage: The part of the model that `tensors` are.
         warnings: What the caller of a prune may not have meant.
+        shrinkage: What a shrunk model lost; else None. `tensors` are then the smaller ones.
     """
 
     tensors: Mapping[str, TensorReport]
@@ -169,6 +171,7 @@ class Report:
     output_blake3: str
     coverage: Coverage
     warnings: tuple[ReportWarning, ...]
+    shrinkage: Shrinkage | None = None
 
     @property
     def is_pruned(self) -> bool:
@@ -176,9 +179,12 @@ class Report:
         return any(tensor.is_pruned for tensor in self.tensors.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the report as plain data, for JSON."""
+        """Returns the report as plain data, for JSON; `shrinkage` of a shrunk model only."""
         rules = tuple(map(tuple, self.rules))
-        return asdict(replace(self, tensors=dict(self.tensors), rules=rules))
+        found = asdict(replace(self, tensors=dict(self.tensors), rules=rules))
+        if self.shrinkage is None:
+            del found["shrinkage"]
+        return found
 
     def __str__(self) -> str:
         lines = [text_table(self._rows(), left=3)]
@@ -186,10 +192,13 @@ class Report:
             lines += [f"rule {number}{line}" for line in _outcomes(choices)]
         if self.coverage.uncovered_tensors:
             lines.append(str(self.coverage))
+        if self.shrinkage:
+            lines.append(str(self.shrinkage))
         return "\n".join([*lines, *map(str, self.warnings)])
 
     def _repr_html_(self) -> str:
-        said = "".join(f"<p>{html.escape(str(warning))}</p>" for warning in self.warnings)
+        texts = [self.shrinkage] if self.shrinkage else []
+        said = "".join(f"<p>{html.escape(str(text))}</p>" for text in (*texts, *self.warnings))
         return html_table(self._rows()) + said
 
     def _rows(self) -> list[tuple[str, ...]]:

@@ -13,6 +13,7 @@ from secateur.report import (
     TensorReport,
     ZeroBlocks,
 )
+from secateur.shrinkage import decode_shrinkage
 from secateur_proto import report_pb2 as pb
 
 
@@ -41,6 +42,7 @@ def decode_report(message: pb.SparsityReport) -> Report:
         rules=tuple(LazySequence(rule.choices, decode_choice) for rule in message.rules),
         coverage=decoded(Coverage, message.coverage),
         warnings=tuple(map(_warning, message.warnings)),
+        shrinkage=decode_shrinkage(message.shrinkage) if message.HasField("shrinkage") else None,
     )
 
 

@@ -317,6 +317,7 @@ class Warning(google.protobuf.message.Message):
         a glob or by a rule that ranks several tensors together.
       ROUNDED_TO_NONE: a fraction above 0 of so few units is 0 units.
       ROUNDED_TO_ALL: a fraction below 1 of so few units is all of them.
+      NOT_SHRUNK: no unit of any group was removed.
       NOT_SMALLER: zeros alone make the model neither smaller nor faster.
     """
     severity: Global___Severity.ValueType

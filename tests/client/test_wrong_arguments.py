@@ -233,7 +233,7 @@ def methods(client: secateur.Client, path: Path) -> dict[Callable[..., Any], dic
         },
         client.finalize: {
             **{"source": MODEL, "tensors": None, "progress": False, "destination": None},
-            "key": None,
+            **{"key": None, "output": "dense", "groups": (), "prior": "masks"},
         },
         client.upload: {"source": MODEL, "progress": False, "key": None},
         client.download: {

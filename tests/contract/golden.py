@@ -41,6 +41,7 @@ FAMILIES: Mapping[str, Callable[[], dict[str, Case]]] = {
         golden_sources.many,
         golden_sources.mixed,
         golden_sources.alike,
+        golden_sources.shrunk,
         golden_sources.crowds,
         golden_sources.medium,
         golden_sources.pieces,

@@ -109,7 +109,7 @@ class Checkpoints:
     ) -> Iterator[pb.DownloadResponse | Data]:
         """Returns the files of a checkpoint."""
         output = OUTPUTS.get(message.output or pruner_pb2.OUTPUT_DENSE)
-        if output is None or not output.has_data:
+        if output is None or not output.has_data or output.needs_groups:
             raise InvalidRequest(
                 "output", f"{message.output} cannot be downloaded; ask for masks or tensors"
             )
@@ -143,7 +143,7 @@ class Checkpoints:
         with scheduler.model(context, "name", memory):
             with scheduler.cores(context, incoming.size):
                 incoming.read(None)
-                files = output.files(context, state_dict, state_dict.parameters)
+                files = output.files(context, state_dict, state_dict.parameters, ())
             incoming.check_unchanged()
             yield files
 

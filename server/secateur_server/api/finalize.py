@@ -1,39 +1,114 @@
 """The work of Finalize: masks are applied to their weights."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 from secateur_proto import pruner_pb2 as pb
 from secateur_server.api.answers import Made, written
 from secateur_server.api.convert.report import encode_report
+from secateur_server.api.rules import check_prior
+from secateur_server.api.smaller import describe_smaller
+from secateur_server.cut.prior import prune_zeros
+from secateur_server.errors import InvalidRequest
+from secateur_server.granularity.group import Group
+from secateur_server.granularity.groups import resolve_group
+from secateur_server.granularity.kept_units import distinct_groups
+from secateur_server.outputs import OUTPUTS
 from secateur_server.outputs.dense import folded_files
 from secateur_server.report.tensors import measure_tensors
+from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.decode import decode_groups
+from secateur_server.state_dict.catalog import Catalog
 from secateur_server.state_dict.sources import Call, Sources
-from secateur_server.wire.writer import digest_of
+from secateur_server.state_dict.state_dict import StateDict
+from secateur_server.wire.writer import OutgoingFile, digest_of
+
+# The outputs of a model without masks.
+FINAL = {pb.OUTPUT_UNSPECIFIED, pb.OUTPUT_DENSE, pb.OUTPUT_SHRUNK}
 
 
-def finalize_call(sources: Sources, call: Call[pb.FinalizeHeader], held: ExitStack) -> Made:
+def decode_finalize(context: RequestContext, header: pb.FinalizeHeader) -> Sequence[Group]:
+    """Decodes the groups of a call, and checks its other fields.
+
+    Raises:
+        InvalidSpec, InvalidRequest: A field is wrong.
+    """
+    if header.output not in FINAL:
+        raise InvalidRequest("header.output", f"{header.output} is not an output of Finalize")
+    check_prior(header)
+    needs_groups = OUTPUTS[header.output].needs_groups
+    if needs_groups != bool(header.groups):
+        why = "is empty; send at least one group" if needs_groups else "needs OUTPUT_SHRUNK"
+        raise InvalidRequest("header.groups", why)
+    if header.prior == pb.PRIOR_ZEROS and not needs_groups:
+        raise InvalidRequest("header.prior", "needs OUTPUT_SHRUNK")
+    if header.tensors and needs_groups:
+        raise InvalidRequest(
+            "header.tensors",
+            "cannot be used with OUTPUT_SHRUNK, which folds all pairs; leave it out",
+        )
+    return decode_groups(context, header.groups, "header.groups")
+
+
+def finalize_call(
+    sources: Sources, call: Call[pb.FinalizeHeader], asked: Sequence[Group], held: ExitStack
+) -> Made:
     """Makes the answer of a call of Finalize.
 
     Args:
         sources: Opens the source.
         call: The call.
+        asked: The decoded groups.
         held: Receives the source, which is closed once the files have been sent.
     """
-    context = call.context
+    context, header = call.context, call.header
     incoming = held.enter_context(sources.open(call))
     state_dict = incoming.state_dict
-    names = state_dict.named(context, "header.tensors", call.header.tensors)
+    names = state_dict.named(context, "header.tensors", header.tensors)
+    groups = _resolved(context, asked, state_dict.catalog)
     with context.stage("receive"):
         incoming.read(None)
     with sources.scheduler.cores(context, incoming.size), context.stage("encode"):
         context.begin("prune")
-        # Without names, masks of integer tensors are applied too, which no report covers.
-        folded = names if call.header.tensors else list(state_dict.parameters)
-        parameters = state_dict.parameters
-        files = folded_files(context, state_dict, {name: parameters[name] for name in folded})
+        _add_prior(context, header, state_dict, groups)
+        parameters = dict(state_dict.parameters)
+        files = _files(context, header, state_dict, groups)
         measured = measure_tensors(context, {name: parameters[name] for name in names})
         digests = incoming.digest(), digest_of(files)
         report = encode_report(context, measured, state_dict.catalog, *digests, are_folded=True)
+        describe_smaller(context, report, state_dict, groups, parameters, are_folded=True)
     incoming.check_unchanged()
     sources.metrics.reported(context, report)
     return written(sources, call, pb.FinalizeResult(report=report), files, incoming)
+
+
+def _resolved(context: RequestContext, groups: Sequence[Group], catalog: Catalog) -> list[Group]:
+    resolved = [resolve_group(context, group, catalog) for group in context.each(groups)]
+    return distinct_groups(context, resolved, catalog)
+
+
+def _add_prior(
+    context: RequestContext,
+    header: pb.FinalizeHeader,
+    state_dict: StateDict,
+    groups: Sequence[Group],
+) -> None:
+    """Masks the zeros of the groups' tensors, if the call counts them as pruned."""
+    if header.prior == pb.PRIOR_ZEROS:
+        named = {member.tensor for group in groups for member in group.members}
+        state_dict.parameters = prune_zeros(context, state_dict.parameters, named)
+
+
+def _files(
+    context: RequestContext,
+    header: pb.FinalizeHeader,
+    state_dict: StateDict,
+    groups: Sequence[Group],
+) -> list[OutgoingFile]:
+    if groups:
+        return OUTPUTS[header.output].files(context, state_dict, {}, groups)
+    parameters = state_dict.parameters
+    # Without names, masks of integer tensors are applied too, which no report covers.
+    names = state_dict.named(context, "header.tensors", header.tensors)
+    folded = names if header.tensors else parameters
+    return folded_files(context, state_dict, {name: parameters[name] for name in folded})

@@ -9,9 +9,11 @@ from secateur_proto.report_pb2 import SparsityReport
 from secateur_server.api.answers import Made, written
 from secateur_server.api.convert.checkpoint import checkpoint_message
 from secateur_server.api.convert.report import encode_report
-from secateur_server.api.rules import before, check_prior, reads_of
+from secateur_server.api.rules import before, check_prior, groups_of, reads_of
+from secateur_server.api.smaller import describe_smaller
 from secateur_server.cut.prune import prune
 from secateur_server.errors import CheckpointNotFound, InvalidRequest
+from secateur_server.granularity.group import Group
 from secateur_server.outputs import OUTPUTS
 from secateur_server.report.tensors import measure_tensors
 from secateur_server.report.warnings import changes_of, warnings_of
@@ -33,9 +35,16 @@ def decode_prune(context: RequestContext, header: pb.PruneHeader) -> list[Rule]:
     Raises:
         InvalidSpec, InvalidRequest: A field is wrong.
     """
-    rules = decode_spec(context, header.spec)
+    needs_groups = header.output in OUTPUTS and OUTPUTS[header.output].needs_groups
+    rules = decode_spec(context, header.spec, default_align=0 if needs_groups else 1)
     if header.output not in OUTPUTS:
         raise InvalidRequest("header.output", f"{header.output} is not an output")
+    if needs_groups and not any(rule.units_together() for rule in rules):
+        name = pb.Output.Name(header.output)
+        raise InvalidRequest(
+            "header.output",
+            f"{name} removes units of groups, and no rule has any; use GRANULARITY_GROUP",
+        )
     if header.destination_uri and not OUTPUTS[header.output].has_data:
         name = pb.Output.Name(header.output)
         raise InvalidRequest("header.destination_uri", f"{name} writes nothing there")
@@ -59,12 +68,13 @@ def prune_call(
     context, header = call.context, call.header
     receiver = held.enter_context(sources.receiver(context)) if header.keep else None
     incoming = held.enter_context(sources.open(call, receiver))
-    rules = resolve(context, asked, incoming.state_dict.catalog)
+    output, catalog = OUTPUTS[header.output], incoming.state_dict.catalog
+    rules = resolve(context, asked, catalog)
+    groups = groups_of(context, rules, catalog) if output.needs_groups else []
     with context.stage("receive"):
-        needs_all = OUTPUTS[header.output].needs_all_tensors
-        incoming.read(None if needs_all else reads_of(rules))
+        incoming.read(None if output.needs_all_tensors else reads_of(rules))
     with sources.scheduler.cores(context, incoming.size):
-        pruned = _prune(call, asked, rules, incoming)
+        pruned = _prune(call, asked, rules, groups, incoming)
     incoming.check_unchanged()
     result = pb.PruneResult()
     result.report.CopyFrom(pruned.report)  # faster than to construct it with a report
@@ -93,7 +103,11 @@ class Pruned:
 
 
 def _prune(
-    call: Call[pb.PruneHeader], asked: Sequence[Rule], rules: Sequence[Rule], incoming: Incoming
+    call: Call[pb.PruneHeader],
+    asked: Sequence[Rule],
+    rules: Sequence[Rule],
+    groups: Sequence[Group],
+    incoming: Incoming,
 ) -> Pruned:
     """Prunes the tensors that were read, and measures them."""
     context, header, state_dict = call.context, call.header, incoming.state_dict
@@ -101,11 +115,12 @@ def _prune(
     prior = before(context, header, state_dict, rules)
     pruned, outcomes = prune(context, prior, rules, state_dict.extras)
     with context.stage("encode"):
-        files = OUTPUTS[header.output].files(context, state_dict, pruned)
+        files = OUTPUTS[header.output].files(context, state_dict, pruned, groups)
         digests = incoming.digest(), digest_of(files)
         measured, catalog = measure_tensors(context, pruned), state_dict.catalog
         report = encode_report(context, measured, catalog, *digests, outcomes)
         changes = changes_of(context, report, catalog, prior)
+        describe_smaller(context, report, state_dict, groups, {**prior, **pruned})
         report.warnings.extend(warnings_of(context, report, asked, rules, catalog, changes))
     return Pruned(pruned, files, report, sum(change.pruned for change in changes))
 

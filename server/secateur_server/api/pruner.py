@@ -7,7 +7,7 @@ from secateur_proto import pruner_pb2 as pb
 from secateur_proto.codec import Data
 from secateur_server.api.answers import Answers
 from secateur_server.api.convert.server_info import encode_server_info
-from secateur_server.api.finalize import finalize_call
+from secateur_server.api.finalize import decode_finalize, finalize_call
 from secateur_server.api.plan import decode_plan, plan_call
 from secateur_server.api.prune import decode_prune, prune_call
 from secateur_server.api.report import report_call
@@ -89,8 +89,9 @@ class Pruner:
     ) -> Iterator[pb.FinalizeResponse | Data]:
         """Applies masks to their weights."""
         first, data = open_request(messages, self._count(context))
+        groups = decode_finalize(context, first.header)
         call = Call(context, first.header, data)
-        work = partial(finalize_call, self._sources, call)
+        work = partial(finalize_call, self._sources, call, groups)
         yield from self._answers.send(call, work, pb.FinalizeResponse)
 
     def GetServerInfo(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from secateur_server.cut.align import align
 from secateur_server.cut.allocation import ALLOCATIONS
 from secateur_server.cut.decision import Decision, changed_by, unit_costs
 from secateur_server.cut.drivers import driver_for
@@ -39,7 +40,8 @@ def decide(
     """
     limits = limits_of(context, rule, tensors)
     if (threshold := amounts[0].threshold) is not None:
-        return [_decide_by_threshold(context, tensors, limits, threshold)]
+        decision = _decide_by_threshold(context, tensors, limits, threshold)
+        return [align(rule, tensors, limits, decision)]
     asked = with_amounts(rule, amounts, at)
     counts = [amount_to_prune(one, tensors) for one in context.each(asked)]
     costs = unit_costs(rule, tensors)
@@ -47,7 +49,11 @@ def decide(
         check_total(
             f"{one.path}.{one.amount.field}", one.amount.counted, count, tensors, limits, costs
         )
-    return ALLOCATIONS[rule.allocation](context, rule, tensors, limits, counts)
+    decisions = ALLOCATIONS[rule.allocation](context, rule, tensors, limits, counts)
+    return [
+        align(one, tensors, limits, decision)
+        for one, decision in zip(context.each(asked), decisions, strict=True)
+    ]
 
 
 def with_amounts(rule: Selection, amounts: Sequence[Amount], at: str) -> list[Selection]:
@@ -60,9 +66,9 @@ def with_amounts(rule: Selection, amounts: Sequence[Amount], at: str) -> list[Se
 
 def is_plain(rule: Selection) -> bool:
     """Whether a number of units is pruned by score alone, whatever tensors they are of."""
-    amount = rule.amount
+    amount, has_bounds = rule.amount, bool(rule.guard_rails.rails) or rule.align != 1
     is_number = amount.is_share or amount.is_per_tensor
-    return is_number and rule.allocation == "rank" and not rule.guard_rails.rails
+    return is_number and rule.allocation == "rank" and not has_bounds
 
 
 def amount_to_prune(rule: Selection, tensors: Sequence[ScoredTensor]) -> float:

@@ -25,26 +25,29 @@ def resolve_group(context: RequestContext, group: Group, catalog: Catalog) -> Gr
     Raises:
         InvalidSpec: Members do not fit their tensors, or each other.
     """
-    members = tuple(
-        _resolve_member(context, member, catalog) for member in context.each(group.members)
+    members, unmasked = (
+        tuple(_resolve_member(context, member, catalog) for member in context.each(of_kind))
+        for of_kind in (group.members, group.unmasked)
     )
-    units = members[0].units
-    for member in context.each(members):
-        if member.units != units:
+    resolved = replace(group, members=members, unmasked=unmasked)
+    for member in context.each(resolved.every):
+        if member.units != resolved.units:
             raise InvalidSpec(
                 f"{member.path}.units",
                 f"{quote(member.tensor)} has {member.units} units, "
-                f"{quote(members[0].tensor)} of the same group {units}",
+                f"{quote(members[0].tensor)} of the same group {resolved.units}",
             )
-    return replace(group, members=members)
+    return resolved
 
 
 def _resolve_member(context: RequestContext, member: Member, catalog: Catalog) -> Member:
     """The member with a dimension of 0 or more, and with its units."""
     tensor = catalog.name_of(member.tensor)
-    if tensor not in catalog.prunable:
+    shape = catalog.prunable.get(tensor)
+    if shape is None and not member.is_masked:
+        shape = catalog.shape_of_other(tensor)
+    if shape is None:
         raise unmatched(context, f"{member.path}.tensor", tensor, catalog)
-    shape = catalog.prunable[tensor]
     if not -len(shape) <= member.dim < len(shape):
         raise DimOutOfRange(
             f"{member.path}.dim",

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from secateur_proto import pruner_pb2 as pb
+from secateur_server.granularity.group import Group
 from secateur_server.outputs.dense import Dense
 from secateur_server.outputs.masks import Masks
 from secateur_server.outputs.nothing import Nothing
 from secateur_server.outputs.reparametrized import Reparametrized
+from secateur_server.outputs.shrunk import Shrunk
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.catalog import Catalog
 from secateur_server.state_dict.parameter import Parameter
@@ -29,6 +31,10 @@ class Output(Protocol):
     def needs_all_tensors(self) -> bool:
         """Whether the output has tensors that the spec does not name, so that all are read."""
 
+    @property
+    def needs_groups(self) -> bool:
+        """Whether a call must have groups."""
+
     def is_stored(self, catalog: Catalog) -> bool:
         """Whether the files of a checkpoint without masks have this form already.
 
@@ -37,7 +43,11 @@ class Output(Protocol):
         """
 
     def files(
-        self, context: RequestContext, state_dict: StateDict, pruned: Mapping[str, Parameter]
+        self,
+        context: RequestContext,
+        state_dict: StateDict,
+        pruned: Mapping[str, Parameter],
+        groups: Sequence[Group],
     ) -> list[OutgoingFile]:
         """Makes the files to send.
 
@@ -45,6 +55,7 @@ class Output(Protocol):
             context: The request.
             state_dict: As it came. Its parameters become the pruned ones.
             pruned: The parameters that the spec names, with their new masks.
+            groups: Those of the spec, as distinct_groups returns them; only if `needs_groups`.
 
         Returns:
             The files in the order in which they are sent.
@@ -75,4 +86,5 @@ OUTPUTS: dict[int, Output] = {
     pb.OUTPUT_REPARAMETRIZED: Reparametrized(),
     pb.OUTPUT_DENSE: Dense(),
     pb.OUTPUT_NONE: Nothing(),
+    pb.OUTPUT_SHRUNK: Shrunk(),
 }

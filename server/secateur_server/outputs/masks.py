@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from secateur_proto.framing import file_head, mask_bytes
+from secateur_server.granularity.group import Group
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.catalog import Catalog
 from secateur_server.state_dict.parameter import Parameter
@@ -14,13 +15,18 @@ from secateur_server.wire.writer import OutgoingFile
 class Masks:
     """OUTPUT_MASKS."""
 
-    has_data, needs_all_tensors = True, False
+    has_data = True
+    needs_all_tensors = needs_groups = False
 
     def is_stored(self, catalog: Catalog) -> bool:
         return False
 
     def files(
-        self, context: RequestContext, state_dict: StateDict, pruned: Mapping[str, Parameter]
+        self,
+        context: RequestContext,
+        state_dict: StateDict,
+        pruned: Mapping[str, Parameter],
+        groups: Sequence[Group],
     ) -> list[OutgoingFile]:
         return [packed_masks(context, masks_of(pruned))]
 

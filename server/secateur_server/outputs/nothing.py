@@ -1,7 +1,8 @@
 """The report alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from secateur_server.granularity.group import Group
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.catalog import Catalog
 from secateur_server.state_dict.parameter import Parameter
@@ -12,12 +13,16 @@ from secateur_server.wire.writer import OutgoingFile
 class Nothing:
     """OUTPUT_NONE."""
 
-    has_data = needs_all_tensors = False
+    has_data = needs_all_tensors = needs_groups = False
 
     def is_stored(self, catalog: Catalog) -> bool:
         return False
 
     def files(
-        self, context: RequestContext, state_dict: StateDict, pruned: Mapping[str, Parameter]
+        self,
+        context: RequestContext,
+        state_dict: StateDict,
+        pruned: Mapping[str, Parameter],
+        groups: Sequence[Group],
     ) -> list[OutgoingFile]:
         return []

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from secateur_server.errors import InvalidStateDict
+from secateur_server.granularity.group import Group
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.catalog import Catalog
 from secateur_server.state_dict.parameter import Parameter
@@ -14,12 +15,17 @@ class Reparametrized:
     """OUTPUT_REPARAMETRIZED."""
 
     has_data = needs_all_tensors = True
+    needs_groups = False
 
     def is_stored(self, catalog: Catalog) -> bool:
         return True
 
     def files(
-        self, context: RequestContext, state_dict: StateDict, pruned: Mapping[str, Parameter]
+        self,
+        context: RequestContext,
+        state_dict: StateDict,
+        pruned: Mapping[str, Parameter],
+        groups: Sequence[Group],
     ) -> list[OutgoingFile]:
         state_dict.parameters |= pruned
         return state_dict.files(context, ())

@@ -64,6 +64,7 @@ class Pruning:
         catalog: The catalog of the whole state_dict.
         choices: The choices of each rule.
         changes: The change of each tensor of the report, by all rules.
+        shrinkage: What was removed; None if the output removes nothing.
     """
 
     context: RequestContext
@@ -72,6 +73,7 @@ class Pruning:
     catalog: Catalog
     choices: Sequence[Sequence[pb.Choice]]
     changes: Sequence[Change]
+    shrinkage: pb.Shrinkage | None
 
     def selections(self) -> Iterator[tuple[Selection, Sequence[pb.Choice]]]:
         """Yields the resolved rules that score units, with their choices."""
@@ -99,7 +101,8 @@ def warnings_of(
 ) -> list[pb.Warning]:
     """Finds the warnings of a Prune. The arguments are attributes of Pruning."""
     choices = [rule.choices for rule in report.rules]
-    pruning = Pruning(context, asked, rules, catalog, choices, changes)
+    shrinkage = report.shrinkage if report.HasField("shrinkage") else None
+    pruning = Pruning(context, asked, rules, catalog, choices, changes, shrinkage)
     return [warning for check in CHECKS if (warning := check(pruning))]
 
 
@@ -250,8 +253,20 @@ def _is_of_part(rule: Selection, name: str) -> bool:
     return fraction is not None and 0 < fraction < 1
 
 
+def _not_shrunk(pruning: Pruning) -> pb.Warning | None:
+    shrinkage = pruning.shrinkage
+    if shrinkage is None or shrinkage.bytes < shrinkage.bytes_before:
+        return None
+    found = [group.name for group in shrinkage.groups]
+    text = (
+        f"nothing was removed: no unit of {_listed(found)} is wholly pruned; prune more, or lower "
+        "`align`"
+    )
+    return _warning("NOT_SHRUNK", found, text)
+
+
 def _not_smaller(pruning: Pruning) -> pb.Warning | None:
-    if not any(change.pruned for change in pruning.changes):
+    if pruning.shrinkage or not any(change.pruned for change in pruning.changes):
         return None
     text = (
         "zeros alone make a model neither smaller nor faster: remove wholly zero slices from its "
@@ -281,5 +296,6 @@ CHECKS: tuple[Callable[[Pruning], pb.Warning | None], ...] = (
     _norms_pruned,
     _rounded_to_none,
     _rounded_to_all,
+    _not_shrunk,
     _not_smaller,
 )

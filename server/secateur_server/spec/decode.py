@@ -46,13 +46,21 @@ NORMALIZATIONS: dict[int, Normalization | None] = {
 MOST_RULES = 10_000
 MOST_GROUPS = 20_000
 MOST_MEMBERS = 100_000
+MOST_ALIGN = 4096
 
 # Indices that are copied between two checks of the deadline.
 INDICES_AT_ONCE = 1 << 16
 
 
-def decode_spec(context: RequestContext, spec: pb.PruningSpec) -> list[Rule]:
+def decode_spec(
+    context: RequestContext, spec: pb.PruningSpec, default_align: int = 1
+) -> list[Rule]:
     """Decodes the rules of a spec.
+
+    Args:
+        context: The request.
+        spec: The spec.
+        default_align: Selection.align of rules that do not say it.
 
     Raises:
         InvalidSpec: A field is wrong; the error has its path.
@@ -61,22 +69,25 @@ def decode_spec(context: RequestContext, spec: pb.PruningSpec) -> list[Rule]:
         raise InvalidSpec("spec.rules", "is empty; send at least one rule")
     check_length("spec.rules", spec.rules, MOST_RULES, "rules")
     return [
-        _rule(context, rule, f"spec.rules[{index}]")
+        _rule(context, rule, f"spec.rules[{index}]", default_align)
         for index, rule in enumerate(context.each(spec.rules))
     ]
 
 
-def _rule(context: RequestContext, rule: pb.Rule, path: str) -> Rule:
+def _rule(context: RequestContext, rule: pb.Rule, path: str, default_align: int) -> Rule:
     if chosen(rule, "method", path) == "selection":
-        return _selection(context, rule.selection, f"{path}.selection")
+        return _selection(context, rule.selection, f"{path}.selection", default_align)
     path = f"{path}.custom_masks"
     if not rule.custom_masks.masks:
         raise InvalidSpec(f"{path}.masks", "is empty; send at least one mask")
     return CustomMasks(path, list(rule.custom_masks.masks.items()))
 
 
-def _selection(context: RequestContext, selection: pb.Selection, path: str) -> Selection:
-    groups = _groups(context, selection, path)
+def _selection(
+    context: RequestContext, selection: pb.Selection, path: str, default_align: int
+) -> Selection:
+    _check_granularity(selection, path)
+    groups = decode_groups(context, selection.groups, f"{path}.groups")
     if not groups and not selection.tensors:
         raise InvalidSpec(f"{path}.tensors", "is empty; send at least one name or glob")
     granularity = _granularity(selection, path)
@@ -95,7 +106,12 @@ def _selection(context: RequestContext, selection: pb.Selection, path: str) -> S
         normalization=_one_of(NORMALIZATIONS, selection, "normalization", path),
         allocation=_one_of(ALLOCATIONS, selection, "allocation", path),
         guard_rails=decode_rails(context, selection.guard_rails, f"{path}.guard_rails"),
+        align=(selection.align or default_align) if groups else 1,
     )
+    if selection.align > MOST_ALIGN or (selection.align > 1 and not groups):
+        raise InvalidSpec(
+            f"{path}.align", f"{selection.align}: needs groups, and is {MOST_ALIGN} at most"
+        )
     for field, why in _contradictions(decoded):
         raise InvalidSpec(f"{path}.{field}", why)
     return decoded
@@ -165,18 +181,35 @@ def _granularity(selection: pb.Selection, path: str) -> Granularity | None:
     return decode(selection, path)
 
 
-def _groups(context: RequestContext, selection: pb.Selection, path: str) -> tuple[Group, ...]:
-    _check_groups(context, selection, path)
+def decode_groups(
+    context: RequestContext, messages: Sequence[pb.Group], path: str
+) -> tuple[Group, ...]:
+    """Decodes groups.
+
+    Args:
+        context: The request.
+        messages: The groups.
+        path: Of the messages in the request.
+
+    Raises:
+        InvalidSpec: A field is wrong.
+    """
+    check_length(path, messages, MOST_GROUPS, "groups")
+    members = sum(len(group.members) for group in context.each(messages))
+    if members > MOST_MEMBERS:
+        raise InvalidSpec(
+            path, f"{members} members of all groups are more than {MOST_MEMBERS}; split the rule"
+        )
     groups: dict[str, Group] = {}
-    for index, message in enumerate(selection.groups):
-        at, name = f"{path}.groups[{index}]", message.name or f"groups[{index}]"
+    for index, message in enumerate(messages):
+        at, name = f"{path}[{index}]", message.name or f"groups[{index}]"
         if name in groups:
             raise InvalidSpec(f"{at}.name", f"two groups are named {quote(name)}; rename one")
-        groups[name] = Group(name, _members(context, message, at))
+        groups[name] = _group(context, name, message, at)
     return tuple(groups.values())
 
 
-def _check_groups(context: RequestContext, selection: pb.Selection, path: str) -> None:
+def _check_granularity(selection: pb.Selection, path: str) -> None:
     is_grouped = selection.granularity == pb.GRANULARITY_GROUP
     if is_grouped != bool(selection.groups):
         why = "is empty; send at least one group" if is_grouped else "needs GRANULARITY_GROUP"
@@ -185,24 +218,21 @@ def _check_groups(context: RequestContext, selection: pb.Selection, path: str) -
         raise InvalidSpec(
             f"{path}.tensors", "cannot be used with groups, which name their tensors; leave it out"
         )
-    check_length(f"{path}.groups", selection.groups, MOST_GROUPS, "groups")
-    members = sum(len(group.members) for group in context.each(selection.groups))
-    if members > MOST_MEMBERS:
-        raise InvalidSpec(
-            f"{path}.groups",
-            f"{members} members of all groups are more than {MOST_MEMBERS}; split the rule",
-        )
 
 
-def _members(context: RequestContext, group: pb.Group, path: str) -> tuple[Member, ...]:
+def _group(context: RequestContext, name: str, group: pb.Group, path: str) -> Group:
     if not group.members:
         raise InvalidSpec(f"{path}.members", "is empty; send at least one member")
-    if all(member.unscored for member in context.each(group.members)):
-        raise InvalidSpec(f"{path}.members", "all are unscored; at least one must be scored")
-    return tuple(
+    if all(member.unscored or member.unmasked for member in context.each(group.members)):
+        raise InvalidSpec(
+            f"{path}.members", "all are unscored or unmasked; at least one must be scored"
+        )
+    members = [
         _member(context, member, f"{path}.members[{place}]")
         for place, member in enumerate(context.each(group.members))
-    )
+    ]
+    masked = tuple(member for member in members if member.is_masked)
+    return Group(name, masked, tuple(member for member in members if not member.is_masked))
 
 
 def _member(context: RequestContext, member: pb.Member, path: str) -> Member:
@@ -218,7 +248,8 @@ def _member(context: RequestContext, member: pb.Member, path: str) -> Member:
         stride=member.stride or 1,
         units=member.units,
         indices=_indices(context, member.indices),
-        is_scored=not member.unscored,
+        is_scored=not (member.unscored or member.unmasked),
+        is_masked=not member.unmasked,
     )
 
 

@@ -73,7 +73,7 @@ def _resolve_groups(context: RequestContext, rule: Selection, catalog: Catalog) 
     }
     targets = _not_excluded(context, rule, list(groups), {name: name for name in groups})
     found = tuple(groups[name] for name in targets)
-    shapes = {group.name: [(group.members[0].units,)] for group in found}
+    shapes = {group.name: [(group.units,)] for group in found}
     _check_scores(context, rule, shapes, catalog)
     names = catalog.in_order({member.tensor for group in found for member in group.members})
     return replace(rule, groups=found, tensors=tuple(names))

@@ -77,6 +77,7 @@ class Selection:
         normalization: Brings the scores of several tensors to one scale.
         allocation: Divides the amount among tensors whose units are compared.
         guard_rails: Bounds on what is pruned.
+        align: Groups keep a multiple of this many units; 0 is one that suits each group's size.
     """
 
     path: str
@@ -93,6 +94,7 @@ class Selection:
     normalization: Normalization | None = None
     allocation: Allocation = "rank"
     guard_rails: GuardRails = GuardRails()
+    align: int = 1
 
     @property
     def has_element_units(self) -> bool:
@@ -120,6 +122,10 @@ class Selection:
     def names(self) -> Collection[str]:
         """The tensors that a resolved rule prunes."""
         return self.tensors
+
+    def units_together(self) -> Sequence[Group]:
+        """The groups of tensors that a resolved rule prunes."""
+        return self.groups
 
     def reads(self) -> Collection[str]:
         """The tensors that a resolved rule reads: those that it prunes, and their scales."""
@@ -152,6 +158,9 @@ class CustomMasks:
 
     def names(self) -> Collection[str]:
         return [name for name, _ in self.masks]
+
+    def units_together(self) -> Sequence[Group]:
+        return ()
 
     def reads(self) -> Collection[str]:
         return self.names()

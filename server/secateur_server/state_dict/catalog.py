@@ -61,6 +61,21 @@ class Catalog:
         """Returns a tensor's name here for any of its names. An unknown name is unchanged."""
         return self.other_names.get(name, name)
 
+    def shape_of(self, name: str) -> Shape:
+        """Returns the shape of a tensor that can be pruned, or of another one of the files."""
+        shape = self.prunable.get(name)
+        return self.stored[name].shape if shape is None else shape
+
+    def shape_of_other(self, name: str) -> Shape | None:
+        """Returns the shape of a tensor that cannot be pruned; None if there is none.
+
+        Masks of pairs, and tensors of dtypes that torch does not have, are no such tensors.
+        """
+        tensor = self.stored.get(name)
+        if tensor is None or tensor.dtype is None or name in self._of_pairs:
+            return None
+        return tensor.shape
+
     def all_names(self, names: Sequence[str]) -> dict[str, str]:
         """Maps every name of some tensors to their names here."""
         known = {name: name for name in names}
@@ -80,6 +95,10 @@ class Catalog:
     def names_of_floating(self) -> Mapping[str, str]:
         """From every name of a tensor that globs may mean to its name here."""
         return self.all_names(self.floating)
+
+    @cached_property
+    def _of_pairs(self) -> set[str]:
+        return {stored for pair in self.pairs.values() for stored in pair}
 
     @cached_property
     def _places(self) -> Mapping[str, int]:

@@ -16,6 +16,7 @@ from secateur_server.state_dict.catalog import Catalog, Shape, Stored, match, re
 from secateur_server.state_dict.fold import folded
 from secateur_server.state_dict.given_masks import to_mask
 from secateur_server.state_dict.parameter import Parameter
+from secateur_server.state_dict.slices import Shrinking, Slices, smaller_parts, smaller_shape
 from secateur_server.wire.header import Entry, Header
 from secateur_server.wire.index import Index
 from secateur_server.wire.tensors import WireTensor
@@ -51,6 +52,7 @@ class StateDict:
         extras: Uploaded scores and masks.
         masks: Masks of the parameters that were pruned after the files were stored. They include
             prior masks.
+        shrinking: What `files` keeps of the tensors; None: everything.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class StateDict:
         self.parameters: dict[str, Parameter] = {}
         self.extras: Mapping[str, Tensor] = {}
         self.masks: Mapping[str, Mask] = {}
+        self.shrinking: Shrinking | None = None
 
     def named(self, context: RequestContext, field: str, patterns: Sequence[str]) -> list[str]:
         """Finds the parameters that names and globs mean.
@@ -212,7 +215,9 @@ class StateDict:
         parameter = self.parameters.get(name)
         unchanged = Outgoing(tensor.dtype, tensor.shape, lambda: [tensor.data])
         mask = parameter.mask if parameter else None
-        if parameter is None or mask is None:
+        if self.shrinking and (kept := self.shrinking.slices.get(name)):
+            yield name, _smaller(tensor, mask if self.is_mapped else None, kept)
+        elif parameter is None or mask is None:
             yield stored, unchanged
         elif name in are_folded and self.is_mapped:
             yield name, Outgoing(tensor.dtype, tensor.shape, lambda: folded(parameter))
@@ -223,6 +228,12 @@ class StateDict:
             yield f"{name}_orig", unchanged
             numbers = Outgoing(tensor.dtype, tensor.shape, lambda: _as_numbers(mask, dtype))
             yield f"{name}_mask", numbers
+
+
+def _smaller(tensor: WireTensor, mask: Mask | None, kept: Slices) -> Outgoing:
+    """A tensor without some of its slices."""
+    values, shape = values_of(tensor), smaller_shape(tensor.shape, kept)
+    return Outgoing(tensor.dtype, shape, lambda: smaller_parts(values, mask, kept))
 
 
 def _shards_of(shards: Sequence[Shard]) -> dict[str, str]:

@@ -50,14 +50,35 @@ def encode_report(
     for other, name in catalog.other_names.items():
         if name in by_name:
             by_name[name].aliases.append(other)
-    report.zeros = sum(tensor.zeros for tensor in tensors)
-    report.total = sum(tensor.total for tensor in tensors)
-    report.sparsity = _share(report.zeros, report.total)
+    _add_up(report)
     for of_rule in choices:
         report.rules.add().MergeFromString(encode_choices(context, of_rule))
     report.input_blake3, report.output_blake3 = input_blake3, output_blake3
     report.coverage.CopyFrom(_coverage(catalog, measured.parameters.keys()))
     return report
+
+
+def replace_tensors(report: SparsityReport, measured: MeasuredTensors, are_folded: bool) -> None:
+    """Puts the counts of a shrunk model in place of those of the model before.
+
+    Args:
+        report: Of the same tensors.
+        measured: As measure_smaller returns it.
+        are_folded: As for encode_report.
+    """
+    aliases = {tensor.name: list(tensor.aliases) for tensor in report.tensors}
+    del report.tensors[:]
+    report.MergeFromString(_tensors(measured, are_folded))
+    for tensor in report.tensors:
+        tensor.aliases.extend(aliases[tensor.name])
+    _add_up(report)
+
+
+def _add_up(report: SparsityReport) -> None:
+    tensors = list(report.tensors)
+    report.zeros = sum(tensor.zeros for tensor in tensors)
+    report.total = sum(tensor.total for tensor in tensors)
+    report.sparsity = _share(report.zeros, report.total)
 
 
 def _tensors(measured: MeasuredTensors, is_folded: bool) -> bytes:

@@ -1,0 +1,108 @@
+"""The units of groups that a shrunk model keeps, and the slices of tensors that they are."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from secateur_server.errors import InvalidSpec, quote
+from secateur_server.granularity.group import Group, Member
+from secateur_server.granularity.groups import slices_of
+from secateur_server.granularity.groups_at_once import candidates_of
+from secateur_server.runtime.context import RequestContext
+from secateur_server.state_dict.catalog import Catalog
+from secateur_server.state_dict.parameter import Parameter
+from secateur_server.state_dict.slices import Shrinking
+
+
+def distinct_groups(
+    context: RequestContext, groups: Iterable[Group], catalog: Catalog
+) -> list[Group]:
+    """Returns each of several resolved groups once, though several rules may have it.
+
+    Args:
+        context: The request.
+        groups: Resolved.
+        catalog: Of the state_dict.
+
+    Raises:
+        InvalidSpec: Two members name one slice of a tensor.
+    """
+    found: dict[object, Group] = {}
+    for group in context.each(groups):
+        found.setdefault(frozenset(map(_slices_key, group.every)), group)
+    owners: dict[tuple[str, int], Tensor] = {}
+    members = [member for group in found.values() for member in group.every]
+    names = [group.name for group in found.values() for _ in group.every]
+    for place, member in enumerate(context.each(members)):
+        at = member.tensor, member.dim
+        size = catalog.shape_of(member.tensor)[member.dim]
+        owner = owners.setdefault(at, torch.full((size,), -1))
+        slices = slices_of(member, owner.device).reshape(-1)
+        taken = owner[slices]
+        if bool((taken >= 0).any()):
+            index = int(taken.ge(0).nonzero()[0])
+            other = int(taken[index])
+            raise InvalidSpec(
+                member.path,
+                f"slice {int(slices[index])} along dimension {member.dim} of "
+                f"{quote(member.tensor)} is in group {quote(names[place])}, and in "
+                f"{members[other].path} of group {quote(names[other])}; a shrunk tensor needs each "
+                "slice in one member",
+            )
+        owner[slices] = place
+    return list(found.values())
+
+
+def _slices_key(member: Member) -> object:
+    """Equal for members that are the same slices, unit by unit."""
+    at = member.tensor, member.dim, member.units
+    if len(member.indices):
+        return (*at, bytes(memoryview(member.indices)))  # type: ignore[arg-type]
+    return (*at, member.offset, member.stride)
+
+
+def shrinking_of(
+    context: RequestContext,
+    groups: Sequence[Group],
+    parameters: Mapping[str, Parameter],
+    catalog: Catalog,
+) -> Shrinking:
+    """Finds the units that are not wholly pruned, and the slices that remain with them.
+
+    A group keeps its first unit if all are wholly pruned, since most frameworks have no layers of
+    size 0.
+
+    Args:
+        context: The request.
+        groups: As distinct_groups returns them.
+        parameters: With their masks.
+        catalog: Of the state_dict.
+    """
+    remaining: dict[str, dict[int, Tensor]] = {}
+    units: list[tuple[str, Tensor]] = []
+    candidates = candidates_of(context, groups, parameters)
+    for group, mask in zip(context.each(groups), candidates, strict=True):
+        kept = torch.ones(group.units, dtype=torch.bool)
+        if mask is not None:
+            kept = mask.flags(0, group.units).cpu()
+            kept[0] |= not bool(kept.any())
+        units.append((group.name, kept))
+        if not bool(kept.all()):
+            for member in context.each(group.every):
+                _remove(remaining, member, ~kept, catalog)
+    slices = {
+        name: {dim: flags.nonzero().view(-1) for dim, flags in by_dim.items()}
+        for name, by_dim in remaining.items()
+    }
+    return Shrinking(units, slices)
+
+
+def _remove(
+    remaining: dict[str, dict[int, Tensor]], member: Member, removed: Tensor, catalog: Catalog
+) -> None:
+    """Flags the slices of removed units as gone."""
+    of_tensor = remaining.setdefault(member.tensor, {})
+    size = catalog.shape_of(member.tensor)[member.dim]
+    flags = of_tensor.setdefault(member.dim, torch.ones(size, dtype=torch.bool))
+    flags[slices_of(member, flags.device)[removed].reshape(-1)] = False

@@ -1,0 +1,127 @@
+"""Tensors without some of their slices, made piece by piece."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secateur_server.backends import allocate, backend_for, spans
+from secateur_server.backends.keys import signed_bits
+from secateur_server.backends.masks import Mask
+from secateur_server.runtime.context import RequestContext
+from secateur_server.state_dict.parameter import Parameter
+
+# From a dimension of a tensor to the indices of the slices that are kept: int64, ascending.
+Slices = Mapping[int, Tensor]
+
+# Returns the elements [begin, end) of a tensor, flat.
+Read = Callable[[int, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Shrinking:
+    """What a state_dict keeps.
+
+    Attributes:
+        groups: The name of each group, and which of its units are kept: bool.
+        slices: The kept slices of each tensor that loses some, by its name.
+    """
+
+    groups: Sequence[tuple[str, Tensor]]
+    slices: Mapping[str, Slices]
+
+
+def smaller_shape(shape: Sequence[int], kept: Slices) -> tuple[int, ...]:
+    """Returns the shape of a tensor without its other slices."""
+    return tuple(len(kept[dim]) if dim in kept else size for dim, size in enumerate(shape))
+
+
+def smaller_parts(values: Tensor, mask: Mask | None, kept: Slices) -> Iterator[Tensor]:
+    """Yields the elements of a tensor without its other slices, in order, as flat parts.
+
+    Args:
+        values: The tensor. It is not changed.
+        mask: Its pruned elements become zero, as in `folded`. None: there are none.
+        kept: The slices that are kept.
+    """
+    flat, backend = values.reshape(-1), backend_for(values.device)
+
+    def read(begin: int, end: int) -> Tensor:
+        if mask is None:
+            return signed_bits(flat[begin:end])[0]
+        before = begin % 8
+        part = flat[begin - before : end].clone()
+        backend.fold(part, mask.part(begin - before, end))
+        return signed_bits(part[before:])[0]
+
+    for part in _smaller(read, values.shape, _on(values.device, kept), backend.piece):
+        yield part.view(values.dtype)
+
+
+def smaller_parameter(context: RequestContext, parameter: Parameter, kept: Slices) -> Parameter:
+    """Returns a copy of a parameter without its other slices.
+
+    Args:
+        context: The request. A large copy is on disk.
+        parameter: Its weight and its mask are not changed.
+        kept: The slices that are kept.
+    """
+    weight, mask = parameter.weight, parameter.mask
+    shape, backend = smaller_shape(weight.shape, kept), backend_for(weight.device)
+    elements = math.prod(shape)
+    smaller = allocate(context, elements * weight.element_size(), backend).view(weight.dtype)
+    begin = 0
+    for part in context.each(smaller_parts(weight, None, kept)):
+        smaller[begin : begin + len(part)].copy_(part)
+        begin += len(part)
+    if mask is None:
+        return Parameter(smaller.view(shape))
+    flags = allocate(context, elements, backend).view(torch.bool)
+    begin = 0
+    of_mask = _smaller(mask.flags, weight.shape, _on(weight.device, kept), backend.piece)
+    for part in context.each(of_mask):
+        flags[begin : begin + len(part)] = part
+        begin += len(part)
+    return Parameter(smaller.view(shape), Mask(backend.pack(flags), elements))
+
+
+def _smaller(read: Read, shape: Sequence[int], kept: Slices, piece: int) -> Iterator[Tensor]:
+    """Yields the kept elements of a tensor, at most about `piece` at once."""
+    if not shape:
+        yield read(0, 1)
+        return
+    every = [kept.get(dim) for dim in range(len(shape))]
+    yield from _within(read, 0, shape, every, piece)
+
+
+def _within(
+    read: Read, begin: int, shape: Sequence[int], kept: Sequence[Tensor | None], piece: int
+) -> Iterator[Tensor]:
+    """Does `_smaller` for the part of a tensor that begins at an element."""
+    size, inner, rows = shape[0], math.prod(shape[1:]), kept[0]
+    if inner > piece:
+        for row in range(size) if rows is None else rows.tolist():
+            yield from _within(read, begin + row * inner, shape[1:], kept[1:], piece)
+        return
+    for first, last in spans(size, max(1, piece // max(1, inner))):
+        wanted = None if rows is None else rows[slice(*_places(rows, first, last))] - first
+        if wanted is not None and not len(wanted):
+            continue
+        lines = read(begin + first * inner, begin + last * inner).view(last - first, *shape[1:])
+        for dim, index in enumerate([wanted, *kept[1:]]):
+            if index is not None and len(index) < lines.shape[dim]:
+                lines = lines.index_select(dim, index)
+        yield lines.reshape(-1)
+
+
+def _places(rows: Tensor, first: int, last: int) -> list[int]:
+    """Where the indices of [first, last) begin and end among ascending ones."""
+    bounds = torch.tensor([first, last], device=rows.device)
+    places: list[int] = torch.searchsorted(rows, bounds).tolist()
+    return places
+
+
+def _on(device: torch.device, kept: Slices) -> Slices:
+    return {dim: index.to(device) for dim, index in kept.items()}
