@@ -110,7 +110,7 @@ class FinalizeResult(_Result):
         finalize(module, values, self._source.pairs().keys() & received.keys())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the model: .safetensors, a torch file, or what it came from: .onnx, a folder.
+        """Writes the model: .safetensors, a torch file, or .onnx or a folder if it was one.
 
         The file is written whole, or not at all. All but .safetensors keep what the source has
         beside the weights; a NotSaved warning names what is not kept.
@@ -188,7 +188,7 @@ class PruneResult(_Result):
         return self._values(self._entries(form), self._source.as_torch)
 
     def save(self, path: str | os.PathLike[str], form: str = "dense") -> None:
-        """Writes the pruned model: .safetensors, a torch file, or what it came from: .onnx, a folder.
+        """Writes the pruned model: .safetensors, a torch file, or .onnx or a folder if it was one.
 
         The file is written whole, or not at all. All but .safetensors keep what the source has
         beside the weights; a NotSaved warning names what is not kept.

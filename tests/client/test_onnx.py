@@ -416,15 +416,16 @@ def test_forms_that_onnx_has_not(model: Path, client: secateur.Client, form: str
     assert set(model.parent.iterdir()) == before
 
 
-def test_other_shapes_are_refused(model: Path, tmp_path: Path) -> None:
-    source = read_source(model)
-    assert source.onnx_file is not None
-    with pytest.raises(
-        secateur.InvalidStateDict, match=r"shape \[3, 16\], not F32 of shape \[5, 16"
-    ):
-        source.onnx_file.check(
-            tmp_path / "o.onnx", {"fc2.weight": from_value("", np.ones((3, 16), "f"))}
-        )
+def test_a_shrunk_model_is_not_written_to_onnx(model: Path, client: secateur.Client) -> None:
+    """Shapes are also in the graph, such as those of a Reshape."""
+    members = secateur.member("fc1.weight"), secateur.member("fc2.weight", dim=1)
+    group = secateur.group("hidden", *members, secateur.member("fc1.bias"))
+    result = client.prune(model, secateur.grouped([group], 4, align=1), output="shrunk")
+    with pytest.raises(secateur.InvalidStateDict, match=r"of shape \[\d+, 144\], not F32 of shape"):
+        result.save(model.with_name("out.onnx"), "shrunk")
+    with pytest.warns(secateur.NotSaved, match="without the graph"):
+        result.save(model.with_name("out.safetensors"), "shrunk")
+    assert load_file(model.with_name("out.safetensors"))["fc2.weight"].shape == (5, 12)
 
 
 # The command.
