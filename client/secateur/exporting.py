@@ -20,6 +20,8 @@ _PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 # The largest difference of two runs, relative to the largest output.
 _TOLERANCE = 1e-4
 _HALF_TOLERANCE = 1e-2
+# The characters of another library's error.
+_MOST_SHOWN = 300
 
 
 def export(
@@ -53,6 +55,8 @@ def export_checked(
     """Does `export` with the first example inputs, and checks the outputs of all."""
     to = path_of(path)
     check_exportable(to)
+    if not isinstance(module, torch_for("export").nn.Module):
+        raise SecateurError(f"export takes a torch.nn.Module, not {type(module).__name__}")
     was_training = module.training
     try:
         with _quiet(), filling(to.parent) as made:
@@ -130,7 +134,7 @@ def _program(
 def _first_line(error: Exception) -> str:
     cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
     lines = [line for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
-    return lines[0]
+    return lines[0][:_MOST_SHOWN]
 
 
 def _check(program: Any, module: Any, path: Path, checked: Sequence[Any]) -> None:
@@ -141,13 +145,13 @@ def _check(program: Any, module: Any, path: Path, checked: Sequence[Any]) -> Non
 
     for inputs in checked:
         args, kwargs = _arguments(inputs)
-        with torch.no_grad():
-            expected = [x for x in tree_leaves(module(*args, **kwargs)) if torch.is_tensor(x)]
         try:
+            with torch.no_grad():
+                expected = [x for x in tree_leaves(module(*args, **kwargs)) if torch.is_tensor(x)]
             program.initialize_inference_session(lambda _: onnxruntime.InferenceSession(path))
             found = program(*args, **kwargs)
-        except Exception as error:  # onnxruntime raises errors of any kind
-            raise _Failed(f"onnxruntime cannot run the export: {_first_line(error)}") from error
+        except Exception as error:  # the module is any code; onnxruntime raises errors of any kind
+            raise _Failed(f"cannot compare it with the module: {_first_line(error)}") from error
         if len(found) != len(expected):
             raise _Failed(f"the export has {len(found)} outputs, the module {len(expected)}")
         for place, (one, other) in enumerate(zip(found, expected, strict=True)):

@@ -67,7 +67,7 @@ class OnnxFile:
         """What the file holds beside its tensors."""
         return ["the graph", *(name for name in self.initializers if name not in self.tensors)]
 
-    def check(self, path: Path, entries: Mapping[str, Any]) -> None:
+    def _check(self, path: Path, entries: Mapping[str, Any]) -> None:
         """Refuses entries that are not the file's initializers with other values.
 
         Raises:
@@ -91,7 +91,7 @@ class OnnxFile:
         Raises:
             InvalidStateDict: They do not fit the initializers.
         """
-        self.check(path, tensors)
+        self._check(path, tensors)
         locations = self._new_locations(path.name)
         if not locations:
             with replacing(path) as file:

@@ -98,6 +98,16 @@ def test_wrong_paths(
     assert reason in failure(capsys, "export", tmp_path, "-o", tmp_path / name)
 
 
+@pytest.mark.parametrize("wrong", ["module", "example_inputs", "path", "dynamic_shapes"])
+def test_wrong_arguments(tmp_path: Path, wrong: str) -> None:
+    right = {"module": nn.Linear(2, 2), "example_inputs": torch.ones(1, 2)}
+    right |= {"path": tmp_path / "m.onnx", "dynamic_shapes": None}
+    with pytest.raises(secateur.SecateurError) as caught:
+        secateur.export(**{**right, wrong: {"x" * 5000: object()}})  # type: ignore[arg-type]
+    assert "x" * 1000 not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = secateur.exporting.importlib.util.find_spec  # type: ignore[attr-defined]
     monkeypatch.setattr(
