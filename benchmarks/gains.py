@@ -172,7 +172,8 @@ def _made(
 
 
 def _macs(module: nn.Module, inputs: Any) -> int:
-    return secateur.gain(module, module, tuple(inputs)).before.macs
+    macs: int = secateur.gain(module, module, tuple(inputs)).before.macs
+    return macs
 
 
 COLUMNS = (

@@ -14,6 +14,7 @@ and files of torch.save only.
 
 import secateur.grpc_logs  # noqa: F401  # before anything imports grpc
 from secateur.amounts import table, target_bytes, target_macs, threshold
+from secateur.architectures.parts import transformer_groups
 from secateur.checkpoint import Checkpoint, File
 from secateur.choices import (
     blocks,
@@ -29,6 +30,7 @@ from secateur.choices import (
     slices,
 )
 from secateur.client import Client
+from secateur.depth import depth
 from secateur.embedded import embedded
 from secateur.errors import (
     Aborted,
@@ -52,6 +54,7 @@ from secateur.errors import (
     UriError,
 )
 from secateur.exporting import export
+from secateur.gain import Gain, gain
 from secateur.grouping import group, head_groups, member, query_head_groups
 from secateur.methods import (
     block_structured,
@@ -73,6 +76,7 @@ from secateur.report import Bound, Choice, Coverage, Report, ReportWarning, Tens
 from secateur.result import FinalizeResult, PruneResult
 from secateur.selections import grouped, select
 from secateur.server_info import ServerInfo
+from secateur.shrinking import resize, sizes
 from secateur.source import is_pruned
 from secateur.spec import Spec
 from secateur.versions import VERSION
@@ -92,6 +96,7 @@ __all__ = [
     "DeadlineExceeded",
     "File",
     "FinalizeResult",
+    "Gain",
     "InvalidRequest",
     "InvalidSpec",
     "InvalidStateDict",
@@ -122,10 +127,12 @@ __all__ = [
     "blocks_of",
     "columns",
     "custom_from_mask",
+    "depth",
     "embedded",
     "erk",
     "export",
     "filters",
+    "gain",
     "global_structured",
     "global_unstructured",
     "group",
@@ -148,11 +155,14 @@ __all__ = [
     "random",
     "random_structured",
     "random_unstructured",
+    "resize",
     "rows",
     "select",
+    "sizes",
     "slices",
     "table",
     "target_bytes",
     "target_macs",
     "threshold",
+    "transformer_groups",
 ]

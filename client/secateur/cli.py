@@ -25,6 +25,7 @@ from secateur.cli_options import (
     tensors_option,
 )
 from secateur.cli_parser import Parser, parse
+from secateur.cli_shrink import add_shrink
 from secateur.cli_source import opened
 from secateur.cli_spec import read_planned_spec, read_spec, spec_of, spec_options
 from secateur.errors import NotSaved, SecateurError
@@ -154,7 +155,7 @@ def _progress(options: argparse.Namespace) -> bool | None:
     return False if options.quiet else None
 
 
-def _show(report: Report, options: argparse.Namespace, more: dict[str, str]) -> None:
+def _show(report: Report, options: argparse.Namespace, more: dict[str, Any]) -> None:
     """Prints the report of a command that writes a file; warnings are lines on stderr."""
     notes = []
     for warning in report.warnings:
@@ -282,6 +283,7 @@ def _parser() -> argparse.ArgumentParser:
     tensors_option(finalize, "default: all")
     shown_options(finalize)
     add_export(commands)
+    add_shrink(commands, _show)
     add_checkpoints(commands)
     return parser
 

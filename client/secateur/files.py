@@ -47,7 +47,8 @@ def save(
         index: The index of the shards of the source.
         before: The tensors of `index`; None is `entries`.
         torch_file: The source; a torch file keeps all of its content but the tensors.
-        folder: The source; a folder gets a copy of its files beside the weights.
+        folder: The source; a folder gets a copy of its files beside the weights, changed ones
+            among them.
         onnx_file: The source; an ONNX file keeps all of its content but the tensors.
 
     Raises:
@@ -58,7 +59,7 @@ def save(
     try:
         if path.suffix == ONNX_SUFFIX and not path.is_dir():
             _save_onnx(path, entries, onnx_file)
-        elif _is_file(path):
+        elif is_file(path):
             with replacing(path) as file:
                 if path.suffix == ".safetensors" or onnx_file is not None:
                     warn_of_rest(path, onnx_file or torch_file)
@@ -94,7 +95,7 @@ def check_writable(path: Path, has_folder: bool = False) -> None:
     """
     if path.is_dir() or path.name.endswith(SUFFIX):
         return
-    if not _is_file(path) and (path.exists() or not has_folder):
+    if not is_file(path) and (path.exists() or not has_folder):
         raise SecateurError(
             f"{path}: unknown suffix {path.suffix!r}; known are {KNOWN_SUFFIXES}; "
             "a folder (-o NAME) is made only for a model, not masks, read from a folder or an index"
@@ -105,6 +106,19 @@ def check_writable(path: Path, has_folder: bool = False) -> None:
         raise SecateurError(f"{path}: no such folder exists")
 
 
+def check_new_folder(path: Path) -> None:
+    """Refuses early a folder that cannot appear whole, for the folder of a shrunk model.
+
+    Raises:
+        SecateurError: It exists, or cannot be made.
+    """
+    if path.exists() or path.is_symlink():
+        raise SecateurError(f"{path}: exists; name a new folder, which is written whole")
+    if is_file(path) or path.name.endswith(SUFFIX):
+        raise SecateurError(f"{path}: names a file; name a new folder")
+    check_writable(path, has_folder=True)
+
+
 def check_holds(
     path: Path, entries: Entries, index: Index | None = None, folder: Folder | None = None
 ) -> None:
@@ -113,7 +127,7 @@ def check_holds(
     Raises:
         InvalidStateDict: The message names the entries.
     """
-    if not _is_file(path):
+    if not is_file(path):
         shards = () if index is None else index.files.values()
         names = shards or () if folder is None else folder.weights
         suffixes = {Path(name).suffix for name in names}
@@ -123,7 +137,8 @@ def check_holds(
         check_storable(str(path), entries, "write .pt instead")
 
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path) -> bool:
+    """Whether `save` writes one file there."""
     return path.suffix in (".safetensors", ONNX_SUFFIX, *TORCH_SUFFIXES) and not path.is_dir()
 
 
@@ -158,6 +173,8 @@ def _filling(path: Path, written: Collection[str], folder: Folder | None) -> Ite
     with filling(path) as made:
         if rest is not None:
             rest.copy_to(made)
+        for name, text in folder.changed.items() if folder is not None else ():
+            (made / name).write_text(text, "utf-8")
         yield made
     if rest is not None:
         rest.warn()

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from secateur.errors import InvalidSpec
+from secateur.example_inputs import arguments_of
 from secateur.tables import html_table, text_table
 from secateur.tensors import torch_for
 
@@ -78,14 +80,21 @@ def gain(before: Any, after: Any, inputs: Any) -> Gain:
 
     Returns:
         Both costs, of forward passes in evaluation without gradients. Print it for a table.
+
+    Raises:
+        InvalidStateDict: `before` or `after` is not a torch.nn.Module.
+        InvalidSpec: A module cannot run on the inputs.
     """
     torch = torch_for("gain")
-    from secateur.self_check import arguments
+    from secateur.in_place import check_module
 
-    args, keywords = arguments(inputs)
+    for module in (before, after):
+        check_module(module)
+    args, keywords = arguments_of(inputs)
+    named = (("before", before), ("after", after))
     seconds: list[list[float]] = [[], []]
     with _in_evaluation(before, after), torch.inference_mode():
-        macs = [_macs(module, args, keywords) for module in (before, after)]
+        macs = [_macs(what, module, args, keywords) for what, module in named]
         for _ in range(RUNS):
             for module, found in zip((before, after), seconds, strict=True):
                 begin = time.perf_counter()
@@ -110,11 +119,15 @@ def _in_evaluation(*modules: Any) -> Iterator[None]:
             part.training = flag
 
 
-def _macs(module: Any, args: Any, keywords: Any) -> int:
+def _macs(what: str, module: Any, args: Any, keywords: Any) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter:  # type: ignore[no-untyped-call]
-        module(*args, **keywords)
+    with FlopCounterMode(display=False) as counter:
+        try:
+            module(*args, **keywords)
+        except Exception as error:
+            line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InvalidSpec(f"inputs: `{what}` cannot run on them: {line[:200]}") from error
     return int(counter.get_total_flops()) // 2
 
 

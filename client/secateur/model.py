@@ -1,5 +1,6 @@
 """A model that a caller gives, as the other modules read it."""
 
+import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -62,6 +63,12 @@ class Source:
         """From each other name of a tied tensor to its name in `tensors`; a pair is its X."""
         return read_ties(self.metadata, self.tensors).names
 
+    @property
+    def elements(self) -> int:
+        """How many elements its tensors have, without the masks of pairs."""
+        masks = self.pairs().values()
+        return sum(math.prod(t.shape) for name, t in self.tensors.items() if name not in masks)
+
     def pairs(self) -> dict[str, str]:
         """Maps each X whose pair X_orig, X_mask is here to the name of its mask."""
         names = self.parameters & self.tensors.keys()
@@ -121,6 +128,10 @@ class Source:
             for stored, tensor in self.tensors.items()
             if stored in weights and tensor.kind == "floating"
         }
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of the floating parameters; a pair is its X."""
+        return {name: tensor.shape for name, tensor in self.prunable().items()}
 
     def prunable_names(self) -> dict[str, str]:
         """Maps every name of the floating parameters, in their order, to that in `prunable`.

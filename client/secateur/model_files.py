@@ -35,7 +35,8 @@ def read_path(path: Path, key: str | None = None) -> Source:
     """
     if path.is_dir():
         folder = find_folder(path)
-        return replace(read_path(folder.model, key), folder=folder)
+        model = read_path(folder.model, key)
+        return replace(model, folder=replace(folder, parameters=model.elements))
     if path.suffix in TORCH_SUFFIXES:
         file = read_torch_file(path, key)
         return replace(from_mapping(file.state_dict), torch_file=file)

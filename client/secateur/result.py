@@ -1,23 +1,26 @@
 """The results of `prune` and `finalize`."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from secateur.architectures.folder import fitted_folder
 from secateur.checkpoint import Checkpoint
 from secateur.cycles import no_search_for_cycles
 from secateur.errors import InvalidStateDict, SecateurError
-from secateur.files import save
+from secateur.files import is_file, save
 from secateur.forms import FORMS, Tensors, form_of
 from secateur.model import Mask, Source
 from secateur.paths import path_of
+from secateur.removal import removed_slices
 from secateur.report import Report
 from secateur.report_decoding import Extent, decode_extents, decode_report
 from secateur.tensors import LocalTensor, to_value, torch_for
 from secateur.ties import each_once, tied
 from secateur.transfer import Received
+from secateur_proto import spec_pb2 as pb
 from secateur_proto.report_pb2 import SparsityReport
 
 
@@ -25,12 +28,55 @@ class _Result:
     """A model that a server sent back, and its source."""
 
     def __init__(
-        self, report: Report, source: Source, received: Received, destination: str | None
+        self,
+        report: Report,
+        source: Source,
+        received: Received,
+        destination: str | None,
+        groups: Sequence[pb.Group],
+        example_inputs: Any,
     ) -> None:
         self.report = report
         self._source = source
         self._answer = received
         self._destination = destination
+        self._groups = groups
+        self._example_inputs = example_inputs
+
+    def shrink(self, module: Any, example_inputs: Any = None) -> Any:
+        """Returns a smaller copy of a torch.nn.Module, with the shrunk tensors in its layers.
+
+        Sizes such as in_features and num_heads are those of the tensors. torch's masks are
+        removed; hooks, flags and tied parameters are kept. See secateur.resize to make the copy
+        again from its state_dict.
+
+        Args:
+            module: The one that was pruned, which is unchanged, or one with the same tensors.
+            example_inputs: A tensor, a tuple of arguments, or a mapping of keywords. The copy must
+                compute on them, in float64, what the masked module computes. None are those with
+                which secateur.groups traced the groups; if it did not, only sizes are checked.
+
+        Raises:
+            InvalidStateDict: A layer has tensors that do not fit, or computes something else; the
+                message names it.
+            SecateurError: The result is not of output="shrunk".
+        """
+        shrinkage = self.report.shrinkage
+        if shrinkage is None:
+            raise SecateurError("shrink: nothing was removed; ask for output='shrunk'")
+        torch = torch_for("shrink")
+        from secateur.resizing import shrunk
+
+        entries = self._values(self._model_entries(), as_torch=True)
+        tensors = {n: value for n, value in entries.items() if isinstance(value, torch.Tensor)}
+        dims = {name: tensor.ndim for name, tensor in tensors.items()}
+        removed = removed_slices(self._groups, shrinkage.groups, dims)
+        inputs = self._example_inputs if example_inputs is None else example_inputs
+        return shrunk(module, tensors, removed, inputs)
+
+    def _model_entries(self) -> Mapping[str, Any]:
+        """The model as it was sent."""
+        raise NotImplementedError
 
     @property
     def _received(self) -> Tensors:
@@ -64,6 +110,9 @@ class _Result:
     def _save(self, path: Path, entries: Mapping[str, Any]) -> None:
         """Writes entries in the format of the source."""
         source, answer = self._source, self._answer
+        folder = source.folder
+        if folder is not None and self.report.shrinkage is not None and not is_file(path):
+            folder = fitted_folder(folder, entries)
         save(
             path,
             entries,
@@ -71,7 +120,7 @@ class _Result:
             source.index or answer.index,
             source.tensors,
             source.torch_file,
-            source.folder,
+            folder,
             source.onnx_file,
         )
 
@@ -88,7 +137,7 @@ class FinalizeResult(_Result):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the tensors, torch's or arrays as in the source; tied ones are one object."""
-        return self._values(self._entries(), self._source.as_torch)
+        return self._values(self._model_entries(), self._source.as_torch)
 
     def apply_to(self, module: Any) -> None:
         """Finalizes a pruned torch.nn.Module in place, as torch.nn.utils.prune.remove does.
@@ -106,7 +155,7 @@ class FinalizeResult(_Result):
         torch_for("apply_to")
         from secateur.module import finalize
 
-        values = self._values(self._entries(), as_torch=True)
+        values = self._values(self._model_entries(), as_torch=True)
         finalize(module, values, self._source.pairs().keys() & received.keys())
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -118,9 +167,9 @@ class FinalizeResult(_Result):
         Args:
             path: The file or folder.
         """
-        self._save(path_of(path), self._entries())
+        self._save(path_of(path), self._model_entries())
 
-    def _entries(self) -> dict[str, Any]:
+    def _model_entries(self) -> Mapping[str, Any]:
         return self._whole(self._received, self._source.others)
 
 
@@ -138,10 +187,13 @@ class PruneResult(_Result):
         source: Source,
         output: str,
         received: Received,
-        checkpoint: Checkpoint | None = None,
-        destination: str | None = None,
+        checkpoint: Checkpoint | None,
+        destination: str | None,
+        groups: Sequence[pb.Group],
+        example_inputs: Any,
     ) -> None:
-        super().__init__(decode_report(message), source, received, destination)
+        report = decode_report(message)
+        super().__init__(report, source, received, destination, groups, example_inputs)
         self.checkpoint = checkpoint
         self._message = message
         self._output = output
@@ -191,7 +243,8 @@ class PruneResult(_Result):
         """Writes the pruned model: .safetensors, a torch file, or .onnx or a folder if it was one.
 
         The file is written whole, or not at all. All but .safetensors keep what the source has
-        beside the weights; a NotSaved warning names what is not kept.
+        beside the weights; a NotSaved warning names what is not kept. The folder of a shrunk model
+        gets a config.json with the new sizes.
 
         Args:
             path: The file or folder.
@@ -237,6 +290,9 @@ class PruneResult(_Result):
         import torch
 
         return torch.from_numpy(mask)
+
+    def _model_entries(self) -> Mapping[str, Any]:
+        return self._entries(self._output)
 
     def _entries(self, form: str) -> Mapping[str, Any]:
         tensors = self._tensors(form)

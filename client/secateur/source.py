@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from secateur.checkpoint import place_of
+from secateur.checks import shown
 from secateur.entries import from_mapping, from_module
 from secateur.errors import InvalidStateDict
 from secateur.model import Source
@@ -27,7 +28,7 @@ def read_source(source: Any, key: str | None = None) -> Source:
     place = place_of(source)
     is_path = isinstance(source, str | os.PathLike) and not place
     if not isinstance(key, str | None):
-        raise InvalidStateDict(f"key={key!r}: a dotted path is text, not {type(key).__name__}")
+        raise InvalidStateDict(f"key={shown(key)}: a dotted path is text, not {type(key).__name__}")
     if key is not None and not is_path:
         kind = "a model on the server" if place else type(source).__name__
         raise InvalidStateDict(f"key={key!r}: only a local torch file has keys, not {kind}")
