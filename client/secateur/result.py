@@ -114,6 +114,7 @@ class _Result:
             source.tensors,
             source.torch_file,
             folder,
+            source.onnx_file,
         )
 
 
@@ -151,9 +152,9 @@ class FinalizeResult(_Result):
         finalize(module, values, self._source.pairs().keys() & received.keys())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes .safetensors or a torch file, or a folder if it came from one.
+        """Writes the model: .safetensors, a torch file, or .onnx or a folder if it was one.
 
-        The file is written whole, or not at all. A torch file and a folder keep what the source has
+        The file is written whole, or not at all. All but .safetensors keep what the source has
         beside the weights; a NotSaved warning names what is not kept.
 
         Args:
@@ -232,9 +233,9 @@ class PruneResult(_Result):
         return self._values(self._entries(form), self._source.as_torch)
 
     def save(self, path: str | os.PathLike[str], form: str = "dense") -> None:
-        """Writes the pruned model as .safetensors or a torch file, or a folder if it came from one.
+        """Writes the pruned model: .safetensors, a torch file, or .onnx or a folder if it was one.
 
-        The file is written whole, or not at all. A torch file and a folder keep what the source has
+        The file is written whole, or not at all. All but .safetensors keep what the source has
         beside the weights; a NotSaved warning names what is not kept. The folder of a shrunk model
         gets a config.json with the new sizes.
 
