@@ -172,7 +172,7 @@ def _rules(options: argparse.Namespace, model: Transformer) -> Iterator[Spec]:
 def _write(options: argparse.Namespace, source: Source, out: Path) -> None:
     """Writes a model whose tensors the server did not cut."""
     entries = tied({**source.tensors, **source.others}, source.other_names)
-    fitted = fitted_folder(_folder(options, source), source.tensors, {})
+    fitted = fitted_folder(_folder(options, source), source.tensors)
     save(out, entries, source.metadata, source.index, source.tensors, source.torch_file, fitted)
     _print_notes(options, fitted)
 

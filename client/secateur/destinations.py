@@ -26,7 +26,7 @@ def new_folder(destination: Any, model: Source) -> Path | None:
             f"destination={str(path)!r}: a folder is made for a model from a local folder only; "
             "call the result's save()"
         )
-    fitted_folder(model.folder, model.tensors, {})  # refuses an unknown architecture early
+    fitted_folder(model.folder, model.tensors)  # refuses an unknown architecture early
     return path
 
 

@@ -102,9 +102,7 @@ class _Result:
         source, answer = self._source, self._answer
         folder, shrinkage = source.folder, self.report.shrinkage
         if folder is not None and shrinkage is not None and not is_file(path):
-            dims = {n: len(e.shape) for n, e in entries.items() if isinstance(e, LocalTensor)}
-            removed = removed_slices(self._groups, shrinkage.groups, dims)
-            folder = fitted_folder(folder, entries, removed)
+            folder = fitted_folder(folder, entries, self._groups, shrinkage)
         save(
             path,
             entries,
