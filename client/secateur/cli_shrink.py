@@ -67,7 +67,7 @@ def add_shrink(commands: Any, show: Show) -> None:
         "AMOUNT: an int is a number of units, 0.3 or 30% a fraction. Each layer loses as many: "
         "the units with the smallest weights."
     )
-    command.set_defaults(show=show)
+    command.set_defaults(show=show, output="shrunk")
 
 
 def _numbers(text: str) -> list[int]:
