@@ -53,6 +53,7 @@ from secateur.errors import (
     Unavailable,
     UriError,
 )
+from secateur.exporting import export
 from secateur.gain import Gain, gain
 from secateur.grouping import group, head_groups, member, query_head_groups
 from secateur.methods import (
@@ -129,6 +130,7 @@ __all__ = [
     "depth",
     "embedded",
     "erk",
+    "export",
     "filters",
     "gain",
     "global_structured",

@@ -13,6 +13,7 @@ from typing import Any, NoReturn, Protocol
 
 from secateur import __version__
 from secateur.cli_checkpoints import add_checkpoints
+from secateur.cli_export import add_export
 from secateur.cli_options import (
     add_command,
     amounts_option,
@@ -32,6 +33,7 @@ from secateur.errors import NotSaved, SecateurError
 from secateur.files import check_holds, check_out, check_writable
 from secateur.forms import SMALLER, is_model, not_smaller
 from secateur.model import Source
+from secateur.onnx_files import ONNX_SUFFIX, check_onnx
 from secateur.paths import path_of
 from secateur.report import Report
 
@@ -248,6 +250,8 @@ def _out(options: argparse.Namespace) -> tuple[Path | None, str | None]:
     if "://" in options.out:
         return None, options.out
     path, model = path_of(options.out), path_of(options.model)
+    if path.suffix == ONNX_SUFFIX and not path.is_dir():
+        check_onnx(path, model, options.output)
     if is_model(options.output):
         check_out(path, model)
     else:
@@ -259,7 +263,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="secateur",
         description="Prunes neural networks on a server, as torch.nn.utils.prune does.",
-        epilog="IN and OUT are files (.safetensors; .pt, .pth, .bin, .ckpt or .tar of torch.save), "
+        epilog="IN and OUT are files (.safetensors; .pt, .pth, .bin, .ckpt or .tar of torch.save; "
+        ".onnx), "
         "folders with one model, or URIs (file:///..., s3://...) that the server opens. IN "
         "may also be a checkpoint, as `secateur checkpoints ls` names it.",
     )
@@ -283,6 +288,7 @@ def _parser() -> argparse.ArgumentParser:
     finalize.set_defaults(output="dense")
     tensors_option(finalize, "default: all")
     shown_options(finalize)
+    add_export(commands)
     add_pack(commands)
     add_shrink(commands, _show)
     add_checkpoints(commands)

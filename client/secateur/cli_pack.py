@@ -36,8 +36,8 @@ def add_pack(commands: Any) -> None:
 
 def _save_packed(path: Path, source: Source) -> None:
     check_zstandard("secateur pack")
-    whole = source.torch_file, source.folder, True
-    save(path, source.tensors, source.metadata, source.index, None, *whole)
+    file = source.torch_file, source.folder, source.onnx_file
+    save(path, source.tensors, source.metadata, source.index, None, *file, is_packed=True)
 
 
 _LAYOUTS: Mapping[str, Callable[[Path, Source], None]] = {

@@ -34,4 +34,4 @@ def check_destination(destination: str | None, model: Source) -> None:
     """Refuses a model that a file at a URI cannot hold, and warns of content that it drops."""
     if destination:
         check_storable(destination, model.others, LEAVE_OUT)
-        warn_of_rest(destination, model.torch_file)
+        warn_of_rest(destination, model.onnx_file or model.torch_file)

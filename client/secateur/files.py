@@ -12,6 +12,7 @@ import numpy.typing as npt
 from secateur.atomic import filling, replacing
 from secateur.errors import NotSaved, SecateurError
 from secateur.folders import Folder, check_no_other_weights, find_folder
+from secateur.onnx_files import ONNX_SUFFIX, OnnxFile, no_graph
 from secateur.others import check_storable
 from secateur.packed import write_packed
 from secateur.shards import Index
@@ -35,6 +36,7 @@ def save(
     before: Tensors | None = None,
     torch_file: TorchFile | None = None,
     folder: Folder | None = None,
+    onnx_file: OnnxFile | None = None,
     is_packed: bool = False,
 ) -> None:
     """Writes a model as one file, or to a folder as the file or shards that it came in.
@@ -49,6 +51,7 @@ def save(
         torch_file: The source; a torch file keeps all of its content but the tensors.
         folder: The source; a folder gets a copy of its files beside the weights, changed ones
             among them.
+        onnx_file: The source; an ONNX file keeps all of its content but the tensors.
         is_packed: Whether the files are packed.
 
     Raises:
@@ -57,10 +60,12 @@ def save(
     check_writable(path, has_folder=index is not None or folder is not None)
     check_holds(path, entries, index, folder, is_packed)
     try:
-        if is_file(path):
+        if path.suffix == ONNX_SUFFIX and not path.is_dir():
+            _save_onnx(path, entries, onnx_file)
+        elif is_file(path):
             with replacing(path) as file:
-                if path.suffix == ".safetensors":
-                    warn_of_rest(path, torch_file)
+                if path.suffix == ".safetensors" or onnx_file is not None:
+                    warn_of_rest(path, onnx_file or torch_file)
                 _write(file, path, entries, metadata, torch_file, is_packed)
         elif index is not None:
             tensors = entries if before is None else before
@@ -158,7 +163,13 @@ def check_holds(
 
 def is_file(path: Path) -> bool:
     """Whether `save` writes one file there."""
-    return path.suffix in (".safetensors", *TORCH_SUFFIXES) and not path.is_dir()
+    return path.suffix in (".safetensors", ONNX_SUFFIX, *TORCH_SUFFIXES) and not path.is_dir()
+
+
+def _save_onnx(path: Path, entries: Entries, onnx_file: OnnxFile | None) -> None:
+    if onnx_file is None:
+        raise SecateurError(f"{path}: {no_graph('the source')}")
+    onnx_file.save(path, entries)
 
 
 def _save_shards(
@@ -225,11 +236,12 @@ def _write(
         file.writelines(TensorFile(once(entries), metadata).parts())
 
 
-def warn_of_rest(place: Any, torch_file: TorchFile | None) -> None:
-    """Warns of the entries of a torch file beside its tensors, which .safetensors cannot hold."""
-    rest = torch_file.rest if torch_file is not None else ()
+def warn_of_rest(place: Any, source: TorchFile | OnnxFile | None) -> None:
+    """Warns of the content of a source beside its tensors, which only its own format can hold."""
+    rest = source.rest if source is not None else ()
     if rest:
-        text = f"{place}: without {', '.join(rest)}; a torch file (.pt) keeps these too"
+        kept = "an .onnx file" if isinstance(source, OnnxFile) else "a torch file (.pt)"
+        text = f"{place}: without {', '.join(rest)}; {kept} keeps these too"
         warnings.warn(text, NotSaved, stacklevel=5)
 
 

@@ -62,8 +62,10 @@ def _folded(tensor: LocalTensor, mask: Mask, keeps_sign: bool) -> Callable[[], B
     sign = unsigned.type(has_sign << (8 * unsigned.itemsize - 1))
 
     def read() -> Bytes:
-        bits = tensor.read().view(unsigned)
-        return np.where(mask, bits, bits & sign).view(np.uint8)
+        kept = -mask.astype(unsigned)  # all bits or none; np.where takes ten times as long
+        kept |= sign
+        kept &= tensor.read().view(unsigned)
+        return kept.view(np.uint8)
 
     return read
 

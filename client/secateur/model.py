@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from secateur.folders import Folder
+from secateur.onnx_files import OnnxFile
 from secateur.shards import Index
 from secateur.tensors import LocalTensor
 from secateur.torch_files import TorchFile
@@ -36,6 +37,7 @@ class Source:
         order: The names of all entries, `others` included, in the state_dict's order.
         torch_file: The file of torch.save that it is read from, with all else that the file holds.
         folder: The folder that it is read from, with all other files in it.
+        onnx_file: The ONNX model that it is read from.
     """
 
     tensors: Mapping[str, LocalTensor]
@@ -49,6 +51,7 @@ class Source:
     order: tuple[str, ...] = ()
     torch_file: TorchFile | None = None
     folder: Folder | None = None
+    onnx_file: OnnxFile | None = None
 
     @property
     def is_here(self) -> bool:

@@ -12,6 +12,7 @@ from secateur.errors import InvalidStateDict
 from secateur.file_kinds import open_reason, safetensors_reason
 from secateur.folders import find_folder
 from secateur.model import Source
+from secateur.onnx_files import ONNX_SUFFIX, read_onnx
 from secateur.packed import is_packed, unpacked
 from secateur.shards import Index, read_shards
 from secateur.tensor_file import parse_file
@@ -46,6 +47,9 @@ def read_path(path: Path, key: str | None = None) -> Source:
         raise InvalidStateDict(f"key={key!r}: only a torch file has keys, not {path}")
     if path.name.endswith(SUFFIX):
         return _from_index(path)
+    if path.suffix == ONNX_SUFFIX:
+        onnx_file = read_onnx(path, map_bytes)
+        return replace(_from_files(onnx_file.tensors, {}, ()), onnx_file=onnx_file)
     if path.suffix != ".safetensors":
         hint = f"; of a checkpoint give what client.checkpoint({str(path)!r}) returns"
         known = f"unknown suffix {path.suffix!r}; known are {KNOWN_SUFFIXES}, {SUFFIX} and folders"

@@ -49,7 +49,7 @@ def fit_flow(module: nn.Module, made: nn.Module) -> list[str]:
 
 def _follow(module: nn.Module, made: nn.Module) -> None:
     """Follows the graph in its order.  Raises: Misfit."""
-    graph = _graph(module)
+    graph = _graph(made)  # which has no masks of torch, so that it can be copied
     widths: dict[fx.Node, Width | None] = {}
     for node in graph.nodes if graph else ():
         given = [widths.get(arg) if isinstance(arg, fx.Node) else None for arg in node.args]

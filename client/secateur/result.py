@@ -14,10 +14,11 @@ from secateur.files import is_file, save
 from secateur.forms import FORMS, Tensors, form_of, has_tensors_of, not_smaller
 from secateur.model import Mask, Source
 from secateur.paths import path_of
+from secateur.removal import removed_slices
 from secateur.report import Report
 from secateur.report_decoding import Extent, decode_extents, decode_report
 from secateur.shrinking import shrink
-from secateur.tensors import torch_for
+from secateur.tensors import LocalTensor, torch_for
 from secateur.ties import tied, values_of
 from secateur.transfer import Received
 from secateur_proto import spec_pb2 as pb
@@ -99,9 +100,9 @@ class _Result:
     def _save(self, path: Path, entries: Mapping[str, Any], is_packed: bool = False) -> None:
         """Writes entries in the format of the source."""
         source, answer = self._source, self._answer
-        folder = source.folder
-        if folder is not None and self.report.shrinkage is not None and not is_file(path):
-            folder = fitted_folder(folder, entries)
+        folder, shrinkage = source.folder, self.report.shrinkage
+        if folder is not None and shrinkage is not None and not is_file(path):
+            folder = fitted_folder(folder, entries, self._groups, shrinkage)
         save(
             path,
             entries,
@@ -110,6 +111,7 @@ class _Result:
             source.tensors,
             source.torch_file,
             folder,
+            source.onnx_file,
             is_packed,
         )
 
@@ -148,9 +150,9 @@ class FinalizeResult(_Result):
         finalize(module, values, self._source.pairs().keys() & received.keys())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes .safetensors or a torch file, or a folder if it came from one.
+        """Writes the model: .safetensors, a torch file, or .onnx or a folder if it was one.
 
-        The file is written whole, or not at all. A torch file and a folder keep what the source has
+        The file is written whole, or not at all. All but .safetensors keep what the source has
         beside the weights; a NotSaved warning names what is not kept.
 
         A packed result is written packed.
@@ -230,9 +232,9 @@ class PruneResult(_Result):
         return values_of(self._entries(form), self._source.as_torch)
 
     def save(self, path: str | os.PathLike[str], form: str = "dense") -> None:
-        """Writes the pruned model as .safetensors or a torch file, or a folder if it came from one.
+        """Writes the pruned model: .safetensors, a torch file, or .onnx or a folder if it was one.
 
-        The file is written whole, or not at all. A torch file and a folder keep what the source has
+        The file is written whole, or not at all. All but .safetensors keep what the source has
         beside the weights; a NotSaved warning names what is not kept. The folder of a shrunk model
         gets a config.json with the new sizes.
 

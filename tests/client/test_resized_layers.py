@@ -12,7 +12,7 @@ import secateur
 from secateur.errors import InvalidSpec, InvalidStateDict
 from secateur.grouping import Group
 from secateur.resizing import shrunk
-from tests.client.cutting import assert_same, cut, run, shrink
+from tests.client.cut_modules import assert_same, cut, run, shrink
 from tests.client.net import inputs, outputs, randomized
 
 

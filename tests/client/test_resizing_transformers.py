@@ -13,7 +13,7 @@ import transformers
 import secateur
 from secateur.errors import InvalidStateDict
 from secateur.resizing import shrunk
-from tests.client.cutting import assert_same, cut, doubles, run, some_units
+from tests.client.cut_modules import assert_same, cut, doubles, run, some_units
 from tests.client.net import randomized
 from tests.client.nets_transformers import NETS, bert_groups
 

@@ -12,7 +12,7 @@ import secateur
 from secateur.errors import InvalidStateDict
 from secateur.grouping import Group
 from secateur.resizing import shrunk
-from tests.client.cutting import assert_same, cut, run, shrink, some_units
+from tests.client.cut_modules import assert_same, cut, run, shrink, some_units
 from tests.client.net import inputs, outputs, randomized
 
 
@@ -87,6 +87,16 @@ def test_masks_of_torch_are_gone_and_the_original_has_them() -> None:
     )
     assert module[3]._flat_weights[1] is module[3].weight_hh_l0
     assert small[3]._flat_weights[1] is small[3].weight_hh_l0
+
+
+def test_layers_of_a_module_with_masks_are_checked_against_each_other() -> None:
+    module: Any
+    module, _ = two_layers()
+    forgetful = [secateur.group("hidden", *outputs("0"))]
+    _, tensors, removed = cut(module, forgetful, {"hidden": [True, False] * 3})
+    prune.identity(module[0], "weight")  # type: ignore[no-untyped-call]
+    with pytest.raises(InvalidStateDict, match=r"^2: takes 6 inputs, and 0 makes 3; put both in"):
+        shrunk(module, tensors, removed)
 
 
 class Float32(nn.Module):
