@@ -99,7 +99,8 @@ def save_bitmasks(path: Path, source: Source, layout: Layout) -> None:
         files = {name: index.file_of(stored.get(name, name)) for name in tensors}
         index = replace(index, files={**index.files, **files})
     folder = source.folder and _configured(source.folder, source, set(stored.values()), layout)
-    save(path, tensors, source.metadata, index, source.tensors, source.torch_file, folder)
+    file = source.torch_file, folder, source.onnx_file
+    save(path, tensors, source.metadata, index, source.tensors, *file)
 
 
 def _compressed(tensors: Tensors, layout: Layout) -> tuple[dict[str, LocalTensor], dict[str, str]]:

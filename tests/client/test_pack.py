@@ -234,8 +234,10 @@ def test_wrong_arguments_of_load() -> None:
 def test_wrong_arguments_of_pack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tmp_path / "m.safetensors"
     save_file({"w": torch.zeros(100)}, model)
-    says = failure(capsys, "pack", model, "-o", tmp_path / "o.pt")
-    assert "a packed file is .safetensors; name one, such as out.safetensors" in says
+    for name in ("o.pt", "o.onnx"):
+        for layout in ("packed", "sparse-bitmask"):
+            says = failure(capsys, "pack", model, "-o", tmp_path / name, "--layout", layout)
+            assert "a packed file is .safetensors; name one, such as out.safetensors" in says
     assert "pack reads and writes local files" in failure(
         capsys, "pack", "s3://x/y.safetensors", "-o", tmp_path / "o.safetensors"
     )
