@@ -14,11 +14,10 @@ from secateur.files import is_file, save
 from secateur.forms import FORMS, Tensors, form_of, has_tensors_of, not_smaller
 from secateur.model import Mask, Source
 from secateur.paths import path_of
-from secateur.removal import removed_slices
 from secateur.report import Report
 from secateur.report_decoding import Extent, decode_extents, decode_report
 from secateur.shrinking import shrink
-from secateur.tensors import LocalTensor, torch_for
+from secateur.tensors import torch_for
 from secateur.ties import tied, values_of
 from secateur.transfer import Received
 from secateur_proto import spec_pb2 as pb
