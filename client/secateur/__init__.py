@@ -77,7 +77,7 @@ from secateur.result import FinalizeResult, PruneResult
 from secateur.selections import grouped, select
 from secateur.server_info import ServerInfo
 from secateur.shrinking import resize, sizes
-from secateur.source import is_pruned
+from secateur.source import is_pruned, load
 from secateur.spec import Spec
 from secateur.versions import VERSION
 
@@ -146,6 +146,7 @@ __all__ = [
     "l1_unstructured",
     "lamp",
     "ln_structured",
+    "load",
     "magnitude",
     "member",
     "n_m",

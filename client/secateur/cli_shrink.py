@@ -49,9 +49,11 @@ def add_shrink(commands: Any, show: Show) -> None:
     command = add_command(commands, "shrink", text, _shrink, "else an embedded server")
     command.add_argument("model", metavar="FOLDER", help=f"the model, with its {CONFIG}")
     command.add_argument("-o", "--out", metavar="OUT", required=True, help="the folder to make")
+    heads = command.add_mutually_exclusive_group()
     for name, units in _AMOUNTS.items():
-        option = f"--{name.replace('_', '-')}"
-        command.add_argument(option, metavar="AMOUNT", type=amount, help=f"remove of the {units}")
+        holder = heads if "heads" in name else command
+        option, text = f"--{name.replace('_', '-')}", f"how many to remove of the {units}"
+        holder.add_argument(option, metavar="AMOUNT", type=amount, help=text)
     layers = command.add_mutually_exclusive_group()
     text = "remove so many layers: those before the last one"
     layers.add_argument("--layers", metavar="COUNT", type=int, help=text)
@@ -61,7 +63,11 @@ def add_shrink(commands: Any, show: Show) -> None:
     text = "keep a multiple of this many channels (default: up to 16)"
     command.add_argument("--align", metavar="COUNT", type=int, help=text)
     shown_options(command)
-    command.set_defaults(show=show)
+    command.epilog = (
+        "AMOUNT: an int is a number of units, 0.3 or 30% a fraction. Each layer loses as many: "
+        "the units with the smallest weights."
+    )
+    command.set_defaults(show=show, output="shrunk")
 
 
 def _numbers(text: str) -> list[int]:
@@ -72,30 +78,23 @@ def _numbers(text: str) -> list[int]:
 
 
 def _shrink(options: argparse.Namespace) -> None:
-    given = [name for name in _AMOUNTS if getattr(options, name) is not None]
-    if not given and options.layers is None and options.drop_layers is None:
+    is_sent = any(getattr(options, name) is not None for name in _AMOUNTS)
+    if not is_sent and options.layers is None and options.drop_layers is None:
         options.wrong_usage("an amount is required, such as --intermediate 0.3 or --layers 2")
     if options.align is not None and options.intermediate is None:
         options.wrong_usage("--align is for channels: give --intermediate")
     out = path_of(options.out)
     check_new_folder(out)
     source = _without_layers(options, read_source(options.model))
-    folder = _folder(options, source)
-    model = transformer_in(folder, source)[1]
-    _check_heads(options, model)
-    if not given:
-        _write(out, source, folder)
-        _print_notes(options, folder)
+    _check_heads(options, transformer_in(_folder(options, source), source)[1])
+    if not is_sent:
+        _write(options, source, out)
         return
     with connected(options) as client:
         if options.experts is not None:
-            source = without_experts(client, source, folder, options.experts)
             folder = _folder(options, source)
-        report = _cut(options, client, source, out)
-    if report is None:
-        _print_notes(options, folder)
-    else:
-        options.show(report, options, {"removed": folder.notes} if folder.notes else {})
+            source = without_experts(client, source, folder, options.experts)
+        _cut(options, client, source, out)
 
 
 def _folder(options: argparse.Namespace, source: Source) -> Folder:
@@ -145,44 +144,41 @@ def _kept(option: str, given: float | None, units: int) -> int:
     return max(1, units - int(removed))
 
 
-def _cut(options: argparse.Namespace, client: Client, source: Source, out: Path) -> Report | None:
-    """Removes units of groups and writes the folder; None if no option names such units."""
-    spec = _spec(options, source)
-    if spec is None:
-        _write(out, source, _folder(options, source))
-        return None
-    result = client.prune(
-        source, spec, "shrunk", False if options.quiet else None, destination=str(out)
-    )
-    return result.report
-
-
-def _spec(options: argparse.Namespace, source: Source) -> Spec | None:
-    """The rules of the options; each group loses the same fraction, since a config has one size."""
-    model = transformer_in(_folder(options, source), source)[1]
-    rules = list(_rules(options, model))
-    return sum(rules[1:], rules[0]) if rules else None
+def _cut(options: argparse.Namespace, client: Client, source: Source, out: Path) -> None:
+    """Removes units of groups, and writes the folder."""
+    folder = _folder(options, source)
+    rules = list(_rules(options, transformer_in(folder, source)[1]))
+    if not rules:
+        _write(options, source, out)
+        return
+    progress = False if options.quiet else None
+    spec = sum(rules[1:], rules[0])
+    report = client.prune(source, spec, "shrunk", progress, destination=str(out)).report
+    options.show(report, options, {"removed": folder.notes})
+    if not options.json:
+        _print_notes(options, folder)
 
 
 def _rules(options: argparse.Namespace, model: Transformer) -> Iterator[Spec]:
-    parts = ("intermediate", "heads", "kv_heads")
-    given = [part for part in parts if getattr(options, part) is not None]
-    groups_of_parts(model, given)  # refuses parts that share tensors
-    for part in given:
-        align = options.align if part == "intermediate" else 1  # a head is a unit of many slices
-        groups = groups_of_parts(model, [part])
-        yield grouped(groups, getattr(options, part), scope="tensor", align=align)
+    """The rules of the options; each group loses the same fraction, since a config has one size."""
+    for part in ("intermediate", "heads", "kv_heads"):
+        if (given := getattr(options, part)) is not None:
+            # The slices of a head are many already.
+            align = options.align if part == "intermediate" else 1
+            groups = groups_of_parts(model, [part])
+            yield grouped(groups, given, scope="tensor", align=align)
 
 
-def _write(out: Path, source: Source, folder: Folder) -> None:
+def _write(options: argparse.Namespace, source: Source, out: Path) -> None:
     """Writes a model whose tensors the server did not cut."""
     entries = tied({**source.tensors, **source.others}, source.other_names)
-    fitted = fitted_folder(folder, source.tensors)
+    fitted = fitted_folder(_folder(options, source), source.tensors)
     save(out, entries, source.metadata, source.index, source.tensors, source.torch_file, fitted)
+    _print_notes(options, fitted)
 
 
 def _print_notes(options: argparse.Namespace, folder: Folder) -> None:
     if options.json:
         print(json.dumps({"removed": folder.notes}, indent=2))
-    elif not options.quiet:
+    elif folder.notes and not options.quiet:
         print("\n".join(folder.notes))

@@ -118,6 +118,12 @@ class Source:
                 places.setdefault(derived, place)
         return places
 
+    def ordered(self, entries: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns entries of a result in the state_dict's order; new names are last."""
+        places = self.places()
+        names = sorted(entries, key=lambda name: places.get(name, len(places)))
+        return {name: entries[name] for name in names}
+
     def prunable(self) -> dict[str, LocalTensor]:
         """Returns the floating parameters; a pair is its X, with the values of X_orig."""
         pairs = self.pairs()

@@ -20,6 +20,7 @@ from secateur.forms import OUTPUTS, is_model
 from secateur.grouping import Groups, example_inputs_of, groups_of
 from secateur.model import Source
 from secateur.others import check_names
+from secateur.packed import check_zstandard
 from secateur.patience import Patience
 from secateur.plan import Plan, Sensitivity, decode_plan, sensitivity_of
 from secateur.progress import Progress
@@ -65,7 +66,8 @@ class PrunerCalls(CheckpointCalls):
             source: See `Client`. Of a Module the parameters are sent, and not the buffers.
             spec: What to prune.
             output: What the server sends: "masks" (one bit an element), "reparametrized", "dense",
-                "none" for the report alone, or another one of `server_info().outputs`.
+                "packed" (without zeros, compressed), "none" for the report alone, or another one of
+                `server_info().outputs`.
             progress: See `Client`.
             keep: Whether the server keeps the result, as the result's checkpoint. Data that the
                 server already has of the source is not sent again.
@@ -87,6 +89,8 @@ class PrunerCalls(CheckpointCalls):
         message, arrays = encode_spec(spec, model)
         model = model.sending(unmasked_members(message))
         header.spec.CopyFrom(message)
+        if output == "packed":
+            check_zstandard("output='packed'")
         if is_model(output):
             check_destination(header.destination_uri, model.only_parameters())
         patience = self._connection.patience()
@@ -265,7 +269,7 @@ class PrunerCalls(CheckpointCalls):
             progress: See `Client`.
             destination: See `prune`.
             key: See `Client`.
-            output: "dense", or "shrunk".
+            output: "dense", "shrunk", or "packed".
             groups: What `group` returns; with "shrunk" only.
             prior: What counts as pruned in the groups' tensors: see `prune`. With "shrunk" only.
         """
@@ -275,6 +279,8 @@ class PrunerCalls(CheckpointCalls):
             groups=groups_of(groups),
             prior=one_of("prior", prior, _PRIORS),
         )
+        if output == "packed":
+            check_zstandard("output='packed'")
         model = read_source(source, key)
         header.tensors.extend(_named(tensors, model))
         patience = self._connection.patience()
@@ -286,6 +292,7 @@ class PrunerCalls(CheckpointCalls):
             source=model,
             received=received,
             destination=destination,
+            output=output,
             groups=header.groups,
             example_inputs=example_inputs_of(groups),
         )

@@ -21,6 +21,10 @@ _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_attn_hea
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
 _QUERIES_PER_KV = ("num_key_value_groups", "num_kv_groups", "n_rep")
 _HEAD_SIZE = ("head_dim", "attention_head_size", "head_size")
+_DOUBT = (
+    "its projections lost rows, and secateur does not know {}; give example_inputs, to compare the "
+    "shrunk module with the masked one"
+)
 _TOTAL = ("all_head_size", "split_size", "inner_dim")
 
 
@@ -28,24 +32,26 @@ def fit_attention(new: Module, old: Module) -> str | None:
     """Sets the counts of heads of a layer whose projections lost rows.
 
     Returns:
-        None, or why they cannot be known.
+        None, or why they cannot be known from the shapes.
 
     Raises:
         Misfit: The rows that are left are not whole heads.
     """
-    before, after = _rows(old), _rows(new)
-    if before is None or after is None or before == after:
-        return None
     numbers = {name: n for name, n in vars(new).items() if type(n) is int}
+    before, after = _rows(old), _rows(new)
+    if before is None or after is None:
+        is_attention = any("head" in name for name in numbers)
+        return _DOUBT.format("their names") if is_attention and _has_lost_rows(new, old) else None
+    if before == after:
+        return None
     known = {*_HEADS, *_KV_HEADS, *_QUERIES_PER_KV, *_HEAD_SIZE}
     unknown = [name for name in numbers if "head" in name and name not in {*known, *_TOTAL}]
     if unknown or not known & numbers.keys():
         named = f"its attribute {unknown[0]}" if unknown else "how many heads it has"
-        return (
-            f"its projections lost rows, and secateur does not know {named}; give example_inputs, "
-            "to compare the shrunk module with the masked one"
-        )
+        return _DOUBT.format(named)
     size = _head_size(numbers, before[0])
+    if before[1] == before[2] and after[1] != after[2]:
+        raise Misfit(f"keeps {after[1]} rows of keys and {after[2]} of values")
     heads, kv_heads = _whole(after[0], size, "queries"), _whole(after[1], size, "keys")
     if heads % kv_heads:
         raise Misfit(f"keeps {heads} heads of queries, which {kv_heads} KV heads do not divide")
@@ -53,19 +59,23 @@ def fit_attention(new: Module, old: Module) -> str | None:
     return None
 
 
-def _rows(layer: Module) -> tuple[int, int] | None:
-    """The rows of queries, and of keys; None if the layer is not attention."""
+def _has_lost_rows(new: Module, old: Module) -> bool:
+    names = list(new._modules)
+    return any(_widths(new, (name,)) != _widths(old, (name,)) for name in names)
+
+
+def _rows(layer: Module) -> tuple[int, int, int] | None:
+    """The rows of queries, keys and values; None if the layer is not attention."""
     query, key = _widths(layer, _QUERY), _widths(layer, _KEY)
     if query and key:
         value = _widths(layer, _VALUE)
-        if value and value[0] != key[0]:
-            raise Misfit(f"keeps {key[0]} rows of keys and {value[0]} of values")
-        return query[0], key[0]
+        return query[0], key[0], value[0] if value else key[0]
     fused, output = _widths(layer, _FUSED), _widths(layer, _OUTPUT)
     if query and fused:  # cross-attention of GPT-2
-        return query[0], fused[0] // 2
+        return query[0], fused[0] // 2, fused[0] // 2
     if fused and output:
-        return output[1], (fused[0] - output[1]) // 2
+        rest = fused[0] - output[1]
+        return output[1], rest // 2, rest - rest // 2
     return None
 
 
@@ -73,7 +83,7 @@ def _widths(layer: Module, names: tuple[str, ...]) -> tuple[int, int] | None:
     """The outputs and inputs of the first projection that has one of the names."""
     for name in names:
         part: Any = layer._modules.get(name)
-        if hasattr(part, "out_features"):
+        if hasattr(part, "out_features") or hasattr(part, "out_channels"):
             return part.weight.shape[0], part.weight.shape[1]
         if hasattr(part, "nf"):  # transformers' Conv1D
             return part.weight.shape[1], part.weight.shape[0]

@@ -49,7 +49,7 @@ def fit_flow(module: nn.Module, made: nn.Module) -> list[str]:
 
 def _follow(module: nn.Module, made: nn.Module) -> None:
     """Follows the graph in its order.  Raises: Misfit."""
-    graph = _graph(module)
+    graph = _graph(made)  # which has no masks of torch, so that it can be copied
     widths: dict[fx.Node, Width | None] = {}
     for node in graph.nodes if graph else ():
         given = [widths.get(arg) if isinstance(arg, fx.Node) else None for arg in node.args]
@@ -141,8 +141,8 @@ def _function(
 def _joined(node: fx.Node, widths: dict[fx.Node, Width | None]) -> Width | None:
     """The channels of tensors that are concatenated along dimension 1."""
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    parts = node.args[0] if node.args else ()
-    found = [widths.get(part) for part in parts] if isinstance(parts, list | tuple) else []
+    parts = node.args[0] if node.args and isinstance(node.args[0], list | tuple) else ()
+    found = [widths.get(part) if isinstance(part, fx.Node) else None for part in parts]
     if dim != 1 or not found or not all(one and one.kind == "channels" for one in found):
         return None
     before, now = (sum(getattr(one, side) for one in found) for side in ("before", "now"))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.modules.conv import _ConvNd
 
-from secateur.checks import shown
+from secateur.checks import shown, text_keys
 from secateur.errors import InvalidSpec, InvalidStateDict
 from secateur.in_place import check_module, pruning_hooks
 from secateur.module import check_hooks
@@ -28,7 +28,9 @@ def sizes_of(module: Module) -> dict[str, Any]:
     check_module(module)
     saved = module.state_dict()
     found: dict[str, Any] = {
-        name: list(tensor.shape) for name, tensor in named_tensors(module) if name in saved
+        name: list(tensor.shape)
+        for name, tensor in named_tensors(module)
+        if name in saved or f"{name}_orig" in saved
     }
     for path, part in module.named_modules():
         if isinstance(part, _ConvNd):
@@ -41,7 +43,7 @@ def resized(module: Module, sizes: Sizes) -> Module:
     check_module(module)
     tensors = dict(named_tensors(module))
     values, groups = {}, {}
-    for name, size in sizes.items():
+    for name, size in text_keys("sizes", sizes, "names to shapes").items():
         if isinstance(size, int) and not isinstance(size, bool) and name.endswith("groups"):
             groups[name] = size
         elif name not in tensors:
@@ -84,14 +86,24 @@ def shrunk(
     doubts = fit_layers(module, made, groups_kept(dict(module.named_modules()), removed))
     doubts += fit_flow(module, made)
     if example_inputs is not None:
-        masked = {
-            name: masked_tensor(originals[name], tensor, removed[name])
-            for name, tensor in tensors.items()
-        }
-        check_same(copied(module, masked), made, example_inputs)
+        check_same(_masked(module, originals, tensors, removed), made, example_inputs)
     elif doubts:
         raise InvalidStateDict(doubts[0])
     return made
+
+
+def _masked(
+    module: Module,
+    originals: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    removed: Removed,
+) -> Module:
+    """A copy of a module with the tensors of the masked model."""
+    values = {
+        name: masked_tensor(originals[name], tensor, removed[name])
+        for name, tensor in tensors.items()
+    }
+    return copied(module, values)
 
 
 def named_tensors(module: Module) -> Iterator[tuple[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils import _pytree as pytree
 from secateur.errors import InvalidStateDict
 from secateur.example_inputs import arguments_of
 
+_CACHES = ("past_key_values", "cache")
 _ADVICE = "check that its groups have every tensor that makes or reads their units"
 
 
@@ -76,9 +78,12 @@ def _run(module: Module, inputs: Any, dtype: torch.dtype | None) -> list[Tensor]
     """The tensors that a module returns; random numbers are the same in each run."""
     args, kwargs = arguments_of(inputs)
     args, kwargs = pytree.tree_map_only(Tensor, partial(_own, dtype=dtype), (args, kwargs))
-    devices = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
-    with torch.no_grad(), torch.random.fork_rng(sorted(devices)):
-        torch.manual_seed(0)
+    is_on_cuda = any(parameter.is_cuda for parameter in module.parameters())
+    devices = range(torch.cuda.device_count() if is_on_cuda else 0)
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        torch.default_generator.manual_seed(0)
+        if devices:
+            torch.cuda.manual_seed_all(0)
         return _tensors(module(*args, **kwargs))
 
 
@@ -88,6 +93,8 @@ def _own(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _tensors(output: Any) -> list[Tensor]:
+    if isinstance(output, Mapping):  # of transformers: its cached keys are fewer with fewer heads
+        output = {name: value for name, value in output.items() if name not in _CACHES}
     return [leaf.clone() for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 

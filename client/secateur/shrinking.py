@@ -1,10 +1,12 @@
 """Smaller torch modules, and their sizes as plain data."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from secateur.checks import text_keys
+from secateur.removal import removed_slices
+from secateur.shrinkage import Shrinkage
 from secateur.tensors import torch_for
+from secateur_proto import spec_pb2 as pb
 
 
 def sizes(module: Any) -> dict[str, Any]:
@@ -46,4 +48,29 @@ def resize(module: Any, sizes: Mapping[str, Any]) -> Any:
     torch_for("resize")
     from secateur.resizing import resized
 
-    return resized(module, text_keys("sizes", sizes, "names to sizes"))
+    return resized(module, sizes)
+
+
+def shrink(
+    module: Any,
+    entries: Mapping[str, Any],
+    groups: Iterable[pb.Group],
+    shrinkage: Shrinkage,
+    example_inputs: Any,
+) -> Any:
+    """Returns a smaller copy of a module; see PruneResult.shrink.
+
+    Args:
+        module: The one that was pruned.
+        entries: The whole shrunk model; tensors are torch's.
+        groups: As they were sent.
+        shrinkage: What was removed.
+        example_inputs: To compare with the masked module, or None.
+    """
+    import torch
+
+    from secateur.resizing import shrunk
+
+    tensors = {name: value for name, value in entries.items() if isinstance(value, torch.Tensor)}
+    dims = {name: tensor.ndim for name, tensor in tensors.items()}
+    return shrunk(module, tensors, removed_slices(groups, shrinkage.groups, dims), example_inputs)

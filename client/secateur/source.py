@@ -13,6 +13,7 @@ from secateur.model import Source
 from secateur.model_files import MASK_SHAPES, read_path
 from secateur.paths import source_path
 from secateur.tensors import has_torch
+from secateur.ties import tied, values_of
 
 
 def read_source(source: Any, key: str | None = None) -> Source:
@@ -57,6 +58,25 @@ def _read_model(path: Any, key: str | None) -> Source:
             "secateur.custom_from_mask, or method: custom_from_mask in a spec file"
         )
     return read
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads the state_dict of a local model: dense, pairs X_orig and X_mask, or packed.
+
+    Args:
+        path: A .safetensors or torch file, a folder, or an index of shards.
+
+    Returns:
+        Tensors of torch if it is installed, else arrays; tied ones are one object.
+
+    Raises:
+        InvalidStateDict: It cannot be read, or is damaged.
+    """
+    if place_of(path):
+        raise InvalidStateDict(f"{path}: load reads local paths; client.download gets checkpoints")
+    source = _read_model(path, None)
+    entries = tied({**source.tensors, **source.others}, source.other_names)
+    return values_of(source.ordered(entries), source.as_torch)
 
 
 def is_pruned(source: Any, key: str | None = None) -> bool:

@@ -12,7 +12,7 @@ import secateur
 from secateur.errors import InvalidSpec, InvalidStateDict
 from secateur.grouping import Group
 from secateur.resizing import shrunk
-from tests.client.cutting import assert_same, cut, run, shrink
+from tests.client.cut_modules import assert_same, cut, run, shrink
 from tests.client.net import inputs, outputs, randomized
 
 
@@ -91,7 +91,8 @@ class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.heads, self.head_dim = 4, 2
-        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.qkv: nn.Module = nn.Linear(8, 24)
+        self.proj: nn.Module = nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim)).transpose(1, 3).unbind(2)
@@ -108,15 +109,52 @@ class UnknownAttention(Attention):
         self.headcount = self.heads
 
 
-def attention_groups() -> list[Group]:
+def attention_groups(qkv: str = "qkv", proj: str = "proj") -> list[Group]:
     rows = [8 * part + 2 * head + i for head in range(4) for part in range(3) for i in range(2)]
-    members = [secateur.member(f"qkv.{leaf}", indices=rows, units=4) for leaf in ("weight", "bias")]
-    return [secateur.group("heads", *members, *inputs("proj", stride=2, units=4))]
+    members = [
+        secateur.member(f"{qkv}.{leaf}", indices=rows, units=4) for leaf in ("weight", "bias")
+    ]
+    return [secateur.group("heads", *members, *inputs(proj, stride=2, units=4))]
+
+
+class ConvAttention(Attention):
+    """Over the channels of (batch, channels, positions)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Conv1d(8, 24, 1), nn.Conv1d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(1, (3, self.heads, self.head_dim)).unbind(1)
+        out = nn.functional.scaled_dot_product_attention(*(one.mT for one in (q, k, v)))
+        y: Tensor = self.proj(out.mT.flatten(1, 2))
+        return y
+
+
+class OddlyNamed(nn.Module):
+    """Attention whose projections have names of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head_dim = 2
+        self.everything, self.back = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.everything(x).unflatten(-1, (3, -1, self.head_dim)).transpose(1, 3).unbind(2)
+        out = nn.functional.scaled_dot_product_attention(*qkv)
+        y: Tensor = self.back(out.transpose(1, 2).flatten(2))
+        return y
 
 
 def test_attention_by_hand() -> None:
-    module: Any = randomized(Attention())
-    example = torch.randn(2, 5, 8)
+    for module, example in (
+        (randomized(Attention()), torch.randn(2, 5, 8)),
+        (randomized(ConvAttention()), torch.randn(2, 8, 5)),
+    ):
+        check_attention(module, example)
+
+
+def check_attention(module: Any, example: Tensor) -> None:
     masked, tensors, removed = cut(module, attention_groups(), {"heads": [False, True, True, True]})
     small: Any = shrunk(module, tensors, removed)
     assert_same(run(masked, example.double()), run(small, example.double()))
@@ -130,6 +168,34 @@ def test_attention_with_unknown_attributes_needs_a_comparison() -> None:
         shrink(module, attention_groups())
     with pytest.raises(InvalidStateDict, match=r"^the module: fails in the shrunk module"):
         shrink(module, attention_groups(), example)  # the attribute `heads` is not set either
+
+
+def test_attention_with_unknown_projections_needs_a_comparison() -> None:
+    module, groups = randomized(OddlyNamed()), attention_groups("everything", "back")
+    with pytest.raises(InvalidStateDict, match=r"^the module: its projections lost rows, and"):
+        shrink(module, groups)
+    shrink(module, groups, torch.randn(2, 5, 8))
+
+
+def test_keys_and_values_are_cut_alike() -> None:
+    class Separate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.num_heads = 4
+            self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
+
+    sizes = {
+        f"{name}.{leaf}": [6, 8] if leaf == "weight" else [6]
+        for name in ("query", "key")
+        for leaf in ("weight", "bias")
+    }
+    with pytest.raises(InvalidStateDict, match=r"the module: keeps 6 rows of keys and 8 of values"):
+        secateur.resize(Separate(), sizes)
+    sizes.update({"value.weight": [6, 8], "value.bias": [6]})
+    assert secateur.resize(Separate(), sizes).num_heads == 3
+    sizes = {name: [5, 8] if len(shape) == 2 else [5] for name, shape in sizes.items()}
+    with pytest.raises(InvalidStateDict, match=r"keeps 5 rows of queries, which are not whole"):
+        secateur.resize(Separate(), sizes)
 
 
 def test_norms_and_attention_of_torch_that_cannot_be_cut() -> None:
@@ -178,6 +244,7 @@ def test_other_layers() -> None:
         ({"weight": [0, 8]}, r"is not a shape of 2 lengths"),
         ({"weight": [4, True]}, r"is not a shape of 2 lengths"),
         ({"weight": "ab"}, r"is not a shape of 2 lengths"),
+        ([8, 4], r"sizes: \[8, 4\] is not a mapping from names to shapes"),
         ({"weight": None}, r"is not a shape of 2 lengths"),
     ],
 )

@@ -10,7 +10,7 @@ import secateur
 from secateur.errors import InvalidStateDict
 from secateur.grouping import Group
 from secateur.resizing import shrunk
-from tests.client.cutting import assert_same, cut, doubles, run, shrink, some_units
+from tests.client.cut_modules import assert_same, cut, doubles, run, shrink, some_units
 from tests.client.net import Net, randomized
 from tests.client.nets_resizing import NETS
 

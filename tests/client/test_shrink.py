@@ -13,7 +13,7 @@ from torch import nn
 import secateur
 from secateur.errors import InvalidStateDict
 from secateur.grouping import Group
-from tests.client.cutting import assert_same, doubles, run
+from tests.client.cut_modules import assert_same, doubles, run
 from tests.client.net import inputs, outputs, randomized
 from tests.client.nets_resizing import NETS
 

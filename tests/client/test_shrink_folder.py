@@ -122,6 +122,21 @@ def test_heads_that_a_config_cannot_express_are_refused(
     assert "cannot be 2" in message
 
 
+@pytest.mark.parametrize("name", marked(["bert", "gpt2", "roberta", "distilbert"]))
+def test_a_module_can_have_what_a_config_cannot(name: str, client: secateur.Client) -> None:
+    """Heads of any number, and layers of unequal widths; names and prefix by the module."""
+    module = tiny(name)
+    config = {**module.config.to_dict(), "architectures": [type(module).__name__]}
+    groups = secateur.transformer_groups(config, source=module)
+    spec = secateur.grouped(groups, 0.4, align=1)
+    smaller = client.prune(module, spec, output="shrunk").shrink(module)
+    client.prune(module, spec).apply_to(module)
+    assert (outputs(smaller) - outputs(module)).abs().max() < 1e-12
+    assert sum(p.numel() for p in smaller.parameters()) < 0.9 * sum(
+        p.numel() for p in module.parameters()
+    )
+
+
 def test_heads_of_llama_divide_the_hidden_size(
     folder: Folder, tmp_path: Path, capsys: Capsys
 ) -> None:
@@ -141,6 +156,21 @@ def test_layers_of_other_widths_are_refused(client: secateur.Client, folder: Fol
         secateur.InvalidStateDict,
         match=r"intermediate_size: model.layers.0\S+ has 24, and model.layers.1\S+ has 48, .*scope",
     ):
+        client.prune(path, spec, output="shrunk", destination=out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("name", "kept"), [("llama", "1, 2"), ("phi3", "2, 4")])
+def test_kv_heads_with_other_numbers_of_query_heads_are_refused(
+    name: str, kept: str, client: secateur.Client, folder: Folder
+) -> None:
+    """The shapes alone may look right: phi3 keeps 6 query heads for 2 KV heads."""
+    path, _ = folder(name)
+    groups = secateur.transformer_groups(path, ["heads"])[::2]
+    spec = secateur.grouped(groups, 0.5, scope="tensor", align=1)
+    out = path.with_name("wrong heads")
+    message = f"layers.0.self_attn.o_proj: its 2 KV heads kept {kept} query heads; .*scope="
+    with pytest.raises(secateur.InvalidStateDict, match=message):
         client.prune(path, spec, output="shrunk", destination=out)
     assert not out.exists()
 
@@ -210,9 +240,14 @@ def test_dropped_layers(name: str, stack: str, folder: Folder, tmp_path: Path) -
     assert (shorter - outputs(model)).abs().max() < 1e-12
 
 
-def test_layers_before_the_last_are_dropped_by_count(folder: Folder, tmp_path: Path) -> None:
+def test_layers_before_the_last_are_dropped_by_count(
+    folder: Folder, tmp_path: Path, capsys: Capsys
+) -> None:
     path, _ = folder("llama")
     shrink(path, tmp_path / "out", "--layers", "2")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "2 of 3 layers removed: 0, 1"
+    assert lines[1].startswith("parameters: ")
     before, after = (load_file(f / "model.safetensors") for f in (path, tmp_path / "out"))
     name = "model.layers.{}.mlp.up_proj.weight"
     assert torch.equal(after[name.format(0)], before[name.format(2)])
@@ -260,7 +295,6 @@ def test_every_option_together(folder: Folder, tmp_path: Path, capsys: Capsys) -
 
 WRONG = {
     ("--heads", "0.1"): "--heads: 0.1 of 2 is none; give at least 1",
-    ("--heads", "1", "--kv-heads", "1"): "heads and kv_heads share tensors",
     ("--drop-layers", "3"): "layers: 3 is outside [0, 3)",
     ("--layers", "3"): "layers: 3 is outside [1, 2]",
     ("--experts", "3"): "num_experts_per_tok: 2 experts compute each token",
@@ -293,7 +327,7 @@ def test_places_that_are_refused(folder: Folder, tmp_path: Path, capsys: Capsys)
     assert "model_type: 't5' is not a known architecture; known are bert, " in message
     file = str(tmp_path / "model.safetensors")
     assert "is not a folder" in failure(capsys, "shrink", file, "-o", new, *cut)
-    for options in ((), ("--heads", "1", "--align", "4")):
+    for options in ((), ("--heads", "1", "--align", "4"), ("--heads", "1", "--kv-heads", "1")):
         with pytest.raises(SystemExit, match="2"):
             cli.main(["shrink", str(path), "-o", new, *options])
 

@@ -12,7 +12,7 @@ import secateur
 from secateur.errors import InvalidStateDict
 from secateur.grouping import Group
 from secateur.resizing import shrunk
-from tests.client.cutting import assert_same, cut, run, shrink, some_units
+from tests.client.cut_modules import assert_same, cut, run, shrink, some_units
 from tests.client.net import inputs, outputs, randomized
 
 
@@ -89,6 +89,16 @@ def test_masks_of_torch_are_gone_and_the_original_has_them() -> None:
     assert small[3]._flat_weights[1] is small[3].weight_hh_l0
 
 
+def test_layers_of_a_module_with_masks_are_checked_against_each_other() -> None:
+    module: Any
+    module, _ = two_layers()
+    forgetful = [secateur.group("hidden", *outputs("0"))]
+    _, tensors, removed = cut(module, forgetful, {"hidden": [True, False] * 3})
+    prune.identity(module[0], "weight")  # type: ignore[no-untyped-call]
+    with pytest.raises(InvalidStateDict, match=r"^2: takes 6 inputs, and 0 makes 3; put both in"):
+        shrunk(module, tensors, removed)
+
+
 class Float32(nn.Module):
     """It makes a tensor of float32, so it does not run in float64."""
 
@@ -144,6 +154,21 @@ def test_a_comparison_uses_evaluation_and_the_same_random_numbers() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert small.training
     assert small.get_submodule("drop").training
+
+
+def test_cached_keys_are_not_compared() -> None:
+    """The models of transformers return them, and fewer of them with fewer heads."""
+
+    class Caching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = two_layers()[0]
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.net(x), "past_key_values": self.net[0](x)}
+
+    groups = [secateur.group("hidden", *outputs("net.0"), *inputs("net.2"))]
+    assert shrink(Caching(), groups, torch.randn(3, 4))(torch.randn(3, 4))["logits"].shape == (3, 2)
 
 
 def test_an_output_of_the_module_must_not_be_cut() -> None:

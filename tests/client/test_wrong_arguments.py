@@ -214,7 +214,7 @@ def test_members_of_groups() -> None:
 def test_every_public_function_is_here() -> None:
     public = [getattr(secateur, name) for name in secateur.__all__]
     functions = {member.__name__ for member in public if inspect.isfunction(member)}
-    assert functions - {f.__name__ for f in FUNCTIONS} == {"embedded", "export", "group"}
+    assert functions - {f.__name__ for f in FUNCTIONS} == {"embedded", "export", "group", "load"}
 
 
 def test_a_client() -> None:

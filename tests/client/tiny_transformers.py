@@ -92,7 +92,7 @@ TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
             "mm_tokens_per_image": 4,
         },
     ),
-    "phi3": ("Phi3Config", "Phi3ForCausalLM", _SHARED),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", {**_SHARED, "num_attention_heads": 8}),
 }
 
 

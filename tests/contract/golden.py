@@ -48,6 +48,7 @@ FAMILIES: Mapping[str, Callable[[], dict[str, Case]]] = {
         golden_sources.large,
         golden_sources.edges,
         golden_sources.outputs,
+        golden_sources.packed,
         golden_sources.plans,
         golden_sources.crepe,
         golden_sources.checkpoints,

@@ -258,6 +258,18 @@ def outputs() -> dict[str, Case]:
     }
 
 
+def packed() -> dict[str, Case]:
+    """Tensors of packed files."""
+    sources: dict[str, Source] = {
+        "layers": models.layers,
+        "pairs": models.pairs,
+        "mixed": models.mixed,
+        "medium": models.medium,
+        "tied": _tied,
+    }
+    return {name: pruned(source, HALF, ("packed",)) for name, source in sources.items()}
+
+
 def _file(folder: Path) -> Path:
     return models.write_file(folder / "model.safetensors", models.layers())
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,21 +19,31 @@ from secateur.checks import shown
 from secateur.errors import InvalidSpec, InvalidStateDict
 from secateur.folders import Folder
 from secateur.model import Source
+from secateur.removal import Removed, removed_slices
+from secateur.shrinkage import Shrinkage
 from secateur.tensors import LocalTensor
 from secateur.ties import once
 from secateur.versions import VERSION
+from secateur_proto import spec_pb2 as pb
 
 CARD = "README.md"
 
 Entries = Mapping[str, Any]
 
 
-def fitted_folder(folder: Folder, entries: Entries) -> Folder:
+def fitted_folder(
+    folder: Folder,
+    entries: Entries,
+    groups: Sequence[pb.Group] = (),
+    shrinkage: Shrinkage | None = None,
+) -> Folder:
     """Returns a folder with the config and the model card of a shrunk model.
 
     Args:
         folder: The folder of the model; without a config.json it is returned as it is.
         entries: The tensors of the shrunk model.
+        groups: Those that were cut.
+        shrinkage: What was removed of them; None if no group was cut.
 
     Raises:
         InvalidStateDict: The config cannot express the sizes of the tensors.
@@ -41,13 +51,15 @@ def fitted_folder(folder: Folder, entries: Entries) -> Folder:
     config = _config_of(folder)
     if config is None:
         return folder
-    shapes = _shapes(once(entries))
-    fitted = _expressed(folder, config, shapes)
-    now = sum(map(math.prod, shapes.values()))
+    shapes = _shapes(entries)
+    dims = {name: len(shape) for name, shape in shapes.items()}
+    removed = {} if shrinkage is None else removed_slices(groups, shrinkage.groups, dims)
+    fitted = _expressed(folder, config, shapes, removed)
+    now = sum(map(math.prod, _shapes(once(entries)).values()))
     size = f"parameters: {folder.parameters:,} -> {now:,}"
-    notes = [*folder.notes, *_changes(config, fitted), size]
-    card = _card(folder.text(CARD), notes)
-    return replace(folder, changed={**folder.changed, CONFIG: _text(fitted), CARD: card})
+    notes = (*folder.notes, *_changes(config, fitted), size)
+    changed = {CONFIG: _text(fitted), CARD: _card(folder.text(CARD), notes)}
+    return replace(folder, changed={**folder.changed, **changed}, notes=notes)
 
 
 def transformer_in(folder: Folder, model: Source) -> tuple[dict[str, Any], Transformer]:
@@ -143,9 +155,9 @@ def _config_of(folder: Folder) -> dict[str, Any] | None:
         raise InvalidStateDict(f"{folder.path / CONFIG}: {error}") from None
 
 
-def _expressed(folder: Folder, config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
+def _expressed(folder: Folder, config: Config, shapes: Shapes, removed: Removed) -> dict[str, Any]:
     try:
-        return fitted_config(config, shapes)
+        return fitted_config(config, shapes, removed)
     except InvalidSpec as error:
         raise InvalidStateDict(
             f"{folder.path}: {error}; no {CONFIG} can be written for the new sizes: save a "

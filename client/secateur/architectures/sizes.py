@@ -4,19 +4,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from secateur.architectures.heads import check_kept_heads
 from secateur.architectures.layout import Config, Kind
 from secateur.architectures.transformer import CONFIG, Shapes, Transformer, transformer_of
 from secateur.errors import InvalidStateDict
+from secateur.removal import Removed
 
 _RESIZE = "a .safetensors file, and result.shrink(module), can have such sizes"
 
 
-def fitted_config(config: Config, shapes: Shapes) -> dict[str, Any]:
+def fitted_config(config: Config, shapes: Shapes, removed: Removed) -> dict[str, Any]:
     """Returns the config of a model whose units were cut.
 
     Args:
         config: Before; of as many layers as the model has now.
         shapes: Of the tensors now.
+        removed: What was removed of each tensor.
 
     Raises:
         InvalidSpec: The architecture is not known, or the names do not fit it.
@@ -25,6 +28,7 @@ def fitted_config(config: Config, shapes: Shapes) -> dict[str, Any]:
     before = transformer_of(config, shapes)
     after = replace(before, config={**before.config, **_attention_sizes(before, shapes)})
     after = replace(after, config={**after.config, **_network_sizes(after, shapes)})
+    check_kept_heads(before, removed)
     check_expressible(before, after)
     _check_shapes(after, shapes)
     inside = before.architecture.inside

@@ -16,7 +16,7 @@ from secateur_server.errors import CheckpointNotFound, InvalidRequest
 from secateur_server.granularity.group import Group
 from secateur_server.outputs import OUTPUTS
 from secateur_server.report.tensors import measure_tensors
-from secateur_server.report.warnings import changes_of, warnings_of
+from secateur_server.report.warnings import NOT_SMALLER, changes_of, warnings_of
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.decode import decode_spec
 from secateur_server.spec.resolve import resolve
@@ -121,7 +121,10 @@ def _prune(
         report = encode_report(context, measured, catalog, *digests, outcomes)
         changes = changes_of(context, report, catalog, prior)
         describe_smaller(context, report, state_dict, groups, {**prior, **pruned})
-        report.warnings.extend(warnings_of(context, report, asked, rules, catalog, changes))
+        warnings = warnings_of(context, report, asked, rules, catalog, changes)
+        if header.output == pb.OUTPUT_PACKED:
+            warnings = [warning for warning in warnings if warning.code != NOT_SMALLER]
+        report.warnings.extend(warnings)
     return Pruned(pruned, files, report, sum(change.pruned for change in changes))
 
 

@@ -61,9 +61,8 @@ def energies(
             part = parts[whole]
             some.append((ranking.piece(dtype, *part), weight[slice(*part)], cut.key, rest))
     first = iter(driver.map(context, _sum_first_ties, some))
-    return [below + (ties + next(first) if more else ties) for below, ties, more in found], up_to[
-        -1
-    ]
+    pruned = [below + (ties + next(first) if more else ties) for below, ties, more in found]
+    return pruned, up_to[-1]
 
 
 def _sum_first_ties(
