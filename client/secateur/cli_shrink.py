@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,16 +85,22 @@ def _shrink(options: argparse.Namespace) -> None:
         options.wrong_usage("--align is for channels: give --intermediate")
     out = path_of(options.out)
     check_new_folder(out)
-    source = _without_layers(options, read_source(options.model))
+    source = read_source(options.model)
+    macs = _macs(options, source)
+    source = _without_layers(options, source)
     _check_heads(options, transformer_in(_folder(options, source), source)[1])
     if not is_sent:
-        _write(options, source, out)
+        _write(options, source, out, macs)
         return
     with connected(options) as client:
         if options.experts is not None:
             folder = _folder(options, source)
             source = without_experts(client, source, folder, options.experts)
-        _cut(options, client, source, out)
+        _cut(options, client, source, out, macs)
+
+
+def _macs(options: argparse.Namespace, source: Source) -> int:
+    return transformer_in(_folder(options, source), source)[1].macs
 
 
 def _folder(options: argparse.Namespace, source: Source) -> Folder:
@@ -144,19 +150,20 @@ def _kept(option: str, given: float | None, units: int) -> int:
     return max(1, units - int(removed))
 
 
-def _cut(options: argparse.Namespace, client: Client, source: Source, out: Path) -> None:
+def _cut(options: argparse.Namespace, client: Client, source: Source, out: Path, macs: int) -> None:
     """Removes units of groups, and writes the folder."""
     folder = _folder(options, source)
     rules = list(_rules(options, transformer_in(folder, source)[1]))
     if not rules:
-        _write(options, source, out)
+        _write(options, source, out, macs)
         return
     progress = False if options.quiet else None
     spec = sum(rules[1:], rules[0])
     report = client.prune(source, spec, "shrunk", progress, destination=str(out)).report
-    options.show(report, options, {"removed": folder.notes})
+    notes = (*folder.notes, _macs_note(options, out, macs))
+    options.show(report, options, {"removed": notes})
     if not options.json:
-        _print_notes(options, folder)
+        _print_notes(options, notes)
 
 
 def _rules(options: argparse.Namespace, model: Transformer) -> Iterator[Spec]:
@@ -169,16 +176,22 @@ def _rules(options: argparse.Namespace, model: Transformer) -> Iterator[Spec]:
             yield grouped(groups, given, scope="tensor", align=align)
 
 
-def _write(options: argparse.Namespace, source: Source, out: Path) -> None:
+def _write(options: argparse.Namespace, source: Source, out: Path, macs: int) -> None:
     """Writes a model whose tensors the server did not cut."""
     entries = tied({**source.tensors, **source.others}, source.other_names)
     fitted = fitted_folder(_folder(options, source), source.tensors)
     save(out, entries, source.metadata, source.index, source.tensors, source.torch_file, fitted)
-    _print_notes(options, fitted)
+    _print_notes(options, (*fitted.notes, _macs_note(options, out, macs)))
 
 
-def _print_notes(options: argparse.Namespace, folder: Folder) -> None:
+def _macs_note(options: argparse.Namespace, out: Path, before: int) -> str:
+    """The operations before, and those of the folder that was written."""
+    now = _macs(options, read_source(out))
+    return f"multiply-accumulates of the layers for each token: {before:,} -> {now:,}"
+
+
+def _print_notes(options: argparse.Namespace, notes: Sequence[str]) -> None:
     if options.json:
-        print(json.dumps({"removed": folder.notes}, indent=2))
-    elif folder.notes and not options.quiet:
-        print("\n".join(folder.notes))
+        print(json.dumps({"removed": notes}, indent=2))
+    elif not options.quiet:
+        print("\n".join(notes))

@@ -141,11 +141,11 @@ def check_holds(
     folder: Folder | None = None,
     is_packed: bool = False,
 ) -> None:
-    """Refuses early entries that only a torch file can hold, and packed files of other kinds.
+    """Refuses early entries that only a torch file can hold, and other packed files: see `save`.
 
     Raises:
         InvalidStateDict: The message names the entries.
-        SecateurError: Only .safetensors files, and their index, can be packed.
+        SecateurError: Only a .safetensors file can be packed.
     """
     if not is_file(path):
         shards = () if index is None else index.files.values()
@@ -153,7 +153,7 @@ def check_holds(
         suffixes = {Path(name).suffix for name in names}
     else:
         suffixes = {path.suffix}
-    if is_packed and not suffixes <= {".safetensors", ".json"}:
+    if is_packed and suffixes.intersection((ONNX_SUFFIX, *TORCH_SUFFIXES)):
         raise SecateurError(
             f"{path}: a packed file is .safetensors; name one, such as out.safetensors"
         )

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import Linear
 
 import secateur
 from secateur import cli
@@ -51,6 +52,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pa
 
 Capsys = pytest.CaptureFixture[str]
 Folder = Callable[[str], tuple[Path, type]]
+
+
+MACS = "multiply-accumulates of the layers for each token: "
+
+
+def active_macs(path: Path) -> int:
+    """Counts the weights of a mixture's layers that compute one token."""
+    config, total = config_in(path), 0.0
+    for name, tensor in load_file(path / "model.safetensors").items():
+        if ".layers." in name and tensor.dim() > 1:
+            part = config["num_experts_per_tok"] / config["num_local_experts"]
+            total += tensor.numel() * (part if ".experts." in name else 1)
+    return round(total)
 
 
 def config_in(path: Path) -> dict[str, Any]:
@@ -243,11 +257,14 @@ def test_dropped_layers(name: str, stack: str, folder: Folder, tmp_path: Path) -
 def test_layers_before_the_last_are_dropped_by_count(
     folder: Folder, tmp_path: Path, capsys: Capsys
 ) -> None:
-    path, _ = folder("llama")
+    path, kind = folder("llama")
     shrink(path, tmp_path / "out", "--layers", "2")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "2 of 3 layers removed: 0, 1"
     assert lines[1].startswith("parameters: ")
+    linear = [part for part in loaded(path, kind).model.layers.modules() if type(part) is Linear]
+    macs = sum(part.weight.numel() for part in linear)
+    assert lines[2] == f"{MACS}{macs:,} -> {macs // 3:,}"
     before, after = (load_file(f / "model.safetensors") for f in (path, tmp_path / "out"))
     name = "model.layers.{}.mlp.up_proj.weight"
     assert torch.equal(after[name.format(0)], before[name.format(2)])
@@ -286,7 +303,9 @@ def test_every_option_together(folder: Folder, tmp_path: Path, capsys: Capsys) -
     given = "--drop-layers 1 --experts 1 --intermediate 0.25 --align 6 --kv-heads 0.5 --json"
     shrink(path, tmp_path / "out", *given.split())
     answer = json.loads(capsys.readouterr().out)
-    assert answer["removed"] == ["1 of 3 layers removed: 1", "num_local_experts: 4 -> 3"]
+    *removed, macs = answer["removed"]
+    assert removed == ["1 of 3 layers removed: 1", "num_local_experts: 4 -> 3"]
+    assert macs == f"{MACS}{active_macs(path):,} -> {active_macs(tmp_path / 'out'):,}"
     config = loaded(tmp_path / "out", kind).config
     sizes = (config.num_hidden_layers, config.num_local_experts, config.moe_intermediate_size)
     assert sizes == (2, 3, 18)

@@ -1,6 +1,7 @@
 """A transformer: its architecture, its config, and the names of its tensors."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,32 @@ class Transformer:
     def expert_intermediate(self) -> int:
         """Channels of an expert."""
         return self.size(self.architecture.keys.expert_intermediate)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the layers' matrices for one token, by the shapes.
+
+        Of a mixture those of the experts that a token uses. Attention between tokens and the tables
+        of tokens do not count.
+        """
+        stack = f"{self.prefix}{self.layout.stack}."
+        dense = expert = 0
+        for name, shape in (self.shapes or {}).items():
+            if name.startswith(stack) and len(shape) > 1:
+                if self._is_of_expert(name.removeprefix(stack).partition(".")[2]):
+                    expert += math.prod(shape)
+                else:
+                    dense += math.prod(shape)
+        if expert:
+            expert = expert * self.size("num_experts_per_tok") // self.experts
+        return dense + expert
+
+    def _is_of_expert(self, name: str) -> bool:
+        """Whether a name relative to a layer is that of a matrix of experts."""
+        if self.layout.experts is None:
+            return False
+        mlp = self.layout.experts.mlp
+        return any(name.startswith(part.partition("{}")[0]) for part in (*mlp.up, mlp.down))
 
     def size(self, key: str) -> int:
         """Returns a size that the config has.
