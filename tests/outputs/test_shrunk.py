@@ -149,8 +149,8 @@ def test_units_are_deleted(
 ) -> None:
     tensors, described = model
     spec = secateur.grouped(groups_of(described), fraction, scope=scope, align=1)
-    if has_elements:  # zeros within the units that are kept
-        spec = secateur.l1_unstructured("t0.0", 0.4) + spec
+    if has_elements:  # zeros within the units that are kept, and of unmasked members
+        spec = secateur.l1_unstructured("t*", 0.4) + spec
     masks = client.prune(tensors, spec).masks
     result = client.prune(tensors, spec, output="shrunk")
     assert_shrunk(result, *shrunk_by_definition(tensors, masks, described))
@@ -343,6 +343,25 @@ def test_a_group_of_several_rules_is_cut_once(client: secateur.Client) -> None:
     assert [len(group.kept) for group in shrinkage_of(result).groups.values()] == [2]
     masks = client.prune(TENSORS, twice).masks
     assert_shrunk(result, *shrunk_by_definition(TENSORS, masks, DESCRIBED))
+
+
+def test_other_rules_prune_unmasked_members(client: secateur.Client) -> None:
+    """As many of its elements are pruned as are removed, and they are others."""
+    tensors = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([4.0, 3.0])}
+    members = secateur.member("a"), secateur.member("b", masked=False)
+    spec = secateur.grouped([secateur.group("g", *members)], 1) + secateur.l1_unstructured("b", 1)
+    found = client.prune(tensors, spec, output="shrunk").state_dict("shrunk")
+    assert_same_tensors(found, {"a": torch.tensor([2.0]), "b": torch.tensor([0.0])})
+
+
+def test_two_groups_of_one_name_are_refused(client: secateur.Client) -> None:
+    groups = [secateur.group("g", secateur.member(name)) for name in ("b", "c")]
+    spec = secateur.grouped(groups[:1], 1) + secateur.grouped(groups[1:], 2)
+    assert client.prune(TENSORS, spec).report.zeros
+    with pytest.raises(secateur.InvalidSpec) as error:
+        client.prune(TENSORS, spec, output="shrunk")
+    field = "spec.rules[1].selection.groups[0].name"
+    assert str(error.value) == f"{field}: groups with other slices are named 'g'; rename one"
 
 
 def test_a_result_that_is_not_smaller_carries_a_warning(client: secateur.Client) -> None:
