@@ -31,7 +31,7 @@ from secateur.cli_source import opened
 from secateur.cli_spec import read_planned_spec, read_spec, spec_of, spec_options
 from secateur.errors import NotSaved, SecateurError
 from secateur.files import check_holds, check_out, check_writable
-from secateur.forms import SMALLER, is_model, not_smaller
+from secateur.forms import SMALLER, is_made_of_masks, is_model, not_smaller
 from secateur.model import Source
 from secateur.onnx_files import ONNX_SUFFIX, check_onnx
 from secateur.paths import path_of
@@ -130,7 +130,8 @@ def _prune(options: argparse.Namespace) -> None:
             _check_holds(path, source, options.output == "packed")
         spec = spec_of(options, client, source)
         place, path, uri = _placed(options, source, path, uri)
-        output = options.output if uri or (path and not source.is_here) else "masks"
+        is_sent = uri or (path and not (source.is_here and is_made_of_masks(options.output)))
+        output = options.output if is_sent else "masks"
         if options.out is None:
             output = "none"
         result = client.prune(

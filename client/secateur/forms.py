@@ -35,7 +35,7 @@ class Form:
     Attributes:
         content: What it holds, for help.
         is_model: Whether it has the whole model, and not masks alone.
-        from_masks: Makes its tensors of a model and masks.
+        from_masks: Makes its tensors of a model and masks; None if only the server can.
         to_masks: Makes the masks of its tensors and their extents; None if they cannot be known.
         file: Makes the tensors and the metadata of a file of it, by the file's path and the shapes
             of the masks. Not called for a whole model.
@@ -43,7 +43,7 @@ class Form:
 
     content: str
     is_model: bool
-    from_masks: Callable[[Source, Masks], Tensors]
+    from_masks: Callable[[Source, Masks], Tensors] | None
     to_masks: Callable[[Tensors, Extents], dict[str, Mask]] | None = None
     file: Callable[[Path, Tensors, Shapes], tuple[Tensors, dict[str, str]]] = _as_sent
 
@@ -72,22 +72,23 @@ def _packed_model(source: Source, masks: Masks) -> Tensors:
     return dict(pruned_tensors(source, masks, dense=True, keeps_sign=False))
 
 
-def _not_here(source: Source, masks: Masks) -> Tensors:
-    raise SecateurError("only the server makes this form: ask for it with output=")
-
-
 FORMS: Mapping[str, Form] = {
     "masks": Form("bits of masks", False, _packed, _unpacked, entries_of),
     "reparametrized": Form("X_orig and X_mask", True, _paired, _unpaired),
     "dense": Form("tensors with zeros", True, _dense),
     "packed": Form("tensors without zeros, compressed", True, _packed_model),
-    "shrunk": Form("smaller tensors, without the pruned units of groups", True, _not_here),
+    "shrunk": Form("smaller tensors, without the pruned units of groups", True, None),
 }
 
 
 def is_model(output: str) -> bool:
     """Whether an output has the whole model, and not masks alone or no data."""
     return output in FORMS and FORMS[output].is_model
+
+
+def is_made_of_masks(output: str) -> bool:
+    """Whether the client makes an output of masks and its own weights."""
+    return output in FORMS and FORMS[output].from_masks is not None
 
 
 # The outputs that make a model with zeros smaller.

@@ -294,6 +294,8 @@ class PruneResult(_Result):
         made = form_of(form)
         if has_tensors_of(form, self._output):
             return self._received
+        if made.from_masks is None:
+            raise SecateurError(f"form={form!r}: only the server makes it: ask for output={form!r}")
         if made.is_model and not self._source.is_here:
             raise SecateurError(
                 f"the weights are on the server: ask for output={form!r}, or download them"

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+import secateur
 from secateur import cli
 from tests.conftest import RunningServer
 
@@ -125,6 +126,43 @@ def test_a_spec_comes_from_a_file(model: Path, name: str, text: str) -> None:
     found = load_file(out)
     assert (found["conv.weight"] == 0).sum() == 12
     assert (found["fc.weight"] == 0).all(1).tolist() == [True, True, False]
+
+
+SHRUNK = {
+    "rules": [
+        {
+            "method": "grouped",
+            "groups": [
+                {
+                    "name": "rows",
+                    "members": [{"tensor": "fc.weight"}, {"tensor": "fc.bias", "masked": False}],
+                }
+            ],
+            "amount": 1,
+            "align": 2,
+        }
+    ]
+}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("is_embedded", [False, True])
+def test_a_spec_shrinks_any_file(
+    model: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, is_embedded: bool
+) -> None:
+    if is_embedded:
+        monkeypatch.delenv("SECATEUR_SERVER")
+    spec, source, out = (model.with_name(f"{n}{suffix}") for n in ("spec", "source", "out"))
+    spec = spec.with_suffix(".json")
+    spec.write_text(json.dumps(SHRUNK))
+    if suffix == ".pt":
+        torch.save({name: torch.from_numpy(array) for name, array in WEIGHTS.items()}, source)
+    else:
+        save_file(WEIGHTS, source)
+    assert run("prune", source, "-o", out, "--spec", spec, "--output", "shrunk") == 0
+    found = secateur.load(out)
+    assert np.array_equal(found["fc.weight"], WEIGHTS["fc.weight"][1:])
+    assert np.array_equal(found["fc.bias"], WEIGHTS["fc.bias"][1:])
 
 
 def test_errors_are_one_line(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

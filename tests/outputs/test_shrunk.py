@@ -462,7 +462,7 @@ def test_calls_that_contradict_themselves_are_refused(
 
 
 def test_the_client_makes_no_shrunk_form_of_masks(client: secateur.Client) -> None:
-    with pytest.raises(secateur.SecateurError, match="only the server makes this form"):
+    with pytest.raises(secateur.SecateurError, match="form='shrunk': only the server"):
         client.prune(TENSORS, HALF).state_dict("shrunk")
     with pytest.raises(secateur.SecateurError, match="has no masks"):
         _ = client.prune(TENSORS, HALF, output="shrunk").masks
