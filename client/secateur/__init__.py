@@ -74,6 +74,7 @@ from secateur.selections import grouped, select
 from secateur.server_info import ServerInfo
 from secateur.source import is_pruned
 from secateur.spec import Spec
+from secateur.tracing import TracedGroups, groups
 from secateur.versions import VERSION
 
 __version__ = VERSION
@@ -112,6 +113,7 @@ __all__ = [
     "Spec",
     "StoreFull",
     "TensorReport",
+    "TracedGroups",
     "Unauthenticated",
     "Unavailable",
     "UriError",
@@ -128,6 +130,7 @@ __all__ = [
     "global_unstructured",
     "group",
     "grouped",
+    "groups",
     "guard_rails",
     "head_groups",
     "heads",
