@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812
 
 
 class LeNet(nn.Module):
@@ -87,7 +87,7 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     def __init__(self, width: int = 4) -> None:
         super().__init__()
-        table = [(1, 2, 1, 1), (6, 3, 2, 2), (6, 4, 3, 2), (6, 6, 2, 1)]
+        table = [(1, 2, 1, 1), (6, 3, 2, 2), (6, 4, 1, 2)]
         layers: list[nn.Module] = [
             nn.Conv2d(3, 2 * width, 3, 2, 1, bias=False),
             nn.BatchNorm2d(2 * width),
@@ -224,7 +224,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
 
 
 class Gated(nn.Module):
@@ -439,7 +439,7 @@ class Heads(nn.Module):
 
     def forward(self, x: Tensor, *_: Tensor, **options: object) -> tuple[Tensor, None]:
         qkv = F.linear(x, self.tensors["in_proj_weight"], self.tensors["in_proj_bias"])
-        q, k, v = qkv.unflatten(2, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.view(*x.shape[:2], 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return F.linear(y, self.tensors["out_proj.weight"], self.tensors["out_proj.bias"]), None
 

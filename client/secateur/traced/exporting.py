@@ -35,7 +35,7 @@ def trace(module: Any, example_inputs: Any) -> tuple[list[Group], dict[str, str]
     found = groups(units, weights, parameters)
     used = {named.tensor for named in units.named}
     unused = {name: _UNUSED for name in parameters if name in weights - used}
-    return found, whole(units) | unused
+    return found, whole(units, weights) | unused
 
 
 def _names(module: Module) -> dict[str, str]:

@@ -4,17 +4,19 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
 from secateur.traced import mixing, moves, products, recurrent  # noqa: F401  # they register rules
 from secateur.traced.calls import Boundary, Call, Trace, place, results, unknown, values_in
 from secateur.traced.registry import RULES
 from secateur.traced.units import NO_UNIT, Units
-from secateur.traced.values import Value, freeze, named, varying
+from secateur.traced.values import Value, freeze, named, settled, varying
 
 _SPLITS = "a reshape divides these slices among two dimensions, of which neither is cut by itself"
 
@@ -36,7 +38,7 @@ def follow(program: ExportedProgram, names: Mapping[str, str]) -> Units:
         elif node.op == "call_function":
             trace.values[node] = _called(trace, node)
         elif node.op == "output":
-            for value in values_in(map_arg(node.args, lambda made: trace.values[made])):
+            for value in values_in(_known(trace, node.args)):
                 freeze(trace.units, value, "makes the model's output")
     _settle(trace)
     return trace.units
@@ -66,20 +68,34 @@ def _called(trace: Trace, node: Node) -> Any:
     name = schema.name.partition("::")[2] if schema else str(node.target)
     call = Call(trace, node, name.rstrip("_") if name[:1] != "_" else name, arguments)
     rule = RULES.get(call.name, unknown)
-    if rule is not moves.filled and not any(value.layers for value in call.operands()):
+    is_checked = schema is not None and not schema.returns  # it has no result
+    has_units = any(value.layers for value in call.operands())
+    if is_checked or not (has_units or rule is moves.filled):
         return results(node)
     return rule(call)
 
 
 def _arguments(trace: Trace, node: Node) -> dict[str, Any]:
-    args, kwargs = map_arg((node.args, node.kwargs), lambda other: trace.values[other])
+    args, kwargs = _known(trace, (node.args, node.kwargs))
     if node.target is operator.getitem:
         return {"sequence": args[0], "index": args[1]}
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return {str(index): value for index, value in enumerate([*args, *kwargs.values()])}
-    found = {argument.name: argument.default_value for argument in schema.arguments}
-    return found | dict(zip(found, args, strict=False)) | kwargs
+    found: dict[str, Any] = {one.name: one.default_value for one in schema.arguments}
+    return {**found, **dict(zip(found, args, strict=False)), **kwargs}
+
+
+def _known(trace: Trace, arguments: Any) -> Any:
+    """Returns the arguments with values in place of nodes, as classes are now."""
+
+    def known(node: Node) -> Any:
+        def current(value: Value) -> Value:
+            return settled(trace.units, value, f"{place(node)}: all these slices are one unit")
+
+        return pytree.tree_map_only(Value, current, trace.values[node])
+
+    return map_arg(arguments, known)
 
 
 def _settle(trace: Trace) -> None:
@@ -114,12 +130,12 @@ def _freeze_shifted(units: Units, boundary: Boundary) -> bool:
     """Freezes units that have more than their share of slices before a position."""
     labels = units.units(boundary.layer).movedim(boundary.dim, 0)
     labels = labels.reshape(labels.size(0), -1)[:, 0]
-    found, index = labels.unique(return_inverse=True)
-    total = index.bincount(minlength=len(found))
-    wrong = torch.zeros(len(found), dtype=torch.bool)
+    found, index = np.unique(labels.numpy(), return_inverse=True)
+    total = np.bincount(index, minlength=len(found))
+    wrong = np.zeros(len(found), bool)
     for position in boundary.positions:
-        before = index[:position].bincount(minlength=len(found))
+        before = np.bincount(index[:position], minlength=len(found))
         wrong |= before * len(labels) != total * position
     wrong &= found != NO_UNIT
-    units.freeze(found[wrong], boundary.reason)
+    units.freeze(torch.from_numpy(found[wrong]), boundary.reason)
     return bool(wrong.any())

@@ -74,17 +74,21 @@ def _members(
             units=len(units),
             scored=tensor in scored,
             masked=tensor in masked,
-            **place,  # type: ignore[arg-type]
+            **place,
         )
 
 
-def whole(units: Units) -> dict[str, str]:
-    """Returns the tensors of which a layer's results stay whole, and why."""
+def whole(units: Units, weights: Collection[str]) -> dict[str, str]:
+    """Returns the weights of which a layer's results stay whole, and why."""
     produced = units.produced()
     kept: dict[str, dict[str, None]] = defaultdict(dict)
+    others: dict[str, str] = {}
     for named in units.named:
         labels = named.labels[units.units(named.labels) == NO_UNIT]
-        labels = labels[torch.isin(labels, produced) & (labels != NO_UNIT)]
-        for label in labels[:1].tolist():
+        for label in labels[labels != NO_UNIT][:1].tolist():
+            others.setdefault(named.tensor, units.reason(label))
+        for label in labels[torch.isin(labels, produced) & (labels != NO_UNIT)][:1].tolist():
             kept[named.tensor][units.reason(label)] = None
-    return {tensor: "; ".join(reasons) for tensor, reasons in kept.items()}
+    cut = {tensor for slices in _slices(units).values() for tensor, _ in slices}
+    rest = {tensor: {reason: None} for tensor, reason in others.items() if tensor not in cut}
+    return {name: "; ".join(why) for name, why in (rest | kept).items() if name in weights}

@@ -1,4 +1,4 @@
-"""Operations that compute an element from several: their units are whole, or summed with weights."""
+"""Operations that compute an element from several, and those that join tensors."""
 
 import re
 from dataclasses import replace
@@ -10,6 +10,7 @@ from secateur.traced.registry import rule
 from secateur.traced.values import (
     Value,
     along,
+    collapsed,
     reshaped,
     settled,
     spread,
@@ -18,7 +19,7 @@ from secateur.traced.values import (
     vector,
 )
 
-_MIXES = "mixes the channels, so that a masked model is not a smaller one"
+_MIXES = "mixes the channels: without the pruned ones it gives other values"
 _INPUT = "has an operand that is not cut"
 
 
@@ -32,8 +33,7 @@ def reduced(call: Call) -> Result:
     if others:  # max and min of two tensors
         return together(call.units, [value, *others], call.why(_MIXES))
     dims = _dims(call, len(value.shape))
-    value = tie(call.units, value, dims, call.why(_MIXES))
-    value = reshaped(value, [1 if d in dims else n for d, n in enumerate(value.shape)])
+    value = collapsed(tie(call.units, value, dims, call.why(_MIXES)), dims)
     empty = results(call.node)
     if isinstance(empty, Value):
         return _kept(call, value, empty)
@@ -55,7 +55,7 @@ def _dims(call: Call, dims: int) -> list[int]:
 def mixed(call: Call) -> Result:
     """An operation along one dimension that keeps the shape."""
     value = call.operands()[0]
-    value = tie(call.units, value, [call["dim"] % len(value.shape)], call.why(_MIXES))
+    tie(call.units, value, [call["dim"]], call.why(_MIXES))
     empty = results(call.node)
     return Value(value.shape, value.layers) if isinstance(empty, Value) else [value] * len(empty)
 
@@ -65,7 +65,7 @@ def layer_norm(call: Call) -> Result:
     """A norm over the last dimensions, with weights of their shape."""
     value = call.operands()[0]
     last = range(len(value.shape) - len(call["normalized_shape"]), len(value.shape))
-    value = tie(call.units, value, last, call.why(_MIXES))
+    tie(call.units, value, last, call.why(_MIXES))
     value = together(call.units, [value, *_given(call, "weight", "bias")], call.why(_MIXES))
     return Value(value.shape, value.layers)
 
@@ -74,7 +74,7 @@ def layer_norm(call: Call) -> Result:
 def group_norm(call: Call) -> Result:
     """A norm over channels: whole."""
     value = call.operands()[0]
-    value = tie(call.units, value, range(1, len(value.shape)), call.why(_MIXES))
+    tie(call.units, value, range(1, len(value.shape)), call.why(_MIXES))
     return _per_channel(call, value, _given(call, "weight", "bias"), call.why(_MIXES))
 
 
@@ -159,9 +159,7 @@ def _joined(call: Call, tensors: list[Value], dim: int) -> Value:
     for one in tensors:
         layers = tuple(layer for layer in one.layers if spread(layer) != {dim})
         flat = tie(call.units, Value(one.shape, layers), [dim], call.why("joins these slices"))
-        across.append(
-            Value(tuple(1 if d == dim else n for d, n in enumerate(one.shape)), flat.layers)
-        )
+        across.append(collapsed(flat, [dim]))
     met = together(call.units, across, call.why("is joined with a tensor that is not cut"))
     labels = [along(_alone(call, one, dim), dim, len(call.shape)) for one in tensors]
     joined = Value(call.shape, (*met.layers, torch.cat(labels, dim)))

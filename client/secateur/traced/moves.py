@@ -1,5 +1,7 @@
 """Operations that move elements, or compute each from one position only."""
 
+from torch import Tensor
+
 from secateur.traced.calls import Boundary, Call, Result, unknown
 from secateur.traced.registry import rule
 from secateur.traced.values import (
@@ -19,11 +21,14 @@ _OTHER = "is combined with a tensor that is not cut"
 @rule(
     "abs alpha_dropout atan celu clamp clamp_max clamp_min cos dropout elu erf exp feature_dropout"
     " gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu log_sigmoid logical_not mish neg"
-    " ones_like rand_like randn_like relu relu6 round selu sgn sigmoid sign silu sin softplus"
-    " softshrink softsign square tanh threshold zeros_like full_like log1p sqrt expm1 rrelu"
+    " ones_like rand_like randn_like relu relu6 round rrelu rsqrt selu sgn sigmoid sign silu sin softplus"
+    " softshrink softsign square tanh threshold zeros_like full_like log1p sqrt expm1"
 )
 def each(call: Call) -> Result:
-    """Each element of the result comes from the same element of the operand."""
+    """Each element of the result comes from the same element of the operand.
+
+    It is finite where the operand is zero; of rsqrt that is so in norms, which add an epsilon.
+    """
     value = call.operands()[0]
     return Value(value.shape, value.layers)
 
@@ -132,9 +137,11 @@ def _moved(call: Call, value: Value) -> Result:
     if not isinstance(found, list | tuple):
         return _placed(call, value, found.shape, results)
     pieces = [[pieces[index] for pieces in results] for index in range(len(found))]
-    return [_placed(call, value, one.shape, labels) for one, labels in zip(found, pieces)]
+    return [
+        _placed(call, value, one.shape, labels) for one, labels in zip(found, pieces, strict=True)
+    ]
 
 
-def _placed(call: Call, value: Value, shape: tuple[int, ...], labels: list) -> Value:
+def _placed(call: Call, value: Value, shape: tuple[int, ...], labels: list[Tensor]) -> Value:
     placed = Value(tuple(shape), tuple(labels), value.is_zero)
     return settled(call.units, placed, call.why("has one unit only"))

@@ -10,6 +10,7 @@ from secateur.traced.values import (
     Value,
     aligned,
     along,
+    collapsed,
     contract,
     freeze,
     reshaped,
@@ -144,7 +145,7 @@ def attention(call: Call) -> Result:
 
 def _heads(call: Call, value: Value) -> Value:
     value = tie(call.units, value, [-2, -1], call.why("mixes the channels of a head"))
-    return replace(value, shape=(*value.shape[:-2], 1, 1))
+    return collapsed(value, [-2, -1])
 
 
 def _repeated(value: Value, heads: int) -> Value:

@@ -62,13 +62,14 @@ class Units:
             b: Labels.
             reason: Why a class stays whole that meets NO_UNIT.
         """
-        pairs = torch.stack(torch.broadcast_tensors(self.find(a), self.find(b)), -1).reshape(-1, 2)
-        for first, second in pairs[pairs[:, 0] != pairs[:, 1]].unique(dim=0).tolist():
+        met = np.broadcast_arrays(self.find(a).numpy(), self.find(b).numpy())
+        pairs = np.stack(met, -1).reshape(-1, 2)
+        for first, second in np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0).tolist():
             self._join(self._root(first), self._root(second), reason)
 
     def freeze(self, labels: Tensor, reason: str) -> None:
         """Keeps the classes of labels whole; the first reason of a class stands."""
-        for root in self.find(labels).unique().tolist():
+        for root in np.unique(self.find(labels).numpy()).tolist():
             if root != NO_UNIT:
                 self._reasons.setdefault(root, reason)
 
@@ -78,7 +79,7 @@ class Units:
 
     def produced(self) -> Tensor:
         """Returns all labels that a layer makes."""
-        return torch.cat([*self._produced, torch.zeros(0, dtype=torch.int64)]).unique()
+        return torch.cat([*self._produced, torch.zeros(0, dtype=torch.int64)])
 
     def units(self, labels: Tensor) -> Tensor:
         """Returns the representative of each label's class, and NO_UNIT for what is not cut."""

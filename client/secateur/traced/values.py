@@ -140,7 +140,7 @@ def _pair(units: Units, a: Value, b: Value, reason: str) -> Value:
             units.union(other, layer, reason)
         if not matches:
             kept.append(layer)
-    shape = tuple(torch.broadcast_shapes(a.shape, b.shape))
+    shape = tuple(max(pair) for pair in zip(a.shape, b.shape, strict=True))
     return settled(units, Value(shape, tuple(kept), a.is_zero and b.is_zero), reason)
 
 
@@ -178,7 +178,7 @@ def contract(units: Units, a: Value, b: Value, dim: int, reason: str) -> Value:
         ends = [_only(value, dim, True) for value in (a, b)]
         together(units, [tie(units, end, others, reason) for end in ends], reason)
         a, b = _only(a, dim, False), _only(b, dim, False)
-    a, b = (_summed(tie(units, value, [dim], reason), dim) for value in (a, b))
+    a, b = (collapsed(tie(units, value, [dim], reason), [dim]) for value in (a, b))
     return replace(together(units, [a, b], reason), is_zero=False)
 
 
@@ -187,8 +187,10 @@ def _only(value: Value, dim: int, has_dim: bool) -> Value:
     return replace(value, layers=tuple(layers))
 
 
-def _summed(value: Value, dim: int) -> Value:
-    shape = tuple(1 if d == dim else length for d, length in enumerate(value.shape))
+def collapsed(value: Value, dims: Collection[int]) -> Value:
+    """Returns a value that is constant along some dimensions with length 1 there."""
+    dims = {dim % len(value.shape) for dim in dims}
+    shape = tuple(1 if dim in dims else length for dim, length in enumerate(value.shape))
     return replace(value, shape=shape)
 
 
@@ -196,7 +198,7 @@ def reshaped(value: Value, shape: Sequence[int]) -> Value:
     """Returns the value with dimensions of length 1 added or removed."""
 
     def moved(layer: Tensor) -> Tensor:
-        lengths = iter([n for n, whole in zip(layer.shape, value.shape) if whole != 1])
+        lengths = iter([n for n, whole in zip(layer.shape, value.shape, strict=True) if whole != 1])
         return layer.reshape([1 if whole == 1 else next(lengths) for whole in shape])
 
     return replace(value, shape=tuple(shape), layers=tuple(map(moved, value.layers)))
