@@ -16,7 +16,7 @@ from secateur.grouping import Group
 from secateur.traced.follow import follow
 from secateur.traced.members import groups, whole
 
-_UNUSED = "no result for these inputs depends on it"
+_UNUSED = "it is not used for these inputs"
 _LONGEST = 200
 
 

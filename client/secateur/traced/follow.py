@@ -29,7 +29,7 @@ def follow(program: ExportedProgram, names: Mapping[str, str]) -> Units:
         names: From each parameter and buffer that may be cut to the name of its tensor: tied ones
             have the same.
     """
-    program.graph.eliminate_dead_code()
+    _drop_unused(program)
     trace = Trace(Units())
     values = _inputs(trace.units, program, names)
     for node in program.graph.nodes:
@@ -44,13 +44,20 @@ def follow(program: ExportedProgram, names: Mapping[str, str]) -> Units:
     return trace.units
 
 
+def _drop_unused(program: ExportedProgram) -> None:
+    """Drops operations without an effect, but for those whose operands must fit each other."""
+    program.graph.eliminate_dead_code(
+        lambda node: node.is_impure() or len(node.all_input_nodes) > 1
+    )
+
+
 def _inputs(units: Units, program: ExportedProgram, names: Mapping[str, str]) -> dict[str, Value]:
     values: dict[str, Value] = {}
     shared: dict[str, Value] = {}
-    fakes = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    fakes = {node.name: node.meta.get("val") for node in program.graph.nodes if node.users}
     for spec in program.graph_signature.input_specs:
         name = names.get(spec.target or "")
-        if name is None or not fakes[spec.arg.name].dim():
+        if name is None or spec.arg.name not in fakes or not fakes[spec.arg.name].dim():
             continue
         if name not in shared:
             is_parameter = spec.kind is InputKind.PARAMETER

@@ -50,11 +50,10 @@ def _slices(units: Units) -> dict[int, Slices]:
 
 def _name(units: Units, keys: list[tuple[str, int]], scored: Collection[str]) -> str | None:
     """Returns the first tensor that makes the units; None if they have no scores."""
-    produced = units.produced()
     makers = [
         named.tensor
         for named in units.named
-        if (named.tensor, named.dim) in keys and torch.isin(named.labels, produced).any()
+        if (named.tensor, named.dim) in keys and units.produced(named.labels).any()
     ]
     names = [name for name in (*makers, *(tensor for tensor, _ in keys)) if name in scored]
     return names[0] if names else None
@@ -80,14 +79,13 @@ def _members(
 
 def whole(units: Units, weights: Collection[str]) -> dict[str, str]:
     """Returns the weights of which a layer's results stay whole, and why."""
-    produced = units.produced()
     kept: dict[str, dict[str, None]] = defaultdict(dict)
     others: dict[str, str] = {}
     for named in units.named:
         labels = named.labels[units.units(named.labels) == NO_UNIT]
         for label in labels[labels != NO_UNIT][:1].tolist():
             others.setdefault(named.tensor, units.reason(label))
-        for label in labels[torch.isin(labels, produced) & (labels != NO_UNIT)][:1].tolist():
+        for label in labels[units.produced(labels)][:1].tolist():
             kept[named.tensor][units.reason(label)] = None
     cut = {tensor for slices in _slices(units).values() for tensor, _ in slices}
     rest = {tensor: {reason: None} for tensor, reason in others.items() if tensor not in cut}

@@ -21,7 +21,7 @@ _OTHER = "is combined with a tensor that is not cut"
 @rule(
     "abs alpha_dropout atan celu clamp clamp_max clamp_min cos dropout elu erf exp feature_dropout"
     " gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu log_sigmoid logical_not mish neg"
-    " ones_like rand_like randn_like relu relu6 round rrelu rsqrt selu sgn sigmoid sign silu sin softplus"
+    " ones_like rand_like randn_like relu relu6 round rsqrt selu sgn sigmoid sign silu sin softplus"
     " softshrink softsign square tanh threshold zeros_like full_like log1p sqrt expm1"
 )
 def each(call: Call) -> Result:

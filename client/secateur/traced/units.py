@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 NO_UNIT = 0
+Labels = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,11 @@ class Units:
 
     def __init__(self) -> None:
         self.named: list[Named] = []
-        self._parent = np.arange(1024)  # longer than what is in use
         self._size = 1
-        self._reasons: dict[int, str] = {}
-        self._produced: list[Tensor] = []
+        self._parent = np.zeros(1, np.int64)  # by label, as the two below; longer than `_size`
+        self._text = np.zeros(1, np.int64)  # why a class is whole: an index of `_texts`, or -1
+        self._is_made = np.zeros(1, np.bool_)
+        self._texts = ["it is not cut"]
 
     def fresh(self, length: int) -> Tensor:
         """Returns new labels, each a class of its own; a single slice has none."""
@@ -39,6 +42,8 @@ class Units:
         if self._size > len(self._parent):
             unused = np.arange(len(self._parent), 2 * self._size)
             self._parent = np.concatenate([self._parent, unused])
+            self._text = np.concatenate([self._text, np.full_like(unused, -1)])
+            self._is_made = np.concatenate([self._is_made, np.zeros_like(unused, np.bool_)])
         return torch.arange(start, self._size)
 
     def name(self, tensor: str, shape: tuple[int, ...]) -> list[Tensor]:
@@ -49,10 +54,7 @@ class Units:
 
     def find(self, labels: Tensor) -> Tensor:
         """Returns the representative of each label's class."""
-        found = self._parent[labels.numpy()]
-        while not np.array_equal(found, parents := self._parent[found]):
-            found = parents
-        return torch.from_numpy(np.asarray(found))
+        return torch.from_numpy(np.asarray(self._find(labels)))
 
     def union(self, a: Tensor, b: Tensor, reason: str) -> None:
         """Makes the classes of a and b one, element by element; the shapes are broadcast.
@@ -62,47 +64,51 @@ class Units:
             b: Labels.
             reason: Why a class stays whole that meets NO_UNIT.
         """
-        met = np.broadcast_arrays(self.find(a).numpy(), self.find(b).numpy())
-        pairs = np.stack(met, -1).reshape(-1, 2)
-        for first, second in np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0).tolist():
-            self._join(self._root(first), self._root(second), reason)
+        pairs = np.stack(np.broadcast_arrays(self._find(a), self._find(b)), -1).reshape(-1, 2)
+        differ = pairs[pairs[:, 0] != pairs[:, 1]]
+        fixed = (differ == NO_UNIT).any(1)
+        self.freeze(torch.from_numpy(differ[fixed]), reason)
+        for first, second in np.unique(differ[~fixed], axis=0).tolist():
+            self._join(self._root(first), self._root(second))
 
     def freeze(self, labels: Tensor, reason: str) -> None:
         """Keeps the classes of labels whole; the first reason of a class stands."""
-        for root in np.unique(self.find(labels).numpy()).tolist():
-            if root != NO_UNIT:
-                self._reasons.setdefault(root, reason)
+        roots = self._find(labels)
+        roots = roots[self._text[roots] < 0]
+        if roots.size:
+            self._text[roots] = len(self._texts)
+            self._texts.append(reason)
 
     def produce(self, labels: Tensor) -> None:
         """Notes that a layer makes these slices, so that a caller may want to prune them."""
-        self._produced.append(labels.reshape(-1))
+        self._is_made[labels.numpy()] = True
 
-    def produced(self) -> Tensor:
-        """Returns all labels that a layer makes."""
-        return torch.cat([*self._produced, torch.zeros(0, dtype=torch.int64)])
+    def produced(self, labels: Tensor) -> Tensor:
+        """Returns which labels are of slices that a layer makes."""
+        return torch.from_numpy(self._is_made[labels.numpy()]) & (labels != NO_UNIT)
 
     def units(self, labels: Tensor) -> Tensor:
         """Returns the representative of each label's class, and NO_UNIT for what is not cut."""
-        found = self.find(labels)
-        frozen = torch.tensor([NO_UNIT, *self._reasons])
-        return found.masked_fill(torch.isin(found, frozen), NO_UNIT)
+        found = self._find(labels)
+        return torch.from_numpy(np.where(self._text[found] < 0, found, NO_UNIT))
 
     def reason(self, label: int) -> str:
         """Returns why a label's class is whole."""
-        return self._reasons[self._root(label)]
+        return self._texts[int(self._text[self._root(label)])]
+
+    def _find(self, labels: Tensor) -> Labels:
+        found: Labels = self._parent[labels.numpy()]
+        while not np.array_equal(found, parents := self._parent[found]):
+            found = parents
+        return found
 
     def _root(self, label: int) -> int:
         while label != self._parent[label]:
-            label = int(self._parent[label])
+            label = self._parent[label] = self._parent[self._parent[label]]
         return label
 
-    def _join(self, a: int, b: int, reason: str) -> None:
+    def _join(self, a: int, b: int) -> None:
         root, child = min(a, b), max(a, b)
-        if root == child:
-            return
-        if root == NO_UNIT:
-            self._reasons.setdefault(child, reason)
-            return
         self._parent[child] = root
-        if child in self._reasons:
-            self._reasons.setdefault(root, self._reasons.pop(child))
+        if self._text[root] < 0:
+            self._text[root] = self._text[child]
