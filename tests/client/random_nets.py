@@ -1,5 +1,7 @@
 """Random convolutional networks for hypothesis."""
 
+from collections.abc import Callable
+
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -36,7 +38,7 @@ class RandomNet(nn.Module):
         self.fc2 = nn.Linear(6, 3)
 
     def _part(self, kind: str, a: int, b: int, width: int) -> tuple[nn.Module, int]:
-        makers = {
+        makers: dict[str, Callable[[], tuple[nn.Module, int]]] = {
             "conv": lambda: (nn.Conv2d(a, width, 3, padding=1), width),
             "up": lambda: (nn.ConvTranspose2d(a, width, 3, padding=1), width),
             "depthwise": lambda: (nn.Conv2d(a, 2 * a, 1, groups=a), 2 * a),

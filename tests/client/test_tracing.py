@@ -59,11 +59,14 @@ class Small(nn.Module):
         super().__init__()
         self.a = nn.Linear(6, 8)
         self.b = nn.Linear(8, 3)
+        self.c = nn.Linear(6, 8)
         self.between = between
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.a(x)
-        if self.between == "input":
+        if self.between == "twice":
+            y = y * self.c(x)
+        elif self.between == "input":
             y = y + F.pad(x, (0, 2))
         elif self.between == "positions":
             y = torch.cat([y[:, :3].sigmoid(), y[:, 3:]], 1)
@@ -217,36 +220,32 @@ def test_what_cannot_be_cut_stays_whole_with_the_reason(between: str, reason: st
 
 
 def test_a_tied_tensor_is_one_member() -> None:
-    module = prepared(Small())
-    module.c = nn.Linear(6, 8)
+    module = Small("twice")
     module.c.weight = module.a.weight
-    module.forward = lambda x: module.b(module.a(x) * module.c(x))  # type: ignore[method-assign]
-    (group,) = secateur.groups(module, X)
+    (group,) = secateur.groups(prepared(module), X)
     expected = [("a.bias", 0), ("a.weight", 0), ("b.weight", 1), ("c.bias", 0)]
     assert sorted(members(group)) == expected
 
 
 def test_a_pair_has_the_name_of_its_parameter() -> None:
-    module = prepared(Small())
+    module = Small()
     prune.l1_unstructured(module.a, "weight", 0.5)  # type: ignore[no-untyped-call]
     before = dict(module.a.__dict__)
-    (group,) = secateur.groups(module, X)
+    (group,) = secateur.groups(module.double(), X)
     assert sorted(members(group)) == [("a.bias", 0), ("a.weight", 0), ("b.weight", 1)]
     assert all(module.a.__dict__[name] is value for name, value in before.items())
 
 
 def test_a_weight_that_is_computed_stays_whole() -> None:
-    module = prepared(Small())
+    module = Small()
     parametrizations.weight_norm(module.a)
-    groups = secateur.groups(module, X)
+    groups = secateur.groups(prepared(module), X)
     assert groups == []
     assert "does not know" in groups.kept["a.parametrizations.weight.original1"]
 
 
 def test_a_layer_without_effect_is_listed() -> None:
-    module = prepared(Small())
-    module.c = nn.Linear(2, 2)
-    assert secateur.groups(module, X).kept["c.weight"] == ("it is not used for these inputs")
+    assert small("relu").kept["c.weight"] == ("it is not used for these inputs")
 
 
 def test_the_module_is_as_it_was() -> None:
