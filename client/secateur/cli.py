@@ -13,6 +13,7 @@ from typing import Any, NoReturn, Protocol
 
 from secateur import __version__
 from secateur.cli_checkpoints import add_checkpoints
+from secateur.cli_export import add_export
 from secateur.cli_options import (
     add_command,
     amounts_option,
@@ -23,17 +24,18 @@ from secateur.cli_options import (
     shown_options,
     tensors_option,
 )
+from secateur.cli_pack import add_pack
 from secateur.cli_parser import Parser, parse
+from secateur.cli_shrink import add_shrink
 from secateur.cli_source import opened
 from secateur.cli_spec import read_planned_spec, read_spec, spec_of, spec_options
 from secateur.errors import NotSaved, SecateurError
-from secateur.files import check_holds, check_writable
-from secateur.folders import check_no_other_weights, find_folder
-from secateur.forms import is_model
+from secateur.files import check_holds, check_out, check_writable
+from secateur.forms import SMALLER, is_model, not_smaller
 from secateur.model import Source
+from secateur.onnx_files import ONNX_SUFFIX, check_onnx
 from secateur.paths import path_of
 from secateur.report import Report
-from secateur_proto.index import SUFFIX
 
 # Bytes of a file that torch prunes faster than numba's kernels are loaded, which takes 0.5 s.
 SMALL_BYTES = 4 << 20
@@ -125,7 +127,7 @@ def _prune(options: argparse.Namespace) -> None:
         raise SecateurError("--keep needs a lasting server: give --server, or set SECATEUR_SERVER")
     with opened(options) as (client, source):
         if path and is_model(options.output):
-            _check_holds(path, source)
+            _check_holds(path, source, options.output == "packed")
         spec = spec_of(options, client, source)
         place, path, uri = _placed(options, source, path, uri)
         output = options.output if uri or (path and not source.is_here) else "masks"
@@ -152,8 +154,11 @@ def _progress(options: argparse.Namespace) -> bool | None:
     return False if options.quiet else None
 
 
-def _show(report: Report, options: argparse.Namespace, more: dict[str, str]) -> None:
+def _show(report: Report, options: argparse.Namespace, more: dict[str, Any]) -> None:
     """Prints the report of a command that writes a file; warnings are lines on stderr."""
+    if options.output in SMALLER:  # the client may have made it of masks
+        kept = tuple(w for w in report.warnings if w.code != "NOT_SMALLER")
+        report = replace(report, warnings=kept)
     notes = []
     for warning in report.warnings:
         if warning.severity == "note":
@@ -213,6 +218,9 @@ def _finalize(options: argparse.Namespace) -> None:
         if path:
             final.save(path)
     _show(final.report, options, {})
+    note = not_smaller(options.output, final.report.zeros)
+    if note and not options.json and not options.quiet:
+        print(note)
 
 
 def _placed(
@@ -223,15 +231,15 @@ def _placed(
     # copied through a connection.
     model = Path(options.model)
     is_embedded = not options.server and is_model(options.output)
-    if path is None or not is_embedded or not model.is_file() or path.is_dir():
+    if path is None or not is_embedded or not source.paths or path.is_dir():
         return source, path, uri
-    if {model.suffix, path.suffix} != {".safetensors"}:
+    if not model.is_file() or {model.suffix, path.suffix} != {".safetensors"}:
         return source, path, uri
     return model.absolute().as_uri(), None, path.absolute().as_uri()
 
 
-def _check_holds(path: Path, source: Source) -> None:
-    check_holds(path, source.others, source.index, source.folder)
+def _check_holds(path: Path, source: Source, is_packed: bool = False) -> None:
+    check_holds(path, source.others, source.index, source.folder, is_packed)
 
 
 def _out(options: argparse.Namespace) -> tuple[Path | None, str | None]:
@@ -241,10 +249,12 @@ def _out(options: argparse.Namespace) -> tuple[Path | None, str | None]:
     if "://" in options.out:
         return None, options.out
     path, model = path_of(options.out), path_of(options.model)
-    is_whole = is_model(options.output)
-    check_writable(path, is_whole and (model.is_dir() or model.name.endswith(SUFFIX)))
-    if is_whole and model.is_dir() and path.is_dir():
-        check_no_other_weights(path, find_folder(model).weights)
+    if path.suffix == ONNX_SUFFIX and not path.is_dir():
+        check_onnx(path, model, options.output)
+    if is_model(options.output):
+        check_out(path, model)
+    else:
+        check_writable(path)
     return path, None
 
 
@@ -252,7 +262,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="secateur",
         description="Prunes neural networks on a server, as torch.nn.utils.prune does.",
-        epilog="IN and OUT are files (.safetensors; .pt, .pth, .bin, .ckpt or .tar of torch.save), "
+        epilog="IN and OUT are files (.safetensors; .pt, .pth, .bin, .ckpt or .tar of torch.save; "
+        ".onnx), "
         "folders with one model, or URIs (file:///..., s3://...) that the server opens. IN "
         "may also be a checkpoint, as `secateur checkpoints ls` names it.",
     )
@@ -276,6 +287,9 @@ def _parser() -> argparse.ArgumentParser:
     finalize.set_defaults(output="dense")
     tensors_option(finalize, "default: all")
     shown_options(finalize)
+    add_export(commands)
+    add_pack(commands)
+    add_shrink(commands, _show)
     add_checkpoints(commands)
     return parser
 

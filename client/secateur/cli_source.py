@@ -23,7 +23,7 @@ def opened(options: argparse.Namespace) -> Iterator[tuple[Client, Source]]:
         SecateurError: The model cannot be read, or there is no server for it.
     """
     local = None if _is_checkpoint(options.model) else read_source(options.model, options.key)
-    with _client(options) as client:
+    with connected(options) as client:
         yield client, local or source_of(client, options)
 
 
@@ -56,7 +56,12 @@ def _is_checkpoint(model: str) -> bool:
     return model.startswith("checkpoints/") and not path_of(model).exists()
 
 
-def _client(options: argparse.Namespace) -> AbstractContextManager[Client]:
+def connected(options: argparse.Namespace) -> AbstractContextManager[Client]:
+    """Connects to the server that the options name, or starts an embedded one.
+
+    Raises:
+        SecateurError: The options name no server for a model that needs one, or are wrong.
+    """
     if options.server:
         return client_of(options)
     if _is_checkpoint(options.model):

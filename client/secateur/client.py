@@ -17,9 +17,9 @@ class Client(PrunerCalls):
     the server asks for, and resumes calls that a broken connection ended.
 
     Several methods have these arguments:
-        source: A torch.nn.Module; a mapping of tensors or arrays; the path of a .safetensors or a
-            torch file, or of a model in shards: its index, or the folder; a Checkpoint; or a URI,
-            which the server opens.
+        source: A torch.nn.Module; a mapping of tensors or arrays; the path of a .safetensors, an
+            .onnx or a torch file, or of a model in shards: its index, or the folder; a Checkpoint;
+            or a URI, which the server opens.
         key: Where the state_dict is in a torch file that holds several mappings of tensors, such as
             "ema.model"; None finds the only one.
         progress: None shows a bar on a terminal, True always, False never. A function is called

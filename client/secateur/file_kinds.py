@@ -48,6 +48,16 @@ def safetensors_reason(path: Path, library: object) -> str:
     return _TORCH if _is_torch(first) else _reason(first, "safetensors")
 
 
+def onnx_reason(path: Path, problem: object) -> str:
+    """Returns why a file is not read as an ONNX model, and what to do."""
+    first = _first_bytes(path)
+    if not first or first.startswith(tuple(_MAGIC)):
+        return _reason(first, "ONNX")
+    if _is_safetensors(first):
+        return _SAFETENSORS
+    return f"is not an ONNX model, or is damaged: {problem}; copy, download or export it again"
+
+
 def npz_reason(path: Path, library: object) -> str:
     """Returns why numpy cannot read a file of numpy.savez, and what to do."""
     first = _first_bytes(path)

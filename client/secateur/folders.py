@@ -3,8 +3,8 @@
 import os
 import shutil
 import warnings
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NoReturn
@@ -40,11 +40,33 @@ class Folder:
         path: The folder.
         model: The file of the weights, or the index of its shards.
         weights: The names of all files of the model.
+        parameters: The elements of the model's tensors.
+        changed: New texts of files beside the weights, by name, for a copy of the folder.
+        notes: What was done to the model so far, for people.
     """
 
     path: Path
     model: Path
     weights: frozenset[str]
+    parameters: int = 0
+    changed: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def text(self, name: str) -> str | None:
+        """Returns the text of a file, as a copy of the folder has it; None if it has none.
+
+        Raises:
+            InvalidStateDict: The file cannot be read.
+        """
+        if name in self.changed:
+            return self.changed[name]
+        try:
+            return (self.path / name).read_text("utf-8")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:  # ValueError: not UTF-8
+            reason = getattr(error, "strerror", None) or error
+            raise InvalidStateDict(f"{self.path / name}: {reason}") from None
 
     def rest(self, out: Path) -> "Rest":
         """Finds the files beside the weights that `out` lacks; none if `out` is the folder."""

@@ -68,6 +68,10 @@ def _dense(source: Source, masks: Masks) -> Tensors:
     return dict(pruned_tensors(source, masks, dense=True))
 
 
+def _packed_model(source: Source, masks: Masks) -> Tensors:
+    return dict(pruned_tensors(source, masks, dense=True, keeps_sign=False))
+
+
 def _not_here(source: Source, masks: Masks) -> Tensors:
     raise SecateurError("only the server makes this form: ask for it with output=")
 
@@ -76,6 +80,7 @@ FORMS: Mapping[str, Form] = {
     "masks": Form("bits of masks", False, _packed, _unpacked, entries_of),
     "reparametrized": Form("X_orig and X_mask", True, _paired, _unpaired),
     "dense": Form("tensors with zeros", True, _dense),
+    "packed": Form("tensors without zeros, compressed", True, _packed_model),
     "shrunk": Form("smaller tensors, without the pruned units of groups", True, _not_here),
 }
 
@@ -83,6 +88,25 @@ FORMS: Mapping[str, Form] = {
 def is_model(output: str) -> bool:
     """Whether an output has the whole model, and not masks alone or no data."""
     return output in FORMS and FORMS[output].is_model
+
+
+# The outputs that make a model with zeros smaller.
+SMALLER = ("packed", "shrunk")
+
+
+def not_smaller(output: str, zeros: int) -> str:
+    """Returns a line that says that a result is not smaller than the model; empty if it is."""
+    if not zeros or output in (*SMALLER, "none"):
+        return ""
+    return (
+        "note: the file is as large as without zeros: `secateur pack OUT -o SMALL` or "
+        "output='packed' makes it smaller, output='shrunk' with groups the model itself"
+    )
+
+
+def has_tensors_of(form: str, output: str) -> bool:
+    """Whether the tensors of an output, once they are unpacked, are those of a form."""
+    return form == output or {form, output} == {"dense", "packed"}
 
 
 def form_of(name: object) -> Form:

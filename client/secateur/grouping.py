@@ -134,6 +134,11 @@ def query_head_groups(q: str, o: str, head_dim: int, heads: int) -> list[Group]:
     return head_groups(q, None, None, o, head_dim, heads)
 
 
+def example_inputs_of(groups: Any) -> Any:
+    """Returns those with which groups were traced; None if they were not."""
+    return getattr(groups, "example_inputs", None)
+
+
 def groups_of(value: Any) -> list[pb.Group]:
     """Returns groups, each given itself or as a mapping of its name and members."""
     if not isinstance(value, Sequence) or isinstance(value, str):

@@ -12,7 +12,7 @@ from secateur_proto.dtypes import DTYPES
 
 
 def pruned_tensors(
-    source: Source, masks: Mapping[str, Mask], dense: bool
+    source: Source, masks: Mapping[str, Mask], dense: bool, keeps_sign: bool = True
 ) -> Iterator[tuple[str, LocalTensor]]:
     """Yields what was sent, with masks applied; a pair without a mask in `masks` has its own.
 
@@ -20,6 +20,7 @@ def pruned_tensors(
         source: The model.
         masks: Flat, by the names of the pruned tensors.
         dense: Whether a pruned X is X with zeros, or the pair X_orig, X_mask.
+        keeps_sign: Whether zeros have the signs of the elements.
 
     Raises:
         InvalidStateDict: A tensor has the name of half of a new pair.
@@ -37,7 +38,7 @@ def pruned_tensors(
         if mask is None:
             yield stored, tensor
         elif dense:
-            yield name, LocalTensor(tensor.dtype, tensor.shape, _folded(tensor, mask))
+            yield name, LocalTensor(tensor.dtype, tensor.shape, _folded(tensor, mask, keeps_sign))
         else:
             taken = {f"{name}_orig", f"{name}_mask"} & source.tensors.keys()
             if name not in pairs and taken:
@@ -54,15 +55,17 @@ def _unsigned(dtype: str) -> np.dtype[Any]:
     return np.dtype(f"u{DTYPES[dtype].bits // 8}")
 
 
-def _folded(tensor: LocalTensor, mask: Mask) -> Callable[[], Bytes]:
-    """Pruned elements become 0 of their own sign, as in weight * mask: -0.5 becomes -0.0."""
+def _folded(tensor: LocalTensor, mask: Mask, keeps_sign: bool) -> Callable[[], Bytes]:
+    """Pruned elements become 0; of their own sign, as in weight * mask: -0.5 becomes -0.0."""
     unsigned = _unsigned(tensor.dtype)
-    is_floating = tensor.kind == "floating"
-    sign = unsigned.type(is_floating << (8 * unsigned.itemsize - 1))
+    has_sign = keeps_sign and tensor.kind == "floating"
+    sign = unsigned.type(has_sign << (8 * unsigned.itemsize - 1))
 
     def read() -> Bytes:
-        bits = tensor.read().view(unsigned)
-        return np.where(mask, bits, bits & sign).view(np.uint8)
+        kept = -mask.astype(unsigned)  # all bits or none; np.where takes ten times as long
+        kept |= sign
+        kept &= tensor.read().view(unsigned)
+        return kept.view(np.uint8)
 
     return read
 

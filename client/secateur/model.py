@@ -1,5 +1,6 @@
 """A model that a caller gives, as the other modules read it."""
 
+import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from secateur.folders import Folder
+from secateur.onnx_files import OnnxFile
 from secateur.shards import Index
 from secateur.tensors import LocalTensor
 from secateur.torch_files import TorchFile
@@ -35,6 +37,7 @@ class Source:
         order: The names of all entries, `others` included, in the state_dict's order.
         torch_file: The file of torch.save that it is read from, with all else that the file holds.
         folder: The folder that it is read from, with all other files in it.
+        onnx_file: The ONNX model that it is read from.
     """
 
     tensors: Mapping[str, LocalTensor]
@@ -48,6 +51,7 @@ class Source:
     order: tuple[str, ...] = ()
     torch_file: TorchFile | None = None
     folder: Folder | None = None
+    onnx_file: OnnxFile | None = None
 
     @property
     def is_here(self) -> bool:
@@ -58,6 +62,12 @@ class Source:
     def other_names(self) -> Mapping[str, str]:
         """From each other name of a tied tensor to its name in `tensors`; a pair is its X."""
         return read_ties(self.metadata, self.tensors).names
+
+    @property
+    def elements(self) -> int:
+        """How many elements its tensors have, without the masks of pairs."""
+        masks = self.pairs().values()
+        return sum(math.prod(t.shape) for name, t in self.tensors.items() if name not in masks)
 
     def pairs(self) -> dict[str, str]:
         """Maps each X whose pair X_orig, X_mask is here to the name of its mask."""
@@ -108,6 +118,12 @@ class Source:
                 places.setdefault(derived, place)
         return places
 
+    def ordered(self, entries: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns entries of a result in the state_dict's order; new names are last."""
+        places = self.places()
+        names = sorted(entries, key=lambda name: places.get(name, len(places)))
+        return {name: entries[name] for name in names}
+
     def prunable(self) -> dict[str, LocalTensor]:
         """Returns the floating parameters; a pair is its X, with the values of X_orig."""
         pairs = self.pairs()
@@ -118,6 +134,10 @@ class Source:
             for stored, tensor in self.tensors.items()
             if stored in weights and tensor.kind == "floating"
         }
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of the floating parameters; a pair is its X."""
+        return {name: tensor.shape for name, tensor in self.prunable().items()}
 
     def prunable_names(self) -> dict[str, str]:
         """Maps every name of the floating parameters, in their order, to that in `prunable`.

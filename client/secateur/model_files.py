@@ -3,13 +3,17 @@
 import mmap
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from secateur.entries import from_mapping
 from secateur.errors import InvalidStateDict
 from secateur.file_kinds import open_reason, safetensors_reason
 from secateur.folders import find_folder
 from secateur.model import Source
+from secateur.onnx_files import ONNX_SUFFIX, read_onnx
+from secateur.packed import is_packed, unpacked
 from secateur.shards import Index, read_shards
 from secateur.tensor_file import parse_file
 from secateur.tensors import LocalTensor, dtype_of, has_torch
@@ -34,7 +38,8 @@ def read_path(path: Path, key: str | None = None) -> Source:
     """
     if path.is_dir():
         folder = find_folder(path)
-        return replace(read_path(folder.model, key), folder=folder)
+        model = read_path(folder.model, key)
+        return replace(model, folder=replace(folder, parameters=model.elements))
     if path.suffix in TORCH_SUFFIXES:
         file = read_torch_file(path, key)
         return replace(from_mapping(file.state_dict), torch_file=file)
@@ -42,6 +47,9 @@ def read_path(path: Path, key: str | None = None) -> Source:
         raise InvalidStateDict(f"key={key!r}: only a torch file has keys, not {path}")
     if path.name.endswith(SUFFIX):
         return _from_index(path)
+    if path.suffix == ONNX_SUFFIX:
+        onnx_file = read_onnx(path, map_bytes)
+        return replace(_from_files(onnx_file.tensors, {}, ()), onnx_file=onnx_file)
     if path.suffix != ".safetensors":
         hint = f"; of a checkpoint give what client.checkpoint({str(path)!r}) returns"
         known = f"unknown suffix {path.suffix!r}; known are {KNOWN_SUFFIXES}, {SUFFIX} and folders"
@@ -49,7 +57,9 @@ def read_path(path: Path, key: str | None = None) -> Source:
         raise InvalidStateDict(
             f"{path}: {reason}{hint if str(path).startswith('checkpoints/') else ''}"
         )
-    return _from_files(*_untied(*_map_file(path)), (path,))
+    mapped = _map_file(path)
+    paths = () if mapped.is_packed else (path,)
+    return _from_files(*_untied(mapped.tensors, mapped.metadata), paths)
 
 
 def _from_files(
@@ -71,15 +81,20 @@ def _untied(
 
 
 def _from_index(path: Path) -> Source:
-    tensors, index = read_shards(path, _shard)
+    packed: list[Path] = []
+    tensors, index = read_shards(path, partial(_shard, packed))
     names = dict.fromkeys(index.files.values())
-    paths = () if index.is_torch else (*(path.with_name(name) for name in names), path)
-    return _from_files(*_untied(tensors, index.of_one_file()), paths, index)
+    paths = (*(path.with_name(name) for name in names), path)
+    is_as_stored = not packed and not index.is_torch
+    return _from_files(*_untied(tensors, index.of_one_file()), paths if is_as_stored else (), index)
 
 
-def _shard(path: Path) -> tuple[dict[str, LocalTensor], dict[str, str]]:
+def _shard(packed: list[Path], path: Path) -> tuple[dict[str, LocalTensor], dict[str, str]]:
+    """The tensors and the metadata of a shard, which is added to `packed` if it is."""
     if path.suffix not in TORCH_SUFFIXES:
-        return _map_file(path)
+        file = _map_file(path)
+        packed += [path] if file.is_packed else []
+        return file.tensors, file.metadata
     source = from_mapping(read_torch_file(path).state_dict)
     for name, value in source.others.items():
         raise InvalidStateDict(
@@ -103,7 +118,13 @@ def map_bytes(path: Path) -> memoryview:
         raise InvalidStateDict(f"{path}: {reason}") from None
 
 
-def _map_file(path: Path) -> tuple[dict[str, LocalTensor], dict[str, str]]:
+class _File(NamedTuple):
+    tensors: dict[str, LocalTensor]
+    metadata: dict[str, str]
+    is_packed: bool
+
+
+def _map_file(path: Path) -> _File:
     """Maps the tensors of a file that the safetensors library finds valid."""
     from safetensors import SafetensorError, safe_open
 
@@ -116,6 +137,7 @@ def _map_file(path: Path) -> tuple[dict[str, LocalTensor], dict[str, str]]:
         reason = getattr(error, "strerror", None) or safetensors_reason(path, error)
         raise InvalidStateDict(f"{path}: {reason}") from None
     try:
-        return parse_file(map_bytes(path))
+        tensors, metadata = parse_file(map_bytes(path))
+        return _File(*unpacked(tensors, metadata, f"{path}: "), is_packed(metadata))
     except InvalidStateDict as error:
         raise InvalidStateDict(f"{path}: {error}") from None

@@ -1,5 +1,6 @@
 """The methods of a client on models: the service Pruner."""
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -12,13 +13,14 @@ from secateur.checks import flag, one_of, patterns
 from secateur.choices import AnyGranularity, magnitude
 from secateur.connection import Call
 from secateur.defaults import SOME_AMOUNTS, matrices
+from secateur.destinations import check_destination, new_folder
 from secateur.encoding import encode_spec, unmasked_members
 from secateur.errors import SecateurError
-from secateur.files import warn_of_rest
 from secateur.forms import OUTPUTS, is_model
-from secateur.grouping import Groups, groups_of
+from secateur.grouping import Groups, example_inputs_of, groups_of
 from secateur.model import Source
-from secateur.others import LEAVE_OUT, check_names, check_storable
+from secateur.others import check_names
+from secateur.packed import check_zstandard
 from secateur.patience import Patience
 from secateur.plan import Plan, Sensitivity, decode_plan, sensitivity_of
 from secateur.progress import Progress
@@ -54,7 +56,7 @@ class PrunerCalls(CheckpointCalls):
         output: str = "masks",
         progress: Progress = None,
         keep: bool = False,
-        destination: str | None = None,
+        destination: str | os.PathLike[str] | None = None,
         key: str | None = None,
         prior: str = "masks",
     ) -> PruneResult:
@@ -64,11 +66,14 @@ class PrunerCalls(CheckpointCalls):
             source: See `Client`. Of a Module the parameters are sent, and not the buffers.
             spec: What to prune.
             output: What the server sends: "masks" (one bit an element), "reparametrized", "dense",
-                "none" for the report alone, or another one of `server_info().outputs`.
+                "packed" (without zeros, compressed), "none" for the report alone, or another one of
+                `server_info().outputs`.
             progress: See `Client`.
             keep: Whether the server keeps the result, as the result's checkpoint. Data that the
                 server already has of the source is not sent again.
-            destination: A URI to which the server writes the output, in place of sending it.
+            destination: A URI to which the server writes the output, in place of sending it. With
+                "shrunk" and a model from a Hugging Face folder also a new folder here, which gets
+                a config.json with the new sizes.
             key: See `Client`.
             prior: What counts as pruned before: what "masks" prune, or also the "zeros" of the
                 tensors that the spec names, for a model that was pruned and stored dense.
@@ -76,19 +81,26 @@ class PrunerCalls(CheckpointCalls):
         header = pb.PruneHeader(
             output=one_of("output", output, OUTPUTS),
             keep=flag("keep", keep),
-            destination_uri=uri_of(destination),
             prior=one_of("prior", prior, _PRIORS),
         )
         model = read_source(source, key)
+        folder = new_folder(destination, model) if output == "shrunk" else None
+        header.destination_uri = "" if folder else uri_of(destination)
         message, arrays = encode_spec(spec, model)
         model = model.sending(unmasked_members(message))
         header.spec.CopyFrom(message)
+        if output == "packed":
+            check_zstandard("output='packed'")
         if is_model(output):
-            _check_destination(destination, model.only_parameters())
+            check_destination(header.destination_uri, model.only_parameters())
         patience = self._connection.patience()
         if keep and model.is_here:
-            return self._prune_kept(model, header, arrays, progress, patience)
-        return self._prune(model, header, arrays, progress, patience, model)
+            result = self._prune_kept(model, header, arrays, progress, patience, spec)
+        else:
+            result = self._prune(model, header, arrays, progress, patience, model, spec)
+        if folder:
+            result.save(folder, output)
+        return result
 
     def _prune(
         self,
@@ -98,6 +110,7 @@ class PrunerCalls(CheckpointCalls):
         progress: Progress,
         patience: Patience,
         model: Source,
+        spec: Spec,
     ) -> PruneResult:
         """Sends a model, or its place on the server; the result is of `model`."""
         call = self._call("Prune", header, sent, {**sent.sent(), **arrays}, progress, patience)
@@ -113,6 +126,8 @@ class PrunerCalls(CheckpointCalls):
             received=received,
             checkpoint=decode_checkpoint(result.checkpoint) if header.keep else None,
             destination=header.destination_uri or None,
+            groups=[group for rule in header.spec.rules for group in rule.selection.groups],
+            example_inputs=spec.example_inputs,
         )
 
     def _prune_kept(
@@ -122,12 +137,13 @@ class PrunerCalls(CheckpointCalls):
         arrays: Tensors,
         progress: Progress,
         patience: Patience,
+        spec: Spec,
     ) -> PruneResult:
         """Sends what the server does not have of a model, and prunes it there."""
         uploaded = self._upload(model.only_parameters(), progress, patience)
         sent = read_source(uploaded)
         try:
-            result = self._prune(sent, header, arrays, progress, patience, model)
+            result = self._prune(sent, header, arrays, progress, patience, model, spec)
         except BaseException:
             with suppress(SecateurError):  # the caller sees the first error
                 self._delete(uploaded, False, patience.at_least(TIDY_SECONDS))
@@ -253,7 +269,7 @@ class PrunerCalls(CheckpointCalls):
             progress: See `Client`.
             destination: See `prune`.
             key: See `Client`.
-            output: "dense", or "shrunk".
+            output: "dense", "shrunk", or "packed".
             groups: What `group` returns; with "shrunk" only.
             prior: What counts as pruned in the groups' tensors: see `prune`. With "shrunk" only.
         """
@@ -263,13 +279,23 @@ class PrunerCalls(CheckpointCalls):
             groups=groups_of(groups),
             prior=one_of("prior", prior, _PRIORS),
         )
+        if output == "packed":
+            check_zstandard("output='packed'")
         model = read_source(source, key)
         header.tensors.extend(_named(tensors, model))
         patience = self._connection.patience()
         call = self._call("Finalize", header, model, model.tensors, progress, patience)
-        _check_destination(destination, model)
+        check_destination(destination, model)
         result, received = self._connection.transform(call)
-        return FinalizeResult(decode_report(result.report), model, received, destination)
+        return FinalizeResult(
+            report=decode_report(result.report),
+            source=model,
+            received=received,
+            destination=destination,
+            output=output,
+            groups=header.groups,
+            example_inputs=example_inputs_of(groups),
+        )
 
     def server_info(self) -> ServerInfo:
         """Returns the server's version, features and limits.
@@ -300,10 +326,3 @@ def _named(tensors: Patterns, model: Source) -> list[str]:
     named = [] if tensors is None else patterns(tensors)
     check_names("tensors", named, model.others)
     return named
-
-
-def _check_destination(destination: str | None, model: Source) -> None:
-    """Refuses a model that a file at a URI cannot hold, and warns of content that it drops."""
-    if destination:
-        check_storable(destination, model.others, LEAVE_OUT)
-        warn_of_rest(destination, model.torch_file)

@@ -179,9 +179,12 @@ class Report:
         return any(tensor.is_pruned for tensor in self.tensors.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the report as plain data, for JSON."""
+        """Returns the report as plain data, for JSON; `shrinkage` of a shrunk model only."""
         rules = tuple(map(tuple, self.rules))
-        return asdict(replace(self, tensors=dict(self.tensors), rules=rules))
+        found = asdict(replace(self, tensors=dict(self.tensors), rules=rules))
+        if self.shrinkage is None:
+            del found["shrinkage"]
+        return found
 
     def __str__(self) -> str:
         lines = [text_table(self._rows(), left=3)]

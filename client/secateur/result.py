@@ -1,23 +1,26 @@
 """The results of `prune` and `finalize`."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from secateur.architectures.folder import fitted_folder
 from secateur.checkpoint import Checkpoint
 from secateur.cycles import no_search_for_cycles
 from secateur.errors import InvalidStateDict, SecateurError
-from secateur.files import save
-from secateur.forms import FORMS, Tensors, form_of
+from secateur.files import is_file, save
+from secateur.forms import FORMS, Tensors, form_of, has_tensors_of, not_smaller
 from secateur.model import Mask, Source
 from secateur.paths import path_of
 from secateur.report import Report
 from secateur.report_decoding import Extent, decode_extents, decode_report
-from secateur.tensors import LocalTensor, to_value, torch_for
-from secateur.ties import each_once, tied
+from secateur.shrinking import shrink
+from secateur.tensors import torch_for
+from secateur.ties import tied, values_of
 from secateur.transfer import Received
+from secateur_proto import spec_pb2 as pb
 from secateur_proto.report_pb2 import SparsityReport
 
 
@@ -25,12 +28,48 @@ class _Result:
     """A model that a server sent back, and its source."""
 
     def __init__(
-        self, report: Report, source: Source, received: Received, destination: str | None
+        self,
+        report: Report,
+        source: Source,
+        received: Received,
+        destination: str | None,
+        output: str,
+        groups: Sequence[pb.Group],
+        example_inputs: Any,
     ) -> None:
         self.report = report
+        self._output = output
         self._source = source
         self._answer = received
         self._destination = destination
+        self._groups = groups
+        self._example_inputs = example_inputs
+
+    def shrink(self, module: Any, example_inputs: Any = None) -> Any:
+        """Returns a smaller copy of a torch.nn.Module, with the shrunk tensors in its layers.
+
+        torch's masks are removed; hooks, flags and tied parameters are kept. See secateur.resize.
+
+        Args:
+            module: The one that was pruned, which is unchanged, or one with the same tensors.
+            example_inputs: A tensor, a tuple of arguments, or a mapping of keywords, on which the
+                copy must compute what the masked module computes. None are those with which
+                secateur.groups traced the groups; if it did not, only sizes are checked.
+
+        Raises:
+            InvalidStateDict: A layer does not fit, or computes something else; it is named.
+            SecateurError: The result is not of output="shrunk".
+        """
+        shrinkage = self.report.shrinkage
+        if shrinkage is None:
+            raise SecateurError("shrink: nothing was removed; ask for output='shrunk'")
+        torch_for("shrink")
+        entries = values_of(self._model_entries(), as_torch=True)
+        inputs = self._example_inputs if example_inputs is None else example_inputs
+        return shrink(module, entries, self._groups, shrinkage, inputs)
+
+    def _model_entries(self) -> Mapping[str, Any]:
+        raise NotImplementedError
 
     @property
     def _received(self) -> Tensors:
@@ -38,6 +77,10 @@ class _Result:
         if self._destination:
             raise SecateurError(f"the result is at {self._destination}, and was not sent")
         return self._answer.tensors
+
+    def __str__(self) -> str:
+        """Returns the repr, and on a second line that the result is not smaller, if so."""
+        return "\n".join(filter(None, (repr(self), not_smaller(self._output, self.report.zeros))))
 
     def _summary(self) -> str:
         report, count = self.report, len(self.report.tensors)
@@ -51,19 +94,14 @@ class _Result:
                 f"{name}: a pruned tensor needs this name, which another entry has; rename that one"
             )
         other_names = self._source.other_names or self._answer.other_names()
-        entries, places = tied({**tensors, **unsent}, other_names), self._source.places()
-        names = sorted(entries, key=lambda name: places.get(name, len(places)))
-        return {name: entries[name] for name in names}
+        return self._source.ordered(tied({**tensors, **unsent}, other_names))
 
-    def _values(self, entries: Mapping[str, Any], as_torch: bool) -> dict[str, Any]:
-        def value(name: str, entry: Any) -> Any:
-            return to_value(name, entry, as_torch) if isinstance(entry, LocalTensor) else entry
-
-        return each_once(value, entries)
-
-    def _save(self, path: Path, entries: Mapping[str, Any]) -> None:
+    def _save(self, path: Path, entries: Mapping[str, Any], is_packed: bool = False) -> None:
         """Writes entries in the format of the source."""
         source, answer = self._source, self._answer
+        folder, shrinkage = source.folder, self.report.shrinkage
+        if folder is not None and shrinkage is not None and not is_file(path):
+            folder = fitted_folder(folder, entries, self._groups, shrinkage)
         save(
             path,
             entries,
@@ -71,7 +109,9 @@ class _Result:
             source.index or answer.index,
             source.tensors,
             source.torch_file,
-            source.folder,
+            folder,
+            source.onnx_file,
+            is_packed,
         )
 
 
@@ -87,7 +127,7 @@ class FinalizeResult(_Result):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the tensors, torch's or arrays as in the source; tied ones are one object."""
-        return self._values(self._entries(), self._source.as_torch)
+        return values_of(self._model_entries(), self._source.as_torch)
 
     def apply_to(self, module: Any) -> None:
         """Finalizes a pruned torch.nn.Module in place, as torch.nn.utils.prune.remove does.
@@ -105,21 +145,23 @@ class FinalizeResult(_Result):
         torch_for("apply_to")
         from secateur.module import finalize
 
-        values = self._values(self._entries(), as_torch=True)
+        values = values_of(self._model_entries(), as_torch=True)
         finalize(module, values, self._source.pairs().keys() & received.keys())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes .safetensors or a torch file, or a folder if it came from one.
+        """Writes the model: .safetensors, a torch file, or .onnx or a folder if it was one.
 
-        The file is written whole, or not at all. A torch file and a folder keep what the source has
+        The file is written whole, or not at all. All but .safetensors keep what the source has
         beside the weights; a NotSaved warning names what is not kept.
+
+        A packed result is written packed.
 
         Args:
             path: The file or folder.
         """
-        self._save(path_of(path), self._entries())
+        self._save(path_of(path), self._model_entries(), self._output == "packed")
 
-    def _entries(self) -> dict[str, Any]:
+    def _model_entries(self) -> Mapping[str, Any]:
         return self._whole(self._received, self._source.others)
 
 
@@ -137,13 +179,15 @@ class PruneResult(_Result):
         source: Source,
         output: str,
         received: Received,
-        checkpoint: Checkpoint | None = None,
-        destination: str | None = None,
+        checkpoint: Checkpoint | None,
+        destination: str | None,
+        groups: Sequence[pb.Group],
+        example_inputs: Any,
     ) -> None:
-        super().__init__(decode_report(message), source, received, destination)
+        report = decode_report(message)
+        super().__init__(report, source, received, destination, output, groups, example_inputs)
         self.checkpoint = checkpoint
         self._message = message
-        self._output = output
 
     def __repr__(self) -> str:
         places = [f", checkpoint={self.checkpoint.name!r}"] if self.checkpoint else []
@@ -179,18 +223,19 @@ class PruneResult(_Result):
 
         Args:
             form: An output that has data: "dense", "reparametrized" as torch.nn.utils.prune
-                leaves it, "masks", or another one.
+                leaves it, "masks", or another one; "packed" is "dense" without the signs of zeros.
 
         Raises:
             SecateurError: The form cannot be made from the output that was requested.
         """
-        return self._values(self._entries(form), self._source.as_torch)
+        return values_of(self._entries(form), self._source.as_torch)
 
     def save(self, path: str | os.PathLike[str], form: str = "dense") -> None:
-        """Writes the pruned model as .safetensors or a torch file, or a folder if it came from one.
+        """Writes the pruned model: .safetensors, a torch file, or .onnx or a folder if it was one.
 
-        The file is written whole, or not at all. A torch file and a folder keep what the source has
-        beside the weights; a NotSaved warning names what is not kept.
+        The file is written whole, or not at all. All but .safetensors keep what the source has
+        beside the weights; a NotSaved warning names what is not kept. The folder of a shrunk model
+        gets a config.json with the new sizes.
 
         Args:
             path: The file or folder.
@@ -199,7 +244,7 @@ class PruneResult(_Result):
         """
         to, made = path_of(path), form_of(form)
         if made.is_model:
-            self._save(to, self._entries(form))
+            self._save(to, self._entries(form), form == "packed")
         else:
             shapes = {name: extent.shape for name, extent in self._extents.items()}
             save(to, *made.file(to, self._tensors(form), shapes))
@@ -237,6 +282,9 @@ class PruneResult(_Result):
 
         return torch.from_numpy(mask)
 
+    def _model_entries(self) -> Mapping[str, Any]:
+        return self._entries(self._output)
+
     def _entries(self, form: str) -> Mapping[str, Any]:
         tensors = self._tensors(form)
         return self._whole(tensors, self._source.unsent()) if FORMS[form].is_model else tensors
@@ -244,7 +292,7 @@ class PruneResult(_Result):
     def _tensors(self, form: str) -> Tensors:
         """The tensors that a Prune with that output sends."""
         made = form_of(form)
-        if form == self._output:
+        if has_tensors_of(form, self._output):
             return self._received
         if made.is_model and not self._source.is_here:
             raise SecateurError(

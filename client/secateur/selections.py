@@ -1,6 +1,7 @@
 """The two functions that make every rule with an amount: `select` and `grouped`."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from secateur.amounts import AnyAmount, amount_of
@@ -13,7 +14,7 @@ from secateur.choices import (
     magnitude,
 )
 from secateur.errors import InvalidSpec
-from secateur.grouping import Groups, groups_of
+from secateur.grouping import Groups, example_inputs_of, groups_of
 from secateur.rails import AnyGuardRails, GuardRails, guard_rails
 from secateur.spec import Arrays, Rule, Spec
 from secateur.tensors import is_text
@@ -106,7 +107,7 @@ def grouped(
     """
     if isinstance(importance, str) and importance == "magnitude":
         importance = magnitude(p)
-    return _selection(
+    spec = _selection(
         amount,
         importance,
         importance_scores,
@@ -116,6 +117,7 @@ def grouped(
         align=0 if align is None else integer("align", align, 1, 4097),
         **_ranking(scope, normalization, of_all, guard_rails),
     )
+    return Spec((replace(spec.rules[0], example_inputs=example_inputs_of(groups)),))
 
 
 def _selection(

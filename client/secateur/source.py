@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from secateur.checkpoint import place_of
+from secateur.checks import shown
 from secateur.entries import from_mapping, from_module
 from secateur.errors import InvalidStateDict
 from secateur.model import Source
 from secateur.model_files import MASK_SHAPES, read_path
 from secateur.paths import source_path
 from secateur.tensors import has_torch
+from secateur.ties import tied, values_of
 
 
 def read_source(source: Any, key: str | None = None) -> Source:
@@ -27,7 +29,7 @@ def read_source(source: Any, key: str | None = None) -> Source:
     place = place_of(source)
     is_path = isinstance(source, str | os.PathLike) and not place
     if not isinstance(key, str | None):
-        raise InvalidStateDict(f"key={key!r}: a dotted path is text, not {type(key).__name__}")
+        raise InvalidStateDict(f"key={shown(key)}: a dotted path is text, not {type(key).__name__}")
     if key is not None and not is_path:
         kind = "a model on the server" if place else type(source).__name__
         raise InvalidStateDict(f"key={key!r}: only a local torch file has keys, not {kind}")
@@ -56,6 +58,25 @@ def _read_model(path: Any, key: str | None) -> Source:
             "secateur.custom_from_mask, or method: custom_from_mask in a spec file"
         )
     return read
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads the state_dict of a local model: dense, pairs X_orig and X_mask, or packed.
+
+    Args:
+        path: A .safetensors or torch file, a folder, or an index of shards.
+
+    Returns:
+        Tensors of torch if it is installed, else arrays; tied ones are one object.
+
+    Raises:
+        InvalidStateDict: It cannot be read, or is damaged.
+    """
+    if place_of(path):
+        raise InvalidStateDict(f"{path}: load reads local paths; client.download gets checkpoints")
+    source = _read_model(path, None)
+    entries = tied({**source.tensors, **source.others}, source.other_names)
+    return values_of(source.ordered(entries), source.as_torch)
 
 
 def is_pruned(source: Any, key: str | None = None) -> bool:

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -25,10 +25,12 @@ class Rule:
     Attributes:
         message: The rule as it is sent, without the names of its arrays.
         arrays: The scores or masks that are sent with it, by the names of the tensors.
+        example_inputs: Those with which its groups were traced, if they were.
     """
 
     message: pb.Rule
     arrays: Arrays = field(default_factory=dict)
+    example_inputs: Any = field(default=None, repr=False, compare=False)
 
     def __repr__(self) -> str:
         text = MessageToString(self.message, as_one_line=True)
@@ -46,6 +48,12 @@ class Spec:
 
     def __add__(self, other: "Spec") -> "Spec":
         return Spec(self.rules + other.rules)
+
+    @property
+    def example_inputs(self) -> Any:
+        """Those with which the groups were traced; None if they were not."""
+        given = (rule.example_inputs for rule in self.rules)
+        return next((inputs for inputs in given if inputs is not None), None)
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> "Spec":
@@ -87,7 +95,7 @@ class Spec:
             if message.HasField("selection"):
                 with _rule_in_errors(f"rules[{index}]"):
                     scale(message.selection, due)
-            rules.append(Rule(message, rule.arrays))
+            rules.append(replace(rule, message=message))
         return Spec(tuple(rules))
 
     def encode(self, taken: Iterable[str]) -> tuple[pb.PruningSpec, dict[str, LocalTensor]]:

@@ -165,8 +165,10 @@ def _torch_bytes(value: Any) -> Bytes:
     return read
 
 
-# Names of dtypes that torch and numpy have in common.
-_NUMPY_DTYPES = {name for name in WIRE_DTYPES if name in np.sctypeDict}
+# Names of dtypes that torch and numpy have in common. ml_dtypes adds its own to those of numpy.
+_NUMPY_DTYPES = {
+    name for name in WIRE_DTYPES if name in np.sctypeDict and np.dtype(name).isbuiltin == 1
+}
 
 
 def _array_bytes(array: npt.NDArray[Any]) -> Bytes:

@@ -1,13 +1,13 @@
 """Tied weights of a state_dict: the same memory under several names."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from secateur.errors import InvalidStateDict
 from secateur.places import Place, overlap
-from secateur.tensors import Bytes, LocalTensor, prior_mask
+from secateur.tensors import Bytes, LocalTensor, prior_mask, to_value
 from secateur_proto.ties import Ties, read_ties
 
 Made = TypeVar("Made")
@@ -164,6 +164,19 @@ def each_once(make: Callable[[str, Value], Made], entries: Mapping[str, Value]) 
     """Calls `make` for each entry; for a tied one once, and the result is one object."""
     made = {id(entry): make(name, entry) for entry, name in _first_names(entries)}
     return {name: made[id(entry)] for name, entry in entries.items()}
+
+
+def values_of(entries: Mapping[str, Any], as_torch: bool) -> dict[str, Any]:
+    """Returns tensors of torch, or arrays; other entries as they are, and tied ones as one object.
+
+    Raises:
+        SecateurError: The installed torch, or numpy, has no such dtype.
+    """
+
+    def value(name: str, entry: Any) -> Any:
+        return to_value(name, entry, as_torch) if isinstance(entry, LocalTensor) else entry
+
+    return each_once(value, entries)
 
 
 def _first_names(entries: Mapping[str, Value]) -> list[tuple[Value, str]]:

@@ -18,7 +18,7 @@ from secateur.tensors import has_torch
 
 # model.pth.tar has the suffix .tar.
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
-KNOWN_SUFFIXES = ", ".join((".safetensors", *TORCH_SUFFIXES))
+KNOWN_SUFFIXES = ", ".join((".safetensors", *TORCH_SUFFIXES, ".onnx"))
 
 Keys = tuple[str, ...]
 

@@ -11,6 +11,7 @@ from blake3 import blake3
 
 from secateur.cycles import no_search_for_cycles
 from secateur.errors import DataLoss, ServerError, from_rpc
+from secateur.packed import unpacked
 from secateur.shards import Index
 from secateur.tensor_file import TensorFile, parse_file
 from secateur.tensors import LocalTensor
@@ -156,7 +157,7 @@ def _parse(result: Any, data: memoryview) -> Received:
         if file.filename.endswith(SUFFIX):
             index = file.filename, part
             continue
-        of_file, metadata[file.filename] = parse_file(part)
+        of_file, metadata[file.filename] = unpacked(*parse_file(part))
         files |= dict.fromkeys(of_file, file.filename)
         tensors |= of_file
     if index is None:

@@ -5,6 +5,7 @@ https://huggingface.co/docs/safetensors/metadata_parsing
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -59,7 +60,12 @@ def index_text(
     tensors: Iterable[tuple[str, Sequence[int]]],
 ) -> str:
     """An index.  rest: what else it says.  tensors: dtype and shape of all that is in the files."""
-    size = sum(tensor_bytes(dtype, shape) for dtype, shape in tensors)
+    described = list(tensors)
+    size = sum(tensor_bytes(dtype, shape) for dtype, shape in described)
     metadata = {**rest.get("metadata", {}), "total_size": size}
+    if isinstance(before := metadata.get("total_parameters"), int):
+        # A shrunk model has fewer; the masks of pairs are elements, and not parameters.
+        elements = sum(math.prod(shape) for _, shape in described)
+        metadata["total_parameters"] = min(before, elements)
     table = {**rest, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     return json.dumps(table, indent=2) + "\n"

@@ -81,6 +81,10 @@ class _OutputEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTyp
     tensor twice, in one group or in two, are INVALID_ARGUMENT, unless several rules have the same
     group.
     """
+    OUTPUT_PACKED: _Output.ValueType  # 6
+    """All tensors as OUTPUT_DENSE, in small files: each is stored without its zeros, compressed, where
+    that makes it smaller. docs/packed.md has the layout. Pruned elements become 0 without a sign.
+    """
 
 class Output(_Output, metaclass=_OutputEnumTypeWrapper):
     """What a Prune returns beside the report."""
@@ -108,6 +112,10 @@ pruned in all members are removed from all of them. The report says what was rem
 keeps at least one unit. At least one rule must have groups. Members that name one slice of a
 tensor twice, in one group or in two, are INVALID_ARGUMENT, unless several rules have the same
 group.
+"""
+OUTPUT_PACKED: Output.ValueType  # 6
+"""All tensors as OUTPUT_DENSE, in small files: each is stored without its zeros, compressed, where
+that makes it smaller. docs/packed.md has the layout. Pruned elements become 0 without a sign.
 """
 Global___Output: typing_extensions.TypeAlias = Output
 
@@ -487,7 +495,7 @@ class FinalizeHeader(google.protobuf.message.Message):
     destination_uri: builtins.str
     """As PruneHeader.destination_uri."""
     output: Global___Output.ValueType
-    """What comes back: OUTPUT_DENSE, the default, or OUTPUT_SHRUNK."""
+    """What comes back: OUTPUT_DENSE, the default, OUTPUT_SHRUNK or OUTPUT_PACKED."""
     prior: Global___Prior.ValueType
     """What counts as pruned, in the tensors that `groups` name. For OUTPUT_SHRUNK."""
     @property

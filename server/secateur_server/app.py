@@ -18,12 +18,13 @@ from secateur_server.api.pruner import Pruner
 from secateur_server.backends import backend_for
 from secateur_server.backends.cores import one_thread, start_threads
 from secateur_server.backends.threads import Pool
-from secateur_server.config import Config
+from secateur_server.cut.drivers import Local
 from secateur_server.operate.health import Health
 from secateur_server.operate.interceptor import Interceptor
 from secateur_server.operate.metrics import Metrics
 from secateur_server.operate.serving import Serving
 from secateur_server.operate.traces import Traces
+from secateur_server.options import Config
 from secateur_server.runtime.context import RequestContext
 from secateur_server.runtime.scheduler import Scheduler
 from secateur_server.startup import (
@@ -175,6 +176,7 @@ def _interceptor(
         work_memory=config.work_memory,
         scratch=store.scratch,
         charge=scheduler.charge,
+        driver=Local.on,
     )
     interceptor = Interceptor(
         make_authenticator(config, metrics),

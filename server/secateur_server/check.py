@@ -16,9 +16,9 @@ from secateur_server.backends.cgroups import cpu_limits
 from secateur_server.backends.cores import CORES
 from secateur_server.backends.memory import least_limit, machine_memory, memory_of, total_memory
 from secateur_server.backends.torch_backend import TorchBackend
-from secateur_server.config import Config, is_public
+from secateur_server.config import is_public
 from secateur_server.operate.metrics import Metrics
-from secateur_server.options import unknown_variables
+from secateur_server.options import Config, unknown_variables
 from secateur_server.startup import (
     OPTIONS,
     CannotStart,

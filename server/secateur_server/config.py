@@ -5,62 +5,15 @@ import ipaddress
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import fields
 from importlib.metadata import version
-from pathlib import Path
 from typing import NoReturn
 
 import torch
 
 from secateur_server.backends.memory import total_memory
 from secateur_server.option_types import switch
-from secateur_server.options import OPTIONS, variable_of
-
-
-@dataclass(frozen=True)
-class Config:
-    """The options of secateur-server. docs/operations.md describes each.
-
-    Attributes:
-        metrics_address: None: metrics are not served.
-        memory_limit: Bytes of the models that are served at once.
-        idle_timeout, drain_timeout: Seconds.
-        min_throughput: Bytes a second.
-        max_connection_age, max_connection_age_grace: Seconds; 0: no limit.
-        store_dir: None: a private temporary folder.
-        store_max_bytes: None: 3/4 of the disk's free space and the store's size together.
-        store_ttl: Seconds; 0: for ever.
-        work_memory: Bytes.
-        allow_path: Folders.
-        allow_uri: Prefixes of URIs.
-    """
-
-    address: str
-    metrics_address: str | None
-    device: torch.device
-    max_model_bytes: int
-    memory_limit: int
-    queue_size: int = 64
-    idle_timeout: float = 60.0
-    min_throughput: int = 32 << 10
-    drain_timeout: float = 30.0
-    max_connection_age: float = 3600.0
-    max_connection_age_grace: float = 86400.0
-    store_dir: Path | None = None
-    store_max_bytes: int | None = None
-    store_ttl: float = 0.0
-    work_memory: int = 1 << 30
-    allow_path: tuple[Path, ...] = ()
-    allow_uri: tuple[str, ...] = ()
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
-    tls_client_ca: Path | None = None
-    tokens_file: Path | None = None
-    metrics_token_file: Path | None = None
-    insecure: bool = False
-    log_format: str = "auto"
-    otlp_endpoint: str | None = None
-    check: bool = False
+from secateur_server.options import Config, variable_of
 
 
 class BadConfig(ValueError):
@@ -105,11 +58,12 @@ def parse_config(arguments: Sequence[str], environment: Mapping[str, str]) -> Co
         "SECATEUR_MAX_MODEL_BYTES.",
     )
     parser.add_argument("--version", action="version", version=f"secateur {version('secateur')}")
-    for name, kind, default, text in OPTIONS:
-        variable = variable_of(name)
+    for option in fields(Config):
+        kind, default, text = (option.metadata[part] for part in ("kind", "default", "text"))
+        variable = variable_of(option.name)
         is_switch = kind is switch
         parser.add_argument(
-            f"--{name}",
+            f"--{option.name.replace('_', '-')}",
             type=kind,
             # argparse converts a string default as it does an argument, with the same errors.
             default=environment.get(variable, default),

@@ -7,13 +7,13 @@ from functools import partial
 import grpc
 
 from secateur_proto.framing import CHUNK_BYTES
-from secateur_server.config import Config
 from secateur_server.operate.authentication import Authenticator
 from secateur_server.operate.metrics import Metrics
 from secateur_server.operate.metrics_server import MetricsServer
 from secateur_server.operate.tls import BadCertificate, TlsFiles, server_credentials
 from secateur_server.operate.tokens_file import BadTokens
 from secateur_server.operate.traces import NoTraces, Traces
+from secateur_server.options import Config
 from secateur_server.runtime.scheduler import MAX_MESSAGE_BYTES
 from secateur_server.storage.folders import StoreInUse, default_max_bytes, temporary_folder
 from secateur_server.storage.store import Store

@@ -1,5 +1,6 @@
 """The operations of each backend, compared with their definitions."""
 
+import itertools
 import math
 import os
 from itertools import product
@@ -15,7 +16,7 @@ from secateur_server.backends.keys import BITS
 from secateur_server.backends.masks import any_of_slices, expand
 from secateur_server.backends.norms import slice_norms
 from secateur_server.backends.numba_backend import NumbaBackend
-from secateur_server.backends.pieces import DIGIT_BITS, Piece
+from secateur_server.backends.pieces import DIGIT_BITS, Piece, Stored
 from secateur_server.backends.randomness import RandomScores
 from secateur_server.backends.torch_backend import TorchBackend
 from secateur_server.cut.prune import prune
@@ -62,7 +63,7 @@ def pieces(
     mask = draw(st.none() | flags.map(torch.tensor))
     unpruned = torch.ones(len(values), dtype=torch.bool) if mask is None else mask
     bits = None if mask is None else packed(mask).bits
-    return Piece(len(values), scores, dtype, bits), scores.abs().double().tolist(), unpruned
+    return Piece(len(values), Stored(scores), dtype, bits), scores.abs().double().tolist(), unpruned
 
 
 def key_of(magnitude: float, dtype: torch.dtype) -> int:
@@ -77,9 +78,8 @@ def test_a_split_keeps_keys_above_and_finds_keys_within_the_bounds(
 ) -> None:
     piece, magnitudes, unpruned = drawn
     low, high = sorted(data.draw(st.lists(st.sampled_from(magnitudes), min_size=2, max_size=2)))
-    kept = torch.full(((piece.units + 7) // 8,), 0xFF, dtype=torch.uint8)
-    bounds = key_of(low, piece.dtype), key_of(high, piece.dtype)
-    (found,) = backend.split([piece], *bounds, [kept])
+    found = backend.split([piece], key_of(low, piece.dtype), key_of(high, piece.dtype))
+    kept = found.kept
     expected = torch.tensor([m >= high for m in magnitudes]) & unpruned
     within = [i for i, m in enumerate(magnitudes) if low <= m < high and unpruned[i]]
     assert torch.equal(kept, packed(expected).bits)
@@ -112,15 +112,17 @@ def test_pieces_are_split_as_one_by_one(
             Piece(50, scores, dtype, None),
         ]
     low, high = sorted(key_of(bound, dtype) for bound in bounds)
-    kept = [torch.empty((piece.units + 7) // 8, dtype=torch.uint8) for piece in several]
-    found = backend.split(several, low, high, kept)
-    for piece, part, bits in zip(several, found, kept, strict=True):
-        by_itself = torch.empty_like(bits)
-        (expected,) = TorchBackend(CPU).split([piece], low, high, [by_itself])
-        assert torch.equal(bits, by_itself)
-        assert torch.equal(part.keys, expected.keys)
-        assert torch.equal(part.at, expected.at)
-        assert part.above == backend.count_ones(bits)
+    found = backend.split(several, low, high)
+    expected = [TorchBackend(CPU).split([piece], low, high) for piece in several]
+    begins = itertools.accumulate((8 * len(part.kept) for part in expected), initial=0)
+    assert torch.equal(found.kept, torch.cat([part.kept for part in expected]))
+    assert torch.equal(found.keys, torch.cat([part.keys for part in expected]))
+    assert found.at.tolist() == [
+        begin + place
+        for begin, part in zip(begins, expected, strict=False)
+        for place in part.at.tolist()
+    ]
+    assert found.above == sum(part.above for part in expected)
 
 
 @every_backend
@@ -130,8 +132,8 @@ def test_counts_and_extremes_are_those_of_the_definition(
     backend: TorchBackend, drawn: tuple[Piece, list[float], Tensor], data: st.DataObject
 ) -> None:
     piece, magnitudes, unpruned = drawn
-    scores = piece.scores
-    assert isinstance(scores, Tensor)
+    scores = piece.scores.stored
+    assert scores is not None
     candidates = [m for m, lives in zip(magnitudes, unpruned.tolist(), strict=True) if lives]
     cut = data.draw(st.sampled_from(magnitudes))
     counts = sum(m < cut for m in candidates), candidates.count(cut)
@@ -163,8 +165,8 @@ def assert_ranked(
     assert mask.nonzero().view(-1).tolist() == sorted(order[place:])
     assert cut.key == key_of(magnitudes[order[place - 1]], piece.dtype)
     assert (cut.ties, cut.equal) == (len({*order[:place]} & {*at_cut}), len(at_cut))
-    kept = torch.full(((piece.units + 7) // 8,), 0xFF, dtype=torch.uint8)
-    assert backend.cut_few(RequestContext(), [piece], place, [kept]) == cut
+    few, kept = backend.cut_few(RequestContext(), [piece], place)
+    assert few == cut
     assert torch.equal(kept, packed(mask).bits)
 
 
@@ -184,13 +186,12 @@ def test_several_pieces_are_cut_as_one(
     order = sorted(candidates, key=lambda i: magnitudes[i])
     expected = torch.zeros(len(magnitudes), dtype=torch.bool)
     expected[order[place:]] = True
-    kept = [torch.full(((p.units + 7) // 8,), 0xFF, dtype=torch.uint8) for p, *_ in drawn]
-    cut = backend.cut_few(RequestContext(), [piece for piece, *_ in drawn], place, kept)
+    cut, kept = backend.cut_few(RequestContext(), [piece for piece, *_ in drawn], place)
     at_cut = [i for i in candidates if magnitudes[i] == magnitudes[order[place - 1]]]
     assert cut.key == key_of(magnitudes[order[place - 1]], dtype)
     assert (cut.ties, cut.equal) == (len({*order[:place]} & {*at_cut}), len(at_cut))
-    for bits, part in zip(kept, torch.split(expected, [p.units for p, *_ in drawn]), strict=True):
-        assert torch.equal(bits, packed(part).bits)
+    parts = torch.split(expected, [p.units for p, *_ in drawn])
+    assert torch.equal(kept, torch.cat([packed(part).bits for part in parts]))
 
 
 @every_backend
@@ -227,11 +228,12 @@ def test_a_fold_is_the_product_with_the_mask(
     backend: TorchBackend, drawn: tuple[Piece, list[float], Tensor]
 ) -> None:
     piece, _, unpruned = drawn
-    assert isinstance(piece.scores, Tensor)
-    folded = piece.scores.clone()
+    scores = piece.scores.stored
+    assert scores is not None
+    folded = scores.clone()
     backend.fold(folded, packed(unpruned).bits)
-    zeros = torch.copysign(torch.zeros_like(piece.scores), piece.scores)
-    product = torch.where(unpruned, piece.scores, zeros)
+    zeros = torch.copysign(torch.zeros_like(scores), scores)
+    product = torch.where(unpruned, scores, zeros)
     assert torch.equal(folded.view(BITS[piece.dtype]), product.view(BITS[piece.dtype]))
 
 
@@ -271,15 +273,11 @@ def test_the_structure_of_lines_of_bits(
 @given(state=st.integers(-(1 << 63), (1 << 63) - 1), begin=st.integers(0, 1 << 40))
 def test_random_keys_are_the_same_in_every_backend(state: int, begin: int) -> None:
     piece = Piece(50, RandomScores(state, begin), torch.float32, None)
-    kept = [torch.empty(7, dtype=torch.uint8) for _ in ALL]
-    found = [
-        backend.split([piece], 1 << 28, 1 << 29, [bits])[0]
-        for backend, bits in zip(ALL, kept, strict=True)
-    ]
-    for part, bits in zip(found[1:], kept[1:], strict=True):
+    found = [backend.split([piece], 1 << 28, 1 << 29) for backend in ALL]
+    for part in found[1:]:
         assert torch.equal(part.keys, found[0].keys)
-        assert torch.equal(part.at, found[0].at)
-        assert torch.equal(bits, kept[0])
+        assert part.at.tolist() == found[0].at.tolist()
+        assert torch.equal(part.kept, found[0].kept)
 
 
 SHAPES = st.lists(st.integers(1, 7), min_size=1, max_size=4)

@@ -136,7 +136,7 @@ def test_errors_are_one_line(model: Path, capsys: pytest.CaptureFixture[str]) ->
 
     assert "no such file" in fails(model.with_name("x.safetensors"), "-o", out, *half).lower()
     assert "nearest: 'fc.weight'" in fails(model, "-o", out, *half, "--tensors", "fc.wight")
-    for name in ("o.zip", "o.onnx", "o"):
+    for name in ("o.zip", "o.h5", "o"):
         said = fails(model, "-o", model.with_name(name), *half)
         assert f"unknown suffix {Path(name).suffix!r}; known are .safetensors, .pt, .pth" in said
         assert "a folder (-o NAME) is made only for a model, not masks, read from a folder" in said

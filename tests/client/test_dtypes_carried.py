@@ -1,5 +1,7 @@
 """Tensors that are not pruned come back from every source, through every output, bit for bit."""
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -394,3 +396,16 @@ PRUNED = [
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64, *FP8),
 ]
+
+
+def test_bfloat16_where_ml_dtypes_was_imported_first() -> None:
+    """As by onnx and jax: ml_dtypes then adds its dtypes to numpy's table."""
+    code = """
+import ml_dtypes, numpy, torch
+from secateur.tensors import from_value
+assert "bfloat16" in numpy.sctypeDict
+print(from_value("", torch.ones(2, dtype=torch.bfloat16)).read().tobytes().hex())
+"""
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (ended.stdout, ended.stderr) == ("803f803f\n", "")

@@ -157,7 +157,7 @@ def test_missing_files_and_folders_are_refused(
         client.report(str(path))
 
 
-@pytest.mark.parametrize("name", ["model", "model.onnx", "model.safetensors.gz", "model.PT"])
+@pytest.mark.parametrize("name", ["model", "model.h5", "model.safetensors.gz", "model.PT"])
 def test_a_file_of_another_kind_is_refused(
     client: secateur.Client, tmp_path: Path, name: str
 ) -> None:

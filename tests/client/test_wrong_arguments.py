@@ -22,6 +22,7 @@ W = np.arange(1.0, 13, dtype=np.float32).reshape(4, 3)
 MODEL = {"w": W, "b": W + 1}
 HALF = secateur.l1_unstructured("w", 0.5)
 GROUP = secateur.group("g", secateur.member("w"))
+GPT2 = {"n_embd": 4, "n_layer": 1, "n_head": 2}
 
 
 WRONG: dict[str, Any] = {
@@ -114,7 +115,7 @@ FUNCTIONS: dict[Callable[..., Any], dict[str, Any]] = {
     },
     secateur.member: {
         **{"tensor": "w", "dim": 0, "offset": 0, "stride": 1, "units": None, "indices": None},
-        "scored": True,
+        **{"scored": True, "masked": True},
     },
     secateur.head_groups: {
         **{"q": "q", "k": "k", "v": "v", "o": "o", "head_dim": 1, "heads": 1},
@@ -122,6 +123,17 @@ FUNCTIONS: dict[Callable[..., Any], dict[str, Any]] = {
     },
     secateur.query_head_groups: {"q": "q", "o": "o", "head_dim": 1, "heads": 1},
     secateur.is_pruned: {"source": MODEL},
+    secateur.sizes: {"module": torch.nn.Linear(2, 2)},
+    secateur.resize: {"module": torch.nn.Linear(2, 2), "sizes": {"weight": [2, 1]}},
+    secateur.gain: {
+        **{"before": torch.nn.Linear(2, 2), "after": torch.nn.Linear(2, 2)},
+        "inputs": torch.ones(1, 2),
+    },
+    secateur.depth: {"source": {"l.0.w": W, "l.1.w": W}, "layers": [0], "stack": "l", "key": None},
+    secateur.transformer_groups: {
+        "config": {"model_type": "gpt2", "architectures": ["GPT2Model"], **GPT2},
+        **{"parts": ["heads"], "source": None},
+    },
     secateur.Spec.from_dict: {
         "table": {"rules": [{"method": "lamp", "amount": 1, "tensors": "w"}]}
     },
@@ -202,7 +214,7 @@ def test_members_of_groups() -> None:
 def test_every_public_function_is_here() -> None:
     public = [getattr(secateur, name) for name in secateur.__all__]
     functions = {member.__name__ for member in public if inspect.isfunction(member)}
-    assert functions - {f.__name__ for f in FUNCTIONS} == {"embedded", "group"}
+    assert functions - {f.__name__ for f in FUNCTIONS} == {"embedded", "export", "group", "load"}
 
 
 def test_a_client() -> None:
@@ -233,7 +245,7 @@ def methods(client: secateur.Client, path: Path) -> dict[Callable[..., Any], dic
         },
         client.finalize: {
             **{"source": MODEL, "tensors": None, "progress": False, "destination": None},
-            "key": None,
+            **{"key": None, "output": "dense", "groups": (), "prior": "masks"},
         },
         client.upload: {"source": MODEL, "progress": False, "key": None},
         client.download: {

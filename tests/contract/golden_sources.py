@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 import secateur as s
+from secateur.grouping import Group
 from tests.conftest import asset
 from tests.contract import golden_models as models
 from tests.contract.golden_digests import (
@@ -120,17 +121,31 @@ def alike() -> dict[str, Case]:
         for name, unit in {"rows": s.slices(0), "2:4": s.n_m(), "blocks": s.blocks(4, 4)}.items()
         for scope in ("tensor", "global")
     }
-    layers = [
+    grouped = {
+        f"groups, {scope}": s.grouped(_blocks(), 0.4, 2, scope=scope, normalization=of)
+        for scope, of in (("global", "mean"), ("tensor", None))
+    }
+    return all_pruned({"alike": models.alike}, {**units, **grouped, "l1": SMALL["l1"]})
+
+
+def _blocks() -> list[Group]:
+    return [
         s.group(
             f"blocks.{i}", s.member(f"blocks.{i}.up.weight"), s.member(f"blocks.{i}.down.weight", 1)
         )
         for i in range(60)
     ]
-    grouped = {
-        f"groups, {scope}": s.grouped(layers, 0.4, 2, scope=scope, normalization=of)
-        for scope, of in (("global", "mean"), ("tensor", None))
+
+
+def shrunk() -> dict[str, Case]:
+    """Units of groups are removed."""
+    specs = {
+        f"align {align}, {scope}": s.grouped(_blocks(), 0.4, 2, scope=scope, align=align)
+        for align in (None, 1, 3)
+        for scope in ("global", "tensor")
     }
-    return all_pruned({"alike": models.alike}, {**units, **grouped, "l1": SMALL["l1"]})
+    specs["after elements"] = s.l1_unstructured("*.weight", 0.3) + specs["align 1, global"]
+    return {name: pruned(models.alike, spec, ("shrunk",)) for name, spec in specs.items()}
 
 
 def crowds() -> dict[str, Case]:
@@ -241,6 +256,18 @@ def outputs() -> dict[str, Case]:
         "pairs, finalize one": finalized(models.pairs, ["attn.*"]),
         "grid, report": reported(models.grid),
     }
+
+
+def packed() -> dict[str, Case]:
+    """Tensors of packed files."""
+    sources: dict[str, Source] = {
+        "layers": models.layers,
+        "pairs": models.pairs,
+        "mixed": models.mixed,
+        "medium": models.medium,
+        "tied": _tied,
+    }
+    return {name: pruned(source, HALF, ("packed",)) for name, source in sources.items()}
 
 
 def _file(folder: Path) -> Path:

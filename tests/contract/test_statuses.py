@@ -246,7 +246,7 @@ UNFIT_VALUES = [
 def test_a_wrong_spec_is_refused(
     channel: grpc.Channel, wrong: spec_pb2.PruningSpec, field: str, parts: list[str]
 ) -> None:
-    for output in pb.Output.values():
+    for output in set(pb.Output.values()) - {pb.OUTPUT_SHRUNK}:  # which needs groups first of all
         found = send_file(channel, "Prune", DATA, spec=wrong, output=output)
         check_invalid(found, INVALID_SPEC, field, parts)
 
@@ -274,7 +274,7 @@ def test_an_unknown_name_is_refused_before_the_data_is_sent(
     check_invalid(found, INVALID_SPEC, "header.tensors[1]", [f"'{name}'", said])
 
 
-@pytest.mark.parametrize("output", [-1, 5, 99])
+@pytest.mark.parametrize("output", [-1, 7, 99])
 def test_an_unknown_output_is_refused(channel: grpc.Channel, output: int) -> None:
     found = send_file(channel, "Prune", DATA, output=output)
     check_invalid(found, "INVALID_REQUEST", "header.output", [str(output)])

@@ -130,7 +130,7 @@ def test_the_error_of_the_client_has_both_versions(
 def test_the_info_of_a_server_lists_its_choices(client: secateur.Client) -> None:
     info = client.server_info()
     assert info.version == secateur.__version__
-    assert set(info.outputs) == {"masks", "reparametrized", "dense", "none"}
+    assert set(info.outputs) == {"masks", "reparametrized", "dense", "none", "shrunk", "packed"}
     assert {"magnitude", "random"} <= set(info.importances)
     assert {"fraction", "count", "threshold", "bytes"} <= set(info.amounts)
     for names, enum, served in (

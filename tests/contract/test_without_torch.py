@@ -68,6 +68,26 @@ assert "torch" not in sys.modules
     assert load_file(tmp_path / "out.safetensors")["w"].tolist() == [[3, 0], [0, -4]]
 
 
+def test_packed_files_are_read_and_written_without_torch(
+    without_torch: Path, server: RunningServer, tmp_path: Path
+) -> None:
+    save_file({"w": np.arange(1000, dtype=np.float32)}, tmp_path / "in.safetensors")
+    code = """
+import sys, numpy, secateur
+address, folder = sys.argv[1:]
+with secateur.Client(address, timeout=300) as client:
+    half = secateur.l1_unstructured("w", 0.5)
+    result = client.prune(f"{folder}/in.safetensors", half, "packed")
+    result.save(f"{folder}/out.safetensors", "packed")
+loaded = secateur.load(f"{folder}/out.safetensors")["w"]
+assert type(loaded) is numpy.ndarray
+assert loaded.tolist() == [i if i >= 500 else 0 for i in range(1000)]
+assert "torch" not in sys.modules
+"""
+    ended = run(without_torch, code, server.address, str(tmp_path))
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_the_error_of_an_embedded_server_names_the_extra(without_torch: Path) -> None:
     code = """
 import secateur

@@ -19,6 +19,7 @@ from secateur_server.backends import kernels
 from secateur_server.backends.kernels_units import COUNTED, KEYS
 from secateur_server.backends.masks import Mask
 from secateur_server.backends.numba_backend import NumbaBackend
+from secateur_server.backends.pieces import Stored
 from secateur_server.backends.torch_backend import TorchBackend
 from secateur_server.cut.score import Ranking
 from secateur_server.cut.select import select
@@ -224,7 +225,7 @@ def test_a_selection_prunes_exactly_the_count(drawn: Drawn, p: float, data: st.D
     mask = units.candidates(CONTEXT, values, drawn.mask)
     unpruned = [i for i, is_candidate in enumerate(candidates(drawn)) if is_candidate]
     count = data.draw(st.integers(0, len(unpruned)))
-    ranking = Ranking("w", len(scores), scores, mask, CPU)
+    ranking = Ranking("w", len(scores), Stored(scores), mask, CPU)
     (kept,), _ = select(CONTEXT, [ranking], len(unpruned), count)
     assert kept.kept(CONTEXT) == len(unpruned) - count
     pruned = sorted(unpruned, key=lambda i: (float(scores[i]), i))[:count]

@@ -1,6 +1,7 @@
 """Programs in other languages prune real weights, with nothing but the .proto files."""
 
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Module
 
+import secateur.cli
 from tests.conftest import RunningServer
 from tests.reference import all_l1, assert_same_tensors, by_torch, masks_of, place
 
@@ -202,6 +204,33 @@ def test_a_call_has_the_token_and_the_deadline(program: list[str], model: Path) 
     assert method == "/secateur.v1.Pruner/Prune"
     assert metadata["authorization"] == "Bearer sesame"
     assert 0 < remaining <= 50
+
+
+def test_the_example_in_node_reads_packed_files(
+    built: Path, model: Path, tensors: dict[str, Tensor]
+) -> None:
+    with locked(built):
+        build_node(built / "node")
+    weights = {name: torch.where(t.abs() < 0.05, t * 0, t) for name, t in tensors.items()}
+    weights |= {"half": weights["conv1.weight"].bfloat16(), "step": torch.tensor(3)}
+    save_file(weights, model)
+    packed = model.with_name("packed.safetensors")
+    secateur.cli.main(["pack", str(model), "-o", str(packed)])
+    environment = {**os.environ, "NODE_PATH": str(built / "node/node_modules")}
+    command = ["node", "examples/read_packed.js", str(packed)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    found = {name: rest for name, *rest in map(json.loads, ended.stdout.splitlines())}
+    dtypes = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}
+    assert found == {
+        name: [dtypes[tensor.dtype], list(tensor.shape), digest_of(tensor)]
+        for name, tensor in weights.items()
+    }
+
+
+def digest_of(tensor: Tensor) -> str:
+    data = tensor.reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(data.tobytes()).hexdigest()
 
 
 def excerpts_of(language: str) -> list[str]:

@@ -20,7 +20,8 @@ import secateur
 from secateur_proto.pruner_pb2 import ReportHeader, ReportRequest
 from secateur_proto.pruner_pb2_grpc import PrunerStub
 from secateur_server.check import check
-from secateur_server.config import Config, read_config
+from secateur_server.config import read_config
+from secateur_server.options import Config
 from tests.conftest import RunningServer, eventually, run_server, start_server, stop_server
 from tests.contract.raw import OWN_CONNECTION, bearer, entry, failure, file, series
 from tests.operate.certificates import Authority, Pair, serial_at

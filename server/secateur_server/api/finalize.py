@@ -15,6 +15,7 @@ from secateur_server.granularity.groups import resolve_group
 from secateur_server.granularity.kept_units import distinct_groups
 from secateur_server.outputs import OUTPUTS
 from secateur_server.outputs.dense import folded_files
+from secateur_server.outputs.packed import packed_files
 from secateur_server.report.tensors import measure_tensors
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.decode import decode_groups
@@ -24,7 +25,7 @@ from secateur_server.state_dict.state_dict import StateDict
 from secateur_server.wire.writer import OutgoingFile, digest_of
 
 # The outputs of a model without masks.
-FINAL = {pb.OUTPUT_UNSPECIFIED, pb.OUTPUT_DENSE, pb.OUTPUT_SHRUNK}
+FINAL = {pb.OUTPUT_UNSPECIFIED, pb.OUTPUT_DENSE, pb.OUTPUT_SHRUNK, pb.OUTPUT_PACKED}
 
 
 def decode_finalize(context: RequestContext, header: pb.FinalizeHeader) -> Sequence[Group]:
@@ -40,7 +41,7 @@ def decode_finalize(context: RequestContext, header: pb.FinalizeHeader) -> Seque
     if needs_groups != bool(header.groups):
         why = "is empty; send at least one group" if needs_groups else "needs OUTPUT_SHRUNK"
         raise InvalidRequest("header.groups", why)
-    if header.prior and not needs_groups:
+    if header.prior == pb.PRIOR_ZEROS and not needs_groups:
         raise InvalidRequest("header.prior", "needs OUTPUT_SHRUNK")
     if header.tensors and needs_groups:
         raise InvalidRequest(
@@ -111,4 +112,5 @@ def _files(
     # Without names, masks of integer tensors are applied too, which no report covers.
     names = state_dict.named(context, "header.tensors", header.tensors)
     folded = names if header.tensors else parameters
-    return folded_files(context, state_dict, {name: parameters[name] for name in folded})
+    make = packed_files if header.output == pb.OUTPUT_PACKED else folded_files
+    return make(context, state_dict, {name: parameters[name] for name in folded})

@@ -16,7 +16,7 @@ from secateur_server.errors import CheckpointNotFound, InvalidRequest
 from secateur_server.granularity.group import Group
 from secateur_server.outputs import OUTPUTS
 from secateur_server.report.tensors import measure_tensors
-from secateur_server.report.warnings import changes_of, warnings_of
+from secateur_server.report.warnings import NOT_SMALLER, changes_of, warnings_of
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.decode import decode_spec
 from secateur_server.spec.resolve import resolve
@@ -35,14 +35,15 @@ def decode_prune(context: RequestContext, header: pb.PruneHeader) -> list[Rule]:
     Raises:
         InvalidSpec, InvalidRequest: A field is wrong.
     """
+    needs_groups = header.output in OUTPUTS and OUTPUTS[header.output].needs_groups
+    rules = decode_spec(context, header.spec, default_align=0 if needs_groups else 1)
     if header.output not in OUTPUTS:
         raise InvalidRequest("header.output", f"{header.output} is not an output")
-    needs_groups = OUTPUTS[header.output].needs_groups
-    rules = decode_spec(context, header.spec, default_align=0 if needs_groups else 1)
     if needs_groups and not any(rule.units_together() for rule in rules):
         name = pb.Output.Name(header.output)
         raise InvalidRequest(
-            "header.output", f"{name} removes units of groups, and no rule of the spec has groups"
+            "header.output",
+            f"{name} removes units of groups, and no rule has any; use GRANULARITY_GROUP",
         )
     if header.destination_uri and not OUTPUTS[header.output].has_data:
         name = pb.Output.Name(header.output)
@@ -120,7 +121,10 @@ def _prune(
         report = encode_report(context, measured, catalog, *digests, outcomes)
         changes = changes_of(context, report, catalog, prior)
         describe_smaller(context, report, state_dict, groups, {**prior, **pruned})
-        report.warnings.extend(warnings_of(context, report, asked, rules, catalog, changes))
+        warnings = warnings_of(context, report, asked, rules, catalog, changes)
+        if header.output == pb.OUTPUT_PACKED:
+            warnings = [warning for warning in warnings if warning.code != NOT_SMALLER]
+        report.warnings.extend(warnings)
     return Pruned(pruned, files, report, sum(change.pruned for change in changes))
 
 

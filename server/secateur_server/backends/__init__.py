@@ -64,6 +64,31 @@ def allocate(context: RequestContext, size: int, backend: Backend) -> Tensor:
     return backend.allocate(size)
 
 
+# A result that is made before it is sent is in memory up to this size.
+_IN_MEMORY_BYTES = 16 << 20
+
+
+def allocate_in_scratch(context: RequestContext, field: str, size: int) -> Tensor:
+    """Allocates a result that is made before it is sent, on disk if it is large.
+
+    Args:
+        context: The request.
+        field: The field of the request that asks for it.
+        size: Bytes.
+
+    Returns:
+        uint8, (size,), with any values.
+
+    Raises:
+        StoreFull: The disk is full.
+        QueueFull: A small one does not fit beside those of other requests.
+    """
+    if context.scratch is not None and size > _IN_MEMORY_BYTES:
+        return allocate_on_disk(context.scratch, size)
+    context.charge(field, size, "a result that is made before it is sent")
+    return torch.empty(size, dtype=torch.uint8)
+
+
 def spans(count: int, size: int) -> list[Span]:
     """[begin, end) of the pieces of `size` that make up `count`."""
     return [(begin, min(begin + size, count)) for begin in range(0, count, size)]

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from secateur_server.backends import backend_for
 from secateur_server.backends.keys import BITS
-from secateur_server.backends.pieces import Batch, Ints, Layouts, Piece
-from secateur_server.backends.randomness import RandomScores
+from secateur_server.backends.pieces import Batch, Ints, Layouts, Piece, Scores
 from secateur_server.runtime.context import RequestContext
 
 # A tensor of more elements is not small: its own operations take longer than to call them.
@@ -46,7 +45,7 @@ def batched(sizes: Sequence[int]) -> Iterator[slice]:
 
 
 def side_by_side(
-    scores: Sequence[Tensor | RandomScores],
+    scores: Sequence[Scores],
     units: Sequence[int],
     unpruned: Sequence[Tensor | None],
     dtype: torch.dtype,
@@ -54,7 +53,7 @@ def side_by_side(
     """A batch.
 
     Args:
-        scores: Of each tensor, 1-D, with a unit or more.
+        scores: Of each tensor, with a unit or more.
         units: Of each tensor.
         unpruned: Of each tensor bits; None: nothing of it is pruned.
         dtype: As of score_dtype.
@@ -67,9 +66,9 @@ def side_by_side(
     return Batch(bits, dtype, bits_of(unpruned, units), begins, sizes)
 
 
-def _bits(scores: Tensor | RandomScores, units: int, dtype: torch.dtype) -> Tensor:
-    if isinstance(scores, Tensor):
-        return scores if scores.dtype == dtype else scores.to(dtype)
+def _bits(scores: Scores, units: int, dtype: torch.dtype) -> Tensor:
+    if (stored := scores.stored) is not None:
+        return stored if stored.dtype == dtype else stored.to(dtype)
     return backend_for(_CPU).keys(Piece(units, scores, dtype, None)).view(dtype)
 
 

@@ -137,30 +137,30 @@ def split(
 
 @compiled
 def split_many(
-    pieces: Any, largest: int, low: int, high: int, found: Any, at: Any, counts: Any
-) -> int:
+    pieces: Any, largest: int, low: int, high: int, kept: Any, found: Any, at: Any
+) -> tuple[int, int]:
     """As split, of pieces one after the other: a call from Python takes as long as many units do.
 
-    pieces: int64, a row each: the addresses of bits, of unpruned, 0 for None, and of kept; units.
-    found, at: of all pieces, `at` within each.
-    counts: of each piece, how many units are kept, and how many are found.
+    pieces: int64, a row each: the addresses of bits, and of unpruned, 0 for None; units.
+    kept, found: of all pieces.  at: places in `kept`.
+    Returns: how many units are kept, and how many are found.
     """
-    count = 0
+    begin = count = 0
     for p in range(len(pieces)):
-        units = pieces[p, 3]
+        units = pieces[p, 2]
         size = (units + 7) // 8
         bits = carray(_pointer(pieces[p, 0]), units, found.dtype)
-        kept = carray(_pointer(pieces[p, 2]), size, np.uint8)
-        into = kept, found[count:], at[count:]
+        into = kept[begin : begin + size], found[count:], at[count:]
         if pieces[p, 1] == 0:
             within = split(bits, None, largest, low, high, *into)
         else:
             unpruned = carray(_pointer(pieces[p, 1]), size, np.uint8)
             within = split(bits, unpruned, largest, low, high, *into)
-        counts[p, 0] = count_ones(kept)
-        counts[p, 1] = within
+        for i in range(count, count + within):
+            at[i] += 8 * begin
+        begin += size
         count += within
-    return count
+    return count_ones(kept), count
 
 
 @compiled

@@ -128,7 +128,7 @@ class NumbaBackend(TorchBackend):
 
     def sample(self, piece: Piece, index: Tensor) -> Tensor:
         # Of random scores no others are made, of other dtypes no others converted.
-        if isinstance(piece.scores, RandomScores) or piece.scores.dtype != piece.dtype:
+        if (stored := piece.scores.stored) is None or stored.dtype != piece.dtype:
             return super().sample(piece, index)
         bits = _bits(piece).numpy()
         found = torch.empty(len(index), dtype=BITS[piece.dtype])
@@ -136,23 +136,17 @@ class NumbaBackend(TorchBackend):
         return found[: kernels.sample(bits, _unpruned(piece), _largest(bits), *into)]
 
     def cut_few(
-        self,
-        context: RequestContext,
-        pieces: Sequence[Piece],
-        place: int,
-        kept: Sequence[Tensor],
-    ) -> Cut:
+        self, context: RequestContext, pieces: Sequence[Piece], place: int
+    ) -> tuple[Cut, Tensor]:
         if len(pieces) == 1:
-            of_piece = _bits(pieces[0]).numpy(), _unpruned(pieces[0])
-            return _cut_few(*of_piece, pieces[0].dtype, place, kept[0].numpy())
-        bits, unpruned = _side_by_side(context, pieces)
-        found = np.empty_like(unpruned)
-        cut = _cut_few(bits, unpruned, pieces[0].dtype, place, found)
-        begin = 0
-        for part in context.each(kept):
-            part.numpy()[:] = found[begin : begin + len(part)]
-            begin += len(part)
-        return cut
+            bits, unpruned = _bits(pieces[0]).numpy(), _unpruned(pieces[0])
+        else:
+            bits, unpruned = _side_by_side(context, pieces)
+        kept = self.allocate((len(bits) + 7) // 8)
+        found = _scratch(len(bits), BITS[pieces[0].dtype]).numpy()
+        into = kept.numpy(), found, _scratch(len(bits), torch.int32).numpy()
+        cut = kernels.cut_few(bits, unpruned, _largest(bits), place, *into)
+        return Cut(*map(int, cut)), kept
 
     def cut_each(self, batch: Batch, counts: Ints) -> tuple[Tensor, Ints]:
         kept, cuts = torch.empty_like(batch.unpruned), np.empty((len(counts), 3), np.int64)
@@ -162,30 +156,26 @@ class NumbaBackend(TorchBackend):
         kernels_many.cut_each(bits, unpruned, _largest(bits), *spans, into, cuts)
         return kept, cuts
 
-    def split(
-        self, pieces: Sequence[Piece], low: int, high: int, kept: Sequence[Tensor]
-    ) -> list[Split]:
+    def split(self, pieces: Sequence[Piece], low: int, high: int) -> Split:
         units, dtype = sum(piece.units for piece in pieces), BITS[pieces[0].dtype]
         found, at = _scratch(units, dtype), _scratch(units, torch.int32)
+        kept = self.allocate(sum((piece.units + 7) // 8 for piece in pieces))
         held = [_bits(piece) for piece in pieces]
         assert all(bits.dtype == dtype for bits in held), "addresses do not tell of widths"
         addresses = [
             (
                 bits.data_ptr(),
                 0 if piece.unpruned is None else piece.unpruned.data_ptr(),
-                into.data_ptr(),
                 piece.units,
             )
-            for bits, piece, into in zip(held, pieces, kept, strict=True)
+            for bits, piece in zip(held, pieces, strict=True)
         ]
-        counts = np.empty((len(pieces), 2), np.int64)
         of_keys: Any = found.numpy()
         of_bits = of_keys.dtype.type  # of another dtype they would be compared as int64
         bounds = _largest(of_keys), of_bits(low), of_bits(high)
-        count = kernels.split_many(np.array(addresses), *bounds, of_keys, at.numpy(), counts)
-        above, within = counts.T.tolist()
-        keys, places = (torch.split(part[:count].clone(), within) for part in (found, at))
-        return list(map(Split, above, keys, places))
+        into = kept.numpy(), of_keys, at.numpy()
+        above, within = kernels.split_many(np.array(addresses), *bounds, *into)
+        return Split(kept, int(above), found[:within].clone(), at[:within].clone())
 
     def keep(self, kept: Tensor, at: Tensor, flags: Tensor) -> None:
         kernels.keep(kept.numpy(), at.numpy(), flags.numpy())
@@ -233,9 +223,7 @@ def _scratch(count: int, dtype: torch.dtype) -> Tensor:
 
 def _bits(piece: Piece) -> Tensor:
     """The integers that have the bits of a piece's scores."""
-    if isinstance(piece.scores, RandomScores):
-        return _random_bits(piece.scores, piece.units)
-    return piece.scores.to(piece.dtype).contiguous().view(BITS[piece.dtype])
+    return piece.scores.bits(piece.dtype, piece.units, _random_bits)
 
 
 def _random_bits(scores: RandomScores, units: int) -> Tensor:
@@ -246,12 +234,6 @@ def _random_bits(scores: RandomScores, units: int) -> Tensor:
 
 def _unpruned(piece: Piece) -> Any:
     return None if piece.unpruned is None else piece.unpruned.numpy()
-
-
-def _cut_few(bits: Any, unpruned: Any, dtype: torch.dtype, place: int, kept: Any) -> Cut:
-    found = _scratch(len(bits), BITS[dtype]).numpy()
-    at = _scratch(len(bits), torch.int32).numpy()
-    return Cut(*map(int, kernels.cut_few(bits, unpruned, _largest(bits), place, kept, found, at)))
 
 
 def _side_by_side(context: RequestContext, pieces: Sequence[Piece]) -> tuple[Any, Any]:

@@ -4,14 +4,16 @@ A mask is bits: uint8, row-major, lowest bit first, 1 is kept, the last byte pad
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from secateur_server.backends.keys import BITS, as_keys, picked, ranked_as
 from secateur_server.backends.randomness import RandomScores
 
 Ints = npt.NDArray[np.int64]
@@ -29,19 +31,77 @@ EXACT_POWERS = (0.5, 1, 2, 3)
 BYTES_OF_FEW = 48
 
 
+# A backend's own way to the keys of random scores, of so many units.
+MakeRandom = Callable[[RandomScores, int], Tensor]
+
+
+class Scores(Protocol):
+    """The scores of units. There are stored ones, and RandomScores."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which they compare without loss."""
+
+    @property
+    def stored(self) -> Tensor | None:
+        """The scores, 1-D; None if each is computed where it is needed."""
+
+    @property
+    def stream(self) -> tuple[int, int]:
+        """The state of the random stream, and its first number; 0, 0 for stored scores."""
+
+    def part(self, begin: int, end: int) -> "Scores":
+        """Returns the scores of the units [begin, end)."""
+
+    def keys(self, dtype: torch.dtype, units: int, make_random: MakeRandom) -> Tensor:
+        """Returns the keys of all units, compared as `dtype`; a tensor that may be written to."""
+
+    def bits(self, dtype: torch.dtype, units: int, make_random: MakeRandom) -> Tensor:
+        """Returns integers that are the keys but for a sign, contiguous, not to be written to."""
+
+    def keys_at(self, dtype: torch.dtype, index: Tensor) -> Tensor:
+        """Returns the keys of the units at an index, compared as `dtype`."""
+
+
+class Stored(NamedTuple):
+    """Scores in memory. `stored` is 1-D, of any dtype that can be pruned."""
+
+    stored: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return ranked_as(self.stored.dtype)
+
+    @property
+    def stream(self) -> tuple[int, int]:
+        return 0, 0
+
+    def part(self, begin: int, end: int) -> "Stored":
+        return Stored(self.stored[begin:end])
+
+    def keys(self, dtype: torch.dtype, units: int, make_random: MakeRandom) -> Tensor:
+        return as_keys(self.stored, dtype)
+
+    def bits(self, dtype: torch.dtype, units: int, make_random: MakeRandom) -> Tensor:
+        return self.stored.to(dtype).contiguous().view(BITS[dtype])
+
+    def keys_at(self, dtype: torch.dtype, index: Tensor) -> Tensor:
+        return as_keys(picked(self.stored, index), dtype)
+
+
 @dataclass(frozen=True)
 class Piece:
     """Units of a tensor in their order, to be ranked by the absolute value of their scores.
 
     Attributes:
         units: How many.
-        scores: Of any dtype that can be pruned, 1-D; or random ones.
-        dtype: What they are compared as, as of ranked_as; random ones are integers of its bits.
+        scores: Of these units.
+        dtype: What they are compared as, as of Scores.dtype.
         unpruned: Bits, 0 is pruned already; None: no unit is.
     """
 
     units: int
-    scores: Tensor | RandomScores
+    scores: Scores
     dtype: torch.dtype
     unpruned: Tensor | None
 
@@ -76,14 +136,16 @@ class Cut:
 
 @dataclass(frozen=True)
 class Split:
-    """A piece between two bounds.
+    """Pieces between two bounds.
 
     Attributes:
-        above: How many units are at the upper bound or above.
+        kept: Bits: the units at the upper bound or above. Each piece begins with a new byte.
+        above: How many they are.
         keys: Of the units between the bounds.
-        at: Their places, int32.
+        at: Their places in `kept`, int32 or int64.
     """
 
+    kept: Tensor
     above: int
     keys: Tensor
     at: Tensor

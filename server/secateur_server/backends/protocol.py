@@ -163,19 +163,13 @@ class Backend(Protocol):
             The cut; and which keys are kept, bool, (n,), False for those that were pruned already.
         """
 
-    def split(
-        self, pieces: Sequence[Piece], low: int, high: int, kept: Sequence[Tensor]
-    ) -> list[Split]:
+    def split(self, pieces: Sequence[Piece], low: int, high: int) -> Split:
         """Keeps the unpruned units at `high` or above, and collects those in [low, high).
 
         Args:
             pieces: One or more, of one dtype, to be worked on at once.
             low: A key.
             high: A key.
-            kept: The bits of each piece, written to.
-
-        Returns:
-            Of each piece.
         """
 
     def keep(self, kept: Tensor, at: Tensor, flags: Tensor) -> None:
@@ -183,24 +177,22 @@ class Backend(Protocol):
 
         Args:
             kept: The bits of a mask, 0 at those places; written to.
-            at: Places, int32.
+            at: Places, int32 or int64.
             flags: Bool, as long: which of those bits to set.
         """
 
     def cut_few(
-        self,
-        context: RequestContext,
-        pieces: Sequence[Piece],
-        place: int,
-        kept: Sequence[Tensor],
-    ) -> Cut:
+        self, context: RequestContext, pieces: Sequence[Piece], place: int
+    ) -> tuple[Cut, Tensor]:
         """Prunes the `place` lowest units of few ones. Ties go to the lowest index.
 
         Args:
             context: The request.
             pieces: All of one dtype; their order is that of the indices.
             place: In [1, the number of unpruned units].
-            kept: The bits of each piece, written to.
+
+        Returns:
+            The cut; and the bits of the kept units, where each piece begins with a new byte.
 
         Raises:
             Cancelled, DeadlineExceeded: As `map`.

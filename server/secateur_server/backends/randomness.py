@@ -1,6 +1,7 @@
 """Random scores that are computed where they are needed: they are never stored."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +15,33 @@ MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
 @dataclass(frozen=True)
 class RandomScores:
-    """Scores from one stream of numbers.  state: of the stream, an int64.  begin: the first one."""
+    """Scores from one stream of numbers, as pieces.Scores.
+
+    state: of the stream, an int64.  begin: the first one.
+    """
 
     state: int
     begin: int = 0
+
+    dtype = torch.float32  # its keys have 32 bits
+    stored = None
+
+    @property
+    def stream(self) -> tuple[int, int]:
+        return self.state, self.begin
+
+    def part(self, begin: int, end: int) -> "RandomScores":
+        return RandomScores(self.state, self.begin + begin)
+
+    def keys(
+        self, dtype: torch.dtype, units: int, make_random: Callable[["RandomScores", int], Tensor]
+    ) -> Tensor:
+        return make_random(self, units)
+
+    bits = keys
+
+    def keys_at(self, dtype: torch.dtype, index: Tensor) -> Tensor:
+        return random_keys(self, index)
 
 
 def random_scores(seed: int, name: str) -> RandomScores:

@@ -1,7 +1,5 @@
 """Random scores that are stored, as one value for each element."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -21,8 +19,8 @@ def stored_scores(context: RequestContext, scores: RandomScores, like: Tensor) -
     keys = allocate(context, 4 * elements, backend).view(torch.int32)
 
     def fill(span: Span) -> None:
-        part = replace(scores, begin=span[0])
-        keys[slice(*span)] = backend.keys(Piece(span[1] - span[0], part, torch.float32, None))
+        piece = Piece(span[1] - span[0], scores.part(*span), torch.float32, None)
+        keys[slice(*span)] = backend.keys(piece)
 
     backend.map(context, fill, spans(elements, backend.piece))
     return keys.view(torch.float32).view(like.shape)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from secateur_server.backends.keys import BITS, as_keys, picked, signed_bits
+from secateur_server.backends.keys import BITS, picked, signed_bits
 from secateur_server.backends.pieces import (
     EXACT_POWERS,
     Batch,
@@ -17,6 +17,7 @@ from secateur_server.backends.pieces import (
     Layouts,
     Piece,
     Split,
+    Stored,
     around,
     bits_at,
     row_sums,
@@ -92,10 +93,7 @@ class TorchBackend(Backend):
         return int(smallest), int(largest)
 
     def keys(self, piece: Piece) -> Tensor:
-        if isinstance(piece.scores, RandomScores):
-            keys = self._random_keys(piece.scores, piece.units)
-        else:
-            keys = as_keys(piece.scores, piece.dtype)
+        keys = piece.scores.keys(piece.dtype, piece.units, self._random_keys)
         if piece.unpruned is not None:
             keys[~self.unpack(piece.unpruned, piece.units)] = torch.iinfo(keys.dtype).max
         return keys
@@ -135,12 +133,7 @@ class TorchBackend(Backend):
             index = index[: int(torch.searchsorted(index, piece.units))]
         if piece.unpruned is not None:
             index = index[bits_at(piece.unpruned, index)]
-        return self._keys_at(piece, index)
-
-    def _keys_at(self, piece: Piece, index: Tensor) -> Tensor:
-        if isinstance(piece.scores, RandomScores):
-            return random_keys(piece.scores, index)
-        return as_keys(picked(piece.scores, index), piece.dtype)
+        return piece.scores.keys_at(piece.dtype, index)
 
     def ascending(self, keys: Tensor) -> Tensor:
         return keys.sort().values
@@ -157,40 +150,34 @@ class TorchBackend(Backend):
         kept[equal[ties:]] = True
         return Cut(key, ties, len(equal)), kept
 
-    def split(
-        self, pieces: Sequence[Piece], low: int, high: int, kept: Sequence[Tensor]
-    ) -> list[Split]:
-        found = []
-        for piece, bits in zip(pieces, kept, strict=True):
+    def split(self, pieces: Sequence[Piece], low: int, high: int) -> Split:
+        parts, begin = [], 0
+        for piece in pieces:
             keys = self.keys(piece)
-            bits.copy_(self.pack((keys >= high) & (keys < torch.iinfo(keys.dtype).max)))
+            bits = self.pack((keys >= high) & (keys < torch.iinfo(keys.dtype).max))
             at = ((keys >= low) & (keys < high)).nonzero().view(-1)
-            found.append(Split(self.count_ones(bits), keys[at], at.to(torch.int32)))
-        return found
+            parts.append((bits, keys[at], at + 8 * begin))
+            begin += len(bits)
+        kept, found, places = map(torch.cat, zip(*parts, strict=True))
+        return Split(kept, self.count_ones(kept), found, places)
 
     def keep(self, kept: Tensor, at: Tensor, flags: Tensor) -> None:
         at = at[flags]
         kept.index_add_(0, at >> 3, (1 << (at & 7)).to(torch.uint8))
 
     def cut_few(
-        self,
-        context: RequestContext,
-        pieces: Sequence[Piece],
-        place: int,
-        kept: Sequence[Tensor],
-    ) -> Cut:
+        self, context: RequestContext, pieces: Sequence[Piece], place: int
+    ) -> tuple[Cut, Tensor]:
         keys = torch.cat([self.keys(piece) for piece in context.each(pieces)])
         cut, flags = self.rank(keys, place)
         parts = torch.split(flags, [piece.units for piece in pieces])
-        for bits, part in zip(kept, parts, strict=True):
-            bits.copy_(self.pack(part))
-        return cut
+        return cut, torch.cat([self.pack(part) for part in parts])
 
     def cut_each(self, batch: Batch, counts: Ints) -> tuple[Tensor, Ints]:
         kept, cuts = batch.unpruned.clone(), np.full((len(counts), 3), (-1, 0, 0))
         for index in counts.nonzero()[0]:
             begin, units = int(batch.begins[index]), int(batch.units[index])
-            scores = batch.bits[begin : begin + units].view(batch.dtype)
+            scores = Stored(batch.bits[begin : begin + units].view(batch.dtype))
             bits = kept[begin // 8 : (begin + units + 7) // 8]
             keys = self.keys(Piece(units, scores, batch.dtype, bits))
             cut, flags = self.rank(keys, int(counts[index]))

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from secateur_server.backends import kernels_triton as kernels
 from secateur_server.backends.keys import BITS, signed_bits
-from secateur_server.backends.pieces import DIGIT_BITS, Piece, Split
+from secateur_server.backends.pieces import DIGIT_BITS, Piece, Scores, Split, Stored
 from secateur_server.backends.protocol import Backend
 from secateur_server.backends.randomness import RandomScores
 from secateur_server.backends.torch_backend import TorchBackend
@@ -40,22 +40,21 @@ class TritonBackend(TorchBackend):
     def batch(self) -> int:
         return 1 << 40  # all pieces: the GPU is waited for once
 
-    def split(
-        self, pieces: Sequence[Piece], low: int, high: int, kept: Sequence[Tensor]
-    ) -> list[Split]:
-        sizes = [len(bits) for bits in kept]
-        within, counts = self.allocate(sum(sizes)), self._zeros(len(pieces), 2)
-        into = zip(pieces, kept, torch.split(within, sizes), counts, strict=True)
-        for piece, above_bits, within_bits, count in into:  # the GPU is not waited for in between
-            self._split(piece, low, high, (above_bits, within_bits, count))
+    def split(self, pieces: Sequence[Piece], low: int, high: int) -> Split:
+        sizes = [(piece.units + 7) // 8 for piece in pieces]
+        kept, within = self.allocate(sum(sizes)), self.allocate(sum(sizes))
+        counts = self._zeros(len(pieces), 2)
+        parts = zip(*(torch.split(bits, sizes) for bits in (kept, within)), counts, strict=True)
+        for piece, into in zip(pieces, parts, strict=True):  # the GPU is not waited for in between
+            self._split(piece, low, high, into)
         above, inside = counts.t().tolist()
+        at = self._ones_at(within)
         begins = itertools.accumulate(sizes, initial=0)
-        found = []
-        parts = zip(pieces, above, torch.split(self._ones_at(within), inside), begins, strict=False)
-        for piece, count, places, begin in parts:
-            at = places - 8 * begin
-            found.append(Split(count, self._keys_at(piece, at), at.to(torch.int32)))
-        return found
+        keys = [
+            piece.scores.keys_at(piece.dtype, places - 8 * begin)
+            for piece, places, begin in zip(pieces, torch.split(at, inside), begins, strict=False)
+        ]
+        return Split(kept, sum(above), torch.cat(keys), at)
 
     def count_below(self, piece: Piece, key: int) -> tuple[int, int]:
         above, equal = self._counts(piece, key, key + 1)
@@ -66,13 +65,14 @@ class TritonBackend(TorchBackend):
         bits, sign = signed_bits(values)
         if sign == 0:  # integers: those below 0 have no key
             return super().count_zeros(values, kept)
-        return len(bits) - self._counts(Piece(len(bits), values, values.dtype, kept), 1, 1)[0]
+        piece = Piece(len(bits), Stored(values), values.dtype, kept)
+        return len(bits) - self._counts(piece, 1, 1)[0]
 
     def pack(self, flags: Tensor) -> Tensor:
         lines = pad(flags, (0, -flags.shape[-1] % 8)) if flags.dim() > 1 else flags
         as_scores = lines.reshape(-1).view(torch.float8_e5m2)  # whose bits are bytes
         bits = self.allocate((len(as_scores) + 7) // 8)
-        piece = Piece(len(as_scores), as_scores, torch.float8_e5m2, None)
+        piece = Piece(len(as_scores), Stored(as_scores), torch.float8_e5m2, None)
         self._split(piece, 1, 1, (bits, torch.empty_like(bits), self._zeros(2)))
         return bits.view(*flags.shape[:-1], (flags.shape[-1] + 7) // 8)
 
@@ -133,10 +133,9 @@ def _of(piece: Piece, unused: Tensor) -> tuple[Tensor, Tensor, int, int, int, bo
     """What the kernels take of a piece; `unused` is passed for tensors that they do not read."""
     unpruned, are_all = (unused, True) if piece.unpruned is None else (piece.unpruned, False)
     largest = torch.iinfo(BITS[piece.dtype]).max
-    if isinstance(piece.scores, RandomScores):
-        return unused, unpruned, largest, piece.scores.state, piece.scores.begin, True, are_all
-    bits = piece.scores.to(piece.dtype).contiguous().view(BITS[piece.dtype])
-    return bits, unpruned, largest, 0, 0, False, are_all
+    bits = piece.scores.bits(piece.dtype, piece.units, lambda scores, units: unused)
+    is_random = piece.scores.stored is None
+    return bits, unpruned, largest, *piece.scores.stream, is_random, are_all
 
 
 def triton_or_torch(device: torch.device) -> type[TorchBackend]:
@@ -160,25 +159,30 @@ def _try_out(device: torch.device) -> None:
     """
     values = torch.linspace(-1, 1, 2 * kernels.UNITS.value + 5, device=device)
     flags, reference = values > -0.9, TorchBackend(device)
-    scored: list[tuple[Tensor | RandomScores, torch.dtype]] = [(RandomScores(0), torch.float32)]
-    scored += [(values.to(of), of) for of in (torch.float32, torch.float64, torch.float16)]
-    for scores, dtype in scored:
+    dtypes = torch.float32, torch.float64, torch.float16
+    scored: list[Scores] = [RandomScores(0), *(Stored(values.to(dtype)) for dtype in dtypes)]
+    for scores in scored:
         for unpruned in (None, reference.pack(flags)):
-            piece = Piece(len(values), scores, dtype, unpruned)
+            piece = Piece(len(values), scores, scores.dtype, unpruned)
             if _results(TritonBackend(device), piece, flags) != _results(reference, piece, flags):
-                raise ValueError(f"{dtype}: the results of Triton and torch differ")
+                raise ValueError(f"{scores.dtype}: the results of Triton and torch differ")
 
 
 def _results(backend: Backend, piece: Piece, flags: Tensor) -> list[object]:
     keys = backend.keys(piece)
     low, high = (int(key) for key in keys.sort().values[[len(keys) // 4, len(keys) // 2]])
-    kept = backend.allocate((piece.units + 7) // 8)
-    (found,) = backend.split([piece], low, high, [kept])
+    found = backend.split([piece], low, high)
     width = DIGIT_BITS - 1  # the sign has no digit
     counts = torch.zeros(1, 1 << width, dtype=torch.int64, device=backend.device)
     highest, shift = torch.zeros(1, dtype=keys.dtype), torch.iinfo(keys.dtype).bits - DIGIT_BITS
     backend.count_digits(piece, highest, shift, width, counts)
-    results = kept, found.keys, found.at, counts, backend.pack(flags)
-    extremes = None if isinstance(piece.scores, RandomScores) else backend.extremes(piece.scores)
-    numbers = found.above, backend.count_ones(kept), backend.count_below(piece, high), extremes
+    results = found.kept, found.keys, found.at, counts, backend.pack(flags)
+    stored = piece.scores.stored
+    extremes = None if stored is None else backend.extremes(stored)
+    numbers = (
+        found.above,
+        backend.count_ones(found.kept),
+        backend.count_below(piece, high),
+        extremes,
+    )
     return [*(result.tolist() for result in results), *numbers]

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from secateur_server.backends import spans
 from secateur_server.backends.keys import BITS
-from secateur_server.backends.pieces import PART, Cut, row_sums
+from secateur_server.backends.pieces import PART, Cut, Piece, row_sums
+from secateur_server.backends.protocol import Backend
 from secateur_server.cut.drivers import Driver
 from secateur_server.cut.observe import observe_squares
 from secateur_server.cut.score import Ranking
@@ -46,22 +47,31 @@ def energies(
     # Lists, as reading an element of a tensor takes 20 times as long, and there may be many cuts.
     running, counts = sums.T.tolist(), equal.T.tolist()
     places = {key: place for place, key in enumerate(distinct)}
-
-    def energy(cut: Cut) -> float:
+    found, some = [], []
+    for cut in context.each(cuts):
         if cut.key < 0:
-            return 0.0
+            found.append((0.0, 0.0, False))
+            continue
         j = places[cut.key]
         # All ties of the first parts are pruned, and then the first ties of the next part.
         whole = bisect_right(counts[j], cut.ties, 1) - 1
-        ties: float = running[2 * j + 1][whole]
-        if rest := cut.ties - counts[j][whole]:
-            piece, values = ranking.piece(dtype, *parts[whole]), weight[slice(*parts[whole])]
-            keys = driver.backend.keys(piece)
-            at = (keys == cut.key).nonzero().view(-1)[:rest]
-            ties += float(row_sums(values[at].to(torch.float64).square().view(1, -1)))
-        return up_to[2 * j] + ties
+        rest = cut.ties - counts[j][whole]
+        found.append((up_to[2 * j], running[2 * j + 1][whole], rest > 0))
+        if rest:
+            part = parts[whole]
+            some.append((ranking.piece(dtype, *part), weight[slice(*part)], cut.key, rest))
+    first = iter(driver.map(context, _sum_first_ties, some))
+    pruned = [below + (ties + next(first) if more else ties) for below, ties, more in found]
+    return pruned, up_to[-1]
 
-    return driver.map(context, energy, cuts), up_to[-1]
+
+def _sum_first_ties(
+    context: RequestContext, backend: Backend, part: tuple[Piece, Tensor, int, int]
+) -> float:
+    """The sum of squares of the values of a piece's first candidates that have a key."""
+    piece, values, key, count = part
+    at = (backend.keys(piece) == key).nonzero().view(-1)[:count]
+    return float(row_sums(values[at].to(torch.float64).square().view(1, -1)))
 
 
 def _running(of_parts: Sequence[Tensor], size: int, dtype: torch.dtype) -> Tensor:

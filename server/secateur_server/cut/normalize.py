@@ -17,7 +17,7 @@ from secateur_server.backends import Span, allocate, backend_for, spans
 from secateur_server.backends.keys import picked, ranked_as
 from secateur_server.backends.masks import Mask
 from secateur_server.backends.norms import rounded_to, total, vector_norms
-from secateur_server.backends.pieces import PART, row_sums
+from secateur_server.backends.pieces import PART, Stored, row_sums
 from secateur_server.cut.score import Ranking
 from secateur_server.errors import InvalidSpec, quote
 from secateur_server.runtime.context import RequestContext
@@ -69,7 +69,7 @@ def normalized(
     floor = min([0.0, *(scale.least for scale in scales)])
     return [
         ranking._replace(
-            scores=_scaled(context, ranking.values, scale, floor),
+            scores=Stored(_scaled(context, ranking.values, scale, floor)),
             offset=floor,
             sample=None,
         )

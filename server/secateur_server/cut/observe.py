@@ -7,6 +7,7 @@ first pass over a large tensor.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from secateur_server.backends import Span, spans
 from secateur_server.backends.keys import BITS
 from secateur_server.backends.pieces import DIGIT_BITS, Ints, Piece
+from secateur_server.backends.protocol import Backend
 from secateur_server.backends.scan import sample_places
 from secateur_server.cut.drivers import Driver
 from secateur_server.cut.score import Ranking, score_dtype
@@ -42,9 +44,10 @@ class Histogram:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Pieces of a member that one thread counts. `prefixes` are ascending."""
+    """Pieces of a member that one thread counts, compared as `dtype`. `prefixes` are ascending."""
 
     member: int
+    dtype: torch.dtype
     prefixes: Sequence[int]
     pieces: Sequence[Piece]
 
@@ -74,22 +77,13 @@ def observe_digits(
     Returns:
         The histogram of each member with prefixes, and the bits of the digit.
     """
-    backend, units = driver.backend, sum(piece.units for member in members for piece in member)
+    units = sum(piece.units for member in members for piece in member)
     # Several chunks a thread end at about the same time; each has a histogram.
-    chunks = _chunks(context, members, prefixes, backend.threads * (1 if is_last else 4))
+    chunks = _chunks(context, members, dtype, prefixes, driver.threads * (1 if is_last else 4))
     width = _width(units, sum(len(chunk.prefixes) for chunk in chunks), left, is_last)
-
-    def up_to(chunk: _Chunk) -> Ints:
-        wanted = torch.tensor(chunk.prefixes, dtype=BITS[dtype])
-        size = len(wanted), 1 << width
-        counts = torch.zeros(size, dtype=torch.int64, device=backend.device)
-        for piece in context.each(chunk.pieces):
-            backend.count_digits(piece, wanted, left - width, width, counts)
-        running: Ints = torch.cumsum(counts, 1, out=counts).cpu().numpy()
-        return running
-
+    parts = driver.map(context, partial(_count_digits, shift=left - width, width=width), chunks)
     histograms: dict[int, Histogram] = {}
-    for chunk, part in zip(chunks, driver.map(context, up_to, chunks), strict=True):
+    for chunk, part in zip(chunks, parts, strict=True):
         if chunk.member in histograms:
             np.add(histograms[chunk.member].up_to, part, histograms[chunk.member].up_to)
         else:
@@ -98,9 +92,23 @@ def observe_digits(
     return histograms, width
 
 
+def _count_digits(
+    context: RequestContext, backend: Backend, chunk: _Chunk, shift: int, width: int
+) -> Ints:
+    """Counts the candidates up to each digit of `width` bits at `shift`."""
+    wanted = torch.tensor(chunk.prefixes, dtype=BITS[chunk.dtype])
+    size = len(wanted), 1 << width
+    counts = torch.zeros(size, dtype=torch.int64, device=backend.device)
+    for piece in context.each(chunk.pieces):
+        backend.count_digits(piece, wanted, shift, width, counts)
+    running: Ints = torch.cumsum(counts, 1, out=counts).cpu().numpy()
+    return running
+
+
 def _chunks(
     context: RequestContext,
     members: Sequence[Sequence[Piece]],
+    dtype: torch.dtype,
     prefixes: Sequence[set[int]],
     count: int,
 ) -> list[_Chunk]:
@@ -108,7 +116,7 @@ def _chunks(
     observed = [i for i, wanted in enumerate(context.each(prefixes)) if wanted]
     size = max(1, -(-sum(len(members[i]) for i in observed) // count))
     return [
-        _Chunk(i, sorted(prefixes[i]), members[i][begin:end])
+        _Chunk(i, dtype, sorted(prefixes[i]), members[i][begin:end])
         for i in observed
         for begin, end in spans(len(members[i]) or 1, size)  # without units: counts of 0
     ]
@@ -128,8 +136,14 @@ def observe_key(
 ) -> list[list[tuple[int, int]]]:
     """Counts the candidates of each piece of each member with a key below `key`, and at it."""
     pieces = [piece for member in members for piece in member]
-    found = iter(driver.map(context, lambda piece: driver.backend.count_below(piece, key), pieces))
+    found = iter(driver.map(context, partial(_count_below, key=key), pieces))
     return [[next(found) for _ in member] for member in members]
+
+
+def _count_below(
+    context: RequestContext, backend: Backend, piece: Piece, key: int
+) -> tuple[int, int]:
+    return backend.count_below(piece, key)
 
 
 def observe_score(
@@ -178,18 +192,26 @@ def observe_squares(
     Returns:
         Of each part, as Backend.sum_squares: the sums, and how many candidates they are of.
     """
-
-    def sums_of(span: Span) -> tuple[Tensor, Tensor]:
-        return driver.backend.sum_squares(ranking.piece(dtype, *span), values[slice(*span)], keys)
-
-    found = driver.map(context, sums_of, parts)
+    pieces = [(ranking.piece(dtype, *span), values[slice(*span)]) for span in parts]
+    found = driver.map(context, partial(_sum_squares, keys=keys), pieces)
     return [sums for sums, _ in found], [counts for _, counts in found]
+
+
+def _sum_squares(
+    context: RequestContext, backend: Backend, part: tuple[Piece, Tensor], keys: Tensor
+) -> tuple[Tensor, Tensor]:
+    return backend.sum_squares(*part, keys)
 
 
 def observe_sample(
     context: RequestContext, driver: Driver, pieces: Sequence[Piece], size: int, spacing: int
 ) -> Tensor:
     """The keys of about one candidate in `spacing`. A piece has at most `size` units."""
-    index = sample_places(size, spacing, driver.backend.device)
-    sample = driver.backend.sample
-    return torch.cat(driver.map(context, lambda piece: sample(piece, index), pieces))
+    found = driver.map(context, partial(_sample, size=size, spacing=spacing), pieces)
+    return torch.cat(found)
+
+
+def _sample(
+    context: RequestContext, backend: Backend, piece: Piece, size: int, spacing: int
+) -> Tensor:
+    return backend.sample(piece, sample_places(size, spacing, backend.device))

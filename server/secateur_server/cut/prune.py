@@ -1,6 +1,6 @@
 """Applies a spec, rule by rule. Each rule sees the masks of the rules before it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch import Tensor
 from secateur_server.backends.masks import Mask
 from secateur_server.cut.choice import Choice, ChoiceTable
 from secateur_server.cut.choose import choose, choose_each, small_at_once
+from secateur_server.cut.custom_masks import apply_masks
 from secateur_server.cut.decide import is_plain
 from secateur_server.cut.lamp_small import prune_by_lamp
 from secateur_server.cut.plan_small import is_planned_by_runs
@@ -23,11 +24,9 @@ from secateur_server.cut.small import (
     prune_jointly,
     prune_small,
 )
-from secateur_server.errors import InvalidMask, quote
 from secateur_server.granularity.groups_at_once import expand_groups
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.rules import CustomMasks, Rule, Selection
-from secateur_server.state_dict.given_masks import to_mask
 from secateur_server.state_dict.parameter import Parameter
 
 
@@ -56,50 +55,12 @@ def prune(
     outcomes: list[Sequence[Choice]] = []
     touched: set[str] = set()
     for rule in context.each(rules):
-        if isinstance(rule, CustomMasks):
-            masks, choices = _apply_masks(context, rule, state, extras)
-        else:
-            masks, choices = apply_selection(context, rule, state, extras)
+        masks, choices = _APPLIED[type(rule)](context, rule, state, extras)
         for name, mask in masks.items():
             state[name] = Parameter(state[name].weight, mask, state[name].scan)
         touched.update(masks)
         outcomes.append(choices)
     return {name: state[name] for name in parameters if name in touched}, outcomes
-
-
-def _apply_masks(
-    context: RequestContext,
-    rule: CustomMasks,
-    state: Mapping[str, Parameter],
-    extras: Mapping[str, Tensor],
-) -> tuple[Masks, Sequence[Choice]]:
-    masks: Masks = {}
-    choices: list[Choice] = []
-    for name, holder in context.each(rule.masks):
-        field = f"{rule.path}.masks[{quote(name)}]"
-        values, weight = extras[holder], state[name].weight
-        if values.shape == weight.shape:
-            asked = to_mask(context, values, InvalidMask, field)
-        else:
-            asked = _packed_mask(values, weight.numel(), field)
-        before = masks.get(name, state[name].mask)
-        masks[name] = asked if before is None else asked.both(context, before)
-        candidates = asked.elements if before is None else before.kept(context)
-        requested = asked.elements - asked.kept(context)
-        choices.append(
-            Choice((name,), candidates, requested, candidates - masks[name].kept(context))
-        )
-    return masks, choices
-
-
-def _packed_mask(bits: Tensor, elements: int, field: str) -> Mask:
-    """A mask of bits, as results have them. Raises InvalidMask."""
-    if elements % 8 and int(bits[-1]) >> elements % 8:
-        raise InvalidMask(
-            field,
-            f"bits after the last of {elements} elements are not 0; fill the last byte with 0",
-        )
-    return Mask(bits, elements)
 
 
 def apply_selection(
@@ -219,3 +180,10 @@ def _add(
     for name, mask in more.items():
         before = masks.get(name, state[name].mask)
         masks[name] = mask if before is None else mask.both(context, before)
+
+
+# What each kind of rule does.
+_APPLIED: Mapping[type[Rule], Callable[..., tuple[Masks, Sequence[Choice]]]] = {
+    Selection: apply_selection,
+    CustomMasks: apply_masks,
+}

@@ -4,15 +4,25 @@ Sun et al. 2023, A Simple and Effective Pruning Approach for Large Language Mode
 share of each row harms a model less than pruning that share of the whole tensor.
 """
 
+import math
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from secateur_server.backends import allocate, backend_for, spans
-from secateur_server.backends.masks import Mask, mask_of_flags
+from secateur_server.backends import allocate, spans
+from secateur_server.backends.masks import Mask
+from secateur_server.backends.pieces import Piece
+from secateur_server.backends.protocol import Backend
+from secateur_server.cut.drivers import driver_for
 from secateur_server.cut.score import Ranking
 from secateur_server.errors import AmountOutOfRange, quote
 from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.amounts import Count, Fraction
 from secateur_server.spec.rules import Selection
+
+# A row, the units that are to be pruned of it, and those that there are.
+Short = tuple[int, int, int]
 
 
 def select_in_rows(
@@ -32,53 +42,62 @@ def select_in_rows(
     Raises:
         AmountOutOfRange: A row has fewer candidates than the count.
     """
-    backend, width = backend_for(ranking.device), ranking.units // rows
-    flags = allocate(context, ranking.units, backend).view(torch.bool).view(rows, width)
-
-    def select(span: tuple[int, int]) -> int:
-        keys = _keys(ranking, span[0] * width, span[1] * width).view(-1, width)
-        candidates = (keys >= 0).sum(1)
-        pruned = _numbers(rule, ranking.name, candidates, width, span[0])
-        flags[slice(*span)] = _largest(keys, candidates - pruned)
-        return int(pruned.sum())
-
-    parts = spans(rows, max(1, backend.piece // width))
-    pruned = sum(backend.map(context, select, parts))
-    return mask_of_flags(context, flags.view(-1)), pruned
-
-
-def _keys(ranking: Ranking, begin: int, end: int) -> Tensor:
-    """The keys of the units [begin, end); -1 for pruned units."""
-    piece = ranking._replace(candidates=None).piece(ranking.dtype, begin, end)
-    keys = backend_for(ranking.device).keys(piece)
-    return (
-        keys
-        if ranking.candidates is None
-        else keys.masked_fill(~ranking.candidates.flags(begin, end), -1)
-    )
-
-
-def _numbers(rule: Selection, name: str, candidates: Tensor, width: int, first: int) -> Tensor:
-    """How many units of each row are pruned. `first` is the index of the first row, for errors."""
-    share = rule.amount.share(name)
+    driver, width = driver_for(context, ranking.device), ranking.units // rows
+    share = rule.amount.share(ranking.name)
     assert share is not None, "rows have a fraction or a count"
-    base = torch.full_like(candidates, width) if rule.of_all else candidates
+    step = 8 // math.gcd(8, width)  # so that a piece begins with a new byte of the mask
+    parts = spans(rows, max(1, driver.backend.piece // width // step) * step)
+    pieces = [ranking.piece(ranking.dtype, a * width, b * width) for a, b in context.each(parts)]
+    kept = allocate(context, (ranking.units + 7) // 8, driver.backend)
+    pruned = begin = 0
+    task = partial(_prune_rows, share=share, of_all=rule.of_all, width=width)
+    found = driver.map(context, task, pieces)
+    for (first, _), (bits, count, short) in zip(parts, found, strict=True):
+        if short is not None:
+            raise _too_few(rule, ranking.name, first, short)
+        kept[begin : begin + len(bits)] = bits
+        begin, pruned = begin + len(bits), pruned + count
+    return Mask(kept, ranking.units), pruned
+
+
+def _prune_rows(
+    context: RequestContext,
+    backend: Backend,
+    piece: Piece,
+    share: Fraction | Count,
+    of_all: bool,
+    width: int,
+) -> tuple[Tensor, int, Short | None]:
+    """The bits of the kept units of whole rows, how many are pruned, and the first short row."""
+    keys = backend.keys(piece).view(-1, width)
+    if piece.unpruned is not None:
+        keys = keys.masked_fill(keys == torch.iinfo(keys.dtype).max, -1)
+    candidates = (keys >= 0).sum(1)
+    base = torch.full_like(candidates, width) if of_all else candidates
     counts = torch.from_numpy(share.units_of_each(base.cpu().numpy())).to(base.device)
     if bool((short := counts > base).any()):
-        row, kind = int(short.nonzero()[0]), "units" if rule.of_all else "unpruned units"
-        raise AmountOutOfRange(
-            f"{rule.path}.count",
-            f"{int(counts[row])} is more than the {int(base[row])} {kind} of row {first + row} of "
-            f"{quote(name)}; prune fewer",
-        )
-    return (counts - (base - candidates)).clamp(min=0)
+        row = int(short.nonzero()[0])
+        return torch.empty(0), 0, (row, int(counts[row]), int(base[row]))
+    pruned = (counts - (base - candidates)).clamp(min=0)
+    kept = _largest(backend, keys, candidates - pruned)
+    return backend.pack(kept.view(-1)), int(pruned.sum()), None
 
 
-def _largest(keys: Tensor, counts: Tensor) -> Tensor:
+def _largest(backend: Backend, keys: Tensor, counts: Tensor) -> Tensor:
     """Bool: the `counts[i]` largest keys of each row i. Of equal keys, the last ones are kept."""
-    backend = backend_for(keys.device)
     kept = torch.empty(keys.shape, dtype=torch.bool, device=keys.device)
     for count in sorted(set(counts.tolist())):
         rows = counts == count
         kept[rows] = backend.largest(keys[rows].unsqueeze(2), count).squeeze(2)
     return kept
+
+
+def _too_few(rule: Selection, name: str, first: int, short: Short) -> AmountOutOfRange:
+    """The error of a row with too few units. `first` is the index of the piece's first row."""
+    row, count, base = short
+    kind = "units" if rule.of_all else "unpruned units"
+    return AmountOutOfRange(
+        f"{rule.path}.count",
+        f"{count} is more than the {base} {kind} of row {first + row} of {quote(name)}; prune "
+        "fewer",
+    )

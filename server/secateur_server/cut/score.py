@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import reduce
 from typing import NamedTuple
 
@@ -10,10 +9,10 @@ import torch
 from torch import Tensor
 
 from secateur_server.backends import backend_for, spans
-from secateur_server.backends.keys import INFINITY, ranked_as
+from secateur_server.backends.keys import INFINITY
 from secateur_server.backends.masks import Mask
-from secateur_server.backends.pieces import Piece
-from secateur_server.backends.randomness import RandomScores, random_scores
+from secateur_server.backends.pieces import Piece, Scores, Stored
+from secateur_server.backends.randomness import random_scores
 from secateur_server.backends.scan import Sample, Scan
 from secateur_server.errors import NanScores
 from secateur_server.granularity import Granularity
@@ -28,7 +27,7 @@ class Ranking(NamedTuple):
     Attributes:
         name: Of the tensor, or group.
         units: How many there are.
-        scores: Flat and floating, without NaN for candidates; or random scores.
+        scores: Without NaN for candidates.
         candidates: A mask of units; None if all are candidates.
         device: Of the scores.
         sample: Of the scores, if there is one already.
@@ -37,7 +36,7 @@ class Ranking(NamedTuple):
 
     name: str
     units: int
-    scores: Tensor | RandomScores
+    scores: Scores
     candidates: Mask | None
     device: torch.device
     sample: Sample | None = None
@@ -45,28 +44,25 @@ class Ranking(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype in which scores compare without loss. Random scores have keys of 32 bits."""
-        return torch.float32 if self.is_random else ranked_as(self.values.dtype)
+        """The dtype in which scores compare without loss."""
+        return self.scores.dtype
 
     @property
     def is_random(self) -> bool:
         """Whether the scores are random, and computed where they are needed."""
-        return isinstance(self.scores, RandomScores)
+        return self.scores.stored is None
 
     @property
     def values(self) -> Tensor:
-        """The scores of units that have no random ones."""
-        assert isinstance(self.scores, Tensor), "random scores are not stored"
-        return self.scores
+        """The scores of units that have no random ones: flat."""
+        values = self.scores.stored
+        assert values is not None, "random scores are not stored"
+        return values
 
     def piece(self, dtype: torch.dtype, begin: int, end: int) -> Piece:
         """Returns the units [begin, end), to be compared as `dtype`. `begin` is a multiple of 8."""
         candidates = None if self.candidates is None else self.candidates.part(begin, end)
-        if isinstance(self.scores, RandomScores):
-            scores: Tensor | RandomScores = replace(self.scores, begin=begin)
-        else:
-            scores = self.scores[begin:end]
-        return Piece(end - begin, scores, dtype, candidates)
+        return Piece(end - begin, self.scores.part(begin, end), dtype, candidates)
 
     def pieces(self, dtype: torch.dtype, size: int) -> list[Piece]:
         """Returns all units in pieces of `size`, to be compared as `dtype`."""
@@ -121,7 +117,7 @@ def score_units(
         return Ranking(name, units, by_name, candidates, weight.device)
     if scores is not None and not are_elementwise:
         refuse_nan(context, scores, candidates, field)
-        return Ranking(name, units, scores.reshape(-1), candidates, weight.device)
+        return Ranking(name, units, Stored(scores.reshape(-1)), candidates, weight.device)
     seen = parameter.scan if scores is None else None
     if scores is not None and candidates is not None and not granularity.is_part:
         mask = granularity.expand(context, candidates, values, mask)  # the scores that are read
@@ -133,7 +129,7 @@ def score_units(
     masked = mask if scores is None or granularity.is_part else None
     unit_scores = importance.scores(context, values, masked, granularity, is_mean)
     sample = seen.sample if seen and granularity.is_element and importance.is_value else None
-    return Ranking(name, units, unit_scores, candidates, weight.device, sample)
+    return Ranking(name, units, Stored(unit_scores), candidates, weight.device, sample)
 
 
 def refuse_nan(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secateur_server.backends.keys import INFINITY
 from secateur_server.backends.masks import Mask
-from secateur_server.backends.randomness import RandomScores
+from secateur_server.backends.pieces import Scores, Stored
 from secateur_server.cut.normalize import combined, normalized
 from secateur_server.cut.score import Ranking, refuse_nan, score_units
 from secateur_server.errors import quote
@@ -174,7 +174,7 @@ def _score_elements(context: RequestContext, name: str, parameter: Parameter) ->
     if seen is None or seen.largest > INFINITY.get(weight.dtype, 0):
         refuse_nan(context, weight, mask, f"data[{quote(name)}]", seen)
     sample = seen.sample if seen else None
-    return Ranking(name, weight.numel(), weight.reshape(-1), mask, weight.device, sample)
+    return Ranking(name, weight.numel(), Stored(weight.reshape(-1)), mask, weight.device, sample)
 
 
 def _replacement(
@@ -216,14 +216,15 @@ def score_groups(
     """
     groups = [rule.groups_by_name[name] for names in ranked for name in names]
     candidates = candidates_of(context, groups, parameters)
-    scores: list[tuple[Tensor | RandomScores, float]]
+    scores: list[tuple[Scores, float]]
     by_name = [rule.importance.by_name(group.name) for group in context.each(groups)]
     if all(by_name):
         scores = [(random, 0.0) for random in by_name if random]
     else:
         members = _member_scores(context, rule, groups, parameters, extras, candidates)
         names, sizes = [group.name for group in groups], list(map(len, ranked))
-        scores = [*combined(context, rule, members, candidates, names, sizes)]
+        found = combined(context, rule, members, candidates, names, sizes)
+        scores = [(Stored(values), floor) for values, floor in found]
     scored = (
         _scored_group(context, group, values, mask, floor, parameters)
         for group, (values, floor), mask in zip(groups, scores, candidates, strict=True)
@@ -234,7 +235,7 @@ def score_groups(
 def _scored_group(
     context: RequestContext,
     group: Group,
-    scores: Tensor | RandomScores,
+    scores: Scores,
     candidates: Mask | None,
     floor: float,
     parameters: Mapping[str, Parameter],

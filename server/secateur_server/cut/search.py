@@ -9,6 +9,7 @@ that prefix, has 1 at A and 1 at C, so the threshold is 0x3C. The keys of few un
 instead: see sorted_keys.py.
 """
 
+import itertools
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
@@ -20,10 +21,11 @@ import torch
 
 from secateur_server.backends.keys import BITS
 from secateur_server.backends.pieces import Ints, Piece
+from secateur_server.backends.protocol import Backend
 from secateur_server.cut.drivers import Driver
 from secateur_server.cut.observe import Histogram, observe_digits
 from secateur_server.cut.score import Ranking
-from secateur_server.cut.sorted_keys import FEW, SortedKeys, candidate_keys, is_sorting_faster
+from secateur_server.cut.sorted_keys import FEW, SortedKeys, is_sorting_faster
 from secateur_server.runtime.context import RequestContext
 
 
@@ -115,24 +117,38 @@ def _search_each(
     by_member: dict[int, list[int]] = {}
     for index, query in enumerate(queries):
         by_member.setdefault(query.members[0], []).append(index)
-    found: dict[int, Division] = {}
+    parts = []
     for member, indices in context.each(by_member.items()):
-        keys = candidate_keys(driver, rankings[member], dtype)
-        ascending: Any = driver.backend.ascending(keys).cpu().numpy()
-        some = [queries[index] for index in indices]
+        some, ranking = [queries[index] for index in indices], rankings[member]
         lowest = np.array([query.lowest[0] for query in some])
         counts = np.array([min(int(query.target), *query.highest) for query in some])
-        has_cut = counts > lowest
-        cuts = ascending[np.where(has_cut, counts - 1, 0)] if has_cut.any() else counts
-        below = np.searchsorted(ascending, cuts)
-        equal = np.searchsorted(ascending, cuts, "right") - below
-        columns = [
-            np.where(has_cut, of, other).tolist()
-            for of, other in ((counts, lowest), (cuts, -1), (below, 0), (equal, 0))
-        ]
-        for index, (count, key, under, at) in zip(indices, zip(*columns, strict=True), strict=True):
-            found[index] = Division((count,), key, (under,), (at,))
+        parts.append((ranking.piece(dtype, 0, ranking.units), lowest, counts))
+    divisions = itertools.chain.from_iterable(driver.map(context, _divide_few, parts))
+    order = itertools.chain.from_iterable(by_member.values())
+    found = dict(zip(order, divisions, strict=True))
     return [found[index] for index in range(len(queries))]
+
+
+def _divide_few(
+    context: RequestContext, backend: Backend, part: tuple[Piece, Ints, Ints]
+) -> list[Division]:
+    """The divisions of queries with one member each, which is the piece: its lowest, and counts."""
+    piece, lowest, counts = part
+    keys = backend.keys(piece)
+    candidates = keys if piece.unpruned is None else keys[keys < torch.iinfo(keys.dtype).max]
+    ascending: Any = backend.ascending(candidates).cpu().numpy()
+    has_cut = counts > lowest
+    cuts = ascending[np.where(has_cut, counts - 1, 0)] if has_cut.any() else counts
+    below = np.searchsorted(ascending, cuts)
+    equal = np.searchsorted(ascending, cuts, "right") - below
+    columns = [
+        np.where(has_cut, of, other).tolist()
+        for of, other in ((counts, lowest), (cuts, -1), (below, 0), (equal, 0))
+    ]
+    return [
+        Division((count,), key, (under,), (at,))
+        for count, key, under, at in zip(*columns, strict=True)
+    ]
 
 
 class Search:

@@ -8,17 +8,18 @@ neither sorted nor copied. A poor sample costs time, but does not change the res
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from secateur_server.backends import allocate, spans
 from secateur_server.backends.keys import BITS, as_keys, score_at
 from secateur_server.backends.masks import Mask
 from secateur_server.backends.pieces import BYTES_OF_FEW, Cut, Piece
+from secateur_server.backends.protocol import Backend
 from secateur_server.backends.scan import SPACING
 from secateur_server.cut.drivers import Driver, driver_for
-from secateur_server.cut.mark import Part, mark, mark_ties
+from secateur_server.cut.mark import mark, mark_ties
 from secateur_server.cut.observe import observe_key, observe_sample
 from secateur_server.cut.score import Ranking, score_dtype
 from secateur_server.cut.search import Query, Search, narrow
@@ -43,7 +44,7 @@ class Units:
     Attributes:
         context: The request.
         driver: Of the pieces.
-        parts: The units in pieces, in their order, and the bits of the kept ones, written to.
+        pieces: The units in their order.
         dtype: In which all scores are compared.
         candidates: How many units can be pruned.
         sampled: Keys of some candidates, if there is a sample already.
@@ -51,20 +52,15 @@ class Units:
 
     context: RequestContext
     driver: Driver
-    parts: Sequence[Part]
+    pieces: Sequence[Piece]
     dtype: torch.dtype
     candidates: int
     sampled: Sequence[Tensor] = ()
 
     @property
-    def pieces(self) -> list[Piece]:
-        """The pieces alone."""
-        return [piece for piece, _ in self.parts]
-
-    @property
     def total(self) -> int:
         """The number of units, including pruned ones."""
-        return sum(piece.units for piece, _ in self.parts)
+        return sum(piece.units for piece in self.pieces)
 
     @property
     def few(self) -> int:
@@ -90,16 +86,12 @@ def select(
         The candidates of each ranking that are kept, and the cut.
     """
     driver, dtype = driver_for(context, rankings[0].device), score_dtype(rankings)
-    sizes = [(r.units + 7) // 8 for r in rankings]
-    buffer = torch.split(allocate(context, sum(sizes), driver.backend), sizes)
-    masks = [Mask(bits, r.units) for bits, r in zip(buffer, rankings, strict=True)]
-    parts = [
-        (ranking.piece(dtype, *span), mask.part(*span))
-        for ranking, mask in zip(context.each(rankings), masks, strict=True)
-        for span in spans(ranking.units, driver.backend.ranked)
-    ]
-    units = Units(context, driver, parts, dtype, candidates, _sampled(rankings, dtype))
-    return masks, _mark_and_cut(units, count)
+    size = driver.backend.ranked
+    pieces = [piece for ranking in context.each(rankings) for piece in ranking.pieces(dtype, size)]
+    units = Units(context, driver, pieces, dtype, candidates, _sampled(rankings, dtype))
+    cut, kept = _cut(units, count)
+    masks = torch.split(kept, [(ranking.units + 7) // 8 for ranking in rankings])
+    return [Mask(bits, r.units) for bits, r in zip(masks, rankings, strict=True)], cut
 
 
 def _sampled(rankings: Sequence[Ranking], dtype: torch.dtype) -> list[Tensor]:
@@ -114,14 +106,15 @@ def _sampled(rankings: Sequence[Ranking], dtype: torch.dtype) -> list[Tensor]:
     return found
 
 
-def _mark_and_cut(units: Units, count: int) -> Cut:
-    """Marks the units that are kept, and returns the cut."""
+def _cut(units: Units, count: int) -> tuple[Cut, Tensor]:
+    """The cut, and the bits of the units that are kept, each piece from a new byte on."""
     if count == 0:
-        mark(units.context, units.driver, units.parts, 0, 0)
-        return NO_CUT
+        kept, _ = mark(units.context, units.driver, units.pieces, 0, 0)
+        return NO_CUT, kept
     if units.total <= FEW:
-        pieces, kept = zip(*units.parts, strict=True)
-        return units.driver.backend.cut_few(units.context, pieces, count, kept)
+        task = partial(_cut_few, count=count)
+        (few,) = units.driver.map(units.context, task, [units.pieces])
+        return few
     bounds = _sampled_bounds(units, count)
     found = bounds and _cut_between(units, count, *bounds)
     if found is None:
@@ -130,36 +123,39 @@ def _mark_and_cut(units: Units, count: int) -> Cut:
     return found
 
 
-def _cut_between(units: Units, count: int, low: int, high: int) -> Cut | None:
-    """Marks the units that are kept and returns the cut; None if it is not in [low, high).
+def _cut_few(
+    context: RequestContext, backend: Backend, pieces: Sequence[Piece], count: int
+) -> tuple[Cut, Tensor]:
+    return backend.cut_few(context, pieces, count)
+
+
+def _cut_between(units: Units, count: int, low: int, high: int) -> tuple[Cut, Tensor] | None:
+    """Does `_cut`; None if the cut is not in [low, high).
 
     Equal bounds are a key with too many ties to collect them.
     """
     if low == high:
         return _cut_at(units, count, low)
     backend = units.driver.backend
-    found = mark(units.context, units.driver, units.parts, low, high)
+    kept, found = mark(units.context, units.driver, units.pieces, low, high)
     sizes = [len(part.keys) for part in found]
     place = count - (units.candidates - sum(part.above for part in found) - sum(sizes))
     if not 1 <= place <= sum(sizes):  # of the cut among those within
         return None
     keys = torch.cat([part.keys for part in found])
     cut, is_kept = backend.rank(keys, place)
-    within = torch.split(is_kept, sizes)
-    parts = zip(units.context.each(units.parts), found, within, strict=True)
-    for (_, kept), part, flags in parts:
-        backend.keep(kept, part.at, flags)
-    return cut
+    for part, flags in zip(units.context.each(found), torch.split(is_kept, sizes), strict=True):
+        backend.keep(part.kept, part.at, flags)
+    return cut, kept
 
 
-def _cut_at(units: Units, count: int, key: int) -> Cut | None:
+def _cut_at(units: Units, count: int, key: int) -> tuple[Cut, Tensor] | None:
     (found,) = observe_key(units.context, units.driver, [units.pieces], key)
     equal = [at for _, at in found]
     cut = Cut(key, count - sum(below for below, _ in found), sum(equal))
     if not 1 <= cut.ties <= cut.equal:
         return None
-    mark_ties(units.context, units.driver, units.parts, cut, equal)
-    return cut
+    return cut, mark_ties(units.context, units.driver, units.pieces, cut, equal)
 
 
 def _sampled_bounds(units: Units, count: int) -> tuple[int, int] | None:

@@ -16,7 +16,7 @@ from secateur_server.backends.batches import (
 )
 from secateur_server.backends.keys import BITS
 from secateur_server.backends.masks import Mask
-from secateur_server.backends.pieces import Batch
+from secateur_server.backends.pieces import Batch, Stored
 from secateur_server.cut.choice import Choice, ChoiceTable, Floats, Ints
 from secateur_server.cut.decide import is_plain, units_to_prune
 from secateur_server.cut.score import Ranking, score_dtype
@@ -155,7 +155,8 @@ def prune_jointly(
         dtype = score_dtype(rankings)
         batch = batch_of(rankings, dtype)
         # All tensors as one. The padding between them counts as pruned.
-        unpadded, scores = Mask(batch.unpruned, batch.bits.numel()), batch.bits.view(dtype)
+        unpadded = Mask(batch.unpruned, batch.bits.numel())
+        scores = Stored(batch.bits.view(dtype))
         whole = Ranking("", unpadded.elements, scores, unpadded, rankings[0].device)
         (kept,), cut = select(context, [whole], candidates, count)
         value = threshold(cut, dtype) if rule.importance.is_measured else None

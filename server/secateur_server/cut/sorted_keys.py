@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from secateur_server.backends.keys import BITS, as_keys
-from secateur_server.backends.pieces import Ints
+from secateur_server.backends.keys import as_keys
+from secateur_server.backends.pieces import Ints, Piece
+from secateur_server.backends.protocol import Backend
 from secateur_server.cut.drivers import Driver
 from secateur_server.cut.score import Ranking
 from secateur_server.runtime.context import RequestContext
@@ -17,12 +18,6 @@ FEW = 1 << 17
 # Tensors are small up to so many units on average, and so many in all.
 MEAN_UNITS = 1 << 12
 MOST_UNITS = 1 << 22
-
-
-def candidate_keys(driver: Driver, ranking: Ranking, dtype: torch.dtype) -> Tensor:
-    """Computes the keys of a tensor's candidates, in their order."""
-    keys = driver.backend.keys(ranking.piece(dtype, 0, ranking.units))
-    return keys if ranking.candidates is None else keys[keys < torch.iinfo(keys.dtype).max]
 
 
 class SortedKeys:
@@ -40,7 +35,8 @@ class SortedKeys:
         dtype: torch.dtype,
     ) -> None:
         """Sorts the keys of the scores, compared as `dtype`."""
-        self._keys = _keys(context, driver, rankings, dtype)
+        pieces = [ranking.piece(dtype, 0, ranking.units) for ranking in context.each(rankings)]
+        (self._keys,) = driver.map(context, _keys, [pieces])
         units = torch.tensor([ranking.units for ranking in rankings])
         self._ends = units.cumsum(0).to(driver.backend.device)
         self._begins = self._ends - units.to(driver.backend.device)
@@ -61,20 +57,16 @@ def is_sorting_faster(rankings: Sequence[Ranking]) -> bool:
     return len(rankings) > 1 and units <= min(MOST_UNITS, MEAN_UNITS * len(rankings))
 
 
-def _keys(
-    context: RequestContext, driver: Driver, rankings: Sequence[Ranking], dtype: torch.dtype
-) -> Tensor:
+def _keys(context: RequestContext, backend: Backend, pieces: Sequence[Piece]) -> Tensor:
     """The keys of all units in their order. Pruned units have the largest integer."""
-    if len({None if ranking.is_random else ranking.values.dtype for ranking in rankings}) > 1 or (
-        rankings[0].is_random
-    ):
-        pieces = (ranking.piece(dtype, 0, ranking.units) for ranking in context.each(rankings))
-        return torch.cat([driver.backend.keys(piece) for piece in pieces])
-    keys = as_keys(torch.cat([ranking.values for ranking in rankings]), dtype)  # one operation
+    stored = [scores for piece in pieces if (scores := piece.scores.stored) is not None]
+    if len(stored) < len(pieces) or len({scores.dtype for scores in stored}) > 1:
+        return torch.cat([backend.keys(piece) for piece in context.each(pieces)])
+    keys = as_keys(torch.cat(stored), pieces[0].dtype)  # one operation
     end = 0
-    for ranking in context.each(rankings):
-        begin, end = end, end + ranking.units
-        if ranking.candidates is not None:
-            pruned = ~ranking.candidates.flags(0, ranking.units)
-            keys[begin:end].masked_fill_(pruned, torch.iinfo(BITS[dtype]).max)
+    for piece in context.each(pieces):
+        begin, end = end, end + piece.units
+        if piece.unpruned is not None:
+            pruned = ~backend.unpack(piece.unpruned, piece.units)
+            keys[begin:end].masked_fill_(pruned, torch.iinfo(keys.dtype).max)
     return keys

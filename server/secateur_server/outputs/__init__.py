@@ -11,6 +11,7 @@ from secateur_server.granularity.group import Group
 from secateur_server.outputs.dense import Dense
 from secateur_server.outputs.masks import Masks
 from secateur_server.outputs.nothing import Nothing
+from secateur_server.outputs.packed import Packed
 from secateur_server.outputs.reparametrized import Reparametrized
 from secateur_server.outputs.shrunk import Shrunk
 from secateur_server.runtime.context import RequestContext
@@ -87,4 +88,5 @@ OUTPUTS: dict[int, Output] = {
     pb.OUTPUT_DENSE: Dense(),
     pb.OUTPUT_NONE: Nothing(),
     pb.OUTPUT_SHRUNK: Shrunk(),
+    pb.OUTPUT_PACKED: Packed(),
 }

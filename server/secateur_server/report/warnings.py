@@ -17,6 +17,9 @@ from secateur_server.spec.rules import Rule, Selection
 from secateur_server.state_dict.catalog import Catalog, Shape
 from secateur_server.state_dict.parameter import Parameter
 
+# The code of the note that most results have.
+NOT_SMALLER = "NOT_SMALLER"
+
 # The most names in a message.
 SHOWN = 3
 
@@ -269,10 +272,10 @@ def _not_smaller(pruning: Pruning) -> pb.Warning | None:
     if pruning.shrinkage or not any(change.pruned for change in pruning.changes):
         return None
     text = (
-        "zeros alone make a model neither smaller nor faster: remove wholly zero slices from its "
-        "layers, run 2:4 patterns with kernels for them, or compress the file to store it"
+        "zeros alone make a model neither smaller nor faster: `secateur pack OUT -o SMALL` or "
+        "output='packed' makes the file smaller, output='shrunk' with groups the model itself"
     )
-    return pb.Warning(code="NOT_SMALLER", severity=pb.SEVERITY_NOTE, message=text)
+    return pb.Warning(code=NOT_SMALLER, severity=pb.SEVERITY_NOTE, message=text)
 
 
 def _warning(code: str, names: Sequence[str], text: str) -> pb.Warning | None:

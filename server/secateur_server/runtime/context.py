@@ -6,9 +6,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from secateur_server.errors import Cancelled
+
+if TYPE_CHECKING:
+    import torch
+
+    from secateur_server.cut.drivers import Driver
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -93,6 +98,8 @@ class RequestContext:
         work_memory: Bytes that the request may take beside its state_dict; None: no limit.
         scratch: The folder for data that does not fit in `work_memory`.
         charge: The scheduler's, for `charge`.
+        driver: Makes the driver of tensors on a device, as cut.drivers says; None: that of this
+            process.
 
     Attributes:
         tenant: The sender of the request.
@@ -125,6 +132,7 @@ class RequestContext:
         work_memory: int | None = None,
         scratch: Path | None = None,
         charge: "Charge" = lambda context, field, size, what: None,
+        driver: "Callable[[torch.device], Driver] | None" = None,
     ) -> None:
         self.method, self.id, self.peer, self.tenant = method, id, peer, ANONYMOUS
         self.deadline, self.work_memory, self.scratch = deadline, work_memory, scratch
@@ -139,7 +147,7 @@ class RequestContext:
         self.time_to_report: float | None = None
         self.reason = self.error = self.code = self.waited_for = ""
         self.charges: list[int] = []
-        self._charge = charge
+        self._charge, self.driver = charge, driver
         self._started = time.perf_counter()
         self._lock = threading.Lock()
         self.interruption: Interruption | None = None

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -35,11 +35,7 @@ def resolve(context: RequestContext, rules: Sequence[Rule], catalog: Catalog) ->
     resolved: list[Rule] = []
     pruned = 0
     for rule in context.each(rules):
-        found = (
-            _resolve_masks(context, rule, catalog)
-            if isinstance(rule, CustomMasks)
-            else _resolve_selection(context, rule, catalog)
-        )
+        found = _RESOLVED[type(rule)](context, rule, catalog)
         pruned += len(found.names())
         if pruned > MOST_PRUNED:
             raise InvalidSpec(
@@ -239,3 +235,10 @@ def _wrong_shape(extra: Stored, shape: Shape, what: str) -> str:
 # As CustomMasks in spec.proto lists them.
 _MASK_DTYPES = tuple(dtype for dtype in WIRE_DTYPES if dtype not in FP8)
 _SCORE_DTYPES = tuple(dtype for dtype in PRUNABLE if dtype.is_floating_point)
+
+
+# How each kind of rule is resolved.
+_RESOLVED: Mapping[type[Rule], Callable[..., Rule]] = {
+    Selection: _resolve_selection,
+    CustomMasks: _resolve_masks,
+}

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from secateur_server.backends import backend_for, spans
+from secateur_server.backends.keys import signed_bits
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.parameter import Parameter
 
@@ -18,6 +20,15 @@ def folded(parameter: Parameter) -> Iterator[Tensor]:
         part = values[begin:end].clone()
         backend.fold(part, mask.part(begin, end))
         yield part
+
+
+def zeroed(parameter: Parameter) -> Iterator[Tensor]:
+    """Yields the bytes of a weight with pruned elements set to 0, without their signs, in parts."""
+    values, mask = parameter.weight.reshape(-1), parameter.mask
+    assert mask is not None, "only parameters with a mask have pruned elements"
+    bits, _ = signed_bits(values)
+    for begin, end in spans(bits.numel(), backend_for(bits.device).piece):
+        yield bits[begin:end].masked_fill(~mask.flags(begin, end), 0).view(torch.uint8)
 
 
 def fold(context: RequestContext, parameter: Parameter) -> None:

@@ -73,14 +73,15 @@ def smaller_parameter(context: RequestContext, parameter: Parameter, kept: Slice
     elements = math.prod(shape)
     smaller = allocate(context, elements * weight.element_size(), backend).view(weight.dtype)
     begin = 0
-    for part in smaller_parts(weight, None, kept):
+    for part in context.each(smaller_parts(weight, None, kept)):
         smaller[begin : begin + len(part)].copy_(part)
         begin += len(part)
     if mask is None:
         return Parameter(smaller.view(shape))
     flags = allocate(context, elements, backend).view(torch.bool)
     begin = 0
-    for part in _smaller(mask.flags, weight.shape, _on(weight.device, kept), backend.piece):
+    of_mask = _smaller(mask.flags, weight.shape, _on(weight.device, kept), backend.piece)
+    for part in context.each(of_mask):
         flags[begin : begin + len(part)] = part
         begin += len(part)
     return Parameter(smaller.view(shape), Mask(backend.pack(flags), elements))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from secateur_proto.packed import METADATA, UNPACK
 from secateur_proto.ties import read_ties, write_ties
 from secateur_server.backends import backend_for, spans
 from secateur_server.backends.dtypes import TORCH_DTYPES
@@ -72,7 +73,7 @@ class StateDict:
 
         Raises:
             InvalidPair: A weight and its mask do not fit.
-            InvalidStateDict: A tensor is in two files.
+            InvalidStateDict: A tensor is in two files, or a file is packed.
         """
         self.shards = shards
         self.index = index
@@ -81,6 +82,8 @@ class StateDict:
         entries = [entry for shard in shards for entry in shard.entries]
         stored = stored_of(entries)
         metadata = {k: v for shard in shards for k, v in shard.metadata.items()}
+        if METADATA in metadata:
+            raise InvalidStateDict("data", f"is packed; unpack it first: {UNPACK}")
         self._ties = read_ties(metadata, stored)
         self.catalog: Catalog = read_catalog(stored, extras, self._ties.names, self._ties.masks)
         self.tensors: dict[str, WireTensor] = {}
@@ -154,13 +157,35 @@ class StateDict:
         Raises:
             InvalidStateDict: Another tensor has a name that is to be written.
         """
-        written = self._layout(are_folded)
+        return self.written(context, self.layout(are_folded), {})
+
+    def written(
+        self,
+        context: RequestContext,
+        layout: Mapping[str, Mapping[str, Outgoing]],
+        more: Mapping[str, Mapping[str, str]],
+    ) -> list[OutgoingFile]:
+        """Makes the files of tensors.
+
+        Args:
+            context: The request.
+            layout: The tensors of each file, by their names.
+            more: Entries to add to the metadata of files.
+
+        Returns:
+            The files, and the index of several shards.
+        """
         files = [
-            state_dict_file(context, shard.filename, written[shard.filename], self._metadata(shard))
+            state_dict_file(
+                context,
+                shard.filename,
+                layout[shard.filename],
+                {**self._metadata(shard), **more.get(shard.filename, {})},
+            )
             for shard in self.shards
         ]
         if self.index:
-            files.append(bytes_file(context, self.index.filename, self.index.rewritten(written)))
+            files.append(bytes_file(context, self.index.filename, self.index.rewritten(layout)))
         return files
 
     def size(self, are_folded: Container[str]) -> int:
@@ -175,7 +200,7 @@ class StateDict:
         Raises:
             InvalidStateDict: As `files` does.
         """
-        written = self._layout(are_folded)
+        written = self.layout(are_folded)
         sizes = [
             state_dict_head(written[shard.filename], self._metadata(shard))[1]
             for shard in self.shards
@@ -186,8 +211,15 @@ class StateDict:
         """Metadata of a file, with the ties of the tensors in it."""
         return write_ties(shard.metadata, read_ties(shard.metadata, self.catalog.stored))
 
-    def _layout(self, are_folded: Container[str]) -> dict[str, dict[str, Outgoing]]:
-        """The tensors that are written to each file, by their names."""
+    def layout(self, are_folded: Container[str]) -> dict[str, dict[str, Outgoing]]:
+        """Returns the tensors that are written to each file, by their names.
+
+        Args:
+            are_folded: As for `files`.
+
+        Raises:
+            InvalidStateDict: As `files` does.
+        """
         written: dict[str, dict[str, Outgoing]] = {shard.filename: {} for shard in self.shards}
         for stored, name, outgoing in self._written(are_folded):
             written[self._shard_of[stored]][name] = outgoing

@@ -128,15 +128,15 @@ def _file(
     def parts() -> Iterator[Bytes]:
         yield header
         for part in data():
-            yield from _on_host(part.view(torch.uint8))
+            yield from on_host(part.view(torch.uint8))
 
     if size <= CHUNK_BYTES:  # the parts of a small file are made once
         return bytes_file(context, filename, b"".join(parts()))
     return OutgoingFile(filename, size, _digest(context, parts()), parts)
 
 
-def _on_host(data: torch.Tensor) -> Iterator[memoryview]:
-    """Copies bytes of any device to the host, one part at a time."""
+def on_host(data: torch.Tensor) -> Iterator[memoryview]:
+    """Copies bytes of any device to the host, one part at a time. data: uint8, flat."""
     if data.device.type == "cpu":
         yield data.numpy().data
     else:

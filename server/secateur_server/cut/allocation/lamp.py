@@ -16,7 +16,8 @@ from torch import Tensor
 
 from secateur_server.backends import spans
 from secateur_server.backends.keys import BITS
-from secateur_server.backends.pieces import PART, Piece
+from secateur_server.backends.pieces import PART, Piece, Stored
+from secateur_server.backends.protocol import Backend
 from secateur_server.backends.scan import SPACING
 from secateur_server.cut.allocation.rank import decide_by_score, queries_of
 from secateur_server.cut.decision import Decision
@@ -178,7 +179,7 @@ def _window(
         units = int(buckets.up_to[end]) - before
         falling = _falling(context, driver, ranking, buckets, first, end)
     scores, device = lamp_scores(falling, buckets.above[end]), ranking.device
-    return Window(before, Ranking(ranking.name, units, scores.to(device), None, device))
+    return Window(before, Ranking(ranking.name, units, Stored(scores.to(device)), None, device))
 
 
 def lamp_scores(falling: Tensor, above: Tensor | float) -> Tensor:
@@ -211,7 +212,7 @@ def _scored(context: RequestContext, rankings: Sequence[Ranking]) -> list[Rankin
         falling = stacked.to(torch.float64).abs().sort(1, descending=True).values
         found.update(zip(indices, lamp_scores(falling, 0.0), strict=True))
     return [
-        Ranking(r.name, len(found[i]), found[i].to(r.device), None, r.device)
+        Ranking(r.name, len(found[i]), Stored(found[i].to(r.device)), None, r.device)
         for i, r in enumerate(rankings)
     ]
 
@@ -235,18 +236,19 @@ def _falling(
 
     On the CPU, as a GPU makes running sums in an order of its own.
     """
-    backend, dtype = driver.backend, ranking.dtype
+    dtype = ranking.dtype
     beyond = torch.iinfo(BITS[dtype]).max  # the key of units that are pruned already
     low = int(buckets.cuts[first - 1]) if first else 0
     high = int(buckets.cuts[end - 1]) if end <= len(buckets.cuts) else beyond
+    pieces = ranking.pieces(dtype, PART)
+    keys = torch.cat(driver.map(context, partial(_keys_between, low=low, high=high), pieces))
+    return driver.backend.ascending(keys).cpu().view(dtype).flip(0).to(torch.float64)
 
-    def within(piece: Piece) -> Tensor:
-        kept = backend.allocate((piece.units + 7) // 8)  # the units above, which are not used
-        (found,) = backend.split([piece], low, high, [kept])
-        return found.keys
 
-    keys = torch.cat(driver.map(context, within, ranking.pieces(dtype, PART)))
-    return backend.ascending(keys).cpu().view(dtype).flip(0).to(torch.float64)
+def _keys_between(
+    context: RequestContext, backend: Backend, piece: Piece, low: int, high: int
+) -> Tensor:
+    return backend.split([piece], low, high).keys
 
 
 def _buckets(context: RequestContext, driver: Driver, ranking: Ranking) -> Buckets:

@@ -1,9 +1,13 @@
 """Pieces in the memory of this process, or of its GPU."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+
+from secateur_server.backends import backend_for
 from secateur_server.backends.protocol import Backend
+from secateur_server.cut.drivers.protocol import Task
 from secateur_server.runtime.context import Found, Item, RequestContext
 
 
@@ -13,7 +17,17 @@ class Local:
 
     backend: Backend
 
+    @classmethod
+    def on(cls, device: torch.device) -> "Local":
+        """Makes the driver of tensors on a device."""
+        return cls(backend_for(device))
+
+    @property
+    def threads(self) -> int:
+        return self.backend.threads
+
     def map(
-        self, context: RequestContext, function: Callable[[Item], Found], pieces: Iterable[Item]
+        self, context: RequestContext, task: Task[Item, Found], pieces: Iterable[Item]
     ) -> list[Found]:
-        return self.backend.map(context, function, pieces)
+        backend = self.backend
+        return backend.map(context, lambda piece: task(context, backend, piece), pieces)

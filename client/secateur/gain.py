@@ -1,0 +1,136 @@
+"""What a smaller module gains: parameters, bytes, operations and time."""
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from secateur.errors import InvalidSpec
+from secateur.example_inputs import arguments_of
+from secateur.tables import html_table, text_table
+from secateur.tensors import torch_for
+
+# How often each module runs, in turn with the other one.
+RUNS = 11
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a module needs.
+
+    Attributes:
+        parameters: Elements of its state_dict; a tied tensor counts once.
+        bytes: Of these.
+        macs: Multiply-accumulate operations of one forward pass, as far as
+            torch.utils.flop_counter counts them: of convolutions, matrix products and attention.
+        seconds: The median time of one forward pass.
+    """
+
+    parameters: int
+    bytes: int
+    macs: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A module before and after.
+
+    Attributes:
+        before: What it needed.
+        after: What it needs now.
+    """
+
+    before: Cost
+    after: Cost
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast it is."""
+        return self.before.seconds / self.after.seconds
+
+    def __str__(self) -> str:
+        return text_table(self._rows())
+
+    def _repr_html_(self) -> str:
+        return html_table(self._rows())
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        before, after = self.before, self.after
+        counts = [
+            ("parameters", before.parameters, after.parameters),
+            ("bytes", before.bytes, after.bytes),
+            ("multiply-accumulates", before.macs, after.macs),
+        ]
+        rows = [("", "before", "after", "ratio")]
+        rows += [(what, f"{a:,}", f"{b:,}", f"{a / max(1, b):.2f}") for what, a, b in counts]
+        times = (f"{cost.seconds * 1e3:,.2f} ms" for cost in (before, after))
+        return [*rows, ("one forward pass", *times, f"{self.speedup:.2f}")]
+
+
+def gain(before: Any, after: Any, inputs: Any) -> Gain:
+    """Measures what a module and a smaller one need, in turn in one run.
+
+    Args:
+        before: A torch.nn.Module.
+        after: The smaller one, such as PruneResult.shrink returns.
+        inputs: What forward takes: a tensor, a tuple of arguments, or a mapping of keywords.
+
+    Returns:
+        Both costs, of forward passes in evaluation without gradients. Print it for a table.
+
+    Raises:
+        InvalidStateDict: `before` or `after` is not a torch.nn.Module.
+        InvalidSpec: A module cannot run on the inputs.
+    """
+    torch = torch_for("gain")
+    from secateur.in_place import check_module
+
+    for module in (before, after):
+        check_module(module)
+    args, keywords = arguments_of(inputs)
+    named = (("before", before), ("after", after))
+    seconds: list[list[float]] = [[], []]
+    with _in_evaluation(before, after), torch.inference_mode():
+        macs = [_macs(what, module, args, keywords) for what, module in named]
+        for _ in range(RUNS):
+            for module, found in zip((before, after), seconds, strict=True):
+                begin = time.perf_counter()
+                module(*args, **keywords)
+                found.append(time.perf_counter() - begin)
+    costs = [
+        Cost(*_sizes(module), count, statistics.median(found))
+        for module, count, found in zip((before, after), macs, seconds, strict=True)
+    ]
+    return Gain(*costs)
+
+
+@contextmanager
+def _in_evaluation(*modules: Any) -> Iterator[None]:
+    flags = [(part, part.training) for module in modules for part in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, flag in flags:
+            part.training = flag
+
+
+def _macs(what: str, module: Any, args: Any, keywords: Any) -> int:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        try:
+            module(*args, **keywords)
+        except Exception as error:
+            line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InvalidSpec(f"inputs: `{what}` cannot run on them: {line[:200]}") from error
+    return int(counter.get_total_flops()) // 2
+
+
+def _sizes(module: Any) -> tuple[int, int]:
+    tensors = {id(t): t for t in module.state_dict(keep_vars=True).values()}.values()
+    return sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors)

@@ -1,0 +1,121 @@
+"""`shrink` of results: from a server to a smaller module."""
+
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import secateur
+from secateur.errors import InvalidStateDict
+from secateur.grouping import Group
+from tests.client.cut_modules import assert_same, doubles, run
+from tests.client.net import inputs, outputs, randomized
+from tests.client.nets_resizing import NETS
+
+
+def made(name: str) -> tuple[Any, list[Group], Any]:
+    torch.manual_seed(0)
+    net = NETS[name]()
+    return randomized(net.module), net.groups, net.inputs
+
+
+def masked_by(result: secateur.PruneResult, module: nn.Module) -> nn.Module:
+    masked = copy.deepcopy(module)
+    masked.load_state_dict(result.state_dict("dense"))
+    return masked
+
+
+@pytest.mark.parametrize("name", ["lenet", "resnet18", "mobilenet_v2", "unet", "decoder", "lstm"])
+def test_a_shrunk_result_computes_what_the_dense_one_computes(
+    client: secateur.Client, name: str
+) -> None:
+    module, groups, example = made(name)
+    spec = secateur.grouped(groups, 0.5, align=1)
+    small = client.prune(module, spec, output="shrunk").shrink(module, example)
+    masked = masked_by(client.prune(module, spec, output="dense"), module)
+    assert_same(run(masked, doubles(example)), run(small, doubles(example)))
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in module.parameters())
+
+
+def hidden() -> tuple[nn.Sequential, list[Group]]:
+    module = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    return module, [secateur.group("hidden", *outputs("0"), *inputs("2"))]
+
+
+def test_a_result_of_finalize_shrinks_a_module(client: secateur.Client) -> None:
+    module, groups = hidden()
+    pruned = copy.deepcopy(module)
+    client.prune(module, secateur.grouped(groups, 2)).apply_to(pruned)
+    small = client.finalize(pruned, output="shrunk", groups=groups).shrink(
+        pruned, torch.randn(3, 4)
+    )
+    assert str(small[0]) == str(nn.Linear(4, 4))
+    example = torch.randn(3, 4)
+    assert torch.allclose(pruned(example), small(example), atol=1e-6)
+    with pytest.raises(secateur.SecateurError, match="shrink: nothing was removed; ask for"):
+        client.finalize(pruned).shrink(pruned)
+
+
+@pytest.mark.parametrize("output", ["masks", "dense", "none"])
+def test_only_shrunk_results_shrink_a_module(client: secateur.Client, output: str) -> None:
+    module, groups = hidden()
+    result = client.prune(module, secateur.grouped(groups, 2), output=output)
+    with pytest.raises(secateur.SecateurError, match="shrink: nothing was removed; ask for"):
+        result.shrink(module)
+
+
+def test_a_checkpoint_or_a_file_shrinks_a_module(client: secateur.Client, tmp_path: Path) -> None:
+    module, groups = hidden()
+    save_file(module.state_dict(), tmp_path / "net.safetensors")
+    spec, checkpoint = secateur.grouped(groups, 2), client.upload(module)
+    small = [
+        client.prune(source, spec, output="shrunk").shrink(module, torch.randn(3, 4)).state_dict()
+        for source in (module, tmp_path / "net.safetensors", checkpoint)
+    ]
+    for name, tensor in small[0].items():
+        assert torch.equal(tensor, small[1][name])
+        assert torch.equal(tensor, small[2][name])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, partial(torch.compile, backend="eager")], ids=["parallel", "compiled"]
+)
+def test_prefixes_of_wrappers_may_differ(client: secateur.Client, wrap: Any) -> None:
+    module, groups = hidden()
+    result = client.prune(module, secateur.grouped(groups, 2), output="shrunk")
+    small, example = result.shrink(wrap(module), torch.randn(3, 4)), torch.randn(3, 4)
+    assert type(small) is type(wrap(module))
+    assert torch.equal(small(example), result.shrink(module)(example))
+
+
+def test_traced_groups_are_compared_on_their_example_inputs(client: secateur.Client) -> None:
+    """The attribute is what `secateur.groups` leaves."""
+
+    class Traced(list[Group]):
+        example_inputs = torch.randn(3, 4)
+
+    module, groups = hidden()
+    for member in groups[0].message.members:
+        member.unmasked = member.tensor != "0.weight"
+    for wrong in (groups, Traced(groups)):
+        spec = secateur.grouped(wrong, 2).at(3, 3) + secateur.identity("0.weight")
+        result = client.prune(module, spec, output="shrunk")
+        if wrong is groups:
+            result.shrink(module)
+        else:
+            with pytest.raises(InvalidStateDict, match=r"^2: its output differs by"):
+                result.shrink(module)
+
+
+def test_a_group_without_its_reader_is_an_error(client: secateur.Client) -> None:
+    module, _ = hidden()
+    groups = [secateur.group("hidden", *outputs("0"))]
+    result = client.prune(module, secateur.grouped(groups, 2), output="shrunk")
+    with pytest.raises(InvalidStateDict, match=r"^2: takes 6 inputs, and 0 makes 4; put both"):
+        result.shrink(module)
