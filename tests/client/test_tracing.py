@@ -1,6 +1,7 @@
 """Groups that secateur.groups finds: the cut model computes what the masked model computes."""
 
 import sys
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from torch.nn.utils import parametrizations, prune
 
 import secateur
 from secateur.grouping import Group
-from tests.client.cutting import difference, slices
+from tests.client.cutting import cut, difference, masked, slices
 from tests.client.nets import NETS, net, prepared
 from tests.client.random_nets import STEPS, Step, random_net
+from tests.conftest import RunningServer
 
 # The units of each group, by the tensor that makes them.
 UNITS = {
@@ -293,3 +295,32 @@ def test_without_torch_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "secateur.traced.exporting", None)
     with pytest.raises(secateur.SecateurError, match=r"pip install 'secateur\[trace\]'"):
         secateur.groups(3, X)
+
+
+def test_the_server_cuts_traced_groups(server: RunningServer) -> None:
+    module, example = net("U-Net")
+    groups = secateur.groups(module, example)
+    spec = secateur.grouped(groups, 0.5, scope="tensor", align=1)
+    with secateur.Client(server.address) as client:
+        masks = client.prune(module, spec).masks
+        shrunk = client.prune(module, spec, output="shrunk").state_dict("shrunk")
+    units = {group.message.name: pruned_units(group, masks) for group in groups}
+    assert all(units.values())
+    tensors = module.state_dict()
+    expected = cut(groups, units, masked(groups, units, tensors))
+    assert expected.keys() == shrunk.keys()
+    assert all(torch.equal(expected[name], tensor) for name, tensor in shrunk.items())
+
+
+def pruned_units(group: Group, masks: Mapping[str, Tensor]) -> list[int]:
+    places = [member for member in group.message.members if not member.unmasked]
+
+    def is_pruned(unit: int) -> bool:
+        indices = [torch.tensor(slices(place, unit, place.units)) for place in places]
+        kept = [
+            masks[place.tensor].index_select(place.dim, index)
+            for place, index in zip(places, indices, strict=True)
+        ]
+        return not any(bool(mask.any()) for mask in kept)
+
+    return [unit for unit in range(places[0].units) if is_pruned(unit)]
