@@ -9,7 +9,7 @@ from torch.func import functional_call
 
 from secateur.grouping import Group
 from secateur_proto import spec_pb2 as pb
-from tests.client.nets import rebuilt
+from tests.client.rebuilding import rebuilt
 
 Tensors = dict[str, Tensor]
 
@@ -22,6 +22,11 @@ def slices(member: pb.Member, unit: int, units: int) -> list[int]:
     stride = member.stride or 1
     start = member.offset + unit * stride
     return list(range(start, start + stride))
+
+
+def members(group: Group) -> list[tuple[str, int]]:
+    """Returns the tensor and the dimension of each member."""
+    return [(member.tensor, member.dim) for member in group.message.members]
 
 
 def pruned(groups: Sequence[Group], seed: int) -> dict[str, list[int]]:

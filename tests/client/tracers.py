@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import secateur
 from tests.client.cutting import difference
-from tests.client.nets import NETS, Attention, FusedAttention, net
+from tests.client.nets import NETS, net
+from tests.client.sequence_nets import Attention, FusedAttention
 
 LIMIT = 1e-12
 SECONDS = 30  # for a network
