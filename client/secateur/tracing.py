@@ -13,13 +13,19 @@ class TracedGroups(list[Group]):
 
     Attributes:
         kept: From the name of each tensor whose layer makes slices that stay whole to the reason.
+        example_inputs: Those with which the module was traced. `PruneResult.shrink` compares the
+            smaller module with the masked one on them.
     """
 
     kept: Mapping[str, str]
+    example_inputs: Any
 
-    def __init__(self, groups: Iterable[Group], kept: Mapping[str, str]) -> None:
+    def __init__(
+        self, groups: Iterable[Group], kept: Mapping[str, str], example_inputs: Any
+    ) -> None:
         super().__init__(groups)
         self.kept = MappingProxyType(dict(kept))
+        self.example_inputs = example_inputs
 
     def __str__(self) -> str:
         lines = [_line(group) for group in self]
@@ -53,7 +59,7 @@ def groups(module: Any, example_inputs: Any) -> TracedGroups:
         raise SecateurError(
             f"secateur.groups needs torch ({error}): pip install 'secateur[trace]'"
         ) from None
-    return TracedGroups(*trace(module, example_inputs))
+    return TracedGroups(*trace(module, example_inputs), example_inputs)
 
 
 def _line(group: Group) -> str:

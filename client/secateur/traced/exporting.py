@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.nn import Module
+from torch.nn import Module, MultiheadAttention
 
 from secateur.checks import shown
 from secateur.entries import from_module
 from secateur.errors import InvalidSpec
+from secateur.example_inputs import arguments_of
 from secateur.grouping import Group
 from secateur.traced.follow import follow
 from secateur.traced.members import groups, whole
@@ -32,10 +33,17 @@ def trace(module: Any, example_inputs: Any) -> tuple[list[Group], dict[str, str]
     }
     weights = {name for name, one in parameters.items() if one.dim() > 1}
     units = follow(_exported(module, example_inputs), names)
-    found = groups(units, weights, parameters)
+    found = groups(units, weights, parameters, _fixed(module, names))
     used = {named.tensor for named in units.named}
     unused = {name: _UNUSED for name in parameters if name in weights - used}
     return found, whole(units, weights) | unused
+
+
+def _fixed(module: Module, names: Mapping[str, str]) -> set[str]:
+    """The tensors of attention modules of torch."""
+    places = {path for path, part in module.named_modules() if isinstance(part, MultiheadAttention)}
+    prefixes = tuple(f"{path}." if path else "" for path in places)
+    return {name for given, name in names.items() if prefixes and given.startswith(prefixes)}
 
 
 def _names(module: Module) -> dict[str, str]:
@@ -50,7 +58,7 @@ def _names(module: Module) -> dict[str, str]:
 
 
 def _exported(module: Module, example_inputs: Any) -> ExportedProgram:
-    args, kwargs = _arguments(example_inputs)
+    args, kwargs = arguments_of(example_inputs)
     try:
         with _as_it_was(module):
             return torch.export.export(module, args, kwargs, strict=False)
@@ -60,14 +68,6 @@ def _exported(module: Module, example_inputs: Any) -> ExportedProgram:
             f"module: torch.export cannot trace it with these example_inputs: {line}; "
             "write the groups with secateur.group"
         ) from error
-
-
-def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, tuple | list):
-        return tuple(example_inputs), {}
-    return (example_inputs,), {}
 
 
 @contextmanager

@@ -9,25 +9,32 @@ from secateur.grouping import Group, Member, group, member
 from secateur.traced.units import NO_UNIT, Units
 
 _ONE = "all its slices make one unit"
+_FIXED = "torch.nn.MultiheadAttention has a width for each of its heads: it cannot be smaller"
 _NO_SCORES = "no weight of more than one dimension is in the unit"
 
 # From a tensor and a dimension to slices: of one unit, or of each.
 Slices = dict[tuple[str, int], list[int]]
 
 
-def groups(units: Units, scored: Collection[str], masked: Collection[str]) -> list[Group]:
+def groups(
+    units: Units, scored: Collection[str], masked: Collection[str], fixed: Collection[str]
+) -> list[Group]:
     """Makes a group of all units that have as many slices in the same tensors.
 
     Args:
         units: What is one unit by itself is frozen.
         scored: Names of tensors that say how important a unit is.
         masked: Names of tensors whose slices are zero in the masked model.
+        fixed: Names of tensors that cannot be cut.
     """
     kinds: dict[tuple[tuple[tuple[str, int], int], ...], dict[int, Slices]] = defaultdict(dict)
     for root, slices in _slices(units).items():
         kinds[tuple((key, len(found)) for key, found in slices.items())][root] = slices
     made: dict[str, Group] = {}
     for kind, found in kinds.items():
+        if any(tensor in fixed for (tensor, _), _ in kind):
+            units.freeze(torch.tensor(list(found)), _FIXED)
+            continue
         name = _name(units, [key for key, _ in kind], scored)
         if name is None or len(found) == 1:
             units.freeze(torch.tensor(list(found)), _ONE if name else _NO_SCORES)
