@@ -1,7 +1,7 @@
 """Tensors without some of their slices, made piece by piece."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +78,11 @@ def smaller_parameter(context: RequestContext, parameter: Parameter, kept: Slice
         begin += len(part)
     if mask is None:
         return Parameter(smaller.view(shape))
+    if mask.kept(context) == elements:  # nothing is pruned but the slices that are removed
+        bits = allocate(context, (elements + 7) // 8, backend).fill_(0xFF)
+        if elements % 8:
+            bits[-1] = (1 << elements % 8) - 1
+        return Parameter(smaller.view(shape), Mask(bits, elements, elements))
     flags = allocate(context, elements, backend).view(torch.bool)
     begin = 0
     of_mask = _smaller(mask.flags, weight.shape, _on(weight.device, kept), backend.piece)
@@ -89,11 +94,19 @@ def smaller_parameter(context: RequestContext, parameter: Parameter, kept: Slice
 
 def _smaller(read: Read, shape: Sequence[int], kept: Slices, piece: int) -> Iterator[Tensor]:
     """Yields the kept elements of a tensor, at most about `piece` at once."""
-    if not shape:
-        yield read(0, 1)
-        return
-    every = [kept.get(dim) for dim in range(len(shape))]
-    yield from _within(read, 0, shape, every, piece)
+    elements = math.prod(shape)
+    if elements <= piece:
+        yield _without(read(0, elements).view(*shape), kept.items())
+    else:
+        yield from _within(read, 0, shape, [kept.get(dim) for dim in range(len(shape))], piece)
+
+
+def _without(lines: Tensor, kept: Iterable[tuple[int, Tensor | None]]) -> Tensor:
+    """A tensor without its other slices, flat."""
+    for dim, index in kept:
+        if index is not None and len(index) < lines.shape[dim]:
+            lines = lines.index_select(dim, index)
+    return lines.reshape(-1)
 
 
 def _within(
@@ -110,10 +123,7 @@ def _within(
         if wanted is not None and not len(wanted):
             continue
         lines = read(begin + first * inner, begin + last * inner).view(last - first, *shape[1:])
-        for dim, index in enumerate([wanted, *kept[1:]]):
-            if index is not None and len(index) < lines.shape[dim]:
-                lines = lines.index_select(dim, index)
-        yield lines.reshape(-1)
+        yield _without(lines, enumerate([wanted, *kept[1:]]))
 
 
 def _places(rows: Tensor, first: int, last: int) -> list[int]:
