@@ -94,6 +94,6 @@ def whole(units: Units, weights: Collection[str]) -> dict[str, str]:
             others.setdefault(named.tensor, units.reason(label))
         for label in labels[units.produced(labels)][:1].tolist():
             kept[named.tensor][units.reason(label)] = None
-    cut = {tensor for slices in _slices(units).values() for tensor, _ in slices}
+    cut = {named.tensor for named in units.named if (units.units(named.labels) != NO_UNIT).any()}
     rest = {tensor: {reason: None} for tensor, reason in others.items() if tensor not in cut}
     return {name: "; ".join(why) for name, why in (rest | kept).items() if name in weights}

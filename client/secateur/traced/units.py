@@ -68,8 +68,7 @@ class Units:
         differ = pairs[pairs[:, 0] != pairs[:, 1]]
         fixed = (differ == NO_UNIT).any(1)
         self.freeze(torch.from_numpy(differ[fixed]), reason)
-        for first, second in np.unique(differ[~fixed], axis=0).tolist():
-            self._join(self._root(first), self._root(second))
+        self._join(differ[~fixed])
 
     def freeze(self, labels: Tensor, reason: str) -> None:
         """Keeps the classes of labels whole; the first reason of a class stands."""
@@ -107,8 +106,13 @@ class Units:
             label = self._parent[label] = self._parent[self._parent[label]]
         return label
 
-    def _join(self, a: int, b: int) -> None:
-        root, child = min(a, b), max(a, b)
-        self._parent[child] = root
-        if self._text[root] < 0:
-            self._text[root] = self._text[child]
+    def _join(self, pairs: Labels) -> None:
+        """Makes the classes of the two labels of each row one; the lowest label represents it."""
+        while len(pairs):
+            pairs.sort(1)
+            np.minimum.at(self._parent, pairs[:, 1], pairs[:, 0])
+            child, root = pairs[:, 1], self._parent[pairs[:, 1]]
+            taken = (self._text[root] < 0) & (self._text[child] >= 0)
+            self._text[root[taken]] = self._text[child[taken]]
+            pairs = self._find(torch.from_numpy(pairs))
+            pairs = pairs[pairs[:, 0] != pairs[:, 1]]
