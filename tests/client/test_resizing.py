@@ -107,3 +107,10 @@ def test_the_first_layer_that_computes_something_else_is_named(
         one.unmasked = one.tensor == member or one.dim == 1
     with pytest.raises(InvalidStateDict, match=rf"^{at}: its output differs by .* from the masked"):
         shrink(net.module, [Group(message)], net.inputs)
+
+
+def test_a_size_that_does_not_fit_in_memory() -> None:
+    for length in (2**50, 2**62, 2**70):
+        with pytest.raises(secateur.InvalidSpec) as error:
+            secateur.resize(torch.nn.Linear(2, 2), {"weight": [length, 2]})
+        assert str(error.value) == f"sizes['weight']: [{length}, 2] is too large to allocate"
