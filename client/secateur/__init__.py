@@ -79,6 +79,7 @@ from secateur.server_info import ServerInfo
 from secateur.shrinking import resize, sizes
 from secateur.source import is_pruned, load
 from secateur.spec import Spec
+from secateur.tracing import TracedGroups, groups
 from secateur.versions import VERSION
 
 __version__ = VERSION
@@ -118,6 +119,7 @@ __all__ = [
     "Spec",
     "StoreFull",
     "TensorReport",
+    "TracedGroups",
     "Unauthenticated",
     "Unavailable",
     "UriError",
@@ -137,6 +139,7 @@ __all__ = [
     "global_unstructured",
     "group",
     "grouped",
+    "groups",
     "guard_rails",
     "head_groups",
     "heads",

@@ -406,8 +406,8 @@ class Selection(google.protobuf.message.Message):
     is the largest of 16, 8, 4, 2 and 1 that is at most a quarter of the group's units, divided by
     the power of two that divides the slices of its units.
     The amount is decided first. Then each group keeps the multiple below or above: those that are
-    nearest to the next one keep more, until all groups that are ranked together keep what was
-    decided, and less than one multiple more; with `macs` as much as the target allows. A group of
+    nearest to the next one keep more, so that the groups that are ranked together keep in all what
+    is nearest to the decision; with `macs` as much as the target allows. A group of
     which something is kept keeps at least one multiple. A group that has fewer unpruned units than
     one multiple, or of which nothing is pruned, is left as it is. Guard rails hold: a group without
     a multiple between its bounds is INVALID_ARGUMENT, or with the default is not aligned.

@@ -125,6 +125,10 @@ FUNCTIONS: dict[Callable[..., Any], dict[str, Any]] = {
     secateur.is_pruned: {"source": MODEL},
     secateur.sizes: {"module": torch.nn.Linear(2, 2)},
     secateur.resize: {"module": torch.nn.Linear(2, 2), "sizes": {"weight": [2, 1]}},
+    secateur.groups: {
+        "module": torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Linear(4, 2)),
+        "example_inputs": torch.ones(1, 2),
+    },
     secateur.gain: {
         **{"before": torch.nn.Linear(2, 2), "after": torch.nn.Linear(2, 2)},
         "inputs": torch.ones(1, 2),

@@ -89,7 +89,10 @@ def _rounded(
     kept: Sequence[int],
     choices: Sequence[_Choice],
 ) -> list[int]:
-    """Takes the higher numbers of the groups that are nearest to them, up to the total."""
+    """Takes the higher numbers of the groups that are nearest to them, as far as the total allows.
+
+    The total comes as near as it can to what was decided; a budget is not exceeded.
+    """
     budget = rule.amount.budget
     costs = [1.0] * len(tensors) if budget is None else unit_costs(rule, tensors)
     aligned = [choice.low for choice in choices]
@@ -109,7 +112,8 @@ def _rounded(
     )
     for index in nearest:
         more = costs[index] * (choices[index].high - choices[index].low)
-        if total >= enough if budget is None else total + more > enough:
+        least = more / 2 if budget is None else more
+        if total + least > enough:
             continue
         aligned[index] = choices[index].high
         total += more

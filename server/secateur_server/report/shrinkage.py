@@ -39,13 +39,15 @@ def measure_smaller(
     Returns:
         The counts. Parameters that lose slices have weights without data.
     """
-    sent, others = dict(parameters), dict[str, Sparsity]()
+    sent, large = dict(parameters), dict[str, Sparsity]()
     for name in context.each(parameters.keys() & shrinking.slices.keys()):
-        smaller = smaller_parameter(context, parameters[name], shrinking.slices[name])
-        others[name] = measure(context, smaller)
-        sent[name] = smaller._replace(weight=smaller.weight.to("meta"))
-    whole = measure_tensors(context, {n: p for n, p in parameters.items() if n not in others})
-    return MeasuredTensors(sent, whole.batches, {**whole.others, **others})
+        smaller = smaller_parameter(context, name, parameters[name], shrinking)
+        if not smaller.is_small:  # one at a time is in memory
+            large[name] = measure(context, smaller)
+            smaller = smaller._replace(weight=smaller.weight.to("meta"))
+        sent[name] = smaller
+    found = measure_tensors(context, {n: p for n, p in sent.items() if n not in large})
+    return MeasuredTensors(sent, found.batches, {**found.others, **large})
 
 
 def find_uncut(

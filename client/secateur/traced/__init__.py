@@ -1,0 +1,1 @@
+"""Follows units through a traced model. Imported with torch only."""
