@@ -13,42 +13,11 @@ from torch import nn
 import secateur
 from secateur.errors import InvalidStateDict
 from secateur.grouping import Group
-from tests.client.cut_modules import assert_same, doubles, run
-from tests.client.net import inputs, outputs, randomized
-from tests.client.nets_resizing import NETS
-
-
-def made(name: str) -> tuple[Any, list[Group], Any]:
-    torch.manual_seed(0)
-    net = NETS[name]()
-    return randomized(net.module), net.groups, net.inputs
-
-
-def masked_by(result: secateur.PruneResult, module: nn.Module) -> nn.Module:
-    masked = copy.deepcopy(module)
-    masked.load_state_dict(result.state_dict("dense"))
-    return masked
-
-
-@pytest.mark.parametrize("name", ["lenet", "resnet18", "mobilenet_v2", "unet", "decoder", "lstm"])
-def test_a_shrunk_result_computes_what_the_dense_one_computes(
-    client: secateur.Client, name: str
-) -> None:
-    module, groups, example = made(name)
-    spec = secateur.grouped(groups, 0.5, align=1)
-    small = client.prune(module, spec, output="shrunk").shrink(module, example)
-    masked = masked_by(client.prune(module, spec, output="dense"), module)
-    assert_same(run(masked, doubles(example)), run(small, doubles(example)))
-    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in module.parameters())
-
-
-def hidden() -> tuple[nn.Sequential, list[Group]]:
-    module = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
-    return module, [secateur.group("hidden", *outputs("0"), *inputs("2"))]
+from tests.shrinking.groups import outputs, two_layers
 
 
 def test_a_result_of_finalize_shrinks_a_module(client: secateur.Client) -> None:
-    module, groups = hidden()
+    module, groups = two_layers()
     pruned = copy.deepcopy(module)
     client.prune(module, secateur.grouped(groups, 2)).apply_to(pruned)
     small = client.finalize(pruned, output="shrunk", groups=groups).shrink(
@@ -63,14 +32,14 @@ def test_a_result_of_finalize_shrinks_a_module(client: secateur.Client) -> None:
 
 @pytest.mark.parametrize("output", ["masks", "dense", "none"])
 def test_only_shrunk_results_shrink_a_module(client: secateur.Client, output: str) -> None:
-    module, groups = hidden()
+    module, groups = two_layers()
     result = client.prune(module, secateur.grouped(groups, 2), output=output)
     with pytest.raises(secateur.SecateurError, match="shrink: nothing was removed; ask for"):
         result.shrink(module)
 
 
 def test_a_checkpoint_or_a_file_shrinks_a_module(client: secateur.Client, tmp_path: Path) -> None:
-    module, groups = hidden()
+    module, groups = two_layers()
     save_file(module.state_dict(), tmp_path / "net.safetensors")
     spec, checkpoint = secateur.grouped(groups, 2), client.upload(module)
     small = [
@@ -87,7 +56,7 @@ def test_a_checkpoint_or_a_file_shrinks_a_module(client: secateur.Client, tmp_pa
     "wrap", [nn.DataParallel, partial(torch.compile, backend="eager")], ids=["parallel", "compiled"]
 )
 def test_prefixes_of_wrappers_may_differ(client: secateur.Client, wrap: Any) -> None:
-    module, groups = hidden()
+    module, groups = two_layers()
     result = client.prune(module, secateur.grouped(groups, 2), output="shrunk")
     small, example = result.shrink(wrap(module), torch.randn(3, 4)), torch.randn(3, 4)
     assert type(small) is type(wrap(module))
@@ -100,7 +69,7 @@ def test_traced_groups_are_compared_on_their_example_inputs(client: secateur.Cli
     class Traced(list[Group]):
         example_inputs = torch.randn(3, 4)
 
-    module, groups = hidden()
+    module, groups = two_layers()
     for member in groups[0].message.members:
         member.unmasked = member.tensor != "0.weight"
     for wrong in (groups, Traced(groups)):
@@ -114,7 +83,7 @@ def test_traced_groups_are_compared_on_their_example_inputs(client: secateur.Cli
 
 
 def test_a_group_without_its_reader_is_an_error(client: secateur.Client) -> None:
-    module, _ = hidden()
+    module, _ = two_layers()
     groups = [secateur.group("hidden", *outputs("0"))]
     result = client.prune(module, secateur.grouped(groups, 2), output="shrunk")
     with pytest.raises(InvalidStateDict, match=r"^2: takes 6 inputs, and 0 makes 4; put both"):

@@ -9,8 +9,8 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils import parametrizations, prune
 
 import secateur
-from tests.client.cutting import members
-from tests.client.nets import prepared
+from tests.shrinking.cutting import members
+from tests.shrinking.nets import prepared
 
 
 class Small(nn.Module):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from tests.client.nets import prepared
+from tests.shrinking.nets import prepared
 
 Step = tuple[str, int, int, int]
 KINDS = ["conv", "up", "depthwise", "grouped", "bn", "act", "pool", "add", "mul", "cat", "halves"]

@@ -156,15 +156,18 @@ def _warnings() -> Iterator[list[str]]:
         logger.removeHandler(handler)
 
 
-def outputs(model: Any) -> torch.Tensor:
-    """What a model computes of fixed inputs."""
+def inputs(model: Any) -> dict[str, torch.Tensor]:
+    """Fixed inputs of a model."""
     generator = torch.Generator().manual_seed(1)
+    if model.config.model_type == "vit":
+        images = torch.randn((2, 3, 16, 16), generator=generator, dtype=torch.float64)
+        return {"pixel_values": images}
+    return {"input_ids": torch.randint(3, 50, (2, 12), generator=generator)}
+
+
+def outputs(model: Any) -> torch.Tensor:
+    """What a model computes of `inputs`."""
     with torch.no_grad():
-        if model.config.model_type == "vit":
-            images = torch.randn((2, 3, 16, 16), generator=generator, dtype=torch.float64)
-            answer = model(pixel_values=images)
-        else:
-            tokens = torch.randint(3, 50, (2, 12), generator=generator)
-            answer = model(input_ids=tokens)
+        answer = model(**inputs(model))
     logits: torch.Tensor = answer["logits"] if "logits" in answer else answer[0]
     return logits

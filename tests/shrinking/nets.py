@@ -1,12 +1,14 @@
 """Networks of many kinds, written by hand, small enough for float64 on a CPU."""
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from tests.client.sequence_nets import Cells, Encoder, GroupedQueries, Recurrent, ViT
+import secateur
+from tests.shrinking.sequence_nets import Cells, Encoder, GroupedQueries, Recurrent, ViT
 
 
 class LeNet(nn.Module):
@@ -252,6 +254,13 @@ def net(name: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     make, example = NETS[name]
     return prepared(make()), example()
+
+
+@cache
+def traced(name: str) -> tuple[nn.Module, Tensor, secateur.TracedGroups]:
+    """Makes a network as `net`, and traces it once; tests change none of the three."""
+    module, example = net(name)
+    return module, example, secateur.groups(module, example)
 
 
 def prepared(module: nn.Module) -> nn.Module:

@@ -1,6 +1,6 @@
 """Compares secateur.groups with Torch-Pruning on the networks of nets.py.
 
-    python -m tests.client.tracers
+    python -m tests.shrinking.tracers
 
 Each prunes half of all units at random. Then the smaller model must compute what the model computes
 in which all removed elements are zero.
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import secateur
-from tests.client.cutting import difference
-from tests.client.nets import NETS, net
-from tests.client.sequence_nets import Attention, FusedAttention
+from tests.shrinking.cutting import difference
+from tests.shrinking.nets import NETS, net
+from tests.shrinking.sequence_nets import Attention, FusedAttention
 
 LIMIT = 1e-12
 SECONDS = 30  # for a network

@@ -1,69 +1,18 @@
-"""Groups that secateur.groups finds: the cut model computes what the masked model computes."""
-
-from collections.abc import Mapping
+"""Which groups secateur.groups finds."""
 
 import pytest
 import torch
 from hypothesis import given, settings
-from torch import Tensor
 
 import secateur
 from secateur.grouping import Group
-from tests.client.cutting import cut, difference, masked, members, slices
-from tests.client.nets import NETS, net
-from tests.client.random_nets import STEPS, Step, random_net
-from tests.conftest import RunningServer
-
-# The units of each group, by the tensor that makes them.
-UNITS = {
-    "LeNet": {"conv1.weight": 6, "conv2.weight": 16, "fc1.weight": 120, "fc2.weight": 84},
-    "U-Net": {
-        "down1.0.weight": 6,
-        "down2.0.weight": 12,
-        "bottom.0.weight": 24,
-        "up2.weight": 12,
-        "join2.0.weight": 12,
-        "join1.0.weight": 6,
-    },
-    "decoder": {"fc.weight": 12, "up1.weight": 8},
-    "LSTM": {"embedding.weight": 10, "rnn.weight_ih_l0": 8},
-    "LSTM, 2 layers, both directions": {"embedding.weight": 10, "rnn.weight_ih_l0": 8},
-    "LSTM with projection": {"embedding.weight": 10, "rnn.weight_hr_l0": 6},
-    "GRU": {"embedding.weight": 10, "rnn.weight_ih_l0": 8},
-    "RNN": {"embedding.weight": 10, "rnn.weight_ih_l0": 8},
-    "cells": {"lstm.weight_ih": 6, "gru.weight_ih": 5},
-    "ViT": {
-        "attentions.0.qkv.weight": 4,
-        "attentions.1.qkv.weight": 4,
-        "mlps.0.0.weight": 40,
-        "mlps.1.0.weight": 40,
-    },
-    "grouped queries": {"attention.q.weight": 4, "mlp.gate.weight": 24},
-    "grouped queries, repeated keys": {"attention.q.weight": 4, "mlp.gate.weight": 24},
-    "grouped convolution": {"stem.weight": 16, "reduce.weight": 2},
-    "norms": {"conv2.weight": 10, "conv3.weight": 9, "fc2.weight": 7},
-    "gates": {
-        "conv1.weight": 8,
-        "squeeze.weight": 4,
-        "wide.weight": 12,
-        "shuffled.weight": 4,
-    },
-}
+from tests.shrinking.cutting import difference, members, slices
+from tests.shrinking.nets import net, traced
+from tests.shrinking.random_nets import STEPS, Step, random_net
 
 
 def found(groups: secateur.TracedGroups, name: str) -> Group:
     return next(group for group in groups if group.message.name == name)
-
-
-@pytest.mark.filterwarnings("ignore:LSTM with projections")
-@pytest.mark.parametrize("name", NETS)
-def test_the_cut_model_computes_what_the_masked_model_computes(name: str) -> None:
-    module, example = net(name)
-    groups = secateur.groups(module, example)
-    units = {group.message.name: group.message.members[0].units for group in groups}
-    assert units.items() >= UNITS.get(name, {}).items()
-    assert groups
-    assert max(difference(module, example, groups, seed) for seed in range(2)) < 1e-12
 
 
 @given(STEPS)
@@ -84,8 +33,7 @@ def test_many_random_networks(steps: list[Step]) -> None:
 
 
 def test_every_hidden_channel_of_a_resnet_is_in_a_group() -> None:
-    module, example = net("ResNet-18")
-    groups = secateur.groups(module, example)
+    module, _, groups = traced("ResNet-18")
     assert len(groups) == 12  # a stem with the first residual stream, 8 inner, 3 other streams
     cut = {member for group in groups for member in members(group)}
     whole = {("conv1.weight", 1), ("fc.weight", 0)}
@@ -95,8 +43,7 @@ def test_every_hidden_channel_of_a_resnet_is_in_a_group() -> None:
 
 
 def test_running_statistics_are_cut_and_not_masked() -> None:
-    module, example = net("MobileNetV2")
-    groups = secateur.groups(module, example)
+    module, _, groups = traced("MobileNetV2")
     every = [member for group in groups for member in group.message.members]
     unmasked = {member.tensor for member in every if member.unmasked}
     assert unmasked == {name for name, _ in module.named_buffers() if "running" in name}
@@ -106,17 +53,17 @@ def test_running_statistics_are_cut_and_not_masked() -> None:
 
 
 def test_flattened_channels_have_a_stride_and_joined_ones_an_offset() -> None:
-    lenet = secateur.groups(*net("LeNet"))
+    lenet = traced("LeNet")[2]
     columns = found(lenet, "conv2.weight").message.members[-1]
     assert (columns.tensor, columns.dim, columns.stride, columns.units) == ("fc1.weight", 1, 16, 16)
-    unet = secateur.groups(*net("U-Net"))
+    unet = traced("U-Net")[2]
     joined = [m for m in found(unet, "up2.weight").message.members if m.tensor == "join2.0.weight"]
     assert [(m.dim, m.offset, m.stride) for m in joined] == [(1, 12, 1)]
 
 
 @pytest.mark.parametrize(("name", "gates"), [("LSTM", 4), ("GRU", 3)])
 def test_a_unit_of_a_recurrent_layer_is_its_rows_of_all_gates(name: str, gates: int) -> None:
-    group = found(secateur.groups(*net(name)), "rnn.weight_ih_l0")
+    group = found(traced(name)[2], "rnn.weight_ih_l0")
     by_place = {(m.tensor, m.dim): slices(m, 3, 8) for m in group.message.members}
     rows = [3 + 8 * gate for gate in range(gates)]
     assert by_place["rnn.weight_ih_l0", 0] == rows
@@ -127,7 +74,7 @@ def test_a_unit_of_a_recurrent_layer_is_its_rows_of_all_gates(name: str, gates: 
 
 @pytest.mark.parametrize("name", ["grouped queries", "grouped queries, repeated keys"])
 def test_a_key_is_one_unit_with_its_queries(name: str) -> None:
-    group = found(secateur.groups(*net(name)), "attention.q.weight")
+    group = found(traced(name)[2], "attention.q.weight")
     by_place = {(m.tensor, m.dim): slices(m, 1, 4) for m in group.message.members}
     assert by_place["attention.q.weight", 0] == list(range(8, 16))
     assert by_place["attention.k.weight", 0] == list(range(4, 8))
@@ -136,7 +83,7 @@ def test_a_key_is_one_unit_with_its_queries(name: str) -> None:
 
 
 def test_norms_over_channels_keep_them_whole() -> None:
-    groups = secateur.groups(*net("norms"))
+    groups = traced("norms")[2]
     assert {name: reason.split(":")[0] for name, reason in groups.kept.items()} == {
         "conv1.weight": "group_norm (group_norm)",
         "fc1.weight": "layer_norm (layer_norm)",
@@ -145,7 +92,7 @@ def test_norms_over_channels_keep_them_whole() -> None:
 
 
 def test_a_residual_stream_with_norms_stays_whole() -> None:
-    groups = secateur.groups(*net("ViT"))
+    groups = traced("ViT")[2]
     streams = ["patches.weight", "attentions.0.proj.weight", "mlps.1.2.weight", "token"]
     for name in streams:
         assert "layer_norm" in groups.kept[name]
@@ -170,32 +117,3 @@ def test_the_module_is_as_it_was() -> None:
     calls.clear()
     module(example)
     assert calls == [1]
-
-
-def test_the_server_cuts_traced_groups(server: RunningServer) -> None:
-    module, example = net("U-Net")
-    groups = secateur.groups(module, example)
-    spec = secateur.grouped(groups, 0.5, scope="tensor", align=1)
-    with secateur.Client(server.address) as client:
-        masks = client.prune(module, spec).masks
-        shrunk = client.prune(module, spec, output="shrunk").state_dict("shrunk")
-    units = {group.message.name: pruned_units(group, masks) for group in groups}
-    assert all(units.values())
-    tensors = module.state_dict()
-    expected = cut(groups, units, masked(groups, units, tensors))
-    assert expected.keys() == shrunk.keys()
-    assert all(torch.equal(expected[name], tensor) for name, tensor in shrunk.items())
-
-
-def pruned_units(group: Group, masks: Mapping[str, Tensor]) -> list[int]:
-    places = [member for member in group.message.members if not member.unmasked]
-
-    def is_pruned(unit: int) -> bool:
-        indices = [torch.tensor(slices(place, unit, place.units)) for place in places]
-        kept = [
-            masks[place.tensor].index_select(place.dim, index)
-            for place, index in zip(places, indices, strict=True)
-        ]
-        return not any(bool(mask.any()) for mask in kept)
-
-    return [unit for unit in range(places[0].units) if is_pruned(unit)]

@@ -12,8 +12,13 @@ import secateur
 from secateur.errors import InvalidSpec, InvalidStateDict
 from secateur.grouping import Group
 from secateur.resizing import shrunk
-from tests.client.cut_modules import assert_same, cut, run, shrink
-from tests.client.net import inputs, outputs, randomized
+from tests.shrinking.cutting import assert_same, cut_module, difference, run, shrink
+from tests.shrinking.groups import inputs, outputs
+from tests.shrinking.nets import prepared
+
+
+def pruned(kept: list[bool]) -> list[int]:
+    return [unit for unit, is_kept in enumerate(kept) if not is_kept]
 
 
 def grouped_conv(groups: int, each: int) -> tuple[nn.Module, list[Group]]:
@@ -23,7 +28,7 @@ def grouped_conv(groups: int, each: int) -> tuple[nn.Module, list[Group]]:
         nn.Conv1d(2, 2 * groups, 1), nn.Conv1d(2 * groups, rows, 1, groups=groups), nn.ReLU()
     )
     module.append(nn.Conv1d(rows, 2, 1))
-    return randomized(module), [secateur.group("rows", *outputs("1"), *inputs("3"))]
+    return prepared(module), [secateur.group("rows", *outputs("1"), *inputs("3"))]
 
 
 @given(
@@ -36,7 +41,7 @@ def test_rows_of_a_grouped_convolution(groups: int, each: int, bits: list[bool])
     module, rows = grouped_conv(groups, each)
     kept = [bits[i % 16] for i in range(groups * each)]
     kept[0] |= not any(kept)
-    masked, tensors, removed = cut(module, rows, {"rows": kept})
+    masked, tensors, removed = cut_module(module, rows, {"rows": pruned(kept)})
     counts = [sum(kept[group * each : (group + 1) * each]) for group in range(groups)]
     if len(set(counts)) == 1:
         small = shrunk(module, tensors, removed)
@@ -61,7 +66,7 @@ def test_whole_groups_of_a_convolution(groups: int, each: int, kept: list[bool])
         for leaf in ("weight", "bias")
     ]
     unit = secateur.group("groups", *members, *inputs("3", stride=each, units=groups))
-    masked, tensors, removed = cut(module, [unit], {"groups": kept})
+    masked, tensors, removed = cut_module(module, [unit], {"groups": pruned(kept)})
     small = shrunk(module, tensors, removed)
     example = torch.randn(1, 2, 3).double()
     assert_same(run(masked, example), run(small, example))
@@ -69,6 +74,46 @@ def test_whole_groups_of_a_convolution(groups: int, each: int, kept: list[bool])
     again = secateur.resize(module, secateur.sizes(small))
     again.load_state_dict(small.state_dict())
     assert_same(run(masked, example), run(again, example))
+
+
+def decoder() -> tuple[nn.Module, list[Group]]:
+    """Transposed convolutions, one depthwise and one in two groups, and norms."""
+    module = nn.Sequential(
+        nn.Linear(5, 12),
+        nn.Unflatten(1, (12, 1)),
+        nn.ConvTranspose1d(12, 8, 4),
+        nn.Tanh(),
+        nn.ConvTranspose1d(8, 8, 3, stride=2, groups=8),
+        nn.GroupNorm(4, 8),
+        nn.Sigmoid(),
+        nn.ConvTranspose1d(8, 6, 3, groups=2),
+        nn.InstanceNorm1d(6, affine=True),
+        nn.ConvTranspose1d(6, 3, 3),
+    )
+    # A unit is a half of each group of layer 7, and two whole groups of the norm.
+    halves: dict[str, Any] = {"indices": [0, 1, 4, 5, 2, 3, 6, 7], "units": 2}
+    second = ("2.bias", "4.weight", "4.bias", "5.weight", "5.bias", "7.weight")
+    pairs: dict[str, Any] = {"indices": [0, 3, 1, 4, 2, 5], "units": 3}
+    third = ("7.bias", "8.weight", "8.bias", "9.weight")
+    members = [
+        [*outputs("0"), secateur.member("2.weight")],
+        [secateur.member("2.weight", 1, **halves), *(secateur.member(n, **halves) for n in second)],
+        [secateur.member("7.weight", 1), *(secateur.member(n, **pairs) for n in third)],
+    ]
+    return prepared(module), [secateur.group(str(n), *each) for n, each in enumerate(members)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_transposed_convolutions_and_norms_in_groups(seed: int) -> None:
+    module, groups = decoder()
+    assert difference(module, torch.randn(2, 5).double(), groups, seed) <= 1e-12
+
+
+def test_layers_of_a_sequence_are_checked_against_each_other() -> None:
+    module, groups = decoder()
+    forgetful = secateur.group("0", *outputs("0"))
+    with pytest.raises(InvalidStateDict, match=r"^2: takes 12 inputs, and 0 makes"):
+        shrink(module, [forgetful, *groups[1:]])
 
 
 def test_sizes_without_the_groups_of_a_convolution_may_be_too_few() -> None:
@@ -148,21 +193,21 @@ class OddlyNamed(nn.Module):
 
 def test_attention_by_hand() -> None:
     for module, example in (
-        (randomized(Attention()), torch.randn(2, 5, 8)),
-        (randomized(ConvAttention()), torch.randn(2, 8, 5)),
+        (prepared(Attention()), torch.randn(2, 5, 8)),
+        (prepared(ConvAttention()), torch.randn(2, 8, 5)),
     ):
         check_attention(module, example)
 
 
 def check_attention(module: Any, example: Tensor) -> None:
-    masked, tensors, removed = cut(module, attention_groups(), {"heads": [False, True, True, True]})
+    masked, tensors, removed = cut_module(module, attention_groups(), {"heads": [0]})
     small: Any = shrunk(module, tensors, removed)
     assert_same(run(masked, example.double()), run(small, example.double()))
     assert (small.heads, small.head_dim, module.heads) == (3, 2, 4)
 
 
 def test_attention_with_unknown_attributes_needs_a_comparison() -> None:
-    module, example = randomized(UnknownAttention()), torch.randn(2, 5, 8)
+    module, example = prepared(UnknownAttention()), torch.randn(2, 5, 8)
     match = r"^the module: its projections lost rows, and secateur does not know its attribute head"
     with pytest.raises(InvalidStateDict, match=match):
         shrink(module, attention_groups())
@@ -171,7 +216,7 @@ def test_attention_with_unknown_attributes_needs_a_comparison() -> None:
 
 
 def test_attention_with_unknown_projections_needs_a_comparison() -> None:
-    module, groups = randomized(OddlyNamed()), attention_groups("everything", "back")
+    module, groups = prepared(OddlyNamed()), attention_groups("everything", "back")
     with pytest.raises(InvalidStateDict, match=r"^the module: its projections lost rows, and"):
         shrink(module, groups)
     shrink(module, groups, torch.randn(2, 5, 8))

@@ -14,8 +14,8 @@ from torch.nn import Linear
 import secateur
 from secateur import cli
 from tests.client.test_cli import failure
-from tests.client.tiny_transformers import TINY, loaded, outputs, saved, tiny
 from tests.conftest import RunningServer
+from tests.shrinking.tiny_transformers import TINY, loaded, outputs, saved
 
 # One of each layout; the others are slow.
 FEW = ("bert", "gpt2", "vit", "llama", "qwen3_moe", "phi3", "gemma3_text")
@@ -134,21 +134,6 @@ def test_heads_that_a_config_cannot_express_are_refused(
     assert list(tmp_path.iterdir()) == [tmp_path / "out.safetensors"]
     message = failure(capsys, "shrink", str(path), "-o", str(tmp_path / "new"), "--heads", "0.5")
     assert "cannot be 2" in message
-
-
-@pytest.mark.parametrize("name", marked(["bert", "gpt2", "roberta", "distilbert"]))
-def test_a_module_can_have_what_a_config_cannot(name: str, client: secateur.Client) -> None:
-    """Heads of any number, and layers of unequal widths; names and prefix by the module."""
-    module = tiny(name)
-    config = {**module.config.to_dict(), "architectures": [type(module).__name__]}
-    groups = secateur.transformer_groups(config, source=module)
-    spec = secateur.grouped(groups, 0.4, align=1)
-    smaller = client.prune(module, spec, output="shrunk").shrink(module)
-    client.prune(module, spec).apply_to(module)
-    assert (outputs(smaller) - outputs(module)).abs().max() < 1e-12
-    assert sum(p.numel() for p in smaller.parameters()) < 0.9 * sum(
-        p.numel() for p in module.parameters()
-    )
 
 
 def test_heads_of_llama_divide_the_hidden_size(
@@ -394,38 +379,3 @@ def test_minilm(tmp_path: Path, client: secateur.Client) -> None:
         tokens = torch.arange(1000, 1032)[None]
         one, other = (m(input_ids=tokens).last_hidden_state for m in (small, masked))
     assert (one - other).abs().max() < 1e-5
-
-
-def test_the_names_of_a_module_make_the_same_groups(client: secateur.Client) -> None:
-    """In state_dict() the experts are stacked: a channel is one of all experts."""
-    module = tiny("mixtral")
-    config = {**module.config.to_dict(), "architectures": ["MixtralForCausalLM"]}
-    groups = secateur.transformer_groups(config, ("experts", "heads"), source=module)
-    result = client.prune(
-        module, secateur.grouped(groups, 0.5, scope="tensor", align=1), output="shrunk"
-    )
-    module.config.num_local_experts = 2
-    module.config.num_attention_heads, module.config.head_dim = 2, 8
-    smaller = type(module)(module.config).double()
-    smaller.load_state_dict(result.state_dict("shrunk"))
-
-
-def test_a_vocabulary_by_a_list_of_tokens(client: secateur.Client) -> None:
-    """The logits of the kept tokens are those of the whole model."""
-    module = tiny("roberta")
-    config = {**module.config.to_dict(), "architectures": ["RobertaForMaskedLM"]}
-    (group,) = secateur.transformer_groups(config, ["vocabulary"], source=module)
-    kept = torch.tensor([0, 1, 2, *range(3, 50, 2)])
-    scores = torch.zeros(50)
-    scores[kept] = 1
-    spec = secateur.grouped(
-        [group], 50 - len(kept), importance_scores={group.message.name: scores}, align=1
-    )
-    result = client.prune(module, spec, output="shrunk")
-    module.config.vocab_size = len(kept)
-    smaller = type(module)(module.config).double().eval()
-    smaller.load_state_dict(result.state_dict("shrunk"))
-    new = torch.tensor([[3, 4, 9, 20]])
-    with torch.no_grad():
-        expected = module(input_ids=kept[new]).logits[..., kept]
-        assert (smaller(input_ids=new).logits - expected).abs().max() < 1e-12

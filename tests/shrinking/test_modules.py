@@ -12,8 +12,9 @@ import secateur
 from secateur.errors import InvalidStateDict
 from secateur.grouping import Group
 from secateur.resizing import shrunk
-from tests.client.cut_modules import assert_same, cut, run, shrink, some_units
-from tests.client.net import inputs, outputs, randomized
+from tests.shrinking.cutting import assert_same, cut_module, run, shrink, some_units
+from tests.shrinking.groups import inputs, outputs, two_layers
+from tests.shrinking.nets import prepared
 
 
 class Tied(nn.Module):
@@ -28,20 +29,14 @@ class Tied(nn.Module):
 
 
 def test_tied_parameters_are_one_parameter_of_the_copy() -> None:
-    module = randomized(Tied())
+    module = prepared(Tied())
     groups = [secateur.group("width", secateur.member("embed.weight", 1))]
-    masked, tensors, removed = cut(module, groups, {"width": [True, False] * 3})
-    tensors["head.weight"] = tensors["embed.weight"]
+    masked, tensors, removed = cut_module(module, groups, {"width": [1, 3, 5]})
     small: Any = shrunk(module, tensors, removed, torch.arange(7))
     assert small.head.weight is small.embed.weight
     assert_same(run(masked, torch.arange(7)), run(small, torch.arange(7)))
     again = secateur.resize(module, secateur.sizes(small))
     assert again.head.weight is again.embed.weight
-
-
-def two_layers() -> tuple[nn.Sequential, list[Group]]:
-    module = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
-    return module, [secateur.group("hidden", *outputs("0"), *inputs("2"))]
 
 
 def test_flags_dtypes_and_hooks_are_kept() -> None:
@@ -74,8 +69,7 @@ def test_masks_of_torch_are_gone_and_the_original_has_them() -> None:
         pair = plain.get(f"{name}_orig"), plain.get(f"{name}_mask")
         plain[name] = plain[name] if pair[0] is None else pair[0] * pair[1]
     folded.load_state_dict({name: plain[name] for name in folded.state_dict()})
-    kept = some_units(folded, groups, 0)
-    masked, tensors, removed = cut(folded, groups, kept)
+    masked, tensors, removed = cut_module(folded, groups, some_units(folded, groups, 0))
     small: Any = shrunk(module, tensors, removed, torch.randn(3, 4))
     assert set(small.state_dict()) == set(folded.state_dict())
     assert not any(hooks._forward_pre_hooks for hooks in small.modules())
@@ -93,7 +87,7 @@ def test_layers_of_a_module_with_masks_are_checked_against_each_other() -> None:
     module: Any
     module, _ = two_layers()
     forgetful = [secateur.group("hidden", *outputs("0"))]
-    _, tensors, removed = cut(module, forgetful, {"hidden": [True, False] * 3})
+    _, tensors, removed = cut_module(module, forgetful, {"hidden": [1, 3, 5]})
     prune.identity(module[0], "weight")  # type: ignore[no-untyped-call]
     with pytest.raises(InvalidStateDict, match=r"^2: takes 6 inputs, and 0 makes 3; put both in"):
         shrunk(module, tensors, removed)
@@ -180,8 +174,7 @@ def test_an_output_of_the_module_must_not_be_cut() -> None:
 
 def test_a_module_that_was_not_pruned() -> None:
     module, groups = two_layers()
-    kept = some_units(module, groups, 0)
-    _, tensors, removed = cut(module, groups, kept)
+    _, tensors, removed = cut_module(module, groups, some_units(module, groups, 0))
     other = nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 2))
     with pytest.raises(
         InvalidStateDict, match=r"^0.weight: the module has shape \[7, 4\], and the"
