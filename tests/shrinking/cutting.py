@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.grouping import Group
-from secateur.removal import Removed, removed_slices
-from secateur.resizing import shrunk
+from secateur.resizing.modules import shrunk
+from secateur.resizing.removal import Removed, removed_slices
 from secateur.shrinkage import ShrunkGroup
 from secateur_proto import spec_pb2 as pb
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import secateur
 from secateur.errors import InvalidSpec, InvalidStateDict
 from secateur.grouping import Group
-from secateur.resizing import shrunk
+from secateur.resizing.modules import shrunk
 from tests.shrinking.cutting import assert_same, cut_module, difference, run, shrink
 from tests.shrinking.groups import inputs, outputs
 from tests.shrinking.nets import prepared

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, prune
 import secateur
 from secateur.errors import InvalidStateDict
 from secateur.grouping import Group
-from secateur.resizing import shrunk
+from secateur.resizing.modules import shrunk
 from tests.shrinking.cutting import assert_same, cut_module, run, shrink, some_units
 from tests.shrinking.groups import inputs, outputs, two_layers
 from tests.shrinking.nets import prepared

@@ -13,7 +13,7 @@ import transformers
 import secateur
 from secateur.errors import InvalidStateDict
 from secateur.grouping import Group
-from secateur.resizing import shrunk
+from secateur.resizing.modules import shrunk
 from tests.shrinking.cutting import assert_same, cut_module, run
 from tests.shrinking.tiny_transformers import inputs, outputs, tiny
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from secateur.misfit import Misfit, expect
+from secateur.resizing.misfit import Misfit, expect
 
 
 def fit_recurrent(new: Any, old: Any) -> None:

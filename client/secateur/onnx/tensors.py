@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from secateur.protobuf_wire import Damaged, decode_varints, fields
+from secateur.onnx.wire import Damaged, decode_varints, fields
 from secateur.tensors import Bytes, LocalTensor
 from secateur_proto.dtypes import DTYPES
 

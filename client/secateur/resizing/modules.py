@@ -15,10 +15,10 @@ from secateur.errors import InvalidSpec, InvalidStateDict
 from secateur.in_place import check_module, pruning_hooks
 from secateur.module import check_hooks
 from secateur.names import matched
-from secateur.removal import Removed, groups_kept, masked_tensor
-from secateur.resized_flow import fit_flow
-from secateur.resized_layers import fit_layers
-from secateur.self_check import check_same
+from secateur.resizing.flow import fit_flow
+from secateur.resizing.layers import fit_layers
+from secateur.resizing.removal import Removed, groups_kept, masked_tensor
+from secateur.resizing.self_check import check_same
 
 Sizes = Mapping[str, Any]
 

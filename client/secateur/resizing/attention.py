@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.nn import Module
 
-from secateur.misfit import Misfit
+from secateur.resizing.misfit import Misfit
 
 _QUERY = ("q_proj", "query", "q_lin", "q_attn", "wq", "to_q", "q")
 _KEY = ("k_proj", "key", "k_lin", "wk", "to_k", "k")

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from secateur.removal import removed_slices
+from secateur.resizing.removal import removed_slices
 from secateur.shrinkage import Shrinkage
 from secateur.tensors import torch_for
 from secateur_proto import spec_pb2 as pb
@@ -21,7 +21,7 @@ def sizes(module: Any) -> dict[str, Any]:
         The shape of each tensor of the state_dict, and the `groups` of each convolution.
     """
     torch_for("sizes")
-    from secateur.resizing import sizes_of
+    from secateur.resizing.modules import sizes_of
 
     return sizes_of(module)
 
@@ -46,7 +46,7 @@ def resize(module: Any, sizes: Mapping[str, Any]) -> Any:
         InvalidStateDict: Sizes of a layer do not fit each other; the message names it.
     """
     torch_for("resize")
-    from secateur.resizing import resized
+    from secateur.resizing.modules import resized
 
     return resized(module, sizes)
 
@@ -69,7 +69,7 @@ def shrink(
     """
     import torch
 
-    from secateur.resizing import shrunk
+    from secateur.resizing.modules import shrunk
 
     tensors = {name: value for name, value in entries.items() if isinstance(value, torch.Tensor)}
     dims = {name: tensor.ndim for name, tensor in tensors.items()}

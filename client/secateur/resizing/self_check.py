@@ -12,7 +12,7 @@ from torch.nn import Module
 from torch.utils import _pytree as pytree
 
 from secateur.errors import InvalidStateDict
-from secateur.example_inputs import arguments_of
+from secateur.evaluation import arguments_of, brief
 
 _CACHES = ("past_key_values", "cache")
 _ADVICE = "check that its groups have every tensor that makes or reads their units"
@@ -50,7 +50,7 @@ def _expected(masked: Module, inputs: Any) -> tuple[torch.dtype | None, list[Ten
             return None, _run(_ready(masked, None), inputs, None)
         except Exception as error:
             raise InvalidStateDict(
-                f"example_inputs: the module fails on them: {_brief(error)}"
+                f"example_inputs: the module fails on them: {brief(error)}"
             ) from error
 
 
@@ -66,7 +66,7 @@ def _run_shrunk(shrunk: Module, inputs: Any, dtype: torch.dtype | None) -> list[
     except Exception as error:
         place = running[-1] if running else ""
         raise InvalidStateDict(
-            f"{place or 'the module'}: fails in the shrunk module: {_brief(error)}; {_ADVICE}"
+            f"{place or 'the module'}: fails in the shrunk module: {brief(error)}; {_ADVICE}"
         ) from error
 
 
@@ -153,7 +153,3 @@ def _tolerance(dtype: torch.dtype) -> float:
     """Of the largest value. Parts of a module may compute in float32 even if others do not."""
     eps = torch.finfo(dtype).eps if dtype.is_floating_point else 0
     return max(1e-6, math.sqrt(eps))
-
-
-def _brief(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -30,6 +30,16 @@ def add_command(
     return command
 
 
+def add_model_command(
+    commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], None]
+) -> argparse.ArgumentParser:
+    """Adds a command on one model, by a server or else an embedded one; see `add_command`."""
+    command = add_command(commands, name, text, run, "else an embedded server")
+    command.add_argument("model", metavar="IN", help="the model")
+    key_option(command)
+    return command
+
+
 def _server_options(command: argparse.ArgumentParser, default: str) -> None:
     command.add_argument(
         "--server",

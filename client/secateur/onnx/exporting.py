@@ -4,14 +4,15 @@ import importlib.util
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from secateur.atomic import filling
 from secateur.errors import SecateurError
-from secateur.onnx_files import ONNX_SUFFIX
+from secateur.evaluation import arguments_of, brief, in_evaluation
+from secateur.onnx.files import ONNX_SUFFIX
 from secateur.paths import path_of
 from secateur.tensors import torch_for
 
@@ -20,8 +21,6 @@ _PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 # The largest difference of two runs, relative to the largest output.
 _TOLERANCE = 1e-4
 _HALF_TOLERANCE = 1e-2
-# The characters of another library's error.
-_MOST_SHOWN = 300
 
 
 def export(
@@ -57,11 +56,9 @@ def export_checked(
     check_exportable(to)
     if not isinstance(module, torch_for("export").nn.Module):
         raise SecateurError(f"export takes a torch.nn.Module, not {type(module).__name__}")
-    was_training = module.training
     try:
-        with _quiet(), filling(to.parent) as made:
-            module.eval()
-            program = _program(module, *_arguments(checked[0]), dynamic_shapes)
+        with _quiet(), in_evaluation(module), filling(to.parent) as made:
+            program = _program(module, *arguments_of(checked[0]), dynamic_shapes)
             program.save(made / to.name)
             _check(program, module, made / to.name, checked)
             program.release()
@@ -69,8 +66,6 @@ def export_checked(
         raise SecateurError(f"{to}: cannot write it: {error.strerror}") from None
     except _Failed as error:
         raise SecateurError(f"{to}: {error}") from error.__cause__
-    finally:
-        module.train(was_training)
 
 
 class _Failed(Exception):
@@ -98,12 +93,6 @@ def check_exportable(path: Path) -> None:
         raise SecateurError(f"export needs {', '.join(missing)}: pip install 'secateur[onnx]'")
 
 
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Drops what torch logs and warns of while it exports."""
@@ -128,13 +117,9 @@ def _program(
             module, args, kwargs=kwargs, dynamic_shapes=dynamic_shapes, dynamo=True, verbose=False
         )
     except Exception as error:  # the module is any code
-        raise _Failed(f"torch.onnx cannot export the module: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    lines = [line for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
-    return lines[0][:_MOST_SHOWN]
+        raise _Failed(
+            f"torch.onnx cannot export the module: {brief(error.__cause__ or error)}"
+        ) from error
 
 
 def _check(program: Any, module: Any, path: Path, checked: Sequence[Any]) -> None:
@@ -144,14 +129,14 @@ def _check(program: Any, module: Any, path: Path, checked: Sequence[Any]) -> Non
     from torch.utils._pytree import tree_leaves
 
     for inputs in checked:
-        args, kwargs = _arguments(inputs)
+        args, kwargs = arguments_of(inputs)
         try:
             with torch.no_grad():
                 expected = [x for x in tree_leaves(module(*args, **kwargs)) if torch.is_tensor(x)]
             program.initialize_inference_session(lambda _: onnxruntime.InferenceSession(path))
             found = program(*args, **kwargs)
         except Exception as error:  # the module is any code; onnxruntime raises errors of any kind
-            raise _Failed(f"cannot compare it with the module: {_first_line(error)}") from error
+            raise _Failed(f"cannot compare it with the module: {brief(error)}") from error
         if len(found) != len(expected):
             raise _Failed(f"the export has {len(found)} outputs, the module {len(expected)}")
         for place, (one, other) in enumerate(zip(found, expected, strict=True)):

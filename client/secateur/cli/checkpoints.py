@@ -8,14 +8,14 @@ from datetime import datetime
 from typing import Any
 
 from secateur.checkpoint import Checkpoint
-from secateur.cli_options import (
+from secateur.cli.options import (
     add_command,
     json_option,
     key_option,
     out_option,
     output_option,
 )
-from secateur.cli_source import client_of, source_of
+from secateur.cli.source import client_of, source_of
 from secateur.errors import DataLoss
 from secateur.tables import text_table
 from secateur_proto.index import SUFFIX

@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from secateur.misfit import Misfit
+from secateur.resizing.misfit import Misfit
 
 
 class Width(NamedTuple):

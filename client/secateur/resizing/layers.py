@@ -7,9 +7,9 @@ from torch.nn import Module
 from torch.nn.modules.conv import _ConvNd
 
 from secateur.errors import InvalidStateDict
-from secateur.misfit import Misfit, expect
-from secateur.resized_attention import fit_attention
-from secateur.resized_recurrent import fit_cell, fit_recurrent
+from secateur.resizing.attention import fit_attention
+from secateur.resizing.misfit import Misfit, expect
+from secateur.resizing.recurrent import fit_cell, fit_recurrent
 
 
 def fit_layers(module: Module, made: Module, groups: Mapping[str, int]) -> list[str]:

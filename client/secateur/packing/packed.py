@@ -51,7 +51,7 @@ def unpacked(
     if not is_packed(metadata):
         return dict(tensors), dict(metadata)
     check_zstandard("a packed file")
-    from secateur.unpacking import read_description
+    from secateur.packing.unpacking import read_description
 
     try:
         described = read_description(metadata[METADATA])
@@ -71,7 +71,7 @@ def unpacked(
 
 
 def _read(name: str, read: Callable[[], Bytes], dtype: str, shape: tuple[int, ...]) -> Bytes:
-    from secateur.unpacking import unpack
+    from secateur.packing.unpacking import unpack
 
     try:
         return unpack(read(), dtype, shape)
@@ -94,7 +94,7 @@ def write_packed(
         SecateurError: zstandard is not installed.
     """
     check_zstandard("a packed file")
-    from secateur.unpacking import run
+    from secateur.packing.unpacking import run
     from secateur_proto.packing import Dense, describe, pack_all
 
     dense = [

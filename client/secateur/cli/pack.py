@@ -6,12 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from secateur.bitmasks import BITMASK, BITMASK_24, save_bitmasks
-from secateur.cli_options import key_option, out_option
+from secateur.cli.options import key_option, out_option
 from secateur.errors import SecateurError
 from secateur.files import check_holds, check_out, save
 from secateur.model import Source
-from secateur.packed import check_zstandard
+from secateur.packing.bitmasks import BITMASK, BITMASK_24, save_bitmasks
+from secateur.packing.packed import check_zstandard
 from secateur.paths import path_of
 from secateur.source import read_source
 from secateur_proto.framing import tensor_bytes

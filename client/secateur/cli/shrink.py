@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from secateur.architectures.folder import fitted_folder, folder_without_layers, 
 from secateur.architectures.parts import groups_of_parts
 from secateur.architectures.sizes import check_expressible
 from secateur.architectures.transformer import CONFIG, Transformer
-from secateur.cli_options import add_command, amount, shown_options
-from secateur.cli_source import connected
+from secateur.cli.options import add_command, amount, shown_options
+from secateur.cli.printing import show
+from secateur.cli.source import connected
 from secateur.client import Client
 from secateur.depth import without_layers
 from secateur.errors import InvalidSpec, SecateurError
@@ -21,13 +22,10 @@ from secateur.files import check_new_folder, save
 from secateur.folders import Folder
 from secateur.model import Source
 from secateur.paths import path_of
-from secateur.report import Report
 from secateur.selections import grouped
 from secateur.source import read_source
 from secateur.spec import Spec
 from secateur.ties import tied
-
-Show = Callable[[Report, argparse.Namespace, dict[str, Any]], None]
 
 # Their options, and the help of each.
 _AMOUNTS = {
@@ -38,13 +36,8 @@ _AMOUNTS = {
 }
 
 
-def add_shrink(commands: Any, show: Show) -> None:
-    """Adds the command.
-
-    Args:
-        commands: What add_subparsers returned.
-        show: Prints a report.
-    """
+def add_shrink(commands: Any) -> None:
+    """Adds the command."""
     text = "write a smaller transformer, with its config, to a new Hugging Face folder"
     command = add_command(commands, "shrink", text, _shrink, "else an embedded server")
     command.add_argument("model", metavar="FOLDER", help=f"the model, with its {CONFIG}")
@@ -67,7 +60,7 @@ def add_shrink(commands: Any, show: Show) -> None:
         "AMOUNT: an int is a number of units, 0.3 or 30% a fraction. Each layer loses as many: "
         "the units with the smallest weights."
     )
-    command.set_defaults(show=show, output="shrunk")
+    command.set_defaults(output="shrunk")
 
 
 def _numbers(text: str) -> list[int]:
@@ -161,7 +154,7 @@ def _cut(options: argparse.Namespace, client: Client, source: Source, out: Path,
     spec = sum(rules[1:], rules[0])
     report = client.prune(source, spec, "shrunk", progress, destination=str(out)).report
     notes = (*folder.notes, _macs_note(options, out, macs))
-    options.show(report, options, {"removed": notes})
+    show(report, options, {"removed": notes})
     if not options.json:
         _print_notes(options, notes)
 

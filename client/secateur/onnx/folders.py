@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import InvalidStateDict, SecateurError
-from secateur.exporting import check_exportable, export_checked
+from secateur.onnx.exporting import check_exportable, export_checked
 from secateur.paths import source_path
 
 # The shapes of the token ids, or the number of images, that are checked. Dimensions of 2 and more

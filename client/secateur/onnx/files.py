@@ -16,7 +16,7 @@ import numpy as np
 from secateur.atomic import filling, replacing
 from secateur.errors import InvalidStateDict, SecateurError
 from secateur.file_kinds import onnx_reason, open_reason
-from secateur.onnx_tensors import (
+from secateur.onnx.tensors import (
     ENTRY_KEY,
     ENTRY_VALUE,
     EXTERNAL,
@@ -30,8 +30,8 @@ from secateur.onnx_tensors import (
     name_of,
     texts_of,
 )
+from secateur.onnx.wire import Damaged, Later, Parts, fields, replaced, with_head, written
 from secateur.paths import source_path
-from secateur.protobuf_wire import Damaged, Later, Parts, fields, replaced, with_head, written
 from secateur.tensors import LocalTensor
 from secateur_proto.dtypes import DTYPES
 

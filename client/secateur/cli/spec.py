@@ -7,7 +7,7 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
-from secateur.cli_options import amount, tensors_option
+from secateur.cli.options import amount, tensors_option
 from secateur.client import Client
 from secateur.defaults import SOME_AMOUNTS, matrices
 from secateur.errors import InvalidSpec

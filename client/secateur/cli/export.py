@@ -3,8 +3,8 @@
 import argparse
 from typing import Any
 
-from secateur.cli_options import out_option
-from secateur.folder_export import export_folder
+from secateur.cli.options import out_option
+from secateur.onnx.folders import export_folder
 from secateur.paths import path_of
 
 
