@@ -21,6 +21,7 @@ from secateur.forms import SMALLER, is_model, not_smaller
 from secateur.model import Source
 from secateur.onnx.files import ONNX_SUFFIX, check_onnx
 from secateur.paths import path_of
+from secateur.result import PruneResult
 
 
 def add_prune(commands: Any) -> None:
@@ -52,25 +53,7 @@ def _prune(options: argparse.Namespace) -> None:
     path, uri = _out(options)
     if options.keep and not options.server:
         raise SecateurError("--keep needs a lasting server: give --server, or set SECATEUR_SERVER")
-    with opened(options) as (client, source):
-        if path and is_model(options.output):
-            _check_holds(path, source, options.output == "packed")
-        spec = spec_of(options, client, source)
-        place, path, uri = _placed(options, source, path, uri)
-        output = options.output if uri or (path and not source.is_here) else "masks"
-        if options.out is None:
-            output = "none"
-        result = client.prune(
-            place,
-            spec,
-            output,
-            _progress(options),
-            keep=options.keep,
-            destination=uri,
-            prior=options.prior,
-        )
-        if path:
-            result.save(path, options.output)
+    result = _pruned(options, path, uri)
     kept = {"checkpoint": result.checkpoint.name} if result.checkpoint else {}
     report = result.report
     if options.output in SMALLER:  # the client may have made it of masks
@@ -79,6 +62,23 @@ def _prune(options: argparse.Namespace) -> None:
     show(report, options, kept)
     if kept and not options.json:
         print(f"{'' if options.quiet else 'kept as '}{kept['checkpoint']}")
+
+
+def _pruned(options: argparse.Namespace, path: Path | None, uri: str | None) -> PruneResult:
+    """Prunes the model, and writes it to a path, or has it written to a URI."""
+    with opened(options) as (client, source):
+        if path and is_model(options.output):
+            _check_holds(path, source, options.output == "packed")
+        spec = spec_of(options, client, source)
+        place, path, uri = _placed(options, source, path, uri)
+        output = options.output if uri or (path and not source.is_here) else "masks"
+        if options.out is None:
+            output = "none"
+        more = {"keep": options.keep, "destination": uri, "prior": options.prior}
+        result = client.prune(place, spec, output, _progress(options), **more)
+        if path:
+            result.save(path, options.output)
+    return result
 
 
 def _finalize(options: argparse.Namespace) -> None:
