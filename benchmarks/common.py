@@ -4,10 +4,11 @@ import hashlib
 import os
 import platform
 import re
+import statistics
 import subprocess
 import sysconfig
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ import secateur
 from bounds import memory_copy
 
 AMOUNT = 0.5
+TURNS = 40
 SPEC = secateur.global_unstructured("*", AMOUNT)
 SHARES = (5, 5, 10, 10, 15, 15, 20, 20)  # per cent of the parameters in each tensor
 LENET = {
@@ -84,6 +86,19 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     begin = time.perf_counter()
     returned = call()
     return time.perf_counter() - begin, returned
+
+
+def medians(runs: Sequence[Callable[[], Any]]) -> list[float]:
+    """The median seconds of each of some calls, which run in turn."""
+    found: list[list[float]] = [[] for _ in runs]
+    for run in runs:
+        run()
+    for _ in range(TURNS):
+        for run, seconds in zip(runs, found, strict=True):
+            begin = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - begin)
+    return [statistics.median(seconds) for seconds in found]
 
 
 def make_model(millions: int, device: str = "cpu") -> Model:

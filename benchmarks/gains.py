@@ -3,15 +3,15 @@
     make gains                                        # 15 minutes
     python benchmarks/gains.py --json FILE
 
-secateur prunes each network with `align=16`, and Torch-Pruning with `round_to=16`, both to the same
-fraction of channels. Times are of onnxruntime with one thread: the exported models run in turn.
+secateur prunes a fraction of the channels of each layer with `align=16`, and Torch-Pruning with
+`round_to=16` the fraction that makes the number of parameters most alike. Times are of onnxruntime
+with one thread: the exported models run in turn.
 Needs torch-pruning, onnx, onnxruntime, onnxscript and transformers.
 """
 
 import argparse
 import copy
 import json
-import statistics
 import tempfile
 import time
 import warnings
@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 import nets
 import secateur
-from common import environment
+import zeros
+from common import environment, medians, timed
 
 ALIGN = 16
-ROUNDS = 40
 
 
 @dataclass(frozen=True)
@@ -39,21 +39,24 @@ class Made:
 
     Attributes:
         module: The network.
-        seconds: To trace, prune and cut it.
+        seconds: To trace, to prune and cut, and to check the result; Torch-Pruning does not check,
+            and all else is one figure.
     """
 
     module: nn.Module
-    seconds: float
+    seconds: list[float]
 
 
 def by_secateur(client: secateur.Client, module: nn.Module, inputs: Any, fraction: float) -> Made:
     """Traces the groups, prunes the lowest L1 norms of each, and cuts."""
+    traced, groups = timed(lambda: secateur.groups(module, inputs))
     begin = time.perf_counter()
-    groups = secateur.groups(module, inputs)
-    spec = secateur.grouped(groups, fraction, scope="tensor", align=ALIGN)
+    spec = secateur.grouped(list(groups), fraction, scope="tensor", align=ALIGN)
     result = client.prune(module, spec, output="shrunk", progress=False)
     smaller = result.shrink(module)
-    return Made(smaller, time.perf_counter() - begin)
+    cut = time.perf_counter() - begin
+    checked, _ = timed(lambda: result.shrink(module, inputs))
+    return Made(smaller, [traced, cut, checked])
 
 
 def by_torch_pruning(module: nn.Module, inputs: Any, fraction: float) -> Made:
@@ -70,7 +73,20 @@ def by_torch_pruning(module: nn.Module, inputs: Any, fraction: float) -> Made:
         ignored_layers=heads,
     )
     pruner.step()
-    return Made(module, time.perf_counter() - begin)
+    return Made(module, [time.perf_counter() - begin])
+
+
+def like(module: nn.Module, inputs: Any, smaller: nn.Module, fraction: float) -> Made:
+    """Torch-Pruning's network that has most nearly as many parameters as another one."""
+    wanted = parameters(smaller)
+    fractions = [fraction + step / 100 for step in range(-12, 13)]
+    made = (by_torch_pruning(module, inputs, each) for each in fractions)
+    return min(made, key=lambda one: abs(parameters(one.module) - wanted))
+
+
+def parameters(module: nn.Module) -> int:
+    """Counts them."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def half_of_minilm(client: secateur.Client, module: nn.Module, fraction: float) -> Made:
@@ -80,7 +96,7 @@ def half_of_minilm(client: secateur.Client, module: nn.Module, fraction: float) 
     groups = secateur.transformer_groups(nets.minilm_config(), parts)
     spec = secateur.grouped(groups, fraction, scope="tensor", align=1)
     result = client.prune(module, spec, output="shrunk", progress=False)
-    return Made(result.shrink(module), time.perf_counter() - begin)
+    return Made(result.shrink(module), [time.perf_counter() - begin])
 
 
 def session_of(module: nn.Module, inputs: Sequence[Tensor], folder: Path) -> Callable[[], Any]:
@@ -99,19 +115,6 @@ def session_of(module: nn.Module, inputs: Sequence[Tensor], folder: Path) -> Cal
     return lambda: session.run(None, feeds)
 
 
-def medians(runs: Sequence[Callable[[], Any]]) -> list[float]:
-    """The median seconds of each, in turn."""
-    found: list[list[float]] = [[] for _ in runs]
-    for run in runs:
-        run()
-    for _ in range(ROUNDS):
-        for run, seconds in zip(runs, found, strict=True):
-            begin = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - begin)
-    return [statistics.median(seconds) for seconds in found]
-
-
 @dataclass(frozen=True)
 class Compared:
     """A network before, as secateur shrinks it, and as Torch-Pruning does, if it can."""
@@ -120,7 +123,7 @@ class Compared:
     parameters: list[int]
     macs: list[int]
     seconds: list[float]
-    pruning: list[float]
+    pruning: list[list[float]]
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], float]] = {
@@ -152,7 +155,7 @@ def _compared(client: secateur.Client, name: str, folder: Path) -> Compared:
     sessions = [session_of(one, inputs, folder) for one in modules]
     return Compared(
         name=name,
-        parameters=[sum(p.numel() for p in one.parameters()) for one in modules],
+        parameters=[parameters(one) for one in modules],
         macs=[_macs(one, inputs) for one in modules],
         seconds=medians(sessions),
         pruning=[one.seconds for one in made],
@@ -166,9 +169,9 @@ def _made(
         yield half_of_minilm(client, module, fraction)
         return
     by_secateur(client, module, inputs, fraction)  # the first call imports
-    yield by_secateur(client, module, inputs, fraction)
-    by_torch_pruning(module, inputs, fraction)
-    yield by_torch_pruning(module, inputs, fraction)
+    ours = by_secateur(client, module, inputs, fraction)
+    yield ours
+    yield like(module, inputs, ours.module, fraction)
 
 
 def _macs(module: nn.Module, inputs: Any) -> int:
@@ -186,8 +189,8 @@ COLUMNS = (
     "Torch-Pruning's",
     "its parameters",
     "our time to its",
-    "prune and cut",
-    "Torch-Pruning",
+    "trace, prune and cut, check",
+    "Torch-Pruning in all",
 )
 
 
@@ -211,7 +214,7 @@ def rows(compared: Sequence[Compared]) -> Iterator[tuple[str, ...]]:
             ]
         else:
             line += ["", "", ""]
-        line += [f"{seconds:.2f} s" for seconds in one.pruning]
+        line += [" + ".join(f"{each:.2f}" for each in seconds) + " s" for seconds in one.pruning]
         yield (*line, *[""] * (len(COLUMNS) - len(line)))
 
 
@@ -221,12 +224,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also writes every figure there")
     options = parser.parse_args()
     print(", ".join(f"{name} {value}" for name, value in environment().items()), flush=True)
-    found = compare()
-    table = [COLUMNS, *rows(found)]
-    for line in table:
-        print(" | ".join(line), flush=True)
+    found, of_zeros = compare(), zeros.compare()
+    for table in ([COLUMNS, *rows(found)], [zeros.COLUMNS, *zeros.rows(of_zeros)]):
+        print()
+        for line in table:
+            print(" | ".join(line), flush=True)
     if options.json:
-        options.json.write_text(json.dumps([asdict(one) for one in found], indent=2) + "\n")
+        figures = {"gains": [asdict(one) for one in found], "zeros": of_zeros}
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":
