@@ -78,11 +78,6 @@ def smaller_parameter(context: RequestContext, parameter: Parameter, kept: Slice
         begin += len(part)
     if mask is None:
         return Parameter(smaller.view(shape))
-    if mask.kept(context) == elements:  # nothing is pruned but the slices that are removed
-        bits = allocate(context, (elements + 7) // 8, backend).fill_(0xFF)
-        if elements % 8:
-            bits[-1] = (1 << elements % 8) - 1
-        return Parameter(smaller.view(shape), Mask(bits, elements, elements))
     flags = allocate(context, elements, backend).view(torch.bool)
     begin = 0
     of_mask = _smaller(mask.flags, weight.shape, _on(weight.device, kept), backend.piece)
