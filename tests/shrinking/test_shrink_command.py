@@ -11,16 +11,12 @@ from torch.nn import Linear
 import secateur
 from secateur import cli
 from tests.client.test_cli import failure
-from tests.conftest import RunningServer
 from tests.shrinking.folders import Capsys, Folder, config_in, half, marked
 from tests.shrinking.tiny_transformers import loaded, outputs, saved
 
+pytestmark = pytest.mark.usefixtures("at_server")
+
 MACS = "multiply-accumulates of the layers for each token: "
-
-
-@pytest.fixture(autouse=True)
-def _server(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SECATEUR_SERVER", server.address)
 
 
 def active_macs(path: Path) -> int:

@@ -8,17 +8,13 @@ import torch
 
 import secateur
 from tests.client.test_cli import failure
-from tests.conftest import RunningServer
 from tests.shrinking.folders import Capsys, Folder, config_in, half, marked
 from tests.shrinking.tiny_transformers import TINY, loaded, outputs
 
+pytestmark = pytest.mark.usefixtures("at_server")
+
 # The configs of these have no width of a head.
 WITHOUT_HEAD_DIM = ("bert", "bare bert", "roberta", "distilbert", "gpt2")
-
-
-@pytest.fixture(autouse=True)
-def _server(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SECATEUR_SERVER", server.address)
 
 
 def check_same(client: secateur.Client, name: str, folder: Folder, parts: list[str]) -> Path:
