@@ -26,7 +26,7 @@ def test_every_benchmark_runs(tmp_path: Path) -> None:
 
 def test_the_gains_of_shrunk_models_are_measured(tmp_path: Path) -> None:
     figures = tmp_path / "gains.json"
-    command = [sys.executable, "benchmarks/gains.py", "--json", figures]
+    command = [sys.executable, "benchmarks/gains.py", "--json", str(figures)]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     found = json.loads(figures.read_text())

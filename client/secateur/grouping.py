@@ -143,10 +143,13 @@ def groups_of(value: Any) -> list[pb.Group]:
     """Returns groups, each given itself or as a mapping of its name and members."""
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise InvalidSpec(f"groups: {shown(value)} is not a list of groups")
-    return [
-        made(f"groups[{index}]", given, Group, _plain_group).message
-        for index, given in enumerate(value)
-    ]
+    return [_named(f"groups[{index}]", given) for index, given in enumerate(value)]
+
+
+def _named(place: str, given: Any) -> pb.Group:
+    """A group; one without a name gets the name that the server reports."""
+    message = made(place, given, Group, _plain_group).message
+    return message if message.name else pb.Group(name=place, members=message.members)
 
 
 def _plain_group(name: str, members: Any) -> Group:

@@ -149,8 +149,8 @@ def test_units_are_deleted(
 ) -> None:
     tensors, described = model
     spec = secateur.grouped(groups_of(described), fraction, scope=scope, align=1)
-    if has_elements:  # zeros within the units that are kept
-        spec = secateur.l1_unstructured("t0.0", 0.4) + spec
+    if has_elements:  # zeros within the units that are kept, and of unmasked members
+        spec = secateur.l1_unstructured("t*", 0.4) + spec
     masks = client.prune(tensors, spec).masks
     result = client.prune(tensors, spec, output="shrunk")
     assert_shrunk(result, *shrunk_by_definition(tensors, masks, described))
@@ -320,6 +320,16 @@ def test_slices_that_no_group_names_are_listed(client: secateur.Client) -> None:
     assert str(uncut) in str(result.report)
 
 
+def test_reasons_of_a_tensor_that_a_group_names_twice(client: secateur.Client) -> None:
+    """As rows of queries and keys in one tensor: the first are zero, and the last are not."""
+    tensors = {"qk": torch.arange(1.0, 9).view(4, 2), "v": torch.ones(2, 2)}
+    members = secateur.member("qk", units=2), secateur.member("qk", offset=2), secateur.member("v")
+    groups = [secateur.group("g", *members)]
+    spec = secateur.ln_structured("qk", 1, 1, 0) + secateur.grouped(groups, 0)
+    (uncut,) = shrinkage_of(client.prune(tensors, spec, output="shrunk")).uncut
+    assert uncut.reason == "group 'g': 'qk' has unpruned elements in the same units"
+
+
 def test_zeros_of_a_dense_file_are_removed_if_they_count_as_pruned(client: secateur.Client) -> None:
     dense = client.prune(TENSORS, HALF, output="dense").state_dict()
     whole = client.finalize(dense, output="shrunk", groups=GROUPS)
@@ -343,6 +353,35 @@ def test_a_group_of_several_rules_is_cut_once(client: secateur.Client) -> None:
     assert [len(group.kept) for group in shrinkage_of(result).groups.values()] == [2]
     masks = client.prune(TENSORS, twice).masks
     assert_shrunk(result, *shrunk_by_definition(TENSORS, masks, DESCRIBED))
+
+
+def test_other_rules_prune_unmasked_members(client: secateur.Client) -> None:
+    """As many of its elements are pruned as are removed, and they are others."""
+    tensors = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([4.0, 3.0])}
+    members = secateur.member("a"), secateur.member("b", masked=False)
+    spec = secateur.grouped([secateur.group("g", *members)], 1) + secateur.l1_unstructured("b", 1)
+    found = client.prune(tensors, spec, output="shrunk").state_dict("shrunk")
+    assert_same_tensors(found, {"a": torch.tensor([2.0]), "b": torch.tensor([0.0])})
+
+
+def test_an_unmasked_member_has_any_name_of_a_tied_tensor(client: secateur.Client) -> None:
+    flags = torch.tensor([True, False, True])  # of a dtype that cannot be pruned
+    tensors = {"a": torch.tensor([1.0, 3.0, 2.0]), "flags": flags, "same": flags}
+    members = secateur.member("a"), secateur.member("same", masked=False)
+    spec = secateur.grouped([secateur.group("g", *members)], 1, align=1)
+    found = client.prune(tensors, spec, output="shrunk").state_dict("shrunk")
+    assert found["same"] is found["flags"]
+    assert found["same"].tolist() == [False, True]
+
+
+def test_two_groups_of_one_name_are_refused(client: secateur.Client) -> None:
+    groups = [secateur.group("g", secateur.member(name)) for name in ("b", "c")]
+    spec = secateur.grouped(groups[:1], 1) + secateur.grouped(groups[1:], 2)
+    assert client.prune(TENSORS, spec).report.zeros
+    with pytest.raises(secateur.InvalidSpec) as error:
+        client.prune(TENSORS, spec, output="shrunk")
+    field = "spec.rules[1].selection.groups[0].name"
+    assert str(error.value) == f"{field}: groups with other slices are named 'g'; rename one"
 
 
 def test_a_result_that_is_not_smaller_carries_a_warning(client: secateur.Client) -> None:

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, prune
 
 import secateur
 from secateur.errors import InvalidStateDict
-from secateur.grouping import Group
+from secateur.grouping import Group, Member
 from secateur.resizing.modules import shrunk
 from tests.shrinking.cutting import assert_same, cut_module, run, shrink, some_units
 from tests.shrinking.groups import inputs, outputs, two_layers
@@ -201,3 +201,12 @@ def test_parametrized_weights() -> None:
     groups = [secateur.group("hidden", *members, *inputs("2"))]
     small: Any = shrink(module, groups, torch.randn(3, 4))
     assert small[0].out_features == len(small[0].bias) < 6
+
+
+def test_a_group_without_a_name(client: secateur.Client) -> None:
+    module, (group,) = two_layers()
+    unnamed = secateur.group("", *map(Member, group.message.members))
+    result = client.prune(module, secateur.grouped([unnamed], 4, align=1), output="shrunk")
+    assert result.report.shrinkage is not None
+    assert result.report.shrinkage.groups.keys() == {"groups[0]"}
+    assert result.shrink(module, torch.randn(3, 4)).get_submodule("0").out_features == 2

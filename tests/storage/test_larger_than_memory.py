@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from safetensors import safe_open
 
 import secateur
 from secateur_proto.framing import file_header
@@ -108,3 +109,29 @@ def test_model_of_four_times_the_memory_is_served(
     header_bytes = out.stat().st_size - 4 * total
     for weight, folded, mask in zip(weights, map_model(out, header_bytes), masks, strict=True):
         assert np.array_equal(folded, weight * mask)
+
+
+@pytest.mark.slow
+def test_model_of_four_times_the_memory_is_shrunk(
+    folder: Path, small_server: RunningServer
+) -> None:
+    source, out = folder / "model.safetensors", folder / "out.safetensors"
+    weights = write_model(source)
+    names = [f"layers.{number}.weight" for number in range(TENSORS)]
+    groups = [secateur.group(name, secateur.member(name, dim=1)) for name in names]
+    spec = secateur.grouped(groups, 0.5, scope="tensor")
+    with secateur.Client(small_server.address, timeout=600) as client:
+        destination = f"file://{out}"
+        result = client.prune(f"file://{source}", spec, "shrunk", destination=destination)
+    shrinkage = result.report.shrinkage
+    assert shrinkage is not None
+    zeros = 0
+    with safe_open(out, "numpy") as smaller:
+        for name, weight in zip(names, weights, strict=True):
+            kept = list(shrinkage.groups[name].kept)
+            norms = np.abs(weight).sum(0, dtype=np.float64)
+            assert sorted(np.argsort(norms)[SHAPE[1] // 2 :]) == kept
+            found = smaller.get_tensor(name)
+            assert np.array_equal(found, weight[:, kept])
+            zeros += np.count_nonzero(found == 0)
+    assert result.report.zeros == zeros

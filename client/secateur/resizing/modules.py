@@ -49,7 +49,7 @@ def resized(module: Module, sizes: Sizes) -> Module:
         elif name not in tensors:
             raise InvalidSpec(f"sizes: {shown(name)} is not a tensor of the module")
         elif tensors[name].shape != (shape := _shape(name, size, tensors[name].ndim)):
-            values[name] = tensors[name].new_zeros(shape)
+            values[name] = _zeros(name, tensors[name], shape)
     made = copied(module, values)
     fit_layers(module, made, groups)
     if problems := fit_flow(module, made):
@@ -197,6 +197,13 @@ def _shape(name: str, size: Any, dimensions: int) -> tuple[int, ...]:
     if not is_shape or len(size) != dimensions:
         raise InvalidSpec(f"sizes[{name!r}]: {shown(size)} is not a shape of {dimensions} lengths")
     return tuple(size)
+
+
+def _zeros(name: str, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    try:
+        return like.new_zeros(shape)
+    except (RuntimeError, OverflowError, TypeError):
+        raise InvalidSpec(f"sizes[{name!r}]: {list(shape)} is too large to allocate") from None
 
 
 def _joined(path: str, leaf: str) -> str:

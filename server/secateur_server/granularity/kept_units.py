@@ -26,11 +26,12 @@ def distinct_groups(
         catalog: Of the state_dict.
 
     Raises:
-        InvalidSpec: Two members name one slice of a tensor.
+        InvalidSpec: Two members name one slice of a tensor, or two groups have one name.
     """
     found: dict[object, Group] = {}
     for group in context.each(groups):
         found.setdefault(frozenset(map(_slices_key, group.every)), group)
+    _check_names(found.values())
     _check_disjoint(context, list(found.values()), catalog)
     return list(found.values())
 
@@ -55,6 +56,19 @@ def _check_disjoint(context: RequestContext, groups: Sequence[Group], catalog: C
                 f"{quote(other_name)}; a shrunk tensor needs each slice in one member",
             )
         owner[slices] = place
+
+
+def _check_names(groups: Iterable[Group]) -> None:
+    """Refuses groups of several rules whose reports would have one name."""
+    seen: set[str] = set()
+    for group in groups:
+        if group.name in seen:
+            path = group.members[0].path.rpartition(".")[0]
+            raise InvalidSpec(
+                f"{path}.name",
+                f"groups with other slices are named {quote(group.name)}; rename one",
+            )
+        seen.add(group.name)
 
 
 def _slices_key(member: Member) -> object:

@@ -31,14 +31,21 @@ class Shrunk:
     ) -> list[OutgoingFile]:
         parameters = {**state_dict.parameters, **pruned}
         state_dict.shrinking = shrinking_of(context, groups, parameters, state_dict.catalog)
+        # Of these, kept elements may be removed too, so that counts do not tell.
+        unmasked = {member.tensor for group in groups for member in group.unmasked}
         for name, kept in state_dict.shrinking.slices.items():
-            if name in parameters and _is_unmasked(context, parameters[name], kept):
+            if name in unmasked or name not in parameters:
+                continue
+            if _is_unmasked(context, parameters[name], kept):
                 parameters[name] = parameters[name]._replace(mask=None)
         state_dict.parameters = parameters
         return folded_files(context, state_dict, parameters)
 
 
 def _is_unmasked(context: RequestContext, parameter: Parameter, kept: Slices) -> bool:
-    """Whether a mask prunes nothing of the slices that are kept, so that it need not be applied."""
+    """Whether a mask prunes nothing of the slices that are kept, so that it need not be applied.
+
+    It prunes all of the slices that are removed.
+    """
     elements = math.prod(smaller_shape(parameter.weight.shape, kept))
     return parameter.mask is not None and parameter.mask.kept(context) == elements

@@ -1,5 +1,6 @@
 """Measures the tensors of a shrunk model, and finds pruned slices that are still there."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from secateur_server.errors import quote
-from secateur_server.granularity.group import Group, Member
+from secateur_server.granularity.group import Group
 from secateur_server.granularity.groups import candidate_units
 from secateur_server.report.measure import Sparsity, measure
 from secateur_server.report.tensors import MeasuredTensors, measure_tensors
@@ -63,31 +64,55 @@ def find_uncut(
         groups: As distinct_groups returns them.
         parameters: All, as they were before.
     """
-    named = {(m.tensor, m.dim): (group, m) for group in groups for m in group.members}
+    named: dict[tuple[str, int], list[tuple[Group, int]]] = defaultdict(list)
+    for group in context.each(groups):
+        for place, member in enumerate(group.members):
+            named[member.tensor, member.dim].append((group, place))
+    kept: dict[str, _KeptUnits] = {}
     for name, counts in context.each(zero_slices.items()):
         for dim, count in enumerate(counts):
             if count and (name, dim) in named:
-                yield Uncut(name, dim, count, _reason(context, *named[name, dim], parameters))
+                reason = _reason(context, named[name, dim], kept, parameters)
+                yield Uncut(name, dim, count, reason)
             elif count and dim < 2:
                 yield Uncut(name, dim, count, "no group names slices along this dimension")
 
 
+class _KeptUnits(NamedTuple):
+    """Which units of a group have unpruned elements: in each member, and the first such member."""
+
+    flags: Tensor
+    first: Tensor
+
+
+def _kept_units(
+    context: RequestContext, group: Group, parameters: Mapping[str, Parameter]
+) -> _KeptUnits:
+    flags = torch.ones(len(group.members), group.units, dtype=torch.bool)
+    for place, member in enumerate(context.each(group.members)):
+        mask = candidate_units(context, Group(group.name, (member,)), parameters)
+        if mask is not None:
+            flags[place] = mask.flags(0, group.units).cpu()
+    first = flags.to(torch.uint8).argmax(0)
+    return _KeptUnits(flags, torch.where(flags.any(0), first, len(flags)))
+
+
 def _reason(
-    context: RequestContext, group: Group, member: Member, parameters: Mapping[str, Parameter]
+    context: RequestContext,
+    places: Sequence[tuple[Group, int]],
+    kept: dict[str, _KeptUnits],
+    parameters: Mapping[str, Parameter],
 ) -> str:
-    """Why slices of a member that are zero were not removed."""
-
-    def kept_of(one: Member) -> Tensor:
-        mask = candidate_units(context, Group(group.name, (one,)), parameters)
-        return torch.ones(one.units, dtype=torch.bool) if mask is None else mask.flags(0, one.units)
-
-    pruned = ~kept_of(member)
-    if not bool(pruned.any()):
-        return "they are zero, but no mask prunes them: PRIOR_ZEROS counts zeros as pruned"
-    for other in context.each(group.members):
-        if other is not member and bool((pruned & kept_of(other)).any()):
-            return (
-                f"group {quote(group.name)}: {quote(other.tensor)} has unpruned elements in the "
-                "same units"
-            )
-    return f"group {quote(group.name)}: a group keeps at least one unit"
+    """Why slices of a tensor that are zero were not removed, by its members along a dimension."""
+    for group, place in places:
+        if group.name not in kept:
+            kept[group.name] = _kept_units(context, group, parameters)
+        pruned = ~kept[group.name].flags[place]
+        if not bool(pruned.any()):
+            continue
+        other = int(kept[group.name].first[pruned].min())
+        if other == len(group.members):
+            return f"group {quote(group.name)}: a group keeps at least one unit"
+        tensor = quote(group.members[other].tensor)
+        return f"group {quote(group.name)}: {tensor} has unpruned elements in the same units"
+    return "they are zero, but no mask prunes them: PRIOR_ZEROS counts zeros as pruned"

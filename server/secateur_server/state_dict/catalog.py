@@ -135,8 +135,7 @@ def read_catalog(
     }
     origs = {name: pairs.get(name, (name,))[0] for name in prunable}
     floating = [name for name, orig in origs.items() if _is_floating(stored[orig])]
-    known = {other: name for other, name in (other_names or {}).items() if name in prunable}
-    return Catalog(stored, extras, prunable, floating, pairs, known)
+    return Catalog(stored, extras, prunable, floating, pairs, other_names or {})
 
 
 def _pairs(
