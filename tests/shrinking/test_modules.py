@@ -210,3 +210,10 @@ def test_a_group_without_a_name(client: secateur.Client) -> None:
     assert result.report.shrinkage is not None
     assert result.report.shrinkage.groups.keys() == {"groups[0]"}
     assert result.shrink(module, torch.randn(3, 4)).get_submodule("0").out_features == 2
+
+
+def test_a_size_that_does_not_fit_in_memory() -> None:
+    for length in (2**50, 2**62, 2**70):
+        with pytest.raises(secateur.InvalidSpec) as error:
+            secateur.resize(nn.Linear(2, 2), {"weight": [length, 2]})
+        assert str(error.value) == f"sizes['weight']: [{length}, 2] is too large to allocate"

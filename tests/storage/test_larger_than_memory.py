@@ -133,5 +133,5 @@ def test_model_of_four_times_the_memory_is_shrunk(
             assert sorted(np.argsort(norms)[SHAPE[1] // 2 :]) == kept
             found = smaller.get_tensor(name)
             assert np.array_equal(found, weight[:, kept])
-            zeros += np.count_nonzero(found == 0)
+            zeros += int(np.count_nonzero(found == 0))
     assert result.report.zeros == zeros
