@@ -186,7 +186,9 @@ def test_tensors_are_cut_in_pieces(small_pieces: None, data: st.DataObject) -> N
     assert torch.equal(plain.to(torch.float64), whole)
     folded = torch.cat(list(slices.smaller_parts(weight, mask, kept))).view(whole.shape)
     assert torch.equal(folded.to(torch.float64), masked)
-    smaller = slices.smaller_parameter(RequestContext(), Parameter(weight, mask), kept)
+    shrinking = slices.Shrinking([], {"w": kept}, {"w"})  # kept elements are removed too
+    parameter = Parameter(weight, mask)
+    smaller = slices.smaller_parameter(RequestContext(), "w", parameter, shrinking)
     assert torch.equal(smaller.weight.to(torch.float64), whole)
     assert torch.equal(unpacked(smaller), flags)
     assert slices.smaller_shape(shape, kept) == tuple(whole.shape)
@@ -360,8 +362,10 @@ def test_other_rules_prune_unmasked_members(client: secateur.Client) -> None:
     tensors = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([4.0, 3.0])}
     members = secateur.member("a"), secateur.member("b", masked=False)
     spec = secateur.grouped([secateur.group("g", *members)], 1) + secateur.l1_unstructured("b", 1)
-    found = client.prune(tensors, spec, output="shrunk").state_dict("shrunk")
-    assert_same_tensors(found, {"a": torch.tensor([2.0]), "b": torch.tensor([0.0])})
+    result = client.prune(tensors, spec, output="shrunk")
+    expected = {"a": torch.tensor([2.0]), "b": torch.tensor([0.0])}
+    assert_same_tensors(result.state_dict("shrunk"), expected)
+    assert (result.report.tensors["b"].zeros, result.report.tensors["b"].pruned) == (1, 1)
 
 
 def test_an_unmasked_member_has_any_name_of_a_tied_tensor(client: secateur.Client) -> None:

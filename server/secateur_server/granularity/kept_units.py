@@ -112,7 +112,8 @@ def shrinking_of(
         name: {dim: flags.nonzero().view(-1) for dim, flags in by_dim.items()}
         for name, by_dim in remaining.items()
     }
-    return Shrinking(units, slices)
+    unmasked = {member.tensor for group in groups for member in group.unmasked}
+    return Shrinking(units, slices, unmasked)
 
 
 def _remove(

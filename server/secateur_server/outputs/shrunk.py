@@ -1,6 +1,5 @@
 """All tensors, without the units of groups that are wholly pruned."""
 
-import math
 from collections.abc import Mapping, Sequence
 
 from secateur_server.granularity.group import Group
@@ -9,7 +8,6 @@ from secateur_server.outputs.dense import folded_files
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.catalog import Catalog
 from secateur_server.state_dict.parameter import Parameter
-from secateur_server.state_dict.slices import Slices, smaller_shape
 from secateur_server.state_dict.state_dict import StateDict
 from secateur_server.wire.writer import OutgoingFile
 
@@ -30,22 +28,9 @@ class Shrunk:
         groups: Sequence[Group],
     ) -> list[OutgoingFile]:
         parameters = {**state_dict.parameters, **pruned}
-        state_dict.shrinking = shrinking_of(context, groups, parameters, state_dict.catalog)
-        # Of these, kept elements may be removed too, so that counts do not tell.
-        unmasked = {member.tensor for group in groups for member in group.unmasked}
-        for name, kept in state_dict.shrinking.slices.items():
-            if name in unmasked or name not in parameters:
-                continue
-            if _is_unmasked(context, parameters[name], kept):
-                parameters[name] = parameters[name]._replace(mask=None)
-        state_dict.parameters = parameters
+        shrinking = shrinking_of(context, groups, parameters, state_dict.catalog)
+        for name in context.each(parameters.keys() & shrinking.slices.keys()):
+            if shrinking.removes_all_pruned(context, name, parameters[name]):
+                parameters[name] = parameters[name]._replace(mask=None)  # nothing to fold
+        state_dict.parameters, state_dict.shrinking = parameters, shrinking
         return folded_files(context, state_dict, parameters)
-
-
-def _is_unmasked(context: RequestContext, parameter: Parameter, kept: Slices) -> bool:
-    """Whether a mask prunes nothing of the slices that are kept, so that it need not be applied.
-
-    It prunes all of the slices that are removed.
-    """
-    elements = math.prod(smaller_shape(parameter.weight.shape, kept))
-    return parameter.mask is not None and parameter.mask.kept(context) == elements

@@ -41,7 +41,7 @@ def measure_smaller(
     """
     sent, large = dict(parameters), dict[str, Sparsity]()
     for name in context.each(parameters.keys() & shrinking.slices.keys()):
-        smaller = smaller_parameter(context, parameters[name], shrinking.slices[name])
+        smaller = smaller_parameter(context, name, parameters[name], shrinking)
         if not smaller.is_small:  # one at a time is in memory
             large[name] = measure(context, smaller)
             smaller = smaller._replace(weight=smaller.weight.to("meta"))

@@ -1,7 +1,7 @@
 """Tensors without some of their slices, made piece by piece."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,10 +27,19 @@ class Shrinking:
     Attributes:
         groups: The name of each group, and which of its units are kept: bool.
         slices: The kept slices of each tensor that loses some, by its name.
+        unmasked: The names of tensors that may lose elements which no mask prunes.
     """
 
     groups: Sequence[tuple[str, Tensor]]
     slices: Mapping[str, Slices]
+    unmasked: Collection[str]
+
+    def removes_all_pruned(self, context: RequestContext, name: str, parameter: Parameter) -> bool:
+        """Whether the mask of a tensor prunes only elements that are removed."""
+        if parameter.mask is None or name in self.unmasked:
+            return False
+        elements = math.prod(smaller_shape(parameter.weight.shape, self.slices[name]))
+        return parameter.mask.kept(context) == elements
 
 
 def smaller_shape(shape: Sequence[int], kept: Slices) -> tuple[int, ...]:
@@ -60,15 +69,18 @@ def smaller_parts(values: Tensor, mask: Mask | None, kept: Slices) -> Iterator[T
         yield part.view(values.dtype)
 
 
-def smaller_parameter(context: RequestContext, parameter: Parameter, kept: Slices) -> Parameter:
-    """Returns a copy of a parameter without its other slices.
+def smaller_parameter(
+    context: RequestContext, name: str, parameter: Parameter, shrinking: Shrinking
+) -> Parameter:
+    """Returns a copy of a parameter without the slices that are removed.
 
     Args:
         context: The request. A large copy is on disk.
+        name: Of the parameter, which loses slices.
         parameter: Its weight and its mask are not changed.
-        kept: The slices that are kept.
+        shrinking: The kept slices.
     """
-    weight, mask = parameter.weight, parameter.mask
+    weight, mask, kept = parameter.weight, parameter.mask, shrinking.slices[name]
     shape, backend = smaller_shape(weight.shape, kept), backend_for(weight.device)
     elements = math.prod(shape)
     smaller = allocate(context, elements * weight.element_size(), backend).view(weight.dtype)
@@ -78,6 +90,11 @@ def smaller_parameter(context: RequestContext, parameter: Parameter, kept: Slice
         begin += len(part)
     if mask is None:
         return Parameter(smaller.view(shape))
+    if shrinking.removes_all_pruned(context, name, parameter):
+        bits = allocate(context, (elements + 7) // 8, backend).fill_(0xFF)
+        if elements % 8:
+            bits[-1] = (1 << elements % 8) - 1
+        return Parameter(smaller.view(shape), Mask(bits, elements, elements))
     flags = allocate(context, elements, backend).view(torch.bool)
     begin = 0
     of_mask = _smaller(mask.flags, weight.shape, _on(weight.device, kept), backend.piece)
