@@ -20,7 +20,7 @@ from onnxsim import apply_magnitude_pruning
 
 import secateur
 from common import environment, running_server, timed
-from secateur.folder_export import export_folder
+from secateur.onnx.folders import export_folder
 
 RUNS = 5
 ONNXSIM: dict[str, dict[str, Any]] = {

@@ -21,8 +21,8 @@ import zstandard
 
 import secateur
 from common import Model, timed
-from secateur.bitmasks import BITMASK, BITMASK_24, save_bitmasks
 from secateur.files import save
+from secateur.packing.bitmasks import BITMASK, BITMASK_24, save_bitmasks
 from secateur.source import read_source
 
 SPECS = {

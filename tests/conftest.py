@@ -226,6 +226,12 @@ def client(server: RunningServer) -> "Iterator[secateur.Client]":
         yield connected
 
 
+@pytest.fixture
+def at_server(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets commands use the shared server."""
+    monkeypatch.setenv("SECATEUR_SERVER", server.address)
+
+
 @pytest.fixture(scope="session")
 def channel(server: RunningServer) -> "Iterator[grpc.Channel]":
     import grpc

@@ -53,7 +53,6 @@ from secateur.errors import (
     Unavailable,
     UriError,
 )
-from secateur.exporting import export
 from secateur.gain import Gain, gain
 from secateur.grouping import group, head_groups, member, query_head_groups
 from secateur.methods import (
@@ -70,16 +69,17 @@ from secateur.methods import (
     random_structured,
     random_unstructured,
 )
+from secateur.onnx.exporting import export
 from secateur.plan import Plan, PlannedAmount, PlannedTensor, Sensitivity
 from secateur.rails import guard_rails, rail
 from secateur.report import Bound, Choice, Coverage, Report, ReportWarning, TensorReport, ZeroBlocks
+from secateur.resizing.sizes import resize, sizes
 from secateur.result import FinalizeResult, PruneResult
 from secateur.selections import grouped, select
 from secateur.server_info import ServerInfo
-from secateur.shrinking import resize, sizes
 from secateur.source import is_pruned, load
 from secateur.spec import Spec
-from secateur.tracing import TracedGroups, groups
+from secateur.traced.groups import TracedGroups, groups
 from secateur.versions import VERSION
 
 __version__ = VERSION

@@ -12,9 +12,9 @@ import numpy.typing as npt
 from secateur.atomic import filling, replacing
 from secateur.errors import NotSaved, SecateurError
 from secateur.folders import Folder, check_no_other_weights, find_folder
-from secateur.onnx_files import ONNX_SUFFIX, OnnxFile, no_graph
+from secateur.onnx.files import ONNX_SUFFIX, OnnxFile, no_graph
 from secateur.others import check_storable
-from secateur.packed import write_packed
+from secateur.packing.packed import write_packed
 from secateur.shards import Index
 from secateur.tensor_file import TensorFile
 from secateur.tensors import LocalTensor, dtype_of, has_torch, is_extra_state, to_value

@@ -2,13 +2,11 @@
 
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from secateur.errors import InvalidSpec
-from secateur.example_inputs import arguments_of
+from secateur.evaluation import arguments_of, brief, in_evaluation
 from secateur.tables import html_table, text_table
 from secateur.tensors import torch_for
 
@@ -93,7 +91,7 @@ def gain(before: Any, after: Any, inputs: Any) -> Gain:
     args, keywords = arguments_of(inputs)
     named = (("before", before), ("after", after))
     seconds: list[list[float]] = [[], []]
-    with _in_evaluation(before, after), torch.inference_mode():
+    with in_evaluation(before, after), torch.inference_mode():
         macs = [_macs(what, module, args, keywords) for what, module in named]
         for _ in range(RUNS):
             for module, found in zip((before, after), seconds, strict=True):
@@ -107,18 +105,6 @@ def gain(before: Any, after: Any, inputs: Any) -> Gain:
     return Gain(*costs)
 
 
-@contextmanager
-def _in_evaluation(*modules: Any) -> Iterator[None]:
-    flags = [(part, part.training) for module in modules for part in module.modules()]
-    for module in modules:
-        module.eval()
-    try:
-        yield
-    finally:
-        for part, flag in flags:
-            part.training = flag
-
-
 def _macs(what: str, module: Any, args: Any, keywords: Any) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -126,8 +112,7 @@ def _macs(what: str, module: Any, args: Any, keywords: Any) -> int:
         try:
             module(*args, **keywords)
         except Exception as error:
-            line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InvalidSpec(f"inputs: `{what}` cannot run on them: {line[:200]}") from error
+            raise InvalidSpec(f"inputs: `{what}` cannot run on them: {brief(error)}") from error
     return int(counter.get_total_flops()) // 2
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from secateur.folders import Folder
-from secateur.onnx_files import OnnxFile
+from secateur.onnx.files import OnnxFile
 from secateur.shards import Index
 from secateur.tensors import LocalTensor
 from secateur.torch_files import TorchFile

@@ -12,8 +12,8 @@ from secateur.errors import InvalidStateDict
 from secateur.file_kinds import open_reason, safetensors_reason
 from secateur.folders import find_folder
 from secateur.model import Source
-from secateur.onnx_files import ONNX_SUFFIX, read_onnx
-from secateur.packed import is_packed, unpacked
+from secateur.onnx.files import ONNX_SUFFIX, read_onnx
+from secateur.packing.packed import is_packed, unpacked
 from secateur.shards import Index, read_shards
 from secateur.tensor_file import parse_file
 from secateur.tensors import LocalTensor, dtype_of, has_torch

@@ -1,52 +1,36 @@
-"""The methods of a client on models: the service Pruner."""
+"""The methods of a client that prune models."""
 
 import os
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from secateur.amounts import encode_amounts
 from secateur.checkpoint import decode_checkpoint, uri_of
-from secateur.checkpoint_calls import CheckpointCalls
-from secateur.checks import flag, one_of, patterns
-from secateur.choices import AnyGranularity, magnitude
-from secateur.connection import Call
-from secateur.defaults import SOME_AMOUNTS, matrices
+from secateur.checks import flag, one_of
 from secateur.destinations import check_destination, new_folder
 from secateur.encoding import encode_spec, unmasked_members
 from secateur.errors import SecateurError
 from secateur.forms import OUTPUTS, is_model
 from secateur.grouping import Groups, example_inputs_of, groups_of
+from secateur.measure_calls import PRIORS, MeasureCalls, Patterns, Tensors, named_in
 from secateur.model import Source
-from secateur.others import check_names
-from secateur.packed import check_zstandard
+from secateur.packing.packed import check_zstandard
 from secateur.patience import Patience
-from secateur.plan import Plan, Sensitivity, decode_plan, sensitivity_of
 from secateur.progress import Progress
-from secateur.report import Report
 from secateur.report_decoding import decode_report
 from secateur.result import FinalizeResult, PruneResult
-from secateur.selections import select
 from secateur.server_info import ServerInfo, decode_server_info
 from secateur.source import read_source
 from secateur.spec import Spec
-from secateur.tensors import LocalTensor
-from secateur.transfer import Upload
 from secateur_proto import pruner_pb2 as pb
-from secateur_proto.enums import plain_name, values_by_name
+from secateur_proto.enums import plain_name
 from secateur_proto.framing import CHUNK_BYTES
-
-_PRIORS = values_by_name(pb.Prior.DESCRIPTOR)
 
 # A prune that runs out of time has these seconds to delete the model that it uploaded.
 TIDY_SECONDS = 1.0
 
-Patterns = str | Sequence[str] | None
-Tensors = Mapping[str, LocalTensor]
 
-
-class PrunerCalls(CheckpointCalls):
+class PrunerCalls(MeasureCalls):
     """What `Client` does with models; several arguments are described there."""
 
     def prune(
@@ -81,7 +65,7 @@ class PrunerCalls(CheckpointCalls):
         header = pb.PruneHeader(
             output=one_of("output", output, OUTPUTS),
             keep=flag("keep", keep),
-            prior=one_of("prior", prior, _PRIORS),
+            prior=one_of("prior", prior, PRIORS),
         )
         model = read_source(source, key)
         folder = new_folder(destination, model) if output == "shrunk" else None
@@ -152,101 +136,6 @@ class PrunerCalls(CheckpointCalls):
         self._delete(uploaded, False, patience.at_least(TIDY_SECONDS))
         return result
 
-    def report(
-        self,
-        source: Any,
-        tensors: Patterns = None,
-        progress: Progress = None,
-        key: str | None = None,
-    ) -> Report:
-        """Measures how sparse a model is, and where.
-
-        Args:
-            source: See `Client`.
-            tensors: Names and globs; None is every floating tensor.
-            progress: See `Client`.
-            key: See `Client`.
-        """
-        model = read_source(source, key)
-        return self._report(model, tensors, progress, self._connection.patience())
-
-    def _report(
-        self, model: Source, tensors: Patterns, progress: Progress, patience: Patience
-    ) -> Report:
-        header = pb.ReportHeader(tensors=_named(tensors, model))
-        call = self._call("Report", header, model, model.tensors, progress, patience)
-        return decode_report(self._connection.measure(call).report)
-
-    def plan(
-        self,
-        source: Any,
-        spec: Spec,
-        amounts: Sequence[float] | None = None,
-        progress: Progress = None,
-        key: str | None = None,
-        prior: str = "masks",
-    ) -> Plan:
-        """Computes what a prune would do, and prunes nothing.
-
-        Args:
-            source: See `Client`.
-            spec: Its last rule is planned, after the rules before it; not a custom_from_mask.
-            amounts: Ints and floats in place of that rule's own, at most 1000. The server reads the
-                weights once for all of them.
-            progress: See `Client`.
-            key: See `Client`.
-            prior: See `prune`.
-        """
-        model = read_source(source, key)
-        return self._plan(model, spec, amounts, progress, prior, self._connection.patience())
-
-    def _plan(
-        self,
-        model: Source,
-        spec: Spec,
-        amounts: Sequence[float] | None,
-        progress: Progress,
-        prior: str,
-        patience: Patience,
-    ) -> Plan:
-        message, arrays = encode_spec(spec, model)
-        model = model.sending(unmasked_members(message))
-        header = pb.PlanHeader(
-            spec=message,
-            amounts=[] if amounts is None else encode_amounts(amounts),
-            prior=one_of("prior", prior, _PRIORS),
-        )
-        call = self._call("Plan", header, model, {**model.sent(), **arrays}, progress, patience)
-        return decode_plan(self._connection.measure(call).plan, header)
-
-    def sensitivity(
-        self,
-        source: Any,
-        tensors: Patterns = None,
-        amounts: Sequence[float] = SOME_AMOUNTS,
-        granularity: AnyGranularity = "element",
-        p: float = 1,
-        progress: Progress = None,
-        key: str | None = None,
-    ) -> Sensitivity:
-        """Computes how much of its norm each tensor would lose, pruned alone by magnitude.
-
-        Args:
-            source: See `Client`.
-            tensors: Names and globs; None is every floating tensor of 2 or more dimensions.
-            amounts: See `plan`.
-            granularity: See `secateur.select`.
-            p: The order of the norm that ranks units larger than elements.
-            progress: See `Client`.
-            key: See `Client`.
-        """
-        model, patience = read_source(source, key), self._connection.patience()
-        names = tensors
-        if names is None:
-            names = matrices(model, lambda model: self._report(model, None, None, patience))
-        spec = select(names, 0, magnitude(p), granularity)
-        return sensitivity_of(self._plan(model, spec, amounts, progress, "masks", patience))
-
     def finalize(
         self,
         source: Any,
@@ -277,12 +166,12 @@ class PrunerCalls(CheckpointCalls):
             destination_uri=uri_of(destination),
             output=one_of("output", output, OUTPUTS),
             groups=groups_of(groups),
-            prior=one_of("prior", prior, _PRIORS),
+            prior=one_of("prior", prior, PRIORS),
         )
         if output == "packed":
             check_zstandard("output='packed'")
         model = read_source(source, key)
-        header.tensors.extend(_named(tensors, model))
+        header.tensors.extend(named_in(tensors, model))
         patience = self._connection.patience()
         call = self._call("Finalize", header, model, model.tensors, progress, patience)
         check_destination(destination, model)
@@ -305,24 +194,3 @@ class PrunerCalls(CheckpointCalls):
         """
         request = pb.GetServerInfoRequest()
         return decode_server_info(self._connection.ask(self._rpcs["GetServerInfo"], request))
-
-    def _call(
-        self,
-        rpc: str,
-        header: Any,
-        model: Source,
-        tensors: Tensors,
-        progress: Progress,
-        patience: Patience,
-    ) -> Call:
-        """Makes the call that sends tensors; it completes the header."""
-        upload = Upload(tensors, model.metadata, is_file=model.is_here)
-        header.MergeFrom(type(header)(data_bytes=upload.file_bytes, **model.place))
-        return Call(self._rpcs[rpc], header, upload, progress, patience)
-
-
-def _named(tensors: Patterns, model: Source) -> list[str]:
-    """Names and globs as a header has them: an empty list is every tensor."""
-    named = [] if tensors is None else patterns(tensors)
-    check_names("tensors", named, model.others)
-    return named

@@ -16,7 +16,7 @@ from secateur.model import Mask, Source
 from secateur.paths import path_of
 from secateur.report import Report
 from secateur.report_decoding import Extent, decode_extents, decode_report
-from secateur.shrinking import shrink
+from secateur.resizing.sizes import shrink
 from secateur.tensors import torch_for
 from secateur.ties import tied, values_of
 from secateur.transfer import Received
@@ -276,11 +276,7 @@ class PruneResult(_Result):
         return form.to_masks(self._received, self._extents)
 
     def _mask_value(self, mask: Mask) -> Any:
-        if not self._source.as_torch:
-            return mask
-        import torch
-
-        return torch.from_numpy(mask)
+        return torch_for("masks").from_numpy(mask) if self._source.as_torch else mask
 
     def _model_entries(self) -> Mapping[str, Any]:
         return self._entries(self._output)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from secateur.errors import InvalidStateDict, SecateurError
+from secateur.evaluation import brief
 from secateur.places import Place, array_place, dtype_name, tensor_place
 from secateur.unreadable import problem_of
 from secateur_proto.dtypes import DTYPES
@@ -132,11 +133,7 @@ def _read(name: str, bytes_of: Callable[[Any], Bytes], value: Any) -> Bytes:
     try:
         return bytes_of(value)
     except Exception as error:  # torch raises errors of any kind
-        raise InvalidStateDict(f"{name}: cannot read its values: {_brief(error)}") from error
-
-
-def _brief(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InvalidStateDict(f"{name}: cannot read its values: {brief(error)}") from error
 
 
 def as_array(name: str, value: Any) -> npt.NDArray[Any]:
@@ -148,7 +145,7 @@ def as_array(name: str, value: Any) -> npt.NDArray[Any]:
     try:
         return np.asarray(value)
     except Exception as error:  # of the caller's own __array__
-        raise InvalidStateDict(f"{name}: cannot make an array of it: {_brief(error)}") from error
+        raise InvalidStateDict(f"{name}: cannot make an array of it: {brief(error)}") from error
 
 
 def _torch_bytes(value: Any) -> Bytes:

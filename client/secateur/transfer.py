@@ -11,7 +11,7 @@ from blake3 import blake3
 
 from secateur.cycles import no_search_for_cycles
 from secateur.errors import DataLoss, ServerError, from_rpc
-from secateur.packed import unpacked
+from secateur.packing.packed import unpacked
 from secateur.shards import Index
 from secateur.tensor_file import TensorFile, parse_file
 from secateur.tensors import LocalTensor

@@ -366,7 +366,7 @@ def test_an_interrupt_is_one_line_even_during_imports(
     def interrupt() -> NoReturn:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_parser", interrupt)
+    monkeypatch.setattr("secateur.cli.command._parser", interrupt)
     assert failure(capsys, "report") == "secateur: interrupted\n"
 
 

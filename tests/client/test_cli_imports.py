@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from secateur import cli
+from secateur.cli.command import SMALL_BYTES
 from tests.conftest import RunningServer
 
 IMPORTED = """
@@ -90,5 +91,5 @@ def test_a_small_file_is_pruned_without_numba_to_the_same_bits(model: Path) -> N
 
 
 def test_a_large_file_is_pruned_with_numba(model: Path) -> None:
-    saved(model, cli.SMALL_BYTES // 32 + 1)
+    saved(model, SMALL_BYTES // 32 + 1)
     assert imported("report", model.name) == ["grpc._server", "numba", "torch"]

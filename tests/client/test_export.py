@@ -110,7 +110,7 @@ def test_wrong_arguments(tmp_path: Path, wrong: str) -> None:
 
 
 def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find = secateur.exporting.importlib.util.find_spec  # type: ignore[attr-defined]
+    find = secateur.onnx.exporting.importlib.util.find_spec  # type: ignore[attr-defined]
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda n: None if n == "onnxscript" else find(n)
     )

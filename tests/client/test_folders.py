@@ -16,7 +16,8 @@ import secateur
 from tests.client.sharded import INDEX, metadata_of
 from tests.client.test_cli import failure, run
 from tests.client.test_sources import without_permission
-from tests.conftest import RunningServer
+
+pytestmark = pytest.mark.usefixtures("at_server")
 
 TENSORS = {
     "encoder.weight": torch.arange(24.0).reshape(4, 6) - 12,
@@ -36,11 +37,6 @@ REST = {
     "2_Dense/model.safetensors": "the weights of another part",
     "runs/first/events.out": "x",
 }
-
-
-@pytest.fixture(autouse=True)
-def _server(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SECATEUR_SERVER", server.address)
 
 
 def expected() -> dict[str, Tensor]:

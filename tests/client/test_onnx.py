@@ -20,7 +20,6 @@ import secateur
 from secateur.source import read_source
 from secateur.tensors import LocalTensor, from_value
 from tests.client.test_cli import failure, run
-from tests.conftest import RunningServer
 
 HALF = secateur.global_unstructured("*.weight", 0.5)
 RANDOM = np.random.default_rng(0)
@@ -429,11 +428,6 @@ def test_a_shrunk_model_is_not_written_to_onnx(model: Path, client: secateur.Cli
 
 
 # The command.
-
-
-@pytest.fixture
-def at_server(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SECATEUR_SERVER", server.address)
 
 
 @pytest.mark.usefixtures("at_server")

@@ -19,7 +19,7 @@ from secateur.checks import shown
 from secateur.errors import InvalidSpec, InvalidStateDict
 from secateur.folders import Folder
 from secateur.model import Source
-from secateur.removal import Removed, removed_slices
+from secateur.resizing.removal import Removed, removed_slices
 from secateur.shrinkage import Shrinkage
 from secateur.tensors import LocalTensor
 from secateur.ties import once

@@ -4,7 +4,7 @@ from collections import Counter
 
 from secateur.architectures.transformer import Transformer
 from secateur.errors import InvalidStateDict
-from secateur.removal import Removed
+from secateur.resizing.removal import Removed
 
 
 def check_kept_heads(model: Transformer, removed: Removed) -> None:

@@ -8,7 +8,7 @@ from secateur.architectures.heads import check_kept_heads
 from secateur.architectures.layout import Config, Kind
 from secateur.architectures.transformer import CONFIG, Shapes, Transformer, transformer_of
 from secateur.errors import InvalidStateDict
-from secateur.removal import Removed
+from secateur.resizing.removal import Removed
 
 _RESIZE = "a .safetensors file, and result.shrink(module), can have such sizes"
 

@@ -12,7 +12,7 @@ from torch.nn import Module, MultiheadAttention
 from secateur.checks import shown
 from secateur.entries import from_module
 from secateur.errors import InvalidSpec
-from secateur.example_inputs import arguments_of
+from secateur.evaluation import arguments_of, in_evaluation
 from secateur.grouping import Group
 from secateur.traced.follow import follow
 from secateur.traced.members import groups, whole
@@ -72,17 +72,12 @@ def _exported(module: Module, example_inputs: Any) -> ExportedProgram:
 
 @contextmanager
 def _as_it_was(module: Module) -> Iterator[None]:
-    """Evaluates the module layer by layer, and restores its modes."""
-    training = {part: part.training for part in module.modules()}
+    """Puts the module in evaluation, without kernels that fuse layers, and restores it."""
     is_fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        for part in training:  # a module's own eval() may do more
-            part.training = False
-        with torch.no_grad(), warnings.catch_warnings():
+        with in_evaluation(module), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about attributes that the export restores
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(is_fused)
-        for part, is_training in training.items():
-            part.training = is_training

@@ -59,33 +59,41 @@ def _resolve_member(context: RequestContext, member: Member, catalog: Catalog) -
             f"{member.path}.tensor", f"{quote(member.tensor)} {list(shape)} does not have elements"
         )
     dim = member.dim % len(shape)
-    size, units = shape[dim], member.units
-    if count := len(member.indices):
-        units = units or count
-        indices = _indices(member)
-        beyond = indices[(indices < 0) | (indices >= size)][:1].tolist()
-        if count % units or beyond:
-            shown = f", {beyond[0] % (1 << 64)} among them," if beyond else ""
-            raise InvalidSpec(
-                f"{member.path}.indices",
-                f"{count} indices{shown} do not fit {units} units in the {size} slices of "
-                f"{quote(member.tensor)}",
-            )
-        if count > size or int(torch.bincount(indices).max()) > 1:
-            raise InvalidSpec(
-                f"{member.path}.indices",
-                f"{count} indices list one of the {size} slices of {quote(member.tensor)} twice; "
-                "list each once",
-            )
-    else:
-        units = units or max(0, size - member.offset) // member.stride
-        if units == 0 or member.offset + units * member.stride > size:
-            raise InvalidSpec(
-                f"{member.path}.units",
-                f"{units} units of {member.stride} slices from {member.offset} on do not fit in "
-                f"the {size} slices of {quote(member.tensor)}",
-            )
-    return replace(member, tensor=tensor, dim=dim, units=units)
+    count_units = _units_of_indices if len(member.indices) else _units_of_range
+    return replace(member, tensor=tensor, dim=dim, units=count_units(member, shape[dim]))
+
+
+def _units_of_indices(member: Member, size: int) -> int:
+    """The units of a member that lists its slices, out of `size`."""
+    count = len(member.indices)
+    units, indices = member.units or count, _indices(member)
+    beyond = indices[(indices < 0) | (indices >= size)][:1].tolist()
+    if count % units or beyond:
+        shown = f", {beyond[0] % (1 << 64)} among them," if beyond else ""
+        raise InvalidSpec(
+            f"{member.path}.indices",
+            f"{count} indices{shown} do not fit {units} units in the {size} slices of "
+            f"{quote(member.tensor)}",
+        )
+    if count > size or int(torch.bincount(indices).max()) > 1:
+        raise InvalidSpec(
+            f"{member.path}.indices",
+            f"{count} indices list one of the {size} slices of {quote(member.tensor)} twice; "
+            "list each once",
+        )
+    return units
+
+
+def _units_of_range(member: Member, size: int) -> int:
+    """The units of a member whose slices follow each other, out of `size`."""
+    units = member.units or max(0, size - member.offset) // member.stride
+    if units == 0 or member.offset + units * member.stride > size:
+        raise InvalidSpec(
+            f"{member.path}.units",
+            f"{units} units of {member.stride} slices from {member.offset} on do not fit in "
+            f"the {size} slices of {quote(member.tensor)}",
+        )
+    return units
 
 
 def _indices(member: Member) -> Tensor:

@@ -32,10 +32,15 @@ def distinct_groups(
     for group in context.each(groups):
         found.setdefault(frozenset(map(_slices_key, group.every)), group)
     _check_names(found.values())
+    _check_disjoint(context, list(found.values()), catalog)
+    return list(found.values())
+
+
+def _check_disjoint(context: RequestContext, groups: Sequence[Group], catalog: Catalog) -> None:
+    """Refuses two members that name one slice of a tensor."""
     owners: dict[tuple[str, int], Tensor] = {}
-    members = [member for group in found.values() for member in group.every]
-    names = [group.name for group in found.values() for _ in group.every]
-    for place, member in enumerate(context.each(members)):
+    members = [(group.name, member) for group in groups for member in group.every]
+    for place, (name, member) in enumerate(context.each(members)):
         at = member.tensor, member.dim
         size = catalog.shape_of(member.tensor)[member.dim]
         owner = owners.setdefault(at, torch.full((size,), -1))
@@ -43,16 +48,14 @@ def distinct_groups(
         taken = owner[slices]
         if bool((taken >= 0).any()):
             index = int(taken.ge(0).nonzero()[0])
-            other = int(taken[index])
+            other_name, other = members[int(taken[index])]
             raise InvalidSpec(
                 member.path,
                 f"slice {int(slices[index])} along dimension {member.dim} of "
-                f"{quote(member.tensor)} is in group {quote(names[place])}, and in "
-                f"{members[other].path} of group {quote(names[other])}; a shrunk tensor needs each "
-                "slice in one member",
+                f"{quote(member.tensor)} is in group {quote(name)}, and in {other.path} of group "
+                f"{quote(other_name)}; a shrunk tensor needs each slice in one member",
             )
         owner[slices] = place
-    return list(found.values())
 
 
 def _check_names(groups: Iterable[Group]) -> None:

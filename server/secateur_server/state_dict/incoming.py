@@ -10,7 +10,8 @@ from torch import Tensor
 from secateur_server.errors import InvalidStateDict, quote
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.catalog import Stored
-from secateur_server.state_dict.state_dict import StateDict, stored_of, values_of, without_extras
+from secateur_server.state_dict.shards import stored_of
+from secateur_server.state_dict.state_dict import StateDict, values_of, without_extras
 from secateur_server.storage.records import StoredFile
 from secateur_server.wire.reader import ByteStream, read_header, read_tensors
 

@@ -10,7 +10,8 @@ from secateur_server.backends.masks import Mask
 from secateur_server.errors import InvalidStateDict
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.incoming import NO_EXTRAS, Extras, Incoming
-from secateur_server.state_dict.state_dict import Shard, StateDict
+from secateur_server.state_dict.shards import Shard
+from secateur_server.state_dict.state_dict import StateDict
 from secateur_server.storage.blobs import Blob
 from secateur_server.storage.records import StoredFile
 from secateur_server.wire.header import Header

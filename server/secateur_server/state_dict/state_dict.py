@@ -1,7 +1,6 @@
 """A state_dict between its files and the pruning: files or shards, and parameters in them."""
 
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,12 +12,13 @@ from secateur_server.backends.dtypes import TORCH_DTYPES
 from secateur_server.backends.masks import Mask
 from secateur_server.errors import InvalidPair, InvalidStateDict, quote
 from secateur_server.runtime.context import RequestContext
-from secateur_server.state_dict.catalog import Catalog, Shape, Stored, match, read_catalog
+from secateur_server.state_dict.catalog import Catalog, Stored, match, read_catalog
 from secateur_server.state_dict.fold import folded
 from secateur_server.state_dict.given_masks import to_mask
 from secateur_server.state_dict.parameter import Parameter
+from secateur_server.state_dict.shards import Shard, shards_of, stored_of
 from secateur_server.state_dict.slices import Shrinking, Slices, smaller_parts, smaller_shape
-from secateur_server.wire.header import Entry, Header
+from secateur_server.wire.header import Header
 from secateur_server.wire.index import Index
 from secateur_server.wire.tensors import WireTensor
 from secateur_server.wire.writer import (
@@ -29,15 +29,6 @@ from secateur_server.wire.writer import (
     state_dict_file,
     state_dict_head,
 )
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A file of a state_dict, which may be its only one."""
-
-    filename: str
-    entries: Sequence[Entry]
-    metadata: Mapping[str, str]
 
 
 class StateDict:
@@ -78,7 +69,7 @@ class StateDict:
         self.shards = shards
         self.index = index
         self.is_mapped = is_mapped
-        self._shard_of = _shards_of(shards)
+        self._shard_of = shards_of(shards)
         entries = [entry for shard in shards for entry in shard.entries]
         stored = stored_of(entries)
         metadata = {k: v for shard in shards for k, v in shard.metadata.items()}
@@ -266,32 +257,6 @@ def _smaller(tensor: WireTensor, mask: Mask | None, kept: Slices) -> Outgoing:
     """A tensor without some of its slices."""
     values, shape = values_of(tensor), smaller_shape(tensor.shape, kept)
     return Outgoing(tensor.dtype, shape, lambda: smaller_parts(values, mask, kept))
-
-
-def _shards_of(shards: Sequence[Shard]) -> dict[str, str]:
-    """Maps each tensor's name to its file's. Raises InvalidStateDict if two files have it."""
-    found: dict[str, str] = {}
-    for shard in shards:
-        for entry in shard.entries:
-            if entry.name in found:
-                raise InvalidStateDict(
-                    f"data[{quote(entry.name)}]",
-                    f"is in two files, {quote(found[entry.name])} and {quote(shard.filename)}",
-                )
-            found[entry.name] = shard.filename
-    return found
-
-
-def stored_of(entries: Iterable[Entry]) -> dict[str, Stored]:
-    """Describes the tensors of a file, by their names."""
-    kinds: dict[tuple[str, Shape], Stored] = {}  # many tensors share few kinds
-    stored = {}
-    for entry in entries:
-        kind = entry.dtype, entry.shape
-        if kind not in kinds:
-            kinds[kind] = Stored(entry.dtype, TORCH_DTYPES.get(entry.dtype), entry.shape)
-        stored[entry.name] = kinds[kind]
-    return stored
 
 
 def without_extras(header: Header, extras: Collection[str]) -> StateDict:

@@ -9,8 +9,9 @@ from secateur_server.backends.masks import mask_of_flags
 from secateur_server.granularity.group import Group
 from secateur_server.report.shrinkage import Uncut
 from secateur_server.runtime.context import RequestContext
-from secateur_server.state_dict.slices import smaller_shape
+from secateur_server.state_dict.slices import Slices, smaller_shape
 from secateur_server.state_dict.state_dict import StateDict
+from secateur_server.wire.tensors import WireTensor
 
 
 def encode_shrinkage(
@@ -33,25 +34,14 @@ def encode_shrinkage(
     names = {orig: name for name, (orig, *_) in state_dict.catalog.pairs.items()}
     message = Shrinkage()
     for stored, tensor in context.each(state_dict.tensors.items()):
-        name, before = names.get(stored, stored), tensor.shape
-        shape = smaller_shape(before, shrinking.slices.get(name, {}))
-        elements, smaller = math.prod(before), math.prod(shape)
-        size = tensor.data.nbytes
-        smaller_size = size if smaller == elements else size // elements * smaller
-        message.parameters_before += elements
-        message.parameters += smaller
-        message.bytes_before += size
-        message.bytes += smaller_size
+        name = names.get(stored, stored)
+        sizes = _sizes(name, tensor, shrinking.slices.get(name, {}))
+        message.parameters_before += math.prod(sizes.shape_before)
+        message.parameters += math.prod(sizes.shape)
+        message.bytes_before += sizes.bytes_before
+        message.bytes += sizes.bytes
         if name in named:
-            message.tensors.append(
-                ShrunkTensor(
-                    name=name,
-                    shape_before=before,
-                    shape=shape,
-                    bytes_before=size,
-                    bytes=smaller_size,
-                )
-            )
+            message.tensors.append(sizes)
     message.groups.extend(
         ShrunkGroup(
             name=name,
@@ -63,3 +53,16 @@ def encode_shrinkage(
     )
     message.uncut.extend(UncutMessage(**found._asdict()) for found in uncut)
     return message
+
+
+def _sizes(name: str, tensor: WireTensor, kept: Slices) -> ShrunkTensor:
+    """The sizes of a tensor before and after."""
+    shape, size = smaller_shape(tensor.shape, kept), tensor.data.nbytes
+    elements, smaller = math.prod(tensor.shape), math.prod(shape)
+    return ShrunkTensor(
+        name=name,
+        shape_before=tensor.shape,
+        shape=shape,
+        bytes_before=size,
+        bytes=size if smaller == elements else size // elements * smaller,
+    )

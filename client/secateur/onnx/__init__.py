@@ -1,0 +1,1 @@
+"""ONNX: files as sources and results, and the export of modules."""

@@ -1,0 +1,1 @@
+"""Files of sparse tensors: secateur's own, and the layouts of compressed-tensors."""

@@ -1,0 +1,1 @@
+"""Smaller torch modules: `sizes` has what callers use, `modules` makes them, with torch."""

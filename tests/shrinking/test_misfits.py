@@ -1,0 +1,103 @@
+"""Groups that forget a tensor: the first layer that does not fit, or differs, is named."""
+
+import pytest
+
+from secateur.errors import InvalidStateDict
+from secateur.grouping import Group
+from secateur_proto import spec_pb2 as pb
+from tests.shrinking.cutting import shrink
+from tests.shrinking.nets import traced
+
+
+def message_of(name: str, group: str) -> pb.Group:
+    """A copy of a traced group."""
+    found = pb.Group()
+    found.CopyFrom(next(one.message for one in traced(name)[2] if one.message.name == group))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "forgotten", "at"),
+    [
+        ("LeNet", "conv1.weight", "conv2.weight", "conv2: takes 6 inputs, and conv1 makes"),
+        ("LeNet", "conv2.weight", "fc1.weight", "fc1: takes 256 inputs, and conv2 makes"),
+        ("LeNet", "fc1.weight", "fc2.weight", "fc2: takes 120 inputs, and fc1 makes"),
+        ("LeNet", "conv1.weight", "conv1.bias", "conv1: bias has shape"),
+        (
+            "ResNet-18",
+            "layers.1.0.conv2.weight",
+            "layers.1.1.conv1.weight",
+            "layers.1.1.conv1: takes 16 inputs, and ",
+        ),
+        ("ResNet-18", "conv1.weight", "layers.0.0.bn2", "layers.0.0.bn2: takes"),
+        (
+            "MobileNetV2",
+            "features.4.body.0.weight",
+            "features.4.body.4.bias",
+            "features.4.body.4: bias has shape",
+        ),
+        (
+            "MobileNetV2",
+            "features.4.body.0.weight",
+            "features.4.body.3.weight",
+            "features.4.body.3: takes 48 ",
+        ),
+        ("U-Net", "down1.0.weight", "join1.0.weight", "join1.0: takes "),
+        ("decoder", "fc.weight", "up1.weight", "up1: fails in the shrunk module: "),
+        (
+            "LSTM, 2 layers, both directions",
+            "rnn.weight_ih_l0",
+            "rnn.weight_hh_l1",
+            "rnn: weight_hh_l1 has shape",
+        ),
+        ("LSTM", "rnn.weight_ih_l0", "fc.weight", "fc: fails in the shrunk module: "),
+        ("cells", "lstm.weight_ih", "gru.weight_ih", "gru: fails in the shrunk module: "),
+        (
+            "TransformerEncoder",
+            "encoder.layers.0.linear1.weight",
+            "encoder.layers.0.linear2.weight",
+            "encoder.layers.0.linear2: fails in the shrunk module: ",
+        ),
+    ],
+)
+def test_the_first_layer_that_does_not_fit_is_named(
+    name: str, group: str, forgotten: str, at: str
+) -> None:
+    module, example, _ = traced(name)
+    message = message_of(name, group)
+    kept = [one for one in message.members if not one.tensor.startswith(forgotten)]
+    assert len(kept) < len(message.members)
+    forgetful = Group(pb.Group(name=message.name, members=kept))
+    with pytest.raises(InvalidStateDict) as error:
+        shrink(module, [forgetful], example if "fails" in at else None)
+    assert str(error.value).startswith(at)
+
+
+def test_two_layers_that_are_added_are_named() -> None:
+    module, *_ = traced("ResNet-18")
+    message = message_of("ResNet-18", "conv1.weight")
+    forgotten = ("layers.0.0.conv2.weight", "layers.0.0.bn2.")
+    members = [one for one in message.members if not one.tensor.startswith(forgotten)]
+    with pytest.raises(InvalidStateDict, match=r"^conv1: makes \d of 8 .*, and layers.0.0.conv2, "):
+        shrink(module, [Group(pb.Group(name="stream", members=members))])
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "unmasked", "at"),
+    [
+        ("LeNet", "conv2.weight", "conv2.bias", "fc1"),
+        ("LeNet", "fc2.weight", "fc2.bias", "fc3"),
+        ("MobileNetV2", "features.4.body.0.weight", "features.4.body.4.bias", "features.4.body.6"),
+        ("LSTM", "rnn.weight_ih_l0", "rnn.bias_ih_l0", "fc"),
+    ],
+)
+def test_the_first_layer_that_computes_something_else_is_named(
+    name: str, group: str, unmasked: str, at: str
+) -> None:
+    """The group masks neither a tensor nor what reads the units: they are not zero, and cut."""
+    module, example, _ = traced(name)
+    message = message_of(name, group)
+    for one in message.members:
+        one.unmasked |= one.tensor == unmasked or one.dim == 1
+    with pytest.raises(InvalidStateDict, match=rf"^{at}: its output differs by .* from the masked"):
+        shrink(module, [Group(message)], example)
