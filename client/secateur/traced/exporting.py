@@ -16,6 +16,7 @@ from secateur.evaluation import arguments_of, in_evaluation
 from secateur.grouping import Group
 from secateur.traced.follow import follow
 from secateur.traced.members import groups, whole
+from secateur.traced.trial import tried
 
 _UNUSED = "it is not used for these inputs"
 _LONGEST = 200
@@ -36,7 +37,9 @@ def trace(module: Any, example_inputs: Any) -> tuple[list[Group], dict[str, str]
     found = groups(units, weights, parameters, _fixed(module, names))
     used = {named.tensor for named in units.named}
     unused = {name: _UNUSED for name in parameters if name in weights - used}
-    return found, whole(units, weights) | unused
+    with _as_it_was(module):
+        found, failures = tried(module, found, example_inputs)
+    return found, whole(units, weights) | failures | unused
 
 
 def _fixed(module: Module, names: Mapping[str, str]) -> set[str]:

@@ -47,7 +47,8 @@ def groups(module: Any, example_inputs: Any) -> TracedGroups:
 
     Returns:
         A list of groups. Its `kept` says what stays whole, and why: what makes the model's output,
-        what a layer norm mixes, and all that meets an operation that secateur does not know.
+        what a layer norm mixes, all that meets an operation that secateur does not know, and
+        layers without whose units forward fails.
 
     Raises:
         InvalidSpec: torch.export cannot trace the module.
