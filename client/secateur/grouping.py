@@ -1,8 +1,9 @@
 """Groups: slices of several tensors that are pruned together."""
 
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self, SupportsIndex, overload
 
 from secateur.checks import dimension, flag, integer, integers, made, shown, text
 from secateur.choices import Plain
@@ -16,12 +17,71 @@ class Member:
 
     message: pb.Member
 
+    @property
+    def tensor(self) -> str:
+        """The tensor's name."""
+        return self.message.tensor
+
+    @property
+    def dim(self) -> int:
+        """The dimension of the slices."""
+        return self.message.dim
+
+    def __repr__(self) -> str:
+        note = " (not masked)" if self.message.unmasked else ""
+        return f"{self.tensor} dim {self.dim}{note}"
+
 
 @dataclass(frozen=True)
 class Group:
     """Slices of several tensors that are pruned together, as `group` makes them."""
 
     message: pb.Group
+
+    @property
+    def name(self) -> str:
+        """The name for reports, guard rails and errors."""
+        return self.message.name
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """The slices of each tensor."""
+        return tuple(map(Member, self.message.members))
+
+    @property
+    def units(self) -> int | None:
+        """How many units the group has; None if that follows from the shapes of its tensors."""
+        given = (one.units or len(one.indices) for one in self.message.members)
+        return next(filter(None, given), None)
+
+    def __repr__(self) -> str:
+        units = "" if self.units is None else f"{self.units} units: "
+        return f"{self.name}: {units}{', '.join(map(repr, self.members))}"
+
+
+class GroupList(list[Group]):
+    """Groups, by their indices or names: groups["0.weight"]. It prints one line for each."""
+
+    @overload
+    def __getitem__(self, key: SupportsIndex | str) -> Group: ...
+    @overload
+    def __getitem__(self, key: slice) -> Self: ...
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            named = [group for group in self if group.name == key]
+            if not named:
+                raise KeyError(f"no group has the name {key!r}")
+            return named[0]
+        found = super().__getitem__(key)
+        if not isinstance(key, slice):
+            return found
+        part = copy(self)  # has the attributes of a subclass
+        part[:] = found
+        return part
+
+    def __str__(self) -> str:
+        return "\n".join(map(repr, self))
 
 
 Groups = Sequence[Group | Plain]

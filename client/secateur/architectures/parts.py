@@ -9,7 +9,7 @@ from secateur.architectures.transformer import Shapes, Transformer, read_config,
 from secateur.checks import patterns, shown
 from secateur.errors import InvalidSpec, InvalidStateDict
 from secateur.folders import find_folder
-from secateur.grouping import Group, Member, group, member
+from secateur.grouping import Group, GroupList, Member, group, member
 from secateur.source import read_source
 
 _NORM = (
@@ -21,7 +21,7 @@ _LAYERS = "layers: a layer is not slices of tensors; remove layers with secateur
 
 def transformer_groups(
     config: Any, parts: Sequence[str] = ("intermediate", "heads"), source: Any = None
-) -> list[Group]:
+) -> GroupList:
     """Makes groups of a transformer's units from its config, without any model code.
 
     Args:
@@ -43,7 +43,7 @@ def transformer_groups(
     """
     found, folder = read_config(config)
     model = transformer_of(found, _shapes_of(source, folder))
-    return groups_of_parts(model, patterns(parts, "parts"))
+    return GroupList(groups_of_parts(model, patterns(parts, "parts")))
 
 
 def _shapes_of(source: Any, folder: Any) -> Shapes | None:

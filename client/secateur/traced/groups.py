@@ -5,10 +5,10 @@ from types import MappingProxyType
 from typing import Any
 
 from secateur.errors import SecateurError
-from secateur.grouping import Group
+from secateur.grouping import Group, GroupList
 
 
-class TracedGroups(list[Group]):
+class TracedGroups(GroupList):
     """The groups of a module: a list, with what is not in it.
 
     Attributes:
@@ -28,9 +28,8 @@ class TracedGroups(list[Group]):
         self.example_inputs = example_inputs
 
     def __str__(self) -> str:
-        lines = [_line(group) for group in self]
-        lines += [f"{name}: whole: {reason}" for name, reason in self.kept.items()]
-        return "\n".join(lines)
+        whole = [f"{name}: whole: {reason}" for name, reason in self.kept.items()]
+        return "\n".join([*map(repr, self), *whole])
 
 
 def groups(module: Any, example_inputs: Any) -> TracedGroups:
@@ -61,11 +60,3 @@ def groups(module: Any, example_inputs: Any) -> TracedGroups:
             f"secateur.groups needs torch ({error}): pip install 'secateur[trace]'"
         ) from None
     return TracedGroups(*trace(module, example_inputs), example_inputs)
-
-
-def _line(group: Group) -> str:
-    members = ", ".join(
-        f"{member.tensor} dim {member.dim}" + (" (not masked)" if member.unmasked else "")
-        for member in group.message.members
-    )
-    return f"{group.message.name}: {group.message.members[0].units} units: {members}"
