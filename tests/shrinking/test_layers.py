@@ -208,11 +208,13 @@ def check_attention(module: Any, example: Tensor) -> None:
 
 def test_attention_with_unknown_attributes_needs_a_comparison() -> None:
     module, example = prepared(UnknownAttention()), torch.randn(2, 5, 8)
-    match = r"^the module: its projections lost rows, and secateur does not know its attribute head"
+    match = r"^the module: its number of heads is taken to be heads and headcount; give ex"
     with pytest.raises(InvalidStateDict, match=match):
         shrink(module, attention_groups())
-    with pytest.raises(InvalidStateDict, match=r"^the module: fails in the shrunk module"):
-        shrink(module, attention_groups(), example)  # the attribute `heads` is not set either
+    small: Any = shrink(module, attention_groups(), example)
+    assert small.headcount == small.heads < 4
+    with pytest.raises(InvalidStateDict, match=r"its attribute headcount; add its counts of heads"):
+        secateur.resize(module, {"qkv.weight": [18, 8], "qkv.bias": [18], "proj.weight": [8, 6]})
 
 
 def test_attention_with_unknown_projections_needs_a_comparison() -> None:

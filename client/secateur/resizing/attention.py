@@ -21,10 +21,7 @@ _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_attn_hea
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
 _QUERIES_PER_KV = ("num_key_value_groups", "num_kv_groups", "n_rep")
 _HEAD_SIZE = ("head_dim", "attention_head_size", "head_size")
-_DOUBT = (
-    "its projections lost rows, and secateur does not know {}; give example_inputs, to compare the "
-    "shrunk module with the masked one"
-)
+_DOUBT = "its projections lost rows, and secateur does not know {}"
 _TOTAL = ("all_head_size", "split_size", "inner_dim")
 
 

@@ -12,7 +12,7 @@ from secateur.resizing.misfit import Misfit, expect
 from secateur.resizing.recurrent import fit_cell, fit_recurrent
 
 
-def fit_layers(module: Module, made: Module, groups: Mapping[str, int]) -> list[str]:
+def fit_layers(module: Module, made: Module, groups: Mapping[str, int]) -> dict[str, str]:
     """Sets the sizes of the layers of a copy, and checks each layer's tensors against each other.
 
     Args:
@@ -21,22 +21,22 @@ def fit_layers(module: Module, made: Module, groups: Mapping[str, int]) -> list[
         groups: How many groups grouped convolutions have now, by path and `.groups`.
 
     Returns:
-        What cannot be known from the shapes, one line for each layer.
+        What cannot be known from the shapes, by the paths of layers.
 
     Raises:
         InvalidStateDict: A tensor does not fit; the message names the layer.
     """
-    doubts = []
+    doubts = {}
     known = dict(groups)
     for (path, old), new in zip(module.named_modules(), made.modules(), strict=True):
         try:
             if isinstance(new, _ConvNd):
                 new.groups = _groups(new, old, known.pop(f"{path}.groups" if path else "groups", 0))
-            if fit := _fit_of(new):
-                fit(new, old)
             _fit_experts(new, old)
-            if doubt := fit_attention(new, old):
-                doubts.append(f"{path or 'the module'}: {doubt}")
+            if fit := fit_of(new):
+                fit(new, old)
+            elif doubt := fit_attention(new, old):
+                doubts[path] = doubt
         except Misfit as error:
             raise InvalidStateDict(f"{path or 'the module'}: {error}") from None
     if known:
@@ -44,7 +44,7 @@ def fit_layers(module: Module, made: Module, groups: Mapping[str, int]) -> list[
     return doubts
 
 
-def _fit_of(layer: Module) -> Callable[[Any, Any], None] | None:
+def fit_of(layer: Module) -> Callable[[Any, Any], None] | None:
     """The function of the nearest class that has one."""
     for kind in type(layer).__mro__:
         if (

@@ -16,15 +16,19 @@ from secateur.in_place import check_module, pruning_hooks
 from secateur.module import check_hooks
 from secateur.names import matched
 from secateur.resizing.flow import fit_flow
+from secateur.resizing.heads import fit_heads, numbers_of
 from secateur.resizing.layers import fit_layers
 from secateur.resizing.removal import Removed, groups_kept, masked_tensor
-from secateur.resizing.self_check import check_same
+from secateur.resizing.self_check import Difference, check_same
 
 Sizes = Mapping[str, Any]
 
+_ADVICE = "check that its groups have every tensor that makes or reads their units"
+_COMPARE = "give example_inputs, to compare the shrunk module with the masked one"
+
 
 def sizes_of(module: Module) -> dict[str, Any]:
-    """Returns what `resized` needs: the shapes of all tensors, and the groups of convolutions."""
+    """Returns what `resized` needs: shapes of tensors, groups of convolutions, and attributes."""
     check_module(module)
     saved = module.state_dict()
     found: dict[str, Any] = {
@@ -35,26 +39,47 @@ def sizes_of(module: Module) -> dict[str, Any]:
     for path, part in module.named_modules():
         if isinstance(part, _ConvNd):
             found[_joined(path, "groups")] = part.groups
-    return found
+    return _numbers(module) | found
 
 
 def resized(module: Module, sizes: Sizes) -> Module:
     """Returns a copy whose layers have other sizes; see secateur.resize."""
     check_module(module)
-    tensors = dict(named_tensors(module))
-    values, groups = {}, {}
+    tensors, numbers = dict(named_tensors(module)), set(_numbers(module))
+    values: dict[str, Tensor] = {}
+    groups: dict[str, int] = {}
+    others: dict[str, int] = {}
     for name, size in text_keys("sizes", sizes, "names to shapes").items():
-        if isinstance(size, int) and not isinstance(size, bool) and name.endswith("groups"):
-            groups[name] = size
+        if type(size) is int and (name in numbers or name.endswith("groups")):
+            (others if name in numbers else groups)[name] = size
         elif name not in tensors:
             raise InvalidSpec(f"sizes: {shown(name)} is not a tensor of the module")
         elif tensors[name].shape != (shape := _shape(name, size, tensors[name].ndim)):
             values[name] = _zeros(name, tensors[name], shape)
     made = copied(module, values)
-    fit_layers(module, made, groups)
+    doubts = fit_layers(module, made, groups)
+    for name, number in others.items():
+        path, _, leaf = name.rpartition(".")
+        doubts.pop(path, None)
+        setattr(made.get_submodule(path), leaf, number)
+    for path, doubt in doubts.items():
+        raise InvalidStateDict(
+            f"{path or 'the module'}: {doubt}; add its counts of heads to the sizes, as "
+            "secateur.sizes does"
+        )
     if problems := fit_flow(module, made):
         raise InvalidStateDict(problems[0])
     return made
+
+
+def _numbers(module: Module) -> dict[str, int]:
+    """The integer attributes of modules, such as counts of heads, by path and name."""
+    return {
+        _joined(path, name): number
+        for path, part in module.named_modules()
+        for name, number in numbers_of(part).items()
+        if not name.startswith("_")
+    }
 
 
 def shrunk(
@@ -83,13 +108,31 @@ def shrunk(
     removed = {name: by_tensor.get(id(tensor), ()) for name, tensor in originals.items()}
     _check_tensors(originals, tensors, removed, {name for name, _ in module.named_parameters()})
     made = copied(module, tensors)
-    doubts = fit_layers(module, made, groups_kept(dict(module.named_modules()), removed))
-    doubts += fit_flow(module, made)
+    doubts = fitted(module, made, removed)
+    problems = fit_flow(module, made)
     if example_inputs is not None:
-        check_same(_masked(module, originals, tensors, removed), made, example_inputs)
-    elif doubts:
-        raise InvalidStateDict(doubts[0])
+        try:
+            check_same(_masked(module, originals, tensors, removed), made, example_inputs)
+        except Difference as error:
+            why = f"{error}; {doubts[0] if doubts else _ADVICE}"
+            raise InvalidStateDict(problems[0] if problems else why) from error
+    elif problems or doubts:
+        raise InvalidStateDict(problems[0] if problems else f"{doubts[0]}; {_COMPARE}")
     return made
+
+
+def fitted(module: Module, made: Module, removed: Removed) -> list[str]:
+    """Sets the sizes of the layers of a copy that has smaller tensors.
+
+    Returns:
+        What cannot be known from the shapes, one line for each layer.
+
+    Raises:
+        InvalidStateDict: A tensor does not fit; the message names the layer.
+    """
+    doubts = fit_layers(module, made, groups_kept(dict(module.named_modules()), removed))
+    doubts |= fit_heads(module, made, removed)
+    return [f"{path or 'the module'}: {doubt}" for path, doubt in doubts.items()]
 
 
 def _masked(

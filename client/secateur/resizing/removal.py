@@ -20,11 +20,17 @@ class RemovedSlices(NamedTuple):
         dim: The dimension.
         slices: Their indices.
         masked: Whether the masked model has zeros there, or the values as they were.
+        group: The name of the group that has them.
+        units: How many units the group had.
+        kept: How many units it has now.
     """
 
     dim: int
     slices: Sequence[int]
     masked: bool
+    group: str
+    units: int
+    kept: int
 
 
 Removed = Mapping[str, Sequence[RemovedSlices]]
@@ -47,7 +53,7 @@ def removed_slices(
             slices = _slices(member, of)
             dim = member.dim % dims[member.tensor]
             found.setdefault(member.tensor, []).append(
-                RemovedSlices(dim, slices, not member.unmasked)
+                RemovedSlices(dim, slices, not member.unmasked, group.name, of.units, len(of.kept))
             )
     return found
 

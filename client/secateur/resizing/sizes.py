@@ -18,7 +18,8 @@ def sizes(module: Any) -> dict[str, Any]:
         module: For example what PruneResult.shrink returned.
 
     Returns:
-        The shape of each tensor of the state_dict, and the `groups` of each convolution.
+        The shape of each tensor of the state_dict, the `groups` of each convolution, and the
+        integer attributes of other modules, among which are counts of heads.
     """
     torch_for("sizes")
     from secateur.resizing.modules import sizes_of

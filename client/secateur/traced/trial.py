@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, empty
+import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Module
 from torch.utils import _pytree as pytree
 
 from secateur.evaluation import arguments_of, brief
 from secateur.grouping import Group
-from secateur.resizing.layers import fit_layers
-from secateur.resizing.modules import copied, named_tensors
-from secateur.resizing.removal import groups_kept, removed_slices
+from secateur.resizing.modules import copied, fitted, named_tensors, shrunk
+from secateur.resizing.removal import Removed, removed_slices
 from secateur.shrinkage import ShrunkGroup
 
 _FIXED = "forward uses a size that does not change: "
@@ -43,7 +43,7 @@ def tried(
         if failure is None:
             return [*accepted, *more]
         if len(more) == 1:
-            failures[more[0].message.name.rstrip("+")] = _FIXED + failure
+            failures[more[0].name.rstrip("+")] = _FIXED + failure
             return accepted
         half = len(more) // 2
         return added(added(accepted, more[:half]), more[half:])
@@ -54,34 +54,43 @@ def tried(
 def _failure(module: Module, groups: Sequence[Group], example_inputs: Any) -> str | None:
     """Why forward fails without the last unit of each group; None if it does not."""
     try:
+        removed = _last_units(module, groups)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             args, kwargs = pytree.tree_map_only(
                 Tensor, mode.from_tensor, arguments_of(example_inputs)
             )
-            _without_units(module, groups)(*args, **kwargs)
+            made = copied(module, _cut(module, removed))
+            doubts = fitted(module, made, removed)
+            made(*args, **kwargs)
+        if doubts:  # only values tell whether a count of heads is right
+            shrunk(module, _cut(module, removed), removed, example_inputs)
     except Exception as error:  # the module's own code, or torch's on it
         return brief(error)
     return None
 
 
-def _without_units(module: Module, groups: Sequence[Group]) -> Module:
-    """A copy of a module whose tensors have no values, without the last unit of each group."""
+def _last_units(module: Module, groups: Sequence[Group]) -> Removed:
+    """The last unit of each group, in the tensors under all their names."""
     tensors = dict(named_tensors(module))
-    lost = {group.message.name: _last(group.message.members[0].units) for group in groups}
+    lost = {group.name: _last(group.members[0].message.units) for group in groups}
     messages = [group.message for group in groups]
     found = removed_slices(messages, lost, {name: one.ndim for name, one in tensors.items()})
     by_tensor = {id(tensors[name]): slices for name, slices in found.items()}
-    removed = {name: by_tensor.get(id(tensor), ()) for name, tensor in tensors.items()}
-    values = {}
-    for name, tensor in tensors.items():
-        shape = list(tensor.shape)
-        for one in removed[name]:
-            shape[one.dim] -= len(one.slices)
-        values[name] = empty(shape, dtype=tensor.dtype, device=tensor.device)
-    made = copied(module, values)
-    fit_layers(module, made, groups_kept(dict(module.named_modules()), removed))
-    return made
+    return {name: by_tensor.get(id(tensor), ()) for name, tensor in tensors.items()}
 
 
 def _last(units: int) -> ShrunkGroup:
     return ShrunkGroup(units, tuple(range(units - 1)), (units - 1,))
+
+
+def _cut(module: Module, removed: Removed) -> dict[str, Tensor]:
+    """The tensors of a module without the slices that are removed."""
+    found = {}
+    for name, tensor in named_tensors(module):
+        for dim, length in enumerate(tensor.shape):
+            gone = {index for one in removed[name] if one.dim == dim for index in one.slices}
+            if gone:
+                kept = [index for index in range(length) if index not in gone]
+                tensor = tensor.index_select(dim, torch.tensor(kept, device=tensor.device))
+        found[name] = tensor
+    return found
