@@ -56,6 +56,8 @@ def add_finalize(commands: Any) -> None:
 def _prune(options: argparse.Namespace) -> None:
     if not options.keep and options.out is None:
         options.wrong_usage("one of the arguments -o/--out --keep is required")
+    if options.out is None and options.output != "dense":
+        options.wrong_usage("--output is the content of OUT: give -o as well")
     read_spec(options)
     path, uri = _out(options)
     if options.keep and not options.server:
