@@ -66,10 +66,11 @@ def test_prefixes_of_wrappers_may_differ(client: secateur.Client, wrap: Any) -> 
 def test_traced_groups_are_compared_on_their_example_inputs(client: secateur.Client) -> None:
     """The attribute is what `secateur.groups` leaves."""
 
+    module, groups = two_layers()
+
     class Traced(list[Group]):
         example_inputs = torch.randn(3, 4)
 
-    module, groups = two_layers()
     for member in groups[0].message.members:
         member.unmasked = member.tensor != "0.weight"
     for wrong in (groups, Traced(groups)):
