@@ -100,8 +100,9 @@ def not_smaller(output: str, zeros: int) -> str:
     if not zeros or output in (*SMALLER, "none"):
         return ""
     return (
-        "note: the file is as large as without zeros: `secateur pack OUT -o SMALL` or "
-        "output='packed' makes it smaller, output='shrunk' with groups the model itself"
+        "note: the file is as large as without zeros: `secateur shrink FOLDER -o SMALL` or "
+        "output=shrunk with groups makes the model smaller, `secateur pack OUT -o SMALL` or "
+        "output=packed the file"
     )
 
 

@@ -84,6 +84,8 @@ class _Result:
 
     def _summary(self) -> str:
         report, count = self.report, len(self.report.tensors)
+        if (shrinkage := report.shrinkage) is not None:
+            return f"{shrinkage.parameters_before:,} -> {shrinkage.parameters:,} parameters"
         tensors = f"{count} tensor{'' if count == 1 else 's'}"
         return f"{report.zeros:,} zeros of {report.total:,} elements in {tensors}"
 
@@ -194,6 +196,11 @@ class PruneResult(_Result):
         places += [f", destination={self._destination!r}"] if self._destination else []
         return f"PruneResult({self._summary()}, output={self._output!r}{''.join(places)})"
 
+    @property
+    def _form(self) -> str:
+        """The form that is meant if none is named."""
+        return "shrunk" if self._output == "shrunk" else "dense"
+
     @cached_property
     def _extents(self) -> dict[str, Extent]:
         return decode_extents(self._message)
@@ -215,7 +222,7 @@ class PruneResult(_Result):
         }
         return tied(masks, {other: name for name in masks for other in extents[name].aliases})
 
-    def state_dict(self, form: str = "dense") -> dict[str, Any]:
+    def state_dict(self, form: str | None = None) -> dict[str, Any]:
         """Returns the pruned model; tied tensors are one object under each of their names.
 
         A form that the server did not send is made of the source as it is now. Tensors that were
@@ -224,13 +231,14 @@ class PruneResult(_Result):
         Args:
             form: An output that has data: "dense", "reparametrized" as torch.nn.utils.prune
                 leaves it, "masks", or another one; "packed" is "dense" without the signs of zeros.
+                None is "shrunk" of a shrunk result, and else "dense".
 
         Raises:
             SecateurError: The form cannot be made from the output that was requested.
         """
-        return values_of(self._entries(form), self._source.as_torch)
+        return values_of(self._entries(form or self._form), self._source.as_torch)
 
-    def save(self, path: str | os.PathLike[str], form: str = "dense") -> None:
+    def save(self, path: str | os.PathLike[str], form: str | None = None) -> None:
         """Writes the pruned model: .safetensors, a torch file, or .onnx or a folder if it was one.
 
         The file is written whole, or not at all. All but .safetensors keep what the source has
@@ -242,6 +250,7 @@ class PruneResult(_Result):
             form: See state_dict; secateur.custom_from_mask reads "masks": bools in a torch file,
                 else bits as the server sends them.
         """
+        form = form or self._form
         to, made = path_of(path), form_of(form)
         if made.is_model:
             self._save(to, self._entries(form), form == "packed")
@@ -272,7 +281,10 @@ class PruneResult(_Result):
     def _flat_masks(self) -> dict[str, Mask]:
         form = FORMS.get(self._output)
         if form is None or form.to_masks is None:
-            raise SecateurError(f"output={self._output!r} has no masks; ask for output='masks'")
+            advice = "use result.shrink(module), or " if self._output == "shrunk" else ""
+            raise SecateurError(
+                f"output={self._output!r} has no masks; {advice}ask for output='masks'"
+            )
         return form.to_masks(self._received, self._extents)
 
     def _mask_value(self, mask: Mask) -> Any:

@@ -87,7 +87,9 @@ class SparsityReport(google.protobuf.message.Message):
 
     @property
     def warnings(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Warning]:
-        """What the caller may not have meant, found in what was measured. Empty but for Prune."""
+        """What the caller may not have meant, found in what was measured. Of a Prune; of a Finalize
+        NOT_SHRUNK alone.
+        """
 
     @property
     def coverage(self) -> Global___Coverage:

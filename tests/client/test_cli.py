@@ -239,6 +239,8 @@ PRUNE = ["prune", "m.pt", "-o", "o.pt"]
         (["checkpoints", "ls", "x"], "unrecognized arguments: x (try secateur checkpoints ls --h"),
         (["report", "m.pt", "--timeout", "soon"], "'soon' is not a number of seconds"),
         (["finalize", "m.pt"], "required: -o/--out"),
+        (["finalize", "m.pt", "-o", "o.pt", "--output", "shrunk"], "--output shrunk and --spec"),
+        (["prune", "m.pt", "--keep", "--method", "lamp", "--output", "packed"], "give -o as well"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exits_2(
@@ -264,6 +266,25 @@ def test_a_percentage_is_an_amount(model: Path, capsys: pytest.CaptureFixture[st
     assert run("plan", model, "--amounts", "12.5%,1,50%", "--json") == 0
     plan = json.loads(capsys.readouterr().out)
     assert [planned["amount"] for planned in plan["amounts"]] == [0.125, 1, 0.5]
+
+
+def test_finalize_removes_the_units_of_the_groups_of_a_spec(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = [{"tensor": "fc.weight"}, {"tensor": "fc.bias"}]
+    rule = {"method": "grouped", "groups": [{"name": "g", "members": members}], "amount": 1}
+    spec, zeros, out = tmp_path / "spec.json", tmp_path / "zeros.safetensors", tmp_path / "o.pt"
+    spec.write_text(json.dumps({"rules": [rule]}))
+    assert run("prune", model, "-o", zeros, "--spec", spec) == 0
+    shrunk = "--output", "shrunk", "--prior", "zeros", "--spec"
+    assert run("finalize", zeros, "-o", out, *shrunk, spec) == 0
+    assert "40 -> 35 parameters" in capsys.readouterr().out
+    found = torch.load(out)
+    assert np.array_equal(found["fc.weight"], WEIGHTS["fc.weight"][1:])
+    assert np.array_equal(found["fc.bias"], WEIGHTS["fc.bias"][1:])
+    spec.write_text(json.dumps({"rules": [{"method": "lamp", "amount": 1, "tensors": "*"}]}))
+    message = failure(capsys, "finalize", zeros, "-o", tmp_path / "p.pt", *shrunk, spec)
+    assert message.endswith("no rule has groups; use the method `grouped`\n")
 
 
 def test_prune_and_finalize_print_json_or_nothing(

@@ -310,7 +310,18 @@ def test_parts_of_units_are_not_removed(client: secateur.Client) -> None:
     assert_same_tensors(final.state_dict(), client.finalize(pruned).state_dict())
     (uncut,) = shrinkage_of(final).uncut
     assert (uncut.tensor, uncut.dim, uncut.slices) == ("a", 0, 2)
-    assert uncut.reason == "group 'g': 'b' has unpruned elements in the same units"
+    assert uncut.reason == "group 'g': 'b', 'c' have unpruned elements in the same units"
+
+
+def test_a_model_of_which_nothing_can_be_removed_carries_a_warning(
+    client: secateur.Client,
+) -> None:
+    pruned = client.prune(TENSORS, secateur.ln_structured("a", 2, 1, 0), output="reparametrized")
+    final = client.finalize(pruned.state_dict("reparametrized"), output="shrunk", groups=GROUPS)
+    (warning,) = final.report.warnings
+    assert (warning.code, warning.tensors) == ("NOT_SHRUNK", ("g",))
+    half = client.prune(TENSORS, HALF, output="reparametrized").state_dict("reparametrized")
+    assert client.finalize(half, output="shrunk", groups=GROUPS).report.warnings == ()
 
 
 def test_slices_that_no_group_names_are_listed(client: secateur.Client) -> None:
@@ -329,7 +340,7 @@ def test_reasons_of_a_tensor_that_a_group_names_twice(client: secateur.Client) -
     groups = [secateur.group("g", *members)]
     spec = secateur.ln_structured("qk", 1, 1, 0) + secateur.grouped(groups, 0)
     (uncut,) = shrinkage_of(client.prune(tensors, spec, output="shrunk")).uncut
-    assert uncut.reason == "group 'g': 'qk' has unpruned elements in the same units"
+    assert uncut.reason == "group 'g': 'qk', 'v' have unpruned elements in the same units"
 
 
 def test_zeros_of_a_dense_file_are_removed_if_they_count_as_pruned(client: secateur.Client) -> None:
@@ -449,7 +460,7 @@ def test_groups_that_disagree_are_refused(
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda c: c.prune(TENSORS, ONE, output="shrunk"), "header.output: OUTPUT_SHRUNK removes"),
+        (lambda c: c.prune(TENSORS, ONE, output="shrunk"), "spec.rules: have no groups, whose"),
         (lambda c: c.finalize(TENSORS, output="shrunk"), "header.groups: is empty"),
         (lambda c: c.finalize(TENSORS, groups=GROUPS), "header.groups: needs OUTPUT_SHRUNK"),
         (lambda c: c.finalize(TENSORS, output="masks"), "header.output: 1 is not an output of"),
@@ -460,9 +471,21 @@ def test_groups_that_disagree_are_refused(
 def test_calls_that_contradict_themselves_are_refused(
     client: secateur.Client, call: Any, text: str
 ) -> None:
-    with pytest.raises(secateur.InvalidRequest) as error:
+    with pytest.raises((secateur.InvalidRequest, secateur.InvalidSpec)) as error:
         call(client)
     assert str(error.value).startswith(text)
+
+
+def test_a_shrunk_result_is_shrunk_unless_another_form_is_named(
+    client: secateur.Client, tmp_path: Path
+) -> None:
+    result = client.prune(TENSORS, HALF, output="shrunk")
+    assert_same_tensors(result.state_dict(), result.state_dict("shrunk"))
+    result.save(tmp_path / "small.safetensors")
+    assert_same_tensors(load_file(tmp_path / "small.safetensors"), result.state_dict("shrunk"))
+    assert repr(result) == "PruneResult(72 -> 36 parameters, output='shrunk')"
+    with pytest.raises(secateur.SecateurError, match=r"use result\.shrink\(module\), or"):
+        result.apply_to(torch.nn.Linear(1, 1))
 
 
 def test_the_client_makes_no_shrunk_form_of_masks(client: secateur.Client) -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 
 import secateur
@@ -18,6 +19,7 @@ def inputs(*names: str, offset: int = 0, stride: int = 1, units: int | None = No
 
 
 def two_layers() -> tuple[nn.Sequential, list[Group]]:
-    """Two layers, and the group of the units between them."""
+    """Two layers, the same each time, and the group of the units between them."""
+    torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     return module, [secateur.group("hidden", *outputs("0"), *inputs("2"))]

@@ -66,10 +66,11 @@ def test_prefixes_of_wrappers_may_differ(client: secateur.Client, wrap: Any) -> 
 def test_traced_groups_are_compared_on_their_example_inputs(client: secateur.Client) -> None:
     """The attribute is what `secateur.groups` leaves."""
 
+    module, groups = two_layers()
+
     class Traced(list[Group]):
         example_inputs = torch.randn(3, 4)
 
-    module, groups = two_layers()
     for member in groups[0].message.members:
         member.unmasked = member.tensor != "0.weight"
     for wrong in (groups, Traced(groups)):
@@ -88,3 +89,16 @@ def test_a_group_without_its_reader_is_an_error(client: secateur.Client) -> None
     result = client.prune(module, secateur.grouped(groups, 2), output="shrunk")
     with pytest.raises(InvalidStateDict, match=r"^2: takes 6 inputs, and 0 makes 4; put both"):
         result.shrink(module)
+
+
+def test_a_group_that_guard_rails_exclude_keeps_its_units(client: secateur.Client) -> None:
+    module, groups = two_layers()
+    rails = secateur.guard_rails(exclude=[groups[0].message.name])
+    extra = secateur.group("inputs", secateur.member("0.weight", 1))
+    spec = secateur.grouped([*groups, extra], 1, guard_rails=rails, align=1)
+    small = client.prune(module, spec, output="shrunk").state_dict()
+    rows, columns = module.state_dict()["0.weight"].shape
+    assert small["0.weight"].shape == (rows, columns - 1)
+    kept = secateur.grouped([extra, *groups], 2, guard_rails={"exclude": ["inputs"]}, align=1)
+    result = client.prune(module, kept, output="shrunk").shrink(module)
+    assert result[0].out_features == rows - 2

@@ -196,3 +196,24 @@ def test_a_folder_of_a_torch_file_with_pairs(
     assert (model.config.num_hidden_layers, model.config.intermediate_size) == (2, 24)
     shrink(path, tmp_path / "other", "--layers", "1", "--intermediate", "0.5", "--align", "1")
     assert torch.equal(outputs(loaded(tmp_path / "other", kind)), outputs(model))
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong", "right"), [("intermediate_size", 8, 48), ("num_hidden_layers", 2, 3)]
+)
+def test_the_config_of_another_model_is_refused(
+    key: str, wrong: int, right: int, tmp_path: Path, capsys: Capsys
+) -> None:
+    saved("bert", tmp_path / "in")
+    config = config_in(tmp_path / "in")
+    assert config[key] == right
+    (tmp_path / "in" / "config.json").write_text(json.dumps({**config, key: wrong}))
+    out = str(tmp_path / "out")
+    message = failure(capsys, "shrink", str(tmp_path / "in"), "-o", out, "--intermediate", "0.5")
+    assert f"is not the config of these tensors: {key}: {wrong} -> {right}" in message
+
+
+def test_an_amount_of_nothing_is_refused(tmp_path: Path, capsys: Capsys) -> None:
+    with pytest.raises(SystemExit):
+        shrink(tmp_path, tmp_path / "out", "--heads", "0")
+    assert "--heads 0 removes nothing: leave it out" in capsys.readouterr().err

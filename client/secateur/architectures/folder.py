@@ -74,6 +74,25 @@ def transformer_in(folder: Folder, model: Source) -> tuple[dict[str, Any], Trans
     return config, transformer_of(config, model.shapes())
 
 
+def check_config(folder: Folder, source: Source) -> None:
+    """Refuses a folder whose config has other sizes than its tensors.
+
+    Raises:
+        InvalidSpec: The folder has no config, or that of an unknown architecture.
+        InvalidStateDict: The config is that of another model.
+    """
+    config, model = transformer_in(folder, source)
+    layers = model.stored_layers()
+    fitted = _expressed(folder, config, source.shapes(), {}) if layers == model.layers else config
+    wrong = [line for line in _changes(config, fitted) if ": None -> " not in line]
+    if layers != model.layers:
+        wrong.append(f"{model.architecture.keys.layers}: {model.layers} -> {layers}")
+    if wrong:
+        raise InvalidStateDict(
+            f"{folder.path / CONFIG}: is not the config of these tensors: {wrong[0]} would be"
+        )
+
+
 def with_inner(
     folder: Folder, config: Config, model: Transformer, changed: Config, note: str
 ) -> Folder:

@@ -129,6 +129,12 @@ class Transformer:
         """Returns the name of a layer, with a dot at the end."""
         return f"{self.prefix}{self.layout.stack}.{index}."
 
+    def stored_layers(self) -> int:
+        """Counts the layers that have tensors."""
+        stack = f"{self.prefix}{self.layout.stack}."
+        names = (name for name in self.shapes or {} if name.startswith(stack))
+        return len({name.removeprefix(stack).partition(".")[0] for name in names})
+
     def has_experts(self, layer: int) -> bool:
         """Whether a layer has experts, and no feed-forward network of its own."""
         experts = self.layout.experts

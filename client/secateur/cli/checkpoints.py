@@ -17,6 +17,7 @@ from secateur.cli.options import (
 )
 from secateur.cli.source import client_of, source_of
 from secateur.errors import DataLoss
+from secateur.forms import FORMS
 from secateur.tables import text_table
 from secateur_proto.index import SUFFIX
 
@@ -39,7 +40,7 @@ def add_checkpoints(commands: Any) -> None:
     get = add_command(under, "get", "download a checkpoint", _get, _NEEDED)
     get.add_argument("name", metavar="NAME", help="checkpoints/...")
     out_option(get, "a file, or a folder")
-    output_option(get)
+    output_option(get, [name for name in FORMS if name != "shrunk"])  # which needs groups
     rm = add_command(under, "rm", "delete checkpoints", _rm, _NEEDED)
     rm.add_argument("names", metavar="NAME", nargs="+", help="checkpoints/...")
 

@@ -3,7 +3,7 @@
 import argparse
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any
 
@@ -84,12 +84,17 @@ def out_option(command: argparse.ArgumentParser, text: str, is_required: bool = 
     command.add_argument("-o", "--out", metavar="OUT", required=is_required, help=text)
 
 
-def output_option(command: argparse.ArgumentParser) -> None:
-    """Adds --output."""
-    contents = ", ".join(f"{form.content} ({name})" for name, form in FORMS.items())
+def output_option(command: argparse.ArgumentParser, forms: Collection[str] = FORMS.keys()) -> None:
+    """Adds --output.
+
+    Args:
+        command: The command.
+        forms: The names of the outputs that it can have.
+    """
+    contents = ", ".join(f"{FORMS[name].content} ({name})" for name in forms)
     command.add_argument(
         "--output",
-        choices=FORMS,
+        choices=forms,
         default="dense",
         help=f"content of OUT: {contents}; default: dense",
     )

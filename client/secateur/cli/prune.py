@@ -14,7 +14,7 @@ from secateur.cli.options import (
 )
 from secateur.cli.printing import show
 from secateur.cli.source import opened
-from secateur.cli.spec import read_spec, spec_of, spec_options
+from secateur.cli.spec import groups_in, prior_option, read_spec, spec_of, spec_options
 from secateur.errors import SecateurError
 from secateur.files import check_holds, check_out, check_writable
 from secateur.forms import SMALLER, is_made_of_masks, is_model, not_smaller
@@ -41,7 +41,14 @@ def add_finalize(commands: Any) -> None:
     """Adds the command finalize."""
     finalize = add_model_command(commands, "finalize", "make pruning permanent", _finalize)
     out_option(finalize, "the file or folder to write")
-    finalize.set_defaults(output="dense")
+    output_option(finalize, ("dense", "packed", "shrunk"))
+    finalize.add_argument(
+        "--spec",
+        metavar="FILE",
+        type=Path,
+        help="with --output shrunk: a spec whose groups are cut: YAML or JSON",
+    )
+    prior_option(finalize)
     tensors_option(finalize, "default: all")
     shown_options(finalize)
 
@@ -49,6 +56,8 @@ def add_finalize(commands: Any) -> None:
 def _prune(options: argparse.Namespace) -> None:
     if not options.keep and options.out is None:
         options.wrong_usage("one of the arguments -o/--out --keep is required")
+    if options.out is None and options.output != "dense":
+        options.wrong_usage("--output is the content of OUT: give -o as well")
     read_spec(options)
     path, uri = _out(options)
     if options.keep and not options.server:
@@ -83,12 +92,16 @@ def _pruned(options: argparse.Namespace, path: Path | None, uri: str | None) -> 
 
 
 def _finalize(options: argparse.Namespace) -> None:
+    if (options.output == "shrunk") != (options.spec is not None):
+        options.wrong_usage("--output shrunk and --spec FILE, with the groups, go together")
+    groups = [] if options.spec is None else groups_in(options.spec)
     path, uri = _out(options)
     with opened(options) as (client, source):
         if path:
-            _check_holds(path, source)
+            _check_holds(path, source, options.output == "packed")
         place, path, uri = _placed(options, source, path, uri)
-        final = client.finalize(place, options.tensors, _progress(options), uri)
+        more = {"output": options.output, "groups": groups, "prior": options.prior}
+        final = client.finalize(place, options.tensors, _progress(options), uri, **more)
         if path:
             final.save(path)
     show(final.report, options, {})

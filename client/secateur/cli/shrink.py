@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from secateur.architectures.experts import without_experts
-from secateur.architectures.folder import fitted_folder, folder_without_layers, transformer_in
+from secateur.architectures.folder import (
+    check_config,
+    fitted_folder,
+    folder_without_layers,
+    transformer_in,
+)
 from secateur.architectures.parts import groups_of_parts
 from secateur.architectures.sizes import check_expressible
 from secateur.architectures.transformer import CONFIG, Transformer
@@ -74,11 +79,15 @@ def _shrink(options: argparse.Namespace) -> None:
     is_sent = any(getattr(options, name) is not None for name in _AMOUNTS)
     if not is_sent and options.layers is None and options.drop_layers is None:
         options.wrong_usage("an amount is required, such as --intermediate 0.3 or --layers 2")
+    for name in _AMOUNTS:
+        if getattr(options, name) == 0:
+            options.wrong_usage(f"--{name.replace('_', '-')} 0 removes nothing: leave it out")
     if options.align is not None and options.intermediate is None:
         options.wrong_usage("--align is for channels: give --intermediate")
     out = path_of(options.out)
     check_new_folder(out)
     source = read_source(options.model)
+    check_config(_folder(options, source), source)
     macs = _macs(options, source)
     source = _without_layers(options, source)
     _check_heads(options, transformer_in(_folder(options, source), source)[1])

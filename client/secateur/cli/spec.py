@@ -11,6 +11,7 @@ from secateur.cli.options import amount, tensors_option
 from secateur.client import Client
 from secateur.defaults import SOME_AMOUNTS, matrices
 from secateur.errors import InvalidSpec
+from secateur.grouping import Group
 from secateur.model import Source
 from secateur.paths import source_path
 from secateur.spec import METHODS, Spec
@@ -55,6 +56,11 @@ def spec_options(command: argparse.ArgumentParser, default: str | None = None) -
     command.add_argument(
         "--importance", choices=("l1", "random"), help="global_unstructured: default l1"
     )
+    prior_option(command)
+
+
+def prior_option(command: argparse.ArgumentParser) -> None:
+    """Adds --prior."""
     command.add_argument(
         "--prior",
         choices=list(values_by_name(Prior.DESCRIPTOR)),
@@ -112,6 +118,19 @@ def spec_of(options: argparse.Namespace, client: Client, source: Source) -> Spec
     tensors = options.tensors or matrices(source, client.report)
     rule = {"method": options.method, "tensors": tensors, **_given(options)}
     return Spec.from_dict({"rules": [rule]})
+
+
+def groups_in(path: Path) -> list[Group]:
+    """Reads the groups of all rules of a spec file.
+
+    Raises:
+        InvalidSpec: The file is wrong, or has no groups.
+    """
+    rules = [rule.message.selection for rule in _spec_in(path).rules]
+    groups = [Group(group) for rule in rules for group in rule.groups]
+    if not groups:
+        raise InvalidSpec(f"{path}: no rule has groups; use the method `grouped`")
+    return groups
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:

@@ -43,13 +43,15 @@ def removed_slices(
 
     Args:
         groups: As they were sent.
-        units: Which units were removed, by the groups' names.
+        units: Which units were removed, by the groups' names; guard rails may exclude groups.
         dims: How many dimensions each tensor has.
     """
     found: dict[str, list[RemovedSlices]] = {}
     for group in {group.name: group for group in groups}.values():  # several rules may have one
-        of = units[group.name]
-        for member in group.members if of.removed else ():
+        of = units.get(group.name)
+        if of is None or not of.removed:
+            continue
+        for member in group.members:
             slices = _slices(member, of)
             dim = member.dim % dims[member.tensor]
             found.setdefault(member.tensor, []).append(

@@ -9,7 +9,7 @@ from secateur_server.api.convert.report import encode_report
 from secateur_server.api.rules import check_prior
 from secateur_server.api.smaller import describe_smaller
 from secateur_server.cut.prior import prune_zeros
-from secateur_server.errors import InvalidRequest
+from secateur_server.errors import InvalidRequest, InvalidSpec
 from secateur_server.granularity.group import Group
 from secateur_server.granularity.groups import resolve_group
 from secateur_server.granularity.kept_units import distinct_groups
@@ -17,6 +17,7 @@ from secateur_server.outputs import OUTPUTS
 from secateur_server.outputs.dense import folded_files
 from secateur_server.outputs.packed import packed_files
 from secateur_server.report.tensors import measure_tensors
+from secateur_server.report.warnings import not_shrunk
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.decode import decode_groups
 from secateur_server.state_dict.catalog import Catalog
@@ -39,8 +40,12 @@ def decode_finalize(context: RequestContext, header: pb.FinalizeHeader) -> Seque
     check_prior(header)
     needs_groups = OUTPUTS[header.output].needs_groups
     if needs_groups != bool(header.groups):
-        why = "is empty; send at least one group" if needs_groups else "needs OUTPUT_SHRUNK"
-        raise InvalidRequest("header.groups", why)
+        why = (
+            "is empty; OUTPUT_SHRUNK needs groups, such as secateur.groups(module, inputs) finds"
+            if needs_groups
+            else "needs OUTPUT_SHRUNK"
+        )
+        raise InvalidSpec("header.groups", why)
     if header.prior == pb.PRIOR_ZEROS and not needs_groups:
         raise InvalidRequest("header.prior", "needs OUTPUT_SHRUNK")
     if header.tensors and needs_groups:
@@ -78,6 +83,8 @@ def finalize_call(
         digests = incoming.digest(), digest_of(files)
         report = encode_report(context, measured, state_dict.catalog, *digests, are_folded=True)
         describe_smaller(context, report, state_dict, groups, parameters, are_folded=True)
+        if report.HasField("shrinkage") and (warning := not_shrunk(report.shrinkage)):
+            report.warnings.append(warning)
     incoming.check_unchanged()
     sources.metrics.reported(context, report)
     return written(sources, call, pb.FinalizeResult(report=report), files, incoming)

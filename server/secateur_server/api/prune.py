@@ -12,7 +12,7 @@ from secateur_server.api.convert.report import encode_report
 from secateur_server.api.rules import before, check_prior, groups_of, reads_of
 from secateur_server.api.smaller import describe_smaller
 from secateur_server.cut.prune import prune
-from secateur_server.errors import CheckpointNotFound, InvalidRequest
+from secateur_server.errors import CheckpointNotFound, InvalidRequest, InvalidSpec
 from secateur_server.granularity.group import Group
 from secateur_server.outputs import OUTPUTS
 from secateur_server.report.tensors import measure_tensors
@@ -41,9 +41,10 @@ def decode_prune(context: RequestContext, header: pb.PruneHeader) -> list[Rule]:
         raise InvalidRequest("header.output", f"{header.output} is not an output")
     if needs_groups and not any(rule.units_together() for rule in rules):
         name = pb.Output.Name(header.output)
-        raise InvalidRequest(
-            "header.output",
-            f"{name} removes units of groups, and no rule has any; use GRANULARITY_GROUP",
+        raise InvalidSpec(
+            "spec.rules",
+            f"have no groups, whose units {name} removes: use secateur.grouped with what "
+            "secateur.groups(module, inputs) finds, or `secateur shrink FOLDER`",
         )
     if header.destination_uri and not OUTPUTS[header.output].has_data:
         name = pb.Output.Name(header.output)

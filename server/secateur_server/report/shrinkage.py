@@ -10,6 +10,7 @@ from torch import Tensor
 from secateur_server.errors import quote
 from secateur_server.granularity.group import Group
 from secateur_server.granularity.groups import candidate_units
+from secateur_server.report.listing import listed
 from secateur_server.report.measure import Sparsity, measure
 from secateur_server.report.tensors import MeasuredTensors, measure_tensors
 from secateur_server.runtime.context import RequestContext
@@ -79,10 +80,10 @@ def find_uncut(
 
 
 class _KeptUnits(NamedTuple):
-    """Which units of a group have unpruned elements: in each member, and the first such member."""
+    """Which units of a group have unpruned elements, by member, and why others are still there."""
 
     flags: Tensor
-    first: Tensor
+    reason: str
 
 
 def _kept_units(
@@ -93,8 +94,13 @@ def _kept_units(
         mask = candidate_units(context, Group(group.name, (member,)), parameters)
         if mask is not None:
             flags[place] = mask.flags(0, group.units).cpu()
-    first = flags.to(torch.uint8).argmax(0)
-    return _KeptUnits(flags, torch.where(flags.any(0), first, len(flags)))
+    is_partial = flags.any(0) & ~flags.all(0)
+    blocking = flags[:, is_partial].any(1).nonzero().view(-1).tolist()
+    if not blocking:
+        return _KeptUnits(flags, "a group keeps at least one unit")
+    tensors = listed([group.members[place].tensor for place in blocking])
+    verb = "has" if len(blocking) == 1 else "have"
+    return _KeptUnits(flags, f"{tensors} {verb} unpruned elements in the same units")
 
 
 def _reason(
@@ -107,12 +113,7 @@ def _reason(
     for group, place in places:
         if group.name not in kept:
             kept[group.name] = _kept_units(context, group, parameters)
-        pruned = ~kept[group.name].flags[place]
-        if not bool(pruned.any()):
-            continue
-        other = int(kept[group.name].first[pruned].min())
-        if other == len(group.members):
-            return f"group {quote(group.name)}: a group keeps at least one unit"
-        tensor = quote(group.members[other].tensor)
-        return f"group {quote(group.name)}: {tensor} has unpruned elements in the same units"
+        found = kept[group.name]
+        if not bool(found.flags[place].all()):
+            return f"group {quote(group.name)}: {found.reason}"
     return "they are zero, but no mask prunes them: PRIOR_ZEROS counts zeros as pruned"

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from secateur_proto import report_pb2 as pb
 from secateur_server.errors import quote
+from secateur_server.report.listing import listed
 from secateur_server.report.measure import MOST_NAMED
 from secateur_server.report.missed import missed_weights
 from secateur_server.runtime.context import RequestContext
@@ -19,9 +20,6 @@ from secateur_server.state_dict.parameter import Parameter
 
 # The code of the note that most results have.
 NOT_SMALLER = "NOT_SMALLER"
-
-# The most names in a message.
-SHOWN = 3
 
 _LEAVE_OUT = "name the tensors to prune, or use `select` with guard_rails(exclude=...)"
 
@@ -135,7 +133,7 @@ def _small_coverage(pruning: Pruning) -> pb.Warning | None:
     advice = f"the glob {quote(missed.glob)} matches" if missed.glob else "to prune them, name"
     text = (
         f"the spec covers {missed.covered:,} of {whole:,} weights (of tensors of 2 or more "
-        f"dimensions): its globs miss {_listed(missed.names)}; {advice} them too"
+        f"dimensions): its globs miss {listed(missed.names)}; {advice} them too"
     )
     return _warning("SMALL_COVERAGE", missed.names, text)
 
@@ -157,7 +155,7 @@ def _wholly_zero(pruning: Pruning) -> pb.Warning | None:
         return None
     names, length = [change.name for change in found], found[0].shape[0]
     text = (
-        f"every element of {_listed(names)} is zero now ({length:,} of {length:,} slices of "
+        f"every element of {listed(names)} is zero now ({length:,} of {length:,} slices of "
         f"dimension 0{' of the first' if len(found) > 1 else ''}); keep some with a guard rail: "
         "keep_at_least or max_sparsity"
     )
@@ -176,7 +174,7 @@ def _zero_before(pruning: Pruning) -> pb.Warning | None:
         for name in choice.tensors
     ]
     text = (
-        f"all pruned units of {_listed(found)} were zero before; if the zeros are from an "
+        f"all pruned units of {listed(found)} were zero before; if the zeros are from an "
         'earlier pruning, count them as pruned: prior="zeros" (--prior zeros, PRIOR_ZEROS)'
     )
     return _warning("ZERO_BEFORE", found, text)
@@ -194,7 +192,7 @@ def _ranks_zeros_lowest(rule: Selection) -> bool:
 
 def _scales_pruned(pruning: Pruning) -> pb.Warning | None:
     found = pruning.pruned_names(lambda change: _SCALES.fullmatch(change.name.rpartition(".")[2]))
-    text = f"the call pruned scales, which multiply other tensors: {_listed(found)}; {_LEAVE_OUT}"
+    text = f"the call pruned scales, which multiply other tensors: {listed(found)}; {_LEAVE_OUT}"
     return _warning("SCALES_PRUNED", found, text)
 
 
@@ -205,7 +203,7 @@ def _norms_pruned(pruning: Pruning) -> pb.Warning | None:
             named = given.tensors if given.scope == "tensor" else ()
             taken |= set(pruning.context.each(rule.names())).difference(named)
     found = pruning.pruned_names(lambda change: change.name in taken and _is_norm(change))
-    text = f"the call pruned weights or statistics of norms: {_listed(found)}; {_LEAVE_OUT}"
+    text = f"the call pruned weights or statistics of norms: {listed(found)}; {_LEAVE_OUT}"
     return _warning("NORMS_PRUNED", found, text)
 
 
@@ -243,7 +241,7 @@ def _rounded(
     names = [name for choice in found for name in choice.tensors]
     units, first = found[0].candidates, " of the first" if len(found) > 1 else ""
     text = (
-        f"the fraction rounds to {to} of the units of {_listed(names)}, as there are so few "
+        f"the fraction rounds to {to} of the units of {listed(names)}, as there are so few "
         f"({units:,}{first}); give a number of units (an int) instead"
     )
     return _warning(code, names, text)
@@ -257,12 +255,16 @@ def _is_of_part(rule: Selection, name: str) -> bool:
 
 
 def _not_shrunk(pruning: Pruning) -> pb.Warning | None:
-    shrinkage = pruning.shrinkage
-    if shrinkage is None or shrinkage.bytes < shrinkage.bytes_before:
+    return None if pruning.shrinkage is None else not_shrunk(pruning.shrinkage)
+
+
+def not_shrunk(shrinkage: pb.Shrinkage) -> pb.Warning | None:
+    """Returns the warning that nothing was removed; None if something was."""
+    if shrinkage.bytes < shrinkage.bytes_before:
         return None
     found = [group.name for group in shrinkage.groups]
     text = (
-        f"nothing was removed: no unit of {_listed(found)} is wholly pruned; prune more, or lower "
+        f"nothing was removed: no unit of {listed(found)} is wholly pruned; prune more, or lower "
         "`align`"
     )
     return _warning("NOT_SHRUNK", found, text)
@@ -272,8 +274,9 @@ def _not_smaller(pruning: Pruning) -> pb.Warning | None:
     if pruning.shrinkage or not any(change.pruned for change in pruning.changes):
         return None
     text = (
-        "zeros alone make a model neither smaller nor faster: `secateur pack OUT -o SMALL` or "
-        "output='packed' makes the file smaller, output='shrunk' with groups the model itself"
+        "zeros alone make a model neither smaller nor faster: `secateur shrink FOLDER -o SMALL` or "
+        "output=shrunk with groups makes the model smaller, `secateur pack OUT -o SMALL` or "
+        "output=packed the file"
     )
     return pb.Warning(code=NOT_SMALLER, severity=pb.SEVERITY_NOTE, message=text)
 
@@ -284,11 +287,6 @@ def _warning(code: str, names: Sequence[str], text: str) -> pb.Warning | None:
         return None
     severity = pb.SEVERITY_WARNING
     return pb.Warning(code=code, severity=severity, tensors=names[:MOST_NAMED], message=text)
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - SHOWN
-    return ", ".join(map(quote, names[:SHOWN])) + (f" and {more:,} more" if more > 0 else "")
 
 
 CHECKS: tuple[Callable[[Pruning], pb.Warning | None], ...] = (
