@@ -19,17 +19,28 @@ class Cost:
     """What a module needs.
 
     Attributes:
-        parameters: Elements of its state_dict; a tied tensor counts once.
+        parameters: Elements of its state_dict, as `report.shrinkage` counts them: a tied tensor
+            counts once, and a mask of torch.nn.utils.prune does not.
         bytes: Of these.
         macs: Multiply-accumulate operations of one forward pass, as far as
             torch.utils.flop_counter counts them: of convolutions, matrix products and attention.
         seconds: The median time of one forward pass.
+        fastest: The shortest time.
+        slowest: The longest time.
     """
 
     parameters: int
     bytes: int
     macs: int
     seconds: float
+    fastest: float
+    slowest: float
+
+    @property
+    def times(self) -> str:
+        """The median time with the shortest and the longest one."""
+        low, high = f"{1e3 * self.fastest:,.2f}", f"{1e3 * self.slowest:,.2f}"
+        return f"{1e3 * self.seconds:,.2f} ms ({low}-{high})"
 
 
 @dataclass(frozen=True)
@@ -64,8 +75,7 @@ class Gain:
         ]
         rows = [("", "before", "after", "ratio")]
         rows += [(what, f"{a:,}", f"{b:,}", f"{a / max(1, b):.2f}") for what, a, b in counts]
-        times = (f"{cost.seconds * 1e3:,.2f} ms" for cost in (before, after))
-        return [*rows, ("one forward pass", *times, f"{self.speedup:.2f}")]
+        return [*rows, ("one forward pass", before.times, after.times, f"{self.speedup:.2f}")]
 
 
 def gain(before: Any, after: Any, inputs: Any) -> Gain:
@@ -99,7 +109,7 @@ def gain(before: Any, after: Any, inputs: Any) -> Gain:
                 module(*args, **keywords)
                 found.append(time.perf_counter() - begin)
     costs = [
-        Cost(*_sizes(module), count, statistics.median(found))
+        Cost(*_sizes(module), count, statistics.median(found), min(found), max(found))
         for module, count, found in zip((before, after), macs, seconds, strict=True)
     ]
     return Gain(*costs)
@@ -117,5 +127,7 @@ def _macs(what: str, module: Any, args: Any, keywords: Any) -> int:
 
 
 def _sizes(module: Any) -> tuple[int, int]:
-    tensors = {id(t): t for t in module.state_dict(keep_vars=True).values()}.values()
+    from secateur.resizing.modules import saved_tensors
+
+    tensors = {id(tensor): tensor for _, tensor in saved_tensors(module)}.values()
     return sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors)

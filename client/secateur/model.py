@@ -104,8 +104,11 @@ class Source:
 
     def unsent(self) -> dict[str, Any]:
         """Returns the entries that a Prune does not send: a Module's buffers, and `others`."""
-        buffers = {n: t for n, t in self.tensors.items() if n not in self.parameters}
-        return {**buffers, **self.others}
+        return {**self.unsent_tensors(), **self.others}
+
+    def unsent_tensors(self) -> dict[str, LocalTensor]:
+        """Returns the tensors that a Prune does not send: a Module's buffers."""
+        return {n: t for n, t in self.tensors.items() if n not in self.parameters}
 
     def places(self) -> dict[str, int]:
         """Maps the names that a result may have to their places in `order`.

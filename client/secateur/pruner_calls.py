@@ -20,6 +20,7 @@ from secateur.progress import Progress
 from secateur.report_decoding import decode_report
 from secateur.result import FinalizeResult, PruneResult
 from secateur.server_info import ServerInfo, decode_server_info
+from secateur.shrinkage import add_unsent
 from secateur.source import read_source
 from secateur.spec import Spec
 from secateur_proto import pruner_pb2 as pb
@@ -103,6 +104,8 @@ class PrunerCalls(MeasureCalls):
         if is_small:
             call = replace(call, rpc=self._rpcs.prune_small)
         result, received = self._connection.transform(call, is_small)
+        if result.report.HasField("shrinkage"):
+            add_unsent(result.report.shrinkage, model.unsent_tensors().values())
         return PruneResult(
             message=result.report,
             source=model,

@@ -1,13 +1,16 @@
 """What a shrunk model lost."""
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from secateur.decoding import decoded
 from secateur.tables import listed
+from secateur.tensors import LocalTensor
 from secateur_proto import report_pb2 as pb
+from secateur_proto.dtypes import DTYPES
 
 # Names in a line for people.
 _SHOWN = 3
@@ -107,6 +110,17 @@ class Shrinkage:
         more = listed([uncut.tensor for uncut in self.uncut[_SHOWN:]], _SHOWN)
         if more:
             yield f"zero slices kept as well: {more}"
+
+
+def add_unsent(message: pb.Shrinkage, tensors: Iterable[LocalTensor]) -> None:
+    """Counts tensors of the model that the server did not see, and which are as they were."""
+    for tensor in tensors:
+        elements = math.prod(tensor.shape)
+        size = elements * DTYPES[tensor.dtype].bits // 8
+        message.parameters_before += elements
+        message.parameters += elements
+        message.bytes_before += size
+        message.bytes += size
 
 
 def decode_shrinkage(message: pb.Shrinkage) -> Shrinkage:

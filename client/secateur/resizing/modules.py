@@ -30,12 +30,7 @@ _COMPARE = "give example_inputs, to compare the shrunk module with the masked on
 def sizes_of(module: Module) -> dict[str, Any]:
     """Returns what `resized` needs: shapes of tensors, groups of convolutions, and attributes."""
     check_module(module)
-    saved = module.state_dict()
-    found: dict[str, Any] = {
-        name: list(tensor.shape)
-        for name, tensor in named_tensors(module)
-        if name in saved or f"{name}_orig" in saved
-    }
+    found: dict[str, Any] = {name: list(tensor.shape) for name, tensor in saved_tensors(module)}
     for path, part in module.named_modules():
         if isinstance(part, _ConvNd):
             found[_joined(path, "groups")] = part.groups
@@ -158,6 +153,14 @@ def named_tensors(module: Module) -> Iterator[tuple[str, Tensor]]:
         for stored, tensor in chain(part._parameters.items(), part._buffers.items()):
             if tensor is not None and stored not in masks:
                 yield _joined(path, names.get(stored, stored)), tensor
+
+
+def saved_tensors(module: Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields those of `named_tensors` that are in the state_dict."""
+    saved = module.state_dict()
+    for name, tensor in named_tensors(module):
+        if name in saved or f"{name}_orig" in saved:
+            yield name, tensor
 
 
 def copied(module: Module, values: Mapping[str, Tensor]) -> Module:
