@@ -1,6 +1,9 @@
 """What secateur.groups leaves whole, how it names tensors, and what it refuses."""
 
+import logging
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils import parametrizations, prune
 
 import secateur
-from tests.shrinking.cutting import members
+from tests.shrinking.cutting import difference, members
 from tests.shrinking.nets import prepared
 
 
@@ -112,12 +115,70 @@ def test_inputs_are_a_tensor_arguments_or_keywords(inputs: object) -> None:
     ]
 
 
-def test_what_cannot_be_traced_is_one_line() -> None:
+def test_what_cannot_be_traced_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    level = logging.getLogger("torch").level
     for between, inputs in [("values", X), ("relu", torch.zeros(2, 5)), ("relu", ())]:
         with pytest.raises(secateur.InvalidSpec, match=r"^module: torch\.export cannot") as error:
             secateur.groups(prepared(Small(between)), inputs)
         assert "\n" not in str(error.value)
-        assert len(str(error.value)) < 400
+        assert len(str(error.value)) < 500
+    assert capfd.readouterr() == ("", "")  # torch writes graphs
+    assert logging.getLogger("torch").level == level
+
+
+def test_the_line_that_cannot_be_traced_is_named() -> None:
+    with pytest.raises(secateur.InvalidSpec) as error:
+        secateur.groups(prepared(Small("values")), X)
+    path, line = re.search(r" \((\S+):(\d+)\); write the groups", str(error.value)).groups()  # type: ignore[union-attr]
+    assert "y if bool(y.sum() > 0) else -y" in Path(path).read_text().splitlines()[int(line) - 1]
+
+
+class Packing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.fc = nn.GRU(3, 6, batch_first=True), nn.Linear(6, 2)
+        self.is_packing = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = torch.tensor([5, 3])
+        if self.is_packing:
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+            return self.fc(self.rnn(packed)[1][0])  # type: ignore[no-any-return]
+        return self.fc(self.rnn(x)[1][0])  # type: ignore[no-any-return]
+
+
+def test_a_module_that_packs_is_traced_without() -> None:
+    module, example = prepared(Packing()), torch.randn(2, 5, 3).double()
+    with pytest.raises(secateur.InvalidSpec, match="cannot trace it"):
+        secateur.groups(module, example)
+    module.is_packing = False
+    groups = secateur.groups(module, example)
+    module.is_packing = True
+    assert [group.name for group in groups] == ["rnn.weight_ih_l0"]
+    assert difference(module, example, groups, 0) < 1e-12
+
+
+class Failing(nn.Module):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise ValueError(self.text)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Short.\nIndeed.\n\nFor more see torch.", "Short. Indeed"),
+        (f"One {'word ' * 30}end. Two {'word ' * 30}.", f"One {'word ' * 30}end"),
+        ("word " * 100, f"{'word ' * 39}word ..."),
+        ("", "ValueError"),
+    ],
+)
+def test_a_long_error_ends_with_a_sentence_or_a_word(text: str, shown: str) -> None:
+    with pytest.raises(secateur.InvalidSpec, match=re.escape(f"example_inputs: {shown} (")):
+        secateur.groups(Failing(text), X)
 
 
 def test_a_wrong_module_is_refused() -> None:

@@ -1,8 +1,13 @@
 """Exports a module, and leaves it as it was."""
 
+import io
+import logging
+import os
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +25,7 @@ from secateur.traced.trial import tried
 
 _UNUSED = "it is not used for these inputs"
 _LONGEST = 200
+_FOREIGN = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}", "<")
 
 
 def trace(module: Any, example_inputs: Any) -> tuple[list[Group], dict[str, str]]:
@@ -63,14 +69,47 @@ def _names(module: Module) -> dict[str, str]:
 def _exported(module: Module, example_inputs: Any) -> ExportedProgram:
     args, kwargs = arguments_of(example_inputs)
     try:
-        with _as_it_was(module):
+        with _as_it_was(module), _silent():
             return torch.export.export(module, args, kwargs, strict=False)
     except Exception as error:  # the module's own code, or torch's on it
-        line = " ".join(str(error).split())[:_LONGEST] or type(error).__name__
         raise InvalidSpec(
-            f"module: torch.export cannot trace it with these example_inputs: {line}; "
-            "write the groups with secateur.group"
+            f"module: torch.export cannot trace it with these example_inputs: "
+            f"{_first_sentences(error)}{_place(error)}; write the groups with secateur.group"
         ) from error
+
+
+def _place(error: Exception) -> str:
+    """The last line of the module's own code that an error passed."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [
+        f" ({frame.filename}:{frame.lineno})"
+        for frame in frames
+        if not frame.filename.startswith(_FOREIGN)
+    ]
+    return own[-1] if own else ""
+
+
+def _first_sentences(error: Exception) -> str:
+    """The first paragraph of an error, or as many of its sentences as are short enough."""
+    text = " ".join(str(error).strip().split("\n\n")[0].split()).rstrip(".")
+    text = text or type(error).__name__
+    if len(text) <= _LONGEST:
+        return text
+    end = text.rfind(". ", 0, _LONGEST)
+    return text[:end] if end > 0 else f"{text[:_LONGEST].rpartition(' ')[0]} ..."
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keeps torch from writing graphs to stderr; the error says what is wrong."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager
