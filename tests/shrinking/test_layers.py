@@ -213,7 +213,7 @@ def test_attention_with_unknown_attributes_needs_a_comparison() -> None:
         shrink(module, attention_groups())
     small: Any = shrink(module, attention_groups(), example)
     assert small.headcount == small.heads < 4
-    with pytest.raises(InvalidStateDict, match=r"its attribute headcount; add its counts of heads"):
+    with pytest.raises(InvalidStateDict, match=r"its attribute headcount; give all sizes"):
         secateur.resize(module, {"qkv.weight": [18, 8], "qkv.bias": [18], "proj.weight": [8, 6]})
 
 

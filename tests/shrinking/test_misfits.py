@@ -1,7 +1,12 @@
 """Groups that forget a tensor: the first layer that does not fit, or differs, is named."""
 
-import pytest
+import re
 
+import pytest
+import torch
+from torch import Tensor, nn
+
+import secateur
 from secateur.errors import InvalidStateDict
 from secateur.grouping import Group
 from secateur_proto import spec_pb2 as pb
@@ -104,3 +109,38 @@ def test_the_first_layer_that_computes_something_else_is_named(
         one.unmasked |= one.tensor == unmasked or one.dim == 1
     with pytest.raises(InvalidStateDict, match=rf"^{at}: its output differs by .* from the masked"):
         shrink(module, [Group(message)], example)
+
+
+class Joined(nn.Module):
+    """Two convolutions whose channels are concatenated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.b, self.end = nn.Conv1d(2, 8, 1), nn.Conv1d(2, 6, 1), nn.Conv1d(14, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(torch.cat([self.stem(x), self.b(x)], 1))  # type: ignore[no-any-return]
+
+
+def test_layers_whose_channels_are_concatenated_are_both_named() -> None:
+    groups = [secateur.group("b", secateur.member("b.weight"), secateur.member("b.bias"))]
+    with pytest.raises(InvalidStateDict) as error:
+        shrink(Joined(), groups, torch.randn(1, 2, 3))
+    match = r"end: takes 14 inputs, and stem and b make \d+; put both in one group"
+    assert re.fullmatch(match, str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fact"),
+    [
+        ({"b.weight": [4, 2, 1]}, "b: bias has shape [6], and [4] fits the layer's other tensors"),
+        (
+            {"b.weight": [4, 2, 1], "b.bias": [4]},
+            "end: takes 14 inputs, and stem and b make 12",
+        ),
+    ],
+)
+def test_sizes_that_lack_one_name_no_groups(sizes: dict[str, list[int]], fact: str) -> None:
+    with pytest.raises(InvalidStateDict) as error:
+        secateur.resize(Joined(), sizes)
+    assert str(error.value) == f"{fact}; give all sizes that secateur.sizes returns"

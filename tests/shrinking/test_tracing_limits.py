@@ -4,6 +4,7 @@ import logging
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -148,7 +149,8 @@ class Packing(nn.Module):
 
 
 def test_a_module_that_packs_is_traced_without() -> None:
-    module, example = prepared(Packing()), torch.randn(2, 5, 3).double()
+    module: Any = prepared(Packing())
+    example = torch.randn(2, 5, 3).double()
     with pytest.raises(secateur.InvalidSpec, match="cannot trace it"):
         secateur.groups(module, example)
     module.is_packing = False

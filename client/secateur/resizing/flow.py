@@ -16,6 +16,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from secateur.resizing.misfit import Misfit
 
+_ADVICE = "put both in one group"
+
 
 class Width(NamedTuple):
     """The size of a dimension of a tensor.
@@ -33,18 +35,23 @@ class Width(NamedTuple):
     now: int
     maker: str
 
+    @property
+    def makes(self) -> str:
+        """The start of a sentence on its size."""
+        return f"{self.maker} {'make' if ' and ' in self.maker else 'makes'}"
 
-def fit_flow(module: nn.Module, made: nn.Module) -> list[str]:
+
+def fit_flow(module: nn.Module, made: nn.Module) -> Misfit | None:
     """Fits layers without tensors to what comes before them, and checks the others.
 
     Returns:
-        The first layer that does not fit, and why; or nothing.
+        Why the first layer does not fit that does not.
     """
     try:
         _follow(module, made)
     except Misfit as error:
-        return [str(error)]
-    return []
+        return error
+    return None
 
 
 def _follow(module: nn.Module, made: nn.Module) -> None:
@@ -80,8 +87,8 @@ def _layer(path: str, old: nn.Module, new: nn.Module, given: Width | None) -> Wi
             before, now = counts(old), counts(new)
             if given and given.kind in reads and before and not _fits(given, before, now):
                 raise Misfit(
-                    f"{path}: takes {now} inputs, and {given.maker} makes "
-                    f"{_expected(given, before)}; put both in one group"
+                    f"{path}: takes {now} inputs, and {given.makes} {_expected(given, before)}",
+                    _ADVICE,
                 )
             return makes(path, old, new, given)
     return _kept(type(old).__name__, given)
@@ -113,8 +120,7 @@ def _unflattened(path: str, old: Any, new: Any, given: Width | None) -> Width | 
     each = given.before // sizes[0]
     if given.now % each:
         raise Misfit(
-            f"{path}: {given.maker} makes {given.now} features, which are not whole channels of "
-            f"{each}"
+            f"{path}: {given.makes} {given.now} features, which are not whole channels of {each}"
         )
     new.unflattened_size = (given.now // each, *sizes[1:])
     return Width("channels", sizes[0], given.now // each, given.maker)
@@ -162,7 +168,8 @@ def _added(node: fx.Node, widths: dict[fx.Node, Width | None]) -> Width | None:
     if one.now != other.now:
         raise Misfit(
             f"{other.maker}: makes {other.now} of {other.before} {other.kind}, and {one.maker}, "
-            f"with which they are added, {one.now}; put both in one group"
+            f"with which they are added, {one.now}",
+            _ADVICE,
         )
     return one
 

@@ -38,7 +38,7 @@ def fit_layers(module: Module, made: Module, groups: Mapping[str, int]) -> dict[
             elif doubt := fit_attention(new, old):
                 doubts[path] = doubt
         except Misfit as error:
-            raise InvalidStateDict(f"{path or 'the module'}: {error}") from None
+            raise Misfit(f"{path or 'the module'}: {error.fact}", error.advice) from None
     if known:
         raise InvalidStateDict(f"{next(iter(known))}: the module has no such convolution")
     return doubts

@@ -18,12 +18,14 @@ from secateur.names import matched
 from secateur.resizing.flow import fit_flow
 from secateur.resizing.heads import fit_heads, numbers_of
 from secateur.resizing.layers import fit_layers
+from secateur.resizing.misfit import Misfit
 from secateur.resizing.removal import Removed, groups_kept, masked_tensor
 from secateur.resizing.self_check import Difference, check_same
 
 Sizes = Mapping[str, Any]
 
 _ADVICE = "check that its groups have every tensor that makes or reads their units"
+_SIZES = "give all sizes that secateur.sizes returns"
 _COMPARE = "give example_inputs, to compare the shrunk module with the masked one"
 
 
@@ -52,19 +54,26 @@ def resized(module: Module, sizes: Sizes) -> Module:
         elif tensors[name].shape != (shape := _shape(name, size, tensors[name].ndim)):
             values[name] = _zeros(name, tensors[name], shape)
     made = copied(module, values)
+    try:
+        _fit_sizes(module, made, groups, others)
+    except Misfit as error:
+        raise InvalidStateDict(f"{error.fact}; {_SIZES}" if error.advice else error.fact) from None
+    return made
+
+
+def _fit_sizes(
+    module: Module, made: Module, groups: Mapping[str, int], numbers: Mapping[str, int]
+) -> None:
+    """Fits the layers of a copy to sizes.  Raises: InvalidStateDict."""
     doubts = fit_layers(module, made, groups)
-    for name, number in others.items():
+    for name, number in numbers.items():
         path, _, leaf = name.rpartition(".")
         doubts.pop(path, None)
         setattr(made.get_submodule(path), leaf, number)
     for path, doubt in doubts.items():
-        raise InvalidStateDict(
-            f"{path or 'the module'}: {doubt}; add its counts of heads to the sizes, as "
-            "secateur.sizes does"
-        )
-    if problems := fit_flow(module, made):
-        raise InvalidStateDict(problems[0])
-    return made
+        raise Misfit(f"{path or 'the module'}: {doubt}", _SIZES)
+    if problem := fit_flow(module, made):
+        raise problem
 
 
 def _numbers(module: Module) -> dict[str, int]:
@@ -104,15 +113,15 @@ def shrunk(
     _check_tensors(originals, tensors, removed, {name for name, _ in module.named_parameters()})
     made = copied(module, tensors)
     doubts = fitted(module, made, removed)
-    problems = fit_flow(module, made)
+    problem = fit_flow(module, made)
     if example_inputs is not None:
         try:
             check_same(_masked(module, originals, tensors, removed), made, example_inputs)
         except Difference as error:
             why = f"{error}; {doubts[0] if doubts else _ADVICE}"
-            raise InvalidStateDict(problems[0] if problems else why) from error
-    elif problems or doubts:
-        raise InvalidStateDict(problems[0] if problems else f"{doubts[0]}; {_COMPARE}")
+            raise (problem or InvalidStateDict(why)) from error
+    elif problem or doubts:
+        raise problem or InvalidStateDict(f"{doubts[0]}; {_COMPARE}")
     return made
 
 
