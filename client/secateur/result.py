@@ -236,7 +236,7 @@ class PruneResult(_Result):
         Raises:
             SecateurError: The form cannot be made from the output that was requested.
         """
-        return values_of(self._entries(form or self._form), self._source.as_torch)
+        return values_of(self._entries(self._form if form is None else form), self._source.as_torch)
 
     def save(self, path: str | os.PathLike[str], form: str | None = None) -> None:
         """Writes the pruned model: .safetensors, a torch file, or .onnx or a folder if it was one.
@@ -250,7 +250,7 @@ class PruneResult(_Result):
             form: See state_dict; secateur.custom_from_mask reads "masks": bools in a torch file,
                 else bits as the server sends them.
         """
-        form = form or self._form
+        form = self._form if form is None else form
         to, made = path_of(path), form_of(form)
         if made.is_model:
             self._save(to, self._entries(form), form == "packed")
