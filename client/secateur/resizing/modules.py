@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Module, Parameter
 from torch.nn.modules.conv import _ConvNd
 
@@ -220,7 +221,10 @@ def _remove_masks(part: Module) -> None:
 
 def _like(tensor: Tensor, value: Tensor) -> Tensor:
     """A value of its own, with the dtype, device and flags of a tensor."""
-    made = torch.empty(value.shape, dtype=tensor.dtype, device=tensor.device).copy_(value.detach())
+    made = value  # a fake tensor has no values to copy
+    if not isinstance(value, FakeTensor):
+        made = torch.empty(value.shape, dtype=tensor.dtype, device=tensor.device)
+        made.copy_(value.detach())
     return Parameter(made, tensor.requires_grad) if isinstance(tensor, Parameter) else made
 
 

@@ -23,6 +23,8 @@ def tried(
 ) -> tuple[list[Group], dict[str, str]]:
     """Runs a module without one unit of each group, on tensors that have shapes and no values.
 
+    All groups are tried at once. Only if that fails they are halved.
+
     Args:
         module: In evaluation.
         groups: As `members.groups` made them.
@@ -59,7 +61,7 @@ def _failure(module: Module, groups: Sequence[Group], example_inputs: Any) -> st
             args, kwargs = pytree.tree_map_only(
                 Tensor, mode.from_tensor, arguments_of(example_inputs)
             )
-            made = copied(module, _cut(module, removed))
+            made = copied(module, _shapes(module, removed))
             doubts = fitted(module, made, removed)
             made(*args, **kwargs)
         if doubts:  # only values tell whether a count of heads is right
@@ -81,6 +83,17 @@ def _last_units(module: Module, groups: Sequence[Group]) -> Removed:
 
 def _last(units: int) -> ShrunkGroup:
     return ShrunkGroup(units, tuple(range(units - 1)), (units - 1,))
+
+
+def _shapes(module: Module, removed: Removed) -> dict[str, Tensor]:
+    """New tensors of the shapes that those of a module have without the slices."""
+    found = {}
+    for name, tensor in named_tensors(module):
+        shape = list(tensor.shape)
+        for one in removed[name]:
+            shape[one.dim] -= len(one.slices)
+        found[name] = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+    return found
 
 
 def _cut(module: Module, removed: Removed) -> dict[str, Tensor]:
