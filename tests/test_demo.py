@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -26,6 +27,7 @@ LAYERS = {
 WEIGHTS = 54 + 864 + 48_000 + 10_080 + 840
 
 
+@pytest.mark.slow  # 15 seconds
 def test_the_figures_and_files_of_the_demo_are_right(tmp_path: Path) -> None:
     ran = subprocess.run(
         [sys.executable, str(DEMO)], cwd=tmp_path, capture_output=True, text=True, timeout=300
