@@ -7,7 +7,7 @@ from secateur_proto import pruner_pb2 as pb
 from secateur_server.api.answers import Made, written
 from secateur_server.api.convert.report import encode_report
 from secateur_server.api.rules import check_prior
-from secateur_server.api.smaller import describe_smaller
+from secateur_server.api.smaller import add_shrinkage
 from secateur_server.cut.prior import prune_zeros
 from secateur_server.errors import InvalidRequest, InvalidSpec
 from secateur_server.granularity.group import Group
@@ -16,7 +16,7 @@ from secateur_server.granularity.kept_units import distinct_groups
 from secateur_server.outputs import OUTPUTS
 from secateur_server.outputs.dense import folded_files
 from secateur_server.outputs.packed import packed_files
-from secateur_server.report.tensors import measure_tensors
+from secateur_server.report.shrinkage import measure_sent
 from secateur_server.report.warnings import not_shrunk
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.decode import decode_groups
@@ -78,13 +78,14 @@ def finalize_call(
         context.begin("prune")
         _add_prior(context, header, state_dict, groups)
         parameters = dict(state_dict.parameters)
-        files = _files(context, header, state_dict, groups)
-        measured = measure_tensors(context, {name: parameters[name] for name in names})
+        files = _files(context, header, state_dict, groups, names)
+        covered = {name: parameters[name] for name in names}
+        measured = measure_sent(context, covered, state_dict.shrinking)
         digests = incoming.digest(), digest_of(files)
         report = encode_report(context, measured, state_dict.catalog, *digests, are_folded=True)
-        describe_smaller(context, report, state_dict, groups, parameters, are_folded=True)
-        if report.HasField("shrinkage") and (warning := not_shrunk(report.shrinkage)):
-            report.warnings.append(warning)
+        if groups:
+            add_shrinkage(context, report, state_dict, groups, parameters)
+            report.warnings.extend(filter(None, [not_shrunk(report.shrinkage)]))
     incoming.check_unchanged()
     sources.metrics.reported(context, report)
     return written(sources, call, pb.FinalizeResult(report=report), files, incoming)
@@ -112,12 +113,13 @@ def _files(
     header: pb.FinalizeHeader,
     state_dict: StateDict,
     groups: Sequence[Group],
+    names: Sequence[str],
 ) -> list[OutgoingFile]:
+    """Makes the files. names: The parameters that the report covers."""
     if groups:
         return OUTPUTS[header.output].files(context, state_dict, {}, groups)
     parameters = state_dict.parameters
     # Without names, masks of integer tensors are applied too, which no report covers.
-    names = state_dict.named(context, "header.tensors", header.tensors)
     folded = names if header.tensors else parameters
     make = packed_files if header.output == pb.OUTPUT_PACKED else folded_files
     return make(context, state_dict, {name: parameters[name] for name in folded})

@@ -6,7 +6,7 @@ from secateur_proto.report_pb2 import SparsityReport
 from secateur_server.api.convert.report import replace_tensors
 from secateur_server.api.convert.shrinkage import encode_shrinkage
 from secateur_server.granularity.group import Group
-from secateur_server.report.shrinkage import find_uncut, measure_smaller
+from secateur_server.report.shrinkage import find_uncut, measure_sent
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.parameter import Parameter
 from secateur_server.state_dict.state_dict import StateDict
@@ -18,7 +18,6 @@ def describe_smaller(
     state_dict: StateDict,
     groups: Sequence[Group],
     parameters: Mapping[str, Parameter],
-    are_folded: bool = False,
 ) -> None:
     """Changes a report of a model to one of the shrunk model.
 
@@ -28,13 +27,22 @@ def describe_smaller(
         state_dict: With the slices that it keeps, if any are removed. Else nothing happens.
         groups: As distinct_groups returns them.
         parameters: All, with the masks that decided what is removed.
-        are_folded: As for encode_report.
     """
-    shrinking = state_dict.shrinking
-    if shrinking is None:
+    if state_dict.shrinking is None:
         return
     covered = {tensor.name: parameters[tensor.name] for tensor in report.tensors}
-    replace_tensors(report, measure_smaller(context, covered, shrinking), are_folded)
+    replace_tensors(report, measure_sent(context, covered, state_dict.shrinking))
+    add_shrinkage(context, report, state_dict, groups, parameters)
+
+
+def add_shrinkage(
+    context: RequestContext,
+    report: SparsityReport,
+    state_dict: StateDict,
+    groups: Sequence[Group],
+    parameters: Mapping[str, Parameter],
+) -> None:
+    """Adds to a report of a shrunk model what was removed. The arguments are as above."""
     zero_slices = {
         tensor.name: list(tensor.zero_slices)
         for tensor in report.tensors

@@ -27,19 +27,21 @@ class Uncut(NamedTuple):
     reason: str
 
 
-def measure_smaller(
-    context: RequestContext, parameters: Mapping[str, Parameter], shrinking: Shrinking
+def measure_sent(
+    context: RequestContext, parameters: Mapping[str, Parameter], shrinking: Shrinking | None
 ) -> MeasuredTensors:
     """Measures parameters without the slices that are removed from them.
 
     Args:
         context: The request.
         parameters: As they are before.
-        shrinking: The kept slices.
+        shrinking: The kept slices; None if nothing is removed.
 
     Returns:
-        The counts. Parameters that lose slices have weights without data.
+        The counts. Large parameters that lose slices have weights without data.
     """
+    if shrinking is None:
+        return measure_tensors(context, parameters)
     sent, large = dict(parameters), dict[str, Sparsity]()
     for name in context.each(parameters.keys() & shrinking.slices.keys()):
         smaller = smaller_parameter(context, name, parameters[name], shrinking)

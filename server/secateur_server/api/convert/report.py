@@ -58,17 +58,16 @@ def encode_report(
     return report
 
 
-def replace_tensors(report: SparsityReport, measured: MeasuredTensors, are_folded: bool) -> None:
+def replace_tensors(report: SparsityReport, measured: MeasuredTensors) -> None:
     """Puts the counts of a shrunk model in place of those of the model before.
 
     Args:
         report: Of the same tensors.
-        measured: As measure_smaller returns it.
-        are_folded: As for encode_report.
+        measured: As measure_sent returns it.
     """
     aliases = {tensor.name: list(tensor.aliases) for tensor in report.tensors}
     del report.tensors[:]
-    report.MergeFromString(_tensors(measured, are_folded))
+    report.MergeFromString(_tensors(measured, is_folded=False))
     for tensor in report.tensors:
         tensor.aliases.extend(aliases[tensor.name])
     _add_up(report)
