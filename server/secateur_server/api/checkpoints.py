@@ -21,7 +21,8 @@ from secateur_server.errors import (
     InvalidStateDict,
     TooShort,
 )
-from secateur_server.outputs import OUTPUTS, Output
+from secateur_server.outputs import OUTPUTS
+from secateur_server.outputs.protocol import Output
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.mapped import map_blob, open_files
 from secateur_server.state_dict.sources import Sources

@@ -10,10 +10,10 @@ from secateur_server.api.rules import before, check_prior, reads_of
 from secateur_server.cut.plan import plan
 from secateur_server.cut.plan_small import is_planned_by_runs
 from secateur_server.cut.prune import prune
-from secateur_server.outputs import PlannedOutput
 from secateur_server.outputs.dense import Dense
 from secateur_server.outputs.hollow import hollow_state_dict
 from secateur_server.outputs.masks import Masks
+from secateur_server.outputs.protocol import PlannedOutput
 from secateur_server.outputs.reparametrized import Reparametrized
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.amounts import Amount

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from secateur_server.granularity.group import Group
+from secateur_server.outputs.protocol import PlannedOutput
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.catalog import Catalog
 from secateur_server.state_dict.fold import fold
@@ -11,11 +12,8 @@ from secateur_server.state_dict.state_dict import StateDict
 from secateur_server.wire.writer import OutgoingFile
 
 
-class Dense:
+class Dense(PlannedOutput):
     """OUTPUT_DENSE."""
-
-    has_data = needs_all_tensors = True
-    needs_groups = False
 
     def is_stored(self, catalog: Catalog) -> bool:
         return not catalog.pairs

@@ -5,21 +5,17 @@ from collections.abc import Mapping, Sequence
 
 from secateur_proto.framing import file_head, mask_bytes
 from secateur_server.granularity.group import Group
+from secateur_server.outputs.protocol import PlannedOutput
 from secateur_server.runtime.context import RequestContext
-from secateur_server.state_dict.catalog import Catalog
 from secateur_server.state_dict.parameter import Parameter
 from secateur_server.state_dict.state_dict import StateDict, masks_of, packed_masks
 from secateur_server.wire.writer import OutgoingFile
 
 
-class Masks:
+class Masks(PlannedOutput):
     """OUTPUT_MASKS."""
 
-    has_data = True
-    needs_all_tensors = needs_groups = False
-
-    def is_stored(self, catalog: Catalog) -> bool:
-        return False
+    needs_all_tensors = False
 
     def files(
         self,

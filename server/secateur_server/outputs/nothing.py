@@ -3,20 +3,17 @@
 from collections.abc import Mapping, Sequence
 
 from secateur_server.granularity.group import Group
+from secateur_server.outputs.protocol import Output
 from secateur_server.runtime.context import RequestContext
-from secateur_server.state_dict.catalog import Catalog
 from secateur_server.state_dict.parameter import Parameter
 from secateur_server.state_dict.state_dict import StateDict
 from secateur_server.wire.writer import OutgoingFile
 
 
-class Nothing:
+class Nothing(Output):
     """OUTPUT_NONE."""
 
-    has_data = needs_all_tensors = needs_groups = False
-
-    def is_stored(self, catalog: Catalog) -> bool:
-        return False
+    has_data = needs_all_tensors = False
 
     def files(
         self,

@@ -9,8 +9,8 @@ from torch import Tensor
 from secateur_proto.packing import Bytes, Dense, Item, Made, describe, pack_all
 from secateur_server.backends import allocate_in_scratch, backend_for
 from secateur_server.granularity.group import Group
+from secateur_server.outputs.protocol import Output
 from secateur_server.runtime.context import RequestContext
-from secateur_server.state_dict.catalog import Catalog
 from secateur_server.state_dict.fold import zeroed
 from secateur_server.state_dict.parameter import Parameter
 from secateur_server.state_dict.state_dict import StateDict
@@ -19,14 +19,8 @@ from secateur_server.wire.writer import Outgoing, OutgoingFile, on_host
 CPU = torch.device("cpu")
 
 
-class Packed:
+class Packed(Output):
     """OUTPUT_PACKED."""
-
-    has_data = needs_all_tensors = True
-    needs_groups = False
-
-    def is_stored(self, catalog: Catalog) -> bool:
-        return False
 
     def files(
         self,

@@ -5,20 +5,17 @@ from collections.abc import Mapping, Sequence
 from secateur_server.granularity.group import Group
 from secateur_server.granularity.kept_units import shrinking_of
 from secateur_server.outputs.dense import folded_files
+from secateur_server.outputs.protocol import Output
 from secateur_server.runtime.context import RequestContext
-from secateur_server.state_dict.catalog import Catalog
 from secateur_server.state_dict.parameter import Parameter
 from secateur_server.state_dict.state_dict import StateDict
 from secateur_server.wire.writer import OutgoingFile
 
 
-class Shrunk:
+class Shrunk(Output):
     """OUTPUT_SHRUNK."""
 
-    has_data = needs_all_tensors = needs_groups = True
-
-    def is_stored(self, catalog: Catalog) -> bool:
-        return False
+    needs_groups = True
 
     def files(
         self,
