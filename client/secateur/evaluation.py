@@ -1,5 +1,6 @@
 """Modules in evaluation, on example inputs as callers give them."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +31,18 @@ def in_evaluation(*modules: Any) -> Iterator[None]:
     finally:
         for part, is_training in training:
             part.training = is_training
+
+
+@contextmanager
+def logged_from(name: str, level: int) -> Iterator[None]:
+    """Drops what a logger logs below a level, and restores its own level."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def brief(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from secateur.atomic import filling
 from secateur.errors import SecateurError
-from secateur.evaluation import arguments_of, brief, in_evaluation
+from secateur.evaluation import arguments_of, brief, in_evaluation, logged_from
 from secateur.onnx.files import ONNX_SUFFIX
 from secateur.paths import path_of
 from secateur.tensors import torch_for
@@ -96,15 +96,9 @@ def check_exportable(path: Path) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Drops what torch logs and warns of while it exports."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), logged_from("torch.onnx", logging.ERROR):
         warnings.simplefilter("ignore")
-        logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
+        yield
 
 
 def _program(

@@ -17,7 +17,7 @@ from torch.nn import Module, MultiheadAttention
 from secateur.checks import shown
 from secateur.entries import from_module
 from secateur.errors import InvalidSpec
-from secateur.evaluation import arguments_of, in_evaluation
+from secateur.evaluation import arguments_of, in_evaluation, logged_from
 from secateur.grouping import Group
 from secateur.traced.follow import follow
 from secateur.traced.members import groups, whole
@@ -102,14 +102,8 @@ def _first_sentences(error: Exception) -> str:
 @contextmanager
 def _silent() -> Iterator[None]:
     """Keeps torch from writing graphs to stderr; the error says what is wrong."""
-    logger = logging.getLogger("torch")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
+    with logged_from("torch", logging.CRITICAL), redirect_stderr(io.StringIO()):
+        yield
 
 
 @contextmanager
