@@ -13,13 +13,17 @@ import torch
 from torch import Tensor
 
 from secateur_server.backends import kernels, kernels_curve, kernels_many, kernels_units
-from secateur_server.backends.buffers import BUFFERS
+from secateur_server.backends.buffers import BUFFERS, LEAST_BYTES
 from secateur_server.backends.cores import CORES, map_on_cores
 from secateur_server.backends.keys import BITS, signed_bits
 from secateur_server.backends.pieces import EXACT_POWERS, Batch, Cut, Ints, Layouts, Piece, Split
 from secateur_server.backends.randomness import RandomScores
 from secateur_server.backends.torch_backend import TorchBackend
 from secateur_server.runtime.context import Found, Item, RequestContext
+
+# Scratch memory that is not malloc's has this size or a larger power of two. A buffer is reused for
+# few other sizes; otherwise it is freed, and that takes longer than a pass over a small tensor.
+LEAST_SCRATCH = 1 << 22
 
 
 class NumbaBackend(TorchBackend):
@@ -217,7 +221,9 @@ def _scratch(count: int, dtype: torch.dtype) -> Tensor:
 
     Not one of each thread: a server has some hundred threads, and each would keep its largest.
     """
-    size = 1 << (count * dtype.itemsize - 1).bit_length() if count else 1  # few sizes, used again
+    size = 1 << (count * dtype.itemsize - 1).bit_length() if count else 1
+    if size >= LEAST_BYTES:
+        size = max(size, LEAST_SCRATCH)
     return torch.from_numpy(BUFFERS.take(size))[: count * dtype.itemsize].view(dtype)
 
 

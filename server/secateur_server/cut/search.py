@@ -194,7 +194,8 @@ class Search:
     def narrow(self, histograms: Mapping[int, Histogram], width: int) -> None:
         """Finds the next digit."""
         parts = [histograms[member] for member in self.query.members]
-        counts = np.stack([part.up_to[part.rows[self.prefix]] for part in parts])
+        found = [part.up_to[part.rows[self.prefix]] for part in parts]
+        counts = np.stack(found) if len(found) > 1 else found[0][None]  # a view
 
         def up_to(digit: int) -> Ints:
             through: Ints = self.below + counts[:, digit]
@@ -205,7 +206,8 @@ class Search:
 
         if self.query.costs is None and self._is_unbound(up_to(-1)):
             place = math.ceil(self.target) - int(self.below.sum())
-            digit = int(np.searchsorted(counts.sum(0), place))
+            total = counts.sum(0) if len(found) > 1 else found[0]
+            digit = int(np.searchsorted(total, place))
         else:
             digit = _first(1 << width, is_enough)
         through = up_to(digit)
