@@ -15,6 +15,9 @@ and files of torch.save only.
 import secateur.grpc_logs  # noqa: F401  # before anything imports grpc
 from secateur.amounts import table, target_bytes, target_macs, threshold
 from secateur.architectures.parts import transformer_groups
+from secateur.calibration.calibrate import calibrate
+from secateur.calibration.layer import LayerStatistics
+from secateur.calibration.statistics import Statistics
 from secateur.checkpoint import Checkpoint, File
 from secateur.choices import (
     blocks,
@@ -41,7 +44,9 @@ from secateur.errors import (
     InvalidRequest,
     InvalidSpec,
     InvalidStateDict,
+    InvalidStatistics,
     ModelTooLarge,
+    NotCalibrated,
     NotSaved,
     PermissionDenied,
     QuotaExceeded,
@@ -101,7 +106,10 @@ __all__ = [
     "InvalidRequest",
     "InvalidSpec",
     "InvalidStateDict",
+    "InvalidStatistics",
+    "LayerStatistics",
     "ModelTooLarge",
+    "NotCalibrated",
     "NotSaved",
     "PermissionDenied",
     "Plan",
@@ -117,6 +125,7 @@ __all__ = [
     "ServerError",
     "ServerInfo",
     "Spec",
+    "Statistics",
     "StoreFull",
     "TensorReport",
     "TracedGroups",
@@ -127,6 +136,7 @@ __all__ = [
     "block_structured",
     "blocks",
     "blocks_of",
+    "calibrate",
     "columns",
     "custom_from_mask",
     "depth",

@@ -36,6 +36,10 @@ class InvalidStateDict(SecateurError, ValueError):
     """The source is not a state_dict, or is broken. Also a ValueError."""
 
 
+class InvalidStatistics(SecateurError, ValueError):
+    """A file of statistics is damaged, or an input of a layer is not finite. Also a ValueError."""
+
+
 class InvalidRequest(SecateurError, ValueError):
     """The server does not understand the request. Also a ValueError."""
 
@@ -100,6 +104,10 @@ class UriError(SecateurError):
 
 class ServerError(SecateurError):
     """An internal error of the server; its log has the details."""
+
+
+class NotCalibrated(UserWarning):
+    """Layers of a module had no input during a calibration; the message names them."""
 
 
 class NotSaved(UserWarning):

@@ -57,7 +57,7 @@ def read_path(path: Path, key: str | None = None) -> Source:
         raise InvalidStateDict(
             f"{path}: {reason}{hint if str(path).startswith('checkpoints/') else ''}"
         )
-    mapped = _map_file(path)
+    mapped = map_file(path)
     paths = () if mapped.is_packed else (path,)
     return _from_files(*_untied(mapped.tensors, mapped.metadata), paths)
 
@@ -92,7 +92,7 @@ def _from_index(path: Path) -> Source:
 def _shard(packed: list[Path], path: Path) -> tuple[dict[str, LocalTensor], dict[str, str]]:
     """The tensors and the metadata of a shard, which is added to `packed` if it is."""
     if path.suffix not in TORCH_SUFFIXES:
-        file = _map_file(path)
+        file = map_file(path)
         packed += [path] if file.is_packed else []
         return file.tensors, file.metadata
     source = from_mapping(read_torch_file(path).state_dict)
@@ -118,14 +118,26 @@ def map_bytes(path: Path) -> memoryview:
         raise InvalidStateDict(f"{path}: {reason}") from None
 
 
-class _File(NamedTuple):
+class MappedFile(NamedTuple):
+    """A safetensors file in memory.
+
+    Attributes:
+        tensors: Packed ones are unpacked when they are read.
+        metadata: Without the description of packed tensors.
+        is_packed: Whether the file has packed tensors.
+    """
+
     tensors: dict[str, LocalTensor]
     metadata: dict[str, str]
     is_packed: bool
 
 
-def _map_file(path: Path) -> _File:
-    """Maps the tensors of a file that the safetensors library finds valid."""
+def map_file(path: Path) -> MappedFile:
+    """Maps the tensors of a safetensors file.
+
+    Raises:
+        InvalidStateDict: The safetensors library finds it invalid, or it cannot be read.
+    """
     from safetensors import SafetensorError, safe_open
 
     if reason := open_reason(path):
@@ -138,6 +150,6 @@ def _map_file(path: Path) -> _File:
         raise InvalidStateDict(f"{path}: {reason}") from None
     try:
         tensors, metadata = parse_file(map_bytes(path))
-        return _File(*unpacked(tensors, metadata, f"{path}: "), is_packed(metadata))
+        return MappedFile(*unpacked(tensors, metadata, f"{path}: "), is_packed(metadata))
     except InvalidStateDict as error:
         raise InvalidStateDict(f"{path}: {error}") from None

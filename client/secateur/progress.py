@@ -21,7 +21,7 @@ def show_progress(
 
     Args:
         progress: See `Client`.
-        total: The size of all work.
+        total: The size of all work; 0 if it is unknown.
         what: The name of the work, for the bar.
         unit: The unit of the sizes.
 
@@ -39,7 +39,7 @@ def show_progress(
     if progress or (progress is None and has_tqdm and sys.stderr.isatty()):
         from tqdm import tqdm
 
-        with tqdm(total=total, unit=unit, unit_scale=True, desc=what, leave=False) as bar:
+        with tqdm(total=total or None, unit=unit, unit_scale=True, desc=what, leave=False) as bar:
             yield cast(Callable[[int], None], bar.update)
     else:
         yield lambda count: None
