@@ -71,6 +71,11 @@ def is_torch(path: Path) -> bool:
     return _is_torch(_first_bytes(path))
 
 
+def is_gguf(path: Path) -> bool:
+    """Returns whether a file that can be opened begins as those of GGUF."""
+    return open_reason(path) is None and _first_bytes(path).startswith(b"GGUF")
+
+
 def _first_bytes(path: Path) -> bytes:
     with path.open("rb") as file:
         return file.read(256)

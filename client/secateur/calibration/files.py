@@ -14,6 +14,7 @@ from secateur.calibration.layer import Doubles, LayerStatistics
 from secateur.calibration.triangle import Floats, Triangle, triangle_length, triangle_size
 from secateur.checks import shown
 from secateur.errors import InvalidStateDict, InvalidStatistics, SecateurError
+from secateur.file_kinds import is_gguf
 from secateur.model_files import map_file
 from secateur.paths import path_of, source_path
 from secateur.tensor_file import TensorFile
@@ -78,6 +79,8 @@ def _gram(triangle: Triangle) -> LocalTensor:
 def read_statistics(path: str | os.PathLike[str]) -> dict[str, LayerStatistics]:
     """Reads statistics: see Statistics.load."""
     place = source_path(path, InvalidStatistics)
+    if is_gguf(place):
+        raise InvalidStatistics(f"{path}: is a GGUF file; read it with Statistics.from_imatrix")
     try:
         file = map_file(place)
     except InvalidStateDict as error:

@@ -40,6 +40,37 @@ class Statistics(Mapping[str, LayerStatistics]):
 
         return cls(read_statistics(path))
 
+    @classmethod
+    def from_imatrix(
+        cls,
+        path: str | os.PathLike[str],
+        names: Mapping[str, str | None] | Callable[[str], str | None] | None = None,
+    ) -> "Statistics":
+        """Reads an importance matrix of llama.cpp: of GGUF, which needs secateur[gguf], or older.
+
+        It has `sum_squares` and `count`; newer ones have `sum` too. The count of an older one is
+        that of chunks of text, and not of tokens.
+
+        Args:
+            path: A file that llama-imatrix has written.
+            names: From the names of GGUF, such as "blk.0.attn_q.weight", to those of the model; a
+                mapping or a function. None as a name leaves a tensor out, and "{expert}" in it
+                stands for the number of an expert. Names that a mapping lacks, and all by default,
+                become those of Llama, Mistral, Qwen2, Qwen3 and their experts, Gemma 2 and 3, and
+                Phi-3.
+
+        Raises:
+            InvalidStatistics: It cannot be read, is damaged, or has names that are unknown.
+            InvalidSpec: `names` is neither a mapping nor a function, or returns no name.
+            SecateurError: The package gguf is needed, and is not installed.
+
+        Warns:
+            NotCalibrated: Some experts had no input. They are absent from the result.
+        """
+        from secateur.calibration.imatrix import read_imatrix
+
+        return cls(read_imatrix(path, names))
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file, whole or not at all: see docs/statistics.md.
 
