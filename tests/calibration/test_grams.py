@@ -1,5 +1,6 @@
 """X^T X of each layer, and layers that share one."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,7 @@ def test_large_inputs_are_cut_into_pieces(monkeypatch: pytest.MonkeyPatch) -> No
     expected = secateur.calibrate(module, [batch], gram=True)
     for size in (1, 7, 100):
         monkeypatch.setattr("secateur.calibration.sums.PIECE", size)
+        monkeypatch.setattr("secateur.calibration.kinds.ROWS", 2)
         found = secateur.calibrate(module, [batch], gram=True)
         assert found["0.weight"] == expected["0.weight"]
         np.testing.assert_allclose(
@@ -181,16 +183,34 @@ def test_a_layer_that_runs_on_some_batches() -> None:
     assert found["b.weight"].count == 6
 
 
-def test_products_are_of_full_precision() -> None:
+@pytest.fixture
+def default_precision() -> Iterator[None]:
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def medium() -> None:
+    torch.set_float32_matmul_precision("medium")
+
+
+MKLDNN: Any = torch.backends.mkldnn
+
+
+def bf16() -> None:
+    MKLDNN.matmul.fp32_precision = "bf16"
+
+
+@pytest.mark.parametrize("choose", [medium, bf16])
+@pytest.mark.usefixtures("default_precision")
+def test_products_are_of_full_precision(choose: Callable[[], None]) -> None:
     """Under autocast, and where the caller allows bfloat16 in the products of the model."""
     layer, x = nn.Linear(8, 8), torch.randn(100, 8)
     expected = x.double().T @ x.double()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        with torch.autocast("cpu", torch.bfloat16):
-            found = secateur.calibrate(layer, [x], gram=True)["weight"]
+    choose()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = secateur.calibrate(layer, [x], gram=True)["weight"]
+    assert MKLDNN.matmul.fp32_precision == "bf16"
+    if choose is medium:
         assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision("highest")
     np.testing.assert_allclose(needed(found.gram), expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(found.sum_squares, expected.diagonal(), rtol=1e-12)

@@ -2,11 +2,12 @@
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import Module
 from torch.nn.utils import parametrizations, prune
 
@@ -257,3 +258,13 @@ def test_progress() -> None:
     assert_close(
         secateur.calibrate(NET, generated(), progress=True), secateur.calibrate(NET, [X, X])
     )
+
+
+def test_distributed_data_parallel(tmp_path: Path) -> None:
+    store = f"file://{tmp_path / 'store'}"
+    distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(NET))
+        assert secateur.calibrate(wrapped, [X], gram=True) == EXPECTED
+    finally:
+        distributed.destroy_process_group()

@@ -38,6 +38,10 @@ def test_the_python_names_take_the_arguments_of_the_contract() -> None:
         secateur.random_structured: ["tensors", "amount", "dim", "seed"],
         secateur.global_unstructured: ["tensors", "amount", "importance"],
         secateur.custom_from_mask: ["masks"],
+        secateur.calibrate: ["module", "batches", "gram"],
+        secateur.Statistics.save: ["self", "path"],
+        secateur.Statistics.load: ["path"],
+        secateur.Statistics.from_imatrix: ["path", "names"],
     }
     for function, names in signatures.items():
         assert list(inspect.signature(function).parameters)[: len(names)] == names

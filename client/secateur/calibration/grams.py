@@ -11,7 +11,7 @@ from torch import Tensor
 from secateur.calibration.triangle import Triangle
 
 # Products in float32 are summed over at most as many rows before they are added in float64.
-_ROWS = 1024
+ROWS = 1024
 
 
 class Gram:
@@ -54,12 +54,14 @@ class Gram:
 
 def _accumulated(matrix: Tensor | None, rows: Iterable[Tensor]) -> Tensor | None:
     for some in rows:
+        if not some.numel():
+            continue
         values = some.cpu() if some.device.type == "mps" else some  # MPS has no float64
         if matrix is None:
             size, device = values.shape[1], values.device
             matrix = torch.zeros(size, size, dtype=torch.float64, device=device)
         with _full_precision(values.device.type):
-            for part in torch.split(values, _ROWS):
+            for part in torch.split(values, ROWS):
                 factor = part if part.dtype == torch.float64 else part.float()
                 matrix += (factor.T @ factor).to(matrix.device)
     return matrix
@@ -68,13 +70,23 @@ def _accumulated(matrix: Tensor | None, rows: Iterable[Tensor]) -> Tensor | None
 @contextmanager
 def _full_precision(device: str) -> Iterator[None]:
     """Multiplies float32 in float32, whatever the caller has chosen for the model."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    backends: list[Any] = [torch.backends.cuda, torch.backends.mkldnn]
+    matmuls = [getattr(backend, "matmul", None) for backend in backends]
+    settings: list[Any] = [one for one in matmuls if hasattr(one, "fp32_precision")]
+    before = [setting.fp32_precision for setting in settings]
+    legacy = None if settings else torch.get_float32_matmul_precision()  # before torch 2.9
     try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        if legacy is not None:
+            torch.set_float32_matmul_precision("highest")
         with torch.autocast(device, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
+        if legacy is not None:
+            torch.set_float32_matmul_precision(legacy)
 
 
 class _Seen(NamedTuple):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import Module
 from torch.nn import functional as F  # noqa: N812
 
+from secateur.calibration.grams import ROWS
 from secateur.calibration.masks import Kept
 from secateur.calibration.sums import Sums, channel_sums, pieces, use_sums
 
@@ -45,7 +46,7 @@ class LinearKind:
         return ()
 
     def rows(self, module: Module, value: Tensor, kept: Kept) -> Iterator[Tensor]:
-        yield from pieces(_tokens(value, kept))
+        yield _tokens(value, kept)
 
 
 def _tokens(value: Tensor, kept: Kept) -> Tensor:
@@ -96,7 +97,7 @@ class ConvKind:
                 length = (module.kernel_size[dim] - 1) * step + 1
                 windows = windows.unfold(dim + 1, length, module.stride[dim])[..., ::step]
             # [channels, positions..., kernel...] -> [positions..., channels, kernel...]
-            yield from pieces(windows.movedim(0, self.dims), self.dims)
+            yield from pieces(windows.movedim(0, self.dims), self.dims, ROWS)
 
 
 def _with_batch(value: Tensor, dims: int) -> Tensor:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Elements that are converted to float64 at once.
-PIECE = 1 << 21
+# Elements that are converted to float64 at once: measured on CPUs, whose allocator maps larger
+# arrays anew each time. Other devices need more, to be busy.
+PIECE = 1 << 19
+_DEVICE_PIECE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -27,22 +29,25 @@ class Sums:
         return Sums(self.count + other.count, totals)
 
 
-def pieces(values: Tensor, rows: int = 1) -> Iterator[Tensor]:
+def pieces(values: Tensor, rows: int = 1, least: int = 1) -> Iterator[Tensor]:
     """Cuts values into matrices of limited size.
 
     Args:
         values: Their first `rows` dimensions become rows, the others columns.
         rows: See above.
+        least: Matrices with so many rows are not too large.
     """
-    columns = max(1, values[(0,) * rows].numel() if values.numel() else 1)
-    inner = max(1, values[0].numel() if len(values) else 1)
-    if rows > 1 and inner > PIECE:
-        for part in values:
-            yield from pieces(part, rows - 1)
+    if not values.numel():
         return
-    for part in torch.split(values, max(1, PIECE // inner)):
-        if part.numel():
-            yield part.reshape(-1, columns)
+    columns = values[(0,) * rows].numel()
+    limit = max(PIECE if values.is_cpu else _DEVICE_PIECE, least * columns)
+    inner = values[0].numel()
+    if rows > 1 and inner > limit:
+        for part in values:
+            yield from pieces(part, rows - 1, least)
+        return
+    for part in torch.split(values, max(1, limit // inner)):
+        yield part.reshape(-1, columns)
 
 
 def channel_sums(rows: Tensor) -> Sums:
