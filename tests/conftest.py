@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
     import secateur
 
+# OpenMP's threads else spin while they wait, on cores that the other processes of a run need. torch
+# reads this variable when it is imported, in this process and in those that it starts.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 Process = subprocess.Popen[bytes] | ForkedProcess
 
 
