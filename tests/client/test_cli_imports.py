@@ -72,15 +72,20 @@ def test_help_and_wrong_usage_import_neither_torch_nor_a_server(
     assert imported(*arguments) == []
 
 
-@pytest.mark.parametrize("output", ["dense", "reparametrized", "masks"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *([*PRUNE, *HALF, "--output", output] for output in ("dense", "reparametrized", "masks")),
+        ["report", "model.safetensors"],
+        ["plan", "model.safetensors"],
+    ],
+    ids=" ".join,
+)
 def test_a_command_with_a_server_imports_no_torch(
-    model: Path, server: RunningServer, output: str
+    model: Path, server: RunningServer, arguments: list[str]
 ) -> None:
-    there = ["--server", server.address]
-    assert imported(*PRUNE, *HALF, "--output", output, *there) == []
-    assert Path("out.safetensors").exists()
-    assert imported("report", model.name, *there) == []
-    assert imported("plan", model.name, *there) == []
+    assert imported(*arguments, "--server", server.address) == []
+    assert Path("out.safetensors").exists() == (arguments[0] == "prune")
 
 
 def test_a_small_file_is_pruned_without_numba_to_the_same_bits(model: Path) -> None:

@@ -202,11 +202,12 @@ def test_silent_scrapers_have_a_limited_number_of_connections() -> None:
 
 
 _DYING = """
-import time, runpy, grpc._server
+import time, runpy, grpc._server, secateur_server.app
 def _serve(state):
     time.sleep(0.5)
     raise MemoryError
 grpc._server._serve = _serve
+secateur_server.app.warm_up = lambda *arguments: None
 runpy.run_module("secateur_server", run_name="__main__")
 """
 
