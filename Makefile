@@ -24,7 +24,7 @@ accuracy: $(READY)  ## 3 minutes: the accuracy of a LeNet after each method, as 
 	$(BIN)/python -m examples.accuracy
 
 test: lint kernels  ## what CI runs, with --jobs 2: all checks, and all tests except slow ones
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 3 --dist worksteal
 
 test-slow: $(READY)  ## tests that take minutes or gigabytes, and five times as many examples of each property
 	$(BIN)/pytest -m 'slow or hypothesis' --hypothesis-profile long
