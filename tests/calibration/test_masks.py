@@ -73,6 +73,13 @@ def constant(mask: Any, batch: Any) -> Any:
     return mask
 
 
+def test_layers_that_the_default_mask_does_not_fit() -> None:
+    batch = {"input_ids": IDS, "attention_mask": MASK}
+    assert secateur.calibrate(MODEL, [batch], layers="pool")["pool.weight"].count == 2
+    with pytest.raises(secateur.InvalidSpec, match=r"begins with \[2, 3\]; give mask=False"):
+        secateur.calibrate(MODEL, [batch], layers="pool", mask="attention_mask")
+
+
 def test_a_mask_of_other_types() -> None:
     expected = secateur.calibrate(MODEL, [{"input_ids": IDS, "attention_mask": MASK}])
     for mask in (MASK.tolist(), MASK.numpy(), MASK.bool()):

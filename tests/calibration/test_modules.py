@@ -245,6 +245,13 @@ def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], mess
         secateur.calibrate(**given)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_a_script_module_has_no_layers() -> None:
+    module = torch.jit.script(nn.Linear(8, 2))
+    with pytest.raises(secateur.InvalidSpec, match="those in a ScriptModule are not seen"):
+        secateur.calibrate(module, [X])
+
+
 def test_progress() -> None:
     seen: list[tuple[int, int]] = []
     secateur.calibrate(NET, [X, X], progress=lambda *shown: seen.append(shown))

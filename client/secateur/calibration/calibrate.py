@@ -41,7 +41,7 @@ def calibrate(
         such as DataParallel. A tied weight has its first name, and the sums of all of its uses.
 
     Raises:
-        InvalidStateDict: `module` is not a torch.nn.Module, or is a ScriptModule.
+        InvalidStateDict: `module` is not a torch.nn.Module.
         InvalidSpec: An argument is wrong.
         InvalidStatistics: An input of a layer is NaN or infinite.
         SecateurError: torch is not installed.

@@ -19,9 +19,14 @@ from secateur.calibration.sums import Sums, first_infinite
 from secateur.calibration.targets import Target, targets_of
 from secateur.calibration.triangle import Triangle
 from secateur.checks import flag
-from secateur.errors import InvalidSpec, InvalidStatistics, NotCalibrated, SecateurError
+from secateur.errors import (
+    InvalidSpec,
+    InvalidStateDict,
+    InvalidStatistics,
+    NotCalibrated,
+    SecateurError,
+)
 from secateur.evaluation import arguments_of, in_evaluation
-from secateur.in_place import check_module
 from secateur.progress import Progress, show_progress
 from secateur.tables import listed
 
@@ -37,7 +42,8 @@ def collect(
     progress: Progress,
 ) -> dict[str, LayerStatistics]:
     """Returns the statistics of each layer: see secateur.calibrate."""
-    check_module(module)
+    if not isinstance(module, Module):
+        raise InvalidStateDict(f"a torch.nn.Module is needed, not {type(module).__name__}")
     _check_batches(batches)
     targets = targets_of(module, layers)
     collector = _Collector(targets, flag("gram", gram))
@@ -48,7 +54,10 @@ def collect(
         collector.hooked(module),
     ):
         for index, batch in enumerate(batches):
-            collector.run(module, index, batch, kept_of(mask, batch))
+            kept = kept_of(mask, batch)
+            collector.run(module, index, batch, kept)
+            if mask is not None or layers is None:  # the default may fit none of a few layers
+                kept.check_used()
             advance(1)
     if collector.batches == 0:
         raise InvalidSpec("batches: has no batch")
@@ -132,7 +141,6 @@ class _Collector:
         except Exception as error:
             error.add_note(f"secateur.calibrate ran the module on batch {index}")
             raise
-        kept.check_used()
 
     def _hook(self, target: Target) -> Any:
         def see(module: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:

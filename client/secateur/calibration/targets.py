@@ -44,7 +44,10 @@ def targets_of(module: Module, layers: str | Sequence[str] | None) -> list[Targe
     """
     found = _of_one_use(list(_all(module)))
     if not found:
-        raise InvalidSpec("module: has no Linear, convolution, Embedding or MultiheadAttention")
+        raise InvalidSpec(
+            "module: has no Linear, convolution, Embedding or MultiheadAttention; "
+            "those in a ScriptModule are not seen"
+        )
     if layers is None:
         return found
     chosen: set[str] = set()
