@@ -84,7 +84,7 @@ def work(context: RequestContext, name: str, is_plan: bool) -> None:
         return
     pruned, choices = prune(context, PARAMETERS, rules, {})
     report = encode_report(context, measure_tensors(context, pruned), CATALOG, "", "", choices)
-    changes = changes_of(context, report, CATALOG, PARAMETERS)
+    changes = changes_of(context, report, CATALOG, PARAMETERS, pruned)
     warnings_of(context, report, asked, rules, CATALOG, changes)
 
 

@@ -10,12 +10,12 @@ from secateur_server.api.answers import Made, written
 from secateur_server.api.convert.checkpoint import checkpoint_message
 from secateur_server.api.convert.report import encode_report
 from secateur_server.api.rules import before, check_prior, groups_of, reads_of
-from secateur_server.api.smaller import describe_smaller
+from secateur_server.api.smaller import add_shrinkage
 from secateur_server.cut.prune import prune
 from secateur_server.errors import CheckpointNotFound, InvalidRequest, InvalidSpec
 from secateur_server.granularity.group import Group
 from secateur_server.outputs import OUTPUTS
-from secateur_server.report.tensors import measure_tensors
+from secateur_server.report.shrinkage import measure_sent
 from secateur_server.report.warnings import NOT_SMALLER, changes_of, warnings_of
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.decode import decode_spec
@@ -118,10 +118,12 @@ def _prune(
     with context.stage("encode"):
         files = OUTPUTS[header.output].files(context, state_dict, pruned, groups)
         digests = incoming.digest(), digest_of(files)
-        measured, catalog = measure_tensors(context, pruned), state_dict.catalog
+        measured = measure_sent(context, pruned, state_dict.shrinking)
+        catalog = state_dict.catalog
         report = encode_report(context, measured, catalog, *digests, outcomes)
-        changes = changes_of(context, report, catalog, prior)
-        describe_smaller(context, report, state_dict, groups, {**prior, **pruned})
+        changes = changes_of(context, report, catalog, prior, pruned)
+        if state_dict.shrinking is not None:
+            add_shrinkage(context, report, state_dict, groups, {**prior, **pruned})
         warnings = warnings_of(context, report, asked, rules, catalog, changes)
         if header.output == pb.OUTPUT_PACKED:
             warnings = [warning for warning in warnings if warning.code != NOT_SMALLER]

@@ -112,12 +112,16 @@ def changes_of(
     report: pb.SparsityReport,
     catalog: Catalog,
     before: Mapping[str, Parameter],
+    after: Mapping[str, Parameter],
 ) -> list[Change]:
-    """Compares each tensor of a report with the parameters before the Prune."""
+    """Compares each tensor of a report with the parameters before the Prune and after it.
+
+    A tensor that loses slices is wholly zero if what is sent of it is: what is removed was pruned.
+    """
     changes = []
     for tensor in context.each(report.tensors):
         name, seen = tensor.name, before[tensor.name].scan
-        pruned = tensor.pruned - before[name].count_pruned(context)
+        pruned = after[name].count_pruned(context) - before[name].count_pruned(context)
         was_zero = pruned == 0 or (seen is not None and seen.largest == 0)
         is_wholly_zero = not was_zero and tensor.zeros == tensor.total
         changes.append(Change(name, catalog.prunable[name], pruned, is_wholly_zero))

@@ -58,21 +58,6 @@ def encode_report(
     return report
 
 
-def replace_tensors(report: SparsityReport, measured: MeasuredTensors) -> None:
-    """Puts the counts of a shrunk model in place of those of the model before.
-
-    Args:
-        report: Of the same tensors.
-        measured: As measure_sent returns it.
-    """
-    aliases = {tensor.name: list(tensor.aliases) for tensor in report.tensors}
-    del report.tensors[:]
-    report.MergeFromString(_tensors(measured, is_folded=False))
-    for tensor in report.tensors:
-        tensor.aliases.extend(aliases[tensor.name])
-    _add_up(report)
-
-
 def _add_up(report: SparsityReport) -> None:
     tensors = list(report.tensors)
     report.zeros = sum(tensor.zeros for tensor in tensors)
