@@ -108,9 +108,33 @@ def flags_of(masks: Sequence[Mask]) -> Tensor:
     return flags.view(len(masks), -1)[:, : masks[0].elements]
 
 
+def all_kept(context: RequestContext, elements: int, device: torch.device) -> Mask:
+    """The mask of a tensor that keeps all elements."""
+    bits = allocate(context, (elements + 7) // 8, backend_for(device)).fill_(0xFF)
+    if elements % 8:
+        bits[-1] = (1 << elements % 8) - 1
+    return Mask(bits, elements, elements)
+
+
 def expand(context: RequestContext, kept: Tensor, shape: Sequence[int], dim: int) -> Mask:
     """The mask of a tensor from its slices along a dimension.  kept: bool, flat."""
     outer, size, inner = around(shape, dim)
+    backend, elements = backend_for(kept.device), outer * size * inner
+    if inner % 8 == 0:  # each slice is whole bytes
+        whole = (kept.to(torch.uint8) * 0xFF).view(1, size, 1)
+        bits = allocate(context, elements // 8, backend)
+        bits.view(outer, size, inner // 8).copy_(whole)
+        return Mask(bits, elements)
+    if size * inner % 8 == 0 and size * inner <= backend.piece:  # a pattern of whole bytes
+        bits = allocate(context, elements // 8, backend)
+        bits.view(outer, -1).copy_(backend.pack(kept.repeat_interleave(inner)))
+        return Mask(bits, elements)
+    return _expand(context, kept, (outer, size, inner))
+
+
+def _expand(context: RequestContext, kept: Tensor, sizes: tuple[int, int, int]) -> Mask:
+    """Does `expand` where slices share bytes."""
+    outer, size, inner = sizes
     # Of the runs of `inner` elements every size-th belongs to one slice: where a piece begins
     # within the pattern is all that there is to know.
     most = min(backend_for(kept.device).piece, outer * size * inner) // inner + 2
@@ -123,6 +147,30 @@ def expand(context: RequestContext, kept: Tensor, shape: Sequence[int], dim: int
         return elements[begin - first * inner :][: end - begin]
 
     return mask_of(context, flags, outer * size * inner, kept.device)
+
+
+def kept_slices(context: RequestContext, mask: Mask, shape: Sequence[int], dim: int) -> Tensor:
+    """Which slices along a dimension have a kept element.  Returns: bool, as long as it."""
+    outer, size, inner = around(shape, dim)
+    bits, backend = mask.bits, backend_for(mask.bits.device)
+    if inner % 8 == 0:  # each slice is whole bytes
+        in_bytes = (outer, size, inner // 8)
+        return any_of_slices(context, lambda b, e: bits[b:e] != 0, in_bytes, 1, bits.device)
+    if size * inner % 8 == 0 and len(bits) <= backend.piece:
+        either = _either(bits.view(outer, -1))
+        return backend.unpack(either, size * inner).view(size, inner).any(1)
+    return any_of_slices(context, mask.flags, shape, dim, bits.device)
+
+
+def _either(lines: Tensor) -> Tensor:
+    """The bits that are 1 in any line.  lines: uint8, (lines, bytes)."""
+    while len(lines) > 1:
+        half = len(lines) // 2
+        odd = lines[2 * half :]
+        lines = lines[:half] | lines[half : 2 * half]
+        if len(odd):
+            lines[:1] |= odd
+    return lines[0]
 
 
 def any_of_slices(

@@ -4,12 +4,13 @@ from array import array
 from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from secateur_server.backends import backend_for, spans
 from secateur_server.backends.keys import signed_bits
-from secateur_server.backends.masks import Mask, any_of_slices, expand, mask_of_flags
+from secateur_server.backends.masks import Mask, expand, kept_slices, mask_of_flags
 from secateur_server.backends.norms import vector_norms
 from secateur_server.backends.pieces import around
 from secateur_server.errors import DimOutOfRange, InvalidSpec, quote
@@ -98,15 +99,16 @@ def _units_of_range(member: Member, size: int) -> int:
 
 def _indices(member: Member) -> Tensor:
     """The indices as int64. Those of 2^63 and more are negative."""
-    return torch.frombuffer(array("Q", member.indices), dtype=torch.int64)
+    held = member.indices if isinstance(member.indices, array) else array("Q", member.indices)
+    return torch.frombuffer(held, dtype=torch.int64)
 
 
 def slices_of(member: Member, device: torch.device) -> Tensor:
     """Returns the indices of the slices of each unit: int64, (units, slices of a unit)."""
     if len(member.indices):
         return _indices(member).to(device).view(member.units, -1)
-    every = torch.arange(member.units * member.stride, device=device) + member.offset
-    return every.view(member.units, member.stride)
+    every = np.arange(member.offset, member.offset + member.units * member.stride)
+    return torch.from_numpy(every.reshape(member.units, -1)).to(device)
 
 
 def candidate_units(
@@ -119,7 +121,7 @@ def candidate_units(
         mask, shape = parameter.mask, parameter.weight.shape
         if mask is None:
             return None
-        found = any_of_slices(context, mask.flags, shape, member.dim, mask.bits.device)
+        found = kept_slices(context, mask, shape, member.dim)
         of_units = found[slices_of(member, found.device)].any(1)
         candidates = of_units if candidates is None else candidates | of_units
     assert candidates is not None, "a group has a member"
@@ -135,11 +137,21 @@ def member_scores(
         Float64, one for each unit.
     """
     weight, mask = parameter.weight, parameter.mask
-    slices = slices_of(member, weight.device)
     outer, size, inner = around(weight.shape, member.dim)
+    backend, elements = backend_for(weight.device), outer * inner * member.slices_of_unit
+    parts = spans(member.units, max(1, backend.piece // 8 // max(1, elements)))
+    if mask is None and _is_tiled(member, size):
+        first = member.offset // member.stride
+        by_unit = weight.reshape(outer, size // member.stride, -1)
+
+        def norms_of(span: tuple[int, int]) -> Tensor:
+            begin, end = (first + unit for unit in span)
+            return vector_norms(by_unit, begin, end, p, backend, elements)
+
+        return torch.cat(backend.map(context, norms_of, parts))
+    slices = slices_of(member, weight.device)
     by_slice = weight.reshape(outer, size, inner)
     kept = None if mask is None else mask.whole(context, (outer, size, inner))
-    backend, elements = backend_for(weight.device), outer * inner * slices.shape[1]
 
     def scores_of(span: tuple[int, int]) -> Tensor:
         index = slices[slice(*span)].reshape(-1)
@@ -149,8 +161,13 @@ def member_scores(
         rows = part.transpose(0, 1).reshape(1, -1, elements).contiguous()
         return vector_norms(rows, 0, rows.shape[1], p, backend, elements)
 
-    parts = spans(member.units, max(1, backend.piece // 8 // max(1, elements)))
     return torch.cat(backend.map(context, scores_of, parts))
+
+
+def _is_tiled(member: Member, size: int) -> bool:
+    """Whether the units of a member are some of those that its dimension of `size` divides into."""
+    is_run = not len(member.indices) and size % member.stride == 0
+    return is_run and member.offset % member.stride == 0
 
 
 def expand_group(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from secateur_proto import spec_pb2 as pb
-from secateur_server.backends.masks import Mask, any_of_slices, expand, mask_of_flags
+from secateur_server.backends.masks import Mask, expand, kept_slices, mask_of_flags
 from secateur_server.backends.norms import slice_norms
 from secateur_server.backends.pieces import around
 from secateur_server.errors import DimOutOfRange, NotStructured, quote
@@ -53,7 +53,7 @@ class Slice:
     def candidates(self, context: RequestContext, values: Tensor, mask: Mask | None) -> Mask | None:
         if mask is None:
             return None
-        found = any_of_slices(context, mask.flags, values.shape, self.dim, mask.bits.device)
+        found = kept_slices(context, mask, values.shape, self.dim)
         return mask_of_flags(context, found)
 
     def scores(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from secateur_server.backends import allocate, backend_for, spans
 from secateur_server.backends.keys import signed_bits
-from secateur_server.backends.masks import Mask
+from secateur_server.backends.masks import Mask, all_kept
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.parameter import Parameter
 
@@ -72,36 +72,44 @@ def smaller_parts(values: Tensor, mask: Mask | None, kept: Slices) -> Iterator[T
 def smaller_parameter(
     context: RequestContext, name: str, parameter: Parameter, shrinking: Shrinking
 ) -> Parameter:
-    """Returns a copy of a parameter without the slices that are removed.
+    """Returns a parameter without the slices that are removed, to be measured.
 
     Args:
         context: The request. A large copy is on disk.
         name: Of the parameter, which loses slices.
         parameter: Its weight and its mask are not changed.
         shrinking: The kept slices.
+
+    Returns:
+        A copy. Its weight has no values of its own where it is known that none of them is zero.
     """
     weight, mask, kept = parameter.weight, parameter.mask, shrinking.slices[name]
-    shape, backend = smaller_shape(weight.shape, kept), backend_for(weight.device)
-    elements = math.prod(shape)
-    smaller = allocate(context, elements * weight.element_size(), backend).view(weight.dtype)
+    shape = smaller_shape(weight.shape, kept)
+    if mask is not None and shrinking.removes_all_pruned(context, name, parameter):
+        mask = all_kept(context, math.prod(shape), weight.device)
+    elif mask is not None:
+        mask = _smaller_mask(context, mask, weight, kept)
+    if parameter.is_nonzero:
+        return Parameter(weight.new_empty(()).expand(shape), mask, parameter.scan)
+    size, backend = math.prod(shape) * weight.element_size(), backend_for(weight.device)
+    smaller = allocate(context, size, backend).view(weight.dtype)
     begin = 0
     for part in context.each(smaller_parts(weight, None, kept)):
         smaller[begin : begin + len(part)].copy_(part)
         begin += len(part)
-    if mask is None:
-        return Parameter(smaller.view(shape))
-    if shrinking.removes_all_pruned(context, name, parameter):
-        bits = allocate(context, (elements + 7) // 8, backend).fill_(0xFF)
-        if elements % 8:
-            bits[-1] = (1 << elements % 8) - 1
-        return Parameter(smaller.view(shape), Mask(bits, elements, elements))
+    return Parameter(smaller.view(shape), mask)
+
+
+def _smaller_mask(context: RequestContext, mask: Mask, weight: Tensor, kept: Slices) -> Mask:
+    """The mask of a weight without its other slices."""
+    elements, backend = math.prod(smaller_shape(weight.shape, kept)), backend_for(weight.device)
     flags = allocate(context, elements, backend).view(torch.bool)
     begin = 0
     of_mask = _smaller(mask.flags, weight.shape, _on(weight.device, kept), backend.piece)
     for part in context.each(of_mask):
         flags[begin : begin + len(part)] = part
         begin += len(part)
-    return Parameter(smaller.view(shape), Mask(backend.pack(flags), elements))
+    return Mask(backend.pack(flags), elements)
 
 
 def _smaller(read: Read, shape: Sequence[int], kept: Slices, piece: int) -> Iterator[Tensor]:
