@@ -5,11 +5,11 @@ core from one of them; threads that each take whole pieces do not. Nothing that 
 depend on the others, so no number of threads shows in a result.
 """
 
-import itertools
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
+from typing import Generic
 
 import torch
 from blake3 import blake3
@@ -56,11 +56,31 @@ def map_on_cores(
     """As Backend.map, on all cores."""
     pieces = list(pieces)
     # One piece waits for no other thread; a thread of the pool must not wait for the pool.
-    if len(pieces) == 1 or getattr(_thread, "in_pool", False):
+    if len(pieces) <= 1 or getattr(_thread, "in_pool", False):
         return context.map(function, pieces)
-    # Many small ones are sooner done than handed over one by one.
-    size = max(1, len(pieces) // (8 * CORES))
-    shares = [pieces[begin : begin + size] for begin in range(0, len(pieces), size)]
+    shared = _Shared(context, function, pieces)
+    threads = range(min(CORES, len(pieces)))
+    list(_pool().map(lambda _: shared.work(), threads))
+    return [shared.found[index] for index in range(len(pieces))]
 
-    found = _pool().map(lambda share: context.map(function, share), shares)
-    return list(itertools.chain.from_iterable(found))
+
+class _Shared(Generic[Item, Found]):
+    """Pieces that several threads take one by one, so that none waits for a slower one."""
+
+    def __init__(
+        self, context: RequestContext, function: Callable[[Item], Found], pieces: Sequence[Item]
+    ) -> None:
+        self.found: dict[int, Found] = {}
+        self._context, self._function = context, function
+        self._left: Iterator[tuple[int, Item]] = iter(enumerate(pieces))  # the GIL is its lock
+
+    def work(self) -> None:
+        """Works until no piece is left, or a thread fails."""
+        try:
+            while (taken := next(self._left, None)) is not None:
+                self._context.check()
+                index, piece = taken
+                self.found[index] = self._function(piece)
+        except BaseException:
+            self._left = iter(())
+            raise
