@@ -103,6 +103,13 @@ def _indices(member: Member) -> Tensor:
     return torch.frombuffer(held, dtype=torch.int64)
 
 
+def place_of(member: Member, device: torch.device) -> slice | Tensor:
+    """Returns an index of the slices of all units, unit by unit, along the dimension."""
+    if len(member.indices):
+        return _indices(member).to(device)
+    return slice(member.offset, member.offset + member.units * member.stride)
+
+
 def slices_of(member: Member, device: torch.device) -> Tensor:
     """Returns the indices of the slices of each unit: int64, (units, slices of a unit)."""
     if len(member.indices):
@@ -122,7 +129,7 @@ def candidate_units(
         if mask is None:
             return None
         found = kept_slices(context, mask, shape, member.dim)
-        of_units = found[slices_of(member, found.device)].any(1)
+        of_units = found[place_of(member, found.device)].view(member.units, -1).any(1)
         candidates = of_units if candidates is None else candidates | of_units
     assert candidates is not None, "a group has a member"
     return mask_of_flags(context, candidates)
@@ -140,17 +147,15 @@ def member_scores(
     outer, size, inner = around(weight.shape, member.dim)
     backend, elements = backend_for(weight.device), outer * inner * member.slices_of_unit
     parts = spans(member.units, max(1, backend.piece // 8 // max(1, elements)))
-    if mask is None and _is_tiled(member, size):
-        first = member.offset // member.stride
-        by_unit = weight.reshape(outer, size // member.stride, -1)
+    by_slice = weight.reshape(outer, size, inner)
+    if mask is None and member.stride == 1 and not len(member.indices):
 
         def norms_of(span: tuple[int, int]) -> Tensor:
-            begin, end = (first + unit for unit in span)
-            return vector_norms(by_unit, begin, end, p, backend, elements)
+            begin, end = (member.offset + unit for unit in span)
+            return vector_norms(by_slice, begin, end, p, backend, elements)
 
         return torch.cat(backend.map(context, norms_of, parts))
     slices = slices_of(member, weight.device)
-    by_slice = weight.reshape(outer, size, inner)
     kept = None if mask is None else mask.whole(context, (outer, size, inner))
 
     def scores_of(span: tuple[int, int]) -> Tensor:
@@ -164,12 +169,6 @@ def member_scores(
     return torch.cat(backend.map(context, scores_of, parts))
 
 
-def _is_tiled(member: Member, size: int) -> bool:
-    """Whether the units of a member are some of those that its dimension of `size` divides into."""
-    is_run = not len(member.indices) and size % member.stride == 0
-    return is_run and member.offset % member.stride == 0
-
-
 def expand_group(
     context: RequestContext, kept: Mask, group: Group, parameters: Mapping[str, Parameter]
 ) -> dict[str, Mask]:
@@ -179,8 +178,7 @@ def expand_group(
     for member in context.each(group.members):
         shape = parameters[member.tensor].weight.shape
         slices = torch.ones(shape[member.dim], dtype=torch.bool, device=units.device)
-        pruned = slices_of(member, units.device)[~units]
-        slices[pruned.reshape(-1)] = False
+        slices[place_of(member, units.device)] = units.repeat_interleave(member.slices_of_unit)
         mask = expand(context, slices, shape, member.dim)
         before = masks.get(member.tensor)
         masks[member.tensor] = mask if before is None else mask.both(context, before)

@@ -21,6 +21,7 @@ from secateur_server.granularity.groups import (
     candidate_units,
     expand_group,
     member_scores,
+    place_of,
     slices_of,
 )
 from secateur_server.runtime.context import RequestContext
@@ -48,7 +49,7 @@ def candidates_of(
             shape = parameters[members[0].tensor].weight.shape
             outer, size, inner = around(shape, members[0].dim)
             flags = flags_of(present).view(-1, outer, size, inner)
-            found.append(flags.any(3).any(1).view(-1)[_slices(members, size, flags.device)].any(2))
+            found.append(_by_unit(flags.any(3).any(1), members).any(2))
         return masks_of(torch.stack(found).any(0))
 
     def one(place: int) -> Mask | None:
@@ -141,31 +142,34 @@ def _slots(groups: Sequence[Group], places: Sequence[int]) -> Iterator[tuple[Mem
     return zip(*(groups[place].members for place in places), strict=True)
 
 
-def _slices(members: Sequence[Member], size: int, device: torch.device) -> Tensor:
-    """The slices of each unit, for tensors of `size` slices that are concatenated.
+def _by_unit(values: Tensor, members: Sequence[Member]) -> Tensor:
+    """Values of all slices, (members, size, ...), as (members, units, slices of a unit, ...)."""
+    places = _places(members, values.device)
+    chosen = values[places] if isinstance(places, tuple) else values[:, places]
+    return chosen.reshape(len(members), members[0].units, -1, *values.shape[2:])
 
-    Returns: int64, (members, units, slices of a unit).
-    """
-    if len(members[0].indices):
-        slices = torch.stack([slices_of(member, device) for member in members])
-    else:
-        slices = slices_of(members[0], device).expand(len(members), -1, -1)
-    return slices + size * torch.arange(len(members), device=device).view(-1, 1, 1)
+
+def _places(members: Sequence[Member], device: torch.device) -> slice | tuple[Tensor, Tensor]:
+    """An index of the slices of all units: along a dimension, or of members and slices."""
+    place = place_of(members[0], device)
+    if isinstance(place, slice):
+        return place
+    slices = torch.stack([slices_of(member, device).view(-1) for member in members])
+    return torch.arange(len(members), device=device).view(-1, 1), slices
 
 
 def _scores(members: Sequence[Member], parameters: Parameters, p: float) -> Tensor:
     """Does member_scores for each member.  Returns: (members, units)."""
     of_members = [parameters[member.tensor] for member in members]
     weight, first = of_members[0].weight, members[0]
-    outer, size, inner = shape = around(weight.shape, first.dim)
+    outer, _, inner = shape = around(weight.shape, first.dim)
     bits = torch.stack([signed_bits(parameter.weight)[0] for parameter in of_members])
     bits = bits.view(-1, *shape)
     masks = [parameter.mask for parameter in of_members if parameter.mask is not None]
     if masks:
         bits = bits * flags_of(masks).view(bits.shape)
-    slices = _slices(members, size, weight.device)
-    elements = outer * inner * slices.shape[2]
-    lines = bits.transpose(1, 2).reshape(-1, outer * inner).index_select(0, slices.reshape(-1))
+    elements = outer * inner * first.slices_of_unit
+    lines = _by_unit(bits.transpose(1, 2), members).contiguous()
     rows = lines.view(weight.dtype).view(1, -1, elements)
     norms = vector_norms(rows, 0, rows.shape[1], p, backend_for(weight.device), elements)
     return norms.view(len(members), -1)
@@ -174,7 +178,9 @@ def _scores(members: Sequence[Member], parameters: Parameters, p: float) -> Tens
 def _expanded(members: Sequence[Member], pruned: Tensor, parameters: Parameters) -> list[Mask]:
     """The masks of the members' tensors. `pruned` is bool, (members, units)."""
     outer, size, inner = around(parameters[members[0].tensor].weight.shape, members[0].dim)
-    kept = torch.ones(len(members) * size, dtype=torch.bool, device=pruned.device)
-    kept[_slices(members, size, pruned.device)[pruned].reshape(-1)] = False
+    kept = torch.ones(len(members), size, dtype=torch.bool, device=pruned.device)
+    of_slices = (~pruned).repeat_interleave(members[0].slices_of_unit, 1)
+    places = _places(members, pruned.device)
+    kept[places if isinstance(places, tuple) else (slice(None), places)] = of_slices
     lines = kept.view(-1, 1, size, 1).expand(-1, outer, -1, inner)
     return masks_of(lines.reshape(len(members), -1))

@@ -1,5 +1,6 @@
 """The units of groups that a shrunk model keeps, and the slices of tensors that they are."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from secateur_server.errors import InvalidSpec, quote
 from secateur_server.granularity.group import Group, Member
-from secateur_server.granularity.groups import slices_of
+from secateur_server.granularity.groups import place_of, slices_of
 from secateur_server.granularity.groups_at_once import candidates_of
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.catalog import Catalog
@@ -40,8 +41,11 @@ def _check_disjoint(context: RequestContext, groups: Sequence[Group], catalog: C
     """Refuses two members that name one slice of a tensor."""
     owners: dict[tuple[str, int], Tensor] = {}
     members = [(group.name, member) for group in groups for member in group.every]
+    counts = Counter((member.tensor, member.dim) for _, member in members)
     for place, (name, member) in enumerate(context.each(members)):
         at = member.tensor, member.dim
+        if counts[at] == 1:  # a member alone names each slice once
+            continue
         size = catalog.shape_of(member.tensor)[member.dim]
         owner = owners.setdefault(at, torch.full((size,), -1))
         slices = slices_of(member, owner.device).reshape(-1)
@@ -107,7 +111,7 @@ def shrinking_of(
         units.append((group.name, kept))
         if not bool(kept.all()):
             for member in context.each(group.every):
-                _remove(remaining, member, ~kept, catalog)
+                _remove(remaining, member, kept, catalog)
     slices = {
         name: {dim: flags.nonzero().view(-1) for dim, flags in by_dim.items()}
         for name, by_dim in remaining.items()
@@ -117,10 +121,12 @@ def shrinking_of(
 
 
 def _remove(
-    remaining: dict[str, dict[int, Tensor]], member: Member, removed: Tensor, catalog: Catalog
+    remaining: dict[str, dict[int, Tensor]], member: Member, kept: Tensor, catalog: Catalog
 ) -> None:
-    """Flags the slices of removed units as gone."""
+    """Flags the slices of a member that are kept with their units, and those that are not."""
     of_tensor = remaining.setdefault(member.tensor, {})
-    size = catalog.shape_of(member.tensor)[member.dim]
-    flags = of_tensor.setdefault(member.dim, torch.ones(size, dtype=torch.bool))
-    flags[slices_of(member, flags.device)[removed].reshape(-1)] = False
+    if member.dim not in of_tensor:
+        size = catalog.shape_of(member.tensor)[member.dim]
+        of_tensor[member.dim] = torch.ones(size, dtype=torch.bool)
+    flags, each = of_tensor[member.dim], member.slices_of_unit
+    flags[place_of(member, flags.device)] = kept.repeat_interleave(each) if each > 1 else kept

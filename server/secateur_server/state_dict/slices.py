@@ -44,7 +44,7 @@ class Shrinking:
 
 def smaller_shape(shape: Sequence[int], kept: Slices) -> tuple[int, ...]:
     """Returns the shape of a tensor without its other slices."""
-    return tuple(len(kept[dim]) if dim in kept else size for dim, size in enumerate(shape))
+    return tuple(kept[dim].numel() if dim in kept else size for dim, size in enumerate(shape))
 
 
 def smaller_parts(values: Tensor, mask: Mask | None, kept: Slices) -> Iterator[Tensor]:

@@ -132,7 +132,7 @@ def _file(
 
     if size <= CHUNK_BYTES:  # the parts of a small file are made once
         return bytes_file(context, filename, b"".join(parts()))
-    return OutgoingFile(filename, size, _digest(context, parts()), parts)
+    return OutgoingFile(filename, size, _digest(context, parts(), size), parts)
 
 
 def on_host(data: torch.Tensor) -> Iterator[memoryview]:
@@ -153,7 +153,7 @@ def state_dict_head(
 
 def bytes_file(context: RequestContext, filename: str, data: bytes) -> OutgoingFile:
     """A file of `data`."""
-    return OutgoingFile(filename, len(data), _digest(context, [data]), lambda: [data])
+    return OutgoingFile(filename, len(data), _digest(context, [data], len(data)), lambda: [data])
 
 
 def digest_of(files: Sequence[OutgoingFile]) -> str:
@@ -200,8 +200,12 @@ _PART_BYTES = 16 << 20
 _JOINED_BYTES = 1 << 16
 
 
-def _digest(context: RequestContext, parts: Iterable[Bytes]) -> str:
-    digest = blake3(max_threads=blake3.AUTO)  # large parts are hashed by all cores
+# From this size on a file is hashed by all cores, which wait for each other after each part.
+_HASHED_BY_ALL = 32 << 20
+
+
+def _digest(context: RequestContext, parts: Iterable[Bytes], size: int) -> str:
+    digest = blake3(max_threads=blake3.AUTO if size >= _HASHED_BY_ALL else 1)
     for part in track_progress(context, parts):
         digest.update(part)
     return digest.hexdigest()
