@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from torch.nn import Module, MultiheadAttention
 
 from secateur.checks import shown
+from secateur.cycles import no_search_for_cycles
 from secateur.entries import from_module
 from secateur.errors import InvalidSpec
 from secateur.evaluation import arguments_of, in_evaluation, logged_from
@@ -39,8 +40,10 @@ def trace(module: Any, example_inputs: Any) -> tuple[list[Group], dict[str, str]
         if name in names
     }
     weights = {name for name, one in parameters.items() if one.dim() > 1}
-    units = follow(_exported(module, example_inputs), names)
-    found = groups(units, weights, parameters, _fixed(module, names))
+    program = _exported(module, example_inputs)
+    with no_search_for_cycles():
+        units = follow(program, names)
+        found = groups(units, weights, parameters, _fixed(module, names))
     used = {named.tensor for named in units.named}
     unused = {name: _UNUSED for name in parameters if name in weights - used}
     with _as_it_was(module):
