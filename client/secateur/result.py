@@ -45,6 +45,7 @@ class _Result:
         self._groups = groups
         self._example_inputs = example_inputs
 
+    @no_search_for_cycles()
     def shrink(self, module: Any, example_inputs: Any = None) -> Any:
         """Returns a smaller copy of a torch.nn.Module, with the shrunk tensors in its layers.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from secateur_server.backends import kernels
 from secateur_server.backends.keys import BITS
-from secateur_server.backends.masks import any_of_slices, expand
+from secateur_server.backends.masks import any_of_slices, expand, kept_slices
 from secateur_server.backends.norms import slice_norms
 from secateur_server.backends.numba_backend import NumbaBackend
 from secateur_server.backends.pieces import DIGIT_BITS, Piece, Stored
@@ -280,7 +280,7 @@ def test_random_keys_are_the_same_in_every_backend(state: int, begin: int) -> No
         assert torch.equal(part.kept, found[0].kept)
 
 
-SHAPES = st.lists(st.integers(1, 7), min_size=1, max_size=4)
+SHAPES = st.lists(st.integers(1, 8), min_size=1, max_size=4)
 
 
 @many
@@ -299,6 +299,8 @@ def test_masks_of_slices_and_of_elements(shape: list[int], data: st.DataObject, 
         found = any_of_slices(
             RequestContext(), lambda begin, end: flags[begin:end], shape, dim, CPU
         )
+        by_mask = kept_slices(RequestContext(), packed(noise), shape, dim)
+    assert torch.equal(by_mask, found)
     assert torch.equal(unpacked(Parameter(torch.empty(shape), mask)), whole)
     assert torch.equal(found, noise.movedim(dim, 0).flatten(1).any(1) if noise.dim() > 1 else noise)
 

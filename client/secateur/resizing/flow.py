@@ -4,7 +4,6 @@ torch.fx traces modules without branches on data. Along its graph this follows t
 channels or features, through what it knows to keep them; everything else ends the check there.
 """
 
-import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from secateur.resizing.copying import deep_copy
 from secateur.resizing.misfit import Misfit
 
 _ADVICE = "put both in one group"
@@ -73,7 +73,7 @@ def _follow(module: nn.Module, made: nn.Module) -> None:
 def _graph(module: nn.Module) -> fx.Graph | None:
     tensors = (*module.parameters(), *module.buffers())
     try:  # of a copy: the forward method may set attributes
-        traced = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+        traced = deep_copy(module, {id(tensor): tensor for tensor in tensors})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return fx.Tracer().trace(traced)

@@ -1,6 +1,5 @@
 """Makes smaller torch modules. Imported with torch only."""
 
-import copy
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
@@ -16,6 +15,7 @@ from secateur.errors import InvalidSpec, InvalidStateDict
 from secateur.in_place import check_module, pruning_hooks
 from secateur.module import check_hooks
 from secateur.names import matched
+from secateur.resizing.copying import deep_copy
 from secateur.resizing.flow import fit_flow
 from secateur.resizing.heads import fit_heads, numbers_of
 from secateur.resizing.layers import fit_layers
@@ -188,7 +188,7 @@ def copied(module: Module, values: Mapping[str, Tensor]) -> Module:
     for part in module.modules():
         _skip_masks(part, memo)
     try:
-        made = copy.deepcopy(module, memo)
+        made = deep_copy(module, memo)
     except Exception as error:
         raise InvalidStateDict(f"the module cannot be copied: {error}") from error
     for part in made.modules():

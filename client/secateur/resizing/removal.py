@@ -69,6 +69,8 @@ def masked_tensor(original: "Tensor", shrunk: "Tensor", removed: Iterable[Remove
         removed: What was removed.
     """
     removed = list(removed)
+    if all(one.masked for one in removed):
+        return _with_zeros(original, shrunk.detach().to("cpu", original.dtype), removed)
     masked = original.detach().cpu().clone()
     kept = [np.ones(size, bool) for size in masked.shape]
     for one in removed:
@@ -79,6 +81,22 @@ def masked_tensor(original: "Tensor", shrunk: "Tensor", removed: Iterable[Remove
         if one.masked:
             masked[(slice(None),) * one.dim + (list(one.slices),)] = 0
     return masked
+
+
+def _with_zeros(original: "Tensor", shrunk: "Tensor", removed: Sequence[RemovedSlices]) -> "Tensor":
+    """The shrunk tensor with zeros for what was removed."""
+    import torch
+
+    found = shrunk
+    for dim in {one.dim for one in removed}:
+        kept = np.ones(original.shape[dim], bool)
+        for one in removed:
+            if one.dim == dim:
+                kept[list(one.slices)] = False
+        shape = (*found.shape[:dim], len(kept), *found.shape[dim + 1 :])
+        index = torch.from_numpy(np.flatnonzero(kept))
+        found = found.new_zeros(shape).index_copy_(dim, index, found)
+    return found
 
 
 def groups_kept(layers: Mapping[str, Any], removed: Removed) -> dict[str, int]:
@@ -118,6 +136,8 @@ def _slices(member: pb.Member, units: ShrunkGroup) -> list[int]:
         each = len(member.indices) // units.units
         chosen = (member.indices[unit * each : (unit + 1) * each] for unit in units.removed)
         return [index for indices in chosen for index in indices]
-    stride = member.stride or 1
-    begins = (member.offset + unit * stride for unit in units.removed)
+    stride, offset = member.stride or 1, member.offset  # protobuf makes an object for each reading
+    if stride == 1:
+        return [offset + unit for unit in units.removed]
+    begins = (offset + unit * stride for unit in units.removed)
     return [begin + step for begin in begins for step in range(stride)]

@@ -1,6 +1,5 @@
 """Compares a shrunk module with the masked one. Imported with torch only."""
 
-import copy
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -8,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 from torch.utils import _pytree as pytree
 
 from secateur.errors import InvalidStateDict
 from secateur.evaluation import arguments_of, brief
+from secateur.resizing.copying import deep_copy
 
 _CACHES = ("past_key_values", "cache")
 
@@ -75,7 +75,13 @@ def _run_shrunk(shrunk: Module, inputs: Any, dtype: torch.dtype | None) -> list[
 
 
 def _ready(module: Module, dtype: torch.dtype | None) -> Module:
-    return copy.deepcopy(module).to(dtype=dtype).eval()
+    memo: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()) if dtype else ():
+        if tensor.is_floating_point() and type(tensor) in (Tensor, Parameter):
+            wide = tensor.detach().to(dtype, copy=True)  # faster than to copy first
+            is_parameter = isinstance(tensor, Parameter)
+            memo[id(tensor)] = Parameter(wide, tensor.requires_grad) if is_parameter else wide
+    return deep_copy(module, memo).to(dtype=dtype).eval()
 
 
 def _run(module: Module, inputs: Any, dtype: torch.dtype | None) -> list[Tensor]:
