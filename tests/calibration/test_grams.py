@@ -1,5 +1,7 @@
 """X^T X of each layer, and layers that share one."""
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import Module
 
 import secateur
+from secateur.calibration.grams import Gram
 from tests.calibration.naive import gram_of, needed, rows_of, whole_numbers
 
 CONVOLUTIONS = [
@@ -181,6 +184,26 @@ def test_a_layer_that_runs_on_some_batches() -> None:
     assert (needed(found["b.weight"].gram) == 2 * gram_of(rows_of(x))).all()
     assert (needed(found["a.weight"].gram) == 2 * gram_of(rows_of(x)) + gram_of(rows_of(y))).all()
     assert found["b.weight"].count == 6
+
+
+def test_memory_does_not_grow_with_the_batches() -> None:
+    """While a batch is made, only the one before it and one matrix for each input exist."""
+    module = Attention()
+    alive: list[weakref.ref[Tensor]] = []
+    matrices: list[int] = []
+
+    def batches() -> Iterator[Tensor]:
+        for _ in range(6):
+            made = torch.randn(2, 3, 4)
+            alive.append(weakref.ref(made))
+            yield made
+            del made
+            assert sum(one() is not None for one in alive) <= 1
+            grams = (one for one in gc.get_objects() if type(one) is Gram)
+            matrices.append(sum(one.matrix is not None for one in grams))
+
+    secateur.calibrate(module, batches(), gram=True)
+    assert matrices == [2] * 6  # of q, k, v and late; of o
 
 
 @pytest.fixture

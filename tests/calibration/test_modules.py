@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,25 @@ def test_a_transformer_of_torch_whose_fast_path_calls_no_layer() -> None:
             "linear2.weight",
         )
     }
+
+
+def test_only_some_layers_of_a_transformer() -> None:
+    module = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    found = secateur.calibrate(module, [X], layers="linear*")
+    assert list(found) == ["linear1.weight", "linear2.weight"]
+
+
+def test_several_threads() -> None:
+    modules = [nn.MultiheadAttention(8, 2, batch_first=True) for _ in range(4)]
+    expected = [secateur.calibrate(module, [(X, X, X)]) for module in modules]
+    linear = nn.functional.linear
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda module: secateur.calibrate(module, [(X, X, X)] * 5), modules))
+    for one, module, same in zip(found, modules, expected, strict=True):
+        assert_close(one, secateur.calibrate(module, [(X, X, X)] * 5))
+        assert one["in_proj_weight"].count == 5 * same["in_proj_weight"].count
+    assert nn.functional.linear is linear
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 NET = nn.Sequential(nn.Linear(8, 4), nn.Dropout(0.5), nn.BatchNorm1d(5), nn.Linear(4, 2))

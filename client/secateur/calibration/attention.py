@@ -1,7 +1,7 @@
 """The inputs of torch's MultiheadAttention, which calls no layer. Imported with torch only."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -21,14 +21,16 @@ def attention_inputs(args: tuple[Any, ...], keywords: dict[str, Any]) -> list[Te
 
 
 @contextmanager
-def watching_outputs(modules: Iterable[MultiheadAttention], see: See) -> Iterator[None]:
+def watching_outputs(modules: Collection[MultiheadAttention], see: See) -> Iterator[None]:
     """Calls `see` with each out_proj and its input, with the dimensions of the query.
 
     MultiheadAttention passes out_proj.weight to torch.nn.functional.linear, so the block has a
-    linear of its own there.
+    linear of its own there, and no fast path. Both are settings of the process.
     """
+    if not modules:
+        yield
+        return
     shapes: dict[int, tuple[Any, torch.Size]] = {}
-    linear = F.linear
 
     def enter(module: Any, args: Any, keywords: Any) -> None:
         query = attention_inputs(args, keywords)[0]
@@ -40,15 +42,16 @@ def watching_outputs(modules: Iterable[MultiheadAttention], see: See) -> Iterato
             see(module.out_proj, _as_query(value, shape, module.batch_first))
         return linear(value, weight, bias)
 
-    handles = [one.register_forward_pre_hook(enter, with_kwargs=True) for one in modules]
-    if handles:
+    with ExitStack() as stack:
+        linear = F.linear
+        stack.callback(setattr, F, "linear", linear)
+        mha = torch.backends.mha
+        stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
+        mha.set_fastpath_enabled(False)
         F.linear = watched  # type: ignore[assignment]
-    try:
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
         yield
-    finally:
-        F.linear = linear
-        for handle in handles:
-            handle.remove()
 
 
 def _as_query(value: Tensor, shape: torch.Size, is_batch_first: bool) -> Tensor:

@@ -21,6 +21,7 @@ def calibrate(
     The module runs in evaluation without gradients, and is left as it was. Memory does not grow
     with the number of batches: 24 bytes for each input channel, and with `gram` 8 bytes for each
     element of each matrix. How the data is cut into batches changes the sums by rounding only.
+    Threads of a process run it one after another.
 
     Args:
         module: A torch.nn.Module. Its layers are Linear, convolutions, Embedding,

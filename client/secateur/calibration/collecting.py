@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from operator import length_hint
+from threading import RLock
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from secateur.progress import Progress, show_progress
 from secateur.tables import listed
 
 _MOST_SHOWN = 5
+_LOCK = RLock()
 
 
 def collect(
@@ -73,20 +75,20 @@ def _check_batches(batches: Any) -> None:
 
 @contextmanager
 def _quiet(module: Module) -> Iterator[None]:
-    """Puts a module in evaluation, so that it runs layer by layer on one device."""
-    is_fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    """Puts a module in evaluation, so that it runs layer by layer on one device.
+
+    This and the block change settings of the process, so one thread at a time runs it.
+    """
     parallel = [part for part in module.modules() if isinstance(part, nn.DataParallel)]
     devices = [part.device_ids for part in parallel]
     try:
         for part in parallel:
             part.device_ids = part.device_ids[:1]
-        with in_evaluation(module), torch.no_grad(), ExitStack() as stack:
+        with _LOCK, in_evaluation(module), torch.no_grad(), ExitStack() as stack:
             if "torch._dynamo" in sys.modules:  # compiled code runs no hooks
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(is_fused)
         for part, ids in zip(parallel, devices, strict=True):
             part.device_ids = ids
 
@@ -112,14 +114,11 @@ class _Collector:
     def hooked(self, module: Module) -> Iterator[None]:
         """Sees the inputs of the layers during the block."""
         linear = {id(t.module): t for t in self._targets if not t.inputs}
-        attentions = [
-            part
-            for part in module.modules()
-            if isinstance(part, MultiheadAttention) and id(part.out_proj) in linear
-        ]
+        attentions = [part for part in module.modules() if isinstance(part, MultiheadAttention)]
 
         def see(part: Any, value: Tensor) -> None:
-            self._see(linear[id(part)], value)
+            if id(part) in linear:
+                self._see(linear[id(part)], value)
 
         with watching_outputs(attentions, see), ExitStack() as stack:
             for target in self._targets:
