@@ -117,6 +117,10 @@ class NanScores(InvalidSpec):
     """An importance is NaN."""
 
 
+class InvalidGram(InvalidSpec):
+    """A Gram matrix is not finite, or not positive semidefinite."""
+
+
 class InvalidStateDict(RequestError):
     """The data differs from its header or its announcement."""
 

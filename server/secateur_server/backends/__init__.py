@@ -22,7 +22,13 @@ def backend_for(device: torch.device) -> Backend:
     if device.type == "cuda":
         return _kind_of(device)(device)
     compiled = _compiled()
-    return compiled[1] if compiled and compiled[0].enabled else _TORCH
+    return compiled[1] if compiled and has_kernels() else _TORCH
+
+
+def has_kernels() -> bool:
+    """Whether compiled kernels serve the CPU."""
+    compiled = _compiled()
+    return compiled is not None and bool(compiled[0].enabled)
 
 
 @cache

@@ -8,6 +8,7 @@ depend on the others, so no number of threads shows in a result.
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Generic
 
@@ -27,6 +28,17 @@ _thread = threading.local()
 def one_thread() -> None:
     """Keeps torch to the calling thread."""
     torch.set_num_threads(1)
+
+
+@contextmanager
+def all_cores() -> Iterator[None]:
+    """Lets torch use all cores in the calling thread: for products of matrices, which are large."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(CORES)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _start_in_pool() -> None:
