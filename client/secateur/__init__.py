@@ -85,6 +85,8 @@ from secateur.server_info import ServerInfo
 from secateur.source import is_pruned, load
 from secateur.spec import Spec
 from secateur.traced.groups import TracedGroups, groups
+from secateur.units.compensation import compensated
+from secateur.units.flap import flap
 from secateur.versions import VERSION
 
 __version__ = VERSION
@@ -138,12 +140,14 @@ __all__ = [
     "blocks_of",
     "calibrate",
     "columns",
+    "compensated",
     "custom_from_mask",
     "depth",
     "embedded",
     "erk",
     "export",
     "filters",
+    "flap",
     "gain",
     "global_structured",
     "global_unstructured",

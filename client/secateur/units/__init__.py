@@ -1,0 +1,1 @@
+"""One number for each unit, from statistics; and the order of units that suits N:M masks."""
