@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from secateur_server.backends.cores import CORES, all_cores
 from secateur_server.errors import Cancelled, InvalidGram
 from secateur_server.runtime.context import RequestContext
+from secateur_server.solvers import eliminate
 from secateur_server.solvers import refit as refits
 from secateur_server.solvers.refit import refit
 from tests.solvers.layers import damped_double, layer, least_squares, loss
@@ -74,6 +76,24 @@ def test_the_iteration_begins_at_the_start_and_aims_at_the_target() -> None:
     found = refit(CONTEXT, weight, start, kept, gram, damping=0.01, steps=40)
     expected = least_squares(weight, kept, gram, 0.01)
     assert torch.allclose(found.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.usefixtures("iterates")
+def test_without_compiled_kernels_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, gram = layer(5, 150)
+    kept = random_mask(5, 150)
+    found = refit(CONTEXT, weight, weight, kept, gram)
+    monkeypatch.setattr(eliminate, "has_kernels", lambda: False)
+    assert torch.allclose(refit(CONTEXT, weight, weight, kept, gram), found, atol=1e-4)
+
+
+def test_torch_uses_all_cores_for_a_while() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with all_cores():
+        assert torch.get_num_threads() == CORES
+    assert torch.get_num_threads() == 1
+    torch.set_num_threads(before)
 
 
 def test_structured_masks_are_solved_directly(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from secateur_server.runtime.context import RequestContext
 from secateur_server.solvers.eliminate import eliminate
 
 # Columns that are eliminated one by one. Between blocks, products of matrices do the work.
-_BLOCK = 128
+_BLOCK = 64
 
 
 @dataclass(frozen=True)
