@@ -18,6 +18,7 @@ from secateur.architectures.parts import transformer_groups
 from secateur.calibration.calibrate import calibrate
 from secateur.calibration.layer import LayerStatistics
 from secateur.calibration.statistics import Statistics
+from secateur.calibration.unit_statistics import UnitStatistics
 from secateur.checkpoint import Checkpoint, File
 from secateur.choices import (
     blocks,
@@ -87,6 +88,8 @@ from secateur.spec import Spec
 from secateur.traced.groups import TracedGroups, groups
 from secateur.units.compensation import compensated
 from secateur.units.flap import flap
+from secateur.units.influence import least_influential
+from secateur.units.reap import reap
 from secateur.versions import VERSION
 
 __version__ = VERSION
@@ -133,6 +136,7 @@ __all__ = [
     "TracedGroups",
     "Unauthenticated",
     "Unavailable",
+    "UnitStatistics",
     "UriError",
     "ZeroBlocks",
     "block_structured",
@@ -162,6 +166,7 @@ __all__ = [
     "kernels",
     "l1_unstructured",
     "lamp",
+    "least_influential",
     "ln_structured",
     "load",
     "magnitude",
@@ -173,6 +178,7 @@ __all__ = [
     "random",
     "random_structured",
     "random_unstructured",
+    "reap",
     "resize",
     "rows",
     "select",

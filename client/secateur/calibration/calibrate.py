@@ -15,6 +15,8 @@ def calibrate(
     layers: str | Sequence[str] | None = None,
     mask: str | Callable[[Any], Any] | Literal[False] | None = None,
     progress: Progress = None,
+    blocks: str | Sequence[str] | Literal[False] | None = None,
+    experts: bool = True,
 ) -> Statistics:
     """Runs a module on batches, and sums the inputs of its layers.
 
@@ -36,6 +38,11 @@ def calibrate(
             [batch * tokens, ...]; others are summed whole, such as those of an expert. None is
             "attention_mask" if the batch has it, and False is no mask.
         progress: See `Client`.
+        blocks: The names of lists of layers, such as "model.layers", that map hidden states of
+            shape [batch, tokens, channels] to hidden states, whose influence is summed; see
+            `least_influential`. None is every ModuleList that does so, and False is none.
+        experts: Whether to sum what experts of transformers give, which computes them twice; see
+            `reap`.
 
     Returns:
         The statistics, by the names of weights in the state_dict of the module without wrappers
@@ -53,4 +60,4 @@ def calibrate(
     torch_for("calibrate")
     from secateur.calibration.collecting import collect
 
-    return Statistics(collect(module, batches, gram, layers, mask, progress))
+    return collect(module, batches, gram, layers, mask, progress, blocks, experts)

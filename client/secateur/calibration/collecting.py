@@ -16,9 +16,11 @@ from secateur.calibration.attention import attention_inputs, watching_outputs
 from secateur.calibration.grams import Gram, Uses
 from secateur.calibration.layer import LayerStatistics
 from secateur.calibration.masks import Kept, Mask, kept_of
+from secateur.calibration.statistics import Statistics
 from secateur.calibration.sums import Sums, first_infinite
 from secateur.calibration.targets import Target, targets_of
 from secateur.calibration.triangle import Triangle
+from secateur.calibration.unit_sums import Blocks, Experts, Stacks
 from secateur.checks import flag
 from secateur.errors import (
     InvalidSpec,
@@ -42,18 +44,23 @@ def collect(
     layers: str | Sequence[str] | None,
     mask: Mask,
     progress: Progress,
-) -> dict[str, LayerStatistics]:
-    """Returns the statistics of each layer: see secateur.calibrate."""
+    blocks: Blocks,
+    experts: bool,
+) -> Statistics:
+    """Returns the statistics of a module: see secateur.calibrate."""
     if not isinstance(module, Module):
         raise InvalidStateDict(f"a torch.nn.Module is needed, not {type(module).__name__}")
     _check_batches(batches)
     targets = targets_of(module, layers)
     collector = _Collector(targets, flag("gram", gram))
+    stacks, mixtures = Stacks(module, blocks), Experts(module, flag("experts", experts))
     length = length_hint(batches, 0)
     with (
         show_progress(progress, length, "calibrate", " batches") as advance,
         _quiet(module),
         collector.hooked(module),
+        stacks.hooked(lambda: collector.kept),
+        mixtures.hooked(lambda: collector.kept),
     ):
         for index, batch in enumerate(batches):
             kept = kept_of(mask, batch)
@@ -63,7 +70,7 @@ def collect(
             advance(1)
     if collector.batches == 0:
         raise InvalidSpec("batches: has no batch")
-    return collector.result()
+    return Statistics(collector.result(), stacks.result(), mixtures.result())
 
 
 def _check_batches(batches: Any) -> None:
@@ -98,13 +105,14 @@ class _Collector:
 
     Attributes:
         batches: How many there were, with the current one.
+        kept: The tokens of the current batch that count.
     """
 
     def __init__(self, targets: list[Target], has_grams: bool) -> None:
         self._targets = targets
         self._sums: dict[str, Sums] = {}
         self.batches = 0
-        self._kept, self._uses = Kept(None), Uses()
+        self.kept, self._uses = Kept(None), Uses()
         views = {target.name: target.kind.view(target.module) for target in targets}
         empty = Gram()
         self._grams = {n: empty for n, view in views.items() if has_grams and view is not None}
@@ -130,7 +138,7 @@ class _Collector:
 
     def run(self, module: Module, index: int, batch: Any, kept: Kept) -> None:
         """Runs the module on a batch; an error of the module gets a note with its index."""
-        self.batches, self._kept = index + 1, kept
+        self.batches, self.kept = index + 1, kept
         self._uses.forget()
         args, keywords = arguments_of(batch)
         try:
@@ -154,7 +162,7 @@ class _Collector:
 
     def _see(self, target: Target, value: Tensor) -> None:
         name, kind, module = target.name, target.kind, target.module
-        sums = kind.sums(module, value, self._kept)
+        sums = kind.sums(module, value, self.kept)
         if not sums.count:
             return
         if (channel := first_infinite(sums.totals)) is not None:
@@ -165,7 +173,7 @@ class _Collector:
         self._sums[name] = self._sums[name] + sums if name in self._sums else sums
         if name in self._grams:
             use = self._uses.of(value, kind.view(module) or ())
-            rows = kind.rows(module, value, self._kept)
+            rows = kind.rows(module, value, self.kept)
             self._grams[name] = self._grams[name].moved(use, rows)
 
     def result(self) -> dict[str, LayerStatistics]:

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,8 @@ import numpy.typing as npt
 from secateur.atomic import replacing
 from secateur.calibration.layer import Doubles, LayerStatistics
 from secateur.calibration.triangle import Floats, Triangle, triangle_length, triangle_size
+from secateur.calibration.unit_files import BLOCKS, EXPERTS, UNIT_PARTS, read_units, unit_tensors
+from secateur.calibration.unit_statistics import UnitStatistics
 from secateur.checks import shown
 from secateur.errors import InvalidStateDict, InvalidStatistics, SecateurError
 from secateur.file_kinds import is_gguf
@@ -19,6 +21,9 @@ from secateur.model_files import map_file
 from secateur.paths import path_of, source_path
 from secateur.tensor_file import TensorFile
 from secateur.tensors import LocalTensor, to_value
+
+if TYPE_CHECKING:
+    from secateur.calibration.statistics import Statistics
 
 METADATA = "secateur.statistics"
 VERSION = 1
@@ -29,9 +34,10 @@ _PARTS = {"count": "F64 or I64", **dict.fromkeys(_SUMS, "F64"), "gram": "F32"}
 Tensors = Mapping[str, LocalTensor]
 
 
-def write_statistics(
-    path: str | os.PathLike[str], statistics: Mapping[str, LayerStatistics]
-) -> None:
+Parts = tuple[dict[str, LayerStatistics], dict[str, UnitStatistics], dict[str, UnitStatistics]]
+
+
+def write_statistics(path: str | os.PathLike[str], statistics: "Statistics") -> None:
     """Writes statistics: see Statistics.save."""
     place = path_of(path)
     owners: dict[int, str] = {}
@@ -46,6 +52,7 @@ def write_statistics(
         own = {"input_dim": layer.input_dim} if layer.input_dim != 1 else {}
         shared = {"gram": owner} if layer.triangle is not None and owner != name else {}
         settings |= {name: own | shared} if own or shared else {}
+    sums |= unit_tensors(BLOCKS, statistics.blocks) | unit_tensors(EXPERTS, statistics.experts)
     described = {"version": VERSION, **({"layers": settings} if settings else {})}
     file = TensorFile(sums | grams, {METADATA: json.dumps(described, ensure_ascii=False)})
     try:
@@ -76,8 +83,8 @@ def _gram(triangle: Triangle) -> LocalTensor:
     return LocalTensor("F32", (triangle_length(triangle.size),), read)
 
 
-def read_statistics(path: str | os.PathLike[str]) -> dict[str, LayerStatistics]:
-    """Reads statistics: see Statistics.load."""
+def read_statistics(path: str | os.PathLike[str]) -> Parts:
+    """Reads the layers, the stacks and the experts of statistics: see Statistics.load."""
     place = source_path(path, InvalidStatistics)
     if is_gguf(place):
         raise InvalidStatistics(f"{path}: is a GGUF file; read it with Statistics.from_imatrix")
@@ -92,9 +99,10 @@ def read_statistics(path: str | os.PathLike[str]) -> dict[str, LayerStatistics]:
             if name not in names:
                 raise InvalidStatistics(f"metadata {METADATA}: layers: {name} has no tensors")
         triangles = _triangles(f"{path}: ", file.tensors, names)
-        return {
+        layers = {
             name: _layer(name, file.tensors, settings.get(name, {}), triangles) for name in names
         }
+        return layers, read_units(BLOCKS, file.tensors), read_units(EXPERTS, file.tensors)
     except SecateurError as error:
         raise InvalidStatistics(f"{path}: {error}") from None
 
@@ -103,9 +111,11 @@ def _layer_names(tensors: Tensors) -> list[str]:
     names: dict[str, None] = {}
     for tensor in tensors:
         name, _, part = tensor.rpartition(".")
-        if not name or part not in _PARTS:
-            raise InvalidStatistics(f"{tensor}: is not NAME.{', NAME.'.join(_PARTS)}")
-        names[name] = None
+        if not name or part not in (*_PARTS, *UNIT_PARTS):
+            known = ", NAME.".join((*_PARTS, *UNIT_PARTS))
+            raise InvalidStatistics(f"{tensor}: is not NAME.{known}")
+        if part in _PARTS:
+            names[name] = None
     return list(names)
 
 

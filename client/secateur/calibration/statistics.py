@@ -7,6 +7,7 @@ from typing import Any
 
 from secateur.calibration.layer import LayerStatistics, added, check_addable
 from secateur.calibration.triangle import Triangle
+from secateur.calibration.unit_statistics import UnitStatistics, merged
 from secateur.errors import InvalidStatistics
 from secateur.tables import text_table
 
@@ -16,12 +17,27 @@ class Statistics(Mapping[str, LayerStatistics]):
 
     `a + b` are the statistics of both runs. Print it for a table.
 
+    Attributes:
+        blocks: From the name of each list of layers, such as "model.layers", to the influence of
+            each layer: 1 - the cosine of a token before and after it.
+        experts: From the name of each module of experts, such as "model.layers.0.mlp.experts", to
+            the norm of each expert's outputs times their weights.
+
     Args:
         layers: From the name of each weight, as in the model's state_dict, to its statistics.
+        blocks: See above.
+        experts: See above.
     """
 
-    def __init__(self, layers: Mapping[str, LayerStatistics]) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, LayerStatistics],
+        blocks: Mapping[str, UnitStatistics] | None = None,
+        experts: Mapping[str, UnitStatistics] | None = None,
+    ) -> None:
         self._layers = MappingProxyType(dict(layers))
+        self.blocks = MappingProxyType(dict(blocks or {}))
+        self.experts = MappingProxyType(dict(experts or {}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Statistics":
@@ -38,7 +54,7 @@ class Statistics(Mapping[str, LayerStatistics]):
         """
         from secateur.calibration.files import read_statistics
 
-        return cls(read_statistics(path))
+        return cls(*read_statistics(path))
 
     @classmethod
     def from_imatrix(
@@ -121,7 +137,7 @@ class Statistics(Mapping[str, LayerStatistics]):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Statistics):
             return NotImplemented
-        return dict(self) == dict(other)
+        return self._parts() == other._parts()
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -137,19 +153,26 @@ class Statistics(Mapping[str, LayerStatistics]):
                 layers[name] = added(self[name], layer, triangle)
             else:
                 layers[name] = layer
-        return Statistics(layers)
+        blocks, experts = merged(self.blocks, other.blocks), merged(self.experts, other.experts)
+        return Statistics(layers, blocks, experts)
 
     def __repr__(self) -> str:
         grams = len(set(self.gram_owners().values()))
-        return f"Statistics({len(self)} layers{f', {grams} grams' if grams else ''})"
+        counts = {"grams": grams, "stacks": len(self.blocks), "mixtures": len(self.experts)}
+        others = (f", {count} {what}" for what, count in counts.items() if count)
+        return f"Statistics({len(self)} layers{''.join(others)})"
 
     def __str__(self) -> str:
         rows = [(name, ", ".join(layer.described())) for name, layer in self.items()]
+        rows += [(name, of.described()) for name, of in {**self.blocks, **self.experts}.items()]
         return text_table(rows, left=2) if rows else repr(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies the layers: a MappingProxyType cannot be pickled."""
-        return Statistics, (dict(self),)
+        return Statistics, self._parts()
+
+    def _parts(self) -> tuple[dict[str, Any], ...]:
+        return dict(self), dict(self.blocks), dict(self.experts)
 
 
 def _shared_sums() -> Callable[[Triangle | None, Triangle | None], Triangle | None]:

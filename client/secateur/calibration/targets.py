@@ -70,7 +70,7 @@ def _is_named(name: str, pattern: str) -> bool:
 
 
 def _all(module: Module) -> Iterator[Target]:
-    bare, first = _bare_paths(module), _first_names(module)
+    bare, first = bare_paths(module), _first_names(module)
     for path, part in module.named_modules():
         for weight, kind, inputs in _weights(part):
             parameter = part._parameters.get(weight, part._parameters.get(f"{weight}_orig"))
@@ -88,8 +88,8 @@ def _weights(part: Any) -> Iterator[tuple[str, Kind, tuple[int, ...]]]:
         yield "weight", kind, ()
 
 
-def _bare_paths(module: Module) -> dict[str, str]:
-    """From the path of each part to the one without the names that wrappers add."""
+def bare_paths(module: Module) -> dict[str, str]:
+    """Maps the path of each part to the one without the names that wrappers add."""
     parts = dict(module.named_modules(remove_duplicate=False))
     bare: dict[str, str] = {}
     for path in parts:
@@ -104,7 +104,7 @@ def _bare_paths(module: Module) -> dict[str, str]:
 
 def _first_names(module: Module) -> dict[int, str]:
     """From the id of each parameter to its first name; X for X_orig of torch.nn.utils.prune."""
-    bare, buffers = _bare_paths(module), dict(module.named_buffers(remove_duplicate=False))
+    bare, buffers = bare_paths(module), dict(module.named_buffers(remove_duplicate=False))
     names: dict[int, str] = {}
     for full, parameter in module.named_parameters(remove_duplicate=False):
         path, _, leaf = full.rpartition(".")
