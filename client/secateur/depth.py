@@ -1,7 +1,7 @@
 """Removes whole layers of a stack from a model: the others are numbered anew."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,6 +77,17 @@ def without_layers(model: Source, layers: Iterable[int], stack: str | None = Non
         others=numbering.applied(model.others),
         order=tuple(numbering.applied(dict.fromkeys(model.order))),
     )
+
+
+def renumbered(entries: Mapping[str, Any], kept: Sequence[int], stack: str) -> dict[str, Any]:
+    """Returns entries of some layers of a stack, numbered anew, and all that are not in it.
+
+    Args:
+        entries: By the names of tensors.
+        kept: The layers to keep.
+        stack: What the names of their tensors begin with, without a dot at the end.
+    """
+    return _Numbering(f"{stack}.", {old: new for new, old in enumerate(kept)}).applied(entries)
 
 
 def _renamed(index: Index, numbering: "_Numbering", known: set[str]) -> Index:

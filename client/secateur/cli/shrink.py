@@ -2,11 +2,12 @@
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from secateur.architectures.calibrated import Calibrated, calibrated
 from secateur.architectures.experts import without_experts
 from secateur.architectures.folder import (
     check_config,
@@ -17,6 +18,7 @@ from secateur.architectures.folder import (
 from secateur.architectures.parts import groups_of_parts
 from secateur.architectures.sizes import check_expressible
 from secateur.architectures.transformer import CONFIG, Transformer
+from secateur.calibration.statistics import Statistics
 from secateur.cli.options import add_command, amount, shown_options
 from secateur.cli.printing import show
 from secateur.cli.source import connected
@@ -25,6 +27,7 @@ from secateur.depth import without_layers
 from secateur.errors import InvalidSpec, SecateurError
 from secateur.files import check_new_folder, save
 from secateur.folders import Folder
+from secateur.grouping import Group
 from secateur.model import Source
 from secateur.paths import path_of
 from secateur.selections import grouped
@@ -53,17 +56,19 @@ def add_shrink(commands: Any) -> None:
         option, text = f"--{name.replace('_', '-')}", f"how many to remove of the {units}"
         holder.add_argument(option, metavar="AMOUNT", type=amount, help=text)
     layers = command.add_mutually_exclusive_group()
-    text = "remove so many layers: those before the last one"
+    text = "remove so many layers: the least influential, or those before the last one"
     layers.add_argument("--layers", metavar="COUNT", type=int, help=text)
     layers.add_argument(
         "--drop-layers", metavar="LAYER,...", type=_numbers, help="remove these; 0 is the first"
     )
     text = "keep a multiple of this many channels (default: up to 16)"
     command.add_argument("--align", metavar="COUNT", type=int, help=text)
+    text = "choose by what secateur.calibrate collected, and not by weights"
+    command.add_argument("--statistics", metavar="FILE", help=text)
     shown_options(command)
     command.epilog = (
         "AMOUNT: an int is a number of units, 0.3 or 30% a fraction. Each layer loses as many: "
-        "the units with the smallest weights."
+        "the units with the smallest weights, or the lowest scores by the statistics."
     )
     command.set_defaults(output="shrunk")
 
@@ -89,16 +94,15 @@ def _shrink(options: argparse.Namespace) -> None:
     source = read_source(options.model)
     check_config(_folder(options, source), source)
     macs = _macs(options, source)
-    source = _without_layers(options, source)
+    source, statistics = _without_layers(options, source, _statistics(options, source))
     _check_heads(options, transformer_in(_folder(options, source), source)[1])
     if not is_sent:
         _write(options, source, out, macs)
         return
     with connected(options) as client:
         if options.experts is not None:
-            folder = _folder(options, source)
-            source = without_experts(client, source, folder, options.experts)
-        _cut(options, client, source, out, macs)
+            source, statistics = _without_experts(options, client, source, statistics)
+        _cut(options, client, source, out, macs, statistics)
 
 
 def _macs(options: argparse.Namespace, source: Source) -> int:
@@ -111,19 +115,62 @@ def _folder(options: argparse.Namespace, source: Source) -> Folder:
     return source.folder
 
 
-def _without_layers(options: argparse.Namespace, source: Source) -> Source:
-    """The model without the layers that the options name."""
+def _statistics(options: argparse.Namespace, source: Source) -> Calibrated | None:
+    """The statistics that the option names."""
+    if options.statistics is None:
+        return None
+    path = path_of(options.statistics)
+    config, model = transformer_in(_folder(options, source), source)
+    return calibrated(Statistics.load(path), config, model, path.name)
+
+
+def _noted(options: argparse.Namespace, source: Source, note: str) -> Source:
+    """The model with another note for its card."""
+    folder = _folder(options, source)
+    return replace(source, folder=replace(folder, notes=(*folder.notes, note)))
+
+
+def _without_layers(
+    options: argparse.Namespace, source: Source, statistics: Calibrated | None
+) -> tuple[Source, Calibrated | None]:
+    """The model without the layers that the options name, and the statistics of the others."""
     if options.layers is None and options.drop_layers is None:
-        return source
+        return source, statistics
     folder = _folder(options, source)
     config, model = transformer_in(folder, source)
-    removed = options.drop_layers
-    if removed is None:
-        if not 0 < options.layers < model.layers:
-            raise InvalidSpec(f"layers: {options.layers} is outside [1, {model.layers - 1}]")
-        removed = list(range(model.layers - 1 - options.layers, model.layers - 1))
+    removed = options.drop_layers or _least(options, model, statistics)
     smaller = without_layers(source, removed, model.layer(0).removesuffix(".0."))
-    return replace(smaller, folder=folder_without_layers(folder, config, model, set(removed)))
+    smaller = replace(smaller, folder=folder_without_layers(folder, config, model, set(removed)))
+    if statistics is None:
+        return smaller, None
+    if options.layers is not None:
+        is_known = statistics.layers is not None
+        how = "their influence in" if is_known else "their place, as no influence is in"
+        smaller = _noted(options, smaller, f"layers chosen by {how} {statistics.file}")
+    return smaller, statistics.without_layers(removed, model)
+
+
+def _least(
+    options: argparse.Namespace, model: Transformer, statistics: Calibrated | None
+) -> list[int]:
+    """So many layers: the least influential, or those before the last one."""
+    if not 0 < options.layers < model.layers:
+        raise InvalidSpec(f"layers: {options.layers} is outside [1, {model.layers - 1}]")
+    found = None if statistics is None else statistics.least_influential(options.layers)
+    last = model.layers - 1
+    return list(range(last - options.layers, last)) if found is None else found
+
+
+def _without_experts(
+    options: argparse.Namespace, client: Client, source: Source, statistics: Calibrated | None
+) -> tuple[Source, Calibrated | None]:
+    """The model without some experts, and the statistics of the others."""
+    folder = _folder(options, source)
+    source, fewer = without_experts(client, source, folder, options.experts, statistics)
+    if statistics is not None:
+        how = "their outputs in" if statistics.experts else "weights, as no outputs are in"
+        source = _noted(options, source, f"experts chosen by {how} {statistics.file}")
+    return source, fewer
 
 
 def _check_heads(options: argparse.Namespace, model: Transformer) -> None:
@@ -152,30 +199,62 @@ def _kept(option: str, given: float | None, units: int) -> int:
     return max(1, units - int(removed))
 
 
-def _cut(options: argparse.Namespace, client: Client, source: Source, out: Path, macs: int) -> None:
+def _cut(
+    options: argparse.Namespace,
+    client: Client,
+    source: Source,
+    out: Path,
+    macs: int,
+    statistics: Calibrated | None,
+) -> None:
     """Removes units of groups, and writes the folder."""
-    folder = _folder(options, source)
-    rules = list(_rules(options, transformer_in(folder, source)[1]))
+    rules: list[Spec] = []
+    model = transformer_in(_folder(options, source), source)[1]
+    for part in ("intermediate", "heads", "kv_heads"):
+        if getattr(options, part) is not None:
+            groups = groups_of_parts(model, [part])
+            scores = {} if statistics is None else statistics.scores(source, groups)
+            rules += _rules(options, part, groups, scores)
+            if statistics is not None:
+                source = _noted(options, source, _chosen(part, groups, scores, statistics))
     if not rules:
         _write(options, source, out, macs)
         return
     progress = False if options.quiet else None
     spec = sum(rules[1:], rules[0])
     report = client.prune(source, spec, "shrunk", progress, destination=str(out)).report
-    notes = (*folder.notes, _macs_note(options, out, macs))
+    notes = (*_folder(options, source).notes, _macs_note(options, out, macs))
     show(report, options, {"removed": notes})
     if not options.json:
         _print_notes(options, notes)
 
 
-def _rules(options: argparse.Namespace, model: Transformer) -> Iterator[Spec]:
-    """The rules of the options; each group loses the same fraction, since a config has one size."""
-    for part in ("intermediate", "heads", "kv_heads"):
-        if (given := getattr(options, part)) is not None:
-            # The slices of a head are many already.
-            align = options.align if part == "intermediate" else 1
-            groups = groups_of_parts(model, [part])
-            yield grouped(groups, given, scope="tensor", align=align)
+def _rules(
+    options: argparse.Namespace, part: str, groups: Sequence[Group], scores: Mapping[str, Any]
+) -> Iterator[Spec]:
+    """The rules of a part; each group loses the same fraction, since a config has one size."""
+    # The slices of a head are many already.
+    align = options.align if part == "intermediate" else 1
+    for is_scored in (True, False):
+        some = [one for one in groups if (one.name in scores) == is_scored]
+        given = scores if is_scored else None
+        if some:
+            amount = getattr(options, part)
+            yield grouped(some, amount, scope="tensor", align=align, importance_scores=given)
+
+
+def _chosen(
+    part: str, groups: Sequence[Group], scores: Mapping[str, Any], statistics: Calibrated
+) -> str:
+    """Says how the units of a part were chosen."""
+    what = {"intermediate": "channels"}.get(part, "heads")
+    rest = len(groups) - len(scores)
+    if not rest:
+        return f"{what} chosen by {statistics.file}"
+    return (
+        f"{what} of {rest} of {len(groups)} groups chosen by weights, as their inputs are not in "
+        f"{statistics.file}"
+    )
 
 
 def _write(options: argparse.Namespace, source: Source, out: Path, macs: int) -> None:
