@@ -46,7 +46,8 @@ def _names(rule: Rule) -> set[str]:
     selection = rule.message.selection
     members = {member.tensor for group in selection.groups for member in group.members}
     scales = {*selection.scales, *selection.scales.values()}
-    return {*rule.arrays, *selection.tensors, *scales, *members}
+    arrays = {name for arrays in rule.arrays.values() for name in arrays}
+    return {*arrays, *selection.tensors, *rule.message.solver.tensors, *scales, *members}
 
 
 def _fitted(rule: Rule, model: Source) -> Rule:
@@ -55,7 +56,8 @@ def _fitted(rule: Rule, model: Source) -> Rule:
     message.CopyFrom(rule.message)
     if message.selection.guard_rails.keep_first or message.selection.guard_rails.keep_last:
         _name_ends(message.selection, model.tied_names())
-    return Rule(message, _shared(rule.arrays, model.other_names))
+    names = model.other_names
+    return Rule(message, {path: _shared(of, names) for path, of in rule.arrays.items()})
 
 
 def _name_ends(selection: pb.Selection, names: Mapping[str, str]) -> None:

@@ -9,7 +9,7 @@ from secateur.errors import InvalidSpec, InvalidStateDict
 from secateur.mask_files import read_masks
 from secateur.paths import source_path
 from secateur.selections import Names, grouped, select
-from secateur.spec import METHODS, Arrays, Rule, Spec
+from secateur.spec import MASKS, METHODS, Arrays, Rule, Spec
 from secateur_proto import spec_pb2 as pb
 
 _ABSOLUTE = Importance({"magnitude": pb.Magnitude()})  # without p: every norm of an element is |w|
@@ -119,7 +119,7 @@ def custom_from_mask(masks: Arrays | str | os.PathLike[str]) -> Spec:
         except InvalidStateDict as error:
             raise InvalidSpec(f"masks: {error}") from None
     masks = text_keys("masks", masks, "names to masks")
-    return Spec((Rule(pb.Rule(custom_masks=pb.CustomMasks()), dict(masks)),))
+    return Spec((Rule(pb.Rule(custom_masks=pb.CustomMasks()), {MASKS: dict(masks)}),))
 
 
 def n_m_structured(tensors: Names, n: int = 2, m: int = 4, dim: int = 1) -> Spec:

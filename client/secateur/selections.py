@@ -16,7 +16,7 @@ from secateur.choices import (
 from secateur.errors import InvalidSpec
 from secateur.grouping import Groups, example_inputs_of, groups_of
 from secateur.rails import AnyGuardRails, GuardRails, guard_rails
-from secateur.spec import Arrays, Rule, Spec
+from secateur.spec import SCORES, Arrays, Rule, Spec
 from secateur.tensors import is_text
 from secateur_proto import spec_pb2 as pb
 from secateur_proto.enums import values_by_name
@@ -126,7 +126,7 @@ def _selection(
     """The spec of one Selection; `choices` are its other fields."""
     arrays = {} if scores is None else text_keys("importance_scores", scores, "names to arrays")
     fields = {**choices, **importance_of(importance).fields, **amount_of(amount).fields}
-    return Spec((Rule(pb.Rule(selection=pb.Selection(**fields)), dict(arrays)),))
+    return Spec((Rule(pb.Rule(selection=pb.Selection(**fields)), {SCORES: dict(arrays)}),))
 
 
 def _ranking(

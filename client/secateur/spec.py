@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from functools import reduce
 from typing import Any
 
 from google.protobuf.text_format import MessageToString
@@ -17,6 +18,11 @@ from secateur_proto import spec_pb2 as pb
 
 Arrays = Mapping[str, Any]
 
+# The fields of a rule that refer to arrays.
+MASKS, SCORES = "custom_masks.masks", "selection.importance_scores"
+INPUTS, OUTPUTS = "selection.activation.inputs", "selection.activation.outputs"
+GRAMS = "solver.grams"
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -24,17 +30,19 @@ class Rule:
 
     Attributes:
         message: The rule as it is sent, without the names of its arrays.
-        arrays: The scores or masks that are sent with it, by the names of the tensors.
+        arrays: The arrays that are sent with it, by the names of the tensors that they are for; of
+            each field of the message that refers to arrays, such as "custom_masks.masks".
         example_inputs: Those with which its groups were traced, if they were.
     """
 
     message: pb.Rule
-    arrays: Arrays = field(default_factory=dict)
+    arrays: Mapping[str, Arrays] = field(default_factory=dict)
     example_inputs: Any = field(default=None, repr=False, compare=False)
 
     def __repr__(self) -> str:
         text = MessageToString(self.message, as_one_line=True)
-        return f"{text} arrays: {', '.join(self.arrays)}" if self.arrays else text
+        names = [name for arrays in self.arrays.values() for name in arrays]
+        return f"{text} arrays: {', '.join(names)}" if names else text
 
 
 @dataclass(frozen=True)
@@ -106,28 +114,38 @@ class Spec:
 
         Returns:
             The message, and the arrays to send beside the model, by the names that the message has
-            for them. An array under several names is sent once.
+            for them: Gram matrices last. An array under several names is sent once.
 
         Raises:
             InvalidSpec: An array cannot be sent.
         """
         message = pb.PruningSpec()
         arrays: dict[str, LocalTensor] = {}
+        grams: dict[str, LocalTensor] = {}
         holders: dict[int, str] = {}
         free = _free_names(set(taken))
         for rule in self.rules:
             encoded = message.rules.add()
             encoded.CopyFrom(rule.message)
-            for name, array in rule.arrays.items():
-                if id(array) not in holders:
-                    holders[id(array)] = next(free)
-                    arrays[holders[id(array)]] = local_array(name, array)
-                holder = holders[id(array)]
-                if encoded.HasField("custom_masks"):
-                    encoded.custom_masks.masks[name] = holder
-                else:
-                    encoded.selection.importance_scores[name] = holder
-        return message, arrays
+            for path, of_field in rule.arrays.items():
+                for name, array in of_field.items():
+                    if id(array) not in holders:
+                        holders[id(array)] = next(free)
+                        to_send = grams if path == GRAMS else arrays
+                        to_send[holders[id(array)]] = local_array(name, array)
+                    _refer(encoded, path, name, holders[id(array)])
+        return message, arrays | grams
+
+
+def _refer(rule: pb.Rule, path: str, name: str, holder: str) -> None:
+    """Makes a field of a rule say which array is for a tensor."""
+    *outer, field_name = path.split(".")
+    holders: Any = reduce(getattr, outer, rule)
+    holders = getattr(holders, field_name)
+    if path == GRAMS:
+        holders[name].holder = holder
+    else:
+        holders[name] = holder
 
 
 def local_array(name: str, array: Any) -> LocalTensor:
@@ -141,7 +159,7 @@ def local_array(name: str, array: Any) -> LocalTensor:
     try:
         return from_value(name, array)
     except InvalidStateDict as error:
-        raise InvalidSpec(f"scores or mask of {error}") from None
+        raise InvalidSpec(f"array for {error}") from None
 
 
 def _free_names(taken: Collection[str]) -> Iterator[str]:

@@ -102,6 +102,13 @@ class _AllocationEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enu
     the sum of that of themselves and of all more important ones in their tensor. Of equal ones,
     each counts as less important than the next. Not with `random`.
     """
+    ALLOCATION_OWL: _Allocation.ValueType  # 5
+    """Outlier-weighed layerwise sparsity (Yin et al. 2024): layers keep more, the larger the share of
+    their elements that are 5 times as important as the mean of the layer; at most 0.08 more or
+    less than the fraction asked for. Layers are tensors whose names are the same up to their first
+    number, as the blocks of a transformer. Elements, SCOPE_PER_ROW or SCOPE_PER_TENSOR, and a
+    fraction only. Not with `random`.
+    """
 
 class Allocation(_Allocation, metaclass=_AllocationEnumTypeWrapper):
     """How a total is divided."""
@@ -120,6 +127,13 @@ ALLOCATION_LAMP: Allocation.ValueType  # 4
 """Layer-adaptive magnitude (Lee et al. 2021): units are ranked by their importance squared over
 the sum of that of themselves and of all more important ones in their tensor. Of equal ones,
 each counts as less important than the next. Not with `random`.
+"""
+ALLOCATION_OWL: Allocation.ValueType  # 5
+"""Outlier-weighed layerwise sparsity (Yin et al. 2024): layers keep more, the larger the share of
+their elements that are 5 times as important as the mean of the layer; at most 0.08 more or
+less than the fraction asked for. Layers are tensors whose names are the same up to their first
+number, as the blocks of a transformer. Elements, SCOPE_PER_ROW or SCOPE_PER_TENSOR, and a
+fraction only. Not with `random`.
 """
 Global___Allocation: typing_extensions.TypeAlias = Allocation
 
@@ -276,6 +290,7 @@ class Rule(google.protobuf.message.Message):
 
     SELECTION_FIELD_NUMBER: builtins.int
     CUSTOM_MASKS_FIELD_NUMBER: builtins.int
+    SOLVER_FIELD_NUMBER: builtins.int
     @property
     def selection(self) -> Global___Selection:
         """The server chooses by importance."""
@@ -284,15 +299,23 @@ class Rule(google.protobuf.message.Message):
     def custom_masks(self) -> Global___CustomMasks:
         """The caller brings the masks (torch.nn.utils.prune.custom_from_mask)."""
 
+    @property
+    def solver(self) -> Global___Solver:
+        """The kept weights are updated, so that the outputs of layers change least. Only rules of this
+        kind may follow it. Not for OUTPUT_MASKS, nor with `keep`, which leave the weights as they
+        are: INVALID_ARGUMENT. Not for Plan.
+        """
+
     def __init__(
         self,
         *,
         selection: Global___Selection | None = ...,
         custom_masks: Global___CustomMasks | None = ...,
+        solver: Global___Solver | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["custom_masks", b"custom_masks", "method", b"method", "selection", b"selection"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["custom_masks", b"custom_masks", "method", b"method", "selection", b"selection"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["method", b"method"]) -> typing.Literal["selection", "custom_masks"] | None: ...
+    def HasField(self, field_name: typing.Literal["custom_masks", b"custom_masks", "method", b"method", "selection", b"selection", "solver", b"solver"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["custom_masks", b"custom_masks", "method", b"method", "selection", b"selection", "solver", b"solver"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["method", b"method"]) -> typing.Literal["selection", "custom_masks", "solver"] | None: ...
 
 Global___Rule: typing_extensions.TypeAlias = Rule
 
@@ -343,6 +366,7 @@ class Selection(google.protobuf.message.Message):
     TENSORS_FIELD_NUMBER: builtins.int
     MAGNITUDE_FIELD_NUMBER: builtins.int
     RANDOM_FIELD_NUMBER: builtins.int
+    ACTIVATION_FIELD_NUMBER: builtins.int
     GRANULARITY_FIELD_NUMBER: builtins.int
     DIM_FIELD_NUMBER: builtins.int
     SCOPE_FIELD_NUMBER: builtins.int
@@ -430,6 +454,10 @@ class Selection(google.protobuf.message.Message):
         """At random."""
 
     @property
+    def activation(self) -> Global___Activation:
+        """By magnitude, and by statistics of the layer's inputs."""
+
+    @property
     def macs(self) -> Global___Macs:
         """As `bytes`, in operations."""
 
@@ -478,6 +506,7 @@ class Selection(google.protobuf.message.Message):
         tensors: collections.abc.Iterable[builtins.str] | None = ...,
         magnitude: Global___Magnitude | None = ...,
         random: Global___Random | None = ...,
+        activation: Global___Activation | None = ...,
         granularity: Global___Granularity.ValueType = ...,
         dim: builtins.int = ...,
         scope: Global___Scope.ValueType = ...,
@@ -499,12 +528,12 @@ class Selection(google.protobuf.message.Message):
         scales: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         align: builtins.int = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["amount", b"amount", "block", b"block", "bytes", b"bytes", "count", b"count", "fraction", b"fraction", "guard_rails", b"guard_rails", "importance", b"importance", "macs", b"macs", "magnitude", b"magnitude", "pattern", b"pattern", "random", b"random", "table", b"table", "threshold", b"threshold"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["align", b"align", "allocation", b"allocation", "amount", b"amount", "block", b"block", "bytes", b"bytes", "combination", b"combination", "count", b"count", "dim", b"dim", "fraction", b"fraction", "granularity", b"granularity", "groups", b"groups", "guard_rails", b"guard_rails", "importance", b"importance", "importance_scores", b"importance_scores", "macs", b"macs", "magnitude", b"magnitude", "normalization", b"normalization", "of_all", b"of_all", "pattern", b"pattern", "random", b"random", "scales", b"scales", "scope", b"scope", "table", b"table", "tensors", b"tensors", "threshold", b"threshold"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["activation", b"activation", "amount", b"amount", "block", b"block", "bytes", b"bytes", "count", b"count", "fraction", b"fraction", "guard_rails", b"guard_rails", "importance", b"importance", "macs", b"macs", "magnitude", b"magnitude", "pattern", b"pattern", "random", b"random", "table", b"table", "threshold", b"threshold"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["activation", b"activation", "align", b"align", "allocation", b"allocation", "amount", b"amount", "block", b"block", "bytes", b"bytes", "combination", b"combination", "count", b"count", "dim", b"dim", "fraction", b"fraction", "granularity", b"granularity", "groups", b"groups", "guard_rails", b"guard_rails", "importance", b"importance", "importance_scores", b"importance_scores", "macs", b"macs", "magnitude", b"magnitude", "normalization", b"normalization", "of_all", b"of_all", "pattern", b"pattern", "random", b"random", "scales", b"scales", "scope", b"scope", "table", b"table", "tensors", b"tensors", "threshold", b"threshold"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["amount", b"amount"]) -> typing.Literal["fraction", "count", "threshold", "bytes", "macs", "table"] | None: ...
     @typing.overload
-    def WhichOneof(self, oneof_group: typing.Literal["importance", b"importance"]) -> typing.Literal["magnitude", "random"] | None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["importance", b"importance"]) -> typing.Literal["magnitude", "random", "activation"] | None: ...
 
 Global___Selection: typing_extensions.TypeAlias = Selection
 
@@ -842,6 +871,258 @@ class Random(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["seed", b"seed"]) -> None: ...
 
 Global___Random: typing_extensions.TypeAlias = Random
+
+@typing.final
+class Activation(google.protobuf.message.Message):
+    """Importance of an element is |w|^p times factors, which the caller computes from statistics of the
+    layer's activations. Larger units have the mean of their elements' importances. Elements that are
+    pruned already count as 0.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class InputsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    @typing.final
+    class OutputsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    P_FIELD_NUMBER: builtins.int
+    INPUTS_FIELD_NUMBER: builtins.int
+    OUTPUTS_FIELD_NUMBER: builtins.int
+    IS_RELATIVE_FIELD_NUMBER: builtins.int
+    p: builtins.float
+    """The exponent of |w|: above 0 and finite. 0, the default, is 1."""
+    is_relative: builtins.bool
+    """Whether |w| is relative (RIA, Zhang et al. 2024): in place of |w| its share of the sum of |w|
+    over its row plus its share of that over its column, of the tensor as a matrix with dimension
+    0 and all others. Sums are over unpruned elements.
+    """
+    @property
+    def inputs(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """From the name of a tensor that this rule prunes to the name, in the data, of the tensor that
+        holds its factors, floating, finite, not negative. Each tensor of the rule needs an entry; of
+        groups, each scored member. Factors are 1-D, one for each input of the layer (so for each index
+        of dimension 1; of a convolution with groups as many as dimension 1 has, times the groups). Or
+        they have as many dimensions as the pruned tensor, each 1 or as long as the tensor's.
+        The tensors that hold factors are part of no report and of no result.
+        """
+
+    @property
+    def outputs(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """More factors for some of the tensors; 1-D, one for each index of dimension 0, or as `inputs`."""
+
+    def __init__(
+        self,
+        *,
+        p: builtins.float = ...,
+        inputs: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        outputs: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        is_relative: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["inputs", b"inputs", "is_relative", b"is_relative", "outputs", b"outputs", "p", b"p"]) -> None: ...
+
+Global___Activation: typing_extensions.TypeAlias = Activation
+
+@typing.final
+class Solver(google.protobuf.message.Message):
+    """Updates the kept weights of layers, so that the outputs change least: minimises
+    ||X (W - W')||^2, where X are the inputs of calibration and W the weights as they came. Weights
+    agree between machines up to rounding, masks exactly on one machine.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class GramsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        @property
+        def value(self) -> Global___Gram: ...
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: Global___Gram | None = ...,
+        ) -> None: ...
+        def HasField(self, field_name: typing.Literal["value", b"value"]) -> builtins.bool: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    TENSORS_FIELD_NUMBER: builtins.int
+    GRAMS_FIELD_NUMBER: builtins.int
+    REFIT_FIELD_NUMBER: builtins.int
+    SPARSEGPT_FIELD_NUMBER: builtins.int
+    ALPS_FIELD_NUMBER: builtins.int
+    FRACTION_FIELD_NUMBER: builtins.int
+    COUNT_FIELD_NUMBER: builtins.int
+    PATTERN_FIELD_NUMBER: builtins.int
+    SCOPE_FIELD_NUMBER: builtins.int
+    fraction: builtins.float
+    """As Selection.fraction; with SCOPE_PER_ROW of each row."""
+    count: builtins.int
+    """As Selection.count; with SCOPE_PER_ROW of each row."""
+    scope: Global___Scope.ValueType
+    """SCOPE_PER_TENSOR, the default; or SCOPE_PER_ROW with `alps`."""
+    @property
+    def tensors(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Names and globs, as Selection.tensors. Tensors of 2 or more dimensions; convolutions are
+        matrices of dimension 0 and all others.
+        """
+
+    @property
+    def grams(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, Global___Gram]:
+        """From the name of each of these tensors to its Gram matrix. Each needs one."""
+
+    @property
+    def refit(self) -> Global___Refit:
+        """Updates weights, and prunes nothing."""
+
+    @property
+    def sparsegpt(self) -> Global___SparseGpt:
+        """Prunes, and updates the weights that are kept."""
+
+    @property
+    def alps(self) -> Global___Alps:
+        """As `sparsegpt`, slower and better."""
+
+    @property
+    def pattern(self) -> Global___Pattern:
+        """Keeps at most n of each m elements along the inputs. m divides their number."""
+
+    def __init__(
+        self,
+        *,
+        tensors: collections.abc.Iterable[builtins.str] | None = ...,
+        grams: collections.abc.Mapping[builtins.str, Global___Gram] | None = ...,
+        refit: Global___Refit | None = ...,
+        sparsegpt: Global___SparseGpt | None = ...,
+        alps: Global___Alps | None = ...,
+        fraction: builtins.float = ...,
+        count: builtins.int = ...,
+        pattern: Global___Pattern | None = ...,
+        scope: Global___Scope.ValueType = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["alps", b"alps", "amount", b"amount", "count", b"count", "fraction", b"fraction", "method", b"method", "pattern", b"pattern", "refit", b"refit", "sparsegpt", b"sparsegpt"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["alps", b"alps", "amount", b"amount", "count", b"count", "fraction", b"fraction", "grams", b"grams", "method", b"method", "pattern", b"pattern", "refit", b"refit", "scope", b"scope", "sparsegpt", b"sparsegpt", "tensors", b"tensors"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["amount", b"amount"]) -> typing.Literal["fraction", "count", "pattern"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["method", b"method"]) -> typing.Literal["refit", "sparsegpt", "alps"] | None: ...
+
+Global___Solver: typing_extensions.TypeAlias = Solver
+
+@typing.final
+class Gram(google.protobuf.message.Message):
+    """The Gram matrix X^T X of a layer's inputs, [inputs, inputs], from calibration. Its scale does not
+    matter.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HOLDER_FIELD_NUMBER: builtins.int
+    IS_TRANSPOSED_FIELD_NUMBER: builtins.int
+    holder: builtins.str
+    """The name, in the data, of the tensor that holds its upper triangle row by row: F32, shape
+    [inputs * (inputs + 1) / 2], inputs at most 65,536. Several weights may share one. The tensors
+    that hold Gram matrices lie behind all others in the data, and are used in the order in which
+    they lie there: the server holds one at a time. They are part of no report and of no result.
+    """
+    is_transposed: builtins.bool
+    """Whether the weight is [inputs, outputs], as that of a transposed linear layer."""
+    def __init__(
+        self,
+        *,
+        holder: builtins.str = ...,
+        is_transposed: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["holder", b"holder", "is_transposed", b"is_transposed"]) -> None: ...
+
+Global___Gram: typing_extensions.TypeAlias = Gram
+
+@typing.final
+class Refit(google.protobuf.message.Message):
+    """The best kept weights for the masks that the rules before it made (and prior masks)."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DAMPING_FIELD_NUMBER: builtins.int
+    damping: builtins.float
+    """Is added to the diagonal of the Gram matrix, times its mean. Not negative. Default 1e-4."""
+    def __init__(
+        self,
+        *,
+        damping: builtins.float | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_damping", b"_damping", "damping", b"damping"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_damping", b"_damping", "damping", b"damping"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_damping", b"_damping"]) -> typing.Literal["damping"] | None: ...
+
+Global___Refit: typing_extensions.TypeAlias = Refit
+
+@typing.final
+class SparseGpt(google.protobuf.message.Message):
+    """SparseGPT (Frantar & Alistarh 2023)."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DAMPING_FIELD_NUMBER: builtins.int
+    BLOCK_SIZE_FIELD_NUMBER: builtins.int
+    damping: builtins.float
+    """As Refit.damping. Default 0.01."""
+    block_size: builtins.int
+    """Inputs that are pruned at once. At least 1. Default 128."""
+    def __init__(
+        self,
+        *,
+        damping: builtins.float | None = ...,
+        block_size: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_damping", b"_damping", "damping", b"damping"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_damping", b"_damping", "block_size", b"block_size", "damping", b"damping"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_damping", b"_damping"]) -> typing.Literal["damping"] | None: ...
+
+Global___SparseGpt: typing_extensions.TypeAlias = SparseGpt
+
+@typing.final
+class Alps(google.protobuf.message.Message):
+    """ALPS (Meng et al. 2024): ADMM, then a refit of its mask."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___Alps: typing_extensions.TypeAlias = Alps
 
 @typing.final
 class CustomMasks(google.protobuf.message.Message):
