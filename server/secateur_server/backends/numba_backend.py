@@ -12,7 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur_server.backends import kernels, kernels_curve, kernels_many, kernels_units
+from secateur_server.backends import (
+    kernels,
+    kernels_curve,
+    kernels_many,
+    kernels_rows,
+    kernels_units,
+)
 from secateur_server.backends.buffers import BUFFERS, LEAST_BYTES
 from secateur_server.backends.cores import CORES, map_on_cores
 from secateur_server.backends.keys import BITS, signed_bits
@@ -159,6 +165,13 @@ class NumbaBackend(TorchBackend):
         unpruned, into = batch.unpruned.numpy(), kept.numpy()
         kernels_many.cut_each(bits, unpruned, _largest(bits), *spans, into, cuts)
         return kept, cuts
+
+    def cut_rows(self, piece: Piece, counts: Ints) -> Tensor:
+        if piece.units <= kernels_units.COUNTED * len(counts):
+            return super().cut_rows(piece, counts)
+        bits, kept = _bits(piece).numpy(), self.allocate((piece.units + 7) // 8)
+        kernels_rows.cut_rows(bits, _unpruned(piece), _largest(bits), counts, kept.numpy())
+        return kept
 
     def split(self, pieces: Sequence[Piece], low: int, high: int) -> Split:
         units, dtype = sum(piece.units for piece in pieces), BITS[pieces[0].dtype]

@@ -210,6 +210,17 @@ class Backend(Protocol):
             where the count is 0.
         """
 
+    def cut_rows(self, piece: Piece, counts: Ints) -> Tensor:
+        """Prunes the lowest units of each row. Ties go to the lowest index.
+
+        Args:
+            piece: The units of rows, all as long.
+            counts: How many units of each row to prune; at most the unpruned ones.
+
+        Returns:
+            The bits of the kept units.
+        """
+
     def any_along(self, flags: Tensor) -> Tensor:
         """Finds which indices of the second dimension have a flag.
 

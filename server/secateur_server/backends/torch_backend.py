@@ -185,6 +185,17 @@ class TorchBackend(Backend):
             cuts[index] = cut.key, cut.ties, cut.equal
         return kept, cuts
 
+    def cut_rows(self, piece: Piece, counts: Ints) -> Tensor:
+        keys = self.keys(piece).view(len(counts), -1)
+        pruned = keys == torch.iinfo(keys.dtype).max
+        keys = keys.masked_fill(pruned, -1)
+        left = (~pruned).sum(1) - torch.from_numpy(counts).to(self.device)
+        kept = torch.empty(keys.shape, dtype=torch.bool, device=self.device)
+        for count in sorted(set(left.tolist())):
+            rows = left == count
+            kept[rows] = self.largest(keys[rows].unsqueeze(2), count).squeeze(2)
+        return self.pack(kept.view(-1))
+
     def any_along(self, flags: Tensor) -> Tensor:
         return flags.any(0).any(1)
 

@@ -7,6 +7,7 @@ share of each row harms a model less than pruning that share of the whole tensor
 import math
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,7 +47,8 @@ def select_in_rows(
     share = rule.amount.share(ranking.name)
     assert share is not None, "rows have a fraction or a count"
     step = 8 // math.gcd(8, width)  # so that a piece begins with a new byte of the mask
-    parts = spans(rows, max(1, driver.backend.piece // width // step) * step)
+    # Smaller pieces than elsewhere, so that computed scores stay in the second-level cache.
+    parts = spans(rows, max(1, driver.backend.piece // 8 // width // step) * step)
     pieces = [ranking.piece(ranking.dtype, a * width, b * width) for a, b in context.each(parts)]
     kept = allocate(context, (ranking.units + 7) // 8, driver.backend)
     pruned = begin = 0
@@ -69,27 +71,18 @@ def _prune_rows(
     width: int,
 ) -> tuple[Tensor, int, Short | None]:
     """The bits of the kept units of whole rows, how many are pruned, and the first short row."""
-    keys = backend.keys(piece).view(-1, width)
+    rows = piece.units // width
+    candidates = np.full(rows, width)
     if piece.unpruned is not None:
-        keys = keys.masked_fill(keys == torch.iinfo(keys.dtype).max, -1)
-    candidates = (keys >= 0).sum(1)
-    base = torch.full_like(candidates, width) if of_all else candidates
-    counts = torch.from_numpy(share.units_of_each(base.cpu().numpy())).to(base.device)
-    if bool((short := counts > base).any()):
-        row = int(short.nonzero()[0])
+        flags = backend.unpack(piece.unpruned, piece.units).view(rows, width)
+        candidates = flags.sum(1).cpu().numpy()
+    base = np.full_like(candidates, width) if of_all else candidates
+    counts = share.units_of_each(base)
+    if (short := counts > base).any():
+        row = int(short.argmax())
         return torch.empty(0), 0, (row, int(counts[row]), int(base[row]))
-    pruned = (counts - (base - candidates)).clamp(min=0)
-    kept = _largest(backend, keys, candidates - pruned)
-    return backend.pack(kept.view(-1)), int(pruned.sum()), None
-
-
-def _largest(backend: Backend, keys: Tensor, counts: Tensor) -> Tensor:
-    """Bool: the `counts[i]` largest keys of each row i. Of equal keys, the last ones are kept."""
-    kept = torch.empty(keys.shape, dtype=torch.bool, device=keys.device)
-    for count in sorted(set(counts.tolist())):
-        rows = counts == count
-        kept[rows] = backend.largest(keys[rows].unsqueeze(2), count).squeeze(2)
-    return kept
+    pruned = np.maximum(0, counts - (base - candidates))
+    return backend.cut_rows(piece, pruned), int(pruned.sum()), None
 
 
 def _too_few(rule: Selection, name: str, first: int, short: Short) -> AmountOutOfRange:
