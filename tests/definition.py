@@ -205,20 +205,35 @@ def assert_pruned(
         assert torch.equal(masks[name], without(model[name], pruned)), name
 
 
-def catalog_of(model: Mapping[str, Parameter]) -> Catalog:
-    stored = {name: Stored("?", p.weight.dtype, tuple(p.weight.shape)) for name, p in model.items()}
-    return read_catalog(stored, {})
+def catalog_of(
+    model: Mapping[str, Parameter], extras: Mapping[str, Tensor] | None = None
+) -> Catalog:
+    weights = {name: parameter.weight for name, parameter in model.items()}
+    stored, uploaded = (
+        {name: Stored("?", t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+        for tensors in (weights, extras or {})
+    )
+    return read_catalog(stored, uploaded)
 
 
-def resolved(model: Mapping[str, Parameter], groups: Sequence[Group], **choices: Any) -> Selection:
+def resolved(
+    model: Mapping[str, Parameter],
+    groups: Sequence[Group],
+    extras: Mapping[str, Tensor] | None = None,
+    **choices: Any,
+) -> Selection:
     """Makes and resolves a rule of groups. By default it scores by the mean of |w|."""
     given = {"granularity": None, "groups": tuple(groups), "importance": Magnitude(1.0), **choices}
-    (found,) = resolve(RequestContext(), [rule([], **given)], catalog_of(model))
+    (found,) = resolve(RequestContext(), [rule([], **given)], catalog_of(model, extras))
     assert isinstance(found, Selection)
     return found
 
 
 def grouped(
-    model: dict[str, Parameter], groups: Sequence[Group], **choices: Any
+    model: dict[str, Parameter],
+    groups: Sequence[Group],
+    extras: Mapping[str, Tensor] | None = None,
+    **choices: Any,
 ) -> tuple[dict[str, Tensor], Sequence[Choice]]:
-    return applied(model, resolved(model, groups, **choices))
+    extras = extras or {}
+    return applied(model, resolved(model, groups, extras, **choices), **extras)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
 import grpc
 import numpy as np
@@ -184,7 +185,7 @@ def test_grouped_query_heads_are_pruned_with_their_keys_and_values() -> None:
         member("v", stride=3),
         member("o", 1, stride=6),
     )
-    choices = {"amount": 0.5, "importance": Magnitude(2.0)}
+    choices: dict[str, Any] = {"amount": 0.5, "importance": Magnitude(2.0)}
     masks, (choice,) = grouped(model, [Group("heads", parts)], **choices)
     means = torch.zeros(4, dtype=torch.float64)
     for part in parts:

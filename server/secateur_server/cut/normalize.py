@@ -77,6 +77,13 @@ def normalized(
     ]
 
 
+def moments_of(context: RequestContext, ranking: Ranking) -> Moments:
+    """Measures the scores of the candidates of a tensor. They must be stored."""
+    scores, candidates = [ranking.values], [ranking.candidates]
+    (parts,) = _measure_parts(context, scores, candidates, _moments)
+    return _joined(parts)
+
+
 def combined(
     context: RequestContext,
     rule: Selection,

@@ -13,6 +13,7 @@ from secateur_server.backends.keys import score_at
 from secateur_server.backends.masks import Mask
 from secateur_server.backends.norms import total
 from secateur_server.backends.pieces import PART, Cut, row_sums
+from secateur_server.cut.allocation import TABLES
 from secateur_server.cut.choice import Choice
 from secateur_server.cut.choose import choice_of, small_at_once, with_cut
 from secateur_server.cut.decide import decide, with_amounts
@@ -62,8 +63,10 @@ def plan(
     Raises:
         InvalidSpec: As prune does.
     """
-    # Groups overlap, so only masks tell what is kept. Rows have a threshold each.
-    if rule.groups or rule.scope == "row":
+    rule.importance.check_values(context, extras)
+    # Groups overlap, so only masks tell what is kept. Rows have a threshold each. Tables depend on
+    # the amount.
+    if rule.groups or rule.scope == "row" or rule.allocation in TABLES:
         return [
             _outcome_by_pruning(context, replace(rule, amount=a), parameters, extras)
             for a in context.each(amounts)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from secateur_server.backends.masks import Mask
+from secateur_server.cut.allocation import with_table
 from secateur_server.cut.choice import Choice, ChoiceTable
 from secateur_server.cut.choose import choose, choose_each, small_at_once
 from secateur_server.cut.custom_masks import apply_masks
@@ -83,6 +84,8 @@ def apply_selection(
     Raises:
         InvalidSpec: The rule does not fit the tensors or their values.
     """
+    rule.importance.check_values(context, extras)
+    rule = with_table(context, rule, state, extras)
     # Tensors without elements may have slices, but no choice among them matters.
     empty = dict.fromkeys(name for name in rule.tensors if state[name].weight.numel() == 0)
     names = [group.name for group in rule.groups] or [n for n in rule.tensors if n not in empty]

@@ -11,6 +11,7 @@ from torch import Tensor
 from secateur_server.backends.keys import INFINITY
 from secateur_server.backends.masks import Mask
 from secateur_server.backends.pieces import Scores, Stored
+from secateur_server.backends.scan import Scan
 from secateur_server.cut.normalize import combined, normalized
 from secateur_server.cut.score import Ranking, refuse_nan, score_units
 from secateur_server.errors import quote
@@ -110,9 +111,13 @@ def _scored_tensor(
 ) -> ScoredTensor:
     granularity, (weight, mask, _) = rule.granularity, parameters[name]
     assert granularity is not None, "the rule has no groups"
-    ranking = score_tensor(context, rule, name, parameters, extras)
     scores, _ = _replacement(rule, name, parameters, extras)
     values = scores if scores is not None and scores.shape == weight.shape else weight
+    ranking = _score_rows(context, rule, name, parameters, extras)
+    if ranking is None:
+        parameter = _weighed(context, rule, name, parameters, extras)
+        values = parameter.weight if values is weight else values
+        ranking = _score(context, rule, name, parameter, parameters, extras)
     if granularity.is_part:
         values = rule.importance.elements(context, name, values)
     sizes, shape = granularity.unit_elements(weight.shape), weight.shape
@@ -153,7 +158,56 @@ def score_tensor(
     Raises:
         NanScores: A score is NaN.
     """
-    granularity, parameter = rule.granularity, parameters[name]
+    parameter = _weighed(context, rule, name, parameters, extras)
+    return _score(context, rule, name, parameter, parameters, extras)
+
+
+def _weighed(
+    context: RequestContext,
+    rule: Selection,
+    name: str,
+    parameters: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
+) -> Parameter:
+    """The parameter, with scores of its elements in place of its weight if they are products."""
+    parameter = parameters[name]
+    products = rule.importance.products(context, name, parameter, extras)
+    if products is None:
+        return parameter
+    weight, mask, seen = parameter
+    is_number = seen is not None and seen.largest <= INFINITY.get(weight.dtype, 0)
+    without_nan = Scan(0, (), None) if is_number else None
+    return Parameter(products.store(context).view(weight.shape), mask, without_nan)
+
+
+def _score_rows(
+    context: RequestContext,
+    rule: Selection,
+    name: str,
+    parameters: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
+) -> Ranking | None:
+    """Elements scored by products, which are computed row by row; None if they must be stored."""
+    if rule.scope != "row" or not rule.has_element_units or rule.normalization is not None:
+        return None
+    weight, mask, seen = parameters[name]
+    products = rule.importance.products(context, name, parameters[name], extras)
+    if products is None:
+        return None
+    refuse_nan(context, weight, mask, f"data[{quote(name)}]", seen)
+    return Ranking(name, weight.numel(), products, mask, weight.device)
+
+
+def _score(
+    context: RequestContext,
+    rule: Selection,
+    name: str,
+    parameter: Parameter,
+    parameters: Mapping[str, Parameter],
+    extras: Mapping[str, Tensor],
+) -> Ranking:
+    """Scores the units of a tensor. `parameter` is it as _weighed returns it."""
+    granularity = rule.granularity
     assert granularity is not None, "the rule has no groups"
     if rule.has_element_units and rule.importance.is_value and not (rule.scores or rule.scales):
         return _score_elements(context, name, parameter)
@@ -261,12 +315,14 @@ def _member_scores(
             refuse_nan(context, extras[holder], mask, f"data[{quote(holder)}]")
     own = [group for group in groups if group.name not in rule.scores]
     scored = (member.tensor for group in own for member in group.members if member.is_scored)
+    weighed = dict(parameters)
     for name in context.each(dict.fromkeys(scored)):
         parameter, field = parameters[name], f"data[{quote(name)}]"
         refuse_nan(context, parameter.weight, parameter.mask, field, parameter.scan)
+        weighed[name] = _weighed(context, rule, name, parameters, extras)
     order = rule.importance.order
     assert order is not None, "the spec is refused otherwise"
-    members = iter(score_members(context, own, parameters, order))
+    members = iter(score_members(context, own, weighed, order))
     return [
         [extras[rule.scores[group.name]].to(torch.float64).abs()]
         if group.name in rule.scores

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from secateur_proto import spec_pb2 as pb
 from secateur_server.granularity import Granularity
+from secateur_server.importance.activation import Activation
 from secateur_server.importance.magnitude import decode_magnitude
 from secateur_server.importance.protocol import Importance
 from secateur_server.importance.random import Random
@@ -17,4 +18,5 @@ __all__ = ["IMPORTANCES", "Importance"]
 IMPORTANCES: dict[str, Callable[[pb.Selection, Granularity | None, str], Importance]] = {
     "magnitude": decode_magnitude,
     "random": Random.decode,
+    "activation": Activation.decode,
 }

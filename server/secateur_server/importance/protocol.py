@@ -1,6 +1,6 @@
 """What each importance does."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -8,7 +8,12 @@ from torch import Tensor
 from secateur_server.backends.masks import Mask
 from secateur_server.backends.randomness import RandomScores
 from secateur_server.granularity import Granularity
+from secateur_server.importance.products import Products
 from secateur_server.runtime.context import RequestContext
+from secateur_server.state_dict.parameter import Parameter
+
+# By the field of a selection: from the name of a tensor to that of the tensor uploaded for it.
+Uploads = Mapping[str, Mapping[str, str]]
 
 
 class Importance(Protocol):
@@ -35,6 +40,49 @@ class Importance(Protocol):
     @property
     def order(self) -> float | None:
         """The order of the norm for members of a group; None if values of groups have no score."""
+        return None
+
+    @property
+    def uploads(self) -> Uploads:
+        """The uploaded tensors that scores are computed from, all floating."""
+        return {}
+
+    def with_uploads(self, uploads: Uploads) -> "Importance":
+        """Returns the importance with other names in `uploads`, as the state_dict has them."""
+        return self
+
+    def check_upload(
+        self, field: str, path: str, shape: Sequence[int], uploaded: Sequence[int]
+    ) -> None:
+        """Refuses the shape of an uploaded tensor.
+
+        Args:
+            field: A key of `uploads`.
+            path: The path of the uploaded tensor in the request.
+            shape: The shape of the tensor that it is for.
+            uploaded: The shape of the uploaded tensor.
+
+        Raises:
+            InvalidScores: It does not fit.
+        """
+        return
+
+    def check_values(self, context: RequestContext, extras: Mapping[str, Tensor]) -> None:
+        """Refuses the values of uploaded tensors. `extras` are all uploaded tensors.
+
+        Raises:
+            InvalidScores: A value is wrong.
+        """
+        return
+
+    def products(
+        self,
+        context: RequestContext,
+        name: str,
+        parameter: Parameter,
+        extras: Mapping[str, Tensor],
+    ) -> Products | None:
+        """Returns scores of elements from which units are scored; None: from the weight itself."""
         return None
 
     def by_name(self, name: str) -> RandomScores | None:

@@ -121,11 +121,15 @@ def _contradictions(rule: Selection) -> Iterator[tuple[str, str]]:
     """The fields that contradict other choices, each with the reason."""
     if not rule.importance.is_measured:
         yield from _contradictions_of_random(rule)
+    if rule.importance.uploads:
+        yield from _contradictions_of_activation(rule)
     if rule.groups:
         yield from _contradictions_of_groups(rule)
     amount, is_compared = rule.amount, rule.scope in ("global", "isomorphic")
     has_share = amount.is_share or amount.is_per_tensor
-    if rule.allocation != "rank" and not (amount.is_share and is_compared):
+    if rule.allocation == "owl":
+        yield from _contradictions_of_owl(rule)
+    elif rule.allocation != "rank" and not (amount.is_share and is_compared):
         yield "allocation", "needs a fraction or a count, and SCOPE_GLOBAL or SCOPE_ISOMORPHIC"
     if amount.is_per_tensor and is_compared:
         yield "table", "needs SCOPE_PER_TENSOR or SCOPE_PER_ROW"
@@ -147,8 +151,24 @@ def _contradictions_of_random(rule: Selection) -> Iterator[tuple[str, str]]:
         yield "normalization", "cannot be used with random importance; leave it out"
     if rule.amount.threshold is not None:
         yield "threshold", "cannot be used with random importance; use a fraction or a count"
-    if rule.allocation == "lamp":
-        yield "allocation", "LAMP cannot be used with random importance; use another"
+    if rule.allocation in ("lamp", "owl"):
+        name = rule.allocation.upper()
+        yield "allocation", f"{name} cannot be used with random importance; use another"
+
+
+def _contradictions_of_activation(rule: Selection) -> Iterator[tuple[str, str]]:
+    for field in ("importance_scores", "scales"):
+        if rule.scores if field == "importance_scores" else rule.scales:
+            yield field, "cannot be used with activation, which has factors; leave them out"
+
+
+def _contradictions_of_owl(rule: Selection) -> Iterator[tuple[str, str]]:
+    if not rule.has_element_units:
+        yield "allocation", "OWL needs GRANULARITY_ELEMENT; use another allocation"
+    if rule.scope not in ("row", "tensor"):
+        yield "allocation", "OWL needs SCOPE_PER_ROW or SCOPE_PER_TENSOR"
+    if rule.amount.field != "fraction":
+        yield "allocation", "OWL needs a fraction"
 
 
 def _contradictions_of_groups(rule: Selection) -> Iterator[tuple[str, str]]:

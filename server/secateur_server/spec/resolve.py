@@ -13,13 +13,14 @@ from secateur_server.errors import (
     InvalidScores,
     InvalidSpec,
     NotStructured,
-    UnknownTensor,
     quote,
 )
+from secateur_server.granularity.group import Group
 from secateur_server.granularity.groups import resolve_group
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.matching import by_tensor, first_matches, not_pruned
 from secateur_server.spec.rules import CustomMasks, GuardRails, Rail, Rule, Selection
+from secateur_server.spec.uploads import extra_of, resolve_uploads, wrong_dtype
 from secateur_server.state_dict.catalog import Catalog, Shape, Stored, match, unmatched
 
 # Tensors of all rules. The work of a request grows with their number.
@@ -67,6 +68,7 @@ def _resolve_groups(context: RequestContext, rule: Selection, catalog: Catalog) 
     groups = {
         group.name: resolve_group(context, group, catalog) for group in context.each(rule.groups)
     }
+    rule = _resolve_scored(context, rule, groups.values(), catalog)
     targets = _not_excluded(context, rule, list(groups), {name: name for name in groups})
     found = tuple(groups[name] for name in targets)
     shapes = {group.name: [(group.units,)] for group in found}
@@ -75,8 +77,20 @@ def _resolve_groups(context: RequestContext, rule: Selection, catalog: Catalog) 
     return replace(rule, groups=found, tensors=tuple(names))
 
 
+def _resolve_scored(
+    context: RequestContext, rule: Selection, groups: Iterable[Group], catalog: Catalog
+) -> Selection:
+    """Finds the uploads for the scored members of groups."""
+    scored = {m.tensor: m.path for group in groups for m in group.members if m.is_scored}
+    rule = resolve_uploads(context, rule, scored, catalog)
+    for name, path in context.each(scored.items()):
+        rule.importance.check(path, name, catalog.prunable[name])
+    return rule
+
+
 def _resolve_tensors(context: RequestContext, rule: Selection, catalog: Catalog) -> Selection:
     names = match(context, f"{rule.path}.tensors", rule.tensors, catalog)
+    rule = resolve_uploads(context, rule, names, catalog)
     for name in context.each(names):
         _check_units(rule, name, catalog.prunable[name])
     names = _not_excluded(context, rule, names, catalog.all_names(names))
@@ -171,9 +185,9 @@ def _check_scores(
         field = f"{rule.path}.importance_scores[{quote(name)}]"
         if name not in shapes:
             raise not_pruned(field, "group" if rule.groups else "tensor")
-        scores = _extra(field, holder, catalog)
+        scores = extra_of(field, holder, catalog)
         if scores.dtype not in _SCORE_DTYPES:
-            raise InvalidScores(field, _wrong_dtype(scores, "floating scores", _SCORE_DTYPES))
+            raise InvalidScores(field, wrong_dtype(scores, "floating scores", _SCORE_DTYPES))
         if scores.shape not in shapes[name]:
             raise InvalidScores(field, _wrong_shape(scores, shapes[name][0], "scores"))
 
@@ -204,9 +218,9 @@ def _resolve_masks(context: RequestContext, rule: CustomMasks, catalog: Catalog)
         name, field = catalog.name_of(given), f"{rule.path}.masks[{quote(given)}]"
         if name not in catalog.prunable:
             raise unmatched(context, field, name, catalog)
-        mask = _extra(field, holder, catalog)
+        mask = extra_of(field, holder, catalog)
         if mask.dtype not in _MASK_DTYPES:
-            raise InvalidMask(field, _wrong_dtype(mask, "a mask", _MASK_DTYPES))
+            raise InvalidMask(field, wrong_dtype(mask, "a mask", _MASK_DTYPES))
         shape = catalog.prunable[name]
         is_packed = mask.dtype == torch.uint8 and mask.shape == ((math.prod(shape) + 7) // 8,)
         if mask.shape != shape and not is_packed:
@@ -215,17 +229,6 @@ def _resolve_masks(context: RequestContext, rule: CustomMasks, catalog: Catalog)
     # Maps do not have an order on the wire.
     places = {name: place for place, name in enumerate(catalog.prunable)}
     return replace(rule, masks=sorted(set(masks), key=lambda of: (places[of[0]], of[1])))
-
-
-def _extra(field: str, holder: str, catalog: Catalog) -> Stored:
-    if holder not in catalog.extras:
-        raise UnknownTensor(field, f"the data does not have the tensor {quote(holder)}; send it")
-    return catalog.extras[holder]
-
-
-def _wrong_dtype(extra: Stored, what: str, dtypes: Iterable[torch.dtype]) -> str:
-    allowed = ", ".join(WIRE_DTYPES[dtype] for dtype in dtypes)
-    return f"has dtype {extra.dtype_name}; {what} may be {allowed}"
 
 
 def _wrong_shape(extra: Stored, shape: Shape, what: str) -> str:

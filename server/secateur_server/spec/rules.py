@@ -55,7 +55,7 @@ class GuardRails:
 Scope = Literal["row", "tensor", "global", "isomorphic"]
 Combination = Literal["mean", "sum", "max"]
 Normalization = Literal["mean", "norm", "z_score"]
-Allocation = Literal["rank", "uniform", "erk", "lamp"]
+Allocation = Literal["rank", "uniform", "erk", "lamp", "owl"]
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,8 @@ class Selection:
 
     def extras(self) -> Collection[str]:
         """The names of uploaded tensors that are not part of the state_dict."""
-        return self.scores.values()
+        uploads = self.importance.uploads.values()
+        return [*self.scores.values(), *(name for of in uploads for name in of.values())]
 
     def patterns(self) -> Sequence[str]:
         """The names and globs by which a rule of the request selects tensors."""

@@ -17,7 +17,8 @@ from secateur_server.spec.decode import ALLOCATIONS, SCOPES
 
 def encode_server_info(max_model_bytes: int) -> pb.GetServerInfoResponse:
     """Makes the answer of GetServerInfo. The features are what the registries have."""
-    divided = [number for number, name in ALLOCATIONS.items() if name in allocation.ALLOCATIONS]
+    known = {*allocation.ALLOCATIONS, *allocation.TABLES}
+    divided = [number for number, name in ALLOCATIONS.items() if name in known]
     return pb.GetServerInfoResponse(
         version=version("secateur"),
         outputs=_values(pb.Output.DESCRIPTOR, OUTPUTS),
