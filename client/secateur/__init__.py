@@ -21,6 +21,7 @@ from secateur.calibration.statistics import Statistics
 from secateur.calibration.unit_statistics import UnitStatistics
 from secateur.checkpoint import Checkpoint, File
 from secateur.choices import (
+    activation,
     blocks,
     blocks_of,
     columns,
@@ -74,6 +75,8 @@ from secateur.methods import (
     n_m_structured,
     random_structured,
     random_unstructured,
+    ria,
+    wanda,
 )
 from secateur.onnx.exporting import export
 from secateur.plan import Plan, PlannedAmount, PlannedTensor, Sensitivity
@@ -139,6 +142,7 @@ __all__ = [
     "UnitStatistics",
     "UriError",
     "ZeroBlocks",
+    "activation",
     "block_structured",
     "blocks",
     "blocks_of",
@@ -180,6 +184,7 @@ __all__ = [
     "random_unstructured",
     "reap",
     "resize",
+    "ria",
     "rows",
     "select",
     "sizes",
@@ -189,4 +194,5 @@ __all__ = [
     "target_macs",
     "threshold",
     "transformer_groups",
+    "wanda",
 ]

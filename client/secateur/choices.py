@@ -4,12 +4,14 @@ In plain data, as a spec file has it, a choice is the name of one of these funct
 with one entry from the name to the function's arguments.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from secateur.checks import UINT32, chosen, dimension, integer, integers, number, shown
+from secateur.checks import UINT32, chosen, dimension, flag, integer, integers, number, shown
 from secateur.errors import InvalidSpec
+from secateur.factors import AnyStatistics, Factors, statistics_of
 from secateur_proto import spec_pb2 as pb
 
 Plain = Mapping[str, Any]
@@ -29,8 +31,15 @@ class Chosen:
     fields: Plain
 
 
+@dataclass(frozen=True)
 class Importance(Chosen):
-    """How important a unit is."""
+    """How important a unit is.
+
+    Attributes:
+        factors: What the arrays that a rule sends with it are computed from, if it needs any.
+    """
+
+    factors: Factors | None = None
 
 
 class Granularity(Chosen):
@@ -67,6 +76,30 @@ def random(seed: int = 0) -> Importance:
         seed: In [0, 2^64). The same seed prunes the same units on every machine.
     """
     return Importance({"random": pb.Random(seed=integer("seed", seed))})
+
+
+def activation(
+    statistics: AnyStatistics, p: float = 1, power: float = 1, relative: bool = False
+) -> Importance:
+    """Ranks elements by |w|^p times the root mean square of their input, to a power.
+
+    Larger units have the mean of their elements' importances. A rule's names and globs mean weights
+    that have statistics: globs neither biases nor embeddings.
+
+    Args:
+        statistics: What `calibrate` returns, or the path of a file of it.
+        p: The exponent of |w|, above 0.
+        power: The exponent of the root mean square, 0 or more.
+        relative: Whether |w| is its share of the sum of |w| over its row, plus its share of that
+            over its column.
+    """
+    order, exponent = number("p", p), number("power", power)
+    if not 0 < order < math.inf:
+        raise InvalidSpec(f"p: {p} is not above 0, and finite")
+    if not 0 <= exponent < math.inf:
+        raise InvalidSpec(f"power: {power} is not 0 or more, and finite")
+    message = pb.Activation(p=order, is_relative=flag("relative", relative))
+    return Importance({"activation": message}, Factors(statistics_of(statistics), exponent))
 
 
 def element() -> Granularity:
@@ -156,7 +189,7 @@ def n_m(n: int = 2, m: int = 4, dim: int = 1) -> Granularity:
 
 
 IMPORTANCES: dict[str, Callable[..., Importance]] = {
-    make.__name__: make for make in (magnitude, random)
+    make.__name__: make for make in (magnitude, random, activation)
 }
 GRANULARITIES: dict[str, Callable[..., Granularity]] = {
     make.__name__: make

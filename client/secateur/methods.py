@@ -1,11 +1,16 @@
 """The methods that make specs: those of torch.nn.utils.prune, and others in their manner."""
 
 import os
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
 
 from secateur.amounts import AnyAmount
-from secateur.checks import one_of, text_keys
-from secateur.choices import Importance, blocks, magnitude, n_m, norm, random, slices
+from secateur.checks import integers, one_of, patterns, shown, text_keys
+from secateur.choices import Importance, activation, blocks, magnitude, norm, random, slices
+from secateur.choices import n_m as n_m_of
 from secateur.errors import InvalidSpec, InvalidStateDict
+from secateur.factors import AnyStatistics
 from secateur.mask_files import read_masks
 from secateur.paths import source_path
 from secateur.selections import Names, grouped, select
@@ -131,7 +136,7 @@ def n_m_structured(tensors: Names, n: int = 2, m: int = 4, dim: int = 1) -> Spec
         m: See `n_m`.
         dim: See `n_m`.
     """
-    return select(tensors, 1.0, granularity=n_m(n, m, dim))
+    return select(tensors, 1.0, granularity=n_m_of(n, m, dim))
 
 
 def block_structured(tensors: Names, amount: AnyAmount, rows: int, cols: int, n: float = 1) -> Spec:
@@ -179,6 +184,67 @@ def erk(tensors: Names, amount: AnyAmount) -> Spec:
     return select(tensors, amount, scope="global", allocation="erk")
 
 
+def wanda(
+    tensors: Names,
+    amount: AnyAmount | None,
+    statistics: AnyStatistics,
+    n_m: Sequence[int] | None = None,
+) -> Spec:
+    """Prunes the weights with the lowest |w| * rms of their input, in each output row.
+
+    Sun et al. 2023. For transposed layers and Conv1D of transformers, such as those of GPT-2, use
+    `n_m`, or `select` with `activation` and scope="tensor".
+
+    Args:
+        tensors: A name, a glob, or a list of them: weights that have statistics. Globs mean neither
+            biases nor embeddings.
+        amount: See `l1_unstructured`; of each row. Not used with `n_m`, so None will do.
+        statistics: What `calibrate` returns, or the path of a file of it.
+        n_m: Keeps n of each m inputs, such as (2, 4), in place of an amount.
+    """
+    return _calibrated(tensors, amount, activation(statistics), n_m)
+
+
+def ria(
+    tensors: Names,
+    amount: AnyAmount | None,
+    statistics: AnyStatistics,
+    n_m: Sequence[int] | None = None,
+    power: float = 0.5,
+) -> Spec:
+    """Prunes as `wanda` does, by relative importance and activations: Zhang et al. 2024.
+
+    In place of |w| counts its share of its row plus its share of its column.
+
+    Args:
+        tensors: See `wanda`.
+        amount: See `wanda`.
+        statistics: See `wanda`.
+        n_m: See `wanda`.
+        power: The exponent of the root mean square.
+    """
+    return _calibrated(tensors, amount, activation(statistics, 1, power, True), n_m)
+
+
+def _calibrated(
+    tensors: Names, amount: AnyAmount | None, by: Importance, pattern: Sequence[int] | None
+) -> Spec:
+    """Prunes an amount of each row, or N:M along the inputs."""
+    if pattern is None:
+        if amount is None:
+            raise InvalidSpec("amount: None is for n_m only; give a fraction or a count")
+        return select(tensors, amount, by, scope="row")
+    pair = integers("n_m", pattern)
+    if len(pair) != 2:
+        raise InvalidSpec(f"n_m: {shown(pattern)} is not a pair such as (2, 4)")
+    n, m = pair
+    factors = by.factors
+    assert factors is not None, "activation has statistics"
+    by_dim = factors.by_input_dim(factors.names(patterns(tensors)))
+    specs = [select(names, 1.0, by, n_m_of(n, m, dim)) for dim, names in by_dim.items()]
+    return reduce(add, specs)
+
+
 METHODS.update(
     (method.__name__, method)
     for method in (
@@ -194,6 +260,8 @@ METHODS.update(
         global_structured,
         lamp,
         erk,
+        wanda,
+        ria,
         select,
         grouped,
     )

@@ -9,14 +9,17 @@ from secateur.checks import flag, integer, made, one_of, patterns, shown, text_k
 from secateur.choices import (
     AnyGranularity,
     AnyImportance,
+    Importance,
     granularity_of,
     importance_of,
     magnitude,
 )
 from secateur.errors import InvalidSpec
+from secateur.factors import Factors
 from secateur.grouping import Groups, example_inputs_of, groups_of
 from secateur.rails import AnyGuardRails, GuardRails, guard_rails
 from secateur.spec import SCORES, Arrays, Rule, Spec
+from secateur.tables import listed
 from secateur.tensors import is_text
 from secateur_proto import spec_pb2 as pb
 from secateur_proto.enums import values_by_name
@@ -55,20 +58,26 @@ def select(
         granularity: What a function of secateur.choices returns, or its name.
         scope: Which units are ranked together: those of each output "row" of a tensor, of each
             "tensor", of all tensors ("global"), or of tensors whose names differ in their numbers
-            alone ("isomorphic").
+            alone ("isomorphic"). Of a transposed layer rows are inputs: see `activation`.
         normalization: How each tensor's importances are scaled: "mean", "norm" or "z_score".
-        allocation: How a total is divided: by "rank" (None), "uniform", "erk" or "lamp".
+        allocation: How a total is divided: by "rank" (None), "uniform", "erk" or "lamp". With the
+            scopes "row" and "tensor" how much each layer loses: "owl".
         of_all: Whether the amount is of all units, pruned ones included.
         guard_rails: Bounds on what is pruned of each tensor.
         importance_scores: See `l1_unstructured`; or a score for each unit.
         scales: From a tensor's name to the name of the 1-D tensor of the model that ranks its
             units.
     """
+    chosen = importance_of(importance)
+    names = patterns(tensors)
+    if chosen.factors is not None:
+        names = _calibrated(chosen.factors, names, scope)
     return _selection(
         amount,
-        importance,
+        chosen,
         importance_scores,
-        tensors=patterns(tensors),
+        names,
+        tensors=names,
         scales=_name_map("scales", scales),
         allocation=_named("allocation", allocation, _ALLOCATIONS),
         **granularity_of(granularity).fields,
@@ -100,18 +109,24 @@ def grouped(
         scope: Whether all groups are ranked together ("global") or each by itself ("tensor").
         of_all: See `select`.
         guard_rails: See `select`.
-        importance: "magnitude" by p, or "random".
+        importance: "magnitude" by p, "random", or what `activation` returns. Then members without
+            statistics, such as biases, do not count.
         importance_scores: Arrays with a score for each unit, by the groups' names.
         align: Each group keeps a multiple of this many units; 1 is any number. None is 1, and with
             output="shrunk" a multiple of up to 16 that suits the group's size.
     """
     if isinstance(importance, str) and importance == "magnitude":
         importance = magnitude(p)
+    chosen, messages = importance_of(importance), groups_of(groups)
+    scored: list[str] = []
+    if chosen.factors is not None:
+        messages, scored = _scored_groups(chosen.factors, messages)
     spec = _selection(
         amount,
-        importance,
+        chosen,
         importance_scores,
-        groups=groups_of(groups),
+        scored,
+        groups=messages,
         granularity=pb.GRANULARITY_GROUP,
         combination=one_of("combination", combination, _COMBINATIONS),
         align=0 if align is None else integer("align", align, 1, 4097),
@@ -121,12 +136,61 @@ def grouped(
 
 
 def _selection(
-    amount: AnyAmount, importance: AnyImportance, scores: Arrays | None, **choices: Any
+    amount: AnyAmount,
+    importance: Importance,
+    scores: Arrays | None,
+    scored: Sequence[str],
+    **choices: Any,
 ) -> Spec:
-    """The spec of one Selection; `choices` are its other fields."""
-    arrays = {} if scores is None else text_keys("importance_scores", scores, "names to arrays")
-    fields = {**choices, **importance_of(importance).fields, **amount_of(amount).fields}
-    return Spec((Rule(pb.Rule(selection=pb.Selection(**fields)), {SCORES: dict(arrays)}),))
+    """The spec of one Selection.
+
+    Args:
+        amount: As of `select`.
+        importance: How units are scored.
+        scores: As of `select`.
+        scored: The names of the tensors that factors of the importance are sent for.
+        choices: The other fields.
+    """
+    given = {} if scores is None else text_keys("importance_scores", scores, "names to arrays")
+    fields = {**choices, **importance.fields, **amount_of(amount).fields}
+    arrays: dict[str, Arrays] = {SCORES: dict(given)}
+    if importance.factors is not None:
+        arrays |= importance.factors.arrays(scored)
+    return Spec((Rule(pb.Rule(selection=pb.Selection(**fields)), arrays),))
+
+
+def _calibrated(factors: Factors, given: Sequence[str], scope: str) -> list[str]:
+    """The weights that names and globs mean, of which none has rows that are inputs."""
+    names = factors.names(given)
+    transposed = factors.by_input_dim(names).get(0, [])
+    if scope == "row" and transposed:
+        raise InvalidSpec(
+            f"scope: rows of {listed(transposed, 3)} are inputs, as of all transposed layers and "
+            "Conv1D of transformers; use scope='tensor', or N:M along dim 0"
+        )
+    return names
+
+
+def _scored_groups(
+    factors: Factors, groups: Sequence[pb.Group]
+) -> tuple[list[pb.Group], list[str]]:
+    """Groups whose members count if they have statistics, and the names of these."""
+    found, scored = [], dict[str, None]()
+    for given in groups:
+        one = pb.Group()
+        one.CopyFrom(given)
+        for part in one.members:
+            part.unscored |= not part.unmasked and part.tensor not in factors.statistics
+        names = [m.tensor for m in one.members if not (m.unscored or m.unmasked)]
+        if not names:
+            members = [member.tensor for member in one.members]
+            raise InvalidSpec(
+                f"groups: no member of {given.name!r} has statistics ({listed(members, 3)}); "
+                "calibrate their layers"
+            )
+        scored |= dict.fromkeys(names)
+        found.append(one)
+    return found, list(scored)
 
 
 def _ranking(

@@ -104,8 +104,9 @@ class _AllocationEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enu
     """
     ALLOCATION_OWL: _Allocation.ValueType  # 5
     """Outlier-weighed layerwise sparsity (Yin et al. 2024): layers keep more, the larger the share of
-    their elements that are 5 times as important as the mean of the layer; at most 0.08 more or
-    less than the fraction asked for. Layers are tensors whose names are the same up to their first
+    their unpruned elements that are more than 5 times as important as the mean of the layer. The
+    fractions of layers have a range of 0.16, and over all elements the mean that is asked for.
+    Those outside [0, 1] are clipped. Layers are tensors whose names are the same up to their first
     number, as the blocks of a transformer. Elements, SCOPE_PER_ROW or SCOPE_PER_TENSOR, and a
     fraction only. Not with `random`.
     """
@@ -130,8 +131,9 @@ each counts as less important than the next. Not with `random`.
 """
 ALLOCATION_OWL: Allocation.ValueType  # 5
 """Outlier-weighed layerwise sparsity (Yin et al. 2024): layers keep more, the larger the share of
-their elements that are 5 times as important as the mean of the layer; at most 0.08 more or
-less than the fraction asked for. Layers are tensors whose names are the same up to their first
+their unpruned elements that are more than 5 times as important as the mean of the layer. The
+fractions of layers have a range of 0.16, and over all elements the mean that is asked for.
+Those outside [0, 1] are clipped. Layers are tensors whose names are the same up to their first
 number, as the blocks of a transformer. Elements, SCOPE_PER_ROW or SCOPE_PER_TENSOR, and a
 fraction only. Not with `random`.
 """
@@ -875,8 +877,9 @@ Global___Random: typing_extensions.TypeAlias = Random
 @typing.final
 class Activation(google.protobuf.message.Message):
     """Importance of an element is |w|^p times factors, which the caller computes from statistics of the
-    layer's activations. Larger units have the mean of their elements' importances. Elements that are
-    pruned already count as 0.
+    layer's activations, in float64, rounded to float32 for weights other than float64 and int32 or
+    wider. Larger units have the mean of their elements' importances. Elements that are pruned already
+    count as 0. Infinite weights rank last.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -927,8 +930,9 @@ class Activation(google.protobuf.message.Message):
     @property
     def inputs(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """From the name of a tensor that this rule prunes to the name, in the data, of the tensor that
-        holds its factors, floating, finite, not negative. Each tensor of the rule needs an entry; of
-        groups, each scored member. Factors are 1-D, one for each input of the layer (so for each index
+        holds its factors, floating, finite, not negative. Each tensor of the rule needs an entry here
+        or in `outputs`; of groups, each scored member. Not with importance_scores or scales.
+        Factors are 1-D, one for each input of the layer (so for each index
         of dimension 1; of a convolution with groups as many as dimension 1 has, times the groups). Or
         they have as many dimensions as the pruned tensor, each 1 or as long as the tensor's.
         The tensors that hold factors are part of no report and of no result.
@@ -936,7 +940,9 @@ class Activation(google.protobuf.message.Message):
 
     @property
     def outputs(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
-        """More factors for some of the tensors; 1-D, one for each index of dimension 0, or as `inputs`."""
+        """As `inputs`, but 1-D factors are for each index of dimension 0: also those of the inputs of
+        transposed layers. The factors of a tensor in both maps are multiplied.
+        """
 
     def __init__(
         self,

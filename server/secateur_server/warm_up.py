@@ -93,7 +93,7 @@ def _plan(pruner: Pruner, data: bytes, rule: spec_pb2.Rule) -> None:
 
 def _sides(side: int, first_side: int) -> dict[str, int]:
     """The tensors that _RULES prune, with their sides."""
-    others = ("rows", "columns", "n_m", "random", "g.0", "g.1", "lamp.0", "lamp.1")
+    others = ("rows", "columns", "n_m", "random", "each", "g.0", "g.1", "lamp.0", "lamp.1")
     return {"l1": first_side, **dict.fromkeys(others, side)}
 
 
@@ -131,6 +131,7 @@ _RULES = (
     _rule("columns", dim=1, **_SLICES),
     _rule("n_m", dim=1, fraction=1.0, **_N_M),
     _rule("random", random=spec_pb2.Random(seed=0)),
+    _rule("each", scope=spec_pb2.SCOPE_PER_ROW),
     _GLOBAL,
     _LAMP,
 )

@@ -20,7 +20,10 @@ from secateur_proto.pruner_pb2 import Prior
 
 # The other methods have arguments that only a spec file can express.
 _METHODS = [n for n in METHODS if n not in ("custom_from_mask", "select", "grouped")]
-_ARGUMENTS = ("amount", "n", "m", "dim", "rows", "cols", "seed", "importance")
+_ARGUMENTS = (
+    *("amount", "n", "m", "dim", "rows", "cols", "seed", "importance"),
+    *("statistics", "n_m", "power"),
+)
 
 
 def spec_options(command: argparse.ArgumentParser, default: str | None = None) -> None:
@@ -56,6 +59,13 @@ def spec_options(command: argparse.ArgumentParser, default: str | None = None) -
     command.add_argument(
         "--importance", choices=("l1", "random"), help="global_unstructured: default l1"
     )
+    command.add_argument(
+        "--statistics", metavar="FILE", help="wanda, ria: what Statistics.save of calibrate wrote"
+    )
+    command.add_argument(
+        "--n-m", metavar="N:M", type=_pattern, help="wanda, ria: keep N of each M inputs, as 2:4"
+    )
+    command.add_argument("--power", type=float, help="ria: of the inputs (default 0.5)")
     prior_option(command)
 
 
@@ -80,13 +90,13 @@ def read_spec(options: argparse.Namespace) -> None:
     if options.spec is not None:
         if given or options.tensors:
             name = next(iter(given), "tensors")
-            options.wrong_usage(f"--spec has the whole spec: leave out --{name}")
+            options.wrong_usage(f"--spec has the whole spec: leave out --{name.replace('_', '-')}")
         options.spec = _spec_in(options.spec)
         return
     known = signature(METHODS[options.method]).parameters
     for name in given:
         if name not in known:
-            options.wrong_usage(f"--method {options.method} takes no --{name}")
+            options.wrong_usage(f"--method {options.method} takes no --{name.replace('_', '-')}")
     for name, parameter in known.items():
         if parameter.default is Parameter.empty and name not in (*given, "tensors"):
             options.wrong_usage(f"--method {options.method} needs --{name}")
@@ -115,8 +125,11 @@ def spec_of(options: argparse.Namespace, client: Client, source: Source) -> Spec
     """
     if options.spec is not None:
         return options.spec  # type: ignore[no-any-return]
-    tensors = options.tensors or matrices(source, client.report)
-    rule = {"method": options.method, "tensors": tensors, **_given(options)}
+    given = _given(options)
+    # Of a method with statistics, "*" means what they are of.
+    every = ["*"] if "statistics" in given else None
+    tensors = options.tensors or every or matrices(source, client.report)
+    rule = {"method": options.method, "tensors": tensors, **given}
     return Spec.from_dict({"rules": [rule]})
 
 
@@ -135,7 +148,8 @@ def groups_in(path: Path) -> list[Group]:
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of --method that the user gave."""
-    return {n: getattr(options, n) for n in _ARGUMENTS if getattr(options, n) is not None}
+    given = {n: getattr(options, n) for n in _ARGUMENTS if getattr(options, n) is not None}
+    return {"amount": None, **given} if "n_m" in given else given
 
 
 def _spec_in(path: Path) -> Spec:
@@ -169,6 +183,14 @@ def _whole(text: str) -> int:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def _pattern(text: str) -> tuple[int, ...]:
+    try:
+        n, m = map(int, text.split(":"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not N:M, such as 2:4") from None
+    return n, m
 
 
 def _norm(text: str) -> float | str:

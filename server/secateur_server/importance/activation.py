@@ -29,7 +29,7 @@ class Activation(Importance):
         path: In the request.
         p: Above 0.
         inputs: From the name of a tensor to the uploaded tensor with its factors.
-        outputs: As `inputs`, for some of the tensors.
+        outputs: As `inputs`; each tensor is in one of them, or in both.
         is_relative: Whether |w| is its share of its row plus that of its column.
     """
 
@@ -66,11 +66,10 @@ class Activation(Importance):
         return replace(self, inputs=inputs, outputs=outputs)
 
     def check(self, path: str, name: str, shape: Sequence[int]) -> None:
-        if name not in self.inputs:
+        if name not in self.inputs and name not in self.outputs:
             raise InvalidSpec(
                 f"{self.path}.inputs",
-                f"{quote(name)} is missing; send factors of its inputs, or leave it out of the "
-                "rule",
+                f"{quote(name)} is missing; send its factors, or leave it out of the rule",
             )
 
     def check_upload(

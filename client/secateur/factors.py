@@ -1,0 +1,103 @@
+"""Factors of importances, computed from the statistics of layers' inputs."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+
+from secateur.calibration.layer import LayerStatistics
+from secateur.calibration.statistics import Statistics
+from secateur.checks import shown
+from secateur.errors import InvalidSpec
+from secateur.spec import INPUTS, OUTPUTS, Arrays
+from secateur.tables import listed
+
+AnyStatistics = Mapping[str, LayerStatistics] | str | os.PathLike[str]
+
+# Names in an error.
+_SHOWN = 3
+
+
+def statistics_of(value: Any) -> Mapping[str, LayerStatistics]:
+    """Returns statistics: themselves, or those of a file.
+
+    Raises:
+        InvalidSpec: `value` is neither.
+        InvalidStatistics: The file cannot be read, or is damaged.
+    """
+    if isinstance(value, str | os.PathLike):
+        return Statistics.load(value)
+    if not isinstance(value, Statistics):
+        raise InvalidSpec(
+            f"statistics: {shown(value)} is not what secateur.calibrate returns, or the path of a "
+            "file of it"
+        )
+    return value
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The factors of an importance: for each input of a layer the root mean square, to a power.
+
+    Attributes:
+        statistics: Of the inputs of weights.
+        power: The exponent.
+    """
+
+    statistics: Mapping[str, LayerStatistics] = field(repr=False)
+    power: float
+
+    def names(self, patterns: Sequence[str]) -> list[str]:
+        """Returns the weights that names and globs mean.
+
+        Globs mean weights with statistics, but not tables of embeddings.
+
+        Raises:
+            InvalidSpec: A name has no statistics, or a glob matches none.
+        """
+        known = [name for name, layer in self.statistics.items() if not _is_table(layer)]
+        found: dict[str, None] = {}
+        for pattern in patterns:
+            if pattern in self.statistics:
+                found[pattern] = None
+                continue
+            matched = [name for name in known if fnmatchcase(name, pattern)]
+            if not matched:
+                raise InvalidSpec(f"tensors: {pattern!r} {self._why_unknown(pattern)}")
+            found |= dict.fromkeys(matched)
+        return list(found)
+
+    def _why_unknown(self, pattern: str) -> str:
+        calibrated = f"calibrated are {listed(list(self.statistics), _SHOWN)}"
+        if any(character in pattern for character in "*?["):
+            return f"matches no weight with statistics; {calibrated}"
+        return f"has no statistics; calibrate its layer, or leave it out; {calibrated}"
+
+    def arrays(self, names: Iterable[str]) -> dict[str, Arrays]:
+        """Computes the arrays of a rule, by the fields that refer to them. Each name is known."""
+        found: dict[str, dict[str, Any]] = {INPUTS: {}, OUTPUTS: {}}
+        for name in names:
+            layer = self.statistics[name]
+            # Where the inputs lie along dimension 0, the factors are those of "outputs".
+            path = INPUTS if layer.input_dim == 1 else OUTPUTS
+            found[path][name] = (layer.rms**self.power).astype(np.float32)
+        return {path: arrays for path, arrays in found.items() if arrays}
+
+    def by_input_dim(self, names: Iterable[str]) -> dict[int, list[str]]:
+        """Sorts weights by the dimension along which their inputs lie."""
+        found: dict[int, list[str]] = {}
+        for name in names:
+            found.setdefault(self.statistics[name].input_dim, []).append(name)
+        return found
+
+
+def _is_table(layer: LayerStatistics) -> bool:
+    """Whether each input is 1 or 0, and so equals its square, as those of embeddings do."""
+    return (
+        layer.input_dim == 0
+        and layer.sum is not None
+        and np.array_equal(layer.sum, layer.sum_squares)
+    )
