@@ -86,6 +86,7 @@ from secateur.resizing.sizes import resize, sizes
 from secateur.result import FinalizeResult, PruneResult
 from secateur.selections import grouped, select
 from secateur.server_info import ServerInfo
+from secateur.solving import alps, refit, sparsegpt
 from secateur.source import is_pruned, load
 from secateur.spec import Spec
 from secateur.traced.groups import TracedGroups, groups
@@ -143,6 +144,7 @@ __all__ = [
     "UriError",
     "ZeroBlocks",
     "activation",
+    "alps",
     "block_structured",
     "blocks",
     "blocks_of",
@@ -183,12 +185,14 @@ __all__ = [
     "random_structured",
     "random_unstructured",
     "reap",
+    "refit",
     "resize",
     "ria",
     "rows",
     "select",
     "sizes",
     "slices",
+    "sparsegpt",
     "table",
     "target_bytes",
     "target_macs",

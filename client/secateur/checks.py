@@ -88,6 +88,18 @@ def integers(field: str, values: Any) -> list[int]:
     return [integer(f"{field}[{index}]", value) for index, value in enumerate(values)]
 
 
+def pair(field: str, value: Any) -> tuple[int, int]:
+    """Returns two integers, 0 or more and below 2^32.
+
+    Raises:
+        InvalidSpec: The value is something else.
+    """
+    found = integers(field, value)
+    if len(found) != 2 or max(found) >= UINT32:
+        raise InvalidSpec(f"{field}: {shown(value)} is not a pair such as (2, 4)")
+    return found[0], found[1]
+
+
 def dimension(dim: Any) -> int:
     """Returns a dimension as an int of 32 bits."""
     return integer("dim", dim, -(1 << 31), 1 << 31)

@@ -1,7 +1,7 @@
 """Factors of importances, computed from the statistics of layers' inputs."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -15,13 +15,13 @@ from secateur.errors import InvalidSpec
 from secateur.spec import INPUTS, OUTPUTS, Arrays
 from secateur.tables import listed
 
-AnyStatistics = Mapping[str, LayerStatistics] | str | os.PathLike[str]
+AnyStatistics = Statistics | str | os.PathLike[str]
 
 # Names in an error.
 _SHOWN = 3
 
 
-def statistics_of(value: Any) -> Mapping[str, LayerStatistics]:
+def statistics_of(value: Any) -> Statistics:
     """Returns statistics: themselves, or those of a file.
 
     Raises:
@@ -38,6 +38,34 @@ def statistics_of(value: Any) -> Mapping[str, LayerStatistics]:
     return value
 
 
+def calibrated_names(statistics: Statistics, patterns: Sequence[str]) -> list[str]:
+    """Returns the weights that names and globs mean.
+
+    Globs mean weights with statistics, but not tables of embeddings.
+
+    Raises:
+        InvalidSpec: A name has no statistics, or a glob matches none.
+    """
+    known = [name for name, layer in statistics.items() if not _is_table(layer)]
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        if pattern in statistics:
+            found[pattern] = None
+            continue
+        matched = [name for name in known if fnmatchcase(name, pattern)]
+        if not matched:
+            raise InvalidSpec(f"tensors: {pattern!r} {_why_unknown(statistics, pattern)}")
+        found |= dict.fromkeys(matched)
+    return list(found)
+
+
+def _why_unknown(statistics: Statistics, pattern: str) -> str:
+    calibrated = f"calibrated are {listed(list(statistics), _SHOWN)}"
+    if any(character in pattern for character in "*?["):
+        return f"matches no weight with statistics; {calibrated}"
+    return f"has no statistics; calibrate its layer, or leave it out; {calibrated}"
+
+
 @dataclass(frozen=True)
 class Factors:
     """The factors of an importance: for each input of a layer the root mean square, to a power.
@@ -47,34 +75,8 @@ class Factors:
         power: The exponent.
     """
 
-    statistics: Mapping[str, LayerStatistics] = field(repr=False)
+    statistics: Statistics = field(repr=False)
     power: float
-
-    def names(self, patterns: Sequence[str]) -> list[str]:
-        """Returns the weights that names and globs mean.
-
-        Globs mean weights with statistics, but not tables of embeddings.
-
-        Raises:
-            InvalidSpec: A name has no statistics, or a glob matches none.
-        """
-        known = [name for name, layer in self.statistics.items() if not _is_table(layer)]
-        found: dict[str, None] = {}
-        for pattern in patterns:
-            if pattern in self.statistics:
-                found[pattern] = None
-                continue
-            matched = [name for name in known if fnmatchcase(name, pattern)]
-            if not matched:
-                raise InvalidSpec(f"tensors: {pattern!r} {self._why_unknown(pattern)}")
-            found |= dict.fromkeys(matched)
-        return list(found)
-
-    def _why_unknown(self, pattern: str) -> str:
-        calibrated = f"calibrated are {listed(list(self.statistics), _SHOWN)}"
-        if any(character in pattern for character in "*?["):
-            return f"matches no weight with statistics; {calibrated}"
-        return f"has no statistics; calibrate its layer, or leave it out; {calibrated}"
 
     def arrays(self, names: Iterable[str]) -> dict[str, Arrays]:
         """Computes the arrays of a rule, by the fields that refer to them. Each name is known."""

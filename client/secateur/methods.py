@@ -6,11 +6,11 @@ from functools import reduce
 from operator import add
 
 from secateur.amounts import AnyAmount
-from secateur.checks import integers, one_of, patterns, shown, text_keys
+from secateur.checks import one_of, pair, patterns, text_keys
 from secateur.choices import Importance, activation, blocks, magnitude, norm, random, slices
 from secateur.choices import n_m as n_m_of
 from secateur.errors import InvalidSpec, InvalidStateDict
-from secateur.factors import AnyStatistics
+from secateur.factors import AnyStatistics, calibrated_names
 from secateur.mask_files import read_masks
 from secateur.paths import source_path
 from secateur.selections import Names, grouped, select
@@ -234,13 +234,10 @@ def _calibrated(
         if amount is None:
             raise InvalidSpec("amount: None is for n_m only; give a fraction or a count")
         return select(tensors, amount, by, scope="row")
-    pair = integers("n_m", pattern)
-    if len(pair) != 2:
-        raise InvalidSpec(f"n_m: {shown(pattern)} is not a pair such as (2, 4)")
-    n, m = pair
+    n, m = pair("n_m", pattern)
     factors = by.factors
     assert factors is not None, "activation has statistics"
-    by_dim = factors.by_input_dim(factors.names(patterns(tensors)))
+    by_dim = factors.by_input_dim(calibrated_names(factors.statistics, patterns(tensors)))
     specs = [select(names, 1.0, by, n_m_of(n, m, dim)) for dim, names in by_dim.items()]
     return reduce(add, specs)
 

@@ -15,7 +15,7 @@ from secateur.choices import (
     magnitude,
 )
 from secateur.errors import InvalidSpec
-from secateur.factors import Factors
+from secateur.factors import Factors, calibrated_names
 from secateur.grouping import Groups, example_inputs_of, groups_of
 from secateur.rails import AnyGuardRails, GuardRails, guard_rails
 from secateur.spec import SCORES, Arrays, Rule, Spec
@@ -161,7 +161,7 @@ def _selection(
 
 def _calibrated(factors: Factors, given: Sequence[str], scope: str) -> list[str]:
     """The weights that names and globs mean, of which none has rows that are inputs."""
-    names = factors.names(given)
+    names = calibrated_names(factors.statistics, given)
     transposed = factors.by_input_dim(names).get(0, [])
     if scope == "row" and transposed:
         raise InvalidSpec(

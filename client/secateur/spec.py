@@ -8,8 +8,10 @@ from difflib import get_close_matches
 from functools import reduce
 from typing import Any
 
+import numpy as np
 from google.protobuf.text_format import MessageToString
 
+from secateur.calibration.triangle import Triangle, triangle_length
 from secateur.checks import mismatch, one_of, shown
 from secateur.errors import InvalidSpec, InvalidStateDict
 from secateur.steps import Schedule, scale, step_of
@@ -149,13 +151,16 @@ def _refer(rule: pb.Rule, path: str, name: str, holder: str) -> None:
 
 
 def local_array(name: str, array: Any) -> LocalTensor:
-    """Reads the scores or the mask of a tensor.
+    """Reads the array that is for a tensor.
 
     Raises:
-        InvalidSpec: They cannot be sent.
+        InvalidSpec: It cannot be sent.
     """
     if isinstance(array, LocalTensor):
         return array
+    if isinstance(array, Triangle):
+        shape = (triangle_length(array.size),)
+        return LocalTensor("F32", shape, lambda: array.values().view(np.uint8))
     try:
         return from_value(name, array)
     except InvalidStateDict as error:

@@ -6,10 +6,11 @@ from secateur_proto import pruner_pb2 as pb
 from secateur_proto.plan_pb2 import PruningPlan
 from secateur_server.api.convert.columns import field_head
 from secateur_server.api.convert.plan import decode_amounts, encode_plan
-from secateur_server.api.rules import before, check_prior, reads_of
+from secateur_server.api.rules import before, check_prior, is_solving, reads_of
 from secateur_server.cut.plan import plan
 from secateur_server.cut.plan_small import is_planned_by_runs
 from secateur_server.cut.prune import prune
+from secateur_server.errors import InvalidSpec
 from secateur_server.outputs.dense import Dense
 from secateur_server.outputs.hollow import hollow_state_dict
 from secateur_server.outputs.masks import Masks
@@ -43,6 +44,8 @@ def decode_plan(context: RequestContext, header: pb.PlanHeader) -> list[Rule]:
         InvalidSpec, InvalidRequest: A field is wrong.
     """
     rules = decode_spec(context, header.spec)
+    if is_solving(rules):
+        raise InvalidSpec("spec.rules", "Plan takes no solver, which updates weights; leave it out")
     check_prior(header)
     return rules
 

@@ -3,14 +3,17 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 
 from secateur_proto import pruner_pb2 as pb
 from secateur_proto.report_pb2 import SparsityReport
 from secateur_server.api.answers import Made, written
 from secateur_server.api.convert.checkpoint import checkpoint_message
 from secateur_server.api.convert.report import encode_report
-from secateur_server.api.rules import before, check_prior, groups_of, reads_of
+from secateur_server.api.rules import before, check_prior, divided, groups_of, is_solving, reads_of
 from secateur_server.api.smaller import add_shrinkage
+from secateur_server.api.solve import solve
+from secateur_server.cut.choice import Choice
 from secateur_server.cut.prune import prune
 from secateur_server.errors import CheckpointNotFound, InvalidRequest, InvalidSpec
 from secateur_server.granularity.group import Group
@@ -18,6 +21,7 @@ from secateur_server.outputs import OUTPUTS
 from secateur_server.report.shrinkage import measure_sent
 from secateur_server.report.warnings import NOT_SMALLER, changes_of, warnings_of
 from secateur_server.runtime.context import RequestContext
+from secateur_server.runtime.scheduler import Scheduler
 from secateur_server.spec.decode import decode_spec
 from secateur_server.spec.resolve import resolve
 from secateur_server.spec.rules import Rule
@@ -49,8 +53,27 @@ def decode_prune(context: RequestContext, header: pb.PruneHeader) -> list[Rule]:
     if header.destination_uri and not OUTPUTS[header.output].has_data:
         name = pb.Output.Name(header.output)
         raise InvalidRequest("header.destination_uri", f"{name} writes nothing there")
+    if is_solving(rules):
+        _check_solving(header)
     check_prior(header)
     return rules
+
+
+def _check_solving(header: pb.PruneHeader) -> None:
+    """Refuses results that do not have the updated weights."""
+    if not OUTPUTS[header.output].has_weights:
+        name = pb.Output.Name(header.output or pb.OUTPUT_MASKS)
+        raise InvalidRequest(
+            "header.output",
+            f"{name} has no weights, and the spec updates them (`solver`); use OUTPUT_DENSE or "
+            "OUTPUT_REPARAMETRIZED",
+        )
+    if header.keep:
+        raise InvalidRequest(
+            "header.keep",
+            "cannot be used with a solver, whose result is more than masks; use OUTPUT_DENSE, and "
+            "upload the result",
+        )
 
 
 def prune_call(
@@ -74,8 +97,7 @@ def prune_call(
     groups = groups_of(context, rules, catalog) if output.needs_groups else []
     with context.stage("receive"):
         incoming.read(None if output.needs_all_tensors else reads_of(rules))
-    with sources.scheduler.cores(context, incoming.size):
-        pruned = _prune(call, asked, rules, groups, incoming)
+    pruned = _prune(sources.scheduler, call, asked, rules, groups, incoming)
     incoming.check_unchanged()
     result = pb.PruneResult()
     result.report.CopyFrom(pruned.report)  # faster than to construct it with a report
@@ -104,6 +126,7 @@ class Pruned:
 
 
 def _prune(
+    scheduler: Scheduler,
     call: Call[pb.PruneHeader],
     asked: Sequence[Rule],
     rules: Sequence[Rule],
@@ -111,10 +134,34 @@ def _prune(
     incoming: Incoming,
 ) -> Pruned:
     """Prunes the tensors that were read, and measures them."""
+    context, state_dict = call.context, incoming.state_dict
+    selecting, solving = divided(rules)
+    encode = partial(_encoded, call, asked, rules, groups, incoming)
+    with scheduler.cores(context, incoming.size):
+        context.begin("prune")
+        prior = before(context, call.header, state_dict, rules)
+        pruned, outcomes = prune(context, prior, selecting, state_dict.extras)
+        if not solving:
+            return encode(prior, pruned, outcomes)
+    solved, more = solve(context, scheduler, incoming, solving, {**prior, **pruned})
+    with scheduler.cores(context, incoming.size):
+        updated = {**pruned, **solved}
+        in_order = {name: updated[name] for name in prior if name in updated}
+        return encode(prior, in_order, [*outcomes, *more])
+
+
+def _encoded(
+    call: Call[pb.PruneHeader],
+    asked: Sequence[Rule],
+    rules: Sequence[Rule],
+    groups: Sequence[Group],
+    incoming: Incoming,
+    prior: Mapping[str, Parameter],
+    pruned: Mapping[str, Parameter],
+    outcomes: Sequence[Sequence[Choice]],
+) -> Pruned:
+    """Makes the files and the report."""
     context, header, state_dict = call.context, call.header, incoming.state_dict
-    context.begin("prune")
-    prior = before(context, header, state_dict, rules)
-    pruned, outcomes = prune(context, prior, rules, state_dict.extras)
     with context.stage("encode"):
         files = OUTPUTS[header.output].files(context, state_dict, pruned, groups)
         digests = incoming.digest(), digest_of(files)

@@ -11,7 +11,7 @@ from secateur_server.api.finalize import decode_finalize, finalize_call
 from secateur_server.api.plan import decode_plan, plan_call
 from secateur_server.api.prune import decode_prune, prune_call
 from secateur_server.api.report import report_call
-from secateur_server.api.rules import extras_of
+from secateur_server.api.rules import extras_of, streamed_of
 from secateur_server.api.stream import open_request
 from secateur_server.errors import InvalidRequest
 from secateur_server.runtime.context import RequestContext
@@ -42,7 +42,7 @@ class Pruner:
         """Prunes, and returns masks or pruned tensors."""
         first, data = open_request(messages, self._count(context))
         rules = decode_prune(context, first.header)
-        call = Call(context, first.header, data, extras_of(rules))
+        call = Call(context, first.header, data, extras_of(rules), streamed_of(rules))
         work = partial(prune_call, self._sources, call, rules)
         yield from self._answers.send(call, work, pb.PruneResponse)
 

@@ -9,6 +9,7 @@ from secateur_server.granularity.group import Group
 from secateur_server.granularity.kept_units import distinct_groups
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.rules import Rule
+from secateur_server.spec.solve import Solve
 from secateur_server.state_dict.catalog import Catalog
 from secateur_server.state_dict.parameter import Parameter
 from secateur_server.state_dict.state_dict import StateDict
@@ -20,9 +21,25 @@ def check_prior(header: pb.PruneHeader | pb.PlanHeader | pb.FinalizeHeader) -> N
         raise InvalidRequest("header.prior", f"{header.prior} is not a value of Prior")
 
 
+def is_solving(rules: Iterable[Rule]) -> bool:
+    """Returns whether a rule updates weights."""
+    return any(isinstance(rule, Solve) for rule in rules)
+
+
+def divided(rules: Sequence[Rule]) -> tuple[list[Rule], list[Solve]]:
+    """Divides rules into those that make masks, and those behind them that update weights."""
+    solving = [rule for rule in rules if isinstance(rule, Solve)]
+    return list(rules[: len(rules) - len(solving)]), solving
+
+
 def extras_of(rules: Iterable[Rule]) -> set[str]:
     """Returns the names of the tensors that hold scores and masks."""
     return {name for rule in rules for name in rule.extras()}
+
+
+def streamed_of(rules: Iterable[Rule]) -> set[str]:
+    """Returns the names of the tensors that are used as they arrive."""
+    return {name for rule in rules for name in rule.streamed()}
 
 
 def reads_of(rules: Iterable[Rule]) -> set[str]:

@@ -57,7 +57,7 @@ HELP = {
 # From a LeNet, about 1 ms, to tens of GB, which take minutes.
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180, 600)
 SHARES = (0.1, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1)
-STAGES = ("receive", "score", "select", "encode", "send")
+STAGES = ("receive", "score", "select", "solve", "encode", "send")
 EVICTION_REASONS = ("room", "quota", "ttl")
 
 # By whether requests and answers are streams.

@@ -15,7 +15,7 @@ from secateur_server.wire.writer import OutgoingFile
 class Masks(PlannedOutput):
     """OUTPUT_MASKS."""
 
-    needs_all_tensors = False
+    has_weights = needs_all_tensors = False
 
     def files(
         self,

@@ -29,6 +29,11 @@ class Output(Protocol):
         """Whether a call must have groups."""
         return False
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether files have weights, so that updated ones reach the caller."""
+        return True
+
     def is_stored(self, catalog: Catalog) -> bool:
         """Whether the files of a checkpoint without masks have this form already.
 

@@ -108,7 +108,7 @@ class RequestContext:
         done: Bytes processed in all phases.
         read: Bytes of the state_dict that have been read.
         share: The progress in [0, 1] that was last reported.
-        stages: receive, score, select, encode and send, as far as they have run.
+        stages: receive, score, select, solve, encode and send, as far as they have run.
         received, sent: Bytes of data.
         elements, pruned: Elements of the tensors in the report, and those that this request pruned.
         charges: Bytes that the request holds beside its state_dict, as the scheduler counts them.

@@ -1,5 +1,6 @@
 """Decodes a spec, and checks all that can be checked without the tensors."""
 
+import itertools
 from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ from secateur_server.spec.rules import (
     Scope,
     Selection,
 )
+from secateur_server.spec.solve import Solve, decode_solver
 
 Choice = TypeVar("Choice")
 
@@ -68,15 +70,22 @@ def decode_spec(
     if not spec.rules:
         raise InvalidSpec("spec.rules", "is empty; send at least one rule")
     check_length("spec.rules", spec.rules, MOST_RULES, "rules")
-    return [
+    rules = [
         _rule(context, rule, f"spec.rules[{index}]", default_align)
         for index, rule in enumerate(context.each(spec.rules))
     ]
+    for index, (rule, following) in enumerate(itertools.pairwise(rules)):
+        if isinstance(rule, Solve) and not isinstance(following, Solve):
+            raise InvalidSpec(f"spec.rules[{index}].solver", "must follow all rules of other kinds")
+    return rules
 
 
 def _rule(context: RequestContext, rule: pb.Rule, path: str, default_align: int) -> Rule:
-    if chosen(rule, "method", path) == "selection":
+    method = chosen(rule, "method", path)
+    if method == "selection":
         return _selection(context, rule.selection, f"{path}.selection", default_align)
+    if method == "solver":
+        return decode_solver(context, rule.solver, f"{path}.solver")
     path = f"{path}.custom_masks"
     if not rule.custom_masks.masks:
         raise InvalidSpec(f"{path}.masks", "is empty; send at least one mask")

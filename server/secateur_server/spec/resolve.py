@@ -20,6 +20,7 @@ from secateur_server.granularity.groups import resolve_group
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.matching import by_tensor, first_matches, not_pruned
 from secateur_server.spec.rules import CustomMasks, GuardRails, Rail, Rule, Selection
+from secateur_server.spec.solve import Solve, resolve_solver
 from secateur_server.spec.uploads import extra_of, resolve_uploads, wrong_dtype
 from secateur_server.state_dict.catalog import Catalog, Shape, Stored, match, unmatched
 
@@ -244,4 +245,5 @@ _SCORE_DTYPES = tuple(dtype for dtype in PRUNABLE if dtype.is_floating_point)
 _RESOLVED: Mapping[type[Rule], Callable[..., Rule]] = {
     Selection: _resolve_selection,
     CustomMasks: _resolve_masks,
+    Solve: resolve_solver,
 }

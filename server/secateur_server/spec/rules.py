@@ -9,6 +9,7 @@ from secateur_server.granularity import Granularity
 from secateur_server.granularity.group import Group
 from secateur_server.importance import Importance
 from secateur_server.spec.amounts import Amount
+from secateur_server.spec.solve import Solve
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,10 @@ class Selection:
         uploads = self.importance.uploads.values()
         return [*self.scores.values(), *(name for of in uploads for name in of.values())]
 
+    def streamed(self) -> Collection[str]:
+        """The names of uploaded tensors that are used as they arrive, and not held."""
+        return ()
+
     def patterns(self) -> Sequence[str]:
         """The names and globs by which a rule of the request selects tensors."""
         return self.tensors
@@ -154,6 +159,9 @@ class CustomMasks:
     def extras(self) -> Collection[str]:
         return [holder for _, holder in self.masks]
 
+    def streamed(self) -> Collection[str]:
+        return ()
+
     def patterns(self) -> Sequence[str]:
         return ()
 
@@ -170,4 +178,4 @@ class CustomMasks:
         return True  # the caller made the mask
 
 
-Rule = Selection | CustomMasks
+Rule = Selection | CustomMasks | Solve

@@ -63,7 +63,9 @@ def open_files(
     size = sum(len(file.data) for file in files)
     read = partial(_read, context, shards, masks, extras, state_dict)
     digest = stored[0].blake3 if len(stored) == 1 else ""
-    return Incoming(state_dict, size, read, lambda: digest, check_unchanged, stored)
+    return Incoming(
+        state_dict, size, read, lambda: digest, extras.streamed, check_unchanged, stored
+    )
 
 
 class MappedShard(NamedTuple):

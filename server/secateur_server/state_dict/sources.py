@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from secateur_server.state_dict.incoming import (
     NO_EXTRAS,
     Extras,
     Incoming,
+    held_bytes,
     open_stream,
     read_extras,
 )
@@ -24,8 +26,9 @@ from secateur_server.storage.records import StoredFile
 from secateur_server.storage.store import Store
 from secateur_server.uris.uris import UriModel, Uris
 from secateur_server.wire.header import MIN_FILE_BYTES
+from secateur_server.wire.header import Header as FileHeader
 from secateur_server.wire.mapped import MappedFile
-from secateur_server.wire.reader import ByteStream
+from secateur_server.wire.reader import ByteStream, read_header
 from secateur_server.wire.writer import Bytes, OutgoingFile
 
 
@@ -52,12 +55,14 @@ class Call(Generic[Header]):
         header: Of the call.
         data: The call's data: the source itself, or scores and masks beside it.
         extras: Names of the tensors that hold scores and masks.
+        streamed: Names of the tensors that are used as they arrive: Gram matrices.
     """
 
     context: RequestContext
     header: Header
     data: Iterator[Bytes]
     extras: Collection[str] = ()
+    streamed: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -109,12 +114,11 @@ class Sources:
     @contextmanager
     def _data(self, call: Call[Any]) -> Iterator[Incoming]:
         """The data of the call, in memory."""
-        size = call.header.data_bytes
-        stream = self._stream(call)
-        device = self.device if size > ONE_CORE_BYTES else torch.device("cpu")
-        with self.scheduler.model(call.context, "header.data_bytes", size):
+        is_large = call.header.data_bytes > ONE_CORE_BYTES
+        device = self.device if is_large else torch.device("cpu")
+        with self._received(call, 0) as (stream, header):
             # Nothing here refers to the tensors, so that they can be freed within the block.
-            yield open_stream(call.context, stream, call.extras, device)
+            yield open_stream(call.context, stream, header, call.extras, call.streamed, device)
 
     @contextmanager
     def _kept_data(self, call: Call[Any], keep: Receiver) -> Iterator[Incoming]:
@@ -126,7 +130,7 @@ class Sources:
                 "and send them beside its checkpoint",
             )
         size = call.header.data_bytes
-        stream = self._stream(call, is_hashed=False)
+        stream = _stream(call, is_hashed=False)
         stored = (keep.receive("", size, stream.pieces(size)),)
         stream.finish()
         memory = min(size, self.work_memory)
@@ -140,9 +144,8 @@ class Sources:
         with self.store.open(context.tenant.owner, call.header.checkpoint) as opened:
             masks = map_blob(opened.masks) if opened.masks else None
             files = [map_blob(blob) for blob in opened.files]
-            with self._admitted(call, sum(len(file.data) for file in files)):
-                extras = self._extras(call)
-                yield open_files(context, files, masks, extras, opened.record.files)
+            with self._beside(call, sum(len(file.data) for file in files)) as extras:
+                yield open_files(context, files, masks, extras(), opened.record.files)
 
     @contextmanager
     def _uri(self, call: Call[Any]) -> Iterator[Incoming]:
@@ -155,50 +158,53 @@ class Sources:
                     f"{quote(uri)} has {model.remote_bytes} bytes; this server fetches up to "
                     f"{self.max_model_bytes} (--max-model-bytes); upload it first",
                 )
-            with self._admitted(call, model.size), model.fetched() as files:
-                yield open_files(context, files, extras=self._extras(call))
+            with self._beside(call, model.size) as extras, model.fetched() as files:
+                yield open_files(context, files, extras=extras())
 
     @contextmanager
     def _kept_uri(self, call: Call[Any], keep: Receiver) -> Iterator[Incoming]:
         """The files of a URI, in the store."""
         with ExitStack() as admitted:
             with self._storable(call.context, call.header.uri) as model:
-                admitted.enter_context(self._admitted(call, model.size))
+                extras = admitted.enter_context(self._beside(call, model.size))
                 stored = _store(model, keep)
             files = self._map_stored(stored)
-            yield open_files(call.context, files, None, self._extras(call), stored)
-
-    def _admitted(self, call: Call[Any], size: int) -> AbstractContextManager[None]:
-        """Reserves memory for mapped files of `size` bytes, and for extras."""
-        memory = min(size, self.work_memory) + call.header.data_bytes
-        return self.scheduler.model(call.context, "header.data_bytes", memory)
+            yield open_files(call.context, files, None, extras(), stored)
 
     def _map_stored(self, files: tuple[StoredFile, ...]) -> list[MappedFile]:
         """Maps files that were just stored."""
         return [map_blob(blob) for blob in self.store.open_files("data", files)]
 
-    def _extras(self, call: Call[Any]) -> Extras:
-        """The scores and masks beside a checkpoint or a URI."""
-        if call.header.data_bytes == 0:
-            ByteStream(call.data, 0).finish()
-            return NO_EXTRAS
-        return read_extras(call.context, self._stream(call), call.extras)
+    @contextmanager
+    def _beside(self, call: Call[Any], size: int) -> Iterator[Callable[[], Extras]]:
+        """Reserves memory for mapped files of `size` bytes, and for the call's data beside them.
 
-    def _stream(self, call: Call[Any], is_hashed: bool = True) -> ByteStream:
-        """The file in a call's data. Only a hashed file is taken into memory."""
-        size = call.header.data_bytes
-        if size < MIN_FILE_BYTES:
-            raise InvalidRequest(
-                "header.data_bytes",
-                f"{size} is less than {MIN_FILE_BYTES}, the smallest size of a file",
-            )
-        if is_hashed and size > self.max_model_bytes:
+        Yields:
+            Reads that data.
+        """
+        memory = min(size, self.work_memory)
+        if call.header.data_bytes == 0:
+            with self.scheduler.model(call.context, "header.data_bytes", memory):
+                yield partial(_no_extras, call)
+            return
+        with self._received(call, memory) as (stream, header):
+            yield lambda: read_extras(call.context, stream, header, call.extras, call.streamed)
+
+    @contextmanager
+    def _received(self, call: Call[Any], more: int) -> Iterator[tuple[ByteStream, FileHeader]]:
+        """Reserves memory for the file in a call's data, and `more` bytes; reads its header."""
+        stream = _stream(call)
+        # The header says how much is held at once. Other calls wait before they have any of it.
+        header = read_header(call.context, stream) if call.streamed else None
+        size = held_bytes(header, call.streamed) if header else call.header.data_bytes
+        if size > self.max_model_bytes:
             raise ModelTooLarge(
                 "header.data_bytes",
                 f"{size} bytes are more than this server takes into memory, {self.largest}; "
                 "upload the model first",
             )
-        return ByteStream(call.data, size, is_hashed)
+        with self.scheduler.model(call.context, "header.data_bytes", size + more):
+            yield stream, header or read_header(call.context, stream)
 
     def receiver(self, context: RequestContext) -> Receiver:
         """Makes a receiver that stores files for the request's tenant, within its quota."""
@@ -244,6 +250,22 @@ class Sources:
 
     def _uris(self, context: RequestContext) -> Uris:
         return self.uris.among(context.tenant.allow)
+
+
+def _no_extras(call: Call[Any]) -> Extras:
+    ByteStream(call.data, 0).finish()
+    return NO_EXTRAS
+
+
+def _stream(call: Call[Any], is_hashed: bool = True) -> ByteStream:
+    """The file in a call's data."""
+    size = call.header.data_bytes
+    if size < MIN_FILE_BYTES:
+        raise InvalidRequest(
+            "header.data_bytes",
+            f"{size} is less than {MIN_FILE_BYTES}, the smallest size of a file",
+        )
+    return ByteStream(call.data, size, is_hashed)
 
 
 def _store(model: UriModel, receiver: Receiver) -> tuple[StoredFile, ...]:

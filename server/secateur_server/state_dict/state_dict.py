@@ -7,7 +7,7 @@ from torch import Tensor
 
 from secateur_proto.packed import METADATA, UNPACK
 from secateur_proto.ties import read_ties, write_ties
-from secateur_server.backends import backend_for, spans
+from secateur_server.backends import allocate, backend_for, spans
 from secateur_server.backends.dtypes import TORCH_DTYPES
 from secateur_server.backends.masks import Mask
 from secateur_server.errors import InvalidPair, InvalidStateDict, quote
@@ -133,6 +133,27 @@ class StateDict:
             if priors and kept is None:
                 kept = _prior_mask(context, priors)
             self.parameters[name] = Parameter(values_of(tensor), kept, tensor.scan)
+
+    def update(self, context: RequestContext, name: str, values: Tensor) -> Tensor:
+        """Gives a parameter other values.
+
+        Args:
+            context: The request.
+            name: Of the parameter.
+            values: In its shape and dtype.
+
+        Returns:
+            The new weight.
+        """
+        weight = self.parameters[name].weight
+        if self.is_mapped:
+            backend = backend_for(weight.device)
+            memory = allocate(context, weight.nbytes, backend)
+            weight = memory.view(weight.dtype).view(weight.shape)
+            stored = self.catalog.pairs.get(name, (name,))[0]
+            tensor = self.tensors[stored]
+            self.tensors[stored] = WireTensor(tensor.dtype, tensor.shape, weight.view(-1))
+        return weight.copy_(values)
 
     def files(self, context: RequestContext, are_folded: Container[str]) -> list[OutgoingFile]:
         """Makes files like those that the tensors came in, in the same order.

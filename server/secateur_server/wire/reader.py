@@ -113,13 +113,16 @@ def read_header(context: RequestContext, stream: ByteStream) -> Header:
     return parse_header(context, bytes(stream.take(length)), stream.announced - 8 - length)
 
 
-def read_tensors(stream: ByteStream, header: Header, device: torch.device) -> dict[str, WireTensor]:
+def read_tensors(
+    stream: ByteStream, header: Header, device: torch.device, is_all: bool = True
+) -> dict[str, WireTensor]:
     """Reads the tensors of a file. The memory of a tensor is allocated when its data arrives.
 
     Args:
         stream: At the end of the header.
-        header: Of the file.
+        header: Of the file, or of its first tensors.
         device: Where the tensors are allocated.
+        is_all: Whether the stream ends with the last of them.
 
     Returns:
         The tensors, in the header's order.
@@ -135,8 +138,24 @@ def read_tensors(stream: ByteStream, header: Header, device: torch.device) -> di
             read.update(zip((entry.name for entry in run), _read_run(stream, run), strict=True))
         else:
             read |= {entry.name: _read_tensor(stream, entry, backend) for entry in run}
-    stream.finish()
+    if is_all:
+        stream.finish()
     return {entry.name: read[entry.name] for entry in header.entries}
+
+
+def read_values(stream: ByteStream, entry: Entry) -> torch.Tensor:
+    """Reads the next tensor of a file, on the CPU.
+
+    Args:
+        stream: At the tensor's data.
+        entry: Of a dtype that torch has.
+
+    Raises:
+        WrongLength: The stream ends before.
+    """
+    values = _read_tensor(stream, entry, backend_for(_CPU)).values()
+    assert values is not None, "the catalog lets no other dtype through"
+    return values
 
 
 def _runs(entries: Sequence[Entry]) -> Iterator[list[Entry]]:

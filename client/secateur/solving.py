@@ -1,0 +1,114 @@
+"""The methods that update the weights which are kept, from Gram matrices of calibration."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from secateur.amounts import AnyAmount, units_of
+from secateur.checks import UINT32, integer, number, one_of, pair, patterns, shown
+from secateur.errors import InvalidSpec
+from secateur.factors import AnyStatistics, calibrated_names, statistics_of
+from secateur.selections import Names
+from secateur.spec import GRAMS, METHODS, Rule, Spec
+from secateur_proto import spec_pb2 as pb
+
+_SCOPES = {"tensor": pb.SCOPE_PER_TENSOR, "row": pb.SCOPE_PER_ROW}
+
+
+def refit(tensors: Names, statistics: AnyStatistics, damping: float = 1e-4) -> Spec:
+    """Gives the kept weights the values that change the layers' outputs least.
+
+    It is for the masks that the rules before it make: `l1_unstructured(...) + refit(...)`. For
+    each row it minimises ||X (w - w')||^2 over the kept weights w'; w are the weights as they came.
+    The result has other weights, so ask for output="dense" or "reparametrized".
+
+    Args:
+        tensors: Names or globs of calibrated weights.
+        statistics: From `calibrate(..., gram=True)`, or the path of its file.
+        damping: Is added to the diagonal of X^T X, times its mean.
+
+    Raises:
+        InvalidSpec: An argument is wrong, or a weight has no Gram matrix.
+    """
+    return _solver(tensors, statistics, refit=pb.Refit(damping=_damping(damping)))
+
+
+def sparsegpt(
+    tensors: Names,
+    amount: AnyAmount | None,
+    statistics: AnyStatistics,
+    n_m: Sequence[int] | None = None,
+    damping: float = 0.01,
+    block_size: int = 128,
+) -> Spec:
+    """Prunes each layer column by column, and makes up for it: SparseGPT, Frantar & Alistarh 2023.
+
+    Args:
+        tensors: See `refit`.
+        amount: Of each layer: an int is a number of weights, a float a fraction. None with `n_m`.
+        statistics: See `refit`.
+        n_m: Keeps n of each m weights of a row, such as (2, 4), in place of an amount.
+        damping: See `refit`.
+        block_size: Columns that are pruned at once.
+
+    Raises:
+        InvalidSpec: See `refit`.
+    """
+    method = pb.SparseGpt(
+        damping=_damping(damping), block_size=integer("block_size", block_size, 1, UINT32)
+    )
+    return _solver(tensors, statistics, sparsegpt=method, **_amount(amount, n_m))
+
+
+def alps(
+    tensors: Names,
+    amount: AnyAmount | None,
+    statistics: AnyStatistics,
+    n_m: Sequence[int] | None = None,
+    scope: str = "tensor",
+) -> Spec:
+    """Prunes each layer by ADMM, then refits it: ALPS, Meng et al. 2024. The best, and the slowest.
+
+    Args:
+        tensors: See `refit`.
+        amount: See `sparsegpt`.
+        statistics: See `refit`.
+        n_m: See `sparsegpt`.
+        scope: Whether the amount is of each "tensor" or of each "row" of it.
+
+    Raises:
+        InvalidSpec: See `refit`.
+    """
+    fields = _amount(amount, n_m)
+    return _solver(
+        tensors, statistics, alps=pb.Alps(), scope=one_of("scope", scope, _SCOPES), **fields
+    )
+
+
+def _solver(tensors: Names, statistics: AnyStatistics, **fields: Any) -> Spec:
+    """The spec of one Solver."""
+    found = statistics_of(statistics)
+    names = calibrated_names(found, patterns(tensors))
+    message = pb.Solver(tensors=names, **fields)
+    arrays = {name: found.triangle(name) for name in names}
+    for name in names:
+        message.grams[name].is_transposed = found[name].input_dim == 0
+    return Spec((Rule(pb.Rule(solver=message), {GRAMS: arrays}),))
+
+
+def _amount(amount: AnyAmount | None, n_m: Sequence[int] | None) -> dict[str, Any]:
+    """The fields of an amount, or of a pattern."""
+    if (amount is None) == (n_m is None):
+        raise InvalidSpec("amount: give either an amount or n_m")
+    if n_m is None:
+        return units_of("amount", amount)
+    n, m = pair("n_m", n_m)
+    return {"pattern": pb.Pattern(n=n, m=m)}
+
+
+def _damping(value: float) -> float:
+    if not (found := number("damping", value)) >= 0:
+        raise InvalidSpec(f"damping: {shown(value)} is negative")
+    return found
+
+
+METHODS.update((method.__name__, method) for method in (refit, sparsegpt, alps))

@@ -1,0 +1,139 @@
+"""Rules that update weights: decoded, and fitted to the tensors of a state_dict."""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from secateur_proto import spec_pb2 as pb
+from secateur_server.errors import InvalidSpec, NotStructured, UnknownTensor, quote
+from secateur_server.fields import chosen
+from secateur_server.granularity.group import Group
+from secateur_server.runtime.context import RequestContext
+from secateur_server.spec.matching import by_tensor, not_pruned
+from secateur_server.spec.solvers import MOST_COLUMNS, SOLVERS, Solver
+from secateur_server.state_dict.catalog import Catalog, Shape, match
+
+
+@dataclass(frozen=True)
+class GramOf:
+    """The Gram matrix of a weight.
+
+    Attributes:
+        holder: The name of the tensor that holds it.
+        is_transposed: Whether the weight is [inputs, outputs].
+    """
+
+    holder: str
+    is_transposed: bool
+
+    def inputs(self, shape: Shape) -> int:
+        """Returns the inputs of a weight of a shape."""
+        return shape[0] if self.is_transposed else math.prod(shape[1:])
+
+
+@dataclass(frozen=True)
+class Solve:
+    """Updates the kept weights of layers. Its methods are those of Selection.
+
+    Attributes:
+        path: The path of this rule in the request.
+        tensors: Names and globs; in a resolved rule, names.
+        grams: Of each tensor.
+        solver: Updates the weights.
+    """
+
+    path: str
+    tensors: tuple[str, ...]
+    grams: Mapping[str, GramOf]
+    solver: Solver
+
+    def extras(self) -> Collection[str]:
+        return ()
+
+    def streamed(self) -> Collection[str]:
+        return {gram.holder for gram in self.grams.values()}
+
+    def patterns(self) -> Sequence[str]:
+        return self.tensors
+
+    def names(self) -> Collection[str]:
+        return self.tensors
+
+    def units_together(self) -> Sequence[Group]:
+        return ()
+
+    def reads(self) -> Collection[str]:
+        return self.tensors
+
+    def is_meant_whole(self, name: str) -> bool:
+        return False
+
+
+def decode_solver(context: RequestContext, message: pb.Solver, path: str) -> Solve:
+    """Decodes a rule.
+
+    Args:
+        context: The request.
+        message: The rule.
+        path: Of the message in the request.
+
+    Raises:
+        InvalidSpec: A field is wrong.
+    """
+    if not message.tensors:
+        raise InvalidSpec(f"{path}.tensors", "is empty; send at least one name or glob")
+    grams = {
+        name: GramOf(gram.holder, gram.is_transposed)
+        for name, gram in context.each(message.grams.items())
+    }
+    solver = SOLVERS[chosen(message, "method", path)](message, path)
+    return Solve(path, tuple(message.tensors), grams, solver)
+
+
+def resolve_solver(context: RequestContext, rule: Solve, catalog: Catalog) -> Solve:
+    """Replaces globs by names, and checks that the Gram matrices fit.
+
+    Raises:
+        InvalidSpec: The rule does not fit the tensors.
+    """
+    names = match(context, f"{rule.path}.tensors", rule.tensors, catalog)
+    field = f"{rule.path}.grams"
+    grams = by_tensor(context, rule.grams, field, catalog.all_names(names))
+    for name in context.each(grams):
+        if name not in names:
+            raise not_pruned(f"{field}[{quote(name)}]", "tensor")
+    for name in context.each(names):
+        _check(rule, name, grams, catalog)
+    return replace(rule, tensors=tuple(names), grams=grams)
+
+
+def _check(rule: Solve, name: str, grams: Mapping[str, GramOf], catalog: Catalog) -> None:
+    """Refuses a tensor without a Gram matrix of its size."""
+    shape, field = catalog.prunable[name], f"{rule.path}.grams[{quote(name)}]"
+    if name not in catalog.floating:
+        raise InvalidSpec(f"{rule.path}.tensors", f"{quote(name)} has integers; leave it out")
+    if len(shape) < 2:
+        raise NotStructured(
+            f"{rule.path}.tensors",
+            f"{quote(name)} has shape {list(shape)}; a solver needs 2 dimensions or more",
+        )
+    if name not in grams:
+        raise InvalidSpec(field, "is not set; a solver needs the Gram matrix of each layer")
+    gram = grams[name]
+    inputs = gram.inputs(shape)
+    held = catalog.extras.get(gram.holder)
+    if held is None:
+        raise UnknownTensor(
+            field, f"the data does not have the tensor {quote(gram.holder)}; send it"
+        )
+    if inputs > MOST_COLUMNS:
+        raise InvalidSpec(field, f"{quote(name)} has {inputs} inputs; at most {MOST_COLUMNS}")
+    if held.dtype != torch.float32 or held.shape != (inputs * (inputs + 1) // 2,):
+        raise InvalidSpec(
+            field,
+            f"has dtype {held.dtype_name} and shape {list(held.shape)}; the upper triangle of a "
+            f"Gram matrix of {inputs} inputs has F32 and [{inputs * (inputs + 1) // 2}]",
+        )
+    rule.solver.check(rule.path, name, inputs)
