@@ -1,10 +1,13 @@
 """Work in the pool that calls share never waits for itself."""
 
 import threading
+import time
 
+import pytest
 import torch
 
 from secateur_server.backends import backend_for
+from secateur_server.backends.cores import map_on_cores
 from secateur_server.backends.masks import Mask
 from secateur_server.runtime.context import RequestContext
 
@@ -34,3 +37,17 @@ def test_counting_in_the_pool_and_in_its_callers_does_not_deadlock() -> None:
     for thread in threads:
         thread.join(300)
     assert found == [BYTES * 8] * 60
+
+
+def test_the_first_piece_that_fails_is_reported() -> None:
+    """As with a single thread, however the threads take turns."""
+
+    def fail(index: int) -> int:
+        time.sleep(0.001 * (index == 3))  # a later piece fails first
+        if index >= 3:
+            raise ValueError(index)
+        return index
+
+    for _ in range(20):
+        with pytest.raises(ValueError, match="3"):
+            map_on_cores(RequestContext(), fail, range(50))

@@ -73,6 +73,7 @@ def map_on_cores(
     shared = _Shared(context, function, pieces)
     threads = range(min(CORES, len(pieces)))
     list(_pool().map(lambda _: shared.work(), threads))
+    shared.check()
     return [shared.found[index] for index in range(len(pieces))]
 
 
@@ -83,16 +84,28 @@ class _Shared(Generic[Item, Found]):
         self, context: RequestContext, function: Callable[[Item], Found], pieces: Sequence[Item]
     ) -> None:
         self.found: dict[int, Found] = {}
+        self._failed: dict[int, BaseException] = {}
         self._context, self._function = context, function
         self._left: Iterator[tuple[int, Item]] = iter(enumerate(pieces))  # the GIL is its lock
 
     def work(self) -> None:
         """Works until no piece is left, or a thread fails."""
-        try:
-            while (taken := next(self._left, None)) is not None:
+        while (taken := next(self._left, None)) is not None:
+            index, piece = taken
+            try:
                 self._context.check()
-                index, piece = taken
                 self.found[index] = self._function(piece)
-        except BaseException:
-            self._left = iter(())
-            raise
+            except BaseException as error:
+                self._failed[index], self._left = error, iter(())
+
+    def check(self) -> None:
+        """Raises the error of the first piece that failed, as a single thread would.
+
+        Threads take pieces in order and finish them, so all pieces before it are known.
+        """
+        if not self._failed:
+            return
+        try:
+            raise self._failed[min(self._failed)]
+        finally:
+            self._failed.clear()  # an error refers to this frame, and with it to the pieces
