@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+from secateur.checks import shown
 from secateur.errors import DeadlineExceeded, SecateurError
 from secateur_proto.checkpoint_pb2 import PHASE_WAIT
 
@@ -29,7 +30,7 @@ def show_progress(
         A function to call with the size of each step.
     """
     if not (progress is None or isinstance(progress, bool) or callable(progress)):
-        raise SecateurError(f"progress={progress!r} is not True, False, None or a function")
+        raise SecateurError(f"progress: {shown(progress)} is not True, False, None or a function")
     if callable(progress):
         yield _accumulated(progress, total)
         return

@@ -256,7 +256,7 @@ def test_a_layer_that_never_runs() -> None:
         ({"gram": 1}, secateur.InvalidSpec, "gram: 1 is neither True nor False"),
         ({"layers": "fc"}, secateur.InvalidSpec, "layers: 'fc' names no weight .* '0.weight'"),
         ({"layers": []}, secateur.InvalidSpec, "layers: .* is not a name, a glob, or a list"),
-        ({"progress": 3}, secateur.SecateurError, "progress=3 is not True"),
+        ({"progress": 3}, secateur.SecateurError, "progress: 3 is not True"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -22,7 +22,13 @@ W = np.arange(1.0, 13, dtype=np.float32).reshape(4, 3)
 MODEL = {"w": W, "b": W + 1}
 HALF = secateur.l1_unstructured("w", 0.5)
 GROUP = secateur.group("g", secateur.member("w"))
+STATISTICS = secateur.calibrate(torch.nn.Linear(3, 4), [torch.ones(2, 3)], gram=True)
 GPT2 = {"n_embd": 4, "n_layer": 1, "n_head": 2}
+
+
+def calibrate(**arguments: Any) -> secateur.Statistics:
+    """With a valid batch: what a module does with a wrong one, it says itself."""
+    return secateur.calibrate(batches=[torch.ones(2, 3)], **arguments)
 
 
 WRONG: dict[str, Any] = {
@@ -137,6 +143,32 @@ FUNCTIONS: dict[Callable[..., Any], dict[str, Any]] = {
     secateur.transformer_groups: {
         "config": {"model_type": "gpt2", "architectures": ["GPT2Model"], **GPT2},
         **{"parts": ["heads"], "source": None},
+    },
+    calibrate: {
+        **{"module": torch.nn.Linear(3, 4), "gram": False, "layers": None, "mask": None},
+        "progress": False,
+    },
+    secateur.flap: {
+        **{"source": {"weight": W}, "statistics": STATISTICS, "key": None},
+        "groups": [secateur.group("g", secateur.member("weight", dim=1))],
+    },
+    secateur.compensated: {
+        **{"source": {"weight": W, "bias": W[:, 0].copy()}, "masks": {"weight": W > 3}, "key": None},
+        "statistics": STATISTICS,
+    },
+    secateur.activation: {"statistics": STATISTICS, "p": 1, "power": 1, "relative": False},
+    secateur.wanda: {"tensors": "*", "amount": 0.5, "statistics": STATISTICS, "n_m": None},
+    secateur.ria: {
+        **{"tensors": "*", "amount": 0.5, "statistics": STATISTICS, "n_m": None, "power": 0.5},
+    },
+    secateur.refit: {"tensors": "*", "statistics": STATISTICS, "damping": 0.1},
+    secateur.sparsegpt: {
+        **{"tensors": "*", "amount": 0.5, "statistics": STATISTICS, "n_m": None},
+        **{"damping": 0.1, "block_size": 128},
+    },
+    secateur.alps: {
+        **{"tensors": "*", "amount": 0.5, "statistics": STATISTICS, "n_m": None},
+        "scope": "tensor",
     },
     secateur.Spec.from_dict: {
         "table": {"rules": [{"method": "lamp", "amount": 1, "tensors": "w"}]}
