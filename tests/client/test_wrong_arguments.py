@@ -153,7 +153,11 @@ FUNCTIONS: dict[Callable[..., Any], dict[str, Any]] = {
         "groups": [secateur.group("g", secateur.member("weight", dim=1))],
     },
     secateur.compensated: {
-        **{"source": {"weight": W, "bias": W[:, 0].copy()}, "masks": {"weight": W > 3}, "key": None},
+        **{
+            "source": {"weight": W, "bias": W[:, 0].copy()},
+            "masks": {"weight": W > 3},
+            "key": None,
+        },
         "statistics": STATISTICS,
     },
     secateur.activation: {"statistics": STATISTICS, "p": 1, "power": 1, "relative": False},

@@ -14,6 +14,7 @@ from secateur_proto import spec_pb2 as pb
 from secateur_server.errors import AmountOutOfRange, InvalidSpec, quote
 from secateur_server.fields import chosen, fraction_of
 from secateur_server.runtime.context import RequestContext
+from secateur_server.solvers.alps import alps
 from secateur_server.solvers.amounts import Amount, EachRow, Layer, Pattern
 from secateur_server.solvers.refit import refit
 from secateur_server.solvers.sparsegpt import sparsegpt
@@ -154,7 +155,7 @@ class Alps(Solver):
     def solve(self, context: RequestContext, weights: Weights, gram: Tensor, field: str) -> Weights:
         target, now, kept = weights
         _check_count(self.amount, kept, field)
-        return Weights(target, *sparsegpt(context, now, gram, kept, self.amount, field=field))
+        return Weights(target, *alps(context, now, gram, kept, self.amount, field=field))
 
 
 # Each decodes its own field of the message, whose path is for errors.
