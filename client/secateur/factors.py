@@ -7,8 +7,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from secateur.calibration.layer import LayerStatistics
+from secateur.calibration.layer import Doubles, LayerStatistics
 from secateur.calibration.statistics import Statistics
 from secateur.checks import shown
 from secateur.errors import InvalidSpec
@@ -85,8 +86,18 @@ class Factors:
             layer = self.statistics[name]
             # Where the inputs lie along dimension 0, the factors are those of "outputs".
             path = INPUTS if layer.input_dim == 1 else OUTPUTS
-            found[path][name] = (layer.rms**self.power).astype(np.float32)
+            found[path][name] = self._raised(name, layer.rms)
         return {path: arrays for path, arrays in found.items() if arrays}
+
+    def _raised(self, name: str, rms: Doubles) -> npt.NDArray[np.float32]:
+        with np.errstate(over="ignore", under="ignore"):
+            # The usual powers without `**`, so that all machines send the same bits.
+            usual = {0.5: np.sqrt, 1.0: np.positive}.get(self.power)
+            raised = usual(rms) if usual else rms**self.power
+            factors: npt.NDArray[np.float32] = raised.astype(np.float32)
+        if not np.isfinite(factors).all():
+            raise InvalidSpec(f"power: {self.power} makes infinite factors of {name}; lower it")
+        return factors
 
     def by_input_dim(self, names: Iterable[str]) -> dict[int, list[str]]:
         """Sorts weights by the dimension along which their inputs lie."""

@@ -22,7 +22,20 @@ W = np.arange(1.0, 13, dtype=np.float32).reshape(4, 3)
 MODEL = {"w": W, "b": W + 1}
 HALF = secateur.l1_unstructured("w", 0.5)
 GROUP = secateur.group("g", secateur.member("w"))
-STATISTICS = secateur.calibrate(torch.nn.Linear(3, 4), [torch.ones(2, 3)], gram=True)
+
+
+class Stack(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(3, 3) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+STATISTICS = secateur.calibrate(Stack(), [torch.ones(2, 2, 3)], gram=True)
 GPT2 = {"n_embd": 4, "n_layer": 1, "n_head": 2}
 
 
@@ -146,20 +159,17 @@ FUNCTIONS: dict[Callable[..., Any], dict[str, Any]] = {
     },
     calibrate: {
         **{"module": torch.nn.Linear(3, 4), "gram": False, "layers": None, "mask": None},
-        "progress": False,
+        **{"progress": False, "blocks": None, "experts": True},
     },
     secateur.flap: {
-        **{"source": {"weight": W}, "statistics": STATISTICS, "key": None},
-        "groups": [secateur.group("g", secateur.member("weight", dim=1))],
+        **{"source": {"layers.0.weight": W}, "statistics": STATISTICS, "key": None},
+        "groups": [secateur.group("g", secateur.member("layers.0.weight", dim=1))],
     },
     secateur.compensated: {
-        **{
-            "source": {"weight": W, "bias": W[:, 0].copy()},
-            "masks": {"weight": W > 3},
-            "key": None,
-        },
-        "statistics": STATISTICS,
+        "source": {"layers.0.weight": W, "layers.0.bias": W[:, 0].copy()},
+        **{"masks": {"layers.0.weight": W > 3}, "statistics": STATISTICS, "key": None},
     },
+    secateur.least_influential: {"statistics": STATISTICS, "count": 1, "stack": None},
     secateur.activation: {"statistics": STATISTICS, "p": 1, "power": 1, "relative": False},
     secateur.wanda: {"tensors": "*", "amount": 0.5, "statistics": STATISTICS, "n_m": None},
     secateur.ria: {
@@ -254,7 +264,8 @@ def test_members_of_groups() -> None:
 def test_every_public_function_is_here() -> None:
     public = [getattr(secateur, name) for name in secateur.__all__]
     functions = {member.__name__ for member in public if inspect.isfunction(member)}
-    assert functions - {f.__name__ for f in FUNCTIONS} == {"embedded", "export", "group", "load"}
+    others = functions - {f.__name__ for f in FUNCTIONS}
+    assert others == {"embedded", "export", "group", "load", "reap"}
 
 
 def test_a_client() -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from secateur.calibration.statistics import Statistics
-from secateur.checks import integer, shown
+from secateur.checks import integer, shown, text
 from secateur.errors import InvalidSpec, InvalidStatistics
 from secateur.units.flap import check_statistics
 
@@ -44,6 +44,6 @@ def _stack(statistics: Statistics, stack: str | None) -> str:
         if len(statistics.blocks) > 1:
             raise InvalidSpec(f"stack: the statistics have {known}; name one")
         return known
-    if stack not in statistics.blocks:
+    if text("stack", stack) not in statistics.blocks:
         raise InvalidSpec(f"stack: {shown(stack)} is none of {known}")
     return stack
