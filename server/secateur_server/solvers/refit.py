@@ -11,7 +11,7 @@ from secateur_server.solvers.rows import map_rows
 from secateur_server.solvers.sweeps import Sweeps
 
 # The iteration ends when a step lowers the error by less than this share of it.
-_TOLERANCE = 1e-3
+TOLERANCE = 1e-3
 
 # Rayleigh quotients of a matrix with ones on its diagonal. Below _FLAT rounding decides, so a row
 # does not move; below _NEGATIVE rounding cannot be the reason.
@@ -146,7 +146,7 @@ def _descend(
         residual.addcmul_(image, length, value=-1)
         gain = float((length * squares).sum(dtype=torch.float64))
         loss -= gain
-        if gain <= _TOLERANCE * loss:
+        if gain <= TOLERANCE * loss:
             break
         before, squares = squares, _dots(residual, residual)
         direction.mul_(torch.where(before > 0, squares / before, 0.0)).add_(residual)
