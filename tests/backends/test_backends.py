@@ -66,6 +66,40 @@ def pieces(
     return Piece(len(values), Stored(scores), dtype, bits), scores.abs().double().tolist(), unpruned
 
 
+@every_backend
+@many
+@given(
+    width=st.sampled_from([1, 5, 8, 130, 131, 144, 300]),
+    dtype=DTYPES,
+    kind=st.sampled_from(["normal", "few values", "far apart", "zeros"]),
+    kept=st.sampled_from([0.5, 1.0]),
+    seed=st.integers(0, 1 << 32),
+)
+def test_rows_are_cut_as_by_sorting_each(
+    backend: TorchBackend, width: int, dtype: torch.dtype, kind: str, kept: float, seed: int
+) -> None:
+    rows, numbers = 8, torch.Generator().manual_seed(seed)
+    values = torch.randn(rows, width, generator=numbers, dtype=torch.float64)
+    if kind == "few values":
+        values = (values * 2).round() / 4
+    elif kind == "far apart":  # keys of which most lie below those that a histogram tells apart
+        values = torch.where(values > 1.5, values * 3e4, values * 2.0**-20)
+    elif kind == "zeros":
+        values = torch.where(values > 1, torch.inf, 0.0)
+    scores = values.to(dtype)
+    flags = torch.rand(rows, width, generator=numbers) < kept
+    bits = None if kept == 1 else packed(flags).bits
+    counts = (flags.sum(1) * torch.rand(rows, generator=numbers)).round().long()
+    piece = Piece(rows * width, Stored(scores.view(-1)), dtype, bits)
+    found = backend.unpack(backend.cut_rows(piece, counts.numpy()), piece.units).view(rows, width)
+    for row in range(rows):
+        order = scores[row].abs().double().sort(stable=True).indices
+        lowest = order[flags[row][order]][: counts[row]]
+        expected = flags[row].clone()
+        expected[lowest] = False
+        assert torch.equal(found[row], expected)
+
+
 def key_of(magnitude: float, dtype: torch.dtype) -> int:
     return int(torch.tensor(magnitude, dtype=torch.float64).to(dtype).view(BITS[dtype]))
 
