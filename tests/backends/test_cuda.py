@@ -15,6 +15,7 @@ from secateur_server.cut import select
 from secateur_server.cut.prune import prune
 from secateur_server.granularity.element import Element
 from secateur_server.granularity.slice import Slice
+from secateur_server.importance.activation import Activation
 from secateur_server.importance.magnitude import Magnitude
 from secateur_server.importance.random import Random
 from secateur_server.report.measure import measure
@@ -53,6 +54,9 @@ def to_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> C
     return start
 
 
+_INPUTS = {"a": "a.in", "b": "b.in"}
+WANDA = Activation("a", 1.0, _INPUTS, {}, is_relative=False)
+RIA = Activation("a", 0.7, _INPUTS, {"b": "b.out"}, is_relative=True)
 RULES: dict[str, Rule] = {
     "l1": Selection("r", ("a", "b"), Magnitude(), Element(), "tensor", Fraction(0.3), {}),
     "global": Selection("r", ("a", "b"), Magnitude(), Element(), "global", Fraction(0.5), {}),
@@ -61,6 +65,8 @@ RULES: dict[str, Rule] = {
     "l2": Selection("r", ("a", "b"), Magnitude(2.0), Slice(0), "tensor", Fraction(0.4), {}),
     "inf": Selection("r", ("b",), Magnitude(float("inf")), Slice(-1), "tensor", Count(5), {}),
     "random slices": Selection("r", ("a", "b"), Random(1), Slice(1), "tensor", Count(3), {}),
+    "wanda": Selection("r", ("a", "b"), WANDA, Element(), "row", Fraction(0.3), {}),
+    "ria": Selection("r", ("a", "b"), RIA, Element(), "global", Fraction(0.3), {}),
     "custom": CustomMasks("r", [("a", "m")]),
 }
 
@@ -83,6 +89,7 @@ def test_masks_and_reports_are_those_of_the_cpu(
     shape = (16, 24, 3, 3)
     weights = {"a": torch.randn(shape).to(dtype), "b": torch.randn(33, 151).to(dtype)}
     extras = {"s": torch.randn(shape), "m": torch.rand(shape) > 0.5}
+    extras |= {"a.in": torch.rand(24), "b.in": torch.rand(151).double(), "b.out": torch.rand(33)}
     after = RULES if dtype == torch.float32 else ("l1", "random", "l2")
     rules = [RULES[name] for name in (first, *after)]  # each prunes what the earlier ones kept
     assert_same(to_gpu, weights, rules, extras)
