@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 
 from secateur_server.backends.batches import cut_each
 from secateur_server.cut.choice import Choice
+from secateur_server.cut.elements import score_tensor
 from secateur_server.cut.plan_small import cut_jointly
 from secateur_server.cut.runs import runs_of
 from secateur_server.cut.score import score_dtype
-from secateur_server.cut.scored import Masks, score_tensor
+from secateur_server.cut.scored import Masks
 from secateur_server.cut.small import batch_of, masks_of
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.rules import Selection

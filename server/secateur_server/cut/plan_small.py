@@ -14,10 +14,10 @@ from secateur_server.backends.keys import BITS, score_at
 from secateur_server.cut.allocation.lamp import lamp_scores
 from secateur_server.cut.choice import Choice, ChoiceTable, Floats, Ints
 from secateur_server.cut.decide import units_to_prune
+from secateur_server.cut.elements import score_tensor
 from secateur_server.cut.removed import Removed, RemovedTable
 from secateur_server.cut.runs import Runs, energies, runs_of
 from secateur_server.cut.score import Ranking, score_dtype
-from secateur_server.cut.scored import score_tensor
 from secateur_server.cut.small import batch_of, values_of
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.amounts import Amount

@@ -8,12 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from secateur_server.backends.keys import INFINITY
 from secateur_server.backends.masks import Mask
 from secateur_server.backends.pieces import Scores, Stored
-from secateur_server.backends.scan import Scan
+from secateur_server.cut.elements import replacement, score_rows, score_weighed, weighed
 from secateur_server.cut.normalize import combined, normalized
-from secateur_server.cut.score import Ranking, refuse_nan, score_units
+from secateur_server.cut.score import Ranking, refuse_nan
 from secateur_server.errors import quote
 from secateur_server.granularity.group import Group
 from secateur_server.granularity.groups import expand_group
@@ -111,13 +110,13 @@ def _scored_tensor(
 ) -> ScoredTensor:
     granularity, (weight, mask, _) = rule.granularity, parameters[name]
     assert granularity is not None, "the rule has no groups"
-    scores, _ = _replacement(rule, name, parameters, extras)
+    scores, _ = replacement(rule, name, parameters, extras)
     values = scores if scores is not None and scores.shape == weight.shape else weight
-    ranking = _score_rows(context, rule, name, parameters, extras)
+    ranking = score_rows(context, rule, name, parameters, extras)
     if ranking is None:
-        parameter = _weighed(context, rule, name, parameters, extras)
+        parameter = weighed(context, rule, name, parameters, extras)
         values = parameter.weight if values is weight else values
-        ranking = _score(context, rule, name, parameter, parameters, extras)
+        ranking = score_weighed(context, rule, name, parameter, parameters, extras)
     if granularity.is_part:
         values = rule.importance.elements(context, name, values)
     sizes, shape = granularity.unit_elements(weight.shape), weight.shape
@@ -134,115 +133,6 @@ def _scored_tensor(
         grid[0] if grid else 1,
         sum(shape) / weight.numel() if shape else 1.0,
     )
-
-
-def score_tensor(
-    context: RequestContext,
-    rule: Selection,
-    name: str,
-    parameters: Mapping[str, Parameter],
-    extras: Mapping[str, Tensor],
-) -> Ranking:
-    """Scores the units of one tensor.
-
-    Args:
-        context: The request.
-        rule: Resolved, and without groups.
-        name: Of the tensor.
-        parameters: All that the rule reads.
-        extras: Uploaded scores.
-
-    Returns:
-        The units with their scores.
-
-    Raises:
-        NanScores: A score is NaN.
-    """
-    parameter = _weighed(context, rule, name, parameters, extras)
-    return _score(context, rule, name, parameter, parameters, extras)
-
-
-def _weighed(
-    context: RequestContext,
-    rule: Selection,
-    name: str,
-    parameters: Mapping[str, Parameter],
-    extras: Mapping[str, Tensor],
-) -> Parameter:
-    """The parameter, with scores of its elements in place of its weight if they are products."""
-    parameter = parameters[name]
-    products = rule.importance.products(context, name, parameter, extras)
-    if products is None:
-        return parameter
-    weight, mask, seen = parameter
-    is_number = seen is not None and seen.largest <= INFINITY.get(weight.dtype, 0)
-    without_nan = Scan(0, (), None) if is_number else None
-    return Parameter(products.store(context).view(weight.shape), mask, without_nan)
-
-
-def _score_rows(
-    context: RequestContext,
-    rule: Selection,
-    name: str,
-    parameters: Mapping[str, Parameter],
-    extras: Mapping[str, Tensor],
-) -> Ranking | None:
-    """Elements scored by products, which are computed row by row; None if they must be stored."""
-    if rule.scope != "row" or not rule.has_element_units or rule.normalization is not None:
-        return None
-    weight, mask, seen = parameters[name]
-    products = rule.importance.products(context, name, parameters[name], extras)
-    if products is None:
-        return None
-    refuse_nan(context, weight, mask, f"data[{quote(name)}]", seen)
-    return Ranking(name, weight.numel(), products, mask, weight.device)
-
-
-def _score(
-    context: RequestContext,
-    rule: Selection,
-    name: str,
-    parameter: Parameter,
-    parameters: Mapping[str, Parameter],
-    extras: Mapping[str, Tensor],
-) -> Ranking:
-    """Scores the units of a tensor. `parameter` is it as _weighed returns it."""
-    granularity = rule.granularity
-    assert granularity is not None, "the rule has no groups"
-    if rule.has_element_units and rule.importance.is_value and not (rule.scores or rule.scales):
-        return _score_elements(context, name, parameter)
-    scores, field = _replacement(rule, name, parameters, extras)
-    # Slices of one tensor are compared by their norms, with the bits of torch.
-    is_mean = rule.scope != "tensor" or not granularity.is_normed
-    # Scoring N:M groups takes longer than all else. It is not needed if all groups are pruned.
-    is_whole = rule.amount.is_everything and not rule.guard_rails.rails
-    is_all = is_whole and granularity.is_part and rule.allocation != "lamp"
-    return score_units(
-        context, name, parameter, scores, rule.importance, granularity, is_mean, is_all, field
-    )
-
-
-def _score_elements(context: RequestContext, name: str, parameter: Parameter) -> Ranking:
-    """The elements of a weight, scored by their values. Fast, for thousands of small tensors."""
-    weight, mask, seen = parameter
-    if seen is None or seen.largest > INFINITY.get(weight.dtype, 0):
-        refuse_nan(context, weight, mask, f"data[{quote(name)}]", seen)
-    sample = seen.sample if seen else None
-    return Ranking(name, weight.numel(), Stored(weight.reshape(-1)), mask, weight.device, sample)
-
-
-def _replacement(
-    rule: Selection,
-    name: str,
-    parameters: Mapping[str, Parameter],
-    extras: Mapping[str, Tensor],
-) -> tuple[Tensor | None, str]:
-    """The scores that replace a weight, and the path in errors of the tensor that is scored."""
-    if name in rule.scores:
-        return extras[rule.scores[name]], f"data[{quote(rule.scores[name])}]"
-    if name in rule.scales:
-        return parameters[rule.scales[name]].weight, f"data[{quote(rule.scales[name])}]"
-    return None, f"data[{quote(name)}]"
 
 
 def score_groups(
@@ -315,14 +205,14 @@ def _member_scores(
             refuse_nan(context, extras[holder], mask, f"data[{quote(holder)}]")
     own = [group for group in groups if group.name not in rule.scores]
     scored = (member.tensor for group in own for member in group.members if member.is_scored)
-    weighed = dict(parameters)
+    own_parameters = dict(parameters)
     for name in context.each(dict.fromkeys(scored)):
         parameter, field = parameters[name], f"data[{quote(name)}]"
         refuse_nan(context, parameter.weight, parameter.mask, field, parameter.scan)
-        weighed[name] = _weighed(context, rule, name, parameters, extras)
+        own_parameters[name] = weighed(context, rule, name, parameters, extras)
     order = rule.importance.order
     assert order is not None, "the spec is refused otherwise"
-    members = iter(score_members(context, own, weighed, order))
+    members = iter(score_members(context, own, own_parameters, order))
     return [
         [extras[rule.scores[group.name]].to(torch.float64).abs()]
         if group.name in rule.scores

@@ -19,8 +19,9 @@ from secateur_server.backends.masks import Mask
 from secateur_server.backends.pieces import Batch, Stored
 from secateur_server.cut.choice import Choice, ChoiceTable, Floats, Ints
 from secateur_server.cut.decide import is_plain, units_to_prune
+from secateur_server.cut.elements import score_tensor
 from secateur_server.cut.score import Ranking, score_dtype
-from secateur_server.cut.scored import Masks, score_tensor
+from secateur_server.cut.scored import Masks
 from secateur_server.cut.select import select, threshold
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.rules import Selection

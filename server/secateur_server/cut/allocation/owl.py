@@ -13,10 +13,10 @@ from torch import Tensor
 
 from secateur_server.backends.norms import total
 from secateur_server.cut.drivers import driver_for
+from secateur_server.cut.elements import score_tensor
 from secateur_server.cut.normalize import moments_of
 from secateur_server.cut.observe import observe_score
 from secateur_server.cut.score import Ranking
-from secateur_server.cut.scored import score_tensor
 from secateur_server.errors import InvalidSpec, quote
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.amounts import Fraction
