@@ -284,7 +284,8 @@ class PruneResult(_Result):
         if form is None or form.to_masks is None:
             advice = "use result.shrink(module), or " if self._output == "shrunk" else ""
             raise SecateurError(
-                f"output={self._output!r} has no masks; {advice}ask for output='masks'"
+                f"output={self._output!r} has no masks; {advice}ask for output='masks' or "
+                "'reparametrized'"
             )
         return form.to_masks(self._received, self._extents)
 

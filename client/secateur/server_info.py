@@ -23,6 +23,7 @@ class ServerInfo:
         amounts: How an amount may be given.
         allocations: How a total may be divided among tensors.
         max_model_bytes: The most bytes of a model that a call may send.
+        solvers: Which methods may update weights.
     """
 
     version: str
@@ -33,6 +34,7 @@ class ServerInfo:
     amounts: tuple[str, ...]
     allocations: tuple[str, ...]
     max_model_bytes: int
+    solvers: tuple[str, ...]
 
 
 def decode_server_info(message: pb.GetServerInfoResponse) -> ServerInfo:

@@ -616,6 +616,7 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     AMOUNTS_FIELD_NUMBER: builtins.int
     ALLOCATIONS_FIELD_NUMBER: builtins.int
     MAX_MODEL_BYTES_FIELD_NUMBER: builtins.int
+    SOLVERS_FIELD_NUMBER: builtins.int
     version: builtins.str
     """The version of the package secateur."""
     max_model_bytes: builtins.int
@@ -646,6 +647,10 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     def allocations(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Names of values of Allocation, such as ALLOCATION_ERK."""
 
+    @property
+    def solvers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Names of fields of Solver.method, such as refit."""
+
     def __init__(
         self,
         *,
@@ -657,7 +662,8 @@ class GetServerInfoResponse(google.protobuf.message.Message):
         amounts: collections.abc.Iterable[builtins.str] | None = ...,
         allocations: collections.abc.Iterable[builtins.str] | None = ...,
         max_model_bytes: builtins.int = ...,
+        solvers: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["allocations", b"allocations", "amounts", b"amounts", "granularities", b"granularities", "importances", b"importances", "max_model_bytes", b"max_model_bytes", "outputs", b"outputs", "scopes", b"scopes", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["allocations", b"allocations", "amounts", b"amounts", "granularities", b"granularities", "importances", b"importances", "max_model_bytes", b"max_model_bytes", "outputs", b"outputs", "scopes", b"scopes", "solvers", b"solvers", "version", b"version"]) -> None: ...
 
 Global___GetServerInfoResponse: typing_extensions.TypeAlias = GetServerInfoResponse

@@ -228,6 +228,32 @@ def test_the_example_in_node_reads_packed_files(
     }
 
 
+def test_the_example_in_node_prunes_by_statistics(
+    built: Path, server: RunningServer, client: secateur.Client, tmp_path: Path
+) -> None:
+    """With the bits of the Python client. Keys and values share a Gram matrix."""
+    with locked(built):
+        build_node(built / "node")
+    torch.manual_seed(0)
+    net = torch.nn.MultiheadAttention(16, 2, kdim=8, vdim=8, batch_first=True)
+    memory = torch.randn(2, 7, 8)
+    batch = torch.randn(2, 5, 16), memory, memory
+    statistics = secateur.calibrate(net, [batch], gram=True, progress=False)
+    save_file(net.state_dict(), tmp_path / "model.safetensors")
+    statistics.save(tmp_path / "statistics.safetensors")
+    files = [str(tmp_path / name) for name in ("model.safetensors", "statistics.safetensors")]
+    out = tmp_path / "out.safetensors"
+    environment = {**os.environ, "NODE_PATH": str(built / "node/node_modules")}
+    command = ["node", "examples/calibrated.js", server.address, *files, "0.5", str(out)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    spec = secateur.wanda("*", 0.5, statistics) + secateur.refit("*", statistics)
+    expected = client.prune(net, spec, output="dense", progress=False).state_dict("dense")
+    found = load_file(out)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def digest_of(tensor: Tensor) -> str:
     data = tensor.reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(data.tobytes()).hexdigest()

@@ -13,6 +13,7 @@ from secateur_server.importance import IMPORTANCES
 from secateur_server.outputs import OUTPUTS
 from secateur_server.spec.amounts import AMOUNTS
 from secateur_server.spec.decode import ALLOCATIONS, SCOPES
+from secateur_server.spec.solvers import SOLVERS
 
 
 def encode_server_info(max_model_bytes: int) -> pb.GetServerInfoResponse:
@@ -30,6 +31,7 @@ def encode_server_info(max_model_bytes: int) -> pb.GetServerInfoResponse:
         amounts=AMOUNTS,
         allocations=_values(spec_pb2.Allocation.DESCRIPTOR, divided),
         max_model_bytes=max_model_bytes,
+        solvers=SOLVERS,
     )
 
 
