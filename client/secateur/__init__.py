@@ -93,6 +93,7 @@ from secateur.traced.groups import TracedGroups, groups
 from secateur.units.compensation import compensated
 from secateur.units.flap import flap
 from secateur.units.influence import least_influential
+from secateur.units.permutation import ChannelPermutation, PermutedGroup, channel_permutation
 from secateur.units.reap import reap
 from secateur.versions import VERSION
 
@@ -102,6 +103,7 @@ __all__ = [
     "Aborted",
     "Bound",
     "Cancelled",
+    "ChannelPermutation",
     "Checkpoint",
     "CheckpointNotFound",
     "Choice",
@@ -121,6 +123,7 @@ __all__ = [
     "NotCalibrated",
     "NotSaved",
     "PermissionDenied",
+    "PermutedGroup",
     "Plan",
     "PlannedAmount",
     "PlannedTensor",
@@ -149,6 +152,7 @@ __all__ = [
     "blocks",
     "blocks_of",
     "calibrate",
+    "channel_permutation",
     "columns",
     "compensated",
     "custom_from_mask",
