@@ -238,6 +238,19 @@ def test_importances() -> None:
         assert kept == pytest.approx(naive_kept(rows, permutation, 2, 4))
 
 
+def test_masks_of_ria_keep_what_the_plan_says(client: secateur.Client) -> None:
+    model, data = mlp(), torch.randn(50, 6, dtype=torch.float64)
+    statistics = secateur.calibrate(model, [data])
+    plan = secateur.channel_permutation(model, [HIDDEN], importance="ria", statistics=statistics)
+    model.load_state_dict(plan.apply(model))
+    statistics = secateur.calibrate(model, [data])
+    weight, rms = model[2].weight.detach().abs().numpy(), statistics["2.weight"].rms
+    ria = (weight / weight.sum(0) + weight / weight.sum(1)[:, None]) * np.sqrt(rms)
+    spec = secateur.ria("2.weight", None, statistics, n_m=(2, 4))
+    kept = ria[client.prune(model, spec).masks["2.weight"].numpy()].sum()
+    assert kept == pytest.approx(plan.groups["hidden"].after, rel=1e-6)
+
+
 def test_conv1d_pairs_halves_and_ties() -> None:
     """The other dimension; a pair and its mask; bfloat16; a tensor with two names."""
     rng = np.random.default_rng(0)
