@@ -93,7 +93,9 @@ class Stacks:
 
         def enter(module: Any, args: Any, keywords: Any) -> None:
             given = _first_tensor((*args, *keywords.values()))
-            inputs.append(None if given is None else given.clone())  # a layer may write into it
+            if given is not None and name in self._tallies:
+                given = given.clone()  # a layer may write into it
+            inputs.append(given)
 
         def leave(module: Any, args: Any, keywords: Any, output: Any) -> None:
             before = inputs.pop()
