@@ -10,12 +10,20 @@ from secateur_proto.report_pb2 import SparsityReport
 from secateur_server.api.answers import Made, written
 from secateur_server.api.convert.checkpoint import checkpoint_message
 from secateur_server.api.convert.report import encode_report
-from secateur_server.api.rules import before, check_prior, divided, groups_of, is_solving, reads_of
+from secateur_server.api.rules import (
+    before,
+    check_prior,
+    divided,
+    extras_of,
+    groups_of,
+    is_solving,
+    reads_of,
+)
 from secateur_server.api.smaller import add_shrinkage
 from secateur_server.api.solve import solve
 from secateur_server.cut.choice import Choice
 from secateur_server.cut.prune import prune
-from secateur_server.errors import CheckpointNotFound, InvalidRequest, InvalidSpec
+from secateur_server.errors import CheckpointNotFound, InvalidRequest, InvalidSpec, quote
 from secateur_server.granularity.group import Group
 from secateur_server.outputs import OUTPUTS
 from secateur_server.report.shrinkage import measure_sent
@@ -55,6 +63,7 @@ def decode_prune(context: RequestContext, header: pb.PruneHeader) -> list[Rule]:
         raise InvalidRequest("header.destination_uri", f"{name} writes nothing there")
     if is_solving(rules):
         _check_solving(header)
+        _check_holders(context, rules)
     check_prior(header)
     return rules
 
@@ -74,6 +83,19 @@ def _check_solving(header: pb.PruneHeader) -> None:
             "cannot be used with a solver, whose result is more than masks; use OUTPUT_DENSE, and "
             "upload the result",
         )
+
+
+def _check_holders(context: RequestContext, rules: Sequence[Rule]) -> None:
+    """Refuses a tensor that is a Gram matrix, and scores, factors or a mask as well."""
+    extras = extras_of(rules)
+    for rule in divided(rules)[1]:
+        for name, gram in context.each(rule.grams.items()):
+            if gram.holder in extras:
+                raise InvalidSpec(
+                    f"{rule.path}.grams[{quote(name)}]",
+                    f"{quote(gram.holder)} also holds scores, factors or a mask; send the Gram "
+                    "matrix as a tensor of its own",
+                )
 
 
 def prune_call(

@@ -12,7 +12,13 @@ from secateur_server.cut.choice import Choice
 from secateur_server.errors import InvalidSpec, quote
 from secateur_server.runtime.context import RequestContext
 from secateur_server.runtime.scheduler import Scheduler
-from secateur_server.solvers.gram import check_gram, check_weight, full_gram
+from secateur_server.solvers.gram import check_gram, check_weight, full_gram, not_finite
+from secateur_server.solvers.scaling import (
+    MOST_OF_GRAM,
+    MOST_OF_WEIGHT,
+    exponent_beyond,
+    scaled,
+)
 from secateur_server.spec.solve import GramOf, Solve
 from secateur_server.spec.solvers import Weights
 from secateur_server.state_dict.incoming import Incoming
@@ -54,6 +60,7 @@ def solve(
         with scheduler.cores(context, incoming.size), context.stage("solve"):
             gram = full_gram(triangle, _size(len(triangle)))
             check_gram(f"data[{quote(holder)}]", gram)
+            gram = scaled(gram, -exponent_beyond(gram, MOST_OF_GRAM))
             for name, of_tensor in tasks.pop(holder, ()):
                 solved[name], found = _solve(context, incoming, of_tensor, state[name], name, gram)
                 choices.update({(id(rule), name): choice for rule, choice in found})
@@ -97,6 +104,8 @@ def _solve(
     check_weight(f"data[{quote(name)}]", weight)
     is_transposed = rules[0].grams[name].is_transposed
     target = _matrix(weight, is_transposed).to(torch.float32)
+    exponent = exponent_beyond(target, MOST_OF_WEIGHT)
+    target = scaled(target, -exponent)
     flags = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
     kept = _matrix(flags if mask is None else mask.whole(context, weight.shape), is_transposed)
     found, gram, choices = Weights(target, target, kept), gram.to(weight.device), []
@@ -106,10 +115,12 @@ def _solve(
         if rule.solver.is_pruning:
             pruned = candidates - int(found.kept.count_nonzero())
             choices.append((rule, Choice((name,), candidates, pruned, pruned)))
-    # Pruned elements keep their values behind the mask, as in torch.nn.utils.prune.
-    values = torch.where(found.kept, found.now, target)
-    updated = _tensor(values, weight, is_transposed).to(weight.dtype)
-    if not bool(updated.isfinite().all()):
+    # Pruned elements keep their values behind the mask, as in torch.nn.utils.prune. Values that no
+    # rule has moved are not rounded to float32 either.
+    is_moved = _tensor(found.kept & (found.now != target), weight, is_transposed)
+    values = _tensor(scaled(found.now, exponent), weight, is_transposed).to(weight.dtype)
+    updated = torch.where(is_moved, values, weight)
+    if len(not_finite(updated)):
         field = f"{rules[-1].path}.grams[{quote(name)}]"
         raise InvalidSpec(field, f"makes weights that {weight.dtype} cannot hold; check it")
     kept = _tensor(found.kept, weight, is_transposed).reshape(-1)
@@ -126,7 +137,7 @@ def _size(length: int) -> int:
 
 def _matrix(values: Tensor, is_transposed: bool) -> Tensor:
     """A weight, or its mask, as [outputs, inputs]."""
-    matrix = values.reshape(values.shape[0], -1)
+    matrix = values.reshape(values.shape[0], math.prod(values.shape[1:]))
     return matrix.T.contiguous() if is_transposed else matrix
 
 

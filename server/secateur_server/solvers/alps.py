@@ -136,7 +136,7 @@ class Penalty:
 
 
 def _kept(amount: Amount, values: Tensor, candidates: Tensor) -> Tensor:
-    return candidates & ~amount.prune(values.square(), candidates)
+    return candidates & ~amount.prune(values.abs(), candidates)  # squares might overflow
 
 
 def _factor(field: str, matrix: Tensor, penalty: float) -> Tensor:

@@ -46,7 +46,8 @@ def check_gram(field: str, gram: Tensor) -> None:
         gram: Symmetric, [n, n].
 
     Raises:
-        InvalidGram: A value is NaN or infinite, or an element of the diagonal is negative.
+        InvalidGram: A value is NaN or infinite, an element of the diagonal is negative, or one of
+            a dead column is not zero.
     """
     if not gram.sum().isfinite():  # one pass; a sum of finite values may overflow, so look again
         faults = (~gram.isfinite()).nonzero()
@@ -65,26 +66,40 @@ def check_gram(field: str, gram: Tensor) -> None:
             f"element {index} of the diagonal is {float(gram[index, index])}; a sum of squares is "
             "never negative",
         )
+    dead = (gram.diagonal() == 0).nonzero().view(-1)
+    for index in dead.tolist():
+        column = int(gram[index].abs().argmax())
+        if gram[index, column] != 0:
+            raise InvalidGram(
+                field,
+                f"element [{index}, {column}] is {float(gram[index, column])}, and element {index} "
+                "of the diagonal is 0, so that the inputs were always zero; calibrate again",
+            )
 
 
 def check_weight(field: str, weight: Tensor) -> None:
-    """Refuses a weight that is not finite.
+    """Refuses a weight that is not finite in float32.
 
     Args:
         field: The path in the request, with the tensor, for the error.
         weight: Any shape.
 
     Raises:
-        InvalidStateDict: A value is NaN or infinite.
+        InvalidStateDict: A value is NaN or infinite, or becomes so.
     """
-    faults = (~weight.isfinite()).reshape(-1).nonzero()
+    faults = not_finite(weight)
     if len(faults):
         index = int(faults[0])
         raise InvalidStateDict(
             field,
             f"element {index} is {float(weight.reshape(-1)[index])}, and {len(faults)} are not "
-            "finite; a solver needs finite weights",
+            "finite in float32; a solver needs finite weights",
         )
+
+
+def not_finite(weight: Tensor) -> Tensor:
+    """Returns the flat indices of the values that are not finite in float32."""
+    return (~weight.reshape(-1).to(torch.float32).isfinite()).nonzero().view(-1)
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:

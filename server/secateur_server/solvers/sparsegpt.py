@@ -91,7 +91,7 @@ def _prune(
         block, marks = found[:, begin:end], kept[:, begin:end]
         map_rows(context, partial(_add_product, unit), block, removed[:, :begin])
         for first, last in spans(end - begin, steps.width):
-            scores = (block[:, first:last] * scale[first:last]).square_()
+            scores = (block[:, first:last] * scale[first:last]).abs_()  # squares might overflow
             some = marks[:, first:last]
             some ^= steps.amount(begin + first).prune(scores, some)
             work = partial(_eliminate, triangle, range(first, last))

@@ -93,6 +93,8 @@ class Refit(Solver):
 
     def solve(self, context: RequestContext, weights: Weights, gram: Tensor, field: str) -> Weights:
         target, now, kept = weights
+        if not kept.numel():
+            return weights
         found = refit(context, target, now, kept, gram, self.damping, field=field)
         return weights._replace(now=found)
 
@@ -128,6 +130,8 @@ class SparseGpt(Solver):
     def solve(self, context: RequestContext, weights: Weights, gram: Tensor, field: str) -> Weights:
         target, now, kept = weights
         _check_count(self.amount, kept, field)
+        if not kept.numel():
+            return weights
         sizes = self.damping, self.block_size
         return Weights(
             target, *sparsegpt(context, now, gram, kept, self.amount, *sizes, field=field)
@@ -155,6 +159,8 @@ class Alps(Solver):
     def solve(self, context: RequestContext, weights: Weights, gram: Tensor, field: str) -> Weights:
         target, now, kept = weights
         _check_count(self.amount, kept, field)
+        if not kept.numel():
+            return weights
         return Weights(target, *alps(context, now, gram, kept, self.amount, field=field))
 
 
@@ -202,7 +208,8 @@ def _check_count(amount: Amount, kept: Tensor, field: str) -> None:
     if not isinstance(amount, Layer | EachRow) or not isinstance(amount.amount, int):
         return
     rows = kept.sum(1)
-    most = int(rows.min()) if isinstance(amount, EachRow) else int(rows.sum())
+    is_by_row = isinstance(amount, EachRow) and len(rows) > 0
+    most = int(rows.min() if is_by_row else rows.sum())
     if amount.amount > most:
         what = "a row" if isinstance(amount, EachRow) else "the layer"
         raise AmountOutOfRange(
