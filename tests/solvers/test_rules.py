@@ -13,7 +13,8 @@ import secateur
 from secateur.calibration.layer import LayerStatistics
 from secateur.calibration.statistics import Statistics
 from secateur.calibration.triangle import Triangle
-from tests.conftest import RunningServer, start_server, stop_server
+from tests.conftest import start_server, stop_server
+from tests.processes import memory
 
 Tensors = dict[str, Tensor]
 
@@ -261,8 +262,32 @@ def test_grams_are_held_one_at_a_time() -> None:
         stop_server(running)
 
 
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_grams() -> None:
+    inputs, rows = 1536, 16
+    gram = torch.eye(inputs, dtype=torch.float64) + 0.1
+
+    def spec_and_model(layers: int) -> tuple[secateur.Spec, Tensors]:
+        model = {f"{i}": torch.randn(rows, inputs) for i in range(layers)}
+        statistics = statistics_of({name: gram.clone() for name in model})
+        return secateur.l1_unstructured("*", 0.5) + secateur.refit("*", statistics), model
+
+    running = start_server()
+    try:
+        with secateur.Client(running.address) as client:
+            peaks = []
+            for layers in (20, 150):
+                spec, model = spec_and_model(layers)
+                pruned(client, model, spec)
+                peaks.append(memory(running.process.pid, "VmHWM"))
+    finally:
+        stop_server(running)
+    of_grams = 130 * 4 * inputs * (inputs + 1) // 2
+    assert peaks[1] - peaks[0] < of_grams / 3
+
+
 def test_a_call_that_fails_changes_nothing(
-    server: RunningServer, client: secateur.Client, weights: Tensors, grams: Tensors
+    client: secateur.Client, weights: Tensors, grams: Tensors
 ) -> None:
     before = {name: values.clone() for name, values in weights.items()}
     checkpoint = client.upload(weights)
