@@ -169,6 +169,11 @@ FUNCTIONS: dict[Callable[..., Any], dict[str, Any]] = {
         "source": {"layers.0.weight": W, "layers.0.bias": W[:, 0].copy()},
         **{"masks": {"layers.0.weight": W > 3}, "statistics": STATISTICS, "key": None},
     },
+    secateur.channel_permutation: {
+        **{"source": {"layers.0.weight": np.ones((4, 8), np.float32)}, "n": 2, "m": 4, "dim": 1},
+        "groups": [secateur.group("g", secateur.member("layers.0.weight", dim=1))],
+        **{"importance": "magnitude", "statistics": None, "seed": 0, "key": None},
+    },
     secateur.least_influential: {"statistics": STATISTICS, "count": 1, "stack": None},
     secateur.activation: {"statistics": STATISTICS, "p": 1, "power": 1, "relative": False},
     secateur.wanda: {"tensors": "*", "amount": 0.5, "statistics": STATISTICS, "n_m": None},
