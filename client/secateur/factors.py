@@ -80,13 +80,18 @@ class Factors:
     power: float
 
     def arrays(self, names: Iterable[str]) -> dict[str, Arrays]:
-        """Computes the arrays of a rule, by the fields that refer to them. Each name is known."""
+        """Computes the arrays of a rule, by the fields that refer to them. Each name is known.
+
+        Layers with the same input have the same array, which is sent once.
+        """
         found: dict[str, dict[str, Any]] = {INPUTS: {}, OUTPUTS: {}}
+        shared: dict[bytes, npt.NDArray[np.float32]] = {}
         for name in names:
             layer = self.statistics[name]
             # Where the inputs lie along dimension 0, the factors are those of "outputs".
             path = INPUTS if layer.input_dim == 1 else OUTPUTS
-            found[path][name] = self._raised(name, layer.rms)
+            factors = self._raised(name, layer.rms)
+            found[path][name] = shared.setdefault(factors.tobytes(), factors)
         return {path: arrays for path, arrays in found.items() if arrays}
 
     def _raised(self, name: str, rms: Doubles) -> npt.NDArray[np.float32]:

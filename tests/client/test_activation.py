@@ -303,3 +303,14 @@ def test_the_command_prunes_by_a_file_of_statistics(
         with pytest.raises(SystemExit, match="2"):
             run(*wrong)
         assert message in capsys.readouterr().err
+
+
+def test_layers_with_the_same_input_share_their_factors() -> None:
+    torch.manual_seed(0)
+    net = torch.nn.MultiheadAttention(16, 2, kdim=8, vdim=8, batch_first=True)
+    memory = torch.randn(2, 7, 8)
+    statistics = secateur.calibrate(net, [(torch.randn(2, 5, 16), memory, memory)], progress=False)
+    message, arrays = secateur.wanda("[kv]_proj_weight", 0.5, statistics).encode(())
+    inputs = message.rules[0].selection.activation.inputs
+    assert inputs["k_proj_weight"] == inputs["v_proj_weight"]
+    assert len(arrays) == 1
