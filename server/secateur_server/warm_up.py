@@ -75,6 +75,8 @@ def _warm_up(pruner: Pruner) -> None:
         _plan(pruner, large, _GLOBAL)
         to_report = pb.ReportRequest(header=pb.ReportHeader(data_bytes=len(large)), data=large)
         pruner.Report(iter([to_report]), RequestContext())
+    for side in (_SMALL[0], _LARGE[0]):  # a solver's kernel is compiled for one block, and several
+        _prune(pruner, _solved_file(side), _SOLVERS, output=pb.OUTPUT_DENSE)
 
 
 def _prune(pruner: Pruner, data: bytes, rules: Sequence[spec_pb2.Rule], **fields: Any) -> None:
@@ -93,7 +95,8 @@ def _plan(pruner: Pruner, data: bytes, rule: spec_pb2.Rule) -> None:
 
 def _sides(side: int, first_side: int) -> dict[str, int]:
     """The tensors that _RULES prune, with their sides."""
-    others = ("rows", "columns", "n_m", "random", "each", "g.0", "g.1", "lamp.0", "lamp.1")
+    others = ["rows", "columns", "n_m", "random", "each", "above"]
+    others += [f"{name}.{i}" for name in ("g", "lamp", "rails") for i in range(2)]
     return {"l1": first_side, **dict.fromkeys(others, side)}
 
 
@@ -108,13 +111,30 @@ def _file(name: str, dtype: torch.dtype, sides: Mapping[str, int]) -> bytes:
     return b"".join(parts)
 
 
+def _solved_file(side: int) -> bytes:
+    """A square tensor, and its Gram matrix, which is the identity."""
+    size = side * (side + 1) // 2
+    header = file_header([("solved", "F32", (side, side)), ("gram", "F32", (size,))])
+    values = torch.randn(side, side, generator=torch.Generator().manual_seed(0))
+    rows, columns = torch.triu_indices(side, side)
+    gram = (rows == columns).float()
+    return b"".join([header, values.numpy().tobytes(), gram.numpy().tobytes()])
+
+
+def _solver(**method: Any) -> spec_pb2.Rule:
+    gram = spec_pb2.Gram(holder="gram")
+    solver = spec_pb2.Solver(tensors=["solved"], grams={"solved": gram}, **method)
+    return spec_pb2.Rule(solver=solver)
+
+
 def _rule(tensors: str, **choices: Any) -> spec_pb2.Rule:
     fields = {
         "granularity": spec_pb2.GRANULARITY_ELEMENT,
         "scope": spec_pb2.SCOPE_PER_TENSOR,
-        "fraction": 0.5,
         **choices,
     }
+    if "threshold" not in fields:
+        fields.setdefault("fraction", 0.5)
     if "random" not in fields:
         fields.setdefault("magnitude", spec_pb2.Magnitude(p=1))
     return spec_pb2.Rule(selection=spec_pb2.Selection(tensors=[tensors], **fields))
@@ -125,6 +145,11 @@ _SLICES = {"granularity": spec_pb2.GRANULARITY_SLICE, "magnitude": spec_pb2.Magn
 _N_M = {"granularity": spec_pb2.GRANULARITY_N_M, "pattern": spec_pb2.Pattern(n=2, m=4)}
 _L1, _GLOBAL = _rule("l1"), _rule("g.*", scope=spec_pb2.SCOPE_GLOBAL)
 _LAMP = _rule("lamp.*", scope=spec_pb2.SCOPE_GLOBAL, allocation=spec_pb2.ALLOCATION_LAMP)
+_RAIL = spec_pb2.Rail(keep_at_least=1)
+_SOLVERS = (
+    _solver(sparsegpt=spec_pb2.SparseGpt(), fraction=0.5),
+    _solver(refit=spec_pb2.Refit()),
+)
 _RULES = (
     _L1,
     _rule("rows", dim=0, **_SLICES),
@@ -133,5 +158,7 @@ _RULES = (
     _rule("random", random=spec_pb2.Random(seed=0)),
     _rule("each", scope=spec_pb2.SCOPE_PER_ROW),
     _GLOBAL,
+    _rule("rails.*", scope=spec_pb2.SCOPE_GLOBAL, guard_rails=spec_pb2.GuardRails(rails=[_RAIL])),
+    _rule("above", threshold=0.1),
     _LAMP,
 )
