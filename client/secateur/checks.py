@@ -100,9 +100,9 @@ def pair(field: str, value: Any) -> tuple[int, int]:
     return found[0], found[1]
 
 
-def dimension(dim: Any) -> int:
+def dimension(dim: Any, field: str = "dim") -> int:
     """Returns a dimension as an int of 32 bits."""
-    return integer("dim", dim, -(1 << 31), 1 << 31)
+    return integer(field, dim, -(1 << 31), 1 << 31)
 
 
 def number(field: str, value: Any) -> float:

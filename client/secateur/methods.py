@@ -192,8 +192,7 @@ def wanda(
 ) -> Spec:
     """Prunes the weights with the lowest |w| * rms of their input, in each output row.
 
-    Sun et al. 2023. For transposed layers and Conv1D of transformers, such as those of GPT-2, use
-    `n_m`, or `select` with `activation` and scope="tensor".
+    Sun et al. 2023. Also for weights of shape [inputs, outputs], as the Conv1D of GPT-2 has them.
 
     Args:
         tensors: A name, a glob, or a list of them: weights that have statistics. Globs mean neither

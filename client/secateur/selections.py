@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from secateur.amounts import AnyAmount, amount_of
-from secateur.checks import flag, integer, made, one_of, patterns, shown, text_keys
+from secateur.checks import dimension, flag, integer, made, one_of, patterns, shown, text_keys
 from secateur.choices import (
     AnyGranularity,
     AnyImportance,
@@ -47,6 +47,7 @@ def select(
     guard_rails: AnyGuardRails | None = None,
     importance_scores: Arrays | None = None,
     scales: Mapping[str, str] | None = None,
+    row_dims: Mapping[str, int] | None = None,
 ) -> Spec:
     """Prunes the least important units of tensors, with each choice made by itself.
 
@@ -58,7 +59,7 @@ def select(
         granularity: What a function of secateur.choices returns, or its name.
         scope: Which units are ranked together: those of each output "row" of a tensor, of each
             "tensor", of all tensors ("global"), or of tensors whose names differ in their numbers
-            alone ("isomorphic"). Of a transposed layer rows are inputs: see `activation`.
+            alone ("isomorphic").
         normalization: How each tensor's importances are scaled: "mean", "norm" or "z_score".
         allocation: How a total is divided: by "rank" (None), "uniform", "erk" or "lamp". With the
             scopes "row" and "tensor" how much each layer loses: "owl".
@@ -67,11 +68,17 @@ def select(
         importance_scores: See `l1_unstructured`; or a score for each unit.
         scales: From a tensor's name to the name of the 1-D tensor of the model that ranks its
             units.
+        row_dims: For scope "row": the dimension of the outputs, by name or glob; the first that
+            matches a tensor counts. Of other tensors it is 0. With `activation` the default is 1
+            for weights whose inputs lie along dimension 0, as in transposed layers and the Conv1D
+            of transformers.
     """
     chosen = importance_of(importance)
     names = patterns(tensors)
     if chosen.factors is not None:
-        names = _calibrated(chosen.factors, names, scope)
+        names = calibrated_names(chosen.factors.statistics, names)
+        if scope == "row" and row_dims is None:
+            row_dims = dict.fromkeys(chosen.factors.by_input_dim(names).get(0, ()), 1)
     return _selection(
         amount,
         chosen,
@@ -80,6 +87,7 @@ def select(
         tensors=names,
         scales=_name_map("scales", scales),
         allocation=_named("allocation", allocation, _ALLOCATIONS),
+        row_dims=_row_dims(row_dims),
         **granularity_of(granularity).fields,
         **_ranking(scope, normalization, of_all, guard_rails),
     )
@@ -159,16 +167,9 @@ def _selection(
     return Spec((Rule(pb.Rule(selection=pb.Selection(**fields)), arrays),))
 
 
-def _calibrated(factors: Factors, given: Sequence[str], scope: str) -> list[str]:
-    """The weights that names and globs mean, of which none has rows that are inputs."""
-    names = calibrated_names(factors.statistics, given)
-    transposed = factors.by_input_dim(names).get(0, [])
-    if scope == "row" and transposed:
-        raise InvalidSpec(
-            f"scope: rows of {listed(transposed, 3)} are inputs, as of all transposed layers and "
-            "Conv1D of transformers; use scope='tensor', or N:M along dim 0"
-        )
-    return names
+def _row_dims(value: Mapping[str, int] | None) -> list[pb.RowDim]:
+    dims = {} if value is None else text_keys("row_dims", value, "names or globs to dimensions")
+    return [pb.RowDim(tensors=name, dim=dimension(dim, "row_dims")) for name, dim in dims.items()]
 
 
 def _scored_groups(

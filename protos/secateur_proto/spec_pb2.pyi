@@ -228,7 +228,8 @@ class _ScopeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumType
     alone, as `layer1.0.conv2.weight` and `layer3.1.conv1.weight`.
     """
     SCOPE_PER_ROW: _Scope.ValueType  # 4
-    """Each output row by itself: units with one index in their first dimension. `fraction` and
+    """Each output row by itself: units with one index in dimension 0, or in that of `row_dims`.
+    Of equal importance in a row the unit with the lowest flat index goes first. `fraction` and
     `count` are of each row, and so is a fraction of `table`; no other amount, no allocation and no
     rail. Units need 2 dimensions or more: elements, N:M and blocks of such tensors.
     """
@@ -247,7 +248,8 @@ SCOPE_ISOMORPHIC: Scope.ValueType  # 3
 alone, as `layer1.0.conv2.weight` and `layer3.1.conv1.weight`.
 """
 SCOPE_PER_ROW: Scope.ValueType  # 4
-"""Each output row by itself: units with one index in their first dimension. `fraction` and
+"""Each output row by itself: units with one index in dimension 0, or in that of `row_dims`.
+Of equal importance in a row the unit with the lowest flat index goes first. `fraction` and
 `count` are of each row, and so is a fraction of `table`; no other amount, no allocation and no
 rail. Units need 2 dimensions or more: elements, N:M and blocks of such tensors.
 """
@@ -262,7 +264,7 @@ class PruningSpec(google.protobuf.message.Message):
     what is pruned stays pruned. The whole spec applies, or nothing does.
 
     Limits, of which the first that a spec exceeds is INVALID_ARGUMENT: 10,000 rules; for each rule
-    100,000 guard rails, 100,000 table entries, 20,000 groups, and 100,000 members of all groups. Of
+    100,000 guard rails, 100,000 table entries, 100,000 row dimensions, 20,000 groups, and 100,000 members of all groups. Of
     globs, each list may have 10,000 different ones of 524,288 characters in all; whole names do not
     count. A list whose globs have so many stars that they take more than 5,000,000 steps to match is
     INVALID_ARGUMENT as well.
@@ -389,6 +391,7 @@ class Selection(google.protobuf.message.Message):
     GUARD_RAILS_FIELD_NUMBER: builtins.int
     SCALES_FIELD_NUMBER: builtins.int
     ALIGN_FIELD_NUMBER: builtins.int
+    ROW_DIMS_FIELD_NUMBER: builtins.int
     granularity: Global___Granularity.ValueType
     """What is pruned as one. Required."""
     dim: builtins.int
@@ -502,6 +505,12 @@ class Selection(google.protobuf.message.Message):
         each unit of a tensor. The scale of a batch norm ranks the channels before it.
         """
 
+    @property
+    def row_dims(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RowDim]:
+        """Which dimension the rows of SCOPE_PER_ROW lie along; only for it. The first that matches a
+        tensor counts; of others it is 0.
+        """
+
     def __init__(
         self,
         *,
@@ -529,15 +538,41 @@ class Selection(google.protobuf.message.Message):
         guard_rails: Global___GuardRails | None = ...,
         scales: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         align: builtins.int = ...,
+        row_dims: collections.abc.Iterable[Global___RowDim] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["activation", b"activation", "amount", b"amount", "block", b"block", "bytes", b"bytes", "count", b"count", "fraction", b"fraction", "guard_rails", b"guard_rails", "importance", b"importance", "macs", b"macs", "magnitude", b"magnitude", "pattern", b"pattern", "random", b"random", "table", b"table", "threshold", b"threshold"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["activation", b"activation", "align", b"align", "allocation", b"allocation", "amount", b"amount", "block", b"block", "bytes", b"bytes", "combination", b"combination", "count", b"count", "dim", b"dim", "fraction", b"fraction", "granularity", b"granularity", "groups", b"groups", "guard_rails", b"guard_rails", "importance", b"importance", "importance_scores", b"importance_scores", "macs", b"macs", "magnitude", b"magnitude", "normalization", b"normalization", "of_all", b"of_all", "pattern", b"pattern", "random", b"random", "scales", b"scales", "scope", b"scope", "table", b"table", "tensors", b"tensors", "threshold", b"threshold"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["activation", b"activation", "align", b"align", "allocation", b"allocation", "amount", b"amount", "block", b"block", "bytes", b"bytes", "combination", b"combination", "count", b"count", "dim", b"dim", "fraction", b"fraction", "granularity", b"granularity", "groups", b"groups", "guard_rails", b"guard_rails", "importance", b"importance", "importance_scores", b"importance_scores", "macs", b"macs", "magnitude", b"magnitude", "normalization", b"normalization", "of_all", b"of_all", "pattern", b"pattern", "random", b"random", "row_dims", b"row_dims", "scales", b"scales", "scope", b"scope", "table", b"table", "tensors", b"tensors", "threshold", b"threshold"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["amount", b"amount"]) -> typing.Literal["fraction", "count", "threshold", "bytes", "macs", "table"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["importance", b"importance"]) -> typing.Literal["magnitude", "random", "activation"] | None: ...
 
 Global___Selection: typing_extensions.TypeAlias = Selection
+
+@typing.final
+class RowDim(google.protobuf.message.Message):
+    """The dimension whose indices are the rows of a tensor."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TENSORS_FIELD_NUMBER: builtins.int
+    DIM_FIELD_NUMBER: builtins.int
+    tensors: builtins.str
+    """A name or a glob. It must match one of the rule's tensors; each only once."""
+    dim: builtins.int
+    """A dimension of the tensor's units, see Granularity; negative counts from the end. Outputs have
+    dimension 1 in a weight of shape [inputs, outputs], as transposed layers and the Conv1D of
+    transformers have. Outside [-ndim, ndim): INVALID_ARGUMENT.
+    """
+    def __init__(
+        self,
+        *,
+        tensors: builtins.str = ...,
+        dim: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dim", b"dim", "tensors", b"tensors"]) -> None: ...
+
+Global___RowDim: typing_extensions.TypeAlias = RowDim
 
 @typing.final
 class Macs(google.protobuf.message.Message):

@@ -54,6 +54,25 @@ def test_gpt2_with_conv1d_and_a_tied_head() -> None:
         np.testing.assert_allclose(needed(layer.gram), value.T @ value, rtol=1e-5, atol=1e-6)
 
 
+def test_wanda_prunes_the_rows_of_gpt2(client: secateur.Client) -> None:
+    module = gpt2().eval()
+    statistics = secateur.calibrate(module, [{"input_ids": torch.arange(32).view(2, 16)}])
+    masks = client.prune(module, secateur.wanda("*.h.*", 0.5, statistics)).masks
+    assert len(masks) == 8
+    for name, mask in masks.items():
+        weight = module.get_parameter(name).detach()
+        scores = weight.T.abs() * torch.from_numpy(statistics[name].rms).float()
+        pruned = scores.sort(dim=1, stable=True).indices[:, : scores.shape[1] // 2]
+        expected = torch.ones_like(scores, dtype=torch.bool).scatter_(1, pruned, False)
+        assert torch.equal(torch.as_tensor(mask).T, expected), name
+    owl = secateur.select(
+        "*.h.*", 0.5, secateur.activation(statistics), scope="row", allocation="owl", of_all=True
+    )
+    report = client.prune(module, secateur.wanda("*.h.*", 0.25, statistics) + owl).report
+    found = [report.tensors[name] for name in masks]
+    assert abs(sum(t.zeros for t in found) / sum(t.total for t in found) - 0.5) < 0.04
+
+
 def llama() -> nn.Module:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(

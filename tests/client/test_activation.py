@@ -14,6 +14,7 @@ from torch import nn
 import secateur
 from secateur import InvalidSpec, LayerStatistics, Statistics, cli
 from secateur.spec import INPUTS, OUTPUTS, SCORES
+from secateur_proto import spec_pb2 as pb
 from tests.conftest import RunningServer
 
 NAMES = ["conv.weight", "h.0.fc.weight", "h.1.fc.weight", "embed.weight", "h.0.mix.weight"]
@@ -53,6 +54,16 @@ def test_globs_mean_calibrated_weights_but_no_embeddings(statistics: Statistics)
     assert list(rule.message.selection.tensors) == chosen
     (rule,) = secateur.select("*", 0.5, secateur.activation(statistics)).rules
     assert "embed.weight" not in rule.message.selection.tensors
+
+
+def test_rows_are_outputs(statistics: Statistics) -> None:
+    (rule,) = secateur.wanda("*", 0.5, statistics).rules
+    assert list(rule.message.selection.row_dims) == [pb.RowDim(tensors="h.0.mix.weight", dim=1)]
+    by = secateur.activation(statistics)
+    given: list[dict[str, Any]] = [{"scope": "tensor"}, {"scope": "row", "row_dims": {}}]
+    for choices in given:
+        (rule,) = secateur.select("*", 0.5, by, **choices).rules
+        assert not rule.message.selection.row_dims
 
 
 def test_rules_send_the_factors_of_their_weights(statistics: Statistics) -> None:
@@ -121,10 +132,6 @@ def test_a_spec_of_plain_data_reads_a_file(statistics: Statistics, tmp_path: Pat
         ({"n_m": 2}, "n_m: 2 is not a list of ints"),
         ({"n_m": (2, 4, 8)}, "n_m: (2, 4, 8) is not a pair such as (2, 4)"),
         ({"statistics": {}}, "statistics: {} is not what secateur.calibrate returns, or the path"),
-        (
-            {"tensors": "h.*"},
-            "scope: rows of h.0.mix.weight are inputs, as of all transposed layers and Conv1D",
-        ),
         ({"power": -1}, "power: -1 is not 0 or more, and finite"),
         ({"power": "x"}, "power: 'x' is not a number"),
     ],

@@ -37,6 +37,7 @@ FAMILIES: Mapping[str, Callable[[], dict[str, Case]]] = {
         golden_specs.groups,
         golden_specs.scores,
         golden_activations.activation,
+        golden_activations.row_dims,
         golden_sources.dtypes,
         golden_sources.priors,
         golden_sources.many,

@@ -23,6 +23,47 @@ def statistics() -> Statistics:
     return Statistics(layers)
 
 
+def transposed() -> tuple[models.Tensors, Statistics]:
+    """The matrices, every other one as [inputs, outputs], and their statistics."""
+    layers, known = dict(models.layers()), statistics()
+    found = {}
+    for name in MATRICES[::2]:
+        layers[name] = layers[name].transpose(0, 1).contiguous()
+        layer = known[name]
+        squares = layer.sum_squares[: layers[name].shape[0]]
+        found[name] = LayerStatistics(layer.count, squares, input_dim=0)
+    return layers, Statistics({**known, **found})
+
+
+def row_dims() -> dict[str, Case]:
+    """Rows along other dimensions than the first."""
+    layers, known = transposed()
+    by = s.activation(known)
+    specs = {
+        "wanda": s.wanda("*", 0.5, known),
+        "ria, a count": s.ria("*", 2, known),
+        "ria, then wanda": s.ria("*", 0.2, known) + s.wanda("*", 0.3, known),
+        "owl": s.select("*", 0.5, by, scope="row", allocation="owl"),
+        "normalized": s.select("*", 0.5, by, scope="row", normalization="mean"),
+        **{
+            f"{unit}, {dim}, {importance}": s.select(
+                MATRICES, 0.4, importance, GRANULARITIES[unit], "row", row_dims={"*": dim}
+            )
+            for unit, dim in (("element", 1), ("element", -1), ("2:4", 1), ("blocks 4x4", 1))
+            for importance in ("magnitude", "random")
+        },
+        "of all": s.l1_unstructured(MATRICES, 0.3)
+        + s.select(MATRICES, 0.6, scope="row", row_dims={"*": 1}, of_all=True),
+        "a table": s.select(
+            MATRICES, s.table({"a*": 0.5, "*": 0.25}), scope="row", row_dims={"layer*": 1}
+        ),
+    }
+    return all_pruned({"transposed": lambda: layers}, specs) | {
+        "plan of wanda": planned(lambda: layers, specs["wanda"], [0.2, 0.5]),
+        "checkpoint": stored(lambda folder: layers, specs["wanda"], specs["ria, a count"]),
+    }
+
+
 def activation() -> dict[str, Case]:
     """Wanda, RIA and OWL, and activations with other choices."""
     inputs = statistics()

@@ -44,7 +44,7 @@ def choose(
     """
     if rule.scope == "row":
         (tensor,) = tensors
-        units, pruned = select_in_rows(context, rule, tensor.ranking, tensor.rows)
+        units, pruned = select_in_rows(context, rule, tensor.ranking, tensor.grid)
         return [units], Choice((tensor.name,), tensor.candidates, pruned, pruned)
     if is_plain(rule):
         kept, decision = _choose_count(context, rule, tensors)

@@ -69,12 +69,16 @@ def score_rows(
     parameters: Mapping[str, Parameter],
     extras: Mapping[str, Tensor],
 ) -> Ranking | None:
-    """Scores elements by products that are computed row by row. The arguments are as above.
+    """Scores elements by products that are computed row by row, of dimension 0.
+
+    The arguments are as above.
 
     Returns:
         The elements with their scores; None if the scores must be stored.
     """
     if rule.scope != "row" or not rule.has_element_units or rule.normalization is not None:
+        return None
+    if name in rule.row_dims:
         return None
     weight, mask, seen = parameters[name]
     products = rule.importance.products(context, name, parameters[name], extras)

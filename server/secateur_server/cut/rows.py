@@ -5,15 +5,16 @@ share of each row harms a model less than pruning that share of the whole tensor
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from secateur_server.backends import allocate, spans
-from secateur_server.backends.masks import Mask
-from secateur_server.backends.pieces import Piece
+from secateur_server.backends import allocate, backend_for, spans
+from secateur_server.backends.masks import Mask, mask_of_flags
+from secateur_server.backends.pieces import Piece, Stored, around
 from secateur_server.backends.protocol import Backend
 from secateur_server.cut.drivers import driver_for
 from secateur_server.cut.score import Ranking
@@ -27,7 +28,7 @@ Short = tuple[int, int, int]
 
 
 def select_in_rows(
-    context: RequestContext, rule: Selection, ranking: Ranking, rows: int
+    context: RequestContext, rule: Selection, ranking: Ranking, grid: Sequence[int]
 ) -> tuple[Mask, int]:
     """Prunes the least important units of each row; ties by the lowest index.
 
@@ -35,7 +36,7 @@ def select_in_rows(
         context: The request.
         rule: Its amount is a fraction or a count of each row.
         ranking: Of one tensor, row-major.
-        rows: Of the grid of units.
+        grid: The shape of its units.
 
     Returns:
         The candidates that are kept, and how many are pruned.
@@ -43,6 +44,55 @@ def select_in_rows(
     Raises:
         AmountOutOfRange: A row has fewer candidates than the count.
     """
+    outer, rows, inner = around(grid, rule.row_dims.get(ranking.name, 0))
+    if outer == 1:
+        return _select(context, rule, ranking, rows)
+    moved = _with_rows_first(context, ranking, (outer, rows, inner))
+    kept, pruned = _select(context, rule, moved, rows)
+    flags = _swapped(context, kept.whole(context, (rows, outer, inner)))
+    return mask_of_flags(context, flags), pruned
+
+
+def _with_rows_first(
+    context: RequestContext, ranking: Ranking, sizes: tuple[int, int, int]
+) -> Ranking:
+    """The units in the order of their rows.  sizes: of the units before, along and behind rows."""
+    candidates, scores = ranking.candidates, ranking.scores.stored
+    if candidates is not None:
+        flags = _swapped(context, candidates.whole(context, sizes))
+        candidates = mask_of_flags(context, flags)
+    if scores is None:
+        scores = _random_scores(context, ranking)
+    moved = Stored(_swapped(context, scores.view(sizes)))
+    return Ranking(ranking.name, ranking.units, moved, candidates, ranking.device)
+
+
+def _random_scores(context: RequestContext, ranking: Ranking) -> Tensor:
+    """The scores of a ranking that stores none, as numbers that compare as they do."""
+    backend = backend_for(ranking.device)
+    pieces = ranking._replace(candidates=None).pieces(ranking.dtype, backend.piece)
+    return torch.cat(backend.map(context, backend.keys, pieces)).view(ranking.dtype)
+
+
+def _swapped(context: RequestContext, values: Tensor) -> Tensor:
+    """Copies values of 3 dimensions, with the first two swapped.  Returns: flat."""
+    backend, swapped = backend_for(values.device), values.transpose(0, 1)
+    size = values.numel() * values.element_size()
+    found = allocate(context, size, backend).view(values.dtype)
+    target = found.view(swapped.shape)
+
+    def copy(span: tuple[int, int]) -> None:
+        target[slice(*span)] = swapped[slice(*span)]
+
+    width = math.prod(swapped.shape[1:])
+    backend.map(context, copy, spans(len(swapped), max(1, backend.piece // width)))
+    return found
+
+
+def _select(
+    context: RequestContext, rule: Selection, ranking: Ranking, rows: int
+) -> tuple[Mask, int]:
+    """Does select_in_rows for units whose first dimension has the rows."""
     driver, width = driver_for(context, ranking.device), ranking.units // rows
     share = rule.amount.share(ranking.name)
     assert share is not None, "rows have a fraction or a count"

@@ -37,7 +37,7 @@ class ScoredTensor:
         costs: Returns for each unit the elements that are pruned with it, and the sum of their
             squares. None if units are elements.
         unit_bytes: Bytes of a unit; None if units differ.
-        rows: Rows of the grid of units; 0 for a group.
+        grid: The shape of the units; empty for a group.
         sparse_share: By ERK, the density is in proportion to this; 0 for a group.
     """
 
@@ -47,7 +47,7 @@ class ScoredTensor:
     expand: Callable[[RequestContext, Mask], Masks]
     costs: Callable[[RequestContext], tuple[Tensor, Tensor]] | None = None
     unit_bytes: int | None = None
-    rows: int = 0
+    grid: tuple[int, ...] = ()
     sparse_share: float = 0.0
 
 
@@ -120,7 +120,6 @@ def _scored_tensor(
     if granularity.is_part:
         values = rule.importance.elements(context, name, values)
     sizes, shape = granularity.unit_elements(weight.shape), weight.shape
-    grid = granularity.grid(shape)
     return ScoredTensor(
         name,
         ranking,
@@ -130,7 +129,7 @@ def _scored_tensor(
         if granularity.is_element
         else lambda context: granularity.costs(context, weight, values, mask),
         None if sizes is None else sizes * weight.element_size(),
-        grid[0] if grid else 1,
+        granularity.grid(shape),
         sum(shape) / weight.numel() if shape else 1.0,
     )
 

@@ -17,6 +17,7 @@ from secateur_server.importance import IMPORTANCES
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.amounts import AMOUNTS
 from secateur_server.spec.decode_rails import decode_rails
+from secateur_server.spec.row_dims import decode_row_dims
 from secateur_server.spec.rules import (
     Allocation,
     Combination,
@@ -115,6 +116,7 @@ def _selection(
         normalization=_one_of(NORMALIZATIONS, selection, "normalization", path),
         allocation=_one_of(ALLOCATIONS, selection, "allocation", path),
         guard_rails=decode_rails(context, selection.guard_rails, f"{path}.guard_rails"),
+        row_dims=decode_row_dims(context, selection.row_dims, f"{path}.row_dims"),
         align=(selection.align or default_align) if groups else 1,
     )
     if selection.align > MOST_ALIGN or (selection.align > 1 and not groups):
@@ -147,6 +149,8 @@ def _contradictions(rule: Selection) -> Iterator[tuple[str, str]]:
     if rule.scope == "row" and rule.guard_rails.rails:
         why = "cannot be used with SCOPE_PER_ROW, which compares units within each row only"
         yield "guard_rails.rails", why
+    if rule.row_dims and rule.scope != "row":
+        yield "row_dims", "needs SCOPE_PER_ROW; leave it out"
     if rule.of_all and not has_share:
         yield "of_all", "needs a fraction, a count or a table"
 

@@ -12,13 +12,13 @@ from secateur_server.errors import (
     InvalidMask,
     InvalidScores,
     InvalidSpec,
-    NotStructured,
     quote,
 )
 from secateur_server.granularity.group import Group
 from secateur_server.granularity.groups import resolve_group
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.matching import by_tensor, first_matches, not_pruned
+from secateur_server.spec.row_dims import check_rows, resolve_row_dims
 from secateur_server.spec.rules import CustomMasks, GuardRails, Rail, Rule, Selection
 from secateur_server.spec.solve import Solve, resolve_solver
 from secateur_server.spec.uploads import extra_of, resolve_uploads, wrong_dtype
@@ -92,9 +92,11 @@ def _resolve_scored(
 def _resolve_tensors(context: RequestContext, rule: Selection, catalog: Catalog) -> Selection:
     names = match(context, f"{rule.path}.tensors", rule.tensors, catalog)
     rule = resolve_uploads(context, rule, names, catalog)
+    known, field = catalog.all_names(names), f"{rule.path}.row_dims"
+    rule = replace(rule, row_dims=resolve_row_dims(context, rule.row_dims, field, known))
     for name in context.each(names):
         _check_units(rule, name, catalog.prunable[name])
-    names = _not_excluded(context, rule, names, catalog.all_names(names))
+    names = _not_excluded(context, rule, names, known)
     known = catalog.all_names(names)
     scales = {name: catalog.name_of(holder) for name, holder in rule.scales.items()}
     rule = replace(
@@ -158,12 +160,9 @@ def _check_units(rule: Selection, name: str, shape: Shape) -> None:
     granularity = rule.granularity
     assert granularity is not None, "groups name their tensors"
     granularity.check(rule.path, name, shape)
-    if rule.scope == "row" and len(granularity.grid(shape)) < 2:
-        raise NotStructured(
-            f"{rule.path}.scope",
-            f"{quote(name)} has shape {list(shape)}: rows need units in 2 dimensions or more; "
-            "use SCOPE_PER_TENSOR",
-        )
+    if rule.scope == "row":
+        dim = rule.row_dims.get(name, 0)
+        check_rows(rule.path, name, shape, granularity.grid(shape), dim)
     rule.importance.check(rule.path, name, shape)
     rule.amount.check(rule.path, name, shape, granularity.unit_elements(shape))
 

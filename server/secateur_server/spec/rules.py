@@ -78,6 +78,7 @@ class Selection:
         normalization: Brings the scores of several tensors to one scale.
         allocation: Divides the amount among tensors whose units are compared.
         guard_rails: Bounds on what is pruned.
+        row_dims: The dimension of rows by name or glob; in a resolved rule, by name. Of others 0.
         align: Groups keep a multiple of this many units; 0 is one that suits each group's size.
     """
 
@@ -95,6 +96,7 @@ class Selection:
     normalization: Normalization | None = None
     allocation: Allocation = "rank"
     guard_rails: GuardRails = GuardRails()
+    row_dims: Mapping[str, int] = field(default_factory=dict)
     align: int = 1
 
     @property
