@@ -94,7 +94,7 @@ def pair(field: str, value: Any) -> tuple[int, int]:
     Raises:
         InvalidSpec: The value is something else.
     """
-    found = integers(field, value)
+    found = [] if isinstance(value, str) else integers(field, value)
     if len(found) != 2 or max(found) >= UINT32:
         raise InvalidSpec(f"{field}: {shown(value)} is not a pair such as (2, 4)")
     return found[0], found[1]

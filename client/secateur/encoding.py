@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from secateur.errors import InvalidSpec
+from secateur.forms import FORMS, is_model
 from secateur.model import Source
 from secateur.others import check_names
 from secateur.spec import Arrays, Rule, Spec, local_array
@@ -33,6 +34,26 @@ def encode_spec(given: Any, model: Source) -> tuple[pb.PruningSpec, dict[str, Lo
     if model.other_names:
         spec = Spec(tuple(_fitted(rule, model) for rule in spec.rules))
     return spec.encode(model.tensors)
+
+
+def check_solvers(spec: Spec, output: str, keep: bool) -> None:
+    """Refuses results without the weights that a spec updates.
+
+    Raises:
+        InvalidSpec: `output` is masks alone, or the server would keep masks.
+    """
+    if not (solvers := " and ".join(dict.fromkeys(spec.solvers))):
+        return
+    if output in FORMS and not is_model(output):
+        models = ", ".join(name for name in FORMS if is_model(name))
+        raise InvalidSpec(
+            f"output: {output!r} has no weights, and {solvers} updates them; use one of {models}"
+        )
+    if keep:
+        raise InvalidSpec(
+            f"keep: cannot be used with {solvers}, which updates weights: a kept result is the "
+            "uploaded weights and masks; use the output dense, and upload the result"
+        )
 
 
 def unmasked_members(spec: pb.PruningSpec) -> set[str]:

@@ -110,6 +110,10 @@ class NotCalibrated(UserWarning):
     """Layers of a module had no input during a calibration; the message names them."""
 
 
+class FewInputs(UserWarning):
+    """A Gram matrix is of fewer inputs than the layer has channels; the message names the layer."""
+
+
 class NotSaved(UserWarning):
     """The written file lacks something that the source has; the message names it."""
 

@@ -39,10 +39,13 @@ def statistics_of(value: Any) -> Statistics:
     return value
 
 
-def calibrated_names(statistics: Statistics, patterns: Sequence[str]) -> list[str]:
+def calibrated_names(
+    statistics: Statistics, patterns: Sequence[str], by_gram: bool = False
+) -> list[str]:
     """Returns the weights that names and globs mean.
 
-    Globs mean weights with statistics, but not tables of embeddings.
+    Globs mean weights with statistics, but not tables of embeddings. With `by_gram` they mean
+    weights with a Gram matrix, if they match any.
 
     Raises:
         InvalidSpec: A name has no statistics, or a glob matches none.
@@ -56,7 +59,8 @@ def calibrated_names(statistics: Statistics, patterns: Sequence[str]) -> list[st
         matched = [name for name in known if fnmatchcase(name, pattern)]
         if not matched:
             raise InvalidSpec(f"tensors: {pattern!r} {_why_unknown(statistics, pattern)}")
-        found |= dict.fromkeys(matched)
+        with_gram = [name for name in matched if statistics[name].triangle is not None]
+        found |= dict.fromkeys(with_gram if by_gram and with_gram else matched)
     return list(found)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from secateur.checkpoint import decode_checkpoint, uri_of
 from secateur.checks import flag, one_of
 from secateur.destinations import check_destination, new_folder
-from secateur.encoding import encode_spec, unmasked_members
+from secateur.encoding import check_solvers, encode_spec, unmasked_members
 from secateur.errors import SecateurError
 from secateur.forms import OUTPUTS, is_model
 from secateur.grouping import Groups, example_inputs_of, groups_of
@@ -52,7 +52,8 @@ class PrunerCalls(MeasureCalls):
             spec: What to prune.
             output: What the server sends: "masks" (one bit an element), "reparametrized", "dense",
                 "packed" (without zeros, compressed), "none" for the report alone, or another one of
-                `server_info().outputs`.
+                `server_info().outputs`. Rules that update weights, such as `sparsegpt`, need an
+                output that has weights.
             progress: See `Client`.
             keep: Whether the server keeps the result, as the result's checkpoint. Data that the
                 server already has of the source is not sent again.
@@ -72,6 +73,7 @@ class PrunerCalls(MeasureCalls):
         folder = new_folder(destination, model) if output == "shrunk" else None
         header.destination_uri = "" if folder else uri_of(destination)
         message, arrays = encode_spec(spec, model)
+        check_solvers(spec, output, keep)
         model = model.sending(unmasked_members(message))
         header.spec.CopyFrom(message)
         if output == "packed":

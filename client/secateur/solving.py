@@ -1,15 +1,22 @@
 """The methods that update the weights which are kept, from Gram matrices of calibration."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from secateur.amounts import AnyAmount, units_of
+from secateur.calibration.statistics import Statistics
+from secateur.calibration.triangle import Triangle
 from secateur.checks import UINT32, integer, number, one_of, pair, patterns, shown
-from secateur.errors import InvalidSpec
+from secateur.errors import FewInputs, InvalidSpec
 from secateur.factors import AnyStatistics, calibrated_names, statistics_of
 from secateur.selections import Names
 from secateur.spec import GRAMS, METHODS, Rule, Spec
+from secateur.tables import listed
 from secateur_proto import spec_pb2 as pb
+
+# Names in a warning.
+_SHOWN = 3
 
 _SCOPES = {"tensor": pb.SCOPE_PER_TENSOR, "row": pb.SCOPE_PER_ROW}
 
@@ -22,12 +29,16 @@ def refit(tensors: Names, statistics: AnyStatistics, damping: float = 1e-4) -> S
     The result has other weights, so ask for output="dense" or "reparametrized".
 
     Args:
-        tensors: Names or globs of calibrated weights.
+        tensors: Names or globs of calibrated weights. Globs mean those with a Gram matrix.
         statistics: From `calibrate(..., gram=True)`, or the path of its file.
         damping: Is added to the diagonal of X^T X, times its mean.
 
     Raises:
-        InvalidSpec: An argument is wrong, or a weight has no Gram matrix.
+        InvalidSpec: An argument is wrong.
+        InvalidStatistics: A weight has no Gram matrix.
+
+    Warns:
+        FewInputs: The calibration had fewer inputs than a layer has channels.
     """
     return _solver(tensors, statistics, refit=pb.Refit(damping=_damping(damping)))
 
@@ -87,12 +98,28 @@ def alps(
 def _solver(tensors: Names, statistics: AnyStatistics, **fields: Any) -> Spec:
     """The spec of one Solver."""
     found = statistics_of(statistics)
-    names = calibrated_names(found, patterns(tensors))
+    names = calibrated_names(found, patterns(tensors), by_gram=True)
     message = pb.Solver(tensors=names, **fields)
     arrays = {name: found.triangle(name) for name in names}
+    _warn_of_few(found, arrays)
     for name in names:
         message.grams[name].is_transposed = found[name].input_dim == 0
     return Spec((Rule(pb.Rule(solver=message), {GRAMS: arrays}),))
+
+
+def _warn_of_few(statistics: Statistics, triangles: Mapping[str, Triangle]) -> None:
+    """Warns of Gram matrices of fewer inputs than they have rows: their rank is too low."""
+    few = [name for name, triangle in triangles.items() if statistics[name].count < triangle.size]
+    if few:
+        first = few[0]
+        warnings.warn(
+            f"{listed(few, _SHOWN)}: too few inputs: {statistics[first].count:,.0f} of "
+            f"{triangles[first].size:,} channels{' of the first' if len(few) > 1 else ''}, so that "
+            "the weights are fitted to these inputs alone; calibrate on several inputs for each "
+            "channel, or use `wanda`",
+            FewInputs,
+            stacklevel=4,
+        )
 
 
 def _amount(amount: AnyAmount | None, n_m: Sequence[int] | None) -> dict[str, Any]:

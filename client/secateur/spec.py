@@ -65,6 +65,12 @@ class Spec:
         given = (rule.example_inputs for rule in self.rules)
         return next((inputs for inputs in given if inputs is not None), None)
 
+    @property
+    def solvers(self) -> tuple[str, ...]:
+        """The names of the methods that update weights, such as "sparsegpt"."""
+        methods = (rule.message.solver.WhichOneof("method") for rule in self.rules)
+        return tuple(method for method in methods if method)
+
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> "Spec":
         """Makes a spec of plain data.
@@ -86,7 +92,8 @@ class Spec:
     def at(self, step: int, steps: int, schedule: Schedule = "cubic") -> "Spec":
         """Scales each amount to what is due at a step; amounts are then of all units.
 
-        The result of each step is the source of the next. The caller's own masks are not scaled.
+        The result of each step is the source of the next. The caller's own masks are not scaled,
+        and a `refit` is done at each step.
 
         Args:
             step: In [1, steps]; the last one prunes the whole amount.
@@ -95,7 +102,8 @@ class Spec:
                 are done to the share of the amount, both in [0, 1].
 
         Raises:
-            InvalidSpec: An argument is wrong, or an amount is not a fraction, a count or a table.
+            InvalidSpec: An argument is wrong, an amount is not a fraction, a count or a table, or a
+                rule is a `sparsegpt` or an `alps`.
         """
         due = step_of(step, steps, schedule)
         rules = []
@@ -105,6 +113,11 @@ class Spec:
             if message.HasField("selection"):
                 with _rule_in_errors(f"rules[{index}]"):
                     scale(message.selection, due)
+            elif (solver := message.solver.WhichOneof("method")) and solver != "refit":
+                raise InvalidSpec(
+                    f"rules[{index}]: {solver} has no steps; prune by wanda(...).at(...), with a "
+                    "refit after it, or give each step its own amount"
+                )
             rules.append(replace(rule, message=message))
         return Spec(tuple(rules))
 
@@ -185,6 +198,8 @@ def _from_plain(rule: Any, path: str) -> Spec:
         if "method" not in rule:
             raise InvalidSpec(_misspelled(rule, "method") or "method: is missing")
         method = one_of("method", name, METHODS)
+        if "n_m" in arguments:  # in place of an amount
+            arguments = {"amount": None, **arguments}
         if problem := mismatch(method, arguments):
             raise InvalidSpec(f"{name}: {problem}")
         return method(**arguments)

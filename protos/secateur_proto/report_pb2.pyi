@@ -319,6 +319,7 @@ class Warning(google.protobuf.message.Message):
         a glob or by a rule that ranks several tensors together.
       ROUNDED_TO_NONE: a fraction above 0 of so few units is 0 units.
       ROUNDED_TO_ALL: a fraction below 1 of so few units is all of them.
+      NOTHING_TO_REFIT: a refit, and nothing of its tensors is pruned.
       NOT_SHRUNK: no unit of any group was removed.
       NOT_SMALLER: zeros alone make the model neither smaller nor faster.
     """

@@ -175,9 +175,25 @@ def test_the_error_of_a_model_has_a_note_with_the_batch() -> None:
     module = Fails().train()
     with pytest.raises(KeyError, match="short") as caught:
         secateur.calibrate(module, [X, X, X[:1]])
-    assert caught.value.__notes__ == ["secateur.calibrate ran the module on batch 2"]
+    said = (
+        "secateur.calibrate ran the module on batch 2, a Tensor; a batch is what forward takes: a "
+        "tensor, a tuple of arguments, or a mapping of keywords"
+    )
+    assert caught.value.__notes__ == [said]
     assert module.training
     assert not module.layer._forward_pre_hooks
+
+
+def test_the_note_says_what_a_wrong_batch_holds() -> None:
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, X[:, 0]), batch_size=4)
+    with pytest.raises(TypeError) as caught:
+        secateur.calibrate(Fails(), loader)
+    (note,) = caught.value.__notes__
+    assert "batch 0, a list of 2: Tensor, Tensor; a batch is what forward takes" in note
+    assert note.endswith("; leave out labels: (inputs for inputs, labels in loader)")
+    with pytest.raises(TypeError) as caught:
+        secateur.calibrate(Fails(), [{"image": X}])
+    assert "batch 0, a dict with 'image';" in caught.value.__notes__[0]
 
 
 def test_a_module_is_left_as_it_was() -> None:

@@ -248,6 +248,25 @@ def test_factors_that_do_not_fit_are_named(client: secateur.Client, statistics: 
         client.prune(weights, secateur.wanda("h.0.fc.weight", 0.5, statistics))
 
 
+def test_a_linear_layer_has_no_groups(client: secateur.Client, statistics: Statistics) -> None:
+    weights = {"h.0.fc.weight": np.ones((4, 3), np.float32)}
+    with pytest.raises(InvalidSpec, match=re.escape("has shape [6]; send 3 factors")):
+        client.prune(weights, secateur.wanda("h.0.fc.weight", 0.5, statistics))
+
+
+def test_a_spec_of_plain_data_needs_no_amount_with_n_m(
+    statistics: Statistics, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "statistics.safetensors")
+    statistics.save(path)
+    rule = {"method": "wanda", "tensors": "*fc*", "n_m": [2, 4], "statistics": path}
+    (made,) = secateur.Spec.from_dict({"rules": [rule]}).rules
+    (expected,) = secateur.wanda("*fc*", None, statistics, n_m=(2, 4)).rules
+    assert made.message == expected.message
+    with pytest.raises(InvalidSpec, match=re.escape("n_m: '2:4' is not a pair such as (2, 4)")):
+        secateur.Spec.from_dict({"rules": [{**rule, "n_m": "2:4"}]})
+
+
 def test_scores_and_scales_contradict_factors(
     client: secateur.Client, model: dict[str, torch.Tensor], statistics: Statistics
 ) -> None:

@@ -34,9 +34,9 @@ def statistics_of(grams: Mapping[str, Tensor], *transposed: str) -> Statistics:
         if id(gram) not in triangles:
             triangles[id(gram)] = Triangle.of(gram.numpy())
         squares = gram.diagonal().numpy().copy()
-        layers[name] = LayerStatistics(
-            400, squares, input_dim=0 if name in transposed else 1, triangle=triangles[id(gram)]
-        )
+        count, input_dim = max(400, len(gram)), 0 if name in transposed else 1
+        triangle = triangles[id(gram)]
+        layers[name] = LayerStatistics(count, squares, input_dim=input_dim, triangle=triangle)
     return Statistics(layers)
 
 

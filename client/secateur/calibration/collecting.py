@@ -21,7 +21,7 @@ from secateur.calibration.sums import Sums, first_infinite
 from secateur.calibration.targets import Target, targets_of
 from secateur.calibration.triangle import Triangle
 from secateur.calibration.unit_sums import Blocks, Experts, Stacks
-from secateur.checks import flag
+from secateur.checks import flag, shown
 from secateur.errors import (
     InvalidSpec,
     InvalidStateDict,
@@ -34,6 +34,7 @@ from secateur.progress import Progress, show_progress
 from secateur.tables import listed
 
 _MOST_SHOWN = 5
+_LABELS = "; leave out labels: (inputs for inputs, labels in loader)"
 _LOCK = RLock()
 
 
@@ -146,7 +147,11 @@ class _Collector:
         except SecateurError:
             raise
         except Exception as error:
-            error.add_note(f"secateur.calibrate ran the module on batch {index}")
+            error.add_note(
+                f"secateur.calibrate ran the module on batch {index}, {_described(batch)}; a batch "
+                "is what forward takes: a tensor, a tuple of arguments, or a mapping of keywords"
+                f"{_LABELS if isinstance(batch, tuple | list) else ''}"
+            )
             raise
 
     def _hook(self, target: Target) -> Any:
@@ -196,6 +201,17 @@ class _Collector:
             if id(gram) not in made:
                 made[id(gram)] = gram.triangle()
         return {name: made[id(gram)] for name, gram in self._grams.items()}
+
+
+def _described(batch: Any) -> str:
+    """Says what a batch consists of."""
+    if isinstance(batch, Mapping):
+        return f"a {type(batch).__name__} with {', '.join(map(shown, batch)) or 'nothing'}"
+    if not isinstance(batch, tuple | list):
+        return f"a {type(batch).__name__}"
+    parts = [type(part).__name__ for part in batch[:_MOST_SHOWN]]
+    more = ["..."] if len(batch) > _MOST_SHOWN else []
+    return f"a {type(batch).__name__} of {len(batch)}: {', '.join(parts + more)}"
 
 
 def _statistics(sums: Sums, dim: int, triangle: Triangle | None) -> LayerStatistics:

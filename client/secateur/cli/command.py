@@ -17,7 +17,7 @@ from secateur.cli.pack import add_pack
 from secateur.cli.parser import Parser, parse
 from secateur.cli.prune import add_finalize, add_prune
 from secateur.cli.shrink import add_shrink
-from secateur.errors import NotSaved, SecateurError
+from secateur.errors import FewInputs, NotSaved, SecateurError
 
 # Bytes of a file that torch prunes faster than numba's kernels are loaded, which takes 0.5 s.
 SMALL_BYTES = 4 << 20
@@ -65,13 +65,15 @@ def _drop_output() -> None:
 
 @contextmanager
 def _warnings_in_lines() -> Iterator[None]:
-    """Prints each NotSaved warning as one line on stderr."""
+    """Prints each warning of secateur as one line on stderr."""
+    own = (NotSaved, FewInputs)
     with warnings.catch_warnings():
-        warnings.simplefilter("always", NotSaved)
+        for category in own:
+            warnings.simplefilter("always", category)
         others = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], *at: Any, **more: Any) -> None:
-            if issubclass(category, NotSaved):
+            if issubclass(category, own):
                 print(f"secateur: warning: {message}", file=sys.stderr)
             else:
                 others(message, category, *at, **more)

@@ -80,7 +80,8 @@ def _pruned(options: argparse.Namespace, path: Path | None, uri: str | None) -> 
             _check_holds(path, source, options.output == "packed")
         spec = spec_of(options, client, source)
         place, path, uri = _placed(options, source, path, uri)
-        is_sent = uri or (path and not (source.is_here and is_made_of_masks(options.output)))
+        masks_do = source.is_here and is_made_of_masks(options.output) and not spec.solvers
+        is_sent = uri or (path and not masks_do)
         output = options.output if is_sent else "masks"
         if options.out is None:
             output = "none"

@@ -139,6 +139,8 @@ def _is_vector(shape: Sequence[int], uploaded: Sequence[int], is_of_inputs: bool
     if not is_of_inputs or 0 in shape:
         return uploaded[0] == shape[int(is_of_inputs)]
     groups, left = divmod(uploaded[0], shape[1])
+    if len(shape) == 2 and groups > 1:  # only convolutions have groups
+        return False
     return groups > 0 and left == 0 and shape[0] % groups == 0
 
 

@@ -15,6 +15,7 @@ from secateur_server.report.measure import MOST_NAMED
 from secateur_server.report.missed import missed_weights
 from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.rules import Rule, Selection
+from secateur_server.spec.solve import Solve
 from secateur_server.state_dict.catalog import Catalog, Shape
 from secateur_server.state_dict.parameter import Parameter
 
@@ -41,12 +42,14 @@ class Change(NamedTuple):
         shape: The shape of the tensor.
         pruned: Elements that no mask pruned before.
         is_wholly_zero: Whether every element is zero, and was not before.
+        has_pruned: Whether a mask prunes any element, of this Prune or before.
     """
 
     name: str
     shape: Shape
     pruned: int
     is_wholly_zero: bool
+    has_pruned: bool
 
     @property
     def is_weight(self) -> bool:
@@ -121,10 +124,11 @@ def changes_of(
     changes = []
     for tensor in context.each(report.tensors):
         name, seen = tensor.name, before[tensor.name].scan
-        pruned = after[name].count_pruned(context) - before[name].count_pruned(context)
+        in_all = after[name].count_pruned(context)
+        pruned = in_all - before[name].count_pruned(context)
         was_zero = pruned == 0 or (seen is not None and seen.largest == 0)
         is_wholly_zero = not was_zero and tensor.zeros == tensor.total
-        changes.append(Change(name, catalog.prunable[name], pruned, is_wholly_zero))
+        changes.append(Change(name, catalog.prunable[name], pruned, is_wholly_zero, in_all > 0))
     return changes
 
 
@@ -258,6 +262,23 @@ def _is_of_part(rule: Selection, name: str) -> bool:
     return fraction is not None and 0 < fraction < 1
 
 
+def _nothing_to_refit(pruning: Pruning) -> pb.Warning | None:
+    pruned = {change.name for change in pruning.context.each(pruning.changes) if change.has_pruned}
+    solving = (rule for rule in pruning.rules if isinstance(rule, Solve))
+    found = [
+        name
+        for rule in solving
+        if not rule.solver.is_pruning and pruned.isdisjoint(rule.names())
+        for name in rule.names()
+    ]
+    text = (
+        f"the refit changed nothing: no element of {listed(found)} is pruned; put a rule that "
+        "prunes them before the refit, or count the zeros of an earlier pruning as pruned: "
+        'prior="zeros" (--prior zeros, PRIOR_ZEROS)'
+    )
+    return _warning("NOTHING_TO_REFIT", found, text)
+
+
 def _not_shrunk(pruning: Pruning) -> pb.Warning | None:
     return None if pruning.shrinkage is None else not_shrunk(pruning.shrinkage)
 
@@ -301,6 +322,7 @@ CHECKS: tuple[Callable[[Pruning], pb.Warning | None], ...] = (
     _norms_pruned,
     _rounded_to_none,
     _rounded_to_all,
+    _nothing_to_refit,
     _not_shrunk,
     _not_smaller,
 )
