@@ -260,11 +260,24 @@ def test_a_spec_of_plain_data_needs_no_amount_with_n_m(
     path = str(tmp_path / "statistics.safetensors")
     statistics.save(path)
     rule = {"method": "wanda", "tensors": "*fc*", "n_m": [2, 4], "statistics": path}
-    (made,) = secateur.Spec.from_dict({"rules": [rule]}).rules
-    (expected,) = secateur.wanda("*fc*", None, statistics, n_m=(2, 4)).rules
-    assert made.message == expected.message
+    spec = secateur.Spec.from_dict({"rules": [rule]})
+    assert spec == secateur.wanda("*fc*", None, statistics, n_m=(2, 4))
     with pytest.raises(InvalidSpec, match=re.escape("n_m: '2:4' is not a pair such as (2, 4)")):
         secateur.Spec.from_dict({"rules": [{**rule, "n_m": "2:4"}]})
+
+
+def test_specs_are_equal_if_their_arrays_are(statistics: Statistics) -> None:
+    spec = secateur.wanda("*", 0.5, statistics)
+    assert spec == secateur.wanda("*", 0.5, statistics)
+    assert spec != secateur.wanda("*", 0.5, statistics + statistics + Statistics({"w": layer(2)}))
+    squared = secateur.select("*", 0.5, secateur.activation(statistics, power=2), scope="row")
+    assert spec != squared
+    scores = {"w": torch.ones(2, 2, dtype=torch.bfloat16)}
+    one, other = ({"w": scores["w"] * value} for value in (1, 2))
+    made = [
+        secateur.l1_unstructured("w", 1, importance_scores=given) for given in (scores, one, other)
+    ]
+    assert made[0] == made[1] != made[2]
 
 
 def test_scores_and_scales_contradict_factors(

@@ -87,7 +87,10 @@ def read_statistics(path: str | os.PathLike[str]) -> Parts:
     """Reads the layers, the stacks and the experts of statistics: see Statistics.load."""
     place = source_path(path, InvalidStatistics)
     if is_gguf(place):
-        raise InvalidStatistics(f"{path}: is a GGUF file; read it with Statistics.from_imatrix")
+        raise InvalidStatistics(
+            f"{path}: is a GGUF file; read it with Statistics.from_imatrix, and save that as a "
+            "file of statistics for the commands"
+        )
     try:
         file = map_file(place)
     except InvalidStateDict as error:

@@ -74,7 +74,7 @@ def check_rows(path: str, name: str, shape: Sequence[int], grid: Sequence[int], 
         raise NotStructured(
             f"{path}.scope",
             f"{quote(name)} has shape {list(shape)}: rows need units in 2 dimensions or more; "
-            "use SCOPE_PER_TENSOR",
+            "leave it out of the rule, or use SCOPE_PER_TENSOR",
         )
     if not -len(grid) <= dim < len(grid):
         raise DimOutOfRange(
