@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from secateur.architectures.layout import Config
 from secateur.architectures.transformer import Transformer, transformer_of
-from secateur.calibration.layer import LayerStatistics
+from secateur.calibration.layer import Doubles, LayerStatistics
 from secateur.calibration.statistics import Statistics
 from secateur.calibration.unit_statistics import UnitStatistics
 from secateur.depth import renumbered
@@ -18,7 +18,6 @@ from secateur.grouping import Group
 from secateur.model import Source
 from secateur.units.flap import flap
 from secateur.units.influence import least_influential
-from secateur.units.weights import Doubles
 
 
 @dataclass(frozen=True)

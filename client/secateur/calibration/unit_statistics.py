@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from secateur.calibration.layer import Doubles
 from secateur.errors import InvalidStatistics
 
-Doubles = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 
 

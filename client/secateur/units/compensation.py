@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from secateur.calibration.layer import LayerStatistics
+from secateur.calibration.layer import Doubles, LayerStatistics
 from secateur.calibration.statistics import Statistics
 from secateur.checks import text_keys
 from secateur.errors import InvalidSpec, InvalidStatistics
@@ -13,7 +13,7 @@ from secateur.model import Source
 from secateur.tensors import LocalTensor, from_value, to_value
 from secateur.ties import tied, values_of
 from secateur.units.flap import check_statistics
-from secateur.units.weights import Array, Doubles, floats, pieces, read_here, weight_of
+from secateur.units.weights import Array, floats, pieces, read_here, weight_of
 
 
 def compensated(

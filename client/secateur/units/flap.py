@@ -4,14 +4,14 @@ from typing import Any
 
 import numpy as np
 
-from secateur.calibration.layer import LayerStatistics
+from secateur.calibration.layer import Doubles, LayerStatistics
 from secateur.calibration.statistics import Statistics
 from secateur.checks import shown
 from secateur.errors import InvalidSpec, InvalidStatistics
 from secateur.grouping import Groups
 from secateur.model import Source
 from secateur.units.slices import Slices, checked_groups, slices_in
-from secateur.units.weights import Doubles, read_here, squared_norms, weight_of
+from secateur.units.weights import read_here, squared_norms, weight_of
 from secateur_proto import spec_pb2 as pb
 
 

@@ -1,12 +1,12 @@
 """REAP: experts whose weighted outputs are small (Lasby et al. 2025)."""
 
+from secateur.calibration.layer import Doubles
 from secateur.calibration.statistics import Statistics
 from secateur.calibration.unit_statistics import UnitStatistics
 from secateur.errors import InvalidSpec, InvalidStatistics
 from secateur.grouping import Groups
 from secateur.units.flap import check_statistics
 from secateur.units.slices import checked_groups
-from secateur.units.weights import Doubles
 from secateur_proto import spec_pb2 as pb
 
 

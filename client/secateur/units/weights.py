@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from secateur.calibration.layer import Doubles
 from secateur.errors import InvalidSpec
 from secateur.model import Source
 from secateur.source import read_source
 from secateur.tensors import LocalTensor, prior_mask, to_value
 
-Doubles = npt.NDArray[np.float64]
 Array = npt.NDArray[Any]
 
 _PIECE = 1 << 21  # elements that are converted to float64 at once
