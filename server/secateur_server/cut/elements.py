@@ -36,11 +36,11 @@ def score_tensor(
     Raises:
         NanScores: A score is NaN.
     """
-    parameter = weighed(context, rule, name, parameters, extras)
-    return score_weighed(context, rule, name, parameter, parameters, extras)
+    parameter = with_products(context, rule, name, parameters, extras)
+    return score_parameter(context, rule, name, parameter, parameters, extras)
 
 
-def weighed(
+def with_products(
     context: RequestContext,
     rule: Selection,
     name: str,
@@ -76,9 +76,8 @@ def score_rows(
     Returns:
         The elements with their scores; None if the scores must be stored.
     """
-    if rule.scope != "row" or not rule.has_element_units or rule.normalization is not None:
-        return None
-    if name in rule.row_dims:
+    is_of_rows = rule.scope == "row" and rule.has_element_units and name not in rule.row_dims
+    if not is_of_rows or rule.normalization is not None:
         return None
     weight, mask, seen = parameters[name]
     products = rule.importance.products(context, name, parameters[name], extras)
@@ -88,7 +87,7 @@ def score_rows(
     return Ranking(name, weight.numel(), products, mask, weight.device)
 
 
-def score_weighed(
+def score_parameter(
     context: RequestContext,
     rule: Selection,
     name: str,
@@ -96,7 +95,7 @@ def score_weighed(
     parameters: Mapping[str, Parameter],
     extras: Mapping[str, Tensor],
 ) -> Ranking:
-    """Does what score_tensor does, given the parameter that `weighed` returns."""
+    """Does what score_tensor does, given the parameter that `with_products` returns."""
     granularity = rule.granularity
     assert granularity is not None, "the rule has no groups"
     if rule.has_element_units and rule.importance.is_value and not (rule.scores or rule.scales):

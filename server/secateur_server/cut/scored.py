@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secateur_server.backends.masks import Mask
 from secateur_server.backends.pieces import Scores, Stored
-from secateur_server.cut.elements import replacement, score_rows, score_weighed, weighed
+from secateur_server.cut.elements import replacement, score_parameter, score_rows, with_products
 from secateur_server.cut.normalize import combined, normalized
 from secateur_server.cut.score import Ranking, refuse_nan
 from secateur_server.errors import quote
@@ -114,9 +114,9 @@ def _scored_tensor(
     values = scores if scores is not None and scores.shape == weight.shape else weight
     ranking = score_rows(context, rule, name, parameters, extras)
     if ranking is None:
-        parameter = weighed(context, rule, name, parameters, extras)
+        parameter = with_products(context, rule, name, parameters, extras)
         values = parameter.weight if values is weight else values
-        ranking = score_weighed(context, rule, name, parameter, parameters, extras)
+        ranking = score_parameter(context, rule, name, parameter, parameters, extras)
     if granularity.is_part:
         values = rule.importance.elements(context, name, values)
     sizes, shape = granularity.unit_elements(weight.shape), weight.shape
@@ -208,7 +208,7 @@ def _member_scores(
     for name in context.each(dict.fromkeys(scored)):
         parameter, field = parameters[name], f"data[{quote(name)}]"
         refuse_nan(context, parameter.weight, parameter.mask, field, parameter.scan)
-        own_parameters[name] = weighed(context, rule, name, parameters, extras)
+        own_parameters[name] = with_products(context, rule, name, parameters, extras)
     order = rule.importance.order
     assert order is not None, "the spec is refused otherwise"
     members = iter(score_members(context, own, own_parameters, order))
