@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from secateur_server.errors import InvalidSpec, UnknownTensor, quote
 from secateur_server.runtime.context import RequestContext
+from secateur_server.state_dict.catalog import Catalog, Stored
 from secateur_server.state_dict.globs import matches
 
 Value = TypeVar("Value")
@@ -44,6 +45,17 @@ def first_matches(
 def not_pruned(field: str, what: str) -> UnknownTensor:
     """The error for a value of a tensor or group that the rule does not prune."""
     return UnknownTensor(field, f"the rule does not prune this {what}")
+
+
+def extra_of(field: str, holder: str, catalog: Catalog) -> Stored:
+    """Returns the uploaded tensor that a field names.
+
+    Raises:
+        UnknownTensor: The data does not have it.
+    """
+    if holder not in catalog.extras:
+        raise UnknownTensor(field, f"the data does not have the tensor {quote(holder)}; send it")
+    return catalog.extras[holder]
 
 
 def by_tensor(

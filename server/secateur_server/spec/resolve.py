@@ -17,11 +17,11 @@ from secateur_server.errors import (
 from secateur_server.granularity.group import Group
 from secateur_server.granularity.groups import resolve_group
 from secateur_server.runtime.context import RequestContext
-from secateur_server.spec.matching import by_tensor, first_matches, not_pruned
+from secateur_server.spec.matching import by_tensor, extra_of, first_matches, not_pruned
 from secateur_server.spec.row_dims import check_rows, resolve_row_dims
 from secateur_server.spec.rules import CustomMasks, GuardRails, Rail, Rule, Selection
 from secateur_server.spec.solve import Solve, resolve_solver
-from secateur_server.spec.uploads import extra_of, resolve_uploads, wrong_dtype
+from secateur_server.spec.uploads import resolve_uploads, wrong_dtype
 from secateur_server.state_dict.catalog import Catalog, Shape, Stored, match, unmatched
 
 # Tensors of all rules. The work of a request grows with their number.

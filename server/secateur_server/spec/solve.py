@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from secateur_proto import spec_pb2 as pb
-from secateur_server.errors import InvalidSpec, NotStructured, UnknownTensor, quote
+from secateur_server.errors import InvalidSpec, NotStructured, quote
 from secateur_server.fields import chosen
 from secateur_server.granularity.group import Group
 from secateur_server.runtime.context import RequestContext
-from secateur_server.spec.matching import by_tensor, not_pruned
+from secateur_server.spec.matching import by_tensor, extra_of, not_pruned
 from secateur_server.spec.solvers import MOST_COLUMNS, SOLVERS, Solver
 from secateur_server.state_dict.catalog import Catalog, Shape, match
 
@@ -121,13 +121,7 @@ def _check(rule: Solve, name: str, grams: Mapping[str, GramOf], catalog: Catalog
         )
     if name not in grams:
         raise InvalidSpec(field, "is not set; a solver needs the Gram matrix of each layer")
-    gram = grams[name]
-    inputs = gram.inputs(shape)
-    held = catalog.extras.get(gram.holder)
-    if held is None:
-        raise UnknownTensor(
-            field, f"the data does not have the tensor {quote(gram.holder)}; send it"
-        )
+    inputs, held = grams[name].inputs(shape), extra_of(field, grams[name].holder, catalog)
     if inputs > MOST_COLUMNS:
         raise InvalidSpec(field, f"{quote(name)} has {inputs} inputs; at most {MOST_COLUMNS}")
     if held.dtype != torch.float32 or held.shape != (inputs * (inputs + 1) // 2,):

@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 
 from secateur_server.backends.dtypes import FP8, PRUNABLE, WIRE_DTYPES
-from secateur_server.errors import InvalidScores, UnknownTensor, quote
+from secateur_server.errors import InvalidScores, quote
 from secateur_server.runtime.context import RequestContext
-from secateur_server.spec.matching import by_tensor, not_pruned
+from secateur_server.spec.matching import by_tensor, extra_of, not_pruned
 from secateur_server.spec.rules import Selection
 from secateur_server.state_dict.catalog import Catalog, Shape, Stored
 
@@ -53,17 +53,6 @@ def _check_upload(
     if uploaded.dtype not in _FACTOR_DTYPES:
         raise InvalidScores(path, wrong_dtype(uploaded, "factors", _FACTOR_DTYPES))
     rule.importance.check_upload(field, path, shape, uploaded.shape)
-
-
-def extra_of(field: str, holder: str, catalog: Catalog) -> Stored:
-    """Returns the uploaded tensor that a field names.
-
-    Raises:
-        UnknownTensor: The data does not have it.
-    """
-    if holder not in catalog.extras:
-        raise UnknownTensor(field, f"the data does not have the tensor {quote(holder)}; send it")
-    return catalog.extras[holder]
 
 
 def wrong_dtype(extra: Stored, what: str, dtypes: Iterable[torch.dtype]) -> str:
