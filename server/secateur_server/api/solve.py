@@ -58,7 +58,7 @@ def solve(
     solved: dict[str, Parameter] = {}
     for holder, triangle in incoming.streamed:
         with scheduler.cores(context, incoming.size), context.stage("solve"):
-            gram = full_gram(triangle, _size(len(triangle)))
+            gram = full_gram(triangle)
             check_gram(f"data[{quote(holder)}]", gram)
             gram = scaled(gram, -exponent_beyond(gram, MOST_OF_GRAM))
             for name, of_tensor in tasks.pop(holder, ()):
@@ -108,13 +108,8 @@ def _solve(
     target = scaled(target, -exponent)
     flags = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
     kept = _matrix(flags if mask is None else mask.whole(context, weight.shape), is_transposed)
-    found, gram, choices = Weights(target, target, kept), gram.to(weight.device), []
-    for rule in rules:
-        candidates = int(found.kept.count_nonzero())
-        found = rule.solver.solve(context, found, gram, f"{rule.path}.grams[{quote(name)}]")
-        if rule.solver.is_pruning:
-            pruned = candidates - int(found.kept.count_nonzero())
-            choices.append((rule, Choice((name,), candidates, pruned, pruned)))
+    weights = Weights(target, target, kept)
+    found, choices = _applied(context, rules, weights, gram.to(weight.device), name)
     # Pruned elements keep their values behind the mask, as in torch.nn.utils.prune. Values that no
     # rule has moved are not rounded to float32 either.
     is_moved = _tensor(found.kept & (found.now != target), weight, is_transposed)
@@ -130,9 +125,18 @@ def _solve(
     return Parameter(stored, new_mask), choices
 
 
-def _size(length: int) -> int:
-    """The rows of a matrix whose upper triangle has `length` elements."""
-    return (math.isqrt(8 * length + 1) - 1) // 2
+def _applied(
+    context: RequestContext, rules: Sequence[Solve], weights: Weights, gram: Tensor, name: str
+) -> tuple[Weights, list[tuple[Solve, Choice]]]:
+    """Applies rules in order. Returns the weights, and what the rules that prune have chosen."""
+    choices = []
+    for rule in rules:
+        candidates = int(weights.kept.count_nonzero())
+        weights = rule.solver.solve(context, weights, gram, f"{rule.path}.grams[{quote(name)}]")
+        if rule.solver.is_pruning:
+            pruned = candidates - int(weights.kept.count_nonzero())
+            choices.append((rule, Choice((name,), candidates, pruned, pruned)))
+    return weights, choices
 
 
 def _matrix(values: Tensor, is_transposed: bool) -> Tensor:

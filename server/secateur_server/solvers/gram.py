@@ -4,6 +4,8 @@ A column is dead if its inputs were always zero. Its diagonal element is 0, so i
 effect on the error.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,16 +16,16 @@ from secateur_server.errors import InvalidGram, InvalidStateDict
 _MIRRORED = 256
 
 
-def full_gram(triangle: Tensor, n: int) -> Tensor:
+def full_gram(triangle: Tensor) -> Tensor:
     """Expands the upper triangle of a symmetric matrix.
 
     Args:
         triangle: Float32, n (n + 1) / 2 elements: the upper triangle row by row.
-        n: The number of rows.
 
     Returns:
         Float32, [n, n].
     """
+    n = (math.isqrt(8 * len(triangle) + 1) - 1) // 2
     gram = torch.empty(n, n, dtype=torch.float32, device=triangle.device)
     begin = 0
     for row in range(n):

@@ -28,8 +28,7 @@ def sparsegpt(
     """Prunes column by column, and makes up for each pruned weight in the columns after it.
 
     Weights of dead columns score 0, so a block prunes them first. Those that it keeps do not
-    change. Memory: two copies
-    of the weight beside the result, and twice the Gram matrix.
+    change. Memory: two copies of the weight beside the result, and twice the Gram matrix.
 
     Args:
         context: The request.
