@@ -7,7 +7,7 @@ from typing import Any
 from secateur.amounts import AnyAmount, units_of
 from secateur.calibration.statistics import Statistics
 from secateur.calibration.triangle import Triangle
-from secateur.checks import UINT32, integer, number, one_of, pair, patterns, shown
+from secateur.checks import integer, number, one_of, pair, patterns, shown
 from secateur.errors import FewInputs, InvalidSpec
 from secateur.factors import AnyStatistics, calibrated_names, statistics_of
 from secateur.selections import Names
@@ -59,13 +59,13 @@ def sparsegpt(
         statistics: See `refit`.
         n_m: Keeps n of each m weights of a row, such as (2, 4), in place of an amount.
         damping: See `refit`.
-        block_size: Columns that are pruned at once.
+        block_size: Columns that are pruned at once, at most 4096.
 
     Raises:
         InvalidSpec: See `refit`.
     """
     method = pb.SparseGpt(
-        damping=_damping(damping), block_size=integer("block_size", block_size, 1, UINT32)
+        damping=_damping(damping), block_size=integer("block_size", block_size, 1, 4096)
     )
     return _solver(tensors, statistics, sparsegpt=method, **_amount(amount, n_m))
 

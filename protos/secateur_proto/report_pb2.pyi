@@ -320,6 +320,8 @@ class Warning(google.protobuf.message.Message):
       ROUNDED_TO_NONE: a fraction above 0 of so few units is 0 units.
       ROUNDED_TO_ALL: a fraction below 1 of so few units is all of them.
       NOTHING_TO_REFIT: a refit, and nothing of its tensors is pruned.
+      ZERO_GRAM: the Gram matrix of tensors is zero, so no weight has an effect.
+      ZERO_FACTORS: all factors of tensors are zero, so all their weights are equally important.
       NOT_SHRUNK: no unit of any group was removed.
       NOT_SMALLER: zeros alone make the model neither smaller nor faster.
     """

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from secateur_server.errors import InvalidGram, InvalidStateDict
+from secateur_server.runtime.context import RequestContext
 from secateur_server.solvers.gram import check_gram, check_weight, damped, full_gram, unit_factor
 from tests.solvers.layers import layer
 
@@ -61,7 +62,7 @@ def test_the_damping_is_relative_to_the_mean_of_live_columns() -> None:
 def test_the_factor_has_that_of_the_inverse_as_its_inverse() -> None:
     _, gram = layer(1, 40)
     gram = damped(gram, 0.01).double()
-    unit, scale = unit_factor("gram", gram)
+    unit, scale = unit_factor(RequestContext(), "gram", gram)
     assert torch.equal(unit, unit.triu())
     assert torch.equal(unit.diagonal(), torch.ones(40).double())
     assert torch.allclose(unit * scale.square() @ unit.T, gram)
@@ -72,5 +73,5 @@ def test_the_factor_has_that_of_the_inverse_as_its_inverse() -> None:
 def test_a_matrix_that_is_not_semidefinite_names_the_minor() -> None:
     gram = torch.eye(6)
     gram[2, 4] = gram[4, 2] = 2.0
-    with pytest.raises(InvalidGram, match=r"gram: .*fails at the minor of the columns from 2 on"):
-        unit_factor("gram", gram)
+    with pytest.raises(InvalidGram, match=r"gram: .*fails at column 2"):
+        unit_factor(RequestContext(), "gram", gram)

@@ -27,16 +27,17 @@ from secateur_server.errors import CheckpointNotFound, InvalidRequest, InvalidSp
 from secateur_server.granularity.group import Group
 from secateur_server.outputs import OUTPUTS
 from secateur_server.report.shrinkage import measure_sent
-from secateur_server.report.warnings import NOT_SMALLER, changes_of, warnings_of
+from secateur_server.report.warnings import NOT_SMALLER, Remarks, changes_of, warnings_of
 from secateur_server.runtime.context import RequestContext
 from secateur_server.runtime.scheduler import Scheduler
 from secateur_server.spec.decode import decode_spec
 from secateur_server.spec.resolve import resolve
-from secateur_server.spec.rules import Rule
+from secateur_server.spec.rules import Rule, Selection
+from secateur_server.spec.solve import check_steps, working_bytes
 from secateur_server.state_dict.incoming import Incoming
 from secateur_server.state_dict.parameter import Parameter
 from secateur_server.state_dict.sources import Call, Sources
-from secateur_server.state_dict.state_dict import masks_of, packed_masks
+from secateur_server.state_dict.state_dict import StateDict, masks_of, packed_masks
 from secateur_server.storage.receiver import Receiver
 from secateur_server.wire.writer import OutgoingFile, digest_of
 
@@ -117,9 +118,13 @@ def prune_call(
     output, catalog = OUTPUTS[header.output], incoming.state_dict.catalog
     rules = resolve(context, asked, catalog)
     groups = groups_of(context, rules, catalog) if output.needs_groups else []
-    with context.stage("receive"):
-        incoming.read(None if output.needs_all_tensors else reads_of(rules))
-    pruned = _prune(sources.scheduler, call, asked, rules, groups, incoming)
+    solving, scheduler = divided(rules)[1], sources.scheduler
+    check_steps(context, solving, catalog)
+    size = working_bytes(context, solving, catalog)
+    with scheduler.working_memory(context, "spec.rules", size, "the solver of the largest layer"):
+        with context.stage("receive"):
+            incoming.read(None if output.needs_all_tensors else reads_of(rules))
+        pruned = _prune(scheduler, call, asked, rules, groups, incoming)
     incoming.check_unchanged()
     result = pb.PruneResult()
     result.report.CopyFrom(pruned.report)  # faster than to construct it with a report
@@ -158,18 +163,34 @@ def _prune(
     """Prunes the tensors that were read, and measures them."""
     context, state_dict = call.context, incoming.state_dict
     selecting, solving = divided(rules)
-    encode = partial(_encoded, call, asked, rules, groups, incoming)
+    remarks = Remarks(without_factors=_without_factors(context, selecting, state_dict))
+    encode = partial(_encoded, call, asked, rules, groups, incoming, remarks)
     with scheduler.cores(context, incoming.size):
         context.begin("prune")
         prior = before(context, call.header, state_dict, rules)
         pruned, outcomes = prune(context, prior, selecting, state_dict.extras)
         if not solving:
             return encode(prior, pruned, outcomes)
-    solved, more = solve(context, scheduler, incoming, solving, {**prior, **pruned})
+    solved, more = solve(context, scheduler, incoming, solving, {**prior, **pruned}, remarks)
     with scheduler.cores(context, incoming.size):
         updated = {**pruned, **solved}
         in_order = {name: updated[name] for name in prior if name in updated}
         return encode(prior, in_order, [*outcomes, *more])
+
+
+def _without_factors(
+    context: RequestContext, rules: Sequence[Rule], state_dict: StateDict
+) -> list[str]:
+    """The tensors of which all uploaded factors are zero."""
+    return [
+        name
+        for rule in rules
+        if isinstance(rule, Selection)
+        for uploads in rule.importance.uploads.values()
+        for name, holder in context.each(uploads.items())
+        if name in rule.tensors and state_dict.parameters[name].weight.numel()
+        if not state_dict.extras[holder].any()
+    ]
 
 
 def _encoded(
@@ -178,6 +199,7 @@ def _encoded(
     rules: Sequence[Rule],
     groups: Sequence[Group],
     incoming: Incoming,
+    remarks: Remarks,
     prior: Mapping[str, Parameter],
     pruned: Mapping[str, Parameter],
     outcomes: Sequence[Sequence[Choice]],
@@ -193,7 +215,7 @@ def _encoded(
         changes = changes_of(context, report, catalog, prior, pruned)
         if state_dict.shrinking is not None:
             add_shrinkage(context, report, state_dict, groups, {**prior, **pruned})
-        warnings = warnings_of(context, report, asked, rules, catalog, changes)
+        warnings = warnings_of(context, report, asked, rules, catalog, changes, remarks)
         if header.output == pb.OUTPUT_PACKED:
             warnings = [warning for warning in warnings if warning.code != NOT_SMALLER]
         report.warnings.extend(warnings)

@@ -10,6 +10,7 @@ from torch import Tensor
 from secateur_server.backends.masks import Mask, mask_of_flags
 from secateur_server.cut.choice import Choice
 from secateur_server.errors import InvalidSpec, quote
+from secateur_server.report.warnings import Remarks
 from secateur_server.runtime.context import RequestContext
 from secateur_server.runtime.scheduler import Scheduler
 from secateur_server.solvers.gram import check_gram, check_weight, full_gram, not_finite
@@ -34,6 +35,7 @@ def solve(
     incoming: Incoming,
     rules: Sequence[Solve],
     pruned: Mapping[str, Parameter],
+    remarks: Remarks,
 ) -> tuple[dict[str, Parameter], list[list[Choice]]]:
     """Applies rules that update weights.
 
@@ -45,6 +47,7 @@ def solve(
         incoming: The source. Its weights become the updated ones.
         rules: Resolved.
         pruned: Parameters with the masks of the rules before.
+        remarks: Are added to.
 
     Returns:
         The parameters that the rules name, with their new weights and masks; and the choices of
@@ -59,12 +62,16 @@ def solve(
     for holder, triangle in incoming.streamed:
         with scheduler.cores(context, incoming.size), context.stage("solve"):
             gram = full_gram(triangle)
+            del triangle
             check_gram(f"data[{quote(holder)}]", gram)
             gram = scaled(gram, -exponent_beyond(gram, MOST_OF_GRAM))
+            is_zero = not gram.diagonal().any()
             for name, of_tensor in tasks.pop(holder, ()):
                 solved[name], found = _solve(context, incoming, of_tensor, state[name], name, gram)
+                if is_zero and state[name].weight.numel():
+                    remarks.without_inputs.append(name)
                 choices.update({(id(rule), name): choice for rule, choice in found})
-            del gram, triangle  # before the next one arrives
+            del gram  # before the next one arrives
     outcomes = [
         [choices[id(rule), name] for name in rule.tensors if (id(rule), name) in choices]
         for rule in rules

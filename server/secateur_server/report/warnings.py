@@ -5,7 +5,7 @@ Checks read the request and the report. No check reads a weight.
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from secateur_proto import report_pb2 as pb
@@ -57,6 +57,19 @@ class Change(NamedTuple):
         return len(self.shape) >= 2
 
 
+@dataclass
+class Remarks:
+    """The names of tensors with data that may not be meant, as it was found while pruning.
+
+    Attributes:
+        without_inputs: With a Gram matrix of zeros.
+        without_factors: With activation-aware importance, of which all factors are zero.
+    """
+
+    without_inputs: list[str] = field(default_factory=list)
+    without_factors: list[str] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class Pruning:
     """A Prune and its report.
@@ -69,6 +82,7 @@ class Pruning:
         choices: The choices of each rule.
         changes: The change of each tensor of the report, by all rules.
         shrinkage: What was removed; None if the output removes nothing.
+        remarks: What was found while pruning.
     """
 
     context: RequestContext
@@ -78,6 +92,7 @@ class Pruning:
     choices: Sequence[Sequence[pb.Choice]]
     changes: Sequence[Change]
     shrinkage: pb.Shrinkage | None
+    remarks: Remarks
 
     def selections(self) -> Iterator[tuple[Selection, Sequence[pb.Choice]]]:
         """Yields the resolved rules that score units, with their choices."""
@@ -102,11 +117,13 @@ def warnings_of(
     rules: Sequence[Rule],
     catalog: Catalog,
     changes: Sequence[Change],
+    remarks: Remarks | None = None,
 ) -> list[pb.Warning]:
     """Finds the warnings of a Prune. The arguments are attributes of Pruning."""
     choices = [rule.choices for rule in report.rules]
     shrinkage = report.shrinkage if report.HasField("shrinkage") else None
-    pruning = Pruning(context, asked, rules, catalog, choices, changes, shrinkage)
+    remarks = remarks or Remarks()
+    pruning = Pruning(context, asked, rules, catalog, choices, changes, shrinkage, remarks)
     return [warning for check in CHECKS if (warning := check(pruning))]
 
 
@@ -279,6 +296,24 @@ def _nothing_to_refit(pruning: Pruning) -> pb.Warning | None:
     return _warning("NOTHING_TO_REFIT", found, text)
 
 
+def _zero_gram(pruning: Pruning) -> pb.Warning | None:
+    found = pruning.remarks.without_inputs
+    text = (
+        f"the Gram matrix of {listed(found)} is zero: no weight has an effect, so a solver prunes "
+        "the lowest indices; calibrate with inputs that reach these layers"
+    )
+    return _warning("ZERO_GRAM", found, text)
+
+
+def _zero_factors(pruning: Pruning) -> pb.Warning | None:
+    found = pruning.remarks.without_factors
+    text = (
+        f"all factors of {listed(found)} are zero: all weights are as important, so the lowest "
+        "indices are pruned; calibrate with inputs that reach these layers"
+    )
+    return _warning("ZERO_FACTORS", found, text)
+
+
 def _not_shrunk(pruning: Pruning) -> pb.Warning | None:
     return None if pruning.shrinkage is None else not_shrunk(pruning.shrinkage)
 
@@ -323,6 +358,8 @@ CHECKS: tuple[Callable[[Pruning], pb.Warning | None], ...] = (
     _rounded_to_none,
     _rounded_to_all,
     _nothing_to_refit,
+    _zero_gram,
+    _zero_factors,
     _not_shrunk,
     _not_smaller,
 )

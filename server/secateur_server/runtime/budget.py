@@ -134,6 +134,24 @@ class Budget:
                 self._refuse_one()
         self._wait(context, me)
 
+    def acquire_more(self, tenant: Tenant, amount: int) -> Full | None:
+        """Grants more to a request that holds a part already, if it fits now.
+
+        It does not wait: two such requests could wait for each other. The caller releases the
+        amount with `requests=0`.
+
+        Returns:
+            Why it does not fit; None if it is granted.
+        """
+        with self._lock:
+            mine, most = self._held_by(tenant).amount, self._quota(tenant).amount
+            is_within = most is None or mine + amount <= most
+            if self.held + amount > self.limit or not is_within:
+                return replace(self._state(tenant, amount), quota="" if is_within else "amount")
+            self.held += amount
+            self._by_owner[tenant.owner].amount += amount
+            return None
+
     def release(self, tenant: Tenant, amount: int, requests: int = 1) -> None:
         """Returns an amount to the budget: all that a request holds, or a part if `requests` is 0.
 

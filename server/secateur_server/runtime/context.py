@@ -111,6 +111,7 @@ class RequestContext:
         stages: receive, score, select, solve, encode and send, as far as they have run.
         received, sent: Bytes of data.
         elements, pruned: Elements of the tensors in the report, and those that this request pruned.
+        reserved: Bytes of --memory-limit that the request holds.
         charges: Bytes that the request holds beside its state_dict, as the scheduler counts them.
         queued, time_to_report: Seconds; None: the request has not reached that point.
         is_waiting: Whether the request waits for memory, or for the cores.
@@ -147,6 +148,7 @@ class RequestContext:
         self.time_to_report: float | None = None
         self.reason = self.error = self.code = self.waited_for = ""
         self.charges: list[int] = []
+        self.reserved = 0
         self._charge, self.driver = charge, driver
         self._started = time.perf_counter()
         self._lock = threading.Lock()

@@ -15,7 +15,8 @@ metrics needs none, since the server of metrics has a thread and connections of 
 
 Budget describes the order in which waiting requests are served. A request that could never fit is
 refused at once. A request that holds a part of one resource may wait only for resources further
-down, so that two requests never wait for each other.
+down, so that two requests never wait for each other. What solvers need beside the state_dict is of
+the same resource: a request for which it does not fit at once is refused, and may retry.
 """
 
 import threading
@@ -170,10 +171,53 @@ class Scheduler:
                     f"{self._describe(tenant, full)}, and {full.waiting} requests wait",
                     min(max(full.longest, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS),
                 ) from None
+        context.reserved = size
         try:
             yield
         finally:
+            context.reserved = 0
             self.models.release(tenant, size)
+
+    @contextmanager
+    def working_memory(
+        self, context: RequestContext, field: str, size: int, what: str
+    ) -> Iterator[None]:
+        """Reserves memory beside the state_dict, out of the same budget, for the block.
+
+        The request does not wait, since it holds a part of the budget.
+
+        Args:
+            context: The request, which holds the memory of its state_dict.
+            field: The field of the request that needs it.
+            size: An upper bound of its bytes.
+            what: Describes the work that needs them, for the error.
+
+        Raises:
+            RequestTooLarge: They would never fit.
+            QueueFull: They do not fit beside those of other requests.
+        """
+        if size < SMALL_BYTES:
+            yield
+            return
+        tenant, most = context.tenant, self.models.limit_for(context.tenant)
+        needs = (
+            f"{what} takes up to {size} bytes of memory beside the {context.reserved} of the data"
+        )
+        if context.reserved + size > most:
+            raise RequestTooLarge(
+                field,
+                f"{needs}, and at most {most} may be used at once (--memory-limit, or the tenant's "
+                "`memory`); send fewer or smaller tensors, or ask the operator to raise it",
+            )
+        full = self.models.acquire_more(tenant, size)
+        if full is not None:
+            raise QueueFull(
+                field, f"{needs}, and {self._describe(tenant, full)}", MIN_RETRY_SECONDS
+            )
+        try:
+            yield
+        finally:
+            self.models.release(tenant, size, requests=0)
 
     def _describe_messages(self) -> str:
         held = f"those of other calls may take {self.messages.held} of {self.messages.limit}"

@@ -8,6 +8,7 @@ from torch import Tensor
 from secateur_server.backends.cores import all_cores
 from secateur_server.runtime.context import RequestContext
 from secateur_server.solvers.amounts import Amount
+from secateur_server.solvers.factor import cholesky, cholesky_solve, product
 from secateur_server.solvers.gram import damped, not_semidefinite
 from secateur_server.solvers.refit import refit
 
@@ -80,13 +81,13 @@ def _search(
     if not kept.any() or torch.equal(kept, candidates):
         return pruned, kept
     fewer = min(int(kept.sum()), int((candidates & ~kept).sum()))
-    product, dual, penalty = target @ matrix, torch.zeros_like(target), Penalty()
-    factor = _factor(field, matrix, penalty.value)
+    image, dual, penalty = product(context, target, matrix), torch.zeros_like(target), Penalty()
+    factor = torch.empty_like(matrix)
+    _factorize(context, field, matrix, penalty.value, factor)
     for step in range(1, steps + 1):
         context.check()
         rho = penalty.value
-        right = (product - dual).add_(pruned, alpha=rho)
-        dense = torch.cholesky_solve(right.T, factor).T
+        dense = cholesky_solve(context, factor, (image - dual).add_(pruned, alpha=rho))
         pruned = torch.add(dense, dual, alpha=1 / rho)
         kept = _kept(amount, pruned, candidates)
         pruned.mul_(kept)
@@ -98,7 +99,7 @@ def _search(
             break
         if penalty.restarts:
             pruned, dual = first.clone(), torch.zeros_like(target)
-        factor = _factor(field, matrix, penalty.value)
+        _factorize(context, field, matrix, penalty.value, factor)
     return pruned, kept
 
 
@@ -139,11 +140,9 @@ def _kept(amount: Amount, values: Tensor, candidates: Tensor) -> Tensor:
     return candidates & ~amount.prune(values.abs(), candidates)  # squares might overflow
 
 
-def _factor(field: str, matrix: Tensor, penalty: float) -> Tensor:
-    shifted = matrix.clone()
-    shifted.diagonal().add_(penalty)
-    lower, failed = torch.linalg.cholesky_ex(shifted)
-    if failed:
-        raise not_semidefinite(field, int(failed) - 1)
-    factor: Tensor = lower
-    return factor
+def _factorize(
+    context: RequestContext, field: str, matrix: Tensor, penalty: float, factor: Tensor
+) -> None:
+    factor.copy_(matrix).diagonal().add_(penalty)
+    if failed := cholesky(context, factor):
+        raise not_semidefinite(field, failed - 1)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from secateur_server.backends import spans
 from secateur_server.errors import InvalidGram, InvalidStateDict
+from secateur_server.runtime.context import RequestContext
+from secateur_server.solvers.factor import cholesky
 
 # Rows that are mirrored at once: the block and its transpose stay in the second-level cache.
 _MIRRORED = 256
@@ -123,13 +125,14 @@ def damped(gram: Tensor, damping: float) -> Tensor:
     return found
 
 
-def unit_factor(field: str, gram: Tensor) -> tuple[Tensor, Tensor]:
+def unit_factor(context: RequestContext, field: str, gram: Tensor) -> tuple[Tensor, Tensor]:
     """Factorizes a positive definite matrix into R D^2 R^T, with R an upper triangle.
 
     The upper Cholesky factor of the inverse, which the SparseGPT paper uses, is D^-1 R^-1: nothing
     has to be inverted.
 
     Args:
+        context: The request.
         field: The path in the request, with the layer, for the error.
         gram: [n, n].
 
@@ -138,10 +141,11 @@ def unit_factor(field: str, gram: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises:
         InvalidGram: The matrix is not positive definite.
+        Cancelled: The request has been cancelled.
     """
-    lower, failed = torch.linalg.cholesky_ex(gram.flip(0, 1))
-    if failed:
-        raise not_semidefinite(field, len(gram) - int(failed))
+    lower = gram.flip(0, 1)
+    if failed := cholesky(context, lower):
+        raise not_semidefinite(field, len(gram) - failed)
     upper = lower.flip(0, 1)
     scale = upper.diagonal().clone()
     return upper.div_(scale), scale
@@ -152,11 +156,10 @@ def not_semidefinite(field: str, index: int) -> InvalidGram:
 
     Args:
         field: The path in the request, with the layer.
-        index: Of the column at which it fails: the minor from there on is not positive.
+        index: Of the column at which it fails.
     """
     return InvalidGram(
         field,
-        f"the matrix is not positive semidefinite: factorized from the last column on, it "
-        f"fails at the minor of the columns from {index} on; raise the damping, or accumulate the "
-        "matrix in float32 or wider",
+        f"the matrix is not positive semidefinite: its factorization fails at column {index}; "
+        "raise the damping, or accumulate the matrix in float32 or wider",
     )

@@ -4,8 +4,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from secateur_server.backends import spans
 from secateur_server.backends.cores import all_cores
 from secateur_server.runtime.context import RequestContext
+from secateur_server.solvers.factor import cholesky, cholesky_solve
 from secateur_server.solvers.gram import damped, not_semidefinite
 from secateur_server.solvers.rows import map_rows
 from secateur_server.solvers.sweeps import Sweeps
@@ -17,6 +19,11 @@ TOLERANCE = 1e-3
 # does not move; below _NEGATIVE rounding cannot be the reason.
 _FLAT = 1e-6
 _NEGATIVE = -1e-2
+
+# Rows of the Gram matrix that are selected at once.
+_LINES = 1024
+# Columns of a product of matrices between two checks for cancellation.
+_COLUMNS = 4096
 
 
 def refit(
@@ -102,14 +109,18 @@ def _solve_patterns(
         outside = (~kept[rows[0]]).nonzero().view(-1)
         if len(inside) == 0 or len(outside) == 0:
             continue
-        lines = matrix[inside]
-        lost = target[rows][:, outside].double() @ lines[:, outside].T.double()
-        lower, failed = torch.linalg.cholesky_ex(lines[:, inside].double())
-        if failed:
-            raise not_semidefinite(field, int(inside[int(failed) - 1]))
-        gained = torch.cholesky_solve(lost.T, lower).T
         index = torch.tensor(rows, device=found.device).unsqueeze(1)
-        found[index, inside] += gained.to(torch.float32)
+        lost = matrix.new_zeros(len(rows), len(inside), dtype=torch.float64)
+        for begin, end in spans(len(outside), _LINES):
+            context.check()
+            some = outside[begin:end]
+            lost.addmm_(target[index, some].double(), matrix[some][:, inside].double())
+        lower = matrix.new_empty(len(inside), len(inside), dtype=torch.float64)
+        for begin, end in spans(len(inside), _LINES):
+            lower[begin:end] = matrix[inside[begin:end]][:, inside]
+        if failed := cholesky(context, lower):
+            raise not_semidefinite(field, int(inside[failed - 1]))
+        found[index, inside] += cholesky_solve(context, lower, lost).to(torch.float32)
     return found
 
 
@@ -131,7 +142,10 @@ def _descend(
     sweeps = Sweeps(context, matrix, kept)
     found = start * kept
     error = found - target
-    gradient = error @ matrix
+    gradient = torch.empty_like(error)
+    for begin, end in spans(len(matrix), _COLUMNS):
+        context.check()
+        gradient[:, begin:end] = error @ matrix[:, begin:end]
     loss = float((error * gradient).sum(dtype=torch.float64))
     residual = sweeps.forward(gradient.neg_().mul_(kept))
     direction, squares = residual.clone(), _dots(residual, residual)

@@ -50,7 +50,7 @@ def sparsegpt(
     """
     context.check()
     with all_cores():
-        unit, scale = unit_factor(field, damped(gram, damping))
+        unit, scale = unit_factor(context, field, damped(gram, damping))
     scale = torch.where(gram.diagonal() > 0, scale, 0.0)
     found = weight.to(torch.float32, copy=True)
     kept = torch.ones_like(found, dtype=torch.bool) if candidates is None else candidates.clone()

@@ -1,6 +1,7 @@
 """Rules that update weights: decoded, and fitted to the tensors of a state_dict."""
 
 import math
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,9 @@ from secateur_server.runtime.context import RequestContext
 from secateur_server.spec.matching import by_tensor, extra_of, not_pruned
 from secateur_server.spec.solvers import MOST_COLUMNS, SOLVERS, Solver
 from secateur_server.state_dict.catalog import Catalog, Shape, match
+
+# Multiplications for all tensors of a Gram matrix, as spec.proto says: 3 hours of two cores.
+MOST_STEPS = 1 << 50
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,40 @@ def resolve_solver(context: RequestContext, rule: Solve, catalog: Catalog) -> So
     for name in context.each(names):
         _check(rule, name, grams, catalog)
     return replace(rule, tensors=tuple(names), grams=grams)
+
+
+def check_steps(context: RequestContext, rules: Sequence[Solve], catalog: Catalog) -> None:
+    """Refuses rules for one Gram matrix that take too long: the cores wait for all of them.
+
+    Raises:
+        InvalidSpec: They take more than MOST_STEPS.
+    """
+    steps: dict[str, int] = defaultdict(int)
+    for rule in context.each(rules):
+        for name in context.each(rule.tensors):
+            gram, shape = rule.grams[name], catalog.prunable[name]
+            inputs = gram.inputs(shape)
+            rows = math.prod(shape) // max(1, inputs)
+            steps[gram.holder] += rule.solver.steps(rows, inputs)
+            if steps[gram.holder] > MOST_STEPS:
+                raise InvalidSpec(
+                    f"{rule.path}.tensors",
+                    f"{quote(name)} is {rows} x {inputs}: the rules up to this one take "
+                    f"{steps[gram.holder]:.2e} steps with the Gram matrix {quote(gram.holder)}; at "
+                    f"most {MOST_STEPS:.2e}: use sparsegpt in place of alps, or fewer rules",
+                )
+
+
+def working_bytes(context: RequestContext, rules: Sequence[Solve], catalog: Catalog) -> int:
+    """Returns the bytes that the largest layer takes, beside its weight and its Gram matrix."""
+    return max(
+        (
+            rule.solver.element_bytes * math.prod(catalog.prunable[name])
+            for rule in rules
+            for name in context.each(rule.tensors)
+        ),
+        default=0,
+    )
 
 
 def _check(rule: Solve, name: str, grams: Mapping[str, GramOf], catalog: Catalog) -> None:

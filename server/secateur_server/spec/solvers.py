@@ -20,7 +20,7 @@ from secateur_server.solvers.refit import refit
 from secateur_server.solvers.sparsegpt import sparsegpt
 
 # As Selection and Pattern in spec.proto list them.
-MOST_OF_PATTERN, MOST_COLUMNS = 1024, 1 << 16
+MOST_OF_PATTERN, MOST_COLUMNS, MOST_BLOCK = 1024, 1 << 16, 4096
 
 
 class Weights(NamedTuple):
@@ -40,10 +40,17 @@ class Weights(NamedTuple):
 class Solver(Protocol):
     """Updates the kept weights of a layer. A kind inherits what it does not define itself."""
 
+    # Bytes that it takes for each element of a weight, beside the weight; measured.
+    element_bytes: int
+
     @property
     def is_pruning(self) -> bool:
         """Whether it prunes elements. Others only update weights."""
         return True
+
+    def steps(self, rows: int, inputs: int) -> int:
+        """Returns the multiplications for a layer, at most."""
+        ...
 
     def check(self, path: str, name: str, inputs: int) -> None:
         """Refuses a layer that cannot be solved.
@@ -83,6 +90,7 @@ class Refit(Solver):
     damping: float
 
     is_pruning = False
+    element_bytes = 40
 
     @classmethod
     def decode(cls, message: pb.Solver, path: str) -> "Refit":
@@ -90,6 +98,9 @@ class Refit(Solver):
         if message.WhichOneof("amount") or message.scope:
             raise InvalidSpec(f"{path}.amount", "cannot be used with refit, which prunes nothing")
         return cls(_damping(message.refit, 1e-4, f"{path}.refit"))
+
+    def steps(self, rows: int, inputs: int) -> int:
+        return 20 * rows * inputs**2
 
     def solve(self, context: RequestContext, weights: Weights, gram: Tensor, field: str) -> Weights:
         target, now, kept = weights
@@ -113,19 +124,24 @@ class SparseGpt(Solver):
     damping: float
     block_size: int
 
+    element_bytes = 40
+
     @classmethod
     def decode(cls, message: pb.Solver, path: str) -> "SparseGpt":
         """Reads `sparsegpt`."""
         if message.scope not in (pb.SCOPE_UNSPECIFIED, pb.SCOPE_PER_TENSOR):
             raise InvalidSpec(f"{path}.scope", "sparsegpt needs SCOPE_PER_TENSOR")
         size = message.sparsegpt.block_size or 128
-        if size > MOST_COLUMNS:
-            raise InvalidSpec(f"{path}.sparsegpt.block_size", f"{size} is above {MOST_COLUMNS}")
+        if size > MOST_BLOCK:
+            raise InvalidSpec(f"{path}.sparsegpt.block_size", f"{size} is above {MOST_BLOCK}")
         damping = _damping(message.sparsegpt, 0.01, f"{path}.sparsegpt")
         return cls(_amount(message, path), damping, size)
 
     def check(self, path: str, name: str, inputs: int) -> None:
         _check_pattern(self.amount, path, name, inputs)
+
+    def steps(self, rows: int, inputs: int) -> int:
+        return inputs**3 + rows * inputs**2
 
     def solve(self, context: RequestContext, weights: Weights, gram: Tensor, field: str) -> Weights:
         target, now, kept = weights
@@ -148,6 +164,8 @@ class Alps(Solver):
 
     amount: Amount
 
+    element_bytes = 80
+
     @classmethod
     def decode(cls, message: pb.Solver, path: str) -> "Alps":
         """Reads `alps`."""
@@ -155,6 +173,9 @@ class Alps(Solver):
 
     def check(self, path: str, name: str, inputs: int) -> None:
         _check_pattern(self.amount, path, name, inputs)
+
+    def steps(self, rows: int, inputs: int) -> int:
+        return 100 * inputs**3 + 300 * rows * inputs**2
 
     def solve(self, context: RequestContext, weights: Weights, gram: Tensor, field: str) -> Weights:
         target, now, kept = weights

@@ -17,8 +17,9 @@ from secateur_server.storage.records import StoredFile
 from secateur_server.wire.header import Entry, Header
 from secateur_server.wire.reader import ByteStream, read_tensors, read_values
 
-# Bytes for each byte of a Gram matrix's triangle: itself, the matrix, its factor, and their copies.
-OF_STREAMED = 7
+# Bytes for each byte of a Gram matrix's triangle: the matrix, its damped copy, and its factor in
+# float64 or twice in float32. Each of them is twice the triangle, or four times.
+OF_STREAMED = 8
 
 
 # Tensors as they arrive, each with its name. The next one is received when it is asked for.

@@ -14,6 +14,7 @@ from secateur_server.runtime.context import RequestContext
 from secateur_server.runtime.scheduler import ONE_CORE_BYTES, Scheduler
 from secateur_server.state_dict.incoming import (
     NO_EXTRAS,
+    OF_STREAMED,
     Extras,
     Incoming,
     held_bytes,
@@ -198,10 +199,11 @@ class Sources:
         header = read_header(call.context, stream) if call.streamed else None
         size = held_bytes(header, call.streamed) if header else call.header.data_bytes
         if size > self.max_model_bytes:
+            of_grams = f", with those for the largest Gram matrix, {OF_STREAMED} times its size,"
             raise ModelTooLarge(
                 "header.data_bytes",
-                f"{size} bytes are more than this server takes into memory, {self.largest}; "
-                "upload the model first",
+                f"{size} bytes{of_grams if call.streamed else ''} are more than this server takes "
+                f"into memory, {self.largest}; upload the model first",
             )
         with self.scheduler.model(call.context, "header.data_bytes", size + more):
             yield stream, header or read_header(call.context, stream)
