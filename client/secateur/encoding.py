@@ -1,6 +1,7 @@
 """Fits a spec to the model that it is to prune, and encodes it."""
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -10,9 +11,13 @@ from secateur.errors import InvalidSpec
 from secateur.forms import FORMS, is_model
 from secateur.model import Source
 from secateur.others import check_names
-from secateur.spec import Arrays, Rule, Spec, local_array
+from secateur.spec import GRAMS, INPUTS, OUTPUTS, Arrays, Rule, Spec, local_array
+from secateur.tables import listed
 from secateur.tensors import LocalTensor
 from secateur_proto import spec_pb2 as pb
+
+# Names in an error.
+_SHOWN = 3
 
 
 def encode_spec(given: Any, model: Source) -> tuple[pb.PruningSpec, dict[str, LocalTensor]]:
@@ -23,14 +28,15 @@ def encode_spec(given: Any, model: Source) -> tuple[pb.PruningSpec, dict[str, Lo
         model: What it is to prune.
 
     Raises:
-        InvalidSpec: It is not a spec, names an entry that is not sent, or has an array that cannot
-            be sent.
+        InvalidSpec: It is not a spec, names an entry that is not sent, has an array that cannot be
+            sent, or has statistics of other weights.
     """
     if not isinstance(given, Spec):
         raise InvalidSpec(f"a spec is what secateur's methods make, not {type(given).__name__}")
     spec = given
     for index, rule in enumerate(spec.rules):
         check_names(f"rules[{index}]", _names(rule), model.others)
+        _check_calibrated(f"rules[{index}]", rule, model)
     if model.other_names:
         spec = Spec(tuple(_fitted(rule, model) for rule in spec.rules))
     return spec.encode(model.tensors)
@@ -69,6 +75,22 @@ def _names(rule: Rule) -> set[str]:
     scales = {*selection.scales, *selection.scales.values()}
     arrays = {name for arrays in rule.arrays.values() for name in arrays}
     return {*arrays, *selection.tensors, *rule.message.solver.tensors, *scales, *members}
+
+
+def _check_calibrated(field: str, rule: Rule, model: Source) -> None:
+    """Refuses statistics of weights that the model does not have, as those of another model."""
+    calibrated = [name for path in (INPUTS, OUTPUTS, GRAMS) for name in rule.arrays.get(path, ())]
+    if not calibrated or not model.is_here:
+        return
+    known = model.prunable_names()
+    if missing := [name for name in calibrated if name not in known]:
+        near = get_close_matches(missing[0], known, 1, 0)
+        raise InvalidSpec(
+            f"{field}: the statistics are of {listed(missing, _SHOWN)}, which the model does not "
+            f"have{f'; the nearest is {near[0]}' if near else ''}; prune the module that was "
+            "calibrated (of a wrapper the module inside), or name the tensors, or rename the "
+            "statistics: secateur.Statistics({name: layer, ...})"
+        )
 
 
 def _fitted(rule: Rule, model: Source) -> Rule:

@@ -266,6 +266,25 @@ def test_a_spec_of_plain_data_needs_no_amount_with_n_m(
         secateur.Spec.from_dict({"rules": [{**rule, "n_m": "2:4"}]})
 
 
+def test_statistics_of_other_weights_are_refused(
+    client: secateur.Client, model: dict[str, torch.Tensor], statistics: Statistics
+) -> None:
+    wrapped = {f"module.{name}": values for name, values in model.items()}
+    said = (
+        "rules[1]: the statistics are of h.0.fc.weight, h.1.fc.weight, which the model does not "
+        "have; the nearest is module.h.0.fc.weight; prune the module that was calibrated"
+    )
+    spec = secateur.l1_unstructured("*", 0.5) + secateur.wanda("*fc*", 0.5, statistics)
+    with pytest.raises(InvalidSpec, match=re.escape(said)):
+        client.prune(wrapped, spec)
+    assert client.prune(model, secateur.wanda("*fc*", 0.5, statistics)).report.zeros == 30
+    every = secateur.select(NAMES, 0.5, secateur.activation(statistics))
+    with pytest.raises(
+        InvalidSpec, match=r"rules\[0\]: the statistics are of .* and 2 more, which"
+    ):
+        client.plan({"w": np.ones((2, 2))}, every, [0.5])
+
+
 def test_specs_are_equal_if_their_arrays_are(statistics: Statistics) -> None:
     spec = secateur.wanda("*", 0.5, statistics)
     assert spec == secateur.wanda("*", 0.5, statistics)
