@@ -289,6 +289,9 @@ def test_warnings_say_what_solvers_could_not_do(channel: grpc.Channel) -> None:
     assert codes(refit, g=zero) == {"ZERO_GRAM"}
     for method in METHODS.values():
         assert "ZERO_GRAM" in codes(rules_of(method), g=zero)
+        if method is not REFIT:
+            assert codes(rules_of(method, fraction=1.0), g=gram) == set(), "it was asked for"
+            assert codes(rules_of(method, count=32), g=gram) == {"WHOLLY_ZERO"}
     given = pb.Activation(inputs={"w": "f"})
     by_factors = list(raw.spec("w", magnitude=None, activation=given).rules)
     assert codes(by_factors, f=torch.ones(8)) == set()

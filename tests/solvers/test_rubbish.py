@@ -60,9 +60,10 @@ def prune(
     return answers[0].result.report, safetensors.torch.load(b"".join(a.data for a in answers))
 
 
-def file_of(tensors: Tensors) -> bytes:
+def file_of(tensors: Tensors, metadata: dict[str, str] | None = None) -> bytes:
     names = {torch.float8_e4m3fn: "F8_E4M3", torch.bfloat16: "BF16", torch.float64: "F64"}
-    table, data = {}, b""
+    table: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    data = b""
     for name, tensor in tensors.items():
         part = bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy())
         dtype = names.get(tensor.dtype, "F32")
@@ -259,3 +260,16 @@ def test_exactly_what_is_asked_is_pruned_and_all_is_finite(
         ((choice,),) = [rule.choices for rule in report.rules if rule.choices]
         assert choice.pruned == asked(solver, candidates)
         assert torch.equal(weight[~kept], tensors["w_orig"][~kept])
+
+
+def test_names_of_one_tensor_have_one_gram_matrix(channel: grpc.Channel) -> None:
+    gram = triangle_of(gram_of(8))
+    tensors = {"w": torch.randn(4, 8), "g": gram, "h": gram}
+    grams = {"w": pb.Gram(holder="g"), "x": pb.Gram(holder="h")}
+    rules = rules_of(SPARSEGPT, grams=grams)
+    data = file_of(tensors, {"x": "w"})
+    spec = pb.PruningSpec(rules=rules)
+    found = raw.send_file(channel, "Prune", data, spec=spec, output=pruner_pb2.OUTPUT_DENSE)
+    assert found is not None
+    assert found.code == raw.INVALID_ARGUMENT, found
+    assert "'x'" in found.message, "the other name"

@@ -73,11 +73,14 @@ def by_tensor(
         InvalidSpec: Two names of one tensor have different values.
     """
     found: dict[str, Value] = {}
+    first: dict[str, str] = {}
     for name, value in context.each(given.items()):
         tensor = known.get(name, name)
+        first.setdefault(tensor, name)
         if found.setdefault(tensor, value) != value:
             raise InvalidSpec(
                 f"{field}[{quote(name)}]",
-                f"{quote(name)} is another name of {quote(tensor)}, which has its own; give one",
+                f"{quote(name)} is another name of {quote(first[tensor])}, which has its own; give "
+                "one",
             )
     return found

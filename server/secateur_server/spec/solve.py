@@ -72,7 +72,7 @@ class Solve:
         return self.tensors
 
     def is_meant_whole(self, name: str) -> bool:
-        return False
+        return self.solver.is_meant_whole
 
 
 def decode_solver(context: RequestContext, message: pb.Solver, path: str) -> Solve:

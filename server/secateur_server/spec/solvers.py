@@ -48,6 +48,11 @@ class Solver(Protocol):
         """Whether it prunes elements. Others only update weights."""
         return True
 
+    @property
+    def is_meant_whole(self) -> bool:
+        """Whether the caller asks to prune whole tensors."""
+        return False
+
     def steps(self, rows: int, inputs: int) -> int:
         """Returns the multiplications for a layer, at most."""
         ...
@@ -140,6 +145,10 @@ class SparseGpt(Solver):
     def check(self, path: str, name: str, inputs: int) -> None:
         _check_pattern(self.amount, path, name, inputs)
 
+    @property
+    def is_meant_whole(self) -> bool:
+        return _is_all(self.amount)
+
     def steps(self, rows: int, inputs: int) -> int:
         return inputs**3 + rows * inputs**2
 
@@ -173,6 +182,10 @@ class Alps(Solver):
 
     def check(self, path: str, name: str, inputs: int) -> None:
         _check_pattern(self.amount, path, name, inputs)
+
+    @property
+    def is_meant_whole(self) -> bool:
+        return _is_all(self.amount)
 
     def steps(self, rows: int, inputs: int) -> int:
         return 100 * inputs**3 + 300 * rows * inputs**2
@@ -215,6 +228,13 @@ def _amount(message: pb.Solver, path: str) -> Amount:
     is_count = kind == "count"
     amount = message.count if is_count else fraction_of(message.fraction, f"{path}.fraction")
     return EachRow(amount) if message.scope == pb.SCOPE_PER_ROW else Layer(amount)
+
+
+def _is_all(amount: Amount) -> bool:
+    """Whether it is the fraction 1."""
+    if not isinstance(amount, Layer | EachRow):
+        return False
+    return isinstance(amount.amount, float) and amount.amount == 1.0
 
 
 def _check_pattern(amount: Amount, path: str, name: str, inputs: int) -> None:
