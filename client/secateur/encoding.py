@@ -79,7 +79,9 @@ def _names(rule: Rule) -> set[str]:
 
 def _check_calibrated(field: str, rule: Rule, model: Source) -> None:
     """Refuses statistics of weights that the model does not have, as those of another model."""
-    calibrated = [name for path in (INPUTS, OUTPUTS, GRAMS) for name in rule.arrays.get(path, ())]
+    given = {name for path in (INPUTS, OUTPUTS, GRAMS) for name in rule.arrays.get(path, ())}
+    pruned = (*rule.message.selection.tensors, *rule.message.solver.tensors)
+    calibrated = [name for name in pruned if name in given]
     if not calibrated or not model.is_here:
         return
     known = model.prunable_names()
