@@ -216,7 +216,7 @@ def half_of_the_files() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def server() -> Iterator[RunningServer]:
     with half_of_the_files():
-        running = start_command("--max-model-bytes", "1GiB")
+        running = start_server("--max-model-bytes", "1GiB")
     yield running
     logged = stop_server(running)
     assert "Traceback" not in logged, logged

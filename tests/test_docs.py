@@ -31,7 +31,13 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
 
 
-WITH_PYTHON = [path for path in PAGES if "```python\n" in Path(path).read_text()]
+# A page whose example prunes MiniLM, in 20 seconds.
+SLOW = ("docs/calibration.md",)
+WITH_PYTHON = [
+    pytest.param(path, marks=[pytest.mark.slow] if path in SLOW else [])
+    for path in PAGES
+    if "```python\n" in Path(path).read_text()
+]
 
 
 @pytest.mark.parametrize("path", WITH_PYTHON)

@@ -236,8 +236,8 @@ def test_the_example_in_node_prunes_by_statistics(
         build_node(built / "node")
     torch.manual_seed(0)
     net = torch.nn.MultiheadAttention(16, 2, kdim=8, vdim=8, batch_first=True)
-    memory = torch.randn(2, 7, 8)
-    batch = torch.randn(2, 5, 16), memory, memory
+    memory = torch.randn(8, 7, 8)
+    batch = torch.randn(8, 5, 16), memory, memory
     statistics = secateur.calibrate(net, [batch], gram=True, progress=False)
     save_file(net.state_dict(), tmp_path / "model.safetensors")
     statistics.save(tmp_path / "statistics.safetensors")

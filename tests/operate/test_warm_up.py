@@ -14,7 +14,7 @@ from secateur_server import app
 from secateur_server.app import App
 from secateur_server.config import read_config
 from secateur_server.operate.health import Health
-from tests.conftest import RunningServer
+from tests.conftest import start_command, stop_server
 
 # It runs in its own interpreter: in this one other tests have imported and compiled everything.
 FIRST_CALLS = """
@@ -134,6 +134,6 @@ def test_embedded_server_does_not_warm_up(
         assert client.report({"w": np.zeros(3)}).zeros == 3
 
 
-def test_warm_up_is_logged_before_serving(server: RunningServer) -> None:
-    logged = server.log.read_text()
+def test_warm_up_is_logged_before_serving() -> None:
+    logged = stop_server(start_command())
     assert 0 <= logged.find("warmed up in ") < logged.find("serving gRPC at ")
