@@ -27,7 +27,8 @@ from tests.conftest import RunningServer
 from tests.reference import all_l1, assert_same_tensors, by_torch, masks_of, place
 
 HERE = Path(__file__).parent
-LANGUAGES = ("node", "cpp")
+# A C++ compiler takes 10 seconds for the client. Its test is that of the client in Node.
+LANGUAGES = ("node", pytest.param("cpp", marks=pytest.mark.slow))
 
 # The magnitudes around this threshold are distinct, so torch has no ties to break.
 FRACTION = 0.5

@@ -107,7 +107,7 @@ def layer() -> bytes:
 
 
 @of_all_methods
-@pytest.mark.parametrize("has_deadline", [False, True])
+@pytest.mark.parametrize("has_deadline", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_solver_ends_when_its_call_does(
     server: RunningServer,
     channel: grpc.Channel,
