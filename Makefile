@@ -38,7 +38,7 @@ soak: $(READY)  ## half an hour: many callers at once, some of them faulty
 bench: $(READY)  ## 20 minutes: the figures of the documentation, beside torch.nn.utils.prune and others
 	$(BIN)/python benchmarks/run.py --json bench.json --svg bench.svg
 
-gains: $(READY)  ## 5 minutes: how much smaller and faster shrunk models are, and what zeros alone gain
+gains: $(READY)  ## 3 minutes: how much smaller and faster shrunk models are, and what zeros alone gain
 	$(BIN)/python benchmarks/gains.py --json gains.json
 
 quality: $(READY)  ## 15 minutes: how good pruned models are without training, by each method
