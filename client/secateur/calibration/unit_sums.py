@@ -118,7 +118,7 @@ class Stacks:
                     f"blocks: {name}.{index} does not map hidden states, [batch, tokens, channels],"
                     " to hidden states of the same shape"
                 )
-            del self._tallies[name]  # not what was looked for
+            del self._tallies[name]  # its layers map no hidden states
             return
         distances = 1 - _cosines(before, after.to(before.device))
         values = kept.of(distances, distances.dim()).flatten()

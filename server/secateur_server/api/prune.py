@@ -181,7 +181,7 @@ def _prune(
 def _without_factors(
     context: RequestContext, rules: Sequence[Rule], state_dict: StateDict
 ) -> list[str]:
-    """The tensors of which all uploaded factors are zero."""
+    """The tensors whose uploaded factors are all zero."""
     return [
         name
         for rule in rules

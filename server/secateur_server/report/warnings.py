@@ -63,7 +63,7 @@ class Remarks:
 
     Attributes:
         without_inputs: With a Gram matrix of zeros.
-        without_factors: With activation-aware importance, of which all factors are zero.
+        without_factors: Tensors of activation-aware rules whose factors are all zero.
     """
 
     without_inputs: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Triangular solves with a matrix of which each row of the weight uses other columns.
+"""Triangular solves in which each row of the weight uses its own columns of a matrix.
 
 For a row with the kept columns S, they solve with the lower or the upper triangle of matrix[S, S].
 """

@@ -44,7 +44,7 @@ def resolve_row_dims(
 
     Args:
         context: The request.
-        dims: By name or glob, of which the first that matches a tensor counts.
+        dims: By name or glob; the first that matches a tensor counts.
         path: Of `dims` in the request.
         known: From every name of the rule's tensors to the tensor.
 

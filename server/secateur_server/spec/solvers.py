@@ -116,16 +116,45 @@ class Refit(Solver):
 
 
 @dataclass(frozen=True)
-class SparseGpt(Solver):
-    """Prunes column by column.
+class PruningSolver(Solver, Protocol):
+    """A solver that prunes.
 
     Attributes:
         amount: What is pruned.
+    """
+
+    amount: Amount
+
+    @property
+    def is_meant_whole(self) -> bool:
+        return _is_all(self.amount)
+
+    def check(self, path: str, name: str, inputs: int) -> None:
+        _check_pattern(self.amount, path, name, inputs)
+
+    def solve(self, context: RequestContext, weights: Weights, gram: Tensor, field: str) -> Weights:
+        target, now, kept = weights
+        _check_count(self.amount, kept, field)
+        if not kept.numel():
+            return weights
+        return Weights(target, *self.prune(context, now, gram, kept, field))
+
+    def prune(
+        self, context: RequestContext, now: Tensor, gram: Tensor, kept: Tensor, field: str
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the new weights and mask of a layer that has elements. As for `solve`."""
+        ...
+
+
+@dataclass(frozen=True)
+class SparseGpt(PruningSolver):
+    """Prunes column by column.
+
+    Attributes:
         damping: As of Refit.
         block_size: Columns that are pruned at once.
     """
 
-    amount: Amount
     damping: float
     block_size: int
 
@@ -142,36 +171,18 @@ class SparseGpt(Solver):
         damping = _damping(message.sparsegpt, 0.01, f"{path}.sparsegpt")
         return cls(_amount(message, path), damping, size)
 
-    def check(self, path: str, name: str, inputs: int) -> None:
-        _check_pattern(self.amount, path, name, inputs)
-
-    @property
-    def is_meant_whole(self) -> bool:
-        return _is_all(self.amount)
-
     def steps(self, rows: int, inputs: int) -> int:
         return inputs**3 + rows * inputs**2
 
-    def solve(self, context: RequestContext, weights: Weights, gram: Tensor, field: str) -> Weights:
-        target, now, kept = weights
-        _check_count(self.amount, kept, field)
-        if not kept.numel():
-            return weights
+    def prune(
+        self, context: RequestContext, now: Tensor, gram: Tensor, kept: Tensor, field: str
+    ) -> tuple[Tensor, Tensor]:
         sizes = self.damping, self.block_size
-        return Weights(
-            target, *sparsegpt(context, now, gram, kept, self.amount, *sizes, field=field)
-        )
+        return sparsegpt(context, now, gram, kept, self.amount, *sizes, field=field)
 
 
-@dataclass(frozen=True)
-class Alps(Solver):
-    """ADMM, then a refit of its mask.
-
-    Attributes:
-        amount: What is pruned.
-    """
-
-    amount: Amount
+class Alps(PruningSolver):
+    """ADMM, then a refit of its mask."""
 
     element_bytes = 80
 
@@ -180,22 +191,13 @@ class Alps(Solver):
         """Reads `alps`."""
         return cls(_amount(message, path))
 
-    def check(self, path: str, name: str, inputs: int) -> None:
-        _check_pattern(self.amount, path, name, inputs)
-
-    @property
-    def is_meant_whole(self) -> bool:
-        return _is_all(self.amount)
-
     def steps(self, rows: int, inputs: int) -> int:
         return 100 * inputs**3 + 300 * rows * inputs**2
 
-    def solve(self, context: RequestContext, weights: Weights, gram: Tensor, field: str) -> Weights:
-        target, now, kept = weights
-        _check_count(self.amount, kept, field)
-        if not kept.numel():
-            return weights
-        return Weights(target, *alps(context, now, gram, kept, self.amount, field=field))
+    def prune(
+        self, context: RequestContext, now: Tensor, gram: Tensor, kept: Tensor, field: str
+    ) -> tuple[Tensor, Tensor]:
+        return alps(context, now, gram, kept, self.amount, field=field)
 
 
 # Each decodes its own field of the message, whose path is for errors.
