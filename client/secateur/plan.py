@@ -9,7 +9,7 @@ from secateur.decoding import decoded
 from secateur.lazy import LazyMapping, LazySequence
 from secateur.report import Choice
 from secateur.report_decoding import decode_choice
-from secateur.tables import html_table, text_table
+from secateur.tables import Table, html_table
 from secateur_proto import plan_pb2 as pb
 from secateur_proto import spec_pb2
 from secateur_proto.enums import plain_name
@@ -89,8 +89,12 @@ class Plan:
         )
         return asdict(replace(self, amounts=tuple(amounts)))
 
+    def table(self) -> Table:
+        """Returns a row for each amount."""
+        return Table(self._rows(), above=(self._legend(),), below=(self._note(),))
+
     def __str__(self) -> str:
-        return f"{self._legend()}\n{text_table(self._rows())}\n{self._note()}"
+        return str(self.table())
 
     def _repr_html_(self) -> str:
         return f"<p>{self._legend()}</p>{html_table(self._rows())}<p>{self._note()}</p>"
@@ -130,8 +134,12 @@ class Sensitivity:
         """Returns the sensitivity as plain data, for JSON."""
         return asdict(self)
 
+    def table(self) -> Table:
+        """Returns a row for each tensor, and a column for each amount."""
+        return Table(self._rows(), above=(self._legend(),))
+
     def __str__(self) -> str:
-        return f"{self._legend()}\n{text_table(self._rows())}"
+        return str(self.table())
 
     def _repr_html_(self) -> str:
         return f"<p>{self._legend()}</p>{html_table(self._rows())}"

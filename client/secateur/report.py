@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from secateur.shrinkage import Shrinkage
-from secateur.tables import html_table, listed, text_table
+from secateur.tables import Table, html_table, listed
 
 # Names of tensors in a line for people.
 _SHOWN = 3
@@ -186,15 +186,19 @@ class Report:
             del found["shrinkage"]
         return found
 
-    def __str__(self) -> str:
-        lines = [text_table(self._rows(), left=3)]
+    def table(self) -> Table:
+        """Returns a row for each tensor, and lines on rules, coverage and warnings."""
+        lines = []
         for number, choices in enumerate(self.rules, 1):
             lines += [f"rule {number}{line}" for line in _outcomes(choices)]
         if self.coverage.uncovered_tensors:
             lines.append(str(self.coverage))
         if self.shrinkage:
             lines.append(str(self.shrinkage))
-        return "\n".join([*lines, *map(str, self.warnings)])
+        return Table(self._rows(), left=3, below=(*lines, *map(str, self.warnings)))
+
+    def __str__(self) -> str:
+        return str(self.table())
 
     def _repr_html_(self) -> str:
         texts = [self.shrinkage] if self.shrinkage else []

@@ -2,8 +2,29 @@
 
 import html
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 Rows = Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with the lines around it; `str` is the text of all.
+
+    Attributes:
+        rows: The first is the head.
+        left: How many columns are aligned left; see `text_table`.
+        above: Lines before the table.
+        below: Lines after it.
+    """
+
+    rows: Rows
+    left: int = 1
+    above: tuple[str, ...] = ()
+    below: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return "\n".join((*self.above, text_table(self.rows, self.left), *self.below))
 
 
 def text_table(rows: Rows, left: int = 1) -> str:
