@@ -28,49 +28,49 @@ from secateur_proto import report_pb2 as secateur_dot_v1_dot_report__pb2
 from secateur_proto import spec_pb2 as secateur_dot_v1_dot_spec__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18secateur/v1/pruner.proto\x12\x0bsecateur.v1\x1a\x1csecateur/v1/checkpoint.proto\x1a\x16secateur/v1/plan.proto\x1a\x18secateur/v1/report.proto\x1a\x16secateur/v1/spec.proto\"F\n\x0cPruneRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.secateur.v1.PruneHeader\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\xe7\x01\n\x0bPruneHeader\x12\x12\n\ndata_bytes\x18\x01 \x01(\x04\x12&\n\x04spec\x18\x02 \x01(\x0b\x32\x18.secateur.v1.PruningSpec\x12#\n\x06output\x18\x03 \x01(\x0e\x32\x13.secateur.v1.Output\x12\x14\n\ncheckpoint\x18\x04 \x01(\tH\x00\x12\r\n\x03uri\x18\x05 \x01(\tH\x00\x12\x0c\n\x04keep\x18\x06 \x01(\x08\x12\x17\n\x0f\x64\x65stination_uri\x18\x07 \x01(\t\x12!\n\x05prior\x18\x08 \x01(\x0e\x32\x12.secateur.v1.PriorB\x08\n\x06source\"p\n\rPruneResponse\x12(\n\x06result\x18\x01 \x01(\x0b\x32\x18.secateur.v1.PruneResult\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\'\n\x08progress\x18\x03 \x01(\x0b\x32\x15.secateur.v1.Progress\"\x9d\x01\n\x0bPruneResult\x12+\n\x06report\x18\x01 \x01(\x0b\x32\x1b.secateur.v1.SparsityReport\x12\x12\n\ndata_bytes\x18\x02 \x01(\x04\x12+\n\ncheckpoint\x18\x03 \x01(\x0b\x32\x17.secateur.v1.Checkpoint\x12 \n\x05\x66iles\x18\x04 \x03(\x0b\x32\x11.secateur.v1.File\"H\n\rReportRequest\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x19.secateur.v1.ReportHeader\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"b\n\x0cReportHeader\x12\x12\n\ndata_bytes\x18\x01 \x01(\x04\x12\x0f\n\x07tensors\x18\x02 \x03(\t\x12\x14\n\ncheckpoint\x18\x03 \x01(\tH\x00\x12\r\n\x03uri\x18\x04 \x01(\tH\x00\x42\x08\n\x06source\"=\n\x0eReportResponse\x12+\n\x06report\x18\x01 \x01(\x0b\x32\x1b.secateur.v1.SparsityReport\"D\n\x0bPlanRequest\x12\'\n\x06header\x18\x01 \x01(\x0b\x32\x17.secateur.v1.PlanHeader\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\xc0\x01\n\nPlanHeader\x12\x12\n\ndata_bytes\x18\x01 \x01(\x04\x12&\n\x04spec\x18\x02 \x01(\x0b\x32\x18.secateur.v1.PruningSpec\x12$\n\x07\x61mounts\x18\x03 \x03(\x0b\x32\x13.secateur.v1.Amount\x12\x14\n\ncheckpoint\x18\x04 \x01(\tH\x00\x12\r\n\x03uri\x18\x05 \x01(\tH\x00\x12!\n\x05prior\x18\x06 \x01(\x0e\x32\x12.secateur.v1.PriorB\x08\n\x06source\"6\n\x0cPlanResponse\x12&\n\x04plan\x18\x01 \x01(\x0b\x32\x18.secateur.v1.PruningPlan\"L\n\x0f\x46inalizeRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x1b.secateur.v1.FinalizeHeader\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\xe9\x01\n\x0e\x46inalizeHeader\x12\x12\n\ndata_bytes\x18\x01 \x01(\x04\x12\x0f\n\x07tensors\x18\x02 \x03(\t\x12\x14\n\ncheckpoint\x18\x03 \x01(\tH\x00\x12\r\n\x03uri\x18\x04 \x01(\tH\x00\x12\x17\n\x0f\x64\x65stination_uri\x18\x05 \x01(\t\x12#\n\x06output\x18\x06 \x01(\x0e\x32\x13.secateur.v1.Output\x12\"\n\x06groups\x18\x07 \x03(\x0b\x32\x12.secateur.v1.Group\x12!\n\x05prior\x18\x08 \x01(\x0e\x32\x12.secateur.v1.PriorB\x08\n\x06source\"v\n\x10\x46inalizeResponse\x12+\n\x06result\x18\x01 \x01(\x0b\x32\x1b.secateur.v1.FinalizeResult\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\'\n\x08progress\x18\x03 \x01(\x0b\x32\x15.secateur.v1.Progress\"s\n\x0e\x46inalizeResult\x12+\n\x06report\x18\x01 \x01(\x0b\x32\x1b.secateur.v1.SparsityReport\x12\x12\n\ndata_bytes\x18\x02 \x01(\x04\x12 \n\x05\x66iles\x18\x03 \x03(\x0b\x32\x11.secateur.v1.File\"\x16\n\x14GetServerInfoRequest\"\xc5\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0f\n\x07outputs\x18\x02 \x03(\t\x12\x13\n\x0bimportances\x18\x03 \x03(\t\x12\x15\n\rgranularities\x18\x04 \x03(\t\x12\x0e\n\x06scopes\x18\x05 \x03(\t\x12\x0f\n\x07\x61mounts\x18\x06 \x03(\t\x12\x13\n\x0b\x61llocations\x18\x07 \x03(\t\x12\x17\n\x0fmax_model_bytes\x18\x08 \x01(\x04\x12\x0f\n\x07solvers\x18\t \x03(\t*@\n\x05Prior\x12\x15\n\x11PRIOR_UNSPECIFIED\x10\x00\x12\x0f\n\x0bPRIOR_MASKS\x10\x01\x12\x0f\n\x0bPRIOR_ZEROS\x10\x02*\x96\x01\n\x06Output\x12\x16\n\x12OUTPUT_UNSPECIFIED\x10\x00\x12\x10\n\x0cOUTPUT_MASKS\x10\x01\x12\x19\n\x15OUTPUT_REPARAMETRIZED\x10\x02\x12\x10\n\x0cOUTPUT_DENSE\x10\x03\x12\x0f\n\x0bOUTPUT_NONE\x10\x04\x12\x11\n\rOUTPUT_SHRUNK\x10\x05\x12\x11\n\rOUTPUT_PACKED\x10\x06\x32\xf5\x02\n\x06Pruner\x12\x42\n\x05Prune\x12\x19.secateur.v1.PruneRequest\x1a\x1a.secateur.v1.PruneResponse(\x01\x30\x01\x12\x43\n\x06Report\x12\x1a.secateur.v1.ReportRequest\x1a\x1b.secateur.v1.ReportResponse(\x01\x12=\n\x04Plan\x12\x18.secateur.v1.PlanRequest\x1a\x19.secateur.v1.PlanResponse(\x01\x12K\n\x08\x46inalize\x12\x1c.secateur.v1.FinalizeRequest\x1a\x1d.secateur.v1.FinalizeResponse(\x01\x30\x01\x12V\n\rGetServerInfo\x12!.secateur.v1.GetServerInfoRequest\x1a\".secateur.v1.GetServerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18secateur/v1/pruner.proto\x12\x0bsecateur.v1\x1a\x1csecateur/v1/checkpoint.proto\x1a\x16secateur/v1/plan.proto\x1a\x18secateur/v1/report.proto\x1a\x16secateur/v1/spec.proto\"F\n\x0cPruneRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.secateur.v1.PruneHeader\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x8e\x02\n\x0bPruneHeader\x12\x12\n\ndata_bytes\x18\x01 \x01(\x04\x12&\n\x04spec\x18\x02 \x01(\x0b\x32\x18.secateur.v1.PruningSpec\x12#\n\x06output\x18\x03 \x01(\x0e\x32\x13.secateur.v1.Output\x12\x14\n\ncheckpoint\x18\x04 \x01(\tH\x00\x12\r\n\x03uri\x18\x05 \x01(\tH\x00\x12\x0c\n\x04keep\x18\x06 \x01(\x08\x12\x17\n\x0f\x64\x65stination_uri\x18\x07 \x01(\t\x12!\n\x05prior\x18\x08 \x01(\x0e\x32\x12.secateur.v1.Prior\x12%\n\x07\x64\x65tails\x18\t \x01(\x0b\x32\x14.secateur.v1.DetailsB\x08\n\x06source\"p\n\rPruneResponse\x12(\n\x06result\x18\x01 \x01(\x0b\x32\x18.secateur.v1.PruneResult\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\'\n\x08progress\x18\x03 \x01(\x0b\x32\x15.secateur.v1.Progress\"\x9d\x01\n\x0bPruneResult\x12+\n\x06report\x18\x01 \x01(\x0b\x32\x1b.secateur.v1.SparsityReport\x12\x12\n\ndata_bytes\x18\x02 \x01(\x04\x12+\n\ncheckpoint\x18\x03 \x01(\x0b\x32\x17.secateur.v1.Checkpoint\x12 \n\x05\x66iles\x18\x04 \x03(\x0b\x32\x11.secateur.v1.File\"H\n\rReportRequest\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x19.secateur.v1.ReportHeader\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x89\x01\n\x0cReportHeader\x12\x12\n\ndata_bytes\x18\x01 \x01(\x04\x12\x0f\n\x07tensors\x18\x02 \x03(\t\x12\x14\n\ncheckpoint\x18\x03 \x01(\tH\x00\x12\r\n\x03uri\x18\x04 \x01(\tH\x00\x12%\n\x07\x64\x65tails\x18\x05 \x01(\x0b\x32\x14.secateur.v1.DetailsB\x08\n\x06source\"=\n\x0eReportResponse\x12+\n\x06report\x18\x01 \x01(\x0b\x32\x1b.secateur.v1.SparsityReport\"D\n\x0bPlanRequest\x12\'\n\x06header\x18\x01 \x01(\x0b\x32\x17.secateur.v1.PlanHeader\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\xc0\x01\n\nPlanHeader\x12\x12\n\ndata_bytes\x18\x01 \x01(\x04\x12&\n\x04spec\x18\x02 \x01(\x0b\x32\x18.secateur.v1.PruningSpec\x12$\n\x07\x61mounts\x18\x03 \x03(\x0b\x32\x13.secateur.v1.Amount\x12\x14\n\ncheckpoint\x18\x04 \x01(\tH\x00\x12\r\n\x03uri\x18\x05 \x01(\tH\x00\x12!\n\x05prior\x18\x06 \x01(\x0e\x32\x12.secateur.v1.PriorB\x08\n\x06source\"6\n\x0cPlanResponse\x12&\n\x04plan\x18\x01 \x01(\x0b\x32\x18.secateur.v1.PruningPlan\"L\n\x0f\x46inalizeRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x1b.secateur.v1.FinalizeHeader\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x90\x02\n\x0e\x46inalizeHeader\x12\x12\n\ndata_bytes\x18\x01 \x01(\x04\x12\x0f\n\x07tensors\x18\x02 \x03(\t\x12\x14\n\ncheckpoint\x18\x03 \x01(\tH\x00\x12\r\n\x03uri\x18\x04 \x01(\tH\x00\x12\x17\n\x0f\x64\x65stination_uri\x18\x05 \x01(\t\x12#\n\x06output\x18\x06 \x01(\x0e\x32\x13.secateur.v1.Output\x12\"\n\x06groups\x18\x07 \x03(\x0b\x32\x12.secateur.v1.Group\x12!\n\x05prior\x18\x08 \x01(\x0e\x32\x12.secateur.v1.Prior\x12%\n\x07\x64\x65tails\x18\t \x01(\x0b\x32\x14.secateur.v1.DetailsB\x08\n\x06source\"v\n\x10\x46inalizeResponse\x12+\n\x06result\x18\x01 \x01(\x0b\x32\x1b.secateur.v1.FinalizeResult\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\'\n\x08progress\x18\x03 \x01(\x0b\x32\x15.secateur.v1.Progress\"s\n\x0e\x46inalizeResult\x12+\n\x06report\x18\x01 \x01(\x0b\x32\x1b.secateur.v1.SparsityReport\x12\x12\n\ndata_bytes\x18\x02 \x01(\x04\x12 \n\x05\x66iles\x18\x03 \x03(\x0b\x32\x11.secateur.v1.File\"\x16\n\x14GetServerInfoRequest\"\xc5\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0f\n\x07outputs\x18\x02 \x03(\t\x12\x13\n\x0bimportances\x18\x03 \x03(\t\x12\x15\n\rgranularities\x18\x04 \x03(\t\x12\x0e\n\x06scopes\x18\x05 \x03(\t\x12\x0f\n\x07\x61mounts\x18\x06 \x03(\t\x12\x13\n\x0b\x61llocations\x18\x07 \x03(\t\x12\x17\n\x0fmax_model_bytes\x18\x08 \x01(\x04\x12\x0f\n\x07solvers\x18\t \x03(\t*@\n\x05Prior\x12\x15\n\x11PRIOR_UNSPECIFIED\x10\x00\x12\x0f\n\x0bPRIOR_MASKS\x10\x01\x12\x0f\n\x0bPRIOR_ZEROS\x10\x02*\x96\x01\n\x06Output\x12\x16\n\x12OUTPUT_UNSPECIFIED\x10\x00\x12\x10\n\x0cOUTPUT_MASKS\x10\x01\x12\x19\n\x15OUTPUT_REPARAMETRIZED\x10\x02\x12\x10\n\x0cOUTPUT_DENSE\x10\x03\x12\x0f\n\x0bOUTPUT_NONE\x10\x04\x12\x11\n\rOUTPUT_SHRUNK\x10\x05\x12\x11\n\rOUTPUT_PACKED\x10\x06\x32\xf5\x02\n\x06Pruner\x12\x42\n\x05Prune\x12\x19.secateur.v1.PruneRequest\x1a\x1a.secateur.v1.PruneResponse(\x01\x30\x01\x12\x43\n\x06Report\x12\x1a.secateur.v1.ReportRequest\x1a\x1b.secateur.v1.ReportResponse(\x01\x12=\n\x04Plan\x12\x18.secateur.v1.PlanRequest\x1a\x19.secateur.v1.PlanResponse(\x01\x12K\n\x08\x46inalize\x12\x1c.secateur.v1.FinalizeRequest\x1a\x1d.secateur.v1.FinalizeResponse(\x01\x30\x01\x12V\n\rGetServerInfo\x12!.secateur.v1.GetServerInfoRequest\x1a\".secateur.v1.GetServerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'secateur_proto.pruner_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PRIOR']._serialized_start=2058
-  _globals['_PRIOR']._serialized_end=2122
-  _globals['_OUTPUT']._serialized_start=2125
-  _globals['_OUTPUT']._serialized_end=2275
+  _globals['_PRIOR']._serialized_start=2176
+  _globals['_PRIOR']._serialized_end=2240
+  _globals['_OUTPUT']._serialized_start=2243
+  _globals['_OUTPUT']._serialized_end=2393
   _globals['_PRUNEREQUEST']._serialized_start=145
   _globals['_PRUNEREQUEST']._serialized_end=215
   _globals['_PRUNEHEADER']._serialized_start=218
-  _globals['_PRUNEHEADER']._serialized_end=449
-  _globals['_PRUNERESPONSE']._serialized_start=451
-  _globals['_PRUNERESPONSE']._serialized_end=563
-  _globals['_PRUNERESULT']._serialized_start=566
-  _globals['_PRUNERESULT']._serialized_end=723
-  _globals['_REPORTREQUEST']._serialized_start=725
-  _globals['_REPORTREQUEST']._serialized_end=797
-  _globals['_REPORTHEADER']._serialized_start=799
-  _globals['_REPORTHEADER']._serialized_end=897
-  _globals['_REPORTRESPONSE']._serialized_start=899
-  _globals['_REPORTRESPONSE']._serialized_end=960
-  _globals['_PLANREQUEST']._serialized_start=962
-  _globals['_PLANREQUEST']._serialized_end=1030
-  _globals['_PLANHEADER']._serialized_start=1033
-  _globals['_PLANHEADER']._serialized_end=1225
-  _globals['_PLANRESPONSE']._serialized_start=1227
-  _globals['_PLANRESPONSE']._serialized_end=1281
-  _globals['_FINALIZEREQUEST']._serialized_start=1283
-  _globals['_FINALIZEREQUEST']._serialized_end=1359
-  _globals['_FINALIZEHEADER']._serialized_start=1362
-  _globals['_FINALIZEHEADER']._serialized_end=1595
-  _globals['_FINALIZERESPONSE']._serialized_start=1597
-  _globals['_FINALIZERESPONSE']._serialized_end=1715
-  _globals['_FINALIZERESULT']._serialized_start=1717
-  _globals['_FINALIZERESULT']._serialized_end=1832
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=1834
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=1856
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=1859
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=2056
-  _globals['_PRUNER']._serialized_start=2278
-  _globals['_PRUNER']._serialized_end=2651
+  _globals['_PRUNEHEADER']._serialized_end=488
+  _globals['_PRUNERESPONSE']._serialized_start=490
+  _globals['_PRUNERESPONSE']._serialized_end=602
+  _globals['_PRUNERESULT']._serialized_start=605
+  _globals['_PRUNERESULT']._serialized_end=762
+  _globals['_REPORTREQUEST']._serialized_start=764
+  _globals['_REPORTREQUEST']._serialized_end=836
+  _globals['_REPORTHEADER']._serialized_start=839
+  _globals['_REPORTHEADER']._serialized_end=976
+  _globals['_REPORTRESPONSE']._serialized_start=978
+  _globals['_REPORTRESPONSE']._serialized_end=1039
+  _globals['_PLANREQUEST']._serialized_start=1041
+  _globals['_PLANREQUEST']._serialized_end=1109
+  _globals['_PLANHEADER']._serialized_start=1112
+  _globals['_PLANHEADER']._serialized_end=1304
+  _globals['_PLANRESPONSE']._serialized_start=1306
+  _globals['_PLANRESPONSE']._serialized_end=1360
+  _globals['_FINALIZEREQUEST']._serialized_start=1362
+  _globals['_FINALIZEREQUEST']._serialized_end=1438
+  _globals['_FINALIZEHEADER']._serialized_start=1441
+  _globals['_FINALIZEHEADER']._serialized_end=1713
+  _globals['_FINALIZERESPONSE']._serialized_start=1715
+  _globals['_FINALIZERESPONSE']._serialized_end=1833
+  _globals['_FINALIZERESULT']._serialized_start=1835
+  _globals['_FINALIZERESULT']._serialized_end=1950
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=1952
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=1974
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=1977
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=2174
+  _globals['_PRUNER']._serialized_start=2396
+  _globals['_PRUNER']._serialized_end=2769
 # @@protoc_insertion_point(module_scope)

@@ -158,6 +158,7 @@ class PruneHeader(google.protobuf.message.Message):
     KEEP_FIELD_NUMBER: builtins.int
     DESTINATION_URI_FIELD_NUMBER: builtins.int
     PRIOR_FIELD_NUMBER: builtins.int
+    DETAILS_FIELD_NUMBER: builtins.int
     data_bytes: builtins.int
     """Length of the whole safetensors file in bytes, at least 10; 0 where a checkpoint or a URI
     comes in its place. More or fewer bytes than this: INVALID_ARGUMENT. Above the server's
@@ -185,6 +186,10 @@ class PruneHeader(google.protobuf.message.Message):
     def spec(self) -> secateur_proto.spec_pb2.PruningSpec:
         """What to prune. Required."""
 
+    @property
+    def details(self) -> secateur_proto.report_pb2.Details:
+        """Asks for the details of the report's tensors. Absent: none."""
+
     def __init__(
         self,
         *,
@@ -196,9 +201,10 @@ class PruneHeader(google.protobuf.message.Message):
         keep: builtins.bool = ...,
         destination_uri: builtins.str = ...,
         prior: Global___Prior.ValueType = ...,
+        details: secateur_proto.report_pb2.Details | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "source", b"source", "spec", b"spec", "uri", b"uri"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "data_bytes", b"data_bytes", "destination_uri", b"destination_uri", "keep", b"keep", "output", b"output", "prior", b"prior", "source", b"source", "spec", b"spec", "uri", b"uri"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "details", b"details", "source", b"source", "spec", b"spec", "uri", b"uri"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "data_bytes", b"data_bytes", "destination_uri", b"destination_uri", "details", b"details", "keep", b"keep", "output", b"output", "prior", b"prior", "source", b"source", "spec", b"spec", "uri", b"uri"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["source", b"source"]) -> typing.Literal["checkpoint", "uri"] | None: ...
 
 Global___PruneHeader: typing_extensions.TypeAlias = PruneHeader
@@ -312,6 +318,7 @@ class ReportHeader(google.protobuf.message.Message):
     TENSORS_FIELD_NUMBER: builtins.int
     CHECKPOINT_FIELD_NUMBER: builtins.int
     URI_FIELD_NUMBER: builtins.int
+    DETAILS_FIELD_NUMBER: builtins.int
     data_bytes: builtins.int
     """As PruneHeader.data_bytes."""
     checkpoint: builtins.str
@@ -322,6 +329,10 @@ class ReportHeader(google.protobuf.message.Message):
     def tensors(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Names or globs, as Selection.tensors. Default: every floating tensor."""
 
+    @property
+    def details(self) -> secateur_proto.report_pb2.Details:
+        """As PruneHeader.details."""
+
     def __init__(
         self,
         *,
@@ -329,9 +340,10 @@ class ReportHeader(google.protobuf.message.Message):
         tensors: collections.abc.Iterable[builtins.str] | None = ...,
         checkpoint: builtins.str = ...,
         uri: builtins.str = ...,
+        details: secateur_proto.report_pb2.Details | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "source", b"source", "uri", b"uri"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "data_bytes", b"data_bytes", "source", b"source", "tensors", b"tensors", "uri", b"uri"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "details", b"details", "source", b"source", "uri", b"uri"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "data_bytes", b"data_bytes", "details", b"details", "source", b"source", "tensors", b"tensors", "uri", b"uri"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["source", b"source"]) -> typing.Literal["checkpoint", "uri"] | None: ...
 
 Global___ReportHeader: typing_extensions.TypeAlias = ReportHeader
@@ -486,6 +498,7 @@ class FinalizeHeader(google.protobuf.message.Message):
     OUTPUT_FIELD_NUMBER: builtins.int
     GROUPS_FIELD_NUMBER: builtins.int
     PRIOR_FIELD_NUMBER: builtins.int
+    DETAILS_FIELD_NUMBER: builtins.int
     data_bytes: builtins.int
     """As PruneHeader.data_bytes."""
     checkpoint: builtins.str
@@ -508,6 +521,10 @@ class FinalizeHeader(google.protobuf.message.Message):
     def groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[secateur_proto.spec_pb2.Group]:
         """For OUTPUT_SHRUNK, as Selection.groups. At least one there."""
 
+    @property
+    def details(self) -> secateur_proto.report_pb2.Details:
+        """As PruneHeader.details."""
+
     def __init__(
         self,
         *,
@@ -519,9 +536,10 @@ class FinalizeHeader(google.protobuf.message.Message):
         output: Global___Output.ValueType = ...,
         groups: collections.abc.Iterable[secateur_proto.spec_pb2.Group] | None = ...,
         prior: Global___Prior.ValueType = ...,
+        details: secateur_proto.report_pb2.Details | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "source", b"source", "uri", b"uri"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "data_bytes", b"data_bytes", "destination_uri", b"destination_uri", "groups", b"groups", "output", b"output", "prior", b"prior", "source", b"source", "tensors", b"tensors", "uri", b"uri"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "details", b"details", "source", b"source", "uri", b"uri"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "data_bytes", b"data_bytes", "destination_uri", b"destination_uri", "details", b"details", "groups", b"groups", "output", b"output", "prior", b"prior", "source", b"source", "tensors", b"tensors", "uri", b"uri"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["source", b"source"]) -> typing.Literal["checkpoint", "uri"] | None: ...
 
 Global___FinalizeHeader: typing_extensions.TypeAlias = FinalizeHeader

@@ -364,6 +364,7 @@ class TensorReport(google.protobuf.message.Message):
     PATTERNS_FIELD_NUMBER: builtins.int
     ZERO_BLOCKS_FIELD_NUMBER: builtins.int
     ALIASES_FIELD_NUMBER: builtins.int
+    DETAILS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """The tensor's name; the pair X_orig, X_mask is X."""
     dtype: builtins.str
@@ -411,6 +412,12 @@ class TensorReport(google.protobuf.message.Message):
         so that totals count the tensor once.
         """
 
+    @property
+    def details(self) -> Global___TensorDetails:
+        """What a page shows of the tensor. Only where the header asks for details, for tensors with
+        elements, and within the budget.
+        """
+
     def __init__(
         self,
         *,
@@ -427,10 +434,206 @@ class TensorReport(google.protobuf.message.Message):
         patterns: collections.abc.Iterable[secateur_proto.spec_pb2.Pattern] | None = ...,
         zero_blocks: collections.abc.Iterable[Global___ZeroBlocks] | None = ...,
         aliases: collections.abc.Iterable[builtins.str] | None = ...,
+        details: Global___TensorDetails | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["aliases", b"aliases", "bytes", b"bytes", "dtype", b"dtype", "is_pruned", b"is_pruned", "name", b"name", "patterns", b"patterns", "pruned", b"pruned", "shape", b"shape", "sparsity", b"sparsity", "total", b"total", "zero_blocks", b"zero_blocks", "zero_slices", b"zero_slices", "zeros", b"zeros"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["details", b"details"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["aliases", b"aliases", "bytes", b"bytes", "details", b"details", "dtype", b"dtype", "is_pruned", b"is_pruned", "name", b"name", "patterns", b"patterns", "pruned", b"pruned", "shape", b"shape", "sparsity", b"sparsity", "total", b"total", "zero_blocks", b"zero_blocks", "zero_slices", b"zero_slices", "zeros", b"zeros"]) -> None: ...
 
 Global___TensorReport: typing_extensions.TypeAlias = TensorReport
+
+@typing.final
+class Details(google.protobuf.message.Message):
+    """Asks for the details of the tensors of a report: what a page of the report shows."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MAX_BYTES_FIELD_NUMBER: builtins.int
+    max_bytes: builtins.int
+    """The most bytes that all details may take in the answer. The largest tensors get theirs first, up
+    to the first tensor whose details do not fit; each counts as 1 KiB at least. 0: 3 MiB. Above
+    16 MiB: INVALID_ARGUMENT.
+    """
+    def __init__(
+        self,
+        *,
+        max_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["max_bytes", b"max_bytes"]) -> None: ...
+
+Global___Details: typing_extensions.TypeAlias = Details
+
+@typing.final
+class TensorDetails(google.protobuf.message.Message):
+    """The weights of a tensor, and where its zeros are, in about 100 KB at most."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HISTOGRAM_FIELD_NUMBER: builtins.int
+    GROUPS_FIELD_NUMBER: builtins.int
+    IMAGES_FIELD_NUMBER: builtins.int
+    ZERO_SLICES_FIELD_NUMBER: builtins.int
+    @property
+    def histogram(self) -> Global___MagnitudeHistogram:
+        """The weights by their magnitude."""
+
+    @property
+    def groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___GroupCounts]:
+        """How full groups of m = 2, 4, 8 and 16 elements are, as TensorReport.patterns has groups."""
+
+    @property
+    def images(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___PatternImage]:
+        """The tensor as a matrix (its first dimension, and all others as one; a tensor of one dimension is
+        one row), from the whole to the first elements one by one. One image where that shows all
+        elements. Empty where no element is zero.
+        """
+
+    @property
+    def zero_slices(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ZeroSlices]:
+        """Which slices are wholly zero, for each dimension that has such slices."""
+
+    def __init__(
+        self,
+        *,
+        histogram: Global___MagnitudeHistogram | None = ...,
+        groups: collections.abc.Iterable[Global___GroupCounts] | None = ...,
+        images: collections.abc.Iterable[Global___PatternImage] | None = ...,
+        zero_slices: collections.abc.Iterable[Global___ZeroSlices] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["histogram", b"histogram"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["groups", b"groups", "histogram", b"histogram", "images", b"images", "zero_slices", b"zero_slices"]) -> None: ...
+
+Global___TensorDetails: typing_extensions.TypeAlias = TensorDetails
+
+@typing.final
+class MagnitudeHistogram(google.protobuf.message.Message):
+    """Counts weights by their magnitude |w|. Of a tensor that is pruned or finalized, the weights that
+    the mask prunes are counted as they were before; a solver updates the weights before that. Of
+    OUTPUT_SHRUNK the counts are of the whole tensor, before it was made smaller.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LARGEST_FIELD_NUMBER: builtins.int
+    KEPT_FIELD_NUMBER: builtins.int
+    PRUNED_FIELD_NUMBER: builtins.int
+    ZEROS_FIELD_NUMBER: builtins.int
+    NON_FINITE_FIELD_NUMBER: builtins.int
+    largest: builtins.float
+    """The largest finite magnitude. 128 bins of equal width go from 0 to it: |w| is in the bin
+    floor(|w| / largest * 128), computed in float64, or the last.
+    """
+    zeros: builtins.int
+    """Weights that are zero themselves, pruned or not."""
+    non_finite: builtins.int
+    """Weights that are infinite or NaN, pruned or not."""
+    @property
+    def kept(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Weights in each bin that are finite, not zero, and not pruned by a mask."""
+
+    @property
+    def pruned(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Weights in each bin that are finite, not zero, and pruned by a mask. Empty without a mask."""
+
+    def __init__(
+        self,
+        *,
+        largest: builtins.float = ...,
+        kept: collections.abc.Iterable[builtins.int] | None = ...,
+        pruned: collections.abc.Iterable[builtins.int] | None = ...,
+        zeros: builtins.int = ...,
+        non_finite: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["kept", b"kept", "largest", b"largest", "non_finite", b"non_finite", "pruned", b"pruned", "zeros", b"zeros"]) -> None: ...
+
+Global___MagnitudeHistogram: typing_extensions.TypeAlias = MagnitudeHistogram
+
+@typing.final
+class GroupCounts(google.protobuf.message.Message):
+    """How many groups of m elements have how many that are not zero."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    M_FIELD_NUMBER: builtins.int
+    GROUPS_FIELD_NUMBER: builtins.int
+    m: builtins.int
+    """Elements of a group. The last group is filled with zeros."""
+    @property
+    def groups(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """At n: the groups in which n elements are not zero. m + 1 numbers."""
+
+    def __init__(
+        self,
+        *,
+        m: builtins.int = ...,
+        groups: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["groups", b"groups", "m", b"m"]) -> None: ...
+
+Global___GroupCounts: typing_extensions.TypeAlias = GroupCounts
+
+@typing.final
+class PatternImage(google.protobuf.message.Message):
+    """A picture of which elements of a matrix are not zero: of its first rows and columns."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: builtins.int
+    COLUMNS_FIELD_NUMBER: builtins.int
+    HEIGHT_FIELD_NUMBER: builtins.int
+    WIDTH_FIELD_NUMBER: builtins.int
+    DENSITIES_FIELD_NUMBER: builtins.int
+    BITS_FIELD_NUMBER: builtins.int
+    rows: builtins.int
+    """The rows of the matrix that the image shows: the first ones."""
+    columns: builtins.int
+    """The columns of the matrix that the image shows: the first ones."""
+    height: builtins.int
+    """Rows of pixels. The pixel row i shows the rows from floor(i * rows / height) on."""
+    width: builtins.int
+    """Columns of pixels. The pixel column i shows the columns from floor(i * columns / width) on."""
+    densities: builtins.bytes
+    """One byte a pixel, row-major: the share of its elements that are not zero, as 0 to 255, rounded;
+    0 means none, 255 all, and others are between. Empty where `bits` are set.
+    """
+    bits: builtins.bytes
+    """One bit a pixel, which shows one element: 1 is not zero. Row-major, lowest bit first,
+    ceil(pixels / 8) bytes, the last padded with 0.
+    """
+    def __init__(
+        self,
+        *,
+        rows: builtins.int = ...,
+        columns: builtins.int = ...,
+        height: builtins.int = ...,
+        width: builtins.int = ...,
+        densities: builtins.bytes = ...,
+        bits: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bits", b"bits", "columns", b"columns", "densities", b"densities", "height", b"height", "rows", b"rows", "width", b"width"]) -> None: ...
+
+Global___PatternImage: typing_extensions.TypeAlias = PatternImage
+
+@typing.final
+class ZeroSlices(google.protobuf.message.Message):
+    """Slices along a dimension that are wholly zero."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DIM_FIELD_NUMBER: builtins.int
+    BITS_FIELD_NUMBER: builtins.int
+    dim: builtins.int
+    """The dimension."""
+    bits: builtins.bytes
+    """One bit a slice, of the first 65,536: 1 is wholly zero. Lowest bit first, padded with 0."""
+    def __init__(
+        self,
+        *,
+        dim: builtins.int = ...,
+        bits: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bits", b"bits", "dim", b"dim"]) -> None: ...
+
+Global___ZeroSlices: typing_extensions.TypeAlias = ZeroSlices
 
 @typing.final
 class ZeroBlocks(google.protobuf.message.Message):
