@@ -36,6 +36,7 @@ from secateur.choices import (
 )
 from secateur.client import Client
 from secateur.depth import depth
+from secateur.details import Histogram, Image, TensorDetails
 from secateur.embedded import embedded
 from secateur.errors import (
     Aborted,
@@ -116,6 +117,8 @@ __all__ = [
     "File",
     "FinalizeResult",
     "Gain",
+    "Histogram",
+    "Image",
     "InvalidRequest",
     "InvalidSpec",
     "InvalidStateDict",
@@ -141,6 +144,7 @@ __all__ = [
     "Spec",
     "Statistics",
     "StoreFull",
+    "TensorDetails",
     "TensorReport",
     "TracedGroups",
     "Unauthenticated",

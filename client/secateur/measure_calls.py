@@ -9,6 +9,7 @@ from secateur.checks import one_of, patterns
 from secateur.choices import AnyGranularity, magnitude
 from secateur.connection import Call
 from secateur.defaults import SOME_AMOUNTS, matrices
+from secateur.details import details_of
 from secateur.encoding import encode_spec, unmasked_members
 from secateur.model import Source
 from secateur.others import check_names
@@ -24,6 +25,7 @@ from secateur.tensors import LocalTensor
 from secateur.transfer import Upload
 from secateur_proto import pruner_pb2 as pb
 from secateur_proto.enums import values_by_name
+from secateur_proto.report_pb2 import Details
 
 PRIORS = values_by_name(pb.Prior.DESCRIPTOR)
 
@@ -40,6 +42,7 @@ class MeasureCalls(CheckpointCalls):
         tensors: Patterns = None,
         progress: Progress = None,
         key: str | None = None,
+        details: bool = False,
     ) -> Report:
         """Measures how sparse a model is, and where.
 
@@ -48,14 +51,22 @@ class MeasureCalls(CheckpointCalls):
             tensors: Names and globs; None is every floating tensor.
             progress: See `Client`.
             key: See `Client`.
+            details: Whether the largest tensors get `TensorReport.details`: histograms, and images
+                of the zeros.
         """
+        asked = details_of(details)
         model = read_source(source, key)
-        return self._report(model, tensors, progress, self._connection.patience())
+        return self._report(model, tensors, progress, self._connection.patience(), asked)
 
     def _report(
-        self, model: Source, tensors: Patterns, progress: Progress, patience: Patience
+        self,
+        model: Source,
+        tensors: Patterns,
+        progress: Progress,
+        patience: Patience,
+        details: Details | None = None,
     ) -> Report:
-        header = pb.ReportHeader(tensors=named_in(tensors, model))
+        header = pb.ReportHeader(tensors=named_in(tensors, model), details=details)
         call = self._call("Report", header, model, model.tensors, progress, patience)
         return decode_report(self._connection.measure(call).report)
 

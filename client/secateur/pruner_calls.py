@@ -8,6 +8,7 @@ from typing import Any
 from secateur.checkpoint import decode_checkpoint, uri_of
 from secateur.checks import flag, one_of
 from secateur.destinations import check_destination, new_folder
+from secateur.details import details_of
 from secateur.encoding import check_solvers, encode_spec, unmasked_members
 from secateur.errors import SecateurError
 from secateur.forms import OUTPUTS, is_model
@@ -44,6 +45,7 @@ class PrunerCalls(MeasureCalls):
         destination: str | os.PathLike[str] | None = None,
         key: str | None = None,
         prior: str = "masks",
+        details: bool = False,
     ) -> PruneResult:
         """Prunes a model by a spec.
 
@@ -63,11 +65,13 @@ class PrunerCalls(MeasureCalls):
             key: See `Client`.
             prior: What counts as pruned before: what "masks" prune, or also the "zeros" of the
                 tensors that the spec names, for a model that was pruned and stored dense.
+            details: Whether the report has details: see `report`.
         """
         header = pb.PruneHeader(
             output=one_of("output", output, OUTPUTS),
             keep=flag("keep", keep),
             prior=one_of("prior", prior, PRIORS),
+            details=details_of(details),
         )
         model = read_source(source, key)
         folder = new_folder(destination, model) if output == "shrunk" else None
@@ -151,6 +155,7 @@ class PrunerCalls(MeasureCalls):
         output: str = "dense",
         groups: Groups = (),
         prior: str = "masks",
+        details: bool = False,
     ) -> FinalizeResult:
         """Makes pruning permanent: each pair X_orig, X_mask becomes X.
 
@@ -166,12 +171,14 @@ class PrunerCalls(MeasureCalls):
             output: "dense", "shrunk", or "packed".
             groups: What `group` returns; with "shrunk" only.
             prior: What counts as pruned in the groups' tensors: see `prune`. With "shrunk" only.
+            details: Whether the report has details: see `report`.
         """
         header = pb.FinalizeHeader(
             destination_uri=uri_of(destination),
             output=one_of("output", output, OUTPUTS),
             groups=groups_of(groups),
             prior=one_of("prior", prior, PRIORS),
+            details=details_of(details),
         )
         if output == "packed":
             check_zstandard("output='packed'")

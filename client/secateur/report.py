@@ -2,9 +2,10 @@
 
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from secateur.details import TensorDetails
 from secateur.shrinkage import Shrinkage
 from secateur.tables import Table, html_table, listed
 
@@ -47,6 +48,7 @@ class TensorReport:
         zero_blocks: Those of the tensor as a matrix of its first dimension and all others, for
             sides of 4, 8, 16 and 32 up to the last with a zero block; empty below 2 dimensions.
         aliases: Other names of a tied tensor.
+        details: What a page shows of it; None if not asked for, or beyond the largest tensors.
     """
 
     shape: tuple[int, ...]
@@ -61,6 +63,7 @@ class TensorReport:
     patterns: tuple[str, ...]
     zero_blocks: tuple[ZeroBlocks, ...]
     aliases: tuple[str, ...] = ()
+    details: TensorDetails | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -179,9 +182,15 @@ class Report:
         return any(tensor.is_pruned for tensor in self.tensors.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the report as plain data, for JSON; `shrinkage` of a shrunk model only."""
+        """Returns the report as plain data, for JSON; `shrinkage` of a shrunk model only.
+
+        The details of tensors, which are arrays, are left out.
+        """
+        tensors = {name: replace(tensor, details=None) for name, tensor in self.tensors.items()}
         rules = tuple(map(tuple, self.rules))
-        found = asdict(replace(self, tensors=dict(self.tensors), rules=rules))
+        found = asdict(replace(self, tensors=tensors, rules=rules))
+        for tensor in found["tensors"].values():
+            del tensor["details"]
         if self.shrinkage is None:
             del found["shrinkage"]
         return found

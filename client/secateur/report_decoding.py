@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from secateur.decoding import decoded
+from secateur.details import TensorDetails, decode_details
 from secateur.lazy import LazyMapping, LazySequence
 from secateur.report import (
     Bound,
@@ -57,7 +58,14 @@ def _tensor(message: pb.TensorReport) -> TensorReport:
         message,
         patterns=tuple(f"{pattern.n}:{pattern.m}" for pattern in message.patterns),
         zero_blocks=tuple(decoded(ZeroBlocks, blocks) for blocks in message.zero_blocks),
+        details=_details(message),
     )
+
+
+def _details(message: pb.TensorReport) -> TensorDetails | None:
+    if not message.HasField("details"):
+        return None
+    return decode_details(message.details, tuple(message.shape))
 
 
 def decode_choice(message: pb.Choice) -> Choice:

@@ -288,9 +288,11 @@ def methods(client: secateur.Client, path: Path) -> dict[Callable[..., Any], dic
     return {
         client.prune: {
             **{"source": MODEL, "spec": HALF, "output": "masks", "progress": False, "keep": False},
-            **{"destination": None, "key": None, "prior": "masks"},
+            **{"destination": None, "key": None, "prior": "masks", "details": False},
         },
-        client.report: {"source": MODEL, "tensors": None, "progress": False, "key": None},
+        client.report: {
+            **{"source": MODEL, "tensors": None, "progress": False, "key": None, "details": False},
+        },
         client.plan: {
             **{"source": MODEL, "spec": HALF, "amounts": None, "progress": False, "key": None},
             "prior": "masks",
@@ -302,6 +304,7 @@ def methods(client: secateur.Client, path: Path) -> dict[Callable[..., Any], dic
         client.finalize: {
             **{"source": MODEL, "tensors": None, "progress": False, "destination": None},
             **{"key": None, "output": "dense", "groups": (), "prior": "masks"},
+            "details": False,
         },
         client.upload: {"source": MODEL, "progress": False, "key": None},
         client.download: {
