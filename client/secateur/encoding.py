@@ -11,6 +11,7 @@ from secateur.errors import InvalidSpec
 from secateur.forms import FORMS, is_model
 from secateur.model import Source
 from secateur.others import check_names
+from secateur.renaming import fitted_rules
 from secateur.spec import GRAMS, INPUTS, OUTPUTS, Arrays, Rule, Spec, local_array
 from secateur.tables import listed
 from secateur.tensors import LocalTensor
@@ -33,7 +34,7 @@ def encode_spec(given: Any, model: Source) -> tuple[pb.PruningSpec, dict[str, Lo
     """
     if not isinstance(given, Spec):
         raise InvalidSpec(f"a spec is what secateur's methods make, not {type(given).__name__}")
-    spec = given
+    spec = Spec(fitted_rules(given.rules, model))
     for index, rule in enumerate(spec.rules):
         check_names(f"rules[{index}]", _names(rule), model.others)
         _check_calibrated(f"rules[{index}]", rule, model)
@@ -90,7 +91,7 @@ def _check_calibrated(field: str, rule: Rule, model: Source) -> None:
         raise InvalidSpec(
             f"{field}: the statistics are of {listed(missing, _SHOWN)}, which the model does not "
             f"have{f'; the nearest is {near[0]}' if near else ''}; prune the module that was "
-            "calibrated (of a wrapper the module inside), or name the tensors, or rename the "
+            "calibrated, or name the tensors, or rename the "
             "statistics: secateur.Statistics({name: layer, ...})"
         )
 

@@ -16,6 +16,7 @@ from secateur.others import check_names
 from secateur.patience import Patience
 from secateur.plan import Plan, Sensitivity, decode_plan, sensitivity_of
 from secateur.progress import Progress
+from secateur.renaming import fitted_patterns
 from secateur.report import Report
 from secateur.report_decoding import decode_report
 from secateur.selections import select
@@ -157,6 +158,6 @@ class MeasureCalls(CheckpointCalls):
 
 def named_in(tensors: Patterns, model: Source) -> list[str]:
     """Names and globs as a header has them: an empty list is every tensor."""
-    named = [] if tensors is None else patterns(tensors)
+    named = [] if tensors is None else fitted_patterns(patterns(tensors), model)
     check_names("tensors", named, model.others)
     return named

@@ -18,6 +18,7 @@ from secateur.model import Source
 from secateur.packing.packed import check_zstandard
 from secateur.patience import Patience
 from secateur.progress import Progress
+from secateur.renaming import fitted_groups
 from secateur.report_decoding import decode_report
 from secateur.result import FinalizeResult, PruneResult
 from secateur.server_info import ServerInfo, decode_server_info
@@ -176,14 +177,15 @@ class PrunerCalls(MeasureCalls):
         header = pb.FinalizeHeader(
             destination_uri=uri_of(destination),
             output=one_of("output", output, OUTPUTS),
-            groups=groups_of(groups),
             prior=one_of("prior", prior, PRIORS),
             details=details_of(details),
         )
+        given = groups_of(groups)
         if output == "packed":
             check_zstandard("output='packed'")
         model = read_source(source, key)
         header.tensors.extend(named_in(tensors, model))
+        header.groups.extend(fitted_groups(given, model))
         patience = self._connection.patience()
         call = self._call("Finalize", header, model, model.tensors, progress, patience)
         check_destination(destination, model)

@@ -20,7 +20,7 @@ from tests.client.test_apply_to import (
     net,
     snapshot,
 )
-from tests.reference import Step, all_l1, assert_same_tensors, l1, place, prune
+from tests.reference import Step, all_l1, assert_same_tensors, distinct, l1, place, prune
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
@@ -57,6 +57,96 @@ def test_prefixes_of_wrappers_do_not_matter(
     assert_same_modules(ours, theirs)
     client.finalize(WRAPPERS[source](ours)).apply_to(WRAPPERS[target](ours))
     assert not prune.is_pruned(ours)
+
+
+# Each names tensors in one of the fields of a rule; `net` has the layers conv, norm and fc.
+STATISTICS = secateur.calibrate(net(), [batch()], gram=True)
+SCORES = {"fc.weight": distinct((10, 96), seed=3)}
+SPECS: dict[str, secateur.Spec] = {
+    "names": secateur.l1_unstructured(["conv.weight", "fc.bias"], 0.5),
+    "globs": secateur.global_unstructured(["co*.weight", "fc.*"], 0.5),
+    "scores": secateur.l1_unstructured("fc.weight", 0.5, importance_scores=SCORES),
+    "masks": secateur.custom_from_mask({"fc.weight": distinct((10, 96)) > 0}),
+    "table": secateur.select("*.weight", secateur.table({"conv.*": 0.2, "fc.weight": 0.7})),
+    "scales": secateur.select(
+        "conv.weight", 2, granularity="filters", scales={"conv.weight": "norm.weight"}
+    ),
+    "rails": secateur.select(
+        "*.weight",
+        0.5,
+        scope="global",
+        guard_rails=secateur.guard_rails(
+            exclude="norm.weight", per_tensor={"conv.weight": secateur.rail(max_sparsity=0.1)}
+        ),
+    ),
+    "groups": secateur.grouped(
+        [secateur.group("conv", secateur.member("conv.weight"), secateur.member("conv.bias"))], 2
+    ),
+    "statistics": secateur.wanda("fc.weight", 0.5, STATISTICS),
+}
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_spec_names_tensors_without_the_prefixes_of_wrappers(
+    client: secateur.Client, wrapper: str, spec: secateur.Spec
+) -> None:
+    ours, theirs = net(), net()
+    client.prune(WRAPPERS[wrapper](ours), spec).apply_to(ours)
+    client.prune(theirs, spec).apply_to(theirs)
+    assert prune.is_pruned(ours)
+    assert_same_modules(ours, theirs)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_measures_name_tensors_without_the_prefixes_of_wrappers(
+    client: secateur.Client, wrapper: str
+) -> None:
+    wrapped = WRAPPERS[wrapper](net())
+    named = [name for name, _ in wrapped.named_parameters() if "fc." in name]
+    assert list(client.report(wrapped, "fc.*").tensors) == named
+    assert list(client.sensitivity(wrapped, "fc.*").norm_removed) == named
+    l1(["fc.weight", "conv.weight"], 0.5).on(
+        wrapped.get_submodule(named[0].rpartition("fc.")[0].rstrip("."))
+    )
+    client.finalize(wrapped, "fc.weight").apply_to(wrapped)
+    assert [path for path, part in wrapped.named_modules() if hooks(part)] == [
+        named[0].replace("fc.weight", "conv")
+    ]
+
+
+class Mixed(nn.Module):
+    """Wrappers around parts, and around those that are wrapped already."""
+
+    def __init__(self, wrap: bool) -> None:
+        super().__init__()
+        one, two = net(), net()
+        self.one = nn.DataParallel(compiled(one)) if wrap else one
+        self.two = compiled(nn.DataParallel(two)) if wrap else two
+
+
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_nested_wrappers_do_not_matter(client: secateur.Client, is_wrapped: bool) -> None:
+    ours, theirs = Mixed(is_wrapped), Mixed(not is_wrapped)
+    spec = secateur.global_unstructured(["one.fc.weight", "two.conv.*"], 0.5)
+    result = client.prune(ours, spec)
+    result.apply_to(theirs)
+    pruned = {name.removesuffix("_mask") for name, _ in theirs.named_buffers() if "mask" in name}
+    assert len(pruned) == 3
+    assert client.report(theirs, ["one.fc.weight", "two.conv.*"]).sparsity == pytest.approx(
+        result.report.sparsity
+    )
+
+
+def test_a_state_dict_of_a_wrapped_model_is_pruned_by_plain_names_and_the_reverse(
+    client: secateur.Client,
+) -> None:
+    plain, wrapped = net(), compiled(nn.DataParallel(net()))
+    spec = secateur.l1_unstructured("fc.weight", 0.5)
+    masks = client.prune(wrapped.state_dict(), spec).masks
+    assert list(masks) == ["_orig_mod.module.fc.weight"]
+    result = client.prune(plain.state_dict(), secateur.custom_from_mask(masks))
+    assert torch.equal(result.masks["fc.weight"], masks["_orig_mod.module.fc.weight"])
 
 
 def test_a_compiled_part_does_not_matter(client: secateur.Client) -> None:
