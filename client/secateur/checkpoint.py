@@ -5,9 +5,15 @@ from datetime import UTC, datetime
 from typing import Any
 
 from secateur.decoding import decoded
+from secateur.display.notebook import html_of
 from secateur.errors import SecateurError
+from secateur.tables import Table, listed
 from secateur.tensors import is_text
 from secateur_proto import checkpoint_pb2 as pb
+
+# Names of files that a notebook shows.
+_SHOWN = 3
+_TIME = "%Y-%m-%d %H:%M:%S %Z"
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,17 @@ class Checkpoint:
     files: tuple[File, ...]
     size_bytes: int
     mask_bytes: int
+
+    def _repr_html_(self) -> str:
+        expires = f"{self.expire_time:{_TIME}}" if self.expire_time else "never"
+        rows = [
+            ("checkpoint", self.name),
+            ("created", f"{self.create_time:{_TIME}}"),
+            ("expires", expires),
+            ("files", listed([file.filename for file in self.files], _SHOWN)),
+            ("bytes", f"{self.size_bytes:,}, and {self.mask_bytes:,} of masks"),
+        ]
+        return html_of(Table(rows, left=2))
 
 
 def decode_checkpoint(message: pb.Checkpoint) -> Checkpoint:

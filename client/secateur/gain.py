@@ -5,9 +5,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from secateur.display.notebook import Displayed
 from secateur.errors import InvalidSpec
 from secateur.evaluation import arguments_of, brief, in_evaluation
-from secateur.tables import html_table, text_table
+from secateur.tables import Table
 from secateur.tensors import torch_for
 
 # How often each module runs, in turn with the other one.
@@ -44,7 +45,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Gain:
+class Gain(Displayed):
     """A module before and after.
 
     Attributes:
@@ -60,13 +61,8 @@ class Gain:
         """How many times as fast it is."""
         return self.before.seconds / self.after.seconds
 
-    def __str__(self) -> str:
-        return text_table(self._rows())
-
-    def _repr_html_(self) -> str:
-        return html_table(self._rows())
-
-    def _rows(self) -> list[tuple[str, ...]]:
+    def table(self) -> Table:
+        """Returns a row for each measure."""
         before, after = self.before, self.after
         counts = [
             ("parameters", before.parameters, after.parameters),
@@ -75,7 +71,8 @@ class Gain:
         ]
         rows = [("", "before", "after", "ratio")]
         rows += [(what, f"{a:,}", f"{b:,}", f"{a / max(1, b):.2f}") for what, a, b in counts]
-        return [*rows, ("one forward pass", before.times, after.times, f"{self.speedup:.2f}")]
+        rows.append(("one forward pass", before.times, after.times, f"{self.speedup:.2f}"))
+        return Table(rows)
 
 
 def gain(before: Any, after: Any, inputs: Any) -> Gain:

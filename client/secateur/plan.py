@@ -6,10 +6,11 @@ from functools import partial
 from typing import Any
 
 from secateur.decoding import decoded
+from secateur.display.notebook import Displayed
 from secateur.lazy import LazyMapping, LazySequence
 from secateur.report import Choice
 from secateur.report_decoding import decode_choice
-from secateur.tables import Table, html_table
+from secateur.tables import Table
 from secateur_proto import plan_pb2 as pb
 from secateur_proto import spec_pb2
 from secateur_proto.enums import plain_name
@@ -62,7 +63,7 @@ class PlannedAmount:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Displayed):
     """What a prune by each of several amounts does, exactly.
 
     Attributes:
@@ -93,12 +94,6 @@ class Plan:
         """Returns a row for each amount."""
         return Table(self._rows(), above=(self._legend(),), below=(self._note(),))
 
-    def __str__(self) -> str:
-        return str(self.table())
-
-    def _repr_html_(self) -> str:
-        return f"<p>{self._legend()}</p>{html_table(self._rows())}<p>{self._note()}</p>"
-
     def _legend(self) -> str:
         return (
             f"Pruning by {self.method}. A row is an amount: a fraction of the units, or their "
@@ -117,7 +112,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(Displayed):
     """How much each tensor would lose, pruned by itself.
 
     Attributes:
@@ -137,12 +132,6 @@ class Sensitivity:
     def table(self) -> Table:
         """Returns a row for each tensor, and a column for each amount."""
         return Table(self._rows(), above=(self._legend(),))
-
-    def __str__(self) -> str:
-        return str(self.table())
-
-    def _repr_html_(self) -> str:
-        return f"<p>{self._legend()}</p>{html_table(self._rows())}"
 
     def _legend(self) -> str:
         return (

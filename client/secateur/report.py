@@ -1,13 +1,13 @@
 """How sparse a model is, and where."""
 
-import html
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from secateur.details import TensorDetails
+from secateur.display.notebook import Displayed
 from secateur.shrinkage import Shrinkage
-from secateur.tables import Table, html_table, listed
+from secateur.tables import Table, listed
 
 # Names of tensors in a line for people.
 _SHOWN = 3
@@ -149,7 +149,7 @@ class Coverage:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Displayed):
     """A sparsity report, measured by the server on what it returned.
 
     Attributes:
@@ -205,14 +205,6 @@ class Report:
         if self.shrinkage:
             lines.append(str(self.shrinkage))
         return Table(self._rows(), left=3, below=(*lines, *map(str, self.warnings)))
-
-    def __str__(self) -> str:
-        return str(self.table())
-
-    def _repr_html_(self) -> str:
-        texts = [self.shrinkage] if self.shrinkage else []
-        said = "".join(f"<p>{html.escape(str(text))}</p>" for text in (*texts, *self.warnings))
-        return html_table(self._rows()) + said
 
     def _rows(self) -> list[tuple[str, ...]]:
         rows: list[tuple[str, ...]] = [

@@ -9,6 +9,7 @@ from typing import Any
 from secateur.architectures.folder import fitted_folder
 from secateur.checkpoint import Checkpoint
 from secateur.cycles import no_search_for_cycles
+from secateur.display.notebook import html_of, paragraphs
 from secateur.errors import InvalidStateDict, SecateurError
 from secateur.files import is_file, save
 from secateur.forms import FORMS, Tensors, form_of, has_tensors_of, not_smaller
@@ -82,6 +83,9 @@ class _Result:
     def __str__(self) -> str:
         """Returns the repr, and on a second line that the result is not smaller, if so."""
         return "\n".join(filter(None, (repr(self), not_smaller(self._output, self.report.zeros))))
+
+    def _repr_html_(self) -> str:
+        return paragraphs(str(self).splitlines()) + html_of(self.report.table())
 
     def _summary(self) -> str:
         report, count = self.report, len(self.report.tensors)

@@ -1,6 +1,5 @@
-"""Tables and lists of names as text, and tables as HTML."""
+"""Tables and lists of names as text."""
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,16 +37,6 @@ def text_table(rows: Rows, left: int = 1) -> str:
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
-
-
-def html_table(rows: Rows) -> str:
-    """Returns a table element."""
-    lines = []
-    for index, row in enumerate(rows):
-        tag = "td" if index else "th"
-        cells = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
-        lines.append(f"<tr>{cells}</tr>")
-    return "<table>" + "".join(lines) + "</table>"
 
 
 def listed(names: Sequence[str], most: int, count: int | None = None) -> str:

@@ -154,8 +154,8 @@ def test_specs_and_results_are_shown_in_one_line(client: secateur.Client) -> Non
 
 def test_a_notebook_shows_a_table_with_names_escaped(client: secateur.Client) -> None:
     shown = client.report(SPARSE)._repr_html_()
-    assert shown.startswith("<table>")
-    assert "<td>&lt;bias&gt;</td>" in shown
+    assert shown.startswith("<table ")
+    assert ">&lt;bias&gt;</th>" in shown
     assert "<bias>" not in shown
     assert shown.count("<tr>") == 5
 

@@ -8,11 +8,12 @@ from typing import Any
 from secateur.calibration.layer import LayerStatistics, added, check_addable
 from secateur.calibration.triangle import Triangle
 from secateur.calibration.unit_statistics import UnitStatistics, merged
+from secateur.display.notebook import Displayed
 from secateur.errors import InvalidStatistics
-from secateur.tables import text_table
+from secateur.tables import Table, text_table
 
 
-class Statistics(Mapping[str, LayerStatistics]):
+class Statistics(Displayed, Mapping[str, LayerStatistics]):
     """The statistics of the inputs of weights, by the weights' names. It cannot be changed.
 
     `a + b` are the statistics of both runs. Print it for a table.
@@ -162,9 +163,15 @@ class Statistics(Mapping[str, LayerStatistics]):
         others = (f", {count} {what}" for what, count in counts.items() if count)
         return f"Statistics({len(self)} layers{''.join(others)})"
 
-    def __str__(self) -> str:
-        rows = [(name, ", ".join(layer.described())) for name, layer in self.items()]
+    def table(self) -> Table:
+        """Returns a row for each layer, list of layers and module of experts."""
+        rows = [("layer", "statistics")]
+        rows += [(name, ", ".join(layer.described())) for name, layer in self.items()]
         rows += [(name, of.described()) for name, of in {**self.blocks, **self.experts}.items()]
+        return Table(rows, left=2)
+
+    def __str__(self) -> str:
+        _, *rows = self.table().rows
         return text_table(rows, left=2) if rows else repr(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
