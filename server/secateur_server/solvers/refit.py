@@ -42,7 +42,7 @@ def refit(
     target's. If few distinct rows of the mask exist, as in structured masks, a Cholesky
     factorization of each one gives the minimum. Otherwise conjugate gradients begin at `start`, and
     no step raises what is minimized. Memory beside the result: the Gram matrix twice, and for each
-    core seven copies of 128 rows.
+    core seven copies of 256 rows.
 
     Args:
         context: The request.

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from secateur_server.backends import spans
 from secateur_server.runtime.context import RequestContext
 from secateur_server.solvers.eliminate import eliminate
 
@@ -31,22 +30,30 @@ class Sweeps:
 
     def forward(self, values: Tensor) -> Tensor:
         """Solves (I + L) x = values for each row x, from the first column on."""
-        for begin, end in spans(len(self.matrix), _BLOCK):
-            self._solve(values, begin, end, slice(0, begin), is_backward=False)
+        self._solve(values, 0, len(self.matrix), is_backward=False)
         return values
 
     def backward(self, values: Tensor) -> Tensor:
         """Solves (I + L^T) x = values for each row x, from the last column on."""
-        for begin, end in reversed(spans(len(self.matrix), _BLOCK)):
-            self._solve(values, begin, end, slice(end, None), is_backward=True)
+        self._solve(values, 0, len(self.matrix), is_backward=True)
         return values
 
-    def _solve(
-        self, values: Tensor, begin: int, end: int, solved: slice, is_backward: bool
-    ) -> None:
+    def _solve(self, values: Tensor, begin: int, end: int, is_backward: bool) -> None:
+        """Solves for columns [begin, end): one half, its product with the matrix, the other."""
+        if end - begin <= _BLOCK:
+            return self._eliminate(values, begin, end, is_backward)
         self.context.check()
+        blocks = -(-(end - begin) // _BLOCK)
+        middle = begin + blocks // 2 * _BLOCK
+        halves = (middle, end), (begin, middle)
+        first, last = halves if is_backward else halves[::-1]
+        self._solve(values, *first, is_backward)
+        between = self.matrix[slice(*first), slice(*last)]
+        values[:, slice(*last)].addmm_(values[:, slice(*first)], between, alpha=-1)
+        return self._solve(values, *last, is_backward)
+
+    def _eliminate(self, values: Tensor, begin: int, end: int, is_backward: bool) -> None:
         block, kept = values[:, begin:end], self.kept[:, begin:end]
-        block.addmm_(values[:, solved], self.matrix[solved, begin:end], alpha=-1)
         triangle = self.matrix[begin:end, begin:end]
         eliminate(block, kept, triangle, range(end - begin), is_backward)
         block.mul_(kept)
