@@ -2,10 +2,9 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 from google.protobuf.message_factory import GetMessageClass
@@ -22,7 +21,7 @@ _SERVICES = (
 )
 
 # gRPC itself repeats calls that could not begin, or were lost before any answer. The others are
-# repeated by secateur.patience: those that change something on the server, since a second Delete
+# repeated by secateur.calls: those that change something on the server, since a second Delete
 # finds nothing, and calls with streams as answers, since with a retry policy gRPC 1.85 sometimes
 # waits for ever after the server was killed.
 _CHANGING = {"Upload", "Delete"}
@@ -81,11 +80,11 @@ class TlsFiles:
 Tls = bool | str | os.PathLike[str] | grpc.ChannelCredentials | TlsFiles | None
 
 
-def open_channel(target: Target, credentials: grpc.ChannelCredentials | None) -> grpc.Channel:
-    """Opens a channel, over TLS if credentials are given."""
+def open_channel(kind: Any, target: Target, credentials: grpc.ChannelCredentials | None) -> Any:
+    """Opens a channel of `grpc` or `grpc.aio`, over TLS if credentials are given."""
     if credentials is None:
-        return grpc.insecure_channel(target.address.text, _OPTIONS)
-    return grpc.secure_channel(target.address.text, credentials, _OPTIONS)
+        return kind.insecure_channel(target.address.text, _OPTIONS)
+    return kind.secure_channel(target.address.text, credentials, _OPTIONS)
 
 
 def read_tls(tls: Any) -> grpc.ChannelCredentials | None:
@@ -120,26 +119,20 @@ def _read(path: str | os.PathLike[str]) -> bytes:
     return found
 
 
-class Rpc:
+class Rpc(NamedTuple):
     """An rpc of a channel.
 
     Attributes:
+        start: gRPC's callable: starts a call with a request, or an iterator of requests.
+        metadata: Sent with every call.
         request: Makes its request of a header and data.
+        is_streamed: Whether it takes a stream of requests.
     """
 
-    def __init__(self, call: Any, metadata: Metadata, request: Callable[..., Any]) -> None:
-        """Wraps gRPC's callable; `metadata` is sent with every call."""
-        self._call, self._metadata, self.request = call, metadata, request
-
-    def __call__(self, request: Any, **options: Any) -> Any:
-        """Starts the call, with a request or an iterator of requests, and gRPC's options."""
-        with _closed_channels():
-            return self._call(request, metadata=self._metadata, **options)
-
-    def future(self, request: Any, **options: Any) -> Any:
-        """Starts the call, and does not wait for the answer."""
-        with _closed_channels():
-            return self._call.future(request, metadata=self._metadata, **options)
+    start: Any
+    metadata: Metadata
+    request: Callable[..., Any]
+    is_streamed: bool
 
 
 class Rpcs:
@@ -149,7 +142,7 @@ class Rpcs:
         prune_small: Prune with one message each way; gRPC is faster if it knows that.
     """
 
-    def __init__(self, channel: grpc.Channel, metadata: Metadata) -> None:
+    def __init__(self, channel: Any, metadata: Metadata) -> None:
         methods = {m.name: m for service in _SERVICES for m in service.methods}
         self._rpcs = {name: _rpc(channel, method, metadata) for name, method in methods.items()}
         single = (*metadata, SINGLE)
@@ -160,7 +153,7 @@ class Rpcs:
 
 
 def _rpc(
-    channel: grpc.Channel,
+    channel: Any,
     method: Any,
     metadata: Metadata,
     has_streams: bool = True,
@@ -172,18 +165,15 @@ def _rpc(
         (False, True): channel.unary_stream,
         (False, False): channel.unary_unary,
     }
-    make = kinds[method.client_streaming and has_streams, method.server_streaming and has_streams]
+    is_streamed = method.client_streaming and has_streams
+    make = kinds[is_streamed, method.server_streaming and has_streams]
     decode: Any = GetMessageClass(method.output_type).FromString
     if method.server_streaming:  # only streams have messages with data alone
         decode = Decoder(decode)
-    call = make(f"/{method.containing_service.full_name}/{method.name}", encode, decode)
-    return Rpc(call, metadata, GetMessageClass(method.input_type))
+    start = make(f"/{method.containing_service.full_name}/{method.name}", encode, decode)
+    return Rpc(start, metadata, GetMessageClass(method.input_type), is_streamed)
 
 
-@contextmanager
-def _closed_channels() -> Iterator[None]:
-    """Replaces the ValueError of gRPC for calls on a closed channel."""
-    try:
-        yield
-    except ValueError as error:
-        raise SecateurError(f"the client is closed: make a new one ({error})") from error
+def closed(error: Exception) -> SecateurError:
+    """Returns the error of a call on a closed channel, in place of gRPC's."""
+    return SecateurError(f"the client is closed: make a new one ({error})")

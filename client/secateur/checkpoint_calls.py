@@ -4,27 +4,17 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from secateur.checkpoint import Checkpoint, decode_checkpoint, name_of
-from secateur.checks import one_of
-from secateur.connection import Connection
-from secateur.download import Receiving
-from secateur.errors import InvalidStateDict
-from secateur.forms import OUTPUTS
-from secateur.model import Source
-from secateur.others import LEAVE_OUT, check_storable
-from secateur.paths import path_of
-from secateur.patience import Patience
-from secateur.progress import Progress, show_progress
-from secateur.source import read_source
-from secateur.upload import Sending, files_of
-from secateur_proto import checkpoints_pb2
+from secateur.blocking import run
+from secateur.calls.pruning import AsyncPrunerCalls
+from secateur.checkpoint import Checkpoint
+from secateur.progress import Progress
 
 
 class CheckpointCalls:
     """What `Client` does with checkpoints; several arguments are described there."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection, self._rpcs = connection, connection.rpcs
+    def __init__(self, calls: AsyncPrunerCalls) -> None:
+        self._calls = calls
 
     def upload(self, source: Any, progress: Progress = None, key: str | None = None) -> Checkpoint:
         """Stores a model on the server until it is deleted, expires or is evicted.
@@ -40,22 +30,7 @@ class CheckpointCalls:
         Raises:
             InvalidStateDict: The model has entries that a safetensors file cannot hold.
         """
-        model = read_source(source, key)
-        if uri := model.place.get("uri"):
-            header = checkpoints_pb2.UploadHeader(uri=uri)
-            requests = [checkpoints_pb2.UploadRequest(header=header)]
-            stored = self._connection.ask(self._rpcs["Upload"], requests, is_safe=False)
-            return decode_checkpoint(stored)
-        if not model.is_here:
-            raise InvalidStateDict("a checkpoint is on the server already")
-        return self._upload(model, progress, self._connection.patience())
-
-    def _upload(self, model: Source, progress: Progress, patience: Patience) -> Checkpoint:
-        check_storable("a checkpoint", model.others, LEAVE_OUT)
-        files = files_of(model)
-        total = sum(file.size for file in files)
-        with show_progress(progress, total) as shown, self._connection.diagnosing():
-            return Sending(self._connection, patience, shown).send(files)
+        return run(self._calls.upload(source, progress, key))
 
     def download(
         self,
@@ -75,12 +50,7 @@ class CheckpointCalls:
                 uploaded.
             progress: See `Client`.
         """
-        request = checkpoints_pb2.DownloadRequest(
-            name=name_of(checkpoint), output=one_of("output", output, OUTPUTS)
-        )
-        receiving = Receiving(self._connection, request, path_of(path))
-        with self._connection.diagnosing():
-            receiving.save(progress)
+        run(self._calls.download(checkpoint, path, output, progress))
 
     def checkpoint(self, name: str) -> Checkpoint:
         """Returns the checkpoint with a name.
@@ -91,17 +61,15 @@ class CheckpointCalls:
         Raises:
             CheckpointNotFound: This caller has none of that name.
         """
-        request = checkpoints_pb2.GetRequest(name=name_of(name))
-        return decode_checkpoint(self._connection.ask(self._rpcs["Get"], request))
+        return run(self._calls.checkpoint(name))
 
     def checkpoints(self) -> Iterator[Checkpoint]:
         """Yields all checkpoints of this caller, the newest first, page by page."""
         token: str | None = ""
         while token is not None:
-            request = checkpoints_pb2.ListRequest(page_token=token)
-            page = self._connection.ask(self._rpcs["List"], request)
-            yield from map(decode_checkpoint, page.checkpoints)
-            token = page.next_page_token or None
+            page, following = run(self._calls._page(token))
+            yield from page
+            token = following or None
 
     def delete(self, checkpoint: Checkpoint | str) -> None:
         """Deletes a checkpoint; by its name also a damaged one.
@@ -112,12 +80,4 @@ class CheckpointCalls:
         Raises:
             CheckpointNotFound: This caller has none of that name.
         """
-        self._delete(checkpoint, is_there=True)
-
-    def _delete(
-        self, checkpoint: Checkpoint | str, is_there: bool, patience: Patience | None = None
-    ) -> None:
-        """Deletes a checkpoint; `is_there` is False if the server may have evicted it."""
-        name, rpc = name_of(checkpoint), self._rpcs["Delete"]
-        request = checkpoints_pb2.DeleteRequest(name=name, allow_missing=not is_there)
-        self._connection.ask(rpc, request, patience, is_safe=not is_there)
+        run(self._calls.delete(checkpoint))

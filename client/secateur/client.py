@@ -1,12 +1,14 @@
 """The client: sends a model to a server, and returns the server's result."""
 
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import grpc
 
-from secateur.channel import Tls
-from secateur.connection import connect
+from secateur.blocking import BlockingTransport, run
+from secateur.calls.connection import Connection, check_channel, settings_of
+from secateur.calls.pruning import AsyncPrunerCalls
+from secateur.channel import Tls, open_channel
 from secateur.pruner_calls import PrunerCalls
 
 
@@ -48,7 +50,13 @@ class Client(PrunerCalls):
         channel: grpc.Channel | None = None,
         insecure: bool = False,
     ) -> None:
-        super().__init__(connect(address, token, tls, timeout, channel, insecure))
+        settings = settings_of(address, token, tls, timeout, channel is not None, insecure)
+        check_channel(channel, grpc.Channel, "grpc.Channel")
+        target = settings.target
+        opened: Any = open_channel(grpc, target, settings.credentials) if target else channel
+        transport = BlockingTransport(opened, settings.metadata, is_own=target is not None)
+        self._connection = Connection(transport, settings.timeout, target)
+        super().__init__(AsyncPrunerCalls(self._connection))
 
     def wait_until_ready(self, timeout: float = 60.0) -> None:
         """Waits until the server accepts connections: for a client that starts with the server.
@@ -59,11 +67,11 @@ class Client(PrunerCalls):
         Raises:
             Unavailable: The server does not accept connections in that time.
         """
-        self._connection.wait_until_ready(timeout)
+        run(self._connection.wait_until_ready(timeout))
 
     def close(self) -> None:
         """Closes the connection."""
-        self._connection.close()
+        run(self._connection.close())
 
     def __enter__(self) -> Self:
         return self

@@ -1,10 +1,9 @@
 """Defaults of methods and commands for what the caller does not name."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Protocol
 
 from secateur.errors import InvalidSpec
-from secateur.model import Source
-from secateur.report import Report
 from secateur.tables import listed
 
 # Names of tensors in an error.
@@ -14,17 +13,20 @@ _SHOWN = 3
 SOME_AMOUNTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-def matrices(model: Source, report: Callable[[Source], Report]) -> list[str]:
-    """Returns the floating tensors of 2 or more dimensions: weights, but not biases and norms.
+class _Shaped(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def matrices(tensors: Mapping[str, _Shaped]) -> list[str]:
+    """Returns the tensors of 2 or more dimensions: weights, but not biases and norms.
 
     Args:
-        model: The model.
-        report: Asks the server for the report of a model that only the server has.
+        tensors: The floating tensors of a model.
 
     Raises:
-        InvalidSpec: The model has no such tensor.
+        InvalidSpec: None has 2 or more dimensions.
     """
-    tensors = model.prunable() if model.is_here else report(model).tensors
     names = [name for name, tensor in tensors.items() if len(tensor.shape) >= 2]
     if not names:
         known = listed(list(tensors), _SHOWN)

@@ -4,8 +4,6 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from secateur.address import DEFAULT_PORT, GRPC_PORT, Address
@@ -35,34 +33,32 @@ class Target:
     has_tls: bool = False
 
 
-@contextmanager
-def diagnosing(target: Target | None, timeout: float | None, is_known: bool) -> Iterator[None]:
-    """Adds advice to the error of a call in the block that reached no server.
+def explained(
+    error: Unavailable | DeadlineExceeded,
+    target: Target | None,
+    timeout: float | None,
+    is_known: bool,
+) -> Unavailable | DeadlineExceeded:
+    """Returns an error with advice in place of one of a call that reached no server.
 
     Args:
+        error: The error; it is returned if there is no advice.
         target: The server; None if the caller gave a channel.
         timeout: The call's timeout in seconds; the probe takes 0.5 s more at most.
         is_known: Whether the server answered an earlier call: then a deadline needs no probe.
     """
-    try:
-        yield
-    except (Unavailable, DeadlineExceeded) as error:
-        if error.request_id is not None:  # a server answered
-            raise
-        is_late = isinstance(error, DeadlineExceeded)
-        advice = None
-        if any(words in str(error) for words in _SHUT_DOWN):
-            advice = "the server shut down during the call: send it again"
-        elif target is not None and not (is_late and is_known):
-            advice = advice_on(target, _SECONDS_IF_LATE if is_late else _SECONDS, str(error))
-        if is_late:
-            late = (
-                f"not done within the timeout of {timeout:g} s" if timeout else "not done in time"
-            )
-            advice = f"{late}; {advice}" if advice else late
-        if advice is None:
-            raise
-        raise type(error)(f"{advice} ({error})") from error
+    if error.request_id is not None:  # a server answered
+        return error
+    is_late = isinstance(error, DeadlineExceeded)
+    advice = None
+    if any(words in str(error) for words in _SHUT_DOWN):
+        advice = "the server shut down during the call: send it again"
+    elif target is not None and not (is_late and is_known):
+        advice = advice_on(target, _SECONDS_IF_LATE if is_late else _SECONDS, str(error))
+    if is_late:
+        late = f"not done within the timeout of {timeout:g} s" if timeout else "not done in time"
+        advice = f"{late}; {advice}" if advice else late
+    return error if advice is None else type(error)(f"{advice} ({error})")
 
 
 def advice_on(target: Target, seconds: float, said: str = "") -> str | None:

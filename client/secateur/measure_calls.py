@@ -1,37 +1,17 @@
 """The methods of a client that measure models and change none."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from secateur.amounts import encode_amounts
+from secateur.blocking import run
+from secateur.calls.measuring import Patterns
 from secateur.checkpoint_calls import CheckpointCalls
-from secateur.checks import one_of, patterns
-from secateur.choices import AnyGranularity, magnitude
-from secateur.connection import Call
-from secateur.defaults import SOME_AMOUNTS, matrices
-from secateur.details import details_of
-from secateur.encoding import encode_spec, unmasked_members
-from secateur.model import Source
-from secateur.others import check_names
-from secateur.patience import Patience
-from secateur.plan import Plan, Sensitivity, decode_plan, sensitivity_of
+from secateur.choices import AnyGranularity
+from secateur.defaults import SOME_AMOUNTS
+from secateur.plan import Plan, Sensitivity
 from secateur.progress import Progress
-from secateur.renaming import fitted_patterns
 from secateur.report import Report
-from secateur.report_decoding import decode_report
-from secateur.selections import select
-from secateur.source import read_source
 from secateur.spec import Spec
-from secateur.tensors import LocalTensor
-from secateur.transfer import Upload
-from secateur_proto import pruner_pb2 as pb
-from secateur_proto.enums import values_by_name
-from secateur_proto.report_pb2 import Details
-
-PRIORS = values_by_name(pb.Prior.DESCRIPTOR)
-
-Patterns = str | Sequence[str] | None
-Tensors = Mapping[str, LocalTensor]
 
 
 class MeasureCalls(CheckpointCalls):
@@ -55,21 +35,7 @@ class MeasureCalls(CheckpointCalls):
             details: Whether the largest tensors get `TensorReport.details`: histograms, and images
                 of the zeros.
         """
-        asked = details_of(details)
-        model = read_source(source, key)
-        return self._report(model, tensors, progress, self._connection.patience(), asked)
-
-    def _report(
-        self,
-        model: Source,
-        tensors: Patterns,
-        progress: Progress,
-        patience: Patience,
-        details: Details | None = None,
-    ) -> Report:
-        header = pb.ReportHeader(tensors=named_in(tensors, model), details=details)
-        call = self._call("Report", header, model, model.tensors, progress, patience)
-        return decode_report(self._connection.measure(call).report)
+        return run(self._calls.report(source, tensors, progress, key, details))
 
     def plan(
         self,
@@ -91,27 +57,7 @@ class MeasureCalls(CheckpointCalls):
             key: See `Client`.
             prior: See `prune`.
         """
-        model = read_source(source, key)
-        return self._plan(model, spec, amounts, progress, prior, self._connection.patience())
-
-    def _plan(
-        self,
-        model: Source,
-        spec: Spec,
-        amounts: Sequence[float] | None,
-        progress: Progress,
-        prior: str,
-        patience: Patience,
-    ) -> Plan:
-        message, arrays = encode_spec(spec, model)
-        model = model.sending(unmasked_members(message))
-        header = pb.PlanHeader(
-            spec=message,
-            amounts=[] if amounts is None else encode_amounts(amounts),
-            prior=one_of("prior", prior, PRIORS),
-        )
-        call = self._call("Plan", header, model, {**model.sent(), **arrays}, progress, patience)
-        return decode_plan(self._connection.measure(call).plan, header)
+        return run(self._calls.plan(source, spec, amounts, progress, key, prior))
 
     def sensitivity(
         self,
@@ -134,30 +80,4 @@ class MeasureCalls(CheckpointCalls):
             progress: See `Client`.
             key: See `Client`.
         """
-        model, patience = read_source(source, key), self._connection.patience()
-        names = tensors
-        if names is None:
-            names = matrices(model, lambda model: self._report(model, None, None, patience))
-        spec = select(names, 0, magnitude(p), granularity)
-        return sensitivity_of(self._plan(model, spec, amounts, progress, "masks", patience))
-
-    def _call(
-        self,
-        rpc: str,
-        header: Any,
-        model: Source,
-        tensors: Tensors,
-        progress: Progress,
-        patience: Patience,
-    ) -> Call:
-        """Makes the call that sends tensors; it completes the header."""
-        upload = Upload(tensors, model.metadata, is_file=model.is_here)
-        header.MergeFrom(type(header)(data_bytes=upload.file_bytes, **model.place))
-        return Call(self._rpcs[rpc], header, upload, progress, patience)
-
-
-def named_in(tensors: Patterns, model: Source) -> list[str]:
-    """Names and globs as a header has them: an empty list is every tensor."""
-    named = [] if tensors is None else fitted_patterns(patterns(tensors), model)
-    check_names("tensors", named, model.others)
-    return named
+        return run(self._calls.sensitivity(source, tensors, amounts, granularity, p, progress, key))

@@ -1,36 +1,16 @@
 """The methods of a client that prune models."""
 
 import os
-from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
-from secateur.checkpoint import decode_checkpoint, uri_of
-from secateur.checks import flag, one_of
-from secateur.destinations import check_destination, new_folder
-from secateur.details import details_of
-from secateur.encoding import check_solvers, encode_spec, unmasked_members
-from secateur.errors import SecateurError
-from secateur.forms import OUTPUTS, is_model
-from secateur.grouping import Groups, example_inputs_of, groups_of
-from secateur.measure_calls import PRIORS, MeasureCalls, Patterns, Tensors, named_in
-from secateur.model import Source
-from secateur.packing.packed import check_zstandard
-from secateur.patience import Patience
+from secateur.blocking import run
+from secateur.calls.measuring import Patterns
+from secateur.grouping import Groups
+from secateur.measure_calls import MeasureCalls
 from secateur.progress import Progress
-from secateur.renaming import fitted_groups
-from secateur.report_decoding import decode_report
 from secateur.result import FinalizeResult, PruneResult
-from secateur.server_info import ServerInfo, decode_server_info
-from secateur.shrinkage import add_unsent
-from secateur.source import read_source
+from secateur.server_info import ServerInfo
 from secateur.spec import Spec
-from secateur_proto import pruner_pb2 as pb
-from secateur_proto.enums import plain_name
-from secateur_proto.framing import CHUNK_BYTES
-
-# A prune that runs out of time has these seconds to delete the model that it uploaded.
-TIDY_SECONDS = 1.0
 
 
 class PrunerCalls(MeasureCalls):
@@ -68,83 +48,11 @@ class PrunerCalls(MeasureCalls):
                 tensors that the spec names, for a model that was pruned and stored dense.
             details: Whether the report has details: see `report`.
         """
-        header = pb.PruneHeader(
-            output=one_of("output", output, OUTPUTS),
-            keep=flag("keep", keep),
-            prior=one_of("prior", prior, PRIORS),
-            details=details_of(details),
+        return run(
+            self._calls.prune(
+                source, spec, output, progress, keep, destination, key, prior, details
+            )
         )
-        model = read_source(source, key)
-        folder = new_folder(destination, model) if output == "shrunk" else None
-        header.destination_uri = "" if folder else uri_of(destination)
-        message, arrays = encode_spec(spec, model)
-        check_solvers(spec, output, keep)
-        model = model.sending(unmasked_members(message))
-        header.spec.CopyFrom(message)
-        if output == "packed":
-            check_zstandard("output='packed'")
-        if is_model(output):
-            check_destination(header.destination_uri, model.only_parameters())
-        patience = self._connection.patience()
-        if keep and model.is_here:
-            result = self._prune_kept(model, header, arrays, progress, patience, spec)
-        else:
-            result = self._prune(model, header, arrays, progress, patience, model, spec)
-        if folder:
-            result.save(folder, output)
-        return result
-
-    def _prune(
-        self,
-        sent: Source,
-        header: pb.PruneHeader,
-        arrays: Tensors,
-        progress: Progress,
-        patience: Patience,
-        model: Source,
-        spec: Spec,
-    ) -> PruneResult:
-        """Sends a model, or its place on the server; the result is of `model`."""
-        call = self._call("Prune", header, sent, {**sent.sent(), **arrays}, progress, patience)
-        output = plain_name(pb.Output.DESCRIPTOR, header.output)
-        is_small = not is_model(output) and sent.is_here and call.upload.file_bytes <= CHUNK_BYTES
-        if is_small:
-            call = replace(call, rpc=self._rpcs.prune_small)
-        result, received = self._connection.transform(call, is_small)
-        if result.report.HasField("shrinkage"):
-            add_unsent(result.report.shrinkage, model.unsent_tensors().values())
-        return PruneResult(
-            message=result.report,
-            source=model,
-            output=output,
-            received=received,
-            checkpoint=decode_checkpoint(result.checkpoint) if header.keep else None,
-            destination=header.destination_uri or None,
-            groups=[group for rule in header.spec.rules for group in rule.selection.groups],
-            example_inputs=spec.example_inputs,
-        )
-
-    def _prune_kept(
-        self,
-        model: Source,
-        header: pb.PruneHeader,
-        arrays: Tensors,
-        progress: Progress,
-        patience: Patience,
-        spec: Spec,
-    ) -> PruneResult:
-        """Sends what the server does not have of a model, and prunes it there."""
-        uploaded = self._upload(model.only_parameters(), progress, patience)
-        sent = read_source(uploaded)
-        try:
-            result = self._prune(sent, header, arrays, progress, patience, model, spec)
-        except BaseException:
-            with suppress(SecateurError):  # the caller sees the first error
-                self._delete(uploaded, False, patience.at_least(TIDY_SECONDS))
-            raise
-        # The result refers to the same weights.
-        self._delete(uploaded, False, patience.at_least(TIDY_SECONDS))
-        return result
 
     def finalize(
         self,
@@ -174,30 +82,10 @@ class PrunerCalls(MeasureCalls):
             prior: What counts as pruned in the groups' tensors: see `prune`. With "shrunk" only.
             details: Whether the report has details: see `report`.
         """
-        header = pb.FinalizeHeader(
-            destination_uri=uri_of(destination),
-            output=one_of("output", output, OUTPUTS),
-            prior=one_of("prior", prior, PRIORS),
-            details=details_of(details),
-        )
-        given = groups_of(groups)
-        if output == "packed":
-            check_zstandard("output='packed'")
-        model = read_source(source, key)
-        header.tensors.extend(named_in(tensors, model))
-        header.groups.extend(fitted_groups(given, model))
-        patience = self._connection.patience()
-        call = self._call("Finalize", header, model, model.tensors, progress, patience)
-        check_destination(destination, model)
-        result, received = self._connection.transform(call)
-        return FinalizeResult(
-            report=decode_report(result.report),
-            source=model,
-            received=received,
-            destination=destination,
-            output=output,
-            groups=header.groups,
-            example_inputs=example_inputs_of(groups),
+        return run(
+            self._calls.finalize(
+                source, tensors, progress, destination, key, output, groups, prior, details
+            )
         )
 
     def server_info(self) -> ServerInfo:
@@ -206,5 +94,4 @@ class PrunerCalls(MeasureCalls):
         Raises:
             InvalidRequest: The server is older than this method.
         """
-        request = pb.GetServerInfoRequest()
-        return decode_server_info(self._connection.ask(self._rpcs["GetServerInfo"], request))
+        return run(self._calls.server_info())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.architectures.folder import fitted_folder
+from secateur.calls.transfer import Received
 from secateur.checkpoint import Checkpoint
 from secateur.cycles import no_search_for_cycles
 from secateur.display.notebook import html_of, paragraphs
@@ -20,7 +21,6 @@ from secateur.report_decoding import Extent, decode_extents, decode_report
 from secateur.resizing.sizes import shrink
 from secateur.tensors import torch_for
 from secateur.ties import tied, values_of
-from secateur.transfer import Received
 from secateur_proto import spec_pb2 as pb
 from secateur_proto.report_pb2 import SparsityReport
 

@@ -16,7 +16,7 @@ import pytest
 import safetensors.numpy
 
 import secateur
-from secateur.patience import MOST_RESENDS
+from secateur.calls.patience import MOST_RESENDS
 from secateur_proto.pruner_pb2_grpc import PrunerStub
 from secateur_server.errors import OutOfMemory
 from secateur_server.operate.authentication import Authenticator
@@ -66,7 +66,8 @@ CALLS: dict[str, tuple[str, Call]] = {
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     sleep = time.sleep
     clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: sleep(seconds / 10))
-    monkeypatch.setattr("secateur.patience.time", clock)
+    monkeypatch.setattr("secateur.calls.patience.time", clock)
+    monkeypatch.setattr("secateur.blocking.time", clock)
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,8 @@ class Line(
 def line(monkeypatch: pytest.MonkeyPatch) -> Line:
     made = Line(cost=10.0)
     clock = SimpleNamespace(monotonic=made.monotonic, sleep=lambda seconds: None)
-    monkeypatch.setattr("secateur.patience.time", clock)
+    monkeypatch.setattr("secateur.calls.patience.time", clock)
+    monkeypatch.setattr("secateur.blocking.time", clock)
     return made
 
 
@@ -93,7 +94,7 @@ def test_a_kept_prune_that_is_late_leaves_nothing_on_the_server(
     client: secateur.Client, line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its upload took all of the time: a moment more is for its removal."""
-    monkeypatch.setattr("secateur.pruner_calls.TIDY_SECONDS", PATIENCE)  # the machine may be busy
+    monkeypatch.setattr("secateur.calls.pruning.TIDY_SECONDS", PATIENCE)  # the machine may be busy
     before = list(client.checkpoints())
     line.calls.clear()
     line.now, line.cost = 0.0, 0.5 * TIMEOUT

@@ -5,7 +5,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 import secateur
-from secateur.patience import TRIES, Patience
+from secateur.blocking import BlockingTransport, run
+from secateur.calls.connection import Connection
+from secateur.calls.patience import TRIES, Patience
 from secateur_proto.pruner_pb2_grpc import PrunerStub
 from tests.conftest import eventually
 from tests.contract.raw import header, kept_open, message, series
@@ -36,7 +38,8 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         sleep(seconds / 1000)
 
     clock = SimpleNamespace(monotonic=time.monotonic, sleep=short)
-    monkeypatch.setattr("secateur.patience.time", clock)
+    monkeypatch.setattr("secateur.calls.patience.time", clock)
+    monkeypatch.setattr("secateur.blocking.time", clock)
     return slept
 
 
@@ -58,11 +61,24 @@ def busy(seconds: float | None) -> secateur.ServerBusy:
     return error
 
 
-def failing(*errors: Exception) -> Callable[[float | None], str]:
+Attempt = Callable[[float | None], Awaitable[object]]
+
+
+def served(
+    attempt: Attempt, patience: Patience, is_known: bool = True, is_safe: bool = True
+) -> object:
+    """Repeats an attempt as the blocking client repeats calls; no call reaches a server."""
+    with grpc.insecure_channel("localhost:1") as channel:
+        connection = Connection(BlockingTransport(channel, (), is_own=False))
+        connection.is_known = is_known
+        return run(connection.until_served(attempt, patience, is_safe))
+
+
+def failing(*errors: Exception) -> Attempt:
     """An attempt that fails so often, and is then served."""
     left = list(errors)
 
-    def attempt(seconds: float | None) -> str:
+    async def attempt(seconds: float | None) -> str:
         if left:
             raise left.pop(0)
         return "served"
@@ -72,7 +88,7 @@ def failing(*errors: Exception) -> Callable[[float | None], str]:
 
 def test_the_client_retries_after_the_delay_that_the_server_asks_for(pauses: list[float]) -> None:
     attempt = failing(busy(3), busy(0.5), *[busy(2)] * 20)
-    assert Patience(None).until_served(attempt, is_known=False, is_safe=False) == "served"
+    assert served(attempt, Patience(None), is_known=False, is_safe=False) == "served"
     assert len(pauses) == 22
     assert 3 <= pauses[0] <= 4.5
     assert 0.5 <= pauses[1] <= 0.75
@@ -80,41 +96,44 @@ def test_the_client_retries_after_the_delay_that_the_server_asks_for(pauses: lis
 
 def test_retries_are_spread_over_time(pauses: list[float]) -> None:
     attempt = failing(*[busy(10)] * 200)
-    Patience(None).until_served(attempt, is_known=False, is_safe=False)
+    served(attempt, Patience(None), is_known=False, is_safe=False)
     assert 10 <= min(pauses) < 11
     assert 14 < max(pauses) <= 15
     assert len({round(pause, 2) for pause in pauses}) > 50
     pauses.clear()
+    gone = [secateur.Unavailable("gone")] * 3
     for _ in range(200):
-        Patience(None).pause(3)
+        served(failing(*gone), Patience(None))
+    pauses[:] = pauses[2::3]
     assert 0.2 <= min(pauses) < 0.25
     assert 0.35 < max(pauses) <= 0.4
 
 
 def test_a_delay_beyond_the_timeout_is_not_waited_for(pauses: list[float]) -> None:
     with pytest.raises(secateur.ServerBusy) as error:
-        Patience(2).until_served(failing(busy(2)), is_known=True, is_safe=True)
+        served(failing(busy(2)), Patience(2))
     assert error.value.retry_after == 2
     assert pauses == []
 
 
 def test_without_a_delay_from_the_server_there_is_no_retry(pauses: list[float]) -> None:
     with pytest.raises(secateur.ServerBusy):
-        Patience(None).until_served(failing(busy(None)), is_known=True, is_safe=True)
+        served(failing(busy(None)), Patience(None))
     assert pauses == []
 
 
 def test_an_attempt_has_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr("secateur.patience.time", clock)
+    monkeypatch.setattr("secateur.calls.patience.time", clock)
+    monkeypatch.setattr("secateur.blocking.time", clock)
     left: list[float | None] = []
 
-    def attempt(seconds: float | None) -> None:
+    async def attempt(seconds: float | None) -> None:
         left.append(seconds)
         if len(left) < 3:
             raise busy(0.05)
 
-    Patience(1).until_served(attempt, is_known=False, is_safe=False)
+    served(attempt, Patience(1), is_known=False, is_safe=False)
     first, second, third = (seconds or 0 for seconds in left)
     assert first == 1
     assert first - 0.05 >= second
@@ -125,7 +144,7 @@ def test_an_attempt_has_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_connection_that_breaks_is_tried_again_with_longer_pauses(pauses: list[float]) -> None:
     broken = [secateur.Unavailable("gone")] * (TRIES - 1)
-    assert Patience(None).until_served(failing(*broken), True, True) == "served"
+    assert served(failing(*broken), Patience(None)) == "served"
     assert len(pauses) == TRIES - 1
     for index, pause in enumerate(pauses):
         most = min(0.1 * 2**index, 5)
@@ -137,7 +156,7 @@ def test_a_connection_that_breaks_too_often_is_an_error(pauses: list[float]) -> 
     last = secateur.Unavailable("last")
     broken = [secateur.Unavailable("gone")] * (TRIES - 1)
     with pytest.raises(secateur.Unavailable, match="last"):
-        Patience(None).until_served(failing(*broken, last), True, True)
+        served(failing(*broken, last), Patience(None))
     assert len(pauses) == TRIES - 1
 
 
@@ -146,7 +165,7 @@ def test_unsafe_calls_and_unknown_servers_are_not_retried(
     pauses: list[float], is_known: bool, is_safe: bool
 ) -> None:
     with pytest.raises(secateur.Unavailable):
-        Patience(None).until_served(failing(secateur.Unavailable("")), is_known, is_safe)
+        served(failing(secateur.Unavailable("")), Patience(None), is_known, is_safe)
     assert pauses == []
 
 
@@ -164,7 +183,7 @@ def test_unsafe_calls_and_unknown_servers_are_not_retried(
 )
 def test_lasting_errors_are_raised_at_once(pauses: list[float], error: Exception) -> None:
     with pytest.raises(type(error)):
-        Patience(None).until_served(failing(error), is_known=True, is_safe=True)
+        served(failing(error), Patience(None))
     assert pauses == []
 
 
@@ -325,7 +344,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
         yield running
 
 
-def served(store: Kept) -> float:
+def prunes_served(store: Kept) -> float:
     return series(store.server, "grpc_server_handled_total", grpc_method="Prune", grpc_code="OK")
 
 
@@ -358,12 +377,12 @@ def test_calls_that_change_nothing_are_repeated_after_a_lost_answer(
         ThreadPoolExecutor() as pool,
     ):
         client.report(MODEL)
-        line.down, before = False, served(store)
+        line.down, before = False, prunes_served(store)
         answer = pool.submit(client.prune, MODEL, HALF, output)
-        eventually(lambda: served(store), before + 1)
+        eventually(lambda: prunes_served(store), before + 1)
         line.cut()
         assert answer.result().report.zeros == 50
-        assert served(store) == before + 2
+        assert prunes_served(store) == before + 2
 
 
 # A whole minute: of keepalive, which asks after 30 s, and waits for 20 s.

@@ -528,7 +528,8 @@ def test_client_gives_up_at_its_deadline(
 ) -> None:
     """The server asks for a delay of 1 s or more, which is beyond the deadline."""
     clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: pytest.fail("it waits"))
-    monkeypatch.setattr("secateur.patience.time", clock)
+    monkeypatch.setattr("secateur.calls.patience.time", clock)
+    monkeypatch.setattr("secateur.blocking.time", clock)
     calls.fill()
     with client_of(small_server, FLOOD, 0.9) as client:
         error = error_of_a_full_server(client)

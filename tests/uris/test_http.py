@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import save
 
 import secateur
-from secateur.patience import Patience
+from secateur.calls.patience import Patience
 from secateur_server.errors import UriNotAllowed
 from secateur_server.runtime.context import RequestContext
 from secateur_server.uris.requests import Requests
@@ -244,7 +244,7 @@ def test_fetches_of_one_tenant_leave_half_of_the_disk_to_others(
         slow(request)
 
     site.pages["/models/slow"], site.pages["/models/x"] = waiting, page(zeros(3 << 20))
-    monkeypatch.setattr(Patience, "wait_for", lambda self, busy: False)
+    monkeypatch.setattr(Patience, "pause_after", lambda *error: None)
     with ThreadPoolExecutor(1) as pool:
         try:
             first = pool.submit(alice.report, f"{site.root}/models/slow")

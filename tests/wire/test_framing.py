@@ -12,8 +12,8 @@ from blake3 import blake3
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from secateur.calls.transfer import Upload
 from secateur.tensors import from_value
-from secateur.transfer import Upload
 from secateur_proto import pruner_pb2 as pb
 from secateur_proto.dtypes import DTYPES
 from secateur_proto.framing import CHUNK_BYTES, cut, file_header, tensor_bytes
@@ -128,8 +128,8 @@ def test_writer_announces_the_size_and_digest_of_its_bytes() -> None:
 def test_the_client_sends_messages_of_a_mebibyte() -> None:
     array = np.arange(700_000, dtype=np.float32)
     upload = Upload({"w": from_value("w", array)}, {})
-    sent: list[int] = []
-    messages = list(upload.messages(pb.ReportRequest, pb.ReportHeader(data_bytes=7), sent.append))
+    cut = list(upload.messages(pb.ReportRequest, pb.ReportHeader(data_bytes=7)))
+    messages, sent = [message for message, _ in cut], [count for _, count in cut]
     assert [len(request.data) for request in messages[:-1]] == [MIB, MIB]
     assert [request.HasField("header") for request in messages] == [True, False, False]
     assert sent == [len(request.data) for request in messages]

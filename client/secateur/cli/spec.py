@@ -128,9 +128,13 @@ def spec_of(options: argparse.Namespace, client: Client, source: Source) -> Spec
     given = _given(options)
     # Of a method with statistics, "*" means what they are of.
     every = ["*"] if "statistics" in given else None
-    tensors = options.tensors or every or matrices(source, client.report)
+    tensors = options.tensors or every or _matrices(source, client)
     rule = {"method": options.method, "tensors": tensors, **given}
     return Spec.from_dict({"rules": [rule]})
+
+
+def _matrices(source: Source, client: Client) -> list[str]:
+    return matrices(source.prunable() if source.is_here else client.report(source).tensors)
 
 
 def groups_in(path: Path) -> list[Group]:

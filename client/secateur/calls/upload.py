@@ -6,8 +6,10 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from secateur.calls.connection import Connection
+from secateur.calls.patience import MOST_PAUSE_SECONDS, Patience
+from secateur.calls.transport import Requests
 from secateur.checkpoint import Checkpoint, decode_checkpoint
-from secateur.connection import Connection
 from secateur.errors import (
     Aborted,
     Cancelled,
@@ -19,9 +21,7 @@ from secateur.errors import (
 )
 from secateur.model import Source
 from secateur.model_files import map_bytes
-from secateur.patience import MOST_PAUSE_SECONDS, Patience
 from secateur.tensor_file import TensorFile
-from secateur.transfer import errors_of
 from secateur_proto import checkpoint_pb2
 from secateur_proto import checkpoints_pb2 as pb
 from secateur_proto.codec import Data
@@ -86,26 +86,26 @@ class Sending:
         self, connection: Connection, patience: Patience, sending: Callable[[int], None]
     ) -> None:
         self._connection, self._patience, self._sending = connection, patience, sending
+        self._transport = connection.transport
         self._shown = 0
         self._most_held = -1
-        self.error: Exception | None = None
 
-    def send(self, files: Sequence[LocalFile]) -> Checkpoint:
+    async def send(self, files: Sequence[LocalFile]) -> Checkpoint:
         """Sends what the server does not have of a model's files.
 
         Raises:
             SecateurError: The error of the last try.
         """
-        messages = [file.message() for file in files]
+        messages = [await self._transport.run(file.message) for file in files]
 
-        def attempt() -> Checkpoint:
-            held = self._held(messages)
+        async def attempt() -> Checkpoint:
+            held = await self._held(messages)
             self._connection.is_known = True
             if sum(held) > self._most_held:
                 self._most_held, self._patience.tries = sum(held), 0
-            return self._send(files, messages, held)
+            return await self._send(files, messages, held)
 
-        return self._patience.repeat(attempt, self._is_resumable)
+        return await self._connection.repeat(attempt, self._patience, self._is_resumable)
 
     def _is_resumable(self, error: SecateurError) -> bool:
         # If the server never answered, no upload broke. A server that shuts down cancels calls. It
@@ -117,18 +117,17 @@ class Sending:
         )
         return self._connection.is_known and (is_lost or is_passing)
 
-    def _held(self, messages: Sequence[checkpoint_pb2.File]) -> list[int]:
+    async def _held(self, messages: Sequence[checkpoint_pb2.File]) -> list[int]:
         """The bytes of each file that the server has."""
         request = pb.QueryUploadRequest(files=messages)
         is_again, left = self._patience.tries > 0, self._patience.left()
         # gRPC needs a moment to replace a connection that broke.
         timeout = MOST_PAUSE_SECONDS if is_again and (left is None or left > 5) else left
-        query = self._connection.rpcs["QueryUpload"]
-        with errors_of(self):
-            answer = query(request, timeout=timeout, wait_for_ready=is_again)
+        query = self._transport.rpcs["QueryUpload"]
+        answer = await self._transport.ask(query, request, timeout, wait_for_ready=is_again)
         return list(answer.committed_sizes)
 
-    def _send(
+    async def _send(
         self,
         files: Sequence[LocalFile],
         messages: Sequence[checkpoint_pb2.File],
@@ -140,31 +139,30 @@ class Sending:
                 for message, offset in zip(messages, held, strict=True)
             ]
         )
-        requests, left = self._requests(header, files, held), self._patience.left()
-        call = self._connection.rpcs["Upload"].future(requests, timeout=left)
-        with errors_of(self, call):
-            return decode_checkpoint(call.result())
+        requests = Requests(_messages(header, files, held), self._advance())
+        rpc, left = self._transport.rpcs["Upload"], self._patience.left()
+        return decode_checkpoint(await self._transport.send(rpc, requests, left))
 
-    def _requests(
-        self, header: pb.UploadHeader, files: Sequence[LocalFile], held: Sequence[int]
-    ) -> Iterator[pb.UploadRequest | Data]:
-        """The messages of a call. It keeps its error in `error`, like Upload.messages."""
-        try:
-            yield pb.UploadRequest(header=header)
-            sent = sum(held)
-            self._show(sent)
-            missing = zip(files, held, strict=True)
-            rest = (part for file, offset in missing for part in file.rest(offset))
-            for piece in cut(rest):
-                yield Data(piece)
-                sent += len(piece)
-                self._show(sent)
-        except Exception as error:
-            self.error = error
-            raise
+    def _advance(self) -> Callable[[int], None]:
+        """A function that shows the bytes of one call; bytes that are sent again are not shown."""
+        sent = 0
 
-    def _show(self, sent: int) -> None:
-        """Bytes that are sent again are not shown again."""
-        if sent > self._shown:
-            self._sending(sent - self._shown)
-            self._shown = sent
+        def advance(count: int) -> None:
+            nonlocal sent
+            sent += count
+            if sent > self._shown:
+                self._sending(sent - self._shown)
+                self._shown = sent
+
+        return advance
+
+
+def _messages(
+    header: pb.UploadHeader, files: Sequence[LocalFile], held: Sequence[int]
+) -> Iterator[tuple[pb.UploadRequest | Data, int]]:
+    """The messages of a call, each with its bytes; what the server has counts with the header."""
+    yield pb.UploadRequest(header=header), sum(held)
+    missing = zip(files, held, strict=True)
+    rest = (part for file, offset in missing for part in file.rest(offset))
+    for piece in cut(rest):
+        yield Data(piece), len(piece)

@@ -2,18 +2,16 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
 from blake3 import blake3
 
 from secateur.atomic import replacing
-from secateur.connection import Connection
+from secateur.calls.connection import Connection
 from secateur.errors import Cancelled, DataLoss, SecateurError, ServerError, Unavailable
 from secateur.forms import is_model
 from secateur.progress import Progress, show_progress
-from secateur.transfer import errors_of
 from secateur_proto import checkpoint_pb2, checkpoints_pb2
 from secateur_proto.enums import plain_name
 from secateur_proto.framing import file_header
@@ -40,7 +38,7 @@ class Receiving:
         self._targets: list[_Target] = []
         self._show: Callable[[int], None] = lambda count: None
 
-    def save(self, progress: Progress) -> None:
+    async def save(self, progress: Progress) -> None:
         """Downloads the files.
 
         Raises:
@@ -48,7 +46,11 @@ class Receiving:
         """
         try:
             with ExitStack() as held:
-                self._patience.repeat(lambda: self._attempt(held, progress), self._is_resumable)
+
+                async def attempt() -> None:
+                    await self._attempt(held, progress)
+
+                await self._connection.repeat(attempt, self._patience, self._is_resumable)
                 for target in self._targets:
                     target.check(self._path)
         except OSError as error:
@@ -57,18 +59,20 @@ class Receiving:
     def _is_resumable(self, error: SecateurError) -> bool:
         return self._connection.is_known and isinstance(error, Unavailable | Cancelled)
 
-    def _attempt(self, held: ExitStack, progress: Progress) -> None:
+    async def _attempt(self, held: ExitStack, progress: Progress) -> None:
         self._request.offset = self._received
-        call = self._connection.rpcs["Download"](self._request, timeout=self._patience.left())
-        with errors_of(None, call):
-            answer = iter(call)
-            first = next(answer, None)
-            if first is None:
+        transport, left = self._connection.transport, self._patience.left()
+        with transport.stream(transport.rpcs["Download"], self._request, left) as answers:
+            message = await answers.read()
+            if message is None:
                 raise ServerError("the answer ended before it began")
             self._connection.is_known = True
-            self._begin(first.result, held, progress)
-            for message in chain([first], answer):
-                self._write(memoryview(message.data))
+            self._begin(message.result, held, progress)
+            while message is not None:
+                data = memoryview(message.data)
+                await transport.write(self._write, data)
+                self._show(len(data))
+                message = await answers.read()
         assert self._result is not None, "the first message has it"
         if self._received < self._result.data_bytes:
             raise ServerError("the answer ended before all announced bytes arrived")
@@ -98,7 +102,6 @@ class Receiving:
             taken = target.write(data)
             data = data[taken:]
             self._received += taken
-            self._show(taken)
             if taken:
                 self._patience.tries = 0
         if data:

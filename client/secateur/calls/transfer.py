@@ -1,16 +1,14 @@
 """The data of a call: a file is sent in messages, and files are received."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-import grpc
 import numpy as np
 from blake3 import blake3
 
 from secateur.cycles import no_search_for_cycles
-from secateur.errors import DataLoss, ServerError, from_rpc
+from secateur.errors import DataLoss, ServerError
 from secateur.packing.packed import unpacked
 from secateur.shards import Index
 from secateur.tensor_file import TensorFile, parse_file
@@ -28,8 +26,6 @@ class Upload:
 
     Attributes:
         file_bytes: The length of the file.
-        error: The error of making a message. gRPC makes messages in a thread of its own, and hides
-            their errors.
     """
 
     def __init__(
@@ -47,47 +43,21 @@ class Upload:
         """
         self._file = TensorFile(tensors, metadata) if tensors or is_file else None
         self.file_bytes = self._file.size if self._file else 0
-        self.error: Exception | None = None
 
     def messages(
-        self, make: Callable[..., Request], header: Any, sending: Callable[[int], None]
-    ) -> Iterator[Request | Data]:
-        """Yields the messages of a call.
+        self, make: Callable[..., Request], header: Any
+    ) -> Iterator[tuple[Request | Data, int]]:
+        """Yields the messages of a call, each with the bytes of the file in it.
 
         Args:
             make: Makes a request of a header and data.
             header: The header of the first request.
-            sending: Called with the bytes of each message.
         """
-        try:
-            pieces = cut(self._file.parts() if self._file else ())
-            first = next(pieces, b"")
-            yield make(header=header, data=bytes(first))
-            sending(len(first))
-            for piece in pieces:
-                yield Data(piece)
-                sending(len(piece))
-        except Exception as error:
-            self.error = error
-            raise
-
-
-class Sender(Protocol):
-    """It keeps the error that its messages raise in a thread of gRPC."""
-
-    error: Exception | None
-
-
-@contextmanager
-def errors_of(sender: Sender | None, call: grpc.RpcContext | None = None) -> Iterator[None]:
-    """Raises a failed call's error as a SecateurError, and cancels a call that is not finished."""
-    try:
-        yield
-    except grpc.RpcError as error:
-        raise (sender and sender.error) or from_rpc(error) from None
-    finally:
-        if call is not None:
-            call.cancel()
+        pieces = cut(self._file.parts() if self._file else ())
+        first = next(pieces, b"")
+        yield make(header=header, data=bytes(first)), len(first)
+        for piece in pieces:
+            yield Data(piece), len(piece)
 
 
 @dataclass(frozen=True)
@@ -109,36 +79,45 @@ class Received:
         return read_ties(self.metadata, self.tensors).names
 
 
-def receive(
-    responses: Iterable[Any], working: Callable[[Any], None] = lambda progress: None
-) -> tuple[Any, Received]:
-    """Receives an answer.
+class Receiver:
+    """Receives the messages of an answer.
 
     Args:
-        responses: The messages of the answer.
         working: Called with each progress message.
-
-    Returns:
-        The result, and the files behind it.
-
-    Raises:
-        SecateurError: The answer is not what the server announced.
     """
-    result, data, filled = None, np.empty(0, np.uint8), 0
-    for message in responses:
+
+    def __init__(self, working: Callable[[Any], None]) -> None:
+        self._working = working
+        self._result: Any = None
+        self._data, self._filled = np.empty(0, np.uint8), 0
+
+    def take(self, message: Any) -> None:
+        """Takes the next message.
+
+        Raises:
+            ServerError: The answer is longer than the server announced.
+        """
         if message.HasField("result"):
-            result = message.result
-            data = np.empty(result.data_bytes, np.uint8)
+            self._result = message.result
+            self._data = np.empty(self._result.data_bytes, np.uint8)
         elif not isinstance(message, Data):
-            working(message.progress)
+            self._working(message.progress)
         piece = np.frombuffer(message.data, np.uint8)
-        if filled + len(piece) > len(data):
-            raise ServerError(f"more than the {len(data)} bytes that the server announced")
-        data[filled : filled + len(piece)] = piece
-        filled += len(piece)
-    if result is None or filled < len(data):
-        raise ServerError(f"the answer ended after {filled} of {len(data)} bytes")
-    return result, _parse(result, data.data) if len(data) else Received()
+        end = self._filled + len(piece)
+        if end > len(self._data):
+            raise ServerError(f"more than the {len(self._data)} bytes that the server announced")
+        self._data[self._filled : end] = piece
+        self._filled = end
+
+    def finish(self) -> tuple[Any, Received]:
+        """Returns the result, and the files behind it.
+
+        Raises:
+            SecateurError: The answer is not what the server announced.
+        """
+        if self._result is None or self._filled < len(self._data):
+            raise ServerError(f"the answer ended after {self._filled} of {len(self._data)} bytes")
+        return self._result, _parse(self._result, self._data.data) if self._filled else Received()
 
 
 @no_search_for_cycles()

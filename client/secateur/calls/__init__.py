@@ -1,0 +1,1 @@
+"""The methods of both clients as coroutines, on a Transport that does all input and output."""
