@@ -7,6 +7,7 @@ import pytest
 import safetensors.torch
 
 import secateur
+from secateur.blocking import run
 from secateur_proto import pruner_pb2
 from secateur_proto.checkpoints_pb2 import DownloadRequest, DownloadResult
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
@@ -93,7 +94,7 @@ def test_checkpoint_deleted_during_a_broken_download_leaves_no_file(
     checkpoint = store.client.upload({"w": BIG["b"] + 1})
 
     def deleting(done: int, total: int) -> None:
-        store.client._delete(checkpoint, is_there=False)
+        run(store.client._calls._delete(checkpoint, is_there=False))
 
     with (
         # No connection carries all of it, and the client may receive nothing from one that is cut.
