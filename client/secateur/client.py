@@ -24,8 +24,9 @@ class Client(PrunerCalls):
             or a URI, which the server opens.
         key: Where the state_dict is in a torch file that holds several mappings of tensors, such as
             "ema.model"; None finds the only one.
-        progress: None shows a bar on a terminal, True always, False never. A function is called
-            with the bytes sent and their total, or, while the server works, with parts of 1000.
+        progress: None shows a bar on a terminal or in a notebook, True always, False never. A
+            function is called with the bytes sent and their total, or, while the server works, with
+            parts of 1000.
 
     Args:
         address: HOST:PORT or unix:PATH; None is $SECATEUR_SERVER, and then $SECATEUR_TOKEN and

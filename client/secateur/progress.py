@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -10,7 +11,7 @@ from secateur.checks import shown
 from secateur.errors import DeadlineExceeded, SecateurError
 from secateur_proto.checkpoint_pb2 import PHASE_WAIT
 
-# None: a bar if stderr is a terminal and tqdm is installed. A function gets done and total.
+# None: a bar on a terminal or in a notebook, if tqdm is installed. A function gets done and total.
 Progress = bool | None | Callable[[int, int], None]
 
 
@@ -37,13 +38,35 @@ def show_progress(
     has_tqdm = importlib.util.find_spec("tqdm") is not None
     if progress and not has_tqdm:
         raise SecateurError("progress=True needs tqdm: pip install 'secateur[cli]'")
-    if progress or (progress is None and has_tqdm and sys.stderr.isatty()):
-        from tqdm import tqdm
-
-        with tqdm(total=total or None, unit=unit, unit_scale=True, desc=what, leave=False) as bar:
+    is_here = has_tqdm and (sys.stderr.isatty() or is_in_notebook())
+    if progress or (progress is None and is_here):
+        # A notebook keeps a place for each widget, so short calls show none unasked.
+        delay = NOTEBOOK_DELAY if progress is None and is_in_notebook() else 0
+        with _tqdm()(
+            total=total or None, unit=unit, unit_scale=True, desc=what, leave=False, delay=delay
+        ) as bar:
             yield cast(Callable[[int], None], bar.update)
     else:
         yield lambda count: None
+
+
+# Seconds before a call in a notebook shows a bar.
+NOTEBOOK_DELAY = 0.5
+
+
+def is_in_notebook() -> bool:
+    """Returns whether the process is the kernel of a notebook, as tqdm finds it."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return shell is not None and "IPKernelApp" in shell.config
+
+
+def _tqdm() -> Any:
+    """The class of bars: a widget in a notebook with ipywidgets, else text."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tqdm, where ipywidgets is not installed
+        from tqdm.auto import tqdm
+    return tqdm
 
 
 # The number of parts in which the server's work is shown.
