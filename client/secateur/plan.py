@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from secateur.decoding import decoded
+from secateur.display.frames import amount_column, frame_of
 from secateur.display.notebook import Displayed
+from secateur.display.plots import curves, heat_map
 from secateur.lazy import LazyMapping, LazySequence
 from secateur.report import Choice
 from secateur.report_decoding import decode_choice
@@ -16,6 +18,10 @@ from secateur_proto import spec_pb2
 from secateur_proto.enums import plain_name
 from secateur_proto.pruner_pb2 import PlanHeader
 from secateur_proto.spec_pb2 import Selection
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from pandas import DataFrame
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,34 @@ class Plan(Displayed):
         )
         return asdict(replace(self, amounts=tuple(amounts)))
 
+    def to_frame(self) -> "DataFrame":
+        """Returns a row for each amount and tensor as a pandas.DataFrame, by the tensors' names.
+
+        Raises:
+            SecateurError: pandas is not installed.
+        """
+        rows = [(of, name, tensor) for of in self.amounts for name, tensor in of.tensors.items()]
+        columns = {
+            "amount": amount_column([of.amount for of, _, _ in rows]),
+            "pruned": ("int64", [tensor.pruned for _, _, tensor in rows]),
+            "total": ("int64", [tensor.total for _, _, tensor in rows]),
+            "sparsity": ("float64", [tensor.sparsity for _, _, tensor in rows]),
+            "norm_removed": ("float64", [tensor.norm_removed for _, _, tensor in rows]),
+        }
+        return frame_of(columns, [name for _, name, _ in rows])
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draws the share of the norm that each amount removes against its sparsity.
+
+        Args:
+            ax: Axes of matplotlib; None makes a figure.
+
+        Raises:
+            SecateurError: matplotlib is not installed.
+        """
+        shares = [planned.norm_removed for planned in self.amounts]
+        return curves(ax, [planned.sparsity for planned in self.amounts], {"norm removed": shares})
+
     def table(self) -> Table:
         """Returns a row for each amount."""
         return Table(self._rows(), above=(self._legend(),), below=(self._note(),))
@@ -128,6 +162,31 @@ class Sensitivity(Displayed):
     def to_dict(self) -> dict[str, Any]:
         """Returns the sensitivity as plain data, for JSON."""
         return asdict(self)
+
+    def to_frame(self) -> "DataFrame":
+        """Returns a row for each tensor and amount as a pandas.DataFrame, by the tensors' names.
+
+        Raises:
+            SecateurError: pandas is not installed.
+        """
+        names = list(self.norm_removed)
+        columns = {
+            "amount": amount_column(self.amounts * len(names)),
+            "norm_removed": ("float64", [s for name in names for s in self.norm_removed[name]]),
+        }
+        return frame_of(columns, [name for name in names for _ in self.amounts])
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draws a map of the tensors and amounts: the share of the norm that would be removed.
+
+        Args:
+            ax: Axes of matplotlib; None makes a figure.
+
+        Raises:
+            SecateurError: matplotlib is not installed.
+        """
+        amounts = [_shown(amount) for amount in self.amounts]
+        return heat_map(ax, list(self.norm_removed), amounts, [*self.norm_removed.values()])
 
     def table(self) -> Table:
         """Returns a row for each tensor, and a column for each amount."""

@@ -2,12 +2,23 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from secateur.details import TensorDetails
+from secateur.display.frames import frame_of
 from secateur.display.notebook import Displayed
+from secateur.display.plots import bars
 from secateur.shrinkage import Shrinkage
 from secateur.tables import Table, listed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from pandas import DataFrame
+
+_FRAME_DTYPES = {
+    **{"shape": "object", "dtype": "str", "bytes": "int64", "zeros": "int64", "total": "int64"},
+    **{"sparsity": "float64", "pruned": "int64", "is_pruned": "bool"},
+}
 
 # Names of tensors in a line for people.
 _SHOWN = 3
@@ -194,6 +205,31 @@ class Report(Displayed):
         if self.shrinkage is None:
             del found["shrinkage"]
         return found
+
+    def to_frame(self) -> "DataFrame":
+        """Returns a row for each tensor, by its name, as a pandas.DataFrame.
+
+        Raises:
+            SecateurError: pandas is not installed.
+        """
+        tensors = self.tensors.values()
+        columns = {
+            name: (dtype, [getattr(tensor, name) for tensor in tensors])
+            for name, dtype in _FRAME_DTYPES.items()
+        }
+        return frame_of(columns, list(self.tensors))
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draws the sparsity of each tensor as a bar.
+
+        Args:
+            ax: Axes of matplotlib; None makes a figure.
+
+        Raises:
+            SecateurError: matplotlib is not installed.
+        """
+        sparsities = {name: tensor.sparsity for name, tensor in self.tensors.items()}
+        return bars(ax, sparsities, self.sparsity)
 
     def table(self) -> Table:
         """Returns a row for each tensor, and lines on rules, coverage and warnings."""
