@@ -24,7 +24,8 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 def outputs(*cells: str) -> list[list[nbformat.NotebookNode]]:
     """What each cell shows beside its value."""
-    notebook = nbformat.v4.new_notebook(cells=[*map(nbformat.v4.new_code_cell, cells)])
+    made = [nbformat.v4.new_code_cell(cell) for cell in cells]  # type: ignore[no-untyped-call]
+    notebook = nbformat.v4.new_notebook(cells=made)  # type: ignore[no-untyped-call]
     NotebookClient(notebook, timeout=PATIENCE, kernel_name="python3").execute()
     return [
         [output for output in cell.outputs if output.output_type != "execute_result"]

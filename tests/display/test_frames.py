@@ -10,7 +10,7 @@ import pytest
 
 import secateur
 
-MODEL = {
+MODEL: dict[str, Any] = {
     "conv": np.arange(16, dtype=np.float32).reshape(2, 8),
     "fc": np.arange(12, dtype=np.float16).reshape(3, 4),
     "scale": np.ones((), np.float64),

@@ -11,7 +11,6 @@ import pytest
 mpl.use("Agg")
 
 from matplotlib import pyplot
-from matplotlib.axes import Axes
 
 import secateur
 
@@ -36,7 +35,7 @@ def _no_windows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     pyplot.close("all")
 
 
-def drawn(ax: Axes) -> bytes:
+def drawn(ax: Any) -> bytes:
     """Draws the figure."""
     image = io.BytesIO()
     ax.figure.savefig(image, dpi=40)
@@ -49,7 +48,7 @@ def labels(ticks: Any) -> list[str]:
 
 def test_a_report_has_a_bar_for_each_tensor(client: secateur.Client) -> None:
     report = client.prune(MODEL, EACH + secateur.l1_unstructured("conv", 0.5)).report
-    ax = report.plot()
+    ax: Any = report.plot()
     assert [bar.get_width() for bar in ax.patches] == [
         tensor.sparsity for tensor in report.tensors.values()
     ]
@@ -63,6 +62,7 @@ def test_a_report_has_a_bar_for_each_tensor(client: secateur.Client) -> None:
 
 def test_a_plan_is_a_curve(client: secateur.Client) -> None:
     plan = client.plan(MODEL, EACH, [0.9, 0.1, 0.5])
+    line: Any
     (line,) = plan.plot().lines
     planned = [plan.amounts[i] for i in (1, 2, 0)]
     assert list(line.get_xdata()) == [of.sparsity for of in planned]
@@ -71,7 +71,7 @@ def test_a_plan_is_a_curve(client: secateur.Client) -> None:
 
 def test_a_sensitivity_is_a_heat_map(client: secateur.Client) -> None:
     sensitivity = client.sensitivity(MODEL, amounts=[0.25, 0.5, 1])
-    ax = sensitivity.plot()
+    ax: Any = sensitivity.plot()
     (image,) = ax.images
     assert image.get_array().tolist() == [list(v) for v in sensitivity.norm_removed.values()]
     assert labels(ax.get_xticklabels()) == ["0.25", "0.5", "1"]
@@ -93,7 +93,7 @@ def test_axes_of_the_caller_are_drawn_on_and_returned(client: secateur.Client) -
 
 def test_thousands_of_tensors_are_few_artists(client: secateur.Client) -> None:
     for result in (client.report(MANY), client.sensitivity(MANY, amounts=[0.5, 0.75])):
-        ax = result.plot()
+        ax: Any = result.plot()
         assert len(ax.get_children()) < 60
         assert len(ax.get_yticklabels()) == 40
         assert labels(ax.get_yticklabels())[1] == "layer.125.weight"
@@ -104,8 +104,9 @@ def test_thousands_of_tensors_are_few_artists(client: secateur.Client) -> None:
 
 def test_the_bars_of_thousands_have_the_values(client: secateur.Client) -> None:
     report = client.report(MANY)
+    bars: Any
     (bars,) = report.plot().patches
-    values, edges, _ = bars.get_data()  # type: ignore[attr-defined]
+    values, edges, _ = bars.get_data()
     assert list(values) == [tensor.sparsity for tensor in report.tensors.values()]
     assert list(edges[:2]) == [-0.5, 0.5]
 

@@ -24,13 +24,11 @@ def frame_of(columns: Columns, names: Sequence[str] | None = None) -> "DataFrame
     """
     pandas = extra("to_frame", "pandas")
     index = None if names is None else pandas.Index(names, dtype="str", name="tensor")
-    return pandas.DataFrame(
-        {
-            name: pandas.Series(values, index, dtype=dtype)
-            for name, (dtype, values) in columns.items()
-        },
-        index,
-    )
+    series = {
+        name: pandas.Series(values, index, dtype=dtype) for name, (dtype, values) in columns.items()
+    }
+    frame: DataFrame = pandas.DataFrame(series, index)
+    return frame
 
 
 def amount_column(amounts: Sequence[float | None]) -> tuple[str, Sequence[float | None]]:
