@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from secateur_proto import pruner_pb2 as pb
 from secateur_server.api.answers import Made, written
 from secateur_server.api.convert.report import encode_report
+from secateur_server.api.details import add_details, check_details, choose_detailed
 from secateur_server.api.rules import check_prior
 from secateur_server.api.smaller import add_shrinkage
 from secateur_server.cut.prior import prune_zeros
@@ -38,6 +39,7 @@ def decode_finalize(context: RequestContext, header: pb.FinalizeHeader) -> Seque
     if header.output not in FINAL:
         raise InvalidRequest("header.output", f"{header.output} is not an output of Finalize")
     check_prior(header)
+    check_details(header)
     needs_groups = OUTPUTS[header.output].needs_groups
     if needs_groups != bool(header.groups):
         why = (
@@ -78,11 +80,13 @@ def finalize_call(
         context.begin("prune")
         _add_prior(context, header, state_dict, groups)
         parameters = dict(state_dict.parameters)
-        files = _files(context, header, state_dict, groups, names)
         covered = {name: parameters[name] for name in names}
+        histograms = choose_detailed(context, header, covered)
+        files = _files(context, header, state_dict, groups, names)
         measured = measure_sent(context, covered, state_dict.shrinking)
         digests = incoming.digest(), digest_of(files)
         report = encode_report(context, measured, state_dict.catalog, *digests, are_folded=True)
+        add_details(context, report, histograms, covered, state_dict.shrinking)
         if groups:
             add_shrinkage(context, report, state_dict, groups, parameters)
             report.warnings.extend(filter(None, [not_shrunk(report.shrinkage)]))

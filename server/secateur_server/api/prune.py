@@ -10,6 +10,7 @@ from secateur_proto.report_pb2 import SparsityReport
 from secateur_server.api.answers import Made, written
 from secateur_server.api.convert.checkpoint import checkpoint_message
 from secateur_server.api.convert.report import encode_report
+from secateur_server.api.details import add_details, check_details, choose_detailed
 from secateur_server.api.rules import (
     before,
     check_prior,
@@ -66,6 +67,7 @@ def decode_prune(context: RequestContext, header: pb.PruneHeader) -> list[Rule]:
         _check_solving(header)
         _check_holders(context, rules)
     check_prior(header)
+    check_details(header)
     return rules
 
 
@@ -207,11 +209,13 @@ def _encoded(
     """Makes the files and the report."""
     context, header, state_dict = call.context, call.header, incoming.state_dict
     with context.stage("encode"):
+        histograms = choose_detailed(context, header, pruned)
         files = OUTPUTS[header.output].files(context, state_dict, pruned, groups)
         digests = incoming.digest(), digest_of(files)
         measured = measure_sent(context, pruned, state_dict.shrinking)
         catalog = state_dict.catalog
         report = encode_report(context, measured, catalog, *digests, outcomes)
+        add_details(context, report, histograms, pruned, state_dict.shrinking)
         changes = changes_of(context, report, catalog, prior, pruned)
         if state_dict.shrinking is not None:
             add_shrinkage(context, report, state_dict, groups, {**prior, **pruned})

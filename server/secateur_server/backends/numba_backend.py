@@ -15,6 +15,7 @@ from torch import Tensor
 from secateur_server.backends import (
     kernels,
     kernels_curve,
+    kernels_details,
     kernels_many,
     kernels_rows,
     kernels_units,
@@ -202,6 +203,21 @@ class NumbaBackend(TorchBackend):
         bits, flags = of_values.numpy(), None if kept is None else kept.numpy()
         return int(kernels.count_zeros(bits, flags, bits.dtype.type(~sign)))
 
+    def count_magnitudes(
+        self, values: Tensor, kept: Tensor | None, largest: float, counts: Ints
+    ) -> None:
+        if values.dtype not in (torch.float32, torch.float64):  # of integers and half precision
+            wide = torch.float32 if values.is_floating_point() else torch.float64
+            values = _scratch(len(values), wide).copy_(values)
+        flags = _NO_BITS if kept is None else kept.numpy()
+        kernels_details.count_magnitudes(values.numpy(), flags, largest, counts)
+
+    def count_pixels(
+        self, bits: Tensor, begin: int, end: int, stride: int, rows: int, columns: int, counts: Ints
+    ) -> None:
+        edges = np.arange(counts.shape[1] + 1) * columns // counts.shape[1]
+        kernels_details.count_pixels(bits.numpy(), begin, end, stride, rows, edges, counts)
+
     def fold(self, values: Tensor, kept: Tensor) -> None:
         bits, sign = signed_bits(values)
         kernels.fold(bits.numpy(), kept.numpy(), sign)
@@ -227,6 +243,9 @@ class NumbaBackend(TorchBackend):
         found = torch.empty(keys.shape, dtype=torch.bool)
         kernels_units.largest(keys.contiguous().numpy(), n, found.numpy())
         return found
+
+
+_NO_BITS: Any = np.empty(0, np.uint8)
 
 
 def _scratch(count: int, dtype: torch.dtype) -> Tensor:

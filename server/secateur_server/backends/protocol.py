@@ -265,6 +265,34 @@ class Backend(Protocol):
             kept: The bits of a mask; None: all are kept.
         """
 
+    def count_magnitudes(
+        self, values: Tensor, kept: Tensor | None, largest: float, counts: Ints
+    ) -> None:
+        """Adds values, (n,), to histograms of their magnitudes |x|: see histogram.py.
+
+        Args:
+            values: Of any dtype that can be pruned.
+            kept: The bits of a mask; None: all are kept.
+            largest: The largest finite magnitude, or a larger one.
+            counts: (2, bins + 2); added to. A line for those kept, and one for those pruned: at 0
+                the zeros, then bins of equal width up to `largest`, at last those not finite.
+        """
+
+    def count_pixels(
+        self, bits: Tensor, begin: int, end: int, stride: int, rows: int, columns: int, counts: Ints
+    ) -> None:
+        """Adds to `counts` how many bits are 1 in each pixel of an image: see images.py.
+
+        Args:
+            bits: Of a matrix.
+            begin: The first element of the image, in row-major order.
+            end: The end of the elements to count.
+            stride: Columns of the matrix.
+            rows: Rows of the matrix in the image.
+            columns: Columns of the matrix in the image.
+            counts: (height, width), at most (rows, columns); added to.
+        """
+
     def fold(self, values: Tensor, kept: Tensor) -> None:
         """Sets the values, (n,), that are not kept to zero of their own sign.
 

@@ -253,6 +253,31 @@ class TorchBackend(Backend):
             zero |= ~self.unpack(kept, len(values))
         return int(zero.count_nonzero())
 
+    def count_magnitudes(
+        self, values: Tensor, kept: Tensor | None, largest: float, counts: Ints
+    ) -> None:
+        size, x = counts.shape[1], values.to(torch.float64).abs()
+        is_finite = x.isfinite()
+        share = torch.where(is_finite & (x > 0), x / largest, 0.0)
+        places = (share * (size - 2)).to(torch.int64).clamp(max=size - 3) + 1
+        places = torch.where(x == 0, 0, torch.where(is_finite, places, size - 1))
+        if kept is not None:
+            places += size * ~self.unpack(kept, len(values))
+        counts += torch.bincount(places, minlength=2 * size).view(2, -1).cpu().numpy()
+
+    def count_pixels(
+        self, bits: Tensor, begin: int, end: int, stride: int, rows: int, columns: int, counts: Ints
+    ) -> None:
+        height, width = counts.shape
+        index = torch.arange(begin, end, device=self.device)
+        row = index // columns
+        column = index - row * columns
+        index = index[bits_at(bits, row * stride + column)]
+        row = index // columns
+        column = index - row * columns
+        pixels = ((row + 1) * height - 1) // rows * width + ((column + 1) * width - 1) // columns
+        counts += torch.bincount(pixels, minlength=counts.size).view(height, -1).cpu().numpy()
+
     def fold(self, values: Tensor, kept: Tensor) -> None:
         bits, sign = signed_bits(values)
         torch.where(self.unpack(kept, len(bits)), bits, bits & sign, out=bits)

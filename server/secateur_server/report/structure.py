@@ -108,7 +108,7 @@ def _most_nonzero(
     def most_in(box: Box) -> dict[int, int]:
         if len(met) == len(limits):  # all limits are reached
             return limits
-        found = dict(zip(GROUPS, backend.most_ones(_lines(mask, tiles, box)), strict=True))
+        found = dict(zip(GROUPS, backend.most_ones(lines_of(mask, tiles, box)), strict=True))
         met.update(m for m in limits if found[m] == limits[m])
         return found
 
@@ -125,7 +125,7 @@ def _zero_blocks(
     tiles = Tiles((rows, columns, 1), (min(rows, SIDES[-1]), SIDES[-1], 1))
 
     def nonzero_in(box: Box) -> list[int]:
-        return backend.nonzero_blocks(_lines(mask, tiles, box))
+        return backend.nonzero_blocks(lines_of(mask, tiles, box))
 
     counts = backend.map(context, nonzero_in, tiles.boxes(backend.piece))
     return _zero_of(matrix, map(sum, zip(*counts, strict=True)))
@@ -143,7 +143,7 @@ def _zero_of(matrix: tuple[int, int], nonzero: Iterable[int]) -> tuple[ZeroBlock
     return tuple(found)
 
 
-def _lines(mask: Mask, tiles: Tiles, box: Box) -> Tensor:
+def lines_of(mask: Mask, tiles: Tiles, box: Box) -> Tensor:
     """A box of a mask, with bytes of its own for each line along the second of three dimensions.
 
     The result is uint8, (lines, bytes), with 0 for padding.
