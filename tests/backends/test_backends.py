@@ -5,6 +5,7 @@ import math
 import os
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given
@@ -269,6 +270,52 @@ def test_a_fold_is_the_product_with_the_mask(
     zeros = torch.copysign(torch.zeros_like(scores), scores)
     product = torch.where(unpruned, scores, zeros)
     assert torch.equal(folded.view(BITS[piece.dtype]), product.view(BITS[piece.dtype]))
+
+
+@every_backend
+@many
+@given(drawn=pieces(), extra=st.sampled_from([1.0, 1.7]))
+def test_magnitudes_are_counted_in_bins(
+    backend: TorchBackend, drawn: tuple[Piece, list[float], Tensor], extra: float
+) -> None:
+    piece, magnitudes, unpruned = drawn
+    assert piece.scores.stored is not None
+    largest = extra * max((x for x in magnitudes if math.isfinite(x)), default=0.0)
+    expected = [[7] * 12, [7] * 12]
+    for x, is_kept in zip(magnitudes, unpruned.tolist(), strict=True):
+        place = 11
+        if math.isfinite(x):
+            place = 1 + min(int(x / largest * 10), 9) if x else 0
+        expected[not is_kept][place] += 1
+    counts = np.full((2, 12), 7)
+    backend.count_magnitudes(piece.scores.stored, piece.unpruned, largest, counts)
+    assert counts.tolist() == expected
+
+
+@every_backend
+@many
+@given(data=st.data(), sizes=st.tuples(st.integers(1, 20), st.integers(1, 90)))
+def test_bits_are_counted_in_pixels(
+    backend: TorchBackend, data: st.DataObject, sizes: tuple[int, int]
+) -> None:
+    rows, columns = (data.draw(st.integers(1, size)) for size in sizes)
+    height, width = (data.draw(st.integers(1, size)) for size in (rows, columns))
+    begin, end = sorted(data.draw(st.integers(0, rows * columns)) for _ in "ab")
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1 << 30)))
+    whole = torch.rand(sizes, generator=generator) < 0.6
+    expected = np.full((height, width), 3)
+    for i in range(begin, end):
+        pixel_of = [
+            max(p for p in range(pixels) if p * length // pixels <= at)
+            for at, length, pixels in zip(
+                divmod(i, columns), (rows, columns), (height, width), strict=True
+            )
+        ]
+        expected[tuple(pixel_of)] += bool(whole[divmod(i, columns)])
+    counts = np.full((height, width), 3)
+    bits = packed(whole.view(-1)).bits
+    backend.count_pixels(bits, begin, end, sizes[1], rows, columns, counts)
+    assert counts.tolist() == expected.tolist()
 
 
 @every_backend

@@ -18,13 +18,14 @@ def count_magnitudes(values: Any, kept: Any, largest: float, counts: Any) -> Non
     counts: int64, (2, bins + 2), as of Backend.count_magnitudes; added to.
     """
     bins, flat = counts.shape[1] - 2, counts.reshape(counts.size)
+    divisor = largest if largest > 0 else 1.0  # numba raises where numpy makes NaN
     places = np.empty(BLOCK, np.int16)
     for begin in range(0, len(values), BLOCK):
         block = values[begin : begin + BLOCK]
         for i in range(len(block)):  # loops of their own: they are vectorized
             x = abs(np.float64(block[i]))
             is_finite = x <= largest
-            place = min(np.int16((x if is_finite else 0.0) / largest * bins), bins - 1) + 1
+            place = min(np.int16((x if is_finite else 0.0) / divisor * bins), bins - 1) + 1
             places[i] = (0 if x == 0 else place) if is_finite else bins + 1
         if len(kept):
             for i in range(len(block)):

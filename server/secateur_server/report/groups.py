@@ -40,7 +40,8 @@ def count_groups(
     def count(box: Box) -> Ints:
         return _of_bytes(lines_of(mask, tiles, box))
 
-    by_byte, by_two = np.split(sum(backend.map(context, count, tiles.boxes(backend.piece))), [256])
+    parts = backend.map(context, count, tiles.boxes(backend.piece))
+    by_byte, by_two = np.split(np.sum(parts, axis=0), [256])
     found = {m: _in_bytes(by_byte, m) for m in GROUPS[:-1]} | {GROUPS[-1]: by_two}
     for m, counts in found.items():  # the bytes are padded with groups that do not exist
         counts[0] = lines * -(-size // m) - counts[1:].sum()
@@ -59,8 +60,8 @@ def _of_bytes(lines: torch.Tensor) -> Ints:
     """Counts the bytes of lines by their values, and their pairs by how many bits are 1."""
     padded = torch.nn.functional.pad(lines, (0, lines.shape[1] % 2))
     ones = torch.from_numpy(_ONES).to(lines.device)[padded.int()]
-    by_two = ones.view(-1, 2).sum(1)
-    counts = torch.bincount(padded.view(-1), minlength=256), torch.bincount(by_two, minlength=17)
+    by_two = ones.reshape(-1, 2).sum(1)
+    counts = torch.bincount(padded.reshape(-1), minlength=256), torch.bincount(by_two, minlength=17)
     return torch.cat(counts).cpu().numpy()
 
 

@@ -18,9 +18,6 @@ SIDE = 192
 # Pixels of an image that shows an element in each; and rows, or columns, of long ones.
 PIXELS, LONGEST = 448 * 448, 4096
 
-# An image between the whole and single elements is made where its pixels show so many rows.
-_MIDDLE = 3
-
 
 @dataclass(frozen=True)
 class Image:
@@ -82,10 +79,10 @@ def _views(matrix: tuple[int, int]) -> list[tuple[int, int]]:
     height = min(rows, PIXELS // width, LONGEST)
     if (height, width) == matrix:
         return [matrix]
-    # Its pixels show as many times the elements of single ones as those of the whole show of its.
+    # Half way, as factors, between a pixel of the whole and an element.
     middle = SIDE * math.isqrt(max(matrix) // SIDE)
-    views = [matrix, (min(rows, middle), min(columns, middle)), (height, width)]
-    return views if middle >= _MIDDLE * SIDE else [views[0], views[2]]
+    between = [(min(rows, middle), min(columns, middle))] if middle > max(height, width) else []
+    return [matrix, *between, (height, width)]
 
 
 def _shares(context: RequestContext, mask: Mask, stride: int, view: tuple[int, int]) -> Image:
@@ -99,7 +96,7 @@ def _shares(context: RequestContext, mask: Mask, stride: int, view: tuple[int, i
         backend.count_pixels(mask.bits, *span, stride, rows, columns, counts)
         return counts
 
-    counts: Ints = sum(backend.map(context, count, spans(rows * columns, backend.piece)))
+    counts = np.sum(backend.map(context, count, spans(rows * columns, backend.piece)), axis=0)
     heights, widths = (
         np.diff(np.arange(pixels + 1) * length // pixels)
         for pixels, length in zip(size, view, strict=True)
