@@ -12,6 +12,7 @@ from secateur_proto import pruner_pb2 as pb
 from secateur_proto import spec_pb2
 from secateur_proto.framing import file_header
 from secateur_proto.plan_pb2 import Amount
+from secateur_proto.report_pb2 import Details
 from secateur_server.api.pruner import Pruner
 from secateur_server.backends.cores import one_thread
 from secateur_server.operate.metrics import Metrics
@@ -73,8 +74,10 @@ def _warm_up(pruner: Pruner) -> None:
         _plan(pruner, small, _L1)
         _plan(pruner, large, _L1)
         _plan(pruner, large, _GLOBAL)
-        to_report = pb.ReportRequest(header=pb.ReportHeader(data_bytes=len(large)), data=large)
-        pruner.Report(iter([to_report]), RequestContext())
+        for details in (None, Details()):
+            header = pb.ReportHeader(data_bytes=len(large), details=details)
+            to_report = pb.ReportRequest(header=header, data=large)
+            pruner.Report(iter([to_report]), RequestContext())
     for side in (_SMALL[0], _LARGE[0]):  # a solver's kernel is compiled for one block, and several
         _prune(pruner, _solved_file(side), _SOLVERS, output=pb.OUTPUT_DENSE)
 

@@ -80,7 +80,7 @@ with App(read_config(["--address", "127.0.0.1:0", "--metrics-address", ""], {}))
                     client.prune(model, spec, output)
                 pairs = client.prune(model, SPECS[0], "reparametrized")
                 client.finalize(pairs.state_dict("reparametrized"))
-                client.report(model)
+                client.report(model, details=True)
             for side, count in ((8, 60), (8, 3), (600, 2)):
                 model = {f"w{i}": torch.randn(side, side).to(dtype) for i in range(count)}
                 if count > 3:
@@ -92,8 +92,8 @@ with App(read_config(["--address", "127.0.0.1:0", "--metrics-address", ""], {}))
                 pairs = client.prune(model, SPECS[0], "reparametrized")
                 pairs = pairs.state_dict("reparametrized")
                 client.prune(pairs, SPECS[0], prior="zeros")
-                client.finalize(pairs)
-                client.report(pairs)
+                client.finalize(pairs, details=True)
+                client.report(pairs, details=True)
         for side in (50, 300):
             model, known = {"w": torch.randn(side, side)}, statistics(side)
             for spec in (secateur.sparsegpt("w", 0.5, known), secateur.wanda("w", 0.5, known)):

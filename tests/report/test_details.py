@@ -19,6 +19,7 @@ from torch import Tensor
 import secateur
 from secateur_proto import pruner_pb2 as pb
 from secateur_proto import pruner_pb2_grpc
+from secateur_proto.report_pb2 import Details, TensorReport
 from secateur_server.backends import kernels
 from secateur_server.errors import Cancelled
 from secateur_server.report.details import choose, details_of
@@ -247,10 +248,10 @@ def test_no_details_without_elements_and_unless_asked_for(client: secateur.Clien
 
 def raw_report(
     channel: grpc.Channel, source: dict[str, Tensor], max_bytes: int
-) -> dict[str, pb.ReportResponse]:
+) -> dict[str, TensorReport]:
     """The reports of tensors as messages, by name."""
     data = save(source)
-    header = pb.ReportHeader(data_bytes=len(data), details={"max_bytes": max_bytes})
+    header = pb.ReportHeader(data_bytes=len(data), details=Details(max_bytes=max_bytes))
     request = pb.ReportRequest(header=header, data=data)
     answer = pruner_pb2_grpc.PrunerStub(channel).Report(iter([request]))
     return {tensor.name: tensor for tensor in answer.report.tensors}
