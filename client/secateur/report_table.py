@@ -20,7 +20,8 @@ def table_of(report: Report) -> Table:
         lines.append(str(report.coverage))
     if report.shrinkage:
         lines.append(str(report.shrinkage))
-    return Table(_rows(report), left=3, below=(*lines, *map(str, report.warnings)))
+    below = (*lines, *map(str, report.warnings))
+    return Table(_rows(report), left=3, below=below, has_total=True)
 
 
 def _rows(report: Report) -> list[tuple[str, ...]]:

@@ -15,12 +15,14 @@ class Table:
         left: How many columns are aligned left; see `text_table`.
         above: Lines before the table.
         below: Lines after it.
+        has_total: Whether the last row is the total of the others.
     """
 
     rows: Rows
     left: int = 1
     above: tuple[str, ...] = ()
     below: tuple[str, ...] = ()
+    has_total: bool = False
 
     def __str__(self) -> str:
         return "\n".join((*self.above, text_table(self.rows, self.left), *self.below))

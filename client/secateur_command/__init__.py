@@ -6,6 +6,7 @@ Ctrl-C during that second ends the command with one line.
 import gc
 import os
 import signal
+from importlib.util import find_spec
 from typing import NoReturn
 
 
@@ -19,6 +20,9 @@ def run() -> NoReturn:
     is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if is_default:
         signal.signal(signal.SIGINT, _end)
+    if not all(map(find_spec, ("click", "rich"))):
+        os.write(2, b"secateur: the command needs more packages: pip install 'secateur[cli]'\n")
+        os._exit(1)
     from secateur import cli
 
     if is_default:

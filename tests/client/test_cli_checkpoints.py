@@ -117,7 +117,8 @@ def test_a_checkpoint_is_pruned_to_a_file(
     name = shown(capsys, "checkpoints", "put", model).strip()
     here, there = tmp_path / "here.safetensors", tmp_path / "there.safetensors"
     report = shown(capsys, "prune", model, "-o", here, "--output", output, *HALF)
-    assert shown(capsys, "prune", name, "-o", there, "--output", output, *HALF) == report
+    expected = report.replace(str(here)[: -len(here.suffix)], str(there)[: -len(there.suffix)])
+    assert shown(capsys, "prune", name, "-o", there, "--output", output, *HALF) == expected
     assert same(load_file(there), load_file(here))
 
 

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from secateur import cli
-from secateur.cli.command import SMALL_BYTES
+from secateur.cli.places import SMALL_BYTES
 from tests.conftest import RunningServer
 
 IMPORTED = """
@@ -86,6 +86,14 @@ def test_a_command_with_a_server_imports_no_torch(
 ) -> None:
     assert imported(*arguments, "--server", server.address) == []
     assert Path("out.safetensors").exists() == (arguments[0] == "prune")
+
+
+@pytest.mark.parametrize("package", ["click", "rich"])
+def test_without_the_extra_the_command_says_what_to_install(package: str) -> None:
+    code = f"import sys, secateur_command as c; sys.modules['{package}'] = None; c.run()"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    said = "secateur: the command needs more packages: pip install 'secateur[cli]'\n"
+    assert (ended.returncode, ended.stderr, ended.stdout) == (1, said, "")
 
 
 def test_a_small_file_is_pruned_without_numba_to_the_same_bits(model: Path) -> None:

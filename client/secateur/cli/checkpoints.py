@@ -1,58 +1,40 @@
-"""The command secateur checkpoints: lists, uploads, downloads and deletes checkpoints."""
+"""The command `secateur checkpoints`: lists, uploads, downloads and deletes checkpoints."""
 
-import argparse
-import json
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
+import click
+
 from secateur.checkpoint import Checkpoint
-from secateur.cli.options import (
-    add_command,
-    json_option,
-    key_option,
-    out_option,
-    output_option,
-)
-from secateur.cli.source import client_of, source_of
+from secateur.cli.group import Group
+from secateur.cli.options import Server, model_options, out_option, output_option, server_options
+from secateur.cli.output import Printer, print_options
+from secateur.cli.places import client_of, source_of, standard_streams
 from secateur.errors import DataLoss
 from secateur.forms import FORMS
-from secateur.tables import text_table
+from secateur.tables import Table
 from secateur_proto.index import SUFFIX
 
-_NEEDED = "one is required"  # the default of --server
+_server_options = server_options("one is required")
 
 
-def add_checkpoints(commands: Any) -> None:
-    """Adds the command, and its own commands."""
-    text = "manage checkpoints on a server: ls, put, get, rm"
-    checkpoints: argparse.ArgumentParser = commands.add_parser(
-        "checkpoints", help=text, description=text
-    )
-    under = checkpoints.add_subparsers(required=True, metavar="COMMAND")
-    ls = add_command(under, "ls", "list the checkpoints, the newest first", _ls, _NEEDED)
-    json_option(ls)
-    text = "upload a model, and print the name of its checkpoint"
-    put = add_command(under, "put", text, _put, _NEEDED)
-    put.add_argument("model", metavar="IN", help="a file, a folder, or a URI")
-    key_option(put)
-    get = add_command(under, "get", "download a checkpoint", _get, _NEEDED)
-    get.add_argument("name", metavar="NAME", help="checkpoints/...")
-    out_option(get, "a file, or a folder")
-    output_option(get, [name for name in FORMS if name != "shrunk"])  # which needs groups
-    rm = add_command(under, "rm", "delete checkpoints", _rm, _NEEDED)
-    rm.add_argument("names", metavar="NAME", nargs="+", help="checkpoints/...")
+@click.group("checkpoints", cls=Group, no_args_is_help=False)
+def command() -> None:
+    """Manages checkpoints on a server: ls, put, get, rm."""
 
 
-def _ls(options: argparse.Namespace) -> None:
-    with client_of(options) as client:
+@command.command("ls")
+@print_options(has_rows=True)
+@_server_options
+def _ls(printer: Printer, server: Server) -> None:
+    """Lists the checkpoints, the newest first."""
+    with client_of(server) as client:
         found = list(client.checkpoints())
-    if options.json:
-        print(json.dumps([asdict(checkpoint) for checkpoint in found], indent=2, default=_plain))
-        return
     head = ("name", "model", "created", "size", "masks", "expires")
-    print(text_table([head, *map(_row, found)], left=len(head)))
+    rows = [head, *map(_row, found)]
+    printer.show([_plain(checkpoint) for checkpoint in found], Table(rows, left=len(head)))
 
 
 def _row(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -77,8 +59,10 @@ def _time(time: datetime) -> str:
     return time.astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
-def _plain(time: datetime) -> str:
-    return time.isoformat()
+def _plain(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A checkpoint as plain data, for JSON."""
+    found = asdict(checkpoint)
+    return {k: v.isoformat() if isinstance(v, datetime) else v for k, v in found.items()}
 
 
 def _size(count: float) -> str:
@@ -90,21 +74,50 @@ def _size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def _put(options: argparse.Namespace) -> None:
-    with client_of(options) as client:
-        print(client.upload(source_of(client, options)).name)
+@command.command("put")
+@model_options
+@print_options()
+@_server_options
+def _put(model: str, key: str | None, printer: Printer, server: Server) -> None:
+    """Uploads a model, and prints the name of its checkpoint.
+
+    IN is a file, a folder, or a URI.
+    """
+    with standard_streams(model, None) as (path, _), client_of(server) as client:
+        found = client.upload(source_of(client, path, key), printer.progress)
+    if printer.json:
+        printer.show(_plain(found), "")
+    else:
+        printer.always(found.name)
 
 
-def _get(options: argparse.Namespace) -> None:
-    with client_of(options) as client:
-        client.download(client.checkpoint(options.name), options.out, options.output)
+@command.command("get")
+@click.argument("name")
+@out_option("a file, or a folder")
+@output_option([name for name in FORMS if name != "shrunk"])  # which needs groups
+@print_options()
+@_server_options
+def _get(name: str, out: str, output: str, printer: Printer, server: Server) -> None:
+    """Downloads a checkpoint: NAME is checkpoints/..."""
+    printer = printer.beside(out)
+    with standard_streams("", out) as (_, path), client_of(server) as client:
+        client.download(client.checkpoint(name), path, output, printer.progress)
+    if printer.json:
+        printer.show({"name": name, "out": out}, "")
 
 
-def _rm(options: argparse.Namespace) -> None:
-    with client_of(options) as client:
-        names = dict.fromkeys(options.names)
-        for name in names:  # a wrong name must delete none of the others
+@command.command("rm")
+@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@print_options()
+@_server_options
+def _rm(names: tuple[str, ...], printer: Printer, server: Server) -> None:
+    """Deletes checkpoints: each NAME is checkpoints/..."""
+    with client_of(server) as client:
+        unique = list(dict.fromkeys(names))
+        for name in unique:  # a wrong name must delete none of the others
             with suppress(DataLoss):  # damaged checkpoints may be deleted
                 client.checkpoint(name)
-        for name in names:
+        for name in unique:
             client.delete(name)
+    if printer.json:
+        printer.show({"deleted": unique}, "")

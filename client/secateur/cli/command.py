@@ -1,26 +1,54 @@
-"""The command secateur: prunes, reports, plans and finalizes files, and manages checkpoints."""
+"""The command secateur: COMMANDS has its commands, and `main` runs one."""
 
-import argparse
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any, NoReturn
 
+import click
+from click.shell_completion import shell_complete
+
 from secateur import __version__
-from secateur.cli.checkpoints import add_checkpoints
-from secateur.cli.export import add_export
-from secateur.cli.measure import add_plan, add_report, add_sensitivity
-from secateur.cli.pack import add_pack
-from secateur.cli.parser import Parser, parse
-from secateur.cli.prune import add_finalize, add_prune
-from secateur.cli.shrink import add_shrink
+from secateur.cli.group import LazyGroup
+from secateur.cli.output import say
 from secateur.errors import FewInputs, NotSaved, SecateurError
 
-# Bytes of a file that torch prunes faster than numba's kernels are loaded, which takes 0.5 s.
-SMALL_BYTES = 4 << 20
+# A new command is a file of its name, with a click command named `command`, and a line here.
+COMMANDS = {
+    "prune": "decide what to prune, and prune it",
+    "report": "show how sparse a model is, and where",
+    "plan": "show what a prune by many amounts would do",
+    "sensitivity": "show how much of its norm each tensor would lose by many amounts",
+    "finalize": "make pruning permanent",
+    "export": "write the model of a Hugging Face folder as ONNX, and check it",
+    "pack": "write a model with zeros as a small file",
+    "shrink": "write a smaller transformer to a new Hugging Face folder",
+    "checkpoints": "manage checkpoints on a server: ls, put, get, rm",
+}
+
+EPILOG = """IN and OUT are files (.safetensors; .pt, .pth, .bin, .ckpt or .tar of torch.save;
+.onnx), folders with one model, or URIs (file:///..., s3://...) that the server opens. IN may also
+be a checkpoint, as `secateur checkpoints ls` names it. - is a safetensors file on standard input
+or output.
+
+Exit status: 0 if the command did its work, 1 if it failed, 2 for wrong usage. The reason is one
+line on standard error.
+"""
+
+
+@click.group(
+    "secateur",
+    cls=LazyGroup,
+    helps=COMMANDS,
+    epilog=EPILOG,
+    no_args_is_help=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.version_option(__version__, message="secateur %(version)s")
+def group() -> None:
+    """Prunes neural networks on a server, as torch.nn.utils.prune does."""
 
 
 def main(arguments: Sequence[str] | None = None, owns_process: bool = False) -> int:
@@ -33,13 +61,17 @@ def main(arguments: Sequence[str] | None = None, owns_process: bool = False) -> 
     Returns:
         The exit status: 0, or 1 with a line on stderr. Wrong usage exits with 2.
     """
+    status = 0
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        options = parse(_parser(), arguments)
-        if owns_process:
-            _skip_kernels(options)
-        with _warnings_in_lines():
-            options.run(options)
+        with _warnings_in_lines(), group.make_context("secateur", given, obj=owns_process) as at:
+            group.invoke(at)
         print(end="", flush=True)
+    except click.exceptions.Exit as done:  # --help and --version
+        status = done.exit_code
+    except click.UsageError as error:
+        say(f"error: {_usage(error)}")
+        sys.exit(2)
     except SecateurError as error:
         return _failed(str(error))
     except BrokenPipeError:  # the reader of a pipe has closed it
@@ -50,11 +82,36 @@ def main(arguments: Sequence[str] | None = None, owns_process: bool = False) -> 
         return _failed(f"{error.filename or 'standard output'}: {error.strerror or error}")
     except KeyboardInterrupt:
         return _failed("interrupted")
-    return 0
+    return status
+
+
+def run() -> NoReturn:
+    """Runs the command, or completes a command line for a shell, and ends the process.
+
+    It skips the interpreter's shutdown: then threads of gRPC and torch may still run, and sometimes
+    abort the process, so that a successful command would fail.
+    """
+    status = 0
+    if asked := os.environ.get("_SECATEUR_COMPLETE"):
+        status = shell_complete(group, {}, "secateur", "_SECATEUR_COMPLETE", asked)
+    else:
+        status = main(owns_process=True)
+    with suppress(OSError):  # the command reported it already
+        print(end="", flush=True)
+    os._exit(status)
+
+
+def _usage(error: click.UsageError) -> str:
+    """A line on wrong usage: the option, what is wrong, and where to read on."""
+    said = error.format_message().removesuffix(".")
+    if isinstance(error, click.BadParameter) and error.param and error.message:
+        said = f"{error.param.opts[-1]}: {error.message.removesuffix('.')}"
+    path = error.ctx.command_path if error.ctx else "secateur"
+    return " ".join(f"{said[:1].lower()}{said[1:]} (try {path} --help)".split())
 
 
 def _failed(reason: str) -> int:
-    print(f"secateur: {reason}", file=sys.stderr)
+    say(reason)
     return 1
 
 
@@ -74,51 +131,9 @@ def _warnings_in_lines() -> Iterator[None]:
 
         def show(message: Warning | str, category: type[Warning], *at: Any, **more: Any) -> None:
             if issubclass(category, own):
-                print(f"secateur: warning: {message}", file=sys.stderr)
+                say(f"warning: {message}")
             else:
                 others(message, category, *at, **more)
 
         warnings.showwarning = show
         yield
-
-
-def run() -> NoReturn:
-    """Runs the command, and ends the process without the interpreter's shutdown.
-
-    During the shutdown, threads of gRPC and torch may still run, and sometimes abort the process: a
-    successful command would fail.
-    """
-    status = main(owns_process=True)
-    with suppress(OSError):  # the command reported it already
-        print(end="", flush=True)
-    os._exit(status)
-
-
-def _skip_kernels(options: argparse.Namespace) -> None:
-    """Lets an embedded server prune a small file with torch alone, which gives the same bits."""
-    model = Path(getattr(options, "model", ""))
-    with suppress(OSError, ValueError):  # the command reports a wrong path
-        if not options.server and model.is_file() and model.stat().st_size <= SMALL_BYTES:
-            os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="secateur",
-        description="Prunes neural networks on a server, as torch.nn.utils.prune does.",
-        epilog="IN and OUT are files (.safetensors; .pt, .pth, .bin, .ckpt or .tar of torch.save; "
-        ".onnx), folders with one model, or URIs (file:///..., s3://...) that the server opens. IN "
-        "may also be a checkpoint, as `secateur checkpoints ls` names it.",
-    )
-    parser.add_argument("--version", action="version", version=f"secateur {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    add_prune(commands)
-    add_report(commands)
-    add_plan(commands)
-    add_sensitivity(commands)
-    add_finalize(commands)
-    add_export(commands)
-    add_pack(commands)
-    add_shrink(commands)
-    add_checkpoints(commands)
-    return parser

@@ -1,21 +1,20 @@
 """The command `secateur export`."""
 
-import argparse
-from typing import Any
+import click
 
-from secateur.cli.options import out_option
+from secateur.cli.group import Command
+from secateur.cli.output import Printer, print_options
 from secateur.onnx.folders import export_folder
 from secateur.paths import path_of
 
 
-def add_export(commands: Any) -> None:
-    """Adds the command; it needs no server."""
-    text = "write the model of a Hugging Face folder as ONNX, and check it with onnxruntime"
-    command = commands.add_parser("export", help=text, description=text)
-    command.set_defaults(run=_export, server=None)
-    command.add_argument("folder", metavar="FOLDER", help="with a config.json and weights")
-    out_option(command, "the .onnx file to write")
-
-
-def _export(options: argparse.Namespace) -> None:
-    print(export_folder(options.folder, path_of(options.out)))
+@click.command("export", cls=Command)
+@click.argument("folder", metavar="FOLDER", type=click.Path())
+@click.option(
+    "-o", "--out", type=click.Path(), metavar="OUT", required=True, help="the .onnx file to write"
+)
+@print_options()
+def command(folder: str, out: str, printer: Printer) -> None:
+    """Writes the model of a Hugging Face folder as ONNX, and checks it with onnxruntime."""
+    checked = export_folder(folder, path_of(out))
+    printer.show({"out": out, "checked": checked}, checked)

@@ -1,136 +1,166 @@
 """The options that several commands share, and the types of their values."""
 
-import argparse
 import math
-import os
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass, fields
+from functools import wraps
+from typing import Any, TypeVar
+
+import click
 
 from secateur.amounts import units_of
 from secateur.checks import percentage
 from secateur.forms import FORMS
 
-
-def add_command(
-    commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], None], default: str
-) -> argparse.ArgumentParser:
-    """Adds a command with the options that name a server.
-
-    Args:
-        commands: What add_subparsers returned.
-        name: The name of the command.
-        text: What the command does.
-        run: Runs the command.
-        default: What happens without --server.
-    """
-    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    command.set_defaults(run=run, wrong_usage=command.error)
-    _server_options(command, default)
-    return command
+Function = TypeVar("Function", bound=Callable[..., Any])
+Decorator = Callable[[Function], Function]
 
 
-def add_model_command(
-    commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], None]
-) -> argparse.ArgumentParser:
-    """Adds a command on one model, by a server or else an embedded one; see `add_command`."""
-    command = add_command(commands, name, text, run, "else an embedded server")
-    command.add_argument("model", metavar="IN", help="the model")
-    key_option(command)
-    return command
-
-
-def _server_options(command: argparse.ArgumentParser, default: str) -> None:
-    command.add_argument(
-        "--server",
-        metavar="ADDRESS",
-        default=os.environ.get("SECATEUR_SERVER"),
-        help=f"HOST:PORT of a server (default: $SECATEUR_SERVER, {default})",
-    )
-    command.add_argument(
-        "--token",
-        default=os.environ.get("SECATEUR_TOKEN"),
-        help="authenticates you to the server (default: $SECATEUR_TOKEN)",
-    )
-    command.add_argument(
-        "--tls",
-        action="store_true",
-        help="use TLS, and trust the authorities that this machine trusts",
-    )
-    command.add_argument(
-        "--tls-ca",
-        metavar="FILE",
-        default=os.environ.get("SECATEUR_TLS_CA"),
-        help="use TLS, and trust these authorities: PEM (default: $SECATEUR_TLS_CA)",
-    )
-    command.add_argument("--tls-cert", metavar="FILE", help="your certificate: PEM")
-    command.add_argument("--tls-key", metavar="FILE", help="its private key: PEM")
-    command.add_argument(
-        "--insecure", action="store_true", help="send the token to another machine without TLS"
-    )
-    command.add_argument(
-        "--timeout", metavar="SECONDS", type=_seconds, help="fail after this many seconds"
-    )
-
-
-def key_option(command: argparse.ArgumentParser) -> None:
-    """Adds --key."""
-    text = "place of the state_dict in a torch file, such as ema.model (default: the only one)"
-    command.add_argument("--key", metavar="PATH", help=text)
-
-
-def out_option(command: argparse.ArgumentParser, text: str, is_required: bool = True) -> None:
-    """Adds --out."""
-    command.add_argument("-o", "--out", metavar="OUT", required=is_required, help=text)
-
-
-def output_option(command: argparse.ArgumentParser, forms: Collection[str] = FORMS.keys()) -> None:
-    """Adds --output.
+def gathered(kind: type, name: str, *options: Decorator[Any]) -> Decorator[Any]:
+    """Adds options to a command, which gets their values as one object.
 
     Args:
-        command: The command.
-        forms: The names of the outputs that it can have.
+        kind: A dataclass with a field for each option; others have defaults.
+        name: The command's argument.
+        options: As click makes them.
     """
-    contents = ", ".join(f"{FORMS[name].content} ({name})" for name in forms)
-    command.add_argument(
-        "--output",
-        choices=forms,
-        default="dense",
-        help=f"content of OUT: {contents}; default: dense",
-    )
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def run(*args: Any, **given: Any) -> None:
+            names = [field.name for field in fields(kind) if field.name in given]
+            values = {option: given.pop(option) for option in names}
+            function(*args, **{name: kind(**values)}, **given)
+
+        for option in reversed(options):
+            run = option(run)
+        return run
+
+    return decorate
 
 
-def tensors_option(command: argparse.ArgumentParser, default: str) -> None:
-    """Adds --tensors."""
-    command.add_argument(
-        "--tensors", metavar="GLOB", action="append", help=f"name or glob, may repeat; {default}"
-    )
+def at_most_one(**given: Any) -> None:
+    """Refuses two options of which only one may be given.
+
+    Raises:
+        click.UsageError: Several values are neither None nor False.
+    """
+    names = [option_name(name) for name, value in given.items() if value not in (None, False)]
+    if len(names) > 1:
+        raise click.UsageError(f"{names[1]}: not allowed with {names[0]}")
 
 
-def amounts_option(command: argparse.ArgumentParser, default: str) -> None:
-    """Adds --amounts."""
-    command.add_argument(
-        "--amounts", metavar="AMOUNT,...", type=_amounts, help=f"such as 0.1,0.5,90%%; {default}"
-    )
+def option_name(name: str) -> str:
+    """Returns the option of an argument's name."""
+    return f"--{name.replace('_', '-')}"
 
 
-def json_option(command: argparse.ArgumentParser) -> None:
-    """Adds --json."""
-    command.add_argument("--json", action="store_true", help="print JSON, not a table")
+@dataclass(frozen=True)
+class Server:
+    """The options that name a server; see `server_options`."""
 
-
-def shown_options(command: argparse.ArgumentParser) -> None:
-    """Adds --json and --quiet to a command that writes a file."""
-    shown = command.add_mutually_exclusive_group()
-    shown.add_argument("--json", action="store_true", help="print the report as JSON, not a table")
-    shown.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+    server: str | None = None
+    token: str | None = None
+    tls: bool = False
+    tls_ca: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    insecure: bool = False
+    timeout: float | None = None
 
 
 def _seconds(text: str) -> float:
     with suppress(ValueError):
         if 0 < (value := float(text)) < math.inf:
             return value
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    raise click.BadParameter(f"{text!r} is not a number of seconds above 0")
+
+
+def server_options(default: str) -> Decorator[Any]:
+    """Adds the options that name a server; the command gets a `Server`.
+
+    Args:
+        default: What happens without --server.
+    """
+    return gathered(
+        Server,
+        "server",
+        click.option(
+            "--server",
+            metavar="ADDRESS",
+            envvar="SECATEUR_SERVER",
+            help=f"HOST:PORT of a server (default: $SECATEUR_SERVER, {default})",
+        ),
+        click.option(
+            "--token",
+            envvar="SECATEUR_TOKEN",
+            help="authenticates you to the server (default: $SECATEUR_TOKEN)",
+        ),
+        click.option(
+            "--tls",
+            is_flag=True,
+            help="use TLS, and trust the authorities that this machine trusts",
+        ),
+        click.option(
+            "--tls-ca",
+            type=click.Path(),
+            metavar="FILE",
+            envvar="SECATEUR_TLS_CA",
+            help="use TLS, and trust these authorities: PEM (default: $SECATEUR_TLS_CA)",
+        ),
+        click.option("--tls-cert", type=click.Path(), metavar="FILE", help="your certificate: PEM"),
+        click.option("--tls-key", type=click.Path(), metavar="FILE", help="its private key: PEM"),
+        click.option(
+            "--insecure", is_flag=True, help="send the token to another machine without TLS"
+        ),
+        click.option(
+            "--timeout", metavar="SECONDS", type=_seconds, help="fail after this many seconds"
+        ),
+    )
+
+
+def model_options(function: Function) -> Function:
+    """Adds IN, as `model`, and --key."""
+    key = "place of the state_dict in a torch file, such as ema.model (default: the only one)"
+    function = click.option("--key", metavar="PATH", help=key)(function)
+    return click.argument("model", metavar="IN", type=click.Path())(function)
+
+
+def out_option(text: str, is_required: bool = True) -> Decorator[Any]:
+    """Adds --out."""
+    path = click.Path()
+    return click.option(
+        "-o", "--out", type=path, metavar="OUT", required=is_required, help=f"{text}; - is stdout"
+    )
+
+
+def output_option(forms: Collection[str] = FORMS.keys()) -> Decorator[Any]:
+    """Adds --output.
+
+    Args:
+        forms: The names of the outputs that the command can have.
+    """
+    contents = ", ".join(f"{FORMS[name].content} ({name})" for name in forms)
+    return click.option(
+        "--output",
+        type=click.Choice(list(forms)),
+        metavar="FORM",
+        default="dense",
+        help=f"content of OUT: {contents}; default: dense",
+    )
+
+
+def tensors_option(default: str) -> Decorator[Any]:
+    """Adds --tensors."""
+    text = f"name or glob, may repeat; {default}"
+    return click.option("--tensors", metavar="GLOB", multiple=True, help=text)
+
+
+def amounts_option(default: str) -> Decorator[Any]:
+    """Adds --amounts."""
+    text = f"such as 0.1,0.5,90%; {default}"
+    return click.option("--amounts", metavar="AMOUNT,...", type=_amounts, help=text)
 
 
 def _amounts(text: str) -> list[float]:
@@ -141,13 +171,13 @@ def amount(text: str) -> float:
     """Parses an amount: an int, a float, or a percentage.
 
     Raises:
-        argparse.ArgumentTypeError: It is none of them.
+        click.BadParameter: It is none of them.
     """
     try:
         value = _number(text)
         units_of("amount", value)
     except ValueError:
-        raise argparse.ArgumentTypeError(
+        raise click.BadParameter(
             f"{text!r} is not an amount, such as 100 (an int is a number of units), 0.5 or 50% (a "
             "fraction in [0, 1])"
         ) from None

@@ -1,12 +1,15 @@
-"""The command secateur pack: writes models with zeros as small files, without a server."""
+"""The command `secateur pack`: writes models with zeros as small files, without a server."""
 
-import argparse
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from secateur.cli.options import key_option, out_option
+import click
+
+from secateur.cli.group import Command
+from secateur.cli.options import model_options, out_option
+from secateur.cli.output import Printer, print_options, say
+from secateur.cli.places import standard_streams
 from secateur.errors import SecateurError
 from secateur.files import check_holds, check_out, save
 from secateur.model import Source
@@ -15,23 +18,6 @@ from secateur.packing.packed import check_zstandard
 from secateur.paths import path_of
 from secateur.source import read_source
 from secateur_proto.framing import tensor_bytes
-
-
-def add_pack(commands: Any) -> None:
-    """Adds the command."""
-    text = "write a model with zeros as a small file"
-    command: argparse.ArgumentParser = commands.add_parser("pack", help=text, description=text)
-    command.set_defaults(run=_pack, wrong_usage=command.error, server=None)
-    command.add_argument("model", metavar="IN", help="a local file or folder")
-    key_option(command)
-    out_option(command, "the .safetensors file, or the folder, to write")
-    command.add_argument(
-        "--layout",
-        choices=_LAYOUTS,
-        default="packed",
-        help="of OUT: packed, which secateur.load and every command read; or one that "
-        "compressed-tensors 0.14.0.1 reads; default: packed",
-    )
 
 
 def _save_packed(path: Path, source: Source) -> None:
@@ -46,19 +32,40 @@ _LAYOUTS: Mapping[str, Callable[[Path, Source], None]] = {
 }
 
 
-def _pack(options: argparse.Namespace) -> None:
-    for place in (options.model, options.out):
+@click.command("pack", cls=Command)
+@model_options
+@out_option("the .safetensors file, or the folder, to write")
+@click.option(
+    "--layout",
+    type=click.Choice(list(_LAYOUTS)),
+    default="packed",
+    help="of OUT: packed, which secateur.load and every command read; or one that "
+    "compressed-tensors 0.14.0.1 reads; default: packed",
+)
+@print_options()
+def command(model: str, key: str | None, out: str, layout: str, printer: Printer) -> None:
+    """Writes a model with zeros as a small file."""
+    for place in (model, out):
         if "://" in place:
             raise SecateurError(f"{place}: pack reads and writes local files; give a path")
-    path = path_of(options.out)
-    check_out(path, path_of(options.model))
-    source = read_source(options.model, options.key)
-    check_holds(path, source.others, source.index, source.folder, is_packed=True)
-    _LAYOUTS[options.layout](path, source)
+    printer = printer.beside(out)
+    with standard_streams(model, out) as (source_path, target):
+        path = path_of(target)
+        check_out(path, path_of(source_path))
+        source = read_source(source_path, key)
+        check_holds(path, source.others, source.index, source.folder, is_packed=True)
+        _LAYOUTS[layout](path, source)
+        after = sum(file.stat().st_size for file in _written(path, source))
     before = sum(tensor_bytes(tensor.dtype, tensor.shape) for tensor in source.tensors.values())
-    after = sum(file.stat().st_size for file in _written(path, source))
     share = f", {after / before:.2f} of the dense {before:,}" if before else ""
-    print(f"{path}: {after:,} bytes{share}")
+    sizes = {"out": out, "bytes": after, "dense_bytes": before}
+    printer.show(sizes, f"{out}: {after:,} bytes{share}")
+    if before and after >= before:
+        say(
+            f"warning: {out} is not smaller than the dense {before:,} bytes, as the model has few "
+            "zeros; prune it first: secateur prune IN -o OUT --method global_unstructured "
+            "--amount 0.5"
+        )
 
 
 def _written(path: Path, source: Source) -> set[Path]:

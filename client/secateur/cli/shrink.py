@@ -1,11 +1,10 @@
 """The command `secateur shrink`: writes a smaller transformer to a new Hugging Face folder."""
 
-import argparse
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
+
+import click
 
 from secateur.architectures.calibrated import Calibrated, calibrated
 from secateur.architectures.experts import without_experts
@@ -19,9 +18,11 @@ from secateur.architectures.parts import groups_of_parts
 from secateur.architectures.sizes import check_expressible
 from secateur.architectures.transformer import CONFIG, Transformer
 from secateur.calibration.statistics import Statistics
-from secateur.cli.options import add_command, amount, shown_options
-from secateur.cli.printing import show
-from secateur.cli.source import connected
+from secateur.cli.group import Command
+from secateur.cli.options import Server, server_options
+from secateur.cli.output import Printer, print_options
+from secateur.cli.places import connected
+from secateur.cli.shrink_options import ShrinkOptions, shrink_options
 from secateur.client import Client
 from secateur.depth import without_layers
 from secateur.errors import InvalidSpec, SecateurError
@@ -35,60 +36,19 @@ from secateur.source import read_source
 from secateur.spec import Spec
 from secateur.ties import tied
 
-# Their options, and the help of each.
-_AMOUNTS = {
-    "intermediate": "channels of each feed-forward network",
-    "heads": "query heads of each layer; where some share a KV head, of those of each KV head",
-    "kv_heads": "KV heads of each layer, with all their query heads",
-    "experts": "experts of each layer",
-}
 
-
-def add_shrink(commands: Any) -> None:
-    """Adds the command."""
-    text = "write a smaller transformer, with its config, to a new Hugging Face folder"
-    command = add_command(commands, "shrink", text, _shrink, "else an embedded server")
-    command.add_argument("model", metavar="FOLDER", help=f"the model, with its {CONFIG}")
-    command.add_argument("-o", "--out", metavar="OUT", required=True, help="the folder to make")
-    heads = command.add_mutually_exclusive_group()
-    for name, units in _AMOUNTS.items():
-        holder = heads if "heads" in name else command
-        option, text = f"--{name.replace('_', '-')}", f"how many to remove of the {units}"
-        holder.add_argument(option, metavar="AMOUNT", type=amount, help=text)
-    layers = command.add_mutually_exclusive_group()
-    text = "remove so many layers: the least influential, or those before the last one"
-    layers.add_argument("--layers", metavar="COUNT", type=int, help=text)
-    layers.add_argument(
-        "--drop-layers", metavar="LAYER,...", type=_numbers, help="remove these; 0 is the first"
-    )
-    text = "keep a multiple of this many channels (default: up to 16)"
-    command.add_argument("--align", metavar="COUNT", type=int, help=text)
-    text = "choose by what secateur.calibrate collected, and not by weights"
-    command.add_argument("--statistics", metavar="FILE", help=text)
-    shown_options(command)
-    command.epilog = (
-        "AMOUNT: an int is a number of units, 0.3 or 30% a fraction. Each layer loses as many: "
-        "the units with the smallest weights, or the lowest scores by the statistics."
-    )
-    command.set_defaults(output="shrunk")
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers, such as 3,7") from None
-
-
-def _shrink(options: argparse.Namespace) -> None:
-    is_sent = any(getattr(options, name) is not None for name in _AMOUNTS)
-    if not is_sent and options.layers is None and options.drop_layers is None:
-        options.wrong_usage("an amount is required, such as --intermediate 0.3 or --layers 2")
-    for name in _AMOUNTS:
-        if getattr(options, name) == 0:
-            options.wrong_usage(f"--{name.replace('_', '-')} 0 removes nothing: leave it out")
-    if options.align is not None and options.intermediate is None:
-        options.wrong_usage("--align is for channels: give --intermediate")
+@click.command(
+    "shrink",
+    cls=Command,
+    epilog="AMOUNT: an int is a number of units, 0.3 or 30% a fraction. Each layer loses as many: "
+    "the units with the smallest weights, or the lowest scores by the statistics.",
+)
+@shrink_options
+@print_options(has_rows=True)
+@server_options("else an embedded server")
+def command(options: ShrinkOptions, printer: Printer, server: Server) -> None:
+    """Writes a smaller transformer, with its config, to a new Hugging Face folder."""
+    options.check()
     out = path_of(options.out)
     check_new_folder(out)
     source = read_source(options.model)
@@ -96,26 +56,27 @@ def _shrink(options: argparse.Namespace) -> None:
     macs = _macs(options, source)
     source, statistics = _without_layers(options, source, _statistics(options, source))
     _check_heads(options, transformer_in(_folder(options, source), source)[1])
-    if not is_sent:
-        _write(options, source, out, macs)
+    if not options.is_sent:
+        _write(options, printer, source, macs)
         return
-    with connected(options) as client:
+    with connected(server, options.model) as client:
         if options.experts is not None:
-            source, statistics = _without_experts(options, client, source, statistics)
-        _cut(options, client, source, out, macs, statistics)
+            found = _without_experts(options, options.experts, client, source, statistics)
+            source, statistics = found
+        _cut(options, printer, client, source, macs, statistics)
 
 
-def _macs(options: argparse.Namespace, source: Source) -> int:
+def _macs(options: ShrinkOptions, source: Source) -> int:
     return transformer_in(_folder(options, source), source)[1].macs
 
 
-def _folder(options: argparse.Namespace, source: Source) -> Folder:
+def _folder(options: ShrinkOptions, source: Source) -> Folder:
     if source.folder is None:
         raise SecateurError(f"{options.model}: is not a folder with a model and its {CONFIG}")
     return source.folder
 
 
-def _statistics(options: argparse.Namespace, source: Source) -> Calibrated | None:
+def _statistics(options: ShrinkOptions, source: Source) -> Calibrated | None:
     """The statistics that the option names."""
     if options.statistics is None:
         return None
@@ -124,21 +85,21 @@ def _statistics(options: argparse.Namespace, source: Source) -> Calibrated | Non
     return calibrated(Statistics.load(path), config, model, path.name)
 
 
-def _noted(options: argparse.Namespace, source: Source, note: str) -> Source:
+def _noted(options: ShrinkOptions, source: Source, note: str) -> Source:
     """The model with another note for its card."""
     folder = _folder(options, source)
     return replace(source, folder=replace(folder, notes=(*folder.notes, note)))
 
 
 def _without_layers(
-    options: argparse.Namespace, source: Source, statistics: Calibrated | None
+    options: ShrinkOptions, source: Source, statistics: Calibrated | None
 ) -> tuple[Source, Calibrated | None]:
     """The model without the layers that the options name, and the statistics of the others."""
     if options.layers is None and options.drop_layers is None:
         return source, statistics
     folder = _folder(options, source)
     config, model = transformer_in(folder, source)
-    removed = options.drop_layers or _least(options, model, statistics)
+    removed = options.drop_layers or _least(options.layers or 0, model, statistics)
     smaller = without_layers(source, removed, model.layer(0).removesuffix(".0."))
     smaller = replace(smaller, folder=folder_without_layers(folder, config, model, set(removed)))
     if statistics is None:
@@ -150,30 +111,32 @@ def _without_layers(
     return smaller, statistics.without_layers(removed, model)
 
 
-def _least(
-    options: argparse.Namespace, model: Transformer, statistics: Calibrated | None
-) -> list[int]:
+def _least(count: int, model: Transformer, statistics: Calibrated | None) -> list[int]:
     """So many layers: the least influential, or those before the last one."""
-    if not 0 < options.layers < model.layers:
-        raise InvalidSpec(f"layers: {options.layers} is outside [1, {model.layers - 1}]")
-    found = None if statistics is None else statistics.least_influential(options.layers)
+    if not 0 < count < model.layers:
+        raise InvalidSpec(f"layers: {count} is outside [1, {model.layers - 1}]")
+    found = None if statistics is None else statistics.least_influential(count)
     last = model.layers - 1
-    return list(range(last - options.layers, last)) if found is None else found
+    return list(range(last - count, last)) if found is None else found
 
 
 def _without_experts(
-    options: argparse.Namespace, client: Client, source: Source, statistics: Calibrated | None
+    options: ShrinkOptions,
+    amount: float,
+    client: Client,
+    source: Source,
+    statistics: Calibrated | None,
 ) -> tuple[Source, Calibrated | None]:
     """The model without some experts, and the statistics of the others."""
     folder = _folder(options, source)
-    source, fewer = without_experts(client, source, folder, options.experts, statistics)
+    source, fewer = without_experts(client, source, folder, amount, statistics)
     if statistics is not None:
         how = "their outputs in" if statistics.experts else "weights, as no outputs are in"
         source = _noted(options, source, f"experts chosen by {how} {statistics.file}")
     return source, fewer
 
 
-def _check_heads(options: argparse.Namespace, model: Transformer) -> None:
+def _check_heads(options: ShrinkOptions, model: Transformer) -> None:
     """Refuses, before the model is sent, heads that its config cannot express."""
     keys, shared = model.architecture.keys, model.heads // model.kv_heads
     heads, kv_heads = model.heads, model.kv_heads
@@ -200,10 +163,10 @@ def _kept(option: str, given: float | None, units: int) -> int:
 
 
 def _cut(
-    options: argparse.Namespace,
+    options: ShrinkOptions,
+    printer: Printer,
     client: Client,
     source: Source,
-    out: Path,
     macs: int,
     statistics: Calibrated | None,
 ) -> None:
@@ -218,19 +181,18 @@ def _cut(
             if statistics is not None:
                 source = _noted(options, source, _chosen(part, groups, scores, statistics))
     if not rules:
-        _write(options, source, out, macs)
+        _write(options, printer, source, macs)
         return
-    progress = False if options.quiet else None
     spec = sum(rules[1:], rules[0])
-    report = client.prune(source, spec, "shrunk", progress, destination=str(out)).report
-    notes = (*_folder(options, source).notes, _macs_note(options, out, macs))
-    show(report, options, {"removed": notes})
-    if not options.json:
-        _print_notes(options, notes)
+    report = client.prune(source, spec, "shrunk", printer.progress, destination=options.out).report
+    notes = (*_folder(options, source).notes, _macs_note(options, macs))
+    printer.report(report, {"removed": notes})
+    if not printer.json:
+        _print_notes(printer, notes)
 
 
 def _rules(
-    options: argparse.Namespace, part: str, groups: Sequence[Group], scores: Mapping[str, Any]
+    options: ShrinkOptions, part: str, groups: Sequence[Group], scores: Mapping[str, Any]
 ) -> Iterator[Spec]:
     """The rules of a part; each group loses the same fraction, since a config has one size."""
     # The slices of a head are many already.
@@ -257,22 +219,20 @@ def _chosen(
     )
 
 
-def _write(options: argparse.Namespace, source: Source, out: Path, macs: int) -> None:
+def _write(options: ShrinkOptions, printer: Printer, source: Source, macs: int) -> None:
     """Writes a model whose tensors the server did not cut."""
     entries = tied({**source.tensors, **source.others}, source.other_names)
     fitted = fitted_folder(_folder(options, source), source.tensors)
-    save(out, entries, source.metadata, source.index, source.tensors, source.torch_file, fitted)
-    _print_notes(options, (*fitted.notes, _macs_note(options, out, macs)))
+    out, file = path_of(options.out), source.torch_file
+    save(out, entries, source.metadata, source.index, source.tensors, file, fitted)
+    _print_notes(printer, (*fitted.notes, _macs_note(options, macs)))
 
 
-def _macs_note(options: argparse.Namespace, out: Path, before: int) -> str:
+def _macs_note(options: ShrinkOptions, before: int) -> str:
     """The operations before, and those of the folder that was written."""
-    now = _macs(options, read_source(out))
+    now = _macs(options, read_source(options.out))
     return f"multiply-accumulates of the layers for each token: {before:,} -> {now:,}"
 
 
-def _print_notes(options: argparse.Namespace, notes: Sequence[str]) -> None:
-    if options.json:
-        print(json.dumps({"removed": notes}, indent=2))
-    elif not options.quiet:
-        print("\n".join(notes))
+def _print_notes(printer: Printer, notes: Sequence[str]) -> None:
+    printer.show({"removed": notes}, "\n".join(notes))

@@ -1,0 +1,258 @@
+"""The options that make a spec."""
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import Any
+
+import click
+
+from secateur.cli.options import (
+    Decorator,
+    Function,
+    amount,
+    at_most_one,
+    gathered,
+    option_name,
+    tensors_option,
+)
+from secateur.client import Client
+from secateur.defaults import SOME_AMOUNTS, matrices
+from secateur.errors import InvalidSpec
+from secateur.grouping import Group
+from secateur.model import Source
+from secateur.paths import source_path
+from secateur.spec import METHODS, Spec
+from secateur_proto.enums import values_by_name
+from secateur_proto.pruner_pb2 import Prior
+
+Maker = Callable[[Client, Source], Spec]
+
+# The other methods have arguments that only a spec file can express.
+_METHODS = [n for n in METHODS if n not in ("custom_from_mask", "select", "grouped")]
+_ARGUMENTS = (
+    *("amount", "n", "m", "dim", "rows", "cols", "seed", "importance"),
+    *("statistics", "n_m", "power"),
+)
+
+
+@dataclass(frozen=True)
+class SpecOptions:
+    """The options that make a spec; see `spec_options`."""
+
+    method: str | None
+    spec: str | None
+    amount: float | None
+    tensors: tuple[str, ...]
+    n: float | str | None
+    m: int | None
+    dim: int | None
+    rows: int | None
+    cols: int | None
+    seed: int | None
+    importance: str | None
+    statistics: str | None
+    n_m: tuple[int, ...] | None
+    power: float | None
+    prior: str
+
+    def maker(self) -> Maker:
+        """Returns what makes the spec of a model, once the options are found to fit.
+
+        Raises:
+            click.UsageError: --method and its arguments do not fit.
+            InvalidSpec: The file of --spec is wrong.
+        """
+        at_most_one(method=self.method, spec=self.spec)
+        if self.spec is None:
+            self._check_method()
+            return self._made
+        for name in (*self._given(), *(["tensors"] if self.tensors else [])):
+            raise click.UsageError(f"--spec has the whole spec: leave out {option_name(name)}")
+        spec = spec_in(Path(self.spec))
+        return lambda client, source: spec
+
+    def _check_method(self) -> None:
+        if self.method is None:
+            raise click.UsageError("--method or --spec is required")
+        known, given = signature(METHODS[self.method]).parameters, self._given()
+        for name in given:
+            if name not in known:
+                raise click.UsageError(f"--method {self.method} takes no {option_name(name)}")
+        for name, parameter in known.items():
+            if parameter.default is Parameter.empty and name not in (*given, "tensors"):
+                raise click.UsageError(f"--method {self.method} needs {option_name(name)}")
+
+    def _made(self, client: Client, source: Source) -> Spec:
+        given = self._given()
+        # Of a method with statistics, "*" means what they are of.
+        every = ["*"] if "statistics" in given else None
+        tensors = list(self.tensors) or every or _matrices(source, client)
+        rule = {"method": self.method, "tensors": tensors, **given}
+        return Spec.from_dict({"rules": [rule]})
+
+    def _given(self) -> dict[str, Any]:
+        """The arguments of --method that the user gave."""
+        given = {n: getattr(self, n) for n in _ARGUMENTS if getattr(self, n) is not None}
+        return {"amount": None, **given} if "n_m" in given else given
+
+
+def _matrices(source: Source, client: Client) -> list[str]:
+    return matrices(source.prunable() if source.is_here else client.report(source).tensors)
+
+
+def planned(
+    options: SpecOptions, amounts: Sequence[float] | None, default: str
+) -> tuple[SpecOptions, Sequence[float] | None]:
+    """Completes --amount and --amounts for a plan.
+
+    Without either, default amounts are planned. With --amounts alone, a method that needs one
+    amount gets the first.
+
+    Args:
+        options: The options.
+        amounts: --amounts.
+        default: The method if neither --method nor --spec is given.
+    """
+    if options.method is None and options.spec is None:
+        options = replace(options, method=default)
+    is_asked = options.method and "amount" in signature(METHODS[options.method]).parameters
+    if is_asked and options.amount is None:
+        amounts = amounts or SOME_AMOUNTS
+        options = replace(options, amount=amounts[0])
+    return options, amounts
+
+
+def spec_options(default: str | None = None) -> Decorator[Any]:
+    """Adds --method, its arguments, and --spec; the command gets `SpecOptions`.
+
+    Args:
+        default: A method; None requires --method or --spec.
+    """
+    shown = "" if default is None else f" (default: {default})"
+    whole = click.INT
+    return gathered(
+        SpecOptions,
+        "spec",
+        click.option(
+            "--method",
+            type=click.Choice(_METHODS),
+            metavar="METHOD",
+            help=f"a function of torch.nn.utils.prune, or another{shown}: {', '.join(_METHODS)}",
+        ),
+        click.option(
+            "--spec",
+            metavar="FILE",
+            type=click.Path(),
+            help="a spec of several rules: YAML or JSON",
+        ),
+        click.option(
+            "--amount", type=amount, help="an int is a number of units, 0.5 or 50% a fraction"
+        ),
+        tensors_option("default: every floating tensor of 2 or more dimensions"),
+        click.option(
+            "--n",
+            metavar="NORM",
+            type=_norm,
+            help="structured: 1, 2, inf, -inf, fro or nuc; n_m: elements kept",
+        ),
+        click.option("--m", type=whole, help="n_m_structured: elements of a group (default 4)"),
+        click.option("--dim", type=whole, help="structured: the dimension of the slices"),
+        click.option("--rows", type=whole, help="block_structured: rows of a block; 0: all"),
+        click.option("--cols", type=whole, help="block_structured: columns of a block; 0: all"),
+        click.option("--seed", type=whole, help="random: the same seed prunes the same units"),
+        click.option(
+            "--importance",
+            type=click.Choice(("l1", "random")),
+            help="global_unstructured: default l1",
+        ),
+        click.option(
+            "--statistics",
+            metavar="FILE",
+            type=click.Path(),
+            help="wanda, ria: what Statistics.save of calibrate wrote",
+        ),
+        click.option(
+            "--n-m",
+            metavar="N:M",
+            type=_pattern,
+            help="wanda, ria: keep N of each M inputs, as 2:4",
+        ),
+        click.option("--power", type=float, help="ria: of the inputs (default 0.5)"),
+        prior_option,
+    )
+
+
+def prior_option(function: Function) -> Function:
+    """Adds --prior."""
+    return click.option(
+        "--prior",
+        type=click.Choice(list(values_by_name(Prior.DESCRIPTOR))),
+        default="masks",
+        help="what counts as pruned before: what masks prune (default), or also zeros, for a model "
+        "that was pruned and stored dense",
+    )(function)
+
+
+def groups_in(path: Path) -> list[Group]:
+    """Reads the groups of all rules of a spec file.
+
+    Raises:
+        InvalidSpec: The file is wrong, or has no groups.
+    """
+    rules = [rule.message.selection for rule in spec_in(path).rules]
+    groups = [Group(group) for rule in rules for group in rule.groups]
+    if not groups:
+        raise InvalidSpec(f"{path}: no rule has groups; use the method `grouped`")
+    return groups
+
+
+def spec_in(path: Path) -> Spec:
+    """Reads a spec file.
+
+    Raises:
+        InvalidSpec: It is wrong.
+    """
+    try:
+        return Spec.from_dict(_plain_data(path))
+    except InvalidSpec as error:
+        raise InvalidSpec(f"{path}: {error}") from None
+
+
+def _plain_data(path: Path) -> Any:
+    """The content of a spec file. Errors do not name the file."""
+    try:
+        text = source_path(path, InvalidSpec).read_text()
+        if path.suffix == ".json":
+            return json.loads(text)
+        import yaml
+
+        return yaml.safe_load(text)
+    except OSError as error:
+        raise InvalidSpec(error.strerror) from None
+    except ImportError:
+        raise InvalidSpec("YAML needs pip install 'secateur[cli]'") from None
+    except ValueError as error:
+        raise InvalidSpec(str(error)) from None
+    except yaml.YAMLError as error:
+        raise InvalidSpec(str(error)) from None
+
+
+def _pattern(text: str) -> tuple[int, ...]:
+    try:
+        n, m = map(int, text.split(":"))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not N:M, such as 2:4") from None
+    return n, m
+
+
+def _norm(text: str) -> float | str:
+    if text in ("fro", "nuc"):
+        return text
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    raise click.BadParameter(f"{text!r} is not a number, inf, -inf, fro or nuc")
