@@ -1,6 +1,6 @@
 """The version, features and limits of a server."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from secateur.decoding import decoded
@@ -24,6 +24,8 @@ class ServerInfo:
         allocations: How a total may be divided among tensors.
         max_model_bytes: The most bytes of a model that a call may send.
         solvers: Which methods may update weights.
+        device: What prunes large models: cpu or cuda:N. Empty from older servers.
+        versions: Of python, torch and numba on the server. Empty from older servers.
     """
 
     version: str
@@ -35,6 +37,8 @@ class ServerInfo:
     allocations: tuple[str, ...]
     max_model_bytes: int
     solvers: tuple[str, ...]
+    device: str
+    versions: Mapping[str, str]
 
 
 def decode_server_info(message: pb.GetServerInfoResponse) -> ServerInfo:
@@ -46,6 +50,7 @@ def decode_server_info(message: pb.GetServerInfoResponse) -> ServerInfo:
         granularities=_plain("GRANULARITY_", message.granularities),
         scopes=_plain("SCOPE_", message.scopes),
         allocations=_plain("ALLOCATION_", message.allocations),
+        versions=dict(message.versions),
     )
 
 

@@ -626,6 +626,22 @@ class GetServerInfoResponse(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class VersionsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     VERSION_FIELD_NUMBER: builtins.int
     OUTPUTS_FIELD_NUMBER: builtins.int
     IMPORTANCES_FIELD_NUMBER: builtins.int
@@ -635,12 +651,16 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     ALLOCATIONS_FIELD_NUMBER: builtins.int
     MAX_MODEL_BYTES_FIELD_NUMBER: builtins.int
     SOLVERS_FIELD_NUMBER: builtins.int
+    DEVICE_FIELD_NUMBER: builtins.int
+    VERSIONS_FIELD_NUMBER: builtins.int
     version: builtins.str
     """The version of the package secateur."""
     max_model_bytes: builtins.int
     """The most bytes of a model that a call may send as data, by --max-model-bytes and
     --memory-limit. A checkpoint may be larger.
     """
+    device: builtins.str
+    """The device that prunes large models, such as cpu or cuda:0."""
     @property
     def outputs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Names of values of Output, such as OUTPUT_DENSE."""
@@ -669,6 +689,10 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     def solvers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Names of fields of Solver.method, such as refit."""
 
+    @property
+    def versions(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """Versions of the software that prunes: python, torch, and numba if it is installed."""
+
     def __init__(
         self,
         *,
@@ -681,7 +705,9 @@ class GetServerInfoResponse(google.protobuf.message.Message):
         allocations: collections.abc.Iterable[builtins.str] | None = ...,
         max_model_bytes: builtins.int = ...,
         solvers: collections.abc.Iterable[builtins.str] | None = ...,
+        device: builtins.str = ...,
+        versions: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["allocations", b"allocations", "amounts", b"amounts", "granularities", b"granularities", "importances", b"importances", "max_model_bytes", b"max_model_bytes", "outputs", b"outputs", "scopes", b"scopes", "solvers", b"solvers", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["allocations", b"allocations", "amounts", b"amounts", "device", b"device", "granularities", b"granularities", "importances", b"importances", "max_model_bytes", b"max_model_bytes", "outputs", b"outputs", "scopes", b"scopes", "solvers", b"solvers", "version", b"version", "versions", b"versions"]) -> None: ...
 
 Global___GetServerInfoResponse: typing_extensions.TypeAlias = GetServerInfoResponse

@@ -1,9 +1,12 @@
 """Each choice of the contract is in the registry of its part, on both ends, and no other one is."""
 
+import sys
 from collections.abc import Collection
 from typing import Any
 
+import numba
 import pytest
+import torch
 
 import secateur
 from secateur import choices, forms
@@ -71,6 +74,16 @@ def test_the_info_of_a_server_lists_its_registries(client: secateur.Client) -> N
     assert info.scopes == tuple(values_by_name(spec_pb2.Scope.DESCRIPTOR))
     assert info.allocations == tuple(values_by_name(spec_pb2.Allocation.DESCRIPTOR))
     assert (info.importances, info.amounts) == (tuple(IMPORTANCES), tuple(AMOUNTS))
+
+
+def test_the_info_of_a_server_has_its_device_and_versions(client: secateur.Client) -> None:
+    info = client.server_info()
+    assert info.device.startswith("cuda" if torch.cuda.is_available() else "cpu")
+    assert info.versions == {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "numba": numba.__version__,
+    }
 
 
 def test_grpc_repeats_the_calls_that_change_nothing_and_have_one_answer() -> None:

@@ -98,4 +98,4 @@ class Pruner:
         self, message: pb.GetServerInfoRequest, context: RequestContext
     ) -> pb.GetServerInfoResponse:
         """Says what this server can do."""
-        return encode_server_info(self._sources.largest)
+        return encode_server_info(self._sources.largest, self._sources.device)

@@ -1,8 +1,11 @@
 """Encodes the server's version, features and limits."""
 
+import platform
 from collections.abc import Collection
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 
+import torch
 from google.protobuf.descriptor import EnumDescriptor
 
 from secateur_proto import pruner_pb2 as pb
@@ -16,7 +19,7 @@ from secateur_server.spec.decode import ALLOCATIONS, SCOPES
 from secateur_server.spec.solvers import SOLVERS
 
 
-def encode_server_info(max_model_bytes: int) -> pb.GetServerInfoResponse:
+def encode_server_info(max_model_bytes: int, device: torch.device) -> pb.GetServerInfoResponse:
     """Makes the answer of GetServerInfo. The features are what the registries have."""
     known = {*allocation.ALLOCATIONS, *allocation.TABLES}
     divided = [number for number, name in ALLOCATIONS.items() if name in known]
@@ -32,7 +35,16 @@ def encode_server_info(max_model_bytes: int) -> pb.GetServerInfoResponse:
         allocations=_values(spec_pb2.Allocation.DESCRIPTOR, divided),
         max_model_bytes=max_model_bytes,
         solvers=SOLVERS,
+        device=str(device),
+        versions=_versions(),
     )
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    with suppress(PackageNotFoundError):
+        found["numba"] = version("numba")
+    return found
 
 
 def _values(enum: EnumDescriptor, known: Collection[int]) -> list[str]:
