@@ -19,14 +19,15 @@ class Client(PrunerCalls):
     the server asks for, and resumes calls that a broken connection ended.
 
     Several methods have these arguments:
-        source: A torch.nn.Module; a mapping of tensors or arrays; the path of a .safetensors, an
-            .onnx or a torch file, or of a model in shards: its index, or the folder; a Checkpoint;
-            or a URI, which the server opens.
-        key: Where the state_dict is in a torch file that holds several mappings of tensors, such as
-            "ema.model"; None finds the only one.
-        progress: None shows a bar on a terminal or in a notebook, True always, False never. A
-            function is called with the bytes sent and their total, or, while the server works, with
-            parts of 1000.
+
+    - `source`: A torch.nn.Module; a mapping of tensors or arrays; the path of a .safetensors, an
+      .onnx or a torch file, or of a model in shards: its index, or the folder; a Checkpoint; or a
+      URI, which the server opens.
+    - `key`: Where the state_dict is in a torch file that holds several mappings of tensors, such as
+      "ema.model"; None finds the only one.
+    - `progress`: None shows a bar on a terminal or in a notebook, True always, False never. A
+      function is called with the bytes sent and their total, or, while the server works, with parts
+      of 1000.
 
     Args:
         address: HOST:PORT or unix:PATH; None is $SECATEUR_SERVER, and then $SECATEUR_TOKEN and

@@ -74,13 +74,13 @@ def message_blocks(
     yield prose(comments[path])
     if not message.field:
         return
-    yield "| field | type | |\n|---|---|---|"
+    yield "| field | no. | type | meaning |\n|---|---|---|---|"
     for number, field in enumerate(message.field):
         text = cell(comments[(*path, FIELDS, number)])
         if field.HasField("oneof_index") and not field.proto3_optional:
             text = f"One of `{message.oneof_decl[field.oneof_index].name}`. {text}"
         kind = type_of(field, message, homes)
-        yield f"| `{field.name}` = {field.number} | {kind} | {text} |"
+        yield f"| `{field.name}` | {field.number} | {kind} | {text} |"
     yield ""
 
 
@@ -90,8 +90,8 @@ def type_of(field: FieldDescriptorProto, message: DescriptorProto, homes: dict[s
         if field.type_name.endswith(f".{message.name}.{entry.name}"):
             key, value = (type_of(part, entry, homes) for part in entry.field)
             return f"map of {key} to {value}"
-    repeated = "repeated " * (field.label == field.LABEL_REPEATED)
-    optional = "optional " * field.proto3_optional
+    repeated = "repeated&nbsp;" * (field.label == field.LABEL_REPEATED)
+    optional = "optional&nbsp;" * field.proto3_optional
     if field.type_name:
         return repeated + optional + link(field.type_name, homes)
     return repeated + optional + field.Type.Name(field.type).removeprefix("TYPE_").lower()
@@ -102,9 +102,9 @@ def enum_blocks(
 ) -> Iterator[str]:
     yield f"## {enum.name}\n"
     yield prose(comments[path])
-    yield "| value | |\n|---|---|"
+    yield "| value | no. | meaning |\n|---|---|---|"
     for number, value in enumerate(enum.value):
-        yield f"| `{value.name}` = {value.number} | {cell(comments[(*path, VALUES, number)])} |"
+        yield f"| `{value.name}` | {value.number} | {cell(comments[(*path, VALUES, number)])} |"
     yield ""
 
 
