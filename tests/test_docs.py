@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from secateur import Spec
 from tests.conftest import RunningServer
 
-PAGES = sorted(map(str, (*Path().glob("*.md"), *Path("docs").glob("*.md"))))
+PAGES = sorted(map(str, (*Path().glob("*.md"), *Path("docs").rglob("*.md"))))
 
 
 def blocks(path: str, language: str) -> list[str]:
@@ -33,10 +33,11 @@ def anchors(path: Path) -> set[str]:
 
 # A page whose example prunes MiniLM, in 20 seconds.
 SLOW = ("docs/calibration.md",)
+OWN_TEST = ("docs/tutorial.md",)  # test_tutorial.py
 WITH_PYTHON = [
     pytest.param(path, marks=[pytest.mark.slow] if path in SLOW else [])
     for path in PAGES
-    if "```python\n" in Path(path).read_text()
+    if "```python\n" in Path(path).read_text() and path not in OWN_TEST
 ]
 
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.utils import prune
 
 from tests.conftest import RunningServer
 
+prune: Any = torch.nn.utils.prune  # it has no types
 WEIGHTS = ("conv1", "conv2", "fc1", "fc2", "fc3")
 
 

@@ -25,21 +25,23 @@ FIELDS = VALUES = METHODS = 2
 
 def pages(protos: Path) -> dict[str, str]:
     """Returns the pages by their paths, `grpc/NAME.md`."""
-    command = [Path(sys.executable).with_name("buf"), "build", protos, "-o", "-"]
+    command = [str(Path(sys.executable).with_name("buf")), "build", str(protos), "-o", "-"]
     built = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     files = FileDescriptorSet.FromString(built.stdout).file
     own = [file for file in files if f".{file.package}." == PACKAGE]
     homes = {
-        f"{PACKAGE}{kind.name}": Path(file.name).stem
+        f"{PACKAGE}{name}": Path(file.name).stem
         for file in own
-        for kind in [*file.message_type, *file.enum_type]
+        for name in [kind.name for kind in file.message_type] + [e.name for e in file.enum_type]
     }
     return {f"grpc/{Path(file.name).stem}.md": "\n".join(page(file, homes)) for file in own}
 
 
 def page(file: FileDescriptorProto, homes: dict[str, str]) -> Iterator[str]:
     """Yields the blocks of a file's page: services, messages, enums."""
-    comments = {tuple(found.path): found.leading_comments for found in file.source_code_info.location}
+    comments = {
+        tuple(found.path): found.leading_comments for found in file.source_code_info.location
+    }
     yield f"# {Path(file.name).name}\n"
     yield f"Package `{file.package}`, generated from `protos/{file.name}`.\n"
     for number, service in enumerate(file.service):
@@ -51,8 +53,12 @@ def page(file: FileDescriptorProto, homes: dict[str, str]) -> Iterator[str]:
 
 
 def service_blocks(
-    service: ServiceDescriptorProto, path: tuple[int, ...], comments: Comments, homes: dict[str, str]
+    service: ServiceDescriptorProto,
+    path: tuple[int, ...],
+    comments: Comments,
+    homes: dict[str, str],
 ) -> Iterator[str]:
+    """Yields the blocks of a service: its comment, and each RPC."""
     yield f"## service {service.name}\n"
     yield prose(comments[path])
     for number, method in enumerate(service.method):
@@ -62,6 +68,7 @@ def service_blocks(
 
 
 def signature(method: MethodDescriptorProto, homes: dict[str, str]) -> str:
+    """Says what an RPC takes and returns, with links."""
     takes = "a stream of " * method.client_streaming + link(method.input_type, homes)
     gives = "a stream of " * method.server_streaming + link(method.output_type, homes)
     return f"Takes {takes}, returns {gives}."
@@ -70,6 +77,7 @@ def signature(method: MethodDescriptorProto, homes: dict[str, str]) -> str:
 def message_blocks(
     message: DescriptorProto, path: tuple[int, ...], comments: Comments, homes: dict[str, str]
 ) -> Iterator[str]:
+    """Yields the blocks of a message: its comment, and a table of its fields."""
     yield f"## {message.name}\n"
     yield prose(comments[path])
     if not message.field:
@@ -100,6 +108,7 @@ def type_of(field: FieldDescriptorProto, message: DescriptorProto, homes: dict[s
 def enum_blocks(
     enum: EnumDescriptorProto, path: tuple[int, ...], comments: Comments
 ) -> Iterator[str]:
+    """Yields the blocks of an enum: its comment, and a table of its values."""
     yield f"## {enum.name}\n"
     yield prose(comments[path])
     yield "| value | no. | meaning |\n|---|---|---|"
@@ -109,6 +118,7 @@ def enum_blocks(
 
 
 def link(type_name: str, homes: dict[str, str]) -> str:
+    """Returns the name of a message or an enum, as a link if this package has it."""
     name = type_name.removeprefix(PACKAGE).removeprefix(".")
     home = homes.get(type_name)
     return f"[{name}]({home}.md#{name.lower()})" if home else name
@@ -122,10 +132,13 @@ def prose(comment: str) -> str:
 
 
 def cell(comment: str) -> str:
+    """Returns a comment as one line of Markdown."""
     return " ".join(escaped(comment).split())
 
 
 def escaped(comment: str) -> str:
     """Escapes what Markdown would interpret, except code in backticks."""
     code = re.split(r"(`[^`]*`)", comment)
-    return "".join(part if part[:1] == "`" else re.sub(r"[*<|\[]", r"\\\g<0>", part) for part in code)
+    return "".join(
+        part if part[:1] == "`" else re.sub(r"[*<|\[]", r"\\\g<0>", part) for part in code
+    )

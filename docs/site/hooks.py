@@ -1,4 +1,4 @@
-"""Adds pages that are not in docs/ to the site, and lets relative links work there and on GitHub."""
+"""Adds pages that are not in docs/. Relative links then work on the site and on GitHub."""
 
 import re
 from collections.abc import Iterator
