@@ -91,6 +91,7 @@ from secateur.server_info import ServerInfo
 from secateur.solving import alps, refit, sparsegpt
 from secateur.source import is_pruned, load
 from secateur.spec import Spec
+from secateur.sweep import Sweep, SweepRow, sweep
 from secateur.traced.groups import TracedGroups, groups
 from secateur.units.compensation import compensated
 from secateur.units.flap import flap
@@ -144,6 +145,8 @@ __all__ = [
     "Spec",
     "Statistics",
     "StoreFull",
+    "Sweep",
+    "SweepRow",
     "TensorDetails",
     "TensorReport",
     "TracedGroups",
@@ -203,6 +206,7 @@ __all__ = [
     "sizes",
     "slices",
     "sparsegpt",
+    "sweep",
     "table",
     "target_bytes",
     "target_macs",

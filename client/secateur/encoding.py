@@ -29,8 +29,21 @@ def encode_spec(given: Any, model: Source) -> tuple[pb.PruningSpec, dict[str, Lo
         model: What it is to prune.
 
     Raises:
-        InvalidSpec: It is not a spec, names an entry that is not sent, has an array that cannot be
-            sent, or has statistics of other weights.
+        InvalidSpec: See `fitted_spec`; or it has an array that cannot be sent.
+    """
+    return fitted_spec(given, model).encode(model.tensors)
+
+
+def fitted_spec(given: Any, model: Source) -> Spec:
+    """Returns a spec with the names of a model.
+
+    Args:
+        given: A caller's spec.
+        model: What it is to prune.
+
+    Raises:
+        InvalidSpec: It is not a spec, names an entry that is not sent, or has statistics of other
+            weights.
     """
     if not isinstance(given, Spec):
         raise InvalidSpec(f"a spec is what secateur's methods make, not {type(given).__name__}")
@@ -40,7 +53,7 @@ def encode_spec(given: Any, model: Source) -> tuple[pb.PruningSpec, dict[str, Lo
         _check_calibrated(f"rules[{index}]", rule, model)
     if model.other_names:
         spec = Spec(tuple(_fitted(rule, model) for rule in spec.rules))
-    return spec.encode(model.tensors)
+    return spec
 
 
 def check_solvers(spec: Spec, output: str, keep: bool) -> None:

@@ -1,6 +1,7 @@
 """Modules in evaluation, on example inputs as callers give them."""
 
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +32,16 @@ def in_evaluation(*modules: Any) -> Iterator[None]:
     finally:
         for part, is_training in training:
             part.training = is_training
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Runs compiled modules as they were written: compiled code runs no hooks that are new."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with sys.modules["torch"].compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager

@@ -51,6 +51,51 @@ def all_or_nothing(parts: Iterable[Module]) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def left_as_it_was(module: Module) -> Iterator[None]:
+    """Restores a module after the block: values and gradients bit for bit, modes and hooks.
+
+    The values are copied on their devices, and all objects are the ones from before.
+    """
+    parts = list(module.modules())
+    saved = [_Saved(holder) for part in parts for holder in (part, *pruning_hooks(part))]
+    tensors = {id(tensor): tensor for part in parts for tensor in _tensors(part)}
+    values = [_SavedTensor(tensor) for tensor in tensors.values()]
+    try:
+        yield
+    finally:
+        for one in (*saved, *values):
+            one.restore()
+
+
+def _tensors(part: Module) -> Iterator[torch.Tensor]:
+    """The parameters, buffers and other tensors of a submodule itself."""
+    for value in vars(part).values():
+        held = value.values() if isinstance(value, dict) else value
+        for one in held if isinstance(value, dict | list | set) else [value]:
+            if isinstance(one, torch.Tensor):
+                yield one
+
+
+class _SavedTensor:
+    """The values of a tensor, where they are, and its gradient."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor, self._data = tensor, tensor.data
+        self._values, self._has_grad = tensor.data.clone(), tensor.requires_grad
+        self._grad = tensor.grad if tensor.is_leaf else None
+        self._saved_grad = None if self._grad is None else _SavedTensor(self._grad)
+
+    def restore(self) -> None:
+        self._tensor.data = self._data
+        self._data.copy_(self._values)
+        if self._tensor.is_leaf:
+            self._tensor.requires_grad_(self._has_grad)
+            self._tensor.grad = self._grad
+        if self._saved_grad is not None:
+            self._saved_grad.restore()
+
+
 class _Saved:
     """The attributes of an object, and the content of those that are containers."""
 

@@ -70,6 +70,19 @@ def apply_masks(module: Module, masks: Mapping[str, torch.Tensor], model: Collec
                 raise InvalidStateDict(f"{name}: torch cannot prune it: {error}") from error
 
 
+def set_values(module: Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Writes a result's values into a module that is not yet pruned by it.
+
+    Args:
+        module: The one that was pruned.
+        values: By the names of the parameters; of a new pair that of its X_orig.
+    """
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        value = values.get(name, values.get(f"{name}_orig"))
+        if value is not None:
+            parameter.data.copy_(value)
+
+
 def finalize(
     module: Module, values: Mapping[str, torch.Tensor], finalized: Collection[str]
 ) -> None:

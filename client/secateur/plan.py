@@ -185,7 +185,7 @@ class Sensitivity(Displayed):
         Raises:
             SecateurError: matplotlib is not installed.
         """
-        amounts = [_shown(amount) for amount in self.amounts]
+        amounts = [amount_text(amount) for amount in self.amounts]
         return heat_map(ax, list(self.norm_removed), amounts, [*self.norm_removed.values()])
 
     def table(self) -> Table:
@@ -199,7 +199,7 @@ class Sensitivity(Displayed):
         )
 
     def _rows(self) -> list[tuple[str, ...]]:
-        rows = [("tensor", *map(_shown, self.amounts))]
+        rows = [("tensor", *map(amount_text, self.amounts))]
         for name, shares in self.norm_removed.items():
             rows.append((name, *(f"{share:.2%}" for share in shares)))
         return rows
@@ -268,7 +268,7 @@ def _row(planned: PlannedAmount) -> tuple[str, ...]:
     # Tensors that are ranked one by one have thresholds of their own.
     is_one = len(thresholds) == 1 and thresholds[0] is not None
     return (
-        _shown(planned.amount),
+        amount_text(planned.amount),
         f"{planned.pruned:,}",
         f"{planned.sparsity:.2%}",
         f"{thresholds[0]:.6g}" if is_one else "-",
@@ -277,8 +277,8 @@ def _row(planned: PlannedAmount) -> tuple[str, ...]:
     )
 
 
-def _shown(amount: float | None) -> str:
-    """An amount as Python spells it: 1 is one unit, 1.0 is all."""
+def amount_text(amount: float | None) -> str:
+    """Returns an amount as Python spells it: 1 is one unit, 1.0 is all."""
     if amount is None:
         return "-"
     return f"{amount:,}" if isinstance(amount, int) else str(round(amount, 6))

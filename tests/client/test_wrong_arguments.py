@@ -270,7 +270,7 @@ def test_every_public_function_is_here() -> None:
     public = [getattr(secateur, name) for name in secateur.__all__]
     functions = {member.__name__ for member in public if inspect.isfunction(member)}
     others = functions - {f.__name__ for f in FUNCTIONS}
-    assert others == {"embedded", "export", "group", "load", "reap"}
+    assert others == {"embedded", "export", "group", "load", "reap", "sweep"}
 
 
 def test_a_client() -> None:
@@ -313,6 +313,11 @@ def methods(client: secateur.Client, path: Path) -> dict[Callable[..., Any], dic
         },
         client.checkpoint: {"name": kept.name},
         client.wait_until_ready: {"timeout": 5.0},
+        secateur.sweep: {
+            **{"client": client, "module": torch.nn.Linear(2, 2), "amounts": [0.5]},
+            **{"spec": secateur.l1_unstructured("weight", 0), "evaluate": lambda _: 1.0},
+            "progress": False,
+        },
     }
 
 

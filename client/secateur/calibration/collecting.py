@@ -1,6 +1,5 @@
 """Runs a module on batches with hooks on its layers. Imported with torch only."""
 
-import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,7 +28,7 @@ from secateur.errors import (
     NotCalibrated,
     SecateurError,
 )
-from secateur.evaluation import arguments_of, in_evaluation
+from secateur.evaluation import arguments_of, in_evaluation, uncompiled
 from secateur.progress import Progress, show_progress
 from secateur.tables import listed
 
@@ -92,9 +91,7 @@ def _quiet(module: Module) -> Iterator[None]:
     try:
         for part in parallel:
             part.device_ids = part.device_ids[:1]
-        with _LOCK, in_evaluation(module), torch.no_grad(), ExitStack() as stack:
-            if "torch._dynamo" in sys.modules:  # compiled code runs no hooks
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
+        with _LOCK, in_evaluation(module), torch.no_grad(), uncompiled():
             yield
     finally:
         for part, ids in zip(parallel, devices, strict=True):
