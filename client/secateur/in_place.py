@@ -59,13 +59,15 @@ def left_as_it_was(module: Module) -> Iterator[None]:
     """
     parts = list(module.modules())
     saved = [_Saved(holder) for part in parts for holder in (part, *pruning_hooks(part))]
-    tensors = {id(tensor): tensor for part in parts for tensor in _tensors(part)}
-    values = [_SavedTensor(tensor) for tensor in tensors.values()]
+    tensors = {id(one): one for part in parts for one in _tensors(part)}
+    values = [_SavedTensor(one) for one in tensors.values()]
     try:
         yield
     finally:
-        for one in (*saved, *values):
+        for one in saved:
             one.restore()
+        for tensor in values:
+            tensor.restore()
 
 
 def _tensors(part: Module) -> Iterator[torch.Tensor]:
