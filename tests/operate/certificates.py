@@ -27,9 +27,16 @@ def _name(text: str) -> x509.Name:
 
 
 def _certificate(
-    subject: str, key: ec.EllipticCurvePrivateKey, issuer: str, signer: ec.EllipticCurvePrivateKey
+    subject: str,
+    key: ec.EllipticCurvePrivateKey,
+    issuer: str,
+    signer: ec.EllipticCurvePrivateKey,
+    days: int = 1,
 ) -> x509.Certificate:
-    """Makes a certificate for localhost. A self-signed one is an authority."""
+    """Makes a certificate for localhost that expires in some days, or did days ago.
+
+    A self-signed one is an authority.
+    """
     now = datetime.datetime.now(datetime.UTC)
     names: list[x509.GeneralName] = [x509.DNSName("localhost")]
     names.append(x509.IPAddress(ipaddress.ip_address("127.0.0.1")))
@@ -39,8 +46,8 @@ def _certificate(
         .issuer_name(_name(issuer))
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
+        .not_valid_before(now - datetime.timedelta(days=9))
+        .not_valid_after(now + datetime.timedelta(days=days))
         .add_extension(x509.BasicConstraints(key is signer, None), critical=True)
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
     )
@@ -71,10 +78,10 @@ class Authority:
         made = _certificate(name, self._key, name, self._key)
         self.cert = made.public_bytes(_PEM)
 
-    def pair(self, name: str, password: bytes = b"") -> Pair:
+    def pair(self, name: str, password: bytes = b"", days: int = 1) -> Pair:
         """Makes a key and a certificate for it."""
         key = ec.generate_private_key(ec.SECP256R1())
-        made = _certificate(name, key, self._subject, self._key)
+        made = _certificate(name, key, self._subject, self._key, days)
         hidden: KeySerializationEncryption = NoEncryption()
         if password:
             hidden = BestAvailableEncryption(password)

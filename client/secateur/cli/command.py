@@ -26,6 +26,7 @@ COMMANDS = {
     "pack": "write a model with zeros as a small file",
     "shrink": "write a smaller transformer to a new Hugging Face folder",
     "checkpoints": "manage checkpoints on a server: ls, put, get, rm",
+    "doctor": "check this installation and a server, with advice for what fails",
 }
 
 EPILOG = """IN and OUT are files (.safetensors; .pt, .pth, .bin, .ckpt or .tar of torch.save;

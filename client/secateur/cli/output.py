@@ -97,7 +97,7 @@ class Printer:
 
             print_table(text, stream, self.all)
         else:
-            print(text, file=stream)
+            click.echo(text, file=stream, color=None if has_colours() else False)
 
 
 def print_options(has_rows: bool = False) -> Decorator[Any]:

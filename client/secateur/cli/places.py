@@ -62,7 +62,7 @@ def client_of(server: Server) -> Client:
     return Client(
         server.server,
         token=server.token,
-        tls=_tls_of(server),
+        tls=tls_of(server),
         timeout=server.timeout,
         insecure=server.insecure,
     )
@@ -104,7 +104,8 @@ def _skip_kernels(model: Path) -> None:
             os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
 
 
-def _tls_of(server: Server) -> TlsFiles | None:
+def tls_of(server: Server) -> TlsFiles | None:
+    """Returns the files for TLS; None for plaintext."""
     paths = server.tls_ca, server.tls_key, server.tls_cert
     return TlsFiles(*paths) if server.tls or any(paths) else None
 
