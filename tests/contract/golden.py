@@ -19,7 +19,7 @@ from pathlib import Path
 
 import secateur
 from tests.conftest import PATIENCE, inner_server
-from tests.contract import golden_activations, golden_sources, golden_specs
+from tests.contract import golden_activations, golden_details, golden_sources, golden_specs
 from tests.contract.golden_digests import Case, Parts
 
 FILE = Path(__file__).with_name("golden.json")
@@ -38,6 +38,7 @@ FAMILIES: Mapping[str, Callable[[], dict[str, Case]]] = {
         golden_specs.scores,
         golden_activations.activation,
         golden_activations.row_dims,
+        golden_details.details,
         golden_sources.dtypes,
         golden_sources.priors,
         golden_sources.many,
