@@ -17,6 +17,7 @@ import torch
 
 import against_torch
 import checkpoints
+import details
 import gpu
 import lenet
 import many
@@ -57,6 +58,8 @@ def main() -> None:
     show(methods.COLUMNS, methods.rows(found["choices"]))
     found["plans"] = plan.compare(options.largest)
     show(plan.COLUMNS, plan.rows(found["plans"]))
+    found["details"] = details.compare(options.largest)
+    show(details.COLUMNS, details.rows(found["details"]))
     found["packed"] = pack.compare()
     show(pack.COLUMNS, pack.rows(found["packed"]))
     if torch.cuda.is_available():
