@@ -91,6 +91,9 @@ from secateur.server_info import ServerInfo
 from secateur.solving import alps, refit, sparsegpt
 from secateur.source import is_pruned, load
 from secateur.spec import Spec
+from secateur.spec_files.checking import RuleCheck, SpecCheck, check_spec
+from secateur.spec_files.reading import read_spec
+from secateur.spec_files.schema import spec_schema
 from secateur.sweep import Sweep, SweepRow, sweep
 from secateur.traced.groups import TracedGroups, groups
 from secateur.units.compensation import compensated
@@ -137,12 +140,14 @@ __all__ = [
     "QuotaExceeded",
     "Report",
     "ReportWarning",
+    "RuleCheck",
     "SecateurError",
     "Sensitivity",
     "ServerBusy",
     "ServerError",
     "ServerInfo",
     "Spec",
+    "SpecCheck",
     "Statistics",
     "StoreFull",
     "Sweep",
@@ -162,6 +167,7 @@ __all__ = [
     "blocks_of",
     "calibrate",
     "channel_permutation",
+    "check_spec",
     "columns",
     "compensated",
     "custom_from_mask",
@@ -197,6 +203,7 @@ __all__ = [
     "random",
     "random_structured",
     "random_unstructured",
+    "read_spec",
     "reap",
     "refit",
     "resize",
@@ -206,6 +213,7 @@ __all__ = [
     "sizes",
     "slices",
     "sparsegpt",
+    "spec_schema",
     "sweep",
     "table",
     "target_bytes",

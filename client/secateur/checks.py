@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from decimal import Decimal
+from difflib import get_close_matches
 from inspect import Parameter, signature
 from numbers import Integral, Real
 from typing import Any, TypeVar
@@ -83,7 +84,7 @@ def integer(field: str, value: Any, low: int = 0, end: int = UINT64) -> int:
 
 def integers(field: str, values: Any) -> list[int]:
     """Returns ints in [0, 2^64) as a list."""
-    if isinstance(values, str) or not isinstance(values, Iterable):
+    if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
         raise InvalidSpec(f"{field}: {shown(values)} is not a list of ints")
     return [integer(f"{field}[{index}]", value) for index, value in enumerate(values)]
 
@@ -171,8 +172,15 @@ def flag(field: str, value: Any) -> bool:
 def one_of(field: str, value: Any, known: Mapping[str, Value]) -> Value:
     """Returns the entry of `known` that a name stands for."""
     if not isinstance(value, str) or value not in known:
-        raise InvalidSpec(f"{field}: {shown(value)} is none of {', '.join(known)}")
+        near = nearest(value, known)
+        raise InvalidSpec(f"{field}: {shown(value)} is none of {', '.join(known)}{near}")
     return known[value]
+
+
+def nearest(name: Any, known: Iterable[str]) -> str:
+    """Returns advice for a misspelled name, or nothing if no known one is like it."""
+    near = get_close_matches(name, known, 1) if isinstance(name, str) else []
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def made(field: str, value: Any, kind: type[Made], make: Callable[..., Made]) -> Made:
@@ -194,7 +202,8 @@ def mismatch(make: Callable[..., Any], given: Collection[Any]) -> str | None:
     known = signature(make).parameters
     for name in given:
         if name not in known:
-            return f"{name!r} is not an argument; there are {', '.join(known) or 'none'}"
+            there_are = ", ".join(known) or "none"
+            return f"{name!r} is not an argument; there are {there_are}{nearest(name, known)}"
     missing = [
         repr(name)
         for name, parameter in known.items()

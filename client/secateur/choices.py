@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from secateur.array_files import files_of
 from secateur.checks import UINT32, chosen, dimension, flag, integer, integers, number, shown
 from secateur.errors import InvalidSpec
 from secateur.factors import AnyStatistics, Factors, statistics_of
@@ -17,7 +18,7 @@ from secateur_proto import spec_pb2 as pb
 Plain = Mapping[str, Any]
 
 # The names are those of torch.linalg.
-_MATRIX_NORMS = {"fro": pb.MATRIX_NORM_FROBENIUS, "nuc": pb.MATRIX_NORM_NUCLEAR}
+MATRIX_NORMS = {"fro": pb.MATRIX_NORM_FROBENIUS, "nuc": pb.MATRIX_NORM_NUCLEAR}
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,9 @@ def magnitude(p: float | str = 1) -> Importance:
 def norm(field: str, value: Any) -> Importance:
     """Does what `magnitude` does, for an argument of another name."""
     if isinstance(value, str):
-        if value not in _MATRIX_NORMS:
+        if value not in MATRIX_NORMS:
             raise InvalidSpec(f"{field}: {shown(value)} is not a number, 'fro' or 'nuc'")
-        return Importance({"magnitude": pb.Magnitude(matrix_norm=_MATRIX_NORMS[value])})
+        return Importance({"magnitude": pb.Magnitude(matrix_norm=MATRIX_NORMS[value])})
     return Importance({"magnitude": pb.Magnitude(p=number(field, value))})
 
 
@@ -99,7 +100,8 @@ def activation(
     if not 0 <= exponent < math.inf:
         raise InvalidSpec(f"power: {power} is not 0 or more, and finite")
     message = pb.Activation(p=order, is_relative=flag("relative", relative))
-    return Importance({"activation": message}, Factors(statistics_of(statistics), exponent))
+    files = files_of("statistics", statistics)
+    return Importance({"activation": message}, Factors(statistics_of(statistics), exponent, files))
 
 
 def element() -> Granularity:

@@ -1,7 +1,7 @@
 """Factors of importances, computed from the statistics of layers' inputs."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -78,10 +78,12 @@ class Factors:
     Attributes:
         statistics: Of the inputs of weights.
         power: The exponent.
+        files: The argument `statistics`, if it was the path of a file.
     """
 
     statistics: Statistics = field(repr=False)
     power: float
+    files: Mapping[str, str] = field(default_factory=dict)
 
     def arrays(self, names: Iterable[str]) -> dict[str, Arrays]:
         """Computes the arrays of a rule, by the fields that refer to them. Each name is known.

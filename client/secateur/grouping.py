@@ -1,11 +1,11 @@
 """Groups: slices of several tensors that are pruned together."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, Self, SupportsIndex, overload
 
-from secateur.checks import dimension, flag, integer, integers, made, shown, text
+from secateur.checks import chosen, dimension, flag, integer, integers, made, shown, text
 from secateur.choices import Plain
 from secateur.errors import InvalidSpec
 from secateur_proto import spec_pb2 as pb
@@ -84,7 +84,10 @@ class GroupList(list[Group]):
         return "\n".join(map(repr, self))
 
 
-Groups = Sequence[Group | Plain]
+Groups = Sequence[Group | Plain] | Plain
+
+# The functions that make groups of plain data, by their names; secateur.architectures adds them.
+GROUPS: dict[str, Callable[..., GroupList]] = {}
 
 
 def member(
@@ -200,7 +203,9 @@ def example_inputs_of(groups: Any) -> Any:
 
 
 def groups_of(value: Any) -> list[pb.Group]:
-    """Returns groups, each given itself or as a mapping of its name and members."""
+    """Returns groups: a list of groups, or of their plain data; or {function: arguments}."""
+    if isinstance(value, Mapping):
+        value = chosen("groups", value, GroupList, GROUPS)
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise InvalidSpec(f"groups: {shown(value)} is not a list of groups")
     return [_named(f"groups[{index}]", given) for index, given in enumerate(value)]
@@ -208,11 +213,12 @@ def groups_of(value: Any) -> list[pb.Group]:
 
 def _named(place: str, given: Any) -> pb.Group:
     """A group; one without a name gets the name that the server reports."""
-    message = made(place, given, Group, _plain_group).message
+    message = made(place, given, Group, plain_group).message
     return message if message.name else pb.Group(name=place, members=message.members)
 
 
-def _plain_group(name: str, members: Any) -> Group:
+def plain_group(name: str, members: Any) -> Group:
+    """Makes a group of its name and a list of members."""
     if not isinstance(members, Sequence) or isinstance(members, str):
         raise InvalidSpec(f"members: {shown(members)} is not a list")
     return group(name, *members)

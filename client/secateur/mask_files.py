@@ -82,14 +82,14 @@ def entries_of(path: Path, packed: Tensors, shapes: Shapes) -> tuple[Tensors, di
     return packed, {MASK_SHAPES: json.dumps(table, separators=(",", ":"))}
 
 
-def read_masks(path: Path) -> dict[str, LocalTensor]:
-    """Reads the masks of a file: that of `entries_of`, or one with a tensor for each mask.
+def read_arrays(path: Path) -> dict[str, LocalTensor]:
+    """Reads the arrays of a file: masks that `entries_of` packed, or a tensor for each array.
 
     Args:
         path: .safetensors, a torch file, or .npz.
 
     Raises:
-        InvalidStateDict: It cannot be read, or holds no masks.
+        InvalidStateDict: It cannot be read, or holds no arrays.
     """
     if path.suffix == ".npz":
         return _read_npz(path)
@@ -100,7 +100,7 @@ def read_masks(path: Path) -> dict[str, LocalTensor]:
         shapes = _parse_shapes(path, text, tensors)
         tensors = {name: _whole(tensor, shapes[name]) for name, tensor in tensors.items()}
     if not tensors:
-        raise InvalidStateDict(f"{path}: holds no masks")
+        raise InvalidStateDict(f"{path}: holds no arrays")
     return tensors
 
 

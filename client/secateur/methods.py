@@ -1,20 +1,18 @@
 """The methods that make specs: those of torch.nn.utils.prune, and others in their manner."""
 
-import os
 from collections.abc import Sequence
 from functools import reduce
 from operator import add
 
 from secateur.amounts import AnyAmount
-from secateur.checks import one_of, pair, patterns, text_keys
+from secateur.array_files import AnyArrays, arrays_of, files_of
+from secateur.checks import one_of, pair, patterns
 from secateur.choices import Importance, activation, blocks, magnitude, norm, random, slices
 from secateur.choices import n_m as n_m_of
-from secateur.errors import InvalidSpec, InvalidStateDict
+from secateur.errors import InvalidSpec
 from secateur.factors import AnyStatistics, calibrated_names
-from secateur.mask_files import read_masks
-from secateur.paths import source_path
 from secateur.selections import Names, grouped, select
-from secateur.spec import MASKS, METHODS, Arrays, Rule, Spec
+from secateur.spec import MASKS, METHODS, Rule, Spec
 from secateur_proto import spec_pb2 as pb
 
 _ABSOLUTE = Importance({"magnitude": pb.Magnitude()})  # without p: every norm of an element is |w|
@@ -30,7 +28,7 @@ def identity(tensors: Names) -> Spec:
 
 
 def l1_unstructured(
-    tensors: Names, amount: AnyAmount, importance_scores: Arrays | None = None
+    tensors: Names, amount: AnyAmount, importance_scores: AnyArrays | None = None
 ) -> Spec:
     """Prunes the elements with the lowest |w|: torch.nn.utils.prune.l1_unstructured.
 
@@ -39,7 +37,8 @@ def l1_unstructured(
         amount: An int is a number of elements, a float in [0, 1] the fraction of those that are
             still unpruned.
         importance_scores: Arrays of the tensors' shapes, by the tensors' names; their absolute
-            values rank in place of the weights'.
+            values rank in place of the weights'. Or the path of a file of them: .safetensors, .pt
+            or .npz.
 
     Raises:
         InvalidSpec: An argument cannot be sent.
@@ -63,7 +62,7 @@ def ln_structured(
     amount: AnyAmount,
     n: float | str,
     dim: int,
-    importance_scores: Arrays | None = None,
+    importance_scores: AnyArrays | None = None,
 ) -> Spec:
     """Prunes the slices with the lowest Ln norm of each tensor: torch.nn.utils.prune.ln_structured.
 
@@ -94,7 +93,7 @@ def global_unstructured(
     amount: AnyAmount,
     importance: str = "l1",
     seed: int = 0,
-    importance_scores: Arrays | None = None,
+    importance_scores: AnyArrays | None = None,
 ) -> Spec:
     """Prunes elements ranked over all tensors: torch.nn.utils.prune.global_unstructured.
 
@@ -110,7 +109,7 @@ def global_unstructured(
     return select(tensors, amount, by, scope="global", importance_scores=importance_scores)
 
 
-def custom_from_mask(masks: Arrays | str | os.PathLike[str]) -> Spec:
+def custom_from_mask(masks: AnyArrays) -> Spec:
     """Prunes by the caller's masks: torch.nn.utils.prune.custom_from_mask.
 
     Args:
@@ -118,13 +117,9 @@ def custom_from_mask(masks: Arrays | str | os.PathLike[str]) -> Spec:
             kept; or the path of a file of them: what result.save(path, "masks") wrote, or
             .safetensors, .pt or .npz.
     """
-    if isinstance(masks, str | os.PathLike):
-        try:
-            masks = read_masks(source_path(masks, InvalidStateDict))
-        except InvalidStateDict as error:
-            raise InvalidSpec(f"masks: {error}") from None
-    masks = text_keys("masks", masks, "names to masks")
-    return Spec((Rule(pb.Rule(custom_masks=pb.CustomMasks()), {MASKS: dict(masks)}),))
+    files = files_of("masks", masks)
+    arrays = {MASKS: arrays_of("masks", masks)}
+    return Spec((Rule(pb.Rule(custom_masks=pb.CustomMasks()), arrays, files=files),))
 
 
 def n_m_structured(tensors: Names, n: int = 2, m: int = 4, dim: int = 1) -> Spec:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from secateur.amounts import AnyAmount, amount_of
+from secateur.array_files import AnyArrays, arrays_of, files_of
 from secateur.checks import dimension, flag, integer, made, one_of, patterns, shown, text_keys
 from secateur.choices import (
     AnyGranularity,
@@ -26,11 +27,11 @@ from secateur_proto.enums import values_by_name
 
 Names = str | Sequence[str]
 
-_ALLOCATIONS = values_by_name(pb.Allocation.DESCRIPTOR)
-_COMBINATIONS = values_by_name(pb.Combination.DESCRIPTOR)
-_NORMALIZATIONS = values_by_name(pb.Normalization.DESCRIPTOR)
+ALLOCATIONS = values_by_name(pb.Allocation.DESCRIPTOR)
+COMBINATIONS = values_by_name(pb.Combination.DESCRIPTOR)
+NORMALIZATIONS = values_by_name(pb.Normalization.DESCRIPTOR)
 # SCOPE_PER_ROW is "row" here, and SCOPE_PER_TENSOR "tensor".
-_SCOPES = {
+SCOPES = {
     name.removeprefix("per_"): scope for name, scope in values_by_name(pb.Scope.DESCRIPTOR).items()
 }
 
@@ -45,7 +46,7 @@ def select(
     allocation: str | None = None,
     of_all: bool = False,
     guard_rails: AnyGuardRails | None = None,
-    importance_scores: Arrays | None = None,
+    importance_scores: AnyArrays | None = None,
     scales: Mapping[str, str] | None = None,
     row_dims: Mapping[str, int] | None = None,
 ) -> Spec:
@@ -86,7 +87,7 @@ def select(
         names,
         tensors=names,
         scales=_name_map("scales", scales),
-        allocation=_named("allocation", allocation, _ALLOCATIONS),
+        allocation=_named("allocation", allocation, ALLOCATIONS),
         row_dims=_row_dims(row_dims),
         **granularity_of(granularity).fields,
         **_ranking(scope, normalization, of_all, guard_rails),
@@ -103,7 +104,7 @@ def grouped(
     of_all: bool = False,
     guard_rails: AnyGuardRails | None = None,
     importance: AnyImportance = "magnitude",
-    importance_scores: Arrays | None = None,
+    importance_scores: AnyArrays | None = None,
     align: int | None = None,
 ) -> Spec:
     """Prunes units of groups: slices of several tensors that are pruned together.
@@ -119,7 +120,8 @@ def grouped(
         guard_rails: See `select`.
         importance: "magnitude" by p, "random", or what `activation` returns. Then members without
             statistics, such as biases, do not count.
-        importance_scores: Arrays with a score for each unit, by the groups' names.
+        importance_scores: Arrays with a score for each unit, by the groups' names; or the path of a
+            file of them.
         align: Each group keeps a multiple of this many units; 1 is any number. None is 1, and with
             output="shrunk" a multiple of up to 16 that suits the group's size.
     """
@@ -136,7 +138,7 @@ def grouped(
         scored,
         groups=messages,
         granularity=pb.GRANULARITY_GROUP,
-        combination=one_of("combination", combination, _COMBINATIONS),
+        combination=one_of("combination", combination, COMBINATIONS),
         align=0 if align is None else integer("align", align, 1, 4097),
         **_ranking(scope, normalization, of_all, guard_rails),
     )
@@ -146,7 +148,7 @@ def grouped(
 def _selection(
     amount: AnyAmount,
     importance: Importance,
-    scores: Arrays | None,
+    scores: AnyArrays | None,
     scored: Sequence[str],
     **choices: Any,
 ) -> Spec:
@@ -159,12 +161,14 @@ def _selection(
         scored: The names of the tensors that factors of the importance are sent for.
         choices: The other fields.
     """
-    given = {} if scores is None else text_keys("importance_scores", scores, "names to arrays")
+    given = {} if scores is None else arrays_of("importance_scores", scores)
     fields = {**choices, **importance.fields, **amount_of(amount).fields}
-    arrays: dict[str, Arrays] = {SCORES: dict(given)}
+    arrays: dict[str, Arrays] = {SCORES: given}
+    files: dict[str, Any] = files_of("importance_scores", scores)
     if importance.factors is not None:
         arrays |= importance.factors.arrays(scored)
-    return Spec((Rule(pb.Rule(selection=pb.Selection(**fields)), arrays),))
+        files |= {**importance.factors.files, "power": importance.factors.power}
+    return Spec((Rule(pb.Rule(selection=pb.Selection(**fields)), arrays, files=files),))
 
 
 def _row_dims(value: Mapping[str, int] | None) -> list[pb.RowDim]:
@@ -200,8 +204,8 @@ def _ranking(
     """The fields that selections of all granularities have."""
     bounds = None if rails is None else made("guard_rails", rails, GuardRails, guard_rails).message
     return {
-        "scope": one_of("scope", scope, _SCOPES),
-        "normalization": _named("normalization", normalization, _NORMALIZATIONS),
+        "scope": one_of("scope", scope, SCOPES),
+        "normalization": _named("normalization", normalization, NORMALIZATIONS),
         "of_all": flag("of_all", of_all),
         "guard_rails": bounds,
     }

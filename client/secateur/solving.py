@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from secateur.amounts import AnyAmount, units_of
+from secateur.array_files import files_of
 from secateur.calibration.statistics import Statistics
 from secateur.calibration.triangle import Triangle
 from secateur.checks import integer, number, one_of, pair, patterns, shown
@@ -104,7 +105,8 @@ def _solver(tensors: Names, statistics: AnyStatistics, **fields: Any) -> Spec:
     _warn_of_few(found, arrays)
     for name in names:
         message.grams[name].is_transposed = found[name].input_dim == 0
-    return Spec((Rule(pb.Rule(solver=message), {GRAMS: arrays}),))
+    files = files_of("statistics", statistics)
+    return Spec((Rule(pb.Rule(solver=message), {GRAMS: arrays}, files=files),))
 
 
 def _warn_of_few(statistics: Statistics, triangles: Mapping[str, Triangle]) -> None:

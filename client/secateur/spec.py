@@ -1,6 +1,7 @@
 """Specs: rules that say what to prune. The functions of secateur.methods make them."""
 
 import itertools
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from google.protobuf.text_format import MessageToString
 
 from secateur.calibration.triangle import Triangle, triangle_length
 from secateur.checks import mismatch, one_of, shown
-from secateur.errors import InvalidSpec, InvalidStateDict
+from secateur.errors import InvalidSpec, InvalidStateDict, InvalidStatistics
 from secateur.steps import Schedule, scale, step_of
 from secateur.tensors import LocalTensor, from_value
 from secateur_proto import spec_pb2 as pb
@@ -35,11 +36,16 @@ class Rule:
         arrays: The arrays that are sent with it, by the names of the tensors that they are for; of
             each field of the message that refers to arrays, such as "custom_masks.masks".
         example_inputs: Those with which its groups were traced, if they were.
+        files: The arguments, as a spec file has them, that its arrays were read from; without
+            those of arrays that were given in memory.
+        place: Finds the line of a spec file that a field of the rule was read from, as "FILE:LINE".
     """
 
     message: pb.Rule
     arrays: Mapping[str, Arrays] = field(default_factory=dict)
     example_inputs: Any = field(default=None, repr=False)
+    files: Mapping[str, Any] = field(default_factory=dict)
+    place: Callable[[str], str] | None = field(default=None, repr=False)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Rule):
@@ -88,13 +94,35 @@ class Spec:
         Raises:
             InvalidSpec: It is not a spec; the message names the rule.
         """
-        rules = table.get("rules") if isinstance(table, Mapping) else None
-        if isinstance(table, Mapping) and (near := _misspelled(table, "rules")):
-            raise InvalidSpec(near)
-        if not isinstance(rules, Sequence) or isinstance(rules, str) or not rules:
-            raise InvalidSpec("a spec is a mapping with a list of `rules`, at least one")
-        specs = [_from_plain(rule, f"rules[{index}]") for index, rule in enumerate(rules)]
-        return cls(tuple(rule for spec in specs for rule in spec.rules))
+        parts = [from_plain(rule, path) for path, rule in plain_rules(table).items()]
+        return cls(tuple(rule for spec in parts for rule in spec.rules))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the spec as plain data, for `from_dict`, JSON and YAML.
+
+        Groups are written out, traced ones too. Arrays have no plain form: give masks, scores and
+        statistics as paths of files.
+
+        Raises:
+            InvalidSpec: A rule has arrays that are in memory only.
+        """
+        from secateur.spec_files.plain import plain_spec
+
+        return plain_spec(self.rules)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the spec to a file that `read_spec` and `--spec` read, whole or not at all.
+
+        Args:
+            path: .yaml, .yml or .json. Paths of files in the spec are written as they were given.
+
+        Raises:
+            InvalidSpec: See `to_dict`.
+            SecateurError: The file cannot be written.
+        """
+        from secateur.spec_files.writing import write_spec
+
+        write_spec(path, self.to_dict())
 
     def at(self, step: int, steps: int, schedule: Schedule = "cubic") -> "Spec":
         """Scales each amount to what is due at a step; amounts are then of all units.
@@ -206,7 +234,26 @@ def _free_names(taken: Collection[str]) -> Iterator[str]:
 METHODS: dict[str, Callable[..., Spec]] = {}
 
 
-def _from_plain(rule: Any, path: str) -> Spec:
+def plain_rules(table: Any) -> dict[str, Any]:
+    """Returns the rules of a spec in plain data, by the paths of their fields.
+
+    Raises:
+        InvalidSpec: It is not a mapping with a list of rules, and nothing else.
+    """
+    if not isinstance(table, Mapping):
+        raise InvalidSpec(f"{shown(table)} is not a mapping with a list of `rules`")
+    if near := _misspelled(table, "rules"):
+        raise InvalidSpec(near)
+    for name in table.keys() - {"rules", "$schema"}:  # editors read `$schema`
+        raise InvalidSpec(f"{shown(name)} is not a field of a spec; there is `rules` alone")
+    rules = table.get("rules")
+    if not isinstance(rules, Sequence) or isinstance(rules, str) or not rules:
+        raise InvalidSpec(f"rules: {shown(rules)} is not a list of rules, at least one")
+    return {f"rules[{index}]": rule for index, rule in enumerate(rules)}
+
+
+def from_plain(rule: Any, path: str) -> Spec:
+    """Makes the spec of a rule in plain data; `path` is that of its field, for errors."""
     if not isinstance(rule, Mapping):
         raise InvalidSpec(f"{path}: {shown(rule)} is not a mapping")
     arguments = dict(rule)
@@ -235,3 +282,5 @@ def _rule_in_errors(path: str) -> Iterator[None]:
         yield
     except InvalidSpec as error:
         raise InvalidSpec(f"{path}.{error}") from None
+    except InvalidStatistics as error:
+        raise InvalidStatistics(f"{path}.statistics: {error}") from None

@@ -11,7 +11,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
-ROOT_PAGES = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
+ROOT_PAGES = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "recipes/README.md")
 # The target of a Markdown link that is neither a URL nor a fragment.
 TARGET = re.compile(r"(?<=\]\()(?!\w+:)[^)#\s]+")
 

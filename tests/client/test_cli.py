@@ -223,7 +223,6 @@ PRUNE = ["prune", "m.pt", "-o", "o.pt"]
         ([*PRUNE, "--method", "lamp", "--dim=x"], "--dim: 'x' is not a valid integer"),
         ([*PRUNE, "--method", "ln_structured", "--n=x"], "--n: 'x' is not a number, inf"),
         ([*PRUNE, "--spec", "s.json", "--amount=1"], "--spec has the whole spec: leave out --am"),
-        ([*PRUNE, "--spec", "s.json", "--tensors=*"], "--spec has the whole spec: leave out --te"),
         ([*PRUNE, "--method", "identity", "--json", "--quiet"], "--quiet: not allowed with"),
         ([*PRUNE, "--method", "identity", "--timeout", "0"], "'0' is not a number of seconds"),
         (["plan", "m.pt", "--method", "lamp", "--dim=0"], "takes no --dim (try secateur plan"),

@@ -36,6 +36,7 @@ class Stack(torch.nn.Module):
 
 
 STATISTICS = secateur.calibrate(Stack(), [torch.ones(2, 2, 3)], gram=True)
+RECIPE = Path(__file__).parents[2] / "recipes/lamp-90.yaml"
 GPT2 = {"n_embd": 4, "n_layer": 1, "n_head": 2}
 
 
@@ -192,6 +193,8 @@ FUNCTIONS: dict[Callable[..., Any], dict[str, Any]] = {
     secateur.Spec.from_dict: {
         "table": {"rules": [{"method": "lamp", "amount": 1, "tensors": "w"}]}
     },
+    secateur.read_spec: {"path": RECIPE, "tensors": "w"},
+    secateur.spec_schema: {},
     HALF.at: {"step": 1, "steps": 2, "schedule": "cubic"},
 }
 
@@ -270,7 +273,7 @@ def test_every_public_function_is_here() -> None:
     public = [getattr(secateur, name) for name in secateur.__all__]
     functions = {member.__name__ for member in public if inspect.isfunction(member)}
     others = functions - {f.__name__ for f in FUNCTIONS}
-    assert others == {"embedded", "export", "group", "load", "reap", "sweep"}
+    assert others == {"check_spec", "embedded", "export", "group", "load", "reap", "sweep"}
 
 
 def test_a_client() -> None:

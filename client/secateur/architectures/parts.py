@@ -9,7 +9,7 @@ from secateur.architectures.transformer import Shapes, Transformer, read_config,
 from secateur.checks import patterns, shown
 from secateur.errors import InvalidSpec, InvalidStateDict
 from secateur.folders import find_folder
-from secateur.grouping import Group, GroupList, Member, group, member
+from secateur.grouping import GROUPS, Group, GroupList, Member, group, member
 from secateur.source import read_source
 
 _NORM = (
@@ -198,3 +198,5 @@ PARTS: Mapping[str, Callable[[Transformer], Iterator[Group]]] = {
     "vocabulary": _vocabulary,
 }
 _REFUSED = {"hidden": _NORM, "layers": _LAYERS}
+
+GROUPS["transformer_groups"] = transformer_groups

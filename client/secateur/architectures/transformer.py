@@ -198,9 +198,9 @@ def read_config(config: Any) -> tuple[dict[str, Any], Path | None]:
     try:
         return parse_config(file.read_text("utf-8")), file.parent
     except OSError as error:
-        raise InvalidSpec(f"{file}: {error.strerror}") from None
+        raise InvalidSpec(f"config: {file}: {error.strerror}") from None
     except ValueError as error:
-        raise InvalidSpec(f"{file}: {error}") from None
+        raise InvalidSpec(f"config: {file}: {error}") from None
 
 
 def parse_config(text: str) -> dict[str, Any]:

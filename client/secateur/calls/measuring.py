@@ -23,6 +23,7 @@ from secateur.report_decoding import decode_report
 from secateur.selections import select
 from secateur.source import read_source
 from secateur.spec import Spec
+from secateur.spec_files.lines import placed_errors
 from secateur.tensors import LocalTensor
 from secateur_proto import pruner_pb2 as pb
 from secateur_proto.enums import values_by_name
@@ -84,16 +85,17 @@ class AsyncMeasureCalls(AsyncCheckpointCalls):
         prior: str,
         patience: Patience,
     ) -> Plan:
-        message, arrays = await self._transport.run(encode_spec, spec, model)
-        model = model.sending(unmasked_members(message))
-        header = pb.PlanHeader(
-            spec=message,
-            amounts=[] if amounts is None else encode_amounts(amounts),
-            prior=one_of("prior", prior, PRIORS),
-        )
-        tensors = {**model.sent(), **arrays}
-        call = await self._call("Plan", header, model, tensors, progress, patience)
-        return decode_plan((await self._connection.measure(call)).plan, header)
+        with placed_errors(spec):
+            message, arrays = await self._transport.run(encode_spec, spec, model)
+            model = model.sending(unmasked_members(message))
+            header = pb.PlanHeader(
+                spec=message,
+                amounts=[] if amounts is None else encode_amounts(amounts),
+                prior=one_of("prior", prior, PRIORS),
+            )
+            tensors = {**model.sent(), **arrays}
+            call = await self._call("Plan", header, model, tensors, progress, patience)
+            return decode_plan((await self._connection.measure(call)).plan, header)
 
     async def sensitivity(
         self,

@@ -25,6 +25,7 @@ from secateur.server_info import ServerInfo, decode_server_info
 from secateur.shrinkage import add_unsent
 from secateur.source import read_source
 from secateur.spec import Spec
+from secateur.spec_files.lines import placed_errors
 from secateur_proto import pruner_pb2 as pb
 from secateur_proto.enums import plain_name
 from secateur_proto.framing import CHUNK_BYTES
@@ -59,19 +60,20 @@ class AsyncPrunerCalls(AsyncMeasureCalls):
         model = await self._transport.run(read_source, source, key)
         folder = new_folder(destination, model) if output == "shrunk" else None
         header.destination_uri = "" if folder else uri_of(destination)
-        message, arrays = await self._transport.run(encode_spec, spec, model)
-        check_solvers(spec, output, keep)
-        model = model.sending(unmasked_members(message))
-        header.spec.CopyFrom(message)
-        if output == "packed":
-            check_zstandard("output='packed'")
-        if is_model(output):
-            check_destination(header.destination_uri, model.only_parameters())
-        patience = self._connection.patience()
-        if keep and model.is_here:
-            result = await self._prune_kept(model, header, arrays, progress, patience, spec)
-        else:
-            result = await self._prune(model, header, arrays, progress, patience, model, spec)
+        with placed_errors(spec):
+            message, arrays = await self._transport.run(encode_spec, spec, model)
+            check_solvers(spec, output, keep)
+            model = model.sending(unmasked_members(message))
+            header.spec.CopyFrom(message)
+            if output == "packed":
+                check_zstandard("output='packed'")
+            if is_model(output):
+                check_destination(header.destination_uri, model.only_parameters())
+            patience = self._connection.patience()
+            if keep and model.is_here:
+                result = await self._prune_kept(model, header, arrays, progress, patience, spec)
+            else:
+                result = await self._prune(model, header, arrays, progress, patience, model, spec)
         if folder:
             await self._transport.write(result.save, folder, output)
         return result

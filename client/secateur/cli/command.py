@@ -25,6 +25,7 @@ COMMANDS = {
     "export": "write the model of a Hugging Face folder as ONNX, and check it",
     "pack": "write a model with zeros as a small file",
     "shrink": "write a smaller transformer to a new Hugging Face folder",
+    "spec": "check a spec in a file with a model, or print the JSON Schema of such files",
     "checkpoints": "manage checkpoints on a server: ls, put, get, rm",
     "doctor": "check this installation and a server, with advice for what fails",
 }

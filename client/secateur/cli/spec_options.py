@@ -1,6 +1,5 @@
 """The options that make a spec."""
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -24,8 +23,8 @@ from secateur.defaults import SOME_AMOUNTS, matrices
 from secateur.errors import InvalidSpec
 from secateur.grouping import Group
 from secateur.model import Source
-from secateur.paths import source_path
 from secateur.spec import METHODS, Spec
+from secateur.spec_files.reading import SpecFile, read_spec
 from secateur_proto.enums import values_by_name
 from secateur_proto.pruner_pb2 import Prior
 
@@ -70,10 +69,9 @@ class SpecOptions:
         if self.spec is None:
             self._check_method()
             return self._made
-        for name in (*self._given(), *(["tensors"] if self.tensors else [])):
+        for name in self._given():
             raise click.UsageError(f"--spec has the whole spec: leave out {option_name(name)}")
-        spec = spec_in(Path(self.spec))
-        return lambda client, source: spec
+        return file_maker(self.spec, self.tensors)
 
     def _check_method(self) -> None:
         if self.method is None:
@@ -102,6 +100,26 @@ class SpecOptions:
 
 def _matrices(source: Source, client: Client) -> list[str]:
     return matrices(source.prunable() if source.is_here else client.report(source).tensors)
+
+
+def file_maker(path: str, tensors: Sequence[str]) -> Maker:
+    """Returns what makes the spec of a file for a model.
+
+    Args:
+        path: The file.
+        tensors: --tensors, for rules that name none; empty is the default.
+
+    Raises:
+        click.UsageError: --tensors is given, and all rules name their tensors.
+        InvalidSpec: The file is wrong.
+    """
+    file = SpecFile.read(path)
+    if file.nameless():
+        return lambda client, source: file.spec(list(tensors) or _matrices(source, client))
+    if tensors:
+        raise click.UsageError(f"--tensors: the rules of {path} name theirs; leave it out")
+    spec = file.spec()
+    return lambda client, source: spec
 
 
 def planned(
@@ -147,7 +165,7 @@ def spec_options(default: str | None = None) -> Decorator[Any]:
             "--spec",
             metavar="FILE",
             type=click.Path(),
-            help="a spec of several rules: YAML or JSON",
+            help="a spec in a file, YAML or JSON; --tensors is for its rules that name none",
         ),
         click.option(
             "--amount", type=amount, help="an int is a number of units, 0.5 or 50% a fraction"
@@ -203,42 +221,11 @@ def groups_in(path: Path) -> list[Group]:
     Raises:
         InvalidSpec: The file is wrong, or has no groups.
     """
-    rules = [rule.message.selection for rule in spec_in(path).rules]
+    rules = [rule.message.selection for rule in read_spec(path).rules]
     groups = [Group(group) for rule in rules for group in rule.groups]
     if not groups:
         raise InvalidSpec(f"{path}: no rule has groups; use the method `grouped`")
     return groups
-
-
-def spec_in(path: Path) -> Spec:
-    """Reads a spec file.
-
-    Raises:
-        InvalidSpec: It is wrong.
-    """
-    try:
-        return Spec.from_dict(_plain_data(path))
-    except InvalidSpec as error:
-        raise InvalidSpec(f"{path}: {error}") from None
-
-
-def _plain_data(path: Path) -> Any:
-    """The content of a spec file. Errors do not name the file."""
-    try:
-        text = source_path(path, InvalidSpec).read_text()
-        if path.suffix == ".json":
-            return json.loads(text)
-        import yaml
-
-        return yaml.safe_load(text)
-    except OSError as error:
-        raise InvalidSpec(error.strerror) from None
-    except ImportError:
-        raise InvalidSpec("YAML needs pip install 'secateur[cli]'") from None
-    except ValueError as error:
-        raise InvalidSpec(str(error)) from None
-    except yaml.YAMLError as error:
-        raise InvalidSpec(str(error)) from None
 
 
 def _pattern(text: str) -> tuple[int, ...]:
