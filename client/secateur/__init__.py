@@ -13,6 +13,7 @@ and files of torch.save only.
 """
 
 import secateur.grpc_logs  # noqa: F401  # before anything imports grpc
+from secateur import callbacks
 from secateur.amounts import table, target_bytes, target_macs, threshold
 from secateur.architectures.parts import transformer_groups
 from secateur.calibration.calibrate import calibrate
@@ -51,6 +52,7 @@ from secateur.errors import (
     InvalidStatistics,
     ModelTooLarge,
     NotCalibrated,
+    NotPruned,
     NotSaved,
     PermissionDenied,
     QuotaExceeded,
@@ -130,6 +132,7 @@ __all__ = [
     "LayerStatistics",
     "ModelTooLarge",
     "NotCalibrated",
+    "NotPruned",
     "NotSaved",
     "PermissionDenied",
     "PermutedGroup",
@@ -166,6 +169,7 @@ __all__ = [
     "blocks",
     "blocks_of",
     "calibrate",
+    "callbacks",
     "channel_permutation",
     "check_spec",
     "columns",

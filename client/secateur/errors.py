@@ -118,6 +118,10 @@ class NotSaved(UserWarning):
     """The written file lacks something that the source has; the message names it."""
 
 
+class NotPruned(UserWarning):
+    """A model in training is less sparse than its schedule asks; the message says why."""
+
+
 _BY_REASON = {
     "INVALID_SPEC": InvalidSpec,
     "INVALID_STATE_DICT": InvalidStateDict,
