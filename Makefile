@@ -69,6 +69,8 @@ system:  ## install Debian packages that some tests need, else they are skipped;
 	    chromium fonts-dejavu-core
 	apt-get install -qq -y --no-install-recommends g++ pkg-config libgrpc++-dev libprotobuf-dev \
 	    protobuf-compiler-grpc
+	apt-get install -qq -y --no-install-recommends golang-go golang-google-grpc-dev \
+	    golang-google-protobuf-dev golang-github-golang-protobuf-1-5-dev protoc-gen-go-1-5
 	command -v npm >/dev/null || apt-get install -qq -y --no-install-recommends nodejs npm
 
 clean:

@@ -27,8 +27,12 @@ from tests.conftest import RunningServer
 from tests.reference import all_l1, assert_same_tensors, by_torch, masks_of, place
 
 HERE = Path(__file__).parent
-# A C++ compiler takes 10 seconds for the client. Its test is that of the client in Node.
-LANGUAGES = ("node", pytest.param("cpp", marks=pytest.mark.slow))
+# Compilers of C++ and Go take 10 seconds for the client. Its tests are those of the client in Node.
+LANGUAGES = (
+    "node",
+    pytest.param("cpp", marks=pytest.mark.slow),
+    pytest.param("go", marks=pytest.mark.slow),
+)
 
 # The magnitudes around this threshold are distinct, so torch has no ties to break.
 FRACTION = 0.5
@@ -82,10 +86,23 @@ def build_cpp(folder: Path) -> list[str]:
     return [str(folder / "client")]
 
 
+def build_go(folder: Path) -> list[str]:
+    """Runs the commands of the document for Debian, and returns the command of the program."""
+    need("go", "protoc", "protoc-gen-go")
+    sources = folder / "src/example.com/prune"
+    if not sources.exists():
+        shutil.copytree("protos", sources / "protos")
+        shutil.copy("examples/prune.go", sources)
+        commands = "".join(excerpts_of("bash", "docs/go.md"))
+        path = f"GOPATH={folder}:/usr/share/gocode"
+        check("env", path, f"GOCACHE={folder / 'cache'}", "bash", "-ec", commands, cwd=sources)
+    return [str(sources / "prune")]
+
+
 @pytest.fixture(scope="session", params=LANGUAGES)
 def program(request: pytest.FixtureRequest, built: Path) -> list[str]:
     """The command that runs a program. The first test that needs it builds it."""
-    build = {"node": build_node, "cpp": build_cpp}[request.param]
+    build = {"node": build_node, "cpp": build_cpp, "go": build_go}[request.param]
     with locked(built):
         return build(built / request.param)
 
@@ -260,16 +277,18 @@ def digest_of(tensor: Tensor) -> str:
     return hashlib.sha256(data.tobytes()).hexdigest()
 
 
-def excerpts_of(language: str) -> list[str]:
-    text = Path("docs/languages.md").read_text()
+def excerpts_of(language: str, path: str = "docs/languages.md") -> list[str]:
+    text = Path(path).read_text()
     found = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
     assert found
     return found
 
 
-def test_the_excerpts_of_the_document_are_in_the_cpp_program() -> None:
+def test_the_excerpts_of_the_documents_are_in_the_programs() -> None:
     program = (HERE / "cpp/client.cc").read_text()
     assert [excerpt for excerpt in excerpts_of("cpp") if excerpt not in program] == []
+    program = Path("examples/prune.go").read_text()
+    assert [part for part in excerpts_of("go", "docs/go.md") if part not in program] == []
 
 
 def test_the_javascript_of_the_document_runs(
