@@ -58,7 +58,7 @@ kernels: $(READY)  ## compile the kernels into numba's cache, beside the sources
 	    app.App(config.read_config(["--address", "127.0.0.1:0", "--metrics-address", ""])).stop()'
 
 docs: $(READY)  ## build the documentation: open site/index.html
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 protos:  ## generate the stubs from protos/secateur/v1
 	protos/generate.sh

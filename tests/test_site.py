@@ -26,18 +26,10 @@ PROTOS = (checkpoint_pb2, checkpoints_pb2, plan_pb2, pruner_pb2, report_pb2, spe
 
 def build(folder: Path) -> dict[str, str]:
     """Builds the site as `make docs` does, in four seconds. Returns its pages by their paths."""
-    command = [
-        sys.executable,
-        "-m",
-        "mkdocs",
-        "build",
-        "--strict",
-        "--quiet",
-        f"--site-dir={folder}",
-    ]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", f"--site-dir={folder}"]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert (ended.returncode, ended.stdout + ended.stderr) == (0, "")
+    assert ended.returncode == 0, ended.stderr
     return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.html")}
 
 
