@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
@@ -21,8 +22,10 @@ from secateur_proto import pruner_pb2 as pb
 from secateur_proto import pruner_pb2_grpc
 from secateur_proto.report_pb2 import Details, TensorReport
 from secateur_server.backends import kernels
+from secateur_server.backends.masks import Mask
 from secateur_server.errors import Cancelled
 from secateur_server.report.details import choose, details_of
+from secateur_server.report.images import images_of
 from secateur_server.runtime.context import RequestContext
 from secateur_server.state_dict.parameter import Parameter
 from tests.conftest import examples
@@ -330,3 +333,17 @@ def test_a_request_ends_within_each_pass(compiled: bool, monkeypatch: pytest.Mon
     for count in range(0, checks, 3):
         with pytest.raises(Cancelled):
             measured(Ending(count), parameter)
+
+
+def test_images_take_little_memory() -> None:
+    shape = (10_000, 20_000)  # 25 MB of bits, in 191 pieces of which each counts all pixels
+    bits = torch.arange(math.prod(shape) // 8).to(torch.uint8)
+    mask = Mask(bits, math.prod(shape))
+    images_of(RequestContext(), mask, (600, 600))  # compiles
+    tracemalloc.start()
+    try:
+        images = images_of(RequestContext(), mask, shape)
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    finally:
+        tracemalloc.stop()
+    assert np.frombuffer(images[0].pixels, np.uint8).mean() == pytest.approx(127.5, abs=1)

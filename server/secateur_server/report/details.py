@@ -21,7 +21,7 @@ MOST_SLICES = 1 << 16
 LEAST_BYTES = 1 << 10
 
 # Bytes of the fields of a message that have neither counts nor pixels, or more.
-_OTHER_BYTES = 160
+_OTHER_BYTES = 256
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 import torch
 
 from secateur_server.backends import backend_for, spans
 from secateur_server.backends.masks import Mask
-from secateur_server.backends.pieces import Ints
 from secateur_server.runtime.context import RequestContext
 
 # Rows, and columns, of pixels of an image that shows many elements in a pixel.
@@ -91,12 +91,15 @@ def _shares(context: RequestContext, mask: Mask, stride: int, view: tuple[int, i
     size = min(SIDE, rows), min(SIDE, columns)
     backend = backend_for(mask.bits.device)
 
-    def count(span: tuple[int, int]) -> Ints:
-        counts = np.zeros(size, np.int64)
-        backend.count_pixels(mask.bits, *span, stride, rows, columns, counts)
-        return counts
+    counts, lock = np.zeros(size, np.int64), Lock()
 
-    counts = np.sum(backend.map(context, count, spans(rows * columns, backend.piece)), axis=0)
+    def count(span: tuple[int, int]) -> None:
+        found = np.zeros(size, np.int64)
+        backend.count_pixels(mask.bits, *span, stride, rows, columns, found)
+        with lock:  # the counts of all pieces would take more memory than the mask
+            np.add(counts, found, out=counts)
+
+    backend.map(context, count, spans(rows * columns, backend.piece))
     heights, widths = (
         np.diff(np.arange(pixels + 1) * length // pixels)
         for pixels, length in zip(size, view, strict=True)
