@@ -66,7 +66,7 @@ def command(options: _Options, printer: Printer, server: Server) -> None:
         report = _finalized(replace(options, model=model, out=out), groups, printer, server)
     note = not_smaller(options.output, report.zeros)
     if note:
-        warning = ReportWarning("NOT_SMALLER", "note", (), note)
+        warning = ReportWarning("NOT_SMALLER", "note", (), note.removeprefix("note: "))
         report = replace(report, warnings=(*report.warnings, warning))
     printer.report(smaller(report, options.model, options.out), {})
 

@@ -16,12 +16,13 @@ class Command(click.Command):
     """A command that explains how to give several values."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parses arguments; an error on one too many says how to repeat the option before it."""
+        """Parses arguments; an error names the command, and how to repeat an option."""
         given = list(args)
         try:
             return super().parse_args(ctx, args)
         except click.UsageError as error:
             hints = [h for o, h in _HOW_TO_REPEAT.items() if any(a.startswith(o) for a in given)]
+            error.ctx = ctx
             if hints and "extra argument" in error.message:
                 raise click.UsageError(f"{error.message}; {hints[0]}", ctx) from None
             raise
@@ -64,10 +65,11 @@ class LazyGroup(Group):
         """Returns the names of the commands, in their order."""
         return list(self._helps)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Imports a command; None if it is not one."""
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
+        """Imports a command."""
         if cmd_name not in self._helps:
-            return None
+            known = ", ".join(self._helps)
+            raise click.UsageError(f"no such command {cmd_name!r}; known are {known}", ctx)
         found: click.Command = import_module(f"secateur.cli.{cmd_name}").command
         return found
 
