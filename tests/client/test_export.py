@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -149,8 +150,10 @@ def test_a_hugging_face_folder(
     }[kind]().eval()
     folder, path = tmp_path / "in", tmp_path / "out.onnx"
     made.save_pretrained(folder)
-    assert run("export", folder, "-o", path) == 0
-    assert "onnxruntime computes what torch does on random" in capsys.readouterr().out
+    assert run("export", folder, "-o", path, "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["out"] == str(path)
+    assert answer["checked"].startswith("onnxruntime computes what torch does on random")
     if kind == "vit":
         inputs = [torch.rand(4, 3, 16, 16)]
     else:

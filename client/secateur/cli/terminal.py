@@ -15,7 +15,7 @@ from secateur.tables import Table
 # Columns that a narrow terminal leaves out, the first ones first; then any, from the right.
 _OPTIONAL = (
     *("zero slices", "dtype", "bytes", "bytes of kept values", "patterns", "shape"),
-    *("threshold", "masks", "created", "total"),
+    *("threshold", "masks", "created", "total", "zeros"),
 )
 _BARS = ("sparsity",)
 _BAR_WIDTH = 10
@@ -69,8 +69,9 @@ def _columns(rows: Sequence[Sequence[str]], width: int) -> list[int]:
     """The columns that fit beside a first column that may be cut."""
     head, columns, widths = rows[0], list(range(len(rows[0]))), _widths(rows)
     widths[0] = min(widths[0], _NAME_WIDTH)
-    others = [c for c in reversed(columns[1:]) if head[c] not in _OPTIONAL]
-    order = [*(head.index(name) for name in _OPTIONAL if name in head), *others]
+    others = [c for c in reversed(columns[1:]) if head[c] not in (*_OPTIONAL, *_BARS)]
+    optional, bars = ([head.index(n) for n in names if n in head] for names in (_OPTIONAL, _BARS))
+    order = [*optional, *others, *bars]
     for column in order[:-1]:
         if _total(widths, columns) <= width:
             break
