@@ -36,6 +36,7 @@ from secateur.choices import (
     slices,
 )
 from secateur.client import Client
+from secateur.comparison import Comparison, compare
 from secateur.depth import depth
 from secateur.details import Histogram, Image, TensorDetails
 from secateur.embedded import embedded
@@ -116,6 +117,7 @@ __all__ = [
     "CheckpointNotFound",
     "Choice",
     "Client",
+    "Comparison",
     "Coverage",
     "DataLoss",
     "DeadlineExceeded",
@@ -173,6 +175,7 @@ __all__ = [
     "channel_permutation",
     "check_spec",
     "columns",
+    "compare",
     "compensated",
     "custom_from_mask",
     "depth",

@@ -1,5 +1,6 @@
 """What a prune by many amounts would do."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -124,6 +125,24 @@ class Plan(Displayed):
         shares = [planned.norm_removed for planned in self.amounts]
         return curves(ax, [planned.sparsity for planned in self.amounts], {"norm removed": shares})
 
+    def to_html(
+        self, path: str | os.PathLike[str], title: str = "Plan", amount: float | None = None
+    ) -> None:
+        """Writes the plan as a page: one HTML file that needs no network.
+
+        Args:
+            path: The file.
+            title: The heading of the page.
+            amount: The planned amount that the page marks first; None is the middle one.
+
+        Raises:
+            InvalidSpec: The amount was not planned.
+            SecateurError: jinja2 is not installed: pip install 'secateur[html]'.
+        """
+        from secateur.page.plans import write_plan
+
+        write_plan(self, path, title, amount)
+
     def table(self) -> Table:
         """Returns a row for each amount."""
         return Table(self._rows(), above=(self._legend(),), below=(self._note(),))
@@ -187,6 +206,20 @@ class Sensitivity(Displayed):
         """
         amounts = [amount_text(amount) for amount in self.amounts]
         return heat_map(ax, list(self.norm_removed), amounts, [*self.norm_removed.values()])
+
+    def to_html(self, path: str | os.PathLike[str], title: str = "Sensitivity") -> None:
+        """Writes the sensitivity as a page with a heat map: one HTML file that needs no network.
+
+        Args:
+            path: The file.
+            title: The heading of the page.
+
+        Raises:
+            SecateurError: jinja2 is not installed: pip install 'secateur[html]'.
+        """
+        from secateur.page.plans import write_sensitivity
+
+        write_sensitivity(self, path, title)
 
     def table(self) -> Table:
         """Returns a row for each tensor, and a column for each amount."""

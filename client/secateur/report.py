@@ -1,5 +1,6 @@
 """How sparse a model is, and where."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ from secateur.tables import Table, listed
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from pandas import DataFrame
+
+    from secateur.gain import Gain
 
 _FRAME_DTYPES = {
     **{"shape": "object", "dtype": "str", "bytes": "int64", "zeros": "int64", "total": "int64"},
@@ -231,6 +234,28 @@ class Report(Displayed):
         """
         sparsities = {name: tensor.sparsity for name, tensor in self.tensors.items()}
         return bars(ax, sparsities, self.sparsity)
+
+    def to_html(
+        self,
+        path: str | os.PathLike[str],
+        title: str = "Sparsity report",
+        gain: "Gain | None" = None,
+    ) -> None:
+        """Writes the report as a page: one HTML file that needs no network.
+
+        Histograms and patterns are in reports that were asked for with details=True.
+
+        Args:
+            path: The file.
+            title: The heading of the page.
+            gain: What secateur.gain measured, to show operations and time before and after.
+
+        Raises:
+            SecateurError: jinja2 is not installed: pip install 'secateur[html]'.
+        """
+        from secateur.page.reports import write_report
+
+        write_report(self, path, title, gain)
 
     def table(self) -> Table:
         """Returns a row for each tensor, and lines on rules, coverage and warnings."""

@@ -35,14 +35,14 @@ def _rows(report: Report) -> list[tuple[str, ...]]:
         rows.append((name, shape, tensor.dtype, *_counts(tensor.bytes, tensor), slices))
     total_bytes = sum(tensor.bytes for tensor in report.tensors.values())
     rows.append(("total", "", "", *_counts(total_bytes, report), ""))
-    patterns = ["patterns", *map(_telling_patterns, report.tensors.values()), ""]
+    patterns = ["patterns", *map(telling_patterns, report.tensors.values()), ""]
     if any(patterns[1:]):
         return [(*row, cell) for row, cell in zip(rows, patterns, strict=True)]
     return rows
 
 
-def _telling_patterns(tensor: TensorReport) -> str:
-    """The patterns of two whole groups that keep at most half, and do not follow from others."""
+def telling_patterns(tensor: TensorReport) -> str:
+    """Returns patterns of two whole groups that keep at most half, and follow from no others."""
     # 3:4 of 3 input channels says nothing, 13:16 is chance, 0:16 is a tensor of zeros, and a tensor
     # with 2:4 has 4:8 too.
     size = tensor.shape[:2][-1] if tensor.shape else 0
