@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from secateur.checks import shown
 from secateur.client import Client
+from secateur.display.notebook import Displayed
 from secateur.embedded import embedded
 from secateur.errors import InvalidSpec
 from secateur.report import Report, TensorReport
@@ -32,7 +33,7 @@ class Pair(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Displayed):
     """Two reports, side by side.
 
     Attributes:
@@ -97,9 +98,6 @@ class Comparison:
             if names
         ]
         return Table(list(self._rows()), above=self._legend(), below=tuple(lines))
-
-    def __str__(self) -> str:
-        return str(self.table())
 
     def _legend(self) -> tuple[str, ...]:
         return tuple(f"{short}: {label}" for short, label in zip("AB", self.labels, strict=True))
