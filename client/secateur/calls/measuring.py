@@ -15,7 +15,8 @@ from secateur.details import details_of
 from secateur.encoding import encode_spec, unmasked_members
 from secateur.model import Source
 from secateur.others import check_names
-from secateur.plan import Plan, Sensitivity, decode_plan, sensitivity_of
+from secateur.plan import Plan, Sensitivity, sensitivity_of
+from secateur.plan_decoding import decode_plan
 from secateur.progress import Progress
 from secateur.renaming import fitted_patterns
 from secateur.report import Report
