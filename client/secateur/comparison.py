@@ -129,7 +129,7 @@ def compare(
     Raises:
         SecateurError: A source cannot be read or measured.
     """
-    names = _labels(a, b) if labels is None else _checked(labels)
+    names = labels_of(a, b) if labels is None else _checked(labels)
     reports = [_report_of(each) for each in (a, b)]
     if None in reports:
         with _measuring(client) as server:
@@ -161,8 +161,8 @@ def _measuring(client: Client | None) -> Iterator[Client]:
             yield private
 
 
-def _labels(a: Any, b: Any) -> tuple[str, str]:
-    """The names of files, or their paths, if those differ; else A and B."""
+def labels_of(a: Any, b: Any) -> tuple[str, str]:
+    """Returns the names of files, or their paths, if those differ; else A and B."""
     paths = [Path(given) for given in (a, b) if isinstance(given, str | os.PathLike)]
     if len(paths) == 2:
         for first, second in (paths[0].name, paths[1].name), map(str, paths):

@@ -255,6 +255,11 @@ def _row(planned: PlannedAmount) -> tuple[str, ...]:
     )
 
 
+def is_amount(one: float | None, other: float | None) -> bool:
+    """Returns whether two amounts are the same: 1 is one unit, and 1.0 is all."""
+    return one == other and type(one) is type(other)
+
+
 def amount_text(amount: float | None) -> str:
     """Returns an amount as Python spells it: 1 is one unit, 1.0 is all."""
     if amount is None:

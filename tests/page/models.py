@@ -10,7 +10,7 @@ HOSTILE = (
     "<script>alert(1)</script>",
     "</script><img src=x onerror=alert(2)>.weight",
     "<!--<script>.weight",
-    "line\u2028separator.\u2029weight",
+    "line\u2028separator\u2029.weight",
     "{{ 7 * 7 }}.weight",
     "\"quotes' & ampersands.weight",
 )

@@ -21,6 +21,7 @@ COMMANDS = {
     "report": "show how sparse a model is, and where",
     "plan": "show what a prune by many amounts would do",
     "sensitivity": "show how much of its norm each tensor would lose by many amounts",
+    "compare": "show two models side by side",
     "finalize": "make pruning permanent",
     "export": "write the model of a Hugging Face folder as ONNX, and check it",
     "pack": "write a model with zeros as a small file",

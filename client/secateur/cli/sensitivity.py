@@ -11,6 +11,7 @@ from secateur.cli.options import (
     tensors_option,
 )
 from secateur.cli.output import Printer, print_options
+from secateur.cli.pages import check_page, html_option, write_page
 from secateur.cli.places import opened, standard_streams
 from secateur.defaults import SOME_AMOUNTS
 
@@ -19,6 +20,7 @@ from secateur.defaults import SOME_AMOUNTS
 @model_options
 @tensors_option("default: every floating tensor of 2 or more dimensions")
 @amounts_option("default: 0.1 to 0.9")
+@html_option
 @print_options(has_rows=True)
 @server_options("else an embedded server")
 def command(
@@ -26,12 +28,15 @@ def command(
     key: str | None,
     tensors: tuple[str, ...],
     amounts: list[float] | None,
+    html: str | None,
     printer: Printer,
     server: Server,
 ) -> None:
     """Shows how much of its norm each tensor would lose by many amounts."""
+    check_page(html)
     with standard_streams(model, None) as (path, _), opened(path, key, server) as (client, source):
         sensitivity = client.sensitivity(
             source, tensors or None, amounts or SOME_AMOUNTS, progress=printer.progress
         )
+    write_page(sensitivity, html, f"Sensitivity of {model}")
     printer.answer(sensitivity)

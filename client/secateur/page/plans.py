@@ -8,7 +8,7 @@ from secateur.errors import InvalidSpec
 from secateur.page.bounds import bounds_table
 from secateur.page.rendering import write_page
 from secateur.page.views import Column, Frame, Page, Table, Total, count, finite, share, size
-from secateur.plan import Plan, PlannedAmount, Sensitivity, amount_text
+from secateur.plan import Plan, PlannedAmount, Sensitivity, amount_text, is_amount
 from secateur.tables import listed
 
 # A table of more columns could not be read.
@@ -16,6 +16,12 @@ _MOST_COLUMNS = 12
 # Lines of a chart: of the most, and of the least sensitive tensors.
 _LINES = 4
 
+_AMOUNTS = (
+    Column("sparsity", "share"),
+    Column("norm removed", "share", hue=1),
+    Column("pruned", "count", is_minor=True),
+    Column("bytes of kept values", "count", is_minor=True),
+)
 _TENSORS = (
     Column("sparsity", "share", group=(2, 3)),
     Column("norm removed", "share", hue=1),
@@ -34,13 +40,13 @@ def plan_page(plan: Plan, title: str, amount: float | None = None) -> Page:
     chosen = _chosen(plan, amount)
     bounds = [(amount_text(planned.amount), planned.choices) for planned in plan.amounts]
     table = _tensors(plan, chosen)
-    rails = bounds_table("amount", bounds)
+    others = _amounts(plan), bounds_table("amount", bounds)
     return Page(
         title=title,
         subtitle=f"By {plan.method}. {len(table.names):,} tensors, {len(plan.amounts):,} amounts.",
         totals=_totals(plan, plan.amounts[chosen]),
         charts=[_curve(plan, chosen)] if len(plan.amounts) > 1 else [],
-        tables=[table, rails] if rails else [table],
+        tables=[table, *filter(None, others)],
     )
 
 
@@ -50,7 +56,7 @@ def _chosen(plan: Plan, amount: float | None) -> int:
     if amount is None:
         return len(amounts) // 2
     for number, planned in enumerate(amounts):
-        if planned == amount and type(planned) is type(amount):  # 1 is a unit, and 1.0 is all
+        if is_amount(planned, amount):
             return number
     known = listed(list(map(amount_text, amounts)), _MOST_COLUMNS)
     raise InvalidSpec(f"amount: {shown(amount)} was not planned; choose one of {known}")
@@ -80,6 +86,15 @@ def _curve(plan: Plan, chosen: int) -> dict[str, object]:
     ]
     points.sort(key=lambda point: float(str(point["sparsity"])))
     return {"kind": "curve", "title": "What each amount removes", "points": points}
+
+
+def _amounts(plan: Plan) -> Table | None:
+    """What the curve shows, in numbers."""
+    rows = [
+        (of.sparsity, finite(of.norm_removed), of.pruned, of.kept_bytes) for of in plan.amounts
+    ]
+    names = [amount_text(planned.amount) for planned in plan.amounts]
+    return Table("Amounts", "amount", _AMOUNTS, names, [Frame("", rows)])
 
 
 def _tensors(plan: Plan, chosen: int) -> Table:

@@ -47,7 +47,7 @@ def render(page: Page) -> str:
     """Returns a page as HTML."""
     bounded = _bounded(page)
     scripts = [*map(_asset, _LIBRARIES), _own_script()]
-    template = _environment().get_template("page.html")
+    template = environment().get_template("page.html")
     return str(
         template.render(
             page=bounded,
@@ -60,7 +60,12 @@ def render(page: Page) -> str:
     )
 
 
-def _environment() -> Any:
+def environment() -> Any:
+    """Returns jinja2's environment.
+
+    Raises:
+        SecateurError: jinja2 is not installed.
+    """
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
     except ImportError:

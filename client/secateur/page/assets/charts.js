@@ -11,6 +11,8 @@ function figure(options, caption, className = "") {
   const svg = chart.matches("svg") ? chart : chart.querySelector("svg:last-of-type");
   svg.setAttribute("role", "img");
   svg.setAttribute("aria-label", caption);
+  // Plot labels its marks, which are parts of one image here.
+  for (const mark of svg.querySelectorAll("[aria-label]")) mark.removeAttribute("aria-label");
   return make("figure", { className }, chart, make("figcaption", {}, caption));
 }
 

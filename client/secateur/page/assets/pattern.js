@@ -6,7 +6,7 @@ function drawPattern(place, images, name) {
   const canvas = make("canvas", { role: "img" });
   const box = make("div", { className: "pattern", tabIndex: 0, role: "region" }, canvas);
   box.setAttribute("aria-label", `Pattern of ${name}, scrolls`);
-  const said = make("figcaption", { role: "status" });
+  const said = make("span", { role: "status" });
   const state = { image: images[0], zoom: 1 };
   const least = () => Math.min(1, box.clientWidth / state.image.width || 1);
   const resize = () => {
@@ -35,7 +35,7 @@ function drawPattern(place, images, name) {
   });
   const tools = make("div", { className: "tools" }, partsOf(images, show), button("−", "Zoom out", () => zoom(0.5)));
   tools.append(button("+", "Zoom in", () => zoom(2)));
-  place.append(make("h4", {}, "Pattern of zeros"), make("figure", {}, tools, box, said));
+  place.append(make("h4", {}, "Pattern of zeros"), make("figure", {}, tools, box, make("figcaption", {}, said)));
   show(images[0]);
 }
 
