@@ -2,19 +2,21 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from secateur.checks import shown
+from secateur.checks import flag, shown
 from secateur.client import Client
 from secateur.display.notebook import Displayed
 from secateur.embedded import embedded
 from secateur.errors import InvalidSpec
+from secateur.model import Source
 from secateur.report import Report, TensorReport
 from secateur.result import FinalizeResult, PruneResult
+from secateur.source import read_source
 from secateur.tables import Table, listed
 
 _SHOWN = 3
@@ -130,35 +132,30 @@ def compare(
         SecateurError: A source cannot be read or measured.
     """
     names = labels_of(a, b) if labels is None else _checked(labels)
-    reports = [_report_of(each) for each in (a, b)]
-    if None in reports:
-        with _measuring(client) as server:
-            reports = [
-                server.report(source, details=details) if report is None else report
-                for source, report in zip((a, b), reports, strict=True)
-            ]
-    return Comparison(*reports, names)
+    flag("details", details)
+    if not isinstance(client, Client | None):
+        raise InvalidSpec(f"client: {shown(client)} is not a secateur.Client")
+    one, other = (_report_or_source(given) for given in (a, b))
+    if isinstance(one, Report) and isinstance(other, Report):
+        return Comparison(one, other, names)
+    with _measuring(client) as server:
+        reports = [
+            given if isinstance(given, Report) else server.report(given, details=details)
+            for given in (one, other)
+        ]
+    return Comparison(reports[0], reports[1], names)
 
 
-def _report_of(given: Any) -> Any:
-    """The report that a caller gives, or None for a source."""
+def _report_or_source(given: Any) -> Report | Source:
     if isinstance(given, PruneResult | FinalizeResult):
         return given.report
-    return given if isinstance(given, Report) else None
+    return given if isinstance(given, Report) else read_source(given)
 
 
-@contextmanager
-def _measuring(client: Client | None) -> Iterator[Client]:
+def _measuring(client: Client | None) -> AbstractContextManager[Client]:
     if client is not None:
-        if not isinstance(client, Client):
-            raise InvalidSpec(f"client: {shown(client)} is not a secateur.Client")
-        yield client
-    elif os.environ.get("SECATEUR_SERVER"):
-        with Client() as connected:
-            yield connected
-    else:
-        with embedded() as private:
-            yield private
+        return nullcontext(client)
+    return Client() if os.environ.get("SECATEUR_SERVER") else embedded()
 
 
 def labels_of(a: Any, b: Any) -> tuple[str, str]:

@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 import secateur
 from tests.conftest import examples
 
-A = {"w": np.array([[0.0, 1.0], [0.0, 2.0]], np.float32), "only.a": np.ones(3, np.float16)}
-B = {"w": np.array([[1.0], [2.0]], np.float32), "only.b": np.zeros(2, np.float64)}
+Arrays = dict[str, NDArray[Any]]
+
+A: Arrays = {"w": np.array([[0.0, 1.0], [0.0, 2.0]], np.float32), "only.a": np.ones(3, np.float16)}
+B: Arrays = {"w": np.array([[1.0], [2.0]], np.float32), "only.b": np.zeros(2, np.float64)}
 
 
 def test_tensors_are_compared_by_their_names(client: secateur.Client) -> None:
@@ -42,7 +45,7 @@ def test_to_dict_has_what_numpy_counts(client: secateur.Client, data: st.DataObj
     arrays = st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=6).map(np.array)
     model = st.dictionaries(st.sampled_from("abcd"), arrays, max_size=4)
     models = data.draw(st.tuples(model, model))
-    found = secateur.compare(*models, client).to_dict()
+    found = secateur.compare(models[0], models[1], client).to_dict()
     assert found == json.loads(json.dumps(found, default=list)) | {"tensors": found["tensors"]}
     for side, mine in zip("ab", models, strict=True):
         assert found[side]["zeros"] == sum(int((array == 0).sum()) for array in mine.values())
@@ -72,7 +75,7 @@ def test_paths_are_measured_by_the_server_of_the_environment(tmp_path: Path) -> 
         (tmp_path / folder).mkdir()
         save_file(model, tmp_path / folder / "model.safetensors")
     paths = [tmp_path / folder / "model.safetensors" for folder in "xy"]
-    found = secateur.compare(*paths)
+    found = secateur.compare(paths[0], paths[1])
     assert found.labels == tuple(map(str, paths))
     save_file(B, tmp_path / "pruned.safetensors")
     assert secateur.compare(paths[0], tmp_path / "pruned.safetensors").labels == (

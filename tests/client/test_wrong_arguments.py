@@ -143,6 +143,9 @@ FUNCTIONS: dict[Callable[..., Any], dict[str, Any]] = {
     },
     secateur.query_head_groups: {"q": "q", "o": "o", "head_dim": 1, "heads": 1},
     secateur.is_pruned: {"source": MODEL},
+    secateur.compare: {
+        **{"a": MODEL, "b": MODEL, "client": None, "labels": None, "details": False},
+    },
     secateur.sizes: {"module": torch.nn.Linear(2, 2)},
     secateur.resize: {"module": torch.nn.Linear(2, 2), "sizes": {"weight": [2, 1]}},
     secateur.groups: {

@@ -46,8 +46,8 @@ def write(kind: str, client: secateur.Client, model: Any, path: Path) -> Any:
         found = client.sensitivity(model, amounts=AMOUNTS)
     else:
         specs = secateur.l1_unstructured(WEIGHTS, 0.5), secateur.global_unstructured(WEIGHTS, 0.5)
-        results = [client.prune(model, spec, output="none", details=True) for spec in specs]
-        found = secateur.compare(*results, labels=("local", "global"))
+        a, b = (client.prune(model, spec, output="none", details=True) for spec in specs)
+        found = secateur.compare(a, b, labels=("local", "global"))
     found.to_html(path)
     return found
 
@@ -298,9 +298,11 @@ def listening() -> Iterator[tuple[str, list[str]]]:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}", asked
-        server.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", asked
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_the_page_forbids_the_network_and_other_scripts(

@@ -5,7 +5,7 @@ import click
 from secateur.cli.group import Command
 from secateur.cli.options import Server, server_options, tensors_option
 from secateur.cli.output import Printer, print_options
-from secateur.cli.pages import check_page, html_option, write_page
+from secateur.cli.pages import check_page, html_option
 from secateur.cli.places import opened, source_of, standard_streams
 from secateur.comparison import compare, labels_of
 
@@ -30,7 +30,8 @@ def command(
     named, details = tensors or None, html is not None
     with standard_streams(first, None) as (path, _), opened(path, None, server) as (client, a):
         b = source_of(client, second, None)
-        reports = [client.report(of, named, printer.progress, details=details) for of in (a, b)]
-    found = compare(*reports, labels=labels_of(first, second))
-    write_page(found, html, "Comparison")
+        one, other = (client.report(of, named, printer.progress, details=details) for of in (a, b))
+    found = compare(one, other, labels=labels_of(first, second))
+    if html is not None:
+        found.to_html(html)
     printer.answer(found)

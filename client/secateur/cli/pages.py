@@ -1,7 +1,4 @@
-"""The option --html, and its page."""
-
-import os
-from typing import Any, Protocol
+"""The option --html."""
 
 import click
 
@@ -12,15 +9,9 @@ from secateur.paths import path_of
 
 
 def html_option(function: Function) -> Function:
-    """Adds --html; the path of a page."""
+    """Adds --html, the path of a page."""
     text = "also write a page for a browser: one file that needs no network"
     return click.option("--html", metavar="FILE", type=_page, help=text)(function)
-
-
-class _Paged(Protocol):
-    """An answer that can be a page."""
-
-    def to_html(self, path: str | os.PathLike[str], title: str, **more: Any) -> None: ...
 
 
 def _page(text: str) -> str:
@@ -38,9 +29,3 @@ def check_page(html: str | None) -> None:
     if html is not None:
         environment()
         check_writable(path_of(html))
-
-
-def write_page(found: _Paged, html: str | None, title: str, **more: Any) -> None:
-    """Writes the page, if --html was given."""
-    if html is not None:
-        found.to_html(html, title, **more)

@@ -5,7 +5,7 @@ import click
 from secateur.cli.group import Command
 from secateur.cli.options import Server, amounts_option, model_options, server_options
 from secateur.cli.output import Printer, print_options
-from secateur.cli.pages import check_page, html_option, write_page
+from secateur.cli.pages import check_page, html_option
 from secateur.cli.places import opened, standard_streams
 from secateur.cli.spec_options import SpecOptions, planned, spec_options
 from secateur.plan import is_amount
@@ -35,6 +35,7 @@ def command(
     with standard_streams(model, None) as (path, _), opened(path, key, server) as (client, source):
         made = make(client, source)
         plan = client.plan(source, made, asked, printer.progress, prior=spec.prior)
-    marked = given if any(is_amount(given, of.amount) for of in plan.amounts) else None
-    write_page(plan, html, f"Plan for {model}", amount=marked)
+    if html is not None:
+        marked = given if any(is_amount(given, of.amount) for of in plan.amounts) else None
+        plan.to_html(html, f"Plan for {model}", marked)
     printer.answer(plan)

@@ -11,7 +11,7 @@ from secateur.cli.options import (
     tensors_option,
 )
 from secateur.cli.output import Printer, print_options
-from secateur.cli.pages import check_page, html_option, write_page
+from secateur.cli.pages import check_page, html_option
 from secateur.cli.places import opened, standard_streams
 from secateur.defaults import SOME_AMOUNTS
 
@@ -38,5 +38,6 @@ def command(
         sensitivity = client.sensitivity(
             source, tensors or None, amounts or SOME_AMOUNTS, progress=printer.progress
         )
-    write_page(sensitivity, html, f"Sensitivity of {model}")
+    if html is not None:
+        sensitivity.to_html(html, title=f"Sensitivity of {model}")
     printer.answer(sensitivity)

@@ -71,11 +71,11 @@ def _tensors(comparison: Comparison) -> Table:
 
 
 def _cells(pair: Pair, labels: tuple[str, str]) -> Iterator[Cell]:
-    for name in ("sparsity", "zeros", "total", "bytes"):
-        values = [None if tensor is None else getattr(tensor, name) for tensor in pair]
-        yield from values
-        if name == "sparsity":
-            yield None if None in values else values[1] - values[0]
+    a, b = pair
+    yield from (None if tensor is None else tensor.sparsity for tensor in pair)
+    yield None if a is None or b is None else b.sparsity - a.sparsity
+    for name in ("zeros", "total", "bytes"):
+        yield from (None if tensor is None else getattr(tensor, name) for tensor in pair)
     yield _shapes(pair, labels)
 
 

@@ -90,9 +90,7 @@ def _curve(plan: Plan, chosen: int) -> dict[str, object]:
 
 def _amounts(plan: Plan) -> Table | None:
     """What the curve shows, in numbers."""
-    rows = [
-        (of.sparsity, finite(of.norm_removed), of.pruned, of.kept_bytes) for of in plan.amounts
-    ]
+    rows = [(of.sparsity, finite(of.norm_removed), of.pruned, of.kept_bytes) for of in plan.amounts]
     names = [amount_text(planned.amount) for planned in plan.amounts]
     return Table("Amounts", "amount", _AMOUNTS, names, [Frame("", rows)])
 

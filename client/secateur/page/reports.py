@@ -145,10 +145,12 @@ def thresholds(report: Report) -> dict[str, float]:
     """Returns the threshold of each tensor that was pruned by magnitude alone."""
     found = {}
     for choice in (choice for choices in report.rules for choice in choices):
-        for name in choice.tensors if choice.threshold is not None else ():
+        if (threshold := choice.threshold) is None:
+            continue
+        for name in choice.tensors:
             tensor = report.tensors.get(name)
-            if tensor and tensor.details and _parts(tensor.details.histogram, choice.threshold):
-                found[name] = choice.threshold
+            if tensor and tensor.details and _parts(tensor.details.histogram, threshold):
+                found[name] = threshold
     return found
 
 

@@ -8,7 +8,7 @@ const STYLE = { background: "transparent", color: "var(--ink)", fontSize: "12px"
 
 function figure(options, caption, className = "") {
   const chart = Plot.plot({ style: STYLE, ...options });
-  const svg = chart.matches("svg") ? chart : chart.querySelector("svg:last-of-type");
+  const svg = chart.matches("svg") ? chart : chart.querySelector(":scope > svg");
   svg.setAttribute("role", "img");
   svg.setAttribute("aria-label", caption);
   // Plot labels its marks, which are parts of one image here.

@@ -346,5 +346,6 @@ function cellOf(cell, column) {
 function paint(element, share) {
   const depth = Math.sqrt(Math.max(0, Math.min(1, share)));
   element.style.background = heat(depth);
-  element.style.color = d3.lab(heat(depth)).l > 55 ? "#111" : "#fff";
+  // At this lightness black and white have the same contrast, 4.6.
+  element.style.color = d3.lab(heat(depth)).l > 49.5 ? "#000" : "#fff";
 }
