@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -139,6 +140,11 @@ def test_an_amount_that_was_not_planned(client: secateur.Client, tmp_path: Path)
     plan.to_html(tmp_path / "page.html", amount=1)
 
 
+def test_import_secateur_imports_no_jinja2() -> None:
+    code = "import sys, secateur; assert not {'jinja2', 'torch'} & sys.modules.keys()"
+    assert subprocess.run([sys.executable, "-W", "error", "-c", code]).returncode == 0
+
+
 def test_without_jinja2_the_extra_is_named(
     client: secateur.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,3 +167,18 @@ def test_without_jinja2_the_extra_is_named(
 )
 def test_sizes_for_people(number: int, text: str) -> None:
     assert size(number) == text
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (".", r"^\.: is a folder; name a file"),
+        ("none/page.html", r"^none/page\.html: no such folder exists$"),
+        ("", r"^a path is empty$"),
+        (3, r"^a path is a str or an os\.PathLike, not int$"),
+    ],
+)
+def test_wrong_paths(path: Any, message: str) -> None:
+    found = secateur.Sensitivity((0.5,), {"w": (0.1,)}, "magnitude")
+    with pytest.raises(secateur.SecateurError, match=message):
+        found.to_html(path)

@@ -3,9 +3,7 @@
 import click
 
 from secateur.cli.options import Function
-from secateur.files import check_writable
-from secateur.page.rendering import environment
-from secateur.paths import path_of
+from secateur.page.rendering import environment, page_path
 
 
 def html_option(function: Function) -> Function:
@@ -28,4 +26,4 @@ def check_page(html: str | None) -> None:
     """
     if html is not None:
         environment()
-        check_writable(path_of(html))
+        page_path(html)

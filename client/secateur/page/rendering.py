@@ -5,9 +5,10 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from secateur.atomic import replacing
@@ -37,10 +38,24 @@ def write_page(page: Page, path: str | os.PathLike[str]) -> None:
     Raises:
         SecateurError: jinja2 is not installed, or the path cannot be one.
     """
-    to = path_of(path)
+    to = page_path(path)
     text = render(page)
     with replacing(to) as file:
         file.write(text.encode())
+
+
+def page_path(path: str | os.PathLike[str]) -> Path:
+    """Returns the path of a page that can be written.
+
+    Raises:
+        SecateurError: It is a folder, or in a folder that does not exist.
+    """
+    to = path_of(path)
+    if to.is_dir():
+        raise SecateurError(f"{to}: is a folder; name a file in it, such as page.html")
+    if not to.absolute().parent.is_dir():
+        raise SecateurError(f"{to}: no such folder exists")
+    return to
 
 
 def render(page: Page) -> str:
@@ -93,13 +108,22 @@ def _data(page: Page) -> str:
     """What the script reads, as JSON for a script element: names may contain `</script>`."""
     data = {
         "charts": page.charts,
-        "tables": [asdict(table) for table in page.tables],
+        "tables": [_plain(table) for table in page.tables],
         "details": page.details,
     }
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
+
+
+def _plain(table: Table) -> dict[str, Any]:
+    """A table as plain data; asdict would copy its many cells."""
+    return {
+        **vars(table),
+        "columns": [vars(column) for column in table.columns],
+        "frames": [vars(frame) for frame in table.frames],
+    }
 
 
 def _bounded(page: Page) -> Page:
