@@ -13,7 +13,7 @@ and files of torch.save only.
 """
 
 import secateur.grpc_logs  # noqa: F401  # before anything imports grpc
-from secateur import callbacks
+from secateur import aio, callbacks
 from secateur.amounts import table, target_bytes, target_macs, threshold
 from secateur.architectures.parts import transformer_groups
 from secateur.calibration.calibrate import calibrate
@@ -166,6 +166,7 @@ __all__ = [
     "UriError",
     "ZeroBlocks",
     "activation",
+    "aio",
     "alps",
     "block_structured",
     "blocks",
