@@ -1,11 +1,12 @@
 """Every method of the client at a server that has no place for its call, or no memory."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +17,12 @@ import pytest
 import safetensors.numpy
 
 import secateur
+from secateur.aio.transport import AsyncTransport
 from secateur.calls.patience import MOST_RESENDS
 from secateur_proto.pruner_pb2_grpc import PrunerStub
 from secateur_server.errors import OutOfMemory
 from secateur_server.operate.authentication import Authenticator
+from tests.client.both import both
 from tests.conftest import PATIENCE, RunningServer, eventually, inner_server
 from tests.contract.raw import header, message, series
 
@@ -68,6 +71,12 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: sleep(seconds / 10))
     monkeypatch.setattr("secateur.calls.patience.time", clock)
     monkeypatch.setattr("secateur.blocking.time", clock)
+    wait = asyncio.sleep
+
+    async def short(self: AsyncTransport, seconds: float) -> None:
+        await wait(seconds / 10)
+
+    monkeypatch.setattr(AsyncTransport, "sleep", short)
 
 
 @pytest.fixture(scope="module")
@@ -111,19 +120,22 @@ def refused(server: RunningServer, method: str) -> float:
     return series(server, "grpc_server_handled_total", **labels)
 
 
+@both
 def test_every_method_is_served_when_a_place_is_free_again(
-    server: RunningServer, given: Given
+    server: RunningServer, given: Given, kind: type[secateur.Client]
 ) -> None:
+    with secateur.Client(server.address, timeout=PATIENCE) as other:
+        given = replace(given, unwanted=other.upload(LARGE))  # each test deletes one
     methods = {method for method, _ in CALLS.values()}
     before = {method: refused(server, method) for method in methods}
     with (
-        secateur.Client(server.address, timeout=PATIENCE) as client,
+        kind(server.address, timeout=PATIENCE) as client,
         ThreadPoolExecutor(len(CALLS)) as pool,
     ):
         with all_places_taken(server):
             running = [pool.submit(call, client, given) for _, call in CALLS.values()]
             eventually(lambda: all(refused(server, m) > before[m] for m in methods), True)
-            assert not any(call.done() for call in running)
+            assert [call.exception() for call in running if call.done()] == []
         for call in running:
             call.result(PATIENCE)
 
@@ -141,14 +153,15 @@ def delay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> fl
     return told
 
 
+@both
 @pytest.mark.parametrize("name", CALLS)
 def test_resends_to_a_server_without_memory_end(
-    server: RunningServer, given: Given, delay: float | None, name: str
+    server: RunningServer, given: Given, delay: float | None, name: str, kind: type[secateur.Client]
 ) -> None:
     method, call = CALLS[name]
     before = refused(server, method)
     with (
-        secateur.Client(server.address) as client,
+        kind(server.address) as client,
         pytest.raises(secateur.ServerBusy, match="out of memory") as error,
     ):
         call(client, given)

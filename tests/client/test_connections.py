@@ -13,6 +13,7 @@ import pytest
 
 import secateur
 from secateur import cli
+from tests.client.both import both
 from tests.conftest import RunningServer
 from tests.operate.certificates import Authority
 
@@ -53,12 +54,15 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TlsServers]:
 
 
 def said(
-    address: str, tls: object = None, timeout: float = 20
+    address: str,
+    tls: object = None,
+    timeout: float = 20,
+    kind: type[secateur.Client] = secateur.Client,
 ) -> tuple[type[secateur.SecateurError], str]:
     """The kind and the message of the error."""
     with (
         pytest.raises(secateur.SecateurError) as raised,
-        secateur.Client(address, tls=tls, timeout=timeout) as client,  # type: ignore[arg-type]
+        kind(address, tls=tls, timeout=timeout) as client,  # type: ignore[arg-type]
     ):
         client.report(MODEL)
     assert "\n" not in str(raised.value)
@@ -79,15 +83,16 @@ def test_a_server_without_tls_called_with_it(server: RunningServer, tls: TlsServ
     assert f"{server.address} does not speak TLS: leave out tls=" in text
 
 
+@both
 @pytest.mark.parametrize("by", ["path", "credentials", "system"])
-def test_an_untrusted_authority(tls: TlsServers, by: str) -> None:
+def test_an_untrusted_authority(tls: TlsServers, by: str, kind: type[secateur.Client]) -> None:
     trusted = {
         "path": tls.other_ca,
         "credentials": grpc.ssl_channel_credentials(THEIRS.cert),
         "system": True,
     }[by]
-    kind, text = said(f"localhost:{tls.plain}", trusted)
-    assert kind is secateur.Unavailable
+    error, text = said(f"localhost:{tls.plain}", trusted, kind=kind)
+    assert error is secateur.Unavailable
     assert "is not trusted: another authority signed it" in text
     assert "--tls-ca" in text
 
@@ -121,12 +126,13 @@ def test_the_metrics_port(server: RunningServer, tls: TlsServers, has_tls: bool)
     assert "speaks HTTP/1, and not gRPC: it may be the server's metrics port" in text
 
 
-def test_nothing_listens() -> None:
+@both
+def test_nothing_listens(kind: type[secateur.Client]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        kind, text = said(address)
-    assert kind is secateur.Unavailable
+        error, text = said(address, kind=kind)
+    assert error is secateur.Unavailable
     assert f"no server listens at {address} (Connection refused)" in text
 
 
@@ -149,12 +155,15 @@ def test_an_address_without_a_port() -> None:
     assert "127.0.0.1:50051" in text
 
 
+@both
 @pytest.mark.parametrize("has_tls", [False, True])
-def test_a_listener_that_never_answers(tls: TlsServers, has_tls: bool) -> None:
+def test_a_listener_that_never_answers(
+    tls: TlsServers, has_tls: bool, kind: type[secateur.Client]
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
-        kind, text = said(address, tls.ca if has_tls else None, timeout=0.2)
-    assert kind is secateur.DeadlineExceeded
+        error, text = said(address, tls.ca if has_tls else None, timeout=0.2, kind=kind)
+    assert error is secateur.DeadlineExceeded
     assert "not done within the timeout of 0.2 s" in text
     assert f"{address} " in text
     assert "does not answer" in text

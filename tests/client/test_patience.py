@@ -19,6 +19,7 @@ from secateur.blocking import BlockingTransport, run
 from secateur.calls.connection import Connection
 from secateur.calls.patience import TRIES, Patience
 from secateur_proto.pruner_pb2_grpc import PrunerStub
+from tests.client.both import both
 from tests.conftest import eventually
 from tests.contract.raw import header, kept_open, message, series
 from tests.forked import ForkedProcess
@@ -224,8 +225,9 @@ def restarted(tmp_path: Path) -> Iterator[Restarted]:
     server.kill()
 
 
+@both
 def test_calls_survive_a_restart_of_the_server(
-    restarted: Restarted,
+    restarted: Restarted, kind: type[secateur.Client]
 ) -> None:
     large = {"w": np.random.default_rng(0).standard_normal(1 << 20, np.float32)}
     done = {"small": 0, "large": 0}
@@ -240,7 +242,7 @@ def test_calls_survive_a_restart_of_the_server(
             done[kind] += 1
 
     restarted.start()
-    with secateur.Client(restarted.address, timeout=300) as client, ThreadPoolExecutor() as pool:
+    with kind(restarted.address, timeout=300) as client, ThreadPoolExecutor() as pool:
         client.wait_until_ready()
         client.prune(MODEL, HALF)
         loops = [pool.submit(loop, client, kind) for kind in done]
@@ -256,8 +258,11 @@ def test_calls_survive_a_restart_of_the_server(
             running.result()
 
 
-def test_wait_until_ready_finds_a_server_that_starts_later(restarted: Restarted) -> None:
-    with secateur.Client(restarted.address, timeout=300) as client:
+@both
+def test_wait_until_ready_finds_a_server_that_starts_later(
+    restarted: Restarted, kind: type[secateur.Client]
+) -> None:
+    with kind(restarted.address, timeout=300) as client:
         threading.Timer(0.5, restarted.start).start()
         client.wait_until_ready(60)
         assert client.prune(MODEL, HALF).report.zeros == 50
@@ -348,12 +353,15 @@ def prunes_served(store: Kept) -> float:
     return series(store.server, "grpc_server_handled_total", grpc_method="Prune", grpc_code="OK")
 
 
-def test_a_lost_answer_does_not_keep_a_result_twice(store: Kept) -> None:
+@both
+def test_a_lost_answer_does_not_keep_a_result_twice(
+    store: Kept, kind: type[secateur.Client]
+) -> None:
     """Only the server knows that the call succeeded."""
     uploaded = store.client.upload(MODEL)
     with (
         line_to(store.server.address) as line,
-        secateur.Client(line.address, timeout=300) as client,
+        kind(line.address, timeout=300) as client,
         ThreadPoolExecutor() as pool,
     ):
         assert client.report(uploaded).total == 100  # the server is known
@@ -367,13 +375,14 @@ def test_a_lost_answer_does_not_keep_a_result_twice(store: Kept) -> None:
     assert len(list(store.client.checkpoints())) == 2
 
 
+@both
 @pytest.mark.parametrize("output", ["masks", "dense"])
 def test_calls_that_change_nothing_are_repeated_after_a_lost_answer(
-    store: Kept, output: str
+    store: Kept, output: str, kind: type[secateur.Client]
 ) -> None:
     with (
         line_to(store.server.address) as line,
-        secateur.Client(line.address, timeout=300) as client,
+        kind(line.address, timeout=300) as client,
         ThreadPoolExecutor() as pool,
     ):
         client.report(MODEL)

@@ -9,6 +9,7 @@ import termios
 import numpy as np
 
 import secateur
+from tests.client.both import both
 from tests.conftest import RunningServer
 
 UPLOAD = """
@@ -17,11 +18,13 @@ secateur.Client(sys.argv[1]).report({"w": numpy.zeros(1_000_000)})
 """
 
 
-def test_a_function_gets_the_bytes_sent_and_their_total(client: secateur.Client) -> None:
+@both
+def test_a_function_gets_the_bytes_sent_and_their_total(
+    server: RunningServer, kind: type[secateur.Client]
+) -> None:
     seen: list[tuple[int, int]] = []
-    client.report(
-        {"w": np.zeros(1_000_000)}, progress=lambda done, total: seen.append((done, total))
-    )
+    with kind(server.address, timeout=300) as client:
+        client.report({"w": np.zeros(1_000_000)}, progress=lambda *shown: seen.append(shown))
     total = seen[0][1]
     assert total > 8_000_000
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})

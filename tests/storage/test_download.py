@@ -11,6 +11,7 @@ from secateur.blocking import run
 from secateur_proto import pruner_pb2
 from secateur_proto.checkpoints_pb2 import DownloadRequest, DownloadResult
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
+from tests.client.both import OnALoop
 from tests.client.sharded import write_shards
 from tests.contract.raw import TIMEOUT, check_invalid, failure
 from tests.reference import assert_same_tensors
@@ -48,9 +49,20 @@ def pruned(store: Kept, uploaded: secateur.Checkpoint) -> secateur.Checkpoint:
     return kept_one
 
 
-@pytest.mark.parametrize("which", ["uploaded", "pruned"])
+@pytest.mark.parametrize(
+    ("which", "kind"),
+    [
+        ("uploaded", secateur.Client),
+        ("pruned", secateur.Client),
+        ("pruned", OnALoop),
+    ],
+)
 def test_connection_that_breaks_repeatedly_resends_little(
-    store: Kept, request: pytest.FixtureRequest, tmp_path: Path, which: str
+    store: Kept,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    which: str,
+    kind: type[secateur.Client],
 ) -> None:
     checkpoint = request.getfixturevalue(which)
     whole, path = tmp_path / "whole.safetensors", tmp_path / "cut" / "model.safetensors"
@@ -59,7 +71,7 @@ def test_connection_that_breaks_repeatedly_resends_little(
     size, shown = whole.stat().st_size, list[tuple[int, int]]()
     with (
         proxy(store.server.address, 24 * MIB, 16 * MIB, 1000, is_back=True) as broken,
-        secateur.Client(broken.address, timeout=300) as client,
+        kind(broken.address, timeout=300) as client,
     ):
         client.checkpoint(checkpoint.name)
         client.download(checkpoint, path, progress=lambda *done: shown.append(done))

@@ -12,6 +12,7 @@ import pytest
 import secateur
 from secateur_proto.checkpoints_pb2 import UploadRequest
 from secateur_proto.checkpoints_pb2_grpc import CheckpointsStub
+from tests.client.both import both
 from tests.conftest import RunningServer, eventually, inner_server, start_server
 from tests.contract.raw import (
     Failure,
@@ -71,13 +72,16 @@ def part_bytes(folder: Path) -> int:
     return sum(size for name, size in on_disk(folder).items() if name.startswith("parts/"))
 
 
-def test_connection_that_breaks_repeatedly_resends_little(store: Kept, tmp_path: Path) -> None:
+@both
+def test_connection_that_breaks_repeatedly_resends_little(
+    store: Kept, tmp_path: Path, kind: type[secateur.Client]
+) -> None:
     tensors = model(16 * MIB)  # 64 MiB
     size = len(file_of(tensors))
     shown: list[tuple[int, int]] = []
     with (
         proxy(store.server.address, 30 * MIB, 20 * MIB, 10 * MIB) as broken,
-        secateur.Client(broken.address, timeout=300) as client,
+        kind(broken.address, timeout=300) as client,
     ):
         before = received(store.server)
         uploaded = client.upload(tensors, lambda done, total: shown.append((done, total)))

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import grpc
 
+from secateur.blocking import run
 from secateur.calls.transport import Answers, Requests
 from secateur.channel import Metadata, Rpc, Rpcs, closed
 from secateur.errors import Cancelled, SecateurError, from_rpc
@@ -17,6 +18,9 @@ T = TypeVar("T")
 
 # gRPC's own words, in the error of the blocking client.
 _CLOSED = "Channel closed!"
+# If a message is written after a call has ended, gRPC replaces the server's status by one with
+# these details: https://github.com/grpc/grpc/issues/36066. The first status is the server's.
+_WRITE_FAILED = "Internal error from Core"
 
 
 class _Opened(NamedTuple):
@@ -165,10 +169,14 @@ def _start(
 @contextmanager
 def _failures(call: Any, requests: Requests | None = None) -> Iterator[None]:
     """Raises a failed call's error as a SecateurError, and cancels a call that is not finished."""
+    statuses: list[grpc.aio.AioRpcError] = []
+    call.add_done_callback(lambda done: statuses.append(_status_of(done)))
     try:
         yield
-    except grpc.RpcError as error:
-        raise (requests and requests.error) or from_rpc(error) from None
+    except grpc.aio.AioRpcError as error:
+        is_lost = error.details() == _WRITE_FAILED and statuses
+        found = statuses[0] if is_lost else error
+        raise (requests and requests.error) or from_rpc(found) from None
     except asyncio.CancelledError:
         task = asyncio.current_task()
         if task is None or task.cancelling():
@@ -177,3 +185,9 @@ def _failures(call: Any, requests: Requests | None = None) -> Iterator[None]:
         raise (requests and requests.error) or Cancelled(_CLOSED) from None
     finally:
         call.cancel()
+
+
+def _status_of(call: Any) -> grpc.aio.AioRpcError:
+    """The status of a finished call, whose coroutines do not suspend."""
+    code, details, trailing = run(call.code()), run(call.details()), run(call.trailing_metadata())
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details)
