@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import secateur
-from secateur import patience
+from secateur.calls import patience
 from secateur_server.startup import CannotStart
 from secateur_server.storage import clock
 from secateur_server.storage import store as store_module
