@@ -69,7 +69,7 @@ protos:  ## generate the stubs from protos/secateur/v1
 system:  ## install Debian packages that some tests need, else they are skipped; needs root
 	apt-get update -qq
 	apt-get install -qq -y --no-install-recommends prometheus docker-compose systemd openssl \
-	    chromium fonts-dejavu-core
+	    chromium fonts-dejavu-core zsh fish
 	apt-get install -qq -y --no-install-recommends g++ pkg-config libgrpc++-dev libprotobuf-dev \
 	    protobuf-compiler-grpc
 	apt-get install -qq -y --no-install-recommends golang-go golang-google-grpc-dev \

@@ -1,5 +1,6 @@
 """The examples of the documentation run against a real server, and its links resolve."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -114,6 +115,29 @@ def test_the_commands_on_packed_files_run(tmp_path: Path) -> None:
     assert "fc.weight" in shown[1]
     assert (tmp_path / "packed.safetensors").stat().st_size < 4000
     assert (load_file(tmp_path / "dense.safetensors")["fc.weight"] == weights).all()
+
+
+def test_the_page_of_the_command_is_whole(
+    server: RunningServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its commands run, and it names each command; those of doctor are in test_doctor.py."""
+    from secateur.cli.command import COMMANDS
+
+    monkeypatch.setenv("SECATEUR_SERVER", server.address)
+    text = Path("docs/command.md").read_text()
+    assert all(f"| `secateur {name}" in text for name in COMMANDS)
+    weights = np.arange(10_000, dtype=np.float32).reshape(100, 100)
+    save_file({"fc.weight": weights}, tmp_path / "model.safetensors")
+    first, piped, _ = blocks("docs/command.md", "console")
+    prune, report, pack, _ = first.splitlines()
+    shown = [run(command.removeprefix("$ "), tmp_path) for command in (prune, report, pack)]
+    assert "50.00%" in shown[1]
+    whole = (tmp_path / "pruned.safetensors").stat().st_size
+    assert (tmp_path / "small.safetensors").stat().st_size < whole / 2
+    shell = ["bash", "-o", "pipefail", "-c", piped.removeprefix("$ ")]
+    folder = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    subprocess.run(shell, cwd=tmp_path, env={**os.environ, "PATH": folder}, check=True)
+    assert (tmp_path / "small.safetensors").stat().st_size < whole / 3
 
 
 def test_the_example_of_a_spec_file_is_valid() -> None:
