@@ -90,6 +90,24 @@ def test_prune_takes_the_tensors_that_rules_do_not_name() -> None:
         assert zeros == sum(TENSORS[name].size for name in names) // 2
 
 
+@pytest.mark.parametrize("is_embedded", [False, True])
+def test_a_pruned_folder_has_the_spec_with_its_comments(
+    monkeypatch: pytest.MonkeyPatch, is_embedded: bool
+) -> None:
+    if is_embedded:
+        monkeypatch.delenv("SECATEUR_SERVER")
+    Path("model").mkdir()
+    Path("model.safetensors").rename("model/model.safetensors")
+    Path("model/config.json").write_text("{}")
+    text = f"# Half of all: \u00bd\n{LAMP}  # the end"
+    Path("lamp.yml").write_text(text)
+    command = ["prune", "model", "-o", "out", "--spec", "lamp.yml", "--quiet"]
+    assert cli.main(command) == 0
+    assert Path("out/recipe.yml").read_text() == text
+    here = {path.name for path in Path("out").iterdir()}
+    assert here == {"config.json", "model.safetensors", "recipe.yml"}
+
+
 def test_tensors_of_rules_that_name_theirs_are_wrong_usage(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -56,7 +56,7 @@ def command(options: _Options, spec: SpecOptions, printer: Printer, server: Serv
     if options.keep and not server.server:
         raise SecateurError("--keep needs a lasting server: give --server, or set SECATEUR_SERVER")
     with standard_streams(options.model, options.out) as (model, out):
-        result = _pruned(replace(options, model=model, out=out), make, spec.prior, printer, server)
+        result = _pruned(replace(options, model=model, out=out), make, spec, printer, server)
     kept = {"checkpoint": result.checkpoint.name} if result.checkpoint else {}
     report = result.report
     if options.output in SMALLER:  # the client may have made it of masks
@@ -69,13 +69,14 @@ def command(options: _Options, spec: SpecOptions, printer: Printer, server: Serv
 
 
 def _pruned(
-    options: _Options, make: Maker, prior: str, printer: Printer, server: Server
+    options: _Options, make: Maker, given: SpecOptions, printer: Printer, server: Server
 ) -> PruneResult:
     """Prunes the model, and writes it to a path, or has it written to a URI."""
     target = target_of(options.out, options.model, options.output)
     with opened(options.model, options.key, server, options.out) as (client, source):
         target.check_holds(source, options.output)
         spec = make(client, source)
+        source = given.beside(source)
         place, target = target.placed(options.model, source, options.output, not server.server)
         masks_do = source.is_here and is_made_of_masks(options.output) and not spec.solvers
         is_sent = target.uri or (target.path and not masks_do)
@@ -89,7 +90,7 @@ def _pruned(
             printer.progress,
             keep=options.keep,
             destination=target.uri,
-            prior=prior,
+            prior=given.prior,
         )
         if target.path:
             result.save(target.path, options.output)

@@ -73,6 +73,14 @@ class SpecOptions:
             raise click.UsageError(f"--spec has the whole spec: leave out {option_name(name)}")
         return file_maker(self.spec, self.tensors)
 
+    def beside(self, source: Source) -> Source:
+        """Returns the model with the text of the file of --spec, for a copy of its folder."""
+        if self.spec is None or source.folder is None:
+            return source
+        file = SpecFile.read(self.spec)
+        changed = {**source.folder.changed, f"recipe{file.lines.path.suffix}": file.text}
+        return replace(source, folder=replace(source.folder, changed=changed))
+
     def _check_method(self) -> None:
         if self.method is None:
             raise click.UsageError("--method or --spec is required")
