@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 import secateur
@@ -66,7 +68,7 @@ def test_yaml_and_json_are_the_same_spec(tmp_path: Path) -> None:
         ("# A comment.", "rulez: 3", r":1: 'rulez' is not a field of a spec; "),
         ("n: 2,", "n: 2", r":13: expected ',' or '}'"),
         ("# A comment.", "x: *y", r":1: found undefined alias 'y'$"),
-        ("# A comment.", "\x07", r"spec\.yaml: unacceptable character #x0007"),
+        ("# A comment.", "\x07", r"spec\.yaml: is not YAML: unacceptable character #x0007"),
     ],
 )
 def test_errors_name_the_line(tmp_path: Path, old: str, new: str, said: str) -> None:
@@ -140,6 +142,32 @@ def test_what_is_saved_is_read_back(files: dict[str, str], tmp_path: Path, suffi
         assert secateur.read_spec(path) == spec, rule
     whole = Spec.from_dict({"rules": valid_rules(files)})
     assert Spec.from_dict(whole.to_dict()) == whole
+
+
+@given(names=st.lists(st.text(), min_size=1), suffix=st.sampled_from(["yaml", "json"]))
+@example(names=["-", "?", "no", "~", "1", "a: b", "#", "\x85", "\ufeff", "", " a "], suffix="yaml")
+def test_any_name_is_saved(
+    names: list[str], suffix: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / f"names.{suffix}"
+    table = secateur.table(dict.fromkeys(names, 0.5))
+    spec = secateur.select(names, table, guard_rails={})
+    spec.save(path)
+    assert secateur.read_spec(path) == spec
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("a: !!omap b", "!!set a: b", "rules: !!set x", "? {a: b}\n: c", "!!timestamp x"),
+        *("[" * 5000, "rules: &a [*a]", "\ud800", "--- 1\n--- 2", "rules: {? [a] : b}"),
+    ],
+)
+def test_odd_yaml_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "spec.yaml").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(InvalidSpec, match=r"spec\.yaml") as raised:
+        secateur.read_spec(tmp_path / "spec.yaml")
+    assert len(str(raised.value).splitlines()) == 1
 
 
 def test_traced_groups_are_saved(client: secateur.Client, tmp_path: Path) -> None:

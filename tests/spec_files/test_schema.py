@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from ruamel.yaml import YAML
@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 import secateur
 from secateur import InvalidSpec, Spec
 from secateur.spec import METHODS
+from tests.conftest import examples
 from tests.spec_files.rules import Plain, valid_rules
 from tests.test_docs import blocks
 
@@ -120,7 +121,7 @@ def changed(table: Any, path: tuple[Any, ...], change: Any) -> None:
 CHANGES = st.tuples(st.sampled_from(["replace", "remove", "add"]), st.sampled_from(VALUES))
 
 
-@settings(max_examples=500)
+@examples(1250)
 @given(data=st.data())
 def test_what_the_schema_refuses_the_reader_refuses_and_the_reverse(
     files: dict[str, str], data: st.DataObject

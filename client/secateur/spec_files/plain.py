@@ -129,7 +129,9 @@ def _ranking(selection: pb.Selection, default_scope: str) -> Plain:
     if selection.normalization:
         plain["normalization"] = plain_name(pb.Normalization.DESCRIPTOR, selection.normalization)
     plain |= _given("of_all", selection.of_all)
-    return plain | _given("guard_rails", _guard_rails(selection.guard_rails))
+    if selection.HasField("guard_rails"):
+        plain["guard_rails"] = _guard_rails(selection.guard_rails)
+    return plain
 
 
 def _guard_rails(rails: pb.GuardRails) -> Plain:

@@ -117,8 +117,8 @@ def _parsed_yaml(path: Path, text: str) -> Any:
         return package.YAML().load(text)
     except package.error.MarkedYAMLError as error:
         raise InvalidSpec(f"{path}:{error.problem_mark.line + 1}: {error.problem}") from None
-    except (package.error.YAMLError, ValueError, RecursionError) as error:
-        raise InvalidSpec(f"{path}: {error}") from None
+    except Exception as error:  # ruamel.yaml raises errors of any kind for tags at odd places
+        raise InvalidSpec(f"{path}: is not YAML: {error}") from None
 
 
 def yaml_package(path: Path) -> Any:

@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from secateur.paths import path_of
 from secateur.spec_files.reading import yaml_package
 
 _YAML = (".yaml", ".yml")
+# The names of methods and of their arguments are such words.
+_WORD = re.compile(r"[a-z]\w*", re.ASCII)
 
 
 def write_spec(path: str | os.PathLike[str], table: dict[str, Any]) -> None:
@@ -31,10 +35,19 @@ def _text(path: Path, table: dict[str, Any]) -> str:
     if path.suffix not in _YAML:
         known = ", ".join((*_YAML, ".json"))
         raise InvalidSpec(f"{path}: unknown suffix {path.suffix!r} of a spec; known are {known}")
-    yaml = yaml_package(path).YAML()
-    # Lists of numbers and names are short in one line.
-    yaml.default_flow_style = None
+    package = yaml_package(path)
+    yaml = package.YAML()
+    yaml.default_flow_style = None  # the innermost lists and maps are in one line
     yaml.width = 100
     out = io.StringIO()
-    yaml.dump(table, out)
+    yaml.dump(_quoted(table, package.scalarstring.DoubleQuotedScalarString), out)
     return out.getvalue()
+
+
+def _quoted(value: Any, quote: Callable[[str], str]) -> Any:
+    """Plain data with all text but plain words in quotes, which ruamel.yaml sometimes forgets."""
+    if isinstance(value, dict):
+        return {_quoted(key, quote): _quoted(of, quote) for key, of in value.items()}
+    if isinstance(value, list):
+        return [_quoted(of, quote) for of in value]
+    return quote(value) if isinstance(value, str) and not _WORD.fullmatch(value) else value
