@@ -85,7 +85,9 @@ class _Result:
         return "\n".join(filter(None, (repr(self), not_smaller(self._output, self.report.zeros))))
 
     def _repr_html_(self) -> str:
-        return paragraphs(str(self).splitlines()) + html_of(self.report.table())
+        # The report of a prune says itself that zeros make nothing smaller.
+        lines = [repr(self)] if self.report.warnings else str(self).splitlines()
+        return paragraphs(lines) + html_of(self.report.table())
 
     def _summary(self) -> str:
         report, count = self.report, len(self.report.tensors)

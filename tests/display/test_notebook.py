@@ -136,7 +136,11 @@ def test_a_result_shows_its_lines_and_its_report(results: dict[str, object]) -> 
     result = results["prune"]
     assert isinstance(result, secateur.PruneResult)
     shown = result._repr_html_()
-    assert shown == paragraphs(str(result).splitlines()) + result.report._repr_html_()
+    assert shown == paragraphs([repr(result)]) + result.report._repr_html_()
+    final = results["finalize"]
+    assert isinstance(final, secateur.FinalizeResult)
+    shown = final._repr_html_()
+    assert shown == paragraphs(str(final).splitlines()) + final.report._repr_html_()
     assert Read(shown).rows[1][0] == NAME
 
 
