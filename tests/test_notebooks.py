@@ -63,3 +63,18 @@ def test_first_steps() -> None:
     assert pruned < trained
     assert trained > 0.9
     assert "53,854 zeros of 60,074 elements" in shown["finalize"]["text/html"]
+
+
+@pytest.mark.slow  # 2 minutes
+def test_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    shown = executed("encoder")
+    operations = re.search(r"multiply-accumulates.* (\d\.\d\d)$", shown["gain"]["text/plain"], re.M)
+    assert operations is not None
+    assert 1.9 < float(operations[1]) < 2.1, "half of the operations"
+    rows = shown["train"]["text/plain"].splitlines()[1:]
+    cosines = [float(re.split(" {2,}", row)[1]) for row in rows]
+    assert cosines[0] == 1.0
+    assert cosines[1] < 0.75, "three of four channels are missed"
+    assert cosines[1] + 0.15 < cosines[-1] < 0.99
+    assert "'config.json'" in shown["save"]["text/plain"]
