@@ -6,10 +6,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from secateur.checks import flag, shown
 from secateur.client import Client
+from secateur.display.frames import frame_of
 from secateur.display.notebook import Displayed
 from secateur.embedded import embedded
 from secateur.errors import InvalidSpec
@@ -19,6 +20,11 @@ from secateur.result import FinalizeResult, PruneResult
 from secateur.source import read_source
 from secateur.tables import Table, listed
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+# A tensor that one model does not have has no value there.
+_FRAME_DTYPES = {"sparsity": "float64", "zeros": "Int64", "bytes": "Int64", "shape": "object"}
 _SHOWN = 3
 
 
@@ -91,6 +97,20 @@ class Comparison(Displayed):
         from secateur.page.comparisons import write_comparison
 
         write_comparison(self, path, title)
+
+    def to_frame(self) -> "DataFrame":
+        """Returns a row for each tensor, by its name, as a pandas.DataFrame.
+
+        Raises:
+            SecateurError: pandas is not installed.
+        """
+        pairs = self.tensors.values()
+        columns = {
+            f"{what}_{side}": (dtype, [getattr(pair[of], what, None) for pair in pairs])
+            for what, dtype in _FRAME_DTYPES.items()
+            for of, side in enumerate("ab")
+        }
+        return frame_of(columns, list(self.tensors))
 
     def table(self) -> Table:
         """Returns a row for each tensor, and lines on those of one model alone."""

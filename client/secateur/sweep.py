@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from secateur.amounts import encode_amounts
 from secateur.checkpoint import Checkpoint
 from secateur.checks import shown
+from secateur.client import Client
 from secateur.display.frames import amount_column, frame_of
 from secateur.display.notebook import Displayed
 from secateur.display.plots import curves, new_axes
@@ -21,7 +22,6 @@ from secateur.metrics import Metrics, check_same, named_metrics
 from secateur.model import Source
 from secateur.plan import Sensitivity, amount_text
 from secateur.progress import Progress, show_progress
-from secateur.pruner_calls import PrunerCalls
 from secateur.report import Report
 from secateur.result import PruneResult
 from secateur.source import read_source
@@ -124,7 +124,7 @@ class Sweep(Displayed):
 
 
 def sweep(
-    client: PrunerCalls,
+    client: Client,
     module: Any,
     spec: Spec,
     amounts: Sequence[float],
@@ -155,7 +155,7 @@ def sweep(
     torch_for("sweep")
     from secateur.in_place import check_module
 
-    if not isinstance(client, PrunerCalls):
+    if not isinstance(client, Client):
         raise SecateurError(f"client: {shown(client)} is not a secateur.Client")
     if not callable(evaluate):
         raise SecateurError(f"evaluate: {shown(evaluate)} is not a function of the module")
@@ -211,7 +211,7 @@ def _with_amount(spec: Spec, amount: plan_pb2.Amount) -> Spec:
 
 
 @contextmanager
-def _uploaded(client: PrunerCalls, source: Source) -> Iterator[Checkpoint]:
+def _uploaded(client: Client, source: Source) -> Iterator[Checkpoint]:
     """A checkpoint that is deleted after the block."""
     checkpoint = client.upload(source, progress=False)
     try:
@@ -225,7 +225,7 @@ def _uploaded(client: PrunerCalls, source: Source) -> Iterator[Checkpoint]:
 
 
 def _prune_all(
-    client: PrunerCalls, checkpoint: Checkpoint, specs: Sequence[Spec]
+    client: Client, checkpoint: Checkpoint, specs: Sequence[Spec]
 ) -> Iterator[PruneResult]:
     """The result of each spec: weights one by one, and masks, which are small, all at first."""
     if specs[0].solvers:

@@ -70,6 +70,20 @@ def test_a_plan_and_a_sensitivity_have_a_row_for_each_tensor_and_amount(
         assert list(frame.loc[name].amount) == amounts
 
 
+def test_a_comparison_has_both_models_side_by_side(client: secateur.Client) -> None:
+    other = {"fc": np.zeros((1, 2)), "new": np.ones(3, np.float32)}
+    frame = secateur.compare(MODEL, other, client).to_frame()
+    assert list(frame.index) == ["conv", "fc", "scale", "new"]
+    assert dtypes(frame) == {
+        **{"sparsity_a": "float64", "sparsity_b": "float64", "zeros_a": "Int64"},
+        **{"zeros_b": "Int64", "bytes_a": "Int64", "bytes_b": "Int64"},
+        **{"shape_a": "object", "shape_b": "object"},
+    }
+    assert list(frame.loc["fc"]) == [1 / 12, 1.0, 1, 2, 24, 16, (3, 4), (1, 2)]
+    assert frame.loc["new"].isna().tolist() == [True, False] * 4
+    assert frame.loc["scale"].isna().tolist() == [False, True] * 4
+
+
 def test_an_amount_that_is_no_number_is_missing(client: secateur.Client) -> None:
     plan = client.plan(MODEL, secateur.select("fc", secateur.threshold(3)))
     assert plan.to_frame().amount.isna().all()
