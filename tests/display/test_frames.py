@@ -80,8 +80,8 @@ def test_a_comparison_has_both_models_side_by_side(client: secateur.Client) -> N
         **{"shape_a": "object", "shape_b": "object"},
     }
     assert list(frame.loc["fc"]) == [1 / 12, 1.0, 1, 2, 24, 16, (3, 4), (1, 2)]
-    assert frame.loc["new"].isna().tolist() == [True, False] * 4
-    assert frame.loc["scale"].isna().tolist() == [False, True] * 4
+    assert list(frame.isna().loc["new"]) == [True, False] * 4
+    assert list(frame.isna().loc["scale"]) == [False, True] * 4
 
 
 def test_an_amount_that_is_no_number_is_missing(client: secateur.Client) -> None:
