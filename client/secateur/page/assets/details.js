@@ -14,11 +14,15 @@ function openDetails(panel, details, name, columns, cells) {
   panel.opener = document.activeElement;
   panel.hidden = false;
   panel.replaceChildren(make("div", { className: "tools" }, title, close), facts);
-  for (const [label, found] of details ?? []) {
-    const part = make("section", {}, label ? make("h4", { className: "part" }, label) : null);
-    panel.append(part);
-    drawTensor(part, found, label ? `${name}, ${label}` : name);
+  const parts = make("div", { className: "parts" });
+  panel.append(parts);
+  for (const [label] of details ?? []) {
+    parts.append(make("section", {}, label ? make("h4", { className: "part" }, label) : null));
   }
+  // Charts are as wide as their place, which all parts share.
+  (details ?? []).forEach(([label, found], index) => {
+    drawTensor(parts.children[index], found, label ? `${name}, ${label}` : name);
+  });
   title.focus({ preventScroll: true });
   panel.scrollIntoView({ block: "nearest" });
 }
@@ -30,7 +34,7 @@ function drawTensor(place, found, name) {
   }
   drawPattern(place, found.images ?? [], name);
   if (found.patterns?.length) {
-    place.append(make("h4", {}, "N:M regularity"), regularity(found.patterns, "Groups that have it"));
+    place.append(make("h4", {}, "N:M regularity"), regularity(found.patterns, "Groups of M with at most N that are not zero"));
   }
   if (found.blocks.length) {
     const shares = found.blocks.map(([side, zero, total]) => [`${side} × ${side}`, zero / total]);

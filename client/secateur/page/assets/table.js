@@ -4,7 +4,7 @@ const ROW = 30; // Pixels, as page.css has it.
 const SHORT = 8; // Rows of a table that needs no search.
 const SPARE = 8; // Rows outside of the view on each side.
 // Pixels of a column of each kind; the names take what is left.
-const WIDTHS = { share: 168, count: 124, number: 112, difference: 104, heat: 78, text: 132 };
+const WIDTHS = { share: 168, count: 124, number: 112, difference: 124, heat: 78, text: 132 };
 const OPEN_ROWS = 1000; // Groups are open as deep as this many rows allow.
 
 // Cells in their order: numbers, then texts, then nothing.
