@@ -90,6 +90,25 @@ def test_prune_takes_the_tensors_that_rules_do_not_name() -> None:
         assert zeros == sum(TENSORS[name].size for name in names) // 2
 
 
+@pytest.mark.parametrize(("at", "given", "out"), [("", ".", "../out"), ("x", "..", "../../out")])
+def test_the_current_folder_is_pruned(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    at: str,
+    given: str,
+    out: str,
+) -> None:
+    model = Path("model").absolute()
+    (model / "x").mkdir(parents=True)
+    Path("model.safetensors").rename(model / "model.safetensors")
+    (model / "config.json").write_text("{}")
+    spec = str(Path("lamp.yaml").absolute())
+    monkeypatch.chdir(model / at)
+    assert cli.main(["prune", given, "-o", out, "--spec", spec]) == 0
+    assert f"secateur shrink {given} -o {model}-small " in capsys.readouterr().out
+    assert Path(out, "recipe.yaml").read_text() == LAMP
+
+
 @pytest.mark.parametrize("is_embedded", [False, True])
 def test_a_pruned_folder_has_the_spec_with_its_comments(
     monkeypatch: pytest.MonkeyPatch, is_embedded: bool

@@ -34,5 +34,6 @@ def smaller(report: Report, model: str, out: str | None) -> Report:
 
 def _command(name: str, path: Path) -> str:
     suffix = "" if path.is_dir() else ".safetensors"
-    small = path.with_name(f"{path.stem}-small{suffix}")
+    named = path.resolve() if path.name in ("", "..") else path  # "." has no name
+    small = named.parent / f"{named.stem}-small{suffix}"
     return f"secateur {name} {shlex.quote(str(path))} -o {shlex.quote(str(small))}"
