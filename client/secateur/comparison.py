@@ -15,6 +15,7 @@ from secateur.display.notebook import Displayed
 from secateur.embedded import embedded
 from secateur.errors import InvalidSpec
 from secateur.model import Source
+from secateur.names import bare_names
 from secateur.report import Report, TensorReport
 from secateur.result import FinalizeResult, PruneResult
 from secateur.source import read_source
@@ -56,9 +57,16 @@ class Comparison(Displayed):
 
     @cached_property
     def tensors(self) -> Mapping[str, Pair]:
-        """The tensors of both, in the order of the first model, then of the second."""
-        names = dict.fromkeys((*self.a.tensors, *self.b.tensors))
-        return {name: Pair(self.a.tensors.get(name), self.b.tensors.get(name)) for name in names}
+        """The tensors of both, in the order of the first model, then of the second.
+
+        The prefixes of torch.compile and DataParallel may differ; names are those of the first one.
+        """
+        a, b = self.a.tensors, self.b.tensors
+        bare = {short: name for name, short in bare_names(b).items() if name not in a}
+        others = {n: n if n in b else bare.get(short, "") for n, short in bare_names(a).items()}
+        found = {name: Pair(a[name], b.get(other)) for name, other in others.items()}
+        rest = b.keys() - set(others.values())
+        return found | {name: Pair(None, b[name]) for name in b if name in rest}
 
     @property
     def only_in_a(self) -> tuple[str, ...]:

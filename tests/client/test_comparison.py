@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -58,6 +59,22 @@ def test_to_dict_has_what_numpy_counts(client: secateur.Client, data: st.DataObj
             assert counts == (int((array == 0).sum()), array.size, array.nbytes)
     assert found["only_in_a"] == [name for name in models[0] if name not in models[1]]
     assert found["only_in_b"] == [name for name in models[1] if name not in models[0]]
+
+
+def test_prefixes_of_wrappers_may_differ(client: secateur.Client) -> None:
+    plain = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+    wrapped = torch.nn.DataParallel(plain)
+    for models in ((plain, wrapped), (wrapped, plain)):
+        found = secateur.compare(*models, client=client)
+        assert list(found.tensors) == list(models[0].state_dict())
+        assert (found.only_in_a, found.only_in_b) == ((), ())
+    # Names that the other model has as they are win.
+    both = {"module.w": np.zeros(1), "x": np.ones(2), "w": np.ones(1)}
+    found = secateur.compare(both, {"w": np.ones(3), "x": np.ones(2)}, client)
+    assert found.only_in_a == ("module.w",)
+    b = found.tensors["w"].b
+    assert b is not None
+    assert b.shape == (3,)
 
 
 def test_reports_and_results_need_no_server(client: secateur.Client) -> None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
@@ -114,6 +115,23 @@ def test_hostile_names_are_shown_as_text(
 
 def names_with_groups(page: Page) -> list[str]:
     return [str(of.get_attribute("title")) for of in page.locator("tbody th.name").all()]
+
+
+def test_names_of_javascripts_own_are_tensors(
+    browser: Browser, client: secateur.Client, tmp_path: Path
+) -> None:
+    own = ["__proto__", "constructor", "a.__proto__.b", "a.__proto__", "toString", "a..b", ".", "a"]
+    model = {name: np.full(n, n % 2, np.float32) for n, name in enumerate(own, 1)}
+    client.report(model, details=True).to_html(tmp_path / "page.html")
+    client.report(model).to_html(tmp_path / "plain.html")
+    for path in sorted(tmp_path.iterdir()):
+        with opened(browser, path) as page:
+            assert sorted(names(page)) == sorted(own)
+            for name in own:
+                page.locator(f'tr:not(.group) th[title="{name}"] button').click()
+                assert page.locator("#details h3").text_content() == name
+                total = page.locator("#details div:has(> dt:text-is('parameters')) dd")
+                assert total.text_content() == str(len(model[name]))
 
 
 def test_hostile_labels_and_warnings_are_text(

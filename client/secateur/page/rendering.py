@@ -25,7 +25,7 @@ MOST_ROWS = 20_000
 MOST_CELLS = 600_000
 
 _LIBRARIES = ("vendor/d3.min.js", "vendor/plot.umd.min.js")
-_SCRIPTS = ("format.js", "table.js", "charts.js", "pattern.js", "details.js", "page.js")
+_SCRIPTS = ("format.js", "rows.js", "table.js", "charts.js", "pattern.js", "details.js", "page.js")
 
 
 def write_page(page: Page, path: str | os.PathLike[str]) -> None:

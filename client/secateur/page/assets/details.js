@@ -16,11 +16,11 @@ function openDetails(panel, details, name, columns, cells) {
   panel.replaceChildren(make("div", { className: "tools" }, title, close), facts);
   const parts = make("div", { className: "parts" });
   panel.append(parts);
-  for (const [label] of details ?? []) {
+  for (const [label] of details) {
     parts.append(make("section", {}, label ? make("h4", { className: "part" }, label) : null));
   }
   // Charts are as wide as their place, which all parts share.
-  (details ?? []).forEach(([label, found], index) => {
+  details.forEach(([label, found], index) => {
     drawTensor(parts.children[index], found, label ? `${name}, ${label}` : name);
   });
   title.focus({ preventScroll: true });

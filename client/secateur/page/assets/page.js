@@ -7,7 +7,8 @@ for (const chart of data.charts) CHARTS[chart.kind](document.getElementById("cha
 
 data.tables.forEach((table, index) => {
   const place = document.getElementById(`table-${index}`);
-  const open = (name, columns, cells) => openDetails(panel, data.details[name], name, columns, cells);
+  const detailsOf = (name) => (Object.hasOwn(data.details, name) ? data.details[name] : []);
+  const open = (name, columns, cells) => openDetails(panel, detailsOf(name), name, columns, cells);
   views.push(new TableView(place, table, index ? null : open));
 });
 
