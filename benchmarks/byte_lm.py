@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 LAYERS, WIDTH, HEADS, CONTEXT = 4, 128, 4, 128
-STEPS, BATCH, RATE, SEED = 1000, 16, 2e-3, 0
+STEPS, BATCH, RATE, SEED = 700, 16, 2e-3, 0
 HELD_OUT = 20  # of so many files, one is never trained on
 EVALUATED = 512  # windows of held-out text
 
