@@ -65,7 +65,7 @@ def test_prefixes_of_wrappers_may_differ(client: secateur.Client) -> None:
     plain = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
     wrapped = torch.nn.DataParallel(plain)
     for models in ((plain, wrapped), (wrapped, plain)):
-        found = secateur.compare(*models, client=client)
+        found = secateur.compare(models[0], models[1], client)
         assert list(found.tensors) == list(models[0].state_dict())
         assert (found.only_in_a, found.only_in_b) == ((), ())
     # Names that the other model has as they are win.
