@@ -244,8 +244,16 @@ class Tied(nn.Module):
 
 
 def compiled(module: nn.Module) -> Any:
-    made: Any = torch.compile(module, backend="eager")
-    made(torch.ones(1, 8))
+    """The module may run compiled, but is not compiled again for each amount."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        assert len(graphs) == 1
+        return graph.forward
+
+    made: Any = torch.compile(module, backend=backend)
+    made(torch.ones(3, 8))
     return made
 
 
@@ -265,6 +273,12 @@ def test_tied_and_wrapped_modules(
     with torch.no_grad():
         theirs.one.weight *= mask
     assert [row.metrics["metric"] for row in rows] == [m(x).sum().item() for m in (plain, theirs)]
+
+
+def test_of_a_module_the_parameters_are_pruned(client: secateur.Client) -> None:
+    module = nn.BatchNorm1d(4)
+    rows = secateur.sweep(client, module, secateur.l1_unstructured("*", 0), [0.5], lambda _: 0).rows
+    assert [row.total for row in rows] == [8, 8]  # without running_mean
 
 
 def test_groups_whose_buffers_are_cut_too(client: secateur.Client) -> None:
