@@ -127,7 +127,8 @@ class Comparison(Displayed):
             for label, names in zip(self.labels, (self.only_in_a, self.only_in_b), strict=True)
             if names
         ]
-        return Table(list(self._rows()), above=self._legend(), below=tuple(lines))
+        rows = list(self._rows())
+        return Table(rows, above=self._legend(), below=tuple(lines), has_total=True)
 
     def _legend(self) -> tuple[str, ...]:
         return tuple(f"{short}: {label}" for short, label in zip("AB", self.labels, strict=True))

@@ -84,6 +84,7 @@ def test_all_rows_are_shown_on_demand(
 
 def test_colours_and_bars(terminal: pytest.MonkeyPatch) -> None:
     rows = [("tensor", "sparsity", "0.5"), ("a", "25.00%", "1.00%"), ("b", "100.00%", "90.00%")]
+    rows.append(("c", "-", "-"))
     table = Table(rows, below=("warning: b",))
     shown = printed(table)
     assert "\x1b[32m" in shown  # green for a small loss, red for a large one
@@ -279,6 +280,14 @@ def on_path() -> str:
     return f"{Path(COMMAND).parent}:{os.environ['PATH']}"
 
 
+def prompted(shell: int) -> bytes:
+    """What the shell prints until it waits for a line."""
+    shown = b""
+    while b"READY> " not in shown:
+        shown += os.read(shell, 1 << 16)
+    return shown
+
+
 def check_completion(command: list[str], source: bytes) -> None:
     """Presses the tab key in a real shell, which then prints its line."""
     shell, terminal = pty.openpty()
@@ -293,13 +302,15 @@ def check_completion(command: list[str], source: bytes) -> None:
         start_new_session=True,
     )
     os.close(terminal)
+    shown = prompted(shell)
     os.write(shell, source)
     for line, _ in COMPLETIONS:
+        shown += prompted(shell)
         os.write(shell, f"{line}\t".encode())
         os.write(shell, b"\x01echo 'LINE: \x05'\n")  # quotes the line from its start to its end
     os.write(shell, b"exit\n")
-    shown = b"".join(read_all(shell)).decode()
+    shown += b"".join(read_all(shell))
     os.close(shell)
     assert process.wait() == 0
     for _, completed in COMPLETIONS:
-        assert f"\nLINE: {completed.rstrip()}" in shown.replace("\r", "")
+        assert f"\nLINE: {completed.rstrip()}" in shown.decode().replace("\r", "")

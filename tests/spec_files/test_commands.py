@@ -105,7 +105,7 @@ def test_the_current_folder_is_pruned(
     spec = str(Path("lamp.yaml").absolute())
     monkeypatch.chdir(model / at)
     assert cli.main(["prune", given, "-o", out, "--spec", spec]) == 0
-    assert f"secateur shrink {given} -o {model}-small " in capsys.readouterr().out
+    assert f"secateur shrink {given} -o {out}-small " in capsys.readouterr().out
     assert Path(out, "recipe.yaml").read_text() == LAMP
 
 

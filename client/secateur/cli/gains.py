@@ -4,6 +4,7 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
+from secateur.architectures.transformer import CONFIG
 from secateur.report import Report
 
 # As the notes of the server and of the client have them.
@@ -18,11 +19,15 @@ def smaller(report: Report, model: str, out: str | None) -> Report:
         model: IN.
         out: OUT; None if nothing was written.
     """
-    commands = {}
-    if out not in (None, "-") and "://" not in str(out):
-        commands[_PACK] = _command("pack", Path(str(out)))
-    if Path(model).is_dir():
-        commands[_SHRINK] = f"{_command('shrink', Path(model))} --intermediate 0.3"
+    if out in (None, "-") or "://" in str(out):
+        return report
+    written = Path(str(out))
+    named = written.resolve() if written.name in ("", "..") else written  # "." has no name
+    small = f"{named.parent / named.stem}-small"
+    packed = small if written.is_dir() else f"{small}.safetensors"
+    commands = {_PACK: _command("pack", written, packed)}
+    if Path(model, CONFIG).is_file():
+        commands[_SHRINK] = f"{_command('shrink', Path(model), small)} --intermediate 0.3"
     warnings = []
     for warning in report.warnings:
         message = warning.message
@@ -32,8 +37,5 @@ def smaller(report: Report, model: str, out: str | None) -> Report:
     return replace(report, warnings=tuple(warnings))
 
 
-def _command(name: str, path: Path) -> str:
-    suffix = "" if path.is_dir() else ".safetensors"
-    named = path.resolve() if path.name in ("", "..") else path  # "." has no name
-    small = named.parent / f"{named.stem}-small{suffix}"
-    return f"secateur {name} {shlex.quote(str(path))} -o {shlex.quote(str(small))}"
+def _command(name: str, path: Path, small: str) -> str:
+    return f"secateur {name} {shlex.quote(str(path))} -o {shlex.quote(small)}"

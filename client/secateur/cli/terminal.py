@@ -17,7 +17,6 @@ _OPTIONAL = (
     *("zero slices", "dtype", "bytes", "bytes of kept values", "patterns", "shape"),
     *("threshold", "masks", "created", "total", "zeros"),
 )
-_BARS = ("sparsity",)
 _BAR_WIDTH = 10
 _GAP = 2  # between columns
 _NAME_WIDTH = 32  # of the first column, before others are left out
@@ -69,20 +68,27 @@ def _columns(rows: Sequence[Sequence[str]], width: int) -> list[int]:
     """The columns that fit beside a first column that may be cut."""
     head, columns, widths = rows[0], list(range(len(rows[0]))), _widths(rows)
     widths[0] = min(widths[0], _NAME_WIDTH)
-    others = [c for c in reversed(columns[1:]) if head[c] not in (*_OPTIONAL, *_BARS)]
-    optional, bars = ([head.index(n) for n in names if n in head] for names in (_OPTIONAL, _BARS))
-    order = [*optional, *others, *bars]
-    for column in order[:-1]:
+
+    def rank(column: int) -> tuple[int, int]:
+        if head[column] in _OPTIONAL:
+            return _OPTIONAL.index(head[column]), 0
+        return len(_OPTIONAL) + _has_bar(head[column]), -column
+
+    for column in sorted(columns[1:], key=rank)[:-1]:
         if _total(widths, columns) <= width:
             break
         columns.remove(column)
     return columns
 
 
+def _has_bar(head: str) -> bool:
+    return head.startswith("sparsity")
+
+
 def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
     """The width of each column, with its bar."""
     widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
-    bars = [(_BAR_WIDTH + _GAP) * (name in _BARS) for name in rows[0]]
+    bars = [(_BAR_WIDTH + _GAP) * _has_bar(name) for name in rows[0]]
     return [width + bar for width, bar in zip(widths, bars, strict=True)]
 
 
@@ -100,17 +106,29 @@ def _grid(
     grid = RichTable(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
     for column in columns:
         grid.add_column(head[column], justify="left" if column < left else "right", no_wrap=True)
-        if head[column] in _BARS:
+        if _has_bar(head[column]):
             grid.add_column("", width=_BAR_WIDTH)
     for row in body:
         cells: list[Text | ProgressBar] = [Text(_end(row[0], room))]
         for column in columns[1:]:
             cells.append(Text(row[column], style=_heat(head[column], row[column])))
-            if head[column] in _BARS:
-                share = float(row[column].rstrip("%"))
-                cells.append(ProgressBar(total=100, completed=share, width=_BAR_WIDTH))
+            if _has_bar(head[column]):
+                cells.append(_bar(row[column]))
         grid.add_row(*cells)
     return grid
+
+
+def _bar(cell: str) -> Text | ProgressBar:
+    """The bar of a percentage; empty for a cell that has none."""
+    if not cell.endswith("%"):
+        return Text("")
+    return ProgressBar(
+        total=100,
+        completed=float(cell.rstrip("%")),
+        width=_BAR_WIDTH,
+        complete_style="cyan",
+        finished_style="cyan",
+    )
 
 
 def _end(name: str, width: int) -> str:
@@ -120,7 +138,7 @@ def _end(name: str, width: int) -> str:
 
 def _heat(head: str, cell: str) -> str:
     """The colour of a share of a norm that is lost."""
-    if head in _BARS or not cell.endswith("%"):
+    if _has_bar(head) or not cell.endswith("%"):
         return ""
     share = float(cell.rstrip("%"))
     return next((colour for limit, colour in _HEAT if share < limit), "red")
