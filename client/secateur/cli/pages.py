@@ -1,5 +1,7 @@
 """The option --html."""
 
+from pathlib import Path
+
 import click
 
 from secateur.cli.options import Function
@@ -16,6 +18,11 @@ def _page(text: str) -> str:
     if text == "-":
         raise click.BadParameter("a page is a file; name one, such as page.html")
     return text
+
+
+def title_of(what: str, model: str) -> str:
+    """Returns the heading of a page: its subject, and the name of IN."""
+    return f"{what} of {Path(model).name or model}"
 
 
 def check_page(html: str | None) -> None:

@@ -5,7 +5,7 @@ import click
 from secateur.cli.group import Command
 from secateur.cli.options import Server, amounts_option, model_options, server_options
 from secateur.cli.output import Printer, print_options
-from secateur.cli.pages import check_page, html_option
+from secateur.cli.pages import check_page, html_option, title_of
 from secateur.cli.places import opened, standard_streams
 from secateur.cli.spec_options import SpecOptions, planned, spec_options
 from secateur.plan import is_amount
@@ -37,5 +37,5 @@ def command(
         plan = client.plan(source, made, asked, printer.progress, prior=spec.prior)
     if html is not None:
         marked = given if any(is_amount(given, of.amount) for of in plan.amounts) else None
-        plan.to_html(html, f"Plan for {model}", marked)
+        plan.to_html(html, title_of("Plan", model), marked)
     printer.answer(plan)

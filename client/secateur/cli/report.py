@@ -5,7 +5,7 @@ import click
 from secateur.cli.group import Command
 from secateur.cli.options import Server, model_options, server_options, tensors_option
 from secateur.cli.output import Printer, print_options, say
-from secateur.cli.pages import check_page, html_option
+from secateur.cli.pages import check_page, html_option, title_of
 from secateur.cli.places import opened, standard_streams
 
 
@@ -28,7 +28,7 @@ def command(
     with standard_streams(model, None) as (path, _), opened(path, key, server) as (client, source):
         report = client.report(source, tensors or None, printer.progress, details=html is not None)
     if html is not None:
-        report.to_html(html, title=f"Sparsity of {model}")
+        report.to_html(html, title=title_of("Sparsity", model))
     printer.answer(report)
     if not report.tensors:
         say(

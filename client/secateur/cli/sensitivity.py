@@ -11,7 +11,7 @@ from secateur.cli.options import (
     tensors_option,
 )
 from secateur.cli.output import Printer, print_options
-from secateur.cli.pages import check_page, html_option
+from secateur.cli.pages import check_page, html_option, title_of
 from secateur.cli.places import opened, standard_streams
 from secateur.defaults import SOME_AMOUNTS
 
@@ -39,5 +39,5 @@ def command(
             source, tensors or None, amounts or SOME_AMOUNTS, progress=printer.progress
         )
     if html is not None:
-        sensitivity.to_html(html, title=f"Sensitivity of {model}")
+        sensitivity.to_html(html, title=title_of("Sensitivity", model))
     printer.answer(sensitivity)

@@ -173,7 +173,7 @@ class TableView {
 
   moveTo(index) {
     const top = index * ROW;
-    const room = this.box.clientHeight - 2 * ROW;
+    const room = this.box.clientHeight - this.grid.tHead.offsetHeight - ROW;
     if (top < this.box.scrollTop) this.box.scrollTop = top;
     if (top > this.box.scrollTop + room) this.box.scrollTop = top - room;
     this.draw();
