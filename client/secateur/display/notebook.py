@@ -20,6 +20,7 @@ class Displayed:
 
     def __init_subclass__(cls) -> None:
         """Makes IPython prefer the short text to a __repr__ of the class, such as a dataclass's."""
+        super().__init_subclass__()
         cls._repr_pretty_ = Displayed._repr_pretty_  # type: ignore[method-assign]
 
     def table(self) -> Table:
