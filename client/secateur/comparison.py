@@ -102,9 +102,10 @@ class Comparison(Displayed):
         Raises:
             SecateurError: jinja2 is not installed: pip install 'secateur[html]'.
         """
-        from secateur.page.comparisons import write_comparison
+        from secateur.page.comparisons import comparison_page
+        from secateur.page.rendering import write_page
 
-        write_comparison(self, path, title)
+        write_page(comparison_page(self, title), path)
 
     def to_frame(self) -> "DataFrame":
         """Returns a row for each tensor, by its name, as a pandas.DataFrame.

@@ -130,9 +130,10 @@ class Plan(Displayed):
             InvalidSpec: The amount was not planned.
             SecateurError: jinja2 is not installed: pip install 'secateur[html]'.
         """
-        from secateur.page.plans import write_plan
+        from secateur.page.plans import plan_page
+        from secateur.page.rendering import write_page
 
-        write_plan(self, path, title, amount)
+        write_page(plan_page(self, title, amount), path)
 
     def table(self) -> Table:
         """Returns a row for each amount."""
@@ -208,9 +209,10 @@ class Sensitivity(Displayed):
         Raises:
             SecateurError: jinja2 is not installed: pip install 'secateur[html]'.
         """
-        from secateur.page.plans import write_sensitivity
+        from secateur.page.plans import sensitivity_page
+        from secateur.page.rendering import write_page
 
-        write_sensitivity(self, path, title)
+        write_page(sensitivity_page(self, title), path)
 
     def table(self) -> Table:
         """Returns a row for each tensor, and a column for each amount."""

@@ -251,11 +251,13 @@ class Report(Displayed):
             gain: What secateur.gain measured, to show operations and time before and after.
 
         Raises:
+            InvalidSpec: The gain is not one.
             SecateurError: jinja2 is not installed: pip install 'secateur[html]'.
         """
-        from secateur.page.reports import write_report
+        from secateur.page.rendering import write_page
+        from secateur.page.reports import report_page
 
-        write_report(self, path, title, gain)
+        write_page(report_page(self, title, gain), path)
 
     def table(self) -> Table:
         """Returns a row for each tensor, and lines on rules, coverage and warnings."""

@@ -131,6 +131,15 @@ def test_the_gain_of_a_smaller_module_is_a_total(client: secateur.Client, tmp_pa
     assert "before 123,456: 80.00% left" in text
 
 
+def test_titles_may_be_any_text_and_a_gain_is_one(tmp_path: Path) -> None:
+    report = secateur.Report({}, 0, 0, 0.0, (), "", "", secateur.Coverage(0, 0, 0, ()), ())
+    report.to_html(tmp_path / "page.html", title="caf\udce9.safetensors")
+    assert "<h1>caf?.safetensors</h1>" in (tmp_path / "page.html").read_text()
+    with pytest.raises(secateur.InvalidSpec, match=r"^gain: 3 is not a secateur\.Gain$"):
+        report.to_html(tmp_path / "none.html", gain=3)  # type: ignore[arg-type]
+    assert not (tmp_path / "none.html").exists()
+
+
 def test_an_amount_that_was_not_planned(client: secateur.Client, tmp_path: Path) -> None:
     plan = client.plan({"w": np.ones((4, 4))}, secateur.l1_unstructured("w", 0.5), [1, 0.5])
     for amount in (0.7, 1.0, "half"):

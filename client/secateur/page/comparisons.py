@@ -1,22 +1,15 @@
 """The page of a comparison."""
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
 from secateur.comparison import Comparison, Pair
 from secateur.page.details import encode_details
-from secateur.page.rendering import write_page
 from secateur.page.reports import thresholds
 from secateur.page.views import Cell, Column, Frame, Page, Table, Total, count, shape, share, size
 
 # Dots of a chart; more would hide each other.
 _MOST_DOTS = 1000
-
-
-def write_comparison(comparison: Comparison, path: str | os.PathLike[str], title: str) -> None:
-    """Writes the page of a comparison; see `Comparison.to_html`."""
-    write_page(comparison_page(comparison, title), path)
 
 
 def comparison_page(comparison: Comparison, title: str) -> Page:

@@ -1,12 +1,10 @@
 """The pages of plans and of sensitivities."""
 
-import os
 from collections.abc import Sequence
 
 from secateur.checks import shown
 from secateur.errors import InvalidSpec
 from secateur.page.bounds import bounds_table
-from secateur.page.rendering import write_page
 from secateur.page.views import Column, Frame, Page, Table, Total, count, finite, share, size
 from secateur.plan import Plan, PlannedAmount, Sensitivity, amount_text, is_amount
 from secateur.tables import listed
@@ -28,11 +26,6 @@ _TENSORS = (
     Column("pruned", "count", is_minor=True, group="sum"),
     Column("parameters", "count", is_minor=True, group="sum"),
 )
-
-
-def write_plan(plan: Plan, path: str | os.PathLike[str], title: str, amount: float | None) -> None:
-    """Writes the page of a plan; see `Plan.to_html`."""
-    write_page(plan_page(plan, title, amount), path)
 
 
 def plan_page(plan: Plan, title: str, amount: float | None = None) -> Page:
@@ -108,11 +101,6 @@ def _tensors(plan: Plan, chosen: int) -> Table:
     ]
     names = list(plan.amounts[0].tensors)
     return Table("Tensors", "tensor", _TENSORS, names, frames, chosen, is_grouped=True)
-
-
-def write_sensitivity(sensitivity: Sensitivity, path: str | os.PathLike[str], title: str) -> None:
-    """Writes the page of a sensitivity; see `Sensitivity.to_html`."""
-    write_page(sensitivity_page(sensitivity, title), path)
 
 
 def sensitivity_page(sensitivity: Sensitivity, title: str) -> Page:

@@ -39,9 +39,10 @@ def write_page(page: Page, path: str | os.PathLike[str]) -> None:
         SecateurError: jinja2 is not installed, or the path cannot be one.
     """
     to = page_path(path)
-    text = render(page)
+    # The name of a file may have bytes that are not UTF-8.
+    data = render(page).encode(errors="replace")
     with replacing(to) as file:
-        file.write(text.encode())
+        file.write(data)
 
 
 def page_path(path: str | os.PathLike[str]) -> Path:

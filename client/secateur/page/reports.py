@@ -1,14 +1,14 @@
 """The page of a report."""
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
+from secateur.checks import shown
 from secateur.details import Histogram
+from secateur.errors import InvalidSpec
 from secateur.gain import Gain
 from secateur.page.bounds import bounds_table
 from secateur.page.details import encode_details
-from secateur.page.rendering import write_page
 from secateur.page.views import Cell, Column, Frame, Page, Table, Total, count, finite, shape, share
 from secateur.page.views import size as readable
 from secateur.report import Report, TensorReport
@@ -39,15 +39,10 @@ _CHOICES = (
 )
 
 
-def write_report(
-    report: Report, path: str | os.PathLike[str], title: str, gain: Gain | None
-) -> None:
-    """Writes the page of a report; see `Report.to_html`."""
-    write_page(report_page(report, title, gain), path)
-
-
 def report_page(report: Report, title: str, gain: Gain | None = None) -> Page:
-    """Makes the page of a report."""
+    """Makes the page of a report; see `Report.to_html`."""
+    if not isinstance(gain, Gain | None):
+        raise InvalidSpec(f"gain: {shown(gain)} is not a secateur.Gain")
     found = thresholds(report)
     by_size = sorted(report.tensors.items(), key=lambda item: -item[1].total)
     return Page(
