@@ -47,7 +47,8 @@ def failure(address: str, tls: TlsFiles | None = None, token: str | None = None)
 
 def test_all_is_well(server: RunningServer, capsys: pytest.CaptureFixture[str]) -> None:
     limit = ["--timeout", str(PATIENCE)]
-    assert cli.main(["doctor", "--server", server.address, "--json", *limit]) == 0
+    named = server.address.replace("127.0.0.1", "localhost")
+    assert cli.main(["doctor", "--server", named, "--json", *limit]) == 0
     shown = capsys.readouterr()
     assert shown.err == ""
     answer = json.loads(shown.out)

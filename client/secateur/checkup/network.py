@@ -35,7 +35,8 @@ def check_connection(target: Target, clock: Clock) -> Iterator[Check]:
     thread.start()
     thread.join(clock.left(_MOST))
     if found:
-        yield Check("dns", "ok", f"{address.host} is {', '.join(sorted(set(found)))}")
+        if set(found) != {address.host}:
+            yield Check("dns", "ok", f"{address.host} is {', '.join(sorted(set(found)))}")
         yield _connected(target, clock)
     else:
         said = advice_on(target, clock.left(_MOST)) or f"{address.host} is not found"
