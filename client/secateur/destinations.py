@@ -5,14 +5,19 @@ from typing import Any
 
 from secateur.architectures.folder import fitted_folder
 from secateur.errors import SecateurError
-from secateur.files import check_new_folder, warn_of_rest
+from secateur.files import check_holds, check_new_folder, warn_of_rest
 from secateur.model import Source
 from secateur.others import LEAVE_OUT, check_storable
 from secateur.paths import path_of
 
 
-def new_folder(destination: Any, model: Source) -> Path | None:
+def new_folder(destination: Any, model: Source, output: str) -> Path | None:
     """Returns the folder here that a caller gives as destination; None for a URI.
+
+    Args:
+        destination: What the caller gives.
+        model: The source.
+        output: One that has the whole model.
 
     Raises:
         SecateurError: It cannot be made, or the model is not from a folder.
@@ -26,7 +31,9 @@ def new_folder(destination: Any, model: Source) -> Path | None:
             f"destination={str(path)!r}: a folder is made for a model from a local folder only; "
             "call the result's save()"
         )
-    fitted_folder(model.folder, model.tensors)  # refuses an unknown architecture early
+    if output == "shrunk":
+        fitted_folder(model.folder, model.tensors)  # refuses an unknown architecture early
+    check_holds(path, model.tensors, model.index, model.folder, output == "packed")
     return path
 
 

@@ -19,7 +19,7 @@ from secateur.tensors import (
 )
 from secateur.ties import shared_names, untie
 from secateur.torch_files import state_dict_advice
-from secateur_proto.ties import write_ties
+from secateur_proto.ties import FORMAT, write_ties
 
 
 def from_mapping(source: Mapping[Any, Any]) -> Source:
@@ -91,7 +91,7 @@ def _divided(
         if f"{name}_orig" in tensors and f"{name}_mask" in tensors
         for half in (f"{name}_orig", f"{name}_mask")
     }
-    metadata = write_ties({}, ties)
+    metadata = write_ties(dict([FORMAT]), ties)
     return Source(tensors, parameters, as_torch, metadata, others=others, order=tuple(entries))
 
 

@@ -16,6 +16,7 @@ from secateur.model_files import MASK_SHAPES, read_path
 from secateur.tensors import Bytes, LocalTensor, from_value
 from secateur.torch_files import TORCH_SUFFIXES
 from secateur_proto.framing import mask_bytes
+from secateur_proto.ties import FORMAT
 
 # Bytes of bits that are unpacked at once.
 UNPACKED_AT_ONCE = 1 << 16
@@ -79,7 +80,7 @@ def entries_of(path: Path, packed: Tensors, shapes: Shapes) -> tuple[Tensors, di
     if path.suffix in TORCH_SUFFIXES:
         return {name: _whole(mask, shapes[name]) for name, mask in packed.items()}, {}
     table = {name: list(shapes[name]) for name in packed}
-    return packed, {MASK_SHAPES: json.dumps(table, separators=(",", ":"))}
+    return packed, dict([FORMAT, (MASK_SHAPES, json.dumps(table, separators=(",", ":")))])
 
 
 def read_arrays(path: Path) -> dict[str, LocalTensor]:

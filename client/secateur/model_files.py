@@ -20,7 +20,7 @@ from secateur.tensors import LocalTensor, dtype_of, has_torch
 from secateur.ties import untie
 from secateur.torch_files import KNOWN_SUFFIXES, TORCH_SUFFIXES, read_torch_file
 from secateur_proto.index import SUFFIX
-from secateur_proto.ties import write_ties
+from secateur_proto.ties import FORMAT, write_ties
 
 # In the metadata of a file of masks: JSON, from names to shapes.
 MASK_SHAPES = "secateur.mask_shapes"
@@ -49,7 +49,7 @@ def read_path(path: Path, key: str | None = None) -> Source:
         return _from_index(path)
     if path.suffix == ONNX_SUFFIX:
         onnx_file = read_onnx(path, map_bytes)
-        return replace(_from_files(onnx_file.tensors, {}, ()), onnx_file=onnx_file)
+        return replace(_from_files(onnx_file.tensors, dict([FORMAT]), ()), onnx_file=onnx_file)
     if path.suffix != ".safetensors":
         hint = f"; of a checkpoint give what client.checkpoint({str(path)!r}) returns"
         known = f"unknown suffix {path.suffix!r}; known are {KNOWN_SUFFIXES}, {SUFFIX} and folders"

@@ -40,9 +40,9 @@ class PrunerCalls(MeasureCalls):
             progress: See `Client`.
             keep: Whether the server keeps the result, as the result's checkpoint. Data that the
                 server already has of the source is not sent again.
-            destination: A URI to which the server writes the output, in place of sending it. With
-                "shrunk" and a model from a Hugging Face folder also a new folder here, which gets
-                a config.json with the new sizes.
+            destination: A URI to which the server writes the output, in place of sending it. Of a
+                model from a Hugging Face folder also a new folder here, with the folder's other
+                files; with "shrunk" config.json has the new sizes. Not for masks alone.
             key: See `Client`.
             prior: What counts as pruned before: what "masks" prune, or also the "zeros" of the
                 tensors that the spec names, for a model that was pruned and stored dense.

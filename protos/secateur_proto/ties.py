@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 
 _ORIG, _MASK = "_orig", "_mask"
 
+# The metadata without which transformers reads no file. It is no tie, even of a tensor `pt`.
+FORMAT = ("format", "pt")
+
 
 @dataclass(frozen=True)
 class Ties:
@@ -36,6 +39,8 @@ def read_ties(metadata: Mapping[str, str], stored: Collection[str]) -> Ties:
     names: dict[str, str] = {}
     masks: dict[str, list[str]] = {}
     for key, value in metadata.items():
+        if (key, value) == FORMAT:
+            continue
         tensor = _tensor(value, stored)
         if tensor is None:
             continue

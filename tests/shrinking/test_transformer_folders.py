@@ -132,8 +132,10 @@ def test_only_a_folder_is_written_to_a_folder(client: secateur.Client, tmp_path:
     spec = secateur.grouped([secateur.group("rows", secateur.member("weight"))], 0.5)
     with pytest.raises(secateur.SecateurError, match="for a model from a local folder only"):
         client.prune(source, spec, output="shrunk", destination=tmp_path / "out")
-    with pytest.raises(secateur.SecateurError, match="is not a URI"):
+    with pytest.raises(secateur.SecateurError, match="for a model from a local folder only"):
         client.prune(source, spec, output="dense", destination=str(tmp_path / "out"))
+    with pytest.raises(secateur.SecateurError, match="is not a URI"):
+        client.prune(source, spec, output="masks", destination=str(tmp_path / "out"))
 
 
 def test_minilm(tmp_path: Path, client: secateur.Client) -> None:

@@ -58,7 +58,7 @@ class AsyncPrunerCalls(AsyncMeasureCalls):
             details=details_of(details),
         )
         model = await self._transport.run(read_source, source, key)
-        folder = new_folder(destination, model) if output == "shrunk" else None
+        folder = new_folder(destination, model, output) if is_model(output) else None
         header.destination_uri = "" if folder else uri_of(destination)
         with placed_errors(spec):
             message, arrays = await self._transport.run(encode_spec, spec, model)
