@@ -47,6 +47,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return TARGET.sub(moved, markdown)
 
 
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Names the theme's search dialog for screen readers."""
+    return output.replace('role="dialog"', 'role="dialog" aria-label="Search"')
+
+
 def linked(uri: str, markdown: str) -> Iterator[str]:
     """Yields the files of the repository to which a page links."""
     for target in TARGET.findall(markdown):
