@@ -39,7 +39,7 @@ def write(kind: str, client: secateur.Client, model: Any, path: Path) -> Any:
             secateur.member("classifier.fc1.bias", dim=0, scored=False),
             secateur.member("classifier.fc2.weight", dim=1, scored=False),
         )
-        spec = secateur.grouped([group], 0.5)
+        spec = secateur.grouped([group], 0.5, align=1)
         found = client.prune(model, spec, output="shrunk", details=True).report
     elif kind == "plan":
         found = client.plan(model, BY_RAILS, AMOUNTS[:3])
@@ -198,8 +198,11 @@ def test_a_shrunk_model_has_sizes_before_and_after(
     report = write("shrunk", client, lenet(), tmp_path / "page.html")
     with opened(browser, tmp_path / "page.html") as page:
         totals = page.locator(".totals").inner_text()
+        shapes = dict(zip(names(page), cells(page, 3), strict=True))
     assert f"{report.shrinkage.parameters:,}" in totals
     assert f"before {report.shrinkage.parameters_before:,}" in totals
+    assert shapes["classifier.fc1.weight"] == "120x400 → 60x400"
+    assert shapes["classifier.fc2.weight"] == "84x120 → 84x60"
 
 
 def test_the_chosen_amount_is_marked_and_can_be_changed(

@@ -99,9 +99,10 @@ def _tensors(report: Report) -> Table:
     shrunk = report.shrinkage.tensors if report.shrinkage else {}
     rows = []
     for name, tensor in report.tensors.items():
-        before = f"{shape(shrunk[name].shape_before)} → " if name in shrunk else ""
-        counts = tensor.sparsity, tensor.zeros, tensor.total
-        rows.append((*counts, before + shape(tensor.shape), *_facts(tensor)))
+        lengths = shape(tensor.shape)
+        if name in shrunk and shrunk[name].shape_before != tensor.shape:
+            lengths = f"{shape(shrunk[name].shape_before)} → {lengths}"
+        rows.append((tensor.sparsity, tensor.zeros, tensor.total, lengths, *_facts(tensor)))
     # What no tensor has needs no column.
     used = [n for n in range(len(_TENSORS)) if n < _ALWAYS or any(row[n] for row in rows)]
     columns = [_TENSORS[n] for n in used]
