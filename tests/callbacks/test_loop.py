@@ -158,6 +158,18 @@ def test_masks_of_torch_are_taken_over(client: secateur.Client) -> None:
     assert not module.get_parameter("4.weight")[pruned].any()
 
 
+def test_a_start_that_fails_leaves_the_masks_of_torch(client: secateur.Client) -> None:
+    module = network()
+    prune.l1_unstructured(module[4], "weight", 0.5)  # type: ignore[no-untyped-call]
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(secateur.InvalidSpec, match="none"):
+        callbacks.start(client, module, secateur.l1_unstructured("none", 0.5), 4)
+    assert prune.is_pruned(module)
+    after = module.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
 def test_fine_tuning_a_pruned_model_keeps_its_masks(client: secateur.Client) -> None:
     module = network()
     masks = client.prune(module, SPEC).masks

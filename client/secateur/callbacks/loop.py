@@ -99,16 +99,19 @@ def start(
     """
     torch_for("callbacks")
     from secateur.callbacks.masks import Masks
+    from secateur.in_place import check_module
 
     steps = steps_of(start_step, end_step, prunings)
     if not isinstance(client, Client):
         raise InvalidSpec(f"client: {shown(client)} is not a secateur.Client")
     if not isinstance(spec, Spec):
         raise InvalidSpec(f"spec: {shown(spec)} is not what secateur's methods make")
-    pruning = Pruning(client, spec, schedule, steps, Masks(module, _optimizers(optimizer)))
+    optimizers = _optimizers(optimizer)
+    check_module(module)
+    _ask(client, module, spec.at(1, steps.prunings, schedule))  # before the module changes
+    pruning = Pruning(client, spec, schedule, steps, Masks(module, optimizers))
     try:
         _restore(pruning, state)
-        _ask(pruning, 1)
         _prune_if_due(pruning)
     except BaseException:
         pruning.masks.release()
@@ -190,8 +193,9 @@ def _prune_if_due(pruning: Pruning) -> bool:
         return False
     pruning.tried = due
     number = min(due, pruning.steps.prunings)
+    spec = pruning.spec.at(number, pruning.steps.prunings, pruning.schedule)
     try:
-        pruning.report, masks = _ask(pruning, number)
+        pruning.report, masks = _ask(pruning.client, pruning.masks.source(), spec)
     except _PASSING as error:
         warnings.warn(
             f"pruning {number} of {pruning.steps.prunings} failed at step {pruning.step}, and the "
@@ -205,13 +209,12 @@ def _prune_if_due(pruning: Pruning) -> bool:
     return True
 
 
-def _ask(pruning: Pruning, number: int) -> tuple[Report, dict[str, Any]]:
+def _ask(client: Client, source: Any, spec: Spec) -> tuple[Report, dict[str, Any]]:
     """The report and the masks of a pruning."""
     from secateur.callbacks.ranks import from_first_rank
 
     def ask() -> tuple[Report, dict[str, Any]]:
-        due = pruning.spec.at(number, pruning.steps.prunings, pruning.schedule)
-        result = pruning.client.prune(pruning.masks.source(), due, progress=False)
+        result = client.prune(source, spec, progress=False)
         return result.report, result.masks
 
     found: tuple[Report, dict[str, Any]] = from_first_rank(ask)

@@ -10,7 +10,6 @@ from torch.nn.utils import prune
 from torch.utils.hooks import unserializable_hook
 
 from secateur.errors import InvalidStateDict
-from secateur.in_place import check_module
 from secateur.module import check_hooks
 from secateur.names import bare_names
 
@@ -35,9 +34,8 @@ class Masks:
             optimizers: Their state of pruned weights is zeroed.
 
         Raises:
-            InvalidStateDict: The module is not one, or its pruning hooks are broken.
+            InvalidStateDict: The module's pruning hooks are broken.
         """
-        check_module(module)
         pairs = {name: module.get_buffer(f"{name}_mask") == 0 for name in check_hooks(module)}
         for name in pairs:
             path, _, leaf = name.rpartition(".")
