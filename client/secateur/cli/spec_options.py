@@ -1,6 +1,6 @@
 """The options that make a spec."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from inspect import Parameter, signature
@@ -32,10 +32,39 @@ Maker = Callable[[Client, Source], Spec]
 
 # The other methods have arguments that only a spec file can express.
 _METHODS = [n for n in METHODS if n not in ("custom_from_mask", "select", "grouped")]
-_ARGUMENTS = (
-    *("amount", "n", "m", "dim", "rows", "cols", "seed", "importance"),
-    *("statistics", "n_m", "power"),
-)
+
+
+def _pattern(text: str) -> tuple[int, ...]:
+    try:
+        n, m = map(int, text.split(":"))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not N:M, such as 2:4") from None
+    return n, m
+
+
+def _norm(text: str) -> float | str:
+    if text in ("fro", "nuc"):
+        return text
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    raise click.BadParameter(f"{text!r} is not a number, inf, -inf, fro or nuc")
+
+
+# The arguments of methods, by name: how help shows the value, its type, and what it is.
+_ARGUMENTS: Mapping[str, tuple[str, Any, str]] = {
+    "amount": ("AMOUNT", amount, "an int is a number of units, 0.5 or 50% a fraction"),
+    "n": ("NORM", _norm, "structured: 1, 2, inf, -inf, fro or nuc; n_m: elements kept"),
+    "m": ("COUNT", int, "n_m_structured: elements of a group (default 4)"),
+    "dim": ("DIM", int, "structured: the dimension of the slices"),
+    "rows": ("COUNT", int, "block_structured: rows of a block; 0: all"),
+    "cols": ("COUNT", int, "block_structured: columns of a block; 0: all"),
+    "seed": ("SEED", int, "random: the same seed prunes the same units"),
+    "importance": ("l1|random", click.Choice(["l1", "random"]), "global_unstructured: default l1"),
+    "statistics": ("FILE", click.Path(), "wanda, ria, solvers: what Statistics.save wrote"),
+    "n_m": ("N:M", _pattern, "wanda, ria, solvers: keep N of each M inputs, as 2:4"),
+    "power": ("POWER", float, "ria: of the inputs (default 0.5)"),
+}
 
 
 @dataclass(frozen=True)
@@ -159,7 +188,6 @@ def spec_options(default: str | None = None) -> Decorator[Any]:
         default: A method; None requires --method or --spec.
     """
     shown = "" if default is None else f" (default: {default})"
-    whole = click.INT
     return gathered(
         SpecOptions,
         "spec",
@@ -175,39 +203,11 @@ def spec_options(default: str | None = None) -> Decorator[Any]:
             type=click.Path(),
             help="a spec in a file, YAML or JSON; --tensors is for its rules that name none",
         ),
-        click.option(
-            "--amount", type=amount, help="an int is a number of units, 0.5 or 50% a fraction"
-        ),
         tensors_option("default: every floating tensor of 2 or more dimensions"),
-        click.option(
-            "--n",
-            metavar="NORM",
-            type=_norm,
-            help="structured: 1, 2, inf, -inf, fro or nuc; n_m: elements kept",
+        *(
+            click.option(option_name(name), metavar=metavar, type=kind, help=text)
+            for name, (metavar, kind, text) in _ARGUMENTS.items()
         ),
-        click.option("--m", type=whole, help="n_m_structured: elements of a group (default 4)"),
-        click.option("--dim", type=whole, help="structured: the dimension of the slices"),
-        click.option("--rows", type=whole, help="block_structured: rows of a block; 0: all"),
-        click.option("--cols", type=whole, help="block_structured: columns of a block; 0: all"),
-        click.option("--seed", type=whole, help="random: the same seed prunes the same units"),
-        click.option(
-            "--importance",
-            type=click.Choice(("l1", "random")),
-            help="global_unstructured: default l1",
-        ),
-        click.option(
-            "--statistics",
-            metavar="FILE",
-            type=click.Path(),
-            help="wanda, ria: what Statistics.save of calibrate wrote",
-        ),
-        click.option(
-            "--n-m",
-            metavar="N:M",
-            type=_pattern,
-            help="wanda, ria: keep N of each M inputs, as 2:4",
-        ),
-        click.option("--power", type=float, help="ria: of the inputs (default 0.5)"),
         prior_option,
     )
 
@@ -234,20 +234,3 @@ def groups_in(path: Path) -> list[Group]:
     if not groups:
         raise InvalidSpec(f"{path}: no rule has groups; use the method `grouped`")
     return groups
-
-
-def _pattern(text: str) -> tuple[int, ...]:
-    try:
-        n, m = map(int, text.split(":"))
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is not N:M, such as 2:4") from None
-    return n, m
-
-
-def _norm(text: str) -> float | str:
-    if text in ("fro", "nuc"):
-        return text
-    for kind in (int, float):
-        with suppress(ValueError):
-            return kind(text)
-    raise click.BadParameter(f"{text!r} is not a number, inf, -inf, fro or nuc")
