@@ -34,12 +34,20 @@ def failed(name: str, said: str, otherwise: str) -> Check:
     return Check(name, "fail", found, advice) if found else Check(name, "fail", said, otherwise)
 
 
+# How many steps may take all of their time before none is left.
+_STEPS = 5
+
+
 class Clock:
     """The time that checks have."""
 
     def __init__(self, seconds: float) -> None:
-        self._end = time.monotonic() + seconds
+        self._step, self._end = seconds / _STEPS, time.monotonic() + seconds
 
-    def left(self, most: float) -> float:
-        """Returns the seconds for a check, at most `most`."""
-        return max(0.1, min(most, self._end - time.monotonic()))
+    def step(self) -> float:
+        """Returns the most seconds that a step of a check may take."""
+        return min(self._step, self.rest())
+
+    def rest(self) -> float:
+        """Returns all seconds that are left, or a tenth of one."""
+        return max(0.1, self._end - time.monotonic())

@@ -33,7 +33,7 @@ def check_embedded(clock: Clock, is_needed: bool) -> Check:
         clock: The time that the check has.
         is_needed: Whether commands fail without it, as no other server is named.
     """
-    seconds = clock.left(float("inf"))
+    seconds = clock.rest()
     status: Literal["fail", "warn"] = "fail" if is_needed else "warn"
     try:
         command = [sys.executable, "-c", _CODE]

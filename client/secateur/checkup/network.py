@@ -13,8 +13,6 @@ from secateur.channel import TlsFiles
 from secateur.checkup.check import Check, Clock, failed
 from secateur.diagnosis import Target, advice_on
 
-# Seconds for a check.
-_MOST = 3.0
 # A certificate that expires sooner is a warning.
 _DAYS = 30
 _REACH = "check the host, the port and firewalls"
@@ -33,13 +31,13 @@ def check_connection(target: Target, clock: Clock) -> Iterator[Check]:
     # A thread, since look-ups have no time limit of their own.
     thread = threading.Thread(target=_look_up, args=(address, found), daemon=True)
     thread.start()
-    thread.join(clock.left(_MOST))
+    thread.join(clock.step())
     if found:
         if set(found) != {address.host}:
             yield Check("dns", "ok", f"{address.host} is {', '.join(sorted(set(found)))}")
         yield _connected(target, clock)
     else:
-        said = advice_on(target, clock.left(_MOST)) or f"{address.host} is not found"
+        said = advice_on(target, clock.step()) or f"{address.host} is not found"
         yield failed("dns", said, "check the name of the host")
 
 
@@ -54,7 +52,7 @@ def _connected(target: Target, clock: Clock) -> Check:
     try:
         _connect(target, clock).close()
     except OSError:
-        said = advice_on(target, clock.left(_MOST)) or f"{target.address.text} does not answer"
+        said = advice_on(target, clock.step()) or f"{target.address.text} does not answer"
         return failed("connection", said, _REACH)
     seconds = time.monotonic() - begin
     return Check("connection", "ok", f"{target.address.text} accepts in {1e3 * seconds:.1f} ms")
@@ -64,9 +62,9 @@ def _connect(target: Target, clock: Clock) -> socket.socket:
     address = target.address
     if not address.path:
         place = (address.host, address.port or GRPC_PORT)
-        return socket.create_connection(place, timeout=clock.left(_MOST))
+        return socket.create_connection(place, timeout=clock.step())
     connection = socket.socket(socket.AF_UNIX)
-    connection.settimeout(clock.left(_MOST))
+    connection.settimeout(clock.step())
     try:
         connection.connect(address.path)
     except OSError:
@@ -82,7 +80,7 @@ def check_tls(target: Target, files: TlsFiles, clock: Clock) -> Check:
     except ssl.SSLCertVerificationError as error:
         return _refused(error, target, files, clock)
     except OSError as error:  # no TLS at all, or a wrong file
-        said = advice_on(target, clock.left(_MOST)) or f"the handshake failed ({error})"
+        said = advice_on(target, clock.step()) or f"the handshake failed ({error})"
         return failed("tls", said, "check the files of --tls-ca, --tls-cert and --tls-key")
     days = (ssl.cert_time_to_seconds(certificate["notAfter"]) - time.time()) / 86400
     found = f"{protocol}, certificate for {_names(certificate)}, expires in {days:.0f} days"

@@ -15,7 +15,6 @@ from secateur.methods import l1_unstructured
 from secateur.server_info import ServerInfo
 from secateur.versions import VERSION
 
-_CALL = 4.0  # seconds
 _SERVING = b"\x08\x01"  # grpc.health.v1.HealthCheckResponse with SERVING
 
 # What measures the speed.
@@ -35,7 +34,7 @@ def check_service(
     yield (health := _health(channel, target, clock))
     if health.status == "fail":
         return
-    with Client(channel=channel, token=token, timeout=clock.left(_CALL)) as client:
+    with Client(channel=channel, token=token, timeout=clock.step()) as client:
         try:
             info = client.server_info()
         except (Unauthenticated, PermissionDenied) as error:
@@ -56,10 +55,10 @@ def _health(channel: grpc.Channel, target: Target, clock: Clock) -> Check:
     check: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
     begin = time.monotonic()
     try:
-        answer = check(b"", timeout=clock.left(_CALL))
+        answer = check(b"", timeout=clock.step())
     except grpc.RpcError as error:
         said = str(from_rpc(error))
-        advice = advice_on(target, clock.left(_CALL), said) or said
+        advice = advice_on(target, clock.step(), said) or said
         return failed("grpc", advice, "look into the server's log")
     milliseconds = 1e3 * (time.monotonic() - begin)
     if answer != _SERVING:
@@ -79,7 +78,7 @@ def _version(info: ServerInfo) -> Check:
 
 def _speed(channel: grpc.Channel, token: str | None, clock: Clock) -> Iterator[Check]:
     """The speed of the line, and of a prune of a million weights."""
-    with Client(channel=channel, token=token, timeout=clock.left(_CALL)) as client:
+    with Client(channel=channel, token=token, timeout=clock.step()) as client:
         try:
             sent = best_of(lambda: client.report(MODEL, progress=False))
             pruned = best_of(lambda: client.prune(MODEL, HALF, "none", False))
