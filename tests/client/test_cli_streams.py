@@ -86,12 +86,14 @@ def test_masks_are_written_too(given: pytest.MonkeyPatch, capsysbinary: Capture)
 
 
 @pytest.mark.parametrize("content", [b"", b"text", MODEL[:-1], MODEL[:9]])
-def test_an_error_leaves_standard_output_empty(content: bytes) -> None:
-    ended = subprocess.run(
-        command("prune", "-", "-o", "-", *HALF), input=content, capture_output=True
-    )
-    assert (ended.returncode, ended.stdout) == (1, b"")
-    (line,) = ended.stderr.splitlines()
+def test_an_error_leaves_standard_output_empty(
+    monkeypatch: pytest.MonkeyPatch, capsysbinary: Capture, content: bytes
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    assert cli.main(["prune", "-", "-o", "-", *HALF]) == 1
+    shown = capsysbinary.readouterr()
+    assert shown.out == b""
+    (line,) = shown.err.splitlines()
     assert line.startswith(b"secateur: standard input: ")
 
 

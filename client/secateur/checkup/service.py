@@ -1,5 +1,6 @@
 """What a server answers: health, versions, device, and how fast."""
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -38,8 +39,7 @@ def check_service(
         try:
             info = client.server_info()
         except (Unauthenticated, PermissionDenied) as error:
-            advice = "give one that the operator made: --token, or SECATEUR_TOKEN"
-            yield Check("token", "fail", str(error), advice)
+            yield _refused(error)
             return
         except SecateurError as error:
             yield failed("server", str(error), "look into the server's log")
@@ -65,6 +65,13 @@ def _health(channel: grpc.Channel, target: Target, clock: Clock) -> Check:
         advice = "wait until it has started, or look into its log"
         return Check("grpc", "fail", "the server answers that it does not serve now", advice)
     return Check("grpc", "ok", f"the server is healthy, and answers in {milliseconds:.1f} ms")
+
+
+def _refused(error: SecateurError) -> Check:
+    """The check of a token that the server refuses; the server's message ends in advice."""
+    said = str(error).removeprefix("authorization: ")
+    found, *advice = re.split("[:;] ", said, maxsplit=1)
+    return Check("token", "fail", found, *(advice or ["give --token, or set SECATEUR_TOKEN"]))
 
 
 def _version(info: ServerInfo) -> Check:
