@@ -87,8 +87,8 @@ def model(count: int, seed: int = 0) -> dict[str, Tensor]:
 
 
 def file_of(tensors: Mapping[str, Tensor]) -> bytes:
-    """Writes tensors as a safetensors file."""
-    return safetensors.torch.save(dict(tensors))
+    """Writes tensors as the file that the client uploads."""
+    return safetensors.torch.save(dict(tensors), {"format": "pt"})
 
 
 def downloaded(

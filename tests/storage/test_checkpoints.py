@@ -210,7 +210,8 @@ def test_tensors_are_read_at_any_offset_of_the_file(
     data = weight.view(torch.uint8).numpy().tobytes()
     names = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16"}
     kind = {**names, torch.bfloat16: "BF16", torch.int64: "I64"}[dtype]
-    table = {
+    table: dict[str, Any] = {
+        "__metadata__": {"format": "pt"},  # as the client sends tensors
         "odd": entry("U8", [shift], 0, shift),
         "w": entry(kind, [9, 5], shift, shift + len(data)),
         "last": entry("F32", [1], shift + len(data), shift + len(data) + 4),
