@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -173,6 +174,16 @@ def test_links_resolve(path: str) -> None:
         linked = Path(path).parent / name if name else Path(path)
         assert linked.exists(), target
         assert not fragment or fragment in anchors(linked), target
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_external_links_are_well_formed(path: str) -> None:
+    """Nothing is fetched. `make docs` checks the links within the documentation."""
+    for target in re.findall(r"\]\((\w+:[^)]*)\)", Path(path).read_text()):
+        parts = urlsplit(target)
+        assert parts.scheme == "https", target
+        assert re.fullmatch(r"[\w-]+(\.[\w-]+)+", parts.netloc), target
+        assert not re.search(r"\s", target), target
 
 
 def test_each_package_is_typed_and_licensed() -> None:
