@@ -15,13 +15,13 @@ from safetensors.numpy import load_file, save_file
 # The commands that do not end, and what is true when they serve.
 SERVING = {
     "secateur-server": "grep -q 'serving gRPC' log",
-    "prometheus": "curl --fail --silent http://127.0.0.1:9090/-/ready",
+    "prometheus": "grep -q 'ready to receive web requests' log",
 }
 
 
 @pytest.mark.slow
 def test_the_steps_of_the_page_work(tmp_path: Path) -> None:
-    for program in ("openssl", "prometheus", "promtool", "curl"):
+    for program in ("openssl", "prometheus", "promtool"):
         if shutil.which(program) is None:
             pytest.skip(f"no {program}: make system")
     shutil.copytree("deploy", tmp_path / "deploy")
@@ -36,7 +36,7 @@ def test_the_steps_of_the_page_work(tmp_path: Path) -> None:
     up, handled = ended.stdout.splitlines()[-2:]
     assert "=> 1 @" in up
     assert 'grpc_method="Prune"' in handled
-    assert "=> 1 @" in handled
+    assert re.search(r"=> [1-9]\d* @", handled), handled
 
 
 def script() -> str:
