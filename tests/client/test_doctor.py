@@ -102,12 +102,12 @@ def test_addresses_that_are_wrong() -> None:
     name, found, advice = failure("nowhere.invalid:50051")
     assert (name, advice) == ("dns", "check the name of the host")
     assert "'nowhere.invalid' cannot be resolved" in found
-    assert failure("http://localhost:1")[0] == "address"
+    assert failure("http://localhost:1")[0] == "options"
     assert failure("unix:/nowhere")[:2] == (
         "connection",
         "no server listens at unix:/nowhere",
     )
-    assert failure("server.example:1", token=TOKEN)[0] == "address"  # it would be sent in plaintext
+    assert failure("server.example:1", token=TOKEN)[0] == "options"  # it would be sent in plaintext
 
 
 def test_other_servers(server: RunningServer) -> None:
@@ -190,8 +190,12 @@ def test_tls_and_a_token(secured: RunningServer, files: Path) -> None:
         name, said, advice = failure(secured.address, files_of)
         assert (name, "is not trusted" in said) == ("tls", True)
         assert advice == "give the file of the authority that signed it: --tls-ca FILE"
+    swapped = TlsFiles(files / "ca.crt", files / "server.crt", files / "server.key")
+    name, said, advice = failure(secured.address, swapped)
+    assert (name, said.startswith("the files for TLS do not fit (")) == ("tls", True)
+    assert advice == "check --tls-ca, --tls-cert and --tls-key"
     name, said, _ = failure(secured.address, TlsFiles(files / "none"))
-    assert (name, "none" in said) == ("address", True)
+    assert (name, "none" in said) == ("options", True)
 
 
 @contextmanager

@@ -58,7 +58,7 @@ def check_server(
     try:
         settings = settings_of(address, token, tls, None, False, insecure)
     except SecateurError as error:
-        yield failed("address", str(error), "check --server, --token and the options of TLS")
+        yield failed("options", str(error), "check --server, --token and the options of TLS")
         return
     target = settings.target
     if target is None:

@@ -22,7 +22,9 @@ def check_connection(target: Target, clock: Clock) -> Iterator[Check]:
     """Checks that the name is known, and that something listens."""
     address = target.address
     if not (address.host or address.path):
-        yield Check("address", "ok", f"{address.text} is not of one host; gRPC finds the servers")
+        yield Check("connection", "ok", f"{address.text} is not of one host; gRPC finds them")
+            "connection", "ok", f"{address.text} is not of one host; gRPC finds the servers"
+        )
         return
     if address.path:
         yield _connected(target, clock)
@@ -76,12 +78,17 @@ def _connect(target: Target, clock: Clock) -> socket.socket:
 def check_tls(target: Target, files: TlsFiles, clock: Clock) -> Check:
     """Checks that the server's certificate is trusted, of this name, and not about to expire."""
     try:
-        certificate, protocol = _certificate(target, files, clock)
+        context = _context(target, files)
+    except OSError as error:  # files that are not there have been refused before
+        said = f"the files for TLS do not fit ({error})"
+        return Check("tls", "fail", said, "check --tls-ca, --tls-cert and --tls-key")
+    try:
+        certificate, protocol = _certificate(target, context, clock)
     except ssl.SSLCertVerificationError as error:
-        return _refused(error, target, files, clock)
-    except OSError as error:  # no TLS at all, or a wrong file
+        return _refused(error, target, context, clock)
+    except OSError as error:  # no TLS at all
         said = advice_on(target, clock.step()) or f"the handshake failed ({error})"
-        return failed("tls", said, "check the files of --tls-ca, --tls-cert and --tls-key")
+        return failed("tls", said, _REACH)
     days = (ssl.cert_time_to_seconds(certificate["notAfter"]) - time.time()) / 86400
     found = f"{protocol}, certificate for {_names(certificate)}, expires in {days:.0f} days"
     if days < _DAYS:
@@ -89,15 +96,19 @@ def check_tls(target: Target, files: TlsFiles, clock: Clock) -> Check:
     return Check("tls", "ok", found)
 
 
-def _certificate(
-    target: Target, files: TlsFiles, clock: Clock, checks_name: bool = True
-) -> tuple[Mapping[str, Any], str]:
-    """The server's certificate, and the version of TLS."""
+def _context(target: Target, files: TlsFiles) -> ssl.SSLContext:
     context = ssl.create_default_context(cafile=files.ca)
-    context.check_hostname = checks_name and bool(target.address.host)
+    context.check_hostname = bool(target.address.host)
     context.set_alpn_protocols(["h2"])
     if files.cert:
         context.load_cert_chain(files.cert, files.key)
+    return context
+
+
+def _certificate(
+    target: Target, context: ssl.SSLContext, clock: Clock
+) -> tuple[Mapping[str, Any], str]:
+    """The server's certificate, and the version of TLS."""
     name = target.address.host or None
     with (
         _connect(target, clock) as connection,
@@ -112,11 +123,12 @@ _OTHER_NAME = (62, 64)
 
 
 def _refused(
-    error: ssl.SSLCertVerificationError, target: Target, files: TlsFiles, clock: Clock
+    error: ssl.SSLCertVerificationError, target: Target, context: ssl.SSLContext, clock: Clock
 ) -> Check:
     """What is wrong with a certificate that is not trusted."""
     if error.verify_code in _OTHER_NAME:
-        certificate, _ = _certificate(target, files, clock, checks_name=False)
+        context.check_hostname = False
+        certificate, _ = _certificate(target, context, clock)
         found = f"the certificate is for {_names(certificate)}, not for {target.address.host}"
         return Check("tls", "fail", found, "connect by a name that the certificate has")
     if error.verify_code in _EXPIRED:
