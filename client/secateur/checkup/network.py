@@ -23,8 +23,6 @@ def check_connection(target: Target, clock: Clock) -> Iterator[Check]:
     address = target.address
     if not (address.host or address.path):
         yield Check("connection", "ok", f"{address.text} is not of one host; gRPC finds them")
-            "connection", "ok", f"{address.text} is not of one host; gRPC finds the servers"
-        )
         return
     if address.path:
         yield _connected(target, clock)
