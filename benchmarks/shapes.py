@@ -65,7 +65,7 @@ def measure(
     name: str,
     model: Model,
     spec: secateur.Spec,
-    output: str,
+    output: Any,
 ) -> dict[str, Any]:
     """The medians of one case."""
 

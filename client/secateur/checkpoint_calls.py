@@ -7,6 +7,7 @@ from typing import Any
 from secateur.blocking import run
 from secateur.calls.pruning import AsyncPrunerCalls
 from secateur.checkpoint import Checkpoint
+from secateur.literals import Form
 from secateur.progress import Progress
 
 
@@ -36,7 +37,7 @@ class CheckpointCalls:
         self,
         checkpoint: Checkpoint | str,
         path: str | os.PathLike[str],
-        output: str = "dense",
+        output: Form = "dense",
         progress: Progress = None,
     ) -> None:
         """Writes a checkpoint to a file, or its shards to a folder.

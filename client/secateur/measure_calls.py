@@ -8,6 +8,7 @@ from secateur.calls.measuring import Patterns
 from secateur.checkpoint_calls import CheckpointCalls
 from secateur.choices import AnyGranularity
 from secateur.defaults import SOME_AMOUNTS
+from secateur.literals import Prior
 from secateur.plan import Plan, Sensitivity
 from secateur.progress import Progress
 from secateur.report import Report
@@ -44,7 +45,7 @@ class MeasureCalls(CheckpointCalls):
         amounts: Sequence[float] | None = None,
         progress: Progress = None,
         key: str | None = None,
-        prior: str = "masks",
+        prior: Prior = "masks",
     ) -> Plan:
         """Computes what a prune would do, and prunes nothing.
 

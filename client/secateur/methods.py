@@ -11,6 +11,7 @@ from secateur.choices import Importance, activation, blocks, magnitude, norm, ra
 from secateur.choices import n_m as n_m_of
 from secateur.errors import InvalidSpec
 from secateur.factors import AnyStatistics, calibrated_names
+from secateur.literals import RankedBy
 from secateur.selections import Names, grouped, select
 from secateur.spec import MASKS, METHODS, Rule, Spec
 from secateur_proto import spec_pb2 as pb
@@ -91,7 +92,7 @@ def random_structured(tensors: Names, amount: AnyAmount, dim: int, seed: int = 0
 def global_unstructured(
     tensors: Names,
     amount: AnyAmount,
-    importance: str = "l1",
+    importance: RankedBy = "l1",
     seed: int = 0,
     importance_scores: AnyArrays | None = None,
 ) -> Spec:

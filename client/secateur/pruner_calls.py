@@ -1,11 +1,12 @@
 """The methods of a client that prune models."""
 
 import os
-from typing import Any
+from typing import Any, overload
 
 from secateur.blocking import run
 from secateur.calls.measuring import Patterns
 from secateur.grouping import Groups
+from secateur.literals import FinalOutput, Masks, Out, Output, Prior
 from secateur.measure_calls import MeasureCalls
 from secateur.progress import Progress
 from secateur.result import FinalizeResult, PruneResult
@@ -16,18 +17,46 @@ from secateur.spec import Spec
 class PrunerCalls(MeasureCalls):
     """What `Client` does with models; several arguments are described there."""
 
+    @overload
     def prune(
         self,
         source: Any,
         spec: Spec,
-        output: str = "masks",
+        output: Masks = "masks",
         progress: Progress = None,
         keep: bool = False,
         destination: str | os.PathLike[str] | None = None,
         key: str | None = None,
-        prior: str = "masks",
+        prior: Prior = "masks",
         details: bool = False,
-    ) -> PruneResult:
+    ) -> PruneResult[Masks]: ...
+
+    @overload
+    def prune(
+        self,
+        source: Any,
+        spec: Spec,
+        output: Out,
+        progress: Progress = None,
+        keep: bool = False,
+        destination: str | os.PathLike[str] | None = None,
+        key: str | None = None,
+        prior: Prior = "masks",
+        details: bool = False,
+    ) -> PruneResult[Out]: ...
+
+    def prune(
+        self,
+        source: Any,
+        spec: Spec,
+        output: Output = "masks",
+        progress: Progress = None,
+        keep: bool = False,
+        destination: str | os.PathLike[str] | None = None,
+        key: str | None = None,
+        prior: Prior = "masks",
+        details: bool = False,
+    ) -> PruneResult[Any]:
         """Prunes a model by a spec.
 
         Args:
@@ -61,9 +90,9 @@ class PrunerCalls(MeasureCalls):
         progress: Progress = None,
         destination: str | None = None,
         key: str | None = None,
-        output: str = "dense",
+        output: FinalOutput = "dense",
         groups: Groups = (),
-        prior: str = "masks",
+        prior: Prior = "masks",
         details: bool = False,
     ) -> FinalizeResult:
         """Makes pruning permanent: each pair X_orig, X_mask becomes X.

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 from secateur.architectures.folder import fitted_folder
 from secateur.calls.transfer import Received
@@ -14,6 +14,7 @@ from secateur.display.notebook import html_of, paragraphs
 from secateur.errors import InvalidStateDict, SecateurError
 from secateur.files import is_file, save
 from secateur.forms import FORMS, Tensors, form_of, has_tensors_of, not_smaller
+from secateur.literals import Form, Masked, Of, Shrunk
 from secateur.model import Mask, Source
 from secateur.paths import path_of
 from secateur.report import Report
@@ -25,7 +26,7 @@ from secateur_proto import spec_pb2 as pb
 from secateur_proto.report_pb2 import SparsityReport
 
 
-class _Result:
+class _Result(Generic[Of]):
     """A model that a server sent back, and its source."""
 
     def __init__(
@@ -47,7 +48,7 @@ class _Result:
         self._example_inputs = example_inputs
 
     @no_search_for_cycles()
-    def shrink(self, module: Any, example_inputs: Any = None) -> Any:
+    def shrink(self: "_Result[Shrunk]", module: Any, example_inputs: Any = None) -> Any:
         """Returns a smaller copy of a torch.nn.Module, with the shrunk tensors in its layers.
 
         torch's masks are removed; hooks, flags and tied parameters are kept. See secateur.resize.
@@ -124,7 +125,7 @@ class _Result:
         )
 
 
-class FinalizeResult(_Result):
+class FinalizeResult(_Result[Any]):
     """A model whose pruning is permanent.
 
     Attributes:
@@ -174,7 +175,7 @@ class FinalizeResult(_Result):
         return self._whole(self._received, self._source.others)
 
 
-class PruneResult(_Result):
+class PruneResult(_Result[Of]):
     """A pruned model.
 
     Attributes:
@@ -204,7 +205,7 @@ class PruneResult(_Result):
         return f"PruneResult({self._summary()}, output={self._output!r}{''.join(places)})"
 
     @property
-    def _form(self) -> str:
+    def _form(self) -> Form:
         """The form that is meant if none is named."""
         return "shrunk" if self._output == "shrunk" else "dense"
 
@@ -212,9 +213,8 @@ class PruneResult(_Result):
     def _extents(self) -> dict[str, Extent]:
         return decode_extents(self._message)
 
-    @cached_property
-    @no_search_for_cycles()
-    def masks(self) -> dict[str, Any]:
+    @property
+    def masks(self: "PruneResult[Masked]") -> dict[str, Any]:
         """The whole mask of each tensor that the spec named: bool, its shape, True is kept.
 
         A tied tensor has its mask under each of its names.
@@ -222,6 +222,11 @@ class PruneResult(_Result):
         Raises:
             SecateurError: The output has no masks, such as "dense" and "none".
         """
+        return self._masks
+
+    @cached_property
+    @no_search_for_cycles()
+    def _masks(self) -> dict[str, Any]:
         extents = self._extents
         masks = {
             name: self._mask_value(mask.reshape(extents[name].shape))
@@ -229,7 +234,7 @@ class PruneResult(_Result):
         }
         return tied(masks, {other: name for name in masks for other in extents[name].aliases})
 
-    def state_dict(self, form: str | None = None) -> dict[str, Any]:
+    def state_dict(self, form: Form | None = None) -> dict[str, Any]:
         """Returns the pruned model; tied tensors are one object under each of their names.
 
         A form that the server did not send is made of the source as it is now. Tensors that were
@@ -245,7 +250,7 @@ class PruneResult(_Result):
         """
         return values_of(self._entries(self._form if form is None else form), self._source.as_torch)
 
-    def save(self, path: str | os.PathLike[str], form: str | None = None) -> None:
+    def save(self, path: str | os.PathLike[str], form: Form | None = None) -> None:
         """Writes the pruned model: .safetensors, a torch file, or .onnx or a folder if it was one.
 
         The file is written whole, or not at all. All but .safetensors keep what the source has
@@ -265,7 +270,7 @@ class PruneResult(_Result):
             shapes = {name: extent.shape for name, extent in self._extents.items()}
             save(to, *made.file(to, self._tensors(form), shapes))
 
-    def apply_to(self, module: Any) -> None:
+    def apply_to(self: "PruneResult[Masked]", module: Any) -> None:
         """Prunes a torch.nn.Module as torch.nn.utils.prune does, for further work by torch's.
 
         Each pruned X becomes the parameter X_orig and the buffer X_mask, with a forward pre-hook.

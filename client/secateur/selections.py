@@ -18,6 +18,7 @@ from secateur.choices import (
 from secateur.errors import InvalidSpec
 from secateur.factors import Factors, calibrated_names
 from secateur.grouping import Groups, example_inputs_of, groups_of
+from secateur.literals import Allocation, Combination, Normalization, Scope
 from secateur.rails import AnyGuardRails, GuardRails, guard_rails
 from secateur.spec import SCORES, Arrays, Rule, Spec
 from secateur.tables import listed
@@ -41,9 +42,9 @@ def select(
     amount: AnyAmount,
     importance: AnyImportance = "magnitude",
     granularity: AnyGranularity = "element",
-    scope: str = "tensor",
-    normalization: str | None = None,
-    allocation: str | None = None,
+    scope: Scope = "tensor",
+    normalization: Normalization | None = None,
+    allocation: Allocation | None = None,
     of_all: bool = False,
     guard_rails: AnyGuardRails | None = None,
     importance_scores: AnyArrays | None = None,
@@ -98,9 +99,9 @@ def grouped(
     groups: Groups,
     amount: AnyAmount,
     p: float = 1,
-    combination: str = "mean",
-    normalization: str | None = None,
-    scope: str = "global",
+    combination: Combination = "mean",
+    normalization: Normalization | None = None,
+    scope: Scope = "global",
     of_all: bool = False,
     guard_rails: AnyGuardRails | None = None,
     importance: AnyImportance = "magnitude",

@@ -11,6 +11,7 @@ from secateur.calibration.triangle import Triangle
 from secateur.checks import integer, number, one_of, pair, patterns, shown
 from secateur.errors import FewInputs, InvalidSpec
 from secateur.factors import AnyStatistics, calibrated_names, statistics_of
+from secateur.literals import RowScope
 from secateur.selections import Names
 from secateur.spec import GRAMS, METHODS, Rule, Spec
 from secateur.tables import listed
@@ -76,7 +77,7 @@ def alps(
     amount: AnyAmount | None,
     statistics: AnyStatistics,
     n_m: Sequence[int] | None = None,
-    scope: str = "tensor",
+    scope: RowScope = "tensor",
 ) -> Spec:
     """Prunes each layer by ADMM, then refits it: ALPS, Meng et al. 2024. The best, and the slowest.
 

@@ -79,7 +79,7 @@ def test_results_are_those_of_the_blocking_client(
     shapes: list[tuple[int, int]],
     seed: int,
     amount: float,
-    output: str,
+    output: Any,
     keep: bool,
 ) -> None:
     rng = np.random.default_rng(seed)

@@ -382,7 +382,7 @@ def test_later_pruning_within_the_result_is_accepted(client: secateur.Client) ->
 
 
 @pytest.mark.parametrize("output", ["dense", "none"])
-def test_a_result_without_masks_changes_nothing(client: secateur.Client, output: str) -> None:
+def test_a_result_without_masks_changes_nothing(client: secateur.Client, output: Any) -> None:
     module = net()
     result = client.prune(module, STEPS["l1"].spec, output=output)
     with pytest.raises(secateur.SecateurError, match="has no masks"):

@@ -65,7 +65,7 @@ def without_w(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in entries.items() if name[0] != "w"}
 
 
-def assert_saved(result: Any, folder: Path, *form: str) -> None:
+def assert_saved(result: Any, folder: Path, *form: Any) -> None:
     """Files of both kinds hold every tensor, as their libraries read them."""
     result.save(folder / "out.safetensors", *form)
     result.save(folder / "out.pt", *form)
@@ -79,7 +79,7 @@ def assert_saved(result: Any, folder: Path, *form: str) -> None:
 @every_source
 @every_output
 def test_every_dtype_passes_through_a_prune(
-    client: secateur.Client, tmp_path: Path, kind: str, output: str
+    client: secateur.Client, tmp_path: Path, kind: str, output: Any
 ) -> None:
     result = client.prune(source_of(kind, tmp_path), HALF, output=output)
     assert result.report.zeros == 3
@@ -147,7 +147,7 @@ EVERY = secateur.l1_unstructured("?.weight", 0.5)
 @pytest.mark.parametrize("as_source", [lambda m: m, lambda m: m.state_dict()])
 @every_output
 def test_a_module_loads_strictly_from_a_result(
-    client: secateur.Client, as_source: Callable[[nn.Module], Any], output: str
+    client: secateur.Client, as_source: Callable[[nn.Module], Any], output: Any
 ) -> None:
     module = scaled()
     result = client.prune(as_source(module), EVERY, output=output)
@@ -202,7 +202,7 @@ OTHERS: dict[str, Any] = {
 
 @every_output
 def test_entries_without_a_safetensors_dtype_are_kept_by_the_client(
-    client: secateur.Client, output: str
+    client: secateur.Client, output: Any
 ) -> None:
     source = {"a": torch.ones(2), **OTHERS, "w": torch.arange(1.0, 7)}
     result = client.prune(source, HALF, output=output)

@@ -42,7 +42,7 @@ def test_saved_masks_prune_the_same(
     client: secateur.Client,
     tmp_path: Path,
     suffix: str,
-    output: str,
+    output: Any,
     as_what: Callable[[Path], Any],
 ) -> None:
     result = client.prune(MODEL, SPEC, output)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import secateur
 from secateur import cli
+from secateur.literals import Output
 from secateur_proto.framing import file_header
 from tests.client.sharded import INDEX, TIED, read_shards, real_weights, write_shards
 from tests.client.test_cli import failure
@@ -188,13 +189,14 @@ NOTE = "`secateur pack OUT -o SMALL`"
 
 def test_a_result_says_that_it_is_not_smaller(client: secateur.Client) -> None:
     model, half = {"w": np.arange(1, 9, dtype=np.float32)}, secateur.l1_unstructured("w", 0.5)
-    for output, says in {
+    notes: dict[Output, int] = {
         "masks": 1,
         "dense": 1,
         "reparametrized": 1,
         "packed": 0,
         "none": 0,
-    }.items():
+    }
+    for output, says in notes.items():
         shown = str(client.prune(model, half, output)).splitlines()
         assert [NOTE in line for line in shown] == [False] + [True] * says, output
     assert NOTE not in str(client.prune(model, secateur.identity("w")))

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import grpc
 import numpy as np
@@ -378,7 +379,7 @@ def test_a_lost_answer_does_not_keep_a_result_twice(
 @both
 @pytest.mark.parametrize("output", ["masks", "dense"])
 def test_calls_that_change_nothing_are_repeated_after_a_lost_answer(
-    store: Kept, output: str, kind: type[secateur.Client]
+    store: Kept, output: Any, kind: type[secateur.Client]
 ) -> None:
     with (
         line_to(store.server.address) as line,

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import secateur
+from secateur.literals import Form
 from tests.client.sharded import (
     INDEX,
     SHARDS,
@@ -24,8 +25,7 @@ from tests.contract.raw import check_serves
 from tests.reference import all_l1, assert_same_masks, assert_same_tensors, torch_masks
 from tests.uris.served import Served, check, serving_here
 
-FORMS = ("dense", "reparametrized")
-Form = str
+FORMS: tuple[Form, ...] = ("dense", "reparametrized")
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_a_tied_name_has_no_line_of_its_own(served: Served, folder: Path) -> Non
     ],
 )
 def test_a_result_is_saved_as_the_shards_that_came(
-    served: Served, folder: Path, model: dict[str, Tensor], out: Path, output: str, form: Form
+    served: Served, folder: Path, model: dict[str, Tensor], out: Path, output: Any, form: Form
 ) -> None:
     result = served.client.prune(folder, HALF, output)
     result.save(out, form)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 import secateur
+from secateur.literals import Form
 from secateur_proto.ties import read_ties, write_ties
 from tests.reference import assert_same_tensors, distinct, prune
 from tests.uris.served import Served, serving
@@ -126,13 +127,13 @@ def assert_same_models(ours: nn.Module, theirs: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("output", ["dense", "reparametrized", "masks"])
-def test_a_total_counts_the_weight_once(served: Served, source: Any, output: str) -> None:
+def test_a_total_counts_the_weight_once(served: Served, source: Any, output: Any) -> None:
     is_here = not isinstance(source, str | secateur.Checkpoint)
     output = output if is_here or output != "masks" else "dense"  # of the weights
     result = served.client.prune(source, secateur.global_unstructured("*.weight", 0.5), output)
     assert (result.report.total, result.report.zeros) == (TOTAL, TOTAL // 2)
     assert result.report.tensors[EMBED].aliases == (HEAD,)
-    form = "reparametrized" if output == "reparametrized" else "dense"
+    form: Form = "reparametrized" if output == "reparametrized" else "dense"
     values = result.state_dict(form)
     if form == "reparametrized":
         assert values[f"{EMBED}_orig"] is values[f"{HEAD}_orig"]

@@ -16,17 +16,18 @@ import torch
 from blake3 import blake3
 
 import secateur
+from secateur.literals import Form, Output
 
 Parts = dict[str, str]
 # Takes a client and an empty folder, which the server of the family `uris` may read and write.
 Case = Callable[[secateur.Client, Path], Parts]
 Source = Callable[[], Any]
 
-WHOLE = ("masks", "dense")
+WHOLE: tuple[Form, ...] = ("masks", "dense")
 # Enough to detect accidental changes.
 DIGEST_BYTES = 8
 
-FORMS = (*WHOLE, "reparametrized")
+FORMS: tuple[Form, ...] = (*WHOLE, "reparametrized")
 
 
 def digest(parts: Iterable[bytes]) -> str:
@@ -88,7 +89,7 @@ def plain_plan(plan: secateur.Plan) -> dict[str, Any]:
     return {**table, "order": [list(amount.tensors) for amount in plan.amounts]}
 
 
-def of_result(result: secateur.PruneResult, output: str) -> Parts:
+def of_result(result: secateur.PruneResult, output: Any) -> Parts:
     """Returns the digests of the data of a result."""
     parts: Parts = {}
     if output == "packed":  # releases of zstd write other bytes
@@ -105,8 +106,8 @@ def of_result(result: secateur.PruneResult, output: str) -> Parts:
 def pruned(
     source: Source,
     spec: secateur.Spec,
-    outputs: Sequence[str] = WHOLE,
-    prior: str = "masks",
+    outputs: Sequence[Output] = WHOLE,
+    prior: Any = "masks",
 ) -> Case:
     """Makes a case that prunes a model in the call, with each output.
 
@@ -130,7 +131,7 @@ def pruned(
 
 
 def all_pruned(
-    sources: Mapping[str, Source], specs: Mapping[str, secateur.Spec], prior: str = "masks"
+    sources: Mapping[str, Source], specs: Mapping[str, secateur.Spec], prior: Any = "masks"
 ) -> dict[str, Case]:
     """Makes a case for every pair of a source and a spec."""
     return {
@@ -154,7 +155,7 @@ def planned(
     source: Source,
     spec: secateur.Spec,
     amounts: Sequence[float] | None = None,
-    prior: str = "masks",
+    prior: Any = "masks",
 ) -> Case:
     def case(client: secateur.Client, folder: Path) -> Parts:
         plan = client.plan(source(), spec, amounts, prior=prior)

@@ -8,6 +8,7 @@ import torch
 
 import secateur as s
 from secateur.grouping import Group
+from secateur.literals import Normalization, Scope
 from tests.conftest import asset
 from tests.contract import golden_models as models
 from tests.contract.golden_digests import (
@@ -121,9 +122,10 @@ def alike() -> dict[str, Case]:
         for name, unit in {"rows": s.slices(0), "2:4": s.n_m(), "blocks": s.blocks(4, 4)}.items()
         for scope in ("tensor", "global")
     }
+    ways: list[tuple[Scope, Normalization | None]] = [("global", "mean"), ("tensor", None)]
     grouped = {
         f"groups, {scope}": s.grouped(_blocks(), 0.4, 2, scope=scope, normalization=of)
-        for scope, of in (("global", "mean"), ("tensor", None))
+        for scope, of in ways
     }
     return all_pruned({"alike": models.alike}, {**units, **grouped, "l1": SMALL["l1"]})
 

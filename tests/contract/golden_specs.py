@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 import secateur as s
+from secateur.literals import Scope
 from tests.contract import golden_models as models
 from tests.contract.golden_digests import Case, all_pruned
 from tests.contract.golden_models import CONVOLUTIONS, MATRICES
@@ -111,12 +112,17 @@ def amounts() -> dict[str, Case]:
         "bytes": s.target_bytes(9000),
         "macs": s.target_macs(9000.0, macs),
     }
+    ways: list[tuple[str, Scope]] = [
+        ("element", "tensor"),
+        ("element", "global"),
+        ("slices 0", "global"),
+    ]
     specs = {
         f"{kind}, {unit}, {scope}": s.select(
             MATRICES, amount, "magnitude", GRANULARITIES[unit], scope
         )
         for kind, amount in kinds.items()
-        for unit, scope in (("element", "tensor"), ("element", "global"), ("slices 0", "global"))
+        for unit, scope in ways
         if not (kind in ("bytes", "macs") and scope == "tensor")
     }
     table = s.table({"stem.*": 0.2, "layer?.0.*": "50%", "attn.q.weight": 1.0})
@@ -185,7 +191,11 @@ def guard_rails() -> dict[str, Case]:
             },
         ),
     }
-    ways = [("element", "global"), ("slices 0", "global"), ("element", "isomorphic")]
+    ways: list[tuple[str, Scope]] = [
+        ("element", "global"),
+        ("slices 0", "global"),
+        ("element", "isomorphic"),
+    ]
     specs = {
         f"{bound}, {unit}, {scope}": s.select(
             MATRICES, 0.5, "magnitude", GRANULARITIES[unit], scope, guard_rails=rails

@@ -37,7 +37,7 @@ def kept_of(client: secateur.Client, tensors: dict[str, torch.Tensor], spec: Any
     st.integers(0, 2**32),
 )
 def test_groups_keep_multiples(
-    client: secateur.Client, sizes: list[int], align: int, fraction: float, scope: str, seed: int
+    client: secateur.Client, sizes: list[int], align: int, fraction: float, scope: Any, seed: int
 ) -> None:
     tensors, groups = model_of(sizes, seed)
     decided = kept_of(client, tensors, secateur.grouped(groups, fraction, scope=scope))

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import secateur
+from secateur.literals import Form
 from secateur_server.backends import kernels
 from secateur_server.backends.numba_backend import NumbaBackend
 from secateur_server.backends.protocol import Backend
@@ -269,7 +271,7 @@ def test_scores_may_be_fp8_and_custom_masks_may_not(
 @every_dtype
 @pytest.mark.parametrize("output", ["masks", "reparametrized", "dense"])
 def test_kept_elements_have_the_same_bits_in_every_output(
-    client: secateur.Client, dtype: torch.dtype, output: str, tmp_path: Path
+    client: secateur.Client, dtype: torch.dtype, output: Any, tmp_path: Path
 ) -> None:
     weight, other = numbers((31, 17), dtype), torch.randn(3)
     (kept,) = lowest([weight], 300)
@@ -277,7 +279,8 @@ def test_kept_elements_have_the_same_bits_in_every_output(
     pair = {"w_orig": weight, "w_mask": kept.to(dtype), "b": other}
     spec = secateur.l1_unstructured("w", 300)
     result = client.prune({"w": weight, "b": other}, spec, output=output)
-    for form, expected in (("dense", dense), ("reparametrized", pair)):
+    expectations: dict[Form, dict[str, torch.Tensor]] = {"dense": dense, "reparametrized": pair}
+    for form, expected in expectations.items():
         if output in ("masks", form):
             assert_same_tensors(result.state_dict(form), expected)
             result.save(tmp_path / "m.safetensors", form)
@@ -309,7 +312,7 @@ def test_a_pair_can_be_pruned_further_and_finalized(
 
 
 @pytest.mark.parametrize("output", ["masks", "dense"])
-def test_a_pair_of_integers_is_folded_without_a_rule(client: secateur.Client, output: str) -> None:
+def test_a_pair_of_integers_is_folded_without_a_rule(client: secateur.Client, output: Any) -> None:
     pair = {"n_orig": torch.tensor([-5, 6]), "n_mask": torch.tensor([0, 1])}
     source = {**pair, "w": torch.tensor([1.0, -2.0])}
     result = client.prune(source, secateur.l1_unstructured("*", 1), output=output)

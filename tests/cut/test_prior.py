@@ -190,6 +190,7 @@ def test_an_unknown_value_is_refused(channel: grpc.Channel, rpc: str) -> None:
 
 def test_the_client_names_both_values(client: secateur.Client) -> None:
     spec = secateur.l1_unstructured("full", 0.5)
-    for call in (client.prune, client.plan):
+    calls: list[Callable[..., object]] = [client.prune, client.plan]
+    for call in calls:
         with pytest.raises(secateur.InvalidSpec, match=r"prior: 'none' is none of masks, zeros"):
             call(MODEL, spec, prior="none")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import secateur
+from secateur.literals import Form
 from tests.conftest import examples
 from tests.reference import (
     BITS,
@@ -32,7 +33,7 @@ from tests.reference import (
 )
 
 ALL = [*EXACT, *HALF]
-FORMS = ["dense", "reparametrized"]
+FORMS: list[Form] = ["dense", "reparametrized"]
 
 every_dtype = pytest.mark.parametrize("dtype", ALL, ids=str)
 every_form = pytest.mark.parametrize("form", FORMS)
@@ -113,7 +114,8 @@ def test_kept_elements_keep_every_bit_even_of_a_nan(
     odd = torch.arange(1, 9, dtype=BITS[dtype.itemsize])  # payloads of NaNs
     weight[:8] = (torch.full((8,), math.nan, dtype=dtype).view(odd.dtype) ^ odd).view(dtype)
     spec = secateur.custom_from_mask({"w": torch.ones(4096)})
-    for output in ("masks", "reparametrized", "dense"):
+    outputs: tuple[Form, ...] = ("masks", "reparametrized", "dense")
+    for output in outputs:
         for form in FORMS if output == "masks" else [output]:
             tensors = client.prune({"w": weight}, spec, output=output).state_dict(form)
             assert same_bits(tensors["w" if form == "dense" else "w_orig"], weight)
@@ -146,7 +148,7 @@ def others() -> dict[str, Tensor]:
 
 
 @every_form
-def test_other_dtypes_are_returned_unchanged(client: secateur.Client, form: str) -> None:
+def test_other_dtypes_are_returned_unchanged(client: secateur.Client, form: Any) -> None:
     source = {"w": distinct((4, 4)), **others()}
     for output in ("masks", form):
         result = client.prune(source, secateur.l1_unstructured("w", 0.5), output=output)
@@ -158,7 +160,7 @@ def test_other_dtypes_are_returned_unchanged(client: secateur.Client, form: str)
 
 
 @every_form
-def test_a_pair_of_another_dtype_is_two_tensors(client: secateur.Client, form: str) -> None:
+def test_a_pair_of_another_dtype_is_two_tensors(client: secateur.Client, form: Any) -> None:
     source = {"w": distinct((4, 4))}
     for name, values in others().items():
         if values.dtype in UNPRUNABLE:
@@ -174,7 +176,7 @@ def test_a_pair_of_another_dtype_is_two_tensors(client: secateur.Client, form: s
 
 @pytest.mark.parametrize("dtype", [*ALL, torch.int64, torch.bool], ids=str)
 @every_form
-def test_empty_tensors_are_returned(client: secateur.Client, dtype: torch.dtype, form: str) -> None:
+def test_empty_tensors_are_returned(client: secateur.Client, dtype: torch.dtype, form: Any) -> None:
     empty = {"e": torch.zeros(0, dtype=dtype), "f": torch.zeros(3, 0, 2, dtype=dtype)}
     source = {"w": distinct((4,)), **empty}
     for output in ("masks", form):
@@ -255,7 +257,7 @@ def test_outputs_are_the_tensors_times_the_masks(
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
 @every_form
 def test_arrays_are_returned_as_arrays_with_the_same_bits(
-    client: secateur.Client, dtype: type, form: str
+    client: secateur.Client, dtype: type, form: Any
 ) -> None:
     weights: dict[str, Any] = {
         f"w{i}": distinct((9, 7), seed=i).numpy().astype(dtype) for i in (0, 1)
@@ -271,7 +273,7 @@ def test_arrays_are_returned_as_arrays_with_the_same_bits(
 
 
 @every_form
-def test_the_buffers_of_a_module_are_in_the_result(client: secateur.Client, form: str) -> None:
+def test_the_buffers_of_a_module_are_in_the_result(client: secateur.Client, form: Any) -> None:
     module = module_of({"w": distinct((6, 5)), "b": distinct((6,))})
     module.register_buffer("mean", torch.randn(3))
     module.register_buffer("count", torch.tensor(3))
@@ -284,7 +286,7 @@ def test_the_buffers_of_a_module_are_in_the_result(client: secateur.Client, form
 
 @every_form
 def test_buffers_with_the_names_of_a_pair_are_returned_unchanged(
-    client: secateur.Client, form: str
+    client: secateur.Client, form: Any
 ) -> None:
     module = module_of({"w": distinct((6, 5))})
     module.register_buffer("x_orig", torch.tensor([1.0, 2.0, 3.0]))
@@ -300,7 +302,7 @@ def test_buffers_with_the_names_of_a_pair_are_returned_unchanged(
 @pytest.mark.parametrize("taken", ["w_orig", "w_mask"])
 @pytest.mark.parametrize("output", ["masks", "reparametrized"])
 def test_a_name_of_a_pair_that_exists_already_is_an_error(
-    client: secateur.Client, taken: str, output: str
+    client: secateur.Client, taken: str, output: Any
 ) -> None:
     source = {"w": distinct((4,)), taken: distinct((4,), seed=1)}
     with pytest.raises(secateur.InvalidStateDict, match=taken):

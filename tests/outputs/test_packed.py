@@ -191,4 +191,4 @@ def test_the_server_refuses_a_packed_file(
 def test_finalize_refuses_an_output_that_is_not_a_model(client: secateur.Client) -> None:
     for output in ("masks", "reparametrized", "none"):
         with pytest.raises(secateur.InvalidRequest, match="is not an output of Finalize"):
-            client.finalize({"w": torch.ones(3)}, output=output)
+            client.finalize({"w": torch.ones(3)}, output=output)  # type: ignore[arg-type]

@@ -144,7 +144,7 @@ def test_units_are_deleted(
     client: secateur.Client,
     model: tuple[dict[str, Tensor], list[dict[str, Any]]],
     fraction: float,
-    scope: str,
+    scope: Any,
     has_elements: bool,
 ) -> None:
     tensors, described = model
@@ -485,11 +485,11 @@ def test_a_shrunk_result_is_shrunk_unless_another_form_is_named(
     assert_same_tensors(load_file(tmp_path / "small.safetensors"), result.state_dict("shrunk"))
     assert repr(result) == "PruneResult(72 -> 36 parameters, output='shrunk')"
     with pytest.raises(secateur.SecateurError, match=r"use result\.shrink\(module\), or"):
-        result.apply_to(torch.nn.Linear(1, 1))
+        result.apply_to(torch.nn.Linear(1, 1))  # type: ignore[misc]
 
 
 def test_the_client_makes_no_shrunk_form_of_masks(client: secateur.Client) -> None:
     with pytest.raises(secateur.SecateurError, match="form='shrunk': only the server"):
         client.prune(TENSORS, HALF).state_dict("shrunk")
     with pytest.raises(secateur.SecateurError, match="has no masks"):
-        _ = client.prune(TENSORS, HALF, output="shrunk").masks
+        _ = client.prune(TENSORS, HALF, output="shrunk").masks  # type: ignore[misc]

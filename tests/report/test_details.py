@@ -165,7 +165,7 @@ def test_details_of_large_tensors(
 
 
 @pytest.mark.parametrize("output", ["masks", "dense", "reparametrized", "packed", "none"])
-def test_a_prune_counts_weights_as_they_were_before(client: secateur.Client, output: str) -> None:
+def test_a_prune_counts_weights_as_they_were_before(client: secateur.Client, output: Any) -> None:
     weight = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
     source = {"a": weight, "b": weight[:3].clone(), "other": weight.clone()}
     spec = secateur.ln_structured("a", 5, n=2, dim=0) + secateur.l1_unstructured("*[ab]", 0.5)

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 import secateur
 from secateur import errors
+from secateur.literals import Output
 from secateur_proto.pruner_pb2_grpc import PrunerStub
 from secateur_server.errors import Cancelled, ModelTooLarge, QueueFull, QuotaExceeded
 from secateur_server.runtime import budget
@@ -641,7 +642,8 @@ def _hurried(channel: grpc.Channel, client: secateur.Client, chance: random.Rand
     """Prunes a model, if the deadline allows it."""
     model = {"w": np.ones(chance.randint(1, LIMIT_BYTES // 4 - 100), np.float32)}
     with contextlib.suppress(secateur.SecateurError):
-        output = chance.choice(["masks", "dense", "none"])
+        outputs: list[Output] = ["masks", "dense", "none"]
+        output = chance.choice(outputs)
         client.prune(model, secateur.l1_unstructured("w", 0.5), output=output)
 
 

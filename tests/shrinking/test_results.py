@@ -31,7 +31,7 @@ def test_a_result_of_finalize_shrinks_a_module(client: secateur.Client) -> None:
 
 
 @pytest.mark.parametrize("output", ["masks", "dense", "none"])
-def test_only_shrunk_results_shrink_a_module(client: secateur.Client, output: str) -> None:
+def test_only_shrunk_results_shrink_a_module(client: secateur.Client, output: Any) -> None:
     module, groups = two_layers()
     result = client.prune(module, secateur.grouped(groups, 2), output=output)
     with pytest.raises(secateur.SecateurError, match="shrink: nothing was removed; ask for"):

@@ -39,7 +39,7 @@ def groups_of(module: Any, *parts: str) -> list[Group]:
     ],
 )
 def test_a_module_can_have_what_a_config_cannot(
-    client: secateur.Client, name: str, heads: str, scope: str
+    client: secateur.Client, name: str, heads: str, scope: Any
 ) -> None:
     """Heads of any number, and layers of unequal widths."""
     module = tiny(name)

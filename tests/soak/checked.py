@@ -3,14 +3,16 @@
 import random
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 
 import secateur
+from secateur.literals import Output
 from tests.soak.models import Case, Digests, Expected, digests, packed
 
-OUTPUTS = ("masks", "dense", "reparametrized", "none")
+OUTPUTS: tuple[Output, ...] = ("masks", "dense", "reparametrized", "none")
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -28,7 +30,7 @@ def check_report(report: secateur.Report, zeros: Mapping[str, int], what: str) -
     assert report.zeros == sum(found.values()), what
 
 
-def check_result(result: secateur.PruneResult, output: str, expected: Expected, case: Case) -> None:
+def check_result(result: secateur.PruneResult, output: Any, expected: Expected, case: Case) -> None:
     check_report(result.report, expected.zeros, case.name)
     if output == "masks":
         masks = {name: packed(torch.as_tensor(mask)) for name, mask in result.masks.items()}
@@ -101,7 +103,7 @@ def download(
     checkpoint: secateur.Checkpoint,
     expected: Expected,
     case: Case,
-    output: str,
+    output: Any,
     path: Path,
 ) -> None:
     """Downloads a checkpoint to `path`, compares it, and removes the file."""

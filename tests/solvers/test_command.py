@@ -1,6 +1,7 @@
 """Rules that update weights: the command and the client's own checks of them."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def test_the_command_writes_the_updated_weights(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     suffix: str,
-    output: str,
+    output: Any,
 ) -> None:
     monkeypatch.setenv("SECATEUR_SERVER", server.address)
     source, out, file = tmp_path / f"in{suffix}", tmp_path / f"out{suffix}", tmp_path / "s"
@@ -123,7 +124,7 @@ def test_too_few_inputs_are_a_warning(
 def test_a_refit_of_what_nothing_prunes_is_a_warning(
     module: nn.Module, statistics: Statistics, client: secateur.Client
 ) -> None:
-    def codes(spec: secateur.Spec, prior: str = "masks") -> list[str]:
+    def codes(spec: secateur.Spec, prior: Any = "masks") -> list[str]:
         report = client.prune(dense, spec, "dense", prior=prior).report
         return [warning.code for warning in report.warnings if warning.code != "NOT_SMALLER"]
 

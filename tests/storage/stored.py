@@ -92,7 +92,7 @@ def file_of(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def downloaded(
-    client: secateur.Client, checkpoint: secateur.Checkpoint, folder: Path, output: str = "dense"
+    client: secateur.Client, checkpoint: secateur.Checkpoint, folder: Path, output: Any = "dense"
 ) -> dict[str, Tensor]:
     """Downloads a checkpoint to a file, and returns its tensors."""
     path = folder / "downloaded.safetensors"

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import secateur
+from secateur.literals import Output
 from tests.conftest import examples
 from tests.contract.raw import entry, file
 from tests.reference import (
@@ -32,7 +33,7 @@ from tests.storage.stored import downloaded, file_of
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 OTHERS = (torch.int64, torch.uint8, torch.bool)
-FORMS = ("dense", "reparametrized", "masks", "none")
+FORMS: tuple[Output, ...] = ("dense", "reparametrized", "masks", "none")
 
 
 def values(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
@@ -86,7 +87,7 @@ def assert_same_reports(ours: secateur.Report, theirs: secateur.Report) -> None:
     assert one == other
 
 
-def assert_same_results(ours: secateur.PruneResult, theirs: secateur.PruneResult, of: str) -> None:
+def assert_same_results(ours: secateur.PruneResult, theirs: secateur.PruneResult, of: Any) -> None:
     assert_same_reports(ours.report, theirs.report)
     if of == "masks":
         assert_same_masks(ours.masks, theirs.masks)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -64,7 +65,7 @@ def source(root: Path) -> str:
 
 @pytest.mark.parametrize("output", FORMS)
 def test_result_of_a_source_equals_that_of_its_data(
-    served: Served, root: Path, source: str, output: str
+    served: Served, root: Path, source: str, output: Any
 ) -> None:
     data = root / "model.safetensors"
     of_uri, of_data = (served.client.prune(s, HALF, output) for s in (source, data))
@@ -86,7 +87,7 @@ def test_zeros_of_a_source_count_as_pruned(served: Served, root: Path) -> None:
 
 @pytest.mark.parametrize("output", FORMS)
 def test_destination_has_the_bytes_that_would_be_sent(
-    served: Served, source: str, root: Path, tmp_path: Path, output: str
+    served: Served, source: str, root: Path, tmp_path: Path, output: Any
 ) -> None:
     written, sent = root / f"{output}.safetensors", tmp_path / "sent.safetensors"
     result = served.client.prune(source, HALF, output, destination=written.as_uri())

@@ -12,6 +12,7 @@ from secateur.checkpoint import Checkpoint, decode_checkpoint, name_of
 from secateur.checks import one_of
 from secateur.errors import InvalidStateDict
 from secateur.forms import OUTPUTS
+from secateur.literals import Form
 from secateur.model import Source
 from secateur.others import LEAVE_OUT, check_storable
 from secateur.paths import path_of
@@ -52,7 +53,7 @@ class AsyncCheckpointCalls:
         self,
         checkpoint: Checkpoint | str,
         path: str | os.PathLike[str],
-        output: str = "dense",
+        output: Form = "dense",
         progress: Progress = None,
     ) -> None:
         """See `secateur.Client.download`."""

@@ -13,6 +13,7 @@ from secateur.choices import AnyGranularity, magnitude
 from secateur.defaults import SOME_AMOUNTS, matrices
 from secateur.details import details_of
 from secateur.encoding import encode_spec, unmasked_members
+from secateur.literals import Prior
 from secateur.model import Source
 from secateur.others import check_names
 from secateur.plan import Plan, Sensitivity, sensitivity_of
@@ -71,7 +72,7 @@ class AsyncMeasureCalls(AsyncCheckpointCalls):
         amounts: Sequence[float] | None = None,
         progress: Progress = None,
         key: str | None = None,
-        prior: str = "masks",
+        prior: Prior = "masks",
     ) -> Plan:
         """See `secateur.Client.plan`."""
         model = await self._transport.run(read_source, source, key)

@@ -3,7 +3,7 @@
 import os
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, overload
 
 from secateur.calls.measuring import PRIORS, AsyncMeasureCalls, Patterns, Tensors, named_in
 from secateur.calls.patience import Patience
@@ -15,6 +15,7 @@ from secateur.encoding import check_solvers, encode_spec, unmasked_members
 from secateur.errors import SecateurError
 from secateur.forms import OUTPUTS, is_model
 from secateur.grouping import Groups, example_inputs_of, groups_of
+from secateur.literals import FinalOutput, Masks, Out, Output, Prior
 from secateur.model import Source
 from secateur.packing.packed import check_zstandard
 from secateur.progress import Progress
@@ -38,18 +39,46 @@ TIDY_SECONDS = 1.0
 class AsyncPrunerCalls(AsyncMeasureCalls):
     """The coroutines of `secateur.PrunerCalls`."""
 
+    @overload
     async def prune(
         self,
         source: Any,
         spec: Spec,
-        output: str = "masks",
+        output: Masks = "masks",
         progress: Progress = None,
         keep: bool = False,
         destination: str | os.PathLike[str] | None = None,
         key: str | None = None,
-        prior: str = "masks",
+        prior: Prior = "masks",
         details: bool = False,
-    ) -> PruneResult:
+    ) -> PruneResult[Masks]: ...
+
+    @overload
+    async def prune(
+        self,
+        source: Any,
+        spec: Spec,
+        output: Out,
+        progress: Progress = None,
+        keep: bool = False,
+        destination: str | os.PathLike[str] | None = None,
+        key: str | None = None,
+        prior: Prior = "masks",
+        details: bool = False,
+    ) -> PruneResult[Out]: ...
+
+    async def prune(
+        self,
+        source: Any,
+        spec: Spec,
+        output: Output = "masks",
+        progress: Progress = None,
+        keep: bool = False,
+        destination: str | os.PathLike[str] | None = None,
+        key: str | None = None,
+        prior: Prior = "masks",
+        details: bool = False,
+    ) -> PruneResult[Any]:
         """See `secateur.Client.prune`."""
         header = pb.PruneHeader(
             output=one_of("output", output, OUTPUTS),
@@ -75,7 +104,7 @@ class AsyncPrunerCalls(AsyncMeasureCalls):
             else:
                 result = await self._prune(model, header, arrays, progress, patience, model, spec)
         if folder:
-            await self._transport.write(result.save, folder, output)
+            await self._transport.write(result.save, folder, "shrunk")
         return result
 
     async def _prune(
@@ -141,9 +170,9 @@ class AsyncPrunerCalls(AsyncMeasureCalls):
         progress: Progress = None,
         destination: str | None = None,
         key: str | None = None,
-        output: str = "dense",
+        output: FinalOutput = "dense",
         groups: Groups = (),
-        prior: str = "masks",
+        prior: Prior = "masks",
         details: bool = False,
     ) -> FinalizeResult:
         """See `secateur.Client.finalize`."""

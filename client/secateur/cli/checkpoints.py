@@ -14,6 +14,7 @@ from secateur.cli.output import Printer, print_options
 from secateur.cli.places import client_of, source_of, standard_streams
 from secateur.errors import DataLoss
 from secateur.forms import FORMS
+from secateur.literals import Form
 from secateur.tables import Table
 from secateur_proto.index import SUFFIX
 
@@ -97,7 +98,7 @@ def _put(model: str, key: str | None, printer: Printer, server: Server) -> None:
 @output_option([name for name in FORMS if name != "shrunk"])  # which needs groups
 @print_options()
 @_server_options
-def _get(name: str, out: str, output: str, printer: Printer, server: Server) -> None:
+def _get(name: str, out: str, output: Form, printer: Printer, server: Server) -> None:
     """Downloads a checkpoint: NAME is checkpoints/..."""
     printer = printer.beside(out)
     with standard_streams("", out) as (_, path), client_of(server) as client:

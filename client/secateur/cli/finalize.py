@@ -22,6 +22,7 @@ from secateur.cli.spec_options import groups_in, prior_option
 from secateur.cli.targets import target_of
 from secateur.forms import not_smaller
 from secateur.grouping import Group
+from secateur.literals import FinalOutput, Prior
 from secateur.report import Report, ReportWarning
 
 
@@ -32,9 +33,9 @@ class _Options:
     model: str
     key: str | None
     out: str
-    output: str
+    output: FinalOutput
     spec: str | None
-    prior: str
+    prior: Prior
     tensors: tuple[str, ...]
 
 

@@ -20,6 +20,7 @@ from secateur.cli.spec_options import Maker, SpecOptions, spec_options
 from secateur.cli.targets import target_of
 from secateur.errors import SecateurError
 from secateur.forms import SMALLER, is_made_of_masks, is_model
+from secateur.literals import Form, Output, Prior
 from secateur.result import PruneResult
 
 
@@ -31,7 +32,7 @@ class _Options:
     key: str | None
     out: str | None
     keep: bool
-    output: str
+    output: Form
 
 
 @click.command("prune", cls=Command)
@@ -80,7 +81,7 @@ def _pruned(
         place, target = target.placed(options.model, source, options.output, not server.server)
         masks_do = source.is_here and is_made_of_masks(options.output) and not spec.solvers
         is_sent = target.uri or (target.path and not masks_do)
-        output = options.output if is_sent else "masks"
+        output: Output = options.output if is_sent else "masks"
         if options.out is None:
             output = "none"
         result = client.prune(

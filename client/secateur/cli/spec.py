@@ -9,6 +9,7 @@ from secateur.cli.options import Server, model_options, server_options, tensors_
 from secateur.cli.output import Printer, print_options, say
 from secateur.cli.places import opened, standard_streams
 from secateur.cli.spec_options import file_maker, prior_option
+from secateur.literals import Prior
 from secateur.spec_files.checking import check_spec
 from secateur.spec_files.schema import spec_schema
 
@@ -30,7 +31,7 @@ def _check(
     model: str,
     key: str | None,
     tensors: tuple[str, ...],
-    prior: str,
+    prior: Prior,
     printer: Printer,
     server: Server,
 ) -> None:

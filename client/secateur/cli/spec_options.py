@@ -22,11 +22,12 @@ from secateur.client import Client
 from secateur.defaults import SOME_AMOUNTS, matrices
 from secateur.errors import InvalidSpec
 from secateur.grouping import Group
+from secateur.literals import Prior
 from secateur.model import Source
 from secateur.spec import METHODS, Spec
 from secateur.spec_files.reading import SpecFile, read_spec
+from secateur_proto import pruner_pb2 as pb
 from secateur_proto.enums import values_by_name
-from secateur_proto.pruner_pb2 import Prior
 
 Maker = Callable[[Client, Source], Spec]
 
@@ -85,7 +86,7 @@ class SpecOptions:
     statistics: str | None
     n_m: tuple[int, ...] | None
     power: float | None
-    prior: str
+    prior: Prior
 
     def maker(self) -> Maker:
         """Returns what makes the spec of a model, once the options are found to fit.
@@ -216,7 +217,7 @@ def prior_option(function: Function) -> Function:
     """Adds --prior."""
     return click.option(
         "--prior",
-        type=click.Choice(list(values_by_name(Prior.DESCRIPTOR))),
+        type=click.Choice(list(values_by_name(pb.Prior.DESCRIPTOR))),
         default="masks",
         help="what counts as pruned before: what masks prune (default), or also zeros, for a model "
         "that was pruned and stored dense",

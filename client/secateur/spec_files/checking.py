@@ -8,6 +8,7 @@ from typing import Any
 from secateur.checks import nearest, shown
 from secateur.client import Client
 from secateur.errors import InvalidSpec
+from secateur.literals import Prior
 from secateur.model import Source
 from secateur.names import resolver
 from secateur.report import Report
@@ -92,7 +93,7 @@ def _count(names: Sequence[str]) -> str:
     return f"{len(names):,} tensor{'' if len(names) == 1 else 's'}"
 
 
-def check_spec(client: Client, source: Any, spec: Spec, prior: str = "masks") -> SpecCheck:
+def check_spec(client: Client, source: Any, spec: Spec, prior: Prior = "masks") -> SpecCheck:
     """Says which tensors each rule of a spec matches, and what a prune would do. Prunes nothing.
 
     Args:
