@@ -14,6 +14,7 @@ from torch.nn.utils import prune
 
 import secateur
 from secateur import cli
+from secateur.literals import Output
 from tests.conftest import PATIENCE, inner_server
 
 BESIDE = {
@@ -106,8 +107,9 @@ def test_folder_in_folder_out(
     )
     model = made(source, make, shard)
     spec = secateur.l1_unstructured(matrices(model), 0.5)
-    for out in (dense, packed, pairs):
-        client.prune(source, spec, output=out.name, destination=out)
+    folders: dict[Output, Path] = {"dense": dense, "packed": packed, "reparametrized": pairs}
+    for output, out in folders.items():
+        client.prune(source, spec, output=output, destination=out)
         assert_format(out)
         assert names_in(out) == names_in(source)
         assert {name: (out / name).read_text() for name in BESIDE} == BESIDE

@@ -20,7 +20,7 @@ from secateur.cli.spec_options import Maker, SpecOptions, spec_options
 from secateur.cli.targets import target_of
 from secateur.errors import SecateurError
 from secateur.forms import SMALLER, is_made_of_masks, is_model
-from secateur.literals import Form, Output, Prior
+from secateur.literals import Form, Output
 from secateur.result import PruneResult
 
 
