@@ -103,8 +103,8 @@ class AsyncPrunerCalls(AsyncMeasureCalls):
                 result = await self._prune_kept(model, header, arrays, progress, patience, spec)
             else:
                 result = await self._prune(model, header, arrays, progress, patience, model, spec)
-        if folder:
-            await self._transport.write(result.save, folder, "shrunk")
+        if folder and output != "none":  # which has no folder
+            await self._transport.write(result.save, folder, output)
         return result
 
     async def _prune(
