@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral
 from typing import Any
 
-from secateur.checks import chosen, fraction, integer, number, shown, size, text_keys
+from secateur.checks import chosen, fraction, integer, number, pair, shown, size, text_keys
 from secateur.choices import Chosen, Plain
 from secateur.errors import InvalidSpec
 from secateur_proto import plan_pb2
@@ -75,6 +75,19 @@ def amount_of(value: Any) -> Amount:
     if isinstance(value, Amount | Mapping):
         return chosen("amount", value, Amount, AMOUNTS)
     return Amount(units_of("amount", value))
+
+
+def amount_or_pattern(amount: AnyAmount | None, n_m: Any) -> AnyAmount | tuple[int, int]:
+    """Returns the one of two arguments that is given: an amount, or a pattern as a pair."""
+    if amount is None:
+        if n_m is None:
+            raise InvalidSpec("amount: None is for n_m only; give a fraction or a count")
+        return pair("n_m", n_m)
+    if n_m is not None:
+        raise InvalidSpec(
+            f"amount: {shown(amount)} is given beside n_m={shown(n_m)}; give amount=None or no n_m"
+        )
+    return amount
 
 
 def units_of(field: str, value: Any) -> dict[str, Any]:

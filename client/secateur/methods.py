@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from functools import reduce
 from operator import add
 
-from secateur.amounts import AnyAmount
+from secateur.amounts import AnyAmount, amount_or_pattern
 from secateur.array_files import AnyArrays, arrays_of, files_of
-from secateur.checks import one_of, pair, patterns
+from secateur.checks import one_of, patterns
 from secateur.choices import Importance, activation, blocks, magnitude, norm, random, slices
 from secateur.choices import n_m as n_m_of
-from secateur.errors import InvalidSpec
 from secateur.factors import AnyStatistics, calibrated_names
 from secateur.literals import RankedBy
 from secateur.selections import Names, grouped, select
@@ -193,7 +192,7 @@ def wanda(
     Args:
         tensors: A name, a glob, or a list of them: weights that have statistics. Globs mean neither
             biases nor embeddings.
-        amount: See `l1_unstructured`; of each row. Not used with `n_m`, so None will do.
+        amount: See `l1_unstructured`; of each row. None with `n_m`.
         statistics: What `calibrate` returns, or the path of a file of it.
         n_m: Keeps n of each m inputs, such as (2, 4), in place of an amount.
     """
@@ -225,11 +224,10 @@ def _calibrated(
     tensors: Names, amount: AnyAmount | None, by: Importance, pattern: Sequence[int] | None
 ) -> Spec:
     """Prunes an amount of each row, or N:M along the inputs."""
-    if pattern is None:
-        if amount is None:
-            raise InvalidSpec("amount: None is for n_m only; give a fraction or a count")
-        return select(tensors, amount, by, scope="row")
-    n, m = pair("n_m", pattern)
+    found = amount_or_pattern(amount, pattern)
+    if not isinstance(found, tuple):
+        return select(tensors, found, by, scope="row")
+    n, m = found
     factors = by.factors
     assert factors is not None, "activation has statistics"
     by_dim = factors.by_input_dim(calibrated_names(factors.statistics, patterns(tensors)))

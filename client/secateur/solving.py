@@ -4,11 +4,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from secateur.amounts import AnyAmount, units_of
+from secateur.amounts import AnyAmount, amount_or_pattern, units_of
 from secateur.array_files import files_of
 from secateur.calibration.statistics import Statistics
 from secateur.calibration.triangle import Triangle
-from secateur.checks import integer, number, one_of, pair, patterns, shown
+from secateur.checks import integer, number, one_of, patterns, shown
 from secateur.errors import FewInputs, InvalidSpec
 from secateur.factors import AnyStatistics, calibrated_names, statistics_of
 from secateur.literals import RowScope
@@ -127,11 +127,10 @@ def _warn_of_few(statistics: Statistics, triangles: Mapping[str, Triangle]) -> N
 
 def _amount(amount: AnyAmount | None, n_m: Sequence[int] | None) -> dict[str, Any]:
     """The fields of an amount, or of a pattern."""
-    if (amount is None) == (n_m is None):
-        raise InvalidSpec("amount: give either an amount or n_m")
-    if n_m is None:
-        return units_of("amount", amount)
-    n, m = pair("n_m", n_m)
+    found = amount_or_pattern(amount, n_m)
+    if not isinstance(found, tuple):
+        return units_of("amount", found)
+    n, m = found
     return {"pattern": pb.Pattern(n=n, m=m)}
 
 

@@ -715,7 +715,7 @@ Global___Block: typing_extensions.TypeAlias = Block
 
 @typing.final
 class Group(google.protobuf.message.Message):
-    """Slices of several tensors that live and die together, unit by unit."""
+    """Slices of several tensors that are pruned together, unit by unit."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

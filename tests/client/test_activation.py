@@ -129,8 +129,9 @@ def test_a_spec_of_plain_data_reads_a_file(statistics: Statistics, tmp_path: Pat
             "h.0.fc.weight, h.1.fc.weight",
         ),
         ({"amount": None}, "amount: None is for n_m only; give a fraction or a count"),
-        ({"n_m": 2}, "n_m: 2 is not a list of ints"),
-        ({"n_m": (2, 4, 8)}, "n_m: (2, 4, 8) is not a pair such as (2, 4)"),
+        ({"n_m": (2, 4)}, "amount: 0.5 is given beside n_m=(2, 4); give amount=None or no n_m"),
+        ({"amount": None, "n_m": 2}, "n_m: 2 is not a list of ints"),
+        ({"amount": None, "n_m": (2, 4, 8)}, "n_m: (2, 4, 8) is not a pair such as (2, 4)"),
         ({"statistics": {}}, "statistics: {} is not what secateur.calibrate returns, or the path"),
         ({"power": -1}, "power: -1 is not 0 or more, and finite"),
         ({"power": "x"}, "power: 'x' is not a number"),
@@ -269,15 +270,17 @@ def test_a_spec_of_plain_data_needs_no_amount_with_n_m(
 def test_statistics_of_other_weights_are_refused(
     client: secateur.Client, model: dict[str, torch.Tensor], statistics: Statistics
 ) -> None:
-    wrapped = {f"module.{name}": values for name, values in model.items()}
+    other = {f"net.{name}": values for name, values in model.items()}
     said = (
         "rules[1]: the statistics are of h.0.fc.weight, h.1.fc.weight, which the model does not "
-        "have; the nearest is module.h.0.fc.weight; prune the module that was calibrated"
+        "have; the nearest is net.h.0.fc.weight; prune the module that was calibrated"
     )
     spec = secateur.l1_unstructured("*", 0.5) + secateur.wanda("*fc*", 0.5, statistics)
     with pytest.raises(InvalidSpec, match=re.escape(said)):
-        client.prune(wrapped, spec)
-    assert client.prune(model, secateur.wanda("*fc*", 0.5, statistics)).report.zeros == 30
+        client.prune(other, spec)
+    wrapped = {f"module.{name}": values for name, values in model.items()}
+    for known in (model, wrapped):
+        assert client.prune(known, secateur.wanda("*fc*", 0.5, statistics)).report.zeros == 30
     every = secateur.select(NAMES, 0.5, secateur.activation(statistics))
     with pytest.raises(
         InvalidSpec, match=r"rules\[0\]: the statistics are of .* and 2 more, which"

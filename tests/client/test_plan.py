@@ -216,7 +216,7 @@ def test_sensitivity_without_matrices(client: secateur.Client) -> None:
 def model(tmp_path: Path, server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SECATEUR_SERVER", server.address)
     path = tmp_path / "model.safetensors"
-    save_file(MODEL, path)
+    save_file(MODEL, path, {"format": "pt"})  # as the client sends tensors
     return path
 
 

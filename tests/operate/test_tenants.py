@@ -160,7 +160,7 @@ def test_checkpoints_of_a_tenant_are_invisible_to_others(service: Service, tmp_p
 
 
 def test_known_digest_of_another_tenants_file_must_be_sent(service: Service) -> None:
-    data = save(model(1))
+    data = save(model(1), {"format": "pt"})  # as the client sends tensors
     message = file_message(data)
     with emptied(service, "speech", "small") as (owner, other):
         owner.upload(model(1))
