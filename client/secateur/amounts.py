@@ -77,17 +77,19 @@ def amount_of(value: Any) -> Amount:
     return Amount(units_of("amount", value))
 
 
-def amount_or_pattern(amount: AnyAmount | None, n_m: Any) -> AnyAmount | tuple[int, int]:
-    """Returns the one of two arguments that is given: an amount, or a pattern as a pair."""
-    if amount is None:
-        if n_m is None:
-            raise InvalidSpec("amount: None is for n_m only; give a fraction or a count")
-        return pair("n_m", n_m)
-    if n_m is not None:
+def pattern_of(amount: AnyAmount | None, n_m: Any) -> tuple[int, int] | None:
+    """Returns the pattern that is given in place of an amount, or None.
+
+    Raises:
+        InvalidSpec: Both are given, or none.
+    """
+    if amount is None and n_m is None:
+        raise InvalidSpec("amount: None is for n_m only; give a fraction or a count")
+    if amount is not None and n_m is not None:
         raise InvalidSpec(
             f"amount: {shown(amount)} is given beside n_m={shown(n_m)}; give amount=None or no n_m"
         )
-    return amount
+    return None if n_m is None else pair("n_m", n_m)
 
 
 def units_of(field: str, value: Any) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """What a smaller module gains: parameters, bytes, operations and time."""
 
-import statistics
 import time
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from secateur.display.notebook import Displayed
 from secateur.errors import InvalidSpec
@@ -106,7 +107,7 @@ def gain(before: Any, after: Any, inputs: Any) -> Gain:
                 module(*args, **keywords)
                 found.append(time.perf_counter() - begin)
     costs = [
-        Cost(*_sizes(module), count, statistics.median(found), min(found), max(found))
+        Cost(*_sizes(module), count, float(np.median(found)), min(found), max(found))
         for module, count, found in zip((before, after), macs, seconds, strict=True)
     ]
     return Gain(*costs)

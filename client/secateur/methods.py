@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import reduce
 from operator import add
 
-from secateur.amounts import AnyAmount, amount_or_pattern
+from secateur.amounts import AnyAmount, pattern_of
 from secateur.array_files import AnyArrays, arrays_of, files_of
 from secateur.checks import one_of, patterns
 from secateur.choices import Importance, activation, blocks, magnitude, norm, random, slices
@@ -221,13 +221,14 @@ def ria(
 
 
 def _calibrated(
-    tensors: Names, amount: AnyAmount | None, by: Importance, pattern: Sequence[int] | None
+    tensors: Names, amount: AnyAmount | None, by: Importance, n_m: Sequence[int] | None
 ) -> Spec:
     """Prunes an amount of each row, or N:M along the inputs."""
-    found = amount_or_pattern(amount, pattern)
-    if not isinstance(found, tuple):
-        return select(tensors, found, by, scope="row")
-    n, m = found
+    pattern = pattern_of(amount, n_m)
+    if pattern is None:
+        assert amount is not None, "pattern_of refuses both None"
+        return select(tensors, amount, by, scope="row")
+    n, m = pattern
     factors = by.factors
     assert factors is not None, "activation has statistics"
     by_dim = factors.by_input_dim(calibrated_names(factors.statistics, patterns(tensors)))

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from secateur.amounts import AnyAmount, amount_or_pattern, units_of
+from secateur.amounts import AnyAmount, pattern_of, units_of
 from secateur.array_files import files_of
 from secateur.calibration.statistics import Statistics
 from secateur.calibration.triangle import Triangle
@@ -127,10 +127,10 @@ def _warn_of_few(statistics: Statistics, triangles: Mapping[str, Triangle]) -> N
 
 def _amount(amount: AnyAmount | None, n_m: Sequence[int] | None) -> dict[str, Any]:
     """The fields of an amount, or of a pattern."""
-    found = amount_or_pattern(amount, n_m)
-    if not isinstance(found, tuple):
-        return units_of("amount", found)
-    n, m = found
+    pattern = pattern_of(amount, n_m)
+    if pattern is None:
+        return units_of("amount", amount)
+    n, m = pattern
     return {"pattern": pb.Pattern(n=n, m=m)}
 
 

@@ -240,13 +240,19 @@ def test_nothing_is_left_behind(client: secateur.Client) -> None:
 def test_memory_is_one_mask(client: secateur.Client) -> None:
     """One byte for each element, and no copy of a weight, between prunings."""
     module = nn.Sequential(nn.Linear(256, 512, bias=False))
-    weight = module.get_parameter("0.weight")
+    elements = module.get_parameter("0.weight").numel()
+    before = storages_now()
     pruning = callbacks.start(client, module, SPEC, 0)
-    gc.collect()
-    held = {id(t.untyped_storage()._cdata): t.untyped_storage().nbytes() for t in tensors_now()}
-    held = {place: n for place, n in held.items() if n >= weight.numel()}
-    assert sorted(held.values())[-2:] == [weight.numel(), 4 * weight.numel()]
+    new = [held.nbytes() for place, held in storages_now().items() if place not in before]
+    assert [size for size in new if size >= elements] == [elements]
     callbacks.finish(pruning)
+
+
+def storages_now() -> dict[int, torch.UntypedStorage]:
+    """The storages of all tensors, by their addresses."""
+    gc.collect()
+    found = [tensor.untyped_storage() for tensor in tensors_now()]
+    return {storage.data_ptr(): storage for storage in found}
 
 
 def tensors_now() -> Iterator[Tensor]:
