@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import secateur
-from secateur.callbacks import LightningPruning
+from secateur import callbacks
 from tests.callbacks.training import SPEC, batches, count, cubic, loss_of, network, zeros
 
 pytestmark = [
@@ -73,7 +73,7 @@ def data(number: int = 8) -> Any:
 
 
 def test_a_trainer_prunes_by_the_schedule(client: secateur.Client, tmp_path: Path) -> None:
-    pruning = LightningPruning(client, SPEC, end_step=6, start_step=2, prunings=2)
+    pruning = callbacks.LightningPruning(client, SPEC, end_step=6, start_step=2, prunings=2)
     module = module_of()
     trainer_of(tmp_path, pruning).fit(module, data())
     assert module.sums == [0] * 4 + [cubic(1, 2)] * 2 + [cubic(2, 2)] * 2
@@ -85,7 +85,7 @@ def test_accumulated_gradients_bf16_and_half_of_the_training(
 ) -> None:
     module = module_of()
     settings = {"accumulate_grad_batches": 2, "precision": "bf16-mixed", "gradient_clip_val": 0.5}
-    trainer_of(tmp_path, LightningPruning(client, SPEC), max_steps=4, **settings).fit(
+    trainer_of(tmp_path, callbacks.LightningPruning(client, SPEC), max_steps=4, **settings).fit(
         module, data()
     )
     # Two batches a step; the last of two prunings is at step 2.
@@ -94,7 +94,7 @@ def test_accumulated_gradients_bf16_and_half_of_the_training(
 
 def test_several_optimizers(client: secateur.Client, tmp_path: Path) -> None:
     module = module_of(optimizers=2)
-    pruning = LightningPruning(client, SPEC, end_step=8, prunings=2)
+    pruning = callbacks.LightningPruning(client, SPEC, end_step=8, prunings=2)
     trainer_of(tmp_path, pruning, max_steps=16).fit(module, data())
     # Each batch is two optimizer steps.
     assert module.sums == [0] * 2 + [cubic(1, 2)] * 2 + [cubic(2, 2)] * 4
@@ -109,7 +109,7 @@ def test_a_checkpoint_has_the_masks(client: secateur.Client, tmp_path: Path) -> 
 
     def fitted(path: Path | None = None) -> Any:
         module = module_of()
-        pruning = LightningPruning(client, SPEC, end_step=6, prunings=3)
+        pruning = callbacks.LightningPruning(client, SPEC, end_step=6, prunings=3)
         saving = lightning().callbacks.ModelCheckpoint(
             tmp_path, "{step}", every_n_train_steps=4, save_top_k=-1
         )
@@ -125,6 +125,8 @@ def test_a_checkpoint_has_the_masks(client: secateur.Client, tmp_path: Path) -> 
 
 
 def test_an_endless_training_needs_the_last_step(client: secateur.Client, tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, LightningPruning(client, SPEC), max_steps=-1, max_epochs=-1)
+    trainer = trainer_of(
+        tmp_path, callbacks.LightningPruning(client, SPEC), max_steps=-1, max_epochs=-1
+    )
     with pytest.raises(secateur.InvalidSpec, match=r"^end_step: the training has no end"):
         trainer.fit(module_of(), data())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import secateur
-from secateur.callbacks import TransformersPruning
+from secateur import callbacks
 
 SPEC = secateur.global_unstructured("bert.encoder.*.weight", 0.8)
 
@@ -106,7 +106,7 @@ def due(number: int, prunings: int) -> int:
 def test_a_trainer_prunes_by_the_schedule(
     client: secateur.Client, tmp_path: Path, arguments: dict[str, Any]
 ) -> None:
-    pruning = TransformersPruning(client, SPEC, end_step=6, start_step=2, prunings=2)
+    pruning = callbacks.TransformersPruning(client, SPEC, end_step=6, start_step=2, prunings=2)
     trainer = trainer_of(tmp_path, pruning, **arguments)
     trainer.train()
     expected = [0] * 3 + [due(1, 2)] * 2 + [due(2, 2)] * 3
@@ -123,7 +123,7 @@ def test_a_trainer_prunes_by_the_schedule(
 def test_the_last_pruning_is_by_default_at_half_of_the_training(
     client: secateur.Client, tmp_path: Path
 ) -> None:
-    trainer = trainer_of(tmp_path, TransformersPruning(client, SPEC))
+    trainer = trainer_of(tmp_path, callbacks.TransformersPruning(client, SPEC))
     trainer.train()
     assert trainer.watched.sums == [due(n, 4) for n in (1, 2, 3, 4, 4, 4, 4, 4)]
 
@@ -132,7 +132,7 @@ def test_a_checkpoint_has_the_masks(client: secateur.Client, tmp_path: Path) -> 
     """A training that is resumed ends with the weights of one that was not interrupted."""
 
     def trainer() -> Any:
-        pruning = TransformersPruning(client, SPEC, end_step=6, prunings=3)
+        pruning = callbacks.TransformersPruning(client, SPEC, end_step=6, prunings=3)
         return trainer_of(tmp_path, pruning, save_strategy="steps", save_steps=4)
 
     whole = trainer()
@@ -151,7 +151,7 @@ def test_a_checkpoint_has_the_masks(client: secateur.Client, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_the_best_model_may_be_less_sparse(client: secateur.Client, tmp_path: Path) -> None:
-    pruning = TransformersPruning(client, SPEC, end_step=6, prunings=1)
+    pruning = callbacks.TransformersPruning(client, SPEC, end_step=6, prunings=1)
     trainer = trainer_of(
         tmp_path,
         pruning,
