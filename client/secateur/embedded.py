@@ -1,8 +1,9 @@
 """A private server in this process."""
 
+import atexit
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from secateur.checks import timeout_of
 from secateur.client import Client
@@ -29,10 +30,25 @@ def embedded(device: str = "auto", timeout: float | None = None) -> Iterator[Cli
         SecateurError: The server does not start.
     """
     seconds = timeout_of(timeout)
-    with _private_folder() as folder:
-        address = f"unix:{folder}/socket"
-        with _started(address, device), Client(address, timeout=seconds) as client:
+    with ExitStack() as opened:
+        address = f"unix:{opened.enter_context(_private_folder())}/socket"
+        opened.enter_context(_started(address, device))
+        client = opened.enter_context(Client(address, timeout=seconds))
+        with _closed_at_exit(opened):
             yield client
+
+
+@contextmanager
+def _closed_at_exit(opened: ExitStack) -> Iterator[None]:
+    """Closes a stack at the exit of a process that never ends the block.
+
+    The interpreter would end the block after the threads that a server needs to stop.
+    """
+    atexit.register(opened.close)
+    try:
+        yield
+    finally:
+        atexit.unregister(opened.close)
 
 
 @no_search_for_cycles()  # importing torch makes 180,000 objects

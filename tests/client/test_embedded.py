@@ -1,11 +1,15 @@
 """The embedded server: its errors if it cannot start."""
 
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
 import secateur
+from tests.conftest import PATIENCE
 
 
 @pytest.mark.parametrize(
@@ -48,3 +52,20 @@ def test_a_socket_that_cannot_be_made_is_one_error(
 def test_a_wrong_timeout_is_refused() -> None:
     with pytest.raises(secateur.SecateurError, match="timeout="), secateur.embedded(timeout=-1):
         pass
+
+
+def test_a_process_that_never_ends_the_block_exits_and_leaves_no_files(tmp_path: Path) -> None:
+    never_ended = """
+import numpy, secateur
+server = secateur.embedded()
+print(server.__enter__().report({"a": numpy.ones(3)}).total)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", never_ended],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "3\n", "")
+    assert not list(tmp_path.iterdir())
