@@ -99,7 +99,7 @@ def _each(requests: Requests) -> Iterator[Any]:
     with requests.keeping_error():
         for message, count in requests.messages:
             yield message
-            requests.sending(count)
+            requests.sent(count)
 
 
 @contextmanager

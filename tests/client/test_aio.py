@@ -169,9 +169,16 @@ def test_progress_is_shown_in_the_loop(server: RunningServer) -> None:
     served(server, use)
 
 
-def test_an_error_of_progress_is_the_callers(server: RunningServer, tmp_path: Path) -> None:
+class Stopped(BaseException):
+    """Of the kind of SystemExit and KeyboardInterrupt, but asyncio passes it to the caller."""
+
+
+@pytest.mark.parametrize("kind", [KeyError, asyncio.CancelledError, Stopped])
+def test_an_error_of_progress_is_the_callers(
+    server: RunningServer, tmp_path: Path, kind: type[BaseException]
+) -> None:
     def fail(done: int, total: int) -> None:
-        raise KeyError("mine")
+        raise kind("mine")
 
     async def use(aio: Aio) -> None:
         checkpoint = await aio.upload(BIG)
@@ -182,7 +189,7 @@ def test_an_error_of_progress_is_the_callers(server: RunningServer, tmp_path: Pa
             aio.download(checkpoint, tmp_path / "x.safetensors", progress=fail),
         ]
         for call in calls:
-            with pytest.raises(KeyError, match="mine"):
+            with pytest.raises(kind, match="mine"):
                 await call
         assert list(tmp_path.iterdir()) == []
         await aio.delete(checkpoint)

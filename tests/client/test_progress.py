@@ -7,6 +7,7 @@ import sys
 import termios
 
 import numpy as np
+import pytest
 
 import secateur
 from tests.client.both import both
@@ -30,6 +31,20 @@ def test_a_function_gets_the_bytes_sent_and_their_total(
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
     assert {of for _, of in seen} == {total}
     assert seen[-1] == (total, total)
+
+
+@pytest.mark.parametrize("mine", [KeyError("mine"), SystemExit("mine"), KeyboardInterrupt("mine")])
+def test_every_error_of_a_function_ends_the_call(
+    client: secateur.Client, mine: BaseException
+) -> None:
+    """gRPC makes messages in a thread, which a SystemExit ends silently."""
+
+    def fail(done: int, total: int) -> None:
+        raise mine
+
+    for method in (client.report, client.finalize, client.upload):
+        with pytest.raises(type(mine), match="mine"):
+            method({"w": np.zeros(1_000_000)}, progress=fail)
 
 
 def test_a_terminal_shows_a_bar(server: RunningServer) -> None:

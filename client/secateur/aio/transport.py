@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -57,19 +57,19 @@ class AsyncTransport:
     ) -> Any:
         call = _start(rpc, request, timeout, wait_for_ready)
         with _failures(call):
-            return await call
+            return await _answered(call)
 
     async def send(self, rpc: Rpc, requests: Requests, timeout: float | None) -> Any:
         call = _start(rpc, _Messages(requests), timeout)
         with _failures(call, requests):
-            return await call
+            return await _answered(call, requests)
 
     @contextmanager
     def stream(self, rpc: Rpc, request: Any, timeout: float | None) -> Iterator[Answers]:
         requests = request if isinstance(request, Requests) else None
         call = _start(rpc, _Messages(requests) if requests else request, timeout)
         with _failures(call, requests):
-            yield _Answers(call)
+            yield _Answers(call, requests)
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         self._here()
@@ -137,7 +137,7 @@ class _Messages:
     async def __anext__(self) -> Any:
         with self._requests.keeping_error():
             if self._taken is not None:
-                self._requests.sending(self._taken)
+                self._requests.sent(self._taken)
             made = await asyncio.to_thread(next, self._requests.messages, None)
         if made is None:
             raise StopAsyncIteration
@@ -146,11 +146,11 @@ class _Messages:
 
 
 class _Answers:
-    def __init__(self, call: Any) -> None:
-        self._call = call
+    def __init__(self, call: Any, requests: Requests | None) -> None:
+        self._call, self._requests = call, requests
 
     async def read(self) -> Any:
-        message = await self._call.read()
+        message = await _answered(self._call.read(), self._requests)
         return None if message is grpc.aio.EOF else message
 
 
@@ -166,6 +166,18 @@ def _start(
         raise closed(error) from error
 
 
+async def _answered(answer: Awaitable[Any], requests: Requests | None = None) -> Any:
+    """Awaits a message of the server."""
+    try:
+        return await answer
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        # gRPC cancelled the call: a message could not be made, or the channel was closed.
+        raise (requests and requests.error) or Cancelled(_CLOSED) from None
+
+
 @contextmanager
 def _failures(call: Any, requests: Requests | None = None) -> Iterator[None]:
     """Raises a failed call's error as a SecateurError, and cancels a call that is not finished."""
@@ -177,12 +189,6 @@ def _failures(call: Any, requests: Requests | None = None) -> Iterator[None]:
         is_lost = error.details() == _WRITE_FAILED and statuses
         found = statuses[0] if is_lost else error
         raise (requests and requests.error) or from_rpc(found) from None
-    except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
-            raise
-        # gRPC cancelled the call: a message could not be made, or the channel was closed.
-        raise (requests and requests.error) or Cancelled(_CLOSED) from None
     finally:
         call.cancel()
 

@@ -15,9 +15,8 @@ class Requests:
 
     Attributes:
         messages: Each message, and the bytes of the model in it.
-        sending: Called with the bytes of a message after gRPC has taken it.
-        error: The error of making a message. gRPC makes messages in a thread or task of its own,
-            and hides their errors.
+        error: The error of making a message, or of `sending`. gRPC makes messages in a thread or
+            task of its own, and hides their errors.
     """
 
     def __init__(
@@ -25,8 +24,23 @@ class Requests:
         messages: Iterable[tuple[Any, int]],
         sending: Callable[[int], None] = lambda count: None,
     ) -> None:
-        self.messages, self.sending = iter(messages), sending
-        self.error: Exception | None = None
+        """Requests of some messages.
+
+        Args:
+            messages: See there.
+            sending: Called with the bytes of a message after gRPC has taken it.
+        """
+        self.messages, self._sending = iter(messages), sending
+        self.error: BaseException | None = None
+
+    def sent(self, count: int) -> None:
+        """Calls `sending`."""
+        try:
+            self._sending(count)
+        except BaseException as error:
+            self.error = error
+            # gRPC's thread would not survive a SystemExit, nor end the call.
+            raise RuntimeError("progress failed") from error
 
     @contextmanager
     def keeping_error(self) -> Iterator[None]:
@@ -34,7 +48,7 @@ class Requests:
         try:
             yield
         except Exception as error:
-            self.error = error
+            self.error = self.error or error
             raise
 
 
