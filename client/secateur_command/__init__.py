@@ -4,14 +4,17 @@ Ctrl-C during that second ends the command with one line.
 """
 
 import gc
+import io
 import os
 import signal
+import sys
 from importlib.util import find_spec
 from typing import NoReturn
 
 
 def run() -> NoReturn:
     """Runs the command."""
+    _prepare_streams()
     # By default Python searches for reference cycles after each 700 new objects. The modules of
     # torch alone have 180,000, so that searches would take a fifth of a small command's time.
     gc.set_threshold(100_000)
@@ -28,6 +31,22 @@ def run() -> NoReturn:
     if is_default:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     cli.run()
+
+
+def _prepare_streams() -> None:
+    """Makes standard streams writable for any text, and opens those that the caller closed.
+
+    Else a model or a socket would take the place of a closed one. Now standard input is empty,
+    writing to standard output is an error, and what is written to stderr is lost.
+    """
+    for number, name, flags in ((0, "stdin", 0), (1, "stdout", 0), (2, "stderr", os.O_WRONLY)):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, flags), number)
+            stream = os.fdopen(number, "w" if number else "r", closefd=False)
+            setattr(sys, name, stream)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A locale may lack characters of the names of tensors.
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _end(*_: object) -> NoReturn:

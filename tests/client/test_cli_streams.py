@@ -14,7 +14,7 @@ from safetensors.numpy import load, load_file, save
 
 from secateur import cli
 from tests.client.test_cli import WEIGHTS
-from tests.conftest import RunningServer
+from tests.conftest import PATIENCE, RunningServer
 
 HALF = ["--method", "l1_unstructured", "--amount", "0.5"]
 MODEL = save(WEIGHTS, metadata={"format": "pt"})
@@ -134,3 +134,51 @@ def test_a_terminal_has_no_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert (on.returncode, on.stdout, on.stderr) == (1, b"", said)
     assert to.returncode == 1
     assert to.stderr.startswith(b"secateur: -o -: standard output is a terminal; redirect it")
+
+
+def test_closed_streams_are_one_error(tmp_path: Path) -> None:
+    """Of a command that writes there: as another command, `cat >&-`, says it."""
+    model, out = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    model.write_bytes(MODEL)
+
+    def ended(close: str, *arguments: str) -> tuple[int, str, str]:
+        shell = ["sh", "-c", f'exec "$@" {close}', "sh", *command(*arguments)]
+        found = subprocess.run(shell, input="", capture_output=True, text=True, timeout=PATIENCE)
+        return found.returncode, found.stdout, found.stderr
+
+    no_output = (1, "", "secateur: standard output: Bad file descriptor\n")
+    assert ended(">&-", "report", str(model)) == no_output
+    assert ended(">&-", "report", str(model), "--json") == no_output
+    code, _, said = ended(">&-", "prune", str(model), "-o", "-", *HALF)
+    assert (code, said.splitlines()[-1:]) == (1, no_output[2].splitlines())
+    assert ended("<&- >&-", "prune", str(model), "-o", str(out), "--quiet", *HALF) == (0, "", "")
+    assert out.exists()
+    code, _, said = ended("<&-", "report", "-")
+    assert (code, said.startswith("secateur: standard input: is empty")) == (1, True)
+    assert ended("2>&-", "report", "absent.safetensors") == (1, "", "")
+
+
+def test_names_that_the_encoding_of_the_output_lacks(tmp_path: Path) -> None:
+    model = tmp_path / "in.safetensors"
+    model.write_bytes(save({"é\u2028.weight": np.ones((2, 2))}))
+    ended = subprocess.run(
+        command("report", str(model)),
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert b"\\xe9\\u2028.weight" in ended.stdout
+
+
+def test_json_has_numbers_that_are_not_finite_as_strings(
+    tmp_path: Path, capsysbinary: Capture
+) -> None:
+    model = tmp_path / "in.safetensors"
+    model.write_bytes(save({"w": np.array([[1, np.inf], [np.inf, -np.inf]], np.float32)}))
+
+    def fail(constant: str) -> None:
+        raise AssertionError(constant)
+
+    assert cli.main(["plan", str(model), "--amounts", "0.5", "--json"]) == 0
+    plan = json.loads(capsysbinary.readouterr().out, parse_constant=fail)
+    assert plan["amounts"][0]["choices"][0]["threshold"] == "Infinity"

@@ -1,6 +1,7 @@
 """How commands print: tables for people, JSON for programs, lines on stderr."""
 
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -85,7 +86,7 @@ class Printer:
     def show(self, data: Any, text: Table | str) -> None:
         """Prints data as JSON, or else its text."""
         if self.json:
-            print(json.dumps(data, indent=2))
+            print(json.dumps(_finite(data), indent=2, allow_nan=False))
         elif not self.quiet:
             self.always(text)
 
@@ -98,6 +99,17 @@ class Printer:
             print_table(text, stream, self.all)
         else:
             click.echo(text, file=stream, color=None if has_colours() else False)
+
+
+def _finite(data: Any) -> Any:
+    """Returns data with strings in place of infinities and NaN, as in the JSON of protobuf."""
+    if isinstance(data, dict):
+        return {name: _finite(value) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    if isinstance(data, float) and not math.isfinite(data):
+        return "NaN" if math.isnan(data) else "Infinity" if data > 0 else "-Infinity"
+    return data
 
 
 def print_options(has_rows: bool = False) -> Decorator[Any]:
