@@ -11,7 +11,6 @@ from secateur_server.api.stream import responses
 from secateur_server.backends.cores import one_thread
 from secateur_server.backends.threads import Pool
 from secateur_server.operate.metrics import Metrics
-from secateur_server.state_dict.incoming import Incoming
 from secateur_server.state_dict.sources import Call, Sources
 from secateur_server.wire.writer import OutgoingFile, chunks
 
@@ -79,7 +78,11 @@ class Answers:
 
 
 def written(
-    sources: Sources, call: Call[Any], result: Any, files: list[OutgoingFile], incoming: Incoming
+    sources: Sources,
+    call: Call[Any],
+    result: Any,
+    files: list[OutgoingFile],
+    check_unchanged: Callable[[], None],
 ) -> Made:
     """Writes the files to the destination of a call, if it has one.
 
@@ -88,7 +91,8 @@ def written(
         call: With a header that has `destination_uri`.
         result: Of the call; the files are added to it.
         files: To write, or to send.
-        incoming: The source of the call, which is read again while files are written or sent.
+        check_unchanged: Raises an error if the source of the call has changed. It is read again
+            while files are written or sent.
 
     Returns:
         The result, the files that remain to be sent, and the check that follows them.
@@ -97,7 +101,7 @@ def written(
     size, uri = sum(file.size for file in files), call.header.destination_uri
     if not uri:
         result.data_bytes = size
-        return result, files, incoming.check_unchanged
+        return result, files, check_unchanged
     call.context.begin("write", size)
-    sources.write(call.context, uri, files, incoming.check_unchanged)
-    return result, [], incoming.check_unchanged
+    sources.write(call.context, uri, files, check_unchanged)
+    return result, [], check_unchanged

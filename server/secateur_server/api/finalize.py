@@ -92,7 +92,8 @@ def finalize_call(
             report.warnings.extend(filter(None, [not_shrunk(report.shrinkage)]))
     incoming.check_unchanged()
     sources.metrics.reported(context, report)
-    return written(sources, call, pb.FinalizeResult(report=report), files, incoming)
+    result = pb.FinalizeResult(report=report)
+    return written(sources, call, result, files, incoming.check_unchanged)
 
 
 def _resolved(context: RequestContext, groups: Sequence[Group], catalog: Catalog) -> list[Group]:

@@ -131,7 +131,7 @@ def prune_call(
     result = pb.PruneResult()
     result.report.CopyFrom(pruned.report)  # faster than to construct it with a report
     with _kept(sources, context, receiver, incoming, pruned, result):
-        made = written(sources, call, result, pruned.files, incoming)
+        made = written(sources, call, result, pruned.files, incoming.check_unchanged)
     sources.metrics.reported(context, pruned.report)
     sources.metrics.pruned(context, pruned.count, pruned.report.sparsity)
     return made

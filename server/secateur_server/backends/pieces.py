@@ -15,6 +15,7 @@ from torch import Tensor
 
 from secateur_server.backends.keys import BITS, as_keys, picked, ranked_as
 from secateur_server.backends.randomness import RandomScores
+from secateur_server.runtime.context import RequestContext
 
 Ints = npt.NDArray[np.int64]
 
@@ -104,6 +105,10 @@ class Piece:
     scores: Scores
     dtype: torch.dtype
     unpruned: Tensor | None
+
+    def read(self, context: RequestContext) -> "Sequence[Piece]":
+        """Returns the piece itself, which is in memory. See cut.observe.Observed."""
+        return (self,)
 
 
 @dataclass(frozen=True)

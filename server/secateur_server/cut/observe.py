@@ -8,6 +8,7 @@ first pass over a large tensor.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -42,6 +43,17 @@ class Histogram:
     up_to: Ints
 
 
+class Observed(Protocol):
+    """Units that are read where the task runs: a Piece, or a reference to pieces elsewhere."""
+
+    @property
+    def units(self) -> int:
+        """How many."""
+
+    def read(self, context: RequestContext) -> Sequence[Piece]:
+        """Returns the units as pieces, in their order."""
+
+
 @dataclass(frozen=True)
 class _Chunk:
     """Pieces of a member that one thread counts, compared as `dtype`. `prefixes` are ascending."""
@@ -49,13 +61,13 @@ class _Chunk:
     member: int
     dtype: torch.dtype
     prefixes: Sequence[int]
-    pieces: Sequence[Piece]
+    pieces: Sequence[Observed]
 
 
 def observe_digits(
     context: RequestContext,
     driver: Driver,
-    members: Sequence[Sequence[Piece]],
+    members: Sequence[Sequence[Observed]],
     prefixes: Sequence[set[int]],
     left: int,
     dtype: torch.dtype,
@@ -99,15 +111,16 @@ def _count_digits(
     wanted = torch.tensor(chunk.prefixes, dtype=BITS[chunk.dtype])
     size = len(wanted), 1 << width
     counts = torch.zeros(size, dtype=torch.int64, device=backend.device)
-    for piece in context.each(chunk.pieces):
-        backend.count_digits(piece, wanted, shift, width, counts)
+    for observed in context.each(chunk.pieces):
+        for piece in context.each(observed.read(context)):
+            backend.count_digits(piece, wanted, shift, width, counts)
     running: Ints = torch.cumsum(counts, 1, out=counts).cpu().numpy()
     return running
 
 
 def _chunks(
     context: RequestContext,
-    members: Sequence[Sequence[Piece]],
+    members: Sequence[Sequence[Observed]],
     dtype: torch.dtype,
     prefixes: Sequence[set[int]],
     count: int,

@@ -23,7 +23,7 @@ from secateur_server.backends.keys import BITS
 from secateur_server.backends.pieces import Ints, Piece
 from secateur_server.backends.protocol import Backend
 from secateur_server.cut.drivers import Driver
-from secateur_server.cut.observe import Histogram, observe_digits
+from secateur_server.cut.observe import Histogram, Observed, observe_digits
 from secateur_server.cut.score import Ranking
 from secateur_server.cut.sorted_keys import FEW, SortedKeys, is_sorting_faster
 from secateur_server.runtime.context import RequestContext
@@ -259,7 +259,7 @@ def _first(count: int, is_true: Callable[[int], bool]) -> int:
 def narrow(
     context: RequestContext,
     driver: Driver,
-    members: Sequence[Sequence[Piece]],
+    members: Sequence[Sequence[Observed]],
     searches: Sequence[Search],
     dtype: torch.dtype,
     few: int = 0,

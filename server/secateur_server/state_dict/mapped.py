@@ -52,8 +52,8 @@ def open_files(
         for file in files
         if not file.filename.endswith(SUFFIX)
     ]
-    index = _index([file for file in files if file.filename.endswith(SUFFIX)], shards)
     described = [Shard(s.file.filename, s.head.entries, s.head.metadata) for s in shards]
+    index = read_index_of([file for file in files if file.filename.endswith(SUFFIX)], described)
     state_dict = StateDict(described, extras.stored, index, is_mapped=True)
 
     def check_unchanged() -> None:
@@ -104,8 +104,19 @@ def _read(
     state_dict.fill(context, tensors, extras.values, kept)
 
 
-def _index(indices: Sequence[MappedFile], shards: Sequence[MappedShard]) -> Index | None:
-    """The index of shards; None for a single file. Raises InvalidStateDict."""
+def read_index_of(indices: Sequence[MappedFile], shards: Sequence[Shard]) -> Index | None:
+    """Reads the index of shards.
+
+    Args:
+        indices: One, or none for a single file.
+        shards: The files.
+
+    Returns:
+        The index; None for a single file.
+
+    Raises:
+        InvalidStateDict: There are too many indices or too few, or the files differ from the index.
+    """
     if len(shards) == 1 and not indices:
         return None
     if len(indices) != 1 or not shards:
@@ -118,12 +129,12 @@ def _index(indices: Sequence[MappedFile], shards: Sequence[MappedShard]) -> Inde
     check_length(index.filename, len(index.data))
     for block in range(index.blocks):
         index.check(block)
-    names = {file.filename: {entry.name for entry in head.entries} for file, head, _ in shards}
+    names = {shard.filename: {entry.name for entry in shard.entries} for shard in shards}
     known = set().union(*names.values())
     tied = {
         alias: name
-        for _, head, _ in shards
-        for alias, name in head.metadata.items()
+        for shard in shards
+        for alias, name in shard.metadata.items()
         if name in known or f"{name}_orig" in known
     }
     return read_index(index.filename, index.data, names, tied)

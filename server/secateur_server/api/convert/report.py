@@ -44,7 +44,32 @@ def encode_report(
     Returns:
         The message.
     """
-    report = SparsityReport.FromString(_tensors(measured, are_folded))
+    tensors, names = encode_tensors(measured, are_folded), measured.parameters.keys()
+    digests = input_blake3, output_blake3
+    return report_of(context, tensors, names, catalog, *digests, choices)
+
+
+def report_of(
+    context: RequestContext,
+    encoded: bytes,
+    names: Collection[str],
+    catalog: Catalog,
+    input_blake3: str,
+    output_blake3: str = "",
+    choices: Sequence[Sequence[Choice]] = (),
+) -> SparsityReport:
+    """Does what encode_report does, of tensors that are encoded already.
+
+    Args:
+        context: The request.
+        encoded: What encode_tensors returns; of several models, one behind another.
+        names: Of these tensors.
+        catalog: Of the whole state_dict.
+        input_blake3: As of encode_report.
+        output_blake3: As of encode_report.
+        choices: As of encode_report.
+    """
+    report = SparsityReport.FromString(encoded)
     tensors = list(report.tensors)
     by_name = {tensor.name: tensor for tensor in tensors} if catalog.other_names else {}
     for other, name in catalog.other_names.items():
@@ -54,7 +79,7 @@ def encode_report(
     for of_rule in choices:
         report.rules.add().MergeFromString(encode_choices(context, of_rule))
     report.input_blake3, report.output_blake3 = input_blake3, output_blake3
-    report.coverage.CopyFrom(_coverage(catalog, measured.parameters.keys()))
+    report.coverage.CopyFrom(_coverage(catalog, names))
     return report
 
 
@@ -65,8 +90,8 @@ def _add_up(report: SparsityReport) -> None:
     report.sparsity = _share(report.zeros, report.total)
 
 
-def _tensors(measured: MeasuredTensors, is_folded: bool) -> bytes:
-    """The field `tensors` of a report, encoded."""
+def encode_tensors(measured: MeasuredTensors, is_folded: bool = False) -> bytes:
+    """Encodes the field `tensors` of a report. Fields of several models may be concatenated."""
     parameters, others = measured.parameters, measured.others
     encoded: dict[str, bytes] = {}
     for names, counts in measured.batches:
